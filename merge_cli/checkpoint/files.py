@@ -1,0 +1,66 @@
+"""The files beside the weights: what a merged model inherits from its donor, byte for byte."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+# What transformers looks for beside config.json and the weights, in any of its model families.
+_COMPANIONS = frozenset((
+    "generation_config.json",
+    # tokenizers
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "tokenizer.model.v3",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
+    "bpe.codes", "spiece.model", "sentencepiece.bpe.model", "spm.model", "source.spm",
+    "target.spm", "normalizer.json", "tekken.json", "tiktoken.model", "tokenization_config.json",
+    "chat_template.json",
+    # processors
+    "preprocessor_config.json", "processor_config.json", "image_processor_config.json",
+    "video_preprocessor_config.json", "feature_extractor_config.json",
+    # sentence-transformers
+    "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json",
+))  # fmt: skip
+_SUFFIXES = (".jinja", ".tiktoken")
+_PREFIXES = ("vocab.", "tokenizer.model.")
+
+
+def is_companion(name: str) -> bool:
+    """Whether a file of that name belongs beside merged weights as it is.
+
+    Code (`*.py`) is not: a merge neither runs nor spreads it unless asked.
+    """
+    if name.endswith((".safetensors", ".py", ".bin", ".pt")):
+        return False
+    return name in _COMPANIONS or name.endswith(_SUFFIXES) or name.startswith(_PREFIXES)
+
+
+def is_tokenizer_file(name: str) -> bool:
+    """Whether a companion describes text in and out, rather than generation or images."""
+    return is_companion(name) and "processor" not in name and name != "generation_config.json"
+
+
+def companion_files(root: Path, *, code: bool = False) -> list[Path]:
+    """The companions in a folder, sorted; with `code`, the model's own Python files, too."""
+    return sorted(
+        path
+        for path in root.iterdir()
+        if path.is_file() and (is_companion(path.name) or (code and path.suffix == ".py"))
+    )
+
+
+def copy_companions(
+    donor: Path, tokenizer_donor: Path, target: Path, *, code: bool = False
+) -> list[str]:
+    """Copy companions to `target`: tokenizer files from one donor, the rest from the other.
+
+    Returns:
+        the names of the copied files, sorted.
+    """
+    chosen = {p.name: p for p in companion_files(donor, code=code) if not is_tokenizer_file(p.name)}
+    chosen |= {p.name: p for p in companion_files(tokenizer_donor) if is_tokenizer_file(p.name)}
+    additional = tokenizer_donor / "additional_chat_templates"
+    for name, path in chosen.items():
+        shutil.copyfile(path, target / name)
+    if additional.is_dir():
+        shutil.copytree(additional, target / additional.name, dirs_exist_ok=True)
+    return sorted(chosen)

@@ -1,0 +1,134 @@
+"""Safetensors headers: what is in a file, read from its first kilobytes and believed only if checked.
+
+A header is trusted nowhere else, so everything that could make a later read wrong is refused here:
+a length beyond the file, spans that overlap, leave gaps or run past the end, sizes that do not
+follow from shape and dtype.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from merge_cli.errors import CorruptFileError
+
+# Safetensors dtype -> (bytes per element, torch's name). Order is the format's own: writers sort
+# by it, widest first, so that every tensor stays aligned.
+DTYPES: dict[str, tuple[int, str]] = {
+    "U64": (8, "uint64"), "I64": (8, "int64"), "F64": (8, "float64"), "C64": (8, "complex64"),
+    "F32": (4, "float32"), "U32": (4, "uint32"), "I32": (4, "int32"), "BF16": (2, "bfloat16"),
+    "F16": (2, "float16"), "U16": (2, "uint16"), "I16": (2, "int16"),
+    "F8_E8M0": (1, "float8_e8m0fnu"), "F8_E4M3": (1, "float8_e4m3fn"),
+    "F8_E5M2": (1, "float8_e5m2"), "I8": (1, "int8"), "U8": (1, "uint8"), "BOOL": (1, "bool"),
+}  # fmt: skip
+MERGEABLE = ("F64", "F32", "BF16", "F16")
+
+_MAX_HEADER = 100_000_000  # the format's own limit
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRef:
+    """One tensor in one file. `offset` counts from the start of the file; `nbytes` from there."""
+
+    name: str
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+def read_header_file(path: Path, model: str) -> bytes:
+    """The raw header of a local file: its 8-byte length and the JSON.
+
+    Raises:
+        CorruptFileError: the file is missing, unreadable, or shorter than its header says.
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+            if len(start) < 8 or length > _MAX_HEADER:
+                what = "not a safetensors file: it does not start with a header"
+                raise CorruptFileError(what, model=model, file=path.name, hint=_AGAIN)
+            return start + file.read(length)
+    except OSError as error:
+        raise CorruptFileError(
+            f"cannot be read: {error.strerror}", model=model, file=path.name
+        ) from error
+
+
+def parse_header(raw: bytes, path: Path, file_size: int, model: str) -> dict[str, TensorRef]:
+    """Check a raw header against the format and the size of its file.
+
+    Returns:
+        tensor name -> where it is, in the order of the data.
+
+    Raises:
+        CorruptFileError: anything that does not hold; names the tensor.
+    """
+
+    def corrupt(what: str, tensor: str = "") -> CorruptFileError:
+        return CorruptFileError(what, model=model, file=path.name, tensor=tensor, hint=_AGAIN)
+
+    length = struct.unpack("<Q", raw[:8])[0]
+    if len(raw) < 8 + length:
+        raise corrupt(f"truncated: a header of {length} bytes, {len(raw) - 8} of them present")
+    try:
+        entries = json.loads(raw[8 : 8 + length], object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise corrupt(f"its header is not valid JSON: {error}") from None
+    if not isinstance(entries, dict):
+        raise corrupt("its header is not a mapping")
+    entries.pop("__metadata__", None)
+    data_start, data_size = 8 + length, file_size - 8 - length
+    found = [_entry(name, e, path, data_start, corrupt) for name, e in entries.items()]
+    found.sort(key=lambda ref: (ref.offset, ref.nbytes))
+    end = data_start
+    for ref in found:
+        if ref.offset + ref.nbytes > data_start + data_size:
+            missing = ref.offset + ref.nbytes - data_start - data_size
+            raise corrupt(f"truncated: the last {missing} bytes are not there", ref.name)
+        if ref.offset != end:
+            kind = "overlaps the tensor before it" if ref.offset < end else "leaves a gap before it"
+            raise corrupt(f"its place in the file {kind}", ref.name)
+        end = ref.offset + ref.nbytes
+    if end != data_start + data_size:
+        raise corrupt(f"{data_start + data_size - end} bytes at its end belong to no tensor")
+    return {ref.name: ref for ref in found}
+
+
+_AGAIN = "Download or copy the file again."
+
+
+def _entry(name: str, entry: Any, path: Path, data_start: int, corrupt: Any) -> TensorRef:
+    try:
+        dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        numbers = [*shape, start, stop]
+    except (TypeError, KeyError, ValueError):
+        raise corrupt("its header entry lacks dtype, shape or data_offsets", name) from None
+    if any(type(n) is not int or n < 0 for n in numbers) or stop < start:
+        raise corrupt(f"impossible shape {shape} or offsets {[start, stop]}", name)
+    if dtype not in DTYPES:
+        raise corrupt(f"unknown dtype '{dtype}'", name)
+    if stop - start != math.prod(shape) * DTYPES[dtype][0]:
+        what = f"{stop - start} bytes for {dtype} of shape {shape}: the header contradicts itself"
+        raise corrupt(what, name)
+    return TensorRef(name, path, dtype, tuple(shape), data_start + start, stop - start)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"'{next(n for n in names if names.count(n) > 1)}' occurs twice")
+    return found

@@ -1,0 +1,76 @@
+"""Tied output heads: making sources agree on whether lm_head is the input embedding.
+
+transformers does not store a tied head. Sources of one family may differ: the base tied, a
+fine-tune not. Then the tied ones lend their embedding as head, the output stores its own, and its
+config says so. Where every config ties, a head that is stored all the same is redundant: loading
+would replace it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from merge_cli.checkpoint.header import TensorRef
+from merge_cli.checkpoint.source import Source
+
+_HEADS = ("lm_head.weight", "embed_out.weight")
+_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "shared.weight",
+               "word_embeddings.weight", "tok_embeddings.weight", "embeddings.weight")  # fmt: skip
+
+View = Mapping[str, TensorRef]
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The sources' tensors after reconciliation.
+
+    Attributes:
+        views: one for each source: name -> tensor, heads added or left out.
+        tied: what the output's config must say; None leaves the donor's word.
+        notes: what was done.
+    """
+
+    views: tuple[View, ...]
+    tied: bool | None
+    notes: tuple[str, ...]
+
+
+def reconcile_heads(sources: Sequence[Source]) -> Heads:
+    """Make every source either have the head or not."""
+    head = next((n for s in sources for n in s.tensors if n.endswith(_HEADS)), None)
+    views: list[View] = [source.tensors for source in sources]
+    if head is None:
+        return Heads(tuple(views), None, ())
+    stored = [head in source.tensors for source in sources]
+    if all(source.tied and _embedding(source, head) for source in sources):
+        notes = ()
+        if any(stored):
+            names = ", ".join(s.label for s, has in zip(sources, stored, strict=True) if has)
+            notes = (f"{head}: left out, since every config ties it to the embedding ({names})",)
+        trimmed = tuple({n: r for n, r in view.items() if n != head} for view in views)
+        return Heads(trimmed, None, notes)
+    if all(stored):
+        mixed = any(s.tied for s in sources) and not all(s.tied for s in sources)
+        notes = (f"{head}: stored apart, since not every source ties it",) if mixed else ()
+        return Heads(tuple(views), False if mixed else None, notes)
+    lent = []
+    for i, source in enumerate(sources):
+        embedding = _embedding(source, head)
+        if not stored[i] and source.tied and embedding:
+            views[i] = {**source.tensors, head: source.tensors[embedding]}
+            lent.append(source.label)
+    notes = (f"{head}: {', '.join(lent)} ties it to the embedding, which stands in for it; "
+             "the output stores its own",) if lent else ()  # fmt: skip
+    return Heads(tuple(views), False if lent else None, notes)
+
+
+def _embedding(source: Source, head: str) -> str | None:
+    """The input embedding that a tied head would be; its shape is the head's where both exist."""
+    found = [n for n, r in source.tensors.items() if n.endswith(_EMBEDDINGS) and len(r.shape) == 2]
+    stored = source.tensors.get(head)
+    if stored is not None:
+        found = [name for name in found if source.tensors[name].shape == stored.shape]
+    # Encoders of multimodal models have embeddings, too; the head's neighbours come first.
+    root = head.rpartition("lm_head")[0]
+    return min(found, key=lambda name: (not name.startswith(root), len(name)), default=None)

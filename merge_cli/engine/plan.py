@@ -1,0 +1,101 @@
+"""The plan: what happens to every tensor, known from headers before a byte of weights is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from merge_cli.checkpoint.header import TensorRef
+from merge_cli.checkpoint.layout import OutputTensor, Shard
+from merge_cli.checkpoint.source import Source
+from merge_cli.methods.registry import Method
+from merge_cli.recipe.schema import Recipe
+
+Action = Literal["merge", "copy"]
+
+
+@dataclass(frozen=True)
+class TensorTask:
+    """One output tensor.
+
+    Attributes:
+        dtype: safetensors dtype of the output.
+        action: `merge` runs the method; `copy` moves the bytes of the one operand.
+        operands: the sources' tensors, in the order of the method's formula.
+        sources: for each operand, its index in `Plan.sources`.
+        ids: for each operand, its place in the recipe: what a random mask belongs to.
+        base: the base's tensor, where the formula has one.
+        parameters: resolved, by the recipe's names.
+        group: what the report sums over: the layer (`model.layers.7`), or the tensor's own name.
+        note: what a reader should know; often empty.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    action: Action
+    operands: tuple[TensorRef, ...]
+    sources: tuple[int, ...]
+    ids: tuple[int, ...]
+    base: TensorRef | None = None
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    group: str = ""
+    note: str = ""
+
+    @property
+    def output(self) -> OutputTensor:
+        return OutputTensor(self.name, self.dtype, self.shape)
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return self.operands[0].size
+
+    @property
+    def inputs(self) -> tuple[TensorRef, ...]:
+        """Everything that is read for it, the base first."""
+        return (self.base, *self.operands) if self.base else self.operands
+
+    @property
+    def bytes_read(self) -> int:
+        return sum(ref.nbytes for ref in self.inputs)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A merge, decided.
+
+    Attributes:
+        sources: every opened model; the base among them, if there is one.
+        base: index of the base in `sources`; None without a base.
+        operands: indexes in `sources` of the models that are merged, in the recipe's order.
+        donor, tokenizer_donor: indexes of who gives config.json and who the tokenizer files.
+        tasks: every output tensor, in natural order of names.
+        config: the output's config.json; empty where the donor has none.
+        notes: decisions that a reader should know, one line each.
+    """
+
+    recipe: Recipe
+    method: Method
+    sources: tuple[Source, ...]
+    base: int | None
+    operands: tuple[int, ...]
+    donor: int
+    tokenizer_donor: int
+    tasks: tuple[TensorTask, ...]
+    shards: tuple[Shard, ...]
+    config: Mapping[str, Any]
+    notes: tuple[str, ...]
+
+    @property
+    def bytes_read(self) -> int:
+        return sum(task.bytes_read for task in self.tasks)
+
+    @property
+    def bytes_written(self) -> int:
+        return sum(shard.size for shard in self.shards)
+
+    @property
+    def parameter_count(self) -> int:
+        return sum(task.size for task in self.tasks)

@@ -1,0 +1,115 @@
+"""What the sources are like, measured while their blocks are in hand.
+
+For each tensor: sums over elements, so that layers and models are sums of tensors. For methods on
+task vectors the operands are deltas; otherwise they are the weights themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from merge_cli.kernels.reduce import BLOCK_MULTIPLE
+from merge_cli.methods.blocks import Block
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_MAX_PAIRS_SOURCES = 16
+_SIGN_STRIDE = 4  # signs are counted on every fourth run of elements: 25 % is plenty for a rate
+
+
+@dataclass
+class TensorStats:
+    """Sums over the elements of one tensor (or of several, after `add`).
+
+    Attributes:
+        count: elements.
+        gram: dot products between operands, S x S as nested lists (only the diagonal's entries
+            are filled with more than 16 operands).
+        agree, both: for each pair of operands, elements on which both are non-zero, and those of
+            them with the same sign (counted on a fixed quarter of the elements).
+        conflict, signed: elements on which some operands are positive and others negative, and
+            elements looked at (the same quarter).
+        kept: for each operand, elements that trimming or dropping kept; empty if the method has none.
+        base, change: squared norms of the base and of (merged - base); 0 without a base.
+        non_finite: for each operand, how many NaN or Inf.
+    """
+
+    count: int = 0
+    gram: list[list[float]] = field(default_factory=list)
+    agree: list[list[int]] = field(default_factory=list)
+    both: list[list[int]] = field(default_factory=list)
+    conflict: int = 0
+    signed: int = 0
+    kept: list[int] = field(default_factory=list)
+    base: float = 0.0
+    change: float = 0.0
+    non_finite: list[int] = field(default_factory=list)
+
+    def add(self, other: TensorStats) -> None:
+        """Sum in place; both must be of the same operands."""
+        self.count += other.count
+        self.conflict += other.conflict
+        self.signed += other.signed
+        self.base += other.base
+        self.change += other.change
+        self.gram = _sum_matrix(self.gram, other.gram)
+        self.agree = _sum_matrix(self.agree, other.agree)
+        self.both = _sum_matrix(self.both, other.both)
+        self.kept = _sum_list(self.kept, other.kept)
+        self.non_finite = _sum_list(self.non_finite, other.non_finite)
+
+    def to_json(self) -> dict[str, Any]:
+        """Fields that hold something."""
+        return {name: value for name, value in vars(self).items() if value}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> TensorStats:
+        return cls(**data)
+
+
+def measure(stats: TensorStats, block: Block, merged: Tensor) -> None:
+    """Add one block to a tensor's sums. `merged` is the method's result, not yet rounded."""
+    import torch
+
+    stacked = torch.stack(block.operands)
+    sources, length = stacked.shape
+    stats.count += length
+    if sources <= _MAX_PAIRS_SOURCES:
+        stats.gram = _sum_matrix(stats.gram, (stacked @ stacked.T).double().tolist())
+    else:
+        diagonal = torch.linalg.vector_norm(stacked, dim=1).double().square().tolist()
+        stats.gram = _sum_matrix(
+            stats.gram, [[d if i == j else 0.0 for j in range(sources)] for i, d in enumerate(diagonal)]
+        )
+    if block.base is not None:
+        stats.base += float(block.base @ block.base)
+        change = merged - block.base
+        stats.change += float(change @ change)
+    if (block.at.start // BLOCK_MULTIPLE) % _SIGN_STRIDE == 0 and 1 < sources <= _MAX_PAIRS_SOURCES:
+        _measure_signs(stats, stacked[:, :BLOCK_MULTIPLE])
+
+
+def _measure_signs(stats: TensorStats, sample: Tensor) -> None:
+    signs = sample.sign()
+    present = signs.abs()
+    both = (present @ present.T).round().long()
+    difference = (signs @ signs.T).round().long()  # agreeing minus disagreeing
+    stats.both = _sum_matrix(stats.both, both.tolist())
+    stats.agree = _sum_matrix(stats.agree, ((both + difference) // 2).tolist())
+    stats.conflict += int(((signs.amax(0) > 0) & (signs.amin(0) < 0)).sum())
+    stats.signed += sample.shape[1]
+
+
+def _sum_list(a: Sequence[Any], b: Sequence[Any]) -> list[Any]:
+    if not a or not b:
+        return list(a or b)
+    return [x + y for x, y in zip(a, b, strict=True)]
+
+
+def _sum_matrix(a: Sequence[Sequence[Any]], b: Sequence[Sequence[Any]]) -> list[list[Any]]:
+    if not a or not b:
+        return [list(row) for row in (a or b)]
+    return [_sum_list(x, y) for x, y in zip(a, b, strict=True)]

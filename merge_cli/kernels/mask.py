@@ -1,0 +1,88 @@
+"""Random masks that depend on the element, not on the order of drawing.
+
+The keep-bit of an element is a function of (seed, source, tensor name, element index), so a mask
+is the same on every device, in any order, in blocks of any size. Written down exactly, since other
+implementations must agree bit for bit:
+
+    key    k0, k1 = the two little-endian uint32 of
+           blake2b(f"{seed}\\x1f{source}\\x1f{name}\\x1f{index >> 32}", digest_size=8)
+    mix    x = index mod 2^32
+           x ^= k0;  x ^= x >> 16;  x *= 0x21F0AAAD;  x ^= x >> 15
+           x += k1;                 x *= 0xD35A2D97;  x ^= x >> 15
+                                    x *= 0x31848BAB;  x ^= x >> 14      (all mod 2^32)
+    keep   x < round(density * 2^32)
+
+The mix is a three-round integer hash (constants from Wellons' hash prospector), keyed before the
+first two. The third round is needed: without it, elements that are a multiple of 64 apart (rows of
+a matrix) are correlated by up to 0.04, which `tests/test_oracles.py` would see. All 32 bits are
+compared, so density 0.53 means 0.53.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+_CHUNK = 2**32
+
+
+def keep_mask(
+    seed: int, source: int, name: str, start: int, size: int, density: float, device: torch.device
+) -> Tensor:
+    """Boolean keep-mask of `size` elements from flat index `start`, true with chance `density`."""
+    import torch
+
+    limit = round(density * 2**32)
+    if limit >= 2**32:
+        return torch.ones(size, dtype=torch.bool, device=device)
+    parts = []
+    stop = start + size
+    while start < stop:  # the key changes every 2^32 elements
+        chunk = start // _CHUNK
+        end = min(stop, (chunk + 1) * _CHUNK)
+        k0, k1 = mask_key(seed, source, name, chunk)
+        low = start - chunk * _CHUNK
+        parts.append(_uniform(low, end - start, k0, k1, device) < limit - 2**31)
+        start = end
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def mask_key(seed: int, source: int, name: str, chunk: int) -> tuple[int, int]:
+    """The two 32-bit words that key the mix."""
+    text = f"{seed}\x1f{source}\x1f{name}\x1f{chunk}".encode()
+    digest = hashlib.blake2b(text, digest_size=8).digest()
+    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
+
+
+def _uniform(low: int, size: int, k0: int, k1: int, device: torch.device) -> Tensor:
+    """The mixed words, shifted by -2^31 so that comparing them as int32 orders them as uint32."""
+    import torch
+
+    # int32 wraps as uint32 does; only right shifts differ, and their sign bits are masked away.
+    index = torch.arange(low, low + size, dtype=torch.int64, device=device)
+    x = index.to(torch.int32) if low + size <= 2**31 else _wrap(index)
+    x ^= _signed(k0)
+    x ^= (x >> 16) & 0xFFFF
+    x *= _signed(0x21F0AAAD)
+    x ^= (x >> 15) & 0x1FFFF
+    x += _signed(k1)
+    x *= _signed(0xD35A2D97)
+    x ^= (x >> 15) & 0x1FFFF
+    x *= _signed(0x31848BAB)
+    x ^= (x >> 14) & 0x3FFFF
+    return x ^ _signed(0x80000000)
+
+
+def _wrap(index: Tensor) -> Tensor:
+    """int64 to int32 modulo 2^32, without relying on how a device casts what does not fit."""
+    import torch
+
+    return ((index + 2**31) % 2**32 - 2**31).to(torch.int32)
+
+
+def _signed(word: int) -> int:
+    return word - 2**32 if word >= 2**31 else word

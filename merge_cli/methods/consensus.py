@@ -1,0 +1,49 @@
+"""Sign election and disjoint mean: what TIES and DARE-TIES share. Yadav et al., arXiv:2306.01708."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def disjoint_mean(
+    deltas: list[Tensor],
+    weights: Sequence[float],
+    *,
+    weighted_election: bool,
+    divide_by: str,
+    zero_sign: float = 1.0,
+) -> Tensor:
+    """The mean of each element over the models that agree with its elected sign.
+
+    Args:
+        deltas: flat task vectors of equal length, already trimmed or dropped.
+        weights: one for each delta.
+        weighted_election: elect sign(sum of w_i * d_i), and let w_i * d_i vote; else d_i.
+        divide_by: `weights` (sum of agreeing weights; 1 where it is below 1e-8), `count` (number
+            of agreeing entries) or `nothing`.
+        zero_sign: the sign elected where the sum is exactly 0: 1, -1, or 0 (nothing agrees).
+    """
+    import torch
+
+    weighted = [d * w for d, w in zip(deltas, weights, strict=True)]
+    voters = weighted if weighted_election else deltas
+    elected = voters[0].clone()
+    for voter in voters[1:]:
+        elected += voter
+    elected.sign_()
+    elected[elected == 0] = zero_sign
+    total = torch.zeros_like(elected)
+    divisor = torch.zeros_like(elected)
+    for voter, value, weight in zip(voters, weighted, weights, strict=True):
+        agrees = (voter * elected) > 0  # an entry that is 0 has no sign and never agrees
+        total += torch.where(agrees, value, 0.0)
+        if divide_by != "nothing":
+            divisor += agrees * (weight if divide_by == "weights" else 1.0)
+    if divide_by == "nothing":
+        return total
+    divisor[divisor.abs() < 1e-8] = 1.0
+    return total / divisor

@@ -1,0 +1,27 @@
+"""Passthrough: tensors as they are, or scaled. What frankenmerges stack layers with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from merge_cli.methods.parameters import PerModel, each
+from merge_cli.methods.registry import merge_method
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def unscaled(scale: Sequence[float]) -> bool:
+    """A tensor that is not scaled is copied, byte for byte."""
+    return scale[0] == 1.0
+
+
+@merge_method("passthrough", count=(1, 1), copies=unscaled)
+def passthrough(models: list[Tensor], *, scale: PerModel[float] = each(1.0)) -> Tensor:
+    """Copy the one source of each tensor.
+
+    Args:
+        scale: multiply the tensor by this; 1 copies its bytes.
+    """
+    return models[0] * scale[0]

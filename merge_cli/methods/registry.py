@@ -1,0 +1,171 @@
+"""Which methods there are. `@merge_method` records a function and hands it back untouched.
+
+A method is a pure function on spans of tensors. The names of its positional parameters say what
+the engine must supply, the keyword-only ones are the recipe's schema (see `parameters`):
+
+    base      the base model's span                                    -> the method needs a base
+    models    every source's span, as it is                            -> weights
+    deltas    every source's span minus the base's                     -> task vectors
+    at        the `Span`: which elements of which tensor these are, and the recipe's seed
+    prepared  what `prepare` returned for this tensor
+
+All spans are flat, upcast (float32; float64 where a source is) and of equal length; the method
+returns a span of the same length, which the engine rounds once. A method that must see the whole
+tensor before it can treat an element (a norm, a threshold) declares `prepare`, one that must see
+the whole model `survey`: both get block readers, so that no tensor has to fit in memory.
+
+Packages add methods by the entry-point group `merge_cli.methods`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any, TypeVar
+
+from merge_cli.errors import UsageError
+from merge_cli.methods.parameters import MethodParameter, read_parameters
+from merge_cli.recipe.parse import nearest
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+ENTRY_POINTS = "merge_cli.methods"
+_BUILT_IN = ("soup", "task_arithmetic", "ties", "dare", "slerp", "passthrough")
+_SUPPLIED = ("base", "models", "deltas", "at", "prepared")
+
+
+@dataclass(frozen=True)
+class Method:
+    """A registered method: the function and what the engine must know about it.
+
+    Attributes:
+        count: (least, most) number of sources; most None means any.
+        prepare: `prepare(tensor, survey, **parameters)` -> anything, once for each tensor.
+        survey: `survey(tensors)` -> anything or None, once for each merge; tensors in plan order.
+        kept: `kept(block, prepared, parameters)` -> elements that each operand keeps, for the report.
+        copies: `copies(**parameters)` -> True where the output is its only source, byte for byte.
+        check: `check(**parameters it names)` -> why this combination cannot be merged, or "".
+        ignores: parameters that mergekit takes here without effect: a warning, not an error.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    aliases: tuple[str, ...] = ()
+    paper: str = ""
+    count: tuple[int, int | None] = (1, None)
+    base_is_source: bool = False
+    prepare: Callable[..., Any] | None = None
+    survey: Callable[..., Any] | None = None
+    kept: Callable[..., list[int]] | None = None
+    copies: Callable[..., bool] | None = None
+    check: Callable[..., str] | None = None
+    ignores: tuple[str, ...] = ()
+    supplied: frozenset[str] = field(default_factory=frozenset)
+
+    @cached_property
+    def parameters(self) -> dict[str, MethodParameter]:
+        """The recipe's schema for this method."""
+        return read_parameters(self.function)
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether the formula contains the base model."""
+        return "base" in self.supplied or "deltas" in self.supplied
+
+    @property
+    def summary(self) -> str:
+        """The first line of the docstring."""
+        return (inspect.getdoc(self.function) or "").partition("\n")[0]
+
+
+_METHODS: dict[str, Method] = {}
+
+
+def merge_method(
+    name: str,
+    *,
+    aliases: tuple[str, ...] = (),
+    paper: str = "",
+    count: tuple[int, int | None] = (1, None),
+    base_is_source: bool = False,
+    prepare: Callable[..., Any] | None = None,
+    survey: Callable[..., Any] | None = None,
+    kept: Callable[..., list[int]] | None = None,
+    copies: Callable[..., bool] | None = None,
+    check: Callable[..., str] | None = None,
+    ignores: tuple[str, ...] = (),
+) -> Callable[[F], F]:
+    """Record a merge method under `name` and its aliases; see the module's text for the contract.
+
+    Raises:
+        TypeError: the name is taken, or a positional parameter is none that the engine supplies.
+    """
+
+    def record(function: F) -> F:
+        positional = [
+            p.name
+            for p in inspect.signature(function).parameters.values()
+            if p.kind is not inspect.Parameter.KEYWORD_ONLY
+        ]
+        unknown = set(positional) - set(_SUPPLIED)
+        if unknown:
+            raise TypeError(f"{name}: the engine supplies {_SUPPLIED}, not {sorted(unknown)}")
+        method = Method(
+            name, function, aliases, paper, count, base_is_source,
+            prepare, survey, kept, copies, check, ignores, frozenset(positional),
+        )  # fmt: skip
+        _ = method.parameters  # a signature that cannot be read fails here, at import
+        for key in (name, *aliases):
+            if key in _METHODS and _METHODS[key].function.__module__ != function.__module__:
+                owner = _METHODS[key].function.__module__
+                raise TypeError(f"merge method '{key}' is already defined by {owner}")
+            _METHODS[key] = method
+        return function
+
+    return record
+
+
+def get_method(name: str) -> Method:
+    """The method of that name or alias.
+
+    Raises:
+        UsageError: there is none; names the nearest.
+    """
+    _load()
+    if name not in _METHODS:
+        raise UsageError(f"unknown merge method '{name}'.", hint=nearest(name, _METHODS))
+    return _METHODS[name]
+
+
+def method_names() -> list[str]:
+    """Every name and alias that a recipe may use, sorted."""
+    _load()
+    return sorted(_METHODS)
+
+
+def all_methods() -> list[Method]:
+    """Every method once: ours in the order from averaging to automation, then plugins by name."""
+    _load()
+    unique = {method.name: method for method in _METHODS.values()}
+    ours = {name: i for i, name in enumerate(_BUILT_IN)}
+    order = sorted(unique.values(), key=lambda m: (ours.get(m.name.split("_ties")[0], 99), m.name))
+    return order
+
+
+@cache
+def _load() -> None:
+    """Import the built-in methods and plugins, once. None of ours imports torch to be imported."""
+    for module in _BUILT_IN:
+        import_module(f"merge_cli.methods.{module}")
+    for entry in entry_points(group=ENTRY_POINTS):
+        try:
+            entry.load()
+        except Exception as error:
+            # A broken plugin must not look like a missing method: say which package it is.
+            package = entry.dist.name if entry.dist else entry.value
+            what = f"the plugin '{entry.name}' of package '{package}' failed to load: {error!r}"
+            raise UsageError(what, hint=f"Fix or uninstall '{package}'.") from error

@@ -1,0 +1,176 @@
+"""A recipe against its method: every parameter checked where it stands, then resolved per tensor.
+
+Precedence, as in mergekit: slice source, output slice, global, the method's default.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from merge_cli.errors import Problem, UsageError
+from merge_cli.methods.registry import Method, get_method, method_names
+from merge_cli.recipe.parse import nearest
+from merge_cli.recipe.schema import Parameters, Recipe, SliceSpec, SourceSpec
+from merge_cli.recipe.values import Scalar, evaluate, scalars
+
+# Known to the field or to mergekit, not to this version: better said than guessed at.
+_ELSEWHERE = frozenset((
+    "greedy_soup", "evolutionary", "dam", "nuslerp", "multislerp", "karcher", "della",
+    "della_linear", "breadcrumbs", "breadcrumbs_ties", "sce", "model_stock", "nearswap",
+    "arcee_fusion", "ram", "ramplus_tl",
+))  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A recipe's method, or None where there is none of that name, and what was found."""
+
+    method: Method | None
+    problems: tuple[Problem, ...]
+    warnings: tuple[str, ...]
+
+
+def check_recipe(recipe: Recipe) -> Checked:
+    """Every problem that the method has with the recipe, without looking at a model."""
+    name = recipe.merge_method
+    if not name:
+        return Checked(None, (), ())
+    try:
+        method = get_method(name)
+    except UsageError as error:
+        if name not in method_names() and name in _ELSEWHERE:
+            what = f"'{name}' is not supported by this version."
+            known = ", ".join(method_names())
+            return Checked(None, (recipe.problem("merge_method", what, f"Known: {known}."),), ())
+        hint = error.hint if error.where == "" else ""
+        return Checked(None, (recipe.problem("merge_method", error.what, hint),), ())
+    problems: list[Problem] = []
+    warnings: list[str] = []
+    if method.needs_base and recipe.base_model is None:
+        what = f"{name} adds changes to a base model, and the recipe names none."
+        problems.append(recipe.problem("merge_method", what, "Add `base_model:`."))
+    for key, group, specs in _groups(recipe):
+        _check_count(recipe, method, key, specs, problems)
+        if group:
+            _check_parameters(recipe, method, group, None, problems, warnings)
+    _check_parameters(recipe, method, recipe.parameters, None, problems, warnings)
+    for spec in recipe.source_specs:
+        _check_parameters(recipe, method, spec.parameters, spec, problems, warnings)
+    return Checked(method, tuple(problems), tuple(warnings))
+
+
+def operand_specs(
+    recipe: Recipe, method: Method, specs: Sequence[SourceSpec]
+) -> tuple[SourceSpec, ...]:
+    """The sources that the formula runs over, in its order.
+
+    A base among the sources has no task vector, so methods on deltas leave it out; where the base
+    is an operand of its own (slerp), it comes first.
+    """
+    base = recipe.base_model
+    if base is None:
+        return tuple(specs)
+    own = tuple(s for s in specs if s.model == base)
+    others = tuple(s for s in specs if s.model != base)
+    if method.base_is_source:
+        return (own or (SourceSpec(base, "base_model"),)) + others
+    return others if method.needs_base else tuple(specs)
+
+
+def resolve(
+    recipe: Recipe,
+    method: Method,
+    piece: SliceSpec | None,
+    specs: Sequence[SourceSpec],
+    tensor: str,
+    position: float,
+) -> dict[str, Any]:
+    """The method's parameters for one tensor, by the recipe's names; a list where per model.
+
+    Args:
+        piece: the output slice, or None for a merge of whole models.
+        specs: the operands' sources, in order.
+        position: the tensor's layer within its slice, 0 to 1.
+    """
+    shared = [piece.parameters, recipe.parameters] if piece else [recipe.parameters]
+    resolved: dict[str, Any] = {}
+    for name, parameter in method.parameters.items():
+
+        def value(layers: Sequence[Parameters], name: str = name) -> Scalar | None:
+            for parameters in layers:
+                if name in parameters:
+                    found = evaluate(parameters[name].setting, tensor, position)
+                    if found is not None:
+                        return method.parameters[name].coerce(found)
+            return method.parameters[name].default
+
+        if parameter.per_model:
+            resolved[name] = [value([spec.parameters, *shared]) for spec in specs]
+        else:
+            resolved[name] = value(shared)
+    return resolved
+
+
+def combination_error(method: Method, parameters: Mapping[str, Any]) -> str:
+    """Why the resolved parameters of a tensor cannot be merged with; empty when they can."""
+    if method.check is None:
+        return ""
+    wanted = inspect.signature(method.check).parameters
+    return method.check(**{k: v for k, v in parameters.items() if k in wanted})
+
+
+def arguments(method: Method, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Resolved parameters as the function spells them (`lambda` becomes `lambda_`)."""
+    return {method.parameters[name].argument: value for name, value in parameters.items()}
+
+
+def _groups(recipe: Recipe) -> list[tuple[str, Parameters, tuple[SourceSpec, ...]]]:
+    if recipe.models:
+        return [("models", {}, recipe.models)]
+    return [(piece.key, piece.parameters, piece.sources) for piece in recipe.slices]
+
+
+def _check_count(
+    recipe: Recipe,
+    method: Method,
+    key: str,
+    specs: tuple[SourceSpec, ...],
+    problems: list[Problem],
+) -> None:
+    least, most = method.count
+    count = len(operand_specs(recipe, method, specs))
+    if not specs or least <= count and (most is None or count <= most):
+        return
+    wanted = f"exactly {least}" if least == most else f"at least {least}"
+    besides = " besides the base" if method.needs_base else ""
+    what = f"{recipe.merge_method} takes {wanted} model{'s' * (least != 1)}{besides} (got {count})"
+    problems.append(recipe.problem(key, what))
+
+
+def _check_parameters(
+    recipe: Recipe,
+    method: Method,
+    parameters: Parameters,
+    spec: SourceSpec | None,
+    problems: list[Problem],
+    warnings: list[str],
+) -> None:
+    shown = recipe.merge_method
+    for name, given in parameters.items():
+        known = method.parameters.get(name)
+        if known is None and name in method.ignores:
+            line, column = recipe.places.get(given.key, (0, 0))
+            place = f"{recipe.file}:{line}:{column}: {given.key}"
+            warnings.append(f"{place}: has no effect in {shown}.")
+        elif known is None:
+            what = f"{shown} has no such parameter."
+            problems.append(recipe.problem(given.key, what, nearest(name, method.parameters)))
+        elif spec is not None and not known.per_model:
+            what = f"{name} is one value for the whole merge, not one for each model."
+            problems.append(recipe.problem(given.key, what, "Move it to the recipe's `parameters:`."))
+        else:
+            wrong = {message for v in scalars(given.setting) if (message := known.check(v))}
+            problems.extend(recipe.problem(given.key, message + ".") for message in sorted(wrong))

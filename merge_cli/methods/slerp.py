@@ -1,0 +1,56 @@
+"""Spherical linear interpolation of two models. Shoemake, SIGGRAPH 1985."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from merge_cli.kernels.reduce import ExactSum, weighted_sum
+from merge_cli.methods.blocks import TensorBlocks
+from merge_cli.methods.parameters import Share
+from merge_cli.methods.registry import merge_method
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_PARALLEL = 0.9995  # |cosine| above which sin(theta) is too small to divide by
+_TINY = 1e-8
+
+
+def great_circle(
+    tensor: TensorBlocks, survey: None, *, t: float, **_: Any
+) -> tuple[float, float]:
+    """The two coefficients of a tensor: sin((1-t)θ)/sin θ and sin(tθ)/sin θ.
+
+    θ is the angle between the flattened tensors. Nearly parallel ones are interpolated linearly.
+    """
+    aa, bb, ab = ExactSum(), ExactSum(), ExactSum()
+    for block in tensor.blocks():
+        a, b = (operand.double() for operand in block.operands)
+        aa.add(a * a)
+        bb.add(b * b)
+        ab.add(a * b)
+    norm_a, norm_b = math.sqrt(aa.value), math.sqrt(bb.value)
+    # A vector of no length has no direction; it enters the angle as it is.
+    cosine = ab.value / ((norm_a if norm_a > _TINY else 1.0) * (norm_b if norm_b > _TINY else 1.0))
+    if abs(cosine) > _PARALLEL:
+        return 1.0 - t, t
+    theta = math.acos(cosine)
+    return math.sin((1.0 - t) * theta) / math.sin(theta), math.sin(t * theta) / math.sin(theta)
+
+
+@merge_method(
+    "slerp", paper="Shoemake 1985", count=(2, 2), base_is_source=True, prepare=great_circle
+)
+def slerp(
+    models: list[Tensor],
+    prepared: tuple[float, float],
+    *,
+    t: Share = 0.5,
+) -> Tensor:
+    """Walk from the first model (the base) to the second along the great circle through both.
+
+    Args:
+        t: how far to go, for each tensor: 0 is the base, 1 the other model.
+    """
+    return weighted_sum(prepared, models)

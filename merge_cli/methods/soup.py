@@ -1,0 +1,37 @@
+"""Model soups: averaging weights. Wortsman et al., arXiv:2203.05482."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from merge_cli.kernels.reduce import weighted_sum
+from merge_cli.methods.parameters import PerModel, each
+from merge_cli.methods.registry import merge_method
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def weights_cancel(weight: Sequence[float], normalize: bool) -> str:
+    """Why these weights have no average."""
+    if normalize and abs(sum(weight)) < 1e-8:
+        return f"the weights {list(weight)} sum to 0, so that normalizing divides by 0"
+    return ""
+
+
+@merge_method("soup", aliases=("linear",), paper="arXiv:2203.05482", check=weights_cancel)
+def soup(
+    models: list[Tensor],
+    *,
+    weight: PerModel[float] = each(1.0),
+    normalize: bool = True,
+) -> Tensor:
+    """Average the models: sum of w_i * theta_i / sum of w_i.
+
+    Args:
+        weight: how much of each model goes in.
+        normalize: divide by the sum of the weights.
+    """
+    mixed = weighted_sum(weight, models)
+    return mixed / sum(weight) if normalize else mixed

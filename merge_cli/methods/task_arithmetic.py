@@ -1,0 +1,38 @@
+"""Task arithmetic: adding task vectors to the base. Ilharco et al., arXiv:2212.04089."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from merge_cli.kernels.reduce import weighted_sum
+from merge_cli.methods.parameters import PerModel, each
+from merge_cli.methods.registry import merge_method
+from merge_cli.methods.soup import weights_cancel
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@merge_method(
+    "task_arithmetic", paper="arXiv:2212.04089", check=weights_cancel,
+    ignores=("density", "rescale"),
+)  # fmt: skip
+def task_arithmetic(
+    base: Tensor,
+    deltas: list[Tensor],
+    *,
+    weight: PerModel[float] = each(1.0),
+    normalize: bool = False,
+    lambda_: float = 1.0,
+) -> Tensor:
+    """Add weighted task vectors to the base: theta_0 + lambda * sum of w_i * delta_i.
+
+    Args:
+        weight: how much of each task vector goes in.
+        normalize: divide the sum by the sum of the weights.
+        lambda_: scale of the whole change.
+    """
+    mixed = weighted_sum(weight, deltas)
+    if normalize:
+        mixed /= sum(weight)
+    return base + lambda_ * mixed

@@ -1,0 +1,205 @@
+"""TIES: trim, elect sign, disjoint merge. Yadav et al., arXiv:2306.01708.
+
+The paper's code and mergekit differ in five points; `semantics` sets them all at once, and each
+can be set by itself. `trim: model` and the paper's rule for a sum of 0 look at the whole model
+before the merge, in streamed passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, Literal
+
+from merge_cli.errors import UsageError
+from merge_cli.kernels.reduce import weighted_sum
+from merge_cli.kernels.select import ALL_TIES, Cut, magnitude_cuts
+from merge_cli.methods.blocks import Block, Span, TensorBlocks
+from merge_cli.methods.consensus import disjoint_mean
+from merge_cli.methods.parameters import Density, PerModel, each
+from merge_cli.methods.registry import merge_method
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Semantics = Literal["mergekit", "paper"]
+Cuts = list[Cut | None]
+
+
+@dataclass(frozen=True)
+class TiesSurvey:
+    """What the whole model had to be read for.
+
+    Attributes:
+        cuts: tensor name -> one cut for each delta; empty under `trim: tensor`.
+        zero_sign: the sign that most elements of the whole model elect; None if not asked for.
+    """
+
+    cuts: Mapping[str, Cuts]
+    zero_sign: float | None
+
+
+@dataclass(frozen=True)
+class Trim:
+    """What one tensor is trimmed and elected with."""
+
+    cuts: Cuts
+    zero_sign: float
+
+
+def survey(tensors: Sequence[TensorBlocks]) -> TiesSurvey | None:
+    """Whole-model thresholds and majority sign, where the recipe asks for them.
+
+    Raises:
+        UsageError: rules for the whole model that differ between its tensors.
+    """
+    rules = {_model_rule(tensor) for tensor in tensors}
+    if len(rules) > 1:
+        what = "trim and zero_sign over the whole model need the same sources and the same semantics, "
+        what += "trim, zero_sign and density for every tensor"
+        raise UsageError(what, hint="Use one number for each model, without gradient or filter.")
+    by_model, majority, *_ = rules.pop()
+    if not (by_model or majority):
+        return None
+    cuts = _model_cuts(tensors) if by_model else {}
+    return TiesSurvey(cuts, _majority_sign(tensors, cuts) if majority else None)
+
+
+def prepare(tensor: TensorBlocks, found: TiesSurvey | None, **parameters: Any) -> Trim:
+    """The cuts of one tensor."""
+    zero_sign = 1.0 if found is None or found.zero_sign is None else found.zero_sign
+    if found and tensor.name in found.cuts:
+        return Trim(found.cuts[tensor.name], zero_sign)
+    return Trim(_tensor_cuts(tensor), zero_sign)
+
+
+def kept(block: Block, prepared: Trim, parameters: Mapping[str, Any]) -> list[int]:
+    """How many elements each trimmed task vector keeps in a block."""
+    return [
+        delta.numel() if cut is None else int(cut.keep(delta, block.at.start).sum())
+        for delta, cut in zip(block.operands, prepared.cuts, strict=True)
+    ]
+
+
+@merge_method(
+    "ties", paper="arXiv:2306.01708",
+    prepare=prepare, survey=survey, kept=kept, ignores=("rescale",),
+)  # fmt: skip
+def ties(
+    base: Tensor,
+    deltas: list[Tensor],
+    at: Span,
+    prepared: Trim,
+    *,
+    weight: PerModel[float] = each(1.0),
+    density: PerModel[Density | None] = each(None),
+    normalize: bool = True,
+    lambda_: float = 1.0,
+    semantics: Semantics = "mergekit",
+    trim: Literal["tensor", "model"] | None = None,
+    elect: Literal["weighted", "unweighted"] | None = None,
+    divisor: Literal["weights", "count"] | None = None,
+    zero_sign: Literal["positive", "majority"] | None = None,
+) -> Tensor:
+    """Keep the largest changes, elect a sign for each element, average those that agree.
+
+    Args:
+        weight: how much of each task vector goes in.
+        density: share of each task vector's elements that is kept, the largest by magnitude,
+            exactly int(density * n), ties to the lower index. Default 1 (mergekit) or 0.2 (paper).
+        normalize: divide by what agrees (see divisor); false gives the plain sum.
+        lambda_: scale of the whole change.
+        semantics: sets density, trim, elect, divisor and zero_sign to mergekit's or the paper's
+            rule where they are not given.
+        trim: rank magnitudes within each tensor (mergekit) or over the whole model (paper).
+        elect: elect the sign of the weighted (mergekit) or the unweighted (paper) sum.
+        divisor: divide by the sum of the agreeing weights (mergekit) or their number (paper).
+        zero_sign: a sum of exactly 0 elects plus (mergekit) or the sign that most elements of the
+            model have (paper).
+    """
+    paper = semantics == "paper"
+    trimmed = [
+        delta if cut is None else delta * cut.keep(delta, at.start)
+        for delta, cut in zip(deltas, prepared.cuts, strict=True)
+    ]
+    mixed = disjoint_mean(
+        trimmed,
+        weight,
+        weighted_election=_or(elect, "unweighted" if paper else "weighted") == "weighted",
+        divide_by=_or(divisor, "count" if paper else "weights") if normalize else "nothing",
+        zero_sign=prepared.zero_sign,
+    )
+    return base + lambda_ * mixed
+
+
+def densities(parameters: Mapping[str, Any]) -> list[float]:
+    """The density of each source, with the default that `semantics` sets."""
+    default = 0.2 if parameters["semantics"] == "paper" else 1.0
+    return [default if given is None else given for given in parameters["density"]]
+
+
+def _model_rule(tensor: TensorBlocks) -> tuple[Any, ...]:
+    """(trim over the model?, majority sign?, and what must then be the same for every tensor)."""
+    parameters = tensor.parameters
+    paper = parameters["semantics"] == "paper"
+    by_model = _or(parameters["trim"], "model" if paper else "tensor") == "model"
+    majority = _or(parameters["zero_sign"], "majority" if paper else "positive") == "majority"
+    density = tuple(densities(parameters)) if by_model else ()
+    sources = len(parameters["weight"]) if by_model else 0
+    return by_model, majority, density, sources
+
+
+def _or(given: str | None, default: str) -> str:
+    return default if given is None else given
+
+
+def _deltas(tensor: TensorBlocks) -> Iterator[tuple[int, list[Tensor]]]:
+    return ((block.at.start, block.operands) for block in tensor.blocks())
+
+
+def _tensor_cuts(tensor: TensorBlocks) -> Cuts:
+    return magnitude_cuts(densities(tensor.parameters), tensor.size, lambda: _deltas(tensor))
+
+
+def _model_cuts(tensors: Sequence[TensorBlocks]) -> dict[str, Cuts]:
+    """Exact thresholds over all tensors together; ties to the lower (tensor, index)."""
+    offsets = [0, *accumulate(tensor.size for tensor in tensors)]
+    placed = list(zip(tensors, offsets[:-1], strict=True))
+
+    def blocks() -> Iterator[tuple[int, list[Tensor]]]:
+        for tensor, offset in placed:
+            for start, deltas in _deltas(tensor):
+                yield offset + start, deltas
+
+    whole = magnitude_cuts(densities(tensors[0].parameters), offsets[-1], blocks)
+    return {
+        tensor.name: [cut and _within(cut, offset, tensor.size) for cut in whole]
+        for tensor, offset in placed
+    }
+
+
+def _within(cut: Cut, offset: int, size: int) -> Cut:
+    """A whole-model cut as one of its tensors sees it."""
+    if cut.last_tie >= offset + size:
+        return Cut(cut.threshold, ALL_TIES)
+    return Cut(cut.threshold, max(cut.last_tie - offset, -1))
+
+
+def _majority_sign(tensors: Sequence[TensorBlocks], cuts: Mapping[str, Cuts]) -> float:
+    """The sign of the sum, over all elements of the model, of the sign that each one elects."""
+    balance = 0
+    for tensor in tensors:
+        own = cuts.get(tensor.name) or _tensor_cuts(tensor)
+        paper = tensor.parameters["semantics"] == "paper"
+        rule = _or(tensor.parameters["elect"], "unweighted" if paper else "weighted")
+        weights: Sequence[float] = tensor.parameters["weight"]
+        for start, deltas in _deltas(tensor):
+            kept = [
+                delta if cut is None else delta * cut.keep(delta, start)
+                for delta, cut in zip(deltas, own, strict=True)
+            ]
+            ones = [1.0] * len(kept)
+            votes = weighted_sum(weights if rule == "weighted" else ones, kept)
+            balance += int((votes > 0).sum()) - int((votes < 0).sum())
+    return float((balance > 0) - (balance < 0))

@@ -1,0 +1,65 @@
+"""How a recipe names a model, and where that name leads.
+
+`path-or-hub-id[@revision][+lora[@revision]]`, or a mapping. A path that exists on disk wins over
+the reading of `+` and `@`. Relative paths belong to the recipe's file, so that a recipe in git
+works from any folder.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """One model as written: `path` is a folder or a Hub id; `lora` is applied on top of it."""
+
+    path: str
+    revision: str | None = None
+    lora: str | None = None
+    lora_revision: str | None = None
+
+    def __str__(self) -> str:
+        text = self.path + (f"@{self.revision}" if self.revision else "")
+        if self.lora:
+            text += f"+{self.lora}" + (f"@{self.lora_revision}" if self.lora_revision else "")
+        return text
+
+
+def parse_reference(text: str, folder: Path) -> ModelRef:
+    """Read the short form of a model reference; `folder` is where relative paths start."""
+    if local_folder(text, folder) is not None:
+        return ModelRef(text)
+    model, _, lora = text.partition("+")
+    path, revision = _split_revision(model, folder)
+    if not lora:
+        return ModelRef(path, revision)
+    return ModelRef(path, revision, *_split_revision(lora, folder))
+
+
+def local_folder(path: str, folder: Path) -> Path | None:
+    """The folder on disk that `path` means, or None.
+
+    Looked for beside the recipe first, then in the working directory, where mergekit looks.
+    """
+    given = Path(path).expanduser()
+    for candidate in (folder / given, Path.cwd() / given):  # an absolute path replaces either
+        if candidate.exists():
+            return candidate
+    return None
+
+
+def looks_like_hub_id(path: str) -> bool:
+    """Whether `path` can be a repository on the Hub: `name` or `organisation/name`."""
+    return bool(_HUB_ID.fullmatch(path))
+
+
+def _split_revision(text: str, folder: Path) -> tuple[str, str | None]:
+    if local_folder(text, folder) is not None:
+        return text, None
+    path, _, revision = text.partition("@")
+    return path, revision or None

@@ -1,0 +1,80 @@
+"""The recipe as data: frozen, typed, with the place of every key kept for later messages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from merge_cli.errors import Problem
+from merge_cli.recipe.reference import ModelRef
+from merge_cli.recipe.values import Parameter
+
+DTYPES = ("float32", "float16", "bfloat16", "float64")
+
+Parameters = Mapping[str, Parameter]
+
+
+@dataclass(frozen=True)
+class SourceSpec:
+    """One source model. `layer_range` is half-open; None means every layer."""
+
+    model: ModelRef
+    key: str
+    parameters: Parameters = field(default_factory=dict)
+    layer_range: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class SliceSpec:
+    """A run of output layers and the sources that it is merged from."""
+
+    sources: tuple[SourceSpec, ...]
+    key: str
+    parameters: Parameters = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A checked recipe. Exactly one of `models` and `slices` is non-empty.
+
+    Attributes:
+        dtype: dtype of the output; None keeps each tensor's own. Computing is float32 regardless.
+        inputs: model as written -> digest of its headers, in a resolved recipe: they must match.
+        file: the recipe as messages name it; `folder` is where its relative paths start.
+        places: key path -> (line, column), for messages of later stages.
+        warnings: one line for each key that is known, accepted and without effect.
+    """
+
+    merge_method: str
+    base_model: ModelRef | None = None
+    models: tuple[SourceSpec, ...] = ()
+    slices: tuple[SliceSpec, ...] = ()
+    parameters: Parameters = field(default_factory=dict)
+    dtype: str | None = None
+    out_dtype: str | None = None
+    seed: int = 0
+    tokenizer_source: str | None = None
+    name: str | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    file: str = ""
+    folder: Path = field(default_factory=Path.cwd)
+    places: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def output_dtype(self) -> str | None:
+        """`out_dtype` wins over `dtype`; None keeps each tensor's own."""
+        return self.out_dtype or self.dtype
+
+    @property
+    def source_specs(self) -> tuple[SourceSpec, ...]:
+        """Every source, in the order of the recipe."""
+        return self.models or tuple(s for piece in self.slices for s in piece.sources)
+
+    def problem(self, key: str, what: str, hint: str = "") -> Problem:
+        """A problem at a key path of this recipe, with its line and column."""
+        line, column = self.places.get(key, (0, 0))
+        return Problem(what, key, self.file, line, column, hint)
