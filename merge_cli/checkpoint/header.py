@@ -1,4 +1,4 @@
-"""Safetensors headers: what is in a file, read from its first kilobytes and believed only if checked.
+"""Safetensors headers: what is in a file, read from its first kilobytes and checked.
 
 A header is trusted nowhere else, so everything that could make a later read wrong is refused here:
 a length beyond the file, spans that overlap, leave gaps or run past the end, sizes that do not

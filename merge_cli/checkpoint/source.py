@@ -150,9 +150,7 @@ def _open_hub(repo: hub.HubModel, label: str) -> Source:
     return Source(label, root, config, _join(tensors, weight_map, label), headers, repo, notes)
 
 
-def _shards(
-    names: set[str], index: Any, label: str
-) -> tuple[list[str], Mapping[str, str] | None]:
+def _shards(names: set[str], index: Any, label: str) -> tuple[list[str], Mapping[str, str] | None]:
     """Which files hold the weights, in transformers' order of preference, and the index's map."""
     if "model.safetensors" in names:
         return ["model.safetensors"], None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from merge_cli.checkpoint.header import DTYPES
@@ -69,16 +70,20 @@ class Computer:
         if "prepared" in self._method.supplied:
             supplied["prepared"] = self._prepare(unit, task, reader)
         supplied |= arguments(self._method, task.parameters)
+        kept = None
+        if self._method.kept is not None:
+            kept = partial(
+                self._method.kept,
+                prepared=supplied.get("prepared"),
+                parameters=task.parameters,
+            )
         for block in reader.blocks():
             self._check_finite(block, task, stats)
             merged = self._method.function(**self._operands(block), **supplied)
             start = block.at.start - unit.start
             output[start : start + merged.numel()].copy_(merged)
             if self._statistics:
-                measure(stats, block, merged)
-                if self._method.kept is not None:
-                    kept = self._method.kept(block, supplied.get("prepared"), task.parameters)
-                    stats.add(TensorStats(kept=kept))
+                measure(stats, block, merged, kept)
         return output.view(torch.uint8), stats
 
     def _operands(self, block: Block) -> dict[str, Any]:

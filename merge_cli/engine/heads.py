@@ -44,7 +44,7 @@ def reconcile_heads(sources: Sequence[Source]) -> Heads:
         return Heads(tuple(views), None, ())
     stored = [head in source.tensors for source in sources]
     if all(source.tied and _embedding(source, head) for source in sources):
-        notes = ()
+        notes: tuple[str, ...] = ()
         if any(stored):
             names = ", ".join(s.label for s, has in zip(sources, stored, strict=True) if has)
             notes = (f"{head}: left out, since every config ties it to the embedding ({names})",)

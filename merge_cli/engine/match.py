@@ -44,7 +44,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Match:
-    """One output tensor's sources: `piece` is the key, `position` the layer's place in it, 0 to 1."""
+    """One output tensor's sources. `position`: its layer's place in the piece, 0 to 1."""
 
     name: str
     piece: str
@@ -188,4 +188,3 @@ def is_mergeable(match: Match) -> bool:
     """Whether every tensor is floating point; integers and booleans are copied."""
     refs = (*match.operands, *((match.base,) if match.base else ()))
     return all(ref.dtype in MERGEABLE for ref in refs)
-

@@ -57,8 +57,8 @@ def read_span(
     width = DTYPES[ref.dtype][0]
     raw = torch.empty((stop - start) * width, dtype=torch.uint8)
     if raw.numel():
-        view = memoryview(raw.numpy())
-        read_into(files, ref.path, ref.offset + start * width, view, labels[ref.path])
+        buffer = memoryview(raw.numpy().data)
+        read_into(files, ref.path, ref.offset + start * width, buffer, labels[ref.path])
     return raw
 
 

@@ -160,7 +160,9 @@ def _verify_inputs(
     for reference, source in zip(references, sources, strict=True):
         recorded = recipe.inputs.get(str(reference))
         if recorded is not None and recorded != source.digest:
-            what = f"it is not the model that this recipe was resolved with (digest {recorded[:12]})"
+            what = (
+                f"it is not the model that this recipe was resolved with (digest {recorded[:12]})"
+            )
             hint = "Restore it, or remove `inputs` from the recipe."
             raise SourceError(what, model=source.label, hint=hint)
 

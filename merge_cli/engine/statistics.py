@@ -6,7 +6,7 @@ task vectors the operands are deltas; otherwise they are the weights themselves.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _MAX_PAIRS_SOURCES = 16
-_SIGN_STRIDE = 4  # signs are counted on every fourth run of elements: 25 % is plenty for a rate
+_SAMPLE_STRIDE = 4  # rates are counted on every fourth run of elements, which is plenty
 
 
 @dataclass
@@ -30,9 +30,10 @@ class TensorStats:
             are filled with more than 16 operands).
         agree, both: for each pair of operands, elements on which both are non-zero, and those of
             them with the same sign (counted on a fixed quarter of the elements).
-        conflict, signed: elements on which some operands are positive and others negative, and
+        conflict, sampled: elements on which some operands are positive and others negative, and
             elements looked at (the same quarter).
-        kept: for each operand, elements that trimming or dropping kept; empty if the method has none.
+        kept: for each operand, elements that trimming or dropping kept, of `sampled`; empty if the
+            method does neither.
         base, change: squared norms of the base and of (merged - base); 0 without a base.
         non_finite: for each operand, how many NaN or Inf.
     """
@@ -42,7 +43,7 @@ class TensorStats:
     agree: list[list[int]] = field(default_factory=list)
     both: list[list[int]] = field(default_factory=list)
     conflict: int = 0
-    signed: int = 0
+    sampled: int = 0
     kept: list[int] = field(default_factory=list)
     base: float = 0.0
     change: float = 0.0
@@ -52,7 +53,7 @@ class TensorStats:
         """Sum in place; both must be of the same operands."""
         self.count += other.count
         self.conflict += other.conflict
-        self.signed += other.signed
+        self.sampled += other.sampled
         self.base += other.base
         self.change += other.change
         self.gram = _sum_matrix(self.gram, other.gram)
@@ -70,7 +71,10 @@ class TensorStats:
         return cls(**data)
 
 
-def measure(stats: TensorStats, block: Block, merged: Tensor) -> None:
+Kept = Callable[[Block], list[int]]
+
+
+def measure(stats: TensorStats, block: Block, merged: Tensor, kept: Kept | None) -> None:
     """Add one block to a tensor's sums. `merged` is the method's result, not yet rounded."""
     import torch
 
@@ -80,27 +84,32 @@ def measure(stats: TensorStats, block: Block, merged: Tensor) -> None:
     if sources <= _MAX_PAIRS_SOURCES:
         stats.gram = _sum_matrix(stats.gram, (stacked @ stacked.T).double().tolist())
     else:
-        diagonal = torch.linalg.vector_norm(stacked, dim=1).double().square().tolist()
-        stats.gram = _sum_matrix(
-            stats.gram, [[d if i == j else 0.0 for j in range(sources)] for i, d in enumerate(diagonal)]
-        )
+        squares = torch.linalg.vector_norm(stacked, dim=1).double().square()
+        stats.gram = _sum_matrix(stats.gram, squares.diag().tolist())
     if block.base is not None:
         stats.base += float(block.base @ block.base)
         change = merged - block.base
         stats.change += float(change @ change)
-    if (block.at.start // BLOCK_MULTIPLE) % _SIGN_STRIDE == 0 and 1 < sources <= _MAX_PAIRS_SOURCES:
-        _measure_signs(stats, stacked[:, :BLOCK_MULTIPLE])
+    if (block.at.start // BLOCK_MULTIPLE) % _SAMPLE_STRIDE == 0:
+        sample = Block(
+            None if block.base is None else block.base[:BLOCK_MULTIPLE],
+            [operand[:BLOCK_MULTIPLE] for operand in block.operands],
+            block.at,
+        )
+        stats.sampled += min(length, BLOCK_MULTIPLE)
+        if kept is not None:
+            stats.kept = _sum_list(stats.kept, kept(sample))
+        if 1 < sources <= _MAX_PAIRS_SOURCES:
+            _measure_signs(stats, stacked[:, :BLOCK_MULTIPLE].sign())
 
 
-def _measure_signs(stats: TensorStats, sample: Tensor) -> None:
-    signs = sample.sign()
+def _measure_signs(stats: TensorStats, signs: Tensor) -> None:
     present = signs.abs()
     both = (present @ present.T).round().long()
     difference = (signs @ signs.T).round().long()  # agreeing minus disagreeing
     stats.both = _sum_matrix(stats.both, both.tolist())
     stats.agree = _sum_matrix(stats.agree, ((both + difference) // 2).tolist())
     stats.conflict += int(((signs.amax(0) > 0) & (signs.amin(0) < 0)).sum())
-    stats.signed += sample.shape[1]
 
 
 def _sum_list(a: Sequence[Any], b: Sequence[Any]) -> list[Any]:

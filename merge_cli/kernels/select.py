@@ -83,7 +83,8 @@ class MagnitudeSearch:
         """Choose the bin that holds the k-th largest and go one level down."""
         import torch
 
-        assert self._counts is not None and self._shift is not None, "no data was fed"
+        assert self._counts is not None, "no data was fed"
+        assert self._shift is not None
         counts = self._counts.cpu()
         from_top = counts.flip(0).cumsum(0)
         reverse = int(torch.searchsorted(from_top, self.k - self._above))

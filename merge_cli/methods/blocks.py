@@ -48,4 +48,3 @@ class TensorBlocks(Protocol):
     parameters: Mapping[str, Any]
 
     def blocks(self) -> Iterator[Block]: ...
-

@@ -1,4 +1,4 @@
-"""Sign election and disjoint mean: what TIES and DARE-TIES share. Yadav et al., arXiv:2306.01708."""
+"""Sign election and disjoint mean, which TIES and DARE-TIES share. arXiv:2306.01708."""
 
 from __future__ import annotations
 

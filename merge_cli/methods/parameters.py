@@ -84,7 +84,9 @@ class MethodParameter:
             number = isinstance(value, int | float) and not isinstance(value, bool)
             whole = self.kind is float or (number and float(value) == int(value))
             finite = number and abs(float(value)) != float("inf") and value == value
-            return "" if finite and whole and self.range.holds(float(value)) else self._message(value)
+            return (
+                "" if finite and whole and self.range.holds(float(value)) else self._message(value)
+            )
         return "" if isinstance(value, str) else self._message(value)
 
     def coerce(self, value: Scalar) -> Scalar:
@@ -138,7 +140,8 @@ def read_parameters(function: Callable[..., Any]) -> dict[str, MethodParameter]:
 
 
 def _read_annotation(annotation: Any, owner: str) -> tuple[type, bool, Range, tuple[Scalar, ...]]:
-    per_model, limits, choices = False, Range(), ()
+    per_model, limits = False, Range()
+    choices: tuple[Scalar, ...] = ()
     while True:
         if get_origin(annotation) is Annotated:
             inner, *marks = get_args(annotation)

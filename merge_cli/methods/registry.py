@@ -46,7 +46,7 @@ class Method:
         count: (least, most) number of sources; most None means any.
         prepare: `prepare(tensor, survey, **parameters)` -> anything, once for each tensor.
         survey: `survey(tensors)` -> anything or None, once for each merge; tensors in plan order.
-        kept: `kept(block, prepared, parameters)` -> elements that each operand keeps, for the report.
+        kept: `kept(block, prepared, parameters)` -> elements that each operand keeps.
         copies: `copies(**parameters)` -> True where the output is its only source, byte for byte.
         check: `check(**parameters it names)` -> why this combination cannot be merged, or "".
         ignores: parameters that mergekit takes here without effect: a warning, not an error.

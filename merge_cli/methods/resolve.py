@@ -170,7 +170,9 @@ def _check_parameters(
             problems.append(recipe.problem(given.key, what, nearest(name, method.parameters)))
         elif spec is not None and not known.per_model:
             what = f"{name} is one value for the whole merge, not one for each model."
-            problems.append(recipe.problem(given.key, what, "Move it to the recipe's `parameters:`."))
+            problems.append(
+                recipe.problem(given.key, what, "Move it to the recipe's `parameters:`.")
+            )
         else:
             wrong = {message for v in scalars(given.setting) if (message := known.check(v))}
             problems.extend(recipe.problem(given.key, message + ".") for message in sorted(wrong))

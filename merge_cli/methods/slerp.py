@@ -17,9 +17,7 @@ _PARALLEL = 0.9995  # |cosine| above which sin(theta) is too small to divide by
 _TINY = 1e-8
 
 
-def great_circle(
-    tensor: TensorBlocks, survey: None, *, t: float, **_: Any
-) -> tuple[float, float]:
+def great_circle(tensor: TensorBlocks, survey: None, *, t: float, **_: Any) -> tuple[float, float]:
     """The two coefficients of a tensor: sin((1-t)θ)/sin θ and sin(tθ)/sin θ.
 
     θ is the angle between the flattened tensors. Nearly parallel ones are interpolated linearly.

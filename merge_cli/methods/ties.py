@@ -56,7 +56,9 @@ def survey(tensors: Sequence[TensorBlocks]) -> TiesSurvey | None:
     """
     rules = {_model_rule(tensor) for tensor in tensors}
     if len(rules) > 1:
-        what = "trim and zero_sign over the whole model need the same sources and the same semantics, "
+        what = (
+            "trim and zero_sign over the whole model need the same sources and the same semantics, "
+        )
         what += "trim, zero_sign and density for every tensor"
         raise UsageError(what, hint="Use one number for each model, without gradient or filter.")
     by_model, majority, *_ = rules.pop()

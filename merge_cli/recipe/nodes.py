@@ -44,7 +44,9 @@ def load_nodes(text: str, file: str) -> list[Node]:
     documents: list[Node] = []
     try:
         while loader.check_node():
-            documents.append(_convert(loader, loader.get_node(), file, problems, depth=0))
+            node = loader.get_node()
+            if node is not None:
+                documents.append(_convert(loader, node, file, problems, depth=0))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line, column = (mark.line + 1, mark.column + 1) if mark else (0, 0)

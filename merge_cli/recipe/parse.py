@@ -25,7 +25,7 @@ INEFFECTIVE = {
     "residual_weight": "mergekit ignores it, too",
     "int8_mask": "not needed here: masks are never stored",
 }
-# mergekit and later versions of this tool know these; a recipe that needs them must not run without.
+# Known to mergekit or to the field: a recipe that needs them must not run without.
 UNSUPPORTED = {
     "modules": "merging by module is not supported by this version; use `models` or `slices`",
     "tokenizer": "building a vocabulary is not supported by this version; "
@@ -137,7 +137,9 @@ class _Parser:
         if len(spans) > 1:
             what = f"sources have different numbers of layers ({sorted(spans)})"
             self._add(node, f"{key}.sources", what)
-        return SliceSpec(specs, key, self._parameters(fields.get("parameters"), f"{key}.parameters"))
+        return SliceSpec(
+            specs, key, self._parameters(fields.get("parameters"), f"{key}.parameters")
+        )
 
     def _model(self, node: Node | None, key: str) -> ModelRef | None:
         if node is None or node.value is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,10 @@ class Recipe:
     def source_specs(self) -> tuple[SourceSpec, ...]:
         """Every source, in the order of the recipe."""
         return self.models or tuple(s for piece in self.slices for s in piece.sources)
+
+    def with_seed(self, seed: int) -> Recipe:
+        """The same recipe with another seed."""
+        return replace(self, seed=seed)
 
     def problem(self, key: str, what: str, hint: str = "") -> Problem:
         """A problem at a key path of this recipe, with its line and column."""

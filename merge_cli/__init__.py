@@ -1,0 +1,45 @@
+"""merge-cli: merges language-model checkpoints, from averaging to automatic methods.
+
+Names are loaded when they are first used, so that importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from merge_cli.api import MergeResult, merge, plan
+    from merge_cli.engine.merge import MergeOptions
+    from merge_cli.engine.planner import load_recipe
+    from merge_cli.errors import MergeCliError
+    from merge_cli.evaluate.loss import evaluate
+    from merge_cli.methods.registry import merge_method
+
+_HOMES = {
+    "MergeCliError": "merge_cli.errors",
+    "MergeOptions": "merge_cli.engine.merge",
+    "MergeResult": "merge_cli.api",
+    "evaluate": "merge_cli.evaluate.loss",
+    "load_recipe": "merge_cli.engine.planner",
+    "merge": "merge_cli.api",
+    "merge_method": "merge_cli.methods.registry",
+    "plan": "merge_cli.api",
+}
+
+__all__ = [
+    "MergeCliError",
+    "MergeOptions",
+    "MergeResult",
+    "evaluate",
+    "load_recipe",
+    "merge",
+    "merge_method",
+    "plan",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'merge_cli' has no attribute '{name}'")

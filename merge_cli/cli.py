@@ -1,0 +1,198 @@
+"""The command line: each verb parses, calls the library, shows. No logic, nothing heavy to import.
+
+Exit codes: 0 done; 1 unexpected; 2 recipe or usage; 3 an input model or data file; 4 resources;
+5 a quality gate; 130 interrupted (the same command resumes). Results go to stdout, the rest to
+stderr.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from merge_cli.errors import MergeCliError, UsageError
+
+app = typer.Typer(
+    help="Merge language-model checkpoints: one recipe, one command, the same bytes every time.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+_MERGEKIT = "mergekit's flags"
+RecipeArgument = Annotated[str, typer.Argument(help="The recipe's file; - reads standard input.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+SeedOption = Annotated[
+    int | None, typer.Option("--seed", "--random-seed", help="Instead of the recipe's seed.", min=0)
+]
+ShardOption = Annotated[str, typer.Option(help="Bytes of tensors in one output file.")]
+MemoryOption = Annotated[str, typer.Option(help="What the whole process should stay under.")]
+ThreadsOption = Annotated[
+    int | None,
+    typer.Option("--threads", "--num-threads", "-j", min=1, help="Default: every usable core."),
+]
+AllOption = Annotated[bool, typer.Option("--all", help="Show every tensor.")]
+
+
+def _flag(text: str, *names: str) -> Any:
+    return typer.Option(*names, help=text, rich_help_panel=_MERGEKIT)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    show_version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if show_version:
+        typer.echo(f"merge-cli {version('merge-cli')}")
+        raise typer.Exit
+
+
+@app.command()
+def run(
+    recipe: RecipeArgument,
+    out: Annotated[Path | None, typer.Argument(help="The folder to write.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    threads: ThreadsOption = None,
+    max_memory: MemoryOption = "1.25GB",
+    shard_size: ShardOption = "5GB",
+    seed: SeedOption = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace an existing OUT.")] = False,
+    fresh: Annotated[bool, typer.Option(help="Do not resume an interrupted run.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Show the plan and stop.")] = False,
+    stats: Annotated[bool, typer.Option(help="Measure the sources for the report.")] = True,
+    fsync: Annotated[bool, typer.Option(help="Survive a power failure.")] = False,
+    allow_non_finite: Annotated[bool, typer.Option(help="Merge NaN and Inf as they are.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option(help="Copy the donor's own Python files into OUT; nothing is run.")
+    ] = False,
+    as_json: JsonOption = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only errors.")] = False,
+    cuda: Annotated[bool, _flag("The same as --device cuda.", "--cuda", "--gpu-rich")] = False,
+    out_shard_size: Annotated[str | None, _flag("--shard-size, in parameters (5B).")] = None,
+    copy_tokenizer: Annotated[bool, _flag("Always done.", "--copy-tokenizer")] = True,
+    lazy_unpickle: Annotated[bool, _flag("Not needed.", "--lazy-unpickle")] = False,
+    allow_crimes: Annotated[bool, _flag("Not needed.", "--allow-crimes")] = False,
+    low_cpu_memory: Annotated[bool, _flag("Not needed.", "--low-cpu-memory")] = False,
+    read_to_gpu: Annotated[bool, _flag("Not needed.", "--read-to-gpu")] = False,
+    multi_gpu: Annotated[bool, _flag("Not needed.", "--multi-gpu")] = False,
+    async_write: Annotated[bool, _flag("Not needed.", "--async-write")] = False,
+    clone_tensors: Annotated[bool, _flag("Not needed.", "--clone-tensors")] = False,
+    safe_serialization: Annotated[bool, _flag("Not needed.", "--safe-serialization")] = False,
+    write_model_card: Annotated[bool, _flag("Not needed.", "--write-model-card")] = False,
+) -> None:
+    """Merge: the whole job, from a recipe to a model with a report."""
+    from merge_cli import console, mergekit_flags
+    from merge_cli.engine.planner import load_recipe
+    from merge_cli.sizes import parse_size
+
+    given = dict(locals())
+    if out is None and not dry_run:
+        raise UsageError("where to? OUT is missing", hint="merge-cli run RECIPE OUT")
+    lines = mergekit_flags.answers(given)
+    shard_bytes = parse_size(shard_size, "--shard-size")
+    if out_shard_size is not None:
+        shard_bytes, line = mergekit_flags.shard_bytes(out_shard_size)
+        lines += [line] if line else []
+    memory = parse_size(max_memory, "--max-memory")
+    loaded = load_recipe(recipe)
+    if seed is not None:
+        loaded = loaded.with_seed(seed)
+    screen = console.Screen(quiet=quiet)
+    screen.notes([*lines, *loaded.warnings])
+
+    from merge_cli.api import merge
+    from merge_cli.engine.merge import MergeOptions, usable_cores
+    from merge_cli.engine.planner import make_plan
+
+    plan = make_plan(loaded, shard_size=shard_bytes)
+    if dry_run or out is None:
+        screen.plan(plan, memory, threads or usable_cores(), every=False, as_json=as_json)
+        return
+    screen.notes([*plan.notes])
+    options = MergeOptions(
+        device="cuda" if cuda else device,
+        threads=threads,
+        max_memory=memory,
+        overwrite=overwrite,
+        fresh=fresh,
+        statistics=stats,
+        fsync=fsync,
+        allow_non_finite=allow_non_finite,
+        trust_remote_code=trust_remote_code,
+    )
+    with screen.progress() as show:
+        result = merge(plan, out, options=options, show=show)
+    screen.result(result, out, as_json=as_json)
+
+
+@app.command()
+def plan(
+    recipe: RecipeArgument,
+    shard_size: ShardOption = "5GB",
+    max_memory: MemoryOption = "1.25GB",
+    threads: ThreadsOption = None,
+    every: AllOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what a merge would do, from headers alone: tensors, bytes, memory, every problem."""
+    from merge_cli import console
+    from merge_cli.engine.merge import usable_cores
+    from merge_cli.engine.planner import load_recipe, make_plan
+    from merge_cli.sizes import parse_size
+
+    screen = console.Screen()
+    shard_bytes = parse_size(shard_size, "--shard-size")
+    memory = parse_size(max_memory, "--max-memory")
+    loaded = load_recipe(recipe)
+    screen.notes(loaded.warnings)
+    decided = make_plan(loaded, shard_size=shard_bytes)
+    screen.plan(decided, memory, threads or usable_cores(), every=every, as_json=as_json)
+
+
+@app.command()
+def methods(
+    name: Annotated[str | None, typer.Argument(help="One method, with its parameters.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the merge methods, or explain one."""
+    from merge_cli import console
+    from merge_cli.methods.registry import all_methods, get_method
+
+    screen = console.Screen()
+    if name is None:
+        screen.methods(all_methods(), as_json=as_json)
+    else:
+        screen.method(get_method(name), as_json=as_json)
+
+
+def main() -> None:
+    """Run the command line; every failure is one message and the exit code of its kind."""
+    from click import ClickException
+
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        app(standalone_mode=False)
+    except MergeCliError as error:
+        from merge_cli import console
+
+        console.show_error(error)
+        sys.exit(error.exit_code)
+    except ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        print("Interrupted.", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader of our output has gone (`| head`): nothing is wrong, nobody is listening.
+        sys.stderr.close()
+        sys.exit(1)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,303 @@
+"""Everything that prints: notes, plan, progress, results, errors.
+
+A terminal gets colour and a progress bar; a batch log gets plain lines, a few for each run.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from merge_cli.errors import MergeCliError, ProblemsError
+from merge_cli.sizes import show_seconds, show_size
+
+if TYPE_CHECKING:
+    from merge_cli.api import MergeResult
+    from merge_cli.engine.merge import Progress
+    from merge_cli.engine.plan import Plan, TensorTask
+    from merge_cli.methods.registry import Method
+
+_LOG_SECONDS = 10.0
+
+
+class Screen:
+    """Where one command prints. `quiet` silences everything but results and errors."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.quiet = quiet
+        self.out = Console(soft_wrap=not sys.stdout.isatty())
+        self.err = Console(stderr=True, soft_wrap=not sys.stderr.isatty(), highlight=False)
+
+    def notes(self, lines: Sequence[str]) -> None:
+        """One line each, dimmed, to stderr."""
+        if not self.quiet:
+            for line in lines:
+                self.err.print(f"[dim]note:[/dim] {escape(line)}")
+
+    @contextmanager
+    def progress(self) -> Iterator[Callable[[Progress], None]]:
+        """A bar in a terminal, a line now and then elsewhere."""
+        if self.quiet:
+            yield lambda progress: None
+        elif self.err.is_terminal:
+            with _bar(self.err) as show:
+                yield show
+        else:
+            yield _Log(self.err)
+
+    def plan(
+        self, plan: Plan, max_memory: int, threads: int, *, every: bool, as_json: bool
+    ) -> None:
+        """The plan as a table (one row for each run of like layers) or as JSON."""
+        from merge_cli.engine.memory import estimated_peak
+
+        peak = estimated_peak(plan, max_memory, threads)
+        if as_json:
+            print(json.dumps(plan_json(plan, peak), indent=1, ensure_ascii=False))
+            return
+        table = Table(box=None, pad_edge=False, header_style="bold", title_justify="left")
+        for name in ("tensor" if every else "layers", "tensors", "parameters", "dtype", "action"):
+            right = name in ("tensors", "parameters")
+            table.add_column(name, justify="right" if right else "left", overflow="fold")
+        table.add_column("with", overflow="fold")
+        for label, tasks in _rows(plan.tasks, every):
+            first = tasks[0]
+            table.add_row(
+                label,
+                str(len(tasks)),
+                f"{sum(t.size for t in tasks):,}",
+                ", ".join(dict.fromkeys(t.dtype for t in tasks)),
+                ", ".join(dict.fromkeys(t.action for t in tasks)),
+                escape("; ".join(filter(None, [_settings(first), first.note]))),
+            )
+        method = plan.recipe.merge_method
+        base = f" on {plan.sources[plan.base].label}" if plan.base is not None else ""
+        sources = ", ".join(plan.sources[i].label for i in plan.operands)
+        self.out.print(f"[bold]{escape(method)}[/bold] of {escape(sources + base)}\n")
+        self.out.print(table)
+        self.out.print()
+        shards = len(plan.shards)
+        self.out.print(
+            f"{len(plan.tasks):,} tensors, {plan.parameter_count:,} parameters; "
+            f"reads {show_size(plan.bytes_read)}, writes {show_size(plan.bytes_written)} "
+            f"in {shards} file{'s' * (shards != 1)}; about {show_size(peak)} of memory"
+        )
+        for note in plan.notes:
+            self.out.print(f"[dim]note:[/dim] {escape(note)}")
+
+    def result(self, result: MergeResult, shown: Path, *, as_json: bool) -> None:
+        """What a run leaves behind."""
+        if as_json:
+            print(json.dumps(result.report, ensure_ascii=False))
+            return
+        if self.quiet:
+            return
+        cost, output = result.report["cost"], result.report["output"]
+        seconds = cost["seconds"] + cost["survey_seconds"]
+        moved = cost["bytes_read"] + cost["bytes_written"]
+        rate = f" ({moved / seconds / 1e9:.1f} GB/s read and written)" if seconds > 0.2 else ""
+        self.out.print(
+            f"[green]✓[/green] merged {output['parameters']:,} parameters into "
+            f"{show_size(output['bytes'])} in {show_seconds(seconds)}{rate}, "
+            f"peak memory {show_size(cost['peak_rss'])}"
+        )
+        self.out.print(f"  model   {escape(str(shown))}", soft_wrap=True)
+        self.out.print(f"  report  {escape(str(shown / 'merge_report.html'))}", soft_wrap=True)
+
+    def methods(self, methods: Sequence[Method], *, as_json: bool) -> None:
+        """All methods, one row each."""
+        if as_json:
+            print(json.dumps([method_json(method) for method in methods], indent=1))
+            return
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for name in ("method", "also", "what it does", "paper"):
+            table.add_column(name, overflow="fold")
+        for method in methods:
+            also = ", ".join(method.aliases)
+            table.add_row(method.name, also, escape(method.summary), method.paper)
+        self.out.print(table)
+        self.out.print("\n[dim]merge-cli methods NAME explains one.[/dim]")
+
+    def method(self, method: Method, *, as_json: bool) -> None:
+        """One method: what it does, its parameters with defaults and ranges."""
+        if as_json:
+            print(json.dumps(method_json(method), indent=1))
+            return
+        also = f" (also {', '.join(method.aliases)})" if method.aliases else ""
+        self.out.print(f"[bold]{method.name}[/bold]{also} — {escape(method.summary)}")
+        least, most = method.count
+        many = f"exactly {least}" if least == most else f"{least} or more"
+        needs = "a base model and " if method.needs_base else ""
+        self.out.print(f"Needs {needs}{many} source{'s' * (least != 1 or most is None)}."
+                       + (f" Paper: {method.paper}." if method.paper else ""))  # fmt: skip
+        for parameter in method.parameters.values():
+            scope = "for each model" if parameter.per_model else "for the merge"
+            default = "set by another parameter" if parameter.default is None else parameter.default
+            shown = str(default).lower() if isinstance(default, bool) else str(default)
+            self.out.print(f"\n  [bold]{parameter.name}[/bold]: {escape(parameter.allowed)}; "
+                           f"{scope}; default {escape(shown)}")  # fmt: skip
+            self.out.print(f"      {escape(parameter.doc)}")
+
+
+def show_error(error: MergeCliError) -> None:
+    """One message on stderr: plain text, so that it can be searched and copied from a log."""
+    err = Console(stderr=True, soft_wrap=True, highlight=False)
+    label = "" if error.exit_code == 130 else f"[bold red]{error.title} error[/bold red] "
+    if isinstance(error, ProblemsError):
+        err.print(f"{label}{escape(error.summary)}")
+        for problem in error.problems:
+            err.print(f"  {escape(str(problem))}")
+    else:
+        err.print(f"{label}{escape(str(error))}")
+
+
+def plan_json(plan: Plan, peak: int) -> dict[str, Any]:
+    """The plan as data, for `--json`."""
+    return {
+        "method": plan.recipe.merge_method,
+        "base": plan.sources[plan.base].label if plan.base is not None else None,
+        "sources": [plan.sources[i].label for i in plan.operands],
+        "bytes_read": plan.bytes_read,
+        "bytes_written": plan.bytes_written,
+        "peak_memory": peak,
+        "parameters": plan.parameter_count,
+        "shards": [{"file": shard.file, "bytes": shard.size} for shard in plan.shards],
+        "notes": list(plan.notes),
+        "tensors": [
+            {
+                "name": task.name,
+                "shape": list(task.shape),
+                "dtype": task.dtype,
+                "action": task.action,
+                "from": [plan.sources[i].label for i in task.sources],
+                "parameters": dict(task.parameters),
+                "note": task.note,
+            }
+            for task in plan.tasks
+        ],
+    }
+
+
+def method_json(method: Method) -> dict[str, Any]:
+    """A method as data, for `--json`."""
+    return {
+        "name": method.name,
+        "aliases": list(method.aliases),
+        "summary": method.summary,
+        "paper": method.paper,
+        "needs_base": method.needs_base,
+        "sources": list(method.count),
+        "parameters": [
+            {
+                "name": p.name,
+                "default": p.default,
+                "per_model": p.per_model,
+                "allowed": p.allowed,
+                "doc": p.doc,
+            }
+            for p in method.parameters.values()
+        ],
+    }
+
+
+def _rows(tasks: Sequence[TensorTask], every: bool) -> Iterator[tuple[str, list[TensorTask]]]:
+    """One row for each tensor, or for each run of layers that are treated alike."""
+    if every:
+        for task in tasks:
+            yield escape(task.name), [task]
+        return
+    layers = [list(group) for _, group in groupby(tasks, key=lambda task: task.group)]
+    for _, run in groupby(layers, key=_likeness):
+        alike = list(run)
+        first, last = alike[0][0].group, alike[-1][0].group
+        label = first if first == last else f"{first} … {last.rpartition('.')[2]}"
+        yield escape(label), [task for layer in alike for task in layer]
+
+
+def _likeness(layer: Sequence[TensorTask]) -> object:
+    """Equal for layers that one row of the table describes."""
+    first = layer[0]
+    if first.group == first.name:
+        return first.name
+    stack = first.group.rpartition(".")[0]
+    treated = tuple((t.shape, t.dtype, t.action, t.note, repr(t.parameters)) for t in layer)
+    return stack, treated
+
+
+def _settings(task: TensorTask) -> str:
+    """Resolved parameters in one line; what is derived (None) is left out."""
+    shown = []
+    for name, value in task.parameters.items():
+        values = value if isinstance(value, list) else [value]
+        if all(v is None for v in values):
+            continue
+        text = " ".join(f"{v:.4g}" if type(v) is float else str(v).lower() for v in values)
+        shown.append(f"{name} {text}")
+    return ", ".join(shown)
+
+
+@contextmanager
+def _bar(console: Console) -> Iterator[Callable[[Progress], None]]:
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+    from rich.progress import Progress as RichProgress
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with RichProgress(*columns, console=console, transient=True) as bar:
+        rows: dict[str, Any] = {}
+
+        def show(progress: Progress) -> None:
+            if not progress.total:
+                if progress.note or progress.stage == "survey":
+                    bar.console.print(f"[dim]{escape(progress.note or _SURVEY)}[/dim]")
+                return
+            key = f"{progress.stage} {progress.note}" if progress.stage == "fetch" else "merging"
+            if key not in rows:
+                rows[key] = bar.add_task(escape(key), total=progress.total)
+            bar.update(rows[key], completed=progress.done)
+
+        yield show
+
+
+_SURVEY = "reading the whole model first, for whole-model thresholds"
+
+
+class _Log:
+    """Progress as lines: at the start, every ten seconds, at the end of each stage."""
+
+    def __init__(self, console: Console) -> None:
+        self._console, self._next = console, time.monotonic() + _LOG_SECONDS
+
+    def __call__(self, progress: Progress) -> None:
+        if not progress.total:
+            self._console.print(escape(progress.note or _SURVEY))
+            return
+        now = time.monotonic()
+        if now < self._next and progress.note != "resumed":
+            return
+        self._next = now + _LOG_SECONDS
+        share = f"{progress.done / progress.total:.0%}"
+        of = f"{show_size(progress.done)} of {show_size(progress.total)}"
+        note = f" ({progress.note})" if progress.note else ""
+        self._console.print(escape(f"{progress.stage}: {share}, {of}{note}"))

@@ -1,0 +1,114 @@
+"""A resolved recipe as YAML: defaults, seed and revisions written out, paths that lead from it.
+
+Running it again gives the same bytes. Local paths are written relative to the folder that the file
+will lie in, so that the pair of model and recipe says nothing of the machine it was made on.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from merge_cli.recipe.reference import ModelRef, local_folder, parse_reference
+from merge_cli.recipe.schema import Parameters, Recipe, SourceSpec
+from merge_cli.recipe.values import Gradient, Setting
+
+Locate = Callable[[ModelRef], str]
+
+
+def dump_recipe(
+    recipe: Recipe,
+    *,
+    locate: Locate,
+    defaults: Mapping[str, Any],
+    inputs: Mapping[str, str],
+    header: str,
+) -> str:
+    """The recipe's YAML.
+
+    Args:
+        locate: how each model is written.
+        defaults: global parameters that the recipe left to the method.
+        inputs: model, as `locate` writes it -> digest.
+        header: a comment for the first line.
+    """
+    document: dict[str, Any] = {"merge_method": recipe.merge_method}
+    if recipe.name:
+        document["name"] = recipe.name
+    if recipe.base_model:
+        document["base_model"] = locate(recipe.base_model)
+    if recipe.models:
+        document["models"] = [_source(spec, locate) for spec in recipe.models]
+    else:
+        document["slices"] = [
+            _with_parameters(
+                {"sources": [_source(s, locate) for s in piece.sources]}, piece.parameters
+            )
+            for piece in recipe.slices
+        ]
+    parameters = {**defaults, **_plain(recipe.parameters)}
+    if parameters:
+        document["parameters"] = parameters
+    for key in ("dtype", "out_dtype"):
+        if getattr(recipe, key):
+            document[key] = getattr(recipe, key)
+    if recipe.tokenizer_source:
+        word = recipe.tokenizer_source
+        reference = parse_reference(word, recipe.folder)
+        document["tokenizer_source"] = word if word == "base" else locate(reference)
+    document["seed"] = recipe.seed
+    if recipe.metadata:
+        document["metadata"] = dict(recipe.metadata)
+    if inputs:
+        document["inputs"] = dict(inputs)
+    body = yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=100)
+    return f"# {header}\n{body}"
+
+
+def path_from(target: Path, folder: Path, commits: Mapping[str, str]) -> Locate:
+    """Writes models for a file in `target`: local ones as relative paths, Hub ones with commits.
+
+    Args:
+        folder: where the recipe's own relative paths start.
+        commits: model as the recipe names it -> the commit it was resolved to.
+    """
+
+    def locate(model: ModelRef) -> str:
+        place = local_folder(model.path, folder)
+        if place is not None:
+            # realpath, or a link on the way would make the dots lead elsewhere.
+            relative = os.path.relpath(os.path.realpath(place), os.path.realpath(target))
+            return relative if relative.startswith(".") else f"./{relative}"
+        commit = commits.get(str(model), model.revision)
+        return f"{model.path}@{commit}" if commit else model.path
+
+    return locate
+
+
+def _source(spec: SourceSpec, locate: Locate) -> dict[str, Any]:
+    entry: dict[str, Any] = {"model": locate(spec.model)}
+    if spec.layer_range:
+        entry["layer_range"] = list(spec.layer_range)
+    return _with_parameters(entry, spec.parameters)
+
+
+def _with_parameters(entry: dict[str, Any], parameters: Parameters) -> dict[str, Any]:
+    return {**entry, "parameters": _plain(parameters)} if parameters else entry
+
+
+def _plain(parameters: Parameters) -> dict[str, Any]:
+    return {name: plain_setting(parameter.setting) for name, parameter in parameters.items()}
+
+
+def plain_setting(setting: Setting) -> Any:
+    """A setting as YAML writes it."""
+    if isinstance(setting, tuple):
+        return [
+            {**({"filter": rule.filter} if rule.filter else {}), "value": plain_setting(rule.value)}
+            for rule in setting
+        ]
+    return list(setting.values) if isinstance(setting, Gradient) else setting

@@ -1,0 +1,63 @@
+"""Writes the four files that explain a merge into its folder."""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from merge_cli.checkpoint.raw import write_error
+from merge_cli.engine.merge import Outcome
+from merge_cli.engine.plan import Plan
+from merge_cli.recipe.dump import dump_recipe, path_from
+from merge_cli.report.card import model_card
+from merge_cli.report.html import render_html
+from merge_cli.report.record import build_report
+
+
+def write_reports(plan: Plan, outcome: Outcome, folder: Path, target: Path) -> dict[str, Any]:
+    """merge_recipe.yaml, merge_report.json, merge_report.html and README.md.
+
+    Args:
+        folder: where they are written.
+        target: where the folder will be published: the recipe's paths lead from there.
+
+    Returns:
+        the report.
+    """
+    recipe = plan.recipe
+    commits = {s.label: s.hub.commit for s in plan.sources if s.hub is not None}
+    locate = path_from(target, recipe.folder, commits)
+    references = dict.fromkeys(
+        [
+            *([recipe.base_model] if recipe.base_model else []),
+            *(s.model for s in recipe.source_specs),
+        ]
+    )
+    digests = {source.label: source.digest for source in plan.sources}
+    defaults = {
+        name: parameter.default
+        for name, parameter in plan.method.parameters.items()
+        if parameter.default is not None
+    }
+    text = dump_recipe(
+        recipe,
+        locate=locate,
+        defaults=defaults,
+        inputs={locate(reference): digests[str(reference)] for reference in references},
+        header=f"resolved by merge-cli {version('merge-cli')}; running it gives the same bytes",
+    )
+    report = build_report(plan, outcome, text)
+    files = {
+        "merge_recipe.yaml": text,
+        "merge_report.json": json.dumps(report, indent=1, ensure_ascii=False) + "\n",
+        "merge_report.html": render_html(report),
+        "README.md": model_card(plan, defaults, target.name),
+    }
+    for name, content in files.items():
+        try:
+            (folder / name).write_text(content, encoding="utf-8")
+        except OSError as error:
+            raise write_error(error, folder / name) from error
+    return report
