@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
@@ -66,24 +67,26 @@ class Screen:
             print(json.dumps(plan_json(plan, peak), indent=1, ensure_ascii=False))
             return
         table = Table(box=None, pad_edge=False, header_style="bold", title_justify="left")
-        for name in ("tensor" if every else "layers", "tensors", "parameters", "dtype", "action"):
-            right = name in ("tensors", "parameters")
-            table.add_column(name, justify="right" if right else "left", overflow="fold")
-        table.add_column("with", overflow="fold")
+        table.add_column("tensor" if every else "layers", overflow="fold")
+        table.add_column("tensors", justify="right")
+        table.add_column("parameters", justify="right")
+        for name in ("dtype", "action", "with"):
+            table.add_column(name, overflow="fold")
+        shared = _shared_settings(plan.tasks)
         for label, tasks in _rows(plan.tasks, every):
-            first = tasks[0]
             table.add_row(
                 label,
                 str(len(tasks)),
                 f"{sum(t.size for t in tasks):,}",
                 ", ".join(dict.fromkeys(t.dtype for t in tasks)),
                 ", ".join(dict.fromkeys(t.action for t in tasks)),
-                escape("; ".join(filter(None, [_settings(first), first.note]))),
+                escape(_particulars(tasks, shared)),
             )
         method = plan.recipe.merge_method
         base = f" on {plan.sources[plan.base].label}" if plan.base is not None else ""
         sources = ", ".join(plan.sources[i].label for i in plan.operands)
-        self.out.print(f"[bold]{escape(method)}[/bold] of {escape(sources + base)}\n")
+        self.out.print(f"[bold]{escape(method)}[/bold] of {escape(sources + base)}")
+        self.out.print(f"[dim]everywhere:[/dim] {escape(', '.join(shared.values()) or '-')}\n")
         self.out.print(table)
         self.out.print()
         shards = len(plan.shards)
@@ -152,7 +155,7 @@ class Screen:
 def show_error(error: MergeCliError) -> None:
     """One message on stderr: plain text, so that it can be searched and copied from a log."""
     err = Console(stderr=True, soft_wrap=True, highlight=False)
-    label = "" if error.exit_code == 130 else f"[bold red]{error.title} error[/bold red] "
+    label = "" if error.exit_code == 130 else f"[bold red]{error.title} error:[/bold red] "
     if isinstance(error, ProblemsError):
         err.print(f"{label}{escape(error.summary)}")
         for problem in error.problems:
@@ -234,16 +237,37 @@ def _likeness(layer: Sequence[TensorTask]) -> object:
     return stack, treated
 
 
-def _settings(task: TensorTask) -> str:
-    """Resolved parameters in one line; what is derived (None) is left out."""
-    shown = []
+def _shared_settings(tasks: Sequence[TensorTask]) -> dict[str, str]:
+    """The parameters that are the same for every merged tensor, by name, as text."""
+    merged = [_shown(task) for task in tasks if task.parameters]
+    first = merged[0] if merged else {}
+    return {name: text for name, text in first.items() if all(m.get(name) == text for m in merged)}
+
+
+def _particulars(tasks: Sequence[TensorTask], shared: Mapping[str, str]) -> str:
+    """What is particular to these tensors; with counts where they differ among themselves."""
+    texts = Counter(
+        "; ".join(
+            filter(
+                None, [", ".join(t for n, t in _shown(task).items() if n not in shared), task.note]
+            )
+        )
+        for task in tasks
+    )
+    if len(texts) == 1:
+        return next(iter(texts))
+    return "\n".join(f"{count}× {text or 'nothing else'}" for text, count in texts.items())
+
+
+def _shown(task: TensorTask) -> dict[str, str]:
+    """Resolved parameters as text; what is derived from another (None) is left out."""
+    shown = {}
     for name, value in task.parameters.items():
         values = value if isinstance(value, list) else [value]
-        if all(v is None for v in values):
-            continue
-        text = " ".join(f"{v:.4g}" if type(v) is float else str(v).lower() for v in values)
-        shown.append(f"{name} {text}")
-    return ", ".join(shown)
+        if any(v is not None for v in values):
+            text = " ".join(f"{v:.4g}" if type(v) is float else str(v).lower() for v in values)
+            shown[name] = f"{name} {text}"
+    return shown
 
 
 @contextmanager
@@ -269,8 +293,7 @@ def _bar(console: Console) -> Iterator[Callable[[Progress], None]]:
 
         def show(progress: Progress) -> None:
             if not progress.total:
-                if progress.note or progress.stage == "survey":
-                    bar.console.print(f"[dim]{escape(progress.note or _SURVEY)}[/dim]")
+                bar.console.print(f"[dim]{escape(progress.note)}[/dim]")
                 return
             key = f"{progress.stage} {progress.note}" if progress.stage == "fetch" else "merging"
             if key not in rows:
@@ -278,9 +301,6 @@ def _bar(console: Console) -> Iterator[Callable[[Progress], None]]:
             bar.update(rows[key], completed=progress.done)
 
         yield show
-
-
-_SURVEY = "reading the whole model first, for whole-model thresholds"
 
 
 class _Log:
@@ -291,7 +311,7 @@ class _Log:
 
     def __call__(self, progress: Progress) -> None:
         if not progress.total:
-            self._console.print(escape(progress.note or _SURVEY))
+            self._console.print(escape(progress.note))
             return
         now = time.monotonic()
         if now < self._next and progress.note != "resumed":

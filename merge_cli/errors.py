@@ -53,7 +53,9 @@ class Problem:
     def __str__(self) -> str:
         place = ":".join(str(p) for p in (self.file, self.line, self.column) if p)
         text = ": ".join(part for part in (place, self.key, self.what) if part)
-        return f"{text} {self.hint}".rstrip()
+        if not self.hint:
+            return text
+        return f"{text} {self.hint}" if text.endswith((".", "?")) else f"{text}. {self.hint}"
 
 
 class ProblemsError(MergeCliError):

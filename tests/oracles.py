@@ -9,8 +9,8 @@ definite meaning. The maths is in shared/methods.md; storage rounding is `rounde
 
 import hashlib
 import math
-from fractions import Fraction
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Any, Literal
 
 import numpy as np

@@ -557,4 +557,3 @@ def test_mask_rows_and_columns_are_even(generator: Any) -> None:
                     chi2 = np.sum((counts - size * density) ** 2 / variance)
                     z.append((chi2 - counts.size) / math.sqrt(2 * counts.size))
                 assert abs(sum(z)) / math.sqrt(len(z)) < 5, (density, width, axis)
-

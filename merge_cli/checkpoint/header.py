@@ -93,10 +93,11 @@ def parse_header(raw: bytes, path: Path, file_size: int, model: str) -> dict[str
     data_start, data_size = 8 + length, file_size - 8 - length
     found = [_entry(name, e, path, data_start, corrupt) for name, e in entries.items()]
     found.sort(key=lambda ref: (ref.offset, ref.nbytes))
+    needed = max((ref.offset + ref.nbytes for ref in found), default=data_start)
     end = data_start
     for ref in found:
         if ref.offset + ref.nbytes > data_start + data_size:
-            missing = ref.offset + ref.nbytes - data_start - data_size
+            missing = needed - data_start - data_size
             raise corrupt(f"truncated: the last {missing} bytes are not there", ref.name)
         if ref.offset != end:
             kind = "overlaps the tensor before it" if ref.offset < end else "leaves a gap before it"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from functools import partial
+from collections.abc import Callable
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 from merge_cli.checkpoint.header import DTYPES
@@ -38,11 +39,18 @@ class Computer:
         self._locks: dict[int, threading.Lock] = {}
         self._guard = threading.Lock()
 
-    def survey(self) -> None:
-        """Let the method look at the whole model first, if it wants to."""
+    def survey(self, on_read: Callable[[], None]) -> None:
+        """Let the method look at the whole model first, if it wants to.
+
+        Args:
+            on_read: called once, when it does begin to read.
+        """
         merged = [task for task in self._plan.tasks if task.action == "merge" and task.size]
         if self._method.survey is not None and merged:
-            readers = [TaskReader(task, self._arithmetic, self._files) for task in merged]
+            once = cache(on_read)
+            readers = [
+                TaskReader(task, self._arithmetic, self._files, on_pass=once) for task in merged
+            ]
             self._survey = self._method.survey(readers)
 
     def run(self, unit: Unit, loaded: list[Tensor]) -> tuple[Tensor, TensorStats]:

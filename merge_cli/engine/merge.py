@@ -25,12 +25,13 @@ from merge_cli.engine.pipeline import Pipeline, StageClock, Window
 from merge_cli.engine.plan import Plan
 from merge_cli.engine.statistics import TensorStats
 from merge_cli.engine.units import Unit, cut_units
-from merge_cli.errors import Interrupted
+from merge_cli.errors import Interrupted, SourceError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _SYNC_BYTES = 2_000_000_000
+_SURVEY = "reading the whole model first, for thresholds over all of it"
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class Outcome:
 
     Attributes:
         stats: one for each task of the plan.
+        fingerprints: one for each source of the plan.
         resumed: bytes that an earlier run had merged.
         seconds: wall time of the loop, and of the survey before it.
     """
@@ -84,6 +86,7 @@ class Outcome:
     window: Window
     clocks: dict[str, StageClock]
     stats: list[TensorStats]
+    fingerprints: tuple[str, ...]
     resumed: int
     seconds: float
     survey_seconds: float
@@ -114,6 +117,7 @@ def execute(plan: Plan, target: Path, options: MergeOptions, *, show: Show, fini
         output.discard()
     output.check_space(plan.bytes_written)
     _fetch(plan, show)
+    fingerprints = _verified_fingerprints(plan)
     key = work_key(plan)
     journal = Journal(output.partial, key)
     try:
@@ -123,7 +127,7 @@ def execute(plan: Plan, target: Path, options: MergeOptions, *, show: Show, fini
             )
         if not output.allocate(plan.shards) and journal.done:
             journal.restart(key)
-        outcome = _merge(plan, output, journal, options, show)
+        outcome = _merge(plan, output, journal, options, fingerprints, show)
         _write_companions(plan, output.model, options)
         finish(plan, outcome, output.model)
         if options.fsync:
@@ -140,7 +144,12 @@ def execute(plan: Plan, target: Path, options: MergeOptions, *, show: Show, fini
 
 
 def _merge(
-    plan: Plan, output: OutputFolder, journal: Journal, options: MergeOptions, show: Show
+    plan: Plan,
+    output: OutputFolder,
+    journal: Journal,
+    options: MergeOptions,
+    fingerprints: tuple[str, ...],
+    show: Show,
 ) -> Outcome:
     import torch
 
@@ -218,9 +227,7 @@ def _merge(
     began = time.perf_counter()
     try:
         if remaining:
-            if plan.method.survey is not None:
-                show(Progress("survey", 0, 0))
-            computer.survey()
+            computer.survey(lambda: show(Progress("survey", 0, 0, _SURVEY)))
         surveyed = time.perf_counter()
         show(Progress("merge", done, total, "resumed" if resumed else ""))
         pipeline.run(remaining)
@@ -235,6 +242,7 @@ def _merge(
         window=pipeline.window,
         clocks=pipeline.clocks,
         stats=stats,
+        fingerprints=fingerprints,
         resumed=resumed,
         seconds=ended - surveyed,
         survey_seconds=surveyed - began,
@@ -254,15 +262,10 @@ def _output_bytes(plan: Plan, unit: Unit) -> int:
 
 def _fetch(plan: Plan, show: Show) -> None:
     """Download the shards that the plan reads, of models that are on the Hub."""
-    for source in plan.sources:
+    for i, source in enumerate(plan.sources):
         if source.hub is None:
             continue
-        wanted = {
-            ref.path.name
-            for task in plan.tasks
-            for ref in task.inputs
-            if ref.path.parent == source.root
-        }
+        wanted = plan.shards_read(i)
         total = sum(source.hub.files.get(name, 0) for name in wanted)
         fetched = 0
 
@@ -272,6 +275,20 @@ def _fetch(plan: Plan, show: Show) -> None:
             show(Progress("fetch", fetched, total, label))
 
         fetch_weights(source, wanted, progress)
+
+
+def _verified_fingerprints(plan: Plan) -> tuple[str, ...]:
+    """Each source's fingerprint. A resolved recipe records them: other inputs, other bytes."""
+    found = []
+    for i, source in enumerate(plan.sources):
+        fingerprint = source.fingerprint(plan.shards_read(i))
+        recorded = plan.recipe.inputs.get(source.label, fingerprint)
+        if recorded != fingerprint:
+            what = f"is not the model that this recipe was resolved with ({recorded[:12]})"
+            hint = "Restore it, or remove `inputs` from the recipe."
+            raise SourceError(what, model=source.label, hint=hint)
+        found.append(fingerprint)
+    return tuple(found)
 
 
 def _write_companions(plan: Plan, folder: Path, options: MergeOptions) -> None:

@@ -7,7 +7,7 @@ tell the difference, and the result does not depend on it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -68,6 +68,7 @@ class TaskReader:
     Args:
         loaded: raw bytes of every input (the base first) for exactly this range, or None to read
             from the files as blocks are asked for.
+        on_pass: called at the start of each pass over the blocks.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class TaskReader:
         start: int = 0,
         stop: int | None = None,
         loaded: list[Tensor] | None = None,
+        on_pass: Callable[[], None] | None = None,
     ) -> None:
         self.task, self.arithmetic = task, arithmetic
         self.name, self.parameters = task.name, task.parameters
@@ -85,10 +87,13 @@ class TaskReader:
         self._start, self._stop = start, task.size if stop is None else stop
         self._files = files
         self._loaded = loaded
+        self._on_pass = on_pass
         self._wide = any(ref.dtype == "F64" for ref in task.inputs)
 
     def blocks(self) -> Iterator[Block]:
         """Every block in order; may be called again and again."""
+        if self._on_pass is not None:
+            self._on_pass()
         step = self.arithmetic.block_size(len(self.task.operands))
         for start in range(self._start, self._stop, step):
             yield self.block(start, min(start + step, self._stop))

@@ -96,6 +96,12 @@ class Plan:
     def bytes_written(self) -> int:
         return sum(shard.size for shard in self.shards)
 
+    def shards_read(self, source: int) -> set[str]:
+        """The files of a source that the merge reads."""
+        root = self.sources[source].root
+        paths = {ref.path for task in self.tasks for ref in task.inputs}
+        return {path.name for path in paths if path.parent == root}
+
     @property
     def parameter_count(self) -> int:
         return sum(task.size for task in self.tasks)

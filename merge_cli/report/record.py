@@ -56,7 +56,7 @@ def build_report(plan: Plan, outcome: Outcome, recipe_text: str) -> dict[str, An
                 "role": "base" if i == plan.base else "source",
                 "model": plan.sources[i].label,
                 "revision": plan.sources[i].revision,
-                "digest": plan.sources[i].digest,
+                "digest": outcome.fingerprints[i],
                 "tensors": len(plan.sources[i].tensors),
                 "bytes": sum(ref.nbytes for ref in plan.sources[i].tensors.values()),
             }

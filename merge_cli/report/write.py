@@ -35,7 +35,8 @@ def write_reports(plan: Plan, outcome: Outcome, folder: Path, target: Path) -> d
             *(s.model for s in recipe.source_specs),
         ]
     )
-    digests = {source.label: source.digest for source in plan.sources}
+    labels = [source.label for source in plan.sources]
+    digests = dict(zip(labels, outcome.fingerprints, strict=True))
     defaults = {
         name: parameter.default
         for name, parameter in plan.method.parameters.items()

@@ -1,0 +1,41 @@
+"""Fixtures shared by all tests: a tiny family of models, written straight to safetensors."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from tiny import Family, llama_family
+
+# Nothing in the tests may look for a network.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+pytest_plugins = ("hub_server",)
+
+
+@pytest.fixture
+def family(tmp_path: Path) -> Family:
+    """A base and three fine-tunes in bfloat16, of a few thousand parameters."""
+    return llama_family(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def zoo() -> Path:
+    """The real model family that the demo merges."""
+    folder = Path(__file__).parent.parent / "zoo"
+    assert (folder / "base" / "model.safetensors").exists(), "the family belongs to the repository"
+    return folder
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """CUDA tests skip where there is no device."""
+    wanted = [item for item in items if item.get_closest_marker("cuda")]
+    if not wanted:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in wanted:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))

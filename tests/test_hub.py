@@ -1,0 +1,199 @@
+"""Models on the Hub, against a small server that speaks its protocol."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hub_server import HubServer
+from tiny import Family, llama_config, llama_family, read_model, write_model
+
+import merge_cli
+from merge_cli.checkpoint.hub import fetch_files, is_cached, open_hub, read_header
+from merge_cli.checkpoint.source import open_source
+from merge_cli.errors import HubError
+from merge_cli.recipe.reference import ModelRef
+
+BIG = 2_000_000
+
+
+def big_model(folder: Path) -> Path:
+    """Two shards of 4 MB each, so that fetching a header and fetching a file differ."""
+    tensors = {f"layer.{i}.weight": torch.full((BIG,), float(i)).bfloat16() for i in range(2)}
+    model = write_model(folder, tensors, llama_config(), shards=2)
+    (model / "tokenizer.json").write_text("{}")
+    (model / "pytorch_model.bin").write_bytes(b"never wanted" * 1000)
+    (model / "flax_model.msgpack").write_bytes(b"never wanted" * 1000)
+    return model
+
+
+def test_plan_fetches_headers_and_merge_only_what_it_reads(hub: HubServer, tmp_path: Path) -> None:
+    commit = hub.add("org/big", big_model(tmp_path / "big"))
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("merge_method: soup\nmodels: [org/big, org/big]\n")
+    plan = merge_cli.plan(recipe)
+    assert hub.sent(".safetensors") < 300_000 < plan.bytes_read
+    result = merge_cli.merge(plan, tmp_path / "out")
+    assert hub.sent("pytorch_model.bin") == hub.sent("flax_model") == 0
+    assert read_model(result.path)["layer.1.weight"][7] == 1.0
+    resolved = (result.path / "merge_recipe.yaml").read_text()
+    assert f"org/big@{commit}" in resolved
+    asked = [r.path for r in hub.requests if "/resolve/" in r.path]
+    assert asked
+    assert all(f"/resolve/{commit}/" in path for path in asked)
+    card = (result.path / "README.md").read_text()
+    assert "base_model:\n- org/big\n" in card
+
+    before = hub.sent(".safetensors")
+    merge_cli.merge(result.path / "merge_recipe.yaml", tmp_path / "again")
+    assert hub.sent(".safetensors") == before  # from the cache
+    same = [(p / "model.safetensors").read_bytes() for p in (tmp_path / "out", tmp_path / "again")]
+    assert same[0] == same[1]
+
+
+def test_revisions(hub: HubServer, tmp_path: Path) -> None:
+    first = hub.add("org/m", {"config.json": b'{"v": 1}'}, tag="v1")
+    second = hub.add("org/m", {"config.json": b'{"v": 2}'})
+    for revision, expected in [(None, second), ("main", second), ("v1", first), (first[:8], first)]:
+        assert open_hub("org/m", revision).commit == expected
+    with pytest.raises(HubError, match="has no revision 'v9'"):
+        open_hub("org/m", "v9")
+    (tmp_path / "r.yaml").write_text("merge_method: soup\nmodels: [org/m@v9, org/x]\n")
+    with pytest.raises(merge_cli.MergeCliError, match="2 models cannot be opened"):
+        merge_cli.plan(tmp_path / "r.yaml")
+
+
+def test_one_commit_even_if_the_branch_moves(hub: HubServer, tmp_path: Path) -> None:
+    hub.add("org/m", {"config.json": b"1", "tokenizer.json": b"1"})
+    model = open_hub("org/m")
+    hub.add("org/m", {"config.json": b"2", "tokenizer.json": b"2"})
+    folder = fetch_files(model, ["config.json", "tokenizer.json"])
+    assert (folder / "config.json").read_bytes() == b"1"
+    assert (folder / "tokenizer.json").read_bytes() == b"1"
+
+
+def test_missing_private_and_gated(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.add("org/private", {"config.json": b"{}"}, private=True)
+    hub.add("org/gated", {"config.json": b"{}"}, gated=True)
+    for name in ("org/private", "org/missing"):
+        with pytest.raises(HubError, match="or it is private") as raised:
+            open_hub(name)
+        assert "HF_TOKEN" in raised.value.hint
+    with pytest.raises(HubError, match="must be asked for") as raised:
+        fetch_files(open_hub("org/gated"), ["config.json"])
+    assert "org/gated" in raised.value.hint
+    monkeypatch.setenv("HF_TOKEN", hub.token)
+    assert open_hub("org/private").files == {"config.json": 2}
+    fetch_files(open_hub("org/gated"), ["config.json"])
+
+
+def test_the_token_goes_to_the_hub_alone_and_is_never_shown(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", hub.token)
+    hub.add("org/m", big_model(tmp_path / "big"), private=True)
+    model = open_hub("org/m")
+    read_header(model, "model-00001-of-00002.safetensors")
+    assert {r.token for r in hub.requests if not r.cdn} == {hub.token}
+    assert {r.token for r in hub.requests if r.cdn} == {""}
+    hub.fail(500, times=99)
+    with pytest.raises(HubError) as raised:
+        open_hub("org/m")
+    assert hub.token not in str(raised.value)
+
+
+def test_names_that_the_hub_cannot_have(tmp_path: Path) -> None:
+    for name in ("./x", "/nowhere/x", "a/b/c", "../up"):
+        with pytest.raises(merge_cli.MergeCliError, match="no such folder"):
+            open_source(ModelRef(name), tmp_path)
+
+
+def test_header_larger_than_the_first_request(hub: HubServer, tmp_path: Path) -> None:
+    tensors = {f"a.rather.long.name.of.a.tensor.{i}": torch.zeros(1) for i in range(3000)}
+    hub.add("org/m", write_model(tmp_path / "m", tensors))
+    raw = (tmp_path / "m" / "model.safetensors").read_bytes()
+    header = read_header(open_hub("org/m"), "model.safetensors")
+    assert len(header) > 100_000
+    assert raw.startswith(header)
+    assert len(raw) - len(header) == 3000 * 4
+
+
+def test_offline_uses_the_cache(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    family = llama_family(tmp_path)
+    commit = hub.add("org/a", family.folder / "a")
+    recipe = family.write("merge_method: passthrough\nmodels: [org/a]\n")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(HubError, match="not in the cache"):
+        merge_cli.plan(recipe)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    model = open_hub("org/a")
+    fetch_files(model, list(model.files))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    count = len(hub.requests)
+    assert open_hub("org/a", commit).note == "offline: from the cache"
+    merge_cli.merge(recipe, tmp_path / "out")
+    assert len(hub.requests) == count
+
+
+def test_unreachable_hub_falls_back_to_the_cache(hub: HubServer, tmp_path: Path) -> None:
+    family = llama_family(tmp_path)
+    hub.add("org/a", family.folder / "a")
+    model = open_hub("org/a")
+    fetch_files(model, list(model.files))
+    hub.stop()
+    assert "cannot be reached" in open_hub("org/a").note
+    with pytest.raises(HubError, match="cannot be reached"):
+        open_hub("org/other")
+
+
+def test_interrupted_download_continues(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 100_000)  # what is written at once
+    hub.add("org/m", big_model(tmp_path / "big"))
+    model = open_hub("org/m")
+    name = "model-00001-of-00002.safetensors"
+    hub.cut(after=200_000, path=name, times=2)
+    path = fetch_files(model, [name]) / name
+    assert path.read_bytes() == (tmp_path / "big" / name).read_bytes()
+    ranges = [r.range for r in hub.requests if r.cdn and r.range]
+    assert any(not r.startswith("bytes=0-") for r in ranges)
+
+
+def test_progress_counts_every_byte(hub: HubServer, tmp_path: Path) -> None:
+    hub.add("org/m", big_model(tmp_path / "big"))
+    model = open_hub("org/m")
+    names = [name for name in model.files if name.endswith(".safetensors")]
+    for _ in range(2):  # the second time from the cache
+        counts: list[int] = []
+        fetch_files(model, names, counts.append)
+        assert sum(counts) == sum(model.files[name] for name in names)
+    assert all(is_cached(model, name) for name in names)
+
+
+def test_command_line(hub: HubServer, family: Family, tmp_path: Path) -> None:
+    hub.add("org/a", family.folder / "a")
+    family.write("merge_method: soup\nmodels: [org/a@main, b, org/none]\n")
+    command = [sys.executable, "-m", "merge_cli", "run", str(family.folder / "recipe.yaml"), "out"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=hub.env(), cwd=tmp_path, timeout=120
+    )
+    assert done.returncode == 3
+    assert "org/none" in done.stderr
+    family.write("merge_method: soup\nmodels: [org/a@main, b]\n")
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=hub.env(), cwd=tmp_path, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    inputs = json.loads((tmp_path / "out" / "merge_report.json").read_text())["inputs"]
+    assert inputs[0]["revision"] == hub.repos["org/a"].branches["main"]

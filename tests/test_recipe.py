@@ -1,0 +1,246 @@
+"""Recipes: mergekit's grammar, and every mistake with its place and the nearest word."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import oracles
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from merge_cli.engine.planner import load_recipe
+from merge_cli.errors import RecipeError, UsageError
+from merge_cli.methods.registry import get_method
+from merge_cli.methods.resolve import operand_specs, resolve
+from merge_cli.recipe.reference import ModelRef, parse_reference
+from merge_cli.recipe.schema import Recipe
+from merge_cli.recipe.values import Gradient, Rule, evaluate, interpolate
+
+TIES = """\
+merge_method: ties
+base_model: org/base
+models:
+  - model: org/a
+    parameters:
+      weight: 1.0
+      density: 0.5
+  - model: org/b
+parameters:
+  normalize: true
+"""
+
+
+def load(text: str) -> Recipe:
+    return load_recipe("r.yaml", text=text)
+
+
+def problems(text: str) -> list[str]:
+    with pytest.raises(RecipeError) as raised:
+        load(text)
+    return [str(problem) for problem in raised.value.problems]
+
+
+def test_a_recipe() -> None:
+    recipe = load(TIES)
+    assert recipe.base_model == ModelRef("org/base")
+    assert [str(s.model) for s in recipe.models] == ["org/a", "org/b"]
+    assert recipe.seed == 0
+    assert recipe.output_dtype is None
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "expected"),
+    [
+        ("density: 0.5", "densty: 0.5",
+         "r.yaml:7:7: models[0].parameters.densty: ties has no such parameter. "
+         "Did you mean 'density'?"),
+        ("normalize", "Normalise", "r.yaml:10:3: parameters.Normalise: ties has no such parameter. "
+         "Did you mean 'normalize'?"),
+        ("density: 0.5", "density: 1.7",
+         "r.yaml:7:7: models[0].parameters.density: must be a number in (0, 1] (got 1.7)."),
+        ("density: 0.5", "density: 0",
+         "r.yaml:7:7: models[0].parameters.density: must be a number in (0, 1] (got 0)."),
+        ("density: 0.5", "density: [0.1, .nan]",
+         "r.yaml:7:7: models[0].parameters.density: must be a number in (0, 1] (got nan)."),
+        ("normalize: true", "normalize: 3",
+         "r.yaml:10:3: parameters.normalize: must be true or false (got 3)."),
+        ("normalize: true", "trim: models",
+         "r.yaml:10:3: parameters.trim: must be one of tensor, model (got models)."),
+        ("weight: 1.0", "normalize: true",
+         "r.yaml:6:7: models[0].parameters.normalize: normalize is one value for the whole merge, "
+         "not one for each model. Move it to the recipe's `parameters:`."),
+        ("ties", "tise",
+         "r.yaml:1:1: merge_method: unknown merge method 'tise'. Did you mean 'ties'?"),
+        ("base_model: org/base\n", "",
+         "r.yaml:1:1: merge_method: ties adds changes to a base model, and the recipe names none. "
+         "Add `base_model:`."),
+        ("parameters:\n  normalize", "dtyp: float16\nparameters:\n  normalize",
+         "r.yaml:9:1: dtyp: unknown key. Did you mean 'dtype'?"),
+        ("parameters:\n  normalize", "dtype: bf16\nparameters:\n  normalize",
+         "r.yaml:9:8: dtype: unknown dtype 'bf16'. Did you mean 'bfloat16'?"),
+        ("parameters:\n  normalize", "tokenizer: {source: union}\nparameters:\n  normalize",
+         "r.yaml:9:1: tokenizer: building a vocabulary is not supported by this version; merge "
+         "models that share one, or name a donor with `tokenizer_source`."),
+        ("weight: 1.0", "weight: 1.0\n      weight: 2.0",
+         "r.yaml:7:7: weight: given twice, first on line 6. Keep one of them."),
+        ("weight: 1.0", "weight: {a: 1}",
+         "r.yaml:6:15: models[0].parameters.weight.value: missing"),
+        ("- model: org/b", "- modell: org/b",
+         "r.yaml:8:5: models[1].modell: unknown key. Did you mean 'model'?"),
+        ("parameters:\n  normalize", "seed: -1\nparameters:\n  normalize",
+         "r.yaml:9:7: seed: must be a whole number of at least 0 (got -1)"),
+    ],
+)  # fmt: skip
+def test_mistakes(before: str, after: str, expected: str) -> None:
+    assert before in TIES
+    assert expected in problems(TIES.replace(before, after, 1))
+
+
+def test_all_problems_at_once() -> None:
+    text = TIES.replace("density: 0.5", "densty: 0.5").replace("normalize", "lamda")
+    text = text.replace("merge_method", "dtyp: 1\nmerge_method")
+    assert len(problems(text)) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "empty"),
+        ("- 1", "a recipe is a mapping"),
+        ("a: [", "not valid YAML"),
+        ("merge_method: ties\n\tmodels: []", "not valid YAML"),
+        (
+            "merge_method: soup\nmodels: [a]\n---\nmerge_method: soup\nmodels: [b]",
+            "several documents",
+        ),
+        ("merge_method: soup", "models: missing"),
+        ("merge_method: soup\nmodels: []", "must be a list of at least one"),
+        ("merge_method: soup\nmodels: [a]\nslices: []", "not both"),
+        ("models: [a]", "merge_method: missing"),
+        ("merge_method: slerp\nmodels: [a, b, c]", "slerp takes exactly 2 models (got 3)"),
+        ("merge_method: dam\nbase_model: a\nmodels: [b]", "'dam' is not supported by this version"),
+        ("&a {merge_method: *a}", "nested too deeply"),
+    ],
+)
+def test_no_recipe_at_all(text: str, words: str) -> None:
+    with pytest.raises(RecipeError) as raised:
+        load(text)
+    assert words in str(raised.value)
+
+
+def test_missing_file() -> None:
+    with pytest.raises(UsageError, match="no such recipe"):
+        load_recipe("nowhere.yaml")
+
+
+def test_known_keys_without_effect_are_one_line_each() -> None:
+    recipe = load(
+        TIES.replace("normalize: true", "normalize: true\n  int8_mask: true\n  rescale: true")
+    )
+    assert [w.partition(": ")[0] for w in recipe.warnings] == ["r.yaml:11:3", "r.yaml:12:3"]
+
+
+def test_anchors_and_merge_keys() -> None:
+    recipe = load(
+        "merge_method: ties\nbase_model: org/base\nmodels:\n"
+        "  - {model: org/a, parameters: &p {weight: 1.0, density: 0.5}}\n"
+        "  - {model: org/b, parameters: {<<: *p, weight: 2.0}}\n"
+    )
+    second = recipe.models[1].parameters
+    assert (second["weight"].setting, second["density"].setting) == (2.0, 0.5)
+
+
+def test_numbers_that_yaml_reads_as_text() -> None:
+    assert load(TIES.replace("1.0", "1e-3")).models[0].parameters["weight"].setting == 0.001
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("org/a", ModelRef("org/a")),
+        ("org/a@main", ModelRef("org/a", "main")),
+        ("org/a@abc+org/lora@v2", ModelRef("org/a", "abc", "org/lora", "v2")),
+        ("org/a+org/lora", ModelRef("org/a", None, "org/lora")),
+    ],
+)
+def test_references(tmp_path: Path, text: str, expected: ModelRef) -> None:
+    assert parse_reference(text, tmp_path) == expected
+    assert str(expected) == text
+
+
+def test_a_path_on_disk_wins(tmp_path: Path) -> None:
+    (tmp_path / "a@b+c").mkdir()
+    assert parse_reference("a@b+c", tmp_path) == ModelRef("a@b+c")
+
+
+def test_reference_as_a_mapping() -> None:
+    entry = "{model: {path: org/a, revision: v1}, lora: org/l}"
+    text = f"merge_method: soup\nmodels:\n  - model: {entry}\n"
+    assert load(text).models[0].model == ModelRef("org/a", "v1", "org/l")
+
+
+# Values
+
+
+def test_settings() -> None:
+    rules = (Rule("self_attn", Gradient((0.0, 1.0))), Rule("mlp", 0.25), Rule(None, 0.5))
+    assert evaluate(rules, "layers.3.self_attn.q", 0.5) == 0.5
+    assert evaluate(rules, "layers.3.mlp.up", 0.5) == 0.25
+    assert evaluate(rules, "embed", 0.0) == 0.5
+    assert evaluate(rules[:2], "embed", 0.0) is None
+    assert evaluate((Rule("*", 3.0),), "anything", 0.0) == 3.0
+    assert evaluate(Gradient((True, False)), "x", 0.7) is True
+
+
+@given(
+    st.lists(st.floats(-10, 10), min_size=1, max_size=6), st.floats(0.0, 1.0, allow_subnormal=False)
+)
+def test_gradient_is_the_oracle(values: list[float], position: float) -> None:
+    expected = oracles.gradient(values, position)
+    assert interpolate(tuple(values), position) == pytest.approx(expected, abs=1e-9)
+
+
+def resolved(text: str, tensor: str, position: float = 0.0) -> dict[str, Any]:
+    recipe = load(text)
+    method = get_method(recipe.merge_method)
+    piece = recipe.slices[0] if recipe.slices else None
+    specs = operand_specs(recipe, method, piece.sources if piece else recipe.models)
+    return resolve(recipe, method, piece, specs, tensor, position)
+
+
+def test_precedence() -> None:
+    """Slice source over output slice over global over default."""
+    text = """\
+merge_method: ties
+base_model: org/base
+slices:
+  - sources:
+      - {model: org/a, layer_range: [0, 2], parameters: {weight: 0.1}}
+      - {model: org/b, layer_range: [0, 2]}
+    parameters:
+      weight: 0.2
+      density: [{filter: mlp, value: 0.3}]
+parameters: {weight: 0.4, density: 0.5}
+"""
+    assert resolved(text, "mlp.w")["weight"] == [0.1, 0.2]
+    assert resolved(text, "mlp.w")["density"] == [0.3, 0.3]
+    assert resolved(text, "attn.w")["density"] == [0.5, 0.5]  # no filter fits: one level further up
+    assert resolved(text, "attn.w")["lambda"] == 1.0
+
+
+def test_base_among_the_sources() -> None:
+    """The base has no task vector; for slerp it is the first end of the arc, wherever it stands."""
+    ties = TIES.replace("  - model: org/b", "  - model: org/base\n  - model: org/b")
+    assert len(resolved(ties, "w")["weight"]) == 2
+    recipe = load("merge_method: slerp\nbase_model: org/base\nmodels: [org/a, org/base]\n")
+    specs = operand_specs(recipe, get_method("slerp"), recipe.models)
+    assert [str(s.model) for s in specs] == ["org/base", "org/a"]
+
+
+def test_rescale_takes_words_and_truth() -> None:
+    text = TIES.replace("ties", "dare_ties").replace("normalize: true", "rescale: {}")
+    for word, value in (("l1", "l1"), ("true", True), ("false", False), ("none", "none")):
+        assert resolved(text.replace("{}", word), "w")["rescale"] == value
+    assert "must be one of" in problems(text.replace("{}", "1.0"))[0]
