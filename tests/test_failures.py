@@ -1,4 +1,4 @@
-"""What goes wrong, as a user meets it: one message, the right exit code, nothing half published."""
+"""What goes wrong, as a user meets it: one message, the right exit code, nothing half done."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ def build_report(plan: Plan, outcome: Outcome, recipe_text: str) -> dict[str, An
                 "dtype": task.dtype,
                 "action": task.action,
                 "note": task.note,
-                "norm": _norms(stats) or None,
+                "norm": [_rounded(norm) for norm in _norms(stats)] or None,
                 "non_finite": sum(stats.non_finite),
             }
             for task, stats in zip(plan.tasks, outcome.stats, strict=True)
@@ -140,24 +140,24 @@ def _group(name: str, stats: TensorStats) -> dict[str, Any]:
         "name": name,
         "layer": place.index if place else None,
         "count": stats.count,
-        "norm": norms,
+        "norm": [_rounded(norm) for norm in norms],
         "relative_norm": [_ratio(norm, base) for norm in norms] if base else None,
         "cosine": cosine if has_pairs else None,
         "sign_agreement": agreement or None,
-        "conflict": _ratio(stats.conflict, stats.sampled) if len(norms) > 1 else None,
+        "conflict": _ratio(stats.conflict, stats.sampled) if agreement else None,
         "kept": [_ratio(kept, stats.sampled) for kept in stats.kept] or None,
         "change": _ratio(math.sqrt(stats.change), base),
     }
 
 
 def _norms(stats: TensorStats) -> list[float]:
-    return [_rounded(math.sqrt(max(row[i], 0.0))) for i, row in enumerate(stats.gram)]
+    return [math.sqrt(max(row[i], 0.0)) for i, row in enumerate(stats.gram)]
 
 
 def _ratio(part: float, whole: float) -> float | None:
-    return _rounded(part / whole) if whole and math.isfinite(part / whole) else None
+    return _rounded(part / whole) if whole else None
 
 
-def _rounded(value: float) -> float:
-    """Six digits: what float32 sums can hold."""
-    return float(f"{value:.6g}")
+def _rounded(value: float) -> float | None:
+    """Six digits, which is what float32 sums can hold; None where weights were not finite."""
+    return float(f"{value:.6g}") if math.isfinite(value) else None

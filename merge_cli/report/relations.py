@@ -1,0 +1,123 @@
+"""The statistics of a report, arranged as the page's sections need them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from merge_cli.report import charts
+from merge_cli.report.charts import Axis, Scale, Values
+from merge_cli.report.elements import figure
+from merge_cli.report.words import mean, or_dash, percent
+
+Json = Mapping[str, Any]
+_MAX_PAIR_SOURCES = 8  # 28 pairs; more rows than that are read as sources, not as pairs
+_NO_LAYERS = "<p>By layer there is nothing to draw: no tensor of this model belongs to a layer.</p>"
+
+
+@dataclass(frozen=True)
+class View:
+    """The statistics, as the sections use them.
+
+    Attributes:
+        kind: what was measured, in words: "task vectors" or "weights".
+        models: full labels; `labels`: the same, short enough for a chart.
+        layers, axis: the groups that are layers, in order, and their columns.
+        column_name: what a column is; names the stacks of a model that has several.
+        sampled: share of the elements on which signs were counted.
+    """
+
+    kind: str
+    models: Sequence[str]
+    labels: Sequence[str]
+    total: Json
+    layers: Sequence[Json]
+    axis: Axis
+    column_name: str
+    sampled: float
+
+    def column(self, field: str, *at: int) -> list[float | None]:
+        """A field of every layer; `at` leads into lists and matrices."""
+        return [_at(layer.get(field), at) for layer in self.layers]
+
+
+def view_of(statistics: Json | None) -> View | None:
+    if statistics is None:
+        return None
+    found = [group for group in statistics["groups"] if group["layer"] is not None]
+    stacks = list(dict.fromkeys(_stack(group) for group in found))
+    layers = sorted(found, key=lambda group: (stacks.index(_stack(group)), group["layer"]))
+    of_stack = f" of {', then '.join(stacks)}" if len(stacks) > 1 else ""
+    names = [f"layer {g['layer']}" if len(stacks) < 2 else g["name"] for g in layers]
+    models = statistics["models"]
+    return View(
+        kind="task vectors" if statistics["of"] == "deltas" else "weights",
+        models=models,
+        labels=_labels(models),
+        total=statistics["total"],
+        layers=layers,
+        axis=charts.layer_axis(names, [g["layer"] for g in layers], "layer"),
+        column_name=f"layer{of_stack}",
+        sampled=statistics["sampled"],
+    )
+
+
+def _stack(group: Json) -> str:
+    return str(group["name"].rpartition(".")[0])
+
+
+def _labels(models: Sequence[str]) -> list[str]:
+    """Short, and numbered where a matrix needs numbers or shortening made two alike."""
+    short = [charts.shorten(model) for model in models]
+    if len(set(short)) == len(short) and charts.matrix_axis(short).ticks == short:
+        return short
+    return [f"{i}  {label}" for i, label in enumerate(short, 1)]
+
+
+def row(values: Values | None) -> str:
+    return " · ".join(or_dash(value, percent) for value in values or ()) or "–"
+
+
+def pairs_of(view: View) -> list[tuple[float, str]]:
+    """The cosine of each pair over the whole model, and the pair's name."""
+    cosine, labels = view.total["cosine"] or [], view.labels
+    return [
+        (row[j], f"{labels[i]} and {labels[j]}")
+        for i, row in enumerate(cosine)
+        for j in range(i + 1, len(row))
+        if row[j] is not None
+    ]
+
+
+def pair_rows(view: View, field: str) -> dict[str, Values]:
+    """Rows by layer: one for each pair, or with many sources the mean of each with the others."""
+    size = len(view.labels)
+    rows: dict[str, Values] = {}
+    if size <= _MAX_PAIR_SOURCES:
+        pairs = [(i, j) for i in range(size) for j in range(i + 1, size)]
+        names = [f"{view.labels[i]} – {view.labels[j]}" for i, j in pairs]
+        if max(map(charts.text_width, names)) > 230:  # the numbers that the matrix explains
+            names = [f"{i + 1} – {j + 1}" for i, j in pairs]
+        return {name: view.column(field, *at) for name, at in zip(names, pairs, strict=True)}
+    for i, label in enumerate(view.labels):
+        others = [view.column(field, i, j) for j in range(size) if j != i]
+        rows[label] = [mean(values) for values in zip(*others, strict=True)]
+    return rows
+
+
+def by_layer(
+    view: View, what: str, rows: Mapping[str, Values], scale: Scale, text: charts.Format
+) -> str:
+    """A heat map with a column for each layer."""
+    if not view.layers:
+        return _NO_LAYERS
+    caption = f"{what}, by {view.column_name}."
+    chart = charts.heat_map(caption, list(rows), view.axis, list(rows.values()), scale, 22, text)
+    return figure(caption, chart)
+
+
+def _at(value: Any, path: Sequence[int]) -> float | None:
+    for step in path:
+        value = None if value is None else value[step]
+    return None if value is None else float(value)

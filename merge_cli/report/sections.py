@@ -1,0 +1,180 @@
+"""The report page's sections on how the sources relate: each with a finding in words and a chart.
+
+Without data a section says so in a line: an empty plot reads like a measurement of zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+
+from merge_cli.report import charts
+from merge_cli.report.charts import Scale, Series, Values
+from merge_cli.report.elements import figure, section, table
+from merge_cli.report.relations import Json, View, by_layer, pair_rows, pairs_of, row
+from merge_cli.report.words import (
+    bare_percent,
+    cosine,
+    or_dash,
+    percent,
+    root,
+    three_decimals,
+    two_decimals,
+)
+
+_MAX_ROWS = 20_000  # of the table of tensors: a page that still opens
+_NO_LAYERS = "<p>By layer there is nothing to draw: no tensor of this model belongs to a layer.</p>"
+
+
+def alike(view: View) -> str:
+    how = (
+        "Cosine is 1 where two sources moved the same way, 0 where they have nothing in common, "
+        "−1 where they pull apart. Colour deepens with the square root, so that small values show."
+    )
+    pairs = pairs_of(view)
+    if not pairs:
+        return section("How alike the sources are", "", _no_pairs(view, "Cosines"))
+    scale = Scale(root, (-1, -0.5, -0.1, 0, 0.1, 0.5, 1), cosine, "cosine")
+    (low, a), (high, b) = min(pairs), max(pairs)
+    found = f"Most alike: {b} ({three_decimals(high)}); least: {a} ({three_decimals(low)})."
+    if len(pairs) == 1:
+        found = f"The cosine of {a} is {three_decimals(low)}."
+    axis = charts.matrix_axis(view.labels)
+    whole = charts.heat_map(
+        "Cosine, whole model", view.labels, axis, view.total["cosine"], scale, 34, three_decimals
+    )
+    rows = pair_rows(view, "cosine")
+    of_many = ", mean of each source with the others" if len(rows) == len(view.models) > 3 else ""
+    return section(
+        "How alike the sources are", how, found,
+        figure(f"Cosine between {view.kind}, whole model.", whole),
+        by_layer(view, f"Cosine between {view.kind}{of_many}", rows, scale, two_decimals),
+    )  # fmt: skip
+
+
+def conflict(view: View) -> str:
+    how = (
+        "The share of elements that some sources raise and others lower: what a plain average "
+        f"would cancel out. {len(view.models)} unrelated sources that change every element would "
+        f"be in conflict on {percent(1 - 2.0 ** (1 - len(view.models)))}."
+    )
+    whole = conflict_of(view)
+    if whole is None:
+        return section("Sign conflict", "", _no_pairs(view, "Signs"))
+    found = f"{percent(whole)} of elements are in conflict{_extremes(view)}."
+    if view.sampled < 1:
+        found += f" Counted on {percent(view.sampled)} of the elements."
+    values = view.column("conflict")
+    figures = []
+    if view.layers:
+        bars = charts.bars("Sign conflict by layer", view.axis, values, percent, "elements", whole)
+        figures.append(figure(f"Elements in conflict, by {view.column_name}.", bars))
+    scale = Scale(lambda v: root(2 * v - 1), (0, 0.4, 0.5, 0.6, 1), percent, "same sign")
+    axis = charts.matrix_axis(view.labels)
+    agreement = view.total["sign_agreement"]
+    chart = charts.heat_map(
+        "Sign agreement, whole model", view.labels, axis, agreement, scale, 34, bare_percent
+    )
+    figures.append(figure("Elements of the same sign, of those that both sources change.", chart))
+    return section("Sign conflict", how, found, *figures)
+
+
+def sizes(view: View) -> str:
+    title = "How far the sources are from the base"
+    how = (
+        "‖δ‖/‖θ₀‖: the norm of what a source changed, over the norm of the base. A source far "
+        "above the others speaks loudest in a plain average. “merged” is what the merge itself "
+        "changed."
+    )
+    relative, change = view.total["relative_norm"], view.total["change"]
+    if relative is None:
+        return section(title, "", "Not measured: this method has no base to compare with.")
+    found = _each(view, relative)
+    merged = "" if change is None else f"; the merge {percent(change)}"
+    figure = _series(view, "relative_norm", "‖δ‖/‖θ₀‖", view.column("change"))
+    return section(title, how, f"Whole model: {found}{merged}.", figure)
+
+
+def kept(view: View) -> str:
+    title = "What trimming kept"
+    how = "The share of each source's elements that the method kept before it merged them."
+    if view.total["kept"] is None:
+        return section(title, "", "This method trims nothing.")
+    found = f"Whole model: {_each(view, view.total['kept'])}"
+    if view.layers and _is_flat(view, "kept"):  # equal shares by design: lines upon each other
+        return section(title, how, f"{found}; the same in every layer.")
+    return section(title, how, f"{found}.", _series(view, "kept", "elements kept"))
+
+
+def _is_flat(view: View, field: str) -> bool:
+    """Whether every layer has the share of the whole model, within a hundredth of it."""
+    return all(
+        value is None or whole is None or abs(value - whole) <= 0.01 * whole
+        for i, whole in enumerate(view.total[field])
+        for value in view.column(field, i)
+    )
+
+
+def _each(view: View, values: Values) -> str:
+    """The value of each source, or with many their ends."""
+    known = [(v, label) for v, label in zip(values, view.labels, strict=True) if v is not None]
+    if len(known) > charts.MAX_LINES:
+        (low, least), (high, most) = min(known), max(known)
+        return f"from {percent(low)} ({least}) to {percent(high)} ({most})"
+    return ", ".join(f"{label} {percent(value)}" for value, label in known) or "no data"
+
+
+def _series(view: View, field: str, unit: str, merged: Values | None = None) -> str:
+    """One line for each source; rows of a heat map where lines would be a tangle."""
+    rows = [view.column(field, i) for i in range(len(view.models))]
+    if not view.layers:
+        return _NO_LAYERS
+    if all(value is None for row in rows for value in row):
+        return ""
+    what = unit[0].upper() + unit[1:]
+    named: dict[str, Values] = dict(zip(view.labels, rows, strict=True))
+    if len(rows) <= charts.MAX_LINES:
+        caption = f"{what}, by {view.column_name}."
+        series = [Series(name, row, i) for i, (name, row) in enumerate(named.items())]
+        if merged is not None and any(value is not None for value in merged):
+            series.append(Series("merged", merged, "merged"))
+        return figure(caption, charts.lines(caption, view.axis, series, percent, unit))
+    top = max((value for row in rows for value in row if value is not None), default=0.0) or 1.0
+    scale = Scale(lambda v: v / top, (0, top / 2, top), percent, unit)
+    if merged is not None:
+        named["merged"] = merged
+    return by_layer(view, what, named, scale, bare_percent)
+
+
+def groups(groups: Sequence[Json]) -> str:
+    """What the charts show, as numbers; and the tensors outside the layers, which they do not."""
+    heads = ["group", "elements", "sign conflict", "change", "‖δ‖/‖θ₀‖", "kept"]
+    rows = [
+        [escape(g["name"]), f"{g['count']:,}", or_dash(g["conflict"], percent),
+         or_dash(g["change"], percent), row(g["relative_norm"]), row(g["kept"])]
+        for g in groups[:_MAX_ROWS]
+    ]  # fmt: skip
+    title = "Layers, and the tensors outside them"
+    return f"<details><summary>{title}</summary>{table(heads, rows, right=5)}</details>"
+
+
+def _no_pairs(view: View, what: str) -> str:
+    """Why there is nothing to say about pairs of sources."""
+    one = len(view.models) < 2
+    return "One source: there is nothing to compare it with." if one else f"{what}: not measured."
+
+
+def conflict_of(view: View) -> float | None:
+    """None too where signs were not compared (too many sources), which leaves a count of zero."""
+    known: float | None = view.total["conflict"]
+    return known if view.total["sign_agreement"] is not None else None
+
+
+def _extremes(view: View) -> str:
+    """Which layers have most and least conflict, as the end of a sentence."""
+    values = view.column("conflict")
+    known = [(v, name) for v, name in zip(values, view.axis.names, strict=True) if v is not None]
+    if len(known) < 2:
+        return ""
+    (low, least), (high, most) = min(known), max(known)
+    return f", from {percent(low)} ({least}) to {percent(high)} ({most})"
