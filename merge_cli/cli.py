@@ -25,7 +25,9 @@ app = typer.Typer(
 )
 
 _MERGEKIT = "mergekit's flags"
-RecipeArgument = Annotated[str, typer.Argument(help="The recipe's file; - reads standard input.")]
+RecipeArgument = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="The recipe's file; - reads standard input.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 SeedOption = Annotated[
     int | None, typer.Option("--seed", "--random-seed", help="Instead of the recipe's seed.", min=0)
@@ -55,7 +57,7 @@ def _root(
 @app.command()
 def run(
     recipe: RecipeArgument,
-    out: Annotated[Path | None, typer.Argument(help="The folder to write.")] = None,
+    out: Annotated[Path | None, typer.Argument(metavar="OUT", help="The folder to write.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     threads: ThreadsOption = None,
     max_memory: MemoryOption = "1.25GB",
@@ -172,8 +174,6 @@ def methods(
 
 def main() -> None:
     """Run the command line; every failure is one message and the exit code of its kind."""
-    from click import ClickException
-
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         app(standalone_mode=False)
@@ -182,9 +182,6 @@ def main() -> None:
 
         console.show_error(error)
         sys.exit(error.exit_code)
-    except ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         print("Interrupted.", file=sys.stderr)
         sys.exit(130)
@@ -192,6 +189,12 @@ def main() -> None:
         # The reader of our output has gone (`| head`): nothing is wrong, nobody is listening.
         sys.stderr.close()
         sys.exit(1)
+    except Exception as error:
+        # Usage errors of click, of which typer has its own copy or not, depending on its version.
+        if not hasattr(error, "show") or not hasattr(error, "exit_code"):
+            raise
+        error.show()
+        sys.exit(error.exit_code)
 
 
 def _interrupt(number: int, frame: object) -> None:

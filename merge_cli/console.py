@@ -36,7 +36,9 @@ class Screen:
 
     def __init__(self, *, quiet: bool = False) -> None:
         self.quiet = quiet
-        self.out = Console(soft_wrap=not sys.stdout.isatty())
+        # In a file or a pipe a table may be as wide as it needs: nothing there folds it.
+        wide = None if sys.stdout.isatty() else 240
+        self.out = Console(width=wide, soft_wrap=wide is not None)
         self.err = Console(stderr=True, soft_wrap=not sys.stderr.isatty(), highlight=False)
 
     def notes(self, lines: Sequence[str]) -> None:

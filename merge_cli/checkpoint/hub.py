@@ -1,42 +1,33 @@
-"""Models on the Hugging Face Hub: which commit, which files, and how they get here.
+"""Models on the Hugging Face Hub: resolved to a commit, fetched file by file, cached.
 
-A revision becomes a commit once, in `open_hub`; every later request names that commit, so all
-files of a model belong together. Files live in huggingface_hub's own cache. What they mean is for
-others to say.
-
-Weights come by plain HTTP into `blobs/<sha256>.incomplete`, where the next run goes on:
-huggingface_hub 2 throws away the part it has when a download fails, by HTTP as by Xet.
+A plan needs kilobytes: the list of files, the small ones, and the headers of the shards, which are
+read by HTTP range. A merge then downloads the shards that it reads. Every request after the first
+names the commit, so that all files are of one revision. Tokens are huggingface_hub's business.
 """
 
 from __future__ import annotations
 
-import errno
-import hashlib
-import re
-import threading
-import time
+import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import Any
 
-from merge_cli.errors import CorruptFileError, HubError, MergeCliError, ResourceError
+from merge_cli.errors import CorruptFileError, HubError
 
-T = TypeVar("T")
-FIRST_READ = 32 * 1024  # holds the whole header of most shards: one request instead of two
-LARGEST_HEADER = 100_000_000  # the limit of safetensors itself
-SMALL = 1 << 20  # below this, nothing is worth resuming
-PAUSES = (0.5, 2.0)  # seconds before each further attempt
-WORKERS = 4  # files at a time: one connection seldom fills the line
+_FIRST_BYTES = 100_000  # holds the whole header of nearly every shard
 
 
 @dataclass(frozen=True)
 class HubModel:
-    """One commit of a repository: files with sizes in bytes, and a `note` that a plan can show.
+    """A repository at one commit.
 
-    Without a connection, `files` holds what the cache holds of that commit.
+    Attributes:
+        revision: the branch, tag or commit that was asked for.
+        commit: what it was resolved to, 40 hexadecimal digits.
+        files: name -> size in bytes; of cached files alone when the Hub was not asked.
+        note: what a plan should say about where this comes from; often empty.
     """
 
     repo_id: str
@@ -45,141 +36,229 @@ class HubModel:
     files: Mapping[str, int]
     note: str = ""
 
-    @property
-    def label(self) -> str:
-        """The model as a recipe names it."""
-        return f"{self.repo_id}@{self.revision}" if self.revision else self.repo_id
-
 
 def open_hub(repo_id: str, revision: str | None = None) -> HubModel:
-    """Resolve a branch, tag, or short or full commit to a commit, and list its files.
+    """Find a repository and resolve the revision to a commit, with one request.
+
+    Without a connection (or with HF_HUB_OFFLINE=1) the cache answers, if it can.
 
     Raises:
-        HubError: the repository or revision is not there for this user, or the Hub is out of
-            reach (or HF_HUB_OFFLINE is set) and the cache does not hold the revision either.
+        HubError: missing or private, gated, no such revision, no connection and no cached copy.
     """
     from huggingface_hub import HfApi, constants
 
-    def ask() -> HubModel:
-        patience = constants.HF_HUB_ETAG_TIMEOUT
-        info = HfApi().model_info(
-            repo_id, revision=revision, files_metadata=True, timeout=patience
-        )
-        sizes = {s.rfilename: s.size or 0 for s in info.siblings or ()}
-        return HubModel(repo_id, revision, str(info.sha), sizes)
-
-    with _explained(HubModel(repo_id, revision, "", {})):
-        try:
-            return _retrying(ask)
-        except Exception as error:
-            if _out_of_reach(error) and (cached := _from_cache(repo_id, revision)):
-                return cached
-            raise
+    label = f"{repo_id}@{revision}" if revision else repo_id
+    if constants.HF_HUB_OFFLINE:
+        return _from_cache(repo_id, revision, "offline: from the cache")
+    try:
+        with _explained(label):
+            info = HfApi().model_info(repo_id, revision=revision, files_metadata=True)
+    except HubError as error:
+        if isinstance(error, _Unreachable):
+            try:
+                return _from_cache(repo_id, revision, "the Hub cannot be reached: from the cache")
+            except HubError:
+                raise error from None
+        raise
+    files = {file.rfilename: int(file.size or 0) for file in info.siblings or []}
+    assert info.sha is not None, "the Hub always names the commit"
+    return HubModel(repo_id, revision, info.sha, files)
 
 
 def fetch_files(
     model: HubModel, names: Sequence[str], progress: Callable[[int], None] | None = None
 ) -> Path:
-    """Bring these files of the commit into the cache; returns the snapshot that holds them.
+    """Download files of the commit that are not in the cache yet; interrupted ones continue.
 
-    `progress` is called with bytes as they arrive, one call at a time but from several threads,
-    for files that are not cached yet; what an earlier run left counts at once, and the sum is the
-    size of those files (a server that cannot resume takes its part back with a negative number).
+    Args:
+        progress: told the number of bytes as they arrive (files from the cache: all at once).
+
+    Returns:
+        the snapshot folder that holds them.
 
     Raises:
-        HubError: no such file, no access, no connection, or a download that broke off.
-        ResourceError: the cache cannot be written.
+        HubError: a file that is missing or cannot be had.
     """
+    from huggingface_hub import hf_hub_download
+
+    folder = _snapshot(model)
     for name in names:
-        _must_list(model, name)
-    stop, lock = threading.Event(), threading.Lock()
-
-    def count(size: int) -> None:
-        with lock:
-            if stop.is_set():
-                raise InterruptedError("another file failed, or the user pressed Ctrl-C")
-            if progress and size:
-                progress(size)
-
-    missing = [name for name in dict.fromkeys(names) if not is_cached(model, name)]
-    with ThreadPoolExecutor(WORKERS) as pool:
-        try:
-            list(pool.map(lambda name: _fetch(model, name, count), missing))
-        except BaseException:
-            stop.set()  # leaving the pool waits for its threads: let them end at the next chunk
-            raise
-    _remember(model)
-    return _storage(model.repo_id) / "snapshots" / model.commit
+        with _explained(model.repo_id, name):
+            bars = _reporting(progress) if progress and not is_cached(model, name) else None
+            path = Path(
+                hf_hub_download(
+                    model.repo_id, name, revision=model.commit, tqdm_class=bars
+                )  # fmt: skip
+            )
+            if progress and bars is None:
+                progress(path.stat().st_size)
+            folder = path.parents[len(Path(name).parts) - 1]
+    _remember_revision(model)
+    return folder
 
 
 def read_header(model: HubModel, name: str) -> bytes:
-    """The header of one safetensors file: 8 bytes of little-endian length, then the JSON.
+    """The raw safetensors header of a shard: the 8-byte length and the JSON, never the weights.
 
     Raises:
-        HubError: as for `fetch_files`.
-        CorruptFileError: the file is too short for the header that it announces.
+        HubError: the file cannot be had.
+        CorruptFileError: it does not begin with a header.
     """
-    _must_list(model, name)
-    size = model.files[name]
-
-    def read(start: int, stop: int) -> bytes:
-        if not is_cached(model, name):
-            return _retrying(lambda: _read_range(model, name, start, stop)) if start < stop else b""
-        with (_storage(model.repo_id) / "snapshots" / model.commit / name).open("rb") as file:
-            file.seek(start)
-            return file.read(stop - start)
-
-    with _explained(model, name):
-        head = read(0, min(FIRST_READ, size))
-        end = 8 + int.from_bytes(head[:8], "little")
-        if len(head) < 8 or end > min(size, 8 + LARGEST_HEADER):
-            what = f"not a safetensors file: {size} bytes, and a header that would end at {end}"
-            hint = "the file in the repository is damaged or of another kind"
-            raise CorruptFileError(what, model=model.label, file=name, hint=hint)
-        return head[:end] if end <= len(head) else head + read(len(head), end)
+    cached = _cached(model, name)
+    if cached is not None:
+        with cached.open("rb") as file:
+            start = file.read(8)
+            return start + file.read(_header_length(start, model, name))
+    start = _range(model, name, 0, _FIRST_BYTES)
+    total = 8 + _header_length(start[:8], model, name)
+    if len(start) < total:
+        start += _range(model, name, len(start), total)
+    return start[:total]
 
 
 def is_cached(model: HubModel, name: str) -> bool:
-    """Whether this file of this commit is in the cache, whole."""
-    from huggingface_hub import try_to_load_from_cache
-
-    if name not in model.files:  # names may come from an index: only listed ones become paths
-        return False
-    return isinstance(try_to_load_from_cache(model.repo_id, name, revision=model.commit), str)
+    """Whether a file of this commit is on this machine already."""
+    return _cached(model, name) is not None
 
 
-def _storage(repo_id: str) -> Path:
+class _Unreachable(HubError):
+    """No answer at all: the one failure for which the cache may stand in."""
+
+
+@contextmanager
+def _explained(label: str, file: str = "") -> Iterator[None]:
+    """Turn huggingface_hub's exceptions into one sentence and what to do."""
+    from huggingface_hub import errors
+
+    def problem(kind: type[HubError], what: str, hint: str) -> HubError:
+        return kind(what, model=label, file=file, hint=hint)
+
+    try:
+        yield
+    except errors.GatedRepoError as error:
+        what = "access to this model must be asked for"
+        hint = f"Accept its terms at {_page(label)}, then log in: hf auth login."
+        raise problem(HubError, what, hint) from error
+    except errors.RevisionNotFoundError as error:
+        revision = label.partition("@")[2]
+        raise problem(HubError, f"has no revision '{revision}'", f"See {_page(label)}.") from error
+    except errors.RepositoryNotFoundError as error:
+        what = "no such folder, and no such model on the Hub, or it is private"
+        hint = "Check the spelling; for a private model log in (hf auth login) or set HF_TOKEN."
+        raise problem(HubError, what, hint) from error
+    except errors.LocalEntryNotFoundError as error:
+        what = "is not in the cache, and the Hub cannot be reached"
+        hint = "Connect, or download it beforehand with: hf download."
+        raise problem(_Unreachable, what, hint) from error
+    except errors.EntryNotFoundError as error:
+        raise problem(HubError, "the repository has no such file", "") from error
+    except errors.HFValidationError as error:
+        what = "no such folder, and not a name that the Hub has"
+        raise problem(HubError, what, "Write organisation/name or a path.") from error
+    except errors.HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else "no"
+        what = f"the Hub answered with status {status}"
+        hint = "Log in again: hf auth login." if status in (401, 403) else "Try again later."
+        raise problem(HubError, what, hint) from error
+    except (errors.HTTPError, errors.OfflineModeIsEnabled, ConnectionError) as error:
+        what = f"the Hub cannot be reached ({type(error).__name__})"
+        hint = "Check the connection; a download continues where it stopped."
+        raise problem(_Unreachable, what, hint) from error
+
+
+def _page(label: str) -> str:
     from huggingface_hub import constants
 
-    return Path(constants.HF_HUB_CACHE).expanduser() / f"models--{repo_id.replace('/', '--')}"
+    return f"{constants.ENDPOINT}/{label.partition('@')[0]}"
 
 
-def _from_cache(repo_id: str, revision: str | None) -> HubModel | None:
-    """The commit that the cache knows by this name, if at least one of its files is here."""
-    root, wanted = _storage(repo_id), revision or "main"
-    ref, commits = root / "refs" / wanted, list[str]()
-    if ref.is_file():
-        commits = [ref.read_text().strip()]
-    elif re.fullmatch(r"[0-9a-f]{7,40}", wanted):
-        commits = [path.name for path in (root / "snapshots").glob(f"{wanted}*")]
-    if len(commits) != 1 or not re.fullmatch(r"[0-9a-f]{40}", commits[0]):
-        return None
-    home = root / "snapshots" / commits[0]
-    here = {p.relative_to(home).as_posix(): p.stat().st_size for p in home.rglob("*") if p.is_file()}
-    from huggingface_hub import is_offline_mode
+def _from_cache(repo_id: str, revision: str | None, note: str) -> HubModel:
+    """The repository as the cache knows it.
 
-    reason = "HF_HUB_OFFLINE is set" if is_offline_mode() else "the Hub is out of reach"
-    note = f"{reason}: using the cached commit {commits[0][:8]}, which may not be the latest"
-    return HubModel(repo_id, revision, commits[0], here, note) if here else None
+    Raises:
+        HubError: the cache has no such revision.
+    """
+    from huggingface_hub import constants
+
+    root = _repository(repo_id)
+    wanted = revision or constants.DEFAULT_REVISION
+    reference = root / "refs" / wanted
+    commit = reference.read_text().strip() if reference.is_file() else wanted
+    folders = sorted((root / "snapshots").glob(f"{commit}*"))
+    if len(folders) != 1:
+        label = f"{repo_id}@{revision}" if revision else repo_id
+        what = "is not in the cache, and the Hub may not be asked (offline)"
+        hint = f"Download it while online: hf download {repo_id}."
+        raise HubError(what, model=label, hint=hint)
+    files = {
+        path.relative_to(folders[0]).as_posix(): path.stat().st_size
+        for path in folders[0].rglob("*")
+        if path.is_file()
+    }
+    return HubModel(repo_id, revision, folders[0].name, files, note)
 
 
-def _remember(model: HubModel) -> None:
-    """Let the cache know the revision by name, so that it is found without a connection."""
-    if re.fullmatch(r"[0-9a-f]{40}", model.revision or ""):
-        return
-    ref = _storage(model.repo_id) / "refs" / (model.revision or "main")
-    with suppress(OSError):  # a shared cache may be read-only, which is no reason to fail
-        ref.parent.mkdir(parents=True, exist_ok=True)
-        part = ref.with_name(f"{ref.name}.{threading.get_native_id()}.tmp")
-        part.write_text(model.commit)
-        part.replace(ref)
+def _remember_revision(model: HubModel) -> None:
+    """Note in the cache what the branch was, as downloads by branch do, for later without Hub."""
+    from huggingface_hub import constants
+
+    revision = model.revision or constants.DEFAULT_REVISION
+    if not model.commit.startswith(revision):
+        reference = _repository(model.repo_id) / "refs" / revision
+        reference.parent.mkdir(parents=True, exist_ok=True)
+        reference.write_text(model.commit)
+
+
+def _repository(repo_id: str) -> Path:
+    """The cache's folder of a repository, with `refs/` and `snapshots/` in it."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    name: str = repo_folder_name(repo_id=repo_id, repo_type="model")
+    return Path(constants.HF_HUB_CACHE) / name
+
+
+def _snapshot(model: HubModel) -> Path:
+    return _repository(model.repo_id) / "snapshots" / model.commit
+
+
+def _cached(model: HubModel, name: str) -> Path | None:
+    path = _snapshot(model) / name
+    return path if path.is_file() else None
+
+
+def _header_length(start: bytes, model: HubModel, name: str) -> int:
+    length = struct.unpack("<Q", start)[0] if len(start) == 8 else 2**63
+    if length > 100_000_000:  # the format's own limit
+        what = "not a safetensors file: it does not start with a header"
+        raise CorruptFileError(what, model=model.repo_id, file=name)
+    return int(length)
+
+
+def _range(model: HubModel, name: str, start: int, stop: int) -> bytes:
+    """Bytes [start, stop) of a file, or fewer at its end."""
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+    with _explained(model.repo_id, name):
+        url = hf_hub_url(model.repo_id, name, revision=model.commit)
+        headers = {**build_hf_headers(), "Range": f"bytes={start}-{stop - 1}"}
+        response = get_session().get(url, headers=headers, follow_redirects=True, timeout=30)
+        hf_raise_for_status(response)
+        return bytes(response.content)[: stop - start]
+
+
+def _reporting(progress: Callable[[int], None]) -> type[Any]:
+    """A tqdm that draws nothing and passes on how many bytes came."""
+    from huggingface_hub.utils import tqdm
+
+    class Reporting(tqdm):  # type: ignore[misc]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            initial = int(kwargs.get("initial") or 0)
+            super().__init__(*args, **{**kwargs, "disable": True})
+            progress(initial)
+
+        def update(self, n: float | None = 1) -> None:
+            progress(int(n or 0))
+
+    return Reporting

@@ -106,6 +106,8 @@ def merge_method(
     """
 
     def record(function: F) -> F:
+        if not function.__module__.startswith("merge_cli."):
+            _load_built_in()  # so that a name of ours is taken, whoever is imported first
         positional = [
             p.name
             for p in inspect.signature(function).parameters.values()
@@ -157,10 +159,16 @@ def all_methods() -> list[Method]:
 
 
 @cache
-def _load() -> None:
-    """Import the built-in methods and plugins, once. None of ours imports torch to be imported."""
+def _load_built_in() -> None:
+    """None of ours imports torch to be imported."""
     for module in _BUILT_IN:
         import_module(f"merge_cli.methods.{module}")
+
+
+@cache
+def _load() -> None:
+    """Import the built-in methods, then plugins, once."""
+    _load_built_in()
     for entry in entry_points(group=ENTRY_POINTS):
         try:
             entry.load()

@@ -156,7 +156,7 @@ def _provenance(report: Json) -> str:
          f"{i['tensors']:,}", size(i["bytes"])]
         for i in report["inputs"]
     ]  # fmt: skip
-    heads = ["model", "role", "revision", "digest of headers", "tensors", "size"]
+    heads = ["model", "role", "revision", "fingerprint", "tensors", "size"]
     return section(
         "What went in",
         "The same inputs and recipe give the same bytes. Point at a digest to see it whole.",
@@ -190,5 +190,5 @@ def _tensors(tensors: Sequence[Json], statistics: Json | None) -> str:
 
 def _tensor_field(value: Any) -> str:
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return " · ".join(f"{norm:.4g}" for norm in value)
+        return " · ".join("–" if norm is None else f"{norm:.4g}" for norm in value)
     return escape(str(value or ""))

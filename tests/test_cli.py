@@ -1,0 +1,203 @@
+"""The command line as its users meet it: start-up, exit codes, streams, mergekit's flags."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_failures import cli, failed
+from tiny import Family
+
+import merge_cli
+from merge_cli.engine.planner import load_recipe
+from merge_cli.errors import UsageError
+from merge_cli.mergekit_flags import NOT_NEEDED, shard_bytes
+from merge_cli.sizes import parse_size, show_seconds, show_size
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["run", "--help"], ["methods"], ["methods", "ties"], ["--version"]]
+)
+def test_starts_without_heavy_imports(arguments: list[str]) -> None:
+    code = (
+        "import sys\nfrom merge_cli.cli import main\nsys.argv = ['merge-cli', *sys.argv[1:]]\n"
+        "try:\n    main()\nfinally:\n"
+        "    heavy = {'torch', 'transformers', 'huggingface_hub', 'numpy'} & set(sys.modules)\n"
+        "    assert not heavy, heavy\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
+def test_a_bad_recipe_is_answered_without_torch(family: Family) -> None:
+    recipe = family.recipe("ties", parameters={"densty": 1})
+    code = (
+        "import sys\nfrom merge_cli.cli import main\nsys.argv = ['x', 'run', sys.argv[1], 'out']\n"
+        "try:\n    main()\nfinally:\n    assert 'torch' not in sys.modules\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(recipe)], capture_output=True, text=True, timeout=60
+    )
+    failed(done, 2, "parameters.densty: ties has no such parameter. Did you mean 'density'?")
+
+
+def test_run_says_where_the_result_is(family: Family, tmp_path: Path) -> None:
+    done = cli("run", family.recipe("ties"), tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert str(tmp_path / "out" / "merge_report.html") in done.stdout
+    assert done.stderr == ""  # a small merge has nothing to say in a log
+
+
+def test_json_goes_to_stdout_alone(family: Family, tmp_path: Path) -> None:
+    recipe = family.recipe("soup", base=False, parameters={"int8_mask": True})
+    done = cli("run", recipe, tmp_path / "out", "--json")
+    report = json.loads(done.stdout)
+    assert report["output"]["parameters"] == sum(t.numel() for t in family.base.values())
+    assert "int8_mask: has no effect" in done.stderr
+    assert json.loads((tmp_path / "out" / "merge_report.json").read_text()) == report
+
+
+def test_quiet(family: Family, tmp_path: Path) -> None:
+    recipe = family.recipe("soup", base=False)
+    done = cli("run", recipe, tmp_path / "out", "--quiet", "--allow-crimes")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    failed(cli("run", recipe, tmp_path / "out", "--quiet"), 2, "exists already")
+
+
+def test_recipe_from_standard_input(family: Family, tmp_path: Path) -> None:
+    text = family.recipe("soup", base=False).read_text()
+    done = cli("run", "-", tmp_path / "out", input=text, cwd=family.folder)
+    assert done.returncode == 0, done.stderr
+    bad = cli("run", "-", tmp_path / "x", input="merge_method: soop\n", cwd=family.folder)
+    failed(bad, 2, "<stdin>:1:1: merge_method: unknown merge method 'soop'")
+
+
+def test_plan_and_dry_run(family: Family, tmp_path: Path) -> None:
+    models = [{"weight": [{"filter": "mlp", "value": 0.25}, {"value": [0, 1]}]}, None, None]
+    recipe = family.recipe("ties", models=models, parameters={"density": 0.5})
+    shown = cli("plan", recipe).stdout
+    assert "ties of a, b, c on base" in shown
+    assert "density 0.5 0.5 0.5" in shown
+    assert cli("run", recipe, "--dry-run").stdout == shown
+    assert not (tmp_path / "out").exists()
+    every = cli("plan", recipe, "--all").stdout
+    assert all(name in every for name in family.base)
+    data = json.loads(cli("plan", recipe, "--json").stdout)
+    weight = {t["name"]: t["parameters"]["weight"][0] for t in data["tensors"]}
+    assert weight["model.layers.1.mlp.up_proj.weight"] == 0.25
+    assert weight["model.layers.3.self_attn.q_proj.weight"] == 1.0
+    assert weight["model.norm.weight"] == 0.0
+
+
+def test_plan_joins_layers_that_are_treated_alike(family: Family) -> None:
+    shown = cli("plan", family.recipe("soup", base=False)).stdout
+    assert "model.layers.0 … 3" in shown
+    assert "model.layers.2" not in shown
+
+
+def test_mergekit_flags_are_answered(family: Family, tmp_path: Path) -> None:
+    flags = [f"--{name.replace('_', '-')}" for name in NOT_NEEDED]
+    recipe = family.recipe("dare_ties", parameters={"density": 0.5})
+    done = cli("run", recipe, tmp_path / "out", *flags, "--copy-tokenizer", "--random-seed", "7",
+               "--out-shard-size", "1K", "--num-threads", "2")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for flag in flags:
+        assert f"{flag} is not needed:" in done.stderr
+    assert "counts parameters: shards of 2 kB" in done.stderr
+    assert "seed: 7" in (tmp_path / "out" / "merge_recipe.yaml").read_text()
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 10
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["run"], "Missing argument 'RECIPE'"),
+        (["run", "r.yaml"], "OUT is missing"),
+        (["run", "nowhere.yaml", "out"], "no such recipe"),
+        (["run", "r.yaml", "out", "--shard-size", "5 apples"], "'5 apples' is not a size"),
+        (["run", "r.yaml", "out", "--max-memory", "10MB"], "at least 500 MB"),
+        (["run", "r.yaml", "out", "--device", "tpu"], "unknown device 'tpu'"),
+        (["run", "r.yaml", "out", "--threads", "0"], "--threads"),
+        (["methods", "tise"], "Did you mean 'ties'?"),
+        (["runn"], "No such command"),
+    ],
+)
+def test_usage_errors(family: Family, arguments: list[str], words: str) -> None:
+    family.recipe("soup", base=False).rename(family.folder / "r.yaml")
+    failed(cli(*arguments, cwd=family.folder), 2, words)
+    assert not (family.folder / "out").exists()
+
+
+def test_methods() -> None:
+    listed = cli("methods").stdout
+    for name in ("soup", "linear", "task_arithmetic", "ties", "dare_ties", "slerp", "passthrough"):
+        assert name in listed
+    data = json.loads(cli("methods", "dare_linear", "--json").stdout)
+    assert data["name"] == "dare"
+    density = next(p for p in data["parameters"] if p["name"] == "density")
+    assert density["allowed"] == "a number in (0, 1]"
+
+
+def test_completion_is_offered() -> None:
+    assert "--install-completion" in cli("--help").stdout
+
+
+def test_warnings_of_the_recipe_are_shown(family: Family, tmp_path: Path) -> None:
+    done = cli("run", family.recipe("ties", parameters={"rescale": True}), tmp_path / "out")
+    assert done.returncode == 0
+    assert "parameters.rescale: has no effect in ties." in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("5GB", 5e9),
+        ("512MiB", 2**29),
+        ("1.5G", 1.5e9),
+        ("100", 100),
+        ("2 kb", 2000),
+        ("1TiB", 2**40),
+    ],
+)
+def test_sizes(text: str, size: float) -> None:
+    assert parse_size(text, "--x") == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "0", "1XB", "1e9"])
+def test_not_sizes(text: str) -> None:
+    with pytest.raises(UsageError):
+        parse_size(text, "--x")
+
+
+def test_mergekit_shard_sizes() -> None:
+    assert shard_bytes("5B")[0] == 10_000_000_000
+    assert shard_bytes("1.5B")[0] == 3_000_000_000
+    assert shard_bytes("5GB") == (5_000_000_000, "")
+
+
+def test_shown_sizes_and_times() -> None:
+    assert [show_size(n) for n in (999, 9_961_472, 1e12)] == ["999 B", "9.96 MB", "1 TB"]
+    assert [show_seconds(s) for s in (0.42, 12, 200, 7500)] == ["0.4 s", "12 s", "3 min 20 s",
+                                                                "2 h 5 min"]  # fmt: skip
+
+
+def test_facade_is_exact() -> None:
+    """What `import merge_cli` offers: sorted, complete, and all of it there."""
+    assert merge_cli.__all__ == sorted(merge_cli.__all__)
+    assert set(merge_cli.__all__) == set(merge_cli._HOMES)
+    for name in merge_cli.__all__:
+        assert getattr(merge_cli, name) is not None
+    assert merge_cli.load_recipe is load_recipe
+    with pytest.raises(AttributeError):
+        _ = merge_cli.nothing
+
+
+def test_facade_costs_nothing() -> None:
+    code = "import sys, merge_cli; assert not {'torch', 'yaml', 'rich', 'typer'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
