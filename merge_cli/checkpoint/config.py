@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
@@ -39,6 +40,9 @@ def merged_config(
 
     Returns:
         The config and one line for each change.
+
+    Raises:
+        ValueError: stacked layers that no config can describe.
     """
     config: dict[str, Any] = json.loads(json.dumps(donor))  # a deep copy of what JSON can hold
     changes: list[str] = []
@@ -68,8 +72,12 @@ def merged_config(
 def _stack_layers(
     config: dict[str, Any], layers: Sequence[tuple[Mapping[str, Any], int]]
 ) -> list[str]:
-    """Rewrite everything in the config that counts or lists layers."""
-    before = next((config[key] for key in LAYER_COUNTS if isinstance(config.get(key), int)), None)
+    """Rewrite everything in the config that counts or lists layers.
+
+    Raises:
+        ValueError: a rule by position that the stacked layers do not follow.
+    """
+    before = layer_count(config)
     changes = []
     for key in LAYER_COUNTS:
         if isinstance(config.get(key), int) and config[key] != len(layers):
@@ -77,18 +85,83 @@ def _stack_layers(
             config[key] = len(layers)
     for key, value in list(config.items()):
         # One entry for each layer (layer_types, mlp_layer_types, ...): each follows its layer.
-        if isinstance(value, list) and before is not None and len(value) == before:
+        listed = isinstance(value, list) and before is not None and len(value) == before
+        if listed and "token" not in key and key not in ("architectures", "mlp_only_layers"):
             moved = [_per_layer(source, key, value, index) for source, index in layers]
             if moved != value:
                 config[key] = moved
                 changes.append(f"{key}: follows the layers")
-        elif key == "mlp_only_layers" and isinstance(value, list):
-            # A list of layer numbers: each output layer that was made of such a layer.
-            config[key] = [
-                out for out, (source, index) in enumerate(layers)
-                if index in (text_config(source).get(key) or [])
-            ]  # fmt: skip
+    changes += _stack_experts(config, layers)
+    for key in _BY_POSITION:
+        period = config.get(key)
+        if (
+            isinstance(period, int)
+            and period > 1
+            and [i for _, i in layers] != list(range(len(layers)))
+        ):
+            raise ValueError(
+                f"config.json counts its kinds of layers by position ({key}: {period})"
+            )
     return changes
+
+
+# Rules that say by number which layers are of which kind, and have no form as a list.
+_BY_POSITION = ("attn_layer_period", "expert_layer_period", "interleave_moe_layer_step",
+                "moe_layer_freq", "full_attention_interval")  # fmt: skip
+
+
+def _stack_experts(
+    config: dict[str, Any], layers: Sequence[tuple[Mapping[str, Any], int]]
+) -> list[str]:
+    """Which layers have experts, when the config says it by number (Qwen-MoE, DeepSeek)."""
+    if "decoder_sparse_step" in config or "mlp_only_layers" in config:
+        dense = [out for out, (source, index) in enumerate(layers) if not _is_sparse(source, index)]
+        if config.get("decoder_sparse_step", 1) != 1 or dense != (
+            config.get("mlp_only_layers") or []
+        ):
+            config |= {"decoder_sparse_step": 1, "mlp_only_layers": dense}
+            return ["mlp_only_layers: follows the layers"]
+    if isinstance(config.get("first_k_dense_replace"), int):
+        first = config["first_k_dense_replace"]
+        dense = [
+            out
+            for out, (source, index) in enumerate(layers)
+            if index < text_config(source).get("first_k_dense_replace", first)
+        ]
+        if dense != list(range(len(dense))):
+            raise ValueError("its dense layers must come first (first_k_dense_replace)")
+        if len(dense) != first:
+            config["first_k_dense_replace"] = len(dense)
+            return [f"first_k_dense_replace: {first} -> {len(dense)}"]
+    return []
+
+
+def _is_sparse(source: Mapping[str, Any], index: int) -> bool:
+    """Qwen-MoE's rule for which layers have experts."""
+    config = text_config(source)
+    step = config.get("decoder_sparse_step") or 1
+    return index not in (config.get("mlp_only_layers") or []) and (index + 1) % step == 0
+
+
+def with_layer_types(config: Mapping[str, Any], root: Path) -> dict[str, Any]:
+    """A config with `layer_types` written out, where transformers derives it from positions.
+
+    Stacked layers are at other positions, and would otherwise get another kind of attention.
+    """
+    explicit: dict[str, Any] = json.loads(json.dumps(config))
+    target = text_config(explicit)
+    if "layer_types" in target or "model_type" not in explicit:
+        return explicit
+    from transformers import AutoConfig
+
+    try:
+        known = AutoConfig.from_pretrained(str(root), trust_remote_code=False)
+    except (ValueError, KeyError, OSError):
+        return explicit  # an architecture that this transformers does not know derives nothing
+    kinds = getattr(known.get_text_config(), "layer_types", None)
+    if kinds is not None and len(set(kinds)) > 1:
+        target["layer_types"] = list(kinds)
+    return explicit
 
 
 def _per_layer(source: Mapping[str, Any], key: str, fallback: list[Any], index: int) -> Any:

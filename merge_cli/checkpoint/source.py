@@ -47,16 +47,16 @@ class Source:
     hub: hub.HubModel | None = None
     notes: tuple[str, ...] = ()
 
-    @property
-    def tied(self) -> bool:
-        """Whether the config says that lm_head is the input embedding.
+    def ties(self, head: str) -> bool:
+        """Whether the head is the input embedding: as the config says, here or in its text part.
 
-        transformers ties by default, and nested configs of multimodal models speak for themselves.
+        A config that is silent leaves it to the model class, which no one here knows: then a head
+        that is stored is a head of its own.
         """
         for config in (self.config, self.config.get("text_config") or {}):
             if "tie_word_embeddings" in config:
                 return bool(config["tie_word_embeddings"])
-        return True
+        return head not in self.tensors
 
     def fingerprint(self, shards: Iterable[str] | None = None) -> str:
         """SHA-256 over config, headers, and samples of the weights: tells models apart.

@@ -43,7 +43,7 @@ def reconcile_heads(sources: Sequence[Source]) -> Heads:
     if head is None:
         return Heads(tuple(views), None, ())
     stored = [head in source.tensors for source in sources]
-    if all(source.tied and _embedding(source, head) for source in sources):
+    if all(source.ties(head) and _embedding(source, head) for source in sources):
         notes: tuple[str, ...] = ()
         if any(stored):
             names = ", ".join(s.label for s, has in zip(sources, stored, strict=True) if has)
@@ -51,13 +51,13 @@ def reconcile_heads(sources: Sequence[Source]) -> Heads:
         trimmed = tuple({n: r for n, r in view.items() if n != head} for view in views)
         return Heads(trimmed, None, notes)
     if all(stored):
-        mixed = any(s.tied for s in sources) and not all(s.tied for s in sources)
+        mixed = len({source.ties(head) for source in sources}) > 1
         notes = (f"{head}: stored apart, since not every source ties it",) if mixed else ()
         return Heads(tuple(views), False if mixed else None, notes)
     lent = []
     for i, source in enumerate(sources):
         embedding = _embedding(source, head)
-        if not stored[i] and source.tied and embedding:
+        if not stored[i] and source.ties(head) and embedding:
             views[i] = {**source.tensors, head: source.tensors[embedding]}
             lent.append(source.label)
     notes = (f"{head}: {', '.join(lent)} ties it to the embedding, which stands in for it; "

@@ -17,7 +17,7 @@ from merge_cli.checkpoint.config import layer_count
 _LAYER = re.compile(r"^(?:(?P<stack>.*?)\.)?(?P<index>\d+)\.(?P<rest>.+)$")
 # After the last layer: they come from the last slice. What else has no layer comes from the first.
 _AFTER = re.compile(r"(^|\.)(norm|ln_f|final_layernorm|final_layer_norm|final_norm|lm_head|"
-                    r"embed_out|output|score|classifier|ln_out)(\.|$)")  # fmt: skip
+                    r"embed_out|output|score|classifier|pooler|cls|ln_out)(\.|$)")  # fmt: skip
 
 
 @dataclass(frozen=True)

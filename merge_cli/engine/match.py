@@ -17,6 +17,8 @@ from merge_cli.errors import Problem
 # Buffers that old checkpoints stored and models compute by themselves.
 _BUFFERS = ("rotary_emb.inv_freq", ".masked_bias", ".attn.bias", ".attention.bias",
             "position_ids", "rotary_emb.cos_cached", "rotary_emb.sin_cached")  # fmt: skip
+# transformers itself calls this one of GPT-2's unexpected.
+_LEFT_OUT = (".attn.masked_bias",)
 _VOCABULARY = ("embed", "wte", "lm_head", "shared.weight")
 
 
@@ -89,6 +91,9 @@ def match_piece(
             after = place is None and comes_after_layers(name)
             if not (piece.last if after else piece.first):
                 continue
+        if name.endswith(_LEFT_OUT):
+            into.notes.append(f"{name}: left out; the model computes this buffer by itself")
+            continue
         names = dict.fromkeys(members, name)
         output, position = name, 0.0
         if place is not None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from merge_cli.checkpoint.config import merged_config
+from merge_cli.checkpoint.config import merged_config, with_layer_types
 from merge_cli.checkpoint.header import DTYPES
 from merge_cli.checkpoint.layout import lay_out, natural_key
 from merge_cli.checkpoint.source import Source, open_source
@@ -90,12 +90,19 @@ def make_plan(recipe: Recipe, *, shard_size: int = DEFAULT_SHARD_SIZE) -> Plan:
     tasks.sort(key=lambda task: natural_key(task.name))
     donor = base if base is not None else pieces[0].reference
     dtypes = {task.dtype for task in tasks if task.dtype in _FLOATS}
-    config, changes = merged_config(
-        sources[donor].config,
-        dtype=DTYPES[dtypes.pop()][1] if len(dtypes) == 1 else None,
-        tied=heads.tied,
-        layers=_layer_sources(pieces, sources) if recipe.slices else None,
-    )
+    donated = sources[donor].config
+    if recipe.slices:
+        donated = with_layer_types(donated, sources[donor].root)
+    try:
+        config, changes = merged_config(
+            donated,
+            dtype=DTYPES[dtypes.pop()][1] if len(dtypes) == 1 else None,
+            tied=heads.tied,
+            layers=_layer_sources(pieces, sources) if recipe.slices else None,
+        )
+    except ValueError as error:
+        what = f"these layers cannot be stacked: {error}."
+        raise RecipeError([recipe.problem("slices", what)]) from None
     notes = [
         *(f"{source.label}: {note}" for source in sources for note in source.notes),
         *matches.notes,
@@ -232,7 +239,8 @@ def _layer_sources(
     for piece in pieces:
         assert piece.ranges is not None
         low, high = piece.ranges[piece.reference]
-        config = dict(sources[piece.reference].config)
+        source = sources[piece.reference]
+        config = with_layer_types(source.config, source.root)
         found.extend((config, layer) for layer in range(low, high))
     return found
 
