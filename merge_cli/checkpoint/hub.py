@@ -86,9 +86,7 @@ def fetch_files(
         with _explained(model.repo_id, name):
             bars = _reporting(progress) if progress and not is_cached(model, name) else None
             path = Path(
-                hf_hub_download(
-                    model.repo_id, name, revision=model.commit, tqdm_class=bars
-                )  # fmt: skip
+                hf_hub_download(model.repo_id, name, revision=model.commit, tqdm_class=bars)
             )
             if progress and bars is None:
                 progress(path.stat().st_size)
@@ -161,8 +159,8 @@ def _explained(label: str, file: str = "") -> Iterator[None]:
         hint = "Log in again: hf auth login." if status in (401, 403) else "Try again later."
         raise problem(HubError, what, hint) from error
     except (errors.HTTPError, errors.OfflineModeIsEnabled, ConnectionError) as error:
-        what = f"the Hub cannot be reached ({type(error).__name__})"
-        hint = "Check the connection; a download continues where it stopped."
+        what = f"no such folder, and the Hub cannot be reached ({type(error).__name__})"
+        hint = "Check the path, or the connection; a download continues where it stopped."
         raise problem(_Unreachable, what, hint) from error
 
 
@@ -187,7 +185,7 @@ def _from_cache(repo_id: str, revision: str | None, note: str) -> HubModel:
     folders = sorted((root / "snapshots").glob(f"{commit}*"))
     if len(folders) != 1:
         label = f"{repo_id}@{revision}" if revision else repo_id
-        what = "is not in the cache, and the Hub may not be asked (offline)"
+        what = "no such folder, not in the cache, and the Hub may not be asked (offline)"
         hint = f"Download it while online: hf download {repo_id}."
         raise HubError(what, model=label, hint=hint)
     files = {
