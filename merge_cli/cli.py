@@ -24,7 +24,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-_MERGEKIT = "mergekit's flags"
 RecipeArgument = Annotated[
     str, typer.Argument(metavar="RECIPE", help="The recipe's file; - reads standard input.")
 ]
@@ -41,8 +40,19 @@ ThreadsOption = Annotated[
 AllOption = Annotated[bool, typer.Option("--all", help="Show every tensor.")]
 
 
-def _flag(text: str, *names: str) -> Any:
-    return typer.Option(*names, help=text, rich_help_panel=_MERGEKIT)
+def _switch(name: str, text: str) -> Any:
+    """A flag that is off unless given, without a `--no-` twin."""
+    return typer.Option(name, help=text, show_default=False)
+
+
+def _mergekit(text: str, *names: str) -> Any:
+    """A flag of mergekit-yaml that is honoured."""
+    return typer.Option(*names, help=text, rich_help_panel="mergekit's flags", show_default=False)
+
+
+def _unneeded(name: str) -> Any:
+    """A flag of mergekit-yaml that is answered in one line (`mergekit_flags`)."""
+    return typer.Option(f"--{name}/--no-{name}", hidden=True)
 
 
 @app.callback(invoke_without_command=True)
@@ -63,29 +73,43 @@ def run(
     max_memory: MemoryOption = "1.25GB",
     shard_size: ShardOption = "5GB",
     seed: SeedOption = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace an existing OUT.")] = False,
-    fresh: Annotated[bool, typer.Option(help="Do not resume an interrupted run.")] = False,
-    dry_run: Annotated[bool, typer.Option(help="Show the plan and stop.")] = False,
-    stats: Annotated[bool, typer.Option(help="Measure the sources for the report.")] = True,
-    fsync: Annotated[bool, typer.Option(help="Survive a power failure.")] = False,
-    allow_non_finite: Annotated[bool, typer.Option(help="Merge NaN and Inf as they are.")] = False,
+    overwrite: Annotated[bool, _switch("--overwrite", "Replace an existing OUT.")] = False,
+    fresh: Annotated[bool, _switch("--fresh", "Do not resume an interrupted run.")] = False,
+    dry_run: Annotated[bool, _switch("--dry-run", "Show the plan and stop.")] = False,
+    no_stats: Annotated[bool, _switch("--no-stats", "Do not measure the sources.")] = False,
+    fsync: Annotated[bool, _switch("--fsync", "Wait for the disk before publishing.")] = False,
+    allow_non_finite: Annotated[
+        bool, _switch("--allow-non-finite", "Merge NaN and Inf as they are.")
+    ] = False,
     trust_remote_code: Annotated[
-        bool, typer.Option(help="Copy the donor's own Python files into OUT; nothing is run.")
+        bool, _switch("--trust-remote-code", "Copy the donor's Python files; nothing is run.")
     ] = False,
     as_json: JsonOption = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only errors.")] = False,
-    cuda: Annotated[bool, _flag("The same as --device cuda.", "--cuda", "--gpu-rich")] = False,
-    out_shard_size: Annotated[str | None, _flag("--shard-size, in parameters (5B).")] = None,
-    copy_tokenizer: Annotated[bool, _flag("Always done.", "--copy-tokenizer")] = True,
-    lazy_unpickle: Annotated[bool, _flag("Not needed.", "--lazy-unpickle")] = False,
-    allow_crimes: Annotated[bool, _flag("Not needed.", "--allow-crimes")] = False,
-    low_cpu_memory: Annotated[bool, _flag("Not needed.", "--low-cpu-memory")] = False,
-    read_to_gpu: Annotated[bool, _flag("Not needed.", "--read-to-gpu")] = False,
-    multi_gpu: Annotated[bool, _flag("Not needed.", "--multi-gpu")] = False,
-    async_write: Annotated[bool, _flag("Not needed.", "--async-write")] = False,
-    clone_tensors: Annotated[bool, _flag("Not needed.", "--clone-tensors")] = False,
-    safe_serialization: Annotated[bool, _flag("Not needed.", "--safe-serialization")] = False,
-    write_model_card: Annotated[bool, _flag("Not needed.", "--write-model-card")] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Only errors.", show_default=False)
+    ] = False,
+    cuda: Annotated[bool, _mergekit("The same as --device cuda.", "--cuda", "--gpu-rich")] = False,
+    out_shard_size: Annotated[
+        str | None, _mergekit("--shard-size in parameters (5B).", "--out-shard-size")
+    ] = None,
+    copy_tokenizer: Annotated[
+        bool, _mergekit("Copy the tokenizer.", "--copy-tokenizer/--no-copy-tokenizer")
+    ] = True,
+    lazy_unpickle: Annotated[bool, _unneeded("lazy-unpickle")] = False,
+    allow_crimes: Annotated[bool, _unneeded("allow-crimes")] = False,
+    low_cpu_memory: Annotated[bool, _unneeded("low-cpu-memory")] = False,
+    read_to_gpu: Annotated[bool, _unneeded("read-to-gpu")] = False,
+    multi_gpu: Annotated[bool, _unneeded("multi-gpu")] = False,
+    async_write: Annotated[bool, _unneeded("async-write")] = False,
+    clone_tensors: Annotated[bool, _unneeded("clone-tensors")] = False,
+    safe_serialization: Annotated[bool, _unneeded("safe-serialization")] = False,
+    write_model_card: Annotated[bool, _unneeded("write-model-card")] = False,
+    unsafe_truncate_embeddings: Annotated[bool, _unneeded("unsafe-truncate-embeddings")] = False,
+    write_threads: Annotated[int | None, typer.Option(hidden=True)] = None,
+    transformers_cache: Annotated[str | None, typer.Option(hidden=True)] = None,
+    lora_merge_cache: Annotated[str | None, typer.Option(hidden=True)] = None,
+    lora_merge_dtype: Annotated[str | None, typer.Option(hidden=True)] = None,
+    verbose: Annotated[int, typer.Option("--verbose", "-v", count=True, hidden=True)] = 0,
 ) -> None:
     """Merge: the whole job, from a recipe to a model with a report."""
     from merge_cli import console, mergekit_flags
@@ -122,10 +146,11 @@ def run(
         max_memory=memory,
         overwrite=overwrite,
         fresh=fresh,
-        statistics=stats,
+        statistics=not no_stats,
         fsync=fsync,
         allow_non_finite=allow_non_finite,
         trust_remote_code=trust_remote_code,
+        copy_tokenizer=copy_tokenizer,
     )
     with screen.progress() as show:
         result = merge(plan, out, options=options, show=show)

@@ -19,6 +19,12 @@ NOT_NEEDED = {
     "multi_gpu": "one device is used; the result would be the same",
     "allow_crimes": "architectures are not compared; tensors are matched by name and shape",
     "write_model_card": "the model card is always written",
+    "unsafe_truncate_embeddings": "vocabularies of different sizes are refused, not cut",
+    "write_threads": "one thread writes as fast as the disk",
+    "transformers_cache": "set HF_HOME or HF_HUB_CACHE, which every Hub tool honours",
+    "lora_merge_cache": "no merged adapter is ever stored",
+    "lora_merge_dtype": "computing is float32",
+    "verbose": "progress and decisions are always shown; see --quiet",
 }
 _COUNTED = re.compile(r"(\d+(?:\.\d+)?)\s*([kmb])", flags=re.IGNORECASE)
 

@@ -15,7 +15,7 @@ from tiny import Family, llama_config, llama_family, read_model, write_model
 import merge_cli
 from merge_cli.checkpoint.hub import fetch_files, is_cached, open_hub, read_header
 from merge_cli.checkpoint.source import open_source
-from merge_cli.errors import HubError
+from merge_cli.errors import CorruptFileError, HubError
 from merge_cli.recipe.reference import ModelRef
 
 BIG = 2_000_000
@@ -36,7 +36,7 @@ def test_plan_fetches_headers_and_merge_only_what_it_reads(hub: HubServer, tmp_p
     recipe = tmp_path / "r.yaml"
     recipe.write_text("merge_method: soup\nmodels: [org/big, org/big]\n")
     plan = merge_cli.plan(recipe)
-    assert hub.sent(".safetensors") < 300_000 < plan.bytes_read
+    assert hub.sent(".safetensors") < 100_000 < plan.bytes_read
     result = merge_cli.merge(plan, tmp_path / "out")
     assert hub.sent("pytorch_model.bin") == hub.sent("flax_model") == 0
     assert read_model(result.path)["layer.1.weight"][7] == 1.0
@@ -101,9 +101,13 @@ def test_the_token_goes_to_the_hub_alone_and_is_never_shown(
     assert {r.token for r in hub.requests if not r.cdn} == {hub.token}
     assert {r.token for r in hub.requests if r.cdn} == {""}
     hub.fail(500, times=99)
-    with pytest.raises(HubError) as raised:
+    with pytest.raises(HubError, match="status 500") as raised:
         open_hub("org/m")
     assert hub.token not in str(raised.value)
+    monkeypatch.setenv("HF_TOKEN", "hf_geheimß")
+    with pytest.raises(HubError, match="token is not valid") as raised:
+        open_hub("org/m")
+    assert "geheim" not in str(raised.value)
 
 
 def test_names_that_the_hub_cannot_have(tmp_path: Path) -> None:
@@ -168,6 +172,35 @@ def test_interrupted_download_continues(
     assert path.read_bytes() == (tmp_path / "big" / name).read_bytes()
     ranges = [r.range for r in hub.requests if r.cdn and r.range]
     assert any(not r.startswith("bytes=0-") for r in ranges)
+
+
+def test_a_connection_that_is_reset(hub: HubServer, tmp_path: Path) -> None:
+    hub.add("org/m", big_model(tmp_path / "big"))
+    model = open_hub("org/m")
+    name = "model-00001-of-00002.safetensors"
+    hub.cut(after=1_000_000, path=name, times=2, reset=True)
+    counts: list[int] = []
+    path = fetch_files(model, [name], counts.append) / name
+    assert path.read_bytes() == (tmp_path / "big" / name).read_bytes()
+    assert sum(counts) == model.files[name]
+    hub.cut(after=1_000_000, path="model-00002", times=99, reset=True)
+    with pytest.raises(HubError, match="finished files are kept"):
+        fetch_files(model, ["model-00002-of-00002.safetensors"])
+
+
+def test_a_hub_in_trouble_leaves_the_cache(hub: HubServer, tmp_path: Path) -> None:
+    family = llama_family(tmp_path)
+    hub.add("org/a", family.folder / "a")
+    model = open_hub("org/a")
+    fetch_files(model, list(model.files))
+    hub.fail(503, times=99)
+    assert "from the cache" in open_hub("org/a").note
+
+
+def test_an_empty_shard(hub: HubServer, tmp_path: Path) -> None:
+    hub.add("org/m", {"config.json": b"{}", "model.safetensors": b""})
+    with pytest.raises(CorruptFileError, match="0 bytes long"):
+        open_source(ModelRef("org/m"), tmp_path)
 
 
 def test_progress_counts_every_byte(hub: HubServer, tmp_path: Path) -> None:

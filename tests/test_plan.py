@@ -317,6 +317,9 @@ def test_companion_files(family: Family, tmp_path: Path) -> None:
     assert "not wanted" not in (out / "README.md").read_text()
     assert not (out / "modeling_x.py").exists()
     assert not (out / "pytorch_model.bin").exists()
+    merge(family.recipe("ties"), tmp_path / "bare", copy_tokenizer=False)
+    assert not (tmp_path / "bare" / "tokenizer.json").exists()
+    assert (tmp_path / "bare" / "generation_config.json").exists()
     merge(family.recipe("ties"), tmp_path / "code", trust_remote_code=True)
     assert (tmp_path / "code" / "modeling_x.py").exists()
 

@@ -49,18 +49,24 @@ def companion_files(root: Path, *, code: bool = False) -> list[Path]:
 
 
 def copy_companions(
-    donor: Path, tokenizer_donor: Path, target: Path, *, code: bool = False
+    donor: Path, tokenizer_donor: Path | None, target: Path, *, code: bool = False
 ) -> list[str]:
     """Copy companions to `target`: tokenizer files from one donor, the rest from the other.
+
+    Args:
+        tokenizer_donor: None leaves the tokenizer files out.
+        code: the donor's Python files, too.
 
     Returns:
         the names of the copied files, sorted.
     """
     chosen = {p.name: p for p in companion_files(donor, code=code) if not is_tokenizer_file(p.name)}
-    chosen |= {p.name: p for p in companion_files(tokenizer_donor) if is_tokenizer_file(p.name)}
-    additional = tokenizer_donor / "additional_chat_templates"
+    if tokenizer_donor is not None:
+        found = companion_files(tokenizer_donor)
+        chosen |= {p.name: p for p in found if is_tokenizer_file(p.name)}
+        templates = tokenizer_donor / "additional_chat_templates"
+        if templates.is_dir():
+            shutil.copytree(templates, target / templates.name, dirs_exist_ok=True)
     for name, path in chosen.items():
         shutil.copyfile(path, target / name)
-    if additional.is_dir():
-        shutil.copytree(additional, target / additional.name, dirs_exist_ok=True)
     return sorted(chosen)

@@ -16,7 +16,8 @@ from typing import Any
 
 from merge_cli.errors import CorruptFileError, HubError
 
-_FIRST_BYTES = 100_000  # holds the whole header of nearly every shard
+_FIRST_BYTES = 32_768  # holds the whole header of most shards
+_TRIES = 3  # of a download whose connection breaks
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,12 @@ def open_hub(repo_id: str, revision: str | None = None) -> HubModel:
         return _from_cache(repo_id, revision, "offline: from the cache")
     try:
         with _explained(label):
-            info = HfApi().model_info(repo_id, revision=revision, files_metadata=True)
+            info = HfApi().model_info(
+                repo_id,
+                revision=revision,
+                files_metadata=True,
+                timeout=constants.HF_HUB_ETAG_TIMEOUT,
+            )
     except HubError as error:
         if isinstance(error, _Unreachable):
             try:
@@ -68,7 +74,9 @@ def open_hub(repo_id: str, revision: str | None = None) -> HubModel:
 def fetch_files(
     model: HubModel, names: Sequence[str], progress: Callable[[int], None] | None = None
 ) -> Path:
-    """Download files of the commit that are not in the cache yet; interrupted ones continue.
+    """Download files of the commit that are not in the cache yet.
+
+    A broken connection is tried again; files that are finished are kept, whatever happens.
 
     Args:
         progress: told the number of bytes as they arrive (files from the cache: all at once).
@@ -79,20 +87,41 @@ def fetch_files(
     Raises:
         HubError: a file that is missing or cannot be had.
     """
-    from huggingface_hub import hf_hub_download
-
     folder = _snapshot(model)
     for name in names:
-        with _explained(model.repo_id, name):
-            bars = _reporting(progress) if progress and not is_cached(model, name) else None
-            path = Path(
-                hf_hub_download(model.repo_id, name, revision=model.commit, tqdm_class=bars)
-            )
-            if progress and bars is None:
-                progress(path.stat().st_size)
-            folder = path.parents[len(Path(name).parts) - 1]
+        if is_cached(model, name):
+            if progress:
+                progress((folder / name).stat().st_size)
+            continue
+        for attempt in range(1, _TRIES + 1):
+            try:
+                _download(model, name, progress)
+                break
+            except _Unreachable:
+                if attempt == _TRIES:
+                    raise
     _remember_revision(model)
     return folder
+
+
+def _download(model: HubModel, name: str, progress: Callable[[int], None] | None) -> None:
+    from huggingface_hub import hf_hub_download
+
+    arrived = 0
+
+    def count(size: int) -> None:
+        nonlocal arrived
+        arrived += size
+        if progress:
+            progress(size)
+
+    try:
+        with _explained(model.repo_id, name):
+            bars = _reporting(count)
+            hf_hub_download(model.repo_id, name, revision=model.commit, tqdm_class=bars)
+    except HubError:
+        count(-arrived)  # the next try begins at the start
+        raise
 
 
 def read_header(model: HubModel, name: str) -> bytes:
@@ -107,7 +136,11 @@ def read_header(model: HubModel, name: str) -> bytes:
         with cached.open("rb") as file:
             start = file.read(8)
             return start + file.read(_header_length(start, model, name))
-    start = _range(model, name, 0, _FIRST_BYTES)
+    size = model.files.get(name, 0)
+    if size < 8:
+        what = f"not a safetensors file: {size} bytes long"
+        raise CorruptFileError(what, model=model.repo_id, file=name)
+    start = _range(model, name, 0, min(_FIRST_BYTES, size))
     total = 8 + _header_length(start[:8], model, name)
     if len(start) < total:
         start += _range(model, name, len(start), total)
@@ -120,7 +153,7 @@ def is_cached(model: HubModel, name: str) -> bool:
 
 
 class _Unreachable(HubError):
-    """No answer at all: the one failure for which the cache may stand in."""
+    """No answer, or not now: the failures for which the cache may stand in."""
 
 
 @contextmanager
@@ -154,14 +187,22 @@ def _explained(label: str, file: str = "") -> Iterator[None]:
         what = "no such folder, and not a name that the Hub has"
         raise problem(HubError, what, "Write organisation/name or a path.") from error
     except errors.HfHubHTTPError as error:
-        status = error.response.status_code if error.response is not None else "no"
+        status = error.response.status_code if error.response is not None else 0
         what = f"the Hub answered with status {status}"
-        hint = "Log in again: hf auth login." if status in (401, 403) else "Try again later."
+        if status >= 500:
+            raise problem(_Unreachable, what, "Try again later.") from error
+        hint = "Check the name; log in again: hf auth login." if status in (401, 403) else ""
         raise problem(HubError, what, hint) from error
     except (errors.HTTPError, errors.OfflineModeIsEnabled, ConnectionError) as error:
         what = f"no such folder, and the Hub cannot be reached ({type(error).__name__})"
-        hint = "Check the path, or the connection; a download continues where it stopped."
+        hint = "Check the path, or the connection; finished files are kept."
         raise problem(_Unreachable, what, hint) from error
+    except OSError as error:
+        what = f"cannot be stored in the Hub's cache: {error}"
+        raise problem(HubError, what, "See HF_HOME, which says where it is.") from error
+    except UnicodeError as error:  # the exception quotes the token: it must not be passed on
+        what = f"the Hub's token is not valid ({type(error).__name__})"
+        raise problem(HubError, what, "Log in again: hf auth login.") from None
 
 
 def _page(label: str) -> str:

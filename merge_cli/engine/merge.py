@@ -47,6 +47,7 @@ class MergeOptions:
         fsync: publish only when the bytes are on the disk itself, safe against power failure.
         allow_non_finite: merge NaN and Inf as they are.
         trust_remote_code: copy the donor's Python files.
+        copy_tokenizer: copy tokenizer files.
     """
 
     device: str = "auto"
@@ -58,6 +59,7 @@ class MergeOptions:
     fsync: bool = False
     allow_non_finite: bool = False
     trust_remote_code: bool = False
+    copy_tokenizer: bool = True
 
 
 @dataclass(frozen=True)
@@ -295,7 +297,12 @@ def _write_companions(plan: Plan, folder: Path, options: MergeOptions) -> None:
     """config.json, the index, tokenizer and processor files."""
     donor, tokenizer = plan.sources[plan.donor], plan.sources[plan.tokenizer_donor]
     try:
-        copy_companions(donor.root, tokenizer.root, folder, code=options.trust_remote_code)
+        copy_companions(
+            donor.root,
+            tokenizer.root if options.copy_tokenizer else None,
+            folder,
+            code=options.trust_remote_code,
+        )
         if plan.config:
             _write_config(plan, donor.root / "config.json", folder / "config.json")
         if len(plan.shards) > 1:
