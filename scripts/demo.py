@@ -91,8 +91,8 @@ def main() -> None:
     found = scores(models, console)
     console.print(table(models, found))
     console.print(
-        "\nEach expert is best at its own subject and worse at the others; a merge is one model "
-        "that does all three."
+        "\nEach expert is best at its own subject and pays for it at the others. A merge is one "
+        "model for all three: compare its mean with the base's and the experts'."
     )
     console.print("\nOpen a report in a browser:")
     for name in RECIPES:
