@@ -48,7 +48,7 @@ def scores(models: dict[str, Path], console: Console) -> dict[tuple[str, str], f
     pairs = [(name, domain) for name in models for domain in EXPERTS]
     found = {}
     for name, domain in track(pairs, "scoring on held-out text", console=console, transient=True):
-        data = ROOT / "zoo" / "data" / f"{domain}.val.jsonl"
+        data = ROOT / "zoo" / "data" / f"{domain}.test.jsonl"
         found[name, domain] = merge_cli.evaluate(models[name], data).per_token
     return found
 
