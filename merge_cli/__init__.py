@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from merge_cli.api import MergeResult, merge, plan
-    from merge_cli.engine.merge import MergeOptions
+    from merge_cli.engine.options import MergeOptions
     from merge_cli.engine.planner import load_recipe
     from merge_cli.errors import MergeCliError
     from merge_cli.evaluation.loss import evaluate
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "MergeCliError": "merge_cli.errors",
-    "MergeOptions": "merge_cli.engine.merge",
+    "MergeOptions": "merge_cli.engine.options",
     "MergeResult": "merge_cli.api",
     "evaluate": "merge_cli.evaluation.loss",
     "load_recipe": "merge_cli.engine.planner",

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from merge_cli.engine.merge import MergeOptions, Outcome, Progress, execute
+from merge_cli.engine.loop import Outcome
+from merge_cli.engine.merge import execute
+from merge_cli.engine.options import MergeOptions, Progress
 from merge_cli.engine.plan import Plan
 from merge_cli.engine.planner import DEFAULT_SHARD_SIZE, load_recipe, make_plan
 from merge_cli.recipe.schema import Recipe
@@ -60,8 +63,10 @@ def merge(
     report: dict[str, Any] = {}
     target = Path(out)
 
-    def finish(of: Plan, outcome: Outcome, folder: Path) -> None:
-        report.update(write_reports(of, outcome, folder, target.absolute()))
+    def finish(of: Plan, prints: tuple[str, ...], outcome: Outcome, folder: Path) -> None:
+        report.update(write_reports(of, prints, outcome, folder, target.absolute()))
 
     path = execute(decided, target, options or MergeOptions(), show=show, finish=finish)
+    if not report:  # published by a process that was killed before it could say so
+        report.update(json.loads((path / "merge_report.json").read_text(encoding="utf-8")))
     return MergeResult(path, report)

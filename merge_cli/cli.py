@@ -119,6 +119,8 @@ def run(
     given = dict(locals())
     if out is None and not dry_run:
         raise UsageError("where to? OUT is missing", hint="merge-cli run RECIPE OUT")
+    if cuda and device not in ("auto", "cuda"):
+        raise UsageError(f"--cuda and --device {device} contradict each other")
     lines = mergekit_flags.answers(given)
     shard_bytes = parse_size(shard_size, "--shard-size")
     if out_shard_size is not None:
@@ -132,7 +134,8 @@ def run(
     screen.notes([*lines, *loaded.warnings])
 
     from merge_cli.api import merge
-    from merge_cli.engine.merge import MergeOptions, usable_cores
+    from merge_cli.engine.loop import usable_cores
+    from merge_cli.engine.options import MergeOptions
     from merge_cli.engine.planner import make_plan
 
     plan = make_plan(loaded, shard_size=shard_bytes)
@@ -168,7 +171,7 @@ def plan(
 ) -> None:
     """Show what a merge would do, from headers alone: tensors, bytes, memory, every problem."""
     from merge_cli import console
-    from merge_cli.engine.merge import usable_cores
+    from merge_cli.engine.loop import usable_cores
     from merge_cli.engine.planner import load_recipe, make_plan
     from merge_cli.sizes import parse_size
 
@@ -199,6 +202,7 @@ def methods(
 
 def main() -> None:
     """Run the command line; every failure is one message and the exit code of its kind."""
+    signal.signal(signal.SIGINT, _interrupt)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         app(standalone_mode=False)
@@ -223,4 +227,7 @@ def main() -> None:
 
 
 def _interrupt(number: int, frame: object) -> None:
+    """Stop once: pressing Ctrl-C again must not break the closing of the journal."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise KeyboardInterrupt

@@ -24,7 +24,7 @@ from merge_cli.sizes import show_seconds, show_size
 
 if TYPE_CHECKING:
     from merge_cli.api import MergeResult
-    from merge_cli.engine.merge import Progress
+    from merge_cli.engine.options import Progress
     from merge_cli.engine.plan import Plan, TensorTask
     from merge_cli.methods.registry import Method
 
@@ -38,8 +38,9 @@ class Screen:
         self.quiet = quiet
         # In a file or a pipe a table may be as wide as it needs: nothing there folds it.
         wide = None if sys.stdout.isatty() else 240
-        self.out = Console(width=wide, soft_wrap=wide is not None)
-        self.err = Console(stderr=True, soft_wrap=not sys.stderr.isatty(), highlight=False)
+        # No emoji: `recipe.yaml:100:1` is a place, not a picture.
+        self.out = Console(width=wide, soft_wrap=wide is not None, emoji=False)
+        self.err = _stderr(soft_wrap=not sys.stderr.isatty())
 
     def notes(self, lines: Sequence[str]) -> None:
         """One line each, dimmed, to stderr."""
@@ -109,7 +110,7 @@ class Screen:
             return
         cost, output = result.report["cost"], result.report["output"]
         seconds = cost["seconds"] + cost["survey_seconds"]
-        moved = cost["bytes_read"] + cost["bytes_written"]
+        moved = cost["stages"]["read"]["bytes"] + cost["stages"]["write"]["bytes"]
         rate = f" ({moved / seconds / 1e9:.1f} GB/s read and written)" if seconds > 0.2 else ""
         self.out.print(
             f"[green]✓[/green] merged {output['parameters']:,} parameters into "
@@ -154,9 +155,13 @@ class Screen:
             self.out.print(f"      {escape(parameter.doc)}")
 
 
+def _stderr(*, soft_wrap: bool) -> Console:
+    return Console(stderr=True, soft_wrap=soft_wrap, highlight=False, emoji=False)
+
+
 def show_error(error: MergeCliError) -> None:
     """One message on stderr: plain text, so that it can be searched and copied from a log."""
-    err = Console(stderr=True, soft_wrap=True, highlight=False)
+    err = _stderr(soft_wrap=True)
     label = "" if error.exit_code == 130 else f"[bold red]{error.title} error:[/bold red] "
     if isinstance(error, ProblemsError):
         err.print(f"{label}{escape(error.summary)}")

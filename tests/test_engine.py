@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import threading
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,14 @@ import torch
 from tiny import Family, llama_family, merge, read_model, write_model
 
 import merge_cli
-from merge_cli.engine import operands, units
+from merge_cli.engine import loop, operands, units
 from merge_cli.engine.compute import Computer
 from merge_cli.engine.journal import Journal
 from merge_cli.engine.memory import MINIMUM_MEMORY, estimated_peak, window_bytes
 from merge_cli.engine.pipeline import Pipeline, Window
 from merge_cli.engine.statistics import TensorStats
 from merge_cli.engine.units import Unit, cut_units
-from merge_cli.errors import Interrupted, ResourceError, UsageError
+from merge_cli.errors import Interrupted, UsageError
 from merge_cli.kernels import reduce
 
 RECIPES: dict[str, dict[str, Any]] = {
@@ -216,9 +217,7 @@ def test_overwrite_is_resumable_too(family: Family, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("small_steps")
 def test_fsync_marks(family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from merge_cli.engine import merge as module
-
-    monkeypatch.setattr(module, "_SYNC_BYTES", 1000)
+    monkeypatch.setattr(loop, "_SYNC_BYTES", 1000)
     options = merge_cli.MergeOptions(fsync=True)
     recipe = write_recipe(family, "soup")
     with pytest.raises(Interrupted):
@@ -229,34 +228,28 @@ def test_fsync_marks(family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyP
     first, rest = journal.split("\n", 1)
     changed = json.dumps({**json.loads(first), "boot": "another"})
     (tmp_path / "out.partial" / "journal.jsonl").write_text(f"{changed}\n{rest}")
-    units_synced = rest[: rest.rindex('{"synced"')].count('"unit"')
-    opened = Journal(tmp_path / "out.partial", json.loads(first)["key"])
-    assert len(opened.done) == units_synced > 0
+    units_synced = int(re.findall(r'"synced":(\d+)', rest)[-1])
+    path = tmp_path / "out.partial" / "journal.jsonl"
+    opened = Journal(path, json.loads(first)["key"])
+    assert 0 < len(opened.done) == units_synced < rest.count('"unit"')
     opened.close()
     merge_cli.merge(recipe, tmp_path / "out", options=options)
 
 
 def test_torn_journal_line(tmp_path: Path) -> None:
-    journal = Journal(tmp_path, "key")
+    path = tmp_path / "journal.jsonl"
+    journal = Journal(path, "key")
     journal.record(0, TensorStats(count=3))
     journal.record(1, TensorStats(count=4))
     journal.close()
-    path = tmp_path / "journal.jsonl"
     path.write_bytes(path.read_bytes()[:-5])
-    again = Journal(tmp_path, "key")
+    again = Journal(path, "key")
     assert again.done.keys() == {0}
     again.record(1, TensorStats(count=5))
     again.close()
-    last = Journal(tmp_path, "key")
+    last = Journal(path, "key")
     assert last.done[1].count == 5
     last.close()
-
-
-def test_two_merges_into_one_folder(tmp_path: Path) -> None:
-    journal = Journal(tmp_path, "key")
-    with pytest.raises(ResourceError, match="another merge is writing here"):
-        Journal(tmp_path, "key")
-    journal.close()
 
 
 # The loop
@@ -326,7 +319,7 @@ def test_every_element_once() -> None:
 def test_memory_is_planned(family: Family) -> None:
     plan = merge_cli.plan(family.recipe("ties"))
     assert estimated_peak(plan, 1_250_000_000, 2) < 500_000_000  # a small model needs little
-    assert window_bytes(MINIMUM_MEMORY, 2, 4) > units.UNIT_BYTES
+    assert window_bytes(MINIMUM_MEMORY, 2, 4) > 1.25 * units.UNIT_BYTES
     with pytest.raises(UsageError, match="at least 500 MB"):
         window_bytes(100_000_000, 2, 4)
 

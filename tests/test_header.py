@@ -157,3 +157,29 @@ def test_other_copies_are_left_alone(tmp_path: Path) -> None:
     write_model(tmp_path / "m", {"a": torch.zeros(2)})
     save_file({"x": torch.zeros(2)}, tmp_path / "m" / "consolidated.safetensors")
     assert list(open_source(ModelRef("m"), tmp_path).tensors) == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("config.json", "[1]", "is not a mapping"),
+        ("config.json", "{", "cannot be read"),
+        ("model.safetensors.index.json", '{"weight_map": []}', "has no weight_map"),
+        ("model.safetensors.index.json", '{"weight_map": {"a": 1}}', "not safetensors: 1"),
+        ("model.safetensors.index.json", '{"weight_map": {"a": "x.bin"}}', "not safetensors"),
+    ],
+)
+def test_hostile_json(tmp_path: Path, file: str, content: str, words: str) -> None:
+    write_model(tmp_path / "m", {"a": torch.zeros(4)}, shards=2 if "index" in file else 1)
+    (tmp_path / "m" / file).write_text(content)
+    with pytest.raises(CorruptFileError, match=words):
+        open_source(ModelRef("m"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [{"a": {"dtype": [], "shape": [4], "data_offsets": [0, 16]}}, {"\ud800": entry(0, 16, [4])}],
+)
+def test_hostile_headers(tmp_path: Path, entries: Any) -> None:
+    with pytest.raises(CorruptFileError):
+        parse(craft(tmp_path / "x.safetensors", entries))

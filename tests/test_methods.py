@@ -305,3 +305,61 @@ def test_methods_are_functions_still() -> None:
     a, b = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 6.0])
     assert soup([a, b], weight=[1.0, 3.0], normalize=True).tolist() == [2.5, 5.0]
     assert get_method("linear").function is soup
+
+
+# Traps
+
+
+def test_trim_by_model_over_mixed_dtypes(tmp_path: Path) -> None:
+    """One tensor of float64 among float32: magnitudes are ranked together all the same."""
+    from tiny import write_model
+
+    generator = torch.Generator().manual_seed(3)
+    base = {"u": torch.zeros(100), "v": torch.zeros(100, dtype=torch.float64)}
+    values = {n: torch.randn(100, generator=generator).to(t.dtype) for n, t in base.items()}
+    write_model(tmp_path / "base", base)
+    write_model(tmp_path / "a", values)
+    (tmp_path / "r.yaml").write_text(
+        "merge_method: ties\nbase_model: base\nmodels: [a]\n"
+        "parameters: {trim: model, density: 0.2}\n"
+    )
+    merged = merge(tmp_path / "r.yaml", tmp_path / "out")
+    expected = oracles.trim_model([to_array(values["u"]), to_array(values["v"])], 0.2)
+    for name, array in zip("uv", expected, strict=True):
+        np.testing.assert_array_equal(to_array(merged[name]), array)
+
+
+def test_float64_weights_are_not_rounded() -> None:
+    deltas = [torch.tensor([0.3], dtype=torch.float64), torch.tensor([0.2], dtype=torch.float64)]
+    mean = disjoint_mean(deltas, [0.1, 0.1], weighted_election=True, divide_by="weights")
+    assert abs(float(mean) - 0.25) < 1e-15
+
+
+def test_float16_overflow_is_an_error(tmp_path: Path) -> None:
+    from tiny import read_model, write_model
+
+    import merge_cli
+    from merge_cli.errors import NonFiniteError
+
+    write_model(tmp_path / "a", {"w": torch.tensor([1e5, 1.0]).bfloat16()})
+    (tmp_path / "r.yaml").write_text("merge_method: soup\nmodels: [a]\ndtype: float16\n")
+    with pytest.raises(NonFiniteError, match="too large for float16"):
+        merge(tmp_path / "r.yaml", tmp_path / "out")
+    options = merge_cli.MergeOptions(allow_non_finite=True)
+    merge_cli.merge(tmp_path / "r.yaml", tmp_path / "out", options=options)
+    assert read_model(tmp_path / "out")["w"].isinf().tolist() == [True, False]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_non_finite_values_that_are_allowed(tmp_path: Path, bad: float) -> None:
+    """They are the largest there is, and what is dropped leaves nothing behind."""
+    from tiny import write_model
+
+    write_model(tmp_path / "base", {"w": torch.zeros(10)})
+    write_model(tmp_path / "a", {"w": torch.tensor([bad] * 3 + [1.0] * 7)})
+    text = "merge_method: {}\nbase_model: base\nmodels: [a]\nparameters: {{density: {}}}\n"
+    for method, density in (("ties", 0.2), ("ties", 0.5), ("dare", 0.5)):
+        (tmp_path / "r.yaml").write_text(text.format(method, density))
+        out = tmp_path / f"{method}{density}"
+        merged = merge(tmp_path / "r.yaml", out, allow_non_finite=True)["w"]
+        assert merged[3:].isfinite().all()

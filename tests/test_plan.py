@@ -377,3 +377,71 @@ def test_planning_is_linear(tmp_path: Path) -> None:
         return count
 
     assert steps(40) < 15 * steps(4)
+
+
+# Traps
+
+
+def test_the_same_model_twice_in_a_slice(family: Family, tmp_path: Path) -> None:
+    """Layers 0 and 2 of one model, averaged: each part keeps its own range."""
+    family.write(
+        "merge_method: soup\nslices:\n  - sources:\n      - {model: a, layer_range: [0, 2]}\n"
+        "      - {model: a, layer_range: [2, 4]}\ndtype: float32\n"
+    )
+    merged = merge(family.folder / "recipe.yaml", tmp_path / "out")
+    a = family.models[0]
+    part = "mlp.up_proj.weight"
+    mean = (a[f"model.layers.1.{part}"].float() + a[f"model.layers.3.{part}"].float()) / 2
+    assert torch.equal(merged[f"model.layers.1.{part}"], mean)
+
+
+def test_two_spellings_of_one_model(family: Family, tmp_path: Path) -> None:
+    """`./base` is the base, not another source; the resolved recipe must agree."""
+    family.write(
+        "merge_method: task_arithmetic\nbase_model: base\nmodels: [a, ./base, ../x/b]\n"
+        "parameters: {normalize: true}\ndtype: float32\n".replace("../x/b", f"{family.folder}/b")
+    )
+    first = merge(family.folder / "recipe.yaml", tmp_path / "out")
+    again = merge(tmp_path / "out" / "merge_recipe.yaml", tmp_path / "again")
+    name = "model.norm.weight"
+    expected = (family.models[0][name].float() + family.models[1][name].float()) / 2
+    torch.testing.assert_close(first[name], expected)
+    assert torch.equal(first[name], again[name])
+    family.write("merge_method: slerp\nbase_model: base\nmodels: [./base, a]\n")
+    assert len(merge_cli.plan(family.folder / "recipe.yaml").operands) == 2
+
+
+def test_slices_drop_nothing_without_a_word(family: Family) -> None:
+    extra = {"model.layers.1.self_attn.q_proj.bias": torch.zeros(16)}
+    rewrite(family, "b", lambda t: t.update(extra))
+    sources = "[{model: a, layer_range: [0, 4]}, {model: b, layer_range: [0, 4]}]"
+    found = mismatches(family.folder, f"merge_method: soup\nslices:\n  - sources: {sources}\n")
+    assert found == ["model.layers.1.self_attn.q_proj.bias: b has it, a does not"]
+
+
+def test_a_stored_head_that_the_config_ties(tmp_path: Path) -> None:
+    """Loading would replace it by the embedding, so that the embedding is what counts."""
+    tied_family(tmp_path, {"a": True, "b": True}, {"a": True, "b": False})
+    plan_of(tmp_path, SOUP)
+    merged = merge(tmp_path / "r.yaml", tmp_path / "out")
+    a, b = read_model(tmp_path / "a"), read_model(tmp_path / "b")
+    expected = (a["model.embed_tokens.weight"] + b["lm_head.weight"]) / 2
+    torch.testing.assert_close(merged["lm_head.weight"], expected)
+
+
+def test_a_buffer_that_only_the_base_has(family: Family, tmp_path: Path) -> None:
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    rewrite(family, "base", lambda t: t.update({name: torch.ones(4)}))
+    merged = merge(family.recipe("task_arithmetic", models=[None]), tmp_path / "out")
+    assert merged[name].tolist() == [1.0] * 4
+
+
+def test_shards_in_a_subfolder(family: Family, tmp_path: Path) -> None:
+    model = family.folder / "a"
+    (model / "parts").mkdir()
+    (model / "model.safetensors").rename(model / "parts" / "w.safetensors")
+    index = {"weight_map": dict.fromkeys(family.base, "parts/w.safetensors")}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    plan = plan_of(family.folder, SOUP)
+    assert plan.shards_read(0) == {"parts/w.safetensors"}
+    merge(family.folder / "r.yaml", tmp_path / "out")

@@ -121,7 +121,7 @@ def test_all_problems_at_once() -> None:
         ("models: [a]", "merge_method: missing"),
         ("merge_method: slerp\nmodels: [a, b, c]", "slerp takes exactly 2 models (got 3)"),
         ("merge_method: dam\nbase_model: a\nmodels: [b]", "'dam' is not supported by this version"),
-        ("&a {merge_method: *a}", "nested too deeply"),
+        ("&a {merge_method: *a}", "an alias that contains itself"),
     ],
 )
 def test_no_recipe_at_all(text: str, words: str) -> None:
@@ -244,3 +244,44 @@ def test_rescale_takes_words_and_truth() -> None:
     for word, value in (("l1", "l1"), ("true", True), ("false", False), ("none", "none")):
         assert resolved(text.replace("{}", word), "w")["rescale"] == value
     assert "must be one of" in problems(text.replace("{}", "1.0"))[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("merge_method: soup\nmodels: [{model: }]", "models[0].model: missing"),
+        ("merge_method: soup\nmodels: [{model: ''}]", "must be text"),
+        ("merge_method: soup\nmodels: ['']", "must be text"),
+        ("merge_method:\nmodels: [a]", "merge_method: missing"),
+        ("merge_method: soup\nmodels: [{model: {path: a, model: b}}]", "path: unknown key"),
+        ("merge_method: soup\nmodels: [{model: {model: a, revision: b}}]", "unknown key"),
+        ("merge_method: soup\nslices: [{sources: [a]}]", "layer_range: missing"),
+        ("merge_method: soup\nmodels: [a]\nname: !!timestamp x", "not a valid value"),
+    ],
+)
+def test_traps(text: str, words: str) -> None:
+    assert words in " | ".join(problems(text))
+
+
+def test_names_that_are_no_paths(tmp_path: Path) -> None:
+    for name in ("~nobody-of-that-name/x", "x" * 5000, "a\0b"):
+        assert parse_reference(name, tmp_path).path
+
+
+def test_aliases_are_read_once() -> None:
+    """A mapping that merges another may itself be used again; and no alias bomb goes off."""
+    text = (
+        "merge_method: ties\nbase_model: o/base\nmetadata: {x: &x {weight: 1.0}}\nmodels:\n"
+        "  - {model: o/a, parameters: &p {<<: *x, density: 0.5}}\n"
+        "  - {model: o/b, parameters: *p}\n"
+    )
+    assert load(text).models[1].parameters["weight"].setting == 1.0
+    bomb = ["merge_method: soup", "models: [o/a]", "metadata:", "  a0: &a0 [1, 2]"]
+    bomb += [f"  a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 6)]
+    load("\n".join(bomb))
+
+
+def test_parameters_of_the_base_have_no_effect() -> None:
+    base = "  - {model: org/base, parameters: {weight: 2.0}}\n"
+    recipe = load(TIES.replace("parameters:\n  normalize", f"{base}parameters:\n  normalize"))
+    assert "the base has no task vector" in recipe.warnings[0]

@@ -156,8 +156,10 @@ def with_layer_types(config: Mapping[str, Any], root: Path) -> dict[str, Any]:
 
     try:
         known = AutoConfig.from_pretrained(str(root), trust_remote_code=False)
-    except (ValueError, KeyError, OSError):
-        return explicit  # an architecture that this transformers does not know derives nothing
+    except Exception:
+        # An architecture that this transformers does not know, or a config that it refuses with
+        # whatever exception its class has: there is nothing to derive, and the file is copied.
+        return explicit
     kinds = getattr(known.get_text_config(), "layer_types", None)
     if kinds is not None and len(set(kinds)) > 1:
         target["layer_types"] = list(kinds)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 # What transformers looks for beside config.json and the weights, in any of its model families.
@@ -32,6 +33,11 @@ def is_companion(name: str) -> bool:
     if name.endswith((".safetensors", ".py", ".bin", ".pt")):
         return False
     return name in _COMPANIONS or name.endswith(_SUFFIXES) or name.startswith(_PREFIXES)
+
+
+def code_files(names: Iterable[str]) -> list[str]:
+    """The Python files beside the weights, which only --trust-remote-code copies."""
+    return sorted(name for name in names if "/" not in name and name.endswith(".py"))
 
 
 def is_tokenizer_file(name: str) -> bool:
@@ -66,7 +72,9 @@ def copy_companions(
         chosen |= {p.name: p for p in found if is_tokenizer_file(p.name)}
         templates = tokenizer_donor / "additional_chat_templates"
         if templates.is_dir():
-            shutil.copytree(templates, target / templates.name, dirs_exist_ok=True)
+            (target / templates.name).mkdir(exist_ok=True)
+            for path in sorted(templates.glob("*.jinja")):
+                shutil.copyfile(path, target / templates.name / path.name)
     for name, path in chosen.items():
         shutil.copyfile(path, target / name)
     return sorted(chosen)

@@ -32,7 +32,7 @@ _MAX_HEADER = 100_000_000  # the format's own limit
 
 @dataclass(frozen=True, slots=True)
 class TensorRef:
-    """One tensor in one file. `offset` counts from the start of the file; `nbytes` from there."""
+    """One tensor in one file of a model. `offset` counts from the start of the file."""
 
     name: str
     path: Path
@@ -40,6 +40,7 @@ class TensorRef:
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+    model: str = ""
 
     @property
     def size(self) -> int:
@@ -91,7 +92,7 @@ def parse_header(raw: bytes, path: Path, file_size: int, model: str) -> dict[str
         raise corrupt("its header is not a mapping")
     entries.pop("__metadata__", None)
     data_start, data_size = 8 + length, file_size - 8 - length
-    found = [_entry(name, e, path, data_start, corrupt) for name, e in entries.items()]
+    found = [_entry(name, e, path, data_start, model, corrupt) for name, e in entries.items()]
     found.sort(key=lambda ref: (ref.offset, ref.nbytes))
     needed = max((ref.offset + ref.nbytes for ref in found), default=data_start)
     end = data_start
@@ -111,7 +112,9 @@ def parse_header(raw: bytes, path: Path, file_size: int, model: str) -> dict[str
 _AGAIN = "Download or copy the file again."
 
 
-def _entry(name: str, entry: Any, path: Path, data_start: int, corrupt: Any) -> TensorRef:
+def _entry(
+    name: str, entry: Any, path: Path, data_start: int, model: str, corrupt: Any
+) -> TensorRef:
     try:
         dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
         numbers = [*shape, start, stop]
@@ -119,12 +122,16 @@ def _entry(name: str, entry: Any, path: Path, data_start: int, corrupt: Any) -> 
         raise corrupt("its header entry lacks dtype, shape or data_offsets", name) from None
     if any(type(n) is not int or n < 0 for n in numbers) or stop < start:
         raise corrupt(f"impossible shape {shape} or offsets {[start, stop]}", name)
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise corrupt(f"unknown dtype '{dtype}'", name)
     if stop - start != math.prod(shape) * DTYPES[dtype][0]:
         what = f"{stop - start} bytes for {dtype} of shape {shape}: the header contradicts itself"
         raise corrupt(what, name)
-    return TensorRef(name, path, dtype, tuple(shape), data_start + start, stop - start)
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise corrupt(f"a name that is not text: {name!r}") from None
+    return TensorRef(name, path, dtype, tuple(shape), data_start + start, stop - start, model)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

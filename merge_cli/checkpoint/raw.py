@@ -41,7 +41,7 @@ def read_into(files: FilePool, path: Path, offset: int, buffer: memoryview, mode
     try:
         fd = files.fd(path)
         while done < len(buffer):
-            count = os.preadv(fd, [buffer[done:]], offset + done)
+            count = _pread_into(fd, buffer[done:], offset + done)
             if count == 0:
                 what = f"ends {len(buffer) - done} bytes early: it changed since the plan was made"
                 raise CorruptFileError(what, model=model, file=path.name)
@@ -51,6 +51,14 @@ def read_into(files: FilePool, path: Path, offset: int, buffer: memoryview, mode
             f"cannot be read: {error.strerror}", model=model, file=path.name,
             hint="The journal is kept: the same command resumes.",
         ) from error  # fmt: skip
+
+
+def _pread_into(fd: int, buffer: memoryview, offset: int) -> int:
+    if hasattr(os, "preadv"):
+        return os.preadv(fd, [buffer], offset)
+    data = os.pread(fd, len(buffer), offset)  # old macOS: one copy more
+    buffer[: len(data)] = data
+    return len(data)
 
 
 def write_from(files: FilePool, path: Path, offset: int, data: memoryview) -> None:
@@ -89,6 +97,15 @@ def allocate(path: Path, size: int, header: bytes) -> None:
             os.close(fd)
     except OSError as error:
         raise write_error(error, path) from error
+
+
+def has_header(path: Path, size: int, header: bytes) -> bool:
+    """Whether a file is there with this size and this beginning."""
+    try:
+        with path.open("rb") as file:
+            return path.stat().st_size == size and file.read(len(header)) == header
+    except OSError:
+        return False
 
 
 def write_error(error: OSError, path: Path) -> ResourceError:

@@ -53,8 +53,8 @@ class Source:
         A config that is silent leaves it to the model class, which no one here knows: then a head
         that is stored is a head of its own.
         """
-        for config in (self.config, self.config.get("text_config") or {}):
-            if "tie_word_embeddings" in config:
+        for config in (self.config, self.config.get("text_config")):
+            if isinstance(config, dict) and "tie_word_embeddings" in config:
                 return bool(config["tie_word_embeddings"])
         return head not in self.tensors
 
@@ -133,7 +133,7 @@ def _open_folder(path: Path, label: str) -> Source:
         hint = "Name the model's folder, not a file in it."
         raise SourceError("not a folder", model=label, hint=hint)
     names = {p.name for p in path.iterdir()}
-    config = _read_json(path / "config.json", label) if "config.json" in names else {}
+    config = _read_config(path / "config.json", label) if "config.json" in names else {}
     index = _read_json(path / INDEX, label) if INDEX in names else None
     shards, weight_map = _shards(names, index, label)
     headers: dict[str, bytes] = {}
@@ -153,8 +153,10 @@ def _open_folder(path: Path, label: str) -> Source:
 def _open_hub(repo: hub.HubModel, label: str) -> Source:
     names = {name for name in repo.files if "/" not in name}
     small = sorted(n for n in names if is_companion(n) or n in ("config.json", INDEX))
+    templates = (name for name in repo.files if name.startswith("additional_chat_templates/"))
+    small += sorted(name for name in templates if name.endswith(".jinja"))
     root = hub.fetch_files(repo, small)
-    config = _read_json(root / "config.json", label) if "config.json" in names else {}
+    config = _read_config(root / "config.json", label) if "config.json" in names else {}
     index = _read_json(root / INDEX, label) if INDEX in names else None
     shards, weight_map = _shards(names, index, label)
     headers: dict[str, bytes] = {}
@@ -184,6 +186,9 @@ def _shards(names: set[str], index: Any, label: str) -> tuple[list[str], Mapping
             place = PurePosixPath(str(shard))
             if place.is_absolute() or ".." in place.parts or "\\" in str(shard):
                 what = f"names a file outside the model's folder: '{shard}'"
+                raise CorruptFileError(what, model=label, file=INDEX, tensor=tensor)
+            if not isinstance(shard, str) or not shard.endswith(".safetensors"):
+                what = f"names a file that is not safetensors: {shard!r}"
                 raise CorruptFileError(what, model=label, file=INDEX, tensor=tensor)
         return sorted(set(weight_map.values())), weight_map
     found = sorted(
@@ -224,6 +229,13 @@ def _join(
             what = "the index places this tensor here, but the file does not have it"
             raise CorruptFileError(what, model=label, file=shard, tensor=name)
     return joined
+
+
+def _read_config(path: Path, label: str) -> dict[str, Any]:
+    config = _read_json(path, label)
+    if not isinstance(config, dict):
+        raise CorruptFileError("is not a mapping", model=label, file=path.name)
+    return config
 
 
 def _read_json(path: Path, label: str) -> Any:

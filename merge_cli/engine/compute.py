@@ -89,7 +89,10 @@ class Computer:
             self._check_finite(block, task, stats)
             merged = self._method.function(**self._operands(block), **supplied)
             start = block.at.start - unit.start
-            output[start : start + merged.numel()].copy_(merged)
+            rounded = output[start : start + merged.numel()]
+            rounded.copy_(merged)
+            if dtype == torch.float16:
+                self._check_range(rounded, task, stats)
             if self._statistics:
                 measure(stats, block, merged, kept)
         return output.view(torch.uint8), stats
@@ -127,6 +130,14 @@ class Computer:
         if any(counts) and not self._arithmetic.allow_non_finite:
             raise self._non_finite_error(block, task, counts)
 
+    def _check_range(self, rounded: Tensor, task: TensorTask, stats: TensorStats) -> None:
+        """float16 ends at 65504: what is larger would be written as Inf."""
+        infinite = int((~rounded.isfinite()).sum())
+        if infinite and not self._arithmetic.allow_non_finite and not any(stats.non_finite):
+            what = f"{infinite} merged weights are too large for float16"
+            hint = "Use bfloat16 or float32 as dtype, or accept Inf with --allow-non-finite."
+            raise NonFiniteError(what, tensor=task.name, hint=hint)
+
     def _non_finite_error(
         self, block: Block, task: TensorTask, counts: list[int]
     ) -> NonFiniteError:
@@ -138,7 +149,7 @@ class Computer:
         what = f"NaN or Inf among its weights (first at element {place})"
         return NonFiniteError(
             what,
-            model=self._arithmetic.labels[ref.path],
+            model=ref.model,
             file=ref.path.name,
             tensor=ref.name,
             hint="Replace the file, or accept it with --allow-non-finite.",

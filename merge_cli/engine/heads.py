@@ -50,14 +50,10 @@ def reconcile_heads(sources: Sequence[Source]) -> Heads:
             notes = (f"{head}: left out, since every config ties it to the embedding ({names})",)
         trimmed = tuple({n: r for n, r in view.items() if n != head} for view in views)
         return Heads(trimmed, None, notes)
-    if all(stored):
-        mixed = len({source.ties(head) for source in sources}) > 1
-        notes = (f"{head}: stored apart, since not every source ties it",) if mixed else ()
-        return Heads(tuple(views), False if mixed else None, notes)
     lent = []
     for i, source in enumerate(sources):
         embedding = _embedding(source, head)
-        if not stored[i] and source.ties(head) and embedding:
+        if source.ties(head) and embedding:  # even where one is stored: loading would replace it
             views[i] = {**source.tensors, head: source.tensors[embedding]}
             lent.append(source.label)
     notes = (f"{head}: {', '.join(lent)} ties it to the embedding, which stands in for it; "

@@ -1,33 +1,42 @@
 """What has been done, on disk, so that a killed merge continues where it stopped.
 
 One JSON line for each finished unit, written after its bytes. The first line is the key of the
-work: recipe, inputs and layout. A journal of other work is never continued. Lines survive the
-death of the process; after a crash of the machine itself (another boot), bytes that the journal
-calls written may not be on the disk, so only units up to the last `synced` line are believed.
+work: recipe, inputs, layout and code. Lines survive the death of the process; after a crash of the
+machine itself (another boot), bytes that the journal calls written may not be on the disk, so only
+what a `synced` line covers is believed.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
+import inspect
 import json
 import os
+import sys
 import threading
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from merge_cli.checkpoint.raw import write_error
 from merge_cli.engine.plan import Plan
 from merge_cli.engine.statistics import TensorStats
-from merge_cli.errors import ResourceError
 
 _FORMAT = 1
 
 
-def work_key(plan: Plan) -> str:
-    """A digest of everything that the output's bytes and the units depend on."""
-    state = hashlib.sha256(f"merge-cli journal {_FORMAT}\n".encode())
-    state.update(f"{plan.method.name} {plan.recipe.seed}\n".encode())
+def work_key(plan: Plan, *context: object) -> str:
+    """A digest of everything that the output's bytes and the units depend on.
+
+    Args:
+        context: what else makes it other work: the kind of device, whether statistics are taken.
+    """
+    import torch
+
+    code = inspect.getsource(sys.modules[plan.method.function.__module__])
+    state = hashlib.sha256(f"merge-cli journal {_FORMAT} {version('merge-cli')}\n".encode())
+    state.update(repr((torch.__version__, plan.method.name, plan.recipe.seed, context)).encode())
+    state.update(code.encode())
     stamps: dict[Path, str] = {}
     for task in plan.tasks:
         for ref in task.inputs:
@@ -45,92 +54,94 @@ def work_key(plan: Plan) -> str:
 
 
 class Journal:
-    """The journal of one work folder, held exclusively while open.
+    """An append-only file; safe to write from several threads.
 
     Attributes:
-        done: unit number -> its statistics, from earlier runs of the same work.
-        stale: a journal was found, but of other work (or of nothing readable).
+        done: unit number -> its statistics, from earlier runs.
+        count: units that are recorded, old and new.
     """
 
-    def __init__(self, folder: Path, key: str) -> None:
-        """Open or create `folder/journal.jsonl`.
+    def __init__(self, path: Path, key: str) -> None:
+        """Continue the journal of this key, or begin one.
 
         Raises:
-            ResourceError: another process is working here, or the folder cannot be written.
+            ResourceError: it cannot be written.
         """
-        self._path = folder / "journal.jsonl"
-        self._lock = threading.Lock()
+        self._path = path
+        self._mutex = threading.Lock()
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._file = self._path.open("a+b")
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            self.done, good = _read(path, key)
+            os.ftruncate(self._fd, good)  # drops a torn last line, or all of another work's
+            os.lseek(self._fd, 0, os.SEEK_END)
         except OSError as error:
-            raise write_error(error, folder) from error
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._file.close()
-            hint = "Wait for it, or choose another output."
-            raise ResourceError(
-                "another merge is writing here", where=str(folder), hint=hint
-            ) from None
-        self.done, self.stale, good = self._read(key)
-        self._file.truncate(good)  # drops a torn last line, or all of another work's journal
+            raise write_error(error, path) from error
+        self.count = len(self.done)
         if not good:
             self._write({"key": key, "boot": _boot_id()})
+
+    @staticmethod
+    def key_of(path: Path) -> str | None:
+        """The key of the work that a journal is of."""
+        with path.open("rb") as file:
+            entry = _parse(file.readline())
+        return entry.get("key") if entry else None
 
     def record(self, number: int, stats: TensorStats) -> None:
         """Note that a unit's bytes are written."""
         self._write({"unit": number, "stats": stats.to_json()})
+        with self._mutex:
+            self.count += 1
 
-    def synced(self) -> None:
-        """Note that everything recorded so far has reached the disk itself."""
-        self._write({"synced": True})
-        os.fsync(self._file.fileno())
-
-    def restart(self, key: str) -> None:
-        """Forget everything that was done."""
-        self._file.truncate(0)
-        self.done.clear()
-        self._write({"key": key, "boot": _boot_id()})
+    def synced(self, count: int) -> None:
+        """Note that the first `count` recorded units have reached the disk itself."""
+        self._write({"synced": count})
+        os.fsync(self._fd)
 
     def close(self) -> None:
-        """Close the file and give up the lock."""
-        self._file.close()
+        """Close the file; nothing is buffered, so that nothing can fail here."""
+        os.close(self._fd)
 
     def _write(self, line: dict[str, Any]) -> None:
-        with self._lock:
-            try:
-                self._file.write(json.dumps(line, separators=(",", ":")).encode() + b"\n")
-                self._file.flush()
-            except OSError as error:
-                raise write_error(error, self._path) from error
+        data = json.dumps(line, separators=(",", ":")).encode() + b"\n"
+        try:
+            with self._mutex:
+                while data:
+                    data = data[os.write(self._fd, data) :]
+        except OSError as error:
+            raise write_error(error, self._path) from error
 
-    def _read(self, key: str) -> tuple[dict[int, TensorStats], bool, int]:
-        """Units done, whether the journal is of other work, and how many bytes of it are good."""
-        self._file.seek(0)
-        done: dict[int, TensorStats] = {}
-        safe: dict[int, TensorStats] = {}
-        good = safe_good = 0
-        same_boot = False
-        for number, line in enumerate(self._file):
-            try:
-                entry = json.loads(line) if line.endswith(b"\n") else None
-            except ValueError:
-                entry = None
-            if not isinstance(entry, dict):
+
+def _read(path: Path, key: str) -> tuple[dict[int, TensorStats], int]:
+    """The units that may be believed, and how many bytes of the journal say so."""
+    units: list[tuple[int, TensorStats, int]] = []
+    good = synced = start = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file):
+            entry = _parse(line)
+            if entry is None or (number == 0 and entry.get("key") != key):
                 break
+            good += len(line)
             if number == 0:
-                if entry.get("key") != key:
-                    return {}, True, 0
+                start = good
                 same_boot = entry.get("boot") == _boot_id()
             elif "unit" in entry:
-                done[entry["unit"]] = TensorStats.from_json(entry["stats"])
-            good += len(line)
-            if number == 0 or entry.get("synced"):
-                safe, safe_good = dict(done), good
-        if not same_boot:
-            done, good = safe, safe_good
-        return done, False, good
+                units.append((entry["unit"], TensorStats.from_json(entry["stats"]), good))
+            elif "synced" in entry:
+                synced = entry["synced"]
+    if good and not same_boot:
+        units = units[:synced]
+        good = units[-1][2] if units else start
+    return {number: stats for number, stats, _ in units}, good
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """One line, or None where it is torn."""
+    try:
+        entry = json.loads(line) if line.endswith(b"\n") else None
+    except ValueError:
+        return None
+    return entry if isinstance(entry, dict) else None
 
 
 def _boot_id() -> str:

@@ -5,7 +5,7 @@ Everything that does not fit is collected, so that one look shows all of it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from merge_cli.checkpoint.header import MERGEABLE, TensorRef
@@ -13,6 +13,7 @@ from merge_cli.checkpoint.source import Source
 from merge_cli.engine.heads import View
 from merge_cli.engine.layers import comes_after_layers, main_stack, place_of, stacks
 from merge_cli.errors import Problem
+from merge_cli.recipe.schema import SliceSpec, SourceSpec
 
 # Buffers that old checkpoints stored and models compute by themselves.
 _BUFFERS = ("rotary_emb.inv_freq", ".masked_bias", ".attn.bias", ".attention.bias",
@@ -23,37 +24,70 @@ _VOCABULARY = ("embed", "wte", "lm_head", "shared.weight")
 
 
 @dataclass(frozen=True)
+class Operand:
+    """One source's part in a piece. The same source may take part twice, with other layers.
+
+    Attributes:
+        source: its index among the opened sources.
+        place: its place in the recipe, which random masks belong to; -1 for an unlisted base.
+        layers: half-open range; None means the whole model.
+    """
+
+    source: int
+    place: int
+    spec: SourceSpec
+    layers: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
 class Piece:
     """A run of output layers and where they come from.
 
     Attributes:
-        operands: indexes of the sources, in the formula's order.
-        reference: index of the source whose names the piece follows.
-        ranges: for each source index, its half-open range of layers; None: the whole model.
+        spec: the recipe's slice; None for a merge of whole models.
+        operands: in the formula's order.
         first, last: whether tensors before and after the layers come from this piece.
         start: the first output layer.
     """
 
     key: str
-    operands: tuple[int, ...]
-    base: int | None
-    reference: int
-    ranges: dict[int, tuple[int, int]] | None = None
+    spec: SliceSpec | None
+    operands: tuple[Operand, ...]
+    base: Operand | None
     first: bool = True
     last: bool = True
     start: int = 0
 
+    @property
+    def reference(self) -> Operand:
+        """Whose names the piece follows."""
+        return self.base or self.operands[0]
+
+    @property
+    def members(self) -> tuple[Operand, ...]:
+        """Everything that is read, the base first."""
+        return (self.base, *self.operands) if self.base else self.operands
+
 
 @dataclass(frozen=True)
 class Match:
-    """One output tensor's sources. `position`: its layer's place in the piece, 0 to 1."""
+    """One output tensor.
+
+    Attributes:
+        position: its layer's place in the piece, 0 to 1.
+        operands, base: the tensors of the formula; for a copy, the one that is copied.
+        source: index of the source that `operands[0]` is from.
+        copied: why it is copied, whatever the method; empty where it is merged.
+    """
 
     name: str
-    piece: str
+    piece: Piece
     group: str
     position: float
     operands: tuple[TensorRef, ...]
     base: TensorRef | None
+    source: int
+    copied: str = ""
 
 
 @dataclass
@@ -69,88 +103,105 @@ def match_piece(
     piece: Piece, sources: Sequence[Source], views: Sequence[View], into: Matches
 ) -> None:
     """Find every tensor of one piece in its sources; append what fits and what does not."""
-    reference, view = sources[piece.reference], views[piece.reference]
-    counts = stacks(view)
-    stack = main_stack(view, reference.config) if piece.ranges else None
-    if piece.ranges and stack is None:
-        what = f"{reference.label}: cannot tell which of {sorted(counts)} its layers are"
-        into.problems.append(Problem(what, piece.key))
-        return
-    members = [i for i in (piece.base, *piece.operands) if i is not None]
-    for i in members:
-        if piece.ranges and stack is not None:
-            have, wanted = stacks(views[i]).get(stack, 0), piece.ranges[i][1]
-            if wanted > have:
-                what = f"{sources[i].label} has {have} layers, not {wanted}"
-                into.problems.append(Problem(what, f"{piece.key}.layer_range"))
-                return
-    for name in view:
-        place = place_of(name)
-        in_stack = place is not None and place.stack == stack
-        if piece.ranges and not in_stack:
-            after = place is None and comes_after_layers(name)
-            if not (piece.last if after else piece.first):
-                continue
+    offers: list[dict[str, TensorRef]] = []
+    for operand in piece.members:
+        source = sources[operand.source]
+        offer = _offered(piece, operand, views[operand.source], source, into)
+        if offer is None:
+            return
+        offers.append(offer)
+    reference = offers[0]
+    counts = stacks(reference)
+    owner = piece.reference.source
+    stack = main_stack(views[owner], sources[owner].config) if piece.spec else None
+    for name in reference:
         if name.endswith(_LEFT_OUT):
             into.notes.append(f"{name}: left out; the model computes this buffer by itself")
             continue
-        names = dict.fromkeys(members, name)
-        output, position = name, 0.0
+        place = place_of(name)
+        position = 0.0
         if place is not None:
-            layers = counts[place.stack]
-            position = place.index / (layers - 1) if layers > 1 else 0.0
-        if piece.ranges and in_stack and place is not None:
-            low, high = piece.ranges[piece.reference]
-            if not low <= place.index < high:
-                continue
-            offset = place.index - low
-            output = place.name(piece.start + offset)
-            position = offset / (high - low - 1) if high - low > 1 else 0.0
-            names = {i: place.name(piece.ranges[i][0] + offset) for i in members}
-        _match_tensor(piece, sources, views, names, output, position, into)
-    if not piece.ranges:
-        _report_extra(members, piece.reference, sources, views, into)
+            first = piece.start if stack is not None and place.stack == stack else 0
+            layers = counts[place.stack] - first
+            position = (place.index - first) / (layers - 1) if layers > 1 else 0.0
+        _match_tensor(piece, name, position, offers, sources, into)
+    _report_extra(piece, offers, sources, into)
+
+
+def _offered(
+    piece: Piece, operand: Operand, view: View, source: Source, into: Matches
+) -> dict[str, TensorRef] | None:
+    """What a source gives to a piece, by output name; None (and a problem) if it cannot."""
+    if operand.layers is None:
+        return dict(view)
+    stack = main_stack(view, source.config)
+    if stack is None:
+        what = f"{source.label}: cannot tell which of {sorted(stacks(view))} its layers are"
+        into.problems.append(Problem(what, piece.key))
+        return None
+    low, high = operand.layers
+    have = stacks(view).get(stack, 0)
+    if high > have:
+        what = f"{source.label} has {have} layers, not {high}"
+        into.problems.append(Problem(what, f"{piece.key}.layer_range"))
+        return None
+    offer: dict[str, TensorRef] = {}
+    for name, ref in view.items():
+        place = place_of(name)
+        if place is not None and place.stack == stack:
+            if low <= place.index < high:
+                offer[place.name(piece.start + place.index - low)] = ref
+        elif piece.last if place is None and comes_after_layers(name) else piece.first:
+            offer[name] = ref
+    return offer
 
 
 def _match_tensor(
     piece: Piece,
-    sources: Sequence[Source],
-    views: Sequence[View],
-    names: dict[int, str],
-    output: str,
+    name: str,
     position: float,
+    offers: Sequence[Mapping[str, TensorRef]],
+    sources: Sequence[Source],
     into: Matches,
 ) -> None:
-    reference = views[piece.reference][names[piece.reference]]
-    missing = [i for i, name in names.items() if name not in views[i]]
-    if missing and output.endswith(_BUFFERS):
-        # Nothing to merge: whoever has it gives it.
-        found = [views[i][name] for i, name in names.items() if name in views[i]]
-        into.notes.append(f"{output}: copied; not every source stores this buffer")
-        into.found.append(Match(output, piece.key, _group(output), position, (found[0],), None))
-        return
-    for i in missing:
-        what = f"missing from {sources[i].label}; {sources[piece.reference].label} has it"
-        into.problems.append(Problem(what, names[i]))
-    if missing:
-        return
-    refs = {i: views[i][name] for i, name in names.items()}
-    if any(ref.shape != reference.shape for ref in refs.values()):
-        shown = ", ".join(f"{sources[i].label} {list(ref.shape)}" for i, ref in refs.items())
-        if _is_vocabulary(output, list(refs.values())):
-            into.problems.append(Problem(f"the vocabularies differ in size: {shown}.", output,
-                                         hint=_VOCABULARY_HINT))  # fmt: skip
-        else:
-            into.problems.append(Problem(f"the shapes differ: {shown}", output))
-        return
-    for i, ref in refs.items():
-        if ref.dtype.startswith("F8"):
-            what = f"{sources[i].label} stores it in {ref.dtype}, whose scales cannot be merged yet"
-            into.problems.append(Problem(what, names[i], hint="Convert the model to bfloat16."))
+    members = piece.members
+    present = [(m, offer[name]) for m, offer in zip(members, offers, strict=True) if name in offer]
+    labels = [sources[member.source].label for member in members]
+
+    def copy(why: str) -> Match:
+        donor, ref = present[0]
+        return Match(name, piece, _group(name), position, (ref,), None, donor.source, why)
+
+    if len(present) < len(members):
+        if name.endswith(_BUFFERS):
+            into.found.append(copy("not every source stores this buffer: copied"))
             return
-    base = refs[piece.base] if piece.base is not None else None
-    operands = tuple(refs[i] for i in piece.operands)
-    into.found.append(Match(output, piece.key, _group(output), position, operands, base))
+        for label, offer in zip(labels, offers, strict=True):
+            if name not in offer:
+                into.problems.append(Problem(f"missing from {label}; {labels[0]} has it", name))
+        return
+    refs = [ref for _, ref in present]
+    if len({ref.shape for ref in refs}) > 1:
+        sizes = [f"{a} {list(ref.shape)}" for a, ref in zip(labels, refs, strict=True)]
+        shown = ", ".join(dict.fromkeys(sizes))
+        if _is_vocabulary(name, refs):
+            what = f"the vocabularies differ in size: {shown}."
+            into.problems.append(Problem(what, name, hint=_VOCABULARY_HINT))
+        else:
+            into.problems.append(Problem(f"the shapes differ: {shown}", name))
+        return
+    for label, ref in zip(labels, refs, strict=True):
+        if ref.dtype.startswith("F8"):
+            what = f"{label} stores it in {ref.dtype}, whose scales cannot be merged yet"
+            into.problems.append(Problem(what, name, hint="Convert the model to bfloat16."))
+            return
+    if not all(ref.dtype in MERGEABLE for ref in refs):
+        into.found.append(copy(f"{refs[0].dtype} is not merged: copied"))
+        return
+    base = refs[0] if piece.base else None
+    operands = tuple(refs[1:] if piece.base else refs)
+    source = piece.operands[0].source
+    into.found.append(Match(name, piece, _group(name), position, operands, base, source))
 
 
 _VOCABULARY_HINT = (
@@ -159,37 +210,32 @@ _VOCABULARY_HINT = (
 )
 
 
-def _is_vocabulary(name: str, refs: list[TensorRef]) -> bool:
+def _is_vocabulary(name: str, refs: Sequence[TensorRef]) -> bool:
     same_width = len({ref.shape[1:] for ref in refs}) == 1
     return same_width and any(part in name for part in _VOCABULARY)
 
 
 def _report_extra(
-    members: Sequence[int],
-    reference: int,
+    piece: Piece,
+    offers: Sequence[Mapping[str, TensorRef]],
     sources: Sequence[Source],
-    views: Sequence[View],
     into: Matches,
 ) -> None:
-    known = views[reference]
-    for i in dict.fromkeys(members):
-        for name in views[i]:
-            if name in known:
+    """Tensors that some source has and the reference lacks: none is dropped without a word."""
+    known = sources[piece.reference.source].label
+    seen: set[tuple[str, str]] = set()
+    for member, offer in zip(piece.members, offers, strict=True):
+        label = sources[member.source].label
+        for name in offer.keys() - offers[0].keys():
+            if (label, name) in seen:
                 continue
+            seen.add((label, name))
             if name.endswith(_BUFFERS):
                 into.notes.append(f"{name}: left out; the model computes this buffer by itself")
-                continue
-            label = sources[reference].label
-            what = f"{sources[i].label} has it, {label} does not"
-            into.problems.append(Problem(what, name))
+            else:
+                into.problems.append(Problem(f"{label} has it, {known} does not", name))
 
 
 def _group(name: str) -> str:
     place = place_of(name)
     return f"{place.stack}.{place.index}".lstrip(".") if place else name
-
-
-def is_mergeable(match: Match) -> bool:
-    """Whether every tensor is floating point; integers and booleans are copied."""
-    refs = (*match.operands, *((match.base,) if match.base else ()))
-    return all(ref.dtype in MERGEABLE for ref in refs)

@@ -12,11 +12,11 @@ from merge_cli.errors import UsageError
 
 DEFAULT_MEMORY = 1_250_000_000
 # The interpreter with torch imported, and the blocks that a thread works on.
-_RUNTIME = 330_000_000
+_RUNTIME = 380_000_000
 _SCRATCH_BLOCKS = 6
 # What the allocator holds for each byte in flight: buffers of many sizes come and go, and some of
 # what is freed stays with the process. Measured with scripts/bench_memory.py.
-_ALLOCATOR = 1.25
+_ALLOCATOR = 1.5
 _BLOCK_BYTES = 4 * 262_144
 MINIMUM_MEMORY = 500_000_000
 

@@ -7,9 +7,8 @@ tell the difference, and the result does not depend on it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from merge_cli.checkpoint.header import DTYPES, TensorRef
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _CPU_RUNS = 4  # 256k elements: the operands of a few sources stay in L2
-_GPU_BLOCK = 256 * BLOCK_MULTIPLE
+_GPU_BLOCK = 64 * BLOCK_MULTIPLE
 
 
 @dataclass(frozen=True)
@@ -32,13 +31,11 @@ class Arithmetic:
 
     Attributes:
         needs_delta: the method's operands are task vectors.
-        labels: path of a file -> its model, for messages.
     """
 
     device: torch.device
     seed: int
     needs_delta: bool
-    labels: Mapping[Path, str]
     allow_non_finite: bool = False
 
     def block_size(self, operands: int) -> int:
@@ -48,9 +45,7 @@ class Arithmetic:
         return max(1, _CPU_RUNS // max(1, operands // 4)) * BLOCK_MULTIPLE
 
 
-def read_span(
-    files: FilePool, ref: TensorRef, start: int, stop: int, labels: Mapping[Path, str]
-) -> Tensor:
+def read_span(files: FilePool, ref: TensorRef, start: int, stop: int) -> Tensor:
     """Elements [start, stop) of a tensor as raw bytes on the CPU."""
     import torch
 
@@ -58,7 +53,7 @@ def read_span(
     raw = torch.empty((stop - start) * width, dtype=torch.uint8)
     if raw.numel():
         buffer = memoryview(raw.numpy().data)
-        read_into(files, ref.path, ref.offset + start * width, buffer, labels[ref.path])
+        read_into(files, ref.path, ref.offset + start * width, buffer, ref.model)
     return raw
 
 
@@ -88,7 +83,7 @@ class TaskReader:
         self._files = files
         self._loaded = loaded
         self._on_pass = on_pass
-        self._wide = any(ref.dtype == "F64" for ref in task.inputs)
+        self.wide = any(ref.dtype == "F64" for ref in task.inputs)
 
     def blocks(self) -> Iterator[Block]:
         """Every block in order; may be called again and again."""
@@ -113,8 +108,8 @@ class TaskReader:
         ref = self.task.inputs[i]
         dtype = getattr(torch, DTYPES[ref.dtype][1])
         if self._loaded is None:
-            raw = read_span(self._files, ref, start, stop, self.arithmetic.labels).view(dtype)
+            raw = read_span(self._files, ref, start, stop).view(dtype)
         else:
             raw = self._loaded[i].view(dtype)[start - self._start : stop - self._start]
-        wide = torch.float64 if self._wide else torch.float32
+        wide = torch.float64 if self.wide else torch.float32
         return raw.to(self.arithmetic.device).to(wide)

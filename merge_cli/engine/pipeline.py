@@ -162,9 +162,9 @@ class Pipeline:
             for work, count in stages
             for i in range(count)
         ]
-        for thread in threads:
-            thread.start()
         try:
+            for thread in threads:
+                thread.start()
             for _ in units:
                 outcome = finished.get()
                 if isinstance(outcome, BaseException):
@@ -177,4 +177,5 @@ class Pipeline:
                 to_compute.put(None)
                 to_write.put(None)
             for thread in threads:
-                thread.join()
+                if thread.ident is not None:  # started: an interrupt may come in between
+                    thread.join()

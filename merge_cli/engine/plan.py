@@ -100,7 +100,7 @@ class Plan:
         """The files of a source that the merge reads."""
         root = self.sources[source].root
         paths = {ref.path for task in self.tasks for ref in task.inputs}
-        return {path.name for path in paths if path.parent == root}
+        return {path.relative_to(root).as_posix() for path in paths if root in path.parents}
 
     @property
     def parameter_count(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from merge_cli.checkpoint.config import merged_config, with_layer_types
@@ -11,7 +11,7 @@ from merge_cli.checkpoint.header import DTYPES
 from merge_cli.checkpoint.layout import lay_out, natural_key
 from merge_cli.checkpoint.source import Source, open_source
 from merge_cli.engine.heads import reconcile_heads
-from merge_cli.engine.match import Match, Matches, Piece, is_mergeable, match_piece
+from merge_cli.engine.match import Match, Matches, Operand, Piece, match_piece
 from merge_cli.engine.plan import Plan, TensorTask
 from merge_cli.errors import (
     MergeCliError,
@@ -45,6 +45,7 @@ def load_recipe(path: str | Path, *, text: str | None = None) -> Recipe:
     )
     if recipe is None:
         raise RecipeError(problems)
+    recipe = _one_spelling(recipe)
     checked = check_recipe(recipe)
     problems = sorted({*problems, *checked.problems}, key=lambda p: (p.line, p.column, p.key))
     if problems:
@@ -62,16 +63,17 @@ def make_plan(recipe: Recipe, *, shard_size: int = DEFAULT_SHARD_SIZE) -> Plan:
     """
     method = check_recipe(recipe).method
     assert method is not None, "load_recipe refuses a recipe without a method"
-    references = _references(recipe)
-    sources = _open_all(references, recipe.folder)
-    index = {reference: i for i, reference in enumerate(references)}
-    base = index.get(recipe.base_model) if recipe.base_model else None
+    recipe, sources = _open_all(recipe)
+    problems = check_recipe(recipe).problems  # again: two names may turn out to be one model
+    if problems:
+        raise RecipeError(problems)
+    labels = [source.label for source in sources]
+    base = labels.index(str(recipe.base_model)) if recipe.base_model else None
     heads = reconcile_heads(sources)
-    parts = _parts(recipe, method, index)
-    pieces = [part.piece for part in parts]
+    pieces = _pieces(recipe, method, labels)
     matches = Matches(notes=[*heads.notes])
-    for part in parts:
-        match_piece(part.piece, sources, heads.views, matches)
+    for piece in pieces:
+        match_piece(piece, sources, heads.views, matches)
     if matches.problems:
         count = len(matches.problems)
         summary = f"the sources do not fit one another ({count} problem{'s' * (count != 1)})"
@@ -79,16 +81,15 @@ def make_plan(recipe: Recipe, *, shard_size: int = DEFAULT_SHARD_SIZE) -> Plan:
         raise MismatchError(ordered, summary)
     tasks: list[TensorTask] = []
     refused: dict[str, Problem] = {}
-    part_of = {part.piece.key: part for part in parts}
     for match in matches.found:
-        task, wrong = _task(recipe, method, part_of[match.piece], match)
+        task, wrong = _task(recipe, method, match)
         tasks.append(task)
         if wrong:
-            refused.setdefault(wrong, recipe.problem(match.piece, wrong))
+            refused.setdefault(wrong, recipe.problem(match.piece.key, wrong))
     if refused:
         raise RecipeError(list(refused.values()))
     tasks.sort(key=lambda task: natural_key(task.name))
-    donor = base if base is not None else pieces[0].reference
+    donor = base if base is not None else pieces[0].reference.source
     dtypes = {task.dtype for task in tasks if task.dtype in _FLOATS}
     donated = sources[donor].config
     if recipe.slices:
@@ -110,15 +111,15 @@ def make_plan(recipe: Recipe, *, shard_size: int = DEFAULT_SHARD_SIZE) -> Plan:
     ]
     if recipe.base_model is None:
         notes.insert(0, f"config.json and tokenizer come from {sources[donor].label}, listed first")
-    operands = tuple(dict.fromkeys(i for piece in pieces for i in piece.operands))
+    operands = dict.fromkeys(o.source for piece in pieces for o in piece.operands)
     return Plan(
         recipe=recipe,
         method=method,
         sources=tuple(sources),
         base=base,
-        operands=operands,
+        operands=tuple(operands),
         donor=donor,
-        tokenizer_donor=_tokenizer_donor(recipe, index, donor, base),
+        tokenizer_donor=_tokenizer_donor(recipe, labels, donor, base),
         tasks=tuple(tasks),
         shards=tuple(lay_out([task.output for task in tasks], shard_size)),
         config=config if sources[donor].config else {},
@@ -129,105 +130,116 @@ def make_plan(recipe: Recipe, *, shard_size: int = DEFAULT_SHARD_SIZE) -> Plan:
 _FLOATS = ("F64", "F32", "BF16", "F16")
 
 
-def _references(recipe: Recipe) -> list[ModelRef]:
-    """Every model that the merge looks at, once; the base first."""
-    found = dict.fromkeys(spec.model for spec in recipe.source_specs)
+def _one_spelling(recipe: Recipe) -> Recipe:
+    """`base` and `./base` are one model: named as the recipe names it first."""
+    first: dict[Path, ModelRef] = {}
+    spelling: dict[ModelRef, ModelRef] = {}
+    named = [recipe.base_model, *(spec.model for spec in recipe.source_specs)]
+    for model in named:
+        if model is not None:
+            place = local_folder(model.path, recipe.folder)
+            known = place is not None and not model.lora
+            spelling[model] = first.setdefault(place.resolve(), model) if place and known else model
+    return recipe.with_models(spelling)
+
+
+def _open_all(recipe: Recipe) -> tuple[Recipe, list[Source]]:
+    """Open every model, the base first.
+
+    Returns:
+        the recipe with one spelling for each model, and the sources, each once.
+    """
+    references = dict.fromkeys(spec.model for spec in recipe.source_specs)
     if recipe.base_model is not None:
-        found = {recipe.base_model: None, **found}
-    return list(found)
-
-
-def _open_all(references: Sequence[ModelRef], folder: Path) -> list[Source]:
-    sources: list[Source] = []
+        references = {recipe.base_model: None, **references}
+    opened: dict[ModelRef, Source] = {}
+    first: dict[Path, ModelRef] = {}
+    spelling: dict[ModelRef, ModelRef] = {}
     errors: list[MergeCliError] = []
     for reference in references:
         try:
-            sources.append(open_source(reference, folder))
+            source = open_source(reference, recipe.folder)
         except SourceError as error:
             errors.append(error)
+            continue
+        # `base` and `./base`, a branch and its commit: one model, whose spelling decides nothing.
+        spelling[reference] = first.setdefault(source.root.resolve(), reference)
+        opened.setdefault(spelling[reference], source)
     if len(errors) == 1:
         raise errors[0]
     if errors:
         problems = [Problem(str(error)) for error in errors]
         raise MismatchError(problems, f"{len(errors)} models cannot be opened")
-    for source in sources:
+    for source in opened.values():
         quantised = source.config.get("quantization_config")
         if quantised:
             method = quantised.get("quant_method", "") if isinstance(quantised, dict) else ""
             what = f"its weights are quantised ({method or 'quantization_config in config.json'})"
             hint = "Merge the unquantised models, then quantise the result."
             raise SourceError(what, model=source.label, hint=hint)
-    return sources
+    return recipe.with_models(spelling), list(opened.values())
 
 
-@dataclass(frozen=True)
-class _Part:
-    """A piece with what the recipe says about it."""
-
-    piece: Piece
-    spec: SliceSpec | None
-    operands: tuple[SourceSpec, ...]
-
-
-def _parts(recipe: Recipe, method: Method, index: dict[ModelRef, int]) -> list[_Part]:
-    base = index[recipe.base_model] if method.needs_base and recipe.base_model else None
-    if recipe.models:
-        specs = operand_specs(recipe, method, recipe.models)
-        operands = tuple(index[spec.model] for spec in specs)
-        reference = base if base is not None else operands[0]
-        return [_Part(Piece("models", operands, base, reference), None, specs)]
-    parts: list[_Part] = []
+def _pieces(recipe: Recipe, method: Method, labels: Sequence[str]) -> list[Piece]:
+    places = {spec.key: place for place, spec in enumerate(recipe.source_specs)}
+    pieces: list[Piece] = []
     start = 0
-    for number, spec in enumerate(recipe.slices):
-        specs = operand_specs(recipe, method, spec.sources)
-        operands = tuple(index[s.model] for s in specs)
-        own = {index[s.model]: s.layer_range for s in spec.sources if s.layer_range}
-        span = next(iter(own.values()))
-        # A base that the slice does not list lends the same layers.
-        ranges = {i: own.get(i, span) for i in (base, *operands) if i is not None}
-        piece = Piece(
-            spec.key,
-            operands,
-            base,
-            reference=base if base is not None else operands[0],
-            ranges=ranges,
-            first=number == 0,
-            last=number == len(recipe.slices) - 1,
-            start=start,
+    groups: list[SliceSpec | None] = list(recipe.slices) or [None]
+    for number, part in enumerate(groups):
+        listed = part.sources if part else recipe.models
+        span = listed[0].layer_range
+
+        def operand(spec: SourceSpec, span: tuple[int, int] | None = span) -> Operand:
+            # A base that the slice does not list lends the same layers.
+            layers = (spec.layer_range or span) if span else None
+            return Operand(labels.index(str(spec.model)), places.get(spec.key, -1), spec, layers)
+
+        base = None
+        if method.needs_base and recipe.base_model is not None:
+            own = next((spec for spec in listed if spec.model == recipe.base_model), None)
+            base = operand(own or SourceSpec(recipe.base_model, "base_model"))
+        pieces.append(
+            Piece(
+                part.key if part else "models",
+                part,
+                tuple(operand(spec) for spec in operand_specs(recipe, method, listed)),
+                base,
+                first=number == 0,
+                last=number == len(groups) - 1,
+                start=start,
+            )
         )
-        parts.append(_Part(piece, spec, specs))
-        start += span[1] - span[0]
-    return parts
+        start += span[1] - span[0] if span else 0
+    return pieces
 
 
-def _task(
-    recipe: Recipe,
-    method: Method,
-    part: _Part,
-    match: Match,
-) -> tuple[TensorTask, str]:
+def _task(recipe: Recipe, method: Method, match: Match) -> tuple[TensorTask, str]:
     """One output tensor, and why it cannot be (empty when it can)."""
-    piece, specs = part.piece, part.operands
-    order = {spec.key: i for i, spec in enumerate(recipe.source_specs)}
-    ids = tuple(order.get(spec.key, -1) for spec in specs)
+    piece = match.piece
     like = match.base or match.operands[0]
-    dtype = like.dtype
-    if not is_mergeable(match) or len(match.operands) < len(specs):
-        note = "" if len(match.operands) < len(specs) else f"{dtype} is not merged: copied"
-        task = TensorTask(match.name, like.shape, dtype, "copy", (like,), (piece.reference,),
-                          ids[:1], group=match.group, note=note)  # fmt: skip
+    if match.copied:
+        task = TensorTask(match.name, like.shape, like.dtype, "copy", match.operands,
+                          (match.source,), (), group=match.group, note=match.copied)  # fmt: skip
         return task, ""
-    parameters = resolve(recipe, method, part.spec, specs, match.name, match.position)
-    if recipe.output_dtype:
-        dtype = _TORCH_TO_SAFETENSORS[recipe.output_dtype]
+    specs = [operand.spec for operand in piece.operands]
+    parameters = resolve(recipe, method, piece.spec, specs, match.name, match.position)
+    wanted = recipe.output_dtype
+    dtype = _TORCH_TO_SAFETENSORS[wanted] if wanted else like.dtype
     mixed = {ref.dtype for ref in (*match.operands, like)}
-    note = f"stored as {', '.join(sorted(mixed))}" if len(mixed) > 1 else ""
     copies = method.copies is not None and method.copies(**parameters)
-    unchanged = copies and match.operands[0].dtype == dtype
     task = TensorTask(
-        match.name, like.shape, dtype, "copy" if unchanged else "merge",
-        match.operands, piece.operands, ids, match.base, parameters, match.group, note,
-    )  # fmt: skip
+        match.name,
+        like.shape,
+        dtype,
+        "copy" if copies and match.operands[0].dtype == dtype else "merge",
+        match.operands,
+        tuple(operand.source for operand in piece.operands),
+        tuple(operand.place for operand in piece.operands),
+        match.base,
+        parameters,
+        match.group,
+        f"stored as {', '.join(sorted(mixed))}" if len(mixed) > 1 else "",
+    )
     return task, combination_error(method, parameters)
 
 
@@ -237,17 +249,15 @@ def _layer_sources(
     """For each output layer, whose config describes it and which layer it is there."""
     found: list[tuple[dict[str, object], int]] = []
     for piece in pieces:
-        assert piece.ranges is not None
-        low, high = piece.ranges[piece.reference]
-        source = sources[piece.reference]
+        layers = piece.reference.layers
+        assert layers is not None, "every source of a slice has a layer_range"
+        source = sources[piece.reference.source]
         config = with_layer_types(source.config, source.root)
-        found.extend((config, layer) for layer in range(low, high))
+        found.extend((config, layer) for layer in range(*layers))
     return found
 
 
-def _tokenizer_donor(
-    recipe: Recipe, index: dict[ModelRef, int], donor: int, base: int | None
-) -> int:
+def _tokenizer_donor(recipe: Recipe, labels: Sequence[str], donor: int, base: int | None) -> int:
     wanted = recipe.tokenizer_source
     if wanted is None:
         return donor
@@ -257,9 +267,9 @@ def _tokenizer_donor(
             raise RecipeError([recipe.problem("tokenizer_source", what)])
         return base
     place = local_folder(wanted, recipe.folder)
-    for reference, i in index.items():
-        same = local_folder(reference.path, recipe.folder)
-        if str(reference) == wanted or (place is not None and same == place):
+    for i, label in enumerate(labels):
+        own = local_folder(label, recipe.folder)
+        if label == wanted or (place and own and place.resolve() == own.resolve()):
             return i
     what = f"'{wanted}' is none of the recipe's models."
     raise RecipeError([recipe.problem("tokenizer_source", what, "Use `base` or one of them.")])

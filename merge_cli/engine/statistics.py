@@ -7,7 +7,7 @@ task vectors the operands are deltas; otherwise they are the weights themselves.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from merge_cli.kernels.reduce import BLOCK_MULTIPLE
@@ -90,17 +90,18 @@ def measure(stats: TensorStats, block: Block, merged: Tensor, kept: Kept | None)
         stats.base += float(block.base @ block.base)
         change = merged - block.base
         stats.change += float(change @ change)
-    if (block.at.start // BLOCK_MULTIPLE) % _SAMPLE_STRIDE == 0:
-        sample = Block(
-            None if block.base is None else block.base[:BLOCK_MULTIPLE],
-            [operand[:BLOCK_MULTIPLE] for operand in block.operands],
-            block.at,
-        )
-        stats.sampled += min(length, BLOCK_MULTIPLE)
+    for start in range(0, length, BLOCK_MULTIPLE):
+        # By the place in the tensor, so that the sample does not depend on how it is cut.
+        if ((block.at.start + start) // BLOCK_MULTIPLE) % _SAMPLE_STRIDE:
+            continue
+        run = slice(start, start + BLOCK_MULTIPLE)
+        operands = [operand[run] for operand in block.operands]
+        stats.sampled += len(operands[0])
         if kept is not None:
-            stats.kept = _sum_list(stats.kept, kept(sample))
+            at = replace(block.at, start=block.at.start + start)
+            stats.kept = _sum_list(stats.kept, kept(Block(None, operands, at)))
         if 1 < sources <= _MAX_PAIRS_SOURCES:
-            _measure_signs(stats, stacked[:, :BLOCK_MULTIPLE].sign())
+            _measure_signs(stats, stacked[:, run].sign())
 
 
 def _measure_signs(stats: TensorStats, signs: Tensor) -> None:

@@ -14,7 +14,7 @@ from merge_cli.checkpoint.header import DTYPES
 from merge_cli.engine.plan import TensorTask
 from merge_cli.kernels.reduce import BLOCK_MULTIPLE
 
-UNIT_BYTES = 96 * 1024 * 1024
+UNIT_BYTES = 48 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,6 +33,11 @@ class ExactSum:
         return math.fsum(self._parts)
 
 
+def divided(x: Tensor, number: float) -> Tensor:
+    """x / number, a true division everywhere: a GPU would multiply by 1/number given a scalar."""
+    return x / x.new_full((1,), number)
+
+
 def weighted_sum(weights: Iterable[float], tensors: Iterable[Tensor]) -> Tensor:
     """sum of w * x in the given order: a product, then an addition, each rounded by itself.
 

@@ -134,7 +134,8 @@ def magnitude_cuts(densities: list[float], size: int, blocks: Blocks) -> list[Cu
     """For every operand of one tensor, the cut that keeps exactly int(density * size) elements.
 
     Args:
-        blocks: yields (start, operands) over the tensor, in order, each time it is called.
+        blocks: yields (start, operands) over the tensor, in order, each time it is called; all
+            operands of one dtype.
 
     Returns:
         One cut for each operand; None where nothing is trimmed (density 1).
@@ -152,7 +153,8 @@ def magnitude_cuts(densities: list[float], size: int, blocks: Blocks) -> list[Cu
     for i, search in searches.items():
         assert search.threshold is not None
         cuts[i] = Cut(search.threshold, ALL_TIES)
-        if search.tie_ordinal is not None:
+        # NaN is above every threshold and equal to none: there are no ties to choose among.
+        if search.tie_ordinal is not None and search.threshold == search.threshold:
             ties[i] = TieSearch(search.threshold, search.tie_ordinal)
     if ties:
         for start, operands in blocks():

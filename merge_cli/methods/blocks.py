@@ -40,11 +40,13 @@ class TensorBlocks(Protocol):
     Attributes:
         name: its name in the output.
         size: its number of elements.
+        wide: whether its blocks are float64 (a source is) rather than float32.
         parameters: the method's parameters as resolved for this tensor.
     """
 
     name: str
     size: int
+    wide: bool
     parameters: Mapping[str, Any]
 
     def blocks(self) -> Iterator[Block]: ...

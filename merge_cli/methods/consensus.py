@@ -40,9 +40,10 @@ def disjoint_mean(
     divisor = torch.zeros_like(elected)
     for voter, value, weight in zip(voters, weighted, weights, strict=True):
         agrees = (voter * elected) > 0  # an entry that is 0 has no sign and never agrees
-        total += torch.where(agrees, value, 0.0)
+        total += value.where(agrees, 0.0)
         if divide_by != "nothing":
-            divisor += agrees * (weight if divide_by == "weights" else 1.0)
+            share = weight if divide_by == "weights" else 1.0
+            divisor += agrees.to(divisor.dtype) * share
     if divide_by == "nothing":
         return total
     divisor[divisor.abs() < 1e-8] = 1.0

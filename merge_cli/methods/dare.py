@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from merge_cli.kernels.mask import keep_mask
-from merge_cli.kernels.reduce import ExactSum, weighted_sum
+from merge_cli.kernels.reduce import ExactSum, divided, weighted_sum
 from merge_cli.methods.blocks import Block, Span, TensorBlocks
 from merge_cli.methods.consensus import disjoint_mean
 from merge_cli.methods.parameters import Density, PerModel, each
@@ -34,7 +34,8 @@ def masks(deltas: list[Tensor], at: Span, density: Sequence[float]) -> list[Tens
 
 def drop(deltas: list[Tensor], at: Span, density: Sequence[float]) -> list[Tensor]:
     """Zero each element with probability 1 - density."""
-    return [d * mask for d, mask in zip(deltas, masks(deltas, at, density), strict=True)]
+    drawn = masks(deltas, at, density)
+    return [delta.where(mask, 0.0) for delta, mask in zip(deltas, drawn, strict=True)]
 
 
 def kept(block: Block, prepared: Any, parameters: Mapping[str, Any]) -> list[int]:
@@ -95,7 +96,7 @@ def dare(
     """
     mixed = weighted_sum(_scaled(weight, prepared), drop(deltas, at, density))
     if normalize:
-        mixed /= sum(weight)
+        mixed = divided(mixed, sum(weight))
     return base + lambda_ * mixed
 
 

@@ -29,7 +29,7 @@ from typing import Any, TypeVar
 
 from merge_cli.errors import UsageError
 from merge_cli.methods.parameters import MethodParameter, read_parameters
-from merge_cli.recipe.parse import nearest
+from merge_cli.recipe.keys import nearest
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from merge_cli.errors import Problem, UsageError
 from merge_cli.methods.registry import Method, get_method, method_names
-from merge_cli.recipe.parse import nearest
+from merge_cli.recipe.keys import nearest
 from merge_cli.recipe.schema import Parameters, Recipe, SliceSpec, SourceSpec
 from merge_cli.recipe.values import Scalar, evaluate, scalars
 
@@ -59,6 +59,10 @@ def check_recipe(recipe: Recipe) -> Checked:
     _check_parameters(recipe, method, recipe.parameters, None, problems, warnings)
     for spec in recipe.source_specs:
         _check_parameters(recipe, method, spec.parameters, spec, problems, warnings)
+        if spec.parameters and method.needs_base and spec.model == recipe.base_model:
+            line, column = recipe.places.get(f"{spec.key}.parameters", (0, 0))
+            place = f"{recipe.file}:{line}:{column}: {spec.key}.parameters"
+            warnings.append(f"{place}: has no effect: the base has no task vector.")
     return Checked(method, tuple(problems), tuple(warnings))
 
 

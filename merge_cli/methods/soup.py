@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from merge_cli.kernels.reduce import weighted_sum
+from merge_cli.kernels.reduce import divided, weighted_sum
 from merge_cli.methods.parameters import PerModel, each
 from merge_cli.methods.registry import merge_method
 
@@ -34,4 +34,4 @@ def soup(
         normalize: divide by the sum of the weights.
     """
     mixed = weighted_sum(weight, models)
-    return mixed / sum(weight) if normalize else mixed
+    return divided(mixed, sum(weight)) if normalize else mixed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from merge_cli.kernels.reduce import weighted_sum
+from merge_cli.kernels.reduce import divided, weighted_sum
 from merge_cli.methods.parameters import PerModel, each
 from merge_cli.methods.registry import merge_method
 from merge_cli.methods.soup import weights_cancel
@@ -34,5 +34,5 @@ def task_arithmetic(
     """
     mixed = weighted_sum(weight, deltas)
     if normalize:
-        mixed /= sum(weight)
+        mixed = divided(mixed, sum(weight))
     return base + lambda_ * mixed

@@ -122,7 +122,7 @@ def ties(
     """
     paper = semantics == "paper"
     trimmed = [
-        delta if cut is None else delta * cut.keep(delta, at.start)
+        delta if cut is None else delta.where(cut.keep(delta, at.start), 0.0)
         for delta, cut in zip(deltas, prepared.cuts, strict=True)
     ]
     mixed = disjoint_mean(
@@ -169,10 +169,13 @@ def _model_cuts(tensors: Sequence[TensorBlocks]) -> dict[str, Cuts]:
     offsets = [0, *accumulate(tensor.size for tensor in tensors)]
     placed = list(zip(tensors, offsets[:-1], strict=True))
 
+    wide = any(tensor.wide for tensor in tensors)
+
     def blocks() -> Iterator[tuple[int, list[Tensor]]]:
         for tensor, offset in placed:
             for start, deltas in _deltas(tensor):
-                yield offset + start, deltas
+                # One bit pattern for all of them, or magnitudes could not be ranked together.
+                yield offset + start, [delta.double() for delta in deltas] if wide else deltas
 
     whole = magnitude_cuts(densities(tensors[0].parameters), offsets[-1], blocks)
     return {
@@ -198,7 +201,7 @@ def _majority_sign(tensors: Sequence[TensorBlocks], cuts: Mapping[str, Cuts]) ->
         weights: Sequence[float] = tensor.parameters["weight"]
         for start, deltas in _deltas(tensor):
             kept = [
-                delta if cut is None else delta * cut.keep(delta, start)
+                delta if cut is None else delta.where(cut.keep(delta, start), 0.0)
                 for delta, cut in zip(deltas, own, strict=True)
             ]
             ones = [1.0] * len(kept)

@@ -46,7 +46,7 @@ def load_nodes(text: str, file: str) -> list[Node]:
         while loader.check_node():
             node = loader.get_node()
             if node is not None:
-                documents.append(_convert(loader, node, file, problems, depth=0))
+                documents.append(_Converter(loader, file, problems).convert(node))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line, column = (mark.line + 1, mark.column + 1) if mark else (0, 0)
@@ -61,31 +61,47 @@ def load_nodes(text: str, file: str) -> list[Node]:
     return documents
 
 
-def _convert(
-    loader: yaml.SafeLoader, node: yaml.Node, file: str, problems: list[Problem], depth: int
-) -> Node:
-    line, column = node.start_mark.line + 1, node.start_mark.column + 1
-    if depth > 50:  # an alias that contains itself never ends otherwise
-        raise RecipeError([Problem("nested too deeply", file=file, line=line, column=column)])
-    if isinstance(node, yaml.MappingNode):
-        # Looked for before `<<` is merged in: overriding a merged key is what merging is for.
-        _report_duplicates(node, file, problems)
-        loader.flatten_mapping(node)
-        children: dict[str, Node] = {}
-        places: dict[str, tuple[int, int]] = {}
-        for key_node, value_node in node.value:
-            key = str(getattr(key_node, "value", key_node))
-            children[key] = _convert(loader, value_node, file, problems, depth + 1)
-            places[key] = (key_node.start_mark.line + 1, key_node.start_mark.column + 1)
-        return Node(children, line, column, places)
-    if isinstance(node, yaml.SequenceNode):
-        items = [_convert(loader, child, file, problems, depth + 1) for child in node.value]
-        return Node(items, line, column)
-    try:
-        return Node(loader.construct_object(node), line, column)
-    except ValueError as error:  # e.g. a date that does not exist
-        problems.append(Problem(f"not a valid value: {error}", "", file, line, column))
-        return Node(None, line, column)
+class _Converter:
+    """PyYAML's nodes to ours, each once: aliases share their node, however often they occur."""
+
+    def __init__(self, loader: yaml.SafeLoader, file: str, problems: list[Problem]) -> None:
+        self._loader, self._file, self._problems = loader, file, problems
+        self._done: dict[int, Node | None] = {}
+
+    def convert(self, node: yaml.Node) -> Node:
+        line, column = node.start_mark.line + 1, node.start_mark.column + 1
+        if id(node) in self._done:
+            done = self._done[id(node)]
+            if done is None:
+                what = "an alias that contains itself"
+                raise RecipeError([Problem(what, "", self._file, line, column)])
+            return done
+        self._done[id(node)] = None
+        converted = self._new(node, line, column)
+        self._done[id(node)] = converted
+        return converted
+
+    def _new(self, node: yaml.Node, line: int, column: int) -> Node:
+        if isinstance(node, yaml.MappingNode):
+            # Looked for before `<<` is merged in: overriding a merged key is what merging is for.
+            _report_duplicates(node, self._file, self._problems)
+            self._loader.flatten_mapping(node)
+            children: dict[str, Node] = {}
+            places: dict[str, tuple[int, int]] = {}
+            for key_node, value_node in node.value:
+                key = str(getattr(key_node, "value", key_node))
+                children[key] = self.convert(value_node)
+                places[key] = (key_node.start_mark.line + 1, key_node.start_mark.column + 1)
+            return Node(children, line, column, places)
+        if isinstance(node, yaml.SequenceNode):
+            return Node([self.convert(child) for child in node.value], line, column)
+        try:
+            return Node(self._loader.construct_object(node), line, column)
+        except (ValueError, AttributeError) as error:  # a date that is none
+            self._problems.append(
+                Problem(f"not a valid value: {error}", "", self._file, line, column)
+            )
+            return Node(None, line, column)
 
 
 def _report_duplicates(node: yaml.MappingNode, file: str, problems: list[Problem]) -> None:

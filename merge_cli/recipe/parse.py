@@ -7,41 +7,15 @@ look the same.
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from merge_cli.errors import Problem
+from merge_cli.recipe.keys import INEFFECTIVE, RECIPE_KEYS, UNSUPPORTED, nearest
 from merge_cli.recipe.nodes import Node
 from merge_cli.recipe.reference import ModelRef, parse_reference
 from merge_cli.recipe.schema import DTYPES, Parameters, Recipe, SliceSpec, SourceSpec
 from merge_cli.recipe.values import Gradient, Parameter, Rule, Scalar, Setting
-
-# Seen in recipes in the wild and without effect in mergekit 0.1.5: one line, not an error.
-INEFFECTIVE = {
-    "embed_slerp": "mergekit ignores it, too: embeddings are merged like any other tensor",
-    "input_model_parameters": "mergekit ignores it, too",
-    "residual_weight": "mergekit ignores it, too",
-    "int8_mask": "not needed here: masks are never stored",
-}
-# Known to mergekit or to the field: a recipe that needs them must not run without.
-UNSUPPORTED = {
-    "modules": "merging by module is not supported by this version; use `models` or `slices`",
-    "tokenizer": "building a vocabulary is not supported by this version; "
-    "merge models that share one, or name a donor with `tokenizer_source`",
-    "chat_template": "changing the chat template is not supported by this version; "
-    "the donor's template is copied",
-    "search": "search is not supported by this version",
-    "objective": "objectives are not supported by this version",
-    "training": "training is not supported by this version",
-    "data": "data is not supported by this version",
-    "eval": "evaluation in a recipe is not supported by this version",
-}
-RECIPE_KEYS = (
-    "merge_method", "base_model", "models", "slices", "parameters", "dtype", "out_dtype",
-    "seed", "tokenizer_source", "name", "metadata", "inputs",
-)  # fmt: skip
 
 
 def parse_recipe(root: Node, file: str, folder: Path) -> tuple[Recipe | None, list[Problem]]:
@@ -51,13 +25,6 @@ def parse_recipe(root: Node, file: str, folder: Path) -> tuple[Recipe | None, li
         The recipe as far as it could be read (None if it has no shape at all) and every problem.
     """
     return _Parser(file, folder).recipe(root)
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """`Did you mean 'x'?`, or the list of what is known when nothing is near."""
-    names = sorted(known)
-    match = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
-    return f"Did you mean '{match[0]}'?" if match else f"Known: {', '.join(names)}."
 
 
 class _Parser:
@@ -73,7 +40,7 @@ class _Parser:
             return None, self.problems
         top = self._mapping(root, "", RECIPE_KEYS)
         method = self._word(top.get("merge_method"), "merge_method")
-        if "merge_method" not in root.value:
+        if top.get("merge_method", root).value is None or "merge_method" not in root.value:
             self._add(root, "merge_method", "missing", "`merge-cli methods` lists them.")
         if ("models" in root.value) == ("slices" in root.value) and "modules" not in root.value:
             both = "models" in root.value
@@ -109,11 +76,14 @@ class _Parser:
 
     def _source(self, node: Node, key: str, *, layers: bool) -> SourceSpec:
         if isinstance(node.value, str):
-            return SourceSpec(parse_reference(node.value, self.folder), key)
+            if layers:
+                self._add(node, f"{key}.layer_range", "missing", "Write [first, last + 1].")
+            return SourceSpec(self._model(node, key) or ModelRef(""), key)
         known = ("model", "parameters", "layer_range") if layers else ("model", "parameters")
         fields = self._mapping(node, key, known)
         model = self._model(fields.get("model"), f"{key}.model")
-        if model is None and isinstance(node.value, dict) and "model" not in node.value:
+        named = fields.get("model")
+        if isinstance(node.value, dict) and (named is None or named.value is None):
             self._add(node, f"{key}.model", "missing")
         if layers and isinstance(node.value, dict) and "layer_range" not in node.value:
             self._add(node, f"{key}.layer_range", "missing", "Write [first, last + 1].")
@@ -144,13 +114,14 @@ class _Parser:
     def _model(self, node: Node | None, key: str) -> ModelRef | None:
         if node is None or node.value is None:
             return None
-        if isinstance(node.value, str):
-            return parse_reference(node.value, self.folder)
-        fields = self._mapping(node, key, ("model", "path", "revision", "lora"))
-        inner = fields.get("model")
-        if inner is not None:  # mergekit's long form: {model: {path, revision}, lora: {...}}
-            base = self._model(inner, f"{key}.model")
+        if not isinstance(node.value, dict):
+            word = self._word(node, key)
+            return parse_reference(word, self.folder) if word else None
+        if "model" in node.value:  # mergekit's long form: {model: {path, revision}, lora: {...}}
+            fields = self._mapping(node, key, ("model", "lora"))
+            base = self._model(fields.get("model"), f"{key}.model")
         else:
+            fields = self._mapping(node, key, ("path", "revision", "lora"))
             path = self._word(fields.get("path"), f"{key}.path")
             if path is None:
                 self._add(node, f"{key}.path", "missing")

@@ -46,10 +46,15 @@ def local_folder(path: str, folder: Path) -> Path | None:
 
     Looked for beside the recipe first, then in the working directory, where mergekit looks.
     """
-    given = Path(path).expanduser()
-    for candidate in (folder / given, Path.cwd() / given):  # an absolute path replaces either
-        if candidate.exists():
-            return candidate
+    if not path:
+        return None
+    try:
+        given = Path(path).expanduser()
+        for candidate in (folder / given, Path.cwd() / given):  # an absolute path replaces either
+            if candidate.exists():
+                return candidate
+    except (OSError, RuntimeError, ValueError):
+        return None  # too long for a path, or the home of a user who does not exist
     return None
 
 

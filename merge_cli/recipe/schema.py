@@ -78,6 +78,19 @@ class Recipe:
         """The same recipe with another seed."""
         return replace(self, seed=seed)
 
+    def with_models(self, spelling: Mapping[ModelRef, ModelRef]) -> Recipe:
+        """The same recipe with models named as `spelling` says."""
+
+        def respelt(specs: tuple[SourceSpec, ...]) -> tuple[SourceSpec, ...]:
+            return tuple(replace(spec, model=spelling[spec.model]) for spec in specs)
+
+        return replace(
+            self,
+            base_model=spelling[self.base_model] if self.base_model else None,
+            models=respelt(self.models),
+            slices=tuple(replace(part, sources=respelt(part.sources)) for part in self.slices),
+        )
+
     def problem(self, key: str, what: str, hint: str = "") -> Problem:
         """A problem at a key path of this recipe, with its line and column."""
         line, column = self.places.get(key, (0, 0))

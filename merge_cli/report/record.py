@@ -15,19 +15,22 @@ from importlib.metadata import version
 from typing import Any
 
 from merge_cli.engine.layers import place_of
+from merge_cli.engine.loop import Outcome
 from merge_cli.engine.memory import peak_rss
-from merge_cli.engine.merge import Outcome, summary_of
+from merge_cli.engine.pipeline import StageClock
 from merge_cli.engine.plan import Plan
 from merge_cli.engine.statistics import TensorStats
 
 SCHEMA = 1
 
 
-def build_report(plan: Plan, outcome: Outcome, recipe_text: str) -> dict[str, Any]:
+def build_report(
+    plan: Plan, fingerprints: Sequence[str], outcome: Outcome, recipe_text: str
+) -> dict[str, Any]:
     """The report as JSON-ready data; `recipe_text` is the resolved recipe."""
     import torch
 
-    cuda = outcome.device.torch_device.type == "cuda"
+    device = outcome.device.torch_device
     used = sorted({*plan.operands, *([plan.base] if plan.base is not None else [])})
     return {
         "schema": SCHEMA,
@@ -39,7 +42,7 @@ def build_report(plan: Plan, outcome: Outcome, recipe_text: str) -> dict[str, An
             "platform": f"{platform.system()} {platform.machine()}",
         },
         "device": {
-            "type": outcome.device.torch_device.type,
+            "type": device.type,
             "name": outcome.device.name,
             "reason": outcome.device.reason,
         },
@@ -56,7 +59,7 @@ def build_report(plan: Plan, outcome: Outcome, recipe_text: str) -> dict[str, An
                 "role": "base" if i == plan.base else "source",
                 "model": plan.sources[i].label,
                 "revision": plan.sources[i].revision,
-                "digest": outcome.fingerprints[i],
+                "digest": fingerprints[i],
                 "tensors": len(plan.sources[i].tensors),
                 "bytes": sum(ref.nbytes for ref in plan.sources[i].tensors.values()),
             }
@@ -85,14 +88,27 @@ def build_report(plan: Plan, outcome: Outcome, recipe_text: str) -> dict[str, An
         "cost": {
             "seconds": round(outcome.seconds, 3),
             "survey_seconds": round(outcome.survey_seconds, 3),
-            "stages": summary_of(outcome),
+            "stages": {name: _stage(clock) for name, clock in outcome.clocks.items()},
             "bytes_read": plan.bytes_read,
             "bytes_written": plan.bytes_written,
             "resumed_bytes": outcome.resumed,
             "peak_rss": peak_rss(),
-            "peak_vram": torch.cuda.max_memory_allocated() if cuda else None,
+            "peak_vram": (
+                torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+            ),
             "window": outcome.window.capacity,
         },
+    }
+
+
+def _stage(clock: StageClock) -> dict[str, Any]:
+    """What a stage did in this run; GB/s while its threads were busy."""
+    busy = clock.seconds / clock.threads
+    return {
+        "thread_seconds": round(clock.seconds, 4),
+        "threads": clock.threads,
+        "bytes": clock.bytes,
+        "gigabytes_per_second": round(clock.bytes / busy / 1e9, 3) if busy else None,
     }
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from merge_cli.checkpoint.raw import write_error
-from merge_cli.engine.merge import Outcome
+from merge_cli.engine.loop import Outcome
 from merge_cli.engine.plan import Plan
 from merge_cli.recipe.dump import dump_recipe, path_from
 from merge_cli.report.card import model_card
@@ -16,7 +16,9 @@ from merge_cli.report.html import render_html
 from merge_cli.report.record import build_report
 
 
-def write_reports(plan: Plan, outcome: Outcome, folder: Path, target: Path) -> dict[str, Any]:
+def write_reports(
+    plan: Plan, fingerprints: tuple[str, ...], outcome: Outcome, folder: Path, target: Path
+) -> dict[str, Any]:
     """merge_recipe.yaml, merge_report.json, merge_report.html and README.md.
 
     Args:
@@ -36,7 +38,7 @@ def write_reports(plan: Plan, outcome: Outcome, folder: Path, target: Path) -> d
         ]
     )
     labels = [source.label for source in plan.sources]
-    digests = dict(zip(labels, outcome.fingerprints, strict=True))
+    digests = dict(zip(labels, fingerprints, strict=True))
     defaults = {
         name: parameter.default
         for name, parameter in plan.method.parameters.items()
@@ -49,7 +51,7 @@ def write_reports(plan: Plan, outcome: Outcome, folder: Path, target: Path) -> d
         inputs={locate(reference): digests[str(reference)] for reference in references},
         header=f"resolved by merge-cli {version('merge-cli')}; running it gives the same bytes",
     )
-    report = build_report(plan, outcome, text)
+    report = build_report(plan, fingerprints, outcome, text)
     files = {
         "merge_recipe.yaml": text,
         "merge_report.json": json.dumps(report, indent=1, ensure_ascii=False) + "\n",

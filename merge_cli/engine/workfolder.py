@@ -1,0 +1,194 @@
+"""OUT: worked on in `OUT.partial/`, published by one rename, never seen half done.
+
+    OUT.partial.lock          held from beginning to end, by one process
+    OUT.partial/journal.jsonl what is done
+    OUT.partial/model/        becomes OUT
+    OUT.partial/replaced/     the OUT that --overwrite is replacing, between two renames
+
+Whatever moment a process is killed at, the next one finds one of four states: nothing, work to
+continue, a finished model between two renames, or a published model with leftovers.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+
+from merge_cli.checkpoint.layout import Shard
+from merge_cli.checkpoint.raw import allocate, has_header, write_error
+from merge_cli.engine.journal import Journal
+from merge_cli.errors import ResourceError, UsageError
+from merge_cli.sizes import show_size
+
+# What --overwrite may replace: folders that look like a model.
+_SIGNS = ("config.json", "merge_recipe.yaml", "model.safetensors", "model.safetensors.index.json")
+
+
+class WorkFolder:
+    """A context manager: locked inside, unlocked (and kept for resuming) outside.
+
+    Attributes:
+        target: the folder to publish, links resolved.
+        model: where the model is made.
+    """
+
+    def __init__(self, target: Path) -> None:
+        self.target = Path(os.path.realpath(target))
+        self.partial = self.target.with_name(self.target.name + ".partial")
+        self.model = self.partial / "model"
+        self._replaced = self.partial / "replaced"
+        self._journal_path = self.partial / "journal.jsonl"
+        self._lock_path = self.target.with_name(self.target.name + ".partial.lock")
+        self._lock = -1
+
+    def __enter__(self) -> WorkFolder:
+        """Take the lock, and put back what a killed --overwrite had moved aside.
+
+        Raises:
+            ResourceError: another process is working here, or the place cannot be written.
+        """
+        try:
+            self.target.parent.mkdir(parents=True, exist_ok=True)
+            self._acquire()
+            if self._replaced.exists() and not self.target.exists():
+                os.rename(self._replaced, self.target)
+        except OSError as error:
+            raise write_error(error, self.target.parent) from error
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        # Removed while held: whoever waits for this file notices that it is another one by then.
+        self._lock_path.unlink(missing_ok=True)
+        os.close(self._lock)
+
+    def refuse(self, overwrite: bool, precious: Iterable[Path]) -> None:
+        """Raise if OUT is there and may not go.
+
+        Args:
+            precious: files and folders that must survive: sources, the recipe, where we stand.
+
+        Raises:
+            UsageError: OUT is a file, holds something precious, or exists without --overwrite.
+        """
+        if self.target.exists() and not self.target.is_dir():
+            raise UsageError("the output is a file", where=str(self.target))
+        for path in precious:
+            real = Path(os.path.realpath(path))
+            if real == self.target or self.target in real.parents:
+                what = f"the output would replace {path}"
+                raise UsageError(what, where=str(self.target), hint="Choose another folder.")
+        if not self.target.is_dir() or not any(self.target.iterdir()):
+            return
+        if not overwrite:
+            hint = "Choose another folder, or replace it with --overwrite."
+            raise UsageError("the output exists already", where=str(self.target), hint=hint)
+        if not any((self.target / name).exists() for name in _SIGNS):
+            what = "the output exists and is not a model: it will not be replaced"
+            hint = "Choose another folder, or remove it yourself."
+            raise UsageError(what, where=str(self.target), hint=hint)
+
+    def check_space(self, needed: int) -> None:
+        """Raise if the disk has no room for what is not there yet.
+
+        Raises:
+            ResourceError: names what is needed and what is free.
+        """
+        present = sum(f.stat().st_blocks * 512 for f in self.model.glob("*.safetensors"))
+        free = shutil.disk_usage(self.target.parent).free
+        if needed - present > free:
+            what = f"the disk is too full: {show_size(needed - present)} needed, "
+            raise ResourceError(what + f"{show_size(free)} free", where=str(self.target.parent))
+
+    def published(self, key: str) -> bool:
+        """Whether OUT is the result of this very work, by a process killed while tidying up."""
+        done = self.target.is_dir() and self._journal_path.exists() and not self.model.exists()
+        return done and Journal.key_of(self._journal_path) == key
+
+    def open_journal(self, key: str, shards: tuple[Shard, ...]) -> tuple[Journal, bool]:
+        """Continue earlier work if it is this work and whole; otherwise start over.
+
+        Returns:
+            the journal, and whether other work was thrown away.
+
+        Raises:
+            ResourceError: the folder cannot be written, or the disk is full.
+        """
+        found = self._journal_path.exists()
+        if found and Journal.key_of(self._journal_path) == key and self._holds(shards):
+            return Journal(self._journal_path, key), False
+        other = found and Journal.key_of(self._journal_path) != key
+        self.discard()
+        try:
+            self.model.mkdir(parents=True)
+        except OSError as error:
+            raise write_error(error, self.partial) from error
+        for shard in shards:
+            allocate(self.model / shard.file, shard.size, shard.header)
+        # The journal comes last: where there is one, every shard has its size and its header.
+        return Journal(self._journal_path, key), other
+
+    def publish(self, *, fsync: bool) -> None:
+        """Make the finished model OUT; an OUT that may be replaced moves aside first.
+
+        Raises:
+            ResourceError: a rename failed.
+        """
+        try:
+            if fsync:
+                sync([*(p for p in self.model.rglob("*")), self.model, self.partial])
+            if self.target.is_dir() and any(self.target.iterdir()):
+                os.rename(self.target, self._replaced)
+            os.rename(self.model, self.target)
+            if fsync:
+                sync([self.target.parent])
+        except OSError as error:
+            raise write_error(error, self.target) from error
+        self.discard()
+
+    def discard(self) -> None:
+        """Throw away the work, and what a published model has replaced."""
+        shutil.rmtree(self.partial, ignore_errors=True)
+
+    def _holds(self, shards: tuple[Shard, ...]) -> bool:
+        """Whether exactly these shards are there, each with its size and header."""
+        files = {path.name for path in self.model.glob("*.safetensors")}
+        return files == {shard.file for shard in shards} and all(
+            has_header(self.model / shard.file, shard.size, shard.header) for shard in shards
+        )
+
+    def _acquire(self) -> None:
+        while True:
+            fd = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(fd)
+                what, hint = "another merge is writing here", "Wait for it, or choose another OUT."
+                raise ResourceError(what, where=str(self.target), hint=hint) from None
+            try:
+                current = os.stat(self._lock_path).st_ino
+            except FileNotFoundError:
+                current = -1
+            if current == os.fstat(fd).st_ino:
+                self._lock = fd
+                return
+            os.close(fd)  # its owner removed it between our open and our lock
+
+
+def sync(paths: Iterable[Path]) -> None:
+    """Wait until files and folders have reached the disk itself."""
+    for path in paths:
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)

@@ -1,0 +1,38 @@
+"""The keys of a recipe: known, known to be without effect, known but not supported."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+# Seen in recipes in the wild and without effect in mergekit 0.1.5: one line, not an error.
+INEFFECTIVE = {
+    "embed_slerp": "mergekit ignores it, too: embeddings are merged like any other tensor",
+    "input_model_parameters": "mergekit ignores it, too",
+    "residual_weight": "mergekit ignores it, too",
+    "int8_mask": "not needed here: masks are never stored",
+}
+# Known to mergekit or to the field: a recipe that needs them must not run without.
+UNSUPPORTED = {
+    "modules": "merging by module is not supported by this version; use `models` or `slices`",
+    "tokenizer": "building a vocabulary is not supported by this version; "
+    "merge models that share one, or name a donor with `tokenizer_source`",
+    "chat_template": "changing the chat template is not supported by this version; "
+    "the donor's template is copied",
+    "search": "search is not supported by this version",
+    "objective": "objectives are not supported by this version",
+    "training": "training is not supported by this version",
+    "data": "data is not supported by this version",
+    "eval": "evaluation in a recipe is not supported by this version",
+}
+RECIPE_KEYS = (
+    "merge_method", "base_model", "models", "slices", "parameters", "dtype", "out_dtype",
+    "seed", "tokenizer_source", "name", "metadata", "inputs",
+)  # fmt: skip
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """`Did you mean 'x'?`, or the list of what is known when nothing is near."""
+    names = sorted(known)
+    match = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
+    return f"Did you mean '{match[0]}'?" if match else f"Known: {', '.join(names)}."

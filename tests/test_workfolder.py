@@ -1,0 +1,232 @@
+"""The life of OUT: every moment that a process can be killed at, and everyone else who is there."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_engine import digest, stop_after, write_recipe
+from test_failures import cli, failed
+from tiny import Family, merge
+
+import merge_cli
+from merge_cli.checkpoint.layout import lay_out
+from merge_cli.engine import units, workfolder
+from merge_cli.engine.workfolder import WorkFolder
+from merge_cli.errors import Interrupted, ResourceError, UsageError
+
+pytestmark = pytest.mark.usefixtures("small_units")
+
+
+@pytest.fixture
+def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(units, "UNIT_BYTES", 1024)
+    monkeypatch.setattr(units, "BLOCK_MULTIPLE", 64)
+
+
+def interrupt(recipe: Path, out: Path, units_done: int = 9, **options: Any) -> None:
+    with pytest.raises(Interrupted):
+        merge_cli.merge(
+            recipe, out, options=merge_cli.MergeOptions(**options), show=stop_after(units_done)
+        )
+
+
+def test_a_header_that_never_reached_its_file(family: Family, tmp_path: Path) -> None:
+    """Killed between setting a shard's size and writing its header."""
+    recipe = write_recipe(family, "soup")
+    interrupt(recipe, tmp_path / "out")
+    shard = tmp_path / "out.partial" / "model" / "model.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[:100] = bytes(100)
+    shard.write_bytes(data)
+    merged = merge(recipe, tmp_path / "out")
+    expected = merge(recipe, tmp_path / "expected")
+    assert all(torch.equal(merged[name], expected[name]) for name in expected)
+
+
+def test_other_work_of_the_same_size_leaves_nothing(family: Family, tmp_path: Path) -> None:
+    """bfloat16 interrupted, float16 wanted: the files are as long, the headers are not the same."""
+    interrupt(family.recipe("soup", base=False, dtype="bfloat16"), tmp_path / "out")
+    merged = merge(family.recipe("soup", base=False, dtype="float16"), tmp_path / "out")
+    assert {tensor.dtype for tensor in merged.values()} == {torch.float16}
+
+
+def test_other_work_in_other_files_leaves_nothing(family: Family, tmp_path: Path) -> None:
+    interrupt(family.recipe("ties"), tmp_path / "out")
+    merge(family.recipe("soup", base=False), tmp_path / "out", shard_size=3000)
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+    assert len(list((tmp_path / "out").glob("model-*"))) > 2
+
+
+def test_other_code_is_other_work(
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from merge_cli.engine import journal
+
+    recipe = write_recipe(family, "soup")
+    interrupt(recipe, tmp_path / "out")
+    monkeypatch.setattr(journal.inspect, "getsource", lambda module: "another formula")
+    assert merge_cli.merge(recipe, tmp_path / "out").report["cost"]["resumed_bytes"] == 0
+
+
+def test_statistics_are_of_the_whole_or_none(family: Family, tmp_path: Path) -> None:
+    recipe = write_recipe(family, "ties")
+    interrupt(recipe, tmp_path / "out", statistics=False)
+    report = merge_cli.merge(recipe, tmp_path / "out").report
+    expected = merge_cli.merge(recipe, tmp_path / "expected").report
+    assert report["statistics"] == expected["statistics"]
+
+
+def test_two_processes(family: Family, tmp_path: Path) -> None:
+    with WorkFolder(tmp_path / "out") as work:
+        for fresh in (False, True):
+            with pytest.raises(ResourceError, match="another merge is writing here"):
+                merge(write_recipe(family, "soup"), tmp_path / "out", fresh=fresh)
+        assert work.target == tmp_path / "out"
+    assert not (tmp_path / "out.partial.lock").exists()
+    merge(write_recipe(family, "soup"), tmp_path / "out")
+
+
+def killed_between_renames(family: Family, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As SIGKILL would leave it: the old model aside, the new one not yet in its place."""
+    rename = os.rename
+
+    def once(source: Any, target: Any) -> None:
+        rename(source, target)
+        if Path(target).name == "replaced":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(workfolder.os, "rename", once)
+        with pytest.raises(Interrupted):
+            merge(write_recipe(family, "soup"), out, overwrite=True)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("options", [{"overwrite": True}, {"overwrite": True, "fresh": True}])
+def test_killed_between_the_two_renames(
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, bool]
+) -> None:
+    out = tmp_path / "out"
+    merge(write_recipe(family, "ties"), out)
+    killed_between_renames(family, out, monkeypatch)
+    merge(write_recipe(family, "soup"), out, **options)
+    merge(write_recipe(family, "soup"), tmp_path / "expected")
+    assert digest(out) == digest(tmp_path / "expected")
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_replaced_model_survives_until_there_is_a_new_one(
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    merge(write_recipe(family, "ties"), out)
+    before = digest(out)
+    killed_between_renames(family, out, monkeypatch)
+    interrupt(write_recipe(family, "slerp"), out, overwrite=True, fresh=True)
+    assert digest(out) == before
+
+
+def test_killed_after_publishing(
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Complete, but not tidied up: the same command finds its result, another one is refused."""
+    recipe, out = write_recipe(family, "soup"), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(WorkFolder, "discard", lambda self: None)
+        merge(recipe, out)
+    leftovers = tmp_path / "out.partial"
+    assert leftovers.exists()
+    shutil.copytree(leftovers, tmp_path / "kept")
+    with pytest.raises(UsageError, match="exists already"):
+        merge(write_recipe(family, "ties"), out)
+    shutil.rmtree(leftovers, ignore_errors=True)
+    shutil.copytree(tmp_path / "kept", leftovers)
+    report = merge_cli.merge(write_recipe(family, "soup"), out).report
+    assert report["recipe"]["method"] == "soup"
+    assert not leftovers.exists()
+
+
+@pytest.mark.parametrize("where", [".", "a", "base", ".."])
+def test_overwrite_never_takes_what_the_merge_needs(family: Family, where: str) -> None:
+    """OUT is a source, the folder of the sources, or above."""
+    recipe = write_recipe(family, "ties")
+    before = sorted(family.folder.rglob("*"))
+    with pytest.raises(UsageError, match="would replace"):
+        merge(recipe, family.folder / where, overwrite=True)
+    assert sorted(p for p in family.folder.rglob("*") if ".partial" not in p.name) == before
+
+
+def test_overwrite_replaces_models_only(family: Family, tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").write_text("cat")
+    with pytest.raises(UsageError, match="is not a model"):
+        merge(write_recipe(family, "soup"), tmp_path / "photos", overwrite=True)
+    assert (tmp_path / "photos" / "cat.jpg").read_text() == "cat"
+
+
+def test_a_link_as_output(family: Family, tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk")
+    merge(write_recipe(family, "soup"), tmp_path / "out")
+    assert (tmp_path / "out").is_symlink()
+    assert (tmp_path / "disk" / "model.safetensors").exists()
+
+
+def test_a_journal_that_cannot_grow(
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shards are allocated beforehand, so that a full disk shows in the journal first."""
+    from merge_cli.engine import journal
+
+    write = os.write
+    calls = 0
+
+    def full(fd: int, data: bytes) -> int:
+        nonlocal calls
+        calls += 1
+        if calls > 10:
+            raise OSError(28, "No space left on device")
+        return write(fd, data)
+
+    recipe = write_recipe(family, "soup")
+    with monkeypatch.context() as patch:
+        patch.setattr(journal.os, "write", full)
+        with pytest.raises(ResourceError, match="the disk is full"):
+            merge(recipe, tmp_path / "out")
+    assert merge_cli.merge(recipe, tmp_path / "out").report["cost"]["resumed_bytes"] > 0
+
+
+def test_fsync_reaches_files_and_folders(
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[Path] = []
+    real = workfolder.sync
+    monkeypatch.setattr(
+        workfolder, "sync", lambda paths: real(synced.extend(p := list(paths)) or p)
+    )
+    merge(write_recipe(family, "soup"), tmp_path / "out", fsync=True)
+    names = {path.name for path in synced}
+    assert {"model.safetensors", "config.json", "model", tmp_path.name} <= names
+
+
+def test_contradicting_flags(family: Family, tmp_path: Path) -> None:
+    recipe = write_recipe(family, "soup")
+    failed(cli("run", recipe, tmp_path / "out", "--cuda", "--device", "cpu"), 2, "contradict")
+
+
+def test_layouts_are_compared_exactly(tmp_path: Path) -> None:
+    from merge_cli.checkpoint.layout import OutputTensor
+
+    shards = tuple(lay_out([OutputTensor("w", "F32", (8, 4))], 10**9))
+    other = tuple(lay_out([OutputTensor("w", "F32", (4, 8))], 10**9))
+    assert shards[0].size == other[0].size
+    with WorkFolder(tmp_path / "out") as work:
+        journal, _ = work.open_journal("key", shards)
+        journal.close()
+        work.open_journal("key", other)[0].close()
+        assert (work.model / "model.safetensors").read_bytes().startswith(other[0].header)
