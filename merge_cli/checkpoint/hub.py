@@ -8,12 +8,12 @@ names the commit, so that all files are of one revision. Tokens are huggingface_
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from merge_cli.checkpoint.hub_errors import UnreachableError, explained
 from merge_cli.errors import CorruptFileError, HubError
 
 _FIRST_BYTES = 32_768  # holds the whole header of most shards
@@ -52,7 +52,7 @@ def open_hub(repo_id: str, revision: str | None = None) -> HubModel:
     if constants.HF_HUB_OFFLINE:
         return _from_cache(repo_id, revision, "offline: from the cache")
     try:
-        with _explained(label):
+        with explained(label):
             info = HfApi().model_info(
                 repo_id,
                 revision=revision,
@@ -60,7 +60,7 @@ def open_hub(repo_id: str, revision: str | None = None) -> HubModel:
                 timeout=constants.HF_HUB_ETAG_TIMEOUT,
             )
     except HubError as error:
-        if isinstance(error, _Unreachable):
+        if isinstance(error, UnreachableError):
             try:
                 return _from_cache(repo_id, revision, "the Hub cannot be reached: from the cache")
             except HubError:
@@ -97,7 +97,7 @@ def fetch_files(
             try:
                 _download(model, name, progress)
                 break
-            except _Unreachable:
+            except UnreachableError:
                 if attempt == _TRIES:
                     raise
     _remember_revision(model)
@@ -116,7 +116,7 @@ def _download(model: HubModel, name: str, progress: Callable[[int], None] | None
             progress(size)
 
     try:
-        with _explained(model.repo_id, name):
+        with explained(model.repo_id, name):
             bars = _reporting(count)
             hf_hub_download(model.repo_id, name, revision=model.commit, tqdm_class=bars)
     except HubError:
@@ -150,65 +150,6 @@ def read_header(model: HubModel, name: str) -> bytes:
 def is_cached(model: HubModel, name: str) -> bool:
     """Whether a file of this commit is on this machine already."""
     return _cached(model, name) is not None
-
-
-class _Unreachable(HubError):
-    """No answer, or not now: the failures for which the cache may stand in."""
-
-
-@contextmanager
-def _explained(label: str, file: str = "") -> Iterator[None]:
-    """Turn huggingface_hub's exceptions into one sentence and what to do."""
-    from huggingface_hub import errors
-
-    def problem(kind: type[HubError], what: str, hint: str) -> HubError:
-        return kind(what, model=label, file=file, hint=hint)
-
-    try:
-        yield
-    except errors.GatedRepoError as error:
-        what = "access to this model must be asked for"
-        hint = f"Accept its terms at {_page(label)}, then log in: hf auth login."
-        raise problem(HubError, what, hint) from error
-    except errors.RevisionNotFoundError as error:
-        revision = label.partition("@")[2]
-        raise problem(HubError, f"has no revision '{revision}'", f"See {_page(label)}.") from error
-    except errors.RepositoryNotFoundError as error:
-        what = "no such folder, and no such model on the Hub, or it is private"
-        hint = "Check the spelling; for a private model log in (hf auth login) or set HF_TOKEN."
-        raise problem(HubError, what, hint) from error
-    except errors.LocalEntryNotFoundError as error:
-        what = "is not in the cache, and the Hub cannot be reached"
-        hint = "Connect, or download it beforehand with: hf download."
-        raise problem(_Unreachable, what, hint) from error
-    except errors.EntryNotFoundError as error:
-        raise problem(HubError, "the repository has no such file", "") from error
-    except errors.HFValidationError as error:
-        what = "no such folder, and not a name that the Hub has"
-        raise problem(HubError, what, "Write organisation/name or a path.") from error
-    except errors.HfHubHTTPError as error:
-        status = error.response.status_code if error.response is not None else 0
-        what = f"the Hub answered with status {status}"
-        if status >= 500:
-            raise problem(_Unreachable, what, "Try again later.") from error
-        hint = "Check the name; log in again: hf auth login." if status in (401, 403) else ""
-        raise problem(HubError, what, hint) from error
-    except (errors.HTTPError, errors.OfflineModeIsEnabled, ConnectionError) as error:
-        what = f"no such folder, and the Hub cannot be reached ({type(error).__name__})"
-        hint = "Check the path, or the connection; finished files are kept."
-        raise problem(_Unreachable, what, hint) from error
-    except OSError as error:
-        what = f"cannot be stored in the Hub's cache: {error}"
-        raise problem(HubError, what, "See HF_HOME, which says where it is.") from error
-    except UnicodeError as error:  # the exception quotes the token: it must not be passed on
-        what = f"the Hub's token is not valid ({type(error).__name__})"
-        raise problem(HubError, what, "Log in again: hf auth login.") from None
-
-
-def _page(label: str) -> str:
-    from huggingface_hub import constants
-
-    return f"{constants.ENDPOINT}/{label.partition('@')[0]}"
 
 
 def _from_cache(repo_id: str, revision: str | None, note: str) -> HubModel:
@@ -279,7 +220,7 @@ def _range(model: HubModel, name: str, start: int, stop: int) -> bytes:
     from huggingface_hub import hf_hub_url
     from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
-    with _explained(model.repo_id, name):
+    with explained(model.repo_id, name):
         url = hf_hub_url(model.repo_id, name, revision=model.commit)
         headers = {**build_hf_headers(), "Range": f"bytes={start}-{stop - 1}"}
         response = get_session().get(url, headers=headers, follow_redirects=True, timeout=30)

@@ -1,34 +1,37 @@
-"""Everything that prints: notes, plan, progress, results, errors.
+"""Where a command prints. Results go to stdout, the rest to stderr.
 
-A terminal gets colour and a progress bar; a batch log gets plain lines, a few for each run.
+A terminal gets colour and a progress bar; a batch log gets plain lines.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from merge_cli.console.progress import ProgressLog, progress_bar
+from merge_cli.console.tables import (
+    method_json,
+    particulars,
+    plan_json,
+    shared_settings,
+    table_rows,
+)
 from merge_cli.errors import MergeCliError, ProblemsError
 from merge_cli.sizes import show_seconds, show_size
 
 if TYPE_CHECKING:
     from merge_cli.api import MergeResult
     from merge_cli.engine.options import Progress
-    from merge_cli.engine.plan import Plan, TensorTask
+    from merge_cli.engine.plan import Plan
     from merge_cli.methods.registry import Method
-
-_LOG_SECONDS = 10.0
 
 
 class Screen:
@@ -54,10 +57,10 @@ class Screen:
         if self.quiet:
             yield lambda progress: None
         elif self.err.is_terminal:
-            with _bar(self.err) as show:
+            with progress_bar(self.err) as show:
                 yield show
         else:
-            yield _Log(self.err)
+            yield ProgressLog(self.err)
 
     def plan(
         self, plan: Plan, max_memory: int, threads: int, *, every: bool, as_json: bool
@@ -75,15 +78,15 @@ class Screen:
         table.add_column("parameters", justify="right")
         for name in ("dtype", "action", "with"):
             table.add_column(name, overflow="fold")
-        shared = _shared_settings(plan.tasks)
-        for label, tasks in _rows(plan.tasks, every):
+        shared = shared_settings(plan.tasks)
+        for label, tasks in table_rows(plan.tasks, every):
             table.add_row(
                 label,
                 str(len(tasks)),
                 f"{sum(t.size for t in tasks):,}",
                 ", ".join(dict.fromkeys(t.dtype for t in tasks)),
                 ", ".join(dict.fromkeys(t.action for t in tasks)),
-                escape(_particulars(tasks, shared)),
+                escape(particulars(tasks, shared)),
             )
         method = plan.recipe.merge_method
         base = f" on {plan.sources[plan.base].label}" if plan.base is not None else ""
@@ -155,10 +158,6 @@ class Screen:
             self.out.print(f"      {escape(parameter.doc)}")
 
 
-def _stderr(*, soft_wrap: bool) -> Console:
-    return Console(stderr=True, soft_wrap=soft_wrap, highlight=False, emoji=False)
-
-
 def show_error(error: MergeCliError) -> None:
     """One message on stderr: plain text, so that it can be searched and copied from a log."""
     err = _stderr(soft_wrap=True)
@@ -171,160 +170,5 @@ def show_error(error: MergeCliError) -> None:
         err.print(f"{label}{escape(str(error))}")
 
 
-def plan_json(plan: Plan, peak: int) -> dict[str, Any]:
-    """The plan as data, for `--json`."""
-    return {
-        "method": plan.recipe.merge_method,
-        "base": plan.sources[plan.base].label if plan.base is not None else None,
-        "sources": [plan.sources[i].label for i in plan.operands],
-        "bytes_read": plan.bytes_read,
-        "bytes_written": plan.bytes_written,
-        "peak_memory": peak,
-        "parameters": plan.parameter_count,
-        "shards": [{"file": shard.file, "bytes": shard.size} for shard in plan.shards],
-        "notes": list(plan.notes),
-        "tensors": [
-            {
-                "name": task.name,
-                "shape": list(task.shape),
-                "dtype": task.dtype,
-                "action": task.action,
-                "from": [plan.sources[i].label for i in task.sources],
-                "parameters": dict(task.parameters),
-                "note": task.note,
-            }
-            for task in plan.tasks
-        ],
-    }
-
-
-def method_json(method: Method) -> dict[str, Any]:
-    """A method as data, for `--json`."""
-    return {
-        "name": method.name,
-        "aliases": list(method.aliases),
-        "summary": method.summary,
-        "paper": method.paper,
-        "needs_base": method.needs_base,
-        "sources": list(method.count),
-        "parameters": [
-            {
-                "name": p.name,
-                "default": p.default,
-                "per_model": p.per_model,
-                "allowed": p.allowed,
-                "doc": p.doc,
-            }
-            for p in method.parameters.values()
-        ],
-    }
-
-
-def _rows(tasks: Sequence[TensorTask], every: bool) -> Iterator[tuple[str, list[TensorTask]]]:
-    """One row for each tensor, or for each run of layers that are treated alike."""
-    if every:
-        for task in tasks:
-            yield escape(task.name), [task]
-        return
-    layers = [list(group) for _, group in groupby(tasks, key=lambda task: task.group)]
-    for _, run in groupby(layers, key=_likeness):
-        alike = list(run)
-        first, last = alike[0][0].group, alike[-1][0].group
-        label = first if first == last else f"{first} … {last.rpartition('.')[2]}"
-        yield escape(label), [task for layer in alike for task in layer]
-
-
-def _likeness(layer: Sequence[TensorTask]) -> object:
-    """Equal for layers that one row of the table describes."""
-    first = layer[0]
-    if first.group == first.name:
-        return first.name
-    stack = first.group.rpartition(".")[0]
-    treated = tuple((t.shape, t.dtype, t.action, t.note, repr(t.parameters)) for t in layer)
-    return stack, treated
-
-
-def _shared_settings(tasks: Sequence[TensorTask]) -> dict[str, str]:
-    """The parameters that are the same for every merged tensor, by name, as text."""
-    merged = [_shown(task) for task in tasks if task.parameters]
-    first = merged[0] if merged else {}
-    return {name: text for name, text in first.items() if all(m.get(name) == text for m in merged)}
-
-
-def _particulars(tasks: Sequence[TensorTask], shared: Mapping[str, str]) -> str:
-    """What is particular to these tensors; with counts where they differ among themselves."""
-    texts = Counter(
-        "; ".join(
-            filter(
-                None, [", ".join(t for n, t in _shown(task).items() if n not in shared), task.note]
-            )
-        )
-        for task in tasks
-    )
-    if len(texts) == 1:
-        return next(iter(texts))
-    return "\n".join(f"{count}× {text or 'nothing else'}" for text, count in texts.items())
-
-
-def _shown(task: TensorTask) -> dict[str, str]:
-    """Resolved parameters as text; what is derived from another (None) is left out."""
-    shown = {}
-    for name, value in task.parameters.items():
-        values = value if isinstance(value, list) else [value]
-        if any(v is not None for v in values):
-            text = " ".join(f"{v:.4g}" if type(v) is float else str(v).lower() for v in values)
-            shown[name] = f"{name} {text}"
-    return shown
-
-
-@contextmanager
-def _bar(console: Console) -> Iterator[Callable[[Progress], None]]:
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
-    from rich.progress import Progress as RichProgress
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=None),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with RichProgress(*columns, console=console, transient=True) as bar:
-        rows: dict[str, Any] = {}
-
-        def show(progress: Progress) -> None:
-            if not progress.total:
-                bar.console.print(f"[dim]{escape(progress.note)}[/dim]")
-                return
-            key = f"{progress.stage} {progress.note}" if progress.stage == "fetch" else "merging"
-            if key not in rows:
-                rows[key] = bar.add_task(escape(key), total=progress.total)
-            bar.update(rows[key], completed=progress.done)
-
-        yield show
-
-
-class _Log:
-    """Progress as lines: at the start, every ten seconds, at the end of each stage."""
-
-    def __init__(self, console: Console) -> None:
-        self._console, self._next = console, time.monotonic() + _LOG_SECONDS
-
-    def __call__(self, progress: Progress) -> None:
-        if not progress.total:
-            self._console.print(escape(progress.note))
-            return
-        now = time.monotonic()
-        if now < self._next and progress.note != "resumed":
-            return
-        self._next = now + _LOG_SECONDS
-        share = f"{progress.done / progress.total:.0%}"
-        of = f"{show_size(progress.done)} of {show_size(progress.total)}"
-        note = f" ({progress.note})" if progress.note else ""
-        self._console.print(escape(f"{progress.stage}: {share}, {of}{note}"))
+def _stderr(*, soft_wrap: bool) -> Console:
+    return Console(stderr=True, soft_wrap=soft_wrap, highlight=False, emoji=False)

@@ -1,0 +1,71 @@
+"""Progress: a bar in a terminal, a few plain lines in a batch log."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+
+from merge_cli.sizes import show_size
+
+if TYPE_CHECKING:
+    from merge_cli.engine.options import Progress
+
+_LOG_SECONDS = 10.0
+
+
+@contextmanager
+def progress_bar(console: Console) -> Iterator[Callable[[Progress], None]]:
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+    from rich.progress import Progress as RichProgress
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with RichProgress(*columns, console=console, transient=True) as bar:
+        rows: dict[str, Any] = {}
+
+        def show(progress: Progress) -> None:
+            if not progress.total:
+                bar.console.print(f"[dim]{escape(progress.note)}[/dim]")
+                return
+            key = f"{progress.stage} {progress.note}" if progress.stage == "fetch" else "merging"
+            if key not in rows:
+                rows[key] = bar.add_task(escape(key), total=progress.total)
+            bar.update(rows[key], completed=progress.done)
+
+        yield show
+
+
+class ProgressLog:
+    """Progress as lines: at the start, every ten seconds, at the end of each stage."""
+
+    def __init__(self, console: Console) -> None:
+        self._console, self._next = console, time.monotonic() + _LOG_SECONDS
+
+    def __call__(self, progress: Progress) -> None:
+        if not progress.total:
+            self._console.print(escape(progress.note))
+            return
+        now = time.monotonic()
+        if now < self._next and progress.note != "resumed":
+            return
+        self._next = now + _LOG_SECONDS
+        share = f"{progress.done / progress.total:.0%}"
+        of = f"{show_size(progress.done)} of {show_size(progress.total)}"
+        note = f" ({progress.note})" if progress.note else ""
+        self._console.print(escape(f"{progress.stage}: {share}, {of}{note}"))
