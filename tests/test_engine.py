@@ -231,7 +231,7 @@ def test_fsync_marks(family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyP
     units_synced = int(re.findall(r'"synced":(\d+)', rest)[-1])
     path = tmp_path / "out.partial" / "journal.jsonl"
     opened = Journal(path, json.loads(first)["key"])
-    assert 0 < len(opened.done) == units_synced < rest.count('"unit"')
+    assert 0 < len(opened.done) == units_synced <= rest.count('"unit"')
     opened.close()
     merge_cli.merge(recipe, tmp_path / "out", options=options)
 
