@@ -135,14 +135,11 @@ def run(
 
     from merge_cli.api import merge
     from merge_cli.engine.loop import usable_cores
+    from merge_cli.engine.merge import check_target
     from merge_cli.engine.options import MergeOptions
     from merge_cli.engine.planner import make_plan
 
     plan = make_plan(loaded, shard_size=shard_bytes)
-    if dry_run or out is None:
-        screen.plan(plan, memory, threads or usable_cores(), every=False, as_json=as_json)
-        return
-    screen.notes([*plan.notes])
     options = MergeOptions(
         device="cuda" if cuda else device,
         threads=threads,
@@ -155,6 +152,12 @@ def run(
         trust_remote_code=trust_remote_code,
         copy_tokenizer=copy_tokenizer,
     )
+    if out is not None:
+        check_target(plan, out, options)
+    if dry_run or out is None:
+        screen.plan(plan, memory, threads or usable_cores(), every=False, as_json=as_json)
+        return
+    screen.notes([*plan.notes])
     with screen.progress() as show:
         result = merge(plan, out, options=options, show=show)
     screen.result(result, out, as_json=as_json)

@@ -36,7 +36,9 @@ class MergeCliError(Exception):
 
     def __init__(self, what: str, *, where: str = "", hint: str = "") -> None:
         self.what, self.where, self.hint = what, where, hint
-        super().__init__(" — ".join(part for part in (what, where, hint) if part))
+        parts = [part for part in (what, where, hint) if part]
+        # Full stops belong to the end: `unknown method 'tie' — Did you mean 'ties'?`
+        super().__init__(" — ".join([*(p.rstrip(".") for p in parts[:-1]), *parts[-1:]]))
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from test_failures import cli, failed
-from tiny import Family
+from tiny import Family, llama_config, llama_family, write_model
 
 import merge_cli
 from merge_cli.engine.planner import load_recipe
@@ -93,6 +94,32 @@ def test_plan_and_dry_run(family: Family, tmp_path: Path) -> None:
     assert weight["model.layers.1.mlp.up_proj.weight"] == 0.25
     assert weight["model.layers.3.self_attn.q_proj.weight"] == 1.0
     assert weight["model.norm.weight"] == 0.0
+
+
+def test_dry_run_says_what_the_run_would_refuse(family: Family, tmp_path: Path) -> None:
+    recipe = family.recipe("soup", base=False)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.json").write_text("{}")
+    failed(cli("run", recipe, tmp_path / "out", "--dry-run"), 2, "exists already")
+    assert cli("run", recipe, tmp_path / "new" / "out", "--dry-run").returncode == 0
+    assert not (tmp_path / "new").exists()
+
+
+def test_many_problems_leave_the_first_in_sight(family: Family, tmp_path: Path) -> None:
+    other = llama_family(tmp_path / "wide", layers=8)
+    config = {**llama_config(layers=8), "hidden_size": 32}
+    wide = {name: torch.cat([t, t], dim=-1) for name, t in other.base.items()}
+    write_model(tmp_path / "wide" / "x", wide, config)
+    recipe = family.write(f"merge_method: soup\nmodels: [a, {tmp_path}/wide/x]\n")
+    done = cli("plan", recipe)
+    failed(done, 3, "num_hidden_layers: a 4", "hidden_size: a 16", " more\n")
+    assert len(done.stderr.splitlines()) < 20
+
+
+def test_a_mistyped_folder(family: Family) -> None:
+    (family.folder / "japanese").mkdir()
+    recipe = family.write("merge_method: soup\nmodels: [a, ./japanes]\n")
+    failed(cli("plan", recipe), 3, "no such folder", "Did you mean './japanese'?")
 
 
 def test_plan_joins_layers_that_are_treated_alike(family: Family) -> None:

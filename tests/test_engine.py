@@ -182,7 +182,9 @@ def test_interrupted_and_resumed(family: Family, tmp_path: Path, case: str) -> N
 def test_a_journal_of_other_work_is_not_continued(family: Family, tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
         merge_cli.merge(write_recipe(family, "soup"), tmp_path / "out", show=stop_after(9))
-    merge(write_recipe(family, "ties"), tmp_path / "out")
+    with pytest.raises(UsageError, match="interrupted merge of another recipe"):
+        merge(write_recipe(family, "ties"), tmp_path / "out")
+    merge(write_recipe(family, "ties"), tmp_path / "out", fresh=True)
     merge(write_recipe(family, "ties"), tmp_path / "expected")
     assert digest(tmp_path / "out") == digest(tmp_path / "expected")
 
@@ -196,7 +198,9 @@ def test_changed_source_is_not_continued(family: Family, tmp_path: Path) -> None
     other = {name: tensor * 2 for name, tensor in family.models[0].items()}
     config = json.loads((family.folder / "a" / "config.json").read_text())
     write_model(family.folder / "a", other, config)
-    merge(recipe, tmp_path / "out")
+    with pytest.raises(UsageError, match="other inputs"):
+        merge(recipe, tmp_path / "out")
+    merge(recipe, tmp_path / "out", fresh=True)
     merge(recipe, tmp_path / "expected")
     assert digest(tmp_path / "out") == digest(tmp_path / "expected")
 

@@ -112,7 +112,7 @@ def test_card(family: Family, tmp_path: Path) -> None:
         "library_name": "transformers", "tags": ["merge", "merge-cli", "ties"],
     }  # fmt: skip
     assert body.startswith("# my-merge\n")
-    assert "A merge of a, b and c by `ties` on the base base" in body
+    assert "A merge of `a`, `b` and `c` by `ties` on `base`, made with" in body
     assert "arxiv.org/abs/2306.01708" in body
 
 

@@ -51,13 +51,16 @@ def test_a_header_that_never_reached_its_file(family: Family, tmp_path: Path) ->
 def test_other_work_of_the_same_size_leaves_nothing(family: Family, tmp_path: Path) -> None:
     """bfloat16 interrupted, float16 wanted: the files are as long, the headers are not the same."""
     interrupt(family.recipe("soup", base=False, dtype="bfloat16"), tmp_path / "out")
-    merged = merge(family.recipe("soup", base=False, dtype="float16"), tmp_path / "out")
+    recipe = family.recipe("soup", base=False, dtype="float16")
+    with pytest.raises(UsageError, match="another recipe"):
+        merge(recipe, tmp_path / "out")
+    merged = merge(recipe, tmp_path / "out", fresh=True)
     assert {tensor.dtype for tensor in merged.values()} == {torch.float16}
 
 
 def test_other_work_in_other_files_leaves_nothing(family: Family, tmp_path: Path) -> None:
     interrupt(family.recipe("ties"), tmp_path / "out")
-    merge(family.recipe("soup", base=False), tmp_path / "out", shard_size=3000)
+    merge(family.recipe("soup", base=False), tmp_path / "out", shard_size=3000, fresh=True)
     assert not (tmp_path / "out" / "model.safetensors").exists()
     assert len(list((tmp_path / "out").glob("model-*"))) > 2
 
@@ -70,15 +73,17 @@ def test_other_code_is_other_work(
     recipe = write_recipe(family, "soup")
     interrupt(recipe, tmp_path / "out")
     monkeypatch.setattr(journal.inspect, "getsource", lambda module: "another formula")
-    assert merge_cli.merge(recipe, tmp_path / "out").report["cost"]["resumed_bytes"] == 0
+    with pytest.raises(UsageError, match="another version"):
+        merge(recipe, tmp_path / "out")
 
 
 def test_statistics_are_of_the_whole_or_none(family: Family, tmp_path: Path) -> None:
     recipe = write_recipe(family, "ties")
     interrupt(recipe, tmp_path / "out", statistics=False)
-    report = merge_cli.merge(recipe, tmp_path / "out").report
-    expected = merge_cli.merge(recipe, tmp_path / "expected").report
-    assert report["statistics"] == expected["statistics"]
+    with pytest.raises(UsageError, match="--fresh"):
+        merge(recipe, tmp_path / "out")
+    merge(recipe, tmp_path / "out", statistics=False)
+    assert "sampled" not in (tmp_path / "out" / "merge_report.json").read_text()
 
 
 def test_two_processes(family: Family, tmp_path: Path) -> None:
@@ -226,7 +231,6 @@ def test_layouts_are_compared_exactly(tmp_path: Path) -> None:
     other = tuple(lay_out([OutputTensor("w", "F32", (4, 8))], 10**9))
     assert shards[0].size == other[0].size
     with WorkFolder(tmp_path / "out") as work:
-        journal, _ = work.open_journal("key", shards)
-        journal.close()
-        work.open_journal("key", other)[0].close()
+        work.open_journal("key", shards).close()
+        work.open_journal("key", other).close()
         assert (work.model / "model.safetensors").read_bytes().startswith(other[0].header)

@@ -51,7 +51,7 @@ def explained(label: str, file: str = "") -> Iterator[None]:
         raise problem(HubError, what, hint) from error
     except (errors.HTTPError, errors.OfflineModeIsEnabled, ConnectionError) as error:
         what = f"no such folder, and the Hub cannot be reached ({type(error).__name__})"
-        hint = "Check the path, or the connection; finished files are kept."
+        hint = "Check the path, or the connection. What is downloaded is kept."
         raise problem(UnreachableError, what, hint) from error
     except OSError as error:
         what = f"cannot be stored in the Hub's cache: {error}"

@@ -7,6 +7,7 @@ needs. Nothing here executes anything from a checkpoint.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
@@ -108,8 +109,20 @@ def open_source(model: ModelRef, folder: Path) -> Source:
             raise SourceError(what, model=label, hint="Remove the part after '@'.")
         return _open_folder(path, label)
     if not looks_like_hub_id(model.path):
-        raise SourceError("no such folder", model=label, hint=f"Looked in {folder} and here.")
+        raise SourceError("no such folder", model=label, hint=_looked_for(model.path, folder))
     return _open_hub(hub.open_hub(model.path, model.revision), label)
+
+
+def _looked_for(path: str, folder: Path) -> str:
+    """Where a folder was looked for, and the neighbour that may have been meant."""
+    wanted = folder / Path(path).expanduser()
+    siblings = [p.name for p in wanted.parent.iterdir()] if wanted.parent.is_dir() else []
+    near = difflib.get_close_matches(wanted.name, siblings, n=1)
+    if near:
+        return f"Did you mean '{path.removesuffix(wanted.name)}{near[0]}'?"
+    if Path(path).is_absolute() or folder == Path.cwd():
+        return "Check the path."
+    return f"Looked in {folder}, the recipe's folder, and in {Path.cwd()}."
 
 
 def fetch_weights(

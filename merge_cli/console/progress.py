@@ -43,6 +43,11 @@ def progress_bar(console: Console) -> Iterator[Callable[[Progress], None]]:
             if not progress.total:
                 bar.console.print(f"[dim]{escape(progress.note)}[/dim]")
                 return
+            if progress.note == "resumed":
+                line = (
+                    f"resuming: {show_size(progress.done)} of {show_size(progress.total)} are done"
+                )
+                bar.console.print(f"[dim]{line}[/dim]")
             key = f"{progress.stage} {progress.note}" if progress.stage == "fetch" else "merging"
             if key not in rows:
                 rows[key] = bar.add_task(escape(key), total=progress.total)

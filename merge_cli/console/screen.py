@@ -89,10 +89,13 @@ class Screen:
                 escape(particulars(tasks, shared)),
             )
         method = plan.recipe.merge_method
-        base = f" on {plan.sources[plan.base].label}" if plan.base is not None else ""
+        on_base = plan.base is not None and plan.method.needs_base
+        base = f" on {plan.sources[plan.base].label}" if on_base and plan.base is not None else ""
         sources = ", ".join(plan.sources[i].label for i in plan.operands)
         self.out.print(f"[bold]{escape(method)}[/bold] of {escape(sources + base)}")
-        self.out.print(f"[dim]everywhere:[/dim] {escape(', '.join(shared.values()) or '-')}\n")
+        if shared:
+            self.out.print(f"[dim]everywhere:[/dim] {escape(', '.join(shared.values()))}")
+        self.out.print()
         self.out.print(table)
         self.out.print()
         shards = len(plan.shards)
@@ -114,10 +117,12 @@ class Screen:
         cost, output = result.report["cost"], result.report["output"]
         seconds = cost["seconds"] + cost["survey_seconds"]
         moved = cost["stages"]["read"]["bytes"] + cost["stages"]["write"]["bytes"]
+        before = cost["resumed_bytes"]
+        resumed = f" (after {show_size(before)} of an interrupted run)" if before else ""
         rate = f" ({moved / seconds / 1e9:.1f} GB/s read and written)" if seconds > 0.2 else ""
         self.out.print(
             f"[green]✓[/green] merged {output['parameters']:,} parameters into "
-            f"{show_size(output['bytes'])} in {show_seconds(seconds)}{rate}, "
+            f"{show_size(output['bytes'])} in {show_seconds(seconds)}{rate}{resumed}, "
             f"peak memory {show_size(cost['peak_rss'])}"
         )
         self.out.print(f"  model   {escape(str(shown))}", soft_wrap=True)
@@ -164,10 +169,16 @@ def show_error(error: MergeCliError) -> None:
     label = "" if error.exit_code == 130 else f"[bold red]{error.title} error:[/bold red] "
     if isinstance(error, ProblemsError):
         err.print(f"{label}{escape(error.summary)}")
-        for problem in error.problems:
+        shown = error.problems if len(error.problems) <= _MANY else error.problems[: _MANY // 2]
+        for problem in shown:
             err.print(f"  {escape(str(problem))}")
+        if len(shown) < len(error.problems):
+            err.print(f"  ... and {len(error.problems) - len(shown)} more")
     else:
         err.print(f"{label}{escape(str(error))}")
+
+
+_MANY = 24  # problems; beyond that half as many are shown, so that the first is still in sight
 
 
 def _stderr(*, soft_wrap: bool) -> Console:

@@ -38,9 +38,6 @@ def execute(plan: Plan, target: Path, options: MergeOptions, *, show: Show, fini
         Interrupted: Ctrl-C or SIGTERM; the same command resumes.
     """
     device = choose_device(options.device)
-    precious = [source.root for source in plan.sources] + [plan.recipe.folder, Path.cwd()]
-    if plan.recipe.file:
-        precious.append(Path(plan.recipe.file))
     try:
         with WorkFolder(target) as work:
             _fetch(plan, show)
@@ -49,14 +46,12 @@ def execute(plan: Plan, target: Path, options: MergeOptions, *, show: Show, fini
             if work.published(key):
                 work.discard()
                 return work.target
-            work.refuse(options.overwrite, precious)
+            work.refuse(options.overwrite, _precious(plan))
             if options.fresh:
                 work.discard()
+            work.refuse_other_work(key)
             work.check_space(plan.bytes_written)
-            journal, other = work.open_journal(key, plan.shards)
-            if other:
-                note = f"{work.partial.name} is of another merge: starting over"
-                show(Progress("start", 0, 0, note))
+            journal = work.open_journal(key, plan.shards)
             try:
                 outcome = run_loop(plan, work.model, journal, device, options, show)
             finally:
@@ -68,6 +63,24 @@ def execute(plan: Plan, target: Path, options: MergeOptions, *, show: Show, fini
     except KeyboardInterrupt:
         where = f"{target}.partial"
         raise Interrupted("stopped", where=where, hint="The same command resumes.") from None
+
+
+def check_target(plan: Plan, target: Path, options: MergeOptions) -> None:
+    """What `execute` would refuse about device, place and disk, without touching anything.
+
+    Raises:
+        UsageError, ResourceError: as `execute` does.
+    """
+    choose_device(options.device)
+    work = WorkFolder(target)
+    work.refuse(options.overwrite, _precious(plan))
+    work.check_space(plan.bytes_written)
+
+
+def _precious(plan: Plan) -> list[Path]:
+    """What no output may replace: the sources, the recipe, and where we stand."""
+    recipe = [Path(plan.recipe.file)] if plan.recipe.file else []
+    return [*(source.root for source in plan.sources), plan.recipe.folder, *recipe, Path.cwd()]
 
 
 def _fetch(plan: Plan, show: Show) -> None:

@@ -6,7 +6,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from merge_cli.checkpoint.config import merged_config, with_layer_types
+from merge_cli.checkpoint.config import (
+    LAYER_COUNTS,
+    merged_config,
+    text_config,
+    with_layer_types,
+)
 from merge_cli.checkpoint.header import DTYPES
 from merge_cli.checkpoint.layout import lay_out, natural_key
 from merge_cli.checkpoint.source import Source, open_source
@@ -77,6 +82,7 @@ def make_plan(recipe: Recipe, *, shard_size: int = DEFAULT_SHARD_SIZE) -> Plan:
     if matches.problems:
         count = len(matches.problems)
         summary = f"the sources do not fit one another ({count} problem{'s' * (count != 1)})"
+        summary += _differences(sources)
         ordered = sorted(matches.problems, key=lambda problem: natural_key(problem.key))
         raise MismatchError(ordered, summary)
     tasks: list[TensorTask] = []
@@ -178,6 +184,18 @@ def _open_all(recipe: Recipe) -> tuple[Recipe, list[Source]]:
             hint = "Merge the unquantised models, then quantise the result."
             raise SourceError(what, model=source.label, hint=hint)
     return recipe.with_models(spelling), list(opened.values())
+
+
+def _differences(sources: Sequence[Source]) -> str:
+    """What the configs say that would explain it: sizes that differ, model by model."""
+    found = []
+    for key in ("model_type", *LAYER_COUNTS, "hidden_size", "n_embd", "intermediate_size",
+                "num_attention_heads", "num_key_value_heads", "vocab_size"):  # fmt: skip
+        values = [text_config(source.config).get(key) for source in sources]
+        if len({repr(value) for value in values}) > 1:
+            pairs = zip(sources, values, strict=True)
+            found.append(f"{key}: " + ", ".join(f"{s.label} {value}" for s, value in pairs))
+    return "".join(f"\n  {line}" for line in found)
 
 
 def _pieces(recipe: Recipe, method: Method, labels: Sequence[str]) -> list[Piece]:

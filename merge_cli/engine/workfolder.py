@@ -84,8 +84,10 @@ class WorkFolder:
         for path in precious:
             real = Path(os.path.realpath(path))
             if real == self.target or self.target in real.parents:
-                what = f"the output would replace {path}"
-                raise UsageError(what, where=str(self.target), hint="Choose another folder.")
+                raise UsageError(
+                    f"the output would replace {real}, which the merge needs",
+                    hint="Choose another folder.",
+                )
         if not self.target.is_dir() or not any(self.target.iterdir()):
             return
         if not overwrite:
@@ -103,7 +105,10 @@ class WorkFolder:
             ResourceError: names what is needed and what is free.
         """
         present = sum(f.stat().st_blocks * 512 for f in self.model.glob("*.safetensors"))
-        free = shutil.disk_usage(self.target.parent).free
+        place = self.target.parent
+        while not place.exists():  # a dry run creates no folders
+            place = place.parent
+        free = shutil.disk_usage(place).free
         if needed - present > free:
             what = f"the disk is too full: {show_size(needed - present)} needed, "
             raise ResourceError(what + f"{show_size(free)} free", where=str(self.target.parent))
@@ -113,19 +118,28 @@ class WorkFolder:
         done = self.target.is_dir() and self._journal_path.exists() and not self.model.exists()
         return done and Journal.key_of(self._journal_path) == key
 
-    def open_journal(self, key: str, shards: tuple[Shard, ...]) -> tuple[Journal, bool]:
-        """Continue earlier work if it is this work and whole; otherwise start over.
+    def refuse_other_work(self, key: str) -> None:
+        """Raise rather than throw away what another merge into the same OUT has done.
 
-        Returns:
-            the journal, and whether other work was thrown away.
+        Raises:
+            UsageError: the journal has units of other work.
+        """
+        if not self._journal_path.exists() or Journal.key_of(self._journal_path) == key:
+            return
+        if self.model.exists() and b'"unit"' in self._journal_path.read_bytes():
+            what = "an interrupted merge of another recipe, other inputs or another version is here"
+            hint = "Finish it with its own command, or throw it away with --fresh."
+            raise UsageError(what, where=str(self.partial), hint=hint)
+
+    def open_journal(self, key: str, shards: tuple[Shard, ...]) -> Journal:
+        """Continue earlier work if it is this work and whole; otherwise start over.
 
         Raises:
             ResourceError: the folder cannot be written, or the disk is full.
         """
         found = self._journal_path.exists()
         if found and Journal.key_of(self._journal_path) == key and self._holds(shards):
-            return Journal(self._journal_path, key), False
-        other = found and Journal.key_of(self._journal_path) != key
+            return Journal(self._journal_path, key)
         self.discard()
         try:
             self.model.mkdir(parents=True)
@@ -134,7 +148,7 @@ class WorkFolder:
         for shard in shards:
             allocate(self.model / shard.file, shard.size, shard.header)
         # The journal comes last: where there is one, every shard has its size and its header.
-        return Journal(self._journal_path, key), other
+        return Journal(self._journal_path, key)
 
     def publish(self, *, fsync: bool) -> None:
         """Make the finished model OUT; an OUT that may be replaced moves aside first.

@@ -43,7 +43,10 @@ def model_card(plan: Plan, defaults: Mapping[str, Any], title: str) -> str:
         recipe, locate=public, defaults=defaults, inputs={}, header="a merge-cli recipe"
     )
     method = plan.method
-    sources = [public(spec.model) for spec in recipe.source_specs]
+    by_label = {str(spec.model): public(spec.model) for spec in recipe.source_specs}
+    merged = [plan.sources[i].label for i in plan.operands]
+    sources = [f"`{by_label.get(label, names[label])}`" for label in merged]
+    on_base = plan.method.needs_base and recipe.base_model is not None
     lines = [
         "---",
         yaml.safe_dump(front, sort_keys=False).strip(),
@@ -51,7 +54,7 @@ def model_card(plan: Plan, defaults: Mapping[str, Any], title: str) -> str:
         f"# {recipe.name or title}",
         "",
         f"A merge of {_listed(sources)} by `{recipe.merge_method}`"
-        + (f" on the base {public(recipe.base_model)}" if recipe.base_model else "")
+        + (f" on `{public(recipe.base_model)}`" if on_base and recipe.base_model else "")
         + f", made with merge-cli {version('merge-cli')}.",
         "",
         f"**{recipe.merge_method}**: {method.summary}"

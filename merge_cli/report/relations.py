@@ -26,6 +26,7 @@ class View:
         layers, axis: the groups that are layers, in order, and their columns.
         column_name: what a column is; names the stacks of a model that has several.
         sampled: share of the elements on which signs were counted.
+        outside: tensors that belong to no layer and are not drawn, the largest first.
     """
 
     kind: str
@@ -36,6 +37,7 @@ class View:
     axis: Axis
     column_name: str
     sampled: float
+    outside: Sequence[Json] = ()
 
     def column(self, field: str, *at: int) -> list[float | None]:
         """A field of every layer; `at` leads into lists and matrices."""
@@ -51,7 +53,9 @@ def view_of(statistics: Json | None) -> View | None:
     of_stack = f" of {', then '.join(stacks)}" if len(stacks) > 1 else ""
     names = [f"layer {g['layer']}" if len(stacks) < 2 else g["name"] for g in layers]
     models = statistics["models"]
+    outside = [group for group in statistics["groups"] if group["layer"] is None]
     return View(
+        outside=sorted(outside, key=lambda group: -group["count"]),
         kind="task vectors" if statistics["of"] == "deltas" else "weights",
         models=models,
         labels=_labels(models),

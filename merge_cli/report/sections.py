@@ -5,7 +5,7 @@ Without data a section says so in a line: an empty plot reads like a measurement
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 
 from merge_cli.report import charts
@@ -39,6 +39,7 @@ def alike(view: View) -> str:
     found = f"Most alike: {b} ({three_decimals(high)}); least: {a} ({three_decimals(low)})."
     if len(pairs) == 1:
         found = f"The cosine of {a} is {three_decimals(low)}."
+    found += _outside(view, _cosines_in_words)
     axis = charts.matrix_axis(view.labels)
     whole = charts.heat_map(
         "Cosine, whole model", view.labels, axis, view.total["cosine"], scale, 34, three_decimals
@@ -92,7 +93,9 @@ def sizes(view: View) -> str:
     found = _each(view, relative)
     merged = "" if change is None else f"; the merge {percent(change)}"
     figure = _series(view, "relative_norm", "‖δ‖/‖θ₀‖", view.column("change"))
-    return section(title, how, f"Whole model: {found}{merged}.", figure)
+    found = f"Whole model: {found}{merged}."
+    found += _outside(view, lambda group: _sizes_in_words(view, group))
+    return section(title, how, found, figure)
 
 
 def kept(view: View) -> str:
@@ -101,9 +104,40 @@ def kept(view: View) -> str:
     if view.total["kept"] is None:
         return section(title, "", "This method trims nothing.")
     found = f"Whole model: {_each(view, view.total['kept'])}"
+    if view.sampled < 1:
+        how += f" Counted on {percent(view.sampled)} of the elements."
     if view.layers and _is_flat(view, "kept"):  # equal shares by design: lines upon each other
         return section(title, how, f"{found}; the same in every layer.")
     return section(title, how, f"{found}.", _series(view, "kept", "elements kept"))
+
+
+def _outside(view: View, words: Callable[[Json], str]) -> str:
+    """What a chart by layer leaves out and may decide the whole: usually the embedding."""
+    if not view.layers or not view.outside:
+        return ""
+    group = view.outside[0]
+    share = group["count"] / view.total["count"]
+    found = words(group)
+    if share < 0.02 or not found:
+        return ""
+    name = escape(group["name"])
+    return f" Not drawn by layer: {name}, {percent(share)} of the elements, with {found}."
+
+
+def _cosines_in_words(group: Json) -> str:
+    values = [v for i, row in enumerate(group["cosine"] or []) for v in row[i + 1 :]]
+    known = [v for v in values if v is not None]
+    if not known:
+        return ""
+    return f"cosines from {three_decimals(min(known))} to {three_decimals(max(known))}"
+
+
+def _sizes_in_words(view: View, group: Json) -> str:
+    if group["relative_norm"] is None:
+        return ""
+    change = group["change"]
+    merged = f"; the merge {percent(change)}" if change is not None else ""
+    return f"{_each(view, group['relative_norm'])}{merged}"
 
 
 def _is_flat(view: View, field: str) -> bool:
