@@ -152,9 +152,9 @@ def run(
         trust_remote_code=trust_remote_code,
         copy_tokenizer=copy_tokenizer,
     )
-    if out is not None:
-        check_target(plan, out, options)
     if dry_run or out is None:
+        if out is not None:
+            check_target(plan, out, options)
         screen.plan(plan, memory, threads or usable_cores(), every=False, as_json=as_json)
         return
     screen.notes([*plan.notes])

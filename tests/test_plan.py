@@ -201,9 +201,15 @@ def test_stacks() -> None:
     assert main_stack(names, {"text_config": {"num_hidden_layers": 1}}) == "text.layers"
     assert main_stack(names, {}) is None
     assert place_of("model.norm.weight") is None
-    assert comes_after_layers("model.norm.weight")
-    assert comes_after_layers("lm_head.weight")
-    assert not comes_after_layers("model.embed_tokens.weight")
+    for name, stack in [
+        ("model.norm.weight", "model.layers"), ("lm_head.weight", "model.layers"),
+        ("ln_f.bias", "h"), ("transformer.ln_f.bias", "transformer.h"),
+        ("language_model.lm_head.weight", "language_model.model.layers"),
+        ("bert.pooler.dense.weight", "bert.encoder.layer"), ("cls.bias", "bert.encoder.layer"),
+    ]:  # fmt: skip
+        assert comes_after_layers(name, stack), name
+    for name in ("model.embed_tokens.weight", "projector.norm.weight", "mtp.norm.weight"):
+        assert not comes_after_layers(name, "model.layers"), name
 
 
 FRANKEN = """\

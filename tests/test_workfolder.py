@@ -11,7 +11,7 @@ import pytest
 import torch
 from test_engine import digest, stop_after, write_recipe
 from test_failures import cli, failed
-from tiny import Family, merge
+from tiny import Family, llama_config, merge, read_model, write_model
 
 import merge_cli
 from merge_cli.checkpoint.layout import lay_out
@@ -234,3 +234,106 @@ def test_layouts_are_compared_exactly(tmp_path: Path) -> None:
         work.open_journal("key", shards).close()
         work.open_journal("key", other).close()
         assert (work.model / "model.safetensors").read_bytes().startswith(other[0].header)
+
+
+def test_half_discarded_work_is_not_a_result(
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An old model at OUT, a journal of other work without its model: nothing was published."""
+    out = tmp_path / "out"
+    merge(write_recipe(family, "ties"), out)
+    interrupt(write_recipe(family, "soup"), out, overwrite=True)
+    shutil.rmtree(tmp_path / "out.partial" / "model")
+    report = merge_cli.merge(
+        write_recipe(family, "soup"), out, options=merge_cli.MergeOptions(overwrite=True)
+    ).report
+    assert report["recipe"]["method"] == "soup"
+    merge(write_recipe(family, "soup"), tmp_path / "expected")
+    assert digest(out) == digest(tmp_path / "expected")
+
+
+def test_a_folder_of_someone_elses_beside_out(family: Family, tmp_path: Path) -> None:
+    """A source called OUT.partial, or any folder that no merge has made, is left alone."""
+    shutil.copytree(family.folder / "a", family.folder / "m.partial")
+    recipe = family.write("merge_method: soup\nmodels: [m.partial, b]\n")
+    with pytest.raises(UsageError, match="is not an unfinished merge"):
+        merge(recipe, family.folder / "m", fresh=True)
+    assert (family.folder / "m.partial" / "model.safetensors").exists()
+
+
+def test_non_finite_work_is_not_continued_without_leave(family: Family, tmp_path: Path) -> None:
+    from merge_cli.errors import NonFiniteError
+
+    tensors = {n: torch.full_like(t, float("nan")) for n, t in family.models[0].items()}
+    write_model(family.folder / "a", tensors, llama_config())
+    recipe = write_recipe(family, "soup")
+    interrupt(recipe, tmp_path / "out", allow_non_finite=True)
+    with pytest.raises(NonFiniteError, match="allowed then"):
+        merge(recipe, tmp_path / "out")
+    merge(recipe, tmp_path / "out", allow_non_finite=True)
+
+
+def test_flags_of_an_earlier_run_leave_no_files(
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (family.folder / "a" / "modeling_x.py").write_text("code")
+    (family.folder / "a" / "tokenizer.json").write_text("{}")
+    recipe = write_recipe(family, "soup")
+    with monkeypatch.context() as patch:
+        patch.setattr(WorkFolder, "publish", lambda self, *, fsync: (_ for _ in ()).throw(
+            KeyboardInterrupt))  # fmt: skip
+        with pytest.raises(Interrupted):
+            merge(recipe, tmp_path / "out", trust_remote_code=True)
+    merge(recipe, tmp_path / "out", copy_tokenizer=False)
+    assert not (tmp_path / "out" / "modeling_x.py").exists()
+    assert not (tmp_path / "out" / "tokenizer.json").exists()
+
+
+def test_two_interruptions_after_a_reboot(
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is done after a restart of the machine counts like what is done before any."""
+    from merge_cli.engine import journal
+
+    recipe = write_recipe(family, "soup")
+    interrupt(recipe, tmp_path / "out")
+    monkeypatch.setattr(journal, "_boot_id", lambda: "the next boot")
+    interrupt(recipe, tmp_path / "out", units_done=20)
+    assert merge_cli.merge(recipe, tmp_path / "out").report["cost"]["resumed_bytes"] > 0
+
+
+@pytest.mark.parametrize("out", ["/", "x" * 300])
+def test_impossible_names(family: Family, tmp_path: Path, out: str) -> None:
+    target = out if out == "/" else str(tmp_path / out)
+    recipe = write_recipe(family, "soup")
+    for flags in ([], ["--dry-run"]):
+        done = cli("run", recipe, target, *flags)
+        assert done.returncode in (2, 4), done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_the_command_line_finds_what_was_published(
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, out = family.recipe("soup", base=False), tmp_path / "out"
+    monkeypatch.undo()  # units as the command line cuts them
+    with monkeypatch.context() as patch:
+        patch.setattr(WorkFolder, "discard", lambda self: None)
+        merge(recipe, out, device="auto")
+    done = cli("run", recipe, out)
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_method_defined_at_a_prompt(family: Family, tmp_path: Path) -> None:
+    import subprocess
+    import sys
+
+    code = (
+        "import merge_cli\n@merge_cli.merge_method('first')\ndef first(models):\n"
+        "    'Take the first.'\n    return models[0]\n"
+        f"merge_cli.merge({str(family.recipe('first', base=False))!r}, {str(tmp_path / 'out')!r})"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    merged = read_model(tmp_path / "out")
+    assert all(torch.equal(t, family.models[0][name]) for name, t in merged.items())

@@ -92,21 +92,19 @@ def _stack_layers(
                 config[key] = moved
                 changes.append(f"{key}: follows the layers")
     changes += _stack_experts(config, layers)
+    in_order = [index for _, index in layers] == list(range(len(layers)))
     for key in _BY_POSITION:
-        period = config.get(key)
-        if (
-            isinstance(period, int)
-            and period > 1
-            and [i for _, i in layers] != list(range(len(layers)))
-        ):
-            raise ValueError(
-                f"config.json counts its kinds of layers by position ({key}: {period})"
-            )
+        rule = config.get(key)
+        if key == "full_attention_interval" and "layer_types" in config:
+            continue  # the list says it, and has followed
+        if not in_order and (isinstance(rule, list | str) or (isinstance(rule, int) and rule > 1)):
+            raise ValueError(f"config.json says by position which layers are which ({key}: {rule})")
     return changes
 
 
 # Rules that say by number which layers are of which kind, and have no form as a list.
-_BY_POSITION = ("attn_layer_period", "expert_layer_period", "interleave_moe_layer_step",
+_BY_POSITION = ("cross_attention_layers", "hybrid_override_pattern",
+                "attn_layer_period", "expert_layer_period", "interleave_moe_layer_step",
                 "moe_layer_freq", "full_attention_interval")  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -164,7 +165,9 @@ def _from_cache(repo_id: str, revision: str | None, note: str) -> HubModel:
     wanted = revision or constants.DEFAULT_REVISION
     reference = root / "refs" / wanted
     commit = reference.read_text().strip() if reference.is_file() else wanted
-    folders = sorted((root / "snapshots").glob(f"{commit}*"))
+    snapshots = root / "snapshots"
+    every = sorted(snapshots.iterdir()) if snapshots.is_dir() else []
+    folders = [folder for folder in every if folder.name.startswith(commit)]
     if len(folders) != 1:
         label = f"{repo_id}@{revision}" if revision else repo_id
         what = "no such folder, not in the cache, and the Hub may not be asked (offline)"
@@ -185,8 +188,12 @@ def _remember_revision(model: HubModel) -> None:
     revision = model.revision or constants.DEFAULT_REVISION
     if not model.commit.startswith(revision):
         reference = _repository(model.repo_id) / "refs" / revision
-        reference.parent.mkdir(parents=True, exist_ok=True)
-        reference.write_text(model.commit)
+        if reference.is_file() and reference.read_text().strip() == model.commit:
+            return
+        # A convenience: a cache that many share may be read-only, and is used all the same.
+        with suppress(OSError):
+            reference.parent.mkdir(parents=True, exist_ok=True)
+            reference.write_text(model.commit)
 
 
 def _repository(repo_id: str) -> Path:

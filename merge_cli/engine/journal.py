@@ -33,7 +33,11 @@ def work_key(plan: Plan, *context: object) -> str:
     """
     import torch
 
-    code = inspect.getsource(sys.modules[plan.method.function.__module__])
+    function = plan.method.function
+    try:
+        code = inspect.getsource(sys.modules[function.__module__])
+    except (OSError, TypeError):  # defined at a prompt: there is no file to read
+        code = repr((function.__code__.co_code, function.__code__.co_consts))
     state = hashlib.sha256(f"merge-cli journal {_FORMAT} {version('merge-cli')}\n".encode())
     state.update(repr((torch.__version__, plan.method.name, plan.recipe.seed, context)).encode())
     state.update(code.encode())
@@ -57,6 +61,7 @@ class Journal:
     """An append-only file; safe to write from several threads.
 
     Attributes:
+        key: of the work.
         done: unit number -> its statistics, from earlier runs.
         count: units that are recorded, old and new.
     """
@@ -67,18 +72,19 @@ class Journal:
         Raises:
             ResourceError: it cannot be written.
         """
-        self._path = path
+        self._path, self.key = path, key
         self._mutex = threading.Lock()
         try:
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            self.done, good = _read(path, key)
-            os.ftruncate(self._fd, good)  # drops a torn last line, or all of another work's
+            units, same_boot = _read(path, key) if path.exists() else ([], False)
+            if not same_boot:
+                _rewrite(path, key, units)  # a new journal, or what another boot may believe
+            self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            os.ftruncate(self._fd, _good_length(path))  # drops a torn last line
             os.lseek(self._fd, 0, os.SEEK_END)
         except OSError as error:
             raise write_error(error, path) from error
+        self.done = {number: TensorStats.from_json(stats) for number, stats in units}
         self.count = len(self.done)
-        if not good:
-            self._write({"key": key, "boot": _boot_id()})
 
     @staticmethod
     def key_of(path: Path) -> str | None:
@@ -103,7 +109,7 @@ class Journal:
         os.close(self._fd)
 
     def _write(self, line: dict[str, Any]) -> None:
-        data = json.dumps(line, separators=(",", ":")).encode() + b"\n"
+        data = _line(line)
         try:
             with self._mutex:
                 while data:
@@ -112,27 +118,54 @@ class Journal:
             raise write_error(error, self._path) from error
 
 
-def _read(path: Path, key: str) -> tuple[dict[int, TensorStats], int]:
-    """The units that may be believed, and how many bytes of the journal say so."""
-    units: list[tuple[int, TensorStats, int]] = []
-    good = synced = start = 0
+Units = list[tuple[int, dict[str, Any]]]
+
+
+def _read(path: Path, key: str) -> tuple[Units, bool]:
+    """The units that may be believed, and whether the machine has not been restarted since."""
+    units: Units = []
+    same_boot, synced = False, 0
     with path.open("rb") as file:
         for number, line in enumerate(file):
             entry = _parse(line)
             if entry is None or (number == 0 and entry.get("key") != key):
                 break
-            good += len(line)
             if number == 0:
-                start = good
                 same_boot = entry.get("boot") == _boot_id()
             elif "unit" in entry:
-                units.append((entry["unit"], TensorStats.from_json(entry["stats"]), good))
+                units.append((entry["unit"], entry["stats"]))
             elif "synced" in entry:
                 synced = entry["synced"]
-    if good and not same_boot:
-        units = units[:synced]
-        good = units[-1][2] if units else start
-    return {number: stats for number, stats, _ in units}, good
+    return (units if same_boot else units[:synced]), same_boot
+
+
+def _rewrite(path: Path, key: str, units: Units) -> None:
+    """Begin a journal of this boot with units that are known to be on the disk."""
+    lines: list[dict[str, Any]] = [{"key": key, "boot": _boot_id()}]
+    lines += [{"unit": number, "stats": stats} for number, stats in units]
+    if units:
+        lines.append({"synced": len(units)})
+    new = path.with_suffix(".new")
+    with new.open("wb") as file:
+        file.writelines(_line(line) for line in lines)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(new, path)
+
+
+def _good_length(path: Path) -> int:
+    """The bytes of whole lines."""
+    good = 0
+    with path.open("rb") as file:
+        for line in file:
+            if _parse(line) is None:
+                break
+            good += len(line)
+    return good
+
+
+def _line(entry: dict[str, Any]) -> bytes:
+    return json.dumps(entry, separators=(",", ":")).encode() + b"\n"
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

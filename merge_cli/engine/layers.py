@@ -16,7 +16,7 @@ from merge_cli.checkpoint.config import layer_count
 
 _LAYER = re.compile(r"^(?:(?P<stack>.*?)\.)?(?P<index>\d+)\.(?P<rest>.+)$")
 # After the last layer: they come from the last slice. What else has no layer comes from the first.
-_AFTER = re.compile(r"(^|\.)(norm|ln_f|final_layernorm|final_layer_norm|final_norm|lm_head|"
+_AFTER = re.compile(r"(norm|ln_f|final_layernorm|final_layer_norm|final_norm|lm_head|"
                     r"embed_out|output|score|classifier|pooler|cls|ln_out)(\.|$)")  # fmt: skip
 
 
@@ -49,9 +49,18 @@ def stacks(names: Iterable[str]) -> dict[str, int]:
     return found
 
 
-def comes_after_layers(name: str) -> bool:
-    """Whether a tensor without a layer belongs behind the stack (final norm, lm_head)."""
-    return bool(_AFTER.search(name))
+def comes_after_layers(name: str, stack: str) -> bool:
+    """Whether a tensor without a layer belongs behind a stack (final norm, lm_head).
+
+    It must stand beside the stack or beside one of its parents: the norm of a projector or of
+    another module belongs to that module.
+    """
+    parents = stack.split(".")[:-1]
+    for depth in range(len(parents), -1, -1):
+        parent = "".join(f"{part}." for part in parents[:depth])
+        if name.startswith(parent) and _AFTER.match(name[len(parent) :]):
+            return True
+    return False
 
 
 def main_stack(names: Iterable[str], config: Mapping[str, Any]) -> str | None:

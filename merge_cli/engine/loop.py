@@ -23,7 +23,7 @@ from merge_cli.engine.plan import Plan
 from merge_cli.engine.statistics import TensorStats
 from merge_cli.engine.units import Unit, cut_units
 from merge_cli.engine.workfolder import sync
-from merge_cli.errors import ResourceError
+from merge_cli.errors import NonFiniteError, ResourceError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,11 +38,13 @@ class Outcome:
     """What the loop did, for the report.
 
     Attributes:
+        key: the digest of the work, by which OUT can be recognised as its result.
         stats: one for each task of the plan.
         resumed: bytes of output that an earlier run had merged.
         seconds: wall time of the loop, and of the survey before it.
     """
 
+    key: str
     device: Device
     threads: int
     window: Window
@@ -84,6 +86,11 @@ def run_loop(
     units = cut_units(plan.tasks)
     stats = [TensorStats() for _ in plan.tasks]
     for number, earlier in journal.done.items():
+        task = plan.tasks[units[number].task]
+        if any(earlier.non_finite) and not options.allow_non_finite:
+            what = "an interrupted run merged NaN or Inf, which was allowed then"
+            hint = "Allow it again with --allow-non-finite, or start over with --fresh."
+            raise NonFiniteError(what, tensor=task.name, hint=hint)
         stats[units[number].task].add(earlier)
     remaining = [unit for unit in units if unit.number not in journal.done]
     total = sum(_output_bytes(plan, unit) for unit in units)
@@ -135,6 +142,7 @@ def run_loop(
         sources.close()
         shards.close()
     return Outcome(
+        key=journal.key,
         device=device,
         threads=computers,
         window=pipeline.window,

@@ -151,7 +151,7 @@ def _offered(
         if place is not None and place.stack == stack:
             if low <= place.index < high:
                 offer[place.name(piece.start + place.index - low)] = ref
-        elif piece.last if place is None and comes_after_layers(name) else piece.first:
+        elif piece.last if place is None and comes_after_layers(name, stack) else piece.first:
             offer[name] = ref
     return offer
 

@@ -43,7 +43,7 @@ def execute(plan: Plan, target: Path, options: MergeOptions, *, show: Show, fini
             _fetch(plan, show)
             fingerprints = _verified_fingerprints(plan)
             key = work_key(plan, device.torch_device.type, options.statistics)
-            if work.published(key):
+            if not options.fresh and work.published(key):
                 work.discard()
                 return work.target
             work.refuse(options.overwrite, _precious(plan))
@@ -56,10 +56,13 @@ def execute(plan: Plan, target: Path, options: MergeOptions, *, show: Show, fini
                 outcome = run_loop(plan, work.model, journal, device, options, show)
             finally:
                 journal.close()
+            work.clear_companions(plan.shards)
             _write_companions(plan, work.model, options)
             finish(plan, fingerprints, outcome, work.model)
             work.publish(fsync=options.fsync)
             return work.target
+    except OSError as error:
+        raise write_error(error, target) from error
     except KeyboardInterrupt:
         where = f"{target}.partial"
         raise Interrupted("stopped", where=where, hint="The same command resumes.") from None
@@ -73,8 +76,11 @@ def check_target(plan: Plan, target: Path, options: MergeOptions) -> None:
     """
     choose_device(options.device)
     work = WorkFolder(target)
-    work.refuse(options.overwrite, _precious(plan))
-    work.check_space(plan.bytes_written)
+    try:
+        work.refuse(options.overwrite, _precious(plan))
+        work.check_space(plan.bytes_written)
+    except OSError as error:
+        raise write_error(error, target) from error
 
 
 def _precious(plan: Plan) -> list[Path]:

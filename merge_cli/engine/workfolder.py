@@ -12,6 +12,7 @@ continue, a finished model between two renames, or a published model with leftov
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import shutil
 from collections.abc import Iterable
@@ -24,6 +25,7 @@ from merge_cli.engine.journal import Journal
 from merge_cli.errors import ResourceError, UsageError
 from merge_cli.sizes import show_size
 
+_OURS = {"journal.jsonl", "journal.new", "model", "replaced"}
 # What --overwrite may replace: folders that look like a model.
 _SIGNS = ("config.json", "merge_recipe.yaml", "model.safetensors", "model.safetensors.index.json")
 
@@ -38,6 +40,8 @@ class WorkFolder:
 
     def __init__(self, target: Path) -> None:
         self.target = Path(os.path.realpath(target))
+        if not self.target.name:
+            raise UsageError("the output cannot be the root of the file system")
         self.partial = self.target.with_name(self.target.name + ".partial")
         self.model = self.partial / "model"
         self._replaced = self.partial / "replaced"
@@ -81,9 +85,13 @@ class WorkFolder:
         """
         if self.target.exists() and not self.target.is_dir():
             raise UsageError("the output is a file", where=str(self.target))
+        if self.partial.exists() and {p.name for p in self.partial.iterdir()} - _OURS:
+            what, hint = "is not an unfinished merge, and would be replaced", "Choose another OUT."
+            raise UsageError(what, where=str(self.partial), hint=hint)
         for path in precious:
             real = Path(os.path.realpath(path))
-            if real == self.target or self.target in real.parents:
+            taken = (self.target, self.partial)
+            if real in taken or any(place in real.parents for place in taken):
                 raise UsageError(
                     f"the output would replace {real}, which the merge needs",
                     hint="Choose another folder.",
@@ -114,9 +122,17 @@ class WorkFolder:
             raise ResourceError(what + f"{show_size(free)} free", where=str(self.target.parent))
 
     def published(self, key: str) -> bool:
-        """Whether OUT is the result of this very work, by a process killed while tidying up."""
-        done = self.target.is_dir() and self._journal_path.exists() and not self.model.exists()
-        return done and Journal.key_of(self._journal_path) == key
+        """Whether OUT is the result of this very work, by a process killed while tidying up.
+
+        OUT itself says so, in its report: nothing that is left of the work would prove it.
+        """
+        report = self.target / "merge_report.json"
+        if not self.partial.exists() or not report.is_file():
+            return False
+        try:
+            return bool(json.loads(report.read_text(encoding="utf-8")).get("work") == key)
+        except (ValueError, AttributeError):
+            return False  # somebody else's file
 
     def refuse_other_work(self, key: str) -> None:
         """Raise rather than throw away what another merge into the same OUT has done.
@@ -150,6 +166,15 @@ class WorkFolder:
         # The journal comes last: where there is one, every shard has its size and its header.
         return Journal(self._journal_path, key)
 
+    def clear_companions(self, shards: tuple[Shard, ...]) -> None:
+        """Remove what an earlier run, perhaps with other flags, has put beside the shards."""
+        kept = {shard.file for shard in shards}
+        for path in self.model.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name not in kept:
+                path.unlink()
+
     def publish(self, *, fsync: bool) -> None:
         """Make the finished model OUT; an OUT that may be replaced moves aside first.
 
@@ -169,7 +194,11 @@ class WorkFolder:
         self.discard()
 
     def discard(self) -> None:
-        """Throw away the work, and what a published model has replaced."""
+        """Throw away the work, and what a published model has replaced.
+
+        The journal goes first: half of a folder without one is nothing, with one it is work.
+        """
+        self._journal_path.unlink(missing_ok=True)
         shutil.rmtree(self.partial, ignore_errors=True)
 
     def _holds(self, shards: tuple[Shard, ...]) -> bool:

@@ -34,6 +34,7 @@ def build_report(
     used = sorted({*plan.operands, *([plan.base] if plan.base is not None else [])})
     return {
         "schema": SCHEMA,
+        "work": outcome.key,
         "merge_cli": version("merge-cli"),
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": {
