@@ -138,17 +138,21 @@ def test_changed_inputs_are_noticed(family: Family, tmp_path: Path) -> None:
 # Resuming
 
 
-def stop_after(count: int) -> Any:
-    """A progress callback that presses Ctrl-C after so many units."""
-    seen = 0
+def interrupt(recipe: Path, out: Path, units_done: int = 9, **options: Any) -> None:
+    """Merge until exactly so many units are done in this run, then press Ctrl-C."""
+    real, seen = Journal.record, 0
 
-    def show(progress: Any) -> None:
+    def record(journal: Journal, number: int, stats: TensorStats) -> None:
         nonlocal seen
-        seen += progress.stage == "merge"
-        if seen > count:
+        real(journal, number, stats)
+        seen += 1
+        if seen == units_done:
             raise KeyboardInterrupt
 
-    return show
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Journal, "record", record)
+        with pytest.raises(Interrupted, match="The same command resumes"):
+            merge(recipe, out, **options)
 
 
 @pytest.mark.usefixtures("small_steps")
@@ -157,8 +161,7 @@ def test_interrupted_and_resumed(family: Family, tmp_path: Path, case: str) -> N
     recipe = write_recipe(family, case)
     merge(recipe, tmp_path / "whole")
     for stop in (1, 5, 20):
-        with pytest.raises(Interrupted, match="The same command resumes"):
-            merge_cli.merge(recipe, tmp_path / "out", show=stop_after(stop))
+        interrupt(recipe, tmp_path / "out", stop)
         assert not (tmp_path / "out").exists()
     computed = []
     run = Computer.run
@@ -180,8 +183,7 @@ def test_interrupted_and_resumed(family: Family, tmp_path: Path, case: str) -> N
 
 @pytest.mark.usefixtures("small_steps")
 def test_a_journal_of_other_work_is_not_continued(family: Family, tmp_path: Path) -> None:
-    with pytest.raises(Interrupted):
-        merge_cli.merge(write_recipe(family, "soup"), tmp_path / "out", show=stop_after(9))
+    interrupt(write_recipe(family, "soup"), tmp_path / "out")
     with pytest.raises(UsageError, match="interrupted merge of another recipe"):
         merge(write_recipe(family, "ties"), tmp_path / "out")
     merge(write_recipe(family, "ties"), tmp_path / "out", fresh=True)
@@ -193,8 +195,7 @@ def test_a_journal_of_other_work_is_not_continued(family: Family, tmp_path: Path
 def test_changed_source_is_not_continued(family: Family, tmp_path: Path) -> None:
     """Other weights behind the same header: what was merged before is of no use."""
     recipe = write_recipe(family, "soup")
-    with pytest.raises(Interrupted):
-        merge_cli.merge(recipe, tmp_path / "out", show=stop_after(9))
+    interrupt(recipe, tmp_path / "out")
     other = {name: tensor * 2 for name, tensor in family.models[0].items()}
     config = json.loads((family.folder / "a" / "config.json").read_text())
     write_model(family.folder / "a", other, config)
@@ -212,8 +213,7 @@ def test_overwrite_is_resumable_too(family: Family, tmp_path: Path) -> None:
     before = digest(tmp_path / "out")
     recipe = write_recipe(family, "soup")
     options = merge_cli.MergeOptions(overwrite=True)
-    with pytest.raises(Interrupted):
-        merge_cli.merge(recipe, tmp_path / "out", options=options, show=stop_after(9))
+    interrupt(recipe, tmp_path / "out", overwrite=True)
     assert digest(tmp_path / "out") == before  # the old model stays until the new one is whole
     merge_cli.merge(recipe, tmp_path / "out", options=options)
     assert digest(tmp_path / "out") != before
@@ -224,8 +224,7 @@ def test_fsync_marks(family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(loop, "_SYNC_BYTES", 1000)
     options = merge_cli.MergeOptions(fsync=True)
     recipe = write_recipe(family, "soup")
-    with pytest.raises(Interrupted):
-        merge_cli.merge(recipe, tmp_path / "out", options=options, show=stop_after(20))
+    interrupt(recipe, tmp_path / "out", 20, fsync=True)
     journal = (tmp_path / "out.partial" / "journal.jsonl").read_text()
     assert '"synced"' in journal
     # as after a power failure: another boot believes what was synced, and no more

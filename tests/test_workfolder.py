@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_engine import digest, stop_after, write_recipe
+from test_engine import digest, interrupt, write_recipe
 from test_failures import cli, failed
 from tiny import Family, llama_config, merge, read_model, write_model
 
@@ -26,13 +26,6 @@ pytestmark = pytest.mark.usefixtures("small_units")
 def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(units, "UNIT_BYTES", 1024)
     monkeypatch.setattr(units, "BLOCK_MULTIPLE", 64)
-
-
-def interrupt(recipe: Path, out: Path, units_done: int = 9, **options: Any) -> None:
-    with pytest.raises(Interrupted):
-        merge_cli.merge(
-            recipe, out, options=merge_cli.MergeOptions(**options), show=stop_after(units_done)
-        )
 
 
 def test_a_header_that_never_reached_its_file(family: Family, tmp_path: Path) -> None:
