@@ -239,7 +239,7 @@ def _reporting(progress: Callable[[int], None]) -> type[Any]:
     """A tqdm that draws nothing and passes on how many bytes came."""
     from huggingface_hub.utils import tqdm
 
-    class Reporting(tqdm):  # type: ignore[misc]
+    class Reporting(tqdm):  # type: ignore[misc]  # tqdm has no types
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             initial = int(kwargs.get("initial") or 0)
             super().__init__(*args, **{**kwargs, "disable": True})

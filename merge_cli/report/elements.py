@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
+MAX_ROWS = 20_000  # of a table: a page that still opens
+
 
 def section(title: str, how: str, found: str, *parts: str) -> str:
     """A heading with how to read it, what was found, and the figures."""

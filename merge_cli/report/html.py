@@ -12,7 +12,7 @@ from importlib import resources
 from typing import Any
 
 from merge_cli.report import charts
-from merge_cli.report.elements import figure, section, table
+from merge_cli.report.elements import MAX_ROWS, figure, section, table
 from merge_cli.report.relations import Json, View, pairs_of, view_of
 from merge_cli.report.sections import alike, conflict, conflict_of, groups, kept, sizes
 from merge_cli.report.words import (
@@ -27,7 +27,6 @@ from merge_cli.report.words import (
     size,
 )
 
-_MAX_ROWS = 20_000  # of the table of tensors: a page that still opens
 _NO_STATISTICS = "No statistics were measured: there are no norms, cosines or signs to show."
 
 
@@ -175,7 +174,7 @@ def _tensors(tensors: Sequence[Json], statistics: Json | None) -> str:
     rows = [
         [escape(t["name"]), " × ".join(map(str, t["shape"])), escape(t["dtype"]), t["action"],
          *(_tensor_field(t[field]) for field in fields)]
-        for t in tensors[:_MAX_ROWS]
+        for t in tensors[:MAX_ROWS]
     ]  # fmt: skip
     more = len(tensors) - len(rows)
     rest = f"<p>{more:,} more are in merge_report.json.</p>" if more else ""

@@ -13,7 +13,7 @@ from merge_cli.report.words import mean, or_dash, percent
 
 Json = Mapping[str, Any]
 _MAX_PAIR_SOURCES = 8  # 28 pairs; more rows than that are read as sources, not as pairs
-_NO_LAYERS = "<p>By layer there is nothing to draw: no tensor of this model belongs to a layer.</p>"
+NO_LAYERS = "<p>By layer there is nothing to draw: no tensor of this model belongs to a layer.</p>"
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def by_layer(
 ) -> str:
     """A heat map with a column for each layer."""
     if not view.layers:
-        return _NO_LAYERS
+        return NO_LAYERS
     caption = f"{what}, by {view.column_name}."
     chart = charts.heat_map(caption, list(rows), view.axis, list(rows.values()), scale, 22, text)
     return figure(caption, chart)

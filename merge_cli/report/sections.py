@@ -10,8 +10,8 @@ from html import escape
 
 from merge_cli.report import charts
 from merge_cli.report.charts import Scale, Series, Values
-from merge_cli.report.elements import figure, section, table
-from merge_cli.report.relations import Json, View, by_layer, pair_rows, pairs_of, row
+from merge_cli.report.elements import MAX_ROWS, figure, section, table
+from merge_cli.report.relations import NO_LAYERS, Json, View, by_layer, pair_rows, pairs_of, row
 from merge_cli.report.words import (
     bare_percent,
     cosine,
@@ -21,9 +21,6 @@ from merge_cli.report.words import (
     three_decimals,
     two_decimals,
 )
-
-_MAX_ROWS = 20_000  # of the table of tensors: a page that still opens
-_NO_LAYERS = "<p>By layer there is nothing to draw: no tensor of this model belongs to a layer.</p>"
 
 
 def alike(view: View) -> str:
@@ -120,7 +117,7 @@ def _outside(view: View, words: Callable[[Json], str]) -> str:
     found = words(group)
     if share < 0.02 or not found:
         return ""
-    name = escape(group["name"])
+    name = group["name"]
     return f" Not drawn by layer: {name}, {percent(share)} of the elements, with {found}."
 
 
@@ -162,7 +159,7 @@ def _series(view: View, field: str, unit: str, merged: Values | None = None) -> 
     """One line for each source; rows of a heat map where lines would be a tangle."""
     rows = [view.column(field, i) for i in range(len(view.models))]
     if not view.layers:
-        return _NO_LAYERS
+        return NO_LAYERS
     if all(value is None for row in rows for value in row):
         return ""
     what = unit[0].upper() + unit[1:]
@@ -186,7 +183,7 @@ def groups(groups: Sequence[Json]) -> str:
     rows = [
         [escape(g["name"]), f"{g['count']:,}", or_dash(g["conflict"], percent),
          or_dash(g["change"], percent), row(g["relative_norm"]), row(g["kept"])]
-        for g in groups[:_MAX_ROWS]
+        for g in groups[:MAX_ROWS]
     ]  # fmt: skip
     title = "Layers, and the tensors outside them"
     return f"<details><summary>{title}</summary>{table(heads, rows, right=5)}</details>"
