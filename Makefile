@@ -27,7 +27,7 @@ format: $(VENV)/.installed
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.installed
-	$(BIN)/python scripts/bench_memory.py --size 0.5B
+	$(BIN)/python scripts/bench.py --size 0.5B
 
 # Trains the model family again, from text in Debian packages: about an hour (scripts/zoo/README.md).
 zoo: $(VENV)/.installed

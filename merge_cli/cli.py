@@ -37,6 +37,7 @@ ThreadsOption = Annotated[
     int | None,
     typer.Option("--threads", "--num-threads", "-j", min=1, help="Default: every usable core."),
 ]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 AllOption = Annotated[bool, typer.Option("--all", help="Show every tensor.")]
 
 
@@ -68,7 +69,7 @@ def _root(
 def run(
     recipe: RecipeArgument,
     out: Annotated[Path | None, typer.Argument(metavar="OUT", help="The folder to write.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: DeviceOption = "auto",
     threads: ThreadsOption = None,
     max_memory: MemoryOption = "1.25GB",
     shard_size: ShardOption = "5GB",
@@ -134,7 +135,6 @@ def run(
     screen.notes([*lines, *loaded.warnings])
 
     from merge_cli.api import merge
-    from merge_cli.engine.loop import usable_cores
     from merge_cli.engine.merge import check_target
     from merge_cli.engine.options import MergeOptions
     from merge_cli.engine.planner import make_plan
@@ -155,7 +155,7 @@ def run(
     if dry_run or out is None:
         if out is not None:
             check_target(plan, out, options)
-        screen.plan(plan, memory, threads or usable_cores(), every=False, as_json=as_json)
+        screen.plan(plan, options, every=False, as_json=as_json)
         return
     screen.notes([*plan.notes])
     with screen.progress() as show:
@@ -167,6 +167,7 @@ def run(
 def plan(
     recipe: RecipeArgument,
     shard_size: ShardOption = "5GB",
+    device: DeviceOption = "auto",
     max_memory: MemoryOption = "1.25GB",
     threads: ThreadsOption = None,
     every: AllOption = False,
@@ -174,7 +175,7 @@ def plan(
 ) -> None:
     """Show what a merge would do, from headers alone: tensors, bytes, memory, every problem."""
     from merge_cli import console
-    from merge_cli.engine.loop import usable_cores
+    from merge_cli.engine.options import MergeOptions
     from merge_cli.engine.planner import load_recipe, make_plan
     from merge_cli.sizes import parse_size
 
@@ -184,7 +185,8 @@ def plan(
     loaded = load_recipe(recipe)
     screen.notes(loaded.warnings)
     decided = make_plan(loaded, shard_size=shard_bytes)
-    screen.plan(decided, memory, threads or usable_cores(), every=every, as_json=as_json)
+    options = MergeOptions(device=device, threads=threads, max_memory=memory)
+    screen.plan(decided, options, every=every, as_json=as_json)
 
 
 @app.command()

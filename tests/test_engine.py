@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +13,14 @@ import torch
 from tiny import Family, llama_family, merge, read_model, write_model
 
 import merge_cli
-from merge_cli.engine import loop, operands, units
+from merge_cli.engine import loop, memory, operands, units
 from merge_cli.engine.compute import Computer
+from merge_cli.engine.device import choose_device
 from merge_cli.engine.journal import Journal
-from merge_cli.engine.memory import MINIMUM_MEMORY, estimated_peak, window_bytes
-from merge_cli.engine.pipeline import Pipeline, Window
 from merge_cli.engine.statistics import TensorStats
-from merge_cli.engine.units import Unit, cut_units
+from merge_cli.engine.units import cut_units
 from merge_cli.errors import Interrupted, UsageError
-from merge_cli.kernels import reduce
+from merge_cli.kernels import reduce, select
 
 RECIPES: dict[str, dict[str, Any]] = {
     "soup": {"base": False, "parameters": {"weight": 0.7}},
@@ -52,10 +50,14 @@ def digest(folder: Path) -> str:
 @pytest.fixture
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Units and blocks so small that even tiny tensors are cut into many."""
-    for module in (operands, units, reduce):
+    for module in (units, reduce):
         monkeypatch.setattr(module, "BLOCK_MULTIPLE", 64)
-    monkeypatch.setattr(operands, "_CPU_RUNS", 1)
+    monkeypatch.setattr(memory, "_HOST_BLOCK", 64)
     monkeypatch.setattr(units, "UNIT_BYTES", 1024)
+    # a sample that tells little, and few bins: thresholds take several passes
+    monkeypatch.setattr(operands, "_SAMPLE_RUN", 16)
+    monkeypatch.setattr(select, "_SMALLEST_SAMPLE", 64)
+    monkeypatch.setattr(select, "_BINS", 2**8)
 
 
 @pytest.mark.parametrize("case", RECIPES)
@@ -70,13 +72,13 @@ def test_units_and_blocks(
     merge(recipe, tmp_path / "whole")
     monkeypatch.setattr(reduce, "BLOCK_MULTIPLE", 64)
     merge(recipe, tmp_path / "runs")  # the reference for other runs of the exact sums
-    for module in (operands, units):
-        monkeypatch.setattr(module, "BLOCK_MULTIPLE", 64)
+    monkeypatch.setattr(units, "BLOCK_MULTIPLE", 64)
     monkeypatch.setattr(units, "UNIT_BYTES", 256)
+    monkeypatch.setattr(operands, "_SAMPLE_RUN", 64)
     tasks = merge_cli.plan(recipe).tasks
     assert len(cut_units(tasks)) > 2 * len(tasks)
     for runs in (1, 3):
-        monkeypatch.setattr(operands, "_CPU_RUNS", runs)
+        monkeypatch.setattr(memory, "_HOST_BLOCK", 64 * runs)
         merge(recipe, tmp_path / f"pieces{runs}", threads=runs)
         assert digest(tmp_path / f"pieces{runs}") == digest(tmp_path / "runs")
     if case not in ("slerp", "dare"):
@@ -164,12 +166,12 @@ def test_interrupted_and_resumed(family: Family, tmp_path: Path, case: str) -> N
         interrupt(recipe, tmp_path / "out", stop)
         assert not (tmp_path / "out").exists()
     computed = []
-    run = Computer.run
+    real = Computer._merge_unit
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             Computer,
-            "run",
-            lambda self, unit, loaded: (computed.append(unit), run(self, unit, loaded))[1],
+            "_merge_unit",
+            lambda self, *rest: (computed.append(rest[-1]), real(self, *rest))[1],
         )
         result = merge_cli.merge(recipe, tmp_path / "out")
     plan = merge_cli.plan(recipe)
@@ -258,51 +260,6 @@ def test_torn_journal_line(tmp_path: Path) -> None:
 # The loop
 
 
-def test_window_bounds_what_is_in_flight() -> None:
-    window, stop = Window(100), threading.Event()
-    assert window.acquire(60, stop)
-    assert window.acquire(40, stop)
-    waiting = threading.Thread(target=window.acquire, args=(30, stop))
-    waiting.start()
-    waiting.join(0.05)
-    assert waiting.is_alive()
-    window.release(60)
-    waiting.join(5)
-    assert window.used == 70
-    window.release(70)
-    assert window.acquire(1000, stop)  # alone, a large unit passes
-    assert window.peak == 1000
-
-
-@pytest.mark.parametrize("stage", ["read", "compute", "write"])
-def test_a_failure_in_any_stage_stops_everything(stage: str) -> None:
-    def fail_at_7(unit: Unit) -> None:
-        if unit.number == 7:
-            raise ValueError(f"{stage} failed")
-
-    def read(unit: Unit) -> list[torch.Tensor]:
-        if stage == "read":
-            fail_at_7(unit)
-        return [torch.zeros(10)]
-
-    def compute(unit: Unit, loaded: list[torch.Tensor]) -> tuple[torch.Tensor, TensorStats]:
-        if stage == "compute":
-            fail_at_7(unit)
-        return loaded[0], TensorStats()
-
-    def write(unit: Unit, data: torch.Tensor, stats: TensorStats) -> None:
-        if stage == "write":
-            fail_at_7(unit)
-
-    window = Window(25)
-    pipeline = Pipeline(read, compute, write, lambda unit: 10, window, computers=3)
-    before = threading.active_count()
-    with pytest.raises(ValueError, match=f"{stage} failed"):
-        pipeline.run([Unit(i, 0, 0, 1) for i in range(50)])
-    assert threading.active_count() == before
-    assert window.peak <= 25
-
-
 def test_every_element_once() -> None:
     from merge_cli.checkpoint.header import TensorRef
     from merge_cli.engine.plan import TensorTask
@@ -316,15 +273,37 @@ def test_every_element_once() -> None:
         assert cut[0].start == 0
         assert cut[-1].stop == size
         assert all(a.stop == b.start for a, b in zip(cut, cut[1:], strict=False))
-        assert all(unit.cost(task(size)) <= 2 * units.UNIT_BYTES for unit in cut)
+        assert all(12 * (unit.stop - unit.start) <= units.UNIT_BYTES for unit in cut)
 
 
 def test_memory_is_planned(family: Family) -> None:
-    plan = merge_cli.plan(family.recipe("ties"))
-    assert estimated_peak(plan, 1_250_000_000, 2) < 500_000_000  # a small model needs little
-    assert window_bytes(MINIMUM_MEMORY, 2, 4) > 1.25 * units.UNIT_BYTES
+    plan, cpu = merge_cli.plan(family.recipe("ties")), choose_device("cpu")
+    peak = memory.estimated_peak(plan, cpu, merge_cli.MergeOptions())
+    assert peak < 500_000_000  # a small model needs little
+    many = memory.lane_room(plan, cpu, merge_cli.MergeOptions(threads=1000))
+    assert many.lanes < 1000  # what does not fit is not begun
+    few = merge_cli.MergeOptions(threads=1000, max_memory=memory.MINIMUM_MEMORY)
+    assert 1 <= memory.lane_room(plan, cpu, few).lanes < many.lanes
+    assert memory.estimated_peak(plan, cpu, few) <= memory.MINIMUM_MEMORY
     with pytest.raises(UsageError, match="at least 500 MB"):
-        window_bytes(100_000_000, 2, 4)
+        memory.lane_room(plan, cpu, merge_cli.MergeOptions(max_memory=100_000_000))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("case", RECIPES)
+def test_compiled_and_torch_write_the_same_bytes(
+    family: Family, tmp_path: Path, case: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = family.recipe(case.partition(" ")[0], **{**RECIPES[case], "dtype": dtype})
+    merge(recipe, tmp_path / "compiled")
+    monkeypatch.setattr(loop, "choose_arithmetic", lambda plan: ("torch", "a test"))
+    merge(recipe, tmp_path / "torch")
+    assert digest(tmp_path / "compiled") == digest(tmp_path / "torch")
+    used = [
+        json.loads((tmp_path / name / "merge_report.json").read_text())["device"]["arithmetic"]
+        for name in ("compiled", "torch")
+    ]
+    assert used == ["compiled", "torch: a test"]
 
 
 def test_threads_of_torch_are_left_as_they_were(family: Family, tmp_path: Path) -> None:

@@ -140,7 +140,7 @@ def report(sources: int = 3, layers: int = 6, names: list[str] | None = None) ->
             "resumed_bytes": 0,
             "peak_rss": 700000000,
             "peak_vram": None,
-            "window": 640000000,
+            "buffers": 640000000,
         },
     }
 

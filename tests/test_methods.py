@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tiny import Family, llama_family, merge, to_array
 
 from merge_cli.engine.layers import place_of
-from merge_cli.methods.consensus import disjoint_mean
+from merge_cli.kernels.elect import disjoint_mean
 from merge_cli.methods.registry import all_methods, get_method
 
 WEIGHTS = [1.0, 0.5, -0.3]

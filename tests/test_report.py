@@ -86,7 +86,7 @@ def test_statistics_on_a_stride_of_large_tensors(tmp_path: Path) -> None:
 def test_cost_and_versions(family: Family, tmp_path: Path) -> None:
     merge(family.recipe("soup", base=False), tmp_path / "out", shard_size=3000)
     report = report_of(tmp_path / "out")
-    assert set(report["cost"]["stages"]) == {"read", "compute", "write"}
+    assert set(report["cost"]["stages"]) == {"read", "compute", "write", "stall"}
     written = sum(p.stat().st_size for p in (tmp_path / "out").glob("*.safetensors"))
     assert report["cost"]["bytes_written"] == report["output"]["bytes"] == written
     assert sum(s["bytes"] for s in report["output"]["shards"]) == written

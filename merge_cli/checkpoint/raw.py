@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+import struct
+import sys
 import threading
 from pathlib import Path
 
 from merge_cli.errors import CorruptFileError, ResourceError
+
+_COPY_BYTES = 4 * 2**20
 
 
 class FilePool:
@@ -74,6 +79,64 @@ def write_from(files: FilePool, path: Path, offset: int, data: memoryview) -> No
             done += os.pwrite(fd, data[done:], offset + done)
     except OSError as error:
         raise write_error(error, path) from error
+
+
+def copy_range(
+    sources: FilePool, source: Path, start: int, targets: FilePool, target: Path, offset: int,
+    size: int, model: str,
+) -> None:  # fmt: skip
+    """Copy `size` bytes from one file into another, without bringing them here if possible.
+
+    Raises:
+        CorruptFileError: the source ended early, vanished, or its disk failed.
+        ResourceError: the target's disk is full or failed.
+    """
+    done = 0
+    if hasattr(os, "copy_file_range"):
+        try:
+            fds = sources.fd(source), targets.fd(target)
+            while done < size:
+                count = os.copy_file_range(*fds, size - done, start + done, offset + done)
+                if count == 0:
+                    break
+                done += count
+        except OSError:
+            pass  # another file system, an old kernel, or a failure that the plain way will name
+    buffer = memoryview(bytearray(min(size - done, _COPY_BYTES)))
+    while done < size:
+        part = buffer[: size - done]
+        read_into(sources, source, start + done, part, model)
+        write_from(targets, target, offset + done, part)
+        done += len(part)
+
+
+def read_ahead(files: FilePool, path: Path, offset: int, size: int) -> None:
+    """Ask the system to bring a range into its cache while we do something else.
+
+    Nothing is promised and nothing fails: it is a hint, left out where it has no use.
+    """
+    try:
+        fd = files.fd(path)
+        if _is_cached(fd, offset) and _is_cached(fd, offset + size - 1):
+            return
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(fd, offset, size, os.POSIX_FADV_WILLNEED)
+        elif sys.platform == "darwin":
+            # struct radvisory: where, and how much (an int).
+            advice = struct.pack("qi4x", offset, min(size, 2**31 - 1))
+            fcntl.fcntl(fd, fcntl.F_RDADVISE, advice)
+    except OSError:
+        return  # the read itself will say what is wrong
+
+
+def _is_cached(fd: int, offset: int) -> bool:
+    """Whether a byte is in the system's cache already: asking for what is there costs time."""
+    if not hasattr(os, "RWF_NOWAIT"):
+        return False
+    try:
+        return os.preadv(fd, [bytearray(1)], offset, os.RWF_NOWAIT) == 1
+    except BlockingIOError:
+        return False
 
 
 def allocate(path: Path, size: int, header: bytes) -> None:

@@ -29,7 +29,7 @@ from merge_cli.sizes import show_seconds, show_size
 
 if TYPE_CHECKING:
     from merge_cli.api import MergeResult
-    from merge_cli.engine.options import Progress
+    from merge_cli.engine.options import MergeOptions, Progress
     from merge_cli.engine.plan import Plan
     from merge_cli.methods.registry import Method
 
@@ -62,13 +62,12 @@ class Screen:
         else:
             yield ProgressLog(self.err)
 
-    def plan(
-        self, plan: Plan, max_memory: int, threads: int, *, every: bool, as_json: bool
-    ) -> None:
+    def plan(self, plan: Plan, options: MergeOptions, *, every: bool, as_json: bool) -> None:
         """The plan as a table (one row for each run of like layers) or as JSON."""
+        from merge_cli.engine.device import choose_device
         from merge_cli.engine.memory import estimated_peak
 
-        peak = estimated_peak(plan, max_memory, threads)
+        peak = estimated_peak(plan, choose_device(options.device), options)
         if as_json:
             print(json.dumps(plan_json(plan, peak), indent=1, ensure_ascii=False))
             return

@@ -1,48 +1,87 @@
-"""Choosing where to compute, with the reason, which is shown."""
+"""Choosing where and with what to compute, with the reason, which is shown."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import Literal
 
+from merge_cli.engine.plan import Plan
 from merge_cli.errors import ResourceError, UsageError
+from merge_cli.kernels.convert import COMPILED
 
-if TYPE_CHECKING:
-    import torch
+# What a driver leaves in the file system: NVIDIA's, AMD's, and the one of Windows' Linux.
+_GPU_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
+_LEAST_FREE = 1_000_000_000
+Arithmetic = Literal["compiled", "torch"]
 
 
 @dataclass(frozen=True)
 class Device:
-    """A torch device and why it was chosen."""
+    """Where to compute and why there.
 
-    torch_device: torch.device
+    Attributes:
+        kind: `cpu` or `cuda`.
+        indexes: the CUDA devices that share the tensors; empty on a CPU.
+        name: for the report.
+    """
+
+    kind: Literal["cpu", "cuda"]
+    indexes: tuple[int, ...]
     name: str
     reason: str
 
 
 def choose_device(wanted: str) -> Device:
-    """`auto` takes CUDA where there is one; `cpu`, `cuda` and `cuda:N` are taken at their word.
+    """`auto` takes CUDA where there is some; `cpu`, `cuda` and `cuda:N` are taken at their word.
+
+    Without a number every CUDA device that is visible takes part. torch is asked only where the
+    system has a driver.
 
     Raises:
         UsageError: not a device that this tool knows.
-        ResourceError: a CUDA device that this machine or this torch build does not have.
+        ResourceError: a CUDA device that this machine or this torch build does not have, or one
+            whose memory is taken.
     """
-    import torch
-
     kind, _, number = wanted.partition(":")
     if kind not in ("auto", "cpu", "cuda") or (number and (kind != "cuda" or not number.isdigit())):
         raise UsageError(f"unknown device '{wanted}'", hint="Use auto, cpu, cuda or cuda:N.")
-    if wanted == "cpu":
-        return Device(torch.device("cpu"), "cpu", "asked for")
+    if kind == "cpu":
+        return Device("cpu", (), "cpu", "asked for")
+    if kind == "auto" and not any(Path(file).exists() for file in _GPU_FILES):
+        return Device("cpu", (), "cpu", "no CUDA device found")
+    import torch
+
     available = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if wanted == "auto" and not available:
+    if kind == "auto" and not available:
         built = torch.version.cuda is not None
         why = "no CUDA device found" if built else "this torch is built without CUDA"
-        return Device(torch.device("cpu"), "cpu", why)
-    index = int(number or 0)
-    if index >= available:
+        return Device("cpu", (), "cpu", why)
+    indexes = (int(number),) if number else tuple(range(available))
+    if not indexes or indexes[-1] >= available:
         what = f"device '{wanted}' is not there: {available} CUDA devices found"
         raise ResourceError(what, hint="Use --device cpu, or install a torch built for CUDA.")
-    name = torch.cuda.get_device_name(index)
-    reason = "found" if wanted == "auto" else "asked for"
-    return Device(torch.device("cuda", index), name, reason)
+    roomy = tuple(i for i in indexes if torch.cuda.mem_get_info(i)[0] >= _LEAST_FREE)
+    if not roomy:
+        free = max(torch.cuda.mem_get_info(i)[0] for i in indexes) / 1e9
+        what = f"{free:.1f} GB of device memory free, {_LEAST_FREE / 1e9:.0f} GB needed"
+        if kind == "auto":
+            return Device("cpu", (), "cpu", f"a CUDA device was found, but with {what}")
+        raise ResourceError(what, hint="Free some, or use --device cpu.")
+    name = torch.cuda.get_device_name(roomy[0])
+    name = name if len(roomy) == 1 else f"{len(roomy)} x {name}"
+    return Device("cuda", roomy, name, "found" if kind == "auto" else "asked for")
+
+
+def choose_arithmetic(plan: Plan) -> tuple[Arithmetic, str]:
+    """Compiled loops over numpy arrays, or torch, for a merge on a CPU; and why."""
+    from merge_cli.kernels import compiled
+
+    if not plan.method.any_array:
+        return "torch", f"{plan.method.name} works on tensors"
+    merged = [task for task in plan.tasks if task.action == "merge"]
+    formats = {ref.dtype for task in merged for ref in task.inputs} | {t.dtype for t in merged}
+    if formats - COMPILED:
+        return "torch", f"{', '.join(sorted(formats - COMPILED))} among the tensors"
+    missing = compiled.available()
+    return ("torch", missing) if missing else ("compiled", "")

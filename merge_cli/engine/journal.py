@@ -31,15 +31,13 @@ def work_key(plan: Plan, *context: object) -> str:
     Args:
         context: what else makes it other work: the kind of device, whether statistics are taken.
     """
-    import torch
-
     function = plan.method.function
     try:
         code = inspect.getsource(sys.modules[function.__module__])
     except (OSError, TypeError):  # defined at a prompt: there is no file to read
         code = repr((function.__code__.co_code, function.__code__.co_consts))
     state = hashlib.sha256(f"merge-cli journal {_FORMAT} {version('merge-cli')}\n".encode())
-    state.update(repr((torch.__version__, plan.method.name, plan.recipe.seed, context)).encode())
+    state.update(repr((version("torch"), plan.method.name, plan.recipe.seed, context)).encode())
     state.update(code.encode())
     stamps: dict[Path, str] = {}
     for task in plan.tasks:

@@ -1,36 +1,50 @@
-"""The work itself: the plan's units through the pipeline, from a journal's state to the end."""
+"""The work itself: the plan's tensors over the pool's threads, from a journal's state to the end.
+
+    tensors, largest first ──▶ lanes: read ─▶ compute ─▶ write, block by block ──▶ journal
+
+Every thread does all three, on blocks that fit in its cache; the system's read-ahead and
+write-back are what overlaps with computing. On a GPU several lanes share a device, each with a
+stream of its own.
+"""
 
 from __future__ import annotations
 
 import os
+import queue
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from merge_cli.checkpoint.header import DTYPES
-from merge_cli.checkpoint.raw import FilePool, write_error, write_from
+from merge_cli.checkpoint.raw import FilePool, write_error
 from merge_cli.engine.compute import Computer
-from merge_cli.engine.device import Device
+from merge_cli.engine.device import Device, choose_arithmetic
 from merge_cli.engine.journal import Journal
-from merge_cli.engine.memory import window_bytes
-from merge_cli.engine.operands import Arithmetic, read_span
+from merge_cli.engine.lanes import Files, HostLane, Lane, TorchLane
+from merge_cli.engine.memory import LaneRoom, lane_room
+from merge_cli.engine.operands import Reading
 from merge_cli.engine.options import MergeOptions, Progress, Show
-from merge_cli.engine.pipeline import Pipeline, StageClock, Window
 from merge_cli.engine.plan import Plan
+from merge_cli.engine.pool import Pool
 from merge_cli.engine.statistics import TensorStats
 from merge_cli.engine.units import Unit, cut_units
 from merge_cli.engine.workfolder import sync
 from merge_cli.errors import NonFiniteError, ResourceError
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 _SYNC_BYTES = 2_000_000_000
-_GPU_COMPUTERS = 2  # one computes while another copies; each holds blocks of every operand
 _SURVEY = "reading the whole model first, for thresholds over all of it"
+Done = queue.SimpleQueue["tuple[Unit, TensorStats] | BaseException | None"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What the threads did of one kind, together; `bytes` is 0 for waiting."""
+
+    seconds: float
+    threads: int
+    bytes: int
 
 
 @dataclass(frozen=True)
@@ -39,6 +53,9 @@ class Outcome:
 
     Attributes:
         key: the digest of the work, by which OUT can be recognised as its result.
+        arithmetic: compiled or torch, and why not compiled.
+        buffers: bytes that all lanes may hold.
+        stages: read, compute, write, stall.
         stats: one for each task of the plan.
         resumed: bytes of output that an earlier run had merged.
         seconds: wall time of the loop, and of the survey before it.
@@ -46,9 +63,10 @@ class Outcome:
 
     key: str
     device: Device
+    arithmetic: str
     threads: int
-    window: Window
-    clocks: dict[str, StageClock]
+    buffers: int
+    stages: Mapping[str, Stage]
     stats: list[TensorStats]
     resumed: int
     seconds: float
@@ -68,48 +86,44 @@ def run_loop(
         ResourceError: disk or memory ran out.
         KeyboardInterrupt: as it comes, after every thread has ended.
     """
-    threads = options.threads or usable_cores()
-    computers = threads if device.torch_device.type == "cpu" else min(threads, _GPU_COMPUTERS)
-    arithmetic = Arithmetic(
-        device.torch_device,
-        plan.recipe.seed,
-        "deltas" in plan.method.supplied,
-        options.allow_non_finite,
-    )
-    sources, shards = FilePool(os.O_RDONLY), FilePool(os.O_RDWR)
-    computer = Computer(plan, arithmetic, sources, statistics=options.statistics)
-    places = {
-        name: (model / shard.file, offset)
-        for shard in plan.shards
-        for name, offset in shard.offsets.items()
-    }
     units = cut_units(plan.tasks)
-    stats = [TensorStats() for _ in plan.tasks]
-    for number, earlier in journal.done.items():
-        task = plan.tasks[units[number].task]
-        if any(earlier.non_finite) and not options.allow_non_finite:
-            what = "an interrupted run merged NaN or Inf, which was allowed then"
-            hint = "Allow it again with --allow-non-finite, or start over with --fresh."
-            raise NonFiniteError(what, tensor=task.name, hint=hint)
-        stats[units[number].task].add(earlier)
-    remaining = [unit for unit in units if unit.number not in journal.done]
+    stats = _earlier_stats(plan, units, journal, options)
+    remaining: dict[int, list[Unit]] = {}
+    for unit in units:
+        if unit.number not in journal.done:
+            remaining.setdefault(unit.task, []).append(unit)
+    # The largest first, so that no thread is left alone with one at the end.
+    order = sorted(remaining, key=lambda task: (-plan.tasks[task].bytes_read, task))
     total = sum(_output_bytes(plan, unit) for unit in units)
-    done = resumed = total - sum(_output_bytes(plan, unit) for unit in remaining)
+    done = resumed = total - sum(_output_bytes(plan, u) for us in remaining.values() for u in us)
     unsynced = 0
+    finished: Done = queue.SimpleQueue()
 
-    def read(unit: Unit) -> list[Tensor]:
-        refs = plan.tasks[unit.task].inputs
-        return [read_span(sources, ref, unit.start, unit.stop) for ref in refs]
+    files = Files(FilePool(os.O_RDONLY), FilePool(os.O_RDWR))
+    arithmetic, why = _arithmetic(plan, device)
+    room = lane_room(plan, device, options)
+    pool = Pool(_lanes(files, device, arithmetic, room), room.lanes)
+    reading = Reading(pool, files, plan.recipe.seed, "deltas" in plan.method.supplied)
+    computer = Computer(
+        plan,
+        reading,
+        {
+            name: (model / shard.file, offset)
+            for shard in plan.shards
+            for name, offset in shard.offsets.items()
+        },
+        statistics=options.statistics,
+        allow_non_finite=options.allow_non_finite,
+    )
 
-    def write(unit: Unit, data: Tensor, unit_stats: TensorStats) -> None:
-        task = plan.tasks[unit.task]
-        path, offset = places[task.name]
-        if data.numel():
-            at = offset + unit.start * DTYPES[task.dtype][0]
-            write_from(shards, path, at, memoryview(data.numpy().data))
+    def work(task: int) -> None:
+        computer.merge(plan.tasks[task], remaining[task], record)
+
+    def record(unit: Unit, unit_stats: TensorStats) -> None:
         journal.record(unit.number, unit_stats)
+        finished.put((unit, unit_stats))
 
-    def on_done(unit: Unit, unit_stats: TensorStats) -> None:
+    def count(unit: Unit, unit_stats: TensorStats) -> None:
         nonlocal done, unsynced
         size = _output_bytes(plan, unit)
         done += size
@@ -120,45 +134,81 @@ def run_loop(
             unsynced = 0
         show(Progress("merge", done, total))
 
-    widest = max((len(task.inputs) for task in plan.tasks), default=1)
-    pipeline = Pipeline(
-        read=read,
-        compute=computer.run,
-        write=write,
-        cost=lambda unit: unit.cost(plan.tasks[unit.task]),
-        window=Window(window_bytes(options.max_memory, threads, widest)),
-        computers=computers,
-        on_done=on_done,
-    )
+    for task in order[: room.lanes]:
+        computer.begin(plan.tasks[task])
     began = time.perf_counter()
     try:
-        with _one_torch_thread(), _memory_errors():
+        with _one_torch_thread(device, arithmetic), _memory_errors(), pool:
             if remaining:
                 computer.survey(lambda: show(Progress("survey", 0, 0, _SURVEY)))
             surveyed = time.perf_counter()
             show(Progress("merge", done, total, "resumed" if resumed else ""))
-            pipeline.run(remaining)
+            pool.start(work, order, finished)
+            while (message := finished.get()) is not None:
+                if isinstance(message, BaseException):
+                    raise message
+                count(*message)
     finally:
-        sources.close()
-        shards.close()
+        files.sources.close()
+        files.shards.close()
+    ended = time.perf_counter()
     return Outcome(
         key=journal.key,
         device=device,
-        threads=computers,
-        window=pipeline.window,
-        clocks=pipeline.clocks,
+        arithmetic=f"{arithmetic}: {why}" if why else arithmetic,
+        threads=room.lanes,
+        buffers=room.lanes * room.bytes,
+        stages=_stages(pool.lanes, room.lanes, ended - began),
         stats=stats,
         resumed=resumed,
-        seconds=time.perf_counter() - surveyed,
+        seconds=ended - surveyed,
         survey_seconds=surveyed - began,
     )
 
 
-def usable_cores() -> int:
-    """Cores that this process may run on: a batch system often grants fewer than there are."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+def _earlier_stats(
+    plan: Plan, units: list[Unit], journal: Journal, options: MergeOptions
+) -> list[TensorStats]:
+    """What an interrupted run has measured, by task."""
+    stats = [TensorStats() for _ in plan.tasks]
+    for number, earlier in journal.done.items():
+        task = plan.tasks[units[number].task]
+        if any(earlier.non_finite) and not options.allow_non_finite:
+            what = "an interrupted run merged NaN or Inf, which was allowed then"
+            hint = "Allow it again with --allow-non-finite, or start over with --fresh."
+            raise NonFiniteError(what, tensor=task.name, hint=hint)
+        stats[units[number].task].add(earlier)
+    return stats
+
+
+def _arithmetic(plan: Plan, device: Device) -> tuple[str, str]:
+    return choose_arithmetic(plan) if device.kind == "cpu" else ("torch", "on the GPU")
+
+
+def _lanes(files: Files, device: Device, arithmetic: str, room: LaneRoom) -> Callable[[int], Lane]:
+    """What makes the pool's lanes. Devices take turns."""
+    if device.kind == "cuda":
+        from merge_cli.engine.staging import cuda_lane
+
+        return lambda number: cuda_lane(
+            files, device.indexes[number % len(device.indexes)], room.block
+        )
+    kind = HostLane if arithmetic == "compiled" else TorchLane
+    return lambda number: kind(files, room.block)
+
+
+def _stages(lanes: Sequence[Lane], threads: int, seconds: float) -> dict[str, Stage]:
+    clocks = [lane.clock for lane in lanes]
+    read, compute, write = (
+        sum(getattr(clock, name) for clock in clocks) for name in ("read", "compute", "write")
+    )
+    bytes_read = sum(clock.bytes_read for clock in clocks)
+    return {
+        "read": Stage(read, threads, bytes_read),
+        "compute": Stage(compute, threads, bytes_read),
+        "write": Stage(write, threads, sum(clock.bytes_written for clock in clocks)),
+        "stall": Stage(max(0.0, threads * seconds - read - compute - write), threads, 0),
+    }
 
 
 def _sync_units(journal: Journal, model: Path, plan: Plan) -> None:
@@ -172,8 +222,11 @@ def _sync_units(journal: Journal, model: Path, plan: Plan) -> None:
 
 
 @contextmanager
-def _one_torch_thread() -> Iterator[None]:
+def _one_torch_thread(device: Device, arithmetic: str) -> Iterator[None]:
     """Blocks are the parallelism here; torch's own threads would fight over the same cores."""
+    if device.kind == "cpu" and arithmetic == "compiled":
+        yield
+        return
     import torch
 
     before = torch.get_num_threads()
@@ -187,16 +240,14 @@ def _one_torch_thread() -> Iterator[None]:
 @contextmanager
 def _memory_errors() -> Iterator[None]:
     """Say in our own words that memory ran out, on the host or on the device."""
-    import torch
-
     hint = "Give it less: a lower --max-memory, fewer --threads, or --device cpu. It resumes."
     try:
         yield
-    except torch.cuda.OutOfMemoryError as error:
-        raise ResourceError("the device's memory ran out", hint=hint) from error
     except MemoryError as error:
         raise ResourceError("memory ran out", hint=hint) from error
     except RuntimeError as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, which may not be imported
+            raise ResourceError("the device's memory ran out", hint=hint) from error
         if "can't allocate memory" not in str(error):
             raise
         raise ResourceError("memory ran out", hint=hint) from error

@@ -1,46 +1,93 @@
-"""How much memory a merge may use, and how much it has used."""
+"""How much memory a merge may use, how it is shared out, and how much it has used.
+
+What a lane holds at once is known: a block of every input as it is stored, upcast, and what the
+method makes of it. Everything else is the interpreter, its libraries and the plan.
+"""
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
+from merge_cli.engine.device import Device, choose_arithmetic
+from merge_cli.engine.options import MergeOptions
 from merge_cli.engine.plan import Plan
-from merge_cli.engine.units import cut_units
 from merge_cli.errors import UsageError
+from merge_cli.kernels.reduce import BLOCK_MULTIPLE
 
-DEFAULT_MEMORY = 1_250_000_000
-# The interpreter with torch imported, and the blocks that a thread works on.
-_RUNTIME = 380_000_000
-_SCRATCH_BLOCKS = 6
-# What the allocator holds for each byte in flight: buffers of many sizes come and go, and some of
-# what is freed stays with the process. Measured with scripts/bench_memory.py.
-_ALLOCATOR = 1.5
-_BLOCK_BYTES = 4 * 262_144
 MINIMUM_MEMORY = 500_000_000
+# Measured with scripts/bench.py: the interpreter with its libraries, and what torch adds.
+_RUNTIME = 210_000_000
+_TORCH = 190_000_000
+_TENSOR = 2_500  # what the plan and the report hold for each tensor of each model
+_HOST_BLOCK = 2 * BLOCK_MULTIPLE  # 512 KiB an operand: L2, and never a page fault to allocate
+_TEMPORARIES = 6  # arrays of a block that a method makes besides its operands
+_SEARCH = 24 * 2**20  # for each operand: the sample and histograms of an exact threshold
+_GPU_LANES = 4  # on one device: one reads, one copies, one computes, one writes
+_GPU_BLOCK = 64 * BLOCK_MULTIPLE
 
 
-def window_bytes(max_memory: int, threads: int, operands: int) -> int:
-    """The bytes in flight that keep the whole process under `max_memory`.
+@dataclass(frozen=True)
+class LaneRoom:
+    """What each lane may use.
+
+    Attributes:
+        lanes: how many there are.
+        block: elements of a block.
+        bytes: what a lane holds on the host.
+    """
+
+    lanes: int
+    block: int
+    bytes: int
+
+
+def lane_room(plan: Plan, device: Device, options: MergeOptions) -> LaneRoom:
+    """As many lanes as there are threads, or as the memory holds; larger blocks on a GPU.
 
     Raises:
-        UsageError: less than a merge can work in.
+        UsageError: less memory than a merge can work in.
     """
-    if max_memory < MINIMUM_MEMORY:
-        what = f"--max-memory of {max_memory / 1e6:.0f} MB is too little"
+    if options.max_memory < MINIMUM_MEMORY:
+        what = f"--max-memory of {options.max_memory / 1e6:.0f} MB is too little"
         raise UsageError(what, hint=f"Give it at least {MINIMUM_MEMORY / 1e6:.0f} MB.")
-    return max(1, int((max_memory - _RUNTIME - _scratch(threads, operands)) / _ALLOCATOR))
+    inputs = max((len(task.inputs) for task in plan.tasks), default=1)
+    free = max(0, options.max_memory - _fixed(plan, device))
+    if device.kind == "cpu":
+        # Stored bytes of the widest format once, everything else upcast.
+        each = _HOST_BLOCK * (8 + 4 * (inputs + _TEMPORARIES))
+        threads = options.threads or usable_cores()
+        return LaneRoom(max(1, min(threads, free // each)), _HOST_BLOCK, each)
+    lanes = _GPU_LANES * len(device.indexes)
+    width = 8 * (inputs + 1)  # pinned: every input and the output
+    block = min(_GPU_BLOCK, free // (lanes * width))
+    block = max(1, block // BLOCK_MULTIPLE) * BLOCK_MULTIPLE
+    return LaneRoom(lanes, block, block * width)
 
 
-def estimated_peak(plan: Plan, max_memory: int, threads: int) -> int:
+def estimated_peak(plan: Plan, device: Device, options: MergeOptions) -> int:
     """What the process will hold at its peak, from the plan alone."""
-    operands = max((len(task.inputs) for task in plan.tasks), default=1)
-    window = window_bytes(max_memory, threads, operands)
-    units = cut_units(plan.tasks)
-    costs = [unit.cost(plan.tasks[unit.task]) for unit in units]
-    in_flight = min(sum(costs), max(window, max(costs, default=0)))
-    return _RUNTIME + _scratch(threads, operands) + int(in_flight * _ALLOCATOR)
+    room = lane_room(plan, device, options)
+    return _fixed(plan, device) + room.lanes * room.bytes
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on: a batch system often grants fewer than there are."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _fixed(plan: Plan, device: Device) -> int:
+    """What does not depend on the lanes."""
+    torch = device.kind == "cuda" or choose_arithmetic(plan)[0] == "torch"
+    headers = sum(len(source.tensors) for source in plan.sources) + len(plan.tasks)
+    searched = max((len(task.operands) for task in plan.tasks), default=1)
+    search = _SEARCH * searched if plan.method.name == "ties" else 0
+    return _RUNTIME + _TORCH * torch + _TENSOR * headers + search
 
 
 def peak_rss() -> int:
@@ -53,7 +100,3 @@ def peak_rss() -> int:
             return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _scratch(threads: int, operands: int) -> int:
-    return threads * (operands + _SCRATCH_BLOCKS) * _BLOCK_BYTES

@@ -42,7 +42,7 @@ def execute(plan: Plan, target: Path, options: MergeOptions, *, show: Show, fini
         with WorkFolder(target) as work:
             _fetch(plan, show)
             fingerprints = _verified_fingerprints(plan)
-            key = work_key(plan, device.torch_device.type, options.statistics)
+            key = work_key(plan, device.kind, options.statistics)
             if not options.fresh and work.published(key):
                 work.discard()
                 return work.target

@@ -1,115 +1,136 @@
-"""From raw bytes to what methods see: flat, upcast blocks, task vectors subtracted once.
+"""From files to what methods see: flat, upcast blocks, task vectors subtracted once.
 
-A tensor's bytes are either in memory already (a unit that was read ahead) or fetched block by
-block (a tensor larger than a unit, which `prepare` and `survey` must see whole). Methods cannot
-tell the difference, and the result does not depend on it.
+Spans of a tensor are its units; a block is what a lane takes at once. Methods cannot tell, and the
+result does not depend on it: both are whole numbers of `BLOCK_MULTIPLE` elements.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from itertools import accumulate
+from typing import Any, TypeVar
 
-from merge_cli.checkpoint.header import DTYPES, TensorRef
-from merge_cli.checkpoint.raw import FilePool, read_into
+from merge_cli.checkpoint.raw import read_ahead
+from merge_cli.engine.lanes import Files
 from merge_cli.engine.plan import TensorTask
-from merge_cli.kernels.reduce import BLOCK_MULTIPLE
+from merge_cli.engine.pool import Pool
 from merge_cli.methods.blocks import Block, Span
 
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
-_CPU_RUNS = 4  # 256k elements: the operands of a few sources stay in L2
-_GPU_BLOCK = 64 * BLOCK_MULTIPLE
+T = TypeVar("T")
+_SAMPLE_RUN = 4096
 
 
 @dataclass(frozen=True)
-class Arithmetic:
-    """Where and how a merge computes: what every block is made with.
+class Reading:
+    """What every reader of a merge shares.
 
     Attributes:
-        needs_delta: the method's operands are task vectors.
+        deltas: the method's operands are task vectors.
     """
 
-    device: torch.device
+    pool: Pool
+    files: Files
     seed: int
-    needs_delta: bool
-    allow_non_finite: bool = False
-
-    def block_size(self, operands: int) -> int:
-        """Elements in a block: fewer with many operands, always a multiple of BLOCK_MULTIPLE."""
-        if self.device.type != "cpu":
-            return _GPU_BLOCK
-        return max(1, _CPU_RUNS // max(1, operands // 4)) * BLOCK_MULTIPLE
-
-
-def read_span(files: FilePool, ref: TensorRef, start: int, stop: int) -> Tensor:
-    """Elements [start, stop) of a tensor as raw bytes on the CPU."""
-    import torch
-
-    width = DTYPES[ref.dtype][0]
-    raw = torch.empty((stop - start) * width, dtype=torch.uint8)
-    if raw.numel():
-        buffer = memoryview(raw.numpy().data)
-        read_into(files, ref.path, ref.offset + start * width, buffer, ref.model)
-    return raw
+    deltas: bool
 
 
 class TaskReader:
-    """One tensor of every source as `TensorBlocks`, from `start` to `stop`.
+    """One tensor of every source as `TensorBlocks`.
 
     Args:
-        loaded: raw bytes of every input (the base first) for exactly this range, or None to read
-            from the files as blocks are asked for.
-        on_pass: called at the start of each pass over the blocks.
+        starts: where its spans begin, and its size at the end.
     """
 
-    def __init__(
-        self,
-        task: TensorTask,
-        arithmetic: Arithmetic,
-        files: FilePool,
-        start: int = 0,
-        stop: int | None = None,
-        loaded: list[Tensor] | None = None,
-        on_pass: Callable[[], None] | None = None,
-    ) -> None:
-        self.task, self.arithmetic = task, arithmetic
+    def __init__(self, task: TensorTask, reading: Reading, starts: Sequence[int]) -> None:
+        self.task, self._reading = task, reading
         self.name, self.parameters = task.name, task.parameters
-        self.size = task.size
-        self._start, self._stop = start, task.size if stop is None else stop
-        self._files = files
-        self._loaded = loaded
-        self._on_pass = on_pass
+        self.size, self.starts = task.size, starts
         self.wide = any(ref.dtype == "F64" for ref in task.inputs)
 
     def blocks(self) -> Iterator[Block]:
         """Every block in order; may be called again and again."""
-        if self._on_pass is not None:
-            self._on_pass()
-        step = self.arithmetic.block_size(len(self.task.operands))
-        for start in range(self._start, self._stop, step):
-            yield self.block(start, min(start + step, self._stop))
+        for span in range(len(self.starts) - 1):
+            yield from self.span(span)
+
+    def span(self, number: int) -> Iterator[Block]:
+        """The blocks of one span. The next span is asked for while this one is worked on."""
+        self.read_ahead(number + 1)
+        yield from self.range(self.starts[number], self.starts[number + 1])
+
+    def range(self, start: int, stop: int) -> Iterator[Block]:
+        """Elements [start, stop) in blocks."""
+        step = self._reading.pool.lane.block
+        for begin in range(start, stop, step):
+            yield self.block(begin, min(begin + step, stop))
+
+    def map(self, work: Callable[[Iterator[Block]], T], only: int | None = None) -> list[T]:
+        numbers = range(len(self.starts) - 1) if only is None else [only]
+        return self._reading.pool.map(lambda number: work(self.span(number)), numbers)
+
+    def sample(self, count: int) -> Iterator[Block]:
+        for start in sample_starts(self.size, count):
+            yield self.block(start, min(start + _SAMPLE_RUN, self.size))
 
     def block(self, start: int, stop: int) -> Block:
-        """Elements [start, stop) of every operand, upcast, on the computing device."""
-        inputs = [self._upcast(i, start, stop) for i in range(len(self.task.inputs))]
-        base = inputs.pop(0) if self.task.base is not None else None
-        if base is not None and self.arithmetic.needs_delta:
-            inputs = [operand - base for operand in inputs]
-        at = Span(self.name, start, self.arithmetic.seed, self.task.ids)
-        return Block(base, inputs, at)
+        """Elements [start, stop) of every operand, upcast, where they are computed with."""
+        task, reading = self.task, self._reading
+        loaded = reading.pool.lane.load(
+            task.inputs, start, stop, base=task.base is not None, deltas=reading.deltas
+        )
+        at = Span(self.name, start, reading.seed, task.ids)
+        return Block(loaded.base, loaded.operands, at, loaded.finite)
 
-    def _upcast(self, i: int, start: int, stop: int) -> Tensor:
-        import torch
+    def read_ahead(self, number: int) -> None:
+        """Ask for a span before it is read, if there is one of that number."""
+        if number >= len(self.starts) - 1:
+            return
+        start, stop = self.starts[number], self.starts[number + 1]
+        for ref in self.task.inputs:
+            width = ref.nbytes // ref.size
+            size = (stop - start) * width
+            read_ahead(self._reading.files.sources, ref.path, ref.offset + start * width, size)
 
-        ref = self.task.inputs[i]
-        dtype = getattr(torch, DTYPES[ref.dtype][1])
-        if self._loaded is None:
-            raw = read_span(self._files, ref, start, stop).view(dtype)
-        else:
-            raw = self._loaded[i].view(dtype)[start - self._start : stop - self._start]
-        wide = torch.float64 if self.wide else torch.float32
-        return raw.to(self.arithmetic.device).to(wide)
+
+class ModelReader:
+    """Every tensor that is merged as one stream: `ModelBlocks`."""
+
+    def __init__(
+        self, tensors: Sequence[TaskReader], pool: Pool, on_pass: Callable[[], None]
+    ) -> None:
+        self.tensors, self._pool, self._on_pass = tensors, pool, on_pass
+        self._offsets = list(accumulate((tensor.size for tensor in tensors), initial=0))
+        self.size = self._offsets[-1]
+        self._spans = [(t, s) for t in tensors for s in range(len(t.starts) - 1)]
+        self.starts = [
+            offset + start
+            for tensor, offset in zip(tensors, self._offsets, strict=False)
+            for start in tensor.starts[:-1]
+        ] + [self.size]
+
+    def map(self, work: Callable[[Iterator[Block]], T], only: int | None = None) -> list[T]:
+        self._on_pass()
+        spans = self._spans if only is None else [self._spans[only]]
+        return self._pool.map(lambda span: work(span[0].span(span[1])), spans)
+
+    def sample(self, count: int) -> Iterator[Block]:
+        for start in sample_starts(self.size, count):
+            number = bisect_right(self._offsets, start) - 1
+            tensor, begin = self.tensors[number], start - self._offsets[number]
+            yield tensor.block(begin, min(begin + _SAMPLE_RUN, tensor.size))
+
+
+def sample_starts(size: int, count: int) -> Iterator[int]:
+    """Where runs of a sample of `count` elements begin; everything, if that is not much more."""
+    runs = max(1, count // _SAMPLE_RUN)
+    step = max(_SAMPLE_RUN, size // runs // _SAMPLE_RUN * _SAMPLE_RUN)
+    return iter(range(0, size, step))
+
+
+def operands_of(block: Block, supplied: Mapping[str, Any] | frozenset[str]) -> dict[str, Any]:
+    """A block under the names that a method's signature asks for."""
+    offered = {
+        "base": block.base, "models": block.operands, "deltas": block.operands, "at": block.at,
+    }  # fmt: skip
+    return {name: value for name, value in offered.items() if name in supplied}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from merge_cli.engine.memory import DEFAULT_MEMORY
+DEFAULT_MEMORY = 1_250_000_000
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from merge_cli.kernels.measure import dot, gram, signs, squared_distance
 from merge_cli.kernels.reduce import BLOCK_MULTIPLE
 from merge_cli.methods.blocks import Block
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 _MAX_PAIRS_SOURCES = 16
 _SAMPLE_STRIDE = 4  # rates are counted on every fourth run of elements, which is plenty
@@ -74,43 +72,42 @@ class TensorStats:
 Kept = Callable[[Block], list[int]]
 
 
-def measure(stats: TensorStats, block: Block, merged: Tensor, kept: Kept | None) -> None:
-    """Add one block to a tensor's sums. `merged` is the method's result, not yet rounded."""
-    import torch
+class Meter:
+    """Measures the blocks of one unit while they are in hand.
 
-    stacked = torch.stack(block.operands)
-    sources, length = stacked.shape
-    stats.count += length
-    if sources <= _MAX_PAIRS_SOURCES:
-        stats.gram = _sum_matrix(stats.gram, (stacked @ stacked.T).double().tolist())
-    else:
-        squares = torch.linalg.vector_norm(stacked, dim=1).double().square()
-        stats.gram = _sum_matrix(stats.gram, squares.diag().tolist())
-    if block.base is not None:
-        stats.base += float(block.base @ block.base)
-        change = merged - block.base
-        stats.change += float(change @ change)
-    for start in range(0, length, BLOCK_MULTIPLE):
-        # By the place in the tensor, so that the sample does not depend on how it is cut.
-        if ((block.at.start + start) // BLOCK_MULTIPLE) % _SAMPLE_STRIDE:
-            continue
-        run = slice(start, start + BLOCK_MULTIPLE)
-        operands = [operand[run] for operand in block.operands]
-        stats.sampled += len(operands[0])
-        if kept is not None:
-            at = replace(block.at, start=block.at.start + start)
-            stats.kept = _sum_list(stats.kept, kept(Block(None, operands, at)))
-        if 1 < sources <= _MAX_PAIRS_SOURCES:
-            _measure_signs(stats, stacked[:, run].sign())
+    Args:
+        stats: what is added to.
+        kept: the method's count of what trimming or dropping keeps, if it does either.
+    """
 
+    def __init__(self, stats: TensorStats, kept: Kept | None) -> None:
+        self._stats, self._kept = stats, kept
 
-def _measure_signs(stats: TensorStats, signs: Tensor) -> None:
-    present = signs.abs()
-    both = (present @ present.T).round().long()
-    difference = (signs @ signs.T).round().long()  # agreeing minus disagreeing
-    stats.both = _sum_matrix(stats.both, both.tolist())
-    stats.agree = _sum_matrix(stats.agree, ((both + difference) // 2).tolist())
-    stats.conflict += int(((signs.amax(0) > 0) & (signs.amin(0) < 0)).sum())
+    def add(self, block: Block, merged: Any) -> None:
+        """Add one block. `merged` is the method's result, not yet rounded."""
+        stats, length = self._stats, len(merged)
+        sources = len(block.operands)
+        stats.count += length
+        pairs = sources <= _MAX_PAIRS_SOURCES
+        stats.gram = _sum_matrix(stats.gram, gram(block.operands, pairs=pairs))
+        if block.base is not None:
+            stats.base += dot(block.base, block.base)
+            stats.change += squared_distance(merged, block.base)
+        for start in range(0, length, BLOCK_MULTIPLE):
+            # By the place in the tensor, so that the sample does not depend on how it is cut.
+            if ((block.at.start + start) // BLOCK_MULTIPLE) % _SAMPLE_STRIDE:
+                continue
+            run = slice(start, start + BLOCK_MULTIPLE)
+            operands = [operand[run] for operand in block.operands]
+            stats.sampled += len(operands[0])
+            if self._kept is not None:
+                at = replace(block.at, start=block.at.start + start)
+                stats.kept = _sum_list(stats.kept, self._kept(Block(None, operands, at)))
+            if sources > 1 and pairs:
+                both, agree, conflict = signs(operands)
+                stats.both = _sum_matrix(stats.both, both)
+                stats.agree = _sum_matrix(stats.agree, agree)
+                stats.conflict += conflict
 
 
 def _sum_list(a: Sequence[Any], b: Sequence[Any]) -> list[Any]:

@@ -26,23 +26,19 @@ class Unit:
     start: int
     stop: int
 
-    def cost(self, task: TensorTask) -> int:
-        """Bytes held while it is worked on: its inputs and its output."""
-        length = self.stop - self.start
-        width = sum(DTYPES[ref.dtype][0] for ref in task.inputs) + DTYPES[task.dtype][0]
-        return length * width
-
 
 def cut_units(tasks: Sequence[TensorTask]) -> list[Unit]:
-    """Every element of every task, once, in order."""
+    """Every element of every task, once, in order; an empty tensor is one empty unit."""
     units: list[Unit] = []
     for index, task in enumerate(tasks):
-        step = _unit_length(task)
-        for start in range(0, max(task.size, 1), step):
-            units.append(Unit(len(units), index, start, min(start + step, task.size)))
+        starts = span_starts(task)
+        for start, stop in zip(starts, starts[1:] or [0], strict=False):
+            units.append(Unit(len(units), index, start, stop))
     return units
 
 
-def _unit_length(task: TensorTask) -> int:
+def span_starts(task: TensorTask) -> list[int]:
+    """Where the units of a task begin, and at the end its size."""
     width = sum(DTYPES[ref.dtype][0] for ref in task.inputs)
-    return max(1, UNIT_BYTES // width // BLOCK_MULTIPLE) * BLOCK_MULTIPLE
+    step = max(1, UNIT_BYTES // width // BLOCK_MULTIPLE) * BLOCK_MULTIPLE
+    return [*range(0, task.size, step), task.size]

@@ -21,13 +21,84 @@ compared, so density 0.53 means 0.53.
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from merge_cli.kernels.arrays import Array, is_numpy
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
 _CHUNK = 2**32
+
+
+def drop(
+    rows: Sequence[Array], seed: int, sources: Sequence[int], name: str, start: int,
+    density: Sequence[float],
+) -> list[Array]:  # fmt: skip
+    """Flat blocks with each element zeroed unless its mask keeps it.
+
+    Args:
+        rows: each source's elements from flat index `start` of the tensor called `name`.
+        sources: each source's place in the recipe.
+        density: for each source, the chance of being kept.
+    """
+    if is_numpy(rows[0]):
+        import numpy as np
+
+        out = np.empty((len(rows), len(rows[0])), np.float32)
+        for row, source, share, result in zip(rows, sources, density, out, strict=True):
+            _compiled_drop(row, seed, source, name, start, share, result)
+        return list(out)
+    return [
+        row.where(keep_mask(seed, source, name, start, row.numel(), share, row.device), 0.0)
+        for row, source, share in zip(rows, sources, density, strict=True)
+    ]
+
+
+def count_kept(
+    rows: Sequence[Array], seed: int, sources: Sequence[int], name: str, start: int,
+    density: Sequence[float],
+) -> list[int]:  # fmt: skip
+    """How many elements of each block its mask keeps."""
+    if is_numpy(rows[0]):
+        import numpy as np
+
+        ones = np.ones(len(rows[0]), np.float32)
+        kept = drop([ones] * len(rows), seed, sources, name, start, density)
+        return [int(np.count_nonzero(row)) for row in kept]
+    return [
+        int(keep_mask(seed, source, name, start, row.numel(), share, row.device).sum())
+        for row, source, share in zip(rows, sources, density, strict=True)
+    ]
+
+
+def _compiled_drop(
+    row: Any, seed: int, source: int, name: str, start: int, density: float, out: Any
+) -> None:
+    import numpy as np
+
+    from merge_cli.kernels import compiled
+
+    limit = round(density * 2**32)
+    if limit >= 2**32:
+        out[:] = row
+        return
+    for chunk, low, part in _chunks(start, len(row)):
+        k0, k1 = mask_key(seed, source, name, chunk)
+        words = [np.uint32(word) for word in (k0, k1, low, limit)]
+        compiled.drop(row[part], *words, out[part])
+
+
+def _chunks(start: int, size: int) -> Iterator[tuple[int, int, slice]]:
+    """(chunk, first index within it, which elements): the key changes every 2^32 elements."""
+    at = start
+    while at < start + size:
+        chunk = at // _CHUNK
+        end = min(start + size, (chunk + 1) * _CHUNK)
+        yield chunk, at - chunk * _CHUNK, slice(at - start, end - start)
+        at = end
 
 
 def keep_mask(
@@ -40,14 +111,9 @@ def keep_mask(
     if limit >= 2**32:
         return torch.ones(size, dtype=torch.bool, device=device)
     parts = []
-    stop = start + size
-    while start < stop:  # the key changes every 2^32 elements
-        chunk = start // _CHUNK
-        end = min(stop, (chunk + 1) * _CHUNK)
+    for chunk, low, part in _chunks(start, size):
         k0, k1 = mask_key(seed, source, name, chunk)
-        low = start - chunk * _CHUNK
-        parts.append(_uniform(low, end - start, k0, k1, device) < limit - 2**31)
-        start = end
+        parts.append(_uniform(low, part.stop - part.start, k0, k1, device) < limit - 2**31)
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 

@@ -1,51 +1,98 @@
-"""Sums over whole tensors that come out the same however the tensor is read.
+"""Sums that come out the same however a tensor is read.
 
 Each run of 65,536 elements is summed by itself in float64, and the partial sums are added exactly.
-Blocks are whole numbers of runs (`BLOCK_MULTIPLE`), so their size does not matter.
+Blocks are whole numbers of runs (`BLOCK_MULTIPLE`), so their size does not matter. Within a run,
+element i belongs to lane i mod 64; a lane is summed in order, then the lanes are.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
+from typing import Any
 
-if TYPE_CHECKING:
-    from torch import Tensor
+from merge_cli.kernels.arrays import Array, is_numpy, matrix
 
 BLOCK_MULTIPLE = 65_536
+_LANES = 64
 
 
-class ExactSum:
-    """An order-independent sum of float64 partial sums."""
-
-    def __init__(self) -> None:
-        self._parts: list[float] = []
-
-    def add(self, values: Tensor) -> None:
-        """Add every element of one flat block."""
-        for start in range(0, values.numel(), BLOCK_MULTIPLE):
-            run = values[start : start + BLOCK_MULTIPLE]
-            self._parts.append(float(run.double().sum()))
-
-    @property
-    def value(self) -> float:
-        return math.fsum(self._parts)
-
-
-def divided(x: Tensor, number: float) -> Tensor:
+def divided(x: Array, number: float) -> Array:
     """x / number, a true division everywhere: a GPU would multiply by 1/number given a scalar."""
+    if is_numpy(x):
+        return x / number
     return x / x.new_full((1,), number)
 
 
-def weighted_sum(weights: Iterable[float], tensors: Iterable[Tensor]) -> Tensor:
+def weighted_sum(weights: Iterable[float], arrays: Sequence[Array]) -> Array:
     """sum of w * x in the given order: a product, then an addition, each rounded by itself.
 
     Not fused, so that vector code, its scalar tail and a GPU all round alike.
     """
-    total: Tensor | None = None
-    for weight, tensor in zip(weights, tensors, strict=True):
-        term = tensor * weight
+    if is_numpy(arrays[0]):
+        import numpy as np
+
+        from merge_cli.kernels import compiled
+
+        out = np.empty_like(arrays[0])
+        compiled.weighted_sum(matrix(arrays), np.array([*weights], out.dtype), out)
+        return out
+    total: Any = None
+    for weight, array in zip(weights, arrays, strict=True):
+        term = array * weight
         total = term if total is None else total.add_(term)
-    assert total is not None, "nothing to sum"
     return total
+
+
+def scaled(arrays: Sequence[Array], factors: Sequence[float]) -> list[Array]:
+    """factor * x for each of them."""
+    if is_numpy(arrays[0]):
+        import numpy as np
+
+        rows = matrix(arrays)
+        return list(rows * np.array(factors, rows.dtype)[:, None])
+    return [array * factor for array, factor in zip(arrays, factors, strict=True)]
+
+
+def dot_runs(a: Array, b: Array) -> list[float]:
+    """The sum of a * b over each run of a flat block."""
+    if is_numpy(a):
+        import numpy as np
+
+        from merge_cli.kernels import compiled
+
+        lanes = np.empty(_LANES)
+        return [compiled.dot(a[run], b[run], lanes) for run in _runs(len(a))]
+    return [_lane_sum(a[run].double() * b[run].double()) for run in _runs(len(a))]
+
+
+def absolute_runs(a: Array) -> list[float]:
+    """The sum of |a| over each run of a flat block."""
+    if is_numpy(a):
+        import numpy as np
+
+        from merge_cli.kernels import compiled
+
+        lanes = np.empty(_LANES)
+        return [compiled.absolute_sum(a[run], lanes) for run in _runs(len(a))]
+    return [_lane_sum(a[run].double().abs()) for run in _runs(len(a))]
+
+
+def exact_sum(parts: Iterable[Iterable[float]]) -> float:
+    """The sum of all partial sums, exact, so that their grouping does not matter."""
+    return math.fsum(value for part in parts for value in part)
+
+
+def _runs(size: int) -> list[slice]:
+    return [slice(start, start + BLOCK_MULTIPLE) for start in range(0, size, BLOCK_MULTIPLE)]
+
+
+def _lane_sum(values: Any) -> float:
+    """The sum of float64 values in the order that the module's text gives."""
+    import torch
+
+    padded = torch.nn.functional.pad(values, (0, -len(values) % _LANES)).view(-1, _LANES)
+    if values.device.type == "cpu":
+        # numpy adds row by row; torch's order within a column is its own.
+        return float(sum(padded.numpy().sum(0).tolist()))
+    return math.fsum(padded.sum(0).tolist())

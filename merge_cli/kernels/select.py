@@ -1,24 +1,55 @@
-"""The exact k-th largest magnitude of a stream, without sorting.
+"""The exact k-th largest magnitude of a stream, without sorting, mostly in one pass.
 
-The bit pattern of |x| is monotonic in |x|. So a histogram of its upper 16 bits finds the bin that
-holds the k-th largest, a histogram of the next bits within that bin narrows it, until every bit is
-known: two passes for float32, four for float64. Counts are integers, so the result depends on
-neither blocks nor device. Ties at the threshold go to the lower index: one more pass, only where
-some ties must be dropped, finds the last tie that is kept.
+The bit pattern of |x| (its *key*) is monotonic in |x|. A sample brackets the key that is looked
+for; a pass counts how many keys lie above the bracket and makes a histogram of those inside. That
+names the key exactly, or a narrower range (one bin, or what lies beside a bracket that missed),
+and the next pass looks there. Counts are integers: the result depends on neither sample, blocks,
+threads nor device. Equal magnitudes are kept from the lowest index on; the counts of each span
+tell in which span the last one that is kept lies, and only that span is looked at again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import TYPE_CHECKING
+from functools import partial
+from itertools import accumulate
+from typing import Any, Protocol, TypeVar
 
-if TYPE_CHECKING:
-    from torch import Tensor
+from merge_cli.kernels.arrays import is_numpy
+from merge_cli.kernels.keys import RangeCounter, SpanCounts, find_tie, key_of, keys, number
 
-_LEVEL_BITS = 16
+_BINS = 2**19
+_SAMPLE_SHARE = 64
+_SMALLEST_SAMPLE, _LARGEST_SAMPLE = 2**17, 2**21
+_KEPT_COUNTS = 4_000_000  # bins of single spans that may be held, 12 bytes each
 ALL_TIES = 2**63 - 1
+T = TypeVar("T")
+Rows = Sequence[Any]
+Counted = dict[int, "SpanCounts | None"]
+
+
+class Stream(Protocol):
+    """The operands of one tensor, or of a whole model, in spans that threads may share.
+
+    Attributes:
+        size: elements of each operand.
+        starts: the flat index at which each span begins, and at the end `size`.
+    """
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def starts(self) -> Sequence[int]: ...
+
+    def sample(self, count: int) -> Iterable[Rows]:
+        """Small blocks of about `count` elements in all, evenly spread; all of them if few."""
+
+    def map(self, work: Callable[[Iterable[Rows]], T], only: int | None = None) -> list[T]:
+        """work(blocks of a span), for every span or one; the results in the spans' order."""
 
 
 @dataclass(frozen=True)
@@ -28,14 +59,57 @@ class Cut:
     threshold: float
     last_tie: int
 
-    def keep(self, x: Tensor, start: int) -> Tensor:
+    def keep(self, x: Any, start: int) -> Any:
         """The boolean mask of what is kept, for a flat span that begins at index `start`."""
         magnitude = x.abs()
         kept = magnitude > self.threshold
-        ties = min(max(self.last_tie - start + 1, 0), x.numel())
+        ties = self.ties(start, x.numel())
         if ties:
             kept[:ties] |= magnitude[:ties] == self.threshold
         return kept
+
+    def ties(self, start: int, size: int) -> int:
+        """Of the span's elements, how many from its beginning on may be kept as ties."""
+        if math.isnan(self.threshold):
+            return 0  # NaN equals nothing
+        return min(max(self.last_tie - start + 1, 0), size)
+
+
+def trimmed(rows: Sequence[Any], cuts: Sequence[Cut | None], start: int) -> list[Any]:
+    """Flat blocks, one for each cut, with what the cut drops set to 0."""
+    if all(cut is None for cut in cuts):
+        return list(rows)
+    if is_numpy(rows[0]):
+        return _compiled_trim(rows, cuts, start)
+    return [
+        row if cut is None else row.where(cut.keep(row, start), 0.0)
+        for row, cut in zip(rows, cuts, strict=True)
+    ]
+
+
+def _compiled_trim(rows: Sequence[Any], cuts: Sequence[Cut | None], start: int) -> list[Any]:
+    import numpy as np
+
+    from merge_cli.kernels import compiled
+
+    out = np.empty((len(rows), len(rows[0])), rows[0].dtype)
+    for row, cut, result in zip(rows, cuts, out, strict=True):
+        if cut is None:
+            result[:] = row
+        else:
+            compiled.trim(row, key_of(cut.threshold), cut.ties(start, len(row)), result)
+    return list(out)
+
+
+def count_kept(x: Any, cut: Cut | None, start: int) -> int:
+    """How many elements of a block the cut keeps."""
+    if cut is None:
+        return len(x)
+    if is_numpy(x):
+        from merge_cli.kernels import compiled
+
+        return int(compiled.count_kept(x, key_of(cut.threshold), cut.ties(start, len(x))))
+    return int(cut.keep(x, start).sum())
 
 
 def kept_count(density: float, size: int) -> int:
@@ -43,137 +117,135 @@ def kept_count(density: float, size: int) -> int:
     return int(Fraction(repr(float(density))) * size)
 
 
-class MagnitudeSearch:
-    """The state of one search for the k-th largest magnitude; `k` from 1 to the stream's length.
-
-    Feed every block in order, then call `end_pass`; repeat while `unfinished`.
-    """
-
-    def __init__(self, k: int) -> None:
-        self.k = k
-        self.threshold: float | None = None
-        self.tie_ordinal: int | None = None  # which tie is the last that is kept; None: all are
-        self._above = 0  # how many are larger than everything in the current bin
-        self._prefix = 0
-        self._shift: int | None = None  # bits below the current level; None before any data
-        self._counts: Tensor | None = None
-
-    @property
-    def unfinished(self) -> bool:
-        return self.threshold is None
-
-    def feed(self, x: Tensor) -> None:
-        """Count one flat float32 or float64 block."""
-        import torch
-
-        integer, width = (torch.int32, 31) if x.dtype == torch.float32 else (torch.int64, 63)
-        if self._shift is None:
-            self._shift = width - _LEVEL_BITS
-        bits = x.view(integer) & (2**width - 1)
-        level = min(_LEVEL_BITS, width)
-        if self._shift + level < width or self._prefix:
-            inside = (bits >> (self._shift + self._level_width(width))) == self._prefix
-            bits = bits[inside]
-        index = (bits >> self._shift) & (2 ** self._level_width(width) - 1)
-        counts = torch.bincount(index, minlength=2**_LEVEL_BITS)
-        self._counts = counts if self._counts is None else self._counts + counts
-        self._width = width
-
-    def end_pass(self) -> None:
-        """Choose the bin that holds the k-th largest and go one level down."""
-        import torch
-
-        assert self._counts is not None, "no data was fed"
-        assert self._shift is not None
-        counts = self._counts.cpu()
-        from_top = counts.flip(0).cumsum(0)
-        reverse = int(torch.searchsorted(from_top, self.k - self._above))
-        chosen = len(counts) - 1 - reverse
-        in_bin = int(counts[chosen])
-        self._above += int(from_top[reverse]) - in_bin
-        self._prefix = (self._prefix << self._level_width(self._width)) | chosen
-        self._counts = None
-        if self._shift == 0:
-            real, integer = (
-                (torch.float32, torch.int32) if self._width == 31 else (torch.float64, torch.int64)
-            )
-            self.threshold = float(torch.tensor(self._prefix, dtype=integer).view(real))
-            needed = self.k - self._above
-            self.tie_ordinal = None if needed == in_bin else needed
-        else:
-            self._shift = max(0, self._shift - _LEVEL_BITS)
-
-    def _level_width(self, width: int) -> int:
-        """Bits of the level that starts at `_shift`: 16, and what is left over for the lowest."""
-        lowest = width % _LEVEL_BITS or _LEVEL_BITS
-        return lowest if self._shift == 0 else _LEVEL_BITS
-
-
-class TieSearch:
-    """Finds the flat index of the n-th element whose magnitude equals a threshold."""
-
-    def __init__(self, threshold: float, ordinal: int) -> None:
-        self.threshold, self._left = threshold, ordinal
-        self.index: int | None = None
-
-    def feed(self, x: Tensor, start: int) -> None:
-        """Look through one flat block that begins at index `start`."""
-        if self.index is not None:
-            return
-        ties = x.abs() == self.threshold
-        count = int(ties.sum())
-        if count >= self._left:
-            self.index = start + int(ties.nonzero()[self._left - 1])
-        self._left -= count
-
-
-Blocks = Callable[[], Iterable[tuple[int, "list[Tensor]"]]]
-
-
-def magnitude_cuts(densities: list[float], size: int, blocks: Blocks) -> list[Cut | None]:
-    """For every operand of one tensor, the cut that keeps exactly int(density * size) elements.
-
-    Args:
-        blocks: yields (start, operands) over the tensor, in order, each time it is called; all
-            operands of one dtype.
+def magnitude_cuts(densities: Sequence[float], stream: Stream) -> list[Cut | None]:
+    """For every operand, the cut that keeps exactly int(density * size) elements.
 
     Returns:
         One cut for each operand; None where nothing is trimmed (density 1).
     """
     cuts: list[Cut | None] = [None] * len(densities)
-    searches: dict[int, MagnitudeSearch] = {}
+    wanted: dict[int, int] = {}
     for i, density in enumerate(densities):
-        k = kept_count(density, size)
+        k = kept_count(density, stream.size)
         if k == 0:
-            cuts[i] = Cut(float("inf"), -1)
-        elif k < size:
-            searches[i] = MagnitudeSearch(k)
-    run_searches(searches, blocks)
-    ties: dict[int, TieSearch] = {}
-    for i, search in searches.items():
-        assert search.threshold is not None
-        cuts[i] = Cut(search.threshold, ALL_TIES)
-        # NaN is above every threshold and equal to none: there are no ties to choose among.
-        if search.tie_ordinal is not None and search.threshold == search.threshold:
-            ties[i] = TieSearch(search.threshold, search.tie_ordinal)
-    if ties:
-        for start, operands in blocks():
-            for i, tie in ties.items():
-                tie.feed(operands[i], start)
-            if all(tie.index is not None for tie in ties.values()):
-                break
-        for i, tie in ties.items():
-            assert tie.index is not None
-            cuts[i] = Cut(tie.threshold, tie.index)
+            cuts[i] = Cut(math.inf, -1)
+        elif k < stream.size:
+            wanted[i] = k
+    for i, search in _run(_brackets(wanted, stream), stream).items():
+        cuts[i] = Cut(search.threshold, _last_tie(i, search, stream))
     return cuts
 
 
-def run_searches(searches: dict[int, MagnitudeSearch], blocks: Blocks) -> None:
-    """Feed the blocks to every search until each has its threshold."""
-    while any(search.unfinished for search in searches.values()):
-        active = {i: search for i, search in searches.items() if search.unfinished}
-        for _, operands in blocks():
-            for i, search in active.items():
-                search.feed(operands[i])
-        for search in active.values():
-            search.end_pass()
+class _Search:
+    """One operand's search for the k-th largest key, which is looked for from `low` to `high`.
+
+    Attributes:
+        needed: once found, how many of the elements that equal the threshold are kept.
+        all_ties: whether that is all of them.
+        ties: their number in each span.
+    """
+
+    def __init__(self, k: int, low: int, high: int, width: int) -> None:
+        self.k, self.low, self.high, self.width = k, low, high, width
+        self.found, self.all_ties = False, False
+        self.needed = 0
+        self.ties: list[int] = []
+
+    @property
+    def shift(self) -> int:
+        """How many low bits of a key share a bin."""
+        return max(0, (self.high - self.low).bit_length() - _BINS.bit_length() + 1)
+
+    @property
+    def threshold(self) -> float:
+        return number(self.low, self.width)
+
+    def narrow(self, above: int, total: SpanCounts, spans: Sequence[SpanCounts | None]) -> None:
+        """Go where the counts of the whole stream say that the k-th largest lies."""
+        if self.k <= above:
+            self.low, self.high = self.high + 1, 2**self.width - 1
+            return
+        chosen = total.bin_of_rank(self.k - above)
+        if chosen is None:
+            self.low, self.high = 0, self.low - 1
+            return
+        place, larger, inside = chosen
+        first = self.low + (place << self.shift)
+        last = min(self.high, first + (1 << self.shift) - 1)
+        self.low, self.high = first, last
+        if first == last:
+            self.needed = self.k - above - larger
+            self.all_ties = self.needed == inside
+            apart = [span.at(place) for span in spans if span is not None]
+            # Where the spans' counts were too many to keep, the next pass counts this key alone.
+            self.found = self.all_ties or len(apart) == len(spans)
+            self.ties = apart
+
+
+def _brackets(wanted: dict[int, int], stream: Stream) -> dict[int, _Search]:
+    """Where a sample says that each operand's threshold should be, with room for its error."""
+    if not wanted:
+        return {}
+    import numpy as np
+
+    count = min(max(stream.size // _SAMPLE_SHARE, _SMALLEST_SAMPLE), _LARGEST_SAMPLE)
+    blocks = [[keys(row) for row in rows] for rows in stream.sample(count)]
+    searches = {}
+    for i, k in wanted.items():
+        sample = np.concatenate([rows[i] for rows in blocks])
+        width = 8 * sample.itemsize - 1
+        share = k / stream.size
+        # Six standard deviations of a rank in a sample of independent elements; neighbours are
+        # alike, hence the rest. All of it is certain where the sample is everything.
+        error = 0.0 if len(sample) == stream.size else (
+            6 * math.sqrt(share * (1 - share) / len(sample)) + 1e-4
+        )  # fmt: skip
+        ranks = ((1 - share - error) * len(sample) - 2, (1 - share + error) * len(sample) + 2)
+        low, high = (min(max(int(rank), 0), len(sample) - 1) for rank in ranks)
+        placed = np.partition(sample, (low, high))
+        searches[i] = _Search(k, int(placed[low]), int(placed[high]), width)
+    return searches
+
+
+def _run(searches: dict[int, _Search], stream: Stream) -> dict[int, _Search]:
+    """Pass over the stream until every threshold is known."""
+    while active := {i: search for i, search in searches.items() if not search.found}:
+        counters = {
+            i: RangeCounter(search.low, search.high, search.shift) for i, search in active.items()
+        }
+        room = _KEPT_COUNTS // (len(active) * (len(stream.starts) - 1))
+
+        spans = stream.map(partial(_count, counters, room))
+        for i, search in active.items():
+            above, total = counters[i].result()
+            search.narrow(above, total, [span[i] for span in spans])
+    return searches
+
+
+def _count(totals: dict[int, RangeCounter], room: int, blocks: Iterable[Rows]) -> Counted:
+    own = {i: total.empty_copy() for i, total in totals.items()}
+    for rows in blocks:
+        for i, counter in own.items():
+            counter.feed(rows[i])
+    return {i: totals[i].add(counter, room) for i, counter in own.items()}
+
+
+def _last_tie(operand: int, search: _Search, stream: Stream) -> int:
+    """The flat index of the last element that equals the threshold and is kept."""
+    if search.all_ties or math.isnan(search.threshold):
+        return ALL_TIES
+    up_to = list(accumulate(search.ties))
+    span = next(i for i, count in enumerate(up_to) if count >= search.needed)
+    left = search.needed - (up_to[span] - search.ties[span])
+
+    def find(blocks: Iterable[Rows]) -> int:
+        offset, missing = stream.starts[span], left
+        for rows in blocks:
+            place = find_tie(rows[operand], search.threshold, missing)
+            if place >= 0:
+                return offset + place
+            missing -= -1 - place
+            offset += len(rows[operand])
+        raise AssertionError("fewer ties than were counted")
+
+    return stream.map(find, only=span)[0]

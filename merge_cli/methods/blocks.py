@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol, TypeVar
 
-if TYPE_CHECKING:
-    from torch import Tensor
+from merge_cli.kernels.arrays import Array
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -27,26 +28,66 @@ class Span:
 
 @dataclass(frozen=True)
 class Block:
-    """One span of every operand of one tensor, upcast and flat. `base` is None without a base."""
+    """One span of every operand of one tensor, upcast and flat.
 
-    base: Tensor | None
-    operands: list[Tensor]
+    Attributes:
+        base: None without a base.
+        finite: whether every stored value is a finite number.
+    """
+
+    base: Array | None
+    operands: list[Array]
     at: Span
+    finite: bool = True
 
 
-class TensorBlocks(Protocol):
-    """One tensor of every source, readable in blocks as often as needed.
+class Blocks(Protocol):
+    """Every source's elements, readable as often as needed, by several threads at once.
+
+    Attributes:
+        size: elements of each source.
+        starts: the flat index at which each span begins, and `size` at the end. Spans are whole
+            numbers of `kernels.reduce.BLOCK_MULTIPLE` elements, except the last of a tensor, and
+            the same on every machine.
+    """
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def starts(self) -> Sequence[int]: ...
+
+    def map(self, work: Callable[[Iterator[Block]], T], only: int | None = None) -> list[T]:
+        """work(blocks of a span, in order), for every span or one; results in the spans' order.
+
+        Idle threads share the spans, so `work` must not write to anything that it shares.
+        """
+
+    def sample(self, count: int) -> Iterator[Block]:
+        """Small blocks of about `count` elements in all, evenly spread; all of them if few."""
+
+
+class TensorBlocks(Blocks, Protocol):
+    """One tensor of every source.
 
     Attributes:
         name: its name in the output.
-        size: its number of elements.
         wide: whether its blocks are float64 (a source is) rather than float32.
         parameters: the method's parameters as resolved for this tensor.
     """
 
     name: str
-    size: int
     wide: bool
     parameters: Mapping[str, Any]
 
-    def blocks(self) -> Iterator[Block]: ...
+    def blocks(self) -> Iterator[Block]:
+        """Every block in order, read by the calling thread alone."""
+
+
+class ModelBlocks(Blocks, Protocol):
+    """Every tensor that is merged, one after another in the plan's order, as one stream.
+
+    A block's `at` says which tensor it is of, and where in that tensor it begins.
+    """
+
+    tensors: Sequence[TensorBlocks]

@@ -6,41 +6,31 @@ alone (see `kernels.mask`). Rescaling is exact by default: 1/density keeps the e
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
 
-from merge_cli.kernels.mask import keep_mask
-from merge_cli.kernels.reduce import ExactSum, divided, weighted_sum
+from merge_cli.kernels.arrays import Array
+from merge_cli.kernels.elect import disjoint_mean
+from merge_cli.kernels.mask import count_kept, drop
+from merge_cli.kernels.reduce import absolute_runs, divided, exact_sum, scaled, weighted_sum
 from merge_cli.methods.blocks import Block, Span, TensorBlocks
-from merge_cli.methods.consensus import disjoint_mean
 from merge_cli.methods.parameters import Density, PerModel, each
 from merge_cli.methods.registry import merge_method
 from merge_cli.methods.soup import weights_cancel
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 # true and false are mergekit's spelling: rescale, or do not.
 Rescale = Literal["density", "l1", "none", True, False]
 
 
-def masks(deltas: list[Tensor], at: Span, density: Sequence[float]) -> list[Tensor]:
-    """m ~ Bernoulli(density) for each task vector."""
-    return [
-        keep_mask(at.seed, source, at.name, at.start, delta.numel(), p, delta.device)
-        for delta, source, p in zip(deltas, at.sources, density, strict=True)
-    ]
-
-
-def drop(deltas: list[Tensor], at: Span, density: Sequence[float]) -> list[Tensor]:
+def dropped(deltas: list[Array], at: Span, density: Sequence[float]) -> list[Array]:
     """Zero each element with probability 1 - density."""
-    drawn = masks(deltas, at, density)
-    return [delta.where(mask, 0.0) for delta, mask in zip(deltas, drawn, strict=True)]
+    return drop(deltas, at.seed, at.sources, at.name, at.start, density)
 
 
 def kept(block: Block, prepared: Any, parameters: Mapping[str, Any]) -> list[int]:
     """How many elements each task vector keeps in a block."""
-    return [int(m.sum()) for m in masks(block.operands, block.at, parameters["density"])]
+    at, density = block.at, parameters["density"]
+    return count_kept(block.operands, at.seed, at.sources, at.name, at.start, density)
 
 
 def rescale_factors(
@@ -55,13 +45,18 @@ def rescale_factors(
         return [1.0 / p for p in density]
     if rescale in ("none", False):
         return [1.0] * len(density)
-    before = [ExactSum() for _ in density]
-    after = [ExactSum() for _ in density]
-    for block in tensor.blocks():
-        for i, dropped in enumerate(drop(block.operands, block.at, density)):
-            before[i].add(block.operands[i].abs())
-            after[i].add(dropped.abs())
-    return [b.value / a.value if a.value else 0.0 for b, a in zip(before, after, strict=True)]
+
+    def sums(blocks: Iterator[Block]) -> list[list[float]]:
+        found: list[list[float]] = [[] for _ in range(2 * len(density))]
+        for block in blocks:
+            everything = [*block.operands, *dropped(block.operands, block.at, density)]
+            for parts, array in zip(found, everything, strict=True):
+                parts += absolute_runs(array)
+        return found
+
+    norms = [exact_sum(parts) for parts in zip(*tensor.map(sums), strict=True)]
+    before, after = norms[: len(density)], norms[len(density) :]
+    return [b / a if a else 0.0 for b, a in zip(before, after, strict=True)]
 
 
 def _scaled(weight: Sequence[float], factors: list[float]) -> list[float]:
@@ -70,11 +65,11 @@ def _scaled(weight: Sequence[float], factors: list[float]) -> list[float]:
 
 @merge_method(
     "dare", aliases=("dare_linear",), paper="arXiv:2311.03099",
-    prepare=rescale_factors, kept=kept, check=weights_cancel,
+    prepare=rescale_factors, kept=kept, check=weights_cancel, any_array=True,
 )  # fmt: skip
 def dare(
-    base: Tensor,
-    deltas: list[Tensor],
+    base: Array,
+    deltas: list[Array],
     at: Span,
     prepared: list[float],
     *,
@@ -83,7 +78,7 @@ def dare(
     rescale: Rescale = "density",
     normalize: bool = False,
     lambda_: float = 1.0,
-) -> Tensor:
+) -> Array:
     """Drop a random share of each task vector, rescale the rest, add them to the base.
 
     Args:
@@ -94,16 +89,18 @@ def dare(
         normalize: divide the sum by the sum of the weights.
         lambda_: scale of the whole change.
     """
-    mixed = weighted_sum(_scaled(weight, prepared), drop(deltas, at, density))
+    mixed = weighted_sum(_scaled(weight, prepared), dropped(deltas, at, density))
     if normalize:
         mixed = divided(mixed, sum(weight))
     return base + lambda_ * mixed
 
 
-@merge_method("dare_ties", paper="arXiv:2311.03099", prepare=rescale_factors, kept=kept)
+@merge_method(
+    "dare_ties", paper="arXiv:2311.03099", prepare=rescale_factors, kept=kept, any_array=True
+)
 def dare_ties(
-    base: Tensor,
-    deltas: list[Tensor],
+    base: Array,
+    deltas: list[Array],
     at: Span,
     prepared: list[float],
     *,
@@ -113,7 +110,7 @@ def dare_ties(
     normalize: bool = False,
     lambda_: float = 1.0,
     elect: Literal["weighted", "unweighted"] = "weighted",
-) -> Tensor:
+) -> Array:
     """Drop at random and rescale, then elect signs and average what agrees, as TIES does.
 
     Args:
@@ -125,7 +122,7 @@ def dare_ties(
         lambda_: scale of the whole change.
         elect: elect the sign of the weighted or of the unweighted sum.
     """
-    rescaled = [d * f for d, f in zip(drop(deltas, at, density), prepared, strict=True)]
+    rescaled = scaled(dropped(deltas, at, density), prepared)
     mixed = disjoint_mean(
         rescaled,
         weight,

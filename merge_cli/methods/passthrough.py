@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
+from merge_cli.kernels.arrays import Array
 from merge_cli.methods.parameters import PerModel, each
 from merge_cli.methods.registry import merge_method
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 def unscaled(scale: Sequence[float]) -> bool:
@@ -17,8 +14,8 @@ def unscaled(scale: Sequence[float]) -> bool:
     return scale[0] == 1.0
 
 
-@merge_method("passthrough", count=(1, 1), copies=unscaled)
-def passthrough(models: list[Tensor], *, scale: PerModel[float] = each(1.0)) -> Tensor:
+@merge_method("passthrough", count=(1, 1), copies=unscaled, any_array=True)
+def passthrough(models: list[Array], *, scale: PerModel[float] = each(1.0)) -> Array:
     """Copy the one source of each tensor.
 
     Args:

@@ -45,10 +45,12 @@ class Method:
     Attributes:
         count: (least, most) number of sources; most None means any.
         prepare: `prepare(tensor, survey, **parameters)` -> anything, once for each tensor.
-        survey: `survey(tensors)` -> anything or None, once for each merge; tensors in plan order.
+        survey: `survey(model)` -> anything or None, once for each merge (see `blocks.ModelBlocks`).
         kept: `kept(block, prepared, parameters)` -> elements that each operand keeps.
         copies: `copies(**parameters)` -> True where the output is its only source, byte for byte.
         check: `check(**parameters it names)` -> why this combination cannot be merged, or "".
+        any_array: made of operators and `merge_cli.kernels` alone, so that it takes numpy arrays as
+            well as tensors: then a merge on a CPU runs compiled and does without torch.
         ignores: parameters that mergekit takes here without effect: a warning, not an error.
     """
 
@@ -64,6 +66,7 @@ class Method:
     copies: Callable[..., bool] | None = None
     check: Callable[..., str] | None = None
     ignores: tuple[str, ...] = ()
+    any_array: bool = False
     supplied: frozenset[str] = field(default_factory=frozenset)
 
     @cached_property
@@ -98,6 +101,7 @@ def merge_method(
     copies: Callable[..., bool] | None = None,
     check: Callable[..., str] | None = None,
     ignores: tuple[str, ...] = (),
+    any_array: bool = False,
 ) -> Callable[[F], F]:
     """Record a merge method under `name` and its aliases; see the module's text for the contract.
 
@@ -118,7 +122,7 @@ def merge_method(
             raise TypeError(f"{name}: the engine supplies {_SUPPLIED}, not {sorted(unknown)}")
         method = Method(
             name, function, aliases, paper, count, base_is_source,
-            prepare, survey, kept, copies, check, ignores, frozenset(positional),
+            prepare, survey, kept, copies, check, ignores, any_array, frozenset(positional),
         )  # fmt: skip
         _ = method.parameters  # a signature that cannot be read fails here, at import
         for key in (name, *aliases):

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import Any
 
-from merge_cli.kernels.reduce import ExactSum, weighted_sum
-from merge_cli.methods.blocks import TensorBlocks
+from merge_cli.kernels.arrays import Array
+from merge_cli.kernels.reduce import dot_runs, exact_sum, weighted_sum
+from merge_cli.methods.blocks import Block, TensorBlocks
 from merge_cli.methods.parameters import Share
 from merge_cli.methods.registry import merge_method
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 _PARALLEL = 0.9995  # |cosine| above which sin(theta) is too small to divide by
 _TINY = 1e-8
@@ -22,15 +21,19 @@ def great_circle(tensor: TensorBlocks, survey: None, *, t: float, **_: Any) -> t
 
     θ is the angle between the flattened tensors. Nearly parallel ones are interpolated linearly.
     """
-    aa, bb, ab = ExactSum(), ExactSum(), ExactSum()
-    for block in tensor.blocks():
-        a, b = (operand.double() for operand in block.operands)
-        aa.add(a * a)
-        bb.add(b * b)
-        ab.add(a * b)
-    norm_a, norm_b = math.sqrt(aa.value), math.sqrt(bb.value)
+
+    def products(blocks: Iterator[Block]) -> list[list[float]]:
+        found: list[list[float]] = [[], [], []]
+        for block in blocks:
+            a, b = block.operands
+            for parts, (x, y) in zip(found, ((a, a), (b, b), (a, b)), strict=True):
+                parts += dot_runs(x, y)
+        return found
+
+    aa, bb, ab = (exact_sum(parts) for parts in zip(*tensor.map(products), strict=True))
+    norm_a, norm_b = math.sqrt(aa), math.sqrt(bb)
     # A vector of no length has no direction; it enters the angle as it is.
-    cosine = ab.value / ((norm_a if norm_a > _TINY else 1.0) * (norm_b if norm_b > _TINY else 1.0))
+    cosine = ab / ((norm_a if norm_a > _TINY else 1.0) * (norm_b if norm_b > _TINY else 1.0))
     if abs(cosine) > _PARALLEL:
         return 1.0 - t, t
     theta = math.acos(cosine)
@@ -38,14 +41,15 @@ def great_circle(tensor: TensorBlocks, survey: None, *, t: float, **_: Any) -> t
 
 
 @merge_method(
-    "slerp", paper="Shoemake 1985", count=(2, 2), base_is_source=True, prepare=great_circle
-)
+    "slerp", paper="Shoemake 1985", count=(2, 2), base_is_source=True, prepare=great_circle,
+    any_array=True,
+)  # fmt: skip
 def slerp(
-    models: list[Tensor],
+    models: list[Array],
     prepared: tuple[float, float],
     *,
     t: Share = 0.5,
-) -> Tensor:
+) -> Array:
     """Walk from the first model (the base) to the second along the great circle through both.
 
     Args:

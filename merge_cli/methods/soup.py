@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
+from merge_cli.kernels.arrays import Array
 from merge_cli.kernels.reduce import divided, weighted_sum
 from merge_cli.methods.parameters import PerModel, each
 from merge_cli.methods.registry import merge_method
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 def weights_cancel(weight: Sequence[float], normalize: bool) -> str:
@@ -20,13 +17,15 @@ def weights_cancel(weight: Sequence[float], normalize: bool) -> str:
     return ""
 
 
-@merge_method("soup", aliases=("linear",), paper="arXiv:2203.05482", check=weights_cancel)
+@merge_method(
+    "soup", aliases=("linear",), paper="arXiv:2203.05482", check=weights_cancel, any_array=True
+)
 def soup(
-    models: list[Tensor],
+    models: list[Array],
     *,
     weight: PerModel[float] = each(1.0),
     normalize: bool = True,
-) -> Tensor:
+) -> Array:
     """Average the models: sum of w_i * theta_i / sum of w_i.
 
     Args:

@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from merge_cli.kernels.arrays import Array
 from merge_cli.kernels.reduce import divided, weighted_sum
 from merge_cli.methods.parameters import PerModel, each
 from merge_cli.methods.registry import merge_method
 from merge_cli.methods.soup import weights_cancel
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 
 @merge_method(
     "task_arithmetic", paper="arXiv:2212.04089", check=weights_cancel,
-    ignores=("density", "rescale"),
+    ignores=("density", "rescale"), any_array=True,
 )  # fmt: skip
 def task_arithmetic(
-    base: Tensor,
-    deltas: list[Tensor],
+    base: Array,
+    deltas: list[Array],
     *,
     weight: PerModel[float] = each(1.0),
     normalize: bool = False,
     lambda_: float = 1.0,
-) -> Tensor:
+) -> Array:
     """Add weighted task vectors to the base: theta_0 + lambda * sum of w_i * delta_i.
 
     Args:

@@ -7,22 +7,21 @@ before the merge, in streamed passes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, TypeVar
 
 from merge_cli.errors import UsageError
+from merge_cli.kernels.arrays import Array
+from merge_cli.kernels.elect import disjoint_mean
 from merge_cli.kernels.reduce import weighted_sum
-from merge_cli.kernels.select import ALL_TIES, Cut, magnitude_cuts
-from merge_cli.methods.blocks import Block, Span, TensorBlocks
-from merge_cli.methods.consensus import disjoint_mean
+from merge_cli.kernels.select import ALL_TIES, Cut, count_kept, magnitude_cuts, trimmed
+from merge_cli.methods.blocks import Block, Blocks, ModelBlocks, Span, TensorBlocks
 from merge_cli.methods.parameters import Density, PerModel, each
 from merge_cli.methods.registry import merge_method
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
+T = TypeVar("T")
 Semantics = Literal["mergekit", "paper"]
 Cuts = list[Cut | None]
 
@@ -48,13 +47,13 @@ class Trim:
     zero_sign: float
 
 
-def survey(tensors: Sequence[TensorBlocks]) -> TiesSurvey | None:
+def survey(model: ModelBlocks) -> TiesSurvey | None:
     """Whole-model thresholds and majority sign, where the recipe asks for them.
 
     Raises:
         UsageError: rules for the whole model that differ between its tensors.
     """
-    rules = {_model_rule(tensor) for tensor in tensors}
+    rules = {_model_rule(tensor) for tensor in model.tensors}
     if len(rules) > 1:
         what = (
             "trim and zero_sign over the whole model need the same sources and the same semantics, "
@@ -64,8 +63,8 @@ def survey(tensors: Sequence[TensorBlocks]) -> TiesSurvey | None:
     by_model, majority, *_ = rules.pop()
     if not (by_model or majority):
         return None
-    cuts = _model_cuts(tensors) if by_model else {}
-    return TiesSurvey(cuts, _majority_sign(tensors, cuts) if majority else None)
+    cuts = _model_cuts(model) if by_model else {}
+    return TiesSurvey(cuts, _majority_sign(model, cuts) if majority else None)
 
 
 def prepare(tensor: TensorBlocks, found: TiesSurvey | None, **parameters: Any) -> Trim:
@@ -79,18 +78,18 @@ def prepare(tensor: TensorBlocks, found: TiesSurvey | None, **parameters: Any) -
 def kept(block: Block, prepared: Trim, parameters: Mapping[str, Any]) -> list[int]:
     """How many elements each trimmed task vector keeps in a block."""
     return [
-        delta.numel() if cut is None else int(cut.keep(delta, block.at.start).sum())
+        count_kept(delta, cut, block.at.start)
         for delta, cut in zip(block.operands, prepared.cuts, strict=True)
     ]
 
 
 @merge_method(
     "ties", paper="arXiv:2306.01708",
-    prepare=prepare, survey=survey, kept=kept, ignores=("rescale",),
+    prepare=prepare, survey=survey, kept=kept, ignores=("rescale",), any_array=True,
 )  # fmt: skip
 def ties(
-    base: Tensor,
-    deltas: list[Tensor],
+    base: Array,
+    deltas: list[Array],
     at: Span,
     prepared: Trim,
     *,
@@ -103,7 +102,7 @@ def ties(
     elect: Literal["weighted", "unweighted"] | None = None,
     divisor: Literal["weights", "count"] | None = None,
     zero_sign: Literal["positive", "majority"] | None = None,
-) -> Tensor:
+) -> Array:
     """Keep the largest changes, elect a sign for each element, average those that agree.
 
     Args:
@@ -121,12 +120,8 @@ def ties(
             model have (paper).
     """
     paper = semantics == "paper"
-    trimmed = [
-        delta if cut is None else delta.where(cut.keep(delta, at.start), 0.0)
-        for delta, cut in zip(deltas, prepared.cuts, strict=True)
-    ]
     mixed = disjoint_mean(
-        trimmed,
+        trimmed(deltas, prepared.cuts, at.start),
         weight,
         weighted_election=_or(elect, "unweighted" if paper else "weighted") == "weighted",
         divide_by=_or(divisor, "count" if paper else "weights") if normalize else "nothing",
@@ -156,31 +151,48 @@ def _or(given: str | None, default: str) -> str:
     return default if given is None else given
 
 
-def _deltas(tensor: TensorBlocks) -> Iterator[tuple[int, list[Tensor]]]:
-    return ((block.at.start, block.operands) for block in tensor.blocks())
+@dataclass(frozen=True)
+class _Deltas:
+    """The task vectors of a tensor or of a model, as `kernels.select` reads them.
+
+    Attributes:
+        wide: rank float32 among float64: one bit pattern for all of them.
+    """
+
+    blocks: Blocks
+    wide: bool = False
+
+    @property
+    def size(self) -> int:
+        return self.blocks.size
+
+    @property
+    def starts(self) -> Sequence[int]:
+        return self.blocks.starts
+
+    def sample(self, count: int) -> Iterator[list[Array]]:
+        return self._rows(self.blocks.sample(count))
+
+    def map(self, work: Callable[[Iterable[list[Array]]], T], only: int | None = None) -> list[T]:
+        return self.blocks.map(lambda blocks: work(self._rows(blocks)), only)
+
+    def _rows(self, blocks: Iterator[Block]) -> Iterator[list[Array]]:
+        for block in blocks:
+            yield [delta.double() for delta in block.operands] if self.wide else block.operands
 
 
 def _tensor_cuts(tensor: TensorBlocks) -> Cuts:
-    return magnitude_cuts(densities(tensor.parameters), tensor.size, lambda: _deltas(tensor))
+    return magnitude_cuts(densities(tensor.parameters), _Deltas(tensor))
 
 
-def _model_cuts(tensors: Sequence[TensorBlocks]) -> dict[str, Cuts]:
+def _model_cuts(model: ModelBlocks) -> dict[str, Cuts]:
     """Exact thresholds over all tensors together; ties to the lower (tensor, index)."""
-    offsets = [0, *accumulate(tensor.size for tensor in tensors)]
-    placed = list(zip(tensors, offsets[:-1], strict=True))
-
-    wide = any(tensor.wide for tensor in tensors)
-
-    def blocks() -> Iterator[tuple[int, list[Tensor]]]:
-        for tensor, offset in placed:
-            for start, deltas in _deltas(tensor):
-                # One bit pattern for all of them, or magnitudes could not be ranked together.
-                yield offset + start, [delta.double() for delta in deltas] if wide else deltas
-
-    whole = magnitude_cuts(densities(tensors[0].parameters), offsets[-1], blocks)
+    offsets = accumulate((tensor.size for tensor in model.tensors), initial=0)
+    wide = any(tensor.wide for tensor in model.tensors)
+    whole = magnitude_cuts(densities(model.tensors[0].parameters), _Deltas(model, wide))
     return {
         tensor.name: [cut and _within(cut, offset, tensor.size) for cut in whole]
-        for tensor, offset in placed
+        for tensor, offset in zip(model.tensors, offsets, strict=False)
     }
 
 
@@ -191,20 +203,22 @@ def _within(cut: Cut, offset: int, size: int) -> Cut:
     return Cut(cut.threshold, max(cut.last_tie - offset, -1))
 
 
-def _majority_sign(tensors: Sequence[TensorBlocks], cuts: Mapping[str, Cuts]) -> float:
+def _majority_sign(model: ModelBlocks, cuts: Mapping[str, Cuts]) -> float:
     """The sign of the sum, over all elements of the model, of the sign that each one elects."""
-    balance = 0
-    for tensor in tensors:
-        own = cuts.get(tensor.name) or _tensor_cuts(tensor)
-        paper = tensor.parameters["semantics"] == "paper"
-        rule = _or(tensor.parameters["elect"], "unweighted" if paper else "weighted")
-        weights: Sequence[float] = tensor.parameters["weight"]
-        for start, deltas in _deltas(tensor):
-            kept = [
-                delta if cut is None else delta.where(cut.keep(delta, start), 0.0)
-                for delta, cut in zip(deltas, own, strict=True)
-            ]
-            ones = [1.0] * len(kept)
-            votes = weighted_sum(weights if rule == "weighted" else ones, kept)
-            balance += int((votes > 0).sum()) - int((votes < 0).sum())
-    return float((balance > 0) - (balance < 0))
+    known = {tensor.name: tensor.parameters for tensor in model.tensors}
+    own = {tensor.name: cuts.get(tensor.name) or _tensor_cuts(tensor) for tensor in model.tensors}
+
+    def balance(blocks: Iterator[Block]) -> int:
+        total = 0
+        for block in blocks:
+            parameters = known[block.at.name]
+            paper = parameters["semantics"] == "paper"
+            rule = _or(parameters["elect"], "unweighted" if paper else "weighted")
+            kept = trimmed(block.operands, own[block.at.name], block.at.start)
+            weights = parameters["weight"] if rule == "weighted" else [1.0] * len(kept)
+            votes = weighted_sum(weights, kept)
+            total += int((votes > 0).sum()) - int((votes < 0).sum())
+        return total
+
+    total = sum(model.map(balance))
+    return float((total > 0) - (total < 0))

@@ -139,11 +139,11 @@ def _cost(cost: Json) -> str:
         ]  # fmt: skip
         for caption, rows in (("Thread-seconds by stage.", busy), ("GB/s by stage.", rates)):
             figures.append(figure(caption, charts.side_bars(caption, rows)))
-    sizes = (("peak, resident", "peak_rss"), ("peak, GPU", "peak_vram"), ("window", "window"))
+    sizes = (("peak, resident", "peak_rss"), ("peak, GPU", "peak_vram"), ("buffers", "buffers"))
     memory = [(label, float(cost[key]), size(cost[key])) for label, key in sizes if cost[key]]
     if memory:
         chart = charts.side_bars("Memory", memory)
-        figures.append(figure("Memory; the window is what the merge allowed itself.", chart))
+        figures.append(figure("Memory; the buffers are what all threads together may hold.", chart))
     return section(title, how, f"{found}.", *figures)
 
 

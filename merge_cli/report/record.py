@@ -15,9 +15,8 @@ from importlib.metadata import version
 from typing import Any
 
 from merge_cli.engine.layers import place_of
-from merge_cli.engine.loop import Outcome
+from merge_cli.engine.loop import Outcome, Stage
 from merge_cli.engine.memory import peak_rss
-from merge_cli.engine.pipeline import StageClock
 from merge_cli.engine.plan import Plan
 from merge_cli.engine.statistics import TensorStats
 
@@ -28,9 +27,6 @@ def build_report(
     plan: Plan, fingerprints: Sequence[str], outcome: Outcome, recipe_text: str
 ) -> dict[str, Any]:
     """The report as JSON-ready data; `recipe_text` is the resolved recipe."""
-    import torch
-
-    device = outcome.device.torch_device
     used = sorted({*plan.operands, *([plan.base] if plan.base is not None else [])})
     return {
         "schema": SCHEMA,
@@ -39,11 +35,13 @@ def build_report(
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": {
             "python": platform.python_version(),
-            "torch": torch.__version__,
+            "torch": version("torch"),
+            "numpy": version("numpy"),
             "platform": f"{platform.system()} {platform.machine()}",
         },
         "device": {
-            "type": device.type,
+            "type": outcome.device.kind,
+            "arithmetic": outcome.arithmetic,
             "name": outcome.device.name,
             "reason": outcome.device.reason,
         },
@@ -89,28 +87,36 @@ def build_report(
         "cost": {
             "seconds": round(outcome.seconds, 3),
             "survey_seconds": round(outcome.survey_seconds, 3),
-            "stages": {name: _stage(clock) for name, clock in outcome.clocks.items()},
+            "stages": {name: _stage(stage) for name, stage in outcome.stages.items()},
             "bytes_read": plan.bytes_read,
             "bytes_written": plan.bytes_written,
             "resumed_bytes": outcome.resumed,
             "peak_rss": peak_rss(),
-            "peak_vram": (
-                torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-            ),
-            "window": outcome.window.capacity,
+            "peak_vram": _peak_vram(outcome),
+            "buffers": outcome.buffers,
         },
     }
 
 
-def _stage(clock: StageClock) -> dict[str, Any]:
+def _stage(stage: Stage) -> dict[str, Any]:
     """What a stage did in this run; GB/s while its threads were busy."""
-    busy = clock.seconds / clock.threads
+    busy = stage.seconds / stage.threads
+    rate = round(stage.bytes / busy / 1e9, 3) if busy and stage.bytes else None
     return {
-        "thread_seconds": round(clock.seconds, 4),
-        "threads": clock.threads,
-        "bytes": clock.bytes,
-        "gigabytes_per_second": round(clock.bytes / busy / 1e9, 3) if busy else None,
+        "thread_seconds": round(stage.seconds, 4),
+        "threads": stage.threads,
+        "bytes": stage.bytes,
+        "gigabytes_per_second": rate,
     }
+
+
+def _peak_vram(outcome: Outcome) -> int | None:
+    """The most that one device held; None on a CPU."""
+    if outcome.device.kind == "cpu":
+        return None
+    import torch
+
+    return max(torch.cuda.max_memory_allocated(i) for i in outcome.device.indexes)
 
 
 def short_labels(labels: Sequence[str]) -> list[str]:

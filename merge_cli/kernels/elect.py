@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
-if TYPE_CHECKING:
-    from torch import Tensor
+from merge_cli.kernels.arrays import Array, is_numpy, matrix
 
 
 def disjoint_mean(
-    deltas: list[Tensor],
+    deltas: Sequence[Array],
     weights: Sequence[float],
     *,
     weighted_election: bool,
     divide_by: str,
     zero_sign: float = 1.0,
-) -> Tensor:
+) -> Array:
     """The mean of each element over the models that agree with its elected sign.
 
     Args:
@@ -27,6 +26,31 @@ def disjoint_mean(
             of agreeing entries) or `nothing`.
         zero_sign: the sign elected where the sum is exactly 0: 1, -1, or 0 (nothing agrees).
     """
+    if is_numpy(deltas[0]):
+        return _compiled(deltas, weights, weighted_election, divide_by, zero_sign)
+    return _plain(deltas, weights, weighted_election, divide_by, zero_sign)
+
+
+def _compiled(
+    deltas: Sequence[Any], weights: Sequence[float], weighted: bool, divide_by: str, zero: float
+) -> Any:
+    import numpy as np
+
+    from merge_cli.kernels import compiled
+
+    out = np.empty_like(deltas[0])
+    rule = {"nothing": compiled.NOTHING, "weights": compiled.WEIGHTS, "count": compiled.COUNT}
+    compiled.disjoint_mean(
+        matrix(deltas), np.array(weights, out.dtype), weighted, rule[divide_by],
+        np.float32(zero), out,
+    )  # fmt: skip
+    return out
+
+
+def _plain(
+    deltas: Sequence[Any], weights: Sequence[float], weighted_election: bool, divide_by: str,
+    zero_sign: float,
+) -> Any:  # fmt: skip
     import torch
 
     weighted = [d * w for d, w in zip(deltas, weights, strict=True)]

@@ -1,0 +1,203 @@
+"""What one thread works with: buffers that it reuses, and a clock.
+
+A lane brings spans of files to where they are computed with, and results back into files. On a CPU
+that is a read into a buffer and a write from one. On a GPU (`staging`) the buffers are pinned and
+copies run on the lane's own stream, so that while one lane waits for the disk another one copies
+and a third computes. Buffers are few and small: they, and not a queue of tensors, are all the
+memory that a merge needs.
+"""
+
+from __future__ import annotations
+
+import mmap
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from merge_cli.checkpoint.header import DTYPES, TensorRef
+from merge_cli.checkpoint.raw import FilePool, copy_range, read_into, write_from
+from merge_cli.kernels.convert import decode, decode_into, encode, encode_into
+
+_WIDEST = 8  # bytes of an element in the widest format
+
+
+@dataclass
+class Clock:
+    """Seconds that a thread has spent, and bytes that it has moved."""
+
+    read: float = 0.0
+    compute: float = 0.0
+    write: float = 0.0
+    waited: float = 0.0
+    bytes_read: int = 0
+    bytes_written: int = 0
+
+    def measure(self, work: Callable[[], None]) -> None:
+        """What is neither reading, writing nor waiting is computing."""
+        began, other = time.perf_counter(), self.read + self.write + self.waited
+        work()
+        self.compute += time.perf_counter() - began
+        self.compute -= self.read + self.write + self.waited - other
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """One span of every input, upcast.
+
+    Attributes:
+        base: None without one.
+        operands: the sources; less the base, if they are task vectors.
+        finite: whether every stored value is a finite number.
+    """
+
+    base: Any
+    operands: list[Any]
+    finite: bool
+
+
+class Lane(Protocol):
+    """What `HostLane`, `TorchLane` and `staging.StagedLane` offer.
+
+    Attributes:
+        block: elements in a block.
+    """
+
+    clock: Clock
+    block: int
+
+    def active(self) -> AbstractContextManager[Any]:
+        """Entered by the lane's thread around everything that it computes."""
+
+    def load(
+        self, refs: Sequence[TensorRef], start: int, stop: int, *, base: bool, deltas: bool
+    ) -> Loaded:
+        """Elements [start, stop) of each tensor, flat.
+
+        Args:
+            base: the first tensor is the base.
+            deltas: subtract it from the others.
+        """
+
+    def store(self, values: Any, dtype: str, path: Path, offset: int) -> bool:
+        """Round values to the dtype, write them; whether they are finite where the dtype is F16."""
+
+    def close(self) -> None:
+        """Give the buffers back."""
+
+
+class Files:
+    """The files of a merge: sources open for reading, shards for writing."""
+
+    def __init__(self, sources: FilePool, shards: FilePool) -> None:
+        self.sources, self.shards = sources, shards
+
+    def read(self, clock: Clock, ref: TensorRef, start: int, buffer: memoryview) -> None:
+        """Fill the buffer with what is stored from element `start` on."""
+        began = time.perf_counter()
+        offset = ref.offset + start * DTYPES[ref.dtype][0]
+        read_into(self.sources, ref.path, offset, buffer, ref.model)
+        clock.read += time.perf_counter() - began
+        clock.bytes_read += len(buffer)
+
+    def write(self, clock: Clock, path: Path, offset: int, data: memoryview) -> None:
+        began = time.perf_counter()
+        write_from(self.shards, path, offset, data)
+        clock.write += time.perf_counter() - began
+        clock.bytes_written += len(data)
+
+    def copy(
+        self, clock: Clock, ref: TensorRef, start: int, size: int, path: Path, offset: int
+    ) -> None:
+        """Move `size` stored bytes from byte `start` of a tensor, inside the kernel if it can."""
+        began = time.perf_counter()
+        copy_range(self.sources, ref.path, ref.offset + start, self.shards, path, offset, size,
+                   ref.model)  # fmt: skip
+        clock.write += time.perf_counter() - began
+        clock.bytes_read += size
+        clock.bytes_written += size
+
+
+class HostLane:
+    """Computes with numpy arrays and compiled loops. Blocks stay in the L2 cache."""
+
+    def __init__(self, files: Files, block: int) -> None:
+        self.clock, self.block, self._files = Clock(), block, files
+        # Anonymous pages of our own: aligned, and given back when the lane ends.
+        self._buffer = mmap.mmap(-1, block * _WIDEST)
+
+    def active(self) -> AbstractContextManager[Any]:
+        import numpy as np
+
+        # Inf and NaN are reported by name; allowed ones need no warning for each block.
+        return np.errstate(all="ignore")
+
+    def load(
+        self, refs: Sequence[TensorRef], start: int, stop: int, *, base: bool, deltas: bool
+    ) -> Loaded:
+        import numpy as np
+
+        # One matrix, so that compiled loops over sources take it as it is.
+        rows = np.empty((len(refs) - base, stop - start), np.float32)
+        own = np.empty(stop - start, np.float32) if base else None
+        finite = True
+        for i, ref in enumerate(refs):
+            raw = np.frombuffer(self._buffer, np.uint8, (stop - start) * DTYPES[ref.dtype][0])
+            self._files.read(self.clock, ref, start, raw.data)
+            if base and i == 0:
+                finite &= decode_into(raw, ref.dtype, own)
+            else:
+                minus = own if deltas else None
+                finite &= decode_into(raw, ref.dtype, rows[i - base], minus)
+        return Loaded(own, list(rows), finite)
+
+    def store(self, values: Any, dtype: str, path: Path, offset: int) -> bool:
+        import numpy as np
+
+        raw = np.frombuffer(self._buffer, np.uint8, len(values) * DTYPES[dtype][0])
+        fits = encode_into(values, dtype, raw)
+        self._files.write(self.clock, path, offset, raw.data)
+        return fits
+
+    def close(self) -> None:
+        """The buffer goes when the last array that looks into it does."""
+
+
+class TorchLane(HostLane):
+    """Computes with torch on a CPU: for float64, for methods that want tensors, without numba."""
+
+    def load(
+        self, refs: Sequence[TensorRef], start: int, stop: int, *, base: bool, deltas: bool
+    ) -> Loaded:
+        import numpy as np
+        import torch
+
+        wide = any(ref.dtype == "F64" for ref in refs)
+        arrays = []
+        for ref in refs:
+            raw = np.frombuffer(self._buffer, np.uint8, (stop - start) * DTYPES[ref.dtype][0])
+            self._files.read(self.clock, ref, start, raw.data)
+            arrays.append(decode(torch.from_numpy(raw), ref.dtype, wide=wide))
+        finite = all_finite(arrays)
+        own = arrays.pop(0) if base else None
+        return Loaded(own, [a.sub_(own) for a in arrays] if deltas else arrays, finite)
+
+    def store(self, values: Any, dtype: str, path: Path, offset: int) -> bool:
+        import torch
+
+        rounded, fits = encode(values, dtype)
+        self._files.write(self.clock, path, offset, rounded.view(torch.uint8).numpy().data)
+        return fits
+
+
+def all_finite(tensors: Sequence[Any]) -> bool:
+    """Whether no tensor holds NaN or Inf; one wait for a device, whatever their number."""
+    import torch
+
+    # A sum of squares is finite only if every element is, and costs one quick pass; it can also
+    # overflow, so that only the count decides.
+    if bool(torch.stack([tensor.dot(tensor) for tensor in tensors]).isfinite().all()):
+        return True
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)

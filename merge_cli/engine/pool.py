@@ -1,0 +1,187 @@
+"""Threads that share work: tensors first, largest first; then the spans of what is left.
+
+A job may split itself with `map`. Its own thread works the parts off; others join in once there are
+no whole jobs left to begin, so that many tensors go to many threads, and the last, large one to all
+of them. Which thread does what never changes a result.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any, Generic, TypeVar
+
+from merge_cli.engine.lanes import Lane
+
+I = TypeVar("I")  # noqa: E741
+R = TypeVar("R")
+Messages = queue.SimpleQueue[Any]
+
+
+class _Stopped(BaseException):
+    """Raised in a worker that waits for others when everything ends."""
+
+
+class _Batch(Generic[I, R]):
+    """Items that threads take one by one; guarded by the pool's condition."""
+
+    def __init__(
+        self,
+        work: Callable[[I], R],
+        items: Sequence[I],
+        ended: Callable[[BaseException | None], None] = lambda error: None,
+    ) -> None:
+        self.work, self.items, self.ended = work, items, ended
+        self.results: list[Any] = [None] * len(items)
+        self.next, self.left = 0, len(items)
+        self.error: BaseException | None = None
+
+    def fail(self, error: BaseException) -> None:
+        """The first error counts, and is told at once; what nobody has begun is not begun."""
+        if self.error is None:
+            self.error = error
+            self.ended(error)
+        self.left -= len(self.items) - self.next
+        self.next = len(self.items)
+
+
+class Pool:
+    """A context manager: threads inside, none outside.
+
+    Args:
+        lanes: makes what a thread works with (its buffers, its stream).
+        threads: how many threads; the calling one only waits.
+    """
+
+    def __init__(self, lanes: Callable[[int], Lane], threads: int) -> None:
+        self._make_lane, self.threads = lanes, threads
+        self._changed = threading.Condition()
+        self._batches: list[_Batch[Any, Any]] = []  # the oldest first
+        self._stopping = False
+        self._local = threading.local()
+        self.lanes: list[Lane] = []
+        self._workers = [
+            threading.Thread(target=self._worker, name=f"merge-{i}", daemon=True)
+            for i in range(threads)
+        ]
+
+    def __enter__(self) -> Pool:
+        for worker in self._workers:
+            worker.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
+        for worker in self._workers:
+            if worker.ident is not None:
+                worker.join()
+        for lane in self.lanes:
+            lane.close()
+
+    @property
+    def lane(self) -> Lane:
+        """The calling thread's own."""
+        if not hasattr(self._local, "lane"):
+            with self._changed:
+                lane = self._make_lane(len(self.lanes))
+                self.lanes.append(lane)
+            self._local.lane = lane
+        return self._local.lane  # type: ignore[no-any-return]
+
+    def map(self, work: Callable[[I], R], items: Sequence[I]) -> list[R]:
+        """work(item) for every item, by any thread; results in the items' order.
+
+        Raises:
+            the first error of any item, when those that were begun have ended.
+        """
+        inside = threading.current_thread() in self._workers
+        if inside and (len(items) == 1 or self.threads == 1):
+            return [self._alone(work, item) for item in items]
+        batch = _Batch(work, items)
+        with self._changed:
+            self._batches.append(batch)
+            self._changed.notify_all()
+        while inside and (index := self._take(batch)) is not None:
+            self._execute(batch, index)
+        began = time.perf_counter()
+        with self._changed:
+            while batch.left:
+                if self._stopping:
+                    raise _Stopped
+                self._changed.wait()
+        if inside:
+            self.lane.clock.waited += time.perf_counter() - began
+        if batch.error is not None:
+            raise batch.error
+        return batch.results
+
+    def start(self, work: Callable[[I], object], items: Sequence[I], messages: Messages) -> None:
+        """`map` without waiting: `messages` gets the first error, or None when all is done."""
+
+        def ended(error: BaseException | None) -> None:
+            messages.put(error)
+
+        batch = _Batch(work, items, ended)
+        if not items:
+            ended(None)
+            return
+        with self._changed:
+            self._batches.append(batch)
+            self._changed.notify_all()
+
+    def _alone(self, work: Callable[[I], R], item: I) -> R:
+        if self._stopping:
+            raise _Stopped
+        return work(item)
+
+    def _worker(self) -> None:
+        with self.lane.active():
+            self._work()
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                while not self._batches and not self._stopping:
+                    self._changed.wait()
+                if self._stopping:
+                    return
+                batch = self._batches[0]
+            index = self._take(batch)
+            if index is not None:
+                self.lane.clock.measure(lambda b=batch, i=index: self._execute(b, i))  # type: ignore[misc]
+
+    def _take(self, batch: _Batch[Any, Any]) -> int | None:
+        """The number of an item that nobody has begun; forgets a batch without any."""
+        with self._changed:
+            if self._stopping:
+                return None
+            index = batch.next if batch.next < len(batch.items) else None
+            batch.next += index is not None
+            if batch.next >= len(batch.items) and batch in self._batches:
+                self._batches.remove(batch)
+            return index
+
+    def _execute(self, batch: _Batch[Any, Any], index: int) -> None:
+        try:
+            batch.results[index] = batch.work(batch.items[index])
+        except _Stopped:
+            pass
+        except BaseException as error:  # raised again where `map` was called
+            with self._changed:
+                batch.fail(error)
+        with self._changed:
+            batch.left -= 1
+            if batch.left == 0:
+                self._changed.notify_all()
+                if batch.error is None:
+                    batch.ended(None)
