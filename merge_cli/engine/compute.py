@@ -101,7 +101,7 @@ class Computer:
             method.kept, prepared=supplied.get("prepared"), parameters=task.parameters
         )
         stats = TensorStats()
-        meter = Meter(stats, kept) if self._statistics else None
+        meter = Meter(len(task.operands), kept) if self._statistics else None
         reader.read_ahead(reader.starts.index(unit.start) + 1)
         for block in reader.range(unit.start, unit.stop):
             self._check_finite(block, task, stats)
@@ -111,6 +111,8 @@ class Computer:
                 self._refuse_infinity(merged, task, block)
             if meter is not None:
                 meter.add(block, merged)
+        if meter is not None:
+            stats.add(meter.result())
         finished(unit, stats)
 
     def _check_finite(self, block: Block, task: TensorTask, stats: TensorStats) -> None:

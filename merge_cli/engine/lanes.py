@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 from merge_cli.checkpoint.header import DTYPES, TensorRef
 from merge_cli.checkpoint.raw import FilePool, copy_range, read_into, write_from
-from merge_cli.kernels.convert import decode, decode_into, encode, encode_into
+from merge_cli.kernels.convert import decode, decode_row, decode_rows, encode, encode_into
 
 _WIDEST = 8  # bytes of an element in the widest format
 
@@ -123,10 +123,10 @@ class Files:
 class HostLane:
     """Computes with numpy arrays and compiled loops. Blocks stay in the L2 cache."""
 
-    def __init__(self, files: Files, block: int) -> None:
+    def __init__(self, files: Files, block: int, inputs: int) -> None:
         self.clock, self.block, self._files = Clock(), block, files
-        # Anonymous pages of our own: aligned, and given back when the lane ends.
-        self._buffer = mmap.mmap(-1, block * _WIDEST)
+        # Anonymous pages of our own: aligned, and in memory only where they have been used.
+        self._buffer = mmap.mmap(-1, block * _WIDEST * inputs)
 
     def active(self) -> AbstractContextManager[Any]:
         import numpy as np
@@ -139,24 +139,36 @@ class HostLane:
     ) -> Loaded:
         import numpy as np
 
+        size = stop - start
         # One matrix, so that compiled loops over sources take it as it is.
-        rows = np.empty((len(refs) - base, stop - start), np.float32)
-        own = np.empty(stop - start, np.float32) if base else None
+        rows = np.empty((len(refs) - base, size), np.float32)
+        own = np.empty(size, np.float32) if base else None
+        formats = {ref.dtype for ref in refs}
+        if len(formats) == 1:
+            (dtype,) = formats
+            raw = self._raw(len(refs), size, dtype)
+            for stored, ref in zip(raw, refs, strict=True):
+                self._files.read(self.clock, ref, start, stored.data)
+            return Loaded(own, list(rows), decode_rows(raw, dtype, rows, own, deltas=deltas))
         finite = True
-        for i, ref in enumerate(refs):
-            raw = np.frombuffer(self._buffer, np.uint8, (stop - start) * DTYPES[ref.dtype][0])
-            self._files.read(self.clock, ref, start, raw.data)
-            if base and i == 0:
-                finite &= decode_into(raw, ref.dtype, own)
-            else:
-                minus = own if deltas else None
-                finite &= decode_into(raw, ref.dtype, rows[i - base], minus)
+        targets = [own, *rows] if base else list(rows)
+        for ref, target in zip(refs, targets, strict=True):
+            stored = self._raw(1, size, ref.dtype)[0]
+            self._files.read(self.clock, ref, start, stored.data)
+            finite &= decode_row(stored, ref.dtype, target)
+        if own is not None and deltas:
+            np.subtract(rows, own, out=rows)
         return Loaded(own, list(rows), finite)
 
-    def store(self, values: Any, dtype: str, path: Path, offset: int) -> bool:
+    def _raw(self, inputs: int, size: int, dtype: str) -> Any:
+        """(inputs, bytes) of the lane's buffer."""
         import numpy as np
 
-        raw = np.frombuffer(self._buffer, np.uint8, len(values) * DTYPES[dtype][0])
+        width = size * DTYPES[dtype][0]
+        return np.frombuffer(self._buffer, np.uint8, inputs * width).reshape(inputs, width)
+
+    def store(self, values: Any, dtype: str, path: Path, offset: int) -> bool:
+        raw = self._raw(1, len(values), dtype)[0]
         fits = encode_into(values, dtype, raw)
         self._files.write(self.clock, path, offset, raw.data)
         return fits
@@ -171,13 +183,12 @@ class TorchLane(HostLane):
     def load(
         self, refs: Sequence[TensorRef], start: int, stop: int, *, base: bool, deltas: bool
     ) -> Loaded:
-        import numpy as np
         import torch
 
         wide = any(ref.dtype == "F64" for ref in refs)
         arrays = []
         for ref in refs:
-            raw = np.frombuffer(self._buffer, np.uint8, (stop - start) * DTYPES[ref.dtype][0])
+            raw = self._raw(1, stop - start, ref.dtype)[0]
             self._files.read(self.clock, ref, start, raw.data)
             arrays.append(decode(torch.from_numpy(raw), ref.dtype, wide=wide))
         finite = all_finite(arrays)

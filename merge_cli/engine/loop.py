@@ -23,7 +23,7 @@ from merge_cli.engine.compute import Computer
 from merge_cli.engine.device import Device, choose_arithmetic
 from merge_cli.engine.journal import Journal
 from merge_cli.engine.lanes import Files, HostLane, Lane, TorchLane
-from merge_cli.engine.memory import LaneRoom, lane_room
+from merge_cli.engine.memory import LaneRoom, keep_freed_memory, lane_room
 from merge_cli.engine.operands import Reading
 from merge_cli.engine.options import MergeOptions, Progress, Show
 from merge_cli.engine.plan import Plan
@@ -53,7 +53,7 @@ class Outcome:
 
     Attributes:
         key: the digest of the work, by which OUT can be recognised as its result.
-        arithmetic: compiled or torch, and why not compiled.
+        arithmetic: compiled, triton or torch, and why torch.
         buffers: bytes that all lanes may hold.
         stages: read, compute, write, stall.
         stats: one for each task of the plan.
@@ -134,6 +134,7 @@ def run_loop(
             unsynced = 0
         show(Progress("merge", done, total))
 
+    keep_freed_memory()
     for task in order[: room.lanes]:
         computer.begin(plan.tasks[task])
     began = time.perf_counter()
@@ -182,7 +183,13 @@ def _earlier_stats(
 
 
 def _arithmetic(plan: Plan, device: Device) -> tuple[str, str]:
-    return choose_arithmetic(plan) if device.kind == "cpu" else ("torch", "on the GPU")
+    """What computes, and why nothing faster does."""
+    if device.kind == "cpu":
+        return choose_arithmetic(plan)
+    from merge_cli.kernels.gpu import missing
+
+    why = missing()
+    return ("torch", why) if why else ("triton", "")
 
 
 def _lanes(files: Files, device: Device, arithmetic: str, room: LaneRoom) -> Callable[[int], Lane]:
@@ -194,7 +201,7 @@ def _lanes(files: Files, device: Device, arithmetic: str, room: LaneRoom) -> Cal
             files, device.indexes[number % len(device.indexes)], room.block
         )
     kind = HostLane if arithmetic == "compiled" else TorchLane
-    return lambda number: kind(files, room.block)
+    return lambda number: kind(files, room.block, room.inputs)
 
 
 def _stages(lanes: Sequence[Lane], threads: int, seconds: float) -> dict[str, Stage]:

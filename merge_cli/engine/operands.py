@@ -19,7 +19,7 @@ from merge_cli.engine.pool import Pool
 from merge_cli.methods.blocks import Block, Span
 
 T = TypeVar("T")
-_SAMPLE_RUN = 4096
+_SAMPLE_RUN = 8192
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class TaskReader:
 
     def sample(self, count: int) -> Iterator[Block]:
         for start in sample_starts(self.size, count):
-            yield self.block(start, min(start + _SAMPLE_RUN, self.size))
+            yield from self.range(start, min(start + _SAMPLE_RUN, self.size))
 
     def block(self, start: int, stop: int) -> Block:
         """Elements [start, stop) of every operand, upcast, where they are computed with."""
@@ -118,7 +118,7 @@ class ModelReader:
         for start in sample_starts(self.size, count):
             number = bisect_right(self._offsets, start) - 1
             tensor, begin = self.tensors[number], start - self._offsets[number]
-            yield tensor.block(begin, min(begin + _SAMPLE_RUN, tensor.size))
+            yield from tensor.range(begin, min(begin + _SAMPLE_RUN, tensor.size))
 
 
 def sample_starts(size: int, count: int) -> Iterator[int]:

@@ -10,12 +10,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from merge_cli.kernels.measure import dot, gram, signs, squared_distance
+from merge_cli.kernels.measure import add_gram, add_signs, dot, squared_distance
 from merge_cli.kernels.reduce import BLOCK_MULTIPLE
 from merge_cli.methods.blocks import Block
 
 _MAX_PAIRS_SOURCES = 16
-_SAMPLE_STRIDE = 4  # rates are counted on every fourth run of elements, which is plenty
+_SAMPLE_STRIDE = 16  # rates are counted on every sixteenth run of elements, which is plenty
 
 
 @dataclass
@@ -27,9 +27,9 @@ class TensorStats:
         gram: dot products between operands, S x S as nested lists (only the diagonal's entries
             are filled with more than 16 operands).
         agree, both: for each pair of operands, elements on which both are non-zero, and those of
-            them with the same sign (counted on a fixed quarter of the elements).
+            them with the same sign (counted on a fixed sixteenth of the elements).
         conflict, sampled: elements on which some operands are positive and others negative, and
-            elements looked at (the same quarter).
+            elements looked at (the same sixteenth).
         kept: for each operand, elements that trimming or dropping kept, of `sampled`; empty if the
             method does neither.
         base, change: squared norms of the base and of (merged - base); 0 without a base.
@@ -76,38 +76,52 @@ class Meter:
     """Measures the blocks of one unit while they are in hand.
 
     Args:
-        stats: what is added to.
         kept: the method's count of what trimming or dropping keeps, if it does either.
     """
 
-    def __init__(self, stats: TensorStats, kept: Kept | None) -> None:
-        self._stats, self._kept = stats, kept
+    def __init__(self, sources: int, kept: Kept | None) -> None:
+        import numpy as np
+
+        self._kept = kept
+        self._pairs = sources <= _MAX_PAIRS_SOURCES
+        self._sums = TensorStats()
+        self._gram = np.zeros((sources, sources))
+        self._both, self._agree = np.zeros((2, sources, sources), np.int64)
+        self._kept_counts = np.zeros(sources, np.int64)
 
     def add(self, block: Block, merged: Any) -> None:
         """Add one block. `merged` is the method's result, not yet rounded."""
-        stats, length = self._stats, len(merged)
-        sources = len(block.operands)
-        stats.count += length
-        pairs = sources <= _MAX_PAIRS_SOURCES
-        stats.gram = _sum_matrix(stats.gram, gram(block.operands, pairs=pairs))
+        sums, length = self._sums, len(merged)
+        sums.count += length
+        add_gram(block.operands, self._gram, pairs=self._pairs)
         if block.base is not None:
-            stats.base += dot(block.base, block.base)
-            stats.change += squared_distance(merged, block.base)
-        for start in range(0, length, BLOCK_MULTIPLE):
+            sums.base += dot(block.base, block.base)
+            sums.change += squared_distance(merged, block.base)
+        first = block.at.start // BLOCK_MULTIPLE
+        for number in range(-(-length // BLOCK_MULTIPLE)):
             # By the place in the tensor, so that the sample does not depend on how it is cut.
-            if ((block.at.start + start) // BLOCK_MULTIPLE) % _SAMPLE_STRIDE:
-                continue
-            run = slice(start, start + BLOCK_MULTIPLE)
-            operands = [operand[run] for operand in block.operands]
-            stats.sampled += len(operands[0])
-            if self._kept is not None:
-                at = replace(block.at, start=block.at.start + start)
-                stats.kept = _sum_list(stats.kept, self._kept(Block(None, operands, at)))
-            if sources > 1 and pairs:
-                both, agree, conflict = signs(operands)
-                stats.both = _sum_matrix(stats.both, both)
-                stats.agree = _sum_matrix(stats.agree, agree)
-                stats.conflict += conflict
+            if (first + number) % _SAMPLE_STRIDE == 0:
+                self._add_rates(block, number * BLOCK_MULTIPLE)
+
+    def _add_rates(self, block: Block, start: int) -> None:
+        operands = [operand[start : start + BLOCK_MULTIPLE] for operand in block.operands]
+        self._sums.sampled += len(operands[0])
+        if self._kept is not None:
+            at = replace(block.at, start=block.at.start + start)
+            self._kept_counts += self._kept(Block(None, operands, at))
+        if len(operands) > 1 and self._pairs:
+            self._sums.conflict += add_signs(operands, self._both, self._agree)
+
+    def result(self) -> TensorStats:
+        """The sums of every block that was added."""
+        rates = len(self._gram) > 1 and self._pairs
+        return replace(
+            self._sums,
+            gram=self._gram.tolist(),
+            both=self._both.tolist() if rates else [],
+            agree=self._agree.tolist() if rates else [],
+            kept=self._kept_counts.tolist() if self._kept is not None else [],
+        )
 
 
 def _sum_list(a: Sequence[Any], b: Sequence[Any]) -> list[Any]:

@@ -75,32 +75,29 @@ def available() -> str:
 # --- storage formats ------------------------------------------------------------------------------
 
 
-@_kernel("boolean(u2[::1], f4[::1])")
-def decode_bf16(raw, out):
-    """bfloat16 bits to float32; whether any is NaN or Inf."""
-    bits = out.view(np.uint32)
-    largest = U32(0)
-    for i in range(len(raw)):
-        wide = U32(raw[i]) << U32(16)
-        bits[i] = wide
-        largest = max(largest, wide & _MAGNITUDE)
-    return largest >= _INFINITY
+@_kernel("boolean(u2[:, ::1], f4[:, ::1], f4[::1], boolean, boolean)")
+def decode_bf16(raw, rows, base, has_base, deltas):
+    """bfloat16 bits to float32; whether any is NaN or Inf.
 
-
-@_kernel("boolean(u2[::1], f4[::1], f4[::1])")
-def decode_bf16_delta(raw, base, out):
-    """float32(raw) - base; whether any of raw is NaN or Inf."""
+    The first row of `raw` goes to `base` if there is one; the others to `rows`, less the base if
+    `deltas`.
+    """
     largest = U32(0)
-    for begin in range(0, len(raw), _CHUNK):
-        halves, minus = raw[begin : begin + _CHUNK], base[begin : begin + _CHUNK]
-        result = out[begin : begin + _CHUNK]
-        bits = result.view(np.uint32)
-        for i in range(len(halves)):
-            wide = U32(halves[i]) << U32(16)
-            bits[i] = wide
-            largest = max(largest, wide & _MAGNITUDE)
-        for i in range(len(halves)):
-            result[i] = result[i] - minus[i]
+    size = raw.shape[1]
+    for begin in range(0, size, _CHUNK):
+        minus = base[begin : begin + _CHUNK]
+        for s in range(len(raw)):
+            halves = raw[s, begin : begin + _CHUNK]
+            is_base = has_base and s == 0
+            result = minus if is_base else rows[s - has_base, begin : begin + _CHUNK]
+            bits = result.view(np.uint32)
+            for i in range(len(halves)):
+                wide = U32(halves[i]) << U32(16)
+                bits[i] = wide
+                largest = max(largest, wide & _MAGNITUDE)
+            if deltas and not is_base:
+                for i in range(len(halves)):
+                    result[i] = result[i] - minus[i]
     return largest >= _INFINITY
 
 
@@ -194,36 +191,49 @@ def weighted_sum(rows, weights, out):
                     total[i] = total[i] + row[i] * weight
 
 
-@_kernel("f8(f4[::1], f4[::1], f8[::1])")
-def dot(a, b, lanes):
-    """sum of a * b in float64: element i goes to lane i mod 64, the lanes are added in order."""
-    lanes[:] = 0.0
-    whole = len(a) // _LANES * _LANES
-    for begin in range(0, whole, _LANES):
-        for lane in range(_LANES):
-            lanes[lane] += np.float64(a[begin + lane]) * np.float64(b[begin + lane])
-    for i in range(whole, len(a)):
-        lanes[i - whole] += np.float64(a[i]) * np.float64(b[i])
-    total = 0.0
-    for lane in range(_LANES):
-        total += lanes[lane]
-    return total
+@_kernel("void(f4[::1], f4, f4[::1])")
+def add_scaled(base, scale, values):
+    """values = base + scale * values: a product, then an addition, each rounded."""
+    for i in range(len(values)):
+        values[i] = base[i] + scale * values[i]
 
 
-@_kernel("f8(f4[::1], f8[::1])")
-def absolute_sum(a, lanes):
-    """sum of |a| in float64, in the order of `dot`."""
-    lanes[:] = 0.0
-    whole = len(a) // _LANES * _LANES
-    for begin in range(0, whole, _LANES):
+@_kernel("void(f4[::1], f4[::1], i8, f8[::1])")
+def dot_runs(a, b, run, sums):
+    """sums[r] = sum of a * b over run r in float64; the lanes are added in order."""
+    lanes = np.empty(_LANES)
+    for r in range(len(sums)):
+        x, y = a[r * run : (r + 1) * run], b[r * run : (r + 1) * run]
+        lanes[:] = 0.0
+        whole = len(x) // _LANES * _LANES
+        for begin in range(0, whole, _LANES):
+            for lane in range(_LANES):
+                lanes[lane] += np.float64(x[begin + lane]) * np.float64(y[begin + lane])
+        for i in range(whole, len(x)):
+            lanes[i - whole] += np.float64(x[i]) * np.float64(y[i])
+        total = 0.0
         for lane in range(_LANES):
-            lanes[lane] += abs(np.float64(a[begin + lane]))
-    for i in range(whole, len(a)):
-        lanes[i - whole] += abs(np.float64(a[i]))
-    total = 0.0
-    for lane in range(_LANES):
-        total += lanes[lane]
-    return total
+            total += lanes[lane]
+        sums[r] = total
+
+
+@_kernel("void(f4[::1], i8, f8[::1])")
+def absolute_runs(a, run, sums):
+    """sums[r] = sum of |a| over run r in float64; the lanes are added in order."""
+    lanes = np.empty(_LANES)
+    for r in range(len(sums)):
+        x = a[r * run : (r + 1) * run]
+        lanes[:] = 0.0
+        whole = len(x) // _LANES * _LANES
+        for begin in range(0, whole, _LANES):
+            for lane in range(_LANES):
+                lanes[lane] += abs(np.float64(x[begin + lane]))
+        for i in range(whole, len(x)):
+            lanes[i - whole] += abs(np.float64(x[i]))
+        total = 0.0
+        for lane in range(_LANES):
+            total += lanes[lane]
+        sums[r] = total
 
 
 # --- magnitudes -----------------------------------------------------------------------------------
@@ -233,84 +243,121 @@ def absolute_sum(a, lanes):
 def count_range(values, low, high, shift, counts):
     """Count keys (bits of |x|) in [low, high] by (key - low) >> shift; returns how many are above.
 
-    Few keys lie in the range, as a rule: groups of 16 without any are passed over.
+    What lies inside is first moved together, without a branch that would be guessed wrong.
     """
-    bits = values.view(np.uint32)
-    span = high - low
+    span = U32(high - low)
     above = 0
-    inside = np.empty(16, np.uint32)
-    whole = len(bits) // _CHUNK * _CHUNK
-    for begin in range(0, whole, _CHUNK):
+    places = np.empty(_CHUNK, np.uint32)
+    inside = np.empty(_CHUNK, np.uint32)
+    for begin in range(0, len(values), _CHUNK):
+        bits = values[begin : begin + _CHUNK].view(np.uint32)
         larger = U32(0)
-        for i in range(begin, begin + _CHUNK):
-            larger += U32((bits[i] & _MAGNITUDE) > high)
+        for i in range(len(bits)):
+            key = bits[i] & _MAGNITUDE
+            larger += U32(key > high)
+            places[i] = key - low
         above += larger
-        for group in range(begin, begin + _CHUNK, 16):
-            found = U32(0)
-            for i in range(16):
-                inside[i] = (bits[group + i] & _MAGNITUDE) - low
-                found |= U32(inside[i] <= span)
-            if found != 0:
-                for i in range(16):
-                    if inside[i] <= span:
-                        counts[inside[i] >> shift] += 1
-    for i in range(whole, len(bits)):
-        key = bits[i] & _MAGNITUDE
-        above += key > high
-        if key - low <= span:
-            counts[(key - low) >> shift] += 1
+        found = 0
+        for i in range(len(bits)):
+            inside[found] = places[i]
+            found += np.intp(places[i] <= span)
+        for i in range(found):
+            counts[inside[i] >> shift] += 1
     return above
 
 
-@_kernel("void(f4[::1], u4, i8, f4[::1])")
-def trim(values, threshold, ties, out):
-    """values where the key is above the threshold, or equal to it among the first `ties`; else 0.
+@_kernel("void(f4[::1], u4[::1], i8[::1], i8[::1])")
+def count_keys(values, candidates, above, equal):
+    """For each candidate, add how many keys are larger and how many are equal."""
+    for begin in range(0, len(values), _CHUNK):
+        bits = values[begin : begin + _CHUNK].view(np.uint32)
+        for c in range(len(candidates)):
+            key = candidates[c]
+            larger, same = U32(0), U32(0)
+            for i in range(len(bits)):
+                magnitude = bits[i] & _MAGNITUDE
+                larger += U32(magnitude > key)
+                same += U32(magnitude == key)
+            above[c] += larger
+            equal[c] += same
+
+
+@_kernel("void(f4[:, ::1], u4[::1], i8[::1], f4[:, ::1])")
+def trim(rows, thresholds, ties, out):
+    """Rows where the key is above the threshold, or equal to it among the first `ties`; else 0.
 
     NaN is dropped: it is above no number.
     """
-    bits, result = values.view(np.uint32), out.view(np.uint32)
-    for i in range(len(bits)):
-        key = bits[i] & _MAGNITUDE
-        keep = (key > threshold) & (key <= _INFINITY)
-        result[i] = bits[i] if keep else U32(0)
-    for i in range(min(ties, len(bits))):
-        result[i] = bits[i] if (bits[i] & _MAGNITUDE) == threshold else result[i]
+    for s in range(len(rows)):
+        threshold, first = thresholds[s], ties[s]
+        bits, result = rows[s, :first].view(np.uint32), out[s, :first].view(np.uint32)
+        for i in range(len(bits)):
+            key = bits[i] & _MAGNITUDE
+            result[i] = bits[i] if (key >= threshold) & (key <= _INFINITY) else U32(0)
+        bits, result = rows[s, first:].view(np.uint32), out[s, first:].view(np.uint32)
+        for i in range(len(bits)):
+            key = bits[i] & _MAGNITUDE
+            result[i] = bits[i] if (key > threshold) & (key <= _INFINITY) else U32(0)
 
 
 @_kernel("i8(f4[::1], u4, i8)")
 def count_kept(values, threshold, ties):
     """How many `trim` keeps."""
-    bits = values.view(np.uint32)
     kept = 0
+    bits = values[:ties].view(np.uint32)
+    for i in range(len(bits)):
+        key = bits[i] & _MAGNITUDE
+        kept += (key >= threshold) & (key <= _INFINITY)
+    bits = values[ties:].view(np.uint32)
     for i in range(len(bits)):
         key = bits[i] & _MAGNITUDE
         kept += (key > threshold) & (key <= _INFINITY)
-    for i in range(min(ties, len(bits))):
-        kept += (bits[i] & _MAGNITUDE) == threshold
     return kept
 
 
 @_kernel("i8(f4[::1], u4, i8)")
 def find_tie(values, threshold, ordinal):
     """The index of the ordinal-th (from 1) key that equals the threshold, or -1 - their number."""
-    bits = values.view(np.uint32)
     found = 0
-    for i in range(len(bits)):
-        if (bits[i] & _MAGNITUDE) == threshold:
-            found += 1
-            if found == ordinal:
-                return i
+    for begin in range(0, len(values), _CHUNK):
+        bits = values[begin : begin + _CHUNK].view(np.uint32)
+        here = U32(0)
+        for i in range(len(bits)):
+            here += U32((bits[i] & _MAGNITUDE) == threshold)
+        if found + here >= ordinal:
+            for i in range(len(bits)):
+                found += (bits[i] & _MAGNITUDE) == threshold
+                if found == ordinal:
+                    return begin + i
+        found += here
     return -1 - found
+
+
+@_kernel("i8(i4[::1], i4[::1], i8[::1])")
+def not_empty(counts, places, found):
+    """Move the bins that hold something together; returns how many there are."""
+    size = 0
+    for begin in range(0, len(counts), 64):
+        bins = counts[begin : begin + 64]
+        largest = np.int32(0)
+        for i in range(len(bins)):
+            largest = max(largest, bins[i])
+        if largest > 0:
+            for i in range(len(bins)):
+                if bins[i] > 0:
+                    places[size] = begin + i
+                    found[size] = bins[i]
+                    size += 1
+    return size
 
 
 # --- random masks ---------------------------------------------------------------------------------
 
 
-@_kernel("void(f4[::1], u4, u4, u4, u4, f4[::1])")
-def drop(values, k0, k1, low, limit, out):
-    """values where the mixed index is below the limit, else 0 (see `kernels.mask`)."""
-    bits, result = values.view(np.uint32), out.view(np.uint32)
-    for i in range(len(bits)):
+@_kernel("void(f4[::1], u4, u4, u4, u4, f4, f4[::1])")
+def drop(values, k0, k1, low, limit, factor, out):
+    """values * factor where the mixed index is below the limit, else 0 (see `kernels.mask`)."""
+    for i in range(len(values)):
         # numba widens sums and products to 64 bits: cut them back.
         x = U32(low + U32(i)) ^ k0
         x = U32((x ^ (x >> U32(16))) * U32(0x21F0AAAD))
@@ -318,7 +365,22 @@ def drop(values, k0, k1, low, limit, out):
         x = U32(x * U32(0xD35A2D97))
         x = U32((x ^ (x >> U32(15))) * U32(0x31848BAB))
         x ^= x >> U32(14)
-        result[i] = bits[i] if x < limit else U32(0)
+        out[i] = values[i] * factor if x < limit else F32(0.0)
+
+
+@_kernel("i8(i8, u4, u4, u4, u4)")
+def count_masked(size, k0, k1, low, limit):
+    """How many of `size` elements `drop` keeps."""
+    kept = 0
+    for i in range(size):
+        x = U32(low + U32(i)) ^ k0
+        x = U32((x ^ (x >> U32(16))) * U32(0x21F0AAAD))
+        x = U32((x ^ (x >> U32(15))) + k1)
+        x = U32(x * U32(0xD35A2D97))
+        x = U32((x ^ (x >> U32(15))) * U32(0x31848BAB))
+        x ^= x >> U32(14)
+        kept += x < limit
+    return kept
 
 
 # --- sign election --------------------------------------------------------------------------------

@@ -14,8 +14,13 @@ COMPILED = frozenset(("F32", "BF16", "F16"))
 _TORCH = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
-def decode_into(raw: Any, dtype: str, out: Any, base: Any = None) -> bool:
-    """Stored bytes (numpy uint8) to float32 in `out`, less the base if there is one.
+def decode_rows(raw: Any, dtype: str, rows: Any, base: Any, *, deltas: bool) -> bool:
+    """Stored bytes (inputs, bytes) to float32, for inputs of one format.
+
+    Args:
+        rows: (sources, elements), filled.
+        base: filled from the first input; None if there is no base among them.
+        deltas: subtract the base from the sources.
 
     Returns:
         whether every stored value is finite.
@@ -24,19 +29,32 @@ def decode_into(raw: Any, dtype: str, out: Any, base: Any = None) -> bool:
 
     from merge_cli.kernels import compiled
 
+    has_base = base is not None
     if dtype == "BF16":
-        halves = raw.view(np.uint16)
-        if base is None:
-            return not compiled.decode_bf16(halves, out)
-        return not compiled.decode_bf16_delta(halves, base, out)
+        place = base if has_base else rows[0]
+        return not compiled.decode_bf16(raw.view(np.uint16), rows, place, has_base, deltas)
+    finite = True
+    targets = [base, *rows] if has_base else list(rows)
+    for stored, target in zip(raw, targets, strict=True):
+        finite &= decode_row(stored, dtype, target)
+    if deltas:
+        np.subtract(rows, base, out=rows)
+    return finite
+
+
+def decode_row(raw: Any, dtype: str, out: Any) -> bool:
+    """Stored bytes of one input to float32; whether every stored value is finite."""
+    import numpy as np
+
+    from merge_cli.kernels import compiled
+
+    if dtype == "BF16":
+        halves = raw.view(np.uint16)[None]
+        return not compiled.decode_bf16(halves, out[None], out, False, False)
     if dtype == "F16":
-        bad = compiled.decode_f16(raw.view(np.uint16), out)
-    else:
-        out[:] = raw.view(np.float32)
-        bad = compiled.non_finite(out)
-    if base is not None:
-        np.subtract(out, base, out=out)
-    return not bad
+        return not compiled.decode_f16(raw.view(np.uint16), out)
+    out[:] = raw.view(np.float32)
+    return not compiled.non_finite(out)
 
 
 def encode_into(values: Any, dtype: str, out: Any) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from merge_cli.kernels.arrays import Array, is_numpy, matrix
+from merge_cli.kernels.gpu import kernels_for
 
 
 def disjoint_mean(
@@ -28,6 +29,12 @@ def disjoint_mean(
     """
     if is_numpy(deltas[0]):
         return _compiled(deltas, weights, weighted_election, divide_by, zero_sign)
+    on_gpu = kernels_for(deltas[0])
+    if on_gpu is not None:
+        import torch
+
+        stacked = torch.stack(list(deltas))
+        return on_gpu.disjoint_mean(stacked, weights, weighted_election, divide_by, zero_sign)
     return _plain(deltas, weights, weighted_election, divide_by, zero_sign)
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from merge_cli.kernels.arrays import is_numpy
+from merge_cli.kernels.gpu import kernels_for
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,6 +51,12 @@ class SpanCounts:
     def of(cls, dense: Keys) -> SpanCounts:
         import numpy as np
 
+        if dense.dtype == np.int32:  # a thread's own counts: this is done for every span
+            from merge_cli.kernels import compiled
+
+            found, counts = np.empty(len(dense), np.int32), np.empty(len(dense), np.int64)
+            size = compiled.not_empty(dense, found, counts)
+            return cls(found[:size].copy(), counts[:size].copy())
         places = np.flatnonzero(dense)
         return cls(places.astype(np.int32), dense[places].astype(np.int64))
 
@@ -135,13 +143,63 @@ class RangeCounter:
     def _feed_torch(self, x: Any) -> None:
         import torch
 
-        integer, width = (torch.int32, 31) if x.dtype == torch.float32 else (torch.int64, 63)
-        bits = x.view(integer) & (2**width - 1)
+        on_gpu = kernels_for(x)
+        if on_gpu is not None:
+            if self._counts is None:
+                self._counts = torch.zeros(self._bins, dtype=torch.int32, device=x.device)
+            self._above = self._above + on_gpu.count_range(
+                x, self.low, self.high, self.shift, self._counts
+            )
+            return
+        bits = _torch_keys(x)
         # Sums stay on the device: one wait for each span, not for each block.
         self._above = self._above + (bits > self.high).sum()
         inside = bits[(bits >= self.low) & (bits <= self.high)]
         counts = torch.bincount((inside - self.low) >> self.shift, minlength=self._bins)
         self._counts = counts if self._counts is None else self._counts + counts
+
+
+class KeyCounter:
+    """Counts, for each of a few keys, the elements that equal it and those that are above it."""
+
+    def __init__(self, candidates: Sequence[int]) -> None:
+        import numpy as np
+
+        self.candidates = list(candidates)
+        self.above = np.zeros(len(candidates), np.int64)
+        self.equal = np.zeros(len(candidates), np.int64)
+        self._lock = threading.Lock()
+
+    def empty_copy(self) -> KeyCounter:
+        """Another counter of the same keys."""
+        return KeyCounter(self.candidates)
+
+    def add(self, span: KeyCounter, room: int) -> SpanCounts:
+        """Add the counts of one span, and return them by themselves: they are few."""
+        with self._lock:
+            self.above += span.above
+            self.equal += span.equal
+        return SpanCounts.of(span.equal)
+
+    def feed(self, x: Any) -> None:
+        """Count one flat block."""
+        import numpy as np
+
+        if is_numpy(x):
+            from merge_cli.kernels import compiled
+
+            compiled.count_keys(x, np.array(self.candidates, np.uint32), self.above, self.equal)
+            return
+        bits = _torch_keys(x)
+        self.above += np.array([int((bits > key).sum()) for key in self.candidates])
+        self.equal += np.array([int((bits == key).sum()) for key in self.candidates])
+
+
+def _torch_keys(x: Any) -> Any:
+    import torch
+
+    integer, width = (torch.int32, 31) if x.dtype == torch.float32 else (torch.int64, 63)
+    return x.view(integer) & (2**width - 1)
 
 
 def find_tie(x: Any, threshold: float, ordinal: int) -> int:

@@ -25,6 +25,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from merge_cli.kernels.arrays import Array, is_numpy
+from merge_cli.kernels.gpu import kernels_for
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +36,7 @@ _CHUNK = 2**32
 
 def drop(
     rows: Sequence[Array], seed: int, sources: Sequence[int], name: str, start: int,
-    density: Sequence[float],
+    density: Sequence[float], factors: Sequence[float] | None = None,
 ) -> list[Array]:  # fmt: skip
     """Flat blocks with each element zeroed unless its mask keeps it.
 
@@ -43,18 +44,23 @@ def drop(
         rows: each source's elements from flat index `start` of the tensor called `name`.
         sources: each source's place in the recipe.
         density: for each source, the chance of being kept.
+        factors: for each source, what is multiplied with what is kept; None for 1.
     """
+    scale = [1.0] * len(rows) if factors is None else factors
     if is_numpy(rows[0]):
         import numpy as np
 
         out = np.empty((len(rows), len(rows[0])), np.float32)
-        for row, source, share, result in zip(rows, sources, density, out, strict=True):
-            _compiled_drop(row, seed, source, name, start, share, result)
+        for row, source, share, factor, result in zip(
+            rows, sources, density, scale, out, strict=True
+        ):
+            _compiled_drop(row, seed, source, name, start, share, factor, result)
         return list(out)
-    return [
+    kept = [
         row.where(keep_mask(seed, source, name, start, row.numel(), share, row.device), 0.0)
         for row, source, share in zip(rows, sources, density, strict=True)
     ]
+    return [row * factor for row, factor in zip(kept, scale, strict=True)] if factors else kept
 
 
 def count_kept(
@@ -63,11 +69,11 @@ def count_kept(
 ) -> list[int]:  # fmt: skip
     """How many elements of each block its mask keeps."""
     if is_numpy(rows[0]):
-        import numpy as np
-
-        ones = np.ones(len(rows[0]), np.float32)
-        kept = drop([ones] * len(rows), seed, sources, name, start, density)
-        return [int(np.count_nonzero(row)) for row in kept]
+        size = len(rows[0])
+        return [
+            _compiled_count(seed, source, name, start, size, share)
+            for source, share in zip(sources, density, strict=True)
+        ]
     return [
         int(keep_mask(seed, source, name, start, row.numel(), share, row.device).sum())
         for row, source, share in zip(rows, sources, density, strict=True)
@@ -75,20 +81,39 @@ def count_kept(
 
 
 def _compiled_drop(
-    row: Any, seed: int, source: int, name: str, start: int, density: float, out: Any
-) -> None:
+    row: Any, seed: int, source: int, name: str, start: int, density: float, factor: float,
+    out: Any,
+) -> None:  # fmt: skip
     import numpy as np
 
     from merge_cli.kernels import compiled
 
     limit = round(density * 2**32)
     if limit >= 2**32:
-        out[:] = row
+        np.multiply(row, np.float32(factor), out=out)
         return
     for chunk, low, part in _chunks(start, len(row)):
         k0, k1 = mask_key(seed, source, name, chunk)
         words = [np.uint32(word) for word in (k0, k1, low, limit)]
-        compiled.drop(row[part], *words, out[part])
+        compiled.drop(row[part], *words, np.float32(factor), out[part])
+
+
+def _compiled_count(
+    seed: int, source: int, name: str, start: int, size: int, density: float
+) -> int:
+    import numpy as np
+
+    from merge_cli.kernels import compiled
+
+    limit = round(density * 2**32)
+    if limit >= 2**32:
+        return size
+    kept = 0
+    for chunk, low, part in _chunks(start, size):
+        k0, k1 = mask_key(seed, source, name, chunk)
+        words = [np.uint32(word) for word in (k0, k1, low, limit)]
+        kept += int(compiled.count_masked(part.stop - part.start, *words))
+    return kept
 
 
 def _chunks(start: int, size: int) -> Iterator[tuple[int, int, slice]]:
@@ -110,10 +135,15 @@ def keep_mask(
     limit = round(density * 2**32)
     if limit >= 2**32:
         return torch.ones(size, dtype=torch.bool, device=device)
+    on_gpu = kernels_for(torch.empty(0, device=device))
     parts = []
     for chunk, low, part in _chunks(start, size):
         k0, k1 = mask_key(seed, source, name, chunk)
-        parts.append(_uniform(low, part.stop - part.start, k0, k1, device) < limit - 2**31)
+        length = part.stop - part.start
+        if on_gpu is not None:
+            parts.append(on_gpu.keep_mask(length, k0, k1, low, limit, device))
+        else:
+            parts.append(_uniform(low, length, k0, k1, device) < limit - 2**31)
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 

@@ -12,15 +12,20 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from merge_cli.kernels.arrays import Array, is_numpy, matrix
+from merge_cli.kernels.gpu import kernels_for
 
 BLOCK_MULTIPLE = 65_536
 _LANES = 64
 
 
 def divided(x: Array, number: float) -> Array:
-    """x / number, a true division everywhere: a GPU would multiply by 1/number given a scalar."""
+    """x / number, a true division everywhere: a GPU would multiply by 1/number given a scalar.
+
+    x may be overwritten.
+    """
     if is_numpy(x):
-        return x / number
+        x /= number
+        return x
     return x / x.new_full((1,), number)
 
 
@@ -37,6 +42,11 @@ def weighted_sum(weights: Iterable[float], arrays: Sequence[Array]) -> Array:
         out = np.empty_like(arrays[0])
         compiled.weighted_sum(matrix(arrays), np.array([*weights], out.dtype), out)
         return out
+    on_gpu = kernels_for(arrays[0])
+    if on_gpu is not None:
+        import torch
+
+        return on_gpu.weighted_sum(torch.stack(list(arrays)), list(weights))
     total: Any = None
     for weight, array in zip(weights, arrays, strict=True):
         term = array * weight
@@ -44,14 +54,16 @@ def weighted_sum(weights: Iterable[float], arrays: Sequence[Array]) -> Array:
     return total
 
 
-def scaled(arrays: Sequence[Array], factors: Sequence[float]) -> list[Array]:
-    """factor * x for each of them."""
-    if is_numpy(arrays[0]):
+def add_scaled(base: Array, scale: float, change: Array) -> Array:
+    """base + scale * change, where change may be overwritten."""
+    if is_numpy(base):
         import numpy as np
 
-        rows = matrix(arrays)
-        return list(rows * np.array(factors, rows.dtype)[:, None])
-    return [array * factor for array, factor in zip(arrays, factors, strict=True)]
+        from merge_cli.kernels import compiled
+
+        compiled.add_scaled(base, np.float32(scale), change)
+        return change
+    return base + scale * change
 
 
 def dot_runs(a: Array, b: Array) -> list[float]:
@@ -61,8 +73,9 @@ def dot_runs(a: Array, b: Array) -> list[float]:
 
         from merge_cli.kernels import compiled
 
-        lanes = np.empty(_LANES)
-        return [compiled.dot(a[run], b[run], lanes) for run in _runs(len(a))]
+        sums = np.empty(-(-len(a) // BLOCK_MULTIPLE))
+        compiled.dot_runs(a, b, BLOCK_MULTIPLE, sums)
+        return list(sums.tolist())
     return [_lane_sum(a[run].double() * b[run].double()) for run in _runs(len(a))]
 
 
@@ -73,8 +86,9 @@ def absolute_runs(a: Array) -> list[float]:
 
         from merge_cli.kernels import compiled
 
-        lanes = np.empty(_LANES)
-        return [compiled.absolute_sum(a[run], lanes) for run in _runs(len(a))]
+        sums = np.empty(-(-len(a) // BLOCK_MULTIPLE))
+        compiled.absolute_runs(a, BLOCK_MULTIPLE, sums)
+        return list(sums.tolist())
     return [_lane_sum(a[run].double().abs()) for run in _runs(len(a))]
 
 

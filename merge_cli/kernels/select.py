@@ -18,10 +18,19 @@ from functools import partial
 from itertools import accumulate
 from typing import Any, Protocol, TypeVar
 
-from merge_cli.kernels.arrays import is_numpy
-from merge_cli.kernels.keys import RangeCounter, SpanCounts, find_tie, key_of, keys, number
+from merge_cli.kernels.arrays import is_numpy, matrix
+from merge_cli.kernels.keys import (
+    KeyCounter,
+    RangeCounter,
+    SpanCounts,
+    find_tie,
+    key_of,
+    keys,
+    number,
+)
 
 _BINS = 2**19
+_FEW = 8
 _SAMPLE_SHARE = 64
 _SMALLEST_SAMPLE, _LARGEST_SAMPLE = 2**17, 2**21
 _KEPT_COUNTS = 4_000_000  # bins of single spans that may be held, 12 bytes each
@@ -92,12 +101,13 @@ def _compiled_trim(rows: Sequence[Any], cuts: Sequence[Cut | None], start: int) 
 
     from merge_cli.kernels import compiled
 
-    out = np.empty((len(rows), len(rows[0])), rows[0].dtype)
-    for row, cut, result in zip(rows, cuts, out, strict=True):
-        if cut is None:
-            result[:] = row
-        else:
-            compiled.trim(row, key_of(cut.threshold), cut.ties(start, len(row)), result)
+    whole = matrix(rows)
+    size = whole.shape[1]
+    out = np.empty_like(whole)
+    thresholds = np.array([0 if cut is None else key_of(cut.threshold) for cut in cuts], np.uint32)
+    # What is above or equal to 0 is everything (but NaN, which no cut keeps).
+    ties = np.array([size if cut is None else cut.ties(start, size) for cut in cuts], np.int64)
+    compiled.trim(whole, thresholds, ties, out)
     return list(out)
 
 
@@ -131,8 +141,10 @@ def magnitude_cuts(densities: Sequence[float], stream: Stream) -> list[Cut | Non
             cuts[i] = Cut(math.inf, -1)
         elif k < stream.size:
             wanted[i] = k
-    for i, search in _run(_brackets(wanted, stream), stream).items():
-        cuts[i] = Cut(search.threshold, _last_tie(i, search, stream))
+    searches = _run(_brackets(wanted, stream), stream)
+    last_ties = _last_ties(searches, stream)
+    for i, search in searches.items():
+        cuts[i] = Cut(search.threshold, last_ties.get(i, ALL_TIES))
     return cuts
 
 
@@ -140,13 +152,15 @@ class _Search:
     """One operand's search for the k-th largest key, which is looked for from `low` to `high`.
 
     Attributes:
+        candidates: a few keys, ascending, of which it probably is one; then these are counted.
         needed: once found, how many of the elements that equal the threshold are kept.
         all_ties: whether that is all of them.
         ties: their number in each span.
     """
 
-    def __init__(self, k: int, low: int, high: int, width: int) -> None:
-        self.k, self.low, self.high, self.width = k, low, high, width
+    def __init__(self, k: int, low: int, high: int, width: int, candidates: list[int]) -> None:
+        self.k, self.width = k, width
+        self.low, self.high, self.candidates = low, high, candidates
         self.found, self.all_ties = False, False
         self.needed = 0
         self.ties: list[int] = []
@@ -160,8 +174,40 @@ class _Search:
     def threshold(self) -> float:
         return number(self.low, self.width)
 
-    def narrow(self, above: int, total: SpanCounts, spans: Sequence[SpanCounts | None]) -> None:
+    def counter(self) -> RangeCounter | KeyCounter:
+        """What counts for the next pass."""
+        if self.high - self.low < _FEW:
+            self.candidates = list(range(self.low, self.high + 1))
+        if self.candidates:
+            return KeyCounter(self.candidates)
+        return RangeCounter(self.low, self.high, self.shift)
+
+    def narrow(self, total: RangeCounter | KeyCounter, spans: Sequence[SpanCounts | None]) -> None:
         """Go where the counts of the whole stream say that the k-th largest lies."""
+        if isinstance(total, KeyCounter):
+            self._narrow_to_key(total, spans)
+        else:
+            self._narrow_to_bin(*total.result(), spans)
+
+    def _narrow_to_key(self, total: KeyCounter, spans: Sequence[SpanCounts | None]) -> None:
+        ceiling = 2**self.width - 1
+        for place in reversed(range(len(self.candidates))):
+            key, above, equal = self.candidates[place], *(
+                int(counts[place]) for counts in (total.above, total.equal)
+            )  # fmt: skip
+            if self.k <= above:
+                self.low, self.high, self.candidates = key + 1, ceiling, []
+                return
+            if self.k <= above + equal:
+                self.low = self.high = key
+                self._settle(place, self.k - above, equal, spans)
+                return
+            ceiling = key - 1
+        self.low, self.high, self.candidates = 0, ceiling, []
+
+    def _narrow_to_bin(
+        self, above: int, total: SpanCounts, spans: Sequence[SpanCounts | None]
+    ) -> None:
         if self.k <= above:
             self.low, self.high = self.high + 1, 2**self.width - 1
             return
@@ -174,12 +220,16 @@ class _Search:
         last = min(self.high, first + (1 << self.shift) - 1)
         self.low, self.high = first, last
         if first == last:
-            self.needed = self.k - above - larger
-            self.all_ties = self.needed == inside
-            apart = [span.at(place) for span in spans if span is not None]
-            # Where the spans' counts were too many to keep, the next pass counts this key alone.
-            self.found = self.all_ties or len(apart) == len(spans)
-            self.ties = apart
+            self._settle(place, self.k - above - larger, inside, spans)
+
+    def _settle(
+        self, place: int, needed: int, inside: int, spans: Sequence[SpanCounts | None]
+    ) -> None:
+        """The key is known; so is in which span the last tie lies, if the spans' counts are."""
+        self.needed, self.all_ties = needed, needed == inside
+        self.ties = [span.at(place) for span in spans if span is not None]
+        # Where they were too many to keep, the next pass counts this key alone.
+        self.found = self.all_ties or len(self.ties) == len(spans)
 
 
 def _brackets(wanted: dict[int, int], stream: Stream) -> dict[int, _Search]:
@@ -202,27 +252,28 @@ def _brackets(wanted: dict[int, int], stream: Stream) -> dict[int, _Search]:
         )  # fmt: skip
         ranks = ((1 - share - error) * len(sample) - 2, (1 - share + error) * len(sample) + 2)
         low, high = (min(max(int(rank), 0), len(sample) - 1) for rank in ranks)
-        placed = np.partition(sample, (low, high))
-        searches[i] = _Search(k, int(placed[low]), int(placed[high]), width)
+        placed = np.sort(sample)  # numpy sorts integers faster than it selects two of them
+        bracket = placed[low : high + 1]
+        candidates = np.unique(bracket[:: max(1, len(bracket) // 4096)])
+        # Differences of 16-bit weights take few values: then one of these is the threshold.
+        few = candidates.tolist() if len(candidates) <= _FEW else []
+        searches[i] = _Search(k, int(placed[low]), int(placed[high]), width, few)
     return searches
 
 
 def _run(searches: dict[int, _Search], stream: Stream) -> dict[int, _Search]:
     """Pass over the stream until every threshold is known."""
     while active := {i: search for i, search in searches.items() if not search.found}:
-        counters = {
-            i: RangeCounter(search.low, search.high, search.shift) for i, search in active.items()
-        }
+        counters = {i: search.counter() for i, search in active.items()}
         room = _KEPT_COUNTS // (len(active) * (len(stream.starts) - 1))
 
         spans = stream.map(partial(_count, counters, room))
         for i, search in active.items():
-            above, total = counters[i].result()
-            search.narrow(above, total, [span[i] for span in spans])
+            search.narrow(counters[i], [span[i] for span in spans])
     return searches
 
 
-def _count(totals: dict[int, RangeCounter], room: int, blocks: Iterable[Rows]) -> Counted:
+def _count(totals: dict[int, Any], room: int, blocks: Iterable[Rows]) -> Counted:
     own = {i: total.empty_copy() for i, total in totals.items()}
     for rows in blocks:
         for i, counter in own.items():
@@ -230,22 +281,36 @@ def _count(totals: dict[int, RangeCounter], room: int, blocks: Iterable[Rows]) -
     return {i: totals[i].add(counter, room) for i, counter in own.items()}
 
 
-def _last_tie(operand: int, search: _Search, stream: Stream) -> int:
-    """The flat index of the last element that equals the threshold and is kept."""
-    if search.all_ties or math.isnan(search.threshold):
-        return ALL_TIES
-    up_to = list(accumulate(search.ties))
-    span = next(i for i, count in enumerate(up_to) if count >= search.needed)
-    left = search.needed - (up_to[span] - search.ties[span])
+def _last_ties(searches: dict[int, _Search], stream: Stream) -> dict[int, int]:
+    """For each operand that keeps some ties and not others, the index of the last that is kept."""
+    by_span: dict[int, dict[int, int]] = {}  # span -> operand -> which of its ties
+    for i, search in searches.items():
+        if not search.all_ties and not math.isnan(search.threshold):
+            up_to = list(accumulate(search.ties))
+            span = next(n for n, count in enumerate(up_to) if count >= search.needed)
+            ordinal = search.needed - (up_to[span] - search.ties[span])
+            by_span.setdefault(span, {})[i] = ordinal
+    found: dict[int, int] = {}
+    thresholds = {i: search.threshold for i, search in searches.items()}
+    for span, ordinals in by_span.items():
+        find = partial(_find, thresholds, ordinals, stream.starts[span])
+        found |= stream.map(find, only=span)[0]
+    return found
 
-    def find(blocks: Iterable[Rows]) -> int:
-        offset, missing = stream.starts[span], left
-        for rows in blocks:
-            place = find_tie(rows[operand], search.threshold, missing)
+
+def _find(
+    thresholds: dict[int, float], ordinals: dict[int, int], offset: int, blocks: Iterable[Rows]
+) -> dict[int, int]:
+    missing, found = dict(ordinals), {}
+    for rows in blocks:
+        for i, ordinal in tuple(missing.items()):
+            place = find_tie(rows[i], thresholds[i], ordinal)
             if place >= 0:
-                return offset + place
-            missing -= -1 - place
-            offset += len(rows[operand])
-        raise AssertionError("fewer ties than were counted")
-
-    return stream.map(find, only=span)[0]
+                found[i] = offset + place
+                del missing[i]
+            else:
+                missing[i] -= -1 - place
+        if not missing:
+            break
+        offset += len(rows[0])
+    return found

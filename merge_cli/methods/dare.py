@@ -12,7 +12,7 @@ from typing import Any, Literal
 from merge_cli.kernels.arrays import Array
 from merge_cli.kernels.elect import disjoint_mean
 from merge_cli.kernels.mask import count_kept, drop
-from merge_cli.kernels.reduce import absolute_runs, divided, exact_sum, scaled, weighted_sum
+from merge_cli.kernels.reduce import absolute_runs, add_scaled, divided, exact_sum, weighted_sum
 from merge_cli.methods.blocks import Block, Span, TensorBlocks
 from merge_cli.methods.parameters import Density, PerModel, each
 from merge_cli.methods.registry import merge_method
@@ -22,9 +22,11 @@ from merge_cli.methods.soup import weights_cancel
 Rescale = Literal["density", "l1", "none", True, False]
 
 
-def dropped(deltas: list[Array], at: Span, density: Sequence[float]) -> list[Array]:
-    """Zero each element with probability 1 - density."""
-    return drop(deltas, at.seed, at.sources, at.name, at.start, density)
+def dropped(
+    deltas: list[Array], at: Span, density: Sequence[float], factors: Sequence[float] | None = None
+) -> list[Array]:
+    """Zero each element with probability 1 - density, multiply the others by the factor."""
+    return drop(deltas, at.seed, at.sources, at.name, at.start, density, factors)
 
 
 def kept(block: Block, prepared: Any, parameters: Mapping[str, Any]) -> list[int]:
@@ -92,7 +94,7 @@ def dare(
     mixed = weighted_sum(_scaled(weight, prepared), dropped(deltas, at, density))
     if normalize:
         mixed = divided(mixed, sum(weight))
-    return base + lambda_ * mixed
+    return add_scaled(base, lambda_, mixed)
 
 
 @merge_method(
@@ -122,11 +124,11 @@ def dare_ties(
         lambda_: scale of the whole change.
         elect: elect the sign of the weighted or of the unweighted sum.
     """
-    rescaled = scaled(dropped(deltas, at, density), prepared)
+    rescaled = dropped(deltas, at, density, prepared)
     mixed = disjoint_mean(
         rescaled,
         weight,
         weighted_election=elect == "weighted",
         divide_by="weights" if normalize else "nothing",
     )
-    return base + lambda_ * mixed
+    return add_scaled(base, lambda_, mixed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from merge_cli.kernels.arrays import Array
-from merge_cli.kernels.reduce import divided, weighted_sum
+from merge_cli.kernels.reduce import add_scaled, divided, weighted_sum
 from merge_cli.methods.parameters import PerModel, each
 from merge_cli.methods.registry import merge_method
 from merge_cli.methods.soup import weights_cancel
@@ -31,4 +31,4 @@ def task_arithmetic(
     mixed = weighted_sum(weight, deltas)
     if normalize:
         mixed = divided(mixed, sum(weight))
-    return base + lambda_ * mixed
+    return add_scaled(base, lambda_, mixed)

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar
 from merge_cli.errors import UsageError
 from merge_cli.kernels.arrays import Array
 from merge_cli.kernels.elect import disjoint_mean
-from merge_cli.kernels.reduce import weighted_sum
+from merge_cli.kernels.reduce import add_scaled, weighted_sum
 from merge_cli.kernels.select import ALL_TIES, Cut, count_kept, magnitude_cuts, trimmed
 from merge_cli.methods.blocks import Block, Blocks, ModelBlocks, Span, TensorBlocks
 from merge_cli.methods.parameters import Density, PerModel, each
@@ -127,7 +127,7 @@ def ties(
         divide_by=_or(divisor, "count" if paper else "weights") if normalize else "nothing",
         zero_sign=prepared.zero_sign,
     )
-    return base + lambda_ * mixed
+    return add_scaled(base, lambda_, mixed)
 
 
 def densities(parameters: Mapping[str, Any]) -> list[float]:

@@ -1,0 +1,129 @@
+"""A lane that computes on a device: pinned buffers, copies on a stream of its own.
+
+Within a lane things happen one after another: read from the files into a pinned buffer, copy up,
+compute, copy down, write. Several lanes share a device, so that all of these go on at once; the
+buffers of all lanes together are the window of bytes in flight. A buffer is not touched again
+before the copy that uses it has ended, which is what `Transfers` is for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from merge_cli.checkpoint.header import DTYPES, TensorRef
+from merge_cli.engine.lanes import Clock, Files, Loaded, all_finite
+from merge_cli.kernels.convert import decode, encode
+
+
+class Transfers(Protocol):
+    """Copies between the host and one device, in order, without waiting for them."""
+
+    def active(self) -> AbstractContextManager[Any]:
+        """What the thread computes inside happens on this device, in order with the copies."""
+
+    def host(self, size: int) -> Any:
+        """A host buffer of `size` bytes (torch uint8) that copies may use."""
+
+    def up(self, host: Any) -> Any:
+        """A copy on the device of a part of a host buffer; the part must stay as it is."""
+
+    def down(self, device: Any, host: Any) -> None:
+        """Copy into a part of a host buffer; it is filled after `wait`."""
+
+    def wait_up(self) -> None:
+        """Until what went up is there, and its host buffers are free."""
+
+    def wait(self) -> None:
+        """Until everything is done."""
+
+
+class CudaTransfers:
+    """`Transfers` on a CUDA stream."""
+
+    def __init__(self, index: int) -> None:
+        import torch
+
+        self._device = torch.device("cuda", index)
+        self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        self._gone_up = torch.cuda.Event()  # type: ignore[no-untyped-call]
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        import torch
+
+        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+            yield
+
+    def host(self, size: int) -> Any:
+        import torch
+
+        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+
+    def up(self, host: Any) -> Any:
+        copy = host.to(self._device, non_blocking=True)
+        self._gone_up.record(self._stream)
+        return copy
+
+    def down(self, device: Any, host: Any) -> None:
+        host.copy_(device, non_blocking=True)
+
+    def wait_up(self) -> None:
+        self._gone_up.synchronize()
+
+    def wait(self) -> None:
+        self._stream.synchronize()
+
+
+class StagedLane:
+    """Computes with torch on a device. Buffers grow to what the widest block needs."""
+
+    def __init__(self, files: Files, transfers: Transfers, block: int) -> None:
+        self.clock, self.block, self._files = Clock(), block, files
+        self._transfers = transfers
+        self._input = self._output = transfers.host(0)
+
+    def active(self) -> AbstractContextManager[Any]:
+        return self._transfers.active()
+
+    def load(
+        self, refs: Sequence[TensorRef], start: int, stop: int, *, base: bool, deltas: bool
+    ) -> Loaded:
+        sizes = [(stop - start) * DTYPES[ref.dtype][0] for ref in refs]
+        self._transfers.wait_up()
+        if sum(sizes) > self._input.numel():
+            self._input = self._transfers.host(sum(sizes))
+        wide = any(ref.dtype == "F64" for ref in refs)
+        arrays, begin = [], 0
+        for ref, size in zip(refs, sizes, strict=True):
+            host = self._input[begin : begin + size]
+            self._files.read(self.clock, ref, start, host.numpy().data)
+            arrays.append(decode(self._transfers.up(host), ref.dtype, wide=wide))
+            begin += size
+        finite = all_finite(arrays)
+        own = arrays.pop(0) if base else None
+        return Loaded(own, [a.sub_(own) for a in arrays] if deltas else arrays, finite)
+
+    def store(self, values: Any, dtype: str, path: Path, offset: int) -> bool:
+        import torch
+
+        rounded, fits = encode(values, dtype)
+        stored = rounded.view(torch.uint8)
+        if stored.numel() > self._output.numel():
+            self._output = self._transfers.host(stored.numel())
+        host = self._output[: stored.numel()]
+        self._transfers.down(stored, host)
+        self._transfers.wait()
+        self._files.write(self.clock, path, offset, host.numpy().data)
+        return fits
+
+    def close(self) -> None:
+        """Wait, so that no copy outlives its buffer."""
+        self._transfers.wait()
+
+
+def cuda_lane(files: Files, index: int, block: int) -> StagedLane:
+    """A lane on the CUDA device of this number."""
+    return StagedLane(files, CudaTransfers(index), block)

@@ -1,0 +1,120 @@
+"""The lane of a device, with a device made of host memory that is strict about waiting."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_engine import RECIPES, digest, write_recipe
+from tiny import Family, merge
+
+from merge_cli.engine import loop, staging
+from merge_cli.engine.lanes import Files
+from merge_cli.engine.staging import StagedLane
+
+
+class StrictTransfers:
+    """Copies that take until somebody waits for them.
+
+    What went up must not have changed when it is waited for, and what comes down is not there
+    before.
+    """
+
+    def __init__(self) -> None:
+        self._up: list[tuple[Any, Any]] = []
+        self._down: list[tuple[Any, Any]] = []
+        self.largest = 0
+
+    def active(self) -> Any:
+        return nullcontext()
+
+    def host(self, size: int) -> Any:
+        self.largest = max(self.largest, size)
+        return torch.full((size,), 0xAA, dtype=torch.uint8)
+
+    def up(self, host: Any) -> Any:
+        self._up.append((host, host.clone()))
+        return host.clone()
+
+    def down(self, device: Any, host: Any) -> None:
+        host.fill_(0x55)
+        self._down.append((device.clone(), host))
+
+    def wait_up(self) -> None:
+        for host, before in self._up:
+            assert torch.equal(host, before), "a buffer was used again while it was copied"
+        self._up.clear()
+
+    def wait(self) -> None:
+        self.wait_up()
+        for device, host in self._down:
+            host.copy_(device)
+        self._down.clear()
+
+
+@pytest.fixture
+def lanes(monkeypatch: pytest.MonkeyPatch) -> list[StagedLane]:
+    """Merges run on staged lanes, which are collected here."""
+    made: list[StagedLane] = []
+
+    def factory(files: Files, device: Any, arithmetic: str, room: Any) -> Any:
+        def lane(number: int) -> StagedLane:
+            made.append(StagedLane(files, StrictTransfers(), 256))
+            return made[-1]
+
+        return lane
+
+    monkeypatch.setattr(loop, "_lanes", factory)
+    monkeypatch.setattr(loop, "choose_arithmetic", lambda plan: ("torch", "a fake device"))
+    return made
+
+
+@pytest.mark.parametrize("case", RECIPES)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_the_same_bytes_as_on_the_host(
+    family: Family, tmp_path: Path, case: str, dtype: str, request: pytest.FixtureRequest
+) -> None:
+    recipe = family.recipe(case.partition(" ")[0], **{**RECIPES[case], "dtype": dtype})
+    merge(recipe, tmp_path / "host")
+    lanes = request.getfixturevalue("lanes")
+    merge(recipe, tmp_path / "staged", threads=3)
+    assert digest(tmp_path / "host") == digest(tmp_path / "staged")
+    assert len(lanes) >= 3
+    assert sum(lane.clock.bytes_written for lane in lanes) > 0
+
+
+def test_buffers_stay_small(family: Family, tmp_path: Path, lanes: list[StagedLane]) -> None:
+    merge(write_recipe(family, "ties"), tmp_path / "out", threads=2)
+    sizes = [lane._transfers.largest for lane in lanes]  # type: ignore[attr-defined]
+    assert max(sizes) <= 256 * 4 * 4  # a block of the base and three sources, float32
+
+
+def test_a_buffer_in_flight_is_noticed(family: Family) -> None:
+    """The fake is as strict as it says."""
+    transfers = StrictTransfers()
+    host = transfers.host(8)
+    transfers.up(host)
+    host.zero_()
+    with pytest.raises(AssertionError, match="used again"):
+        transfers.wait_up()
+    below = transfers.host(4)
+    transfers.down(torch.arange(4, dtype=torch.uint8), below)
+    assert below.tolist() == [0x55] * 4
+    transfers._up.clear()
+    transfers.wait()
+    assert below.tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.cuda
+def test_cuda_transfers_overlap_and_arrive() -> None:
+    transfers = staging.CudaTransfers(0)
+    with transfers.active():
+        host = transfers.host(1 << 20)
+        host.copy_(torch.randint(0, 256, (1 << 20,), dtype=torch.uint8))
+        back = transfers.host(1 << 20)
+        transfers.down(transfers.up(host), back)
+        transfers.wait()
+    assert torch.equal(host, back)
