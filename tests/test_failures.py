@@ -180,7 +180,7 @@ def slow_family(tmp_path_factory: pytest.TempPathFactory) -> Family:
     for name in ("base", "a", "b", "c"):
         tensors = read_model(folder / name)
         for i in range(24):
-            wide = torch.randn(512, 512, generator=generator) * 0.02
+            wide = torch.randn(1024, 1024, generator=generator) * 0.02
             tensors[f"model.layers.{i}.mlp.wide_proj.weight"] = wide.bfloat16()
         write_model(folder / name, tensors, config)
     return family
@@ -240,9 +240,9 @@ def kill_until_done(family: Family, expected: bytes, folder: Path, seed: int, ki
         process = start(family, out)
         if chance.random() < 0.8:
             wait_for_units(process, out, chance.randrange(240))
-            time.sleep(chance.random() * 0.02)
+            time.sleep(chance.random() * 0.01)
         else:
-            time.sleep(chance.random() * 2)
+            time.sleep(chance.random() * 0.6)
         process.kill()
         process.communicate()
         killed += process.returncode == -signal.SIGKILL

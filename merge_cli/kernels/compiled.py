@@ -29,7 +29,9 @@ _INFINITY = U32(0x7F800000)
 class Kernel:
     """A function that is compiled at its first call."""
 
-    def __init__(self, function: Callable[..., Any], signature: str, fastmath: Any) -> None:
+    def __init__(
+        self, function: Callable[..., Any], signature: str | list[str], fastmath: Any
+    ) -> None:
         self._function, self._signature, self._fastmath = function, signature, fastmath
         self._compiled: Callable[..., Any] | None = None
         self._lock = threading.Lock()
@@ -58,7 +60,9 @@ class Kernel:
             return self._compiled
 
 
-def _kernel(signature: str, *, fastmath: Any = False) -> Callable[[Callable[..., Any]], Kernel]:
+def _kernel(
+    signature: str | list[str], *, fastmath: Any = False
+) -> Callable[[Callable[..., Any]], Kernel]:
     return lambda function: Kernel(function, signature, fastmath)
 
 
@@ -333,16 +337,16 @@ def find_tie(values, threshold, ordinal):
     return -1 - found
 
 
-@_kernel("i8(i4[::1], i4[::1], i8[::1])")
+@_kernel(["i8(i4[::1], i4[::1], i8[::1])", "i8(i8[::1], i4[::1], i8[::1])"])
 def not_empty(counts, places, found):
     """Move the bins that hold something together; returns how many there are."""
     size = 0
     for begin in range(0, len(counts), 64):
         bins = counts[begin : begin + 64]
-        largest = np.int32(0)
+        together = bins[0]
         for i in range(len(bins)):
-            largest = max(largest, bins[i])
-        if largest > 0:
+            together |= bins[i]
+        if together != 0:
             for i in range(len(bins)):
                 if bins[i] > 0:
                     places[size] = begin + i
@@ -419,10 +423,15 @@ def disjoint_mean(rows, weights, weighted, divide_by, zero_sign, out):
             row, weight = rows[s, begin:end], weights[s]
             vote = weight if weighted else one
             share = one if divide_by == COUNT else weight
-            for i in range(length):
-                agrees = (row[i] * vote) * elected[i] > 0
-                total[i] = total[i] + (row[i] * weight if agrees else F32(0.0))
-                divisor[i] = divisor[i] + (share if agrees else F32(0.0))
+            if divide_by == NOTHING:
+                for i in range(length):
+                    agrees = (row[i] * vote) * elected[i] > 0
+                    total[i] = total[i] + (row[i] * weight if agrees else F32(0.0))
+            else:
+                for i in range(length):
+                    agrees = (row[i] * vote) * elected[i] > 0
+                    total[i] = total[i] + (row[i] * weight if agrees else F32(0.0))
+                    divisor[i] = divisor[i] + (share if agrees else F32(0.0))
         if divide_by != NOTHING:
             for i in range(length):
                 safe = one if abs(divisor[i]) < F32(1e-8) else divisor[i]

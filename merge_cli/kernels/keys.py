@@ -51,14 +51,14 @@ class SpanCounts:
     def of(cls, dense: Keys) -> SpanCounts:
         import numpy as np
 
-        if dense.dtype == np.int32:  # a thread's own counts: this is done for every span
-            from merge_cli.kernels import compiled
+        from merge_cli.kernels import compiled
 
-            found, counts = np.empty(len(dense), np.int32), np.empty(len(dense), np.int64)
-            size = compiled.not_empty(dense, found, counts)
-            return cls(found[:size].copy(), counts[:size].copy())
-        places = np.flatnonzero(dense)
-        return cls(places.astype(np.int32), dense[places].astype(np.int64))
+        if compiled.available():
+            places = np.flatnonzero(dense)
+            return cls(places.astype(np.int32), dense[places].astype(np.int64))
+        places, counts = np.empty(len(dense), np.int32), np.empty(len(dense), np.int64)
+        size = compiled.not_empty(dense, places, counts)
+        return cls(places[:size].copy(), counts[:size].copy())
 
     def at(self, place: int) -> int:
         """The count of one bin."""

@@ -105,9 +105,11 @@ def _compiled_trim(rows: Sequence[Any], cuts: Sequence[Cut | None], start: int) 
     size = whole.shape[1]
     out = np.empty_like(whole)
     thresholds = np.array([0 if cut is None else key_of(cut.threshold) for cut in cuts], np.uint32)
-    # What is above or equal to 0 is everything (but NaN, which no cut keeps).
-    ties = np.array([size if cut is None else cut.ties(start, size) for cut in cuts], np.int64)
+    ties = np.array([0 if cut is None else cut.ties(start, size) for cut in cuts], np.int64)
     compiled.trim(whole, thresholds, ties, out)
+    for row, cut, result in zip(whole, cuts, out, strict=True):
+        if cut is None:
+            result[:] = row
     return list(out)
 
 
