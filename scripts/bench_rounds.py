@@ -11,12 +11,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench_process import BenchError, evict, run_measured
+from bench_process import BenchError, evict, run_measured, touch_memory
 from bench_recipes import METHODS, Method, models_of, weight_files, write_recipe
 from bench_report import FLOOR, MERGEKIT, OURS, Raw, Round, summarise
 
 _FLOOR_SCRIPT = Path(__file__).resolve().with_name("bench_floor.py")
 _SHARD_BYTES = 5_000_000_000  # merge-cli's default --shard-size
+_HEADROOM = 500_000_000
 _BUSY = 0.15  # of all cores' time, taken by others: the figures are in doubt
 
 
@@ -84,6 +85,7 @@ class Bench:
             for who in names if number % 2 == 0 else reversed(names):
                 if cache == "cold":
                     evict(files)
+                touch_memory(written_bytes(family) + _HEADROOM)
                 try:
                     one[who] = (
                         self.floor(files, written_bytes(family))
@@ -110,6 +112,7 @@ class Bench:
         ours = self.contenders[0]
         python = ours.python or sys.executable
         started = run_measured([python, "-c", "import torch"], ours.env, self.folder)
+        touch_memory(written + _HEADROOM)
         moved = self.move(files, written)
         return {
             "seconds": started.seconds + moved["seconds"],

@@ -20,18 +20,21 @@ from merge_cli.errors import UsageError
 from merge_cli.kernels.reduce import BLOCK_MULTIPLE
 
 MINIMUM_MEMORY = 500_000_000
-# Measured with scripts/bench.py: the interpreter with its libraries, and what torch adds.
-_RUNTIME = 210_000_000
-_TORCH = 190_000_000
-_TENSOR = 2_500  # what the plan and the report hold for each tensor of each model
+# Measured with scripts/bench.py: the interpreter with its libraries; what numba or torch add; what
+# the plan and the report hold for each tensor of each model.
+_RUNTIME = 108_000_000
+_LIBRARIES = {"compiled": 55_000_000, "torch": 172_000_000}
+_TENSOR = 2_500
+# For each operand: the sample and the histograms of an exact threshold.
+_SEARCH = {"compiled": 15_000_000, "torch": 45_000_000}
+# Arrays of a block that a method makes besides its operands.
+_TEMPORARIES = {"compiled": 6, "torch": 14}
+_STORED = 2  # bytes of a stored element, as a rule
 # 1 MiB an operand. Smaller blocks stay in L2, but threads then wait for Python's lock more often.
 _HOST_BLOCK = 4 * BLOCK_MULTIPLE
-_STORED = 2  # bytes of a stored element, as a rule
-_TEMPORARIES = 6  # arrays of a block that a method makes besides its operands
-_SEARCH = 24 * 2**20  # for each operand: the sample and histograms of an exact threshold
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _KEPT = -1, -3, 32 * 2**20  # malloc.h
 _GPU_LANES = 4  # on one device: one reads, one copies, one computes, one writes
 _GPU_BLOCK = 64 * BLOCK_MULTIPLE
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _KEPT = -1, -3, 32 * 2**20  # malloc.h
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,8 @@ def lane_room(plan: Plan, device: Device, options: MergeOptions) -> LaneRoom:
     inputs = max((len(task.inputs) for task in plan.tasks), default=1)
     free = max(0, options.max_memory - _fixed(plan, device))
     if device.kind == "cpu":
-        each = _HOST_BLOCK * ((_STORED + 4) * inputs + 4 * _TEMPORARIES)
+        spare = _TEMPORARIES[choose_arithmetic(plan)[0]]
+        each = _HOST_BLOCK * ((_STORED + 4) * inputs + 4 * spare)
         threads = options.threads or usable_cores()
         return LaneRoom(max(1, min(threads, free // each)), _HOST_BLOCK, inputs, each)
     import torch
@@ -73,7 +77,7 @@ def lane_room(plan: Plan, device: Device, options: MergeOptions) -> LaneRoom:
     room = free // (lanes * width)
     # On the device: the operands, what the method makes of them, and as much in between.
     vram = min(torch.cuda.mem_get_info(index)[0] for index in device.indexes)
-    room = min(room, vram // (_GPU_LANES * 4 * (3 * inputs + _TEMPORARIES)))
+    room = min(room, vram // (_GPU_LANES * 4 * (3 * inputs + _TEMPORARIES["torch"])))
     block = max(1, min(_GPU_BLOCK, room) // BLOCK_MULTIPLE) * BLOCK_MULTIPLE
     return LaneRoom(lanes, block, inputs, block * width)
 
@@ -81,7 +85,7 @@ def lane_room(plan: Plan, device: Device, options: MergeOptions) -> LaneRoom:
 def estimated_peak(plan: Plan, device: Device, options: MergeOptions) -> int:
     """What the process will hold at its peak, from the plan alone."""
     room = lane_room(plan, device, options)
-    return _fixed(plan, device) + room.lanes * room.bytes
+    return _fixed(plan, device) + room.lanes * room.bytes * _computes(plan)
 
 
 def usable_cores() -> int:
@@ -107,11 +111,18 @@ def keep_freed_memory() -> None:
 
 def _fixed(plan: Plan, device: Device) -> int:
     """What does not depend on the lanes."""
-    torch = device.kind == "cuda" or choose_arithmetic(plan)[0] == "torch"
     headers = sum(len(source.tensors) for source in plan.sources) + len(plan.tasks)
-    searched = max((len(task.operands) for task in plan.tasks), default=1)
-    search = _SEARCH * searched if plan.method.name == "ties" else 0
-    return _RUNTIME + _TORCH * torch + _TENSOR * headers + search
+    fixed = _RUNTIME + _TENSOR * headers
+    if not _computes(plan):
+        return fixed
+    kind = "torch" if device.kind == "cuda" else choose_arithmetic(plan)[0]
+    searched = max(len(task.operands) for task in plan.tasks) if plan.method.survey else 0
+    return fixed + _LIBRARIES[kind] + _SEARCH[kind] * searched
+
+
+def _computes(plan: Plan) -> bool:
+    """Whether anything is merged; copies are made inside the system's kernel."""
+    return any(task.action == "merge" for task in plan.tasks)
 
 
 def peak_rss() -> int:

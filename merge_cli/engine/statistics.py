@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from merge_cli.kernels.measure import add_gram, add_signs, dot, squared_distance
+from merge_cli.kernels.measure import add_gram, add_signs, squares
 from merge_cli.kernels.reduce import BLOCK_MULTIPLE
 from merge_cli.methods.blocks import Block
 
@@ -95,8 +95,9 @@ class Meter:
         sums.count += length
         add_gram(block.operands, self._gram, pairs=self._pairs)
         if block.base is not None:
-            sums.base += dot(block.base, block.base)
-            sums.change += squared_distance(merged, block.base)
+            base, change = squares(block.base, merged)
+            sums.base += base
+            sums.change += change
         first = block.at.start // BLOCK_MULTIPLE
         for number in range(-(-length // BLOCK_MULTIPLE)):
             # By the place in the tensor, so that the sample does not depend on how it is cut.

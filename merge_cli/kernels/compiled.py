@@ -358,18 +358,24 @@ def not_empty(counts, places, found):
 # --- random masks ---------------------------------------------------------------------------------
 
 
-@_kernel("void(f4[::1], u4, u4, u4, u4, f4, f4[::1])")
-def drop(values, k0, k1, low, limit, factor, out):
-    """values * factor where the mixed index is below the limit, else 0 (see `kernels.mask`)."""
-    for i in range(len(values)):
-        # numba widens sums and products to 64 bits: cut them back.
-        x = U32(low + U32(i)) ^ k0
-        x = U32((x ^ (x >> U32(16))) * U32(0x21F0AAAD))
-        x = U32((x ^ (x >> U32(15))) + k1)
-        x = U32(x * U32(0xD35A2D97))
-        x = U32((x ^ (x >> U32(15))) * U32(0x31848BAB))
-        x ^= x >> U32(14)
-        out[i] = values[i] * factor if x < limit else F32(0.0)
+@_kernel("void(f4[:, ::1], u4[:, ::1], u4, f4[::1], f4[:, ::1])")
+def drop(rows, words, low, factors, out):
+    """rows * factor where the mixed index is below the limit, else 0 (see `kernels.mask`).
+
+    Each row of `words` is k0, k1 and the limit; `low` is the first element's index.
+    """
+    for s in range(len(rows)):
+        k0, k1, limit, factor = words[s, 0], words[s, 1], words[s, 2], factors[s]
+        row, result = rows[s], out[s]
+        for i in range(len(row)):
+            # numba widens sums and products to 64 bits: cut them back.
+            x = U32(low + U32(i)) ^ k0
+            x = U32((x ^ (x >> U32(16))) * U32(0x21F0AAAD))
+            x = U32((x ^ (x >> U32(15))) + k1)
+            x = U32(x * U32(0xD35A2D97))
+            x = U32((x ^ (x >> U32(15))) * U32(0x31848BAB))
+            x ^= x >> U32(14)
+            result[i] = row[i] * factor if x < limit else F32(0.0)
 
 
 @_kernel("i8(i8, u4, u4, u4, u4)")
@@ -443,49 +449,36 @@ def disjoint_mean(rows, weights, weighted, divide_by, zero_sign, out):
 _SUMS = {"reassoc", "nsz"}
 
 
-@_kernel("f8(f4[::1], f4[::1])", fastmath=_SUMS)
-def quick_dot(a, b):
-    """sum of a * b to about six digits."""
-    total = 0.0
-    for begin in range(0, len(a), _CHUNK):
-        x, y = a[begin : begin + _CHUNK], b[begin : begin + _CHUNK]
-        part = F32(0.0)
-        for i in range(len(x)):
-            part += x[i] * y[i]
-        total += part
-    return total
-
-
 @_kernel("void(f4[:, ::1], f8[:, ::1])", fastmath=_SUMS)
 def gram(rows, out):
     """out += the dot products between rows, to about six digits."""
     sources, size = rows.shape
     for begin in range(0, size, _CHUNK):
-        end = min(begin + _CHUNK, size)
         for s in range(sources):
-            a = rows[s, begin:end]
+            a = rows[s, begin : begin + _CHUNK]
             for t in range(s, sources):
-                b = rows[t, begin:end]
+                b = rows[t, begin : begin + _CHUNK]
                 part = F32(0.0)
-                for i in range(end - begin):
+                for i in range(len(a)):
                     part += a[i] * b[i]
                 out[s, t] += part
                 if s != t:
                     out[t, s] += part
 
 
-@_kernel("f8(f4[::1], f4[::1])", fastmath=_SUMS)
-def quick_distance(a, b):
-    """sum of (a - b)^2 to about six digits."""
-    total = 0.0
-    for begin in range(0, len(a), _CHUNK):
-        x, y = a[begin : begin + _CHUNK], b[begin : begin + _CHUNK]
-        part = F32(0.0)
+@_kernel("UniTuple(f8, 2)(f4[::1], f4[::1])", fastmath=_SUMS)
+def quick_change(base, merged):
+    """sum of base^2 and of (merged - base)^2, to about six digits."""
+    squares, changes = 0.0, 0.0
+    for begin in range(0, len(base), _CHUNK):
+        x, y = base[begin : begin + _CHUNK], merged[begin : begin + _CHUNK]
+        square, change = F32(0.0), F32(0.0)
         for i in range(len(x)):
-            change = x[i] - y[i]
-            part += change * change
-        total += part
-    return total
+            square += x[i] * x[i]
+            change += (y[i] - x[i]) * (y[i] - x[i])
+        squares += square
+        changes += change
+    return squares, changes
 
 
 @_kernel("i8(f4[:, ::1], i8[:, ::1], i8[:, ::1])")

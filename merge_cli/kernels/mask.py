@@ -22,9 +22,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from merge_cli.kernels.arrays import Array, is_numpy
+from merge_cli.kernels.arrays import Array, is_numpy, matrix
 from merge_cli.kernels.gpu import kernels_for
 
 if TYPE_CHECKING:
@@ -48,14 +48,7 @@ def drop(
     """
     scale = [1.0] * len(rows) if factors is None else factors
     if is_numpy(rows[0]):
-        import numpy as np
-
-        out = np.empty((len(rows), len(rows[0])), np.float32)
-        for row, source, share, factor, result in zip(
-            rows, sources, density, scale, out, strict=True
-        ):
-            _compiled_drop(row, seed, source, name, start, share, factor, result)
-        return list(out)
+        return _compiled_drop(rows, seed, sources, name, start, density, scale)
     kept = [
         row.where(keep_mask(seed, source, name, start, row.numel(), share, row.device), 0.0)
         for row, source, share in zip(rows, sources, density, strict=True)
@@ -81,21 +74,30 @@ def count_kept(
 
 
 def _compiled_drop(
-    row: Any, seed: int, source: int, name: str, start: int, density: float, factor: float,
-    out: Any,
-) -> None:  # fmt: skip
+    rows: Sequence[Array], seed: int, sources: Sequence[int], name: str, start: int,
+    density: Sequence[float], factors: Sequence[float],
+) -> list[Array]:  # fmt: skip
     import numpy as np
 
     from merge_cli.kernels import compiled
 
-    limit = round(density * 2**32)
-    if limit >= 2**32:
-        np.multiply(row, np.float32(factor), out=out)
-        return
-    for chunk, low, part in _chunks(start, len(row)):
-        k0, k1 = mask_key(seed, source, name, chunk)
-        words = [np.uint32(word) for word in (k0, k1, low, limit)]
-        compiled.drop(row[part], *words, np.float32(factor), out[part])
+    whole = matrix(rows)
+    parts = []
+    scale = np.array(factors, np.float32)
+    limits = [min(round(share * 2**32), 2**32 - 1) for share in density]
+    for chunk, low, part in _chunks(start, whole.shape[1]):
+        keys = [mask_key(seed, source, name, chunk) for source in sources]
+        words = [(*key, limit) for key, limit in zip(keys, limits, strict=True)]
+        # A block reaches into two chunks once in 2^32 elements; rows must be whole for the loop.
+        given = np.ascontiguousarray(whole[:, part])
+        result = np.empty_like(given)
+        compiled.drop(given, np.array(words, np.uint32), np.uint32(low), scale, result)
+        parts.append(result)
+    out = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+    for row, share, factor, result in zip(whole, density, scale, out, strict=True):
+        if round(share * 2**32) >= 2**32:  # nothing is dropped, not even by the last value
+            np.multiply(row, factor, out=result)
+    return list(out)
 
 
 def _compiled_count(

@@ -11,30 +11,22 @@ from typing import Any
 from merge_cli.kernels.arrays import Array, is_numpy, matrix
 
 
-def dot(a: Array, b: Array) -> float:
-    """sum of a * b."""
-    if is_numpy(a):
+def squares(base: Array, merged: Array) -> tuple[float, float]:
+    """sum of base^2, and of (merged - base)^2."""
+    if is_numpy(base):
         from merge_cli.kernels import compiled
 
-        return float(compiled.quick_dot(a, b))
-    return float(a @ b)
-
-
-def squared_distance(a: Array, b: Array) -> float:
-    """sum of (a - b)^2."""
-    if is_numpy(a):
-        from merge_cli.kernels import compiled
-
-        return float(compiled.quick_distance(a, b))
-    change = a - b
-    return float(change @ change)
+        found: tuple[float, float] = compiled.quick_change(base, merged)
+        return found
+    change = merged - base
+    return float(base @ base), float(change @ change)
 
 
 def add_gram(rows: Sequence[Array], total: Any, *, pairs: bool) -> None:
     """Add the dot products between rows to `total`; only those with themselves unless `pairs`."""
     if not pairs:
         for i, row in enumerate(rows):
-            total[i, i] += dot(row, row)
+            total[i, i] += float(row @ row)
         return
     if is_numpy(rows[0]):
         from merge_cli.kernels import compiled
