@@ -54,10 +54,6 @@ class Computer:
                 ModelReader(readers, self._reading.pool, cache(on_read))
             )
 
-    def begin(self, task: TensorTask) -> None:
-        """Ask for the first bytes of a tensor that will be read soon."""
-        self._reader(task).read_ahead(0)
-
     def merge(self, task: TensorTask, units: Sequence[Unit], finished: Finished) -> None:
         """Merge these units of one tensor.
 

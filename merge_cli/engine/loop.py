@@ -23,8 +23,8 @@ from merge_cli.engine.compute import Computer
 from merge_cli.engine.device import Device, choose_arithmetic
 from merge_cli.engine.journal import Journal
 from merge_cli.engine.lanes import Files, HostLane, Lane, TorchLane
-from merge_cli.engine.memory import LaneRoom, keep_freed_memory, lane_room
-from merge_cli.engine.operands import Reading
+from merge_cli.engine.memory import LaneRoom, keep_freed_memory, lane_room, usable_cores
+from merge_cli.engine.operands import Reading, ask_for
 from merge_cli.engine.options import MergeOptions, Progress, Show
 from merge_cli.engine.plan import Plan
 from merge_cli.engine.pool import Pool
@@ -100,6 +100,9 @@ def run_loop(
     finished: Done = queue.SimpleQueue()
 
     files = Files(FilePool(os.O_RDONLY), FilePool(os.O_RDWR))
+    for unit in (remaining[task][0] for task in order[: options.threads or usable_cores()]):
+        if unit.stop > unit.start:  # the disk works while libraries are loaded
+            ask_for(files, plan.tasks[unit.task], unit.start, unit.stop)
     arithmetic, why = _arithmetic(plan, device)
     room = lane_room(plan, device, options)
     pool = Pool(_lanes(files, device, arithmetic, room), room.lanes)
@@ -135,8 +138,6 @@ def run_loop(
         show(Progress("merge", done, total))
 
     keep_freed_memory()
-    for task in order[: room.lanes]:
-        computer.begin(plan.tasks[task])
     began = time.perf_counter()
     try:
         with _one_torch_thread(device, arithmetic), _memory_errors(), pool:

@@ -84,13 +84,16 @@ class TaskReader:
 
     def read_ahead(self, number: int) -> None:
         """Ask for a span before it is read, if there is one of that number."""
-        if number >= len(self.starts) - 1:
-            return
-        start, stop = self.starts[number], self.starts[number + 1]
-        for ref in self.task.inputs:
-            width = ref.nbytes // ref.size
-            size = (stop - start) * width
-            read_ahead(self._reading.files.sources, ref.path, ref.offset + start * width, size)
+        if number < len(self.starts) - 1:
+            ask_for(self._reading.files, self.task, self.starts[number], self.starts[number + 1])
+
+
+def ask_for(files: Files, task: TensorTask, start: int, stop: int) -> None:
+    """Have the system bring elements [start, stop) of every input into its cache."""
+    for ref in task.inputs:
+        width = ref.nbytes // ref.size
+        size = (stop - start) * width
+        read_ahead(files.sources, ref.path, ref.offset + start * width, size)
 
 
 class ModelReader:
