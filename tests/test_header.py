@@ -46,13 +46,25 @@ BAD = {
     "no offsets": ({"a": {"dtype": "F32", "shape": [4]}}, "lacks"),
     "not a mapping": ([1, 2], "not a mapping"),
     "not JSON": (b'{"a": ', "not valid JSON"),
+    "true": ({"a": entry(0, 16, [True, 4])}, "impossible"),
+    "many dtypes": ({"a": {**entry(0, 16, [4]), "dtype": ["F32"]}}, "unknown dtype"),
+    "not text": ({"\ud800": entry(0, 16, [4])}, "not text"),
     "twice": (b'{"a": 1, "a": 2}', "'a' occurs twice"),
+    "twice inside": (b'{"a": {"dtype": "F32", "shape": [4], "shape": [2]}}', "'shape' occurs"),
+    "twice with colons": (b'{"a:b": {}, "a:b": {}}', "'a:b' occurs twice"),
+    "twice in a list": (b'{"a": [{"b": 1, "b": 2}]}', "'b' occurs twice"),
 }
 
 
 def test_good_header(tmp_path: Path) -> None:
     found = parse(craft(tmp_path / "x.safetensors", GOOD))
     assert [(r.name, r.shape, r.nbytes) for r in found.values()] == [("a", (2,), 8), ("b", (2,), 8)]
+
+
+def test_colons_in_strings(tmp_path: Path) -> None:
+    """They are what the quick look for keys that occur twice cannot see through."""
+    entries = {"__metadata__": {"from": "https://x"}, "a:b": entry(0, 16, [4])}
+    assert list(parse(craft(tmp_path / "x.safetensors", entries))) == ["a:b"]
 
 
 @pytest.mark.parametrize("case", BAD)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from itertools import groupby
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 from tiny import Family, merge
 
@@ -82,3 +85,14 @@ def test_natural_order() -> None:
     names = ["layers.10.w", "layers.9.w", "embed", "norm", "layers.1.w"]
     ordered = sorted(names, key=natural_key)
     assert ordered == ["embed", "layers.1.w", "layers.9.w", "layers.10.w", "norm"]
+
+
+def pairs_key(name: str) -> list[tuple[int, int, str]]:
+    """Natural order, slowly: text before numbers, numbers by value."""
+    parts = ["".join(run) for _, run in groupby(name, key=lambda c: c in "0123456789")]
+    return [(1, int(p), "") if p[0] in "0123456789" else (0, 0, p) for p in parts]
+
+
+@given(st.lists(st.text("0129ab.-", max_size=8), max_size=12))
+def test_natural_order_is_the_oracles(names: list[str]) -> None:
+    assert sorted(names, key=natural_key) == sorted(names, key=pairs_key)

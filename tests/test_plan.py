@@ -385,6 +385,49 @@ def test_planning_is_linear(tmp_path: Path) -> None:
     assert steps(40) < 15 * steps(4)
 
 
+def test_many_slices_take_no_longer_than_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name is taken apart once, however many sources have it and slices look at it."""
+    family = llama_family(tmp_path, layers=12)
+    parts = "".join(
+        f"  - sources: [{{model: a, layer_range: [{i}, {i + 1}]}},"
+        f" {{model: b, layer_range: [{i}, {i + 1}]}}]\n"
+        for i in range(12)
+    )
+    seen: list[str] = []
+
+    def counted(name: str) -> Any:
+        seen.append(name)
+        return place_of(name)
+
+    monkeypatch.setattr("merge_cli.engine.layers.place_of", counted)
+    plan = plan_of(tmp_path, "merge_method: soup\nslices:\n" + parts)
+    assert {task.name for task in plan.tasks} == set(family.base)
+    assert len(seen) == len(set(seen)) == len(family.base)
+
+
+def test_tensors_that_are_treated_alike_share_their_parameters(family: Family) -> None:
+    plan = merge_cli.plan(family.recipe("ties", parameters={"density": [1.0, 0.1]}))
+    assert len({id(task.parameters) for task in plan.tasks}) == 4  # one for each layer's position
+    assert len({id(task.sources) for task in plan.tasks}) == 1
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_planning_leaves_the_collector_as_it_was(family: Family, enabled: bool) -> None:
+    import gc
+
+    (gc.enable if enabled else gc.disable)()
+    try:
+        plan_of(family.folder, SOUP)
+        assert gc.isenabled() is enabled
+        with pytest.raises(SourceError):
+            plan_of(family.folder, "merge_method: soup\nmodels: [a, ./missing]\n")
+        assert gc.isenabled() is enabled
+    finally:
+        gc.enable()
+
+
 # Traps
 
 

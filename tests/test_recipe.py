@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from merge_cli.engine.planner import load_recipe
 from merge_cli.errors import RecipeError, UsageError
+from merge_cli.methods import resolve as resolve_module
 from merge_cli.methods.registry import get_method
 from merge_cli.methods.resolve import operand_specs, resolve
 from merge_cli.recipe.reference import ModelRef, parse_reference
@@ -208,6 +209,35 @@ def resolved(text: str, tensor: str, position: float = 0.0) -> dict[str, Any]:
     piece = recipe.slices[0] if recipe.slices else None
     specs = operand_specs(recipe, method, piece.sources if piece else recipe.models)
     return resolve(recipe, method, piece, specs, tensor, position)
+
+
+def test_a_resolver_says_what_resolve_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And asks it once for each set of parameters, not for each tensor."""
+    calls = 0
+    original = resolve_module.resolve
+
+    def counted(*given: Any) -> dict[str, Any]:
+        nonlocal calls
+        calls += 1
+        return original(*given)
+
+    monkeypatch.setattr(resolve_module, "resolve", counted)
+    weight = "weight: [{filter: self_attn, value: [0, 1]}, {filter: mlp, value: 0.5}, 0.25]"
+    density = "density: [{filter: '*', value: 0.5}]"
+    gradient = "density: [1.0, 0.1]"
+    for parameters, most in ((weight, 6 * 4), (density, 1), (gradient, 6)):
+        text = "merge_method: ties\nbase_model: base\nmodels:\n  - {model: a, parameters: {"
+        recipe = load(text + parameters + "}}\n  - b\n")
+        method = get_method("ties")
+        specs = operand_specs(recipe, method, recipe.models)
+        resolver = resolve_module.Resolver(recipe, method, None, specs)
+        calls = 0
+        for layer in range(6):
+            for part in ("self_attn.q", "self_attn.k", "mlp.up", "mlp.down", "norm"):
+                name, position = f"layers.{layer}.{part}", layer / 5
+                expected = original(recipe, method, None, specs, name, position)
+                assert resolver.of(name, position).parameters == expected
+        assert calls <= most
 
 
 def test_precedence() -> None:

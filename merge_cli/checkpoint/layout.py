@@ -13,14 +13,15 @@ import re
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from merge_cli.checkpoint.header import DTYPES
 
+_NUMBER = re.compile(r"(\d+)")
 _RANK = {dtype: rank for rank, dtype in enumerate(DTYPES)}
 
 
-@dataclass(frozen=True)
-class OutputTensor:
+class OutputTensor(NamedTuple):
     """What a shard holds: a name, a safetensors dtype, a shape."""
 
     name: str
@@ -51,11 +52,12 @@ def lay_out(tensors: Sequence[OutputTensor], shard_size: int) -> list[Shard]:
     groups: list[list[OutputTensor]] = []
     room = 0
     for tensor in tensors:
-        if not groups or tensor.nbytes > room:
+        nbytes = tensor.nbytes
+        if not groups or nbytes > room:
             groups.append([])
             room = shard_size
         groups[-1].append(tensor)
-        room -= tensor.nbytes
+        room -= nbytes
     count = len(groups)
     if count <= 1:
         return [_shard("model.safetensors", groups[0] if groups else [])]
@@ -79,9 +81,9 @@ def index_json(shards: Sequence[Shard], tensors: Sequence[OutputTensor]) -> str:
 
 def natural_key(name: str) -> tuple[object, ...]:
     """Sorts layers.10 after layers.9: the order in which a reader expects tensors."""
-    return tuple(
-        (1, int(part)) if part.isdigit() else (0, part) for part in re.split(r"(\d+)", name) if part
-    )
+    parts: list[Any] = _NUMBER.split(name)  # text and numbers by turns
+    parts[1::2] = map(int, parts[1::2])
+    return len(parts) > 1 and not parts[0], *parts  # what begins with a number comes last
 
 
 def _shard(file: str, tensors: Sequence[OutputTensor]) -> Shard:

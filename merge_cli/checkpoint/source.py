@@ -195,7 +195,10 @@ def _shards(names: set[str], index: Any, label: str) -> tuple[list[str], Mapping
         weight_map = index.get("weight_map") if isinstance(index, dict) else None
         if not isinstance(weight_map, dict) or not weight_map:
             raise CorruptFileError("has no weight_map", model=label, file=INDEX)
+        checked: set[str] = set()
         for tensor, shard in weight_map.items():
+            if isinstance(shard, str) and shard in checked:
+                continue
             place = PurePosixPath(str(shard))
             if place.is_absolute() or ".." in place.parts or "\\" in str(shard):
                 what = f"names a file outside the model's folder: '{shard}'"
@@ -203,7 +206,8 @@ def _shards(names: set[str], index: Any, label: str) -> tuple[list[str], Mapping
             if not isinstance(shard, str) or not shard.endswith(".safetensors"):
                 what = f"names a file that is not safetensors: {shard!r}"
                 raise CorruptFileError(what, model=label, file=INDEX, tensor=tensor)
-        return sorted(set(weight_map.values())), weight_map
+            checked.add(shard)
+        return sorted(checked), weight_map
     found = sorted(
         name
         for name in names
@@ -232,11 +236,11 @@ def _join(
 ) -> dict[str, TensorRef]:
     joined: dict[str, TensorRef] = {}
     for shard, refs in tensors.items():
-        for name, ref in refs.items():
-            if name in joined:
-                what = f"occurs in two files, {joined[name].path.name} and {shard}"
-                raise CorruptFileError(what, model=label, tensor=name)
-            joined[name] = ref
+        if not joined.keys().isdisjoint(refs):
+            name = next(name for name in refs if name in joined)
+            what = f"occurs in two files, {joined[name].path.name} and {shard}"
+            raise CorruptFileError(what, model=label, tensor=name)
+        joined.update(refs)
     for name, shard in (weight_map or {}).items():
         if name not in tensors[shard]:
             what = "the index places this tensor here, but the file does not have it"

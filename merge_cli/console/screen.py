@@ -16,13 +16,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from merge_cli.console.indented import indented
 from merge_cli.console.progress import ProgressLog, progress_bar
 from merge_cli.console.tables import (
+    Settings,
     method_json,
-    particulars,
     plan_json,
-    shared_settings,
-    table_rows,
+    plan_row,
+    print_table,
 )
 from merge_cli.errors import MergeCliError, ProblemsError
 from merge_cli.sizes import show_seconds, show_size
@@ -69,7 +70,7 @@ class Screen:
 
         peak = estimated_peak(plan, choose_device(options.device), options)
         if as_json:
-            print(json.dumps(plan_json(plan, peak), indent=1, ensure_ascii=False))
+            print(indented(plan_json(plan, peak)))
             return
         table = Table(box=None, pad_edge=False, header_style="bold", title_justify="left")
         table.add_column("tensor" if every else "layers", overflow="fold")
@@ -77,25 +78,19 @@ class Screen:
         table.add_column("parameters", justify="right")
         for name in ("dtype", "action", "with"):
             table.add_column(name, overflow="fold")
-        shared = shared_settings(plan.tasks)
-        for label, tasks in table_rows(plan.tasks, every):
-            table.add_row(
-                label,
-                str(len(tasks)),
-                f"{sum(t.size for t in tasks):,}",
-                ", ".join(dict.fromkeys(t.dtype for t in tasks)),
-                ", ".join(dict.fromkeys(t.action for t in tasks)),
-                escape(particulars(tasks, shared)),
-            )
+        settings = Settings(plan.tasks)
+        found = settings.rows(plan.tasks, every)
+        rows = [plan_row(label, tasks, settings) for label, tasks in found]
         method = plan.recipe.merge_method
         on_base = plan.base is not None and plan.method.needs_base
         base = f" on {plan.sources[plan.base].label}" if on_base and plan.base is not None else ""
         sources = ", ".join(plan.sources[i].label for i in plan.operands)
         self.out.print(f"[bold]{escape(method)}[/bold] of {escape(sources + base)}")
-        if shared:
-            self.out.print(f"[dim]everywhere:[/dim] {escape(', '.join(shared.values()))}")
+        if settings.everywhere:
+            everywhere = ", ".join(settings.everywhere.values())
+            self.out.print(f"[dim]everywhere:[/dim] {escape(everywhere)}")
         self.out.print()
-        self.out.print(table)
+        print_table(self.out, table, rows)
         self.out.print()
         shards = len(plan.shards)
         self.out.print(

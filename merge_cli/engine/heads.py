@@ -43,7 +43,8 @@ def reconcile_heads(sources: Sequence[Source]) -> Heads:
     if head is None:
         return Heads(tuple(views), None, ())
     stored = [head in source.tensors for source in sources]
-    if all(source.ties(head) and _embedding(source, head) for source in sources):
+    embeddings = [_embedding(source, head) if source.ties(head) else None for source in sources]
+    if all(embeddings):
         notes: tuple[str, ...] = ()
         if any(stored):
             names = ", ".join(s.label for s, has in zip(sources, stored, strict=True) if has)
@@ -51,9 +52,8 @@ def reconcile_heads(sources: Sequence[Source]) -> Heads:
         trimmed = tuple({n: r for n, r in view.items() if n != head} for view in views)
         return Heads(trimmed, None, notes)
     lent = []
-    for i, source in enumerate(sources):
-        embedding = _embedding(source, head)
-        if source.ties(head) and embedding:  # even where one is stored: loading would replace it
+    for i, (source, embedding) in enumerate(zip(sources, embeddings, strict=True)):
+        if embedding:  # even where one is stored: loading would replace it
             views[i] = {**source.tensors, head: source.tensors[embedding]}
             lent.append(source.label)
     notes = (f"{head}: {', '.join(lent)} ties it to the embedding, which stands in for it; "

@@ -39,20 +39,28 @@ def work_key(plan: Plan, *context: object) -> str:
     state = hashlib.sha256(f"merge-cli journal {_FORMAT} {version('merge-cli')}\n".encode())
     state.update(repr((version("torch"), plan.method.name, plan.recipe.seed, context)).encode())
     state.update(code.encode())
-    stamps: dict[Path, str] = {}
+    paths: dict[Path, str] = {}
+    settings: dict[int, str] = {}  # by identity: tensors that are treated alike share theirs
     for task in plan.tasks:
         for ref in task.inputs:
-            if ref.path not in stamps:
-                # The same header over other weights must not pass for the same input.
-                status = ref.path.stat()
-                stamps[ref.path] = f"{status.st_size} {status.st_mtime_ns}"
-        inputs = [(str(r.path), r.name, r.dtype, r.shape, r.offset) for r in task.inputs]
-        state.update(repr((task.output, task.action, task.ids, inputs)).encode())
-        state.update(repr(sorted(task.parameters.items())).encode())
-    state.update(repr(sorted((str(path), stamp) for path, stamp in stamps.items())).encode())
+            if ref.path not in paths:
+                paths[ref.path] = str(ref.path)
+        inputs = [(paths[r.path], r.name, r.dtype, r.shape, r.offset) for r in task.inputs]
+        setting = settings.get(id(task.parameters))
+        if setting is None:
+            setting = settings[id(task.parameters)] = repr(sorted(task.parameters.items()))
+        text = f"({task.output!r}, {task.action!r}, {task.ids!r}, {inputs!r}){setting}"
+        state.update(text.encode())
+    state.update(repr(sorted((text, _stamp(path)) for path, text in paths.items())).encode())
     for shard in plan.shards:
         state.update(shard.file.encode() + shard.header)
     return state.hexdigest()
+
+
+def _stamp(path: Path) -> str:
+    """The same header over other weights must not pass for the same input."""
+    status = path.stat()
+    return f"{status.st_size} {status.st_mtime_ns}"
 
 
 class Journal:

@@ -8,8 +8,9 @@ one that recipes slice is the one with as many layers as the config says.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from merge_cli.checkpoint.config import layer_count
@@ -20,7 +21,7 @@ _AFTER = re.compile(r"(norm|ln_f|final_layernorm|final_layer_norm|final_norm|lm_
                     r"embed_out|output|score|classifier|pooler|cls|ln_out)(\.|$)")  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Place:
     """A layer of a stack and the rest of the name."""
 
@@ -30,22 +31,37 @@ class Place:
 
     def name(self, index: int) -> str:
         """The same tensor's name in another layer."""
-        return ".".join(part for part in (self.stack, str(index), self.rest) if part)
+        return f"{self.stack}.{index}.{self.rest}" if self.stack else f"{index}.{self.rest}"
 
 
 def place_of(name: str) -> Place | None:
     """The layer that a tensor belongs to, or None."""
     match = _LAYER.match(name)
-    return Place(match["stack"] or "", int(match["index"]), match["rest"]) if match else None
+    if match is None:
+        return None
+    stack, index, rest = match.groups()
+    return Place(stack or "", int(index), rest)
+
+
+class Places(dict[str, Place | None]):
+    """`place_of` for the names of several models, which share most of them: found once."""
+
+    def __missing__(self, name: str) -> Place | None:
+        place = self[name] = place_of(name)
+        return place
 
 
 def stacks(names: Iterable[str]) -> dict[str, int]:
     """Every stack and its number of layers."""
+    return heights(map(place_of, names))
+
+
+def heights(places: Iterable[Place | None]) -> dict[str, int]:
+    """Every stack among these places and its number of layers."""
     found: dict[str, int] = {}
-    for name in names:
-        place = place_of(name)
-        if place:
-            found[place.stack] = max(found.get(place.stack, 0), place.index + 1)
+    for place in places:
+        if place and place.index >= found.get(place.stack, 0):
+            found[place.stack] = place.index + 1
     return found
 
 
@@ -65,7 +81,10 @@ def comes_after_layers(name: str, stack: str) -> bool:
 
 def main_stack(names: Iterable[str], config: Mapping[str, Any]) -> str | None:
     """The stack that `layer_range` counts in; None where it is not clear which."""
-    found = stacks(names)
+    return _main_stack(stacks(names), config)
+
+
+def _main_stack(found: Mapping[str, int], config: Mapping[str, Any]) -> str | None:
     count = layer_count(config)
     fitting = [stack for stack, layers in found.items() if layers == count]
     if len(fitting) == 1:
@@ -73,3 +92,86 @@ def main_stack(names: Iterable[str], config: Mapping[str, Any]) -> str | None:
     if not fitting and len(found) == 1:
         return next(iter(found))
     return None
+
+
+class Anatomy:
+    """Where the tensors of a model stand, found once for all the slices that are cut from it.
+
+    Attributes:
+        stacks: every stack and its number of layers.
+        main: the stack that `layer_range` counts in; None where it is not clear which.
+    """
+
+    def __init__(self, names: Iterable[str], config: Mapping[str, Any], places: Places) -> None:
+        self._names, self._all_places = tuple(names), places
+        self.stacks = heights(places[name] for name in self._names)
+        self.main = _main_stack(self.stacks, config)
+        # Numbers of tensors, by layer of the main stack and outside of it: a slice looks at its
+        # own alone, so that many slices of a model take no longer than the model whole.
+        self._layers: dict[int, list[int]] = {}
+        self._before: list[int] = []
+        self._after: list[int] = []
+        for number, name in enumerate(self._names):
+            place = places[name]
+            if place is not None and place.stack == self.main:
+                self._layers.setdefault(place.index, []).append(number)
+            elif place is None and self.main is not None and comes_after_layers(name, self.main):
+                self._after.append(number)
+            else:
+                self._before.append(number)
+
+    def cut(self, layers: range, *, first: bool, last: bool) -> Iterator[tuple[str, Place | None]]:
+        """Names in some layers of the main stack, in the model's order; a place where in one.
+
+        Args:
+            first, last: whether what stands before the layers, and after them, is wanted too.
+        """
+        chosen = chain(
+            self._before if first else (),
+            self._after if last else (),
+            *(self._layers.get(layer, ()) for layer in layers),
+        )
+        for number in sorted(chosen):
+            name = self._names[number]
+            place = self._all_places[name]
+            yield name, place if place is not None and place.stack == self.main else None
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """A layer of a piece of the output.
+
+    Attributes:
+        group: what the report sums over: the layer, or the name of a tensor that has none.
+        position: the layer's place in its piece, 0 (first, or no layer) to 1 (last).
+    """
+
+    group: str
+    position: float = 0.0
+
+
+class Seats:
+    """The layers of a piece, each found once for all of its tensors.
+
+    Args:
+        heights: every stack's number of layers, in the output.
+        stack: the one that slices are cut from, where there are slices.
+        start: the piece's first layer in it.
+    """
+
+    def __init__(self, heights: Mapping[str, int], stack: str | None, start: int) -> None:
+        self._heights, self._stack, self._start = heights, stack, start
+        self._known: dict[tuple[str, int], Seat] = {}
+
+    def of(self, place: Place) -> Seat:
+        layer = place.stack, place.index
+        seat = self._known.get(layer)
+        if seat is None:
+            seat = self._known[layer] = self._find(place)
+        return seat
+
+    def _find(self, place: Place) -> Seat:
+        first = self._start if place.stack == self._stack else 0
+        last = self._heights[place.stack] - first - 1
+        position = (place.index - first) / last if last > 0 else 0.0
+        return Seat(f"{place.stack}.{place.index}".lstrip("."), position)

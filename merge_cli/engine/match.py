@@ -5,76 +5,33 @@ Everything that does not fit is collected, so that one look shows all of it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
 
 from merge_cli.checkpoint.header import MERGEABLE, TensorRef
 from merge_cli.checkpoint.source import Source
 from merge_cli.engine.heads import View
-from merge_cli.engine.layers import comes_after_layers, main_stack, place_of, stacks
+from merge_cli.engine.layers import Anatomy, Places, Seat, Seats, heights
+from merge_cli.engine.pieces import Operand, Piece
 from merge_cli.errors import Problem
-from merge_cli.recipe.schema import SliceSpec, SourceSpec
 
 # Buffers that old checkpoints stored and models compute by themselves.
 _BUFFERS = ("rotary_emb.inv_freq", ".masked_bias", ".attn.bias", ".attention.bias",
             "position_ids", "rotary_emb.cos_cached", "rotary_emb.sin_cached")  # fmt: skip
 # transformers itself calls this one of GPT-2's unexpected.
 _LEFT_OUT = (".attn.masked_bias",)
+_MERGEABLE = frozenset(MERGEABLE)
 _VOCABULARY = ("embed", "wte", "lm_head", "shared.weight")
 
 
-@dataclass(frozen=True)
-class Operand:
-    """One source's part in a piece. The same source may take part twice, with other layers.
-
-    Attributes:
-        source: its index among the opened sources.
-        place: its place in the recipe, which random masks belong to; -1 for an unlisted base.
-        layers: half-open range; None means the whole model.
-    """
-
-    source: int
-    place: int
-    spec: SourceSpec
-    layers: tuple[int, int] | None = None
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A run of output layers and where they come from.
-
-    Attributes:
-        spec: the recipe's slice; None for a merge of whole models.
-        operands: in the formula's order.
-        first, last: whether tensors before and after the layers come from this piece.
-        start: the first output layer.
-    """
-
-    key: str
-    spec: SliceSpec | None
-    operands: tuple[Operand, ...]
-    base: Operand | None
-    first: bool = True
-    last: bool = True
-    start: int = 0
-
-    @property
-    def reference(self) -> Operand:
-        """Whose names the piece follows."""
-        return self.base or self.operands[0]
-
-    @property
-    def members(self) -> tuple[Operand, ...]:
-        """Everything that is read, the base first."""
-        return (self.base, *self.operands) if self.base else self.operands
-
-
-@dataclass(frozen=True)
-class Match:
+class Match(NamedTuple):
     """One output tensor.
 
     Attributes:
-        position: its layer's place in the piece, 0 to 1.
+        seat: its layer and the layer's place in the piece.
         operands, base: the tensors of the formula; for a copy, the one that is copied.
         source: index of the source that `operands[0]` is from.
         copied: why it is copied, whatever the method; empty where it is merged.
@@ -82,8 +39,7 @@ class Match:
 
     name: str
     piece: Piece
-    group: str
-    position: float
+    seat: Seat
     operands: tuple[TensorRef, ...]
     base: TensorRef | None
     source: int
@@ -99,109 +55,129 @@ class Matches:
     notes: list[str] = field(default_factory=list)
 
 
-def match_piece(
-    piece: Piece, sources: Sequence[Source], views: Sequence[View], into: Matches
-) -> None:
-    """Find every tensor of one piece in its sources; append what fits and what does not."""
-    offers: list[dict[str, TensorRef]] = []
+@dataclass(frozen=True)
+class Model:
+    """A source with the tensors that it is taken to have (see heads.py)."""
+
+    source: Source
+    view: View
+    places: Places
+
+    @property
+    def label(self) -> str:
+        return self.source.label
+
+    @cached_property
+    def anatomy(self) -> Anatomy:
+        """What slices need to know; found for the first of them."""
+        return Anatomy(self.view, self.source.config, self.places)
+
+
+def match_pieces(
+    pieces: Iterable[Piece], sources: Sequence[Source], views: Sequence[View]
+) -> Matches:
+    """Find every tensor of every piece in its sources, and what does not fit.
+
+    Args:
+        views: for each source, the tensors that it is taken to have.
+    """
+    places = Places()
+    models = [Model(source, view, places) for source, view in zip(sources, views, strict=True)]
+    matches = Matches()
+    for piece in pieces:
+        _match_piece(piece, models, places, matches)
+    return matches
+
+
+def _match_piece(piece: Piece, models: Sequence[Model], places: Places, into: Matches) -> None:
+    offers: list[View] = []
     for operand in piece.members:
-        source = sources[operand.source]
-        offer = _offered(piece, operand, views[operand.source], source, into)
+        offer = _offered(piece, operand, models[operand.source], into)
         if offer is None:
             return
         offers.append(offer)
-    reference = offers[0]
-    counts = stacks(reference)
-    owner = piece.reference.source
-    stack = main_stack(views[owner], sources[owner].config) if piece.spec else None
-    for name in reference:
+    labels = [models[member.source].label for member in piece.members]
+    stack = models[piece.reference.source].anatomy.main if piece.spec else None
+    seats = Seats(heights(places[name] for name in offers[0]), stack, piece.start)
+    for name in offers[0]:
         if name.endswith(_LEFT_OUT):
             into.notes.append(f"{name}: left out; the model computes this buffer by itself")
             continue
-        place = place_of(name)
-        position = 0.0
-        if place is not None:
-            first = piece.start if stack is not None and place.stack == stack else 0
-            layers = counts[place.stack] - first
-            position = (place.index - first) / (layers - 1) if layers > 1 else 0.0
-        _match_tensor(piece, name, position, offers, sources, into)
-    _report_extra(piece, offers, sources, into)
+        place = places[name]
+        seat = seats.of(place) if place else Seat(name)
+        refs = [offer.get(name) for offer in offers]
+        _match_tensor(piece, name, seat, refs, labels, into)
+    _report_extra(labels, offers, into)
 
 
-def _offered(
-    piece: Piece, operand: Operand, view: View, source: Source, into: Matches
-) -> dict[str, TensorRef] | None:
+def _offered(piece: Piece, operand: Operand, model: Model, into: Matches) -> View | None:
     """What a source gives to a piece, by output name; None (and a problem) if it cannot."""
     if operand.layers is None:
-        return dict(view)
-    stack = main_stack(view, source.config)
-    if stack is None:
-        what = f"{source.label}: cannot tell which of {sorted(stacks(view))} its layers are"
+        return model.view
+    anatomy = model.anatomy
+    if anatomy.main is None:
+        what = f"{model.label}: cannot tell which of {sorted(anatomy.stacks)} its layers are"
         into.problems.append(Problem(what, piece.key))
         return None
     low, high = operand.layers
-    have = stacks(view).get(stack, 0)
+    have = anatomy.stacks.get(anatomy.main, 0)
     if high > have:
-        what = f"{source.label} has {have} layers, not {high}"
+        what = f"{model.label} has {have} layers, not {high}"
         into.problems.append(Problem(what, f"{piece.key}.layer_range"))
         return None
-    offer: dict[str, TensorRef] = {}
-    for name, ref in view.items():
-        place = place_of(name)
-        if place is not None and place.stack == stack:
-            if low <= place.index < high:
-                offer[place.name(piece.start + place.index - low)] = ref
-        elif piece.last if place is None and comes_after_layers(name, stack) else piece.first:
-            offer[name] = ref
-    return offer
+    cut = anatomy.cut(range(low, high), first=piece.first, last=piece.last)
+    shift = piece.start - low
+    # Every source comes to the same new names: one string serves them all.
+    return {
+        sys.intern(place.name(place.index + shift)) if place else name: model.view[name]
+        for name, place in cut
+    }
 
 
 def _match_tensor(
     piece: Piece,
     name: str,
-    position: float,
-    offers: Sequence[Mapping[str, TensorRef]],
-    sources: Sequence[Source],
+    seat: Seat,
+    refs: Sequence[TensorRef | None],
+    labels: Sequence[str],
     into: Matches,
 ) -> None:
-    members = piece.members
-    present = [(m, offer[name]) for m, offer in zip(members, offers, strict=True) if name in offer]
-    labels = [sources[member.source].label for member in members]
-
-    def copy(why: str) -> Match:
-        donor, ref = present[0]
-        return Match(name, piece, _group(name), position, (ref,), None, donor.source, why)
-
-    if len(present) < len(members):
-        if name.endswith(_BUFFERS):
-            into.found.append(copy("not every source stores this buffer: copied"))
-            return
-        for label, offer in zip(labels, offers, strict=True):
-            if name not in offer:
+    """Append one output tensor, or why there is none; `refs` and `labels` follow the members."""
+    present = [ref for ref in refs if ref is not None]
+    if len(present) < len(refs) and not name.endswith(_BUFFERS):
+        for label, ref in zip(labels, refs, strict=True):
+            if ref is None:
                 into.problems.append(Problem(f"missing from {label}; {labels[0]} has it", name))
         return
-    refs = [ref for _, ref in present]
-    if len({ref.shape for ref in refs}) > 1:
-        sizes = [f"{a} {list(ref.shape)}" for a, ref in zip(labels, refs, strict=True)]
-        shown = ", ".join(dict.fromkeys(sizes))
-        if _is_vocabulary(name, refs):
-            what = f"the vocabularies differ in size: {shown}."
-            into.problems.append(Problem(what, name, hint=_VOCABULARY_HINT))
-        else:
-            into.problems.append(Problem(f"the shapes differ: {shown}", name))
+    why = ""
+    if len(present) < len(refs):
+        why = "not every source stores this buffer: copied"
+    elif len({ref.shape for ref in present}) > 1:
+        into.problems.append(_shapes_differ(name, present, labels))
         return
-    for label, ref in zip(labels, refs, strict=True):
-        if ref.dtype.startswith("F8"):
-            what = f"{label} stores it in {ref.dtype}, whose scales cannot be merged yet"
-            into.problems.append(Problem(what, name, hint="Convert the model to bfloat16."))
-            return
-    if not all(ref.dtype in MERGEABLE for ref in refs):
-        into.found.append(copy(f"{refs[0].dtype} is not merged: copied"))
+    elif not _MERGEABLE.issuperset({ref.dtype for ref in present}):
+        for label, ref in zip(labels, present, strict=True):
+            if ref.dtype.startswith("F8"):
+                what = f"{label} stores it in {ref.dtype}, whose scales cannot be merged yet"
+                into.problems.append(Problem(what, name, hint="Convert the model to bfloat16."))
+                return
+        why = f"{present[0].dtype} is not merged: copied"
+    if why:
+        donor = piece.reference.source  # has it: its names are the ones that are looked for
+        into.found.append(Match(name, piece, seat, (present[0],), None, donor, why))
         return
-    base = refs[0] if piece.base else None
-    operands = tuple(refs[1:] if piece.base else refs)
+    base = present.pop(0) if piece.base else None
     source = piece.operands[0].source
-    into.found.append(Match(name, piece, _group(name), position, operands, base, source))
+    into.found.append(Match(name, piece, seat, tuple(present), base, source))
+
+
+def _shapes_differ(name: str, refs: Sequence[TensorRef], labels: Sequence[str]) -> Problem:
+    sizes = [f"{a} {list(ref.shape)}" for a, ref in zip(labels, refs, strict=True)]
+    shown = ", ".join(dict.fromkeys(sizes))
+    if _is_vocabulary(name, refs):
+        what = f"the vocabularies differ in size: {shown}."
+        return Problem(what, name, hint=_VOCABULARY_HINT)
+    return Problem(f"the shapes differ: {shown}", name)
 
 
 _VOCABULARY_HINT = (
@@ -215,27 +191,16 @@ def _is_vocabulary(name: str, refs: Sequence[TensorRef]) -> bool:
     return same_width and any(part in name for part in _VOCABULARY)
 
 
-def _report_extra(
-    piece: Piece,
-    offers: Sequence[Mapping[str, TensorRef]],
-    sources: Sequence[Source],
-    into: Matches,
-) -> None:
+def _report_extra(labels: Sequence[str], offers: Sequence[View], into: Matches) -> None:
     """Tensors that some source has and the reference lacks: none is dropped without a word."""
-    known = sources[piece.reference.source].label
+    reference = offers[0]
     seen: set[tuple[str, str]] = set()
-    for member, offer in zip(piece.members, offers, strict=True):
-        label = sources[member.source].label
-        for name in offer.keys() - offers[0].keys():
-            if (label, name) in seen:
+    for label, offer in zip(labels, offers, strict=True):
+        for name in offer:
+            if name in reference or (label, name) in seen:
                 continue
             seen.add((label, name))
             if name.endswith(_BUFFERS):
                 into.notes.append(f"{name}: left out; the model computes this buffer by itself")
             else:
-                into.problems.append(Problem(f"{label} has it, {known} does not", name))
-
-
-def _group(name: str) -> str:
-    place = place_of(name)
-    return f"{place.stack}.{place.index}".lstrip(".") if place else name
+                into.problems.append(Problem(f"{label} has it, {labels[0]} does not", name))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 from merge_cli.checkpoint.header import TensorRef
@@ -15,7 +17,7 @@ from merge_cli.recipe.schema import Recipe
 Action = Literal["merge", "copy"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorTask:
     """One output tensor.
 
@@ -26,7 +28,7 @@ class TensorTask:
         sources: for each operand, its index in `Plan.sources`.
         ids: for each operand, its place in the recipe: what a random mask belongs to.
         base: the base's tensor, where the formula has one.
-        parameters: resolved, by the recipe's names.
+        parameters: resolved, by the recipe's names; tensors that are treated alike share one.
         group: what the report sums over: the layer (`model.layers.7`), or the tensor's own name.
         note: what a reader should know; often empty.
     """
@@ -99,8 +101,13 @@ class Plan:
     def shards_read(self, source: int) -> set[str]:
         """The files of a source that the merge reads."""
         root = self.sources[source].root
-        paths = {ref.path for task in self.tasks for ref in task.inputs}
-        return {path.relative_to(root).as_posix() for path in paths if root in path.parents}
+        return {
+            path.relative_to(root).as_posix() for path in self._files_read if root in path.parents
+        }
+
+    @cached_property
+    def _files_read(self) -> frozenset[Path]:
+        return frozenset(ref.path for task in self.tasks for ref in task.inputs)
 
     @property
     def parameter_count(self) -> int:

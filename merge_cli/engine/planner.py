@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import gc
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 
 from merge_cli.checkpoint.config import (
@@ -16,8 +20,9 @@ from merge_cli.checkpoint.header import DTYPES
 from merge_cli.checkpoint.layout import lay_out, natural_key
 from merge_cli.checkpoint.source import Source, open_source
 from merge_cli.engine.heads import reconcile_heads
-from merge_cli.engine.match import Match, Matches, Operand, Piece, match_piece
-from merge_cli.engine.plan import Plan, TensorTask
+from merge_cli.engine.match import Match, match_pieces
+from merge_cli.engine.pieces import Piece, cut_pieces
+from merge_cli.engine.plan import Action, Plan, TensorTask
 from merge_cli.errors import (
     MergeCliError,
     MismatchError,
@@ -26,10 +31,10 @@ from merge_cli.errors import (
     SourceError,
 )
 from merge_cli.methods.registry import Method
-from merge_cli.methods.resolve import check_recipe, combination_error, operand_specs, resolve
+from merge_cli.methods.resolve import Resolver, check_recipe
 from merge_cli.recipe.load import parse_text, read_recipe
 from merge_cli.recipe.reference import ModelRef, local_folder
-from merge_cli.recipe.schema import Recipe, SliceSpec, SourceSpec
+from merge_cli.recipe.schema import Recipe
 
 DEFAULT_SHARD_SIZE = 5_000_000_000  # transformers' default
 _TORCH_TO_SAFETENSORS = {torch_name: name for name, (_, torch_name) in DTYPES.items()}
@@ -58,6 +63,23 @@ def load_recipe(path: str | Path, *, text: str | None = None) -> Recipe:
     return replace(recipe, warnings=recipe.warnings + checked.warnings)
 
 
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without Python's search for cycles.
+
+    A plan is a million objects and no garbage; looking at all of them again and again takes a third
+    of the time.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@_uncollected()
 def make_plan(recipe: Recipe, *, shard_size: int = DEFAULT_SHARD_SIZE) -> Plan:
     """Decide every output tensor from headers.
 
@@ -75,10 +97,8 @@ def make_plan(recipe: Recipe, *, shard_size: int = DEFAULT_SHARD_SIZE) -> Plan:
     labels = [source.label for source in sources]
     base = labels.index(str(recipe.base_model)) if recipe.base_model else None
     heads = reconcile_heads(sources)
-    pieces = _pieces(recipe, method, labels)
-    matches = Matches(notes=[*heads.notes])
-    for piece in pieces:
-        match_piece(piece, sources, heads.views, matches)
+    pieces = cut_pieces(recipe, method, labels)
+    matches = match_pieces(pieces, sources, heads.views)
     if matches.problems:
         count = len(matches.problems)
         summary = f"the sources do not fit one another ({count} problem{'s' * (count != 1)})"
@@ -87,11 +107,11 @@ def make_plan(recipe: Recipe, *, shard_size: int = DEFAULT_SHARD_SIZE) -> Plan:
         raise MismatchError(ordered, summary)
     tasks: list[TensorTask] = []
     refused: dict[str, Problem] = {}
-    for match in matches.found:
-        task, wrong = _task(recipe, method, match)
-        tasks.append(task)
-        if wrong:
-            refused.setdefault(wrong, recipe.problem(match.piece.key, wrong))
+    for piece, found in groupby(matches.found, key=attrgetter("piece")):
+        for task, wrong in _tasks(recipe, method, piece, found):
+            tasks.append(task)
+            if wrong:
+                refused.setdefault(wrong, recipe.problem(piece.key, wrong))
     if refused:
         raise RecipeError(list(refused.values()))
     tasks.sort(key=lambda task: natural_key(task.name))
@@ -112,6 +132,7 @@ def make_plan(recipe: Recipe, *, shard_size: int = DEFAULT_SHARD_SIZE) -> Plan:
         raise RecipeError([recipe.problem("slices", what)]) from None
     notes = [
         *(f"{source.label}: {note}" for source in sources for note in source.notes),
+        *heads.notes,
         *matches.notes,
         *(f"config.json: {change}" for change in changes),
     ]
@@ -198,67 +219,28 @@ def _differences(sources: Sequence[Source]) -> str:
     return "".join(f"\n  {line}" for line in found)
 
 
-def _pieces(recipe: Recipe, method: Method, labels: Sequence[str]) -> list[Piece]:
-    places = {spec.key: place for place, spec in enumerate(recipe.source_specs)}
-    pieces: list[Piece] = []
-    start = 0
-    groups: list[SliceSpec | None] = list(recipe.slices) or [None]
-    for number, part in enumerate(groups):
-        listed = part.sources if part else recipe.models
-        span = listed[0].layer_range
-
-        def operand(spec: SourceSpec, span: tuple[int, int] | None = span) -> Operand:
-            # A base that the slice does not list lends the same layers.
-            layers = (spec.layer_range or span) if span else None
-            return Operand(labels.index(str(spec.model)), places.get(spec.key, -1), spec, layers)
-
-        base = None
-        if method.needs_base and recipe.base_model is not None:
-            own = next((spec for spec in listed if spec.model == recipe.base_model), None)
-            base = operand(own or SourceSpec(recipe.base_model, "base_model"))
-        pieces.append(
-            Piece(
-                part.key if part else "models",
-                part,
-                tuple(operand(spec) for spec in operand_specs(recipe, method, listed)),
-                base,
-                first=number == 0,
-                last=number == len(groups) - 1,
-                start=start,
-            )
-        )
-        start += span[1] - span[0] if span else 0
-    return pieces
-
-
-def _task(recipe: Recipe, method: Method, match: Match) -> tuple[TensorTask, str]:
-    """One output tensor, and why it cannot be (empty when it can)."""
-    piece = match.piece
-    like = match.base or match.operands[0]
-    if match.copied:
-        task = TensorTask(match.name, like.shape, like.dtype, "copy", match.operands,
-                          (match.source,), (), group=match.group, note=match.copied)  # fmt: skip
-        return task, ""
-    specs = [operand.spec for operand in piece.operands]
-    parameters = resolve(recipe, method, piece.spec, specs, match.name, match.position)
-    wanted = recipe.output_dtype
-    dtype = _TORCH_TO_SAFETENSORS[wanted] if wanted else like.dtype
-    mixed = {ref.dtype for ref in (*match.operands, like)}
-    copies = method.copies is not None and method.copies(**parameters)
-    task = TensorTask(
-        match.name,
-        like.shape,
-        dtype,
-        "copy" if copies and match.operands[0].dtype == dtype else "merge",
-        match.operands,
-        tuple(operand.source for operand in piece.operands),
-        tuple(operand.place for operand in piece.operands),
-        match.base,
-        parameters,
-        match.group,
-        f"stored as {', '.join(sorted(mixed))}" if len(mixed) > 1 else "",
-    )
-    return task, combination_error(method, parameters)
+def _tasks(
+    recipe: Recipe, method: Method, piece: Piece, matches: Iterable[Match]
+) -> Iterator[tuple[TensorTask, str]]:
+    """The output tensors of one piece, and why each cannot be (empty when it can)."""
+    resolver = Resolver(recipe, method, piece.spec, [operand.spec for operand in piece.operands])
+    sources = tuple(operand.source for operand in piece.operands)
+    ids = tuple(operand.place for operand in piece.operands)
+    wanted = _TORCH_TO_SAFETENSORS[recipe.output_dtype] if recipe.output_dtype else None
+    for match in matches:
+        like = match.base or match.operands[0]
+        name, operands, group = match.name, match.operands, match.seat.group
+        if match.copied:
+            yield TensorTask(name, like.shape, like.dtype, "copy", operands,
+                             (match.source,), (), group=group, note=match.copied), ""  # fmt: skip
+            continue
+        resolved = resolver.of(name, match.seat.position)
+        dtype = wanted or like.dtype
+        action: Action = "copy" if resolved.copies and operands[0].dtype == dtype else "merge"
+        mixed = {ref.dtype for ref in operands} | {like.dtype}
+        note = f"stored as {', '.join(sorted(mixed))}" if len(mixed) > 1 else ""
+        yield TensorTask(name, like.shape, dtype, action, operands, sources, ids, match.base,
+                         resolved.parameters, group, note), resolved.error  # fmt: skip
 
 
 def _layer_sources(

@@ -14,7 +14,7 @@ from merge_cli.errors import Problem, UsageError
 from merge_cli.methods.registry import Method, get_method, method_names
 from merge_cli.recipe.keys import nearest
 from merge_cli.recipe.schema import Parameters, Recipe, SliceSpec, SourceSpec
-from merge_cli.recipe.values import Scalar, evaluate, scalars
+from merge_cli.recipe.values import Scalar, evaluate, filters, is_graded, scalars
 
 # Known to the field or to mergekit, not to this version: better said than guessed at.
 _ELSEWHERE = frozenset((
@@ -99,7 +99,7 @@ def resolve(
         specs: the operands' sources, in order.
         position: the tensor's layer within its slice, 0 to 1.
     """
-    shared = [piece.parameters, recipe.parameters] if piece else [recipe.parameters]
+    shared = _shared(recipe, piece)
     resolved: dict[str, Any] = {}
     for name, parameter in method.parameters.items():
 
@@ -118,6 +118,54 @@ def resolve(
     return resolved
 
 
+@dataclass(frozen=True)
+class Resolved:
+    """Parameters that many tensors share; nothing may change them.
+
+    Attributes:
+        parameters: by the recipe's names.
+        error: why tensors cannot be merged with them; empty when they can.
+        copies: whether the output is its only source, byte for byte.
+    """
+
+    parameters: dict[str, Any]
+    error: str
+    copies: bool
+
+
+class Resolver:
+    """`resolve` for the tensors of one piece, once for each set of parameters.
+
+    What a setting means depends on the filters that a tensor's name contains and, where there are
+    gradients, on its position: tensors that agree in both share one answer.
+    """
+
+    def __init__(
+        self, recipe: Recipe, method: Method, piece: SliceSpec | None, specs: Sequence[SourceSpec]
+    ) -> None:
+        self._recipe, self._method, self._piece, self._specs = recipe, method, piece, specs
+        groups = [spec.parameters for spec in specs] + _shared(recipe, piece)
+        settings = [parameter.setting for group in groups for parameter in group.values()]
+        self._filters = sorted(set().union(*map(filters, settings)))
+        self._graded = any(map(is_graded, settings))
+        self._known: dict[tuple[float, tuple[str, ...]], Resolved] = {}
+
+    def of(self, tensor: str, position: float) -> Resolved:
+        """The parameters of one tensor; arguments as for `resolve`."""
+        matching = tuple([part for part in self._filters if part in tensor])
+        key = position if self._graded else 0.0, matching
+        known = self._known.get(key)
+        if known is None:
+            known = self._known[key] = self._resolve(tensor, position)
+        return known
+
+    def _resolve(self, tensor: str, position: float) -> Resolved:
+        method = self._method
+        values = resolve(self._recipe, method, self._piece, self._specs, tensor, position)
+        copies = method.copies is not None and method.copies(**values)
+        return Resolved(values, combination_error(method, values), copies)
+
+
 def combination_error(method: Method, parameters: Mapping[str, Any]) -> str:
     """Why the resolved parameters of a tensor cannot be merged with; empty when they can."""
     if method.check is None:
@@ -129,6 +177,11 @@ def combination_error(method: Method, parameters: Mapping[str, Any]) -> str:
 def arguments(method: Method, parameters: Mapping[str, Any]) -> dict[str, Any]:
     """Resolved parameters as the function spells them (`lambda` becomes `lambda_`)."""
     return {method.parameters[name].argument: value for name, value in parameters.items()}
+
+
+def _shared(recipe: Recipe, piece: SliceSpec | None) -> list[Parameters]:
+    """What stands for all sources of a piece, the closest first."""
+    return [piece.parameters, recipe.parameters] if piece else [recipe.parameters]
 
 
 def _groups(recipe: Recipe) -> list[tuple[str, Parameters, tuple[SourceSpec, ...]]]:

@@ -56,6 +56,19 @@ def evaluate(setting: Setting, tensor: str, position: float) -> Scalar | None:
     return setting
 
 
+def filters(setting: Setting) -> set[str]:
+    """The parts of names that decide what `evaluate` says of a setting."""
+    rules = setting if isinstance(setting, tuple) else ()
+    return {rule.filter for rule in rules if rule.filter is not None and rule.filter != "*"}
+
+
+def is_graded(setting: Setting) -> bool:
+    """Whether the layer's position may decide what `evaluate` says of a setting."""
+    if isinstance(setting, tuple):
+        return any(isinstance(rule.value, Gradient) for rule in setting)
+    return isinstance(setting, Gradient)
+
+
 def interpolate(values: tuple[Scalar, ...], position: float) -> Scalar:
     """Piecewise linear in `position`; booleans and words step instead."""
     place = position * (len(values) - 1)

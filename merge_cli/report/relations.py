@@ -49,7 +49,8 @@ def view_of(statistics: Json | None) -> View | None:
         return None
     found = [group for group in statistics["groups"] if group["layer"] is not None]
     stacks = list(dict.fromkeys(_stack(group) for group in found))
-    layers = sorted(found, key=lambda group: (stacks.index(_stack(group)), group["layer"]))
+    rank = {stack: i for i, stack in enumerate(stacks)}
+    layers = sorted(found, key=lambda group: (rank[_stack(group)], group["layer"]))
     of_stack = f" of {', then '.join(stacks)}" if len(stacks) > 1 else ""
     names = [f"layer {g['layer']}" if len(stacks) < 2 else g["name"] for g in layers]
     models = statistics["models"]

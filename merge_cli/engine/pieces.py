@@ -1,0 +1,94 @@
+"""The pieces of an output: runs of layers, and which layers of which sources they are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from merge_cli.methods.registry import Method
+from merge_cli.methods.resolve import operand_specs
+from merge_cli.recipe.schema import Recipe, SliceSpec, SourceSpec
+
+
+@dataclass(frozen=True)
+class Operand:
+    """One source's part in a piece. The same source may take part twice, with other layers.
+
+    Attributes:
+        source: its index among the opened sources.
+        place: its place in the recipe, which random masks belong to; -1 for an unlisted base.
+        layers: half-open range; None means the whole model.
+    """
+
+    source: int
+    place: int
+    spec: SourceSpec
+    layers: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A run of output layers and where they come from.
+
+    Attributes:
+        spec: the recipe's slice; None for a merge of whole models.
+        operands: in the formula's order.
+        first, last: whether tensors before and after the layers come from this piece.
+        start: the first output layer.
+    """
+
+    key: str
+    spec: SliceSpec | None
+    operands: tuple[Operand, ...]
+    base: Operand | None
+    first: bool = True
+    last: bool = True
+    start: int = 0
+
+    @property
+    def reference(self) -> Operand:
+        """Whose names the piece follows."""
+        return self.base or self.operands[0]
+
+    @property
+    def members(self) -> tuple[Operand, ...]:
+        """Everything that is read, the base first."""
+        return (self.base, *self.operands) if self.base else self.operands
+
+
+def cut_pieces(recipe: Recipe, method: Method, labels: Sequence[str]) -> list[Piece]:
+    """The pieces of the output, in order; one where the recipe has no slices.
+
+    Args:
+        labels: of the opened sources.
+    """
+    places = {spec.key: place for place, spec in enumerate(recipe.source_specs)}
+    pieces: list[Piece] = []
+    start = 0
+    groups: list[SliceSpec | None] = list(recipe.slices) or [None]
+    for number, part in enumerate(groups):
+        listed = part.sources if part else recipe.models
+        span = listed[0].layer_range
+
+        def operand(spec: SourceSpec, span: tuple[int, int] | None = span) -> Operand:
+            # A base that the slice does not list lends the same layers.
+            layers = (spec.layer_range or span) if span else None
+            return Operand(labels.index(str(spec.model)), places.get(spec.key, -1), spec, layers)
+
+        base = None
+        if method.needs_base and recipe.base_model is not None:
+            own = next((spec for spec in listed if spec.model == recipe.base_model), None)
+            base = operand(own or SourceSpec(recipe.base_model, "base_model"))
+        pieces.append(
+            Piece(
+                part.key if part else "models",
+                part,
+                tuple(operand(spec) for spec in operand_specs(recipe, method, listed)),
+                base,
+                first=number == 0,
+                last=number == len(groups) - 1,
+                start=start,
+            )
+        )
+        start += span[1] - span[0] if span else 0
+    return pieces
