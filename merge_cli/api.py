@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from merge_cli.engine.loop import Outcome
 from merge_cli.engine.merge import execute
 from merge_cli.engine.options import MergeOptions, Progress
+from merge_cli.engine.outcome import Outcome
 from merge_cli.engine.plan import Plan
 from merge_cli.engine.planner import DEFAULT_SHARD_SIZE, load_recipe, make_plan
 from merge_cli.recipe.schema import Recipe

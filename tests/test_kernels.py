@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from merge_cli.kernels import select
+from merge_cli.kernels.cut import count_kept, trimmed
 from merge_cli.kernels.mask import keep_mask
 from merge_cli.kernels.reduce import (
     BLOCK_MULTIPLE,
@@ -22,7 +23,7 @@ from merge_cli.kernels.reduce import (
     exact_sum,
     weighted_sum,
 )
-from merge_cli.kernels.select import count_kept, kept_count, magnitude_cuts, trimmed
+from merge_cli.kernels.select import kept_count, magnitude_cuts
 
 CPU = torch.device("cpu")
 

@@ -12,10 +12,10 @@ from __future__ import annotations
 import os
 import queue
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from merge_cli.checkpoint.header import DTYPES
 from merge_cli.checkpoint.raw import FilePool, write_error
@@ -26,6 +26,7 @@ from merge_cli.engine.lanes import Files, HostLane, Lane, TorchLane
 from merge_cli.engine.memory import LaneRoom, keep_freed_memory, lane_room, usable_cores
 from merge_cli.engine.operands import Reading, ask_for
 from merge_cli.engine.options import MergeOptions, Progress, Show
+from merge_cli.engine.outcome import Outcome, stages
 from merge_cli.engine.plan import Plan
 from merge_cli.engine.pool import Pool
 from merge_cli.engine.statistics import TensorStats
@@ -36,41 +37,6 @@ from merge_cli.errors import NonFiniteError, ResourceError
 _SYNC_BYTES = 2_000_000_000
 _SURVEY = "reading the whole model first, for thresholds over all of it"
 Done = queue.SimpleQueue["tuple[Unit, TensorStats] | BaseException | None"]
-
-
-@dataclass(frozen=True)
-class Stage:
-    """What the threads did of one kind, together; `bytes` is 0 for waiting."""
-
-    seconds: float
-    threads: int
-    bytes: int
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What the loop did, for the report.
-
-    Attributes:
-        key: the digest of the work, by which OUT can be recognised as its result.
-        arithmetic: compiled, triton or torch, and why torch.
-        buffers: bytes that all lanes may hold.
-        stages: read, compute, write, stall.
-        stats: one for each task of the plan.
-        resumed: bytes of output that an earlier run had merged.
-        seconds: wall time of the loop, and of the survey before it.
-    """
-
-    key: str
-    device: Device
-    arithmetic: str
-    threads: int
-    buffers: int
-    stages: Mapping[str, Stage]
-    stats: list[TensorStats]
-    resumed: int
-    seconds: float
-    survey_seconds: float
 
 
 def run_loop(
@@ -142,7 +108,7 @@ def run_loop(
     try:
         with _one_torch_thread(device, arithmetic), _memory_errors(), pool:
             if remaining:
-                computer.survey(lambda: show(Progress("survey", 0, 0, _SURVEY)))
+                _survey(computer, pool, show)
             surveyed = time.perf_counter()
             show(Progress("merge", done, total, "resumed" if resumed else ""))
             pool.start(work, order, finished)
@@ -160,12 +126,22 @@ def run_loop(
         arithmetic=f"{arithmetic}: {why}" if why else arithmetic,
         threads=room.lanes,
         buffers=room.lanes * room.bytes,
-        stages=_stages(pool.lanes, room.lanes, ended - began),
+        stages=stages(pool.lanes, room.lanes, ended - began),
         stats=stats,
         resumed=resumed,
         seconds=ended - surveyed,
         survey_seconds=surveyed - began,
     )
+
+
+def _survey(computer: Computer, pool: Pool, show: Show) -> None:
+    """By one of the pool's threads, which has a lane; told of in this one."""
+    messages: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    pool.start(lambda _: computer.survey(lambda: messages.put(_SURVEY)), [None], messages)
+    while (message := messages.get()) is not None:
+        if isinstance(message, BaseException):
+            raise message
+        show(Progress("survey", 0, 0, message))
 
 
 def _earlier_stats(
@@ -203,20 +179,6 @@ def _lanes(files: Files, device: Device, arithmetic: str, room: LaneRoom) -> Cal
         )
     kind = HostLane if arithmetic == "compiled" else TorchLane
     return lambda number: kind(files, room.block, room.inputs)
-
-
-def _stages(lanes: Sequence[Lane], threads: int, seconds: float) -> dict[str, Stage]:
-    clocks = [lane.clock for lane in lanes]
-    read, compute, write = (
-        sum(getattr(clock, name) for clock in clocks) for name in ("read", "compute", "write")
-    )
-    bytes_read = sum(clock.bytes_read for clock in clocks)
-    return {
-        "read": Stage(read, threads, bytes_read),
-        "compute": Stage(compute, threads, bytes_read),
-        "write": Stage(write, threads, sum(clock.bytes_written for clock in clocks)),
-        "stall": Stage(max(0.0, threads * seconds - read - compute - write), threads, 0),
-    }
 
 
 def _sync_units(journal: Journal, model: Path, plan: Plan) -> None:

@@ -90,9 +90,17 @@ def estimated_peak(plan: Plan, device: Device, options: MergeOptions) -> int:
 
 def usable_cores() -> int:
     """Cores that this process may run on: a batch system often grants fewer than there are."""
+    cores = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        cores = len(os.sched_getaffinity(0))
+    quota = Path(
+        "/sys/fs/cgroup/cpu.max"
+    )  # what a container may use: "200000 100000", or "max ..."
+    if quota.exists():
+        allowed, period = quota.read_text().split()
+        if allowed != "max":
+            cores = min(cores, max(1, round(int(allowed) / int(period))))
+    return cores
 
 
 def keep_freed_memory() -> None:

@@ -12,8 +12,9 @@ from merge_cli.checkpoint.raw import write_error
 from merge_cli.checkpoint.source import INDEX, fetch_weights
 from merge_cli.engine.device import choose_device
 from merge_cli.engine.journal import work_key
-from merge_cli.engine.loop import Outcome, run_loop
+from merge_cli.engine.loop import run_loop
 from merge_cli.engine.options import MergeOptions, Progress, Show
+from merge_cli.engine.outcome import Outcome
 from merge_cli.engine.plan import Plan
 from merge_cli.engine.workfolder import WorkFolder
 from merge_cli.errors import Interrupted, SourceError

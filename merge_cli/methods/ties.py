@@ -14,9 +14,10 @@ from typing import Any, Literal, TypeVar
 
 from merge_cli.errors import UsageError
 from merge_cli.kernels.arrays import Array
+from merge_cli.kernels.cut import ALL_TIES, Cut, count_kept, trimmed
 from merge_cli.kernels.elect import disjoint_mean
 from merge_cli.kernels.reduce import add_scaled, weighted_sum
-from merge_cli.kernels.select import ALL_TIES, Cut, count_kept, magnitude_cuts, trimmed
+from merge_cli.kernels.select import magnitude_cuts
 from merge_cli.methods.blocks import Block, Blocks, ModelBlocks, Span, TensorBlocks
 from merge_cli.methods.parameters import Density, PerModel, each
 from merge_cli.methods.registry import merge_method

@@ -15,8 +15,8 @@ from importlib.metadata import version
 from typing import Any
 
 from merge_cli.engine.layers import place_of
-from merge_cli.engine.loop import Outcome, Stage
 from merge_cli.engine.memory import peak_rss
+from merge_cli.engine.outcome import Outcome, Stage
 from merge_cli.engine.plan import Plan
 from merge_cli.engine.statistics import TensorStats
 

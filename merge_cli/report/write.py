@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from merge_cli.checkpoint.raw import write_error
-from merge_cli.engine.loop import Outcome
+from merge_cli.engine.outcome import Outcome
 from merge_cli.engine.plan import Plan
 from merge_cli.recipe.dump import dump_recipe, path_from
 from merge_cli.report.card import model_card

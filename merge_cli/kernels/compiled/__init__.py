@@ -1,0 +1,59 @@
+"""The primitives as compiled loops over float32 arrays, for CPUs.
+
+Every function here has a plain twin in the module that calls it, and the tests compare the two bit
+for bit. Nothing may be reordered or contracted: `fastmath` stays off, except in `measures`.
+
+Loops come in two shapes, and both must vectorise: over a whole block where one pass is enough, and
+over chunks that stay in the L1 cache where several passes follow one another. Indexes into slices
+start at 0, or the compiler looks out for negative ones.
+"""
+
+from merge_cli.kernels.compiled.election import COUNT, NOTHING, WEIGHTS, disjoint_mean
+from merge_cli.kernels.compiled.formats import (
+    decode_bf16,
+    decode_f16,
+    encode_bf16,
+    encode_f16,
+    non_finite,
+)
+from merge_cli.kernels.compiled.kernel import Kernel, available
+from merge_cli.kernels.compiled.magnitudes import (
+    count_kept,
+    count_keys,
+    count_range,
+    find_tie,
+    not_empty,
+    trim,
+)
+from merge_cli.kernels.compiled.masks import count_masked, drop
+from merge_cli.kernels.compiled.measures import count_signs, gram, quick_change
+from merge_cli.kernels.compiled.sums import absolute_runs, add_scaled, dot_runs, weighted_sum
+
+__all__ = [
+    "COUNT",
+    "Kernel",
+    "NOTHING",
+    "WEIGHTS",
+    "absolute_runs",
+    "add_scaled",
+    "available",
+    "count_kept",
+    "count_keys",
+    "count_masked",
+    "count_range",
+    "count_signs",
+    "decode_bf16",
+    "decode_f16",
+    "disjoint_mean",
+    "dot_runs",
+    "drop",
+    "encode_bf16",
+    "encode_f16",
+    "find_tie",
+    "gram",
+    "non_finite",
+    "not_empty",
+    "quick_change",
+    "trim",
+    "weighted_sum",
+]

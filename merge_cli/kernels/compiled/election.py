@@ -1,0 +1,55 @@
+"""Sign election: see `kernels.elect`."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from merge_cli.kernels.compiled.kernel import CHUNK, F32, kernel
+
+NOTHING, WEIGHTS, COUNT = 0, 1, 2
+
+
+@kernel("void(f4[:, ::1], f4[::1], boolean, i8, f4, f4[::1])")
+def disjoint_mean(rows, weights, weighted, divide_by, zero_sign, out):
+    """See `kernels.elect.disjoint_mean`, whose operations these are, one by one."""
+    sources, size = rows.shape
+    elected = np.empty(CHUNK, np.float32)
+    divisor = np.empty(CHUNK, np.float32)
+    one = F32(1.0)
+    for begin in range(0, size, CHUNK):
+        end = min(begin + CHUNK, size)
+        length = end - begin
+        total = out[begin:end]
+        for s in range(sources):
+            row = rows[s, begin:end]
+            vote = weights[s] if weighted else one
+            if s == 0:
+                for i in range(length):
+                    elected[i] = row[i] * vote
+            else:
+                for i in range(length):
+                    elected[i] = elected[i] + row[i] * vote
+        for i in range(length):
+            sign = zero_sign
+            sign = one if elected[i] > 0 else sign
+            sign = -one if elected[i] < 0 else sign
+            elected[i] = sign
+        total[:] = 0
+        divisor[:] = 0
+        for s in range(sources):
+            row, weight = rows[s, begin:end], weights[s]
+            vote = weight if weighted else one
+            share = one if divide_by == COUNT else weight
+            if divide_by == NOTHING:
+                for i in range(length):
+                    agrees = (row[i] * vote) * elected[i] > 0
+                    total[i] = total[i] + (row[i] * weight if agrees else F32(0.0))
+            else:
+                for i in range(length):
+                    agrees = (row[i] * vote) * elected[i] > 0
+                    total[i] = total[i] + (row[i] * weight if agrees else F32(0.0))
+                    divisor[i] = divisor[i] + (share if agrees else F32(0.0))
+        if divide_by != NOTHING:
+            for i in range(length):
+                safe = one if abs(divisor[i]) < F32(1e-8) else divisor[i]
+                total[i] = total[i] / safe

@@ -1,0 +1,119 @@
+"""Magnitudes: counting keys (the bits of |x|), and trimming by them."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from merge_cli.kernels.compiled.kernel import CHUNK, INFINITY, MAGNITUDE, U32, kernel
+
+
+@kernel("i8(f4[::1], u4, u4, u4, i4[::1])")
+def count_range(values, low, high, shift, counts):
+    """Count keys (bits of |x|) in [low, high] by (key - low) >> shift; returns how many are above.
+
+    What lies inside is first moved together, without a branch that would be guessed wrong.
+    """
+    span = U32(high - low)
+    above = 0
+    places = np.empty(CHUNK, np.uint32)
+    inside = np.empty(CHUNK, np.uint32)
+    for begin in range(0, len(values), CHUNK):
+        bits = values[begin : begin + CHUNK].view(np.uint32)
+        larger = U32(0)
+        for i in range(len(bits)):
+            key = bits[i] & MAGNITUDE
+            larger += U32(key > high)
+            places[i] = key - low
+        above += larger
+        found = 0
+        for i in range(len(bits)):
+            inside[found] = places[i]
+            found += np.intp(places[i] <= span)
+        for i in range(found):
+            counts[inside[i] >> shift] += 1
+    return above
+
+
+@kernel("void(f4[::1], u4[::1], i8[::1], i8[::1])")
+def count_keys(values, candidates, above, equal):
+    """For each candidate, add how many keys are larger and how many are equal."""
+    for begin in range(0, len(values), CHUNK):
+        bits = values[begin : begin + CHUNK].view(np.uint32)
+        for c in range(len(candidates)):
+            key = candidates[c]
+            larger, same = U32(0), U32(0)
+            for i in range(len(bits)):
+                magnitude = bits[i] & MAGNITUDE
+                larger += U32(magnitude > key)
+                same += U32(magnitude == key)
+            above[c] += larger
+            equal[c] += same
+
+
+@kernel("void(f4[:, ::1], u4[::1], i8[::1], f4[:, ::1])")
+def trim(rows, thresholds, ties, out):
+    """Rows where the key is above the threshold, or equal to it among the first `ties`; else 0.
+
+    NaN is dropped: it is above no number.
+    """
+    for s in range(len(rows)):
+        threshold, first = thresholds[s], ties[s]
+        bits, result = rows[s, :first].view(np.uint32), out[s, :first].view(np.uint32)
+        for i in range(len(bits)):
+            key = bits[i] & MAGNITUDE
+            result[i] = bits[i] if (key >= threshold) & (key <= INFINITY) else U32(0)
+        bits, result = rows[s, first:].view(np.uint32), out[s, first:].view(np.uint32)
+        for i in range(len(bits)):
+            key = bits[i] & MAGNITUDE
+            result[i] = bits[i] if (key > threshold) & (key <= INFINITY) else U32(0)
+
+
+@kernel("i8(f4[::1], u4, i8)")
+def count_kept(values, threshold, ties):
+    """How many `trim` keeps."""
+    kept = 0
+    bits = values[:ties].view(np.uint32)
+    for i in range(len(bits)):
+        key = bits[i] & MAGNITUDE
+        kept += (key >= threshold) & (key <= INFINITY)
+    bits = values[ties:].view(np.uint32)
+    for i in range(len(bits)):
+        key = bits[i] & MAGNITUDE
+        kept += (key > threshold) & (key <= INFINITY)
+    return kept
+
+
+@kernel("i8(f4[::1], u4, i8)")
+def find_tie(values, threshold, ordinal):
+    """The index of the ordinal-th (from 1) key that equals the threshold, or -1 - their number."""
+    found = 0
+    for begin in range(0, len(values), CHUNK):
+        bits = values[begin : begin + CHUNK].view(np.uint32)
+        here = U32(0)
+        for i in range(len(bits)):
+            here += U32((bits[i] & MAGNITUDE) == threshold)
+        if found + here >= ordinal:
+            for i in range(len(bits)):
+                found += (bits[i] & MAGNITUDE) == threshold
+                if found == ordinal:
+                    return begin + i
+        found += here
+    return -1 - found
+
+
+@kernel(["i8(i4[::1], i4[::1], i8[::1])", "i8(i8[::1], i4[::1], i8[::1])"])
+def not_empty(counts, places, found):
+    """Move the bins that hold something together; returns how many there are."""
+    size = 0
+    for begin in range(0, len(counts), 64):
+        bins = counts[begin : begin + 64]
+        together = bins[0]
+        for i in range(len(bins)):
+            together |= bins[i]
+        if together != 0:
+            for i in range(len(bins)):
+                if bins[i] > 0:
+                    places[size] = begin + i
+                    found[size] = bins[i]
+                    size += 1
+    return size

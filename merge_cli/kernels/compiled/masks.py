@@ -1,0 +1,40 @@
+"""Random masks: see `kernels.mask`, which writes the generator down."""
+
+from __future__ import annotations
+
+from merge_cli.kernels.compiled.kernel import F32, U32, kernel
+
+
+@kernel("void(f4[:, ::1], u4[:, ::1], u4, f4[::1], f4[:, ::1])")
+def drop(rows, words, low, factors, out):
+    """rows * factor where the mixed index is below the limit, else 0 (see `kernels.mask`).
+
+    Each row of `words` is k0, k1 and the limit; `low` is the first element's index.
+    """
+    for s in range(len(rows)):
+        k0, k1, limit, factor = words[s, 0], words[s, 1], words[s, 2], factors[s]
+        row, result = rows[s], out[s]
+        for i in range(len(row)):
+            # numba widens sums and products to 64 bits: cut them back.
+            x = U32(low + U32(i)) ^ k0
+            x = U32((x ^ (x >> U32(16))) * U32(0x21F0AAAD))
+            x = U32((x ^ (x >> U32(15))) + k1)
+            x = U32(x * U32(0xD35A2D97))
+            x = U32((x ^ (x >> U32(15))) * U32(0x31848BAB))
+            x ^= x >> U32(14)
+            result[i] = row[i] * factor if x < limit else F32(0.0)
+
+
+@kernel("i8(i8, u4, u4, u4, u4)")
+def count_masked(size, k0, k1, low, limit):
+    """How many of `size` elements `drop` keeps."""
+    kept = 0
+    for i in range(size):
+        x = U32(low + U32(i)) ^ k0
+        x = U32((x ^ (x >> U32(16))) * U32(0x21F0AAAD))
+        x = U32((x ^ (x >> U32(15))) + k1)
+        x = U32(x * U32(0xD35A2D97))
+        x = U32((x ^ (x >> U32(15))) * U32(0x31848BAB))
+        x ^= x >> U32(14)
+        kept += x < limit
+    return kept

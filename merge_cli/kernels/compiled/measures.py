@@ -1,0 +1,83 @@
+"""Sums for the report. They alone may be re-associated: they are rounded to six digits."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from merge_cli.kernels.compiled.kernel import CHUNK, F32, kernel
+
+_SUMS = {"reassoc", "nsz"}
+
+
+@kernel("void(f4[:, ::1], f8[:, ::1])", fastmath=_SUMS)
+def gram(rows, out):
+    """out += the dot products between rows, to about six digits."""
+    sources, size = rows.shape
+    for begin in range(0, size, CHUNK):
+        for s in range(sources):
+            a = rows[s, begin : begin + CHUNK]
+            for t in range(s, sources):
+                b = rows[t, begin : begin + CHUNK]
+                part = F32(0.0)
+                for i in range(len(a)):
+                    part += a[i] * b[i]
+                out[s, t] += part
+                if s != t:
+                    out[t, s] += part
+
+
+@kernel("UniTuple(f8, 2)(f4[::1], f4[::1])", fastmath=_SUMS)
+def quick_change(base, merged):
+    """sum of base^2 and of (merged - base)^2, to about six digits."""
+    squares, changes = 0.0, 0.0
+    for begin in range(0, len(base), CHUNK):
+        x, y = base[begin : begin + CHUNK], merged[begin : begin + CHUNK]
+        square, change = F32(0.0), F32(0.0)
+        for i in range(len(x)):
+            square += x[i] * x[i]
+            change += (y[i] - x[i]) * (y[i] - x[i])
+        squares += square
+        changes += change
+    return squares, changes
+
+
+@kernel("i8(f4[:, ::1], i8[:, ::1], i8[:, ::1])")
+def count_signs(rows, both, agree):
+    """Add up, for each pair of rows, where both are non-zero, and where they agree in sign.
+
+    Returns:
+        elements on which some row is positive and another negative.
+    """
+    sources, size = rows.shape
+    signs = np.empty((sources, CHUNK), np.int32)
+    low, high = np.empty(CHUNK, np.int32), np.empty(CHUNK, np.int32)
+    conflict = 0
+    for begin in range(0, size, CHUNK):
+        length = min(begin + CHUNK, size) - begin
+        low[:] = 0
+        high[:] = 0
+        for s in range(sources):
+            row, sign = rows[s, begin : begin + length], signs[s]
+            for i in range(length):
+                sign[i] = np.int32(row[i] > 0) - np.int32(row[i] < 0)
+                low[i] = min(low[i], sign[i])
+                high[i] = max(high[i], sign[i])
+        mixed = np.int32(0)
+        for i in range(length):
+            mixed += high[i] & -low[i]
+        conflict += mixed
+        for s in range(sources):
+            for t in range(s, sources):
+                a, b = signs[s], signs[t]
+                present, product = np.int32(0), np.int32(0)
+                for i in range(length):
+                    p = a[i] * b[i]
+                    product += p
+                    present += p * p
+                same = (present + product) // 2
+                both[s, t] += present
+                agree[s, t] += same
+                if s != t:
+                    both[t, s] += present
+                    agree[t, s] += same
+    return conflict

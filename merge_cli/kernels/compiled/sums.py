@@ -1,0 +1,71 @@
+"""Sums: weighted, scaled, and over runs in a written order."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from merge_cli.kernels.compiled.kernel import CHUNK, kernel
+
+_LANES = 64
+
+
+@kernel("void(f4[:, ::1], f4[::1], f4[::1])")
+def weighted_sum(rows, weights, out):
+    """out = sum of weights[s] * rows[s] in order: a product, then an addition, each rounded."""
+    sources, size = rows.shape
+    for begin in range(0, size, CHUNK):
+        end = min(begin + CHUNK, size)
+        total = out[begin:end]
+        for s in range(sources):
+            row, weight = rows[s, begin:end], weights[s]
+            if s == 0:
+                for i in range(end - begin):
+                    total[i] = row[i] * weight
+            else:
+                for i in range(end - begin):
+                    total[i] = total[i] + row[i] * weight
+
+
+@kernel("void(f4[::1], f4, f4[::1])")
+def add_scaled(base, scale, values):
+    """values = base + scale * values: a product, then an addition, each rounded."""
+    for i in range(len(values)):
+        values[i] = base[i] + scale * values[i]
+
+
+@kernel("void(f4[::1], f4[::1], i8, f8[::1])")
+def dot_runs(a, b, run, sums):
+    """sums[r] = sum of a * b over run r in float64; the lanes are added in order."""
+    lanes = np.empty(_LANES)
+    for r in range(len(sums)):
+        x, y = a[r * run : (r + 1) * run], b[r * run : (r + 1) * run]
+        lanes[:] = 0.0
+        whole = len(x) // _LANES * _LANES
+        for begin in range(0, whole, _LANES):
+            for lane in range(_LANES):
+                lanes[lane] += np.float64(x[begin + lane]) * np.float64(y[begin + lane])
+        for i in range(whole, len(x)):
+            lanes[i - whole] += np.float64(x[i]) * np.float64(y[i])
+        total = 0.0
+        for lane in range(_LANES):
+            total += lanes[lane]
+        sums[r] = total
+
+
+@kernel("void(f4[::1], i8, f8[::1])")
+def absolute_runs(a, run, sums):
+    """sums[r] = sum of |a| over run r in float64; the lanes are added in order."""
+    lanes = np.empty(_LANES)
+    for r in range(len(sums)):
+        x = a[r * run : (r + 1) * run]
+        lanes[:] = 0.0
+        whole = len(x) // _LANES * _LANES
+        for begin in range(0, whole, _LANES):
+            for lane in range(_LANES):
+                lanes[lane] += abs(np.float64(x[begin + lane]))
+        for i in range(whole, len(x)):
+            lanes[i - whole] += abs(np.float64(x[i]))
+        total = 0.0
+        for lane in range(_LANES):
+            total += lanes[lane]
+        sums[r] = total

@@ -1,0 +1,76 @@
+"""Trimming: what a threshold on magnitudes keeps of a block."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from merge_cli.kernels.arrays import is_numpy, matrix
+from merge_cli.kernels.keys import key_of
+
+ALL_TIES = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Keep |x| > threshold, and |x| = threshold up to and including flat index `last_tie`."""
+
+    threshold: float
+    last_tie: int
+
+    def keep(self, x: Any, start: int) -> Any:
+        """The boolean mask of what is kept, for a flat span that begins at index `start`."""
+        magnitude = x.abs()
+        kept = magnitude > self.threshold
+        ties = self.ties(start, x.numel())
+        if ties:
+            kept[:ties] |= magnitude[:ties] == self.threshold
+        return kept
+
+    def ties(self, start: int, size: int) -> int:
+        """Of the span's elements, how many from its beginning on may be kept as ties."""
+        if math.isnan(self.threshold):
+            return 0  # NaN equals nothing
+        return min(max(self.last_tie - start + 1, 0), size)
+
+
+def trimmed(rows: Sequence[Any], cuts: Sequence[Cut | None], start: int) -> list[Any]:
+    """Flat blocks, one for each cut, with what the cut drops set to 0."""
+    if all(cut is None for cut in cuts):
+        return list(rows)
+    if is_numpy(rows[0]):
+        return _compiled_trim(rows, cuts, start)
+    return [
+        row if cut is None else row.where(cut.keep(row, start), 0.0)
+        for row, cut in zip(rows, cuts, strict=True)
+    ]
+
+
+def _compiled_trim(rows: Sequence[Any], cuts: Sequence[Cut | None], start: int) -> list[Any]:
+    import numpy as np
+
+    from merge_cli.kernels import compiled
+
+    whole = matrix(rows)
+    size = whole.shape[1]
+    out = np.empty_like(whole)
+    thresholds = np.array([0 if cut is None else key_of(cut.threshold) for cut in cuts], np.uint32)
+    ties = np.array([0 if cut is None else cut.ties(start, size) for cut in cuts], np.int64)
+    compiled.trim(whole, thresholds, ties, out)
+    for row, cut, result in zip(whole, cuts, out, strict=True):
+        if cut is None:
+            result[:] = row
+    return list(out)
+
+
+def count_kept(x: Any, cut: Cut | None, start: int) -> int:
+    """How many elements of a block the cut keeps."""
+    if cut is None:
+        return len(x)
+    if is_numpy(x):
+        from merge_cli.kernels import compiled
+
+        return int(compiled.count_kept(x, key_of(cut.threshold), cut.ties(start, len(x))))
+    return int(cut.keep(x, start).sum())
