@@ -107,7 +107,7 @@ def run_loop(
     began = time.perf_counter()
     try:
         with _one_torch_thread(device, arithmetic), _memory_errors(), pool:
-            if remaining:
+            if remaining and plan.method.survey is not None:
                 _survey(computer, pool, show)
             surveyed = time.perf_counter()
             show(Progress("merge", done, total, "resumed" if resumed else ""))
@@ -130,7 +130,7 @@ def run_loop(
         stats=stats,
         resumed=resumed,
         seconds=ended - surveyed,
-        survey_seconds=surveyed - began,
+        survey_seconds=surveyed - began if plan.method.survey is not None else 0.0,
     )
 
 

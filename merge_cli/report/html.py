@@ -115,13 +115,13 @@ def _key_figures(report: Json, view: View | None) -> str:
 def _cost(cost: Json) -> str:
     title = "Where the time went"
     how = (
-        "Stages run side by side, so their seconds add up to more than the clock showed. "
+        "Threads work side by side, so their seconds add up to more than the clock showed. "
         "Thread-seconds: time that the threads of a stage were at work."
     )
     stages = cost["stages"]
-    found = f"{duration(cost['seconds'])} in all"
+    found = duration(cost["seconds"])
     if cost["survey_seconds"]:
-        found += f", of which {duration(cost['survey_seconds'])} to survey the sources first"
+        found += f", after {duration(cost['survey_seconds'])} to survey the sources"
     found += f"; {size(cost['bytes_read'])} read, {size(cost['bytes_written'])} written"
     if cost["resumed_bytes"]:
         found += f", of which {size(cost['resumed_bytes'])} by the run that this one resumed"
@@ -135,7 +135,7 @@ def _cost(cost: Json) -> str:
         rates = [
             (name, s["gigabytes_per_second"],
              or_dash(s["gigabytes_per_second"], lambda v: f"{v:.3g} GB/s"))
-            for name, s in stages.items()
+            for name, s in stages.items() if s["bytes"]
         ]  # fmt: skip
         for caption, rows in (("Thread-seconds by stage.", busy), ("GB/s by stage.", rates)):
             figures.append(figure(caption, charts.side_bars(caption, rows)))
