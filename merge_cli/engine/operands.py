@@ -70,6 +70,9 @@ class TaskReader:
         return self._reading.pool.map(lambda number: work(self.span(number)), numbers)
 
     def sample(self, count: int) -> Iterator[Block]:
+        if self.size <= count:
+            yield from self.blocks()
+            return
         for start in sample_starts(self.size, count):
             yield from self.range(start, min(start + _SAMPLE_RUN, self.size))
 
@@ -118,6 +121,10 @@ class ModelReader:
         return self._pool.map(lambda span: work(span[0].span(span[1])), spans)
 
     def sample(self, count: int) -> Iterator[Block]:
+        if self.size <= count:
+            for tensor in self.tensors:
+                yield from tensor.blocks()
+            return
         for start in sample_starts(self.size, count):
             number = bisect_right(self._offsets, start) - 1
             tensor, begin = self.tensors[number], start - self._offsets[number]
@@ -125,7 +132,7 @@ class ModelReader:
 
 
 def sample_starts(size: int, count: int) -> Iterator[int]:
-    """Where runs of a sample of `count` elements begin; everything, if that is not much more."""
+    """Where the runs of a sample of about `count` elements begin."""
     runs = max(1, count // _SAMPLE_RUN)
     step = max(_SAMPLE_RUN, size // runs // _SAMPLE_RUN * _SAMPLE_RUN)
     return iter(range(0, size, step))

@@ -52,7 +52,7 @@ class Stream(Protocol):
     def starts(self) -> Sequence[int]: ...
 
     def sample(self, count: int) -> Iterable[Rows]:
-        """Small blocks of about `count` elements in all, evenly spread; all of them if few."""
+        """Small blocks of about `count` elements in all, evenly spread; all, in order, if few."""
 
     def map(self, work: Callable[[Iterable[Rows]], T], only: int | None = None) -> list[T]:
         """work(blocks of a span), for every span or one; the results in the spans' order."""
@@ -77,10 +77,32 @@ def magnitude_cuts(densities: Sequence[float], stream: Stream) -> list[Cut | Non
             cuts[i] = Cut(math.inf, -1)
         elif k < stream.size:
             wanted[i] = k
+    if wanted and stream.size <= _SMALLEST_SAMPLE:
+        for i, cut in _cuts_of_few(wanted, stream).items():
+            cuts[i] = cut
+        return cuts
     searches = _run(_brackets(wanted, stream), stream)
     last_ties = _last_ties(searches, stream)
     for i, search in searches.items():
         cuts[i] = Cut(search.threshold, last_ties.get(i, ALL_TIES))
+    return cuts
+
+
+def _cuts_of_few(wanted: dict[int, int], stream: Stream) -> dict[int, Cut]:
+    """The cuts of a stream that is small enough to be sorted: read once, no histogram."""
+    import numpy as np
+
+    blocks = [[keys(rows[i]) for i in wanted] for rows in stream.sample(stream.size)]
+    cuts = {}
+    for place, (i, k) in enumerate(wanted.items()):
+        found = np.concatenate([rows[place] for rows in blocks])
+        ordered = np.sort(found)  # numpy sorts integers faster than it selects one of them
+        key = ordered[len(ordered) - k]
+        above = len(ordered) - int(np.searchsorted(ordered, key, side="right"))
+        threshold = number(int(key), 8 * found.itemsize - 1)
+        ties = np.flatnonzero(found == key)
+        all_kept = k - above == len(ties) or math.isnan(threshold)
+        cuts[i] = Cut(threshold, ALL_TIES if all_kept else int(ties[k - above - 1]))
     return cuts
 
 
@@ -182,10 +204,8 @@ def _brackets(wanted: dict[int, int], stream: Stream) -> dict[int, _Search]:
         width = 8 * sample.itemsize - 1
         share = k / stream.size
         # Six standard deviations of a rank in a sample of independent elements; neighbours are
-        # alike, hence the rest. All of it is certain where the sample is everything.
-        error = 0.0 if len(sample) == stream.size else (
-            6 * math.sqrt(share * (1 - share) / len(sample)) + 1e-4
-        )  # fmt: skip
+        # alike, hence the rest.
+        error = 6 * math.sqrt(share * (1 - share) / len(sample)) + 1e-4
         ranks = ((1 - share - error) * len(sample) - 2, (1 - share + error) * len(sample) + 2)
         low, high = (min(max(int(rank), 0), len(sample) - 1) for rank in ranks)
         placed = np.sort(sample)  # numpy sorts integers faster than it selects two of them

@@ -64,7 +64,7 @@ class Blocks(Protocol):
         """
 
     def sample(self, count: int) -> Iterator[Block]:
-        """Small blocks of about `count` elements in all, evenly spread; all of them if few."""
+        """Small blocks of about `count` elements in all, evenly spread; all, in order, if few."""
 
 
 class TensorBlocks(Blocks, Protocol):
