@@ -244,6 +244,15 @@ def test_without_statistics_only_the_cost_is_drawn() -> None:
     assert page.count("svg") == 3
 
 
+def test_a_run_that_found_everything_done_has_no_rates() -> None:
+    data = without_statistics()
+    for stage in data["cost"]["stages"].values():
+        stage |= {"bytes": 0, "gigabytes_per_second": None}
+    page = Page(render_html(data))
+    assert page.count("svg") == 2
+    assert "GB/s by stage" not in page.text
+
+
 def test_without_layers_no_axis_is_drawn() -> None:
     page = Page(render_html(report(layers=0)))
     assert "no tensor of this model belongs to a layer" in page.text

@@ -138,7 +138,8 @@ def _cost(cost: Json) -> str:
             for name, s in stages.items() if s["bytes"]
         ]  # fmt: skip
         for caption, rows in (("Thread-seconds by stage.", busy), ("GB/s by stage.", rates)):
-            figures.append(figure(caption, charts.side_bars(caption, rows)))
+            if rows:  # a run that found everything done has moved nothing
+                figures.append(figure(caption, charts.side_bars(caption, rows)))
     sizes = (("peak, resident", "peak_rss"), ("peak, GPU", "peak_vram"), ("buffers", "buffers"))
     memory = [(label, float(cost[key]), size(cost[key])) for label, key in sizes if cost[key]]
     if memory:
