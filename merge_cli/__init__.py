@@ -13,14 +13,14 @@ if TYPE_CHECKING:
     from merge_cli.engine.options import MergeOptions
     from merge_cli.engine.planner import load_recipe
     from merge_cli.errors import MergeCliError
-    from merge_cli.evaluation.loss import evaluate
+    from merge_cli.evaluation.run import evaluate
     from merge_cli.methods.registry import merge_method
 
 _HOMES = {
     "MergeCliError": "merge_cli.errors",
     "MergeOptions": "merge_cli.engine.options",
     "MergeResult": "merge_cli.api",
-    "evaluate": "merge_cli.evaluation.loss",
+    "evaluate": "merge_cli.evaluation.run",
     "load_recipe": "merge_cli.engine.planner",
     "merge": "merge_cli.api",
     "merge_method": "merge_cli.methods.registry",

@@ -1,0 +1,77 @@
+"""Results by content: the same model on the same task is evaluated once.
+
+A file for each pair, named by the digest of what decides the result. The folder is
+$MERGE_CLI_CACHE, or merge-cli in $XDG_CACHE_HOME or ~/.cache; it may be deleted at any time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from merge_cli.evaluation.result import Cost, Metric, TaskResult
+
+_FORMAT = 1
+
+
+def cache_folder() -> Path:
+    """Where this tool keeps what can be computed again."""
+    own = os.environ.get("MERGE_CLI_CACHE")
+    if own:
+        return Path(own)
+    shared = os.environ.get("XDG_CACHE_HOME")
+    return (Path(shared) if shared else Path.home() / ".cache") / "merge-cli"
+
+
+def key_of(identity: Mapping[str, Any]) -> str:
+    """SHA-256 of what decides a result."""
+    text = json.dumps({"format": _FORMAT, **identity}, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def find(key: str, name: str) -> TaskResult | None:
+    """A result from an earlier run, under the name that its task has now; None if there is none."""
+    try:
+        content = json.loads(_place(key).read_text(encoding="utf-8"))
+        metrics = {name: Metric(**metric) for name, metric in content["metrics"].items()}
+        cost = Cost(**content["cost"])
+        return TaskResult(name, content["kind"], metrics, content["examples"], cost, cached=True)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # unreadable or cut short: evaluated again, and written again
+
+
+def keep(key: str, result: TaskResult) -> None:
+    """Remember a result. A cache that cannot be written costs time later, not the result now."""
+    content = {
+        "kind": result.kind,
+        "metrics": {name: asdict(metric) for name, metric in result.metrics.items()},
+        "examples": list(result.examples),
+        "cost": asdict(result.cost),
+    }
+    write_atomically(_place(key), json.dumps(content, ensure_ascii=False))
+
+
+def write_atomically(place: Path, text: str) -> bool:
+    """Write a cache file, whole or not at all; False where the folder does not let us."""
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", dir=place.parent, delete=False
+        ) as file:
+            file.write(text)
+        os.replace(file.name, place)
+    except OSError:
+        return False
+    return True
+
+
+def _place(key: str) -> Path:
+    return cache_folder() / "evaluations" / key[:2] / f"{key}.json"

@@ -1,0 +1,66 @@
+"""A model's identity by content: SHA-256 of all that decides what it says.
+
+Unlike a merge's fingerprint, which samples, this reads every byte: an evaluation reads them anyway,
+and a result that is found in the cache must be the result of exactly this model. What was read
+once is remembered with the file's size, time and number, as git does it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from merge_cli.checkpoint.files import is_companion
+from merge_cli.evaluation.cache import cache_folder, write_atomically
+from merge_cli.evaluation.task import file_digest
+
+_SETTLED = 2.0  # seconds: a younger file may change within the clock's resolution
+
+
+def model_digest(root: Path) -> str:
+    """SHA-256 over names and contents of a model folder's weights, config and tokenizer files.
+
+    Documentation and reports do not count: they change no prediction.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    files = sorted(
+        path
+        for path in root.iterdir()
+        if path.is_file() and (path.suffix == ".safetensors" or _counts(path.name))
+    )
+    with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
+        digests = list(pool.map(_remembered, files))
+    state = hashlib.sha256()
+    for path, digest in zip(files, digests, strict=True):
+        state.update(f"{path.name}\0{digest}\n".encode())
+    return state.hexdigest()
+
+
+def _counts(name: str) -> bool:
+    return is_companion(name) or name == "config.json" or name.endswith(".safetensors.index.json")
+
+
+def _remembered(path: Path) -> str:
+    """A file's digest, from the cache when nothing about the file has changed."""
+    about = path.stat()
+    stamp = f"{path.resolve()}\0{about.st_size}\0{about.st_mtime_ns}\0{about.st_ino}"
+    place = cache_folder() / "digests" / hashlib.sha256(stamp.encode()).hexdigest()
+    try:
+        return str(json.loads(place.read_text()))
+    except (OSError, ValueError):
+        digest = file_digest(path)
+    newest = max(about.st_mtime, about.st_ctime)
+    if _now() - newest > _SETTLED:
+        write_atomically(place, json.dumps(digest))
+    return digest
+
+
+def _now() -> float:
+    import time
+
+    return time.time()

@@ -1,0 +1,123 @@
+"""Rows through a model: windows, batches, logits where they count.
+
+Windows of like length go together within a budget of tokens, and of logits, whose float32 copy is
+what fills the memory with a large vocabulary. Padding is on the right: with causal attention (and
+with recurrence) nothing that counts sees it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from merge_cli.evaluation.live import LiveModel
+from merge_cli.evaluation.task import Tell
+
+_LOGIT_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class Window:
+    """A piece of an example: tokens `first` onwards count, those before are context."""
+
+    example: int
+    ids: Sequence[int]
+    first: int
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One batch's predictions.
+
+    Attributes:
+        examples: int64 [n], which example each prediction belongs to.
+        logits: float32 [n, vocabulary].
+        targets: int64 [n], what came next.
+    """
+
+    examples: Any
+    logits: Any
+    targets: Any
+
+
+def windows(
+    example: int, ids: Sequence[int], first: int, length: int, stride: int
+) -> Iterator[Window]:
+    """Cut a row that is longer than the model's context: each token counts once.
+
+    Args:
+        first: the first token that counts, at least 1.
+        length: tokens of a window.
+        stride: tokens that count in every window after the first, so that each of them sees at
+            least length - stride before it.
+    """
+    stride = min(stride, length - 1)
+    while first < len(ids):
+        end = min(len(ids), max(length, first + stride))
+        begin = max(0, end - length)
+        yield Window(example, ids[begin:end], first - begin)
+        first = end
+
+
+def batches(items: Sequence[Window], tokens: int, vocabulary: int) -> Iterator[list[Window]]:
+    """Windows in batches of at most `tokens` with padding, the longest first.
+
+    The longest first, because memory that does not suffice is better noticed at the start.
+    """
+    budget = min(tokens, _LOGIT_BYTES // (4 * vocabulary))
+    batch: list[Window] = []
+    for item in sorted(items, key=lambda item: -len(item.ids)):
+        if batch and len(batch[0].ids) * (len(batch) + 1) > budget:
+            yield batch
+            batch = []
+        batch.append(item)
+    if batch:
+        yield batch
+
+
+def forward(live: LiveModel, items: Sequence[Window], tell: Tell) -> Iterator[Scored]:
+    """Every window through the model."""
+    total = sum(len(item.ids) for item in items)
+    done = 0
+    for batch in batches(items, live.batch_tokens, live.vocabulary):
+        yield _scored(live, batch)
+        done += sum(len(item.ids) for item in batch)
+        tell(done, total)
+
+
+def _scored(live: LiveModel, batch: Sequence[Window]) -> Scored:
+    import torch
+
+    width = len(batch[0].ids)
+    ids = torch.zeros(len(batch), width, dtype=torch.long)
+    mask = torch.zeros(len(batch), width, dtype=torch.long)
+    counts = torch.zeros(len(batch), width, dtype=torch.bool)
+    for i, item in enumerate(batch):
+        ids[i, : len(item.ids)] = torch.tensor(item.ids)
+        mask[i, : len(item.ids)] = 1
+        counts[i, item.first : len(item.ids)] = True
+    logits = live.logits(ids, mask)[:, :-1]
+    counts = counts[:, 1:]
+    examples = torch.tensor([item.example for item in batch])[:, None].expand(counts.shape)
+    return Scored(
+        examples[counts],
+        logits[counts.to(logits.device)].float(),
+        ids[:, 1:][counts].to(logits.device),
+    )
+
+
+def add_up(values: Any, examples: Any, count: int) -> Any:
+    """Sums by example, in float64.
+
+    Args:
+        values: [n] on any device.
+        examples: int64 [n] on the CPU.
+
+    Returns:
+        float64 [count] on the CPU.
+    """
+    import torch
+
+    sums = torch.zeros(count, dtype=torch.float64)
+    return sums.index_add_(0, examples, values.double().cpu())

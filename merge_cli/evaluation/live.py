@@ -1,0 +1,223 @@
+"""A model that is loaded and can be asked: net, tokenizer, and how it was decided to run them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from merge_cli.checkpoint.source import Source
+from merge_cli.engine.device import choose_device
+from merge_cli.errors import ResourceError, SourceError
+from merge_cli.evaluation.result import Cost
+from merge_cli.sizes import show_size
+
+DTYPES = ("float32", "bfloat16", "float16")
+_ROOM = 0.8  # of the free memory for weights; activations and logits take the rest
+
+
+@dataclass
+class LiveModel:
+    """A loaded causal language model.
+
+    Attributes:
+        label: as the user named it.
+        net, tokenizer: transformers' objects; the net is in evaluation mode.
+        device, dtype: as words, each with its reason.
+        max_length: tokens of context that are used.
+        batch_tokens: tokens of a batch, padding included.
+        seed: of row samples.
+        cost: grows with every forward pass.
+    """
+
+    label: str
+    net: Any
+    tokenizer: Any
+    device: str
+    dtype: str
+    max_length: int
+    batch_tokens: int
+    seed: int = 0
+    cost: Cost = Cost()
+    _folder: Any = field(default=None, repr=False)  # of offloaded weights; lives as long as we do
+
+    @property
+    def vocabulary(self) -> int:
+        """Logits for each token."""
+        head = self.net.get_output_embeddings()
+        return int(head.weight.shape[0] if head is not None else self.net.config.vocab_size)
+
+    @property
+    def place(self) -> str:
+        """The device that inputs go to."""
+        return str(self.net.device)
+
+    def logits(self, ids: Any, mask: Any) -> Any:
+        """Logits [batch, length, vocabulary] of token ids and attention mask [batch, length]."""
+        import torch
+
+        where = self.net.device
+        with torch.inference_mode():
+            found = self.net(
+                input_ids=ids.to(where), attention_mask=mask.to(where), use_cache=False
+            ).logits
+        self.count(int(mask.sum()), 1)
+        return found
+
+    def count(self, tokens: int, passes: int) -> None:
+        """Add to the cost."""
+        cost = self.cost
+        self.cost = Cost(cost.seconds, cost.tokens + tokens, cost.forward_passes + passes)
+
+
+def load(
+    source: Source,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    max_length: int | None = None,
+    batch_tokens: int = 8192,
+    seed: int = 0,
+    memory: int | None = None,
+) -> LiveModel:
+    """Load an opened source, whose weights are on disk, with transformers.
+
+    Args:
+        device: auto, cpu, cuda or cuda:N.
+        dtype: of the computation; auto is float32 on a CPU and the stored one on a GPU.
+        max_length: at most the model's own context, which is the default.
+        memory: bytes that the weights may take, instead of what is free. What does not fit is
+            read from disk layer by layer, as accelerate does it.
+
+    Raises:
+        SourceError: transformers cannot load it as a causal language model.
+        ResourceError: the device is not there, or accelerate is needed and missing.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    chosen = choose_device(device)
+    where = f"cuda:{chosen.indexes[0]}" if chosen.indexes else "cpu"
+    kind, why = choose_dtype(source, chosen.kind, dtype)
+    dtype_words = f"{kind} ({why})"
+    width = torch.empty((), dtype=getattr(torch, kind)).element_size()
+    needed = sum(ref.nbytes // _width(ref.dtype) for ref in source.tensors.values()) * width
+    room = memory if memory is not None else int(_free(chosen.kind, chosen.indexes) * _ROOM)
+    device_words = f"{chosen.name} ({chosen.reason})"
+    options: dict[str, Any] = {"dtype": getattr(torch, kind)}
+    folder = None
+    if needed > room:
+        _need_accelerate(source.label, needed, room)
+        folder = TemporaryDirectory(prefix="merge-cli-offload-")
+        options |= {"device_map": "auto", "offload_folder": folder.name,
+                    "max_memory": _shares(chosen.indexes, room)}  # fmt: skip
+        device_words += (
+            f"; {show_size(needed)} of weights and room for {show_size(room)}: "
+            "the rest is read layer by layer"
+        )
+    with quiet():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(source.root))
+            net = AutoModelForCausalLM.from_pretrained(str(source.root), **options)
+        except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+            what = f"transformers cannot load it: {str(error).strip().splitlines()[0]}"
+            raise SourceError(what, model=source.label) from error
+    net.eval()
+    if folder is None:
+        net.to(where)
+    return LiveModel(
+        source.label, net, tokenizer, device_words, dtype_words,
+        _context(net.config, max_length), batch_tokens, seed, _folder=folder,
+    )  # fmt: skip
+
+
+def _context(config: Any, wanted: int | None) -> int:
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    own = int(
+        getattr(text, "max_position_embeddings", 0) or getattr(text, "n_positions", 0) or 2048
+    )
+    return min(wanted or own, own)
+
+
+def choose_dtype(source: Source, device: str, wanted: str) -> tuple[str, str]:
+    """What to compute in, and why: `auto` is exact on a CPU, and as stored on a GPU."""
+    if wanted != "auto":
+        return wanted, "asked for"
+    if device == "cpu":
+        return "float32", "on a CPU"
+    found = source.config.get("dtype") or source.config.get("torch_dtype") or "float32"
+    stored = str(found).removeprefix("torch.")
+    return (stored, "as stored") if stored in DTYPES else ("float32", f"stored as {stored}")
+
+
+def _width(dtype: str) -> int:
+    return {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2}.get(dtype, 1)
+
+
+def _free(kind: str, indexes: tuple[int, ...]) -> int:
+    """Free bytes of the devices, or of the machine."""
+    if kind == "cuda":
+        import torch
+
+        return sum(torch.cuda.mem_get_info(i)[0] for i in indexes)
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found = dict(line.split(":", 1) for line in lines)
+        return int(found["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):  # macOS: what is installed; what is free is the system's secret
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _shares(indexes: tuple[int, ...], room: int) -> dict[int | str, int]:
+    if not indexes:
+        return {"cpu": room}
+    shares: dict[int | str, int] = {i: room // len(indexes) for i in indexes}
+    return {**shares, "cpu": int(_free("cpu", ()) * _ROOM)}
+
+
+def _need_accelerate(label: str, needed: int, room: int) -> None:
+    try:
+        import accelerate  # noqa: F401
+    except ImportError:
+        what = f"needs {show_size(needed)} for its weights, and there is room for {show_size(room)}"
+        hint = "pip install accelerate: it will be read layer by layer. Or use --dtype bfloat16."
+        raise ResourceError(what, where=label, hint=hint) from None
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Loading without transformers' own bars and advice: this tool has its own."""
+    import transformers
+
+    log = transformers.utils.logging
+    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            yield
+    finally:
+        log.set_verbosity(level)
+        if bars:
+            log.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def counted(live: LiveModel) -> Iterator[None]:
+    """Count what others do with the net: its tokens, padding included, and its passes."""
+
+    def count(net: Any, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        ids = args[0] if args else named["input_ids"]
+        live.count(ids.numel(), 1)
+
+    hook = live.net.register_forward_pre_hook(count, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()

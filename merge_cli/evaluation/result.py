@@ -1,0 +1,110 @@
+"""What an evaluation found: for every metric a part and a weight of each example.
+
+A value is the sum of the parts over the sum of the weights. A loss has an example's nats and its
+tokens, an accuracy 1 or 0 and 1. Keeping the examples apart is what makes standard errors and
+paired intervals possible (`intervals.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Better = Literal["lower", "higher"]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number with what it is made of.
+
+    Attributes:
+        unit: what one weight counts: "nats per token", "of examples".
+        better: the direction of improvement.
+        parts, weights: one for each example; the weights are not negative.
+    """
+
+    name: str
+    unit: str
+    better: Better
+    parts: Sequence[float]
+    weights: Sequence[float]
+
+    @property
+    def value(self) -> float:
+        """Sum of parts over sum of weights."""
+        return sum(self.parts) / sum(self.weights)
+
+    def worse(self, than: float) -> bool:
+        """Whether this value is on the wrong side of another."""
+        return self.value > than if self.better == "lower" else self.value < than
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What scoring took. `tokens` went through the model, padding not counted."""
+
+    seconds: float = 0.0
+    tokens: int = 0
+    forward_passes: int = 0
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """One task's outcome for one model.
+
+    Attributes:
+        metrics: by name; the first is the task's primary one.
+        examples: one JSON-ready dict for each, with what was measured and, if generated, the text.
+        cached: whether it was found in the cache.
+    """
+
+    name: str
+    kind: str
+    metrics: Mapping[str, Metric]
+    examples: Sequence[Mapping[str, Any]] = field(repr=False)
+    cost: Cost = Cost()
+    cached: bool = False
+
+    @property
+    def primary(self) -> Metric:
+        """The metric that stands for the task in a comparison."""
+        return next(iter(self.metrics.values()))
+
+    @property
+    def value(self) -> float:
+        """The primary metric's value."""
+        return self.primary.value
+
+    def __getitem__(self, metric: str) -> Metric:
+        return self.metrics[metric]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One model on every task.
+
+    Attributes:
+        model: as the user named it.
+        digest: SHA-256 of the model's files (config, weights, tokenizer).
+        device, dtype: where and in what it was computed, each with the reason.
+    """
+
+    model: str
+    digest: str
+    device: str
+    dtype: str
+    tasks: Mapping[str, TaskResult]
+
+    def __getitem__(self, task: str) -> TaskResult:
+        return self.tasks[task]
+
+    @property
+    def cost(self) -> Cost:
+        """All tasks together; what came from the cache counts what it took then."""
+        costs = [task.cost for task in self.tasks.values()]
+        return Cost(
+            sum(c.seconds for c in costs),
+            sum(c.tokens for c in costs),
+            sum(c.forward_passes for c in costs),
+        )

@@ -1,0 +1,160 @@
+"""Evaluating models: each is loaded once, if anything about it is not in the cache."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from merge_cli.checkpoint.source import Source, fetch_weights, open_source
+from merge_cli.engine.device import choose_device
+from merge_cli.errors import Interrupted, NonFiniteError
+from merge_cli.evaluation import cache
+from merge_cli.evaluation.digest import model_digest
+from merge_cli.evaluation.live import LiveModel, choose_dtype, load
+from merge_cli.evaluation.parse import read_eval
+from merge_cli.evaluation.result import Cost, Evaluation, TaskResult
+from merge_cli.evaluation.spec import EvalSpec, default_name
+from merge_cli.evaluation.task import Task
+from merge_cli.evaluation.tasks.loss import LossTask
+from merge_cli.recipe.reference import parse_reference
+
+
+@dataclass(frozen=True)
+class Step:
+    """Progress: `done` of `total` of one model's task."""
+
+    model: str
+    task: str
+    done: int
+    total: int
+
+
+Show = Callable[[Step], None]
+
+
+def _silent(step: Step) -> None:
+    pass
+
+
+def evaluate(
+    model: str | Path,
+    tasks: str | Path | EvalSpec | Sequence[str | Path | Task],
+    *,
+    show: Show = _silent,
+    **settings: Any,
+) -> Evaluation:
+    """Evaluate a model.
+
+    Args:
+        model: a folder, or a Hub id.
+        tasks: an evaluation file (.yaml); a data file, for its loss; several; or tasks.
+        show: told of progress.
+        settings: fields of `EvalSpec`: device, dtype, max_length, batch_tokens, seed, cache.
+
+    Returns:
+        per task its metrics with their examples: `evaluation["math"].value`.
+
+    Raises:
+        RecipeError: a wrong evaluation file.
+        SourceError: a model or data that cannot be used, a row that is not as the task needs it.
+        ResourceError: the device or a package is missing.
+    """
+    spec = (tasks if isinstance(tasks, EvalSpec) else as_spec(tasks)).changed(**settings)
+    source = open_source(parse_reference(str(model), Path.cwd()), Path.cwd())
+    fetch_weights(source, source.header_bytes)
+    return evaluate_source(source, spec, show)
+
+
+def evaluate_source(source: Source, spec: EvalSpec, show: Show = _silent) -> Evaluation:
+    """The same for an opened source whose weights are on disk."""
+    digest = model_digest(source.root)
+    device = choose_device(spec.device)
+    dtype, why = choose_dtype(source, device.kind, spec.dtype)
+    how = {
+        "model": digest,
+        "device": device.kind,
+        "dtype": dtype,
+        "seed": spec.seed,
+        "max_length": spec.max_length,
+        "batch_tokens": spec.batch_tokens,
+    }
+    live: LiveModel | None = None
+    done: dict[str, TaskResult] = {}
+    words = (f"{device.name} ({device.reason})", f"{dtype} ({why})")
+    try:
+        for task in spec.tasks:
+            key = cache.key_of({**how, **task.identity()})
+            found = cache.find(key, task.name) if spec.cache else None
+            if found is None:
+                live = live or _loaded(source, spec)
+                found = _scored(task, live, show)
+                if spec.cache:
+                    cache.keep(key, found)
+            done[task.name] = found
+        if live is not None:
+            words = live.device, live.dtype
+    except KeyboardInterrupt:
+        hint = "The same command goes on: finished tasks are kept." if spec.cache else ""
+        raise Interrupted("stopped", where=source.label, hint=hint) from None
+    return Evaluation(source.label, digest, *words, done)
+
+
+def as_spec(tasks: str | Path | Sequence[str | Path | Task]) -> EvalSpec:
+    """Tasks in any of the forms that `evaluate` takes."""
+    if isinstance(tasks, str | Path):
+        path = Path(tasks)
+        if path.suffix in (".yaml", ".yml"):
+            return read_eval(path)
+        return EvalSpec((LossTask(name=default_name(path), data=path),))
+    found = [
+        task if isinstance(task, Task) else LossTask(name=default_name(task), data=Path(task))
+        for task in tasks
+    ]
+    if len({task.name for task in found}) < len(found):
+        found = [_fully_named(task) for task in found]
+    return EvalSpec(tuple(found))
+
+
+def _fully_named(task: Task) -> Task:
+    """Named by the whole file, where the short names of several files are the same."""
+    data = getattr(task, "data", None)
+    return replace(task, name=str(data)) if data is not None else task
+
+
+def _loaded(source: Source, spec: EvalSpec) -> LiveModel:
+    return load(
+        source,
+        device=spec.device,
+        dtype=spec.dtype,
+        max_length=spec.max_length,
+        batch_tokens=spec.batch_tokens,
+        seed=spec.seed,
+        memory=spec.memory,
+    )
+
+
+def _scored(task: Task, live: LiveModel, show: Show) -> TaskResult:
+    started, live.cost = time.monotonic(), Cost()
+    show(Step(live.label, task.name, 0, 0))
+    found = task.score(live, lambda done, total: show(Step(live.label, task.name, done, total)))
+    for metric in found.metrics.values():
+        value = metric.value
+        if value != value:
+            what = f"{task.name}.{metric.name} is not a number: the model predicts NaN"
+            raise NonFiniteError(what, model=live.label, hint="Try --dtype float32.")
+    cost = replace(live.cost, seconds=round(time.monotonic() - started, 3))
+    return replace(found, cost=cost)
+
+
+def write_examples(evaluations: Sequence[Evaluation], path: Path) -> None:
+    """Every example of every task and model as JSON lines."""
+    with path.open("w", encoding="utf-8") as file:
+        for one in evaluations:
+            for task in one.tasks.values():
+                for example in task.examples:
+                    row = {"model": one.model, "task": task.name, **example}
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")

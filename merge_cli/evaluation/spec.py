@@ -1,0 +1,44 @@
+"""What to evaluate: tasks, and how to run them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from merge_cli.evaluation.task import Task
+
+
+@dataclass(frozen=True)
+class EvalSpec:
+    """An evaluation file, or what flags say.
+
+    Attributes:
+        seed: of row samples and few-shot examples.
+        max_length: tokens of context; None is the model's own.
+        batch_tokens: tokens of one batch, padding included.
+        dtype: of the computation: auto, float32, bfloat16, float16.
+        device: auto, cpu, cuda or cuda:N.
+        memory: bytes that weights may take; None is what is free.
+        cache: whether results are looked up and kept.
+    """
+
+    tasks: tuple[Task, ...]
+    seed: int = 0
+    max_length: int | None = None
+    batch_tokens: int = 8192
+    dtype: str = "auto"
+    device: str = "auto"
+    memory: int | None = None
+    cache: bool = True
+    file: str = ""
+
+    def changed(self, **given: object) -> EvalSpec:
+        """With the settings that are not None."""
+        known = {name: value for name, value in given.items() if value is not None}
+        return replace(self, **known)  # type: ignore[arg-type]
+
+
+def default_name(data: Path | str) -> str:
+    """A task's name from its data: `math` for math.test.jsonl."""
+    name = Path(data).name
+    return name.split(".")[0] or name

@@ -1,0 +1,95 @@
+"""A task: data, what to do with it, and which metrics come out.
+
+A task is a frozen dataclass. Its fields, with their types, defaults and `help`, are the keys that
+an evaluation file may hold (`parse.py`), and together with the content of its files they name its
+results in the cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+from merge_cli.evaluation.result import TaskResult
+
+if TYPE_CHECKING:
+    from merge_cli.evaluation.live import LiveModel
+
+T = TypeVar("T")
+Tell = Callable[[int, int], None]  # done, total: tokens or examples
+
+
+def option(default: Any = ..., help: str = "", least: float | None = None) -> Any:
+    """A field of a task; without a default it must be given."""
+    about = {"help": help, "least": least}
+    return field(metadata=about) if default is ... else field(default=default, metadata=about)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task(ABC):
+    """What every task has.
+
+    Attributes:
+        name: how tables and gates call it.
+        expert: the source that this data belongs to, for normalising (`compare`).
+    """
+
+    kind: ClassVar[str]
+    version: ClassVar[int] = 1  # grows when the same task would give other results
+    unshared: ClassVar[frozenset[str]] = frozenset({"name", "expert"})
+
+    name: str = option("", "the task's name; default from its data")
+    limit: int | None = option(None, "a seeded sample of this many rows", least=1)
+    expert: str | None = option(None, "the source that this data belongs to")
+
+    @abstractmethod
+    def score(self, live: LiveModel, tell: Tell) -> TaskResult:
+        """Evaluate a live model.
+
+        Raises:
+            SourceError: data that is not as the task needs it, with file and line.
+        """
+
+    @abstractmethod
+    def data_digest(self) -> str:
+        """SHA-256 of the data, so that the same data elsewhere is the same task."""
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the result, beside the model: JSON-ready."""
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in self.unshared}
+        own.pop("data", None)
+        plain = {name: str(v) if isinstance(v, Path) else v for name, v in own.items()}
+        return {"task": self.kind, "version": self.version, "data": self.data_digest(), **plain}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataTask(Task):
+    """A task over the rows of one file."""
+
+    data: Path = option(help="a file of rows (docs/evaluate.md)")
+
+    def data_digest(self) -> str:
+        return file_digest(self.data)
+
+    def sample(self, rows: Sequence[T], seed: int) -> list[T]:
+        """`limit` of the rows, in their order."""
+        if self.limit is None or self.limit >= len(rows):
+            return list(rows)
+        picked = random.Random(f"{seed}:rows").sample(range(len(rows)), self.limit)
+        return [rows[i] for i in sorted(picked)]
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        if hasattr(hashlib, "file_digest"):  # 3.11
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        state = hashlib.sha256()
+        while block := file.read(1 << 20):
+            state.update(block)
+        return state.hexdigest()
