@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -20,6 +21,26 @@ ThreadsOption = Annotated[
     typer.Option("--threads", "--num-threads", "-j", min=1, help="Default: every usable core."),
 ]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+QuietOption = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Only errors.", show_default=False)
+]
+DataOption = Annotated[
+    list[Path] | None, typer.Option("--data", help="Text to measure the loss on; may be repeated.")
+]
+EvalOption = Annotated[
+    Path | None, typer.Option("--eval", help="An evaluation file with tasks (docs/evaluate.md).")
+]
+GateOption = Annotated[
+    list[str] | None,
+    typer.Option("--gate", help="Exit with 5 unless it holds: 'math.loss<=2.1'. May be repeated."),
+]
+NoWorseOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--require-no-worse-than",
+        help="Exit with 5 if worse than a model: base:japanese.loss, or with a margin, +2%.",
+    ),
+]
 AllOption = Annotated[bool, typer.Option("--all", help="Show every tensor.")]
 
 

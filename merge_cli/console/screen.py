@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from merge_cli.api import MergeResult
     from merge_cli.engine.options import MergeOptions, Progress
     from merge_cli.engine.plan import Plan
+    from merge_cli.evaluation.run import Step
     from merge_cli.methods.registry import Method
 
 
@@ -62,6 +63,26 @@ class Screen:
                 yield show
         else:
             yield ProgressLog(self.err)
+
+    @contextmanager
+    def steps(self) -> Iterator[Callable[[Step], None]]:
+        """The same for evaluations."""
+        from merge_cli.console.steps import StepLog, step_bar
+
+        if self.quiet:
+            yield lambda step: None
+        elif self.err.is_terminal:
+            with step_bar(self.err) as show:
+                yield show
+        else:
+            yield StepLog(self.err)
+
+    def evaluations(self, models: Sequence[Mapping[str, Any]]) -> None:
+        """What `evaluation.summary` found, as a table."""
+        from merge_cli.console.evaluations import print_evaluations
+
+        if not self.quiet:
+            print_evaluations(self.out, models)
 
     def plan(self, plan: Plan, options: MergeOptions, *, every: bool, as_json: bool) -> None:
         """The plan as a table (one row for each run of like layers) or as JSON."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from merge_cli.checkpoint.source import Source, fetch_weights, open_source
 from merge_cli.engine.device import choose_device
-from merge_cli.errors import Interrupted, NonFiniteError
+from merge_cli.errors import Interrupted, NonFiniteError, UsageError
 from merge_cli.evaluation import cache
 from merge_cli.evaluation.digest import model_digest
 from merge_cli.evaluation.live import LiveModel, choose_dtype, load
@@ -64,9 +64,28 @@ def evaluate(
         ResourceError: the device or a package is missing.
     """
     spec = (tasks if isinstance(tasks, EvalSpec) else as_spec(tasks)).changed(**settings)
-    source = open_source(parse_reference(str(model), Path.cwd()), Path.cwd())
-    fetch_weights(source, source.header_bytes)
-    return evaluate_source(source, spec, show)
+    return evaluate_all([str(model)], spec, show)[str(model)]
+
+
+def evaluate_all(
+    models: Sequence[str], spec: EvalSpec, show: Show = _silent
+) -> dict[str, Evaluation]:
+    """Several models on the same tasks, one after the other; each is opened before any is run.
+
+    Raises:
+        SourceError: a model that cannot be opened or scored.
+        Interrupted: by Ctrl-C; what is finished is in the cache.
+    """
+    opened = {name: _opened(name, Path.cwd()) for name in models}
+    found = {}
+    for name, source in opened.items():
+        fetch_weights(source, source.header_bytes)
+        found[name] = evaluate_source(source, spec, show)
+    return found
+
+
+def _opened(model: str, folder: Path) -> Source:
+    return open_source(parse_reference(model, folder), folder)
 
 
 def evaluate_source(source: Source, spec: EvalSpec, show: Show = _silent) -> Evaluation:
@@ -101,6 +120,27 @@ def evaluate_source(source: Source, spec: EvalSpec, show: Show = _silent) -> Eva
         hint = "The same command goes on: finished tasks are kept." if spec.cache else ""
         raise Interrupted("stopped", where=source.label, hint=hint) from None
     return Evaluation(source.label, digest, *words, done)
+
+
+def spec_of(eval_file: Path | None, data: Sequence[Path]) -> EvalSpec:
+    """What `--eval FILE` and `--data FILE...` ask for, together.
+
+    Raises:
+        RecipeError: a wrong evaluation file.
+        UsageError: neither is given, or two tasks have one name.
+    """
+    if eval_file is None and not data:
+        hint = "Give --data FILE for its loss, or --eval FILE for other tasks (docs/evaluate.md)."
+        raise UsageError("nothing to evaluate", hint=hint)
+    if eval_file is None:
+        return as_spec(data)
+    spec = read_eval(eval_file)
+    tasks = (*spec.tasks, *(as_spec(data).tasks if data else ()))
+    names = [task.name for task in tasks]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise UsageError(f"two tasks are called '{twice}'", hint="Give one another `name`.")
+    return replace(spec, tasks=tasks)
 
 
 def as_spec(tasks: str | Path | Sequence[str | Path | Task]) -> EvalSpec:

@@ -40,6 +40,7 @@ class Task(ABC):
     """
 
     kind: ClassVar[str]
+    metrics: ClassVar[tuple[str, ...]] = ()  # their names, the primary one first; () if not known
     version: ClassVar[int] = 1  # grows when the same task would give other results
     unshared: ClassVar[frozenset[str]] = frozenset({"name", "expert"})
 

@@ -23,6 +23,7 @@ class KL(DataTask):
     """KL(teacher ‖ model) over the whole vocabulary, in nats per token; both models are loaded."""
 
     kind = "kl"
+    metrics = ("kl", "agreement")
 
     teacher: str = option(help="the model to imitate: a folder or a Hub id")
     folder: Path = option(Path(), "where the teacher's relative path starts")
