@@ -243,7 +243,8 @@ def test_every_mistake_in_an_evaluation_file_is_told_with_its_place(tmp_path: Pa
         read_eval(path)
     text = str(caught.value)
     for expected in (
-        "eval.yaml:3:12: tasks[1].task: unknown task 'multiple_choise'. Did you mean 'multiple_choice'?",
+        "eval.yaml:3:12: tasks[1].task: unknown task 'multiple_choise'. "
+        "Did you mean 'multiple_choice'?",
         "eval.yaml:4:39: tasks[2].strid: unknown key. Did you mean 'stride'?",
         "no such file",
         "tasks[3].max_new_tokens: must be at least 1 (got 0)",

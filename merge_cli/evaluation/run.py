@@ -119,6 +119,9 @@ def evaluate_source(source: Source, spec: EvalSpec, show: Show = _silent) -> Eva
     except KeyboardInterrupt:
         hint = "The same command goes on: finished tasks are kept." if spec.cache else ""
         raise Interrupted("stopped", where=source.label, hint=hint) from None
+    finally:
+        if live is not None:
+            live.close()
     return Evaluation(source.label, digest, *words, done)
 
 
