@@ -14,6 +14,7 @@ from typing import Annotated
 
 import typer
 
+from merge_cli.cli.compare import compare
 from merge_cli.cli.evaluate import evaluate
 from merge_cli.cli.methods import methods
 from merge_cli.cli.run import plan, run
@@ -36,7 +37,7 @@ def _root(
         raise typer.Exit
 
 
-for verb in (run, plan, methods, evaluate):
+for verb in (run, plan, methods, evaluate, compare):
     app.command()(verb)
 
 

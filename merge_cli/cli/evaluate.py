@@ -73,7 +73,7 @@ def evaluate(
     with screen.steps() as show:
         found = evaluate_all(names, spec, show)
     if examples is not None:
-        write_examples(list(found.values()), examples)
+        write_examples(found.items(), examples)
     rows = summary(list(found.values()))
     if as_json:
         print(json.dumps(rows, ensure_ascii=False))

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from merge_cli.cli.options import (
     AllOption,
+    DataOption,
     DeviceOption,
+    EvalOption,
+    GateOption,
     JsonOption,
     MemoryOption,
+    NoWorseOption,
+    QuietOption,
     RecipeArgument,
     SeedOption,
     ShardOption,
@@ -21,6 +27,10 @@ from merge_cli.cli.options import (
     unneeded,
 )
 from merge_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from merge_cli.evaluation.trial import Trial
+    from merge_cli.recipe.schema import Recipe
 
 
 def run(
@@ -42,10 +52,12 @@ def run(
     trust_remote_code: Annotated[
         bool, switch("--trust-remote-code", "Copy the donor's Python files; nothing is run.")
     ] = False,
+    eval_file: EvalOption = None,
+    data: DataOption = None,
+    gate: GateOption = None,
+    no_worse: NoWorseOption = None,
     as_json: JsonOption = False,
-    quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="Only errors.", show_default=False)
-    ] = False,
+    quiet: QuietOption = False,
     cuda: Annotated[bool, mergekit("The same as --device cuda.", "--cuda", "--gpu-rich")] = False,
     out_shard_size: Annotated[
         str | None, mergekit("--shard-size in parameters (5B).", "--out-shard-size")
@@ -96,7 +108,10 @@ def run(
     from merge_cli.engine.options import MergeOptions
     from merge_cli.engine.planner import make_plan
 
+    trial = _trial(loaded, eval_file, data or [], gate or [], no_worse or [], device)
     plan = make_plan(loaded, shard_size=shard_bytes)
+    if trial is not None:
+        trial.check(plan)
     options = MergeOptions(
         device="cuda" if cuda else device,
         threads=threads,
@@ -117,7 +132,35 @@ def run(
     screen.notes([*plan.notes])
     with screen.progress() as show:
         result = merge(plan, out, options=options, show=show)
-    screen.result(result, out, as_json=as_json)
+    if trial is None:
+        screen.result(result, out, as_json=as_json)
+        return
+    if not as_json:
+        screen.result(result, out)
+    with screen.steps() as show_step:
+        models = trial.run(plan, result.path, show_step)
+    if as_json:
+        print(json.dumps({**result.report, "evaluation": models}, ensure_ascii=False))
+    else:
+        screen.evaluations(models)
+    trial.require()
+
+
+def _trial(
+    recipe: Recipe, eval_file: Path | None, data: list[Path], gate: list[str], no_worse: list[str],
+    device: str,
+) -> Trial | None:  # fmt: skip
+    """What the result is to be evaluated on; None where nothing asks for it."""
+    if not (eval_file or data or gate or no_worse or recipe.eval):
+        return None
+    from merge_cli.evaluation.run import spec_for
+    from merge_cli.evaluation.trial import Trial
+
+    spec = spec_for(recipe, eval_file, data)
+    if spec is None:
+        hint = "Say on what: --data FILE, --eval FILE, or `eval:` in the recipe."
+        raise UsageError("a gate needs something to measure", hint=hint)
+    return Trial(spec.changed(device=device), gate, no_worse)
 
 
 def plan(

@@ -156,12 +156,14 @@ def _merges(
 
 
 def _recipe_names(files: Sequence[Path], plans: Sequence[Plan]) -> list[str]:
-    """Each recipe's own name, or its file's; with the folder where that is not enough."""
-    short = [plan.recipe.name or file.stem for file, plan in zip(files, plans, strict=True)]
-    return [
-        name if short.count(name) == 1 else str(file.with_suffix(""))
-        for name, file in zip(short, files, strict=True)
-    ]
+    """Each recipe's own name, or its file's; with as much of its path as tells it apart."""
+    names = [plan.recipe.name or file.stem for file, plan in zip(files, plans, strict=True)]
+    for longer in (lambda file: f"{file.parent.name}/{file.stem}", lambda file: str(file)):
+        names = [
+            name if names.count(name) == 1 else longer(file)
+            for name, file in zip(names, files, strict=True)
+        ]
+    return names
 
 
 def _place(source: Source) -> str:

@@ -84,6 +84,15 @@ class Screen:
         if not self.quiet:
             print_evaluations(self.out, models)
 
+    def comparison(self, record: Mapping[str, Any], shown: Path) -> None:
+        """A comparison's table, and where the rest is."""
+        from merge_cli.console.comparison import print_comparison
+
+        if not self.quiet:
+            print_comparison(self.out, record)
+            for name in ("html", "md", "csv", "json"):
+                self.out.print(f"  {escape(str(shown / f'comparison.{name}'))}", soft_wrap=True)
+
     def plan(self, plan: Plan, options: MergeOptions, *, every: bool, as_json: bool) -> None:
         """The plan as a table (one row for each run of like layers) or as JSON."""
         from merge_cli.engine.device import choose_device
@@ -122,7 +131,7 @@ class Screen:
         for note in plan.notes:
             self.out.print(f"[dim]note:[/dim] {escape(note)}")
 
-    def result(self, result: MergeResult, shown: Path, *, as_json: bool) -> None:
+    def result(self, result: MergeResult, shown: Path, *, as_json: bool = False) -> None:
         """What a run leaves behind."""
         if as_json:
             print(json.dumps(result.report, ensure_ascii=False))

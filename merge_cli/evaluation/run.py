@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,13 @@ from merge_cli.errors import Interrupted, NonFiniteError, UsageError
 from merge_cli.evaluation import cache
 from merge_cli.evaluation.digest import model_digest
 from merge_cli.evaluation.live import LiveModel, choose_dtype, load
-from merge_cli.evaluation.parse import read_eval
+from merge_cli.evaluation.parse import parse_eval, read_eval
 from merge_cli.evaluation.result import Cost, Evaluation, TaskResult
 from merge_cli.evaluation.spec import EvalSpec, default_name
 from merge_cli.evaluation.task import Task
 from merge_cli.evaluation.tasks.loss import LossTask
 from merge_cli.recipe.reference import parse_reference
+from merge_cli.recipe.schema import Recipe
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,17 @@ def spec_of(eval_file: Path | None, data: Sequence[Path]) -> EvalSpec:
     return replace(spec, tasks=tasks)
 
 
+def spec_for(recipe: Recipe, eval_file: Path | None, data: Sequence[Path]) -> EvalSpec | None:
+    """What flags ask for, or else the recipe's own `eval`; None where neither says anything.
+
+    Raises:
+        RecipeError: a wrong `eval` section or evaluation file, every problem with its place.
+    """
+    if eval_file is not None or data:
+        return spec_of(eval_file, data)
+    return None if recipe.eval is None else parse_eval(recipe.eval, recipe.file, recipe.folder)
+
+
 def as_spec(tasks: str | Path | Sequence[str | Path | Task]) -> EvalSpec:
     """Tasks in any of the forms that `evaluate` takes."""
     if isinstance(tasks, str | Path):
@@ -193,11 +205,11 @@ def _scored(task: Task, live: LiveModel, show: Show) -> TaskResult:
     return replace(found, cost=cost)
 
 
-def write_examples(evaluations: Sequence[Evaluation], path: Path) -> None:
-    """Every example of every task and model as JSON lines."""
+def write_examples(evaluations: Iterable[tuple[str, Evaluation]], path: Path) -> None:
+    """Every example of every task and model, by the name given for it, as JSON lines."""
     with path.open("w", encoding="utf-8") as file:
-        for one in evaluations:
+        for name, one in evaluations:
             for task in one.tasks.values():
                 for example in task.examples:
-                    row = {"model": one.model, "task": task.name, **example}
+                    row = {"model": name, "task": task.name, **example}
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -23,11 +23,10 @@ UNSUPPORTED = {
     "objective": "objectives are not supported by this version",
     "training": "training is not supported by this version",
     "data": "data is not supported by this version",
-    "eval": "evaluation in a recipe is not supported by this version",
 }
 RECIPE_KEYS = (
     "merge_method", "base_model", "models", "slices", "parameters", "dtype", "out_dtype",
-    "seed", "tokenizer_source", "name", "metadata", "inputs",
+    "seed", "tokenizer_source", "name", "metadata", "inputs", "eval",
 )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from merge_cli.errors import Problem
+from merge_cli.recipe.nodes import Node
 from merge_cli.recipe.reference import ModelRef
 from merge_cli.recipe.values import Parameter
 
@@ -42,6 +43,7 @@ class Recipe:
     Attributes:
         dtype: dtype of the output; None keeps each tensor's own. Computing is float32 regardless.
         inputs: model as written -> digest of its headers, in a resolved recipe: they must match.
+        eval: what to evaluate the result on, still to be read (`evaluation.parse`).
         file: the recipe as messages name it; `folder` is where its relative paths start.
         places: key path -> (line, column), for messages of later stages.
         warnings: one line for each key that is known, accepted and without effect.
@@ -59,6 +61,7 @@ class Recipe:
     name: str | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
     inputs: Mapping[str, str] = field(default_factory=dict)
+    eval: Node | None = None
     file: str = ""
     folder: Path = field(default_factory=Path.cwd)
     places: Mapping[str, tuple[int, int]] = field(default_factory=dict)

@@ -139,7 +139,10 @@ def _against_cost(record: Json) -> str:
         "Quality against cost", points, "wall time of the merge (logarithmic)", _by(record),
         number, duration, low_is_good=sign < 0,
     )  # fmt: skip
-    key = '<p class="soft">● blue: recipes; ● grey: baselines</p>'
+    key = (
+        '<p class="soft"><span class="dot s-0">recipes</span> &#8195; '
+        '<span class="dot s-base">baselines</span></p>'
+    )
     return section("Quality against cost", how, found, figure("Merges by cost.", chart), key)
 
 

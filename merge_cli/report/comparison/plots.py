@@ -119,7 +119,7 @@ def _names(points: Sequence[tuple[float, float, str, bool]], right: float) -> li
         while any(abs(line - o) < 13 and start < e and s < start + width for s, e, o in taken):
             line += 3
         taken.append((start, start + width, line))
-        parts.append(caption(start, line, name, "strong" if strong else ""))
+        parts.append(caption(start, line, name, "name strong" if strong else "name"))
     return parts
 
 
