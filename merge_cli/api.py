@@ -120,7 +120,8 @@ def compare(
 
     spec = tasks if isinstance(tasks, EvalSpec) else as_spec(tasks)
     read = read_gates(gates, no_worse, spec.tasks)
-    found = compare_recipes(recipes, spec, out, options=options, show=show)
+    references = [gate.reference for gate in read if gate.reference]
+    found = compare_recipes(recipes, spec, out, references=references, options=options, show=show)
     return ComparisonResult(Path(out), found, write_comparison(found, Path(out)), found.unmet(read))
 
 

@@ -46,7 +46,11 @@ def main() -> None:
     signal.signal(signal.SIGINT, _interrupt)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        app(standalone_mode=False)
+        # Verbs return nothing; typer answers a KeyboardInterrupt with the code 130.
+        code = app(standalone_mode=False)
+        if code == 130:
+            raise KeyboardInterrupt
+        sys.exit(code)
     except MergeCliError as error:
         from merge_cli import console
 

@@ -106,8 +106,7 @@ def run_merge(recipe: Path, out: Path, options: Sequence[str], ledger: Ledger) -
     done = code == 0 and out.exists()
     ledger.note(out.name, time.monotonic() - began, meter.joules(), done=done)
     if code == 130:
-        hint = "The same command goes on: finished merges and evaluations are kept."
-        raise Interrupted("stopped", where=recipe.name, hint=hint) from None
+        raise Interrupted("stopped", where=str(recipe))
     if not done:
         error = MergeCliError("the merge failed, as said above", where=str(recipe))
         error.exit_code = code if 0 < code < 128 else 1

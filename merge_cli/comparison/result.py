@@ -12,11 +12,9 @@ from functools import cached_property
 from typing import Any, Literal
 
 from merge_cli.comparison.cost import MergeCost
-from merge_cli.errors import UsageError
 from merge_cli.evaluation.gates import Gate, check_gates
 from merge_cli.evaluation.intervals import Interval, interval, resampled
 from merge_cli.evaluation.result import Better, Evaluation
-from merge_cli.recipe.keys import nearest
 
 Role = Literal["base", "source", "baseline", "recipe"]
 
@@ -191,18 +189,10 @@ class Comparison:
         return tuple(front)
 
     def unmet(self, gates: Sequence[Gate]) -> dict[str, list[str]]:
-        """For every recipe's merge, why each gate that it does not meet is not met.
-
-        Raises:
-            UsageError: a gate compares with a model that takes no part.
-        """
+        """For every recipe's merge, why each gate that it does not meet is not met."""
         known = {one.name: one.evaluation for one in self.entrants}
         if self.base is not None:
             known.setdefault("base", self.base.evaluation)
-        for gate in gates:
-            if gate.reference and gate.reference not in known:
-                what = f"'{gate.reference}' takes no part in the comparison."
-                raise UsageError(what, hint=nearest(gate.reference, known))
         return {
             one.name: check_gates(gates, one.evaluation, known)
             for one in self.entrants

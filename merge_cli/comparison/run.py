@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,10 +22,13 @@ from merge_cli.engine.device import choose_device
 from merge_cli.engine.journal import work_key
 from merge_cli.engine.plan import Plan
 from merge_cli.engine.planner import load_recipe, make_plan
-from merge_cli.errors import MismatchError, Problem, UsageError
+from merge_cli.errors import Interrupted, MismatchError, Problem, UsageError
 from merge_cli.evaluation.run import Step, evaluate_source
 from merge_cli.evaluation.spec import EvalSpec
+from merge_cli.recipe.keys import nearest
 from merge_cli.recipe.reference import ModelRef
+
+GOES_ON = "The same command goes on: finished merges and evaluations are kept."
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ def compare(
     spec: EvalSpec,
     out: str | Path,
     *,
+    references: Collection[str] = (),
     options: Sequence[str] = (),
     show: Callable[[Step], None] = lambda step: None,
 ) -> Comparison:
@@ -54,6 +58,7 @@ def compare(
         recipes: files.
         spec: what to evaluate, as `merge_cli.evaluate` takes it.
         out: the folder for merges and results; what it holds already is not made again.
+        references: models that gates compare with: they must take part.
         options: of `merge-cli run`, for every merge (`--device`, `--threads`, ...).
         show: told of progress.
 
@@ -67,22 +72,30 @@ def compare(
     base, sources = _family(plans)
     (folder / "recipes").mkdir(parents=True, exist_ok=True)
     merges, notes = _merges(recipes, plans, base, sources, folder, spec.device)
-    ledger = Ledger(folder / "costs.jsonl")
-    for merge in merges:
-        if not merge.out.exists():
-            show(Step(merge.name, "merging", 0, 0))
-            run_merge(merge.file, merge.out, options, ledger)
     names = _names([*([base] if base else []), *sources])
-    entrants = []
-    for source in ([base] if base else []) + sources:
-        fetch_weights(source, source.header_bytes)
-        role: Role = "base" if source is base else "source"
-        entrants.append(_entrant(names[source.label], role, source, spec, show))
-    for merge in merges:
-        opened = open_source(ModelRef(str(merge.out.absolute())), Path.cwd())
-        cost = ledger.cost(merge.out.name, merge.out)
-        entrants.append(_entrant(merge.name, merge.role, opened, spec, show, merge, cost))
+    known = ["base", *names.values(), *(merge.name for merge in merges)]
+    for reference in references:
+        if reference not in known:
+            what = f"'{reference}' takes no part in the comparison."
+            raise UsageError(what, hint=nearest(reference, known))
     experts, missing = _experts(spec, [names[source.label] for source in sources])
+    ledger = Ledger(folder / "costs.jsonl")
+    entrants = []
+    try:
+        for merge in merges:
+            if not merge.out.exists():
+                show(Step(merge.name, "merging", 0, 0))
+                run_merge(merge.file, merge.out, options, ledger)
+        for source in ([base] if base else []) + sources:
+            fetch_weights(source, source.header_bytes)
+            role: Role = "base" if source is base else "source"
+            entrants.append(_entrant(names[source.label], role, source, spec, show))
+        for merge in merges:
+            opened = open_source(ModelRef(str(merge.out.absolute())), Path.cwd())
+            cost = ledger.cost(merge.out.name, merge.out)
+            entrants.append(_entrant(merge.name, merge.role, opened, spec, show, merge, cost))
+    except (KeyboardInterrupt, Interrupted):
+        raise Interrupted("stopped", where=str(folder), hint=GOES_ON) from None
     return Comparison(tuple(entrants), experts, (*notes, *missing))
 
 
@@ -158,9 +171,9 @@ def _merges(
 def _recipe_names(files: Sequence[Path], plans: Sequence[Plan]) -> list[str]:
     """Each recipe's own name, or its file's; with as much of its path as tells it apart."""
     names = [plan.recipe.name or file.stem for file, plan in zip(files, plans, strict=True)]
-    for longer in (lambda file: f"{file.parent.name}/{file.stem}", lambda file: str(file)):
+    for parts in (2, 99):
         names = [
-            name if names.count(name) == 1 else longer(file)
+            name if names.count(name) == 1 else "/".join(file.with_suffix("").parts[-parts:])
             for name, file in zip(names, files, strict=True)
         ]
     return names

@@ -22,7 +22,7 @@ WORK = ROOT / ".cache" / "experiments"
 BASE = ROOT / "zoo" / "base"
 DATA = ROOT / "zoo" / "data"
 
-STEPS = (12, 25, 50, 100, 200)  # of 2,048 tokens
+STEPS = (12, 25, 50, 100)  # of 1,024 tokens
 USUAL = 100
 _PROBLEMS = 20_000
 # What each expert reads. The two maths experts differ in problems, in mixture and in rate.
@@ -38,17 +38,15 @@ _RATES = {"math": 5e-4, "math-b": 1e-3}
 
 @dataclass(frozen=True)
 class Expert:
-    """One fine-tune; `rate` is a factor on the usual learning rate."""
+    """One fine-tune."""
 
     domain: str
     seed: int
     steps: int = USUAL
-    rate: float = 1.0
 
     @property
     def name(self) -> str:
-        faster = "" if self.rate == 1 else f"-x{self.rate:g}"
-        return f"{self.domain}-{self.steps}{faster}-seed{self.seed}"
+        return f"{self.domain}-{self.steps}-seed{self.seed}"
 
 
 def model(expert: Expert) -> Path:
@@ -66,9 +64,9 @@ def model(expert: Expert) -> Path:
         MIXTURES[expert.domain],
         steps=expert.steps,
         seed=1000 * expert.seed + list(MIXTURES).index(expert.domain),
-        rate=_RATES.get(expert.domain, 6e-4) * expert.rate,
+        rate=_RATES.get(expert.domain, 6e-4),
         warmup=max(2, min(10, expert.steps // 5)),
-        batch_tokens=2048,
+        batch_tokens=1024,
         long_from=1.0,
     )
     weights = train.train(run, WORK, WORK / "runs" / "base")
@@ -118,8 +116,6 @@ def main() -> None:
             wanted = STEPS if domain in ("japanese", "math", "code") else (USUAL,)
             for steps in wanted:
                 model(Expert(domain, seed, steps))
-        for domain in ("japanese", "math", "code"):
-            model(Expert(domain, seed, USUAL, rate=4.0))
 
 
 if __name__ == "__main__":
