@@ -222,7 +222,7 @@ def test_the_whole_comparison(job: Path) -> None:
     assert {row["model"] for row in examples} == set(names)
     # The second time nothing is made or evaluated again.
     stamps = {p: p.stat().st_mtime_ns for p in (out / "models").rglob("*.safetensors")}
-    second = cli(*arguments, "--json", "--gate", "base:math.loss")
+    second = cli(*arguments, "--json", "--require-no-worse-than", "base:math+90%")
     repeated = json.loads(second.stdout)
     for model in (*record["models"], *repeated["models"]):
         model.pop("cost")
