@@ -214,9 +214,9 @@ def keep(name: str, results: Sequence[Mapping[str, Any]], command: str) -> None:
 def publish(name: str, text: str) -> None:
     """Put generated text between <!-- NAME --> and <!-- /NAME --> of docs/experiments.md."""
     page = ROOT / "docs" / "experiments.md"
-    marks = rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)"
+    marks = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
     before = page.read_text(encoding="utf-8")
-    after, count = re.subn(marks, lambda m: m[1] + text + m[2], before, flags=re.DOTALL)
+    after, count = re.subn(marks, lambda m: f"{m[1]}{text}\n{m[2]}", before, flags=re.DOTALL)
     if count != 1:
         raise SystemExit(f"{page} has no place for {name}")
     page.write_text(after, encoding="utf-8")
