@@ -27,6 +27,7 @@ from merge_cli.kernels.compiled.magnitudes import (
 )
 from merge_cli.kernels.compiled.masks import count_masked, drop
 from merge_cli.kernels.compiled.measures import count_signs, gram, quick_change
+from merge_cli.kernels.compiled.relations import count_relations
 from merge_cli.kernels.compiled.sums import absolute_runs, add_scaled, dot_runs, weighted_sum
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "count_keys",
     "count_masked",
     "count_range",
+    "count_relations",
     "count_signs",
     "decode_bf16",
     "decode_f16",
