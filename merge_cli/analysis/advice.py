@@ -90,7 +90,9 @@ def _alone(found: Evidence, source: int, recipe: Recipe) -> Advice:
 def _with_base(
     found: Evidence, total: Measures, kept: list[int], verdicts: Sequence[Verdict], recipe: Recipe
 ) -> Advice:
-    cosines = [c for i, j, c in pairs(total.cosine) if i in kept and j in kept]
+    inner = found.inner or total  # an embedding may decide the cosines of the whole
+    cosines = [c for i, j, c in pairs(inner.cosine) if i in kept and j in kept]
+    where = "in the layers" if found.inner else "of all tensors"
     norms = [(total.relative_norm or ())[i] or 0.0 for i in kept]
     sparse = {n for v in verdicts if v.kind in ("rl_like", "sparse") for n in v.models}
     all_sparse = all(found.models[i] in sparse for i in kept)
@@ -109,12 +111,13 @@ def _with_base(
         scale, summary = round(1 / size, 4), "Begin with the average of the changes."
         alike = bool(cosines) and min(cosines) >= ALIKE
         reason = (
-            f"The changes are alike (cosines {_numbers(cosines)}): where they are, averaging has "
-            "been competitive with costlier methods."
+            f"The changes are alike (cosines {where} {_numbers(cosines)}): where they are, averaging "
+            "has been competitive with costlier methods."
             if alike
-            else f"The changes have little in common (cosines {_numbers(cosines)}). Task arithmetic "
-            "is the method that has helped most reliably on language models, and on this project's "
-            "small, unlike models a scale of 1/S lost less than larger ones (zoo/README.md)."
+            else f"The changes have little in common (cosines {where} {_numbers(cosines)}). "
+            "Task arithmetic is the method that has helped most reliably on language models, and on "
+            "this project's small, unlike models a scale of 1/S lost less than larger ones "
+            "(zoo/README.md)."
         )
         comments.append(
             f"lambda {scale:g}: 1/{size}, with equal weights the plain average. Raise it while "

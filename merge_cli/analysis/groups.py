@@ -30,7 +30,14 @@ class Groups:
 
     def total(self) -> Measures | None:
         """None where there is nothing."""
-        return next(self._added([0] * len(self._tasks), ["all tensors"]), None)
+        same = [0] * len(self._tasks)
+        return next(self._added(same, ["all tensors"] * len(same)), None)
+
+    def inner(self) -> Measures | None:
+        """All layers together, without embeddings, head and final norm; None without layers."""
+        inside = [layer is not None for layer in self._layers]
+        same = [0] * len(inside)
+        return next(self._added(same, ["all layers"] * len(inside), chosen=inside), None)
 
     def each(self) -> tuple[Measures, ...]:
         """Every tensor."""

@@ -1,6 +1,6 @@
-"""From sums over elements to the numbers that an analysis shows. docs/analyze.md has the formulas.
+"""From sums over elements to the numbers that an analysis shows: docs/analyze.md has the formulas.
 
-Numbers are rounded to six digits: that is what the sums are good for, and beyond it machines differ.
+Numbers are rounded to six digits, which is what the sums are good for; beyond it machines differ.
 """
 
 from __future__ import annotations
@@ -74,7 +74,8 @@ def measures_of(
     if not base:
         return Measures(
             name, layer, kind, sums.count, None, tuple(_rounded(n) for n in _norms(weights)),
-            None, None, None, None, _cosines(weights), distance, equal, None, None, None, None, None,
+            None, None, None, None, _cosines(weights), distance, equal,
+            None, None, None, None, None,
         )  # fmt: skip
     deltas = sums.gram[1:, 1:]
     theta = math.sqrt(sums.gram[0, 0])

@@ -17,11 +17,13 @@ _START = r"(?:^|\.)"
 _RULES = tuple(
     (kind, re.compile(pattern, re.IGNORECASE))
     for kind, pattern in (
-        ("head", rf"{_START}(?:lm_head|embed_out|output|score|classifier|cls|qa_outputs)(?:\.\D+)?$"),
+        ("head", rf"{_START}(?:lm_head|embed_out|output|score|classifier|cls|qa_outputs)"
+                 r"(?:\.\D+)?$"),
         ("norm", r"(?:norm|(?:^|[._])ln)[^.]*$"),
         ("router", r"(?:(?:moe|mlp|feed_forward)\.gate|router[^.]*(?:\.[^.]+)?)$"),
         ("embedding", rf"(?:embed|{_START}w[tp]e$|{_START}shared$|relative_attention_bias)"),
-        ("attention qkv", rf"(?:c_attn|query_key_value|wqkv|{_ATTENTION}(?:qkv|kv_|in_proj)[^.]*)$"),
+        ("attention qkv", r"(?:c_attn|query_key_value|wqkv|"
+                          rf"{_ATTENTION}(?:qkv|kv_|in_proj)[^.]*)$"),
         ("attention q", rf"(?:q_proj|{_START}query|{_START}wq|q_[ab]_proj|q_lin|{_ATTENTION}q)$"),
         ("attention k", rf"(?:k_proj|{_START}key|{_START}wk|k_lin|{_ATTENTION}k)$"),
         ("attention v", rf"(?:v_proj|{_START}value|{_START}wv|v_lin|{_ATTENTION}v)$"),

@@ -21,7 +21,7 @@ class Verdict:
 
     Attributes:
         kind: a word for programs: `identical`, `equals_base`, `unrelated`, `far`, `rl_like`,
-            `sparse`, `low_rank`, `louder`, `untouched`, `mismatch`, `vocabulary`.
+            `sparse`, `low_rank`, `louder`, `concentrated`, `untouched`, `mismatch`, `vocabulary`.
         models: whom it is about.
         text: a hedged sentence with the measured values.
         threshold: what was compared with what.
@@ -84,6 +84,7 @@ class Analysis:
         compared, tensors: how many tensors could be compared, of how many.
         problems: why a merge of these models would be refused; empty where it would run.
         total: over everything compared; None where nothing could be.
+        inner: over the layers, without embeddings and head; None without layers.
         layers, kinds, cells, each: by layer, kind of module, both, and tensor.
         spectra: sampled matrices' ranks; empty without a base.
         sparsity_where_changed: for each source, the share of unchanged elements of those tensors
@@ -99,6 +100,7 @@ class Analysis:
     problems: tuple[str, ...]
     notes: tuple[str, ...]
     total: Measures | None
+    inner: Measures | None
     layers: tuple[Measures, ...]
     kinds: tuple[Measures, ...]
     cells: tuple[Measures, ...]

@@ -81,7 +81,15 @@ def _analysis(subject: Subject, found: Surveyed, device: str) -> Analysis:
     total, kinds = groups.total(), groups.kinds()
     sparsity = _sparsity_where_changed(found.sums, len(subject.models)) if has_base else None
     evidence = Evidence(
-        subject.base, subject.models, total, kinds, found.spectra, sparsity, problems, differences
+        base=subject.base,
+        models=subject.models,
+        total=total,
+        inner=groups.inner(),
+        kinds=kinds,
+        spectra=found.spectra,
+        sparsity=sparsity,
+        problems=problems,
+        tokenizers=differences,
     )
     judged = verdicts(evidence)
     return Analysis(
@@ -93,6 +101,7 @@ def _analysis(subject: Subject, found: Surveyed, device: str) -> Analysis:
         problems=problems,
         notes=plan.notes,
         total=total,
+        inner=evidence.inner,
         layers=groups.layers(),
         kinds=kinds,
         cells=groups.cells(),

@@ -144,10 +144,8 @@ def _differences(block: Block, task: TensorTask) -> Sequence[Any]:
 def _non_finite(operands: Sequence[Any], task: TensorTask, start: int) -> NonFiniteError:
     import numpy as np
 
-    for ref, values in zip(task.operands, operands, strict=True):
-        bad = ~np.isfinite(values if is_numpy(values) else values.cpu().numpy())
-        if bad.any():
-            break
+    marks = [~np.isfinite(v if is_numpy(v) else v.cpu().numpy()) for v in operands]
+    ref, bad = next(found for found in zip(task.operands, marks, strict=True) if found[1].any())
     what = f"NaN or Inf among its weights (first at element {start + int(bad.argmax())})"
     hint = "No distance to such a model means anything: replace the file."
     return NonFiniteError(what, model=ref.model, file=ref.path.name, tensor=ref.name, hint=hint)

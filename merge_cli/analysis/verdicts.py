@@ -20,6 +20,7 @@ FAR = 0.3
 RL_UNCHANGED, RL_NORM = 0.7, 0.02
 LOW_RANK = 0.25
 LOUDER = 2.0
+CONCENTRATED = 0.5
 _RL = "arXiv:2505.11711: reinforcement learning changed 5 to 30 % of the weights"
 
 
@@ -30,6 +31,7 @@ class Evidence:
     base: str | None
     models: tuple[str, ...]
     total: Measures | None
+    inner: Measures | None
     kinds: Sequence[Measures]
     spectra: Sequence[Spectrum]
     sparsity: Sequence[float | None] | None
@@ -94,15 +96,14 @@ def _unrelated(found: Evidence) -> Iterator[Verdict]:
                 )
                 yield Verdict("unrelated", (a, b), text, limit, True)
         return
-    for name, norm, cosine in zip(
-        found.models, total.relative_norm, total.base_cosine, strict=True
-    ):
-        if norm is None or cosine is None:
+    known = zip(found.models, total.relative_norm, total.base_cosine, strict=True)
+    for name, norm, likeness in known:
+        if norm is None or likeness is None:
             continue
-        if cosine < UNRELATED_COSINE:
+        if likeness < UNRELATED_COSINE:
             text = (
                 f"{name} does not look like a fine-tune of {found.base}: the cosine of their "
-                f"weights is {cosine:.3f}, and it lies {100 * norm:.3g} % of the base's norm away."
+                f"weights is {likeness:.3f}, and it is {100 * norm:.3g} % of the base's norm away."
             )
             limit = f"cosine of weights below {UNRELATED_COSINE}"
             yield Verdict("unrelated", (name,), text, limit, True)
@@ -155,6 +156,7 @@ def _shapes_of_change(found: Evidence) -> Iterator[Verdict]:
             text = f"{name} left these as the base has them: {', '.join(untouched)}."
             yield Verdict("untouched", (name,), text, "all elements equal")
     yield from _louder(found.models, total.relative_norm)
+    yield from _concentrated(found, total)
 
 
 def _louder(models: Sequence[str], norms: Sequence[float | None]) -> Iterator[Verdict]:
@@ -166,6 +168,27 @@ def _louder(models: Sequence[str], norms: Sequence[float | None]) -> Iterator[Ve
             f"{100 * low:.3g} % of the base's norm): with equal weights it would decide most."
         )
         yield Verdict("louder", (loud,), text, f"ratio of the norms at least {LOUDER:g}")
+
+
+def _concentrated(found: Evidence, total: Measures) -> Iterator[Verdict]:
+    """Where a module outside the layers holds most of the change, it decides every whole number."""
+    for kind in found.kinds:
+        if kind.name not in ("embedding", "head"):
+            continue
+        shares = {
+            name: (part / whole) ** 2
+            for name, part, whole in zip(found.models, kind.norm, total.norm, strict=True)
+            if part and whole and (part / whole) ** 2 >= CONCENTRATED
+        }
+        if shares:
+            share = ", ".join(f"{name} {100 * value:.3g} %" for name, value in shares.items())
+            text = (
+                f"The {kind.name} holds most of the squared change ({share}), in "
+                f"{100 * kind.count / total.count:.3g} % of the elements: numbers over the whole "
+                "model speak of it. Look at the layers, too."
+            )
+            limit = f"share of ‖δ‖² at least {100 * CONCENTRATED:g} %"
+            yield Verdict("concentrated", tuple(shares), text, limit)
 
 
 def rank_share(spectra: Sequence[Spectrum], source: int) -> float | None:

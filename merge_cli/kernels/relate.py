@@ -47,11 +47,14 @@ class Relations:
     def empty(cls, sources: int) -> Relations:
         import numpy as np
 
-        counts = [np.zeros((sources, sources), np.int64) for _ in range(4)]
+        both, agree, equal, large = np.zeros((4, sources, sources), np.int64)
         return cls(
-            0,
-            np.zeros((sources + 1, sources + 1)),
-            *counts,
+            count=0,
+            gram=np.zeros((sources + 1, sources + 1)),
+            both=both,
+            agree=agree,
+            equal=equal,
+            large=large,
             chance=np.zeros((sources, sources)),
             steps=np.zeros(sources, np.int64),
             contest=np.zeros(2, np.int64),

@@ -4,8 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from html import escape
+from importlib import resources
 
 MAX_ROWS = 20_000  # of a table: a page that still opens
+
+
+def document(title: str, body: Sequence[str]) -> str:
+    """A whole page that loads nothing; `title` is text, `body` HTML."""
+    style = resources.files("merge_cli.report").joinpath("page.css").read_text(encoding="utf-8")
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta http-equiv="Content-Security-Policy" '
+        "content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
+        f"<title>{escape(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n"
+        + "\n".join(body)
+        + "\n</body>\n</html>\n"
+    )
+
+
+def key_figures(rows: Iterable[Sequence[str]]) -> str:
+    """The numbers that a reader wants first: (name, value, what else there is to say of it)."""
+    cells = [
+        f"<div><dt>{name}</dt>{''.join(f'<dd>{escape(value)}</dd>' for value in values)}</div>"
+        for name, *values in rows
+    ]
+    return f'<dl class="key">{"".join(cells)}</dl>'
 
 
 def section(title: str, how: str, found: str, *parts: str) -> str:

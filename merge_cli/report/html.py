@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
-from importlib import resources
 from typing import Any
 
 from merge_cli.report import charts
-from merge_cli.report.elements import MAX_ROWS, figure, section, table
+from merge_cli.report.elements import MAX_ROWS, document, figure, key_figures, section, table
 from merge_cli.report.relations import Json, View, pairs_of, view_of
 from merge_cli.report.sections import alike, conflict, conflict_of, groups, kept, sizes
 from merge_cli.report.words import (
@@ -33,7 +32,6 @@ _NO_STATISTICS = "No statistics were measured: there are no norms, cosines or si
 def render_html(report: Json) -> str:
     """The page of a report with the content of merge_report.json (docs/report.md)."""
     view = view_of(report["statistics"])
-    style = resources.files("merge_cli.report").joinpath("page.css").read_text(encoding="utf-8")
     if view is None:
         relations = [section("How the sources relate", "", _NO_STATISTICS)]
     else:
@@ -46,15 +44,7 @@ def render_html(report: Json) -> str:
         _provenance(report),
         _tensors(report["tensors"], report["statistics"]),
     ]
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta http-equiv="Content-Security-Policy" '
-        "content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
-        f"<title>{escape(_title(report))}</title>\n<style>\n{style}</style>\n</head>\n<body>\n"
-        + "\n".join(body)
-        + "\n</body>\n</html>\n"
-    )
+    return document(_title(report), body)
 
 
 def _title(report: Json) -> str:
@@ -105,11 +95,7 @@ def _key_figures(report: Json, view: View | None) -> str:
             rows.append(("Sign conflict", percent(conflict), "of elements"))
         if change is not None:
             rows.append(("Change from the base", percent(change), "of its norm"))
-    cells = [
-        f"<div><dt>{name}</dt>{''.join(f'<dd>{escape(value)}</dd>' for value in values)}</div>"
-        for name, *values in rows
-    ]
-    return f'<dl class="key">{"".join(cells)}</dl>'
+    return key_figures(rows)
 
 
 def _cost(cost: Json) -> str:

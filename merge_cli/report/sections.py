@@ -81,15 +81,16 @@ def sizes(view: View) -> str:
     title = "How far the sources are from the base"
     how = (
         "‖δ‖/‖θ₀‖: the norm of what a source changed, over the norm of the base. A source far "
-        "above the others speaks loudest in a plain average. “merged” is what the merge itself "
-        "changed."
+        "above the others speaks loudest in a plain average."
     )
     relative, change = view.total["relative_norm"], view.total["change"]
+    if change is not None:
+        how += " “merged” is what the merge itself changed."
     if relative is None:
         return section(title, "", "Not measured: this method has no base to compare with.")
     found = _each(view, relative)
     merged = "" if change is None else f"; the merge {percent(change)}"
-    figure = _series(view, "relative_norm", "‖δ‖/‖θ₀‖", view.column("change"))
+    figure = series(view, "relative_norm", "‖δ‖/‖θ₀‖", view.column("change"))
     found = f"Whole model: {found}{merged}."
     found += _outside(view, lambda group: _sizes_in_words(view, group))
     return section(title, how, found, figure)
@@ -105,7 +106,7 @@ def kept(view: View) -> str:
         how += f" Counted on {percent(view.sampled)} of the elements."
     if view.layers and _is_flat(view, "kept"):  # equal shares by design: lines upon each other
         return section(title, how, f"{found}; the same in every layer.")
-    return section(title, how, f"{found}.", _series(view, "kept", "elements kept"))
+    return section(title, how, f"{found}.", series(view, "kept", "elements kept"))
 
 
 def _outside(view: View, words: Callable[[Json], str]) -> str:
@@ -155,7 +156,7 @@ def _each(view: View, values: Values) -> str:
     return ", ".join(f"{label} {percent(value)}" for value, label in known) or "no data"
 
 
-def _series(view: View, field: str, unit: str, merged: Values | None = None) -> str:
+def series(view: View, field: str, unit: str, merged: Values | None = None) -> str:
     """One line for each source; rows of a heat map where lines would be a tangle."""
     rows = [view.column(field, i) for i in range(len(view.models))]
     if not view.layers:
