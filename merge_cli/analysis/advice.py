@@ -111,12 +111,12 @@ def _with_base(
         scale, summary = round(1 / size, 4), "Begin with the average of the changes."
         alike = bool(cosines) and min(cosines) >= ALIKE
         reason = (
-            f"The changes are alike (cosines {where} {_numbers(cosines)}): where they are, averaging "
-            "has been competitive with costlier methods."
+            f"The changes are alike (cosines {where} {_numbers(cosines)}): where they are, "
+            "averaging has been competitive with costlier methods."
             if alike
             else f"The changes have little in common (cosines {where} {_numbers(cosines)}). "
-            "Task arithmetic is the method that has helped most reliably on language models, and on "
-            "this project's small, unlike models a scale of 1/S lost less than larger ones "
+            "Task arithmetic is the method that has helped most reliably on language models, and "
+            "on this project's small, unlike models a scale of 1/S lost less than larger ones "
             "(zoo/README.md)."
         )
         comments.append(

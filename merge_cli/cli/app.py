@@ -14,6 +14,7 @@ from typing import Annotated
 
 import typer
 
+from merge_cli.cli.analyze import analyze
 from merge_cli.cli.methods import methods
 from merge_cli.cli.run import plan, run
 from merge_cli.errors import MergeCliError
@@ -35,7 +36,7 @@ def _root(
         raise typer.Exit
 
 
-for verb in (run, plan, methods):
+for verb in (run, plan, methods, analyze):
     app.command()(verb)
 
 

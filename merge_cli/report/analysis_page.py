@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from datetime import datetime, timezone
 from html import escape
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from merge_cli.analysis.measures import pairs
 from merge_cli.analysis.result import Analysis
+from merge_cli.checkpoint.raw import write_error
 from merge_cli.report.analysis_files import differences, numbers
 from merge_cli.report.analysis_sections import kinds, largest, ranks, unchanged, weights
 from merge_cli.report.elements import document, key_figures, section
@@ -151,3 +153,15 @@ def _advice(analysis: Analysis) -> str:
         f"<ul>{''.join(items)}</ul>" if items else "",
         f'<p class="how">In the recipe:</p><ul>{settings}</ul>' if settings else "",
     )  # fmt: skip
+
+
+def write_page(analysis: Analysis, path: Path) -> None:
+    """Write the page.
+
+    Raises:
+        ResourceError: the file cannot be written.
+    """
+    try:
+        path.write_text(render_analysis(analysis), encoding="utf-8")
+    except OSError as error:
+        raise write_error(error, path) from error

@@ -29,7 +29,7 @@ _PAIR = 110.0  # px for the name of a pair
 def kinds(analysis: Analysis, view: View) -> str:
     """Where the changes are: kinds of modules by sources, and by layers."""
     how = (
-        "‖δ‖/‖θ₀‖ by kind of module, found in the tensors' names. Light columns are modules that a "
+        "‖δ‖/‖θ₀‖ by kind of module, found in the tensors' names. Light rows are modules that a "
         "fine-tune hardly touched. A layer's norms and biases are small tensors, whose changes say "
         "little about the whole."
     )
@@ -110,7 +110,12 @@ def _cosines(analysis: Analysis, view: View) -> str:
     scale = Scale(root, (-1, -0.5, -0.1, 0, 0.1, 0.5, 1), cosine, "cosine")
     caption = "Cosine between task vectors, by kind of module."
     if not fits:
-        caption += " Columns are pairs, by number."
+        numbered = (
+            view.labels
+            if view.labels[0].startswith("1 ")
+            else [f"{i} {label}" for i, label in enumerate(view.labels, 1)]
+        )
+        caption += f" Columns are pairs: {', '.join(numbered)}."
     named = [kind.name for kind in analysis.kinds]
     return figure(caption, charts.heat_map(caption, named, axis, rows, scale, 24, two_decimals))
 
@@ -166,15 +171,14 @@ def largest(analysis: Analysis, view: View) -> str:
         for i, row in enumerate(total.overlap or ())
     ]
     axis = charts.matrix_axis(view.labels)
-    scale = _share(off_diagonal, "of the smaller set")
+    rows = pair_rows(view, "overlap")
+    scale = _share([*off_diagonal, *rows.values()], "of the smaller set")
     caption = "Largest changes that two sources share, whole model."
     whole = charts.heat_map(caption, view.labels, axis, off_diagonal, scale, 34, bare_percent)
-    rows = pair_rows(view, "overlap")
     return section(
         "Overlap of the largest changes", how, found,
         figure(caption, whole),
-        by_layer(view, "Largest changes that two sources share", rows,
-                 _share(rows.values(), "of the smaller set"), bare_percent),
+        by_layer(view, "Largest changes that two sources share", rows, scale, bare_percent),
     )  # fmt: skip
 
 
