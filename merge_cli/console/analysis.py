@@ -44,11 +44,8 @@ def print_analysis(out: Console, analysis: Analysis, *, layers: bool) -> None:
 
 def _models(out: Console, analysis: Analysis, total: Measures) -> None:
     if analysis.base is None:
-        rows = [
-            (name, f"{norm or 0:.4g}")
-            for name, norm in zip(analysis.models, total.norm, strict=True)
-        ]
-        _table(out, ["model", "‖θ‖"], rows)
+        named = zip(analysis.models, total.norm, strict=True)
+        _table(out, ["model", "‖θ‖"], [(name, f"{norm or 0:.4g}") for name, norm in named])
         return
     ranks = [_mean_rank(analysis, s) for s in range(len(analysis.models))]
     columns = (total.relative_norm, total.base_cosine, total.unchanged, total.one_step, ranks)
