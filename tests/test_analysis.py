@@ -30,7 +30,7 @@ from merge_cli.engine import memory, units, workers
 from merge_cli.engine.options import MergeOptions
 from merge_cli.errors import MismatchError, NonFiniteError, SourceError, UsageError
 from merge_cli.kernels.reduce import BLOCK_MULTIPLE
-from merge_cli.kernels.relate import Relations, add_relations
+from merge_cli.kernels.relate import Relations, add_relations, top_threshold
 from merge_cli.report.analysis_page import render_analysis
 
 CPU = MergeOptions(device="cpu", threads=2)
@@ -205,6 +205,17 @@ def test_compiled_counts_are_the_plain_ones(sources: int, size: int, seed: int) 
         np.testing.assert_array_equal(getattr(ours, name), getattr(plain, name), name)
     lengths = np.sqrt(np.diag(plain.gram))
     np.testing.assert_allclose(ours.gram, plain.gram, atol=1e-5 * np.outer(lengths, lengths).max())
+
+
+@given(
+    st.lists(st.integers(0, 60), min_size=1, max_size=400),
+    st.sampled_from([0.001, 0.01, 0.3, 1.0]),
+    st.sampled_from([np.float32, np.float64]),
+)
+def test_where_the_largest_begin(values: list[int], share: float, dtype: Any) -> None:
+    magnitudes = np.array(values, dtype) / 64
+    keep = max(1, round(share * len(values)))
+    assert top_threshold(magnitudes, share) == np.sort(magnitudes)[-keep]
 
 
 def numbers(found: Analysis) -> Any:
