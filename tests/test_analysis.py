@@ -31,6 +31,7 @@ from merge_cli.engine.options import MergeOptions
 from merge_cli.errors import MismatchError, NonFiniteError, SourceError, UsageError
 from merge_cli.kernels.reduce import BLOCK_MULTIPLE
 from merge_cli.kernels.relate import Relations, add_relations, top_threshold
+from merge_cli.kernels.singular import singular_values
 from merge_cli.report.analysis_page import render_analysis
 
 CPU = MergeOptions(device="cpu", threads=2)
@@ -180,6 +181,17 @@ def test_effective_rank_is_the_definition(family: Family) -> None:
 def test_effective_rank_of_equal_values_is_their_number(count: int) -> None:
     assert effective_rank(np.full(count, 0.3)) == pytest.approx(count)
     assert effective_rank(np.array([1.0, *[0.0] * count])) == 1.0
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 4), st.integers(0, 2**32 - 1))
+def test_singular_values_are_lapacks(rows: int, columns: int, rank: int, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    matrix = random.normal(size=(rows, columns))
+    if rank:
+        matrix = random.normal(size=(rows, rank)) @ random.normal(size=(rank, columns))
+    wanted = np.linalg.svd(matrix, compute_uv=False)
+    np.testing.assert_allclose(singular_values(matrix), wanted, atol=2e-7 * wanted[0])
 
 
 def test_samples_depend_on_seed_and_name_alone() -> None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import math
 import random
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,12 +23,12 @@ from merge_cli.analysis.modules import kind_of
 from merge_cli.engine.lanes import Lane
 from merge_cli.engine.plan import TensorTask
 from merge_cli.kernels.arrays import is_numpy
+from merge_cli.kernels.singular import singular_values
 
 SIDE = 256  # rows and columns of a sample, at most
 _EACH = 3  # matrices of a kind
 _LEAST = 16  # rows and columns that are worth it
 _WINDOW = 65_536  # columns to choose from: what any lane takes at once
-_ONE_AT_A_TIME = threading.Lock()  # LAPACK has threads of its own
 
 
 @dataclass(frozen=True)
@@ -108,8 +107,7 @@ def _ranks(matrix: Any) -> tuple[float | None, float | None, int | None]:
     largest = np.abs(matrix).max()
     if not largest or not np.isfinite(largest):
         return None, None, None
-    with _ONE_AT_A_TIME:
-        values = np.linalg.svd(matrix / largest, compute_uv=False)
+    values = singular_values(matrix / largest)
     squares = values * values
     share = np.cumsum(squares) / squares.sum()
     rank = int(np.searchsorted(share, 0.99)) + 1

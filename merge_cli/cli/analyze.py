@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -45,10 +44,6 @@ def analyze(
     ] = False,
 ) -> None:  # fmt: skip
     """Say how alike models are, where they conflict, and what that suggests; nothing is merged."""
-    # Small matrices' ranks gain nothing from OpenBLAS's threads, which would fight over the cores
-    # that read: tens of times slower on a busy machine. It looks when numpy is first imported.
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-
     from merge_cli import console
     from merge_cli.engine.options import MergeOptions
     from merge_cli.engine.planner import load_recipe

@@ -187,7 +187,7 @@ def ranks(analysis: Analysis, view: View) -> str:
     how = (
         "exp of the entropy of a change's normalised singular values (Roy and Vetterli, 2007), as "
         "a share of the sample's smaller side: near 0 for a merged LoRA, and about "
-        f"{percent(0.81)} for noise in a square matrix. A few matrices of each kind are sampled, "
+        f"{percent(0.8)} for noise in a square matrix. A few matrices of each kind are sampled, "
         "at most 256 rows and 256 columns of each."
     )
     if not analysis.spectra:
