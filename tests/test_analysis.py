@@ -13,13 +13,16 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from hub_server import HubServer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_failures import cli, failed
 from test_html_report import Page
+from test_staging import StrictTransfers
 from tiny import Family, Tensors, llama_config, llama_family, llama_tensors, write_model
 
 import merge_cli
+from merge_cli.analysis import survey
 from merge_cli.analysis.configs import config_differences
 from merge_cli.analysis.modules import KINDS, kind_of
 from merge_cli.analysis.recipe_file import recipe_text
@@ -27,7 +30,9 @@ from merge_cli.analysis.result import Analysis
 from merge_cli.analysis.spectrum import effective_rank, sample_places
 from merge_cli.analysis.survey import TOP_SHARE
 from merge_cli.engine import memory, units, workers
+from merge_cli.engine.lanes import Files
 from merge_cli.engine.options import MergeOptions
+from merge_cli.engine.staging import StagedLane
 from merge_cli.errors import MismatchError, NonFiniteError, SourceError, UsageError
 from merge_cli.kernels.reduce import BLOCK_MULTIPLE
 from merge_cli.kernels.relate import Relations, add_relations, top_threshold
@@ -274,6 +279,29 @@ def test_torch_finds_what_compiled_loops_find(
             )  # fmt: skip
 
 
+def test_staged_lanes_find_the_same(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "choose_arithmetic", lambda plan: ("torch", "for the test"))
+    monkeypatch.setattr(memory, "_HOST_BLOCK", 2 * BLOCK_MULTIPLE)
+    plain = numbers(of_family(family))
+
+    def staged(files: Files, *_: Any) -> Any:
+        return lambda number: StagedLane(files, StrictTransfers(), BLOCK_MULTIPLE)
+
+    monkeypatch.setattr(survey, "lane_maker", staged)
+    assert numbers(of_family(family)) == plain
+
+
+def test_models_of_the_hub(hub: HubServer, family: Family, tmp_path: Path) -> None:
+    for name in ("base", "a"):
+        hub.add(f"org/{name}", family.folder / name)
+    found = merge_cli.analyze(base="org/base", models=["org/a"], options=CPU)
+    assert found.models == ("a",)
+    assert found.total == of_family(family, "a").total
+    (tmp_path / "r.yaml").write_text(recipe_text(found, tmp_path))
+    written = yaml.safe_load((tmp_path / "r.yaml").read_text())
+    assert written["base_model"].startswith("org/base@")
+
+
 def test_permuting_the_sources_permutes_the_numbers(family: Family) -> None:
     order = [2, 0, 1]
     plain = of_family(family)
@@ -453,8 +481,13 @@ def test_tokenizers_and_chat_templates(family: Family) -> None:
     assert b.special == {"eos_token": "<s> -> z"}
     assert b.template == "added"
     assert "vocabulary" in kinds_of(of_family(family, "b"))
+    write("b", ["<s>", "x", "y", "z"], None, "<s>")
+    assert "added_tokens" in kinds_of(of_family(family, "b"))
     (family.folder / "b" / "tokenizer.json").write_text("{")
     with pytest.raises(SourceError, match="tokenizer.json"):
+        of_family(family, "b")
+    (family.folder / "b" / "tokenizer.json").write_text('{"added_tokens": [{"id": 1}]}')
+    with pytest.raises(SourceError, match="tokenizer files cannot be read"):
         of_family(family, "b")
 
 

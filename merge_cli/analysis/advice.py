@@ -104,7 +104,7 @@ def _with_base(
             f"All sources change few weights, and only {_percent(total.shared)} of the elements "
             "are changed by two of them or more, so that the sum keeps each change whole. An "
             f"average would divide it by {size}: changes of one step of bfloat16 "
-            f"({_range((total.one_step or ())[i] for i in kept)} of them) would be rounded away."
+            f"({_range((total.one_step or ())[i] for i in kept)} of them) may be rounded away."
         )
         comments.append("lambda 1: the sum. Sparse changes hardly meet, and keep their size.")
     else:

@@ -21,7 +21,8 @@ class Verdict:
 
     Attributes:
         kind: a word for programs: `identical`, `equals_base`, `unrelated`, `far`, `rl_like`,
-            `sparse`, `low_rank`, `louder`, `concentrated`, `untouched`, `mismatch`, `vocabulary`.
+            `sparse`, `low_rank`, `louder`, `concentrated`, `untouched`,
+            `mismatch`, `vocabulary`, `added_tokens`.
         models: whom it is about.
         text: a hedged sentence with the measured values.
         threshold: what was compared with what.

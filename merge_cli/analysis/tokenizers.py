@@ -80,27 +80,33 @@ def read_tokenizer(source: Source) -> Tokenizer:
     """Read the tokenizer files of a model.
 
     Raises:
-        CorruptFileError: a file that is not JSON.
+        CorruptFileError: a file that is not what its name says.
     """
+    try:
+        return _read(source)
+    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+        # A file of somebody else's making: whatever is not as expected in it is told alike.
+        what = f"its tokenizer files cannot be read ({type(error).__name__}: {error})"
+        raise CorruptFileError(what, model=source.label) from error
+
+
+def _read(source: Source) -> Tokenizer:
     root = source.root
     config = _json(root / "tokenizer_config.json", source)
     whole = _json(root / "tokenizer.json", source)
     vocabulary = _vocabulary(whole) if whole else _loose_vocabulary(root, source)
     rules = {key: value for key, value in whole.items() if key not in ("truncation", "padding")}
-    opaque = [name for name in _OPAQUE if (root / name).is_file()]
+    opaque = [] if whole else [name for name in _OPAQUE if (root / name).is_file()]
     state = hashlib.sha256(json.dumps([rules, vocabulary], sort_keys=True).encode())
-    for name in opaque if not whole else ():
+    for name in opaque:
         state.update((root / name).read_bytes())
-    known = bool(whole or vocabulary or opaque)
-    special = {
-        name: token for name in _SPECIAL if (token := _content(config.get(name))) is not None
-    }
+    tokens = {name: _content(config.get(name)) for name in _SPECIAL}
     return Tokenizer(
-        vocabulary,
-        len(vocabulary) or None,
-        special,
-        state.hexdigest() if known else None,
-        _template(root, config, source),
+        vocabulary=vocabulary,
+        size=len(vocabulary) or None,
+        special={name: token for name, token in tokens.items() if token is not None},
+        digest=state.hexdigest() if whole or vocabulary or opaque else None,
+        template=_template(root, config, source),
     )
 
 

@@ -48,15 +48,21 @@ def _fit(found: Evidence) -> Iterator[Verdict]:
     if found.problems:
         count = len(found.problems)
         text = (
-            f"These models cannot be merged as they are: {count} tensor{'s' * (count != 1)} "
-            "do not fit. What follows compares the others."
+            f"These models cannot be merged as they are: {count} problem{'s' * (count != 1)}. "
+            "What follows compares the tensors that fit."
             if found.total
             else "The weights of these models cannot be compared: no tensor is in all of them with "
             "the same name and shape, or they are quantised."
         )
         yield Verdict("mismatch", found.models, text, "names and shapes must be equal", True)
     for one in found.tokenizers:
-        if one.tokens_differ:
+        if one.added and not (one.missing or one.renumbered):
+            text = (
+                f"{one.model} adds {one.added:,} tokens to the vocabulary: their rows mean "
+                "something in this model alone."
+            )
+            yield Verdict("added_tokens", (one.model,), text, "token by token")
+        elif one.tokens_differ:
             text = (
                 f"{one.model} has another vocabulary: {one.missing:,} tokens missing, "
                 f"{one.added:,} added, {one.renumbered:,} with another number. Rows of its "

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from merge_cli.analysis.result import Analysis
     from merge_cli.analysis.tokenizers import TokenizerDifference
 
+_COLUMNS = 6  # models that get a column of their own
 _MANY = 24  # rows of problems, differences or pairs; the JSON and the page have all
 
 
@@ -70,6 +71,9 @@ def _pairs(out: Console, analysis: Analysis, total: Measures) -> None:
     def at(matrix: Sequence[Sequence[float | None]] | None, i: int, j: int) -> float | None:
         return None if matrix is None else matrix[i][j]
 
+    hidden = len(places) - _MANY
+    if hidden > 0:  # the most alike, and of these the first
+        places.sort(key=lambda pair: -(at(total.cosine, *pair) or 0.0))
     rows = []
     for i, j in places[:_MANY]:
         pair = f"{analysis.models[i]} – {analysis.models[j]}"
@@ -90,20 +94,25 @@ def _pairs(out: Console, analysis: Analysis, total: Measures) -> None:
         else ["same sign", "largest shared (chance)", "equal"]
     )
     _table(out, heads, rows)
-    if len(places) > _MANY:
-        out.print(f"[dim]{len(places) - _MANY} more pairs: --json or --html[/dim]")
+    if hidden > 0:
+        out.print(f"[dim]{hidden} pairs that are less alike: --json or --html[/dim]")
 
 
 def _groups(out: Console, analysis: Analysis, head: str, groups: Sequence[Measures]) -> None:
     if analysis.base is None:
         return
     names = [f"‖δ‖/‖θ₀‖ {name}" for name in analysis.models]
-    several = len(analysis.models) > 1
+    several, ends = len(analysis.models) > 1, len(analysis.models) > _COLUMNS
     rows = []
     for group in groups:
+        known = [value for value in group.relative_norm or () if value is not None]
         norms = [_or_dash(value, _percent) for value in group.relative_norm or ()]
+        if ends:
+            norms = [_percent(end) for end in (min(known), max(known))] if known else ["–", "–"]
         conflict = [_or_dash(group.conflict, _percent)] if several else []
         rows.append((group.name, f"{group.count:,}", *norms, *conflict))
+    if ends:
+        names = ["‖δ‖/‖θ₀‖ least", "most"]
     _table(out, [head, "elements", *names, *(["sign conflict"] if several else [])], rows)
 
 

@@ -28,6 +28,11 @@ def alike(view: View) -> str:
         "Cosine is 1 where two sources moved the same way, 0 where they have nothing in common, "
         "−1 where they pull apart. Colour deepens with the square root, so that small values show."
     )
+    if view.kind == "weights":
+        how = (
+            "Cosine of the weights themselves: close to 1 for models of one family, near 0 for "
+            "models that were trained independently. Colour deepens with the square root."
+        )
     pairs = pairs_of(view)
     if not pairs:
         return section("How alike the sources are", "", _no_pairs(view, "Cosines"))
@@ -173,7 +178,7 @@ def series(view: View, field: str, unit: str, merged: Values | None = None) -> s
         return figure(caption, charts.lines(caption, view.axis, series, percent, unit))
     top = max((value for row in rows for value in row if value is not None), default=0.0) or 1.0
     scale = Scale(lambda v: v / top, (0, top / 2, top), percent, unit)
-    if merged is not None:
+    if merged is not None and any(value is not None for value in merged):
         named["merged"] = merged
     return by_layer(view, what, named, scale, bare_percent)
 
