@@ -16,6 +16,7 @@ from merge_cli.recipe.values import Parameter
 
 ALIKE = 0.3
 CONFLICT = 0.3
+APART = 0.2  # of the elements: sparse changes that meet on more are not simply added
 SMALL = 0.02
 _OURS = "docs/experiments.md"
 _ODD = ("unrelated", "vocabulary", "equals_base")  # models that a recipe leaves out
@@ -98,11 +99,11 @@ def _with_base(
     all_sparse = all(found.models[i] in sparse for i in kept)
     weights, comments = _weights(found, kept, norms)
     size = len(kept)
-    if all_sparse:
+    if all_sparse and (total.shared or 0.0) <= APART:
         scale, summary = 1.0, "Begin with the sum of the changes: they are sparse."
         reason = (
             f"All sources change few weights, and only {_percent(total.shared)} of the elements "
-            "are changed by two of them or more, so that the sum keeps each change whole. An "
+            "are changed by two of them or more, so that a sum keeps most changes whole. An "
             f"average would divide it by {size}: changes of one step of bfloat16 "
             f"({_range((total.one_step or ())[i] for i in kept)} of them) may be rounded away."
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import queue
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,34 +101,43 @@ def _relations(reader: TaskReader, messages: queue.SimpleQueue[Any]) -> Relation
     task, total = reader.task, Relations.empty(len(reader.task.operands) - 1)
     if not task.size:
         return total
-    thresholds = _thresholds(reader)
     width = task.bytes_read // task.size
+    # A small tensor is read once: what thresholds are taken from is all of it.
+    whole = [*_sample(reader)] if task.size <= _SAMPLE else None
+    thresholds = _thresholds(whole if whole is not None else _sample(reader))
 
-    def span(blocks: Iterator[Block]) -> Relations:
+    def add(blocks: Iterable[Sequence[Any]]) -> Relations:
         sums = Relations.empty(len(task.operands) - 1)
-        for block in blocks:
-            add_relations(_differences(block, task), thresholds, sums)
+        for rows in blocks:
+            add_relations(rows, thresholds, sums)
         messages.put(sums.count * width)
         return sums
 
-    for sums in reader.map(span):
+    parts = (
+        [add(whole)]
+        if whole is not None
+        else reader.map(lambda blocks: add(_differences(block, task) for block in blocks))
+    )
+    for sums in parts:
         total.add(sums)
     total.set_chance()
     return total
 
 
-def _thresholds(reader: TaskReader) -> list[float]:
-    """For each source, where its largest changes begin: exact for small tensors, else sampled.
+def _sample(reader: TaskReader) -> Iterator[Sequence[Any]]:
+    """Blocks at places that only depend on the tensor's size; all of a small one, in order."""
+    for block in reader.sample(_SAMPLE):
+        yield _differences(block, reader.task)
 
-    The sample lies at places that only depend on the size.
-    """
+
+def _thresholds(sample: Iterable[Sequence[Any]]) -> list[float]:
+    """For each source, the magnitude at which its largest changes begin."""
     import numpy as np
 
-    found: list[list[Any]] = [[] for _ in reader.task.operands[1:]]
-    for block in reader.sample(_SAMPLE):
-        for kept, delta in zip(found, _differences(block, reader.task)[1:], strict=True):
-            kept.append(np.abs(delta if is_numpy(delta) else delta.cpu().numpy()))
-    return [top_threshold(np.concatenate(kept), TOP_SHARE) for kept in found]
+    found = [
+        [delta if is_numpy(delta) else delta.cpu().numpy() for delta in rows[1:]] for rows in sample
+    ]
+    return [top_threshold(np.concatenate(kept), TOP_SHARE) for kept in zip(*found, strict=True)]
 
 
 def _differences(block: Block, task: TensorTask) -> Sequence[Any]:

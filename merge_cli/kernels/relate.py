@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from merge_cli.kernels.arrays import Array, is_numpy, matrix
+from merge_cli.kernels.keys import number
 from merge_cli.kernels.reduce import BLOCK_MULTIPLE
 
 _SMALLEST = 2.0**-149  # the least float32 above 0: nothing that is 0 is among the largest
@@ -134,19 +135,17 @@ def _whole(counts: Any) -> Any:
     return counts.round().long().cpu().numpy()
 
 
-def top_threshold(magnitudes: Any, share: float) -> float:
-    """The least of the largest `share` of magnitudes (numpy, flat), at least one of them.
+def top_threshold(values: Any, share: float) -> float:
+    """The least of the largest `share` of magnitudes, at least one of them.
 
-    Counted by the upper half of their bits first: changes of 16-bit weights take few values, and
-    among many equal ones numpy's selection is slow.
+    Args:
+        values: flat numpy array, not empty.
     """
     import numpy as np
 
-    keep = max(1, round(share * len(magnitudes)))
-    bits = magnitudes.view(np.dtype(f"u{magnitudes.itemsize}"))
-    upper = (bits >> (8 * magnitudes.itemsize - 16)).astype(np.int64)
-    from_top = np.cumsum(np.bincount(upper)[::-1])
-    place = int(np.searchsorted(from_top, keep))
-    inside = np.sort(magnitudes[upper == len(from_top) - 1 - place])
-    above = int(from_top[place - 1]) if place else 0
-    return float(inside[len(inside) - (keep - above)])
+    from merge_cli.kernels import compiled
+
+    keep = max(1, round(share * len(values)))
+    if values.dtype == np.float32 and not compiled.available():
+        return number(int(compiled.key_of_rank(values, keep)), 31)
+    return float(np.sort(np.abs(values))[-keep])

@@ -27,7 +27,7 @@ from merge_cli.kernels.compiled.magnitudes import (
 )
 from merge_cli.kernels.compiled.masks import count_masked, drop
 from merge_cli.kernels.compiled.measures import count_signs, gram, quick_change
-from merge_cli.kernels.compiled.relations import count_relations
+from merge_cli.kernels.compiled.relations import count_relations, key_of_rank
 from merge_cli.kernels.compiled.singular import eigenvalues, own_products, tridiagonal
 from merge_cli.kernels.compiled.sums import absolute_runs, add_scaled, dot_runs, weighted_sum
 
@@ -55,6 +55,7 @@ __all__ = [
     "encode_f16",
     "find_tie",
     "gram",
+    "key_of_rank",
     "non_finite",
     "not_empty",
     "own_products",

@@ -76,3 +76,26 @@ def count_relations(rows, thresholds, both, agree, equal, large, steps, contest)
                     agree[t, s] += same
                     large[t, s] += together
                     equal[t, s] += alike
+
+
+@kernel("u4(f4[::1], i8)")
+def key_of_rank(values, rank):
+    """The rank-th largest key (bits of |x|), by a histogram of upper bits, then one of lower."""
+    counts = np.zeros(1 << 15, np.int64)
+    bits = values.view(np.uint32)
+    for i in range(len(bits)):
+        counts[(bits[i] & MAGNITUDE) >> U32(16)] += 1
+    upper, above = len(counts) - 1, 0
+    while above + counts[upper] < rank:
+        above += counts[upper]
+        upper -= 1
+    counts = np.zeros(1 << 16, np.int64)
+    for i in range(len(bits)):
+        key = bits[i] & MAGNITUDE
+        if key >> U32(16) == upper:
+            counts[key & U32(0xFFFF)] += 1
+    lower = len(counts) - 1
+    while above + counts[lower] < rank:
+        above += counts[lower]
+        lower -= 1
+    return (U32(upper) << U32(16)) | U32(lower)
