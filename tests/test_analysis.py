@@ -613,3 +613,16 @@ def test_exit_codes(family: Family, tmp_path: Path) -> None:
     failed(cli("analyze", a), 2, "nothing to compare")
     missing = tmp_path / "no" / "folder.html"
     failed(cli("analyze", "--base", base, a, "--html", missing), 4, "folder.html")
+
+
+def test_the_page_with_many_models(family: Family) -> None:
+    generator = torch.Generator().manual_seed(7)
+    for i in range(8):
+        tensors = {
+            n: (t.float() + 0.02 * torch.randn(t.shape, generator=generator)).bfloat16()
+            for n, t in family.base.items()
+        }
+        write_model(family.folder / f"m{i}", tensors, llama_config())
+    page = Page(render_analysis(of_family(family, *(f"m{i}" for i in range(8)))))
+    assert "mean of all" in page.text
+    assert "merged" not in page.texts  # as the label of a row

@@ -140,7 +140,7 @@ def _shapes_of_change(found: Evidence) -> Iterator[Verdict]:
             )
             limit = (
                 f"unchanged at least {100 * RL_UNCHANGED:g} %, ‖δ‖/‖θ₀‖ at most "
-                f"{100 * RL_NORM:g} % ({_RL})"
+                f"{100 * RL_NORM:g} %; {_RL}"
             )
             yield Verdict("rl_like", (name,), text, limit)
         elif share >= RL_UNCHANGED:

@@ -102,11 +102,12 @@ def _cosines(analysis: Analysis, view: View) -> str:
     places = list(dict.fromkeys((i, j) for row in found for i, j, _ in row))
     names = [f"{view.labels[i]} – {view.labels[j]}" for i, j in places]
     rows: list[Values] = [[row.get(at) for at in places] for row in map(_by_place, found)]
+    ticks = [f"{i + 1} – {j + 1}" for i, j in places]
     if len(places) > _MAX_PAIRS:
-        names, rows = ["mean of all pairs"], [[mean(row)] for row in rows]
+        names = ticks = ["mean of all"]
+        rows = [[mean(row)] for row in rows]
     fits = all(charts.text_width(name) <= _PAIR for name in names)
-    ticks = names if fits else [f"{i + 1} – {j + 1}" for i, j in places]
-    axis = Axis(names, ticks, "", _PAIR + 8.0 if fits else 56.0)
+    axis = Axis(names, names if fits else ticks, "", _PAIR + 8.0 if fits else 56.0)
     scale = Scale(root, (-1, -0.5, -0.1, 0, 0.1, 0.5, 1), cosine, "cosine")
     caption = "Cosine between task vectors, by kind of module."
     if not fits:
