@@ -25,10 +25,10 @@ def document(title: str, body: Sequence[str]) -> str:
 
 def key_figures(rows: Iterable[Sequence[str]]) -> str:
     """The numbers that a reader wants first: (name, value, what else there is to say of it)."""
-    cells = [
-        f"<div><dt>{escape(name)}</dt>{''.join(f'<dd>{escape(value)}</dd>' for value in values)}</div>"
-        for name, *values in rows
-    ]
+    cells = []
+    for name, *values in rows:
+        said = "".join(f"<dd>{escape(value)}</dd>" for value in values)
+        cells.append(f"<div><dt>{escape(name)}</dt>{said}</div>")
     return f'<dl class="key">{"".join(cells)}</dl>'
 
 
