@@ -107,7 +107,7 @@ def load(
     dtype_words = f"{kind} ({why})"
     width = torch.empty((), dtype=getattr(torch, kind)).element_size()
     needed = sum(ref.nbytes // _width(ref.dtype) for ref in source.tensors.values()) * width
-    room = memory if memory is not None else int(_free(chosen.kind, chosen.indexes) * _ROOM)
+    room = memory if memory is not None else int(free_memory(chosen.kind, chosen.indexes) * _ROOM)
     device_words = f"{chosen.name} ({chosen.reason})"
     options: dict[str, Any] = {"dtype": getattr(torch, kind)}
     folder = None
@@ -159,7 +159,7 @@ def _width(dtype: str) -> int:
     return {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2}.get(dtype, 1)
 
 
-def _free(kind: str, indexes: tuple[int, ...]) -> int:
+def free_memory(kind: str, indexes: tuple[int, ...]) -> int:
     """Free bytes of the devices, or of the machine."""
     if kind == "cuda":
         import torch
@@ -177,7 +177,7 @@ def _shares(indexes: tuple[int, ...], room: int) -> dict[int | str, int]:
     if not indexes:
         return {"cpu": room}
     shares: dict[int | str, int] = {i: room // len(indexes) for i in indexes}
-    return {**shares, "cpu": int(_free("cpu", ()) * _ROOM)}
+    return {**shares, "cpu": int(free_memory("cpu", ()) * _ROOM)}
 
 
 def _need_accelerate(label: str, needed: int, room: int) -> None:

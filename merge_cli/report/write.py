@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from merge_cli.checkpoint.coefficients import FILE
 from merge_cli.checkpoint.raw import write_error
 from merge_cli.engine.outcome import Outcome
 from merge_cli.engine.plan import Plan
@@ -49,6 +51,7 @@ def write_reports(
         locate=locate,
         defaults=defaults,
         inputs={locate(reference): digests[str(reference)] for reference in references},
+        coefficients=f"./{FILE}" if plan.coefficients is not None else None,
         header=f"resolved by merge-cli {version('merge-cli')}; running it gives the same bytes",
     )
     report = build_report(plan, fingerprints, outcome, text)
@@ -58,6 +61,11 @@ def write_reports(
         "merge_report.html": render_html(report),
         "README.md": model_card(plan, defaults, target.name),
     }
+    if plan.coefficients is not None:
+        try:
+            shutil.copyfile(plan.coefficients.path, folder / FILE)
+        except OSError as error:
+            raise write_error(error, folder / FILE) from error
     for name, content in files.items():
         try:
             (folder / name).write_text(content, encoding="utf-8")
