@@ -3,7 +3,7 @@
 For each tensor of the output a float32 entry [sources, ...] whose rest broadcasts against the
 tensor: [1, columns] is one coefficient for each input column, [rows, 1] for each row, [1, 1] one
 for the tensor. Two more entries, NAME:rows [sources, rows, rank] and NAME:columns [sources,
-columns, rank], add their product to it. The header's metadata says what the sum starts from (`form`).
+columns, rank], add their product to it. The header's metadata says what the sum starts from.
 """
 
 from __future__ import annotations

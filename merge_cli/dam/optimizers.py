@@ -27,6 +27,14 @@ class Optimizer:
         self._decay = training.weight_decay
         self._share = training.mofo_fraction if training.optimizer == "mofo" else 1.0
 
+    def moments(self, name: str, parameters: Sequence[Any]) -> list[tuple[Any, Any]]:
+        """A tensor's moments; zero before its first step."""
+        import torch
+
+        if name not in self.state:
+            self.state[name] = [(torch.zeros_like(p), torch.zeros_like(p)) for p in parameters]
+        return self.state[name]
+
     def move(
         self, name: str, parameters: Sequence[Any], grads: Sequence[Any], rate: float, step: int
     ) -> None:
@@ -35,11 +43,8 @@ class Optimizer:
         With MoFO (arXiv:2407.20999) only the share of the largest first moments moves, in each
         tensor of each source; moments are updated everywhere.
         """
-        import torch
-
-        if name not in self.state:
-            self.state[name] = [(torch.zeros_like(p), torch.zeros_like(p)) for p in parameters]
-        for parameter, grad, (m, v) in zip(parameters, grads, self.state[name], strict=True):
+        moments = self.moments(name, parameters)
+        for parameter, grad, (m, v) in zip(parameters, grads, moments, strict=True):
             m.mul_(_BETA1).add_(grad, alpha=1 - _BETA1)
             v.mul_(_BETA2).addcmul_(grad, grad, value=1 - _BETA2)
             if self._decay:

@@ -41,7 +41,7 @@ def penalty(values: Any, weights: Mapping[str, float]) -> tuple[dict[str, float]
         if not total.requires_grad:  # one source has no pairs
             return {name: 0.0 for name in terms}, None
         (grad,) = torch.autograd.grad(total, leaf)
-    return {name: float(term) for name, term in terms.items()}, grad
+    return {name: float(term.detach()) for name, term in terms.items()}, grad
 
 
 def _cosine(c: Any) -> Any:

@@ -78,6 +78,11 @@ class Student:
             hook.remove()
         self.sources.close()
 
+    def moments(self, name: str) -> list[tuple[Any, Any]]:
+        """The optimizer's state of a tensor, for checkpoints."""
+        assert self._optimizer is not None, "a student that is only measured has no moments"
+        return self._optimizer.moments(name, self.coefficients[name].parameters)
+
     def write_all(self) -> None:
         """Every parameter from its coefficients."""
         for name in self.seats:

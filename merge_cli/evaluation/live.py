@@ -132,11 +132,11 @@ def load(
         net.to(where)
     return LiveModel(
         source.label, net, tokenizer, device_words, dtype_words,
-        _context(net.config, max_length), batch_tokens, seed, _folder=folder,
+        context_of(net.config, max_length), batch_tokens, seed, _folder=folder,
     )  # fmt: skip
 
 
-def _context(config: Any, wanted: int | None) -> int:
+def context_of(config: Any, wanted: int | None) -> int:
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     own = int(
         getattr(text, "max_position_embeddings", 0) or getattr(text, "n_positions", 0) or 2048
