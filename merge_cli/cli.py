@@ -85,6 +85,9 @@ def run(
     trust_remote_code: Annotated[
         bool, _switch("--trust-remote-code", "Copy the donor's Python files; nothing is run.")
     ] = False,
+    require_improvement: Annotated[
+        bool, _switch("--require-improvement", "Fail if learning beats no static merge.")
+    ] = False,
     as_json: JsonOption = False,
     quiet: Annotated[
         bool, typer.Option("--quiet", "-q", help="Only errors.", show_default=False)
@@ -159,7 +162,10 @@ def run(
         return
     screen.notes([*plan.notes])
     with screen.progress() as show:
-        result = merge(plan, out, options=options, show=show)
+        result = merge(
+            plan, out, shard_size=shard_bytes, options=options, show=show,
+            require_improvement=require_improvement,
+        )  # fmt: skip
     screen.result(result, out, as_json=as_json)
 
 

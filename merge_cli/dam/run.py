@@ -228,8 +228,8 @@ def _interruptions() -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         asked.append(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        before[number] = signal.signal(number, remember)
+    for kind in (signal.SIGINT, signal.SIGTERM):
+        before[kind] = signal.signal(kind, remember)
     try:
         yield lambda: bool(asked)
     except KeyboardInterrupt:
