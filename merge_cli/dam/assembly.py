@@ -10,6 +10,7 @@ from merge_cli.dam.models import Target, load_student, stored_tensors
 from merge_cli.dam.optimizers import Optimizer
 from merge_cli.dam.sources import Place, Sources
 from merge_cli.dam.student import Seat, Student
+from merge_cli.engine.memory import return_freed_memory
 from merge_cli.engine.plan import Plan
 from merge_cli.recipe.training import Training
 
@@ -37,6 +38,7 @@ def assemble(
     Args:
         dtype: torch's, of the net; coefficients and projections are float32, or float64 with it.
     """
+    return_freed_memory()
     net = load_student(plan, device, dtype)
     parameters = dict(net.named_parameters())
     coefficients = initial_coefficients(targets, training, plan.recipe.seed, device, dtype)

@@ -24,7 +24,7 @@ from merge_cli.dam.optimizers import Optimizer
 from merge_cli.dam.penalties import penalty
 from merge_cli.dam.sources import Sources
 
-_HELD_BYTES = 1 << 28  # rows that are kept from the projection for the rewrite
+_HELD_BYTES = 1 << 26  # rows that are kept from the projection for the rewrite
 
 Reduce = Callable[[Sequence[Any]], None]  # adds tensors up over all processes, in place
 
