@@ -17,6 +17,7 @@ import torch
 import yaml
 from dam_tiny import config, plan_of, student_of, write_data, write_models, write_recipe
 from safetensors.torch import load_file
+from test_html_report import Page
 from tiny import read_model
 
 import merge_cli
@@ -94,6 +95,7 @@ def test_a_recipe_trains_merges_and_runs_again_without_training(
         result.path / "model.safetensors"
     ).read_bytes()
     page = (result.path / "merge_report.html").read_text()
+    Page(page)  # well formed: every tag nests
     for part in ("Whether it was worth it", "Learned coefficients", "Held-out KL", "tokens/s"):
         assert part in page
 

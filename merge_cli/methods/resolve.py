@@ -253,7 +253,10 @@ def _check_parameters(
             warnings.append(f"{place}: has no effect in {shown}.")
         elif known is None:
             what = f"{shown} has no such parameter."
-            problems.append(recipe.problem(given.key, what, nearest(name, method.parameters)))
+            hint = nearest(name, method.parameters) if method.parameters else ""
+            if method.learns:
+                hint = "What is learned, and how, is said under `training:`."
+            problems.append(recipe.problem(given.key, what, hint))
         elif spec is not None and not known.per_model:
             what = f"{name} is one value for the whole merge, not one for each model."
             problems.append(

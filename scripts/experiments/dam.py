@@ -60,11 +60,11 @@ USUAL: dict[str, Any] = {
     "held_out_examples": 24,
 }  # fmt: skip
 LEARNED: dict[str, dict[str, Any]] = {
-    "DAM (task vectors)": {"form": "task_vector", "learning_rate": 1e-2},
+    "DAM (task vectors)": {"form": "task_vector", "learning_rate": 2e-2},
     "DAM (soup, base among the sources)": {"learning_rate": 2e-3, "with_base": True},
     "DAM (soup of the experts)": {"learning_rate": 2e-3},
     "one coefficient for each tensor": {
-        "form": "task_vector", "granularity": "tensor", "learning_rate": 1e-2,
+        "form": "task_vector", "granularity": "tensor", "learning_rate": 2e-2,
     },
 }  # fmt: skip
 THREE_SEEDS = tuple(LEARNED)[:2]
