@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from merge_cli.api import MergeResult, merge, plan
+    from merge_cli.api import MergeResult, compare, merge, plan
     from merge_cli.engine.options import MergeOptions
     from merge_cli.engine.planner import load_recipe
     from merge_cli.errors import MergeCliError
@@ -20,6 +20,7 @@ _HOMES = {
     "MergeCliError": "merge_cli.errors",
     "MergeOptions": "merge_cli.engine.options",
     "MergeResult": "merge_cli.api",
+    "compare": "merge_cli.api",
     "evaluate": "merge_cli.evaluation.run",
     "load_recipe": "merge_cli.engine.planner",
     "merge": "merge_cli.api",
@@ -31,6 +32,7 @@ __all__ = [
     "MergeCliError",
     "MergeOptions",
     "MergeResult",
+    "compare",
     "evaluate",
     "load_recipe",
     "merge",

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from merge_cli.comparison.result import Comparison
+from merge_cli.comparison.run import compare as compare_recipes
 from merge_cli.engine.merge import check_target, execute
 from merge_cli.engine.options import MergeOptions, Progress
 from merge_cli.engine.outcome import Outcome
 from merge_cli.engine.plan import Plan
 from merge_cli.engine.planner import DEFAULT_SHARD_SIZE, load_recipe, make_plan
+from merge_cli.errors import UsageError
+from merge_cli.evaluation.gates import read_gates, require
+from merge_cli.evaluation.run import Step, as_spec, spec_for
+from merge_cli.evaluation.spec import EvalSpec
+from merge_cli.evaluation.task import Task
 from merge_cli.recipe.schema import Recipe
 
 
@@ -89,3 +96,67 @@ def merge(
     if not report:  # published by a process that was killed before it could say so
         report.update(json.loads((path / "merge_report.json").read_text(encoding="utf-8")))
     return MergeResult(path, report)
+
+
+@dataclass(frozen=True)
+class ComparisonResult:
+    """A finished comparison: its folder, what was found, and the content of comparison.json."""
+
+    path: Path
+    comparison: Comparison
+    record: dict[str, Any]
+    unmet: dict[str, list[str]] = field(default_factory=dict)
+
+    def require_gates(self) -> None:
+        """Raise a GateError if a recipe's merge does not meet a gate."""
+        require(self.unmet)
+
+
+def compare(
+    recipes: Sequence[str | Path],
+    tasks: str | Path | EvalSpec | Sequence[str | Path | Task],
+    out: str | Path,
+    *,
+    gates: Sequence[str] = (),
+    no_worse: Sequence[str] = (),
+    options: Sequence[str] = (),
+    show: Callable[[Step], None] = lambda step: None,
+) -> ComparisonResult:
+    """Merge recipes, evaluate base, parents, baselines and merges on the same data, write it down.
+
+    Args:
+        tasks: as `evaluate` takes them.
+        out: the folder for merges, comparison.json, .md, .csv and .html; what is there is reused.
+        gates, no_worse: conditions on every recipe's merge (docs/evaluate.md).
+        options: of `merge-cli run`, for every merge.
+        show: told of progress.
+
+    Raises:
+        as `comparison.run.compare` does; UsageError for a gate that cannot be read. A gate that is
+        not met raises nothing here: see `ComparisonResult.require_gates`.
+    """
+    from merge_cli.report.comparison.write import write_comparison
+
+    spec = tasks if isinstance(tasks, EvalSpec) else as_spec(tasks)
+    read = read_gates(gates, no_worse, spec.tasks)
+    references = [gate.reference for gate in read if gate.reference]
+    found = compare_recipes(recipes, spec, out, references=references, options=options, show=show)
+    return ComparisonResult(Path(out), found, write_comparison(found, Path(out)), found.unmet(read))
+
+
+def comparison_spec(
+    recipes: Sequence[str | Path], eval_file: Path | None, data: Sequence[Path]
+) -> EvalSpec:
+    """What to compare on: flags, or else the one `eval` section that recipes have.
+
+    Raises:
+        UsageError: none, or several that differ.
+    """
+    found = [spec for path in recipes if (spec := spec_for(load_recipe(path), eval_file, data))]
+    if not found:
+        hint = "Give --data FILE or --eval FILE (docs/evaluate.md), or `eval:` in a recipe."
+        raise UsageError("nothing to compare on", hint=hint)
+    if any(spec.changed(file="") != found[0].changed(file="") for spec in found):
+        hint = "Say which tasks count with --eval FILE."
+        raise UsageError("the recipes have different `eval` sections", hint=hint)
+    return found[0]

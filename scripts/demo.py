@@ -49,7 +49,7 @@ def scores(models: dict[str, Path], console: Console) -> dict[tuple[str, str], f
     found = {}
     for name, domain in track(pairs, "scoring on held-out text", console=console, transient=True):
         data = ROOT / "zoo" / "data" / f"{domain}.test.jsonl"
-        found[name, domain] = merge_cli.evaluate(models[name], data).per_token
+        found[name, domain] = merge_cli.evaluate(models[name], data)[domain].value
     return found
 
 

@@ -11,6 +11,8 @@ from tiny import Family, llama_family
 # Nothing in the tests may look for a network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Several tests run at once: torch's threads would wait for one another.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 pytest_plugins = ("hub_server",)
 

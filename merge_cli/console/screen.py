@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from merge_cli.api import MergeResult
     from merge_cli.engine.options import MergeOptions, Progress
     from merge_cli.engine.plan import Plan
+    from merge_cli.evaluation.run import Step
     from merge_cli.methods.registry import Method
 
 
@@ -63,6 +64,35 @@ class Screen:
                 yield show
         else:
             yield ProgressLog(self.err)
+
+    @contextmanager
+    def steps(self) -> Iterator[Callable[[Step], None]]:
+        """The same for evaluations."""
+        from merge_cli.console.steps import StepLog, step_bar
+
+        if self.quiet:
+            yield lambda step: None
+        elif self.err.is_terminal:
+            with step_bar(self.err) as show:
+                yield show
+        else:
+            yield StepLog(self.err)
+
+    def evaluations(self, models: Sequence[Mapping[str, Any]]) -> None:
+        """What `evaluation.summary` found, as a table."""
+        from merge_cli.console.evaluations import print_evaluations
+
+        if not self.quiet:
+            print_evaluations(self.out, models)
+
+    def comparison(self, record: Mapping[str, Any], shown: Path) -> None:
+        """A comparison's table, and where the rest is."""
+        from merge_cli.console.comparison import print_comparison
+
+        if not self.quiet:
+            print_comparison(self.out, record)
+            for name in ("html", "md", "csv", "json"):
+                self.out.print(f"  {escape(str(shown / f'comparison.{name}'))}", soft_wrap=True)
 
     def plan(self, plan: Plan, options: MergeOptions, *, every: bool, as_json: bool) -> None:
         """The plan as a table (one row for each run of like layers) or as JSON.
@@ -115,7 +145,7 @@ class Screen:
         if training is not None:
             print_training(self.out, training)
 
-    def result(self, result: MergeResult, shown: Path, *, as_json: bool) -> None:
+    def result(self, result: MergeResult, shown: Path, *, as_json: bool = False) -> None:
         """What a run leaves behind."""
         if as_json:
             print(json.dumps(result.report, ensure_ascii=False))

@@ -44,7 +44,7 @@ class LiveModel:
     batch_tokens: int
     seed: int = 0
     cost: Cost = Cost()
-    _folder: Any = field(default=None, repr=False)  # of offloaded weights; lives as long as we do
+    _folder: Any = field(default=None, repr=False)  # of offloaded weights
 
     @property
     def vocabulary(self) -> int:
@@ -56,6 +56,12 @@ class LiveModel:
     def place(self) -> str:
         """The device that inputs go to."""
         return str(self.net.device)
+
+    def close(self) -> None:
+        """Let go of the weights, in memory and in the offload folder."""
+        self.net = None
+        if self._folder is not None:
+            self._folder.cleanup()
 
     def logits(self, ids: Any, mask: Any) -> Any:
         """Logits [batch, length, vocabulary] of token ids and attention mask [batch, length]."""

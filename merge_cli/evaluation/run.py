@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from merge_cli.checkpoint.source import Source, fetch_weights, open_source
 from merge_cli.engine.device import choose_device
-from merge_cli.errors import Interrupted, NonFiniteError
+from merge_cli.errors import Interrupted, NonFiniteError, UsageError
 from merge_cli.evaluation import cache
 from merge_cli.evaluation.digest import model_digest
 from merge_cli.evaluation.live import LiveModel, choose_dtype, load
-from merge_cli.evaluation.parse import read_eval
+from merge_cli.evaluation.parse import parse_eval, read_eval
 from merge_cli.evaluation.result import Cost, Evaluation, TaskResult
 from merge_cli.evaluation.spec import EvalSpec, default_name
 from merge_cli.evaluation.task import Task
 from merge_cli.evaluation.tasks.loss import LossTask
 from merge_cli.recipe.reference import parse_reference
+from merge_cli.recipe.schema import Recipe
 
 
 @dataclass(frozen=True)
@@ -64,9 +65,28 @@ def evaluate(
         ResourceError: the device or a package is missing.
     """
     spec = (tasks if isinstance(tasks, EvalSpec) else as_spec(tasks)).changed(**settings)
-    source = open_source(parse_reference(str(model), Path.cwd()), Path.cwd())
-    fetch_weights(source, source.header_bytes)
-    return evaluate_source(source, spec, show)
+    return evaluate_all([str(model)], spec, show)[str(model)]
+
+
+def evaluate_all(
+    models: Sequence[str], spec: EvalSpec, show: Show = _silent
+) -> dict[str, Evaluation]:
+    """Several models on the same tasks, one after the other; each is opened before any is run.
+
+    Raises:
+        SourceError: a model that cannot be opened or scored.
+        Interrupted: by Ctrl-C; what is finished is in the cache.
+    """
+    opened = {name: _opened(name, Path.cwd()) for name in models}
+    found = {}
+    for name, source in opened.items():
+        fetch_weights(source, source.header_bytes)
+        found[name] = evaluate_source(source, spec, show)
+    return found
+
+
+def _opened(model: str, folder: Path) -> Source:
+    return open_source(parse_reference(model, folder), folder)
 
 
 def evaluate_source(source: Source, spec: EvalSpec, show: Show = _silent) -> Evaluation:
@@ -100,7 +120,42 @@ def evaluate_source(source: Source, spec: EvalSpec, show: Show = _silent) -> Eva
     except KeyboardInterrupt:
         hint = "The same command goes on: finished tasks are kept." if spec.cache else ""
         raise Interrupted("stopped", where=source.label, hint=hint) from None
+    finally:
+        if live is not None:
+            live.close()
     return Evaluation(source.label, digest, *words, done)
+
+
+def spec_of(eval_file: Path | None, data: Sequence[Path]) -> EvalSpec:
+    """What `--eval FILE` and `--data FILE...` ask for, together.
+
+    Raises:
+        RecipeError: a wrong evaluation file.
+        UsageError: neither is given, or two tasks have one name.
+    """
+    if eval_file is None and not data:
+        hint = "Give --data FILE for its loss, or --eval FILE for other tasks (docs/evaluate.md)."
+        raise UsageError("nothing to evaluate", hint=hint)
+    if eval_file is None:
+        return as_spec(data)
+    spec = read_eval(eval_file)
+    tasks = (*spec.tasks, *(as_spec(data).tasks if data else ()))
+    names = [task.name for task in tasks]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise UsageError(f"two tasks are called '{twice}'", hint="Give one another `name`.")
+    return replace(spec, tasks=tasks)
+
+
+def spec_for(recipe: Recipe, eval_file: Path | None, data: Sequence[Path]) -> EvalSpec | None:
+    """What flags ask for, or else the recipe's own `eval`; None where neither says anything.
+
+    Raises:
+        RecipeError: a wrong `eval` section or evaluation file, every problem with its place.
+    """
+    if eval_file is not None or data:
+        return spec_of(eval_file, data)
+    return None if recipe.eval is None else parse_eval(recipe.eval, recipe.file, recipe.folder)
 
 
 def as_spec(tasks: str | Path | Sequence[str | Path | Task]) -> EvalSpec:
@@ -150,11 +205,11 @@ def _scored(task: Task, live: LiveModel, show: Show) -> TaskResult:
     return replace(found, cost=cost)
 
 
-def write_examples(evaluations: Sequence[Evaluation], path: Path) -> None:
-    """Every example of every task and model as JSON lines."""
+def write_examples(evaluations: Iterable[tuple[str, Evaluation]], path: Path) -> None:
+    """Every example of every task and model, by the name given for it, as JSON lines."""
     with path.open("w", encoding="utf-8") as file:
-        for one in evaluations:
+        for name, one in evaluations:
             for task in one.tasks.values():
                 for example in task.examples:
-                    row = {"model": one.model, "task": task.name, **example}
+                    row = {"model": name, "task": task.name, **example}
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
+from merge_cli.errors import SourceError
 from merge_cli.evaluation.result import TaskResult
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class Task(ABC):
     """
 
     kind: ClassVar[str]
+    metrics: ClassVar[tuple[str, ...]] = ()  # their names, the primary one first; () if not known
     version: ClassVar[int] = 1  # grows when the same task would give other results
     unshared: ClassVar[frozenset[str]] = frozenset({"name", "expert"})
 
@@ -74,7 +76,12 @@ class DataTask(Task):
     data: Path = option(help="a file of rows (docs/evaluate.md)")
 
     def data_digest(self) -> str:
-        return file_digest(self.data)
+        try:
+            return file_digest(self.data)
+        except FileNotFoundError:
+            raise SourceError("no such data file", file=str(self.data)) from None
+        except OSError as error:
+            raise SourceError(f"cannot be read: {error.strerror}", file=str(self.data)) from None
 
     def sample(self, rows: Sequence[T], seed: int) -> list[T]:
         """`limit` of the rows, in their order."""

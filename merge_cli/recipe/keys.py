@@ -22,11 +22,10 @@ UNSUPPORTED = {
     "search": "search is not supported by this version",
     "objective": "objectives are not supported by this version",
     "data": "`data` belongs to a model: write it under each of `models`",
-    "eval": "evaluation in a recipe is not supported by this version",
 }
 RECIPE_KEYS = (
-    "merge_method", "base_model", "models", "slices", "parameters", "dtype", "out_dtype",
-    "seed", "tokenizer_source", "name", "metadata", "training", "coefficients", "inputs",
+    "merge_method", "base_model", "models", "slices", "parameters", "dtype", "out_dtype", "seed",
+    "tokenizer_source", "name", "metadata", "training", "coefficients", "inputs", "eval",
 )  # fmt: skip
 
 

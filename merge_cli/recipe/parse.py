@@ -71,6 +71,7 @@ class _Parser:
             coefficients=self._word(top.get("coefficients"), "coefficients"),
             inputs={k: str(v) for k, v in self._plain_mapping(top.get("inputs"), "inputs").items()},
             metadata=self._plain_mapping(metadata, "metadata"),
+            eval=top.get("eval"),
             file=self.file,
             folder=self.folder,
             places=self.places,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from merge_cli.errors import Problem
+from merge_cli.recipe.nodes import Node
 from merge_cli.recipe.reference import ModelRef
 from merge_cli.recipe.training import Data, Training
 from merge_cli.recipe.values import Parameter
@@ -49,6 +50,7 @@ class Recipe:
         training: how coefficients are learned; None leaves it to the method's defaults.
         coefficients: the file of learned coefficients that the method merges with, as written.
         inputs: model as written -> digest of its headers, in a resolved recipe: they must match.
+        eval: what to evaluate the result on, still to be read (`evaluation.parse`).
         file: the recipe as messages name it; `folder` is where its relative paths start.
         places: key path -> (line, column), for messages of later stages.
         warnings: one line for each key that is known, accepted and without effect.
@@ -68,6 +70,7 @@ class Recipe:
     training: Training | None = None
     coefficients: str | None = None
     inputs: Mapping[str, str] = field(default_factory=dict)
+    eval: Node | None = None
     file: str = ""
     folder: Path = field(default_factory=Path.cwd)
     places: Mapping[str, tuple[int, int]] = field(default_factory=dict)

@@ -7,10 +7,10 @@ has them for light and dark. Numbers come from the caller: nothing here knows wh
 from __future__ import annotations
 
 import math
-import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from html import escape
+
+from merge_cli.report.svg import box, caption, svg, text_width, titled
 
 LEVELS = 20  # steps of colour on either side of the middle: .n20 to .n1, .z0, .p1 to .p20
 MAX_LINES = 6  # more lines than page.css has colours cannot be told apart: rows of a heat map can
@@ -83,11 +83,6 @@ def matrix_axis(labels: Sequence[str]) -> Axis:
     return Axis(labels, ticks, "", step)
 
 
-def text_width(text: str) -> float:
-    """Pixels at 12 px, on the safe side; East Asian characters are twice as wide."""
-    return sum(12.0 if unicodedata.east_asian_width(char) in "WF" else 7.2 for char in text)
-
-
 def shorten(text: str, most: int = 22) -> str:
     """The start and the end of a name: versions and sizes sit at either."""
     return text if len(text) <= most else f"{text[: most // 2 - 1]}…{text[-(most - most // 2) :]}"
@@ -106,7 +101,9 @@ def heat_map(
     left = round(max(text_width(row) for row in rows)) + 12
     top = 6
     show = axis.step >= 34
-    parts = [_rest(left - 8, top + (r + 0.5) * height + 4, row, "e") for r, row in enumerate(rows)]
+    parts = [
+        caption(left - 8, top + (r + 0.5) * height + 4, row, "e") for r, row in enumerate(rows)
+    ]
     for r, row in enumerate(values):
         for c, value in enumerate(row):
             x, y = left + c * axis.step, top + r * height
@@ -116,12 +113,12 @@ def heat_map(
             if show and value is not None:
                 strong = "t hi" if abs(scale.level(value)) > _PALE else "t"
                 number = (text or scale.text)(value)
-                parts.append(_rest(x + axis.step / 2, y + height / 2 + 4, number, strong))
+                parts.append(caption(x + axis.step / 2, y + height / 2 + 4, number, strong))
     bottom = top + len(rows) * height
     parts.append(_x_axis(axis, left, bottom))
     key, key_width = _colour_key(scale, left, bottom + 32)
     width = max(left + axis.step * len(axis.names), left + key_width) + 8
-    return _svg(title, width, bottom + 58, [*parts, key])
+    return svg(title, width, bottom + 58, [*parts, key])
 
 
 def lines(title: str, axis: Axis, series: Sequence[Series], text: Format, unit: str) -> str:
@@ -144,7 +141,7 @@ def lines(title: str, axis: Axis, series: Sequence[Series], text: Format, unit: 
                 parts.append(_mark(point, one.style, title, 0.7 if axis.step < 16 else 1))
     width = max(left + axis.step * len(axis.names) + 12, 330)
     keys, end = _line_key(series, left, bottom + 44, width)
-    return _svg(title, width, end, [*parts, keys])
+    return svg(title, width, end, [*parts, keys])
 
 
 def bars(title: str, axis: Axis, values: Values, text: Format, unit: str, mean: float) -> str:
@@ -158,12 +155,12 @@ def bars(title: str, axis: Axis, values: Values, text: Format, unit: str, mean: 
     for i, value in enumerate(values):
         if value is not None:
             y = bottom - value / limit * (bottom - top)
-            shape = _box(left + i * axis.step + gap / 2, y, axis.step - gap, bottom - y)
-            parts.append(_titled(shape, "bar", f"{axis.names[i]}: {text(value)}"))
+            shape = box(left + i * axis.step + gap / 2, y, axis.step - gap, bottom - y)
+            parts.append(titled(shape, "bar", f"{axis.names[i]}: {text(value)}"))
     y = bottom - mean / limit * (bottom - top)
     right = left + axis.step * len(axis.names)
     parts += [f'<path class="mean" d="M{left} {y:.4g}H{right:g}"/>', _x_axis(axis, left, bottom)]
-    return _svg(title, max(right + 12, 330), bottom + 26, parts)
+    return svg(title, max(right + 12, 330), bottom + 26, parts)
 
 
 def side_bars(title: str, rows: Sequence[tuple[str, float | None, str]]) -> str:
@@ -173,42 +170,20 @@ def side_bars(title: str, rows: Sequence[tuple[str, float | None, str]]) -> str:
     parts = []
     for i, (label, length, text) in enumerate(rows):
         y, size = 6 + i * 26, (length or 0.0) / longest * 150
-        parts.append(_rest(left - 8, y + 14, label, "e"))
-        parts.append(_titled(_box(left, y + 2, max(size, 1), 16), "bar", f"{label}: {text}"))
-        parts.append(_rest(left + size + 7, y + 14, text, "num"))
+        parts.append(caption(left - 8, y + 14, label, "e"))
+        parts.append(titled(box(left, y + 2, max(size, 1), 16), "bar", f"{label}: {text}"))
+        parts.append(caption(left + size + 7, y + 14, text, "num"))
     width = left + 165 + max(text_width(text) for _, _, text in rows)
-    return _svg(title, width, 8 + 26 * len(rows), parts)
-
-
-def _svg(title: str, width: float, height: float, parts: Sequence[str]) -> str:
-    """Shrinks to four fifths on narrow screens, where its text stays readable; then it scrolls."""
-    return (
-        f'<svg role="img" viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}" '
-        f'style="min-width:{0.8 * width:.0f}px"><title>{escape(title)}</title>'
-        f"{''.join(parts)}</svg>"
-    )
-
-
-def _rest(x: float, y: float, text: str, style: str) -> str:
-    of_class = f' class="{style}"' if style else ""
-    return f'<text{of_class} x="{x:.1f}" y="{y:.1f}">{escape(text)}</text>'
-
-
-def _box(x: float, y: float, width: float, height: float) -> str:
-    return f"M{x:.1f} {y:.1f}h{width:.1f}v{height:.1f}h{-width:.1f}z"
-
-
-def _titled(shape: str, style: str, title: str, more: str = "") -> str:
-    return f'<path class="{style}" d="{shape}"{more}><title>{escape(title)}</title></path>'
+    return svg(title, width, 8 + 26 * len(rows), parts)
 
 
 def _cell(
     x: float, y: float, width: float, height: float, value: float | None, scale: Scale, name: str
 ) -> str:
     if value is None:
-        return _titled(_box(x, y, width - 1, height - 1), "none", f"{name}: no data")
-    return _titled(
-        _box(x, y, width - 1, height - 1),
+        return titled(box(x, y, width - 1, height - 1), "none", f"{name}: no data")
+    return titled(
+        box(x, y, width - 1, height - 1),
         _colour(scale.level(value)),
         f"{name}: {scale.text(value)}",
     )
@@ -223,14 +198,14 @@ def _colour_key(scale: Scale, x: float, y: float) -> tuple[str, float]:
     low, high = scale.level(scale.ticks[0]), scale.level(scale.ticks[-1])
     wide = 6 if low < 0 else 10
     parts = [
-        f'<path class="{_colour(level)}" d="{_box(x + i * wide, y, wide, 9)}"/>'
+        f'<path class="{_colour(level)}" d="{box(x + i * wide, y, wide, 9)}"/>'
         for i, level in enumerate(range(low, high + 1))
     ]
     for tick in scale.ticks:
         at = x + (LEVELS * scale.share(tick) - low + 0.5) * wide
-        parts.append(_rest(at, y + 22, scale.text(tick), "m num"))
+        parts.append(caption(at, y + 22, scale.text(tick), "m num"))
     end = (high - low + 1) * wide + 14
-    parts.append(_rest(x + end, y + 9, scale.unit, ""))
+    parts.append(caption(x + end, y + 9, scale.unit, ""))
     return "".join(parts), end + text_width(scale.unit)
 
 
@@ -243,7 +218,7 @@ def _line_key(series: Sequence[Series], left: float, y: float, width: float) -> 
             x, y = left, y + 20
         parts.append(f'<path class="line s-{one.style}" d="M{x:.0f} {y - 4:.0f}h20"/>')
         parts.append(_mark((x + 10, y - 4), one.style, one.name))
-        parts.append(_rest(x + 26, y, one.name, ""))
+        parts.append(caption(x + 26, y, one.name, ""))
         x += size + 10
     return "".join(parts), y + 10
 
@@ -252,7 +227,7 @@ def _mark(point: tuple[float, float], style: int | str, title: str, size: float 
     shape = _MARKS[style] if isinstance(style, int) else _MARKS[0]
     scaled = "" if size == 1 else f"scale({size:g})"
     at = f' transform="translate({point[0]:.1f} {point[1]:.1f}){scaled}"'
-    return _titled(shape, f"mark s-{style}", title, at)
+    return titled(shape, f"mark s-{style}", title, at)
 
 
 def _path(points: Sequence[tuple[float, float] | None]) -> str:
@@ -267,12 +242,12 @@ def _path(points: Sequence[tuple[float, float] | None]) -> str:
 
 def _x_axis(axis: Axis, left: float, y: float) -> str:
     parts = [
-        _rest(left + (i + 0.5) * axis.step, y + 17, tick, "m num")
+        caption(left + (i + 0.5) * axis.step, y + 17, tick, "m num")
         for i, tick in enumerate(axis.ticks)
         if tick
     ]
     if axis.label:
-        parts.append(_rest(left - 8, y + 17, axis.label, "e num"))
+        parts.append(caption(left - 8, y + 17, axis.label, "e num"))
     return "".join(parts)
 
 
@@ -285,9 +260,9 @@ def _y_axis(
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * 0.999)
     count = math.ceil(highest / step - 1e-9)
-    parts = [_rest(left, top - 14, unit, "")]
+    parts = [caption(left, top - 14, unit, "")]
     for i in range(count + 1):
         y = bottom - i / count * (bottom - top)
         parts.append(f'<path class="grid" d="M{left} {y:.1f}h{axis.step * len(axis.names):.0f}"/>')
-        parts.append(_rest(left - 8, y + 4, text(i * step), "e num"))
+        parts.append(caption(left - 8, y + 4, text(i * step), "e num"))
     return step * count, "".join(parts)

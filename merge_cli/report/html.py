@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
-from importlib import resources
 from typing import Any
 
 from merge_cli.report import charts
-from merge_cli.report.elements import MAX_ROWS, figure, section, table
+from merge_cli.report.elements import MAX_ROWS, figure, page, section, table
 from merge_cli.report.relations import Json, View, pairs_of, view_of
 from merge_cli.report.sections import alike, conflict, conflict_of, groups, kept, sizes
 from merge_cli.report.training import learned
@@ -34,7 +33,6 @@ _NO_STATISTICS = "No statistics were measured: there are no norms, cosines or si
 def render_html(report: Json) -> str:
     """The page of a report with the content of merge_report.json (docs/report.md)."""
     view = view_of(report["statistics"])
-    style = resources.files("merge_cli.report").joinpath("page.css").read_text(encoding="utf-8")
     if view is None:
         relations = [section("How the sources relate", "", _NO_STATISTICS)]
     else:
@@ -48,15 +46,7 @@ def render_html(report: Json) -> str:
         _provenance(report),
         _tensors(report["tensors"], report["statistics"]),
     ]
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta http-equiv="Content-Security-Policy" '
-        "content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
-        f"<title>{escape(_title(report))}</title>\n<style>\n{style}</style>\n</head>\n<body>\n"
-        + "\n".join(body)
-        + "\n</body>\n</html>\n"
-    )
+    return page(_title(report), body)
 
 
 def _title(report: Json) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 from merge_cli.report import charts
 from merge_cli.report.charts import Axis, Scale, Values
 from merge_cli.report.elements import figure
+from merge_cli.report.svg import text_width
 from merge_cli.report.words import mean, or_dash, percent
 
 Json = Mapping[str, Any]
@@ -102,7 +103,7 @@ def pair_rows(view: View, field: str) -> dict[str, Values]:
     if size <= _MAX_PAIR_SOURCES:
         pairs = [(i, j) for i in range(size) for j in range(i + 1, size)]
         names = [f"{view.labels[i]} – {view.labels[j]}" for i, j in pairs]
-        if max(map(charts.text_width, names)) > 230:  # the numbers that the matrix explains
+        if max(map(text_width, names)) > 230:  # the numbers that the matrix explains
             names = [f"{i + 1} – {j + 1}" for i, j in pairs]
         return {name: view.column(field, *at) for name, at in zip(names, pairs, strict=True)}
     for i, label in enumerate(view.labels):

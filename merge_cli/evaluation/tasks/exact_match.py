@@ -19,6 +19,7 @@ class ExactMatch(DataTask):
     """Greedy generation after `prompt`; right is `answer`, or what `completion` says."""
 
     kind = "exact_match"
+    metrics = ("exact_match",)
 
     extract: str = option(
         "", "regular expression of an answer; its first group, or all; default the whole text"

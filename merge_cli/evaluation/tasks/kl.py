@@ -23,6 +23,7 @@ class KL(DataTask):
     """KL(teacher ‖ model) over the whole vocabulary, in nats per token; both models are loaded."""
 
     kind = "kl"
+    metrics = ("kl", "agreement")
 
     teacher: str = option(help="the model to imitate: a folder or a Hub id")
     folder: Path = option(Path(), "where the teacher's relative path starts")
@@ -78,10 +79,14 @@ class KL(DataTask):
             batch_tokens=live.batch_tokens,
             seed=live.seed,
         )
-        if teacher.vocabulary != live.vocabulary or (
-            teacher.tokenizer.get_vocab() != live.tokenizer.get_vocab()
-        ):
-            what = f"the teacher {self.teacher} has another vocabulary ({teacher.vocabulary:,} "
-            what += f"entries against {live.vocabulary:,}): their predictions cannot be compared"
-            raise SourceError(what, model=live.label, hint="Use a loss, with its bits per byte.")
-        yield teacher
+        try:
+            if teacher.vocabulary != live.vocabulary or (
+                teacher.tokenizer.get_vocab() != live.tokenizer.get_vocab()
+            ):
+                what = f"the teacher {self.teacher} has another vocabulary ({teacher.vocabulary:,} "
+                what += f"entries against {live.vocabulary:,}): their predictions do not compare"
+                hint = "Use a loss, with its bits per byte."
+                raise SourceError(what, model=live.label, hint=hint)
+            yield teacher
+        finally:
+            teacher.close()

@@ -18,6 +18,7 @@ class LossTask(DataTask):
     """Negative log-likelihood of text: per token, and per byte, which compares vocabularies."""
 
     kind = "loss"
+    metrics = ("loss", "bits_per_byte")
 
     stride: int | None = option(
         None,

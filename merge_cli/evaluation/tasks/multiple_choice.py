@@ -29,6 +29,7 @@ class MultipleChoice(DataTask):
     """Rows of `prompt`, `choices` (a list), `answer` (an index from 0, a letter, or a choice)."""
 
     kind = "multiple_choice"
+    metrics = ("accuracy", "accuracy_norm", "loss")
 
     delimiter: str = option(" ", "what stands between the prompt and a choice")
 

@@ -1,0 +1,88 @@
+"""`merge-cli evaluate`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from merge_cli.cli.options import (
+    DataOption,
+    DeviceOption,
+    EvalOption,
+    GateOption,
+    JsonOption,
+    NoWorseOption,
+    QuietOption,
+    switch,
+)
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder or a Hub id.")],
+    data: DataOption = None,
+    eval_file: EvalOption = None,
+    against: Annotated[
+        list[str] | None, typer.Option(help="Another model to compare with; may be repeated.")
+    ] = None,
+    gate: GateOption = None,
+    no_worse: NoWorseOption = None,
+    examples: Annotated[
+        Path | None, typer.Option(help="Write every example's result there, as JSON lines.")
+    ] = None,
+    device: DeviceOption = "auto",
+    dtype: Annotated[
+        str | None, typer.Option(help="Of the computation: auto, float32, bfloat16, float16.")
+    ] = None,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(help="Of the weights; what is larger is read layer by layer. Default: free."),
+    ] = None,
+    max_length: Annotated[
+        int | None, typer.Option(help="Tokens of context; default the model's own.", min=2)
+    ] = None,
+    batch_tokens: Annotated[int | None, typer.Option(help="Tokens in a batch.", min=1)] = None,
+    seed: Annotated[int | None, typer.Option(help="Of samples of rows.", min=0)] = None,
+    no_cache: Annotated[bool, switch("--no-cache", "Neither look up nor keep results.")] = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Measure a model: loss, accuracy, exact match, with confidence intervals."""
+    from merge_cli import console
+    from merge_cli.evaluation.gates import check_gates, read_gates, require
+    from merge_cli.evaluation.run import evaluate_all, spec_of, write_examples
+    from merge_cli.evaluation.summary import summary
+    from merge_cli.sizes import parse_size
+
+    spec = spec_of(eval_file, data or []).changed(
+        device=device,
+        dtype=dtype,
+        max_length=max_length,
+        batch_tokens=batch_tokens,
+        seed=seed,
+        memory=parse_size(max_memory, "--max-memory") if max_memory else None,
+        cache=False if no_cache else None,
+    )
+    gates = read_gates(gate or [], no_worse or [], spec.tasks)
+    screen = console.Screen(quiet=quiet)
+    others = against or []
+    wanted = {g.reference: _meant(g.reference, others) for g in gates if g.reference}
+    names = list(dict.fromkeys([model, *others, *wanted.values()]))
+    with screen.steps() as show:
+        found = evaluate_all(names, spec, show)
+    if examples is not None:
+        write_examples(found.items(), examples)
+    rows = summary(list(found.values()))
+    if as_json:
+        print(json.dumps(rows, ensure_ascii=False))
+    else:
+        screen.evaluations(rows)
+    references = {name: found[meant] for name, meant in wanted.items()}
+    require({model: check_gates(gates, found[model], references)})
+
+
+def _meant(name: str, others: list[str]) -> str:
+    """`base` means the model given as `--against zoo/base`, where there is one."""
+    return next((o for o in others if name in (o, Path(o).name)), name)

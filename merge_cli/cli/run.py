@@ -1,0 +1,196 @@
+"""`merge-cli run` and `merge-cli plan`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from merge_cli.cli.options import (
+    AllOption,
+    DataOption,
+    DeviceOption,
+    EvalOption,
+    GateOption,
+    JsonOption,
+    MemoryOption,
+    NoWorseOption,
+    QuietOption,
+    RecipeArgument,
+    SeedOption,
+    ShardOption,
+    ThreadsOption,
+    mergekit,
+    switch,
+    unneeded,
+)
+from merge_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from merge_cli.evaluation.trial import Trial
+    from merge_cli.recipe.schema import Recipe
+
+
+def run(
+    recipe: RecipeArgument,
+    out: Annotated[Path | None, typer.Argument(metavar="OUT", help="The folder to write.")] = None,
+    device: DeviceOption = "auto",
+    threads: ThreadsOption = None,
+    max_memory: MemoryOption = "1.25GB",
+    shard_size: ShardOption = "5GB",
+    seed: SeedOption = None,
+    overwrite: Annotated[bool, switch("--overwrite", "Replace an existing OUT.")] = False,
+    fresh: Annotated[bool, switch("--fresh", "Do not resume an interrupted run.")] = False,
+    dry_run: Annotated[bool, switch("--dry-run", "Show the plan and stop.")] = False,
+    no_stats: Annotated[bool, switch("--no-stats", "Do not measure the sources.")] = False,
+    fsync: Annotated[bool, switch("--fsync", "Wait for the disk before publishing.")] = False,
+    allow_non_finite: Annotated[
+        bool, switch("--allow-non-finite", "Merge NaN and Inf as they are.")
+    ] = False,
+    trust_remote_code: Annotated[
+        bool, switch("--trust-remote-code", "Copy the donor's Python files; nothing is run.")
+    ] = False,
+    require_improvement: Annotated[
+        bool, switch("--require-improvement", "Fail if learning beats no static merge.")
+    ] = False,
+    eval_file: EvalOption = None,
+    data: DataOption = None,
+    gate: GateOption = None,
+    no_worse: NoWorseOption = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    cuda: Annotated[bool, mergekit("The same as --device cuda.", "--cuda", "--gpu-rich")] = False,
+    out_shard_size: Annotated[
+        str | None, mergekit("--shard-size in parameters (5B).", "--out-shard-size")
+    ] = None,
+    copy_tokenizer: Annotated[
+        bool, mergekit("Copy the tokenizer.", "--copy-tokenizer/--no-copy-tokenizer")
+    ] = True,
+    lazy_unpickle: Annotated[bool, unneeded("lazy-unpickle")] = False,
+    allow_crimes: Annotated[bool, unneeded("allow-crimes")] = False,
+    low_cpu_memory: Annotated[bool, unneeded("low-cpu-memory")] = False,
+    read_to_gpu: Annotated[bool, unneeded("read-to-gpu")] = False,
+    multi_gpu: Annotated[bool, unneeded("multi-gpu")] = False,
+    async_write: Annotated[bool, unneeded("async-write")] = False,
+    clone_tensors: Annotated[bool, unneeded("clone-tensors")] = False,
+    safe_serialization: Annotated[bool, unneeded("safe-serialization")] = False,
+    write_model_card: Annotated[bool, unneeded("write-model-card")] = False,
+    unsafe_truncate_embeddings: Annotated[bool, unneeded("unsafe-truncate-embeddings")] = False,
+    write_threads: Annotated[int | None, typer.Option(hidden=True)] = None,
+    transformers_cache: Annotated[str | None, typer.Option(hidden=True)] = None,
+    lora_merge_cache: Annotated[str | None, typer.Option(hidden=True)] = None,
+    lora_merge_dtype: Annotated[str | None, typer.Option(hidden=True)] = None,
+    verbose: Annotated[int, typer.Option("--verbose", "-v", count=True, hidden=True)] = 0,
+) -> None:
+    """Merge: the whole job, from a recipe to a model with a report."""
+    from merge_cli import console, mergekit_flags
+    from merge_cli.engine.planner import load_recipe
+    from merge_cli.sizes import parse_size
+
+    given = dict(locals())
+    if out is None and not dry_run:
+        raise UsageError("where to? OUT is missing", hint="merge-cli run RECIPE OUT")
+    if cuda and device not in ("auto", "cuda"):
+        raise UsageError(f"--cuda and --device {device} contradict each other")
+    lines = mergekit_flags.answers(given)
+    shard_bytes = parse_size(shard_size, "--shard-size")
+    if out_shard_size is not None:
+        shard_bytes, line = mergekit_flags.shard_bytes(out_shard_size)
+        lines += [line] if line else []
+    memory = parse_size(max_memory, "--max-memory")
+    loaded = load_recipe(recipe)
+    if seed is not None:
+        loaded = loaded.with_seed(seed)
+    screen = console.Screen(quiet=quiet)
+    screen.notes([*lines, *loaded.warnings])
+
+    from merge_cli.api import merge
+    from merge_cli.engine.merge import check_target
+    from merge_cli.engine.options import MergeOptions
+    from merge_cli.engine.planner import make_plan
+
+    trial = _trial(loaded, eval_file, data or [], gate or [], no_worse or [], device)
+    plan = make_plan(loaded, shard_size=shard_bytes)
+    if trial is not None:
+        trial.check(plan)
+    options = MergeOptions(
+        device="cuda" if cuda else device,
+        threads=threads,
+        max_memory=memory,
+        overwrite=overwrite,
+        fresh=fresh,
+        statistics=not no_stats,
+        fsync=fsync,
+        allow_non_finite=allow_non_finite,
+        trust_remote_code=trust_remote_code,
+        copy_tokenizer=copy_tokenizer,
+    )
+    if dry_run or out is None:
+        if out is not None:
+            check_target(plan, out, options)
+        screen.plan(plan, options, every=False, as_json=as_json)
+        return
+    screen.notes([*plan.notes])
+    with screen.progress() as show:
+        result = merge(
+            plan, out, shard_size=shard_bytes, options=options, show=show,
+            require_improvement=require_improvement,
+        )  # fmt: skip
+    if not result.report:  # one of several processes that trained; the first one goes on
+        return
+    if trial is None:
+        screen.result(result, out, as_json=as_json)
+        return
+    if not as_json:
+        screen.result(result, out)
+    with screen.steps() as show_step:
+        models = trial.run(plan, result.path, show_step)
+    if as_json:
+        print(json.dumps({**result.report, "evaluation": models}, ensure_ascii=False))
+    else:
+        screen.evaluations(models)
+    trial.require()
+
+
+def _trial(
+    recipe: Recipe, eval_file: Path | None, data: list[Path], gate: list[str], no_worse: list[str],
+    device: str,
+) -> Trial | None:  # fmt: skip
+    """What the result is to be evaluated on; None where nothing asks for it."""
+    if not (eval_file or data or gate or no_worse or recipe.eval):
+        return None
+    from merge_cli.evaluation.run import spec_for
+    from merge_cli.evaluation.trial import Trial
+
+    spec = spec_for(recipe, eval_file, data)
+    if spec is None:
+        hint = "Say on what: --data FILE, --eval FILE, or `eval:` in the recipe."
+        raise UsageError("a gate needs something to measure", hint=hint)
+    return Trial(spec.changed(device=device), gate, no_worse)
+
+
+def plan(
+    recipe: RecipeArgument,
+    shard_size: ShardOption = "5GB",
+    device: DeviceOption = "auto",
+    max_memory: MemoryOption = "1.25GB",
+    threads: ThreadsOption = None,
+    every: AllOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what a merge would do, from headers alone: tensors, bytes, memory, every problem."""
+    from merge_cli import console
+    from merge_cli.engine.options import MergeOptions
+    from merge_cli.engine.planner import load_recipe, make_plan
+    from merge_cli.sizes import parse_size
+
+    screen = console.Screen()
+    shard_bytes = parse_size(shard_size, "--shard-size")
+    memory = parse_size(max_memory, "--max-memory")
+    loaded = load_recipe(recipe)
+    screen.notes(loaded.warnings)
+    decided = make_plan(loaded, shard_size=shard_bytes)
+    options = MergeOptions(device=device, threads=threads, max_memory=memory)
+    screen.plan(decided, options, every=every, as_json=as_json)

@@ -1,0 +1,113 @@
+"""What a merge costs, measured: the command runs as a process of its own.
+
+So that its wall time and peak memory are those that its user would see, and nothing that another
+merge or an evaluation left in memory counts. Every attempt is noted in a file: a merge that was
+interrupted and resumed costs the sum of its attempts.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from merge_cli.comparison.energy import Meter
+from merge_cli.errors import Interrupted, MergeCliError
+
+
+@dataclass(frozen=True)
+class MergeCost:
+    """What it took to make a merge.
+
+    Attributes:
+        seconds: wall time of the command, all attempts together.
+        tokens, forward_passes, backward_passes: of a method that learns or searches; 0 otherwise.
+        peak_rss, peak_vram: bytes; the GPU's is None on a CPU.
+        joules: what the machine's meters say, or None where it has none that may be read.
+    """
+
+    seconds: float
+    tokens: int
+    forward_passes: int
+    backward_passes: int
+    peak_rss: int
+    peak_vram: int | None
+    joules: float | None
+
+
+class Ledger:
+    """The attempts so far, in DIR/costs.jsonl."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._attempts: list[dict[str, Any]] = []
+        if path.exists():
+            lines = path.read_text(encoding="utf-8").splitlines()
+            self._attempts = [json.loads(line) for line in lines if line.endswith("}")]
+
+    def note(self, merge: str, seconds: float, joules: float | None, *, done: bool) -> None:
+        """Add one attempt at a merge."""
+        attempt = {"merge": merge, "seconds": round(seconds, 3), "joules": joules, "done": done}
+        self._attempts.append(attempt)
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(attempt) + "\n")
+
+    def forget(self, merge: str) -> None:
+        """The merge starts over: what was spent on it before counts no longer."""
+        kept = [attempt for attempt in self._attempts if attempt["merge"] != merge]
+        if len(kept) < len(self._attempts):
+            self._attempts = kept
+            text = "".join(json.dumps(attempt) + "\n" for attempt in kept)
+            self._path.write_text(text, encoding="utf-8")
+
+    def cost(self, merge: str, folder: Path) -> MergeCost:
+        """What a finished merge has taken, from its attempts and its report."""
+        own = [attempt for attempt in self._attempts if attempt["merge"] == merge]
+        report = json.loads((folder / "merge_report.json").read_text(encoding="utf-8"))["cost"]
+        energies = [attempt["joules"] for attempt in own]
+        known = bool(energies) and None not in energies
+        return MergeCost(
+            # Without a note (somebody removed the file), the loop's own time is what is known.
+            seconds=sum(a["seconds"] for a in own) if own else report["seconds"],
+            tokens=report.get("tokens", 0),
+            forward_passes=report.get("forward_passes", 0),
+            backward_passes=report.get("backward_passes", 0),
+            peak_rss=report["peak_rss"],
+            peak_vram=report["peak_vram"],
+            joules=sum(energies) if known else None,
+        )
+
+
+def run_merge(recipe: Path, out: Path, options: Sequence[str], ledger: Ledger) -> None:
+    """`merge-cli run RECIPE OUT`, its progress on our stderr.
+
+    Raises:
+        Interrupted: by Ctrl-C or SIGTERM; the merge has closed its journal.
+        MergeCliError: it failed; it has said why, and the exit code is its.
+    """
+    if not (out.exists() or out.with_name(f"{out.name}.partial").exists()):
+        ledger.forget(out.name)
+    command = [sys.executable, "-m", "merge_cli", "run", str(recipe), str(out), "--json", *options]
+    meter, began = Meter(), time.monotonic()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:
+        # In a terminal it was told, too; from a batch system only we were.
+        process.send_signal(signal.SIGINT)
+        code = 130
+        process.wait()
+    done = code == 0 and out.exists()
+    ledger.note(out.name, time.monotonic() - began, meter.joules(), done=done)
+    if code == 130:
+        raise Interrupted("stopped", where=str(recipe))
+    if not done:
+        error = MergeCliError("the merge failed, as said above", where=str(recipe))
+        error.exit_code = code if 0 < code < 128 else 1
+        raise error

@@ -1,0 +1,77 @@
+"""Evaluations as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+Json = Mapping[str, Any]
+
+
+def print_evaluations(console: Console, models: Sequence[Json]) -> None:
+    """A row for each metric of each task, models one below the other.
+
+    Args:
+        models: what `evaluation.summary` returns; the first is compared with the others.
+    """
+    several = len(models) > 1
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("task", "metric", *(["model"] if several else [])):
+        table.add_column(name, overflow="fold")
+    table.add_column("value", justify="right")
+    table.add_column("95 % interval", justify="right")
+    if several:
+        table.add_column(f"{escape(models[0]['model'])} minus it", justify="right")
+        table.add_column("95 % interval", justify="right")
+        table.add_column("")
+    table.add_column("unit")
+    table.add_column("examples", justify="right")
+    for name, task in models[0]["tasks"].items():
+        for metric in task["metrics"]:
+            for i, model in enumerate(models):
+                row = model["tasks"][name]["metrics"][metric]
+                label = [escape(model["model"])] if several else []
+                cells = [_number(row["value"]), _ends(row["interval"])]
+                if several:
+                    cells += _difference(row)
+                start = [name, metric] if i == 0 else ["", ""]
+                ends = [row["unit"], str(task["examples"])] if i == 0 else ["", ""]
+                table.add_row(*map(escape, start), *label, *cells, *ends)
+    console.print(table)
+    cached = sum(task["cached"] for model in models for task in model["tasks"].values())
+    costs = [task["cost"] for model in models for task in model["tasks"].values()]
+    tokens, seconds = (sum(cost[key] for cost in costs) for key in ("tokens", "seconds"))
+    known = f"; {cached} of {len(costs)} results were known" if cached else ""
+    console.print(
+        f"[dim]{tokens:,} tokens in {seconds:.1f} s, {models[0]['dtype']}, "
+        f"{models[0]['device']}{known}[/dim]"
+    )
+
+
+def _difference(row: Json) -> list[str]:
+    """Of the first model to this one, its interval, and what that says."""
+    if "difference" not in row:
+        return ["", "", ""]
+    ends, better = row["difference_interval"], row["better"]
+    verdict = ""
+    if ends is not None:
+        # The first model's value minus this one's.
+        if ends[0] <= 0 <= ends[1]:
+            verdict = "[dim]no difference seen[/dim]"
+        elif (ends[1] < 0) == (better == "lower"):
+            verdict = "[green]better[/green]"
+        else:
+            verdict = "[red]worse[/red]"
+    return [_number(row["difference"], "+"), _ends(ends, "+"), verdict]
+
+
+def _number(value: float, sign: str = "") -> str:
+    return f"{value:{sign}.4g}".replace("-", "−")
+
+
+def _ends(ends: Sequence[float] | None, sign: str = "") -> str:
+    return "–" if ends is None else f"{_number(ends[0], sign)} … {_number(ends[1], sign)}"

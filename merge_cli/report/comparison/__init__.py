@@ -1,0 +1,1 @@
+"""A comparison written down: JSON, Markdown, CSV, one HTML page."""

@@ -1,0 +1,298 @@
+"""Every kind of task against a naive loop or another program, and what a user gets wrong."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import merge_cli
+from merge_cli.errors import RecipeError, SourceError
+from merge_cli.evaluation.forward import windows
+from merge_cli.evaluation.parse import read_eval
+from merge_cli.evaluation.spec import EvalSpec
+from merge_cli.evaluation.tasks.exact_match import ExactMatch
+from merge_cli.evaluation.tasks.harness import Harness
+from merge_cli.evaluation.tasks.kl import KL
+from merge_cli.evaluation.tasks.loss import LossTask
+from merge_cli.evaluation.tasks.multiple_choice import MultipleChoice
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+QUESTIONS = [
+    ("def add(a, b):\n    return a", ["+ b", "- b", "* b", "b"], 0),
+    ("Question: Of 92 pens, 22 are broken. How many pens are not broken?\nAnswer:",
+     ["70", "72", "114", "7"], 0),
+    ("日本語の", ["文章です", "pens", "return", "x"], 1),
+    ("The opposite of hot is ", ["cold", "warm", "a very long answer that nobody gives"], 0),
+    ("import", ["numpy as np", "banana", "os"], 2),
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MERGE_CLI_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def load_naively(model: Path) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    net = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    return net, AutoTokenizer.from_pretrained(model)
+
+
+def log_probabilities(net: Any, ids: Sequence[int]) -> torch.Tensor:
+    with torch.inference_mode():
+        return net(torch.tensor([list(ids)])).logits[0].double().log_softmax(-1)
+
+
+def test_a_long_row_counts_each_token_once_with_its_context() -> None:
+    for size in (2, 5, 16, 17, 40, 41, 100):
+        for first in (1, 3, size - 1):
+            seen = []
+            for window in windows(0, list(range(size)), max(first, 1), length=16, stride=8):
+                assert len(window.ids) <= 16
+                assert window.first >= 1, "the first token of a window has nothing before it"
+                counted = window.ids[window.first :]
+                assert min(len(window.ids), 8) <= 16
+                seen += counted
+            assert seen == list(range(max(first, 1), size))
+
+
+def test_loss_does_not_depend_on_batches(zoo: Path) -> None:
+    data = zoo / "data" / "math.val.jsonl"
+    task = LossTask(name="math", data=data, limit=30)
+    whole = merge_cli.evaluate(zoo / "base", [task], cache=False)["math"]["loss"]
+    small = merge_cli.evaluate(zoo / "base", [task], cache=False, batch_tokens=100)["math"]["loss"]
+    assert small.parts == pytest.approx(whole.parts, rel=1e-5)
+    assert small.weights == whole.weights
+
+
+def test_a_text_longer_than_the_context_is_scored_in_strides(zoo: Path, tmp_path: Path) -> None:
+    text = " ".join(str(i) for i in range(200))
+    path = tmp_path / "long.txt"
+    path.write_text(text)
+    task = LossTask(name="long", data=path, stride=16)
+    found = merge_cli.evaluate(zoo / "base", [task], max_length=64)["long"]["loss"]
+    net, tokenizer = load_naively(zoo / "base")
+    start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+    ids = start + tokenizer.encode(text, add_special_tokens=False)
+    nats, first = 0.0, 1
+    while first < len(ids):  # each token sees at least 48 before it
+        end = min(len(ids), max(64, first + 16))
+        begin = max(0, end - 64)
+        rows = log_probabilities(net, ids[begin:end])
+        nats -= sum(float(rows[i - begin - 1, ids[i]]) for i in range(first, end))
+        first = end
+    assert found.parts[0] == pytest.approx(nats, rel=1e-5)
+    assert found.weights[0] == len(ids) - 1
+
+
+def test_kl_is_the_naive_one(zoo: Path, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "rows.jsonl", [
+        {"text": "def add(a, b):\n    return a + b\n"},
+        {"prompt": "3 + 4 =", "completion": " 7. Answer: 7"},
+    ])  # fmt: skip
+    task = KL(name="kl", data=data, teacher=str(zoo / "math"))
+    found = merge_cli.evaluate(zoo / "base", [task])["kl"]
+    (net, tokenizer), (teacher, _) = load_naively(zoo / "base"), load_naively(zoo / "math")
+    for row, example in zip(map(json.loads, data.read_text().splitlines()), found.examples,
+                            strict=True):  # fmt: skip
+        start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+        before = start + tokenizer.encode(row.get("prompt", ""), add_special_tokens=False)
+        text = row.get("completion") or row["text"]
+        ids = before + tokenizer.encode(text, add_special_tokens=False)
+        p, q = log_probabilities(teacher, ids), log_probabilities(net, ids)
+        first = max(1, len(before))
+        naive = sum(
+            float((p[i].exp() * (p[i] - q[i])).sum()) for i in range(first - 1, len(ids) - 1)
+        )
+        assert example["kl"] == pytest.approx(naive, rel=1e-4)
+        assert example["tokens"] == len(ids) - first
+    assert found.value > 0
+    same = merge_cli.evaluate(zoo / "math", [task])["kl"]
+    assert same.value == pytest.approx(0, abs=1e-7)
+    assert same["agreement"].value == 1
+
+
+def test_multiple_choice_is_the_harnesses(zoo: Path, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    rows = [{"prompt": p, "choices": c, "answer": a} for p, c, a in QUESTIONS]
+    data = write_rows(tmp_path / "questions.jsonl", rows)
+    (tmp_path / "task").mkdir()
+    (tmp_path / "task" / "own.yaml").write_text(
+        f"task: own_questions\ndataset_path: json\n"
+        f"dataset_kwargs: {{data_files: {{test: {data}}}}}\ntest_split: test\n"
+        "output_type: multiple_choice\ndoc_to_text: prompt\ndoc_to_choice: choices\n"
+        "doc_to_target: answer\n"
+        "metric_list:\n  - {metric: acc, aggregation: mean, higher_is_better: true}\n"
+        "  - {metric: acc_norm, aggregation: mean, higher_is_better: true}\n"
+    )
+    ours = MultipleChoice(name="ours", data=data)
+    theirs = Harness(name="theirs", lm_eval="own_questions", include=tmp_path / "task")
+    for model in ("base", "math"):
+        found = merge_cli.evaluate(zoo / model, [ours, theirs])
+        assert found["ours"]["accuracy"].parts == found["theirs"]["acc"].parts
+        assert found["ours"]["accuracy_norm"].parts == found["theirs"]["acc_norm"].parts
+        for a, b in zip(found["ours"].examples, found["theirs"].examples, strict=True):
+            other = [float(pair[0]) for pair in b["responses"]]
+            assert a["log_likelihoods"] == pytest.approx(other, rel=1e-4)
+    assert {0.0, 1.0} == set(found["ours"]["accuracy"].parts), "all right or all wrong shows little"
+
+
+def test_exact_match_writes_what_generate_writes(zoo: Path, tmp_path: Path) -> None:
+    lines = (zoo / "data" / "math.val.jsonl").read_text(encoding="utf-8").splitlines()[:12]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("\n".join(lines))
+    task = ExactMatch(name="maths", data=data, extract=r"Answer: (-?\d+)", take="last",
+                      max_new_tokens=40)  # fmt: skip
+    found = merge_cli.evaluate(zoo / "math", [task], batch_tokens=300)["maths"]
+    net, tokenizer = load_naively(zoo / "math")
+    for line, example in zip(lines, found.examples, strict=True):
+        row = json.loads(line)
+        start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+        ids = start + tokenizer.encode(row["prompt"], add_special_tokens=False)
+        written: list[int] = []
+        while len(written) < 40:
+            token = int(log_probabilities(net, ids + written)[-1].argmax())
+            written.append(token)
+            if token == net.config.eos_token_id:
+                break
+        assert example["text"] == tokenizer.decode(written, skip_special_tokens=True)
+        assert example["answer"] == row["completion"].rpartition("Answer: ")[2]
+        assert example["correct"] == (example["found"] == example["answer"])
+
+
+def test_what_an_answer_is() -> None:
+    def answer(text: str, **options: Any) -> str | None:
+        return ExactMatch(name="x", data=Path("x"), **options).answer(text)
+
+    assert answer(" 42 \n") == "42"
+    assert answer("1 then 2", extract=r"\d") == "1"
+    assert answer("1 then 2", extract=r"\d", take="last") == "2"
+    assert answer("Answer: 7", extract=r"Answer: (\d+)") == "7"
+    assert answer("7\n\n8", stop=("\n\n",)) == "7"
+    assert answer("nothing", extract=r"\d") is None
+
+
+def test_a_model_larger_than_memory_is_read_layer_by_layer(zoo: Path) -> None:
+    pytest.importorskip("accelerate")
+    task = LossTask(name="math", data=zoo / "data" / "math.val.jsonl", limit=5)
+    whole = merge_cli.evaluate(zoo / "base", [task], cache=False)
+    parts = merge_cli.evaluate(zoo / "base", [task], cache=False, memory=8_000_000)
+    assert "layer by layer" in parts.device
+    assert parts["math"]["loss"].parts == pytest.approx(whole["math"]["loss"].parts, rel=1e-6)
+
+
+def test_results_are_remembered_by_content(zoo: Path, tmp_path: Path, own_cache: Path) -> None:
+    data = write_rows(tmp_path / "a.jsonl", [{"text": "some text to read"}])
+    first = merge_cli.evaluate(zoo / "base", data)
+    copy = tmp_path / "b.jsonl"
+    copy.write_bytes(data.read_bytes())
+    again = merge_cli.evaluate(zoo / "base", copy)
+    assert not first["a"].cached
+    assert again["b"].cached, "the same data under another name is the same task"
+    assert again["b"].value == first["a"].value
+    assert not merge_cli.evaluate(zoo / "math", copy)["b"].cached
+    assert not merge_cli.evaluate(zoo / "base", copy, max_length=16)["b"].cached
+    write_rows(copy, [{"text": "another text to read"}])
+    assert not merge_cli.evaluate(zoo / "base", copy)["b"].cached
+    for broken in own_cache.glob("evaluations/*/*.json"):
+        broken.write_text("{")
+    assert not merge_cli.evaluate(zoo / "base", data)["a"].cached
+
+
+def test_samples_are_seeded(zoo: Path) -> None:
+    task = LossTask(name="math", data=zoo / "data" / "math.val.jsonl", limit=3)
+
+    def lines(seed: int) -> list[int]:
+        found = merge_cli.evaluate(zoo / "base", [task], seed=seed)
+        return [example["line"] for example in found["math"].examples]
+
+    assert lines(1) == lines(1)
+    assert lines(1) != lines(2)
+
+
+EVAL = """\
+tasks:
+  - {task: loss, data: math.jsonl}
+  - {task: multiple_choise, data: math.jsonl}
+  - {task: loss, data: nowhere.jsonl, strid: 4}
+  - {task: exact_match, data: math.jsonl, max_new_tokens: 0, take: middle}
+  - {task: kl, data: math.jsonl}
+sed: 1
+limit: none
+"""
+
+
+def test_every_mistake_in_an_evaluation_file_is_told_with_its_place(tmp_path: Path) -> None:
+    write_rows(tmp_path / "math.jsonl", [{"text": "x"}])
+    path = tmp_path / "eval.yaml"
+    path.write_text(EVAL)
+    with pytest.raises(RecipeError) as caught:
+        read_eval(path)
+    text = str(caught.value)
+    for expected in (
+        "eval.yaml:3:12: tasks[1].task: unknown task 'multiple_choise'. "
+        "Did you mean 'multiple_choice'?",
+        "eval.yaml:4:39: tasks[2].strid: unknown key. Did you mean 'stride'?",
+        "no such file",
+        "tasks[3].max_new_tokens: must be at least 1 (got 0)",
+        "tasks[3].take: must be first or last (got 'middle')",
+        "tasks[4].teacher: missing",
+        "eval.yaml:7:1: sed: unknown key. Did you mean 'seed'?",
+        "limit: must be a whole number",
+    ):
+        assert expected in text, text
+
+
+def test_an_evaluation_file(tmp_path: Path) -> None:
+    write_rows(tmp_path / "math.test.jsonl", [{"text": "x"}])
+    path = tmp_path / "eval.yaml"
+    path.write_text(
+        "tasks:\n  - {task: loss, data: math.test.jsonl}\n"
+        "  - {task: loss, name: again, data: math.test.jsonl, expert: maths, limit: 2}\n"
+        "seed: 3\nlimit: 5\ndtype: bfloat16\n"
+    )
+    spec = read_eval(path)
+    assert isinstance(spec, EvalSpec)
+    assert [task.name for task in spec.tasks] == ["math", "again"]
+    assert [task.limit for task in spec.tasks] == [5, 2]
+    assert spec.tasks[1].expert == "maths"
+    assert (spec.seed, spec.dtype) == (3, "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("row", "what"),
+    [
+        ({"prompt": "x", "choices": ["a"], "answer": 0}, "at least two"),
+        ({"prompt": "x", "choices": ["a", "b"], "answer": 2}, "none of the 2 choices"),
+        ({"prompt": 3, "choices": ["a", "b"], "answer": 1}, "needs 'prompt', a text"),
+    ],
+)
+def test_wrong_questions_are_named(
+    zoo: Path, tmp_path: Path, row: dict[str, Any], what: str
+) -> None:
+    good = {"prompt": "x", "choices": ["a", "b"], "answer": "b"}
+    data = write_rows(tmp_path / "q.jsonl", [good, row])
+    with pytest.raises(SourceError, match=what) as caught:
+        merge_cli.evaluate(zoo / "base", [MultipleChoice(name="q", data=data)])
+    assert "line 2" in str(caught.value)
+
+
+def test_loss_per_byte_compares_vocabularies(zoo: Path, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "ja.jsonl", [{"text": "日本語の文章です。"}])
+    found = merge_cli.evaluate(zoo / "base", data)["ja"]
+    bits = found["bits_per_byte"]
+    assert sum(bits.weights) == len("日本語の文章です。".encode())
+    assert bits.value == pytest.approx(sum(found["loss"].parts) / math.log(2) / sum(bits.weights))
