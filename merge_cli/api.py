@@ -10,7 +10,7 @@ from typing import Any
 
 from merge_cli.comparison.result import Comparison
 from merge_cli.comparison.run import compare as compare_recipes
-from merge_cli.engine.merge import execute
+from merge_cli.engine.merge import check_target, execute
 from merge_cli.engine.options import MergeOptions, Progress
 from merge_cli.engine.outcome import Outcome
 from merge_cli.engine.plan import Plan
@@ -52,28 +52,47 @@ def merge(
     shard_size: int = DEFAULT_SHARD_SIZE,
     options: MergeOptions | None = None,
     show: Callable[[Progress], None] = lambda progress: None,
+    require_improvement: bool = False,
 ) -> MergeResult:
-    """Merge models into the folder `out`.
+    """Merge models into the folder `out`; learn the coefficients first, if the method does.
 
     Args:
         recipe: a plan, a loaded recipe, or the path of one.
         out: the folder to publish; it appears only when it is complete.
         show: told of progress.
+        require_improvement: a learned merge must beat every one that needs no training.
 
     Raises:
-        RecipeError, SourceError, MismatchError, NonFiniteError, ResourceError, Interrupted: see
-        `merge_cli.errors`. After the last four, the same call resumes.
+        RecipeError, SourceError, MismatchError, NonFiniteError, ResourceError, Interrupted,
+        GateError: see `merge_cli.errors`. After all but the first three, the same call resumes.
     """
     from merge_cli.report.write import write_reports
 
     decided = recipe if isinstance(recipe, Plan) else plan(recipe, shard_size=shard_size)
     report: dict[str, Any] = {}
     target = Path(out)
+    options = options or MergeOptions()
+    learned = None
+    if decided.learns:
+        from merge_cli.dam.run import learn, with_coefficients
+
+        check_target(decided, target, options)
+        learned = learn(
+            decided, target, options, show=show, require_improvement=require_improvement
+        )
+        if not learned.world.first:  # the first process of several merges
+            learned.world.close()
+            return MergeResult(target, {})
+        decided = make_plan(with_coefficients(decided.recipe, learned), shard_size=shard_size)
+    record = learned.record if learned is not None else None
 
     def finish(of: Plan, prints: tuple[str, ...], outcome: Outcome, folder: Path) -> None:
-        report.update(write_reports(of, prints, outcome, folder, target.absolute()))
+        report.update(write_reports(of, prints, outcome, folder, target.absolute(), record))
 
-    path = execute(decided, target, options or MergeOptions(), show=show, finish=finish)
+    path = execute(decided, target, options, show=show, finish=finish)
+    if learned is not None:
+        learned.folder.discard()
+        learned.world.close()
     if not report:  # published by a process that was killed before it could say so
         report.update(json.loads((path / "merge_report.json").read_text(encoding="utf-8")))
     return MergeResult(path, report)

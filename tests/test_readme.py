@@ -72,5 +72,14 @@ def test_every_method_has_a_row_and_a_recipe() -> None:
     for name in method_names():
         assert f"`{name}`" in README
         assert f"`{name}`" in (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
-    for name in ("soup", "task_arithmetic", "ties", "dare", "dare_ties", "slerp", "passthrough"):
+    for name in (
+        "soup",
+        "task_arithmetic",
+        "ties",
+        "dare",
+        "dare_ties",
+        "slerp",
+        "passthrough",
+        "dam",
+    ):
         assert f"merge_method: {name}\n" in recipes

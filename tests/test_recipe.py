@@ -121,7 +121,7 @@ def test_all_problems_at_once() -> None:
         ("merge_method: soup\nmodels: [a]\nslices: []", "not both"),
         ("models: [a]", "merge_method: missing"),
         ("merge_method: slerp\nmodels: [a, b, c]", "slerp takes exactly 2 models (got 3)"),
-        ("merge_method: dam\nbase_model: a\nmodels: [b]", "'dam' is not supported by this version"),
+        ("merge_method: dam\nbase_model: a\nmodels: [b]", "no model has `data:`"),
         ("&a {merge_method: *a}", "an alias that contains itself"),
     ],
 )

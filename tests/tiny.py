@@ -45,7 +45,7 @@ def write_model(
 def read_model(folder: Path) -> Tensors:
     """All tensors of a folder."""
     tensors: Tensors = {}
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in sorted(folder.glob("model*.safetensors")):
         tensors |= load_file(file)
     return tensors
 

@@ -52,6 +52,9 @@ def run(
     trust_remote_code: Annotated[
         bool, switch("--trust-remote-code", "Copy the donor's Python files; nothing is run.")
     ] = False,
+    require_improvement: Annotated[
+        bool, switch("--require-improvement", "Fail if learning beats no static merge.")
+    ] = False,
     eval_file: EvalOption = None,
     data: DataOption = None,
     gate: GateOption = None,
@@ -131,7 +134,12 @@ def run(
         return
     screen.notes([*plan.notes])
     with screen.progress() as show:
-        result = merge(plan, out, options=options, show=show)
+        result = merge(
+            plan, out, shard_size=shard_bytes, options=options, show=show,
+            require_improvement=require_improvement,
+        )  # fmt: skip
+    if not result.report:  # one of several processes that trained; the first one goes on
+        return
     if trial is None:
         screen.result(result, out, as_json=as_json)
         return

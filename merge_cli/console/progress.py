@@ -39,6 +39,7 @@ def progress_bar(console: Console) -> Iterator[Callable[[Progress], None]]:
     )
     with RichProgress(*columns, console=console, transient=True) as bar:
         rows: dict[str, Any] = {}
+        steps = StepsLine(bar)
 
         def show(progress: Progress) -> None:
             if not progress.total:
@@ -49,6 +50,10 @@ def progress_bar(console: Console) -> Iterator[Callable[[Progress], None]]:
                     f"resuming: {show_size(progress.done)} of {show_size(progress.total)} are done"
                 )
                 bar.console.print(f"[dim]{line}[/dim]")
+            if progress.unit != "bytes":
+                steps.show(progress)
+                return
+            steps.clear()
             doing = _VERBS.get(progress.stage, "merging")
             key = f"{progress.stage} {progress.note}" if progress.stage == "fetch" else doing
             if key not in rows:
@@ -69,10 +74,42 @@ class ProgressLog:
             self._console.print(escape(progress.note))
             return
         now = time.monotonic()
-        if now < self._next and progress.note != "resumed":
+        if now < self._next and progress.note != "resumed" and not _is_end(progress):
             return
         self._next = now + _LOG_SECONDS
+        if progress.unit != "bytes":
+            self._console.print(escape(steps_text(progress)))
+            return
         share = f"{progress.done / progress.total:.0%}"
         of = f"{show_size(progress.done)} of {show_size(progress.total)}"
         note = f" ({progress.note})" if progress.note else ""
         self._console.print(escape(f"{progress.stage}: {share}, {of}{note}"))
+
+
+class StepsLine:
+    """One live line above the bars, for stages that are not counted in bytes."""
+
+    def __init__(self, bar: Any) -> None:
+        self._bar, self._row = bar, None
+
+    def show(self, progress: Progress) -> None:
+        text = escape(steps_text(progress))
+        if self._row is None:
+            self._row = self._bar.add_task(text, total=progress.total)
+        self._bar.update(self._row, description=text, total=progress.total, completed=progress.done)
+
+    def clear(self) -> None:
+        if self._row is not None:
+            self._bar.remove_task(self._row)
+            self._row = None
+
+
+def steps_text(progress: Progress) -> str:
+    """`train 120/400 steps: loss 0.41 ...`"""
+    of = f"{progress.stage} {progress.done:,}/{progress.total:,} {progress.unit}"
+    return f"{of}: {progress.note}" if progress.note else of
+
+
+def _is_end(progress: Progress) -> bool:
+    """The last word of a stage that is not counted in bytes is worth a line in any log."""
+    return progress.unit == "steps" and progress.done == progress.total

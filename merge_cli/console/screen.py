@@ -26,6 +26,7 @@ from merge_cli.console.tables import (
     plan_row,
     print_table,
 )
+from merge_cli.console.training import print_training, training_json
 from merge_cli.errors import MergeCliError, ProblemsError
 from merge_cli.sizes import show_seconds, show_size
 
@@ -96,13 +97,24 @@ class Screen:
                 self.out.print(f"  {escape(str(shown / f'comparison.{name}'))}", soft_wrap=True)
 
     def plan(self, plan: Plan, options: MergeOptions, *, every: bool, as_json: bool) -> None:
-        """The plan as a table (one row for each run of like layers) or as JSON."""
+        """The plan as a table (one row for each run of like layers) or as JSON.
+
+        A method that learns shows its training, too.
+        """
+        training = None
+        if plan.learns:
+            from merge_cli.dam.plan import plan_training
+
+            training = plan_training(plan, options.device)
         from merge_cli.engine.device import choose_device
         from merge_cli.engine.memory import estimated_peak
 
         peak = estimated_peak(plan, choose_device(options.device), options)
         if as_json:
-            print(indented(plan_json(plan, peak)))
+            document = plan_json(plan, peak)
+            if training is not None:
+                document["training"] = training_json(training)
+            print(indented(document))
             return
         table = Table(box=None, pad_edge=False, header_style="bold", title_justify="left")
         table.add_column("tensor" if every else "layers", overflow="fold")
@@ -132,14 +144,19 @@ class Screen:
         )
         for note in plan.notes:
             self.out.print(f"[dim]note:[/dim] {escape(note)}")
+        if training is not None:
+            print_training(self.out, training)
 
     def result(self, result: MergeResult, shown: Path, *, as_json: bool = False) -> None:
         """What a run leaves behind."""
         if as_json:
             print(json.dumps(result.report, ensure_ascii=False))
             return
-        if self.quiet:
+        if self.quiet or not result.report:
             return
+        training = result.report.get("training")
+        if training is not None:
+            self._learned(training)
         cost, output = result.report["cost"], result.report["output"]
         seconds = cost["seconds"] + cost["survey_seconds"]
         moved = cost["stages"]["read"]["bytes"] + cost["stages"]["write"]["bytes"]
@@ -160,6 +177,23 @@ class Screen:
             print(indented(analysis.to_json()))
         else:
             print_analysis(self.out, analysis, layers=layers)
+
+    def _learned(self, training: Mapping[str, Any]) -> None:
+        """What training brought, and loudly where it brought nothing."""
+        verdict, cost = training["verdict"], training["cost"]
+        self.out.print(
+            f"[green]✓[/green] learned {training['coefficients']:,} coefficients in "
+            f"{training['steps']:,} steps, {show_seconds(cost['seconds'])}, "
+            f"{cost['tokens']:,} tokens"
+        )
+        if verdict is None:
+            return
+        better = verdict["ratio"] < 1
+        mark = "[green]✓[/green]" if better else "[bold red]✗ no improvement:[/bold red]"
+        self.out.print(
+            f"{mark} held-out KL {verdict['kl']:.4g}; the best without training is "
+            f"{escape(verdict['best_static'])}, {verdict['best_static_kl']:.4g}"
+        )
 
     def methods(self, methods: Sequence[Method], *, as_json: bool) -> None:
         """All methods, one row each."""

@@ -68,6 +68,8 @@ class Computer:
             return
         reader = self._reader(task)
         supplied: dict[str, Any] = {}
+        if "coefficients" in self._method.supplied and self._plan.coefficients is not None:
+            supplied["coefficients"] = self._plan.coefficients.of(task.name, task.shape)
         if self._method.prepare is not None:
             supplied["prepared"] = self._method.prepare(reader, self._survey, **task.parameters)
         work = partial(self._merge_unit, reader, supplied, finished)
@@ -91,8 +93,7 @@ class Computer:
         task, method, lane = reader.task, self._method, self._reading.pool.lane
         path, offset = self._places[task.name]
         named = arguments(method, task.parameters)
-        if "prepared" in method.supplied:
-            named |= supplied
+        named |= {name: value for name, value in supplied.items() if name in method.supplied}
         kept = method.kept and partial(
             method.kept, prepared=supplied.get("prepared"), parameters=task.parameters
         )

@@ -39,6 +39,8 @@ def work_key(plan: Plan, *context: object) -> str:
     state = hashlib.sha256(f"merge-cli journal {_FORMAT} {version('merge-cli')}\n".encode())
     state.update(repr((version("torch"), plan.method.name, plan.recipe.seed, context)).encode())
     state.update(code.encode())
+    if plan.coefficients is not None:
+        state.update(plan.coefficients.digest.encode())
     paths: dict[Path, str] = {}
     settings: dict[int, str] = {}  # by identity: tensors that are treated alike share theirs
     for task in plan.tasks:

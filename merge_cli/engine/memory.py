@@ -35,6 +35,7 @@ _HOST_BLOCK = 4 * BLOCK_MULTIPLE
 _GPU_LANES = 4  # on one device: one reads, one copies, one computes, one writes
 _GPU_BLOCK = 64 * BLOCK_MULTIPLE
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _KEPT = -1, -3, 32 * 2**20  # malloc.h
+_RETURNED = 2**19
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,21 @@ def keep_freed_memory() -> None:
     if hasattr(libc, "mallopt"):
         libc.mallopt(_M_MMAP_THRESHOLD, _KEPT)
         libc.mallopt(_M_TRIM_THRESHOLD, _KEPT)
+
+
+def return_freed_memory() -> None:
+    """Give large blocks back to the system as soon as they are freed.
+
+    Training frees activations of many sizes; glibc would keep them, in pieces that fit nothing
+    later, and a process would grow by half a model. Other C libraries are left as they are.
+    """
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(_M_MMAP_THRESHOLD, _RETURNED)
+        libc.mallopt(_M_TRIM_THRESHOLD, 4 * _RETURNED)
+        libc.malloc_trim(0)
 
 
 def _fixed(plan: Plan, device: Device) -> int:

@@ -39,12 +39,13 @@ class MergeOptions:
 
 @dataclass(frozen=True)
 class Progress:
-    """A message to whoever shows progress. `done` and `total` are bytes of the stage named."""
+    """A message to whoever shows progress: `done` of `total`, in `unit`, of the stage named."""
 
     stage: str
     done: int
     total: int
     note: str = ""
+    unit: str = "bytes"
 
 
 Show = Callable[[Progress], None]

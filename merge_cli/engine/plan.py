@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from merge_cli.checkpoint.coefficients import CoefficientFile
 from merge_cli.checkpoint.header import TensorRef
 from merge_cli.checkpoint.layout import OutputTensor, Shard
 from merge_cli.checkpoint.source import Source
@@ -76,6 +77,7 @@ class Plan:
         tasks: every output tensor, in natural order of names.
         config: the output's config.json; empty where the donor has none.
         notes: decisions that a reader should know, one line each.
+        coefficients: the recipe's file of learned coefficients; None without one.
     """
 
     recipe: Recipe
@@ -89,6 +91,12 @@ class Plan:
     shards: tuple[Shard, ...]
     config: Mapping[str, Any]
     notes: tuple[str, ...]
+    coefficients: CoefficientFile | None = None
+
+    @property
+    def learns(self) -> bool:
+        """Whether coefficients must be learned before anything can be merged."""
+        return self.method.learns and self.coefficients is None
 
     @property
     def bytes_read(self) -> int:

@@ -10,6 +10,7 @@ from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
 
+from merge_cli.checkpoint.coefficients import CoefficientFile, open_coefficients
 from merge_cli.checkpoint.config import (
     LAYER_COUNTS,
     merged_config,
@@ -33,7 +34,7 @@ from merge_cli.errors import (
 from merge_cli.methods.registry import Method
 from merge_cli.methods.resolve import Resolver, check_recipe
 from merge_cli.recipe.load import parse_text, read_recipe
-from merge_cli.recipe.reference import ModelRef, local_folder
+from merge_cli.recipe.reference import ModelRef, local_file, local_folder
 from merge_cli.recipe.schema import Recipe
 
 DEFAULT_SHARD_SIZE = 5_000_000_000  # transformers' default
@@ -115,6 +116,7 @@ def make_plan(recipe: Recipe, *, shard_size: int = DEFAULT_SHARD_SIZE) -> Plan:
     if refused:
         raise RecipeError(list(refused.values()))
     tasks.sort(key=lambda task: natural_key(task.name))
+    coefficients = _coefficients(recipe, tasks)
     donor = base if base is not None else pieces[0].reference.source
     dtypes = {task.dtype for task in tasks if task.dtype in _FLOATS}
     donated = sources[donor].config
@@ -151,6 +153,7 @@ def make_plan(recipe: Recipe, *, shard_size: int = DEFAULT_SHARD_SIZE) -> Plan:
         shards=tuple(lay_out([task.output for task in tasks], shard_size)),
         config=config if sources[donor].config else {},
         notes=tuple(dict.fromkeys(notes)),
+        coefficients=coefficients,
     )
 
 
@@ -241,6 +244,23 @@ def _tasks(
         note = f"stored as {', '.join(sorted(mixed))}" if len(mixed) > 1 else ""
         yield TensorTask(name, like.shape, dtype, action, operands, sources, ids, match.base,
                          resolved.parameters, group, note), resolved.error  # fmt: skip
+
+
+def _coefficients(recipe: Recipe, tasks: Sequence[TensorTask]) -> CoefficientFile | None:
+    """The recipe's file of coefficients, which must fit every merged tensor."""
+    place = local_file(recipe.coefficients, recipe.folder) if recipe.coefficients else None
+    if place is None:
+        return None
+    found = open_coefficients(place)
+    problems = [
+        Problem(what, task.name)
+        for task in tasks
+        if task.action == "merge"
+        for what in found.problems(task.name, task.shape, len(task.operands))
+    ]
+    if problems:
+        raise MismatchError(problems, f"{place.name} does not fit these models")
+    return found
 
 
 def _layer_sources(

@@ -19,6 +19,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 
+from merge_cli.checkpoint.coefficients import FILE
 from merge_cli.checkpoint.layout import Shard
 from merge_cli.checkpoint.raw import allocate, has_header, write_error
 from merge_cli.engine.journal import Journal
@@ -204,7 +205,7 @@ class WorkFolder:
     def _holds(self, shards: tuple[Shard, ...]) -> bool:
         """Whether exactly these shards are there, each with its size and header."""
         files = {path.name for path in self.model.glob("*.safetensors")}
-        return files == {shard.file for shard in shards} and all(
+        return files - {FILE} == {shard.file for shard in shards} and all(
             has_header(self.model / shard.file, shard.size, shard.header) for shard in shards
         )
 

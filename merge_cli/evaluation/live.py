@@ -113,7 +113,7 @@ def load(
     dtype_words = f"{kind} ({why})"
     width = torch.empty((), dtype=getattr(torch, kind)).element_size()
     needed = sum(ref.nbytes // _width(ref.dtype) for ref in source.tensors.values()) * width
-    room = memory if memory is not None else int(_free(chosen.kind, chosen.indexes) * _ROOM)
+    room = memory if memory is not None else int(free_memory(chosen.kind, chosen.indexes) * _ROOM)
     device_words = f"{chosen.name} ({chosen.reason})"
     options: dict[str, Any] = {"dtype": getattr(torch, kind)}
     folder = None
@@ -138,11 +138,11 @@ def load(
         net.to(where)
     return LiveModel(
         source.label, net, tokenizer, device_words, dtype_words,
-        _context(net.config, max_length), batch_tokens, seed, _folder=folder,
+        context_of(net.config, max_length), batch_tokens, seed, _folder=folder,
     )  # fmt: skip
 
 
-def _context(config: Any, wanted: int | None) -> int:
+def context_of(config: Any, wanted: int | None) -> int:
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     own = int(
         getattr(text, "max_position_embeddings", 0) or getattr(text, "n_positions", 0) or 2048
@@ -165,7 +165,7 @@ def _width(dtype: str) -> int:
     return {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2}.get(dtype, 1)
 
 
-def _free(kind: str, indexes: tuple[int, ...]) -> int:
+def free_memory(kind: str, indexes: tuple[int, ...]) -> int:
     """Free bytes of the devices, or of the machine."""
     if kind == "cuda":
         import torch
@@ -183,7 +183,7 @@ def _shares(indexes: tuple[int, ...], room: int) -> dict[int | str, int]:
     if not indexes:
         return {"cpu": room}
     shares: dict[int | str, int] = {i: room // len(indexes) for i in indexes}
-    return {**shares, "cpu": int(_free("cpu", ()) * _ROOM)}
+    return {**shares, "cpu": int(free_memory("cpu", ()) * _ROOM)}
 
 
 def _need_accelerate(label: str, needed: int, room: int) -> None:

@@ -8,6 +8,7 @@ the engine must supply, the keyword-only ones are the recipe's schema (see `para
     deltas    every source's span minus the base's                     -> task vectors
     at        the `Span`: which elements of which tensor these are, and the recipe's seed
     prepared  what `prepare` returned for this tensor
+    coefficients  this tensor's part of the recipe's `coefficients:` file
 
 All spans are flat, upcast (float32; float64 where a source is) and of equal length; the method
 returns a span of the same length, which the engine rounds once. A method that must see the whole
@@ -30,12 +31,13 @@ from typing import Any, TypeVar
 from merge_cli.errors import UsageError
 from merge_cli.methods.parameters import MethodParameter, read_parameters
 from merge_cli.recipe.keys import nearest
+from merge_cli.recipe.schema import Recipe
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 ENTRY_POINTS = "merge_cli.methods"
-_BUILT_IN = ("soup", "task_arithmetic", "ties", "dare", "slerp", "passthrough")
-_SUPPLIED = ("base", "models", "deltas", "at", "prepared")
+_BUILT_IN = ("soup", "task_arithmetic", "ties", "dare", "slerp", "passthrough", "dam")
+_SUPPLIED = ("base", "models", "deltas", "at", "prepared", "coefficients")
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ class Method:
         any_array: made of operators and `merge_cli.kernels` alone, so that it takes numpy arrays as
             well as tensors: then a merge on a CPU runs compiled and does without torch.
         ignores: parameters that mergekit takes here without effect: a warning, not an error.
+        variant: `variant(recipe)` -> the method of another formula that this recipe means, or None.
+        learns: without `coefficients:` in the recipe they are learned first.
     """
 
     name: str
@@ -68,6 +72,8 @@ class Method:
     ignores: tuple[str, ...] = ()
     any_array: bool = False
     supplied: frozenset[str] = field(default_factory=frozenset)
+    variant: Callable[[Recipe], Method | None] | None = None
+    learns: bool = False
 
     @cached_property
     def parameters(self) -> dict[str, MethodParameter]:
@@ -86,6 +92,7 @@ class Method:
 
 
 _METHODS: dict[str, Method] = {}
+_BY_FUNCTION: dict[Callable[..., Any], Method] = {}
 
 
 def merge_method(
@@ -102,8 +109,14 @@ def merge_method(
     check: Callable[..., str] | None = None,
     ignores: tuple[str, ...] = (),
     any_array: bool = False,
+    variant: Callable[[Recipe], Method | None] | None = None,
+    learns: bool = False,
+    listed: bool = True,
 ) -> Callable[[F], F]:
     """Record a merge method under `name` and its aliases; see the module's text for the contract.
+
+    Args:
+        listed: False for a `variant`, which no recipe names.
 
     Raises:
         TypeError: the name is taken, or a positional parameter is none that the engine supplies.
@@ -123,9 +136,11 @@ def merge_method(
         method = Method(
             name, function, aliases, paper, count, base_is_source,
             prepare, survey, kept, copies, check, ignores, any_array, frozenset(positional),
+            variant, learns,
         )  # fmt: skip
         _ = method.parameters  # a signature that cannot be read fails here, at import
-        for key in (name, *aliases):
+        _BY_FUNCTION[function] = method
+        for key in (name, *aliases) if listed else ():
             if key in _METHODS and _METHODS[key].function.__module__ != function.__module__:
                 owner = _METHODS[key].function.__module__
                 raise TypeError(f"merge method '{key}' is already defined by {owner}")
@@ -145,6 +160,11 @@ def get_method(name: str) -> Method:
     if name not in _METHODS:
         raise UsageError(f"unknown merge method '{name}'.", hint=nearest(name, _METHODS))
     return _METHODS[name]
+
+
+def method_of(function: Callable[..., Any]) -> Method:
+    """The method that a decorated function is."""
+    return _BY_FUNCTION[function]
 
 
 def method_names() -> list[str]:

@@ -6,19 +6,20 @@ Precedence, as in mergekit: slice source, output slice, global, the method's def
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from merge_cli.errors import Problem, UsageError
 from merge_cli.methods.registry import Method, get_method, method_names
 from merge_cli.recipe.keys import nearest
+from merge_cli.recipe.reference import local_file
 from merge_cli.recipe.schema import Parameters, Recipe, SliceSpec, SourceSpec
 from merge_cli.recipe.values import Scalar, evaluate, filters, is_graded, scalars
 
 # Known to the field or to mergekit, not to this version: better said than guessed at.
 _ELSEWHERE = frozenset((
-    "greedy_soup", "evolutionary", "dam", "nuslerp", "multislerp", "karcher", "della",
+    "greedy_soup", "evolutionary", "nuslerp", "multislerp", "karcher", "della",
     "della_linear", "breadcrumbs", "breadcrumbs_ties", "sce", "model_stock", "nearswap",
     "arcee_fusion", "ram", "ramplus_tl",
 ))  # fmt: skip
@@ -47,7 +48,9 @@ def check_recipe(recipe: Recipe) -> Checked:
             return Checked(None, (recipe.problem("merge_method", what, f"Known: {known}."),), ())
         hint = error.hint if error.where == "" else ""
         return Checked(None, (recipe.problem("merge_method", error.what, hint),), ())
-    problems: list[Problem] = []
+    if method.variant is not None:
+        method = method.variant(recipe) or method
+    problems: list[Problem] = list(_learning_problems(recipe, method))
     warnings: list[str] = []
     if method.needs_base and recipe.base_model is None:
         what = f"{name} adds changes to a base model, and the recipe names none."
@@ -184,6 +187,32 @@ def _shared(recipe: Recipe, piece: SliceSpec | None) -> list[Parameters]:
     return [piece.parameters, recipe.parameters] if piece else [recipe.parameters]
 
 
+def _learning_problems(recipe: Recipe, method: Method) -> Iterator[Problem]:
+    """What the sections on learning lack, or want from a method that does not learn."""
+    if not method.learns:
+        what = f"{recipe.merge_method} learns nothing."
+        if recipe.training is not None:
+            yield recipe.problem("training", what, "Use `merge_method: dam`.")
+        if recipe.coefficients and "coefficients" not in method.supplied:
+            what = f"{recipe.merge_method} takes no file of coefficients."
+            yield recipe.problem("coefficients", what, "Use `merge_method: dam`.")
+        for spec in recipe.source_specs:
+            if spec.data is not None:
+                what = f"{recipe.merge_method} learns nothing from data."
+                yield recipe.problem(f"{spec.key}.data", what, "Use `merge_method: dam`.")
+        return
+    if recipe.slices:
+        yield recipe.problem("slices", "dam merges whole models.", "List them under `models:`.")
+    if recipe.coefficients:
+        if local_file(recipe.coefficients, recipe.folder) is None:
+            what = f"no such file: {recipe.coefficients}"
+            yield recipe.problem("coefficients", what)
+    elif not any(spec.data for spec in recipe.source_specs):
+        what = "no model has `data:`, so that there is nothing to learn from."
+        hint = "Give a model the data that it is good at, or name a `coefficients:` file."
+        yield recipe.problem("models", what, hint)
+
+
 def _groups(recipe: Recipe) -> list[tuple[str, Parameters, tuple[SourceSpec, ...]]]:
     if recipe.models:
         return [("models", {}, recipe.models)]
@@ -224,7 +253,10 @@ def _check_parameters(
             warnings.append(f"{place}: has no effect in {shown}.")
         elif known is None:
             what = f"{shown} has no such parameter."
-            problems.append(recipe.problem(given.key, what, nearest(name, method.parameters)))
+            hint = nearest(name, method.parameters) if method.parameters else ""
+            if method.learns:
+                hint = "What is learned, and how, is said under `training:`."
+            problems.append(recipe.problem(given.key, what, hint))
         elif spec is not None and not known.per_model:
             what = f"{name} is one value for the whole merge, not one for each model."
             problems.append(

@@ -15,6 +15,7 @@ import yaml
 
 from merge_cli.recipe.reference import ModelRef, local_folder, parse_reference
 from merge_cli.recipe.schema import Parameters, Recipe, SourceSpec
+from merge_cli.recipe.training import plain_training
 from merge_cli.recipe.values import Gradient, Setting
 
 Locate = Callable[[ModelRef], str]
@@ -27,6 +28,7 @@ def dump_recipe(
     defaults: Mapping[str, Any],
     inputs: Mapping[str, str],
     header: str,
+    coefficients: str | None = None,
 ) -> str:
     """The recipe's YAML.
 
@@ -34,6 +36,8 @@ def dump_recipe(
         locate: how each model is written.
         defaults: global parameters that the recipe left to the method.
         inputs: model, as `locate` writes it -> digest.
+        coefficients: how the file of learned coefficients is written; the data that they were
+            learned from is then not needed, and is left out.
         header: a comment for the first line.
     """
     document: dict[str, Any] = {"merge_method": recipe.merge_method}
@@ -61,6 +65,10 @@ def dump_recipe(
         reference = parse_reference(word, recipe.folder)
         document["tokenizer_source"] = word if word == "base" else locate(reference)
     document["seed"] = recipe.seed
+    if recipe.training:
+        document["training"] = plain_training(recipe.training)
+    if coefficients:
+        document["coefficients"] = coefficients
     if recipe.metadata:
         document["metadata"] = dict(recipe.metadata)
     if inputs:

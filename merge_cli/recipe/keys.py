@@ -21,12 +21,11 @@ UNSUPPORTED = {
     "the donor's template is copied",
     "search": "search is not supported by this version",
     "objective": "objectives are not supported by this version",
-    "training": "training is not supported by this version",
-    "data": "data is not supported by this version",
+    "data": "`data` belongs to a model: write it under each of `models`",
 }
 RECIPE_KEYS = (
-    "merge_method", "base_model", "models", "slices", "parameters", "dtype", "out_dtype",
-    "seed", "tokenizer_source", "name", "metadata", "inputs", "eval",
+    "merge_method", "base_model", "models", "slices", "parameters", "dtype", "out_dtype", "seed",
+    "tokenizer_source", "name", "metadata", "training", "coefficients", "inputs", "eval",
 )  # fmt: skip
 
 

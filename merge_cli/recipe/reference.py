@@ -59,6 +59,12 @@ def local_folder(path: str, folder: Path) -> Path | None:
     return None
 
 
+def local_file(path: str, folder: Path) -> Path | None:
+    """The file that `path` means, looked for as `local_folder` does; None if there is none."""
+    found = local_folder(path, folder)
+    return found if found is not None and found.is_file() else None
+
+
 def looks_like_hub_id(path: str) -> bool:
     """Whether `path` can be a repository on the Hub: `name` or `organisation/name`."""
     return bool(_HUB_ID.fullmatch(path))

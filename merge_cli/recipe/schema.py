@@ -10,6 +10,7 @@ from typing import Any
 from merge_cli.errors import Problem
 from merge_cli.recipe.nodes import Node
 from merge_cli.recipe.reference import ModelRef
+from merge_cli.recipe.training import Data, Training
 from merge_cli.recipe.values import Parameter
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
@@ -19,12 +20,16 @@ Parameters = Mapping[str, Parameter]
 
 @dataclass(frozen=True)
 class SourceSpec:
-    """One source model. `layer_range` is half-open; None means every layer."""
+    """One source model. `layer_range` is half-open; None means every layer.
+
+    `data` is what the source is good at, for methods that learn.
+    """
 
     model: ModelRef
     key: str
     parameters: Parameters = field(default_factory=dict)
     layer_range: tuple[int, int] | None = None
+    data: Data | None = None
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,8 @@ class Recipe:
 
     Attributes:
         dtype: dtype of the output; None keeps each tensor's own. Computing is float32 regardless.
+        training: how coefficients are learned; None leaves it to the method's defaults.
+        coefficients: the file of learned coefficients that the method merges with, as written.
         inputs: model as written -> digest of its headers, in a resolved recipe: they must match.
         eval: what to evaluate the result on, still to be read (`evaluation.parse`).
         file: the recipe as messages name it; `folder` is where its relative paths start.
@@ -60,6 +67,8 @@ class Recipe:
     tokenizer_source: str | None = None
     name: str | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    training: Training | None = None
+    coefficients: str | None = None
     inputs: Mapping[str, str] = field(default_factory=dict)
     eval: Node | None = None
     file: str = ""

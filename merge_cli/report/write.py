@@ -3,27 +3,37 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from merge_cli.checkpoint.coefficients import FILE
 from merge_cli.checkpoint.raw import write_error
 from merge_cli.engine.outcome import Outcome
 from merge_cli.engine.plan import Plan
 from merge_cli.recipe.dump import dump_recipe, path_from
 from merge_cli.report.card import model_card
+from merge_cli.report.coefficients import coefficient_summary
 from merge_cli.report.html import render_html
 from merge_cli.report.record import build_report
 
 
 def write_reports(
-    plan: Plan, fingerprints: tuple[str, ...], outcome: Outcome, folder: Path, target: Path
+    plan: Plan,
+    fingerprints: tuple[str, ...],
+    outcome: Outcome,
+    folder: Path,
+    target: Path,
+    training: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """merge_recipe.yaml, merge_report.json, merge_report.html and README.md.
 
     Args:
         folder: where they are written.
         target: where the folder will be published: the recipe's paths lead from there.
+        training: the record of how the coefficients were learned, if this run has learned them.
 
     Returns:
         the report.
@@ -49,15 +59,25 @@ def write_reports(
         locate=locate,
         defaults=defaults,
         inputs={locate(reference): digests[str(reference)] for reference in references},
+        coefficients=f"./{FILE}" if plan.coefficients is not None else None,
         header=f"resolved by merge-cli {version('merge-cli')}; running it gives the same bytes",
     )
     report = build_report(plan, fingerprints, outcome, text)
+    if plan.coefficients is not None:
+        report["coefficients"] = coefficient_summary(plan)
+    if training is not None:
+        report["training"] = dict(training)
     files = {
         "merge_recipe.yaml": text,
         "merge_report.json": json.dumps(report, indent=1, ensure_ascii=False) + "\n",
         "merge_report.html": render_html(report),
         "README.md": model_card(plan, defaults, target.name),
     }
+    if plan.coefficients is not None:
+        try:
+            shutil.copyfile(plan.coefficients.path, folder / FILE)
+        except OSError as error:
+            raise write_error(error, folder / FILE) from error
     for name, content in files.items():
         try:
             (folder / name).write_text(content, encoding="utf-8")

@@ -1,0 +1,87 @@
+"""What the plan of a recipe that learns shows: data, teachers, coefficients, memory, reasons."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from merge_cli.sizes import show_size
+
+if TYPE_CHECKING:
+    from merge_cli.dam.plan import TrainingPlan
+
+
+def training_json(decided: TrainingPlan) -> dict[str, Any]:
+    """The training plan as data, for `--json`."""
+    from merge_cli.recipe.training import plain_training
+
+    return {
+        "dials": plain_training(decided.training),
+        "coefficients": decided.coefficients,
+        "steps": decided.steps,
+        "datasets": [
+            {
+                "name": one.name,
+                "teacher": decided.labels[one.source],
+                "rows": one.rows,
+                "train": len(one.train),
+                "held_out": len(one.held_out),
+                "tokens": sum(example.counted for example in one.train),
+                "cache_bytes": teacher.bytes,
+                "not_cached": teacher.missing,
+            }
+            for one, teacher in zip(decided.datasets, decided.teachers, strict=True)
+        ],
+        "cache_bytes": sum(one.bytes for one in decided.teachers),
+        "device": decided.device,
+        "dtype": decided.dtype,
+        "mode": decided.mode,
+        "residency": decided.place.residency,
+        "source_bytes": decided.place.bytes,
+        "student_bytes": decided.student_bytes,
+        "why": decided.why,
+    }
+
+
+def print_training(out: Console, decided: TrainingPlan) -> None:
+    """The same as text."""
+    training = decided.training
+    out.print()
+    out.print(f"[bold]before that, training[/bold] ({training.preset}): {decided.steps:,} steps")
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("data")
+    table.add_column("teacher", overflow="fold")
+    for name in ("rows", "train", "held out", "tokens", "predictions", "to be made"):
+        table.add_column(name, justify="right")
+    for one, teacher in zip(decided.datasets, decided.teachers, strict=True):
+        tokens = sum(example.counted for example in one.train)
+        table.add_row(
+            escape(one.name), escape(decided.labels[one.source]), f"{one.rows:,}",
+            f"{len(one.train):,}", f"{len(one.held_out):,}", f"{tokens:,}",
+            show_size(teacher.bytes), f"{teacher.missing:,}",
+        )  # fmt: skip
+    out.print(table)
+    cache = sum(one.bytes for one in decided.teachers)
+    kinds = Counter(
+        f"{target.layout.kind} of {'x'.join(map(str, target.task.shape))}"
+        for target in decided.targets if target.trained
+    )  # fmt: skip
+    trained = sum(kinds.values())
+    frozen = len(decided.targets) - trained
+    still = f"; {frozen} tensors stay as they start" if frozen else ""
+    for label, text in (
+        ("coefficients", f"{decided.coefficients:,} numbers for {trained} tensors"
+                         f" ({training.granularity}, {training.form}, "
+                         f"activation {training.activation}){still}"),
+        ("predictions", f"{show_size(cache)} on disk, the {training.top_k} likeliest tokens of "
+                        f"each" if training.top_k != "full" else f"{show_size(cache)} in memory"),
+        ("student", f"{show_size(decided.student_bytes)} in {decided.dtype} "
+                    f"({decided.why['dtype']}) on {decided.device} ({decided.why['device']})"),
+        ("sources", f"{decided.place.residency}: {decided.why['residency']}"),
+        ("update", f"{decided.mode}: {decided.why['mode']}"),
+    ):  # fmt: skip
+        out.print(f"[dim]{label}:[/dim] {escape(text)}")

@@ -1,0 +1,71 @@
+"""A student put together from a plan: net, coefficients, sources, hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from merge_cli.dam.coefficients import Coefficients
+from merge_cli.dam.models import Target, load_student, stored_tensors
+from merge_cli.dam.optimizers import Optimizer
+from merge_cli.dam.sources import Place, Sources
+from merge_cli.dam.student import Seat, Student
+from merge_cli.engine.memory import return_freed_memory
+from merge_cli.engine.plan import Plan
+from merge_cli.recipe.training import Training
+
+
+def initial_coefficients(
+    targets: Sequence[Target], training: Training, seed: int, device: Any, dtype: Any
+) -> dict[str, Coefficients]:
+    """Every target's coefficients at the start; those that are not learned stay like this."""
+    import torch
+
+    wide = dtype if dtype == torch.float64 else torch.float32
+    return {
+        target.name: Coefficients(
+            target.name, target.layout, len(target.task.operands), training, seed, device, wide
+        )
+        for target in targets
+    }
+
+
+def assemble(
+    plan: Plan, targets: Sequence[Target], training: Training, place: Place, device: str, dtype: Any
+) -> Student:
+    """The student, its parameters holding the merge with the coefficients at the start.
+
+    Args:
+        dtype: torch's, of the net; coefficients and projections are float32, or float64 with it.
+    """
+    return_freed_memory()
+    net = load_student(plan, device, dtype)
+    parameters = dict(net.named_parameters())
+    coefficients = initial_coefficients(targets, training, plan.recipe.seed, device, dtype)
+    wide = next(iter(coefficients.values())).raw.dtype
+    sources = Sources(
+        stored_tensors(plan, targets), place, device, wide,
+        with_base=training.form == "task_vector",
+    )  # fmt: skip
+    seats = [
+        Seat(target.name, parameters[target.parameter], target.trained)
+        for target in targets if target.parameter is not None
+    ]  # fmt: skip
+    student = Student(
+        net, seats, coefficients, sources, form=training.form, optimizer=Optimizer(training),
+        penalties=training.regularize,
+    )  # fmt: skip
+    if training.checkpointing:
+        net.train()  # transformers checkpoints in training mode alone; dropout is 0 in the config
+        _enable_checkpointing(net)
+    student.write_all()
+    return student
+
+
+def _enable_checkpointing(net: Any) -> None:
+    """Non-reentrant: a reentrant one would run hooks before a gradient is complete."""
+    settings = {"use_reentrant": False}
+    if hasattr(net, "activation_checkpointing_enable"):  # its name since transformers 5.20
+        net.activation_checkpointing_enable(settings)
+    else:
+        net.gradient_checkpointing_enable(settings)

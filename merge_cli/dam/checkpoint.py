@@ -1,0 +1,215 @@
+"""Where training stands, in one file: coefficients, moments, position, history, the best so far.
+
+    OUT.training/checkpoint.safetensors    replaced whole every few minutes
+    OUT.training/coefficients.safetensors  the result, when training has ended
+    OUT.training/training.json             its record, for the report
+
+There is no state of a random generator to keep: what comes next is a function of seed and step. So
+a run that is killed and continued ends with the same bits as one that is not (on a CPU; a GPU's own
+sums may differ from run to run).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from merge_cli.checkpoint.coefficients import FILE
+from merge_cli.checkpoint.raw import write_error
+from merge_cli.dam.student import Student
+from merge_cli.errors import ResourceError, UsageError
+
+_CHECKPOINT, _RECORD, _LOCK = "checkpoint.safetensors", "training.json", "lock"
+
+
+@dataclass
+class Position:
+    """Where training stands.
+
+    Attributes:
+        step: optimizer steps done; `ended` says why there will be no more.
+        history: one dict for each step, and for each held-out measurement.
+        best: step and mean held-out KL of the best measurement; its coefficients are kept, too.
+        seconds, tokens, passes: of training so far, over all runs.
+    """
+
+    step: int = 0
+    ended: str = ""
+    history: list[dict[str, Any]] | None = None
+    measured: list[dict[str, Any]] | None = None
+    best_step: int = -1
+    best_kl: float = float("inf")
+    stale: int = 0
+    seconds: float = 0.0
+    tokens: int = 0
+    passes: int = 0
+    overflows: int = 0
+    grad_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        self.history = self.history or []
+        self.measured = self.measured or []
+
+
+class TrainingFolder:
+    """OUT.training: a context manager that holds its lock.
+
+    Args:
+        target: OUT.
+        key: of the work (see `run.work_key`); another one's folder is not continued.
+        fresh: throw away what is there.
+    """
+
+    def __init__(self, target: Path, key: str, *, fresh: bool = False, first: bool = True) -> None:
+        real = Path(os.path.realpath(target))
+        self.path = real.with_name(real.name + ".training")
+        self.key, self._fresh, self._first = key, fresh, first
+        self._lock = -1
+
+    def __enter__(self) -> TrainingFolder:
+        """Take the lock.
+
+        Raises:
+            ResourceError: another process trains here, or the place cannot be written.
+            UsageError: unfinished training of something else is here.
+        """
+        if not self._first:
+            return self
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._lock)
+            hint = "Wait for it, or choose another OUT."
+            raise ResourceError("another training writes here", where=str(self.path), hint=hint) \
+                from None  # fmt: skip
+        except OSError as error:
+            raise write_error(error, self.path) from error
+        if self._fresh:
+            for name in (_CHECKPOINT, _RECORD, FILE):
+                (self.path / name).unlink(missing_ok=True)
+        found = self._key_of()
+        if found not in (None, self.key):
+            self.__exit__(None, None, None)
+            what = "training of another recipe, other inputs or another version is here"
+            hint = "Finish it with its own command, or throw it away with --fresh."
+            raise UsageError(what, where=str(self.path), hint=hint)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    @property
+    def coefficients(self) -> Path:
+        """The file of the result."""
+        return self.path / FILE
+
+    def record(self) -> dict[str, Any] | None:
+        """The record of training that has ended; None while it has not."""
+        path = self.path / _RECORD
+        if not (path.exists() and self.coefficients.exists()):
+            return None
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return dict(found) if found.get("key") == self.key else None
+
+    def finish(self, entries: Mapping[str, Any], form: str, record: Mapping[str, Any]) -> None:
+        """Write the result. The record comes last: where there is one, all is there."""
+        write_coefficients(self.coefficients, entries, form)
+        text = json.dumps({"key": self.key, **record}, ensure_ascii=False)
+        _replace(self.path / _RECORD, text.encode())
+
+    def discard(self) -> None:
+        """Throw the folder away: the model that came of it is published."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def save(self, student: Student, position: Position, best: Mapping[str, Any]) -> None:
+        """Write a checkpoint between two steps, whole or not at all."""
+        from safetensors.torch import save
+
+        tensors = {f"best:{name}": value for name, value in best.items()}
+        for name, kind, i, value in _state(student):
+            tensors[f"{kind}{i}:{name}"] = value.detach().cpu().contiguous()
+        about = {"key": self.key, "position": json.dumps(vars(position))}
+        _replace(self.path / _CHECKPOINT, save(tensors, about))
+
+    def resume(self, student: Student) -> tuple[Position, dict[str, Any]] | None:
+        """Put a student where the checkpoint is; its position and its best coefficients."""
+        path = self.path / _CHECKPOINT
+        if not path.exists():
+            return None
+        from safetensors import safe_open
+
+        with safe_open(path, "pt") as file:
+            position = Position(**json.loads(file.metadata()["position"]))
+            best = {
+                key.partition(":")[2]: file.get_tensor(key)
+                for key in file.keys() if key.startswith("best:")  # noqa: SIM118
+            }  # fmt: skip
+            for name, kind, i, value in _state(student):
+                value.copy_(file.get_tensor(f"{kind}{i}:{name}"))
+        for coefficients in student.coefficients.values():
+            coefficients.moved()
+        student.steps = position.step - position.overflows
+        student.grad_scale = position.grad_scale
+        student.write_all()
+        return position, best
+
+    def _key_of(self) -> str | None:
+        """The key of whatever is here; None where nothing is."""
+        record, path = self.path / _RECORD, self.path / _CHECKPOINT
+        if record.exists():
+            return str(json.loads(record.read_text(encoding="utf-8")).get("key"))
+        if not path.exists():
+            return None
+        from safetensors import safe_open
+
+        with safe_open(path, "pt") as file:
+            return str((file.metadata() or {}).get("key"))
+
+
+def write_coefficients(path: Path, entries: Mapping[str, Any], form: str) -> None:
+    """A file of coefficients (see `checkpoint.coefficients`)."""
+    from safetensors.torch import save
+
+    from merge_cli.checkpoint.coefficients import FORMAT
+
+    _replace(path, save(dict(entries), {"format": FORMAT, "form": form}))
+
+
+def _state(student: Student) -> Sequence[tuple[str, str, int, Any]]:
+    """Everything that steps change: (tensor, kind, number, value)."""
+    found = []
+    for name in student.trained:
+        own = student.coefficients[name]
+        moments = student.moments(name)
+        for i, parameter in enumerate(own.parameters):
+            found += [(name, "p", i, parameter), (name, "m", i, moments[i][0]),
+                      (name, "v", i, moments[i][1])]  # fmt: skip
+    return found
+
+
+def _replace(path: Path, content: bytes) -> None:
+    new = path.with_name(path.name + ".new")
+    try:
+        with new.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, path)
+    except OSError as error:
+        raise write_error(error, path) from error

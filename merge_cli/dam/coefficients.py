@@ -1,0 +1,244 @@
+"""The coefficients of one tensor: parameters, what they mean, and the gradient that reaches them.
+
+With W = sum of c_i * W_i and G = dL/dW, dL/dc_i = R(G * W_i), where R sums over what a coefficient
+covers. A tensor is looked at as a matrix of rows and columns (its last dimension); blocks of rows
+are projected one after another, so that no second matrix of its size is needed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from merge_cli.checkpoint.coefficients import COLUMNS, ROWS
+from merge_cli.recipe.training import Training
+
+Kind = Literal["tensor", "column", "row", "element"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a tensor is cut into coefficients.
+
+    Attributes:
+        rows, columns: of the matrix that the tensor is looked at as.
+        groups: matrices that lie below one another (the experts of a fused tensor); each has
+            column coefficients of its own.
+        rank: of the correction to the coefficients; 0 without one.
+    """
+
+    shape: tuple[int, ...]
+    kind: Kind
+    rows: int
+    columns: int
+    groups: int = 1
+    rank: int = 0
+
+    @property
+    def inner(self) -> tuple[int, int]:
+        """The shape of one source's coefficients, as a matrix."""
+        return {
+            "tensor": (1, 1), "column": (self.groups, self.columns), "row": (self.rows, 1),
+            "element": (self.rows, self.columns),
+        }[self.kind]  # fmt: skip
+
+    @property
+    def stored(self) -> tuple[int, ...]:
+        """The same as it broadcasts against the tensor."""
+        lead, ones = self.shape[:-1], (1,) * len(self.shape)
+        return {
+            "tensor": ones,
+            "column": (*self.shape[:-2], 1, self.columns) if len(self.shape) > 1 else self.shape,
+            "row": (*lead, 1), "element": self.shape,
+        }[self.kind]  # fmt: skip
+
+    @property
+    def count(self) -> int:
+        """Numbers that are learned for one source."""
+        return math.prod(self.inner) + self.rank * (self.rows + self.columns)
+
+
+def layout_of(
+    shape: Sequence[int], granularity: str, rank: int = 0, *, input_first: bool = False
+) -> Layout:
+    """The layout of a tensor under a granularity.
+
+    A vector (norm, bias) has a coefficient for each element, unless the tensor has only one.
+
+    Args:
+        input_first: the weight is stored as [in, out] (GPT-2's Conv1D), so that its input columns
+            are its rows.
+    """
+    shape = tuple(shape) or (1,)
+    rows, columns = math.prod(shape[:-1]), shape[-1]
+    groups = math.prod(shape[:-2])
+    if granularity == "tensor":
+        return Layout(shape, "tensor", rows, columns)
+    if len(shape) == 1:
+        return Layout(shape, "element", 1, columns)
+    if granularity == "low_rank":
+        kind: Kind = "row" if input_first else "column"
+        return Layout(shape, kind, rows, columns, groups, min(rank, rows, columns))
+    if input_first and granularity in ("column", "row"):
+        granularity = "row" if granularity == "column" else "column"
+    kinds: dict[str, Kind] = {"column": "column", "row": "row", "element": "element"}
+    return Layout(shape, kinds[granularity], rows, columns, groups)
+
+
+def starting_value(training: Training, sources: int) -> float:
+    """What every coefficient is before training: the uniform soup, or task arithmetic."""
+    if training.activation == "softmax":
+        return 1.0 / sources
+    if training.start is not None:
+        return training.start
+    return 1.0 / sources if training.form == "soup" else 0.3
+
+
+class Coefficients:
+    """All sources' coefficients of one tensor; float32, or float64 where the student is.
+
+    Attributes:
+        raw: parameters [sources, *layout.inner]; `values` is what the activation makes of them.
+        left, right: [sources, rows, rank] and [sources, columns, rank]: factors of a correction
+            that is added to the values without activation; None at rank 0.
+    """
+
+    def __init__(
+        self, name: str, layout: Layout, sources: int, training: Training, seed: int,
+        device: Any = "cpu", dtype: Any = None,
+    ) -> None:  # fmt: skip
+        import torch
+
+        self.name, self.layout, self.activation = name, layout, training.activation
+        dtype = dtype or torch.float32
+        start = starting_value(training, sources)
+        raw = {
+            "none": start, "tanh": math.atanh(start) if abs(start) < 1 else 0.0, "softmax": 0.0,
+            "sigmoid": math.log(start / (1 - start)) if 0 < start < 1 else 0.0,
+        }[self.activation]  # fmt: skip
+        self.raw = torch.full((sources, *layout.inner), raw, dtype=dtype, device=device)
+        self.left: Any = None
+        self.right: Any = None
+        if layout.rank:
+            # One factor starts at 0, so that the correction does; the other must not.
+            generator = torch.Generator().manual_seed(_seed(seed, name))
+            shape = (sources, layout.columns, layout.rank)
+            right = torch.randn(shape, generator=generator, dtype=torch.float64)
+            self.right = (right / math.sqrt(layout.rank)).to(device=device, dtype=dtype)
+            self.left = torch.zeros(sources, layout.rows, layout.rank, dtype=dtype, device=device)
+        self._values: Any = None
+        self.value_grad = torch.zeros_like(self.raw)
+        self.left_grad: Any = None if self.left is None else torch.zeros_like(self.left)
+        self.right_grad: Any = None if self.right is None else torch.zeros_like(self.right)
+
+    @property
+    def parameters(self) -> list[Any]:
+        """What the optimizer moves."""
+        return [self.raw] if self.left is None else [self.raw, self.left, self.right]
+
+    @property
+    def projections(self) -> list[Any]:
+        """What accumulates over the backward passes of a step: what processes must add up."""
+        own = [self.value_grad]
+        return own if self.left_grad is None else [*own, self.left_grad, self.right_grad]
+
+    @property
+    def values(self) -> Any:
+        """The coefficients [sources, *layout.inner], without the low-rank correction."""
+        if self._values is None:
+            self._values = _activated(self.raw, self.activation)
+        return self._values
+
+    def moved(self) -> None:
+        """The parameters have changed."""
+        self._values = None
+
+    def block(self, start: int, stop: int) -> Any:
+        """The coefficients of rows [start, stop): [sources, rows or 1, columns or 1]."""
+        found = self.values
+        if self.layout.kind in ("row", "element"):
+            found = found[:, start:stop]
+        elif self.layout.kind == "column" and self.layout.groups > 1:
+            found = found[:, self._groups(start, stop)]
+        if self.left is not None:
+            # Rank by rank, each product and sum rounded by itself: as the engine will do it.
+            import torch
+
+            shape = (len(found), stop - start, self.layout.columns)
+            found = torch.broadcast_to(found, shape).clone()
+            for r in range(self.layout.rank):
+                found += self.left[:, start:stop, None, r] * self.right[:, None, :, r]
+        return found
+
+    def project(self, grad: Any, weights: Sequence[Any], start: int) -> None:
+        """Add R(G * W_i) for rows from `start` on.
+
+        Args:
+            grad: [rows, columns] of dL/dW, in the coefficients' dtype.
+            weights: the same rows of every source.
+        """
+        stop = start + len(grad)
+        kind, into = self.layout.kind, self.value_grad
+        for i, weight in enumerate(weights):
+            product = grad * weight
+            if self.left is not None:
+                self.left_grad[i, start:stop] += product @ self.right[i]
+                self.right_grad[i] += product.T @ self.left[i, start:stop]
+            if kind == "tensor":
+                into[i, 0, 0] += product.sum()
+            elif kind == "row":
+                into[i, start:stop, 0] += product.sum(1)
+            elif kind == "element":
+                into[i, start:stop] += product
+            elif self.layout.groups == 1:
+                into[i, 0] += product.sum(0)
+            else:
+                into[i].index_add_(0, self._groups(start, stop), product)
+
+    def gradients(self, penalty_grad: Any = None) -> list[Any]:
+        """dL/d of each of `parameters`; the accumulated projections stay."""
+        grad = self.value_grad if penalty_grad is None else self.value_grad + penalty_grad
+        c = self.values
+        if self.activation == "tanh":
+            grad = grad * (1 - c * c)
+        elif self.activation == "sigmoid":
+            grad = grad * c * (1 - c)
+        elif self.activation == "softmax":
+            grad = c * (grad - (c * grad).sum(0, keepdim=True))
+        return [grad] if self.left_grad is None else [grad, self.left_grad, self.right_grad]
+
+    def clear(self) -> None:
+        """Forget the step's projections."""
+        for projection in self.projections:
+            projection.zero_()
+
+    def entries(self) -> dict[str, Any]:
+        """What a file of coefficients holds of this tensor: after the activation, float32."""
+        import torch
+
+        stored = self.values.reshape(len(self.raw), *self.layout.stored)
+        found = {self.name: stored, self.name + ROWS: self.left, self.name + COLUMNS: self.right}
+        return {
+            name: value.detach().to("cpu", torch.float32).contiguous().clone()
+            for name, value in found.items() if value is not None
+        }  # fmt: skip
+
+    def _groups(self, start: int, stop: int) -> Any:
+        """The matrix that each row belongs to, where several lie below one another."""
+        import torch
+
+        rows = torch.arange(start, stop, device=self.raw.device)
+        return rows // (self.layout.rows // self.layout.groups)
+
+
+def _activated(raw: Any, activation: str) -> Any:
+    if activation == "softmax":
+        return raw.softmax(0)
+    return {"none": raw.clone, "tanh": raw.tanh, "sigmoid": raw.sigmoid}[activation]()
+
+
+def _seed(seed: int, name: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}\0{name}".encode()).digest()[:7], "big")

@@ -1,0 +1,213 @@
+"""Data of the sources: rows to token sequences, split into train and held-out, put into batches.
+
+Everything is a function of the data, the settings and the seed. Rows are split before they are cut
+into sequences, so that no document is on both sides.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from merge_cli.dam.datasets import read_data
+from merge_cli.errors import SourceError
+from merge_cli.evaluation.rows import Encoded, Row, encode
+from merge_cli.recipe.reference import local_file
+from merge_cli.recipe.schema import Recipe
+from merge_cli.recipe.training import Data, Training
+
+_POOL = 16  # batches among which sequences are sorted by length
+
+
+@dataclass(frozen=True)
+class Example:
+    """Tokens of an example; `first` is the first that counts, never 0."""
+
+    ids: array[int]
+    first: int
+
+    @property
+    def counted(self) -> int:
+        """Tokens whose prediction counts."""
+        return len(self.ids) - self.first
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What one source is good at.
+
+    Attributes:
+        name: for tables; `source` is the operand that teaches on it.
+        rows: how many rows were read; sequences may be more (long rows) or fewer (`examples`).
+    """
+
+    name: str
+    source: int
+    train: tuple[Example, ...]
+    held_out: tuple[Example, ...]
+    rows: int
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over all tokens: the same data in another file is the same data."""
+        state = hashlib.sha256()
+        for part in (self.train, self.held_out):
+            for one in part:
+                state.update(f"{one.first} {len(one.ids)};".encode() + one.ids.tobytes())
+            state.update(b"|")
+        return state.hexdigest()
+
+
+def load_datasets(
+    recipe: Recipe, labels: Sequence[str], tokenizer: Any, training: Training, context: int
+) -> list[Dataset]:
+    """The data of every source that has some.
+
+    Args:
+        labels: of the operands, in the formula's order.
+        context: tokens that the models take; `max_length` may be less.
+
+    Raises:
+        SourceError: a file or a row that cannot be used, with file and line.
+    """
+    length = min(training.max_length, context)
+    found = []
+    names = _names([s.model.path for s in recipe.source_specs if s.data])
+    specs = [spec for spec in recipe.source_specs if spec.data]
+    for spec, name in zip(specs, names, strict=True):
+        assert spec.data is not None
+        if str(spec.model) not in labels:  # the base of task vectors: it has none of its own
+            what = "its data cannot be used: the base has no task vector"
+            raise SourceError(what, model=str(spec.model), hint="Use `form: soup`.")
+        found.append(
+            _dataset(recipe, spec.data, name, labels.index(str(spec.model)), tokenizer, training,
+                     length)
+        )  # fmt: skip
+    return found
+
+
+def _dataset(
+    recipe: Recipe, data: Data, name: str, source: int, tokenizer: Any, training: Training,
+    length: int,
+) -> Dataset:  # fmt: skip
+    rows = read_data(data, _files(data.files, recipe))
+    mixed = list(rows)
+    random.Random(f"{recipe.seed}:{name}:split").shuffle(mixed)
+    if data.held_out:
+        kept = read_data(data, _files(data.held_out, recipe), held_out=True)
+        random.Random(f"{recipe.seed}:{name}:held-out").shuffle(kept)
+    else:
+        count = round(training.held_out * len(mixed))
+        if training.held_out and len(mixed) > 1:
+            count = min(max(count, 1), len(mixed) - 1)
+        kept, mixed = mixed[:count], mixed[count:]
+    train = _sequences(mixed, tokenizer, training, length, training.examples)
+    held_out = _sequences(kept, tokenizer, training, length, training.held_out_examples)
+    if not train:
+        raise SourceError("has no token to learn from", file=_shown(data))
+    return Dataset(name, source, tuple(train), tuple(held_out), len(rows))
+
+
+def _sequences(
+    rows: Sequence[Row], tokenizer: Any, training: Training, length: int, most: int | None
+) -> list[Example]:
+    found: list[Example] = []
+    for row in rows:
+        encoded = encode(row, tokenizer)
+        if training.prompt_loss:
+            encoded = Encoded(encoded.ids, 1)
+        found.extend(cut(encoded, length))
+        if most is not None and len(found) >= most:
+            return found[:most]
+    return found
+
+
+def cut(encoded: Encoded, length: int) -> Iterator[Example]:
+    """A row in pieces of at most `length` tokens; pieces without a token that counts are dropped.
+
+    Pieces overlap by one token, so that every token that counts is predicted exactly once.
+    """
+    ids, first = encoded.ids, encoded.first
+    start = 0
+    while start + 1 < len(ids):
+        part = ids[start : start + length]
+        counts = max(1, first - start)
+        if counts < len(part):
+            yield Example(array("i", part), counts)
+        start += length - 1
+
+
+def steps_of(datasets: Sequence[Dataset], training: Training) -> int:
+    """Optimizer steps: every example of the largest data set once in each epoch."""
+    largest = max(len(dataset.train) for dataset in datasets)
+    steps = training.epochs * -(-largest // training.batch_size)
+    return min(steps, training.max_steps) if training.max_steps else steps
+
+
+class Order:
+    """Which sequences of a data set make up which step's batch.
+
+    Shuffled anew for each pass; within a pool of some batches sorted by length, so that little is
+    padded, and the batches shuffled again. A smaller data set begins again when it is used up.
+    """
+
+    def __init__(self, dataset: Dataset, training: Training, seed: int) -> None:
+        self._dataset, self._size, self._seed = dataset, training.batch_size, seed
+        self._passes: dict[int, list[list[int]]] = {}
+
+    def batch(self, step: int) -> list[int]:
+        """Numbers of the train sequences of a step, which counts from 0."""
+        count = -(-len(self._dataset.train) // self._size)
+        number, place = divmod(step, count)
+        if number not in self._passes:
+            self._passes = {number: self._pass(number)}
+        return self._passes[number][place]
+
+    def _pass(self, number: int) -> list[list[int]]:
+        chance = random.Random(f"{self._seed}:{self._dataset.name}:pass {number}")
+        order = list(range(len(self._dataset.train)))
+        chance.shuffle(order)
+        found: list[list[int]] = []
+        for start in range(0, len(order), self._size * _POOL):
+            pool = sorted(
+                order[start : start + self._size * _POOL],
+                key=lambda i: len(self._dataset.train[i].ids),
+            )
+            found += [pool[i : i + self._size] for i in range(0, len(pool), self._size)]
+        chance.shuffle(found)
+        return found
+
+
+def micro_batches(
+    numbers: Sequence[int], sequences: Sequence[Example], tokens: int
+) -> list[list[int]]:
+    """Numbers of sequences in groups of at most `tokens` with padding, the longest first."""
+    found: list[list[int]] = []
+    for number in sorted(numbers, key=lambda i: (-len(sequences[i].ids), i)):
+        width = len(sequences[found[-1][0]].ids) if found else 0
+        if not found or width * (len(found[-1]) + 1) > tokens:
+            found.append([])
+        found[-1].append(number)
+    return found
+
+
+def _files(words: Sequence[str], recipe: Recipe) -> list[Path]:
+    found = [local_file(word, recipe.folder) for word in words]
+    for word, path in zip(words, found, strict=True):
+        if path is None:
+            raise SourceError("no such data file", file=word)
+    return [path for path in found if path is not None]
+
+
+def _names(paths: Sequence[str]) -> list[str]:
+    short = [path.rstrip("/").rpartition("/")[2] for path in paths]
+    return short if len(set(short)) == len(short) else list(paths)
+
+
+def _shown(data: Data) -> str:
+    return ", ".join(data.files) or str(data.dataset)

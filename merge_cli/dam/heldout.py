@@ -1,0 +1,142 @@
+"""How far a merged model is from each teacher, on rows that nothing is trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from merge_cli.dam.data import Dataset, Example, micro_batches
+from merge_cli.dam.distributed import World
+from merge_cli.dam.forward import Batch, Forward
+from merge_cli.dam.head import Sums
+from merge_cli.dam.losses import Objective, Targets
+from merge_cli.dam.student import Student
+from merge_cli.dam.teachers import Predictions, padded
+
+_OBJECTIVE = Objective({"kl": 1.0, "cross_entropy": 1.0})
+LAMBDAS = (0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
+
+
+@dataclass(frozen=True)
+class Score:
+    """Divergence from the teachers and loss on the text, nats per token at temperature 1.
+
+    Attributes:
+        kl, loss: by data set.
+    """
+
+    kl: Mapping[str, float]
+    loss: Mapping[str, float]
+
+    @property
+    def mean_kl(self) -> float:
+        return sum(self.kl.values()) / len(self.kl)
+
+    @property
+    def mean_loss(self) -> float:
+        return sum(self.loss.values()) / len(self.loss)
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "mean_kl": self.mean_kl, "mean_loss": self.mean_loss}
+
+    @staticmethod
+    def from_json(found: Mapping[str, Any]) -> Score:
+        return Score(found["kl"], found["loss"])
+
+
+class HeldOut:
+    """Held-out batches with their teachers' predictions, ready to be asked again and again."""
+
+    def __init__(
+        self, datasets: Sequence[Dataset], predictions: Sequence[Predictions], tokens: int
+    ) -> None:
+        self._batches: dict[str, list[Batch]] = {}
+        for dataset, known in zip(datasets, predictions, strict=True):
+            rows = dataset.held_out
+            count = sum(one.counted for one in rows)
+            groups = micro_batches(range(len(rows)), rows, tokens)
+            self._batches[dataset.name] = [
+                make_batch(group, rows, known, 1.0 / count) for group in groups
+            ]
+        self.passes = self.tokens = 0
+
+    def __bool__(self) -> bool:
+        return all(self._batches.values())
+
+    def score(self, forward: Forward, world: World) -> Score:
+        """Of the net as it is; processes share the batches."""
+        import torch
+
+        found: dict[str, list[float]] = {}
+        with torch.no_grad():
+            for name, batches in self._batches.items():
+                sums = Sums()
+                for number, batch in enumerate(batches):
+                    if number % world.size == world.rank:
+                        forward.loss(batch, _OBJECTIVE, sums)
+                        self.passes += 1
+                        self.tokens += batch.tokens
+                read = sums.read()
+                both = torch.tensor(
+                    [read.get("kl", 0.0), read.get("cross_entropy", 0.0)], dtype=torch.float64
+                )
+                world.add_up([both], gradients=False)
+                found[name] = both.tolist()
+        return Score(
+            {name: kl for name, (kl, _) in found.items()},
+            {name: loss for name, (_, loss) in found.items()},
+        )
+
+
+def make_batch(
+    numbers: Sequence[int], examples: Sequence[Example], known: Predictions | None, weight: float
+) -> Batch:
+    """A batch of some examples, every counted token with the same weight.
+
+    Args:
+        known: the teacher's predictions of `examples`; None where the loss asks no teacher.
+    """
+    import torch
+
+    own = [examples[i] for i in numbers]
+    ids, mask, counted = padded(own)
+    labels = torch.cat([torch.tensor(one.ids[one.first :]) for one in own]).long()
+    weights = torch.full((len(labels),), weight, dtype=torch.float64)
+    if known is None:
+        return Batch(ids, mask, counted, Targets(labels, weights))
+    parts = [known.of(i) for i in numbers]
+    kept = torch.cat([ids for ids, _, _ in parts]).long()
+    logp = torch.cat([logp for _, logp, _ in parts])
+    tails = [tail for _, _, tail in parts]
+    tail = None if tails[0] is None else torch.cat(tails)
+    return Batch(ids, mask, counted, Targets(labels, weights, kept, logp, tail))
+
+
+def baselines(
+    student: Student, forward: Forward, held_out: HeldOut, labels: Sequence[str], world: World,
+    *, has_base: bool, base_label: str | None, tell: Any,
+) -> dict[str, Score]:  # fmt: skip
+    """What needs no training: base, each source, uniform soup, task arithmetic at several λ.
+
+    They pass through the student's own net; it holds the last of them afterwards.
+    """
+    count = len(labels)
+    wanted: list[tuple[str, float, list[float]]] = []
+    if has_base and base_label not in labels:
+        wanted.append((f"base {base_label}", 1.0, [0.0] * count))
+    for i, label in enumerate(labels):
+        wanted.append((f"source {label}", 0.0, [float(i == j) for j in range(count)]))
+    wanted.append(("uniform soup", 0.0, [1.0 / count] * count))
+    if has_base:
+        # A base among the sources adds nothing to itself.
+        own = [label != base_label for label in labels]
+        for scale in LAMBDAS:
+            weights = [scale * moves for moves in own]
+            wanted.append((f"task arithmetic {scale:g}", 1.0 - sum(weights), weights))
+    found = {}
+    for number, (name, base, weights) in enumerate(wanted):
+        tell(number, len(wanted), name)
+        student.write_mixture(base, weights)
+        found[name] = held_out.score(forward, world)
+    return found

@@ -1,0 +1,226 @@
+"""What would be trained, on what, where and with how much: known without loading weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from merge_cli.checkpoint.source import Source, fetch_weights
+from merge_cli.dam.data import Dataset, load_datasets, steps_of
+from merge_cli.dam.distributed import World
+from merge_cli.dam.models import (
+    Target,
+    empty_student,
+    find_targets,
+    parameter_count,
+    stored_tensors,
+    weight_bytes,
+)
+from merge_cli.dam.sources import Place, choose_place
+from merge_cli.dam.teachers import Kept, Teacher
+from merge_cli.engine.device import choose_device
+from merge_cli.engine.plan import Plan
+from merge_cli.errors import MismatchError, Problem, SourceError
+from merge_cli.evaluation.digest import model_digest
+from merge_cli.evaluation.live import choose_dtype, context_of, quiet
+from merge_cli.evaluation.task import file_digest
+from merge_cli.recipe.training import Training
+
+_WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class TeacherPlan:
+    """One teacher's part.
+
+    Attributes:
+        tokens: whose predictions are kept, of train and held-out data.
+        missing: sequences that are not in the cache yet.
+        bytes: what the predictions take on disk.
+    """
+
+    dataset: str
+    tokens: int
+    missing: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """A training, decided.
+
+    Attributes:
+        device, dtype: as words for torch; `why` has the reasons, by dial.
+        mode: fused or two_pass.
+        labels: of the operands.
+    """
+
+    plan: Plan
+    training: Training
+    targets: tuple[Target, ...]
+    datasets: tuple[Dataset, ...]
+    steps: int
+    device: str
+    dtype: str
+    place: Place
+    mode: str
+    teachers: tuple[TeacherPlan, ...]
+    labels: tuple[str, ...]
+    why: dict[str, str]
+    student_bytes: int
+
+    @property
+    def coefficients(self) -> int:
+        """Numbers that are learned."""
+        return sum(target.count for target in self.targets)
+
+    @property
+    def kept(self) -> Kept:
+        """How predictions are kept for training."""
+        return kept_for(self.training, held_out=False)
+
+
+def kept_for(training: Training, *, held_out: bool) -> Kept:
+    """Held-out predictions are kept at temperature 1: what is reported is a plain divergence."""
+    k = None if training.top_k == "full" else int(training.top_k)
+    temperature = 1.0 if held_out else training.temperature
+    return Kept(k, temperature, training.cache_dtype)
+
+
+def plan_training(plan: Plan, device: str = "auto", world: World | None = None) -> TrainingPlan:
+    """Decide a training from headers, configs, tokenizers and data.
+
+    Raises:
+        SourceError: data or a model that cannot be used.
+        MismatchError: sources that do not share a tokenizer, parameters that nothing is stored for.
+        ResourceError: a device or a package is missing, or the recipe's residency does not fit.
+    """
+    world = world or World()
+    training = plan.recipe.training or Training()
+    operands = [plan.sources[i] for i in plan.operands]
+    labels = tuple(source.label for source in operands)
+    tokenizer = _one_tokenizer(plan)
+    net = empty_student(plan)
+    targets, problems = find_targets(plan, net, training)
+    if problems:
+        raise MismatchError(problems, "the student cannot be made of what is stored")
+    if not any(target.trained for target in targets):
+        what = f"chooses no tensor: {', '.join(training.train)}"
+        raise MismatchError([plan.recipe.problem("training.train", what)])
+    datasets = load_datasets(
+        plan.recipe, labels, tokenizer, training, context_of(net.config, training.max_length)
+    )
+    chosen = choose_device(world.local_device(device))
+    where = f"cuda:{chosen.indexes[0]}" if chosen.indexes else "cpu"
+    dtype, dtype_why = choose_dtype(plan.sources[plan.donor], chosen.kind, training.dtype)
+    student_bytes = parameter_count(targets) * _WIDTHS[dtype]
+    with_base = training.form == "task_vector"
+    size = weight_bytes(stored_tensors(plan, targets), with_base=with_base)
+    place = choose_place(training.residency, where, size, student_bytes)
+    mode, mode_why = _mode(training, dtype, world)
+    return TrainingPlan(
+        plan, training, tuple(targets), tuple(datasets), steps_of(datasets, training), where,
+        dtype, place, mode, tuple(_teachers(operands, datasets, training, where, dtype, net)),
+        labels,
+        {
+            "device": f"{chosen.name}: {chosen.reason}", "dtype": dtype_why, "mode": mode_why,
+            "residency": place.reason,
+        },
+        student_bytes,
+    )  # fmt: skip
+
+
+def _mode(training: Training, dtype: str, world: World) -> tuple[str, str]:
+    for holds, why in (
+        (world.size > 1, "gradients are added up over processes first"),
+        (training.clip_norm is not None, "gradients are clipped together"),
+        (dtype == "float16", "float16 gradients can overflow"),
+    ):
+        if holds:
+            return "two_pass", why
+    if training.mode != "auto":
+        return training.mode, "asked for"
+    return "fused", "one read of the sources in a step's last backward pass"
+
+
+def _teachers(
+    operands: Sequence[Source], datasets: Sequence[Dataset], training: Training, device: str,
+    dtype: str, net: Any,
+) -> Iterator[TeacherPlan]:  # fmt: skip
+    vocabulary = net.get_output_embeddings().weight.shape[0]
+    for dataset in datasets:
+        teacher = teacher_of(operands[dataset.source], device, dtype)
+        parts = [(dataset.held_out, kept_for(training, held_out=True))]
+        if training.needs_teachers:
+            parts.append((dataset.train, kept_for(training, held_out=False)))
+        tokens = [sum(one.counted for one in part) for part, _ in parts]
+        yield TeacherPlan(
+            dataset.name,
+            sum(tokens),
+            sum(teacher.missing(part, kept) for part, kept in parts),
+            sum(
+                kept.bytes_of(count, vocabulary)
+                for count, (_, kept) in zip(tokens, parts, strict=True)
+            ),
+        )
+
+
+def teacher_of(source: Source, device: str, dtype: str) -> Teacher:
+    """A source as a teacher. On the Hub, it is known by its commit until its weights are here."""
+    if source.hub is not None and source.hub.commit:
+        digest = f"{source.hub.repo_id}@{source.hub.commit}"
+    else:
+        digest = model_digest(source.root)
+    return Teacher(source, digest, device, dtype)
+
+
+def fetch_everything(plan: Plan) -> None:
+    """Models of the Hub, whole: transformers loads them."""
+    for source in plan.sources:
+        fetch_weights(source, source.header_bytes)
+
+
+def _one_tokenizer(plan: Plan) -> Any:
+    """The tokenizer that all sources share.
+
+    Raises:
+        MismatchError: they do not, with what differs.
+    """
+    from transformers import AutoTokenizer
+
+    def load(source: Source) -> Any:
+        with quiet():
+            try:
+                return AutoTokenizer.from_pretrained(str(source.root))
+            except (OSError, ValueError, KeyError) as error:
+                what = f"its tokenizer cannot be loaded: {str(error).strip().splitlines()[0]}"
+                hint = "DAM needs it to read the data."
+                raise SourceError(what, model=source.label, hint=hint) from error
+
+    first = plan.sources[plan.operands[0]]
+    tokenizer, known = load(first), _tokenizer_file(first.root)
+    vocabulary = tokenizer.get_vocab()
+    problems = []
+    for i in plan.operands[1:]:
+        source = plan.sources[i]
+        if known is not None and _tokenizer_file(source.root) == known:
+            continue
+        other = load(source).get_vocab()
+        if other != vocabulary:
+            moved = sum(other.get(token) != number for token, number in vocabulary.items())
+            what = (
+                f"has another tokenizer than {first.label}: {len(other):,} entries against "
+                f"{len(vocabulary):,}, {moved:,} of them elsewhere"
+            )
+            problems.append(Problem(what, source.label))
+    if problems:
+        what = "the sources' tokenizers differ: their predictions cannot be compared"
+        raise MismatchError(problems, what)
+    return tokenizer
+
+
+def _tokenizer_file(root: Path) -> str | None:
+    path = root / "tokenizer.json"
+    return file_digest(path) if path.exists() else None

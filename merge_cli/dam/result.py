@@ -1,0 +1,117 @@
+"""The record of a training: what the report shows, and whether it was worth it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from merge_cli.dam.checkpoint import Position
+from merge_cli.dam.distributed import World
+from merge_cli.dam.heldout import Score
+from merge_cli.dam.plan import TrainingPlan
+from merge_cli.engine.memory import peak_rss
+from merge_cli.errors import GateError
+from merge_cli.recipe.training import plain_training
+
+LEARNED = "dam"
+
+
+def build_record(
+    decided: TrainingPlan, position: Position, found: Mapping[str, Score], note: str, world: World,
+    *, teaching: Mapping[str, Any], held_out_passes: int,
+) -> dict[str, Any]:  # fmt: skip
+    """JSON-ready; docs/dam.md says what each part is."""
+    scores = {name: score.to_json() for name, score in found.items()}
+    best = next((one for one in position.measured or [] if one["step"] == position.best_step), None)
+    if best is not None:
+        scores = {LEARNED: {k: v for k, v in best.items() if k != "step"}, **scores}
+    warnings = [note] if note else []
+    verdict = improvement(scores)
+    if verdict is None:
+        warnings.append("nothing was held out: whether the result is better is not known")
+    elif verdict["ratio"] >= 1:
+        warnings.append(
+            f"NO IMPROVEMENT: held-out KL {verdict['kl']:.4g}, and {verdict['best_static']} "
+            f"without training {verdict['best_static_kl']:.4g}"
+        )
+    return {
+        "dials": plain_training(decided.training),
+        "why": decided.why,
+        "coefficients": decided.coefficients,
+        "datasets": [
+            {
+                "name": dataset.name,
+                "teacher": decided.labels[dataset.source],
+                "rows": dataset.rows,
+                "train": len(dataset.train),
+                "held_out": len(dataset.held_out),
+                "train_tokens": sum(one.counted for one in dataset.train),
+                "held_out_tokens": sum(one.counted for one in dataset.held_out),
+            }
+            for dataset in decided.datasets
+        ],
+        "steps": position.step,
+        "ended": position.ended,
+        "best_step": position.best_step if best is not None else position.step,
+        "history": position.history,
+        "measured": position.measured,
+        "scores": scores,
+        "verdict": verdict,
+        "warnings": warnings,
+        "cost": {
+            "seconds": round(position.seconds, 3),
+            "teaching_seconds": teaching["seconds"],
+            "tokens": position.tokens,
+            "passes": position.passes,
+            "held_out_passes": held_out_passes,
+            "peak_rss": peak_rss(),
+            "peak_vram": _peak_vram(decided.device),
+            "student_bytes": decided.student_bytes,
+            "source_bytes": decided.place.bytes,
+            "residency": decided.place.residency,
+            "processes": world.size,
+            "bytes_reduced": world.bytes_reduced,
+        },
+    }
+
+
+def improvement(scores: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
+    """The learned merge against the best that needs no training; None where nothing was measured.
+
+    A single source counts, too: a merge that is further from the teachers than one of them is none.
+    """
+    static = {name: score["mean_kl"] for name, score in scores.items() if name != LEARNED}
+    if LEARNED not in scores or not static:
+        return None
+    name = min(static, key=lambda one: static[one])
+    kl = scores[LEARNED]["mean_kl"]
+    ratio = kl / static[name] if static[name] else float("inf")
+    return {"kl": kl, "best_static": name, "best_static_kl": static[name], "ratio": ratio}
+
+
+def gate(record: Mapping[str, Any], required: bool, coefficients: Path) -> None:
+    """Raise where improvement is required and there is none.
+
+    Raises:
+        GateError: worse than, or as good as, the best static merge; or nothing was measured.
+    """
+    verdict = record["verdict"]
+    if not required or (verdict is not None and verdict["ratio"] < 1):
+        return
+    what = "improvement is required, and nothing was held out to show it"
+    if verdict is not None:
+        what = (
+            f"held-out KL {verdict['kl']:.4g} is no better than {verdict['best_static']} "
+            f"without training ({verdict['best_static_kl']:.4g})"
+        )
+    hint = "Train longer or on more data, or run without --require-improvement."
+    raise GateError(what, where=str(coefficients), hint=hint)
+
+
+def _peak_vram(device: str) -> int | None:
+    if device == "cpu":
+        return None
+    import torch
+
+    return int(torch.cuda.max_memory_allocated(device))

@@ -1,0 +1,265 @@
+"""From a recipe that learns to one that is resolved: teachers, training, measuring, the result."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from merge_cli.dam.assembly import assemble
+from merge_cli.dam.checkpoint import Position, TrainingFolder
+from merge_cli.dam.distributed import World, join_world
+from merge_cli.dam.forward import Forward
+from merge_cli.dam.heldout import HeldOut, baselines
+from merge_cli.dam.models import stored_tensors
+from merge_cli.dam.plan import (
+    TrainingPlan,
+    fetch_everything,
+    kept_for,
+    plan_training,
+    teacher_of,
+)
+from merge_cli.dam.progress import StepLine
+from merge_cli.dam.result import build_record, gate
+from merge_cli.dam.teachers import Predictions
+from merge_cli.dam.trainer import Trainer, entries_of
+from merge_cli.engine.options import MergeOptions, Progress, Show
+from merge_cli.engine.plan import Plan
+from merge_cli.errors import Interrupted
+from merge_cli.recipe.schema import Recipe
+from merge_cli.recipe.training import Training
+
+# Dials that change how training runs, not what comes of it.
+_INDIFFERENT = {"residency", "checkpoint_minutes", "tensorboard", "preset"}
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What training has left.
+
+    Attributes:
+        coefficients: the file.
+        record: for the report; see docs/dam.md.
+        folder: where both lie until the model is published.
+        world: the processes that trained together.
+    """
+
+    coefficients: Path
+    record: dict[str, Any]
+    folder: TrainingFolder
+    world: World
+
+
+def learn(
+    plan: Plan, target: Path, options: MergeOptions, *, show: Show,
+    require_improvement: bool = False,
+) -> Learned:  # fmt: skip
+    """Learn the coefficients that the plan's method lacks; continue where a run was killed.
+
+    Args:
+        target: OUT; work happens in OUT.training.
+        require_improvement: refuse a result that is worse than the best static merge.
+
+    Raises:
+        SourceError, MismatchError, ResourceError: see `plan_training`.
+        NonFiniteError: the loss is not a number.
+        Interrupted: Ctrl-C or SIGTERM; the same command continues.
+        GateError: `require_improvement` is not met. The coefficients are kept.
+    """
+    world = join_world()
+    show = show if world.first else lambda progress: None
+    with _interruptions() as stopping:
+        fetch_everything(plan)
+        decided = plan_training(plan, options.device, world)
+        folder = TrainingFolder(
+            target, work_key(decided, world), fresh=options.fresh, first=world.first
+        )
+        with folder:
+            world.wait()
+            record = folder.record()
+            if record is None:
+                with _threads(options.threads):
+                    record = _learn(decided, folder, world, show, stopping)
+            world.wait()
+    if world.first:
+        for line in record["warnings"]:
+            show(Progress("train", 0, 0, line))
+        gate(record, require_improvement, folder.coefficients)
+    return Learned(folder.coefficients, record, folder, world)
+
+
+def work_key(decided: TrainingPlan, world: World) -> str:
+    """A digest of everything that the coefficients depend on."""
+    plan = decided.plan
+    dials = {
+        f.name: repr(getattr(decided.training, f.name))
+        for f in fields(Training) if f.name not in _INDIFFERENT
+    }  # fmt: skip
+    used = sorted({*plan.operands, plan.donor, *([] if plan.base is None else [plan.base])})
+    about = {
+        "format": _FORMAT,
+        "versions": [version("merge-cli"), version("torch"), version("transformers")],
+        "dials": dials,
+        "seed": plan.recipe.seed,
+        "inputs": [plan.sources[i].fingerprint() for i in used],
+        "data": [(dataset.source, dataset.digest) for dataset in decided.datasets],
+        "how": [decided.device.partition(":")[0], decided.dtype, decided.mode, world.size],
+    }
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+
+
+def _learn(
+    decided: TrainingPlan, folder: TrainingFolder, world: World, show: Show,
+    stopping: Callable[[], bool],
+) -> dict[str, Any]:  # fmt: skip
+    """Train, measure, and write the result.
+
+    Raises:
+        Interrupted: before the end; what is done is kept.
+    """
+    started = time.monotonic()
+    train, kept = _teach(decided, world, show, stopping)
+    taught = time.monotonic() - started
+    plan, training = decided.plan, decided.training
+    import torch
+
+    student = assemble(
+        plan, decided.targets, training, decided.place, decided.device,
+        getattr(torch, decided.dtype),
+    )  # fmt: skip
+    try:
+        forward = Forward(student.net)
+        held_out = HeldOut(decided.datasets, kept, training.batch_tokens)
+        measured = held_out if held_out else None
+        line = StepLine(decided, folder.path if training.tensorboard else None, show, world)
+        trainer = Trainer(
+            decided, student, forward, train, measured, folder, world,
+            told=line, stopping=stopping,
+        )  # fmt: skip
+        try:
+            finished = trainer.run()
+        finally:
+            line.close()
+        if not finished:
+            raise _interrupted(folder, trainer.position)
+        found = {}
+        if measured is not None:
+            stored = stored_tensors(plan, decided.targets)
+            found = baselines(
+                student, forward, measured, decided.labels, world,
+                has_base=all(one.base is not None for one in stored.values()),
+                base_label=None if plan.base is None else plan.sources[plan.base].label,
+                tell=lambda done, total, name: show(
+                    Progress("baselines", done, total, name, "merges")
+                ),
+            )  # fmt: skip
+        entries = trainer.best or entries_of(student)
+        for target in decided.targets:  # stored, but no parameter of the student
+            if target.name not in entries:
+                entries |= student.coefficients[target.name].entries()
+        record = build_record(
+            decided, trainer.position, found, forward.note, world,
+            teaching={"seconds": round(taught, 3)}, held_out_passes=held_out.passes,
+        )  # fmt: skip
+        if world.first:
+            folder.finish(entries, training.form, record)
+        return record
+    finally:
+        student.close()
+
+
+def _teach(
+    decided: TrainingPlan, world: World, show: Show, stopping: Callable[[], bool]
+) -> tuple[list[Predictions | None], list[Predictions]]:
+    """Each teacher over its own data, one at a time: train and held-out predictions."""
+    train: list[Predictions | None] = []
+    kept: list[Predictions] = []
+    for dataset in decided.datasets:
+        source = decided.plan.sources[decided.plan.operands[dataset.source]]
+        teacher = teacher_of(source, decided.device, decided.dtype)
+        share = (world.rank, world.size)
+
+        def tell(done: int, total: int, name: str = dataset.name) -> None:
+            show(Progress("teach", done, total, name, "tokens"))
+            if world.size == 1 and stopping():
+                what = "stopped while the teachers were asked"
+                raise Interrupted(what, hint="The same command continues.")
+
+        wanted = [(dataset.held_out, kept_for(decided.training, held_out=True), kept)]
+        if decided.training.needs_teachers:
+            wanted.append((dataset.train, decided.kept, train))  # type: ignore[arg-type]
+        else:
+            train.append(None)
+        for examples, how, into in wanted:
+            into.append(teacher.predictions(examples, how, tell, share=share))
+        teacher.close()
+    world.wait()  # files that others have made are read from here on
+    return train, kept
+
+
+def _interrupted(folder: TrainingFolder, position: Position) -> Interrupted:
+    what = f"stopped after {position.step} steps"
+    return Interrupted(what, where=str(folder.path), hint="The same command continues.")
+
+
+@contextmanager
+def _interruptions() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C and SIGTERM are remembered, so that a step is not broken off half-way.
+
+    The second one is not waited for: then the last checkpoint is what there is.
+    """
+    asked: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    before: dict[int, Any] = {}
+
+    def remember(number: int, frame: object) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    for kind in (signal.SIGINT, signal.SIGTERM):
+        before[kind] = signal.signal(kind, remember)
+    try:
+        yield lambda: bool(asked)
+    except KeyboardInterrupt:
+        raise Interrupted("stopped at once", hint="The same command continues.") from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _threads(wanted: int | None) -> Iterator[None]:
+    """As many of torch's threads as --threads says."""
+    if wanted is None:
+        yield
+        return
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(wanted)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def with_coefficients(recipe: Recipe, learned: Learned) -> Recipe:
+    """The recipe with what was learned: complete without data."""
+    return replace(
+        recipe,
+        coefficients=str(learned.coefficients),
+        training=recipe.training or Training(),
+        models=tuple(replace(spec, data=None) for spec in recipe.models),
+    )

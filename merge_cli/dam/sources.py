@@ -1,0 +1,173 @@
+"""The sources' weights, read by rows: from the device, from host memory, or from disk each time.
+
+Whoever merges or projects a tensor asks for a few rows of every source at once and is done with
+them soon after. Where they wait in the meantime is chosen by what fits, and told with the reason.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from merge_cli.checkpoint.header import DTYPES, TensorRef
+from merge_cli.checkpoint.raw import FilePool, read_ahead, read_into
+from merge_cli.errors import ResourceError
+from merge_cli.evaluation.live import free_memory
+from merge_cli.sizes import show_size
+
+Residency = Literal["device", "host", "disk"]
+_HOST_BLOCK, _DEVICE_BLOCK = 1 << 18, 1 << 24  # elements of a block of rows
+_DEVICE_SHARE, _HOST_SHARE = 0.6, 0.5  # of free memory; activations and caches take the rest
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the sources' weights wait, and why there."""
+
+    residency: Residency
+    reason: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor of every model that is read.
+
+    Attributes:
+        shape: rows and columns of the matrix that it is looked at as.
+        sources: in the recipe's order.
+        base: None where the recipe has no base.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    sources: tuple[TensorRef, ...]
+    base: TensorRef | None = None
+
+
+def choose_place(wanted: str, device: str, size: int, student: int) -> Place:
+    """Where `size` bytes of weights should wait.
+
+    Args:
+        wanted: auto, or what the recipe says.
+        device: the student's: cpu or cuda:N.
+        student: bytes that its weights will take there.
+
+    Raises:
+        ResourceError: what the recipe asks for does not fit.
+    """
+    host = int(free_memory("cpu", ()) * _HOST_SHARE) - (student if device == "cpu" else 0)
+    shown = show_size(size)
+    if device == "cpu":
+        room, where = 0, ""
+    else:
+        index = int(device.partition(":")[2] or 0)
+        room, where = int(free_memory("cuda", (index,)) * _DEVICE_SHARE) - student, "device"
+    if wanted == "disk":
+        return Place("disk", "asked for", size)
+    if wanted == "device" and device == "cpu":
+        return Place("host", "asked for device, and the student is on the CPU", size)
+    if wanted != "auto":
+        free = room if wanted == "device" else host
+        if size > free:
+            what = f"residency {wanted}: the sources take {shown}, and {show_size(max(free, 0))} "
+            hint = "Use `residency: auto` or `disk`."
+            raise ResourceError(what + "are left for them", hint=hint)
+        return Place("device" if wanted == "device" else "host", "asked for", size)
+    if where and size <= room:
+        return Place("device", f"{shown} fit beside the student", size)
+    small = "" if not where else f"{shown} do not fit beside the student; "
+    if size <= host:
+        return Place("host", f"{small}{shown} fit in memory", size)
+    why = f"{shown}, and room for {show_size(max(host, 0))} in memory"
+    return Place("disk", why, size)
+
+
+class Sources:
+    """Rows of every source's tensors.
+
+    Args:
+        tensors: by name.
+        device, dtype: where and in what rows are handed out.
+        with_base: keep the base resident too; otherwise it is read from disk when asked for.
+    """
+
+    def __init__(
+        self, tensors: Mapping[str, Stored], place: Place, device: Any, dtype: Any,
+        *, with_base: bool,
+    ) -> None:  # fmt: skip
+        self.place, self._tensors, self._device, self._dtype = place, tensors, device, dtype
+        self._files = FilePool(os.O_RDONLY)
+        self._kept: dict[tuple[str, int], Any] = {}
+        self.rows_read = 0
+        if place.residency != "disk":
+            self._keep(with_base)
+
+    def block_rows(self, name: str) -> int:
+        """Rows to ask for at once: what fits in a cache, or keeps a GPU busy."""
+        on_device = str(self._device) != "cpu"
+        block = _DEVICE_BLOCK if on_device else _HOST_BLOCK
+        return max(1, block // max(1, self._tensors[name].shape[1]))
+
+    def rows(self, name: str, start: int, stop: int) -> list[Any]:
+        """Rows [start, stop) of every source."""
+        refs = self._tensors[name].sources
+        self.rows_read += stop - start
+        return [self._rows(name, i, ref, start, stop) for i, ref in enumerate(refs)]
+
+    def base_rows(self, name: str, start: int, stop: int) -> Any:
+        """The same rows of the base."""
+        base = self._tensors[name].base
+        assert base is not None, "asked for only where there is a base"
+        return self._rows(name, -1, base, start, stop)
+
+    def deltas(self, name: str, start: int, stop: int) -> tuple[Any, list[Any]]:
+        """The base's rows, and every source's less the base's."""
+        base = self.base_rows(name, start, stop)
+        return base, [rows - base for rows in self.rows(name, start, stop)]
+
+    def expect(self, name: str) -> None:
+        """This tensor is asked for next: have the disk bring it while something else goes on."""
+        if self.place.residency == "disk":
+            stored = self._tensors[name]
+            for ref in (*stored.sources, *([stored.base] if stored.base else [])):
+                read_ahead(self._files, ref.path, ref.offset, ref.nbytes)
+
+    def close(self) -> None:
+        self._files.close()
+        self._kept.clear()
+
+    def _keep(self, with_base: bool) -> None:
+        for name, stored in self._tensors.items():
+            numbered: Sequence[tuple[int, TensorRef]] = list(enumerate(stored.sources))
+            if with_base and stored.base is not None:
+                numbered = [*numbered, (-1, stored.base)]
+            for number, ref in numbered:
+                rows = self._read(ref, stored.shape, 0, stored.shape[0])
+                if self.place.residency == "device":
+                    rows = rows.to(self._device)
+                elif str(self._device) != "cpu":
+                    rows = rows.pin_memory()
+                self._kept[name, number] = rows
+
+    def _rows(self, name: str, number: int, ref: TensorRef, start: int, stop: int) -> Any:
+        kept = self._kept.get((name, number))
+        rows = (
+            self._read(ref, self._tensors[name].shape, start, stop)
+            if kept is None
+            else kept[start:stop]
+        )
+        return rows.to(self._device, non_blocking=True).to(self._dtype)
+
+    def _read(self, ref: TensorRef, shape: tuple[int, int], start: int, stop: int) -> Any:
+        """Rows as they are stored."""
+        import torch
+
+        width, name = DTYPES[ref.dtype]
+        line = shape[1] * width
+        raw = torch.empty((stop - start) * line, dtype=torch.uint8)
+        if raw.numel():
+            read_into(self._files, ref.path, ref.offset + start * line, raw.numpy().data, ref.model)
+        return raw.view(getattr(torch, name)).view(stop - start, shape[1])

@@ -1,0 +1,229 @@
+"""The student: one ordinary model whose parameters hold the merged weights.
+
+Coefficients are not in its graph. When a parameter's gradient is complete, a hook projects it onto
+the sources' weights and drops it; so memory holds one model, its activations and one gradient.
+
+    fused      the hook of a step's last backward pass also moves the coefficients and rewrites the
+               parameter, with the same read of the sources
+    two-pass   hooks only project; then all gradients are at hand (to be clipped, or added up over
+               processes), and parameters are rewritten in a second read
+
+A parameter is rewritten in place while the backward pass still runs below it. That is safe because
+its own gradient comes last, and autograd itself would refuse to use a weight that has changed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from merge_cli.dam.coefficients import Coefficients
+from merge_cli.dam.optimizers import Optimizer
+from merge_cli.dam.penalties import penalty
+from merge_cli.dam.sources import Sources
+
+_HELD_BYTES = 1 << 26  # rows that are kept from the projection for the rewrite
+
+Reduce = Callable[[Sequence[Any]], None]  # adds tensors up over all processes, in place
+
+
+@dataclass(frozen=True)
+class Seat:
+    """A parameter of the student, what it is made of, and whether its coefficients are learned."""
+
+    name: str
+    parameter: Any
+    trained: bool
+
+
+class Student:
+    """Merged weights, projections, updates.
+
+    Args:
+        net: any causal language model of transformers.
+        seats: every parameter that is merged.
+        coefficients: by name, for every seat.
+        form: soup or task_vector.
+
+    Attributes:
+        steps: optimizer steps so far.
+    """
+
+    def __init__(
+        self, net: Any, seats: Sequence[Seat], coefficients: Mapping[str, Coefficients],
+        sources: Sources, *, form: str, optimizer: Optimizer | None = None,
+        penalties: Mapping[str, float] | None = None,
+    ) -> None:  # fmt: skip
+        self.net, self.sources, self.coefficients = net, sources, coefficients
+        self.seats = {seat.name: seat for seat in seats}
+        self.trained = [seat.name for seat in seats if seat.trained]
+        self.steps = 0
+        self.grad_scale = 1.0
+        self.penalties_found: dict[str, float] = {}
+        self._form, self._optimizer, self._penalties = form, optimizer, penalties or {}
+        self._rate: float | None = None  # set while the last backward of a fused step runs
+        self._moved: set[str] = set()
+        self._order: list[str] = []
+        self._hooks = []
+        for seat in seats:
+            seat.parameter.requires_grad_(seat.trained)
+            if seat.trained:
+                hook = self._hook(seat.name)
+                self._hooks.append(seat.parameter.register_post_accumulate_grad_hook(hook))
+
+    def close(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self.sources.close()
+
+    def moments(self, name: str) -> list[tuple[Any, Any]]:
+        """The optimizer's state of a tensor, for checkpoints."""
+        assert self._optimizer is not None, "a student that is only measured has no moments"
+        return self._optimizer.moments(name, self.coefficients[name].parameters)
+
+    def write_all(self) -> None:
+        """Every parameter from its coefficients."""
+        for name in self.seats:
+            self._write(name, None)
+
+    def write_mixture(self, base: float, weights: Sequence[float]) -> None:
+        """Every parameter as base * theta_0 + sum of weights * theta_i: a baseline to measure."""
+        for name in self.seats:
+            matrix, blocks = self._matrix(name), self._blocks(name)
+            for start, stop in blocks:
+                total = None
+                if base:
+                    total = self.sources.base_rows(name, start, stop) * base
+                for weight, rows in zip(weights, self.sources.rows(name, start, stop), strict=True):
+                    if weight:
+                        total = rows * weight if total is None else total + rows * weight
+                matrix[start:stop] = 0 if total is None else total.to(matrix.dtype)
+
+    def last_backward(self, loss: Any, rate: float) -> None:
+        """The last backward pass of a fused step: coefficients and parameters move inside it."""
+        self._rate = rate
+        self.penalties_found = {}
+        try:
+            loss.backward()
+        finally:
+            self._rate = None
+        for name in self.trained:  # whatever this pass did not reach: experts without a token
+            if name not in self._moved:
+                self._move(name, rate, [])
+        self._moved.clear()
+        self.steps += 1
+
+    def update(self, rate: float, clip: float | None = None, reduce: Reduce | None = None) -> float:
+        """The second half of a two-pass step.
+
+        Args:
+            clip: largest norm of all gradients together.
+            reduce: adds projections up over processes.
+
+        Returns:
+            the norm before clipping; not finite where a gradient overflowed: then nothing moved.
+        """
+        if reduce is not None:
+            reduce([p for name in self.trained for p in self.coefficients[name].projections])
+        self.penalties_found = {}
+        grads = {name: self._gradients(name) for name in self.trained}
+        norm = math.sqrt(sum(float((g * g).sum()) for own in grads.values() for g in own))
+        if math.isfinite(norm):
+            factor = min(1.0, clip / norm) if clip is not None and norm > 0 else 1.0
+            for name, own in grads.items():
+                self._step(name, [g * factor for g in own] if factor < 1 else own, rate)
+                self._write(name, None)
+            self.steps += 1
+        for name in self.trained:
+            self.coefficients[name].clear()
+        return norm
+
+    def _hook(self, name: str) -> Callable[[Any], None]:
+        def arrived(parameter: Any) -> None:
+            grad, parameter.grad = parameter.grad, None
+            held = self._project(name, grad)
+            del grad
+            if self._rate is not None:
+                self._move(name, self._rate, held)
+
+        return arrived
+
+    def _project(self, name: str, grad: Any) -> list[Any]:
+        """R(G * W_i) into the coefficients' gradients; the rows that were read, if they are few."""
+        coefficients = self.coefficients[name]
+        layout, dtype = coefficients.layout, coefficients.raw.dtype
+        matrix = grad.reshape(layout.rows, layout.columns)
+        keep = self._rate is not None and self._bytes(name) <= _HELD_BYTES
+        self._foresee(name)
+        held = []
+        for start, stop in self._blocks(name):
+            read = self._read(name, start, stop)
+            rows = matrix[start:stop].to(dtype)
+            if self.grad_scale != 1:
+                rows = rows / self.grad_scale
+            coefficients.project(rows, read[1], start)
+            if keep:
+                held.append(read)
+        return held
+
+    def _move(self, name: str, rate: float, held: list[Any]) -> None:
+        self._step(name, self._gradients(name), rate)
+        self._write(name, held or None)
+        self.coefficients[name].clear()
+        self._moved.add(name)
+
+    def _gradients(self, name: str) -> list[Any]:
+        terms, grad = penalty(self.coefficients[name].values, self._penalties)
+        for term, value in terms.items():
+            self.penalties_found[term] = self.penalties_found.get(term, 0.0) + value
+        return self.coefficients[name].gradients(grad)
+
+    def _step(self, name: str, grads: Sequence[Any], rate: float) -> None:
+        assert self._optimizer is not None, "a student that is only measured takes no steps"
+        coefficients = self.coefficients[name]
+        self._optimizer.move(name, coefficients.parameters, grads, rate, self.steps + 1)
+        coefficients.moved()
+
+    def _write(self, name: str, held: list[Any] | None) -> None:
+        """A parameter from its coefficients: in float32 (or wider), rounded once."""
+        matrix, coefficients = self._matrix(name), self.coefficients[name]
+        for number, (start, stop) in enumerate(self._blocks(name)):
+            base, rows = held[number] if held else self._read(name, start, stop)
+            block = coefficients.block(start, stop)
+            total: Any = None
+            for i, row in enumerate(rows):
+                term = row * block[i]
+                total = term if total is None else total.add_(term)
+            if base is not None:
+                total = base + total
+            matrix[start:stop] = total.to(matrix.dtype)
+
+    def _read(self, name: str, start: int, stop: int) -> tuple[Any, list[Any]]:
+        if self._form == "task_vector":
+            return self.sources.deltas(name, start, stop)
+        return None, self.sources.rows(name, start, stop)
+
+    def _matrix(self, name: str) -> Any:
+        layout = self.coefficients[name].layout
+        # Detached, but counted: autograd notices if a weight that it still needs has changed.
+        return self.seats[name].parameter.detach().view(layout.rows, layout.columns)
+
+    def _blocks(self, name: str) -> list[tuple[int, int]]:
+        rows, step = self.coefficients[name].layout.rows, self.sources.block_rows(name)
+        return [(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+    def _bytes(self, name: str) -> int:
+        coefficients = self.coefficients[name]
+        return coefficients.layout.rows * coefficients.layout.columns * len(coefficients.raw) * (
+            coefficients.raw.element_size()
+        )  # fmt: skip
+
+    def _foresee(self, name: str) -> None:
+        """Gradients come in the same order in every pass: ask for the next tensor's sources."""
+        if name not in self._order:
+            self._order.append(name)
+        elif len(self._order) > 1:
+            following = self._order[(self._order.index(name) + 1) % len(self._order)]
+            self.sources.expect(following)

@@ -1,0 +1,198 @@
+"""What the sources predict on their own data, kept on disk: no teacher sits beside the student.
+
+A teacher runs over its data once. Of each prediction its k likeliest tokens, their
+log-probabilities and that of all others together are kept, in files of a few sequences named by
+everything that decides their content: the model's files, k, temperature, dtype, and the tokens.
+Another run with the same data finds them; the folder may be deleted at any time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from merge_cli.checkpoint.source import Source
+from merge_cli.dam.data import Example, micro_batches
+from merge_cli.dam.losses import kept_predictions
+from merge_cli.errors import ResourceError
+from merge_cli.evaluation.cache import cache_folder
+from merge_cli.evaluation.live import LiveModel, load
+from merge_cli.sizes import show_size
+
+_FORMAT = 1
+_GROUP = 32  # sequences of a file
+_LOGIT_BYTES = 1 << 28
+
+Tell = Callable[[int, int], None]  # tokens done, tokens in all
+
+
+@dataclass(frozen=True)
+class Kept:
+    """How predictions are kept.
+
+    Attributes:
+        k: tokens; None keeps the whole vocabulary, in memory alone.
+    """
+
+    k: int | None
+    temperature: float
+    dtype: str
+
+    def bytes_of(self, tokens: int, vocabulary: int) -> int:
+        """What the predictions of so many tokens take."""
+        k = min(self.k or vocabulary, vocabulary)
+        return tokens * (k * (4 + (2 if self.dtype == "float16" else 4)) + 4)
+
+
+class Predictions:
+    """A teacher's predictions for some sequences, read when they are needed."""
+
+    def __init__(self, files: Sequence[Path], tables: Sequence[dict[str, Any]] = ()) -> None:
+        self._files, self._tables = files, tables
+
+    def of(self, number: int) -> tuple[Any, Any, Any]:
+        """ids [n, k], logp [n, k], tail [n] (or None) of a sequence's counted tokens."""
+        group, place = divmod(number, _GROUP)
+        if self._tables:
+            return _part(self._tables[group], place)
+        from safetensors import safe_open
+
+        with safe_open(self._files[group], "pt") as file:
+            start, stop = file.get_slice("ends")[place : place + 2].tolist()
+            tail = file.get_slice("tail")[start:stop] if "tail" in file.keys() else None  # noqa: SIM118
+            return file.get_slice("ids")[start:stop], file.get_slice("logp")[start:stop], tail
+
+
+class Teacher:
+    """One source's model as a teacher; loaded only if something is not in the cache yet."""
+
+    def __init__(self, source: Source, digest: str, device: str, dtype: str) -> None:
+        self._source, self._digest, self._device, self._dtype = source, digest, device, dtype
+        self._live: LiveModel | None = None
+        self.tokens = self.passes = 0
+
+    def predictions(
+        self,
+        examples: Sequence[Example],
+        kept: Kept,
+        tell: Tell,
+        *,
+        share: tuple[int, int] = (0, 1),
+    ) -> Predictions:
+        """Predictions of all sequences.
+
+        Args:
+            share: (number, count): of the missing files make every `count`-th alone; several
+                processes make them together and must wait for one another before they read.
+        """
+        groups = [examples[i : i + _GROUP] for i in range(0, len(examples), _GROUP)]
+        total, done = sum(len(one.ids) for one in examples), 0
+        tables, files = [], []
+        for number, group in enumerate(groups):
+            place = self.place(group, kept)
+            files.append(place)
+            if kept.k is None:
+                tables.append(self._predict(group, kept))
+            elif number % share[1] == share[0] and not place.exists():
+                _keep(place, self._predict(group, kept))
+            done += sum(len(one.ids) for one in group)
+            tell(done, total)
+        return Predictions(files, tables)
+
+    def missing(self, examples: Sequence[Example], kept: Kept) -> int:
+        """Sequences that are not in the cache."""
+        groups = [examples[i : i + _GROUP] for i in range(0, len(examples), _GROUP)]
+        return sum(len(g) for g in groups if kept.k is None or not self.place(g, kept).exists())
+
+    def place(self, group: Sequence[Example], kept: Kept) -> Path:
+        """The file of a group of sequences."""
+        about = f"{_FORMAT} {self._digest} {self._dtype} {kept.k} {kept.temperature!r} {kept.dtype}"
+        state = hashlib.sha256(about.encode())
+        for one in group:
+            state.update(f"{one.first} {len(one.ids)};".encode() + one.ids.tobytes())
+        name = state.hexdigest()
+        return cache_folder() / "teachers" / name[:2] / f"{name}.safetensors"
+
+    def close(self) -> None:
+        """Give its memory back."""
+        self._live = None
+
+    def _predict(self, group: Sequence[Example], kept: Kept) -> dict[str, Any]:
+        import torch
+
+        if self._live is None:
+            self._live = load(self._source, device=self._device, dtype=self._dtype)
+        live = self._live
+        found: dict[int, tuple[Any, Any, Any]] = {}
+        budget = max(1, min(live.batch_tokens, _LOGIT_BYTES // (4 * live.vocabulary)))
+        for batch in micro_batches(range(len(group)), group, budget):
+            ids, mask, counted = padded([group[i] for i in batch])
+            logits = live.logits(ids, mask)
+            for row, number in enumerate(batch):
+                own = logits[row][counted[row].to(logits.device)].float()
+                k = live.vocabulary if kept.k is None else kept.k
+                found[number] = kept_predictions(own, k, kept.temperature)
+        self.tokens, self.passes = live.cost.tokens, live.cost.forward_passes
+        parts = [found[i] for i in range(len(group))]
+        ends = torch.tensor([0, *(one.counted for one in group)]).cumsum(0)
+        dtype = getattr(torch, kept.dtype)
+        table = {
+            "ends": ends,
+            "ids": torch.cat([ids for ids, _, _ in parts]).to("cpu", torch.int32),
+            "logp": torch.cat([logp for _, logp, _ in parts]).to("cpu", dtype),
+        }
+        if parts[0][2] is not None:
+            table["tail"] = torch.cat([tail for _, _, tail in parts]).to("cpu", torch.float32)
+        return table
+
+
+def padded(examples: Sequence[Example]) -> tuple[Any, Any, Any]:
+    """ids and mask, int64 [rows, length], and where a prediction counts, bool [rows, length].
+
+    Padding is on the right: with causal attention nothing that counts sees it. The prediction of
+    token i is made at i - 1.
+    """
+    import torch
+
+    width = max(len(one.ids) for one in examples)
+    ids = torch.zeros(len(examples), width, dtype=torch.long)
+    mask = torch.zeros(len(examples), width, dtype=torch.long)
+    counted = torch.zeros(len(examples), width, dtype=torch.bool)
+    for i, one in enumerate(examples):
+        ids[i, : len(one.ids)] = torch.tensor(one.ids)
+        mask[i, : len(one.ids)] = 1
+        counted[i, one.first - 1 : len(one.ids) - 1] = True
+    return ids, mask, counted
+
+
+def _part(table: dict[str, Any], place: int) -> tuple[Any, Any, Any]:
+    start, stop = table["ends"][place : place + 2].tolist()
+    tail = table["tail"][start:stop] if "tail" in table else None
+    return table["ids"][start:stop], table["logp"][start:stop], tail
+
+
+def _keep(place: Path, table: dict[str, Any]) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        ResourceError: the cache cannot be written, and training needs it.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    size = sum(value.numel() * value.element_size() for value in table.values())
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=place.parent)
+        os.close(handle)
+        save_file(table, name)
+        os.replace(name, place)
+    except (OSError, SafetensorError) as error:
+        what = f"the teachers' cache cannot be written ({show_size(size)}): {error}"
+        hint = "Free some space, or set MERGE_CLI_CACHE to another folder."
+        raise ResourceError(what, where=str(place.parent), hint=hint) from error

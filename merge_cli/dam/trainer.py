@@ -1,0 +1,202 @@
+"""The loop: batches of every data set, one backward pass each, a step; measured now and then."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from merge_cli.dam.checkpoint import Position, TrainingFolder
+from merge_cli.dam.data import Dataset, Order, micro_batches
+from merge_cli.dam.distributed import World
+from merge_cli.dam.forward import Forward
+from merge_cli.dam.head import Sums
+from merge_cli.dam.heldout import HeldOut, make_batch
+from merge_cli.dam.losses import Objective
+from merge_cli.dam.optimizers import rate_at
+from merge_cli.dam.plan import TrainingPlan
+from merge_cli.dam.student import Student
+from merge_cli.dam.teachers import Predictions
+from merge_cli.errors import NonFiniteError
+from merge_cli.recipe.training import Training
+
+_START_SCALE, _GROW_AFTER = 1024.0, 200  # of float16 losses
+
+Told = Callable[[Mapping[str, Any], Position], None]  # a step's record
+
+
+class Trainer:
+    """One training run.
+
+    Args:
+        predictions: of each data set's train rows; None where the loss asks no teacher.
+        stopping: whether the user wants to stop; asked between steps.
+    """
+
+    def __init__(
+        self, decided: TrainingPlan, student: Student, forward: Forward,
+        predictions: Sequence[Predictions | None], held_out: HeldOut | None,
+        folder: TrainingFolder, world: World, *, told: Told, stopping: Callable[[], bool],
+    ) -> None:  # fmt: skip
+        self._decided, self._student, self._forward = decided, student, forward
+        self._predictions, self._held_out = predictions, held_out
+        self._folder, self._world, self._told, self._stopping = folder, world, told, stopping
+        training = decided.training
+        seed = decided.plan.recipe.seed
+        self._orders = [Order(dataset, training, seed) for dataset in decided.datasets]
+        self._objective = Objective(training.loss, training.temperature)
+        self.position, self.best = Position(), dict[str, Any]()
+        resumed = folder.resume(student)
+        if resumed is not None:
+            self.position, self.best = resumed
+        elif decided.dtype == "float16":
+            self.position.grad_scale = student.grad_scale = _START_SCALE
+
+    @property
+    def _training(self) -> Training:
+        return self._decided.training
+
+    def run(self) -> bool:
+        """Train to the end; False if it was stopped before, with a checkpoint written.
+
+        Raises:
+            NonFiniteError: the loss is not a number.
+        """
+        saved = time.monotonic()
+        every = self._training.evaluate_every or max(1, -(-self._decided.steps // 5))
+        if self.position.step == 0 and not self.position.measured:
+            self._measure()
+        while not self.position.ended:
+            if self.position.step >= self._decided.steps:
+                self.position.ended = "all steps"
+                break
+            began = time.monotonic()
+            record = self._step(self.position.step)
+            assert self.position.history is not None
+            self.position.history.append(record)
+            self.position.step += 1
+            last = self.position.step == self._decided.steps
+            if last or self.position.step % every == 0:
+                self._measure()
+            self.position.seconds += time.monotonic() - began
+            self._told(record, self.position)
+            stop = self._world.any(self._stopping())
+            if stop or time.monotonic() - saved >= 60 * self._training.checkpoint_minutes:
+                self._save()
+                saved = time.monotonic()
+            if stop:
+                return False
+        self._save()
+        return True
+
+    def _save(self) -> None:
+        if self._world.first:
+            self._folder.save(self._student, self.position, self.best)
+
+    def _step(self, step: int) -> dict[str, Any]:
+        """Forward and backward for every data set, then an update; what it found."""
+        student, position = self._student, self.position
+        rate = rate_at(self._training, step, self._decided.steps)
+        jobs = [
+            (dataset, group, known, weight)
+            for dataset, order, known in zip(
+                self._decided.datasets, self._orders, self._predictions, strict=True
+            )
+            for group, weight in self._groups(dataset, order.batch(step))
+        ]
+        sums: dict[str, Sums] = {dataset.name: Sums() for dataset in self._decided.datasets}
+        fused = self._decided.mode == "fused"
+        for number, (dataset, group, known, weight) in enumerate(jobs):
+            batch = make_batch(group, dataset.train, known, weight)
+            loss = self._forward.loss(
+                batch, self._objective, sums[dataset.name], student.grad_scale
+            )
+            position.tokens += batch.tokens
+            position.passes += 1
+            if fused and number == len(jobs) - 1:
+                student.last_backward(loss, rate)
+            else:
+                loss.backward()
+        if not fused:
+            self._update(rate)
+        return self._record(step, rate, sums)
+
+    def _groups(self, dataset: Dataset, numbers: Sequence[int]) -> list[tuple[list[int], float]]:
+        """This process's part of a batch, and what each token of it counts.
+
+        A token counts one part of all the batch's tokens, whoever else computes them, so that the
+        loss does not depend on how a batch is divided.
+        """
+        total = sum(dataset.train[i].counted for i in numbers)
+        own = numbers[self._world.rank :: self._world.size]
+        groups = micro_batches(own, dataset.train, self._training.batch_tokens)
+        return [(group, 1.0 / total) for group in groups]
+
+    def _update(self, rate: float) -> None:
+        import math
+
+        student, position = self._student, self.position
+        reduce = self._world.add_up if self._world.size > 1 else None
+        norm = student.update(rate, self._training.clip_norm, reduce)
+        if math.isfinite(norm):
+            grown = student.steps % _GROW_AFTER == 0 and self._decided.dtype == "float16"
+            student.grad_scale *= 2 if grown else 1
+        elif self._decided.dtype != "float16" or student.grad_scale <= 1:
+            raise _not_finite(position.step)
+        else:  # float16 overflowed: this step is skipped, the next one is scaled down
+            student.grad_scale /= 2
+            position.overflows += 1
+        position.grad_scale = student.grad_scale
+
+    def _record(self, step: int, rate: float, sums: Mapping[str, Sums]) -> dict[str, Any]:
+        """The step's losses by data set and term, over all processes."""
+        import torch
+
+        terms = {name: one.read() for name, one in sums.items()}
+        names = sorted(name for name, weight in self._training.loss.items() if weight)
+        table = torch.tensor(
+            [[own.get(name, 0.0) for name in names] for own in terms.values()], dtype=torch.float64
+        )
+        self._world.add_up([table], gradients=False)
+        found = {
+            dataset: dict(zip(names, row, strict=True))
+            for dataset, row in zip(terms, table.tolist(), strict=True)
+        }
+        penalties = dict(self._student.penalties_found)
+        total = sum(
+            self._training.loss[name] * value for own in found.values()
+            for name, value in own.items()
+        ) + sum(penalties.values())  # fmt: skip
+        if total != total or abs(total) == float("inf"):
+            raise _not_finite(step)
+        return {"step": step, "rate": rate, "loss": total, "terms": found, "penalties": penalties}
+
+    def _measure(self) -> None:
+        """Held-out divergence; the best coefficients so far are remembered."""
+        if self._held_out is None:
+            return
+        score = self._held_out.score(self._forward, self._world)
+        position = self.position
+        assert position.measured is not None
+        position.measured.append({"step": position.step, **score.to_json()})
+        if score.mean_kl < position.best_kl:
+            position.best_kl, position.best_step, position.stale = score.mean_kl, position.step, 0
+            self.best = entries_of(self._student)
+        else:
+            position.stale += 1
+            patience = self._training.patience
+            if patience is not None and position.stale >= patience:
+                position.ended = f"no improvement in {patience} measurements"
+
+
+def entries_of(student: Student) -> dict[str, Any]:
+    """The coefficients as they are, as a file of coefficients holds them."""
+    found: dict[str, Any] = {}
+    for coefficients in student.coefficients.values():
+        found |= coefficients.entries()
+    return found
+
+
+def _not_finite(step: int) -> NonFiniteError:
+    what = f"the loss of step {step + 1} is not a number"
+    return NonFiniteError(what, hint="Use a smaller learning_rate, or dtype float32 or bfloat16.")

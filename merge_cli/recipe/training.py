@@ -1,0 +1,273 @@
+"""The `training:` section and `data:` of a recipe that learns: dials, presets, and their checks.
+
+Each dial is a field with its default, bounds and one line of help: what is not a field is refused
+with its place. A preset is a set of defaults; what the recipe says itself wins.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from merge_cli.recipe.keys import nearest
+from merge_cli.recipe.nodes import Node
+
+Refuse = Callable[[Node, str, str, str], None]  # node, key, what, hint
+
+LOSSES = ("kl", "reverse_kl", "mse", "entropy", "cross_entropy")
+TEACHING = frozenset(("kl", "reverse_kl", "mse"))  # the losses that need a teacher
+PENALTIES = ("cosine", "l1", "l2", "overlap", "weighted_overlap")
+
+
+def dial(default: Any, help: str, least: float | None = None, most: float | None = None) -> Any:
+    """A field; `least` and `most` are allowed themselves."""
+    about = {"help": help, "least": least, "most": most}
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata=about)
+    return field(default=default, metadata=about)
+
+
+@dataclass(frozen=True)
+class Training:
+    """How coefficients are learned. Shares are between 0 and 1; None is explained by the help."""
+
+    preset: Literal["dam", "dam-reference", "adamerging", "expert-merging", "learned-soup"] = dial(
+        "dam", "a set of defaults for the dials below"
+    )
+    granularity: Literal["tensor", "column", "row", "element", "low_rank"] = dial(
+        "column", "what one coefficient covers"
+    )
+    rank: int = dial(4, "of the correction to the columns, with granularity low_rank", 1)
+    form: Literal["soup", "task_vector"] = dial(
+        "soup", "sum of c_i * W_i, or the base plus the sum of c_i * (W_i - base)"
+    )
+    activation: Literal["none", "tanh", "sigmoid", "softmax"] = dial(
+        "none", "what a parameter goes through to become a coefficient"
+    )
+    start: float | None = dial(
+        None, "every coefficient at the beginning; default 1/sources (soup) or 0.3 (task_vector)"
+    )
+    train: tuple[str, ...] = dial(("all",), "all, linear, or parts of tensor names")
+    loss: Mapping[str, float] = dial({"kl": 1.0}, "a loss, or losses with their weights")
+    temperature: float = dial(2.0, "of teacher and student in kl, reverse_kl and mse", 1e-3)
+    regularize: Mapping[str, float] = dial({"cosine": 0.01}, "penalties with their weights")
+    prompt_loss: bool = dial(False, "whether tokens of a prompt count too")
+    top_k: int | Literal["full"] = dial(
+        64, "tokens of a teacher's prediction that are kept; full keeps all, in memory", 1
+    )
+    cache_dtype: Literal["float32", "float16"] = dial("float32", "of a teacher's kept predictions")
+    max_length: int = dial(2048, "tokens of an example; longer rows are cut into several", 2)
+    examples: int | None = dial(None, "examples of each source to train on; default all", 1)
+    held_out: float = dial(
+        0.1, "share of the rows kept for measuring, where no file is named", 0, 0.9
+    )
+    held_out_examples: int = dial(64, "at most this many of them for each source", 1)
+    epochs: int = dial(1, "passes over the largest source's examples", 1)
+    max_steps: int | None = dial(None, "steps at most; default as many as the epochs take", 1)
+    batch_size: int = dial(4, "examples of each source in a step", 1)
+    batch_tokens: int = dial(4096, "tokens in one forward pass; more are passed one by one", 1)
+    learning_rate: float = dial(1e-3, "the largest of the schedule", 0)
+    schedule: Literal["constant", "cosine", "linear"] = dial("constant", "after the warm-up")
+    warmup: float = dial(0.0, "share of the steps in which the rate grows", 0, 1)
+    optimizer: Literal["adamw", "mofo"] = dial("adamw", "MoFO moves the largest momenta alone")
+    mofo_fraction: float = dial(0.3, "share of each tensor's coefficients that MoFO moves", 1e-6, 1)
+    weight_decay: float = dial(0.0, "decoupled, towards 0", 0)
+    clip_norm: float | None = dial(None, "largest norm of all gradients together", 0)
+    mode: Literal["auto", "fused", "two_pass"] = dial(
+        "auto", "update inside the last backward pass, or after it"
+    )
+    residency: Literal["auto", "device", "host", "disk"] = dial(
+        "auto", "where the sources' weights wait"
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = dial(
+        "auto", "of the student and the teachers; coefficients are float32"
+    )
+    checkpointing: bool = dial(False, "compute activations twice instead of keeping them")
+    evaluate_every: int | None = dial(
+        None, "steps between held-out measurements; default 5 in all", 1
+    )
+    patience: int | None = dial(None, "measurements without improvement before training stops", 1)
+    checkpoint_minutes: float = dial(2.0, "between checkpoints", 0)
+    tensorboard: bool = dial(False, "write scalars for TensorBoard beside the checkpoint")
+
+    @property
+    def needs_teachers(self) -> bool:
+        """Whether a loss compares with the sources' predictions."""
+        return any(weight for name, weight in self.loss.items() if name in TEACHING)
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "dam": {},
+    "dam-reference": {
+        "activation": "tanh", "optimizer": "mofo", "train": ("linear",), "batch_size": 1,
+        "examples": 1729,
+    },
+    "adamerging": {
+        "granularity": "tensor", "form": "task_vector", "loss": {"entropy": 1.0},
+        "regularize": {}, "temperature": 1.0,
+    },
+    "expert-merging": {
+        "granularity": "tensor", "form": "task_vector", "loss": {"kl": 1.0}, "temperature": 1.0,
+        "regularize": {"l2": 0.01}, "start": 0.3,
+    },
+    "learned-soup": {
+        "granularity": "tensor", "activation": "softmax", "loss": {"cross_entropy": 1.0},
+        "regularize": {}, "temperature": 1.0, "learning_rate": 0.05,
+    },
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where a source's examples come from: files, or a data set of the Hub.
+
+    Attributes:
+        files, held_out: paths, relative to the recipe; without `held_out` rows are split off.
+        dataset: a Hub id; `config`, `split` and `revision` choose within it.
+        key: where it stands in the recipe.
+    """
+
+    files: tuple[str, ...] = ()
+    held_out: tuple[str, ...] = ()
+    dataset: str | None = None
+    config: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    key: str = ""
+
+
+def preset(name: str) -> Training:
+    """A preset with nothing changed."""
+    given: dict[str, Any] = {"preset": name, **PRESETS[name]}
+    return replace(Training(), **given)
+
+
+def parse_training(fields_of: Mapping[str, Node], key: str, refuse: Refuse) -> Training:
+    """The section's children to dials; wrong values are refused where they stand."""
+    hints = get_type_hints(Training)
+    known = {f.name: f for f in fields(Training)}
+    given: dict[str, Any] = {}
+    for name, node in fields_of.items():
+        path = f"{key}.{name}"
+        about = known[name].metadata
+        if name == "train":
+            value, wrong = _patterns(node)
+        elif name in ("loss", "regularize"):
+            value, wrong = _weights(node, LOSSES if name == "loss" else PENALTIES)
+        else:
+            value, wrong = _value(node, hints[name])
+        least, most = about["least"], about["most"]
+        if not wrong and _is_number(value):
+            if least is not None and value < least:
+                wrong = f"must be at least {least:g}"
+            elif most is not None and value > most:
+                wrong = f"must be at most {most:g}"
+        if wrong:
+            hint = nearest(str(node.value), _words(hints[name])) if _words(hints[name]) else ""
+            refuse(node, path, f"{wrong} (got {node.plain()!r}).", hint)
+        elif value is not None or type(None) in get_args(hints[name]):
+            given[name] = value
+    return replace(preset(given.get("preset", "dam")), **given)
+
+
+def plain_training(training: Training) -> dict[str, Any]:
+    """Every dial as YAML writes it: a resolved recipe leaves nothing to defaults."""
+    found: dict[str, Any] = {}
+    for f in fields(Training):
+        value = getattr(training, f.name)
+        if value is None:
+            continue
+        found[f.name] = (
+            list(value) if isinstance(value, tuple)
+            else dict(value) if isinstance(value, Mapping) else value
+        )  # fmt: skip
+    return found
+
+
+def contradictions(training: Training, sources: int) -> list[tuple[str, str, str]]:
+    """Dials that do not go together: (dial, what, hint)."""
+    found = []
+    start = training.start
+    if training.activation == "softmax" and start is not None:
+        found.append(("start", "softmax starts every source at 1/sources.", "Leave `start` out."))
+    if start is not None and training.activation == "tanh" and not -1 < start < 1:
+        found.append(("start", f"tanh reaches only -1 to 1 (got {start:g}).", ""))
+    if start is not None and training.activation == "sigmoid" and not 0 < start < 1:
+        found.append(("start", f"sigmoid reaches only 0 to 1 (got {start:g}).", ""))
+    if training.activation == "sigmoid" and start is None and training.form == "soup" and (
+        sources < 2
+    ):  # fmt: skip
+        found.append(("activation", "sigmoid does not reach 1, where one source starts.", ""))
+    if training.mode == "fused" and training.clip_norm is not None:
+        what = "clipping needs all gradients before the first update."
+        found.append(("mode", what, "Use `mode: two_pass`, or leave `clip_norm` out."))
+    if training.mode == "fused" and training.dtype == "float16":
+        what = "float16 gradients can overflow, and a fused update cannot be taken back."
+        found.append(("mode", what, "Use `mode: two_pass`, or bfloat16."))
+    if not any(training.loss.values()):
+        found.append(("loss", "every loss has the weight 0.", ""))
+    return found
+
+
+def _patterns(node: Node) -> tuple[Any, str]:
+    words = [node.value] if isinstance(node.value, str) else node.plain()
+    if isinstance(words, list) and words and all(isinstance(w, str) and w for w in words):
+        return tuple(words), ""
+    return None, "must be all, linear, or a list of parts of tensor names"
+
+
+def _weights(node: Node, names: tuple[str, ...]) -> tuple[Any, str]:
+    """A name alone, or a mapping of names to weights."""
+    value = node.plain()
+    if isinstance(value, str) and value in names:
+        return {value: 1.0}, ""
+    if value is None or value == {}:
+        return {}, ""
+    fits = isinstance(value, dict) and all(
+        name in names and _is_number(weight) and weight >= 0 for name, weight in value.items()
+    )
+    if fits:
+        return {name: float(weight) for name, weight in value.items()}, ""
+    return None, f"must be one of {', '.join(names)}, or weights of at least 0 for some of them"
+
+
+def _value(node: Node, hint: Any) -> tuple[Any, str]:
+    value = node.value
+    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    if value is None and type(None) in options:
+        return None, ""
+    if isinstance(value, str) and float in options:
+        try:  # YAML 1.1 reads 1e-3 as text
+            value = float(value)
+        except ValueError:
+            return None, "must be a number"
+    words = []
+    for option in options:
+        if get_origin(option) is Literal:
+            if value in get_args(option) and isinstance(value, str):
+                return value, ""
+            words.append("one of " + ", ".join(get_args(option)))
+        elif option is bool:
+            if isinstance(value, bool):
+                return value, ""
+            words.append("true or false")
+        elif option is int:
+            if type(value) is int:
+                return value, ""
+            words.append("a whole number")
+        elif option is float:
+            if _is_number(value) and value == value and abs(value) != float("inf"):
+                return float(value), ""
+            words.append("a number")
+    return None, f"must be {' or '.join(words)}"
+
+
+def _words(hint: Any) -> list[str]:
+    """The words that may stand here, for the nearest one."""
+    return [w for w in get_args(hint) if isinstance(w, str)] if get_origin(hint) is Literal else []
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,0 +1,396 @@
+"""From a recipe to a merged model: training, measuring, resuming, the report, the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from dam_tiny import config, plan_of, student_of, write_data, write_models, write_recipe
+from safetensors.torch import load_file
+from test_html_report import Page
+from tiny import read_model
+
+import merge_cli
+from merge_cli.dam.checkpoint import TrainingFolder
+from merge_cli.dam.plan import plan_training
+from merge_cli.dam.trainer import Trainer
+from merge_cli.engine.merge import MergeOptions
+from merge_cli.engine.options import Progress
+from merge_cli.errors import GateError, Interrupted, MismatchError, RecipeError, UsageError
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+OPTIONS = MergeOptions(device="cpu", threads=1)
+QUICK: dict[str, Any] = {
+    "max_steps": 6, "max_length": 24, "batch_size": 2, "learning_rate": 0.02, "top_k": 16,
+    "evaluate_every": 2,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    write_models(folder, config("llama"), names=("base", "a", "b", "c"), change=0.3)
+    write_data(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path_factory.getbasetemp() / "cache"
+    monkeypatch.setenv("MERGE_CLI_CACHE", str(folder))
+    return folder
+
+
+def recipe_of(models: Path, **training: Any) -> Path:
+    return write_recipe(models, {**QUICK, **training})
+
+
+def run(recipe: Path, out: Path, **options: Any) -> merge_cli.MergeResult:
+    return merge_cli.merge(recipe, out, options=OPTIONS, **options)
+
+
+def entries(out: Path) -> Mapping[str, torch.Tensor]:
+    return load_file(out / "coefficients.safetensors")
+
+
+def same(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_recipe_trains_merges_and_runs_again_without_training(
+    models: Path, tmp_path: Path
+) -> None:
+    lines: list[Progress] = []
+    result = run(recipe_of(models), tmp_path / "out", show=lines.append)
+    training = result.report["training"]
+    assert training["steps"] == 6
+    assert training["measured"][0]["step"] == 0
+    assert training["scores"]["dam"]["mean_kl"] < training["measured"][0]["mean_kl"]
+    names = set(training["scores"])
+    assert {"dam", "base base", "source a", "source b", "source c", "uniform soup"} < names
+    assert sum(name.startswith("task arithmetic") for name in names) == 6
+    assert training["cost"]["passes"] == 18  # one for each data set in each step
+    assert {"teach", "train", "baselines", "merge"} <= {line.stage for line in lines}
+    steps = [line.note for line in lines if line.unit == "steps"]
+    assert all(word in steps[-1] for word in ("loss", "a ", "b ", "c ", "held-out KL", "left"))
+    assert not (tmp_path / "out.training").exists()
+
+    written = yaml.safe_load((tmp_path / "out" / "merge_recipe.yaml").read_text())
+    assert written["training"]["granularity"] == "column"  # defaults are written out
+    assert all("data" not in model for model in written["models"])
+    again = merge_cli.merge(tmp_path / "out" / "merge_recipe.yaml", tmp_path / "again",
+                            options=OPTIONS)  # fmt: skip
+    assert "training" not in again.report
+    assert (again.path / "model.safetensors").read_bytes() == (
+        result.path / "model.safetensors"
+    ).read_bytes()
+    page = (result.path / "merge_report.html").read_text()
+    Page(page)  # well formed: every tag nests
+    for part in ("Whether it was worth it", "Learned coefficients", "Held-out KL", "tokens/s"):
+        assert part in page
+
+
+def test_the_model_is_the_student(models: Path, tmp_path: Path) -> None:
+    """What the engine writes is what was measured: the same weights to the last bit in float32."""
+    result = run(recipe_of(models, max_steps=2, evaluate_every=1), tmp_path / "out")
+    plan = plan_of(models, {**QUICK})
+    student = student_of(plan, torch.float32)
+    found = entries(result.path)
+    for name, own in student.coefficients.items():
+        own.raw.copy_(found[name].reshape(own.raw.shape))
+        own.moved()
+    student.write_all()
+    merged = read_model(result.path)
+    for name, seat in student.seats.items():
+        assert torch.equal(seat.parameter, merged[name]), name
+
+
+def test_residency_changes_no_bit(models: Path, tmp_path: Path) -> None:
+    found = [
+        entries(run(recipe_of(models, residency=where), tmp_path / where).path)
+        for where in ("host", "disk")
+    ]
+    assert same(*found)
+
+
+@pytest.mark.parametrize("stop_at", [1, 4])
+def test_stopped_and_continued_is_the_same_bit_for_bit(
+    models: Path, tmp_path: Path, stop_at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGINT between steps, a checkpoint, and on; and killed without one after the last."""
+    recipe = recipe_of(models, optimizer="mofo", activation="tanh")
+    whole = entries(run(recipe, tmp_path / "whole").path)
+    step = Trainer._step
+
+    def interrupted(self: Trainer, number: int) -> dict[str, Any]:
+        found = step(self, number)
+        if number == stop_at:
+            os.kill(os.getpid(), signal.SIGINT)
+        return found
+
+    def killed(self: Trainer, number: int) -> dict[str, Any]:
+        if number == stop_at + 1:
+            raise MemoryError("as if killed: nothing is saved")
+        return step(self, number)
+
+    monkeypatch.setattr(Trainer, "_step", interrupted)
+    with pytest.raises(Interrupted, match=f"stopped after {stop_at + 1} steps"):
+        run(recipe, tmp_path / "out")
+    assert (tmp_path / "out.training" / "checkpoint.safetensors").exists()
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(Trainer, "_step", killed)
+    with pytest.raises(MemoryError):
+        run(recipe, tmp_path / "out")
+    monkeypatch.setattr(Trainer, "_step", step)
+    seen: list[int] = []
+    monkeypatch.setattr(Trainer, "_step", lambda self, n: seen.append(n) or step(self, n))
+    result = run(recipe, tmp_path / "out")
+    assert seen[0] == stop_at + 1
+    assert same(whole, entries(result.path))
+    history = result.report["training"]["history"]
+    assert [one["step"] for one in history] == list(range(6))
+
+
+@pytest.mark.slow
+def test_sigkill_at_a_random_moment(models: Path, tmp_path: Path) -> None:
+    """Real processes, really killed, until one of them comes to the end."""
+    recipe = recipe_of(models, max_steps=60, checkpoint_minutes=0.0, examples=20)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "merge_cli", "run", "-q", "--threads", "1", str(recipe)]
+    subprocess.run([*command, str(tmp_path / "whole")], check=True, env=environment)
+    kills = 0
+    while not (tmp_path / "out").exists():
+        process = subprocess.Popen([*command, str(tmp_path / "out")], env=environment)
+        try:
+            process.wait(timeout=9.0 + 0.37 * kills)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            kills += 1
+        assert kills < 40
+    assert kills > 0
+    assert same(entries(tmp_path / "whole"), entries(tmp_path / "out"))
+
+
+def test_other_work_is_not_continued(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Trainer._step
+
+    def interrupted(self: Trainer, number: int) -> dict[str, Any]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, number)
+
+    monkeypatch.setattr(Trainer, "_step", interrupted)
+    with pytest.raises(Interrupted):
+        run(recipe_of(models), tmp_path / "out")
+    monkeypatch.setattr(Trainer, "_step", step)
+    with pytest.raises(UsageError, match="of another recipe"):
+        run(recipe_of(models, temperature=1.0), tmp_path / "out")
+    options = MergeOptions(device="cpu", threads=1, fresh=True)
+    merge_cli.merge(recipe_of(models, temperature=1.0), tmp_path / "out", options=options)
+
+
+def test_an_existing_output_is_refused_before_training(models: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("precious")
+    with pytest.raises(UsageError, match="exists already"):
+        run(recipe_of(models), tmp_path / "out")
+    assert not (tmp_path / "out.training").exists()
+
+
+def test_improvement_is_required_or_said_loudly(models: Path, tmp_path: Path) -> None:
+    """A rate of 0 learns nothing: the soup it starts from is as good."""
+    recipe = recipe_of(models, learning_rate=0.0)
+    with pytest.raises(GateError, match="is no better than"):
+        run(recipe, tmp_path / "gated", require_improvement=True)
+    assert not (tmp_path / "gated").exists()
+    lines: list[Progress] = []
+    result = run(recipe, tmp_path / "out", show=lines.append)
+    assert result.report["training"]["verdict"]["ratio"] >= 1
+    assert any("NO IMPROVEMENT" in line.note for line in lines)
+    assert "NO IMPROVEMENT" in (result.path / "merge_report.html").read_text()
+
+
+def test_early_stopping_keeps_the_best(models: Path, tmp_path: Path) -> None:
+    result = run(
+        recipe_of(models, learning_rate=5.0, max_steps=12, evaluate_every=1, patience=2),
+        tmp_path / "out",
+    )
+    training = result.report["training"]
+    assert training["ended"] == "no improvement in 2 measurements"
+    assert training["steps"] < 12
+    best = min(training["measured"], key=lambda one: one["mean_kl"])
+    assert training["best_step"] == best["step"]
+    assert training["scores"]["dam"]["mean_kl"] == best["mean_kl"]
+
+
+@pytest.mark.parametrize(
+    "dials",
+    [
+        {"preset": "dam-reference", "examples": 12},
+        {"preset": "adamerging", "held_out_examples": 2},
+        {"preset": "expert-merging", "top_k": "full"},
+        {"preset": "learned-soup", "schedule": "cosine", "warmup": 0.3},
+        {"granularity": "low_rank", "rank": 2, "loss": {"reverse_kl": 1, "mse": 0.1}},
+        {"granularity": "element", "form": "task_vector", "clip_norm": 0.1,
+         "regularize": {"l1": 0.1, "overlap": 0.1, "weighted_overlap": 0.1}},
+        {"dtype": "bfloat16", "checkpointing": True, "cache_dtype": "float16"},
+        {"train": ["mlp", "norm"], "granularity": "row", "mode": "two_pass", "prompt_loss": True},
+    ],
+    ids=lambda dials: dials.get("preset") or dials.get("granularity") or dials["dtype"],
+)  # fmt: skip
+def test_presets_and_dials(models: Path, tmp_path: Path, dials: dict[str, Any]) -> None:
+    quick = {k: v for k, v in QUICK.items() if k not in ("top_k",)} | {"max_steps": 3}
+    recipe = write_recipe(models, {**quick, **dials})
+    result = run(recipe, tmp_path / "out")
+    training = result.report["training"]
+    assert training["steps"] == 3
+    assert all(one["loss"] == one["loss"] for one in training["history"])
+    resolved = yaml.safe_load((result.path / "merge_recipe.yaml").read_text())["training"]
+    assert resolved | {k: v for k, v in dials.items() if k not in ("train", "loss")} == resolved
+    if dials.get("preset") == "dam-reference":
+        found = entries(result.path)
+        assert found["model.norm.weight"].shape == (3, 1)  # not trained: one number for each
+        assert found["model.layers.0.mlp.up_proj.weight"].shape == (3, 1, 16)
+
+
+def test_the_plan_shows_the_training_without_loading_weights(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import transformers
+
+    from merge_cli.console.training import training_json
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("the plan loads no weights")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", refuse)
+    decided = plan_training(plan_of(models, {**QUICK, "examples": 8}), "cpu")
+    shown = training_json(decided)
+    assert shown["steps"] == 4
+    assert [one["train"] for one in shown["datasets"]] == [8, 8, 8]
+    tensors = [name for name in read_model(models / "a")]
+    assert len(decided.targets) == len(tensors)
+    # One for each column of a matrix, one for each element of a vector, for each source.
+    numbers = sum(tensor.shape[-1] for tensor in read_model(models / "a").values())
+    assert shown["coefficients"] == 3 * numbers
+    assert shown["cache_bytes"] > 0
+    assert (shown["residency"], shown["mode"]) == ("host", "fused")
+    assert "fit in memory" in shown["why"]["residency"]
+
+
+def test_different_tokenizers_are_refused_in_the_plan(tmp_path: Path) -> None:
+    write_models(tmp_path, config("llama"))
+    file = tmp_path / "b" / "tokenizer.json"
+    content = json.loads(file.read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    file.write_text(json.dumps(content))
+    with pytest.raises(MismatchError, match="tokenizers differ") as error:
+        plan_training(plan_of(tmp_path, {}), "cpu")
+    assert "b: has another tokenizer than a" in str(error.value)
+    assert "2 of them elsewhere" in str(error.value)
+
+
+def test_different_vocabularies_are_refused_in_the_plan(tmp_path: Path) -> None:
+    write_models(tmp_path, config("llama"), names=("base", "a", "b"))
+    write_models(tmp_path, config("llama", vocab_size=300), names=("c",))
+    with pytest.raises(MismatchError, match="vocabularies differ in size"):
+        plan_of(tmp_path, {})
+
+
+def test_fused_experts_are_refused_in_the_plan(tmp_path: Path) -> None:
+    """transformers builds them from tensors that are stored one by one."""
+    import transformers as hf
+
+    for name in ("base", "a", "b", "c"):
+        torch.manual_seed(len(name))
+        net = hf.AutoModelForCausalLM.from_config(config("mixtral", num_local_experts=2))
+        net.save_pretrained(tmp_path / name)
+        from dam_tiny import write_tokenizer
+
+        write_tokenizer(tmp_path / name)
+    plan = plan_of(tmp_path, {})
+    stored = {task.name for task in plan.tasks}
+    parameters = {name for name, _ in net.named_parameters()}
+    if parameters <= stored:
+        pytest.skip("this version of transformers stores experts as it holds them")
+    with pytest.raises(MismatchError, match="built|builds it from tensors that are stored"):
+        plan_training(plan, "cpu")
+
+
+def test_mixed_tied_and_untied_heads(tmp_path: Path) -> None:
+    """A source that ties its head lends its embedding; the output is untied, as the plan says."""
+    write_models(tmp_path, config("llama", tied=True), names=("base", "a", "b"))
+    write_models(tmp_path, config("llama", tied=False), names=("c",), seed=1)
+    write_data(tmp_path)
+    recipe = write_recipe(tmp_path, {**QUICK, "max_steps": 2})
+    plan = merge_cli.plan(recipe)
+    assert any("the output stores its own" in note for note in plan.notes)
+    result = run(recipe, tmp_path / "out")
+    found = entries(result.path)
+    assert "lm_head.weight" in found
+    assert not torch.equal(found["lm_head.weight"], found["model.embed_tokens.weight"])
+
+
+def test_what_cannot_be_is_said_with_its_place(models: Path) -> None:
+    document = yaml.safe_load(recipe_of(models).read_text())
+    for model in document["models"]:
+        model.pop("data")
+    (models / "recipe.yaml").write_text(yaml.safe_dump(document))
+    with pytest.raises(RecipeError, match="no model has `data:`"):
+        merge_cli.load_recipe(models / "recipe.yaml")
+    wrong = recipe_of(models, granularity="colum", mode="fused", clip_norm=1.0, learning_rat=1)
+    with pytest.raises(RecipeError) as error:
+        merge_cli.load_recipe(wrong)
+    text = str(error.value)
+    assert "Did you mean 'column'?" in text
+    assert "Did you mean 'learning_rate'?" in text
+    assert "clipping needs all gradients" in text
+    assert all(p.line and p.column for p in error.value.problems)
+    nothing = recipe_of(models, train=["no_such_tensor"])
+    with pytest.raises(MismatchError, match="chooses no tensor"):
+        plan_training(merge_cli.plan(nothing), "cpu")
+
+
+def test_the_command_line(models: Path, tmp_path: Path) -> None:
+    """Plain lines in a log; exit code 5 at the gate; the plan as JSON."""
+    recipe = recipe_of(models, learning_rate=0.0, max_steps=2)
+    command = [sys.executable, "-m", "merge_cli"]
+    done = subprocess.run(
+        [*command, "run", "--require-improvement", "--threads", "1", str(recipe),
+         str(tmp_path / "out")],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 5, done.stderr
+    assert "Gate error: held-out KL" in done.stderr
+    assert "train 2/2 steps: loss" in done.stderr
+    assert "\x1b" not in done.stderr
+    began = time.monotonic()
+    shown = subprocess.run(
+        [*command, "plan", "--json", str(recipe)], capture_output=True, text=True, timeout=120
+    )
+    assert shown.returncode == 0, shown.stderr
+    assert time.monotonic() - began < 100
+    assert json.loads(shown.stdout)["training"]["steps"] == 2
+
+
+def test_the_folder_is_locked(models: Path, tmp_path: Path) -> None:
+    with TrainingFolder(tmp_path / "out", "one") as folder:
+        assert folder.record() is None
+        with (
+            pytest.raises(merge_cli.MergeCliError, match="another training writes here"),
+            TrainingFolder(tmp_path / "out", "one"),
+        ):
+            pass
