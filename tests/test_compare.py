@@ -65,6 +65,7 @@ def example(**more: Any) -> Comparison:
             entrant("quick", "recipe", {"math": 1.9, "code": 4.0}, 1.0),
         ),
         {"math": "math", "code": "code"},
+        "uniform soup",
         **more,
     )
 
@@ -141,7 +142,7 @@ def test_without_a_base_the_mean_ranks() -> None:
 
 
 def test_the_tables_say_the_same() -> None:
-    record = comparison_record(example(notes=("a note",)))
+    record = comparison_record(example(remarks=("a note",)))
     text = markdown(record)
     assert "| **better** | 1.500 | 3.750 | 2.625 | 0.500" in text
     assert "- a note" in text

@@ -48,8 +48,10 @@ class Ledger:
         self._path = path
         self._attempts: list[dict[str, Any]] = []
         if path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines()
-            self._attempts = [json.loads(line) for line in lines if line.endswith("}")]
+            text = path.read_text(encoding="utf-8")
+            self._attempts = [one for line in text.splitlines() if (one := _read(line))]
+            if text and not text.endswith("\n"):  # killed while writing
+                self._rewrite()
 
     def note(self, merge: str, seconds: float, joules: float | None, *, done: bool) -> None:
         """Add one attempt at a merge."""
@@ -63,8 +65,7 @@ class Ledger:
         kept = [attempt for attempt in self._attempts if attempt["merge"] != merge]
         if len(kept) < len(self._attempts):
             self._attempts = kept
-            text = "".join(json.dumps(attempt) + "\n" for attempt in kept)
-            self._path.write_text(text, encoding="utf-8")
+            self._rewrite()
 
     def cost(self, merge: str, folder: Path) -> MergeCost:
         """What a finished merge has taken, from its attempts and its report."""
@@ -83,6 +84,19 @@ class Ledger:
             peak_vram=max((report["peak_vram"], learning.get("peak_vram")), key=lambda v: v or 0),
             joules=sum(energies) if known else None,
         )
+
+    def _rewrite(self) -> None:
+        text = "".join(json.dumps(attempt) + "\n" for attempt in self._attempts)
+        self._path.write_text(text, encoding="utf-8")
+
+
+def _read(line: str) -> dict[str, Any] | None:
+    """One attempt; None for a line that was cut short."""
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) and "merge" in found else None
 
 
 def run_merge(recipe: Path, out: Path, options: Sequence[str], ledger: Ledger) -> None:

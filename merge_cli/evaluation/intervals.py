@@ -79,12 +79,12 @@ def interval(samples: Any, level: float = LEVEL) -> Interval:
     return Interval(float(low), float(high))
 
 
-def difference(a: Metric, b: Metric, key: str) -> Interval:
-    """The interval of a − b over the same examples.
+def difference(a: Metric, b: Metric, key: str) -> Interval | None:
+    """The interval of a − b over the same examples; None for a single one.
 
     Raises:
         ValueError: the two have different numbers of examples.
     """
     if len(a.parts) != len(b.parts):
         raise ValueError(f"{len(a.parts)} examples cannot be paired with {len(b.parts)}")
-    return interval(resampled(a, key) - resampled(b, key))
+    return interval(resampled(a, key) - resampled(b, key)) if len(a.parts) > 1 else None

@@ -5,7 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from merge_cli.errors import UsageError
 from merge_cli.evaluation.task import Task
+from merge_cli.recipe.keys import nearest
+
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -35,8 +39,15 @@ class EvalSpec:
     file: str = ""
 
     def changed(self, **given: object) -> EvalSpec:
-        """With the settings that are not None."""
+        """With the settings that are not None.
+
+        Raises:
+            UsageError: an unknown dtype.
+        """
         known = {name: value for name, value in given.items() if value is not None}
+        dtype = known.get("dtype", self.dtype)
+        if dtype not in ("auto", *DTYPES):
+            raise UsageError(f"unknown dtype '{dtype}'.", hint=nearest(str(dtype), DTYPES))
         return replace(self, **known)  # type: ignore[arg-type]
 
 

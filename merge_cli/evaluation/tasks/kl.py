@@ -39,10 +39,11 @@ class KL(DataTask):
     def score(self, live: LiveModel, tell: Tell) -> TaskResult:
         import torch
 
-        rows, encoded, items = text_windows(self, live, self.stride)
-        nats = torch.zeros(len(rows), dtype=torch.float64)
-        agree = torch.zeros(len(rows), dtype=torch.float64)
         with self._teacher(live) as teacher:
+            length = min(live.max_length, teacher.max_length)
+            rows, encoded, items = text_windows(self, live, self.stride, length)
+            nats = torch.zeros(len(rows), dtype=torch.float64)
+            agree = torch.zeros(len(rows), dtype=torch.float64)
             # Both run through the same windows in the same batches.
             pairs = zip(
                 forward(live, items, tell), forward(teacher, items, lambda *_: None), strict=True

@@ -54,13 +54,17 @@ class LossTask(DataTask):
 
 
 def text_windows(
-    task: DataTask, live: LiveModel, stride: int | None
+    task: DataTask, live: LiveModel, stride: int | None, length: int | None = None
 ) -> tuple[list[Row], list[Encoded], list[Window]]:
     """The rows that have something to predict, their tokens, and the windows to run.
+
+    Args:
+        length: tokens of a window; default the model's context.
 
     Raises:
         SourceError: no row has.
     """
+    length = length or live.max_length
     found = [
         (row, encode(row, live.tokenizer)) for row in task.sample(read_rows(task.data), live.seed)
     ]
@@ -70,8 +74,6 @@ def text_windows(
     items = [
         window
         for i, (_, tokens) in enumerate(kept)
-        for window in windows(
-            i, tokens.ids, tokens.first, live.max_length, stride or max(1, live.max_length // 2)
-        )
+        for window in windows(i, tokens.ids, tokens.first, length, stride or max(1, length // 2))
     ]
     return [row for row, _ in kept], [tokens for _, tokens in kept], items
