@@ -246,3 +246,41 @@ def test_no_weight_sized_tensor_lives_in_the_graph(llama: Path) -> None:
     assert foreign == []
     assert len(alive) == len(student.seats)
     assert max(alive) == 0  # each was projected and dropped before the next one came
+
+
+def test_sources_brought_ahead_change_nothing_but_when_they_come(llama: Path) -> None:
+    """As for a GPU: the next tensor is copied before it is asked for, two are held at most."""
+    from merge_cli.dam.ahead import Ahead
+
+    class Recorded:
+        def __init__(self) -> None:
+            self.started, self.finished = 0, 0
+
+        def start(self, rows: torch.Tensor) -> torch.Tensor:
+            self.started += 1
+            return rows.clone()
+
+        def finish(self, started: torch.Tensor) -> torch.Tensor:
+            self.finished += 1
+            return started
+
+    plan = plan_of(llama, {"granularity": "column", "form": "task_vector"})
+    found = []
+    for copies in (None, Recorded()):
+        student = student_of(plan)
+        if copies is not None:
+            student.sources.ahead = Ahead(copies)
+        forward = Forward(student.net)
+        generator = torch.Generator().manual_seed(8)
+        for step in range(2):
+            loss = forward.loss(random_batch(generator), OBJECTIVE, Sums())
+            student.last_backward(loss, 1e-2)
+            if copies is not None and step == 0:
+                assert copies.started == 0  # the order is learned in the first pass
+        found.append({name: student.coefficients[name].raw.clone() for name in student.trained})
+    assert isinstance(copies, Recorded)
+    tensors = len(student.trained)
+    assert copies.started == 4 * tensors  # base and three sources of each, once in each pass
+    assert copies.finished >= 4 * (tensors - 1)
+    assert len(student.sources.ahead._started) == 2  # type: ignore[union-attr]
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
