@@ -191,6 +191,18 @@ def test_files_that_do_not_fit_are_refused_in_the_plan(family: Family) -> None:
         load_recipe(recipe)
 
 
+def test_data_beside_coefficients_is_noted(family: Family) -> None:
+    write_coefficients(family, "tensor")
+    (family.folder / "rows.jsonl").write_text('{"text": "some"}')
+    path = recipe_of(family)
+    document = yaml.safe_load(path.read_text())
+    document["models"][1]["data"] = "rows.jsonl"
+    path.write_text(yaml.safe_dump(document))
+    (warning,) = load_recipe(path).warnings
+    assert "models[1].data: has no effect: the coefficients are given" in warning
+    assert not make_plan(load_recipe(path)).learns
+
+
 def test_task_vectors_need_a_base(family: Family) -> None:
     write_coefficients(family, "tensor", "task_vector")
     with pytest.raises(RecipeError, match="Add `base_model:`"):

@@ -244,6 +244,7 @@ def test_early_stopping_keeps_the_best(models: Path, tmp_path: Path) -> None:
         {"granularity": "low_rank", "rank": 2, "loss": {"reverse_kl": 1, "mse": 0.1}},
         {"granularity": "element", "form": "task_vector", "clip_norm": 0.1,
          "regularize": {"l1": 0.1, "overlap": 0.1, "weighted_overlap": 0.1}},
+        {"dtype": "float16", "loss": "cross_entropy"},
         {"dtype": "bfloat16", "checkpointing": True, "cache_dtype": "float16"},
         {"train": ["mlp", "norm"], "granularity": "row", "mode": "two_pass", "prompt_loss": True},
     ],
