@@ -76,7 +76,7 @@ def test_a_recipe_trains_merges_and_runs_again_without_training(
     assert training["measured"][0]["step"] == 0
     assert training["scores"]["dam"]["mean_kl"] < training["measured"][0]["mean_kl"]
     names = set(training["scores"])
-    assert {"dam", "base base", "source a", "source b", "source c", "uniform soup"} < names
+    assert {"dam", "base", "source a", "source b", "source c", "uniform soup"} < names
     assert sum(name.startswith("task arithmetic") for name in names) == 6
     assert training["cost"]["passes"] == 18  # one for each data set in each step
     assert {"teach", "train", "baselines", "merge"} <= {line.stage for line in lines}
