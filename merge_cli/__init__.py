@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from merge_cli.analysis.run import analyze
     from merge_cli.api import MergeResult, compare, merge, plan
     from merge_cli.engine.options import MergeOptions
     from merge_cli.engine.planner import load_recipe
@@ -20,6 +21,7 @@ _HOMES = {
     "MergeCliError": "merge_cli.errors",
     "MergeOptions": "merge_cli.engine.options",
     "MergeResult": "merge_cli.api",
+    "analyze": "merge_cli.analysis.run",
     "compare": "merge_cli.api",
     "evaluate": "merge_cli.evaluation.run",
     "load_recipe": "merge_cli.engine.planner",
@@ -32,6 +34,7 @@ __all__ = [
     "MergeCliError",
     "MergeOptions",
     "MergeResult",
+    "analyze",
     "compare",
     "evaluate",
     "load_recipe",

@@ -20,7 +20,15 @@ from merge_cli.sizes import parse_size, show_seconds, show_size
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["run", "--help"], ["methods"], ["methods", "ties"], ["--version"]]
+    "arguments",
+    [
+        ["--help"],
+        ["run", "--help"],
+        ["methods"],
+        ["methods", "ties"],
+        ["--version"],
+        ["analyze", "--help"],
+    ],
 )
 def test_starts_without_heavy_imports(arguments: list[str]) -> None:
     code = (

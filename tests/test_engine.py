@@ -13,7 +13,7 @@ import torch
 from tiny import Family, llama_family, merge, read_model, write_model
 
 import merge_cli
-from merge_cli.engine import loop, memory, operands, units
+from merge_cli.engine import loop, memory, operands, units, workers
 from merge_cli.engine.compute import Computer
 from merge_cli.engine.device import choose_device
 from merge_cli.engine.journal import Journal
@@ -296,7 +296,7 @@ def test_compiled_and_torch_write_the_same_bytes(
 ) -> None:
     recipe = family.recipe(case.partition(" ")[0], **{**RECIPES[case], "dtype": dtype})
     merge(recipe, tmp_path / "compiled")
-    monkeypatch.setattr(loop, "choose_arithmetic", lambda plan: ("torch", "a test"))
+    monkeypatch.setattr(workers, "choose_arithmetic", lambda plan: ("torch", "a test"))
     merge(recipe, tmp_path / "torch")
     assert digest(tmp_path / "compiled") == digest(tmp_path / "torch")
     used = [

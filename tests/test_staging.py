@@ -11,7 +11,7 @@ import torch
 from test_engine import RECIPES, digest, write_recipe
 from tiny import Family, merge
 
-from merge_cli.engine import loop, staging
+from merge_cli.engine import loop, staging, workers
 from merge_cli.engine.lanes import Files
 from merge_cli.engine.staging import StagedLane
 
@@ -67,8 +67,8 @@ def lanes(monkeypatch: pytest.MonkeyPatch) -> list[StagedLane]:
 
         return lane
 
-    monkeypatch.setattr(loop, "_lanes", factory)
-    monkeypatch.setattr(loop, "choose_arithmetic", lambda plan: ("torch", "a fake device"))
+    monkeypatch.setattr(loop, "lane_maker", factory)
+    monkeypatch.setattr(workers, "choose_arithmetic", lambda plan: ("torch", "a fake device"))
     return made
 
 

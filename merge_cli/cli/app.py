@@ -14,6 +14,7 @@ from typing import Annotated
 
 import typer
 
+from merge_cli.cli.analyze import analyze
 from merge_cli.cli.compare import compare
 from merge_cli.cli.evaluate import evaluate
 from merge_cli.cli.methods import methods
@@ -37,7 +38,7 @@ def _root(
         raise typer.Exit
 
 
-for verb in (run, plan, methods, evaluate, compare):
+for verb in (run, plan, methods, analyze, evaluate, compare):
     app.command()(verb)
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from merge_cli.engine.options import Progress
 
 _LOG_SECONDS = 10.0
+_VERBS = {"analyze": "reading"}  # a stage -> what the bar says
 
 
 @contextmanager
@@ -65,7 +66,8 @@ def progress_bar(console: Console) -> Iterator[Callable[[Progress], None]]:
                 steps.show(progress)
                 return
             steps.clear()
-            key = f"{progress.stage} {progress.note}" if progress.stage == "fetch" else "merging"
+            doing = _VERBS.get(progress.stage, "merging")
+            key = f"{progress.stage} {progress.note}" if progress.stage == "fetch" else doing
             if key not in rows:
                 rows[key] = bar.add_task(escape(key), total=progress.total)
             bar.update(rows[key], completed=progress.done)

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from merge_cli.console.analysis import print_analysis
 from merge_cli.console.indented import indented
 from merge_cli.console.progress import ProgressLog, progress_bar
 from merge_cli.console.tables import (
@@ -30,6 +31,7 @@ from merge_cli.errors import MergeCliError, ProblemsError
 from merge_cli.sizes import show_seconds, show_size
 
 if TYPE_CHECKING:
+    from merge_cli.analysis.result import Analysis
     from merge_cli.api import MergeResult
     from merge_cli.engine.options import MergeOptions, Progress
     from merge_cli.engine.plan import Plan
@@ -168,6 +170,13 @@ class Screen:
         )
         self.out.print(f"  model   {escape(str(shown))}", soft_wrap=True)
         self.out.print(f"  report  {escape(str(shown / 'merge_report.html'))}", soft_wrap=True)
+
+    def analysis(self, analysis: Analysis, *, layers: bool, as_json: bool) -> None:
+        """What an analysis found, as tables and sentences, or as JSON."""
+        if as_json:
+            print(indented(analysis.to_json()))
+        else:
+            print_analysis(self.out, analysis, layers=layers)
 
     def _learned(self, training: Mapping[str, Any]) -> None:
         """What training brought, and loudly where it brought nothing."""

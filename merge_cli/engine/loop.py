@@ -12,18 +12,16 @@ from __future__ import annotations
 import os
 import queue
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from merge_cli.checkpoint.header import DTYPES
 from merge_cli.checkpoint.raw import FilePool, write_error
 from merge_cli.engine.compute import Computer
-from merge_cli.engine.device import Device, choose_arithmetic
+from merge_cli.engine.device import Device
 from merge_cli.engine.journal import Journal
-from merge_cli.engine.lanes import Files, HostLane, Lane, TorchLane
-from merge_cli.engine.memory import LaneRoom, keep_freed_memory, lane_room, usable_cores
+from merge_cli.engine.lanes import Files
+from merge_cli.engine.memory import keep_freed_memory, lane_room, usable_cores
 from merge_cli.engine.operands import Reading, ask_for
 from merge_cli.engine.options import MergeOptions, Progress, Show
 from merge_cli.engine.outcome import Outcome, stages
@@ -31,8 +29,14 @@ from merge_cli.engine.plan import Plan
 from merge_cli.engine.pool import Pool
 from merge_cli.engine.statistics import TensorStats
 from merge_cli.engine.units import Unit, cut_units
+from merge_cli.engine.workers import (
+    arithmetic_for,
+    lane_maker,
+    memory_errors,
+    one_torch_thread,
+)
 from merge_cli.engine.workfolder import sync
-from merge_cli.errors import NonFiniteError, ResourceError
+from merge_cli.errors import NonFiniteError
 
 _SYNC_BYTES = 2_000_000_000
 _SURVEY = "reading the whole model first, for thresholds over all of it"
@@ -69,9 +73,9 @@ def run_loop(
     for unit in (remaining[task][0] for task in order[: options.threads or usable_cores()]):
         if unit.stop > unit.start:  # the disk works while libraries are loaded
             ask_for(files, plan.tasks[unit.task], unit.start, unit.stop)
-    arithmetic, why = _arithmetic(plan, device)
+    arithmetic, why = arithmetic_for(plan, device)
     room = lane_room(plan, device, options)
-    pool = Pool(_lanes(files, device, arithmetic, room), room.lanes)
+    pool = Pool(lane_maker(files, device, arithmetic, room), room.lanes)
     reading = Reading(pool, files, plan.recipe.seed, "deltas" in plan.method.supplied)
     computer = Computer(
         plan,
@@ -106,7 +110,7 @@ def run_loop(
     keep_freed_memory()
     began = time.perf_counter()
     try:
-        with _one_torch_thread(device, arithmetic), _memory_errors(), pool:
+        with one_torch_thread(device, arithmetic), memory_errors(), pool:
             if remaining and plan.method.survey is not None:
                 _survey(computer, pool, show)
             surveyed = time.perf_counter()
@@ -159,28 +163,6 @@ def _earlier_stats(
     return stats
 
 
-def _arithmetic(plan: Plan, device: Device) -> tuple[str, str]:
-    """What computes, and why nothing faster does."""
-    if device.kind == "cpu":
-        return choose_arithmetic(plan)
-    from merge_cli.kernels.gpu import missing
-
-    why = missing()
-    return ("torch", why) if why else ("triton", "")
-
-
-def _lanes(files: Files, device: Device, arithmetic: str, room: LaneRoom) -> Callable[[int], Lane]:
-    """What makes the pool's lanes. Devices take turns."""
-    if device.kind == "cuda":
-        from merge_cli.engine.staging import cuda_lane
-
-        return lambda number: cuda_lane(
-            files, device.indexes[number % len(device.indexes)], room.block
-        )
-    kind = HostLane if arithmetic == "compiled" else TorchLane
-    return lambda number: kind(files, room.block, room.inputs)
-
-
 def _sync_units(journal: Journal, model: Path, plan: Plan) -> None:
     # Counted before the wait: what is written meanwhile may not be covered by it.
     count = journal.count
@@ -189,38 +171,6 @@ def _sync_units(journal: Journal, model: Path, plan: Plan) -> None:
     except OSError as error:
         raise write_error(error, model) from error
     journal.synced(count)
-
-
-@contextmanager
-def _one_torch_thread(device: Device, arithmetic: str) -> Iterator[None]:
-    """Blocks are the parallelism here; torch's own threads would fight over the same cores."""
-    if device.kind == "cpu" and arithmetic == "compiled":
-        yield
-        return
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextmanager
-def _memory_errors() -> Iterator[None]:
-    """Say in our own words that memory ran out, on the host or on the device."""
-    hint = "Give it less: a lower --max-memory, fewer --threads, or --device cpu. It resumes."
-    try:
-        yield
-    except MemoryError as error:
-        raise ResourceError("memory ran out", hint=hint) from error
-    except RuntimeError as error:
-        if type(error).__name__ == "OutOfMemoryError":  # torch's, which may not be imported
-            raise ResourceError("the device's memory ran out", hint=hint) from error
-        if "can't allocate memory" not in str(error):
-            raise
-        raise ResourceError("memory ran out", hint=hint) from error
 
 
 def _output_bytes(plan: Plan, unit: Unit) -> int:

@@ -41,7 +41,7 @@ def execute(plan: Plan, target: Path, options: MergeOptions, *, show: Show, fini
     device = choose_device(options.device)
     try:
         with WorkFolder(target) as work:
-            _fetch(plan, show)
+            fetch_inputs(plan, show)
             fingerprints = _verified_fingerprints(plan)
             key = work_key(plan, device.kind, options.statistics)
             if not options.fresh and work.published(key):
@@ -90,7 +90,7 @@ def _precious(plan: Plan) -> list[Path]:
     return [*(source.root for source in plan.sources), plan.recipe.folder, *recipe, Path.cwd()]
 
 
-def _fetch(plan: Plan, show: Show) -> None:
+def fetch_inputs(plan: Plan, show: Show) -> None:
     """Download the shards that the plan reads, of models that are on the Hub."""
     for i, source in enumerate(plan.sources):
         if source.hub is None:

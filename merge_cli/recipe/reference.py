@@ -8,6 +8,7 @@ works from any folder.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,6 +68,12 @@ def local_file(path: str, folder: Path) -> Path | None:
 def looks_like_hub_id(path: str) -> bool:
     """Whether `path` can be a repository on the Hub: `name` or `organisation/name`."""
     return bool(_HUB_ID.fullmatch(path))
+
+
+def short_labels(labels: Sequence[str]) -> list[str]:
+    """The last part of each path or id; whole where that would not tell them apart."""
+    short = [label.rstrip("/").rpartition("/")[2] or label for label in labels]
+    return short if len(set(short)) == len(short) else list(labels)
 
 
 def _split_revision(text: str, folder: Path) -> tuple[str, str | None]:

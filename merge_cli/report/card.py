@@ -10,8 +10,7 @@ import yaml
 
 from merge_cli.engine.plan import Plan
 from merge_cli.recipe.dump import dump_recipe
-from merge_cli.recipe.reference import ModelRef, local_folder
-from merge_cli.report.record import short_labels
+from merge_cli.recipe.reference import ModelRef, local_folder, short_labels
 
 _PAPERS = {"arXiv:": "https://arxiv.org/abs/"}
 

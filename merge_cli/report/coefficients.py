@@ -7,7 +7,7 @@ from typing import Any
 
 from merge_cli.engine.layers import place_of
 from merge_cli.engine.plan import Plan
-from merge_cli.report.record import short_labels
+from merge_cli.recipe.reference import short_labels
 
 
 def coefficient_summary(plan: Plan) -> dict[str, Any]:

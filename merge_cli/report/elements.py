@@ -9,8 +9,8 @@ from importlib import resources
 MAX_ROWS = 20_000  # of a table: a page that still opens
 
 
-def page(title: str, body: Sequence[str]) -> str:
-    """A whole document that loads nothing, styled by page.css."""
+def document(title: str, body: Sequence[str]) -> str:
+    """A whole page that loads nothing; `title` is text, `body` HTML."""
     style = resources.files("merge_cli.report").joinpath("page.css").read_text(encoding="utf-8")
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -21,6 +21,15 @@ def page(title: str, body: Sequence[str]) -> str:
         + "\n".join(body)
         + "\n</body>\n</html>\n"
     )
+
+
+def key_figures(rows: Iterable[Sequence[str]]) -> str:
+    """The numbers that a reader wants first: (name, value, what else there is to say of it)."""
+    cells = []
+    for name, *values in rows:
+        said = "".join(f"<dd>{escape(value)}</dd>" for value in values)
+        cells.append(f"<div><dt>{escape(name)}</dt>{said}</div>")
+    return f'<dl class="key">{"".join(cells)}</dl>'
 
 
 def section(title: str, how: str, found: str, *parts: str) -> str:

@@ -11,7 +11,7 @@ from html import escape
 from typing import Any
 
 from merge_cli.report import charts
-from merge_cli.report.elements import MAX_ROWS, figure, page, section, table
+from merge_cli.report.elements import MAX_ROWS, document, figure, key_figures, section, table
 from merge_cli.report.relations import Json, View, pairs_of, view_of
 from merge_cli.report.sections import alike, conflict, conflict_of, groups, kept, sizes
 from merge_cli.report.training import learned
@@ -46,7 +46,7 @@ def render_html(report: Json) -> str:
         _provenance(report),
         _tensors(report["tensors"], report["statistics"]),
     ]
-    return page(_title(report), body)
+    return document(_title(report), body)
 
 
 def _title(report: Json) -> str:
@@ -97,11 +97,7 @@ def _key_figures(report: Json, view: View | None) -> str:
             rows.append(("Sign conflict", percent(conflict), "of elements"))
         if change is not None:
             rows.append(("Change from the base", percent(change), "of its norm"))
-    cells = [
-        f"<div><dt>{name}</dt>{''.join(f'<dd>{escape(value)}</dd>' for value in values)}</div>"
-        for name, *values in rows
-    ]
-    return f'<dl class="key">{"".join(cells)}</dl>'
+    return key_figures(rows)
 
 
 def _cost(cost: Json) -> str:

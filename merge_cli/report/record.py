@@ -19,6 +19,7 @@ from merge_cli.engine.memory import peak_rss
 from merge_cli.engine.outcome import Outcome, Stage
 from merge_cli.engine.plan import Plan
 from merge_cli.engine.statistics import TensorStats
+from merge_cli.recipe.reference import short_labels
 
 SCHEMA = 1
 
@@ -117,12 +118,6 @@ def _peak_vram(outcome: Outcome) -> int | None:
     import torch
 
     return max(torch.cuda.max_memory_allocated(i) for i in outcome.device.indexes)
-
-
-def short_labels(labels: Sequence[str]) -> list[str]:
-    """The last part of each path or id; whole where that would not tell them apart."""
-    short = [label.rstrip("/").rpartition("/")[2] or label for label in labels]
-    return short if len(set(short)) == len(short) else list(labels)
 
 
 def _statistics(plan: Plan, stats: Sequence[TensorStats]) -> dict[str, Any] | None:

@@ -28,6 +28,11 @@ def alike(view: View) -> str:
         "Cosine is 1 where two sources moved the same way, 0 where they have nothing in common, "
         "−1 where they pull apart. Colour deepens with the square root, so that small values show."
     )
+    if view.kind == "weights":
+        how = (
+            "Cosine of the weights themselves: close to 1 for models of one family, near 0 for "
+            "models that were trained independently. Colour deepens with the square root."
+        )
     pairs = pairs_of(view)
     if not pairs:
         return section("How alike the sources are", "", _no_pairs(view, "Cosines"))
@@ -81,15 +86,16 @@ def sizes(view: View) -> str:
     title = "How far the sources are from the base"
     how = (
         "‖δ‖/‖θ₀‖: the norm of what a source changed, over the norm of the base. A source far "
-        "above the others speaks loudest in a plain average. “merged” is what the merge itself "
-        "changed."
+        "above the others speaks loudest in a plain average."
     )
     relative, change = view.total["relative_norm"], view.total["change"]
+    if change is not None:
+        how += " “merged” is what the merge itself changed."
     if relative is None:
         return section(title, "", "Not measured: this method has no base to compare with.")
     found = _each(view, relative)
     merged = "" if change is None else f"; the merge {percent(change)}"
-    figure = _series(view, "relative_norm", "‖δ‖/‖θ₀‖", view.column("change"))
+    figure = series(view, "relative_norm", "‖δ‖/‖θ₀‖", view.column("change"))
     found = f"Whole model: {found}{merged}."
     found += _outside(view, lambda group: _sizes_in_words(view, group))
     return section(title, how, found, figure)
@@ -105,7 +111,7 @@ def kept(view: View) -> str:
         how += f" Counted on {percent(view.sampled)} of the elements."
     if view.layers and _is_flat(view, "kept"):  # equal shares by design: lines upon each other
         return section(title, how, f"{found}; the same in every layer.")
-    return section(title, how, f"{found}.", _series(view, "kept", "elements kept"))
+    return section(title, how, f"{found}.", series(view, "kept", "elements kept"))
 
 
 def _outside(view: View, words: Callable[[Json], str]) -> str:
@@ -155,7 +161,7 @@ def _each(view: View, values: Values) -> str:
     return ", ".join(f"{label} {percent(value)}" for value, label in known) or "no data"
 
 
-def _series(view: View, field: str, unit: str, merged: Values | None = None) -> str:
+def series(view: View, field: str, unit: str, merged: Values | None = None) -> str:
     """One line for each source; rows of a heat map where lines would be a tangle."""
     rows = [view.column(field, i) for i in range(len(view.models))]
     if not view.layers:
@@ -172,7 +178,7 @@ def _series(view: View, field: str, unit: str, merged: Values | None = None) -> 
         return figure(caption, charts.lines(caption, view.axis, series, percent, unit))
     top = max((value for row in rows for value in row if value is not None), default=0.0) or 1.0
     scale = Scale(lambda v: v / top, (0, top / 2, top), percent, unit)
-    if merged is not None:
+    if merged is not None and any(value is not None for value in merged):
         named["merged"] = merged
     return by_layer(view, what, named, scale, bare_percent)
 

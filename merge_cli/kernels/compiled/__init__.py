@@ -27,6 +27,8 @@ from merge_cli.kernels.compiled.magnitudes import (
 )
 from merge_cli.kernels.compiled.masks import count_masked, drop
 from merge_cli.kernels.compiled.measures import count_signs, gram, quick_change
+from merge_cli.kernels.compiled.relations import count_relations, key_of_rank
+from merge_cli.kernels.compiled.singular import eigenvalues, own_products, tridiagonal
 from merge_cli.kernels.compiled.sums import absolute_runs, add_scaled, dot_runs, weighted_sum
 
 __all__ = [
@@ -41,19 +43,24 @@ __all__ = [
     "count_keys",
     "count_masked",
     "count_range",
+    "count_relations",
     "count_signs",
     "decode_bf16",
     "decode_f16",
     "disjoint_mean",
     "dot_runs",
     "drop",
+    "eigenvalues",
     "encode_bf16",
     "encode_f16",
     "find_tie",
     "gram",
+    "key_of_rank",
     "non_finite",
     "not_empty",
+    "own_products",
     "quick_change",
+    "tridiagonal",
     "trim",
     "weighted_sum",
 ]

@@ -10,7 +10,7 @@ from merge_cli.report import charts
 from merge_cli.report.charts import Scale
 from merge_cli.report.comparison.plots import Dot, Point, dots, plane
 from merge_cli.report.comparison.table import decimals, legend, number, used, with_ends
-from merge_cli.report.elements import figure, page, section, table
+from merge_cli.report.elements import document, figure, key_figures, section, table
 from merge_cli.report.words import count, duration, listing, size, two_decimals
 
 Json = Mapping[str, Any]
@@ -33,7 +33,7 @@ def render_comparison(record: Json) -> str:
         _cost(record),
         _recipes(record),
     ]
-    return page(title, [part for part in body if part])
+    return document(title, [part for part in body if part])
 
 
 def _header(record: Json, title: str) -> str:
@@ -70,11 +70,7 @@ def _key_figures(record: Json) -> str:
                       f"{size(best['cost']['peak_rss'])} of memory"))  # fmt: skip
     cheapest = min(merges, key=lambda model: model["cost"]["seconds"])
     cells.append(("Cheapest", cheapest["name"], duration(cheapest["cost"]["seconds"])))
-    shown = "".join(
-        f"<div><dt>{escape(name)}</dt>{''.join(f'<dd>{escape(v)}</dd>' for v in values)}</div>"
-        for name, *values in cells
-    )
-    return f'<dl class="key">{shown}</dl>'
+    return key_figures(cells)
 
 
 def _table(record: Json) -> str:

@@ -1,0 +1,209 @@
+"""What to try first, with the measured reason. Short, hedged, and only what a number supports.
+
+The rules come from the papers and from this project's own small models (zoo/README.md,
+docs/experiments.md). They choose where to begin; held-out data decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from merge_cli.analysis.measures import Measures, pairs
+from merge_cli.analysis.result import Advice, Suggestion, Verdict
+from merge_cli.analysis.verdicts import LOUDER, Evidence
+from merge_cli.recipe.schema import Recipe, SourceSpec
+from merge_cli.recipe.values import Parameter
+
+ALIKE = 0.3
+CONFLICT = 0.3
+APART = 0.2  # of the elements: sparse changes that meet on more are not simply added
+SMALL = 0.02
+_OURS = "docs/experiments.md"
+_ODD = ("unrelated", "vocabulary", "equals_base")  # models that a recipe leaves out
+
+
+def advise(found: Evidence, verdicts: Sequence[Verdict], recipe: Recipe) -> Advice:
+    """A recommendation for these models.
+
+    Args:
+        recipe: of the models as they were opened, whose order `found.models` has.
+    """
+    total = found.total
+    if total is None or found.problems:
+        what = "They do not fit one another; make them fit first, or leave out the odd one."
+        return Advice(what)
+    kept = _kept(found, verdicts)
+    if len(kept) < 2 and (found.base is None or not kept):
+        return Advice(
+            "Nothing is left to merge: the models are the same, or have nothing in common."
+        )
+    if found.base is None:
+        return _without_base(found, total, kept, recipe)
+    if len(kept) == 1:
+        return _alone(found, kept[0], recipe)
+    return _with_base(found, total, kept, verdicts, recipe)
+
+
+def _kept(found: Evidence, verdicts: Sequence[Verdict]) -> list[int]:
+    """Sources that are worth merging: related, changed, and each once."""
+    odd = {
+        name for v in verdicts if v.kind in _ODD and (found.base or v.kind == "vocabulary")
+        for name in v.models
+    }  # fmt: skip
+    if found.base is None and any(v.kind == "unrelated" for v in verdicts):
+        return []
+    twice = {v.models[1] for v in verdicts if v.kind == "identical"}
+    return [i for i, name in enumerate(found.models) if name not in odd | twice]
+
+
+def _without_base(found: Evidence, total: Measures, kept: list[int], recipe: Recipe) -> Advice:
+    distances = [d for i, j, d in pairs(total.distance) if i in kept and j in kept]
+    reason = (
+        f"The models lie {_range(distances)} of their norm apart. Without the base they came from "
+        "there are no task vectors, and signs and conflicts cannot be seen: give it with --base."
+    )
+    suggestions = [Suggestion("soup", reason, f"arXiv:2203.05482; {_OURS}")]
+    if len(kept) == 2:
+        why = "With two models, the great circle keeps the norm that an average shrinks."
+        suggestions.append(Suggestion("slerp", why, _OURS))
+    return Advice(
+        "Begin with the plain average, and compare on held-out data.",
+        tuple(suggestions),
+        _recipe(recipe, "soup", kept, {}, {}),
+        ("soup: the plain average; every weight is 1.",),
+    )
+
+
+def _alone(found: Evidence, source: int, recipe: Recipe) -> Advice:
+    name = found.models[source]
+    reason = (
+        f"{name} is the only source that differs from {found.base}. Between the two, a scale of "
+        "its change trades what it learned for what the base kept."
+    )
+    return Advice(
+        "There is one source: nothing to combine, but its change can be scaled.",
+        (Suggestion("task_arithmetic", reason, "arXiv:2109.01903, arXiv:2212.04089"),),
+        _recipe(recipe, "task_arithmetic", [source], {"lambda": 0.5}, {}),
+        ("lambda 0.5: half way; try 0.3 to 1.",),
+    )
+
+
+def _with_base(
+    found: Evidence, total: Measures, kept: list[int], verdicts: Sequence[Verdict], recipe: Recipe
+) -> Advice:
+    inner = found.inner or total  # an embedding may decide the cosines of the whole
+    cosines = [c for i, j, c in pairs(inner.cosine) if i in kept and j in kept]
+    where = "in the layers" if found.inner else "of all tensors"
+    norms = [(total.relative_norm or ())[i] or 0.0 for i in kept]
+    sparse = {n for v in verdicts if v.kind in ("rl_like", "sparse") for n in v.models}
+    all_sparse = all(found.models[i] in sparse for i in kept)
+    weights, comments = _weights(found, kept, norms)
+    size = len(kept)
+    if all_sparse and (total.shared or 0.0) <= APART:
+        scale, summary = 1.0, "Begin with the sum of the changes: they are sparse."
+        reason = (
+            f"All sources change few weights, and only {_percent(total.shared)} of the elements "
+            "are changed by two of them or more, so that a sum keeps most changes whole. An "
+            f"average would divide it by {size}: changes of one step of bfloat16 "
+            f"({_range((total.one_step or ())[i] for i in kept)} of them) may be rounded away."
+        )
+        comments.append("lambda 1: the sum. Sparse changes hardly meet, and keep their size.")
+    else:
+        scale, summary = round(1 / size, 4), "Begin with the average of the changes."
+        alike = bool(cosines) and min(cosines) >= ALIKE
+        reason = (
+            f"The changes are alike (cosines {where} {_numbers(cosines)}): where they are, "
+            "averaging has been competitive with costlier methods."
+            if alike
+            else f"The changes have little in common (cosines {where} {_numbers(cosines)}). "
+            "Task arithmetic is the method that has helped most reliably on language models, and "
+            "on this project's small, unlike models a scale of 1/S lost less than larger ones "
+            "(zoo/README.md)."
+        )
+        comments.append(
+            f"lambda {scale:g}: 1/{size}, with equal weights the plain average. Raise it while "
+            "held-out scores improve."
+        )
+    papers = "arXiv:2212.04089, arXiv:2511.21437, arXiv:2410.08371"
+    suggestions = [Suggestion("task_arithmetic", reason, f"{papers}; {_OURS}")]
+    suggestions += _alternatives(found, total, kept, norms, all_sparse)
+    return Advice(
+        f"{summary} Compare on held-out data.",
+        tuple(suggestions),
+        _recipe(recipe, "task_arithmetic", kept, {"lambda": scale}, weights),
+        tuple(comments),
+    )
+
+
+def _alternatives(
+    found: Evidence, total: Measures, kept: list[int], norms: Sequence[float], sparse: bool
+) -> list[Suggestion]:
+    suggestions = []
+    share = total.conflict / total.shared if total.conflict and total.shared else 0.0
+    if share >= CONFLICT:
+        chance = 1 - 2.0 ** (1 - len(found.models))
+        reason = (
+            f"Of the elements that several sources change, {_percent(share)} are pulled both ways "
+            f"(independent signs: {_percent(chance)} where all change them): electing a sign keeps "
+            "them from cancelling."
+        )
+        suggestions.append(Suggestion("ties", reason, f"arXiv:2306.01708; {_OURS}"))
+    if not sparse and max(norms) <= SMALL:
+        reason = (
+            f"The changes are small (‖δ‖/‖θ₀‖ {_range(norms)}) and dense, which is where dropping "
+            "most of them at random has been reported to cost little."
+        )
+        suggestions.append(Suggestion("dare", reason, f"arXiv:2311.03099; {_OURS}"))
+    return suggestions
+
+
+def _weights(
+    found: Evidence, kept: list[int], norms: Sequence[float]
+) -> tuple[dict[int, float], list[str]]:
+    """Weights that let every source speak equally loud, where they differ much."""
+    quiet, loud = min(norms), max(norms)
+    if not quiet or loud < LOUDER * quiet:
+        return {}, []
+    weights = {i: round(quiet / norm, 3) for i, norm in zip(kept, norms, strict=True)}
+    line = f"weights: so that every change is as large as the smallest ({_range(norms)} of ‖θ₀‖)."
+    return weights, [line]
+
+
+def _recipe(
+    recipe: Recipe, method: str, kept: list[int], scale: dict[str, float], weights: dict[int, float]
+) -> Recipe:
+    def setting(name: str, value: float, key: str) -> dict[str, Parameter]:
+        return {name: Parameter(name, value, f"{key}.parameters.{name}")}
+
+    return Recipe(
+        method,
+        recipe.base_model,
+        tuple(
+            SourceSpec(
+                recipe.models[i].model,
+                f"models[{n}]",
+                setting("weight", weights.get(i, 1.0), f"models[{n}]"),
+            )
+            for n, i in enumerate(kept)
+        ),
+        parameters={name: Parameter(name, v, f"parameters.{name}") for name, v in scale.items()},
+        seed=recipe.seed,
+        folder=recipe.folder,
+    )
+
+
+def _range(shares: object) -> str:
+    values = sorted(v for v in shares if v is not None)  # type: ignore[attr-defined]
+    if not values:
+        return "unknown"
+    low, high = _percent(values[0]), _percent(values[-1])
+    return low if low == high else f"{low} to {high}"
+
+
+def _numbers(values: Sequence[float]) -> str:
+    low, high = f"{min(values):.2f}", f"{max(values):.2f}"
+    return low if low == high else f"{low} to {high}"
+
+
+def _percent(share: float | None) -> str:
+    return "unknown" if share is None else f"{100 * share:.3g} %"

@@ -1,0 +1,201 @@
+"""From sums over elements to the numbers that an analysis shows: docs/analyze.md has the formulas.
+
+Numbers are rounded to six digits, which is what the sums are good for; beyond it machines differ.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from merge_cli.kernels.relate import Relations
+
+Row = tuple[float | None, ...]
+Matrix = tuple[Row, ...]
+
+
+@dataclass(frozen=True)
+class Measures:
+    """A tensor, a layer, a kind of module, or all that was compared; for S sources.
+
+    With a base, δ is what a source changed. Without one there is no δ, and what needs it is None.
+
+    Attributes:
+        name: of the tensor or group.
+        layer: its number, for groups that are one; `kind` is the module's.
+        count: elements.
+        base_norm: ‖θ₀‖.
+        norm, relative_norm: ‖δ‖ and ‖δ‖/‖θ₀‖; without a base `norm` is ‖θ‖.
+        base_cosine: cosine between each source's weights and the base's.
+        unchanged: share of elements that equal the base's.
+        one_step: share of the changed elements that moved by one step of bfloat16 or less.
+        cosine: between each two sources' δ; without a base between their weights.
+        distance: ‖θᵢ − θⱼ‖ over the geometric mean of the two norms.
+        equal: share of elements on which two sources hold the same value.
+        sign_agreement: of the elements that both sources change, the share changed the same way.
+        shared: share of elements that two sources change or more.
+        conflict: share of elements that some sources raise and others lower.
+        overlap: of two sources' largest changes, the share that both have (of the smaller set).
+        overlap_chance: what `overlap` would be if they lay independently.
+    """
+
+    name: str
+    layer: int | None
+    kind: str | None
+    count: int
+    base_norm: float | None
+    norm: Row
+    relative_norm: Row | None
+    base_cosine: Row | None
+    unchanged: Row | None
+    one_step: Row | None
+    cosine: Matrix | None
+    distance: Matrix
+    equal: Matrix
+    sign_agreement: Matrix | None
+    shared: float | None
+    conflict: float | None
+    overlap: Matrix | None
+    overlap_chance: Matrix | None
+
+
+def measures_of(
+    sums: Relations, name: str, *, layer: int | None = None, kind: str | None = None, base: bool
+) -> Measures:
+    """The measures of what was summed.
+
+    Args:
+        base: whether the first row was a base; else it was the first source.
+    """
+    weights = _weights_gram(sums)
+    distance, equal = _distances(sums, weights, base), _equal(sums, base)
+    if not base:
+        return Measures(
+            name, layer, kind, sums.count, None, tuple(_rounded(n) for n in _norms(weights)),
+            None, None, None, None, _cosines(weights), distance, equal,
+            None, None, None, None, None,
+        )  # fmt: skip
+    deltas = sums.gram[1:, 1:]
+    theta = math.sqrt(sums.gram[0, 0])
+    size = range(len(deltas))
+    several = len(deltas) > 1
+    norms = _norms(deltas)
+    changed = [int(sums.both[s, s]) for s in size]
+    smaller = [[min(sums.large[s, s], sums.large[t, t]) for t in size] for s in size]
+    full = _norms(weights)
+    return Measures(
+        name=name,
+        layer=layer,
+        kind=kind,
+        count=sums.count,
+        base_norm=_rounded(theta),
+        norm=tuple(_rounded(norm) for norm in norms),
+        relative_norm=tuple(_ratio(norm, theta) for norm in norms),
+        base_cosine=tuple(_bounded(_ratio(weights[0, s + 1], full[0] * full[s + 1])) for s in size),
+        unchanged=tuple(_share(sums.count - n, sums.count) for n in changed),
+        one_step=tuple(_ratio(int(sums.steps[s]), changed[s]) for s in size),
+        cosine=_cosines(deltas) if several else None,
+        distance=distance,
+        equal=equal,
+        sign_agreement=_divided(sums.agree, sums.both) if several else None,
+        shared=_ratio(int(sums.contest[0]), sums.count) if several else None,
+        conflict=_ratio(int(sums.contest[1]), sums.count) if several else None,
+        overlap=_divided(sums.large, smaller) if several else None,
+        overlap_chance=_divided(sums.chance, smaller) if several else None,
+    )
+
+
+def _weights_gram(sums: Relations) -> Any:
+    """Dot products between all models' weights: θᵢ = θ₀ + δᵢ, with δ = 0 for the first."""
+    import numpy as np
+
+    gram = sums.gram.copy()
+    cross = sums.gram[0].copy()
+    cross[0] = 0.0
+    gram[0, :] = gram[:, 0] = 0.0
+    return sums.gram[0, 0] + cross[:, None] + cross[None] + np.asarray(gram)
+
+
+def _distances(sums: Relations, weights: Any, base: bool) -> Matrix:
+    gram = sums.gram.copy()
+    gram[0, :] = gram[:, 0] = 0.0
+    norms = _norms(weights)
+    models = range(int(base), len(gram))
+    return tuple(
+        tuple(
+            0.0
+            if i == j
+            else _ratio(
+                math.sqrt(max(0.0, gram[i, i] + gram[j, j] - 2 * gram[i, j])),
+                math.sqrt(norms[i] * norms[j]),
+            )
+            for j in models
+        )
+        for i in models
+    )
+
+
+def _equal(sums: Relations, base: bool) -> Matrix:
+    """Shares of equal elements; the first model of an analysis without a base has δ = 0."""
+    import numpy as np
+
+    counts = sums.equal
+    if not base:
+        same = sums.count - np.diagonal(sums.both)
+        counts = np.block([[np.array([[sums.count]]), same[None]], [same[:, None], sums.equal]])
+    return tuple(tuple(_share(int(n), sums.count) for n in row) for row in counts)
+
+
+def _norms(gram: Any) -> list[float]:
+    return [math.sqrt(max(0.0, float(gram[i, i]))) for i in range(len(gram))]
+
+
+def _cosines(gram: Any) -> Matrix:
+    norms, size = _norms(gram), range(len(gram))
+    return tuple(
+        tuple(
+            (1.0 if norms[i] else None)
+            if i == j
+            else _bounded(_ratio(gram[i, j], norms[i] * norms[j]))
+            for j in size
+        )
+        for i in size
+    )
+
+
+def _divided(part: Any, whole: Any) -> Matrix:
+    return tuple(
+        tuple(_ratio(float(a), float(b)) for a, b in zip(*rows, strict=True))
+        for rows in zip(part, whole, strict=True)
+    )
+
+
+def _ratio(part: float, whole: float) -> float | None:
+    return _rounded(part / whole) if whole else None
+
+
+def _share(part: int, whole: int) -> float | None:
+    """A share that is 1 only if it is all of them."""
+    share = _ratio(part, whole)
+    return share if share != 1.0 or part == whole else 0.999999
+
+
+def _bounded(cosine: float | None) -> float | None:
+    """Rounding may leave the cosine of a vector with itself a little above 1."""
+    return None if cosine is None else max(-1.0, min(1.0, cosine))
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.6g}")
+
+
+def pairs(matrix: Sequence[Sequence[float | None]] | None) -> list[tuple[int, int, float]]:
+    """(i, j, value) for every pair i < j that has one."""
+    return [
+        (i, j, value)
+        for i, row in enumerate(matrix or ())
+        for j, value in enumerate(row)
+        if i < j and value is not None
+    ]

@@ -1,0 +1,141 @@
+"""What an analysis says, as data: printed as a table, as JSON, and as a page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+from merge_cli.analysis.configs import KeyDifference
+from merge_cli.analysis.measures import Measures
+from merge_cli.analysis.spectrum import Spectrum
+from merge_cli.analysis.tokenizers import TokenizerDifference
+from merge_cli.recipe.schema import Recipe
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One thing that the numbers suggest about one or more models.
+
+    Attributes:
+        kind: a word for programs: `identical`, `equals_base`, `unrelated`, `far`, `rl_like`,
+            `sparse`, `low_rank`, `louder`, `concentrated`, `untouched`,
+            `mismatch`, `vocabulary`, `added_tokens`.
+        models: whom it is about.
+        text: a hedged sentence with the measured values.
+        threshold: what was compared with what.
+        warns: whether a merge should not go on without a thought about it.
+    """
+
+    kind: str
+    models: tuple[str, ...]
+    text: str
+    threshold: str
+    warns: bool = False
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """A method that is worth trying, and why: measured values and where the rule comes from."""
+
+    method: str
+    reason: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What to try, the first thing first.
+
+    Attributes:
+        summary: one sentence.
+        recipe: of the first suggestion; None where these models should not, or cannot, be merged.
+        comments: one line for each choice in the recipe.
+    """
+
+    summary: str
+    suggestions: tuple[Suggestion, ...] = ()
+    recipe: Recipe | None = None
+    comments: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A model's files in numbers: the reference (base or first model) comes first."""
+
+    model: str
+    reference: str
+    revision: str | None
+    tensors: int
+    parameters: int
+    bytes: int
+    dtypes: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """The result of `merge_cli.analyze`.
+
+    Attributes:
+        base: None without one; then the first model is what files are compared with.
+        models: the sources, in the order of every row and matrix.
+        files: of every model, the base first.
+        compared, tensors: how many tensors could be compared, of how many.
+        problems: why a merge of these models would be refused; empty where it would run.
+        total: over everything compared; None where nothing could be.
+        inner: over the layers, without embeddings and head; None without layers.
+        layers, kinds, cells, each: by layer, kind of module, both, and tensor.
+        spectra: sampled matrices' ranks; empty without a base.
+        sparsity_where_changed: for each source, the share of unchanged elements of those tensors
+            that it changed at all; None without a base.
+        seconds, bytes_read, peak_memory: what it cost.
+    """
+
+    base: str | None
+    models: tuple[str, ...]
+    files: tuple[ModelFiles, ...]
+    compared: int
+    tensors: int
+    problems: tuple[str, ...]
+    notes: tuple[str, ...]
+    total: Measures | None
+    inner: Measures | None
+    layers: tuple[Measures, ...]
+    kinds: tuple[Measures, ...]
+    cells: tuple[Measures, ...]
+    each: tuple[Measures, ...]
+    spectra: tuple[Spectrum, ...]
+    sparsity_where_changed: tuple[float | None, ...] | None
+    config: tuple[KeyDifference, ...]
+    tokenizers: tuple[TokenizerDifference, ...]
+    verdicts: tuple[Verdict, ...]
+    advice: Advice
+    seed: int
+    device: str
+    threads: int
+    seconds: float
+    bytes_read: int
+    peak_memory: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as JSON-ready data (docs/analyze.md)."""
+        from importlib.metadata import version
+
+        content = {name: _plain(value) for name, value in vars(self).items()}
+        advice = content["advice"]
+        advice.pop("recipe")
+        return {"schema": SCHEMA, "merge_cli": version("merge-cli"), **content}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Recipe):
+        return None  # `--write-recipe` writes it
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return value

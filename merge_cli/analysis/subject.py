@@ -1,0 +1,160 @@
+"""What is analysed: the models, whole, and the tensors that all of them have.
+
+A merge refuses models that do not fit one another. An analysis compares what does fit, and carries
+the rest along as the reasons why a merge would refuse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from merge_cli.checkpoint.layout import natural_key
+from merge_cli.checkpoint.source import Source, open_source
+from merge_cli.engine.heads import reconcile_heads
+from merge_cli.engine.match import Match, match_pieces
+from merge_cli.engine.pieces import cut_pieces
+from merge_cli.engine.plan import Plan, TensorTask
+from merge_cli.errors import MergeCliError, MismatchError, Problem, SourceError, UsageError
+from merge_cli.methods.registry import get_method
+from merge_cli.recipe.reference import ModelRef, parse_reference, short_labels
+from merge_cli.recipe.schema import Recipe, SourceSpec
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The models side by side.
+
+    Attributes:
+        plan: its tasks read a tensor of every model, the one to compare with first: the base, or
+            where there is none the first model. They have no base of their own, and no output.
+        base: the base's name; None without one.
+        models: names of the sources, short where that tells them apart.
+        problems: why a merge of these models would be refused; empty where it would run.
+        tensors: of the base (or first model), whether they could be compared or not.
+    """
+
+    plan: Plan
+    base: str | None
+    models: tuple[str, ...]
+    problems: tuple[Problem, ...]
+    tensors: int
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """Every model, the one to compare with first."""
+        return self.plan.sources
+
+
+def recipe_of(base: str | None, models: Sequence[str], *, seed: int = 0) -> Recipe:
+    """A recipe of whole models as they are named on a command line."""
+    folder = Path.cwd()
+    specs = [SourceSpec(parse_reference(m, folder), f"models[{i}]") for i, m in enumerate(models)]
+    reference = parse_reference(base, folder) if base else None
+    method = "task_arithmetic" if base else "soup"
+    return Recipe(method, reference, tuple(specs), seed=seed, folder=folder)
+
+
+def open_subject(recipe: Recipe) -> Subject:
+    """Open every model that a recipe names and match their tensors, from headers alone.
+
+    Layers, weights and the method of the recipe make no difference.
+
+    Raises:
+        SourceError: a model that cannot be opened.
+        MismatchError: several that cannot.
+        UsageError: fewer than two models to compare.
+    """
+    references = dict.fromkeys(spec.model for spec in recipe.source_specs)
+    if recipe.base_model is not None:
+        references = {recipe.base_model: None, **references}
+    opened, notes = _open_all(list(references), recipe.folder)
+    if len(opened) < 2:
+        what = "there is nothing to compare: one model"
+        raise UsageError(what, hint="Name a base and a model, or two models.")
+    has_base = recipe.base_model is not None
+    chosen = list(opened)
+    whole = Recipe(
+        "task_arithmetic" if has_base else "soup",
+        chosen[0] if has_base else None,
+        tuple(SourceSpec(m, f"models[{i}]") for i, m in enumerate(chosen[has_base:])),
+        dtype=recipe.dtype,
+        seed=recipe.seed,
+        name=recipe.name,
+        folder=recipe.folder,
+    )
+    sources = list(opened.values())
+    labels = [source.label for source in sources]
+    names = short_labels(labels)
+    heads = reconcile_heads(sources)
+    method = get_method(whole.merge_method)
+    matches = match_pieces(cut_pieces(whole, method, labels), sources, heads.views)
+    problems = [*_quantised(sources), *matches.problems]
+    comparable = not _quantised(sources)
+    tasks = [_task(match) for match in matches.found if comparable and not match.copied]
+    plan = Plan(
+        recipe=whole,
+        method=method,
+        sources=tuple(sources),
+        base=0 if has_base else None,
+        operands=tuple(range(int(has_base), len(sources))),
+        donor=0,
+        tokenizer_donor=0,
+        tasks=tuple(sorted(tasks, key=lambda task: natural_key(task.name))),
+        shards=(),
+        config={},
+        notes=(*notes, *heads.notes, *matches.notes),
+    )
+    return Subject(
+        plan=plan,
+        base=names[0] if has_base else None,
+        models=tuple(names[has_base:]),
+        problems=tuple(sorted(problems, key=lambda problem: natural_key(problem.key))),
+        tensors=len(heads.views[0]),
+    )
+
+
+def _open_all(
+    references: Sequence[ModelRef], folder: Path
+) -> tuple[dict[ModelRef, Source], list[str]]:
+    """Every model once, and a note on each that was named twice."""
+    opened: dict[ModelRef, Source] = {}
+    first: dict[Path, Source] = {}
+    notes: list[str] = []
+    errors: list[MergeCliError] = []
+    for reference in references:
+        try:
+            source = open_source(reference, folder)
+        except SourceError as error:
+            errors.append(error)
+            continue
+        known = first.setdefault(source.root.resolve(), source)
+        if known is source:
+            opened[reference] = source
+        else:
+            notes.append(f"{source.label} is the same folder as {known.label}: looked at once")
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        problems = [Problem(str(error)) for error in errors]
+        raise MismatchError(problems, f"{len(errors)} models cannot be opened")
+    return opened, notes
+
+
+def _quantised(sources: Sequence[Source]) -> list[Problem]:
+    return [
+        Problem("its weights are quantised, so that they cannot be compared", source.label)
+        for source in sources
+        if source.config.get("quantization_config")
+    ]
+
+
+def _task(match: Match) -> TensorTask:
+    """Every model's tensor as an operand: the pass subtracts the first by itself."""
+    refs = (match.base, *match.operands) if match.base is not None else match.operands
+    first = refs[0]
+    return TensorTask(
+        match.name, first.shape, first.dtype, "merge", refs, tuple(range(len(refs))), (),
+        group=match.seat.group,
+    )  # fmt: skip

@@ -1,0 +1,199 @@
+"""An analysis in a terminal: what stands out, what to try, and the tables behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from merge_cli.console.tables import print_table
+from merge_cli.sizes import show_seconds, show_size
+
+if TYPE_CHECKING:
+    from merge_cli.analysis.measures import Measures
+    from merge_cli.analysis.result import Analysis
+    from merge_cli.analysis.tokenizers import TokenizerDifference
+
+_COLUMNS = 6  # models that get a column of their own
+_MANY = 24  # rows of problems, differences or pairs; the JSON and the page have all
+
+
+def print_analysis(out: Console, analysis: Analysis, *, layers: bool) -> None:
+    """Print it; `layers` adds a row for each layer."""
+    base = f" against {analysis.files[0].reference}" if analysis.base else ", without a base"
+    count = len(analysis.models)
+    out.print(
+        f"[bold]{count} model{'s' * (count != 1)}[/bold]{escape(base)}: "
+        f"{analysis.compared:,} of {analysis.tensors:,} tensors compared; "
+        f"{show_size(analysis.bytes_read)} read in {show_seconds(analysis.seconds)}, "
+        f"peak memory {show_size(analysis.peak_memory)}"
+    )
+    if analysis.total is not None:
+        _models(out, analysis, analysis.total)
+        _pairs(out, analysis, analysis.total)
+        _groups(out, analysis, "kind of module", analysis.kinds)
+        if layers:
+            _groups(out, analysis, "layer", analysis.layers)
+    _files(out, analysis)
+    _list(out, "Cannot be merged as they are", [escape(line) for line in analysis.problems])
+    _list(out, "What stands out", [escape(one.text) for one in analysis.verdicts])
+    _advice(out, analysis)
+
+
+def _models(out: Console, analysis: Analysis, total: Measures) -> None:
+    if analysis.base is None:
+        named = zip(analysis.models, total.norm, strict=True)
+        _table(out, ["model", "‖θ‖"], [(name, f"{norm or 0:.4g}") for name, norm in named])
+        return
+    ranks = [_mean_rank(analysis, s) for s in range(len(analysis.models))]
+    columns = (total.relative_norm, total.base_cosine, total.unchanged, total.one_step, ranks)
+    shown: list[Callable[[float], str]] = [_percent, _four, _percent, _percent, _percent]
+    rows = []
+    for s, name in enumerate(analysis.models):
+        values = [(column or ())[s] for column in columns]
+        rows.append((name, *(_or_dash(v, text) for v, text in zip(values, shown, strict=True))))
+    _table(
+        out,
+        ["model", "‖δ‖/‖θ₀‖", "cosine with base", "unchanged", "of changes one step", "rank"],
+        rows,
+    )
+
+
+def _pairs(out: Console, analysis: Analysis, total: Measures) -> None:
+    size = range(len(analysis.models))
+    places = [(i, j) for i in size for j in size if i < j]
+    if not places:
+        return
+
+    def at(matrix: Sequence[Sequence[float | None]] | None, i: int, j: int) -> float | None:
+        return None if matrix is None else matrix[i][j]
+
+    hidden = len(places) - _MANY
+    if hidden > 0:  # the most alike, and of these the first
+        places.sort(key=lambda pair: -(at(total.cosine, *pair) or 0.0))
+    rows = []
+    for i, j in places[:_MANY]:
+        pair = f"{analysis.models[i]} – {analysis.models[j]}"
+        inner = analysis.inner.cosine if analysis.inner else None
+        equal = _or_dash(at(total.equal, i, j), _percent)
+        cosines = [_or_dash(at(c, i, j), _three) for c in (total.cosine, inner)]
+        if analysis.base is None:
+            rows.append((pair, *cosines, _or_dash(at(total.distance, i, j), _percent), equal))
+            continue
+        agree = _or_dash(at(total.sign_agreement, i, j), _percent)
+        overlap = _or_dash(at(total.overlap, i, j), _percent)
+        chance = _or_dash(at(total.overlap_chance, i, j), _percent)
+        rows.append((pair, *cosines, agree, f"{overlap} ({chance})", equal))
+    heads = ["pair", "cosine", "in layers"]
+    heads += (
+        ["distance", "equal"]
+        if analysis.base is None
+        else ["same sign", "largest shared (chance)", "equal"]
+    )
+    _table(out, heads, rows)
+    if hidden > 0:
+        out.print(f"[dim]{hidden} pairs that are less alike: --json or --html[/dim]")
+
+
+def _groups(out: Console, analysis: Analysis, head: str, groups: Sequence[Measures]) -> None:
+    if analysis.base is None:
+        return
+    names = [f"‖δ‖/‖θ₀‖ {name}" for name in analysis.models]
+    several, ends = len(analysis.models) > 1, len(analysis.models) > _COLUMNS
+    rows = []
+    for group in groups:
+        known = [value for value in group.relative_norm or () if value is not None]
+        norms = [_or_dash(value, _percent) for value in group.relative_norm or ()]
+        if ends:
+            norms = [_percent(end) for end in (min(known), max(known))] if known else ["–", "–"]
+        conflict = [_or_dash(group.conflict, _percent)] if several else []
+        rows.append((group.name, f"{group.count:,}", *norms, *conflict))
+    if ends:
+        names = ["‖δ‖/‖θ₀‖ least", "most"]
+    _table(out, [head, "elements", *names, *(["sign conflict"] if several else [])], rows)
+
+
+def _files(out: Console, analysis: Analysis) -> None:
+    lines = []
+    dtypes = {one.model: " and ".join(sorted(one.dtypes)) for one in analysis.files}
+    if len(set(dtypes.values())) > 1:
+        lines.append("stored as " + ", ".join(f"{m}: {d}" for m, d in dtypes.items()))
+    names = [one.model for one in analysis.files]
+    for key in analysis.config:
+        values = ", ".join(f"{n}: {v}" for n, v in zip(names, key.values, strict=True))
+        lines.append(f"config.json, {key.key}: {values}")
+    lines += [f"tokenizer of {t.model}: {in_words(t)}" for t in analysis.tokenizers if t.differs]
+    lines += analysis.notes
+    _list(out, "Files beside the weights", [escape(line) for line in lines])
+
+
+def in_words(one: TokenizerDifference) -> str:
+    """What differs from the reference's tokenizer, in one line."""
+    words = [f"{name} {text}" for name, text in one.special.items()]
+    if one.tokens_differ:
+        words.insert(0, f"{one.missing:,} tokens missing, {one.added:,} added, "
+                        f"{one.renumbered:,} with another number")  # fmt: skip
+    if one.rules:
+        words.append("other rules for cutting text")
+    if one.template not in ("same", "none"):
+        words.append(f"chat template {one.template}")
+    return "; ".join(words)
+
+
+def _advice(out: Console, analysis: Analysis) -> None:
+    advice = analysis.advice
+    out.print(f"\n[bold]What to try first[/bold]  {escape(advice.summary)}")
+    for one in advice.suggestions:
+        out.print(
+            f"  [bold]{one.method}[/bold]: {escape(one.reason)} [dim]({escape(one.source)})[/dim]"
+        )
+    if advice.recipe is not None:
+        out.print("[dim]--write-recipe FILE writes the first as a recipe.[/dim]")
+
+
+def _list(out: Console, title: str, lines: Sequence[str]) -> None:
+    """Lines that are markup already, under a title; nothing where there are none."""
+    if not lines:
+        return
+    out.print(f"\n[bold]{title}[/bold]")
+    for line in lines[:_MANY]:
+        out.print(f"  {line}")
+    if len(lines) > _MANY:
+        out.print(f"  [dim]{len(lines) - _MANY} more: --json or --html[/dim]")
+
+
+def _table(out: Console, heads: Sequence[str], rows: Sequence[tuple[str, ...]]) -> None:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for i, head in enumerate(heads):
+        table.add_column(head, overflow="fold", justify="right" if i else "left")
+    out.print()
+    print_table(out, table, rows)
+
+
+def _mean_rank(analysis: Analysis, source: int) -> float | None:
+    """The mean effective rank of the samples, as a share of their smaller side."""
+    shares = [
+        rank / min(one.rows, one.columns)
+        for one in analysis.spectra
+        if (rank := one.effective_rank[source]) is not None
+    ]
+    return sum(shares) / len(shares) if shares else None
+
+
+def _or_dash(value: float | None, text: Callable[[float], str]) -> str:
+    return "–" if value is None else text(value)
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.3g} %"
+
+
+def _three(value: float) -> str:
+    return f"{value:.3f}"
+
+
+def _four(value: float) -> str:
+    return f"{value:.4f}"

@@ -1,0 +1,104 @@
+"""The analysis page's tables: files beside the weights, and every number behind the charts."""
+
+from __future__ import annotations
+
+from html import escape
+
+from merge_cli.analysis.measures import Measures
+from merge_cli.analysis.result import Analysis
+from merge_cli.analysis.tokenizers import TokenizerDifference
+from merge_cli.report.elements import MAX_ROWS, section, table
+from merge_cli.report.relations import row
+from merge_cli.report.words import count, hash, or_dash, percent, size
+
+
+def differences(analysis: Analysis) -> str:
+    """Dtypes, config, tokenizer and chat template."""
+    how = (
+        "Read as data, never executed. Token numbers must mean the same tokens, or rows of the "
+        "embedding are averaged that have nothing to do with one another."
+    )
+    first = analysis.files[0].model
+    files = [
+        [escape(one.model), hash(one.revision), f"{one.tensors:,}", f"{one.parameters:,}",
+         size(one.bytes), escape(", ".join(f"{d} ({n})" for d, n in one.dtypes.items()))]
+        for one in analysis.files
+    ]  # fmt: skip
+    parts = [
+        table(["model", "revision", "tensors", "parameters", "size", "stored as (tensors)"], files)
+    ]
+    if analysis.config:
+        heads = ["config.json", *(escape(one.model) for one in analysis.files)]
+        rows = [
+            [f"<code>{escape(one.key)}</code>", *map(escape, one.values)] for one in analysis.config
+        ]
+        parts.append(table(heads, rows))
+    else:
+        parts.append("<p>The configs say the same.</p>")
+    told = [one for one in analysis.tokenizers if one.differs]
+    if told:
+        heads = ["tokenizer", "tokens", "missing", "added", "renumbered", "what else"]
+        parts.append(table(heads, map(_tokenizer, told)))
+    else:
+        parts.append("<p>Tokenizers and chat templates are the same.</p>")
+    notes = "".join(f"<li>{escape(note)}</li>" for note in analysis.notes)
+    parts.append(f"<ul>{notes}</ul>" if notes else "")
+    found = f"Compared with {first}: {count(len(analysis.config), 'key')} of config.json differ"
+    found += f"; {count(len(told), 'tokenizer')} or chat templates do." if told else "."
+    return section("Files beside the weights", how, found, *parts)
+
+
+def _tokenizer(one: TokenizerDifference) -> list[str]:
+    return [
+        escape(one.model),
+        "–" if one.size is None else f"{one.size:,}",
+        f"{one.missing:,}",
+        f"{one.added:,}",
+        f"{one.renumbered:,}",
+        escape("; ".join(in_words(one))) or "–",
+    ]
+
+
+def in_words(one: TokenizerDifference) -> list[str]:
+    """What differs besides the number of tokens."""
+    words = [f"{name}: {change}" for name, change in one.special.items()]
+    if one.rules:
+        words.append("text is cut by other rules (merges, normalizer, or added tokens)")
+    if one.template not in ("same", "none"):
+        words.append(f"chat template {one.template}")
+    if one.examples:
+        words.append("for example " + " ".join(repr(token) for token in one.examples))
+    return words
+
+
+def numbers(analysis: Analysis) -> str:
+    """Groups and tensors as tables, folded away."""
+    how = "Where a cell has several numbers, they are in the order of the sources."
+    groups = [*analysis.kinds, *analysis.layers]
+    tensors = analysis.each[:MAX_ROWS]
+    more = len(analysis.each) - len(tensors)
+    rest = f"<p>{more:,} more are in the JSON.</p>" if more else ""
+    return section(
+        "All numbers", how, "",
+        f"<details><summary>Kinds of modules, layers, and the tensors outside them</summary>"
+        f"{_table(groups, analysis)}</details>",
+        f"<details><summary>{count(len(analysis.each), 'tensor')}</summary>"
+        f"{_table(tensors, analysis)}{rest}</details>",
+    )  # fmt: skip
+
+
+def _table(groups: list[Measures] | tuple[Measures, ...], analysis: Analysis) -> str:
+    if analysis.base is None:
+        heads = ["group", "elements", "‖θ‖"]
+        rows = [
+            [escape(g.name), f"{g.count:,}", " · ".join(f"{n or 0:.4g}" for n in g.norm)]
+            for g in groups
+        ]
+        return table(heads, rows, right=2)
+    heads = ["group", "elements", "‖δ‖/‖θ₀‖", "unchanged", "one step", "sign conflict"]
+    rows = [
+        [escape(g.name), f"{g.count:,}", row(g.relative_norm), row(g.unchanged), row(g.one_step),
+         or_dash(g.conflict, percent)]
+        for g in groups
+    ]  # fmt: skip
+    return table(heads, rows, right=5)
