@@ -82,12 +82,12 @@ def test_the_same_bytes_however_it_runs(tmp_path: Path, granularity: str) -> Non
         assert torch.equal(tensor, several[name])
     again = merge(tmp_path / "first" / "merge_recipe.yaml", tmp_path / "again")
     assert all(torch.equal(tensor, again[name]) for name, tensor in first.items())
-    from merge_cli.engine import device
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("merge_cli.engine.loop.choose_arithmetic", lambda plan: ("torch", "a test"))
+        patch.setattr(
+            "merge_cli.engine.workers.choose_arithmetic", lambda plan: ("torch", "a test")
+        )
         patch.setattr("merge_cli.engine.memory.choose_arithmetic", lambda plan: ("torch", "a test"))
-        assert device
         torches = merge(recipe, tmp_path / "torch")
     assert all(torch.equal(tensor, torches[name]) for name, tensor in first.items())
 
