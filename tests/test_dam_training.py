@@ -391,6 +391,26 @@ def test_the_plan_as_json(models: Path, capsys: pytest.CaptureFixture[str]) -> N
         assert part in shown
 
 
+def test_methods_explains_the_dials(capsys: pytest.CaptureFixture[str]) -> None:
+    from dataclasses import fields
+
+    from merge_cli.console import Screen
+    from merge_cli.methods.registry import get_method
+    from merge_cli.recipe.training import PRESETS, Training, preset
+
+    Screen().method(get_method("dam"), as_json=False)
+    shown = capsys.readouterr().out
+    page = (Path(__file__).parent.parent / "docs" / "dam.md").read_text(encoding="utf-8")
+    for dial in fields(Training):
+        assert f"  {dial.name}: " in shown
+        assert f"`{dial.name}`" in page
+    for name in PRESETS:
+        assert preset(name).preset == name
+        assert f"`{name}`" in page
+    Screen().method(get_method("dam"), as_json=True)
+    assert len(json.loads(capsys.readouterr().out)["training"]) == len(fields(Training))
+
+
 def test_the_folder_is_locked(models: Path, tmp_path: Path) -> None:
     with TrainingFolder(tmp_path / "out", "one") as folder:
         assert folder.record() is None

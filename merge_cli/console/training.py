@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -13,6 +14,37 @@ from merge_cli.sizes import show_size
 
 if TYPE_CHECKING:
     from merge_cli.dam.plan import TrainingPlan
+
+
+def dials_json() -> list[dict[str, Any]]:
+    """Every dial of `training:` with its default and what it does."""
+    from merge_cli.recipe.training import Training, plain_training
+
+    defaults = plain_training(Training())
+    return [
+        {"name": f.name, "default": defaults.get(f.name), "doc": f.metadata["help"]}
+        for f in fields(Training)
+    ]
+
+
+def print_dials(out: Console) -> None:
+    """The same as text."""
+    from merge_cli.recipe.training import PRESETS
+
+    out.print(f"\nLearned as `training:` says; presets: {', '.join(PRESETS)}. See docs/dam.md.\n")
+    for dial in dials_json():
+        default = "" if dial["default"] is None else f"; default {_yaml(dial['default'])}"
+        out.print(f"  [bold]{dial['name']}[/bold]: {escape(dial['doc'] + default)}")
+
+
+def _yaml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {weight:g}" for name, weight in value.items())
+    return str(value)
 
 
 def training_json(decided: TrainingPlan) -> dict[str, Any]:

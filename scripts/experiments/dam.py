@@ -179,7 +179,7 @@ def run_all(experiment: Experiment) -> None:
                 f"dam-{tuple(LEARNED).index(name)}-{seed}", learned_recipe(LEARNED[name], seed)
             )
             training = report["training"]
-            keep = ("steps", "best_step", "measured", "cost", "coefficients", "scores")
+            keep = ("steps", "best_step", "measured", "cost", "coefficients")
             return {
                 "training": {key: training[key] for key in keep},
                 "groups": report["coefficients"]["groups"],
