@@ -391,6 +391,37 @@ def test_the_plan_as_json(models: Path, capsys: pytest.CaptureFixture[str]) -> N
         assert part in shown
 
 
+def test_tensorboard_scalars(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through a writer that records; without the package it is said."""
+    import types
+
+    from merge_cli.errors import ResourceError
+
+    written: list[tuple[str, float, int]] = []
+
+    class Writer:
+        def __init__(self, folder: str) -> None:
+            assert folder.endswith("out.training/tensorboard")
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            written.append((name, value, step))
+
+        def close(self) -> None:
+            written.append(("closed", 0.0, 0))
+
+    recipe = recipe_of(models, max_steps=2, evaluate_every=2, tensorboard=True)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ResourceError, match="the package tensorboard is missing"):
+        run(recipe, tmp_path / "out")
+    module = types.SimpleNamespace(SummaryWriter=Writer)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    run(recipe, tmp_path / "out")
+    names = {name for name, _, _ in written}
+    assert names == {"loss", "rate", "kl/a", "kl/b", "kl/c", "penalty/cosine", "held-out/kl",
+                     "closed"}  # fmt: skip
+    assert [step for name, _, step in written if name == "loss"] == [1, 2]
+
+
 def test_methods_explains_the_dials(capsys: pytest.CaptureFixture[str]) -> None:
     from dataclasses import fields
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -98,19 +97,17 @@ def print_training(out: Console, decided: TrainingPlan) -> None:
         )  # fmt: skip
     out.print(table)
     cache = sum(one.bytes for one in decided.teachers)
-    kinds = Counter(
-        f"{target.layout.kind} of {'x'.join(map(str, target.task.shape))}"
-        for target in decided.targets if target.trained
-    )  # fmt: skip
-    trained = sum(kinds.values())
+    trained = sum(target.trained for target in decided.targets)
     frozen = len(decided.targets) - trained
     still = f"; {frozen} tensors stay as they start" if frozen else ""
+    kept = f"on disk, the {training.top_k} likeliest tokens of each in {training.cache_dtype}"
+    if training.top_k == "full":
+        kept = "in memory, the whole vocabulary"
     for label, text in (
         ("coefficients", f"{decided.coefficients:,} numbers for {trained} tensors"
                          f" ({training.granularity}, {training.form}, "
                          f"activation {training.activation}){still}"),
-        ("predictions", f"{show_size(cache)} on disk, the {training.top_k} likeliest tokens of "
-                        f"each" if training.top_k != "full" else f"{show_size(cache)} in memory"),
+        ("predictions", f"{show_size(cache)} {kept}"),
         ("student", f"{show_size(decided.student_bytes)} in {decided.dtype} "
                     f"({decided.why['dtype']}) on {decided.device} ({decided.why['device']})"),
         ("sources", f"{decided.place.residency}: {decided.why['residency']}"),
