@@ -302,9 +302,11 @@ def draw(results: Mapping[str, Any]) -> None:
     figure, axes = plt.subplots(figsize=(8, 2.6), layout="constrained")
     values = [[g["mean"][i] for g in shown] for i in range(len(EXPERTS))]
     image = axes.imshow(values, cmap="viridis", aspect="auto")
+    bright = 0.6 * max(map(max, values)) + 0.4 * min(map(min, values))
     for i, row in enumerate(values):
         for j, value in enumerate(row):
-            axes.text(j, i, f"{value:.2f}", ha="center", va="center", color="white")
+            ink = "black" if value > bright else "white"
+            axes.text(j, i, f"{value:.2f}", ha="center", va="center", color=ink)
     axes.set_yticks(range(len(EXPERTS)), EXPERTS)
     axes.set_xticks(range(len(shown)), ["embedding", *(f"layer {g['layer']}" for g in layers)])
     figure.colorbar(image, label="mean coefficient")
@@ -335,6 +337,8 @@ def main() -> None:
         torch.set_num_threads(1)
         run_all(experiment)
     DOCS.mkdir(parents=True, exist_ok=True)
+    for result in experiment.results.values():
+        result.get("training", {}).pop("scores", None)
     (DOCS / "dam.json").write_text(json.dumps(experiment.results, indent=1) + "\n")
     draw(experiment.results)
     write_page(experiment.results)
