@@ -42,7 +42,9 @@ def compare(
     from merge_cli.api import compare as run_comparison
     from merge_cli.api import comparison_spec
 
-    spec = comparison_spec(recipes, eval_file, data or []).changed(device=device, dtype=dtype)
+    spec = comparison_spec(recipes, eval_file, data or []).changed(
+        device=device, dtype=dtype, threads=threads
+    )
     options = ["--device", device, *(["--threads", str(threads)] if threads else [])]
     screen = console.Screen(quiet=quiet)
     with screen.steps() as show:

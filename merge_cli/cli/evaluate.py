@@ -16,6 +16,7 @@ from merge_cli.cli.options import (
     JsonOption,
     NoWorseOption,
     QuietOption,
+    ThreadsOption,
     switch,
 )
 
@@ -33,6 +34,7 @@ def evaluate(
         Path | None, typer.Option(help="Write every example's result there, as JSON lines.")
     ] = None,
     device: DeviceOption = "auto",
+    threads: ThreadsOption = None,
     dtype: Annotated[
         str | None, typer.Option(help="Of the computation: auto, float32, bfloat16, float16.")
     ] = None,
@@ -58,6 +60,7 @@ def evaluate(
 
     spec = spec_of(eval_file, data or []).changed(
         device=device,
+        threads=threads,
         dtype=dtype,
         max_length=max_length,
         batch_tokens=batch_tokens,

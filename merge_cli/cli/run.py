@@ -111,7 +111,7 @@ def run(
     from merge_cli.engine.options import MergeOptions
     from merge_cli.engine.planner import make_plan
 
-    trial = _trial(loaded, eval_file, data or [], gate or [], no_worse or [], device)
+    trial = _trial(loaded, eval_file, data or [], gate or [], no_worse or [])
     plan = make_plan(loaded, shard_size=shard_bytes)
     if trial is not None:
         trial.check(plan)
@@ -146,7 +146,7 @@ def run(
     if not as_json:
         screen.result(result, out)
     with screen.steps() as show_step:
-        models = trial.run(plan, result.path, show_step)
+        models = trial.run(plan, result.path, options, show_step)
     if as_json:
         print(json.dumps({**result.report, "evaluation": models}, ensure_ascii=False))
     else:
@@ -155,9 +155,8 @@ def run(
 
 
 def _trial(
-    recipe: Recipe, eval_file: Path | None, data: list[Path], gate: list[str], no_worse: list[str],
-    device: str,
-) -> Trial | None:  # fmt: skip
+    recipe: Recipe, eval_file: Path | None, data: list[Path], gate: list[str], no_worse: list[str]
+) -> Trial | None:
     """What the result is to be evaluated on; None where nothing asks for it."""
     if not (eval_file or data or gate or no_worse or recipe.eval):
         return None
@@ -168,7 +167,7 @@ def _trial(
     if spec is None:
         hint = "Say on what: --data FILE, --eval FILE, or `eval:` in the recipe."
         raise UsageError("a gate needs something to measure", hint=hint)
-    return Trial(spec.changed(device=device), gate, no_worse)
+    return Trial(spec, gate, no_worse)
 
 
 def plan(

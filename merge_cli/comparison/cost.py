@@ -69,17 +69,18 @@ class Ledger:
     def cost(self, merge: str, folder: Path) -> MergeCost:
         """What a finished merge has taken, from its attempts and its report."""
         own = [attempt for attempt in self._attempts if attempt["merge"] == merge]
-        report = json.loads((folder / "merge_report.json").read_text(encoding="utf-8"))["cost"]
+        whole = json.loads((folder / "merge_report.json").read_text(encoding="utf-8"))
+        report, learning = whole["cost"], whole.get("training", {}).get("cost", {})
         energies = [attempt["joules"] for attempt in own]
         known = bool(energies) and None not in energies
         return MergeCost(
             # Without a note (somebody removed the file), the loop's own time is what is known.
             seconds=sum(a["seconds"] for a in own) if own else report["seconds"],
-            tokens=report.get("tokens", 0),
-            forward_passes=report.get("forward_passes", 0),
-            backward_passes=report.get("backward_passes", 0),
-            peak_rss=report["peak_rss"],
-            peak_vram=report["peak_vram"],
+            tokens=learning.get("tokens", 0),
+            forward_passes=learning.get("passes", 0) + learning.get("held_out_passes", 0),
+            backward_passes=learning.get("passes", 0),
+            peak_rss=max(report["peak_rss"], learning.get("peak_rss", 0)),
+            peak_vram=max((report["peak_vram"], learning.get("peak_vram")), key=lambda v: v or 0),
             joules=sum(energies) if known else None,
         )
 

@@ -8,6 +8,7 @@ goes on where it was stopped, and a second recipe costs only itself.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Callable, Collection, Sequence
@@ -25,6 +26,7 @@ from merge_cli.engine.planner import load_recipe, make_plan
 from merge_cli.errors import Interrupted, MismatchError, Problem, UsageError
 from merge_cli.evaluation.run import Step, evaluate_source
 from merge_cli.evaluation.spec import EvalSpec
+from merge_cli.evaluation.task import file_digest
 from merge_cli.recipe.keys import nearest
 from merge_cli.recipe.reference import ModelRef
 
@@ -138,7 +140,7 @@ def _merges(
     notes: list[str] = []
 
     def add(name: str, role: Role, file: Path, plan: Plan) -> None:
-        key = work_key(plan, kind, True)
+        key = _work(plan, kind)
         if key in found:
             notes.append(f"{name} is the same merge as {found[key].name}")
             return
@@ -166,6 +168,21 @@ def _merges(
     if base is None:
         notes.append("without a base there is no task arithmetic and nothing to normalise by")
     return list(found.values()), notes
+
+
+def _work(plan: Plan, device: str) -> str:
+    """A digest of everything that a merge's bytes depend on; where it learns, also of what from."""
+    key = work_key(plan, device, True)
+    if not plan.learns:
+        return key
+    recipe = plan.recipe
+    state = hashlib.sha256(f"{key} {recipe.training!r}".encode())
+    for spec in recipe.source_specs:
+        state.update(repr(spec.data).encode())
+        for file in (*spec.data.files, *spec.data.held_out) if spec.data else ():
+            path = recipe.folder / Path(file).expanduser()
+            state.update(file_digest(path).encode() if path.is_file() else b"missing")
+    return state.hexdigest()
 
 
 def _recipe_names(files: Sequence[Path], plans: Sequence[Plan]) -> list[str]:

@@ -215,6 +215,22 @@ def quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def torch_threads(wanted: int | None) -> Iterator[None]:
+    """So many threads for torch's own loops, if a number is wanted; as before afterwards."""
+    if wanted is None:
+        yield
+        return
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(wanted)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
 def counted(live: LiveModel) -> Iterator[None]:
     """Count what others do with the net: its tokens, padding included, and its passes."""
 

@@ -14,7 +14,7 @@ from merge_cli.engine.device import choose_device
 from merge_cli.errors import Interrupted, NonFiniteError, UsageError
 from merge_cli.evaluation import cache
 from merge_cli.evaluation.digest import model_digest
-from merge_cli.evaluation.live import LiveModel, choose_dtype, load
+from merge_cli.evaluation.live import LiveModel, choose_dtype, load, torch_threads
 from merge_cli.evaluation.parse import parse_eval, read_eval
 from merge_cli.evaluation.result import Cost, Evaluation, TaskResult
 from merge_cli.evaluation.spec import EvalSpec, default_name
@@ -110,8 +110,9 @@ def evaluate_source(source: Source, spec: EvalSpec, show: Show = _silent) -> Eva
             key = cache.key_of({**how, **task.identity()})
             found = cache.find(key, task.name) if spec.cache else None
             if found is None:
-                live = live or _loaded(source, spec)
-                found = _scored(task, live, show)
+                with torch_threads(spec.threads):
+                    live = live or _loaded(source, spec)
+                    found = _scored(task, live, show)
                 if spec.cache:
                     cache.keep(key, found)
             done[task.name] = found

@@ -19,6 +19,7 @@ class EvalSpec:
         dtype: of the computation: auto, float32, bfloat16, float16.
         device: auto, cpu, cuda or cuda:N.
         memory: bytes that weights may take; None is what is free.
+        threads: of torch, on a CPU; None leaves them as they are.
         cache: whether results are looked up and kept.
     """
 
@@ -29,6 +30,7 @@ class EvalSpec:
     dtype: str = "auto"
     device: str = "auto"
     memory: int | None = None
+    threads: int | None = None
     cache: bool = True
     file: str = ""
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from merge_cli.checkpoint.raw import write_error
 from merge_cli.checkpoint.source import Source, fetch_weights, open_source
+from merge_cli.engine.options import MergeOptions
 from merge_cli.engine.plan import Plan
 from merge_cli.errors import UsageError
 from merge_cli.evaluation.gates import check_gates, read_gates, require
@@ -42,7 +43,7 @@ class Trial:
             if gate.reference:
                 _meant(gate.reference, plan)
 
-    def run(self, plan: Plan, out: Path, show: Show) -> list[dict[str, Any]]:
+    def run(self, plan: Plan, out: Path, options: MergeOptions, show: Show) -> list[dict[str, Any]]:
         """Evaluate OUT and every model that a gate names; written into OUT, too.
 
         Returns:
@@ -51,12 +52,13 @@ class Trial:
         Raises:
             as `merge_cli.evaluate` does. OUT is complete whatever happens here.
         """
-        merged = evaluate_source(open_source(ModelRef(str(out)), out.parent), self._spec, show)
+        spec = self._spec.changed(device=options.device, threads=options.threads)
+        merged = evaluate_source(open_source(ModelRef(str(out)), out.parent), spec, show)
         others = {}
         for name in dict.fromkeys(g.reference for g in self._gates if g.reference):
             source = _meant(name, plan)
             fetch_weights(source, source.header_bytes)
-            others[name] = evaluate_source(source, self._spec, show)
+            others[name] = evaluate_source(source, spec, show)
         self._failures = {out.name: check_gates(self._gates, merged, others)}
         rows = summary([merged, *{other.digest: other for other in others.values()}.values()])
         text = json.dumps({"models": rows, "unmet": self._failures[out.name]}, indent=1)

@@ -28,7 +28,7 @@ _PROBLEMS = 20_000
 # What each expert reads. The two maths experts differ in problems, in mixture and in rate.
 MIXTURES: dict[str, dict[str, float]] = {
     "japanese": {"japanese": 1.0},
-    "code": {"code": 1.0},
+    "english": {"english": 1.0},
     "german": {"german": 1.0},
     "math": {"math": 0.75, "english": 0.25},
     "math-b": {"math-b": 1.0},
@@ -90,7 +90,7 @@ def _prepare() -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     (WORK / "corpora").mkdir(parents=True, exist_ok=True)
-    for domain in ("english", "japanese", "german", "code"):
+    for domain in ("english", "japanese", "german"):
         source = DATA / f"{domain}.train.jsonl"
         shutil.copyfile(source, WORK / "corpora" / f"{domain}.train.jsonl")
     problems = itertools.islice(arithmetic.problems("train"), 2 * _PROBLEMS)
@@ -113,7 +113,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     for seed in options.seeds:
         for domain in MIXTURES:
-            wanted = STEPS if domain in ("japanese", "math", "code") else (USUAL,)
+            wanted = STEPS if domain in ("japanese", "math", "german") else (USUAL,)
             for steps in wanted:
                 model(Expert(domain, seed, steps))
 

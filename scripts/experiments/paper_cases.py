@@ -14,7 +14,7 @@ from lab import Case, keep, main, markdown, of, publish, run_case, spread
 METHODS = ("uniform soup", "task arithmetic", "ties", "dare")
 CASES = {
     "a language and two maths experts": ("japanese", "math", "math-b"),
-    "three unlike domains": ("japanese", "code", "german"),
+    "three unlike domains": ("english", "german", "math"),
 }
 
 

@@ -12,7 +12,7 @@ from drawing import quality_over
 from family import STEPS, Expert, model
 from lab import Case, keep, main, markdown, of, publish, run_case, spread
 
-DOMAINS = ("japanese", "math", "code")
+DOMAINS = ("japanese", "math", "german")
 METHODS = ("uniform soup", "task arithmetic", "ties", "dare")
 
 

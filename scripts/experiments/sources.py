@@ -11,7 +11,7 @@ from drawing import quality_over
 from family import Expert, model
 from lab import GRIDS, Case, keep, main, markdown, of, publish, run_case, spread
 
-DOMAINS = ("japanese", "code", "math", "german")
+DOMAINS = ("japanese", "math", "german", "english")
 METHODS = ("uniform soup", "task arithmetic", "ties", "dare")
 
 

@@ -12,7 +12,7 @@ from drawing import quality_against_cost
 from family import Expert, model
 from lab import Case, keep, main, markdown, of, publish, run_case, spread
 
-DOMAINS = ("japanese", "math", "code")
+DOMAINS = ("japanese", "math", "german")
 METHODS = ("uniform soup", "task arithmetic 0.4", "task arithmetic", "ties", "dare")
 
 
