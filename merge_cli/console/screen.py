@@ -26,7 +26,7 @@ from merge_cli.console.tables import (
     plan_row,
     print_table,
 )
-from merge_cli.console.training import print_training, training_json
+from merge_cli.console.training import dials_json, print_dials, print_training, training_json
 from merge_cli.errors import MergeCliError, ProblemsError
 from merge_cli.sizes import show_seconds, show_size
 
@@ -212,7 +212,10 @@ class Screen:
     def method(self, method: Method, *, as_json: bool) -> None:
         """One method: what it does, its parameters with defaults and ranges."""
         if as_json:
-            print(json.dumps(method_json(method), indent=1))
+            found = method_json(method)
+            if method.learns:
+                found["training"] = dials_json()
+            print(json.dumps(found, indent=1))
             return
         also = f" (also {', '.join(method.aliases)})" if method.aliases else ""
         self.out.print(f"[bold]{method.name}[/bold]{also} — {escape(method.summary)}")
@@ -228,6 +231,8 @@ class Screen:
             self.out.print(f"\n  [bold]{parameter.name}[/bold]: {escape(parameter.allowed)}; "
                            f"{scope}; default {escape(shown)}")  # fmt: skip
             self.out.print(f"      {escape(parameter.doc)}")
+        if method.learns:
+            print_dials(self.out)
 
 
 def show_error(error: MergeCliError) -> None:
