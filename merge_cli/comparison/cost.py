@@ -17,8 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from merge_cli.checkpoint.raw import write_error
 from merge_cli.comparison.energy import Meter
-from merge_cli.errors import Interrupted, MergeCliError
+from merge_cli.errors import Interrupted, MergeCliError, ResourceError
+from merge_cli.evaluation.cache import write_atomically
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,11 @@ class Ledger:
         """Add one attempt at a merge."""
         attempt = {"merge": merge, "seconds": round(seconds, 3), "joules": joules, "done": done}
         self._attempts.append(attempt)
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(attempt) + "\n")
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(attempt) + "\n")
+        except OSError as error:
+            raise write_error(error, self._path) from error
 
     def forget(self, merge: str) -> None:
         """The merge starts over: what was spent on it before counts no longer."""
@@ -87,7 +92,8 @@ class Ledger:
 
     def _rewrite(self) -> None:
         text = "".join(json.dumps(attempt) + "\n" for attempt in self._attempts)
-        self._path.write_text(text, encoding="utf-8")
+        if not write_atomically(self._path, text):
+            raise ResourceError("cannot be written", where=str(self._path))
 
 
 def _read(line: str) -> dict[str, Any] | None:

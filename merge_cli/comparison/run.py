@@ -75,8 +75,6 @@ def compare(
         Interrupted: by Ctrl-C; the same call goes on.
     """
     folder = Path(out)
-    if "-" in map(str, recipes):
-        raise UsageError("a comparison reads recipes from files, not from standard input")
     plans = [make_plan(load_recipe(path)) for path in recipes]
     base, sources = _family(plans)
     names = Names(base, sources)

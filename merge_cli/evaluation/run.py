@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from merge_cli.checkpoint.raw import write_error
 from merge_cli.checkpoint.source import Source, fetch_weights, open_source
 from merge_cli.engine.device import choose_device
 from merge_cli.errors import Interrupted, NonFiniteError, ResourceError, UsageError
@@ -223,10 +224,17 @@ def _scored(task: Task, live: LiveModel, show: Show) -> TaskResult:
 
 
 def write_examples(evaluations: Iterable[tuple[str, Evaluation]], path: Path) -> None:
-    """Every example of every task and model, by the name given for it, as JSON lines."""
-    with path.open("w", encoding="utf-8") as file:
-        for name, one in evaluations:
-            for task in one.tasks.values():
-                for example in task.examples:
-                    row = {"model": name, "task": task.name, **example}
-                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    """Every example of every task and model, by the name given for it, as JSON lines.
+
+    Raises:
+        ResourceError: the file cannot be written.
+    """
+    try:
+        with path.open("w", encoding="utf-8") as file:
+            for name, one in evaluations:
+                for task in one.tasks.values():
+                    for example in task.examples:
+                        row = {"model": name, "task": task.name, **example}
+                        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise write_error(error, path) from error

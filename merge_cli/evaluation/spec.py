@@ -50,6 +50,12 @@ class EvalSpec:
             raise UsageError(f"unknown dtype '{dtype}'.", hint=nearest(str(dtype), DTYPES))
         return replace(self, **known)  # type: ignore[arg-type]
 
+    def limited(self, limit: int | None) -> EvalSpec:
+        """With at most `limit` rows of each task; as it is for None."""
+        if limit is None:
+            return self
+        return replace(self, tasks=tuple(replace(task, limit=limit) for task in self.tasks))
+
 
 def default_name(data: Path | str) -> str:
     """A task's name from its data: `math` for math.test.jsonl."""

@@ -24,6 +24,7 @@ class KL(DataTask):
 
     kind = "kl"
     metrics = ("kl", "agreement")
+    version = 2
 
     teacher: str = option(help="the model to imitate: a folder or a Hub id")
     folder: Path = option(Path(), "where the teacher's relative path starts")
@@ -58,7 +59,7 @@ class KL(DataTask):
                 same = q.argmax(-1) == p.argmax(-1)
                 agree += add_up(same, ours.examples, len(rows))
             live.count(teacher.cost.tokens, teacher.cost.forward_passes)
-        tokens = [float(len(row.ids) - row.first) for row in encoded]
+        tokens = [float(max(0, len(row.ids) - row.first)) for row in encoded]
         metrics = {
             "kl": Metric("kl", "nats per token", "lower", nats.tolist(), tokens),
             "agreement": Metric("agreement", "of tokens", "higher", agree.tolist(), tokens),
