@@ -18,7 +18,7 @@ from typing import Any
 from merge_cli.checkpoint import hub
 from merge_cli.checkpoint.files import is_companion
 from merge_cli.checkpoint.header import TensorRef, parse_header, read_header_file
-from merge_cli.errors import CorruptFileError, SourceError
+from merge_cli.errors import CorruptFileError, HubError, SourceError
 from merge_cli.recipe.reference import ModelRef, local_folder, looks_like_hub_id
 
 INDEX = "model.safetensors.index.json"
@@ -110,19 +110,32 @@ def open_source(model: ModelRef, folder: Path) -> Source:
         return _open_folder(path, label)
     if not looks_like_hub_id(model.path):
         raise SourceError("no such folder", model=label, hint=_looked_for(model.path, folder))
-    return _open_hub(hub.open_hub(model.path, model.revision), label)
+    try:
+        return _open_hub(hub.open_hub(model.path, model.revision), label)
+    except HubError as error:
+        near = _neighbour(model.path, folder)
+        if not near:
+            raise
+        # It reads like a Hub id, and much more like a folder that is here.
+        raise HubError(error.what, model=label, hint=f"Did you mean '{near}'?") from error
 
 
 def _looked_for(path: str, folder: Path) -> str:
     """Where a folder was looked for, and the neighbour that may have been meant."""
-    wanted = folder / Path(path).expanduser()
-    siblings = [p.name for p in wanted.parent.iterdir()] if wanted.parent.is_dir() else []
-    near = difflib.get_close_matches(wanted.name, siblings, n=1)
+    near = _neighbour(path, folder)
     if near:
-        return f"Did you mean '{path.removesuffix(wanted.name)}{near[0]}'?"
+        return f"Did you mean '{near}'?"
     if Path(path).is_absolute() or folder == Path.cwd():
         return "Check the path."
     return f"Looked in {folder}, the recipe's folder, and in {Path.cwd()}."
+
+
+def _neighbour(path: str, folder: Path) -> str:
+    """The folder beside it whose name is nearest; empty where none is near."""
+    wanted = folder / Path(path).expanduser()
+    siblings = [p.name for p in wanted.parent.iterdir()] if wanted.parent.is_dir() else []
+    near = difflib.get_close_matches(wanted.name, siblings, n=1)
+    return path.removesuffix(wanted.name) + near[0] if near else ""
 
 
 def fetch_weights(
