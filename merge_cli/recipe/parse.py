@@ -16,6 +16,7 @@ from merge_cli.recipe.keys import INEFFECTIVE, RECIPE_KEYS, UNSUPPORTED, nearest
 from merge_cli.recipe.nodes import Node
 from merge_cli.recipe.reference import ModelRef, local_file, parse_reference
 from merge_cli.recipe.schema import DTYPES, Parameters, Recipe, SliceSpec, SourceSpec
+from merge_cli.recipe.search import SEARCH_KEYS, Search, parse_search
 from merge_cli.recipe.training import Data, Training, contradictions, parse_training
 from merge_cli.recipe.values import Gradient, Parameter, Rule, Scalar, Setting
 
@@ -72,6 +73,8 @@ class _Parser:
             inputs={k: str(v) for k, v in self._plain_mapping(top.get("inputs"), "inputs").items()},
             metadata=self._plain_mapping(metadata, "metadata"),
             eval=top.get("eval"),
+            search=self._search(top.get("search")),
+            objective=top.get("objective"),
             file=self.file,
             folder=self.folder,
             places=self.places,
@@ -114,6 +117,14 @@ class _Parser:
             place = node.value.get(dial, node) if isinstance(node.value, dict) else node
             self._add(place, f"training.{dial}", what, hint)
         return training
+
+    def _search(self, node: Node | None) -> Search | None:
+        if node is None or node.value is None:
+            return None
+        return parse_search(
+            self._mapping(node, "search", SEARCH_KEYS), "search",
+            lambda at, key, what, hint: self._add(at, key, what, hint),
+        )  # fmt: skip
 
     def _data(self, node: Node | None, key: str) -> Data | None:
         """A file, several, or a mapping of `files`, `held_out`, or a Hub `dataset`."""
