@@ -188,6 +188,9 @@ class _Run:
     def _searcher(self) -> Loop | Greedy:
         decided = self._decided
         split = decided.objective.search
+        # First, while no live model is in memory, and so that what is wrong with data is found now.
+        for source in self._sources():
+            self._source(source, decided.objective.report)
         base = self._base_on(split)
         if decided.space is None:
             return Greedy(decided.recipe, split, base, self._evaluations)
@@ -292,13 +295,14 @@ class _Run:
                  for name in merges]  # fmt: skip
         outcomes = self._evaluations.of("report", jobs, about)
         found = {name: o.values for name, o in zip(merges, outcomes, strict=True) if not o.error}
-        plan = decided.plan
-        sources = [plan.sources[i] for i in plan.operands]
-        if plan.base is not None and plan.base not in plan.operands:
-            sources.insert(0, plan.sources[plan.base])
-        for source in sources:
-            found[source.label] = self._source(source, split)
+        found |= {source.label: self._source(source, split) for source in self._sources()}
         return found, {name: values for name, values in found.items() if name != FOUND}
+
+    def _sources(self) -> list[Source]:
+        """The base, then every source."""
+        plan = self._decided.plan
+        base = [] if plan.base is None or plan.base in plan.operands else [plan.base]
+        return [plan.sources[i] for i in (*base, *plan.operands)]
 
     def _source_of(self, model: int) -> Source:
         label = str(self._decided.recipe.models[model].model)

@@ -54,6 +54,8 @@ class Gene:
         if one.integer:
             count = int(one.high - one.low) + 1
             return int(one.low) + min(int(u * count), count - 1)
+        if u in (0.0, 1.0):
+            return one.high if u else one.low
         if one.log:
             low, high = math.log(one.low), math.log(one.high)
             found = math.exp(low + u * (high - low))

@@ -32,8 +32,15 @@ class PythonTask(Task):
         return f"{file_digest(path)} {name}"
 
     def score(self, live: LiveModel, tell: Tell) -> TaskResult:
-        with counted(live):
-            found = self._function()(live.net, live.tokenizer)
+        import torch
+
+        function = self._function()
+        try:
+            with counted(live), torch.no_grad():
+                found = function(live.net, live.tokenizer)
+        except Exception as error:  # it is the user's: it may raise what it likes
+            what = f"raised {type(error).__name__}: {error}"
+            raise SourceError(what, file=self.python) from error
         parts = list(found) if isinstance(found, list | tuple) else [found]
         if not parts or not all(_is_number(part) for part in parts):
             what = f"must return a number, or a list of numbers (got {found!r})"
