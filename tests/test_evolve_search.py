@@ -315,7 +315,9 @@ def test_a_worker_that_dies_fails_its_candidate_alone(folder: Path) -> None:
         "    return next(net.parameters()).sum().item()\n"
     )
     recipe = write_search(
-        folder, {"workers": 2, "evaluations": 4}, objective=[{"python": "task.py:deadly"}]
+        folder,
+        {"workers": 2, "evaluations": 2, "population": 2},
+        objective=[{"python": "task.py:deadly"}],
     )
     found = run_search(recipe, folder / "out")
     errors = [one["error"] for one in found.record["history"] if one["error"]]

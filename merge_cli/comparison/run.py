@@ -171,8 +171,12 @@ def _merges(
 
 
 def _work(plan: Plan, device: str) -> str:
-    """A digest of everything that a merge's bytes depend on; where it learns, also of what from."""
+    """A digest of everything that a merge's bytes depend on, and its data, where it learns."""
     key = work_key(plan, device, True)
+    if plan.recipe.searches:
+        from merge_cli.evolve.run import search_digest
+
+        return hashlib.sha256(f"{key} {search_digest(plan, device)}".encode()).hexdigest()
     if not plan.learns:
         return key
     recipe = plan.recipe

@@ -7,6 +7,7 @@ not survive has failed.
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -32,6 +33,10 @@ class _Actor:
         except MergeCliError as error:
             return MergeCliError(str(error))
         return self._evaluator.answer(job)
+
+    def pid(self) -> int:
+        """Of the actor's process."""
+        return os.getpid()
 
 
 class RayWorkers:

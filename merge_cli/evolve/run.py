@@ -98,6 +98,18 @@ def search(
     return Found(recipe, text, record, folder)
 
 
+def search_digest(plan: Plan, device: str) -> str:
+    """A digest of everything that a search's result depends on.
+
+    Raises:
+        as `plan_search` does.
+    """
+    options = MergeOptions(device=device)
+    decided = plan_search(plan, options)
+    asked = f"{decided.search.evaluations} {decided.search.finalists}"
+    return f"{work_key(decided, options)} {asked}"
+
+
 def work_key(decided: SearchPlan, options: MergeOptions) -> str:
     """A digest of everything that the scores depend on."""
     recipe, plan = decided.recipe, decided.plan
