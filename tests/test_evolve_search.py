@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import signal
@@ -19,6 +20,7 @@ from evolve_tiny import OPTIONS, journal, merge, run_search, write_family, write
 
 import merge_cli
 from merge_cli.checkpoint.source import open_source
+from merge_cli.comparison.cost import Ledger
 from merge_cli.engine.options import MergeOptions
 from merge_cli.engine.planner import load_recipe, make_plan
 from merge_cli.errors import (
@@ -147,7 +149,61 @@ def test_evaluating_the_merge_from_disk_gives_the_journaled_score(folder: Path) 
     page = (folder / "out" / "merge_report.html").read_text()
     for title in ("Convergence", "Pareto front", "What was found", "What searching cost"):
         assert f"<h2>{title}</h2>" in page
-    assert result.report["search"]["cost"]["tokens"] > 0
+    cost = Ledger(folder / "costs.jsonl").cost("out", folder / "out")
+    own = [line for line in lines[1:] if line["kind"] in ("candidate", "validation")]
+    assert cost.tokens == sum(line["tokens"] for line in own) > 0
+    assert cost.forward_passes == sum(line["passes"] for line in own) > 0
+
+
+def test_tasks_of_any_kind_give_the_same_from_disk(folder: Path) -> None:
+    (folder / "own.py").write_text(
+        "import torch\n"
+        "def peak(net, tokenizer):\n"
+        "    ids = torch.tensor([tokenizer.encode('a search')])\n"
+        "    return [float(net(input_ids=ids).logits.max()), 1.0]\n"
+    )
+    tasks = [
+        {"task": "kl", "data": "a.search.jsonl", "teacher": "a", "metric": "agreement"},
+        {"task": "kl", "data": "b.search.jsonl", "teacher": "b", "weight": 2},
+        {"python": "own.py:peak", "goal": "max", "weight": 0.1},
+    ]
+    recipe = write_search(folder, {"evaluations": 3, "population": 3}, objective=tasks)
+    result = merge(recipe, folder / "out")
+    best = result.report["search"]["best"]["number"]
+    lines = journal(folder / "out" / "search_journal.jsonl")
+    line = next(x for x in lines[1:] if x["kind"] == "candidate" and x["number"] == best)
+    objective = plan_search(make_plan(load_recipe(recipe)), OPTIONS).objective
+    source = open_source(ModelRef(str(folder / "out")), folder)
+    found = evaluate_source(source, objective.search.spec)
+    said = {name: {m: v[0] for m, v in metrics.items()} for name, metrics in line["values"].items()}
+    assert said == {name: {m.name: m.value for m in task.metrics.values()}
+                    for name, task in found.tasks.items()}  # fmt: skip
+    whole = (-said["a"]["agreement"] + 2 * said["b"]["kl"] - 0.1 * said["python"]["score"]) / 3.1
+    assert result.report["search"]["best"]["score"] == pytest.approx(whole, rel=1e-12)
+
+
+def test_a_search_starts_where_it_is_told(folder: Path) -> None:
+    (folder / "start.yaml").write_text(
+        "merge_method: task_arithmetic\nbase_model: base\nparameters: {weight: 0.9}\n"
+        "models: [{model: a, parameters: {weight: 0.2}}, {model: b}]\n"
+    )
+    first = {}
+    for start in ("middle", "softmax", "start.yaml"):
+        more = {"temperature": 0.5} if start == "softmax" else {}
+        recipe = write_search(folder, {"evaluations": 1, "start": start, **more})
+        found = run_search(recipe, folder / start)
+        first[start] = list(found.record["best"]["values"].values())
+    assert first["middle"] == [0.75, 0.75]
+    assert first["start.yaml"] == [0.2, 0.9]
+    assert sum(first["softmax"]) == pytest.approx(1.0, abs=1e-5)
+    losses = [
+        sum(task.value for task in merge_cli.evaluate(
+            folder / name, [folder / "a.search.jsonl", folder / "b.search.jsonl"], device="cpu",
+        ).tasks.values()) / 2
+        for name in ("a", "b")
+    ]  # fmt: skip
+    ratio = math.exp((losses[1] - losses[0]) / 0.5)
+    assert first["softmax"][0] / first["softmax"][1] == pytest.approx(ratio, rel=1e-4)
 
 
 # Optimizers and generations

@@ -19,7 +19,7 @@ from rich.table import Table
 from merge_cli.console.analysis import print_analysis
 from merge_cli.console.indented import indented
 from merge_cli.console.progress import ProgressLog, progress_bar
-from merge_cli.console.search import print_found, print_search, search_json
+from merge_cli.console.search import print_dials, print_found, print_search, search_json
 from merge_cli.console.tables import (
     Settings,
     method_json,
@@ -241,6 +241,8 @@ class Screen:
             self.out.print(f"\n  [bold]{parameter.name}[/bold]: {escape(parameter.allowed)}; "
                            f"{scope}; default {escape(shown)}")  # fmt: skip
             self.out.print(f"      {escape(parameter.doc)}")
+        if method.searches:
+            print_dials(self.out, method.name)
 
 
 def show_error(error: MergeCliError) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from merge_cli.methods.searching import GREEDY
+from merge_cli.recipe.search import WITHOUT_SPACE, Search
 from merge_cli.sizes import show_seconds
 
 if TYPE_CHECKING:
@@ -91,6 +94,15 @@ def print_found(out: Console, search: Mapping[str, Any]) -> None:
         f"{mark} {search['split']} score {verdict['score']:.4g}; the best without a search is "
         f"{escape(verdict['best_static'])}, {verdict['best_static_score']:.4g}"
     )
+
+
+def print_dials(out: Console, method: str) -> None:
+    """The keys of the section `search:` that a method takes; docs/evolve.md explains them."""
+    out.print("\nJudged by `objective:`, a list of evaluation tasks. Keys of `search:`:")
+    for one in fields(Search):
+        if "help" in one.metadata and (method != GREEDY or one.name in WITHOUT_SPACE):
+            out.print(f"\n  [bold]{one.name}[/bold]")
+            out.print(f"      {escape(one.metadata['help'])}")
 
 
 def _evaluations(decided: SearchPlan) -> int:

@@ -356,7 +356,8 @@ class _Run:
             return Interrupted("stopped", where=where, hint=hint)
         text = self.text_of(self.recipe_of(best.genome), best.score.total)
         path = self._folder.write_best(text)
-        what = f"stopped after {len(self._folder.lines)} evaluations; the best so far, with score "
+        tried = sum(line["kind"] != "start" for line in self._folder.lines)
+        what = f"stopped after {tried} evaluations; the best so far, with score "
         return Interrupted(f"{what}{best.score.total:.6g}, is there", where=str(path), hint=hint)
 
 

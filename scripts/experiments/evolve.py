@@ -36,8 +36,10 @@ ZOO, DOCS = ROOT / "zoo", ROOT / "docs" / "experiments"
 EXPERTS = ("japanese", "math", "code")
 SEEDS = (0, 1, 2)
 SCALES = (0.2, 0.35, 0.5, 0.7, 1.0)
-ROWS = {"val": {"japanese": 6, "math": 40, "code": 6}, "test": {"japanese": 20, "math": 120,
-                                                                "code": 20}}  # fmt: skip
+ROWS = {
+    "val": {"japanese": 3, "math": 30, "code": 3},
+    "test": {"japanese": 12, "math": 120, "code": 12},
+}
 LENGTH = 128
 METHODS: dict[str, dict[str, Any]] = {
     "task_arithmetic": {"weight": {"min": 0.0, "max": 1.2}},
