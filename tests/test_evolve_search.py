@@ -321,6 +321,34 @@ def test_halving_evaluates_fewer_rows_and_ends_on_all(folder: Path) -> None:
     assert found.record["best"]["number"] in {o["number"] for o in history if o["share"] == 1.0}
 
 
+@pytest.mark.parametrize(
+    ("search", "listed", "keys"),
+    [
+        ({"method": "slerp", "parameters": {"t": {"min": 0, "max": 1}}, "layer_groups": 2,
+          "smooth": True, "filters": ["mlp"]}, ("base", "a"), {}),
+        ({"method": "soup", "optimizer": "random"}, ("a", "b"), {"base_model": None}),
+        ({"method": ["ties", "dare_ties"], "optimizer": "tpe", "parameters": {
+            "density": {"min": 0.01, "max": 1, "log": True, "tied": "models"},
+            "elect": {"choices": ["weighted", "unweighted"]}}}, ("a", "b"), {}),
+        ({"method": ["task_arithmetic", "ties"], "optimizer": "nsga2",
+          "parameters": {"weight": {"min": 0, "max": 1}, "density": {"min": 0.1, "max": 1}}},
+         ("a", {"model": "b", "parameters": {"weight": 0.5}}), {"parameters": {"lambda": 0.5}}),
+    ],
+    ids=["slerp", "soup", "choices", "several"],
+)  # fmt: skip
+def test_searches_of_all_kinds_end_in_a_recipe_that_runs(
+    folder: Path, search: dict[str, Any], listed: tuple[Any, ...], keys: dict[str, Any]
+) -> None:
+    recipe = write_search(folder, {**search, "evaluations": 8}, models=listed, **keys)
+    result = merge(recipe, folder / "out")
+    found = result.report["search"]
+    assert found["cost"]["failed"] == 0
+    assert found["front"]
+    again = merge(folder / "out" / "best_recipe.yaml", folder / "again")
+    weights = [(path / "model.safetensors").read_bytes() for path in (result.path, again.path)]
+    assert weights[0] == weights[1]
+
+
 # Failures, splits, constraints
 
 
@@ -510,6 +538,8 @@ def test_ctrl_c_leaves_the_best_so_far_and_the_same_call_goes_on(
     again = run_search(recipe, folder / "out")
     assert again.text == whole.text
     assert again.record["cost"]["resumed"] == 8
+    monkeypatch.setattr(Loop, "_generation", None)  # it has ended: nothing is left to do
+    assert run_search(recipe, folder / "out").record == again.record
 
 
 def kill_and_resume(folder: Path, kills: int) -> None:

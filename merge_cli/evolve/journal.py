@@ -102,7 +102,7 @@ class SearchFolder:
         if not path.exists():
             return None
         found = json.loads(path.read_text(encoding="utf-8"))
-        return dict(found) if found.get("key") == self.key else None
+        return dict(found) if found.pop("key", None) == self.key else None
 
     def discard(self) -> None:
         """Throw the folder away: the model that came of it is published, with the journal."""
