@@ -10,6 +10,8 @@ from typing import Any
 
 from merge_cli.comparison.result import Comparison
 from merge_cli.comparison.run import compare as compare_recipes
+from merge_cli.engine.device import choose_device
+from merge_cli.engine.journal import work_key
 from merge_cli.engine.merge import check_target, execute
 from merge_cli.engine.options import MergeOptions, Progress
 from merge_cli.engine.outcome import Outcome
@@ -113,6 +115,22 @@ def merge(
     return MergeResult(path, report)
 
 
+def finished(plan: Plan, out: str | Path, options: MergeOptions) -> MergeResult | None:
+    """OUT, if it is already the result of this very merge; None for anything else.
+
+    Of a method that learns this is never known: what OUT was learned from is not in it.
+    """
+    path = Path(out)
+    try:
+        report = json.loads((path / "merge_report.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if plan.learns or not isinstance(report, dict):
+        return None
+    key = work_key(plan, choose_device(options.device).kind, options.statistics)
+    return MergeResult(path, report) if report.get("work") == key else None
+
+
 @dataclass(frozen=True)
 class ComparisonResult:
     """A finished comparison: its folder, what was found, and the content of comparison.json."""
@@ -167,6 +185,8 @@ def comparison_spec(
     Raises:
         UsageError: none, or several that differ.
     """
+    if "-" in map(str, recipes):
+        raise UsageError("a comparison reads recipes from files, not from standard input")
     found = [spec for path in recipes if (spec := spec_for(load_recipe(path), eval_file, data))]
     if not found:
         hint = "Give --data FILE or --eval FILE (docs/evaluate.md), or `eval:` in a recipe."

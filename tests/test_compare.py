@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,13 @@ import pytest
 from test_failures import cli, failed
 
 import merge_cli
+from merge_cli.checkpoint.source import Source
 from merge_cli.comparison import energy
 from merge_cli.comparison.cost import Ledger, MergeCost
+from merge_cli.comparison.names import Names
 from merge_cli.comparison.result import Comparison, Entrant, Role
+from merge_cli.comparison.run import _work
+from merge_cli.engine.planner import load_recipe, make_plan
 from merge_cli.evaluation.result import Cost, Evaluation, Metric, TaskResult
 from merge_cli.report.comparison.page import render_comparison
 from merge_cli.report.comparison.record import comparison_record
@@ -65,6 +70,7 @@ def example(**more: Any) -> Comparison:
             entrant("quick", "recipe", {"math": 1.9, "code": 4.0}, 1.0),
         ),
         {"math": "math", "code": "code"},
+        "uniform soup",
         **more,
     )
 
@@ -98,6 +104,7 @@ def test_accuracy_counts_the_other_way() -> None:
             entrant("worse", "recipe", {"math": 0.1}, 1.0, better="higher"),
         ),
         {"math": "math"},
+        "uniform soup",
     )
     assert found.normalised["uniform soup", "math"].value == pytest.approx(0.25)
     assert found.normalised["worse", "math"].value == pytest.approx(-0.25)
@@ -130,6 +137,7 @@ def test_without_a_base_the_mean_ranks() -> None:
             entrant("mine", "recipe", {"math": 1.5, "code": 3.8}, 2.5),
         ),
         {"math": "math"},
+        "uniform soup",
     )
     assert found.quality == {}
     gain = found.gain("mine")
@@ -141,7 +149,7 @@ def test_without_a_base_the_mean_ranks() -> None:
 
 
 def test_the_tables_say_the_same() -> None:
-    record = comparison_record(example(notes=("a note",)))
+    record = comparison_record(example(remarks=("a note",)))
     text = markdown(record)
     assert "| **better** | 1.500 | 3.750 | 2.625 | 0.500" in text
     assert "- a note" in text
@@ -164,15 +172,78 @@ def test_names_cannot_break_the_page() -> None:
     found = Comparison(
         (
             entrant("base", "base", {"<i>": 2.0}),
+            entrant("<i>x", "source", {"<i>": 1.0}),
             entrant("uniform soup", "baseline", {"<i>": 1.8}, 2.0),
             entrant(bad, "recipe", {"<i>": 1.7}, 2.0),
         ),
+        {"<i>": "<i>x"},
+        "uniform soup",
         {},
         (bad,),
     )
     page = render_comparison(comparison_record(found))
     assert "<b>" not in page
     assert "<i>" not in page
+
+
+def test_a_domain_that_hardly_differs_is_not_normalised() -> None:
+    """Forty answers, of which the expert has two more right than the base: chance."""
+
+    def answers(name: str, role: Role, right: int, seconds: float | None = None) -> Entrant:
+        made = entrant(name, role, {"math": 0.0}, seconds)
+        hits = [1.0] * right + [0.0] * (40 - right)
+        metric = Metric("accuracy", "of questions", "higher", hits, [1.0] * 40)
+        task = TaskResult("math", "multiple_choice", {"accuracy": metric}, [{}] * 40)
+        return replace(made, evaluation=replace(made.evaluation, tasks={"math": task}))
+
+    found = Comparison(
+        (answers("base", "base", 2), answers("math", "source", 4),
+         answers("uniform soup", "baseline", 3, 1.0), answers("mine", "recipe", 3, 1.0)),
+        {"math": "math"}, "uniform soup",
+    )  # fmt: skip
+    assert found.shared == ()
+    assert any("math is not normalised" in note for note in found.notes)
+    record = json.loads(json.dumps(comparison_record(found), allow_nan=False))
+    (mine,) = [row for row in markdown(record).splitlines() if "| mine" in row or "**mine" in row]
+    assert "*" not in mine.replace("**mine**", "")
+
+
+def test_a_single_example_shows_no_difference() -> None:
+    def one(name: str, role: Role, nats: float, seconds: float | None = None) -> Entrant:
+        made = entrant(name, role, {"book": 0.0}, seconds)
+        metric = Metric("loss", "nats per token", "lower", [nats], [10.0])
+        task = TaskResult("book", "loss", {"loss": metric}, [{}])
+        return replace(made, evaluation=replace(made.evaluation, tasks={"book": task}))
+
+    found = Comparison(
+        (one("base", "base", 30.0), one("uniform soup", "baseline", 25.0, 1.0),
+         one("mine", "recipe", 24.0, 1.0)),
+        {}, "uniform soup",
+    )  # fmt: skip
+    gain = found.gain("mine")
+    assert gain is not None
+    assert gain.interval is None
+    record = comparison_record(found)
+    assert "+0.100 *" not in markdown(record)
+    assert "+0.100" in markdown(record)
+    assert "of a single example" in render_comparison(record)
+
+
+def test_names_are_given_once(tmp_path: Path) -> None:
+    def source(label: str) -> Source:
+        root = tmp_path / label
+        root.mkdir(parents=True)
+        return Source(label, root, {}, {}, {})
+
+    base, one, other = source("llama/base"), source("x/math"), source("y/math")
+    names = Names(base, [one, other, source("z/base")])
+    assert list(names.of.values()) == ["base", "math", "y/math", "z/base"]
+    assert names.of_recipe(Path("a/math.yaml"), None) == "a/math"
+    assert names.of_recipe(Path("b/base.yaml"), None) == "b/base"
+    assert names.of_recipe(Path("a/soup.yaml"), "uniform soup") == "soup"
+    assert names.of_recipe(Path("a/soup.yml"), None) == "a/soup"
+    other = Names(source("only/llama"), [])
+    assert other.of_recipe(Path("base.yaml"), None) == "base.yaml", "base means the base"
 
 
 RECIPE = """\
@@ -243,6 +314,42 @@ def test_nothing_to_compare_on_and_mistakes_are_told_before_merging(job: Path) -
     assert not list(out.glob("models/*"))
 
 
+def test_a_recipe_that_is_a_baseline_answers_for_itself(job: Path, zoo: Path) -> None:
+    text = f"merge_method: soup\nbase_model: {zoo}/base\nmodels: [{zoo}/math, {zoo}/code]\n"
+    (job / "mine.yaml").write_text(text)
+    done = cli("compare", job / "mine.yaml", "--eval", job / "eval.yaml", "-o", job / "results",
+               "--gate", "math<=0.0001")  # fmt: skip
+    failed(done, 5, "mine: math<=0.0001")
+    record = json.loads((job / "results" / "comparison.json").read_text())
+    assert record["reference"] == "mine"
+    assert record["same"] == {"uniform soup": "mine"}
+
+
+def test_another_tokenizer_is_another_merge(job: Path, zoo: Path) -> None:
+    recipe = (job / "half.yaml").read_text()
+    (job / "third.yaml").write_text(f"{recipe}tokenizer_source: {zoo}/math\n")
+    plans = [make_plan(load_recipe(job / f"{name}.yaml")) for name in ("half", "third")]
+    first, second = (_work(plan, "cpu") for plan in plans)
+    assert first != second
+
+
+def test_an_unusable_folder_is_told(job: Path) -> None:
+    (job / "file").write_text("")
+    done = cli("compare", job / "half.yaml", "--eval", job / "eval.yaml", "-o", job / "file")
+    failed(done, 4, "cannot be written")
+    done = cli("evaluate", ROOT / "zoo" / "base", "--eval", job / "eval.yaml", "--examples", job)
+    failed(done, 2, "names a file")
+    failed(cli("compare", "-", "--eval", job / "eval.yaml", "-o", job / "o"), 2, "from files")
+
+
+def test_without_a_base_nothing_compares_with_it(job: Path, zoo: Path) -> None:
+    text = f"merge_method: slerp\nmodels: [{zoo}/math, {zoo}/code]\nparameters: {{t: 0.5}}\n"
+    (job / "slerp.yaml").write_text(text)
+    done = cli("compare", job / "slerp.yaml", "--eval", job / "eval.yaml", "-o", job / "results",
+               "--require-no-worse-than", "base:math")  # fmt: skip
+    failed(done, 2, "'base' takes no part")
+
+
 def test_eval_in_the_recipe(job: Path) -> None:
     section = (job / "eval.yaml").read_text().replace("tasks:", "eval:")
     (job / "half.yaml").write_text((job / "half.yaml").read_text() + section)
@@ -254,6 +361,10 @@ def test_eval_in_the_recipe(job: Path) -> None:
     assert report["evaluation"][0]["tasks"]["math"]["examples"] == 12
     written = json.loads((job / "out" / "merge_evaluation.json").read_text())
     assert written == {"models": report["evaluation"], "unmet": []}
+    weights = (job / "out" / "model.safetensors").stat().st_mtime_ns
+    again = cli("run", job / "half.yaml", job / "out")
+    assert again.returncode == 0, "the merge is there: only what was measured is looked up"
+    assert (job / "out" / "model.safetensors").stat().st_mtime_ns == weights
     (job / "half.yaml").write_text((job / "half.yaml").read_text().replace("loss", "los"))
     failed(cli("run", job / "half.yaml", job / "other"), 2, "Did you mean 'loss'?")
 
@@ -325,6 +436,9 @@ def test_a_resumed_merge_costs_all_of_its_attempts(tmp_path: Path) -> None:
         file.write('{"merge": "m", "sec')  # killed while writing
     again = Ledger(tmp_path / "costs.jsonl")
     assert again.cost("m", tmp_path / "m").seconds == 7.0
+    again.note("m", 2.0, None, done=True)
+    again = Ledger(tmp_path / "costs.jsonl")
+    assert again.cost("m", tmp_path / "m").seconds == 9.0
     again.forget("m")
     assert Ledger(tmp_path / "costs.jsonl").cost("m", tmp_path / "m").seconds == 1.0
 

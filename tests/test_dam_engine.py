@@ -82,14 +82,12 @@ def test_the_same_bytes_however_it_runs(tmp_path: Path, granularity: str) -> Non
         assert torch.equal(tensor, several[name])
     again = merge(tmp_path / "first" / "merge_recipe.yaml", tmp_path / "again")
     assert all(torch.equal(tensor, again[name]) for name, tensor in first.items())
-    from merge_cli.engine import device
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             "merge_cli.engine.workers.choose_arithmetic", lambda plan: ("torch", "a test")
         )
         patch.setattr("merge_cli.engine.memory.choose_arithmetic", lambda plan: ("torch", "a test"))
-        assert device
         torches = merge(recipe, tmp_path / "torch")
     assert all(torch.equal(tensor, torches[name]) for name, tensor in first.items())
 
@@ -191,6 +189,18 @@ def test_files_that_do_not_fit_are_refused_in_the_plan(family: Family) -> None:
     place.unlink()
     with pytest.raises(RecipeError, match=r"recipe.yaml:\d+:\d+: coefficients: no such file"):
         load_recipe(recipe)
+
+
+def test_data_beside_coefficients_is_noted(family: Family) -> None:
+    write_coefficients(family, "tensor")
+    (family.folder / "rows.jsonl").write_text('{"text": "some"}')
+    path = recipe_of(family)
+    document = yaml.safe_load(path.read_text())
+    document["models"][1]["data"] = "rows.jsonl"
+    path.write_text(yaml.safe_dump(document))
+    (warning,) = load_recipe(path).warnings
+    assert "models[1].data: has no effect: the coefficients are given" in warning
+    assert not make_plan(load_recipe(path)).learns
 
 
 def test_task_vectors_need_a_base(family: Family) -> None:

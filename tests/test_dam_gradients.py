@@ -246,3 +246,93 @@ def test_no_weight_sized_tensor_lives_in_the_graph(llama: Path) -> None:
     assert foreign == []
     assert len(alive) == len(student.seats)
     assert max(alive) == 0  # each was projected and dropped before the next one came
+
+
+def test_sources_brought_ahead_change_nothing_but_when_they_come(llama: Path) -> None:
+    """As for a GPU: the next tensor is copied before it is asked for, two are held at most."""
+    from merge_cli.dam.ahead import Ahead
+
+    class Recorded:
+        def __init__(self) -> None:
+            self.started, self.finished = 0, 0
+
+        def start(self, rows: torch.Tensor) -> torch.Tensor:
+            self.started += 1
+            return rows.clone()
+
+        def finish(self, started: torch.Tensor) -> torch.Tensor:
+            self.finished += 1
+            return started
+
+    plan = plan_of(llama, {"granularity": "column", "form": "task_vector"})
+    found = []
+    for copies in (None, Recorded()):
+        student = student_of(plan)
+        if copies is not None:
+            student.sources.ahead = Ahead(copies)
+        forward = Forward(student.net)
+        generator = torch.Generator().manual_seed(8)
+        for step in range(2):
+            loss = forward.loss(random_batch(generator), OBJECTIVE, Sums())
+            student.last_backward(loss, 1e-2)
+            if copies is not None and step == 0:
+                assert copies.started == 0  # the order is learned in the first pass
+        found.append({name: student.coefficients[name].raw.clone() for name in student.trained})
+    assert isinstance(copies, Recorded)
+    tensors = len(student.trained)
+    assert copies.started == 4 * tensors  # base and three sources of each, once in each pass
+    assert copies.finished >= 4 * (tensors - 1)
+    assert len(student.sources.ahead._started) == 2  # type: ignore[union-attr]
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_gradients_are_clipped_together_and_overflow_moves_nothing(llama: Path) -> None:
+    plan = plan_of(llama, {"granularity": "column", "regularize": {}})
+    norms, moved = [], []
+    for clip in (None, 1e-3):
+        student = student_of(plan)
+        forward = Forward(student.net)
+        batch = random_batch(torch.Generator().manual_seed(9))
+        forward.loss(batch, OBJECTIVE, Sums()).backward()
+        grads = [student.coefficients[name].gradients()[0].clone() for name in student.trained]
+        norms.append(student.update(1e-2, clip))
+        moments = [student.moments(name)[0][0] for name in student.trained]
+        moved.append((grads, moments))
+    whole = torch.cat([g.reshape(-1) for g in moved[0][0]]).norm()
+    assert norms == [pytest.approx(float(whole))] * 2  # the norm before clipping
+    for (grad, first), clipped in zip(zip(*moved[0], strict=True), moved[1][1], strict=True):
+        torch.testing.assert_close(first, 0.1 * grad)
+        torch.testing.assert_close(clipped, 0.1 * grad * (1e-3 / whole))
+
+    before = {name: student.coefficients[name].raw.clone() for name in student.trained}
+    forward.loss(batch, OBJECTIVE, Sums()).backward()
+    student.coefficients[student.trained[0]].value_grad.fill_(float("inf"))
+    steps = student.steps
+    assert student.update(1e-2) == float("inf")
+    assert student.steps == steps
+    assert all(torch.equal(before[name], student.coefficients[name].raw) for name in before)
+    assert all(
+        float(p.abs().max()) == 0 for name in before for p in student.coefficients[name].projections
+    )
+
+
+def test_equal_sources_have_nothing_to_learn(tmp_path: Path) -> None:
+    """Three copies of one model: the soup is the teacher, and no gradient moves it."""
+    write_models(tmp_path, config("gpt2"), dtype=torch.float64, change=0.0)
+    plan = plan_of(tmp_path, {"granularity": "column"})
+    student = student_of(plan)
+    batch = random_batch(torch.Generator().manual_seed(10))
+    forward = Forward(student.net)
+    from dataclasses import replace
+
+    from merge_cli.dam.losses import kept_predictions
+
+    with torch.no_grad():
+        logits = student.net(input_ids=batch.ids, attention_mask=batch.mask).logits[batch.counted]
+    ids, logp, tail = kept_predictions(logits, 8, 2.0)
+    batch = replace(batch, targets=replace(batch.targets, ids=ids, logp=logp, tail=tail))
+    sums = Sums()
+    forward.loss(batch, Objective({"kl": 1.0}, 2.0), sums).backward()
+    assert abs(sums.read()["kl"]) < 1e-12
+    for name in student.trained:
+        assert float(student.coefficients[name].value_grad.abs().max()) < 1e-12

@@ -57,6 +57,7 @@ def test_intervals_cover_the_truth() -> None:
         whole = interval(resampled(one, f"task {trial}", draws=600))
         covered += whole.low <= truth <= whole.high
         both = difference(one, other, f"task {trial}")
+        assert both is not None
         paired += both.low <= gap <= both.high
         narrower += both.high - both.low < (whole.high - whole.low) / 2
     # A count of 300 with p = 0.95 has a standard deviation of 3.8; percentile intervals of 120
@@ -76,6 +77,21 @@ def test_draws_depend_on_task_and_size_alone() -> None:
 def test_unequal_numbers_of_examples_cannot_be_paired() -> None:
     with pytest.raises(ValueError, match="3 examples cannot be paired with 2"):
         difference(metric([1, 2, 3]), metric([1, 2]), "x")
+
+
+def test_one_example_says_nothing_of_chance() -> None:
+    assert difference(metric([1.0]), metric([2.0]), "x") is None
+
+
+def test_a_perplexitys_error_is_that_of_e_to_the_loss() -> None:
+    generator = np.random.default_rng(3)
+    nats = generator.normal(2.0, 0.3, 200)
+    loss = metric(nats)
+    perplexity = Metric("perplexity", "per token", "lower", loss.parts, loss.weights, power=True)
+    assert perplexity.value == pytest.approx(math.exp(loss.value))
+    error = standard_error(perplexity)
+    assert error is not None
+    assert resampled(perplexity, "x").std() == pytest.approx(error, rel=0.1)
 
 
 def evaluation(**values: float) -> Evaluation:

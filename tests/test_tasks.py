@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import merge_cli
-from merge_cli.errors import RecipeError, SourceError
+from merge_cli.errors import RecipeError, SourceError, UsageError
 from merge_cli.evaluation.forward import windows
 from merge_cli.evaluation.parse import read_eval
 from merge_cli.evaluation.spec import EvalSpec
@@ -63,9 +63,9 @@ def test_a_long_row_counts_each_token_once_with_its_context() -> None:
             for window in windows(0, list(range(size)), max(first, 1), length=16, stride=8):
                 assert len(window.ids) <= 16
                 assert window.first >= 1, "the first token of a window has nothing before it"
-                counted = window.ids[window.first :]
-                assert min(len(window.ids), 8) <= 16
-                seen += counted
+                seen += window.ids[window.first :]
+                # What is before it in the row, as far as the window reaches.
+                assert window.first >= min(window.ids[window.first], 8)
             assert seen == list(range(max(first, 1), size))
 
 
@@ -150,6 +150,93 @@ def test_multiple_choice_is_the_harnesses(zoo: Path, tmp_path: Path) -> None:
     assert {0.0, 1.0} == set(found["ours"]["accuracy"].parts), "all right or all wrong shows little"
 
 
+def copy_of(model: Path, target: Path) -> Path:
+    """A model's folder whose files may be changed."""
+    target.mkdir()
+    for file in model.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    return target
+
+
+def with_beginning(model: Path, target: Path) -> Path:
+    """The same model with a tokenizer that writes a token before every text, as Llama's does."""
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(copy_of(model, target))
+    (special,) = [t for t in tokenizer.get_vocab() if t == "<|endoftext|>"]
+    number = tokenizer.convert_tokens_to_ids(special)
+    tokenizer.bos_token = special
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{special} $A", special_tokens=[(special, number)]
+    )
+    tokenizer.save_pretrained(target)
+    return target
+
+
+def test_multiple_choice_with_a_token_before_every_text(zoo: Path, tmp_path: Path) -> None:
+    """An empty prompt, and one that is longer than the context."""
+    pytest.importorskip("lm_eval")
+    model = with_beginning(zoo / "base", tmp_path / "model")
+    rows = [
+        {"prompt": "", "choices": ["The cat", "def add", "日本語"], "answer": 0},
+        {"prompt": "one two three four five. " * 40, "choices": ["six", "a b c d"], "answer": 0},
+    ]
+    data = write_rows(tmp_path / "questions.jsonl", rows)
+    task = MultipleChoice(name="ours", data=data, delimiter="")
+    ours = merge_cli.evaluate(model, [task], max_length=64)["ours"]
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    net, tokenizer = load_naively(model)
+    theirs = HFLM(pretrained=net, tokenizer=tokenizer, max_length=64, batch_size=1)
+    for row, example in zip(rows, ours.examples, strict=True):
+        asked = [
+            Instance("loglikelihood", {}, (row["prompt"], choice), 0) for choice in row["choices"]
+        ]
+        expected = [float(found[0]) for found in theirs.loglikelihood(asked, disable_tqdm=True)]
+        assert example["log_likelihoods"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_no_code_of_a_checkpoint_is_run(
+    zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = copy_of(zoo / "base", tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
+    config["model_type"] = "of_its_own"
+    (model / "config.json").write_text(json.dumps(config))
+    (model / "evil.py").write_text(f"open({str(tmp_path / 'was-run')!r}, 'w').close()\n")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(SourceError, match="nothing from a checkpoint is executed"):
+        merge_cli.evaluate(model, zoo / "data" / "math.val.jsonl")
+    assert not (tmp_path / "was-run").exists()
+
+
+def test_weights_that_are_not_there_are_not_made_up(zoo: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    model = copy_of(zoo / "base", tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    del tensors["model.layers.3.mlp.up_proj.weight"]
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SourceError, match=r"lack what the architecture needs.*layers\.3\.mlp"):
+        merge_cli.evaluate(model, zoo / "data" / "math.val.jsonl")
+
+
+def test_a_models_own_generation_settings_do_not_count(zoo: Path, tmp_path: Path) -> None:
+    model = copy_of(zoo / "math", tmp_path / "model")
+    own = {"repetition_penalty": 3.0, "do_sample": True, "num_beams": 3, "eos_token_id": 0}
+    (model / "generation_config.json").write_text(json.dumps(own))
+    data = zoo / "data" / "math.val.jsonl"
+    task = ExactMatch(name="maths", data=data, limit=4, max_new_tokens=24)
+    texts = [
+        [example["text"] for example in merge_cli.evaluate(one, [task])["maths"].examples]
+        for one in (zoo / "math", model)
+    ]
+    assert texts[0] == texts[1]
+
+
 def test_exact_match_writes_what_generate_writes(zoo: Path, tmp_path: Path) -> None:
     lines = (zoo / "data" / "math.val.jsonl").read_text(encoding="utf-8").splitlines()[:12]
     data = tmp_path / "rows.jsonl"
@@ -183,6 +270,9 @@ def test_what_an_answer_is() -> None:
     assert answer("Answer: 7", extract=r"Answer: (\d+)") == "7"
     assert answer("7\n\n8", stop=("\n\n",)) == "7"
     assert answer("nothing", extract=r"\d") is None
+    assert answer("none", extract=r"(?:(\d+)|none)") is None
+    with pytest.raises(ValueError, match="no regular expression"):
+        answer("x", extract="(")
 
 
 def test_a_model_larger_than_memory_is_read_layer_by_layer(zoo: Path) -> None:
@@ -230,6 +320,7 @@ tasks:
   - {task: loss, data: nowhere.jsonl, strid: 4}
   - {task: exact_match, data: math.jsonl, max_new_tokens: 0, take: middle}
   - {task: kl, data: math.jsonl}
+  - {task: [loss], data: math.jsonl}
 sed: 1
 limit: none
 """
@@ -250,10 +341,33 @@ def test_every_mistake_in_an_evaluation_file_is_told_with_its_place(tmp_path: Pa
         "tasks[3].max_new_tokens: must be at least 1 (got 0)",
         "tasks[3].take: must be first or last (got 'middle')",
         "tasks[4].teacher: missing",
-        "eval.yaml:7:1: sed: unknown key. Did you mean 'seed'?",
+        "eval.yaml:8:1: sed: unknown key. Did you mean 'seed'?",
         "limit: must be a whole number",
+        "tasks[5].task: unknown task ['loss']",
     ):
         assert expected in text, text
+
+
+def test_a_wrong_expression_is_told_with_its_place(tmp_path: Path) -> None:
+    write_rows(tmp_path / "math.jsonl", [{"text": "x"}])
+    path = tmp_path / "eval.yaml"
+    path.write_text("tasks:\n  - {task: exact_match, data: math.jsonl, extract: '('}\n")
+    with pytest.raises(RecipeError, match=r"eval.yaml:2:5: tasks\[0\]: extract is no regular"):
+        read_eval(path)
+
+
+def test_an_unknown_dtype_is_refused(zoo: Path) -> None:
+    with pytest.raises(UsageError, match="Did you mean 'bfloat16'"):
+        merge_cli.evaluate(zoo / "base", zoo / "data" / "math.val.jsonl", dtype="bfloat61")
+
+
+def test_rows_without_a_token_to_predict_stay(zoo: Path, tmp_path: Path) -> None:
+    """So that two models' examples are the same ones, whatever their tokenizers do."""
+    data = write_rows(tmp_path / "a.jsonl", [{"text": "some text"}, {"text": "A"}])
+    found = merge_cli.evaluate(zoo / "base", data)["a"]
+    assert len(found.examples) == len(found["loss"].parts) == 2
+    perplexity = found["perplexity"].value
+    assert perplexity == pytest.approx(math.exp(found["loss"].value))
 
 
 def test_an_evaluation_file(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from merge_cli.cli.options import (
     ThreadsOption,
     switch,
 )
+from merge_cli.errors import UsageError
 
 
 def evaluate(
@@ -46,6 +47,9 @@ def evaluate(
         int | None, typer.Option(help="Tokens of context; default the model's own.", min=2)
     ] = None,
     batch_tokens: Annotated[int | None, typer.Option(help="Tokens in a batch.", min=1)] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="At most so many rows of each task: a seeded sample.", min=1)
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Of samples of rows.", min=0)] = None,
     no_cache: Annotated[bool, switch("--no-cache", "Neither look up nor keep results.")] = False,
     as_json: JsonOption = False,
@@ -68,6 +72,11 @@ def evaluate(
         memory=parse_size(max_memory, "--max-memory") if max_memory else None,
         cache=False if no_cache else None,
     )
+    spec = spec.limited(limit)
+    if examples is not None and not examples.absolute().parent.is_dir():
+        raise UsageError("no such folder", where=str(examples.parent))
+    if examples is not None and examples.is_dir():
+        raise UsageError("is a folder; --examples names a file", where=str(examples))
     gates = read_gates(gate or [], no_worse or [], spec.tasks)
     screen = console.Screen(quiet=quiet)
     others = against or []
@@ -75,13 +84,13 @@ def evaluate(
     names = list(dict.fromkeys([model, *others, *wanted.values()]))
     with screen.steps() as show:
         found = evaluate_all(names, spec, show)
-    if examples is not None:
-        write_examples(found.items(), examples)
     rows = summary(list(found.values()))
     if as_json:
         print(json.dumps(rows, ensure_ascii=False))
     else:
         screen.evaluations(rows)
+    if examples is not None:
+        write_examples(found.items(), examples)
     references = {name: found[meant] for name, meant in wanted.items()}
     require({model: check_gates(gates, found[model], references)})
 

@@ -106,7 +106,7 @@ def run(
     screen = console.Screen(quiet=quiet)
     screen.notes([*lines, *loaded.warnings])
 
-    from merge_cli.api import merge
+    from merge_cli.api import finished, merge
     from merge_cli.engine.merge import check_target
     from merge_cli.engine.options import MergeOptions
     from merge_cli.engine.planner import make_plan
@@ -133,8 +133,10 @@ def run(
         screen.plan(plan, options, every=False, as_json=as_json)
         return
     screen.notes([*plan.notes])
+    # Interrupted while it was evaluated, the same command goes on from the merge that is there.
+    known = finished(plan, out, options) if trial and not (overwrite or fresh) else None
     with screen.progress() as show:
-        result = merge(
+        result = known or merge(
             plan, out, shard_size=shard_bytes, options=options, show=show,
             require_improvement=require_improvement,
         )  # fmt: skip

@@ -17,8 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from merge_cli.checkpoint.raw import write_error
 from merge_cli.comparison.energy import Meter
-from merge_cli.errors import Interrupted, MergeCliError
+from merge_cli.errors import Interrupted, MergeCliError, ResourceError
+from merge_cli.evaluation.cache import write_atomically
 
 
 @dataclass(frozen=True)
@@ -48,23 +50,27 @@ class Ledger:
         self._path = path
         self._attempts: list[dict[str, Any]] = []
         if path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines()
-            self._attempts = [json.loads(line) for line in lines if line.endswith("}")]
+            text = path.read_text(encoding="utf-8")
+            self._attempts = [one for line in text.splitlines() if (one := _read(line))]
+            if text and not text.endswith("\n"):  # killed while writing
+                self._rewrite()
 
     def note(self, merge: str, seconds: float, joules: float | None, *, done: bool) -> None:
         """Add one attempt at a merge."""
         attempt = {"merge": merge, "seconds": round(seconds, 3), "joules": joules, "done": done}
         self._attempts.append(attempt)
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(attempt) + "\n")
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(attempt) + "\n")
+        except OSError as error:
+            raise write_error(error, self._path) from error
 
     def forget(self, merge: str) -> None:
         """The merge starts over: what was spent on it before counts no longer."""
         kept = [attempt for attempt in self._attempts if attempt["merge"] != merge]
         if len(kept) < len(self._attempts):
             self._attempts = kept
-            text = "".join(json.dumps(attempt) + "\n" for attempt in kept)
-            self._path.write_text(text, encoding="utf-8")
+            self._rewrite()
 
     def cost(self, merge: str, folder: Path) -> MergeCost:
         """What a finished merge has taken, from its attempts and its report."""
@@ -91,6 +97,20 @@ class Ledger:
             ),
             joules=sum(energies) if known else None,
         )
+
+    def _rewrite(self) -> None:
+        text = "".join(json.dumps(attempt) + "\n" for attempt in self._attempts)
+        if not write_atomically(self._path, text):
+            raise ResourceError("cannot be written", where=str(self._path))
+
+
+def _read(line: str) -> dict[str, Any] | None:
+    """One attempt; None for a line that was cut short."""
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) and "merge" in found else None
 
 
 def run_merge(recipe: Path, out: Path, options: Sequence[str], ledger: Ledger) -> None:

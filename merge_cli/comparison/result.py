@@ -58,15 +58,20 @@ class Comparison:
     Attributes:
         entrants: base, sources, baselines, recipes, in this order.
         experts: task -> the source that its data belongs to, where there is one.
-        notes: what a reader should know, one line each.
+        soup: the name of the uniform soup, which merges are measured against.
+        same: a name -> the entrant that is the same merge.
+        remarks: what a reader should know, one line each; `notes` has more.
     """
 
     entrants: tuple[Entrant, ...]
     experts: Mapping[str, str]
-    notes: tuple[str, ...] = ()
+    soup: str | None = None
+    same: Mapping[str, str] = field(default_factory=dict)
+    remarks: tuple[str, ...] = ()
 
     def __getitem__(self, name: str) -> Entrant:
-        return next(one for one in self.entrants if one.name == name)
+        wanted = self.same.get(name, name)
+        return next(one for one in self.entrants if one.name == wanted)
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -80,7 +85,17 @@ class Comparison:
     @property
     def reference(self) -> Entrant | None:
         """What merges are measured against: the uniform soup."""
-        return next((e for e in self.entrants if e.merged and _is_soup(e)), None)
+        return self[self.soup] if self.soup is not None else None
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """The remarks, and why a domain with an expert is not normalised."""
+        left_out = [
+            f"{task} is not normalised: its expert {expert} is no better there than the base"
+            for task, expert in self.experts.items()
+            if self.base is not None and task not in self.shared
+        ]
+        return (*self.remarks, *left_out)
 
     def unit(self, task: str) -> str:
         return self.entrants[0].evaluation[task].primary.unit
@@ -106,7 +121,8 @@ class Comparison:
     def normalised(self) -> dict[tuple[str, str], Score]:
         """(entrant, task) -> 0 at the base, 1 at the task's own expert.
 
-        Only of tasks whose expert is better than the base: elsewhere there is nothing to share out.
+        Only of tasks whose expert is better than the base, and by more than chance (the interval
+        of the difference excludes 0): elsewhere there is nothing to share out.
         """
         base = self.base
         found: dict[tuple[str, str], Score] = {}
@@ -114,18 +130,19 @@ class Comparison:
             return found
         for task, expert in self.experts.items():
             zero, one = self.scores[base.name, task], self.scores[expert, task]
-            if not self[expert].evaluation[task].primary.worse(zero.value) and (
-                one.value != zero.value
-            ):
-                for entrant in self.entrants:
-                    score = self.scores[entrant.name, task]
-                    value = (score.value - zero.value) / (one.value - zero.value) + 0.0  # no -0
-                    draws = (score.draws - zero.draws) / (one.draws - zero.draws)
-                    # Base and expert are 0 and 1 by definition: no interval.
-                    fixed = score.interval is None or entrant.name in (base.name, expert)
-                    found[entrant.name, task] = Score(
-                        value, None if fixed else interval(draws), draws
-                    )
+            sign = 1.0 if self.better(task) == "higher" else -1.0
+            gap = sign * (one.draws - zero.draws)
+            if sign * (one.value - zero.value) <= 0 or interval(gap).low <= 0:
+                continue
+            # One draw in forty may have lost the expert's lead: there the value's own gap counts.
+            widths = sign * _where(gap > 0, gap, abs(one.value - zero.value))
+            for entrant in self.entrants:
+                score = self.scores[entrant.name, task]
+                value = (score.value - zero.value) / (one.value - zero.value) + 0.0  # no -0
+                draws = (score.draws - zero.draws) / widths
+                # Base and expert are 0 and 1 by definition: no interval.
+                fixed = score.interval is None or entrant.name in (base.name, expert)
+                found[entrant.name, task] = Score(value, None if fixed else interval(draws), draws)
         return found
 
     @cached_property
@@ -172,7 +189,10 @@ class Comparison:
         sign = 1.0 if self.ranking_better == "higher" else -1.0
         ours, theirs = self.ranking[name], self.ranking[reference.name]
         draws = sign * (ours.draws - theirs.draws)
-        return Score(sign * (ours.value - theirs.value), interval(draws), draws)
+        # One example: nothing is known of chance.
+        certain = ours.interval is None and theirs.interval is None
+        value = sign * (ours.value - theirs.value)
+        return Score(value, None if certain else interval(draws), draws)
 
     @cached_property
     def front(self) -> tuple[str, ...]:
@@ -191,6 +211,7 @@ class Comparison:
     def unmet(self, gates: Sequence[Gate]) -> dict[str, list[str]]:
         """For every recipe's merge, why each gate that it does not meet is not met."""
         known = {one.name: one.evaluation for one in self.entrants}
+        known |= {name: known[kept] for name, kept in self.same.items()}
         if self.base is not None:
             known.setdefault("base", self.base.evaluation)
         return {
@@ -200,8 +221,11 @@ class Comparison:
         }
 
 
-def _is_soup(entrant: Entrant) -> bool:
-    return entrant.name == "uniform soup"
+def _where(condition: Any, then: Any, otherwise: float) -> Any:
+    """numpy.where, imported where it is used."""
+    import numpy as np
+
+    return np.where(condition, then, otherwise)
 
 
 def _mean(scores: Sequence[Score]) -> Score:

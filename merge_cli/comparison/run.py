@@ -9,15 +9,19 @@ goes on where it was stopped, and a second recipe costs only itself.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from merge_cli.checkpoint.files import companion_files
+from merge_cli.checkpoint.raw import write_error
 from merge_cli.checkpoint.source import Source, fetch_weights, open_source
-from merge_cli.comparison.baselines import baseline_recipes
+from merge_cli.comparison.baselines import SOUP, baseline_recipes
 from merge_cli.comparison.cost import Ledger, MergeCost, run_merge
+from merge_cli.comparison.names import Names
 from merge_cli.comparison.result import Comparison, Entrant, Role
 from merge_cli.engine.device import choose_device
 from merge_cli.engine.journal import work_key
@@ -66,39 +70,46 @@ def compare(
 
     Raises:
         RecipeError, SourceError, MismatchError: of any recipe, before anything is merged.
-        UsageError: two recipes are the same, or share no source.
+        UsageError: recipes over different bases; a reference that takes no part.
+        ResourceError: the folder cannot be written.
         Interrupted: by Ctrl-C; the same call goes on.
     """
     folder = Path(out)
     plans = [make_plan(load_recipe(path)) for path in recipes]
     base, sources = _family(plans)
-    (folder / "recipes").mkdir(parents=True, exist_ok=True)
-    merges, notes = _merges(recipes, plans, base, sources, folder, spec.device)
-    names = _names([*([base] if base else []), *sources])
-    known = ["base", *names.values(), *(merge.name for merge in merges)]
+    names = Names(base, sources)
+    try:
+        (folder / "recipes").mkdir(parents=True, exist_ok=True)
+        merges = _merges(recipes, plans, base, sources, names, folder, spec.device)
+        ledger = Ledger(folder / "costs.jsonl")
+    except OSError as error:
+        raise write_error(error, folder) from error
+    known = [*names.of.values(), *(merge.name for merge in merges.found), *merges.same]
+    known += ["base"] if base is not None else []
     for reference in references:
         if reference not in known:
             what = f"'{reference}' takes no part in the comparison."
             raise UsageError(what, hint=nearest(reference, known))
-    experts, missing = _experts(spec, [names[source.label] for source in sources])
-    ledger = Ledger(folder / "costs.jsonl")
+    experts, missing = _experts(spec, [names.of[source.root.resolve()] for source in sources])
     entrants = []
     try:
-        for merge in merges:
+        for merge in merges.found:
             if not merge.out.exists():
                 show(Step(merge.name, "merging", 0, 0))
                 run_merge(merge.file, merge.out, options, ledger)
         for source in ([base] if base else []) + sources:
             fetch_weights(source, source.header_bytes)
             role: Role = "base" if source is base else "source"
-            entrants.append(_entrant(names[source.label], role, source, spec, show))
-        for merge in merges:
+            name = names.of[source.root.resolve()]
+            entrants.append(_entrant(name, role, source, spec, show))
+        for merge in merges.found:
             opened = open_source(ModelRef(str(merge.out.absolute())), Path.cwd())
             cost = ledger.cost(merge.out.name, merge.out)
             entrants.append(_entrant(merge.name, merge.role, opened, spec, show, merge, cost))
     except (KeyboardInterrupt, Interrupted):
         raise Interrupted("stopped", where=str(folder), hint=GOES_ON) from None
-    return Comparison(tuple(entrants), experts, (*notes, *missing))
+    notes = (*merges.notes, *missing)
+    return Comparison(tuple(entrants), experts, merges.soup, merges.same, notes)
 
 
 def _entrant(
@@ -130,24 +141,47 @@ def _family(plans: Sequence[Plan]) -> tuple[Source | None, list[Source]]:
     return next(iter(bases.values()), None), others
 
 
+@dataclass
+class _Merges:
+    """The merges that take part, baselines first.
+
+    Attributes:
+        soup: the name of the uniform soup: a baseline's, or a recipe's that is the same merge.
+        same: a name that takes no part itself -> the merge that it is.
+    """
+
+    found: list[_Merge]
+    soup: str | None
+    same: dict[str, str]
+    notes: list[str]
+
+
 def _merges(
     recipes: Sequence[str | Path], plans: Sequence[Plan], base: Source | None,
-    sources: Sequence[Source], folder: Path, device: str,
-) -> tuple[list[_Merge], list[str]]:  # fmt: skip
-    """Baselines first, then the recipes; a baseline that a recipe is already is that recipe."""
+    sources: Sequence[Source], names: Names, folder: Path, device: str,
+) -> _Merges:  # fmt: skip
+    """Recipes and baselines, each merge once. A baseline that is also a recipe is that recipe."""
     kind = choose_device(device).kind
-    found: dict[str, _Merge] = {}
+    by_key: dict[str, _Merge] = {}
+    same: dict[str, str] = {}
     notes: list[str] = []
 
     def add(name: str, role: Role, file: Path, plan: Plan) -> None:
         key = _work(plan, kind)
-        if key in found:
-            notes.append(f"{name} is the same merge as {found[key].name}")
+        if key in by_key:
+            same[name] = by_key[key].name
+            notes.append(f"{name} is the same merge as {by_key[key].name}")
             return
         target = folder / "models" / f"{_slug(name)}-{key[:10]}"
         text = file.read_text(encoding="utf-8")
-        found[key] = _Merge(name, role, file, text, plan, target)
+        by_key[key] = _Merge(name, role, file, text, plan, target)
 
+    for path, plan in zip(recipes, plans, strict=True):
+        name = names.of_recipe(Path(path), plan.recipe.name)
+        add(name, "recipe", Path(path), plan)
+        fewer = len(sources) - len({plan.sources[i].root.resolve() for i in plan.operands})
+        if fewer > 0:
+            notes.append(f"{name} merges {fewer} of the sources fewer")
     dtype = plans[0].recipe.output_dtype
     places = [_place(source) for source in sources]
     for name, text in baseline_recipes(_place(base) if base else None, places, dtype).items():
@@ -159,45 +193,38 @@ def _merges(
             notes.append(f"no {name}: {error.summary}".partition("\n")[0])
             continue
         add(name, "baseline", file, plan)
-    labels = _recipe_names([Path(path) for path in recipes], plans)
-    for path, name, plan in zip(recipes, labels, plans, strict=True):
-        add(name, "recipe", Path(path), plan)
-        fewer = len(sources) - len({plan.sources[i].root.resolve() for i in plan.operands})
-        if fewer > 0:
-            notes.append(f"{name} merges {fewer} of the sources fewer")
     if base is None:
         notes.append("without a base there is no task arithmetic and nothing to normalise by")
-    return list(found.values()), notes
+    found = sorted(by_key.values(), key=lambda merge: merge.role != "baseline")
+    here = {merge.name for merge in found}
+    soup = SOUP if SOUP in here else same.get(SOUP)
+    return _Merges(found, soup, same, notes)
 
 
 def _work(plan: Plan, device: str) -> str:
-    """A digest of everything that a merge's bytes depend on, and its data, where it learns."""
-    key = work_key(plan, device, True)
+    """A digest of everything that a merged model depends on, its config and tokenizer included.
+
+    Where the method learns or searches, also of what it learns from or searches by.
+    """
+    state = hashlib.sha256(work_key(plan, device, True).encode())
+    state.update(json.dumps(dict(plan.config), sort_keys=True).encode())
+    for donor in {plan.donor, plan.tokenizer_donor}:
+        for file in companion_files(plan.sources[donor].root):
+            state.update(f"{donor == plan.donor} {file.name} {file_digest(file)}".encode())
     if plan.recipe.searches:
         from merge_cli.evolve.run import search_digest
 
-        return hashlib.sha256(f"{key} {search_digest(plan, device)}".encode()).hexdigest()
+        state.update(search_digest(plan, device).encode())
     if not plan.learns:
-        return key
+        return state.hexdigest()
     recipe = plan.recipe
-    state = hashlib.sha256(f"{key} {recipe.training!r}".encode())
+    state.update(repr(recipe.training).encode())
     for spec in recipe.source_specs:
         state.update(repr(spec.data).encode())
-        for file in (*spec.data.files, *spec.data.held_out) if spec.data else ():
-            path = recipe.folder / Path(file).expanduser()
+        for name in (*spec.data.files, *spec.data.held_out) if spec.data else ():
+            path = recipe.folder / Path(name).expanduser()
             state.update(file_digest(path).encode() if path.is_file() else b"missing")
     return state.hexdigest()
-
-
-def _recipe_names(files: Sequence[Path], plans: Sequence[Plan]) -> list[str]:
-    """Each recipe's own name, or its file's; with as much of its path as tells it apart."""
-    names = [plan.recipe.name or file.stem for file, plan in zip(files, plans, strict=True)]
-    for parts in (2, 99):
-        names = [
-            name if names.count(name) == 1 else "/".join(file.with_suffix("").parts[-parts:])
-            for name, file in zip(names, files, strict=True)
-        ]
-    return names
 
 
 def _place(source: Source) -> str:
@@ -205,13 +232,6 @@ def _place(source: Source) -> str:
     if source.hub is None:
         return str(source.root.resolve())
     return f"{source.hub.repo_id}@{source.hub.commit}"
-
-
-def _names(sources: Sequence[Source]) -> dict[str, str]:
-    """The last part of each model's name; whole where that would not tell them apart."""
-    short = {source.label: source.label.rstrip("/").rpartition("/")[2] for source in sources}
-    unique = len(set(short.values())) == len(short)
-    return short if unique else {label: label for label in short}
 
 
 def _experts(spec: EvalSpec, names: Sequence[str]) -> tuple[dict[str, str], list[str]]:

@@ -17,7 +17,7 @@ def print_comparison(console: Console, record: Mapping[str, Any]) -> None:
     heads, rows = used(record)
     table = Table(box=None, pad_edge=False, header_style="bold")
     for i, head in enumerate(heads):
-        table.add_column(head, justify="right" if i else "left", overflow="fold")
+        table.add_column(escape(head), justify="right" if i else "left", overflow="fold")
     roles = [model["role"] for model in record["models"]]
     for i, (row, role) in enumerate(zip(rows, roles, strict=True)):
         strong = row[0] in record["front"]

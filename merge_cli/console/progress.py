@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.markup import escape
 
 from merge_cli.sizes import show_size
@@ -24,18 +24,30 @@ def progress_bar(console: Console) -> Iterator[Callable[[Progress], None]]:
     from rich.progress import (
         BarColumn,
         DownloadColumn,
+        ProgressColumn,
+        Task,
         TextColumn,
         TimeRemainingColumn,
         TransferSpeedColumn,
     )
     from rich.progress import Progress as RichProgress
 
+    class OfBytes(ProgressColumn):
+        """A column that only rows counted in bytes have; steps say it in their own words."""
+
+        def __init__(self, column: ProgressColumn) -> None:
+            self._column = column
+            super().__init__()
+
+        def render(self, task: Task) -> RenderableType:
+            return "" if task.fields.get("steps") else self._column.render(task)
+
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=None),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
+        OfBytes(DownloadColumn()),
+        OfBytes(TransferSpeedColumn()),
+        OfBytes(TimeRemainingColumn()),
     )
     with RichProgress(*columns, console=console, transient=True) as bar:
         rows: dict[str, Any] = {}
@@ -95,7 +107,7 @@ class StepsLine:
     def show(self, progress: Progress) -> None:
         text = escape(steps_text(progress))
         if self._row is None:
-            self._row = self._bar.add_task(text, total=progress.total)
+            self._row = self._bar.add_task(text, total=progress.total, steps=True)
         self._bar.update(self._row, description=text, total=progress.total, completed=progress.done)
 
     def clear(self) -> None:

@@ -19,7 +19,7 @@ from rich.table import Table
 from merge_cli.console.analysis import print_analysis
 from merge_cli.console.indented import indented
 from merge_cli.console.progress import ProgressLog, progress_bar
-from merge_cli.console.search import print_dials, print_found, print_search, search_json
+from merge_cli.console.search import print_found, print_keys, print_search, search_json
 from merge_cli.console.tables import (
     Settings,
     method_json,
@@ -27,7 +27,7 @@ from merge_cli.console.tables import (
     plan_row,
     print_table,
 )
-from merge_cli.console.training import print_training, training_json
+from merge_cli.console.training import dials_json, print_dials, print_training, training_json
 from merge_cli.errors import MergeCliError, ProblemsError
 from merge_cli.sizes import show_seconds, show_size
 
@@ -225,7 +225,10 @@ class Screen:
     def method(self, method: Method, *, as_json: bool) -> None:
         """One method: what it does, its parameters with defaults and ranges."""
         if as_json:
-            print(json.dumps(method_json(method), indent=1))
+            found = method_json(method)
+            if method.learns:
+                found["training"] = dials_json()
+            print(json.dumps(found, indent=1))
             return
         also = f" (also {', '.join(method.aliases)})" if method.aliases else ""
         self.out.print(f"[bold]{method.name}[/bold]{also} — {escape(method.summary)}")
@@ -241,8 +244,10 @@ class Screen:
             self.out.print(f"\n  [bold]{parameter.name}[/bold]: {escape(parameter.allowed)}; "
                            f"{scope}; default {escape(shown)}")  # fmt: skip
             self.out.print(f"      {escape(parameter.doc)}")
+        if method.learns:
+            print_dials(self.out)
         if method.searches:
-            print_dials(self.out, method.name)
+            print_keys(self.out, method.name)
 
 
 def show_error(error: MergeCliError) -> None:

@@ -96,7 +96,7 @@ def print_found(out: Console, search: Mapping[str, Any]) -> None:
     )
 
 
-def print_dials(out: Console, method: str) -> None:
+def print_keys(out: Console, method: str) -> None:
     """The keys of the section `search:` that a method takes; docs/evolve.md explains them."""
     out.print("\nJudged by `objective:`, a list of evaluation tasks. Keys of `search:`:")
     for one in fields(Search):

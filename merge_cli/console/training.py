@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -13,6 +13,37 @@ from merge_cli.sizes import show_size
 
 if TYPE_CHECKING:
     from merge_cli.dam.plan import TrainingPlan
+
+
+def dials_json() -> list[dict[str, Any]]:
+    """Every dial of `training:` with its default and what it does."""
+    from merge_cli.recipe.training import Training, plain_training
+
+    defaults = plain_training(Training())
+    return [
+        {"name": f.name, "default": defaults.get(f.name), "doc": f.metadata["help"]}
+        for f in fields(Training)
+    ]
+
+
+def print_dials(out: Console) -> None:
+    """The same as text."""
+    from merge_cli.recipe.training import PRESETS
+
+    out.print(f"\nLearned as `training:` says; presets: {', '.join(PRESETS)}. See docs/dam.md.\n")
+    for dial in dials_json():
+        default = "" if dial["default"] is None else f"; default {_yaml(dial['default'])}"
+        out.print(f"  [bold]{dial['name']}[/bold]: {escape(dial['doc'] + default)}")
+
+
+def _yaml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {weight:g}" for name, weight in value.items())
+    return str(value)
 
 
 def training_json(decided: TrainingPlan) -> dict[str, Any]:
@@ -66,19 +97,17 @@ def print_training(out: Console, decided: TrainingPlan) -> None:
         )  # fmt: skip
     out.print(table)
     cache = sum(one.bytes for one in decided.teachers)
-    kinds = Counter(
-        f"{target.layout.kind} of {'x'.join(map(str, target.task.shape))}"
-        for target in decided.targets if target.trained
-    )  # fmt: skip
-    trained = sum(kinds.values())
+    trained = sum(target.trained for target in decided.targets)
     frozen = len(decided.targets) - trained
     still = f"; {frozen} tensors stay as they start" if frozen else ""
+    kept = f"on disk, the {training.top_k} likeliest tokens of each in {training.cache_dtype}"
+    if training.top_k == "full":
+        kept = "in memory, the whole vocabulary"
     for label, text in (
         ("coefficients", f"{decided.coefficients:,} numbers for {trained} tensors"
                          f" ({training.granularity}, {training.form}, "
                          f"activation {training.activation}){still}"),
-        ("predictions", f"{show_size(cache)} on disk, the {training.top_k} likeliest tokens of "
-                        f"each" if training.top_k != "full" else f"{show_size(cache)} in memory"),
+        ("predictions", f"{show_size(cache)} {kept}"),
         ("student", f"{show_size(decided.student_bytes)} in {decided.dtype} "
                     f"({decided.why['dtype']}) on {decided.device} ({decided.why['device']})"),
         ("sources", f"{decided.place.residency}: {decided.why['residency']}"),

@@ -77,7 +77,7 @@ def load_datasets(
     """
     length = min(training.max_length, context)
     found = []
-    names = _names([s.model.path for s in recipe.source_specs if s.data])
+    names = short_names([s.model.path for s in recipe.source_specs if s.data])
     specs = [spec for spec in recipe.source_specs if spec.data]
     for spec, name in zip(specs, names, strict=True):
         assert spec.data is not None
@@ -204,7 +204,8 @@ def _files(words: Sequence[str], recipe: Recipe) -> list[Path]:
     return [path for path in found if path is not None]
 
 
-def _names(paths: Sequence[str]) -> list[str]:
+def short_names(paths: Sequence[str]) -> list[str]:
+    """The last part of each path or id; whole where that would not tell them apart."""
     short = [path.rstrip("/").rpartition("/")[2] for path in paths]
     return short if len(set(short)) == len(short) else list(paths)
 

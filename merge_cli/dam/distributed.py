@@ -16,21 +16,17 @@ class World:
 
     Attributes:
         rank, size: this process's number, and how many there are.
+        local: its number on this machine, which chooses its GPU.
         bytes_reduced: of gradients that this process has contributed to sums.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1) -> None:
-        self.rank, self.size, self.bytes_reduced = rank, size, 0
+    def __init__(self, rank: int = 0, size: int = 1, local: int = 0) -> None:
+        self.rank, self.size, self.local, self.bytes_reduced = rank, size, local, 0
 
     @property
     def first(self) -> bool:
         """Whether this process writes."""
         return self.rank == 0
-
-    def local_device(self, device: str) -> str:
-        """`cuda` with this process's own number, where several share a machine."""
-        local = os.environ.get("LOCAL_RANK")
-        return f"cuda:{local}" if self.size > 1 and device == "cuda" and local else device
 
     def add_up(self, tensors: Sequence[Any], *, gradients: bool = True) -> None:
         """Every tensor becomes its sum over all processes, in place; sent as one buffer."""
@@ -80,8 +76,11 @@ def join_world() -> World:
     import torch
     from torch import distributed
 
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local % torch.cuda.device_count())
     if not distributed.is_initialized():
         # Scalars and flags travel on the CPU; gradients on the device where there is one.
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         distributed.init_process_group(backend)
-    return World(distributed.get_rank(), distributed.get_world_size())
+    return World(distributed.get_rank(), distributed.get_world_size(), local)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from merge_cli.dam.data import Dataset, Example, micro_batches
+from merge_cli.dam.data import Dataset, Example, micro_batches, short_names
 from merge_cli.dam.distributed import World
 from merge_cli.dam.forward import Batch, Forward
 from merge_cli.dam.head import Sums
@@ -122,11 +122,12 @@ def baselines(
     They pass through the student's own net; it holds the last of them afterwards.
     """
     count = len(labels)
+    names = short_names(labels)
     wanted: list[tuple[str, float, list[float]]] = []
     if has_base and base_label not in labels:
-        wanted.append((f"base {base_label}", 1.0, [0.0] * count))
-    for i, label in enumerate(labels):
-        wanted.append((f"source {label}", 0.0, [float(i == j) for j in range(count)]))
+        wanted.append(("base", 1.0, [0.0] * count))
+    for i, name in enumerate(names):
+        wanted.append((f"source {name}", 0.0, [float(i == j) for j in range(count)]))
     wanted.append(("uniform soup", 0.0, [1.0 / count] * count))
     if has_base:
         # A base among the sources adds nothing to itself.

@@ -112,8 +112,9 @@ def plan_training(plan: Plan, device: str = "auto", world: World | None = None) 
     datasets = load_datasets(
         plan.recipe, labels, tokenizer, training, context_of(net.config, training.max_length)
     )
-    chosen = choose_device(world.local_device(device))
-    where = f"cuda:{chosen.indexes[0]}" if chosen.indexes else "cpu"
+    chosen = choose_device(device)
+    own = chosen.indexes[world.local % len(chosen.indexes)] if chosen.indexes else None
+    where = "cpu" if own is None else f"cuda:{own}"
     dtype, dtype_why = choose_dtype(plan.sources[plan.donor], chosen.kind, training.dtype)
     student_bytes = parameter_count(targets) * _WIDTHS[dtype]
     with_base = training.form == "task_vector"

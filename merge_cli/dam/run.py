@@ -34,6 +34,7 @@ from merge_cli.dam.trainer import Trainer, entries_of
 from merge_cli.engine.options import MergeOptions, Progress, Show
 from merge_cli.engine.plan import Plan
 from merge_cli.errors import Interrupted
+from merge_cli.evaluation.live import torch_threads
 from merge_cli.recipe.schema import Recipe
 from merge_cli.recipe.training import Training
 
@@ -87,7 +88,7 @@ def learn(
             world.wait()
             record = folder.record()
             if record is None:
-                with _threads(options.threads):
+                with torch_threads(options.threads):
                     record = _learn(decided, folder, world, show, stopping)
             world.wait()
     if world.first:
@@ -237,22 +238,6 @@ def _interruptions() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-@contextmanager
-def _threads(wanted: int | None) -> Iterator[None]:
-    """As many of torch's threads as --threads says."""
-    if wanted is None:
-        yield
-        return
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(wanted)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def with_coefficients(recipe: Recipe, learned: Learned) -> Recipe:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from merge_cli.checkpoint.header import DTYPES, TensorRef
 from merge_cli.checkpoint.raw import FilePool, read_ahead, read_into
+from merge_cli.dam.ahead import Ahead, CudaCopies
 from merge_cli.errors import ResourceError
 from merge_cli.evaluation.live import free_memory
 from merge_cli.sizes import show_size
@@ -102,8 +103,12 @@ class Sources:
         self._files = FilePool(os.O_RDONLY)
         self._kept: dict[tuple[str, int], Any] = {}
         self.rows_read = 0
+        self._with_base = with_base
+        self.ahead: Ahead | None = None
         if place.residency != "disk":
             self._keep(with_base)
+        if place.residency == "host" and str(device) != "cpu":
+            self.ahead = Ahead(CudaCopies(str(device)))
 
     def block_rows(self, name: str) -> int:
         """Rows to ask for at once: what fits in a cache, or keeps a GPU busy."""
@@ -129,11 +134,18 @@ class Sources:
         return base, [rows - base for rows in self.rows(name, start, stop)]
 
     def expect(self, name: str) -> None:
-        """This tensor is asked for next: have the disk bring it while something else goes on."""
+        """This tensor is asked for next: have it brought while something else goes on."""
         if self.place.residency == "disk":
             stored = self._tensors[name]
-            for ref in (*stored.sources, *([stored.base] if stored.base else [])):
+            wanted = [*stored.sources]
+            if self._with_base and stored.base is not None:
+                wanted.append(stored.base)
+            for ref in wanted:
                 read_ahead(self._files, ref.path, ref.offset, ref.nbytes)
+        elif self.ahead is not None:
+            numbers = range(-1, len(self._tensors[name].sources))
+            kept = [(i, self._kept[name, i]) for i in numbers if (name, i) in self._kept]
+            self.ahead.begin(name, kept)
 
     def close(self) -> None:
         self._files.close()
@@ -154,6 +166,9 @@ class Sources:
 
     def _rows(self, name: str, number: int, ref: TensorRef, start: int, stop: int) -> Any:
         kept = self._kept.get((name, number))
+        if self.ahead is not None and kept is not None:
+            brought = self.ahead.take(name, number)
+            kept = kept if brought is None else brought
         rows = (
             self._read(ref, self._tensors[name].shape, start, stop)
             if kept is None

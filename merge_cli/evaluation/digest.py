@@ -2,7 +2,7 @@
 
 Unlike a merge's fingerprint, which samples, this reads every byte: an evaluation reads them anyway,
 and a result that is found in the cache must be the result of exactly this model. What was read
-once is remembered with the file's size, time and number, as git does it.
+once is remembered with the file's size, times and number, as git does it.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ def _counts(name: str) -> bool:
 def _remembered(path: Path) -> str:
     """A file's digest, from the cache when nothing about the file has changed."""
     about = path.stat()
-    stamp = f"{path.resolve()}\0{about.st_size}\0{about.st_mtime_ns}\0{about.st_ino}"
+    times = f"{about.st_mtime_ns}\0{about.st_ctime_ns}"
+    stamp = f"{path.resolve()}\0{about.st_size}\0{times}\0{about.st_ino}"
     place = cache_folder() / "digests" / hashlib.sha256(stamp.encode()).hexdigest()
     try:
         return str(json.loads(place.read_text()))

@@ -89,21 +89,22 @@ def forward(live: LiveModel, items: Sequence[Window], tell: Tell) -> Iterator[Sc
 def _scored(live: LiveModel, batch: Sequence[Window]) -> Scored:
     import torch
 
-    width = len(batch[0].ids)
+    # Nothing follows the last token: it is predicted, and not fed.
+    width = len(batch[0].ids) - 1
     ids = torch.zeros(len(batch), width, dtype=torch.long)
     mask = torch.zeros(len(batch), width, dtype=torch.long)
+    targets = torch.zeros(len(batch), width, dtype=torch.long)
     counts = torch.zeros(len(batch), width, dtype=torch.bool)
     for i, item in enumerate(batch):
-        ids[i, : len(item.ids)] = torch.tensor(item.ids)
-        mask[i, : len(item.ids)] = 1
-        counts[i, item.first : len(item.ids)] = True
-    logits = live.logits(ids, mask)[:, :-1]
-    counts = counts[:, 1:]
+        row, last = torch.tensor(item.ids), len(item.ids) - 1
+        ids[i, :last], targets[i, :last], mask[i, :last] = row[:-1], row[1:], 1
+        counts[i, item.first - 1 : last] = True
+    logits = live.logits(ids, mask)
     examples = torch.tensor([item.example for item in batch])[:, None].expand(counts.shape)
     return Scored(
         examples[counts],
         logits[counts.to(logits.device)].float(),
-        ids[:, 1:][counts].to(logits.device),
+        targets[counts].to(logits.device),
     )
 
 

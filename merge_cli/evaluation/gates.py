@@ -158,11 +158,11 @@ def _unmet(gate: Gate, evaluation: Evaluation, references: Mapping[str, Evaluati
     limit = other.value + (room if metric.better == "lower" else -room)
     if not metric.worse(limit):
         return ""
-    low_high = difference(metric, other, gate.task)
+    paired = difference(metric, other, gate.task)
+    ends = f", 95 % from {paired.low:+.4g} to {paired.high:+.4g}" if paired else ""
     return (
         f"{gate.text} — {gate.task} has {value} against {other.value:.4g} "
-        f"(difference {metric.value - other.value:+.4g}, "
-        f"95 % from {low_high.low:+.4g} to {low_high.high:+.4g})"
+        f"(difference {metric.value - other.value:+.4g}{ends})"
     )
 
 

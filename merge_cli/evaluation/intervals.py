@@ -37,9 +37,10 @@ def standard_error(metric: Metric) -> float | None:
     n = len(metric.parts)
     if n < 2:
         return None
-    ratio, total = metric.value, sum(metric.weights)
+    ratio, total = metric.ratio, sum(metric.weights)
     residues = sum((p - ratio * w) ** 2 for p, w in zip(metric.parts, metric.weights, strict=True))
-    return math.sqrt(n / (n - 1) * residues) / total
+    error = math.sqrt(n / (n - 1) * residues) / total
+    return error * metric.value if metric.power else error  # the derivative of e^x is e^x
 
 
 def resampled(metric: Metric, key: str, *, draws: int = DRAWS) -> Any:
@@ -66,9 +67,9 @@ def resampled(metric: Metric, key: str, *, draws: int = DRAWS) -> Any:
         part = parts[picked].sum(1)
         # All drawn examples without weight: as if nothing had been drawn.
         values[start : start + len(picked)] = np.where(
-            weight > 0, part / np.maximum(weight, 1e-300), metric.value
+            weight > 0, part / np.maximum(weight, 1e-300), metric.ratio
         )
-    return values
+    return np.exp(values) if metric.power else values
 
 
 def interval(samples: Any, level: float = LEVEL) -> Interval:
@@ -79,12 +80,12 @@ def interval(samples: Any, level: float = LEVEL) -> Interval:
     return Interval(float(low), float(high))
 
 
-def difference(a: Metric, b: Metric, key: str) -> Interval:
-    """The interval of a − b over the same examples.
+def difference(a: Metric, b: Metric, key: str) -> Interval | None:
+    """The interval of a − b over the same examples; None for a single one.
 
     Raises:
         ValueError: the two have different numbers of examples.
     """
     if len(a.parts) != len(b.parts):
         raise ValueError(f"{len(a.parts)} examples cannot be paired with {len(b.parts)}")
-    return interval(resampled(a, key) - resampled(b, key))
+    return interval(resampled(a, key) - resampled(b, key)) if len(a.parts) > 1 else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,11 +13,12 @@ from typing import Any
 
 from merge_cli.checkpoint.source import Source
 from merge_cli.engine.device import choose_device
-from merge_cli.errors import ResourceError, SourceError
+from merge_cli.errors import MergeCliError, ResourceError, SourceError
 from merge_cli.evaluation.result import Cost
+from merge_cli.evaluation.spec import DTYPES
 from merge_cli.sizes import show_size
 
-DTYPES = ("float32", "bfloat16", "float16")
+_USUAL_CONTEXT = 4096  # where nothing is asked for: a model's own may be more than memory holds
 _ROOM = 0.8  # of the free memory for weights; activations and logits take the rest
 
 
@@ -101,7 +102,7 @@ def load(
     Args:
         device: auto, cpu, cuda or cuda:N.
         dtype: of the computation; auto is float32 on a CPU and the stored one on a GPU.
-        max_length: at most the model's own context, which is the default.
+        max_length: at most the model's own context; by default that, and at most 4,096.
         memory: bytes that the weights may take, instead of what is free. What does not fit is
             read from disk layer by layer, as accelerate does it.
 
@@ -133,11 +134,13 @@ def load(
         )
     with quiet():
         try:
-            tokenizer = AutoTokenizer.from_pretrained(str(source.root))
-            net = AutoModelForCausalLM.from_pretrained(str(source.root), **options)
-        except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-            what = f"transformers cannot load it: {str(error).strip().splitlines()[0]}"
-            raise SourceError(what, model=source.label) from error
+            tokenizer = AutoTokenizer.from_pretrained(str(source.root), trust_remote_code=False)
+            net, about = AutoModelForCausalLM.from_pretrained(
+                str(source.root), trust_remote_code=False, output_loading_info=True, **options
+            )
+        except Exception as error:  # a config can break transformers in any way it likes
+            raise _cannot_load(source, error) from error
+    _refuse_made_up(source, about)
     net.eval()
     if folder is None:
         net.to(where)
@@ -152,7 +155,30 @@ def context_of(config: Any, wanted: int | None) -> int:
     own = int(
         getattr(text, "max_position_embeddings", 0) or getattr(text, "n_positions", 0) or 2048
     )
-    return min(wanted or own, own)
+    return min(wanted or _USUAL_CONTEXT, own)
+
+
+def _cannot_load(source: Source, error: Exception) -> MergeCliError:
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        hint = "Try --dtype bfloat16, --max-memory, or --device cpu."
+        return ResourceError("its weights do not fit into memory", where=source.label, hint=hint)
+    said = str(error).strip() or type(error).__name__
+    what, hint = f"transformers cannot load it: {said.splitlines()[0]}", ""
+    if "trust_remote_code" in said:
+        what = "it needs code of its own, and nothing from a checkpoint is executed"
+        hint = "Evaluate it with a program that you trust to run its code."
+    return SourceError(what, model=source.label, hint=hint)
+
+
+def _refuse_made_up(source: Source, about: Mapping[str, Any]) -> None:
+    """transformers fills what it does not find with random numbers."""
+    missing = sorted(map(str, about.get("missing_keys", ())))
+    missing += sorted(str(one[0]) for one in about.get("mismatched_keys", ()))
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        what = f"its weights lack what the architecture needs: {missing[0]}{more}"
+        hint = "Is it a language model, and complete?"
+        raise SourceError(what, model=source.label, tensor=missing[0], hint=hint)
 
 
 def choose_dtype(source: Source, device: str, wanted: str) -> tuple[str, str]:

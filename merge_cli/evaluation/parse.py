@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from merge_cli.errors import Problem, RecipeError, UsageError
-from merge_cli.evaluation.live import DTYPES
-from merge_cli.evaluation.spec import EvalSpec, default_name
+from merge_cli.evaluation.spec import DTYPES, EvalSpec, default_name
 from merge_cli.evaluation.task import Task
 from merge_cli.evaluation.tasks import KINDS
 from merge_cli.recipe.keys import nearest
@@ -98,7 +97,8 @@ class _Parser:
         if word is None:
             self._add(node, f"{key}.task", "missing", f"Known: {', '.join(KINDS)}.")
             return None
-        if word not in KINDS:
+        if not isinstance(word, str) or word not in KINDS:
+            word = named.plain() if named else word
             self._add(named or node, f"{key}.task", f"unknown task {word!r}.",
                       nearest(str(word), KINDS))  # fmt: skip
             return None
@@ -129,7 +129,11 @@ class _Parser:
         if "folder" in hints:
             values["folder"] = self.folder
         values.setdefault("name", default_name(data) if data else values.get("lm_eval", word))
-        return kind(**values)
+        try:
+            return kind(**values)
+        except ValueError as error:  # what a task itself has against its values
+            self._add(node, key, str(error))
+            return None
 
     def _value(self, node: Node, hint: Any) -> tuple[Any, str]:
         """A field's value, or what is wrong with it."""

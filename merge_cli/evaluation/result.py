@@ -7,6 +7,7 @@ paired intervals possible (`intervals.py`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -22,6 +23,7 @@ class Metric:
         unit: what one weight counts: "nats per token", "of examples".
         better: the direction of improvement.
         parts, weights: one for each example; the weights are not negative.
+        power: the value is e to the ratio: a perplexity.
     """
 
     name: str
@@ -29,11 +31,17 @@ class Metric:
     better: Better
     parts: Sequence[float]
     weights: Sequence[float]
+    power: bool = False
+
+    @property
+    def ratio(self) -> float:
+        """Sum of parts over sum of weights."""
+        return sum(self.parts) / sum(self.weights)
 
     @property
     def value(self) -> float:
-        """Sum of parts over sum of weights."""
-        return sum(self.parts) / sum(self.weights)
+        """The ratio, or e to it."""
+        return math.exp(self.ratio) if self.power else self.ratio
 
     def worse(self, than: float) -> bool:
         """Whether this value is on the wrong side of another."""

@@ -45,10 +45,16 @@ class Row:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of a row; `first` is the first that counts, never 0: nothing predicts that one."""
+    """Token ids of a row.
+
+    Attributes:
+        first: the first token that counts, never 0: nothing predicts that one.
+        text: what is to be predicted.
+    """
 
     ids: Sequence[int]
     first: int
+    text: str = ""
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -112,7 +118,7 @@ def encode(row: Row, tokenizer: Any) -> Encoded:
             f"has neither text nor completion nor messages (it has {_listed(fields)})",
         )
     before = start + token_ids(prompt, tokenizer)
-    return Encoded([*before, *token_ids(text, tokenizer)], max(1, len(before)))
+    return Encoded([*before, *token_ids(text, tokenizer)], max(1, len(before)), text)
 
 
 def token_ids(text: str, tokenizer: Any) -> list[int]:

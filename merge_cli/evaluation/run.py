@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from merge_cli.checkpoint.raw import write_error
 from merge_cli.checkpoint.source import Source, fetch_weights, open_source
 from merge_cli.engine.device import choose_device
-from merge_cli.errors import Interrupted, NonFiniteError, UsageError
+from merge_cli.errors import Interrupted, NonFiniteError, ResourceError, UsageError
 from merge_cli.evaluation import cache
 from merge_cli.evaluation.digest import model_digest
 from merge_cli.evaluation.live import LiveModel, choose_dtype, load, torch_threads
@@ -68,6 +70,20 @@ def evaluate(
     return evaluate_all([str(model)], spec, show)[str(model)]
 
 
+@contextmanager
+def _memory_errors(label: str) -> Iterator[None]:
+    """Say in our own words that memory ran out, on the host or on the device."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and (
+            type(error).__name__ != "OutOfMemoryError" and "can't allocate memory" not in str(error)
+        ):
+            raise
+        hint = "Try a smaller --batch-tokens or --max-length, or --dtype bfloat16."
+        raise ResourceError("memory ran out", where=label, hint=hint) from error
+
+
 def evaluate_all(
     models: Sequence[str], spec: EvalSpec, show: Show = _silent
 ) -> dict[str, Evaluation]:
@@ -107,13 +123,14 @@ def evaluate_source(source: Source, spec: EvalSpec, show: Show = _silent) -> Eva
     words = (f"{device.name} ({device.reason})", f"{dtype} ({why})")
     try:
         for task in spec.tasks:
-            key = cache.key_of({**how, **task.identity()})
-            found = cache.find(key, task.name) if spec.cache else None
+            cached = spec.cache and task.remembered
+            key = cache.key_of({**how, **task.identity()}) if cached else ""
+            found = cache.find(key, task.name) if cached else None
             if found is None:
-                with torch_threads(spec.threads):
+                with torch_threads(spec.threads), _memory_errors(source.label):
                     live = live or _loaded(source, spec)
                     found = score_task(task, live, show)
-                if spec.cache:
+                if cached:
                     cache.keep(key, found)
             done[task.name] = found
         if live is not None:
@@ -212,10 +229,17 @@ def score_task(task: Task, live: LiveModel, show: Show = _silent) -> TaskResult:
 
 
 def write_examples(evaluations: Iterable[tuple[str, Evaluation]], path: Path) -> None:
-    """Every example of every task and model, by the name given for it, as JSON lines."""
-    with path.open("w", encoding="utf-8") as file:
-        for name, one in evaluations:
-            for task in one.tasks.values():
-                for example in task.examples:
-                    row = {"model": name, "task": task.name, **example}
-                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    """Every example of every task and model, by the name given for it, as JSON lines.
+
+    Raises:
+        ResourceError: the file cannot be written.
+    """
+    try:
+        with path.open("w", encoding="utf-8") as file:
+            for name, one in evaluations:
+                for task in one.tasks.values():
+                    for example in task.examples:
+                        row = {"model": name, "task": task.name, **example}
+                        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise write_error(error, path) from error

@@ -5,7 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from merge_cli.errors import UsageError
 from merge_cli.evaluation.task import Task
+from merge_cli.recipe.keys import nearest
+
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -35,9 +39,22 @@ class EvalSpec:
     file: str = ""
 
     def changed(self, **given: object) -> EvalSpec:
-        """With the settings that are not None."""
+        """With the settings that are not None.
+
+        Raises:
+            UsageError: an unknown dtype.
+        """
         known = {name: value for name, value in given.items() if value is not None}
+        dtype = known.get("dtype", self.dtype)
+        if dtype not in ("auto", *DTYPES):
+            raise UsageError(f"unknown dtype '{dtype}'.", hint=nearest(str(dtype), DTYPES))
         return replace(self, **known)  # type: ignore[arg-type]
+
+    def limited(self, limit: int | None) -> EvalSpec:
+        """With at most `limit` rows of each task; as it is for None."""
+        if limit is None:
+            return self
+        return replace(self, tasks=tuple(replace(task, limit=limit) for task in self.tasks))
 
 
 def default_name(data: Path | str) -> str:

@@ -59,7 +59,6 @@ def _metric(metric: Metric, task: str, first: Metric | None) -> dict[str, Any]:
     if first is not None:
         found["difference"] = first.value - metric.value
         found["difference_interval"] = None
-        if len(metric.parts) == len(first.parts) > 1:
-            paired = difference(first, metric, task)
-            found["difference_interval"] = [paired.low, paired.high]
+        paired = difference(first, metric, task)
+        found["difference_interval"] = [paired.low, paired.high] if paired else None
     return found

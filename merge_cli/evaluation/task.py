@@ -42,6 +42,7 @@ class Task(ABC):
 
     kind: ClassVar[str]
     metrics: ClassVar[tuple[str, ...]] = ()  # their names, the primary one first; () if not known
+    remembered: ClassVar[bool] = True  # whether results may be found in the cache
     version: ClassVar[int] = 1  # grows when the same task would give other results
     unshared: ClassVar[frozenset[str]] = frozenset({"name", "expert"})
 

@@ -11,8 +11,9 @@ from merge_cli.checkpoint.raw import write_error
 from merge_cli.checkpoint.source import Source, fetch_weights, open_source
 from merge_cli.engine.options import MergeOptions
 from merge_cli.engine.plan import Plan
-from merge_cli.errors import UsageError
+from merge_cli.errors import Interrupted, UsageError
 from merge_cli.evaluation.gates import check_gates, read_gates, require
+from merge_cli.evaluation.result import Evaluation
 from merge_cli.evaluation.run import Show, evaluate_source
 from merge_cli.evaluation.spec import EvalSpec
 from merge_cli.evaluation.summary import summary
@@ -53,12 +54,11 @@ class Trial:
             as `merge_cli.evaluate` does. OUT is complete whatever happens here.
         """
         spec = self._spec.changed(device=options.device, threads=options.threads)
-        merged = evaluate_source(open_source(ModelRef(str(out)), out.parent), spec, show)
-        others = {}
-        for name in dict.fromkeys(g.reference for g in self._gates if g.reference):
-            source = _meant(name, plan)
-            fetch_weights(source, source.header_bytes)
-            others[name] = evaluate_source(source, spec, show)
+        try:
+            merged, others = self._evaluations(plan, out, spec, show)
+        except Interrupted:
+            hint = f"The merge is complete; `merge-cli evaluate {out}` measures it, too."
+            raise Interrupted("stopped while evaluating", where=str(out), hint=hint) from None
         self._failures = {out.name: check_gates(self._gates, merged, others)}
         rows = summary([merged, *{other.digest: other for other in others.values()}.values()])
         text = json.dumps({"models": rows, "unmet": self._failures[out.name]}, indent=1)
@@ -67,6 +67,18 @@ class Trial:
         except OSError as error:
             raise write_error(error, out / FILE) from error
         return rows
+
+    def _evaluations(
+        self, plan: Plan, out: Path, spec: EvalSpec, show: Show
+    ) -> tuple[Evaluation, dict[str, Evaluation]]:
+        """OUT's, and those of the models that gates name, by the names that they give them."""
+        merged = evaluate_source(open_source(ModelRef(str(out)), out.parent), spec, show)
+        others = {}
+        for name in dict.fromkeys(g.reference for g in self._gates if g.reference):
+            source = _meant(name, plan)
+            fetch_weights(source, source.header_bytes)
+            others[name] = evaluate_source(source, spec, show)
+        return merged, others
 
     def require(self) -> None:
         """Raise a GateError if a gate is not met."""

@@ -67,6 +67,10 @@ def check_recipe(recipe: Recipe) -> Checked:
     _check_parameters(recipe, method, recipe.parameters, None, problems, warnings)
     for spec in recipe.source_specs:
         _check_parameters(recipe, method, spec.parameters, spec, problems, warnings)
+        if spec.data is not None and recipe.coefficients and method.learns:
+            line, column = recipe.places.get(f"{spec.key}.data", (0, 0))
+            place = f"{recipe.file}:{line}:{column}: {spec.key}.data"
+            warnings.append(f"{place}: has no effect: the coefficients are given.")
         if spec.parameters and method.needs_base and spec.model == recipe.base_model:
             line, column = recipe.places.get(f"{spec.key}.parameters", (0, 0))
             place = f"{recipe.file}:{line}:{column}: {spec.key}.parameters"

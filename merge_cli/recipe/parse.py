@@ -7,17 +7,16 @@ look the same.
 
 from __future__ import annotations
 
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from merge_cli.errors import Problem
 from merge_cli.recipe.keys import INEFFECTIVE, RECIPE_KEYS, UNSUPPORTED, nearest
+from merge_cli.recipe.learning import LearningSections
 from merge_cli.recipe.nodes import Node
-from merge_cli.recipe.reference import ModelRef, local_file, parse_reference
+from merge_cli.recipe.reference import ModelRef, parse_reference
 from merge_cli.recipe.schema import DTYPES, Parameters, Recipe, SliceSpec, SourceSpec
 from merge_cli.recipe.search import SEARCH_KEYS, Search, parse_search
-from merge_cli.recipe.training import Data, Training, contradictions, parse_training
 from merge_cli.recipe.values import Gradient, Parameter, Rule, Scalar, Setting
 
 
@@ -30,7 +29,7 @@ def parse_recipe(root: Node, file: str, folder: Path) -> tuple[Recipe | None, li
     return _Parser(file, folder).recipe(root)
 
 
-class _Parser:
+class _Parser(LearningSections):
     def __init__(self, file: str, folder: Path) -> None:
         self.file, self.folder = file, folder
         self.problems: list[Problem] = []
@@ -103,21 +102,6 @@ class _Parser:
             self._data(fields.get("data"), f"{key}.data"),
         )
 
-    def _training(self, node: Node | None, root: Node) -> Training | None:
-        if node is None or node.value is None:
-            return None
-        known = tuple(f.name for f in fields(Training))
-        training = parse_training(
-            self._mapping(node, "training", known), "training",
-            lambda at, key, what, hint: self._add(at, key, what, hint),
-        )  # fmt: skip
-        listed = root.value.get("models")
-        count = len(listed.value) if listed and isinstance(listed.value, list) else 0
-        for dial, what, hint in contradictions(training, count):
-            place = node.value.get(dial, node) if isinstance(node.value, dict) else node
-            self._add(place, f"training.{dial}", what, hint)
-        return training
-
     def _search(self, node: Node | None) -> Search | None:
         if node is None or node.value is None:
             return None
@@ -125,35 +109,6 @@ class _Parser:
             self._mapping(node, "search", SEARCH_KEYS), "search",
             lambda at, key, what, hint: self._add(at, key, what, hint),
         )  # fmt: skip
-
-    def _data(self, node: Node | None, key: str) -> Data | None:
-        """A file, several, or a mapping of `files`, `held_out`, or a Hub `dataset`."""
-        if node is None or node.value is None:
-            return None
-        if not isinstance(node.value, dict):
-            return Data(files=self._paths(node, key), key=key)
-        known = ("files", "held_out", "dataset", "config", "split", "revision")
-        fields_of = self._mapping(node, key, known)
-        if ("files" in fields_of) == ("dataset" in fields_of):
-            self._add(node, key, "give either files or a dataset", "Write `data: FILE`.")
-        word = {name: self._word(fields_of.get(name), f"{key}.{name}") for name in known[2:]}
-        return Data(
-            self._paths(fields_of.get("files"), f"{key}.files"),
-            self._paths(fields_of.get("held_out"), f"{key}.held_out"),
-            word["dataset"], word["config"], word["split"] or "train", word["revision"], key,
-        )  # fmt: skip
-
-    def _paths(self, node: Node | None, key: str) -> tuple[str, ...]:
-        if node is None or node.value is None:
-            return ()
-        words = [node.value] if isinstance(node.value, str) else node.plain()
-        if isinstance(words, list) and words and all(isinstance(w, str) and w for w in words):
-            for word in words:
-                if local_file(word, self.folder) is None:
-                    self._add(node, key, f"no such file: {word}")
-            return tuple(words)
-        self._add(node, key, f"must be a file or a list of files (got {node.plain()!r})")
-        return ()
 
     def _slice(self, node: Node, key: str) -> SliceSpec:
         fields = self._mapping(node, key, ("sources", "parameters"))

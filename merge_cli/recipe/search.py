@@ -11,8 +11,9 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, get_type_hints
 
 from merge_cli.recipe.keys import nearest
+from merge_cli.recipe.learning import Refuse, read_value, words_of
 from merge_cli.recipe.nodes import Node
-from merge_cli.recipe.training import Refuse, dial, read_value, words_of
+from merge_cli.recipe.training import dial
 from merge_cli.recipe.values import Scalar
 
 TIES = ("models", "layers", "filters")

@@ -1,20 +1,14 @@
 """The `training:` section and `data:` of a recipe that learns: dials, presets, and their checks.
 
-Each dial is a field with its default, bounds and one line of help: what is not a field is refused
-with its place. A preset is a set of defaults; what the recipe says itself wins.
+Each dial is a field with its default, bounds and one line of help (`learning.py` reads them). A
+preset is a set of defaults; what the recipe says itself wins.
 """
 
 from __future__ import annotations
 
-import types
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
-
-from merge_cli.recipe.keys import nearest
-from merge_cli.recipe.nodes import Node
-
-Refuse = Callable[[Node, str, str, str], None]  # node, key, what, hint
+from typing import Any, Literal
 
 LOSSES = ("kl", "reverse_kl", "mse", "entropy", "cross_entropy")
 TEACHING = frozenset(("kl", "reverse_kl", "mse"))  # the losses that need a teacher
@@ -144,34 +138,6 @@ def preset(name: str) -> Training:
     return replace(Training(), **given)
 
 
-def parse_training(fields_of: Mapping[str, Node], key: str, refuse: Refuse) -> Training:
-    """The section's children to dials; wrong values are refused where they stand."""
-    hints = get_type_hints(Training)
-    known = {f.name: f for f in fields(Training)}
-    given: dict[str, Any] = {}
-    for name, node in fields_of.items():
-        path = f"{key}.{name}"
-        about = known[name].metadata
-        if name == "train":
-            value, wrong = _patterns(node)
-        elif name in ("loss", "regularize"):
-            value, wrong = _weights(node, LOSSES if name == "loss" else PENALTIES)
-        else:
-            value, wrong = read_value(node, hints[name])
-        least, most = about["least"], about["most"]
-        if not wrong and _is_number(value):
-            if least is not None and value < least:
-                wrong = f"must be at least {least:g}"
-            elif most is not None and value > most:
-                wrong = f"must be at most {most:g}"
-        if wrong:
-            hint = nearest(str(node.value), words_of(hints[name])) if words_of(hints[name]) else ""
-            refuse(node, path, f"{wrong} (got {node.plain()!r}).", hint)
-        elif value is not None or type(None) in get_args(hints[name]):
-            given[name] = value
-    return replace(preset(given.get("preset", "dam")), **given)
-
-
 def plain_training(training: Training) -> dict[str, Any]:
     """Every dial as YAML writes it: a resolved recipe leaves nothing to defaults."""
     found: dict[str, Any] = {}
@@ -209,66 +175,3 @@ def contradictions(training: Training, sources: int) -> list[tuple[str, str, str
     if not any(training.loss.values()):
         found.append(("loss", "every loss has the weight 0.", ""))
     return found
-
-
-def _patterns(node: Node) -> tuple[Any, str]:
-    words = [node.value] if isinstance(node.value, str) else node.plain()
-    if isinstance(words, list) and words and all(isinstance(w, str) and w for w in words):
-        return tuple(words), ""
-    return None, "must be all, linear, or a list of parts of tensor names"
-
-
-def _weights(node: Node, names: tuple[str, ...]) -> tuple[Any, str]:
-    """A name alone, or a mapping of names to weights."""
-    value = node.plain()
-    if isinstance(value, str) and value in names:
-        return {value: 1.0}, ""
-    if value is None or value == {}:
-        return {}, ""
-    fits = isinstance(value, dict) and all(
-        name in names and _is_number(weight) and weight >= 0 for name, weight in value.items()
-    )
-    if fits:
-        return {name: float(weight) for name, weight in value.items()}, ""
-    return None, f"must be one of {', '.join(names)}, or weights of at least 0 for some of them"
-
-
-def read_value(node: Node, hint: Any) -> tuple[Any, str]:
-    """A node as a field of that type, and why it is none (empty when it is)."""
-    value = node.value
-    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    if value is None and type(None) in options:
-        return None, ""
-    if isinstance(value, str) and float in options:
-        try:  # YAML 1.1 reads 1e-3 as text
-            value = float(value)
-        except ValueError:
-            return None, "must be a number"
-    words = []
-    for option in options:
-        if get_origin(option) is Literal:
-            if value in get_args(option) and isinstance(value, str):
-                return value, ""
-            words.append("one of " + ", ".join(get_args(option)))
-        elif option is bool:
-            if isinstance(value, bool):
-                return value, ""
-            words.append("true or false")
-        elif option is int:
-            if type(value) is int:
-                return value, ""
-            words.append("a whole number")
-        elif option is float:
-            if _is_number(value) and value == value and abs(value) != float("inf"):
-                return float(value), ""
-            words.append("a number")
-    return None, f"must be {' or '.join(words)}"
-
-
-def words_of(hint: Any) -> list[str]:
-    """The words that may stand here, for the nearest one."""
-    return [w for w in get_args(hint) if isinstance(w, str)] if get_origin(hint) is Literal else []
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from merge_cli.checkpoint.coefficients import FILE
 from merge_cli.engine.plan import Plan
 from merge_cli.recipe.dump import dump_recipe
 from merge_cli.recipe.reference import ModelRef, local_folder, short_labels
@@ -39,8 +40,9 @@ def model_card(plan: Plan, defaults: Mapping[str, Any], title: str) -> str:
         front["base_model"] = hub_ids
     front |= {"library_name": "transformers", "tags": ["merge", "merge-cli", recipe.merge_method]}
     text = dump_recipe(
-        recipe, locate=public, defaults=defaults, inputs={}, header="a merge-cli recipe"
-    )
+        recipe, locate=public, defaults=defaults, inputs={}, header="a merge-cli recipe",
+        coefficients=f"./{FILE}" if plan.coefficients is not None else None,
+    )  # fmt: skip
     method = plan.method
     by_label = {str(spec.model): public(spec.model) for spec in recipe.source_specs}
     merged = [plan.sources[i].label for i in plan.operands]

@@ -5,7 +5,7 @@
 
 1. Static merges of the japanese, math and code experts: uniform soup, task arithmetic, TIES, DARE,
    each at the best of a small grid, chosen by mean KL on the validation split.
-2. DAM in several settings, three seeds for the first two (the seed decides which rows are learned
+2. DAM in several settings, three seeds for all but one (the seed decides which rows are learned
    from and in what order). Teachers and coefficients see the train split; the step that is kept is
    chosen on the validation split, as the grids' settings are.
 3. Everything on the test split, by `merge_cli.evaluate`: KL(expert || model) over the whole
@@ -44,15 +44,16 @@ LENGTH = 256
 GRIDS: dict[str, list[dict[str, Any]]] = {
     "uniform soup": [{"method": "soup"}],
     "task arithmetic": [
-        {"method": "task_arithmetic", "lambda": x} for x in (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
+        {"method": "task_arithmetic", "lambda": x}
+        for x in (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
     ],
     "TIES": [
         {"method": "ties", "density": d, "lambda": x}
-        for d in (0.2, 0.5) for x in (0.3, 0.5, 0.7, 1.0)
+        for d in (0.2, 0.5) for x in (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
     ],
     "DARE": [
         {"method": "dare", "density": d, "lambda": x}
-        for d in (0.5, 0.9) for x in (0.1, 0.2, 0.3, 0.5)
+        for d in (0.5, 0.9) for x in (0.05, 0.1, 0.15, 0.2, 0.3, 0.5)
     ],
 }  # fmt: skip
 USUAL: dict[str, Any] = {
@@ -67,7 +68,7 @@ LEARNED: dict[str, dict[str, Any]] = {
         "form": "task_vector", "granularity": "tensor", "learning_rate": 2e-2,
     },
 }  # fmt: skip
-THREE_SEEDS = tuple(LEARNED)[:2]
+ONE_SEED = ("DAM (soup of the experts)",)
 
 
 class Experiment:
@@ -156,22 +157,21 @@ def run_all(experiment: Experiment) -> None:
         experiment.once(f"test {name}", lambda n=name: experiment.score(ZOO / n, "test", loss=True))
     for family, grid in GRIDS.items():
         for setting in grid:
-            label = " ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in setting.values())
 
-            def on_val(setting: Any = setting, label: str = label) -> dict[str, Any]:
-                out, _ = experiment.merge(label.replace(" ", "-"), static_recipe(setting))
+            def on_val(setting: Any = setting) -> dict[str, Any]:
+                out, _ = experiment.merge(label_of(setting, "-"), static_recipe(setting))
                 return {"setting": setting, **experiment.score(out, "val", loss=False)}
 
-            experiment.once(f"val {family}: {label}", on_val)
+            experiment.once(f"val {family}: {label_of(setting)}", on_val)
         best = best_setting(experiment.results, family)
         for seed in SEEDS if family == "DARE" else SEEDS[:1]:
 
-            def on_test(family: str = family, best: Any = best, seed: int = seed) -> dict[str, Any]:
-                out, _ = experiment.merge(f"{family}-{seed}".replace(" ", "-"),
-                                          static_recipe(best, seed))  # fmt: skip
+            def on_test(best: Any = best, seed: int = seed) -> dict[str, Any]:
+                name = f"{label_of(best, '-')}-seed{seed}"
+                out, _ = experiment.merge(name, static_recipe(best, seed))
                 return {"setting": best, **experiment.score(out, "test", loss=True)}
 
-            experiment.once(f"test {family} seed {seed}", on_test)
+            experiment.once(f"test {family}: {label_of(best)} seed {seed}", on_test)
     for name, seed in learned_runs():
 
         def learn(name: str = name, seed: int = seed) -> dict[str, Any]:
@@ -179,7 +179,7 @@ def run_all(experiment: Experiment) -> None:
                 f"dam-{tuple(LEARNED).index(name)}-{seed}", learned_recipe(LEARNED[name], seed)
             )
             training = report["training"]
-            keep = ("steps", "best_step", "measured", "cost", "coefficients", "scores")
+            keep = ("steps", "best_step", "measured", "cost", "coefficients")
             return {
                 "training": {key: training[key] for key in keep},
                 "groups": report["coefficients"]["groups"],
@@ -192,8 +192,13 @@ def run_all(experiment: Experiment) -> None:
 def learned_runs() -> Iterator[tuple[str, int]]:
     for seed in SEEDS:
         for name in LEARNED:
-            if seed == SEEDS[0] or name in THREE_SEEDS:
+            if seed == SEEDS[0] or name not in ONE_SEED:
                 yield name, seed
+
+
+def label_of(setting: Mapping[str, Any], between: str = " ") -> str:
+    """A setting of a grid in a few words."""
+    return between.join(f"{v:g}" if isinstance(v, float) else str(v) for v in setting.values())
 
 
 def best_setting(results: Mapping[str, Any], family: str) -> dict[str, Any]:
@@ -225,7 +230,9 @@ def rows(results: Mapping[str, Any]) -> Iterator[tuple[str, list[dict[str, Any]]
     for name in ("base", *EXPERTS):
         yield name, [results[f"test {name}"]]
     for name in (*GRIDS, *LEARNED):
-        found = [results[key] for s in SEEDS if (key := f"test {name} seed {s}") in results]
+        key = f"{name}: {label_of(best_setting(results, name))}" if name in GRIDS else name
+        runs = [results.get(f"test {key} seed {seed}") for seed in SEEDS]
+        found = [run for run in runs if run is not None]
         if found:
             yield name, found
 
@@ -289,15 +296,17 @@ def draw(results: Mapping[str, Any]) -> None:
     axes.legend()
     figure.savefig(DOCS / "dam-training.svg", metadata={"Date": None})
 
-    groups = results[f"test {THREE_SEEDS[0]} seed 0"]["groups"]
+    groups = results[f"test {next(iter(LEARNED))} seed 0"]["groups"]
     layers = sorted((g for g in groups if g["layer"] is not None), key=lambda g: g["layer"])
     shown = [g for g in groups if g["name"].endswith("embed_tokens.weight")] + layers
     figure, axes = plt.subplots(figsize=(8, 2.6), layout="constrained")
     values = [[g["mean"][i] for g in shown] for i in range(len(EXPERTS))]
     image = axes.imshow(values, cmap="viridis", aspect="auto")
+    bright = 0.6 * max(map(max, values)) + 0.4 * min(map(min, values))
     for i, row in enumerate(values):
         for j, value in enumerate(row):
-            axes.text(j, i, f"{value:.2f}", ha="center", va="center", color="white")
+            ink = "black" if value > bright else "white"
+            axes.text(j, i, f"{value:.2f}", ha="center", va="center", color=ink)
     axes.set_yticks(range(len(EXPERTS)), EXPERTS)
     axes.set_xticks(range(len(shown)), ["embedding", *(f"layer {g['layer']}" for g in layers)])
     figure.colorbar(image, label="mean coefficient")
@@ -328,6 +337,8 @@ def main() -> None:
         torch.set_num_threads(1)
         run_all(experiment)
     DOCS.mkdir(parents=True, exist_ok=True)
+    for result in experiment.results.values():
+        result.get("training", {}).pop("scores", None)
     (DOCS / "dam.json").write_text(json.dumps(experiment.results, indent=1) + "\n")
     draw(experiment.results)
     write_page(experiment.results)

@@ -55,7 +55,7 @@ class Case:
 
     def tasks(self, split: str) -> EvalSpec:
         """The loss of every domain on a seeded sample of rows."""
-        return EvalSpec(tuple(
+        tasks = tuple(
             LossTask(
                 name=domain,
                 data=DATA / f"{_text_of(domain)}.{split}.jsonl",
@@ -63,7 +63,8 @@ class Case:
                 expert=self.experts[expert].name,
             )
             for domain, expert in self.domains.items()
-        ))  # fmt: skip
+        )
+        return EvalSpec(tasks, device="cpu")
 
 
 def _text_of(domain: str) -> str:
@@ -118,6 +119,7 @@ def run_case(case: Case, grids: Mapping[str, list[dict[str, Any]]] = GRIDS) -> d
         "choosing": choosing,
         "tasks": found.record["tasks"],
         "front": found.record["front"],
+        "same": found.record["same"],
         "models": [_slim(model) for model in found.record["models"]],
     }
 
@@ -158,9 +160,11 @@ def _choose(case: Case, grid: Sequence[dict[str, Any]]) -> tuple[dict[str, Any],
 
 
 def _write(case: Case, recipe: Mapping[str, Any], file: Path) -> None:
+    # To slerp a base would be a third model.
+    base = {} if recipe["merge_method"] == "slerp" else {"base_model": str(BASE)}
     document = {
         **recipe,
-        "base_model": str(BASE),
+        **base,
         "models": [{"model": str(folder)} for folder in case.experts.values()],
         "dtype": "bfloat16",
     }
@@ -169,7 +173,8 @@ def _write(case: Case, recipe: Mapping[str, Any], file: Path) -> None:
 
 def _alike(found: ComparisonResult) -> dict[str, Any]:
     """From the report of task arithmetic, which looks at task vectors."""
-    (report,) = list((found.path / "models").glob("task-arithmetic-0.4-*/merge_report.json"))
+    place = Path(found.comparison["task arithmetic 0.4"].place)
+    report = place / "merge_report.json"
     total = json.loads(report.read_text(encoding="utf-8"))["statistics"]["total"]
     size = len(total["norm"])
     pairs = [total["cosine"][i][j] for i in range(size) for j in range(i + 1, size)]
@@ -191,7 +196,8 @@ def _hushed() -> Any:
 
 def of(result: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     """One model of a case's result."""
-    found: Mapping[str, Any] = next(m for m in result["models"] if m["name"] == name)
+    wanted = result["same"].get(name, name)
+    found: Mapping[str, Any] = next(m for m in result["models"] if m["name"] == wanted)
     return found
 
 

@@ -1,6 +1,6 @@
 """Two cases like the paper's: a language and two kinds of maths; three unlike domains.
 
-python scripts/experiments/paper_cases.py [--seeds 0 1 2]   about 10 minutes, after training
+python scripts/experiments/paper_cases.py [--seeds 0 1 2]   about 10 minutes after training
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Similarity: experts trained for more and more steps; where does averaging stop competing?
 
-python scripts/experiments/similarity.py [--seeds 0 1 2]    about 20 minutes, after training
+python scripts/experiments/similarity.py [--seeds 0 1 2]    about 20 minutes after training
 """
 
 from __future__ import annotations

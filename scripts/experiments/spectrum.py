@@ -1,6 +1,6 @@
 """The spectrum: soup, task arithmetic, TIES, DARE on three domains, quality against cost.
 
-python scripts/experiments/spectrum.py [--seeds 0 1 2]      about 5 minutes, after training
+python scripts/experiments/spectrum.py [--seeds 0 1 2]      about 8 minutes after training
 """
 
 from __future__ import annotations

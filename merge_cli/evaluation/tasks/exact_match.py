@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ class ExactMatch(DataTask):
 
     kind = "exact_match"
     metrics = ("exact_match",)
+    version = 2
 
     extract: str = option(
         "", "regular expression of an answer; its first group, or all; default the whole text"
@@ -28,6 +30,12 @@ class ExactMatch(DataTask):
     max_new_tokens: int = option(128, "tokens to write at most", least=1)
     stop: tuple[str, ...] = option((), "texts that end an answer")
     ignore_case: bool = option(False, "compare without case")
+
+    def __post_init__(self) -> None:
+        try:
+            re.compile(self.extract)
+        except re.error as error:
+            raise ValueError(f"extract is no regular expression: {error}") from None
 
     def score(self, live: LiveModel, tell: Tell) -> TaskResult:
         rows = self.sample(read_rows(self.data), live.seed)
@@ -59,7 +67,8 @@ class ExactMatch(DataTask):
         if not found:
             return None
         match = found[0 if self.take == "first" else -1]
-        return str(match[1] if match.re.groups else match[0]).strip()
+        text = match[1] if match.re.groups else match[0]
+        return None if text is None else text.strip()
 
     def _right(self, row: Row) -> str:
         row.text("prompt")
@@ -98,7 +107,7 @@ class ExactMatch(DataTask):
             for row, number in enumerate(batch):  # on the left: writing goes on at the right
                 ids[row, width - len(prompts[number]) :] = torch.tensor(prompts[number])
                 mask[row, width - len(prompts[number]) :] = 1
-            with torch.inference_mode():
+            with torch.inference_mode(), _plainly(live.net, config):
                 written = live.net.generate(
                     input_ids=ids.to(live.net.device), attention_mask=mask.to(live.net.device),
                     generation_config=config, tokenizer=live.tokenizer if self.stop else None,
@@ -109,6 +118,17 @@ class ExactMatch(DataTask):
             done += len(batch)
             tell(done, len(prompts))
         return texts
+
+
+@contextmanager
+def _plainly(net: Any, config: Any) -> Iterator[None]:
+    """Greedy as it is: a model's own generation settings (penalties, beams) would fill the gaps."""
+    own = net.generation_config
+    net.generation_config = config
+    try:
+        yield
+    finally:
+        net.generation_config = own
 
 
 def _prompt(row: Row, live: LiveModel) -> Sequence[int]:

@@ -24,6 +24,7 @@ class KL(DataTask):
 
     kind = "kl"
     metrics = ("kl", "agreement")
+    version = 2
 
     teacher: str = option(help="the model to imitate: a folder or a Hub id")
     folder: Path = option(Path(), "where the teacher's relative path starts")
@@ -39,10 +40,11 @@ class KL(DataTask):
     def score(self, live: LiveModel, tell: Tell) -> TaskResult:
         import torch
 
-        rows, encoded, items = text_windows(self, live, self.stride)
-        nats = torch.zeros(len(rows), dtype=torch.float64)
-        agree = torch.zeros(len(rows), dtype=torch.float64)
         with self._teacher(live) as teacher:
+            length = min(live.max_length, teacher.max_length)
+            rows, encoded, items = text_windows(self, live, self.stride, length)
+            nats = torch.zeros(len(rows), dtype=torch.float64)
+            agree = torch.zeros(len(rows), dtype=torch.float64)
             # Both run through the same windows in the same batches.
             pairs = zip(
                 forward(live, items, tell), forward(teacher, items, lambda *_: None), strict=True
@@ -57,7 +59,7 @@ class KL(DataTask):
                 same = q.argmax(-1) == p.argmax(-1)
                 agree += add_up(same, ours.examples, len(rows))
             live.count(teacher.cost.tokens, teacher.cost.forward_passes)
-        tokens = [float(len(row.ids) - row.first) for row in encoded]
+        tokens = [float(max(0, len(row.ids) - row.first)) for row in encoded]
         metrics = {
             "kl": Metric("kl", "nats per token", "lower", nats.tolist(), tokens),
             "agreement": Metric("agreement", "of tokens", "higher", agree.tolist(), tokens),

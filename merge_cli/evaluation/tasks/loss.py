@@ -18,7 +18,8 @@ class LossTask(DataTask):
     """Negative log-likelihood of text: per token, and per byte, which compares vocabularies."""
 
     kind = "loss"
-    metrics = ("loss", "bits_per_byte")
+    metrics = ("loss", "perplexity", "bits_per_byte")
+    version = 2
 
     stride: int | None = option(
         None,
@@ -36,14 +37,13 @@ class LossTask(DataTask):
                 batch.logits, batch.targets, reduction="none"
             )
             nats += add_up(losses, batch.examples, len(rows))
-        tokens = [float(len(row.ids) - row.first) for row in encoded]
-        sizes = [
-            float(len(live.tokenizer.decode(row.ids[row.first :]).encode())) for row in encoded
-        ]
+        tokens = [float(max(0, len(row.ids) - row.first)) for row in encoded]
+        sizes = [float(_bytes(row, live)) for row in encoded]
         parts = nats.tolist()
         bits = [part / math.log(2) for part in parts]
         metrics = {
             "loss": Metric("loss", "nats per token", "lower", parts, tokens),
+            "perplexity": Metric("perplexity", "per token", "lower", parts, tokens, power=True),
             "bits_per_byte": Metric("bits_per_byte", "bits per byte", "lower", bits, sizes),
         }
         examples = [
@@ -53,25 +53,37 @@ class LossTask(DataTask):
         return TaskResult(self.name, self.kind, metrics, examples)
 
 
+def _bytes(row: Encoded, live: LiveModel) -> int:
+    """Bytes of the text that is predicted: all but a first token that nothing comes before."""
+    if len(row.ids) <= row.first:
+        return 0
+    size = len(row.text.encode())
+    if row.first == 1 and live.tokenizer.bos_token_id is None and row.ids:
+        size -= len(live.tokenizer.decode(row.ids[:1]).encode())
+    return max(size, 1)
+
+
 def text_windows(
-    task: DataTask, live: LiveModel, stride: int | None
+    task: DataTask, live: LiveModel, stride: int | None, length: int | None = None
 ) -> tuple[list[Row], list[Encoded], list[Window]]:
-    """The rows that have something to predict, their tokens, and the windows to run.
+    """The rows, their tokens, and the windows to run.
+
+    A row without anything to predict stays, with a weight of 0, so that two models' rows pair.
+
+    Args:
+        length: tokens of a window; default the model's context.
 
     Raises:
-        SourceError: no row has.
+        SourceError: no row has anything to predict.
     """
-    found = [
-        (row, encode(row, live.tokenizer)) for row in task.sample(read_rows(task.data), live.seed)
-    ]
-    kept = [(row, tokens) for row, tokens in found if tokens.first < len(tokens.ids)]
-    if not kept:
-        raise SourceError("has no token to score", file=str(task.data))
+    length = length or live.max_length
+    rows = task.sample(read_rows(task.data), live.seed)
+    encoded = [encode(row, live.tokenizer) for row in rows]
     items = [
         window
-        for i, (_, tokens) in enumerate(kept)
-        for window in windows(
-            i, tokens.ids, tokens.first, live.max_length, stride or max(1, live.max_length // 2)
-        )
+        for i, tokens in enumerate(encoded)
+        for window in windows(i, tokens.ids, tokens.first, length, stride or max(1, length // 2))
     ]
-    return [row for row, _ in kept], [tokens for _, tokens in kept], items
+    if not items:
+        raise SourceError("has no token to score", file=str(task.data))
+    return rows, encoded, items

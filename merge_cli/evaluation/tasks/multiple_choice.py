@@ -7,13 +7,14 @@ belong to the choice, `accuracy_norm` divides a choice's log-likelihood by its c
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
 from merge_cli.evaluation.forward import Window, add_up, forward
 from merge_cli.evaluation.live import LiveModel
 from merge_cli.evaluation.result import Metric, TaskResult
-from merge_cli.evaluation.rows import Row, read_rows
+from merge_cli.evaluation.rows import Row, read_rows, token_ids
 from merge_cli.evaluation.task import DataTask, Tell, option
 
 
@@ -30,6 +31,7 @@ class MultipleChoice(DataTask):
 
     kind = "multiple_choice"
     metrics = ("accuracy", "accuracy_norm", "loss")
+    version = 2
 
     delimiter: str = option(" ", "what stands between the prompt and a choice")
 
@@ -80,7 +82,7 @@ def _question(row: Row) -> _Question:
         raise row.wrong(f"needs 'choices', a list of at least two texts (got {choices!r})")
     answer = row.fields.get("answer")
     if isinstance(answer, str):
-        letter = ord(answer.upper()) - ord("A") if len(answer) == 1 else -1
+        letter = ord(answer.upper()) - ord("A") if re.fullmatch("[A-Za-z]", answer) else -1
         answer = choices.index(answer) if answer in choices else letter
     if type(answer) is not int or not 0 <= answer < len(choices):
         got = row.fields.get("answer")
@@ -91,11 +93,15 @@ def _question(row: Row) -> _Question:
 def _window(number: int, question: _Question, choice: str, live: LiveModel) -> Window:
     prompt = question.row.text("prompt")
     bare = prompt.rstrip()
-    whole = _ids(bare + prompt[len(bare) :] + choice, live)
-    before = _ids(bare, live) if bare else _start(question, live)
-    if not bare:
-        whole = [*before, *whole]
-    ids = whole[-live.max_length :]
+    if bare:
+        before = _ids(bare, live)
+        whole = _ids(bare + prompt[len(bare) :] + choice, live)
+    else:
+        before = _start(question, live)
+        own = token_ids(prompt + choice, live.tokenizer)
+        whole = own if own[:1] == before else [*before, *own]
+    # One more than the context: the last token is predicted, and not fed.
+    ids = whole[-live.max_length - 1 :]
     first = max(1, len(before) - (len(whole) - len(ids)))
     if first >= len(ids):
         raise question.row.wrong(f"the choice {choice!r} is no token of its own after its prompt")

@@ -21,6 +21,7 @@ class PythonTask(Task):
 
     kind = "python"
     metrics = ("score",)
+    remembered = False  # what else the function reads is not known
     unshared = Task.unshared | {"folder"}
 
     python: str = option(help="file.py:function")

@@ -9,7 +9,14 @@ from typing import Any
 from merge_cli.report import charts
 from merge_cli.report.charts import Scale
 from merge_cli.report.comparison.plots import Dot, Point, dots, plane
-from merge_cli.report.comparison.table import decimals, legend, number, used, with_ends
+from merge_cli.report.comparison.table import (
+    decimals,
+    excludes_zero,
+    legend,
+    number,
+    used,
+    with_ends,
+)
 from merge_cli.report.elements import document, figure, key_figures, section, table
 from merge_cli.report.words import count, duration, listing, size, two_decimals
 
@@ -62,10 +69,12 @@ def _key_figures(record: Json) -> str:
         )
         gain = best["gain"]
         if gain is not None:
-            sure = not gain["interval"][0] <= 0 <= gain["interval"][1]
-            said = "a difference" if sure else "may be chance"
-            cells.append((f"Better than {record['reference']} by", decimals(gain["value"], "+"),
-                          f"{with_ends(gain, '+').partition(' ')[2]}, {said}"))  # fmt: skip
+            said = "a difference" if excludes_zero(gain) else "may be chance"
+            ends = with_ends(gain, "+").partition(" ")[2]
+            cells.append((
+                f"Better than {record['reference']} by", decimals(gain["value"], "+"),
+                f"{ends}, {said}" if ends else "of a single example",
+            ))  # fmt: skip
         cells.append(("Made in", duration(best["cost"]["seconds"]),
                       f"{size(best['cost']['peak_rss'])} of memory"))  # fmt: skip
     cheapest = min(merges, key=lambda model: model["cost"]["seconds"])

@@ -44,6 +44,7 @@ def comparison_record(found: Comparison) -> dict[str, Any]:
         },
         "reference": found.reference.name if found.reference else None,
         "front": list(found.front),
+        "same": dict(found.same),
         "notes": list(found.notes),
         "models": [_model(found, one) for one in found.entrants],
     }

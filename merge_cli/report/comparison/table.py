@@ -123,6 +123,12 @@ def with_ends(score: Json | None, sign: str = "") -> str:
     return f"{text} ({low} to {high})"
 
 
+def excludes_zero(score: Json | None) -> bool:
+    """Whether a difference's interval says that it is one."""
+    ends = score["interval"] if score is not None else None
+    return ends is not None and bool(ends[0] > 0 or ends[1] < 0)
+
+
 def _row(record: Json, model: Json) -> list[str]:
     cells = [model["name"]]
     cells += [decimals(model["scores"][task["name"]]["value"]) for task in record["tasks"]]
@@ -132,8 +138,7 @@ def _row(record: Json, model: Json) -> list[str]:
         cells.append(with_ends(model["normalised_mean"]))
     if record["reference"]:
         gain = model["gain"]
-        sure = gain is not None and not gain["interval"][0] <= 0 <= gain["interval"][1]
-        cells.append(with_ends(gain, "+") + (" *" if sure else ""))
+        cells.append(with_ends(gain, "+") + (" *" if excludes_zero(gain) else ""))
     cost = model["cost"]
     if cost is None:
         return [*cells, "–", "–", "–", "–"]
