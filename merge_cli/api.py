@@ -56,13 +56,13 @@ def merge(
     show: Callable[[Progress], None] = lambda progress: None,
     require_improvement: bool = False,
 ) -> MergeResult:
-    """Merge models into the folder `out`; learn the coefficients first, if the method does.
+    """Merge models into the folder `out`; learn or search first, if the method does.
 
     Args:
         recipe: a plan, a loaded recipe, or the path of one.
         out: the folder to publish; it appears only when it is complete.
         show: told of progress.
-        require_improvement: a learned merge must beat every one that needs no training.
+        require_improvement: what is learned or found must beat every merge that needs neither.
 
     Raises:
         RecipeError, SourceError, MismatchError, NonFiniteError, ResourceError, Interrupted,
@@ -87,14 +87,29 @@ def merge(
             return MergeResult(target, {})
         decided = make_plan(with_coefficients(decided.recipe, learned), shard_size=shard_size)
     record = learned.record if learned is not None else None
+    found = None
+    if decided.recipe.searches:
+        from merge_cli.evolve.run import search
+
+        check_target(decided, target, options)
+        found = search(decided, target, options, show=show, require_improvement=require_improvement)
+        decided = make_plan(found.recipe, shard_size=shard_size)
 
     def finish(of: Plan, prints: tuple[str, ...], outcome: Outcome, folder: Path) -> None:
-        report.update(write_reports(of, prints, outcome, folder, target.absolute(), record))
+        extra = found.attachments if found is not None else {}
+        report.update(
+            write_reports(
+                of, prints, outcome, folder, target.absolute(), record,
+                search=found.record if found is not None else None, attachments=extra,
+            )
+        )  # fmt: skip
 
     path = execute(decided, target, options, show=show, finish=finish)
     if learned is not None:
         learned.folder.discard()
         learned.world.close()
+    if found is not None:
+        found.folder.discard()
     if not report:  # published by a process that was killed before it could say so
         report.update(json.loads((path / "merge_report.json").read_text(encoding="utf-8")))
     return MergeResult(path, report)

@@ -80,6 +80,8 @@ def test_every_method_has_a_row_and_a_recipe() -> None:
         "dare_ties",
         "slerp",
         "passthrough",
+        "greedy_soup",
+        "evolutionary",
         "dam",
     ):
         assert f"merge_method: {name}\n" in recipes

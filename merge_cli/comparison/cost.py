@@ -77,16 +77,24 @@ class Ledger:
         own = [attempt for attempt in self._attempts if attempt["merge"] == merge]
         whole = json.loads((folder / "merge_report.json").read_text(encoding="utf-8"))
         report, learning = whole["cost"], whole.get("training", {}).get("cost", {})
+        searching = whole.get("search", {}).get("cost", {})
         energies = [attempt["joules"] for attempt in own]
         known = bool(energies) and None not in energies
         return MergeCost(
             # Without a note (somebody removed the file), the loop's own time is what is known.
             seconds=sum(a["seconds"] for a in own) if own else report["seconds"],
-            tokens=learning.get("tokens", 0),
-            forward_passes=learning.get("passes", 0) + learning.get("held_out_passes", 0),
+            tokens=learning.get("tokens", 0) + searching.get("tokens", 0),
+            forward_passes=learning.get("passes", 0)
+            + learning.get("held_out_passes", 0)
+            + searching.get("forward_passes", 0),
             backward_passes=learning.get("passes", 0),
-            peak_rss=max(report["peak_rss"], learning.get("peak_rss", 0)),
-            peak_vram=max((report["peak_vram"], learning.get("peak_vram")), key=lambda v: v or 0),
+            peak_rss=max(
+                report["peak_rss"], *(c.get("peak_rss", 0) for c in (learning, searching))
+            ),
+            peak_vram=max(
+                (report["peak_vram"], learning.get("peak_vram"), searching.get("peak_vram")),
+                key=lambda v: v or 0,
+            ),
             joules=sum(energies) if known else None,
         )
 

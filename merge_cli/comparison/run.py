@@ -204,13 +204,17 @@ def _merges(
 def _work(plan: Plan, device: str) -> str:
     """A digest of everything that a merged model depends on, its config and tokenizer included.
 
-    Where the method learns, also of what it learns from.
+    Where the method learns or searches, also of what it learns from or searches by.
     """
     state = hashlib.sha256(work_key(plan, device, True).encode())
     state.update(json.dumps(dict(plan.config), sort_keys=True).encode())
     for donor in {plan.donor, plan.tokenizer_donor}:
         for file in companion_files(plan.sources[donor].root):
             state.update(f"{donor == plan.donor} {file.name} {file_digest(file)}".encode())
+    if plan.recipe.searches:
+        from merge_cli.evolve.run import search_digest
+
+        state.update(search_digest(plan, device).encode())
     if not plan.learns:
         return state.hexdigest()
     recipe = plan.recipe

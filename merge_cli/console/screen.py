@@ -19,6 +19,7 @@ from rich.table import Table
 from merge_cli.console.analysis import print_analysis
 from merge_cli.console.indented import indented
 from merge_cli.console.progress import ProgressLog, progress_bar
+from merge_cli.console.search import print_found, print_keys, print_search, search_json
 from merge_cli.console.tables import (
     Settings,
     method_json,
@@ -99,13 +100,18 @@ class Screen:
     def plan(self, plan: Plan, options: MergeOptions, *, every: bool, as_json: bool) -> None:
         """The plan as a table (one row for each run of like layers) or as JSON.
 
-        A method that learns shows its training, too.
+        A method that learns or searches shows what comes before the merge, too.
         """
         training = None
         if plan.learns:
             from merge_cli.dam.plan import plan_training
 
             training = plan_training(plan, options.device)
+        searching = None
+        if plan.recipe.searches:
+            from merge_cli.evolve.plan import plan_search
+
+            searching = plan_search(plan, options)
         from merge_cli.engine.device import choose_device
         from merge_cli.engine.memory import estimated_peak
 
@@ -114,6 +120,8 @@ class Screen:
             document = plan_json(plan, peak)
             if training is not None:
                 document["training"] = training_json(training)
+            if searching is not None:
+                document["search"] = search_json(searching)
             print(indented(document))
             return
         table = Table(box=None, pad_edge=False, header_style="bold", title_justify="left")
@@ -146,6 +154,8 @@ class Screen:
             self.out.print(f"[dim]note:[/dim] {escape(note)}")
         if training is not None:
             print_training(self.out, training)
+        if searching is not None:
+            print_search(self.out, searching)
 
     def result(self, result: MergeResult, shown: Path, *, as_json: bool = False) -> None:
         """What a run leaves behind."""
@@ -157,6 +167,9 @@ class Screen:
         training = result.report.get("training")
         if training is not None:
             self._learned(training)
+        search = result.report.get("search")
+        if search is not None:
+            print_found(self.out, search)
         cost, output = result.report["cost"], result.report["output"]
         seconds = cost["seconds"] + cost["survey_seconds"]
         moved = cost["stages"]["read"]["bytes"] + cost["stages"]["write"]["bytes"]
@@ -233,6 +246,8 @@ class Screen:
             self.out.print(f"      {escape(parameter.doc)}")
         if method.learns:
             print_dials(self.out)
+        if method.searches:
+            print_keys(self.out, method.name)
 
 
 def show_error(error: MergeCliError) -> None:

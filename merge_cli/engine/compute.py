@@ -54,6 +54,11 @@ class Computer:
                 ModelReader(readers, self._reading.pool, cache(on_read))
             )
 
+    @property
+    def surveyed(self) -> bool:
+        """Whether the method has looked at the whole model."""
+        return self._survey is not None
+
     def merge(self, task: TensorTask, units: Sequence[Unit], finished: Finished) -> None:
         """Merge these units of one tensor.
 
@@ -71,9 +76,14 @@ class Computer:
         if "coefficients" in self._method.supplied and self._plan.coefficients is not None:
             supplied["coefficients"] = self._plan.coefficients.of(task.name, task.shape)
         if self._method.prepare is not None:
-            supplied["prepared"] = self._method.prepare(reader, self._survey, **task.parameters)
+            supplied["prepared"] = self.prepare(reader, task)
         work = partial(self._merge_unit, reader, supplied, finished)
         self._reading.pool.map(work, units)
+
+    def prepare(self, reader: TaskReader, task: TensorTask) -> Any:
+        """What the method must know of the whole tensor first."""
+        assert self._method.prepare is not None
+        return self._method.prepare(reader, self._survey, **task.parameters)
 
     def _reader(self, task: TensorTask) -> TaskReader:
         return TaskReader(task, self._reading, span_starts(task))

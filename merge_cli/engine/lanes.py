@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from merge_cli.checkpoint.header import DTYPES, TensorRef
-from merge_cli.checkpoint.raw import FilePool, copy_range, read_into, write_from
+from merge_cli.checkpoint.raw import FilePool, copy_range, read_ahead, read_into, write_from
 from merge_cli.kernels.convert import decode, decode_row, decode_rows, encode, encode_into
 
 _WIDEST = 8  # bytes of an element in the widest format
@@ -93,6 +93,10 @@ class Files:
 
     def __init__(self, sources: FilePool, shards: FilePool) -> None:
         self.sources, self.shards = sources, shards
+
+    def ask_for(self, ref: TensorRef, start: int, size: int) -> None:
+        """Have the system bring `size` bytes from byte `start` of a tensor into its cache."""
+        read_ahead(self.sources, ref.path, ref.offset + start, size)
 
     def read(self, clock: Clock, ref: TensorRef, start: int, buffer: memoryview) -> None:
         """Fill the buffer with what is stored from element `start` on."""

@@ -42,7 +42,7 @@ def execute(plan: Plan, target: Path, options: MergeOptions, *, show: Show, fini
     try:
         with WorkFolder(target) as work:
             fetch_inputs(plan, show)
-            fingerprints = _verified_fingerprints(plan)
+            fingerprints = verified_fingerprints(plan)
             key = work_key(plan, device.kind, options.statistics)
             if not options.fresh and work.published(key):
                 work.discard()
@@ -58,7 +58,7 @@ def execute(plan: Plan, target: Path, options: MergeOptions, *, show: Show, fini
             finally:
                 journal.close()
             work.clear_companions(plan.shards)
-            _write_companions(plan, work.model, options)
+            write_companions(plan, work.model, options)
             finish(plan, fingerprints, outcome, work.model)
             work.publish(fsync=options.fsync)
             return work.target
@@ -107,7 +107,7 @@ def fetch_inputs(plan: Plan, show: Show) -> None:
         fetch_weights(source, wanted, progress)
 
 
-def _verified_fingerprints(plan: Plan) -> tuple[str, ...]:
+def verified_fingerprints(plan: Plan) -> tuple[str, ...]:
     """Each source's fingerprint. A resolved recipe records them: other inputs, other bytes."""
     found = []
     for i, source in enumerate(plan.sources):
@@ -121,7 +121,7 @@ def _verified_fingerprints(plan: Plan) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _write_companions(plan: Plan, folder: Path, options: MergeOptions) -> None:
+def write_companions(plan: Plan, folder: Path, options: MergeOptions) -> None:
     """config.json, the index, tokenizer and processor files."""
     donor, tokenizer = plan.sources[plan.donor], plan.sources[plan.tokenizer_donor]
     if options.trust_remote_code and donor.hub is not None:

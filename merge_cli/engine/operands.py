@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, TypeVar
 
-from merge_cli.checkpoint.raw import read_ahead
 from merge_cli.engine.lanes import Files
 from merge_cli.engine.plan import TensorTask
 from merge_cli.engine.pool import Pool
@@ -95,8 +94,7 @@ def ask_for(files: Files, task: TensorTask, start: int, stop: int) -> None:
     """Have the system bring elements [start, stop) of every input into its cache."""
     for ref in task.inputs:
         width = ref.nbytes // ref.size
-        size = (stop - start) * width
-        read_ahead(files.sources, ref.path, ref.offset + start * width, size)
+        files.ask_for(ref, start * width, (stop - start) * width)
 
 
 class ModelReader:

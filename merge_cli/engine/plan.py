@@ -32,6 +32,7 @@ class TensorTask:
         parameters: resolved, by the recipe's names; tensors that are treated alike share one.
         group: what the report sums over: the layer (`model.layers.7`), or the tensor's own name.
         note: what a reader should know; often empty.
+        position: the layer's place in its slice, 0 to 1: where a gradient is evaluated.
     """
 
     name: str
@@ -45,6 +46,7 @@ class TensorTask:
     parameters: Mapping[str, Any] = field(default_factory=dict)
     group: str = ""
     note: str = ""
+    position: float = 0.0
 
     @property
     def output(self) -> OutputTensor:

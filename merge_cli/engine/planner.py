@@ -242,8 +242,9 @@ def _tasks(
         action: Action = "copy" if resolved.copies and operands[0].dtype == dtype else "merge"
         mixed = {ref.dtype for ref in operands} | {like.dtype}
         note = f"stored as {', '.join(sorted(mixed))}" if len(mixed) > 1 else ""
-        yield TensorTask(name, like.shape, dtype, action, operands, sources, ids, match.base,
-                         resolved.parameters, group, note), resolved.error  # fmt: skip
+        task = TensorTask(name, like.shape, dtype, action, operands, sources, ids, match.base,
+                          resolved.parameters, group, note, match.seat.position)  # fmt: skip
+        yield task, resolved.error
 
 
 def _coefficients(recipe: Recipe, tasks: Sequence[TensorTask]) -> CoefficientFile | None:

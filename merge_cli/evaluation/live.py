@@ -34,6 +34,7 @@ class LiveModel:
         batch_tokens: tokens of a batch, padding included.
         seed: of row samples.
         cost: grows with every forward pass.
+        teachers: models that tasks compare with, kept for the next time; None closes them.
     """
 
     label: str
@@ -45,6 +46,7 @@ class LiveModel:
     batch_tokens: int
     seed: int = 0
     cost: Cost = Cost()
+    teachers: dict[str, LiveModel] | None = None
     _folder: Any = field(default=None, repr=False)  # of offloaded weights
 
     @property
@@ -61,6 +63,9 @@ class LiveModel:
     def close(self) -> None:
         """Let go of the weights, in memory and in the offload folder."""
         self.net = None
+        for teacher in (self.teachers or {}).values():
+            teacher.close()
+        self.teachers = None
         if self._folder is not None:
             self._folder.cleanup()
 

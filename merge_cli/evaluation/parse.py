@@ -92,7 +92,8 @@ class _Parser:
                                  f"(got {node.plain()!r})")  # fmt: skip
             return None
         named = node.value.get("task")
-        word = named.value if named else ("lm_eval" if "lm_eval" in node.value else None)
+        short = next((kind for kind in ("lm_eval", "python") if kind in node.value), None)
+        word = named.value if named else short
         if word is None:
             self._add(node, f"{key}.task", "missing", f"Known: {', '.join(KINDS)}.")
             return None
@@ -125,7 +126,7 @@ class _Parser:
             self._add(given["data"], f"{key}.data", f"no such file: {data}")
         if missing or self.problems:
             return None
-        if "teacher" in hints:
+        if "folder" in hints:
             values["folder"] = self.folder
         values.setdefault("name", default_name(data) if data else values.get("lm_eval", word))
         try:

@@ -129,7 +129,7 @@ def evaluate_source(source: Source, spec: EvalSpec, show: Show = _silent) -> Eva
             if found is None:
                 with torch_threads(spec.threads), _memory_errors(source.label):
                     live = live or _loaded(source, spec)
-                    found = _scored(task, live, show)
+                    found = score_task(task, live, show)
                 if cached:
                     cache.keep(key, found)
             done[task.name] = found
@@ -210,7 +210,12 @@ def _loaded(source: Source, spec: EvalSpec) -> LiveModel:
     )
 
 
-def _scored(task: Task, live: LiveModel, show: Show) -> TaskResult:
+def score_task(task: Task, live: LiveModel, show: Show = _silent) -> TaskResult:
+    """One task on a live model, with what it cost.
+
+    Raises:
+        NonFiniteError: the model predicts NaN.
+    """
     started, live.cost = time.monotonic(), Cost()
     show(Step(live.label, task.name, 0, 0))
     found = task.score(live, lambda done, total: show(Step(live.label, task.name, done, total)))

@@ -67,7 +67,8 @@ def _scaled(weight: Sequence[float], factors: list[float]) -> list[float]:
 
 @merge_method(
     "dare", aliases=("dare_linear",), paper="arXiv:2311.03099",
-    prepare=rescale_factors, kept=kept, check=weights_cancel, any_array=True,
+    prepare=rescale_factors, prepare_uses=("density", "rescale"), kept=kept, check=weights_cancel,
+    any_array=True,
 )  # fmt: skip
 def dare(
     base: Array,
@@ -98,8 +99,9 @@ def dare(
 
 
 @merge_method(
-    "dare_ties", paper="arXiv:2311.03099", prepare=rescale_factors, kept=kept, any_array=True
-)
+    "dare_ties", paper="arXiv:2311.03099", prepare=rescale_factors,
+    prepare_uses=("density", "rescale"), kept=kept, any_array=True,
+)  # fmt: skip
 def dare_ties(
     base: Array,
     deltas: list[Array],

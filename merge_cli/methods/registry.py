@@ -36,7 +36,8 @@ from merge_cli.recipe.schema import Recipe
 F = TypeVar("F", bound=Callable[..., Any])
 
 ENTRY_POINTS = "merge_cli.methods"
-_BUILT_IN = ("soup", "task_arithmetic", "ties", "dare", "slerp", "passthrough", "dam")
+_BUILT_IN = ("soup", "task_arithmetic", "ties", "dare", "slerp", "passthrough", "greedy_soup",
+             "evolutionary", "dam")  # fmt: skip
 _SUPPLIED = ("base", "models", "deltas", "at", "prepared", "coefficients")
 
 
@@ -56,6 +57,9 @@ class Method:
         ignores: parameters that mergekit takes here without effect: a warning, not an error.
         variant: `variant(recipe)` -> the method of another formula that this recipe means, or None.
         learns: without `coefficients:` in the recipe they are learned first.
+        searches: what is merged, and with which parameters, is found first.
+        prepare_uses: the parameters that `prepare` looks at; None where it may look at all. With
+            the same values of these and no survey, it gives the same answer.
     """
 
     name: str
@@ -74,6 +78,8 @@ class Method:
     supplied: frozenset[str] = field(default_factory=frozenset)
     variant: Callable[[Recipe], Method | None] | None = None
     learns: bool = False
+    searches: bool = False
+    prepare_uses: tuple[str, ...] | None = None
 
     @cached_property
     def parameters(self) -> dict[str, MethodParameter]:
@@ -111,6 +117,8 @@ def merge_method(
     any_array: bool = False,
     variant: Callable[[Recipe], Method | None] | None = None,
     learns: bool = False,
+    searches: bool = False,
+    prepare_uses: tuple[str, ...] | None = None,
     listed: bool = True,
 ) -> Callable[[F], F]:
     """Record a merge method under `name` and its aliases; see the module's text for the contract.
@@ -136,7 +144,7 @@ def merge_method(
         method = Method(
             name, function, aliases, paper, count, base_is_source,
             prepare, survey, kept, copies, check, ignores, any_array, frozenset(positional),
-            variant, learns,
+            variant, learns, searches, prepare_uses,
         )  # fmt: skip
         _ = method.parameters  # a signature that cannot be read fails here, at import
         _BY_FUNCTION[function] = method

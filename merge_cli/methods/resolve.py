@@ -12,6 +12,7 @@ from typing import Any
 
 from merge_cli.errors import Problem, UsageError
 from merge_cli.methods.registry import Method, get_method, method_names
+from merge_cli.methods.searching import search_problems
 from merge_cli.recipe.keys import nearest
 from merge_cli.recipe.reference import local_file
 from merge_cli.recipe.schema import Parameters, Recipe, SliceSpec, SourceSpec
@@ -19,7 +20,7 @@ from merge_cli.recipe.values import Scalar, evaluate, filters, is_graded, scalar
 
 # Known to the field or to mergekit, not to this version: better said than guessed at.
 _ELSEWHERE = frozenset((
-    "greedy_soup", "evolutionary", "nuslerp", "multislerp", "karcher", "della",
+    "nuslerp", "multislerp", "karcher", "della",
     "della_linear", "breadcrumbs", "breadcrumbs_ties", "sce", "model_stock", "nearswap",
     "arcee_fusion", "ram", "ramplus_tl",
 ))  # fmt: skip
@@ -50,7 +51,11 @@ def check_recipe(recipe: Recipe) -> Checked:
         return Checked(None, (recipe.problem("merge_method", error.what, hint),), ())
     if method.variant is not None:
         method = method.variant(recipe) or method
-    problems: list[Problem] = list(_learning_problems(recipe, method))
+    searching = get_method(name).searches
+    problems: list[Problem] = list(search_problems(recipe, searching=searching))
+    if problems and searching:
+        return Checked(method, tuple(problems), ())
+    problems += _learning_problems(recipe, method)
     warnings: list[str] = []
     if method.needs_base and recipe.base_model is None:
         what = f"{name} adds changes to a base model, and the recipe names none."
@@ -248,7 +253,7 @@ def _check_parameters(
     problems: list[Problem],
     warnings: list[str],
 ) -> None:
-    shown = recipe.merge_method
+    shown = method.name if method.searches or recipe.searches else recipe.merge_method
     for name, given in parameters.items():
         known = method.parameters.get(name)
         if known is None and name in method.ignores:

@@ -87,6 +87,7 @@ def kept(block: Block, prepared: Trim, parameters: Mapping[str, Any]) -> list[in
 @merge_method(
     "ties", paper="arXiv:2306.01708",
     prepare=prepare, survey=survey, kept=kept, ignores=("rescale",), any_array=True,
+    prepare_uses=("density", "semantics"),
 )  # fmt: skip
 def ties(
     base: Array,

@@ -19,13 +19,12 @@ UNSUPPORTED = {
     "merge models that share one, or name a donor with `tokenizer_source`",
     "chat_template": "changing the chat template is not supported by this version; "
     "the donor's template is copied",
-    "search": "search is not supported by this version",
-    "objective": "objectives are not supported by this version",
     "data": "`data` belongs to a model: write it under each of `models`",
 }
 RECIPE_KEYS = (
     "merge_method", "base_model", "models", "slices", "parameters", "dtype", "out_dtype", "seed",
     "tokenizer_source", "name", "metadata", "training", "coefficients", "inputs", "eval",
+    "search", "objective",
 )  # fmt: skip
 
 

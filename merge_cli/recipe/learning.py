@@ -96,7 +96,7 @@ def parse_training(fields_of: Mapping[str, Node], key: str, refuse: Refuse) -> T
         elif name in ("loss", "regularize"):
             value, wrong = _weights(node, LOSSES if name == "loss" else PENALTIES)
         else:
-            value, wrong = _value(node, hints[name])
+            value, wrong = read_value(node, hints[name])
         least, most = about["least"], about["most"]
         if not wrong and _is_number(value):
             if least is not None and value < least:
@@ -104,7 +104,7 @@ def parse_training(fields_of: Mapping[str, Node], key: str, refuse: Refuse) -> T
             elif most is not None and value > most:
                 wrong = f"must be at most {most:g}"
         if wrong:
-            hint = nearest(str(node.value), _words(hints[name])) if _words(hints[name]) else ""
+            hint = nearest(str(node.value), words_of(hints[name])) if words_of(hints[name]) else ""
             refuse(node, path, f"{wrong} (got {node.plain()!r}).", hint)
         elif value is not None or type(None) in get_args(hints[name]):
             given[name] = value
@@ -133,7 +133,8 @@ def _weights(node: Node, names: tuple[str, ...]) -> tuple[Any, str]:
     return None, f"must be one of {', '.join(names)}, or weights of at least 0 for some of them"
 
 
-def _value(node: Node, hint: Any) -> tuple[Any, str]:
+def read_value(node: Node, hint: Any) -> tuple[Any, str]:
+    """A node as a field of that type, and why it is none (empty when it is)."""
     value = node.value
     options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     if value is None and type(None) in options:
@@ -164,7 +165,7 @@ def _value(node: Node, hint: Any) -> tuple[Any, str]:
     return None, f"must be {' or '.join(words)}"
 
 
-def _words(hint: Any) -> list[str]:
+def words_of(hint: Any) -> list[str]:
     """The words that may stand here, for the nearest one."""
     return [w for w in get_args(hint) if isinstance(w, str)] if get_origin(hint) is Literal else []
 

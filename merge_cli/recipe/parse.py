@@ -16,6 +16,7 @@ from merge_cli.recipe.learning import LearningSections
 from merge_cli.recipe.nodes import Node
 from merge_cli.recipe.reference import ModelRef, parse_reference
 from merge_cli.recipe.schema import DTYPES, Parameters, Recipe, SliceSpec, SourceSpec
+from merge_cli.recipe.search import SEARCH_KEYS, Search, parse_search
 from merge_cli.recipe.values import Gradient, Parameter, Rule, Scalar, Setting
 
 
@@ -71,6 +72,8 @@ class _Parser(LearningSections):
             inputs={k: str(v) for k, v in self._plain_mapping(top.get("inputs"), "inputs").items()},
             metadata=self._plain_mapping(metadata, "metadata"),
             eval=top.get("eval"),
+            search=self._search(top.get("search")),
+            objective=top.get("objective"),
             file=self.file,
             folder=self.folder,
             places=self.places,
@@ -98,6 +101,14 @@ class _Parser(LearningSections):
             self._layer_range(fields.get("layer_range"), f"{key}.layer_range"),
             self._data(fields.get("data"), f"{key}.data"),
         )
+
+    def _search(self, node: Node | None) -> Search | None:
+        if node is None or node.value is None:
+            return None
+        return parse_search(
+            self._mapping(node, "search", SEARCH_KEYS), "search",
+            lambda at, key, what, hint: self._add(at, key, what, hint),
+        )  # fmt: skip
 
     def _slice(self, node: Node, key: str) -> SliceSpec:
         fields = self._mapping(node, key, ("sources", "parameters"))

@@ -10,6 +10,7 @@ from typing import Any
 from merge_cli.errors import Problem
 from merge_cli.recipe.nodes import Node
 from merge_cli.recipe.reference import ModelRef
+from merge_cli.recipe.search import Search
 from merge_cli.recipe.training import Data, Training
 from merge_cli.recipe.values import Parameter
 
@@ -51,6 +52,8 @@ class Recipe:
         coefficients: the file of learned coefficients that the method merges with, as written.
         inputs: model as written -> digest of its headers, in a resolved recipe: they must match.
         eval: what to evaluate the result on, still to be read (`evaluation.parse`).
+        search: whose parameters are searched, and how; None leaves it to the defaults.
+        objective: what candidates are judged by, still to be read (`evolve.objectives`).
         file: the recipe as messages name it; `folder` is where its relative paths start.
         places: key path -> (line, column), for messages of later stages.
         warnings: one line for each key that is known, accepted and without effect.
@@ -71,6 +74,8 @@ class Recipe:
     coefficients: str | None = None
     inputs: Mapping[str, str] = field(default_factory=dict)
     eval: Node | None = None
+    search: Search | None = None
+    objective: Node | None = None
     file: str = ""
     folder: Path = field(default_factory=Path.cwd)
     places: Mapping[str, tuple[int, int]] = field(default_factory=dict)
@@ -102,6 +107,15 @@ class Recipe:
             models=respelt(self.models),
             slices=tuple(replace(part, sources=respelt(part.sources)) for part in self.slices),
         )
+
+    @property
+    def searches(self) -> bool:
+        """Whether parameters or members must be found before anything can be merged."""
+        return self.objective is not None
+
+    def found(self, method: str, **changes: Any) -> Recipe:
+        """A static recipe with what a search has found."""
+        return replace(self, merge_method=method, search=None, objective=None, **changes)
 
     def problem(self, key: str, what: str, hint: str = "") -> Problem:
         """A problem at a key path of this recipe, with its line and column."""

@@ -72,6 +72,8 @@ def is_graded(setting: Setting) -> bool:
 def interpolate(values: tuple[Scalar, ...], position: float) -> Scalar:
     """Piecewise linear in `position`; booleans and words step instead."""
     place = position * (len(values) - 1)
+    if abs(place - round(place)) < 1e-9:  # on an anchor, whatever the division lost
+        place = round(place)
     left = min(int(place), len(values) - 1)
     right = min(left + 1, len(values) - 1)
     a, b = values[left], values[right]

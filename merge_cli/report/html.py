@@ -13,6 +13,7 @@ from typing import Any
 from merge_cli.report import charts
 from merge_cli.report.elements import MAX_ROWS, document, figure, key_figures, section, table
 from merge_cli.report.relations import Json, View, pairs_of, view_of
+from merge_cli.report.search import searched
 from merge_cli.report.sections import alike, conflict, conflict_of, groups, kept, sizes
 from merge_cli.report.training import learned
 from merge_cli.report.words import (
@@ -40,6 +41,7 @@ def render_html(report: Json) -> str:
     body = [
         _header(report),
         _key_figures(report, view),
+        *searched(report),
         *learned(report),
         *relations,
         _cost(report["cost"]),

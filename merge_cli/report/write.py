@@ -27,6 +27,9 @@ def write_reports(
     folder: Path,
     target: Path,
     training: Mapping[str, Any] | None = None,
+    *,
+    search: Mapping[str, Any] | None = None,
+    attachments: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """merge_recipe.yaml, merge_report.json, merge_report.html and README.md.
 
@@ -34,6 +37,8 @@ def write_reports(
         folder: where they are written.
         target: where the folder will be published: the recipe's paths lead from there.
         training: the record of how the coefficients were learned, if this run has learned them.
+        search: the record of how parameters or members were found, if this run has found them.
+        attachments: other files that belong to the merge, by name.
 
     Returns:
         the report.
@@ -67,7 +72,10 @@ def write_reports(
         report["coefficients"] = coefficient_summary(plan)
     if training is not None:
         report["training"] = dict(training)
+    if search is not None:
+        report["search"] = dict(search)
     files = {
+        **(attachments or {}),
         "merge_recipe.yaml": text,
         "merge_report.json": json.dumps(report, indent=1, ensure_ascii=False) + "\n",
         "merge_report.html": render_html(report),

@@ -12,7 +12,7 @@ from merge_cli.errors import SourceError
 from merge_cli.evaluation.digest import model_digest
 from merge_cli.evaluation.forward import add_up, forward
 from merge_cli.evaluation.live import LiveModel, load
-from merge_cli.evaluation.result import Metric, TaskResult
+from merge_cli.evaluation.result import Cost, Metric, TaskResult
 from merge_cli.evaluation.task import DataTask, Tell, option
 from merge_cli.evaluation.tasks.loss import text_windows
 from merge_cli.recipe.reference import parse_reference
@@ -72,6 +72,11 @@ class KL(DataTask):
 
     @contextmanager
     def _teacher(self, live: LiveModel) -> Iterator[LiveModel]:
+        known = live.teachers
+        if known is not None and self.teacher in known:
+            known[self.teacher].cost = Cost()
+            yield known[self.teacher]
+            return
         source = open_source(parse_reference(self.teacher, self.folder), self.folder)
         teacher = load(
             source,
@@ -90,5 +95,8 @@ class KL(DataTask):
                 hint = "Use a loss, with its bits per byte."
                 raise SourceError(what, model=live.label, hint=hint)
             yield teacher
+            if known is not None:
+                known[self.teacher] = teacher
         finally:
-            teacher.close()
+            if known is None or self.teacher not in known:
+                teacher.close()

@@ -1,0 +1,78 @@
+"""A function of the user's own, called with the live model."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from merge_cli.errors import SourceError
+from merge_cli.evaluation.live import LiveModel, counted
+from merge_cli.evaluation.result import Metric, TaskResult
+from merge_cli.evaluation.task import Task, Tell, file_digest, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class PythonTask(Task):
+    """`function(net, tokenizer)` -> a number, or a list with a number for each example."""
+
+    kind = "python"
+    metrics = ("score",)
+    remembered = False  # what else the function reads is not known
+    unshared = Task.unshared | {"folder"}
+
+    python: str = option(help="file.py:function")
+    better: Literal["lower", "higher"] = option("higher", "the direction of improvement")
+    folder: Path = option(Path(), "where the file's relative path starts")
+
+    def data_digest(self) -> str:
+        path, name = self._place()
+        return f"{file_digest(path)} {name}"
+
+    def score(self, live: LiveModel, tell: Tell) -> TaskResult:
+        import torch
+
+        function = self._function()
+        try:
+            with counted(live), torch.no_grad():
+                found = function(live.net, live.tokenizer)
+        except Exception as error:  # it is the user's: it may raise what it likes
+            what = f"raised {type(error).__name__}: {error}"
+            raise SourceError(what, file=self.python) from error
+        parts = list(found) if isinstance(found, list | tuple) else [found]
+        if not parts or not all(_is_number(part) for part in parts):
+            what = f"must return a number, or a list of numbers (got {found!r})"
+            raise SourceError(what, file=self.python)
+        parts = [float(part) for part in parts]
+        metric = Metric("score", "by its own measure", self.better, parts, [1.0] * len(parts))
+        examples = [{"number": i, "score": part} for i, part in enumerate(parts)]
+        return TaskResult(self.name, self.kind, {"score": metric}, examples)
+
+    def _place(self) -> tuple[Path, str]:
+        file, _, name = self.python.rpartition(":")
+        path = self.folder / Path(file).expanduser()
+        if not name.isidentifier() or not path.is_file():
+            what = "names no function in a file" if path.is_file() else "no such file"
+            raise SourceError(what, file=self.python, hint="Write `python: file.py:function`.")
+        return path, name
+
+    def _function(self) -> Callable[[Any, Any], Any]:
+        path, name = self._place()
+        spec = importlib.util.spec_from_file_location(f"merge_cli_task_{path.stem}", path)
+        if spec is None or spec.loader is None:
+            raise SourceError("is not a Python file", file=self.python)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        function = getattr(module, name, None)
+        if not callable(function):
+            raise SourceError(f"has no function '{name}'", file=str(path))
+        return function  # type: ignore[no-any-return]
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return math.isfinite(value) or value != value

@@ -1,0 +1,77 @@
+"""Greedy soup: sources from best to worst, each kept if the average is then strictly better.
+
+Wortsman et al., arXiv:2203.05482, recipe 1; one pass. Members keep the order of the recipe, so that
+the order in which they were found does not change a bit of their average.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from merge_cli.evolve.evaluations import Evaluations
+from merge_cli.evolve.evaluator import Job
+from merge_cli.evolve.loop import Candidate, best_first
+from merge_cli.evolve.objectives import Split, Values
+from merge_cli.recipe.schema import Recipe
+
+
+def soup_of(recipe: Recipe, members: Sequence[int]) -> Recipe:
+    """The plain soup of some of the recipe's models, in its order."""
+    return recipe.found("soup", models=tuple(recipe.models[i] for i in sorted(members)))
+
+
+class Greedy:
+    """The search for a soup's members. A candidate's genome is 1 for each member, else 0.
+
+    Attributes:
+        candidates: every soup that was tried: first each source alone, then the growing soup.
+        members: of the best soup.
+    """
+
+    def __init__(
+        self, recipe: Recipe, split: Split, base: Values | None, evaluations: Evaluations
+    ) -> None:
+        self._recipe, self._split, self._base = recipe, split, base
+        self._evaluations = evaluations
+        self.candidates: list[Candidate] = []
+        self.members: list[int] = []
+        self.ended = ""
+
+    def run(self) -> None:
+        """One pass over the sources."""
+        count = len(self._recipe.models)
+        alone = self._try([[i] for i in range(count)], 0)
+        order = [c.genome.index(1.0) for c in best_first(alone)]
+        if not order:
+            self.ended = "no source could be evaluated"
+            return
+        best = best_first(alone)[0]
+        self.members = [order[0]]
+        for step, source in enumerate(order[1:], start=1):
+            (tried,) = self._try([[*self.members, source]], step)
+            if tried.score is not None and best.score is not None and (
+                tried.score.order < best.score.order
+            ):  # fmt: skip
+                self.members, best = [*self.members, source], tried
+        self.ended = "every source has been tried"
+
+    def _try(self, soups: Sequence[Sequence[int]], generation: int) -> list[Candidate]:
+        first = len(self.candidates)
+        names = [str(spec.model) for spec in self._recipe.models]
+        genomes = [[float(i in soup) for i in range(len(names))] for soup in soups]
+        jobs = [Job(first + i, soup_of(self._recipe, soup)) for i, soup in enumerate(soups)]
+        about = [
+            {"generation": generation, "genome": genome,
+             "parameters": {"members": [names[i] for i in sorted(soup)]}}
+            for genome, soup in zip(genomes, soups, strict=True)
+        ]  # fmt: skip
+        outcomes = self._evaluations.of("candidate", jobs, about)
+        found = [
+            Candidate(
+                first + i, generation, genomes[i], outcome,
+                None if outcome.error else self._split.score(outcome.values, self._base),
+            )
+            for i, outcome in enumerate(outcomes)
+        ]  # fmt: skip
+        self.candidates += found
+        return found

@@ -1,0 +1,188 @@
+"""Who proposes genomes: behind `ask` and `tell`, seeded, and a function of what they were told.
+
+An optimizer that is asked and told the same again gives the same answers bit for bit, so that a
+journal is all the state that a search needs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from merge_cli.errors import ResourceError
+from merge_cli.evolve.space import Space, default_population
+from merge_cli.recipe.search import Search
+
+Genomes = list[list[float]]
+_HINT = "pip install 'merge-cli[evolve]'"
+
+
+class Optimizer(Protocol):
+    """What proposes.
+
+    Attributes:
+        population: genomes of the next generation.
+        ended: why there will be no more; empty until then.
+    """
+
+    population: int
+    ended: str
+
+    def ask(self) -> Genomes:
+        """The next generation."""
+
+    def tell(self, genomes: Genomes, ranks: Sequence[float], parts: Sequence[Sequence[float]]) \
+            -> None:  # fmt: skip
+        """What came of it.
+
+        Args:
+            ranks: one number for each, lower is better; finite, also for what failed.
+            parts: the goals of each, lower is better, for optimizers of several.
+        """
+
+
+def make_optimizer(
+    search: Search, space: Space, seed: int, start: list[float], goals: int
+) -> Optimizer:
+    """The one that the recipe asks for; its first genome is `start`.
+
+    Args:
+        goals: how many there are, for optimizers of several.
+
+    Raises:
+        ResourceError: its package is missing.
+    """
+    population = search.population or default_population(len(space))
+    if search.optimizer == "random":
+        return RandomSearch(len(space), population, seed, start)
+    if search.optimizer == "cma-es":
+        return CMAES(search, len(space), population, seed, start)
+    return Sampled(search.optimizer, space, population, seed, start, goals)
+
+
+class RandomSearch:
+    """Every number drawn by itself: what anything cleverer has to beat."""
+
+    def __init__(self, size: int, population: int, seed: int, start: list[float]) -> None:
+        import numpy as np
+
+        self._random = np.random.default_rng(seed)
+        self._size, self._start = size, [start]
+        self.population, self.ended = population, ""
+
+    def ask(self) -> Genomes:
+        drawn = self._random.random((self.population, self._size)).tolist()
+        found = [*self._start, *drawn][: self.population]
+        self._start = []
+        return found
+
+    def tell(
+        self, genomes: Genomes, ranks: Sequence[float], parts: Sequence[Sequence[float]]
+    ) -> None:
+        pass
+
+
+class CMAES:
+    """CMA-ES with bounds (Hansen, arXiv:1604.00772, in pycma), and restarts with twice as many."""
+
+    def __init__(
+        self, search: Search, size: int, population: int, seed: int, start: list[float]
+    ) -> None:
+        import numpy as np
+
+        self._random = np.random.default_rng(seed)
+        self._sigma, self._restarts, self._size = search.sigma, search.restarts, size
+        self.population, self.ended = population, ""
+        self._begin(start, first=True)
+
+    def _begin(self, start: list[float], *, first: bool) -> None:
+        import numpy as np
+
+        try:
+            import cma
+        except ImportError:
+            raise ResourceError("cma-es needs the package cma", hint="pip install cma") from None
+        self._es: Any = cma.CMAEvolutionStrategy(
+            start, self._sigma,
+            {
+                "bounds": [0, 1], "popsize": self.population, "verbose": -9,
+                # Its own numbers: a global generator would be moved by others.
+                "seed": np.nan, "randn": lambda *shape: self._random.standard_normal(shape),
+                "maxiter": math.inf, "maxfevals": math.inf,
+            },
+        )  # fmt: skip
+        if first:
+            self._es.inject([start], force=True)
+
+    def ask(self) -> Genomes:
+        return [[float(u) for u in genome] for genome in self._es.ask()]
+
+    def tell(
+        self, genomes: Genomes, ranks: Sequence[float], parts: Sequence[Sequence[float]]
+    ) -> None:
+        import numpy as np
+
+        self._es.tell([np.array(genome) for genome in genomes], list(ranks))
+        why = self._es.stop()
+        if not why:
+            return
+        if not self._restarts:
+            self.ended = "CMA-ES has converged: " + ", ".join(f"{k} {v}" for k, v in why.items())
+            return
+        self._restarts -= 1
+        self.population *= 2
+        self._begin(self._random.random(self._size).tolist(), first=False)
+
+
+class Sampled:
+    """Optuna's TPE (one goal) and NSGA-II (several), asked for a generation at a time."""
+
+    def __init__(
+        self, kind: str, space: Space, population: int, seed: int, start: list[float], goals: int
+    ) -> None:
+        try:
+            import optuna
+        except ImportError:
+            raise ResourceError(f"{kind} needs the package optuna", hint=_HINT) from None
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self._several = kind == "nsga2"
+        sampler: Any = (
+            optuna.samplers.NSGAIISampler(seed=seed, population_size=population)
+            if self._several
+            else optuna.samplers.TPESampler(seed=seed, n_startup_trials=population)
+        )
+        self._study = optuna.create_study(
+            sampler=sampler, directions=["minimize"] * (goals if self._several else 1)
+        )
+        self._choices = [len(gene.searched.choices) for gene in space.genes]
+        self._space: dict[str, Any] = {
+            f"{i:05d}": optuna.distributions.CategoricalDistribution(list(range(choices)))
+            if choices else optuna.distributions.FloatDistribution(0.0, 1.0)
+            for i, choices in enumerate(self._choices)
+        }  # fmt: skip
+        values = [
+            min(int(u * choices), choices - 1) if choices else u
+            for u, choices in zip(start, self._choices, strict=True)
+        ]
+        self._study.enqueue_trial(dict(zip(self._space, values, strict=True)))
+        self._trials: list[Any] = []
+        self.population, self.ended = population, ""
+
+    def ask(self) -> Genomes:
+        self._trials = [self._study.ask(self._space) for _ in range(self.population)]
+        return [
+            [
+                (trial.params[name] + 0.5) / choices if choices else float(trial.params[name])
+                for name, choices in zip(self._space, self._choices, strict=True)
+            ]
+            for trial in self._trials
+        ]
+
+    def tell(
+        self, genomes: Genomes, ranks: Sequence[float], parts: Sequence[Sequence[float]]
+    ) -> None:
+        # A last generation may be smaller than what was asked for.
+        told = zip(self._trials, ranks, parts, strict=False)
+        for trial, rank, several in told:
+            self._study.tell(trial, list(several) if self._several else rank)

@@ -1,0 +1,125 @@
+"""What would be searched, on what, and with how much: known without loading weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from merge_cli.engine.layers import main_stack, stacks
+from merge_cli.engine.options import MergeOptions
+from merge_cli.engine.plan import Plan
+from merge_cli.engine.planner import make_plan
+from merge_cli.errors import RecipeError, ResourceError
+from merge_cli.evolve.objectives import Objective, parse_objective
+from merge_cli.evolve.resident import Place, choose_place
+from merge_cli.evolve.space import Space, default_population
+from merge_cli.evolve.splits import refuse_overlap
+from merge_cli.recipe.schema import Recipe
+from merge_cli.recipe.search import Search
+
+
+@dataclass(frozen=True)
+class SearchPlan:
+    """A search, decided.
+
+    Attributes:
+        recipe: the one that searches, its models spelled as they were opened.
+        space: None for a greedy soup, which has no parameters.
+        layers: of the models.
+        population: of the first generation.
+        place: where the sources' bytes will wait.
+        labels: of the recipe's models.
+        warnings: what a user should know before hours are spent.
+    """
+
+    plan: Plan
+    search: Search
+    objective: Objective
+    space: Space | None
+    layers: int
+    population: int
+    place: Place
+    labels: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.plan.recipe
+
+    def static(self) -> Recipe:
+        """A static recipe of all sources, to load the live model with."""
+        if self.space is not None:
+            return self.space.recipe([0.5] * len(self.space))
+        return self.recipe.found("soup")
+
+
+def plan_search(plan: Plan, options: MergeOptions) -> SearchPlan:
+    """Decide a search from headers and data.
+
+    Raises:
+        RecipeError: a wrong objective, groups that the layers cannot be divided into.
+        MismatchError: splits that share rows; sources that an inner method cannot merge.
+        SourceError: data that cannot be read.
+        ResourceError: an engine or an optimizer whose package is missing.
+    """
+    recipe = plan.recipe
+    search = recipe.search or Search()
+    objective = parse_objective(recipe)
+    for name, split in objective.splits.items():
+        settings = split.spec.changed(device=options.device, threads=options.threads)
+        objective = replace(
+            objective, splits={**objective.splits, name: replace(split, spec=settings)}
+        )
+    refuse_overlap(objective)
+    names = [task.name for task in plan.tasks]
+    found = stacks(names)
+    main = main_stack(names, plan.config)
+    layers = found[main] if main is not None else max(found.values(), default=1)
+    space = Space(recipe, layers) if recipe.search and recipe.search.method else None
+    if space is not None and not len(space):
+        raise RecipeError([recipe.problem("search.parameters", "there is nothing to search.")])
+    if space is None and "validation" in objective.splits:
+        what = "greedy_soup chooses by the split `search`; there is nothing left to choose."
+        raise RecipeError([recipe.problem("objective", what, "Leave out the split validation.")])
+    warnings = _missing_splits(objective, greedy=space is None)
+    several = len(objective.search.weighted) > 1
+    if search.optimizer == "nsga2" and not several:
+        what = "nsga2 is for several goals, and the split search has one."
+        raise RecipeError([recipe.problem("search.optimizer", what, "Use cma-es or tpe.")])
+    _need(search)
+    if space is not None:
+        for method in space.search.method:  # a mismatch is found before anything is loaded
+            make_plan(recipe.found(method))
+    population = len(plan.recipe.models)
+    if space is not None:
+        population = search.population or default_population(len(space))
+    refs = [ref for task in plan.tasks for ref in task.inputs]
+    return SearchPlan(
+        plan, search, objective, space, layers, population,
+        choose_place(refs, search.workers),
+        tuple(str(spec.model) for spec in recipe.models), tuple(warnings),
+    )  # fmt: skip
+
+
+def _missing_splits(objective: Objective, *, greedy: bool) -> list[str]:
+    found = []
+    if "test" not in objective.splits:
+        by = "chosen" if "validation" in objective.splits else "searched"
+        what = "the objective has no task of the split `test`: the score that is reported is the "
+        found.append(f"{what}one that the result was {by} by")
+    if "validation" not in objective.splits and not greedy:
+        what = "the objective has no task of the split `validation`: the result is the candidate "
+        found.append(f"{what}that fits the split `search` best")
+    return found
+
+
+def _need(search: Search) -> None:
+    from importlib.util import find_spec
+
+    package = {"cma-es": "cma", "tpe": "optuna", "nsga2": "optuna"}.get(search.optimizer)
+    if package and search.method and find_spec(package) is None:
+        hint = "pip install cma" if package == "cma" else "pip install 'merge-cli[evolve]'"
+        raise ResourceError(f"{search.optimizer} needs the package {package}", hint=hint)
+    if search.engine == "ray" and find_spec("ray") is None:
+        raise ResourceError(
+            "engine: ray needs the package ray", hint="pip install 'merge-cli[ray]'"
+        )

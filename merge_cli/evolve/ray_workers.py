@@ -1,0 +1,94 @@
+"""Workers as actors on a Ray cluster: each loads the model once, on a GPU of its own if any.
+
+The recipe's models must lie at the same paths on every node. An actor that is lost, with its node
+or alone, is replaced, and what it was at is given to another one; a candidate that two actors did
+not survive has failed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from merge_cli.errors import MergeCliError
+from merge_cli.evolve.evaluator import Evaluator, Job, Outcome, Setup
+
+_LIVES = 2  # actors that may be lost over one candidate
+
+
+class _Actor:
+    """Inside an actor."""
+
+    def __init__(self, setup: Setup) -> None:
+        self._setup = setup
+        self._evaluator: Evaluator | None = None
+
+    def answer(self, job: Job) -> Outcome | MergeCliError:
+        """An outcome; or why this actor can evaluate nothing."""
+        try:
+            self._evaluator = self._evaluator or Evaluator(self._setup)
+        except MergeCliError as error:
+            return MergeCliError(str(error))
+        return self._evaluator.answer(job)
+
+    def pid(self) -> int:
+        """Of the actor's process."""
+        return os.getpid()
+
+
+class RayWorkers:
+    """Jobs over `count` actors of the cluster that RAY_ADDRESS names, or of one on this machine."""
+
+    def __init__(self, setup: Setup, count: int) -> None:
+        import ray
+
+        self._ray, self._count = ray, count
+        self._started = not ray.is_initialized()
+        if self._started:
+            ray.init(configure_logging=False, include_dashboard=False, log_to_driver=False)
+        gpus = ray.cluster_resources().get("GPU", 0) > 0 and setup.options.device != "cpu"
+        options = replace(setup.options, device="cuda" if gpus else "cpu")
+        splits = {
+            name: replace(split, spec=split.spec.changed(device=options.device))
+            for name, split in setup.objective.splits.items()
+        }
+        self._setup = replace(
+            setup, options=options, objective=replace(setup.objective, splits=splits)
+        )
+        self._remote: Any = ray.remote(num_gpus=1 if gpus else 0, num_cpus=1)(_Actor)
+        self._idle: list[Any] = []
+
+    def run(self, jobs: Sequence[Job]) -> Iterator[Outcome]:
+        waiting = list(reversed(jobs))
+        busy: dict[Any, tuple[Any, Job]] = {}  # reference -> (actor, job)
+        lost: Counter[int] = Counter()
+        while waiting or busy:
+            while waiting and len(busy) < self._count:
+                actor = self._idle.pop() if self._idle else self._remote.remote(self._setup)
+                job = waiting.pop()
+                busy[actor.answer.remote(job)] = actor, job
+            ready, _ = self._ray.wait(list(busy), num_returns=1)
+            actor, job = busy.pop(ready[0])
+            try:
+                answer = self._ray.get(ready[0])
+            except self._ray.exceptions.RayActorError as error:
+                lost[job.number] += 1
+                if lost[job.number] < _LIVES:
+                    waiting.append(job)
+                    continue
+                yield Outcome(job.number, error=f"its actors were lost: {str(error).strip()}")
+                continue
+            self._idle.append(actor)
+            if isinstance(answer, BaseException):
+                raise answer
+            yield answer
+
+    def close(self) -> None:
+        for actor in self._idle:
+            self._ray.kill(actor)
+        self._idle.clear()
+        if self._started:
+            self._ray.shutdown()

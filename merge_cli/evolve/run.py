@@ -1,0 +1,369 @@
+"""From a recipe that searches to a static one: resume, search, choose, compare, write it down."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from merge_cli.checkpoint.source import Source, fetch_weights
+from merge_cli.engine.merge import fetch_inputs, verified_fingerprints
+from merge_cli.engine.options import MergeOptions, Progress, Show
+from merge_cli.engine.plan import Plan
+from merge_cli.engine.planner import load_recipe
+from merge_cli.errors import Interrupted, MergeCliError
+from merge_cli.evaluation.run import evaluate_source
+from merge_cli.evolve.evaluations import Evaluations
+from merge_cli.evolve.evaluator import Job, Setup, values_of
+from merge_cli.evolve.greedy import Greedy, soup_of
+from merge_cli.evolve.journal import BEST, JOURNAL, SearchFolder
+from merge_cli.evolve.loop import Candidate, Loop, best_first
+from merge_cli.evolve.objectives import Split, Values
+from merge_cli.evolve.optimizers import make_optimizer
+from merge_cli.evolve.plan import SearchPlan, plan_search
+from merge_cli.evolve.report import FOUND, build_record, gate, score_text
+from merge_cli.evolve.workers import make_workers
+from merge_cli.recipe.dump import dump_recipe, path_from
+from merge_cli.recipe.reference import local_file
+from merge_cli.recipe.schema import Recipe
+from merge_cli.recipe.search import Search
+from merge_cli.recipe.values import Parameter
+
+# What changes how long a search goes on, or who does the work, but not what a candidate is worth.
+_INDIFFERENT = {"evaluations", "finalists", "failures", "engine", "workers", "given"}
+_FORMAT = 1
+_LAMBDA = 0.4  # of the task arithmetic that every search is compared with, as in `compare`
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search has left.
+
+    Attributes:
+        recipe: static, to be merged like any other.
+        text: the same as best_recipe.yaml.
+        record: for the report; see docs/evolve.md.
+    """
+
+    recipe: Recipe
+    text: str
+    record: dict[str, Any]
+    folder: SearchFolder
+
+    @property
+    def attachments(self) -> dict[str, str]:
+        """What goes into OUT beside the model: the recipe, and how it was found."""
+        journal = (self.folder.path / JOURNAL).read_text(encoding="utf-8")
+        return {BEST: self.text, "search_journal.jsonl": journal}
+
+
+def search(
+    plan: Plan, target: Path, options: MergeOptions, *, show: Show,
+    require_improvement: bool = False,
+) -> Found:  # fmt: skip
+    """Find what the plan's recipe leaves open; continue where a run was killed.
+
+    Args:
+        target: OUT; the journal is in OUT.search.
+        require_improvement: refuse a result that is no better than every static merge.
+
+    Raises:
+        RecipeError, SourceError, MismatchError, ResourceError: see `plan_search`.
+        MergeCliError: too many candidates in a row have failed.
+        Interrupted: Ctrl-C or SIGTERM; the best so far is written, and the same command continues.
+        GateError: `require_improvement` is not met. The journal is kept.
+    """
+    fetch_inputs(plan, show)
+    decided = plan_search(plan, options)
+    folder = SearchFolder(target, work_key(decided, options), fresh=options.fresh)
+    with folder:
+        run = _Run(decided, target, options, folder, show)
+        asked = [decided.search.evaluations, decided.search.finalists]
+        record = folder.record()
+        if record is None or record["asked"] != asked:
+            record = {"asked": asked, **run.record()}
+            folder.finish(record)
+        recipe = run.recipe_of(record["best"]["genome"])
+        text = run.text_of(recipe, record["best"]["score"])
+        folder.write_best(text)
+    for line in record["warnings"]:
+        show(Progress("search", 0, 0, line))
+    gate(record, require_improvement, folder.path)
+    return Found(recipe, text, record, folder)
+
+
+def search_digest(plan: Plan, device: str) -> str:
+    """A digest of everything that a search's result depends on.
+
+    Raises:
+        as `plan_search` does.
+    """
+    options = MergeOptions(device=device)
+    decided = plan_search(plan, options)
+    asked = f"{decided.search.evaluations} {decided.search.finalists}"
+    return f"{work_key(decided, options)} {asked}"
+
+
+def work_key(decided: SearchPlan, options: MergeOptions) -> str:
+    """A digest of everything that the scores depend on."""
+    recipe, plan = decided.recipe, decided.plan
+    dials = {
+        f.name: repr(getattr(decided.search, f.name))
+        for f in fields(Search) if f.name not in _INDIFFERENT
+    }  # fmt: skip
+    splits = {
+        name: {
+            "tasks": [task.identity() for task in split.spec.tasks],
+            "goals": [repr(goal) for goal in split.goals],
+            "how": [split.spec.seed, split.spec.max_length, split.spec.batch_tokens,
+                    split.spec.dtype],
+        }
+        for name, split in decided.objective.splits.items()
+    }  # fmt: skip
+    about = {
+        "format": _FORMAT,
+        "versions": [version(package) for package in ("merge-cli", "torch", "transformers")],
+        "method": recipe.merge_method,
+        "dials": dials,
+        "static": [_plain(recipe.parameters), *(_plain(spec.parameters) for spec in recipe.models)],
+        "seed": recipe.seed,
+        "dtype": recipe.output_dtype,
+        "inputs": verified_fingerprints(plan),
+        "splits": splits,
+        "device": options.device.partition(":")[0],
+    }
+    return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _plain(parameters: Mapping[str, Parameter]) -> list[str]:
+    return [repr((name, parameter.setting)) for name, parameter in sorted(parameters.items())]
+
+
+class _Run:
+    """One run of a search, from whatever the journal holds to the record."""
+
+    def __init__(
+        self, decided: SearchPlan, target: Path, options: MergeOptions, folder: SearchFolder,
+        show: Show,
+    ) -> None:  # fmt: skip
+        self._decided, self._target, self._options = decided, target, options
+        self._folder, self._show = folder, show
+        setup = Setup(decided.static(), decided.objective, options, decided.search.workers)
+        self._workers = make_workers(decided.search, setup)
+        count = decided.search.evaluations if decided.space else 2 * len(decided.labels) - 1
+        self._evaluations = Evaluations(
+            folder, self._workers, show, failures=decided.search.failures, total=count,
+            best=lambda: score_text(decided.objective.search, self._best()),
+        )  # fmt: skip
+        self._loop: Loop | Greedy | None = None
+        self._measured: dict[str, Values] = {}
+
+    def record(self) -> dict[str, Any]:
+        """Search, choose, compare.
+
+        Raises:
+            Interrupted: with the best so far written down.
+        """
+        began = time.monotonic()
+        try:
+            self._loop = self._searcher()
+            self._loop.run()
+            best = self._choose()
+            record = self._finished(best, time.monotonic() - began)
+        except KeyboardInterrupt:
+            raise self._interrupted() from None
+        finally:
+            self._workers.close()
+        return record
+
+    def recipe_of(self, genome: Sequence[float]) -> Recipe:
+        """The static recipe that a genome means."""
+        if self._decided.space is not None:
+            return self._decided.space.recipe(genome)
+        return soup_of(self._decided.recipe, [i for i, u in enumerate(genome) if u])
+
+    def text_of(self, recipe: Recipe, score: float) -> str:
+        """The static recipe as YAML, with paths that lead from beside OUT."""
+        plan = self._decided.plan
+        commits = {s.label: s.hub.commit for s in plan.sources if s.hub is not None}
+        locate = path_from(self._target.absolute(), recipe.folder, commits)
+        name = self._decided.recipe.merge_method
+        header = f"found by {name}, score {score:.6g}; merge-cli run merges it without a search"
+        return dump_recipe(recipe, locate=locate, defaults={}, inputs={}, header=header)
+
+    def _searcher(self) -> Loop | Greedy:
+        decided = self._decided
+        split = decided.objective.search
+        # First, while no live model is in memory, and so that what is wrong with data is found now.
+        for source in self._sources():
+            self._source(source, decided.objective.report)
+        base = self._base_on(split)
+        if decided.space is None:
+            return Greedy(decided.recipe, split, base, self._evaluations)
+        optimizer = make_optimizer(
+            decided.search, decided.space, decided.recipe.seed, self._start(), len(split.weighted)
+        )
+        return Loop(decided.search, decided.space, split, base, optimizer, self._evaluations)
+
+    def _start(self) -> list[float]:
+        """The first genome; what it was is in the journal, so that a resumed run starts alike."""
+        known = next((line for line in self._folder.lines if line["kind"] == "start"), None)
+        if known is not None:
+            return list(known["genome"])
+        decided, search = self._decided, self._decided.search
+        space = decided.space
+        assert space is not None
+        genome = [0.5] * len(space)
+        if search.start == "softmax":
+            split = decided.objective.search
+            base = self._base_on(split)
+            totals = [split.score(self._source(self._source_of(i), split), base).total
+                      for i in range(len(decided.labels))]  # fmt: skip
+            low = min(totals)
+            weights = [math.exp((low - total) / search.temperature) for total in totals]
+            genome = space.weighted([w / sum(weights) for w in weights])
+        elif search.start != "middle":
+            path = local_file(search.start, decided.recipe.folder)
+            assert path is not None, "check_recipe has looked for it"
+            genome = space.start_from(load_recipe(path))
+        self._folder.append({"kind": "start", "number": 0, "share": 1.0, "genome": genome,
+                             "from": search.start})  # fmt: skip
+        return genome
+
+    def _choose(self) -> Candidate:
+        """The best candidate on the validation split, of the best on the search split."""
+        assert self._loop is not None
+        ranked = best_first(self._loop.candidates)
+        if not ranked:
+            what = "no candidate could be evaluated; the first one failed with: "
+            failed = self._loop.candidates[0].outcome.error if self._loop.candidates else "nothing"
+            raise MergeCliError(what + failed, where=str(self._folder.path))
+        if isinstance(self._loop, Greedy):
+            mine = [float(i in self._loop.members) for i in range(len(self._decided.labels))]
+            return next(c for c in ranked if c.genome == mine)
+        split = self._decided.objective.splits.get("validation")
+        if split is None:
+            return ranked[0]
+        finalists = ranked[: self._decided.search.finalists]
+        jobs = [Job(c.number, self.recipe_of(c.genome), "validation") for c in finalists]
+        about = [{"genome": c.genome} for c in finalists]
+        outcomes = self._evaluations.of("validation", jobs, about)
+        base = self._base_on(split)
+        scored = [
+            ((c.score.violation > 0 if c.score else True),
+             *split.score(outcome.values, base).order, place, c)
+            for place, (c, outcome) in enumerate(zip(finalists, outcomes, strict=True))
+            if not outcome.error
+        ]  # fmt: skip
+        return min(scored, key=lambda one: one[:-1])[-1] if scored else ranked[0]
+
+    def _finished(self, best: Candidate, seconds: float) -> dict[str, Any]:
+        decided, loop = self._decided, self._loop
+        assert loop is not None
+        split = decided.objective.report
+        searched = self._cost(("candidate", "validation"))
+        compared, references = self._compare(best, split)
+        base = self._base_on(split)
+        reported = self._cost(("report",))
+        cost = {
+            "evaluations": len(loop.candidates),
+            "failed": sum(bool(c.outcome.error) for c in loop.candidates),
+            **searched,
+            "report_tokens": reported["tokens"],
+            "workers": decided.search.workers,
+            "wall_seconds": round(seconds, 3),
+            "resumed": self._evaluations.reused,
+            "residency": decided.place.residency,
+            "peak_vram": _peak_vram(self._options),
+        }
+        record = build_record(
+            decided, loop.candidates, best, loop.ended, compared, references, base, cost
+        )
+        record["best"]["genome"] = best.genome
+        return record
+
+    def _compare(
+        self, best: Candidate, split: Split
+    ) -> tuple[dict[str, Values], dict[str, Values]]:
+        """The result, then what needs no search, on the report's split."""
+        decided = self._decided
+        recipe = decided.recipe
+        plain = tuple(replace(spec, parameters={}) for spec in recipe.models)
+        merges = {FOUND: self.recipe_of(best.genome),
+                  "uniform soup": recipe.found("soup", models=plain, parameters={})}  # fmt: skip
+        if recipe.base_model is not None:
+            scale = {"lambda": Parameter("lambda", _LAMBDA, "parameters.lambda")}
+            merges[f"task arithmetic {_LAMBDA:g}"] = recipe.found(
+                "task_arithmetic", models=plain, parameters=scale
+            )
+        jobs = [Job(i, one, split.name) for i, one in enumerate(merges.values())]
+        about = [{"merge": name, "genome": best.genome if name == FOUND else None}
+                 for name in merges]  # fmt: skip
+        outcomes = self._evaluations.of("report", jobs, about)
+        found = {name: o.values for name, o in zip(merges, outcomes, strict=True) if not o.error}
+        found |= {source.label: self._source(source, split) for source in self._sources()}
+        return found, {name: values for name, values in found.items() if name != FOUND}
+
+    def _sources(self) -> list[Source]:
+        """The base, then every source."""
+        plan = self._decided.plan
+        base = [] if plan.base is None or plan.base in plan.operands else [plan.base]
+        return [plan.sources[i] for i in (*base, *plan.operands)]
+
+    def _source_of(self, model: int) -> Source:
+        label = str(self._decided.recipe.models[model].model)
+        return next(source for source in self._decided.plan.sources if source.label == label)
+
+    def _base_on(self, split: Split) -> Values | None:
+        """The base's values, where a constraint compares with it."""
+        plan = self._decided.plan
+        if not split.needs_base or plan.base is None:
+            return None
+        return self._source(plan.sources[plan.base], split)
+
+    def _source(self, source: Source, split: Split) -> Values:
+        """A source's own values; found in the cache, if it was evaluated before."""
+        key = f"{split.name} {source.label}"
+        if key not in self._measured:
+            fetch_weights(source, source.header_bytes)
+            found = evaluate_source(source, replace(split.spec, cache=True))
+            self._measured[key] = values_of(dict(found.tasks))
+        return self._measured[key]
+
+    def _cost(self, kinds: Sequence[str]) -> dict[str, Any]:
+        lines = [line for line in self._folder.lines if line["kind"] in kinds]
+        return {
+            "seconds": round(sum(line["seconds"] for line in lines), 3),
+            "tokens": sum(line["tokens"] for line in lines),
+            "forward_passes": sum(line["passes"] for line in lines),
+        }
+
+    def _best(self) -> Candidate | None:
+        found = best_first(self._loop.candidates) if self._loop is not None else []
+        return found[0] if found else None
+
+    def _interrupted(self) -> Interrupted:
+        best = self._best()
+        where = str(self._folder.path)
+        hint = "The same command continues."
+        if best is None or best.score is None:
+            return Interrupted("stopped", where=where, hint=hint)
+        text = self.text_of(self.recipe_of(best.genome), best.score.total)
+        path = self._folder.write_best(text)
+        tried = sum(line["kind"] != "start" for line in self._folder.lines)
+        what = f"stopped after {tried} evaluations; the best so far, with score "
+        return Interrupted(f"{what}{best.score.total:.6g}, is there", where=str(path), hint=hint)
+
+
+def _peak_vram(options: MergeOptions) -> int | None:
+    if options.device == "cpu":
+        return None
+    import torch
+
+    return int(torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else None

@@ -1,0 +1,115 @@
+"""A recipe that searches against the methods that it searches: every range checked at its place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from merge_cli.errors import Problem, UsageError
+from merge_cli.methods.parameters import MethodParameter
+from merge_cli.methods.registry import Method, get_method, method_names
+from merge_cli.recipe.keys import nearest
+from merge_cli.recipe.reference import local_file
+from merge_cli.recipe.schema import Recipe
+from merge_cli.recipe.search import WITHOUT_SPACE, Search, Searched
+
+GREEDY = "greedy_soup"
+
+
+def search_problems(recipe: Recipe, *, searching: bool) -> Iterator[Problem]:
+    """What the sections on searching lack, or want from a method that does not search."""
+    if not searching:
+        what = f"{recipe.merge_method} searches nothing."
+        hint = "Use `merge_method: evolutionary` (or greedy_soup)."
+        if recipe.search is not None:
+            yield recipe.problem("search", what, hint)
+        if recipe.objective is not None:
+            yield recipe.problem("objective", what, hint)
+        return
+    if recipe.objective is None:
+        hint = "Write `objective: [{task: loss, data: FILE}]`."
+        yield recipe.problem("merge_method", "needs an `objective:` to judge by.", hint)
+    if recipe.slices:
+        what = f"{recipe.merge_method} merges whole models."
+        yield recipe.problem("slices", what, "List them under `models:`.")
+    search = recipe.search
+    if recipe.merge_method == GREEDY:
+        for name in sorted((search.given if search else frozenset()) - WITHOUT_SPACE):
+            yield recipe.problem(f"search.{name}", "has no meaning in greedy_soup.")
+        for parameters in (recipe.parameters, *(spec.parameters for spec in recipe.models)):
+            for given in parameters.values():
+                yield recipe.problem(given.key, "greedy_soup chooses, and averages, by itself.")
+        return
+    if search is None:
+        hint = "Name a `method` and the ranges of its `parameters`."
+        yield recipe.problem("merge_method", "needs a `search:` section.", hint)
+        return
+    yield from _section_problems(recipe, search)
+
+
+def _section_problems(recipe: Recipe, search: Search) -> Iterator[Problem]:
+    for name in ("method", "parameters"):
+        if name not in search.given:
+            yield recipe.problem("search", f"`{name}` is missing.")
+    methods: list[Method] = []
+    for name in search.method:
+        try:
+            method = get_method(name)
+        except UsageError as error:
+            yield recipe.problem("search.method", error.what, error.hint)
+            continue
+        if method.searches or method.learns:
+            what = f"'{name}' finds its parameters itself."
+            hint = nearest(name, set(method_names()) - {name, "evolutionary", "dam", GREEDY})
+            yield recipe.problem("search.method", what, hint)
+            continue
+        methods.append(method)
+    if (
+        search.start not in ("middle", "softmax")
+        and local_file(search.start, recipe.folder) is None
+    ):
+        hint = "Use middle, softmax, or a recipe's file."
+        yield recipe.problem("search.start", f"no such recipe: {search.start}.", hint)
+    for only, wanted in (("sigma", "cma-es"), ("restarts", "cma-es")):
+        if only in search.given and search.optimizer != wanted:
+            what = f"has no effect with {search.optimizer}."
+            yield recipe.problem(f"search.{only}", what, f"Leave it out, or use {wanted}.")
+    if "temperature" in search.given and search.start != "softmax":
+        yield recipe.problem("search.temperature", "has no effect without `start: softmax`.")
+    if "keep" in search.given and not search.fidelity:
+        yield recipe.problem("search.keep", "has no effect without `fidelity`.")
+    if "smooth" in search.given and search.layer_groups == 1:
+        yield recipe.problem("search.smooth", "has no effect with one group of layers.")
+    if not methods or len(methods) < len(search.method):
+        return
+    for searched in search.parameters:
+        yield from _range_problems(recipe, searched, methods)
+    for method in methods[1:]:
+        for parameters in (recipe.parameters, *(spec.parameters for spec in recipe.models)):
+            for given in parameters.values():
+                if given.name not in method.parameters and given.name not in method.ignores:
+                    yield recipe.problem(given.key, f"{method.name} has no such parameter.")
+
+
+def _range_problems(recipe: Recipe, searched: Searched, methods: list[Method]) -> Iterator[Problem]:
+    owners = [m.parameters[searched.name] for m in methods if searched.name in m.parameters]
+    if not owners:
+        known = sorted({name for method in methods for name in method.parameters})
+        what = f"{' and '.join(m.name for m in methods)} has no such parameter."
+        yield recipe.problem(searched.key, what, nearest(searched.name, known))
+        return
+    if "models" in searched.tied and not any(owner.per_model for owner in owners):
+        what = f"{searched.name} is one value for all models already."
+        yield recipe.problem(f"{searched.key}.tied", what)
+    for owner in owners:
+        numeric = owner.kind in (int, float) and not owner.choices
+        if not searched.choices and not numeric:
+            what = f"{searched.name} is {owner.allowed}, not a range of numbers."
+            yield recipe.problem(searched.key, what, "Give `choices`.")
+            return
+        for message in sorted(_refused(searched, owner)):
+            yield recipe.problem(searched.key, f"{message}.")
+
+
+def _refused(searched: Searched, owner: MethodParameter) -> set[str]:
+    values = searched.choices or (searched.low, searched.high)
+    return {message for value in values if (message := owner.check(value))}

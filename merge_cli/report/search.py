@@ -1,0 +1,189 @@
+"""The report page's sections on searching: what was found, how, and whether it was worth it.
+
+Their data is in merge_report.json under `search` (docs/evolve.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+from merge_cli.recipe.reference import short_labels
+from merge_cli.report import charts
+from merge_cli.report.charts import Axis, Series
+from merge_cli.report.elements import figure, section, table
+from merge_cli.report.svg import caption, svg, titled
+from merge_cli.report.words import count, duration, percent, size
+
+Json = Mapping[str, Any]
+_POINTS = 60  # of a convergence curve
+_SHOWN = 20  # parameters in the chart of importance
+
+
+def searched(report: Json) -> list[str]:
+    """The sections of a report of a search; none for other methods."""
+    search = report.get("search")
+    if not search:
+        return []
+    found = [_worth(search), _convergence(search)]
+    if len(search["goals"]) > 1:
+        found.append(_front(search))
+    return [*found, _values(search), _cost(search)]
+
+
+def _worth(search: Json) -> str:
+    scores, verdict = search["scores"], search["verdict"]
+    title = "Whether it was worth it"
+    how = (
+        f"Scores on the split <code>{escape(search['split'])}</code>, lower is better: the "
+        "objective's goals, weighted. Goals that are maximised count with a minus."
+    )
+    if verdict is None:
+        return section(title, how, "There is nothing to compare with.")
+    static = f"{verdict['best_static']} ({verdict['best_static_score']:.4g})"
+    found = f"Score {verdict['score']:.4g}; the best without a search is {static}."
+    if not verdict["better"]:
+        found = f"NO IMPROVEMENT: {found}"
+    names = dict(zip(scores, short_labels(list(scores)), strict=True))
+    tasks = list(next(iter(scores.values()))["tasks"])
+    best = min(one["score"] for one in scores.values())
+    rows = [
+        [f"<b>{escape(names[name])}</b>" if one["score"] == best else escape(names[name]),
+         f"{one['score']:.4f}", *(f"{one['tasks'][task]:.4f}" for task in tasks)]
+        for name, one in scores.items()
+    ]  # fmt: skip
+    notes = "".join(f"<li>{escape(line)}</li>" for line in search["warnings"])
+    heads = ["model", "score", *map(escape, tasks)]
+    return section(title, how, found, f"<ul>{notes}</ul>" if notes else "",
+                   table(heads, rows, right=len(heads) - 1))  # fmt: skip
+
+
+def _convergence(search: Json) -> str:
+    history = search["history"]
+    known = [one for one in history if one["score"] is not None]
+    title = "Convergence"
+    if not known:
+        return section(title, "", "No candidate has a score.")
+    first = known[0]["score"]
+    how = (
+        "How much better than the first candidate the best so far is, by number of candidates: a "
+        "line that has long been flat says that searching longer would have found little."
+    )
+    step = -(-len(history) // _POINTS)
+    shown = [history[min(i + step - 1, len(history) - 1)] for i in range(0, len(history), step)]
+    gains = [None if one["best"] is None else max(0.0, first - one["best"]) for one in shown]
+    width = max(12.0, min(56.0, 700 / max(1, len(shown))))
+    every = max(1, -(-44 // int(width)))
+    numbers = [str(one["number"] + 1) for one in shown]
+    ticks = [number if i % every == 0 else "" for i, number in enumerate(numbers)]
+    axis = Axis([f"candidate {number}" for number in numbers], ticks, "candidate", width)
+    chart = charts.lines(title, axis, [Series("best so far", gains, 0)], _number, "score gained")
+    failed = sum(bool(one["error"]) for one in history)
+    best = search["best"]
+    found = (
+        f"{count(len(history), 'candidate')} by {search['optimizer']}, from {first:.5g} to "
+        f"{best['score']:.5g} on the search split; {search['ended']}."
+    )
+    if failed:
+        errors = dict.fromkeys(one["error"].partition("\n")[0] for one in history if one["error"])
+        found += f" {count(failed, 'candidate')} failed: {'; '.join(list(errors)[:3])}."
+    return section(title, how, found, figure("Score gained over the first candidate.", chart))
+
+
+def _front(search: Json) -> str:
+    goals = search["goals"][:2]
+    how = (
+        "Each candidate's share of the score from two goals, lower is better in both. Filled "
+        "points are on the front: no other candidate is better in every goal."
+    )
+    known = [one for one in search["history"] if one["parts"] is not None]
+    if len(known) < 2:
+        return section("Pareto front", how, "Too few candidates have a score.")
+    on_front = set(search["front"])
+    points = [(one["parts"][0], one["parts"][1], one["number"]) for one in known]
+    found = f"{count(len(on_front), 'candidate')} of {len(known)} on the front"
+    more = f"; drawn are the first two of {len(search['goals'])} goals" if len(
+        search["goals"]
+    ) > 2 else ""  # fmt: skip
+    chart = _scatter(points, goals, on_front, search["best"]["number"])
+    return section("Pareto front", how, f"{found}{more}.", figure("All candidates.", chart))
+
+
+def _scatter(
+    points: Sequence[tuple[float, float, int]], goals: Sequence[str], strong: set[int], best: int
+) -> str:
+    left, top, wide, high = 80.0, 30.0, 520.0, 280.0
+    ends = [(min(p[i] for p in points), max(p[i] for p in points)) for i in (0, 1)]
+
+    def at(value: float, axis: int) -> float:
+        low, highest = ends[axis]
+        share = (value - low) / (highest - low) if highest > low else 0.5
+        return left + wide * share if axis == 0 else top + high * (1 - share)
+
+    parts = [caption(left - 8, top - 14, goals[1], ""),
+             caption(left + wide, top + high + 36, goals[0], "e")]  # fmt: skip
+    for share in (0.0, 0.5, 1.0):
+        y, x = top + high * (1 - share), left + wide * share
+        parts.append(f'<path class="grid" d="M{left} {y:.1f}h{wide}"/>')
+        values = [low + share * (highest - low) for low, highest in ends]
+        parts.append(caption(left - 8, y + 4, _number(values[1]), "e num"))
+        parts.append(caption(x, top + high + 17, _number(values[0]), "m num"))
+    for x_value, y_value, number in sorted(points, key=lambda p: p[2] in strong):
+        said = f"candidate {number + 1}: {_number(x_value)}, {_number(y_value)}"
+        style = "s-merged" if number == best else "s-0" if number in strong else "s-5"
+        size_ = 1.3 if number == best else 1.0 if number in strong else 0.6
+        where = f' transform="translate({at(x_value, 0):.1f} {at(y_value, 1):.1f})scale({size_})"'
+        parts.append(titled("M-3 0a3 3 0 1 0 6 0a3 3 0 1 0-6 0z", f"mark {style}", said, where))
+    return svg("Pareto front", left + wide + 20, top + high + 48, parts)
+
+
+def _values(search: Json) -> str:
+    values = search["best"]["values"]
+    shares = search["importance"]
+    rows = [
+        [escape(name), escape(_plain(value)), percent(shares[name]) if name in shares else "–"]
+        for name, value in values.items()
+    ]
+    ranked = sorted(shares.items(), key=lambda one: -one[1])[:_SHOWN]
+    figures = []
+    if any(share for _, share in ranked):
+        bars = [(charts.shorten(name, 44), share, percent(share)) for name, share in ranked]
+        figures.append(figure("Share of the scores' variance that a parameter explains alone.",
+                              charts.side_bars("Importance", bars)))  # fmt: skip
+    how = (
+        "The values that were found. Importance is of each parameter alone (a parabola in ranks), "
+        "over the candidates that were tried; it says nothing of interactions."
+    )
+    found = f"Candidate {search['best']['number'] + 1}, by {', '.join(search['searched'])}."
+    return section("What was found", how, found, *figures,
+                   table(["sets", "value", "importance"], rows, right=2))  # fmt: skip
+
+
+def _cost(search: Json) -> str:
+    cost = search["cost"]
+    rate = cost["evaluations"] / cost["seconds"] if cost["seconds"] else 0.0
+    rows = [
+        ("candidates", f"{cost['evaluations']:,}, {cost['failed']} failed"),
+        ("evaluating, all workers together", duration(cost["seconds"])),
+        ("candidates/s", f"{rate:.2f}" if rate else "–"),
+        ("tokens", f"{cost['tokens']:,}"),
+        ("forward passes", f"{cost['forward_passes']:,}"),
+        ("tokens of the comparison above", f"{cost['report_tokens']:,}"),
+        ("workers", f"{cost['workers']}"),
+        ("peak memory, resident", size(cost["peak_rss"])),
+        *([("peak memory, GPU", size(cost["peak_vram"]))] if cost["peak_vram"] else []),
+        ("sources wait in", cost["residency"]),
+    ]
+    return section("What searching cost", "", "",
+                   table(["", ""], [[a, escape(b)] for a, b in rows], right=1))  # fmt: skip
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _number(value: float) -> str:
+    return f"{value:.4g}".replace("-", "−")
