@@ -16,7 +16,6 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from merge_cli.checkpoint.files import companion_files
 from merge_cli.checkpoint.raw import write_error
 from merge_cli.checkpoint.source import Source, fetch_weights, open_source
 from merge_cli.comparison.baselines import SOUP, baseline_recipes
@@ -28,6 +27,7 @@ from merge_cli.engine.journal import work_key
 from merge_cli.engine.plan import Plan
 from merge_cli.engine.planner import load_recipe, make_plan
 from merge_cli.errors import Interrupted, MismatchError, Problem, UsageError
+from merge_cli.evaluation.digest import companions_digest
 from merge_cli.evaluation.run import Step, evaluate_source
 from merge_cli.evaluation.spec import EvalSpec
 from merge_cli.evaluation.task import file_digest
@@ -209,8 +209,9 @@ def _work(plan: Plan, device: str) -> str:
     state = hashlib.sha256(work_key(plan, device, True).encode())
     state.update(json.dumps(dict(plan.config), sort_keys=True).encode())
     for donor in {plan.donor, plan.tokenizer_donor}:
-        for file in companion_files(plan.sources[donor].root):
-            state.update(f"{donor == plan.donor} {file.name} {file_digest(file)}".encode())
+        state.update(
+            f"{donor == plan.donor} {companions_digest(plan.sources[donor].root)}".encode()
+        )
     if plan.recipe.searches:
         from merge_cli.evolve.run import search_digest
 

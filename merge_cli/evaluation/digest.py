@@ -13,7 +13,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from merge_cli.checkpoint.files import is_companion
+from merge_cli.checkpoint.files import companion_files, is_companion
 from merge_cli.evaluation.cache import cache_folder, write_atomically
 from merge_cli.evaluation.task import file_digest
 
@@ -38,6 +38,14 @@ def model_digest(root: Path) -> str:
     state = hashlib.sha256()
     for path, digest in zip(files, digests, strict=True):
         state.update(f"{path.name}\0{digest}\n".encode())
+    return state.hexdigest()
+
+
+def companions_digest(root: Path) -> str:
+    """SHA-256 over a model folder's tokenizer, template and generation files."""
+    state = hashlib.sha256()
+    for path in companion_files(root):
+        state.update(f"{path.name}\0{file_digest(path)}\n".encode())
     return state.hexdigest()
 
 

@@ -94,6 +94,7 @@ class CMAES:
         self._random = np.random.default_rng(seed)
         self._sigma, self._restarts, self._size = search.sigma, search.restarts, size
         self.population, self.ended = population, ""
+        self._asked: list[Any] = []
         self._begin(start, first=True)
 
     def _begin(self, start: list[float], *, first: bool) -> None:
@@ -103,6 +104,8 @@ class CMAES:
             import cma
         except ImportError:
             raise ResourceError("cma-es needs the package cma", hint="pip install cma") from None
+        # pycma wants two dimensions at least; a second one that nothing depends on does no harm.
+        start = [*start, *[0.5] * (2 - self._size)]
         self._es: Any = cma.CMAEvolutionStrategy(
             start, self._sigma,
             {
@@ -116,14 +119,13 @@ class CMAES:
             self._es.inject([start], force=True)
 
     def ask(self) -> Genomes:
-        return [[float(u) for u in genome] for genome in self._es.ask()]
+        self._asked = self._es.ask()
+        return [[float(u) for u in genome[: self._size]] for genome in self._asked]
 
     def tell(
         self, genomes: Genomes, ranks: Sequence[float], parts: Sequence[Sequence[float]]
     ) -> None:
-        import numpy as np
-
-        self._es.tell([np.array(genome) for genome in genomes], list(ranks))
+        self._es.tell(self._asked, list(ranks))
         why = self._es.stop()
         if not why:
             return

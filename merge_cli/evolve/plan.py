@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 
+from merge_cli.engine.heads import reconcile_heads
 from merge_cli.engine.layers import main_stack, stacks
 from merge_cli.engine.options import MergeOptions
 from merge_cli.engine.plan import Plan
 from merge_cli.engine.planner import make_plan
 from merge_cli.errors import RecipeError, ResourceError
+from merge_cli.evaluation.digest import companions_digest
 from merge_cli.evolve.objectives import Objective, parse_objective
 from merge_cli.evolve.resident import Place, choose_place
 from merge_cli.evolve.space import Space, default_population
@@ -80,6 +83,8 @@ def plan_search(plan: Plan, options: MergeOptions) -> SearchPlan:
     if space is None and "validation" in objective.splits:
         what = "greedy_soup chooses by the split `search`; there is nothing left to choose."
         raise RecipeError([recipe.problem("objective", what, "Leave out the split validation.")])
+    if space is None:
+        _need_one_frame(plan)
     warnings = _missing_splits(objective, greedy=space is None)
     several = len(objective.search.weighted) > 1
     if search.optimizer == "nsga2" and not several:
@@ -98,6 +103,29 @@ def plan_search(plan: Plan, options: MergeOptions) -> SearchPlan:
         choose_place(refs, search.workers),
         tuple(str(spec.model) for spec in recipe.models), tuple(warnings),
     )  # fmt: skip
+
+
+def _need_one_frame(plan: Plan) -> None:
+    """Every average of a greedy soup must be the same model but for its weights.
+
+    Raises:
+        RecipeError: whose config, tokenizer and head it has would depend on who is in it.
+    """
+    recipe = plan.recipe
+    if reconcile_heads(plan.sources).tied is not None:
+        what = "some of these models tie their output head to the embedding, others do not."
+        hint = "Save them alike first."
+        raise RecipeError([recipe.problem("models", what, hint)])
+    if plan.base is not None:
+        return
+    frames = {
+        (json.dumps(dict(source.config), sort_keys=True), companions_digest(source.root))
+        for source in plan.sources
+    }
+    if len(frames) > 1:
+        what = "the models differ in config.json or tokenizer files, and the recipe has no base."
+        hint = "Name a `base_model`: every average takes its config and tokenizer."
+        raise RecipeError([recipe.problem("merge_method", what, hint)])
 
 
 def _missing_splits(objective: Objective, *, greedy: bool) -> list[str]:

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from merge_cli.checkpoint.source import Source, fetch_weights
+from merge_cli.engine.device import choose_device
 from merge_cli.engine.merge import fetch_inputs, verified_fingerprints
 from merge_cli.engine.options import MergeOptions, Progress, Show
 from merge_cli.engine.plan import Plan
 from merge_cli.engine.planner import load_recipe
 from merge_cli.errors import Interrupted, MergeCliError
+from merge_cli.evaluation.digest import companions_digest
 from merge_cli.evaluation.run import evaluate_source
 from merge_cli.evolve.evaluations import Evaluations
 from merge_cli.evolve.evaluator import Job, Setup, values_of
@@ -135,8 +137,10 @@ def work_key(decided: SearchPlan, options: MergeOptions) -> str:
         "seed": recipe.seed,
         "dtype": recipe.output_dtype,
         "inputs": verified_fingerprints(plan),
+        "models": [str(spec.model) for spec in recipe.models],
+        "tokenizer": companions_digest(plan.sources[plan.tokenizer_donor].root),
         "splits": splits,
-        "device": options.device.partition(":")[0],
+        "device": choose_device(options.device).kind,
     }
     return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from merge_cli.errors import RecipeError
+from merge_cli.errors import RecipeError, UsageError
 from merge_cli.methods.registry import Method, get_method
 from merge_cli.methods.resolve import operand_specs
 from merge_cli.recipe.reference import short_labels
@@ -141,6 +141,10 @@ class Space:
 
     def start_from(self, recipe: Recipe) -> list[float]:
         """The genome nearest to a static recipe of the same sources, listed in the same order."""
+        if len(recipe.models) != len(self.base.models):
+            what = f"lists {len(recipe.models)} models, and the search {len(self.base.models)}"
+            hint = "Start from a recipe of the same models, in the same order."
+            raise UsageError(what, where=recipe.file, hint=hint)
         values: list[Scalar] = []
         for gene, middle in zip(self.genes, self.values([0.5] * len(self)), strict=True):
             if gene.searched.name == METHOD:

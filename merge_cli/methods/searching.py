@@ -35,6 +35,10 @@ def search_problems(recipe: Recipe, *, searching: bool) -> Iterator[Problem]:
     if recipe.merge_method == GREEDY:
         for name in sorted((search.given if search else frozenset()) - WITHOUT_SPACE):
             yield recipe.problem(f"search.{name}", "has no meaning in greedy_soup.")
+        if recipe.tokenizer_source not in (None, "base"):
+            what = "of a greedy soup not every average contains that model."
+            hint = "Name a `base_model`, whose tokenizer it is."
+            yield recipe.problem("tokenizer_source", what, hint)
         for parameters in (recipe.parameters, *(spec.parameters for spec in recipe.models)):
             for given in parameters.values():
                 yield recipe.problem(given.key, "greedy_soup chooses, and averages, by itself.")

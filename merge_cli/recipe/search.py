@@ -37,7 +37,7 @@ class Searched:
     log: bool = False
     integer: bool = False
     choices: tuple[Scalar, ...] = ()
-    tied: frozenset[str] = frozenset()
+    tied: tuple[str, ...] = ()  # in one order: it is part of what a journal is known by
     key: str = ""
 
     @property
@@ -145,7 +145,7 @@ def _range(name: str, node: Node, key: str, refuse: Refuse) -> Searched | None:
         flags[part] = parts[part].value if part in parts else False
         if not isinstance(flags[part], bool):
             wrong(parts[part], part, f"must be true or false (got {flags[part]!r}).")
-    tied = _tied(parts["tied"], wrong) if "tied" in parts else frozenset()
+    tied = _tied(parts["tied"], wrong) if "tied" in parts else ()
     if "choices" in parts:
         choices = _choices(parts["choices"], wrong)
         for part in ("min", "max", "log", "integer"):
@@ -176,14 +176,14 @@ def _range(name: str, node: Node, key: str, refuse: Refuse) -> Searched | None:
     return Searched(name, low, high, flags["log"], flags["integer"], tied=tied, key=key)
 
 
-def _tied(node: Node, wrong: Any) -> frozenset[str]:
+def _tied(node: Node, wrong: Any) -> tuple[str, ...]:
     if isinstance(node.value, bool):
-        return frozenset(TIES) if node.value else frozenset()
+        return tuple(TIES) if node.value else ()
     words = [node.value] if isinstance(node.value, str) else node.plain()
     if isinstance(words, list) and all(word in TIES for word in words):
-        return frozenset(words)
+        return tuple(word for word in TIES if word in words)
     wrong(node, "tied", f"must be true, or some of {', '.join(TIES)} (got {node.plain()!r}).")
-    return frozenset()
+    return ()
 
 
 def _choices(node: Node, wrong: Any) -> tuple[Scalar, ...]:

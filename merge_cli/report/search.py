@@ -77,7 +77,7 @@ def _convergence(search: Json) -> str:
     every = max(1, -(-44 // int(width)))
     numbers = [str(one["number"] + 1) for one in shown]
     ticks = [number if i % every == 0 else "" for i, number in enumerate(numbers)]
-    axis = Axis([f"candidate {number}" for number in numbers], ticks, "candidate", width)
+    axis = Axis([f"candidate {number}" for number in numbers], ticks, "number", width)
     chart = charts.lines(title, axis, [Series("best so far", gains, 0)], _number, "score gained")
     failed = sum(bool(one["error"]) for one in history)
     best = search["best"]

@@ -65,7 +65,11 @@ class PythonTask(Task):
         if spec is None or spec.loader is None:
             raise SourceError("is not a Python file", file=self.python)
         module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:  # it is the user's: it may raise what it likes
+            what = f"cannot be imported: {type(error).__name__}: {error}"
+            raise SourceError(what, file=str(path)) from error
         function = getattr(module, name, None)
         if not callable(function):
             raise SourceError(f"has no function '{name}'", file=str(path))
