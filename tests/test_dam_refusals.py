@@ -1,0 +1,36 @@
+"""What training refuses before it begins, rather than publish nonsense or fail at the end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from dam_tiny import config, plan_of, write_data, write_models
+
+from merge_cli.dam.coefficients import Coefficients, layout_of
+from merge_cli.errors import RecipeError
+from merge_cli.recipe.training import Training
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    write_models(folder, config("llama"))
+    write_data(folder)
+    return folder
+
+
+@pytest.mark.parametrize("training", [{"activation": "tanh"}, {"preset": "dam-reference"}])
+def test_one_source_does_not_start_beyond_tanh(models: Path, training: dict[str, str]) -> None:
+    with pytest.raises(RecipeError, match="tanh does not reach 1"):
+        plan_of(models, training, names=("a",))
+    plan_of(models, {**training, "start": 0.9}, names=("a",))
+
+
+@pytest.mark.parametrize(("activation", "start"), [("tanh", 1.0), ("sigmoid", 0.0)])
+def test_a_start_that_no_parameter_has_is_never_zero_instead(activation: str, start: float) -> None:
+    training = Training(activation=activation, start=start)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="does not reach"):
+        Coefficients("w", layout_of((2, 3), "column"), 1, training, 0)
