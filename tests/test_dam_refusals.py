@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from dam_tiny import config, plan_of, write_data, write_models
+from dam_tiny import config, plan_of, write_data, write_models, write_recipe
 
 from merge_cli.dam.coefficients import Coefficients, layout_of
+from merge_cli.dam.data import short_names
+from merge_cli.engine.planner import load_recipe, make_plan
 from merge_cli.errors import RecipeError
 from merge_cli.recipe.training import Training
 
@@ -27,6 +29,22 @@ def test_one_source_does_not_start_beyond_tanh(models: Path, training: dict[str,
     with pytest.raises(RecipeError, match="tanh does not reach 1"):
         plan_of(models, training, names=("a",))
     plan_of(models, {**training, "start": 0.9}, names=("a",))
+
+
+@pytest.mark.parametrize("again", ["a", "./a"])
+def test_a_model_that_is_listed_twice_is_refused(models: Path, again: str) -> None:
+    path = write_recipe(models)
+    text = path.read_text().replace("model: b\n", f"model: {again}\n")
+    path.write_text(text)
+    with pytest.raises(RecipeError, match="listed twice"):
+        make_plan(load_recipe(path))
+
+
+def test_names_of_data_sets_differ() -> None:
+    assert short_names(["x/a", "y/b/"]) == ["a", "b"]
+    assert short_names(["x/a", "y/a"]) == ["x/a", "y/a"]
+    assert short_names(["org/a@one", "org/a@two"]) == ["a@one", "a@two"]
+    assert len(set(short_names(["x/a", "x/a", "x/a (2)"]))) == 3
 
 
 @pytest.mark.parametrize(("activation", "start"), [("tanh", 1.0), ("sigmoid", 0.0)])
