@@ -91,6 +91,9 @@ def learn(
                 with torch_threads(options.threads):
                     record = _learn(decided, folder, world, show, stopping)
             world.wait()
+        if world.any(stopping()):  # asked for where nobody looks: the merge must not begin
+            what, hint = "stopped after training", "The same command continues."
+            raise Interrupted(what, where=str(folder.path), hint=hint)
     if world.first:
         for line in record["warnings"]:
             show(Progress("train", 0, 0, line))
@@ -162,6 +165,7 @@ def _learn(
                 tell=lambda done, total, name: show(
                     Progress("baselines", done, total, name, "merges")
                 ),
+                stopping=stopping,
             )  # fmt: skip
         entries = trainer.best or entries_of(student)
         for target in decided.targets:  # stored, but no parameter of the student

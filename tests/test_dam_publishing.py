@@ -1,0 +1,76 @@
+"""What training leaves: when it is stopped at its end, and what the files of it hold."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from dam_tiny import config, write_data, write_models, write_recipe
+
+import merge_cli
+from merge_cli.dam import run as training
+from merge_cli.engine.merge import MergeOptions
+from merge_cli.engine.options import Progress
+from merge_cli.errors import Interrupted
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+OPTIONS = MergeOptions(device="cpu", threads=1)
+QUICK: dict[str, Any] = {
+    "max_steps": 1, "max_length": 24, "batch_size": 2, "top_k": 16, "evaluate_every": 1,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    write_models(folder, config("llama"), names=("base", "a", "b"), change=0.3)
+    write_data(folder, names=("a", "b"))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MERGE_CLI_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+def recipe_of(models: Path, **training: Any) -> Path:
+    return write_recipe(models, {**QUICK, **training}, names=("a", "b"))
+
+
+def test_ctrl_c_while_baselines_are_measured(models: Path, tmp_path: Path) -> None:
+    recipe, out = recipe_of(models), tmp_path / "out"
+    seen: list[Progress] = []
+
+    def stop(progress: Progress) -> None:
+        if progress.stage == "baselines":
+            seen.append(progress)
+            if len(seen) == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted, match="without training"):
+        merge_cli.merge(recipe, out, options=OPTIONS, show=stop)
+    assert len(seen) == 2
+    assert not out.exists()
+    assert merge_cli.merge(recipe, out, options=OPTIONS).report["training"]["steps"] == 1
+
+
+def test_ctrl_c_after_the_last_step(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody asks any more whether to stop; what was finished stays."""
+    recipe, out = recipe_of(models), tmp_path / "out"
+    build = training.build_record
+
+    def stop(*args: Any, **more: Any) -> dict[str, Any]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return build(*args, **more)
+
+    monkeypatch.setattr(training, "build_record", stop)
+    with pytest.raises(Interrupted, match="stopped after training"):
+        merge_cli.merge(recipe, out, options=OPTIONS)
+    assert not out.exists()
+    assert (tmp_path / "out.training" / "training.json").exists()
+    assert merge_cli.merge(recipe, out, options=OPTIONS).report["training"]["steps"] == 1
