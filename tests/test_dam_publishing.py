@@ -8,10 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from dam_tiny import config, write_data, write_models, write_recipe
+from safetensors.torch import load_file
 
 import merge_cli
+from merge_cli.checkpoint.coefficients import open_coefficients
 from merge_cli.dam import run as training
+from merge_cli.dam.checkpoint import write_coefficients
 from merge_cli.engine.merge import MergeOptions
 from merge_cli.engine.options import Progress
 from merge_cli.errors import Interrupted
@@ -74,3 +78,17 @@ def test_ctrl_c_after_the_last_step(
     assert not out.exists()
     assert (tmp_path / "out.training" / "training.json").exists()
     assert merge_cli.merge(recipe, out, options=OPTIONS).report["training"]["steps"] == 1
+
+
+def test_equal_coefficients_are_equal_bytes(tmp_path: Path) -> None:
+    entries = {f"ä.{i}": torch.full((2, 1, 3 + i), 0.25 * i) for i in range(4)}
+    found = set()
+    for i in range(20):
+        path = tmp_path / f"{i}.safetensors"
+        write_coefficients(path, entries, "task_vector")
+        found.add(path.read_bytes())
+    assert len(found) == 1
+    read = load_file(path)
+    assert read.keys() == entries.keys()
+    assert all(torch.equal(read[name], entries[name]) for name in entries)
+    assert open_coefficients(path).form == "task_vector"

@@ -15,6 +15,7 @@ import fcntl
 import json
 import os
 import shutil
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -188,7 +189,21 @@ def write_coefficients(path: Path, entries: Mapping[str, Any], form: str) -> Non
 
     from merge_cli.checkpoint.coefficients import FORMAT
 
-    _replace(path, save(dict(entries), {"format": FORMAT, "form": form}))
+    _replace(path, _with_metadata(save(dict(entries)), {"format": FORMAT, "form": form}))
+
+
+def _with_metadata(content: bytes, metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file with metadata in sorted order.
+
+    safetensors itself writes several entries in the order of a hash that differs from run to run:
+    equal coefficients would be different bytes, with another digest.
+    """
+    (length,) = struct.unpack("<Q", content[:8])
+    entries = json.loads(content[8 : 8 + length])
+    about = {"__metadata__": dict(sorted(metadata.items())), **entries}
+    header = json.dumps(about, ensure_ascii=False, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # the data that follows is aligned
+    return b"".join([struct.pack("<Q", len(header)), header, memoryview(content)[8 + length :]])
 
 
 def _state(student: Student) -> Sequence[tuple[str, str, int, Any]]:
