@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 import merge_cli
 from merge_cli.checkpoint.coefficients import open_coefficients
 from merge_cli.dam import run as training
-from merge_cli.dam.checkpoint import write_coefficients
+from merge_cli.dam.checkpoint import TrainingFolder, write_coefficients
 from merge_cli.engine.merge import MergeOptions
 from merge_cli.engine.options import Progress
-from merge_cli.errors import Interrupted
+from merge_cli.errors import Interrupted, NonFiniteError
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 OPTIONS = MergeOptions(device="cpu", threads=1)
@@ -92,3 +92,18 @@ def test_equal_coefficients_are_equal_bytes(tmp_path: Path) -> None:
     assert read.keys() == entries.keys()
     assert all(torch.equal(read[name], entries[name]) for name in entries)
     assert open_coefficients(path).form == "task_vector"
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_coefficients_that_are_not_finite_are_refused(tmp_path: Path, wrong: float) -> None:
+    entries = {"fine": torch.ones(2, 1, 3), "odd": torch.tensor([[[1.0]], [[wrong]]])}
+    path = tmp_path / "coefficients.safetensors"
+    write_coefficients(path, entries, "soup")
+    with pytest.raises(NonFiniteError, match="odd"):
+        open_coefficients(path)
+    with (
+        TrainingFolder(tmp_path / "out", "key") as folder,
+        pytest.raises(NonFiniteError, match="odd"),
+    ):
+        folder.finish(entries, "soup", {})
+    assert folder.record() is None

@@ -25,7 +25,7 @@ from typing import Any
 from merge_cli.checkpoint.coefficients import FILE
 from merge_cli.checkpoint.raw import write_error
 from merge_cli.dam.student import Student
-from merge_cli.errors import ResourceError, UsageError
+from merge_cli.errors import NonFiniteError, ResourceError, UsageError
 
 _CHECKPOINT, _RECORD, _LOCK = "checkpoint.safetensors", "training.json", "lock"
 
@@ -129,7 +129,15 @@ class TrainingFolder:
         return dict(found) if found.get("key") == self.key else None
 
     def finish(self, entries: Mapping[str, Any], form: str, record: Mapping[str, Any]) -> None:
-        """Write the result. The record comes last: where there is one, all is there."""
+        """Write the result. The record comes last: where there is one, all is there.
+
+        Raises:
+            NonFiniteError: a coefficient is NaN or infinite: the last step has gone too far.
+        """
+        for name, value in entries.items():
+            if not value.isfinite().all():
+                hint = "Use a smaller learning_rate, with --fresh."
+                raise NonFiniteError("a learned coefficient is not finite", tensor=name, hint=hint)
         write_coefficients(self.coefficients, entries, form)
         text = json.dumps({"key": self.key, **record}, ensure_ascii=False)
         _replace(self.path / _RECORD, text.encode())
