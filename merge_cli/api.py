@@ -85,7 +85,8 @@ def merge(
         if not learned.world.first:  # the first process of several merges
             learned.world.close()
             return MergeResult(target, {})
-        decided = make_plan(with_coefficients(decided.recipe, learned), shard_size=shard_size)
+        resolved = with_coefficients(decided.recipe, learned.coefficients)
+        decided = make_plan(resolved, shard_size=decided.shard_size)
     record = learned.record if learned is not None else None
 
     def finish(of: Plan, prints: tuple[str, ...], outcome: Outcome, folder: Path) -> None:

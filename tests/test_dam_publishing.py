@@ -107,3 +107,11 @@ def test_coefficients_that_are_not_finite_are_refused(tmp_path: Path, wrong: flo
     ):
         folder.finish(entries, "soup", {})
     assert folder.record() is None
+
+
+def test_a_plan_keeps_its_shard_size(models: Path, tmp_path: Path) -> None:
+    decided = merge_cli.plan(recipe_of(models), shard_size=8000)
+    assert len(decided.shards) > 1
+    out = merge_cli.merge(decided, tmp_path / "out", options=OPTIONS).path
+    shards = [p for p in out.glob("*.safetensors") if p.name != "coefficients.safetensors"]
+    assert len(shards) == len(decided.shards)

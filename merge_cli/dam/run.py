@@ -244,11 +244,11 @@ def _interruptions() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-def with_coefficients(recipe: Recipe, learned: Learned) -> Recipe:
+def with_coefficients(recipe: Recipe, coefficients: Path) -> Recipe:
     """The recipe with what was learned: complete without data."""
     return replace(
         recipe,
-        coefficients=str(learned.coefficients),
+        coefficients=str(coefficients),
         training=recipe.training or Training(),
         models=tuple(replace(spec, data=None) for spec in recipe.models),
     )
