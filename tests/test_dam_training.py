@@ -77,7 +77,8 @@ def test_a_recipe_trains_merges_and_runs_again_without_training(
     assert training["scores"]["dam"]["mean_kl"] < training["measured"][0]["mean_kl"]
     names = set(training["scores"])
     assert {"dam", "base", "source a", "source b", "source c", "uniform soup"} < names
-    assert sum(name.startswith("task arithmetic") for name in names) == 6
+    assert sum(name.startswith("task arithmetic") for name in names) == 9
+    assert {"task arithmetic 0.05", "task arithmetic 0.1", "task arithmetic 0.15"} < names
     assert training["cost"]["passes"] == 18  # one for each data set in each step
     assert {"teach", "train", "baselines", "merge"} <= {line.stage for line in lines}
     steps = [line.note for line in lines if line.unit == "steps"]

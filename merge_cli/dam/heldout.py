@@ -16,7 +16,7 @@ from merge_cli.dam.teachers import Predictions, padded
 from merge_cli.errors import Interrupted
 
 _OBJECTIVE = Objective({"kl": 1.0, "cross_entropy": 1.0})
-LAMBDAS = (0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
+LAMBDAS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
 
 
 @dataclass(frozen=True)
