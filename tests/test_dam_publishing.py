@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from merge_cli.dam import run as training
 from merge_cli.dam.checkpoint import TrainingFolder, write_coefficients
 from merge_cli.engine.merge import MergeOptions
 from merge_cli.engine.options import Progress
-from merge_cli.errors import Interrupted, NonFiniteError
+from merge_cli.errors import Interrupted, NonFiniteError, UsageError
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 OPTIONS = MergeOptions(device="cpu", threads=1)
@@ -115,3 +116,36 @@ def test_a_plan_keeps_its_shard_size(models: Path, tmp_path: Path) -> None:
     out = merge_cli.merge(decided, tmp_path / "out", options=OPTIONS).path
     shards = [p for p in out.glob("*.safetensors") if p.name != "coefficients.safetensors"]
     assert len(shards) == len(decided.shards)
+
+
+def killed_after_publishing(recipe: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> bytes:
+    """OUT is there, and so is OUT.training; the bytes of the report."""
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingFolder, "discard", lambda self: None)
+        merge_cli.merge(recipe, out, options=OPTIONS)
+    assert out.with_name("out.training").exists()
+    return (out / "merge_report.json").read_bytes()
+
+
+def test_killed_between_publishing_and_tidying_up(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, out = recipe_of(models), tmp_path / "out"
+    report = killed_after_publishing(recipe, out, monkeypatch)
+    result = merge_cli.merge(recipe, out, options=OPTIONS)
+    assert result.report["training"]["steps"] == 1
+    assert (out / "merge_report.json").read_bytes() == report
+    assert not (tmp_path / "out.training").exists()
+
+
+def test_what_was_left_does_not_block_other_work(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    killed_after_publishing(recipe_of(models), out, monkeypatch)
+    other = recipe_of(models, max_steps=2)
+    with pytest.raises(UsageError, match="exists already"):
+        merge_cli.merge(other, out, options=OPTIONS)
+    replacing = replace(OPTIONS, overwrite=True)
+    assert merge_cli.merge(other, out, options=replacing).report["training"]["steps"] == 2
+    assert not (tmp_path / "out.training").exists()

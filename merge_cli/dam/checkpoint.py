@@ -22,10 +22,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from merge_cli.checkpoint.coefficients import FILE
+from merge_cli.checkpoint.coefficients import FILE, open_coefficients
 from merge_cli.checkpoint.raw import write_error
 from merge_cli.dam.student import Student
-from merge_cli.errors import NonFiniteError, ResourceError, UsageError
+from merge_cli.errors import MergeCliError, NonFiniteError, ResourceError, UsageError
 
 _CHECKPOINT, _RECORD, _LOCK = "checkpoint.safetensors", "training.json", "lock"
 
@@ -189,6 +189,22 @@ class TrainingFolder:
 
         with safe_open(path, "pt") as file:
             return str((file.metadata() or {}).get("key"))
+
+
+def left_over(target: Path) -> TrainingFolder | None:
+    """OUT.training with a result that OUT holds already: its process was killed while tidying up.
+
+    None where there is no such folder, or where OUT was made of other coefficients.
+    """
+    path = TrainingFolder(target, "").path
+    try:
+        report = json.loads((target / "merge_report.json").read_text(encoding="utf-8"))
+        key = json.loads((path / _RECORD).read_text(encoding="utf-8"))["key"]
+        published = report["coefficients"]["digest"]
+        digest = open_coefficients(path / FILE).digest
+    except (OSError, ValueError, KeyError, TypeError, MergeCliError):
+        return None
+    return TrainingFolder(target, str(key)) if digest == published else None
 
 
 def write_coefficients(path: Path, entries: Mapping[str, Any], form: str) -> None:

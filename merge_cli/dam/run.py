@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from merge_cli.dam.assembly import assemble
-from merge_cli.dam.checkpoint import Position, TrainingFolder
-from merge_cli.dam.distributed import World, join_world
+from merge_cli.dam.checkpoint import Position, TrainingFolder, left_over
+from merge_cli.dam.distributed import World, join_world, launched
 from merge_cli.dam.forward import Forward
 from merge_cli.dam.heldout import HeldOut, baselines
 from merge_cli.dam.models import stored_tensors
@@ -99,6 +99,34 @@ def learn(
             show(Progress("train", 0, 0, line))
         gate(record, require_improvement, folder.coefficients)
     return Learned(folder.coefficients, record, folder, world)
+
+
+def published(plan: Plan, target: Path, options: MergeOptions) -> tuple[bool, Path] | None:
+    """What a process that was killed after publishing OUT has left, if that is here.
+
+    Only for a process that is alone: several would not all find the same.
+
+    Returns:
+        whether it is of this very training, and its file of coefficients.
+    """
+    folder = None if options.fresh or launched() > 1 else left_over(target)
+    if folder is None:
+        return None
+    fetch_everything(plan)
+    key = work_key(plan_training(plan, options.device), World())
+    return key == folder.key, folder.coefficients
+
+
+def tidy(target: Path) -> None:
+    """Throw away OUT.training, whose coefficients OUT has.
+
+    Raises:
+        ResourceError: another process works there.
+    """
+    folder = left_over(target)
+    if folder is not None:
+        with folder:
+            folder.discard()
 
 
 def work_key(decided: TrainingPlan, world: World) -> str:
