@@ -19,7 +19,7 @@ from merge_cli.dam import run as training
 from merge_cli.dam.checkpoint import TrainingFolder, write_coefficients
 from merge_cli.engine.merge import MergeOptions
 from merge_cli.engine.options import Progress
-from merge_cli.errors import Interrupted, NonFiniteError, UsageError
+from merge_cli.errors import Interrupted, NonFiniteError, ResourceError, UsageError
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 OPTIONS = MergeOptions(device="cpu", threads=1)
@@ -149,3 +149,15 @@ def test_what_was_left_does_not_block_other_work(
     replacing = replace(OPTIONS, overwrite=True)
     assert merge_cli.merge(other, out, options=replacing).report["training"]["steps"] == 2
     assert not (tmp_path / "out.training").exists()
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory")])
+def test_memory_that_runs_out_is_said_with_a_hint(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(*args: Any, **more: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(training, "assemble", fail)
+    with pytest.raises(ResourceError, match="memory ran out.*batch_tokens.*residency"):
+        merge_cli.merge(recipe_of(models), tmp_path / "out", options=OPTIONS)

@@ -25,7 +25,14 @@ from merge_cli.dam.plan import plan_training
 from merge_cli.dam.trainer import Trainer
 from merge_cli.engine.merge import MergeOptions
 from merge_cli.engine.options import Progress
-from merge_cli.errors import GateError, Interrupted, MismatchError, RecipeError, UsageError
+from merge_cli.errors import (
+    GateError,
+    Interrupted,
+    MismatchError,
+    RecipeError,
+    ResourceError,
+    UsageError,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 OPTIONS = MergeOptions(device="cpu", threads=1)
@@ -149,7 +156,7 @@ def test_stopped_and_continued_is_the_same_bit_for_bit(
     assert (tmp_path / "out.training" / "checkpoint.safetensors").exists()
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr(Trainer, "_step", killed)
-    with pytest.raises(MemoryError):
+    with pytest.raises(ResourceError, match="memory ran out.*batch_tokens"):
         run(recipe, tmp_path / "out")
     monkeypatch.setattr(Trainer, "_step", step)
     seen: list[int] = []

@@ -34,13 +34,17 @@ from merge_cli.dam.trainer import Trainer, entries_of
 from merge_cli.engine.options import MergeOptions, Progress, Show
 from merge_cli.engine.plan import Plan
 from merge_cli.errors import Interrupted
-from merge_cli.evaluation.live import torch_threads
+from merge_cli.evaluation.live import memory_errors, torch_threads
 from merge_cli.recipe.schema import Recipe
 from merge_cli.recipe.training import Training
 
 # Dials that change how training runs, not what comes of it.
 _INDIFFERENT = {"residency", "checkpoint_minutes", "tensorboard", "preset"}
 _FORMAT = 1
+_SMALLER = (
+    "Try a smaller batch_tokens, checkpointing: true, residency: disk, or dtype: bfloat16."
+    " Changing residency alone continues; after other changes use --fresh."
+)
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,7 @@ def learn(
             world.wait()
             record = folder.record()
             if record is None:
-                with torch_threads(options.threads):
+                with torch_threads(options.threads), memory_errors(str(folder.path), _SMALLER):
                     record = _learn(decided, folder, world, show, stopping)
             world.wait()
         if world.any(stopping()):  # asked for where nobody looks: the merge must not begin
