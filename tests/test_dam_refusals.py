@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import transformers
 from dam_tiny import config, plan_of, write_data, write_models, write_recipe
 
 from merge_cli.dam.coefficients import Coefficients, layout_of
 from merge_cli.dam.data import short_names
+from merge_cli.dam.models import empty_student
+from merge_cli.dam.plan import plan_training
 from merge_cli.engine.planner import load_recipe, make_plan
-from merge_cli.errors import RecipeError
+from merge_cli.errors import RecipeError, SourceError
 from merge_cli.recipe.training import Training
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -52,3 +55,25 @@ def test_a_start_that_no_parameter_has_is_never_zero_instead(activation: str, st
     training = Training(activation=activation, start=start)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="does not reach"):
         Coefficients("w", layout_of((2, 3), "column"), 1, training, 0)
+
+
+@pytest.mark.parametrize("error", [Exception("data did not match"), ValueError()])
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("AutoTokenizer.from_pretrained", "tokenizer cannot be loaded"),
+        ("AutoConfig.from_pretrained", "cannot read its config"),
+        ("AutoModelForCausalLM.from_config", "no causal language model"),
+    ],
+)
+def test_whatever_transformers_raises_is_said(
+    models: Path, monkeypatch: pytest.MonkeyPatch, name: str, what: str, error: Exception
+) -> None:
+    def fail(*args: object, **more: object) -> None:
+        raise error
+
+    plan = plan_of(models)
+    kind, _, method = name.partition(".")
+    monkeypatch.setattr(getattr(transformers, kind), method, fail)
+    with pytest.raises(SourceError, match=f"{what}.*: {str(error) or 'ValueError'}"):
+        (plan_training if kind == "AutoTokenizer" else empty_student)(plan)
