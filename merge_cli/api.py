@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from merge_cli.checkpoint.coefficients import FILE
 from merge_cli.comparison.result import Comparison
 from merge_cli.comparison.run import compare as compare_recipes
 from merge_cli.engine.device import choose_device
@@ -76,8 +77,13 @@ def merge(
     options = options or MergeOptions()
     learned = None
     if decided.learns:
+        from merge_cli.dam.result import gate
         from merge_cli.dam.run import learn, with_coefficients
 
+        earlier = _published(decided, target, options)
+        if earlier is not None:
+            gate(earlier.report["training"], require_improvement, target / FILE)
+            return earlier
         check_target(decided, target, options)
         learned = learn(
             decided, target, options, show=show, require_improvement=require_improvement
@@ -85,7 +91,8 @@ def merge(
         if not learned.world.first:  # the first process of several merges
             learned.world.close()
             return MergeResult(target, {})
-        decided = make_plan(with_coefficients(decided.recipe, learned), shard_size=shard_size)
+        resolved = with_coefficients(decided.recipe, learned.coefficients)
+        decided = make_plan(resolved, shard_size=decided.shard_size)
     record = learned.record if learned is not None else None
     found = None
     if decided.recipe.searches:
@@ -113,6 +120,26 @@ def merge(
     if not report:  # published by a process that was killed before it could say so
         report.update(json.loads((path / "merge_report.json").read_text(encoding="utf-8")))
     return MergeResult(path, report)
+
+
+def _published(plan: Plan, target: Path, options: MergeOptions) -> MergeResult | None:
+    """OUT, if a process that was killed before it could tidy up has made it by this very work.
+
+    What it has left of its training goes then; and where OUT may be replaced, it goes anyway.
+    """
+    from merge_cli.dam.run import published, tidy, with_coefficients
+
+    found = published(plan, target, options)
+    if found is None:
+        return None
+    same, coefficients = found
+    resolved = make_plan(with_coefficients(plan.recipe, coefficients), shard_size=plan.shard_size)
+    result = finished(resolved, target, options) if same else None
+    if result is not None and "training" not in result.report:
+        result = None
+    if result is not None or options.overwrite:
+        tidy(target)
+    return result
 
 
 def finished(plan: Plan, out: str | Path, options: MergeOptions) -> MergeResult | None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from merge_cli.checkpoint.header import TensorRef, parse_header, read_header_file
-from merge_cli.errors import CorruptFileError
+from merge_cli.errors import CorruptFileError, NonFiniteError
 
 FILE = "coefficients.safetensors"
 ROWS, COLUMNS = ":rows", ":columns"
@@ -145,6 +145,14 @@ class CoefficientFile:
             if rows[:2] != (count, whole[0]) or columns != (count, whole[1], *rows[2:]):
                 yield f"a correction of shapes {list(rows)} and {list(columns)} does not fit"
 
+    def is_finite(self, name: str) -> bool:
+        """Whether no number of an entry is NaN or Inf; read in blocks."""
+        import numpy as np
+
+        flat = self._map(name).reshape(-1)
+        block = 1 << 20
+        return all(np.isfinite(flat[i : i + block]).all() for i in range(0, len(flat), block))
+
     def _map(self, name: str) -> Any:
         import numpy as np
 
@@ -161,6 +169,7 @@ def open_coefficients(path: Path) -> CoefficientFile:
 
     Raises:
         CorruptFileError: not such a file.
+        NonFiniteError: NaN or Inf among the coefficients.
     """
     raw = read_header_file(path, "")
     refs = parse_header(raw, path, path.stat().st_size, "")
@@ -182,4 +191,8 @@ def open_coefficients(path: Path) -> CoefficientFile:
         state = hashlib.sha256()
         while block := file.read(1 << 22):
             state.update(block)
-    return CoefficientFile(path, cast(Form, form), state.hexdigest(), counts.pop(), refs)
+    found = CoefficientFile(path, cast(Form, form), state.hexdigest(), counts.pop(), refs)
+    for name in refs:
+        if not found.is_finite(name):
+            raise NonFiniteError("a coefficient is NaN or Inf", file=str(path), tensor=name)
+    return found

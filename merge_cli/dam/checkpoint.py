@@ -15,16 +15,17 @@ import fcntl
 import json
 import os
 import shutil
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from merge_cli.checkpoint.coefficients import FILE
+from merge_cli.checkpoint.coefficients import FILE, open_coefficients
 from merge_cli.checkpoint.raw import write_error
 from merge_cli.dam.student import Student
-from merge_cli.errors import ResourceError, UsageError
+from merge_cli.errors import MergeCliError, NonFiniteError, ResourceError, UsageError
 
 _CHECKPOINT, _RECORD, _LOCK = "checkpoint.safetensors", "training.json", "lock"
 
@@ -128,7 +129,15 @@ class TrainingFolder:
         return dict(found) if found.get("key") == self.key else None
 
     def finish(self, entries: Mapping[str, Any], form: str, record: Mapping[str, Any]) -> None:
-        """Write the result. The record comes last: where there is one, all is there."""
+        """Write the result. The record comes last: where there is one, all is there.
+
+        Raises:
+            NonFiniteError: a coefficient is NaN or infinite: the last step has gone too far.
+        """
+        for name, value in entries.items():
+            if not value.isfinite().all():
+                hint = "Use a smaller learning_rate, with --fresh."
+                raise NonFiniteError("a learned coefficient is not finite", tensor=name, hint=hint)
         write_coefficients(self.coefficients, entries, form)
         text = json.dumps({"key": self.key, **record}, ensure_ascii=False)
         _replace(self.path / _RECORD, text.encode())
@@ -182,13 +191,43 @@ class TrainingFolder:
             return str((file.metadata() or {}).get("key"))
 
 
+def left_over(target: Path) -> TrainingFolder | None:
+    """OUT.training with a result that OUT holds already: its process was killed while tidying up.
+
+    None where there is no such folder, or where OUT was made of other coefficients.
+    """
+    path = TrainingFolder(target, "").path
+    try:
+        report = json.loads((target / "merge_report.json").read_text(encoding="utf-8"))
+        key = json.loads((path / _RECORD).read_text(encoding="utf-8"))["key"]
+        published = report["coefficients"]["digest"]
+        digest = open_coefficients(path / FILE).digest
+    except (OSError, ValueError, KeyError, TypeError, MergeCliError):
+        return None
+    return TrainingFolder(target, str(key)) if digest == published else None
+
+
 def write_coefficients(path: Path, entries: Mapping[str, Any], form: str) -> None:
     """A file of coefficients (see `checkpoint.coefficients`)."""
     from safetensors.torch import save
 
     from merge_cli.checkpoint.coefficients import FORMAT
 
-    _replace(path, save(dict(entries), {"format": FORMAT, "form": form}))
+    _replace(path, _with_metadata(save(dict(entries)), {"format": FORMAT, "form": form}))
+
+
+def _with_metadata(content: bytes, metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file with metadata in sorted order.
+
+    safetensors itself writes several entries in the order of a hash that differs from run to run:
+    equal coefficients would be different bytes, with another digest.
+    """
+    (length,) = struct.unpack("<Q", content[:8])
+    entries = json.loads(content[8 : 8 + length])
+    about = {"__metadata__": dict(sorted(metadata.items())), **entries}
+    header = json.dumps(about, ensure_ascii=False, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # the data that follows is aligned
+    return b"".join([struct.pack("<Q", len(header)), header, memoryview(content)[8 + length :]])
 
 
 def _state(student: Student) -> Sequence[tuple[str, str, int, Any]]:

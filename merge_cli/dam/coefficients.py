@@ -115,10 +115,7 @@ class Coefficients:
         self.name, self.layout, self.activation = name, layout, training.activation
         dtype = dtype or torch.float32
         start = starting_value(training, sources)
-        raw = {
-            "none": start, "tanh": math.atanh(start) if abs(start) < 1 else 0.0, "softmax": 0.0,
-            "sigmoid": math.log(start / (1 - start)) if 0 < start < 1 else 0.0,
-        }[self.activation]  # fmt: skip
+        raw = _before_activation(start, self.activation)
         self.raw = torch.full((sources, *layout.inner), raw, dtype=dtype, device=device)
         self.left: Any = None
         self.right: Any = None
@@ -232,6 +229,22 @@ class Coefficients:
 
         rows = torch.arange(start, stop, device=self.raw.device)
         return rows // (self.layout.rows // self.layout.groups)
+
+
+def _before_activation(start: float, activation: str) -> float:
+    """The parameter whose activation is `start`.
+
+    Raises:
+        ValueError: there is none; recipes that ask for it are refused before.
+    """
+    if activation == "softmax":
+        return 0.0
+    least = {"tanh": -1.0, "sigmoid": 0.0}.get(activation)
+    if least is None:
+        return start
+    if not least < start < 1:
+        raise ValueError(f"{activation} does not reach {start:g}")
+    return math.atanh(start) if activation == "tanh" else math.log(start / (1 - start))
 
 
 def _activated(raw: Any, activation: str) -> Any:

@@ -77,7 +77,7 @@ def load_datasets(
     """
     length = min(training.max_length, context)
     found = []
-    names = short_names([s.model.path for s in recipe.source_specs if s.data])
+    names = short_names([str(s.model) for s in recipe.source_specs if s.data])
     specs = [spec for spec in recipe.source_specs if spec.data]
     for spec, name in zip(specs, names, strict=True):
         assert spec.data is not None
@@ -205,9 +205,20 @@ def _files(words: Sequence[str], recipe: Recipe) -> list[Path]:
 
 
 def short_names(paths: Sequence[str]) -> list[str]:
-    """The last part of each path or id; whole where that would not tell them apart."""
+    """The last part of each path or id; whole where that would not tell them apart.
+
+    No two are equal: sums are kept by name, and one of two namesakes would get both.
+    """
     short = [path.rstrip("/").rpartition("/")[2] for path in paths]
-    return short if len(set(short)) == len(short) else list(paths)
+    names = short if len(set(short)) == len(short) else list(paths)
+    found: list[str] = []
+    for name in names:
+        number, own = 1, name
+        while own in found:
+            number += 1
+            own = f"{name} ({number})"
+        found.append(own)
+    return found
 
 
 def _shown(data: Data) -> str:

@@ -68,9 +68,14 @@ class World:
             distributed.destroy_process_group()
 
 
+def launched() -> int:
+    """How many processes torchrun has started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def join_world() -> World:
     """The world that torchrun has made, or this process alone."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = launched()
     if size == 1:
         return World()
     import torch

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,9 +13,10 @@ from merge_cli.dam.head import Sums
 from merge_cli.dam.losses import Objective, Targets
 from merge_cli.dam.student import Student
 from merge_cli.dam.teachers import Predictions, padded
+from merge_cli.errors import Interrupted
 
 _OBJECTIVE = Objective({"kl": 1.0, "cross_entropy": 1.0})
-LAMBDAS = (0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
+LAMBDAS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,14 @@ class HeldOut:
     def __bool__(self) -> bool:
         return all(self._batches.values())
 
-    def score(self, forward: Forward, world: World) -> Score:
-        """Of the net as it is; processes share the batches."""
+    def score(
+        self, forward: Forward, world: World, between: Callable[[], None] = lambda: None
+    ) -> Score:
+        """Of the net as it is; processes share the batches.
+
+        Args:
+            between: called before each of this process's batches; it may raise.
+        """
         import torch
 
         found: dict[str, list[float]] = {}
@@ -74,6 +81,7 @@ class HeldOut:
                 sums = Sums()
                 for number, batch in enumerate(batches):
                     if number % world.size == world.rank:
+                        between()
                         forward.loss(batch, _OBJECTIVE, sums)
                         self.passes += 1
                         self.tokens += batch.tokens
@@ -116,11 +124,21 @@ def make_batch(
 def baselines(
     student: Student, forward: Forward, held_out: HeldOut, labels: Sequence[str], world: World,
     *, has_base: bool, base_label: str | None, tell: Any,
+    stopping: Callable[[], bool] = lambda: False,
 ) -> dict[str, Score]:  # fmt: skip
     """What needs no training: base, each source, uniform soup, task arithmetic at several λ.
 
     They pass through the student's own net; it holds the last of them afterwards.
+
+    Raises:
+        Interrupted: `stopping` says so.
     """
+
+    def stop(asked: bool) -> None:
+        if asked:
+            what = "stopped while merges without training were measured"
+            raise Interrupted(what, hint="The same command continues.")
+
     count = len(labels)
     names = short_names(labels)
     wanted: list[tuple[str, float, list[float]]] = []
@@ -138,6 +156,8 @@ def baselines(
     found = {}
     for number, (name, base, weights) in enumerate(wanted):
         tell(number, len(wanted), name)
+        stop(world.any(stopping()))
         student.write_mixture(base, weights)
-        found[name] = held_out.score(forward, world)
+        # Processes stop together or not at all: within a merge only the one that is alone.
+        found[name] = held_out.score(forward, world, lambda: stop(world.size == 1 and stopping()))
     return found

@@ -43,6 +43,12 @@ class Target:
         return self.layout.count * len(self.task.operands) if self.trained else 0
 
 
+def reason(error: BaseException) -> str:
+    """The first line of a message; the kind of error where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 def student_config(plan: Plan) -> Any:
     """The output's config, without dropout: a loss must not depend on chance.
 
@@ -55,8 +61,8 @@ def student_config(plan: Plan) -> Any:
     with quiet():
         try:
             config = AutoConfig.from_pretrained(str(donor.root))
-        except (OSError, ValueError, KeyError) as error:
-            what = f"transformers cannot read its config: {str(error).strip().splitlines()[0]}"
+        except Exception as error:  # a config's own code checks it, with errors of any kind
+            what = f"transformers cannot read its config: {reason(error)}"
             raise SourceError(what, model=donor.label) from error
     if "tie_word_embeddings" in plan.config:
         config.tie_word_embeddings = plan.config["tie_word_embeddings"]
@@ -77,8 +83,8 @@ def empty_student(plan: Plan) -> Any:
     with quiet(), torch.device("meta"):
         try:
             return AutoModelForCausalLM.from_config(config)
-        except (ValueError, KeyError) as error:
-            what = f"is no causal language model that transformers knows: {error}"
+        except Exception as error:  # of any kind: what a model makes of sizes that do not fit
+            what = f"is no causal language model that transformers knows: {reason(error)}"
             raise SourceError(what, model=plan.sources[plan.donor].label) from error
 
 
@@ -93,7 +99,7 @@ def load_student(plan: Plan, device: str, dtype: Any) -> Any:
                 str(donor.root), config=student_config(plan), dtype=dtype
             )
         except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-            what = f"transformers cannot load it: {str(error).strip().splitlines()[0]}"
+            what = f"transformers cannot load it: {reason(error)}"
             raise SourceError(what, model=donor.label) from error
     return net.to(device).eval()
 

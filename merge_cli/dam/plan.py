@@ -15,6 +15,7 @@ from merge_cli.dam.models import (
     empty_student,
     find_targets,
     parameter_count,
+    reason,
     stored_tensors,
     weight_bytes,
 )
@@ -195,8 +196,8 @@ def _one_tokenizer(plan: Plan) -> Any:
         with quiet():
             try:
                 return AutoTokenizer.from_pretrained(str(source.root))
-            except (OSError, ValueError, KeyError) as error:
-                what = f"its tokenizer cannot be loaded: {str(error).strip().splitlines()[0]}"
+            except Exception as error:  # the package tokenizers raises nothing more special
+                what = f"its tokenizer cannot be loaded: {reason(error)}"
                 hint = "DAM needs it to read the data."
                 raise SourceError(what, model=source.label, hint=hint) from error
 

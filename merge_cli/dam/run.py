@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from merge_cli.dam.assembly import assemble
-from merge_cli.dam.checkpoint import Position, TrainingFolder
-from merge_cli.dam.distributed import World, join_world
+from merge_cli.dam.checkpoint import Position, TrainingFolder, left_over
+from merge_cli.dam.distributed import World, join_world, launched
 from merge_cli.dam.forward import Forward
 from merge_cli.dam.heldout import HeldOut, baselines
 from merge_cli.dam.models import stored_tensors
@@ -34,13 +34,17 @@ from merge_cli.dam.trainer import Trainer, entries_of
 from merge_cli.engine.options import MergeOptions, Progress, Show
 from merge_cli.engine.plan import Plan
 from merge_cli.errors import Interrupted
-from merge_cli.evaluation.live import torch_threads
+from merge_cli.evaluation.live import memory_errors, torch_threads
 from merge_cli.recipe.schema import Recipe
 from merge_cli.recipe.training import Training
 
 # Dials that change how training runs, not what comes of it.
 _INDIFFERENT = {"residency", "checkpoint_minutes", "tensorboard", "preset"}
 _FORMAT = 1
+_SMALLER = (
+    "Try a smaller batch_tokens, checkpointing: true, residency: disk, or dtype: bfloat16."
+    " Changing residency alone continues; after other changes use --fresh."
+)
 
 
 @dataclass(frozen=True)
@@ -88,14 +92,45 @@ def learn(
             world.wait()
             record = folder.record()
             if record is None:
-                with torch_threads(options.threads):
+                with torch_threads(options.threads), memory_errors(str(folder.path), _SMALLER):
                     record = _learn(decided, folder, world, show, stopping)
             world.wait()
+        if world.any(stopping()):  # asked for where nobody looks: the merge must not begin
+            what, hint = "stopped after training", "The same command continues."
+            raise Interrupted(what, where=str(folder.path), hint=hint)
     if world.first:
         for line in record["warnings"]:
             show(Progress("train", 0, 0, line))
         gate(record, require_improvement, folder.coefficients)
     return Learned(folder.coefficients, record, folder, world)
+
+
+def published(plan: Plan, target: Path, options: MergeOptions) -> tuple[bool, Path] | None:
+    """What a process that was killed after publishing OUT has left, if that is here.
+
+    Only for a process that is alone: several would not all find the same.
+
+    Returns:
+        whether it is of this very training, and its file of coefficients.
+    """
+    folder = None if options.fresh or launched() > 1 else left_over(target)
+    if folder is None:
+        return None
+    fetch_everything(plan)
+    key = work_key(plan_training(plan, options.device), World())
+    return key == folder.key, folder.coefficients
+
+
+def tidy(target: Path) -> None:
+    """Throw away OUT.training, whose coefficients OUT has.
+
+    Raises:
+        ResourceError: another process works there.
+    """
+    folder = left_over(target)
+    if folder is not None:
+        with folder:
+            folder.discard()
 
 
 def work_key(decided: TrainingPlan, world: World) -> str:
@@ -162,6 +197,7 @@ def _learn(
                 tell=lambda done, total, name: show(
                     Progress("baselines", done, total, name, "merges")
                 ),
+                stopping=stopping,
             )  # fmt: skip
         entries = trainer.best or entries_of(student)
         for target in decided.targets:  # stored, but no parameter of the student
@@ -240,11 +276,11 @@ def _interruptions() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-def with_coefficients(recipe: Recipe, learned: Learned) -> Recipe:
+def with_coefficients(recipe: Recipe, coefficients: Path) -> Recipe:
     """The recipe with what was learned: complete without data."""
     return replace(
         recipe,
-        coefficients=str(learned.coefficients),
+        coefficients=str(coefficients),
         training=recipe.training or Training(),
         models=tuple(replace(spec, data=None) for spec in recipe.models),
     )

@@ -80,6 +80,7 @@ class Plan:
         config: the output's config.json; empty where the donor has none.
         notes: decisions that a reader should know, one line each.
         coefficients: the recipe's file of learned coefficients; None without one.
+        shard_size: bytes of tensors in one of `shards`: what is planned again is cut alike.
     """
 
     recipe: Recipe
@@ -94,6 +95,7 @@ class Plan:
     config: Mapping[str, Any]
     notes: tuple[str, ...]
     coefficients: CoefficientFile | None = None
+    shard_size: int = 0
 
     @property
     def learns(self) -> bool:

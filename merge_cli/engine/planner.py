@@ -154,6 +154,7 @@ def make_plan(recipe: Recipe, *, shard_size: int = DEFAULT_SHARD_SIZE) -> Plan:
         config=config if sources[donor].config else {},
         notes=tuple(dict.fromkeys(notes)),
         coefficients=coefficients,
+        shard_size=shard_size,
     )
 
 

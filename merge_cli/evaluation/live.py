@@ -246,6 +246,19 @@ def quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def memory_errors(label: str, hint: str) -> Iterator[None]:
+    """Say in our own words that memory ran out, on the host or on the device."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and (
+            type(error).__name__ != "OutOfMemoryError" and "can't allocate memory" not in str(error)
+        ):
+            raise
+        raise ResourceError("memory ran out", where=label, hint=hint) from error
+
+
+@contextlib.contextmanager
 def torch_threads(wanted: int | None) -> Iterator[None]:
     """So many threads for torch's own loops, if a number is wanted; as before afterwards."""
     if wanted is None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,10 @@ from typing import Any
 from merge_cli.checkpoint.raw import write_error
 from merge_cli.checkpoint.source import Source, fetch_weights, open_source
 from merge_cli.engine.device import choose_device
-from merge_cli.errors import Interrupted, NonFiniteError, ResourceError, UsageError
+from merge_cli.errors import Interrupted, NonFiniteError, UsageError
 from merge_cli.evaluation import cache
 from merge_cli.evaluation.digest import model_digest
-from merge_cli.evaluation.live import LiveModel, choose_dtype, load, torch_threads
+from merge_cli.evaluation.live import LiveModel, choose_dtype, load, memory_errors, torch_threads
 from merge_cli.evaluation.parse import parse_eval, read_eval
 from merge_cli.evaluation.result import Cost, Evaluation, TaskResult
 from merge_cli.evaluation.spec import EvalSpec, default_name
@@ -24,6 +23,8 @@ from merge_cli.evaluation.task import Task
 from merge_cli.evaluation.tasks.loss import LossTask
 from merge_cli.recipe.reference import parse_reference
 from merge_cli.recipe.schema import Recipe
+
+_SMALLER = "Try a smaller --batch-tokens or --max-length, or --dtype bfloat16."
 
 
 @dataclass(frozen=True)
@@ -70,20 +71,6 @@ def evaluate(
     return evaluate_all([str(model)], spec, show)[str(model)]
 
 
-@contextmanager
-def _memory_errors(label: str) -> Iterator[None]:
-    """Say in our own words that memory ran out, on the host or on the device."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and (
-            type(error).__name__ != "OutOfMemoryError" and "can't allocate memory" not in str(error)
-        ):
-            raise
-        hint = "Try a smaller --batch-tokens or --max-length, or --dtype bfloat16."
-        raise ResourceError("memory ran out", where=label, hint=hint) from error
-
-
 def evaluate_all(
     models: Sequence[str], spec: EvalSpec, show: Show = _silent
 ) -> dict[str, Evaluation]:
@@ -127,7 +114,7 @@ def evaluate_source(source: Source, spec: EvalSpec, show: Show = _silent) -> Eva
             key = cache.key_of({**how, **task.identity()}) if cached else ""
             found = cache.find(key, task.name) if cached else None
             if found is None:
-                with torch_threads(spec.threads), _memory_errors(source.label):
+                with torch_threads(spec.threads), memory_errors(source.label, _SMALLER):
                     live = live or _loaded(source, spec)
                     found = score_task(task, live, show)
                 if cached:

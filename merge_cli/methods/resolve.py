@@ -220,6 +220,18 @@ def _learning_problems(recipe: Recipe, method: Method) -> Iterator[Problem]:
         what = "no model has `data:`, so that there is nothing to learn from."
         hint = "Give a model the data that it is good at, or name a `coefficients:` file."
         yield recipe.problem("models", what, hint)
+    if not recipe.coefficients:
+        yield from _twice(recipe)
+
+
+def _twice(recipe: Recipe) -> Iterator[Problem]:
+    """Sources that are listed again: a model has one set of coefficients, and one teacher."""
+    seen = set()
+    for spec in recipe.models:
+        if spec.model in seen:
+            what = f"'{spec.model}' is listed twice: its coefficients cannot be told apart."
+            yield recipe.problem(spec.key, what, "List it once, with all its data.")
+        seen.add(spec.model)
 
 
 def _groups(recipe: Recipe) -> list[tuple[str, Parameters, tuple[SourceSpec, ...]]]:

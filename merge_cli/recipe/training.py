@@ -162,10 +162,11 @@ def contradictions(training: Training, sources: int) -> list[tuple[str, str, str
         found.append(("start", f"tanh reaches only -1 to 1 (got {start:g}).", ""))
     if start is not None and training.activation == "sigmoid" and not 0 < start < 1:
         found.append(("start", f"sigmoid reaches only 0 to 1 (got {start:g}).", ""))
-    if training.activation == "sigmoid" and start is None and training.form == "soup" and (
-        sources < 2
+    if start is None and training.form == "soup" and sources < 2 and (
+        training.activation in ("sigmoid", "tanh")
     ):  # fmt: skip
-        found.append(("activation", "sigmoid does not reach 1, where one source starts.", ""))
+        what = f"{training.activation} does not reach 1, where one source starts."
+        found.append(("activation", what, "Use `activation: none`, or give a `start` below 1."))
     if training.mode == "fused" and training.clip_norm is not None:
         what = "clipping needs all gradients before the first update."
         found.append(("mode", what, "Use `mode: two_pass`, or leave `clip_norm` out."))

@@ -1,0 +1,79 @@
+"""What training refuses before it begins, rather than publish nonsense or fail at the end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import transformers
+from dam_tiny import config, plan_of, write_data, write_models, write_recipe
+
+from merge_cli.dam.coefficients import Coefficients, layout_of
+from merge_cli.dam.data import short_names
+from merge_cli.dam.models import empty_student
+from merge_cli.dam.plan import plan_training
+from merge_cli.engine.planner import load_recipe, make_plan
+from merge_cli.errors import RecipeError, SourceError
+from merge_cli.recipe.training import Training
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    write_models(folder, config("llama"))
+    write_data(folder)
+    return folder
+
+
+@pytest.mark.parametrize("training", [{"activation": "tanh"}, {"preset": "dam-reference"}])
+def test_one_source_does_not_start_beyond_tanh(models: Path, training: dict[str, str]) -> None:
+    with pytest.raises(RecipeError, match="tanh does not reach 1"):
+        plan_of(models, training, names=("a",))
+    plan_of(models, {**training, "start": 0.9}, names=("a",))
+
+
+@pytest.mark.parametrize("again", ["a", "./a"])
+def test_a_model_that_is_listed_twice_is_refused(models: Path, again: str) -> None:
+    path = write_recipe(models)
+    text = path.read_text().replace("model: b\n", f"model: {again}\n")
+    path.write_text(text)
+    with pytest.raises(RecipeError, match="listed twice"):
+        make_plan(load_recipe(path))
+
+
+def test_names_of_data_sets_differ() -> None:
+    assert short_names(["x/a", "y/b/"]) == ["a", "b"]
+    assert short_names(["x/a", "y/a"]) == ["x/a", "y/a"]
+    assert short_names(["org/a@one", "org/a@two"]) == ["a@one", "a@two"]
+    assert len(set(short_names(["x/a", "x/a", "x/a (2)"]))) == 3
+
+
+@pytest.mark.parametrize(("activation", "start"), [("tanh", 1.0), ("sigmoid", 0.0)])
+def test_a_start_that_no_parameter_has_is_never_zero_instead(activation: str, start: float) -> None:
+    training = Training(activation=activation, start=start)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="does not reach"):
+        Coefficients("w", layout_of((2, 3), "column"), 1, training, 0)
+
+
+@pytest.mark.parametrize("error", [Exception("data did not match"), ValueError()])
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("AutoTokenizer.from_pretrained", "tokenizer cannot be loaded"),
+        ("AutoConfig.from_pretrained", "cannot read its config"),
+        ("AutoModelForCausalLM.from_config", "no causal language model"),
+    ],
+)
+def test_whatever_transformers_raises_is_said(
+    models: Path, monkeypatch: pytest.MonkeyPatch, name: str, what: str, error: Exception
+) -> None:
+    def fail(*args: object, **more: object) -> None:
+        raise error
+
+    plan = plan_of(models)
+    kind, _, method = name.partition(".")
+    monkeypatch.setattr(getattr(transformers, kind), method, fail)
+    with pytest.raises(SourceError, match=f"{what}.*: {str(error) or 'ValueError'}"):
+        (plan_training if kind == "AutoTokenizer" else empty_student)(plan)
