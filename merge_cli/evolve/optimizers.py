@@ -7,6 +7,7 @@ journal is all the state that a search needs.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -101,7 +102,10 @@ class CMAES:
         import numpy as np
 
         try:
-            import cma
+            with warnings.catch_warnings():
+                # It would tell that it cannot draw, where matplotlib is missing. Nobody asked it to.
+                warnings.simplefilter("ignore", UserWarning)
+                import cma
         except ImportError:
             raise ResourceError("cma-es needs the package cma", hint="pip install cma") from None
         # pycma wants two dimensions at least; a second one that nothing depends on does no harm.
