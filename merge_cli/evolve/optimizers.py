@@ -103,7 +103,7 @@ class CMAES:
 
         try:
             with warnings.catch_warnings():
-                # It would tell that it cannot draw, where matplotlib is missing. Nobody asked it to.
+                # Without matplotlib it warns that it cannot draw, which nobody asked it to.
                 warnings.simplefilter("ignore", UserWarning)
                 import cma
         except ImportError:
