@@ -288,6 +288,7 @@ def test_the_plan_shows_the_training_without_loading_weights(
     shown = training_json(decided)
     assert shown["steps"] == 4
     assert [one["train"] for one in shown["datasets"]] == [8, 8, 8]
+    assert all(one["files"] and len(one["digest"]) == 64 for one in shown["datasets"])
     tensors = [name for name in read_model(models / "a")]
     assert len(decided.targets) == len(tensors)
     # One for each column of a matrix, one for each element of a vector, for each source.
@@ -409,7 +410,7 @@ def test_tensorboard_scalars(models: Path, tmp_path: Path, monkeypatch: pytest.M
 
     class Writer:
         def __init__(self, folder: str) -> None:
-            assert folder.endswith("out.training/tensorboard")
+            assert folder.endswith("out.tensorboard")
 
         def add_scalar(self, name: str, value: float, step: int) -> None:
             written.append((name, value, step))

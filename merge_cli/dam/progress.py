@@ -35,7 +35,7 @@ class StepLine:
             except ImportError:
                 hint = "pip install tensorboard, or leave `tensorboard` out."
                 raise ResourceError("the package tensorboard is missing", hint=hint) from None
-            self._writer = SummaryWriter(str(board / "tensorboard"))
+            self._writer = SummaryWriter(str(board))
 
     def __call__(self, record: Mapping[str, Any], position: Position) -> None:
         if self._first_step < 0:

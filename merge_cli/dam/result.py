@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from merge_cli.dam.checkpoint import Position
+from merge_cli.dam.data import Dataset
 from merge_cli.dam.distributed import World
 from merge_cli.dam.heldout import Score
 from merge_cli.dam.plan import TrainingPlan
@@ -29,7 +30,10 @@ def build_record(
     warnings = [note] if note else []
     verdict = improvement(scores)
     if verdict is None:
-        warnings.append("nothing was held out: whether the result is better is not known")
+        lacking = ", ".join(one.name for one in decided.datasets if not one.held_out)
+        warnings.append(
+            f"no rows are held out of {lacking}: whether the result is better is not known"
+        )
     elif verdict["ratio"] >= 1:
         warnings.append(
             f"NO IMPROVEMENT: held-out KL {verdict['kl']:.4g}, and {verdict['best_static']} "
@@ -43,6 +47,7 @@ def build_record(
             {
                 "name": dataset.name,
                 "teacher": decided.labels[dataset.source],
+                **_origin(decided, dataset),
                 "rows": dataset.rows,
                 "train": len(dataset.train),
                 "held_out": len(dataset.held_out),
@@ -73,6 +78,20 @@ def build_record(
             "processes": world.size,
             "bytes_reduced": world.bytes_reduced,
         },
+    }
+
+
+def _origin(decided: TrainingPlan, dataset: Dataset) -> dict[str, Any]:
+    """Where a data set is from, as the recipe says it, and what it came to."""
+    plan = decided.plan
+    label = plan.sources[plan.operands[dataset.source]].label
+    data = next(s.data for s in plan.recipe.source_specs if str(s.model) == label)
+    assert data is not None, "a data set is a source's data"
+    place = f"{data.dataset}@{data.revision or 'main'}, {data.split}" if data.dataset else ""
+    return {
+        "files": [*data.files, *([place] if place else [])],
+        "held_out_files": list(data.held_out),
+        "digest": dataset.digest,
     }
 
 

@@ -176,7 +176,9 @@ def _learn(
         forward = Forward(student.net)
         held_out = HeldOut(decided.datasets, kept, training.batch_tokens)
         measured = held_out if held_out else None
-        line = StepLine(decided, folder.path if training.tensorboard else None, show, world)
+        # Beside OUT, and not in the folder that goes when OUT is published.
+        board = folder.path.with_suffix(".tensorboard") if training.tensorboard else None
+        line = StepLine(decided, board, show, world)
         trainer = Trainer(
             decided, student, forward, train, measured, folder, world,
             told=line, stopping=stopping,
