@@ -32,7 +32,7 @@ from merge_cli.dam.forward import Batch, Forward
 from merge_cli.dam.head import Sums
 from merge_cli.dam.losses import Objective, Targets, kept_predictions
 from merge_cli.dam.models import empty_student, find_targets
-from merge_cli.dam.sources import Place
+from merge_cli.dam.sources import Place, Residency
 from merge_cli.engine.plan import Plan
 from merge_cli.engine.planner import load_recipe, make_plan
 from merge_cli.recipe.training import Training
@@ -99,11 +99,11 @@ def make_batch(rows: int, length: int, vocabulary: int, k: int = 64) -> Batch:
     return Batch(ids, torch.ones_like(ids), counted, targets)
 
 
-def student_of(plan: Plan, residency: str, dtype: torch.dtype, **dials: Any) -> Any:
+def student_of(plan: Plan, residency: Residency, dtype: torch.dtype, **dials: Any) -> Any:
     training = Training(**dials)
     targets, problems = find_targets(plan, empty_student(plan), training)
     assert not problems
-    return assemble(plan, targets, training, Place(residency, "bench", 0), "cpu", dtype)  # type: ignore[arg-type]
+    return assemble(plan, targets, training, Place(residency, "bench", 0), "cpu", dtype)
 
 
 def seconds(work: Callable[[], None]) -> float:
@@ -136,12 +136,12 @@ def bench_speed(shape: str, rows: int, length: int, rounds: int) -> None:
             student = student_of(plan, residency, torch.float32)
             forward = Forward(student.net)
 
-            def fused() -> None:
-                student.last_backward(forward.loss(batch, OBJECTIVE, Sums()), 1e-3)  # noqa: B023
+            def fused(student: Any = student, forward: Forward = forward) -> None:
+                student.last_backward(forward.loss(batch, OBJECTIVE, Sums()), 1e-3)
 
-            def two_pass() -> None:
-                forward.loss(batch, OBJECTIVE, Sums()).backward()  # noqa: B023
-                student.update(1e-3)  # noqa: B023
+            def two_pass(student: Any = student, forward: Forward = forward) -> None:
+                forward.loss(batch, OBJECTIVE, Sums()).backward()
+                student.update(1e-3)
 
             for mode, step in (("fused", fused), ("two_pass", two_pass)):
                 run_plain()

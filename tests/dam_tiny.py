@@ -18,7 +18,7 @@ from merge_cli.dam.assembly import assemble
 from merge_cli.dam.forward import Batch
 from merge_cli.dam.losses import Targets
 from merge_cli.dam.models import find_targets, load_student
-from merge_cli.dam.sources import Place
+from merge_cli.dam.sources import Place, Residency
 from merge_cli.dam.student import Student
 from merge_cli.engine.plan import Plan
 from merge_cli.engine.planner import load_recipe, make_plan
@@ -128,13 +128,13 @@ def plan_of(folder: Path, training: Mapping[str, Any] | None = None, **keys: Any
 
 
 def student_of(
-    plan: Plan, dtype: torch.dtype = torch.float64, residency: str = "host", **changes: Any
+    plan: Plan, dtype: torch.dtype = torch.float64, residency: Residency = "host", **changes: Any
 ) -> Student:
     """The student of a plan, in float64 unless said otherwise."""
     training = replace(plan.recipe.training or Training(), **changes)
     targets, problems = find_targets(plan, load_student(plan, "cpu", dtype), training)
     assert not problems
-    place = Place(residency, "for a test", 0)  # type: ignore[arg-type]
+    place = Place(residency, "for a test", 0)
     return assemble(plan, targets, training, place, "cpu", dtype)
 
 

@@ -6,7 +6,7 @@ docs/experiments.md). They choose where to begin; held-out data decides.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from merge_cli.analysis.measures import Measures, pairs
 from merge_cli.analysis.result import Advice, Suggestion, Verdict
@@ -192,8 +192,8 @@ def _recipe(
     )
 
 
-def _range(shares: object) -> str:
-    values = sorted(v for v in shares if v is not None)  # type: ignore[attr-defined]
+def _range(shares: Iterable[float | None]) -> str:
+    values = sorted(v for v in shares if v is not None)
     if not values:
         return "unknown"
     low, high = _percent(values[0]), _percent(values[-1])

@@ -27,6 +27,7 @@ class CudaCopies:
         import torch
 
         self._device = torch.device(device)
+        # torch's own stubs leave Stream and Event untyped.
         self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
 
     def start(self, rows: Any) -> Any:

@@ -164,10 +164,11 @@ class TrainingFolder:
         from safetensors import safe_open
 
         with safe_open(path, "pt") as file:
+            names = list(file.keys())  # an open file is no mapping: it has keys() alone
             position = Position(**json.loads(file.metadata()["position"]))
             best = {
                 key.partition(":")[2]: file.get_tensor(key)
-                for key in file.keys() if key.startswith("best:")  # noqa: SIM118
+                for key in names if key.startswith("best:")
             }  # fmt: skip
             for name, kind, i, value in _state(student):
                 value.copy_(file.get_tensor(f"{kind}{i}:{name}"))

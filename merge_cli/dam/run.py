@@ -233,13 +233,12 @@ def _teach(
                 what = "stopped while the teachers were asked"
                 raise Interrupted(what, hint="The same command continues.")
 
-        wanted = [(dataset.held_out, kept_for(decided.training, held_out=True), kept)]
+        held_out = kept_for(decided.training, held_out=True)
+        kept.append(teacher.predictions(dataset.held_out, held_out, tell, share=share))
+        taught = None
         if decided.training.needs_teachers:
-            wanted.append((dataset.train, decided.kept, train))  # type: ignore[arg-type]
-        else:
-            train.append(None)
-        for examples, how, into in wanted:
-            into.append(teacher.predictions(examples, how, tell, share=share))
+            taught = teacher.predictions(dataset.train, decided.kept, tell, share=share)
+        train.append(taught)
         teacher.close()
     world.wait()  # files that others have made are read from here on
     return train, kept

@@ -64,7 +64,8 @@ class Predictions:
 
         with safe_open(self._files[group], "pt") as file:
             start, stop = file.get_slice("ends")[place : place + 2].tolist()
-            tail = file.get_slice("tail")[start:stop] if "tail" in file.keys() else None  # noqa: SIM118
+            names = list(file.keys())  # an open file is no mapping: it has keys() alone
+            tail = file.get_slice("tail")[start:stop] if "tail" in names else None
             return file.get_slice("ids")[start:stop], file.get_slice("logp")[start:stop], tail
 
 

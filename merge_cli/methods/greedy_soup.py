@@ -17,4 +17,6 @@ def _soup(recipe: Recipe) -> Method | None:
 @merge_method("greedy_soup", paper="arXiv:2203.05482", variant=_soup, searches=True)
 def greedy_soup(models: list[Array]) -> Array:
     """Average the models, the best first, that make the average better on held-out data."""
-    raise NotImplementedError("a recipe that searches is resolved before it is merged")
+    # What `merge-cli methods` shows. A plan carries `soup` (`variant`), and what is merged is the
+    # soup of the members that were found: nothing computes with this name.
+    raise AssertionError("unreachable: a recipe that searches is resolved before it is merged")

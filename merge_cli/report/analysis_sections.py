@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from merge_cli.analysis.measures import pairs
 from merge_cli.analysis.modules import KINDS
@@ -234,9 +234,9 @@ def weights(analysis: Analysis, view: View) -> str:
     )  # fmt: skip
 
 
-def _share(rows: object, unit: str) -> Scale:
+def _share(rows: Iterable[Iterable[float | None]], unit: str) -> Scale:
     """From 0 to the largest value; by its root, so that small values show."""
-    known = [v for row in rows for v in row if v is not None]  # type: ignore[attr-defined]
+    known = [v for row in rows for v in row if v is not None]
     top = max(known, default=0.0) or 1.0
     return Scale(lambda v: root(v / top), (0, top / 4, top), percent, unit)
 

@@ -70,10 +70,10 @@ class PythonTask(Task):
         except Exception as error:  # it is the user's: it may raise what it likes
             what = f"cannot be imported: {type(error).__name__}: {error}"
             raise SourceError(what, file=str(path)) from error
-        function = getattr(module, name, None)
+        function: Callable[[Any, Any], Any] | None = getattr(module, name, None)
         if not callable(function):
             raise SourceError(f"has no function '{name}'", file=str(path))
-        return function  # type: ignore[no-any-return]
+        return function
 
 
 def _is_number(value: Any) -> bool:
