@@ -25,6 +25,6 @@ def _inner(recipe: Recipe) -> Method | None:
 @merge_method("evolutionary", paper="arXiv:2403.13187", variant=_inner, searches=True)
 def evolutionary(models: list[Array]) -> Array:
     """Search another method's parameters: by model, layer group and part of the names."""
-    # What `merge-cli methods` shows. A plan carries the inner method (`variant`), and what is merged
-    # is the static recipe that was found: nothing computes with this name.
+    # What `merge-cli methods` shows. A plan carries the inner method (`variant`), and what is
+    # merged is the static recipe that was found: nothing computes with this name.
     raise AssertionError("unreachable: a recipe that searches is resolved before it is merged")
