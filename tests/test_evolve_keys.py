@@ -15,9 +15,9 @@ from merge_cli.engine.planner import load_recipe, make_plan
 from merge_cli.errors import RecipeError, SourceError, UsageError
 from merge_cli.evaluation.live import LiveModel
 from merge_cli.evaluation.tasks.python import PythonTask
+from merge_cli.evolve.key import search_digest
 from merge_cli.evolve.optimizers import make_optimizer
 from merge_cli.evolve.plan import plan_search
-from merge_cli.evolve.run import search_digest
 from merge_cli.evolve.space import Space
 
 
@@ -36,7 +36,7 @@ def test_the_key_is_the_same_in_every_process(folder: Path) -> None:
     recipe = write_search(folder, {"parameters": {"weight": {"min": 0, "max": 1, "tied": True}}})
     code = (
         "import sys\nfrom merge_cli.engine.planner import load_recipe, make_plan\n"
-        "from merge_cli.evolve.run import search_digest\n"
+        "from merge_cli.evolve.key import search_digest\n"
         "print(search_digest(make_plan(load_recipe(sys.argv[1])), 'cpu'))\n"
     )
     found = set()

@@ -213,7 +213,7 @@ def _work(plan: Plan, device: str) -> str:
             f"{donor == plan.donor} {companions_digest(plan.sources[donor].root)}".encode()
         )
     if plan.recipe.searches:
-        from merge_cli.evolve.run import search_digest
+        from merge_cli.evolve.key import search_digest
 
         state.update(search_digest(plan, device).encode())
     if not plan.learns:

@@ -2,44 +2,35 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from importlib.metadata import version
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from merge_cli.checkpoint.source import Source, fetch_weights
-from merge_cli.engine.device import choose_device
-from merge_cli.engine.merge import fetch_inputs, verified_fingerprints
+from merge_cli.engine.merge import fetch_inputs
 from merge_cli.engine.options import MergeOptions, Progress, Show
 from merge_cli.engine.plan import Plan
 from merge_cli.engine.planner import load_recipe
 from merge_cli.errors import Interrupted, MergeCliError
-from merge_cli.evaluation.digest import companions_digest
-from merge_cli.evaluation.run import evaluate_source
 from merge_cli.evolve.evaluations import Evaluations
-from merge_cli.evolve.evaluator import Job, Setup, values_of
+from merge_cli.evolve.evaluator import Job, Setup
 from merge_cli.evolve.greedy import Greedy, soup_of
 from merge_cli.evolve.journal import BEST, JOURNAL, SearchFolder
+from merge_cli.evolve.key import work_key
 from merge_cli.evolve.loop import Candidate, Loop, best_first
 from merge_cli.evolve.objectives import Split, Values
 from merge_cli.evolve.optimizers import make_optimizer
 from merge_cli.evolve.plan import SearchPlan, plan_search
+from merge_cli.evolve.references import References
 from merge_cli.evolve.report import FOUND, build_record, gate, score_text
 from merge_cli.evolve.workers import make_workers
 from merge_cli.recipe.dump import dump_recipe, path_from
 from merge_cli.recipe.reference import local_file
 from merge_cli.recipe.schema import Recipe
-from merge_cli.recipe.search import Search
 from merge_cli.recipe.values import Parameter
 
-# What changes how long a search goes on, or who does the work, but not what a candidate is worth.
-_INDIFFERENT = {"evaluations", "finalists", "failures", "engine", "workers", "given"}
-_FORMAT = 1
 _LAMBDA = 0.4  # of the task arithmetic that every search is compared with, as in `compare`
 
 
@@ -100,55 +91,6 @@ def search(
     return Found(recipe, text, record, folder)
 
 
-def search_digest(plan: Plan, device: str) -> str:
-    """A digest of everything that a search's result depends on.
-
-    Raises:
-        as `plan_search` does.
-    """
-    options = MergeOptions(device=device)
-    decided = plan_search(plan, options)
-    asked = f"{decided.search.evaluations} {decided.search.finalists}"
-    return f"{work_key(decided, options)} {asked}"
-
-
-def work_key(decided: SearchPlan, options: MergeOptions) -> str:
-    """A digest of everything that the scores depend on."""
-    recipe, plan = decided.recipe, decided.plan
-    dials = {
-        f.name: repr(getattr(decided.search, f.name))
-        for f in fields(Search) if f.name not in _INDIFFERENT
-    }  # fmt: skip
-    splits = {
-        name: {
-            "tasks": [task.identity() for task in split.spec.tasks],
-            "goals": [repr(goal) for goal in split.goals],
-            "how": [split.spec.seed, split.spec.max_length, split.spec.batch_tokens,
-                    split.spec.dtype],
-        }
-        for name, split in decided.objective.splits.items()
-    }  # fmt: skip
-    about = {
-        "format": _FORMAT,
-        "versions": [version(package) for package in ("merge-cli", "torch", "transformers")],
-        "method": recipe.merge_method,
-        "dials": dials,
-        "static": [_plain(recipe.parameters), *(_plain(spec.parameters) for spec in recipe.models)],
-        "seed": recipe.seed,
-        "dtype": recipe.output_dtype,
-        "inputs": verified_fingerprints(plan),
-        "models": [str(spec.model) for spec in recipe.models],
-        "tokenizer": companions_digest(plan.sources[plan.tokenizer_donor].root),
-        "splits": splits,
-        "device": choose_device(options.device).kind,
-    }
-    return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _plain(parameters: Mapping[str, Parameter]) -> list[str]:
-    return [repr((name, parameter.setting)) for name, parameter in sorted(parameters.items())]
-
-
 class _Run:
     """One run of a search, from whatever the journal holds to the record."""
 
@@ -166,7 +108,7 @@ class _Run:
             best=lambda: score_text(decided.objective.search, self._best()),
         )  # fmt: skip
         self._loop: Loop | Greedy | None = None
-        self._measured: dict[str, Values] = {}
+        self._references = References(decided.plan)
 
     def record(self) -> dict[str, Any]:
         """Search, choose, compare.
@@ -205,9 +147,9 @@ class _Run:
         decided = self._decided
         split = decided.objective.search
         # First, while no live model is in memory, and so that what is wrong with data is found now.
-        for source in self._sources():
-            self._source(source, decided.objective.report)
-        base = self._base_on(split)
+        for source in self._references.all():
+            self._references.values(source, decided.objective.report)
+        base = self._references.base(split)
         if decided.space is None:
             return Greedy(decided.recipe, split, base, self._evaluations)
         optimizer = make_optimizer(
@@ -226,9 +168,10 @@ class _Run:
         genome = [0.5] * len(space)
         if search.start == "softmax":
             split = decided.objective.search
-            base = self._base_on(split)
-            totals = [split.score(self._source(self._source_of(i), split), base).total
-                      for i in range(len(decided.labels))]  # fmt: skip
+            base = self._references.base(split)
+            singles = [self._references.of(i) for i in range(len(decided.labels))]
+            measured = [self._references.values(source, split) for source in singles]
+            totals = [split.score(values, base).total for values in measured]
             low = min(totals)
             weights = [math.exp((low - total) / search.temperature) for total in totals]
             genome = space.weighted([w / sum(weights) for w in weights])
@@ -258,7 +201,7 @@ class _Run:
         jobs = [Job(c.number, self.recipe_of(c.genome), "validation") for c in finalists]
         about = [{"genome": c.genome} for c in finalists]
         outcomes = self._evaluations.of("validation", jobs, about)
-        base = self._base_on(split)
+        base = self._references.base(split)
         scored = [
             ((c.score.violation > 0 if c.score else True),
              *split.score(outcome.values, base).order, place, c)
@@ -273,7 +216,7 @@ class _Run:
         split = decided.objective.report
         searched = self._cost(("candidate", "validation"))
         compared, references = self._compare(best, split)
-        base = self._base_on(split)
+        base = self._references.base(split)
         reported = self._cost(("report",))
         cost = {
             "evaluations": len(loop.candidates),
@@ -311,34 +254,11 @@ class _Run:
                  for name in merges]  # fmt: skip
         outcomes = self._evaluations.of("report", jobs, about)
         found = {name: o.values for name, o in zip(merges, outcomes, strict=True) if not o.error}
-        found |= {source.label: self._source(source, split) for source in self._sources()}
+        found |= {
+            source.label: self._references.values(source, split)
+            for source in self._references.all()
+        }
         return found, {name: values for name, values in found.items() if name != FOUND}
-
-    def _sources(self) -> list[Source]:
-        """The base, then every source."""
-        plan = self._decided.plan
-        base = [] if plan.base is None or plan.base in plan.operands else [plan.base]
-        return [plan.sources[i] for i in (*base, *plan.operands)]
-
-    def _source_of(self, model: int) -> Source:
-        label = str(self._decided.recipe.models[model].model)
-        return next(source for source in self._decided.plan.sources if source.label == label)
-
-    def _base_on(self, split: Split) -> Values | None:
-        """The base's values, where a constraint compares with it."""
-        plan = self._decided.plan
-        if not split.needs_base or plan.base is None:
-            return None
-        return self._source(plan.sources[plan.base], split)
-
-    def _source(self, source: Source, split: Split) -> Values:
-        """A source's own values; found in the cache, if it was evaluated before."""
-        key = f"{split.name} {source.label}"
-        if key not in self._measured:
-            fetch_weights(source, source.header_bytes)
-            found = evaluate_source(source, replace(split.spec, cache=True))
-            self._measured[key] = values_of(dict(found.tasks))
-        return self._measured[key]
 
     def _cost(self, kinds: Sequence[str]) -> dict[str, Any]:
         lines = [line for line in self._folder.lines if line["kind"] in kinds]

@@ -1,0 +1,45 @@
+"""The models that a search begins from, evaluated as they are: base and sources."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from merge_cli.checkpoint.source import Source, fetch_weights
+from merge_cli.engine.plan import Plan
+from merge_cli.evaluation.run import evaluate_source
+from merge_cli.evolve.evaluator import values_of
+from merge_cli.evolve.objectives import Split, Values
+
+
+class References:
+    """Base and sources of a plan; each is evaluated once for each split."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._measured: dict[str, Values] = {}
+
+    def all(self) -> list[Source]:
+        """The base, then every source."""
+        plan = self._plan
+        base = [] if plan.base is None or plan.base in plan.operands else [plan.base]
+        return [plan.sources[i] for i in (*base, *plan.operands)]
+
+    def of(self, model: int) -> Source:
+        label = str(self._plan.recipe.models[model].model)
+        return next(source for source in self._plan.sources if source.label == label)
+
+    def base(self, split: Split) -> Values | None:
+        """The base's values, where a constraint compares with it."""
+        plan = self._plan
+        if not split.needs_base or plan.base is None:
+            return None
+        return self.values(plan.sources[plan.base], split)
+
+    def values(self, source: Source, split: Split) -> Values:
+        """A source's own values; found in the cache, if it was evaluated before."""
+        key = f"{split.name} {source.label}"
+        if key not in self._measured:
+            fetch_weights(source, source.header_bytes)
+            found = evaluate_source(source, replace(split.spec, cache=True))
+            self._measured[key] = values_of(dict(found.tasks))
+        return self._measured[key]
