@@ -11,7 +11,6 @@ sums may differ from run to run).
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -23,11 +22,11 @@ from types import TracebackType
 from typing import Any
 
 from merge_cli.checkpoint.coefficients import FILE, open_coefficients
-from merge_cli.checkpoint.raw import write_error
 from merge_cli.dam.student import Student
-from merge_cli.errors import MergeCliError, NonFiniteError, ResourceError, UsageError
+from merge_cli.engine.beside import folder_beside, lock_folder, other_work, replace_file
+from merge_cli.errors import MergeCliError, NonFiniteError
 
-_CHECKPOINT, _RECORD, _LOCK = "checkpoint.safetensors", "training.json", "lock"
+_CHECKPOINT, _RECORD = "checkpoint.safetensors", "training.json"
 
 
 @dataclass
@@ -69,8 +68,7 @@ class TrainingFolder:
     """
 
     def __init__(self, target: Path, key: str, *, fresh: bool = False, first: bool = True) -> None:
-        real = Path(os.path.realpath(target))
-        self.path = real.with_name(real.name + ".training")
+        self.path = folder_beside(target, ".training")
         self.key, self._fresh, self._first = key, fresh, first
         self._lock = -1
 
@@ -83,26 +81,14 @@ class TrainingFolder:
         """
         if not self._first:
             return self
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._lock)
-            hint = "Wait for it, or choose another OUT."
-            raise ResourceError("another training writes here", where=str(self.path), hint=hint) \
-                from None  # fmt: skip
-        except OSError as error:
-            raise write_error(error, self.path) from error
+        self._lock = lock_folder(self.path, "training")
         if self._fresh:
             for name in (_CHECKPOINT, _RECORD, FILE):
                 (self.path / name).unlink(missing_ok=True)
         found = self._key_of()
         if found not in (None, self.key):
             self.__exit__(None, None, None)
-            what = "training of another recipe, other inputs or another version is here"
-            hint = "Finish it with its own command, or throw it away with --fresh."
-            raise UsageError(what, where=str(self.path), hint=hint)
+            raise other_work("training", self.path)
         return self
 
     def __exit__(
@@ -140,7 +126,7 @@ class TrainingFolder:
                 raise NonFiniteError("a learned coefficient is not finite", tensor=name, hint=hint)
         write_coefficients(self.coefficients, entries, form)
         text = json.dumps({"key": self.key, **record}, ensure_ascii=False)
-        _replace(self.path / _RECORD, text.encode())
+        replace_file(self.path / _RECORD, text.encode())
 
     def discard(self) -> None:
         """Throw the folder away: the model that came of it is published."""
@@ -154,7 +140,7 @@ class TrainingFolder:
         for name, kind, i, value in _state(student):
             tensors[f"{kind}{i}:{name}"] = value.detach().cpu().contiguous()
         about = {"key": self.key, "position": json.dumps(vars(position))}
-        _replace(self.path / _CHECKPOINT, save(tensors, about))
+        replace_file(self.path / _CHECKPOINT, save(tensors, about))
 
     def resume(self, student: Student) -> tuple[Position, dict[str, Any]] | None:
         """Put a student where the checkpoint is; its position and its best coefficients."""
@@ -214,7 +200,7 @@ def write_coefficients(path: Path, entries: Mapping[str, Any], form: str) -> Non
 
     from merge_cli.checkpoint.coefficients import FORMAT
 
-    _replace(path, _with_metadata(save(dict(entries)), {"format": FORMAT, "form": form}))
+    replace_file(path, _with_metadata(save(dict(entries)), {"format": FORMAT, "form": form}))
 
 
 def _with_metadata(content: bytes, metadata: Mapping[str, str]) -> bytes:
@@ -241,15 +227,3 @@ def _state(student: Student) -> Sequence[tuple[str, str, int, Any]]:
             found += [(name, "p", i, parameter), (name, "m", i, moments[i][0]),
                       (name, "v", i, moments[i][1])]  # fmt: skip
     return found
-
-
-def _replace(path: Path, content: bytes) -> None:
-    new = path.with_name(path.name + ".new")
-    try:
-        with new.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(new, path)
-    except OSError as error:
-        raise write_error(error, path) from error

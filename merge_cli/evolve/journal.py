@@ -9,7 +9,6 @@ There is no other state: optimizers are asked and told again from the journal.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -18,9 +17,10 @@ from types import TracebackType
 from typing import Any
 
 from merge_cli.checkpoint.raw import write_error
-from merge_cli.errors import CorruptFileError, ResourceError, UsageError
+from merge_cli.engine.beside import folder_beside, lock_folder, other_work, replace_file
+from merge_cli.errors import CorruptFileError
 
-JOURNAL, BEST, _RECORD, _LOCK = "journal.jsonl", "best_recipe.yaml", "search.json", "lock"
+JOURNAL, BEST, _RECORD = "journal.jsonl", "best_recipe.yaml", "search.json"
 Line = dict[str, Any]
 
 
@@ -37,8 +37,7 @@ class SearchFolder:
     """
 
     def __init__(self, target: Path, key: str, *, fresh: bool = False) -> None:
-        real = Path(os.path.realpath(target))
-        self.path = real.with_name(real.name + ".search")
+        self.path = folder_beside(target, ".search")
         self.key, self._fresh = key, fresh
         self._lock = self._file = -1
         self.lines: list[Line] = []
@@ -51,17 +50,7 @@ class SearchFolder:
             UsageError: the search of something else is here.
             CorruptFileError: a line in the middle is not JSON.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._lock)
-            hint = "Wait for it, or choose another OUT."
-            raise ResourceError("another search writes here", where=str(self.path), hint=hint) \
-                from None  # fmt: skip
-        except OSError as error:
-            raise write_error(error, self.path) from error
+        self._lock = lock_folder(self.path, "search")
         try:
             if self._fresh:
                 for name in (JOURNAL, BEST, _RECORD):
@@ -121,9 +110,7 @@ class SearchFolder:
                 hint = "Start over with --fresh."
                 raise CorruptFileError(what, file=str(path), hint=hint) from None
         if lines and lines[0].get("key") != self.key:
-            what = "the search of another recipe, other inputs or another version is here"
-            hint = "Finish it with its own command, or throw it away with --fresh."
-            raise UsageError(what, where=str(self.path), hint=hint)
+            raise other_work("the search", self.path)
         try:
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             os.ftruncate(self._file, len(whole))
@@ -144,13 +131,5 @@ class SearchFolder:
             raise write_error(error, self.path / JOURNAL) from error
 
     def _replace(self, name: str, text: str) -> Path:
-        path, new = self.path / name, self.path / f"{name}.new"
-        try:
-            with new.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(new, path)
-        except OSError as error:
-            raise write_error(error, path) from error
-        return path
+        replace_file(self.path / name, text.encode())
+        return self.path / name
