@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -77,3 +78,37 @@ def test_whatever_transformers_raises_is_said(
     monkeypatch.setattr(getattr(transformers, kind), method, fail)
     with pytest.raises(SourceError, match=f"{what}.*: {str(error) or 'ValueError'}"):
         (plan_training if kind == "AutoTokenizer" else empty_student)(plan)
+
+
+def test_dropout_is_off_whatever_its_name() -> None:
+    from transformers import BertConfig, LlavaConfig
+
+    from merge_cli.dam.models import _drop_nothing
+
+    config = LlavaConfig(text_config=BertConfig(hidden_dropout_prob=0.3))
+    config.resid_pdrop = 0.2
+    _drop_nothing(config)
+    assert config.resid_pdrop == 0
+    assert config.text_config.hidden_dropout_prob == 0
+    assert config.text_config.attention_probs_dropout_prob == 0
+    assert config.text_config.layer_norm_eps > 0
+
+
+def test_no_code_of_a_checkpoint_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan, too, opens configs and tokenizers with transformers, which offers to."""
+    models = tmp_path / "models"
+    models.mkdir()
+    write_models(models, config("llama"))
+    write_data(models)
+    for name in ("base", "a", "b", "c"):
+        file = models / name / "config.json"
+        about = json.loads(file.read_text())
+        about["auto_map"] = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
+        about["model_type"] = "of_its_own"
+        file.write_text(json.dumps(about))
+        code = f"open({str(tmp_path / 'was-run')!r}, 'w').close()\n"
+        (models / name / "evil.py").write_text(code)
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(SourceError):
+        plan_training(make_plan(load_recipe(write_recipe(models))), "cpu")
+    assert not (tmp_path / "was-run").exists()

@@ -15,8 +15,6 @@ from merge_cli.errors import Problem, SourceError
 from merge_cli.evaluation.live import quiet
 from merge_cli.recipe.training import Training
 
-_DROPOUTS = ("dropout", "pdrop", "_drop", "layerdrop")
-
 
 @dataclass(frozen=True)
 class Target:
@@ -60,18 +58,24 @@ def student_config(plan: Plan) -> Any:
     donor = plan.sources[plan.donor]
     with quiet():
         try:
-            config = AutoConfig.from_pretrained(str(donor.root))
+            config = AutoConfig.from_pretrained(str(donor.root), trust_remote_code=False)
         except Exception as error:  # a config's own code checks it, with errors of any kind
             what = f"transformers cannot read its config: {reason(error)}"
             raise SourceError(what, model=donor.label) from error
     if "tie_word_embeddings" in plan.config:
         config.tie_word_embeddings = plan.config["tie_word_embeddings"]
-    for part in (config, config.get_text_config()):
-        for name, value in list(vars(part).items()):
-            if name.endswith(_DROPOUTS) and isinstance(value, float):
-                setattr(part, name, 0.0)
+    _drop_nothing(config)
     config.use_cache = False
     return config
+
+
+def _drop_nothing(config: Any) -> None:
+    """No dropout in a config and in the configs inside it, whatever a model calls it."""
+    for name, value in list(vars(config).items()):
+        if "drop" in name and isinstance(value, float):
+            setattr(config, name, 0.0)
+        elif hasattr(value, "to_dict"):
+            _drop_nothing(value)
 
 
 def empty_student(plan: Plan) -> Any:
@@ -82,7 +86,7 @@ def empty_student(plan: Plan) -> Any:
     config = student_config(plan)
     with quiet(), torch.device("meta"):
         try:
-            return AutoModelForCausalLM.from_config(config)
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         except Exception as error:  # of any kind: what a model makes of sizes that do not fit
             what = f"is no causal language model that transformers knows: {reason(error)}"
             raise SourceError(what, model=plan.sources[plan.donor].label) from error
@@ -90,17 +94,25 @@ def empty_student(plan: Plan) -> Any:
 
 def load_student(plan: Plan, device: str, dtype: Any) -> Any:
     """The student with the donor's weights, which are about to be replaced."""
+    import torch
     from transformers import AutoModelForCausalLM
 
     donor = plan.sources[plan.donor]
     with quiet():
         try:
             net = AutoModelForCausalLM.from_pretrained(
-                str(donor.root), config=student_config(plan), dtype=dtype
+                str(donor.root), config=student_config(plan), dtype=dtype, trust_remote_code=False
             )
-        except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        except MemoryError:
+            raise
+        except Exception as error:  # a config can break transformers in any way it likes
+            if type(error).__name__ == "OutOfMemoryError":
+                raise
             what = f"transformers cannot load it: {reason(error)}"
             raise SourceError(what, model=donor.label) from error
+    for module in net.modules():
+        if isinstance(module, torch.nn.Dropout):  # whatever name its config gave it
+            module.p = 0.0
     return net.to(device).eval()
 
 

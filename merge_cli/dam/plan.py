@@ -195,7 +195,7 @@ def _one_tokenizer(plan: Plan) -> Any:
     def load(source: Source) -> Any:
         with quiet():
             try:
-                return AutoTokenizer.from_pretrained(str(source.root))
+                return AutoTokenizer.from_pretrained(str(source.root), trust_remote_code=False)
             except Exception as error:  # the package tokenizers raises nothing more special
                 what = f"its tokenizer cannot be loaded: {reason(error)}"
                 hint = "DAM needs it to read the data."
