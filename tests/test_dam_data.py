@@ -10,6 +10,7 @@ import pytest
 import torch
 from dam_tiny import config, plan_of, write_data, write_models, write_recipe, write_tokenizer
 
+from merge_cli.dam import teachers
 from merge_cli.dam.data import Example, Order, cut, load_datasets, steps_of
 from merge_cli.dam.plan import kept_for, plan_training, teacher_of
 from merge_cli.dam.teachers import padded
@@ -254,3 +255,60 @@ def test_a_cache_that_cannot_be_written_is_an_error(
     teacher = teacher_of(plan.sources[plan.operands[0]], "cpu", "float32")
     with pytest.raises(ResourceError, match="MERGE_CLI_CACHE"):
         teacher.predictions(decided.datasets[0].train, decided.kept, lambda *_: None)
+
+
+@pytest.mark.parametrize("size", [0, 100])
+def test_a_broken_file_of_the_cache_is_made_again(models: Path, size: int) -> None:
+    plan = make_plan(load_recipe(write_recipe(models)))
+    decided = plan_training(plan, "cpu")
+    kept, dataset = decided.kept, decided.datasets[0]
+    teacher = teacher_of(plan.sources[plan.operands[0]], "cpu", decided.dtype)
+    teacher.predictions(dataset.train, kept, lambda done, total: None)
+    place = teacher.place(dataset.train[:32], kept)
+    whole = place.read_bytes()
+    place.write_bytes(whole[:size])
+    assert teacher.missing(dataset.train, kept) == len(dataset.train[:32])
+    teacher.predictions(dataset.train, kept, lambda done, total: None).of(0)
+    assert place.read_bytes() == whole
+
+
+def test_nothing_is_left_of_a_file_that_cannot_be_written(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = make_plan(load_recipe(write_recipe(models)))
+    decided = plan_training(plan, "cpu")
+    teacher = teacher_of(plan.sources[plan.operands[0]], "cpu", decided.dtype)
+    group = decided.datasets[0].train
+
+    def fail(*args: Any) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("safetensors.torch.save_file", fail)
+    with pytest.raises(ResourceError, match="cannot be written"):
+        teacher.predictions(group, decided.kept, lambda done, total: None)
+    assert not list(teacher.place(group[:32], decided.kept).parent.iterdir())
+
+
+def test_predictions_do_not_depend_on_chunks(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.randn(11, 40, generator=torch.Generator().manual_seed(1))
+    whole = teachers.kept_predictions(logits, 5, 2.0)
+    sizes = []
+    made = teachers.kept_predictions
+    monkeypatch.setattr(teachers, "_CHUNK", 4)
+    monkeypatch.setattr(
+        teachers, "kept_predictions", lambda own, *how: sizes.append(len(own)) or made(own, *how)
+    )
+    found = teachers._in_chunks(logits, 5, 2.0)
+    assert sizes == [4, 4, 3]
+    assert all(torch.equal(a, b) for a, b in zip(found, whole, strict=True))
+
+
+def test_the_cache_tells_devices_apart(models: Path) -> None:
+    plan = make_plan(load_recipe(write_recipe(models)))
+    decided = plan_training(plan, "cpu")
+    source, group = plan.sources[plan.operands[0]], decided.datasets[0].train[:32]
+    places = {
+        teacher_of(source, device, decided.dtype).place(group, decided.kept)
+        for device in ("cpu", "cuda:0", "cuda:1")
+    }
+    assert len(places) == 2

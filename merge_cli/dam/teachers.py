@@ -13,6 +13,7 @@ import os
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,10 @@ from merge_cli.evaluation.cache import cache_folder
 from merge_cli.evaluation.live import LiveModel, load
 from merge_cli.sizes import show_size
 
-_FORMAT = 1
+_FORMAT = 2
 _GROUP = 32  # sequences of a file
 _LOGIT_BYTES = 1 << 28
+_CHUNK = 256  # tokens
 
 Tell = Callable[[int, int], None]  # tokens done, tokens in all
 
@@ -99,7 +101,7 @@ class Teacher:
             files.append(place)
             if kept.k is None:
                 tables.append(self._predict(group, kept))
-            elif number % share[1] == share[0] and not place.exists():
+            elif number % share[1] == share[0] and not _whole(place):
                 _keep(place, self._predict(group, kept))
             done += sum(len(one.ids) for one in group)
             tell(done, total)
@@ -108,11 +110,14 @@ class Teacher:
     def missing(self, examples: Sequence[Example], kept: Kept) -> int:
         """Sequences that are not in the cache."""
         groups = [examples[i : i + _GROUP] for i in range(0, len(examples), _GROUP)]
-        return sum(len(g) for g in groups if kept.k is None or not self.place(g, kept).exists())
+        return sum(len(g) for g in groups if kept.k is None or not _whole(self.place(g, kept)))
 
     def place(self, group: Sequence[Example], kept: Kept) -> Path:
         """The file of a group of sequences."""
-        about = f"{_FORMAT} {self._digest} {self._dtype} {kept.k} {kept.temperature!r} {kept.dtype}"
+        # Other devices and versions round otherwise: the same command would learn other bits.
+        how = f"{self._device.partition(':')[0]} {version('torch')} {version('transformers')}"
+        what = f"{self._digest} {self._dtype} {kept.k} {kept.temperature!r} {kept.dtype}"
+        about = f"{_FORMAT} {what} {how}"
         state = hashlib.sha256(about.encode())
         for one in group:
             state.update(f"{one.first} {len(one.ids)};".encode() + one.ids.tobytes())
@@ -135,9 +140,9 @@ class Teacher:
             ids, mask, counted = padded([group[i] for i in batch])
             logits = live.logits(ids, mask)
             for row, number in enumerate(batch):
-                own = logits[row][counted[row].to(logits.device)].float()
+                own = logits[row][counted[row].to(logits.device)]
                 k = live.vocabulary if kept.k is None else kept.k
-                found[number] = kept_predictions(own, k, kept.temperature)
+                found[number] = _in_chunks(own, k, kept.temperature)
         self.tokens, self.passes = live.cost.tokens, live.cost.forward_passes
         parts = [found[i] for i in range(len(group))]
         ends = torch.tensor([0, *(one.counted for one in group)]).cumsum(0)
@@ -150,6 +155,19 @@ class Teacher:
         if parts[0][2] is not None:
             table["tail"] = torch.cat([tail for _, _, tail in parts]).to("cpu", torch.float32)
         return table
+
+
+def _in_chunks(logits: Any, k: int, temperature: float) -> tuple[Any, Any, Any]:
+    """`kept_predictions`, some tokens at a time: it makes several float32 copies of its logits."""
+    import torch
+
+    parts = [
+        kept_predictions(logits[i : i + _CHUNK].float(), k, temperature)
+        for i in range(0, len(logits), _CHUNK)
+    ]
+    ids, logp, tails = zip(*parts, strict=True)
+    tail = None if tails[0] is None else torch.cat(tails)
+    return torch.cat(ids), torch.cat(logp), tail
 
 
 def padded(examples: Sequence[Example]) -> tuple[Any, Any, Any]:
@@ -177,6 +195,17 @@ def _part(table: dict[str, Any], place: int) -> tuple[Any, Any, Any]:
     return table["ids"][start:stop], table["logp"][start:stop], tail
 
 
+def _whole(place: Path) -> bool:
+    """Whether a file is there and can be read; one that a full disk has cut off is made again."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(place, "pt") as file:
+            return {"ends", "ids", "logp"} <= set(file.keys())
+    except (OSError, SafetensorError):
+        return False
+
+
 def _keep(place: Path, table: dict[str, Any]) -> None:
     """Write a file whole or not at all.
 
@@ -187,6 +216,7 @@ def _keep(place: Path, table: dict[str, Any]) -> None:
     from safetensors.torch import save_file
 
     size = sum(value.numel() * value.element_size() for value in table.values())
+    name = ""
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=place.parent)
@@ -197,3 +227,6 @@ def _keep(place: Path, table: dict[str, Any]) -> None:
         what = f"the teachers' cache cannot be written ({show_size(size)}): {error}"
         hint = "Free some space, or set MERGE_CLI_CACHE to another folder."
         raise ResourceError(what, where=str(place.parent), hint=hint) from error
+    finally:
+        if name:  # gone where it has become the file
+            Path(name).unlink(missing_ok=True)
