@@ -314,6 +314,31 @@ def test_different_tokenizers_are_refused_in_the_plan(tmp_path: Path) -> None:
     assert "2 of them elsewhere" in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("part", "value", "said"),
+    [("normalizer", {"type": "Lowercase"}, "another normalizer"),
+     ("pre_tokenizer", {"type": "Whitespace"}, "another pre_tokenizer")],
+)  # fmt: skip
+def test_the_same_entries_used_otherwise_are_another_tokenizer(
+    tmp_path: Path, part: str, value: dict[str, str], said: str
+) -> None:
+    write_models(tmp_path, config("llama"))
+    file = tmp_path / "b" / "tokenizer.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), part: value}))
+    with pytest.raises(MismatchError) as error:
+        plan_training(plan_of(tmp_path, {}), "cpu")
+    assert f"b: has another tokenizer than a: the same entries, and {said}" in str(error.value)
+
+
+def test_another_template_is_said(tmp_path: Path) -> None:
+    write_models(tmp_path, config("llama"))
+    write_data(tmp_path)
+    assert "chat template" not in plan_training(plan_of(tmp_path, QUICK), "cpu").why
+    (tmp_path / "b" / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    why = plan_training(plan_of(tmp_path, QUICK), "cpu").why
+    assert why["chat template"] == "a's, for all data; b has another"
+
+
 def test_different_vocabularies_are_refused_in_the_plan(tmp_path: Path) -> None:
     write_models(tmp_path, config("llama"), names=("base", "a", "b"))
     write_models(tmp_path, config("llama", vocab_size=300), names=("c",))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from merge_cli.checkpoint.source import Source, fetch_weights
@@ -15,18 +14,17 @@ from merge_cli.dam.models import (
     empty_student,
     find_targets,
     parameter_count,
-    reason,
     stored_tensors,
     weight_bytes,
 )
 from merge_cli.dam.sources import Place, choose_place
 from merge_cli.dam.teachers import Kept, Teacher
+from merge_cli.dam.tokenizers import one_tokenizer
 from merge_cli.engine.device import choose_device
 from merge_cli.engine.plan import Plan
-from merge_cli.errors import MismatchError, Problem, SourceError
+from merge_cli.errors import MismatchError
 from merge_cli.evaluation.digest import model_digest
-from merge_cli.evaluation.live import choose_dtype, context_of, quiet
-from merge_cli.evaluation.task import file_digest
+from merge_cli.evaluation.live import choose_dtype, context_of
 from merge_cli.recipe.training import Training
 
 _WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -102,7 +100,7 @@ def plan_training(plan: Plan, device: str = "auto", world: World | None = None) 
     training = plan.recipe.training or Training()
     operands = [plan.sources[i] for i in plan.operands]
     labels = tuple(source.label for source in operands)
-    tokenizer = _one_tokenizer(plan)
+    tokenizer, template_why = one_tokenizer(plan)
     net = empty_student(plan)
     targets, problems = find_targets(plan, net, training)
     if problems:
@@ -129,6 +127,7 @@ def plan_training(plan: Plan, device: str = "auto", world: World | None = None) 
         {
             "device": f"{chosen.name}: {chosen.reason}", "dtype": dtype_why, "mode": mode_why,
             "residency": place.reason,
+            **({"chat template": template_why} if template_why else {}),
         },
         student_bytes,
     )  # fmt: skip
@@ -182,47 +181,3 @@ def fetch_everything(plan: Plan) -> None:
     """Models of the Hub, whole: transformers loads them."""
     for source in plan.sources:
         fetch_weights(source, source.header_bytes)
-
-
-def _one_tokenizer(plan: Plan) -> Any:
-    """The tokenizer that all sources share.
-
-    Raises:
-        MismatchError: they do not, with what differs.
-    """
-    from transformers import AutoTokenizer
-
-    def load(source: Source) -> Any:
-        with quiet():
-            try:
-                return AutoTokenizer.from_pretrained(str(source.root), trust_remote_code=False)
-            except Exception as error:  # the package tokenizers raises nothing more special
-                what = f"its tokenizer cannot be loaded: {reason(error)}"
-                hint = "DAM needs it to read the data."
-                raise SourceError(what, model=source.label, hint=hint) from error
-
-    first = plan.sources[plan.operands[0]]
-    tokenizer, known = load(first), _tokenizer_file(first.root)
-    vocabulary = tokenizer.get_vocab()
-    problems = []
-    for i in plan.operands[1:]:
-        source = plan.sources[i]
-        if known is not None and _tokenizer_file(source.root) == known:
-            continue
-        other = load(source).get_vocab()
-        if other != vocabulary:
-            moved = sum(other.get(token) != number for token, number in vocabulary.items())
-            what = (
-                f"has another tokenizer than {first.label}: {len(other):,} entries against "
-                f"{len(vocabulary):,}, {moved:,} of them elsewhere"
-            )
-            problems.append(Problem(what, source.label))
-    if problems:
-        what = "the sources' tokenizers differ: their predictions cannot be compared"
-        raise MismatchError(problems, what)
-    return tokenizer
-
-
-def _tokenizer_file(root: Path) -> str | None:
-    path = root / "tokenizer.json"
-    return file_digest(path) if path.exists() else None
