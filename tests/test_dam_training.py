@@ -276,6 +276,19 @@ def test_presets_and_dials(models: Path, tmp_path: Path, dials: dict[str, Any]) 
         assert found["model.layers.0.mlp.up_proj.weight"].shape == (3, 1, 16)
 
 
+def test_a_data_set_without_held_out_rows_does_not_stop_measuring(tmp_path: Path) -> None:
+    write_models(tmp_path, config("llama"))
+    write_data(tmp_path)
+    rows = (tmp_path / "a.jsonl").read_text().splitlines()
+    (tmp_path / "a.jsonl").write_text(rows[0] + "\n")
+    training = run(recipe_of(tmp_path, max_steps=2), tmp_path / "out").report["training"]
+    kl = training["scores"]["dam"]["kl"]
+    assert "a" not in kl
+    assert set(kl) == {"b", "c"}
+    assert training["verdict"] is not None
+    assert any("no rows are held out of a:" in line for line in training["warnings"])
+
+
 def test_the_plan_shows_the_training_without_loading_weights(
     models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -47,7 +47,10 @@ class Score:
 
 
 class HeldOut:
-    """Held-out batches with their teachers' predictions, ready to be asked again and again."""
+    """Held-out batches with their teachers' predictions, ready to be asked again and again.
+
+    A data set without held-out rows takes no part; without any there is nothing to measure.
+    """
 
     def __init__(
         self, datasets: Sequence[Dataset], predictions: Sequence[Predictions], tokens: int
@@ -55,6 +58,8 @@ class HeldOut:
         self._batches: dict[str, list[Batch]] = {}
         for dataset, known in zip(datasets, predictions, strict=True):
             rows = dataset.held_out
+            if not rows:  # the record says whose
+                continue
             count = sum(one.counted for one in rows)
             groups = micro_batches(range(len(rows)), rows, tokens)
             self._batches[dataset.name] = [
@@ -63,7 +68,7 @@ class HeldOut:
         self.passes = self.tokens = 0
 
     def __bool__(self) -> bool:
-        return all(self._batches.values())
+        return bool(self._batches)
 
     def score(
         self, forward: Forward, world: World, between: Callable[[], None] = lambda: None

@@ -29,8 +29,10 @@ def build_record(
         scores = {LEARNED: {k: v for k, v in best.items() if k != "step"}, **scores}
     warnings = [note] if note else []
     verdict = improvement(scores)
+    lacking = ", ".join(one.name for one in decided.datasets if not one.held_out)
+    if lacking and verdict is not None:
+        warnings.append(f"no rows are held out of {lacking}: nothing that is measured speaks of it")
     if verdict is None:
-        lacking = ", ".join(one.name for one in decided.datasets if not one.held_out)
         warnings.append(
             f"no rows are held out of {lacking}: whether the result is better is not known"
         )
