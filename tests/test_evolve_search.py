@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import pytest
@@ -37,6 +38,7 @@ from merge_cli.evaluation.run import evaluate_source
 from merge_cli.evaluation.spec import EvalSpec
 from merge_cli.evolve import evaluator as evaluator_module
 from merge_cli.evolve.candidate import LiveMerge
+from merge_cli.evolve.journal import SearchFolder
 from merge_cli.evolve.loop import Loop
 from merge_cli.evolve.objectives import Goal, Split, Value, parse_objective
 from merge_cli.evolve.optimizers import make_optimizer
@@ -541,6 +543,28 @@ def test_ctrl_c_leaves_the_best_so_far_and_the_same_call_goes_on(
     assert again.record["cost"]["resumed"] == 8
     monkeypatch.setattr(Loop, "_generation", None)  # it has ended: nothing is left to do
     assert run_search(recipe, folder / "out").record == again.record
+
+
+def test_ctrl_c_inside_a_generation_leaves_the_best_of_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = write_search(folder)
+    append = SearchFolder.append
+    seen: list[dict[str, Any]] = []
+
+    def third(self: SearchFolder, line: dict[str, Any]) -> None:
+        append(self, line)
+        seen.extend([line] if line["kind"] == "candidate" else [])
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(SearchFolder, "append", third)
+    with pytest.raises(Interrupted, match=r"stopped after 3 evaluations; the best so far"):
+        run_search(recipe, folder / "out")
+    best = (folder / "out.search" / "best_recipe.yaml").read_text()
+    means = [mean(task["loss"] for task in line["values"].values()) for line in seen]
+    assert f"score {min(means):.6g}" in best
+    load_recipe(folder / "out.search" / "best_recipe.yaml")
 
 
 def kill_and_resume(folder: Path, kills: int) -> None:

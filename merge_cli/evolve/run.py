@@ -15,7 +15,7 @@ from merge_cli.engine.plan import Plan
 from merge_cli.engine.planner import load_recipe
 from merge_cli.errors import Interrupted, MergeCliError
 from merge_cli.evolve.evaluations import Evaluations
-from merge_cli.evolve.evaluator import Job, Setup
+from merge_cli.evolve.evaluator import Job, Outcome, Setup
 from merge_cli.evolve.greedy import Greedy, soup_of
 from merge_cli.evolve.journal import BEST, JOURNAL, SearchFolder
 from merge_cli.evolve.key import work_key
@@ -122,7 +122,7 @@ class _Run:
             self._loop.run()
             best = self._choose()
             record = self._finished(best, time.monotonic() - began)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, Interrupted):
             raise self._interrupted() from None
         finally:
             self._workers.close()
@@ -273,16 +273,26 @@ class _Run:
         return found[0] if found else None
 
     def _interrupted(self) -> Interrupted:
-        best = self._best()
-        where = str(self._folder.path)
-        hint = "The same command continues."
-        if best is None or best.score is None:
+        """With the best that the journal knows: also of the generation that is not complete."""
+        where, hint = str(self._folder.path), "The same command continues."
+        split = self._decided.objective.search
+        lines = [
+            line for line in self._folder.lines
+            if line["kind"] == "candidate" and line["share"] == 1.0 and not line["error"]
+        ]  # fmt: skip
+        if not lines:
             return Interrupted("stopped", where=where, hint=hint)
-        text = self.text_of(self.recipe_of(best.genome), best.score.total)
-        path = self._folder.write_best(text)
+        base = self._references.base(split)  # known: references come before candidates
+        scored = [
+            (split.score(Outcome.from_json(line["number"], line).values, base), line["number"])
+            for line in lines
+        ]
+        score, number = min(scored, key=lambda one: (*one[0].order, one[1]))
+        genome = next(line["genome"] for line in lines if line["number"] == number)
+        path = self._folder.write_best(self.text_of(self.recipe_of(genome), score.total))
         tried = sum(line["kind"] != "start" for line in self._folder.lines)
         what = f"stopped after {tried} evaluations; the best so far, with score "
-        return Interrupted(f"{what}{best.score.total:.6g}, is there", where=str(path), hint=hint)
+        return Interrupted(f"{what}{score.total:.6g}, is there", where=str(path), hint=hint)
 
 
 def _peak_vram(options: MergeOptions) -> int | None:
