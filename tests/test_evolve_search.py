@@ -562,7 +562,7 @@ def test_ctrl_c_inside_a_generation_leaves_the_best_of_it(
     with pytest.raises(Interrupted, match=r"stopped after 3 evaluations; the best so far"):
         run_search(recipe, folder / "out")
     best = (folder / "out.search" / "best_recipe.yaml").read_text()
-    means = [mean(task["loss"] for task in line["values"].values()) for line in seen]
+    means = [mean(task["loss"][0] for task in line["values"].values()) for line in seen]
     assert f"score {min(means):.6g}" in best
     load_recipe(folder / "out.search" / "best_recipe.yaml")
 
