@@ -31,6 +31,7 @@ from merge_cli.errors import (
     MergeCliError,
     MismatchError,
     RecipeError,
+    SourceError,
     UsageError,
 )
 from merge_cli.evaluation.live import load
@@ -380,6 +381,29 @@ def test_failed_candidates_are_recorded_and_survived(
     assert found.record["cost"]["failed"] == len(failed) >= 2
     assert "MemoryError: no room" in found.record["history"][0]["error"]
     assert found.record["history"][-1]["best"] is not None
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_data_that_no_candidate_can_be_scored_on_are_told(folder: Path, workers: int) -> None:
+    """Of the split that is searched: what is reported on is read before."""
+    rows = (folder / "a.search.jsonl").read_text()
+    (folder / "a.search.jsonl").unlink()  # a link to what other tests read
+    (folder / "a.search.jsonl").write_text(rows + '{"words": "of no known form"}\n')
+    recipe = write_search(folder, {"workers": workers})
+    with pytest.raises(SourceError, match="line 5: has neither text nor completion"):
+        run_search(recipe, folder / "out")
+
+
+def test_a_constraint_that_the_result_breaks_is_said(folder: Path) -> None:
+    tasks = [
+        {"task": "loss", "data": "a.search.jsonl"},
+        {"task": "loss", "data": "a.test.jsonl", "split": "test", "at_most": 0.5},
+    ]
+    found = run_search(write_search(folder, objective=tasks), folder / "out")
+    assert "BREAKS A CONSTRAINT on the split test" in found.record["warnings"]
+    assert found.record["best"]["violation"] == 0
+    with pytest.raises(GateError, match="the result breaks a constraint"):
+        gate(found.record, True, folder)
 
 
 def test_many_failures_in_a_row_stop_it_with_the_reason(

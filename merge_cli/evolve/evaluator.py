@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from merge_cli.engine.options import MergeOptions
+from merge_cli.errors import SourceError
 from merge_cli.evaluation.live import torch_threads
 from merge_cli.evaluation.result import Cost, TaskResult
 from merge_cli.evaluation.rows import read_rows
@@ -83,6 +84,12 @@ class Evaluator:
 
     def __init__(self, setup: Setup) -> None:
         self._setup = setup
+        self._data = {
+            str(task.data)
+            for split in setup.objective.splits.values()
+            for task in split.spec.tasks
+            if isinstance(task, DataTask)
+        }
         spec = setup.objective.search.spec
         self._merge = LiveMerge(
             setup.static, setup.options, workers=setup.workers, device=spec.device,
@@ -97,7 +104,11 @@ class Evaluator:
         return self._merge
 
     def answer(self, job: Job) -> Outcome:
-        """Score a candidate. What goes wrong with it is part of the outcome."""
+        """Score a candidate. What goes wrong with it is part of the outcome.
+
+        Raises:
+            SourceError: data that no candidate can be scored on.
+        """
         started = time.monotonic()
         live = self._merge.live
         cost = Cost()
@@ -111,10 +122,14 @@ class Evaluator:
                     found = score_task(reduced(task, job.share), live)
                     results[task.name] = found
                     cost = _sum(cost, found.cost)
-        except Exception as failure:  # any candidate may fail in any way: the search goes on
-            error = f"{type(failure).__name__}: {str(failure).strip() or 'without a message'}"
+        except SourceError as failure:
+            if failure.file in self._data:
+                raise
+            error, results = _said(failure), {}
             cost = _sum(cost, live.cost)
-            results = {}
+        except Exception as failure:  # any candidate may fail in any way: the search goes on
+            error, results = _said(failure), {}
+            cost = _sum(cost, live.cost)
         seconds = round(time.monotonic() - started, 4)
         values = values_of(results)
         return Outcome(job.number, values, error, seconds, cost.tokens, cost.forward_passes)
@@ -122,6 +137,10 @@ class Evaluator:
     def close(self) -> None:
         """Let go of everything."""
         self._merge.close()
+
+
+def _said(failure: Exception) -> str:
+    return f"{type(failure).__name__}: {str(failure).strip() or 'without a message'}"
 
 
 def reduced(task: Task, share: float) -> Task:

@@ -13,8 +13,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from merge_cli.errors import MergeCliError
+from merge_cli.errors import MergeCliError, ResourceError
 from merge_cli.evolve.evaluator import Evaluator, Job, Outcome, Setup
+from merge_cli.evolve.workers import portable
 
 _LIVES = 2  # actors that may be lost over one candidate
 
@@ -30,9 +31,9 @@ class _Actor:
         """An outcome; or why this actor can evaluate nothing."""
         try:
             self._evaluator = self._evaluator or Evaluator(self._setup)
+            return self._evaluator.answer(job)
         except MergeCliError as error:
-            return MergeCliError(str(error))
-        return self._evaluator.answer(job)
+            return portable(error)
 
     def pid(self) -> int:
         """Of the actor's process."""
@@ -45,11 +46,16 @@ class RayWorkers:
     def __init__(self, setup: Setup, count: int) -> None:
         import ray
 
-        self._ray, self._count = ray, count
+        self._ray = ray
         self._started = not ray.is_initialized()
         if self._started:
             ray.init(configure_logging=False, include_dashboard=False, log_to_driver=False)
-        gpus = ray.cluster_resources().get("GPU", 0) > 0 and setup.options.device != "cpu"
+        there = ray.cluster_resources()
+        gpus = there.get("GPU", 0) > 0 and setup.options.device != "cpu"
+        # An actor that the cluster has no room for would be waited for without end.
+        self._count = min(count, int(there.get("GPU" if gpus else "CPU", 0)))
+        if not self._count:
+            raise ResourceError("the Ray cluster has no CPU for a worker")
         options = replace(setup.options, device="cuda" if gpus else "cpu")
         splits = {
             name: replace(split, spec=split.spec.changed(device=options.device))

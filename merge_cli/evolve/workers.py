@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol
 
-from merge_cli.errors import MergeCliError
+from merge_cli.errors import MergeCliError, SourceError
 from merge_cli.evolve.evaluator import Evaluator, Job, Outcome, Setup
 from merge_cli.recipe.search import Search
 
@@ -116,7 +116,14 @@ def _serve(pipe: Connection, setup: Setup) -> None:
             return
         try:
             evaluator = evaluator or Evaluator(setup)
+            answer: Outcome | MergeCliError = evaluator.answer(job)
         except MergeCliError as error:  # no candidate can be evaluated: the search's to tell
-            pipe.send(MergeCliError(str(error)))
+            answer = portable(error)
+        pipe.send(answer)
+        if isinstance(answer, MergeCliError):
             return
-        pipe.send(evaluator.answer(job))
+
+
+def portable(error: MergeCliError) -> MergeCliError:
+    """An error as another process can be told of it: its text, and whether it is of an input."""
+    return (SourceError if isinstance(error, SourceError) else MergeCliError)(str(error))
