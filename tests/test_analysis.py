@@ -626,3 +626,14 @@ def test_the_page_with_many_models(family: Family) -> None:
     page = Page(render_analysis(of_family(family, *(f"m{i}" for i in range(8)))))
     assert "mean of all" in page.text
     assert "merged" not in page.texts  # as the label of a row
+
+
+@pytest.mark.parametrize(
+    ("sources", "norm", "said"),
+    [(3, 0.009, "try larger ones"), (5, 0.009, "try larger ones"), (4, 0.035, "try smaller ones"),
+     (3, 0.035, "as well as anything whose settings were chosen")],
+)  # fmt: skip
+def test_the_scale_is_advised_by_what_was_measured(sources: int, norm: float, said: str) -> None:
+    from merge_cli.analysis.advice import _measured_here
+
+    assert said in _measured_here(sources, norm)

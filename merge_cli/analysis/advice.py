@@ -1,7 +1,7 @@
 """What to try first, with the measured reason. Short, hedged, and only what a number supports.
 
-The rules come from the papers and from this project's own small models (zoo/README.md,
-docs/experiments.md). They choose where to begin; held-out data decides.
+The rules come from the papers and from this project's own small models (docs/experiments.md). They
+choose where to begin; held-out data decides.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ ALIKE = 0.3
 CONFLICT = 0.3
 APART = 0.2  # of the elements: sparse changes that meet on more are not simply added
 SMALL = 0.02
+SHORT = 0.01  # of the base's norm: experts of twelve steps in docs/experiments.md
+MANY = 4
 _OURS = "docs/experiments.md"
 _ODD = ("unrelated", "vocabulary", "equals_base")  # models that a recipe leaves out
 
@@ -116,10 +118,9 @@ def _with_base(
             "averaging has been competitive with costlier methods."
             if alike
             else f"The changes have little in common (cosines {where} {_numbers(cosines)}). "
-            "Task arithmetic is the method that has helped most reliably on language models, and "
-            "on this project's small, unlike models a scale of 1/S lost less than larger ones "
-            "(zoo/README.md)."
+            "Task arithmetic is the method that has helped most reliably on language models."
         )
+        reason += f" {_measured_here(size, max(norms))}"
         comments.append(
             f"lambda {scale:g}: 1/{size}, with equal weights the plain average. Raise it while "
             "held-out scores improve."
@@ -135,6 +136,24 @@ def _with_base(
     )
 
 
+def _measured_here(sources: int, norm: float) -> str:
+    """What this project's own small models say of the scale (docs/experiments.md, 1 to 3)."""
+    if norm <= SHORT:
+        return (
+            f"On this project's small models, changes as short as these (at most {_percent(norm)} "
+            "of ‖θ₀‖) kept more at a scale of 0.4 to 0.7 than at 1/3: try larger ones."
+        )
+    if sources >= MANY:
+        return (
+            "On this project's small models, with four sources a scale below 1/S was better than "
+            "the average: try smaller ones."
+        )
+    return (
+        "On this project's small models the plain average of unlike experts came out as well as "
+        "anything whose settings were chosen."
+    )
+
+
 def _alternatives(
     found: Evidence, total: Measures, kept: list[int], norms: Sequence[float], sparse: bool
 ) -> list[Suggestion]:
@@ -145,7 +164,8 @@ def _alternatives(
         reason = (
             f"Of the elements that several sources change, {_percent(share)} are pulled both ways "
             f"(independent signs: {_percent(chance)} where all change them): electing a sign keeps "
-            "them from cancelling."
+            "them from cancelling. On this project's small models that lost to the average more "
+            "often than it won: compare the two."
         )
         suggestions.append(Suggestion("ties", reason, f"arXiv:2306.01708; {_OURS}"))
     if not sparse and max(norms) <= SMALL:
