@@ -157,4 +157,5 @@ def _non_finite(operands: Sequence[Any], task: TensorTask, start: int) -> NonFin
     ref, bad = next(found for found in zip(task.operands, marks, strict=True) if found[1].any())
     what = f"NaN or Inf among its weights (first at element {start + int(bad.argmax())})"
     hint = "No distance to such a model means anything: replace the file."
-    return NonFiniteError(what, model=ref.model, file=ref.path.name, tensor=ref.name, hint=hint)
+    file = ref.stored[0].path.name
+    return NonFiniteError(what, model=ref.model, file=file, tensor=ref.name, hint=hint)

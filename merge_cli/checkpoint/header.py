@@ -53,6 +53,22 @@ class TensorRef(NamedTuple):
         """Number of elements."""
         return math.prod(self.shape)
 
+    @property
+    def native(self) -> str:
+        """See `tensors.Tensor`, of which this is the plain kind."""
+        return self.dtype
+
+    @property
+    def stored(self) -> tuple[TensorRef, ...]:
+        return (self,)
+
+    @property
+    def formula(self) -> str:
+        return ""
+
+    def fill(self, read: Any, start: int, buffer: memoryview) -> None:
+        read(self, start, buffer)
+
 
 def read_header_file(path: Path, model: str) -> bytes:
     """The raw header of a local file: its 8-byte length and the JSON.

@@ -18,6 +18,7 @@ from typing import Any
 from merge_cli.checkpoint import hub
 from merge_cli.checkpoint.files import is_companion
 from merge_cli.checkpoint.header import TensorRef, parse_header, read_header_file
+from merge_cli.checkpoint.tensors import Tensor
 from merge_cli.errors import CorruptFileError, HubError, SourceError
 from merge_cli.recipe.reference import ModelRef, local_folder, looks_like_hub_id
 
@@ -43,7 +44,7 @@ class Source:
     label: str
     root: Path
     config: Mapping[str, Any]
-    tensors: Mapping[str, TensorRef]
+    tensors: Mapping[str, Tensor]
     header_bytes: Mapping[str, bytes] = field(repr=False)
     hub: hub.HubModel | None = None
     notes: tuple[str, ...] = ()

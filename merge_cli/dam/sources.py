@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from merge_cli.checkpoint.header import DTYPES, TensorRef
 from merge_cli.checkpoint.raw import FilePool, read_ahead, read_into
+from merge_cli.checkpoint.tensors import Tensor
 from merge_cli.dam.ahead import Ahead, CudaCopies
 from merge_cli.errors import ResourceError
 from merge_cli.evaluation.live import free_memory
@@ -44,8 +45,8 @@ class Stored:
 
     name: str
     shape: tuple[int, int]
-    sources: tuple[TensorRef, ...]
-    base: TensorRef | None = None
+    sources: tuple[Tensor, ...]
+    base: Tensor | None = None
 
 
 def choose_place(wanted: str, device: str, size: int, student: int) -> Place:
@@ -141,7 +142,8 @@ class Sources:
             if self._with_base and stored.base is not None:
                 wanted.append(stored.base)
             for ref in wanted:
-                read_ahead(self._files, ref.path, ref.offset, ref.nbytes)
+                for part in ref.stored:
+                    read_ahead(self._files, part.path, part.offset, part.nbytes)
         elif self.ahead is not None:
             numbers = range(-1, len(self._tensors[name].sources))
             kept = [(i, self._kept[name, i]) for i in numbers if (name, i) in self._kept]
@@ -153,7 +155,7 @@ class Sources:
 
     def _keep(self, with_base: bool) -> None:
         for name, stored in self._tensors.items():
-            numbered: Sequence[tuple[int, TensorRef]] = list(enumerate(stored.sources))
+            numbered: Sequence[tuple[int, Tensor]] = list(enumerate(stored.sources))
             if with_base and stored.base is not None:
                 numbered = [*numbered, (-1, stored.base)]
             for number, ref in numbered:
@@ -164,7 +166,7 @@ class Sources:
                     rows = rows.pin_memory()
                 self._kept[name, number] = rows
 
-    def _rows(self, name: str, number: int, ref: TensorRef, start: int, stop: int) -> Any:
+    def _rows(self, name: str, number: int, ref: Tensor, start: int, stop: int) -> Any:
         kept = self._kept.get((name, number))
         if self.ahead is not None and kept is not None:
             brought = self.ahead.take(name, number)
@@ -176,13 +178,17 @@ class Sources:
         )
         return rows.to(self._device, non_blocking=True).to(self._dtype)
 
-    def _read(self, ref: TensorRef, shape: tuple[int, int], start: int, stop: int) -> Any:
+    def _read(self, tensor: Tensor, shape: tuple[int, int], start: int, stop: int) -> Any:
         """Rows as they are stored."""
         import torch
 
-        width, name = DTYPES[ref.dtype]
+        width, name = DTYPES[tensor.dtype]
         line = shape[1] * width
         raw = torch.empty((stop - start) * line, dtype=torch.uint8)
         if raw.numel():
-            read_into(self._files, ref.path, ref.offset + start * line, raw.numpy().data, ref.model)
+            tensor.fill(self._stored, start * shape[1], raw.numpy().data)
         return raw.view(getattr(torch, name)).view(stop - start, shape[1])
+
+    def _stored(self, ref: TensorRef, start: int, buffer: memoryview) -> None:
+        offset = ref.offset + start * DTYPES[ref.dtype][0]
+        read_into(self._files, ref.path, offset, buffer, ref.model)

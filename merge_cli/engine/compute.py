@@ -94,7 +94,8 @@ class Computer:
             path, offset = self._places[task.name]
             start, size = unit.start * width, (unit.stop - unit.start) * width
             clock = self._reading.pool.lane.clock
-            self._reading.files.copy(clock, task.operands[0], start, size, path, offset + start)
+            (stored,) = task.operands[0].stored  # the planner copies nothing else
+            self._reading.files.copy(clock, stored, start, size, path, offset + start)
         finished(unit, TensorStats())
 
     def _merge_unit(
@@ -151,7 +152,7 @@ class Computer:
         return NonFiniteError(
             what,
             model=ref.model,
-            file=ref.path.name,
+            file=ref.stored[0].path.name,
             tensor=ref.name,
             hint="Replace the file, or accept it with --allow-non-finite.",
         )

@@ -11,14 +11,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from merge_cli.checkpoint.header import TensorRef
 from merge_cli.checkpoint.source import Source
+from merge_cli.checkpoint.tensors import Tensor
 
 _HEADS = ("lm_head.weight", "embed_out.weight")
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "shared.weight",
                "word_embeddings.weight", "tok_embeddings.weight", "embeddings.weight")  # fmt: skip
 
-View = Mapping[str, TensorRef]
+View = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)

@@ -44,10 +44,12 @@ def work_key(plan: Plan, *context: object) -> str:
     paths: dict[Path, str] = {}
     settings: dict[int, str] = {}  # by identity: tensors that are treated alike share theirs
     for task in plan.tasks:
-        for ref in task.inputs:
+        stored = [ref for tensor in task.inputs for ref in tensor.stored]
+        for ref in stored:
             if ref.path not in paths:
                 paths[ref.path] = str(ref.path)
-        inputs = [(paths[r.path], r.name, r.dtype, r.shape, r.offset) for r in task.inputs]
+        inputs: list[Any] = [(paths[r.path], r.name, r.dtype, r.shape, r.offset) for r in stored]
+        inputs += [formula for tensor in task.inputs if (formula := tensor.formula)]
         setting = settings.get(id(task.parameters))
         if setting is None:
             setting = settings[id(task.parameters)] = repr(sorted(task.parameters.items()))

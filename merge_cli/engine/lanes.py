@@ -14,11 +14,13 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from merge_cli.checkpoint.header import DTYPES, TensorRef
 from merge_cli.checkpoint.raw import FilePool, copy_range, read_ahead, read_into, write_from
+from merge_cli.checkpoint.tensors import Tensor
 from merge_cli.kernels.convert import decode, decode_row, decode_rows, encode, encode_into
 
 _WIDEST = 8  # bytes of an element in the widest format
@@ -72,7 +74,7 @@ class Lane(Protocol):
         """Entered by the lane's thread around everything that it computes."""
 
     def load(
-        self, refs: Sequence[TensorRef], start: int, stop: int, *, base: bool, deltas: bool
+        self, refs: Sequence[Tensor], start: int, stop: int, *, base: bool, deltas: bool
     ) -> Loaded:
         """Elements [start, stop) of each tensor, flat.
 
@@ -98,7 +100,11 @@ class Files:
         """Have the system bring `size` bytes from byte `start` of a tensor into its cache."""
         read_ahead(self.sources, ref.path, ref.offset + start, size)
 
-    def read(self, clock: Clock, ref: TensorRef, start: int, buffer: memoryview) -> None:
+    def read(self, clock: Clock, tensor: Tensor, start: int, buffer: memoryview) -> None:
+        """Fill the buffer with a tensor's elements from `start` on."""
+        tensor.fill(partial(self.read_stored, clock), start, buffer)
+
+    def read_stored(self, clock: Clock, ref: TensorRef, start: int, buffer: memoryview) -> None:
         """Fill the buffer with what is stored from element `start` on."""
         began = time.perf_counter()
         offset = ref.offset + start * DTYPES[ref.dtype][0]
@@ -139,7 +145,7 @@ class HostLane:
         return np.errstate(all="ignore")
 
     def load(
-        self, refs: Sequence[TensorRef], start: int, stop: int, *, base: bool, deltas: bool
+        self, refs: Sequence[Tensor], start: int, stop: int, *, base: bool, deltas: bool
     ) -> Loaded:
         import numpy as np
 
@@ -185,7 +191,7 @@ class TorchLane(HostLane):
     """Computes with torch on a CPU: for float64, for methods that want tensors, without numba."""
 
     def load(
-        self, refs: Sequence[TensorRef], start: int, stop: int, *, base: bool, deltas: bool
+        self, refs: Sequence[Tensor], start: int, stop: int, *, base: bool, deltas: bool
     ) -> Loaded:
         import torch
 

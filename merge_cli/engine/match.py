@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
-from merge_cli.checkpoint.header import MERGEABLE, TensorRef
+from merge_cli.checkpoint.header import MERGEABLE
 from merge_cli.checkpoint.source import Source
+from merge_cli.checkpoint.tensors import Tensor
 from merge_cli.engine.heads import View
 from merge_cli.engine.layers import Anatomy, Places, Seat, Seats, heights
 from merge_cli.engine.pieces import Operand, Piece
@@ -40,8 +41,8 @@ class Match(NamedTuple):
     name: str
     piece: Piece
     seat: Seat
-    operands: tuple[TensorRef, ...]
-    base: TensorRef | None
+    operands: tuple[Tensor, ...]
+    base: Tensor | None
     source: int
     copied: str = ""
 
@@ -138,7 +139,7 @@ def _match_tensor(
     piece: Piece,
     name: str,
     seat: Seat,
-    refs: Sequence[TensorRef | None],
+    refs: Sequence[Tensor | None],
     labels: Sequence[str],
     into: Matches,
 ) -> None:
@@ -171,7 +172,7 @@ def _match_tensor(
     into.found.append(Match(name, piece, seat, tuple(present), base, source))
 
 
-def _shapes_differ(name: str, refs: Sequence[TensorRef], labels: Sequence[str]) -> Problem:
+def _shapes_differ(name: str, refs: Sequence[Tensor], labels: Sequence[str]) -> Problem:
     sizes = [f"{a} {list(ref.shape)}" for a, ref in zip(labels, refs, strict=True)]
     shown = ", ".join(dict.fromkeys(sizes))
     if _is_vocabulary(name, refs):
@@ -186,7 +187,7 @@ _VOCABULARY_HINT = (
 )
 
 
-def _is_vocabulary(name: str, refs: Sequence[TensorRef]) -> bool:
+def _is_vocabulary(name: str, refs: Sequence[Tensor]) -> bool:
     same_width = len({ref.shape[1:] for ref in refs}) == 1
     return same_width and any(part in name for part in _VOCABULARY)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +12,7 @@ from merge_cli.checkpoint.coefficients import CoefficientFile
 from merge_cli.checkpoint.header import TensorRef
 from merge_cli.checkpoint.layout import OutputTensor, Shard
 from merge_cli.checkpoint.source import Source
+from merge_cli.checkpoint.tensors import Tensor
 from merge_cli.methods.registry import Method
 from merge_cli.recipe.schema import Recipe
 
@@ -39,10 +40,10 @@ class TensorTask:
     shape: tuple[int, ...]
     dtype: str
     action: Action
-    operands: tuple[TensorRef, ...]
+    operands: tuple[Tensor, ...]
     sources: tuple[int, ...]
     ids: tuple[int, ...]
-    base: TensorRef | None = None
+    base: Tensor | None = None
     parameters: Mapping[str, Any] = field(default_factory=dict)
     group: str = ""
     note: str = ""
@@ -58,13 +59,13 @@ class TensorTask:
         return self.operands[0].size
 
     @property
-    def inputs(self) -> tuple[TensorRef, ...]:
+    def inputs(self) -> tuple[Tensor, ...]:
         """Everything that is read for it, the base first."""
         return (self.base, *self.operands) if self.base else self.operands
 
     @property
     def bytes_read(self) -> int:
-        return sum(ref.nbytes for ref in self.inputs)
+        return sum(part.nbytes for ref in self.inputs for part in ref.stored)
 
 
 @dataclass(frozen=True)
@@ -117,9 +118,14 @@ class Plan:
             path.relative_to(root).as_posix() for path in self._files_read if root in path.parents
         }
 
+    @property
+    def stored_inputs(self) -> Iterator[TensorRef]:
+        """Every stored tensor that a task reads, as often as it is read."""
+        return (ref for task in self.tasks for tensor in task.inputs for ref in tensor.stored)
+
     @cached_property
     def _files_read(self) -> frozenset[Path]:
-        return frozenset(ref.path for task in self.tasks for ref in task.inputs)
+        return frozenset(ref.path for ref in self.stored_inputs)
 
     @property
     def parameter_count(self) -> int:

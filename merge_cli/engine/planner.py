@@ -17,7 +17,7 @@ from merge_cli.checkpoint.config import (
     text_config,
     with_layer_types,
 )
-from merge_cli.checkpoint.header import DTYPES
+from merge_cli.checkpoint.header import DTYPES, TensorRef
 from merge_cli.checkpoint.layout import lay_out, natural_key
 from merge_cli.checkpoint.source import Source, open_source
 from merge_cli.engine.heads import reconcile_heads
@@ -239,9 +239,10 @@ def _tasks(
                              (match.source,), (), group=group, note=match.copied), ""  # fmt: skip
             continue
         resolved = resolver.of(name, match.seat.position)
-        dtype = wanted or like.dtype
-        action: Action = "copy" if resolved.copies and operands[0].dtype == dtype else "merge"
-        mixed = {ref.dtype for ref in operands} | {like.dtype}
+        dtype = wanted or like.native
+        stored = isinstance(operands[0], TensorRef) and operands[0].dtype == dtype
+        action: Action = "copy" if resolved.copies and stored else "merge"
+        mixed = {ref.native for ref in operands} | {like.native}
         note = f"stored as {', '.join(sorted(mixed))}" if len(mixed) > 1 else ""
         task = TensorTask(name, like.shape, dtype, action, operands, sources, ids, match.base,
                           resolved.parameters, group, note, match.seat.position)  # fmt: skip

@@ -13,7 +13,8 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from merge_cli.checkpoint.header import DTYPES, TensorRef
+from merge_cli.checkpoint.header import DTYPES
+from merge_cli.checkpoint.tensors import Tensor
 from merge_cli.engine.lanes import Clock, Files, Loaded, all_finite
 from merge_cli.kernels.convert import decode, encode
 
@@ -89,7 +90,7 @@ class StagedLane:
         return self._transfers.active()
 
     def load(
-        self, refs: Sequence[TensorRef], start: int, stop: int, *, base: bool, deltas: bool
+        self, refs: Sequence[Tensor], start: int, stop: int, *, base: bool, deltas: bool
     ) -> Loaded:
         sizes = [(stop - start) * DTYPES[ref.dtype][0] for ref in refs]
         self._transfers.wait_up()

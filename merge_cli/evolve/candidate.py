@@ -58,7 +58,7 @@ class LiveMerge:
     ) -> None:
         plan = make_plan(recipe)
         self._options, self._device = options, choose_device(options.device)
-        refs = [ref for task in plan.tasks for ref in task.inputs]
+        refs = list(plan.stored_inputs)
         self.place: Place = choose_place(refs, workers)
         self._files = ResidentFiles(self.place)
         self._files.keep(refs)
@@ -79,7 +79,7 @@ class LiveMerge:
         key = (recipe.merge_method, *(spec.model for spec in recipe.models))
         if key not in self._mergers:
             plan = make_plan(recipe)
-            self._files.keep(ref for task in plan.tasks for ref in task.inputs)
+            self._files.keep(plan.stored_inputs)
             self._mergers[key] = _Merger(plan, self._files, self._device, self._options)
         merger = self._mergers[key]
         tasks = merger.resolved(recipe)

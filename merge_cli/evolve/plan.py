@@ -97,7 +97,7 @@ def plan_search(plan: Plan, options: MergeOptions) -> SearchPlan:
     population = len(plan.recipe.models)
     if space is not None:
         population = search.population or default_population(len(space))
-    refs = [ref for task in plan.tasks for ref in task.inputs]
+    refs = plan.stored_inputs
     return SearchPlan(
         plan, search, objective, space, layers, population,
         choose_place(refs, search.workers),

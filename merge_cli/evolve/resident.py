@@ -70,10 +70,10 @@ class ResidentFiles(Files):
         if self._place.residency == "disk":
             super().ask_for(ref, start, size)
 
-    def read(self, clock: Clock, ref: TensorRef, start: int, buffer: memoryview) -> None:
+    def read_stored(self, clock: Clock, ref: TensorRef, start: int, buffer: memoryview) -> None:
         kept = self._kept.get((ref.path, ref.offset))
         if kept is None:
-            super().read(clock, ref, start, buffer)
+            super().read_stored(clock, ref, start, buffer)
             return
         began = time.perf_counter()
         offset = start * DTYPES[ref.dtype][0]
@@ -90,7 +90,7 @@ class ResidentFiles(Files):
         self, clock: Clock, ref: TensorRef, start: int, size: int, path: Path, offset: int
     ) -> None:
         buffer = memoryview(bytearray(size))
-        self.read(clock, ref, start // DTYPES[ref.dtype][0], buffer)
+        self.read_stored(clock, ref, start // DTYPES[ref.dtype][0], buffer)
         self._put(path, offset, buffer)
 
     def close(self) -> None:
