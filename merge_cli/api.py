@@ -91,7 +91,7 @@ def merge(
         if not learned.world.first:  # the first process of several merges
             learned.world.close()
             return MergeResult(target, {})
-        resolved = with_coefficients(decided.recipe, learned.coefficients)
+        resolved = with_coefficients(decided.recipe, learned.coefficients, learned.record)
         decided = make_plan(resolved, shard_size=decided.shard_size)
     record = learned.record if learned is not None else None
     found = None
@@ -132,8 +132,9 @@ def _published(plan: Plan, target: Path, options: MergeOptions) -> MergeResult |
     found = published(plan, target, options)
     if found is None:
         return None
-    same, coefficients = found
-    resolved = make_plan(with_coefficients(plan.recipe, coefficients), shard_size=plan.shard_size)
+    same, coefficients, record = found
+    recipe = with_coefficients(plan.recipe, coefficients, record)
+    resolved = make_plan(recipe, shard_size=plan.shard_size)
     result = finished(resolved, target, options) if same else None
     if result is not None and "training" not in result.report:
         result = None

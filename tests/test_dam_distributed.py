@@ -81,6 +81,7 @@ def test_two_processes_are_one(recipe: Path, tmp_path: Path) -> None:
     one, two = reports
     assert one["cost"]["bytes_reduced"] == 0
     assert two["cost"]["processes"] == 2
+    assert one["cost"]["tokens"] == two["cost"]["tokens"]  # of all processes
     assert two["cost"]["bytes_reduced"] == 4 * 4 * two["coefficients"]  # steps, float32
     for mine, theirs in zip(one["history"], two["history"], strict=True):
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-4)

@@ -14,7 +14,7 @@ from merge_cli.dam.data import short_names
 from merge_cli.dam.models import empty_student
 from merge_cli.dam.plan import plan_training
 from merge_cli.engine.planner import load_recipe, make_plan
-from merge_cli.errors import RecipeError, SourceError
+from merge_cli.errors import RecipeError, ResourceError, SourceError
 from merge_cli.recipe.training import Training
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -42,6 +42,26 @@ def test_a_model_that_is_listed_twice_is_refused(models: Path, again: str) -> No
     path.write_text(text)
     with pytest.raises(RecipeError, match="listed twice"):
         make_plan(load_recipe(path))
+
+
+def test_weights_may_be_written_as_yaml_reads_them(models: Path) -> None:
+    """YAML 1.1 takes 1e-3 for text, and people write it."""
+    path = write_recipe(models)
+    section = "training: {loss: {kl: 1e0, entropy: 1e-3}, regularize: {cosine: 1e-2}}"
+    path.write_text(path.read_text().replace("training:", f"{section}\nmetadata:"))
+    training = load_recipe(path).training
+    assert training is not None
+    assert training.loss == {"kl": 1.0, "entropy": 0.001}
+    assert training.regularize == {"cosine": 0.01}
+
+
+def test_a_missing_tensorboard_is_told_by_the_plan(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("merge_cli.dam.plan.find_spec", lambda name: None)
+    plan = make_plan(load_recipe(write_recipe(models, {"tensorboard": True})))
+    with pytest.raises(ResourceError, match="tensorboard is missing"):
+        plan_training(plan)
 
 
 def test_names_of_data_sets_differ() -> None:

@@ -100,6 +100,9 @@ def test_a_recipe_trains_merges_and_runs_again_without_training(
     written = yaml.safe_load((tmp_path / "out" / "merge_recipe.yaml").read_text())
     assert written["training"]["granularity"] == "column"  # defaults are written out
     assert all("data" not in model for model in written["models"])
+    origin = [{k: one[k] for k in ("teacher", "files", "held_out_files", "digest")}
+              for one in training["datasets"]]  # fmt: skip
+    assert written["metadata"]["learned_from"] == origin
     again = merge_cli.merge(tmp_path / "out" / "merge_recipe.yaml", tmp_path / "again",
                             options=OPTIONS)  # fmt: skip
     assert "training" not in again.report
@@ -196,6 +199,13 @@ def test_sigkill_at_a_random_moment(models: Path, tmp_path: Path) -> None:
         assert process.wait() == -signal.SIGKILL, "it had ended before it was killed"
     subprocess.run([*command, str(tmp_path / "out")], check=True, env=environment)
     assert same(entries(tmp_path / "whole"), entries(tmp_path / "out"))
+    costs = []
+    for name in ("whole", "out"):
+        report = json.loads((tmp_path / name / "merge_report.json").read_text())
+        costs.append(report["training"]["cost"])
+    for part in ("tokens", "passes", "held_out_passes"):
+        assert costs[0][part] == costs[1][part], part  # over all runs, whatever was killed
+    assert costs[1]["teaching_seconds"] > 0
 
 
 def test_other_work_is_not_continued(
@@ -465,6 +475,7 @@ def test_tensorboard_scalars(models: Path, tmp_path: Path, monkeypatch: pytest.M
             written.append(("closed", 0.0, 0))
 
     recipe = recipe_of(models, max_steps=2, evaluate_every=2, tensorboard=True)
+    monkeypatch.setattr("merge_cli.dam.plan.find_spec", lambda name: object())
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ResourceError, match="the package tensorboard is missing"):
         run(recipe, tmp_path / "out")

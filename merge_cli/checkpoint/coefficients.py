@@ -132,9 +132,10 @@ class CoefficientFile:
         count, *rest = self.refs[name].shape or (0,)
         if count != sources:
             yield f"{self.path.name} has coefficients for {count} sources, not {sources}"
-        padded = [1] * (len(shape) - len(rest)) + rest
-        fits = len(padded) == len(shape) and all(
-            c in (1, n) for c, n in zip(padded, shape, strict=True)
+        whole_shape = tuple(shape) or (1,)  # a scalar is learned as a tensor of one element
+        padded = [1] * (len(whole_shape) - len(rest)) + rest
+        fits = len(padded) == len(whole_shape) and all(
+            c in (1, n) for c, n in zip(padded, whole_shape, strict=True)
         )
         if not fits:
             yield f"coefficients of shape {rest} do not fit the shape {list(shape)}"

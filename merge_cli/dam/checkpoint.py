@@ -37,7 +37,9 @@ class Position:
         step: optimizer steps done; `ended` says why there will be no more.
         history: one dict for each step, and for each held-out measurement.
         best: step and mean held-out KL of the best measurement; its coefficients are kept, too.
-        seconds, tokens, passes: of training so far, over all runs.
+        seconds, tokens, passes: of training so far, over all runs and processes.
+        teaching: seconds in which teachers were asked, over all runs.
+        held_out_passes, bytes_reduced: this process's own, over all runs.
     """
 
     step: int = 0
@@ -50,6 +52,9 @@ class Position:
     seconds: float = 0.0
     tokens: int = 0
     passes: int = 0
+    teaching: float = 0.0
+    held_out_passes: int = 0
+    bytes_reduced: int = 0
     overflows: int = 0
     grad_scale: float = 1.0
 

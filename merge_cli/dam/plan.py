@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 from merge_cli.checkpoint.source import Source, fetch_weights
@@ -22,7 +23,7 @@ from merge_cli.dam.teachers import Kept, Teacher
 from merge_cli.dam.tokenizers import one_tokenizer
 from merge_cli.engine.device import choose_device
 from merge_cli.engine.plan import Plan
-from merge_cli.errors import MismatchError
+from merge_cli.errors import MismatchError, ResourceError
 from merge_cli.evaluation.digest import model_digest
 from merge_cli.evaluation.live import choose_dtype, context_of
 from merge_cli.recipe.training import Training
@@ -98,6 +99,9 @@ def plan_training(plan: Plan, device: str = "auto", world: World | None = None) 
     """
     world = world or World()
     training = plan.recipe.training or Training()
+    if training.tensorboard and find_spec("tensorboard") is None:
+        hint = "pip install tensorboard, or leave `tensorboard` out."
+        raise ResourceError("the package tensorboard is missing", hint=hint)
     operands = [plan.sources[i] for i in plan.operands]
     labels = tuple(source.label for source in operands)
     tokenizer, template_why = one_tokenizer(plan)

@@ -12,7 +12,6 @@ from merge_cli.dam.distributed import World
 from merge_cli.dam.plan import TrainingPlan
 from merge_cli.engine.memory import peak_rss
 from merge_cli.engine.options import Progress, Show
-from merge_cli.errors import ResourceError
 from merge_cli.sizes import show_seconds, show_size
 
 _RECENT = 20  # steps whose mean is shown
@@ -26,15 +25,12 @@ class StepLine:
     """
 
     def __init__(self, decided: TrainingPlan, board: Path | None, show: Show, world: World) -> None:
-        self._decided, self._show, self._world = decided, show, world
+        self._decided, self._show = decided, show
         self._began, self._first_step, self._first_tokens = time.monotonic(), -1, 0
         self._writer: Any = None
         if board is not None and world.first:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                hint = "pip install tensorboard, or leave `tensorboard` out."
-                raise ResourceError("the package tensorboard is missing", hint=hint) from None
+            from torch.utils.tensorboard import SummaryWriter
+
             self._writer = SummaryWriter(str(board))
 
     def __call__(self, record: Mapping[str, Any], position: Position) -> None:
@@ -53,7 +49,7 @@ class StepLine:
             parts.append(f"held-out KL {position.measured[-1]['mean_kl']:.4g}")
         seconds = time.monotonic() - self._began
         done = position.step - self._first_step
-        tokens = (position.tokens - self._tokens_before) * self._world.size
+        tokens = position.tokens - self._tokens_before
         if done > 1 and tokens:
             parts.append(f"{tokens / seconds:,.0f} tokens/s")
         parts.append(show_size(self._memory()))

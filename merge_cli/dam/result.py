@@ -20,7 +20,7 @@ LEARNED = "dam"
 
 def build_record(
     decided: TrainingPlan, position: Position, found: Mapping[str, Score], note: str, world: World,
-    *, teaching: Mapping[str, Any], held_out_passes: int,
+    *, baseline_passes: int,
 ) -> dict[str, Any]:  # fmt: skip
     """JSON-ready; docs/dam.md says what each part is."""
     scores = {name: score.to_json() for name, score in found.items()}
@@ -68,17 +68,17 @@ def build_record(
         "warnings": warnings,
         "cost": {
             "seconds": round(position.seconds, 3),
-            "teaching_seconds": teaching["seconds"],
+            "teaching_seconds": round(position.teaching, 3),
             "tokens": position.tokens,
             "passes": position.passes,
-            "held_out_passes": held_out_passes,
+            "held_out_passes": position.held_out_passes + baseline_passes,
             "peak_rss": peak_rss(),
             "peak_vram": _peak_vram(decided.device),
             "student_bytes": decided.student_bytes,
             "source_bytes": decided.place.bytes,
             "residency": decided.place.residency,
             "processes": world.size,
-            "bytes_reduced": world.bytes_reduced,
+            "bytes_reduced": position.bytes_reduced,
         },
     }
 

@@ -7,7 +7,7 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from importlib.metadata import version
@@ -105,20 +105,22 @@ def learn(
     return Learned(folder.coefficients, record, folder, world)
 
 
-def published(plan: Plan, target: Path, options: MergeOptions) -> tuple[bool, Path] | None:
+def published(
+    plan: Plan, target: Path, options: MergeOptions
+) -> tuple[bool, Path, dict[str, Any]] | None:
     """What a process that was killed after publishing OUT has left, if that is here.
 
     Only for a process that is alone: several would not all find the same.
 
     Returns:
-        whether it is of this very training, and its file of coefficients.
+        whether it is of this very training, its file of coefficients, its record.
     """
     folder = None if options.fresh or launched() > 1 else left_over(target)
     if folder is None:
         return None
     fetch_everything(plan)
     key = work_key(plan_training(plan, options.device), World())
-    return key == folder.key, folder.coefficients
+    return key == folder.key, folder.coefficients, folder.record() or {"datasets": []}
 
 
 def tidy(target: Path) -> None:
@@ -183,13 +185,14 @@ def _learn(
             decided, student, forward, train, measured, folder, world,
             told=line, stopping=stopping,
         )  # fmt: skip
+        trainer.position.teaching += taught
         try:
             finished = trainer.run()
         finally:
             line.close()
         if not finished:
             raise _interrupted(folder, trainer.position)
-        found = {}
+        found, measuring = {}, held_out.passes
         if measured is not None:
             stored = stored_tensors(plan, decided.targets)
             found = baselines(
@@ -207,7 +210,7 @@ def _learn(
                 entries |= student.coefficients[target.name].entries()
         record = build_record(
             decided, trainer.position, found, forward.note, world,
-            teaching={"seconds": round(taught, 3)}, held_out_passes=held_out.passes,
+            baseline_passes=held_out.passes - measuring,
         )  # fmt: skip
         if world.first:
             folder.finish(entries, training.form, record)
@@ -277,11 +280,14 @@ def _interruptions() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-def with_coefficients(recipe: Recipe, coefficients: Path) -> Recipe:
-    """The recipe with what was learned: complete without data."""
+def with_coefficients(recipe: Recipe, coefficients: Path, record: Mapping[str, Any]) -> Recipe:
+    """The recipe with what was learned: complete without data, which is only named."""
+    wanted = ("teacher", "files", "held_out_files", "digest")
+    origin = [{name: one[name] for name in wanted} for one in record["datasets"]]
     return replace(
         recipe,
         coefficients=str(coefficients),
+        metadata={**recipe.metadata, "learned_from": origin},
         training=recipe.training or Training(),
         models=tuple(replace(spec, data=None) for spec in recipe.models),
     )

@@ -95,7 +95,7 @@ class Trainer:
 
     def _step(self, step: int) -> dict[str, Any]:
         """Forward and backward for every data set, then an update; what it found."""
-        student, position = self._student, self.position
+        student, moved, reduced = self._student, 0, self._world.bytes_reduced
         rate = rate_at(self._training, step, self._decided.steps)
         jobs = [
             (dataset, group, known, weight)
@@ -111,15 +111,15 @@ class Trainer:
             loss = self._forward.loss(
                 batch, self._objective, sums[dataset.name], student.grad_scale
             )
-            position.tokens += batch.tokens
-            position.passes += 1
+            moved += batch.tokens
             if fused and number == len(jobs) - 1:
                 student.last_backward(loss, rate)
             else:
                 loss.backward()
         if not fused:
             self._update(rate)
-        return self._record(step, rate, sums)
+        self.position.bytes_reduced += self._world.bytes_reduced - reduced
+        return self._record(step, rate, sums, (moved, len(jobs)))
 
     def _groups(self, dataset: Dataset, numbers: Sequence[int]) -> list[tuple[list[int], float]]:
         """This process's part of a batch, and what each token of it counts.
@@ -148,8 +148,10 @@ class Trainer:
             position.overflows += 1
         position.grad_scale = student.grad_scale
 
-    def _record(self, step: int, rate: float, sums: Mapping[str, Sums]) -> dict[str, Any]:
-        """The step's losses by data set and term, over all processes."""
+    def _record(
+        self, step: int, rate: float, sums: Mapping[str, Sums], cost: tuple[int, int]
+    ) -> dict[str, Any]:
+        """The step's losses by data set and term, over all processes; its tokens and passes."""
         import torch
 
         terms = {name: one.read() for name, one in sums.items()}
@@ -157,7 +159,10 @@ class Trainer:
         table = torch.tensor(
             [[own.get(name, 0.0) for name in names] for own in terms.values()], dtype=torch.float64
         )
-        self._world.add_up([table], gradients=False)
+        spent = torch.tensor(cost, dtype=torch.float64)
+        self._world.add_up([table, spent], gradients=False)
+        self.position.tokens += int(spent[0])
+        self.position.passes += int(spent[1])
         found = {
             dataset: dict(zip(names, row, strict=True))
             for dataset, row in zip(terms, table.tolist(), strict=True)
@@ -175,8 +180,9 @@ class Trainer:
         """Held-out divergence; the best coefficients so far are remembered."""
         if self._held_out is None:
             return
+        position, before = self.position, self._held_out.passes
         score = self._held_out.score(self._forward, self._world)
-        position = self.position
+        position.held_out_passes += self._held_out.passes - before
         assert position.measured is not None
         position.measured.append({"step": position.step, **score.to_json()})
         if score.mean_kl < position.best_kl:

@@ -125,11 +125,10 @@ def _weights(node: Node, names: tuple[str, ...]) -> tuple[Any, str]:
         return {value: 1.0}, ""
     if value is None or value == {}:
         return {}, ""
-    fits = isinstance(value, dict) and all(
-        name in names and _is_number(weight) and weight >= 0 for name, weight in value.items()
-    )
-    if fits:
-        return {name: float(weight) for name, weight in value.items()}, ""
+    if isinstance(node.value, dict) and set(node.value) <= set(names):
+        weights = {name: read_value(child, float) for name, child in node.value.items()}
+        if not any(wrong or weight < 0 for weight, wrong in weights.values()):
+            return {name: weight for name, (weight, _) in weights.items()}, ""
     return None, f"must be one of {', '.join(names)}, or weights of at least 0 for some of them"
 
 
