@@ -457,10 +457,8 @@ def test_the_plan_as_json(models: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_tensorboard_scalars(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through a writer that records; without the package it is said."""
+    """Through a writer that records."""
     import types
-
-    from merge_cli.errors import ResourceError
 
     written: list[tuple[str, float, int]] = []
 
@@ -476,9 +474,6 @@ def test_tensorboard_scalars(models: Path, tmp_path: Path, monkeypatch: pytest.M
 
     recipe = recipe_of(models, max_steps=2, evaluate_every=2, tensorboard=True)
     monkeypatch.setattr("merge_cli.dam.plan.find_spec", lambda name: object())
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(ResourceError, match="the package tensorboard is missing"):
-        run(recipe, tmp_path / "out")
     module = types.SimpleNamespace(SummaryWriter=Writer)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
     run(recipe, tmp_path / "out")
