@@ -68,12 +68,12 @@ def lane_room(plan: Plan, device: Device, options: MergeOptions) -> LaneRoom:
     free = max(0, options.max_memory - _fixed(plan, device))
     if device.kind == "cpu":
         spare = _TEMPORARIES[choose_arithmetic(plan)[0]]
-        each = _HOST_BLOCK * ((_STORED + 4) * inputs + 4 * spare)
+        each = _HOST_BLOCK * ((_STORED + 4) * inputs + 4 * spare) + _whole(plan)
         threads = options.threads or usable_cores()
         return LaneRoom(max(1, min(threads, free // each)), _HOST_BLOCK, inputs, each)
     import torch
 
-    lanes = _GPU_LANES * len(device.indexes)
+    lanes = (1 if plan.method.whole else _GPU_LANES) * len(device.indexes)
     width = (_STORED * inputs + 4) if inputs else 4  # pinned: every input as stored, the output
     room = free // (lanes * width)
     # On the device: the operands, what the method makes of them, and as much in between.
@@ -131,6 +131,17 @@ def return_freed_memory() -> None:
         libc.mallopt(_M_MMAP_THRESHOLD, _RETURNED)
         libc.mallopt(_M_TRIM_THRESHOLD, 4 * _RETURNED)
         libc.malloc_trim(0)
+
+
+def _whole(plan: Plan) -> int:
+    """What a lane holds of its largest tensor, if the method looks at whole ones."""
+    if not plan.method.whole:
+        return 0
+    return max(
+        (4 * task.size * (len(task.inputs) + plan.method.whole) for task in plan.tasks
+         if task.action == "merge"),
+        default=0,
+    )  # fmt: skip
 
 
 def _fixed(plan: Plan, device: Device) -> int:

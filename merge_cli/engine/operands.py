@@ -44,7 +44,7 @@ class TaskReader:
 
     def __init__(self, task: TensorTask, reading: Reading, starts: Sequence[int]) -> None:
         self.task, self._reading = task, reading
-        self.name, self.parameters = task.name, task.parameters
+        self.name, self.shape, self.parameters = task.name, task.shape, task.parameters
         self.size, self.starts = task.size, starts
         self.wide = any(ref.dtype == "F64" for ref in task.inputs)
 

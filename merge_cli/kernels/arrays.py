@@ -35,5 +35,16 @@ def matrix(rows: Sequence[Any]) -> Any:
     return np.stack(rows)
 
 
+def joined(parts: Sequence[Any], shape: Sequence[int]) -> Any:
+    """Flat arrays, one after another, in this shape; a copy."""
+    if is_numpy(parts[0]):
+        import numpy as np
+
+        return np.concatenate(parts).reshape(shape)
+    import torch
+
+    return torch.cat([*parts]).reshape(*shape)
+
+
 def _starts_at(row: Any, place: Any) -> bool:
     return bool(row.__array_interface__["data"][0] == place.__array_interface__["data"][0])

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from merge_cli.kernels.arrays import Array
+from merge_cli.kernels.arrays import Array, joined
 
 T = TypeVar("T")
 
@@ -71,17 +71,31 @@ class TensorBlocks(Blocks, Protocol):
     """One tensor of every source.
 
     Attributes:
-        name: its name in the output.
+        name, shape: in the output. Blocks are flat; a row is the last dimension.
         wide: whether its blocks are float64 (a source is) rather than float32.
         parameters: the method's parameters as resolved for this tensor.
     """
 
     name: str
+    shape: tuple[int, ...]
     wide: bool
     parameters: Mapping[str, Any]
 
     def blocks(self) -> Iterator[Block]:
         """Every block in order, read by the calling thread alone."""
+
+
+def gathered(tensor: TensorBlocks) -> tuple[Array | None, list[Array]]:
+    """The whole tensor of the base and of every source, in its shape.
+
+    For methods whose formula needs it (`whole=True`): memory then grows with the largest tensor.
+    """
+    bases, operands = [], []
+    for block in tensor.blocks():
+        bases.append(block.base)
+        operands.append(block.operands)
+    parts = [joined([*column], tensor.shape) for column in zip(*operands, strict=True)]
+    return (None if bases[0] is None else joined([*bases], tensor.shape)), parts
 
 
 class ModelBlocks(Blocks, Protocol):

@@ -37,7 +37,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 ENTRY_POINTS = "merge_cli.methods"
 _BUILT_IN = ("soup", "task_arithmetic", "ties", "dare", "slerp", "passthrough", "greedy_soup",
-             "evolutionary", "dam")  # fmt: skip
+             "evolutionary", "dam", "wudi")  # fmt: skip
 _SUPPLIED = ("base", "models", "deltas", "at", "prepared", "coefficients")
 
 
@@ -58,6 +58,8 @@ class Method:
         variant: `variant(recipe)` -> the method of another formula that this recipe means, or None.
         learns: without `coefficients:` in the recipe they are learned first.
         searches: what is merged, and with which parameters, is found first.
+        whole: arrays of a whole tensor's size that `prepare` holds besides the operands; 0 where it
+            works block by block. Memory then grows with the largest tensor.
         prepare_uses: the parameters that `prepare` looks at; None where it may look at all. With
             the same values of these and no survey, it gives the same answer.
     """
@@ -80,6 +82,7 @@ class Method:
     learns: bool = False
     searches: bool = False
     prepare_uses: tuple[str, ...] | None = None
+    whole: int = 0
 
     @cached_property
     def parameters(self) -> dict[str, MethodParameter]:
@@ -119,6 +122,7 @@ def merge_method(
     learns: bool = False,
     searches: bool = False,
     prepare_uses: tuple[str, ...] | None = None,
+    whole: int = 0,
     listed: bool = True,
 ) -> Callable[[F], F]:
     """Record a merge method under `name` and its aliases; see the module's text for the contract.
@@ -144,7 +148,7 @@ def merge_method(
         method = Method(
             name, function, aliases, paper, count, base_is_source,
             prepare, survey, kept, copies, check, ignores, any_array, frozenset(positional),
-            variant, learns, searches, prepare_uses,
+            variant, learns, searches, prepare_uses, whole,
         )  # fmt: skip
         _ = method.parameters  # a signature that cannot be read fails here, at import
         _BY_FUNCTION[function] = method
