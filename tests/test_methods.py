@@ -261,9 +261,11 @@ def test_order_of_sources_does_not_matter(tmp_path: Path, method: str) -> None:
 def test_equal_sources_give_themselves(tmp_path: Path, method: str) -> None:
     """Weights that sum to 1 over equal models leave the model, whatever the method."""
     family = llama_family(tmp_path, dtype=torch.float64)
-    entry = {"model": "a", **({} if method == "slerp" else {"parameters": {"weight": 0.5}})}
-    base = {} if method in ("soup", "slerp") else {"base_model": "base"}
-    recipe = family.write({"merge_method": method, **base, "models": [entry, entry]})
+    weighted = "weight" in get_method(method).parameters
+    entry = {"model": "a", **({"parameters": {"weight": 0.5}} if weighted else {})}
+    base = {"base_model": "base"} if get_method(method).needs_base else {}
+    shared = {"parameters": {"solver": "exact"}} if method == "wudi" else {}
+    recipe = family.write({"merge_method": method, **base, "models": [entry, entry], **shared})
     merged = merge(recipe, tmp_path / "out")
     for name, tensor in merged.items():
         torch.testing.assert_close(tensor, family.models[0][name], rtol=1e-12, atol=1e-14)

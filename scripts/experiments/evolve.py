@@ -68,12 +68,19 @@ def document(method: str, seed: int, **more: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def search(method: str, seed: int, evaluations: int, work: Path) -> dict[str, Any]:
-    """One search by the command line, and what its report says."""
-    out = work / f"{method}-{seed}-{evaluations}"
+def search(
+    method: str, seed: int, evaluations: int, work: Path, label: str = "", **more: Any
+) -> dict[str, Any]:
+    """One search by the command line, and what its report says.
+
+    Args:
+        label, more: another search section, and its name.
+    """
+    out = work / f"{method}-{seed}-{evaluations}{label}"
     if not out.exists():
         recipe = out.with_suffix(".yaml")
-        section = {"method": method, "parameters": METHODS[method], "evaluations": evaluations}
+        section = {"method": method, "parameters": METHODS[method], "evaluations": evaluations,
+                   **more}  # fmt: skip
         objective = {
             "max_length": LENGTH, "seed": seed,
             "tasks": [*tasks("val", "search"), *tasks("test", "test")],
@@ -93,6 +100,8 @@ def search(method: str, seed: int, evaluations: int, work: Path) -> dict[str, An
                    for name, one in found["scores"].items()},
         "best_after": [one["best"] for one in found["history"]],
         "values": found["best"]["values"],
+        "history": [{"score": one["score"], "share": one["share"]}
+                    for one in found["history"]],
         "cost": found["cost"],
     }  # fmt: skip
 
