@@ -268,7 +268,8 @@ def test_equal_sources_give_themselves(tmp_path: Path, method: str) -> None:
     recipe = family.write({"merge_method": method, **base, "models": [entry, entry], **shared})
     merged = merge(recipe, tmp_path / "out")
     for name, tensor in merged.items():
-        torch.testing.assert_close(tensor, family.models[0][name], rtol=1e-12, atol=1e-14)
+        room = 1e-6 if method == "wudi" else 1e-12  # an eigendecomposition
+        torch.testing.assert_close(tensor, family.models[0][name], rtol=room, atol=room / 100)
 
 
 def test_density_one_is_no_trim(family: Family, tmp_path: Path) -> None:

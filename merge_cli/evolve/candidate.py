@@ -33,6 +33,8 @@ from merge_cli.evolve.shell import find_seats, load_shell
 from merge_cli.methods.resolve import Resolver
 from merge_cli.recipe.schema import Recipe
 
+# Methods, or sets of sources (a greedy soup tries one after another), whose threads are kept.
+_ENGINES = 4
 _REMEMBERED = 4  # answers of a method's `prepare` for each tensor
 _TORCH = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16",
           "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8",
@@ -64,7 +66,7 @@ class LiveMerge:
         self._files.keep(refs)
         self.live: LiveModel = load_shell(plan, options, **loading)
         self._seats = find_seats(plan, self.live.net)
-        self._mergers: dict[tuple[Any, ...], _Merger] = {}
+        self._mergers: OrderedDict[tuple[Any, ...], _Merger] = OrderedDict()
         self._held: dict[str, str] = {}  # tensor -> what it holds the merge of
         self.rewritten = self.skipped = 0
 
@@ -81,6 +83,9 @@ class LiveMerge:
             plan = make_plan(recipe)
             self._files.keep(plan.stored_inputs)
             self._mergers[key] = _Merger(plan, self._files, self._device, self._options)
+            if len(self._mergers) > _ENGINES:
+                self._mergers.popitem(last=False)[1].close()
+        self._mergers.move_to_end(key)
         merger = self._mergers[key]
         tasks = merger.resolved(recipe)
         wanted = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from merge_cli.engine.options import Progress, Show
@@ -60,19 +60,57 @@ class Evaluations:
                 missing.append(job)
                 continue
             if not same:
-                where, hint = str(self._folder.path), "Start over with --fresh."
-                raise CorruptFileError(f"candidate {job.number}: {_OTHER}", file=where, hint=hint)
+                raise self.contradicts(job.number)
             found[job.number] = Outcome.from_json(job.number, line)
             self.reused += 1
             self._note(found[job.number], kind)
-        for outcome in self._workers.run(missing):
-            job = next(one for one in missing if one.number == outcome.number)
-            line = {"kind": kind, "number": job.number, "share": job.share,
-                    **said[job.number], **outcome.to_json()}  # fmt: skip
-            self._folder.append(line)
-            found[job.number] = outcome
-            self._note(outcome, kind)
+        for outcome in self.stream(kind, ((job, said[job.number]) for job in missing)):
+            found[outcome.number] = outcome
         return [found[job.number] for job in jobs]
+
+    def stream(self, kind: str, jobs: Iterable[tuple[Job, Mapping[str, Any]]]) -> Iterator[Outcome]:
+        """Jobs that the journal does not know, with what else their lines say; as they come.
+
+        A job is taken when a worker is free for it, after what was yielded before has been seen.
+        """
+        out: dict[int, tuple[Job, Mapping[str, Any]]] = {}
+
+        def coming() -> Iterator[Job]:
+            for job, about in jobs:
+                out[job.number] = job, about
+                yield job
+
+        for outcome in self._workers.run(coming()):
+            job, about = out.pop(outcome.number)
+            line = {"kind": kind, "number": job.number, "share": job.share,
+                    **about, **outcome.to_json()}  # fmt: skip
+            self._folder.append(line)
+            self._note(outcome, kind)
+            yield outcome
+
+    def asked(self, number: int, genome: list[float]) -> None:
+        """Write down that a candidate is out, before it is."""
+        self._folder.append({"kind": "asked", "number": number, "share": 1.0, "genome": genome})
+
+    def replay(self) -> Iterator[tuple[str, int, list[float], Outcome | None]]:
+        """What was asked and what came of it, in the order in which it happened.
+
+        Yields:
+            kind (asked or candidate), number, genome, outcome of a candidate.
+        """
+        for line in list(self._folder.lines):
+            if line["kind"] == "asked":
+                yield "asked", line["number"], line["genome"], None
+            elif line["kind"] == "candidate":
+                outcome = Outcome.from_json(line["number"], line)
+                self.reused += 1
+                self._note(outcome, "candidate")
+                yield "candidate", line["number"], line["genome"], outcome
+
+    def contradicts(self, number: int) -> CorruptFileError:
+        """The journal has another candidate than the optimizer proposes."""
+        where, hint = str(self._folder.path), "Start over with --fresh."
+        return CorruptFileError(f"candidate {number}: {_OTHER}", file=where, hint=hint)
 
     def _note(self, outcome: Outcome, kind: str) -> None:
         self.count += 1

@@ -7,19 +7,19 @@ neither the number of workers nor an interruption changes what it proposes next.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from merge_cli.evolve.evaluations import Evaluations
 from merge_cli.evolve.evaluator import Job, Outcome
 from merge_cli.evolve.objectives import Score, Split, Values
 from merge_cli.evolve.optimizers import Optimizer
+from merge_cli.evolve.ranking import Ranking
 from merge_cli.evolve.space import Space, plain_values
 from merge_cli.recipe.search import Search
 
-# What an optimizer is told instead of a score, so that the order is: scores, candidates that a
-# smaller share of the rows has ruled out, those that break a constraint, those that failed.
-_REJECTED, _VIOLATED, _FAILED = 1e4, 1e6, 1e9
+# The base's values on a share of the split's rows; None where no constraint asks for them.
+Base = Callable[[float], Values | None]
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,12 @@ class Loop:
     """
 
     def __init__(
-        self, search: Search, space: Space, split: Split, base: Values | None,
-        optimizer: Optimizer, evaluations: Evaluations,
+        self, search: Search, space: Space, split: Split, base: Base, optimizer: Optimizer,
+        evaluations: Evaluations,
     ) -> None:  # fmt: skip
         self._search, self._space, self._split, self._base = search, space, split, base
         self._optimizer, self._evaluations = optimizer, evaluations
+        self._ranking = Ranking(len(split.weighted))
         self.candidates: list[Candidate] = []
         self.ended = ""
 
@@ -100,33 +101,32 @@ class Loop:
             if share < 1.0:
                 kept = math.ceil(self._search.keep * len(alive))
                 fine = [i for i in alive if not last[i][0].error]
-                alive = sorted(fine, key=lambda i: (*self._score(last[i][0]).order, i))[:kept]
+                order = {i: self._score(last[i][0], share).order for i in fine}
+                alive = sorted(fine, key=lambda i: (*order[i], i))[:kept]
         return [
             Candidate(
                 first + i, generation, genome, outcome,
-                self._score(outcome) if share == 1.0 and not outcome.error else None, share,
+                self._score(outcome, share) if share == 1.0 and not outcome.error else None, share,
             )
             for i, genome in enumerate(genomes) for outcome, share in [last[i]]
         ]  # fmt: skip
 
-    def _score(self, outcome: Outcome) -> Score:
-        return self._split.score(outcome.values, self._base)
+    def _score(self, outcome: Outcome, share: float) -> Score:
+        return self._split.score(outcome.values, self._base(share))
 
     def _tell(self, asked: list[list[float]], found: Sequence[Candidate]) -> None:
-        goals = len(self._split.weighted)
-        ranks, parts = [], []
-        for one in found:
-            if one.outcome.error:
-                ranks.append(_FAILED)
-                parts.append((_FAILED,) * goals)
-                continue
-            score = one.score or self._score(one.outcome)
-            penalty = 0.0
-            if one.score is None:  # ruled out: the earlier, the worse
-                stages = (*self._search.fidelity, 1.0)
-                penalty += _REJECTED * (len(stages) - 1 - stages.index(one.share))
-            if score.violation:
-                penalty += _VIOLATED + score.violation
-            ranks.append(penalty if score.violation else penalty + score.total)
-            parts.append(tuple(part + penalty for part in score.parts))
-        self._optimizer.tell(asked, ranks, parts)
+        stages = (*self._search.fidelity, 1.0)
+        scores = [
+            None if one.outcome.error else one.score or self._score(one.outcome, one.share)
+            for one in found
+        ]
+        for score in scores:
+            if score is not None:
+                self._ranking.see(score)
+        told = [
+            self._ranking.failed() if score is None
+            # Ruled out: the earlier, the worse.
+            else self._ranking.of(score, len(stages) - 1 - stages.index(one.share))
+            for one, score in zip(found, scores, strict=True)
+        ]  # fmt: skip
+        self._optimizer.tell(asked, [rank for rank, _ in told], [parts for _, parts in told])

@@ -42,6 +42,12 @@ class Optimizer(Protocol):
             parts: the goals of each, lower is better, for optimizers of several.
         """
 
+    def ask_one(self) -> list[float]:
+        """One more genome, while others are still out."""
+
+    def tell_one(self, genome: list[float], rank: float, parts: Sequence[float]) -> None:
+        """What came of one that `ask_one` gave; in any order."""
+
 
 def make_optimizer(
     search: Search, space: Space, seed: int, start: list[float], goals: int
@@ -72,6 +78,15 @@ class RandomSearch:
         self._size, self._start = size, [start]
         self.population, self.ended = population, ""
 
+    def ask_one(self) -> list[float]:
+        if self._start:
+            return self._start.pop()
+        drawn: list[float] = self._random.random(self._size).tolist()
+        return drawn
+
+    def tell_one(self, genome: list[float], rank: float, parts: Sequence[float]) -> None:
+        pass
+
     def ask(self) -> Genomes:
         drawn = self._random.random((self.population, self._size)).tolist()
         found = [*self._start, *drawn][: self.population]
@@ -96,6 +111,9 @@ class CMAES:
         self._sigma, self._restarts, self._size = search.sigma, search.restarts, size
         self.population, self.ended = population, ""
         self._asked: list[Any] = []
+        self._out: set[tuple[float, ...]] = set()  # asked for one by one since it began
+        self._told: list[tuple[Any, float]] = []
+        self._drawn: Genomes = []  # of the present distribution, still to be handed out
         self._begin(start, first=True)
 
     def _begin(self, start: list[float], *, first: bool) -> None:
@@ -108,6 +126,8 @@ class CMAES:
                 import cma
         except ImportError:
             raise ResourceError("cma-es needs the package cma", hint="pip install cma") from None
+        self._out.clear()
+        self._told, self._drawn, self._asked = [], [], []
         # pycma wants two dimensions at least; a second one that nothing depends on does no harm.
         start = [*start, *[0.5] * (2 - self._size)]
         self._es: Any = cma.CMAEvolutionStrategy(
@@ -130,6 +150,39 @@ class CMAES:
         self, genomes: Genomes, ranks: Sequence[float], parts: Sequence[Sequence[float]]
     ) -> None:
         self._es.tell(self._asked, list(ranks))
+        self._after_generation()
+
+    def ask_one(self) -> list[float]:
+        if not self._drawn:  # a population at a time, as pycma counts
+            self._drawn = list(reversed(self.ask()))
+        genome = self._drawn.pop()
+        self._out.add(tuple(genome))
+        return genome
+
+    def tell_one(self, genome: list[float], rank: float, parts: Sequence[float]) -> None:
+        """As many as a population are a generation, whichever distributions they are from.
+
+        pycma treats what its present distribution did not draw as injected, and shortens steps that
+        would be too long for it.
+        """
+        import cma
+        import numpy as np
+
+        if tuple(genome) not in self._out:
+            return  # of the time before a restart
+        self._out.discard(tuple(genome))
+        self._told.append((np.array([*genome, *[0.5] * (2 - self._size)]), rank))
+        if len(self._told) >= self.population:
+            if not self._asked:  # pycma wants to be asked before it is told
+                self.ask()
+            told, self._told, self._asked, self._drawn = self._told, [], [], []
+            with warnings.catch_warnings():
+                # The first candidate, which was injected, may come back generations later.
+                warnings.simplefilter("ignore", cma.evolution_strategy.InjectionWarning)
+                self._es.tell([x for x, _ in told], [value for _, value in told])
+            self._after_generation()
+
+    def _after_generation(self) -> None:
         why = self._es.stop()
         if not why:
             return
@@ -173,16 +226,28 @@ class Sampled:
         ]
         self._study.enqueue_trial(dict(zip(self._space, values, strict=True)))
         self._trials: list[Any] = []
+        self._out: list[tuple[list[float], Any]] = []
         self.population, self.ended = population, ""
 
     def ask(self) -> Genomes:
         self._trials = [self._study.ask(self._space) for _ in range(self.population)]
+        return [self._genome(trial) for trial in self._trials]
+
+    def ask_one(self) -> list[float]:
+        trial = self._study.ask(self._space)
+        genome = self._genome(trial)
+        self._out.append((genome, trial))
+        return genome
+
+    def tell_one(self, genome: list[float], rank: float, parts: Sequence[float]) -> None:
+        place = next(i for i, (out, _) in enumerate(self._out) if out == genome)
+        _, trial = self._out.pop(place)
+        self._study.tell(trial, list(parts) if self._several else rank)
+
+    def _genome(self, trial: Any) -> list[float]:
         return [
-            [
-                (trial.params[name] + 0.5) / choices if choices else float(trial.params[name])
-                for name, choices in zip(self._space, self._choices, strict=True)
-            ]
-            for trial in self._trials
+            (trial.params[name] + 0.5) / choices if choices else float(trial.params[name])
+            for name, choices in zip(self._space, self._choices, strict=True)
         ]
 
     def tell(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -67,23 +67,35 @@ class RayWorkers:
         self._remote: Any = ray.remote(num_gpus=1 if gpus else 0, num_cpus=1)(_Actor)
         self._idle: list[Any] = []
 
-    def run(self, jobs: Sequence[Job]) -> Iterator[Outcome]:
-        waiting = list(reversed(jobs))
+    def run(self, jobs: Iterable[Job]) -> Iterator[Outcome]:
+        failures = self._ray.exceptions
+        again: list[Job] = []  # what a lost actor was at
+        coming = iter(jobs)
         busy: dict[Any, tuple[Any, Job]] = {}  # reference -> (actor, job)
         lost: Counter[int] = Counter()
-        while waiting or busy:
-            while waiting and len(busy) < self._count:
+        while True:
+            while len(busy) < self._count:
+                next_job = again.pop() if again else next(coming, None)
+                if next_job is None:
+                    break
                 actor = self._idle.pop() if self._idle else self._remote.remote(self._setup)
-                job = waiting.pop()
-                busy[actor.answer.remote(job)] = actor, job
+                busy[actor.answer.remote(next_job)] = actor, next_job
+            if not busy:
+                return
             ready, _ = self._ray.wait(list(busy), num_returns=1)
             actor, job = busy.pop(ready[0])
             try:
                 answer = self._ray.get(ready[0])
-            except self._ray.exceptions.RayActorError as error:
+            except failures.RayTaskError as error:  # the actor lives: it could not be made ready
+                self._idle.append(actor)
+                cause = str(error).strip().rpartition("\n")[2]
+                yield Outcome(job.number, error=f"in its actor: {cause}")
+                continue
+            except failures.RayError as error:  # actor, node or object lost, or killed for memory
+                self._ray.kill(actor)
                 lost[job.number] += 1
                 if lost[job.number] < _LIVES:
-                    waiting.append(job)
+                    again.append(job)
                     continue
                 yield Outcome(job.number, error=f"its actors were lost: {str(error).strip()}")
                 continue

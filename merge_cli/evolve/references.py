@@ -7,7 +7,7 @@ from dataclasses import replace
 from merge_cli.checkpoint.source import Source, fetch_weights
 from merge_cli.engine.plan import Plan
 from merge_cli.evaluation.run import evaluate_source
-from merge_cli.evolve.evaluator import values_of
+from merge_cli.evolve.evaluator import reduced, values_of
 from merge_cli.evolve.objectives import Split, Values
 
 
@@ -28,18 +28,19 @@ class References:
         label = str(self._plan.recipe.models[model].model)
         return next(source for source in self._plan.sources if source.label == label)
 
-    def base(self, split: Split) -> Values | None:
-        """The base's values, where a constraint compares with it."""
+    def base(self, split: Split, share: float = 1.0) -> Values | None:
+        """The base's values, where a constraint compares with it, on as many of the rows."""
         plan = self._plan
         if not split.needs_base or plan.base is None:
             return None
-        return self.values(plan.sources[plan.base], split)
+        return self.values(plan.sources[plan.base], split, share)
 
-    def values(self, source: Source, split: Split) -> Values:
+    def values(self, source: Source, split: Split, share: float = 1.0) -> Values:
         """A source's own values; found in the cache, if it was evaluated before."""
-        key = f"{split.name} {source.label}"
+        key = f"{split.name} {share!r} {source.label}"
         if key not in self._measured:
             fetch_weights(source, source.header_bytes)
-            found = evaluate_source(source, replace(split.spec, cache=True))
+            tasks = tuple(reduced(task, share) for task in split.spec.tasks)
+            found = evaluate_source(source, replace(split.spec, tasks=tasks, cache=True))
             self._measured[key] = values_of(dict(found.tasks))
         return self._measured[key]

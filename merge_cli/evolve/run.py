@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from merge_cli.engine.options import MergeOptions, Progress, Show
 from merge_cli.engine.plan import Plan
 from merge_cli.engine.planner import load_recipe
 from merge_cli.errors import Interrupted, MergeCliError
+from merge_cli.evolve.asynchronous import Asynchronous
 from merge_cli.evolve.evaluations import Evaluations
 from merge_cli.evolve.evaluator import Job, Outcome, Setup
 from merge_cli.evolve.greedy import Greedy, soup_of
@@ -31,6 +33,7 @@ from merge_cli.recipe.reference import local_file
 from merge_cli.recipe.schema import Recipe
 from merge_cli.recipe.values import Parameter
 
+Searcher = Loop | Asynchronous | Greedy
 _LAMBDA = 0.4  # of the task arithmetic that every search is compared with, as in `compare`
 
 
@@ -107,7 +110,7 @@ class _Run:
             folder, self._workers, show, failures=decided.search.failures, total=count,
             best=lambda: score_text(decided.objective.search, self._best()),
         )  # fmt: skip
-        self._loop: Loop | Greedy | None = None
+        self._loop: Searcher | None = None
         self._references = References(decided.plan)
 
     def record(self) -> dict[str, Any]:
@@ -143,19 +146,25 @@ class _Run:
         header = f"found by {name}, score {score:.6g}; merge-cli run merges it without a search"
         return dump_recipe(recipe, locate=locate, defaults={}, inputs={}, header=header)
 
-    def _searcher(self) -> Loop | Greedy:
+    def _searcher(self) -> Searcher:
         decided = self._decided
         split = decided.objective.search
         # First, while no live model is in memory, and so that what is wrong with data is found now.
         for source in self._references.all():
             self._references.values(source, decided.objective.report)
+        for share in decided.search.fidelity:
+            self._references.base(split, share)
         base = self._references.base(split)
         if decided.space is None:
             return Greedy(decided.recipe, split, base, self._evaluations)
         optimizer = make_optimizer(
             decided.search, decided.space, decided.recipe.seed, self._start(), len(split.weighted)
         )
-        return Loop(decided.search, decided.space, split, base, optimizer, self._evaluations)
+        kind = Asynchronous if decided.search.asynchronous else Loop
+        return kind(
+            decided.search, decided.space, split, partial(self._references.base, split),
+            optimizer, self._evaluations,
+        )  # fmt: skip
 
     def _start(self) -> list[float]:
         """The first genome; what it was is in the journal, so that a resumed run starts alike."""
@@ -290,7 +299,7 @@ class _Run:
         score, number = min(scored, key=lambda one: (*one[0].order, one[1]))
         genome = next(line["genome"] for line in lines if line["number"] == number)
         path = self._folder.write_best(self.text_of(self.recipe_of(genome), score.total))
-        tried = sum(line["kind"] != "start" for line in self._folder.lines)
+        tried = sum(line["kind"] not in ("start", "asked") for line in self._folder.lines)
         what = f"stopped after {tried} evaluations; the best so far, with score "
         return Interrupted(f"{what}{score.total:.6g}, is there", where=str(path), hint=hint)
 

@@ -14,7 +14,7 @@ from typing import Any
 from merge_cli.errors import RecipeError, UsageError
 from merge_cli.methods.registry import Method, get_method
 from merge_cli.methods.resolve import operand_specs
-from merge_cli.recipe.reference import short_labels
+from merge_cli.recipe.reference import local_folder, short_labels
 from merge_cli.recipe.schema import Recipe, SourceSpec
 from merge_cli.recipe.search import Search, Searched
 from merge_cli.recipe.values import (
@@ -140,10 +140,21 @@ class Space:
         return self.base.found(name, models=models, parameters=shared)
 
     def start_from(self, recipe: Recipe) -> list[float]:
-        """The genome nearest to a static recipe of the same sources, listed in the same order."""
-        if len(recipe.models) != len(self.base.models):
-            what = f"lists {len(recipe.models)} models, and the search {len(self.base.models)}"
-            hint = "Start from a recipe of the same models, in the same order."
+        """The genome nearest to a static recipe of the same sources, in whatever order.
+
+        Raises:
+            UsageError: the recipe has other sources.
+        """
+        theirs = {_place_of(spec, recipe): spec for spec in recipe.models}
+        ours = [_place_of(spec, self.base) for spec in self.base.models]
+        other = [str(spec.model) for place, spec in theirs.items() if place not in ours]
+        lacking = [label for label, place in zip(self.labels, ours, strict=True)
+                   if place not in theirs]  # fmt: skip
+        if other or lacking:
+            what = "has other models than the search: " + ", ".join(
+                [*(f"not {name}" for name in lacking), *(f"but {name}" for name in other)]
+            )
+            hint = "Start from a recipe of the same models."
             raise UsageError(what, where=recipe.file, hint=hint)
         values: list[Scalar] = []
         for gene, middle in zip(self.genes, self.values([0.5] * len(self)), strict=True):
@@ -151,7 +162,7 @@ class Space:
                 known = recipe.merge_method in self.methods
                 values.append(recipe.merge_method if known else middle)
                 continue
-            spec = recipe.models[gene.model or 0] if recipe.models else None
+            spec = None if gene.model is None else theirs[ours[gene.model]]
             found = self._value_in(recipe, spec, gene)
             values.append(middle if found is None else found)
         return self.genome(values)
@@ -238,6 +249,12 @@ class Space:
                 if found is not None:
                     return found
         return None
+
+
+def _place_of(spec: SourceSpec, recipe: Recipe) -> str:
+    """What tells whether two recipes mean the same model."""
+    place = local_folder(spec.model.path, recipe.folder)
+    return str(spec.model) if place is None or spec.model.lora else str(place.resolve())
 
 
 def default_population(size: int) -> int:

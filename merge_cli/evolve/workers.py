@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol
 
@@ -22,8 +22,8 @@ _LOST = "the worker process ended (exit code {}), perhaps for want of memory"
 class Workers(Protocol):
     """What evaluates jobs."""
 
-    def run(self, jobs: Sequence[Job]) -> Iterator[Outcome]:
-        """Every job's outcome, as they come."""
+    def run(self, jobs: Iterable[Job]) -> Iterator[Outcome]:
+        """Every job's outcome, as they come; a job is taken when somebody is free for it."""
 
     def close(self) -> None:
         """Let go of models and processes."""
@@ -45,7 +45,7 @@ class InProcess:
         self._setup = setup
         self._evaluator: Evaluator | None = None
 
-    def run(self, jobs: Sequence[Job]) -> Iterator[Outcome]:
+    def run(self, jobs: Iterable[Job]) -> Iterator[Outcome]:
         for job in jobs:
             if self._evaluator is None:
                 self._evaluator = Evaluator(self._setup)
@@ -65,15 +65,17 @@ class Processes:
         self._context = multiprocessing.get_context("spawn")
         self._workers: dict[Connection, Any] = {}
 
-    def run(self, jobs: Sequence[Job]) -> Iterator[Outcome]:
-        waiting = list(reversed(jobs))
+    def run(self, jobs: Iterable[Job]) -> Iterator[Outcome]:
+        coming = iter(jobs)
         busy: dict[Connection, Job] = {}
-        while waiting or busy:
-            while waiting and len(busy) < self._count:
+        while True:
+            while len(busy) < self._count and (job := next(coming, None)) is not None:
                 pipe = next((p for p in self._workers if p not in busy), None) or self._start()
-                busy[pipe] = waiting.pop()
+                busy[pipe] = job
                 with contextlib.suppress(OSError):  # it has died: told when it is waited for
-                    pipe.send(busy[pipe])
+                    pipe.send(job)
+            if not busy:
+                return
             for ready in wait(list(busy)):
                 pipe = next(p for p in busy if p is ready)
                 job = busy.pop(pipe)

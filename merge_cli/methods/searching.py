@@ -81,6 +81,9 @@ def _section_problems(recipe: Recipe, search: Search) -> Iterator[Problem]:
         yield recipe.problem("search.temperature", "has no effect without `start: softmax`.")
     if "keep" in search.given and not search.fidelity:
         yield recipe.problem("search.keep", "has no effect without `fidelity`.")
+    if search.asynchronous and search.fidelity:
+        what = "generations are thinned out, and an asynchronous search has none."
+        yield recipe.problem("search.fidelity", what, "Leave one of them out.")
     if "smooth" in search.given and search.layer_groups == 1:
         yield recipe.problem("search.smooth", "has no effect with one group of layers.")
     if not methods or len(methods) < len(search.method):

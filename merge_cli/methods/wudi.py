@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 # Matrices that are looked up rather than multiplied with, or whose rows are tokens.
 _LOOKED_UP = ("embed", "wte", "wpe", "lm_head", "shared.weight")
 _BETAS, _EPSILON = (0.9, 0.999), 1e-8  # Adam's
-_SINGULAR = 1e-6  # of the largest eigenvalue of G: below it there is no row of any source
+_SINGULAR = 1e-10  # of the largest eigenvalue of G: below it there is no row of any source
 
 
 def without_interference(
@@ -36,13 +36,16 @@ def without_interference(
     deltas = gathered(tensor)[1]
     if input_first:
         deltas = [delta.T for delta in deltas]
+    kind = deltas[0].dtype
+    if solver == "exact":  # squares need twice the digits
+        deltas = [delta.double() for delta in deltas]
     gram, target = _system(deltas)
     merged = sum(deltas[1:], start=deltas[0].clone())
     if solver == "exact":
         merged = _nearest(merged, gram, target)
     else:
         _descend(merged, gram, target, iterations, learning_rate)
-    change: Tensor = (merged.T if input_first else merged).reshape(-1)
+    change: Tensor = (merged.T if input_first else merged).reshape(-1).to(kind)
     return change
 
 
@@ -80,17 +83,17 @@ def _nearest(start: Tensor, gram: Tensor, target: Tensor) -> Tensor:
     """The minimum of L that is nearest to `start`: where plain gradient descent would end."""
     import torch
 
-    values, vectors = torch.linalg.eigh(gram.double())
+    values, vectors = torch.linalg.eigh(gram)
     used = values > _SINGULAR * values[-1]
     basis = vectors[:, used]
-    missing = target.double() - start.double() @ gram.double()
-    nearest: Tensor = start + ((missing @ basis / values[used]) @ basis.T).to(start.dtype)
+    missing = target - start @ gram
+    nearest: Tensor = start + (missing @ basis / values[used]) @ basis.T
     return nearest
 
 
 @merge_method(
     "wudi", paper="arXiv:2503.08099", prepare=without_interference,
-    prepare_uses=("iterations", "learning_rate", "solver", "input_first"), whole=8,
+    prepare_uses=("iterations", "learning_rate", "solver", "input_first"), whole=16,
 )  # fmt: skip
 def wudi(
     base: Tensor,

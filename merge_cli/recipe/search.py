@@ -77,6 +77,9 @@ class Search:
     failures: int = dial(8, "failed candidates in a row that stop the search", 1)
     engine: Literal["local", "ray"] = dial("local", "where candidates are evaluated")
     workers: int = dial(1, "processes, or actors, each with a model of its own", 1)
+    asynchronous: bool = dial(
+        False, "propose a candidate as soon as a worker is free, instead of by generations"
+    )
     given: frozenset[str] = frozenset()  # the keys that the recipe has
 
 
