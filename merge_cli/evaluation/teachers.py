@@ -1,10 +1,10 @@
 """What a teacher predicts, kept on disk: it need not sit beside the model that is compared with it.
 
 Learning (`dam`) and the task `kl` with `top_k` share these files. A teacher runs over its data
-once. Of each prediction its k likeliest tokens, their log-probabilities and that of all others together
-are kept, in files of a few sequences named by everything that decides their content: the model's
-files, k, temperature, dtype, and the tokens. Another run with the same data finds them; the folder
-may be deleted at any time.
+once. Of each prediction its k likeliest tokens, their log-probabilities and that of all others
+together are kept, in files of a few sequences named by everything that decides their content: the
+model's files, k, temperature, dtype, and the tokens. Another run with the same data finds them; the
+folder may be deleted at any time.
 """
 
 from __future__ import annotations
