@@ -85,7 +85,10 @@ def search(
     evaluations = max(4, left // price["candidate"])
     out, found = _run(experiment, space, evaluations, f"{number}-{examples}-{seed}", seed)
     return {
-        "tokens": found["cost"]["tokens"], "numbers": len(found["genes"]),
+        # What a search of its own pays: another one may have asked the teachers before.
+        "tokens": price["teachers"] + evaluations * price["candidate"]
+        + FINALISTS * price["validation"],
+        "numbers": len(found["genes"]),
         "seconds": found["cost"]["seconds"], "tried": found["cost"]["evaluations"],
         **experiment.score(out, "test", loss=True),
     }  # fmt: skip
