@@ -27,6 +27,8 @@ RECIPE_KEYS = (
     "search", "objective",
 )  # fmt: skip
 
+DTYPES = ("float32", "float16", "bfloat16", "float64")
+
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """`Did you mean 'x'?`, or the list of what is known when nothing is near."""

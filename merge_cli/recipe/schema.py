@@ -14,8 +14,6 @@ from merge_cli.recipe.search import Search
 from merge_cli.recipe.training import Data, Training
 from merge_cli.recipe.values import Parameter
 
-DTYPES = ("float32", "float16", "bfloat16", "float64")
-
 Parameters = Mapping[str, Parameter]
 
 
