@@ -39,6 +39,7 @@ class Source:
         header_bytes: file name -> raw header, for digests.
         hub: the repository it comes from; None for a local folder.
         notes: what a reader of the plan should know.
+        planned: whether it is still to be made, by a document of the same recipe.
     """
 
     label: str
@@ -48,6 +49,7 @@ class Source:
     header_bytes: Mapping[str, bytes] = field(repr=False)
     hub: hub.HubModel | None = None
     notes: tuple[str, ...] = ()
+    planned: bool = False
 
     def ties(self, head: str) -> bool:
         """Whether the head is the input embedding: as the config says, here or in its text part.

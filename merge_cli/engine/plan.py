@@ -82,6 +82,7 @@ class Plan:
         notes: decisions that a reader should know, one line each.
         coefficients: the recipe's file of learned coefficients; None without one.
         shard_size: bytes of tensors in one of `shards`: what is planned again is cut alike.
+        stages: how the models are made that other documents of the recipe make, by name.
     """
 
     recipe: Recipe
@@ -97,6 +98,7 @@ class Plan:
     notes: tuple[str, ...]
     coefficients: CoefficientFile | None = None
     shard_size: int = 0
+    stages: Mapping[str, Plan] = field(default_factory=dict)
 
     @property
     def learns(self) -> bool:

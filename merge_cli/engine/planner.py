@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import groupby
@@ -19,22 +19,17 @@ from merge_cli.checkpoint.config import (
 )
 from merge_cli.checkpoint.header import DTYPES, TensorRef
 from merge_cli.checkpoint.layout import lay_out, natural_key
-from merge_cli.checkpoint.source import Source, open_source
+from merge_cli.checkpoint.source import Source
 from merge_cli.engine.heads import reconcile_heads
 from merge_cli.engine.match import Match, match_pieces
+from merge_cli.engine.opening import one_spelling, open_all
 from merge_cli.engine.pieces import Piece, cut_pieces
 from merge_cli.engine.plan import Action, Plan, TensorTask
-from merge_cli.errors import (
-    MergeCliError,
-    MismatchError,
-    Problem,
-    RecipeError,
-    SourceError,
-)
+from merge_cli.errors import MismatchError, Problem, RecipeError, UsageError
 from merge_cli.methods.registry import Method
 from merge_cli.methods.resolve import Resolver, check_recipe
 from merge_cli.recipe.load import parse_text, read_recipe
-from merge_cli.recipe.reference import ModelRef, local_file, local_folder
+from merge_cli.recipe.reference import local_file, local_folder
 from merge_cli.recipe.schema import Recipe
 
 DEFAULT_SHARD_SIZE = 5_000_000_000  # transformers' default
@@ -56,12 +51,18 @@ def load_recipe(path: str | Path, *, text: str | None = None) -> Recipe:
     )
     if recipe is None:
         raise RecipeError(problems)
-    recipe = _one_spelling(recipe)
-    checked = check_recipe(recipe)
-    problems = sorted({*problems, *checked.problems}, key=lambda p: (p.line, p.column, p.key))
+    stages = []
+    for document in (*recipe.stages, recipe):
+        document = one_spelling(document)
+        checked = check_recipe(document)
+        problems = [*problems, *checked.problems]
+        warnings = document.warnings + checked.warnings
+        stages.append(replace(document, warnings=warnings))
     if problems:
-        raise RecipeError(problems)
-    return replace(recipe, warnings=recipe.warnings + checked.warnings)
+        raise RecipeError(sorted(set(problems), key=lambda p: (p.line, p.column, p.key)))
+    *stages, final = stages
+    warnings = tuple(line for document in (*stages, final) for line in document.warnings)
+    return replace(final, stages=tuple(stages), warnings=warnings)
 
 
 @contextmanager
@@ -81,17 +82,31 @@ def _uncollected() -> Iterator[None]:
 
 
 @_uncollected()
-def make_plan(recipe: Recipe, *, shard_size: int = DEFAULT_SHARD_SIZE) -> Plan:
+def make_plan(
+    recipe: Recipe,
+    *,
+    shard_size: int = DEFAULT_SHARD_SIZE,
+    made: Mapping[str, Source] | None = None,
+    stages: Mapping[str, Plan] | None = None,
+) -> Plan:
     """Decide every output tensor from headers.
 
+    Args:
+        made: the results of the recipe's stages that it merges, by name (see stages.py).
+        stages: how they are made.
+
     Raises:
+        UsageError: a recipe of several documents, without what the others make.
         SourceError: a model that cannot be opened.
         MismatchError: sources that do not fit one another, every problem at once.
         RecipeError: values that no tensor can be merged with.
     """
     method = check_recipe(recipe).method
     assert method is not None, "load_recipe refuses a recipe without a method"
-    recipe, sources = _open_all(recipe)
+    if recipe.stages and stages is None:
+        what = "this recipe has several documents: only `run` and `plan` read them"
+        raise UsageError(what, where=recipe.file, hint="Run it, then name its result.")
+    recipe, sources = open_all(recipe, made or {})
     problems = check_recipe(recipe).problems  # again: two names may turn out to be one model
     if problems:
         raise RecipeError(problems)
@@ -155,60 +170,11 @@ def make_plan(recipe: Recipe, *, shard_size: int = DEFAULT_SHARD_SIZE) -> Plan:
         notes=tuple(dict.fromkeys(notes)),
         coefficients=coefficients,
         shard_size=shard_size,
+        stages=stages or {},
     )
 
 
 _FLOATS = ("F64", "F32", "BF16", "F16")
-
-
-def _one_spelling(recipe: Recipe) -> Recipe:
-    """`base` and `./base` are one model: named as the recipe names it first."""
-    first: dict[Path, ModelRef] = {}
-    spelling: dict[ModelRef, ModelRef] = {}
-    named = [recipe.base_model, *(spec.model for spec in recipe.source_specs)]
-    for model in named:
-        if model is not None:
-            place = local_folder(model.path, recipe.folder)
-            known = place is not None and not model.lora
-            spelling[model] = first.setdefault(place.resolve(), model) if place and known else model
-    return recipe.with_models(spelling)
-
-
-def _open_all(recipe: Recipe) -> tuple[Recipe, list[Source]]:
-    """Open every model, the base first.
-
-    Returns:
-        the recipe with one spelling for each model, and the sources, each once.
-    """
-    references = dict.fromkeys(spec.model for spec in recipe.source_specs)
-    if recipe.base_model is not None:
-        references = {recipe.base_model: None, **references}
-    opened: dict[ModelRef, Source] = {}
-    first: dict[Path, ModelRef] = {}
-    spelling: dict[ModelRef, ModelRef] = {}
-    errors: list[MergeCliError] = []
-    for reference in references:
-        try:
-            source = open_source(reference, recipe.folder)
-        except SourceError as error:
-            errors.append(error)
-            continue
-        # `base` and `./base`, a branch and its commit: one model, whose spelling decides nothing.
-        spelling[reference] = first.setdefault(source.root.resolve(), reference)
-        opened.setdefault(spelling[reference], source)
-    if len(errors) == 1:
-        raise errors[0]
-    if errors:
-        problems = [Problem(str(error)) for error in errors]
-        raise MismatchError(problems, f"{len(errors)} models cannot be opened")
-    for source in opened.values():
-        quantised = source.config.get("quantization_config")
-        if quantised:
-            method = quantised.get("quant_method", "") if isinstance(quantised, dict) else ""
-            what = f"its weights are quantised ({method or 'quantization_config in config.json'})"
-            hint = "Merge the unquantised models, then quantise the result."
-            raise SourceError(what, model=source.label, hint=hint)
-    return recipe.with_models(spelling), list(opened.values())
 
 
 def _differences(sources: Sequence[Source]) -> str:

@@ -27,8 +27,8 @@ def dump_recipe(
     locate: Locate,
     defaults: Mapping[str, Any],
     inputs: Mapping[str, str],
-    header: str,
     coefficients: str | None = None,
+    header: str = "",
 ) -> str:
     """The recipe's YAML.
 
@@ -74,7 +74,7 @@ def dump_recipe(
     if inputs:
         document["inputs"] = dict(inputs)
     body = yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=100)
-    return f"# {header}\n{body}"
+    return f"# {header}\n{body}" if header else body
 
 
 def path_from(target: Path, folder: Path, commits: Mapping[str, str]) -> Locate:

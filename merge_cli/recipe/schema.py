@@ -55,6 +55,7 @@ class Recipe:
         file: the recipe as messages name it; `folder` is where its relative paths start.
         places: key path -> (line, column), for messages of later stages.
         warnings: one line for each key that is known, accepted and without effect.
+        stages: the other documents of the file, each before those that use it (documents.py).
     """
 
     merge_method: str
@@ -78,6 +79,7 @@ class Recipe:
     folder: Path = field(default_factory=Path.cwd)
     places: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    stages: tuple[Recipe, ...] = ()
 
     @property
     def output_dtype(self) -> str | None:
@@ -89,9 +91,16 @@ class Recipe:
         """Every source, in the order of the recipe."""
         return self.models or tuple(s for piece in self.slices for s in piece.sources)
 
+    @property
+    def references(self) -> tuple[ModelRef, ...]:
+        """Every model, each once, the base first."""
+        base = (self.base_model,) if self.base_model else ()
+        return tuple(dict.fromkeys([*base, *(spec.model for spec in self.source_specs)]))
+
     def with_seed(self, seed: int) -> Recipe:
-        """The same recipe with another seed."""
-        return replace(self, seed=seed)
+        """The same recipe, and its stages, with another seed."""
+        stages = tuple(stage.with_seed(seed) for stage in self.stages)
+        return replace(self, seed=seed, stages=stages)
 
     def with_models(self, spelling: Mapping[ModelRef, ModelRef]) -> Recipe:
         """The same recipe with models named as `spelling` says."""

@@ -12,15 +12,17 @@ from merge_cli.checkpoint.coefficients import FILE
 from merge_cli.engine.plan import Plan
 from merge_cli.recipe.dump import dump_recipe
 from merge_cli.recipe.reference import ModelRef, local_folder, short_labels
+from merge_cli.report.stages import Stages
 
 _PAPERS = {"arXiv:": "https://arxiv.org/abs/"}
 
 
-def model_card(plan: Plan, defaults: Mapping[str, Any], title: str) -> str:
+def model_card(plan: Plan, defaults: Mapping[str, Any], title: str, stages: Stages) -> str:
     """The card's Markdown.
 
     Args:
         title: the name of the output folder, unless the recipe has a name.
+        stages: the other documents of the recipe.
     """
     recipe = plan.recipe
     labels = [source.label for source in plan.sources]
@@ -32,17 +34,18 @@ def model_card(plan: Plan, defaults: Mapping[str, Any], title: str) -> str:
             return names.get(str(model), str(model).rstrip("/").rpartition("/")[2])
         return str(model)
 
-    hub_ids = [
-        source.hub.repo_id for source in plan.sources if source.hub is not None
-    ]  # `base_model` links to the Hub: names of local folders would lead nowhere
+    own = [source.hub.repo_id for source in plan.sources if source.hub is not None]
+    hub_ids = list(dict.fromkeys([*own, *stages.hub_ids()]))
+    # `base_model` links to the Hub: names of local folders would lead nowhere
     front: dict[str, Any] = {}
     if hub_ids:
         front["base_model"] = hub_ids
     front |= {"library_name": "transformers", "tags": ["merge", "merge-cli", recipe.merge_method]}
     text = dump_recipe(
-        recipe, locate=public, defaults=defaults, inputs={}, header="a merge-cli recipe",
+        recipe, locate=stages.named(public), defaults=defaults, inputs={},
         coefficients=f"./{FILE}" if plan.coefficients is not None else None,
     )  # fmt: skip
+    text = "# a merge-cli recipe\n" + "---\n".join([*stages.documents(None), text])
     method = plan.method
     by_label = {str(spec.model): public(spec.model) for spec in recipe.source_specs}
     merged = [plan.sources[i].label for i in plan.operands]
