@@ -25,6 +25,7 @@ from merge_cli.engine.match import Match, match_pieces
 from merge_cli.engine.opening import one_spelling, open_all
 from merge_cli.engine.pieces import Piece, cut_pieces
 from merge_cli.engine.plan import Action, Plan, TensorTask
+from merge_cli.engine.stacking import layer_sources, stacked_pieces
 from merge_cli.errors import MismatchError, Problem, RecipeError, UsageError
 from merge_cli.methods.registry import Method
 from merge_cli.methods.resolve import Resolver, check_recipe
@@ -119,7 +120,8 @@ def make_plan(
         count = len(matches.problems)
         summary = f"the sources do not fit one another ({count} problem{'s' * (count != 1)})"
         summary += _differences(sources)
-        ordered = sorted(matches.problems, key=lambda problem: natural_key(problem.key))
+        placed = (_placed(problem, recipe) for problem in matches.problems)
+        ordered = sorted(placed, key=lambda problem: natural_key(problem.key))
         raise MismatchError(ordered, summary)
     tasks: list[TensorTask] = []
     refused: dict[str, Problem] = {}
@@ -135,18 +137,19 @@ def make_plan(
     donor = base if base is not None else pieces[0].reference.source
     dtypes = {task.dtype for task in tasks if task.dtype in _FLOATS}
     donated = sources[donor].config
-    if recipe.slices:
+    stacked = stacked_pieces(recipe, pieces, sources)
+    if stacked:
         donated = with_layer_types(donated, sources[donor].root)
     try:
         config, changes = merged_config(
             donated,
             dtype=DTYPES[dtypes.pop()][1] if len(dtypes) == 1 else None,
             tied=heads.tied,
-            layers=_layer_sources(pieces, sources) if recipe.slices else None,
+            layers=layer_sources(stacked, sources) if stacked else None,
         )
     except ValueError as error:
         what = f"these layers cannot be stacked: {error}."
-        raise RecipeError([recipe.problem("slices", what)]) from None
+        raise RecipeError([recipe.problem(stacked[0].key, what)]) from None
     notes = [
         *(f"{source.label}: {note}" for source in sources for note in source.notes),
         *heads.notes,
@@ -175,6 +178,12 @@ def make_plan(
 
 
 _FLOATS = ("F64", "F32", "BF16", "F16")
+
+
+def _placed(problem: Problem, recipe: Recipe) -> Problem:
+    """With its line, where it is about a key of the recipe and not about a tensor."""
+    known = problem.key in recipe.places
+    return recipe.problem(problem.key, problem.what, problem.hint) if known else problem
 
 
 def _differences(sources: Sequence[Source]) -> str:
@@ -229,20 +238,6 @@ def _coefficients(recipe: Recipe, tasks: Sequence[TensorTask]) -> CoefficientFil
     ]
     if problems:
         raise MismatchError(problems, f"{place.name} does not fit these models")
-    return found
-
-
-def _layer_sources(
-    pieces: Sequence[Piece], sources: Sequence[Source]
-) -> list[tuple[dict[str, object], int]]:
-    """For each output layer, whose config describes it and which layer it is there."""
-    found: list[tuple[dict[str, object], int]] = []
-    for piece in pieces:
-        layers = piece.reference.layers
-        assert layers is not None, "every source of a slice has a layer_range"
-        source = sources[piece.reference.source]
-        config = with_layer_types(source.config, source.root)
-        found.extend((config, layer) for layer in range(*layers))
     return found
 
 

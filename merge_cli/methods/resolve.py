@@ -1,6 +1,6 @@
 """A recipe against its method: every parameter checked where it stands, then resolved per tensor.
 
-Precedence, as in mergekit: slice source, output slice, global, the method's default.
+Precedence, as in mergekit: slice source, output slice, module, global, the method's default.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ def check_recipe(recipe: Recipe) -> Checked:
         _check_count(recipe, method, key, specs, problems)
         if group:
             _check_parameters(recipe, method, group, None, problems, warnings)
-    _check_parameters(recipe, method, recipe.parameters, None, problems, warnings)
+    for shared in (recipe.parameters, *(module.parameters for module in recipe.modules)):
+        _check_parameters(recipe, method, shared, None, problems, warnings)
     for spec in recipe.source_specs:
         _check_parameters(recipe, method, spec.parameters, spec, problems, warnings)
         if spec.data is not None and recipe.coefficients and method.learns:
@@ -193,7 +194,8 @@ def arguments(method: Method, parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 def _shared(recipe: Recipe, piece: SliceSpec | None) -> list[Parameters]:
     """What stands for all sources of a piece, the closest first."""
-    return [piece.parameters, recipe.parameters] if piece else [recipe.parameters]
+    own = [piece.parameters, piece.outer] if piece else []
+    return [*own, recipe.parameters]
 
 
 def _learning_problems(recipe: Recipe, method: Method) -> Iterator[Problem]:
@@ -210,8 +212,9 @@ def _learning_problems(recipe: Recipe, method: Method) -> Iterator[Problem]:
                 what = f"{recipe.merge_method} learns nothing from data."
                 yield recipe.problem(f"{spec.key}.data", what, "Use `merge_method: dam`.")
         return
-    if recipe.slices:
-        yield recipe.problem("slices", "dam merges whole models.", "List them under `models:`.")
+    for key in ("slices", "modules"):
+        if getattr(recipe, key):
+            yield recipe.problem(key, "dam merges whole models.", "List them under `models:`.")
     if recipe.coefficients:
         if local_file(recipe.coefficients, recipe.folder) is None:
             what = f"no such file: {recipe.coefficients}"
@@ -237,7 +240,7 @@ def _twice(recipe: Recipe) -> Iterator[Problem]:
 def _groups(recipe: Recipe) -> list[tuple[str, Parameters, tuple[SourceSpec, ...]]]:
     if recipe.models:
         return [("models", {}, recipe.models)]
-    return [(piece.key, piece.parameters, piece.sources) for piece in recipe.slices]
+    return [(piece.key, piece.parameters, piece.sources) for piece in recipe.all_slices]
 
 
 def _check_count(

@@ -7,14 +7,14 @@ will lie in, so that the pair of model and recipe says nothing of the machine it
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from merge_cli.recipe.reference import ModelRef, local_folder, parse_reference
-from merge_cli.recipe.schema import Parameters, Recipe, SourceSpec
+from merge_cli.recipe.schema import Parameters, Recipe, SliceSpec, SourceSpec
 from merge_cli.recipe.training import plain_training
 from merge_cli.recipe.values import Gradient, Setting
 
@@ -47,13 +47,18 @@ def dump_recipe(
         document["base_model"] = locate(recipe.base_model)
     if recipe.models:
         document["models"] = [_source(spec, locate) for spec in recipe.models]
+    elif recipe.slices:
+        document["slices"] = _slices(recipe.slices, locate)
     else:
-        document["slices"] = [
-            _with_parameters(
-                {"sources": [_source(s, locate) for s in piece.sources]}, piece.parameters
+        document["modules"] = {
+            module.name: _with_parameters(
+                {"models": [_source(spec, locate) for spec in module.slices[0].sources]}
+                if module.whole
+                else {"slices": _slices(module.slices, locate)},
+                module.parameters,
             )
-            for piece in recipe.slices
-        ]
+            for module in recipe.modules
+        }
     parameters = {**defaults, **_plain(recipe.parameters)}
     if parameters:
         document["parameters"] = parameters
@@ -95,6 +100,13 @@ def path_from(target: Path, folder: Path, commits: Mapping[str, str]) -> Locate:
         return f"{model.path}@{commit}" if commit else model.path
 
     return locate
+
+
+def _slices(slices: Iterable[SliceSpec], locate: Locate) -> list[dict[str, Any]]:
+    return [
+        _with_parameters({"sources": [_source(s, locate) for s in piece.sources]}, piece.parameters)
+        for piece in slices
+    ]
 
 
 def _source(spec: SourceSpec, locate: Locate) -> dict[str, Any]:

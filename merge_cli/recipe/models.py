@@ -1,11 +1,11 @@
-"""Nodes to what is merged: models, slices of them, and how either names a model."""
+"""Nodes to what is merged: models, slices of them, modules, and how either names a model."""
 
 from __future__ import annotations
 
 from merge_cli.recipe.learning import LearningSections
 from merge_cli.recipe.nodes import Node
 from merge_cli.recipe.reference import ModelRef, parse_reference
-from merge_cli.recipe.schema import SliceSpec, SourceSpec
+from merge_cli.recipe.schema import ModuleSpec, Parameters, SliceSpec, SourceSpec
 from merge_cli.recipe.settings import ParameterSections
 
 
@@ -33,7 +33,36 @@ class ModelSections(ParameterSections, LearningSections):
             self._data(fields.get("data"), f"{key}.data"),
         )
 
-    def _slice(self, node: Node, key: str) -> SliceSpec:
+    def _modules(self, node: Node | None) -> tuple[ModuleSpec, ...]:
+        if node is None:
+            return ()
+        if not isinstance(node.value, dict) or not node.value:
+            self._add(node, "modules", "must be a mapping of at least one module")
+            return ()
+        modules = []
+        for name, child in node.value.items():
+            key = f"modules.{name}"
+            self.places[key] = node.key_places[name]
+            modules.append(self._module(child, name, key))
+        return tuple(modules)
+
+    def _module(self, node: Node, name: str, key: str) -> ModuleSpec:
+        fields = self._mapping(node, key, ("models", "slices", "parameters"))
+        if isinstance(node.value, dict) and ("models" in fields) == ("slices" in fields):
+            self._add(node, key, "give either models or slices")
+        shared = self._parameters(fields.get("parameters"), f"{key}.parameters")
+        listed = tuple(
+            self._source(one, f"{key}.models[{i}]", layers=False)
+            for i, one in enumerate(self._list(fields.get("models"), f"{key}.models"))
+        )
+        pieces = tuple(
+            self._slice(one, f"{key}.slices[{i}]", shared)
+            for i, one in enumerate(self._list(fields.get("slices"), f"{key}.slices"))
+        )
+        whole = (SliceSpec(listed, f"{key}.models", {}, shared),) if listed else ()
+        return ModuleSpec(name, key, whole or pieces, shared)
+
+    def _slice(self, node: Node, key: str, outer: Parameters | None = None) -> SliceSpec:
         fields = self._mapping(node, key, ("sources", "parameters"))
         sources = self._list(fields.get("sources"), f"{key}.sources")
         specs = tuple(
@@ -46,9 +75,8 @@ class ModelSections(ParameterSections, LearningSections):
         if len(spans) > 1:
             what = f"sources have different numbers of layers ({sorted(spans)})"
             self._add(node, f"{key}.sources", what)
-        return SliceSpec(
-            specs, key, self._parameters(fields.get("parameters"), f"{key}.parameters")
-        )
+        own = self._parameters(fields.get("parameters"), f"{key}.parameters")
+        return SliceSpec(specs, key, own, outer or {})
 
     def _model(self, node: Node | None, key: str) -> ModelRef | None:
         if node is None or node.value is None:

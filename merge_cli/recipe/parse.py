@@ -35,10 +35,11 @@ class _Parser(ModelSections):
         method = self._word(top.get("merge_method"), "merge_method")
         if top.get("merge_method", root).value is None or "merge_method" not in root.value:
             self._add(root, "merge_method", "missing", "`merge-cli methods` lists them.")
-        if ("models" in root.value) == ("slices" in root.value) and "modules" not in root.value:
-            both = "models" in root.value
-            what = "give either models or slices, not both" if both else "missing"
-            self._add(root, "models", what, "" if both else "List the sources under `models:`.")
+        given = [key for key in ("models", "slices", "modules") if key in root.value]
+        if len(given) > 1:
+            self._add(root, given[0], f"give either {' or '.join(given)}, not both")
+        elif not given:
+            self._add(root, "models", "missing", "List the sources under `models:`.")
         seed = top.get("seed")
         metadata = top.get("metadata")
         recipe = Recipe(
@@ -52,6 +53,7 @@ class _Parser(ModelSections):
                 self._slice(node, f"slices[{i}]")
                 for i, node in enumerate(self._list(top.get("slices"), "slices"))
             ),
+            modules=self._modules(top.get("modules")),
             parameters=self._parameters(top.get("parameters"), "parameters"),
             dtype=self._dtype(top.get("dtype"), "dtype"),
             out_dtype=self._dtype(top.get("out_dtype"), "out_dtype"),
