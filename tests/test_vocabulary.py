@@ -13,7 +13,7 @@ import transformers as hf
 import yaml
 from safetensors.torch import load_file
 from tiny import llama_config, llama_tensors, read_model, write_model
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import merge_cli
 from merge_cli.engine.merge import MergeOptions
@@ -28,6 +28,7 @@ EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 def bpe(words: Sequence[str], size: int, special: Sequence[str] = ("<s>", "</s>")) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE(unk_token=None))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=list(special),
                                   show_progress=False)  # fmt: skip
     tokenizer.train_from_iterator(words, trainer)
