@@ -377,3 +377,32 @@ def test_fresh_makes_every_stage_again(family: Family) -> None:
     fresh = MergeOptions(device="cpu", keep_stages=True, fresh=True, overwrite=True)
     merge_cli.merge(three(family), family.folder / "out", options=fresh)
     assert place.stat().st_mtime_ns > before
+
+
+def test_vocabularies_meet_in_a_later_stage(tmp_path: Path) -> None:
+    """The tokenizer of what is still to be made is known to the plan."""
+    from test_vocabulary import pair
+
+    pair(tmp_path)
+    union = {
+        "name": "both",
+        "merge_method": "linear",
+        "models": ["base", "chat"],
+        "tokenizer_source": "union",
+    }
+    last = {
+        "merge_method": "linear",
+        "models": ["both", "chat"],
+        "tokenizer": {"source": "both", "tokens": {"<s>": {"source": "both", "force": True}}},
+    }
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump_all([union, last], sort_keys=False))
+    out = merge_cli.merge(recipe, tmp_path / "out", options=CPU).path
+    files = "model.safetensors", "tokenizer.json", "config.json"
+    again = merge_cli.merge(out / "merge_recipe.yaml", tmp_path / "again", options=CPU).path
+    assert all((again / name).read_bytes() == (out / name).read_bytes() for name in files)
+    recipe.write_text(yaml.safe_dump(union | {"name": "x"}))
+    merge_cli.merge(recipe, tmp_path / "both", options=CPU)
+    recipe.write_text(yaml.safe_dump(last))
+    alone = merge_cli.merge(recipe, tmp_path / "alone", options=CPU).path
+    assert all((alone / name).read_bytes() == (out / name).read_bytes() for name in files)

@@ -148,7 +148,7 @@ def with_layer_types(config: Mapping[str, Any], root: Path) -> dict[str, Any]:
     """
     explicit: dict[str, Any] = json.loads(json.dumps(config))
     target = text_config(explicit)
-    if "layer_types" in target or "model_type" not in explicit or not root.is_dir():
+    if "layer_types" in target or "model_type" not in explicit:
         return explicit
     from transformers import AutoConfig
 

@@ -6,16 +6,20 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from merge_cli.checkpoint.chat_template import FILE as TEMPLATE
+from merge_cli.checkpoint.chat_template import without_template
 from merge_cli.checkpoint.files import code_files, copy_companions
 from merge_cli.checkpoint.layout import index_json
 from merge_cli.checkpoint.raw import write_error
-from merge_cli.checkpoint.source import INDEX, fetch_weights
+from merge_cli.checkpoint.shards import INDEX
+from merge_cli.checkpoint.source import fetch_weights
 from merge_cli.engine.device import choose_device
 from merge_cli.engine.journal import work_key
 from merge_cli.engine.loop import run_loop
 from merge_cli.engine.options import MergeOptions, Progress, Show
 from merge_cli.engine.outcome import Outcome
 from merge_cli.engine.plan import Plan
+from merge_cli.engine.vocabulary import renumber
 from merge_cli.engine.workfolder import WorkFolder
 from merge_cli.errors import Interrupted, SourceError
 
@@ -87,16 +91,23 @@ def check_target(plan: Plan, target: Path, options: MergeOptions) -> None:
 def _precious(plan: Plan) -> list[Path]:
     """What no output may replace: the sources, the recipe, and where we stand."""
     recipe = [Path(plan.recipe.file)] if plan.recipe.file else []
-    return [*(source.root for source in plan.sources), plan.recipe.folder, *recipe, Path.cwd()]
+    adapters = [source.adapter.root for source in plan.sources if source.adapter]
+    return [
+        *(source.root for source in plan.sources),
+        *adapters,
+        plan.recipe.folder,
+        *recipe,
+        Path.cwd(),
+    ]
 
 
 def fetch_inputs(plan: Plan, show: Show) -> None:
     """Download the shards that the plan reads, of models that are on the Hub."""
     for i, source in enumerate(plan.sources):
-        if source.hub is None:
+        if source.hub is None and (source.adapter is None or source.adapter.hub is None):
             continue
         wanted = plan.shards_read(i)
-        total = sum(source.hub.files.get(name, 0) for name in wanted)
+        total = source.download_size(wanted)
         fetched = 0
 
         def progress(count: int, label: str = source.label, total: int = total) -> None:
@@ -133,6 +144,7 @@ def write_companions(plan: Plan, folder: Path, options: MergeOptions) -> None:
             folder,
             code=options.trust_remote_code,
         )
+        _write_tokenizer(plan, folder, copied=options.copy_tokenizer)
         if plan.config:
             _write_config(plan, donor.root / "config.json", folder / "config.json")
         if len(plan.shards) > 1:
@@ -142,10 +154,27 @@ def write_companions(plan: Plan, folder: Path, options: MergeOptions) -> None:
         raise write_error(error, folder) from error
 
 
+def _write_tokenizer(plan: Plan, folder: Path, *, copied: bool) -> None:
+    """What is not the donors' own: a joined vocabulary, a template, token numbers."""
+    if copied:
+        for name, content in plan.aligned.files.items():
+            (folder / name).write_bytes(content)
+        if plan.template is not None:
+            (folder / TEMPLATE).write_text(plan.template, encoding="utf-8")
+            config = without_template(folder / "tokenizer_config.json")
+            if config is not None:
+                (folder / "tokenizer_config.json").write_bytes(config)
+    settings = folder / "generation_config.json"
+    if plan.aligned.ids is not None and settings.is_file():
+        found = renumber(json.loads(settings.read_text(encoding="utf-8")), plan.aligned)
+        settings.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
 def _write_config(plan: Plan, donor: Path, target: Path) -> None:
     """The donor's own bytes where nothing changed."""
-    if plan.config == plan.sources[plan.donor].config:
-        target.write_bytes(donor.read_bytes())
+    own = donor.read_bytes()
+    if plan.config == json.loads(own):
+        target.write_bytes(own)
     else:
         text = json.dumps(dict(plan.config), indent=2, ensure_ascii=False) + "\n"
         target.write_text(text, encoding="utf-8")

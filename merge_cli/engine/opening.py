@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from merge_cli.checkpoint.quantised import advice
 from merge_cli.checkpoint.source import Source, open_source
 from merge_cli.errors import MergeCliError, MismatchError, Problem, SourceError
 from merge_cli.recipe.reference import ModelRef, local_folder
@@ -36,7 +37,7 @@ def open_all(recipe: Recipe, made: Mapping[str, Source]) -> tuple[Recipe, list[S
         MismatchError: several that cannot be opened.
     """
     opened: dict[ModelRef, Source] = {}
-    first: dict[Path, ModelRef] = {}
+    first: dict[tuple[Path, ...], ModelRef] = {}
     spelling: dict[ModelRef, ModelRef] = {}
     errors: list[MergeCliError] = []
     for reference in recipe.references:
@@ -46,7 +47,7 @@ def open_all(recipe: Recipe, made: Mapping[str, Source]) -> tuple[Recipe, list[S
             errors.append(error)
             continue
         # `base` and `./base`, a branch and its commit: one model, whose spelling decides nothing.
-        spelling[reference] = first.setdefault(source.root.resolve(), reference)
+        spelling[reference] = first.setdefault(source.place, reference)
         opened.setdefault(spelling[reference], source)
     if len(errors) == 1:
         raise errors[0]
@@ -54,10 +55,9 @@ def open_all(recipe: Recipe, made: Mapping[str, Source]) -> tuple[Recipe, list[S
         problems = [Problem(str(error)) for error in errors]
         raise MismatchError(problems, f"{len(errors)} models cannot be opened")
     for source in opened.values():
-        quantised = source.config.get("quantization_config")
-        if quantised:
-            method = quantised.get("quant_method", "") if isinstance(quantised, dict) else ""
-            what = f"its weights are quantised ({method or 'quantization_config in config.json'})"
-            hint = "Merge the unquantised models, then quantise the result."
+        refused = advice(source.config)
+        if refused is not None:
+            method, hint = refused
+            what = f"its weights are quantised ({method})"
             raise SourceError(what, model=source.label, hint=hint)
     return recipe.with_models(spelling), list(opened.values())

@@ -10,6 +10,7 @@ from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
 
+from merge_cli.checkpoint.chat_template import choose_template
 from merge_cli.checkpoint.coefficients import CoefficientFile, open_coefficients
 from merge_cli.checkpoint.config import (
     LAYER_COUNTS,
@@ -26,11 +27,12 @@ from merge_cli.engine.opening import one_spelling, open_all
 from merge_cli.engine.pieces import Piece, cut_pieces
 from merge_cli.engine.plan import Action, Plan, TensorTask
 from merge_cli.engine.stacking import layer_sources, stacked_pieces
+from merge_cli.engine.vocabulary import align, renumber, vocabulary_notes
 from merge_cli.errors import MismatchError, Problem, RecipeError, UsageError
 from merge_cli.methods.registry import Method
 from merge_cli.methods.resolve import Resolver, check_recipe
 from merge_cli.recipe.load import parse_text, read_recipe
-from merge_cli.recipe.reference import local_file, local_folder
+from merge_cli.recipe.reference import local_file
 from merge_cli.recipe.schema import Recipe
 
 DEFAULT_SHARD_SIZE = 5_000_000_000  # transformers' default
@@ -115,7 +117,9 @@ def make_plan(
     base = labels.index(str(recipe.base_model)) if recipe.base_model else None
     heads = reconcile_heads(sources)
     pieces = cut_pieces(recipe, method, labels)
-    matches = match_pieces(pieces, sources, heads.views)
+    donor = base if base is not None else pieces[0].reference.source
+    aligned = align(recipe, sources, heads.views, base, donor)
+    matches = match_pieces(pieces, sources, aligned.views)
     if matches.problems:
         count = len(matches.problems)
         summary = f"the sources do not fit one another ({count} problem{'s' * (count != 1)})"
@@ -134,7 +138,6 @@ def make_plan(
         raise RecipeError(list(refused.values()))
     tasks.sort(key=lambda task: natural_key(task.name))
     coefficients = _coefficients(recipe, tasks)
-    donor = base if base is not None else pieces[0].reference.source
     dtypes = {task.dtype for task in tasks if task.dtype in _FLOATS}
     donated = sources[donor].config
     stacked = stacked_pieces(recipe, pieces, sources)
@@ -150,9 +153,14 @@ def make_plan(
     except ValueError as error:
         what = f"these layers cannot be stacked: {error}."
         raise RecipeError([recipe.problem(stacked[0].key, what)]) from None
+    config = renumber(config, aligned)
+    template, template_note = choose_template(recipe, sources)
     notes = [
         *(f"{source.label}: {note}" for source in sources for note in source.notes),
         *heads.notes,
+        *aligned.notes,
+        *(vocabulary_notes(sources) if recipe.tokenizer is None else ()),
+        *template_note,
         *matches.notes,
         *(f"config.json: {change}" for change in changes),
     ]
@@ -166,7 +174,8 @@ def make_plan(
         base=base,
         operands=tuple(operands),
         donor=donor,
-        tokenizer_donor=_tokenizer_donor(recipe, labels, donor, base),
+        aligned=aligned,
+        template=template,
         tasks=tuple(tasks),
         shards=tuple(lay_out([task.output for task in tasks], shard_size)),
         config=config if sources[donor].config else {},
@@ -239,21 +248,3 @@ def _coefficients(recipe: Recipe, tasks: Sequence[TensorTask]) -> CoefficientFil
     if problems:
         raise MismatchError(problems, f"{place.name} does not fit these models")
     return found
-
-
-def _tokenizer_donor(recipe: Recipe, labels: Sequence[str], donor: int, base: int | None) -> int:
-    wanted = recipe.tokenizer_source
-    if wanted is None:
-        return donor
-    if wanted == "base":
-        if base is None:
-            what = "there is no base_model to take the tokenizer from."
-            raise RecipeError([recipe.problem("tokenizer_source", what)])
-        return base
-    place = local_folder(wanted, recipe.folder)
-    for i, label in enumerate(labels):
-        own = local_folder(label, recipe.folder)
-        if label == wanted or (place and own and place.resolve() == own.resolve()):
-            return i
-    what = f"'{wanted}' is none of the recipe's models."
-    raise RecipeError([recipe.problem("tokenizer_source", what, "Use `base` or one of them.")])

@@ -8,9 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from merge_cli.checkpoint.header import TensorRef, parse_header
 from merge_cli.checkpoint.source import Source, open_source
+from merge_cli.engine.merge import write_companions
+from merge_cli.engine.options import MergeOptions
 from merge_cli.engine.plan import Plan
 from merge_cli.engine.planner import DEFAULT_SHARD_SIZE, make_plan
 from merge_cli.errors import HubError, RecipeError
@@ -28,11 +31,12 @@ def plan_recipe(recipe: Recipe, *, shard_size: int = DEFAULT_SHARD_SIZE) -> Plan
     """
     plans: dict[str, Plan] = {}
     made: dict[str, Source] = {}
-    for stage in recipe.stages:
-        assert stage.name, "only the result may go without a name"
-        plans[stage.name] = _plan_one(stage, shard_size, made, plans)
-        made[stage.name] = _to_be_made(stage, plans[stage.name])
-    return _plan_one(recipe, shard_size, made, plans)
+    with TemporaryDirectory() as folder:  # for what planning reads besides headers: tokenizers
+        for stage in recipe.stages:
+            assert stage.name, "only the result may go without a name"
+            plan = plans[stage.name] = _plan_one(stage, shard_size, made, plans)
+            made[stage.name] = _to_be_made(stage.name, plan, Path(folder))
+        return _plan_one(recipe, shard_size, made, plans)
 
 
 def over_results(plan: Plan, places: Mapping[str, Path]) -> Plan:
@@ -50,10 +54,25 @@ def over_results(plan: Plan, places: Mapping[str, Path]) -> Plan:
     if plan.learns or plan.recipe.searches:
         spelling = {model: model for model in plan.recipe.references}
         spelling |= {ModelRef(name): ModelRef(str(places[name])) for name in made}
-        recipe = replace(plan.recipe.with_models(spelling), stages=())
+        recipe = replace(_tokenizer_of(plan.recipe, places).with_models(spelling), stages=())
         return make_plan(recipe, shard_size=plan.shard_size)
     opened = {name: _opened(name, places[name]) for name in made}
     return make_plan(plan.recipe, shard_size=plan.shard_size, made=opened, stages=plan.stages)
+
+
+def _tokenizer_of(recipe: Recipe, places: Mapping[str, Path]) -> Recipe:
+    """The recipe, whose tokenizer section names folders where it named stages."""
+    spec = recipe.tokenizer
+    if spec is None:
+        return recipe
+    rules = {
+        token: replace(rule, model=ModelRef(str(places[rule.model.path])))
+        if rule.model is not None and rule.model.path in places
+        else rule
+        for token, rule in spec.tokens.items()
+    }
+    source = str(places.get(spec.source, spec.source))
+    return replace(recipe, tokenizer=replace(spec, source=source, tokens=rules))
 
 
 def needed(plan: Plan) -> tuple[str, ...]:
@@ -87,15 +106,16 @@ def _plan_one(
         raise RecipeError([recipe.problem(key, what, nearest(error.model, plans))]) from error
 
 
-def _to_be_made(recipe: Recipe, plan: Plan) -> Source:
-    """A stage's result as later stages will find it, from its plan alone."""
-    assert recipe.name, "only the result may go without a name"
-    root = recipe.folder / ".stages" / stage_folder(recipe.name)  # nothing is ever looked for here
+def _to_be_made(name: str, plan: Plan, folder: Path) -> Source:
+    """A stage's result as later stages will find it, from its plan alone: all but its weights."""
+    root = folder / stage_folder(name)
+    root.mkdir()
+    write_companions(plan, root, MergeOptions())
     tensors: dict[str, TensorRef] = {}
     for shard in plan.shards:
-        tensors |= parse_header(shard.header, root / shard.file, shard.size, recipe.name)
+        tensors |= parse_header(shard.header, root / shard.file, shard.size, name)
     headers = {shard.file: shard.header for shard in plan.shards}
-    return Source(recipe.name, root, plan.config, tensors, headers, planned=True)
+    return Source(name, root, plan.config, tensors, headers, planned=True)
 
 
 def _opened(name: str, place: Path) -> Source:

@@ -87,9 +87,8 @@ def _file_order(uses: Mapping[str, set[str]]) -> Sequence[str]:
 
 
 def _used(recipe: Recipe, by_name: Mapping[str, Recipe]) -> set[str]:
-    """The documents whose results a recipe merges, or takes its tokenizer from."""
-    paths = [model.path for model in recipe.references]
-    return {path for path in [*paths, recipe.tokenizer_source or ""] if path in by_name and path}
+    """The documents whose results a recipe merges."""
+    return {model.path for model in recipe.references if model.path and model.path in by_name}
 
 
 def _names(roots: Sequence[Node], recipes: Sequence[Recipe], file: str) -> list[Problem]:

@@ -15,6 +15,8 @@ from merge_cli.recipe.models import ModelSections
 from merge_cli.recipe.nodes import Node
 from merge_cli.recipe.schema import Recipe
 from merge_cli.recipe.search import SEARCH_KEYS, Search, parse_search
+from merge_cli.recipe.templates import AUTO, BUILT_IN, template_text
+from merge_cli.recipe.tokenizer import parse_tokenizer
 
 
 def parse_recipe(root: Node, file: str, folder: Path) -> tuple[Recipe | None, list[Problem]]:
@@ -58,7 +60,14 @@ class _Parser(ModelSections):
             dtype=self._dtype(top.get("dtype"), "dtype"),
             out_dtype=self._dtype(top.get("out_dtype"), "out_dtype"),
             seed=self._integer(seed, "seed") if seed else 0,
-            tokenizer_source=self._tokenizer_source(top.get("tokenizer_source")),
+            tokenizer=parse_tokenizer(
+                top.get("tokenizer"),
+                top.get("tokenizer_source"),
+                self.folder,
+                self._add,
+                self.places,
+            ),
+            chat_template=self._chat_template(top.get("chat_template")),
             name=self._word(top.get("name"), "name"),
             training=self._training(top.get("training"), root),
             coefficients=self._word(top.get("coefficients"), "coefficients"),
@@ -82,9 +91,12 @@ class _Parser(ModelSections):
             lambda at, key, what, hint: self._add(at, key, what, hint),
         )  # fmt: skip
 
-    def _tokenizer_source(self, node: Node | None) -> str | None:
-        word = self._word(node, "tokenizer_source")
-        if word == "union" and node is not None:
-            what = "joining vocabularies is not supported by this version"
-            self._add(node, "tokenizer_source", what, "Use `base` or one of the models.")
-        return word
+    def _chat_template(self, node: Node | None) -> str | None:
+        word = self._word(node, "chat_template")
+        if word is None or word == AUTO or node is None:
+            return word
+        text = template_text(word, self.folder)
+        if text is None:
+            what = f"no template of that name, and no such file: {word}."
+            self._add(node, "chat_template", what, f"Use auto, {', '.join(BUILT_IN)}, or Jinja.")
+        return text

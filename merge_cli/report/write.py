@@ -47,7 +47,7 @@ def write_reports(
         the report.
     """
     recipe = plan.recipe
-    commits = {s.label: s.hub.commit for s in plan.sources if s.hub is not None}
+    commits = {name: c for source in plan.sources for name, c in source.commits.items()}
     made = Stages(stages or {})
     locate = made.named(path_from(target, recipe.folder, commits))
     labels = [source.label for source in plan.sources]
