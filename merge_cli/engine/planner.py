@@ -29,6 +29,7 @@ from merge_cli.engine.plan import Action, Plan, TensorTask
 from merge_cli.engine.stacking import layer_sources, stacked_pieces
 from merge_cli.engine.vocabulary import align, renumber, vocabulary_notes
 from merge_cli.errors import MismatchError, Problem, RecipeError, UsageError
+from merge_cli.methods.filters import idle_filters
 from merge_cli.methods.registry import Method
 from merge_cli.methods.resolve import Resolver, check_recipe
 from merge_cli.recipe.load import parse_text, read_recipe
@@ -163,6 +164,7 @@ def make_plan(
         *template_note,
         *matches.notes,
         *(f"config.json: {change}" for change in changes),
+        *idle_filters(recipe, [task.name for task in tasks]),
     ]
     if recipe.base_model is None:
         notes.insert(0, f"config.json and tokenizer come from {sources[donor].label}, listed first")

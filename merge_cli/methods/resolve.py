@@ -16,7 +16,7 @@ from merge_cli.methods.searching import search_problems
 from merge_cli.recipe.keys import nearest
 from merge_cli.recipe.reference import local_file
 from merge_cli.recipe.schema import Parameters, Recipe, SliceSpec, SourceSpec
-from merge_cli.recipe.values import Scalar, evaluate, filters, is_graded, scalars
+from merge_cli.recipe.values import Scalar, evaluate, filters, is_graded, matches, scalars
 
 # Known to the field or to mergekit, not to this version: better said than guessed at.
 _ELSEWHERE = frozenset((
@@ -149,7 +149,7 @@ class Resolved:
 class Resolver:
     """`resolve` for the tensors of one piece, once for each set of parameters.
 
-    What a setting means depends on the filters that a tensor's name contains and, where there are
+    What a setting means depends on the filters that match a tensor's name and, where there are
     gradients, on its position: tensors that agree in both share one answer.
     """
 
@@ -165,7 +165,7 @@ class Resolver:
 
     def of(self, tensor: str, position: float) -> Resolved:
         """The parameters of one tensor; arguments as for `resolve`."""
-        matching = tuple([part for part in self._filters if part in tensor])
+        matching = tuple([one for one in self._filters if matches(one, tensor)])
         key = position if self._graded else 0.0, matching
         known = self._known.get(key)
         if known is None:

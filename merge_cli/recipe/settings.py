@@ -9,7 +9,7 @@ from merge_cli.recipe.fields import Fields
 from merge_cli.recipe.keys import INEFFECTIVE
 from merge_cli.recipe.nodes import Node
 from merge_cli.recipe.schema import Parameters
-from merge_cli.recipe.values import Gradient, Parameter, Rule, Scalar, Setting
+from merge_cli.recipe.values import Gradient, Parameter, Rule, Scalar, Setting, filter_error
 
 
 class ParameterSections(Fields):
@@ -59,6 +59,9 @@ class ParameterSections(Fields):
                     continue
                 value = self._setting(fields["value"], f"{key}.value")
                 word = self._word(fields.get("filter"), f"{key}.filter")
+                if word and (wrong := filter_error(word)):
+                    self._add(fields["filter"], f"{key}.filter", wrong)
+                    continue
             if isinstance(value, tuple):
                 self._add(node, key, "filters cannot be nested")
             elif value is not None:
