@@ -180,6 +180,21 @@ def test_all_problems_at_once_before_anything_is_read(family: Family) -> None:
         merge_cli.plan(family.recipe("ties"))
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("genome: {models: [a, b]}\ntasks: []\n", "a file of mergekit-evolve"),
+        ("experts: [{source_model: a}]\nbase_model: base\n", "a file of mergekit-moe"),
+        ("layer_slices: []\n", "a file of bakllama"),
+    ],
+)
+def test_files_of_other_commands_are_told_what_they_are(
+    family: Family, text: str, message: str
+) -> None:
+    with pytest.raises(RecipeError, match=message):
+        merge_cli.plan(family.write(text))
+
+
 # What users have asked mergekit's maintainers for: the number, and where it is tested.
 ELSEWHERE = {
     "interrupted": "test_failures.py::test_killed_and_resumed",

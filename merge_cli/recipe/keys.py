@@ -15,6 +15,10 @@ INEFFECTIVE = {
 }
 # Known to mergekit or to the field: a recipe that needs them must not run without.
 UNSUPPORTED = {
+    "genome": "a file of mergekit-evolve; the same search is `merge_method: evolutionary` with "
+    "`search` and `objective` here (docs/evolve.md)",
+    "experts": "a file of mergekit-moe; mixtures of experts are not made by this version",
+    "layer_slices": "a file of bakllama; the same model is `slices` with `passthrough`",
     "data": "`data` belongs to a model: write it under each of `models`",
 }
 RECIPE_KEYS = (
