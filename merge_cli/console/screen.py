@@ -69,6 +69,11 @@ class Screen:
             yield ProgressLog(self.err)
 
     @contextmanager
+    def uploading(self, bars: bool) -> Iterator[Callable[[Progress], None]]:
+        """A line now and then, unless huggingface_hub draws bars of its own."""
+        yield (lambda progress: None) if bars or self.quiet else ProgressLog(self.err)
+
+    @contextmanager
     def steps(self) -> Iterator[Callable[[Step], None]]:
         """The same for evaluations."""
         from merge_cli.console.steps import StepLog, step_bar
