@@ -11,7 +11,8 @@ In the same process huggingface_hub has read its environment already, so use the
 As on the real Hub: metadata of a gated repository is public and its files are not; a file in LFS
 (`.safetensors`, `.bin`) is answered with a redirect to another origin, where no token may go; a
 repository that one may not see looks like one that does not exist. hf-xet is never offered and is
-switched off by `env()` and by the fixture. Not here: datasets, Xet.
+switched off by `env()` and by the fixture. Not here: datasets, downloads by
+Xet.
 """
 
 from __future__ import annotations
@@ -96,6 +97,7 @@ class HubServer:
         self.objects: dict[str, bytes] = {}  # LFS files that have arrived, by SHA-256
         self.parts: dict[str, dict[int, bytes]] = {}  # and those that arrive part by part
         self.part_size = 3_000_000
+        self.cas: Path | None = None  # a folder that stands for Xet's storage; None: no Xet
         self.messages: dict[str, str] = {}  # of commits that came by an upload
         self.stalled = ""  # requests whose path contains it are never answered
         self.connections: set[socket.socket] = set()
@@ -193,6 +195,9 @@ def _foreign() -> list[str]:
     return [k for k in os.environ if k.startswith(prefixes)]
 
 
+_KINDS = ("resolve", "revision", "tree", "refs", "xet-write-token")
+
+
 class _Handler(Uploads, BaseHTTPRequestHandler):
     hub: HubServer
     cdn: bool
@@ -281,11 +286,13 @@ class _Handler(Uploads, BaseHTTPRequestHandler):
         api = parts[:2] == ["api", "models"]
         parts = parts[2:] if api else parts
         size = 2 if "/".join(parts[:2]) in self.hub.repos or len(parts) == 2 else 1
-        if len(parts) > 2 and parts[1] not in ("resolve", "revision", "tree", "refs"):
+        if len(parts) > 2 and parts[1] not in _KINDS:
             size = 2
         repo_id, rest = "/".join(parts[:size]), parts[size:]
         repo = self._repo(repo_id)
         kind, rest = (rest[0], rest[1:]) if rest else ("revision", ["main"])
+        if api and kind == "xet-write-token" and self.hub.cas is not None:
+            return self._json(self.xet_token())
         if api and kind == "revision":
             return self._info(repo_id, repo, self._commit(repo, rest[0]), query)
         if api and kind == "refs":

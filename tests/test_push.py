@@ -39,7 +39,8 @@ def merged(family: Family, tmp_path: Path) -> Path:
 @pytest.fixture
 def large(tmp_path: Path) -> Path:
     """A merge in three shards of 4 MB."""
-    tensors = {f"layer.{i}.weight": torch.full((LARGE,), float(i)).bfloat16() for i in range(3)}
+    torch.manual_seed(0)
+    tensors = {f"layer.{i}.weight": torch.randn(LARGE).bfloat16() for i in range(3)}
     write_model(tmp_path / "source", tensors, llama_config())
     recipe = tmp_path / "large.yaml"
     recipe.write_text("merge_method: soup\nmodels: [./source, ./source]\n")
@@ -146,6 +147,22 @@ def test_killed_and_resumed(hub: HubServer, large: Path) -> None:
     assert {path.split("/")[2] for path in uploads(hub)[before:]} == {_digest(shards[2])}
     there = remote(hub, "org/large")
     assert all(there[path.name] == path.read_bytes() for path in shards)
+
+
+def test_through_xet(hub: HubServer, large: Path, tmp_path: Path) -> None:
+    """What the Hub uses today: hf_xet itself, with a folder for its storage."""
+    pytest.importorskip("hf_xet")
+    hub.cas = tmp_path / "cas"
+    hub.cas.mkdir()
+    command = [sys.executable, "-m", "merge_cli", "push", str(large), "org/large"]
+    env = {k: v for k, v in hub.env(token=hub.token).items() if k != "HF_HUB_DISABLE_XET"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert not uploads(hub)
+    assert list(hub.cas.rglob("xorbs/*"))
+    there = remote(hub, "org/large")
+    for path in large.glob("*.safetensors"):  # the server keeps the name that the commit gave
+        assert there[path.name] == _digest(path).encode()
 
 
 def test_visibility_is_never_changed(logged_in: HubServer, merged: Path) -> None:
