@@ -30,11 +30,12 @@ import torch
 from merge_cli.dam.assembly import assemble
 from merge_cli.dam.forward import Batch, Forward
 from merge_cli.dam.head import Sums
-from merge_cli.dam.losses import Objective, Targets, kept_predictions
+from merge_cli.dam.losses import Objective, Targets
 from merge_cli.dam.models import empty_student, find_targets
 from merge_cli.dam.sources import Place, Residency
 from merge_cli.engine.plan import Plan
 from merge_cli.engine.planner import load_recipe, make_plan
+from merge_cli.evaluation.teachers import kept_predictions
 from merge_cli.recipe.training import Training
 
 # Hidden width, feed-forward width, layers, vocabulary: deep and thin, so that neither activations

@@ -89,6 +89,62 @@ CASES: dict[str, dict[str, Any]] = {
             "parameters": {"scale": [{"filter": "o_proj", "value": 0.5}, {"value": 1.0}]},
         }]}],
     },
+    **{
+        name: {
+            "merge_method": name,
+            "base_model": "base",
+            "models": weighted(ALL, weight=WEIGHTS, density=[0.5, 0.7, 0.3]),
+            "parameters": {"gamma": 0.05, "lambda": 0.9},
+        }
+        for name in ("breadcrumbs", "breadcrumbs_ties")
+    },
+    "sce": {
+        "merge_method": "sce", "base_model": "base", "models": [{"model": name} for name in ALL],
+        "parameters": {"select_topk": 0.3},
+    },
+    "ram": {
+        "merge_method": "ram", "base_model": "base", "models": [{"model": name} for name in ALL],
+        "parameters": {"epsilon": 0.005},
+    },
+    "ramplus_tl": {
+        "merge_method": "ramplus_tl", "base_model": "base",
+        "models": [{"model": name} for name in ALL],
+        "parameters": {"epsilon": 0.005, "r": 0.3, "alpha": 0.4},
+    },
+    **{
+        f"model_stock, filter_wise {wise}".lower(): {
+            "merge_method": "model_stock", "base_model": "base",
+            "models": [{"model": name} for name in ALL], "parameters": {"filter_wise": wise},
+        }
+        for wise in (False, True)
+    },
+    **{
+        f"nuslerp, {label}": {
+            "merge_method": "nuslerp",
+            **({"base_model": "base"} if "task" in label else {}),
+            "models": weighted(["a", "b"], weight=[0.7, 0.3]),
+            "parameters": parameters,
+        }
+        for label, parameters in {
+            "flat": {}, "task vectors": {}, "rows": {"nuslerp_flatten": False},
+            "columns": {"nuslerp_flatten": False, "nuslerp_row_wise": True},
+        }.items()
+    },
+    "multislerp": {"merge_method": "multislerp", "models": weighted(ALL, weight=WEIGHTS)},
+    "multislerp, task vectors": {
+        "merge_method": "multislerp", "base_model": "base", "models": weighted(ALL, weight=WEIGHTS),
+    },
+    "karcher": {"merge_method": "karcher", "models": [{"model": name} for name in ALL]},
+    "nearswap": {
+        "merge_method": "nearswap", "base_model": "base", "models": [{"model": "a"}],
+        "parameters": {"t": 0.005},
+    },
+    "arcee_fusion": {
+        "merge_method": "arcee_fusion", "base_model": "base", "models": [{"model": "a"}],
+    },
+    "della, density 1": {
+        "merge_method": "della", "base_model": "base", "models": weighted(ALL, weight=WEIGHTS),
+    },
 }  # fmt: skip
 
 

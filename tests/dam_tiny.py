@@ -156,7 +156,7 @@ def random_batch(
         labels.append(ids[row, first:end])
     n = int(counted.sum())
     logits = torch.randn(n, vocabulary, generator=generator, dtype=dtype) * 2
-    from merge_cli.dam.losses import kept_predictions
+    from merge_cli.evaluation.teachers import kept_predictions
 
     kept, logp, tail = kept_predictions(logits, k, 2.0)
     weights = torch.full((n,), 1.0 / n, dtype=dtype)

@@ -10,12 +10,12 @@ import pytest
 import torch
 from dam_tiny import config, plan_of, write_data, write_models, write_recipe, write_tokenizer
 
-from merge_cli.dam import teachers
-from merge_cli.dam.data import Example, Order, cut, load_datasets, steps_of
+from merge_cli.dam.data import Order, cut, load_datasets, steps_of
 from merge_cli.dam.plan import kept_for, plan_training, teacher_of
-from merge_cli.dam.teachers import padded
 from merge_cli.engine.planner import load_recipe, make_plan
 from merge_cli.errors import RecipeError, ResourceError, SourceError
+from merge_cli.evaluation import teachers
+from merge_cli.evaluation.examples import Example, padded
 from merge_cli.evaluation.rows import Encoded
 from merge_cli.recipe.training import Training
 

@@ -10,12 +10,13 @@ import pytest
 import torch
 from dam_tiny import config, plan_of, random_batch, student_of, write_models
 
-from merge_cli.dam.data import Order, load_datasets, micro_batches
+from merge_cli.dam.data import Order, load_datasets
 from merge_cli.dam.forward import Forward
 from merge_cli.dam.head import Sums
 from merge_cli.dam.heldout import make_batch
 from merge_cli.dam.losses import Objective
 from merge_cli.dam.plan import plan_training
+from merge_cli.evaluation.examples import micro_batches
 from merge_cli.recipe.training import preset
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -325,7 +325,7 @@ def test_equal_sources_have_nothing_to_learn(tmp_path: Path) -> None:
     forward = Forward(student.net)
     from dataclasses import replace
 
-    from merge_cli.dam.losses import kept_predictions
+    from merge_cli.evaluation.teachers import kept_predictions
 
     with torch.no_grad():
         logits = student.net(input_ids=batch.ids, attention_mask=batch.mask).logits[batch.counted]

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from merge_cli.dam.head import Job, Sums, head_loss, logits_loss
-from merge_cli.dam.losses import Objective, Targets, kept_predictions
+from merge_cli.dam.losses import Objective, Targets
 from merge_cli.dam.optimizers import Optimizer, largest, rate_at
 from merge_cli.dam.penalties import penalty
+from merge_cli.evaluation.teachers import kept_predictions
 from merge_cli.recipe.training import Training
 
 

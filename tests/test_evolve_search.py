@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -18,10 +19,13 @@ import pytest
 import torch
 import yaml
 from evolve_tiny import OPTIONS, journal, merge, run_search, write_family, write_search
+from test_staging import StrictTransfers
 
 import merge_cli
+from merge_cli.checkpoint.header import TensorRef
 from merge_cli.checkpoint.source import open_source
 from merge_cli.comparison.cost import Ledger
+from merge_cli.engine.device import Device
 from merge_cli.engine.options import MergeOptions
 from merge_cli.engine.planner import load_recipe, make_plan
 from merge_cli.errors import (
@@ -37,7 +41,9 @@ from merge_cli.errors import (
 from merge_cli.evaluation.live import load
 from merge_cli.evaluation.run import evaluate_source
 from merge_cli.evaluation.spec import EvalSpec
+from merge_cli.evolve import candidate as candidate_module
 from merge_cli.evolve import evaluator as evaluator_module
+from merge_cli.evolve import resident
 from merge_cli.evolve.candidate import LiveMerge
 from merge_cli.evolve.journal import SearchFolder
 from merge_cli.evolve.loop import Loop
@@ -105,6 +111,87 @@ def test_a_candidate_has_the_weights_that_the_engine_writes(folder: Path, dtype:
             assert all(torch.equal(ours[key], theirs[key]) for key in ours), name
     finally:
         live.close()
+
+
+@pytest.mark.parametrize("residency", ["device", "disk"])
+def test_where_the_sources_wait_changes_no_bit(
+    folder: Path, residency: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The device is played by host memory; the lanes are its own."""
+    made: list[resident.ResidentLane] = []
+
+    def lanes(files: resident.ResidentFiles, device: Any, block: int) -> Any:
+        def lane(number: int) -> resident.ResidentLane:
+            made.append(resident.ResidentLane(files, StrictTransfers(), 256))
+            return made[-1]
+
+        return lane
+
+    place = resident.Place(residency, "for the test", 0)  # type: ignore[arg-type]
+    monkeypatch.setattr(candidate_module, "choose_place", lambda *about: place)
+    monkeypatch.setattr(candidate_module, "resident_lanes", lanes)
+    if residency == "device":
+        monkeypatch.setattr(candidate_module, "arithmetic_for", lambda *about: ("torch", ""))
+    recipes = []
+    for name in ("ties", "dare", "slerp", "passthrough"):
+        keys = dict(STATIC[name])
+        models = [{"model": m} for m in keys.pop("models", ["a", "b", "c"])]
+        path = folder / f"{name}.yaml"
+        document = {**keys, "merge_method": name, "base_model": "base", "models": models,
+                    "dtype": "bfloat16", "seed": 5}  # fmt: skip
+        path.write_text(yaml.safe_dump(document))
+        recipes.append(load_recipe(path))
+    live = LiveMerge(recipes[0], replace(OPTIONS, threads=2), device="cpu")
+    try:
+        for number, recipe in enumerate([*recipes, *recipes]):  # nothing that waits is spoiled
+            live.become(recipe)
+            out = folder / f"{recipe.merge_method} out"
+            if not out.exists():
+                merge_cli.merge(recipe, out, options=OPTIONS)
+            disk = load(open_source(ModelRef(str(out)), folder), device="cpu")
+            theirs = dict(disk.net.named_parameters())
+            ours = dict(live.live.net.named_parameters())
+            assert all(torch.equal(ours[key], theirs[key]) for key in ours), (number, recipe)
+    finally:
+        live.close()
+    assert bool(made) == (residency == "device")
+
+
+@pytest.mark.cuda
+def test_candidates_on_a_gpu_are_what_it_writes(folder: Path) -> None:
+    recipe = folder / "r.yaml"
+    recipe.write_text(
+        "merge_method: dare_ties\nbase_model: base\nmodels: [{model: a}, {model: b}]\n"
+        "parameters: {density: 0.5}\ndtype: bfloat16\n"
+    )
+    options = MergeOptions(device="cuda:0")
+    live = LiveMerge(load_recipe(recipe), options, device="cuda:0")
+    assert live.place.residency == "device"
+    live.become(load_recipe(recipe))
+    merge_cli.merge(recipe, folder / "out", options=options)
+    disk = load(open_source(ModelRef(str(folder / "out")), folder), device="cuda:0")
+    theirs = dict(disk.net.named_parameters())
+    ours = dict(live.live.net.named_parameters())
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    live.close()
+
+
+def test_what_fits_decides_where_the_sources_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    ref = TensorRef("w", Path("f"), "BF16", (1000,), 0, 2000)
+    free = {"cuda": 10_000, "cpu": 100_000}
+    monkeypatch.setattr(resident, "free_memory", lambda kind, indexes: free[kind])
+    cuda, cpu = (Device(kind, indexes, "", "") for kind, indexes in (("cuda", (0,)), ("cpu", ())))
+
+    def where(device: Device, workers: int = 1, model: int = 2000) -> str:
+        return resident.choose_place([ref, ref], device, workers, model).residency
+
+    assert where(cuda) == "device"
+    assert where(cuda, workers=2) == "host"
+    assert where(cuda, model=5000) == "host"
+    assert where(cpu) == "host"
+    free["cpu"] = 3000
+    assert where(cpu) == "disk"
+    assert where(cuda, model=5000) == "disk"
 
 
 def test_what_does_not_change_is_not_merged_again(folder: Path) -> None:

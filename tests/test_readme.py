@@ -66,22 +66,11 @@ def test_links_lead_somewhere() -> None:
 
 
 def test_every_method_has_a_row_and_a_recipe() -> None:
-    from merge_cli.methods.registry import method_names
+    from merge_cli.methods.registry import all_methods, method_names
 
     recipes = "\n".join(p.read_text(encoding="utf-8") for p in (ROOT / "configs").glob("*.yaml"))
     for name in method_names():
         assert f"`{name}`" in README
         assert f"`{name}`" in (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
-    for name in (
-        "soup",
-        "task_arithmetic",
-        "ties",
-        "dare",
-        "dare_ties",
-        "slerp",
-        "passthrough",
-        "greedy_soup",
-        "evolutionary",
-        "dam",
-    ):
+    for name in (method.name for method in all_methods()):
         assert f"merge_method: {name}\n" in recipes

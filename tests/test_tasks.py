@@ -125,6 +125,46 @@ def test_kl_is_the_naive_one(zoo: Path, tmp_path: Path) -> None:
     assert same["agreement"].value == 1
 
 
+def test_kl_over_the_likeliest_tokens_and_the_rest(
+    zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against the naive bins; the teacher runs once, for all models, and is not beside them."""
+    monkeypatch.setenv("MERGE_CLI_CACHE", str(tmp_path / "cache"))
+    data = write_rows(tmp_path / "rows.jsonl", [
+        {"text": "def add(a, b):\n    return a + b\n"},
+        {"prompt": "3 + 4 =", "completion": " 7. Answer: 7"},
+    ])  # fmt: skip
+    task = KL(name="kl", data=data, teacher=str(zoo / "math"), top_k=5)
+    found = merge_cli.evaluate(zoo / "base", [task], cache=False)["kl"]
+    (net, tokenizer), (teacher, _) = load_naively(zoo / "base"), load_naively(zoo / "math")
+    for row, example in zip(map(json.loads, data.read_text().splitlines()), found.examples,
+                            strict=True):  # fmt: skip
+        start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+        before = start + tokenizer.encode(row.get("prompt", ""), add_special_tokens=False)
+        text = row.get("completion") or row["text"]
+        ids = before + tokenizer.encode(text, add_special_tokens=False)
+        p, q = log_probabilities(teacher, ids), log_probabilities(net, ids)
+        naive = 0.0
+        for i in range(max(1, len(before)) - 1, len(ids) - 1):
+            top = p[i].topk(5).indices
+            naive += float((p[i][top].exp() * (p[i][top] - q[i][top])).sum())
+            left = [1 - float(one[i][top].double().exp().sum()) for one in (p, q)]
+            naive += left[0] * math.log(left[0] / left[1])
+        assert example["kl"] == pytest.approx(naive, rel=1e-3)
+    whole = merge_cli.evaluate(zoo / "base", [KL(name="kl", data=data, teacher=str(zoo / "math"))])
+    assert 0 < found.value < whole["kl"].value
+    assert found["agreement"].value == whole["kl"]["agreement"].value
+    # Again, and for another model: the teacher's own passes are not paid a second time.
+    again = merge_cli.evaluate(zoo / "base", [task], cache=False)["kl"]
+    assert again.cost.tokens < found.cost.tokens
+    assert again.value == found.value
+    same = merge_cli.evaluate(zoo / "math", [task], cache=False)["kl"]
+    assert same.value == pytest.approx(0, abs=1e-6)
+    files = list((tmp_path / "cache" / "teachers").rglob("*.safetensors"))
+    files[0].write_bytes(b"cut off")
+    assert merge_cli.evaluate(zoo / "base", [task], cache=False)["kl"].value == found.value
+
+
 def test_multiple_choice_is_the_harnesses(zoo: Path, tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
     rows = [{"prompt": p, "choices": c, "answer": a} for p, c, a in QUESTIONS]

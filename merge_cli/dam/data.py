@@ -16,25 +16,13 @@ from typing import Any
 
 from merge_cli.dam.datasets import read_data
 from merge_cli.errors import SourceError
+from merge_cli.evaluation.examples import Example
 from merge_cli.evaluation.rows import Encoded, Row, encode
 from merge_cli.recipe.reference import local_file
 from merge_cli.recipe.schema import Recipe
 from merge_cli.recipe.training import Data, Training
 
 _POOL = 16  # batches among which sequences are sorted by length
-
-
-@dataclass(frozen=True)
-class Example:
-    """Tokens of an example; `first` is the first that counts, never 0."""
-
-    ids: array[int]
-    first: int
-
-    @property
-    def counted(self) -> int:
-        """Tokens whose prediction counts."""
-        return len(self.ids) - self.first
 
 
 @dataclass(frozen=True)
@@ -181,19 +169,6 @@ class Order:
             found += [pool[i : i + self._size] for i in range(0, len(pool), self._size)]
         chance.shuffle(found)
         return found
-
-
-def micro_batches(
-    numbers: Sequence[int], sequences: Sequence[Example], tokens: int
-) -> list[list[int]]:
-    """Numbers of sequences in groups of at most `tokens` with padding, the longest first."""
-    found: list[list[int]] = []
-    for number in sorted(numbers, key=lambda i: (-len(sequences[i].ids), i)):
-        width = len(sequences[found[-1][0]].ids) if found else 0
-        if not found or width * (len(found[-1]) + 1) > tokens:
-            found.append([])
-        found[-1].append(number)
-    return found
 
 
 def _files(words: Sequence[str], recipe: Recipe) -> list[Path]:

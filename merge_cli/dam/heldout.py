@@ -6,14 +6,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from merge_cli.dam.data import Dataset, Example, micro_batches, short_names
+from merge_cli.dam.data import Dataset, short_names
 from merge_cli.dam.distributed import World
 from merge_cli.dam.forward import Batch, Forward
 from merge_cli.dam.head import Sums
 from merge_cli.dam.losses import Objective, Targets
 from merge_cli.dam.student import Student
-from merge_cli.dam.teachers import Predictions, padded
 from merge_cli.errors import Interrupted
+from merge_cli.evaluation.examples import Example, micro_batches, padded
+from merge_cli.evaluation.teachers import Predictions
 
 _OBJECTIVE = Objective({"kl": 1.0, "cross_entropy": 1.0})
 LAMBDAS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)

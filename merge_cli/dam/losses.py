@@ -97,27 +97,3 @@ class Objective:
             if "reverse_kl" in wanted:
                 found["reverse_kl"] = square * (log_q.exp() * (log_q - log_p)).sum(-1)
         return found
-
-
-def kept_predictions(logits: Any, k: int, temperature: float) -> tuple[Any, Any, Any]:
-    """What is kept of a teacher's prediction.
-
-    Args:
-        logits: [n, vocabulary], float32 or float64.
-        k: tokens to keep; as many as the vocabulary has keeps all.
-
-    Returns:
-        ids [n, k], log-probabilities [n, k] at the temperature, and the tail's [n]; the tail is
-        None where nothing is left over.
-    """
-    z = logits / temperature
-    whole = z.logsumexp(-1, keepdim=True)
-    if k >= z.shape[-1]:
-        import torch
-
-        ids = torch.arange(z.shape[-1], device=z.device).expand(z.shape).contiguous()
-        return ids, z - whole, None
-    ids = z.topk(k, -1).indices
-    logp = z.gather(-1, ids) - whole
-    tail = z.scatter(-1, ids, float("-inf")).logsumexp(-1) - whole[:, 0]
-    return ids, logp, tail

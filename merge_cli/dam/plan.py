@@ -19,13 +19,13 @@ from merge_cli.dam.models import (
     weight_bytes,
 )
 from merge_cli.dam.sources import Place, choose_place
-from merge_cli.dam.teachers import Kept, Teacher
 from merge_cli.dam.tokenizers import one_tokenizer
 from merge_cli.engine.device import choose_device
 from merge_cli.engine.plan import Plan
 from merge_cli.errors import MismatchError, ResourceError
 from merge_cli.evaluation.digest import model_digest
 from merge_cli.evaluation.live import choose_dtype, context_of
+from merge_cli.evaluation.teachers import Kept, Teacher
 from merge_cli.recipe.training import Training
 
 _WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}

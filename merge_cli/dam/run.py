@@ -29,12 +29,12 @@ from merge_cli.dam.plan import (
 )
 from merge_cli.dam.progress import StepLine
 from merge_cli.dam.result import build_record, gate
-from merge_cli.dam.teachers import Predictions
 from merge_cli.dam.trainer import Trainer, entries_of
 from merge_cli.engine.options import MergeOptions, Progress, Show
 from merge_cli.engine.plan import Plan
 from merge_cli.errors import Interrupted
 from merge_cli.evaluation.live import memory_errors, torch_threads
+from merge_cli.evaluation.teachers import Predictions
 from merge_cli.recipe.schema import Recipe
 from merge_cli.recipe.training import Training
 

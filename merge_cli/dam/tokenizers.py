@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from merge_cli.checkpoint.source import Source
-from merge_cli.dam.models import reason
 from merge_cli.engine.plan import Plan
-from merge_cli.errors import MismatchError, Problem, SourceError
+from merge_cli.errors import MismatchError, Problem
 from merge_cli.evaluation.digest import companions_digest
-from merge_cli.evaluation.live import quiet
+from merge_cli.evaluation.tokenizer import load_tokenizer
 
 # What a text becomes; padding and truncation are the caller's business, and decoding is not asked.
 _PARTS = ("normalizer", "pre_tokenizer", "model", "post_processor", "added_tokens")
@@ -24,13 +22,13 @@ def one_tokenizer(plan: Plan) -> tuple[Any, str]:
         MismatchError: they differ, with what differs.
     """
     first = plan.sources[plan.operands[0]]
-    tokenizer, digest = _load(first), companions_digest(first.root)
+    tokenizer, digest = load_tokenizer(first), companions_digest(first.root)
     problems, other_templates = [], []
     for i in plan.operands[1:]:
         source = plan.sources[i]
         if companions_digest(source.root) == digest:
             continue
-        other = _load(source)
+        other = load_tokenizer(source)
         what = _difference(tokenizer, other)
         if what:
             problems.append(Problem(f"has another tokenizer than {first.label}: {what}",
@@ -43,18 +41,6 @@ def one_tokenizer(plan: Plan) -> tuple[Any, str]:
     if not other_templates:
         return tokenizer, ""
     return tokenizer, f"{first.label}'s, for all data; {', '.join(other_templates)} has another"
-
-
-def _load(source: Source) -> Any:
-    from transformers import AutoTokenizer
-
-    with quiet():
-        try:
-            return AutoTokenizer.from_pretrained(str(source.root), trust_remote_code=False)
-        except Exception as error:  # the package tokenizers raises nothing more special
-            what = f"its tokenizer cannot be loaded: {reason(error)}"
-            hint = "DAM needs it to read the data."
-            raise SourceError(what, model=source.label, hint=hint) from error
 
 
 def _difference(one: Any, other: Any) -> str:

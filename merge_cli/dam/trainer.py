@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from merge_cli.dam.checkpoint import Position, TrainingFolder
-from merge_cli.dam.data import Dataset, Order, micro_batches
+from merge_cli.dam.data import Dataset, Order
 from merge_cli.dam.distributed import World
 from merge_cli.dam.forward import Forward
 from merge_cli.dam.head import Sums
@@ -16,8 +16,9 @@ from merge_cli.dam.losses import Objective
 from merge_cli.dam.optimizers import rate_at
 from merge_cli.dam.plan import TrainingPlan
 from merge_cli.dam.student import Student
-from merge_cli.dam.teachers import Predictions
 from merge_cli.errors import NonFiniteError
+from merge_cli.evaluation.examples import micro_batches
+from merge_cli.evaluation.teachers import Predictions
 from merge_cli.recipe.training import Training
 
 _START_SCALE, _GROW_AFTER = 1024.0, 200  # of float16 losses

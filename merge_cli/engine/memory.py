@@ -73,7 +73,7 @@ def lane_room(plan: Plan, device: Device, options: MergeOptions) -> LaneRoom:
         return LaneRoom(max(1, min(threads, free // each)), _HOST_BLOCK, inputs, each)
     import torch
 
-    lanes = (1 if plan.method.whole else _GPU_LANES) * len(device.indexes)
+    lanes = (1 if _whole(plan) else _GPU_LANES) * len(device.indexes)
     width = (_STORED * inputs + 4) if inputs else 4  # pinned: every input as stored, the output
     room = free // (lanes * width)
     # On the device: the operands, what the method makes of them, and as much in between.
@@ -135,13 +135,15 @@ def return_freed_memory() -> None:
 
 def _whole(plan: Plan) -> int:
     """What a lane holds of its largest tensor, if the method looks at whole ones."""
-    if not plan.method.whole:
+    whole = plan.method.whole
+    if whole is None:
         return 0
-    return max(
-        (4 * task.size * (len(task.inputs) + plan.method.whole) for task in plan.tasks
-         if task.action == "merge"),
-        default=0,
-    )  # fmt: skip
+    held = [
+        4 * task.size * (len(task.inputs) + arrays)
+        for task in plan.tasks
+        if task.action == "merge" and (arrays := whole(**task.parameters))
+    ]
+    return max(held, default=0)
 
 
 def _fixed(plan: Plan, device: Device) -> int:

@@ -92,33 +92,42 @@ class StagedLane:
     def load(
         self, refs: Sequence[Tensor], start: int, stop: int, *, base: bool, deltas: bool
     ) -> Loaded:
+        wide = any(ref.dtype == "F64" for ref in refs)
+        brought = self._bring(refs, start, stop)
+        arrays = [decode(raw, r.dtype, wide=wide) for raw, r in zip(brought, refs, strict=True)]
+        finite = all_finite(arrays)
+        own = arrays.pop(0) if base else None
+        return Loaded(own, [a.sub_(own) for a in arrays] if deltas else arrays, finite)
+
+    def _bring(self, refs: Sequence[Tensor], start: int, stop: int) -> list[Any]:
+        """The stored bytes of each tensor's elements [start, stop) on the device, to be kept."""
         sizes = [(stop - start) * DTYPES[ref.dtype][0] for ref in refs]
         self._transfers.wait_up()
         if sum(sizes) > self._input.numel():
             self._input = self._transfers.host(sum(sizes))
-        wide = any(ref.dtype == "F64" for ref in refs)
-        arrays, begin = [], 0
+        brought, begin = [], 0
         for ref, size in zip(refs, sizes, strict=True):
             host = self._input[begin : begin + size]
             self._files.read(self.clock, ref, start, host.numpy().data)
-            arrays.append(decode(self._transfers.up(host), ref.dtype, wide=wide))
+            brought.append(self._transfers.up(host))
             begin += size
-        finite = all_finite(arrays)
-        own = arrays.pop(0) if base else None
-        return Loaded(own, [a.sub_(own) for a in arrays] if deltas else arrays, finite)
+        return brought
 
     def store(self, values: Any, dtype: str, path: Path, offset: int) -> bool:
         import torch
 
         rounded, fits = encode(values, dtype)
-        stored = rounded.view(torch.uint8)
+        self._give(rounded.view(torch.uint8), path, offset)
+        return fits
+
+    def _give(self, stored: Any, path: Path, offset: int) -> None:
+        """Bytes on the device into a file."""
         if stored.numel() > self._output.numel():
             self._output = self._transfers.host(stored.numel())
         host = self._output[: stored.numel()]
         self._transfers.down(stored, host)
         self._transfers.wait()
         self._files.write(self.clock, path, offset, host.numpy().data)
-        return fits
 
     def close(self) -> None:
         """Wait, so that no copy outlives its buffer."""

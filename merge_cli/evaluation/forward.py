@@ -34,11 +34,13 @@ class Scored:
         examples: int64 [n], which example each prediction belongs to.
         logits: float32 [n, vocabulary].
         targets: int64 [n], what came next.
+        windows: those of the batch; predictions follow their order.
     """
 
     examples: Any
     logits: Any
     targets: Any
+    windows: Sequence[Window] = ()
 
 
 def windows(
@@ -105,6 +107,7 @@ def _scored(live: LiveModel, batch: Sequence[Window]) -> Scored:
         examples[counts],
         logits[counts.to(logits.device)].float(),
         targets[counts].to(logits.device),
+        batch,
     )
 
 

@@ -28,7 +28,13 @@ from merge_cli.engine.units import Unit, cut_units
 from merge_cli.engine.workers import arithmetic_for, lane_maker, memory_errors, one_torch_thread
 from merge_cli.errors import RecipeError
 from merge_cli.evaluation.live import LiveModel
-from merge_cli.evolve.resident import Place, ResidentFiles, choose_place
+from merge_cli.evolve.resident import (
+    Place,
+    Residency,
+    ResidentFiles,
+    choose_place,
+    resident_lanes,
+)
 from merge_cli.evolve.shell import find_seats, load_shell
 from merge_cli.methods.resolve import Resolver
 from merge_cli.recipe.schema import Recipe
@@ -61,8 +67,9 @@ class LiveMerge:
         plan = make_plan(recipe)
         self._options, self._device = options, choose_device(options.device)
         refs = list(plan.stored_inputs)
-        self.place: Place = choose_place(refs, workers)
-        self._files = ResidentFiles(self.place)
+        self.place: Place = choose_place(refs, self._device, workers, plan.bytes_written)
+        where = f"cuda:{self._device.indexes[0]}" if self._device.indexes else "cpu"
+        self._files = ResidentFiles(self.place, where)
         self._files.keep(refs)
         self.live: LiveModel = load_shell(plan, options, **loading)
         self._seats = find_seats(plan, self.live.net)
@@ -82,7 +89,9 @@ class LiveMerge:
         if key not in self._mergers:
             plan = make_plan(recipe)
             self._files.keep(plan.stored_inputs)
-            self._mergers[key] = _Merger(plan, self._files, self._device, self._options)
+            self._mergers[key] = _Merger(
+                plan, self._files, self._device, self._options, self.place.residency
+            )
             if len(self._mergers) > _ENGINES:
                 self._mergers.popitem(last=False)[1].close()
         self._mergers.move_to_end(key)
@@ -116,7 +125,8 @@ class LiveMerge:
         """A merged tensor's bytes into the parameter; by the pool's threads."""
         import torch
 
-        stored = torch.from_numpy(raw).view(getattr(torch, _TORCH[task.dtype]))
+        held = raw if isinstance(raw, torch.Tensor) else torch.from_numpy(raw)
+        stored = held.view(getattr(torch, _TORCH[task.dtype]))
         with torch.no_grad():
             self._seats[task.name].copy_(stored.reshape(task.shape))
 
@@ -149,8 +159,9 @@ class _Merger:
     """The engine for one method and one set of sources, its threads kept between candidates."""
 
     def __init__(
-        self, plan: Plan, files: ResidentFiles, device: Device, options: MergeOptions
-    ) -> None:
+        self, plan: Plan, files: ResidentFiles, device: Device, options: MergeOptions,
+        residency: Residency,
+    ) -> None:  # fmt: skip
         self._plan, self._files, self._device, self._options = plan, files, device, options
         labels = [source.label for source in plan.sources]
         pieces = cut_pieces(plan.recipe, plan.method, labels)
@@ -166,7 +177,11 @@ class _Merger:
         self.surveys = False
         self._arithmetic, _ = arithmetic_for(plan, device)
         room = lane_room(plan, device, options)
-        self._pool = Pool(lane_maker(files, device, self._arithmetic, room), room.lanes)
+        lanes = (
+            resident_lanes(files, device, room.block) if residency == "device"
+            else lane_maker(files, device, self._arithmetic, room)
+        )  # fmt: skip
+        self._pool = Pool(lanes, room.lanes)
         self._reading = Reading(
             self._pool, files, plan.recipe.seed, "deltas" in plan.method.supplied
         )
@@ -193,8 +208,6 @@ class _Merger:
 
     def merge(self, tasks: Sequence[TensorTask], changed: Sequence[int], take: Any) -> None:
         """Merge some of the tasks; `take(task, bytes)` gets each result."""
-        import numpy as np
-
         computer = _Remembering(
             replace(self._plan, tasks=tuple(tasks)), self._reading, self._places,
             statistics=False, allow_non_finite=self._options.allow_non_finite,
@@ -208,7 +221,7 @@ class _Merger:
             if not job.task.size:
                 return
             path, _ = self._places[job.task.name]
-            raw = np.empty(job.task.size * DTYPES[job.task.dtype][0], np.uint8)
+            raw = self._files.buffer(job.task.size * DTYPES[job.task.dtype][0])
             self._files.outputs[path] = raw
             try:
                 computer.merge(job.task, job.units, lambda unit, stats: None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 
+from merge_cli.engine.device import choose_device
 from merge_cli.engine.heads import reconcile_heads
 from merge_cli.engine.layers import main_stack, stacks
 from merge_cli.engine.options import MergeOptions
@@ -100,7 +101,7 @@ def plan_search(plan: Plan, options: MergeOptions) -> SearchPlan:
     refs = plan.stored_inputs
     return SearchPlan(
         plan, search, objective, space, layers, population,
-        choose_place(refs, search.workers),
+        choose_place(refs, choose_device(options.device), search.workers, plan.bytes_written),
         tuple(str(spec.model) for spec in recipe.models), tuple(warnings),
     )  # fmt: skip
 

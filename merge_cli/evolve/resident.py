@@ -1,4 +1,4 @@
-"""The sources' stored bytes in memory, behind the interface through which the engine reads files.
+"""The sources' stored bytes in memory, behind the interfaces through which the engine reads files.
 
 What the engine computes with is the same bytes that lie on disk, so that a candidate's weights are
 the same bits that a merge of its recipe writes.
@@ -8,51 +8,84 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from merge_cli.checkpoint.header import DTYPES, TensorRef
 from merge_cli.checkpoint.raw import FilePool, read_into
-from merge_cli.engine.lanes import Clock, Files
+from merge_cli.checkpoint.tensors import Tensor
+from merge_cli.engine.device import Device
+from merge_cli.engine.lanes import Clock, Files, Lane
+from merge_cli.engine.staging import CudaTransfers, StagedLane
 from merge_cli.evaluation.live import free_memory
 from merge_cli.sizes import show_size
 
-_SHARE = 0.5  # of free memory; the live model, activations and other workers take the rest
+_HOST_SHARE, _DEVICE_SHARE = 0.5, 0.6  # of free memory; the live model and others take the rest
+Residency = Literal["device", "host", "disk"]
 
 
 @dataclass(frozen=True)
 class Place:
     """Where the sources' bytes wait, and why there."""
 
-    residency: Literal["memory", "disk"]
+    residency: Residency
     reason: str
     bytes: int
 
 
-def choose_place(refs: Iterable[TensorRef], workers: int = 1) -> Place:
-    """Memory where all workers' copies fit, else the disk, which is read for every candidate."""
+def choose_place(
+    refs: Iterable[TensorRef], device: Device, workers: int = 1, model: int = 0
+) -> Place:
+    """The device beside the live model, else host memory for all workers' copies, else the disk.
+
+    Args:
+        model: bytes of the live model.
+    """
     size = sum(ref.nbytes for ref in {(r.path, r.offset): r for r in refs}.values())
-    room = int(free_memory("cpu", ()) * _SHARE) // workers
+    shown, small = show_size(size), ""
+    if device.kind == "cuda":
+        # A worker has one device; those of a pool share the first.
+        room = int(free_memory("cuda", device.indexes[:1]) * _DEVICE_SHARE) // workers - model
+        if size <= room:
+            return Place("device", f"{shown} fit beside the model", size)
+        small = f"{shown} do not fit beside the model; "
+    room = int(free_memory("cpu", ()) * _HOST_SHARE) // workers
     if size <= room:
-        return Place("memory", f"{show_size(size)} fit in memory", size)
-    return Place("disk", f"{show_size(size)}, and room for {show_size(room)} in memory", size)
+        return Place("host", f"{small}{shown} fit in memory", size)
+    return Place("disk", f"{shown}, and room for {show_size(room)} in memory", size)
 
 
 class ResidentFiles(Files):
     """Sources from memory (or disk), outputs into buffers.
 
+    Args:
+        device: torch's word for where sources of the residency `device` wait.
+
     Attributes:
-        outputs: for each path that is written to, numpy uint8; put here before, taken out after.
+        outputs: for each path that is written to, uint8 (numpy; torch with the residency `device`);
+            put here before, taken out after.
+        on_device: stored tensors that wait there, torch uint8.
     """
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: Place, device: str = "cpu") -> None:
         self._disk = FilePool(os.O_RDONLY)
         super().__init__(self._disk, self._disk)
-        self._place = place
+        self._place, self._device = place, device
         self._kept: dict[tuple[Path, int], memoryview] = {}
+        self.on_device: dict[tuple[Path, int], Any] = {}
         self.outputs: dict[Path, Any] = {}
+
+    def buffer(self, size: int) -> Any:
+        """What an output of so many bytes is written into."""
+        if self._place.residency == "device":
+            import torch
+
+            return torch.empty(size, dtype=torch.uint8, device=self._device)
+        import numpy as np
+
+        return np.empty(size, np.uint8)
 
     def keep(self, refs: Iterable[TensorRef]) -> None:
         """Read tensors into memory, unless the place is the disk; each once."""
@@ -60,10 +93,17 @@ class ResidentFiles(Files):
             return
         for ref in refs:
             where = ref.path, ref.offset
-            if where not in self._kept:
-                buffer = memoryview(bytearray(ref.nbytes))
-                if ref.nbytes:
-                    read_into(self._disk, ref.path, ref.offset, buffer, ref.model)
+            if where in self._kept or where in self.on_device:
+                continue
+            buffer = memoryview(bytearray(ref.nbytes))
+            if ref.nbytes:
+                read_into(self._disk, ref.path, ref.offset, buffer, ref.model)
+            if self._place.residency == "device":
+                import torch
+
+                host = torch.frombuffer(buffer, dtype=torch.uint8) if ref.nbytes else torch.empty(0)
+                self.on_device[where] = host.to(self._device, torch.uint8)
+            else:
                 self._kept[where] = buffer
 
     def ask_for(self, ref: TensorRef, start: int, size: int) -> None:
@@ -72,7 +112,7 @@ class ResidentFiles(Files):
 
     def read_stored(self, clock: Clock, ref: TensorRef, start: int, buffer: memoryview) -> None:
         kept = self._kept.get((ref.path, ref.offset))
-        if kept is None:
+        if kept is None:  # on the disk; or on the device, and wanted here for once
             super().read_stored(clock, ref, start, buffer)
             return
         began = time.perf_counter()
@@ -97,9 +137,47 @@ class ResidentFiles(Files):
         """Let go of files and memory."""
         self._disk.close()
         self._kept.clear()
+        self.on_device.clear()
 
     def _put(self, path: Path, offset: int, data: memoryview) -> None:
         import numpy as np
 
         raw = np.frombuffer(data.cast("B"), np.uint8)
-        self.outputs[path][offset : offset + len(raw)] = raw
+        target = self.outputs[path][offset : offset + len(raw)]
+        if isinstance(target, np.ndarray):
+            target[:] = raw
+        else:
+            import torch
+
+            target.copy_(torch.from_numpy(raw.copy()))
+
+
+class ResidentLane(StagedLane):
+    """A lane whose operands wait on the device, and whose results stay there."""
+
+    _files: ResidentFiles
+
+    def _bring(self, refs: Sequence[Tensor], start: int, stop: int) -> list[Any]:
+        return [self._own(ref, start, stop) for ref in refs]
+
+    def _own(self, tensor: Tensor, start: int, stop: int) -> Any:
+        (ref, *others) = tensor.stored
+        kept = None if others or tensor.formula else self._files.on_device.get(_where(ref))
+        if kept is None:  # computed on the way, on the host
+            return super()._bring([tensor], start, stop)[0]
+        width = DTYPES[tensor.dtype][0]
+        # A copy: what is computed with may be changed in place.
+        return kept[start * width : stop * width].clone()
+
+    def _give(self, stored: Any, path: Path, offset: int) -> None:
+        self._files.outputs[path][offset : offset + stored.numel()].copy_(stored)
+        self._transfers.wait()  # another lane, on another stream, may look at the whole tensor next
+
+
+def _where(ref: TensorRef) -> tuple[Path, int]:
+    return ref.path, ref.offset
+
+
+def resident_lanes(files: ResidentFiles, device: Device, block: int) -> Callable[[int], Lane]:
+    """What makes a pool's lanes over sources that wait on a CUDA device."""
+    return lambda number: ResidentLane(files, CudaTransfers(device.indexes[0]), block)

@@ -156,6 +156,17 @@ def mask_key(seed: int, source: int, name: str, chunk: int) -> tuple[int, int]:
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
 
 
+def words(seed: int, source: int, name: str, start: int, size: int, device: torch.device) -> Tensor:
+    """The words that masks compare with a limit: int64 in [0, 2^32), from flat index `start`."""
+    import torch
+
+    parts = []
+    for chunk, low, part in _chunks(start, size):
+        key = mask_key(seed, source, name, chunk)
+        parts.append(_uniform(low, part.stop - part.start, *key, device).to(torch.int64) + 2**31)
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
 def _uniform(low: int, size: int, k0: int, k1: int, device: torch.device) -> Tensor:
     """The mixed words, shifted by -2^31 so that comparing them as int32 orders them as uint32."""
     import torch

@@ -69,10 +69,14 @@ def magnitude_cuts(densities: Sequence[float], stream: Stream) -> list[Cut | Non
     Returns:
         One cut for each operand; None where nothing is trimmed (density 1).
     """
-    cuts: list[Cut | None] = [None] * len(densities)
+    return exact_cuts([kept_count(density, stream.size) for density in densities], stream)
+
+
+def exact_cuts(counts: Sequence[int], stream: Stream) -> list[Cut | None]:
+    """For every operand, the cut that keeps so many elements; None where it keeps all of them."""
+    cuts: list[Cut | None] = [None] * len(counts)
     wanted: dict[int, int] = {}
-    for i, density in enumerate(densities):
-        k = kept_count(density, stream.size)
+    for i, k in enumerate(counts):
         if k == 0:
             cuts[i] = Cut(math.inf, -1)
         elif k < stream.size:

@@ -85,6 +85,32 @@ class TensorBlocks(Blocks, Protocol):
         """Every block in order, read by the calling thread alone."""
 
 
+@dataclass(frozen=True)
+class RowStream:
+    """Blocks as `kernels.select` reads them: arrays of equal length, made of each block's.
+
+    Attributes:
+        rows: what is ranked; by default the operands.
+    """
+
+    blocks: Blocks
+    rows: Callable[[Block], list[Array]] = lambda block: block.operands
+
+    @property
+    def size(self) -> int:
+        return self.blocks.size
+
+    @property
+    def starts(self) -> Sequence[int]:
+        return self.blocks.starts
+
+    def sample(self, count: int) -> Iterator[list[Array]]:
+        return map(self.rows, self.blocks.sample(count))
+
+    def map(self, work: Callable[[Iterator[list[Array]]], T], only: int | None = None) -> list[T]:
+        return self.blocks.map(lambda blocks: work(map(self.rows, blocks)), only)
+
+
 def gathered(tensor: TensorBlocks) -> tuple[Array | None, list[Array]]:
     """The whole tensor of the base and of every source, in its shape.
 

@@ -36,8 +36,9 @@ from merge_cli.recipe.schema import Recipe
 F = TypeVar("F", bound=Callable[..., Any])
 
 ENTRY_POINTS = "merge_cli.methods"
-_BUILT_IN = ("soup", "task_arithmetic", "ties", "dare", "slerp", "passthrough", "greedy_soup",
-             "evolutionary", "dam", "wudi")  # fmt: skip
+_BUILT_IN = ("soup", "task_arithmetic", "ties", "dare", "della", "breadcrumbs", "sce", "ram",
+             "model_stock", "slerp", "nuslerp", "multislerp", "karcher", "nearswap", "arcee_fusion",
+             "passthrough", "wudi", "greedy_soup", "evolutionary", "dam")  # fmt: skip
 _SUPPLIED = ("base", "models", "deltas", "at", "prepared", "coefficients")
 
 
@@ -58,8 +59,8 @@ class Method:
         variant: `variant(recipe)` -> the method of another formula that this recipe means, or None.
         learns: without `coefficients:` in the recipe they are learned first.
         searches: what is merged, and with which parameters, is found first.
-        whole: arrays of a whole tensor's size that `prepare` holds besides the operands; 0 where it
-            works block by block. Memory then grows with the largest tensor.
+        whole: arrays of a whole tensor's size that `prepare` holds besides the operands, given the
+            parameters; 0 where it works block by block. Memory grows with the largest tensor.
         prepare_uses: the parameters that `prepare` looks at; None where it may look at all. With
             the same values of these and no survey, it gives the same answer.
     """
@@ -82,7 +83,7 @@ class Method:
     learns: bool = False
     searches: bool = False
     prepare_uses: tuple[str, ...] | None = None
-    whole: int = 0
+    whole: Callable[..., int] | None = None
 
     @cached_property
     def parameters(self) -> dict[str, MethodParameter]:
@@ -122,7 +123,7 @@ def merge_method(
     learns: bool = False,
     searches: bool = False,
     prepare_uses: tuple[str, ...] | None = None,
-    whole: int = 0,
+    whole: Callable[..., int] | None = None,
     listed: bool = True,
 ) -> Callable[[F], F]:
     """Record a merge method under `name` and its aliases; see the module's text for the contract.

@@ -7,10 +7,10 @@ before the merge, in streamed passes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from merge_cli.errors import UsageError
 from merge_cli.kernels.arrays import Array
@@ -18,11 +18,10 @@ from merge_cli.kernels.cut import ALL_TIES, Cut, count_kept, trimmed
 from merge_cli.kernels.elect import disjoint_mean
 from merge_cli.kernels.reduce import add_scaled, weighted_sum
 from merge_cli.kernels.select import magnitude_cuts
-from merge_cli.methods.blocks import Block, Blocks, ModelBlocks, Span, TensorBlocks
+from merge_cli.methods.blocks import Block, ModelBlocks, RowStream, Span, TensorBlocks
 from merge_cli.methods.parameters import Density, PerModel, each
 from merge_cli.methods.registry import merge_method
 
-T = TypeVar("T")
 Semantics = Literal["mergekit", "paper"]
 Cuts = list[Cut | None]
 
@@ -153,45 +152,21 @@ def _or(given: str | None, default: str) -> str:
     return default if given is None else given
 
 
-@dataclass(frozen=True)
-class _Deltas:
-    """The task vectors of a tensor or of a model, as `kernels.select` reads them.
-
-    Attributes:
-        wide: rank float32 among float64: one bit pattern for all of them.
-    """
-
-    blocks: Blocks
-    wide: bool = False
-
-    @property
-    def size(self) -> int:
-        return self.blocks.size
-
-    @property
-    def starts(self) -> Sequence[int]:
-        return self.blocks.starts
-
-    def sample(self, count: int) -> Iterator[list[Array]]:
-        return self._rows(self.blocks.sample(count))
-
-    def map(self, work: Callable[[Iterable[list[Array]]], T], only: int | None = None) -> list[T]:
-        return self.blocks.map(lambda blocks: work(self._rows(blocks)), only)
-
-    def _rows(self, blocks: Iterator[Block]) -> Iterator[list[Array]]:
-        for block in blocks:
-            yield [delta.double() for delta in block.operands] if self.wide else block.operands
+def _wide(block: Block) -> list[Array]:
+    """float32 among float64: one bit pattern for all that are ranked together."""
+    return [delta.double() for delta in block.operands]
 
 
 def _tensor_cuts(tensor: TensorBlocks) -> Cuts:
-    return magnitude_cuts(densities(tensor.parameters), _Deltas(tensor))
+    return magnitude_cuts(densities(tensor.parameters), RowStream(tensor))
 
 
 def _model_cuts(model: ModelBlocks) -> dict[str, Cuts]:
     """Exact thresholds over all tensors together; ties to the lower (tensor, index)."""
     offsets = accumulate((tensor.size for tensor in model.tensors), initial=0)
     wide = any(tensor.wide for tensor in model.tensors)
-    whole = magnitude_cuts(densities(model.tensors[0].parameters), _Deltas(model, wide))
+    stream = RowStream(model, _wide) if wide else RowStream(model)
+    whole = magnitude_cuts(densities(model.tensors[0].parameters), stream)
     return {
         tensor.name: [cut and _within(cut, offset, tensor.size) for cut in whole]
         for tensor, offset in zip(model.tensors, offsets, strict=False)

@@ -93,7 +93,7 @@ def _nearest(start: Tensor, gram: Tensor, target: Tensor) -> Tensor:
 
 @merge_method(
     "wudi", paper="arXiv:2503.08099", prepare=without_interference,
-    prepare_uses=("iterations", "learning_rate", "solver", "input_first"), whole=16,
+    prepare_uses=("iterations", "learning_rate", "solver", "input_first"), whole=lambda **_: 16,
 )  # fmt: skip
 def wudi(
     base: Tensor,

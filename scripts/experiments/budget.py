@@ -24,6 +24,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import yaml
 from dam import DOCS, EXPERTS, LEARNED, ROOT, SEEDS, ZOO, Experiment, learned_recipe, static_recipe
 
 DAM = "DAM, a coefficient for each tensor"
@@ -68,43 +69,63 @@ def learn(experiment: Experiment, examples: int, seed: int) -> dict[str, Any]:
     }
 
 
-def tasks(split: str, word: str, seed: int) -> Iterator[dict[str, Any]]:
+def tasks(split: str, word: str) -> Iterator[dict[str, Any]]:
     for name, rows in ROWS[split].items():
-        yield {"task": "kl", "teacher": str(ZOO / name), "limit": rows, "split": word,
+        yield {"task": "kl", "teacher": str(ZOO / name), "top_k": 64, "limit": rows, "split": word,
                "data": str(ZOO / "data" / f"{name}.{split}.jsonl")}  # fmt: skip
 
 
-def search(experiment: Experiment, space: str, budget: int, examples: int,
-           seed: int) -> dict[str, Any]:  # fmt: skip
-    """As many candidates as the budget pays for, after what a first search has taken for each."""
+def search(
+    experiment: Experiment, space: str, budget: int, examples: int, seed: int
+) -> dict[str, Any]:
+    """As many candidates as the budget pays for."""
     number = tuple(SPACES).index(space)
-    probe = experiment.once(
-        f"tokens of a candidate, seed {seed}",
-        lambda: _run(experiment, space, 2, f"probe-{seed}", seed)[1]["cost"]["tokens"] / 2,
-    )
-    # The teachers were asked once for every row, and finalists are compared on twice the rows.
-    left = budget - probe - (FINALISTS + 1) * 2 * probe
-    out, found = _run(experiment, space, max(4, int(left / probe)), f"{number}-{examples}-{seed}",
-                      seed)  # fmt: skip
-    spent = found["cost"]["tokens"] + probe + 2 * probe
+    price = experiment.once(f"prices, seed {seed}", lambda: prices(experiment, space, seed))
+    left = budget - price["teachers"] - FINALISTS * price["validation"]
+    evaluations = max(4, left // price["candidate"])
+    out, found = _run(experiment, space, evaluations, f"{number}-{examples}-{seed}", seed)
     return {
-        "tokens": int(spent), "numbers": len(found["genes"]),
+        # What a search of its own pays: another one may have asked the teachers before.
+        "tokens": price["teachers"] + evaluations * price["candidate"]
+        + FINALISTS * price["validation"],
+        "numbers": len(found["genes"]),
         "seconds": found["cost"]["seconds"], "tried": found["cost"]["evaluations"],
         **experiment.score(out, "test", loss=True),
     }  # fmt: skip
 
 
-def _run(experiment: Experiment, space: str, evaluations: int, name: str,
-         seed: int) -> tuple[Path, dict[str, Any]]:  # fmt: skip
+def prices(experiment: Experiment, space: str, seed: int) -> dict[str, int]:
+    """Tokens of a candidate, of a finalist, and of the teachers, by the journal of a small search.
+
+    Teachers are asked once, with the first candidate of either split.
+    """
+    out, _ = _run(experiment, space, 4, f"prices-{seed}", seed)
+    lines = [json.loads(line) for line in (out / "search_journal.jsonl").read_text().splitlines()]
+    spent: dict[str, list[int]] = {"candidate": [], "validation": []}
+    for line in lines:
+        if line.get("kind") in spent:
+            spent[line["kind"]].append(line["tokens"])
+    teachers = sum(tokens[0] - tokens[1] for tokens in spent.values())
+    return {"teachers": teachers, **{kind: tokens[1] for kind, tokens in spent.items()}}
+
+
+def _run(
+    experiment: Experiment, space: str, evaluations: int, name: str, seed: int
+) -> tuple[Path, dict[str, Any]]:
+    # Where DAM's coefficients begin, too.
+    start = experiment.work / "start.yaml"
+    recipe = static_recipe({"method": "task_arithmetic"}, seed)
+    start.write_text(yaml.safe_dump({**recipe, "parameters": {"weight": 0.3}}))
     recipe = {
         **static_recipe({"method": "evolutionary"}, seed),
         "search": {
             "method": "task_arithmetic", "parameters": {"weight": {"min": 0.0, "max": 1.2}},
-            "evaluations": evaluations, "finalists": FINALISTS, **SPACES[space],
+            "evaluations": evaluations, "finalists": FINALISTS, "start": str(start),
+            **SPACES[space],
         },
         "objective": {
             "max_length": LENGTH, "seed": seed,
-            "tasks": [*tasks("train", "search", seed), *tasks("val", "validation", seed)],
+            "tasks": [*tasks("train", "search"), *tasks("val", "validation")],
         },
     }  # fmt: skip
     out, report = experiment.merge(f"search-{name}", recipe)

@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from merge_cli.checkpoint.source import fetch_weights, open_source
+from merge_cli.checkpoint.source import Source, fetch_weights, open_source
 from merge_cli.errors import SourceError
 from merge_cli.evaluation.digest import model_digest
-from merge_cli.evaluation.forward import add_up, forward
+from merge_cli.evaluation.examples import Example
+from merge_cli.evaluation.forward import Window, add_up, forward
 from merge_cli.evaluation.live import LiveModel, load
 from merge_cli.evaluation.result import Cost, Metric, TaskResult
 from merge_cli.evaluation.task import DataTask, Tell, option
 from merge_cli.evaluation.tasks.loss import text_windows
+from merge_cli.evaluation.teachers import Kept, Teacher
+from merge_cli.evaluation.tokenizer import load_tokenizer
 from merge_cli.recipe.reference import parse_reference
+
+# examples [n], divergence [n], whether the likeliest token is the same [n]
+Compared = tuple[Any, Any, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class KL(DataTask):
-    """KL(teacher ‖ model) over the whole vocabulary, in nats per token; both models are loaded."""
+    """KL(teacher ‖ model) in nats per token, over the whole vocabulary or `top_k` and the rest.
+
+    Over the whole vocabulary both models are loaded. With `top_k` the teacher's predictions are
+    kept on disk, once for all models and runs, and shared with what `dam` learns from; all other
+    tokens together are one bin, so that the number is a lower bound.
+    """
 
     kind = "kl"
     metrics = ("kl", "agreement")
@@ -29,57 +42,82 @@ class KL(DataTask):
     teacher: str = option(help="the model to imitate: a folder or a Hub id")
     folder: Path = option(Path(), "where the teacher's relative path starts")
     stride: int | None = option(None, "as for loss", least=1)
+    top_k: int | None = option(
+        None, "keep the teacher's likeliest tokens on disk, not the teacher in memory", least=1
+    )
 
     unshared = DataTask.unshared | {"teacher", "folder"}
 
     def data_digest(self) -> str:
-        source = open_source(parse_reference(self.teacher, self.folder), self.folder)
+        source = self._source()
         fetch_weights(source, source.header_bytes)
         return f"{super().data_digest()} {model_digest(source.root)}"
 
     def score(self, live: LiveModel, tell: Tell) -> TaskResult:
-        import torch
-
-        with self._teacher(live) as teacher:
-            length = min(live.max_length, teacher.max_length)
-            rows, encoded, items = text_windows(self, live, self.stride, length)
-            nats = torch.zeros(len(rows), dtype=torch.float64)
-            agree = torch.zeros(len(rows), dtype=torch.float64)
-            # Both run through the same windows in the same batches.
-            pairs = zip(
-                forward(live, items, tell), forward(teacher, items, lambda *_: None), strict=True
-            )
-            for ours, theirs in pairs:
-                q = ours.logits.log_softmax(-1)
-                p = theirs.logits.to(q.device).log_softmax(-1)
-                divergence = torch.nn.functional.kl_div(
-                    q, p, log_target=True, reduction="none"
-                ).sum(-1)
-                nats += add_up(divergence, ours.examples, len(rows))
-                same = q.argmax(-1) == p.argmax(-1)
-                agree += add_up(same, ours.examples, len(rows))
-            live.count(teacher.cost.tokens, teacher.cost.forward_passes)
+        if self.top_k is None:
+            with self._beside(live) as teacher:
+                length = min(live.max_length, teacher.max_length)
+                rows, encoded, items = text_windows(self, live, self.stride, length)
+                nats, agree = _sums(_whole(live, teacher, items, tell), len(rows))
+                live.count(teacher.cost.tokens, teacher.cost.forward_passes)
+        else:
+            rows, encoded, items = text_windows(self, live, self.stride)
+            nats, agree = _sums(self._binned(live, items, tell), len(rows))
         tokens = [float(max(0, len(row.ids) - row.first)) for row in encoded]
         metrics = {
-            "kl": Metric("kl", "nats per token", "lower", nats.tolist(), tokens),
-            "agreement": Metric("agreement", "of tokens", "higher", agree.tolist(), tokens),
+            "kl": Metric("kl", "nats per token", "lower", nats, tokens),
+            "agreement": Metric("agreement", "of tokens", "higher", agree, tokens),
         }
         examples = [
-            {"line": row.line, "kl": float(nat), "agree": int(same), "tokens": int(token)}
+            {"line": row.line, "kl": nat, "agree": int(same), "tokens": int(token)}
             for row, nat, same, token in zip(rows, nats, agree, tokens, strict=True)
         ]
         return TaskResult(self.name, self.kind, metrics, examples)
 
+    def _source(self) -> Source:
+        return open_source(parse_reference(self.teacher, self.folder), self.folder)
+
+    def _binned(self, live: LiveModel, items: Sequence[Window], tell: Tell) -> Iterator[Compared]:
+        """Over the teacher's likeliest tokens, and one bin for all others."""
+        import torch
+
+        source = self._source()
+        fetch_weights(source, source.header_bytes)
+        about = source.config.get("text_config") or source.config
+        size = about.get("vocab_size", live.vocabulary)
+        self._refuse_other_vocabulary(live, load_tokenizer(source), int(size))
+        dtype = live.dtype.partition(" ")[0]
+        teacher = Teacher(source, model_digest(source.root), live.place, dtype)
+        examples = [Example(array("q", item.ids), item.first) for item in items]
+        kept = Kept(self.top_k, 1.0, "float32")
+        predictions = teacher.predictions(examples, kept, lambda *_: None)
+        teacher.close()
+        live.count(teacher.tokens, teacher.passes)
+        number = {id(item): i for i, item in enumerate(items)}
+        for ours in forward(live, items, tell):
+            parts = [predictions.of(number[id(window)]) for window in ours.windows]
+            ids = torch.cat([one for one, _, _ in parts]).long().to(ours.logits.device)
+            p = torch.cat([one for _, one, _ in parts]).to(ours.logits.device)
+            log_q = ours.logits.log_softmax(-1)
+            divergence = (p.exp() * (p - log_q.gather(-1, ids))).sum(-1)
+            if parts[0][2] is not None:
+                tail = torch.cat([one for _, _, one in parts]).to(p.device)
+                rest = log_q.scatter(-1, ids, float("-inf")).logsumexp(-1)
+                # A tail of no mass adds nothing, whatever its logarithm.
+                divergence += torch.where(tail.isfinite(), tail.exp() * (tail - rest), 0.0)
+            same = log_q.argmax(-1) == ids.gather(-1, p.argmax(-1, keepdim=True))[:, 0]
+            yield ours.examples, divergence, same
+
     @contextmanager
-    def _teacher(self, live: LiveModel) -> Iterator[LiveModel]:
+    def _beside(self, live: LiveModel) -> Iterator[LiveModel]:
+        """The teacher in memory."""
         known = live.teachers
         if known is not None and self.teacher in known:
             known[self.teacher].cost = Cost()
             yield known[self.teacher]
             return
-        source = open_source(parse_reference(self.teacher, self.folder), self.folder)
         teacher = load(
-            source,
+            self._source(),
             device=live.place,
             dtype=live.dtype.partition(" ")[0],
             max_length=live.max_length,
@@ -87,16 +125,43 @@ class KL(DataTask):
             seed=live.seed,
         )
         try:
-            if teacher.vocabulary != live.vocabulary or (
-                teacher.tokenizer.get_vocab() != live.tokenizer.get_vocab()
-            ):
-                what = f"the teacher {self.teacher} has another vocabulary ({teacher.vocabulary:,} "
-                what += f"entries against {live.vocabulary:,}): their predictions do not compare"
-                hint = "Use a loss, with its bits per byte."
-                raise SourceError(what, model=live.label, hint=hint)
+            self._refuse_other_vocabulary(live, teacher.tokenizer, teacher.vocabulary)
             yield teacher
             if known is not None:
                 known[self.teacher] = teacher
         finally:
             if known is None or self.teacher not in known:
                 teacher.close()
+
+    def _refuse_other_vocabulary(self, live: LiveModel, tokenizer: Any, size: int) -> None:
+        if size == live.vocabulary and tokenizer.get_vocab() == live.tokenizer.get_vocab():
+            return
+        what = f"the teacher {self.teacher} has another vocabulary ({size:,} "
+        what += f"entries against {live.vocabulary:,}): their predictions do not compare"
+        hint = "Use a loss, with its bits per byte."
+        raise SourceError(what, model=live.label, hint=hint)
+
+
+def _whole(
+    live: LiveModel, teacher: LiveModel, items: Sequence[Window], tell: Tell
+) -> Iterator[Compared]:
+    """Over the whole vocabulary: both models run through the same windows in the same batches."""
+    import torch
+
+    pairs = zip(forward(live, items, tell), forward(teacher, items, lambda *_: None), strict=True)
+    for ours, theirs in pairs:
+        q = ours.logits.log_softmax(-1)
+        p = theirs.logits.to(q.device).log_softmax(-1)
+        divergence = torch.nn.functional.kl_div(q, p, log_target=True, reduction="none")
+        yield ours.examples, divergence.sum(-1), q.argmax(-1) == p.argmax(-1)
+
+
+def _sums(compared: Iterator[Compared], count: int) -> tuple[list[float], list[float]]:
+    """Nats and agreements of each example."""
+    import torch
+
+    nats, agree = (torch.zeros(count, dtype=torch.float64) for _ in range(2))
+    for examples, divergence, same in compared:
+        nats += add_up(divergence, examples, count)
+        agree += add_up(same, examples, count)
+    return nats.tolist(), agree.tolist()

@@ -1,9 +1,10 @@
-"""What the sources predict on their own data, kept on disk: no teacher sits beside the student.
+"""What a teacher predicts, kept on disk: it need not sit beside the model that is compared with it.
 
-A teacher runs over its data once. Of each prediction its k likeliest tokens, their
-log-probabilities and that of all others together are kept, in files of a few sequences named by
-everything that decides their content: the model's files, k, temperature, dtype, and the tokens.
-Another run with the same data finds them; the folder may be deleted at any time.
+Learning (`dam`) and the task `kl` with `top_k` share these files. A teacher runs over its data
+once. Of each prediction its k likeliest tokens, their log-probabilities and that of all others
+together are kept, in files of a few sequences named by everything that decides their content: the
+model's files, k, temperature, dtype, and the tokens. Another run with the same data finds them; the
+folder may be deleted at any time.
 """
 
 from __future__ import annotations
@@ -18,10 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from merge_cli.checkpoint.source import Source
-from merge_cli.dam.data import Example, micro_batches
-from merge_cli.dam.losses import kept_predictions
 from merge_cli.errors import ResourceError
 from merge_cli.evaluation.cache import cache_folder
+from merge_cli.evaluation.examples import Example, micro_batches, padded
 from merge_cli.evaluation.live import LiveModel, load
 from merge_cli.sizes import show_size
 
@@ -157,6 +157,30 @@ class Teacher:
         return table
 
 
+def kept_predictions(logits: Any, k: int, temperature: float) -> tuple[Any, Any, Any]:
+    """What is kept of a teacher's prediction.
+
+    Args:
+        logits: [n, vocabulary], float32 or float64.
+        k: tokens to keep; as many as the vocabulary has keeps all.
+
+    Returns:
+        ids [n, k], log-probabilities [n, k] at the temperature, and the tail's [n]; the tail is
+        None where nothing is left over.
+    """
+    z = logits / temperature
+    whole = z.logsumexp(-1, keepdim=True)
+    if k >= z.shape[-1]:
+        import torch
+
+        ids = torch.arange(z.shape[-1], device=z.device).expand(z.shape).contiguous()
+        return ids, z - whole, None
+    ids = z.topk(k, -1).indices
+    logp = z.gather(-1, ids) - whole
+    tail = z.scatter(-1, ids, float("-inf")).logsumexp(-1) - whole[:, 0]
+    return ids, logp, tail
+
+
 def _in_chunks(logits: Any, k: int, temperature: float) -> tuple[Any, Any, Any]:
     """`kept_predictions`, some tokens at a time: it makes several float32 copies of its logits."""
     import torch
@@ -168,25 +192,6 @@ def _in_chunks(logits: Any, k: int, temperature: float) -> tuple[Any, Any, Any]:
     ids, logp, tails = zip(*parts, strict=True)
     tail = None if tails[0] is None else torch.cat(tails)
     return torch.cat(ids), torch.cat(logp), tail
-
-
-def padded(examples: Sequence[Example]) -> tuple[Any, Any, Any]:
-    """ids and mask, int64 [rows, length], and where a prediction counts, bool [rows, length].
-
-    Padding is on the right: with causal attention nothing that counts sees it. The prediction of
-    token i is made at i - 1.
-    """
-    import torch
-
-    width = max(len(one.ids) for one in examples)
-    ids = torch.zeros(len(examples), width, dtype=torch.long)
-    mask = torch.zeros(len(examples), width, dtype=torch.long)
-    counted = torch.zeros(len(examples), width, dtype=torch.bool)
-    for i, one in enumerate(examples):
-        ids[i, : len(one.ids)] = torch.tensor(one.ids)
-        mask[i, : len(one.ids)] = 1
-        counted[i, one.first - 1 : len(one.ids) - 1] = True
-    return ids, mask, counted
 
 
 def _part(table: dict[str, Any], place: int) -> tuple[Any, Any, Any]:

@@ -1,0 +1,124 @@
+"""Model Breadcrumbs: drop the smallest changes, and the very largest. arXiv:2312.06795.
+
+Of a task vector's n elements the int(gamma * n) largest are dropped, then the int(density * n) next
+ones are kept. Equal magnitudes are ranked by index, the lower the larger.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from merge_cli.kernels.arrays import Array
+from merge_cli.kernels.cut import Cut, count_kept, trimmed
+from merge_cli.kernels.elect import disjoint_mean
+from merge_cli.kernels.reduce import add_scaled, divided, weighted_sum
+from merge_cli.kernels.select import exact_cuts, kept_count
+from merge_cli.methods.blocks import Block, RowStream, Span, TensorBlocks
+from merge_cli.methods.parameters import Density, PerModel, Share, each
+from merge_cli.methods.registry import merge_method
+from merge_cli.methods.soup import weights_cancel
+
+# For each task vector: what is kept of it and the outliers, and the outliers alone.
+Cuts = tuple[list[Cut | None], list[Cut | None]]
+
+
+def find_cuts(
+    tensor: TensorBlocks, survey: None, *, density: Sequence[float], gamma: Sequence[float],
+    **_: Any,
+) -> Cuts:  # fmt: skip
+    """The two cuts of each task vector; at density 1 nothing is dropped."""
+    size = tensor.size
+    kept = [kept_count(share, size) for share in density]
+    # What is kept wins: fewer outliers go where both do not fit.
+    outliers = [
+        min(kept_count(share, size), size - keep) for share, keep in zip(gamma, kept, strict=True)
+    ]
+    counts = [a + b for a, b in zip(kept, outliers, strict=True)]
+    stream = RowStream(tensor, lambda block: [*block.operands, *block.operands])
+    cuts = exact_cuts([*counts, *outliers], stream)
+    return cuts[: len(counts)], cuts[len(counts) :]
+
+
+def _between(deltas: list[Array], cuts: Cuts, start: int) -> list[Array]:
+    whole, outliers = (trimmed(deltas, part, start) for part in cuts)
+    # An outlier less itself is 0, and nothing else is touched.
+    return [
+        kept if cut is not None and cut.last_tie == -1 and cut.threshold == float("inf")
+        else kept - out
+        for kept, out, cut in zip(whole, outliers, cuts[1], strict=True)
+    ]  # fmt: skip
+
+
+def kept(block: Block, prepared: Cuts, parameters: Mapping[str, Any]) -> list[int]:
+    """How many elements of each task vector are kept in a block."""
+    start = block.at.start
+    return [
+        count_kept(delta, whole, start) - count_kept(delta, outliers, start)
+        for delta, whole, outliers in zip(block.operands, *prepared, strict=True)
+    ]
+
+
+_SHARED: dict[str, Any] = {
+    "paper": "arXiv:2312.06795", "prepare": find_cuts, "prepare_uses": ("density", "gamma"),
+    "kept": kept, "any_array": True, "ignores": ("rescale", "int8_mask"),
+}  # fmt: skip
+
+
+@merge_method("breadcrumbs", check=weights_cancel, **_SHARED)
+def breadcrumbs(
+    base: Array,
+    deltas: list[Array],
+    at: Span,
+    prepared: Cuts,
+    *,
+    weight: PerModel[float] = each(1.0),
+    density: PerModel[Density] = each(1.0),
+    gamma: PerModel[Share] = each(0.01),
+    normalize: bool = False,
+    lambda_: float = 1.0,
+) -> Array:
+    """Keep each task vector's middle: neither its smallest changes nor its largest outliers.
+
+    Args:
+        weight: how much of each task vector goes in.
+        density: share of its elements that is kept; 1 keeps all, outliers too.
+        gamma: share of its elements, the largest, that is dropped.
+        normalize: divide the sum by the sum of the weights.
+        lambda_: scale of the whole change.
+    """
+    mixed = weighted_sum(weight, _between(deltas, prepared, at.start))
+    if normalize:
+        mixed = divided(mixed, sum(weight))
+    return add_scaled(base, lambda_, mixed)
+
+
+@merge_method("breadcrumbs_ties", **_SHARED)
+def breadcrumbs_ties(
+    base: Array,
+    deltas: list[Array],
+    at: Span,
+    prepared: Cuts,
+    *,
+    weight: PerModel[float] = each(1.0),
+    density: PerModel[Density] = each(1.0),
+    gamma: PerModel[Share] = each(0.01),
+    normalize: bool = False,
+    lambda_: float = 1.0,
+) -> Array:
+    """Keep each task vector's middle, then elect signs and average what agrees, as TIES does.
+
+    Args:
+        weight: how much of each task vector goes in.
+        density: share of its elements that is kept; 1 keeps all, outliers too.
+        gamma: share of its elements, the largest, that is dropped.
+        normalize: divide each element by the sum of the weights that agree.
+        lambda_: scale of the whole change.
+    """
+    mixed = disjoint_mean(
+        _between(deltas, prepared, at.start),
+        weight,
+        weighted_election=True,
+        divide_by="weights" if normalize else "nothing",
+    )
+    return add_scaled(base, lambda_, mixed)

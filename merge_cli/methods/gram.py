@@ -1,0 +1,105 @@
+"""Inner products of a tensor's operands: what all methods on spheres need to know of them.
+
+Means on a sphere stay in the span of what they are means of, so their result is a weighted sum of
+the operands, and the weights follow from inner products alone: one streamed pass, whatever the size
+of the tensor. Sums are float64 and do not depend on blocks (see `kernels.reduce`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+from merge_cli.kernels.arrays import Array, is_numpy
+from merge_cli.kernels.reduce import dot_runs, exact_sum
+from merge_cli.methods.blocks import Block, TensorBlocks, gathered
+
+Along = Literal["rows", "columns"]
+
+
+def gram_matrix(tensor: TensorBlocks) -> Any:
+    """<x_i, x_j> over the whole tensor: numpy float64 [sources, sources]."""
+    import numpy as np
+
+    def products(blocks: Iterator[Block]) -> list[list[float]]:
+        found: dict[tuple[int, int], list[float]] = {}
+        for block in blocks:
+            count = len(block.operands)
+            for i in range(count):
+                for j in range(i, count):
+                    runs = dot_runs(block.operands[i], block.operands[j])
+                    found.setdefault((i, j), []).extend(runs)
+        return list(found.values())
+
+    sums = [exact_sum(parts) for parts in zip(*tensor.map(products), strict=True)]
+    count = int(((8 * len(sums) + 1) ** 0.5 - 1) / 2)
+    gram = np.empty((count, count))
+    for (i, j), value in zip(_pairs(count), sums, strict=True):
+        gram[i, j] = gram[j, i] = value
+    return gram
+
+
+def gram_matrices(tensor: TensorBlocks, along: Along) -> Any:
+    """The same for each row (the last dimension) or column (the first): [n, sources, sources].
+
+    The tensor is held whole. A tensor of one dimension is one row, and all columns of length 1.
+    """
+    import numpy as np
+
+    operands = [_numpy(x).astype(np.float64) for x in gathered(tensor)[1]]
+    axis = -1 if along == "rows" else 0
+    count = len(operands)
+    found: Any = None
+    for i, j in _pairs(count):
+        sums = np.atleast_1d((operands[i] * operands[j]).sum(axis)).reshape(-1)
+        if found is None:
+            found = np.empty((len(sums), count, count))
+        found[:, i, j] = found[:, j, i] = sums
+    return found
+
+
+class Spread:
+    """A coefficient for each row or column of a tensor, for each source, handed out by spans.
+
+    Args:
+        values: float64 [n, sources].
+        width: elements of a slice of the tensor along its first dimension, for columns; of a row.
+    """
+
+    def __init__(self, values: Any, shape: Sequence[int], along: Along) -> None:
+        import numpy as np
+
+        self._values = values
+        self._along = along
+        last = shape[-1] if shape else 1
+        whole = int(np.prod(shape)) if shape else 1
+        self._width = last if along == "rows" else whole // max(shape[0] if shape else 1, 1)
+
+    def of(self, source: int, start: int, like: Array) -> Array:
+        """The coefficients of a flat span, of the kind that `like` is, and as long."""
+        import numpy as np
+
+        places = np.arange(start, start + len(like))
+        index = places // self._width if self._along == "rows" else places % self._width
+        found = self._values[index, source]
+        if is_numpy(like):
+            return found.astype(like.dtype)
+        import torch
+
+        return torch.from_numpy(found).to(like.device, like.dtype)
+
+    def sum_of(self, operands: Sequence[Array], start: int) -> Array:
+        """Sum of c_i * x_i over a span, products and sums rounded one by one."""
+        total: Array = None
+        for source, operand in enumerate(operands):
+            term = operand * self.of(source, start, operand)
+            total = term if total is None else total + term
+        return total
+
+
+def _pairs(count: int) -> list[tuple[int, int]]:
+    return [(i, j) for i in range(count) for j in range(i, count)]
+
+
+def _numpy(array: Array) -> Any:
+    return array if is_numpy(array) else array.cpu().numpy()
