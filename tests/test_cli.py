@@ -28,6 +28,8 @@ from merge_cli.sizes import parse_size, show_seconds, show_size
         ["methods", "ties"],
         ["--version"],
         ["analyze", "--help"],
+        ["init", "--help"],
+        ["push", "--help"],
     ],
 )
 def test_starts_without_heavy_imports(arguments: list[str]) -> None:
