@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from merge_cli.cli.options import QuietOption, switch
+from merge_cli.cli.options import QuietOption, complete_method, switch
 from merge_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -25,7 +25,10 @@ def init(
         list[str] | None, typer.Option("--model", help="A model to merge; may be repeated.")
     ] = None,
     method: Annotated[
-        str | None, typer.Option("--method", help="Instead of the one that is proposed.")
+        str | None,
+        typer.Option(
+            "--method", help="Instead of the one that is proposed.", autocompletion=complete_method
+        ),
     ] = None,
     output: Annotated[
         Path, typer.Option("--output", "-o", help="The recipe's file; - is standard output.")
