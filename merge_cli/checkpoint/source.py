@@ -11,22 +11,19 @@ import difflib
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from merge_cli.checkpoint import hub
-from merge_cli.checkpoint.files import is_companion
+from merge_cli.checkpoint.adapter import Adapter, open_adapter
+from merge_cli.checkpoint.files import CARD, is_companion
 from merge_cli.checkpoint.header import TensorRef, parse_header, read_header_file
+from merge_cli.checkpoint.lora import WEIGHTS, apply_adapter
+from merge_cli.checkpoint.shards import INDEX, find_shards, join_shards, read_config, read_json
 from merge_cli.checkpoint.tensors import Tensor
 from merge_cli.errors import CorruptFileError, HubError, SourceError
 from merge_cli.recipe.reference import HUB, ModelRef, hub_id, local_folder
-
-INDEX = "model.safetensors.index.json"
-CARD = "README.md"  # says the licence and the languages
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-# Whole copies of the same weights in another naming, which some repositories carry beside them.
-_DUPLICATES = ("consolidated",)
 
 
 @dataclass(frozen=True)
@@ -40,6 +37,7 @@ class Source:
         header_bytes: file name -> raw header, for digests.
         hub: the repository it comes from; None for a local folder.
         notes: what a reader of the plan should know.
+        adapter: what `tensors` have been updated with; None for a model as it is.
     """
 
     label: str
@@ -49,6 +47,7 @@ class Source:
     header_bytes: Mapping[str, bytes] = field(repr=False)
     hub: hub.HubModel | None = None
     notes: tuple[str, ...] = ()
+    adapter: Adapter | None = None
 
     def ties(self, head: str) -> bool:
         """Whether the head is the input embedding: as the config says, here or in its text part.
@@ -68,20 +67,47 @@ class Source:
         another revision; it is no proof against a forger.
 
         Args:
-            shards: the files that matter, which must be there; default all.
+            shards: the files that matter, which must be there; default all. An adapter's always do.
 
         Raises:
             CorruptFileError: a file that cannot be read.
         """
         state = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         for name in sorted(self.header_bytes if shards is None else shards):
-            state.update(name.encode() + b"\0" + self.header_bytes[name])
-            try:
-                _add_samples(state, self.root / name)
-            except OSError as error:
-                what = f"cannot be read: {error.strerror}"
-                raise CorruptFileError(what, model=self.label, file=name) from error
+            self._add_file(state, self.root / name, self.header_bytes[name])
+        if self.adapter is not None:
+            state.update(json.dumps(self.adapter.config, sort_keys=True).encode())
+            self._add_file(state, self.adapter.root / WEIGHTS, self.adapter.header)
         return state.hexdigest()
+
+    def _add_file(self, state: hashlib._Hash, path: Path, header: bytes) -> None:
+        state.update(path.name.encode() + b"\0" + header)
+        try:
+            _add_samples(state, path)
+        except OSError as error:
+            what = f"cannot be read: {error.strerror}"
+            raise CorruptFileError(what, model=self.label, file=path.name) from error
+
+    @property
+    def place(self) -> tuple[Path, ...]:
+        """What tells models apart: where the files are, and those of the adapter."""
+        adapter = (self.adapter.root.resolve(),) if self.adapter else ()
+        return (self.root.resolve(), *adapter)
+
+    def download_size(self, shards: Iterable[str]) -> int:
+        """Bytes of these files, and of an adapter, as far as they are on the Hub."""
+        own = sum(self.hub.files.get(name, 0) for name in shards) if self.hub else 0
+        adapter = self.adapter.hub.files.get(WEIGHTS, 0) if self.adapter and self.adapter.hub else 0
+        return own + adapter
+
+    @property
+    def commits(self) -> dict[str, str]:
+        """The commits that it, and its adapter, were resolved to, by how the recipe names them."""
+        model, _, adapter = self.label.partition("+") if self.adapter else (self.label, "", "")
+        found = {model: self.hub} if self.hub else {}
+        if self.adapter and self.adapter.hub:
+            found[adapter] = self.adapter.hub
+        return {name: one.commit for name, one in found.items() if one.commit}
 
     @property
     def revision(self) -> str | None:
@@ -102,8 +128,9 @@ def open_source(model: ModelRef, folder: Path) -> Source:
     """
     label = str(model)
     if model.lora:
-        what = f"the LoRA adapter '{model.lora}' cannot be applied by this version"
-        raise SourceError(what, model=label, hint="Merge it into its base with PEFT first.")
+        base = open_source(ModelRef(model.path, model.revision), folder)
+        return _with_adapter(base, open_adapter(model.lora, model.lora_revision, folder, label),
+                             label)  # fmt: skip
     path = local_folder(model.path, folder)
     if path is not None:
         if model.revision:
@@ -124,6 +151,16 @@ def open_source(model: ModelRef, folder: Path) -> Source:
             raise
         # It reads like a Hub id, and much more like a folder that is here.
         raise HubError(error.what, model=label, hint=f"Did you mean '{near}'?") from error
+
+
+def _with_adapter(base: Source, adapter: Adapter, label: str) -> Source:
+    applied = apply_adapter(
+        base.tensors, adapter.config, adapter.tensors, label=label, stamp=adapter.stamp
+    )
+    return replace(
+        base, label=label, tensors=applied.tensors, adapter=adapter,
+        config={**base.config, **applied.changes}, notes=(*base.notes, *applied.notes),
+    )  # fmt: skip
 
 
 def _looked_for(path: str, folder: Path) -> str:
@@ -147,9 +184,14 @@ def _neighbour(path: str, folder: Path) -> str:
 def fetch_weights(
     source: Source, files: Iterable[str], progress: Callable[[int], None] | None = None
 ) -> None:
-    """Bring the named shards of a Hub model into its folder; local models have theirs."""
+    """Bring the named shards of a Hub model, and its adapter, into their folders.
+
+    Local models have theirs.
+    """
     if source.hub is not None:
         hub.fetch_files(source.hub, sorted(files), progress)
+    if source.adapter is not None and source.adapter.hub is not None:
+        hub.fetch_files(source.adapter.hub, [WEIGHTS], progress)
 
 
 def _add_samples(state: hashlib._Hash, path: Path, places: int = 64, length: int = 4096) -> None:
@@ -165,9 +207,9 @@ def _open_folder(path: Path, label: str) -> Source:
         hint = "Name the model's folder, not a file in it."
         raise SourceError("not a folder", model=label, hint=hint)
     names = {p.name for p in path.iterdir()}
-    config = _read_config(path / "config.json", label) if "config.json" in names else {}
-    index = _read_json(path / INDEX, label) if INDEX in names else None
-    shards, weight_map = _shards(names, index, label)
+    config = read_config(path / "config.json", label) if "config.json" in names else {}
+    index = read_json(path / INDEX, label) if INDEX in names else None
+    shards, weight_map = find_shards(names, index, label)
     headers: dict[str, bytes] = {}
     tensors: dict[str, dict[str, TensorRef]] = {}
     for shard in shards:
@@ -179,7 +221,9 @@ def _open_folder(path: Path, label: str) -> Source:
         headers[shard] = raw
         tensors[shard] = parse_header(raw, file, file.stat().st_size, label)
     notes = () if config else ("has no config.json",)
-    return Source(label, path, config, _join(tensors, weight_map, label), headers, None, notes)
+    return Source(
+        label, path, config, join_shards(tensors, weight_map, label), headers, None, notes
+    )
 
 
 def _open_hub(repo: hub.HubModel, label: str) -> Source:
@@ -188,9 +232,9 @@ def _open_hub(repo: hub.HubModel, label: str) -> Source:
     templates = (name for name in repo.files if name.startswith("additional_chat_templates/"))
     small += sorted(name for name in templates if name.endswith(".jinja"))
     root = hub.fetch_files(repo, small)
-    config = _read_config(root / "config.json", label) if "config.json" in names else {}
-    index = _read_json(root / INDEX, label) if INDEX in names else None
-    shards, weight_map = _shards(names, index, label)
+    config = read_config(root / "config.json", label) if "config.json" in names else {}
+    index = read_json(root / INDEX, label) if INDEX in names else None
+    shards, weight_map = find_shards(names, index, label)
     headers: dict[str, bytes] = {}
     tensors: dict[str, dict[str, TensorRef]] = {}
     for shard in shards:
@@ -203,79 +247,6 @@ def _open_hub(repo: hub.HubModel, label: str) -> Source:
         size = cached.stat().st_size if cached.exists() else repo.files[shard]
         tensors[shard] = parse_header(raw, cached, size, label)
     notes = tuple(filter(None, [repo.note, "" if config else "has no config.json"]))
-    return Source(label, root, config, _join(tensors, weight_map, label), headers, repo, notes)
-
-
-def _shards(names: set[str], index: Any, label: str) -> tuple[list[str], Mapping[str, str] | None]:
-    """Which files hold the weights, in transformers' order of preference, and the index's map."""
-    if "model.safetensors" in names:
-        return ["model.safetensors"], None
-    if index is not None:
-        weight_map = index.get("weight_map") if isinstance(index, dict) else None
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CorruptFileError("has no weight_map", model=label, file=INDEX)
-        checked: set[str] = set()
-        for tensor, shard in weight_map.items():
-            if isinstance(shard, str) and shard in checked:
-                continue
-            place = PurePosixPath(str(shard))
-            if place.is_absolute() or ".." in place.parts or "\\" in str(shard):
-                what = f"names a file outside the model's folder: '{shard}'"
-                raise CorruptFileError(what, model=label, file=INDEX, tensor=tensor)
-            if not isinstance(shard, str) or not shard.endswith(".safetensors"):
-                what = f"names a file that is not safetensors: {shard!r}"
-                raise CorruptFileError(what, model=label, file=INDEX, tensor=tensor)
-            checked.add(shard)
-        return sorted(checked), weight_map
-    found = sorted(
-        name
-        for name in names
-        if name.endswith(".safetensors")
-        and not name.startswith("adapter_")
-        and not name.startswith(_DUPLICATES)
+    return Source(
+        label, root, config, join_shards(tensors, weight_map, label), headers, repo, notes
     )
-    if found:
-        return found, None
-    if any(name.startswith("adapter_") for name in names):
-        what = "this is a LoRA adapter, not a model; this version merges models"
-        raise SourceError(what, model=label, hint="Merge it into its base with PEFT first.")
-    pickled = sorted(name for name in names if name.endswith(_PICKLES))
-    if pickled:
-        what = f"its weights are pickled ({pickled[0]}), and opening a pickle runs its code"
-        convert = (
-            'python -c "from transformers import AutoModelForCausalLM as M; '
-            f"M.from_pretrained('{label}', dtype='auto').save_pretrained('converted')\""
-        )
-        raise SourceError(what, model=label, hint=f"If you trust it, convert it first: {convert}")
-    raise SourceError("has no safetensors files", model=label, hint="Is this a model's folder?")
-
-
-def _join(
-    tensors: Mapping[str, Mapping[str, TensorRef]], weight_map: Mapping[str, str] | None, label: str
-) -> dict[str, TensorRef]:
-    joined: dict[str, TensorRef] = {}
-    for shard, refs in tensors.items():
-        if not joined.keys().isdisjoint(refs):
-            name = next(name for name in refs if name in joined)
-            what = f"occurs in two files, {joined[name].path.name} and {shard}"
-            raise CorruptFileError(what, model=label, tensor=name)
-        joined.update(refs)
-    for name, shard in (weight_map or {}).items():
-        if name not in tensors[shard]:
-            what = "the index places this tensor here, but the file does not have it"
-            raise CorruptFileError(what, model=label, file=shard, tensor=name)
-    return joined
-
-
-def _read_config(path: Path, label: str) -> dict[str, Any]:
-    config = _read_json(path, label)
-    if not isinstance(config, dict):
-        raise CorruptFileError("is not a mapping", model=label, file=path.name)
-    return config
-
-
-def _read_json(path: Path, label: str) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise CorruptFileError(f"cannot be read: {error}", model=label, file=path.name) from None

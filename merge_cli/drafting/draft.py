@@ -90,7 +90,7 @@ def draft(found: Study, path: Path, method: str | None = None) -> Draft:
     if advice.recipe is None:
         problems = [Problem(note) for note in found.notes]
         raise MismatchError(problems, f"no recipe was written: {advice.summary}")
-    commits = {s.label: s.hub.commit for s in found.look.sources if s.hub is not None}
+    commits = {name: c for source in found.look.sources for name, c in source.commits.items()}
     folder = path.absolute().parent
     text = advice_text(advice, advice.recipe, found.about, folder, commits)
     make_plan(load_recipe(path.absolute(), text=text))

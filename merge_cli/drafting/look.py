@@ -15,11 +15,12 @@ from merge_cli.analysis.tokenizers import (
 )
 from merge_cli.checkpoint.header import DTYPES, MERGEABLE
 from merge_cli.checkpoint.hub import is_cached
+from merge_cli.checkpoint.lora import WEIGHTS
 from merge_cli.checkpoint.source import Source
 from merge_cli.errors import MismatchError
 from merge_cli.recipe.reference import hub_id
 from merge_cli.recipe.schema import Recipe
-from merge_cli.report.card_metadata import source_card
+from merge_cli.report.card_metadata import source_cards
 from merge_cli.sizes import show_size
 
 
@@ -58,8 +59,14 @@ class Look:
     def is_here(self) -> bool:
         """Whether all weights are on this machine."""
         return all(
-            source.hub is None or all(is_cached(source.hub, name) for name in source.header_bytes)
+            is_cached(repository, name)
             for source in self.sources
+            for repository, names in (
+                (source.hub, tuple(source.header_bytes)),
+                (source.adapter.hub if source.adapter else None, (WEIGHTS,)),
+            )
+            if repository is not None
+            for name in names
         )
 
     @property
@@ -155,7 +162,7 @@ def _repository(source: Source) -> str:
 
 def _parent(source: Source) -> str | None:
     """The one model that a card, or else a config, names as what this one was made from."""
-    named = source_card(source).get("base_model")
+    named = source_cards(source)[0].get("base_model")
     listed = named if isinstance(named, list) else [named or source.config.get("_name_or_path")]
     found = {one for one in listed if isinstance(one, str) and "/" in one and hub_id(one)}
     parent = found.pop() if len(found) == 1 else None

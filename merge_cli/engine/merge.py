@@ -9,7 +9,8 @@ from pathlib import Path
 from merge_cli.checkpoint.files import code_files, copy_companions
 from merge_cli.checkpoint.layout import index_json
 from merge_cli.checkpoint.raw import write_error
-from merge_cli.checkpoint.source import INDEX, fetch_weights
+from merge_cli.checkpoint.shards import INDEX
+from merge_cli.checkpoint.source import fetch_weights
 from merge_cli.engine.device import choose_device
 from merge_cli.engine.journal import work_key
 from merge_cli.engine.loop import run_loop
@@ -87,16 +88,23 @@ def check_target(plan: Plan, target: Path, options: MergeOptions) -> None:
 def _precious(plan: Plan) -> list[Path]:
     """What no output may replace: the sources, the recipe, and where we stand."""
     recipe = [Path(plan.recipe.file)] if plan.recipe.file else []
-    return [*(source.root for source in plan.sources), plan.recipe.folder, *recipe, Path.cwd()]
+    adapters = [source.adapter.root for source in plan.sources if source.adapter]
+    return [
+        *(source.root for source in plan.sources),
+        *adapters,
+        plan.recipe.folder,
+        *recipe,
+        Path.cwd(),
+    ]
 
 
 def fetch_inputs(plan: Plan, show: Show) -> None:
     """Download the shards that the plan reads, of models that are on the Hub."""
     for i, source in enumerate(plan.sources):
-        if source.hub is None:
+        if source.hub is None and (source.adapter is None or source.adapter.hub is None):
             continue
         wanted = plan.shards_read(i)
-        total = sum(source.hub.files.get(name, 0) for name in wanted)
+        total = source.download_size(wanted)
         fetched = 0
 
         def progress(count: int, label: str = source.label, total: int = total) -> None:
@@ -144,7 +152,8 @@ def write_companions(plan: Plan, folder: Path, options: MergeOptions) -> None:
 
 def _write_config(plan: Plan, donor: Path, target: Path) -> None:
     """The donor's own bytes where nothing changed."""
-    if plan.config == plan.sources[plan.donor].config:
+    source = plan.sources[plan.donor]
+    if plan.config == source.config and source.adapter is None:
         target.write_bytes(donor.read_bytes())
     else:
         text = json.dumps(dict(plan.config), indent=2, ensure_ascii=False) + "\n"

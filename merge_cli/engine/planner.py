@@ -184,7 +184,7 @@ def _open_all(recipe: Recipe) -> tuple[Recipe, list[Source]]:
     if recipe.base_model is not None:
         references = {recipe.base_model: None, **references}
     opened: dict[ModelRef, Source] = {}
-    first: dict[Path, ModelRef] = {}
+    first: dict[tuple[Path, ...], ModelRef] = {}
     spelling: dict[ModelRef, ModelRef] = {}
     errors: list[MergeCliError] = []
     for reference in references:
@@ -194,7 +194,7 @@ def _open_all(recipe: Recipe) -> tuple[Recipe, list[Source]]:
             errors.append(error)
             continue
         # `base` and `./base`, a branch and its commit: one model, whose spelling decides nothing.
-        spelling[reference] = first.setdefault(source.root.resolve(), reference)
+        spelling[reference] = first.setdefault(source.place, reference)
         opened.setdefault(spelling[reference], source)
     if len(errors) == 1:
         raise errors[0]

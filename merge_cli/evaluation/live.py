@@ -110,6 +110,10 @@ def load(
         SourceError: transformers cannot load it as a causal language model.
         ResourceError: the device is not there, or accelerate is needed and missing.
     """
+    if source.adapter is not None:
+        what = "an adapter is applied while merging, and here the model is run"
+        hint = "Merge the two into a folder first: `merge_method: passthrough`, one model."
+        raise SourceError(what, model=source.label, hint=hint)
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -140,7 +140,7 @@ class _Run:
     def text_of(self, recipe: Recipe, score: float) -> str:
         """The static recipe as YAML, with paths that lead from beside OUT."""
         plan = self._decided.plan
-        commits = {s.label: s.hub.commit for s in plan.sources if s.hub is not None}
+        commits = {name: c for source in plan.sources for name, c in source.commits.items()}
         locate = path_from(self._target.absolute(), recipe.folder, commits)
         name = self._decided.recipe.merge_method
         header = f"found by {name}, score {score:.6g}; merge-cli run merges it without a search"

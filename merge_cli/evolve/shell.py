@@ -10,7 +10,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from merge_cli.checkpoint.source import INDEX, open_source
+from merge_cli.checkpoint.shards import INDEX
+from merge_cli.checkpoint.source import open_source
 from merge_cli.engine.merge import write_companions
 from merge_cli.engine.options import MergeOptions
 from merge_cli.engine.plan import Plan

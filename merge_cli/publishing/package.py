@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from merge_cli.checkpoint.source import CARD, INDEX
+from merge_cli.checkpoint.files import CARD
+from merge_cli.checkpoint.shards import INDEX
 from merge_cli.errors import CorruptFileError, SourceError
 from merge_cli.report.card import card_for
 from merge_cli.report.card_metadata import front_matter
@@ -116,12 +118,18 @@ def _notes(folder: Path, card: str) -> list[str]:
     return notes
 
 
+def _is_local(entry: Mapping[str, Any]) -> bool:
+    """Whether a source of a report, or the adapter that was applied to it, is a folder."""
+    adapter = str(entry["model"]).partition("+")[2]
+    return not entry.get("revision") or adapter.startswith((".", "/", "~"))
+
+
 def _local_models(folder: Path) -> list[str]:
     """The sources that the report knows no commit of, as it names them."""
     try:
         report: Any = json.loads((folder / REPORT).read_text(encoding="utf-8"))
         inputs = report["inputs"]
-        return [str(one["model"]) for one in inputs if not one.get("revision")]
+        return [str(one["model"]) for one in inputs if _is_local(one)]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         what = f"is not a report of merge-cli: {error!r}"
         raise CorruptFileError(what, model=str(folder), file=REPORT) from error

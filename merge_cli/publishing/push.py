@@ -15,7 +15,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from merge_cli.checkpoint.source import CARD, INDEX
+from merge_cli.checkpoint.files import CARD
+from merge_cli.checkpoint.shards import INDEX
 from merge_cli.engine.options import Progress
 from merge_cli.errors import CorruptFileError, HubError, UsageError
 from merge_cli.publishing.package import REPORT, Package, pack
@@ -88,10 +89,11 @@ def push(
             head = api.model_info(repo_id, revision=branch, files_metadata=True)
         there = {file.rfilename: file for file in head.siblings or []}
         stale = _stale(package, there, repo_id, overwrite)
-        additions = [
-            CommitOperationAdd(path_in_repo=name, path_or_fileobj=package.content(name))
-            for name in package.files
-        ]
+        with explained_upload(repo_id):
+            additions = [
+                CommitOperationAdd(path_in_repo=name, path_or_fileobj=package.content(name))
+                for name in package.files
+            ]
         sent = 0
         for addition in additions:
             name = addition.path_in_repo

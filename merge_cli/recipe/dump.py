@@ -82,10 +82,14 @@ def path_from(target: Path, folder: Path, commits: Mapping[str, str]) -> Locate:
 
     Args:
         folder: where the recipe's own relative paths start.
-        commits: model as the recipe names it -> the commit it was resolved to.
+        commits: model, or adapter, as the recipe names it -> the commit it was resolved to.
     """
 
     def locate(model: ModelRef) -> str:
+        if model.lora:
+            base, adapter = ModelRef(model.path, model.revision), ModelRef(
+                model.lora, model.lora_revision)  # fmt: skip
+            return f"{locate(base)}+{locate(adapter)}"
         place = local_folder(model.path, folder)
         if place is not None:
             # realpath, or a link on the way would make the dots lead elsewhere.

@@ -19,6 +19,7 @@ from merge_cli.report.card_metadata import (
     card_metadata,
     generates_text,
     licence_note,
+    repositories,
     used_sources,
 )
 
@@ -38,6 +39,9 @@ def model_card(plan: Plan, defaults: Mapping[str, Any], title: str) -> str:
 
     def public(model: ModelRef) -> str:
         """A Hub id as it is; of a local path, its last part alone."""
+        if model.lora:
+            base = ModelRef(model.path, model.revision)
+            return f"{public(base)}+{public(ModelRef(model.lora, model.lora_revision))}"
         if local_folder(model.path, recipe.folder) is not None:
             return names.get(str(model), str(model).rstrip("/").rpartition("/")[2])
         return str(model).removeprefix(HUB)
@@ -116,11 +120,17 @@ def _source_row(plan: Plan, source: Source, name: str) -> str:
     based = plan.base is not None and source is plan.sources[plan.base]
     merged = any(source is plan.sources[i] for i in plan.operands)
     role = " and ".join(word for word, holds in (("base", based), ("merged", merged)) if holds)
-    if source.hub is None:
-        return f"| `{name}` | {role} | a local folder |"
-    page = f"https://huggingface.co/{source.hub.repo_id}"
-    commit = source.hub.commit
-    return f"| [{name}]({page}) | {role} | [`{commit}`]({page}/tree/{commit}) |"
+    found = repositories(source)
+    commits = [
+        f"[`{one.commit}`](https://huggingface.co/{one.repo_id}/tree/{one.commit})" for one in found
+    ]
+    if len(found) < 1 + bool(source.adapter):
+        commits.append("a local folder")
+    if len(found) == 1 and not source.adapter:
+        name = f"[{name}](https://huggingface.co/{found[0].repo_id})"
+    else:
+        name = f"`{name}`"
+    return f"| {name} | {role} | {', '.join(commits)} |"
 
 
 def _listed(names: list[str]) -> str:

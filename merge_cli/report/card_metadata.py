@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
 
-from merge_cli.checkpoint.source import CARD, Source
+from merge_cli.checkpoint.files import CARD
+from merge_cli.checkpoint.hub import HubModel
+from merge_cli.checkpoint.source import Source
 from merge_cli.engine.plan import Plan
 
 # What a recipe's `metadata` may say of the card in its author's words; everything else stays free.
@@ -33,9 +36,19 @@ def front_matter(text: str) -> dict[str, Any]:
     return data if isinstance(data, dict) else {}
 
 
-def source_card(source: Source) -> dict[str, Any]:
-    """What a source's own card says; empty without a card."""
-    path = source.root / CARD
+def source_cards(source: Source) -> list[dict[str, Any]]:
+    """What a source's own card says, and that of the adapter on it; empty where there is none."""
+    roots = [source.root, *([source.adapter.root] if source.adapter else [])]
+    return [_card(root / CARD) for root in roots]
+
+
+def repositories(source: Source) -> list[HubModel]:
+    """Where a source comes from on the Hub: itself, and the adapter on it."""
+    found = [source.hub, source.adapter.hub if source.adapter else None]
+    return [one for one in found if one is not None]
+
+
+def _card(path: Path) -> dict[str, Any]:
     try:
         return front_matter(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except (OSError, UnicodeError):
@@ -49,11 +62,11 @@ def card_metadata(plan: Plan) -> dict[str, Any]:
     those of all sources. The recipe's `metadata` has the last word on all of them.
     """
     used = used_sources(plan)
-    cards = [source_card(source) for source in used]
+    cards = [card for source in used for card in source_cards(source)]
     own = {key: plan.recipe.metadata[key] for key in OWN_WORDS if plan.recipe.metadata.get(key)}
     front: dict[str, Any] = {}
     # `base_model` links to the Hub: names of local folders would lead nowhere.
-    bases = list(dict.fromkeys(source.hub.repo_id for source in used if source.hub is not None))
+    bases = list(dict.fromkeys(one.repo_id for source in used for one in repositories(source)))
     if bases:
         front |= {"base_model": bases, "base_model_relation": "merge"}
     licences = [tuple(_word(card, key) for key in _LICENCE) for card in cards]
@@ -74,12 +87,12 @@ def licence_note(plan: Plan) -> str:
     """A sentence where the sources do not agree on a licence; empty where nothing is to be said."""
     if plan.recipe.metadata.get("license"):
         return ""
-    cards = {source.label: source_card(source) for source in used_sources(plan)}
-    stated = {label: _word(card, "license") for label, card in cards.items()}
-    if len({tuple(_word(card, key) for key in _LICENCE) for card in cards.values()}) == 1:
+    cards = [card for source in used_sources(plan) for card in source_cards(source)]
+    if len({tuple(_word(card, key) for key in _LICENCE) for card in cards}) == 1:
         return ""  # one licence for all, or none known at all
-    known = sorted({word for word in stated.values() if word})
-    silent = sum(not word for word in stated.values())
+    stated = [_word(card, "license") for card in cards]
+    known = sorted({word for word in stated if word})
+    silent = sum(not word for word in stated)
     text = f"The sources state these licences: {', '.join(known)}"
     text += f"; {silent} of them state{'s' * (silent == 1)} none" if silent else ""
     return text + ". Which one the merge may carry is for its author to say."

@@ -44,7 +44,7 @@ def write_reports(
         the report.
     """
     recipe = plan.recipe
-    commits = {s.label: s.hub.commit for s in plan.sources if s.hub is not None}
+    commits = {name: c for source in plan.sources for name, c in source.commits.items()}
     locate = path_from(target, recipe.folder, commits)
     references = dict.fromkeys(
         [

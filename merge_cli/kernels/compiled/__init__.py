@@ -29,7 +29,13 @@ from merge_cli.kernels.compiled.masks import count_masked, drop
 from merge_cli.kernels.compiled.measures import count_signs, gram, quick_change
 from merge_cli.kernels.compiled.relations import count_relations, key_of_rank
 from merge_cli.kernels.compiled.singular import eigenvalues, own_products, tridiagonal
-from merge_cli.kernels.compiled.sums import absolute_runs, add_scaled, dot_runs, weighted_sum
+from merge_cli.kernels.compiled.sums import (
+    absolute_runs,
+    add_scaled,
+    dot_runs,
+    low_rank_product,
+    weighted_sum,
+)
 
 __all__ = [
     "COUNT",
@@ -56,6 +62,7 @@ __all__ = [
     "find_tie",
     "gram",
     "key_of_rank",
+    "low_rank_product",
     "non_finite",
     "not_empty",
     "own_products",

@@ -69,3 +69,17 @@ def absolute_runs(a, run, sums):
         for lane in range(_LANES):
             total += lanes[lane]
         sums[r] = total
+
+
+@kernel("void(f4[:, ::1], f4[:, ::1], f4[:, ::1])")
+def low_rank_product(left, right, out):
+    """out += left @ right, k after k: a product, then an addition, each rounded."""
+    rank, columns = right.shape
+    for i in range(len(out)):
+        for begin in range(0, columns, CHUNK):
+            end = min(begin + CHUNK, columns)
+            total = out[i, begin:end]
+            for k in range(rank):
+                row, factor = right[k, begin:end], left[i, k]
+                for j in range(end - begin):
+                    total[j] = total[j] + row[j] * factor

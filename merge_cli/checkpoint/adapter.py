@@ -1,0 +1,97 @@
+"""Opening a LoRA adapter: a folder, or a repository on the Hub, with a config and one file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from merge_cli.checkpoint import hub
+from merge_cli.checkpoint.files import CARD
+from merge_cli.checkpoint.header import TensorRef, parse_header, read_header_file
+from merge_cli.checkpoint.lora import CONFIG, WEIGHTS
+from merge_cli.errors import CorruptFileError, SourceError
+from merge_cli.recipe.reference import hub_id, local_folder
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An opened adapter.
+
+    Attributes:
+        root: its folder; a Hub adapter's weights may not be in it yet.
+        stamp: tells its weights apart from others at their place.
+    """
+
+    root: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, TensorRef]
+    header: bytes
+    stamp: str
+    hub: hub.HubModel | None = None
+
+
+def open_adapter(path: str, revision: str | None, folder: Path, label: str) -> Adapter:
+    """Find an adapter and read its config and header.
+
+    Args:
+        folder: where relative paths start.
+        label: the model with the adapter, for messages.
+
+    Raises:
+        SourceError: missing, or none.
+        CorruptFileError: a config or header that does not hold.
+        HubError: a repository that cannot be had.
+    """
+    place = local_folder(path, folder)
+    repository = hub_id(path)
+    if place is None and repository is None:
+        hint = f"Looked in {folder} and in {Path.cwd()}."
+        raise SourceError(f"no such adapter folder: {path}", model=label, hint=hint)
+    if place is None and repository is not None:
+        return _on_hub(hub.open_hub(repository, revision), label)
+    assert place is not None
+    if revision:
+        hint = "Remove the part after '@'."
+        raise SourceError(f"a folder has no revision '{revision}'", model=label, hint=hint)
+    names = {one.name for one in place.iterdir()} if place.is_dir() else set()
+    _need(names, label, path)
+    file = place / WEIGHTS
+    raw = read_header_file(file, label)
+    about = file.stat()
+    tensors = parse_header(raw, file, about.st_size, label)
+    stamp = f"{about.st_size} {about.st_mtime_ns}"
+    return Adapter(place, _config(place / CONFIG, label), tensors, raw, stamp)
+
+
+def _on_hub(repo: hub.HubModel, label: str) -> Adapter:
+    _need(set(repo.files), label, repo.repo_id)
+    root = hub.fetch_files(repo, [CONFIG, *([CARD] if CARD in repo.files else [])])
+    raw = hub.read_header(repo, WEIGHTS)
+    tensors = parse_header(raw, root / WEIGHTS, repo.files[WEIGHTS], label)
+    return Adapter(root, _config(root / CONFIG, label), tensors, raw, str(repo.commit), repo)
+
+
+def _need(names: set[str], label: str, path: str) -> None:
+    if CONFIG not in names:
+        what = f"{path} is no adapter: it has no {CONFIG}"
+        raise SourceError(what, model=label, hint="Name the folder that PEFT saved.")
+    if WEIGHTS not in names:
+        pickled = "adapter_model.bin" in names
+        what = f"{path} has no {WEIGHTS}"
+        if pickled:
+            what = f"the weights of {path} are pickled, and opening a pickle runs its code"
+        hint = "Load it with PEFT, if you trust it, and save it again." if pickled else ""
+        raise SourceError(what, model=label, hint=hint)
+
+
+def _config(path: Path, label: str) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CorruptFileError(f"cannot be read: {error}", model=label, file=path.name) from None
+    if not isinstance(found, dict):
+        raise CorruptFileError("is not a mapping", model=label, file=path.name)
+    return found

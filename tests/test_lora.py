@@ -1,0 +1,270 @@
+"""Adapters against PEFT: what `merge_and_unload` makes of them is what a merge reads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+import yaml
+from safetensors.torch import load_file, save_file
+from tiny import read_model
+
+import merge_cli
+from merge_cli.engine.merge import MergeOptions
+from merge_cli.engine.planner import load_recipe, make_plan
+from merge_cli.errors import MismatchError, SourceError, UsageError
+
+peft = pytest.importorskip("peft")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"
+)
+OPTIONS = MergeOptions(device="cpu", threads=1)
+LINEAR = ["q_proj", "v_proj", "down_proj"]
+
+
+def llama(**changes: Any) -> Any:
+    torch.manual_seed(0)
+    about = {
+        "vocab_size": 48, "hidden_size": 16, "intermediate_size": 40, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False,
+        "max_position_embeddings": 64, **changes,
+    }  # fmt: skip
+    return hf.LlamaForCausalLM(hf.LlamaConfig(**about))
+
+
+def gpt2() -> Any:
+    torch.manual_seed(0)
+    about = {"vocab_size": 48, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32}
+    return hf.GPT2LMHeadModel(hf.GPT2Config(**about))
+
+
+def write(folder: Path, make: Callable[[], Any], seed: int, **about: Any) -> Any:
+    """base and an adapter with random factors; returns what PEFT makes of the two."""
+    base = make()
+    if not (folder / "base").exists():
+        base.save_pretrained(folder / "base")
+    model = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", **about))
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            noise = torch.randn(parameter.shape, generator=generator) * 0.1
+            with torch.no_grad():
+                # DoRA's lengths stay near what they are.
+                parameter.copy_(parameter + noise if "magnitude" in name else noise)
+    model.save_pretrained(folder / f"adapter{seed}")
+    return model.merge_and_unload()
+
+
+def passthrough(folder: Path, source: Any = "base+adapter1", **keys: Any) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump({
+        "merge_method": "passthrough", "models": [{"model": source}], **keys,
+    }, sort_keys=False))  # fmt: skip
+    return path
+
+
+def merge(recipe: Path, out: Path) -> dict[str, torch.Tensor]:
+    return read_model(merge_cli.merge(recipe, out, options=OPTIONS).path)
+
+
+CASES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
+    "plain": (llama, {"r": 4, "lora_alpha": 6, "target_modules": LINEAR}),
+    "rslora": (llama, {"r": 4, "lora_alpha": 6, "target_modules": LINEAR, "use_rslora": True}),
+    "patterns": (llama, {
+        "r": 4, "lora_alpha": 6, "target_modules": LINEAR,
+        "rank_pattern": {"down_proj": 8, "layers.1.self_attn.q_proj": 2},
+        "alpha_pattern": {r".*\.0\.self_attn\.v_proj": 32}}),
+    "dora": (llama, {"r": 4, "lora_alpha": 6, "target_modules": LINEAR, "use_dora": True}),
+    "all linear": (llama, {"r": 2, "lora_alpha": 4, "target_modules": "all-linear"}),
+    "modules to save": (llama, {
+        "r": 4, "target_modules": LINEAR, "modules_to_save": ["lm_head", "norm"]}),
+    "embeddings": (llama, {"r": 4, "target_modules": ["embed_tokens", "q_proj", "lm_head"]}),
+    "biases": (lambda: llama(attention_bias=True), {
+        "r": 4, "target_modules": ["q_proj"], "bias": "all"}),
+    "biases of its layers": (lambda: llama(attention_bias=True), {
+        "r": 4, "target_modules": ["q_proj"], "bias": "lora_only"}),
+    "stored [in, out]": (gpt2, {
+        "r": 4, "target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}),
+    "some layers": (llama, {
+        "r": 4, "target_modules": LINEAR, "layers_to_transform": [1]}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_an_adapter_is_what_peft_merges(tmp_path: Path, case: str) -> None:
+    make, about = CASES[case]
+    expected = write(tmp_path, make, 1, **about).state_dict()
+    base = read_model(tmp_path / "base")
+    found = merge(passthrough(tmp_path), tmp_path / "out")
+    assert found.keys() == base.keys()
+    changed = 0
+    for name, tensor in found.items():
+        wanted = next(v for key, v in expected.items() if key.endswith(name))
+        torch.testing.assert_close(tensor, wanted, rtol=1e-5, atol=1e-6)
+        changed += not torch.equal(tensor, base[name])
+    assert changed
+
+
+def test_rounded_once_and_the_same_bytes_however_it_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = write(tmp_path, llama, 1, r=4, lora_alpha=6, target_modules=LINEAR, use_dora=True)
+    recipe = passthrough(tmp_path, dtype="bfloat16")
+    whole = merge(recipe, tmp_path / "whole")
+    for name, tensor in whole.items():
+        rounded = expected.state_dict()[name].bfloat16()
+        assert float((tensor != rounded).double().mean()) < 0.01, name  # at a midpoint, perhaps
+    from merge_cli.engine import memory, units
+
+    monkeypatch.setattr(units, "UNIT_BYTES", 1)
+    for module in (units, memory):
+        monkeypatch.setattr(module, "BLOCK_MULTIPLE", 24)  # not a whole number of rows
+    monkeypatch.setattr(memory, "_HOST_BLOCK", 24)
+    small = merge(recipe, tmp_path / "small")
+    assert all(torch.equal(whole[name], small[name]) for name in whole)
+    from merge_cli.kernels import compiled
+
+    monkeypatch.setattr(compiled, "available", lambda: "switched off")
+    plain = merge(recipe, tmp_path / "plain")
+    assert all(torch.equal(whole[name], plain[name]) for name in whole)
+
+
+def test_adapters_take_part_in_any_merge_and_the_resolved_recipe_repeats_it(tmp_path: Path) -> None:
+    models = [
+        write(tmp_path, llama, seed, r=4, target_modules=LINEAR).state_dict() for seed in (1, 2)
+    ]
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "merge_method: ties\nbase_model: base\nmodels:\n"
+        "  - {model: base+adapter1, parameters: {density: 0.5}}\n"
+        "  - model: {model: {path: base}, lora: {path: adapter2}}\n"
+    )
+    result = merge_cli.merge(recipe, tmp_path / "out", options=OPTIONS)
+    found = read_model(result.path)
+    for number, state in enumerate(models):
+        for name in found:
+            torch.testing.assert_close(
+                state[name], merge_cli_passthrough(tmp_path, number + 1)[name],
+                rtol=1e-5, atol=1e-6,
+            )  # fmt: skip
+    # The same merge of what PEFT has merged.
+    for number, state in enumerate(models, start=1):
+        net = llama()
+        net.load_state_dict(state)
+        net.save_pretrained(tmp_path / f"merged{number}")
+    recipe.write_text(
+        "merge_method: ties\nbase_model: base\nmodels:\n"
+        "  - {model: merged1, parameters: {density: 0.5}}\n  - model: merged2\n"
+    )
+    plain = merge(recipe, tmp_path / "plain")
+    for name in found:
+        close = (found[name] - plain[name]).abs() < 1e-5
+        assert float(close.double().mean()) > 0.99, name
+    written = yaml.safe_load((result.path / "merge_recipe.yaml").read_text())
+    assert [one["model"] for one in written["models"]] == [
+        "../base+../adapter1", "../base+../adapter2"
+    ]  # fmt: skip
+    assert len(set(written["inputs"].values())) == 3
+    again = merge(result.path / "merge_recipe.yaml", tmp_path / "again")
+    assert all(torch.equal(found[name], again[name]) for name in found)
+    file = tmp_path / "adapter2" / "adapter_model.safetensors"
+    save_file({k: v * 2 for k, v in load_file(file).items()}, file)
+    with pytest.raises(SourceError, match="is not the model that this recipe was resolved with"):
+        merge_cli.merge(result.path / "merge_recipe.yaml", tmp_path / "third", options=OPTIONS)
+
+
+def merge_cli_passthrough(folder: Path, number: int) -> dict[str, torch.Tensor]:
+    out = folder / f"through{number}"
+    if out.exists():
+        return read_model(out)
+    return merge(passthrough_of(folder, f"base+adapter{number}"), out)
+
+
+def passthrough_of(folder: Path, source: str) -> Path:
+    path = folder / "through.yaml"
+    path.write_text(f"merge_method: passthrough\nmodels: [{{model: {source}}}]\n")
+    return path
+
+
+def test_stopped_and_continued_with_another_adapter_is_refused(tmp_path: Path) -> None:
+    from merge_cli.engine.journal import work_key
+
+    write(tmp_path, llama, 1, r=4, target_modules=LINEAR)
+    recipe = passthrough(tmp_path)
+    key = work_key(make_plan(load_recipe(recipe)), "cpu", True)
+    assert key == work_key(make_plan(load_recipe(recipe)), "cpu", True)
+    config = tmp_path / "adapter1" / "adapter_config.json"
+    about = json.loads(config.read_text())
+    config.write_text(json.dumps({**about, "lora_alpha": 99}))
+    assert key != work_key(make_plan(load_recipe(recipe)), "cpu", True)
+
+
+def test_what_is_not_applied_is_refused_by_name(tmp_path: Path) -> None:
+    write(tmp_path, llama, 1, r=4, target_modules=LINEAR)
+    recipe, folder = passthrough(tmp_path), tmp_path / "adapter1"
+    weights, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    tensors, about = load_file(weights), json.loads(config.read_text())
+
+    def with_tensors(changed: dict[str, torch.Tensor]) -> None:
+        save_file(changed, weights)
+
+    prefix = "base_model.model.model.layers.0."
+    with_tensors({**tensors, f"{prefix}self_attn.z_proj.lora_A.weight": torch.zeros(4, 16)})
+    with pytest.raises(MismatchError, match="the adapter changes it, the model lacks it"):
+        make_plan(load_recipe(recipe))
+    with_tensors({**tensors, f"{prefix}gate.weight": torch.zeros(4, 16)})
+    with pytest.raises(MismatchError, match="the adapter brings it, the model lacks it"):
+        make_plan(load_recipe(recipe))
+    name = f"{prefix}self_attn.q_proj.lora_B.weight"
+    with_tensors({k: v for k, v in tensors.items() if k != name})
+    with pytest.raises(MismatchError, match="lacks a factor"):
+        make_plan(load_recipe(recipe))
+    with_tensors({**tensors, name: torch.zeros(15, 4)})
+    with pytest.raises(MismatchError, match=r"factors \[4, 16\] and \[15, 4\] do not make"):
+        make_plan(load_recipe(recipe))
+    with_tensors(tensors)
+    config.write_text(json.dumps({**about, "peft_type": "LOHA"}))
+    with pytest.raises(SourceError, match="of the kind LOHA"):
+        make_plan(load_recipe(recipe))
+    config.unlink()
+    with pytest.raises(SourceError, match="is no adapter: it has no adapter_config"):
+        make_plan(load_recipe(recipe))
+    with pytest.raises(SourceError, match="no such adapter folder: ./nowhere/x"):
+        make_plan(load_recipe(passthrough(tmp_path, "base+./nowhere/x")))
+    with pytest.raises(SourceError, match="LoRA adapter, not a model") as caught:
+        make_plan(load_recipe(passthrough(tmp_path, "adapter1")))
+    assert "BASE+adapter1" in caught.value.hint
+
+
+def test_more_tokens_come_with_their_vocabulary(tmp_path: Path) -> None:
+    write(tmp_path, llama, 1, r=4, target_modules=["q_proj"],
+          modules_to_save=["embed_tokens", "lm_head"])  # fmt: skip
+    weights = tmp_path / "adapter1" / "adapter_model.safetensors"
+    grown = {
+        name: torch.cat([value, torch.ones(2, 16)]) if len(value) == 48 else value
+        for name, value in load_file(weights).items()
+    }
+    save_file(grown, weights)
+    found = merge(passthrough(tmp_path), tmp_path / "out")
+    assert found["model.embed_tokens.weight"].shape == (50, 16)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == 50
+    hf.LlamaForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_a_model_with_an_adapter_is_not_run(tmp_path: Path) -> None:
+    write(tmp_path, llama, 1, r=4, target_modules=LINEAR)
+    (tmp_path / "rows.jsonl").write_text('{"text": "abc"}\n')
+    with pytest.raises((SourceError, UsageError), match="an adapter is applied while merging"):
+        merge_cli.evaluate(f"{tmp_path}/base+{tmp_path}/adapter1", tmp_path / "rows.jsonl")
+
+
+def test_an_adapter_must_not_be_overwritten(tmp_path: Path) -> None:
+    write(tmp_path, llama, 1, r=4, target_modules=LINEAR)
+    with pytest.raises(UsageError):
+        merge_cli.merge(passthrough(tmp_path), tmp_path / "adapter1",
+                        options=MergeOptions(device="cpu", overwrite=True))  # fmt: skip
