@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from hub_server import HubServer
 from huggingface_hub import ModelCard, ModelCardData
+from safetensors.torch import save_file
 from tiny import Family
 
 import merge_cli
@@ -118,3 +121,27 @@ def test_the_example_names_the_repository() -> None:
         'model_id = "org/m"',
         'model_id = "not this one"',
     ]
+
+
+def test_an_adapter_is_a_source_of_its_own(hub: HubServer, family: Family, tmp_path: Path) -> None:
+    for name in ("base", "a"):
+        add(hub, family, name, "license: mit\n")
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    about = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(about))
+    (folder / "README.md").write_text("---\nlicense: mit\nlanguage: fr\n---\n")
+    at = "base_model.model.model.layers.0.self_attn.q_proj"
+    factors = {f"{at}.lora_A.weight": torch.ones(2, 16), f"{at}.lora_B.weight": torch.ones(16, 2)}
+    save_file(factors, folder / "adapter_model.safetensors")
+    commit = hub.add("org/adapter", folder)
+    recipe = family.write(
+        "merge_method: ties\nbase_model: org/base\nmodels: [org/a, org/base+hf://org/adapter]\n"
+    )
+    out = merge_cli.merge(recipe, tmp_path / "out").path
+    card = (out / "README.md").read_text(encoding="utf-8")
+    front = front_matter(card)
+    assert front["base_model"] == ["org/base", "org/a", "org/adapter"]
+    assert (front["license"], front["language"]) == ("mit", ["fr"])
+    assert f"(https://huggingface.co/org/adapter/tree/{commit})" in card
+    assert f"hf://org/adapter@{commit}" in (out / "merge_recipe.yaml").read_text()
