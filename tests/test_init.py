@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pty
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ import yaml
 from hub_server import HubServer
 from rich.console import Console
 from test_failures import cli, failed
-from tiny import Family, llama_config, llama_tensors, write_model
+from tiny import Family, llama_config, llama_tensors, read_model, write_model
 
 import merge_cli
 from merge_cli.console.questions import Questions
@@ -134,26 +135,40 @@ def test_models_that_do_not_fit(family: Family, tmp_path: Path) -> None:
     assert not (tmp_path / "r.yaml").exists()
 
 
-def test_another_vocabulary_is_left_out(family: Family, tmp_path: Path) -> None:
-    words = {"a": 0, "b": 1, "c": 2}
+def test_other_vocabularies_are_brought_together(family: Family, tmp_path: Path) -> None:
+    """Token 0 of b is token 2 of the others; c has another token in place of one."""
+    words = [f"w{i}" for i in range(48)]
+    others = {"b": [words[2], words[1], words[0], *words[3:]], "c": [*words[:-1], "own"]}
     for name in ("base", "a", "b", "c"):
-        own = dict(zip(words, (2, 1, 0), strict=True)) if name == "b" else words
-        document = {
-            "version": "1.0",
-            "model": {"type": "WordLevel", "vocab": own, "unk_token": "a"},
-        }
-        (family.folder / name / "tokenizer.json").write_text(json.dumps(document))
+        vocabulary = {word: i for i, word in enumerate(others.get(name, words))}
+        model = {"type": "WordLevel", "vocab": vocabulary, "unk_token": "w1"}
+        text = json.dumps({"version": "1.0", "model": model})
+        (family.folder / name / "tokenizer.json").write_text(text)
     base = str(family.folder / "base")
-    for read in (True, False):
-        found = study(base, [str(family.folder / n) for n in "abc"], read=read)
-        assert any("another vocabulary" in note for note in found.notes)
-        made = draft(found, tmp_path / "r.yaml")
-        models = yaml.safe_load(made.text)["models"]
-        assert [Path(one["model"]).name for one in models] == ["a", "c"]
-    only = study(None, [str(family.folder / n) for n in "ab"], read=False)
-    with pytest.raises(MismatchError, match="Their vocabularies differ"):
-        draft(only, tmp_path / "r.yaml")
-    assert draft(only, tmp_path / "r.yaml", "soup").method == "soup"  # who insists
+    found = study(base, [str(family.folder / n) for n in "abc"])
+    assert sum("another vocabulary" in note for note in found.notes) == 2
+    for method in (None, "ties"):
+        made = draft(found, tmp_path / "r.yaml", method)
+        recipe = yaml.safe_load(made.text)
+        assert recipe["tokenizer"]["source"] == "union"
+        assert "# tokenizer source union: the vocabularies differ" in made.text
+        assert len(recipe["models"]) == 3
+    (tmp_path / "r.yaml").write_text(made.text)
+    merged = read_model(merge_cli.merge(tmp_path / "r.yaml", tmp_path / "out").path)
+    assert len(merged["model.embed_tokens.weight"]) == 49
+    same = study(base, [str(family.folder / "a")])
+    assert "tokenizer" not in yaml.safe_load(draft(same, tmp_path / "r.yaml").text)
+    (family.folder / "a" / "tokenizer.json").unlink()  # says nothing of its tokens
+    silent = study(base, [str(family.folder / "a")], read=False)
+    assert "tokenizer" not in yaml.safe_load(draft(silent, tmp_path / "r.yaml").text)
+
+
+def test_the_same_model_twice(family: Family, tmp_path: Path) -> None:
+    shutil.copytree(family.folder / "a", family.folder / "copy")
+    found = study(None, [str(family.folder / "a"), str(family.folder / "copy")])
+    with pytest.raises(MismatchError, match="Nothing is left to merge"):
+        draft(found, tmp_path / "r.yaml")
+    assert draft(found, tmp_path / "r.yaml", "soup").method == "soup"  # who insists
 
 
 def test_large_models_are_not_read(

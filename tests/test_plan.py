@@ -63,7 +63,7 @@ def test_shapes_and_vocabularies(family: Family) -> None:
     found = mismatches(family.folder, "merge_method: soup\nmodels: [a, b, c]")
     sizes = "a [48, 16], b [50, 16], c [48, 16]."
     assert f"model.embed_tokens.weight: the vocabularies differ in size: {sizes}" in found[0]
-    assert "resize_token_embeddings" in found[0]
+    assert "tokenizer_source: union" in found[0]
     assert "model.norm.weight: the shapes differ: a [17], b [16], c [16]" in found
 
 
@@ -312,13 +312,17 @@ def test_companion_files(family: Family, tmp_path: Path) -> None:
                  "chat_template.jinja", "preprocessor_config.json", "vocab.txt"):  # fmt: skip
         (base / name).write_bytes(b"base \xff\r\n")
         (other / name).write_bytes(b"other")
+    tokens = json.dumps({"model": {"vocab": {f"t{i}": i for i in range(48)}}})
+    for folder in (base, other):
+        (folder / "tokenizer_config.json").unlink()
+        (folder / "tokenizer.json").write_text(tokens + " " * (folder == other))
     for name in ("modeling_x.py", "notes.txt", "pytorch_model.bin", "README.md"):
         (base / name).write_text("not wanted")
     merge(family.recipe("ties", tokenizer_source="a"), tmp_path / "out")
     out = tmp_path / "out"
     assert (out / "generation_config.json").read_bytes() == b"base \xff\r\n"
     assert (out / "preprocessor_config.json").read_bytes() == b"base \xff\r\n"
-    assert (out / "tokenizer.json").read_bytes() == b"other"
+    assert (out / "tokenizer.json").read_text() == tokens + " "
     assert (out / "chat_template.jinja").read_bytes() == b"other"
     assert "not wanted" not in (out / "README.md").read_text()
     assert not (out / "modeling_x.py").exists()

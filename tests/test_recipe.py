@@ -81,9 +81,17 @@ def test_a_recipe() -> None:
          "r.yaml:9:1: dtyp: unknown key. Did you mean 'dtype'?"),
         ("parameters:\n  normalize", "dtype: bf16\nparameters:\n  normalize",
          "r.yaml:9:8: dtype: unknown dtype 'bf16'. Did you mean 'bfloat16'?"),
-        ("parameters:\n  normalize", "tokenizer: {source: union}\nparameters:\n  normalize",
-         "r.yaml:9:1: tokenizer: building a vocabulary is not supported by this version; merge "
-         "models that share one, or name a donor with `tokenizer_source`."),
+        ("parameters:\n  normalize", "tokenizer: {sorce: union}\nparameters:\n  normalize",
+         "r.yaml:9:13: tokenizer.sorce: unknown key. Did you mean 'source'?"),
+        ("parameters:\n  normalize", "tokenizer: {pad_to_multiple_of: 0}\nparameters:\n  normalize",
+         "r.yaml:9:33: tokenizer.pad_to_multiple_of: must be a whole number of at least 1 (got 0)"),
+        ("parameters:\n  normalize",
+         "tokenizer: {tokens: {<s>: {source: {kind: zeros}}}}\nparameters:\n  normalize",
+         "r.yaml:9:36: tokenizer.tokens.<s>.source.kind: must be zero or model_token (got "
+         "'zeros'). Did you mean 'zero'?"),
+        ("parameters:\n  normalize", "chat_template: chatmll\nparameters:\n  normalize",
+         "r.yaml:9:16: chat_template: no template of that name, and no such file: chatmll. "
+         "Use auto, chatml, alpaca, llama3, mistral, exaone, or Jinja."),
         ("weight: 1.0", "weight: 1.0\n      weight: 2.0",
          "r.yaml:7:7: weight: given twice, first on line 6. Keep one of them."),
         ("weight: 1.0", "weight: {a: 1}",

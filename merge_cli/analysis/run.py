@@ -12,8 +12,9 @@ from merge_cli.analysis.groups import Groups
 from merge_cli.analysis.result import Analysis, ModelFiles
 from merge_cli.analysis.subject import Subject, open_subject, recipe_of
 from merge_cli.analysis.survey import Surveyed, survey
-from merge_cli.analysis.tokenizers import read_tokenizer, tokenizer_difference
+from merge_cli.analysis.tokenizers import tokenizer_difference
 from merge_cli.analysis.verdicts import Evidence, verdicts
+from merge_cli.checkpoint.tokenizer_files import read_tokenizer
 from merge_cli.engine.device import choose_device
 from merge_cli.engine.memory import peak_rss
 from merge_cli.engine.merge import fetch_inputs

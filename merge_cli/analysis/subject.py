@@ -16,6 +16,7 @@ from merge_cli.engine.heads import reconcile_heads
 from merge_cli.engine.match import Match, match_pieces
 from merge_cli.engine.pieces import cut_pieces
 from merge_cli.engine.plan import Plan, TensorTask
+from merge_cli.engine.vocabulary import Aligned
 from merge_cli.errors import MergeCliError, MismatchError, Problem, SourceError, UsageError
 from merge_cli.methods.registry import get_method
 from merge_cli.recipe.reference import ModelRef, parse_reference, short_labels
@@ -100,7 +101,7 @@ def open_subject(recipe: Recipe) -> Subject:
         base=0 if has_base else None,
         operands=tuple(range(int(has_base), len(sources))),
         donor=0,
-        tokenizer_donor=0,
+        aligned=Aligned(heads.views, 0),
         tasks=tuple(sorted(tasks, key=lambda task: natural_key(task.name))),
         shards=(),
         config={},

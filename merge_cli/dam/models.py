@@ -9,7 +9,6 @@ from typing import Any
 
 from merge_cli.dam.coefficients import Layout, layout_of
 from merge_cli.dam.sources import Stored
-from merge_cli.engine.heads import reconcile_heads
 from merge_cli.engine.plan import Plan, TensorTask
 from merge_cli.errors import Problem, SourceError
 from merge_cli.evaluation.live import quiet
@@ -165,7 +164,7 @@ def is_trained(name: str, kind: str, patterns: Sequence[str]) -> bool:
 
 def stored_tensors(plan: Plan, targets: Sequence[Target]) -> dict[str, Stored]:
     """Where the sources have each target, and the base, if there is one."""
-    views = reconcile_heads(plan.sources).views
+    views = plan.aligned.views
     base = views[plan.base] if plan.base is not None else {}
     found = {}
     for target in targets:

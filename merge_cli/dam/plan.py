@@ -102,6 +102,7 @@ def plan_training(plan: Plan, device: str = "auto", world: World | None = None) 
     if training.tensorboard and find_spec("tensorboard") is None:
         hint = "pip install tensorboard, or leave `tensorboard` out."
         raise ResourceError("the package tensorboard is missing", hint=hint)
+    plan.aligned.need_plain(plan.recipe, "learning")
     operands = [plan.sources[i] for i in plan.operands]
     labels = tuple(source.label for source in operands)
     tokenizer, template_why = one_tokenizer(plan)

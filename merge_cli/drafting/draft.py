@@ -62,7 +62,7 @@ def study(
     """
     look = look_at(base, models)
     notes = look.notes()
-    if read and look.is_here and look.size <= READ_AT_MOST:
+    if read and not look.unlike and look.is_here and look.size <= READ_AT_MOST:
         analysis = analyze(base=base, models=models, options=options, show=show)
         notes += [verdict.text for verdict in analysis.verdicts]
         advice, whence = analysis.advice, "their weights were read"
@@ -71,7 +71,7 @@ def study(
         notes.append("weights were not read; merge-cli analyze says more of these models")
     about = ("A first recipe by merge-cli init.", f"It looked at {look.summary}; {whence}.")
     if advice.recipe is not None:
-        advice = replace(advice, recipe=replace(advice.recipe, dtype=look.dtype))
+        advice = replace(advice, recipe=look.dressed(advice.recipe))
     return Study(look, advice, about, tuple(notes))
 
 

@@ -8,18 +8,16 @@ from dataclasses import dataclass, replace
 
 from merge_cli.analysis.configs import stored_dtypes
 from merge_cli.analysis.subject import Subject, open_subject, recipe_of
-from merge_cli.analysis.tokenizers import (
-    TokenizerDifference,
-    read_tokenizer,
-    tokenizer_difference,
-)
+from merge_cli.analysis.tokenizers import TokenizerDifference, tokenizer_difference
 from merge_cli.checkpoint.header import DTYPES, MERGEABLE
 from merge_cli.checkpoint.hub import is_cached
 from merge_cli.checkpoint.lora import WEIGHTS
 from merge_cli.checkpoint.source import Source
+from merge_cli.checkpoint.tokenizer_files import read_tokenizer
 from merge_cli.errors import MismatchError
 from merge_cli.recipe.reference import hub_id
 from merge_cli.recipe.schema import Recipe
+from merge_cli.recipe.tokenizer import UNION, TokenizerSpec
 from merge_cli.report.card_metadata import source_cards
 from merge_cli.sizes import show_size
 
@@ -48,7 +46,17 @@ class Look:
     @property
     def recipe(self) -> Recipe:
         """The models as a recipe names them, in the dtype that they have."""
-        return replace(self.subject.plan.recipe, dtype=self.dtype)
+        return self.dressed(self.subject.plan.recipe)
+
+    @property
+    def unlike(self) -> bool:
+        """Whether a token number may mean different tokens in different models."""
+        return any(one.tokens_differ for one in self.tokenizers if one.size and one.reference_size)
+
+    def dressed(self, recipe: Recipe) -> Recipe:
+        """A recipe of these models with the dtype and the vocabulary that they need."""
+        tokenizer = TokenizerSpec(UNION) if self.unlike else None
+        return replace(recipe, dtype=self.dtype, tokenizer=tokenizer)
 
     @property
     def size(self) -> int:
@@ -128,8 +136,6 @@ def look_at(base: str | None, models: Sequence[str]) -> Look:
         UsageError: fewer than two models.
     """
     subject = open_subject(recipe_of(base, models))
-    if subject.problems:
-        raise MismatchError(subject.problems, "these models cannot be merged with one another")
     sources = subject.sources
     tokenizers = [read_tokenizer(source) for source in sources]
     names = [source.label for source in sources]
@@ -141,7 +147,10 @@ def look_at(base: str | None, models: Sequence[str]) -> Look:
     if len(parents) > 1 and subject.base is not None:  # the base's own parent is another story
         parents = {p for source in sources[1:] if (p := _parent(source)) is not None}
     parent = parents.pop() if len(parents) == 1 else None
-    return Look(subject, differences, _dtype(sources), parent)
+    look = Look(subject, differences, _dtype(sources), parent)
+    if subject.problems and not look.unlike:  # else the plan knows better, with rows by token
+        raise MismatchError(subject.problems, "these models cannot be merged with one another")
+    return look
 
 
 def _dtype(sources: Sequence[Source]) -> str | None:

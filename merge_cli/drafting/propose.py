@@ -33,9 +33,7 @@ _FIXED: dict[tuple[str, str], tuple[float, str]] = {
 def from_headers(look: Look) -> Advice:
     """What to begin with where nothing is known of the weights."""
     subject = look.subject
-    kept = [i for i, name in enumerate(subject.models) if name not in _strangers(look)]
-    if len(kept) < (1 if subject.base is not None else 2):
-        return Advice("Their vocabularies differ: rows of one embedding mean other tokens.")
+    kept = list(range(len(subject.models)))
     if subject.base is None:
         why = "Without the base that the models came from there are no task vectors."
         suggestions = [Suggestion("soup", f"{why} Give it with --base.", "arXiv:2203.05482")]
@@ -45,7 +43,7 @@ def from_headers(look: Look) -> Advice:
         return Advice(
             "Begin with the plain average.", tuple(suggestions),
             whole_models(look.recipe, "soup", kept, {}, {}),
-            ("soup: the plain average; every weight is 1.",),
+            ("soup: the plain average; every weight is 1.", *_vocabulary(look)),
         )  # fmt: skip
     if len(kept) == 1:
         scale, summary = 0.5, "There is one source, and its change can be scaled."
@@ -58,7 +56,8 @@ def from_headers(look: Look) -> Advice:
     others = [Suggestion("ties", "Changes that pull both ways are elected.", "arXiv:2306.01708")]
     return Advice(
         summary, (Suggestion("task_arithmetic", reason, source), *others * (len(kept) > 1)),
-        whole_models(look.recipe, "task_arithmetic", kept, {"lambda": scale}, {}), (comment,),
+        whole_models(look.recipe, "task_arithmetic", kept, {"lambda": scale}, {}),
+        (comment, *_vocabulary(look)),
     )  # fmt: skip
 
 
@@ -85,7 +84,8 @@ def by_method(look: Look, name: str) -> Advice:
     paper = method.paper or "merge-cli methods " + method.name
     return Advice(
         method.summary, (Suggestion(name, method.summary, paper),),
-        replace(recipe, merge_method=name, models=models, parameters=shared), tuple(comments),
+        replace(recipe, merge_method=name, models=models, parameters=shared),
+        (*comments, *_vocabulary(look)),
     )  # fmt: skip
 
 
@@ -129,11 +129,14 @@ def _start(method: str, key: str, count: int, default: Scalar | None) -> tuple[S
     return _FIXED.get((method, key), (default, ""))
 
 
-def _strangers(look: Look) -> set[str]:
-    """Models whose token numbers mean something else."""
-    names = look.subject.models if look.subject.base is not None else look.subject.models[1:]
-    differences = zip(names, look.tokenizers, strict=True)
-    return {name for name, one in differences if one.missing or one.renumbered}
+def _vocabulary(look: Look) -> tuple[str, ...]:
+    """Why rows are brought together by token, where they are."""
+    if not look.unlike:
+        return ()
+    return (
+        "tokenizer source union: the vocabularies differ, so rows are brought together by token. "
+        "`base` keeps the base's tokens alone.",
+    )
 
 
 def _yaml(value: Scalar) -> str:

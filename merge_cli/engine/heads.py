@@ -15,7 +15,7 @@ from merge_cli.checkpoint.source import Source
 from merge_cli.checkpoint.tensors import Tensor
 
 _HEADS = ("lm_head.weight", "embed_out.weight")
-_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "shared.weight",
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "shared.weight",
                "word_embeddings.weight", "tok_embeddings.weight", "embeddings.weight")  # fmt: skip
 
 View = Mapping[str, Tensor]
@@ -63,7 +63,7 @@ def reconcile_heads(sources: Sequence[Source]) -> Heads:
 
 def _embedding(source: Source, head: str) -> str | None:
     """The input embedding that a tied head would be; its shape is the head's where both exist."""
-    found = [n for n, r in source.tensors.items() if n.endswith(_EMBEDDINGS) and len(r.shape) == 2]
+    found = [n for n, r in source.tensors.items() if n.endswith(EMBEDDINGS) and len(r.shape) == 2]
     stored = source.tensors.get(head)
     if stored is not None:
         found = [name for name in found if source.tensors[name].shape == stored.shape]

@@ -177,13 +177,14 @@ def _shapes_differ(name: str, refs: Sequence[Tensor], labels: Sequence[str]) -> 
     shown = ", ".join(dict.fromkeys(sizes))
     if _is_vocabulary(name, refs):
         what = f"the vocabularies differ in size: {shown}."
-        return Problem(what, name, hint=_VOCABULARY_HINT)
+        return Problem(what, name, hint=_VOCABULARY_HINT.format(model=labels[-1]))
     return Problem(f"the shapes differ: {shown}", name)
 
 
 _VOCABULARY_HINT = (
-    "Rows would mean different tokens. Use models that share a vocabulary; or resize them with "
-    "transformers' resize_token_embeddings first; or leave out the odd one."
+    "Rows would mean different tokens. Say whose vocabulary the output has: "
+    "`tokenizer_source: union` (all tokens), `tokenizer_source: base`, or "
+    "`tokenizer_source: {model}` (that model's)."
 )
 
 

@@ -6,6 +6,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from merge_cli.checkpoint.chat_template import FILE as TEMPLATE
+from merge_cli.checkpoint.chat_template import without_template
 from merge_cli.checkpoint.files import code_files, copy_companions
 from merge_cli.checkpoint.layout import index_json
 from merge_cli.checkpoint.raw import write_error
@@ -17,6 +19,7 @@ from merge_cli.engine.loop import run_loop
 from merge_cli.engine.options import MergeOptions, Progress, Show
 from merge_cli.engine.outcome import Outcome
 from merge_cli.engine.plan import Plan
+from merge_cli.engine.vocabulary import renumber
 from merge_cli.engine.workfolder import WorkFolder
 from merge_cli.errors import Interrupted, SourceError
 
@@ -141,6 +144,7 @@ def write_companions(plan: Plan, folder: Path, options: MergeOptions) -> None:
             folder,
             code=options.trust_remote_code,
         )
+        _write_tokenizer(plan, folder, copied=options.copy_tokenizer)
         if plan.config:
             _write_config(plan, donor.root / "config.json", folder / "config.json")
         if len(plan.shards) > 1:
@@ -148,6 +152,22 @@ def write_companions(plan: Plan, folder: Path, options: MergeOptions) -> None:
             (folder / INDEX).write_text(index_json(plan.shards, outputs), encoding="utf-8")
     except OSError as error:
         raise write_error(error, folder) from error
+
+
+def _write_tokenizer(plan: Plan, folder: Path, *, copied: bool) -> None:
+    """What is not the donors' own: a joined vocabulary, a template, token numbers."""
+    if copied:
+        for name, content in plan.aligned.files.items():
+            (folder / name).write_bytes(content)
+        if plan.template is not None:
+            (folder / TEMPLATE).write_text(plan.template, encoding="utf-8")
+            config = without_template(folder / "tokenizer_config.json")
+            if config is not None:
+                (folder / "tokenizer_config.json").write_bytes(config)
+    settings = folder / "generation_config.json"
+    if plan.aligned.ids is not None and settings.is_file():
+        found = renumber(json.loads(settings.read_text(encoding="utf-8")), plan.aligned)
+        settings.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_config(plan: Plan, donor: Path, target: Path) -> None:

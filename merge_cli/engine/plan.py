@@ -13,6 +13,7 @@ from merge_cli.checkpoint.header import TensorRef
 from merge_cli.checkpoint.layout import OutputTensor, Shard
 from merge_cli.checkpoint.source import Source
 from merge_cli.checkpoint.tensors import Tensor
+from merge_cli.engine.vocabulary import Aligned
 from merge_cli.methods.registry import Method
 from merge_cli.recipe.schema import Recipe
 
@@ -76,7 +77,9 @@ class Plan:
         sources: every opened model; the base among them, if there is one.
         base: index of the base in `sources`; None without a base.
         operands: indexes in `sources` of the models that are merged, in the recipe's order.
-        donor, tokenizer_donor: indexes of who gives config.json and who the tokenizer files.
+        donor: index of who gives config.json.
+        aligned: the sources' tensors with one vocabulary, and who gives the tokenizer files.
+        template: the output's chat template; None keeps the tokenizer donor's.
         tasks: every output tensor, in natural order of names.
         config: the output's config.json; empty where the donor has none.
         notes: decisions that a reader should know, one line each.
@@ -90,13 +93,19 @@ class Plan:
     base: int | None
     operands: tuple[int, ...]
     donor: int
-    tokenizer_donor: int
+    aligned: Aligned
     tasks: tuple[TensorTask, ...]
     shards: tuple[Shard, ...]
     config: Mapping[str, Any]
     notes: tuple[str, ...]
     coefficients: CoefficientFile | None = None
     shard_size: int = 0
+    template: str | None = None
+
+    @property
+    def tokenizer_donor(self) -> int:
+        """Index of who gives the tokenizer files."""
+        return self.aligned.donor
 
     @property
     def learns(self) -> bool:

@@ -10,6 +10,7 @@ from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
 
+from merge_cli.checkpoint.chat_template import choose_template
 from merge_cli.checkpoint.coefficients import CoefficientFile, open_coefficients
 from merge_cli.checkpoint.config import (
     LAYER_COUNTS,
@@ -19,22 +20,22 @@ from merge_cli.checkpoint.config import (
 )
 from merge_cli.checkpoint.header import DTYPES, TensorRef
 from merge_cli.checkpoint.layout import lay_out, natural_key
-from merge_cli.checkpoint.source import Source, open_source
+from merge_cli.checkpoint.source import Source
 from merge_cli.engine.heads import reconcile_heads
 from merge_cli.engine.match import Match, match_pieces
+from merge_cli.engine.opening import one_spelling, open_all
 from merge_cli.engine.pieces import Piece, cut_pieces
 from merge_cli.engine.plan import Action, Plan, TensorTask
+from merge_cli.engine.vocabulary import align, renumber, vocabulary_notes
 from merge_cli.errors import (
-    MergeCliError,
     MismatchError,
     Problem,
     RecipeError,
-    SourceError,
 )
 from merge_cli.methods.registry import Method
 from merge_cli.methods.resolve import Resolver, check_recipe
 from merge_cli.recipe.load import parse_text, read_recipe
-from merge_cli.recipe.reference import ModelRef, local_file, local_folder
+from merge_cli.recipe.reference import local_file
 from merge_cli.recipe.schema import Recipe
 
 DEFAULT_SHARD_SIZE = 5_000_000_000  # transformers' default
@@ -56,7 +57,7 @@ def load_recipe(path: str | Path, *, text: str | None = None) -> Recipe:
     )
     if recipe is None:
         raise RecipeError(problems)
-    recipe = _one_spelling(recipe)
+    recipe = one_spelling(recipe)
     checked = check_recipe(recipe)
     problems = sorted({*problems, *checked.problems}, key=lambda p: (p.line, p.column, p.key))
     if problems:
@@ -91,7 +92,7 @@ def make_plan(recipe: Recipe, *, shard_size: int = DEFAULT_SHARD_SIZE) -> Plan:
     """
     method = check_recipe(recipe).method
     assert method is not None, "load_recipe refuses a recipe without a method"
-    recipe, sources = _open_all(recipe)
+    recipe, sources = open_all(recipe)
     problems = check_recipe(recipe).problems  # again: two names may turn out to be one model
     if problems:
         raise RecipeError(problems)
@@ -99,7 +100,9 @@ def make_plan(recipe: Recipe, *, shard_size: int = DEFAULT_SHARD_SIZE) -> Plan:
     base = labels.index(str(recipe.base_model)) if recipe.base_model else None
     heads = reconcile_heads(sources)
     pieces = cut_pieces(recipe, method, labels)
-    matches = match_pieces(pieces, sources, heads.views)
+    donor = base if base is not None else pieces[0].reference.source
+    aligned = align(recipe, sources, heads.views, base, donor)
+    matches = match_pieces(pieces, sources, aligned.views)
     if matches.problems:
         count = len(matches.problems)
         summary = f"the sources do not fit one another ({count} problem{'s' * (count != 1)})"
@@ -117,7 +120,6 @@ def make_plan(recipe: Recipe, *, shard_size: int = DEFAULT_SHARD_SIZE) -> Plan:
         raise RecipeError(list(refused.values()))
     tasks.sort(key=lambda task: natural_key(task.name))
     coefficients = _coefficients(recipe, tasks)
-    donor = base if base is not None else pieces[0].reference.source
     dtypes = {task.dtype for task in tasks if task.dtype in _FLOATS}
     donated = sources[donor].config
     if recipe.slices:
@@ -132,9 +134,14 @@ def make_plan(recipe: Recipe, *, shard_size: int = DEFAULT_SHARD_SIZE) -> Plan:
     except ValueError as error:
         what = f"these layers cannot be stacked: {error}."
         raise RecipeError([recipe.problem("slices", what)]) from None
+    config = renumber(config, aligned)
+    template, template_note = choose_template(recipe, sources)
     notes = [
         *(f"{source.label}: {note}" for source in sources for note in source.notes),
         *heads.notes,
+        *aligned.notes,
+        *(vocabulary_notes(sources) if recipe.tokenizer is None else ()),
+        *template_note,
         *matches.notes,
         *(f"config.json: {change}" for change in changes),
     ]
@@ -148,7 +155,8 @@ def make_plan(recipe: Recipe, *, shard_size: int = DEFAULT_SHARD_SIZE) -> Plan:
         base=base,
         operands=tuple(operands),
         donor=donor,
-        tokenizer_donor=_tokenizer_donor(recipe, labels, donor, base),
+        aligned=aligned,
+        template=template,
         tasks=tuple(tasks),
         shards=tuple(lay_out([task.output for task in tasks], shard_size)),
         config=config if sources[donor].config else {},
@@ -159,56 +167,6 @@ def make_plan(recipe: Recipe, *, shard_size: int = DEFAULT_SHARD_SIZE) -> Plan:
 
 
 _FLOATS = ("F64", "F32", "BF16", "F16")
-
-
-def _one_spelling(recipe: Recipe) -> Recipe:
-    """`base` and `./base` are one model: named as the recipe names it first."""
-    first: dict[Path, ModelRef] = {}
-    spelling: dict[ModelRef, ModelRef] = {}
-    named = [recipe.base_model, *(spec.model for spec in recipe.source_specs)]
-    for model in named:
-        if model is not None:
-            place = local_folder(model.path, recipe.folder)
-            known = place is not None and not model.lora
-            spelling[model] = first.setdefault(place.resolve(), model) if place and known else model
-    return recipe.with_models(spelling)
-
-
-def _open_all(recipe: Recipe) -> tuple[Recipe, list[Source]]:
-    """Open every model, the base first.
-
-    Returns:
-        the recipe with one spelling for each model, and the sources, each once.
-    """
-    references = dict.fromkeys(spec.model for spec in recipe.source_specs)
-    if recipe.base_model is not None:
-        references = {recipe.base_model: None, **references}
-    opened: dict[ModelRef, Source] = {}
-    first: dict[tuple[Path, ...], ModelRef] = {}
-    spelling: dict[ModelRef, ModelRef] = {}
-    errors: list[MergeCliError] = []
-    for reference in references:
-        try:
-            source = open_source(reference, recipe.folder)
-        except SourceError as error:
-            errors.append(error)
-            continue
-        # `base` and `./base`, a branch and its commit: one model, whose spelling decides nothing.
-        spelling[reference] = first.setdefault(source.place, reference)
-        opened.setdefault(spelling[reference], source)
-    if len(errors) == 1:
-        raise errors[0]
-    if errors:
-        problems = [Problem(str(error)) for error in errors]
-        raise MismatchError(problems, f"{len(errors)} models cannot be opened")
-    for source in opened.values():
-        quantised = source.config.get("quantization_config")
-        if quantised:
-            method = quantised.get("quant_method", "") if isinstance(quantised, dict) else ""
-            what = f"its weights are quantised ({method or 'quantization_config in config.json'})"
-            hint = "Merge the unquantised models, then quantise the result."
-            raise SourceError(what, model=source.label, hint=hint)
-    return recipe.with_models(spelling), list(opened.values())
 
 
 def _differences(sources: Sequence[Source]) -> str:
@@ -278,21 +236,3 @@ def _layer_sources(
         config = with_layer_types(source.config, source.root)
         found.extend((config, layer) for layer in range(*layers))
     return found
-
-
-def _tokenizer_donor(recipe: Recipe, labels: Sequence[str], donor: int, base: int | None) -> int:
-    wanted = recipe.tokenizer_source
-    if wanted is None:
-        return donor
-    if wanted == "base":
-        if base is None:
-            what = "there is no base_model to take the tokenizer from."
-            raise RecipeError([recipe.problem("tokenizer_source", what)])
-        return base
-    place = local_folder(wanted, recipe.folder)
-    for i, label in enumerate(labels):
-        own = local_folder(label, recipe.folder)
-        if label == wanted or (place and own and place.resolve() == own.resolve()):
-            return i
-    what = f"'{wanted}' is none of the recipe's models."
-    raise RecipeError([recipe.problem("tokenizer_source", what, "Use `base` or one of them.")])

@@ -66,6 +66,7 @@ def plan_search(plan: Plan, options: MergeOptions) -> SearchPlan:
         ResourceError: an engine or an optimizer whose package is missing.
     """
     recipe = plan.recipe
+    plan.aligned.need_plain(recipe, "a search")
     search = recipe.search or Search()
     objective = parse_objective(recipe)
     for name, split in objective.splits.items():

@@ -15,6 +15,7 @@ import yaml
 
 from merge_cli.recipe.reference import ModelRef, local_folder, parse_reference
 from merge_cli.recipe.schema import Parameters, Recipe, SourceSpec
+from merge_cli.recipe.tokenizer import BASE, UNION, TokenizerSpec
 from merge_cli.recipe.training import plain_training
 from merge_cli.recipe.values import Gradient, Setting
 
@@ -60,10 +61,10 @@ def dump_recipe(
     for key in ("dtype", "out_dtype"):
         if getattr(recipe, key):
             document[key] = getattr(recipe, key)
-    if recipe.tokenizer_source:
-        word = recipe.tokenizer_source
-        reference = parse_reference(word, recipe.folder)
-        document["tokenizer_source"] = word if word == "base" else locate(reference)
+    if recipe.tokenizer:
+        document["tokenizer"] = _tokenizer(recipe.tokenizer, recipe.folder, locate)
+    if recipe.chat_template:
+        document["chat_template"] = recipe.chat_template
     document["seed"] = recipe.seed
     if recipe.training:
         document["training"] = plain_training(recipe.training)
@@ -99,6 +100,30 @@ def path_from(target: Path, folder: Path, commits: Mapping[str, str]) -> Locate:
         return f"{model.path}@{commit}" if commit else model.path
 
     return locate
+
+
+def _tokenizer(spec: TokenizerSpec, folder: Path, locate: Locate) -> dict[str, Any]:
+    word = spec.source
+    named = word in (UNION, BASE)
+    section: dict[str, Any] = {"source": word if named else locate(parse_reference(word, folder))}
+    tokens = {}
+    for token, rule in spec.tokens.items():
+        source: Any = {"kind": "zero"} if rule.zero else None
+        if rule.model is not None:
+            source = locate(rule.model)
+            if rule.token is not None or rule.token_id is not None:
+                which = {"token": rule.token} if rule.token is not None else {
+                    "token_id": rule.token_id}  # fmt: skip
+                source = {"kind": "model_token", "model": source, **which}
+        tokens[token] = {
+            **({"source": source} if source is not None else {}),
+            **({"force": True} if rule.force else {}),
+        }
+    if tokens:
+        section["tokens"] = tokens
+    if spec.pad_to_multiple_of:
+        section["pad_to_multiple_of"] = spec.pad_to_multiple_of
+    return section
 
 
 def _source(spec: SourceSpec, locate: Locate) -> dict[str, Any]:

@@ -15,16 +15,12 @@ INEFFECTIVE = {
 # Known to mergekit or to the field: a recipe that needs them must not run without.
 UNSUPPORTED = {
     "modules": "merging by module is not supported by this version; use `models` or `slices`",
-    "tokenizer": "building a vocabulary is not supported by this version; "
-    "merge models that share one, or name a donor with `tokenizer_source`",
-    "chat_template": "changing the chat template is not supported by this version; "
-    "the donor's template is copied",
     "data": "`data` belongs to a model: write it under each of `models`",
 }
 RECIPE_KEYS = (
     "merge_method", "base_model", "models", "slices", "parameters", "dtype", "out_dtype", "seed",
-    "tokenizer_source", "name", "metadata", "training", "coefficients", "inputs", "eval",
-    "search", "objective",
+    "tokenizer_source", "tokenizer", "chat_template", "name", "metadata", "training",
+    "coefficients", "inputs", "eval", "search", "objective",
 )  # fmt: skip
 
 

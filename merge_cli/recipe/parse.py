@@ -17,6 +17,8 @@ from merge_cli.recipe.nodes import Node
 from merge_cli.recipe.reference import ModelRef, parse_reference
 from merge_cli.recipe.schema import DTYPES, Parameters, Recipe, SliceSpec, SourceSpec
 from merge_cli.recipe.search import SEARCH_KEYS, Search, parse_search
+from merge_cli.recipe.templates import AUTO, BUILT_IN, template_text
+from merge_cli.recipe.tokenizer import parse_tokenizer
 from merge_cli.recipe.values import Gradient, Parameter, Rule, Scalar, Setting
 
 
@@ -65,7 +67,14 @@ class _Parser(LearningSections):
             dtype=self._dtype(top.get("dtype"), "dtype"),
             out_dtype=self._dtype(top.get("out_dtype"), "out_dtype"),
             seed=self._integer(seed, "seed") if seed else 0,
-            tokenizer_source=self._tokenizer_source(top.get("tokenizer_source")),
+            tokenizer=parse_tokenizer(
+                top.get("tokenizer"),
+                top.get("tokenizer_source"),
+                self.folder,
+                self._add,
+                self.places,
+            ),
+            chat_template=self._chat_template(top.get("chat_template")),
             name=self._word(top.get("name"), "name"),
             training=self._training(top.get("training"), root),
             coefficients=self._word(top.get("coefficients"), "coefficients"),
@@ -148,12 +157,15 @@ class _Parser(LearningSections):
             return base
         return ModelRef(base.path, base.revision, lora.path, lora.revision)
 
-    def _tokenizer_source(self, node: Node | None) -> str | None:
-        word = self._word(node, "tokenizer_source")
-        if word == "union" and node is not None:
-            what = "joining vocabularies is not supported by this version"
-            self._add(node, "tokenizer_source", what, "Use `base` or one of the models.")
-        return word
+    def _chat_template(self, node: Node | None) -> str | None:
+        word = self._word(node, "chat_template")
+        if word is None or word == AUTO or node is None:
+            return word
+        text = template_text(word, self.folder)
+        if text is None:
+            what = f"no template of that name, and no such file: {word}."
+            self._add(node, "chat_template", what, f"Use auto, {', '.join(BUILT_IN)}, or Jinja.")
+        return text
 
     def _layer_range(self, node: Node | None, key: str) -> tuple[int, int] | None:
         if node is None:

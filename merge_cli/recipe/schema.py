@@ -11,6 +11,7 @@ from merge_cli.errors import Problem
 from merge_cli.recipe.nodes import Node
 from merge_cli.recipe.reference import ModelRef
 from merge_cli.recipe.search import Search
+from merge_cli.recipe.tokenizer import TokenizerSpec
 from merge_cli.recipe.training import Data, Training
 from merge_cli.recipe.values import Parameter
 
@@ -49,6 +50,8 @@ class Recipe:
     Attributes:
         dtype: dtype of the output; None keeps each tensor's own. Computing is float32 regardless.
         training: how coefficients are learned; None leaves it to the method's defaults.
+        tokenizer: the output's vocabulary; None merges rows by number, as they are.
+        chat_template: auto, a built-in name, a .jinja file, or Jinja; None keeps the donor's.
         coefficients: the file of learned coefficients that the method merges with, as written.
         inputs: model as written -> digest of its headers, in a resolved recipe: they must match.
         eval: what to evaluate the result on, still to be read (`evaluation.parse`).
@@ -67,7 +70,8 @@ class Recipe:
     dtype: str | None = None
     out_dtype: str | None = None
     seed: int = 0
-    tokenizer_source: str | None = None
+    tokenizer: TokenizerSpec | None = None
+    chat_template: str | None = None
     name: str | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
     training: Training | None = None
@@ -80,6 +84,11 @@ class Recipe:
     folder: Path = field(default_factory=Path.cwd)
     places: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+
+    @property
+    def tokenizer_source(self) -> str | None:
+        """Whose vocabulary the output has, as written; None leaves it to the config's donor."""
+        return self.tokenizer.source if self.tokenizer else None
 
     @property
     def output_dtype(self) -> str | None:

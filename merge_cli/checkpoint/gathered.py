@@ -1,0 +1,153 @@
+"""A tensor whose rows are another's in another order, or other models' rows, or means of rows.
+
+What embeddings and heads are when a vocabulary changes. Rows that are only moved keep their bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from merge_cli.checkpoint.header import DTYPES, TensorRef
+from merge_cli.checkpoint.tensors import Read, Tensor
+
+ZERO = -1  # instead of a part's number: a row of zeros
+_GAP = 8  # rows that are read along rather than read around
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Where each row comes from; shared by all tensors of a model that have a row for each token.
+
+    Attributes:
+        part: int32 [rows], which model's, or `ZERO`.
+        row: int64 [rows], which row there.
+        means: row -> the (part, row) pairs that it is the mean of; `part` has the first one.
+    """
+
+    part: Any
+    row: Any
+    means: Mapping[int, Sequence[tuple[int, int]]]
+
+    @cached_property
+    def digest(self) -> str:
+        state = hashlib.sha256(self.part.tobytes() + self.row.tobytes())
+        state.update(repr(sorted(self.means.items())).encode())
+        return state.hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class Gathered:
+    """See `tensors.Tensor`.
+
+    Attributes:
+        own: the model's tensor as it is stored, or computed.
+        parts: every model's tensor of this name, in the order that `rows.part` counts in.
+    """
+
+    own: Tensor
+    parts: tuple[Tensor, ...]
+    rows: Rows
+
+    @property
+    def name(self) -> str:
+        return self.own.name
+
+    @property
+    def model(self) -> str:
+        return self.own.model
+
+    @property
+    def native(self) -> str:
+        return self.own.native
+
+    @cached_property
+    def dtype(self) -> str:
+        formats = {part.dtype for part in self.parts}
+        return self.own.dtype if len(formats) == 1 and not self.rows.means else "F32"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self.rows.row), *self.own.shape[1:])
+
+    @cached_property
+    def size(self) -> int:
+        return self._width * len(self.rows.row)
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * DTYPES[self.dtype][0]
+
+    @property
+    def stored(self) -> tuple[TensorRef, ...]:
+        others = (ref for part in self.parts for ref in part.stored)
+        return tuple(dict.fromkeys((*self.own.stored, *others)))
+
+    @property
+    def formula(self) -> str:
+        parts = [part.formula for part in self.parts]
+        return f"rows {self.rows.digest} of {len(parts)} models {parts if any(parts) else ''}"
+
+    @cached_property
+    def _width(self) -> int:
+        """Elements of a row."""
+        return self.own.size // self.own.shape[0] if self.own.shape[0] else 0
+
+    def fill(self, read: Read, start: int, buffer: memoryview) -> None:
+        """Whole rows are brought together, of which the buffer gets its part."""
+        import numpy as np
+
+        item = DTYPES[self.dtype][0]
+        count = len(buffer) // item
+        first, last = start // self._width, -(-(start + count) // self._width)
+        kind = _numpy_kind(self.dtype)
+        out = np.zeros((last - first, self._width), kind)
+        part, row = self.rows.part[first:last], self.rows.row[first:last]
+        for number in np.unique(part):
+            if number != ZERO:
+                chosen = np.flatnonzero(part == number)
+                out[chosen] = self._rows_of(read, self.parts[number], row[chosen])
+        for place in [p for p in self.rows.means if first <= p < last]:
+            pairs = self.rows.means[place]
+            total = np.zeros(self._width, np.float32)
+            for number, source_row in pairs:
+                total += self._rows_of(read, self.parts[number], np.array([source_row]))[0]
+            out[place - first] = total / np.float32(len(pairs))
+        begin = start - first * self._width
+        target = np.frombuffer(buffer, kind)
+        target[:] = out.reshape(-1)[begin : begin + count]
+
+    def _rows_of(self, read: Read, tensor: Tensor, rows: Any) -> Any:
+        """Rows of one model's tensor as this tensor's dtype; near ones are read together."""
+        import numpy as np
+
+        item = DTYPES[tensor.dtype][0]
+        order = np.argsort(rows, kind="stable")
+        ordered = rows[order]
+        cuts = np.flatnonzero(np.diff(ordered) > _GAP) + 1
+        found = np.empty((len(rows), self._width), _numpy_kind(tensor.dtype))
+        for group in np.split(np.arange(len(rows)), cuts):
+            low, high = int(ordered[group[0]]), int(ordered[group[-1]]) + 1
+            raw = np.empty((high - low) * self._width * item, np.uint8)
+            tensor.fill(read, low * self._width, raw.data)
+            whole = raw.view(_numpy_kind(tensor.dtype)).reshape(high - low, self._width)
+            found[order[group]] = whole[ordered[group] - low]
+        return found if tensor.dtype == self.dtype else _floats(found, tensor.dtype)
+
+
+def _numpy_kind(dtype: str) -> Any:
+    """numpy's word for the stored bits: bfloat16 has none of its own."""
+    import numpy as np
+
+    return {"BF16": np.uint16, "F16": np.float16, "F32": np.float32, "F64": np.float64}[dtype]
+
+
+def _floats(values: Any, dtype: str) -> Any:
+    import numpy as np
+
+    if dtype == "BF16":
+        return (values.astype(np.uint32) << 16).view(np.float32)
+    return values.astype(np.float32)
