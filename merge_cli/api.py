@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,13 @@ from merge_cli.comparison.run import compare as compare_recipes
 from merge_cli.engine.device import choose_device
 from merge_cli.engine.journal import work_key
 from merge_cli.engine.merge import check_target, execute
-from merge_cli.engine.options import MergeOptions, Progress
+from merge_cli.engine.options import MergeOptions, Progress, Show
 from merge_cli.engine.outcome import Outcome
 from merge_cli.engine.plan import Plan
 from merge_cli.engine.planner import DEFAULT_SHARD_SIZE, load_recipe, make_plan
+from merge_cli.engine.stagefolder import StageFolder
+from merge_cli.engine.stages import needed, over_results, plan_recipe, unused
+from merge_cli.engine.workfolder import WorkFolder
 from merge_cli.errors import UsageError
 from merge_cli.evaluation.gates import read_gates, require
 from merge_cli.evaluation.run import Step, as_spec, spec_for
@@ -45,7 +48,7 @@ def plan(recipe: Recipe | str | Path, *, shard_size: int = DEFAULT_SHARD_SIZE) -
         RecipeError, SourceError, MismatchError: see `merge_cli.errors`.
     """
     loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    return make_plan(loaded, shard_size=shard_size)
+    return plan_recipe(loaded, shard_size=shard_size)
 
 
 def merge(
@@ -54,7 +57,7 @@ def merge(
     *,
     shard_size: int = DEFAULT_SHARD_SIZE,
     options: MergeOptions | None = None,
-    show: Callable[[Progress], None] = lambda progress: None,
+    show: Show = lambda progress: None,
     require_improvement: bool = False,
 ) -> MergeResult:
     """Merge models into the folder `out`; learn or search first, if the method does.
@@ -69,12 +72,60 @@ def merge(
         RecipeError, SourceError, MismatchError, NonFiniteError, ResourceError, Interrupted,
         GateError: see `merge_cli.errors`. After all but the first three, the same call resumes.
     """
+    decided = recipe if isinstance(recipe, Plan) else plan(recipe, shard_size=shard_size)
+    options = options or MergeOptions()
+    if decided.stages:
+        return _merge_stages(decided, Path(out), options, show, require_improvement)
+    return _merge(decided, Path(out), options, show, require_improvement, {})
+
+
+def _merge_stages(
+    decided: Plan, target: Path, options: MergeOptions, show: Show, require_improvement: bool
+) -> MergeResult:
+    """Every document of a recipe, each published where the next ones find it; OUT last."""
+    from merge_cli.dam.distributed import launched
+
+    if launched() > 1:
+        what = "several processes cannot share the stages of a recipe"
+        raise UsageError(what, hint="Run the stages that do not learn first, by themselves.")
+    kind, stages = choose_device(options.device).kind, decided.stages
+    keys = {name: work_key(stage, kind, options.statistics) for name, stage in stages.items()}
+    results = unused(decided)
+    with StageFolder(target) as folder:
+        if options.fresh:
+            folder.clear()
+        todo = [name for name in stages if not folder.has(name, keys[name])]
+        known = finished(decided, target, options) if folder.begun and not options.fresh else None
+        if known is None:
+            check_target(decided, target, options)
+            sizes = [stages[name].bytes_written for name in todo]
+            WorkFolder(target).check_space(sum(sizes) + decided.bytes_written)
+        places = {name: folder.place(name) for name in stages}
+
+        def make(plan: Plan, out: Path, options: MergeOptions) -> MergeResult:
+            used = {name: places[name] for name in needed(plan)}
+            over = over_results(plan, places)
+            return _merge(over, out, options, show, require_improvement, used)
+
+        for number, (name, stage) in enumerate(stages.items(), start=1):
+            there = "" if name in todo else ": made before"
+            show(Progress("stage", 0, 0, f"stage {number} of {len(stages)}: {name}{there}"))
+            if not there and (known is None or name in results):
+                make(stage, places[name], replace(options, overwrite=True))
+                folder.finished(name, keys[name])
+        result = known or make(decided, target, options)
+        folder.tidy(stages if options.keep_stages else results)
+    return result
+
+
+def _merge(
+    decided: Plan, target: Path, options: MergeOptions, show: Show, require_improvement: bool,
+    stages: Mapping[str, Path],
+) -> MergeResult:  # fmt: skip
+    """One document; `stages` are the folders of what other documents have made for it."""
     from merge_cli.report.write import write_reports
 
-    decided = recipe if isinstance(recipe, Plan) else plan(recipe, shard_size=shard_size)
     report: dict[str, Any] = {}
-    target = Path(out)
-    options = options or MergeOptions()
     learned = None
     if decided.learns:
         from merge_cli.dam.result import gate
@@ -100,7 +151,7 @@ def merge(
 
         check_target(decided, target, options)
         found = search(decided, target, options, show=show, require_improvement=require_improvement)
-        decided = make_plan(found.recipe, shard_size=shard_size)
+        decided = make_plan(found.recipe, shard_size=decided.shard_size)
 
     def finish(of: Plan, prints: tuple[str, ...], outcome: Outcome, folder: Path) -> None:
         extra = found.attachments if found is not None else {}
@@ -108,6 +159,7 @@ def merge(
             write_reports(
                 of, prints, outcome, folder, target.absolute(), record,
                 search=found.record if found is not None else None, attachments=extra,
+                stages=stages,
             )
         )  # fmt: skip
 

@@ -122,7 +122,7 @@ def test_all_problems_at_once() -> None:
         ("merge_method: ties\n\tmodels: []", "not valid YAML"),
         (
             "merge_method: soup\nmodels: [a]\n---\nmerge_method: soup\nmodels: [b]",
-            "several documents",
+            "a second document without a name",
         ),
         ("merge_method: soup", "models: missing"),
         ("merge_method: soup\nmodels: []", "must be a list of at least one"),

@@ -58,6 +58,9 @@ def analyze(
         raise UsageError("a recipe names its own base", hint="Leave out either of them.")
     else:
         loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    if loaded.stages:
+        what = "this recipe has several documents: only `run` and `plan` read them"
+        raise UsageError(what, where=loaded.file, hint="Analyze its stages by themselves.")
     if seed is not None:
         loaded = loaded.with_seed(seed)
     chosen = options or MergeOptions()

@@ -38,6 +38,7 @@ class Source:
         header_bytes: file name -> raw header, for digests.
         hub: the repository it comes from; None for a local folder.
         notes: what a reader of the plan should know.
+        planned: whether it is still to be made, by a document of the same recipe.
         adapter: what `tensors` have been updated with; None for a model as it is.
     """
 
@@ -48,6 +49,7 @@ class Source:
     header_bytes: Mapping[str, bytes] = field(repr=False)
     hub: hub.HubModel | None = None
     notes: tuple[str, ...] = ()
+    planned: bool = False
     adapter: Adapter | None = None
 
     def ties(self, head: str) -> bool:

@@ -43,6 +43,9 @@ def run(
     seed: SeedOption = None,
     overwrite: Annotated[bool, switch("--overwrite", "Replace an existing OUT.")] = False,
     fresh: Annotated[bool, switch("--fresh", "Do not resume an interrupted run.")] = False,
+    keep_stages: Annotated[
+        bool, switch("--keep-stages", "Leave what a recipe's other documents make in OUT.stages.")
+    ] = False,
     dry_run: Annotated[bool, switch("--dry-run", "Show the plan and stop.")] = False,
     no_stats: Annotated[bool, switch("--no-stats", "Do not measure the sources.")] = False,
     fsync: Annotated[bool, switch("--fsync", "Wait for the disk before publishing.")] = False,
@@ -109,10 +112,10 @@ def run(
     from merge_cli.api import finished, merge
     from merge_cli.engine.merge import check_target
     from merge_cli.engine.options import MergeOptions
-    from merge_cli.engine.planner import make_plan
+    from merge_cli.engine.stages import plan_recipe
 
     trial = _trial(loaded, eval_file, data or [], gate or [], no_worse or [])
-    plan = make_plan(loaded, shard_size=shard_bytes)
+    plan = plan_recipe(loaded, shard_size=shard_bytes)
     if trial is not None:
         trial.check(plan)
     options = MergeOptions(
@@ -126,13 +129,14 @@ def run(
         allow_non_finite=allow_non_finite,
         trust_remote_code=trust_remote_code,
         copy_tokenizer=copy_tokenizer,
+        keep_stages=keep_stages,
     )
     if dry_run or out is None:
         if out is not None:
             check_target(plan, out, options)
         screen.plan(plan, options, every=False, as_json=as_json)
         return
-    screen.notes([*plan.notes])
+    screen.notes([note for one in (*plan.stages.values(), plan) for note in one.notes])
     # Interrupted while it was evaluated, the same command goes on from the merge that is there.
     known = finished(plan, out, options) if trial and not (overwrite or fresh) else None
     with screen.progress() as show:
@@ -184,7 +188,8 @@ def plan(
     """Show what a merge would do, from headers alone: tensors, bytes, memory, every problem."""
     from merge_cli import console
     from merge_cli.engine.options import MergeOptions
-    from merge_cli.engine.planner import load_recipe, make_plan
+    from merge_cli.engine.planner import load_recipe
+    from merge_cli.engine.stages import plan_recipe
     from merge_cli.sizes import parse_size
 
     screen = console.Screen()
@@ -192,6 +197,6 @@ def plan(
     memory = parse_size(max_memory, "--max-memory")
     loaded = load_recipe(recipe)
     screen.notes(loaded.warnings)
-    decided = make_plan(loaded, shard_size=shard_bytes)
+    decided = plan_recipe(loaded, shard_size=shard_bytes)
     options = MergeOptions(device=device, threads=threads, max_memory=memory)
     screen.plan(decided, options, every=every, as_json=as_json)

@@ -19,16 +19,16 @@ from rich.table import Table
 
 from merge_cli.console.analysis import print_analysis
 from merge_cli.console.indented import indented
+from merge_cli.console.plans import before_merge, plan_document
 from merge_cli.console.progress import ProgressLog, progress_bar
-from merge_cli.console.search import print_found, print_keys, print_search, search_json
+from merge_cli.console.search import print_found, print_keys, print_search
 from merge_cli.console.tables import (
     Settings,
     method_json,
-    plan_json,
     plan_row,
     print_table,
 )
-from merge_cli.console.training import dials_json, print_dials, print_training, training_json
+from merge_cli.console.training import dials_json, print_dials, print_training
 from merge_cli.errors import MergeCliError, ProblemsError
 from merge_cli.recipe.examples import example_recipe
 from merge_cli.sizes import show_seconds, show_size
@@ -107,30 +107,22 @@ class Screen:
     def plan(self, plan: Plan, options: MergeOptions, *, every: bool, as_json: bool) -> None:
         """The plan as a table (one row for each run of like layers) or as JSON.
 
-        A method that learns or searches shows what comes before the merge, too.
+        A method that learns or searches shows what comes before the merge, too; a recipe of several
+        documents shows all of them, in the order of their making.
         """
-        training = None
-        if plan.learns:
-            from merge_cli.dam.plan import plan_training
-
-            training = plan_training(plan, options.device)
-        searching = None
-        if plan.recipe.searches:
-            from merge_cli.evolve.plan import plan_search
-
-            searching = plan_search(plan, options)
-        from merge_cli.engine.device import choose_device
-        from merge_cli.engine.memory import estimated_peak
-
-        peak = estimated_peak(plan, choose_device(options.device), options)
         if as_json:
-            document = plan_json(plan, peak)
-            if training is not None:
-                document["training"] = training_json(training)
-            if searching is not None:
-                document["search"] = search_json(searching)
-            print(indented(document))
+            print(indented(plan_document(plan, options)))
             return
+        for number, (name, stage) in enumerate(plan.stages.items(), start=1):
+            self.out.print(f"[bold]Stage {number}: {escape(name)}[/bold]")
+            self._plan(stage, options, every=every)
+            self.out.print()
+        if plan.stages:
+            self.out.print(f"[bold]Result, after {len(plan.stages)} stages[/bold]")
+        self._plan(plan, options, every=every)
+
+    def _plan(self, plan: Plan, options: MergeOptions, *, every: bool) -> None:
+        training, searching, peak = before_merge(plan, options)
         table = Table(box=None, pad_edge=False, header_style="bold", title_justify="left")
         table.add_column("tensor" if every else "layers", overflow="fold")
         table.add_column("tensors", justify="right")
@@ -171,6 +163,10 @@ class Screen:
             return
         if self.quiet or not result.report:
             return
+        for stage in result.report.get("stages", ()):
+            sources = ", ".join(one["model"] for one in stage["inputs"])
+            made = f"{stage['name']}: {stage['method']} of {sources}"
+            self.out.print(f"  stage   {escape(made)}", soft_wrap=True)
         training = result.report.get("training")
         if training is not None:
             self._learned(training)

@@ -14,37 +14,8 @@ from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from merge_cli.engine.plan import Plan, TensorTask
+    from merge_cli.engine.plan import TensorTask
     from merge_cli.methods.registry import Method
-
-
-def plan_json(plan: Plan, peak: int) -> dict[str, Any]:
-    """The plan as data, for `--json`. Tensors that are alike share lists: nothing may change it."""
-    models = {task.sources: [plan.sources[i].label for i in task.sources] for task in plan.tasks}
-    shapes = {task.shape: list(task.shape) for task in plan.tasks}
-    return {
-        "method": plan.recipe.merge_method,
-        "base": plan.sources[plan.base].label if plan.base is not None else None,
-        "sources": [plan.sources[i].label for i in plan.operands],
-        "bytes_read": plan.bytes_read,
-        "bytes_written": plan.bytes_written,
-        "peak_memory": peak,
-        "parameters": plan.parameter_count,
-        "shards": [{"file": shard.file, "bytes": shard.size} for shard in plan.shards],
-        "notes": list(plan.notes),
-        "tensors": [
-            {
-                "name": task.name,
-                "shape": shapes[task.shape],
-                "dtype": task.dtype,
-                "action": task.action,
-                "from": models[task.sources],
-                "parameters": task.parameters,
-                "note": task.note,
-            }
-            for task in plan.tasks
-        ],
-    }
 
 
 def method_json(method: Method) -> dict[str, Any]:

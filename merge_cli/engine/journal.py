@@ -41,13 +41,22 @@ def work_key(plan: Plan, *context: object) -> str:
     state.update(code.encode())
     if plan.coefficients is not None:
         state.update(plan.coefficients.digest.encode())
+    made = {
+        source.root: (source.label, work_key(plan.stages[source.label], *context))
+        for source in plan.sources
+        if source.label in plan.stages
+    }
     paths: dict[Path, str] = {}
+    stamps: list[tuple[str, str]] = []
     settings: dict[int, str] = {}  # by identity: tensors that are treated alike share theirs
     for task in plan.tasks:
         stored = [ref for tensor in task.inputs for ref in tensor.stored]
         for ref in stored:
             if ref.path not in paths:
-                paths[ref.path] = str(ref.path)
+                # What another document makes is known by how it is made: it need not be there yet.
+                stage, stamp = made.get(ref.path.parent) or ("", "")
+                paths[ref.path] = f"{stage}/{ref.path.name}" if stage else str(ref.path)
+                stamps.append((paths[ref.path], stamp or _stamp(ref.path)))
         inputs: list[Any] = [(paths[r.path], r.name, r.dtype, r.shape, r.offset) for r in stored]
         inputs += [formula for tensor in task.inputs if (formula := tensor.formula)]
         setting = settings.get(id(task.parameters))
@@ -55,7 +64,7 @@ def work_key(plan: Plan, *context: object) -> str:
             setting = settings[id(task.parameters)] = repr(sorted(task.parameters.items()))
         text = f"({task.output!r}, {task.action!r}, {task.ids!r}, {inputs!r}){setting}"
         state.update(text.encode())
-    state.update(repr(sorted((text, _stamp(path)) for path, text in paths.items())).encode())
+    state.update(repr(sorted(stamps)).encode())
     for shard in plan.shards:
         state.update(shard.file.encode() + shard.header)
     return state.hexdigest()

@@ -6,8 +6,8 @@ Everything that does not fit is collected, so that one look shows all of it.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -16,8 +16,10 @@ from merge_cli.checkpoint.source import Source
 from merge_cli.checkpoint.tensors import Tensor
 from merge_cli.engine.heads import View
 from merge_cli.engine.layers import Anatomy, Places, Seat, Seats, heights
+from merge_cli.engine.modules import known_modules, members
 from merge_cli.engine.pieces import Operand, Piece
 from merge_cli.errors import Problem
+from merge_cli.recipe.keys import nearest
 
 # Buffers that old checkpoints stored and models compute by themselves.
 _BUFFERS = ("rotary_emb.inv_freq", ".masked_bias", ".attn.bias", ".attention.bias",
@@ -73,9 +75,19 @@ class Model:
         """What slices need to know; found for the first of them."""
         return Anatomy(self.view, self.source.config, self.places)
 
+    def parts(self, modules: Sequence[str]) -> dict[str, Model]:
+        """The model's modules, as models; what none of them has goes by an empty name."""
+        found = {name: members(name, modules, self.view) for name in modules}
+        taken = {name for names in found.values() for name in names}
+        found[""] = tuple(name for name in self.view if name not in taken)
+        return {
+            module: replace(self, view={name: self.view[name] for name in names})
+            for module, names in found.items()
+        }
+
 
 def match_pieces(
-    pieces: Iterable[Piece], sources: Sequence[Source], views: Sequence[View]
+    pieces: Sequence[Piece], sources: Sequence[Source], views: Sequence[View]
 ) -> Matches:
     """Find every tensor of every piece in its sources, and what does not fit.
 
@@ -85,9 +97,47 @@ def match_pieces(
     places = Places()
     models = [Model(source, view, places) for source, view in zip(sources, views, strict=True)]
     matches = Matches()
+    modules = list(dict.fromkeys(piece.module for piece in pieces if piece.module))
+    parts = [model.parts(modules) if modules else {} for model in models]
+    matches.problems += _module_problems(pieces, models, parts)
     for piece in pieces:
-        _match_piece(piece, models, places, matches)
+        if piece.left_over:
+            matches.found += _left_over(piece, parts[piece.reference.source][""])
+            continue
+        of_module = [own[piece.module] for own in parts] if piece.module else models
+        _match_piece(piece, of_module, places, matches)
     return matches
+
+
+def _module_problems(
+    pieces: Sequence[Piece], models: Sequence[Model], parts: Sequence[Mapping[str, Model]]
+) -> list[Problem]:
+    """Modules that a source has not, and tensors that two modules have."""
+    found = {}
+    for piece in pieces:
+        for member in piece.members if piece.module else ():
+            model, view = models[member.source], parts[member.source][piece.module or ""].view
+            if not view:
+                key = piece.key.partition(f".{piece.module}.")[0] + f".{piece.module}"
+                what = f"{model.label} has no tensors of a module '{piece.module}'."
+                hint = nearest(piece.module or "", known_modules(model.view))
+                found[what] = Problem(what, key, hint=hint)
+            for other, part in parts[member.source].items():
+                shared = next((name for name in part.view if name in view), None)
+                if other not in (piece.module, "") and shared is not None:
+                    one, two = sorted((piece.module or "", other))
+                    what = f"belongs to '{one}' and to '{two}' of the recipe's modules"
+                    found.setdefault(f"{one} {two}", Problem(what, shared))
+    return list(found.values())
+
+
+def _left_over(piece: Piece, model: Model) -> Iterator[Match]:
+    """Copies of what no listed module has."""
+    why = f"in none of the recipe's modules: copied from {model.label}"
+    for name, ref in model.view.items():
+        place = model.places[name]
+        group = f"{place.stack}.{place.index}".lstrip(".") if place else name
+        yield Match(name, piece, Seat(group), (ref,), None, piece.reference.source, why)
 
 
 def _match_piece(piece: Piece, models: Sequence[Model], places: Places, into: Matches) -> None:
@@ -98,7 +148,8 @@ def _match_piece(piece: Piece, models: Sequence[Model], places: Places, into: Ma
             return
         offers.append(offer)
     labels = [models[member.source].label for member in piece.members]
-    stack = models[piece.reference.source].anatomy.main if piece.spec else None
+    sliced = piece.reference.layers is not None
+    stack = models[piece.reference.source].anatomy.main if sliced else None
     seats = Seats(heights(places[name] for name in offers[0]), stack, piece.start)
     for name in offers[0]:
         if name.endswith(_LEFT_OUT):

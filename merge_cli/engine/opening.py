@@ -1,7 +1,8 @@
-"""Every model of a recipe, opened once, however it is spelled."""
+"""The models of a recipe, each opened once, whatever it is called."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from merge_cli.checkpoint.quantised import advice
@@ -15,31 +16,33 @@ def one_spelling(recipe: Recipe) -> Recipe:
     """`base` and `./base` are one model: named as the recipe names it first."""
     first: dict[Path, ModelRef] = {}
     spelling: dict[ModelRef, ModelRef] = {}
-    named = [recipe.base_model, *(spec.model for spec in recipe.source_specs)]
-    for model in named:
-        if model is not None:
-            place = local_folder(model.path, recipe.folder)
-            known = place is not None and not model.lora
-            spelling[model] = first.setdefault(place.resolve(), model) if place and known else model
+    for model in recipe.references:
+        place = local_folder(model.path, recipe.folder)
+        known = place is not None and not model.lora
+        spelling[model] = first.setdefault(place.resolve(), model) if place and known else model
     return recipe.with_models(spelling)
 
 
-def open_all(recipe: Recipe) -> tuple[Recipe, list[Source]]:
+def open_all(recipe: Recipe, made: Mapping[str, Source]) -> tuple[Recipe, list[Source]]:
     """Open every model, the base first.
+
+    Args:
+        made: the results of other documents, by name: open already.
 
     Returns:
         the recipe with one spelling for each model, and the sources, each once.
+
+    Raises:
+        SourceError: a model that cannot be opened, or whose weights are quantised.
+        MismatchError: several that cannot be opened.
     """
-    references = dict.fromkeys(spec.model for spec in recipe.source_specs)
-    if recipe.base_model is not None:
-        references = {recipe.base_model: None, **references}
     opened: dict[ModelRef, Source] = {}
     first: dict[tuple[Path, ...], ModelRef] = {}
     spelling: dict[ModelRef, ModelRef] = {}
     errors: list[MergeCliError] = []
-    for reference in references:
+    for reference in recipe.references:
         try:
-            source = open_source(reference, recipe.folder)
+            source = made.get(str(reference)) or open_source(reference, recipe.folder)
         except SourceError as error:
             errors.append(error)
             continue

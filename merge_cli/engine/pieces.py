@@ -35,6 +35,8 @@ class Piece:
         operands: in the formula's order.
         first, last: whether tensors before and after the layers come from this piece.
         start: the first output layer.
+        module: what its tensors belong to; None means the whole model.
+        left_over: it is what no listed module has, copied from its one operand.
     """
 
     key: str
@@ -44,6 +46,8 @@ class Piece:
     first: bool = True
     last: bool = True
     start: int = 0
+    module: str | None = None
+    left_over: bool = False
 
     @property
     def reference(self) -> Operand:
@@ -57,15 +61,34 @@ class Piece:
 
 
 def cut_pieces(recipe: Recipe, method: Method, labels: Sequence[str]) -> list[Piece]:
-    """The pieces of the output, in order; one where the recipe has no slices.
+    """The pieces of the output, in order; one where the recipe has neither slices nor modules.
 
     Args:
         labels: of the opened sources.
     """
+    if not recipe.modules:
+        return _cut(recipe, method, labels, recipe.slices or (None,), None)
+    pieces = [
+        piece
+        for module in recipe.modules
+        for piece in _cut(recipe, method, labels, module.slices, module.name)
+    ]
+    donor = recipe.base_model or recipe.source_specs[0].model
+    left = Operand(labels.index(str(donor)), -1, SourceSpec(donor, "base_model"))
+    return [*pieces, Piece("modules", None, (left,), None, left_over=True)]
+
+
+def _cut(
+    recipe: Recipe,
+    method: Method,
+    labels: Sequence[str],
+    groups: Sequence[SliceSpec | None],
+    module: str | None,
+) -> list[Piece]:
+    """The pieces of a module, or of the whole model."""
     places = {spec.key: place for place, spec in enumerate(recipe.source_specs)}
     pieces: list[Piece] = []
     start = 0
-    groups: list[SliceSpec | None] = list(recipe.slices) or [None]
     for number, part in enumerate(groups):
         listed = part.sources if part else recipe.models
         span = listed[0].layer_range
@@ -88,6 +111,7 @@ def cut_pieces(recipe: Recipe, method: Method, labels: Sequence[str]) -> list[Pi
                 first=number == 0,
                 last=number == len(groups) - 1,
                 start=start,
+                module=module,
             )
         )
         start += span[1] - span[0] if span else 0

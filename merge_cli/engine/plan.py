@@ -85,6 +85,7 @@ class Plan:
         notes: decisions that a reader should know, one line each.
         coefficients: the recipe's file of learned coefficients; None without one.
         shard_size: bytes of tensors in one of `shards`: what is planned again is cut alike.
+        stages: how the models are made that other documents of the recipe make, by name.
     """
 
     recipe: Recipe
@@ -100,6 +101,7 @@ class Plan:
     notes: tuple[str, ...]
     coefficients: CoefficientFile | None = None
     shard_size: int = 0
+    stages: Mapping[str, Plan] = field(default_factory=dict)
     template: str | None = None
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import groupby
@@ -26,12 +26,10 @@ from merge_cli.engine.match import Match, match_pieces
 from merge_cli.engine.opening import one_spelling, open_all
 from merge_cli.engine.pieces import Piece, cut_pieces
 from merge_cli.engine.plan import Action, Plan, TensorTask
+from merge_cli.engine.stacking import layer_sources, stacked_pieces
 from merge_cli.engine.vocabulary import align, renumber, vocabulary_notes
-from merge_cli.errors import (
-    MismatchError,
-    Problem,
-    RecipeError,
-)
+from merge_cli.errors import MismatchError, Problem, RecipeError, UsageError
+from merge_cli.methods.filters import idle_filters
 from merge_cli.methods.registry import Method
 from merge_cli.methods.resolve import Resolver, check_recipe
 from merge_cli.recipe.load import parse_text, read_recipe
@@ -57,12 +55,18 @@ def load_recipe(path: str | Path, *, text: str | None = None) -> Recipe:
     )
     if recipe is None:
         raise RecipeError(problems)
-    recipe = one_spelling(recipe)
-    checked = check_recipe(recipe)
-    problems = sorted({*problems, *checked.problems}, key=lambda p: (p.line, p.column, p.key))
+    stages = []
+    for document in (*recipe.stages, recipe):
+        document = one_spelling(document)
+        checked = check_recipe(document)
+        problems = [*problems, *checked.problems]
+        warnings = document.warnings + checked.warnings
+        stages.append(replace(document, warnings=warnings))
     if problems:
-        raise RecipeError(problems)
-    return replace(recipe, warnings=recipe.warnings + checked.warnings)
+        raise RecipeError(sorted(set(problems), key=lambda p: (p.line, p.column, p.key)))
+    *stages, final = stages
+    warnings = tuple(line for document in (*stages, final) for line in document.warnings)
+    return replace(final, stages=tuple(stages), warnings=warnings)
 
 
 @contextmanager
@@ -82,17 +86,31 @@ def _uncollected() -> Iterator[None]:
 
 
 @_uncollected()
-def make_plan(recipe: Recipe, *, shard_size: int = DEFAULT_SHARD_SIZE) -> Plan:
+def make_plan(
+    recipe: Recipe,
+    *,
+    shard_size: int = DEFAULT_SHARD_SIZE,
+    made: Mapping[str, Source] | None = None,
+    stages: Mapping[str, Plan] | None = None,
+) -> Plan:
     """Decide every output tensor from headers.
 
+    Args:
+        made: the results of the recipe's stages that it merges, by name (see stages.py).
+        stages: how they are made.
+
     Raises:
+        UsageError: a recipe of several documents, without what the others make.
         SourceError: a model that cannot be opened.
         MismatchError: sources that do not fit one another, every problem at once.
         RecipeError: values that no tensor can be merged with.
     """
     method = check_recipe(recipe).method
     assert method is not None, "load_recipe refuses a recipe without a method"
-    recipe, sources = open_all(recipe)
+    if recipe.stages and stages is None:
+        what = "this recipe has several documents: only `run` and `plan` read them"
+        raise UsageError(what, where=recipe.file, hint="Run it, then name its result.")
+    recipe, sources = open_all(recipe, made or {})
     problems = check_recipe(recipe).problems  # again: two names may turn out to be one model
     if problems:
         raise RecipeError(problems)
@@ -107,7 +125,8 @@ def make_plan(recipe: Recipe, *, shard_size: int = DEFAULT_SHARD_SIZE) -> Plan:
         count = len(matches.problems)
         summary = f"the sources do not fit one another ({count} problem{'s' * (count != 1)})"
         summary += _differences(sources)
-        ordered = sorted(matches.problems, key=lambda problem: natural_key(problem.key))
+        placed = (_placed(problem, recipe) for problem in matches.problems)
+        ordered = sorted(placed, key=lambda problem: natural_key(problem.key))
         raise MismatchError(ordered, summary)
     tasks: list[TensorTask] = []
     refused: dict[str, Problem] = {}
@@ -122,18 +141,19 @@ def make_plan(recipe: Recipe, *, shard_size: int = DEFAULT_SHARD_SIZE) -> Plan:
     coefficients = _coefficients(recipe, tasks)
     dtypes = {task.dtype for task in tasks if task.dtype in _FLOATS}
     donated = sources[donor].config
-    if recipe.slices:
+    stacked = stacked_pieces(recipe, pieces, sources)
+    if stacked:
         donated = with_layer_types(donated, sources[donor].root)
     try:
         config, changes = merged_config(
             donated,
             dtype=DTYPES[dtypes.pop()][1] if len(dtypes) == 1 else None,
             tied=heads.tied,
-            layers=_layer_sources(pieces, sources) if recipe.slices else None,
+            layers=layer_sources(stacked, sources) if stacked else None,
         )
     except ValueError as error:
         what = f"these layers cannot be stacked: {error}."
-        raise RecipeError([recipe.problem("slices", what)]) from None
+        raise RecipeError([recipe.problem(stacked[0].key, what)]) from None
     config = renumber(config, aligned)
     template, template_note = choose_template(recipe, sources)
     notes = [
@@ -144,6 +164,7 @@ def make_plan(recipe: Recipe, *, shard_size: int = DEFAULT_SHARD_SIZE) -> Plan:
         *template_note,
         *matches.notes,
         *(f"config.json: {change}" for change in changes),
+        *idle_filters(recipe, [task.name for task in tasks]),
     ]
     if recipe.base_model is None:
         notes.insert(0, f"config.json and tokenizer come from {sources[donor].label}, listed first")
@@ -163,10 +184,17 @@ def make_plan(recipe: Recipe, *, shard_size: int = DEFAULT_SHARD_SIZE) -> Plan:
         notes=tuple(dict.fromkeys(notes)),
         coefficients=coefficients,
         shard_size=shard_size,
+        stages=stages or {},
     )
 
 
 _FLOATS = ("F64", "F32", "BF16", "F16")
+
+
+def _placed(problem: Problem, recipe: Recipe) -> Problem:
+    """With its line, where it is about a key of the recipe and not about a tensor."""
+    known = problem.key in recipe.places
+    return recipe.problem(problem.key, problem.what, problem.hint) if known else problem
 
 
 def _differences(sources: Sequence[Source]) -> str:
@@ -221,18 +249,4 @@ def _coefficients(recipe: Recipe, tasks: Sequence[TensorTask]) -> CoefficientFil
     ]
     if problems:
         raise MismatchError(problems, f"{place.name} does not fit these models")
-    return found
-
-
-def _layer_sources(
-    pieces: Sequence[Piece], sources: Sequence[Source]
-) -> list[tuple[dict[str, object], int]]:
-    """For each output layer, whose config describes it and which layer it is there."""
-    found: list[tuple[dict[str, object], int]] = []
-    for piece in pieces:
-        layers = piece.reference.layers
-        assert layers is not None, "every source of a slice has a layer_range"
-        source = sources[piece.reference.source]
-        config = with_layer_types(source.config, source.root)
-        found.extend((config, layer) for layer in range(*layers))
     return found

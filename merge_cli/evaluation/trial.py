@@ -41,8 +41,9 @@ class Trial:
     def check(self, plan: Plan) -> None:
         """Raise a UsageError for a gate whose model takes no part, before anything is merged."""
         for gate in self._gates:
-            if gate.reference:
-                _meant(gate.reference, plan)
+            if gate.reference and _meant(gate.reference, plan).planned:
+                what = f"'{gate.reference}' is a stage of this recipe, and gone once OUT is there"
+                raise UsageError(what, hint="Make it by itself first, and name its folder.")
 
     def run(self, plan: Plan, out: Path, options: MergeOptions, show: Show) -> list[dict[str, Any]]:
         """Evaluate OUT and every model that a gate names; written into OUT, too.

@@ -1,6 +1,6 @@
 """A recipe against its method: every parameter checked where it stands, then resolved per tensor.
 
-Precedence, as in mergekit: slice source, output slice, global, the method's default.
+Precedence, as in mergekit: slice source, output slice, module, global, the method's default.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from merge_cli.methods.searching import search_problems
 from merge_cli.recipe.keys import nearest
 from merge_cli.recipe.reference import local_file
 from merge_cli.recipe.schema import Parameters, Recipe, SliceSpec, SourceSpec
-from merge_cli.recipe.values import Scalar, evaluate, filters, is_graded, scalars
+from merge_cli.recipe.values import Scalar, evaluate, filters, is_graded, matches, scalars
 
 # Known to the field or to mergekit, not to this version: better said than guessed at.
 _ELSEWHERE = frozenset((
@@ -64,7 +64,8 @@ def check_recipe(recipe: Recipe) -> Checked:
         _check_count(recipe, method, key, specs, problems)
         if group:
             _check_parameters(recipe, method, group, None, problems, warnings)
-    _check_parameters(recipe, method, recipe.parameters, None, problems, warnings)
+    for shared in (recipe.parameters, *(module.parameters for module in recipe.modules)):
+        _check_parameters(recipe, method, shared, None, problems, warnings)
     for spec in recipe.source_specs:
         _check_parameters(recipe, method, spec.parameters, spec, problems, warnings)
         if spec.data is not None and recipe.coefficients and method.learns:
@@ -148,7 +149,7 @@ class Resolved:
 class Resolver:
     """`resolve` for the tensors of one piece, once for each set of parameters.
 
-    What a setting means depends on the filters that a tensor's name contains and, where there are
+    What a setting means depends on the filters that match a tensor's name and, where there are
     gradients, on its position: tensors that agree in both share one answer.
     """
 
@@ -164,7 +165,7 @@ class Resolver:
 
     def of(self, tensor: str, position: float) -> Resolved:
         """The parameters of one tensor; arguments as for `resolve`."""
-        matching = tuple([part for part in self._filters if part in tensor])
+        matching = tuple([one for one in self._filters if matches(one, tensor)])
         key = position if self._graded else 0.0, matching
         known = self._known.get(key)
         if known is None:
@@ -193,7 +194,8 @@ def arguments(method: Method, parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 def _shared(recipe: Recipe, piece: SliceSpec | None) -> list[Parameters]:
     """What stands for all sources of a piece, the closest first."""
-    return [piece.parameters, recipe.parameters] if piece else [recipe.parameters]
+    own = [piece.parameters, piece.outer] if piece else []
+    return [*own, recipe.parameters]
 
 
 def _learning_problems(recipe: Recipe, method: Method) -> Iterator[Problem]:
@@ -210,8 +212,9 @@ def _learning_problems(recipe: Recipe, method: Method) -> Iterator[Problem]:
                 what = f"{recipe.merge_method} learns nothing from data."
                 yield recipe.problem(f"{spec.key}.data", what, "Use `merge_method: dam`.")
         return
-    if recipe.slices:
-        yield recipe.problem("slices", "dam merges whole models.", "List them under `models:`.")
+    for key in ("slices", "modules"):
+        if getattr(recipe, key):
+            yield recipe.problem(key, "dam merges whole models.", "List them under `models:`.")
     if recipe.coefficients:
         if local_file(recipe.coefficients, recipe.folder) is None:
             what = f"no such file: {recipe.coefficients}"
@@ -237,7 +240,7 @@ def _twice(recipe: Recipe) -> Iterator[Problem]:
 def _groups(recipe: Recipe) -> list[tuple[str, Parameters, tuple[SourceSpec, ...]]]:
     if recipe.models:
         return [("models", {}, recipe.models)]
-    return [(piece.key, piece.parameters, piece.sources) for piece in recipe.slices]
+    return [(piece.key, piece.parameters, piece.sources) for piece in recipe.all_slices]
 
 
 def _check_count(

@@ -28,9 +28,10 @@ def search_problems(recipe: Recipe, *, searching: bool) -> Iterator[Problem]:
     if recipe.objective is None:
         hint = "Write `objective: [{task: loss, data: FILE}]`."
         yield recipe.problem("merge_method", "needs an `objective:` to judge by.", hint)
-    if recipe.slices:
-        what = f"{recipe.merge_method} merges whole models."
-        yield recipe.problem("slices", what, "List them under `models:`.")
+    for key in ("slices", "modules"):
+        if getattr(recipe, key):
+            what = f"{recipe.merge_method} merges whole models."
+            yield recipe.problem(key, what, "List them under `models:`.")
     search = recipe.search
     if recipe.merge_method == GREEDY:
         for name in sorted((search.given if search else frozenset()) - WITHOUT_SPACE):

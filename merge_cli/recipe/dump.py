@@ -7,14 +7,14 @@ will lie in, so that the pair of model and recipe says nothing of the machine it
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from merge_cli.recipe.reference import ModelRef, local_folder, parse_reference
-from merge_cli.recipe.schema import Parameters, Recipe, SourceSpec
+from merge_cli.recipe.schema import Parameters, Recipe, SliceSpec, SourceSpec
 from merge_cli.recipe.tokenizer import BASE, UNION, TokenizerSpec
 from merge_cli.recipe.training import plain_training
 from merge_cli.recipe.values import Gradient, Setting
@@ -28,8 +28,8 @@ def dump_recipe(
     locate: Locate,
     defaults: Mapping[str, Any],
     inputs: Mapping[str, str],
-    header: str,
     coefficients: str | None = None,
+    header: str = "",
 ) -> str:
     """The recipe's YAML.
 
@@ -48,13 +48,18 @@ def dump_recipe(
         document["base_model"] = locate(recipe.base_model)
     if recipe.models:
         document["models"] = [_source(spec, locate) for spec in recipe.models]
+    elif recipe.slices:
+        document["slices"] = _slices(recipe.slices, locate)
     else:
-        document["slices"] = [
-            _with_parameters(
-                {"sources": [_source(s, locate) for s in piece.sources]}, piece.parameters
+        document["modules"] = {
+            module.name: _with_parameters(
+                {"models": [_source(spec, locate) for spec in module.slices[0].sources]}
+                if module.whole
+                else {"slices": _slices(module.slices, locate)},
+                module.parameters,
             )
-            for piece in recipe.slices
-        ]
+            for module in recipe.modules
+        }
     parameters = {**defaults, **_plain(recipe.parameters)}
     if parameters:
         document["parameters"] = parameters
@@ -75,7 +80,7 @@ def dump_recipe(
     if inputs:
         document["inputs"] = dict(inputs)
     body = yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=100)
-    return f"# {header}\n{body}"
+    return f"# {header}\n{body}" if header else body
 
 
 def path_from(target: Path, folder: Path, commits: Mapping[str, str]) -> Locate:
@@ -100,6 +105,13 @@ def path_from(target: Path, folder: Path, commits: Mapping[str, str]) -> Locate:
         return f"{model.path}@{commit}" if commit else model.path
 
     return locate
+
+
+def _slices(slices: Iterable[SliceSpec], locate: Locate) -> list[dict[str, Any]]:
+    return [
+        _with_parameters({"sources": [_source(s, locate) for s in piece.sources]}, piece.parameters)
+        for piece in slices
+    ]
 
 
 def _tokenizer(spec: TokenizerSpec, folder: Path, locate: Locate) -> dict[str, Any]:

@@ -14,14 +14,15 @@ INEFFECTIVE = {
 }
 # Known to mergekit or to the field: a recipe that needs them must not run without.
 UNSUPPORTED = {
-    "modules": "merging by module is not supported by this version; use `models` or `slices`",
     "data": "`data` belongs to a model: write it under each of `models`",
 }
 RECIPE_KEYS = (
-    "merge_method", "base_model", "models", "slices", "parameters", "dtype", "out_dtype", "seed",
-    "tokenizer_source", "tokenizer", "chat_template", "name", "metadata", "training",
+    "merge_method", "base_model", "models", "slices", "modules", "parameters", "dtype", "out_dtype",
+    "seed", "tokenizer_source", "tokenizer", "chat_template", "name", "metadata", "training",
     "coefficients", "inputs", "eval", "search", "objective",
 )  # fmt: skip
+
+DTYPES = ("float32", "float16", "bfloat16", "float64")
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import types
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
-from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from merge_cli.recipe.fields import Fields
 from merge_cli.recipe.keys import nearest
 from merge_cli.recipe.nodes import Node
 from merge_cli.recipe.reference import local_file
@@ -24,19 +23,8 @@ from merge_cli.recipe.training import (
 Refuse = Callable[[Node, str, str, str], None]  # node, key, what, hint
 
 
-class LearningSections(ABC):
+class LearningSections(Fields):
     """The part of the recipe's parser that reads them."""
-
-    folder: Path
-
-    @abstractmethod
-    def _add(self, node: Node, key: str, what: str, hint: str = "") -> None: ...
-
-    @abstractmethod
-    def _word(self, node: Node | None, key: str) -> str | None: ...
-
-    @abstractmethod
-    def _mapping(self, node: Node, key: str, known: tuple[str, ...]) -> dict[str, Node]: ...
 
     def _training(self, node: Node | None, root: Node) -> Training | None:
         if node is None or node.value is None:

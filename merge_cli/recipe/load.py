@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 from merge_cli.errors import Problem, RecipeError, UsageError
+from merge_cli.recipe.documents import parse_documents
 from merge_cli.recipe.nodes import load_nodes
-from merge_cli.recipe.parse import parse_recipe
 from merge_cli.recipe.schema import Recipe
 
 
@@ -34,13 +34,8 @@ def read_recipe(path: str | Path) -> tuple[Recipe | None, list[Problem]]:
 
 
 def parse_text(text: str, file: str, folder: Path) -> tuple[Recipe | None, list[Problem]]:
-    """Parse one recipe from text; `file` is how messages call it."""
-    documents = load_nodes(text, file)
+    """Parse a recipe from text; `file` is how messages call it."""
+    documents = [node for node in load_nodes(text, file) if node.value is not None]
     if not documents:
         raise RecipeError([Problem("the recipe is empty", file=file, line=1, column=1)])
-    if len(documents) > 1:
-        what = "several documents in one file are not supported by this version."
-        place = documents[1]
-        hint = "Run the stages one after the other, each from its own file."
-        raise RecipeError([Problem(what, "", file, place.line, place.column, hint)])
-    return parse_recipe(documents[0], file, folder)
+    return parse_documents(documents, file, folder)

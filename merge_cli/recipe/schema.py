@@ -15,8 +15,6 @@ from merge_cli.recipe.tokenizer import TokenizerSpec
 from merge_cli.recipe.training import Data, Training
 from merge_cli.recipe.values import Parameter
 
-DTYPES = ("float32", "float16", "bfloat16", "float64")
-
 Parameters = Mapping[str, Parameter]
 
 
@@ -36,16 +34,39 @@ class SourceSpec:
 
 @dataclass(frozen=True)
 class SliceSpec:
-    """A run of output layers and the sources that it is merged from."""
+    """A run of output layers and the sources that it is merged from.
+
+    `outer` are the parameters of the module that it belongs to, which its own win over.
+    """
 
     sources: tuple[SourceSpec, ...]
     key: str
     parameters: Parameters = field(default_factory=dict)
+    outer: Parameters = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ModuleSpec:
+    """A part of a multimodal model, merged by itself.
+
+    Attributes:
+        slices: its layers; one without layer ranges where it lists `models`.
+    """
+
+    name: str
+    key: str
+    slices: tuple[SliceSpec, ...]
+    parameters: Parameters = field(default_factory=dict)
+
+    @property
+    def whole(self) -> bool:
+        """Whether it lists models, not slices of them."""
+        return all(s.layer_range is None for piece in self.slices for s in piece.sources)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A checked recipe. Exactly one of `models` and `slices` is non-empty.
+    """A checked recipe. Exactly one of `models`, `slices` and `modules` is non-empty.
 
     Attributes:
         dtype: dtype of the output; None keeps each tensor's own. Computing is float32 regardless.
@@ -60,12 +81,14 @@ class Recipe:
         file: the recipe as messages name it; `folder` is where its relative paths start.
         places: key path -> (line, column), for messages of later stages.
         warnings: one line for each key that is known, accepted and without effect.
+        stages: the other documents of the file, each before those that use it (documents.py).
     """
 
     merge_method: str
     base_model: ModelRef | None = None
     models: tuple[SourceSpec, ...] = ()
     slices: tuple[SliceSpec, ...] = ()
+    modules: tuple[ModuleSpec, ...] = ()
     parameters: Parameters = field(default_factory=dict)
     dtype: str | None = None
     out_dtype: str | None = None
@@ -84,6 +107,7 @@ class Recipe:
     folder: Path = field(default_factory=Path.cwd)
     places: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    stages: tuple[Recipe, ...] = ()
 
     @property
     def tokenizer_source(self) -> str | None:
@@ -98,11 +122,23 @@ class Recipe:
     @property
     def source_specs(self) -> tuple[SourceSpec, ...]:
         """Every source, in the order of the recipe."""
-        return self.models or tuple(s for piece in self.slices for s in piece.sources)
+        return self.models or tuple(s for piece in self.all_slices for s in piece.sources)
+
+    @property
+    def all_slices(self) -> tuple[SliceSpec, ...]:
+        """The recipe's slices, or those of its modules."""
+        return self.slices or tuple(piece for module in self.modules for piece in module.slices)
+
+    @property
+    def references(self) -> tuple[ModelRef, ...]:
+        """Every model, each once, the base first."""
+        base = (self.base_model,) if self.base_model else ()
+        return tuple(dict.fromkeys([*base, *(spec.model for spec in self.source_specs)]))
 
     def with_seed(self, seed: int) -> Recipe:
-        """The same recipe with another seed."""
-        return replace(self, seed=seed)
+        """The same recipe, and its stages, with another seed."""
+        stages = tuple(stage.with_seed(seed) for stage in self.stages)
+        return replace(self, seed=seed, stages=stages)
 
     def with_models(self, spelling: Mapping[ModelRef, ModelRef]) -> Recipe:
         """The same recipe with models named as `spelling` says."""
@@ -110,11 +146,15 @@ class Recipe:
         def respelt(specs: tuple[SourceSpec, ...]) -> tuple[SourceSpec, ...]:
             return tuple(replace(spec, model=spelling[spec.model]) for spec in specs)
 
+        def sliced(parts: tuple[SliceSpec, ...]) -> tuple[SliceSpec, ...]:
+            return tuple(replace(part, sources=respelt(part.sources)) for part in parts)
+
         return replace(
             self,
             base_model=spelling[self.base_model] if self.base_model else None,
             models=respelt(self.models),
-            slices=tuple(replace(part, sources=respelt(part.sources)) for part in self.slices),
+            slices=sliced(self.slices),
+            modules=tuple(replace(part, slices=sliced(part.slices)) for part in self.modules),
         )
 
     @property

@@ -14,7 +14,7 @@ from merge_cli.recipe.keys import nearest
 from merge_cli.recipe.learning import Refuse, read_value, words_of
 from merge_cli.recipe.nodes import Node
 from merge_cli.recipe.training import dial
-from merge_cli.recipe.values import Scalar
+from merge_cli.recipe.values import Scalar, filter_error
 
 TIES = ("models", "layers", "filters")
 _RANGE_KEYS = ("min", "max", "log", "integer", "choices", "tied")
@@ -99,6 +99,8 @@ def parse_search(children: Mapping[str, Node], key: str, refuse: Refuse) -> Sear
             continue
         if name in ("method", "filters"):
             value, wrong = _texts(node)
+            if name == "filters" and not wrong:
+                wrong = next(filter(None, map(filter_error, value)), "")
         elif name == "layer_groups":
             value, wrong = _groups(node)
         elif name == "fidelity":

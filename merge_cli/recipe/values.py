@@ -7,7 +7,10 @@ piecewise linear over the layers of its slice. As in mergekit, tensors that belo
 
 from __future__ import annotations
 
+import fnmatch
+import re
 from dataclasses import dataclass
+from functools import lru_cache
 
 Scalar = float | int | bool | str
 
@@ -21,7 +24,7 @@ class Gradient:
 
 @dataclass(frozen=True)
 class Rule:
-    """`value` for tensors whose name contains `filter`; None (or `*`) matches every tensor."""
+    """`value` for tensors that `filter` matches; None (or `*`) matches every tensor."""
 
     filter: str | None
     value: Scalar | Gradient
@@ -48,7 +51,7 @@ def evaluate(setting: Setting, tensor: str, position: float) -> Scalar | None:
     """
     if isinstance(setting, tuple):
         for rule in setting:
-            if rule.filter is None or rule.filter == "*" or rule.filter in tensor:
+            if rule.filter is None or rule.filter == "*" or matches(rule.filter, tensor):
                 return evaluate(rule.value, tensor, position)
         return None
     if isinstance(setting, Gradient):
@@ -56,8 +59,37 @@ def evaluate(setting: Setting, tensor: str, position: float) -> Scalar | None:
     return setting
 
 
+def matches(filter: str, tensor: str) -> bool:
+    """Whether a filter means a tensor.
+
+    A part of its name, as in mergekit; `/.../` is a regular expression that occurs in it; what has
+    `*` or `?`, which no name has, must match the whole of it, as in a shell.
+    """
+    pattern = _pattern(filter)
+    return filter in tensor if pattern is None else pattern.search(tensor) is not None
+
+
+def filter_error(filter: str) -> str:
+    """Why a filter can mean no tensor; empty when it can."""
+    try:
+        _pattern(filter)
+    except re.error as error:
+        at = "" if error.pos is None else f", at character {error.pos + 2} of the filter"
+        return f"not a regular expression: {error.msg}{at}"
+    return ""
+
+
+@lru_cache(maxsize=256)
+def _pattern(filter: str) -> re.Pattern[str] | None:
+    if len(filter) > 2 and filter.startswith("/") and filter.endswith("/"):
+        return re.compile(filter[1:-1])
+    if "*" in filter or "?" in filter:
+        return re.compile(rf"\A{fnmatch.translate(filter)}")
+    return None
+
+
 def filters(setting: Setting) -> set[str]:
-    """The parts of names that decide what `evaluate` says of a setting."""
+    """The filters that decide what `evaluate` says of a setting."""
     rules = setting if isinstance(setting, tuple) else ()
     return {rule.filter for rule in rules if rule.filter is not None and rule.filter != "*"}
 

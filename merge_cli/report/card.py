@@ -22,16 +22,18 @@ from merge_cli.report.card_metadata import (
     repositories,
     used_sources,
 )
+from merge_cli.report.stages import Stages
 
 _PAPERS = {"arXiv:": "https://arxiv.org/abs/"}
 _MODEL_ID = re.compile(r'^model_id = ".*"$', re.MULTILINE)
 
 
-def model_card(plan: Plan, defaults: Mapping[str, Any], title: str) -> str:
+def model_card(plan: Plan, defaults: Mapping[str, Any], title: str, stages: Stages) -> str:
     """The card's Markdown.
 
     Args:
         title: the name of the output folder, unless the recipe has a name.
+        stages: the other documents of the recipe.
     """
     recipe = plan.recipe
     labels = [source.label for source in plan.sources]
@@ -47,9 +49,10 @@ def model_card(plan: Plan, defaults: Mapping[str, Any], title: str) -> str:
         return str(model).removeprefix(HUB)
 
     text = dump_recipe(
-        recipe, locate=public, defaults=defaults, inputs={}, header="a merge-cli recipe",
+        recipe, locate=stages.named(public), defaults=defaults, inputs={},
         coefficients=f"./{FILE}" if plan.coefficients is not None else None,
     )  # fmt: skip
+    text = "# a merge-cli recipe\n" + "---\n".join([*stages.documents(None), text])
     method = plan.method
     by_label = {str(spec.model): public(spec.model) for spec in recipe.source_specs}
     if recipe.base_model is not None:
@@ -60,7 +63,9 @@ def model_card(plan: Plan, defaults: Mapping[str, Any], title: str) -> str:
     licence = licence_note(plan)
     lines = [
         "---",
-        yaml.safe_dump(card_metadata(plan), sort_keys=False, allow_unicode=True).strip(),
+        yaml.safe_dump(
+            card_metadata(plan, stages.hub_ids()), sort_keys=False, allow_unicode=True
+        ).strip(),
         "---",
         f"# {recipe.name or title}",
         "",

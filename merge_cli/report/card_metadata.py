@@ -55,8 +55,11 @@ def _card(path: Path) -> dict[str, Any]:
         return {}  # a text that only describes; the weights are judged elsewhere
 
 
-def card_metadata(plan: Plan) -> dict[str, Any]:
+def card_metadata(plan: Plan, of_stages: Sequence[str] = ()) -> dict[str, Any]:
     """The front matter of the merge, in the order in which the Hub's own cards have it.
+
+    Args:
+        of_stages: repositories that the recipe's other documents merge.
 
     A licence is stated only where every source states the same one; languages and data sets are
     those of all sources. The recipe's `metadata` has the last word on all of them.
@@ -66,7 +69,8 @@ def card_metadata(plan: Plan) -> dict[str, Any]:
     own = {key: plan.recipe.metadata[key] for key in OWN_WORDS if plan.recipe.metadata.get(key)}
     front: dict[str, Any] = {}
     # `base_model` links to the Hub: names of local folders would lead nowhere.
-    bases = list(dict.fromkeys(one.repo_id for source in used for one in repositories(source)))
+    own_bases = [one.repo_id for source in used for one in repositories(source)]
+    bases = list(dict.fromkeys([*own_bases, *of_stages]))
     if bases:
         front |= {"base_model": bases, "base_model_relation": "merge"}
     licences = [tuple(_word(card, key) for key in _LICENCE) for card in cards]

@@ -15,6 +15,7 @@ from merge_cli.report.elements import MAX_ROWS, document, figure, key_figures, s
 from merge_cli.report.relations import Json, View, pairs_of, view_of
 from merge_cli.report.search import searched
 from merge_cli.report.sections import alike, conflict, conflict_of, groups, kept, sizes
+from merge_cli.report.stages import staged
 from merge_cli.report.training import learned
 from merge_cli.report.words import (
     cosine,
@@ -41,6 +42,7 @@ def render_html(report: Json) -> str:
     body = [
         _header(report),
         _key_figures(report, view),
+        *staged(report),
         *searched(report),
         *learned(report),
         *relations,

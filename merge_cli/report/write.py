@@ -18,6 +18,7 @@ from merge_cli.report.card import model_card
 from merge_cli.report.coefficients import coefficient_summary
 from merge_cli.report.html import render_html
 from merge_cli.report.record import build_report
+from merge_cli.report.stages import Stages
 
 
 def write_reports(
@@ -30,6 +31,7 @@ def write_reports(
     *,
     search: Mapping[str, Any] | None = None,
     attachments: Mapping[str, str] | None = None,
+    stages: Mapping[str, Path] | None = None,
 ) -> dict[str, Any]:
     """merge_recipe.yaml, merge_report.json, merge_report.html and README.md.
 
@@ -39,19 +41,15 @@ def write_reports(
         training: the record of how the coefficients were learned, if this run has learned them.
         search: the record of how parameters or members were found, if this run has found them.
         attachments: other files that belong to the merge, by name.
+        stages: the folders of what other documents of the recipe have made for it, by name.
 
     Returns:
         the report.
     """
     recipe = plan.recipe
     commits = {name: c for source in plan.sources for name, c in source.commits.items()}
-    locate = path_from(target, recipe.folder, commits)
-    references = dict.fromkeys(
-        [
-            *([recipe.base_model] if recipe.base_model else []),
-            *(s.model for s in recipe.source_specs),
-        ]
-    )
+    made = Stages(stages or {})
+    locate = made.named(path_from(target, recipe.folder, commits))
     labels = [source.label for source in plan.sources]
     digests = dict(zip(labels, fingerprints, strict=True))
     defaults = {
@@ -59,14 +57,16 @@ def write_reports(
         for name, parameter in plan.method.parameters.items()
         if parameter.default is not None
     }
-    text = dump_recipe(
+    inputs = {locate(model): digests[str(model)] for model in recipe.references}
+    own = dump_recipe(
         recipe,
         locate=locate,
         defaults=defaults,
-        inputs={locate(reference): digests[str(reference)] for reference in references},
+        inputs={name: digest for name, digest in inputs.items() if name not in made.names},
         coefficients=f"./{FILE}" if plan.coefficients is not None else None,
-        header=f"resolved by merge-cli {version('merge-cli')}; running it gives the same bytes",
     )
+    header = f"# resolved by merge-cli {version('merge-cli')}; running it gives the same bytes\n"
+    text = header + "---\n".join([*made.documents(target), own])
     report = build_report(plan, fingerprints, outcome, text)
     if plan.coefficients is not None:
         report["coefficients"] = coefficient_summary(plan)
@@ -74,13 +74,16 @@ def write_reports(
         report["training"] = dict(training)
     if search is not None:
         report["search"] = dict(search)
+    if made.names:
+        report["stages"] = made.records()
     files = {
         **(attachments or {}),
         "merge_recipe.yaml": text,
         "merge_report.json": json.dumps(report, indent=1, ensure_ascii=False) + "\n",
         "merge_report.html": render_html(report),
-        "README.md": model_card(plan, defaults, target.name),
+        "README.md": model_card(plan, defaults, target.name, made),
     }
+    made.copy_coefficients(folder)
     if plan.coefficients is not None:
         try:
             shutil.copyfile(plan.coefficients.path, folder / FILE)

@@ -1,0 +1,84 @@
+"""What a plan says before it is carried out, as data."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from merge_cli.console.search import search_json
+from merge_cli.console.training import training_json
+
+if TYPE_CHECKING:
+    from merge_cli.dam.plan import TrainingPlan
+    from merge_cli.engine.options import MergeOptions
+    from merge_cli.engine.plan import Plan
+    from merge_cli.evolve.plan import SearchPlan
+
+
+def before_merge(
+    plan: Plan, options: MergeOptions
+) -> tuple[TrainingPlan | None, SearchPlan | None, int]:
+    """What is learned or searched before the merge, if anything, and its peak memory in bytes.
+
+    What learns from models that are still to be made is checked when they are there.
+    """
+    from merge_cli.engine.device import choose_device
+    from merge_cli.engine.memory import estimated_peak
+
+    training = searching = None
+    ready = not any(source.planned for source in plan.sources)
+    if plan.learns and ready:
+        from merge_cli.dam.plan import plan_training
+
+        training = plan_training(plan, options.device)
+    if plan.recipe.searches and ready:
+        from merge_cli.evolve.plan import plan_search
+
+        searching = plan_search(plan, options)
+    return training, searching, estimated_peak(plan, choose_device(options.device), options)
+
+
+def plan_document(plan: Plan, options: MergeOptions) -> dict[str, Any]:
+    """The plan as data, for `--json`; under `stages` what other documents of the recipe make."""
+    document = _document(plan, options)
+    if plan.stages:
+        document["stages"] = {name: _document(s, options) for name, s in plan.stages.items()}
+    return document
+
+
+def _document(plan: Plan, options: MergeOptions) -> dict[str, Any]:
+    training, searching, peak = before_merge(plan, options)
+    document = _plan_json(plan, peak)
+    if training is not None:
+        document["training"] = training_json(training)
+    if searching is not None:
+        document["search"] = search_json(searching)
+    return document
+
+
+def _plan_json(plan: Plan, peak: int) -> dict[str, Any]:
+    """The plan as data, for `--json`. Tensors that are alike share lists: nothing may change it."""
+    models = {task.sources: [plan.sources[i].label for i in task.sources] for task in plan.tasks}
+    shapes = {task.shape: list(task.shape) for task in plan.tasks}
+    return {
+        "method": plan.recipe.merge_method,
+        "base": plan.sources[plan.base].label if plan.base is not None else None,
+        "sources": [plan.sources[i].label for i in plan.operands],
+        "bytes_read": plan.bytes_read,
+        "bytes_written": plan.bytes_written,
+        "peak_memory": peak,
+        "parameters": plan.parameter_count,
+        "shards": [{"file": shard.file, "bytes": shard.size} for shard in plan.shards],
+        "notes": list(plan.notes),
+        "tensors": [
+            {
+                "name": task.name,
+                "shape": shapes[task.shape],
+                "dtype": task.dtype,
+                "action": task.action,
+                "from": models[task.sources],
+                "parameters": task.parameters,
+                "note": task.note,
+            }
+            for task in plan.tasks
+        ],
+    }

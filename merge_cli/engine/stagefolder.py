@@ -1,0 +1,91 @@
+"""OUT.stages: where the results of a recipe's stages wait until OUT is published.
+
+OUT.stages/lock       held from beginning to end, by one process
+OUT.stages/NAME       what a document makes, published like any model
+OUT.stages/NAME.done  the key of the work that has made it
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Collection
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+
+from merge_cli.engine.beside import folder_beside, lock_folder, replace_file
+from merge_cli.errors import UsageError
+from merge_cli.recipe.documents import stage_folder
+
+
+class StageFolder:
+    """A context manager: locked inside, unlocked (and kept for resuming) outside.
+
+    Attributes:
+        begun: whether it was there before.
+    """
+
+    def __init__(self, target: Path) -> None:
+        self.path = folder_beside(target, ".stages")
+        self.begun = self.path.exists()
+        self._lock = -1
+
+    def __enter__(self) -> StageFolder:
+        """Take the lock.
+
+        Raises:
+            UsageError: the folder is somebody else's.
+            ResourceError: another process works in it, or the place cannot be written.
+        """
+        if self.begun and not (self.path / "lock").exists():
+            what = "is not a folder of stages, and would be used as one"
+            raise UsageError(what, where=str(self.path), hint="Choose another OUT.")
+        self._lock = lock_folder(self.path, "merge")
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        with suppress(OSError):  # gone already
+            if [path.name for path in self.path.iterdir()] == ["lock"]:
+                shutil.rmtree(self.path)
+        os.close(self._lock)
+
+    def place(self, name: str) -> Path:
+        """Where the result of a stage lies, or will."""
+        return self.path / stage_folder(name)
+
+    def has(self, name: str, key: str) -> bool:
+        """Whether the result of a stage is there, made by the work of this key."""
+        done = self._done(name)
+        return self.place(name).is_dir() and done.is_file() and done.read_text() == key
+
+    def finished(self, name: str, key: str) -> None:
+        """Note that the result of a stage is there.
+
+        Raises:
+            ResourceError: it cannot be written.
+        """
+        replace_file(self._done(name), key.encode())
+
+    def clear(self) -> None:
+        """Remove everything that stages have made or begun."""
+        self.tidy(())
+
+    def tidy(self, kept: Collection[str]) -> None:
+        """Remove everything but the results that are named."""
+        names = {"lock"}.union(*({self.place(n).name, self._done(n).name} for n in kept))
+        for path in self.path.iterdir():
+            if path.name in names:
+                continue
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+    def _done(self, name: str) -> Path:
+        return self.path / f"{stage_folder(name)}.done"
