@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from merge_cli.checkpoint.header import TensorRef
+from merge_cli.checkpoint.quantised import ADVICE
 from merge_cli.errors import CorruptFileError, SourceError
 
 INDEX = "model.safetensors.index.json"
@@ -59,6 +60,10 @@ def find_shards(
             f"M.from_pretrained('{label}', dtype='auto').save_pretrained('converted')\""
         )
         raise SourceError(what, model=label, hint=f"If you trust it, convert it first: {convert}")
+    packed = next((name for name in sorted(names) if name.endswith(".gguf")), None)
+    if packed:
+        what = f"its weights are a GGUF file ({packed})"
+        raise SourceError(what, model=label, hint=ADVICE["gguf"])
     raise SourceError("has no safetensors files", model=label, hint="Is this a model's folder?")
 
 

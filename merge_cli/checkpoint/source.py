@@ -20,6 +20,7 @@ from merge_cli.checkpoint.adapter import Adapter, open_adapter
 from merge_cli.checkpoint.files import CARD, is_companion
 from merge_cli.checkpoint.header import TensorRef, parse_header, read_header_file
 from merge_cli.checkpoint.lora import WEIGHTS, apply_adapter
+from merge_cli.checkpoint.quantised import read_as_numbers
 from merge_cli.checkpoint.shards import INDEX, find_shards, join_shards, read_config, read_json
 from merge_cli.checkpoint.tensors import Tensor
 from merge_cli.errors import CorruptFileError, HubError, SourceError
@@ -221,9 +222,8 @@ def _open_folder(path: Path, label: str) -> Source:
         headers[shard] = raw
         tensors[shard] = parse_header(raw, file, file.stat().st_size, label)
     notes = () if config else ("has no config.json",)
-    return Source(
-        label, path, config, join_shards(tensors, weight_map, label), headers, None, notes
-    )
+    joined = join_shards(tensors, weight_map, label)
+    return _source(label, path, config, joined, headers, None, notes)
 
 
 def _open_hub(repo: hub.HubModel, label: str) -> Source:
@@ -247,6 +247,14 @@ def _open_hub(repo: hub.HubModel, label: str) -> Source:
         size = cached.stat().st_size if cached.exists() else repo.files[shard]
         tensors[shard] = parse_header(raw, cached, size, label)
     notes = tuple(filter(None, [repo.note, "" if config else "has no config.json"]))
-    return Source(
-        label, root, config, join_shards(tensors, weight_map, label), headers, repo, notes
-    )
+    joined = join_shards(tensors, weight_map, label)
+    return _source(label, root, config, joined, headers, repo, notes)
+
+
+def _source(
+    label: str, root: Path, config: Mapping[str, Any], stored: Mapping[str, TensorRef],
+    headers: Mapping[str, bytes], repo: hub.HubModel | None, notes: tuple[str, ...],
+) -> Source:  # fmt: skip
+    """With fp8 weights as numbers."""
+    tensors, plain, more = read_as_numbers(stored, config, label)
+    return Source(label, root, plain, tensors, headers, repo, (*notes, *more))

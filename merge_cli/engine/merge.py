@@ -172,9 +172,9 @@ def _write_tokenizer(plan: Plan, folder: Path, *, copied: bool) -> None:
 
 def _write_config(plan: Plan, donor: Path, target: Path) -> None:
     """The donor's own bytes where nothing changed."""
-    source = plan.sources[plan.donor]
-    if plan.config == source.config and source.adapter is None:
-        target.write_bytes(donor.read_bytes())
+    own = donor.read_bytes()
+    if plan.config == json.loads(own):
+        target.write_bytes(own)
     else:
         text = json.dumps(dict(plan.config), indent=2, ensure_ascii=False) + "\n"
         target.write_text(text, encoding="utf-8")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from merge_cli.checkpoint.quantised import advice
 from merge_cli.checkpoint.source import Source, open_source
 from merge_cli.errors import MergeCliError, MismatchError, Problem, SourceError
 from merge_cli.recipe.reference import ModelRef, local_folder
@@ -51,10 +52,9 @@ def open_all(recipe: Recipe) -> tuple[Recipe, list[Source]]:
         problems = [Problem(str(error)) for error in errors]
         raise MismatchError(problems, f"{len(errors)} models cannot be opened")
     for source in opened.values():
-        quantised = source.config.get("quantization_config")
-        if quantised:
-            method = quantised.get("quant_method", "") if isinstance(quantised, dict) else ""
-            what = f"its weights are quantised ({method or 'quantization_config in config.json'})"
-            hint = "Merge the unquantised models, then quantise the result."
+        refused = advice(source.config)
+        if refused is not None:
+            method, hint = refused
+            what = f"its weights are quantised ({method})"
             raise SourceError(what, model=source.label, hint=hint)
     return recipe.with_models(spelling), list(opened.values())
