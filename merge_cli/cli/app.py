@@ -16,6 +16,7 @@ import typer
 
 from merge_cli.cli.analyze import analyze
 from merge_cli.cli.compare import compare
+from merge_cli.cli.convert import convert
 from merge_cli.cli.evaluate import evaluate
 from merge_cli.cli.init import init
 from merge_cli.cli.methods import methods
@@ -40,7 +41,7 @@ def _root(
         raise typer.Exit
 
 
-for verb in (init, run, plan, methods, analyze, evaluate, compare, push):
+for verb in (init, run, plan, methods, analyze, evaluate, compare, push, convert):
     app.command()(verb)
 
 
