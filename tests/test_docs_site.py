@@ -104,6 +104,26 @@ def test_every_command_is_there(site: Path) -> None:
     assert "--lazy-unpickle" not in text  # hidden
 
 
+def copied(root: Path) -> Path:
+    """A checkout whose texts may be changed."""
+    for name in ("docs", "scripts/docs"):
+        shutil.copytree(ROOT / name, root / name)
+    for name in ("mkdocs.yml", "README.md", "CHANGELOG.md", "CONTRIBUTING.md"):
+        shutil.copy(ROOT / name, root / name)
+    for name in ("zoo", "configs", "merge_cli"):
+        (root / name).symlink_to(ROOT / name)
+    return root
+
+
+def test_a_new_page_is_found(tmp_path: Path) -> None:
+    root = copied(tmp_path / "root")
+    (root / "docs" / "brand-new.md").write_text("# Brand new\n")
+    done = build(root, tmp_path / "site")
+    assert done.returncode == 0, done.stderr
+    home = Links((tmp_path / "site" / "index.html").read_text(encoding="utf-8"))
+    assert "brand-new/" in home.links
+
+
 @pytest.mark.parametrize(
     ("wrong", "word"),
     [
@@ -113,14 +133,7 @@ def test_every_command_is_there(site: Path) -> None:
     ],
 )
 def test_a_broken_link_breaks_the_build(tmp_path: Path, wrong: str, word: str) -> None:
-    root = tmp_path / "root"
-    root.mkdir()
-    for name in ("docs", "scripts/docs"):
-        shutil.copytree(ROOT / name, root / name)
-    for name in ("mkdocs.yml", "README.md", "CHANGELOG.md", "CONTRIBUTING.md"):
-        shutil.copy(ROOT / name, root / name)
-    for name in ("zoo", "configs", "merge_cli"):
-        (root / name).symlink_to(ROOT / name)
+    root = copied(tmp_path / "root")
     page = root / "docs" / "quickstart.md"
     page.write_text(page.read_text(encoding="utf-8") + f"\n{wrong}\n", encoding="utf-8")
     done = build(root, tmp_path / "site")

@@ -237,6 +237,28 @@ def test_no_token_no_right_no_connection(
     assert "what is uploaded is kept" in raised.value.hint
 
 
+def test_a_hub_in_trouble(
+    logged_in: HubServer, large: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """huggingface_hub has tried again and again by itself, here without the pauses."""
+    second = _digest(sorted(large.glob("*.safetensors"))[1])
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    logged_in.fail(503, times=99, path=second)
+    with pytest.raises(HubError, match="status 503") as raised:
+        merge_cli.push(large, "org/large")
+    assert "what is uploaded is kept" in raised.value.hint
+    assert len(logged_in.objects) == 1
+    logged_in.heal()
+    assert merge_cli.push(large, "org/large").changed
+
+
+def test_offline(hub: HubServer, merged: Path) -> None:
+    command = [sys.executable, "-m", "merge_cli", "push", str(merged), "org/m"]
+    env = hub.env(token=hub.token, offline=True)
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=60)
+    failed(done, 3, "the Hub may not be asked (HF_HUB_OFFLINE)")
+
+
 def test_what_is_not_a_merge(hub: HubServer, family: Family, large: Path, tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="no such folder"):
         merge_cli.push(tmp_path / "none", "org/m")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,25 @@ _LINK = re.compile(r"\]\((?!https?:|#|mailto:)([^)\s#]+)(#[^)\s]*)?\)")
 
 
 def on_config(config: Any) -> Any:
-    """Methods' pages come into the navigation as they are registered."""
+    """Methods' pages come into the navigation as they are registered, new texts at its end."""
     (section,) = [item["Methods"] for item in config.nav if "Methods" in item]
     section[1:1] = [{name: f"methods/{name}.md"} for name in method_pages()]
+    listed = set(_pages(config.nav))
+    docs = Path(config.docs_dir)
+    here = (path.relative_to(docs).as_posix() for path in sorted(docs.rglob("*.md")))
+    more = [page for page in here if page not in listed]
+    if more:
+        config.nav.append({"More": more})
     return config
+
+
+def _pages(nav: Any) -> Iterator[str]:
+    """Every page that a navigation names."""
+    if isinstance(nav, str):
+        yield nav
+    else:
+        for part in nav.values() if isinstance(nav, dict) else nav:
+            yield from _pages(part)
 
 
 def on_files(files: Files, config: Any) -> Files:
