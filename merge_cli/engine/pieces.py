@@ -92,6 +92,7 @@ def _cut(
     for number, part in enumerate(groups):
         listed = part.sources if part else recipe.models
         span = listed[0].layer_range
+        here = recipe.of_slice(part)
 
         def operand(spec: SourceSpec, span: tuple[int, int] | None = span) -> Operand:
             # A base that the slice does not list lends the same layers.
@@ -99,14 +100,14 @@ def _cut(
             return Operand(labels.index(str(spec.model)), places.get(spec.key, -1), spec, layers)
 
         base = None
-        if method.needs_base and recipe.base_model is not None:
-            own = next((spec for spec in listed if spec.model == recipe.base_model), None)
-            base = operand(own or SourceSpec(recipe.base_model, "base_model"))
+        if method.needs_base and here.base_model is not None:
+            own = next((spec for spec in listed if spec.model == here.base_model), None)
+            base = operand(own or SourceSpec(here.base_model, "base_model"))
         pieces.append(
             Piece(
                 part.key if part else "models",
                 part,
-                tuple(operand(spec) for spec in operand_specs(recipe, method, listed)),
+                tuple(operand(spec) for spec in operand_specs(here, method, listed)),
                 base,
                 first=number == 0,
                 last=number == len(groups) - 1,

@@ -6,15 +6,15 @@ Precedence, as in mergekit: slice source, output slice, module, global, the meth
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from merge_cli.errors import Problem, UsageError
+from merge_cli.methods.learning import learning_problems
 from merge_cli.methods.registry import Method, get_method, method_names
 from merge_cli.methods.searching import search_problems
 from merge_cli.recipe.keys import nearest
-from merge_cli.recipe.reference import local_file
 from merge_cli.recipe.schema import Parameters, Recipe, SliceSpec, SourceSpec
 from merge_cli.recipe.values import Scalar, evaluate, filters, is_graded, matches, scalars
 
@@ -55,15 +55,21 @@ def check_recipe(recipe: Recipe) -> Checked:
     problems: list[Problem] = list(search_problems(recipe, searching=searching))
     if problems and searching:
         return Checked(method, tuple(problems), ())
-    problems += _learning_problems(recipe, method)
+    problems += learning_problems(recipe, method)
     warnings: list[str] = []
-    if method.needs_base and recipe.base_model is None:
+    groups = _groups(recipe)
+    if method.needs_base and any(here.base_model is None for here, *_ in groups):
         what = f"{name} adds changes to a base model, and the recipe names none."
         problems.append(recipe.problem("merge_method", what, "Add `base_model:`."))
-    for key, group, specs in _groups(recipe):
-        _check_count(recipe, method, key, specs, problems)
+    for here, key, group, specs in groups:
+        _check_count(here, method, key, specs, problems)
         if group:
             _check_parameters(recipe, method, group, None, problems, warnings)
+        for spec in specs:
+            if spec.parameters and method.needs_base and spec.model == here.base_model:
+                line, column = recipe.places.get(f"{spec.key}.parameters", (0, 0))
+                place = f"{recipe.file}:{line}:{column}: {spec.key}.parameters"
+                warnings.append(f"{place}: has no effect: the base has no task vector.")
     for shared in (recipe.parameters, *(module.parameters for module in recipe.modules)):
         _check_parameters(recipe, method, shared, None, problems, warnings)
     for spec in recipe.source_specs:
@@ -72,10 +78,6 @@ def check_recipe(recipe: Recipe) -> Checked:
             line, column = recipe.places.get(f"{spec.key}.data", (0, 0))
             place = f"{recipe.file}:{line}:{column}: {spec.key}.data"
             warnings.append(f"{place}: has no effect: the coefficients are given.")
-        if spec.parameters and method.needs_base and spec.model == recipe.base_model:
-            line, column = recipe.places.get(f"{spec.key}.parameters", (0, 0))
-            place = f"{recipe.file}:{line}:{column}: {spec.key}.parameters"
-            warnings.append(f"{place}: has no effect: the base has no task vector.")
     return Checked(method, tuple(problems), tuple(warnings))
 
 
@@ -198,49 +200,13 @@ def _shared(recipe: Recipe, piece: SliceSpec | None) -> list[Parameters]:
     return [*own, recipe.parameters]
 
 
-def _learning_problems(recipe: Recipe, method: Method) -> Iterator[Problem]:
-    """What the sections on learning lack, or want from a method that does not learn."""
-    if not method.learns:
-        what = f"{recipe.merge_method} learns nothing."
-        if recipe.training is not None:
-            yield recipe.problem("training", what, "Use `merge_method: dam`.")
-        if recipe.coefficients and "coefficients" not in method.supplied:
-            what = f"{recipe.merge_method} takes no file of coefficients."
-            yield recipe.problem("coefficients", what, "Use `merge_method: dam`.")
-        for spec in recipe.source_specs:
-            if spec.data is not None:
-                what = f"{recipe.merge_method} learns nothing from data."
-                yield recipe.problem(f"{spec.key}.data", what, "Use `merge_method: dam`.")
-        return
-    for key in ("slices", "modules"):
-        if getattr(recipe, key):
-            yield recipe.problem(key, "dam merges whole models.", "List them under `models:`.")
-    if recipe.coefficients:
-        if local_file(recipe.coefficients, recipe.folder) is None:
-            what = f"no such file: {recipe.coefficients}"
-            yield recipe.problem("coefficients", what)
-    elif not any(spec.data for spec in recipe.source_specs):
-        what = "no model has `data:`, so that there is nothing to learn from."
-        hint = "Give a model the data that it is good at, or name a `coefficients:` file."
-        yield recipe.problem("models", what, hint)
-    if not recipe.coefficients:
-        yield from _twice(recipe)
-
-
-def _twice(recipe: Recipe) -> Iterator[Problem]:
-    """Sources that are listed again: a model has one set of coefficients, and one teacher."""
-    seen = set()
-    for spec in recipe.models:
-        if spec.model in seen:
-            what = f"'{spec.model}' is listed twice: its coefficients cannot be told apart."
-            yield recipe.problem(spec.key, what, "List it once, with all its data.")
-        seen.add(spec.model)
-
-
-def _groups(recipe: Recipe) -> list[tuple[str, Parameters, tuple[SourceSpec, ...]]]:
-    if recipe.models:
-        return [("models", {}, recipe.models)]
-    return [(piece.key, piece.parameters, piece.sources) for piece in recipe.all_slices]
+def _groups(recipe: Recipe) -> list[tuple[Recipe, str, Parameters, tuple[SourceSpec, ...]]]:
+    if not recipe.all_slices:
+        return [(recipe, "models", {}, recipe.models)]
+    return [
+        (recipe.of_slice(piece), piece.key, piece.parameters, piece.sources)
+        for piece in recipe.all_slices
+    ]
 
 
 def _check_count(

@@ -109,7 +109,13 @@ def path_from(target: Path, folder: Path, commits: Mapping[str, str]) -> Locate:
 
 def _slices(slices: Iterable[SliceSpec], locate: Locate) -> list[dict[str, Any]]:
     return [
-        _with_parameters({"sources": [_source(s, locate) for s in piece.sources]}, piece.parameters)
+        _with_parameters(
+            {
+                "sources": [_source(s, locate) for s in piece.sources],
+                **({"base_model": locate(piece.base_model)} if piece.base_model else {}),
+            },
+            piece.parameters,
+        )
         for piece in slices
     ]
 

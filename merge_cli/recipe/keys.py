@@ -10,6 +10,7 @@ INEFFECTIVE = {
     "embed_slerp": "mergekit ignores it, too: embeddings are merged like any other tensor",
     "input_model_parameters": "mergekit ignores it, too",
     "residual_weight": "mergekit ignores it, too",
+    "override_architecture": "tensors are matched by name, whatever the architecture",
     "int8_mask": "not needed here: masks are never stored",
 }
 # Known to mergekit or to the field: a recipe that needs them must not run without.

@@ -63,7 +63,7 @@ class ModelSections(ParameterSections, LearningSections):
         return ModuleSpec(name, key, whole or pieces, shared)
 
     def _slice(self, node: Node, key: str, outer: Parameters | None = None) -> SliceSpec:
-        fields = self._mapping(node, key, ("sources", "parameters"))
+        fields = self._mapping(node, key, ("sources", "parameters", "base_model"))
         sources = self._list(fields.get("sources"), f"{key}.sources")
         specs = tuple(
             self._source(source, f"{key}.sources[{i}]", layers=True)
@@ -76,7 +76,8 @@ class ModelSections(ParameterSections, LearningSections):
             what = f"sources have different numbers of layers ({sorted(spans)})"
             self._add(node, f"{key}.sources", what)
         own = self._parameters(fields.get("parameters"), f"{key}.parameters")
-        return SliceSpec(specs, key, own, outer or {})
+        base = self._model(fields.get("base_model"), f"{key}.base_model")
+        return SliceSpec(specs, key, own, outer or {}, base)
 
     def _model(self, node: Node | None, key: str) -> ModelRef | None:
         if node is None or node.value is None:

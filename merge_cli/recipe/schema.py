@@ -36,13 +36,15 @@ class SourceSpec:
 class SliceSpec:
     """A run of output layers and the sources that it is merged from.
 
-    `outer` are the parameters of the module that it belongs to, which its own win over.
+    `outer` are the parameters of the module that it belongs to, which its own win over;
+    `base_model` stands in for the recipe's.
     """
 
     sources: tuple[SourceSpec, ...]
     key: str
     parameters: Parameters = field(default_factory=dict)
     outer: Parameters = field(default_factory=dict)
+    base_model: ModelRef | None = None
 
 
 @dataclass(frozen=True)
@@ -132,8 +134,13 @@ class Recipe:
     @property
     def references(self) -> tuple[ModelRef, ...]:
         """Every model, each once, the base first."""
-        base = (self.base_model,) if self.base_model else ()
-        return tuple(dict.fromkeys([*base, *(spec.model for spec in self.source_specs)]))
+        bases = [self.base_model, *(piece.base_model for piece in self.all_slices)]
+        listed = [*filter(None, bases), *(spec.model for spec in self.source_specs)]
+        return tuple(dict.fromkeys(listed))
+
+    def of_slice(self, piece: SliceSpec | None) -> Recipe:
+        """The recipe as it stands for a slice: with its base."""
+        return replace(self, base_model=piece.base_model) if piece and piece.base_model else self
 
     def with_seed(self, seed: int) -> Recipe:
         """The same recipe, and its stages, with another seed."""
@@ -147,7 +154,14 @@ class Recipe:
             return tuple(replace(spec, model=spelling[spec.model]) for spec in specs)
 
         def sliced(parts: tuple[SliceSpec, ...]) -> tuple[SliceSpec, ...]:
-            return tuple(replace(part, sources=respelt(part.sources)) for part in parts)
+            return tuple(
+                replace(
+                    part,
+                    sources=respelt(part.sources),
+                    base_model=spelling[part.base_model] if part.base_model else None,
+                )
+                for part in parts
+            )
 
         return replace(
             self,
