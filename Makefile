@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Install a torch of your own choice into .venv first and it is kept; TORCH only fills the gap.
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test test-slow lint format bench zoo clean
+.PHONY: demo test test-slow lint format docs bench zoo clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python scripts/demo.py
@@ -25,6 +25,10 @@ lint: $(VENV)/.installed
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The site is build/site. Material's advertisement of its successor is not part of the build.
+docs: $(VENV)/.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(VENV)/.installed
 	$(BIN)/python scripts/bench.py --size 0.5B

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from merge_cli.errors import MergeCliError
     from merge_cli.evaluation.run import evaluate
     from merge_cli.methods.registry import merge_method
+    from merge_cli.publishing.push import push
 
 _HOMES = {
     "MergeCliError": "merge_cli.errors",
@@ -28,6 +29,7 @@ _HOMES = {
     "merge": "merge_cli.api",
     "merge_method": "merge_cli.methods.registry",
     "plan": "merge_cli.api",
+    "push": "merge_cli.publishing.push",
 }
 
 __all__ = [
@@ -41,6 +43,7 @@ __all__ = [
     "merge",
     "merge_method",
     "plan",
+    "push",
 ]
 
 

@@ -1,4 +1,4 @@
-"""A small Hugging Face Hub on 127.0.0.1, for tests: the part of the protocol that downloads use.
+"""A small Hugging Face Hub on 127.0.0.1, for tests: downloads here, uploads in `hub_uploads`.
 
     with HubServer(home=tmp_path / "hf") as hub:
         commit = hub.add("org/model", {"config.json": b"{}"}, branch="main", tag="v1")
@@ -11,7 +11,8 @@ In the same process huggingface_hub has read its environment already, so use the
 As on the real Hub: metadata of a gated repository is public and its files are not; a file in LFS
 (`.safetensors`, `.bin`) is answered with a redirect to another origin, where no token may go; a
 repository that one may not see looks like one that does not exist. hf-xet is never offered and is
-switched off by `env()` and by the fixture. Not here: uploads, datasets, Xet.
+switched off by `env()` and by the fixture. Not here: datasets, downloads by
+Xet.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import re
 import socket
 import struct
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -32,14 +34,14 @@ from typing import Any
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 import pytest
+from hub_uploads import LFS, Problem, Uploads
 
-LFS = (".safetensors", ".bin")
 CHUNK = 64 * 1024
 
 
 @dataclass
 class Request:
-    """One request as the server saw it. `sent` counts body bytes; `cdn` is the second origin."""
+    """One request as it was seen. `sent`, `received`: bytes of bodies; `cdn`: the second origin."""
 
     method: str
     path: str
@@ -49,6 +51,7 @@ class Request:
     cdn: bool
     status: int = 0
     sent: int = 0
+    received: int = 0
 
 
 @dataclass
@@ -81,7 +84,7 @@ class HubServer:
         page_size: entries on one page of a tree listing.
     """
 
-    token = "hf_accepted"  # sees everything
+    token = "hf_accepted"  # sees everything, and writes under `writable`
     stranger = "hf_stranger"  # a valid account that may see neither private nor gated repositories
 
     def __init__(self, home: Path, page_size: int = 3) -> None:
@@ -90,6 +93,13 @@ class HubServer:
         self.repos: dict[str, Repo] = {}
         self.requests: list[Request] = []
         self.faults: list[Fault] = []
+        self.writable = {"me", "org"}  # the namespaces under which `token` may create
+        self.objects: dict[str, bytes] = {}  # LFS files that have arrived, by SHA-256
+        self.parts: dict[str, dict[int, bytes]] = {}  # and those that arrive part by part
+        self.part_size = 3_000_000
+        self.cas: Path | None = None  # a folder that stands for Xet's storage; None: no Xet
+        self.messages: dict[str, str] = {}  # of commits that came by an upload
+        self.stalled = ""  # requests whose path contains it are never answered
         self.connections: set[socket.socket] = set()
         self.lock = threading.Lock()
         self._servers = [self._listen(cdn) for cdn in (False, True)]
@@ -185,12 +195,10 @@ def _foreign() -> list[str]:
     return [k for k in os.environ if k.startswith(prefixes)]
 
 
-class _Problem(Exception):
-    def __init__(self, status: int, code: str, message: str) -> None:
-        self.status, self.code, self.message = status, code, message
+_KINDS = ("resolve", "revision", "tree", "refs", "xet-write-token")
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(Uploads, BaseHTTPRequestHandler):
     hub: HubServer
     cdn: bool
     protocol_version = "HTTP/1.1"  # keep-alive, as on the Hub
@@ -211,27 +219,52 @@ class _Handler(BaseHTTPRequestHandler):
     def do_HEAD(self) -> None:
         self.do_GET()
 
+    def do_PUT(self) -> None:
+        self.do_GET()
+
+    def do_POST(self) -> None:
+        self.do_GET()
+
     def do_GET(self) -> None:
         url = urlsplit(self.path)
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
         byte_range = self.headers.get("Range", "")
+        body = self._body() if self.command in ("PUT", "POST") else b""
         self.seen = Request(self.command, url.path, url.query, byte_range, token, self.cdn)
+        self.seen.received = len(body)
         with self.hub.lock:
             self.hub.requests.append(self.seen)
             self.fault = self._next_fault(url.path)
         try:
             if self.fault and self.fault.status:
-                raise _Problem(self.fault.status, self.fault.code, "injected fault")
-            if self.cdn:
+                raise Problem(self.fault.status, self.fault.code, "injected fault")
+            if self.command in ("PUT", "POST"):
+                if not self.cdn:
+                    self._check_token()
+                if self.hub.stalled and self.hub.stalled in url.path:
+                    time.sleep(600)  # a daemon thread
+                self.upload([unquote(p) for p in url.path.strip("/").split("/")], body)
+            elif self.cdn:
                 self._content(self._blob(url.path.removeprefix("/cdn/")))
             else:
                 self._check_token()
                 self._route([unquote(p) for p in url.path.strip("/").split("/")], url.query)
-        except _Problem as problem:
+        except Problem as problem:
             headers = {"X-Error-Code": problem.code} if problem.code else {}
             body = json.dumps({"error": problem.message}).encode()
             headers |= {"X-Error-Message": problem.message, "Content-Type": "application/json"}
             self._reply(problem.status, body, headers)
+
+    def _body(self) -> bytes:
+        """What a client sends: with its length, or in chunks."""
+        if "chunked" not in self.headers.get("Transfer-Encoding", ""):
+            return self.rfile.read(int(self.headers.get("Content-Length", "0")))
+        body = b""
+        while size := int(self.rfile.readline(), 16):
+            body += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return body
 
     def _next_fault(self, path: str) -> Fault | None:
         for fault in self.hub.faults:
@@ -245,7 +278,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _check_token(self) -> None:
         if self.seen.token not in ("", self.hub.token, self.hub.stranger):
-            raise _Problem(401, "", "Invalid credentials in Authorization header")
+            raise Problem(401, "", "Invalid credentials in Authorization header")
 
     def _route(self, parts: list[str], query: str) -> None:
         if parts == ["api", "agent-harnesses"]:  # asked by huggingface_hub itself, now and then
@@ -253,11 +286,13 @@ class _Handler(BaseHTTPRequestHandler):
         api = parts[:2] == ["api", "models"]
         parts = parts[2:] if api else parts
         size = 2 if "/".join(parts[:2]) in self.hub.repos or len(parts) == 2 else 1
-        if len(parts) > 2 and parts[1] not in ("resolve", "revision", "tree", "refs"):
+        if len(parts) > 2 and parts[1] not in _KINDS:
             size = 2
         repo_id, rest = "/".join(parts[:size]), parts[size:]
         repo = self._repo(repo_id)
         kind, rest = (rest[0], rest[1:]) if rest else ("revision", ["main"])
+        if api and kind == "xet-write-token" and self.hub.cas is not None:
+            return self._json(self.xet_token())
         if api and kind == "revision":
             return self._info(repo_id, repo, self._commit(repo, rest[0]), query)
         if api and kind == "refs":
@@ -266,7 +301,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._tree(repo, self._commit(repo, rest[0]), "/".join(rest[1:]), query)
         if kind == "resolve" and len(rest) > 1:
             return self._resolve(repo, self._commit(repo, rest[0]), "/".join(rest[1:]))
-        raise _Problem(404, "", "Not Found")
+        raise Problem(404, "", "Not Found")
 
     def _repo(self, repo_id: str) -> Repo:
         repo = self.hub.repos.get(repo_id)
@@ -274,7 +309,7 @@ class _Handler(BaseHTTPRequestHandler):
             # Without a token the Hub does not even say whether the repository exists.
             status = 404 if self.seen.token else 401
             message = "Repository not found" if self.seen.token else "Invalid username or password."
-            raise _Problem(status, "RepoNotFound", message)
+            raise Problem(status, "RepoNotFound", message)
         return repo
 
     def _commit(self, repo: Repo, revision: str) -> str:
@@ -285,7 +320,7 @@ class _Handler(BaseHTTPRequestHandler):
             found = [c for c in repo.commits if c.startswith(revision)]
             if len(found) == 1:
                 return found[0]
-        raise _Problem(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        raise Problem(404, "RevisionNotFound", f"Invalid rev id: {revision}")
 
     def _info(self, repo_id: str, repo: Repo, commit: str, query: str) -> None:
         asked = parse_qs(query)
@@ -333,10 +368,10 @@ class _Handler(BaseHTTPRequestHandler):
     def _resolve(self, repo: Repo, commit: str, name: str) -> None:
         if repo.gated and self.seen.token != self.hub.token:
             status = 403 if self.seen.token else 401
-            raise _Problem(status, "GatedRepo", "Access to this model is restricted.")
+            raise Problem(status, "GatedRepo", "Access to this model is restricted.")
         data = repo.commits[commit].get(name)
         if data is None:
-            raise _Problem(404, "EntryNotFound", "Entry not found")
+            raise Problem(404, "EntryNotFound", "Entry not found")
         headers = {"X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
         if not name.endswith(LFS):
             return self._content(data, headers | {"ETag": f'"{_facts(name, data)["blobId"]}"'})
@@ -352,7 +387,7 @@ class _Handler(BaseHTTPRequestHandler):
             for files in repo.commits.values():
                 if name in files and hashlib.sha256(files[name]).hexdigest() == digest:
                     return files[name]
-        raise _Problem(404, "", "Not Found")
+        raise Problem(404, "", "Not Found")
 
     def _content(self, data: bytes, headers: Mapping[str, str] | None = None) -> None:
         """The bytes, or the one range of them that was asked for."""

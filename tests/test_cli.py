@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,8 @@ from merge_cli.sizes import parse_size, show_seconds, show_size
         ["methods", "ties"],
         ["--version"],
         ["analyze", "--help"],
+        ["init", "--help"],
+        ["push", "--help"],
     ],
 )
 def test_starts_without_heavy_imports(arguments: list[str]) -> None:
@@ -238,3 +241,53 @@ def test_facade_is_exact() -> None:
 def test_facade_costs_nothing() -> None:
     code = "import sys, merge_cli; assert not {'torch', 'yaml', 'rich', 'typer'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def completed(words: str, number: int, shell: str = "bash") -> tuple[list[str], set[str]]:
+    """What a shell is offered for the last word, and which heavy modules that took."""
+    code = (
+        "import atexit, sys\n"
+        "heavy = {'torch', 'transformers', 'huggingface_hub', 'numpy', 'yaml'}\n"
+        "atexit.register(lambda: print(heavy & set(sys.modules) or '', file=sys.stderr))\n"
+        "from merge_cli.cli import main\nsys.argv = ['merge-cli']\nmain()\n"
+    )
+    ours = {"_MERGE_CLI_COMPLETE": f"complete_{shell}", "COMP_WORDS": words,
+            "COMP_CWORD": str(number), "_TYPER_COMPLETE_ARGS": words}  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60,
+        env={**os.environ, **ours},
+    )  # fmt: skip
+    return done.stdout.split("\n"), set(done.stderr.split()) - {""}
+
+
+def test_shells_complete_methods() -> None:
+    from merge_cli.methods.registry import method_names
+
+    ties = [name for name in method_names() if name.startswith("ti")]
+    found, heavy = completed("merge-cli methods ti", 2)
+    assert [line for line in found if line] == ties
+    assert not heavy - {"{'yaml'}"}  # nothing that would keep a shell waiting
+    found, _ = completed("merge-cli init --method ", 3)
+    assert [line for line in found if line] == method_names()
+    found, _ = completed("merge-cli methods dare_t", 2, "zsh")
+    assert "dare_ties" in found[0]
+    assert "TIES" in found[0]
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_can_be_shown(shell: str) -> None:
+    done = cli("--show-completion", shell)
+    assert done.returncode == 0, done.stderr
+    assert "_COMPLETE" in done.stdout
+
+
+def test_every_method_has_its_example() -> None:
+    """Ours, all of them; the tests of recipes run them."""
+    for method in json.loads(cli("methods", "--json").stdout):
+        name = method["name"]
+        shown = json.loads(cli("methods", name, "--json").stdout)["example"]
+        assert shown is not None, name
+        assert f"\nmerge_method: {name}\n" in shown
+    done = cli("methods", "ties")
+    assert "Example (configs/ties.yaml)" in done.stdout
+    assert "  base_model: ../zoo/base\n" in done.stdout

@@ -67,6 +67,30 @@ def test_revisions(hub: HubServer, tmp_path: Path) -> None:
         merge_cli.plan(tmp_path / "r.yaml")
 
 
+def test_hf_names_are_the_hubs_whatever_is_on_disk(
+    hub: HubServer, family: Family, tmp_path: Path
+) -> None:
+    commit = hub.add("org/a", family.folder / "a", tag="v1")
+    hub.add("org/a", family.folder / "c")  # main has gone on
+    write_model(family.folder / "org" / "a", family.models[1], llama_config())
+    recipe = family.write(
+        "merge_method: soup\nbase_model: hf://org/a@v1\n"
+        "models: [hf://org/a@v1, {model: {path: hf://org/a, revision: v1}}]\n"
+    )
+    plan = merge_cli.plan(recipe)
+    assert [source.revision for source in plan.sources] == [commit] * len(plan.sources)
+    result = merge_cli.merge(plan, tmp_path / "out")
+    resolved = (result.path / "merge_recipe.yaml").read_text()
+    assert resolved.count(f"hf://org/a@{commit}") >= 3
+    hub.repos["org/a"].tags.clear()
+    merge_cli.merge(result.path / "merge_recipe.yaml", tmp_path / "again")
+    same = [(p / "model.safetensors").read_bytes() for p in (tmp_path / "out", tmp_path / "again")]
+    assert same[0] == same[1]
+    for wrong in ("hf://datasets/org/a", "hf://", "hf://a b"):
+        with pytest.raises(HubError, match="Write hf://organisation/name"):
+            open_source(ModelRef(wrong), tmp_path)
+
+
 def test_one_commit_even_if_the_branch_moves(hub: HubServer, tmp_path: Path) -> None:
     hub.add("org/m", {"config.json": b"1", "tokenizer.json": b"1"})
     model = open_hub("org/m")

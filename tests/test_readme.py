@@ -14,9 +14,10 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def blocks(language: str) -> list[str]:
+def blocks(language: str, text: str = README) -> list[str]:
+    """The fenced blocks of a page in a language; "" are the ones without."""
     # All fences in one pass: the end of one block must not be read as the start of another.
-    found = re.findall(r"^```(\w*)\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+    found = re.findall(r"^```(\w*)\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
     return [body for kind, body in found if kind == language]
 
 
@@ -36,13 +37,18 @@ def test_the_recipe_shown_is_the_one_in_configs() -> None:
     assert body.splitlines() == lines
 
 
-def test_commands_and_code(checkout: Path) -> None:
-    commands = [
+def commands_of(text: str) -> list[str]:
+    """The `merge-cli` commands that a page shows."""
+    return [
         line.partition("#")[0].strip()
-        for block in blocks("")
+        for block in blocks("", text)
         for line in block.splitlines()
         if line.startswith("merge-cli ")
     ]
+
+
+def test_commands_and_code(checkout: Path) -> None:
+    commands = commands_of(README)
     assert len(commands) >= 2
     for command in commands:
         arguments = shlex.split(command)[1:]

@@ -110,7 +110,8 @@ def test_card(family: Family, tmp_path: Path) -> None:
     card = (tmp_path / "my-merge" / "README.md").read_text()
     _, front, body = card.split("---\n", 2)
     assert yaml.safe_load(front) == {
-        "library_name": "transformers", "tags": ["merge", "merge-cli", "ties"],
+        "library_name": "transformers", "pipeline_tag": "text-generation",
+        "tags": ["merge", "merge-cli", "ties"],
     }  # fmt: skip
     assert body.startswith("# my-merge\n")
     assert "A merge of `a`, `b` and `c` by `ties` on `base`, made with" in body

@@ -71,7 +71,7 @@ def _without_base(found: Evidence, total: Measures, kept: list[int], recipe: Rec
     return Advice(
         "Begin with the plain average, and compare on held-out data.",
         tuple(suggestions),
-        _recipe(recipe, "soup", kept, {}, {}),
+        whole_models(recipe, "soup", kept, {}, {}),
         ("soup: the plain average; every weight is 1.",),
     )
 
@@ -85,7 +85,7 @@ def _alone(found: Evidence, source: int, recipe: Recipe) -> Advice:
     return Advice(
         "There is one source: nothing to combine, but its change can be scaled.",
         (Suggestion("task_arithmetic", reason, "arXiv:2109.01903, arXiv:2212.04089"),),
-        _recipe(recipe, "task_arithmetic", [source], {"lambda": 0.5}, {}),
+        whole_models(recipe, "task_arithmetic", [source], {"lambda": 0.5}, {}),
         ("lambda 0.5: half way; try 0.3 to 1.",),
     )
 
@@ -131,7 +131,7 @@ def _with_base(
     return Advice(
         f"{summary} Compare on held-out data.",
         tuple(suggestions),
-        _recipe(recipe, "task_arithmetic", kept, {"lambda": scale}, weights),
+        whole_models(recipe, "task_arithmetic", kept, {"lambda": scale}, weights),
         tuple(comments),
     )
 
@@ -189,9 +189,17 @@ def _weights(
     return weights, [line]
 
 
-def _recipe(
+def whole_models(
     recipe: Recipe, method: str, kept: list[int], scale: dict[str, float], weights: dict[int, float]
 ) -> Recipe:
+    """A recipe of some of a recipe's models.
+
+    Args:
+        kept: their indexes.
+        scale: parameters of the merge.
+        weights: index -> weight; 1 where it has none.
+    """
+
     def setting(name: str, value: float, key: str) -> dict[str, Parameter]:
         return {name: Parameter(name, value, f"{key}.parameters.{name}")}
 

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from merge_cli.checkpoint import hub
+from merge_cli.checkpoint.files import CARD
 from merge_cli.checkpoint.header import TensorRef, parse_header, read_header_file
 from merge_cli.checkpoint.lora import CONFIG, WEIGHTS
 from merge_cli.errors import CorruptFileError, SourceError
-from merge_cli.recipe.reference import local_folder, looks_like_hub_id
+from merge_cli.recipe.reference import hub_id, local_folder
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,13 @@ def open_adapter(path: str, revision: str | None, folder: Path, label: str) -> A
         HubError: a repository that cannot be had.
     """
     place = local_folder(path, folder)
-    if place is None and not looks_like_hub_id(path):
+    repository = hub_id(path)
+    if place is None and repository is None:
         hint = f"Looked in {folder} and in {Path.cwd()}."
         raise SourceError(f"no such adapter folder: {path}", model=label, hint=hint)
-    if place is None:
-        return _on_hub(hub.open_hub(path, revision), label)
+    if place is None and repository is not None:
+        return _on_hub(hub.open_hub(repository, revision), label)
+    assert place is not None
     if revision:
         hint = "Remove the part after '@'."
         raise SourceError(f"a folder has no revision '{revision}'", model=label, hint=hint)
@@ -65,7 +68,7 @@ def open_adapter(path: str, revision: str | None, folder: Path, label: str) -> A
 
 def _on_hub(repo: hub.HubModel, label: str) -> Adapter:
     _need(set(repo.files), label, repo.repo_id)
-    root = hub.fetch_files(repo, [CONFIG])
+    root = hub.fetch_files(repo, [CONFIG, *([CARD] if CARD in repo.files else [])])
     raw = hub.read_header(repo, WEIGHTS)
     tensors = parse_header(raw, root / WEIGHTS, repo.files[WEIGHTS], label)
     return Adapter(root, _config(root / CONFIG, label), tensors, raw, str(repo.commit), repo)

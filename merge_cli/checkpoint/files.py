@@ -6,6 +6,8 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+CARD = "README.md"  # the model card, which says licence and languages
+
 # What transformers looks for beside config.json and the weights, in any of its model families.
 _COMPANIONS = frozenset((
     "generation_config.json",

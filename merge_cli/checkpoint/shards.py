@@ -55,11 +55,8 @@ def find_shards(
     pickled = sorted(name for name in names if name.endswith(_PICKLES))
     if pickled:
         what = f"its weights are pickled ({pickled[0]}), and opening a pickle runs its code"
-        convert = (
-            'python -c "from transformers import AutoModelForCausalLM as M; '
-            f"M.from_pretrained('{label}', dtype='auto').save_pretrained('converted')\""
-        )
-        raise SourceError(what, model=label, hint=f"If you trust it, convert it first: {convert}")
+        hint = f"Write it as safetensors; nothing in it is run: merge-cli convert {label} converted"
+        raise SourceError(what, model=label, hint=hint)
     packed = next((name for name in sorted(names) if name.endswith(".gguf")), None)
     if packed:
         what = f"its weights are a GGUF file ({packed})"

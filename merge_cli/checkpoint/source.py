@@ -17,14 +17,14 @@ from typing import Any
 
 from merge_cli.checkpoint import hub
 from merge_cli.checkpoint.adapter import Adapter, open_adapter
-from merge_cli.checkpoint.files import is_companion
+from merge_cli.checkpoint.files import CARD, is_companion
 from merge_cli.checkpoint.header import TensorRef, parse_header, read_header_file
 from merge_cli.checkpoint.lora import WEIGHTS, apply_adapter
 from merge_cli.checkpoint.quantised import read_as_numbers
 from merge_cli.checkpoint.shards import INDEX, find_shards, join_shards, read_config, read_json
 from merge_cli.checkpoint.tensors import Tensor
 from merge_cli.errors import CorruptFileError, HubError, SourceError
-from merge_cli.recipe.reference import ModelRef, local_folder, looks_like_hub_id
+from merge_cli.recipe.reference import HUB, ModelRef, hub_id, local_folder
 
 
 @dataclass(frozen=True)
@@ -140,10 +140,14 @@ def open_source(model: ModelRef, folder: Path) -> Source:
             what = f"a folder on disk has no revision '{model.revision}'"
             raise SourceError(what, model=label, hint="Remove the part after '@'.")
         return _open_folder(path, label)
-    if not looks_like_hub_id(model.path):
+    repository = hub_id(model.path)
+    if repository is None and model.path.startswith(HUB):
+        what = "not a name that the Hub has"
+        raise HubError(what, model=label, hint=f"Write {HUB}organisation/name[@revision].")
+    if repository is None:
         raise SourceError("no such folder", model=label, hint=_looked_for(model.path, folder))
     try:
-        return _open_hub(hub.open_hub(model.path, model.revision), label)
+        return _open_hub(hub.open_hub(repository, model.revision), label)
     except HubError as error:
         near = _neighbour(model.path, folder)
         if not near:
@@ -226,7 +230,7 @@ def _open_folder(path: Path, label: str) -> Source:
 
 def _open_hub(repo: hub.HubModel, label: str) -> Source:
     names = {name for name in repo.files if "/" not in name}
-    small = sorted(n for n in names if is_companion(n) or n in ("config.json", INDEX))
+    small = sorted(n for n in names if is_companion(n) or n in ("config.json", INDEX, CARD))
     templates = (name for name in repo.files if name.startswith("additional_chat_templates/"))
     small += sorted(name for name in templates if name.endswith(".jinja"))
     root = hub.fetch_files(repo, small)

@@ -16,8 +16,11 @@ import typer
 
 from merge_cli.cli.analyze import analyze
 from merge_cli.cli.compare import compare
+from merge_cli.cli.convert import convert
 from merge_cli.cli.evaluate import evaluate
+from merge_cli.cli.init import init
 from merge_cli.cli.methods import methods
+from merge_cli.cli.push import push
 from merge_cli.cli.run import plan, run
 from merge_cli.errors import MergeCliError
 
@@ -38,7 +41,7 @@ def _root(
         raise typer.Exit
 
 
-for verb in (run, plan, methods, analyze, evaluate, compare):
+for verb in (init, run, plan, methods, analyze, evaluate, compare, push, convert):
     app.command()(verb)
 
 

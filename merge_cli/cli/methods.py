@@ -6,11 +6,16 @@ from typing import Annotated
 
 import typer
 
-from merge_cli.cli.options import JsonOption
+from merge_cli.cli.options import JsonOption, complete_method
 
 
 def methods(
-    name: Annotated[str | None, typer.Argument(help="One method, with its parameters.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Argument(
+            help="One method, with its parameters and an example.", autocompletion=complete_method
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """List the merge methods, or explain one."""

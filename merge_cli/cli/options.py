@@ -44,6 +44,14 @@ NoWorseOption = Annotated[
 AllOption = Annotated[bool, typer.Option("--all", help="Show every tensor.")]
 
 
+def complete_method(incomplete: str) -> list[tuple[str, str]]:
+    """Methods whose names begin like that, for the shell, each with what it does."""
+    from merge_cli.methods.registry import get_method, method_names
+
+    found = [name for name in method_names() if name.startswith(incomplete)]
+    return [(name, get_method(name).summary) for name in found]
+
+
 def switch(name: str, text: str) -> Any:
     """A flag that is off unless given, without a `--no-` twin."""
     return typer.Option(name, help=text, show_default=False)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,7 @@ from merge_cli.console.tables import (
 )
 from merge_cli.console.training import dials_json, print_dials, print_training
 from merge_cli.errors import MergeCliError, ProblemsError
+from merge_cli.recipe.examples import example_recipe
 from merge_cli.sizes import show_seconds, show_size
 
 if TYPE_CHECKING:
@@ -67,6 +69,11 @@ class Screen:
                 yield show
         else:
             yield ProgressLog(self.err)
+
+    @contextmanager
+    def uploading(self, bars: bool) -> Iterator[Callable[[Progress], None]]:
+        """A line now and then, unless huggingface_hub draws bars of its own."""
+        yield (lambda progress: None) if bars or self.quiet else ProgressLog(self.err)
 
     @contextmanager
     def steps(self) -> Iterator[Callable[[Step], None]]:
@@ -219,11 +226,13 @@ class Screen:
         self.out.print("\n[dim]merge-cli methods NAME explains one.[/dim]")
 
     def method(self, method: Method, *, as_json: bool) -> None:
-        """One method: what it does, its parameters with defaults and ranges."""
+        """One method: what it does, its parameters with defaults and ranges, an example."""
+        example = example_recipe({method.name, *method.aliases})
         if as_json:
             found = method_json(method)
             if method.learns:
                 found["training"] = dials_json()
+            found["example"] = example[1] if example else None
             print(json.dumps(found, indent=1))
             return
         also = f" (also {', '.join(method.aliases)})" if method.aliases else ""
@@ -244,6 +253,10 @@ class Screen:
             print_dials(self.out)
         if method.searches:
             print_keys(self.out, method.name)
+        if example:
+            self.out.print(f"\n[bold]Example[/bold] (configs/{example[0]})\n")
+            self.out.print(textwrap.indent(example[1].rstrip(), "  "), markup=False,
+                           highlight=False, soft_wrap=True)  # fmt: skip
 
 
 def show_error(error: MergeCliError) -> None:

@@ -19,7 +19,7 @@ from merge_cli.engine.planner import DEFAULT_SHARD_SIZE, make_plan
 from merge_cli.errors import HubError, RecipeError
 from merge_cli.recipe.documents import stage_folder
 from merge_cli.recipe.keys import nearest
-from merge_cli.recipe.reference import ModelRef, looks_like_hub_id
+from merge_cli.recipe.reference import ModelRef, hub_id
 from merge_cli.recipe.schema import Recipe
 
 
@@ -100,7 +100,7 @@ def _plan_one(
         spec = next((s for s in recipe.source_specs if str(s.model) == error.model), None)
         key = spec.key if spec else "base_model"
         key = f"{key}.model" if f"{key}.model" in recipe.places else key
-        if not plans or "/" in error.model or not looks_like_hub_id(error.model):
+        if not plans or "/" in error.model or not hub_id(error.model):
             raise
         what = f"'{error.model}' is no document of this file, no folder, and not had from the Hub."
         raise RecipeError([recipe.problem(key, what, nearest(error.model, plans))]) from error

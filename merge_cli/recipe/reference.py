@@ -1,8 +1,8 @@
 """How a recipe names a model, and where that name leads.
 
 `path-or-hub-id[@revision][+lora[@revision]]`, or a mapping. A path that exists on disk wins over
-the reading of `+` and `@`. Relative paths belong to the recipe's file, so that a recipe in git
-works from any folder.
+the reading of `+` and `@`, and over the Hub; `hf://organisation/name` is the Hub's, whatever is on
+disk. Relative paths belong to the recipe's file, so that a recipe in git works from any folder.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+HUB = "hf://"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -47,7 +48,7 @@ def local_folder(path: str, folder: Path) -> Path | None:
 
     Looked for beside the recipe first, then in the working directory, where mergekit looks.
     """
-    if not path:
+    if not path or path.startswith(HUB):
         return None
     try:
         given = Path(path).expanduser()
@@ -65,9 +66,10 @@ def local_file(path: str, folder: Path) -> Path | None:
     return found if found is not None and found.is_file() else None
 
 
-def looks_like_hub_id(path: str) -> bool:
-    """Whether `path` can be a repository on the Hub: `name` or `organisation/name`."""
-    return bool(_HUB_ID.fullmatch(path))
+def hub_id(path: str) -> str | None:
+    """The repository that `path` can mean, `name` or `organisation/name`; None if it cannot."""
+    name = path.removeprefix(HUB)
+    return name if _HUB_ID.fullmatch(name) else None
 
 
 def short_labels(labels: Sequence[str]) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
@@ -9,12 +11,21 @@ from typing import Any
 import yaml
 
 from merge_cli.checkpoint.coefficients import FILE
+from merge_cli.checkpoint.source import Source
 from merge_cli.engine.plan import Plan
 from merge_cli.recipe.dump import dump_recipe
-from merge_cli.recipe.reference import ModelRef, local_folder, short_labels
+from merge_cli.recipe.reference import HUB, ModelRef, local_folder, short_labels
+from merge_cli.report.card_metadata import (
+    card_metadata,
+    generates_text,
+    licence_note,
+    repositories,
+    used_sources,
+)
 from merge_cli.report.stages import Stages
 
 _PAPERS = {"arXiv:": "https://arxiv.org/abs/"}
+_MODEL_ID = re.compile(r'^model_id = ".*"$', re.MULTILINE)
 
 
 def model_card(plan: Plan, defaults: Mapping[str, Any], title: str, stages: Stages) -> str:
@@ -30,17 +41,13 @@ def model_card(plan: Plan, defaults: Mapping[str, Any], title: str, stages: Stag
 
     def public(model: ModelRef) -> str:
         """A Hub id as it is; of a local path, its last part alone."""
+        if model.lora:
+            base = ModelRef(model.path, model.revision)
+            return f"{public(base)}+{public(ModelRef(model.lora, model.lora_revision))}"
         if local_folder(model.path, recipe.folder) is not None:
             return names.get(str(model), str(model).rstrip("/").rpartition("/")[2])
-        return str(model)
+        return str(model).removeprefix(HUB)
 
-    own = [source.hub.repo_id for source in plan.sources if source.hub is not None]
-    hub_ids = list(dict.fromkeys([*own, *stages.hub_ids()]))
-    # `base_model` links to the Hub: names of local folders would lead nowhere
-    front: dict[str, Any] = {}
-    if hub_ids:
-        front["base_model"] = hub_ids
-    front |= {"library_name": "transformers", "tags": ["merge", "merge-cli", recipe.merge_method]}
     text = dump_recipe(
         recipe, locate=stages.named(public), defaults=defaults, inputs={},
         coefficients=f"./{FILE}" if plan.coefficients is not None else None,
@@ -48,12 +55,17 @@ def model_card(plan: Plan, defaults: Mapping[str, Any], title: str, stages: Stag
     text = "# a merge-cli recipe\n" + "---\n".join([*stages.documents(None), text])
     method = plan.method
     by_label = {str(spec.model): public(spec.model) for spec in recipe.source_specs}
-    merged = [plan.sources[i].label for i in plan.operands]
-    sources = [f"`{by_label.get(label, names[label])}`" for label in merged]
+    if recipe.base_model is not None:
+        by_label[str(recipe.base_model)] = public(recipe.base_model)
+    shown = {label: by_label.get(label, names[label]) for label in labels}
+    sources = [f"`{shown[plan.sources[i].label]}`" for i in plan.operands]
     on_base = plan.method.needs_base and recipe.base_model is not None
+    licence = licence_note(plan)
     lines = [
         "---",
-        yaml.safe_dump(front, sort_keys=False).strip(),
+        yaml.safe_dump(
+            card_metadata(plan, stages.hub_ids()), sort_keys=False, allow_unicode=True
+        ).strip(),
         "---",
         f"# {recipe.name or title}",
         "",
@@ -64,6 +76,14 @@ def model_card(plan: Plan, defaults: Mapping[str, Any], title: str, stages: Stag
         f"**{recipe.merge_method}**: {method.summary}"
         + (f" ({_paper(method.paper)})" if method.paper else ""),
         "",
+        *_usage(plan, title),
+        "## Sources",
+        "",
+        "| model | role | revision |",
+        "|---|---|---|",
+        *(_source_row(plan, source, shown[source.label]) for source in used_sources(plan)),
+        "",
+        *([licence, ""] if licence else []),
         "## Recipe",
         "",
         f"```yaml\n{text.strip()}\n```",
@@ -73,6 +93,49 @@ def model_card(plan: Plan, defaults: Mapping[str, Any], title: str, stages: Stag
         "",
     ]
     return "\n".join(lines)
+
+
+def card_for(card: str, repo_id: str) -> str:
+    """The card as it is shown on the Hub: its example loads the model from there."""
+    return _MODEL_ID.sub(lambda _: f"model_id = {json.dumps(repo_id)}", card, count=1)
+
+
+def _usage(plan: Plan, title: str) -> list[str]:
+    generates = generates_text(plan.config)
+    if not plan.config:  # weights alone: no library knows how to open them
+        return []
+    kind = "AutoModelForCausalLM" if generates else "AutoModel"
+    lines = [
+        f"from transformers import {kind}, AutoTokenizer",
+        "",
+        f"model_id = {json.dumps(title, ensure_ascii=False)}",
+        f'model = {kind}.from_pretrained(model_id, dtype="auto")',
+        "tokenizer = AutoTokenizer.from_pretrained(model_id)",
+    ]
+    if generates:
+        lines += [
+            'inputs = tokenizer("Once upon a time", return_tensors="pt")',
+            "output = model.generate(**inputs, max_new_tokens=50)",
+            "print(tokenizer.decode(output[0], skip_special_tokens=True))",
+        ]
+    return ["## Use", "", "```python", *lines, "```", ""]
+
+
+def _source_row(plan: Plan, source: Source, name: str) -> str:
+    based = plan.base is not None and source is plan.sources[plan.base]
+    merged = any(source is plan.sources[i] for i in plan.operands)
+    role = " and ".join(word for word, holds in (("base", based), ("merged", merged)) if holds)
+    found = repositories(source)
+    commits = [
+        f"[`{one.commit}`](https://huggingface.co/{one.repo_id}/tree/{one.commit})" for one in found
+    ]
+    if len(found) < 1 + bool(source.adapter):
+        commits.append("a local folder")
+    if len(found) == 1 and not source.adapter:
+        name = f"[{name}](https://huggingface.co/{found[0].repo_id})"
+    else:
+        name = f"`{name}`"
+    return f"| {name} | {role} | {', '.join(commits)} |"
 
 
 def _listed(names: list[str]) -> str:

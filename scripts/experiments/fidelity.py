@@ -5,7 +5,7 @@
 
 1. Random search proposes the same candidates whatever it is told. So one search off and one on
    show, candidate by candidate, what a quarter of the rows rules out that all would have kept.
-2. CMA-ES off, on with as many candidates, and on with as many tokens (each of 133 candidates costs
+2. CMA-ES off, on with as many candidates, and on with as many tokens (each of 110 candidates costs
    a quarter, and half of them the whole, where each of 100 costs the whole).
 
 Task arithmetic of the japanese, math and code experts, as in evolve.py. Writes
@@ -27,7 +27,7 @@ ON = {"fidelity": [0.25], "keep": 0.5}
 WAYS: dict[str, tuple[int, dict[str, Any]]] = {
     "CMA-ES, all rows": (100, {}),
     "CMA-ES, a quarter first": (100, ON),
-    "CMA-ES, a quarter first, as many tokens": (133, ON),
+    "CMA-ES, a quarter first, as many tokens": (110, ON),
 }
 RANDOM = {"off": {"optimizer": "random"}, "on": {"optimizer": "random", **ON}}
 
@@ -44,6 +44,9 @@ def run_all(work: Path) -> dict[str, Any]:
             runs[str(seed)] = search(
                 "task_arithmetic", seed, evaluations, work, f"-{number}", **section
             )
+    for runs in found["ways"].values():
+        for run in runs.values():
+            del run["history"], run["best_after"]
     return found
 
 

@@ -1,0 +1,46 @@
+"""`merge-cli convert`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from merge_cli.cli.options import JsonOption, QuietOption, switch
+
+
+def convert(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A folder with pickled weights, or a Hub id.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
+    max_memory: Annotated[
+        str | None,
+        typer.Option(help="Of the process that opens a file. Default: twice the file, and 1 GB."),
+    ] = None,
+    overwrite: Annotated[bool, switch("--overwrite", "Replace OUT.")] = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Write a model whose weights are pickled as safetensors; no code in a pickle is run."""
+    from merge_cli import console
+    from merge_cli.conversion.run import convert as run
+    from merge_cli.sizes import parse_size, show_size
+
+    screen = console.Screen(quiet=quiet)
+    limit = parse_size(max_memory, "--max-memory") if max_memory else 0
+    with screen.progress() as show:
+        found = run(model, out, max_memory=limit, overwrite=overwrite, show=show)
+    if found.tied:
+        screen.notes([f"left to the config, as they are tied: {', '.join(found.tied)}"])
+    if found.left_out:
+        screen.notes([f"left out, as they are no tensors: {', '.join(found.left_out)}"])
+    if as_json:
+        print(json.dumps({
+            "path": str(found.path), "tensors": found.tensors, "bytes": found.bytes,
+            "tied": list(found.tied), "left_out": list(found.left_out),
+        }))  # fmt: skip
+    elif not quiet:
+        print(f"{found.path}: {found.tensors} tensors, {show_size(found.bytes)}")

@@ -1,0 +1,75 @@
+"""What `merge-cli push` shows: what would be uploaded, and what has been."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from merge_cli.sizes import show_size
+
+if TYPE_CHECKING:
+    from merge_cli.publishing.package import Package
+    from merge_cli.publishing.push import Pushed
+
+
+def package_json(package: Package, repo: str, branch: str, public: bool) -> dict[str, Any]:
+    """What an upload would send, as data."""
+    return {
+        "repository": repo,
+        "branch": branch,
+        "private": not public,
+        "files": package.files,
+        "bytes": package.size,
+        "card": package.card,
+        "notes": list(package.notes),
+    }
+
+
+def print_package(console: Console, package: Package, repo: str, branch: str, public: bool) -> None:
+    """Files with their sizes, and the card."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("file", overflow="fold")
+    table.add_column("size", justify="right")
+    for name, size in package.files.items():
+        table.add_row(escape(name), show_size(size))
+    where = f"{repo}, {_visibility(not public)}" + (f", branch {branch}" * (branch != "main"))
+    console.print(f"[bold]would go to[/bold] {escape(where)}\n")
+    console.print(table)
+    console.print(f"\n{len(package.files)} files, {show_size(package.size)}\n")
+    console.print("[bold]README.md[/bold]\n")
+    console.print(package.card, markup=False, highlight=False, soft_wrap=True)
+
+
+def pushed_json(pushed: Pushed) -> dict[str, Any]:
+    """A finished upload, as data."""
+    return {
+        "repository": pushed.repo_id,
+        "branch": pushed.branch,
+        "url": pushed.url,
+        "commit": pushed.commit,
+        "private": pushed.private,
+        "created": pushed.created,
+        "changed": pushed.changed,
+        "files": pushed.files,
+        "removed": list(pushed.removed),
+    }
+
+
+def print_pushed(console: Console, pushed: Pushed) -> None:
+    """Where the model is now."""
+    files = f"{len(pushed.files)} files, {show_size(sum(pushed.files.values()))}"
+    done = f"pushed {files} to" if pushed.changed else f"nothing to do: all {files} are in"
+    where = f"{pushed.repo_id} ({_visibility(pushed.private)})"
+    console.print(f"[green]✓[/green] {done} {escape(where)}", soft_wrap=True)
+    if pushed.removed:
+        names = ", ".join(pushed.removed)
+        console.print(f"  removed {escape(names)}: weights of the model before", soft_wrap=True)
+    console.print(f"  page    {escape(pushed.url)}", soft_wrap=True)
+    console.print(f"  commit  {pushed.commit}", soft_wrap=True)
+
+
+def _visibility(private: bool) -> str:
+    return "private" if private else "public"

@@ -1,0 +1,1 @@
+"""Pickled checkpoints to safetensors: `run` in the parent, `child` in a process of its own."""

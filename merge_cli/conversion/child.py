@@ -1,0 +1,116 @@
+"""One pickled file to one safetensors file, in a process that may use so much memory.
+
+    python -m merge_cli.conversion.child FILE TARGET LIMIT SEEN COPIES
+
+torch's own unpickler with `weights_only` builds tensors and plain containers, and calls nothing.
+Prints one line of JSON: what was written, what was left out, or why nothing was.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+# Where training programs put the weights among other things.
+_WRAPPERS = ("state_dict", "model", "model_state_dict", "module")
+
+
+def main(file: str, target: str, limit: str, seen: str, copies: str) -> dict[str, Any]:
+    """Convert.
+
+    Args:
+        limit: bytes of memory beyond what the libraries take; 0 for no limit.
+        seen: JSON list of names that other files have had.
+        copies: `keep` writes tensors that are another one's memory, too; `leave` leaves them out.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    if int(limit):
+        _limit_memory(int(limit))
+    try:
+        loaded = _load(torch, file)
+    except Exception as error:  # a pickle can break in any way it likes
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        return {"error": said[0], "unsafe": "weights_only" in str(error)
+                or type(error).__name__ == "UnpicklingError"}  # fmt: skip
+    weights, left_out = _weights(torch, loaded)
+    if not weights:
+        return {"error": "there are no tensors in it", "unsafe": False}
+    known = set(json.loads(seen))
+    own = {name: tensor for name, tensor in weights.items() if name not in known}
+    kept, tied = _without_copies(own, keep=copies == "keep")
+    temporary = f"{target}.new"
+    save_file(kept, temporary, metadata={"format": "pt"})
+    os.replace(temporary, target)
+    return {"tensors": {name: [str(t.dtype).removeprefix("torch."), list(t.shape)]
+                        for name, t in kept.items()}, "tied": tied,
+            "left_out": left_out, "again": sorted(known & set(weights))}  # fmt: skip
+
+
+def _load(torch: Any, file: str) -> Any:
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except RuntimeError as error:
+        if "mmap" not in str(error):
+            raise
+        return torch.load(file, map_location="cpu", weights_only=True)  # torch before 1.6
+
+
+def _weights(torch: Any, loaded: Any) -> tuple[dict[str, Any], list[str]]:
+    """Tensors by name, and what else there was."""
+    while isinstance(loaded, dict):
+        inner = next((loaded[k] for k in _WRAPPERS if isinstance(loaded.get(k), dict)), None)
+        if inner is None:
+            break
+        loaded = inner
+    if not isinstance(loaded, dict):
+        return {}, []
+    tensors = {str(k): v for k, v in loaded.items() if isinstance(v, torch.Tensor)}
+    return tensors, sorted(str(k) for k in loaded if str(k) not in tensors)
+
+
+def _without_copies(weights: dict[str, Any], *, keep: bool) -> tuple[dict[str, Any], list[str]]:
+    """Every tensor with memory of its own; of those that are one tensor the first that no head is.
+
+    Returns:
+        the tensors, and the names that were another one's.
+    """
+    owners: dict[tuple[Any, ...], str] = {}
+    kept, tied = {}, []
+    for name in sorted(weights, key=lambda name: ("head" in name, name)):
+        tensor = weights[name]
+        place = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        if tensor.numel() and place in owners:
+            if keep:
+                kept[name] = tensor.clone()
+            else:
+                tied.append(name)
+            continue
+        owners[place] = name
+        # A part of a larger storage is copied out of it.
+        kept[name] = tensor.contiguous().clone() if _shares(tensor) else tensor.contiguous()
+    return kept, sorted(tied)
+
+
+def _shares(tensor: Any) -> bool:
+    used = tensor.numel() * tensor.element_size()
+    return bool(tensor.untyped_storage().nbytes() != used)
+
+
+def _limit_memory(room: int) -> None:
+    """Addresses beyond what is taken now; macOS has no such limit."""
+    if sys.platform != "linux":
+        return
+    import resource
+
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * os.sysconf("SC_PAGE_SIZE") + room
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(*sys.argv[1:])))

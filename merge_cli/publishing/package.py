@@ -1,0 +1,135 @@
+"""What is uploaded of a merged model: its files, and the card as the Hub will show it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from merge_cli.checkpoint.files import CARD
+from merge_cli.checkpoint.shards import INDEX
+from merge_cli.errors import CorruptFileError, SourceError
+from merge_cli.report.card import card_for
+from merge_cli.report.card_metadata import front_matter
+
+REPORT = "merge_report.json"
+RECIPE = "merge_recipe.yaml"
+_SKIPPED = frozenset(("__pycache__",))
+
+
+@dataclass(frozen=True)
+class Package:
+    """A merged model, ready to be uploaded.
+
+    Attributes:
+        files: name in the repository -> size in bytes, sorted; the card's is `card`'s.
+        card: README.md as it is uploaded.
+        notes: what who uploads it should know.
+    """
+
+    folder: Path
+    files: dict[str, int]
+    card: str
+    notes: tuple[str, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(self.files.values())
+
+    def content(self, name: str) -> Path | bytes:
+        """Where a file's bytes are, or the bytes themselves."""
+        return self.card.encode() if name == CARD else self.folder / name
+
+
+def pack(folder: Path, repo_id: str) -> Package:
+    """Look at a merged model's folder; reads no weights.
+
+    Raises:
+        SourceError: not a finished merge.
+        CorruptFileError: a shard that the index names is missing, or a card that has no metadata.
+    """
+    label = str(folder)
+    if not folder.is_dir():
+        unfinished = folder.with_name(f"{folder.name}.partial").is_dir()
+        what = "this merge is not finished" if unfinished else "no such folder"
+        hint = "Run the same merge-cli run again: it resumes." if unfinished else "Check the path."
+        raise SourceError(what, model=label, hint=hint)
+    names = sorted(
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.is_file() and not _is_private(path.relative_to(folder))
+    )
+    if REPORT not in names or not any(name.endswith(".safetensors") for name in names):
+        what = "is not a model that merge-cli has merged"
+        hint = f"It has no {REPORT} or no weights. Other folders are uploaded by: hf upload."
+        raise SourceError(what, model=label, hint=hint)
+    _check_shards(folder, names)
+    if CARD not in names:
+        what = f"has no {CARD}, the model card"
+        raise CorruptFileError(what, model=label, hint="Merge again, or write one.")
+    card = card_for((folder / CARD).read_text(encoding="utf-8"), repo_id)
+    if not front_matter(card):
+        what = "begins with no metadata that can be read (a block of YAML between two lines of ---)"
+        hint = "Restore it: the Hub reads licence, base models and tags there."
+        raise CorruptFileError(what, model=label, file=CARD, hint=hint)
+    files = {name: (folder / name).stat().st_size for name in names}
+    files[CARD] = len(card.encode())
+    return Package(folder, files, card, tuple(_notes(folder, card)))
+
+
+def _is_private(path: Path) -> bool:
+    """Hidden files and what Python leaves behind are nobody else's."""
+    return any(part.startswith(".") or part in _SKIPPED for part in path.parts)
+
+
+def _check_shards(folder: Path, names: list[str]) -> None:
+    if INDEX not in names:
+        return
+    try:
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        shards = set(index["weight_map"].values())
+    except (ValueError, KeyError, AttributeError, TypeError, OSError) as error:
+        what = f"cannot be read: {error!r}"
+        raise CorruptFileError(what, model=str(folder), file=INDEX) from error
+    missing = sorted(shards - set(names))
+    if missing:
+        what = f"{len(missing)} of the files that the index names are missing: {missing[0]}"
+        hint = "Merge again: --overwrite."
+        raise CorruptFileError(what, model=str(folder), file=INDEX, hint=hint)
+
+
+def _notes(folder: Path, card: str) -> list[str]:
+    notes = []
+    data = front_matter(card)
+    if not data.get("license"):
+        notes.append(
+            "the card states no licence: the sources do not agree on one, or state none; "
+            f"say it in {CARD}, or in the recipe's metadata"
+        )
+    local = _local_models(folder)
+    if local:
+        notes.append(
+            f"{RECIPE} and {REPORT} name local folders ({', '.join(local)}): others can read "
+            "these names, and cannot run that recipe"
+        )
+    return notes
+
+
+def _is_local(entry: Mapping[str, Any]) -> bool:
+    """Whether a source of a report, or the adapter that was applied to it, is a folder."""
+    adapter = str(entry["model"]).partition("+")[2]
+    return not entry.get("revision") or adapter.startswith((".", "/", "~"))
+
+
+def _local_models(folder: Path) -> list[str]:
+    """The sources that the report knows no commit of, as it names them."""
+    try:
+        report: Any = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+        inputs = report["inputs"]
+        return [str(one["model"]) for one in inputs if _is_local(one)]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        what = f"is not a report of merge-cli: {error!r}"
+        raise CorruptFileError(what, model=str(folder), file=REPORT) from error

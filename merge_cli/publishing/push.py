@@ -1,0 +1,249 @@
+"""A merged model to the Hub: everything large first, then one commit that holds the whole.
+
+So the repository shows the model before, or the model after, and never half of one. What is
+uploaded is found by its content: the same command after an interruption sends the rest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from merge_cli.checkpoint.files import CARD
+from merge_cli.checkpoint.shards import INDEX
+from merge_cli.engine.options import Progress
+from merge_cli.errors import CorruptFileError, HubError, UsageError
+from merge_cli.publishing.package import REPORT, Package, pack
+from merge_cli.publishing.refusals import LOGIN, explained_upload
+
+MAIN = "main"
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """An upload that is finished.
+
+    Attributes:
+        url: the repository's page, at the branch.
+        commit: the branch's head afterwards.
+        changed: False where everything was there already.
+        removed: weights of an earlier model, which this commit took away.
+    """
+
+    repo_id: str
+    branch: str
+    url: str
+    commit: str
+    private: bool
+    created: bool
+    changed: bool
+    files: dict[str, int]
+    removed: tuple[str, ...]
+
+
+def push(
+    out: str | Path,
+    repo_id: str,
+    *,
+    public: bool = False,
+    branch: str = MAIN,
+    message: str = "",
+    overwrite: bool = False,
+    bars: bool = False,
+    show: Callable[[Progress], None] = lambda progress: None,
+) -> Pushed:
+    """Upload the merged model in the folder `out` to a model repository, which is made if need be.
+
+    Args:
+        repo_id: `owner/name`.
+        public: what the repository is to be; one that exists must be that already.
+        branch: made from main where it does not exist.
+        message: of the commit.
+        overwrite: replace another model that is there.
+        bars: let huggingface_hub draw its bars.
+        show: told of each file.
+
+    Raises:
+        SourceError, CorruptFileError: `out` is not a finished merge.
+        UsageError: the repository has the other visibility, or holds another model.
+        HubError: no token, no right, no connection. The same call resumes.
+    """
+    check_name(repo_id)
+    package = pack(Path(out), repo_id)
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+
+    if not get_token():
+        raise HubError("there is no token to upload with", model=repo_id, hint=LOGIN)
+    api = HfApi(library_name="merge-cli", library_version=version("merge-cli"))
+    with _bars(bars):
+        _check_card(package, repo_id)
+        with explained_upload(repo_id):
+            created = _repository(api, repo_id, public)
+            _branch(api, repo_id, branch)
+            head = api.model_info(repo_id, revision=branch, files_metadata=True)
+        there = {file.rfilename: file for file in head.siblings or []}
+        stale = _stale(package, there, repo_id, overwrite)
+        with explained_upload(repo_id):
+            additions = [
+                CommitOperationAdd(path_in_repo=name, path_or_fileobj=package.content(name))
+                for name in package.files
+            ]
+        sent = 0
+        for addition in additions:
+            name = addition.path_in_repo
+            with explained_upload(repo_id, name):
+                # What the Hub keeps as plain git goes with the commit; this does nothing for it.
+                api.preupload_lfs_files(
+                    repo_id, [addition], revision=branch, free_memory=False, num_threads=1
+                )
+            sent += package.files[name]
+            show(Progress("upload", sent, package.size, name))
+        operations = [*additions, *(CommitOperationDelete(path_in_repo=n) for n in stale)]
+        with explained_upload(repo_id):
+            commit = api.create_commit(
+                repo_id, operations, commit_message=message or _message(package), revision=branch,
+                parent_commit=head.sha,
+            )  # fmt: skip
+    page = f"{api.endpoint}/{repo_id}"
+    return Pushed(
+        repo_id, branch, page if branch == MAIN else f"{page}/tree/{branch}", commit.oid,
+        not public, created, commit.oid != head.sha, package.files, tuple(stale),
+    )  # fmt: skip
+
+
+def check_name(repo_id: str) -> None:
+    """Refuse what cannot be a repository, before anything is looked at.
+
+    Raises:
+        UsageError: not `owner/name`.
+    """
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise UsageError("not a name that the Hub can have", where=repr(repo_id),
+                         hint="Write owner/name.") from error  # fmt: skip
+    if "/" not in repo_id:
+        hint = f"Write owner/name: your-name/{repo_id}."
+        raise UsageError("whose repository?", where=repo_id, hint=hint)
+
+
+def _repository(api: Any, repo_id: str, public: bool) -> bool:
+    """Make sure that the repository exists with the wanted visibility; whether it is new."""
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    try:
+        info = api.model_info(repo_id)
+    except RepositoryNotFoundError:
+        api.create_repo(repo_id, private=not public)
+        return True
+    if not info.private and not public:
+        hint = "Give --public to upload there all the same, or name another repository."
+        raise UsageError("the repository exists, and everybody can read it", where=repo_id,
+                         hint=hint)  # fmt: skip
+    if info.private and public:
+        hint = "Leave out --public, or make it public in its settings on the Hub first."
+        raise UsageError("the repository exists and is private", where=repo_id, hint=hint)
+    return False
+
+
+def _branch(api: Any, repo_id: str, branch: str) -> None:
+    if branch == MAIN:
+        return
+    refs = api.list_repo_refs(repo_id)
+    if branch in {tag.name for tag in refs.tags}:
+        raise UsageError(f"'{branch}' is a tag, and tags do not move", where=repo_id,
+                         hint="Name a branch.")  # fmt: skip
+    if branch not in {found.name for found in refs.branches}:
+        api.create_branch(repo_id, branch=branch)
+
+
+def _check_card(package: Package, repo_id: str) -> None:
+    """Ask the Hub whether it can read the card, before gigabytes are sent.
+
+    Raises:
+        CorruptFileError: it says what is wrong with the metadata.
+    """
+    from huggingface_hub import ModelCard
+
+    with explained_upload(repo_id, CARD):
+        try:
+            ModelCard(package.card).validate()
+        except (ValueError, TypeError) as error:  # what HTTP says otherwise is neither
+            what = f"its metadata is not what the Hub reads: {_reasons(str(error))}"
+            hint = "Correct the lines between the first two ---."
+            raise CorruptFileError(what, model=str(package.folder), file=CARD, hint=hint) from error
+
+
+def _reasons(answer: str) -> str:
+    """The messages in the Hub's answer; the answer itself where it has none."""
+    try:
+        found = [str(error["message"]) for error in json.loads(answer)["errors"]]
+    except (ValueError, KeyError, TypeError):
+        return answer
+    return "; ".join(found) or answer
+
+
+def _stale(package: Package, there: Mapping[str, Any], repo_id: str, overwrite: bool) -> list[str]:
+    """Weights on the branch that do not belong to this model, and would be loaded with it.
+
+    Raises:
+        UsageError: another model is there, and it may not be replaced.
+    """
+    weights = [name for name in there if _is_weight(name)]
+    if weights and not overwrite and not _same_merge(package, there):
+        hint = "--overwrite replaces it (its history stays); or name another, or a --branch."
+        raise UsageError("holds another model", where=repo_id, hint=hint)
+    return sorted(name for name in weights if name not in package.files)
+
+
+def _is_weight(name: str) -> bool:
+    """Weights that transformers would look for, and the index that says where they are."""
+    if "/" in name:
+        return False
+    return name.endswith(".safetensors") or name == INDEX or name.startswith("pytorch_model")
+
+
+def _same_merge(package: Package, there: Mapping[str, Any]) -> bool:
+    """Whether what is there is this very merge: the reports are the same file."""
+    found = there.get(REPORT)
+    if found is None:
+        return False
+    data = (package.folder / REPORT).read_bytes()
+    if found.lfs is not None:
+        return bool(found.lfs.sha256 == hashlib.sha256(data).hexdigest())
+    return bool(found.blob_id == hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest())
+
+
+def _message(package: Package) -> str:
+    report = json.loads((package.folder / REPORT).read_text(encoding="utf-8"))
+    return f"{report['recipe']['method']} merge by merge-cli {report['merge_cli']}"
+
+
+@contextmanager
+def _bars(wanted: bool) -> Iterator[None]:
+    """huggingface_hub's bars or not, and nothing else of what it likes to say."""
+    from huggingface_hub.utils import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+        logging,
+    )
+
+    level, hide = logging.get_verbosity(), not wanted and not are_progress_bars_disabled()
+    logging.set_verbosity_error()
+    if hide:
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if hide:
+            enable_progress_bars()
