@@ -21,7 +21,7 @@ from tiny import (
 )
 
 import merge_cli
-from merge_cli.errors import MismatchError
+from merge_cli.errors import MismatchError, RecipeError
 from merge_cli.methods.registry import Method, all_methods
 
 STATIC = [m for m in all_methods() if not m.learns and not m.searches]
@@ -157,6 +157,26 @@ def test_scale_by_filter_for_each_slice(depths: Family) -> None:
             if number >= 3:
                 factor = 0.5 if "o_proj" in rest else 0.25 if "down_proj" in rest else 1.0
             assert torch.equal(value, model[f"model.layers.{index}.{rest}"] * factor), name
+
+
+def test_bases_of_slices_alone(family: Family) -> None:
+    """No base for the recipe: each slice names its own, and the first gives the config."""
+    halves = [
+        {"sources": [{"model": "a", "layer_range": [0, 2]}], "base_model": "base"},
+        {"sources": [{"model": "b", "layer_range": [2, 4]}], "base_model": "c"},
+    ]
+    recipe = {"merge_method": "task_arithmetic", "slices": halves, "parameters": {"weight": 0.5}}
+    plan = merge_cli.plan(family.write(recipe))
+    bases = {task.base.model for task in plan.tasks if task.base}
+    assert bases == {"base", "c"}
+    assert plan.sources[plan.donor].label == "base"
+    merged = merge(family.folder / "recipe.yaml", family.folder / "out")
+    name = "model.layers.3.mlp.up_proj.weight"
+    _, b, c = (model[name].float() for model in family.models)
+    assert torch.allclose(merged[name].float(), (b + c) / 2, atol=2**-9)
+    del halves[1]["base_model"]
+    with pytest.raises(RecipeError, match="adds changes to a base model"):
+        merge_cli.plan(family.write(recipe))
 
 
 def test_a_range_that_a_shallow_model_has_not(depths: Family) -> None:
