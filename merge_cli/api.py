@@ -111,7 +111,8 @@ def _merge_stages(
             there = "" if name in todo else ": made before"
             show(Progress("stage", 0, 0, f"stage {number} of {len(stages)}: {name}{there}"))
             if not there and (known is None or name in results):
-                make(stage, places[name], replace(options, overwrite=True))
+                if finished(stage, places[name], options) is None:
+                    make(stage, places[name], replace(options, overwrite=True))
                 folder.finished(name, keys[name])
         result = known or make(decided, target, options)
         folder.tidy(stages if options.keep_stages else results)

@@ -3,7 +3,8 @@
     python -m venv .venv-mergekit && .venv-mergekit/bin/pip install mergekit==0.1.5
     python scripts/compare_mergekit.py --mergekit .venv-mergekit/bin/mergekit-yaml
 
-Makes a tiny Llama family in float32, runs each recipe through both, and prints a Markdown table:
+Makes a tiny Llama family in float32 (and two Mistral 3 models, for modules), runs each recipe
+through both, and prints a Markdown table:
 the largest difference over all tensors, in units in the last place of the tensor's largest weight,
 and the share of elements that are the same to the bit.
 mergekit lives in an environment of its own; nothing of it is imported here.
@@ -24,6 +25,7 @@ import yaml
 from safetensors.torch import load_file
 
 ALL = ["a", "b", "c"]
+EYES = ["eyes", "sight"]
 
 
 def weighted(names: list[str], **parameters: list[float]) -> list[dict[str, Any]]:
@@ -35,7 +37,8 @@ def weighted(names: list[str], **parameters: list[float]) -> list[dict[str, Any]
 
 
 WEIGHTS = [1.0, 0.5, 0.7]
-CASES: dict[str, dict[str, Any]] = {
+Documents = dict[str, Any] | list[dict[str, Any]]  # several: stages, for mergekit-multi
+CASES: dict[str, Documents] = {
     "linear": {"merge_method": "linear", "models": weighted(ALL, weight=WEIGHTS)},
     "linear, not normalized": {
         "merge_method": "linear",
@@ -145,6 +148,38 @@ CASES: dict[str, dict[str, Any]] = {
     "della, density 1": {
         "merge_method": "della", "base_model": "base", "models": weighted(ALL, weight=WEIGHTS),
     },
+    "three stages": [
+        {"name": "first", "merge_method": "linear", "models": weighted(["a", "b"], weight=WEIGHTS)},
+        {
+            "name": "second", "merge_method": "slerp", "base_model": "first",
+            "models": [{"model": "c"}], "parameters": {"t": [0.1, 0.5, 0.9]},
+        },
+        {
+            "merge_method": "ties", "base_model": "base",
+            "models": weighted(["second", "c"], weight=WEIGHTS, density=[0.5, 0.6]),
+        },
+    ],
+    "modules": {
+        "merge_method": "linear",
+        "modules": {
+            "text_decoder": {
+                "slices": [
+                    {"sources": [
+                        {"model": "eyes", "layer_range": [0, 2], "parameters": {"weight": 0.3}},
+                        {"model": "sight", "layer_range": [0, 2], "parameters": {"weight": 0.7}}]},
+                    {"sources": [
+                        {"model": "eyes", "layer_range": [1, 4]},
+                        {"model": "sight", "layer_range": [1, 4]}]},
+                ],
+                "parameters": {"weight": 0.5},
+            },
+            "vision_tower": {
+                "models": [{"model": "eyes", "parameters": {"weight": [0.1, 0.9]}},
+                           {"model": "sight", "parameters": {"weight": 0.4}}],
+            },
+            "multi_modal_projector": {"models": weighted(["sight"], weight=[1.0])},
+        },
+    },
 }  # fmt: skip
 
 
@@ -167,13 +202,33 @@ def make_family(folder: Path) -> None:
         base.save_pretrained(folder / name)
 
 
+def make_eyes(folder: Path) -> None:
+    """Two tiny models that see: Mistral 3's text, vision and projector, in float32."""
+    from transformers import Mistral3Config, Mistral3ForConditionalGeneration
+
+    torch.manual_seed(1)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
+    text = {"model_type": "mistral", "num_hidden_layers": 4, "vocab_size": 64, "head_dim": 8,
+            "num_key_value_heads": 2}  # fmt: skip
+    vision = {"model_type": "pixtral", "num_hidden_layers": 3, "image_size": 16, "patch_size": 8}
+    config = Mistral3Config(
+        text_config={**sizes, **text}, vision_config={**sizes, **vision}, tie_word_embeddings=False
+    )
+    model = Mistral3ForConditionalGeneration(config)
+    for name in EYES:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += torch.randn_like(parameter) * 0.01
+        model.save_pretrained(folder / name)
+
+
 def with_absolute_paths(value: Any, folder: Path) -> Any:
     """The recipe with absolute model paths: mergekit takes relative ones for Hub ids, late."""
     if isinstance(value, dict):
         return {k: with_absolute_paths(v, folder) for k, v in value.items()}
     if isinstance(value, list):
         return [with_absolute_paths(v, folder) for v in value]
-    return str(folder / value) if value in ("base", *ALL) else value
+    return str(folder / value) if value in ("base", *ALL, *EYES) else value
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -218,13 +273,20 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_family(folder)
+        make_eyes(folder)
         for label, recipe in CASES.items():
             slug = "".join(c if c.isalnum() else "-" for c in label)
             path = folder / f"{slug}.yaml"
-            document = with_absolute_paths({**recipe, "dtype": "float32"}, folder)
-            path.write_text(yaml.safe_dump(document, sort_keys=False))
+            documents = recipe if isinstance(recipe, list) else [recipe]
+            whole = [with_absolute_paths({**one, "dtype": "float32"}, folder) for one in documents]
+            path.write_text(yaml.safe_dump_all(whole, sort_keys=False))
             run([sys.executable, "-m", "merge_cli", "run", str(path), f"{slug}-ours"], folder)
-            run([mergekit, str(path), f"{slug}-theirs"], folder)
+            command = [mergekit, str(path), f"{slug}-theirs"]
+            if len(documents) > 1:
+                stages = ["--intermediate-dir", str(folder / f"{slug}-stages")]
+                multi = str(Path(mergekit).with_name("mergekit-multi"))
+                command = [multi, str(path), "--out-path", command[-1], *stages]
+            run(command, folder)
             ours, theirs = tensors(folder / f"{slug}-ours"), tensors(folder / f"{slug}-theirs")
             print(f"| {label} | {compare(ours, theirs)}", flush=True)
 

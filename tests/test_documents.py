@@ -241,6 +241,27 @@ def test_published_but_not_tidied(family: Family) -> None:
     assert not (family.folder / "out.stages").exists()
 
 
+def test_a_stage_that_was_published_and_not_noted(
+    family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from merge_cli import api
+
+    options = MergeOptions(device="cpu", keep_stages=True)
+    merge_cli.merge(three(family), family.folder / "out", options=options)
+    (family.folder / "out.stages" / "second.done").unlink()
+    execute, made = api.execute, []
+
+    def noted(plan, target, *rest, **named):  # type: ignore[no-untyped-def]
+        made.append(target.name)
+        return execute(plan, target, *rest, **named)
+
+    monkeypatch.setattr(api, "execute", noted)
+    again = MergeOptions(device="cpu", overwrite=True)
+    os.rename(family.folder / "out", family.folder / "elsewhere")
+    merge_cli.merge(three(family), family.folder / "out", options=again)
+    assert made == ["out"]
+
+
 def test_somebody_elses_folder_is_left_alone(family: Family) -> None:
     (family.folder / "out.stages").mkdir()
     (family.folder / "out.stages" / "letter.txt").write_text("mine")
@@ -337,6 +358,7 @@ def test_the_command_line_shows_stages(family: Family) -> None:
         ([FIRST, LAST.replace("second", "first@main")], 10, "no revisions"),
         ([FIRST, LAST.replace("second", "first+c")], 10, "no adapter"),
         ([FIRST, LAST.replace("second", "nothing")], 10, "no document of this file"),
+        ([FIRST + "eval: [{task: loss, data: x.jsonl}]\n", OF_FIRST], 6, "only the result is"),
         ([FIRST, "[1, 2]\n"], 7, "a recipe is a mapping"),
         ([FIRST.replace("weight", "wieght"), OF_FIRST], 4, "Did you mean 'weight'?"),
     ],

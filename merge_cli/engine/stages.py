@@ -29,6 +29,8 @@ def plan_recipe(recipe: Recipe, *, shard_size: int = DEFAULT_SHARD_SIZE) -> Plan
     Raises:
         as `make_plan` does, for any of the documents.
     """
+    if not recipe.stages:
+        return make_plan(recipe, shard_size=shard_size)
     plans: dict[str, Plan] = {}
     made: dict[str, Source] = {}
     with TemporaryDirectory() as folder:  # for what planning reads besides headers: tokenizers
