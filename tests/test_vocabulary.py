@@ -359,3 +359,18 @@ def test_chat_templates(tmp_path: Path, wanted: str) -> None:
     assert (again / "chat_template.jinja").read_text() == (
         tmp_path / "out" / "chat_template.jinja"
     ).read_text()
+
+
+def test_another_template_or_tokenizer_is_other_work(tmp_path: Path) -> None:
+    """OUT with another template is not what this recipe makes, though the weights are the same."""
+    from merge_cli.engine.journal import work_key
+
+    tokenizer = bpe(TEXTS, 60)
+    for seed, name in enumerate(("base", "chat")):
+        write(tmp_path / name, tokenizer, seed)
+    keys = {
+        work_key(plan(tmp_path, {**SOUP, **more}), "cpu", True)
+        for more in ({}, {"chat_template": "chatml"}, {"chat_template": "alpaca"},
+                     {"tokenizer_source": "chat"})
+    }  # fmt: skip
+    assert len(keys) == 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -68,37 +69,49 @@ class Dequantised:
         np.take(_table(self.weight.dtype), raw, out=out)
         if self.scale is None:
             return
-        columns = self.shape[-1] if self.shape else 1
-        first, last = start // columns, -(-(start + len(out)) // columns)
-        scales = self._scales(read, first, last)
-        begin = start
-        for row in range(first, last):  # a multiplication for each row: rows are long
-            end = min((row + 1) * columns, start + len(out))
-            own = scales[row - first]
-            at = begin - row * columns
-            part = out[begin - start : end - start]
-            part *= own if own.ndim == 0 else own[at : at + len(part)]
-            begin = end
+        if self.scale.size == 1:
+            out *= _numbers(read, self.scale, 0, 1)[0]
+            return
+        columns = self.shape[-1]
+        stop = start + len(out)
+        first, last = start // columns, -(-stop // columns)
+        for low, high, scale in self._slabs(read, first, last):
+            begin, end = max(start, low * columns), min(stop, high * columns)
+            slab = out[begin - start : end - start]
+            if not np.ndim(scale):
+                slab *= scale
+                continue
+            # The ends may be parts of rows; what lies between are whole ones.
+            head = -begin % columns
+            if head:
+                slab[:head] *= scale[columns - head :][: len(slab)]
+            whole = (len(slab) - head) // columns * columns if len(slab) > head else 0
+            if whole:
+                slab[head : head + whole].reshape(-1, columns)[:] *= scale
+            tail = len(slab) - head - whole
+            if tail > 0:
+                slab[head + whole :] *= scale[:tail]
 
-    def _scales(self, read: Read, first: int, last: int) -> Any:
-        """For each row a number, or one for each of its columns."""
+    def _slabs(self, read: Read, first: int, last: int) -> Iterator[tuple[int, int, Any]]:
+        """Runs of rows with the same scales: from, to, and a number or one for each column."""
         import numpy as np
 
         assert self.scale is not None
-        scale, (tall, wide) = self.scale, self.block
-        rows = np.arange(first, last)
-        if scale.size == 1:
-            return np.full(last - first, _numbers(read, scale, 0, 1)[0])
+        tall, wide = self.block
         height = self.shape[-2] if len(self.shape) > 1 else 1
         per_matrix = -(-height // tall)
-        places = rows // height * per_matrix + rows % height // tall
-        low, high = int(places[0]), int(places[-1]) + 1
-        across = scale.size // (per_matrix * max(1, self.size // (height * self.shape[-1])))
-        table = _numbers(read, scale, low * across, (high - low) * across).reshape(-1, across)
-        if across == 1:
-            return table[places - low, 0]
-        spread = np.repeat(table, wide, axis=1)[:, : self.shape[-1]]
-        return spread[places - low]
+        across = self.scale.size * height // (per_matrix * (self.size // self.shape[-1]))
+        row = first
+        while row < last:
+            matrix, inside = divmod(row, height)
+            end = min(last, matrix * height + min(height, (inside // tall + 1) * tall))
+            place = matrix * per_matrix + inside // tall
+            numbers = _numbers(read, self.scale, place * across, across)
+            if across == 1:
+                yield row, end, numbers[0]
+            else:
+                yield row, end, np.repeat(numbers, wide)[: self.shape[-1]]
+            row = end
 
 
 def _numbers(read: Read, ref: TensorRef, start: int, count: int) -> Any:

@@ -124,17 +124,23 @@ class Gathered:
         """Rows of one model's tensor as this tensor's dtype; near ones are read together."""
         import numpy as np
 
-        item = DTYPES[tensor.dtype][0]
+        item, width = DTYPES[tensor.dtype][0], self._width
         order = np.argsort(rows, kind="stable")
         ordered = rows[order]
         cuts = np.flatnonzero(np.diff(ordered) > _GAP) + 1
-        found = np.empty((len(rows), self._width), _numpy_kind(tensor.dtype))
-        for group in np.split(np.arange(len(rows)), cuts):
-            low, high = int(ordered[group[0]]), int(ordered[group[-1]]) + 1
-            raw = np.empty((high - low) * self._width * item, np.uint8)
-            tensor.fill(read, low * self._width, raw.data)
-            whole = raw.view(_numpy_kind(tensor.dtype)).reshape(high - low, self._width)
-            found[order[group]] = whole[ordered[group] - low]
+        found = np.empty((len(rows), width), _numpy_kind(tensor.dtype))
+        raw = found.view(np.uint8)
+        starts, ends = [0, *cuts.tolist()], [*cuts.tolist(), len(rows)]
+        for start, end in zip(starts, ends, strict=True):
+            low = int(ordered[start])
+            if end - start == 1:  # a row by itself goes where it belongs
+                tensor.fill(read, low * width, raw[order[start]].data)
+                continue
+            count = int(ordered[end - 1]) + 1 - low
+            near = np.empty(count * width * item, np.uint8)
+            tensor.fill(read, low * width, near.data)
+            whole = near.view(found.dtype).reshape(count, width)
+            found[order[start:end]] = whole[ordered[start:end] - low]
         return found if tensor.dtype == self.dtype else _floats(found, tensor.dtype)
 
 

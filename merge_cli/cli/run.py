@@ -58,6 +58,14 @@ def run(
     require_improvement: Annotated[
         bool, switch("--require-improvement", "Fail if learning beats no static merge.")
     ] = False,
+    tune: Annotated[
+        list[str] | None,
+        typer.Option(help="Find a number of the method on data: lambda=0:1. May be repeated."),
+    ] = None,
+    tune_on: Annotated[
+        list[Path] | None, typer.Option(help="Text whose loss --tune makes small; repeatable.")
+    ] = None,
+    tune_evaluations: Annotated[int, typer.Option(help="Merges that --tune tries.", min=1)] = 12,
     eval_file: EvalOption = None,
     data: DataOption = None,
     gate: GateOption = None,
@@ -106,6 +114,10 @@ def run(
     loaded = load_recipe(recipe)
     if seed is not None:
         loaded = loaded.with_seed(seed)
+    if tune or tune_on:
+        from merge_cli.evolve.tuning import tuned
+
+        loaded = tuned(loaded, tune or [], tune_on or [], tune_evaluations)
     screen = console.Screen(quiet=quiet)
     screen.notes([*lines, *loaded.warnings])
 

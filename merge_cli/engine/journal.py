@@ -67,7 +67,18 @@ def work_key(plan: Plan, *context: object) -> str:
     state.update(repr(sorted(stamps)).encode())
     for shard in plan.shards:
         state.update(shard.file.encode() + shard.header)
+    state.update(_beside_the_weights(plan))
     return state.hexdigest()
+
+
+def _beside_the_weights(plan: Plan) -> bytes:
+    """What config, tokenizer and template of the output are made of: they are part of the work."""
+    files = sorted(
+        (name, hashlib.sha256(text).digest()) for name, text in plan.aligned.files.items()
+    )
+    donors = [str(plan.sources[i].root) for i in (plan.donor, plan.tokenizer_donor)]
+    about = [donors, files, plan.template, json.dumps(dict(plan.config), sort_keys=True)]
+    return repr(about).encode()
 
 
 def _stamp(path: Path) -> str:

@@ -191,7 +191,12 @@ def all_methods() -> list[Method]:
     _load()
     unique = {method.name: method for method in _METHODS.values()}
     ours = {name: i for i, name in enumerate(_BUILT_IN)}
-    order = sorted(unique.values(), key=lambda m: (ours.get(m.name.split("_ties")[0], 99), m.name))
+
+    def place(method: Method) -> tuple[int, str]:
+        module = method.function.__module__.removeprefix("merge_cli.methods.")
+        return ours.get(module, len(ours)), method.name
+
+    order = sorted(unique.values(), key=place)
     return order
 
 

@@ -1,0 +1,92 @@
+"""One number of a plain recipe, found on data: a search in a word on the command line.
+
+merge-cli run recipe.yaml out --tune lambda=0:1 --tune-on val.jsonl
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from merge_cli.errors import RecipeError, UsageError
+from merge_cli.methods.registry import get_method
+from merge_cli.methods.resolve import check_recipe
+from merge_cli.recipe.keys import nearest
+from merge_cli.recipe.nodes import Node
+from merge_cli.recipe.schema import Recipe, SourceSpec
+from merge_cli.recipe.search import TIES, Search, Searched
+
+EVALUATIONS = 12
+
+
+def tuned(
+    recipe: Recipe, ranges: Sequence[str], data: Sequence[Path], evaluations: int = EVALUATIONS
+) -> Recipe:
+    """The recipe with these of its parameters searched, each one number for the whole merge.
+
+    Args:
+        ranges: `name=low:high`.
+        data: text; its loss is what is searched by.
+
+    Raises:
+        UsageError: a range that is none, no data, or a recipe that learns or searches already.
+        RecipeError: a parameter that the method does not have, or not in that range.
+    """
+    method = get_method(recipe.merge_method)
+    if method.learns or method.searches:
+        what = f"--tune is for plain recipes, and {method.name} finds its numbers by itself"
+        raise UsageError(what, hint="Leave --tune out.")
+    if not data:
+        raise UsageError("--tune needs text to judge by", hint="Add --tune-on FILE.")
+    if not ranges:
+        raise UsageError("--tune-on says by what, and not what", hint="Add --tune lambda=0:1.")
+    searched = tuple(_range(text, recipe) for text in ranges)
+    names = {one.name for one in searched}
+
+    def without(spec: SourceSpec) -> SourceSpec:
+        return replace(spec, parameters={k: v for k, v in spec.parameters.items()
+                                         if k not in names})  # fmt: skip
+
+    search = Search(
+        method=(recipe.merge_method,), parameters=searched, evaluations=evaluations,
+        given=frozenset(("method", "parameters", "evaluations")),
+    )  # fmt: skip
+    found = replace(
+        recipe,
+        merge_method="evolutionary",
+        parameters={k: v for k, v in recipe.parameters.items() if k not in names},
+        models=tuple(map(without, recipe.models)),
+        search=search,
+        objective=Node([_task(path) for path in data], 0, 0),
+    )
+    problems = check_recipe(found).problems
+    if problems:
+        raise RecipeError(problems)
+    return found
+
+
+def _range(text: str, recipe: Recipe) -> Searched:
+    name, _, ends = text.partition("=")
+    low, _, high = ends.partition(":")
+    try:
+        searched = Searched(name, float(low), float(high), tied=tuple(TIES), key=f"--tune {name}")
+    except ValueError:
+        hint = "Write it like lambda=0:1."
+        raise UsageError(f"--tune: '{text}' is no range", hint=hint) from None
+    if not searched.low < searched.high:
+        raise UsageError(f"--tune: in '{text}' the second number must be the larger")
+    known = get_method(recipe.merge_method).parameters
+    if name not in known:
+        what = f"--tune: {recipe.merge_method} has no parameter '{name}'"
+        raise UsageError(what, hint=nearest(name, known))
+    per_model = known[name].per_model
+    return (
+        searched if per_model else replace(searched, tied=tuple(t for t in TIES if t != "models"))
+    )
+
+
+def _task(path: Path) -> Node:
+    place = str(path.absolute())
+    parts = {"task": Node("loss", 0, 0), "data": Node(place, 0, 0)}
+    return Node(parts, 0, 0, dict.fromkeys(parts, (0, 0)))

@@ -1,0 +1,156 @@
+"""What it costs to compute a source's tensors while they are read: adapters, vocabularies, fp8.
+
+    python scripts/bench_computed.py FOLDER                # 0.5B parameters, a few minutes
+    python scripts/bench_computed.py FOLDER --size 20M --rounds 1
+
+Each merge is a passthrough of one model of scripts/synthetic.py, or of the same model as it comes
+with an adapter on every linear layer, with every row of its embedding in another place, or stored
+in fp8 with scales by blocks. The peer is a soup of that one model: the same bytes read, computed
+and written. Whole processes take turns; the ratio is the median of the rounds', least and largest
+in brackets. The page cache is warm. Peaks are of memory that no file backs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+from bench_process import run_measured
+from synthetic import SIZES, Settings, make_family
+
+
+def linear(name: str) -> bool:
+    return name.endswith("_proj.weight")
+
+
+def write_adapter(model: Path, out: Path, rank: int) -> None:
+    """Small random factors for every linear layer."""
+    import torch
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    factors = {}
+    generator = torch.Generator().manual_seed(0)
+    with safe_open(model / "model.safetensors", "pt") as file:
+        for name in list(file.keys()):
+            if linear(name):
+                rows, columns = file.get_slice(name).get_shape()
+                prefix = f"base_model.model.{name.removesuffix('.weight')}"
+                for end, shape in (("lora_A", (rank, columns)), ("lora_B", (rows, rank))):
+                    noise = torch.randn(shape, generator=generator) * 0.01
+                    factors[f"{prefix}.{end}.weight"] = noise.bfloat16()
+    out.mkdir()
+    save_file(factors, out / "adapter_model.safetensors")
+    about = {"peft_type": "LORA", "r": rank, "lora_alpha": rank}
+    (out / "adapter_config.json").write_text(json.dumps(about))
+
+
+def write_fp8(model: Path, out: Path) -> None:
+    """Every linear layer in fp8 with scales of blocks of 128 x 128."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    tensors = {}
+    for name, value in load_file(model / "model.safetensors").items():
+        if not linear(name):
+            tensors[name] = value
+            continue
+        grid = [-(-n // 128) for n in value.shape]
+        scale = torch.rand(grid) * 0.001 + 0.001
+        spread = scale.repeat_interleave(128, 0)[: value.shape[0]]
+        spread = spread.repeat_interleave(128, 1)[:, : value.shape[1]]
+        tensors[name] = (value.float() / spread).clamp(-448, 448).to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale_inv"] = scale
+    out.mkdir()
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    config = json.loads((model / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (out / "config.json").write_text(json.dumps(config))
+
+
+def write_tokenizer(folder: Path, order: list[int]) -> None:
+    vocabulary = {f"t{token}": number for number, token in enumerate(order)}
+    (folder / "tokenizer.json").write_text(
+        json.dumps({"model": {"type": "WordLevel", "vocab": vocabulary}, "added_tokens": []})
+    )
+
+
+def recipes(folder: Path) -> dict[str, dict[str, Any]]:
+    def through(model: str, **more: Any) -> dict[str, Any]:
+        return {"merge_method": "passthrough", "models": [{"model": model}], **more}
+
+    soup = {"merge_method": "soup", "models": [{"model": "model0"}]}
+    return {
+        "soup of one model": soup,
+        "adapter, rank 16": through("model0+rank16"),
+        "adapter, rank 64": through("model0+rank64"),
+        "another vocabulary": {**through("shuffled"), "base_model": "model0",
+                               "tokenizer_source": "base"},
+        "fp8": through("fp8"),
+    }  # fmt: skip
+
+
+def prepare(folder: Path, size: str) -> None:
+    make_family(folder, Settings(SIZES[size], sources=1))
+    model = folder / "model0"
+    for rank in (16, 64):
+        if not (folder / f"rank{rank}").exists():
+            write_adapter(model, folder / f"rank{rank}", rank)
+    if not (folder / "fp8").exists():
+        write_fp8(model, folder / "fp8")
+    shuffled = folder / "shuffled"
+    if not shuffled.exists():
+        import random
+
+        shuffled.mkdir()
+        os.link(model / "model.safetensors", shuffled / "model.safetensors")
+        shutil.copyfile(model / "config.json", shuffled / "config.json")
+        order = list(range(SIZES[size].vocabulary))
+        write_tokenizer(model, order)
+        random.Random(0).shuffle(order)
+        write_tokenizer(shuffled, order)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--size", default="0.5B", choices=sorted(SIZES))
+    parser.add_argument("--rounds", type=int, default=3)
+    given = parser.parse_args()
+    prepare(given.folder, given.size)
+    root = Path(__file__).resolve().parents[1]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    found: dict[str, list[tuple[float, int]]] = {}
+    for number in range(given.rounds + 1):
+        for label, recipe in recipes(given.folder).items():
+            file, out = given.folder / "recipe.json.yaml", given.folder / "out"
+            file.write_text(json.dumps(recipe))
+            shutil.rmtree(out, ignore_errors=True)
+            usage = run_measured(
+                [sys.executable, "-m", "merge_cli", "run", "-q", "--device", "cpu", str(file),
+                 str(out)],
+                environment, given.folder,
+            )  # fmt: skip
+            if number:  # the first round compiles and warms the cache
+                found.setdefault(label, []).append((usage.seconds, usage.peak_anonymous or 0))
+        shutil.rmtree(given.folder / "out", ignore_errors=True)
+    (peer, *_) = found
+    print(f"| {given.size} | s | times a soup | peak MB |\n|---|---:|---:|---:|")
+    for label, runs in found.items():
+        ratios = [a / b for (a, _), (b, _) in zip(runs, found[peer], strict=True)]
+        median = statistics.median
+        print(
+            f"| {label} | {median(s for s, _ in runs):.2f} "
+            f"| {median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) "
+            f"| {max(rss for _, rss in runs) / 1e6:.0f} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
