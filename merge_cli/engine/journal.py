@@ -14,6 +14,7 @@ import json
 import os
 import sys
 import threading
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -67,16 +68,17 @@ def work_key(plan: Plan, *context: object) -> str:
     state.update(repr(sorted(stamps)).encode())
     for shard in plan.shards:
         state.update(shard.file.encode() + shard.header)
-    state.update(_beside_the_weights(plan))
+    state.update(_beside_the_weights(plan, made))
     return state.hexdigest()
 
 
-def _beside_the_weights(plan: Plan) -> bytes:
+def _beside_the_weights(plan: Plan, made: Mapping[Path, object]) -> bytes:
     """What config, tokenizer and template of the output are made of: they are part of the work."""
     files = sorted(
         (name, hashlib.sha256(text).digest()) for name, text in plan.aligned.files.items()
     )
-    donors = [str(plan.sources[i].root) for i in (plan.donor, plan.tokenizer_donor)]
+    roots = [plan.sources[i].root for i in (plan.donor, plan.tokenizer_donor)]
+    donors = [made.get(root, str(root)) for root in roots]
     about = [donors, files, plan.template, json.dumps(dict(plan.config), sort_keys=True)]
     return repr(about).encode()
 
