@@ -263,6 +263,35 @@ def test_a_model_with_an_adapter_is_not_run(tmp_path: Path) -> None:
         merge_cli.evaluate(f"{tmp_path}/base+{tmp_path}/adapter1", tmp_path / "rows.jsonl")
 
 
+def test_what_the_base_was_worth_is_not_taken_for_the_adapters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Results are kept by a folder's content; the adapter is not in it."""
+    from merge_cli.evaluation.digest import source_digest
+
+    write(tmp_path, llama, 1, r=4, target_modules=LINEAR)
+    plan = make_plan(load_recipe(passthrough(tmp_path)))
+    with pytest.raises(SourceError, match="an adapter is applied while merging"):
+        source_digest(plan.sources[0])
+
+
+def test_an_adapter_on_an_fp8_base(tmp_path: Path) -> None:
+    expected = write(tmp_path, llama, 1, r=4, lora_alpha=6, target_modules=["q_proj"])
+    file = tmp_path / "base" / "model.safetensors"
+    tensors = load_file(file)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    weight = tensors[name].to(torch.float8_e4m3fn)
+    save_file({**tensors, name: weight, f"{name}_scale_inv": torch.full((1, 1), 2.0)}, file,
+              metadata={"format": "pt"})  # fmt: skip
+    config = tmp_path / "base" / "config.json"
+    about = json.loads(config.read_text())
+    about["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    config.write_text(json.dumps(about))
+    found = merge(passthrough(tmp_path, dtype="float32"), tmp_path / "out")
+    update = expected.state_dict()[name] - tensors[name]
+    torch.testing.assert_close(found[name], weight.float() * 2 + update, rtol=1e-5, atol=1e-6)
+
+
 def test_an_adapter_must_not_be_overwritten(tmp_path: Path) -> None:
     write(tmp_path, llama, 1, r=4, target_modules=LINEAR)
     with pytest.raises(UsageError):

@@ -91,7 +91,6 @@ def apply_adapter(
         if why:
             problems.append(Problem(f"{label}: {why}", module))
             continue
-        assert isinstance(weight, TensorRef), "checked by _unusable"
         found[target] = _update(weight, parts, config, module, stamp)
         updated += 1
     if problems:
@@ -161,7 +160,7 @@ def _unusable(weight: Tensor, parts: Parts, config: Mapping[str, Any]) -> str:
     missing = [name for name in names if name not in parts]
     if missing:
         return f"the adapter lacks a factor ({', '.join(missing)})"
-    if not isinstance(weight, TensorRef) or weight.dtype not in MERGEABLE or weight.dtype == "F64":
+    if weight.dtype not in MERGEABLE or weight.dtype == "F64":
         return f"its weight ({weight.native}) cannot be updated"
     if len(weight.shape) != 2 or any(len(parts[name].shape) != 2 for name in names):
         return f"only matrices are updated, not {list(weight.shape)}"
@@ -177,7 +176,7 @@ def _unusable(weight: Tensor, parts: Parts, config: Mapping[str, Any]) -> str:
 
 
 def _update(
-    weight: TensorRef, parts: Parts, config: Mapping[str, Any], module: str, stamp: str
+    weight: Tensor, parts: Parts, config: Mapping[str, Any], module: str, stamp: str
 ) -> Updated:
     if "embedding_a" in parts:
         a, b = parts["embedding_a"], parts["embedding_b"]

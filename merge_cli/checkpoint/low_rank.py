@@ -13,7 +13,7 @@ from typing import Any
 
 from merge_cli.checkpoint.header import TensorRef
 from merge_cli.checkpoint.stored import read_numbers
-from merge_cli.checkpoint.tensors import Read
+from merge_cli.checkpoint.tensors import Read, Tensor
 from merge_cli.kernels.low_rank import low_rank_product
 
 _KEPT = 16  # updates whose smaller factor stays in memory: blocks of one weight follow each other
@@ -31,7 +31,7 @@ class Updated:
         stamp: of the adapter's file, so that another one at its place is not taken for it.
     """
 
-    weight: TensorRef
+    weight: Tensor
     left: TensorRef
     right: TensorRef
     scale: float
@@ -53,7 +53,7 @@ class Updated:
 
     @property
     def native(self) -> str:
-        return self.weight.dtype
+        return self.weight.native
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -70,11 +70,12 @@ class Updated:
     @property
     def stored(self) -> tuple[TensorRef, ...]:
         extra = (self.magnitude,) if self.magnitude else ()
-        return (self.weight, self.left, self.right, *extra)
+        return (*self.weight.stored, self.left, self.right, *extra)
 
     @property
     def formula(self) -> str:
-        return f"low-rank update, scale {self.scale!r}, turned {self.turned}, {self.stamp}"
+        update = f"low-rank update, scale {self.scale!r}, turned {self.turned}, {self.stamp}"
+        return f"{self.weight.formula}; {update}"
 
     def fill(self, read: Read, start: int, buffer: memoryview) -> None:
         """Whole rows are computed, of which the buffer gets its part."""

@@ -69,6 +69,11 @@ class TensorTask:
         return sum(part.nbytes for ref in self.inputs for part in ref.stored)
 
 
+def is_stored_as(tensor: Tensor, dtype: str) -> bool:
+    """Whether a tensor's bytes are what an output of this dtype has: then they can be copied."""
+    return isinstance(tensor, TensorRef) and tensor.dtype == dtype
+
+
 @dataclass(frozen=True)
 class Plan:
     """A merge, decided.

@@ -18,14 +18,14 @@ from merge_cli.checkpoint.config import (
     text_config,
     with_layer_types,
 )
-from merge_cli.checkpoint.header import DTYPES, TensorRef
+from merge_cli.checkpoint.header import DTYPES
 from merge_cli.checkpoint.layout import lay_out, natural_key
 from merge_cli.checkpoint.source import Source
 from merge_cli.engine.heads import reconcile_heads
 from merge_cli.engine.match import Match, match_pieces
 from merge_cli.engine.opening import one_spelling, open_all
 from merge_cli.engine.pieces import Piece, cut_pieces
-from merge_cli.engine.plan import Action, Plan, TensorTask
+from merge_cli.engine.plan import Action, Plan, TensorTask, is_stored_as
 from merge_cli.engine.stacking import layer_sources, stacked_pieces
 from merge_cli.engine.vocabulary import align, renumber, vocabulary_notes
 from merge_cli.errors import MismatchError, Problem, RecipeError, UsageError
@@ -226,8 +226,8 @@ def _tasks(
             continue
         resolved = resolver.of(name, match.seat.position)
         dtype = wanted or like.native
-        stored = isinstance(operands[0], TensorRef) and operands[0].dtype == dtype
-        action: Action = "copy" if resolved.copies and stored else "merge"
+        copied = resolved.copies and is_stored_as(operands[0], dtype)
+        action: Action = "copy" if copied else "merge"
         mixed = {ref.native for ref in operands} | {like.native}
         note = f"stored as {', '.join(sorted(mixed))}" if len(mixed) > 1 else ""
         task = TensorTask(name, like.shape, dtype, action, operands, sources, ids, match.base,

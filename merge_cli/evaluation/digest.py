@@ -14,6 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from merge_cli.checkpoint.files import companion_files, is_companion
+from merge_cli.checkpoint.source import Source
+from merge_cli.errors import SourceError
 from merge_cli.evaluation.cache import cache_folder, write_atomically
 from merge_cli.evaluation.task import file_digest
 
@@ -39,6 +41,29 @@ def model_digest(root: Path) -> str:
     for path, digest in zip(files, digests, strict=True):
         state.update(f"{path.name}\0{digest}\n".encode())
     return state.hexdigest()
+
+
+def source_digest(source: Source) -> str:
+    """`model_digest` of an opened source that is a model by itself.
+
+    Raises:
+        SourceError: it has an adapter, and its folder is that of the model without it.
+        OSError: a file cannot be read.
+    """
+    refuse_adapter(source)
+    return model_digest(source.root)
+
+
+def refuse_adapter(source: Source) -> None:
+    """What runs a model from its folder must not run it without the adapter that is named.
+
+    Raises:
+        SourceError: there is one.
+    """
+    if source.adapter is not None:
+        what = "an adapter is applied while merging, and here the model is run"
+        hint = "Merge the two into a folder first: `merge_method: passthrough`, one model."
+        raise SourceError(what, model=source.label, hint=hint)
 
 
 def companions_digest(root: Path) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 from merge_cli.checkpoint.source import Source
 from merge_cli.engine.device import choose_device
 from merge_cli.errors import MergeCliError, ResourceError, SourceError
+from merge_cli.evaluation.digest import refuse_adapter
 from merge_cli.evaluation.result import Cost
 from merge_cli.evaluation.spec import DTYPES
 from merge_cli.sizes import show_size
@@ -110,10 +111,7 @@ def load(
         SourceError: transformers cannot load it as a causal language model.
         ResourceError: the device is not there, or accelerate is needed and missing.
     """
-    if source.adapter is not None:
-        what = "an adapter is applied while merging, and here the model is run"
-        hint = "Merge the two into a folder first: `merge_method: passthrough`, one model."
-        raise SourceError(what, model=source.label, hint=hint)
+    refuse_adapter(source)
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -21,7 +21,7 @@ from merge_cli.engine.memory import lane_room
 from merge_cli.engine.operands import Reading, TaskReader
 from merge_cli.engine.options import MergeOptions
 from merge_cli.engine.pieces import cut_pieces
-from merge_cli.engine.plan import Plan, TensorTask
+from merge_cli.engine.plan import Plan, TensorTask, is_stored_as
 from merge_cli.engine.planner import make_plan
 from merge_cli.engine.pool import Pool
 from merge_cli.engine.units import Unit, cut_units
@@ -200,7 +200,7 @@ class _Merger:
             found = resolver.of(task.name, task.position)
             if found.error:
                 raise RecipeError([recipe.problem("merge_method", found.error)])
-            copies = found.copies and task.operands[0].dtype == task.dtype
+            copies = found.copies and is_stored_as(task.operands[0], task.dtype)
             tasks.append(
                 replace(task, parameters=found.parameters, action="copy" if copies else "merge")
             )

@@ -11,7 +11,7 @@ from typing import Any
 
 from merge_cli.checkpoint.source import Source, fetch_weights, open_source
 from merge_cli.errors import SourceError
-from merge_cli.evaluation.digest import model_digest
+from merge_cli.evaluation.digest import source_digest
 from merge_cli.evaluation.examples import Example
 from merge_cli.evaluation.forward import Window, add_up, forward
 from merge_cli.evaluation.live import LiveModel, load
@@ -51,7 +51,7 @@ class KL(DataTask):
     def data_digest(self) -> str:
         source = self._source()
         fetch_weights(source, source.header_bytes)
-        return f"{super().data_digest()} {model_digest(source.root)}"
+        return f"{super().data_digest()} {source_digest(source)}"
 
     def score(self, live: LiveModel, tell: Tell) -> TaskResult:
         if self.top_k is None:
@@ -87,7 +87,7 @@ class KL(DataTask):
         size = about.get("vocab_size", live.vocabulary)
         self._refuse_other_vocabulary(live, load_tokenizer(source), int(size))
         dtype = live.dtype.partition(" ")[0]
-        teacher = Teacher(source, model_digest(source.root), live.place, dtype)
+        teacher = Teacher(source, source_digest(source), live.place, dtype)
         examples = [Example(array("q", item.ids), item.first) for item in items]
         kept = Kept(self.top_k, 1.0, "float32")
         predictions = teacher.predictions(examples, kept, lambda *_: None)
