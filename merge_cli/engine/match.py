@@ -56,6 +56,7 @@ class Matches:
     found: list[Match] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    parts_of: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -87,16 +88,18 @@ class Model:
 
 
 def match_pieces(
-    pieces: Sequence[Piece], sources: Sequence[Source], views: Sequence[View]
-) -> Matches:
+    pieces: Sequence[Piece], sources: Sequence[Source], views: Sequence[View],
+    parts_of: frozenset[str] = frozenset(),
+) -> Matches:  # fmt: skip
     """Find every tensor of every piece in its sources, and what does not fit.
 
     Args:
         views: for each source, the tensors that it is taken to have.
+        parts_of: labels of sources that are a part of the reference: what they lack is copied.
     """
     places = Places()
     models = [Model(source, view, places) for source, view in zip(sources, views, strict=True)]
-    matches = Matches()
+    matches = Matches(parts_of=parts_of)
     modules = list(dict.fromkeys(piece.module for piece in pieces if piece.module))
     parts = [model.parts(modules) if modules else {} for model in models]
     matches.problems += _module_problems(pieces, models, parts)
@@ -196,14 +199,16 @@ def _match_tensor(
 ) -> None:
     """Append one output tensor, or why there is none; `refs` and `labels` follow the members."""
     present = [ref for ref in refs if ref is not None]
-    if len(present) < len(refs) and not name.endswith(_BUFFERS):
+    lacking = {label for label, ref in zip(labels, refs, strict=True) if ref is None}
+    whose = f"only {labels[0]} has it: copied" if lacking <= into.parts_of else ""
+    if lacking and not whose and not name.endswith(_BUFFERS):
         for label, ref in zip(labels, refs, strict=True):
             if ref is None:
                 into.problems.append(Problem(f"missing from {label}; {labels[0]} has it", name))
         return
     why = ""
-    if len(present) < len(refs):
-        why = "not every source stores this buffer: copied"
+    if lacking:
+        why = whose or "not every source stores this buffer: copied"
     elif len({ref.shape for ref in present}) > 1:
         into.problems.append(_shapes_differ(name, present, labels))
         return

@@ -26,6 +26,7 @@ from merge_cli.engine.match import Match, match_pieces
 from merge_cli.engine.opening import one_spelling, open_all
 from merge_cli.engine.pieces import Piece, cut_pieces
 from merge_cli.engine.plan import Action, Plan, TensorTask, is_stored_as
+from merge_cli.engine.prefixes import Renamed, rename
 from merge_cli.engine.stacking import layer_sources, stacked_pieces
 from merge_cli.engine.vocabulary import align, renumber, vocabulary_notes
 from merge_cli.errors import MismatchError, Problem, RecipeError, UsageError
@@ -116,11 +117,15 @@ def make_plan(
         raise RecipeError(problems)
     labels = [source.label for source in sources]
     base = labels.index(str(recipe.base_model)) if recipe.base_model else None
-    heads = reconcile_heads(sources)
     pieces = cut_pieces(recipe, method, labels)
+    renamed = Renamed(tuple(sources))
+    if recipe.models:
+        renamed = rename(sources, pieces[0].reference.source)
+        sources = list(renamed.sources)
+    heads = reconcile_heads(sources)
     donor = base if base is not None else pieces[0].reference.source
     aligned = align(recipe, sources, heads.views, base, donor)
-    matches = match_pieces(pieces, sources, aligned.views)
+    matches = match_pieces(pieces, sources, aligned.views, renamed.parts)
     if matches.problems:
         count = len(matches.problems)
         summary = f"the sources do not fit one another ({count} problem{'s' * (count != 1)})"
@@ -158,6 +163,7 @@ def make_plan(
     template, template_note = choose_template(recipe, sources)
     notes = [
         *(f"{source.label}: {note}" for source in sources for note in source.notes),
+        *renamed.notes,
         *heads.notes,
         *aligned.notes,
         *(vocabulary_notes(sources) if recipe.tokenizer is None else ()),
