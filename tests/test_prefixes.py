@@ -82,7 +82,7 @@ def test_two_whole_models_with_other_prefixes(tmp_path: Path) -> None:
 
 
 def test_without_a_wrapper(tmp_path: Path) -> None:
-    """A checkpoint that was saved from inside the wrapper: `layers.0...`, not `model.layers.0...`."""
+    """A checkpoint that was saved from inside the wrapper: `layers.0...`."""
     own = {name: value for name, value in text(0).items() if name != "lm_head.weight"}
     write_model(tmp_path / "a", own, llama_config(layers=2))
     bare = {name.removeprefix("model."): value * 3 for name, value in own.items()}
@@ -103,8 +103,7 @@ def test_without_a_wrapper(tmp_path: Path) -> None:
 def test_two_places_are_ambiguous(tmp_path: Path) -> None:
     own = text(0)
     twins = {
-        **{f"left.{n}": v for n, v in own.items()},
-        **{f"right.{n}": v for n, v in own.items()},
+        f"{side}.{name}": value.clone() for side in ("left", "right") for name, value in own.items()
     }
     write_model(tmp_path / "twins", twins, llama_config(layers=2, tied=False))
     write_model(tmp_path / "text", own, llama_config(layers=2, tied=False))
