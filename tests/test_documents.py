@@ -206,6 +206,40 @@ def test_a_changed_stage_is_made_again_with_all_that_use_it(
     assert model_bytes(family.folder / "out") == step_by_step(family, FIRST, changed, LAST)
 
 
+def test_an_interrupted_stage_that_was_changed_begins_anew(
+    family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing of a merge that nobody wants any more is in the way."""
+    from merge_cli import api
+    from merge_cli.engine import merge as engine
+
+    loop = engine.run_loop
+
+    def stopped(plan, *rest):  # type: ignore[no-untyped-def]
+        done = loop(plan, *rest)
+        if plan.recipe.name == "second":
+            raise KeyboardInterrupt
+        return done
+
+    monkeypatch.setattr(engine, "run_loop", stopped)
+    with pytest.raises(merge_cli.errors.Interrupted):
+        merge_cli.merge(three(family), family.folder / "out", options=CPU)
+    assert (family.folder / "out.stages" / "second.partial" / "journal.jsonl").exists()
+    monkeypatch.setattr(engine, "run_loop", loop)
+    execute, made = api.execute, []
+
+    def noted(plan, target, *rest, **named):  # type: ignore[no-untyped-def]
+        made.append(target.name)
+        return execute(plan, target, *rest, **named)
+
+    monkeypatch.setattr(api, "execute", noted)
+    changed = SECOND.replace("0.25", "0.75")
+    recipe = family.write("---\n".join([FIRST, changed, LAST]))
+    merge_cli.merge(recipe, family.folder / "out", options=CPU)
+    assert made == ["second", "out"]
+    assert model_bytes(family.folder / "out") == step_by_step(family, FIRST, changed, LAST)
+
+
 def test_killed_in_any_stage_the_same_command_goes_on(tmp_path: Path) -> None:
     """Killed at moments spread over the run, until a run comes to its end."""
     family = llama_family(tmp_path, layers=12)
