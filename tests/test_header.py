@@ -149,7 +149,7 @@ def test_pickles_are_refused_with_the_way_out(tmp_path: Path) -> None:
     torch.save({"a": torch.zeros(2)}, tmp_path / "m" / "pytorch_model.bin")
     with pytest.raises(SourceError, match="pickled") as raised:
         open_source(ModelRef("m"), tmp_path)
-    assert "save_pretrained" in raised.value.hint
+    assert "merge-cli convert m converted" in raised.value.hint
 
 
 @pytest.mark.parametrize(
