@@ -111,6 +111,7 @@ def _merge_stages(
             there = "" if name in todo else ": made before"
             show(Progress("stage", 0, 0, f"stage {number} of {len(stages)}: {name}{there}"))
             if not there and (known is None or name in results):
+                folder.begin(name, keys[name])
                 if finished(stage, places[name], options) is None:
                     make(stage, places[name], replace(options, overwrite=True))
                 folder.finished(name, keys[name])

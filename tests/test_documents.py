@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from hub_server import HubServer
 from safetensors.torch import load_file
 from tiny import Family, llama_family, merge
 from typer.testing import CliRunner
@@ -108,6 +109,8 @@ def test_the_card_shows_the_whole_recipe_and_no_paths(family: Family) -> None:
     card = (out / "README.md").read_text()
     assert card.count("merge_method: ") == 3
     assert "- model: second" in card
+    assert "| `second` | merged | made by the recipe |" in card
+    assert "| `a` | merged in first | a local folder |" in card
     assert str(family.folder) not in card
 
 
@@ -199,6 +202,40 @@ def test_a_changed_stage_is_made_again_with_all_that_use_it(
     merge_cli.merge(
         family.write("---\n".join([FIRST, changed, LAST])), family.folder / "out", options=other
     )
+    assert made == ["second", "out"]
+    assert model_bytes(family.folder / "out") == step_by_step(family, FIRST, changed, LAST)
+
+
+def test_an_interrupted_stage_that_was_changed_begins_anew(
+    family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing of a merge that nobody wants any more is in the way."""
+    from merge_cli import api
+    from merge_cli.engine import merge as engine
+
+    loop = engine.run_loop
+
+    def stopped(plan, *rest):  # type: ignore[no-untyped-def]
+        done = loop(plan, *rest)
+        if plan.recipe.name == "second":
+            raise KeyboardInterrupt
+        return done
+
+    monkeypatch.setattr(engine, "run_loop", stopped)
+    with pytest.raises(merge_cli.errors.Interrupted):
+        merge_cli.merge(three(family), family.folder / "out", options=CPU)
+    assert (family.folder / "out.stages" / "second.partial" / "journal.jsonl").exists()
+    monkeypatch.setattr(engine, "run_loop", loop)
+    execute, made = api.execute, []
+
+    def noted(plan, target, *rest, **named):  # type: ignore[no-untyped-def]
+        made.append(target.name)
+        return execute(plan, target, *rest, **named)
+
+    monkeypatch.setattr(api, "execute", noted)
+    changed = SECOND.replace("0.25", "0.75")
+    recipe = family.write("---\n".join([FIRST, changed, LAST]))
+    merge_cli.merge(recipe, family.folder / "out", options=CPU)
     assert made == ["second", "out"]
     assert model_bytes(family.folder / "out") == step_by_step(family, FIRST, changed, LAST)
 
@@ -428,3 +465,17 @@ def test_vocabularies_meet_in_a_later_stage(tmp_path: Path) -> None:
     recipe.write_text(yaml.safe_dump(last))
     alone = merge_cli.merge(recipe, tmp_path / "alone", options=CPU).path
     assert all((alone / name).read_bytes() == (out / name).read_bytes() for name in files)
+
+
+def test_stages_of_models_on_the_hub(hub: HubServer, tmp_path: Path) -> None:
+    """The card links what stages merged, and the recipe pins it to its commit."""
+    family = llama_family(tmp_path / "family")
+    commit = {name: hub.add(f"org/{name}", family.folder / name) for name in ("base", "a")}
+    first = "name: first\nmerge_method: linear\nmodels: [org/base, org/a]\n"
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(first + "---\nmerge_method: passthrough\nmodels: [first]\n")
+    out = merge_cli.merge(recipe, tmp_path / "out", options=CPU).path
+    card = (out / "README.md").read_text()
+    assert "| [org/a](https://huggingface.co/org/a) | merged in first | `" in card
+    assert "- org/base\n- org/a\n" in card
+    assert f"- model: org/a@{commit['a']}" in (out / "merge_recipe.yaml").read_text()

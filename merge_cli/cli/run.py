@@ -148,7 +148,8 @@ def run(
             check_target(plan, out, options)
         screen.plan(plan, options, every=False, as_json=as_json)
         return
-    screen.notes([note for one in (*plan.stages.values(), plan) for note in one.notes])
+    stages = [f"{name}: {note}" for name, stage in plan.stages.items() for note in stage.notes]
+    screen.notes([*stages, *plan.notes])
     # Interrupted while it was evaluated, the same command goes on from the merge that is there.
     known = finished(plan, out, options) if trial and not (overwrite or fresh) else None
     with screen.progress() as show:

@@ -47,6 +47,12 @@ def work_key(plan: Plan, *context: object) -> str:
         for source in plan.sources
         if source.label in plan.stages
     }
+    pinned = {
+        one.root
+        for source in plan.sources
+        for one in (source, source.adapter)
+        if one is not None and one.hub is not None
+    }
     paths: dict[Path, str] = {}
     stamps: list[tuple[str, str]] = []
     settings: dict[int, str] = {}  # by identity: tensors that are treated alike share theirs
@@ -57,6 +63,8 @@ def work_key(plan: Plan, *context: object) -> str:
                 # What another document makes is known by how it is made: it need not be there yet.
                 stage, stamp = made.get(ref.path.parent) or ("", "")
                 paths[ref.path] = f"{stage}/{ref.path.name}" if stage else str(ref.path)
+                if not pinned.isdisjoint(ref.path.parents):
+                    stamp = "a commit"  # stands in the path; the file may still have to be fetched
                 stamps.append((paths[ref.path], stamp or _stamp(ref.path)))
         inputs: list[Any] = [(paths[r.path], r.name, r.dtype, r.shape, r.offset) for r in stored]
         inputs += [formula for tensor in task.inputs if (formula := tensor.formula)]

@@ -1,8 +1,11 @@
 """OUT.stages: where the results of a recipe's stages wait until OUT is published.
 
-OUT.stages/lock       held from beginning to end, by one process
-OUT.stages/NAME       what a document makes, published like any model
-OUT.stages/NAME.done  the key of the work that has made it
+    OUT.stages/lock        held from beginning to end, by one process
+    OUT.stages/NAME        what a document makes, published like any model
+    OUT.stages/NAME.begun  the key of the work that makes it, or has been at it
+    OUT.stages/NAME.done   the key of the work that has made it
+
+A key says how a thing is made: where it differs, what is there is of no use any more.
 """
 
 from __future__ import annotations
@@ -17,6 +20,8 @@ from types import TracebackType
 from merge_cli.engine.beside import folder_beside, lock_folder, replace_file
 from merge_cli.errors import UsageError
 from merge_cli.recipe.documents import stage_folder
+
+WORK = (".partial", ".training", ".search")  # folders of unfinished work beside a result
 
 
 class StageFolder:
@@ -63,6 +68,19 @@ class StageFolder:
         """Whether the result of a stage is there, made by the work of this key."""
         done = self._done(name)
         return self.place(name).is_dir() and done.is_file() and done.read_text() == key
+
+    def begin(self, name: str, key: str) -> None:
+        """Note what is about to be worked at; what other work has left of the stage goes.
+
+        Raises:
+            ResourceError: it cannot be written.
+        """
+        place = self.place(name)
+        begun = place.with_name(f"{place.name}.begun")
+        if not begun.is_file() or begun.read_text() != key:
+            for suffix in WORK:
+                shutil.rmtree(place.with_name(place.name + suffix), ignore_errors=True)
+            replace_file(begun, key.encode())
 
     def finished(self, name: str, key: str) -> None:
         """Note that the result of a stage is there.

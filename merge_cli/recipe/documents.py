@@ -21,7 +21,7 @@ from merge_cli.recipe.schema import Recipe
 
 # A name becomes a folder, beside which work is kept in files of these endings.
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)*")
-_TAKEN = (".partial", ".lock", ".done")
+_TAKEN = (".partial", ".training", ".search", ".lock", ".begun", ".done", ".new")
 
 
 def parse_documents(

@@ -81,7 +81,8 @@ def model_card(plan: Plan, defaults: Mapping[str, Any], title: str, stages: Stag
         "",
         "| model | role | revision |",
         "|---|---|---|",
-        *(_source_row(plan, source, shown[source.label]) for source in used_sources(plan)),
+        *(_source_row(plan, source, shown[source.label], stages) for source in used_sources(plan)),
+        *stages.source_rows(),
         "",
         *([licence, ""] if licence else []),
         "## Recipe",
@@ -121,10 +122,12 @@ def _usage(plan: Plan, title: str) -> list[str]:
     return ["## Use", "", "```python", *lines, "```", ""]
 
 
-def _source_row(plan: Plan, source: Source, name: str) -> str:
+def _source_row(plan: Plan, source: Source, name: str, stages: Stages) -> str:
     based = plan.base is not None and source is plan.sources[plan.base]
     merged = any(source is plan.sources[i] for i in plan.operands)
     role = " and ".join(word for word, holds in (("base", based), ("merged", merged)) if holds)
+    if name in stages.names:
+        return f"| `{name}` | {role} | made by the recipe |"
     found = repositories(source)
     commits = [
         f"[`{one.commit}`](https://huggingface.co/{one.repo_id}/tree/{one.commit})" for one in found

@@ -20,7 +20,7 @@ from merge_cli.errors import RecipeError
 from merge_cli.recipe.documents import stage_folder
 from merge_cli.recipe.dump import Locate, dump_recipe, path_from
 from merge_cli.recipe.load import read_recipe
-from merge_cli.recipe.reference import ModelRef, local_folder, parse_reference
+from merge_cli.recipe.reference import HUB, ModelRef, local_folder, parse_reference
 from merge_cli.recipe.schema import Recipe
 from merge_cli.report.elements import section, table
 from merge_cli.report.words import duration, listing, size
@@ -99,10 +99,27 @@ class Stages:
             for name, report in self._reports.items()
         ]
 
+    def source_rows(self) -> list[str]:
+        """The card's rows on models that stages merge."""
+        rows = []
+        for name, report in self._reports.items():
+            for one in report["inputs"]:
+                if one["model"] in self.names:
+                    continue
+                parts, commit = _parts(one["model"]), one["revision"]
+                shown = "+".join(part if commit else Path(part).name for part in parts)
+                place = f"`{commit}`" if commit else "a local folder"
+                if commit and len(parts) == 1:
+                    address = f"https://huggingface.co/{shown}"
+                    rows.append(f"| [{shown}]({address}) | merged in {name} | {place} |")
+                else:
+                    rows.append(f"| `{shown}` | merged in {name} | {place} |")
+        return rows
+
     def hub_ids(self) -> list[str]:
         """The Hub's models that stages were made of."""
         inputs = [one for report in self._reports.values() for one in report["inputs"]]
-        return [one["model"].partition("@")[0] for one in inputs if one["revision"]]
+        return [part for one in inputs if one["revision"] for part in _parts(one["model"])]
 
     @cached_property
     def _reports(self) -> dict[str, Any]:
@@ -142,11 +159,20 @@ def staged(report: Mapping[str, Any]) -> list[str]:
     return [section("Stages", how, "", table(heads, rows, right=2))]
 
 
+def _parts(label: str) -> list[str]:
+    """The Hub ids, or paths, of a model and of the adapter on it."""
+    return [part.partition("@")[0].removeprefix(HUB) for part in label.split("+")]
+
+
 def _last_part(folder: Path) -> Locate:
     """A Hub id as it is; of a local path, its last part alone."""
 
     def locate(model: ModelRef) -> str:
+        if model.lora:
+            base, adapter = ModelRef(model.path, model.revision), ModelRef(
+                model.lora, model.lora_revision)  # fmt: skip
+            return f"{locate(base)}+{locate(adapter)}"
         local = local_folder(model.path, folder) is not None
-        return Path(model.path).name if local else str(model)
+        return Path(model.path).name if local else str(model).removeprefix(HUB)
 
     return locate
