@@ -637,3 +637,31 @@ def test_the_scale_is_advised_by_what_was_measured(sources: int, norm: float, sa
     from merge_cli.analysis.advice import _measured_here
 
     assert said in _measured_here(sources, norm)
+
+
+def test_experts_in_another_order_are_told(tmp_path: Path) -> None:
+    """Experts and routers of one model permuted together: the same function, another numbering."""
+    import transformers as hf
+
+    torch.manual_seed(0)
+    config = hf.MixtralConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, num_local_experts=4,
+    )  # fmt: skip
+    model = hf.MixtralForCausalLM(config)
+    model.save_pretrained(tmp_path / "base")
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    order = torch.tensor([1, 2, 3, 0])
+    for name in ("fine", "permuted"):
+        noise = {k: v + 0.01 * v.std() * torch.randn_like(v) for k, v in start.items()}
+        if name == "permuted":
+            for key, value in noise.items():
+                if ".mlp.gate." in key or ".experts." in key or "block_sparse_moe" in key:
+                    noise[key] = value[order]
+        model.load_state_dict(noise)
+        model.save_pretrained(tmp_path / name)
+    found = analyze(tmp_path / "fine", tmp_path / "permuted", base=tmp_path / "base")
+    told = [one for one in found.verdicts if one.kind == "routers"]
+    assert [one.models for one in told] == [("permuted",)]
+    assert "8 of 8 rows of its routers are nearest to another number" in told[0].text
+    assert told[0].warns

@@ -22,7 +22,7 @@ class Verdict:
     Attributes:
         kind: a word for programs: `identical`, `equals_base`, `unrelated`, `far`, `rl_like`,
             `sparse`, `low_rank`, `louder`, `concentrated`, `untouched`,
-            `mismatch`, `vocabulary`, `added_tokens`.
+            `mismatch`, `vocabulary`, `added_tokens`, `routers`.
         models: whom it is about.
         text: a hedged sentence with the measured values.
         threshold: what was compared with what.

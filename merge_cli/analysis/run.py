@@ -10,6 +10,7 @@ from merge_cli.analysis.advice import advise
 from merge_cli.analysis.configs import config_differences, stored_dtypes
 from merge_cli.analysis.groups import Groups
 from merge_cli.analysis.result import Analysis, ModelFiles
+from merge_cli.analysis.routers import compare_routers
 from merge_cli.analysis.subject import Subject, open_subject, recipe_of
 from merge_cli.analysis.survey import Surveyed, survey
 from merge_cli.analysis.tokenizers import tokenizer_difference
@@ -94,6 +95,7 @@ def _analysis(subject: Subject, found: Surveyed, device: str) -> Analysis:
         sparsity=sparsity,
         problems=problems,
         tokenizers=differences,
+        routers=compare_routers(names, [source.tensors for source in plan.sources]),
     )
     judged = verdicts(evidence)
     return Analysis(

@@ -12,6 +12,7 @@ from statistics import median
 
 from merge_cli.analysis.measures import Measures, pairs
 from merge_cli.analysis.result import Verdict
+from merge_cli.analysis.routers import RouterDifference
 from merge_cli.analysis.spectrum import Spectrum
 from merge_cli.analysis.tokenizers import TokenizerDifference
 
@@ -21,6 +22,7 @@ RL_UNCHANGED, RL_NORM = 0.7, 0.02
 LOW_RANK = 0.25
 LOUDER = 2.0
 CONCENTRATED = 0.5
+PERMUTED = 0.05
 _RL = "arXiv:2505.11711: reinforcement learning changed 5 to 30 % of the weights"
 
 
@@ -37,11 +39,28 @@ class Evidence:
     sparsity: Sequence[float | None] | None
     problems: Sequence[str]
     tokenizers: Sequence[TokenizerDifference]
+    routers: Sequence[RouterDifference] = ()
 
 
 def verdicts(found: Evidence) -> tuple[Verdict, ...]:
     """Everything that stands out, what forbids a merge first."""
-    return tuple([*_fit(found), *_identical(found), *_unrelated(found), *_shapes_of_change(found)])
+    return tuple([
+        *_fit(found), *_routers(found), *_identical(found), *_unrelated(found),
+        *_shapes_of_change(found),
+    ])  # fmt: skip
+
+
+def _routers(found: Evidence) -> Iterator[Verdict]:
+    for one in found.routers:
+        share = one.elsewhere / one.rows
+        if share > PERMUTED:
+            text = (
+                f"{one.model} seems to number its experts otherwise: {one.elsewhere} of {one.rows} "
+                f"rows of its routers are nearest to another number (most in {one.example}). "
+                "Experts are merged by number."
+            )
+            limit = f"more than {PERMUTED:.0%} of router rows nearest to another number"
+            yield Verdict("routers", (one.model,), text, limit, True)
 
 
 def _fit(found: Evidence) -> Iterator[Verdict]:
