@@ -148,7 +148,7 @@ def write_companions(plan: Plan, folder: Path, options: MergeOptions) -> None:
         if plan.config:
             _write_config(plan, donor.root / "config.json", folder / "config.json")
         if len(plan.shards) > 1:
-            outputs = [task.output for task in plan.tasks]
+            outputs = [output for task in plan.tasks for output in task.outputs]
             (folder / INDEX).write_text(index_json(plan.shards, outputs), encoding="utf-8")
     except OSError as error:
         raise write_error(error, folder) from error

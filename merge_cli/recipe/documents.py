@@ -64,6 +64,9 @@ def parse_documents(
         if stage.eval is not None:
             what = "only the result is evaluated, and this is a stage."
             problems.append(stage.problem("eval", what, "Move it to the result's document."))
+        if stage.fp8 and stage.name in wanted:
+            what = "what another document merges is kept in full."
+            problems.append(stage.problem("out_dtype", what, "Only the result may be fp8."))
     return replace(by_name[final], stages=stages), problems
 
 

@@ -28,6 +28,7 @@ RECIPE_KEYS = (
 )  # fmt: skip
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
+FP8 = "fp8"  # of `out_dtype`: matrices of layers as codes of eight bits with scales, the rest not
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

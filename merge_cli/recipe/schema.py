@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from merge_cli.errors import Problem
+from merge_cli.recipe.keys import FP8
 from merge_cli.recipe.nodes import Node
 from merge_cli.recipe.reference import ModelRef
 from merge_cli.recipe.search import Search
@@ -72,6 +73,7 @@ class Recipe:
 
     Attributes:
         dtype: dtype of the output; None keeps each tensor's own. Computing is float32 regardless.
+        out_dtype: wins over `dtype`; or fp8, which is of the matrices of layers alone.
         training: how coefficients are learned; None leaves it to the method's defaults.
         tokenizer: the output's vocabulary; None merges rows by number, as they are.
         chat_template: auto, a built-in name, a .jinja file, or Jinja; None keeps the donor's.
@@ -118,8 +120,13 @@ class Recipe:
 
     @property
     def output_dtype(self) -> str | None:
-        """`out_dtype` wins over `dtype`; None keeps each tensor's own."""
-        return self.out_dtype or self.dtype
+        """Of all that is not in fp8: `out_dtype` before `dtype`; None keeps each tensor's own."""
+        return self.dtype if self.fp8 else self.out_dtype or self.dtype
+
+    @property
+    def fp8(self) -> bool:
+        """Whether matrices of layers are written in fp8."""
+        return self.out_dtype == FP8
 
     @property
     def source_specs(self) -> tuple[SourceSpec, ...]:
