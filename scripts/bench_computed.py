@@ -5,9 +5,10 @@
 
 Each merge is a passthrough of one model of scripts/synthetic.py, or of the same model as it comes
 with an adapter on every linear layer, with every row of its embedding in another place, or stored
-in fp8 with scales by blocks, or is written in fp8. The peer is a soup of that one model: the same bytes read, computed
-and written. Whole processes take turns; the ratio is the median of the rounds', least and largest
-in brackets. The page cache is warm. Peaks are of memory that no file backs.
+in fp8 with scales by blocks; or the model is written in fp8. The peer is a soup of that one model:
+the same bytes read, computed and written. Whole processes take turns; the ratio is the median of
+the rounds', least and largest in brackets. The page cache is warm. Peaks are of memory that no file
+backs.
 """
 
 from __future__ import annotations
