@@ -16,6 +16,7 @@ from merge_cli.checkpoint.config import text_config
 from merge_cli.checkpoint.gathered import ZERO, Gathered, Rows
 from merge_cli.checkpoint.source import Source
 from merge_cli.checkpoint.tensors import Tensor
+from merge_cli.checkpoint.tokenizer_document import converted_vocabulary
 from merge_cli.checkpoint.tokenizer_files import opaque_files, read_vocabulary
 from merge_cli.checkpoint.union import join
 from merge_cli.engine.heads import EMBEDDINGS, View
@@ -99,7 +100,7 @@ class _Alignment:
         self._first = base if base is not None else 0
         if self._spec.source != UNION:
             self._named(self._spec.source)
-        self._tokens = [read_vocabulary(source) for source in sources]
+        self._tokens = [_vocabulary(source) for source in sources]
         self._fill_in()
         self._rows = [_height(s, v) for s, v in zip(sources, views, strict=True)]
 
@@ -129,17 +130,12 @@ class _Alignment:
         """A model without tokenizer files counts its rows as the base does."""
         known = self._tokens[self._first]
         if not known:
-            what = "has no vocabulary that can be read as data (tokenizer.json)"
-            hint = "Load and save its tokenizer once with transformers (AutoTokenizer)."
-            raise SourceError(what, model=self._sources[self._first].label, hint=hint)
+            what = "has no tokenizer, so that nobody can tell what its rows mean"
+            raise SourceError(what, model=self._sources[self._first].label)
         for i, tokens in enumerate(self._tokens):
             if tokens:
                 continue
             source = self._sources[i]
-            if opaque_files(source):
-                what = "its vocabulary cannot be read as data: there is no tokenizer.json"
-                hint = "Load and save its tokenizer once with transformers (AutoTokenizer)."
-                raise SourceError(what, model=source.label, hint=hint)
             self._tokens[i] = known
             first = self._sources[self._first].label
             self._notes.append(f"{source.label}: has no tokenizer; taken to have {first}'s")
@@ -319,6 +315,12 @@ def _moved(value: Any, ids: Mapping[int, int]) -> Any:
     if isinstance(value, list):
         return [_moved(one, ids) for one in value]
     return ids.get(value, value) if type(value) is int else value
+
+
+def _vocabulary(source: Source) -> Mapping[str, int]:
+    """Token -> number; empty for a model without a tokenizer."""
+    listed = read_vocabulary(source)
+    return listed if listed or not opaque_files(source) else converted_vocabulary(source)
 
 
 def _height(source: Source, view: View) -> int:
