@@ -19,7 +19,7 @@ from merge_cli.engine.loop import run_loop
 from merge_cli.engine.options import MergeOptions, Progress, Show
 from merge_cli.engine.outcome import Outcome
 from merge_cli.engine.plan import Plan
-from merge_cli.engine.vocabulary import renumber
+from merge_cli.engine.token_numbers import renumber
 from merge_cli.engine.workfolder import WorkFolder
 from merge_cli.errors import Interrupted, SourceError
 

@@ -29,7 +29,8 @@ from merge_cli.engine.pieces import Piece, cut_pieces
 from merge_cli.engine.plan import Action, Plan, TensorTask, is_stored_as
 from merge_cli.engine.prefixes import Renamed, rename
 from merge_cli.engine.stacking import layer_sources, stacked_pieces
-from merge_cli.engine.vocabulary import align, renumber, vocabulary_notes
+from merge_cli.engine.token_numbers import renumber, vocabulary_notes
+from merge_cli.engine.vocabulary import align
 from merge_cli.errors import MismatchError, Problem, RecipeError, UsageError
 from merge_cli.methods.filters import idle_filters
 from merge_cli.methods.registry import Method
