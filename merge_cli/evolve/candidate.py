@@ -35,7 +35,8 @@ from merge_cli.evolve.resident import (
     choose_place,
     resident_lanes,
 )
-from merge_cli.evolve.shell import find_seats, load_shell
+from merge_cli.evolve.seats import find_seats
+from merge_cli.evolve.shell import load_shell
 from merge_cli.methods.resolve import Resolver
 from merge_cli.recipe.schema import Recipe
 
