@@ -9,9 +9,8 @@ from pathlib import Path
 from merge_cli.checkpoint.chat_template import FILE as TEMPLATE
 from merge_cli.checkpoint.chat_template import without_template
 from merge_cli.checkpoint.files import code_files, copy_companions
-from merge_cli.checkpoint.layout import index_json
+from merge_cli.checkpoint.layout import indexes
 from merge_cli.checkpoint.raw import write_error
-from merge_cli.checkpoint.shards import INDEX
 from merge_cli.checkpoint.source import fetch_weights
 from merge_cli.engine.device import choose_device
 from merge_cli.engine.journal import work_key
@@ -147,9 +146,9 @@ def write_companions(plan: Plan, folder: Path, options: MergeOptions) -> None:
         _write_tokenizer(plan, folder, copied=options.copy_tokenizer)
         if plan.config:
             _write_config(plan, donor.root / "config.json", folder / "config.json")
-        if len(plan.shards) > 1:
-            outputs = [output for task in plan.tasks for output in task.outputs]
-            (folder / INDEX).write_text(index_json(plan.shards, outputs), encoding="utf-8")
+        outputs = [output for task in plan.tasks for output in task.outputs]
+        for name, text in indexes(plan.shards, outputs, donor.stems).items():
+            (folder / name).write_text(text, encoding="utf-8")
     except OSError as error:
         raise write_error(error, folder) from error
 

@@ -178,6 +178,7 @@ def make_plan(
     ]
     if recipe.base_model is None:
         notes.insert(0, f"config.json and tokenizer come from {sources[donor].label}, listed first")
+    outputs = [output for task in tasks for output in task.outputs]
     operands = dict.fromkeys(o.source for piece in pieces for o in piece.operands)
     return fp8.described(Plan(
         recipe=recipe,
@@ -189,7 +190,7 @@ def make_plan(
         aligned=aligned,
         template=template,
         tasks=tuple(tasks),
-        shards=tuple(lay_out([out for task in tasks for out in task.outputs], shard_size)),
+        shards=tuple(lay_out(outputs, shard_size, sources[donor].stems)),
         config=config if sources[donor].config else {},
         notes=tuple(dict.fromkeys(notes)),
         coefficients=coefficients,
