@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import transformers as hf
 import yaml
-from dam_tiny import SIZES, write_models
+from dam_tiny import SIZES, write_experts, write_models
 from evolve_tiny import OPTIONS
 from tiny import read_model, write_model
 
@@ -19,18 +19,9 @@ from merge_cli.checkpoint.source import open_source
 from merge_cli.engine.planner import load_recipe
 from merge_cli.errors import MismatchError
 from merge_cli.evaluation.live import load
+from merge_cli.evaluation.seats import find_seats
 from merge_cli.evolve.candidate import LiveMerge
-from merge_cli.evolve.seats import find_seats
 from merge_cli.recipe.reference import ModelRef
-
-
-def write(folder: Path, of: Any, dtype: torch.dtype) -> None:
-    """Models as transformers saves them: experts one by one."""
-    for place in write_models(folder, of, dtype=dtype):
-        net = hf.AutoModelForCausalLM.from_config(of).to(dtype)
-        net.load_state_dict(read_model(place), strict=False)  # a tied head is no file's
-        (place / "model.safetensors").unlink()
-        net.save_pretrained(place)
 
 
 @pytest.mark.parametrize("case", ["mixtral", "qwen3_moe", "upcycled", "untied source"])
@@ -39,16 +30,17 @@ def test_a_candidate_of_any_build_has_the_weights_that_the_engine_writes(
 ) -> None:
     """Experts that transformers stacks, experts that are equal in the base, a head of its own."""
     kind = {"upcycled": "mixtral", "untied source": "llama"}.get(case, case)
-    sizes = {**SIZES, "num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2,
-             "moe_intermediate_size": 24, "head_dim": 4}  # fmt: skip
-    of = hf.AutoConfig.for_model(kind, tie_word_embeddings=True, **sizes)
-    write(tmp_path, of, torch.bfloat16)
+    of = hf.AutoConfig.for_model(kind, **SIZES, tie_word_embeddings=True)
+    if kind == "llama":
+        write_models(tmp_path, of, dtype=torch.bfloat16)
+    else:
+        write_experts(tmp_path, kind, dtype=torch.bfloat16)
     tensors = read_model(tmp_path / "base")
-    assert any(".experts.3." in name for name in tensors) is (kind != "llama")
     if case == "upcycled":
         for name in [name for name in tensors if ".experts." in name]:
             tensors[name] = tensors[re.sub(r"experts\.\d+", "experts.0", name)].clone()
-        write_model(tmp_path / "base", tensors, of.to_dict())
+        about = json.loads((tmp_path / "base" / "config.json").read_text())
+        write_model(tmp_path / "base", tensors, about)
     if case == "untied source":
         tensors = read_model(tmp_path / "a")
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * 2
@@ -72,8 +64,7 @@ def test_a_candidate_of_any_build_has_the_weights_that_the_engine_writes(
 
 
 def test_a_parameter_that_nothing_stored_fills_is_named(tmp_path: Path) -> None:
-    of = hf.MixtralConfig(**SIZES, num_local_experts=2)
-    write(tmp_path, of, torch.float32)
+    write_experts(tmp_path, "mixtral", dtype=torch.float32)
     recipe = tmp_path / "soup.yaml"
     recipe.write_text("merge_method: soup\nmodels: [{model: a}, {model: b}]\n")
     plan = merge_cli.plan(recipe)
@@ -111,4 +102,4 @@ def test_what_could_be_either_of_two_is_not_guessed(tmp_path: Path) -> None:
     write_model(tmp_path / "a", tensors, of.to_dict())
     seats = find_seats(merge_cli.plan(recipe), net)
     second = dict(net.named_parameters())["model.layers.0.post_attention_layernorm.weight"]
-    assert seats["model.layers.0.n2.weight"].data_ptr() == second.data_ptr()
+    assert seats["model.layers.0.n2.weight"].parameter.data_ptr() == second.data_ptr()

@@ -28,6 +28,7 @@ from merge_cli.engine.units import Unit, cut_units
 from merge_cli.engine.workers import arithmetic_for, lane_maker, memory_errors, one_torch_thread
 from merge_cli.errors import RecipeError
 from merge_cli.evaluation.live import LiveModel
+from merge_cli.evaluation.seats import find_seats
 from merge_cli.evolve.resident import (
     Place,
     Residency,
@@ -35,7 +36,6 @@ from merge_cli.evolve.resident import (
     choose_place,
     resident_lanes,
 )
-from merge_cli.evolve.seats import find_seats
 from merge_cli.evolve.shell import load_shell
 from merge_cli.methods.resolve import Resolver
 from merge_cli.recipe.schema import Recipe
@@ -129,7 +129,7 @@ class LiveMerge:
         held = raw if isinstance(raw, torch.Tensor) else torch.from_numpy(raw)
         stored = held.view(getattr(torch, _TORCH[task.dtype]))
         with torch.no_grad():
-            self._seats[task.name].copy_(stored.reshape(task.shape))
+            self._seats[task.name].values.copy_(stored.reshape(task.shape))
 
 
 class _Remembering(Computer):
