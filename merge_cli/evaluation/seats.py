@@ -7,17 +7,15 @@ model still holds its donor's weights. What could be either of two is not guesse
 
 from __future__ import annotations
 
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from merge_cli.checkpoint.header import DTYPES, TensorRef
+from merge_cli.checkpoint.header import TensorRef
 from merge_cli.checkpoint.layout import natural_key
-from merge_cli.checkpoint.raw import FilePool, read_into
-from merge_cli.checkpoint.stored import read_numbers
+from merge_cli.checkpoint.stored import read_numbers, reading
 from merge_cli.checkpoint.tensors import Read
 from merge_cli.engine.plan import Plan
 from merge_cli.errors import MismatchError, Problem
@@ -113,20 +111,12 @@ def _by_content(
     by_layer: dict[str, list[TensorRef]] = {}
     for tensor in sorted(loose, key=lambda tensor: natural_key(tensor.name)):
         by_layer.setdefault(layer_of(tensor.name), []).append(tensor)
-    files = FilePool(os.O_RDONLY)
-
-    def read(ref: TensorRef, start: int, buffer: memoryview) -> None:
-        offset = ref.offset + start * DTYPES[ref.dtype][0]
-        read_into(files, ref.path, offset, buffer, ref.model)
-
     found = {}
-    try:
+    with reading() as read:
         for name, parameter in parameters.items():
             seats = _parts(parameter, by_layer.get(layer_of(name), ()), read)
             if sum(seat.values.numel() for seat in seats.values()) == parameter.numel():
                 found[name] = seats
-    finally:
-        files.close()
     claims = Counter(tensor for seats in found.values() for tensor in seats)
     return {
         name: seats for name, seats in found.items() if all(claims[tensor] == 1 for tensor in seats)
