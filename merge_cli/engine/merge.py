@@ -50,7 +50,7 @@ def execute(plan: Plan, target: Path, options: MergeOptions, *, show: Show, fini
             if not options.fresh and work.published(key):
                 work.discard()
                 return work.target
-            work.refuse(options.overwrite, _precious(plan))
+            work.refuse(options.overwrite, precious(plan))
             if options.fresh:
                 work.discard()
             work.refuse_other_work(key)
@@ -81,13 +81,13 @@ def check_target(plan: Plan, target: Path, options: MergeOptions) -> None:
     choose_device(options.device)
     work = WorkFolder(target)
     try:
-        work.refuse(options.overwrite, _precious(plan))
+        work.refuse(options.overwrite, precious(plan))
         work.check_space(plan.bytes_written)
     except OSError as error:
         raise write_error(error, target) from error
 
 
-def _precious(plan: Plan) -> list[Path]:
+def precious(plan: Plan) -> list[Path]:
     """What no output may replace: the sources, the recipe, and where we stand."""
     recipe = [Path(plan.recipe.file)] if plan.recipe.file else []
     adapters = [source.adapter.root for source in plan.sources if source.adapter]

@@ -30,7 +30,8 @@ from merge_cli.sizes import show_size
 
 _OURS = {"journal.jsonl", "journal.new", "model", "replaced"}
 # What --overwrite may replace: folders that look like a model.
-_SIGNS = ("config.json", "merge_recipe.yaml", "model.safetensors", INDEX, PIPELINE)
+_SIGNS = ("config.json", "merge_recipe.yaml", "model.safetensors", INDEX, PIPELINE,
+          "adapter_config.json")  # fmt: skip
 
 
 class WorkFolder:
