@@ -10,6 +10,7 @@ import yaml
 
 from merge_cli.adapters.factors import Cut
 from merge_cli.engine.plan import Plan
+from merge_cli.recipe.reference import hub_id, short_labels
 from merge_cli.report.card_metadata import repositories, source_cards
 
 if TYPE_CHECKING:
@@ -34,6 +35,28 @@ def extraction_card(plan: Plan, result: Extracted, cut: Cut) -> str:
         *_left_out(result),
     ]
     return card(front, result.path.name, text, base.label)
+
+
+def merge_card(plan: Plan, base: str | None, title: str, report: Mapping[str, Any]) -> str:
+    """Of adapters that were merged."""
+    about = report["adapter"]
+    front: dict[str, Any] = {}
+    if base and hub_id(base):
+        front |= {"base_model": base, "base_model_relation": "adapter"}
+    licences = {str(card.get("license")) for source in plan.sources
+                for card in source_cards(source) if card.get("license")}  # fmt: skip
+    if len(licences) == 1:
+        front["license"] = licences.pop()
+    labels = [source.label for source in plan.sources if source.adapter]
+    sources = ", ".join(f"`{label}`" for label in short_labels(labels))
+    ranks = [module["rank"] for module in about["modules"].values()] or [0]
+    text = [
+        f"A {plan.recipe.merge_method} merge of the adapters {sources}, made by merge-cli without "
+        f"the model that they are of: rank {min(ranks)} to {max(ranks)}, "
+        f"{100 * about['share']:.1f} % of the merged change's sum of squares.",
+        "", "## Recipe", "", f"```yaml\n{report['recipe']['text'].strip()}\n```",
+    ]  # fmt: skip
+    return card(front, title, text, base)
 
 
 def card(front: Mapping[str, Any], title: str, text: Sequence[str], base: str | None) -> str:

@@ -61,7 +61,7 @@ def apply_adapter(
         MismatchError: tensors of the adapter that fit nothing, all of them.
     """
     _refuse_kinds(config, label)
-    modules, whole = _sorted_out(stored)
+    modules, whole = sorted_out(stored)
     problems: list[Problem] = []
     found: dict[str, Tensor] = dict(tensors)
     places = _Places(tensors)
@@ -133,7 +133,7 @@ def _refuse_kinds(config: Mapping[str, Any], label: str) -> None:
                               hint=hint)  # fmt: skip
 
 
-def _sorted_out(stored: Mapping[str, TensorRef]) -> tuple[dict[str, Parts], Parts]:
+def sorted_out(stored: Mapping[str, TensorRef]) -> tuple[dict[str, Parts], Parts]:
     """Factors by module, and tensors that replace the model's, by name."""
     modules: dict[str, Parts] = {}
     whole: Parts = {}

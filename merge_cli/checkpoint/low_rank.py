@@ -77,6 +77,14 @@ class Updated:
         update = f"low-rank update, scale {self.scale!r}, turned {self.turned}, {self.stamp}"
         return f"{self.weight.formula}; {update}"
 
+    @property
+    def rank(self) -> int:
+        return self.left.shape[0 if self.turned else 1]
+
+    def factors(self, read: Read) -> tuple[Any, Any]:
+        """The update as a product, its scale aside: numpy float32 [rows, rank], [rank, columns]."""
+        return self._left(read, 0, self.shape[0]), self._right(read)
+
     def fill(self, read: Read, start: int, buffer: memoryview) -> None:
         """Whole rows are computed, of which the buffer gets its part."""
         import numpy as np

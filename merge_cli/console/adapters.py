@@ -1,9 +1,10 @@
-"""What `merge-cli extract-lora` shows: how much of the change an adapter holds."""
+"""What is said of adapters that were made here: how much of a change they hold."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -43,6 +44,20 @@ def print_extracted(console: Console, found: Extracted) -> None:
             table.add_row(escape(change.name), str(change.rank), _percent(change.share))
         console.print(table)
     console.print(f"  adapter  {escape(str(found.path))}", soft_wrap=True)
+
+
+def print_merged(console: Console, report: Mapping[str, Any], shown: Path) -> None:
+    """What merging adapters has made."""
+    about = report["adapter"]
+    ranks = sorted({module["rank"] for module in about["modules"].values()})
+    size = f"rank {ranks[0]}" if len(ranks) == 1 else f"rank {ranks[0]} to {ranks[-1]}"
+    console.print(
+        f"[green]✓[/green] merged {len(report['inputs'])} adapters into "
+        f"{show_size(about['bytes'])}: "
+        + (f"{len(about['modules'])} modules of {size}, " if ranks else "no module changes, ")
+        + f"{_percent(about['share'])} of the merged change's sum of squares"
+    )
+    console.print(f"  adapter  {escape(str(shown))}", soft_wrap=True)
 
 
 def _left_out(changes: Sequence[ModuleChange]) -> dict[str, tuple[int, float]]:

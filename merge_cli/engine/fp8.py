@@ -52,7 +52,8 @@ class Fp8:
 
 
 def _in_fp8(tensor: Tensor) -> bool:
-    return tensor.stored[0].dtype.startswith("F8_E") and tensor.stored[0].dtype != "F8_E8M0"
+    kind = tensor.stored[0].dtype if tensor.stored else ""
+    return kind.startswith("F8_E") and kind != "F8_E8M0"
 
 
 def refused(recipe: Recipe, config: Mapping[str, Any]) -> Problem | None:

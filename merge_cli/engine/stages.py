@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 from merge_cli.checkpoint.components import inside
 from merge_cli.checkpoint.header import TensorRef, parse_header
 from merge_cli.checkpoint.source import Source, open_source
+from merge_cli.engine.adapters import plan_adapters
 from merge_cli.engine.merge import write_companions
 from merge_cli.engine.options import MergeOptions
 from merge_cli.engine.plan import Plan
@@ -30,6 +31,8 @@ def plan_recipe(recipe: Recipe, *, shard_size: int = DEFAULT_SHARD_SIZE) -> Plan
     Raises:
         as `make_plan` does, for any of the documents.
     """
+    if recipe.output is not None:
+        return plan_adapters(recipe)
     if not recipe.stages:
         return make_plan(recipe, shard_size=shard_size)
     plans: dict[str, Plan] = {}

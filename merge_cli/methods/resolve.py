@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from merge_cli.errors import Problem, UsageError
+from merge_cli.methods.adapters import adapter_problems
 from merge_cli.methods.learning import learning_problems
 from merge_cli.methods.registry import Method, get_method, method_names
 from merge_cli.methods.searching import search_problems
@@ -55,10 +56,11 @@ def check_recipe(recipe: Recipe) -> Checked:
     problems: list[Problem] = list(search_problems(recipe, searching=searching))
     if problems and searching:
         return Checked(method, tuple(problems), ())
-    problems += learning_problems(recipe, method)
+    problems += [*learning_problems(recipe, method), *adapter_problems(recipe, method)]
     warnings: list[str] = []
     groups = _groups(recipe)
-    if method.needs_base and any(here.base_model is None for here, *_ in groups):
+    based = recipe.output is not None  # changes start from nothing
+    if method.needs_base and not based and any(here.base_model is None for here, *_ in groups):
         what = f"{name} adds changes to a base model, and the recipe names none."
         problems.append(recipe.problem("merge_method", what, "Add `base_model:`."))
     for here, key, group, specs in groups:

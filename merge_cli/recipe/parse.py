@@ -13,6 +13,7 @@ from merge_cli.errors import Problem
 from merge_cli.recipe.keys import FP8, RECIPE_KEYS
 from merge_cli.recipe.models import ModelSections
 from merge_cli.recipe.nodes import Node
+from merge_cli.recipe.output import parse_output
 from merge_cli.recipe.schema import Recipe
 from merge_cli.recipe.search import SEARCH_KEYS, Search, parse_search
 from merge_cli.recipe.templates import AUTO, BUILT_IN, template_text
@@ -76,6 +77,7 @@ class _Parser(ModelSections):
             eval=top.get("eval"),
             search=self._search(top.get("search")),
             objective=top.get("objective"),
+            output=parse_output(top.get("output"), self._add),
             file=self.file,
             folder=self.folder,
             places=self.places,

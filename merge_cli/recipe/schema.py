@@ -10,6 +10,7 @@ from typing import Any
 from merge_cli.errors import Problem
 from merge_cli.recipe.keys import FP8
 from merge_cli.recipe.nodes import Node
+from merge_cli.recipe.output import AdapterOutput
 from merge_cli.recipe.reference import ModelRef
 from merge_cli.recipe.search import Search
 from merge_cli.recipe.tokenizer import TokenizerSpec
@@ -82,6 +83,7 @@ class Recipe:
         eval: what to evaluate the result on, still to be read (`evaluation.parse`).
         search: whose parameters are searched, and how; None leaves it to the defaults.
         objective: what candidates are judged by, still to be read (`evolve.objectives`).
+        output: the result is an adapter, of adapters; None for a model.
         file: the recipe as messages name it; `folder` is where its relative paths start.
         places: key path -> (line, column), for messages of later stages.
         warnings: one line for each key that is known, accepted and without effect.
@@ -107,6 +109,7 @@ class Recipe:
     eval: Node | None = None
     search: Search | None = None
     objective: Node | None = None
+    output: AdapterOutput | None = None
     file: str = ""
     folder: Path = field(default_factory=Path.cwd)
     places: Mapping[str, tuple[int, int]] = field(default_factory=dict)
