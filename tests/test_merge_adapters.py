@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers as hf
 import yaml
+from hub_server import HubServer
 from safetensors.torch import load_file, save_file
 from test_lora import LINEAR, gpt2, llama, write
 from tiny import read_model
@@ -188,6 +189,23 @@ def test_the_same_recipe_gives_the_same_bytes(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "org/base"
     assert config["task_type"] == "CAUSAL_LM"
+
+
+def test_adapters_on_the_hub(hub: HubServer, tmp_path: Path) -> None:
+    for number in (1, 2):
+        write(tmp_path, llama, number, r=4, lora_alpha=6, target_modules=LINEAR)
+        hub.add(f"org/a{number}", tmp_path / f"adapter{number}")
+    merge(tmp_path, "ties", parameters={"density": 0.5})
+    wanted = (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
+    merge_cli.plan(recipe(tmp_path, "ties", ["org/a1", "org/a2"], parameters={"density": 0.5}))
+    planned = hub.sent("adapter_model.safetensors")
+    report = merge(tmp_path, "ties", ["org/a1", "org/a2"], parameters={"density": 0.5})
+    assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == wanted
+    assert hub.sent("adapter_model.safetensors") > planned
+    assert all(one["revision"] for one in report["inputs"])
+    text = (tmp_path / "out" / "merge_recipe.yaml").read_text()
+    assert f"org/a1@{report['inputs'][0]['revision']}" in text
+    merge_cli.merge(tmp_path / "out" / "merge_recipe.yaml", tmp_path / "again", options=OPTIONS)
 
 
 def test_a_merged_adapter_is_a_source(tmp_path: Path) -> None:

@@ -115,7 +115,7 @@ class Source:
         model, _, adapter = self.label.partition("+") if self.adapter else (self.label, "", "")
         found = {model: self.hub} if self.hub else {}
         if self.adapter and self.adapter.hub:
-            found[adapter] = self.adapter.hub
+            found[adapter or model] = self.adapter.hub  # or an adapter by itself
         return {name: one.commit for name, one in found.items() if one.commit}
 
     @property
