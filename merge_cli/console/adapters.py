@@ -25,7 +25,7 @@ def print_extracted(console: Console, found: Extracted) -> None:
     size = f"rank {ranks[0]}" if len(ranks) == 1 else f"rank {ranks[0]} to {ranks[-1]}"
     whole = sum(1 for change in found.changes if change.rank is None and not change.why)
     parts = [f"{len(factored)} matrices of {size}"] if factored else []
-    parts += [f"{whole} tensors saved whole"] if whole else []
+    parts += [f"{whole} tensor{'s' * (whole != 1)} saved whole"] if whole else []
     console.print(
         f"[green]✓[/green] {_percent(found.share)} of the change's sum of squares in "
         f"{show_size(found.bytes)}, {_percent(found.bytes / found.model_bytes)} of the model: "
@@ -33,7 +33,8 @@ def print_extracted(console: Console, found: Extracted) -> None:
     )
     left = _left_out(found.changes)
     for why, (count, share) in left.items():
-        console.print(f"  left out: {count} tensors ({escape(why)}), {_percent(share)}")
+        some = f"{count} tensor{'s' * (count != 1)}"
+        console.print(f"  left out: {some} ({escape(why)}), {_percent(share)}")
     worst = sorted(factored, key=lambda change: (change.share, change.name))[:_WORST]
     if worst and worst[0].share < 0.999:
         table = Table(box=None, pad_edge=False, header_style="bold", title_justify="left")
