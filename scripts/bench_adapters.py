@@ -3,10 +3,10 @@
     python scripts/bench_adapters.py FOLDER                # 0.5B parameters, a few minutes
     python scripts/bench_adapters.py FOLDER --size 20M --rounds 1
 
-The peer is a soup of the base and its fine-tune (scripts/synthetic.py): both are read once, as for an
-extraction. The adapters that are merged are extracted from two fine-tunes. Whole processes take
-turns; the ratio is the median of the rounds', least and largest in brackets. The page cache is warm.
-Peaks are of memory that no file backs.
+The peer is a soup of the base and its fine-tune (scripts/synthetic.py): both are read once, as for
+an extraction. The adapters that are merged are extracted from two fine-tunes. Whole processes take
+turns; the ratio is the median of the rounds', least and largest in brackets. The page cache is
+warm. Peaks are of memory that no file backs.
 """
 
 from __future__ import annotations
