@@ -103,7 +103,9 @@ class HubServer:
         self.connections: set[socket.socket] = set()
         self.lock = threading.Lock()
         self._servers = [self._listen(cdn) for cdn in (False, True)]
-        self.url, self.cdn_url = (f"http://127.0.0.1:{s.server_port}" for s in self._servers)
+        hub, cdn = (server.server_port for server in self._servers)
+        # Another host, or huggingface_hub would follow its redirects as the Hub's own.
+        self.url, self.cdn_url = f"http://127.0.0.1:{hub}", f"http://localhost:{cdn}"
 
     def _listen(self, cdn: bool) -> ThreadingHTTPServer:
         handler = type("Handler", (_Handler,), {"hub": self, "cdn": cdn})

@@ -171,15 +171,19 @@ def _check_card(package: Package, repo_id: str) -> None:
     Raises:
         CorruptFileError: it says what is wrong with the metadata.
     """
-    from huggingface_hub import ModelCard
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session, hf_raise_for_status
 
+    # As ModelCard.validate does, which asked huggingface.co whatever HF_ENDPOINT says before 2.0.
+    address = f"{constants.ENDPOINT}/api/validate-yaml"
+    about = {"repoType": "model", "content": package.card}
     with explained_upload(repo_id, CARD):
-        try:
-            ModelCard(package.card).validate()
-        except (ValueError, TypeError) as error:  # what HTTP says otherwise is neither
-            what = f"its metadata is not what the Hub reads: {_reasons(str(error))}"
+        answer = get_session().post(address, json=about, headers={"Accept": "text/plain"})
+        if answer.status_code == 400:
+            what = f"its metadata is not what the Hub reads: {_reasons(answer.text)}"
             hint = "Correct the lines between the first two ---."
-            raise CorruptFileError(what, model=str(package.folder), file=CARD, hint=hint) from error
+            raise CorruptFileError(what, model=str(package.folder), file=CARD, hint=hint)
+        hf_raise_for_status(answer)
 
 
 def _reasons(answer: str) -> str:
