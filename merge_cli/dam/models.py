@@ -115,6 +115,24 @@ def load_student(plan: Plan, device: str, dtype: Any) -> Any:
     return net.to(device).eval()
 
 
+class ParameterNames:
+    """What a net calls its parameters, by what files call them: the same, or without a prefix."""
+
+    def __init__(self, net: Any) -> None:
+        self._shapes = {name: tuple(p.shape) for name, p in net.named_parameters()}
+        self._ends: dict[str, list[str]] = {}
+        for name in self._shapes:
+            parts = name.split(".")
+            for i in range(len(parts)):
+                self._ends.setdefault(".".join(parts[i:]), []).append(name)
+
+    def of(self, stored: str, shape: tuple[int, ...]) -> str | None:
+        """The parameter that a stored tensor of this name and shape is, if it is one."""
+        fitting = [stored] if stored in self._shapes else self._ends.get(stored, [])
+        found = fitting[0] if len(fitting) == 1 else None
+        return found if found is not None and self._shapes[found] == shape else None
+
+
 def find_targets(plan: Plan, net: Any, training: Training) -> tuple[list[Target], list[Problem]]:
     """Every merged tensor of the plan with its parameter, and parameters that have none.
 
@@ -122,22 +140,13 @@ def find_targets(plan: Plan, net: Any, training: Training) -> tuple[list[Target]
     several stored tensors: a coefficient cannot follow the second kind.
     """
     parameters = dict(net.named_parameters())
-    kinds = _kinds(net)
-    ends: dict[str, list[str]] = {}
-    for name in parameters:
-        parts = name.split(".")
-        for i in range(len(parts)):
-            ends.setdefault(".".join(parts[i:]), []).append(name)
+    kinds, names = kinds_of(net), ParameterNames(net)
     targets: list[Target] = []
     found: set[str] = set()
     for task in plan.tasks:
         if task.action != "merge":
             continue
-        name = task.name if task.name in parameters else None
-        if name is None and len(ends.get(task.name, ())) == 1:
-            name = ends[task.name][0]
-        if name is not None and tuple(parameters[name].shape) != task.shape:
-            name = None
+        name = names.of(task.name, task.shape)
         trained = name is not None and is_trained(name, kinds.get(name, ""), training.train)
         granularity = training.granularity if trained else "tensor"
         first = name is not None and kinds.get(name) == "conv1d"
@@ -190,7 +199,7 @@ def parameter_count(targets: Sequence[Target]) -> int:
     return sum(math.prod(target.task.shape) for target in targets)
 
 
-def _kinds(net: Any) -> dict[str, str]:
+def kinds_of(net: Any) -> dict[str, str]:
     """Parameter -> linear, conv1d (stored input first), or other."""
     return dict(_walk(net))
 

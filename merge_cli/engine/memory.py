@@ -68,6 +68,7 @@ def lane_room(plan: Plan, device: Device, options: MergeOptions) -> LaneRoom:
     free = max(0, options.max_memory - _fixed(plan, device))
     if device.kind == "cpu":
         spare = _TEMPORARIES[choose_arithmetic(plan)[0]]
+        spare += 2 * inputs if plan.method.gathers else 0  # a block's statistics, and with weights
         each = _HOST_BLOCK * ((_STORED + 4) * inputs + 4 * spare) + _whole(plan)
         threads = options.threads or usable_cores()
         return LaneRoom(max(1, min(threads, free // each)), _HOST_BLOCK, inputs, each)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from merge_cli.errors import Problem, UsageError
+from merge_cli.methods.gathering import gathering_problems, gathering_warnings
 from merge_cli.methods.learning import learning_problems
 from merge_cli.methods.registry import Method, get_method, method_names
 from merge_cli.methods.searching import search_problems
@@ -56,7 +57,8 @@ def check_recipe(recipe: Recipe) -> Checked:
     if problems and searching:
         return Checked(method, tuple(problems), ())
     problems += learning_problems(recipe, method)
-    warnings: list[str] = []
+    problems += gathering_problems(recipe, method)
+    warnings = list(gathering_warnings(recipe, method))
     groups = _groups(recipe)
     if method.needs_base and any(here.base_model is None for here, *_ in groups):
         what = f"{name} adds changes to a base model, and the recipe names none."

@@ -51,6 +51,10 @@ def search_problems(recipe: Recipe, *, searching: bool) -> Iterator[Problem]:
     yield from _section_problems(recipe, search)
 
 
+def _looks_first(method: Method) -> bool:
+    return method.searches or method.learns or bool(method.gathers)
+
+
 def _section_problems(recipe: Recipe, search: Search) -> Iterator[Problem]:
     for name in ("method", "parameters"):
         if name not in search.given:
@@ -62,9 +66,12 @@ def _section_problems(recipe: Recipe, search: Search) -> Iterator[Problem]:
         except UsageError as error:
             yield recipe.problem("search.method", error.what, error.hint)
             continue
-        if method.searches or method.learns:
+        if _looks_first(method):
             what = f"'{name}' finds its parameters itself."
-            hint = nearest(name, set(method_names()) - {name, "evolutionary", "dam", GREEDY})
+            if method.gathers:
+                what = f"'{name}' looks at examples first, which a search does not."
+            plain = {n for n in method_names() if not _looks_first(get_method(n))}
+            hint = nearest(name, plain)
             yield recipe.problem("search.method", what, hint)
             continue
         methods.append(method)

@@ -11,6 +11,7 @@ from merge_cli.errors import Problem
 from merge_cli.recipe.nodes import Node
 from merge_cli.recipe.reference import ModelRef
 from merge_cli.recipe.search import Search
+from merge_cli.recipe.statistics import Statistics
 from merge_cli.recipe.tokenizer import TokenizerSpec
 from merge_cli.recipe.training import Data, Training
 from merge_cli.recipe.values import Parameter
@@ -22,7 +23,7 @@ Parameters = Mapping[str, Parameter]
 class SourceSpec:
     """One source model. `layer_range` is half-open; None means every layer.
 
-    `data` is what the source is good at, for methods that learn.
+    `data` is what the source is good at, for methods that learn or look at examples.
     """
 
     model: ModelRef
@@ -73,6 +74,7 @@ class Recipe:
     Attributes:
         dtype: dtype of the output; None keeps each tensor's own. Computing is float32 regardless.
         training: how coefficients are learned; None leaves it to the method's defaults.
+        statistics: how sources are looked at first; None leaves it to the defaults.
         tokenizer: the output's vocabulary; None merges rows by number, as they are.
         chat_template: auto, a built-in name, a .jinja file, or Jinja; None keeps the donor's.
         coefficients: the file of learned coefficients that the method merges with, as written.
@@ -100,6 +102,7 @@ class Recipe:
     name: str | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
     training: Training | None = None
+    statistics: Statistics | None = None
     coefficients: str | None = None
     inputs: Mapping[str, str] = field(default_factory=dict)
     eval: Node | None = None

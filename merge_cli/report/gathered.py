@@ -1,0 +1,33 @@
+"""merge_report.json on what was gathered: for each source of what, and how much of it counted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from merge_cli.checkpoint.statistics import Gathered, StatisticsFile
+from merge_cli.engine.plan import Plan
+
+
+def gathered_summary(plan: Plan, gathered: Gathered) -> dict[str, Any]:
+    """Sources, and how many merged tensors had no statistics and are a plain mean."""
+    merged = [task for task in plan.tasks if task.action == "merge"]
+    means = sum(gathered.of(task.operands, task.ids).complete is None for task in merged)
+    sources = [
+        {"model": str(spec.model), **_of_file(file)}
+        for spec, file in zip(plan.recipe.models, gathered.files, strict=True)
+    ]
+    return {
+        "kind": plan.method.gathers, "tensors": len(merged), "means": means, "sources": sources,
+    }  # fmt: skip
+
+
+def _of_file(file: StatisticsFile) -> dict[str, Any]:
+    about = file.about
+    found = {
+        "examples": about["examples"], "tokens": about["tokens"], "bytes": file.size,
+        "digest": file.digest, "from_cache": file.cached,
+    }  # fmt: skip
+    if file.kind == "fisher":
+        share = about["zero"] / about["elements"] if about["elements"] else 0.0
+        found["zero"] = float(f"{share:.4g}")
+    return found
