@@ -50,7 +50,7 @@ def gather_importances(
         importance = sums.pop(parameter).div_(len(part.examples.items)).cpu().numpy()
         _add_totals(totals, importance, live, name)
         file.put(name, importance)
-    part.about.update(totals, tensors=len(stored))
+    part.about.update(totals, passes=len(part.examples.items))
     return file
 
 

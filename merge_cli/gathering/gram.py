@@ -52,7 +52,7 @@ def gather_grams(live: LiveModel, part: Part, writer: Callable[..., Writer], tel
                 tell(done, total)
         for i in numbers:
             file.put(str(i), sums.pop(i).div_(part.examples.tokens).float().cpu().numpy())
-    part.about.update(matrices=len(groups), tensors=len(layers))
+    part.about.update(passes=len(batches))
     return file
 
 

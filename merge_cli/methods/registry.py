@@ -102,6 +102,11 @@ class Method:
         return "base" in self.supplied or "deltas" in self.supplied
 
     @property
+    def plain(self) -> bool:
+        """Whether it needs nothing but the recipe and the models: no data, no search."""
+        return not (self.learns or self.searches or self.gathers)
+
+    @property
     def summary(self) -> str:
         """The first line of the docstring."""
         return (inspect.getdoc(self.function) or "").partition("\n")[0]

@@ -51,10 +51,6 @@ def search_problems(recipe: Recipe, *, searching: bool) -> Iterator[Problem]:
     yield from _section_problems(recipe, search)
 
 
-def _looks_first(method: Method) -> bool:
-    return method.searches or method.learns or bool(method.gathers)
-
-
 def _section_problems(recipe: Recipe, search: Search) -> Iterator[Problem]:
     for name in ("method", "parameters"):
         if name not in search.given:
@@ -66,11 +62,11 @@ def _section_problems(recipe: Recipe, search: Search) -> Iterator[Problem]:
         except UsageError as error:
             yield recipe.problem("search.method", error.what, error.hint)
             continue
-        if _looks_first(method):
+        if not method.plain:
             what = f"'{name}' finds its parameters itself."
             if method.gathers:
                 what = f"'{name}' looks at examples first, which a search does not."
-            plain = {n for n in method_names() if not _looks_first(get_method(n))}
+            plain = {n for n in method_names() if get_method(n).plain}
             hint = nearest(name, plain)
             yield recipe.problem("search.method", what, hint)
             continue

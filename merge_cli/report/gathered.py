@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from merge_cli.checkpoint.statistics import Gathered, StatisticsFile
@@ -18,7 +19,16 @@ def gathered_summary(plan: Plan, gathered: Gathered) -> dict[str, Any]:
     ]
     return {
         "kind": plan.method.gathers, "tensors": len(merged), "means": means, "sources": sources,
+        "cost": _cost(gathered.files),
     }  # fmt: skip
+
+
+def _cost(files: Sequence[StatisticsFile]) -> dict[str, int]:
+    """What gathering takes, or took when it was done; of one round."""
+    passes = sum(file.about["passes"] for file in files)
+    backward = sum(file.about["passes"] for file in files if file.kind == "fisher")
+    tokens = sum(file.about["tokens"] for file in files)
+    return {"tokens": tokens, "forward_passes": passes, "backward_passes": backward}
 
 
 def _of_file(file: StatisticsFile) -> dict[str, Any]:
