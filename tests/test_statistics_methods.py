@@ -49,8 +49,9 @@ def close(found: torch.Tensor, wanted: np.ndarray, room: float) -> None:
     np.testing.assert_allclose(found.double().numpy(), wanted, rtol=0, atol=room * scale)
 
 
-@pytest.mark.parametrize("alpha", [0.1, 0.9])
-def test_regmean(models: Path, alpha: float) -> None:
+@pytest.mark.parametrize(("alpha", "rows"), [(0.1, 5), (0.9, 1 << 20)])
+def test_regmean(models: Path, alpha: float, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("merge_cli.methods.regmean._CHUNK", 16 * rows)
     recipe = write_recipe(models, "regmean", weight=3.0, parameters={"alpha": alpha})
     examples = examples_of(recipe)
     nets = [slow_net(models / name) for name in NAMES]

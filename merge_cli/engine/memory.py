@@ -142,7 +142,9 @@ def _whole(plan: Plan) -> int:
     held = [
         4 * task.size * (len(task.inputs) + arrays)
         for task in plan.tasks
-        if task.action == "merge" and (arrays := whole(**task.parameters))
+        if task.action == "merge"
+        and not plan.is_plain_mean(task)
+        and (arrays := whole(shape=task.shape, **task.parameters))
     ]
     return max(held, default=0)
 

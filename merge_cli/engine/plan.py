@@ -131,6 +131,11 @@ class Plan:
         """What was gathered of a tensor in every source that it is merged from."""
         return self.gathered.of(task.operands, task.ids) if self.gathered is not None else None
 
+    def is_plain_mean(self, task: TensorTask) -> bool:
+        """Whether the method gathers, and has found nothing of this tensor in some source."""
+        found = self.statistics_of(task)
+        return found is not None and found.complete is None
+
     @property
     def bytes_read(self) -> int:
         return sum(task.bytes_read for task in self.tasks)

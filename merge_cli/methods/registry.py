@@ -63,7 +63,8 @@ class Method:
         learns: without `coefficients:` in the recipe they are learned first.
         searches: what is merged, and with which parameters, is found first.
         whole: arrays of a whole tensor's size that `prepare` holds besides the operands, given the
-            parameters; 0 where it works block by block. Memory grows with the largest tensor.
+            tensor's `shape` and the parameters; 0 where it works block by block. Memory grows with
+            the largest tensor.
         gathers: statistics of every source over its `data:` that are gathered first: gram or
             fisher; empty for none.
         prepare_uses: the parameters that `prepare` looks at; None where it may look at all. With

@@ -12,7 +12,7 @@ from merge_cli.engine.plan import Plan
 def gathered_summary(plan: Plan, gathered: Gathered) -> dict[str, Any]:
     """Sources, and how many merged tensors had no statistics and are a plain mean."""
     merged = [task for task in plan.tasks if task.action == "merge"]
-    means = sum(gathered.of(task.operands, task.ids).complete is None for task in merged)
+    means = sum(map(plan.is_plain_mean, merged))
     sources = [
         {"model": str(spec.model), **_of_file(file)}
         for spec, file in zip(plan.recipe.models, gathered.files, strict=True)
