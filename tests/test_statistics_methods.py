@@ -106,6 +106,15 @@ def test_equal_models_stay_what_they_are(models: Path, method: str) -> None:
         assert torch.equal(tensor, own[name]), name
 
 
+@pytest.mark.parametrize("method", ["regmean", "fisher"])
+def test_the_order_of_sources_does_not_matter(models: Path, method: str) -> None:
+    """Up to rounding: the mean is taken from the first one on."""
+    one = merged(write_recipe(models, method, names=("a", "b", "c")), models / "one")
+    two = merged(write_recipe(models, method, names=("c", "b", "a")), models / "two")
+    for name in one:
+        close(one[name], two[name].double().numpy(), 2e-6)
+
+
 def test_plain_regression_is_least_squares(tmp_path: Path) -> None:
     """alpha = 1 minimises sum of ||X_i W^T - X_i W_i^T||^2 / tokens: numpy's own solver agrees."""
     write_models(tmp_path, config("llama"), change=0.2)

@@ -110,6 +110,8 @@ def test_the_resolved_recipe_gives_the_same_bytes(models: Path, method: str) -> 
         result.path / "model.safetensors"
     ).read_bytes()
     assert again.report["recipe"]["text"].count("gathered_from") == 1
+    (models / "a.jsonl").write_text('{"text": "other words"}\n')
+    refused(resolved, "does not give the examples that this recipe.*a.jsonl", SourceError)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,14 +12,17 @@ from merge_cli.dam.models import empty_student
 from merge_cli.dam.tokenizers import one_tokenizer
 from merge_cli.engine.device import choose_device
 from merge_cli.engine.plan import Plan
+from merge_cli.errors import SourceError
 from merge_cli.evaluation.digest import source_identity
 from merge_cli.evaluation.live import choose_dtype, context_of
 from merge_cli.gathering.data import load_examples, shown
 from merge_cli.gathering.layers import linear_layers, parameters_of
 from merge_cli.gathering.part import Part
 from merge_cli.gathering.store import find
+from merge_cli.recipe.schema import Recipe
 from merge_cli.recipe.statistics import Statistics
 
+ORIGIN = "gathered_from"  # under `metadata:` of a resolved recipe
 _WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -72,7 +76,8 @@ def plan_gathering(plan: Plan, device: str = "auto") -> GatheringPlan:
     """Decide from headers, configs, tokenizers and data.
 
     Raises:
-        SourceError: data or a model that cannot be used, an adapter.
+        SourceError: data or a model that cannot be used, an adapter, other data than a resolved
+            recipe was made with.
         MismatchError: sources that do not share a tokenizer.
         RecipeError: a recipe that changes the vocabulary.
         ResourceError: a device or a package is missing.
@@ -96,6 +101,7 @@ def plan_gathering(plan: Plan, device: str = "auto") -> GatheringPlan:
             plan.recipe.seed, where, dtype,
         )  # fmt: skip
         parts.append(replace(part, found=find(part.place)))
+    _verify(plan.recipe, parts)
     expected = [_expected(kind, net, part.source) for part in parts]
     weights = sum(p.numel() for p in net.parameters())
     held = 4 * weights if kind == "fisher" else 3 * max((size for size, _ in expected), default=0)
@@ -108,6 +114,25 @@ def plan_gathering(plan: Plan, device: str = "auto") -> GatheringPlan:
               for part, (size, _) in zip(parts, expected, strict=True)),
         weights * _WIDTHS[dtype] + held,
     )  # fmt: skip
+
+
+def _verify(recipe: Recipe, parts: Sequence[Part]) -> None:
+    """A resolved recipe records its examples, as it does its models: others give other bytes.
+
+    Raises:
+        SourceError: data that has changed since.
+    """
+    recorded = recipe.metadata.get(ORIGIN)
+    if not recipe.inputs or not isinstance(recorded, list):
+        return
+    for part, one in zip(parts, recorded, strict=False):
+        if (
+            isinstance(one, Mapping)
+            and one.get("data", part.examples.digest) != part.examples.digest
+        ):
+            what = "does not give the examples that this recipe was resolved with"
+            hint = "Restore data and settings, or remove `inputs` from the recipe."
+            raise SourceError(what, file=part.data, hint=hint)
 
 
 def _expected(kind: str, net: Any, source: Source) -> tuple[int, set[str]]:

@@ -17,7 +17,7 @@ from merge_cli.evaluation.live import load, memory_errors, torch_threads
 from merge_cli.gathering.fisher import gather_importances
 from merge_cli.gathering.gram import gather_grams
 from merge_cli.gathering.part import Part
-from merge_cli.gathering.plan import GatheringPlan, plan_gathering
+from merge_cli.gathering.plan import ORIGIN, GatheringPlan, plan_gathering
 from merge_cli.gathering.store import Writer, find, making
 from merge_cli.recipe.statistics import Statistics
 
@@ -82,7 +82,7 @@ def with_statistics(decided: GatheringPlan, gathered: Gathered) -> Plan:
     recipe = replace(
         plan.recipe,
         statistics=plan.recipe.statistics or Statistics(),
-        metadata={**plan.recipe.metadata, "gathered_from": origin},
+        metadata={**plan.recipe.metadata, ORIGIN: origin},
     )
     return replace(plan, recipe=recipe, gathered=gathered)
 

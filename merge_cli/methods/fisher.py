@@ -62,7 +62,7 @@ def fisher(
     model has no parameter for (experts that are stored one by one) is the weighted mean, too.
 
     Args:
-        weight: of a source, times its importances.
+        weight: how much a source counts: times its importances.
         normalize: give each source's importances the root mean square 1 (`l2`, the authors' code),
             the mean 1 (`sum`), or leave them, so that sources with larger gradients win (`none`).
         epsilon: added to every importance; 1 is their usual size.

@@ -159,7 +159,7 @@ def regmean(
 
     Args:
         alpha: 1 is plain regression; smaller trusts correlations of inputs less (T5: 0.1).
-        weight: of a source; a token of each counts alike, however many there are.
+        weight: how much a source counts; its number of tokens does not matter.
     """
     if prepared is None:
         mean: Tensor = weighted_mean(weight, models)
