@@ -384,3 +384,14 @@ def test_statistics_in_a_stage(models: Path) -> None:
 
 def plan_of_stages(recipe: Path) -> Any:
     return merge_cli.plan(recipe)
+
+
+def test_a_comparison_counts_what_was_looked_at(models: Path) -> None:
+    recipe = write_recipe(models, "fisher")
+    found = merge_cli.compare(
+        [recipe], models / "a.jsonl", models / "compared", options=["--device", "cpu", "-q"]
+    )
+    cost = found.comparison["fisher"].cost
+    parts = plan_gathering(plan_of(recipe), "cpu").parts
+    assert cost.tokens == sum(part.examples.tokens for part in parts)
+    assert cost.forward_passes == cost.backward_passes == 10
