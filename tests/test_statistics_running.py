@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 from dam_tiny import config, write_data, write_models
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from statistics_tiny import CPU, cache, merged, plan_of, write_recipe
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
@@ -26,7 +26,14 @@ import merge_cli
 from merge_cli.cli import app
 from merge_cli.engine.journal import work_key
 from merge_cli.engine.planner import load_recipe
-from merge_cli.errors import Interrupted, MismatchError, RecipeError, ResourceError, SourceError
+from merge_cli.errors import (
+    Interrupted,
+    MismatchError,
+    NonFiniteError,
+    RecipeError,
+    ResourceError,
+    SourceError,
+)
 from merge_cli.gathering.plan import plan_gathering
 from merge_cli.gathering.run import gather, known
 from merge_cli.gathering.store import Writer, find, making
@@ -245,8 +252,6 @@ def test_a_full_disk_is_told_before_anything_is_run(
 
 def test_experts_that_are_stored_one_by_one_are_the_mean(tmp_path: Path) -> None:
     """transformers loads them fused; a tensor that no parameter is has no statistics."""
-    from safetensors.torch import save_file
-
     folders = write_models(tmp_path, config("mixtral", num_local_experts=4), change=0.2)
     write_data(tmp_path)
     for folder in folders:
@@ -306,6 +311,18 @@ def test_what_is_refused(models: Path) -> None:
     document.pop("models")
     recipe.write_text(yaml.safe_dump(document))
     refused(recipe, "slices: regmean runs whole models on their data")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_not_a_number_is_told_with_model_and_tensor(models: Path, method: str) -> None:
+    file = models / "b" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.0.input_layernorm.weight"][3] = float("inf")
+    save_file(tensors, file, metadata={"format": "pt"})
+    refused(write_recipe(models, method), "NaN or Inf", NonFiniteError)
+    cache = Path(os.environ["MERGE_CLI_CACHE"]) / "statistics"
+    assert not list(cache.rglob("*.partial"))
+    assert len(list(cache.rglob("*.safetensors"))) == 1
 
 
 def test_held_out_files_are_told_to_be_idle(models: Path) -> None:

@@ -6,11 +6,13 @@ made of the same batches in the same order whatever the rounds are, so its bytes
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from merge_cli.checkpoint.statistics import Entry
+from merge_cli.errors import NonFiniteError
 from merge_cli.evaluation.examples import Example
 from merge_cli.evaluation.live import LiveModel, free_memory
 from merge_cli.gathering.data import batches_of
@@ -30,6 +32,9 @@ def gather_grams(live: LiveModel, part: Part, writer: Callable[..., Writer], tel
     Args:
         writer: `writer(shapes, entries)`, for the file that is made.
         tell: told of tokens done and in all.
+
+    Raises:
+        NonFiniteError: a layer sees what is not a number.
     """
     examples, dials = part.examples.items, part.statistics
     layers = linear_layers(live.net, part.source)
@@ -51,7 +56,9 @@ def gather_grams(live: LiveModel, part: Part, writer: Callable[..., Writer], tel
                 done += sum(len(one.ids) for one in batch)
                 tell(done, total)
         for i in numbers:
-            file.put(str(i), sums.pop(i).div_(part.examples.tokens).float().cpu().numpy())
+            found = sums.pop(i).div_(part.examples.tokens)
+            _need_finite(found, live, groups[i][0])
+            file.put(str(i), found.float().cpu().numpy())
     part.about.update(passes=len(batches))
     return file
 
@@ -76,6 +83,13 @@ def _observed(live: LiveModel, layers: Sequence[Layer], example: Example) -> lis
     for layer in layers:
         groups.setdefault(tuple(seen[layer.module]) or layer.module, []).append(layer)
     return [tuple(group) for group in groups.values()]
+
+
+def _need_finite(found: Any, live: LiveModel, layer: Layer) -> None:
+    if not math.isfinite(float(found.trace())):  # the sum of all squares
+        what = "what this layer sees is NaN or Inf on some example"
+        hint = "Use `dtype: float32` under `statistics:`; are the model's weights finite?"
+        raise NonFiniteError(what, model=live.label, tensor=layer.stored, hint=hint)
 
 
 def _rounds(groups: Sequence[Group], room: int, least: int | None) -> list[list[int]]:
