@@ -85,7 +85,8 @@ def print_gathering(out: Console, decided: GatheringPlan) -> None:
             f"{len(part.examples.items):,}", f"{part.examples.tokens:,}", at_most + show_size(size),
         )  # fmt: skip
     out.print(table)
-    memory = f"{show_size(decided.memory)} at least, one model at a time, in {decided.dtype}"
+    rounds = ", or less in rounds" if decided.kind == "gram" else ""
+    memory = f"{show_size(decided.memory)} for one model and its sums{rounds}; in {decided.dtype}"
     for label, text in (
         ("tensors", f"{decided.tensors:,} merged by them, {decided.means:,} by the plain mean"),
         ("disk", f"at most {show_size(decided.bytes_to_gather)} more in the cache"),

@@ -20,7 +20,7 @@ from merge_cli.gathering.layers import Layer, linear_layers
 from merge_cli.gathering.part import Part, Tell
 from merge_cli.gathering.store import Writer
 
-_SUM_BYTES = 12  # of an element: a float64 sum, and a batch's float32 product
+_SUM_BYTES = 8  # of an element; a batch's float32 product comes on top, one at a time
 _ROOM = 0.5  # of the free memory for sums; activations take the rest
 _LOGIT_BYTES = 1 << 28
 Group = tuple[Layer, ...]

@@ -35,7 +35,7 @@ class GatheringPlan:
         device, dtype: as words for torch; `why` has the reasons, by dial.
         tensors: merged tensors that get statistics, as far as an empty model tells.
         bytes: of statistics on disk, at most, for each source.
-        memory: bytes that the largest source takes in memory, without activations.
+        memory: bytes of a model and its sums, if they are made in one round; without activations.
     """
 
     plan: Plan
@@ -104,7 +104,8 @@ def plan_gathering(plan: Plan, device: str = "auto") -> GatheringPlan:
     _verify(plan.recipe, parts)
     expected = [_expected(kind, net, part.source) for part in parts]
     weights = sum(p.numel() for p in net.parameters())
-    held = 4 * weights if kind == "fisher" else 3 * max((size for size, _ in expected), default=0)
+    # What is on disk are the same sums: float32 in memory, too, or float64 and rounded at the end.
+    sums = (1 if kind == "fisher" else 2) * max(size for size, _ in expected)
     why = {"device": f"{chosen.name}: {chosen.reason}", "dtype": dtype_why}
     return GatheringPlan(
         plan, kind, statistics, tuple(parts), where, dtype,
@@ -112,7 +113,7 @@ def plan_gathering(plan: Plan, device: str = "auto") -> GatheringPlan:
         _merged_with(plan, expected),
         tuple(part.found.size if part.found is not None else size
               for part, (size, _) in zip(parts, expected, strict=True)),
-        weights * _WIDTHS[dtype] + held,
+        weights * _WIDTHS[dtype] + sums,
     )  # fmt: skip
 
 
