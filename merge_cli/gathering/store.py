@@ -124,7 +124,7 @@ class Writer:
 
     def put(self, name: str, array: Any) -> None:
         """Write one array: contiguous, float32, of the shape that was announced."""
-        raw = array.tobytes()
+        raw = array.reshape(-1).view("uint8").data
         assert len(raw) == 4 * math.prod(self._shapes[name])
         if not array.any():
             self._zero.add(name)
@@ -147,6 +147,7 @@ class Writer:
             self._file.seek(0)
             self._file.write(struct.pack("<Q", len(header)) + header)
             self._file.flush()
+            os.fsync(self._file.fileno())  # a name without its bytes would be believed
             self._file.close()
             os.replace(self._path, place)
         except OSError as error:
