@@ -348,6 +348,13 @@ def test_adapters_and_other_vocabularies_are_refused(models: Path) -> None:
     refused(recipe, "fisher runs the models, which must share a vocabulary")
 
 
+def test_models_of_which_nothing_can_be_gathered_are_refused(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("merge_cli.gathering.plan.linear_layers", lambda net, source: [])
+    refused(write_recipe(models, "regmean"), "no stored tensor is a linear layer", SourceError)
+
+
 def test_the_plan_shows_what_will_be_gathered(models: Path) -> None:
     runner = CliRunner()
     for method, words in (("regmean", "matrices of layers"), ("fisher", "importances of weights")):

@@ -77,7 +77,7 @@ def plan_gathering(plan: Plan, device: str = "auto") -> GatheringPlan:
 
     Raises:
         SourceError: data or a model that cannot be used, an adapter, other data than a resolved
-            recipe was made with.
+            recipe was made with, nothing to gather.
         MismatchError: sources that do not share a tokenizer.
         RecipeError: a recipe that changes the vocabulary.
         ResourceError: a device or a package is missing.
@@ -103,6 +103,11 @@ def plan_gathering(plan: Plan, device: str = "auto") -> GatheringPlan:
         parts.append(replace(part, found=find(part.place)))
     _verify(plan.recipe, parts)
     expected = [_expected(kind, net, part.source) for part in parts]
+    tensors = _merged_with(plan, expected)
+    if not tensors:
+        kinds = "linear layer" if kind == "gram" else "parameter"
+        what = f"no stored tensor is a {kinds} as transformers loads the models: all would be means"
+        raise SourceError(what, model=plan.sources[plan.donor].label, hint="Use `soup` instead.")
     weights = sum(p.numel() for p in net.parameters())
     # What is on disk are the same sums: float32 in memory, too, or float64 and rounded at the end.
     sums = (1 if kind == "fisher" else 2) * max(size for size, _ in expected)
@@ -110,7 +115,7 @@ def plan_gathering(plan: Plan, device: str = "auto") -> GatheringPlan:
     return GatheringPlan(
         plan, kind, statistics, tuple(parts), where, dtype,
         {**why, **({"chat template": template_why} if template_why else {})},
-        _merged_with(plan, expected),
+        tensors,
         tuple(part.found.size if part.found is not None else size
               for part, (size, _) in zip(parts, expected, strict=True)),
         weights * _WIDTHS[dtype] + sums,
