@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from merge_cli.adapters.extract import extract_lora
     from merge_cli.analysis.run import analyze
     from merge_cli.api import MergeResult, compare, merge, plan
     from merge_cli.engine.options import MergeOptions
@@ -25,6 +26,7 @@ _HOMES = {
     "analyze": "merge_cli.analysis.run",
     "compare": "merge_cli.api",
     "evaluate": "merge_cli.evaluation.run",
+    "extract_lora": "merge_cli.adapters.extract",
     "load_recipe": "merge_cli.engine.planner",
     "merge": "merge_cli.api",
     "merge_method": "merge_cli.methods.registry",
@@ -39,6 +41,7 @@ __all__ = [
     "analyze",
     "compare",
     "evaluate",
+    "extract_lora",
     "load_recipe",
     "merge",
     "merge_method",

@@ -74,6 +74,10 @@ def merge(
     """
     decided = recipe if isinstance(recipe, Plan) else plan(recipe, shard_size=shard_size)
     options = options or MergeOptions()
+    if decided.recipe.output is not None:
+        from merge_cli.adapters.merging import merge_adapters
+
+        return MergeResult(Path(out), merge_adapters(decided, Path(out), options, show=show))
     if decided.stages:
         return _merge_stages(decided, Path(out), options, show, require_improvement)
     return _merge(decided, Path(out), options, show, require_improvement, {})

@@ -1,13 +1,14 @@
-"""What it costs to compute a source's tensors while they are read: adapters, vocabularies, fp8.
+"""What it costs to compute tensors while they are read or written: adapters, vocabularies, fp8.
 
     python scripts/bench_computed.py FOLDER                # 0.5B parameters, a few minutes
     python scripts/bench_computed.py FOLDER --size 20M --rounds 1
 
 Each merge is a passthrough of one model of scripts/synthetic.py, or of the same model as it comes
 with an adapter on every linear layer, with every row of its embedding in another place, or stored
-in fp8 with scales by blocks. The peer is a soup of that one model: the same bytes read, computed
-and written. Whole processes take turns; the ratio is the median of the rounds', least and largest
-in brackets. The page cache is warm. Peaks are of memory that no file backs.
+in fp8 with scales by blocks; or the model is written in fp8. The peer is a soup of that one model:
+the same bytes read, computed and written. Whole processes take turns; the ratio is the median of
+the rounds', least and largest in brackets. The page cache is warm. Peaks are of memory that no file
+backs.
 """
 
 from __future__ import annotations
@@ -93,6 +94,7 @@ def recipes(folder: Path) -> dict[str, dict[str, Any]]:
         "another vocabulary": {**through("shuffled"), "base_model": "model0",
                                "tokenizer_source": "base"},
         "fp8": through("fp8"),
+        "written in fp8": through("model0", out_dtype="fp8"),
     }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import transformers as hf
 import yaml
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from merge_cli.dam.assembly import assemble
@@ -87,6 +87,22 @@ def write_models(
         save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
         write_tokenizer(place)
         folders.append(place)
+    return folders
+
+
+def write_experts(folder: Path, kind: str, *, dtype: torch.dtype, **more: Any) -> list[Path]:
+    """A family with experts, as transformers saves it: one by one."""
+    of = hf.AutoConfig.for_model(kind, **{
+        **SIZES, "num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 4,
+        "moe_intermediate_size": 24, **more,
+    })  # fmt: skip
+    folders = write_models(folder, of, dtype=dtype)
+    for place in folders:
+        net = hf.AutoModelForCausalLM.from_config(of).to(dtype)
+        net.load_state_dict(load_file(place / "model.safetensors"), strict=False)
+        (place / "model.safetensors").unlink()
+        net.save_pretrained(place)
+        assert any(".experts.3." in name for name in load_file(place / "model.safetensors"))
     return folders
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from dam_tiny import config, plan_of, random_batch, student_of, write_models
+from dam_tiny import config, plan_of, random_batch, student_of, write_experts, write_models
 
 from merge_cli.dam.forward import Batch, Forward
 from merge_cli.dam.head import Sums
@@ -41,7 +41,7 @@ def merged_by_formula(
     found = {}
     for name, seat in student.seats.items():
         own = student.coefficients[name]
-        shape = tuple(seat.parameter.shape)
+        shape = tuple(seat.values.shape)
         base, sources = stored(plan, name)
         raw, *factors = raws.get(name, own.parameters)
         value = {"none": lambda x: x, "tanh": torch.tanh, "sigmoid": torch.sigmoid,
@@ -71,7 +71,15 @@ def autograd_gradients(
     }
     merged = merged_by_formula(plan, student, raws, activation)
     names = {id(p): n for n, p in student.net.named_parameters()}
-    weights = {names[id(student.seats[n].parameter)]: w for n, w in merged.items()}
+    weights: dict[str, torch.Tensor] = {}
+    for name, weight in merged.items():
+        seat = student.seats[name]
+        own = names[id(seat.parameter)]
+        if not seat.index:
+            weights[own] = weight
+        else:  # a part of a stack
+            weights.setdefault(own, torch.zeros(seat.parameter.shape, dtype=torch.float64))
+            weights[own][seat.index] = weight
     total = torch.zeros((), dtype=torch.float64)
     for batch in batches:
         out = torch.func.functional_call(
@@ -122,8 +130,30 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module", params=["mixtral", "qwen3_moe"])
+def experts(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    folder = tmp_path_factory.mktemp(request.param)
+    write_experts(folder, request.param, dtype=torch.float64)
+    return folder
+
+
 GRANULARITIES = ("tensor", "column", "row", "element", "low_rank")
 ACTIVATIONS = ("none", "tanh", "sigmoid", "softmax")
+
+
+@pytest.mark.parametrize("form", ["soup", "task_vector"])
+@pytest.mark.parametrize("granularity", ["column", "low_rank"])
+def test_gradients_of_stacked_experts_are_autograds(
+    experts: Path, granularity: str, form: str
+) -> None:
+    plan = plan_of(experts, {"granularity": granularity, "form": form})
+    student = student_of(plan)
+    assert sum(bool(seat.index) for seat in student.seats.values()) == 2 * 4 * 3
+    student.net.set_experts_implementation("eager")  # the grouped product has no float64
+    disturb(student)
+    batches = [random_batch(torch.Generator().manual_seed(i)) for i in range(2)]
+    assert_equal_gradients(plan, student, batches, "none")
+    student.close()
 
 
 @pytest.mark.parametrize("form", ["soup", "task_vector"])

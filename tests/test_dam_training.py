@@ -375,24 +375,37 @@ def test_different_vocabularies_are_refused_in_the_plan(tmp_path: Path) -> None:
         plan_of(tmp_path, {})
 
 
-def test_fused_experts_are_refused_in_the_plan(tmp_path: Path) -> None:
-    """transformers builds them from tensors that are stored one by one."""
+def test_experts_that_are_stored_one_by_one_are_learned(tmp_path: Path) -> None:
+    """transformers stacks them; each keeps coefficients of its own, and the result loads."""
     import transformers as hf
+    from dam_tiny import write_experts
 
+    write_experts(tmp_path, "mixtral", dtype=torch.bfloat16)
+    write_data(tmp_path)
+    result = run(write_recipe(tmp_path, {**QUICK, "train": "linear"}), tmp_path / "out")
+    assert result.report["training"]["best_step"] > 0
+    found = entries(result.path)
+    expert = "model.layers.1.block_sparse_moe.experts.1.w2.weight"
+    assert found[expert].shape == (3, 1, 24)
+    assert not torch.equal(found[expert], torch.full_like(found[expert], 1 / 3))
+    router = found["model.layers.1.block_sparse_moe.gate.weight"]
+    assert torch.equal(router, torch.full_like(router, 1 / 3))  # no linear layer: not trained
+    _, info = hf.AutoModelForCausalLM.from_pretrained(result.path, output_loading_info=True)
+    assert not info["missing_keys"]
+
+
+def test_parameters_that_nothing_stored_fills_are_refused_in_the_plan(tmp_path: Path) -> None:
+    import transformers as hf
+    from dam_tiny import write_tokenizer
+
+    of = config("mixtral", num_local_experts=2)
     for name in ("base", "a", "b", "c"):
-        torch.manual_seed(len(name))
-        net = hf.AutoModelForCausalLM.from_config(config("mixtral", num_local_experts=2))
-        net.save_pretrained(tmp_path / name)
-        from dam_tiny import write_tokenizer
-
+        hf.AutoModelForCausalLM.from_config(of).save_pretrained(tmp_path / name)
         write_tokenizer(tmp_path / name)
-    plan = plan_of(tmp_path, {})
-    stored = {task.name for task in plan.tasks}
-    parameters = {name for name, _ in net.named_parameters()}
-    if parameters <= stored:
-        pytest.skip("this version of transformers stores experts as it holds them")
-    with pytest.raises(MismatchError, match="built|builds it from tensors that are stored"):
-        plan_training(plan, "cpu")
+        about = tmp_path / name / "config.json"
+        about.write_text(json.dumps({**json.loads(about.read_text()), "num_local_experts": 3}))
+    with pytest.raises(MismatchError, match="builds it from tensors that are stored"):
+        plan_training(plan_of(tmp_path, {}), "cpu")
 
 
 def test_mixed_tied_and_untied_heads(tmp_path: Path) -> None:

@@ -98,7 +98,8 @@ def test_every_command_is_there(site: Path) -> None:
     text = (site / "commands" / "index.html").read_text(encoding="utf-8")
     for command in app.registered_commands:
         assert command.callback is not None
-        assert f"merge-cli {command.callback.__name__}" in text
+        name = command.callback.__name__.replace("_", "-")
+        assert f"merge-cli {name}" in text
     for option in ("--dry-run", "--max-memory", "--require-no-worse-than"):
         assert f"<code>{option}</code>" in text
     assert "--lazy-unpickle" not in text  # hidden

@@ -17,6 +17,7 @@ from tiny import Family, llama_config, llama_family, read_model, write_model
 import merge_cli
 from merge_cli.checkpoint import raw
 from merge_cli.errors import CorruptFileError, NonFiniteError, ResourceError
+from merge_cli.kernels import compiled
 
 
 def cli(*arguments: str | Path, **options: object) -> subprocess.CompletedProcess[str]:
@@ -66,7 +67,13 @@ def test_source_that_vanishes_after_the_plan(family: Family, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("method", ["soup", "ties", "dare"])
-def test_non_finite_source(family: Family, tmp_path: Path, method: str, bad: float) -> None:
+@pytest.mark.parametrize("arithmetic", ["compiled", "torch"])
+def test_non_finite_source(
+    family: Family, tmp_path: Path, method: str, bad: float, arithmetic: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    if arithmetic == "torch":
+        monkeypatch.setattr(compiled, "available", lambda: "switched off")
     name = "model.layers.2.mlp.up_proj.weight"
     tensors = read_model(family.folder / "b")
     tensors[name].view(-1)[77] = bad

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from tiny import Family, merge
 
 from merge_cli.checkpoint.header import DTYPES
-from merge_cli.checkpoint.layout import OutputTensor, index_json, lay_out, natural_key
+from merge_cli.checkpoint.layout import OutputTensor, indexes, lay_out, natural_key
 
 TYPES = [d for d in DTYPES if d not in ("F8_E8M0",)]
 
@@ -78,7 +78,9 @@ def test_a_tensor_larger_than_a_shard_has_its_own() -> None:
     tensors = [OutputTensor(n, "F32", (s,)) for n, s in [("a", 10), ("b", 100), ("c", 10)]]
     shards = lay_out(tensors, 120)
     assert [list(s.offsets) for s in shards] == [["a"], ["b"], ["c"]]
-    assert json.loads(index_json(shards, tensors))["metadata"]["total_size"] == 480
+    found = indexes(shards, tensors, {"": "model"})
+    assert list(found) == ["model.safetensors.index.json"]
+    assert json.loads(found["model.safetensors.index.json"])["metadata"]["total_size"] == 480
 
 
 def test_natural_order() -> None:

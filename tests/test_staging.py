@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from test_engine import RECIPES, digest, write_recipe
-from tiny import Family, merge
+from tiny import Family, llama_config, llama_tensors, merge, write_model
 
 from merge_cli.engine import loop, staging, workers
 from merge_cli.engine.lanes import Files
@@ -84,6 +84,19 @@ def test_the_same_bytes_as_on_the_host(
     assert digest(tmp_path / "host") == digest(tmp_path / "staged")
     assert len(lanes) >= 3
     assert sum(lane.clock.bytes_written for lane in lanes) > 0
+
+
+def test_fp8_the_same_bytes_as_on_the_host(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    generator = torch.Generator().manual_seed(0)
+    write_model(
+        tmp_path / "a", llama_tensors(generator, layers=1, width=128), llama_config(width=128)
+    )
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("merge_method: soup\nmodels: [{model: a}, {model: a}]\nout_dtype: fp8\n")
+    merge(recipe, tmp_path / "host")
+    request.getfixturevalue("lanes")
+    merge(recipe, tmp_path / "staged", threads=2)
+    assert digest(tmp_path / "host") == digest(tmp_path / "staged")
 
 
 def test_buffers_stay_small(family: Family, tmp_path: Path, lanes: list[StagedLane]) -> None:

@@ -27,7 +27,10 @@ triton = pytest.importorskip("triton")
 kernels = pytest.importorskip("merge_cli.kernels.triton_kernels")
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning")]  # numpy: Inf - Inf and the like
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # numpy: Inf - Inf and the like
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # triton's own, on Python 3.13
+]
 compares = (lambda test: test) if INTERPRETED else pytest.mark.cuda
 compiles = pytest.mark.skipif(INTERPRETED, reason="nothing is compiled in the interpreter")
 

@@ -329,8 +329,69 @@ def test_models_without_readable_tokens_are_told(tmp_path: Path) -> None:
         for note in plan(tmp_path, {**SOUP, "tokenizer_source": "union"}).notes
     )
     (tmp_path / "chat" / "tokenizer.model").write_bytes(b"pieces")
-    with pytest.raises(SourceError, match="cannot be read as data"):
+    with pytest.raises(SourceError, match=r"without a tokenizer.json .* pip install"):
         plan(tmp_path, {**SOUP, "tokenizer_source": "union"})
+
+
+def pieces(folder: Path, kind: str, text: str, tokenizer_class: str) -> hf.PreTrainedTokenizerBase:
+    """A sentencepiece model without a tokenizer.json, and a Llama with as many rows."""
+    import sentencepiece
+
+    folder.mkdir()
+    (folder / "text.txt").write_text(text)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "text.txt"), model_prefix=str(folder / "tokenizer"), vocab_size=300,
+        model_type=kind, byte_fallback=True, hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    about = {"tokenizer_class": tokenizer_class, "bos_token": "<s>", "eos_token": "</s>",
+             "unk_token": "<unk>"}  # fmt: skip
+    (folder / "tokenizer_config.json").write_text(json.dumps(about))
+    if tokenizer_class == "T5Tokenizer":
+        (folder / "tokenizer.model").rename(folder / "spiece.model")
+    theirs = hf.AutoTokenizer.from_pretrained(folder)
+    rows = len(theirs)
+    tensors = llama_tensors(torch.Generator().manual_seed(rows), vocabulary=rows)
+    write_model(folder, tensors, llama_config(vocabulary=rows))
+    return theirs
+
+
+@pytest.mark.parametrize(
+    ("kind", "tokenizer_class"),
+    [("bpe", "LlamaTokenizer"), ("bpe", "GemmaTokenizer"), ("unigram", "T5Tokenizer")],
+)
+def test_sentencepiece_alone(tmp_path: Path, kind: str, tokenizer_class: str) -> None:
+    """Rows of a union are the rows of their tokens as transformers numbers the pieces."""
+    texts = (" ".join(TEXTS) * 9, "the cat said: zwei Hunde, drei Katzen, viele Leute " * 9)
+    both = [
+        pieces(tmp_path / name, kind, text, tokenizer_class)
+        for name, text in zip(("base", "chat"), texts, strict=True)
+    ]
+    marker = {"content": "<|im_start|>", "special": False, "single_word": False, "lstrip": False,
+              "rstrip": False, "normalized": False}  # fmt: skip
+    about = json.loads((tmp_path / "chat" / "tokenizer_config.json").read_text())
+    about["added_tokens_decoder"] = {str(len(both[1])): marker}
+    (tmp_path / "chat" / "tokenizer_config.json").write_text(json.dumps(about))
+    both[1] = hf.AutoTokenizer.from_pretrained(tmp_path / "chat")  # numbered as it likes
+    rows = len(both[1])
+    tensors = llama_tensors(torch.Generator().manual_seed(5), vocabulary=rows)
+    write_model(tmp_path / "chat", tensors, llama_config(vocabulary=rows))
+    recipe = tmp_path / "recipe.yaml"
+    models = [{"model": "base", "parameters": {"weight": 0}},
+              {"model": "chat", "parameters": {"weight": 1}}]  # fmt: skip
+    recipe.write_text(yaml.safe_dump({
+        "merge_method": "soup", "base_model": "base", "models": models,
+        "tokenizer_source": "union", "dtype": "float32",
+    }))  # fmt: skip
+    found = read_model(merge_cli.merge(recipe, tmp_path / "out", options=OPTIONS).path)
+    union = hf.AutoTokenizer.from_pretrained(tmp_path / "out")
+    numbers = union.get_vocab()
+    for token, old in both[1].get_vocab().items():
+        assert torch.equal(found[EMBED][numbers[token]], tensors[EMBED][old].float()), token
+    for token, old in both[0].get_vocab().items():
+        assert numbers[token] == old
+    for text in TEXTS:
+        assert union.encode(text) == both[0].encode(text)
+    assert numbers["<|im_start|>"] in union.encode("a<|im_start|>b")
 
 
 @pytest.mark.parametrize(

@@ -7,14 +7,12 @@ or trained apart, and an average by number mixes different things.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from merge_cli.checkpoint.header import DTYPES, MERGEABLE, TensorRef
-from merge_cli.checkpoint.raw import FilePool, read_into
-from merge_cli.checkpoint.stored import read_numbers
+from merge_cli.checkpoint.header import MERGEABLE
+from merge_cli.checkpoint.stored import read_numbers, reading
 from merge_cli.checkpoint.tensors import Read, Tensor
 
 # `mlp.gate.weight`, `block_sparse_moe.gate.weight`, `mlp.router.weight`: and not `gate_proj`.
@@ -47,13 +45,7 @@ def compare_routers(
         names: of the models.
         models: their tensors; only routers are read.
     """
-    files = FilePool(os.O_RDONLY)
-
-    def read(ref: TensorRef, start: int, buffer: memoryview) -> None:
-        offset = ref.offset + start * DTYPES[ref.dtype][0]
-        read_into(files, ref.path, offset, buffer, ref.model)
-
-    try:
+    with reading() as read:
         routers = [name for name, ref in models[0].items() if _is_router(name, ref)]
         found = []
         for label, tensors in zip(names[1:], models[1:], strict=True):
@@ -62,9 +54,7 @@ def compare_routers(
                 rows, away = sum(count[1] for count in counts), sum(count[2] for count in counts)
                 worst, *_ = max(counts, key=lambda count: count[2])
                 found.append(RouterDifference(label, rows, away, worst))
-        return tuple(found)
-    finally:
-        files.close()
+    return tuple(found)
 
 
 def _is_router(name: str, ref: Tensor) -> bool:

@@ -121,7 +121,7 @@ def _open_all(
 ) -> tuple[dict[ModelRef, Source], list[str]]:
     """Every model once, and a note on each that was named twice."""
     opened: dict[ModelRef, Source] = {}
-    first: dict[Path, Source] = {}
+    first: dict[tuple[Path, ...], Source] = {}
     notes: list[str] = []
     errors: list[MergeCliError] = []
     for reference in references:
@@ -130,11 +130,11 @@ def _open_all(
         except SourceError as error:
             errors.append(error)
             continue
-        known = first.setdefault(source.root.resolve(), source)
+        known = first.setdefault(source.place, source)
         if known is source:
             opened[reference] = source
         else:
-            notes.append(f"{source.label} is the same folder as {known.label}: looked at once")
+            notes.append(f"{source.label} is the same model as {known.label}: looked at once")
     if len(errors) == 1:
         raise errors[0]
     if errors:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+CLASS = "_class_name"  # in a config of diffusers: what opens the model
 _NESTED = ("text_config", "llm_config")
 
 
@@ -46,7 +47,9 @@ def merged_config(
     """
     config: dict[str, Any] = json.loads(json.dumps(donor))  # a deep copy of what JSON can hold
     changes: list[str] = []
-    if dtype is not None:
+    # diffusers' configs have a class, and no dtype.
+    said = bool(donor) and (CLASS not in donor or bool(donor.keys() & {"dtype", "torch_dtype"}))
+    if dtype is not None and said:
         # transformers 5 writes `dtype`, older files say `torch_dtype`.
         key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
         if config.get(key) != dtype:

@@ -9,11 +9,11 @@ from typing import Any
 
 from merge_cli.checkpoint.header import TensorRef
 from merge_cli.checkpoint.stored import read_numbers
-from merge_cli.checkpoint.tensors import Read
+from merge_cli.checkpoint.tensors import Float32, Read, Tensor
 
 
 @dataclass(frozen=True)
-class Dequantised:
+class Dequantised(Float32):
     """`weight` times `scale`, in float32. See `tensors.Tensor`.
 
     Attributes:
@@ -29,28 +29,8 @@ class Dequantised:
     native: str = "BF16"
 
     @property
-    def name(self) -> str:
-        return self.weight.name
-
-    @property
-    def model(self) -> str:
-        return self.weight.model
-
-    @property
-    def dtype(self) -> str:
-        return "F32"
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.weight.shape
-
-    @property
-    def size(self) -> int:
-        return self.weight.size
-
-    @property
-    def nbytes(self) -> int:
-        return 4 * self.size
+    def made_of(self) -> Tensor:
+        return self.weight
 
     @property
     def stored(self) -> tuple[TensorRef, ...]:

@@ -6,6 +6,8 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+from merge_cli.checkpoint.components import PIPELINE
+
 CARD = "README.md"  # the model card, which says licence and languages
 
 # What transformers looks for beside config.json and the weights, in any of its model families.
@@ -23,6 +25,8 @@ _COMPANIONS = frozenset((
     # sentence-transformers
     "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json",
 ))  # fmt: skip
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".msgpack", ".h5", ".onnx",
+            ".onnx_data", ".pb")  # fmt: skip
 _SUFFIXES = (".jinja", ".tiktoken")
 _PREFIXES = ("vocab.", "tokenizer.model.")
 
@@ -35,6 +39,11 @@ def is_companion(name: str) -> bool:
     if name.endswith((".safetensors", ".py", ".bin", ".pt")):
         return False
     return name in _COMPANIONS or name.endswith(_SUFFIXES) or name.startswith(_PREFIXES)
+
+
+def is_weight(name: str) -> bool:
+    """Whether a file holds weights, in whatever format, or says which of several does."""
+    return name.endswith(_WEIGHTS) or name.endswith(".index.json")
 
 
 def code_files(names: Iterable[str]) -> list[str]:
@@ -56,6 +65,18 @@ def companion_files(root: Path, *, code: bool = False) -> list[Path]:
     )
 
 
+def _copy_pipeline(donor: Path, target: Path) -> list[str]:
+    """Everything but weights, code and the card, of the folder and of those in it."""
+    copied = []
+    for path in sorted([*donor.glob("*"), *donor.glob("*/*")]):
+        name = path.relative_to(donor).as_posix()
+        if path.is_file() and path.suffix != ".py" and not is_weight(name) and name != CARD:
+            (target / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, target / name)
+            copied.append(name)
+    return copied
+
+
 def copy_companions(
     donor: Path, tokenizer_donor: Path | None, target: Path, *, code: bool = False
 ) -> list[str]:
@@ -68,6 +89,8 @@ def copy_companions(
     Returns:
         the names of the copied files, sorted.
     """
+    if (donor / PIPELINE).is_file():
+        return _copy_pipeline(donor, target)
     chosen = {p.name: p for p in companion_files(donor, code=code) if not is_tokenizer_file(p.name)}
     if tokenizer_donor is not None:
         found = companion_files(tokenizer_donor)

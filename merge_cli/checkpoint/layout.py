@@ -11,13 +11,15 @@ import json
 import math
 import re
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from merge_cli.checkpoint.components import STEMS, index_of
 from merge_cli.checkpoint.header import DTYPES
 
 _NUMBER = re.compile(r"(\d+)")
+_PLAIN: Mapping[str, str] = {"": STEMS[0]}
 _RANK = {dtype: rank for rank, dtype in enumerate(DTYPES)}
 
 
@@ -35,20 +37,44 @@ class OutputTensor(NamedTuple):
 
 @dataclass(frozen=True)
 class Shard:
-    """One output file. `offsets`: tensor name -> bytes from the start of the file."""
+    """One output file.
+
+    Attributes:
+        file: its path in the model, with `folder`.
+        offsets: tensor name -> bytes from the start of the file.
+    """
 
     file: str
     header: bytes
     offsets: dict[str, int]
     size: int
+    folder: str = ""
 
 
-def lay_out(tensors: Sequence[OutputTensor], shard_size: int) -> list[Shard]:
+def lay_out(
+    tensors: Sequence[OutputTensor], shard_size: int, stems: Mapping[str, str] = _PLAIN
+) -> list[Shard]:
     """Fill shards in the given order, each up to `shard_size` bytes of data.
 
     A tensor larger than that gets a shard of its own. One shard is called model.safetensors, more
     are numbered, as transformers does.
+
+    Args:
+        stems: for each folder of the model what its files are called; see `components`.
     """
+    if set(stems) == {""}:
+        return _fill(tensors, shard_size, "", stems[""])
+    by_folder: dict[str, list[OutputTensor]] = {folder: [] for folder in stems}
+    for tensor in tensors:
+        by_folder[tensor.name.partition("/")[0]].append(tensor)
+    return [
+        shard
+        for folder, own in by_folder.items()
+        for shard in _fill(own, shard_size, folder, stems[folder])
+    ]
+
+
+def _fill(tensors: Sequence[OutputTensor], shard_size: int, folder: str, stem: str) -> list[Shard]:
     groups: list[list[OutputTensor]] = []
     room = 0
     for tensor in tensors:
@@ -60,23 +86,36 @@ def lay_out(tensors: Sequence[OutputTensor], shard_size: int) -> list[Shard]:
         room -= nbytes
     count = len(groups)
     if count <= 1:
-        return [_shard("model.safetensors", groups[0] if groups else [])]
+        return [_shard(folder, f"{stem}.safetensors", groups[0] if groups else [])]
     return [
-        _shard(f"model-{i:05d}-of-{count:05d}.safetensors", group)
+        _shard(folder, f"{stem}-{i:05d}-of-{count:05d}.safetensors", group)
         for i, group in enumerate(groups, start=1)
     ]
 
 
-def index_json(shards: Sequence[Shard], tensors: Sequence[OutputTensor]) -> str:
-    """The text of model.safetensors.index.json, as transformers writes it."""
-    weight_map = {name: shard.file for shard in shards for name in shard.offsets}
-    metadata = {
-        "total_parameters": sum(math.prod(t.shape) for t in tensors),
-        "total_size": sum(t.nbytes for t in tensors),
-    }
-    return json.dumps(
-        {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}, indent=2
-    ) + "\n"  # fmt: skip
+def indexes(
+    shards: Sequence[Shard], tensors: Sequence[OutputTensor], stems: Mapping[str, str]
+) -> dict[str, str]:
+    """File -> text of every index, as transformers writes it: of folders with several shards."""
+    found = {}
+    for folder, stem in stems.items():
+        own = [shard for shard in shards if shard.folder == folder]
+        if len(own) < 2:
+            continue
+        weight_map = {
+            name.removeprefix(f"{folder}/"): shard.file.rpartition("/")[2]
+            for shard in own for name in shard.offsets
+        }  # fmt: skip
+        names = {name for shard in own for name in shard.offsets}
+        inside = [tensor for tensor in tensors if tensor.name in names]
+        metadata = {
+            "total_parameters": sum(math.prod(t.shape) for t in inside),
+            "total_size": sum(t.nbytes for t in inside),
+        }
+        document = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
+        name = index_of(stem)
+        found[f"{folder}/{name}" if folder else name] = json.dumps(document, indent=2) + "\n"
+    return found
 
 
 def natural_key(name: str) -> tuple[object, ...]:
@@ -86,14 +125,15 @@ def natural_key(name: str) -> tuple[object, ...]:
     return len(parts) > 1 and not parts[0], *parts  # what begins with a number comes last
 
 
-def _shard(file: str, tensors: Sequence[OutputTensor]) -> Shard:
+def _shard(folder: str, file: str, tensors: Sequence[OutputTensor]) -> Shard:
     ordered = sorted(tensors, key=lambda t: (_RANK[t.dtype], t.name.encode()))
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     relative: dict[str, int] = {}
+    prefix = f"{folder}/" if folder else ""
     position = 0
     for tensor in ordered:
         stop = position + tensor.nbytes
-        entries[tensor.name] = {
+        entries[tensor.name.removeprefix(prefix)] = {
             "dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [position, stop],
         }  # fmt: skip
         relative[tensor.name] = position
@@ -102,4 +142,4 @@ def _shard(file: str, tensors: Sequence[OutputTensor]) -> Shard:
     body += b" " * (-len(body) % 8)
     header = struct.pack("<Q", len(body)) + body
     offsets = {name: len(header) + start for name, start in relative.items()}
-    return Shard(file, header, offsets, len(header) + position)
+    return Shard(prefix + file, header, offsets, len(header) + position, folder)

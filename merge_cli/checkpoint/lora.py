@@ -20,7 +20,7 @@ from merge_cli.checkpoint.tensors import Tensor
 from merge_cli.errors import MismatchError, Problem, SourceError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 _FACTORS = {
     "lora_A.weight": "a", "lora_B.weight": "b", "lora_embedding_A": "embedding_a",
     "lora_embedding_B": "embedding_b", "lora_magnitude_vector": "magnitude",
@@ -61,7 +61,7 @@ def apply_adapter(
         MismatchError: tensors of the adapter that fit nothing, all of them.
     """
     _refuse_kinds(config, label)
-    modules, whole = _sorted_out(stored)
+    modules, whole = sorted_out(stored)
     problems: list[Problem] = []
     found: dict[str, Tensor] = dict(tensors)
     places = _Places(tensors)
@@ -133,12 +133,12 @@ def _refuse_kinds(config: Mapping[str, Any], label: str) -> None:
                               hint=hint)  # fmt: skip
 
 
-def _sorted_out(stored: Mapping[str, TensorRef]) -> tuple[dict[str, Parts], Parts]:
+def sorted_out(stored: Mapping[str, TensorRef]) -> tuple[dict[str, Parts], Parts]:
     """Factors by module, and tensors that replace the model's, by name."""
     modules: dict[str, Parts] = {}
     whole: Parts = {}
     for name, ref in stored.items():
-        plain = name.removeprefix(_PREFIX)
+        plain = name.removeprefix(PREFIX)
         for ending, part in _FACTORS.items():
             if plain.endswith(f".{ending}"):
                 modules.setdefault(plain.removesuffix(f".{ending}"), {})[part] = ref

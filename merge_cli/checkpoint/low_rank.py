@@ -13,14 +13,14 @@ from typing import Any
 
 from merge_cli.checkpoint.header import TensorRef
 from merge_cli.checkpoint.stored import read_numbers
-from merge_cli.checkpoint.tensors import Read, Tensor
+from merge_cli.checkpoint.tensors import Float32, Read, Tensor
 from merge_cli.kernels.low_rank import low_rank_product
 
 _KEPT = 16  # updates whose smaller factor stays in memory: blocks of one weight follow each other
 
 
 @dataclass(frozen=True)
-class Updated:
+class Updated(Float32):
     """`weight` with an update. See `tensors.Tensor`.
 
     Attributes:
@@ -40,32 +40,12 @@ class Updated:
     stamp: str = ""
 
     @property
-    def name(self) -> str:
-        return self.weight.name
-
-    @property
-    def model(self) -> str:
-        return self.weight.model
-
-    @property
-    def dtype(self) -> str:
-        return "F32"
+    def made_of(self) -> Tensor:
+        return self.weight
 
     @property
     def native(self) -> str:
         return self.weight.native
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.weight.shape
-
-    @property
-    def size(self) -> int:
-        return self.weight.size
-
-    @property
-    def nbytes(self) -> int:
-        return 4 * self.size
 
     @property
     def stored(self) -> tuple[TensorRef, ...]:
@@ -76,6 +56,14 @@ class Updated:
     def formula(self) -> str:
         update = f"low-rank update, scale {self.scale!r}, turned {self.turned}, {self.stamp}"
         return f"{self.weight.formula}; {update}"
+
+    @property
+    def rank(self) -> int:
+        return self.left.shape[0 if self.turned else 1]
+
+    def factors(self, read: Read) -> tuple[Any, Any]:
+        """The update as a product, its scale aside: numpy float32 [rows, rank], [rank, columns]."""
+        return self._left(read, 0, self.shape[0]), self._right(read)
 
     def fill(self, read: Read, start: int, buffer: memoryview) -> None:
         """Whole rows are computed, of which the buffer gets its part."""

@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from merge_cli.checkpoint.components import STEMS, index_of, stem_of
 from merge_cli.checkpoint.header import TensorRef
 from merge_cli.checkpoint.quantised import ADVICE
 from merge_cli.errors import CorruptFileError, SourceError
 
-INDEX = "model.safetensors.index.json"
+INDEX = index_of(STEMS[0])
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 # Whole copies of the same weights in another naming, which some repositories carry beside them.
 _DUPLICATES = ("consolidated",)
@@ -21,12 +22,14 @@ def find_shards(
     names: set[str], index: Any, label: str
 ) -> tuple[list[str], Mapping[str, str] | None]:
     """Which files hold the weights, in transformers' order of preference, and the index's map."""
-    if "model.safetensors" in names:
-        return ["model.safetensors"], None
+    stem = stem_of(names)
+    whole, file = f"{stem}.safetensors", index_of(stem)
+    if whole in names:
+        return [whole], None
     if index is not None:
         weight_map = index.get("weight_map") if isinstance(index, dict) else None
         if not isinstance(weight_map, dict) or not weight_map:
-            raise CorruptFileError("has no weight_map", model=label, file=INDEX)
+            raise CorruptFileError("has no weight_map", model=label, file=file)
         checked: set[str] = set()
         for tensor, shard in weight_map.items():
             if isinstance(shard, str) and shard in checked:
@@ -34,10 +37,10 @@ def find_shards(
             place = PurePosixPath(str(shard))
             if place.is_absolute() or ".." in place.parts or "\\" in str(shard):
                 what = f"names a file outside the model's folder: '{shard}'"
-                raise CorruptFileError(what, model=label, file=INDEX, tensor=tensor)
+                raise CorruptFileError(what, model=label, file=file, tensor=tensor)
             if not isinstance(shard, str) or not shard.endswith(".safetensors"):
                 what = f"names a file that is not safetensors: {shard!r}"
-                raise CorruptFileError(what, model=label, file=INDEX, tensor=tensor)
+                raise CorruptFileError(what, model=label, file=file, tensor=tensor)
             checked.add(shard)
         return sorted(checked), weight_map
     found = sorted(

@@ -17,11 +17,11 @@ from typing import Any
 
 from merge_cli.checkpoint import hub
 from merge_cli.checkpoint.adapter import Adapter, open_adapter
-from merge_cli.checkpoint.files import CARD, is_companion
-from merge_cli.checkpoint.header import TensorRef, parse_header, read_header_file
+from merge_cli.checkpoint.components import PIPELINE, names_in, part_folders, stem_of
 from merge_cli.checkpoint.lora import WEIGHTS, apply_adapter
+from merge_cli.checkpoint.places import Folder, Place, Repository, read_headers
 from merge_cli.checkpoint.quantised import read_as_numbers
-from merge_cli.checkpoint.shards import INDEX, find_shards, join_shards, read_config, read_json
+from merge_cli.checkpoint.shards import read_config
 from merge_cli.checkpoint.tensors import Tensor
 from merge_cli.errors import CorruptFileError, HubError, SourceError
 from merge_cli.recipe.reference import HUB, ModelRef, hub_id, local_folder
@@ -62,6 +62,12 @@ class Source:
             if isinstance(config, dict) and "tie_word_embeddings" in config:
                 return bool(config["tie_word_embeddings"])
         return head not in self.tensors
+
+    @property
+    def stems(self) -> dict[str, str]:
+        """For each folder with weights ("" for the model's own) what the files are called."""
+        known = [*self.header_bytes, *([PIPELINE] if (self.root / PIPELINE).is_file() else [])]
+        return {folder: stem_of(names_in(folder, known)) for folder in part_folders(known)}
 
     def fingerprint(self, shards: Iterable[str] | None = None) -> str:
         """SHA-256 over config, headers, and samples of the weights: tells models apart.
@@ -109,7 +115,7 @@ class Source:
         model, _, adapter = self.label.partition("+") if self.adapter else (self.label, "", "")
         found = {model: self.hub} if self.hub else {}
         if self.adapter and self.adapter.hub:
-            found[adapter] = self.adapter.hub
+            found[adapter or model] = self.adapter.hub  # or an adapter by itself
         return {name: one.commit for name, one in found.items() if one.commit}
 
     @property
@@ -209,54 +215,25 @@ def _open_folder(path: Path, label: str) -> Source:
     if not path.is_dir():
         hint = "Name the model's folder, not a file in it."
         raise SourceError("not a folder", model=label, hint=hint)
-    names = {p.name for p in path.iterdir()}
-    config = read_config(path / "config.json", label) if "config.json" in names else {}
-    index = read_json(path / INDEX, label) if INDEX in names else None
-    shards, weight_map = find_shards(names, index, label)
-    headers: dict[str, bytes] = {}
-    tensors: dict[str, dict[str, TensorRef]] = {}
-    for shard in shards:
-        file = path / shard
-        if not file.exists():
-            raise CorruptFileError("the index names this file, but it is missing", model=label,
-                                   file=shard, hint="Download or copy it again.")  # fmt: skip
-        raw = read_header_file(file, label)
-        headers[shard] = raw
-        tensors[shard] = parse_header(raw, file, file.stat().st_size, label)
-    notes = () if config else ("has no config.json",)
-    joined = join_shards(tensors, weight_map, label)
-    return _source(label, path, config, joined, headers, None, notes)
+    return _opened(Folder(path), label)
 
 
 def _open_hub(repo: hub.HubModel, label: str) -> Source:
-    names = {name for name in repo.files if "/" not in name}
-    small = sorted(n for n in names if is_companion(n) or n in ("config.json", INDEX, CARD))
-    templates = (name for name in repo.files if name.startswith("additional_chat_templates/"))
-    small += sorted(name for name in templates if name.endswith(".jinja"))
-    root = hub.fetch_files(repo, small)
-    config = read_config(root / "config.json", label) if "config.json" in names else {}
-    index = read_json(root / INDEX, label) if INDEX in names else None
-    shards, weight_map = find_shards(names, index, label)
-    headers: dict[str, bytes] = {}
-    tensors: dict[str, dict[str, TensorRef]] = {}
-    for shard in shards:
-        if shard not in repo.files:
-            raise CorruptFileError("the index names this file, but the repository lacks it",
-                                   model=label, file=shard)  # fmt: skip
-        raw = hub.read_header(repo, shard)
-        headers[shard] = raw
-        cached = root / shard
-        size = cached.stat().st_size if cached.exists() else repo.files[shard]
-        tensors[shard] = parse_header(raw, cached, size, label)
-    notes = tuple(filter(None, [repo.note, "" if config else "has no config.json"]))
-    joined = join_shards(tensors, weight_map, label)
-    return _source(label, root, config, joined, headers, repo, notes)
+    return _opened(Repository(repo), label, repo)
 
 
-def _source(
-    label: str, root: Path, config: Mapping[str, Any], stored: Mapping[str, TensorRef],
-    headers: Mapping[str, bytes], repo: hub.HubModel | None, notes: tuple[str, ...],
-) -> Source:  # fmt: skip
-    """With fp8 weights as numbers."""
-    tensors, plain, more = read_as_numbers(stored, config, label)
-    return Source(label, root, plain, tensors, headers, repo, (*notes, *more))
+def _opened(place: Place, label: str, repo: hub.HubModel | None = None) -> Source:
+    """From the headers of its files; fp8 weights as numbers."""
+    config = read_config(place.root / "config.json", label) if "config.json" in place.names else {}
+    stored, headers = read_headers(place, label)
+    tensors, plain, quantised = read_as_numbers(stored, config, label)
+    notes = [repo.note if repo else "", _kind(place, config), *quantised]
+    return Source(label, place.root, plain, tensors, headers, repo, tuple(filter(None, notes)))
+
+
+def _kind(place: Place, config: Mapping[str, Any]) -> str:
+    """What a reader should know of a model that is not one folder with a config."""
+    parts = part_folders(place.names)
+    if parts != [""]:
+        return f"a pipeline; {', '.join(parts)} are merged, everything else is copied"
+    return "" if config else "has no config.json"

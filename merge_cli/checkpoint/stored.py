@@ -2,10 +2,29 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from merge_cli.checkpoint.header import DTYPES
+from merge_cli.checkpoint.header import DTYPES, TensorRef
+from merge_cli.checkpoint.raw import FilePool, read_into
 from merge_cli.checkpoint.tensors import Read, Tensor
+
+
+@contextmanager
+def reading() -> Iterator[Read]:
+    """A function that reads stored tensors, whatever files they are in; threads may share it."""
+    files = FilePool(os.O_RDONLY)
+
+    def read(ref: TensorRef, start: int, buffer: memoryview) -> None:
+        offset = ref.offset + start * DTYPES[ref.dtype][0]
+        read_into(files, ref.path, offset, buffer, ref.model)
+
+    try:
+        yield read
+    finally:
+        files.close()
 
 
 def read_numbers(read: Read, tensor: Tensor, start: int, count: int) -> Any:

@@ -50,3 +50,35 @@ class Tensor(Protocol):
 
     def fill(self, read: Read, start: int, buffer: memoryview) -> None:
         """Fill a buffer of bytes with the elements from `start` on, in row-major order."""
+
+
+class Float32:
+    """What a tensor that is computed in float32 has from the one that it is made of."""
+
+    @property
+    def made_of(self) -> Tensor:
+        raise NotImplementedError
+
+    @property
+    def name(self) -> str:
+        return self.made_of.name
+
+    @property
+    def model(self) -> str:
+        return self.made_of.model
+
+    @property
+    def dtype(self) -> str:
+        return "F32"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.made_of.shape
+
+    @property
+    def size(self) -> int:
+        return self.made_of.size
+
+    @property
+    def nbytes(self) -> int:
+        return 4 * self.size

@@ -56,8 +56,8 @@ def read_vocabulary(source: Source) -> dict[str, int]:
         CorruptFileError: a file that is not what its name says.
     """
     try:
-        whole = _json(source.root / "tokenizer.json", source)
-        return _vocabulary(whole) if whole else _loose_vocabulary(source.root, source)
+        whole = json_file(source.root / "tokenizer.json", source)
+        return tokens_of(whole) if whole else _loose_vocabulary(source.root, source)
     except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
         what = f"its tokenizer files cannot be read ({type(error).__name__}: {error})"
         raise CorruptFileError(what, model=source.label) from error
@@ -70,8 +70,8 @@ def opaque_files(source: Source) -> list[str]:
 
 def _read(source: Source) -> Tokenizer:
     root = source.root
-    config = _json(root / "tokenizer_config.json", source)
-    whole = _json(root / "tokenizer.json", source)
+    config = json_file(root / "tokenizer_config.json", source)
+    whole = json_file(root / "tokenizer.json", source)
     vocabulary = read_vocabulary(source)
     rules = {key: value for key, value in whole.items() if key not in ("truncation", "padding")}
     opaque = [] if whole else opaque_files(source)
@@ -88,7 +88,7 @@ def _read(source: Source) -> Tokenizer:
     )
 
 
-def _vocabulary(tokenizer: Mapping[str, Any]) -> dict[str, int]:
+def tokens_of(tokenizer: Mapping[str, Any]) -> dict[str, int]:
     """Token -> number of a tokenizer.json; unigram models list tokens with their scores."""
     model = tokenizer.get("model") or {}
     listed = model.get("vocab") or {}
@@ -102,17 +102,17 @@ def _vocabulary(tokenizer: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _loose_vocabulary(root: Path, source: Source) -> dict[str, int]:
-    """vocab.json or vocab.txt, and added_tokens.json."""
-    found: dict[str, int] = dict(_json(root / "vocab.json", source))
+    """vocab.json or vocab.txt, and added_tokens.json; nothing where that alone is there."""
+    found: dict[str, int] = dict(json_file(root / "vocab.json", source))
     if not found and (root / "vocab.txt").is_file():
         lines = (root / "vocab.txt").read_text(encoding="utf-8").splitlines()
         found = {token: number for number, token in enumerate(lines)}
-    return found | _json(root / "added_tokens.json", source)
+    return found | json_file(root / "added_tokens.json", source) if found else found
 
 
 def chat_templates(source: Source) -> dict[str, str]:
     """Every chat template by name, however it is stored; the usual one is `default`."""
-    return _templates(source.root, _json(source.root / "tokenizer_config.json", source), source)
+    return _templates(source.root, json_file(source.root / "tokenizer_config.json", source), source)
 
 
 def _template(root: Path, config: Mapping[str, Any], source: Source) -> str | None:
@@ -125,7 +125,7 @@ def _template(root: Path, config: Mapping[str, Any], source: Source) -> str | No
 
 def _templates(root: Path, config: Mapping[str, Any], source: Source) -> dict[str, str]:
     texts: dict[str, str] = {}
-    stored = config.get("chat_template") or _json(root / "chat_template.json", source).get(
+    stored = config.get("chat_template") or json_file(root / "chat_template.json", source).get(
         "chat_template"
     )
     if isinstance(stored, str):
@@ -144,7 +144,7 @@ def _content(token: Any) -> str | None:
     return token.get("content") if isinstance(token, dict) else token
 
 
-def _json(path: Path, source: Source) -> dict[str, Any]:
+def json_file(path: Path, source: Source) -> dict[str, Any]:
     """A JSON mapping; empty where there is no such file."""
     if not path.is_file():
         return {}

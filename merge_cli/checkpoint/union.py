@@ -3,7 +3,8 @@
 The base's text stays split as the base splits it. Added tokens (special ones, chat markers) work as
 in the model that they are from. Ordinary tokens get a number and rows, and can be written and
 decoded; a BPE tokenizer does not split text into them, since its merges are the base's: the base
-has never seen a text that is split otherwise.
+has never seen a text that is split otherwise. (Single characters need no merge: those that the base
+falls back to bytes for are found.)
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from merge_cli.checkpoint.source import Source
+from merge_cli.checkpoint.tokenizer_document import tokenizer_document
+from merge_cli.checkpoint.tokenizer_files import opaque_files
 from merge_cli.errors import SourceError
 
 _RARE = 10.0  # below the smallest score of a unigram model: never chosen where there is a choice
@@ -40,20 +43,15 @@ def join(base: Source, others: Sequence[tuple[Source, Mapping[str, int]]],
     """The base's tokenizer with what the others have, in their order, and single tokens more.
 
     Raises:
-        SourceError: the base has no tokenizer.json, or one of a kind that cannot grow.
+        SourceError: the base's tokenizer cannot be read, or is of a kind that cannot grow.
     """
     vocabulary = dict(own)
-    file = base.root / "tokenizer.json"
     lacking = [token for _, tokens in others for token in tokens
                if token not in vocabulary]  # fmt: skip
     wanted = [*dict.fromkeys([*lacking, *(t for t in extra if t not in vocabulary)])]
     if not wanted:
         return Union(vocabulary, {}, ())
-    if not file.is_file():
-        what = "has no tokenizer.json, to which tokens could be added"
-        hint = "Load and save its tokenizer once with transformers (AutoTokenizer)."
-        raise SourceError(what, model=base.label, hint=hint)
-    document = json.loads(file.read_text(encoding="utf-8"))
+    document = tokenizer_document(base)
     added = {token["content"]: token for token in document.get("added_tokens") or ()}
     from_others: dict[str, dict[str, Any]] = {}
     notes = []
@@ -110,10 +108,9 @@ def _grow(model: dict[str, Any], token: str, number: int, label: str) -> None:
 
 
 def _added_tokens(source: Source) -> dict[str, dict[str, Any]]:
-    file = source.root / "tokenizer.json"
-    if not file.is_file():
+    if not (source.root / "tokenizer.json").is_file() and not opaque_files(source):
         return {}
-    listed = json.loads(file.read_text(encoding="utf-8")).get("added_tokens") or ()
+    listed = tokenizer_document(source).get("added_tokens") or ()
     return {token["content"]: dict(token) for token in listed}
 
 

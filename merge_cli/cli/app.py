@@ -18,6 +18,7 @@ from merge_cli.cli.analyze import analyze
 from merge_cli.cli.compare import compare
 from merge_cli.cli.convert import convert
 from merge_cli.cli.evaluate import evaluate
+from merge_cli.cli.extract_lora import extract_lora
 from merge_cli.cli.init import init
 from merge_cli.cli.methods import methods
 from merge_cli.cli.push import push
@@ -41,7 +42,7 @@ def _root(
         raise typer.Exit
 
 
-for verb in (init, run, plan, methods, analyze, evaluate, compare, push, convert):
+for verb in (init, run, plan, methods, analyze, evaluate, compare, push, convert, extract_lora):
     app.command()(verb)
 
 

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from merge_cli.console.adapters import print_merged
 from merge_cli.console.analysis import print_analysis
 from merge_cli.console.gathering import (
     print_gathered,
@@ -139,7 +140,7 @@ class Screen:
         found = settings.rows(plan.tasks, every)
         rows = [plan_row(label, tasks, settings) for label, tasks in found]
         method = plan.recipe.merge_method
-        on_base = plan.base is not None and plan.method.needs_base
+        on_base = plan.base is not None and plan.method.needs_base and not plan.recipe.output
         base = f" on {plan.sources[plan.base].label}" if on_base and plan.base is not None else ""
         sources = ", ".join(plan.sources[i].label for i in plan.operands)
         self.out.print(f"[bold]{escape(method)}[/bold] of {escape(sources + base)}")
@@ -170,6 +171,9 @@ class Screen:
             print(json.dumps(result.report, ensure_ascii=False))
             return
         if self.quiet or not result.report:
+            return
+        if "adapter" in result.report:
+            print_merged(self.out, result.report, shown)
             return
         for stage in result.report.get("stages", ()):
             sources = ", ".join(one["model"] for one in stage["inputs"])

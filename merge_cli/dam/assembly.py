@@ -12,6 +12,7 @@ from merge_cli.dam.sources import Place, Sources
 from merge_cli.dam.student import Seat, Student
 from merge_cli.engine.memory import return_freed_memory
 from merge_cli.engine.plan import Plan
+from merge_cli.evaluation.seats import find_seats
 from merge_cli.recipe.training import Training
 
 
@@ -40,7 +41,7 @@ def assemble(
     """
     return_freed_memory()
     net = load_student(plan, device, dtype)
-    parameters = dict(net.named_parameters())
+    places = find_seats(plan, net)
     coefficients = initial_coefficients(targets, training, plan.recipe.seed, device, dtype)
     wide = next(iter(coefficients.values())).raw.dtype
     sources = Sources(
@@ -48,8 +49,8 @@ def assemble(
         with_base=training.form == "task_vector",
     )  # fmt: skip
     seats = [
-        Seat(target.name, parameters[target.parameter], target.trained)
-        for target in targets if target.parameter is not None
+        Seat(places[target.name].parameter, places[target.name].index, target.name, target.trained)
+        for target in targets if target.held
     ]  # fmt: skip
     student = Student(
         net, seats, coefficients, sources, form=training.form, optimizer=Optimizer(training),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -158,7 +159,7 @@ def baselines(
         own = [label != base_label for label in labels]
         for scale in LAMBDAS:
             weights = [scale * moves for moves in own]
-            wanted.append((f"task arithmetic {scale:g}", 1.0 - sum(weights), weights))
+            wanted.append((f"task arithmetic {scale:g}", 1.0 - math.fsum(weights), weights))
     found = {}
     for number, (name, base, weights) in enumerate(wanted):
         tell(number, len(wanted), name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from merge_cli.dam.sources import Stored
 from merge_cli.engine.plan import Plan, TensorTask
 from merge_cli.errors import Problem, SourceError
 from merge_cli.evaluation.live import quiet
+from merge_cli.evaluation.seats import by_name, layer_of
 from merge_cli.recipe.training import Training
 
 
@@ -20,13 +22,13 @@ class Target:
     """One merged tensor of the output.
 
     Attributes:
-        parameter: the student's name for it; None where the student has no such parameter.
+        held: whether the student has it, as a parameter or as a part of one.
         layout: of its coefficients.
         trained: whether they are learned; otherwise they stay as they start.
     """
 
     task: TensorTask
-    parameter: str | None
+    held: bool
     layout: Layout
     trained: bool
 
@@ -115,50 +117,46 @@ def load_student(plan: Plan, device: str, dtype: Any) -> Any:
     return net.to(device).eval()
 
 
-class ParameterNames:
-    """What a net calls its parameters, by what files call them: the same, or without a prefix."""
-
-    def __init__(self, net: Any) -> None:
-        self._shapes = {name: tuple(p.shape) for name, p in net.named_parameters()}
-        self._ends: dict[str, list[str]] = {}
-        for name in self._shapes:
-            parts = name.split(".")
-            for i in range(len(parts)):
-                self._ends.setdefault(".".join(parts[i:]), []).append(name)
-
-    def of(self, stored: str, shape: tuple[int, ...]) -> str | None:
-        """The parameter that a stored tensor of this name and shape is, if it is one."""
-        fitting = [stored] if stored in self._shapes else self._ends.get(stored, [])
-        found = fitting[0] if len(fitting) == 1 else None
-        return found if found is not None and self._shapes[found] == shape else None
-
-
 def find_targets(plan: Plan, net: Any, training: Training) -> tuple[list[Target], list[Problem]]:
-    """Every merged tensor of the plan with its parameter, and parameters that have none.
+    """Every merged tensor of the plan, and parameters of the student that nothing stored fills.
 
-    transformers may call a parameter otherwise than the file does (a prefix), or build it from
-    several stored tensors: a coefficient cannot follow the second kind.
+    transformers may call a parameter otherwise than the file does, or stack several stored
+    matrices. Where these lie is seen once the student has weights; until then it is enough that
+    they fill, layer by layer, what no tensor's name is for.
     """
     parameters = dict(net.named_parameters())
-    kinds, names = kinds_of(net), ParameterNames(net)
-    targets: list[Target] = []
-    found: set[str] = set()
-    for task in plan.tasks:
-        if task.action != "merge":
-            continue
-        name = names.of(task.name, task.shape)
-        trained = name is not None and is_trained(name, kinds.get(name, ""), training.train)
+    kinds = kinds_of(net)
+    merged = [task for task in plan.tasks if task.action == "merge"]
+    names = by_name({task.name: task.shape for task in merged}, parameters)
+    open_names = parameters.keys() - names.values()
+    loose = [task for task in merged if task.name not in names]
+    filled = _filled({name: parameters[name] for name in open_names}, loose)
+    targets = []
+    for task in merged:
+        held = task.name in names or layer_of(task.name) in filled
+        name = names.get(task.name, task.name)
+        kind = kinds.get(name, _kind_of_expert(name, len(task.shape)))
+        trained = held and is_trained(name, kind, training.train)
         granularity = training.granularity if trained else "tensor"
-        first = name is not None and kinds.get(name) == "conv1d"
-        layout = layout_of(task.shape, granularity, training.rank, input_first=first)
-        targets.append(Target(task, name, layout, trained))
-        found |= {name} if name else set()
+        layout = layout_of(task.shape, granularity, training.rank, input_first=kind == "conv1d")
+        targets.append(Target(task, held, layout, trained))
     problems = [
         Problem("transformers builds it from tensors that are stored otherwise: its coefficients "
                 "cannot be learned, and no student can be made", name)
-        for name in parameters if name not in found
+        for name in parameters if name in open_names and layer_of(name) not in filled
     ]  # fmt: skip
     return targets, problems
+
+
+def _filled(parameters: Mapping[str, Any], loose: Sequence[TensorTask]) -> set[str]:
+    """Layers in which stored tensors have as many elements as the parameters without a name."""
+    room: Counter[str] = Counter()
+    stored: Counter[str] = Counter()
+    for name, parameter in parameters.items():
+        room[layer_of(name)] += parameter.numel()
+    for task in loose:
+        stored[layer_of(task.name)] += task.size
+    return {layer for layer, size in room.items() if stored[layer] == size}
 
 
 def is_trained(name: str, kind: str, patterns: Sequence[str]) -> bool:
@@ -216,4 +214,10 @@ def _walk(net: Any) -> Iterator[tuple[str, str]]:
                 kind = "linear"
             elif type(module).__name__ == "Conv1D" and name == "weight":
                 kind = "conv1d"
-            yield f"{prefix}.{name}".lstrip("."), kind
+            full = f"{prefix}.{name}".lstrip(".")
+            yield full, _kind_of_expert(full, parameter.dim()) if kind == "other" else kind
+
+
+def _kind_of_expert(name: str, dimensions: int) -> str:
+    """Matrices of experts are linear layers, one by one or stacked."""
+    return "linear" if ".experts." in name and dimensions > 1 and "bias" not in name else "other"

@@ -23,6 +23,7 @@ from merge_cli.dam.coefficients import Coefficients
 from merge_cli.dam.optimizers import Optimizer
 from merge_cli.dam.penalties import penalty
 from merge_cli.dam.sources import Sources
+from merge_cli.evaluation.seats import Seat as Place
 
 _HELD_BYTES = 1 << 26  # rows that are kept from the projection for the rewrite
 
@@ -30,12 +31,12 @@ Reduce = Callable[[Sequence[Any]], None]  # adds tensors up over all processes, 
 
 
 @dataclass(frozen=True)
-class Seat:
-    """A parameter of the student, what it is made of, and whether its coefficients are learned."""
+class Seat(Place):
+    """A parameter of the student, or a part of one, what it is made of, and whether its
+    coefficients are learned."""
 
-    name: str
-    parameter: Any
-    trained: bool
+    name: str = ""
+    trained: bool = False
 
 
 class Student:
@@ -43,7 +44,7 @@ class Student:
 
     Args:
         net: any causal language model of transformers.
-        seats: every parameter that is merged.
+        seats: every parameter that is merged, by its parts if it is stored in several.
         coefficients: by name, for every seat.
         form: soup or task_vector.
 
@@ -67,11 +68,13 @@ class Student:
         self._moved: set[str] = set()
         self._order: list[str] = []
         self._hooks = []
-        for seat in seats:
-            seat.parameter.requires_grad_(seat.trained)
-            if seat.trained:
-                hook = self._hook(seat.name)
-                self._hooks.append(seat.parameter.register_post_accumulate_grad_hook(hook))
+        for own in _by_parameter(seats):
+            parameter = own[0].parameter
+            trained = [seat for seat in own if seat.trained]
+            parameter.requires_grad_(bool(trained))
+            if trained:
+                hook = self._hook(trained)
+                self._hooks.append(parameter.register_post_accumulate_grad_hook(hook))
 
     def close(self) -> None:
         for hook in self._hooks:
@@ -140,13 +143,15 @@ class Student:
             self.coefficients[name].clear()
         return norm
 
-    def _hook(self, name: str) -> Callable[[Any], None]:
+    def _hook(self, seats: Sequence[Seat]) -> Callable[[Any], None]:
         def arrived(parameter: Any) -> None:
             grad, parameter.grad = parameter.grad, None
-            held = self._project(name, grad)
-            del grad
-            if self._rate is not None:
-                self._move(name, self._rate, held)
+            for seat in seats:
+                held = self._project(seat.name, grad[seat.index])
+                if seat is seats[-1]:
+                    del grad
+                if self._rate is not None:
+                    self._move(seat.name, self._rate, held)
 
         return arrived
 
@@ -207,8 +212,7 @@ class Student:
 
     def _matrix(self, name: str) -> Any:
         layout = self.coefficients[name].layout
-        # Detached, but counted: autograd notices if a weight that it still needs has changed.
-        return self.seats[name].parameter.detach().view(layout.rows, layout.columns)
+        return self.seats[name].values.view(layout.rows, layout.columns)
 
     def _blocks(self, name: str) -> list[tuple[int, int]]:
         rows, step = self.coefficients[name].layout.rows, self.sources.block_rows(name)
@@ -227,3 +231,11 @@ class Student:
         elif len(self._order) > 1:
             following = self._order[(self._order.index(name) + 1) % len(self._order)]
             self.sources.expect(following)
+
+
+def _by_parameter(seats: Sequence[Seat]) -> list[list[Seat]]:
+    """Parts of one parameter share its gradient."""
+    found: dict[int, list[Seat]] = {}
+    for seat in seats:
+        found.setdefault(id(seat.parameter), []).append(seat)
+    return list(found.values())

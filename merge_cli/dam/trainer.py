@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
+from operator import add
 from typing import Any
 
 from merge_cli.dam.checkpoint import Position, TrainingFolder
@@ -169,10 +171,11 @@ class Trainer:
             for dataset, row in zip(terms, table.tolist(), strict=True)
         }
         penalties = dict(self._student.penalties_found)
-        total = sum(
+        weighted = (
             self._training.loss[name] * value for own in found.values()
             for name, value in own.items()
-        ) + sum(penalties.values())  # fmt: skip
+        )  # fmt: skip
+        total = reduce(add, [*weighted, *penalties.values()], 0.0)
         if total != total or abs(total) == float("inf"):
             raise _not_finite(step)
         return {"step": step, "rate": rate, "loss": total, "terms": found, "penalties": penalties}

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, partial
-from pathlib import Path
 from typing import Any
 
 from merge_cli.checkpoint.header import DTYPES
 from merge_cli.engine.operands import ModelReader, Reading, TaskReader, operands_of
 from merge_cli.engine.plan import Plan, TensorTask
+from merge_cli.engine.sinks import Places, sink_for
 from merge_cli.engine.statistics import Meter, TensorStats
 from merge_cli.engine.units import Unit, span_starts
 from merge_cli.errors import NonFiniteError
@@ -31,7 +31,7 @@ class Computer:
         self,
         plan: Plan,
         reading: Reading,
-        places: Mapping[str, tuple[Path, int]],
+        places: Places,
         *,
         statistics: bool,
         allow_non_finite: bool,
@@ -104,7 +104,7 @@ class Computer:
         self, reader: TaskReader, supplied: dict[str, Any], finished: Finished, unit: Unit
     ) -> None:
         task, method, lane = reader.task, self._method, self._reading.pool.lane
-        path, offset = self._places[task.name]
+        sink = sink_for(task, lane, self._places, unit.start, unit.stop)
         named = arguments(method, task.parameters)
         named |= {name: value for name, value in supplied.items() if name in method.supplied}
         kept = method.kept and partial(
@@ -116,8 +116,7 @@ class Computer:
         for block in reader.range(unit.start, unit.stop):
             self._check_finite(block, task, stats)
             merged = method.function(**operands_of(block, method.supplied), **named)
-            place = offset + block.at.start * DTYPES[task.dtype][0]
-            if not lane.store(merged, task.dtype, path, place):
+            if not sink.put(merged, block.at.start):
                 self._refuse_infinity(merged, task, block)
             if meter is not None:
                 meter.add(block, merged)
@@ -165,7 +164,7 @@ def _count_non_finite(values: Any) -> int:
 
 
 def _first_non_finite(values: Any) -> int:
-    return int(_not_finite(values).argmax())
+    return int(_not_finite(values).nonzero()[0][0])  # torch's argmax refuses booleans
 
 
 def _not_finite(values: Any) -> Any:

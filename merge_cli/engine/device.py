@@ -80,7 +80,8 @@ def choose_arithmetic(plan: Plan) -> tuple[Arithmetic, str]:
     if not plan.method.any_array:
         return "torch", f"{plan.method.name} works on tensors"
     merged = [task for task in plan.tasks if task.action == "merge"]
-    formats = {ref.dtype for task in merged for ref in task.inputs} | {t.dtype for t in merged}
+    formats = {ref.dtype for task in merged for ref in task.inputs}
+    formats |= {task.dtype for task in merged if task.block is None}  # fp8 has its own loop
     if formats - COMPILED:
         return "torch", f"{', '.join(sorted(formats - COMPILED))} among the tensors"
     missing = compiled.available()

@@ -76,7 +76,7 @@ def work_key(plan: Plan, *context: object) -> str:
         setting = settings.get(id(task.parameters))
         if setting is None:
             setting = settings[id(task.parameters)] = repr(sorted(task.parameters.items()))
-        text = f"({task.output!r}, {task.action!r}, {task.ids!r}, {inputs!r}){setting}"
+        text = f"({task.outputs!r}, {task.action!r}, {task.ids!r}, {inputs!r}){setting}"
         state.update(text.encode())
     state.update(repr(sorted(stamps)).encode())
     for shard in plan.shards:

@@ -86,6 +86,12 @@ class Lane(Protocol):
     def store(self, values: Any, dtype: str, path: Path, offset: int) -> bool:
         """Round values to the dtype, write them; whether they are finite where the dtype is F16."""
 
+    def fetch(self, values: Any) -> Any:
+        """Values as numpy float32 on the host, to be looked at before the lane's next call."""
+
+    def write(self, data: memoryview, path: Path, offset: int) -> None:
+        """Bytes of the host into a file."""
+
     def close(self) -> None:
         """Give the buffers back."""
 
@@ -183,6 +189,12 @@ class HostLane:
         self._files.write(self.clock, path, offset, raw.data)
         return fits
 
+    def fetch(self, values: Any) -> Any:
+        return values
+
+    def write(self, data: memoryview, path: Path, offset: int) -> None:
+        self._files.write(self.clock, path, offset, data)
+
     def close(self) -> None:
         """The buffer goes when the last array that looks into it does."""
 
@@ -211,6 +223,9 @@ class TorchLane(HostLane):
         rounded, fits = encode(values, dtype)
         self._files.write(self.clock, path, offset, rounded.view(torch.uint8).numpy().data)
         return fits
+
+    def fetch(self, values: Any) -> Any:
+        return values.float().numpy()
 
 
 def all_finite(tensors: Sequence[Any]) -> bool:

@@ -69,7 +69,7 @@ def lane_room(plan: Plan, device: Device, options: MergeOptions) -> LaneRoom:
     if device.kind == "cpu":
         spare = _TEMPORARIES[choose_arithmetic(plan)[0]]
         spare += 2 * inputs if plan.method.gathers else 0  # a block's statistics, and with weights
-        each = _HOST_BLOCK * ((_STORED + 4) * inputs + 4 * spare) + _whole(plan)
+        each = _HOST_BLOCK * ((_STORED + 4) * inputs + 4 * spare) + _whole(plan) + _slab(plan)
         threads = options.threads or usable_cores()
         return LaneRoom(max(1, min(threads, free // each)), _HOST_BLOCK, inputs, each)
     import torch
@@ -147,6 +147,11 @@ def _whole(plan: Plan) -> int:
         and (arrays := whole(shape=task.shape, **task.parameters))
     ]
     return max(held, default=0)
+
+
+def _slab(plan: Plan) -> int:
+    """What a lane holds of an output in fp8: a row of blocks as numbers and as codes."""
+    return max((5 * t.block[0] * t.shape[-1] for t in plan.tasks if t.block), default=0)
 
 
 def _fixed(plan: Plan, device: Device) -> int:

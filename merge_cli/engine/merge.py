@@ -9,9 +9,8 @@ from pathlib import Path
 from merge_cli.checkpoint.chat_template import FILE as TEMPLATE
 from merge_cli.checkpoint.chat_template import without_template
 from merge_cli.checkpoint.files import code_files, copy_companions
-from merge_cli.checkpoint.layout import index_json
+from merge_cli.checkpoint.layout import indexes
 from merge_cli.checkpoint.raw import write_error
-from merge_cli.checkpoint.shards import INDEX
 from merge_cli.checkpoint.source import fetch_weights
 from merge_cli.engine.device import choose_device
 from merge_cli.engine.journal import work_key
@@ -19,7 +18,7 @@ from merge_cli.engine.loop import run_loop
 from merge_cli.engine.options import MergeOptions, Progress, Show
 from merge_cli.engine.outcome import Outcome
 from merge_cli.engine.plan import Plan
-from merge_cli.engine.vocabulary import renumber
+from merge_cli.engine.token_numbers import renumber
 from merge_cli.engine.workfolder import WorkFolder
 from merge_cli.errors import Interrupted, SourceError
 
@@ -51,7 +50,7 @@ def execute(plan: Plan, target: Path, options: MergeOptions, *, show: Show, fini
             if not options.fresh and work.published(key):
                 work.discard()
                 return work.target
-            work.refuse(options.overwrite, _precious(plan))
+            work.refuse(options.overwrite, precious(plan))
             if options.fresh:
                 work.discard()
             work.refuse_other_work(key)
@@ -82,13 +81,13 @@ def check_target(plan: Plan, target: Path, options: MergeOptions) -> None:
     choose_device(options.device)
     work = WorkFolder(target)
     try:
-        work.refuse(options.overwrite, _precious(plan))
+        work.refuse(options.overwrite, precious(plan))
         work.check_space(plan.bytes_written)
     except OSError as error:
         raise write_error(error, target) from error
 
 
-def _precious(plan: Plan) -> list[Path]:
+def precious(plan: Plan) -> list[Path]:
     """What no output may replace: the sources, the recipe, and where we stand."""
     recipe = [Path(plan.recipe.file)] if plan.recipe.file else []
     adapters = [source.adapter.root for source in plan.sources if source.adapter]
@@ -147,9 +146,9 @@ def write_companions(plan: Plan, folder: Path, options: MergeOptions) -> None:
         _write_tokenizer(plan, folder, copied=options.copy_tokenizer)
         if plan.config:
             _write_config(plan, donor.root / "config.json", folder / "config.json")
-        if len(plan.shards) > 1:
-            outputs = [task.output for task in plan.tasks]
-            (folder / INDEX).write_text(index_json(plan.shards, outputs), encoding="utf-8")
+        outputs = [output for task in plan.tasks for output in task.outputs]
+        for name, text in indexes(plan.shards, outputs, donor.stems).items():
+            (folder / name).write_text(text, encoding="utf-8")
     except OSError as error:
         raise write_error(error, folder) from error
 

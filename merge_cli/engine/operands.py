@@ -100,8 +100,8 @@ class TaskReader:
 def ask_for(files: Files, task: TensorTask, start: int, stop: int) -> None:
     """Have the system bring elements [start, stop) of every input into its cache."""
     for tensor in task.inputs:
-        ref = tensor.stored[0]
-        if ref.size == tensor.size:  # else its elements lie in another order
+        ref = tensor.stored[0] if tensor.stored else None
+        if ref is not None and ref.size == tensor.size:  # else its elements lie in another order
             width = ref.nbytes // ref.size
             files.ask_for(ref, start * width, (stop - start) * width)
 

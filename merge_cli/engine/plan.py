@@ -36,6 +36,7 @@ class TensorTask:
         group: what the report sums over: the layer (`model.layers.7`), or the tensor's own name.
         note: what a reader should know; often empty.
         position: the layer's place in its slice, 0 to 1: where a gradient is evaluated.
+        block: rows and columns that share a scale, of an output in fp8; None of any other.
     """
 
     name: str
@@ -50,10 +51,25 @@ class TensorTask:
     group: str = ""
     note: str = ""
     position: float = 0.0
+    block: tuple[int, int] | None = None
 
     @property
     def output(self) -> OutputTensor:
         return OutputTensor(self.name, self.dtype, self.shape)
+
+    @property
+    def outputs(self) -> tuple[OutputTensor, ...]:
+        """What is written for it: the tensor, and its scales if it has some."""
+        return (self.output, self.scales) if self.scales else (self.output,)
+
+    @property
+    def scales(self) -> OutputTensor | None:
+        """One for each block, as DeepSeek and transformers name and shape them."""
+        if self.block is None:
+            return None
+        *stack, rows, columns = self.shape
+        grid = (-(-rows // self.block[0]), -(-columns // self.block[1]))
+        return OutputTensor(f"{self.name}_scale_inv", "F32", (*stack, *grid))
 
     @property
     def size(self) -> int:

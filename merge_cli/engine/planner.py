@@ -21,6 +21,7 @@ from merge_cli.checkpoint.config import (
 from merge_cli.checkpoint.header import DTYPES
 from merge_cli.checkpoint.layout import lay_out, natural_key
 from merge_cli.checkpoint.source import Source
+from merge_cli.engine import fp8
 from merge_cli.engine.heads import reconcile_heads
 from merge_cli.engine.match import Match, match_pieces
 from merge_cli.engine.opening import one_spelling, open_all
@@ -28,7 +29,8 @@ from merge_cli.engine.pieces import Piece, cut_pieces
 from merge_cli.engine.plan import Action, Plan, TensorTask, is_stored_as
 from merge_cli.engine.prefixes import Renamed, rename
 from merge_cli.engine.stacking import layer_sources, stacked_pieces
-from merge_cli.engine.vocabulary import align, renumber, vocabulary_notes
+from merge_cli.engine.token_numbers import renumber, vocabulary_notes
+from merge_cli.engine.vocabulary import align
 from merge_cli.errors import MismatchError, Problem, RecipeError, UsageError
 from merge_cli.methods.filters import idle_filters
 from merge_cli.methods.registry import Method
@@ -135,13 +137,15 @@ def make_plan(
         raise MismatchError(ordered, summary)
     tasks: list[TensorTask] = []
     refused: dict[str, Problem] = {}
+    codes = fp8.Fp8(sources[donor]) if recipe.fp8 else None
     for piece, found in groupby(matches.found, key=attrgetter("piece")):
-        for task, wrong in _tasks(recipe, method, piece, found):
+        for task, wrong in _tasks(recipe, method, piece, found, codes):
             tasks.append(task)
             if wrong:
                 refused.setdefault(wrong, recipe.problem(piece.key, wrong))
-    if refused:
-        raise RecipeError(list(refused.values()))
+    unfit = fp8.refused(recipe, sources[donor].config) or fp8.nothing(recipe, tasks)
+    if refused or unfit:
+        raise RecipeError([*refused.values(), *filter(None, [unfit])])
     tasks.sort(key=lambda task: natural_key(task.name))
     coefficients = _coefficients(recipe, tasks)
     dtypes = {task.dtype for task in tasks if task.dtype in _FLOATS}
@@ -174,8 +178,9 @@ def make_plan(
     ]
     if recipe.base_model is None:
         notes.insert(0, f"config.json and tokenizer come from {sources[donor].label}, listed first")
+    outputs = [output for task in tasks for output in task.outputs]
     operands = dict.fromkeys(o.source for piece in pieces for o in piece.operands)
-    return Plan(
+    return fp8.described(Plan(
         recipe=recipe,
         method=method,
         sources=tuple(sources),
@@ -185,13 +190,13 @@ def make_plan(
         aligned=aligned,
         template=template,
         tasks=tuple(tasks),
-        shards=tuple(lay_out([task.output for task in tasks], shard_size)),
+        shards=tuple(lay_out(outputs, shard_size, sources[donor].stems)),
         config=config if sources[donor].config else {},
         notes=tuple(dict.fromkeys(notes)),
         coefficients=coefficients,
         shard_size=shard_size,
         stages=stages or {},
-    )
+    ))  # fmt: skip
 
 
 _FLOATS = ("F64", "F32", "BF16", "F16")
@@ -216,7 +221,7 @@ def _differences(sources: Sequence[Source]) -> str:
 
 
 def _tasks(
-    recipe: Recipe, method: Method, piece: Piece, matches: Iterable[Match]
+    recipe: Recipe, method: Method, piece: Piece, matches: Iterable[Match], codes: fp8.Fp8 | None
 ) -> Iterator[tuple[TensorTask, str]]:
     """The output tensors of one piece, and why each cannot be (empty when it can)."""
     resolver = Resolver(recipe, method, piece.spec, [operand.spec for operand in piece.operands])
@@ -231,13 +236,14 @@ def _tasks(
                              (match.source,), (), group=group, note=match.copied), ""  # fmt: skip
             continue
         resolved = resolver.of(name, match.seat.position)
-        dtype = wanted or like.native
+        block = codes.block(name, like) if codes else None
+        dtype = fp8.CODES if block else wanted or like.native
         copied = resolved.copies and is_stored_as(operands[0], dtype)
         action: Action = "copy" if copied else "merge"
         mixed = {ref.native for ref in operands} | {like.native}
         note = f"stored as {', '.join(sorted(mixed))}" if len(mixed) > 1 else ""
         task = TensorTask(name, like.shape, dtype, action, operands, sources, ids, match.base,
-                          resolved.parameters, group, note, match.seat.position)  # fmt: skip
+                          resolved.parameters, group, note, match.seat.position, block)  # fmt: skip
         yield task, resolved.error
 
 

@@ -10,8 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from merge_cli.checkpoint.components import inside
 from merge_cli.checkpoint.header import TensorRef, parse_header
 from merge_cli.checkpoint.source import Source, open_source
+from merge_cli.engine.adapters import plan_adapters
 from merge_cli.engine.merge import write_companions
 from merge_cli.engine.options import MergeOptions
 from merge_cli.engine.plan import Plan
@@ -29,6 +31,8 @@ def plan_recipe(recipe: Recipe, *, shard_size: int = DEFAULT_SHARD_SIZE) -> Plan
     Raises:
         as `make_plan` does, for any of the documents.
     """
+    if recipe.output is not None:
+        return plan_adapters(recipe)
     if not recipe.stages:
         return make_plan(recipe, shard_size=shard_size)
     plans: dict[str, Plan] = {}
@@ -115,7 +119,9 @@ def _to_be_made(name: str, plan: Plan, folder: Path) -> Source:
     write_companions(plan, root, MergeOptions())
     tensors: dict[str, TensorRef] = {}
     for shard in plan.shards:
-        tensors |= parse_header(shard.header, root / shard.file, shard.size, name)
+        for own, ref in parse_header(shard.header, root / shard.file, shard.size, name).items():
+            whole = inside(shard.folder, own)
+            tensors[whole] = ref._replace(name=whole)
     headers = {shard.file: shard.header for shard in plan.shards}
     return Source(name, root, plan.config, tensors, headers, planned=True)
 

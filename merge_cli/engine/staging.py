@@ -120,14 +120,27 @@ class StagedLane:
         self._give(rounded.view(torch.uint8), path, offset)
         return fits
 
+    def fetch(self, values: Any) -> Any:
+        import numpy as np
+        import torch
+
+        return self._down(values.float().view(torch.uint8)).view(np.float32)
+
+    def write(self, data: memoryview, path: Path, offset: int) -> None:
+        self._files.write(self.clock, path, offset, data)
+
     def _give(self, stored: Any, path: Path, offset: int) -> None:
         """Bytes on the device into a file."""
+        self.write(self._down(stored).data, path, offset)
+
+    def _down(self, stored: Any) -> Any:
+        """Bytes of the device in the lane's pinned buffer: numpy uint8, until the next call."""
         if stored.numel() > self._output.numel():
             self._output = self._transfers.host(stored.numel())
         host = self._output[: stored.numel()]
         self._transfers.down(stored, host)
         self._transfers.wait()
-        self._files.write(self.clock, path, offset, host.numpy().data)
+        return host.numpy()
 
     def close(self) -> None:
         """Wait, so that no copy outlives its buffer."""

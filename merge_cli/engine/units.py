@@ -7,6 +7,7 @@ continued by any other.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -40,5 +41,8 @@ def cut_units(tasks: Sequence[TensorTask]) -> list[Unit]:
 def span_starts(task: TensorTask) -> list[int]:
     """Where the units of a task begin, and at the end its size."""
     width = sum(DTYPES[ref.dtype][0] for ref in task.inputs)
-    step = max(1, UNIT_BYTES // width // BLOCK_MULTIPLE) * BLOCK_MULTIPLE
+    least = BLOCK_MULTIPLE
+    if task.block is not None:  # a block's scale is one unit's
+        least = math.lcm(least, task.block[0] * task.shape[-1])
+    step = max(1, UNIT_BYTES // width // least) * least
     return [*range(0, task.size, step), task.size]

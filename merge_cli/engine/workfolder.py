@@ -20,15 +20,18 @@ from pathlib import Path
 from types import TracebackType
 
 from merge_cli.checkpoint.coefficients import FILE
+from merge_cli.checkpoint.components import PIPELINE
 from merge_cli.checkpoint.layout import Shard
 from merge_cli.checkpoint.raw import allocate, has_header, write_error
+from merge_cli.checkpoint.shards import INDEX
 from merge_cli.engine.journal import Journal
 from merge_cli.errors import ResourceError, UsageError
 from merge_cli.sizes import show_size
 
 _OURS = {"journal.jsonl", "journal.new", "model", "replaced"}
 # What --overwrite may replace: folders that look like a model.
-_SIGNS = ("config.json", "merge_recipe.yaml", "model.safetensors", "model.safetensors.index.json")
+_SIGNS = ("config.json", "merge_recipe.yaml", "model.safetensors", INDEX, PIPELINE,
+          "adapter_config.json")  # fmt: skip
 
 
 class WorkFolder:
@@ -113,7 +116,7 @@ class WorkFolder:
         Raises:
             ResourceError: names what is needed and what is free.
         """
-        present = sum(f.stat().st_blocks * 512 for f in self.model.glob("*.safetensors"))
+        present = sum(f.stat().st_blocks * 512 for f in self.model.rglob("*.safetensors"))
         place = self.target.parent
         while not place.exists():  # a dry run creates no folders
             place = place.parent
@@ -160,6 +163,8 @@ class WorkFolder:
         self.discard()
         try:
             self.model.mkdir(parents=True)
+            for folder in {shard.folder for shard in shards} - {""}:
+                (self.model / folder).mkdir()
         except OSError as error:
             raise write_error(error, self.partial) from error
         for shard in shards:
@@ -169,11 +174,12 @@ class WorkFolder:
 
     def clear_companions(self, shards: tuple[Shard, ...]) -> None:
         """Remove what an earlier run, perhaps with other flags, has put beside the shards."""
-        kept = {shard.file for shard in shards}
-        for path in self.model.iterdir():
-            if path.is_dir():
+        kept = {self.model / shard.file for shard in shards}
+        folders = {self.model / shard.folder for shard in shards}
+        for path in [*self.model.iterdir(), *(p for f in folders for p in f.iterdir())]:
+            if path.is_dir() and path not in folders:
                 shutil.rmtree(path)
-            elif path.name not in kept:
+            elif path.is_file() and path not in kept:
                 path.unlink()
 
     def publish(self, *, fsync: bool) -> None:
@@ -204,7 +210,8 @@ class WorkFolder:
 
     def _holds(self, shards: tuple[Shard, ...]) -> bool:
         """Whether exactly these shards are there, each with its size and header."""
-        files = {path.name for path in self.model.glob("*.safetensors")}
+        weights = self.model.rglob("*.safetensors")
+        files = {path.relative_to(self.model).as_posix() for path in weights}
         return files - {FILE} == {shard.file for shard in shards} and all(
             has_header(self.model / shard.file, shard.size, shard.header) for shard in shards
         )

@@ -37,8 +37,9 @@ def standard_error(metric: Metric) -> float | None:
     n = len(metric.parts)
     if n < 2:
         return None
-    ratio, total = metric.ratio, sum(metric.weights)
-    residues = sum((p - ratio * w) ** 2 for p, w in zip(metric.parts, metric.weights, strict=True))
+    ratio, total = metric.ratio, math.fsum(metric.weights)
+    squares = ((p - ratio * w) ** 2 for p, w in zip(metric.parts, metric.weights, strict=True))
+    residues = math.fsum(squares)
     error = math.sqrt(n / (n - 1) * residues) / total
     return error * metric.value if metric.power else error  # the derivative of e^x is e^x
 

@@ -102,6 +102,7 @@ def load(
     batch_tokens: int = 8192,
     seed: int = 0,
     memory: int | None = None,
+    incomplete: bool = False,
 ) -> LiveModel:
     """Load an opened source, whose weights are on disk, with transformers.
 
@@ -111,6 +112,7 @@ def load(
         max_length: at most the model's own context; by default that, and at most 4,096.
         memory: bytes that the weights may take, instead of what is free. What does not fit is
             read from disk layer by layer, as accelerate does it.
+        incomplete: weights may be missing, because every one will be replaced.
 
     Raises:
         SourceError: transformers cannot load it as a causal language model.
@@ -147,7 +149,8 @@ def load(
             )
         except Exception as error:  # a config can break transformers in any way it likes
             raise _cannot_load(source, error) from error
-    _refuse_made_up(source, about)
+    if not incomplete:
+        _refuse_made_up(source, about)
     net.eval()
     if folder is None:
         net.to(where)

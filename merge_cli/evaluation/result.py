@@ -36,7 +36,7 @@ class Metric:
     @property
     def ratio(self) -> float:
         """Sum of parts over sum of weights."""
-        return sum(self.parts) / sum(self.weights)
+        return math.fsum(self.parts) / math.fsum(self.weights)
 
     @property
     def value(self) -> float:

@@ -9,43 +9,28 @@ parameters.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-from merge_cli.checkpoint.header import DTYPES
-from merge_cli.engine.compute import Computer
-from merge_cli.engine.device import Device, choose_device
-from merge_cli.engine.memory import lane_room
-from merge_cli.engine.operands import Reading, TaskReader
+from merge_cli.engine.device import choose_device
 from merge_cli.engine.options import MergeOptions
-from merge_cli.engine.pieces import cut_pieces
-from merge_cli.engine.plan import Plan, TensorTask, is_stored_as
+from merge_cli.engine.plan import TensorTask
 from merge_cli.engine.planner import make_plan
-from merge_cli.engine.pool import Pool
-from merge_cli.engine.units import Unit, cut_units
-from merge_cli.engine.workers import arithmetic_for, lane_maker, memory_errors, one_torch_thread
-from merge_cli.errors import RecipeError
 from merge_cli.evaluation.live import LiveModel
+from merge_cli.evaluation.seats import find_seats
+from merge_cli.evolve.merger import Merger
 from merge_cli.evolve.resident import (
     Place,
-    Residency,
     ResidentFiles,
     choose_place,
-    resident_lanes,
 )
-from merge_cli.evolve.shell import find_seats, load_shell
-from merge_cli.methods.resolve import Resolver
+from merge_cli.evolve.shell import load_shell
 from merge_cli.recipe.schema import Recipe
 
 # Methods, or sets of sources (a greedy soup tries one after another), whose threads are kept.
 _ENGINES = 4
-_REMEMBERED = 4  # answers of a method's `prepare` for each tensor
 _TORCH = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16",
           "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8",
           "BOOL": "bool"}  # fmt: skip
-Prepared = OrderedDict[str, Any]
 
 
 class LiveMerge:
@@ -73,7 +58,7 @@ class LiveMerge:
         self._files.keep(refs)
         self.live: LiveModel = load_shell(plan, options, **loading)
         self._seats = find_seats(plan, self.live.net)
-        self._mergers: OrderedDict[tuple[Any, ...], _Merger] = OrderedDict()
+        self._mergers: OrderedDict[tuple[Any, ...], Merger] = OrderedDict()
         self._held: dict[str, str] = {}  # tensor -> what it holds the merge of
         self.rewritten = self.skipped = 0
 
@@ -89,7 +74,7 @@ class LiveMerge:
         if key not in self._mergers:
             plan = make_plan(recipe)
             self._files.keep(plan.stored_inputs)
-            self._mergers[key] = _Merger(
+            self._mergers[key] = Merger(
                 plan, self._files, self._device, self._options, self.place.residency
             )
             if len(self._mergers) > _ENGINES:
@@ -128,118 +113,4 @@ class LiveMerge:
         held = raw if isinstance(raw, torch.Tensor) else torch.from_numpy(raw)
         stored = held.view(getattr(torch, _TORCH[task.dtype]))
         with torch.no_grad():
-            self._seats[task.name].copy_(stored.reshape(task.shape))
-
-
-class _Remembering(Computer):
-    """A Computer whose `prepare` answers from memory where it was asked the same before."""
-
-    remembered: dict[str, Prepared]
-
-    def prepare(self, reader: TaskReader, task: TensorTask) -> Any:
-        uses = self._method.prepare_uses
-        if uses is None or self._survey is not None:
-            return super().prepare(reader, task)
-        key = repr([(name, task.parameters[name]) for name in uses])
-        known = self.remembered.setdefault(task.name, OrderedDict())
-        if key not in known:
-            known[key] = super().prepare(reader, task)
-            if len(known) > _REMEMBERED:
-                known.popitem(last=False)
-        return known[key]
-
-
-@dataclass(frozen=True)
-class _Job:
-    task: TensorTask
-    units: tuple[Unit, ...]
-
-
-class _Merger:
-    """The engine for one method and one set of sources, its threads kept between candidates."""
-
-    def __init__(
-        self, plan: Plan, files: ResidentFiles, device: Device, options: MergeOptions,
-        residency: Residency,
-    ) -> None:  # fmt: skip
-        self._plan, self._files, self._device, self._options = plan, files, device, options
-        labels = [source.label for source in plan.sources]
-        pieces = cut_pieces(plan.recipe, plan.method, labels)
-        self._keys = [operand.spec.key for operand in pieces[0].operands]
-        self._specs = [operand.spec for operand in pieces[0].operands]
-        units: dict[int, list[Unit]] = {}
-        for unit in cut_units(plan.tasks):
-            units.setdefault(unit.task, []).append(unit)
-        self._units = units
-        self._order = sorted(units, key=lambda task: (-plan.tasks[task].bytes_read, task))
-        self._places = {task.name: (Path(task.name), 0) for task in plan.tasks}
-        self._remembered: dict[str, Prepared] = {}
-        self.surveys = False
-        self._arithmetic, _ = arithmetic_for(plan, device)
-        room = lane_room(plan, device, options)
-        lanes = (
-            resident_lanes(files, device, room.block) if residency == "device"
-            else lane_maker(files, device, self._arithmetic, room)
-        )  # fmt: skip
-        self._pool = Pool(lanes, room.lanes)
-        self._reading = Reading(
-            self._pool, files, plan.recipe.seed, "deltas" in plan.method.supplied
-        )
-        self._pool.__enter__()
-
-    def resolved(self, recipe: Recipe) -> list[TensorTask]:
-        """The plan's tasks with another recipe's parameters."""
-        own = {spec.key: spec for spec in recipe.models}
-        specs = [own.get(k, s) for k, s in zip(self._keys, self._specs, strict=True)]
-        resolver = Resolver(recipe, self._plan.method, None, specs)
-        tasks = []
-        for task in self._plan.tasks:
-            if task.action == "copy" and not task.parameters:  # copied, whatever the method
-                tasks.append(task)
-                continue
-            found = resolver.of(task.name, task.position)
-            if found.error:
-                raise RecipeError([recipe.problem("merge_method", found.error)])
-            copies = found.copies and is_stored_as(task.operands[0], task.dtype)
-            tasks.append(
-                replace(task, parameters=found.parameters, action="copy" if copies else "merge")
-            )
-        return tasks
-
-    def merge(self, tasks: Sequence[TensorTask], changed: Sequence[int], take: Any) -> None:
-        """Merge some of the tasks; `take(task, bytes)` gets each result."""
-        computer = _Remembering(
-            replace(self._plan, tasks=tuple(tasks)), self._reading, self._places,
-            statistics=False, allow_non_finite=self._options.allow_non_finite,
-        )  # fmt: skip
-        computer.remembered = self._remembered
-
-        def survey(_: None) -> None:
-            computer.survey(lambda: None)
-
-        def work(job: _Job) -> None:
-            if not job.task.size:
-                return
-            path, _ = self._places[job.task.name]
-            raw = self._files.buffer(job.task.size * DTYPES[job.task.dtype][0])
-            self._files.outputs[path] = raw
-            try:
-                computer.merge(job.task, job.units, lambda unit, stats: None)
-            finally:
-                del self._files.outputs[path]
-            take(job.task, raw)
-
-        wanted = set(changed)
-        jobs = [_Job(tasks[n], tuple(self._units[n])) for n in self._order if n in wanted]
-        with one_torch_thread(self._device, self._arithmetic), memory_errors(resumes=False):
-            if jobs and self._plan.method.survey is not None:
-                self._pool.map(survey, [None])
-                self.surveys = computer.surveyed
-            self._pool.map(work, jobs)
-        if self._device.kind == "cuda":
-            import torch
-
-            torch.cuda.synchronize()
-
-    def close(self) -> None:
-        self._pool.__exit__(None, None, None)
+            self._seats[task.name].values.copy_(stored.reshape(task.shape))

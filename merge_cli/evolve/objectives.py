@@ -6,6 +6,7 @@ counts for. Scores are sums of weight * value / sum of weights, and lower is bet
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
@@ -99,7 +100,7 @@ class Split:
             base: the base model's values, where a goal is not to be worse than it.
         """
         parts, violation = [], 0.0
-        whole = sum(goal.weight for goal in self.weighted)
+        whole = math.fsum(goal.weight for goal in self.weighted)
         for goal in self.goals:
             found = pick(values, goal)
             sign = _sign(goal, found.better)
@@ -112,7 +113,7 @@ class Split:
             if goal.no_worse_than and base is not None:
                 limit = sign * pick(base, goal).value + goal.margin
                 violation += max(0.0, sign * found.value - limit)
-        return Score(sum(parts), tuple(parts), violation)
+        return Score(math.fsum(parts), tuple(parts), violation)
 
 
 @dataclass(frozen=True)

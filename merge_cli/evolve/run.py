@@ -183,7 +183,7 @@ class _Run:
             totals = [split.score(values, base).total for values in measured]
             low = min(totals)
             weights = [math.exp((low - total) / search.temperature) for total in totals]
-            genome = space.weighted([w / sum(weights) for w in weights])
+            genome = space.weighted([w / math.fsum(weights) for w in weights])
         elif search.start != "middle":
             path = local_file(search.start, decided.recipe.folder)
             assert path is not None, "check_recipe has looked for it"

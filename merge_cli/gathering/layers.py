@@ -8,7 +8,8 @@ from typing import Any
 
 from merge_cli.checkpoint.header import TensorRef
 from merge_cli.checkpoint.source import Source
-from merge_cli.dam.models import ParameterNames, kinds_of
+from merge_cli.dam.models import kinds_of
+from merge_cli.evaluation.seats import by_name
 
 
 @dataclass(frozen=True)
@@ -30,15 +31,13 @@ class Layer:
 
 def parameters_of(net: Any, source: Source) -> dict[str, str]:
     """Stored name -> parameter, for every tensor that is one parameter of the loaded model."""
-    names = ParameterNames(net)
+    stored = {t.name: t.shape for t in source.tensors.values() if isinstance(t, TensorRef)}
     found: dict[str, str] = {}
     taken: set[str] = set()
-    for tensor in source.tensors.values():
-        if isinstance(tensor, TensorRef):
-            parameter = names.of(tensor.name, tensor.shape)
-            if parameter is not None and parameter not in taken:
-                found[tensor.name] = parameter
-                taken.add(parameter)
+    for name, parameter in by_name(stored, dict(net.named_parameters())).items():
+        if parameter not in taken:
+            found[name] = parameter
+            taken.add(parameter)
     return found
 
 

@@ -108,5 +108,8 @@ def _lane_sum(values: Any) -> float:
     padded = torch.nn.functional.pad(values, (0, -len(values) % _LANES)).view(-1, _LANES)
     if values.device.type == "cpu":
         # numpy adds row by row; torch's order within a column is its own.
-        return float(sum(padded.numpy().sum(0).tolist()))
+        total = 0.0
+        for lane in padded.numpy().sum(0).tolist():  # Python's sum rounds once since 3.12
+            total += lane
+        return total
     return math.fsum(padded.sum(0).tolist())

@@ -6,6 +6,7 @@ ones are kept. Equal magnitudes are ranked by index, the lower the larger.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -89,7 +90,7 @@ def breadcrumbs(
     """
     mixed = weighted_sum(weight, _between(deltas, prepared, at.start))
     if normalize:
-        mixed = divided(mixed, sum(weight))
+        mixed = divided(mixed, math.fsum(weight))
     return add_scaled(base, lambda_, mixed)
 
 

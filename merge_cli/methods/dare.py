@@ -6,6 +6,7 @@ alone (see `kernels.mask`). Rescaling is exact by default: 1/density keeps the e
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -94,7 +95,7 @@ def dare(
     """
     mixed = weighted_sum(_scaled(weight, prepared), dropped(deltas, at, density))
     if normalize:
-        mixed = divided(mixed, sum(weight))
+        mixed = divided(mixed, math.fsum(weight))
     return add_scaled(base, lambda_, mixed)
 
 

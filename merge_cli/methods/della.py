@@ -8,6 +8,7 @@ seed, source, tensor and element alone, as DARE's.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
@@ -183,6 +184,6 @@ def della_linear(
     """
     mixed = weighted_sum(weight, _dropped(deltas, at, prepared))
     if normalize:
-        mixed = divided(mixed, sum(weight))
+        mixed = divided(mixed, math.fsum(weight))
     changed: Tensor = add_scaled(base, lambda_, mixed)
     return changed

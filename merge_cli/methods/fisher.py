@@ -32,7 +32,7 @@ def importance_scales(models: Sequence[Mapping[str, Any]], normalize: Normalize)
         models: `elements` of each, with the `sum` of their importances and of their `squares`.
     """
     if normalize == "none":  # one factor for all: it cancels, but for epsilon
-        usual = sum(one["sum"] / one["elements"] for one in models) / len(models)
+        usual = math.fsum(one["sum"] / one["elements"] for one in models) / len(models)
         return [1 / usual if usual else 0.0] * len(models)
     sizes = [
         math.sqrt(one["squares"] / one["elements"]) if normalize == "l2"

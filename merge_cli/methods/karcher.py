@@ -30,7 +30,7 @@ def mean_on_sphere(
 
     gram = gram_matrix(tensor)
     lengths = np.sqrt(np.diag(gram))
-    shares = np.array(weight) / sum(weight)
+    shares = np.array(weight) / math.fsum(weight)
     if len(lengths) == 1:
         return [1.0]
     used = (lengths > tol) & (shares > 0)

@@ -36,7 +36,7 @@ def _shares(gram: Any) -> list[float]:
         for i in range(count)
         for j in range(i + 1, count)
     ]
-    cosine = sum(cosines) / len(cosines)
+    cosine = math.fsum(cosines) / len(cosines)
     below = 1.0 + (count - 1) * cosine
     t = 0.0 if abs(below) < _SINGULAR else count * cosine / below
     return [t / count] * count

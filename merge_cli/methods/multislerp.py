@@ -33,7 +33,7 @@ def mean_direction(
 
     gram = gram_matrix(tensor)
     lengths = np.sqrt(np.diag(gram))
-    weights = np.array(weight) / (sum(weight) if normalize_weights else 1.0)
+    weights = np.array(weight) / (math.fsum(weight) if normalize_weights else 1.0)
     if len(weights) == 1:
         return [1.0]
     per_unit = np.divide(weights, lengths, out=np.zeros_like(lengths), where=lengths > 0)

@@ -29,7 +29,7 @@ def along_great_circle(
     """sin((1-t)θ)/sin θ and sin(tθ)/sin θ, for the whole tensor or for each row or column."""
     import numpy as np
 
-    total = sum(weight)
+    total = math.fsum(weight)
     t = 0.5 if abs(total) < _NO_WEIGHT else weight[1] / total
     if nuslerp_flatten:
         return _coefficients(t, gram_matrix(tensor))

@@ -10,6 +10,7 @@ The matrices are gathered beforehand (`merge_cli.gathering`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -86,7 +87,7 @@ def _rows(tensor: TensorBlocks) -> Iterator[tuple[int, list[Tensor]]]:
 
 def weighted_mean(weight: Sequence[float], arrays: Sequence[Any]) -> Any:
     """Sum of w_i * x_i over the sum of w_i, from the first array on: equal arrays stay equal."""
-    total = sum(weight)
+    total = math.fsum(weight)
     merged = arrays[0] * 1.0  # the lane's buffer is not ours
     for w, array in zip(weight[1:], arrays[1:], strict=True):
         merged = merged + (w / total) * (array - arrays[0])

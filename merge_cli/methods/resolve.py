@@ -11,20 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from merge_cli.errors import Problem, UsageError
+from merge_cli.methods.adapters import adapter_problems
 from merge_cli.methods.gathering import gathering_problems, gathering_warnings
 from merge_cli.methods.learning import learning_problems
-from merge_cli.methods.registry import Method, get_method, method_names
+from merge_cli.methods.registry import Method, get_method
 from merge_cli.methods.searching import search_problems
 from merge_cli.recipe.keys import nearest
 from merge_cli.recipe.schema import Parameters, Recipe, SliceSpec, SourceSpec
 from merge_cli.recipe.values import Scalar, evaluate, filters, is_graded, matches, scalars
-
-# Known to the field or to mergekit, not to this version: better said than guessed at.
-_ELSEWHERE = frozenset((
-    "nuslerp", "multislerp", "karcher", "della",
-    "della_linear", "breadcrumbs", "breadcrumbs_ties", "sce", "model_stock", "nearswap",
-    "arcee_fusion", "ram", "ramplus_tl",
-))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -44,10 +38,6 @@ def check_recipe(recipe: Recipe) -> Checked:
     try:
         method = get_method(name)
     except UsageError as error:
-        if name not in method_names() and name in _ELSEWHERE:
-            what = f"'{name}' is not supported by this version."
-            known = ", ".join(method_names())
-            return Checked(None, (recipe.problem("merge_method", what, f"Known: {known}."),), ())
         hint = error.hint if error.where == "" else ""
         return Checked(None, (recipe.problem("merge_method", error.what, hint),), ())
     if method.variant is not None:
@@ -56,11 +46,15 @@ def check_recipe(recipe: Recipe) -> Checked:
     problems: list[Problem] = list(search_problems(recipe, searching=searching))
     if problems and searching:
         return Checked(method, tuple(problems), ())
-    problems += learning_problems(recipe, method)
-    problems += gathering_problems(recipe, method)
+    problems += [
+        *learning_problems(recipe, method),
+        *gathering_problems(recipe, method),
+        *adapter_problems(recipe, method),
+    ]
     warnings = list(gathering_warnings(recipe, method))
     groups = _groups(recipe)
-    if method.needs_base and any(here.base_model is None for here, *_ in groups):
+    based = recipe.output is not None  # changes start from nothing
+    if method.needs_base and not based and any(here.base_model is None for here, *_ in groups):
         what = f"{name} adds changes to a base model, and the recipe names none."
         problems.append(recipe.problem("merge_method", what, "Add `base_model:`."))
     for here, key, group, specs in groups:

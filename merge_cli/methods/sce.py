@@ -9,6 +9,7 @@ Then the mean of what is left by those weights.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -56,7 +57,7 @@ def select(tensor: TensorBlocks, survey: None, *, select_topk: float, **_: Any) 
         return found
 
     sums = [exact_sum(parts) / tensor.size for parts in zip(*tensor.map(squares), strict=True)]
-    whole = sum(sums)
+    whole = math.fsum(sums)
     if whole < _NOTHING:
         return Selected(cut, [1.0 / len(sums)] * len(sums))
     return Selected(cut, [one / whole for one in sums])

@@ -28,6 +28,9 @@ def search_problems(recipe: Recipe, *, searching: bool) -> Iterator[Problem]:
     if recipe.objective is None:
         hint = "Write `objective: [{task: loss, data: FILE}]`."
         yield recipe.problem("merge_method", "needs an `objective:` to judge by.", hint)
+    if recipe.fp8:
+        what = "candidates are judged in the dtype that they are merged in: not in fp8."
+        yield recipe.problem("out_dtype", what, "Search in bfloat16, then merge the result in fp8.")
     for key in ("slices", "modules"):
         if getattr(recipe, key):
             what = f"{recipe.merge_method} merges whole models."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from merge_cli.kernels.arrays import Array
@@ -12,7 +13,7 @@ from merge_cli.methods.registry import merge_method
 
 def weights_cancel(weight: Sequence[float], normalize: bool) -> str:
     """Why these weights have no average."""
-    if normalize and abs(sum(weight)) < 1e-8:
+    if normalize and abs(math.fsum(weight)) < 1e-8:
         return f"the weights {list(weight)} sum to 0, so that normalizing divides by 0"
     return ""
 
@@ -33,4 +34,4 @@ def soup(
         normalize: divide by the sum of the weights.
     """
     mixed = weighted_sum(weight, models)
-    return divided(mixed, sum(weight)) if normalize else mixed
+    return divided(mixed, math.fsum(weight)) if normalize else mixed

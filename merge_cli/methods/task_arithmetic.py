@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from merge_cli.kernels.arrays import Array
 from merge_cli.kernels.reduce import add_scaled, divided, weighted_sum
 from merge_cli.methods.parameters import PerModel, each
@@ -30,5 +32,5 @@ def task_arithmetic(
     """
     mixed = weighted_sum(weight, deltas)
     if normalize:
-        mixed = divided(mixed, sum(weight))
+        mixed = divided(mixed, math.fsum(weight))
     return add_scaled(base, lambda_, mixed)

@@ -60,10 +60,17 @@ def parse_documents(
     wanted = set().union(*uses.values())
     final = "" if "" in by_name else [name for name in by_name if name not in wanted][-1]
     stages = tuple(by_name[name] for name in order if name != final)
+    for recipe in recipes:
+        if recipe.output is not None:
+            what = "adapters are merged by a recipe of their own."
+            problems.append(recipe.problem("output", what, "Move it to a file of its own."))
     for stage in stages:
         if stage.eval is not None:
             what = "only the result is evaluated, and this is a stage."
             problems.append(stage.problem("eval", what, "Move it to the result's document."))
+        if stage.fp8 and stage.name in wanted:
+            what = "what another document merges is kept in full."
+            problems.append(stage.problem("out_dtype", what, "Only the result may be fp8."))
     return replace(by_name[final], stages=stages), problems
 
 

@@ -75,6 +75,8 @@ def dump_recipe(
         document["tokenizer"] = _tokenizer(recipe.tokenizer, recipe.folder, locate)
     if recipe.chat_template:
         document["chat_template"] = recipe.chat_template
+    if recipe.output:
+        document["output"] = recipe.output.plain()
     document["seed"] = recipe.seed
     if recipe.training:
         document["training"] = plain_training(recipe.training)

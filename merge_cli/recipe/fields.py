@@ -12,6 +12,8 @@ from merge_cli.errors import Problem
 from merge_cli.recipe.keys import DTYPES, INEFFECTIVE, UNSUPPORTED, nearest
 from merge_cli.recipe.nodes import Node
 
+_FP8_NAMES = ("fp8", "float8", "float8_e4m3fn", "fp8_e4m3", "e4m3")
+
 
 class Fields:
     """The part of the recipe's parser that knows nothing of recipes.
@@ -27,13 +29,16 @@ class Fields:
         self.warnings: list[str] = []
         self.places: dict[str, tuple[int, int]] = {}
 
-    def _dtype(self, node: Node | None, key: str) -> str | None:
+    def _dtype(self, node: Node | None, key: str, also: tuple[str, ...] = ()) -> str | None:
         word = self._word(node, key)
         if word is None or node is None:
             return None
         name = word.removeprefix("torch.")
-        if name not in DTYPES:
-            self._add(node, key, f"unknown dtype '{word}'.", nearest(name, DTYPES))
+        if name not in (*DTYPES, *also):
+            hint = nearest(name, (*DTYPES, *also))
+            if name in _FP8_NAMES:
+                hint = "Write `out_dtype: fp8`; `dtype` is of everything that stays as it is."
+            self._add(node, key, f"unknown dtype '{word}'.", hint)
             return None
         return name
 

@@ -24,10 +24,11 @@ UNSUPPORTED = {
 RECIPE_KEYS = (
     "merge_method", "base_model", "models", "slices", "modules", "parameters", "dtype", "out_dtype",
     "seed", "tokenizer_source", "tokenizer", "chat_template", "name", "metadata", "training",
-    "statistics", "coefficients", "inputs", "eval", "search", "objective",
+    "statistics", "coefficients", "inputs", "eval", "search", "objective", "output",
 )  # fmt: skip
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
+FP8 = "fp8"  # of `out_dtype`: matrices of layers as codes of eight bits with scales, the rest not
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -10,9 +10,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from merge_cli.errors import Problem
-from merge_cli.recipe.keys import RECIPE_KEYS
+from merge_cli.recipe.keys import FP8, RECIPE_KEYS
 from merge_cli.recipe.models import ModelSections
 from merge_cli.recipe.nodes import Node
+from merge_cli.recipe.output import parse_output
 from merge_cli.recipe.schema import Recipe
 from merge_cli.recipe.search import SEARCH_KEYS, Search, parse_search
 from merge_cli.recipe.templates import AUTO, BUILT_IN, template_text
@@ -58,7 +59,7 @@ class _Parser(ModelSections):
             modules=self._modules(top.get("modules")),
             parameters=self._parameters(top.get("parameters"), "parameters"),
             dtype=self._dtype(top.get("dtype"), "dtype"),
-            out_dtype=self._dtype(top.get("out_dtype"), "out_dtype"),
+            out_dtype=self._dtype(top.get("out_dtype"), "out_dtype", (FP8,)),
             seed=self._integer(seed, "seed") if seed else 0,
             tokenizer=parse_tokenizer(
                 top.get("tokenizer"),
@@ -77,6 +78,7 @@ class _Parser(ModelSections):
             eval=top.get("eval"),
             search=self._search(top.get("search")),
             objective=top.get("objective"),
+            output=parse_output(top.get("output"), self._add),
             file=self.file,
             folder=self.folder,
             places=self.places,

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from merge_cli.errors import Problem
+from merge_cli.recipe.keys import FP8
 from merge_cli.recipe.nodes import Node
+from merge_cli.recipe.output import AdapterOutput
 from merge_cli.recipe.reference import ModelRef
 from merge_cli.recipe.search import Search
 from merge_cli.recipe.statistics import Statistics
@@ -73,6 +75,7 @@ class Recipe:
 
     Attributes:
         dtype: dtype of the output; None keeps each tensor's own. Computing is float32 regardless.
+        out_dtype: wins over `dtype`; or fp8, which is of the matrices of layers alone.
         training: how coefficients are learned; None leaves it to the method's defaults.
         statistics: how sources are looked at first; None leaves it to the defaults.
         tokenizer: the output's vocabulary; None merges rows by number, as they are.
@@ -82,6 +85,7 @@ class Recipe:
         eval: what to evaluate the result on, still to be read (`evaluation.parse`).
         search: whose parameters are searched, and how; None leaves it to the defaults.
         objective: what candidates are judged by, still to be read (`evolve.objectives`).
+        output: the result is an adapter, of adapters; None for a model.
         file: the recipe as messages name it; `folder` is where its relative paths start.
         places: key path -> (line, column), for messages of later stages.
         warnings: one line for each key that is known, accepted and without effect.
@@ -108,6 +112,7 @@ class Recipe:
     eval: Node | None = None
     search: Search | None = None
     objective: Node | None = None
+    output: AdapterOutput | None = None
     file: str = ""
     folder: Path = field(default_factory=Path.cwd)
     places: Mapping[str, tuple[int, int]] = field(default_factory=dict)
@@ -121,8 +126,13 @@ class Recipe:
 
     @property
     def output_dtype(self) -> str | None:
-        """`out_dtype` wins over `dtype`; None keeps each tensor's own."""
-        return self.out_dtype or self.dtype
+        """Of all that is not in fp8: `out_dtype` before `dtype`; None keeps each tensor's own."""
+        return self.dtype if self.fp8 else self.out_dtype or self.dtype
+
+    @property
+    def fp8(self) -> bool:
+        """Whether matrices of layers are written in fp8."""
+        return self.out_dtype == FP8
 
     @property
     def source_specs(self) -> tuple[SourceSpec, ...]:

@@ -18,6 +18,7 @@ from merge_cli.recipe.dump import dump_recipe
 from merge_cli.recipe.reference import HUB, ModelRef, local_folder, short_labels
 from merge_cli.report.card_metadata import (
     card_metadata,
+    diffusers_class,
     generates_text,
     licence_note,
     repositories,
@@ -106,6 +107,11 @@ def card_for(card: str, repo_id: str) -> str:
 
 def _usage(plan: Plan, title: str) -> list[str]:
     generates = generates_text(plan.config)
+    name = diffusers_class(plan)
+    if name:
+        return ["## Use", "", "```python", f"from diffusers import {name}", "",
+                f"model_id = {json.dumps(title, ensure_ascii=False)}",
+                f"model = {name}.from_pretrained(model_id)", "```", ""]  # fmt: skip
     if not plan.config:  # weights alone: no library knows how to open them
         return []
     kind = "AutoModelForCausalLM" if generates else "AutoModel"

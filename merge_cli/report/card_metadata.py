@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from merge_cli.checkpoint.config import CLASS
 from merge_cli.checkpoint.files import CARD
 from merge_cli.checkpoint.hub import HubModel
 from merge_cli.checkpoint.source import Source
@@ -80,7 +81,7 @@ def card_metadata(plan: Plan, of_stages: Sequence[str] = ()) -> dict[str, Any]:
         words = _all_words(cards, key)
         if words and key not in own:
             front[key] = words
-    front["library_name"] = "transformers"
+    front["library_name"] = "diffusers" if diffusers_class(plan) else "transformers"
     if generates_text(plan.config):
         front["pipeline_tag"] = "text-generation"
     tags = ["merge", "merge-cli", plan.recipe.merge_method]
@@ -112,6 +113,13 @@ def generates_text(config: Mapping[str, Any]) -> bool:
     """Whether the architecture that a config names is a causal language model."""
     names = config.get("architectures") or []
     return isinstance(names, list) and any(str(n).endswith(_TEXT_GENERATION) for n in names)
+
+
+def diffusers_class(plan: Plan) -> str:
+    """What opens the output, if it is one of diffusers' models or pipelines."""
+    if set(plan.sources[plan.donor].stems) != {""}:
+        return "DiffusionPipeline"
+    return str(plan.config.get(CLASS) or "")
 
 
 def _word(card: Mapping[str, Any], key: str) -> str:

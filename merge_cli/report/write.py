@@ -47,29 +47,8 @@ def write_reports(
     Returns:
         the report.
     """
-    recipe = plan.recipe
-    commits = {name: c for source in plan.sources for name, c in source.commits.items()}
     made = Stages(stages or {})
-    locate = made.named(path_from(target, recipe.folder, commits))
-    labels = [source.label for source in plan.sources]
-    digests = dict(zip(labels, fingerprints, strict=True))
-    defaults = {
-        name: parameter.default
-        for name, parameter in plan.method.parameters.items()
-        if parameter.default is not None
-    }
-    inputs = {locate(model): digests[str(model)] for model in recipe.references}
-    own = dump_recipe(
-        recipe,
-        locate=locate,
-        defaults=defaults,
-        inputs={name: digest for name, digest in inputs.items() if name not in made.names},
-        coefficients=f"./{FILE}" if plan.coefficients is not None else None,
-        data=data_from(target, recipe.folder) if plan.gathered is not None else None,
-        kind=plan.method.gathers,
-    )
-    header = f"# resolved by merge-cli {version('merge-cli')}; running it gives the same bytes\n"
-    text = header + "---\n".join([*made.documents(target), own])
+    text, defaults = resolved_recipe(plan, fingerprints, target, made)
     report = build_report(plan, fingerprints, outcome, text)
     if plan.coefficients is not None:
         report["coefficients"] = coefficient_summary(plan)
@@ -100,3 +79,37 @@ def write_reports(
         except OSError as error:
             raise write_error(error, folder / name) from error
     return report
+
+
+def resolved_recipe(
+    plan: Plan, fingerprints: tuple[str, ...], target: Path, made: Stages | None = None
+) -> tuple[str, dict[str, Any]]:
+    """The recipe with everything that decides the bytes, and the method's defaults.
+
+    Args:
+        target: where it will lie: its paths lead from there.
+        made: what other documents of the recipe have made.
+    """
+    made = made or Stages({})
+    recipe = plan.recipe
+    commits = {name: c for source in plan.sources for name, c in source.commits.items()}
+    locate = made.named(path_from(target, recipe.folder, commits))
+    labels = [source.label for source in plan.sources]
+    digests = dict(zip(labels, fingerprints, strict=True))
+    defaults = {
+        name: parameter.default
+        for name, parameter in plan.method.parameters.items()
+        if parameter.default is not None
+    }
+    inputs = {locate(model): digests[str(model)] for model in recipe.references}
+    own = dump_recipe(
+        recipe,
+        locate=locate,
+        defaults=defaults,
+        inputs={name: digest for name, digest in inputs.items() if name not in made.names},
+        coefficients=f"./{FILE}" if plan.coefficients is not None else None,
+        data=data_from(target, recipe.folder) if plan.gathered is not None else None,
+        kind=plan.method.gathers,
+    )
+    header = f"# resolved by merge-cli {version('merge-cli')}; running it gives the same bytes\n"
+    return header + "---\n".join([*made.documents(target), own]), defaults

@@ -15,6 +15,7 @@ from merge_cli.kernels.compiled.formats import (
     encode_bf16,
     encode_f16,
     non_finite,
+    quantise,
 )
 from merge_cli.kernels.compiled.kernel import Kernel, available
 from merge_cli.kernels.compiled.magnitudes import (
@@ -66,6 +67,7 @@ __all__ = [
     "non_finite",
     "not_empty",
     "own_products",
+    "quantise",
     "quick_change",
     "tridiagonal",
     "trim",

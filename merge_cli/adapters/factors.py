@@ -1,0 +1,161 @@
+"""A matrix as the product of two thin ones: its truncated singular value decomposition.
+
+That is its best approximation of a rank (Eckart and Young, "The approximation of one matrix by
+another of lower rank", Psychometrika 1936). Two ways:
+
+    exact     the eigenvalues of the smaller Gram matrix in float64, D D^T = U S^2 U^T; rounding
+              there is 1e-8 of the largest singular value, less than float32 weights hold
+    subspace  where few directions of many are wanted: a random subspace, drawn to the leading
+              one by power iterations (Halko, Martinsson and Tropp, arXiv:0909.4061)
+
+What a product holds of the matrix is measured, not estimated, so that either says how good it is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+_NOTHING = 1e-14  # of the largest eigenvalue: below it there is rounding alone
+_SPARE, _POWERS = 16, 6  # directions beyond those wanted, and power iterations
+_FEW = 4  # the subspace is drawn where it has at most this part of all directions
+_CHUNK = 2**21  # elements of the matrix that are looked at in float64 at once
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where a decomposition ends: after `rank` directions, or when they hold `energy` of the sum
+    of squares, a share in (0, 1]; whichever comes first."""
+
+    rank: int | None = None
+    energy: float | None = None
+
+    def __str__(self) -> str:
+        words = [f"rank {self.rank}"] if self.rank else []
+        words += [f"{100 * self.energy:g} % of the sum of squares"] if self.energy else []
+        return ", or ".join(words) or "all of it"
+
+
+@dataclass(frozen=True)
+class Factors:
+    """`left` [rows, rank] times `right` [rank, columns], numpy float32, of equal norms.
+
+    Attributes:
+        share: of the matrix's sum of squares that the product holds.
+        squares: the matrix's sum of squares.
+    """
+
+    left: Any
+    right: Any
+    share: float
+    squares: float
+
+    @property
+    def rank(self) -> int:
+        return int(self.left.shape[1])
+
+    @property
+    def turned(self) -> Factors:
+        """Of the transposed matrix."""
+        return Factors(_plain(self.right.T), _plain(self.left.T), self.share, self.squares)
+
+
+def factorise(matrix: Any, cut: Cut, device: str = "cpu") -> Factors | None:
+    """B = U sqrt(S) and A = sqrt(S) V^T of a matrix; None of one that is zero.
+
+    Args:
+        matrix: numpy float32 [rows, columns].
+        device: torch's word for where to compute.
+    """
+    import torch
+
+    given = torch.from_numpy(matrix).to(device)
+    tall = given.shape[0] > given.shape[1]
+    full = given.T if tall else given  # from here on no more rows than columns
+    squares = sum(float(part.double().square().sum()) for part in _columns(full))
+    if not squares:
+        return None
+    basis = _basis(full, cut, squares)
+    # Projected, not divided: what is kept of the matrix is exactly its part in these directions.
+    other = torch.cat([basis.T @ part.double() for part in _columns(full)], 1)
+    share = min(1.0, float(other.square().sum()) / squares)
+    root = other.norm(dim=1).clamp_min(torch.finfo(torch.float64).tiny).sqrt()
+    found = Factors(_plain(basis * root), _plain(other / root[:, None]), share, squares)
+    return found.turned if tall else found
+
+
+def recombine(lefts: Any, rights: Any, cut: Cut) -> Factors | None:
+    """The same for the product of two thin matrices, which is never made.
+
+    Args:
+        lefts, rights: numpy float64 [rows, k] and [k, columns].
+    """
+    import torch
+
+    outer, inner = torch.linalg.qr(torch.from_numpy(lefts))
+    right, rest = torch.linalg.qr(torch.from_numpy(rights).T)
+    u, values, v = torch.linalg.svd(inner @ rest.T)
+    squares = float(values.square().sum())
+    if not squares:
+        return None
+    rank = _rank(values.square(), squares, cut)
+    root = values[:rank].sqrt()
+    share = min(1.0, float(values[:rank].square().sum()) / squares)
+    left = outer @ (u[:, :rank] * root)
+    return Factors(_plain(left), _plain((right @ (v[:rank].T * root)).T), share, squares)
+
+
+def _basis(full: Any, cut: Cut, squares: float) -> Any:
+    """The leading left singular vectors, as many as wanted, float64."""
+    import torch
+
+    wanted = (cut.rank or len(full)) + _SPARE
+    if cut.energy is None and _FEW * wanted <= len(full):
+        return _subspace(full, wanted)[:, : cut.rank]
+    gram = torch.zeros(len(full), len(full), dtype=torch.float64, device=full.device)
+    for part in _columns(full):
+        wide = part.double()
+        gram += wide @ wide.T
+    values, vectors = torch.linalg.eigh(gram)
+    values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
+    return vectors[:, : _rank(values, squares, cut)]
+
+
+def _subspace(full: Any, count: int) -> Any:
+    """An orthonormal basis of nearly the leading directions, the strongest first, without those
+    that are rounding."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)  # on the CPU: the same on every device
+    start = torch.randn(full.shape[1], count, generator=generator).to(full)
+    basis = torch.linalg.qr(full @ start)[0]
+    for _ in range(_POWERS):
+        basis = torch.linalg.qr(full @ torch.linalg.qr(full.T @ basis)[0])[0]
+    basis = torch.linalg.qr(basis.double())[0]
+    inside = torch.cat([basis.T @ part.double() for part in _columns(full)], 1)
+    values, vectors = torch.linalg.eigh(inside @ inside.T)
+    values, vectors = values.flip(0), vectors.flip(1)
+    return basis @ vectors[:, values > _NOTHING * values[0]]
+
+
+def _columns(full: Any) -> Any:
+    """A matrix in parts of some columns."""
+    return full.split(max(1, _CHUNK // len(full)), 1)
+
+
+def _rank(values: Any, squares: float, cut: Cut) -> int:
+    """How many directions to keep, of those that are no rounding; at least one."""
+    rank = max(1, int((values > _NOTHING * values[0]).sum()))
+    if cut.energy is not None:
+        reached = values.cumsum(0) >= cut.energy * squares * (1 - 1e-12)
+        rank = min(rank, int(reached.to(int).argmax()) + 1) if bool(reached.any()) else rank
+    return min(rank, cut.rank) if cut.rank is not None else rank
+
+
+def _plain(matrix: Any) -> Any:
+    import numpy as np
+    import torch
+
+    if isinstance(matrix, torch.Tensor):
+        matrix = matrix.to("cpu", torch.float32).numpy()
+    return np.ascontiguousarray(matrix)

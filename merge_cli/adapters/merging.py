@@ -1,0 +1,195 @@
+"""Adapters merged with one another, and the result written as an adapter.
+
+    B_1 A_1, B_2 A_2, ...  ─┬─ a weighted sum: [c_1 B_1, c_2 B_2, ...] [A_1; A_2; ...], in factors
+                            └─ any other method: one matrix of changes at a time, then cut
+
+The model that they are of is never read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from merge_cli.adapters.card import merge_card
+from merge_cli.adapters.factors import Cut, Factors, factorise, recombine
+from merge_cli.adapters.folder import AdapterFolder, adapter_config
+from merge_cli.adapters.output import adapter_output
+from merge_cli.checkpoint.adapter import Adapter
+from merge_cli.checkpoint.changes import embeddings_of
+from merge_cli.checkpoint.low_rank import Updated
+from merge_cli.checkpoint.stored import reading
+from merge_cli.checkpoint.tensors import Read
+from merge_cli.engine.adapters import LINEAR, ZERO_BASE, base_name, rank_of
+from merge_cli.engine.device import choose_device
+from merge_cli.engine.merge import fetch_inputs, precious, verified_fingerprints
+from merge_cli.engine.operands import operands_of
+from merge_cli.engine.options import MergeOptions, Progress, Show
+from merge_cli.engine.plan import Plan, TensorTask
+from merge_cli.errors import NonFiniteError
+from merge_cli.evolve.merger import Merger
+from merge_cli.evolve.resident import Place, ResidentFiles
+from merge_cli.methods.blocks import Block, Span
+from merge_cli.methods.resolve import arguments
+from merge_cli.report.write import resolved_recipe
+
+
+def merge_adapters(plan: Plan, out: Path, options: MergeOptions, *, show: Show) -> dict[str, Any]:
+    """Merge, cut, write.
+
+    Args:
+        plan: of `engine.adapters.plan_adapters`.
+
+    Returns:
+        the report, which is also OUT/merge_report.json.
+
+    Raises:
+        UsageError: OUT exists, or holds a source.
+        SourceError, NonFiniteError: an adapter that cannot be read, NaN in it.
+        ResourceError: no room, no such device.
+    """
+    fetch_inputs(plan, show)
+    prints = verified_fingerprints(plan)
+    output = plan.recipe.output
+    cut = Cut(rank_of(plan), output.energy if output else None)
+    adapters = [one.adapter for one in plan.sources if one.adapter is not None]
+    turned = bool(adapters[0].config.get("fan_in_fan_out"))
+    looked_up = {name for adapter in adapters for name in embeddings_of(adapter)}
+    makers = _sums if plan.method.name in LINEAR else _matrices
+    with (
+        adapter_output(out, overwrite=options.overwrite, precious=precious(plan)) as folder,
+        reading() as read,
+    ):
+        writer = AdapterFolder(folder, turned=turned)
+        held: dict[str, Factors] = {}
+        try:
+            for done, (task, found) in enumerate(makers(plan, options, cut, read)):
+                show(Progress("merge", done, len(plan.tasks), task.name, "modules"))
+                if found is not None:
+                    module = task.name.removesuffix(".weight")
+                    writer.add(module, found, embedding=task.name in looked_up)
+                    held[task.name] = found
+            size = writer.finish(_config(plan, writer, adapters, turned), read)
+        finally:
+            writer.close()
+        text, _ = resolved_recipe(_as_written(plan), prints, out.absolute())
+        report = _report(plan, prints, held, size, text)
+        files = {
+            "merge_recipe.yaml": text,
+            "merge_report.json": json.dumps(report, indent=1, ensure_ascii=False) + "\n",
+            "README.md": merge_card(plan, base_name(adapters), out.name, report),
+        }
+        for name, content in files.items():
+            (folder / name).write_text(content, encoding="utf-8")
+    return report
+
+
+def _sums(
+    plan: Plan, options: MergeOptions, cut: Cut, read: Read
+) -> Iterator[tuple[TensorTask, Factors | None]]:
+    """Weighted sums, without making a matrix of them."""
+    import numpy as np
+
+    for task in plan.tasks:
+        lefts, rights = [], []
+        for one, coefficient in zip(task.operands, _coefficients(plan, task), strict=True):
+            if isinstance(one, Updated) and coefficient:
+                left, right = one.factors(read)
+                if not (np.isfinite(left).all() and np.isfinite(right).all()):
+                    what = "NaN or Inf among its factors"
+                    raise NonFiniteError(what, model=one.model, tensor=task.name)
+                lefts.append(left.astype(np.float64) * (one.scale * coefficient))
+                rights.append(right.astype(np.float64))
+        if not lefts:
+            yield task, None
+        else:
+            yield task, recombine(np.concatenate(lefts, 1), np.concatenate(rights), cut)
+
+
+def _coefficients(plan: Plan, task: TensorTask) -> list[float]:
+    """What a linear method multiplies each operand with: its answer to unit vectors."""
+    import numpy as np
+
+    count = len(task.operands)
+    rows = list(np.eye(count, dtype=np.float32))
+    block = Block(np.zeros(count, np.float32), rows, Span(task.name, 0, plan.recipe.seed, task.ids))
+    method = plan.method
+    found = method.function(**operands_of(block, method.supplied),
+                            **arguments(method, task.parameters))  # fmt: skip
+    return [float(value) for value in found]
+
+
+def _matrices(
+    plan: Plan, options: MergeOptions, cut: Cut, read: Read
+) -> Iterator[tuple[TensorTask, Factors | None]]:
+    """Changes merged by the engine, one matrix of each thread at a time."""
+    import numpy as np
+
+    device = choose_device(options.device)
+    place = f"cuda:{device.indexes[0]}" if device.indexes else "cpu"
+    files = ResidentFiles(Place("disk", "adapters are small", 0), place)
+    found: dict[str, Factors | None] = {}
+
+    def take(task: TensorTask, raw: Any) -> None:
+        matrix = np.asarray(raw).view(np.float32).reshape(task.shape)
+        found[task.name] = factorise(matrix, cut, place)
+
+    merger = Merger(plan, files, device, options, "disk")
+    try:
+        merger.merge(plan.tasks, range(len(plan.tasks)), take)
+    finally:
+        merger.close()
+        files.close()
+    for task in plan.tasks:
+        yield task, found.get(task.name)
+
+
+def _config(
+    plan: Plan, writer: AdapterFolder, adapters: list[Adapter], turned: bool
+) -> dict[str, Any]:
+    kinds = {one.config.get("task_type") for one in adapters}
+    named = _as_written(plan).recipe.base_model
+    revisions = {one.config.get("revision") for one in adapters}
+    return adapter_config(
+        writer.ranks,
+        base=str(named) if named is not None else base_name(adapters),
+        revision=revisions.pop() if len(revisions) == 1 and named is None else None,
+        turned=turned,
+        task_type=kinds.pop() if len(kinds) == 1 else None,
+    )
+
+
+def _as_written(plan: Plan) -> Plan:
+    """With the base that the recipe names, if it does."""
+    if plan.recipe.base_model != ZERO_BASE:
+        return plan
+    return replace(plan, recipe=replace(plan.recipe, base_model=None))
+
+
+def _report(
+    plan: Plan, prints: tuple[str, ...], held: dict[str, Factors], size: int, text: str
+) -> dict[str, Any]:
+    squares = sum(one.squares for one in held.values())
+    kept = sum(one.share * one.squares for one in held.values())
+    return {
+        "merge_cli": version("merge-cli"),
+        "recipe": {"method": plan.recipe.merge_method, "text": text},
+        "inputs": [
+            {"model": source.label, "fingerprint": digest,
+             "revision": source.adapter.hub.commit if source.adapter.hub else None}
+            for source, digest in zip(plan.sources, prints, strict=True) if source.adapter
+        ],
+        "notes": list(plan.notes),
+        "adapter": {
+            "bytes": size,
+            "share": kept / squares if squares else 1.0,
+            "modules": {
+                name: {"rank": one.rank, "share": one.share} for name, one in held.items()
+            },
+            "unchanged": [task.name for task in plan.tasks if task.name not in held],
+        },
+    }  # fmt: skip

@@ -1,0 +1,96 @@
+"""What an adapter changes, without the model: each module's update as a tensor of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from merge_cli.checkpoint.adapter import Adapter
+from merge_cli.checkpoint.header import TensorRef
+from merge_cli.checkpoint.lora import Parts, apply_adapter, sorted_out
+from merge_cli.checkpoint.low_rank import Updated
+from merge_cli.checkpoint.tensors import Read
+from merge_cli.errors import SourceError
+
+_MERGE = "Merge the models themselves: `BASE+ADAPTER`, without `output: adapter`."
+
+
+@dataclass(frozen=True)
+class Zeros:
+    """No change. See `tensors.Tensor`."""
+
+    name: str
+    model: str
+    shape: tuple[int, ...]
+
+    @property
+    def dtype(self) -> str:
+        return "F32"
+
+    @property
+    def native(self) -> str:
+        return "F32"
+
+    @property
+    def size(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        return 4 * self.size
+
+    @property
+    def stored(self) -> tuple[TensorRef, ...]:
+        return ()
+
+    @property
+    def formula(self) -> str:
+        return "zeros"
+
+    def fill(self, read: Read, start: int, buffer: memoryview) -> None:
+        buffer[:] = bytes(len(buffer))
+
+
+def changes_of(adapter: Adapter, label: str) -> dict[str, Updated]:
+    """Every module's update, by the name of the weight that it is of.
+
+    Raises:
+        SourceError: what depends on the model, or replaces a part of it; see `apply_adapter`.
+        MismatchError: factors that do not fit one another.
+    """
+    modules, brought = sorted_out(adapter.tensors)
+    # A layer that has factors is frozen: PEFT saves a copy of embeddings beside theirs.
+    whole = [name for name in brought if name.removesuffix(".weight") not in modules]
+    if whole:
+        what = f"it replaces tensors of its model ({whole[0]}, ...), which is no change"
+        raise SourceError(f"{what} that can be merged without it", model=label, hint=_MERGE)
+    if any("magnitude" in parts for parts in modules.values()):
+        what = "it is a DoRA adapter, whose change depends on the model"
+        raise SourceError(what, model=label, hint=_MERGE)
+    turned = bool(adapter.config.get("fan_in_fan_out"))
+    zeros = {
+        name: Zeros(name, label, shape)
+        for module, parts in modules.items()
+        if (shape := _shape(parts, turned)) and (name := f"{module}.weight")
+    }
+    factors = {ref.name: ref for parts in modules.values() for ref in parts.values()}
+    applied = apply_adapter(zeros, adapter.config, factors, label=label, stamp=adapter.stamp)
+    return {name: one for name, one in applied.tensors.items() if isinstance(one, Updated)}
+
+
+def embeddings_of(adapter: Adapter) -> set[str]:
+    """The weights of modules that look rows up."""
+    modules, _ = sorted_out(adapter.tensors)
+    return {f"{module}.weight" for module, parts in modules.items() if "embedding_a" in parts}
+
+
+def _shape(parts: Parts, turned: bool) -> tuple[int, ...]:
+    """Of the weight; empty where a factor is missing, which applying says."""
+    embedding = "embedding_a" in parts
+    found: Mapping[str, TensorRef] = parts
+    pair = [found.get(name) for name in (
+        ("embedding_a", "embedding_b") if embedding else ("a", "b"))]  # fmt: skip
+    if pair[0] is None or pair[1] is None or any(len(one.shape) != 2 for one in pair if one):
+        return (1, 1)
+    a, b = pair[0].shape, pair[1].shape
+    return (a[1], b[0]) if embedding or turned else (b[0], a[1])

@@ -1,0 +1,112 @@
+"""Where a model's files are, a folder or a repository on the Hub, and what their headers say."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+from merge_cli.checkpoint import hub
+from merge_cli.checkpoint.components import (
+    PIPELINE,
+    index_of,
+    inside,
+    names_in,
+    part_folders,
+    stem_of,
+)
+from merge_cli.checkpoint.files import CARD, is_companion, is_weight
+from merge_cli.checkpoint.header import TensorRef, parse_header, read_header_file
+from merge_cli.checkpoint.shards import find_shards, join_shards, read_json
+from merge_cli.errors import CorruptFileError
+
+
+class Place(Protocol):
+    """A model's files.
+
+    Attributes:
+        names: their paths, relative to `root`.
+        root: where they are, or will be.
+    """
+
+    names: frozenset[str]
+    root: Path
+
+    def has(self, name: str) -> bool:
+        """Whether a file is there, wherever in the folder."""
+
+    def header(self, name: str, label: str) -> tuple[bytes, int]:
+        """The raw header of a file of weights, and the file's size."""
+
+
+class Folder:
+    """A folder on disk, and in a pipeline those inside it."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        names = {path.name for path in root.iterdir()}
+        if PIPELINE in names:
+            names |= {path.relative_to(root).as_posix() for path in root.glob("*/*")}
+        self.names = frozenset(names)
+
+    def has(self, name: str) -> bool:
+        return (self.root / name).exists()
+
+    def header(self, name: str, label: str) -> tuple[bytes, int]:
+        file = self.root / name
+        return read_header_file(file, label), file.stat().st_size
+
+
+class Repository:
+    """A repository at one commit, whose small files are fetched at once."""
+
+    def __init__(self, model: hub.HubModel) -> None:
+        self._model = model
+        self.names = frozenset(model.files)
+        parts = part_folders(self.names)
+        indexes = {inside(part, index_of(stem_of(names_in(part, self.names)))) for part in parts}
+        own = {name for name in self.names if "/" not in name or _is_template(name)}
+        small = {n for n in own if is_companion(n) or _is_template(n) or n in ("config.json", CARD)}
+        if parts != [""]:
+            small = {name for name in self.names if not is_weight(name) and name.count("/") < 2}
+        self.root = hub.fetch_files(model, sorted(small | (indexes & self.names)))
+
+    def has(self, name: str) -> bool:
+        return name in self.names
+
+    def header(self, name: str, label: str) -> tuple[bytes, int]:
+        cached = self.root / name
+        size = cached.stat().st_size if cached.exists() else self._model.files[name]
+        return hub.read_header(self._model, name), size
+
+
+def _is_template(name: str) -> bool:
+    return name.startswith("additional_chat_templates/") and name.endswith(".jinja")
+
+
+def read_headers(place: Place, label: str) -> tuple[Mapping[str, TensorRef], Mapping[str, bytes]]:
+    """Every tensor by name, and the raw headers by file.
+
+    Raises:
+        SourceError: no weights, or pickled ones alone.
+        CorruptFileError: an index or header that does not hold.
+    """
+    tensors: dict[str, TensorRef] = {}
+    headers: dict[str, bytes] = {}
+    for part in part_folders(place.names):
+        names = names_in(part, place.names)
+        index = index_of(stem_of(names))
+        listed = read_json(place.root / part / index, label) if index in names else None
+        shards, weight_map = find_shards(names, listed, label)
+        found: dict[str, dict[str, TensorRef]] = {}
+        for shard in shards:
+            if not place.has(inside(part, shard)):
+                what = "the index names this file, but it is missing"
+                hint = "Download or copy it again."
+                raise CorruptFileError(what, model=label, file=inside(part, shard), hint=hint)
+            raw, size = place.header(inside(part, shard), label)
+            headers[inside(part, shard)] = raw
+            found[shard] = parse_header(raw, place.root / part / shard, size, label)
+        for name, ref in join_shards(found, weight_map, label).items():
+            tensors[inside(part, name)] = ref._replace(name=inside(part, name)) if part else ref
+    return tensors, headers
