@@ -11,14 +11,18 @@ import oracles
 import pytest
 import torch
 import yaml
+from dam_tiny import config, write_data, write_models
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import merge_cli
+from merge_cli.checkpoint.statistics import Gathered
 from merge_cli.engine.merge import MergeOptions
 from merge_cli.engine.plan import Plan
 from merge_cli.engine.planner import load_recipe, make_plan
+from merge_cli.errors import RecipeError
 from merge_cli.gathering.plan import plan_gathering
+from merge_cli.gathering.run import gather
 
 NAMES = ("a", "b")
 CPU = MergeOptions(device="cpu", threads=1)
@@ -90,6 +94,26 @@ def slow_importances(net: Any, examples: Sequence[tuple[list[int], int]]) -> dic
         for name, g in zip(names, torch.autograd.grad(likelihood, parameters), strict=True):
             rows[name].append(g.numpy())
     return {name: oracles.importance(found) for name, found in rows.items()}
+
+
+def gathered(recipe: Path) -> Gathered:
+    """What a recipe's sources were looked at for."""
+    found = gather(plan_of(recipe), CPU, lambda progress: None).gathered
+    assert found is not None
+    return found
+
+
+def refused(recipe: Path, match: str, kind: type[Exception] = RecipeError) -> None:
+    with pytest.raises(kind, match=match):
+        gathered(recipe)
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Path:
+    """A base and sources a, b, c with their data."""
+    write_models(tmp_path, config("llama"), change=0.2)
+    write_data(tmp_path)
+    return tmp_path
 
 
 @pytest.fixture
