@@ -60,7 +60,7 @@ def merge(
     show: Show = lambda progress: None,
     require_improvement: bool = False,
 ) -> MergeResult:
-    """Merge models into the folder `out`; learn or search first, if the method does.
+    """Merge models into the folder `out`; learn, search or gather first, if the method does.
 
     Args:
         recipe: a plan, a loaded recipe, or the path of one.
@@ -151,6 +151,11 @@ def _merge(
         resolved = with_coefficients(decided.recipe, learned.coefficients, learned.record)
         decided = make_plan(resolved, shard_size=decided.shard_size)
     record = learned.record if learned is not None else None
+    if decided.gathers:
+        from merge_cli.gathering.run import gather
+
+        plain = decided
+        decided = gather(plain, options, show, lambda: check_target(plain, target, options))
     found = None
     if decided.recipe.searches:
         from merge_cli.evolve.run import search
@@ -213,6 +218,12 @@ def finished(plan: Plan, out: str | Path, options: MergeOptions) -> MergeResult 
         return None
     if plan.learns or not isinstance(report, dict):
         return None
+    if plan.gathers:
+        from merge_cli.gathering.run import known
+
+        plan = known(plan, options.device) or plan
+        if plan.gathers:
+            return None
     key = work_key(plan, choose_device(options.device).kind, options.statistics)
     return MergeResult(path, report) if report.get("work") == key else None
 

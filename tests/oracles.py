@@ -368,3 +368,77 @@ def ulp(x: ArrayLike, dtype: Dtype) -> Array:
         e = math.frexp(v)[1] - 1 if v != 0 else emin
         spacing.append(2.0 ** (max(e, emin) - fraction_bits))
     return _shaped(spacing, values)
+
+
+def gram(inputs: Sequence[ArrayLike]) -> Array:
+    """X^T X over the number of rows, one token after another.
+
+    RegMean, arXiv:2212.09849, section 3: G_i = X_i^T X_i. The division makes data sets of any size
+    count alike; in the paper the number of examples is the same for all.
+    """
+    rows = [np.asarray(x, dtype=np.float64) for x in inputs]
+    width = len(rows[0])
+    total = np.zeros((width, width))
+    for row in rows:
+        for i in range(width):
+            for j in range(width):
+                total[i, j] += row[i] * row[j]
+    return total / len(rows)
+
+
+def regmean(
+    layers: Sequence[Array], grams: Sequence[Array], alpha: float, weights: Sequence[float]
+) -> Array:
+    """(sum of w_i W_i G~_i) (sum of w_i G~_i)^-1 for layers [out, in].
+
+    RegMean, arXiv:2212.09849, section 4 and algorithm 1: off-diagonal elements are multiplied by
+    alpha. An input that is 0 in every G keeps the weighted mean of the layers.
+    """
+    out, width = np.shape(layers[0])
+    below, above = np.zeros((width, width)), np.zeros((out, width))
+    for layer, matrix, weight in zip(layers, grams, weights, strict=True):
+        shrunk = np.zeros((width, width))
+        for i in range(width):
+            for j in range(width):
+                shrunk[i, j] = matrix[i, j] * (1.0 if i == j else alpha)
+        below += weight * shrunk
+        above += weight * (np.asarray(layer, dtype=np.float64) @ shrunk)
+    merged = np.zeros((out, width))
+    used = [i for i in range(width) if below[i, i] > 0]
+    for i in set(range(width)) - set(used):
+        pairs = zip(weights, layers, strict=True)
+        merged[:, i] = sum(w * np.asarray(one)[:, i] for w, one in pairs) / sum(weights)
+    if used:
+        merged[:, used] = above[:, used] @ np.linalg.inv(below[np.ix_(used, used)])
+    return merged
+
+
+def importance(gradients: Sequence[Array]) -> Array:
+    """The diagonal of the empirical Fisher information: the mean of squared gradients.
+
+    Matena and Raffel, arXiv:2111.09832, equation 4, with the data's own labels. One gradient for
+    each example, of the log-likelihood of that example.
+    """
+    entries = [0.0] * np.asarray(gradients[0]).size
+    for gradient in gradients:
+        for i, g in enumerate(_entries(gradient)):
+            entries[i] += g * g / len(gradients)
+    return _shaped(entries, gradients[0])
+
+
+def fisher(
+    models: Sequence[Array], importances: Sequence[Array], weights: Sequence[float], epsilon: float
+) -> Array:
+    """sum of w_i (F_i + epsilon) theta_i / sum of w_i (F_i + epsilon), element by element.
+
+    Matena and Raffel, arXiv:2111.09832, equation 3; epsilon stands for their code's floor.
+    """
+    merged = []
+    for values in zip(*map(_entries, models), *map(_entries, importances), strict=True):
+        thetas, fishers = values[: len(models)], values[len(models) :]
+        above = below = 0.0
+        for w, theta, f in zip(weights, thetas, fishers, strict=True):
+            above += w * (f + epsilon) * theta
+            below += w * (f + epsilon)
+        merged.append(above / below)
+    return _shaped(merged, models[0])

@@ -17,7 +17,7 @@ DOCS = ROOT / "docs" / "experiments"
 @pytest.fixture
 def scripts(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(ROOT / "scripts" / "experiments"))
-    for name in ("budget", "dam", "evolve", "fidelity"):
+    for name in ("budget", "dam", "evolve", "examples", "fidelity"):
         sys.modules.pop(name, None)
     return importlib.import_module
 
@@ -43,6 +43,11 @@ def test_the_tables_say_what_was_measured(scripts: Any) -> None:
             results = {**results}
         shown = getattr(module, make)(results)
         assert shown in (DOCS / f"{name}.md").read_text(encoding="utf-8")
+    examples = scripts("examples")
+    results = json.loads((DOCS / "statistics.json").read_text())
+    page = (DOCS / "statistics.md").read_text(encoding="utf-8")
+    assert examples.table(results) in page
+    assert examples.counts(results) in page
 
 
 def test_costs_are_equal_and_no_way_is_given_more(scripts: Any) -> None:

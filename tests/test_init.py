@@ -26,7 +26,7 @@ from merge_cli.drafting.draft import draft, study
 from merge_cli.errors import MismatchError, UsageError
 from merge_cli.methods.registry import all_methods
 
-STATIC = [m for m in all_methods() if not (m.learns or m.searches)]
+STATIC = [m for m in all_methods() if m.plain]
 
 
 def flags(family: Family, *names: str, base: bool = True) -> list[str]:

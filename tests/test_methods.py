@@ -259,7 +259,7 @@ def test_order_of_sources_does_not_matter(tmp_path: Path, method: str) -> None:
 
 @pytest.mark.parametrize(
     "method",
-    [m.name for m in all_methods() if m.name not in NO_MEANS and not (m.learns or m.searches)],
+    [m.name for m in all_methods() if m.name not in NO_MEANS and m.plain],
 )
 def test_equal_sources_give_themselves(tmp_path: Path, method: str) -> None:
     """Weights that sum to 1 over equal models leave the model, whatever the method."""

@@ -24,7 +24,7 @@ import merge_cli
 from merge_cli.errors import MismatchError, RecipeError
 from merge_cli.methods.registry import Method, all_methods
 
-STATIC = [m for m in all_methods() if not m.learns and not m.searches]
+STATIC = [m for m in all_methods() if m.plain]
 SPANS = {"base": (0, 4), "a": (0, 4), "deep/b": (2, 6), "deep/c": (1, 5)}
 PARAMETERS: dict[str, Any] = {"slerp": {"t": 0.3}, "nearswap": {"t": 0.01}}
 EACH: dict[str, Any] = {"density": 0.6, "weight": 0.7, "gamma": 0.05, "epsilon": 0.1, "scale": 0.5}

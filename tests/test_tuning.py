@@ -74,6 +74,11 @@ def test_data_is_needed_and_the_method_must_be_plain(folder: Path) -> None:
     )
     with pytest.raises(UsageError, match="finds its numbers by itself"):
         tuned(load_recipe(folder / "soup.yaml"), ["weight=0:1"], [folder / "a.search.jsonl"])
+    (folder / "regmean.yaml").write_text(
+        "merge_method: regmean\nmodels: [{model: a, data: a.search.jsonl}]\n"
+    )
+    with pytest.raises(UsageError, match="looks at examples first"):
+        tuned(load_recipe(folder / "regmean.yaml"), ["alpha=0:1"], [folder / "a.search.jsonl"])
 
 
 def test_the_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

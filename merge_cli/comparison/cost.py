@@ -29,7 +29,7 @@ class MergeCost:
 
     Attributes:
         seconds: wall time of the command, all attempts together.
-        tokens, forward_passes, backward_passes: of a method that learns or searches; 0 otherwise.
+        tokens, forward_passes, backward_passes: of what learns, searches or gathers; 0 otherwise.
         peak_rss, peak_vram: bytes; the GPU's is None on a CPU.
         joules: what the machine's meters say, or None where it has none that may be read.
     """
@@ -78,16 +78,18 @@ class Ledger:
         whole = json.loads((folder / "merge_report.json").read_text(encoding="utf-8"))
         report, learning = whole["cost"], whole.get("training", {}).get("cost", {})
         searching = whole.get("search", {}).get("cost", {})
+        gathering = whole.get("gathered", {}).get("cost", {})
         energies = [attempt["joules"] for attempt in own]
         known = bool(energies) and None not in energies
         return MergeCost(
             # Without a note (somebody removed the file), the loop's own time is what is known.
             seconds=sum(a["seconds"] for a in own) if own else report["seconds"],
-            tokens=learning.get("tokens", 0) + searching.get("tokens", 0),
+            tokens=sum(c.get("tokens", 0) for c in (learning, searching, gathering)),
             forward_passes=learning.get("passes", 0)
             + learning.get("held_out_passes", 0)
-            + searching.get("forward_passes", 0),
-            backward_passes=learning.get("passes", 0),
+            + searching.get("forward_passes", 0)
+            + gathering.get("forward_passes", 0),
+            backward_passes=learning.get("passes", 0) + gathering.get("backward_passes", 0),
             peak_rss=max(
                 report["peak_rss"], *(c.get("peak_rss", 0) for c in (learning, searching))
             ),

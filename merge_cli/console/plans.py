@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from merge_cli.console.gathering import gathering_json
 from merge_cli.console.search import search_json
 from merge_cli.console.training import training_json
 
@@ -12,19 +14,32 @@ if TYPE_CHECKING:
     from merge_cli.engine.options import MergeOptions
     from merge_cli.engine.plan import Plan
     from merge_cli.evolve.plan import SearchPlan
+    from merge_cli.gathering.plan import GatheringPlan
 
 
-def before_merge(
-    plan: Plan, options: MergeOptions
-) -> tuple[TrainingPlan | None, SearchPlan | None, int]:
-    """What is learned or searched before the merge, if anything, and its peak memory in bytes.
+@dataclass(frozen=True)
+class Before:
+    """What comes before a merge, if anything does, and what that takes.
 
-    What learns from models that are still to be made is checked when they are there.
+    Attributes:
+        peak: of the merge's memory, in bytes.
+    """
+
+    training: TrainingPlan | None
+    searching: SearchPlan | None
+    gathering: GatheringPlan | None
+    peak: int
+
+
+def before_merge(plan: Plan, options: MergeOptions) -> Before:
+    """What is learned, searched or gathered before the merge.
+
+    What runs models that are still to be made is checked when they are there.
     """
     from merge_cli.engine.device import choose_device
     from merge_cli.engine.memory import estimated_peak
 
-    training = searching = None
+    training = searching = gathering = None
     ready = not any(source.planned for source in plan.sources)
     if plan.learns and ready:
         from merge_cli.dam.plan import plan_training
@@ -34,7 +49,12 @@ def before_merge(
         from merge_cli.evolve.plan import plan_search
 
         searching = plan_search(plan, options)
-    return training, searching, estimated_peak(plan, choose_device(options.device), options)
+    if plan.gathers and ready:
+        from merge_cli.gathering.plan import plan_gathering
+
+        gathering = plan_gathering(plan, options.device)
+    peak = estimated_peak(plan, choose_device(options.device), options)
+    return Before(training, searching, gathering, peak)
 
 
 def plan_document(plan: Plan, options: MergeOptions) -> dict[str, Any]:
@@ -46,12 +66,14 @@ def plan_document(plan: Plan, options: MergeOptions) -> dict[str, Any]:
 
 
 def _document(plan: Plan, options: MergeOptions) -> dict[str, Any]:
-    training, searching, peak = before_merge(plan, options)
-    document = _plan_json(plan, peak)
-    if training is not None:
-        document["training"] = training_json(training)
-    if searching is not None:
-        document["search"] = search_json(searching)
+    before = before_merge(plan, options)
+    document = _plan_json(plan, before.peak)
+    if before.training is not None:
+        document["training"] = training_json(before.training)
+    if before.searching is not None:
+        document["search"] = search_json(before.searching)
+    if before.gathering is not None:
+        document["gathering"] = gathering_json(before.gathering)
     return document
 
 

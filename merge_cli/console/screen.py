@@ -19,6 +19,12 @@ from rich.table import Table
 
 from merge_cli.console.adapters import print_merged
 from merge_cli.console.analysis import print_analysis
+from merge_cli.console.gathering import (
+    print_gathered,
+    print_gathering,
+    print_statistics,
+    statistics_json,
+)
 from merge_cli.console.indented import indented
 from merge_cli.console.plans import before_merge, plan_document
 from merge_cli.console.progress import ProgressLog, progress_bar
@@ -108,8 +114,8 @@ class Screen:
     def plan(self, plan: Plan, options: MergeOptions, *, every: bool, as_json: bool) -> None:
         """The plan as a table (one row for each run of like layers) or as JSON.
 
-        A method that learns or searches shows what comes before the merge, too; a recipe of several
-        documents shows all of them, in the order of their making.
+        A method that learns, searches or gathers shows what comes before the merge, too; a recipe
+        of several documents shows all of them, in the order of their making.
         """
         if as_json:
             print(indented(plan_document(plan, options)))
@@ -123,7 +129,7 @@ class Screen:
         self._plan(plan, options, every=every)
 
     def _plan(self, plan: Plan, options: MergeOptions, *, every: bool) -> None:
-        training, searching, peak = before_merge(plan, options)
+        before = before_merge(plan, options)
         table = Table(box=None, pad_edge=False, header_style="bold", title_justify="left")
         table.add_column("tensor" if every else "layers", overflow="fold")
         table.add_column("tensors", justify="right")
@@ -148,14 +154,16 @@ class Screen:
         self.out.print(
             f"{len(plan.tasks):,} tensors, {plan.parameter_count:,} parameters; "
             f"reads {show_size(plan.bytes_read)}, writes {show_size(plan.bytes_written)} "
-            f"in {shards} file{'s' * (shards != 1)}; about {show_size(peak)} of memory"
+            f"in {shards} file{'s' * (shards != 1)}; about {show_size(before.peak)} of memory"
         )
         for note in plan.notes:
             self.out.print(f"[dim]note:[/dim] {escape(note)}")
-        if training is not None:
-            print_training(self.out, training)
-        if searching is not None:
-            print_search(self.out, searching)
+        if before.training is not None:
+            print_training(self.out, before.training)
+        if before.searching is not None:
+            print_search(self.out, before.searching)
+        if before.gathering is not None:
+            print_gathering(self.out, before.gathering)
 
     def result(self, result: MergeResult, shown: Path, *, as_json: bool = False) -> None:
         """What a run leaves behind."""
@@ -177,6 +185,9 @@ class Screen:
         search = result.report.get("search")
         if search is not None:
             print_found(self.out, search)
+        gathered = result.report.get("gathered")
+        if gathered is not None:
+            print_gathered(self.out, gathered)
         cost, output = result.report["cost"], result.report["output"]
         seconds = cost["seconds"] + cost["survey_seconds"]
         moved = cost["stages"]["read"]["bytes"] + cost["stages"]["write"]["bytes"]
@@ -236,6 +247,8 @@ class Screen:
             found = method_json(method)
             if method.learns:
                 found["training"] = dials_json()
+            if method.gathers:
+                found["statistics"] = statistics_json(method.gathers)
             found["example"] = example[1] if example else None
             print(json.dumps(found, indent=1))
             return
@@ -255,6 +268,8 @@ class Screen:
             self.out.print(f"      {escape(parameter.doc)}")
         if method.learns:
             print_dials(self.out)
+        if method.gathers:
+            print_statistics(self.out, method.gathers)
         if method.searches:
             print_keys(self.out, method.name)
         if example:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import random
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,31 +83,37 @@ def _dataset(
     recipe: Recipe, data: Data, name: str, source: int, tokenizer: Any, training: Training,
     length: int,
 ) -> Dataset:  # fmt: skip
-    rows = read_data(data, _files(data.files, recipe))
+    rows = read_data(data, data_files(data.files, recipe))
     mixed = list(rows)
     random.Random(f"{recipe.seed}:{name}:split").shuffle(mixed)
     if data.held_out:
-        kept = read_data(data, _files(data.held_out, recipe), held_out=True)
+        kept = read_data(data, data_files(data.held_out, recipe), held_out=True)
         random.Random(f"{recipe.seed}:{name}:held-out").shuffle(kept)
     else:
         count = round(training.held_out * len(mixed))
         if training.held_out and len(mixed) > 1:
             count = min(max(count, 1), len(mixed) - 1)
         kept, mixed = mixed[:count], mixed[count:]
-    train = _sequences(mixed, tokenizer, training, length, training.examples)
-    held_out = _sequences(kept, tokenizer, training, length, training.held_out_examples)
+    whole, most = training.prompt_loss, training.held_out_examples
+    train = sequences(mixed, tokenizer, length, training.examples, whole=whole)
+    held_out = sequences(kept, tokenizer, length, most, whole=whole)
     if not train:
         raise SourceError("has no token to learn from", file=_shown(data))
     return Dataset(name, source, tuple(train), tuple(held_out), len(rows))
 
 
-def _sequences(
-    rows: Sequence[Row], tokenizer: Any, training: Training, length: int, most: int | None
+def sequences(
+    rows: Iterable[Row], tokenizer: Any, length: int, most: int | None, *, whole: bool = False
 ) -> list[Example]:
+    """Rows in pieces of at most `length` tokens, until there are `most` of them.
+
+    Args:
+        whole: tokens of a prompt count, too.
+    """
     found: list[Example] = []
     for row in rows:
         encoded = encode(row, tokenizer)
-        if training.prompt_loss:
+        if whole:
             encoded = Encoded(encoded.ids, 1)
         found.extend(cut(encoded, length))
         if most is not None and len(found) >= most:
@@ -171,7 +177,12 @@ class Order:
         return found
 
 
-def _files(words: Sequence[str], recipe: Recipe) -> list[Path]:
+def data_files(words: Sequence[str], recipe: Recipe) -> list[Path]:
+    """Where a recipe's data files are.
+
+    Raises:
+        SourceError: one is not there.
+    """
     found = [local_file(word, recipe.folder) for word in words]
     for word, path in zip(words, found, strict=True):
         if path is None:

@@ -125,7 +125,7 @@ def find_targets(plan: Plan, net: Any, training: Training) -> tuple[list[Target]
     they fill, layer by layer, what no tensor's name is for.
     """
     parameters = dict(net.named_parameters())
-    kinds = _kinds(net)
+    kinds = kinds_of(net)
     merged = [task for task in plan.tasks if task.action == "merge"]
     names = by_name({task.name: task.shape for task in merged}, parameters)
     open_names = parameters.keys() - names.values()
@@ -197,7 +197,7 @@ def parameter_count(targets: Sequence[Target]) -> int:
     return sum(math.prod(target.task.shape) for target in targets)
 
 
-def _kinds(net: Any) -> dict[str, str]:
+def kinds_of(net: Any) -> dict[str, str]:
     """Parameter -> linear, conv1d (stored input first), or other."""
     return dict(_walk(net))
 

@@ -23,7 +23,7 @@ from merge_cli.dam.tokenizers import one_tokenizer
 from merge_cli.engine.device import choose_device
 from merge_cli.engine.plan import Plan
 from merge_cli.errors import MismatchError, ResourceError
-from merge_cli.evaluation.digest import refuse_adapter, source_digest
+from merge_cli.evaluation.digest import source_identity
 from merge_cli.evaluation.live import choose_dtype, context_of
 from merge_cli.evaluation.teachers import Kept, Teacher
 from merge_cli.recipe.training import Training
@@ -175,12 +175,7 @@ def _teachers(
 
 def teacher_of(source: Source, device: str, dtype: str) -> Teacher:
     """A source as a teacher. On the Hub, it is known by its commit until its weights are here."""
-    refuse_adapter(source)
-    if source.hub is not None and source.hub.commit:
-        digest = f"{source.hub.repo_id}@{source.hub.commit}"
-    else:
-        digest = source_digest(source)
-    return Teacher(source, digest, device, dtype)
+    return Teacher(source, source_identity(source), device, dtype)
 
 
 def fetch_everything(plan: Plan) -> None:

@@ -96,9 +96,9 @@ def draftable(name: str) -> Method:
         UsageError: no such method, or one that needs data.
     """
     method = get_method(name)
-    if method.learns or method.searches:
+    if not method.plain:
         hint = f"Start from its example: merge-cli methods {name}"
-        raise UsageError(f"{name} needs data to learn or search with", hint=hint)
+        raise UsageError(f"{name} needs data to learn, search or measure with", hint=hint)
     return method
 
 

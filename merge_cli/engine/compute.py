@@ -75,6 +75,8 @@ class Computer:
         supplied: dict[str, Any] = {}
         if "coefficients" in self._method.supplied and self._plan.coefficients is not None:
             supplied["coefficients"] = self._plan.coefficients.of(task.name, task.shape)
+        if reader.statistics is not None:
+            supplied["statistics"] = reader.statistics
         if self._method.prepare is not None:
             supplied["prepared"] = self.prepare(reader, task)
         work = partial(self._merge_unit, reader, supplied, finished)
@@ -86,7 +88,7 @@ class Computer:
         return self._method.prepare(reader, self._survey, **task.parameters)
 
     def _reader(self, task: TensorTask) -> TaskReader:
-        return TaskReader(task, self._reading, span_starts(task))
+        return TaskReader(task, self._reading, span_starts(task), self._plan.statistics_of(task))
 
     def _copy(self, task: TensorTask, finished: Finished, unit: Unit) -> None:
         if unit.stop > unit.start:

@@ -22,6 +22,7 @@ from typing import Any
 from merge_cli.checkpoint.raw import write_error
 from merge_cli.engine.plan import Plan
 from merge_cli.engine.statistics import TensorStats
+from merge_cli.recipe.reference import local_file
 
 _FORMAT = 1
 
@@ -42,6 +43,10 @@ def work_key(plan: Plan, *context: object) -> str:
     state.update(code.encode())
     if plan.coefficients is not None:
         state.update(plan.coefficients.digest.encode())
+    if plan.gathered is not None:
+        state.update(repr(plan.gathered.digests).encode())
+    elif plan.gathers:  # a stage: what will be gathered follows from this
+        state.update(_examples(plan))
     made = {
         source.root: (source.label, work_key(plan.stages[source.label], *context))
         for source in plan.sources
@@ -78,6 +83,17 @@ def work_key(plan: Plan, *context: object) -> str:
         state.update(shard.file.encode() + shard.header)
     state.update(_beside_the_weights(plan, made))
     return state.hexdigest()
+
+
+def _examples(plan: Plan) -> bytes:
+    """What statistics are gathered from, besides the models."""
+    recipe, digests = plan.recipe, []
+    for spec in recipe.source_specs:
+        for name in spec.data.files if spec.data else ():
+            path = local_file(name, recipe.folder)
+            content = path.read_bytes() if path is not None else b""
+            digests.append(hashlib.sha256(content).hexdigest())
+    return repr((recipe.statistics, [spec.data for spec in recipe.source_specs], digests)).encode()
 
 
 def _beside_the_weights(plan: Plan, made: Mapping[Path, object]) -> bytes:

@@ -68,6 +68,7 @@ def lane_room(plan: Plan, device: Device, options: MergeOptions) -> LaneRoom:
     free = max(0, options.max_memory - _fixed(plan, device))
     if device.kind == "cpu":
         spare = _TEMPORARIES[choose_arithmetic(plan)[0]]
+        spare += 2 * inputs if plan.method.gathers else 0  # a block's statistics, and with weights
         each = _HOST_BLOCK * ((_STORED + 4) * inputs + 4 * spare) + _whole(plan) + _slab(plan)
         threads = options.threads or usable_cores()
         return LaneRoom(max(1, min(threads, free // each)), _HOST_BLOCK, inputs, each)
@@ -141,7 +142,9 @@ def _whole(plan: Plan) -> int:
     held = [
         4 * task.size * (len(task.inputs) + arrays)
         for task in plan.tasks
-        if task.action == "merge" and (arrays := whole(**task.parameters))
+        if task.action == "merge"
+        and not plan.is_plain_mean(task)
+        and (arrays := whole(shape=task.shape, **task.parameters))
     ]
     return max(held, default=0)
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, TypeVar
 
+from merge_cli.checkpoint.statistics import TensorStatistics
 from merge_cli.engine.lanes import Files
 from merge_cli.engine.plan import TensorTask
 from merge_cli.engine.pool import Pool
@@ -42,10 +43,16 @@ class TaskReader:
         starts: where its spans begin, and its size at the end.
     """
 
-    def __init__(self, task: TensorTask, reading: Reading, starts: Sequence[int]) -> None:
+    def __init__(
+        self,
+        task: TensorTask,
+        reading: Reading,
+        starts: Sequence[int],
+        statistics: TensorStatistics | None = None,
+    ) -> None:
         self.task, self._reading = task, reading
         self.name, self.shape, self.parameters = task.name, task.shape, task.parameters
-        self.size, self.starts = task.size, starts
+        self.size, self.starts, self.statistics = task.size, starts, statistics
         self.wide = any(ref.dtype == "F64" for ref in task.inputs)
 
     def blocks(self) -> Iterator[Block]:

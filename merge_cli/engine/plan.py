@@ -12,6 +12,7 @@ from merge_cli.checkpoint.coefficients import CoefficientFile
 from merge_cli.checkpoint.header import TensorRef
 from merge_cli.checkpoint.layout import OutputTensor, Shard
 from merge_cli.checkpoint.source import Source
+from merge_cli.checkpoint.statistics import Gathered, TensorStatistics
 from merge_cli.checkpoint.tensors import Tensor
 from merge_cli.engine.vocabulary import Aligned
 from merge_cli.methods.registry import Method
@@ -105,6 +106,7 @@ class Plan:
         config: the output's config.json; empty where the donor has none.
         notes: decisions that a reader should know, one line each.
         coefficients: the recipe's file of learned coefficients; None without one.
+        gathered: statistics of the sources over their data; None without, or before they are there.
         shard_size: bytes of tensors in one of `shards`: what is planned again is cut alike.
         stages: how the models are made that other documents of the recipe make, by name.
     """
@@ -124,6 +126,7 @@ class Plan:
     shard_size: int = 0
     stages: Mapping[str, Plan] = field(default_factory=dict)
     template: str | None = None
+    gathered: Gathered | None = None
 
     @property
     def tokenizer_donor(self) -> int:
@@ -134,6 +137,20 @@ class Plan:
     def learns(self) -> bool:
         """Whether coefficients must be learned before anything can be merged."""
         return self.method.learns and self.coefficients is None
+
+    @property
+    def gathers(self) -> bool:
+        """Whether statistics must be gathered before anything can be merged."""
+        return bool(self.method.gathers) and self.gathered is None
+
+    def statistics_of(self, task: TensorTask) -> TensorStatistics | None:
+        """What was gathered of a tensor in every source that it is merged from."""
+        return self.gathered.of(task.operands, task.ids) if self.gathered is not None else None
+
+    def is_plain_mean(self, task: TensorTask) -> bool:
+        """Whether the method gathers, and has found nothing of this tensor in some source."""
+        found = self.statistics_of(task)
+        return found is not None and found.complete is None
 
     @property
     def bytes_read(self) -> int:

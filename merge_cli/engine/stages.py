@@ -48,7 +48,7 @@ def plan_recipe(recipe: Recipe, *, shard_size: int = DEFAULT_SHARD_SIZE) -> Plan
 def over_results(plan: Plan, places: Mapping[str, Path]) -> Plan:
     """The same plan over what stages have made by now.
 
-    What learns or searches opens its models again and again: its recipe names their folders.
+    What learns, searches or gathers opens its models again: its recipe names their folders.
 
     Args:
         places: the folders of the stages' results, by name.
@@ -57,7 +57,7 @@ def over_results(plan: Plan, places: Mapping[str, Path]) -> Plan:
         CorruptFileError: a result is not what it was.
     """
     made = [source.label for source in plan.sources if source.label in plan.stages]
-    if plan.learns or plan.recipe.searches:
+    if plan.learns or plan.gathers or plan.recipe.searches:
         spelling = {model: model for model in plan.recipe.references}
         spelling |= {ModelRef(name): ModelRef(str(places[name])) for name in made}
         recipe = replace(_tokenizer_of(plan.recipe, places).with_models(spelling), stages=())

@@ -54,6 +54,18 @@ def source_digest(source: Source) -> str:
     return model_digest(source.root)
 
 
+def source_identity(source: Source) -> str:
+    """`source_digest`, or for a model of the Hub its commit: its weights need not be here yet.
+
+    Raises:
+        as `source_digest` does.
+    """
+    refuse_adapter(source)
+    if source.hub is not None and source.hub.commit:
+        return f"{source.hub.repo_id}@{source.hub.commit}"
+    return source_digest(source)
+
+
 def refuse_adapter(source: Source) -> None:
     """What runs a model from its folder must not run it without the adapter that is named.
 

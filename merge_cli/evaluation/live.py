@@ -61,6 +61,11 @@ class LiveModel:
         """The device that inputs go to."""
         return str(self.net.device)
 
+    @property
+    def offloaded(self) -> bool:
+        """Whether some of its weights are read layer by layer."""
+        return self._folder is not None
+
     def close(self) -> None:
         """Let go of the weights, in memory and in the offload folder."""
         self.net = None

@@ -37,6 +37,9 @@ def tuned(
     if method.learns or method.searches:
         what = f"--tune is for plain recipes, and {method.name} finds its numbers by itself"
         raise UsageError(what, hint="Leave --tune out.")
+    if method.gathers:
+        what = f"--tune is for plain recipes, and {method.name} looks at examples first"
+        raise UsageError(what, hint="Run it with several values: only the merge is repeated.")
     if not data:
         raise UsageError("--tune needs text to judge by", hint="Add --tune-on FILE.")
     if not ranges:

@@ -9,7 +9,7 @@ from merge_cli.methods.registry import Method
 from merge_cli.recipe.schema import Recipe
 
 _OF_MODELS = ("slices", "modules", "dtype", "out_dtype", "tokenizer", "tokenizer_source",
-              "chat_template", "training", "coefficients", "eval", "search",
+              "chat_template", "training", "statistics", "coefficients", "eval", "search",
               "objective")  # fmt: skip
 
 
@@ -20,6 +20,6 @@ def adapter_problems(recipe: Recipe, method: Method) -> Iterator[Problem]:
     for key in _OF_MODELS:
         if key in recipe.places:
             yield recipe.problem(key, "has no meaning in a merge of adapters.", "Leave it out.")
-    if method.learns or method.searches:
+    if not method.plain:
         what = f"{recipe.merge_method} runs models, and adapters are merged without one."
         yield recipe.problem("merge_method", what, "Use soup, task_arithmetic, ties, dare, ...")

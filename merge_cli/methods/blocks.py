@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
+from merge_cli.checkpoint.statistics import TensorStatistics
 from merge_cli.kernels.arrays import Array, joined
 
 T = TypeVar("T")
@@ -74,12 +75,14 @@ class TensorBlocks(Blocks, Protocol):
         name, shape: in the output. Blocks are flat; a row is the last dimension.
         wide: whether its blocks are float64 (a source is) rather than float32.
         parameters: the method's parameters as resolved for this tensor.
+        statistics: what was gathered of it in every source, for a method that asks for that.
     """
 
     name: str
     shape: tuple[int, ...]
     wide: bool
     parameters: Mapping[str, Any]
+    statistics: TensorStatistics | None
 
     def blocks(self) -> Iterator[Block]:
         """Every block in order, read by the calling thread alone."""

@@ -20,7 +20,7 @@ def learning_problems(recipe: Recipe, method: Method) -> Iterator[Problem]:
             what = f"{recipe.merge_method} takes no file of coefficients."
             yield recipe.problem("coefficients", what, "Use `merge_method: dam`.")
         for spec in recipe.source_specs:
-            if spec.data is not None:
+            if spec.data is not None and not method.gathers:
                 what = f"{recipe.merge_method} learns nothing from data."
                 yield recipe.problem(f"{spec.key}.data", what, "Use `merge_method: dam`.")
         return

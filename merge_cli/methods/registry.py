@@ -9,6 +9,7 @@ the engine must supply, the keyword-only ones are the recipe's schema (see `para
     at        the `Span`: which elements of which tensor these are, and the recipe's seed
     prepared  what `prepare` returned for this tensor
     coefficients  this tensor's part of the recipe's `coefficients:` file
+    statistics  what was gathered of this tensor in every source, over its `data:`
 
 All spans are flat, upcast (float32; float64 where a source is) and of equal length; the method
 returns a span of the same length, which the engine rounds once. A method that must see the whole
@@ -26,20 +27,22 @@ from dataclasses import dataclass, field
 from functools import cache, cached_property
 from importlib import import_module
 from importlib.metadata import entry_points
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from merge_cli.errors import UsageError
 from merge_cli.methods.parameters import MethodParameter, read_parameters
 from merge_cli.recipe.keys import nearest
 from merge_cli.recipe.schema import Recipe
+from merge_cli.recipe.statistics import Kind
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 ENTRY_POINTS = "merge_cli.methods"
 _BUILT_IN = ("soup", "task_arithmetic", "ties", "dare", "della", "breadcrumbs", "sce", "ram",
              "model_stock", "slerp", "nuslerp", "multislerp", "karcher", "nearswap", "arcee_fusion",
-             "passthrough", "wudi", "greedy_soup", "evolutionary", "dam")  # fmt: skip
-_SUPPLIED = ("base", "models", "deltas", "at", "prepared", "coefficients")
+             "passthrough", "wudi", "regmean", "fisher", "greedy_soup", "evolutionary",
+             "dam")  # fmt: skip
+_SUPPLIED = ("base", "models", "deltas", "at", "prepared", "coefficients", "statistics")
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,10 @@ class Method:
         learns: without `coefficients:` in the recipe they are learned first.
         searches: what is merged, and with which parameters, is found first.
         whole: arrays of a whole tensor's size that `prepare` holds besides the operands, given the
-            parameters; 0 where it works block by block. Memory grows with the largest tensor.
+            tensor's `shape` and the parameters; 0 where it works block by block. Memory grows with
+            the largest tensor.
+        gathers: statistics of every source over its `data:` that are gathered first: gram or
+            fisher; empty for none.
         prepare_uses: the parameters that `prepare` looks at; None where it may look at all. With
             the same values of these and no survey, it gives the same answer.
     """
@@ -84,6 +90,7 @@ class Method:
     searches: bool = False
     prepare_uses: tuple[str, ...] | None = None
     whole: Callable[..., int] | None = None
+    gathers: str = ""
 
     @cached_property
     def parameters(self) -> dict[str, MethodParameter]:
@@ -94,6 +101,11 @@ class Method:
     def needs_base(self) -> bool:
         """Whether the formula contains the base model."""
         return "base" in self.supplied or "deltas" in self.supplied
+
+    @property
+    def plain(self) -> bool:
+        """Whether it needs nothing but the recipe and the models: no data, no search."""
+        return not (self.learns or self.searches or self.gathers)
 
     @property
     def summary(self) -> str:
@@ -124,6 +136,7 @@ def merge_method(
     searches: bool = False,
     prepare_uses: tuple[str, ...] | None = None,
     whole: Callable[..., int] | None = None,
+    gathers: Kind | Literal[""] = "",
     listed: bool = True,
 ) -> Callable[[F], F]:
     """Record a merge method under `name` and its aliases; see the module's text for the contract.
@@ -149,7 +162,7 @@ def merge_method(
         method = Method(
             name, function, aliases, paper, count, base_is_source,
             prepare, survey, kept, copies, check, ignores, any_array, frozenset(positional),
-            variant, learns, searches, prepare_uses, whole,
+            variant, learns, searches, prepare_uses, whole, gathers,
         )  # fmt: skip
         _ = method.parameters  # a signature that cannot be read fails here, at import
         _BY_FUNCTION[function] = method

@@ -12,6 +12,7 @@ from typing import Any
 
 from merge_cli.errors import Problem, UsageError
 from merge_cli.methods.adapters import adapter_problems
+from merge_cli.methods.gathering import gathering_problems, gathering_warnings
 from merge_cli.methods.learning import learning_problems
 from merge_cli.methods.registry import Method, get_method
 from merge_cli.methods.searching import search_problems
@@ -45,8 +46,12 @@ def check_recipe(recipe: Recipe) -> Checked:
     problems: list[Problem] = list(search_problems(recipe, searching=searching))
     if problems and searching:
         return Checked(method, tuple(problems), ())
-    problems += [*learning_problems(recipe, method), *adapter_problems(recipe, method)]
-    warnings: list[str] = []
+    problems += [
+        *learning_problems(recipe, method),
+        *gathering_problems(recipe, method),
+        *adapter_problems(recipe, method),
+    ]
+    warnings = list(gathering_warnings(recipe, method))
     groups = _groups(recipe)
     based = recipe.output is not None  # changes start from nothing
     if method.needs_base and not based and any(here.base_model is None for here, *_ in groups):

@@ -65,9 +65,12 @@ def _section_problems(recipe: Recipe, search: Search) -> Iterator[Problem]:
         except UsageError as error:
             yield recipe.problem("search.method", error.what, error.hint)
             continue
-        if method.searches or method.learns:
+        if not method.plain:
             what = f"'{name}' finds its parameters itself."
-            hint = nearest(name, set(method_names()) - {name, "evolutionary", "dam", GREEDY})
+            if method.gathers:
+                what = f"'{name}' looks at examples first, which a search does not."
+            plain = {n for n in method_names() if get_method(n).plain}
+            hint = nearest(name, plain)
             yield recipe.problem("search.method", what, hint)
             continue
         methods.append(method)

@@ -13,10 +13,11 @@ from typing import Any
 
 import yaml
 
-from merge_cli.recipe.reference import ModelRef, local_folder, parse_reference
+from merge_cli.recipe.reference import ModelRef, local_file, local_folder, parse_reference
 from merge_cli.recipe.schema import Parameters, Recipe, SliceSpec, SourceSpec
+from merge_cli.recipe.statistics import plain_statistics
 from merge_cli.recipe.tokenizer import BASE, UNION, TokenizerSpec
-from merge_cli.recipe.training import plain_training
+from merge_cli.recipe.training import Data, plain_training
 from merge_cli.recipe.values import Gradient, Setting
 
 Locate = Callable[[ModelRef], str]
@@ -30,6 +31,8 @@ def dump_recipe(
     inputs: Mapping[str, str],
     coefficients: str | None = None,
     header: str = "",
+    data: Callable[[str], str] | None = None,
+    kind: str = "",
 ) -> str:
     """The recipe's YAML.
 
@@ -40,6 +43,8 @@ def dump_recipe(
         coefficients: how the file of learned coefficients is written; the data that they were
             learned from is then not needed, and is left out.
         header: a comment for the first line.
+        data: how a data file is written; None leaves the models' data out.
+        kind: of the statistics that are gathered from them, if any are.
     """
     document: dict[str, Any] = {"merge_method": recipe.merge_method}
     if recipe.name:
@@ -47,7 +52,7 @@ def dump_recipe(
     if recipe.base_model:
         document["base_model"] = locate(recipe.base_model)
     if recipe.models:
-        document["models"] = [_source(spec, locate) for spec in recipe.models]
+        document["models"] = [_source(spec, locate, data) for spec in recipe.models]
     elif recipe.slices:
         document["slices"] = _slices(recipe.slices, locate)
     else:
@@ -75,6 +80,8 @@ def dump_recipe(
     document["seed"] = recipe.seed
     if recipe.training:
         document["training"] = plain_training(recipe.training)
+    if recipe.statistics and kind:
+        document["statistics"] = plain_statistics(recipe.statistics, kind)
     if coefficients:
         document["coefficients"] = coefficients
     if recipe.metadata:
@@ -146,11 +153,35 @@ def _tokenizer(spec: TokenizerSpec, folder: Path, locate: Locate) -> dict[str, A
     return section
 
 
-def _source(spec: SourceSpec, locate: Locate) -> dict[str, Any]:
+def data_from(target: Path, folder: Path) -> Callable[[str], str]:
+    """Writes data files for a recipe in `target`, as `path_from` writes local models."""
+
+    def locate(word: str) -> str:
+        place = local_file(word, folder)
+        if place is None:
+            return word
+        return os.path.relpath(os.path.realpath(place), os.path.realpath(target))
+
+    return locate
+
+
+def _source(
+    spec: SourceSpec, locate: Locate, data: Callable[[str], str] | None = None
+) -> dict[str, Any]:
     entry: dict[str, Any] = {"model": locate(spec.model)}
+    if spec.data is not None and data is not None:
+        entry["data"] = _data(spec.data, data)
     if spec.layer_range:
         entry["layer_range"] = list(spec.layer_range)
     return _with_parameters(entry, spec.parameters)
+
+
+def _data(data: Data, locate: Callable[[str], str]) -> dict[str, Any]:
+    """Held-out files are left out: only what learns has a use for them, and it keeps no data."""
+    if data.files:
+        return {"files": [locate(word) for word in data.files]}
+    chosen = {"config": data.config, "split": data.split, "revision": data.revision}
+    return {"dataset": data.dataset, **{k: v for k, v in chosen.items() if v is not None}}
 
 
 def _with_parameters(entry: dict[str, Any], parameters: Parameters) -> dict[str, Any]:

@@ -24,7 +24,7 @@ UNSUPPORTED = {
 RECIPE_KEYS = (
     "merge_method", "base_model", "models", "slices", "modules", "parameters", "dtype", "out_dtype",
     "seed", "tokenizer_source", "tokenizer", "chat_template", "name", "metadata", "training",
-    "coefficients", "inputs", "eval", "search", "objective", "output",
+    "statistics", "coefficients", "inputs", "eval", "search", "objective", "output",
 )  # fmt: skip
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")

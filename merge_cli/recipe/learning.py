@@ -1,4 +1,4 @@
-"""Nodes to the sections of a recipe that learns: `training:`, and `data:` of a model."""
+"""Nodes to sections on data: `training:` and `statistics:` of a recipe, `data:` of a model."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from merge_cli.recipe.fields import Fields
 from merge_cli.recipe.keys import nearest
 from merge_cli.recipe.nodes import Node
 from merge_cli.recipe.reference import local_file
+from merge_cli.recipe.statistics import Statistics
 from merge_cli.recipe.training import (
     LOSSES,
     PENALTIES,
@@ -21,6 +22,7 @@ from merge_cli.recipe.training import (
 )
 
 Refuse = Callable[[Node, str, str, str], None]  # node, key, what, hint
+Read = Callable[[Node], tuple[Any, str]]  # a value, and why it is none
 
 
 class LearningSections(Fields):
@@ -40,6 +42,16 @@ class LearningSections(Fields):
             place = node.value.get(dial, node) if isinstance(node.value, dict) else node
             self._add(place, f"training.{dial}", what, hint)
         return training
+
+    def _statistics(self, node: Node | None) -> Statistics | None:
+        if node is None or node.value is None:
+            return None
+        known = tuple(f.name for f in fields(Statistics))
+        given = read_dials(
+            Statistics, self._mapping(node, "statistics", known), "statistics",
+            lambda at, key, what, hint: self._add(at, key, what, hint),
+        )  # fmt: skip
+        return Statistics(**given)
 
     def _data(self, node: Node | None, key: str) -> Data | None:
         """A file, several, or a mapping of `files`, `held_out`, or a Hub `dataset`."""
@@ -73,18 +85,33 @@ class LearningSections(Fields):
 
 def parse_training(fields_of: Mapping[str, Node], key: str, refuse: Refuse) -> Training:
     """The section's children to dials; wrong values are refused where they stand."""
-    hints = get_type_hints(Training)
-    known = {f.name: f for f in fields(Training)}
+    readers: dict[str, Read] = {
+        "train": _patterns,
+        "loss": lambda node: _weights(node, LOSSES),
+        "regularize": lambda node: _weights(node, PENALTIES),
+    }
+    given = read_dials(Training, fields_of, key, refuse, readers)
+    return replace(preset(given.get("preset", "dam")), **given)
+
+
+def read_dials(
+    section: type, fields_of: Mapping[str, Node], key: str, refuse: Refuse,
+    readers: Mapping[str, Read] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """What the recipe says of a section's dials, in range.
+
+    Args:
+        section: a dataclass whose fields are `training.dial`s.
+        readers: for dials that their type alone does not describe.
+    """
+    hints = get_type_hints(section)
+    known = {f.name: f for f in fields(section)}
     given: dict[str, Any] = {}
     for name, node in fields_of.items():
         path = f"{key}.{name}"
         about = known[name].metadata
-        if name == "train":
-            value, wrong = _patterns(node)
-        elif name in ("loss", "regularize"):
-            value, wrong = _weights(node, LOSSES if name == "loss" else PENALTIES)
-        else:
-            value, wrong = read_value(node, hints[name])
+        read = (readers or {}).get(name)
+        value, wrong = read(node) if read else read_value(node, hints[name])
         least, most = about["least"], about["most"]
         if not wrong and _is_number(value):
             if least is not None and value < least:
@@ -96,7 +123,7 @@ def parse_training(fields_of: Mapping[str, Node], key: str, refuse: Refuse) -> T
             refuse(node, path, f"{wrong} (got {node.plain()!r}).", hint)
         elif value is not None or type(None) in get_args(hints[name]):
             given[name] = value
-    return replace(preset(given.get("preset", "dam")), **given)
+    return given
 
 
 def _patterns(node: Node) -> tuple[Any, str]:

@@ -71,6 +71,7 @@ class _Parser(ModelSections):
             chat_template=self._chat_template(top.get("chat_template")),
             name=self._word(top.get("name"), "name"),
             training=self._training(top.get("training"), root),
+            statistics=self._statistics(top.get("statistics")),
             coefficients=self._word(top.get("coefficients"), "coefficients"),
             inputs={k: str(v) for k, v in self._plain_mapping(top.get("inputs"), "inputs").items()},
             metadata=self._plain_mapping(metadata, "metadata"),

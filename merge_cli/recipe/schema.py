@@ -13,6 +13,7 @@ from merge_cli.recipe.nodes import Node
 from merge_cli.recipe.output import AdapterOutput
 from merge_cli.recipe.reference import ModelRef
 from merge_cli.recipe.search import Search
+from merge_cli.recipe.statistics import Statistics
 from merge_cli.recipe.tokenizer import TokenizerSpec
 from merge_cli.recipe.training import Data, Training
 from merge_cli.recipe.values import Parameter
@@ -24,7 +25,7 @@ Parameters = Mapping[str, Parameter]
 class SourceSpec:
     """One source model. `layer_range` is half-open; None means every layer.
 
-    `data` is what the source is good at, for methods that learn.
+    `data` is what the source is good at, for methods that learn or look at examples.
     """
 
     model: ModelRef
@@ -76,6 +77,7 @@ class Recipe:
         dtype: dtype of the output; None keeps each tensor's own. Computing is float32 regardless.
         out_dtype: wins over `dtype`; or fp8, which is of the matrices of layers alone.
         training: how coefficients are learned; None leaves it to the method's defaults.
+        statistics: how sources are looked at first; None leaves it to the defaults.
         tokenizer: the output's vocabulary; None merges rows by number, as they are.
         chat_template: auto, a built-in name, a .jinja file, or Jinja; None keeps the donor's.
         coefficients: the file of learned coefficients that the method merges with, as written.
@@ -104,6 +106,7 @@ class Recipe:
     name: str | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
     training: Training | None = None
+    statistics: Statistics | None = None
     coefficients: str | None = None
     inputs: Mapping[str, str] = field(default_factory=dict)
     eval: Node | None = None

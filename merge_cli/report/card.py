@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -52,6 +53,8 @@ def model_card(plan: Plan, defaults: Mapping[str, Any], title: str, stages: Stag
     text = dump_recipe(
         recipe, locate=stages.named(public), defaults=defaults, inputs={},
         coefficients=f"./{FILE}" if plan.coefficients is not None else None,
+        data=(lambda word: Path(word).name) if plan.gathered is not None else None,
+        kind=plan.method.gathers,
     )  # fmt: skip
     text = "# a merge-cli recipe\n" + "---\n".join([*stages.documents(None), text])
     method = plan.method

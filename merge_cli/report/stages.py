@@ -17,8 +17,9 @@ from typing import Any
 from merge_cli.checkpoint.coefficients import FILE
 from merge_cli.checkpoint.raw import write_error
 from merge_cli.errors import RecipeError
+from merge_cli.methods.registry import get_method
 from merge_cli.recipe.documents import stage_folder
-from merge_cli.recipe.dump import Locate, dump_recipe, path_from
+from merge_cli.recipe.dump import Locate, data_from, dump_recipe, path_from
 from merge_cli.recipe.load import read_recipe
 from merge_cli.recipe.reference import HUB, ModelRef, local_folder, parse_reference
 from merge_cli.recipe.schema import Recipe
@@ -65,7 +66,15 @@ class Stages:
             pinned = recipe.inputs if target else {}
             inputs = {locate(parse_reference(k, folder)): v for k, v in pinned.items()}
             texts.append(
-                dump_recipe(recipe, locate=locate, defaults={}, inputs=inputs, coefficients=learned)
+                dump_recipe(
+                    recipe,
+                    locate=locate,
+                    defaults={},
+                    inputs=inputs,
+                    coefficients=learned,
+                    data=data_from(target, folder) if target else lambda word: Path(word).name,
+                    kind=get_method(recipe.merge_method).gathers,
+                )  # fmt: skip
             )
         return texts
 

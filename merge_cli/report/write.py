@@ -13,9 +13,10 @@ from merge_cli.checkpoint.coefficients import FILE
 from merge_cli.checkpoint.raw import write_error
 from merge_cli.engine.outcome import Outcome
 from merge_cli.engine.plan import Plan
-from merge_cli.recipe.dump import dump_recipe, path_from
+from merge_cli.recipe.dump import data_from, dump_recipe, path_from
 from merge_cli.report.card import model_card
 from merge_cli.report.coefficients import coefficient_summary
+from merge_cli.report.gathered import gathered_summary
 from merge_cli.report.html import render_html
 from merge_cli.report.record import build_report
 from merge_cli.report.stages import Stages
@@ -51,6 +52,8 @@ def write_reports(
     report = build_report(plan, fingerprints, outcome, text)
     if plan.coefficients is not None:
         report["coefficients"] = coefficient_summary(plan)
+    if plan.gathered is not None:
+        report["gathered"] = gathered_summary(plan, plan.gathered)
     if training is not None:
         report["training"] = dict(training)
     if search is not None:
@@ -105,6 +108,8 @@ def resolved_recipe(
         defaults=defaults,
         inputs={name: digest for name, digest in inputs.items() if name not in made.names},
         coefficients=f"./{FILE}" if plan.coefficients is not None else None,
+        data=data_from(target, recipe.folder) if plan.gathered is not None else None,
+        kind=plan.method.gathers,
     )
     header = f"# resolved by merge-cli {version('merge-cli')}; running it gives the same bytes\n"
     return header + "---\n".join([*made.documents(target), own]), defaults

@@ -37,6 +37,8 @@ def method_page(method: Method) -> str:
         lines += [""]
     if method.learns:
         lines += ["How it learns is set under `training`: [learned coefficients](../dam.md).", ""]
+    if method.gathers:
+        lines += ["How examples are looked at: [statistics](../statistics.md).", ""]
     if method.searches:
         lines += ["What is searched and scored: [searching](../evolve.md).", ""]
     example = example_recipe({method.name, *method.aliases})

@@ -1,0 +1,182 @@
+"""Statistics of one model over its examples, as a file of float32 arrays.
+
+Two kinds. `gram`: for each linear layer the matrix [in, in] of its inputs, X^T X over the number of
+tokens; layers that see the same input share one. `fisher`: for each tensor the importance of its
+elements, in its shape. The header's metadata says which tensors, as the model stores them, have
+which array, and what the file was made of.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from merge_cli.checkpoint.header import TensorRef, parse_header, read_header_file
+from merge_cli.errors import CorruptFileError
+
+FORMAT = "merge-cli statistics 1"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a tensor's statistics are.
+
+    Attributes:
+        array: the name of an array of the file.
+        input_first: the tensor is a layer that is stored [in, out].
+        seen: whether anything in the array is not 0.
+    """
+
+    array: str
+    input_first: bool = False
+    seen: bool = True
+
+
+@dataclass(frozen=True)
+class StatisticsFile:
+    """An opened file; arrays are read when they are asked for.
+
+    Attributes:
+        digest: of every array and of what it belongs to: other statistics, other bytes of a merge.
+        about: what it was made of, and sums over all arrays, as `gathering` wrote them.
+        entries: a tensor as the model stores it -> its statistics.
+        cached: whether it was there before.
+    """
+
+    path: Path
+    kind: str
+    digest: str
+    about: Mapping[str, Any]
+    entries: Mapping[str, Entry] = field(repr=False)
+    refs: Mapping[str, TensorRef] = field(repr=False)
+    cached: bool = True
+
+    @property
+    def size(self) -> int:
+        """Bytes of all arrays."""
+        return sum(ref.nbytes for ref in self.refs.values())
+
+    def of(self, name: str) -> ModelStatistics | None:
+        """The statistics of a tensor, or None where it has none."""
+        entry = self.entries.get(name)
+        if entry is None:
+            return None
+        return ModelStatistics(self.refs[entry.array], entry, self.about)
+
+
+@dataclass(frozen=True)
+class ModelStatistics:
+    """The statistics of one tensor in one model.
+
+    Attributes:
+        about: of the model's file.
+    """
+
+    ref: TensorRef
+    entry: Entry
+    about: Mapping[str, Any]
+
+    def span(self, start: int, size: int, like: Any) -> Any:
+        """Elements [start, start + size) of the flat array, float32.
+
+        Args:
+            like: a numpy array or tensor; the result is of its kind, on its device.
+
+        Raises:
+            CorruptFileError: the file has vanished or been cut off.
+        """
+        import numpy as np
+
+        found = self._read(start, size)
+        if isinstance(like, np.ndarray):
+            return found
+        import torch
+
+        return torch.from_numpy(found).to(like.device)
+
+    def whole(self, like: Any) -> Any:
+        """The array in its shape."""
+        return self.span(0, self.ref.size, like).reshape(self.ref.shape)
+
+    def _read(self, start: int, size: int) -> Any:
+        import numpy as np
+
+        ref, hint = self.ref, "The same command makes it again."
+        try:
+            # Not mapped: pages of a mapping would count as this process's memory.
+            found = np.fromfile(ref.path, np.float32, size, offset=ref.offset + 4 * start)
+        except OSError as error:
+            what = f"statistics cannot be read: {error.strerror}"
+            raise CorruptFileError(what, file=str(ref.path), hint=hint) from error
+        if len(found) != size:
+            raise CorruptFileError("statistics end early", file=str(ref.path), hint=hint)
+        return found
+
+
+@dataclass(frozen=True)
+class TensorStatistics:
+    """The statistics of one tensor in every model that it is merged from.
+
+    Attributes:
+        models: None where a model has none of it.
+    """
+
+    models: tuple[ModelStatistics | None, ...]
+
+    @property
+    def complete(self) -> tuple[ModelStatistics, ...] | None:
+        """Every model's, if every model has some, and not all are 0."""
+        found = tuple(one for one in self.models if one is not None)
+        every = len(found) == len(self.models)
+        return found if every and any(one.entry.seen for one in found) else None
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """What was gathered for a merge: a file for each source, by its place in the recipe."""
+
+    files: tuple[StatisticsFile, ...]
+
+    @property
+    def digests(self) -> tuple[str, ...]:
+        return tuple(file.digest for file in self.files)
+
+    def of(self, operands: Sequence[Any], places: Sequence[int]) -> TensorStatistics:
+        """The statistics of one output tensor.
+
+        Args:
+            operands: the tensors that it is merged from (`checkpoint.tensors.Tensor`).
+            places: of the models that these are of, in the recipe.
+        """
+        return TensorStatistics(
+            tuple(
+                # What is computed from several stored tensors is none that a model was asked about.
+                self.files[place].of(tensor.name) if isinstance(tensor, TensorRef) else None
+                for tensor, place in zip(operands, places, strict=True)
+            )
+        )
+
+
+def open_statistics(path: Path) -> StatisticsFile:
+    """Read the header of a file of statistics.
+
+    Raises:
+        CorruptFileError: not such a file, or not whole.
+    """
+    raw = read_header_file(path, "")
+    refs = parse_header(raw, path, path.stat().st_size, "")
+    length = struct.unpack("<Q", raw[:8])[0]
+    metadata = json.loads(raw[8 : 8 + length]).get("__metadata__") or {}
+    if metadata.get("format") != FORMAT:
+        raise CorruptFileError("is not a file of statistics", file=str(path))
+    entries = {
+        name: Entry(array, bool(input_first), bool(seen))
+        for name, (array, input_first, seen) in json.loads(metadata["entries"]).items()
+    }
+    return StatisticsFile(
+        path, metadata["kind"], metadata["digest"], json.loads(metadata["about"]), entries, refs
+    )

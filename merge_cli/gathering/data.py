@@ -1,0 +1,94 @@
+"""A source's examples: some of its rows, cut into sequences, in an order of their own."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from merge_cli.dam.data import data_files, sequences
+from merge_cli.dam.datasets import read_data
+from merge_cli.errors import SourceError
+from merge_cli.evaluation.examples import Example
+from merge_cli.recipe.schema import Recipe
+from merge_cli.recipe.statistics import Statistics
+from merge_cli.recipe.training import Data
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What one source is looked at with.
+
+    Attributes:
+        rows: how many rows its data has.
+        items: the longest first, so that the order of rows in a file does not matter.
+    """
+
+    rows: int
+    items: tuple[Example, ...]
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(one.ids) for one in self.items)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over all tokens: the same data in another file is the same data."""
+        state = hashlib.sha256()
+        for one in self.items:
+            state.update(f"{one.first} {len(one.ids)};".encode() + one.ids.tobytes())
+        return state.hexdigest()
+
+
+def load_examples(
+    recipe: Recipe, data: Data, tokenizer: Any, statistics: Statistics, context: int
+) -> Examples:
+    """Read, choose by the recipe's seed, tokenise and cut.
+
+    Args:
+        context: tokens that the model takes; `max_length` may be less.
+
+    Raises:
+        SourceError: a file or a row that cannot be used, with file and line.
+    """
+    rows = read_data(data, data_files(data.files, recipe))
+    mixed = list(rows)
+    # One order for all sources, whatever they are called: the same data is the same examples.
+    random.Random(f"{recipe.seed}:examples").shuffle(mixed)
+    length = min(statistics.max_length, context)
+    found = sequences(mixed, tokenizer, length, statistics.examples)
+    if not found:
+        raise SourceError("has no token to look at", file=shown(data))
+    return Examples(len(rows), tuple(_ordered(found)))
+
+
+def shown(data: Data) -> str:
+    """Files or data set, as the recipe names them."""
+    return ", ".join(data.files) or str(data.dataset)
+
+
+def _ordered(examples: Iterable[Example]) -> list[Example]:
+    return sorted(examples, key=lambda one: (-len(one.ids), one.ids.tobytes(), one.first))
+
+
+def batches_of(examples: Sequence[Example], tokens: int) -> list[Sequence[Example]]:
+    """Neighbours of one length, of at most `tokens` together: without padding.
+
+    A layer that sees some of the tokens only (an expert) could not tell padding from text.
+    """
+    found: list[Sequence[Example]] = []
+    start = 0
+    while start < len(examples):
+        width = len(examples[start].ids)
+        stop = start + 1
+        while (
+            stop < len(examples)
+            and len(examples[stop].ids) == width
+            and width * (stop + 1 - start) <= tokens
+        ):
+            stop += 1
+        found.append(examples[start:stop])
+        start = stop
+    return found

@@ -1,0 +1,159 @@
+"""What has to be gathered, on what, where and with how much: known without loading weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from merge_cli.checkpoint.source import Source
+from merge_cli.checkpoint.statistics import Gathered
+from merge_cli.dam.models import empty_student
+from merge_cli.dam.tokenizers import one_tokenizer
+from merge_cli.engine.device import choose_device
+from merge_cli.engine.plan import Plan
+from merge_cli.errors import SourceError
+from merge_cli.evaluation.digest import source_identity
+from merge_cli.evaluation.live import choose_dtype, context_of
+from merge_cli.gathering.data import load_examples, shown
+from merge_cli.gathering.layers import linear_layers, parameters_of
+from merge_cli.gathering.part import Part
+from merge_cli.gathering.store import find
+from merge_cli.recipe.schema import Recipe
+from merge_cli.recipe.statistics import Statistics
+
+ORIGIN = "gathered_from"  # under `metadata:` of a resolved recipe
+_WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class GatheringPlan:
+    """A gathering, decided.
+
+    Attributes:
+        parts: one for each source, in the recipe's order.
+        device, dtype: as words for torch; `why` has the reasons, by dial.
+        tensors: merged tensors that get statistics, as far as an empty model tells.
+        bytes: of statistics on disk, at most, for each source.
+        memory: bytes of a model and its sums, if they are made in one round; without activations.
+    """
+
+    plan: Plan
+    kind: str
+    statistics: Statistics
+    parts: tuple[Part, ...]
+    device: str
+    dtype: str
+    why: dict[str, str]
+    tensors: int
+    bytes: tuple[int, ...]
+    memory: int
+
+    @property
+    def missing(self) -> tuple[Part, ...]:
+        """What the cache does not have."""
+        return tuple(part for part in self.parts if part.found is None)
+
+    @property
+    def means(self) -> int:
+        """Merged tensors that get the plain mean, as far as an empty model tells."""
+        return sum(task.action == "merge" for task in self.plan.tasks) - self.tensors
+
+    @property
+    def bytes_to_gather(self) -> int:
+        """Bytes that the cache will grow by, at most."""
+        pairs = zip(self.parts, self.bytes, strict=True)
+        return sum(size for part, size in pairs if part.found is None)
+
+    @property
+    def gathered(self) -> Gathered | None:
+        """The statistics, if the cache has them all."""
+        files = tuple(part.found for part in self.parts if part.found is not None)
+        return Gathered(files) if len(files) == len(self.parts) else None
+
+
+def plan_gathering(plan: Plan, device: str = "auto") -> GatheringPlan:
+    """Decide from headers, configs, tokenizers and data.
+
+    Raises:
+        SourceError: data or a model that cannot be used, an adapter, other data than a resolved
+            recipe was made with, nothing to gather.
+        MismatchError: sources that do not share a tokenizer.
+        RecipeError: a recipe that changes the vocabulary.
+        ResourceError: a device or a package is missing.
+    """
+    statistics, kind = plan.recipe.statistics or Statistics(), plan.method.gathers
+    plan.aligned.need_plain(plan.recipe, plan.recipe.merge_method)
+    tokenizer, template_why = one_tokenizer(plan)
+    net = empty_student(plan)
+    chosen = choose_device(device)
+    where = f"cuda:{chosen.indexes[0]}" if chosen.indexes else "cpu"
+    dtype, dtype_why = choose_dtype(plan.sources[plan.donor], chosen.kind, statistics.dtype)
+    context = context_of(net.config, statistics.max_length)
+    labels = [source.label for source in plan.sources]
+    parts = []
+    for spec in plan.recipe.models:
+        assert spec.data is not None, "check_recipe refuses a source without data"
+        source = plan.sources[labels.index(str(spec.model))]
+        examples = load_examples(plan.recipe, spec.data, tokenizer, statistics, context)
+        part = Part(
+            source, shown(spec.data), examples, source_identity(source), kind, statistics,
+            plan.recipe.seed, where, dtype,
+        )  # fmt: skip
+        parts.append(replace(part, found=find(part.place)))
+    _verify(plan.recipe, parts)
+    expected = [_expected(kind, net, part.source) for part in parts]
+    tensors = _merged_with(plan, expected)
+    if not tensors:
+        kinds = "linear layer" if kind == "gram" else "parameter"
+        what = f"no stored tensor is a {kinds} as transformers loads the models: all would be means"
+        raise SourceError(what, model=plan.sources[plan.donor].label, hint="Use `soup` instead.")
+    weights = sum(p.numel() for p in net.parameters())
+    # What is on disk are the same sums: float32 in memory, too, or float64 and rounded at the end.
+    sums = (1 if kind == "fisher" else 2) * max(size for size, _ in expected)
+    why = {"device": f"{chosen.name}: {chosen.reason}", "dtype": dtype_why}
+    return GatheringPlan(
+        plan, kind, statistics, tuple(parts), where, dtype,
+        {**why, **({"chat template": template_why} if template_why else {})},
+        tensors,
+        tuple(part.found.size if part.found is not None else size
+              for part, (size, _) in zip(parts, expected, strict=True)),
+        weights * _WIDTHS[dtype] + sums,
+    )  # fmt: skip
+
+
+def _verify(recipe: Recipe, parts: Sequence[Part]) -> None:
+    """A resolved recipe records its examples, as it does its models: others give other bytes.
+
+    Raises:
+        SourceError: data that has changed since.
+    """
+    recorded = recipe.metadata.get(ORIGIN)
+    if not recipe.inputs or not isinstance(recorded, list):
+        return
+    for part, one in zip(parts, recorded, strict=False):
+        if (
+            isinstance(one, Mapping)
+            and one.get("data", part.examples.digest) != part.examples.digest
+        ):
+            what = "does not give the examples that this recipe was resolved with"
+            hint = "Restore data and settings, or remove `inputs` from the recipe."
+            raise SourceError(what, file=part.data, hint=hint)
+
+
+def _expected(kind: str, net: Any, source: Source) -> tuple[int, set[str]]:
+    """Bytes of statistics at most (what layers share is found by running), and of which tensors."""
+    if kind == "fisher":
+        stored = parameters_of(net, source)
+        return sum(4 * net.get_parameter(name).numel() for name in stored.values()), set(stored)
+    layers = linear_layers(net, source)
+    return sum(4 * layer.width**2 for layer in layers), {layer.stored for layer in layers}
+
+
+def _merged_with(plan: Plan, expected: list[tuple[int, set[str]]]) -> int:
+    """Output tensors that every source has statistics of."""
+    return sum(
+        all(ref.name in expected[place][1]
+            for place, ref in zip(task.ids, task.operands, strict=True))
+        for task in plan.tasks if task.action == "merge"
+    )  # fmt: skip

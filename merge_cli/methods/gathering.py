@@ -1,0 +1,45 @@
+"""A recipe whose method looks at examples first, and `statistics:` beside one that does not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from merge_cli.errors import Problem
+from merge_cli.methods.registry import Method
+from merge_cli.recipe.schema import Recipe
+from merge_cli.recipe.statistics import idle_dials
+
+
+def gathering_problems(recipe: Recipe, method: Method) -> Iterator[Problem]:
+    """What the section lacks, or wants from a method that looks at nothing."""
+    name = recipe.merge_method
+    if not method.gathers:
+        if recipe.statistics is not None:
+            what = f"{name} looks at no examples."
+            yield recipe.problem("statistics", what, "Use `merge_method: regmean` or fisher.")
+        return
+    for key in ("slices", "modules"):
+        if getattr(recipe, key):
+            what = f"{name} runs whole models on their data."
+            yield recipe.problem(key, what, "List them under `models:`.")
+    if recipe.models:
+        for spec in recipe.models:
+            if spec.data is None:
+                what = f"has no `data:`, and {name} looks at examples of every model."
+                hint = "Give it text that it is good at: `data: FILE`."
+                yield recipe.problem(spec.key, what, hint)
+    for dial in idle_dials(method.gathers):
+        if f"statistics.{dial}" in recipe.places:
+            what = f"has no effect in {name}."
+            yield recipe.problem(f"statistics.{dial}", what, "Leave it out.")
+
+
+def gathering_warnings(recipe: Recipe, method: Method) -> Iterator[str]:
+    """Data that would be held out for measuring: nothing is measured here."""
+    if not method.gathers:
+        return
+    for spec in recipe.models:
+        if spec.data is not None and spec.data.held_out:
+            line, column = recipe.places.get(f"{spec.key}.data.held_out", (0, 0))
+            place = f"{recipe.file}:{line}:{column}: {spec.key}.data.held_out"
+            yield f"{place}: has no effect: {recipe.merge_method} measures nothing."
