@@ -7,12 +7,24 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
-from dam_tiny import config, write_data, write_models
+from dam_tiny import write_data, write_experts
 from safetensors.torch import load_file, save_file
-from statistics_tiny import CPU, cache, gathered, models, plan_of, refused, write_recipe
+from statistics_tiny import (
+    CPU,
+    cache,
+    examples_of,
+    gathered,
+    models,
+    plan_of,
+    refused,
+    slow_importances,
+    slow_net,
+    write_recipe,
+)  # fmt: skip
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -31,29 +43,10 @@ pytestmark = [
 METHODS = ("regmean", "fisher")
 
 
-def test_experts_that_are_stored_one_by_one_are_the_mean(tmp_path: Path) -> None:
-    """transformers loads them fused; a tensor that no parameter is has no statistics."""
-    folders = write_models(tmp_path, config("mixtral", num_local_experts=4), change=0.2)
+def test_experts_that_are_stored_one_by_one_are_the_mean_in_regmean(tmp_path: Path) -> None:
+    """transformers loads them stacked, in a module that is no linear layer."""
+    write_experts(tmp_path, "mixtral", dtype=torch.float32)
     write_data(tmp_path)
-    for folder in folders:
-        file = folder / "model.safetensors"
-        tensors = {}
-        for name, tensor in load_file(file).items():
-            if name.endswith("experts.gate_up_proj"):
-                for i, expert in enumerate(tensor):
-                    start = name.replace(
-                        "mlp.experts.gate_up_proj", f"block_sparse_moe.experts.{i}"
-                    )
-                    one, three = expert.chunk(2)
-                    tensors |= {f"{start}.w1.weight": one.contiguous(),
-                                f"{start}.w3.weight": three.contiguous()}  # fmt: skip
-            elif name.endswith("experts.down_proj"):
-                for i, expert in enumerate(tensor):
-                    start = f"{name.partition('mlp.')[0]}block_sparse_moe.experts.{i}"
-                    tensors[f"{start}.w2.weight"] = expert.contiguous()
-            else:
-                tensors[name.replace("mlp.gate", "block_sparse_moe.gate")] = tensor
-        save_file(tensors, file, metadata={"format": "pt"})
     recipe = write_recipe(tmp_path, "regmean")
     decided = plan_gathering(plan_of(recipe), "cpu")
     result = merge_cli.merge(recipe, tmp_path / "out", options=CPU)
@@ -62,6 +55,35 @@ def test_experts_that_are_stored_one_by_one_are_the_mean(tmp_path: Path) -> None
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("a", "b"))
     name = "model.layers.0.block_sparse_moe.experts.2.w1.weight"
     torch.testing.assert_close(found[name], (one[name] + two[name]) / 2)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+def test_stacked_experts_have_importances_of_their_own(tmp_path: Path, kind: str) -> None:
+    write_experts(tmp_path, kind, dtype=torch.float32)
+    write_data(tmp_path)
+    recipe = write_recipe(tmp_path, "fisher")
+    plan = plan_of(recipe)
+    assert plan_gathering(plan, "cpu").means == 0
+    (file, _), examples = gathered(recipe).files, examples_of(recipe)[0]
+    net = slow_net(tmp_path / "a")
+    net.set_experts_implementation("eager")  # the grouped product has no float64
+    slow = slow_importances(net, examples)
+    words = {"mixtral": ("block_sparse_moe", "w1", "w3", "w2"),
+             "qwen3_moe": ("mlp", "gate_proj", "up_proj", "down_proj")}[kind]  # fmt: skip
+    for layer in range(2):
+        start = f"model.layers.{layer}."
+        gate_up = slow[f"{start}mlp.experts.gate_up_proj"]
+        down = slow[f"{start}mlp.experts.down_proj"]
+        for expert in range(4):
+            gate, up = np.split(gate_up[expert], 2)
+            for word, wanted in zip(words[1:], (gate, up, down[expert]), strict=True):
+                name = f"{start}{words[0]}.experts.{expert}.{word}.weight"
+                found = file.of(name)
+                assert found is not None
+                whole = found.whole(torch.zeros(wanted.shape)).numpy()
+                np.testing.assert_allclose(whole, wanted, rtol=1e-3, atol=1e-9)
+    report = merge_cli.merge(recipe, tmp_path / "out", options=CPU).report
+    assert report["gathered"]["means"] == 0
 
 
 def test_what_is_refused(models: Path) -> None:

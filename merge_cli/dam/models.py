@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,7 @@ from merge_cli.dam.sources import Stored
 from merge_cli.engine.plan import Plan, TensorTask
 from merge_cli.errors import Problem, SourceError
 from merge_cli.evaluation.live import quiet
-from merge_cli.evaluation.seats import by_name, layer_of
+from merge_cli.evaluation.seats import by_name, filled_layers, layer_of
 from merge_cli.recipe.training import Training
 
 
@@ -130,7 +129,8 @@ def find_targets(plan: Plan, net: Any, training: Training) -> tuple[list[Target]
     names = by_name({task.name: task.shape for task in merged}, parameters)
     open_names = parameters.keys() - names.values()
     loose = [task for task in merged if task.name not in names]
-    filled = _filled({name: parameters[name] for name in open_names}, loose)
+    filled = filled_layers({name: parameters[name] for name in open_names},
+                           {task.name: task.size for task in loose})  # fmt: skip
     targets = []
     for task in merged:
         held = task.name in names or layer_of(task.name) in filled
@@ -146,17 +146,6 @@ def find_targets(plan: Plan, net: Any, training: Training) -> tuple[list[Target]
         for name in parameters if name in open_names and layer_of(name) not in filled
     ]  # fmt: skip
     return targets, problems
-
-
-def _filled(parameters: Mapping[str, Any], loose: Sequence[TensorTask]) -> set[str]:
-    """Layers in which stored tensors have as many elements as the parameters without a name."""
-    room: Counter[str] = Counter()
-    stored: Counter[str] = Counter()
-    for name, parameter in parameters.items():
-        room[layer_of(name)] += parameter.numel()
-    for task in loose:
-        stored[layer_of(task.name)] += task.size
-    return {layer for layer, size in room.items() if stored[layer] == size}
 
 
 def is_trained(name: str, kind: str, patterns: Sequence[str]) -> bool:

@@ -53,20 +53,11 @@ def find_seats(plan: Plan, net: Any) -> dict[str, Seat]:
         MismatchError: parameters that no output tensor is for: transformers builds them from
             tensors that are stored otherwise, or they are not in this process's memory.
     """
-    needed = dict(net.named_parameters())
-    found = needed | {name: value for name, value in net.named_buffers() if name not in needed}
-    names = by_name({task.name: task.shape for task in plan.tasks}, found)
-    seats = {name: Seat(found[own]) for name, own in names.items()}
-    for own in names.values():
-        needed.pop(own, None)
-    elsewhere = [name for name, value in found.items() if value.device.type == "meta"]
-    if needed and not elsewhere:
-        donor = plan.sources[plan.donor].tensors
-        loose = (donor.get(task.name) for task in plan.tasks if task.name not in seats)
-        stored = [ref for ref in loose if isinstance(ref, TensorRef)]
-        for name, parts in _by_content(needed, stored).items():
-            seats |= parts
-            del needed[name]
+    elsewhere = [name for name, value in (*net.named_parameters(), *net.named_buffers())
+                 if value.device.type == "meta"]  # fmt: skip
+    donor = plan.sources[plan.donor].tensors
+    stored = {task.name: donor.get(task.name) for task in plan.tasks}
+    seats, needed = seats_of({task.name: task.shape for task in plan.tasks}, stored, net)
     problems = [
         Problem("no tensor of the output is this parameter, so that it cannot be rewritten", name)
         for name in sorted(needed)
@@ -74,6 +65,47 @@ def find_seats(plan: Plan, net: Any) -> dict[str, Seat]:
     if problems:
         raise MismatchError(problems, "no live model can be made of what is stored")
     return seats
+
+
+def seats_of(
+    shapes: Mapping[str, tuple[int, ...]], stored: Mapping[str, Any], net: Any
+) -> tuple[dict[str, Seat], set[str]]:
+    """Where tensors lie in a live model, and its parameters in which none does.
+
+    Args:
+        shapes: of the tensors, by name.
+        stored: what the model was loaded from, by the same names; only `TensorRef`s are looked at.
+        net: holds their content.
+    """
+    needed = dict(net.named_parameters())
+    found = needed | {name: value for name, value in net.named_buffers() if name not in needed}
+    names = by_name(shapes, found)
+    seats = {name: Seat(found[own]) for name, own in names.items()}
+    for own in names.values():
+        needed.pop(own, None)
+    if needed and all(value.device.type != "meta" for value in found.values()):
+        loose = (stored.get(name) for name in shapes if name not in seats)
+        refs = [ref for ref in loose if isinstance(ref, TensorRef)]
+        for name, parts in _by_content(needed, refs).items():
+            seats |= parts
+            del needed[name]
+    return seats, set(needed)
+
+
+def filled_layers(parameters: Mapping[str, Any], loose: Mapping[str, int]) -> set[str]:
+    """Layers in which loose tensors have as many elements as the parameters that no name is for.
+
+    Args:
+        parameters: of a model that may be empty.
+        loose: tensors that are no parameter's name, and their sizes.
+    """
+    room: Counter[str] = Counter()
+    stored: Counter[str] = Counter()
+    for name, parameter in parameters.items():
+        room[layer_of(name)] += parameter.numel()
+    for name, size in loose.items():
+        stored[layer_of(name)] += size
+    return {layer for layer, size in room.items() if stored[layer] == size}
 
 
 def by_name(stored: Mapping[str, tuple[int, ...]], parameters: Mapping[str, Any]) -> dict[str, str]:

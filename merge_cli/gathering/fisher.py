@@ -16,7 +16,7 @@ from merge_cli.checkpoint.statistics import Entry
 from merge_cli.errors import NonFiniteError, ResourceError
 from merge_cli.evaluation.examples import Example
 from merge_cli.evaluation.live import LiveModel
-from merge_cli.gathering.layers import parameters_of
+from merge_cli.evaluation.seats import Seat, seats_of
 from merge_cli.gathering.part import Part, Tell
 from merge_cli.gathering.store import Writer
 
@@ -39,17 +39,24 @@ def gather_importances(
     if live.offloaded:
         hint = "Use `dtype: bfloat16` under `statistics:`, or a machine with more memory."
         raise ResourceError("gradients need the whole model in memory", where=live.label, hint=hint)
-    stored = parameters_of(live.net, part.source)
-    sums = _accumulate(live, part, set(stored.values()), tell)
-    file = writer(
-        {name: tuple(sums[parameter].shape) for name, parameter in stored.items()},
-        {name: Entry(name) for name in stored},
-    )
+    tensors = part.source.tensors
+    seats, _ = seats_of({name: ref.shape for name, ref in tensors.items()}, tensors, live.net)
+    names = {id(parameter): name for name, parameter in live.net.named_parameters()}
+    # By parameter, so that a sum is let go when all its parts are written; a buffer has none.
+    places: dict[str, list[tuple[str, Seat]]] = {}
+    for name, seat in seats.items():
+        if id(seat.parameter) in names:
+            places.setdefault(names[id(seat.parameter)], []).append((name, seat))
+    sums = _accumulate(live, part, set(places), tell)
+    shapes = {name: tensors[name].shape for own in places.values() for name, _ in own}
+    file = writer(shapes, {name: Entry(name) for name in shapes})
     totals = {"elements": 0, "zero": 0, "sum": 0.0, "squares": 0.0}
-    for name, parameter in stored.items():
-        importance = sums.pop(parameter).div_(len(part.examples.items)).cpu().numpy()
-        _add_totals(totals, importance, live, name)
-        file.put(name, importance)
+    for parameter, own in places.items():
+        importance = sums.pop(parameter).div_(len(part.examples.items))
+        for name, seat in own:
+            values = importance[seat.index].contiguous().cpu().numpy()
+            _add_totals(totals, values, live, name)
+            file.put(name, values)
     part.about.update(totals, passes=len(part.examples.items))
     return file
 

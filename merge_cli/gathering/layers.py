@@ -9,7 +9,7 @@ from typing import Any
 from merge_cli.checkpoint.header import TensorRef
 from merge_cli.checkpoint.source import Source
 from merge_cli.dam.models import kinds_of
-from merge_cli.evaluation.seats import by_name
+from merge_cli.evaluation.seats import by_name, filled_layers, layer_of
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,16 @@ def parameters_of(net: Any, source: Source) -> dict[str, str]:
             found[name] = parameter
             taken.add(parameter)
     return found
+
+
+def stored_parameters(net: Any, source: Source) -> set[str]:
+    """Every tensor that is a parameter of a model, which may be empty, or a part of one."""
+    names = parameters_of(net, source)
+    taken = set(names.values())
+    rest = {name: one for name, one in net.named_parameters() if name not in taken}
+    loose = {name: ref.size for name, ref in source.tensors.items() if name not in names}
+    filled = filled_layers(rest, loose)
+    return set(names) | {name for name in loose if layer_of(name) in filled}
 
 
 def linear_layers(net: Any, source: Source) -> list[Layer]:

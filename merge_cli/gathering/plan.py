@@ -16,7 +16,7 @@ from merge_cli.errors import SourceError
 from merge_cli.evaluation.digest import source_identity
 from merge_cli.evaluation.live import choose_dtype, context_of
 from merge_cli.gathering.data import load_examples, shown
-from merge_cli.gathering.layers import linear_layers, parameters_of
+from merge_cli.gathering.layers import linear_layers, stored_parameters
 from merge_cli.gathering.part import Part
 from merge_cli.gathering.store import find
 from merge_cli.recipe.schema import Recipe
@@ -144,8 +144,8 @@ def _verify(recipe: Recipe, parts: Sequence[Part]) -> None:
 def _expected(kind: str, net: Any, source: Source) -> tuple[int, set[str]]:
     """Bytes of statistics at most (what layers share is found by running), and of which tensors."""
     if kind == "fisher":
-        stored = parameters_of(net, source)
-        return sum(4 * net.get_parameter(name).numel() for name in stored.values()), set(stored)
+        stored = stored_parameters(net, source)
+        return sum(4 * source.tensors[name].size for name in stored), stored
     layers = linear_layers(net, source)
     return sum(4 * layer.width**2 for layer in layers), {layer.stored for layer in layers}
 

@@ -58,8 +58,8 @@ def fisher(
 
     theta = sum of w_i (F_i + epsilon) theta_i / sum of w_i (F_i + epsilon). F_i is the mean over
     examples of the squared gradient of the log-likelihood of the example's counted tokens. Where
-    no source's likelihood hangs on an element, that is the weighted mean. A tensor that a loaded
-    model has no parameter for (experts that are stored one by one) is the weighted mean, too.
+    no source's likelihood hangs on an element, that is the weighted mean; so is a tensor that no
+    parameter of the loaded model, and no part of one, is made of.
 
     Args:
         weight: how much a source counts: times its importances.
