@@ -268,6 +268,28 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     assert (tmp_path / "base" / "model.safetensors").exists()
 
 
+def test_a_resized_vocabulary_is_refused_with_a_way_out(tmp_path: Path) -> None:
+    tune(tmp_path, llama)
+    net = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "tuned")
+    net.resize_token_embeddings(56)
+    net.save_pretrained(tmp_path / "resized")
+    for name, size in (("base", 48), ("resized", 56)):
+        vocabulary = {f"t{number}": number for number in range(size)}
+        about = {"model": {"type": "WordLevel", "vocab": vocabulary}, "added_tokens": []}
+        (tmp_path / name / "tokenizer.json").write_text(json.dumps(about))
+    keys: dict[str, Any] = {"base": tmp_path / "base", "rank": 3}
+    with pytest.raises(MismatchError) as refused:
+        merge_cli.extract_lora(tmp_path / "resized", tmp_path / "adapter", **keys)
+    assert "by a passthrough of the fine-tune" in str(refused.value)
+    assert "union" not in str(refused.value)
+    path = tmp_path / "cut.yaml"
+    path.write_text("merge_method: passthrough\nbase_model: base\nmodels: [{model: resized}]\n"
+                    "tokenizer_source: base\n")  # fmt: skip
+    merge_cli.merge(path, tmp_path / "cut", options=OPTIONS)
+    found = merge_cli.extract_lora(tmp_path / "cut", tmp_path / "adapter", **keys)
+    assert found.share == pytest.approx(1.0, abs=1e-9)
+
+
 def test_an_error_on_the_way_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

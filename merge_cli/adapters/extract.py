@@ -18,6 +18,7 @@ from merge_cli.adapters.card import extraction_card
 from merge_cli.adapters.factors import Cut, Factors, factorise
 from merge_cli.adapters.folder import AdapterFolder, adapter_config
 from merge_cli.adapters.output import adapter_output
+from merge_cli.adapters.pair import plan_pair
 from merge_cli.adapters.skeleton import Seat, Skeleton
 from merge_cli.adapters.threads import in_threads
 from merge_cli.checkpoint.stored import read_numbers, reading
@@ -27,11 +28,8 @@ from merge_cli.engine.memory import usable_cores
 from merge_cli.engine.merge import fetch_inputs, precious
 from merge_cli.engine.options import Progress, Show
 from merge_cli.engine.plan import Plan, TensorTask
-from merge_cli.engine.planner import make_plan
 from merge_cli.engine.workers import memory_errors, one_torch_thread
 from merge_cli.errors import UsageError
-from merge_cli.recipe.reference import local_folder, parse_reference
-from merge_cli.recipe.schema import Recipe, SourceSpec
 from merge_cli.recipe.values import matches
 
 RANK = 32  # where neither rank nor energy is given
@@ -112,7 +110,7 @@ def extract_lora(
         ResourceError: no room, no such device.
     """
     cut = _cut(rank, energy)
-    plan = _plan(str(model), str(base))
+    plan = plan_pair(str(model), str(base))
     fetch_inputs(plan, show)
     chosen = choose_device(device)
     place = f"cuda:{chosen.indexes[0]}" if chosen.indexes else "cpu"
@@ -162,16 +160,6 @@ def _cut(rank: int | None, energy: float | None) -> Cut:
     if energy is not None and not 0 < energy <= 1:
         raise UsageError(f"an energy of {energy} is none", hint="Give a share from above 0 to 1.")
     return Cut(RANK if rank is None and energy is None else rank, energy)
-
-
-def _plan(model: str, base: str) -> Plan:
-    """The two side by side, tensor by tensor, as a merge would see them."""
-    here = Path.cwd()
-    listed = (SourceSpec(parse_reference(model, here), "models[0]"),)
-    places = [local_folder(name, here) for name in (model, base)]
-    if model == base or (places[0] and places[1] and places[0].samefile(places[1])):
-        raise UsageError("model and base are the same", where=model)
-    return make_plan(Recipe("task_arithmetic", parse_reference(base, here), listed, folder=here))
 
 
 @dataclass(frozen=True)
