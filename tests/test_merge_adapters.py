@@ -149,6 +149,23 @@ def test_other_methods_do_what_they_do_to_models(tmp_path: Path, method: str) ->
     assert len(report["adapter"]["modules"]) == 2 * len(LINEAR)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_no_base_is_needed_for_what_the_models_would_become(tmp_path: Path, method: str) -> None:
+    """On a real base, to the rounding of base + change in float32."""
+    for number in (1, 2):
+        write(tmp_path, llama, number, r=4, lora_alpha=6, target_modules=LINEAR)
+    keys = {"parameters": METHODS[method], "seed": 7}
+    whole = recipe(tmp_path, method, [f"base+{name}" for name in NAMES], base_model="base",
+                   output=None, dtype="float32", **keys)  # fmt: skip
+    wanted = read_model(merge_cli.merge(whole, tmp_path / "model", options=OPTIONS).path)
+    start = read_model(tmp_path / "base")
+    report = merge(tmp_path, method, **keys, output={"adapter": {"energy": 1}})
+    found = applied(tmp_path)
+    for name in report["adapter"]["modules"]:
+        assert (wanted[name] - start[name]).abs().max() > 1e-3
+        torch.testing.assert_close(found[name].float(), wanted[name], rtol=0, atol=2e-6)
+
+
 def test_rank_and_energy_cut(tmp_path: Path) -> None:
     for number in (1, 2):
         write(tmp_path, llama, number, r=4, lora_alpha=6, target_modules=LINEAR)
