@@ -107,4 +107,5 @@ def print_gathered(out: Console, gathered: Mapping[str, Any]) -> None:
             soft_wrap=True,
         )
     of = f"{gathered['means']:,} of {gathered['tensors']:,} merged tensors"
-    out.print(f"  {of} had no statistics and are the plain mean")
+    if gathered["means"]:
+        out.print(f"  {of} had no statistics and are the plain mean")
