@@ -88,6 +88,8 @@ CASES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
         "r": 4, "target_modules": ["q_proj"], "bias": "all"}),
     "biases of its layers": (lambda: llama(attention_bias=True), {
         "r": 4, "target_modules": ["q_proj"], "bias": "lora_only"}),
+    "biases of the factors": (lambda: llama(attention_bias=True), {
+        "r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"], "lora_bias": True}),
     "stored [in, out]": (gpt2, {
         "r": 4, "target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}),
     "some layers": (llama, {

@@ -64,6 +64,9 @@ def changes_of(adapter: Adapter, label: str) -> dict[str, Updated]:
     if whole:
         what = f"it replaces tensors of its model ({whole[0]}, ...), which is no change"
         raise SourceError(f"{what} that can be merged without it", model=label, hint=_MERGE)
+    if any("bias" in parts for parts in modules.values()):
+        what = "its factors have biases (lora_bias), which are merged into a model alone"
+        raise SourceError(what, model=label, hint=_MERGE)
     if any("magnitude" in parts for parts in modules.values()):
         what = "it is a DoRA adapter, whose change depends on the model"
         raise SourceError(what, model=label, hint=_MERGE)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from merge_cli.checkpoint.header import MERGEABLE, TensorRef
-from merge_cli.checkpoint.low_rank import Updated
+from merge_cli.checkpoint.low_rank import Shifted, Updated
 from merge_cli.checkpoint.tensors import Tensor
 from merge_cli.errors import MismatchError, Problem, SourceError
 
@@ -93,6 +93,14 @@ def apply_adapter(
             continue
         found[target] = _update(weight, parts, config, module, stamp)
         updated += 1
+        if "bias" in parts:
+            beside = places.of(f"{module}.bias")
+            if beside is None or found[beside].shape != parts["bias"].shape:
+                what = f"{label}: the adapter shifts the layer's bias, which is not in the model"
+                problems.append(Problem(what, module))
+                continue
+            scale = scaling(config, module, parts["a"].shape[0])
+            found[beside] = Shifted(found[beside], parts["bias"], scale, stamp)
     if problems:
         raise MismatchError(problems, "the adapter does not fit its model")
     rank = {parts["b"].shape[1] for parts in modules.values() if "b" in parts}
@@ -153,8 +161,8 @@ def sorted_out(stored: Mapping[str, TensorRef]) -> tuple[dict[str, Parts], Parts
 
 def _unusable(weight: Tensor, parts: Parts, config: Mapping[str, Any]) -> str:
     """Why a module's factors do not fit its weight; empty when they do."""
-    if "bias" in parts:
-        return "its adapter has biases of its own (lora_bias), which are not applied here"
+    if "bias" in parts and "magnitude" in parts:
+        return "DoRA with biases of its own (lora_bias) is not applied here"
     embedding = "embedding_a" in parts
     names = ("embedding_a", "embedding_b") if embedding else ("a", "b")
     missing = [name for name in names if name not in parts]

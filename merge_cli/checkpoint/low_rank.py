@@ -115,5 +115,38 @@ class Updated(Float32):
         return found
 
 
+@dataclass(frozen=True)
+class Shifted(Float32):
+    """`bias` plus `scale` times the bias of a factor (PEFT's lora_bias). See `tensors.Tensor`."""
+
+    bias: Tensor
+    change: TensorRef
+    scale: float
+    stamp: str
+
+    @property
+    def made_of(self) -> Tensor:
+        return self.bias
+
+    @property
+    def native(self) -> str:
+        return self.bias.native
+
+    @property
+    def stored(self) -> tuple[TensorRef, ...]:
+        return (*self.bias.stored, self.change)
+
+    @property
+    def formula(self) -> str:
+        return f"{self.bias.formula}; shifted, scale {self.scale!r}, {self.stamp}"
+
+    def fill(self, read: Read, start: int, buffer: memoryview) -> None:
+        import numpy as np
+
+        out = np.frombuffer(buffer, np.float32)
+        change = read_numbers(read, self.change, start, len(out))
+        out[:] = read_numbers(read, self.bias, start, len(out)) + np.float32(self.scale) * change
+
+
 _recent: OrderedDict[Updated, Any] = OrderedDict()
 _lock = threading.Lock()
