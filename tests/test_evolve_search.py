@@ -43,7 +43,7 @@ from merge_cli.evaluation.run import evaluate_source
 from merge_cli.evaluation.spec import EvalSpec
 from merge_cli.evolve import candidate as candidate_module
 from merge_cli.evolve import evaluator as evaluator_module
-from merge_cli.evolve import resident
+from merge_cli.evolve import merger, resident
 from merge_cli.evolve.candidate import LiveMerge
 from merge_cli.evolve.journal import SearchFolder
 from merge_cli.evolve.loop import Loop
@@ -129,9 +129,9 @@ def test_where_the_sources_wait_changes_no_bit(
 
     place = resident.Place(residency, "for the test", 0)  # type: ignore[arg-type]
     monkeypatch.setattr(candidate_module, "choose_place", lambda *about: place)
-    monkeypatch.setattr(candidate_module, "resident_lanes", lanes)
+    monkeypatch.setattr(merger, "resident_lanes", lanes)
     if residency == "device":
-        monkeypatch.setattr(candidate_module, "arithmetic_for", lambda *about: ("torch", ""))
+        monkeypatch.setattr(merger, "arithmetic_for", lambda *about: ("torch", ""))
     recipes = []
     for name in ("ties", "dare", "slerp", "passthrough"):
         keys = dict(STATIC[name])

@@ -176,9 +176,14 @@ def test_it_can_be_merged_again_and_stays(tmp_path: Path) -> None:
 
 def test_partial_blocks_where_the_reference_has_them(tmp_path: Path) -> None:
     first, _ = family(tmp_path)
-    weight = torch.randn(200, 128).to(torch.float8_e4m3fn)
+    generator = torch.Generator().manual_seed(2)
+    weight = torch.randn(200, 128, generator=generator).to(torch.float8_e4m3fn)
     name = f"{LAYER}mlp.up_proj.weight"
-    tensors = {**first, name: weight, f"{name}_scale_inv": torch.rand(2, 1) + 0.1}
+    tensors = {
+        **first,
+        name: weight,
+        f"{name}_scale_inv": torch.rand(2, 1, generator=generator) + 0.1,
+    }
     quantised = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     config = {**llama_config(layers=2, width=128), "quantization_config": quantised}
     write_model(tmp_path / "q", tensors, config)
@@ -188,7 +193,7 @@ def test_partial_blocks_where_the_reference_has_them(tmp_path: Path) -> None:
     assert found[f"{name}_scale_inv"].shape == (2, 1)
     # A soup of a model with itself: the numbers are the same, rounded again by another scale.
     wanted = numbers(tensors, name)
-    limit = np.repeat(found[f"{name}_scale_inv"].double().numpy(), 128, 0)[:200] * 16
+    limit = np.repeat(found[f"{name}_scale_inv"].double().numpy(), 128, 0)[:200] * 16 * (1 + 1e-6)
     assert ((numbers(found, name) - wanted).abs().numpy() <= limit).all()
 
 
