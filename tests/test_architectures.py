@@ -139,6 +139,11 @@ def test_a_soup_is_the_mean_of_its_parents_and_loads(tmp_path: Path, name: str) 
     assert found.keys() == states[0].keys()
     for tensor, value in found.items():
         mean = (states[0][tensor].double() + states[1][tensor].double()) / 2
-        assert torch.equal(value, mean.to(value.dtype)), tensor
+        if tensor.endswith(
+            "e_score_correction_bias"
+        ):  # loaded in bfloat16 before transformers 5.24
+            torch.testing.assert_close(value.double(), mean, rtol=2**-7, atol=0)
+        else:
+            assert torch.equal(value, mean.to(value.dtype)), tensor
         # transformers keeps some in float32: a router's, a correction's, a state's.
         assert value.dtype == states[0][tensor].dtype, tensor

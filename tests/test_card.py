@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,8 @@ def test_hubs_own_library_reads_it(hub: HubServer, family: Family, tmp_path: Pat
     card = ModelCard(text)
     assert card.data.license == "mit"
     assert card.data.base_model == ["org/base", "org/a", "org/b"]
-    card.validate()  # asks the server, whose rules are the Hub's
+    if int(version("huggingface_hub").partition(".")[0]) >= 2:  # before, huggingface.co was asked
+        card.validate()  # asks the server, whose rules are the Hub's
 
 
 @pytest.mark.parametrize("other", ["license: mit\n", "language: de\n", None, "license: [\n"])
