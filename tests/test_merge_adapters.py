@@ -291,3 +291,20 @@ def test_the_command(tmp_path: Path) -> None:
                            text=True, check=False)  # fmt: skip
     assert again.returncode == 2
     assert "exists already" in again.stderr
+
+
+def test_what_runs_a_model_is_refused_before_anything_is_done(tmp_path: Path) -> None:
+    for number in (1, 2):
+        write(tmp_path, llama, number, r=4, target_modules=LINEAR)
+    path = recipe(tmp_path, "task_arithmetic")
+    (tmp_path / "text.txt").write_text("some text")
+    call = [sys.executable, "-m", "merge_cli", "run", str(path), str(tmp_path / "o")]
+    text = str(tmp_path / "text.txt")
+    for flags, said in (
+        (["--data", text], "an adapter cannot be evaluated by itself"),
+        (["--tune", "lambda=0:1", "--tune-on", text], "--tune judges whole models"),
+    ):
+        ran = subprocess.run([*call, *flags], capture_output=True, text=True, check=False)
+        assert ran.returncode == 2
+        assert said in ran.stderr
+        assert not (tmp_path / "o").exists()

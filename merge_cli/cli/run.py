@@ -179,6 +179,9 @@ def _trial(
     """What the result is to be evaluated on; None where nothing asks for it."""
     if not (eval_file or data or gate or no_worse or recipe.eval):
         return None
+    if recipe.output is not None:
+        hint = "Merge it into its model first: passthrough of BASE+OUT."
+        raise UsageError("an adapter cannot be evaluated by itself", hint=hint)
     from merge_cli.evaluation.run import spec_for
     from merge_cli.evaluation.trial import Trial
 

@@ -30,7 +30,8 @@ def tuned(
         data: text; its loss is what is searched by.
 
     Raises:
-        UsageError: a range that is none, no data, or a recipe that learns or searches already.
+        UsageError: a range that is none, no data, or a recipe that learns or searches already, or whose
+            result is no model in full.
         RecipeError: a parameter that the method does not have, or not in that range.
     """
     method = get_method(recipe.merge_method)
@@ -40,6 +41,9 @@ def tuned(
     if method.gathers:
         what = f"--tune is for plain recipes, and {method.name} looks at examples first"
         raise UsageError(what, hint="Run it with several values: only the merge is repeated.")
+    if recipe.output is not None or recipe.fp8:
+        what = "--tune judges whole models, in the dtype that they are merged in"
+        raise UsageError(what, hint="Tune without `output: adapter` and `out_dtype: fp8` first.")
     if not data:
         raise UsageError("--tune needs text to judge by", hint="Add --tune-on FILE.")
     if not ranges:
