@@ -30,8 +30,8 @@ def tuned(
         data: text; its loss is what is searched by.
 
     Raises:
-        UsageError: a range that is none, no data, or a recipe that learns or searches already, or whose
-            result is no model in full.
+        UsageError: a range that is none, no data, a recipe that learns or searches already, or one
+            whose result is no model in full.
         RecipeError: a parameter that the method does not have, or not in that range.
     """
     method = get_method(recipe.merge_method)
