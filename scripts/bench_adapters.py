@@ -15,12 +15,11 @@ import argparse
 import json
 import os
 import shutil
-import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
-from bench_process import run_measured
+from bench_process import print_ratios, run_measured
 from synthetic import SIZES, Settings, make_family
 
 PEER = "soup of two models"
@@ -86,15 +85,7 @@ def main() -> None:
             if number:  # the first round compiles and warms the cache
                 found.setdefault(label, []).append(usage)
     shutil.rmtree(given.folder / "out", ignore_errors=True)
-    print(f"| {given.size} | s | times a soup | peak MB |\n|---|---:|---:|---:|")
-    for label, runs in found.items():
-        ratios = [a / b for (a, _), (b, _) in zip(runs, found[PEER], strict=True)]
-        median = statistics.median
-        print(
-            f"| {label} | {median(s for s, _ in runs):.2f} "
-            f"| {median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) "
-            f"| {max(rss for _, rss in runs) / 1e6:.0f} |"
-        )
+    print_ratios(given.size, found)
 
 
 if __name__ == "__main__":

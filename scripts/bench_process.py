@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 _POLL_SECONDS = 0.02
 
@@ -85,6 +86,23 @@ def _busy_seconds() -> float:
         return 0.0
     stolen = sum(rest[:3])  # interrupts, and what the hypervisor gave to others
     return float(user + nice + system + stolen) / os.sysconf("SC_CLK_TCK")
+
+
+def print_ratios(title: str, found: Mapping[str, Sequence[tuple[float, int]]]) -> None:
+    """A table of seconds, of ratios to the first row's, round by round, and of peaks.
+
+    Args:
+        found: seconds and peak bytes of every round, by what was run; the first is the soup.
+    """
+    peer = next(iter(found.values()))
+    print(f"| {title} | s | times a soup | peak MB |\n|---|---:|---:|---:|")
+    for label, runs in found.items():
+        ratios = [a / b for (a, _), (b, _) in zip(runs, peer, strict=True)]
+        print(
+            f"| {label} | {median(seconds for seconds, _ in runs):.2f} "
+            f"| {median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) "
+            f"| {max(peak for _, peak in runs) / 1e6:.0f} |"
+        )
 
 
 class _AnonymousPoll(threading.Thread):
