@@ -235,7 +235,7 @@ def test_the_same_bytes_by_any_number_of_threads(
 
     files = []
     for count in (1, 4):
-        monkeypatch.setattr(extract, "usable_cores", lambda count=count: count)
+        monkeypatch.setattr(extract, "threads_for", lambda shapes, count=count: count)
         out = tmp_path / f"by {count}"
         merge_cli.extract_lora(tmp_path / "tuned", out, base=tmp_path / "base", rank=2)
         files.append((out / "adapter_model.safetensors").read_bytes())
@@ -318,3 +318,14 @@ def test_the_command(tmp_path: Path) -> None:
     refused = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert refused.returncode == 2
     assert "exists already" in refused.stderr
+
+
+def test_threads_are_as_many_as_there_is_memory_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    from merge_cli.adapters import threads
+
+    monkeypatch.setattr(threads, "usable_cores", lambda: 64)
+    monkeypatch.setattr(threads, "free_memory", lambda kind, indexes: 16e9)
+    assert threads.threads_for([(100, 200)]) == 64
+    assert threads.threads_for([(100, 200)], 3) == 3
+    assert threads.threads_for([(8192, 28672), (10, 10)]) == 1  # 4 GB each
+    assert threads.threads_for([(4096, 4096)]) == 11

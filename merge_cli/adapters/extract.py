@@ -20,11 +20,10 @@ from merge_cli.adapters.folder import AdapterFolder, adapter_config
 from merge_cli.adapters.output import adapter_output
 from merge_cli.adapters.pair import plan_pair
 from merge_cli.adapters.skeleton import Seat, Skeleton
-from merge_cli.adapters.threads import in_threads
+from merge_cli.adapters.threads import in_threads, threads_for
 from merge_cli.checkpoint.stored import read_numbers, reading
 from merge_cli.checkpoint.tensors import Read
 from merge_cli.engine.device import choose_device
-from merge_cli.engine.memory import usable_cores
 from merge_cli.engine.merge import fetch_inputs, precious
 from merge_cli.engine.options import Progress, Show
 from merge_cli.engine.plan import Plan, TensorTask
@@ -126,10 +125,11 @@ def extract_lora(
             return factorise(_change(task, read), cut, place)
         return _squares(task, read)
 
+    count = threads_for(task.shape for task in plan.tasks if len(task.shape) == 2)
     with (
         adapter_output(Path(out), overwrite=overwrite, precious=precious(plan)) as folder,
         one_torch_thread(chosen, "torch"), memory_errors(resumes=False), reading() as read,
-        in_threads(look, plan.tasks, 1 if chosen.indexes else usable_cores()) as looked_at,
+        in_threads(look, plan.tasks, 1 if chosen.indexes else count) as looked_at,
     ):  # fmt: skip
         adapter = AdapterFolder(folder, turned=turned)
         try:

@@ -19,6 +19,7 @@ from merge_cli.adapters.card import merge_card
 from merge_cli.adapters.factors import Cut, Factors, factorise, recombine
 from merge_cli.adapters.folder import AdapterFolder, adapter_config
 from merge_cli.adapters.output import adapter_output
+from merge_cli.adapters.threads import threads_for
 from merge_cli.checkpoint.adapter import Adapter
 from merge_cli.checkpoint.changes import embeddings_of
 from merge_cli.checkpoint.low_rank import Updated
@@ -138,7 +139,8 @@ def _matrices(
         matrix = np.asarray(raw).view(np.float32).reshape(task.shape)
         found[task.name] = factorise(matrix, cut, place)
 
-    merger = Merger(plan, files, device, options, "disk")
+    count = threads_for((task.shape for task in plan.tasks), options.threads)
+    merger = Merger(plan, files, device, replace(options, threads=count), "disk")
     try:
         merger.merge(plan.tasks, range(len(plan.tasks)), take)
     finally:

@@ -1,15 +1,33 @@
-"""One function over many things by several threads, in the order of the things."""
+"""Matrices decomposed by several threads: how many there is memory for, and in which order."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
 
+from merge_cli.engine.memory import usable_cores
+from merge_cli.evaluation.live import free_memory
+
+_ROOM = 0.5  # of the free memory
 T = TypeVar("T")
 R = TypeVar("R")
+
+
+def threads_for(shapes: Iterable[Sequence[int]], wanted: int | None = None) -> int:
+    """As many as there are cores, or as wanted, of which each can decompose the largest matrix.
+
+    Args:
+        shapes: of the matrices [rows, columns].
+    """
+    # The matrix and what it is made of in float32; its Gram matrix, vectors and workspace in
+    # float64.
+    each = max((8 * rows * columns + 32 * min(rows, columns) ** 2 for rows, columns in shapes),
+               default=1)  # fmt: skip
+    room = int(free_memory("cpu", ()) * _ROOM) // each
+    return max(1, min(wanted or usable_cores(), room))
 
 
 @contextmanager
