@@ -1,0 +1,182 @@
+"""Reading what somebody else wrote: files, JSON and numbers, each held against a bound before use.
+
+Every file of a model, an adapter, a recipe or a data set comes through here before it is believed:
+
+    read_bytes, read_text   a regular file (never a device or a pipe) of bounded size
+    parse_json              bounded depth and digits, and text that can be written down again
+    read_json               both, with an error that names model and file
+    whole_number            a number that will be an index, a size or a count
+
+What cannot be understood raises `Unreadable`, a ValueError whose text continues `<file> ...`;
+`read_json` raises it as the CorruptFileError that users see. Imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+from merge_cli.errors import CorruptFileError
+
+# The largest files of the kind in the wild are tokenizer.json of 256,000 tokens (35 MB) and an
+# index of 100,000 tensors (12 MB).
+MAX_JSON = 256 * 2**20
+MAX_TEXT = 64 * 2**20
+# The deepest configs in the wild nest seven levels; what we write down again nests as deep.
+MAX_DEPTH = 64
+# 2**64 has 20 digits and 2**128 39. No number that means anything is longer.
+MAX_DIGITS = 40
+
+
+class Unreadable(ValueError):
+    """What was read is not what it should be. The text says why, and continues a file's name."""
+
+
+def read_bytes(path: Path, *, limit: int = MAX_TEXT) -> bytes:
+    """The content of a regular file.
+
+    Args:
+        limit: the most bytes that the file may have.
+
+    Raises:
+        Unreadable: missing, no regular file, too large, or the system refuses.
+    """
+    try:
+        # A pipe would block at open, a device might never end: both are known only from stat.
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise Unreadable(f"cannot be read: {error.strerror}") from None
+    except ValueError:  # a NUL in the name
+        raise Unreadable("cannot be read: its name is no file name") from None
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise Unreadable("cannot be read: it is not a regular file")
+        with os.fdopen(fd, "rb", closefd=False) as file:
+            content = file.read(limit + 1)
+    except OSError as error:
+        raise Unreadable(f"cannot be read: {error.strerror}") from None
+    finally:
+        os.close(fd)
+    if len(content) > limit:
+        raise Unreadable(f"is larger than {limit // 2**20} MiB, the most that such a file may have")
+    return content
+
+
+def read_text(path: Path, *, limit: int = MAX_TEXT) -> str:
+    """The content of a regular UTF-8 file, without a byte order mark.
+
+    Raises:
+        Unreadable: as `read_bytes`, or not UTF-8.
+    """
+    try:
+        return read_bytes(path, limit=limit).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise Unreadable(f"is not UTF-8 text: {error.reason} at byte {error.start}") from None
+
+
+def parse_json(text: str | bytes) -> Any:
+    """JSON as `json.loads` reads it, within bounds.
+
+    Raises:
+        Unreadable: not JSON, nested deeper than MAX_DEPTH, a number of more than MAX_DIGITS
+            digits, or text that is not Unicode (half of a surrogate pair).
+    """
+    try:
+        found = json.loads(text, parse_int=_integer)
+    except Unreadable:
+        raise
+    except RecursionError:
+        raise Unreadable(f"nests deeper than {MAX_DEPTH} levels") from None
+    except (ValueError, MemoryError) as error:  # JSONDecodeError and UnicodeDecodeError are too
+        raise Unreadable(f"is not valid JSON: {error}") from None
+    _check_depth(found)
+    escape = b"\\ud" if isinstance(text, bytes) else "\\ud"
+    if escape in text.lower():  # type: ignore[operator]  # both are of one kind
+        try:
+            json.dumps(found, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise Unreadable("holds half of a surrogate pair, which is no text") from None
+    return found
+
+
+def read_json(path: Path, model: str = "", *, limit: int = MAX_JSON) -> Any:
+    """Read a JSON file of a model.
+
+    Args:
+        model: the source as the recipe names it, for the message.
+
+    Raises:
+        CorruptFileError: see `read_bytes` and `parse_json`.
+    """
+    try:
+        return parse_json(read_bytes(path, limit=limit).removeprefix(b"\xef\xbb\xbf"))
+    except Unreadable as error:
+        raise CorruptFileError(str(error), model=model, file=path.name) from None
+
+
+def read_mapping(path: Path, model: str = "", *, limit: int = MAX_JSON) -> dict[str, Any]:
+    """Read a JSON file that holds a mapping.
+
+    Raises:
+        CorruptFileError: see `read_json`, or it holds something else.
+    """
+    found = read_json(path, model, limit=limit)
+    if not isinstance(found, dict):
+        what = f"is not a mapping but {kind_of(found)}"
+        raise CorruptFileError(what, model=model, file=path.name)
+    return found
+
+
+def whole_number(value: Any, name: str, *, least: int = 0, most: int) -> int:
+    """A number of somebody else's that will be an index, a size or a count.
+
+    Args:
+        name: what it is, for the message.
+        least, most: the bounds, both included.
+
+    Raises:
+        Unreadable: not a whole number (a boolean is none), or out of bounds.
+    """
+    if type(value) is not int:
+        raise Unreadable(f"{name} must be a whole number (got {kind_of(value)})")
+    if not least <= value <= most:
+        raise Unreadable(f"{name} must be from {least} to {most} (got {value})")
+    return value
+
+
+def kind_of(value: Any) -> str:
+    """What a JSON value is, in words: `a list`, `null`, `the text 'abc'`, `the number 3`."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
+        return f"the number {value}"
+    if isinstance(value, str):
+        return f"the text {value[:40]!r}"
+    return "a list" if isinstance(value, list) else "a mapping"
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:
+        raise Unreadable(f"holds a number of {len(digits)} digits")
+    return int(digits)
+
+
+def _check_depth(found: Any) -> None:
+    """Level by level, so that neither depth nor size costs recursion."""
+    level = [found] if isinstance(found, list | dict) else []
+    for _ in range(MAX_DEPTH):
+        if not level:
+            return
+        level = [
+            child
+            for container in level
+            for child in (container.values() if isinstance(container, dict) else container)
+            if isinstance(child, list | dict)
+        ]
+    if level:
+        raise Unreadable(f"nests deeper than {MAX_DEPTH} levels")
