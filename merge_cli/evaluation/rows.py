@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from merge_cli.errors import SourceError
+from merge_cli.evaluation.chat import TemplateError, render_chat
 
 _PLAIN = (".txt", ".md")
 
@@ -134,14 +135,12 @@ def _chat(row: Row, tokenizer: Any) -> tuple[str, str]:
     if not getattr(tokenizer, "chat_template", None):
         raise row.wrong("has messages, and the tokenizer no chat template to write them with")
     try:
-        whole = tokenizer.apply_chat_template(messages, tokenize=False)
-        prompt = tokenizer.apply_chat_template(
-            messages[:-1], tokenize=False, add_generation_prompt=True
-        )
-    except Exception as error:  # templates are programs, and raise what they like
+        whole = render_chat(tokenizer, messages)
+        prompt = render_chat(tokenizer, messages[:-1], add_generation_prompt=True)
+        if not whole.startswith(prompt):
+            prompt = render_chat(tokenizer, messages[:-1])
+    except TemplateError as error:
         raise row.wrong(f"the chat template refuses it: {error}") from None
-    if not whole.startswith(prompt):
-        prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False)
     if not whole.startswith(prompt):
         raise row.wrong("the chat template changes earlier messages when another one is added")
     return prompt, whole[len(prompt) :]
