@@ -35,24 +35,27 @@ class Unreadable(ValueError):
     """What was read is not what it should be. The text says why, and continues a file's name."""
 
 
-def read_bytes(path: Path, *, limit: int = MAX_TEXT) -> bytes:
+def read_bytes(path: Path, *, limit: int = MAX_TEXT, pipe: bool = False) -> bytes:
     """The content of a regular file.
 
     Args:
         limit: the most bytes that the file may have.
+        pipe: whatever can be read will do: for what the user names on the command line, as
+            `<(...)` of a shell.
 
     Raises:
         Unreadable: missing, no regular file, too large, or the system refuses.
     """
     try:
         # A pipe would block at open, a device might never end: both are known only from stat.
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        waiting = 0 if pipe else os.O_NONBLOCK
+        fd = os.open(path, os.O_RDONLY | waiting | os.O_CLOEXEC)
     except OSError as error:
         raise Unreadable(f"cannot be read: {error.strerror}") from None
     except ValueError:  # a NUL in the name
         raise Unreadable("cannot be read: its name is no file name") from None
     try:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
+        if not pipe and not stat.S_ISREG(os.fstat(fd).st_mode):
             raise Unreadable("cannot be read: it is not a regular file")
         with os.fdopen(fd, "rb", closefd=False) as file:
             content = file.read(limit + 1)
@@ -65,14 +68,17 @@ def read_bytes(path: Path, *, limit: int = MAX_TEXT) -> bytes:
     return content
 
 
-def read_text(path: Path, *, limit: int = MAX_TEXT) -> str:
+def read_text(path: Path, *, limit: int = MAX_TEXT, pipe: bool = False) -> str:
     """The content of a regular UTF-8 file, without a byte order mark.
+
+    Args:
+        limit, pipe: as for `read_bytes`.
 
     Raises:
         Unreadable: as `read_bytes`, or not UTF-8.
     """
     try:
-        return read_bytes(path, limit=limit).decode("utf-8-sig")
+        return read_bytes(path, limit=limit, pipe=pipe).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise Unreadable(f"is not UTF-8 text: {error.reason} at byte {error.start}") from None
 

@@ -64,7 +64,7 @@ def test_a_recipe() -> None:
         ("density: 0.5", "density: 0",
          "r.yaml:7:7: models[0].parameters.density: must be a number in (0, 1] (got 0)."),
         ("density: 0.5", "density: [0.1, .nan]",
-         "r.yaml:7:7: models[0].parameters.density: must be a number in (0, 1] (got nan)."),
+         "r.yaml:7:22: models[0].parameters.density[1]: not a finite number: .nan"),
         ("normalize: true", "normalize: 3",
          "r.yaml:10:3: parameters.normalize: must be true or false (got 3)."),
         ("normalize: true", "trim: models",
@@ -308,16 +308,13 @@ def test_names_that_are_no_paths(tmp_path: Path) -> None:
 
 
 def test_aliases_are_read_once() -> None:
-    """A mapping that merges another may itself be used again; and no alias bomb goes off."""
+    """A mapping that merges another may itself be used again; bombs: tests/test_guarded_yaml.py."""
     text = (
         "merge_method: ties\nbase_model: o/base\nmetadata: {x: &x {weight: 1.0}}\nmodels:\n"
         "  - {model: o/a, parameters: &p {<<: *x, density: 0.5}}\n"
         "  - {model: o/b, parameters: *p}\n"
     )
     assert load(text).models[1].parameters["weight"].setting == 1.0
-    bomb = ["merge_method: soup", "models: [o/a]", "metadata:", "  a0: &a0 [1, 2]"]
-    bomb += [f"  a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 6)]
-    load("\n".join(bomb))
 
 
 def test_parameters_of_the_base_have_no_effect() -> None:

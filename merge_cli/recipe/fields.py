@@ -12,6 +12,7 @@ from merge_cli.errors import Problem
 from merge_cli.recipe.keys import DTYPES, INEFFECTIVE, UNSUPPORTED, nearest
 from merge_cli.recipe.nodes import Node
 
+_LONGEST = 1000  # characters of a message
 _FP8_NAMES = ("fp8", "float8", "float8_e4m3fn", "fp8_e4m3", "e4m3")
 
 
@@ -102,4 +103,6 @@ class Fields:
         return Problem(what, path, self.file, line, column, hint)
 
     def _add(self, node: Node, key: str, what: str, hint: str = "") -> None:
+        if len(what) > _LONGEST:  # a value that fills screens: what is said of it is at both ends
+            what = f"{what[: _LONGEST // 2]} ... {what[-_LONGEST // 2 :]}"
         self.problems.append(Problem(what, key, self.file, node.line, node.column, hint))

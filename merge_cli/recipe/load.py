@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 from merge_cli.errors import Problem, RecipeError, UsageError
+from merge_cli.guarded import Unreadable, read_text
+from merge_cli.guarded_yaml import MAX_YAML
 from merge_cli.recipe.documents import parse_documents
 from merge_cli.recipe.nodes import load_nodes
 from merge_cli.recipe.schema import Recipe
@@ -22,15 +24,22 @@ def read_recipe(path: str | Path) -> tuple[Recipe | None, list[Problem]]:
         RecipeError: the file is not YAML at all.
     """
     if str(path) == "-":
-        return parse_text(sys.stdin.read(), "<stdin>", Path.cwd())
+        return parse_text(_standard_input(), "<stdin>", Path.cwd())
     file = Path(path)
     try:
-        text = file.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UsageError("no such recipe", where=str(file)) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"the recipe cannot be read: {error}", where=str(file)) from None
+        text = read_text(file, limit=4 * MAX_YAML, pipe=True)
+    except Unreadable as error:
+        if isinstance(error.__context__, FileNotFoundError):
+            raise UsageError("no such recipe", where=str(file)) from None
+        raise UsageError(f"the recipe {error}", where=str(file)) from None
     return parse_text(text, str(file), file.absolute().parent)
+
+
+def _standard_input() -> str:
+    try:
+        return sys.stdin.read(MAX_YAML + 1)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"the recipe cannot be read: {error}", where="<stdin>") from None
 
 
 def parse_text(text: str, file: str, folder: Path) -> tuple[Recipe | None, list[Problem]]:

@@ -1,18 +1,27 @@
 """YAML as a tree of values that remember where they stand.
 
 PyYAML's composer gives nodes with marks; this module turns them into `Node`s and finds what YAML
-itself lets pass in silence: duplicate keys, non-string keys, a file that is not a mapping. It knows
-nothing of recipes.
+itself lets pass in silence: duplicate keys, keys that are lists, tags and numbers that mean
+nothing here, text that cannot be shown. It knows nothing of recipes.
 """
 
 from __future__ import annotations
 
+import datetime
+import math
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
 
 from merge_cli.errors import Problem, RecipeError
+from merge_cli.guarded import MAX_DIGITS
+from merge_cli.guarded_yaml import MAX_YAML, GuardedLoader, yaml_reason
+
+# What no name, path or number holds. Terminals obey them.
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\x80-\x84\x86-\x9f\ud800-\udfff]")
+_SCALARS = (type(None), bool, int, float, str, datetime.date)
 
 
 @dataclass(frozen=True)
@@ -39,23 +48,24 @@ def load_nodes(text: str, file: str) -> list[Node]:
     Raises:
         RecipeError: not YAML, or duplicate keys, with line and column.
     """
-    loader = yaml.SafeLoader(text)
+    if len(text) > MAX_YAML:
+        what = f"more than {MAX_YAML} characters, the most that such a file may have"
+        raise RecipeError([Problem(what, file=file)])
     problems: list[Problem] = []
     documents: list[Node] = []
     try:
-        while loader.check_node():
-            node = loader.get_node()
-            if node is not None:
-                documents.append(_Converter(loader, file, problems).convert(node))
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        line, column = (mark.line + 1, mark.column + 1) if mark else (0, 0)
-        what = f"not valid YAML: {error.problem or error.context}"
-        raise RecipeError([Problem(what, file=file, line=line, column=column)]) from None
+        loader = GuardedLoader(text)
+        try:
+            while loader.check_node():
+                node = loader.get_node()
+                if node is not None:
+                    documents.append(_Converter(loader, file, problems).convert(node, ""))
+        finally:
+            loader.dispose()
     except yaml.YAMLError as error:
-        raise RecipeError([Problem(f"not valid YAML: {error}", file=file)]) from None
-    finally:
-        loader.dispose()
+        reason, line, column = yaml_reason(error, text)
+        what = f"not valid YAML: {reason}"
+        raise RecipeError([Problem(what, file=file, line=line, column=column)]) from None
     if problems:
         raise RecipeError(problems)
     return documents
@@ -66,48 +76,101 @@ class _Converter:
 
     def __init__(self, loader: yaml.SafeLoader, file: str, problems: list[Problem]) -> None:
         self._loader, self._file, self._problems = loader, file, problems
-        self._done: dict[int, Node | None] = {}
+        self._done: dict[int, Node] = {}
 
-    def convert(self, node: yaml.Node) -> Node:
-        line, column = node.start_mark.line + 1, node.start_mark.column + 1
-        if id(node) in self._done:
-            done = self._done[id(node)]
-            if done is None:
-                what = "an alias that contains itself"
-                raise RecipeError([Problem(what, "", self._file, line, column)])
-            return done
-        self._done[id(node)] = None
-        converted = self._new(node, line, column)
-        self._done[id(node)] = converted
-        return converted
+    def convert(self, node: yaml.Node, key: str) -> Node:
+        """A node, whose key path is for messages."""
+        if id(node) not in self._done:
+            line, column = node.start_mark.line + 1, node.start_mark.column + 1
+            self._done[id(node)] = self._new(node, key, line, column)
+        return self._done[id(node)]
 
-    def _new(self, node: yaml.Node, line: int, column: int) -> Node:
+    def _new(self, node: yaml.Node, path: str, line: int, column: int) -> Node:
         if isinstance(node, yaml.MappingNode):
+            if node.tag != "tag:yaml.org,2002:map":
+                self._wrong(f"an unknown tag, {_short(node.tag)}", path, line, column)
             # Looked for before `<<` is merged in: overriding a merged key is what merging is for.
             _report_duplicates(node, self._file, self._problems)
             self._loader.flatten_mapping(node)
             children: dict[str, Node] = {}
             places: dict[str, tuple[int, int]] = {}
             for key_node, value_node in node.value:
-                key = str(getattr(key_node, "value", key_node))
-                children[key] = self.convert(value_node)
-                places[key] = (key_node.start_mark.line + 1, key_node.start_mark.column + 1)
+                mark = key_node.start_mark
+                key = self._key(key_node, path, mark.line + 1, mark.column + 1)
+                children[key] = self.convert(value_node, f"{path}.{key}" if path else key)
+                places[key] = (mark.line + 1, mark.column + 1)
             return Node(children, line, column, places)
         if isinstance(node, yaml.SequenceNode):
-            return Node([self.convert(child) for child in node.value], line, column)
+            if node.tag != "tag:yaml.org,2002:seq":
+                self._wrong(f"an unknown tag, {_short(node.tag)}", path, line, column)
+            listed = [self.convert(child, f"{path}[{i}]") for i, child in enumerate(node.value)]
+            return Node(listed, line, column)
+        return Node(self._scalar(node, path, line, column), line, column)
+
+    def _key(self, node: yaml.Node, path: str, line: int, column: int) -> str:
+        if not isinstance(node, yaml.ScalarNode):
+            self._wrong("a key must be text, and this is a list or a mapping", path, line, column)
+            return ""
+        key = str(node.value)
+        if found := _CONTROL.search(key):
+            self._wrong(f"a key holds {_called(found[0])}", path, line, column)
+        return key
+
+    def _scalar(self, node: yaml.Node, path: str, line: int, column: int) -> Any:
+        """The value of a scalar; None, and a problem, where it means nothing here."""
+        tag = _short(node.tag)
+        if tag == "!!int" and len(node.value) > 4 * MAX_DIGITS:
+            self._wrong(f"a number of more than {MAX_DIGITS} digits", path, line, column)
+            return None
         try:
-            return Node(self._loader.construct_object(node), line, column)
-        except (ValueError, AttributeError) as error:  # a date that is none
-            self._problems.append(
-                Problem(f"not a valid value: {error}", "", self._file, line, column)
-            )
-            return Node(None, line, column)
+            value = self._loader.construct_object(node)
+        except yaml.constructor.ConstructorError as error:
+            known = "determine a constructor" not in str(error.problem)
+            what = f"not a valid value: {error.problem}" if known else f"an unknown tag, {tag}"
+            self._wrong(what, path, line, column)
+            return None
+        except (ValueError, LookupError, AttributeError, TypeError, ArithmeticError) as error:
+            # PyYAML's functions take what a tag promises for granted: a date that is none,
+            # `!!bool maybe`, `!!int` without digits.
+            text = str(node.value)[:40]
+            why = str(error) if isinstance(error, ValueError) else f"'{text}' is no {tag}"
+            self._wrong(f"not a valid value: {why}", path, line, column)
+            return None
+        if not isinstance(value, _SCALARS):
+            self._wrong(f"not a valid value: nothing here is of the kind {tag}", path, line, column)
+            return None
+        if isinstance(value, str) and (found := _CONTROL.search(value)):
+            self._wrong(f"the text holds {_called(found[0])}", path, line, column)
+            return None
+        if isinstance(value, float) and not math.isfinite(value):
+            self._wrong(f"not a finite number: {node.value}", path, line, column)
+            return None
+        if isinstance(value, int) and abs(value) >= 10**MAX_DIGITS:
+            self._wrong(f"a number of more than {MAX_DIGITS} digits", path, line, column)
+            return None
+        return value
+
+    def _wrong(self, what: str, path: str, line: int, column: int) -> None:
+        self._problems.append(Problem(what, path, self._file, line, column))
+
+
+def _short(tag: str) -> str:
+    return tag.replace("tag:yaml.org,2002:", "!!")[:100]
+
+
+def _called(character: str) -> str:
+    """What a character that cannot be shown is called."""
+    if "\ud800" <= character <= "\udfff":
+        return f"half of a surrogate pair (U+{ord(character):04X}), which is no text"
+    return f"a control character (U+{ord(character):04X})"
 
 
 def _report_duplicates(node: yaml.MappingNode, file: str, problems: list[Problem]) -> None:
     seen: dict[str, int] = {}
     for key_node, _ in node.value:
-        key = str(getattr(key_node, "value", key_node))
+        if not isinstance(key_node, yaml.ScalarNode):
+            continue
+        key = str(key_node.value)
         line, column = key_node.start_mark.line + 1, key_node.start_mark.column + 1
         if key in seen and key != "<<":
             what = f"given twice, first on line {seen[key]}"

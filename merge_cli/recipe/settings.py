@@ -5,6 +5,8 @@ Only their shape is read here; which parameters a method has is the business of 
 
 from __future__ import annotations
 
+import math
+
 from merge_cli.recipe.fields import Fields
 from merge_cli.recipe.keys import INEFFECTIVE
 from merge_cli.recipe.nodes import Node
@@ -74,8 +76,9 @@ class ParameterSections(Fields):
             return value
         if isinstance(value, str):
             try:  # YAML 1.1 reads 1e-3 as text
-                return float(value)
+                number = float(value)
             except ValueError:
                 return value
+            return number if math.isfinite(number) else value  # a word: `nan` is no number
         self._add(node, key, f"must be a number, a word or true/false (got {node.plain()!r})")
         return None
