@@ -9,6 +9,8 @@ holds. What a document would be without aliases is counted while it is read; so 
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from typing import Any
 
 import yaml
@@ -20,6 +22,8 @@ from merge_cli.guarded import MAX_DEPTH, Unreadable
 MAX_YAML = 2**19
 # Values of a document, each alias counted as all that it stands for.
 MAX_VALUES = 200_000
+# What no name, path or number holds. Terminals obey the first of them.
+CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\x80-\x84\x86-\x9f\ud800-\udfff]")
 
 
 class _Bounded(yaml.parser.Parser, yaml.composer.Composer):
@@ -81,13 +85,32 @@ def read_front(text: str) -> Any:
     try:
         loader = _TextLoader(text)
         try:
-            return loader.get_single_data()
+            found = loader.get_single_data()
         finally:
             loader.dispose()
     except yaml.YAMLError as error:
         raise Unreadable(f"is not valid YAML: {yaml_reason(error, text)[0]}") from None
     except (ValueError, TypeError, RecursionError) as error:  # a key that is a list
         raise Unreadable(f"is not valid YAML: {error}") from None
+    for word in _texts(found):
+        if wrong := CONTROL.search(word):
+            raise Unreadable(f"holds {called(wrong[0])}")
+    return found
+
+
+def _texts(found: Any) -> Iterator[str]:
+    if isinstance(found, str):
+        yield found
+    elif isinstance(found, list | dict):
+        for part in [*found, *found.values()] if isinstance(found, dict) else found:
+            yield from _texts(part)
+
+
+def called(character: str) -> str:
+    """What a character that `CONTROL` finds is called."""
+    if "\ud800" <= character <= "\udfff":
+        return f"half of a surrogate pair (U+{ord(character):04X}), which is no text"
+    return f"a control character (U+{ord(character):04X})"
 
 
 def yaml_reason(error: yaml.YAMLError, text: str) -> tuple[str, int, int]:

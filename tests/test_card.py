@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from tiny import Family
 
 import merge_cli
+from merge_cli.checkpoint.card import front_matter, read_card
 from merge_cli.report.card import card_for
-from merge_cli.report.card_metadata import front_matter
 
 
 def add(hub: HubServer, family: Family, name: str, front: str | None) -> str:
@@ -147,3 +147,33 @@ def test_an_adapter_is_a_source_of_its_own(hub: HubServer, family: Family, tmp_p
     assert (front["license"], front["language"]) == ("mit", ["fr"])
     assert f"(https://huggingface.co/org/adapter/tree/{commit})" in card
     assert f"hf://org/adapter@{commit}" in (out / "merge_recipe.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    "front",
+    [
+        "[" * 5000,
+        "a: " * 300 + "1",
+        "a0: &a [x, x, x]\n" + "b: &b [*a, *a]\n" * 3 + "c: [" + "*b, " * 100_000 + "]",
+        'license: "\\ud800"',
+        'license: "mit\\x1b[31m"',
+        "? [a]\n: b",
+        "license: *nowhere",
+    ],
+    ids=["flow", "block", "aliases", "surrogate", "control", "key", "alias"],
+)
+def test_a_broken_card_is_a_note(family: Family, tmp_path: Path, front: str) -> None:
+    (family.folder / "a" / "README.md").write_text(f"---\n{front}\n---\n# a\n")
+    recipe = family.write("merge_method: soup\nmodels: [./a, ./b]\n")
+    notes = merge_cli.plan(recipe).notes
+    assert [note for note in notes if note.startswith("./a: README.md ")], notes
+    assert (merge_cli.merge(recipe, tmp_path / "out").path / "README.md").is_file()
+
+
+def test_a_card_that_is_no_file_is_a_note(tmp_path: Path) -> None:
+    assert read_card(tmp_path) == ({}, "")
+    (tmp_path / "README.md").mkdir()
+    assert read_card(tmp_path) == ({}, "README.md cannot be read: it is not a regular file")
+    (tmp_path / "README.md").rmdir()
+    (tmp_path / "README.md").symlink_to("/dev/zero")
+    assert read_card(tmp_path) == ({}, "README.md cannot be read: it is not a regular file")

@@ -10,6 +10,7 @@ from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
 
+from merge_cli.checkpoint.card import read_card
 from merge_cli.checkpoint.chat_template import choose_template
 from merge_cli.checkpoint.coefficients import CoefficientFile, open_coefficients
 from merge_cli.checkpoint.config import (
@@ -167,6 +168,11 @@ def make_plan(
     template, template_note = choose_template(recipe, sources)
     notes = [
         *(f"{source.label}: {note}" for source in sources for note in source.notes),
+        *(
+            f"{source.label}: {why}; its licence and languages are taken as unknown"
+            for source in sources
+            if (why := read_card(source.root)[1])
+        ),
         *renamed.notes,
         *heads.notes,
         *aligned.notes,

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from merge_cli.checkpoint.card import front_matter
 from merge_cli.checkpoint.files import CARD
 from merge_cli.checkpoint.shards import INDEX
 from merge_cli.errors import CorruptFileError, SourceError
 from merge_cli.report.card import card_for
-from merge_cli.report.card_metadata import front_matter
 
 REPORT = "merge_report.json"
 RECIPE = "merge_recipe.yaml"

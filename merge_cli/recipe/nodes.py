@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import datetime
 import math
-import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,10 +16,8 @@ import yaml
 
 from merge_cli.errors import Problem, RecipeError
 from merge_cli.guarded import MAX_DIGITS
-from merge_cli.guarded_yaml import MAX_YAML, GuardedLoader, yaml_reason
+from merge_cli.guarded_yaml import CONTROL, MAX_YAML, GuardedLoader, called, yaml_reason
 
-# What no name, path or number holds. Terminals obey them.
-_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\x80-\x84\x86-\x9f\ud800-\udfff]")
 _SCALARS = (type(None), bool, int, float, str, datetime.date)
 
 
@@ -112,8 +109,8 @@ class _Converter:
             self._wrong("a key must be text, and this is a list or a mapping", path, line, column)
             return ""
         key = str(node.value)
-        if found := _CONTROL.search(key):
-            self._wrong(f"a key holds {_called(found[0])}", path, line, column)
+        if found := CONTROL.search(key):
+            self._wrong(f"a key holds {called(found[0])}", path, line, column)
         return key
 
     def _scalar(self, node: yaml.Node, path: str, line: int, column: int) -> Any:
@@ -139,8 +136,8 @@ class _Converter:
         if not isinstance(value, _SCALARS):
             self._wrong(f"not a valid value: nothing here is of the kind {tag}", path, line, column)
             return None
-        if isinstance(value, str) and (found := _CONTROL.search(value)):
-            self._wrong(f"the text holds {_called(found[0])}", path, line, column)
+        if isinstance(value, str) and (found := CONTROL.search(value)):
+            self._wrong(f"the text holds {called(found[0])}", path, line, column)
             return None
         if isinstance(value, float) and not math.isfinite(value):
             self._wrong(f"not a finite number: {node.value}", path, line, column)
@@ -156,13 +153,6 @@ class _Converter:
 
 def _short(tag: str) -> str:
     return tag.replace("tag:yaml.org,2002:", "!!")[:100]
-
-
-def _called(character: str) -> str:
-    """What a character that cannot be shown is called."""
-    if "\ud800" <= character <= "\udfff":
-        return f"half of a surrogate pair (U+{ord(character):04X}), which is no text"
-    return f"a control character (U+{ord(character):04X})"
 
 
 def _report_duplicates(node: yaml.MappingNode, file: str, problems: list[Problem]) -> None:

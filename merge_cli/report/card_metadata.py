@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import yaml
-
+from merge_cli.checkpoint.card import read_card
 from merge_cli.checkpoint.config import CLASS
-from merge_cli.checkpoint.files import CARD
 from merge_cli.checkpoint.hub import HubModel
 from merge_cli.checkpoint.source import Source
 from merge_cli.engine.plan import Plan
@@ -18,42 +14,19 @@ from merge_cli.engine.plan import Plan
 # What a recipe's `metadata` may say of the card in its author's words; everything else stays free.
 OWN_WORDS = ("license", "license_name", "license_link", "language", "datasets", "pipeline_tag")
 _LICENCE = ("license", "license_name", "license_link")
-_FRONT = re.compile(r"\A\ufeff?---\r?\n(.*?)\r?\n---\r?(\n|\Z)", re.DOTALL)
 _TEXT_GENERATION = ("ForCausalLM", "LMHeadModel")
-
-
-def front_matter(text: str) -> dict[str, Any]:
-    """The metadata of a card as text and lists; empty where there is none that can be read.
-
-    Scalars stay text: to YAML the language `no` is a truth value.
-    """
-    found = _FRONT.match(text)
-    if found is None:
-        return {}
-    try:
-        data = yaml.load(found[1], Loader=yaml.BaseLoader)  # plain text and nothing else
-    except yaml.YAMLError:
-        return {}  # of somebody else's card: what it says is unknown
-    return data if isinstance(data, dict) else {}
 
 
 def source_cards(source: Source) -> list[dict[str, Any]]:
     """What a source's own card says, and that of the adapter on it; empty where there is none."""
     roots = [source.root, *([source.adapter.root] if source.adapter else [])]
-    return [_card(root / CARD) for root in roots]
+    return [read_card(root)[0] for root in roots]
 
 
 def repositories(source: Source) -> list[HubModel]:
     """Where a source comes from on the Hub: itself, and the adapter on it."""
     found = [source.hub, source.adapter.hub if source.adapter else None]
     return [one for one in found if one is not None]
-
-
-def _card(path: Path) -> dict[str, Any]:
-    try:
-        return front_matter(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except (OSError, UnicodeError):
-        return {}  # a text that only describes; the weights are judged elsewhere
 
 
 def card_metadata(plan: Plan, of_stages: Sequence[str] = ()) -> dict[str, Any]:
