@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import re
 import time
@@ -17,7 +18,7 @@ EXPLODING = ["(a+)+$", "(a|a)*b", ".*.*.*.*.*x", "(.*a){20}$", "(a?){40}a{40}b",
 
 
 def expression(random: random.Random, depth: int = 0) -> str:
-    """A random expression whose loops never repeat nothing (see automaton.py)."""
+    """A random expression whose loops never repeat nothing."""
     kind = random.random()
     if depth > 3 or kind < 0.35:
         return random.choice(LEAVES)
@@ -35,8 +36,7 @@ def expression(random: random.Random, depth: int = 0) -> str:
     return random.choice(["(?=", "(?!"]) + inner + ")"
 
 
-def test_the_automaton_finds_what_re_finds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patterns, "_CHEAP", -1)  # nothing is left to `re`
+def test_finds_what_re_finds() -> None:
     draw = random.Random(0)
     compared = 0
     for _ in range(1500):
@@ -51,14 +51,22 @@ def test_the_automaton_finds_what_re_finds(monkeypatch: pytest.MonkeyPatch) -> N
         assert [found.spans[0] for found in ours.finditer(text)] == theirs, (source, text)
         compared += 1
     assert compared == 1500
-    compile_pattern.cache_clear()
 
 
 @pytest.mark.parametrize("source", EXPLODING)
-def test_nothing_explodes(source: str) -> None:
+def test_nothing_explodes(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patterns, "MAX_SECONDS", 0.2)
+    compile_pattern.cache_clear()
+    pattern = compile_pattern(source)
     began = time.monotonic()
-    assert compile_pattern(source).search("a" * 300 + "!") is None
-    assert time.monotonic() - began < 5
+    with contextlib.suppress(Unreadable):  # or it is quickly found not to match
+        assert pattern.search("a" * 300 + "!") is None
+    with contextlib.suppress(Unreadable):
+        assert list(pattern.finditer("a" * 300 + "!")) is not None
+    for _ in range(1000):  # names of a model's modules: the limit is on all of them together
+        with contextlib.suppress(Unreadable):
+            pattern.match("a" * 60 + "!")
+    assert time.monotonic() - began < 30, "hours without a limit"
 
 
 def test_expressions_in_the_wild_are_matched() -> None:
@@ -101,10 +109,12 @@ def test_what_is_none_is_refused(source: str, what: str) -> None:
     assert what in str(caught.value)
 
 
-@pytest.mark.parametrize("source", [r"(a+)+\1$", "(a{200}){200}(b|b)*c", "(?=(?:a+)+b)(?:.*)*x"])
-def test_what_cannot_be_bounded_is_refused_when_it_is_matched(source: str) -> None:
-    pattern = compile_pattern(source)
-    began = time.monotonic()
-    with pytest.raises(Unreadable):
-        pattern.search("a" * 3000)
-    assert time.monotonic() - began < 5
+def test_an_expression_that_takes_too_long_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patterns, "MAX_SECONDS", 0.1)
+    compile_pattern.cache_clear()
+    pattern = compile_pattern(r"(a|aa)+$")
+    with pytest.raises(Unreadable, match="takes too long"):
+        pattern.search("a" * 3000 + "!")
+    with pytest.raises(Unreadable, match="takes too long"):  # nor again
+        pattern.search("a" * 3000 + "!")
+    compile_pattern.cache_clear()
