@@ -22,6 +22,7 @@ from test_html_report import Page
 from tiny import read_model
 
 import merge_cli
+from merge_cli.console.training import granularity_in_words
 from merge_cli.dam.checkpoint import TrainingFolder
 from merge_cli.dam.plan import plan_training
 from merge_cli.dam.trainer import Trainer
@@ -35,6 +36,7 @@ from merge_cli.errors import (
     ResourceError,
     UsageError,
 )
+from merge_cli.recipe.training import Training
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 OPTIONS = MergeOptions(device="cpu", threads=1)
@@ -271,11 +273,12 @@ def test_early_stopping_keeps_the_best(models: Path, tmp_path: Path) -> None:
         {"granularity": "low_rank", "rank": 2, "loss": {"reverse_kl": 1, "mse": 0.1}},
         {"granularity": "element", "form": "task_vector", "clip_norm": 0.1,
          "regularize": {"l1": 0.1, "overlap": 0.1, "weighted_overlap": 0.1}},
+        {"granularity": {"embed_tokens": "row", "*layers.0.*": "tensor", "norm": "element"}},
         {"dtype": "float16", "loss": "cross_entropy"},
         {"dtype": "bfloat16", "checkpointing": True, "cache_dtype": "float16"},
         {"train": ["mlp", "norm"], "granularity": "row", "mode": "two_pass", "prompt_loss": True},
     ],
-    ids=lambda dials: dials.get("preset") or dials.get("granularity") or dials["dtype"],
+    ids=lambda dials: str(dials.get("preset") or dials.get("granularity") or dials["dtype"]),
 )  # fmt: skip
 def test_presets_and_dials(models: Path, tmp_path: Path, dials: dict[str, Any]) -> None:
     quick = {k: v for k, v in QUICK.items() if k not in ("top_k",)} | {"max_steps": 3}
@@ -290,6 +293,12 @@ def test_presets_and_dials(models: Path, tmp_path: Path, dials: dict[str, Any]) 
         found = entries(result.path)
         assert found["model.norm.weight"].shape == (3, 1)  # not trained: one number for each
         assert found["model.layers.0.mlp.up_proj.weight"].shape == (3, 1, 16)
+    if isinstance(dials.get("granularity"), dict):
+        found = entries(result.path)
+        rows = read_model(models / "a")["model.embed_tokens.weight"].shape[0]
+        assert found["model.embed_tokens.weight"].shape == (3, rows, 1)
+        assert found["model.layers.1.mlp.up_proj.weight"].shape == (3, 1, 16), "no pattern"
+        assert found["model.norm.weight"].shape == (3, 16)
 
 
 def test_a_data_set_without_held_out_rows_does_not_stop_measuring(tmp_path: Path) -> None:
@@ -440,6 +449,24 @@ def test_what_cannot_be_is_said_with_its_place(models: Path) -> None:
     nothing = recipe_of(models, train=["no_such_tensor"])
     with pytest.raises(MismatchError, match="chooses no tensor"):
         plan_training(merge_cli.plan(nothing), "cpu")
+
+
+@pytest.mark.parametrize(
+    "granularity", ["colum", {}, {"embed": "rows"}, {"embed": 1}, ["row"], 3, {"embed": None}]
+)
+def test_a_granularity_that_is_none(models: Path, granularity: Any) -> None:
+    with pytest.raises(RecipeError, match=r"recipe\.yaml:\d+:\d+: training\.granularity: must be"):
+        merge_cli.load_recipe(recipe_of(models, granularity=granularity))
+
+
+def test_the_first_pattern_that_matches_counts() -> None:
+    """A pattern with `*` is of the whole name."""
+    training = Training(granularity={"layers.*.mlp*": "row", "mlp": "tensor", "q_proj": "element"})
+    names = {"model.layers.3.mlp.up": "tensor", "layers.3.mlp.up": "row", "x.mlp.up": "tensor",
+             "layers.0.self_attn.q_proj.weight": "element", "lm_head": "column"}  # fmt: skip
+    assert {name: training.granularity_of(name) for name in names} == names
+    assert granularity_in_words(training).endswith("element for q_proj, column for the rest")
+    assert Training(granularity="row").granularity_of("lm_head") == "row"
 
 
 def test_the_command_line(models: Path, tmp_path: Path) -> None:

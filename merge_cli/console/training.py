@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from merge_cli.recipe.training import Training
 from merge_cli.sizes import show_size
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ def print_training(out: Console, decided: TrainingPlan) -> None:
         kept = "in memory, the whole vocabulary"
     for label, text in (
         ("coefficients", f"{decided.coefficients:,} numbers for {trained} tensors"
-                         f" ({training.granularity}, {training.form}, "
+                         f" ({granularity_in_words(training)}, {training.form}, "
                          f"activation {training.activation}){still}"),
         ("predictions", f"{show_size(cache)} {kept}"),
         ("student", f"{show_size(decided.student_bytes)} in {decided.dtype} "
@@ -114,3 +115,14 @@ def print_training(out: Console, decided: TrainingPlan) -> None:
         ("update", f"{decided.mode}: {decided.why['mode']}"),
     ):  # fmt: skip
         out.print(f"[dim]{label}:[/dim] {escape(text)}")
+
+
+def granularity_in_words(training: Training) -> str:
+    """`column`, or `row for embed_tokens, column for the rest`."""
+    if isinstance(training.granularity, str):
+        return training.granularity
+    parts = [
+        f"{kind} for {'the rest' if pattern == '*' else pattern}"
+        for pattern, kind in training.granularity.items()
+    ]
+    return ", ".join(parts if "*" in training.granularity else [*parts, "column for the rest"])

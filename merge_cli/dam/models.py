@@ -137,7 +137,7 @@ def find_targets(plan: Plan, net: Any, training: Training) -> tuple[list[Target]
         name = names.get(task.name, task.name)
         kind = kinds.get(name, _kind_of_expert(name, len(task.shape)))
         trained = held and is_trained(name, kind, training.train)
-        granularity = training.granularity if trained else "tensor"
+        granularity = training.granularity_of(task.name) if trained else "tensor"
         layout = layout_of(task.shape, granularity, training.rank, input_first=kind == "conv1d")
         targets.append(Target(task, held, layout, trained))
     problems = [

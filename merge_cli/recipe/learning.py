@@ -13,6 +13,7 @@ from merge_cli.recipe.nodes import Node
 from merge_cli.recipe.reference import local_file
 from merge_cli.recipe.statistics import Statistics
 from merge_cli.recipe.training import (
+    GRANULARITIES,
     LOSSES,
     PENALTIES,
     Data,
@@ -86,6 +87,7 @@ class LearningSections(Fields):
 def parse_training(fields_of: Mapping[str, Node], key: str, refuse: Refuse) -> Training:
     """The section's children to dials; wrong values are refused where they stand."""
     readers: dict[str, Read] = {
+        "granularity": _granularity,
         "train": _patterns,
         "loss": lambda node: _weights(node, LOSSES),
         "regularize": lambda node: _weights(node, PENALTIES),
@@ -119,11 +121,23 @@ def read_dials(
             elif most is not None and value > most:
                 wrong = f"must be at most {most:g}"
         if wrong:
-            hint = nearest(str(node.value), words_of(hints[name])) if words_of(hints[name]) else ""
+            words = words_of(hints[name])
+            hint = nearest(node.value, words) if words and isinstance(node.value, str) else ""
             refuse(node, path, f"{wrong} (got {node.plain()!r}).", hint)
         elif value is not None or type(None) in get_args(hints[name]):
             given[name] = value
     return given
+
+
+def _granularity(node: Node) -> tuple[Any, str]:
+    """A word for all tensors, or a mapping of patterns to words."""
+    value = node.plain()
+    if isinstance(value, dict) and value and all(kind in GRANULARITIES for kind in value.values()):
+        return value, ""
+    if isinstance(value, str) and value in GRANULARITIES:
+        return value, ""
+    words = ", ".join(GRANULARITIES)
+    return None, f"must be one of {words}, or parts of tensor names with one of them each"
 
 
 def _patterns(node: Node) -> tuple[Any, str]:
@@ -181,7 +195,9 @@ def read_value(node: Node, hint: Any) -> tuple[Any, str]:
 
 def words_of(hint: Any) -> list[str]:
     """The words that may stand here, for the nearest one."""
-    return [w for w in get_args(hint) if isinstance(w, str)] if get_origin(hint) is Literal else []
+    if get_origin(hint) in (Union, types.UnionType):
+        return [word for option in get_args(hint) for word in words_of(option)]
+    return list(get_args(hint)) if get_origin(hint) is Literal else []
 
 
 def _is_number(value: Any) -> bool:

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
+from fnmatch import fnmatchcase
+from typing import Any, Literal, get_args
 
+Granularity = Literal["tensor", "column", "row", "element", "low_rank"]
+GRANULARITIES: tuple[Granularity, ...] = get_args(Granularity)
 LOSSES = ("kl", "reverse_kl", "mse", "entropy", "cross_entropy")
 TEACHING = frozenset(("kl", "reverse_kl", "mse"))  # the losses that need a teacher
 PENALTIES = ("cosine", "l1", "l2", "overlap", "weighted_overlap")
@@ -30,8 +33,8 @@ class Training:
     preset: Literal["dam", "dam-reference", "adamerging", "expert-merging", "learned-soup"] = dial(
         "dam", "a set of defaults for the dials below"
     )
-    granularity: Literal["tensor", "column", "row", "element", "low_rank"] = dial(
-        "column", "what one coefficient covers"
+    granularity: Granularity | Mapping[str, Granularity] = dial(
+        "column", "what one coefficient covers, or parts of tensor names with what it covers there"
     )
     rank: int = dial(4, "of the correction to the columns, with granularity low_rank", 1)
     form: Literal["soup", "task_vector"] = dial(
@@ -85,6 +88,19 @@ class Training:
     patience: int | None = dial(None, "measurements without improvement before training stops", 1)
     checkpoint_minutes: float = dial(2.0, "between checkpoints", 0)
     tensorboard: bool = dial(False, "write scalars for TensorBoard beside the checkpoint")
+
+    def granularity_of(self, name: str) -> Granularity:
+        """What one coefficient of a tensor covers: of several patterns the first that matches.
+
+        A pattern is a part of the tensor's name, or a whole name with `*`; what no pattern matches
+        has a coefficient for each column.
+        """
+        if isinstance(self.granularity, str):
+            return self.granularity
+        for pattern, kind in self.granularity.items():
+            if fnmatchcase(name, pattern) if "*" in pattern else pattern in name:
+                return kind
+        return "column"
 
     @property
     def needs_teachers(self) -> bool:
