@@ -467,6 +467,8 @@ def test_the_first_pattern_that_matches_counts() -> None:
     assert {name: training.granularity_of(name) for name in names} == names
     assert granularity_in_words(training).endswith("element for q_proj, column for the rest")
     assert Training(granularity="row").granularity_of("lm_head") == "row"
+    assert training.unused_patterns(["x.mlp.up", "layers.0.q_proj"]) == ["layers.*.mlp*"]
+    assert Training().unused_patterns(["x"]) == []
 
 
 def test_the_command_line(models: Path, tmp_path: Path) -> None:

@@ -104,6 +104,10 @@ def print_training(out: Console, decided: TrainingPlan) -> None:
     kept = f"on disk, the {training.top_k} likeliest tokens of each in {training.cache_dtype}"
     if training.top_k == "full":
         kept = "in memory, the whole vocabulary"
+    unused = training.unused_patterns([target.name for target in decided.targets])
+    for pattern in unused:
+        what = f"granularity: no tensor has '{pattern}' in its name"
+        out.print(f"[yellow]![/yellow] {escape(what)}", soft_wrap=True)
     for label, text in (
         ("coefficients", f"{decided.coefficients:,} numbers for {trained} tensors"
                          f" ({granularity_in_words(training)}, {training.form}, "

@@ -28,6 +28,8 @@ def build_record(
     if best is not None:
         scores = {LEARNED: {k: v for k, v in best.items() if k != "step"}, **scores}
     warnings = [note] if note else []
+    unused = decided.training.unused_patterns([target.name for target in decided.targets])
+    warnings += [f"granularity: no tensor has '{pattern}' in its name" for pattern in unused]
     verdict = improvement(scores)
     lacking = ", ".join(one.name for one in decided.datasets if not one.held_out)
     if lacking and verdict is not None:

@@ -6,7 +6,7 @@ preset is a set of defaults; what the recipe says itself wins.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
@@ -98,14 +98,23 @@ class Training:
         if isinstance(self.granularity, str):
             return self.granularity
         for pattern, kind in self.granularity.items():
-            if fnmatchcase(name, pattern) if "*" in pattern else pattern in name:
+            if _matches(pattern, name):
                 return kind
         return "column"
+
+    def unused_patterns(self, names: Collection[str]) -> list[str]:
+        """Patterns of `granularity` that match no tensor: most likely misspelt."""
+        patterns = [] if isinstance(self.granularity, str) else list(self.granularity)
+        return [p for p in patterns if not any(_matches(p, name) for name in names)]
 
     @property
     def needs_teachers(self) -> bool:
         """Whether a loss compares with the sources' predictions."""
         return any(weight for name, weight in self.loss.items() if name in TEACHING)
+
+
+def _matches(pattern: str, name: str) -> bool:
+    return fnmatchcase(name, pattern) if "*" in pattern else pattern in name
 
 
 PRESETS: dict[str, dict[str, Any]] = {
