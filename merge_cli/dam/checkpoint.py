@@ -36,6 +36,7 @@ class Position:
     Attributes:
         step: optimizer steps done; `ended` says why there will be no more.
         history: one dict for each step, and for each held-out measurement.
+        static: held-out scores of merges without training; `start` is the one that is begun from.
         best: step and mean held-out KL of the best measurement; its coefficients are kept, too.
         seconds, tokens, passes: of training so far, over all runs and processes.
         teaching: seconds in which teachers were asked, over all runs.
@@ -46,6 +47,8 @@ class Position:
     ended: str = ""
     history: list[dict[str, Any]] | None = None
     measured: list[dict[str, Any]] | None = None
+    static: dict[str, dict[str, Any]] | None = None
+    start: str = ""
     best_step: int = -1
     best_kl: float = float("inf")
     stale: int = 0
@@ -61,6 +64,7 @@ class Position:
     def __post_init__(self) -> None:
         self.history = self.history or []
         self.measured = self.measured or []
+        self.static = self.static or {}
 
 
 class TrainingFolder:

@@ -89,12 +89,12 @@ def layout_of(
 
 
 def starting_value(training: Training, sources: int) -> float:
-    """What every coefficient is before training: the uniform soup, or task arithmetic."""
+    """What every coefficient is before training, and before `start: best` is looked for."""
     if training.activation == "softmax":
         return 1.0 / sources
-    if training.start is not None:
+    if isinstance(training.start, float):
         return training.start
-    return 1.0 / sources if training.form == "soup" else 0.3
+    return 0.3 if training.start == "task_arithmetic" else 1.0 / sources
 
 
 class Coefficients:
@@ -148,6 +148,12 @@ class Coefficients:
         if self._values is None:
             self._values = _activated(self.raw, self.activation)
         return self._values
+
+    def begin(self, weights: Sequence[float]) -> None:
+        """Every coefficient of a source as its weight in a plain sum."""
+        for i, weight in enumerate(weights):
+            self.raw[i] = _before_activation(weight, self.activation)
+        self.moved()
 
     def moved(self) -> None:
         """The parameters have changed."""

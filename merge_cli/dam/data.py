@@ -7,10 +7,11 @@ into sequences, so that no document is on both sides.
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -137,10 +138,21 @@ def cut(encoded: Encoded, length: int) -> Iterator[Example]:
 
 
 def steps_of(datasets: Sequence[Dataset], training: Training) -> int:
-    """Optimizer steps: every example of the largest data set once in each epoch."""
+    """Optimizer steps: every example of the largest data set once an epoch, within `tokens`."""
     largest = max(len(dataset.train) for dataset in datasets)
     steps = training.epochs * -(-largest // training.batch_size)
+    if training.tokens is not None:
+        means = [sum(len(e.ids) for e in d.train) / len(d.train) for d in datasets]
+        a_step = math.fsum(mean * min(training.batch_size, len(d.train))
+                           for mean, d in zip(means, datasets, strict=True))  # fmt: skip
+        steps = min(steps, max(1, round(training.tokens / a_step)))
     return min(steps, training.max_steps) if training.max_steps else steps
+
+
+def used(datasets: Sequence[Dataset], steps: int, training: Training) -> list[Dataset]:
+    """The data sets without the sequences that so many steps do not come to."""
+    most = steps * training.batch_size
+    return [replace(dataset, train=dataset.train[:most]) for dataset in datasets]
 
 
 class Order:

@@ -19,18 +19,31 @@ _TEXT_SOFTCAP, _SCALE, _DIVISOR = "final_logit_softcapping", "logit_scale", "log
 
 @dataclass
 class Sums:
-    """Weighted sums of each loss over tokens, for the report."""
+    """Weighted sums of each loss over tokens, by data set, for the report."""
 
+    owners: int = 1
     _sums: dict[str, Any] = field(default_factory=dict)
 
-    def add(self, terms: dict[str, Any], weights: Any) -> None:
+    def add(self, terms: dict[str, Any], targets: Targets) -> None:
+        import torch
+
         for name, term in terms.items():
-            value = (term.detach() * weights).sum().double()
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            value = term.detach() * targets.weights
+            if self.owners == 1:
+                total = value.sum().double()[None]
+            else:
+                total = torch.zeros(self.owners, dtype=value.dtype, device=value.device)
+                total = total.index_add_(0, targets.owners, value).double()
+            self._sums[name] = self._sums[name] + total if name in self._sums else total
 
     def read(self) -> dict[str, float]:
-        """The sums; waits for the device, which `add` does not."""
-        return {name: float(value) for name, value in self._sums.items()}
+        """The sums over all data sets; waits for the device, which `add` does not."""
+        return {name: float(value.sum()) for name, value in self._sums.items()}
+
+    def by_owner(self) -> list[dict[str, float]]:
+        """The sums of each data set; waits, too."""
+        values = {name: value.tolist() for name, value in self._sums.items()}
+        return [{name: own[i] for name, own in values.items()} for i in range(self.owners)]
 
 
 @dataclass(frozen=True)
@@ -95,7 +108,7 @@ def _loss(job: Job, logits: Any, start: int, stop: int) -> Any:
     wide = logits.dtype if logits.dtype == torch.float64 else torch.float32
     targets = job.targets.part(start, stop).to(logits.device, wide)
     terms = job.objective.terms(job.after(logits).to(wide), targets)
-    job.sums.add(terms, targets.weights)
+    job.sums.add(terms, targets)
     return job.scale * (job.objective.total(terms) * targets.weights).sum()
 
 

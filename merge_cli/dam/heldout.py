@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from merge_cli.dam.data import Dataset, short_names
@@ -18,7 +18,7 @@ from merge_cli.evaluation.examples import Example, micro_batches, padded
 from merge_cli.evaluation.teachers import Predictions
 
 _OBJECTIVE = Objective({"kl": 1.0, "cross_entropy": 1.0})
-LAMBDAS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
+LAMBDAS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)  # of task arithmetic
 
 
 @dataclass(frozen=True)
@@ -104,36 +104,88 @@ class HeldOut:
         )
 
 
+@dataclass(frozen=True)
+class Item:
+    """One sequence of a batch.
+
+    Attributes:
+        known: its teacher's predictions, as `Predictions.of` gives them; None asks no teacher.
+        weight: of each of its counted tokens.
+        owner: number of its data set.
+    """
+
+    example: Example
+    known: tuple[Any, Any, Any] | None
+    weight: float
+    owner: int = 0
+
+
 def make_batch(
     numbers: Sequence[int], examples: Sequence[Example], known: Predictions | None, weight: float
 ) -> Batch:
-    """A batch of some examples, every counted token with the same weight.
+    """A batch of some examples of one data set, every counted token with the same weight."""
+    return batch_of(
+        [Item(examples[i], None if known is None else known.of(i), weight) for i in numbers]
+    )
 
-    Args:
-        known: the teacher's predictions of `examples`; None where the loss asks no teacher.
-    """
+
+def batch_of(items: Sequence[Item]) -> Batch:
+    """A batch of sequences of any data sets; teachers are asked for all of them or for none."""
     import torch
 
-    own = [examples[i] for i in numbers]
+    own = [item.example for item in items]
     ids, mask, counted = padded(own)
     labels = torch.cat([torch.tensor(one.ids[one.first :]) for one in own]).long()
-    weights = torch.full((len(labels),), weight, dtype=torch.float64)
-    if known is None:
-        return Batch(ids, mask, counted, Targets(labels, weights))
-    parts = [known.of(i) for i in numbers]
-    kept = torch.cat([ids for ids, _, _ in parts]).long()
-    logp = torch.cat([logp for _, logp, _ in parts])
-    tails = [tail for _, _, tail in parts]
-    tail = None if tails[0] is None else torch.cat(tails)
-    return Batch(ids, mask, counted, Targets(labels, weights, kept, logp, tail))
+    counts = torch.tensor([one.counted for one in own])
+    weights = torch.tensor([item.weight for item in items], dtype=torch.float64)
+    owners = torch.tensor([item.owner for item in items])
+    targets = Targets(
+        labels, weights.repeat_interleave(counts), owners=owners.repeat_interleave(counts)
+    )
+    parts = [item.known for item in items if item.known is not None]
+    if parts:
+        targets = replace(
+            targets,
+            ids=torch.cat([kept for kept, _, _ in parts]).long(),
+            logp=torch.cat([logp for _, logp, _ in parts]),
+            tail=None if parts[0][2] is None else torch.cat([tail for _, _, tail in parts]),
+        )
+    return Batch(ids, mask, counted, targets)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A merge without training: base * theta_0 + sum of weights * theta_i."""
+
+    name: str
+    base: float
+    weights: tuple[float, ...]
+
+
+def mixtures(labels: Sequence[str], *, has_base: bool, base_label: str | None) -> list[Mixture]:
+    """What needs no training: base, each source, uniform soup, task arithmetic at several λ."""
+    count = len(labels)
+    found: list[Mixture] = []
+    if has_base and base_label not in labels:
+        found.append(Mixture("base", 1.0, (0.0,) * count))
+    for i, name in enumerate(short_names(labels)):
+        alone = tuple(float(i == j) for j in range(count))
+        found.append(Mixture(f"source {name}", 0.0, alone))
+    found.append(Mixture("uniform soup", 0.0, (1.0 / count,) * count))
+    if has_base:
+        # A base among the sources adds nothing to itself.
+        own = [label != base_label for label in labels]
+        for scale in LAMBDAS:
+            weights = tuple(scale * moves for moves in own)
+            found.append(Mixture(f"task arithmetic {scale:g}", 1.0 - math.fsum(weights), weights))
+    return found
 
 
 def baselines(
-    student: Student, forward: Forward, held_out: HeldOut, labels: Sequence[str], world: World,
-    *, has_base: bool, base_label: str | None, tell: Any,
-    stopping: Callable[[], bool] = lambda: False,
+    student: Student, forward: Forward, held_out: HeldOut, compared: Sequence[Mixture],
+    world: World, *, tell: Any, stopping: Callable[[], bool] = lambda: False,
 ) -> dict[str, Score]:  # fmt: skip
-    """What needs no training: base, each source, uniform soup, task arithmetic at several λ.
+    """Held-out scores of merges without training.
 
     They pass through the student's own net; it holds the last of them afterwards.
 
@@ -146,25 +198,24 @@ def baselines(
             what = "stopped while merges without training were measured"
             raise Interrupted(what, hint="The same command continues.")
 
-    count = len(labels)
-    names = short_names(labels)
-    wanted: list[tuple[str, float, list[float]]] = []
-    if has_base and base_label not in labels:
-        wanted.append(("base", 1.0, [0.0] * count))
-    for i, name in enumerate(names):
-        wanted.append((f"source {name}", 0.0, [float(i == j) for j in range(count)]))
-    wanted.append(("uniform soup", 0.0, [1.0 / count] * count))
-    if has_base:
-        # A base among the sources adds nothing to itself.
-        own = [label != base_label for label in labels]
-        for scale in LAMBDAS:
-            weights = [scale * moves for moves in own]
-            wanted.append((f"task arithmetic {scale:g}", 1.0 - math.fsum(weights), weights))
     found = {}
-    for number, (name, base, weights) in enumerate(wanted):
-        tell(number, len(wanted), name)
+    for number, one in enumerate(compared):
+        tell(number, len(compared), one.name)
         stop(world.any(stopping()))
-        student.write_mixture(base, weights)
+        student.write_mixture(one.base, one.weights)
         # Processes stop together or not at all: within a merge only the one that is alone.
-        found[name] = held_out.score(forward, world, lambda: stop(world.size == 1 and stopping()))
+        found[one.name] = held_out.score(
+            forward, world, lambda: stop(world.size == 1 and stopping())
+        )
     return found
+
+
+def best_start(
+    compared: Sequence[Mixture], scores: Mapping[str, Score], form: str
+) -> Mixture | None:
+    """The best of the merges that coefficients of a form can begin as; None where there is none.
+
+    Changes of the base reach every mixture; sums of weights those alone that have no base in them.
+    """
+    reached = [one for one in compared if form == "task_vector" or one.base == 0]
+    return min(reached, key=lambda one: scores[one.name].mean_kl, default=None)

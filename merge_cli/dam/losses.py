@@ -26,6 +26,7 @@ class Targets:
         ids: int64 [n, k], the teacher's likeliest tokens; None where no teacher is asked.
         logp: [n, k], their log-probabilities at the teacher's temperature.
         tail: [n], log-probability of all others; None where k is the whole vocabulary.
+        owners: int64 [n], the number of each token's data set, for the report.
     """
 
     labels: Any
@@ -33,6 +34,7 @@ class Targets:
     ids: Any = None
     logp: Any = None
     tail: Any = None
+    owners: Any = None
 
     def part(self, start: int, stop: int) -> Targets:
         """Some of the tokens."""

@@ -124,7 +124,7 @@ def find_targets(plan: Plan, net: Any, training: Training) -> tuple[list[Target]
     they fill, layer by layer, what no tensor's name is for.
     """
     parameters = dict(net.named_parameters())
-    kinds = kinds_of(net)
+    kinds, embeddings = kinds_of(net), embeddings_of(net)
     merged = [task for task in plan.tasks if task.action == "merge"]
     names = by_name({task.name: task.shape for task in merged}, parameters)
     open_names = parameters.keys() - names.values()
@@ -137,7 +137,10 @@ def find_targets(plan: Plan, net: Any, training: Training) -> tuple[list[Target]
         name = names.get(task.name, task.name)
         kind = kinds.get(name, _kind_of_expert(name, len(task.shape)))
         trained = held and is_trained(name, kind, training.train)
-        granularity = training.granularity_of(task.name) if trained else "tensor"
+        of_tokens = name in embeddings
+        granularity = (
+            training.granularity_of(task.name, embedding=of_tokens) if trained else "tensor"
+        )
         layout = layout_of(task.shape, granularity, training.rank, input_first=kind == "conv1d")
         targets.append(Target(task, held, layout, trained))
     problems = [
@@ -189,6 +192,13 @@ def parameter_count(targets: Sequence[Target]) -> int:
 def kinds_of(net: Any) -> dict[str, str]:
     """Parameter -> linear, conv1d (stored input first), or other."""
     return dict(_walk(net))
+
+
+def embeddings_of(net: Any) -> set[str]:
+    """The weights by which tokens go in and out: a row for each token."""
+    modules = {id(m.weight) for m in (net.get_input_embeddings(), net.get_output_embeddings())
+               if m is not None}  # fmt: skip
+    return {name for name, parameter in net.named_parameters() if id(parameter) in modules}
 
 
 def _walk(net: Any) -> Iterator[tuple[str, str]]:

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from merge_cli.checkpoint.source import Source, fetch_weights
-from merge_cli.dam.data import Dataset, load_datasets, steps_of
+from merge_cli.dam.data import Dataset, load_datasets, steps_of, used
 from merge_cli.dam.distributed import World
 from merge_cli.dam.models import (
     Target,
@@ -98,7 +98,7 @@ def plan_training(plan: Plan, device: str = "auto", world: World | None = None) 
         ResourceError: a device or a package is missing, or the recipe's residency does not fit.
     """
     world = world or World()
-    training = plan.recipe.training or Training()
+    training = plan.recipe.learning
     if training.tensorboard and find_spec("tensorboard") is None:
         hint = "pip install tensorboard, or leave `tensorboard` out."
         raise ResourceError("the package tensorboard is missing", hint=hint)
@@ -116,6 +116,8 @@ def plan_training(plan: Plan, device: str = "auto", world: World | None = None) 
     datasets = load_datasets(
         plan.recipe, labels, tokenizer, training, context_of(net.config, training.max_length)
     )
+    steps = steps_of(datasets, training)
+    datasets = used(datasets, steps, training)
     chosen = choose_device(device)
     own = chosen.indexes[world.local % len(chosen.indexes)] if chosen.indexes else None
     where = "cpu" if own is None else f"cuda:{own}"
@@ -126,7 +128,7 @@ def plan_training(plan: Plan, device: str = "auto", world: World | None = None) 
     place = choose_place(training.residency, where, size, student_bytes)
     mode, mode_why = _mode(training, dtype, world)
     return TrainingPlan(
-        plan, training, tuple(targets), tuple(datasets), steps_of(datasets, training), where,
+        plan, training, tuple(targets), tuple(datasets), steps, where,
         dtype, place, mode, tuple(_teachers(operands, datasets, training, where, dtype, net)),
         labels,
         {

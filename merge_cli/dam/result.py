@@ -9,7 +9,6 @@ from typing import Any
 from merge_cli.dam.checkpoint import Position
 from merge_cli.dam.data import Dataset
 from merge_cli.dam.distributed import World
-from merge_cli.dam.heldout import Score
 from merge_cli.dam.plan import TrainingPlan
 from merge_cli.engine.memory import peak_rss
 from merge_cli.errors import GateError
@@ -19,11 +18,10 @@ LEARNED = "dam"
 
 
 def build_record(
-    decided: TrainingPlan, position: Position, found: Mapping[str, Score], note: str, world: World,
-    *, baseline_passes: int,
-) -> dict[str, Any]:  # fmt: skip
+    decided: TrainingPlan, position: Position, note: str, world: World
+) -> dict[str, Any]:
     """JSON-ready; docs/dam.md says what each part is."""
-    scores = {name: score.to_json() for name, score in found.items()}
+    scores = dict(position.static or {})
     best = next((one for one in position.measured or [] if one["step"] == position.best_step), None)
     if best is not None:
         scores = {LEARNED: {k: v for k, v in best.items() if k != "step"}, **scores}
@@ -45,7 +43,7 @@ def build_record(
         )
     return {
         "dials": plain_training(decided.training),
-        "why": decided.why,
+        "why": {**decided.why, **_start(position)},
         "coefficients": decided.coefficients,
         "datasets": [
             {
@@ -73,7 +71,7 @@ def build_record(
             "teaching_seconds": round(position.teaching, 3),
             "tokens": position.tokens,
             "passes": position.passes,
-            "held_out_passes": position.held_out_passes + baseline_passes,
+            "held_out_passes": position.held_out_passes,
             "peak_rss": peak_rss(),
             "peak_vram": _peak_vram(decided.device),
             "student_bytes": decided.student_bytes,
@@ -83,6 +81,12 @@ def build_record(
             "bytes_reduced": position.bytes_reduced,
         },
     }
+
+
+def _start(position: Position) -> dict[str, str]:
+    if not position.start:
+        return {}
+    return {"start": f"{position.start}, the best without training on held-out rows"}
 
 
 def _origin(decided: TrainingPlan, dataset: Dataset) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from merge_cli.dam.assembly import assemble
 from merge_cli.dam.checkpoint import Position, TrainingFolder, left_over
 from merge_cli.dam.distributed import World, join_world, launched
 from merge_cli.dam.forward import Forward
-from merge_cli.dam.heldout import HeldOut, baselines
+from merge_cli.dam.heldout import HeldOut, baselines, best_start, mixtures
 from merge_cli.dam.models import stored_tensors
 from merge_cli.dam.plan import (
     TrainingPlan,
@@ -29,6 +29,7 @@ from merge_cli.dam.plan import (
 )
 from merge_cli.dam.progress import StepLine
 from merge_cli.dam.result import build_record, gate
+from merge_cli.dam.student import Student
 from merge_cli.dam.trainer import Trainer, entries_of
 from merge_cli.engine.options import MergeOptions, Progress, Show
 from merge_cli.engine.plan import Plan
@@ -40,7 +41,7 @@ from merge_cli.recipe.training import Training
 
 # Dials that change how training runs, not what comes of it.
 _INDIFFERENT = {"residency", "checkpoint_minutes", "tensorboard", "preset"}
-_FORMAT = 1
+_FORMAT = 2
 _SMALLER = (
     "Try a smaller batch_tokens, checkpointing: true, residency: disk, or dtype: bfloat16."
     " Changing residency alone continues; after other changes use --fresh."
@@ -187,36 +188,50 @@ def _learn(
         )  # fmt: skip
         trainer.position.teaching += taught
         try:
+            if measured is not None and not trainer.position.static:
+                _begin(decided, student, forward, measured, trainer.position, world, show, stopping)
             finished = trainer.run()
         finally:
             line.close()
         if not finished:
             raise _interrupted(folder, trainer.position)
-        found, measuring = {}, held_out.passes
-        if measured is not None:
-            stored = stored_tensors(plan, decided.targets)
-            found = baselines(
-                student, forward, measured, decided.labels, world,
-                has_base=all(one.base is not None for one in stored.values()),
-                base_label=None if plan.base is None else plan.sources[plan.base].label,
-                tell=lambda done, total, name: show(
-                    Progress("baselines", done, total, name, "merges")
-                ),
-                stopping=stopping,
-            )  # fmt: skip
         entries = trainer.best or entries_of(student)
         for target in decided.targets:  # stored, but no parameter of the student
             if target.name not in entries:
                 entries |= student.coefficients[target.name].entries()
-        record = build_record(
-            decided, trainer.position, found, forward.note, world,
-            baseline_passes=held_out.passes - measuring,
-        )  # fmt: skip
+        record = build_record(decided, trainer.position, forward.note, world)
         if world.first:
             folder.finish(entries, training.form, record)
         return record
     finally:
         student.close()
+
+
+def _begin(
+    decided: TrainingPlan, student: Student, forward: Forward, held_out: HeldOut,
+    position: Position, world: World, show: Show, stopping: Callable[[], bool],
+) -> None:  # fmt: skip
+    """Measure what needs no training, and begin as the best of it where the recipe says so."""
+    plan, passes = decided.plan, held_out.passes
+    stored = stored_tensors(plan, decided.targets)
+    compared = mixtures(
+        decided.labels,
+        has_base=all(one.base is not None for one in stored.values()),
+        base_label=None if plan.base is None else plan.sources[plan.base].label,
+    )
+    scores = baselines(
+        student, forward, held_out, compared, world,
+        tell=lambda done, total, name: show(Progress("baselines", done, total, name, "merges")),
+        stopping=stopping,
+    )  # fmt: skip
+    position.static = {name: score.to_json() for name, score in scores.items()}
+    position.held_out_passes += held_out.passes - passes
+    chosen = best_start(compared, scores, decided.training.form)
+    if decided.training.start == "best" and chosen is not None:
+        position.start = chosen.name
+        for coefficients in student.coefficients.values():
+            coefficients.begin(chosen.weights)
+    student.write_all()
 
 
 def _teach(
@@ -288,6 +303,6 @@ def with_coefficients(recipe: Recipe, coefficients: Path, record: Mapping[str, A
         recipe,
         coefficients=str(coefficients),
         metadata={**recipe.metadata, "learned_from": origin},
-        training=recipe.training or Training(),
+        training=recipe.learning,
         models=tuple(replace(spec, data=None) for spec in recipe.models),
     )

@@ -9,11 +9,11 @@ from operator import add
 from typing import Any
 
 from merge_cli.dam.checkpoint import Position, TrainingFolder
-from merge_cli.dam.data import Dataset, Order
+from merge_cli.dam.data import Order
 from merge_cli.dam.distributed import World
 from merge_cli.dam.forward import Forward
 from merge_cli.dam.head import Sums
-from merge_cli.dam.heldout import HeldOut, make_batch
+from merge_cli.dam.heldout import HeldOut, Item, batch_of
 from merge_cli.dam.losses import Objective
 from merge_cli.dam.optimizers import rate_at
 from merge_cli.dam.plan import TrainingPlan
@@ -100,40 +100,41 @@ class Trainer:
         """Forward and backward for every data set, then an update; what it found."""
         student, moved, reduced = self._student, 0, self._world.bytes_reduced
         rate = rate_at(self._training, step, self._decided.steps)
-        jobs = [
-            (dataset, group, known, weight)
-            for dataset, order, known in zip(
-                self._decided.datasets, self._orders, self._predictions, strict=True
-            )
-            for group, weight in self._groups(dataset, order.batch(step))
-        ]
-        sums: dict[str, Sums] = {dataset.name: Sums() for dataset in self._decided.datasets}
+        batches = self._batches(step)
+        sums = Sums(len(self._decided.datasets))
         fused = self._decided.mode == "fused"
-        for number, (dataset, group, known, weight) in enumerate(jobs):
-            batch = make_batch(group, dataset.train, known, weight)
-            loss = self._forward.loss(
-                batch, self._objective, sums[dataset.name], student.grad_scale
-            )
+        for number, items in enumerate(batches):
+            batch = batch_of(items)
+            loss = self._forward.loss(batch, self._objective, sums, student.grad_scale)
             moved += batch.tokens
-            if fused and number == len(jobs) - 1:
+            if fused and number == len(batches) - 1:
                 student.last_backward(loss, rate)
             else:
                 loss.backward()
         if not fused:
             self._update(rate)
         self.position.bytes_reduced += self._world.bytes_reduced - reduced
-        return self._record(step, rate, sums, (moved, len(jobs)))
+        return self._record(step, rate, sums, (moved, len(batches)))
 
-    def _groups(self, dataset: Dataset, numbers: Sequence[int]) -> list[tuple[list[int], float]]:
-        """This process's part of a batch, and what each token of it counts.
+    def _batches(self, step: int) -> list[list[Item]]:
+        """This process's part of a step: sequences of all data sets together, by length.
 
-        A token counts one part of all the batch's tokens, whoever else computes them, so that the
-        loss does not depend on how a batch is divided.
+        Together, because each backward pass reads and projects every source once. A token counts
+        one part of all the tokens of its data set in this step, whoever else computes them, so that
+        the loss does not depend on how a step is divided.
         """
-        total = sum(dataset.train[i].counted for i in numbers)
-        own = numbers[self._world.rank :: self._world.size]
-        groups = micro_batches(own, dataset.train, self._training.batch_tokens)
-        return [(group, 1.0 / total) for group in groups]
+        items: list[Item] = []
+        for owner, (dataset, order, known) in enumerate(
+            zip(self._decided.datasets, self._orders, self._predictions, strict=True)
+        ):
+            numbers = order.batch(step)
+            weight = 1.0 / sum(dataset.train[i].counted for i in numbers)
+            for i in numbers[self._world.rank :: self._world.size]:
+                predicted = None if known is None else known.of(i)
+                items.append(Item(dataset.train[i], predicted, weight, owner))
+        examples = [item.example for item in items]
+        groups = micro_batches(range(len(items)), examples, self._training.batch_tokens)
+        return [[items[i] for i in group] for group in groups]
 
     def _update(self, rate: float) -> None:
         import math
@@ -151,13 +152,12 @@ class Trainer:
             position.overflows += 1
         position.grad_scale = student.grad_scale
 
-    def _record(
-        self, step: int, rate: float, sums: Mapping[str, Sums], cost: tuple[int, int]
-    ) -> dict[str, Any]:
+    def _record(self, step: int, rate: float, sums: Sums, cost: tuple[int, int]) -> dict[str, Any]:
         """The step's losses by data set and term, over all processes; its tokens and passes."""
         import torch
 
-        terms = {name: one.read() for name, one in sums.items()}
+        datasets = [dataset.name for dataset in self._decided.datasets]
+        terms = dict(zip(datasets, sums.by_owner(), strict=True))
         names = sorted(name for name, weight in self._training.loss.items() if weight)
         table = torch.tensor(
             [[own.get(name, 0.0) for name in names] for own in terms.values()], dtype=torch.float64

@@ -37,7 +37,7 @@ def _form(recipe: Recipe) -> str:
             return open_coefficients(path).form if path else "soup"
         except CorruptFileError:
             return "soup"  # said where the plan opens it
-    return recipe.training.form if recipe.training else "soup"
+    return recipe.learning.form
 
 
 def _variant(recipe: Recipe) -> Method | None:

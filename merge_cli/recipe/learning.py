@@ -93,7 +93,10 @@ def parse_training(fields_of: Mapping[str, Node], key: str, refuse: Refuse) -> T
         "regularize": lambda node: _weights(node, PENALTIES),
     }
     given = read_dials(Training, fields_of, key, refuse, readers)
-    return replace(preset(given.get("preset", "dam")), **given)
+    chosen = preset(given.get("preset", "default"))
+    if given.get("activation", "none") != "none" and "preset" not in given:
+        chosen = replace(chosen, start="soup")  # see `contradictions`
+    return replace(chosen, **given)
 
 
 def read_dials(

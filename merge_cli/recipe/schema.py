@@ -15,7 +15,7 @@ from merge_cli.recipe.reference import ModelRef
 from merge_cli.recipe.search import Search
 from merge_cli.recipe.statistics import Statistics
 from merge_cli.recipe.tokenizer import TokenizerSpec
-from merge_cli.recipe.training import Data, Training
+from merge_cli.recipe.training import Data, Training, preset
 from merge_cli.recipe.values import Parameter
 
 Parameters = Mapping[str, Parameter]
@@ -183,6 +183,12 @@ class Recipe:
             slices=sliced(self.slices),
             modules=tuple(replace(part, slices=sliced(part.slices)) for part in self.modules),
         )
+
+    @property
+    def learning(self) -> Training:
+        """How coefficients are learned, with everything that the recipe leaves out."""
+        training = self.training or preset("default")
+        return training.resolved(has_base=self.base_model is not None)
 
     @property
     def searches(self) -> bool:

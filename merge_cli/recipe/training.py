@@ -12,6 +12,8 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
 Granularity = Literal["tensor", "column", "row", "element", "low_rank"]
+Preset = Literal["default", "dam", "dam-reference", "adamerging", "expert-merging", "learned-soup"]
+EMBEDDINGS = "embeddings"
 GRANULARITIES: tuple[Granularity, ...] = get_args(Granularity)
 LOSSES = ("kl", "reverse_kl", "mse", "entropy", "cross_entropy")
 TEACHING = frozenset(("kl", "reverse_kl", "mse"))  # the losses that need a teacher
@@ -30,26 +32,29 @@ def dial(default: Any, help: str, least: float | None = None, most: float | None
 class Training:
     """How coefficients are learned. Shares are between 0 and 1; None is explained by the help."""
 
-    preset: Literal["dam", "dam-reference", "adamerging", "expert-merging", "learned-soup"] = dial(
-        "dam", "a set of defaults for the dials below"
-    )
+    preset: Preset = dial("default", "a set of defaults for the options below")
     granularity: Granularity | Mapping[str, Granularity] = dial(
-        "column", "what one coefficient covers, or parts of tensor names with what it covers there"
+        {EMBEDDINGS: "row", "*": "column"},
+        "what one coefficient covers, or parts of tensor names with what it covers there",
     )
     rank: int = dial(4, "of the correction to the columns, with granularity low_rank", 1)
-    form: Literal["soup", "task_vector"] = dial(
-        "soup", "sum of c_i * W_i, or the base plus the sum of c_i * (W_i - base)"
+    form: Literal["auto", "soup", "task_vector"] = dial(
+        "auto",
+        "sum of c_i * W_i, or the base plus the sum of c_i * (W_i - base); auto: the second where "
+        "the recipe has a base model",
     )
     activation: Literal["none", "tanh", "sigmoid", "softmax"] = dial(
         "none", "what a parameter goes through to become a coefficient"
     )
-    start: float | None = dial(
-        None, "every coefficient at the beginning; default 1/sources (soup) or 0.3 (task_vector)"
+    start: float | Literal["best", "soup", "task_arithmetic"] = dial(
+        "best",
+        "every coefficient at the beginning: a number, 1/sources (soup), 0.3 (task_arithmetic), or "
+        "best: as in the merge without training that does best on held-out rows",
     )
     train: tuple[str, ...] = dial(("all",), "all, linear, or parts of tensor names")
     loss: Mapping[str, float] = dial({"kl": 1.0}, "a loss, or losses with their weights")
-    temperature: float = dial(2.0, "of teacher and student in kl, reverse_kl and mse", 1e-3)
-    regularize: Mapping[str, float] = dial({"cosine": 0.01}, "penalties with their weights")
+    temperature: float = dial(1.0, "of teacher and student in kl, reverse_kl and mse", 1e-3)
+    regularize: Mapping[str, float] = dial({}, "penalties with their weights")
     prompt_loss: bool = dial(False, "whether tokens of a prompt count too")
     top_k: int | Literal["full"] = dial(
         64, "tokens of a teacher's prediction that are kept; full keeps all, in memory", 1
@@ -60,13 +65,16 @@ class Training:
     held_out: float = dial(
         0.1, "share of the rows kept for measuring, where no file is named", 0, 0.9
     )
-    held_out_examples: int = dial(64, "at most this many of them for each source", 1)
-    epochs: int = dial(1, "passes over the largest source's examples", 1)
+    held_out_examples: int = dial(24, "at most this many of them for each source", 1)
+    epochs: int = dial(1, "passes over the largest source's examples, at most", 1)
+    tokens: int | None = dial(
+        16_384, "of all sources together to train on, about and at most; null for all of them", 1
+    )
     max_steps: int | None = dial(None, "steps at most; default as many as the epochs take", 1)
     batch_size: int = dial(4, "examples of each source in a step", 1)
     batch_tokens: int = dial(4096, "tokens in one forward pass; more are passed one by one", 1)
-    learning_rate: float = dial(1e-3, "the largest of the schedule", 0)
-    schedule: Literal["constant", "cosine", "linear"] = dial("constant", "after the warm-up")
+    learning_rate: float = dial(0.1, "the largest of the schedule", 0)
+    schedule: Literal["constant", "cosine", "linear"] = dial("cosine", "after the warm-up")
     warmup: float = dial(0.0, "share of the steps in which the rate grows", 0, 1)
     optimizer: Literal["adamw", "mofo"] = dial("adamw", "MoFO moves the largest momenta alone")
     mofo_fraction: float = dial(0.3, "share of each tensor's coefficients that MoFO moves", 1e-6, 1)
@@ -89,23 +97,33 @@ class Training:
     checkpoint_minutes: float = dial(2.0, "between checkpoints", 0)
     tensorboard: bool = dial(False, "write scalars for TensorBoard beside the checkpoint")
 
-    def granularity_of(self, name: str) -> Granularity:
+    def granularity_of(self, name: str, *, embedding: bool = False) -> Granularity:
         """What one coefficient of a tensor covers: of several patterns the first that matches.
 
-        A pattern is a part of the tensor's name, or a whole name with `*`; what no pattern matches
-        has a coefficient for each column.
+        A pattern is a part of the tensor's name, a whole name with `*`, or `embeddings`: tokens in
+        and out, whatever a model calls them. What no pattern matches has a coefficient for each
+        column.
         """
         if isinstance(self.granularity, str):
             return self.granularity
         for pattern, kind in self.granularity.items():
-            if _matches(pattern, name):
+            if (embedding and pattern == EMBEDDINGS) or _matches(pattern, name):
                 return kind
         return "column"
 
     def unused_patterns(self, names: Collection[str]) -> list[str]:
         """Patterns of `granularity` that match no tensor: most likely misspelt."""
         patterns = [] if isinstance(self.granularity, str) else list(self.granularity)
-        return [p for p in patterns if not any(_matches(p, name) for name in names)]
+        return [
+            pattern for pattern in patterns
+            if pattern != EMBEDDINGS and not any(_matches(pattern, name) for name in names)
+        ]  # fmt: skip
+
+    def resolved(self, *, has_base: bool) -> Training:
+        """With the form that `auto` means for a recipe."""
+        if self.form != "auto":
+            return self
+        return replace(self, form="task_vector" if has_base else "soup")
 
     @property
     def needs_teachers(self) -> bool:
@@ -117,23 +135,30 @@ def _matches(pattern: str, name: str) -> bool:
     return fnmatchcase(name, pattern) if "*" in pattern else pattern in name
 
 
+# What the paper's own runs have in common: sums of weights, one rate from beginning to end.
+_PAPER: dict[str, Any] = {
+    "granularity": "column", "form": "soup", "start": "soup", "temperature": 2.0,
+    "regularize": {"cosine": 0.01}, "learning_rate": 1e-3, "schedule": "constant", "tokens": None,
+}  # fmt: skip
+_BY_TENSOR: dict[str, Any] = {**_PAPER, "granularity": "tensor", "temperature": 1.0,
+                              "regularize": {}}  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {
-    "dam": {},
+    "default": {},
+    "dam": _PAPER,
     "dam-reference": {
-        "activation": "tanh", "optimizer": "mofo", "train": ("linear",), "batch_size": 1,
-        "examples": 1729,
+        **_PAPER, "activation": "tanh", "optimizer": "mofo", "train": ("linear",),
+        "batch_size": 1, "examples": 1729,
     },
     "adamerging": {
-        "granularity": "tensor", "form": "task_vector", "loss": {"entropy": 1.0},
-        "regularize": {}, "temperature": 1.0,
+        **_BY_TENSOR, "form": "task_vector", "start": "task_arithmetic", "loss": {"entropy": 1.0},
     },
     "expert-merging": {
-        "granularity": "tensor", "form": "task_vector", "loss": {"kl": 1.0}, "temperature": 1.0,
-        "regularize": {"l2": 0.01}, "start": 0.3,
+        **_BY_TENSOR, "form": "task_vector", "start": "task_arithmetic", "loss": {"kl": 1.0},
+        "regularize": {"l2": 0.01},
     },
     "learned-soup": {
-        "granularity": "tensor", "activation": "softmax", "loss": {"cross_entropy": 1.0},
-        "regularize": {}, "temperature": 1.0, "learning_rate": 0.05,
+        **_BY_TENSOR, "activation": "softmax", "loss": {"cross_entropy": 1.0},
+        "learning_rate": 0.05,
     },
 }  # fmt: skip
 
@@ -168,7 +193,7 @@ def plain_training(training: Training) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for f in fields(Training):
         value = getattr(training, f.name)
-        if value is None:
+        if value is None and f.default is None:
             continue
         found[f.name] = (
             list(value) if isinstance(value, tuple)
@@ -180,16 +205,17 @@ def plain_training(training: Training) -> dict[str, Any]:
 def contradictions(training: Training, sources: int) -> list[tuple[str, str, str]]:
     """Dials that do not go together: (dial, what, hint)."""
     found = []
-    start = training.start
-    if training.activation == "softmax" and start is not None:
+    start, activation = training.start, training.activation
+    if start == "best" and activation != "none":
+        what = f"{activation} does not reach every merge that it may begin from."
+        found.append(("start", what, "Use `start: soup`, or `activation: none`."))
+    if activation == "softmax" and start not in ("soup", "best"):
         found.append(("start", "softmax starts every source at 1/sources.", "Leave `start` out."))
-    if start is not None and training.activation == "tanh" and not -1 < start < 1:
+    if isinstance(start, float) and activation == "tanh" and not -1 < start < 1:
         found.append(("start", f"tanh reaches only -1 to 1 (got {start:g}).", ""))
-    if start is not None and training.activation == "sigmoid" and not 0 < start < 1:
+    if isinstance(start, float) and activation == "sigmoid" and not 0 < start < 1:
         found.append(("start", f"sigmoid reaches only 0 to 1 (got {start:g}).", ""))
-    if start is None and training.form == "soup" and sources < 2 and (
-        training.activation in ("sigmoid", "tanh")
-    ):  # fmt: skip
+    if start == "soup" and sources < 2 and activation in ("sigmoid", "tanh"):
         what = f"{training.activation} does not reach 1, where one source starts."
         found.append(("activation", what, "Use `activation: none`, or give a `start` below 1."))
     if training.mode == "fused" and training.clip_norm is not None:
