@@ -16,7 +16,7 @@ from merge_cli.engine.planner import load_recipe, make_plan
 from merge_cli.errors import RecipeError, ResourceError, SourceError
 from merge_cli.evaluation import teachers
 from merge_cli.evaluation.examples import Example, padded
-from merge_cli.evaluation.rows import Encoded
+from merge_cli.evaluation.tokens import Encoded
 from merge_cli.recipe.training import Training
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")

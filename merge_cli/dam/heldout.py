@@ -33,6 +33,11 @@ class Score:
     loss: Mapping[str, float]
 
     @property
+    def finite(self) -> bool:
+        """Whether the model predicts numbers; one that does not is no better or worse than any."""
+        return all(map(math.isfinite, (*self.kl.values(), *self.loss.values())))
+
+    @property
     def mean_kl(self) -> float:
         return sum(self.kl.values()) / len(self.kl)
 
@@ -135,7 +140,7 @@ def baselines(
 ) -> dict[str, Score]:  # fmt: skip
     """What needs no training: base, each source, uniform soup, task arithmetic at several λ.
 
-    They pass through the student's own net; it holds the last of them afterwards.
+    Some may predict no numbers (see `Score.finite`). They pass through the student's own net; it holds the last of them afterwards.
 
     Raises:
         Interrupted: `stopping` says so.

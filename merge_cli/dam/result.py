@@ -23,11 +23,19 @@ def build_record(
     *, baseline_passes: int,
 ) -> dict[str, Any]:  # fmt: skip
     """JSON-ready; docs/dam.md says what each part is."""
-    scores = {name: score.to_json() for name, score in found.items()}
+    scores = {name: score.to_json() for name, score in found.items() if score.finite}
     best = next((one for one in position.measured or [] if one["step"] == position.best_step), None)
     if best is not None:
         scores = {LEARNED: {k: v for k, v in best.items() if k != "step"}, **scores}
     warnings = [note] if note else []
+    warnings += [
+        f"{one.name}: {one.removed:,} of {one.rows:,} rows are held out, too, and were not trained on"
+        for one in decided.datasets if one.removed
+    ]  # fmt: skip
+    warnings += [
+        f"{name} predicts NaN or Inf on held-out rows, and is compared with nothing"
+        for name, score in found.items() if not score.finite
+    ]  # fmt: skip
     verdict = improvement(scores)
     lacking = ", ".join(one.name for one in decided.datasets if not one.held_out)
     if lacking and verdict is not None:
@@ -53,6 +61,7 @@ def build_record(
                 "rows": dataset.rows,
                 "train": len(dataset.train),
                 "held_out": len(dataset.held_out),
+                "removed": dataset.removed,
                 "train_tokens": sum(one.counted for one in dataset.train),
                 "held_out_tokens": sum(one.counted for one in dataset.held_out),
             }
