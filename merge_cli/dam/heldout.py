@@ -140,7 +140,8 @@ def baselines(
 ) -> dict[str, Score]:  # fmt: skip
     """What needs no training: base, each source, uniform soup, task arithmetic at several λ.
 
-    Some may predict no numbers (see `Score.finite`). They pass through the student's own net; it holds the last of them afterwards.
+    They pass through the student's own net; it holds the last of them afterwards. Some may predict
+    no numbers (see `Score.finite`).
 
     Raises:
         Interrupted: `stopping` says so.

@@ -29,7 +29,7 @@ def build_record(
         scores = {LEARNED: {k: v for k, v in best.items() if k != "step"}, **scores}
     warnings = [note] if note else []
     warnings += [
-        f"{one.name}: {one.removed:,} of {one.rows:,} rows are held out, too, and were not trained on"
+        f"{one.name}: {one.removed:,} of {one.rows:,} rows are held out, too: not trained on"
         for one in decided.datasets if one.removed
     ]  # fmt: skip
     warnings += [
