@@ -6,11 +6,19 @@ from collections.abc import Sequence
 from typing import Any
 
 import transformers as hf
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
 VOCABULARY = 400
-TEXTS = ["The cat sat on the mat. A cat!", "Answer: 42", "one two three  four", "日本語の文章です。",
-         "caf\u00e9 caf\u0065\u0301 😀 👩‍🚀", "def f(x):\n    return x\n"] * 10  # fmt: skip
+TEXTS = ["The cat sat on the mat. A cat!", "Answer: 42", "one two three  four",
+         "日本語の文章です。", "caf\u00e9 caf\u0065\u0301 😀 👩‍🚀", "def f(x):\n    return x\n"] * 10  # fmt: skip
 SPECIALS = ["<unk>", "<s>", "</s>"]
 TEMPLATES = {"none": "$A", "bos": "<s> $A", "eos": "$A </s>", "both": "<s> $A </s>"}
 

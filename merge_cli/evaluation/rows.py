@@ -98,8 +98,10 @@ def read_rows(path: Path) -> list[Row]:
         raise SourceError("no such data file", file=str(path)) from None
     except OSError as error:
         raise SourceError(f"cannot be read: {error.strerror}", file=str(path)) from None
-    except ValueError as error:  # Unreadable, or a NUL in the name
+    except Unreadable as error:
         raise SourceError(str(error), file=str(path)) from None
+    except ValueError:  # a NUL in it
+        raise SourceError("cannot be read: that is no file name", file=str(path)) from None
     if path.suffix in _PLAIN:
         rows = [Row(1, {"text": text}, path)] if text.strip() else []
     else:
