@@ -18,7 +18,7 @@ from tokenizers import (
 
 VOCABULARY = 400
 TEXTS = ["The cat sat on the mat. A cat!", "Answer: 42", "one two three  four",
-         "日本語の文章です。", "caf\u00e9 caf\u0065\u0301 😀 👩‍🚀", "def f(x):\n    return x\n"] * 10  # fmt: skip
+         "日本語の文章です。", "caf\u00e9 caf\u0065\u0301 😀 👩‍🚀"] * 10  # fmt: skip
 SPECIALS = ["<unk>", "<s>", "</s>"]
 TEMPLATES = {"none": "$A", "bos": "<s> $A", "eos": "$A </s>", "both": "<s> $A </s>"}
 
