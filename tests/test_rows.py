@@ -58,9 +58,13 @@ def row_of(**fields: Any) -> Row:
 def test_a_wrong_row_is_named(tmp_path: Path, line: str, what: str) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(f'{{"text": "fine"}}\n\n{line}\n')
-    with pytest.raises(SourceError) as caught:
+
+    def read() -> None:
         for row in read_rows(path):
             encode(row, Bytes())
+
+    with pytest.raises(SourceError) as caught:
+        read()
     assert what in str(caught.value)
     assert "line 3" in str(caught.value)
     assert str(path) in str(caught.value)
