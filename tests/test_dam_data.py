@@ -16,7 +16,7 @@ from merge_cli.engine.planner import load_recipe, make_plan
 from merge_cli.errors import RecipeError, ResourceError, SourceError
 from merge_cli.evaluation import teachers
 from merge_cli.evaluation.examples import Example, padded
-from merge_cli.evaluation.rows import Encoded
+from merge_cli.evaluation.tokens import Encoded
 from merge_cli.recipe.training import Training
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -149,10 +149,92 @@ def test_rows_are_split_before_they_are_cut(models: Path, tmp_path: Path) -> Non
     assert letters(found.train) & letters(found.held_out) == set()
     assert len(letters(found.held_out)) == 4
     assert max(len(one.ids) for one in found.train) == 8
-    data = {"files": "letters.jsonl", "held_out": "b.jsonl"}
+    write_data(models, ("held",))
+    data = {"files": "letters.jsonl", "held_out": "held.jsonl"}
     own = datasets_of(models, tokenizer, data, max_length=8)[0]
     assert len(letters(own.train)) == 20
     assert len(own.held_out) == 64  # at most `held_out_examples`
+
+
+def words_of(tokenizer: Any, part: Any) -> set[str]:
+    """What sequences say, as `write_rows` wrote it."""
+    return {" ".join(tokenizer.decode(one.ids[1:]).split()) for one in part}
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("\n".join(map(json.dumps, rows)))
+
+
+def leaks(tokenizer: Any, found: Any) -> set[str]:
+    """Rows that are trained on somewhere, and held out somewhere."""
+    train = set().union(*(words_of(tokenizer, one.train) for one in found))
+    return train & set().union(*(words_of(tokenizer, one.held_out) for one in found))
+
+
+def test_a_row_that_is_held_out_is_trained_on_nowhere(models: Path, tmp_path: Path) -> None:
+    """Duplicates, other white space, another form, and two sources with one file."""
+    tokenizer = tokenizer_of(tmp_path)
+    rows: list[dict[str, Any]] = []
+    for i in range(12):
+        text = f"row number {i} " + "ab" * i
+        rows += [{"text": text}, {"text": f"  {text} ", "id": i},
+                 {"prompt": text[:4], "completion": text[4:].replace(" ", "\n")}]  # fmt: skip
+    write_rows(models / "twice.jsonl", rows)
+    found = datasets_of(models, tokenizer, "twice.jsonl", held_out=0.25)
+    assert leaks(tokenizer, found) == set()
+    assert len(found[0].held_out) == 3  # of what is said, not of lines
+    assert found[0].removed == 6
+    assert len(found[0].train) == 27
+    # The same file for the second source: what one holds out, the other does not learn.
+    shared = datasets_of(models, tokenizer, ["twice.jsonl", "b.jsonl"], held_out=0.25)
+    assert leaks(tokenizer, shared) == set()
+    assert shared[1].removed > 0
+    assert all(one.train and one.held_out for one in shared)
+
+
+def test_held_out_files_that_share_rows_with_training(models: Path, tmp_path: Path) -> None:
+    tokenizer = tokenizer_of(tmp_path)
+    rows = [{"text": f"row number {i}"} for i in range(10)]
+    write_rows(models / "all.jsonl", rows)
+    write_rows(models / "some.jsonl", [*rows[:3], *rows[:3], {"text": "another"}])
+    data = {"files": "all.jsonl", "held_out": "some.jsonl"}
+    (found, *_) = datasets_of(models, tokenizer, data)
+    assert leaks(tokenizer, [found]) == set()
+    assert (len(found.train), len(found.held_out), found.removed) == (7, 4, 3)
+    for held_out in ("all.jsonl", "../" + models.name + "/all.jsonl"):
+        with pytest.raises(SourceError, match=r"all of its 10 rows are held out.*all\.jsonl"):
+            datasets_of(models, tokenizer, {"files": "all.jsonl", "held_out": held_out})
+
+
+def test_data_without_duplicates_is_split_as_before(models: Path, tmp_path: Path) -> None:
+    """A shuffle by the seed and the source's name, of which the first share is held out."""
+    import random
+
+    tokenizer = tokenizer_of(tmp_path)
+    rows = [f"row number {i}" for i in range(30)]
+    write_rows(models / "plain.jsonl", [{"text": row} for row in rows])
+    (found, *_) = datasets_of(models, tokenizer, "plain.jsonl", held_out=0.2)
+    random.Random("0:a:split").shuffle(rows)
+    texts = [[tokenizer.decode(one.ids[1:]) for one in part]
+             for part in (found.held_out, found.train)]  # fmt: skip
+    assert texts == [rows[:6], rows[6:]]
+    assert found.removed == 0
+
+
+def test_a_token_that_the_models_lack_is_named(models: Path, tmp_path: Path) -> None:
+    tokenizer = tokenizer_of(tmp_path)
+    tokenizer.add_tokens(["<new>"])
+    write_rows(models / "new.jsonl", [{"text": "fine"}, {"text": "a <new> one"}])
+    path = write_recipe(models)
+    recipe = load_recipe(path)
+    import yaml
+
+    document = yaml.safe_load(path.read_text())
+    document["models"][0]["data"] = "new.jsonl"
+    path.write_text(yaml.safe_dump(document))
+    recipe = load_recipe(path)
+    with pytest.raises(SourceError, match=r"line 2: its token '<new>' has the number 260.*260"):
+        load_datasets(recipe, ["a", "b", "c"], tokenizer, Training(), 128, 260)
 
 
 def test_order_visits_everything_once_in_each_pass(models: Path, tmp_path: Path) -> None:

@@ -129,7 +129,10 @@ def run(
     trial = _trial(loaded, eval_file, data or [], gate or [], no_worse or [])
     plan = plan_recipe(loaded, shard_size=shard_bytes)
     if trial is not None:
+        from merge_cli.evolve.overlap import overlap_notes
+
         trial.check(plan)
+        screen.notes(overlap_notes(loaded, trial.spec))
     options = MergeOptions(
         device="cuda" if cuda else device,
         threads=threads,

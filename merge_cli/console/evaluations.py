@@ -42,6 +42,11 @@ def print_evaluations(console: Console, models: Sequence[Json]) -> None:
                 ends = [row["unit"], str(task["examples"])] if i == 0 else ["", ""]
                 table.add_row(*map(escape, start), *label, *cells, *ends)
     console.print(table)
+    for model in models:
+        of = f"{model['model']}, " if several else ""
+        for name, task in model["tasks"].items():
+            for note in task["notes"]:
+                console.print(f"[yellow]![/yellow] {escape(f'{of}{name}: {note}')}", soft_wrap=True)
     cached = sum(task["cached"] for model in models for task in model["tasks"].values())
     costs = [task["cost"] for model in models for task in model["tasks"].values()]
     tokens, seconds = (sum(cost[key] for cost in costs) for key in ("tokens", "seconds"))
@@ -69,7 +74,9 @@ def _difference(row: Json) -> list[str]:
     return [_number(row["difference"], "+"), _ends(ends, "+"), verdict]
 
 
-def _number(value: float, sign: str = "") -> str:
+def _number(value: float | None, sign: str = "") -> str:
+    if value is None:  # a perplexity that no number is as large as
+        return "∞"
     return f"{value:{sign}.4g}".replace("-", "−")
 
 

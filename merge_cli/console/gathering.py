@@ -50,6 +50,7 @@ def gathering_json(decided: GatheringPlan) -> dict[str, Any]:
                 "model": part.source.label,
                 "data": part.data,
                 "rows": part.examples.rows,
+                "duplicates": part.examples.duplicates,
                 "examples": len(part.examples.items),
                 "tokens": part.examples.tokens,
                 "cached": part.found is not None,
@@ -85,6 +86,10 @@ def print_gathering(out: Console, decided: GatheringPlan) -> None:
             f"{len(part.examples.items):,}", f"{part.examples.tokens:,}", at_most + show_size(size),
         )  # fmt: skip
     out.print(table)
+    for part in decided.parts:
+        if part.examples.duplicates:
+            twice = f"{part.examples.duplicates:,} rows of {part.data} are there twice; each counts"
+            out.print(f"[yellow]![/yellow] {escape(twice)} once", soft_wrap=True)
     rounds = ", or less in rounds" if decided.kind == "gram" else ""
     memory = f"{show_size(decided.memory)} for one model and its sums{rounds}; in {decided.dtype}"
     for label, text in (

@@ -62,6 +62,7 @@ def training_json(decided: TrainingPlan) -> dict[str, Any]:
                 "rows": one.rows,
                 "train": len(one.train),
                 "held_out": len(one.held_out),
+                "removed": one.removed,
                 "tokens": sum(example.counted for example in one.train),
                 "cache_bytes": teacher.bytes,
                 "not_cached": teacher.missing,
@@ -97,6 +98,10 @@ def print_training(out: Console, decided: TrainingPlan) -> None:
             show_size(teacher.bytes), f"{teacher.missing:,}",
         )  # fmt: skip
     out.print(table)
+    for one in decided.datasets:
+        if one.removed:
+            what = f"{one.name}: {one.removed:,} rows are held out, too, and not trained on"
+            out.print(f"[yellow]![/yellow] {escape(what)}", soft_wrap=True)
     cache = sum(one.bytes for one in decided.teachers)
     trained = sum(target.trained for target in decided.targets)
     frozen = len(decided.targets) - trained

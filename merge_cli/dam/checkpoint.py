@@ -37,6 +37,7 @@ class Position:
         step: optimizer steps done; `ended` says why there will be no more.
         history: one dict for each step, and for each held-out measurement.
         static: held-out scores of merges without training; `start` is the one that is begun from.
+        broken: those that predict NaN or Inf.
         best: step and mean held-out KL of the best measurement; its coefficients are kept, too.
         seconds, tokens, passes: of training so far, over all runs and processes.
         teaching: seconds in which teachers were asked, over all runs.
@@ -48,6 +49,7 @@ class Position:
     history: list[dict[str, Any]] | None = None
     measured: list[dict[str, Any]] | None = None
     static: dict[str, dict[str, Any]] | None = None
+    broken: list[str] | None = None
     start: str = ""
     best_step: int = -1
     best_kl: float = float("inf")

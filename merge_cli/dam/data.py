@@ -1,7 +1,7 @@
 """Data of the sources: rows to token sequences, split into train and held-out, put into batches.
 
 Everything is a function of the data, the settings and the seed. Rows are split before they are cut
-into sequences, so that no document is on both sides.
+into sequences, and by content (`evaluation.content`), so that no document is on both sides.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ from typing import Any
 
 from merge_cli.dam.datasets import read_data
 from merge_cli.errors import SourceError
+from merge_cli.evaluation.content import distinct, without
 from merge_cli.evaluation.examples import Example
-from merge_cli.evaluation.rows import Encoded, Row, encode
+from merge_cli.evaluation.rows import Row, encode
+from merge_cli.evaluation.tokens import Encoded, row_start
 from merge_cli.recipe.reference import local_file
 from merge_cli.recipe.schema import Recipe
 from merge_cli.recipe.training import Data, Training
@@ -33,6 +35,7 @@ class Dataset:
     Attributes:
         name: for tables; `source` is the operand that teaches on it.
         rows: how many rows were read; sequences may be more (long rows) or fewer (`examples`).
+        removed: rows that are not trained on, because one with the same content is held out.
     """
 
     name: str
@@ -40,6 +43,7 @@ class Dataset:
     train: tuple[Example, ...]
     held_out: tuple[Example, ...]
     rows: int
+    removed: int = 0
 
     @property
     def digest(self) -> str:
@@ -52,68 +56,115 @@ class Dataset:
         return state.hexdigest()
 
 
+@dataclass(frozen=True)
+class _Divided:
+    """A source's rows, each side in the order in which it is used.
+
+    Attributes:
+        train: all of the source's own that are not held out of it; others may hold them out.
+        held_out: each content once.
+        count: rows that were read, held-out files not counted.
+    """
+
+    name: str
+    train: list[Row]
+    held_out: dict[bytes, Row]
+    count: int
+
+
 def load_datasets(
-    recipe: Recipe, labels: Sequence[str], tokenizer: Any, training: Training, context: int
+    recipe: Recipe,
+    labels: Sequence[str],
+    tokenizer: Any,
+    training: Training,
+    context: int,
+    entries: int | None = None,
 ) -> list[Dataset]:
     """The data of every source that has some.
+
+    A row that is held out of one source is not trained on by any, wherever else it is.
 
     Args:
         labels: of the operands, in the formula's order.
         context: tokens that the models take; `max_length` may be less.
+        entries: embeddings that the models have.
 
     Raises:
         SourceError: a file or a row that cannot be used, with file and line.
     """
-    length = min(training.max_length, context)
-    found = []
-    names = short_names([str(s.model) for s in recipe.source_specs if s.data])
     specs = [spec for spec in recipe.source_specs if spec.data]
+    names = short_names([str(spec.model) for spec in specs])
+    divided = []
     for spec, name in zip(specs, names, strict=True):
         assert spec.data is not None
         if str(spec.model) not in labels:  # the base of task vectors: it has none of its own
             what = "its data cannot be used: the base has no task vector"
             raise SourceError(what, model=str(spec.model), hint="Use `form: soup`.")
-        found.append(
-            _dataset(recipe, spec.data, name, labels.index(str(spec.model)), tokenizer, training,
-                     length)
+        divided.append(_divided(recipe, spec.data, name, training))
+    held_out = {content for one in divided for content in one.held_out}
+    length, whole = min(training.max_length, context), training.prompt_loss
+    start = row_start(tokenizer)
+    found = []
+    for spec, one in zip(specs, divided, strict=True):
+        assert spec.data is not None
+        mixed = without(one.train, held_out) if held_out else one.train
+        if not mixed and one.train:
+            what = f"all of its {one.count:,} rows are held out, of it or of another source"
+            hint = "Name rows for `held_out` that nothing is trained on, or leave it out."
+            raise SourceError(what, file=_shown(spec.data), hint=hint)
+        train, kept = (
+            tuple(sequences(rows, tokenizer, length, most, whole=whole, start=start,
+                            entries=entries))
+            for rows, most in ((mixed, training.examples),
+                               (one.held_out.values(), training.held_out_examples))
         )  # fmt: skip
+        if not train:
+            raise SourceError("has no token to learn from", file=_shown(spec.data))
+        source = labels.index(str(spec.model))
+        removed = len(one.train) - len(mixed)
+        found.append(Dataset(one.name, source, train, kept, one.count, removed))
     return found
 
 
-def _dataset(
-    recipe: Recipe, data: Data, name: str, source: int, tokenizer: Any, training: Training,
-    length: int,
-) -> Dataset:  # fmt: skip
+def _divided(recipe: Recipe, data: Data, name: str, training: Training) -> _Divided:
+    """Rows of one source, by content: all rows that say the same are on one side."""
     rows = read_data(data, data_files(data.files, recipe))
     mixed = list(rows)
     random.Random(f"{recipe.seed}:{name}:split").shuffle(mixed)
     if data.held_out:
         kept = read_data(data, data_files(data.held_out, recipe), held_out=True)
         random.Random(f"{recipe.seed}:{name}:held-out").shuffle(kept)
-    else:
-        count = round(training.held_out * len(mixed))
-        if training.held_out and len(mixed) > 1:
-            count = min(max(count, 1), len(mixed) - 1)
-        kept, mixed = mixed[:count], mixed[count:]
-    whole, most = training.prompt_loss, training.held_out_examples
-    train = sequences(mixed, tokenizer, length, training.examples, whole=whole)
-    held_out = sequences(kept, tokenizer, length, most, whole=whole)
-    if not train:
-        raise SourceError("has no token to learn from", file=_shown(data))
-    return Dataset(name, source, tuple(train), tuple(held_out), len(rows))
+        return _Divided(name, mixed, distinct(kept), len(rows))
+    if not training.held_out:
+        return _Divided(name, mixed, {}, len(rows))
+    contents = distinct(mixed)
+    count = round(training.held_out * len(contents))
+    if len(contents) > 1:
+        count = min(max(count, 1), len(contents) - 1)
+    held_out = dict(list(contents.items())[:count])
+    chosen = {id(row) for row in held_out.values()}
+    return _Divided(name, [row for row in mixed if id(row) not in chosen], held_out, len(rows))
 
 
 def sequences(
-    rows: Iterable[Row], tokenizer: Any, length: int, most: int | None, *, whole: bool = False
+    rows: Iterable[Row],
+    tokenizer: Any,
+    length: int,
+    most: int | None,
+    *,
+    whole: bool = False,
+    start: Sequence[int] | None = None,
+    entries: int | None = None,
 ) -> list[Example]:
     """Rows in pieces of at most `length` tokens, until there are `most` of them.
 
     Args:
         whole: tokens of a prompt count, too.
+        start, entries: as for `encode`.
     """
     found: list[Example] = []
     for row in rows:
-        encoded = encode(row, tokenizer)
+        encoded = encode(row, tokenizer, start=start, entries=entries)
         if whole:
             encoded = Encoded(encoded.ids, 1)
         found.extend(cut(encoded, length))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from merge_cli.errors import ResourceError, SourceError
-from merge_cli.evaluation.rows import Row, read_rows
+from merge_cli.evaluation.rows import Row, make_row, read_rows
 from merge_cli.recipe.training import Data
 
 _FIELDS = ("text", "prompt", "completion", "messages")
@@ -59,7 +59,7 @@ def _hub_rows(data: Data) -> list[Row]:
 
 def _rows(found: Any, path: Path) -> list[Row]:
     """Rows with those of their fields that mean something here; numbered from 1."""
-    rows = [Row(number, _known(fields), path) for number, fields in enumerate(found, start=1)]
+    rows = [make_row(number, _known(fields), path) for number, fields in enumerate(found, start=1)]
     if not rows:
         raise SourceError("has no rows", file=str(path))
     return rows

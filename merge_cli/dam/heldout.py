@@ -33,6 +33,11 @@ class Score:
     loss: Mapping[str, float]
 
     @property
+    def finite(self) -> bool:
+        """Whether the model predicts numbers; one that does not is no better or worse than any."""
+        return all(map(math.isfinite, (*self.kl.values(), *self.loss.values())))
+
+    @property
     def mean_kl(self) -> float:
         return sum(self.kl.values()) / len(self.kl)
 
@@ -187,7 +192,8 @@ def baselines(
 ) -> dict[str, Score]:  # fmt: skip
     """Held-out scores of merges without training.
 
-    They pass through the student's own net; it holds the last of them afterwards.
+    They pass through the student's own net; it holds the last of them afterwards. Some may predict
+    no numbers (see `Score.finite`).
 
     Raises:
         Interrupted: `stopping` says so.
@@ -217,5 +223,8 @@ def best_start(
 
     Changes of the base reach every mixture; sums of weights those alone that have no base in them.
     """
-    reached = [one for one in compared if form == "task_vector" or one.base == 0]
+    reached = [
+        one for one in compared
+        if one.name in scores and (form == "task_vector" or one.base == 0)
+    ]  # fmt: skip
     return min(reached, key=lambda one: scores[one.name].mean_kl, default=None)

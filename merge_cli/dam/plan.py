@@ -114,8 +114,9 @@ def plan_training(plan: Plan, device: str = "auto", world: World | None = None) 
         what = f"chooses no tensor: {', '.join(training.train)}"
         raise MismatchError([plan.recipe.problem("training.train", what)])
     datasets = load_datasets(
-        plan.recipe, labels, tokenizer, training, context_of(net.config, training.max_length)
-    )
+        plan.recipe, labels, tokenizer, training, context_of(net.config, training.max_length),
+        net.get_input_embeddings().weight.shape[0],
+    )  # fmt: skip
     steps = steps_of(datasets, training)
     datasets = used(datasets, steps, training)
     chosen = choose_device(device)

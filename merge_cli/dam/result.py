@@ -28,6 +28,14 @@ def build_record(
     warnings = [note] if note else []
     unused = decided.training.unused_patterns([target.name for target in decided.targets])
     warnings += [f"granularity: no tensor has '{pattern}' in its name" for pattern in unused]
+    warnings += [
+        f"{one.name}: {one.removed:,} of {one.rows:,} rows are held out, too: not trained on"
+        for one in decided.datasets if one.removed
+    ]  # fmt: skip
+    warnings += [
+        f"{name} predicts NaN or Inf on held-out rows, and is compared with nothing"
+        for name in position.broken or []
+    ]  # fmt: skip
     verdict = improvement(scores)
     lacking = ", ".join(one.name for one in decided.datasets if not one.held_out)
     if lacking and verdict is not None:
@@ -53,6 +61,7 @@ def build_record(
                 "rows": dataset.rows,
                 "train": len(dataset.train),
                 "held_out": len(dataset.held_out),
+                "removed": dataset.removed,
                 "train_tokens": sum(one.counted for one in dataset.train),
                 "held_out_tokens": sum(one.counted for one in dataset.held_out),
             }

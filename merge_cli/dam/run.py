@@ -224,9 +224,11 @@ def _begin(
         tell=lambda done, total, name: show(Progress("baselines", done, total, name, "merges")),
         stopping=stopping,
     )  # fmt: skip
-    position.static = {name: score.to_json() for name, score in scores.items()}
+    position.broken = [name for name, score in scores.items() if not score.finite]
+    finite = {name: score for name, score in scores.items() if score.finite}
+    position.static = {name: score.to_json() for name, score in finite.items()}
     position.held_out_passes += held_out.passes - passes
-    chosen = best_start(compared, scores, decided.training.form)
+    chosen = best_start(compared, finite, decided.training.form)
     if decided.training.start == "best" and chosen is not None:
         position.start = chosen.name
         for coefficients in student.coefficients.values():

@@ -23,6 +23,7 @@ from merge_cli.evaluation.examples import micro_batches
 from merge_cli.evaluation.teachers import Predictions
 from merge_cli.recipe.training import Training
 
+_SMALLER = "Use a smaller learning_rate, or dtype float32 or bfloat16."
 _START_SCALE, _GROW_AFTER = 1024.0, 200  # of float16 losses
 
 Told = Callable[[Mapping[str, Any], Position], None]  # a step's record
@@ -63,7 +64,7 @@ class Trainer:
         """Train to the end; False if it was stopped before, with a checkpoint written.
 
         Raises:
-            NonFiniteError: the loss is not a number.
+            NonFiniteError: the loss, or a prediction on held-out rows, is not a number.
         """
         saved = time.monotonic()
         every = self._training.evaluate_every or max(1, -(-self._decided.steps // 5))
@@ -187,6 +188,9 @@ class Trainer:
         position, before = self.position, self._held_out.passes
         score = self._held_out.score(self._forward, self._world)
         position.held_out_passes += self._held_out.passes - before
+        if not score.finite:
+            what = f"on held-out rows the merge of step {position.step} predicts NaN or Inf"
+            raise NonFiniteError(what, hint=_SMALLER)
         assert position.measured is not None
         position.measured.append({"step": position.step, **score.to_json()})
         if score.mean_kl < position.best_kl:
@@ -209,4 +213,4 @@ def entries_of(student: Student) -> dict[str, Any]:
 
 def _not_finite(step: int) -> NonFiniteError:
     what = f"the loss of step {step + 1} is not a number"
-    return NonFiniteError(what, hint="Use a smaller learning_rate, or dtype float32 or bfloat16.")
+    return NonFiniteError(what, hint=_SMALLER)

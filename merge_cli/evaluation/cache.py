@@ -17,7 +17,7 @@ from typing import Any
 
 from merge_cli.evaluation.result import Cost, Metric, TaskResult
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 def cache_folder() -> Path:
@@ -41,7 +41,10 @@ def find(key: str, name: str) -> TaskResult | None:
         content = json.loads(_place(key).read_text(encoding="utf-8"))
         metrics = {name: Metric(**metric) for name, metric in content["metrics"].items()}
         cost = Cost(**content["cost"])
-        return TaskResult(name, content["kind"], metrics, content["examples"], cost, cached=True)
+        notes = tuple(content["notes"])
+        return TaskResult(
+            name, content["kind"], metrics, content["examples"], cost, cached=True, notes=notes
+        )
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError):
@@ -55,6 +58,7 @@ def keep(key: str, result: TaskResult) -> None:
         "metrics": {name: asdict(metric) for name, metric in result.metrics.items()},
         "examples": list(result.examples),
         "cost": asdict(result.cost),
+        "notes": list(result.notes),
     }
     write_atomically(_place(key), json.dumps(content, ensure_ascii=False))
 

@@ -70,7 +70,8 @@ def resampled(metric: Metric, key: str, *, draws: int = DRAWS) -> Any:
         values[start : start + len(picked)] = np.where(
             weight > 0, part / np.maximum(weight, 1e-300), metric.ratio
         )
-    return np.exp(values) if metric.power else values
+    with np.errstate(over="ignore"):  # infinite, as the metric's own value is
+        return np.exp(values) if metric.power else values
 
 
 def interval(samples: Any, level: float = LEVEL) -> Interval:
@@ -82,11 +83,16 @@ def interval(samples: Any, level: float = LEVEL) -> Interval:
 
 
 def difference(a: Metric, b: Metric, key: str) -> Interval | None:
-    """The interval of a − b over the same examples; None for a single one.
+    """The interval of a − b over the same examples; None for a single one, or an infinite value.
 
     Raises:
         ValueError: the two have different numbers of examples.
     """
     if len(a.parts) != len(b.parts):
         raise ValueError(f"{len(a.parts)} examples cannot be paired with {len(b.parts)}")
-    return interval(resampled(a, key) - resampled(b, key)) if len(a.parts) > 1 else None
+    if len(a.parts) < 2:
+        return None
+    ours, theirs = resampled(a, key), resampled(b, key)
+    if not math.isfinite(math.fsum([*ours, *theirs])):
+        return None
+    return interval(ours - theirs)

@@ -57,6 +57,11 @@ class LiveModel:
         return int(head.weight.shape[0] if head is not None else self.net.config.vocab_size)
 
     @property
+    def entries(self) -> int:
+        """Tokens that it can read and predict: ids from here on would end in an index error."""
+        return min(int(self.net.get_input_embeddings().weight.shape[0]), self.vocabulary)
+
+    @property
     def place(self) -> str:
         """The device that inputs go to."""
         return str(self.net.device)
@@ -282,18 +287,3 @@ def torch_threads(wanted: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@contextlib.contextmanager
-def counted(live: LiveModel) -> Iterator[None]:
-    """Count what others do with the net: its tokens, padding included, and its passes."""
-
-    def count(net: Any, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-        ids = args[0] if args else named["input_ids"]
-        live.count(ids.numel(), 1)
-
-    hook = live.net.register_forward_pre_hook(count, with_kwargs=True)
-    try:
-        yield
-    finally:
-        hook.remove()

@@ -40,12 +40,16 @@ class Metric:
 
     @property
     def value(self) -> float:
-        """The ratio, or e to it."""
-        return math.exp(self.ratio) if self.power else self.ratio
+        """The ratio, or e to it; infinite where that is larger than any number."""
+        try:
+            return math.exp(self.ratio) if self.power else self.ratio
+        except OverflowError:
+            return math.inf
 
     def worse(self, than: float) -> bool:
-        """Whether this value is on the wrong side of another."""
-        return self.value > than if self.better == "lower" else self.value < than
+        """Whether this value is on the wrong side of another; one that is no number always is."""
+        within = self.value <= than if self.better == "lower" else self.value >= than
+        return not within
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,7 @@ class TaskResult:
         metrics: by name; the first is the task's primary one.
         examples: one JSON-ready dict for each, with what was measured and, if generated, the text.
         cached: whether it was found in the cache.
+        notes: what a reader of the numbers must know, such as prompts that were cut.
     """
 
     name: str
@@ -73,6 +78,7 @@ class TaskResult:
     examples: Sequence[Mapping[str, Any]] = field(repr=False)
     cost: Cost = Cost()
     cached: bool = False
+    notes: tuple[str, ...] = ()
 
     @property
     def primary(self) -> Metric:

@@ -6,12 +6,11 @@ JSON lines (.jsonl, .json), a row each:
     {"prompt": ..., "completion": ...}       only the completion's tokens count
     {"messages": [{"role", "content"}, ...]} only the last message's tokens count
 
-and plain text (.txt, .md), whose one row is the file.
+and plain text (.txt, .md), whose one row is the file. A field that is `null` is absent.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +18,15 @@ from typing import Any
 
 from merge_cli.errors import SourceError
 from merge_cli.evaluation.chat import TemplateError, render_chat
+from merge_cli.evaluation.tokens import Encoded, beyond, encode_pair, row_start
+from merge_cli.guarded import MAX_TEXT, Unreadable, kind_of, parse_json, read_text
 
 _PLAIN = (".txt", ".md")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a data file; `line` counts from 1."""
+    """One line of a data file; `line` counts from 1. No field is None."""
 
     line: int
     fields: Mapping[str, Any]
@@ -39,23 +40,49 @@ class Row:
         """A field that must be text."""
         value = self.fields.get(key)
         if not isinstance(value, str):
-            got = f"got {value!r}" if key in self.fields else f"it has {_listed(self.fields)}"
+            got = f"got {kind_of(value)}" if key in self.fields else f"it has {listed(self.fields)}"
             raise self.wrong(f"needs '{key}', a text ({got})")
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise self.wrong(f"'{key}' holds half of a surrogate pair, which is no text") from None
         return value
 
+    def pair(self) -> tuple[str, str]:
+        """What comes before, and what counts: of rows that are no conversation.
 
-@dataclass(frozen=True)
-class Encoded:
-    """Token ids of a row.
+        Raises:
+            SourceError: the row has none of the known forms.
+        """
+        if "completion" in self.fields:
+            prompt = self.text("prompt") if "prompt" in self.fields else ""
+            return prompt, self.text("completion")
+        if "text" in self.fields:
+            return "", self.text("text")
+        what = f"has neither text nor completion nor messages (it has {listed(self.fields)})"
+        raise self.wrong(what)
 
-    Attributes:
-        first: the first token that counts, never 0: nothing predicts that one.
-        text: what is to be predicted.
-    """
+    def messages(self) -> list[Mapping[str, Any]]:
+        """A conversation of at least two messages, each with a role.
 
-    ids: Sequence[int]
-    first: int
-    text: str = ""
+        Raises:
+            SourceError: it is none.
+        """
+        found = self.fields.get("messages")
+        if not isinstance(found, list) or len(found) < 2:
+            raise self.wrong(f"'messages' must be a list of at least two (got {kind_of(found)})")
+        for number, message in enumerate(found, start=1):
+            if not isinstance(message, Mapping):
+                raise self.wrong(f"message {number} is not a mapping but {kind_of(message)}")
+            if not isinstance(message.get("role"), str):
+                got = kind_of(message.get("role"))
+                raise self.wrong(f"message {number} needs 'role', a text (got {got})")
+        return found
+
+
+def make_row(line: int, fields: Mapping[str, Any], file: Path) -> Row:
+    """A row; what is null in the data is absent."""
+    return Row(line, {name: one for name, one in fields.items() if one is not None}, file)
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -65,11 +92,16 @@ def read_rows(path: Path) -> list[Row]:
         SourceError: missing, not UTF-8, not JSON lines (with the line), or without a row.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
+        # As large as it is: a data set may be larger than any file of a model's.
+        text = read_text(path, limit=max(MAX_TEXT, path.stat().st_size))
+    except (FileNotFoundError, NotADirectoryError):
         raise SourceError("no such data file", file=str(path)) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise SourceError(f"cannot be read: {error}", file=str(path)) from None
+    except OSError as error:
+        raise SourceError(f"cannot be read: {error.strerror}", file=str(path)) from None
+    except Unreadable as error:
+        raise SourceError(str(error), file=str(path)) from None
+    except ValueError:  # a NUL in it
+        raise SourceError("cannot be read: that is no file name", file=str(path)) from None
     if path.suffix in _PLAIN:
         rows = [Row(1, {"text": text}, path)] if text.strip() else []
     else:
@@ -85,53 +117,56 @@ def read_rows(path: Path) -> list[Row]:
 
 def _row(number: int, line: str, path: Path) -> Row:
     try:
-        fields = json.loads(line)
-    except ValueError as error:
-        what = f"line {number} is not JSON: {error}"
-        raise SourceError(
-            what, file=str(path), hint="Write one JSON object in each line."
-        ) from None
+        fields = parse_json(line)
+    except Unreadable as error:
+        hint = "Write one JSON object in each line."
+        raise SourceError(f"line {number} {error}", file=str(path), hint=hint) from None
     if not isinstance(fields, dict):
-        raise SourceError(f"line {number} is not a JSON object", file=str(path))
-    return Row(number, fields, path)
+        what = f"line {number} is not a JSON object but {kind_of(fields)}"
+        raise SourceError(what, file=str(path))
+    return make_row(number, fields, path)
 
 
-def encode(row: Row, tokenizer: Any) -> Encoded:
+def encode(
+    row: Row, tokenizer: Any, *, start: Sequence[int] | None = None, entries: int | None = None
+) -> Encoded:
     """A row's tokens, after the tokenizer's beginning-of-sequence token where it has one.
 
-    A chat's template writes its own special tokens: nothing is put before them. Prompt and
-    completion are tokenised apart, so that where the completion starts does not depend on it.
+    A chat's template writes its own special tokens: nothing is put before them.
+
+    Args:
+        start: `row_start(tokenizer)`, where it is known.
+        entries: embeddings of the model that will read them.
 
     Raises:
-        SourceError: the row has none of the known forms.
+        SourceError: the row has none of the known forms, or a token that the model lacks.
     """
-    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    fields = row.fields
-    if "messages" in fields:
+    if "messages" in row.fields:
         prompt, text = _chat(row, tokenizer)
-        start = []
-    elif "completion" in fields:
-        prompt, text = row.text("prompt") if "prompt" in fields else "", row.text("completion")
-    elif "text" in fields:
-        prompt, text = "", row.text("text")
+        start = ()
     else:
-        raise row.wrong(
-            f"has neither text nor completion nor messages (it has {_listed(fields)})",
-        )
-    before = start + token_ids(prompt, tokenizer)
-    return Encoded([*before, *token_ids(text, tokenizer)], max(1, len(before)), text)
+        prompt, text = row.pair()
+    found = encode_pair(prompt, text, tokenizer, row_start(tokenizer) if start is None else start)
+    need_known(row, found.ids, tokenizer, entries)
+    return found
 
 
-def token_ids(text: str, tokenizer: Any) -> list[int]:
-    """The ids of a text, without special tokens around it."""
-    return list(tokenizer.encode(text, add_special_tokens=False, verbose=False)) if text else []
+def need_known(row: Row, ids: Sequence[int], tokenizer: Any, entries: int | None) -> None:
+    """Refuse tokens that a model has no embedding for, before it runs into them.
+
+    Raises:
+        SourceError: there is one.
+    """
+    number = None if entries is None else beyond(ids, entries)
+    if number is not None:
+        token = tokenizer.convert_ids_to_tokens(number)
+        what = f"its token {token!r} has the number {number}, and the model {entries:,} embeddings"
+        raise row.wrong(what, "The tokenizer is not this model's.")
 
 
 def _chat(row: Row, tokenizer: Any) -> tuple[str, str]:
     """The rendered conversation before the last message, and what the last message adds."""
-    messages = row.fields["messages"]
-    if not isinstance(messages, list) or len(messages) < 2:
-        raise row.wrong("'messages' must be a list of at least two")
+    messages = row.messages()
     if not getattr(tokenizer, "chat_template", None):
         raise row.wrong("has messages, and the tokenizer no chat template to write them with")
     try:
@@ -139,6 +174,9 @@ def _chat(row: Row, tokenizer: Any) -> tuple[str, str]:
         prompt = render_chat(tokenizer, messages[:-1], add_generation_prompt=True)
         if not whole.startswith(prompt):
             prompt = render_chat(tokenizer, messages[:-1])
+        whole.encode()
+    except UnicodeEncodeError:
+        raise row.wrong("the chat template writes half of a surrogate pair") from None
     except TemplateError as error:
         raise row.wrong(f"the chat template refuses it: {error}") from None
     if not whole.startswith(prompt):
@@ -146,5 +184,6 @@ def _chat(row: Row, tokenizer: Any) -> tuple[str, str]:
     return prompt, whole[len(prompt) :]
 
 
-def _listed(fields: Mapping[str, Any]) -> str:
+def listed(fields: Mapping[str, Any]) -> str:
+    """The fields that a row has."""
     return ", ".join(map(str, fields)) or "nothing"

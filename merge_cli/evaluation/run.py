@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -115,7 +116,9 @@ def evaluate_source(source: Source, spec: EvalSpec, show: Show = _silent) -> Eva
             found = cache.find(key, task.name) if cached else None
             if found is None:
                 with torch_threads(spec.threads), memory_errors(source.label, _SMALLER):
-                    live = live or _loaded(source, spec)
+                    if live is None:
+                        live = _loaded(source, spec)
+                        check_tasks(spec.tasks, live)
                     found = score_task(task, live, show)
                 if cached:
                     cache.keep(key, found)
@@ -197,19 +200,32 @@ def _loaded(source: Source, spec: EvalSpec) -> LiveModel:
     )
 
 
+def check_tasks(tasks: Sequence[Task], live: LiveModel) -> None:
+    """Look for tokens that a model lacks in all tasks, before the first is scored.
+
+    Most tokenizers have none: then there is nothing to look for.
+
+    Raises:
+        SourceError: with file and line.
+    """
+    numbers = live.tokenizer.get_vocab().values()
+    if max(numbers, default=0) >= live.entries:
+        for task in tasks:
+            task.check(live)
+
+
 def score_task(task: Task, live: LiveModel, show: Show = _silent) -> TaskResult:
     """One task on a live model, with what it cost.
 
     Raises:
-        NonFiniteError: the model predicts NaN.
+        NonFiniteError: the model predicts NaN or Inf.
     """
     started, live.cost = time.monotonic(), Cost()
     show(Step(live.label, task.name, 0, 0))
     found = task.score(live, lambda done, total: show(Step(live.label, task.name, done, total)))
     for metric in found.metrics.values():
-        value = metric.value
-        if value != value:
-            what = f"{task.name}.{metric.name} is not a number: the model predicts NaN"
+        if not all(map(math.isfinite, metric.parts)):
+            what = f"{task.name}.{metric.name} is not a number: the model predicts NaN or Inf"
             raise NonFiniteError(what, model=live.label, hint="Try --dtype float32.")
     cost = replace(live.cost, seconds=round(time.monotonic() - started, 3))
     return replace(found, cost=cost)

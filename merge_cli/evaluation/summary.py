@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -30,6 +31,7 @@ def summary(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
                     "kind": task.kind,
                     "examples": len(task.examples),
                     "cached": task.cached,
+                    "notes": list(task.notes),
                     "cost": asdict(task.cost),
                     "metrics": {
                         metric.name: _metric(
@@ -47,18 +49,24 @@ def summary(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
 
 def _metric(metric: Metric, task: str, first: Metric | None) -> dict[str, Any]:
     found: dict[str, Any] = {
-        "value": metric.value,
+        "value": _plain(metric.value),
         "unit": metric.unit,
         "better": metric.better,
-        "standard_error": standard_error(metric),
+        "standard_error": _plain(standard_error(metric)),
         "interval": None,
     }
-    if len(metric.parts) > 1:
-        whole = interval(resampled(metric, task))
+    draws = resampled(metric, task) if len(metric.parts) > 1 else ()
+    if len(draws) and math.isfinite(max(draws)):
+        whole = interval(draws)
         found["interval"] = [whole.low, whole.high]
     if first is not None:
-        found["difference"] = first.value - metric.value
+        found["difference"] = _plain(first.value - metric.value)
         found["difference_interval"] = None
         paired = difference(first, metric, task)
         found["difference_interval"] = [paired.low, paired.high] if paired else None
     return found
+
+
+def _plain(value: float | None) -> float | None:
+    """A number as JSON has it: a perplexity beyond all numbers is null."""
+    return value if value is not None and math.isfinite(value) else None

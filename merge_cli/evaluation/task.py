@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from merge_cli.errors import SourceError
 from merge_cli.evaluation.result import TaskResult
+from merge_cli.evaluation.tokens import TOKENISATION
 
 if TYPE_CHECKING:
     from merge_cli.evaluation.live import LiveModel
@@ -58,6 +59,13 @@ class Task(ABC):
             SourceError: data that is not as the task needs it, with file and line.
         """
 
+    def check(self, live: LiveModel) -> None:  # noqa: B027  # most have nothing to look at
+        """Look for what is wrong with the data for this model, before anything is run.
+
+        Raises:
+            SourceError: with file and line.
+        """
+
     @abstractmethod
     def data_digest(self) -> str:
         """SHA-256 of the data, so that the same data elsewhere is the same task."""
@@ -67,7 +75,8 @@ class Task(ABC):
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in self.unshared}
         own.pop("data", None)
         plain = {name: str(v) if isinstance(v, Path) else v for name, v in own.items()}
-        return {"task": self.kind, "version": self.version, "data": self.data_digest(), **plain}
+        about = {"task": self.kind, "version": self.version, "tokenisation": TOKENISATION}
+        return {**about, "data": self.data_digest(), **plain}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +99,18 @@ class DataTask(Task):
             return list(rows)
         picked = random.Random(f"{seed}:rows").sample(range(len(rows)), self.limit)
         return [rows[i] for i in sorted(picked)]
+
+
+def cut_note(count: int, total: int, what: str, tokens: int) -> tuple[str, ...]:
+    """What to say of texts that a model does not see whole; nothing where it does.
+
+    Args:
+        what: `prompts are`, and what was done about those that are longer.
+    """
+    if not count:
+        return ()
+    subject, _, done = what.partition(": ")
+    return (f"{count:,} of {total:,} {subject} longer than {tokens:,} tokens: {done}",)
 
 
 def file_digest(path: Path) -> str:

@@ -23,9 +23,10 @@ from merge_cli.errors import ResourceError
 from merge_cli.evaluation.cache import cache_folder
 from merge_cli.evaluation.examples import Example, micro_batches, padded
 from merge_cli.evaluation.live import LiveModel, load
+from merge_cli.evaluation.watch import need_finite
 from merge_cli.sizes import show_size
 
-_FORMAT = 2
+_FORMAT = 3
 _GROUP = 32  # sequences of a file
 _LOGIT_BYTES = 1 << 28
 _CHUNK = 256  # tokens
@@ -141,6 +142,7 @@ class Teacher:
             logits = live.logits(ids, mask)
             for row, number in enumerate(batch):
                 own = logits[row][counted[row].to(logits.device)]
+                need_finite(own.float().logsumexp(-1), self._source.label)
                 k = live.vocabulary if kept.k is None else kept.k
                 found[number] = _in_chunks(own, k, kept.temperature)
         self.tokens, self.passes = live.cost.tokens, live.cost.forward_passes

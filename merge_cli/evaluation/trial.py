@@ -38,6 +38,11 @@ class Trial:
         self._gates = read_gates(gates, no_worse, spec.tasks)
         self._failures: dict[str, list[str]] = {}
 
+    @property
+    def spec(self) -> EvalSpec:
+        """The tasks."""
+        return self._spec
+
     def check(self, plan: Plan) -> None:
         """Raise a UsageError for a gate whose model takes no part, before anything is merged."""
         for gate in self._gates:

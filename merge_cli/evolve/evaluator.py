@@ -8,14 +8,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from merge_cli.engine.options import MergeOptions
-from merge_cli.errors import SourceError
+from merge_cli.errors import NonFiniteError, SourceError
 from merge_cli.evaluation.live import torch_threads
 from merge_cli.evaluation.result import Cost, TaskResult
 from merge_cli.evaluation.rows import read_rows
 from merge_cli.evaluation.run import score_task
 from merge_cli.evaluation.task import DataTask, Task
 from merge_cli.evolve.candidate import LiveMerge
-from merge_cli.evolve.objectives import Objective, SplitName, Value, Values
+from merge_cli.evolve.objectives import Objective, Split, SplitName, Value, Values, pick
 from merge_cli.recipe.schema import Recipe
 
 
@@ -122,6 +122,7 @@ class Evaluator:
                     found = score_task(reduced(task, job.share), live)
                     results[task.name] = found
                     cost = _sum(cost, found.cost)
+            _need_numbers(self._setup.objective.splits[job.split], results)
         except SourceError as failure:
             if failure.file in self._data:
                 raise
@@ -137,6 +138,18 @@ class Evaluator:
     def close(self) -> None:
         """Let go of everything."""
         self._merge.close()
+
+
+def _need_numbers(split: Split, results: dict[str, TaskResult]) -> None:
+    """Refuse a value that counts and is no number: an optimizer cannot tell where to go from it.
+
+    Raises:
+        NonFiniteError: there is one.
+    """
+    values = values_of(results)
+    for goal in split.goals:
+        if not math.isfinite(pick(values, goal).value):
+            raise NonFiniteError(f"{goal.task}.{goal.metric or 'its metric'} is not a number")
 
 
 def _said(failure: Exception) -> str:

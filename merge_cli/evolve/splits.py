@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-
 from merge_cli.errors import MismatchError, Problem
+from merge_cli.evaluation.content import content_of
 from merge_cli.evaluation.rows import read_rows
 from merge_cli.evaluation.task import DataTask
 from merge_cli.evolve.objectives import SPLITS, Objective
@@ -14,23 +12,22 @@ _SHOWN = 5
 
 
 def refuse_overlap(objective: Objective) -> None:
-    """Compare the rows of all splits by content: fields and values, not lines or files.
+    """Compare the rows of all splits by content (`evaluation.content`), not by lines or files.
 
     Raises:
         MismatchError: rows that two splits share, with file and line of both.
         SourceError: a file that cannot be read.
     """
-    seen: dict[str, tuple[str, str]] = {}  # digest -> (split, place)
+    seen: dict[bytes, tuple[str, str]] = {}  # content -> (split, place)
     problems: list[Problem] = []
     for name in SPLITS:
         if name not in objective.splits:
             continue
-        own: dict[str, tuple[str, str]] = {}
+        own: dict[bytes, tuple[str, str]] = {}
         files = {t.data for t in objective.splits[name].spec.tasks if isinstance(t, DataTask)}
         for path in sorted(files):
             for row in read_rows(path):
-                text = json.dumps(dict(row.fields), sort_keys=True, ensure_ascii=False)
-                digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+                digest = content_of(row)
                 own.setdefault(digest, (name, f"{path}:{row.line}"))
                 if digest in seen:
                     split, place = seen[digest]

@@ -11,7 +11,9 @@ from typing import Any
 from merge_cli.dam.data import data_files, sequences
 from merge_cli.dam.datasets import read_data
 from merge_cli.errors import SourceError
+from merge_cli.evaluation.content import distinct
 from merge_cli.evaluation.examples import Example
+from merge_cli.evaluation.tokens import row_start
 from merge_cli.recipe.schema import Recipe
 from merge_cli.recipe.statistics import Statistics
 from merge_cli.recipe.training import Data
@@ -24,10 +26,12 @@ class Examples:
     Attributes:
         rows: how many rows its data has.
         items: the longest first, so that the order of rows in a file does not matter.
+        duplicates: rows that are left out, because another one says the same.
     """
 
     rows: int
     items: tuple[Example, ...]
+    duplicates: int = 0
 
     @property
     def tokens(self) -> int:
@@ -43,12 +47,14 @@ class Examples:
 
 
 def load_examples(
-    recipe: Recipe, data: Data, tokenizer: Any, statistics: Statistics, context: int
-) -> Examples:
-    """Read, choose by the recipe's seed, tokenise and cut.
+    recipe: Recipe, data: Data, tokenizer: Any, statistics: Statistics, context: int,
+    entries: int | None = None,
+) -> Examples:  # fmt: skip
+    """Read, choose by the recipe's seed, tokenise and cut. A row that is there twice counts once.
 
     Args:
         context: tokens that the model takes; `max_length` may be less.
+        entries: embeddings that the model has.
 
     Raises:
         SourceError: a file or a row that cannot be used, with file and line.
@@ -58,10 +64,14 @@ def load_examples(
     # One order for all sources, whatever they are called: the same data is the same examples.
     random.Random(f"{recipe.seed}:examples").shuffle(mixed)
     length = min(statistics.max_length, context)
-    found = sequences(mixed, tokenizer, length, statistics.examples)
+    unique = distinct(mixed)
+    found = sequences(
+        unique.values(), tokenizer, length, statistics.examples, start=row_start(tokenizer),
+        entries=entries,
+    )  # fmt: skip
     if not found:
         raise SourceError("has no token to look at", file=shown(data))
-    return Examples(len(rows), tuple(_ordered(found)))
+    return Examples(len(rows), tuple(_ordered(found)), len(rows) - len(unique))
 
 
 def shown(data: Data) -> str:

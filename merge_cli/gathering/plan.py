@@ -95,7 +95,10 @@ def plan_gathering(plan: Plan, device: str = "auto") -> GatheringPlan:
     for spec in plan.recipe.models:
         assert spec.data is not None, "check_recipe refuses a source without data"
         source = plan.sources[labels.index(str(spec.model))]
-        examples = load_examples(plan.recipe, spec.data, tokenizer, statistics, context)
+        examples = load_examples(
+            plan.recipe, spec.data, tokenizer, statistics, context,
+            net.get_input_embeddings().weight.shape[0],
+        )  # fmt: skip
         part = Part(
             source, shown(spec.data), examples, source_identity(source), kind, statistics,
             plan.recipe.seed, where, dtype,

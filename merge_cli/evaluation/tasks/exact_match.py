@@ -6,13 +6,19 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from merge_cli.errors import SourceError
+from merge_cli.evaluation.chat import TemplateError, render_chat
+from merge_cli.evaluation.content import content_of
 from merge_cli.evaluation.live import LiveModel
 from merge_cli.evaluation.result import Metric, TaskResult
-from merge_cli.evaluation.rows import Row, encode, read_rows
-from merge_cli.evaluation.task import DataTask, Tell, option
+from merge_cli.evaluation.rows import Row, listed, need_known, read_rows
+from merge_cli.evaluation.task import DataTask, Tell, cut_note, file_digest, option
+from merge_cli.evaluation.tokens import Truncate, encode_pair, fitted, row_start, too_long
+from merge_cli.evaluation.watch import need_finite
+from merge_cli.guarded import kind_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +27,7 @@ class ExactMatch(DataTask):
 
     kind = "exact_match"
     metrics = ("exact_match",)
-    version = 2
+    version = 3
 
     extract: str = option(
         "", "regular expression of an answer; its first group, or all; default the whole text"
@@ -30,21 +36,27 @@ class ExactMatch(DataTask):
     max_new_tokens: int = option(128, "tokens to write at most", least=1)
     stop: tuple[str, ...] = option((), "texts that end an answer")
     ignore_case: bool = option(False, "compare without case")
+    truncate: Truncate = option("left", "which end of a prompt is cut to fit into the context")
+    chat_template: bool = option(False, "ask with the tokenizer's chat template")
+    system: str = option("", "what a conversation begins with; needs chat_template")
+    fewshot: Path | None = option(None, "a file of rows to show with their answers before each")
+    num_fewshot: int | None = option(None, "so many of these, the first; default all", least=1)
 
     def __post_init__(self) -> None:
+        if self.system and not self.chat_template:
+            raise ValueError("system is a message of a conversation: it needs chat_template: true")
+        if self.num_fewshot and self.fewshot is None:
+            raise ValueError("num_fewshot needs fewshot, a file of rows to show")
+        if self.fewshot is not None and not self.fewshot.is_file():
+            raise ValueError(f"fewshot: no such file: {self.fewshot}")
         try:
             re.compile(self.extract)
         except re.error as error:
             raise ValueError(f"extract is no regular expression: {error}") from None
 
     def score(self, live: LiveModel, tell: Tell) -> TaskResult:
-        rows = self.sample(read_rows(self.data), live.seed)
+        rows, prompts, cut = self._prompts(live)
         right = [self._right(row) for row in rows]
-        room = live.max_length - self.max_new_tokens
-        if room < 1:
-            what = f"max_new_tokens ({self.max_new_tokens}) leaves no room for a prompt in the "
-            raise SourceError(f"{what}model's {live.max_length} tokens", model=live.label)
-        prompts = [_prompt(row, live)[-room:] for row in rows]
         texts = self._generate(prompts, live, tell)
         found = [self.answer(text) for text in texts]
         hits = [float(self._same(a, b)) for a, b in zip(found, right, strict=True)]
@@ -55,7 +67,60 @@ class ExactMatch(DataTask):
             {"line": row.line, "correct": bool(hit), "found": one, "answer": gold, "text": text}
             for row, hit, one, gold, text in zip(rows, hits, found, right, texts, strict=True)
         ]
-        return TaskResult(self.name, self.kind, metrics, examples)
+        what = f"prompts are: their {'beginning' if self.truncate == 'left' else 'end'} was cut"
+        notes = cut_note(cut, len(rows), what, live.max_length - self.max_new_tokens)
+        return TaskResult(self.name, self.kind, metrics, examples, notes=notes)
+
+    def check(self, live: LiveModel) -> None:
+        self._prompts(live)
+
+    def data_digest(self) -> str:
+        shown = "" if self.fewshot is None else f" {file_digest(self.fewshot)}"
+        return super().data_digest() + shown
+
+    def _prompts(self, live: LiveModel) -> tuple[list[Row], list[Sequence[int]], int]:
+        """The rows, the tokens that the model is asked with, and how many of them were cut."""
+        rows = self.sample(read_rows(self.data), live.seed)
+        shown = [] if self.fewshot is None else read_rows(self.fewshot)[: self.num_fewshot]
+        known = {content_of(row) for row in shown}
+        room = live.max_length - self.max_new_tokens
+        if room < 1:
+            what = f"max_new_tokens ({self.max_new_tokens}) leaves no room for a prompt in the "
+            raise SourceError(f"{what}model's {live.max_length} tokens", model=live.label)
+        start = () if self.chat_template else row_start(live.tokenizer)
+        found: list[Sequence[int]] = []
+        cut = 0
+        for row in rows:
+            if known and content_of(row) in known:
+                raise row.wrong("is among the rows that `fewshot` shows with their answers, too")
+            whole = encode_pair(self._asked(row, shown, live), "", live.tokenizer, start)
+            need_known(row, whole.ids, live.tokenizer, live.entries)
+            part = fitted(whole, room, self.truncate)
+            if part is None:
+                raise row.wrong(*too_long(len(whole.ids), room))
+            if not part.ids:
+                raise row.wrong("an empty prompt, and the tokenizer has no token to start with")
+            found.append(part.ids)
+            cut += len(part.ids) < len(whole.ids)
+        return rows, found, cut
+
+    def _asked(self, row: Row, shown: Sequence[Row], live: LiveModel) -> str:
+        """The text that the model goes on from."""
+        prompt = row.text("prompt")
+        if not self.chat_template:
+            return "".join(f"{_example(one)}\n\n" for one in shown) + prompt
+        if not getattr(live.tokenizer, "chat_template", None):
+            what = "chat_template: true, and its tokenizer has no chat template"
+            raise SourceError(what, model=live.label, hint="Leave it out, or use `false`.")
+        messages = [{"role": "system", "content": self.system}] if self.system else []
+        for one in shown:
+            messages.append({"role": "user", "content": one.text("prompt")})
+            messages.append({"role": "assistant", "content": _answer(one)})
+        messages.append({"role": "user", "content": prompt})
+        try:
+            return render_chat(live.tokenizer, messages, add_generation_prompt=True)
+        except TemplateError as error:
+            raise row.wrong(f"the chat template refuses it: {error}") from None
 
     def answer(self, text: str) -> str | None:
         """The answer in a text; None where the expression does not match."""
@@ -72,9 +137,8 @@ class ExactMatch(DataTask):
 
     def _right(self, row: Row) -> str:
         row.text("prompt")
-        answer = row.fields.get("answer")
-        if answer is not None and not isinstance(answer, list | dict):
-            return str(answer).strip()
+        if "answer" in row.fields:
+            return _plain(row).strip()
         found = self.answer(row.text("completion"))
         if found is None:
             raise row.wrong(f"its completion does not match extract ({self.extract!r})")
@@ -109,6 +173,7 @@ class ExactMatch(DataTask):
                 mask[row, width - len(prompts[number]) :] = 1
             with torch.inference_mode(), _plainly(live.net, config):
                 written = live.net.generate(
+                    logits_processor=[lambda _, logits: self._finite(logits, live)],
                     input_ids=ids.to(live.net.device), attention_mask=mask.to(live.net.device),
                     generation_config=config, tokenizer=live.tokenizer if self.stop else None,
                 )[:, width:]  # fmt: skip
@@ -118,6 +183,12 @@ class ExactMatch(DataTask):
             done += len(batch)
             tell(done, len(prompts))
         return texts
+
+    @staticmethod
+    def _finite(logits: Any, live: LiveModel) -> Any:
+        """The likeliest of numbers that are none would be token 0: an answer like any other."""
+        need_finite(logits.float().logsumexp(-1), live.label)
+        return logits
 
 
 @contextmanager
@@ -131,13 +202,28 @@ def _plainly(net: Any, config: Any) -> Iterator[None]:
         net.generation_config = own
 
 
-def _prompt(row: Row, live: LiveModel) -> Sequence[int]:
-    """The prompt's ids, as `loss` would put them before a completion."""
-    fields = {"prompt": row.text("prompt"), "completion": ""}
-    ids = encode(Row(row.line, fields, row.file), live.tokenizer).ids
-    if not ids:
-        raise row.wrong("an empty prompt, and the tokenizer has no token to start with")
-    return ids
+def _plain(row: Row) -> str:
+    """A row's `answer`, which may be a number."""
+    answer = row.fields["answer"]
+    if not isinstance(answer, str | int | float):
+        raise row.wrong(f"'answer' must be a text or a number (got {kind_of(answer)})")
+    return row.text("answer") if isinstance(answer, str) else str(answer)
+
+
+def _answer(row: Row) -> str:
+    """What a model should have written, of a row that is shown."""
+    if "completion" in row.fields:
+        return row.text("completion")
+    if "answer" not in row.fields:
+        raise row.wrong(f"needs 'completion' or 'answer' to be shown (it has {listed(row.fields)})")
+    return _plain(row)
+
+
+def _example(row: Row) -> str:
+    """A row with its answer, as text: a completion brings its own space, an answer does not."""
+    prompt, answer = row.text("prompt"), _answer(row)
+    between = "" if "completion" in row.fields or prompt[-1:].isspace() else " "
+    return f"{prompt}{between}{answer}"
 
 
 def _batches(prompts: Sequence[Sequence[Any]], new: int, tokens: int) -> list[list[int]]:

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from merge_cli.errors import SourceError, UsageError
-from merge_cli.evaluation.live import LiveModel, counted, quiet
+from merge_cli.errors import MergeCliError, SourceError, UsageError
+from merge_cli.evaluation.live import LiveModel, quiet
 from merge_cli.evaluation.result import Better, Metric, TaskResult
-from merge_cli.evaluation.task import Task, Tell, option
+from merge_cli.evaluation.task import Task, Tell, cut_note, option
+from merge_cli.evaluation.tasks.harness_model import harness_model
+from merge_cli.evaluation.watch import watched
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,9 +26,18 @@ class Harness(Task):
     include: Path | None = option(None, "a folder with task files of your own")
     num_fewshot: int | None = option(None, "examples before the question", least=0)
     metric: str = option("", "the primary metric; default the task's first")
+    chat_template: bool = option(False, "ask with the tokenizer's chat template")
+    system: str = option("", "what a conversation begins with; needs chat_template")
+    fewshot_as_multiturn: bool = option(
+        True, "with chat_template: examples are turns of the conversation, not one text"
+    )
 
     # Where its data lie, and whether they have changed, only the harness knows.
     remembered = False
+
+    def __post_init__(self) -> None:
+        if self.system and not self.chat_template:
+            raise ValueError("system is a message of a conversation: it needs chat_template: true")
 
     def data_digest(self) -> str:
         return ""
@@ -34,7 +45,6 @@ class Harness(Task):
     def score(self, live: LiveModel, tell: Tell) -> TaskResult:
         _require()
         from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
 
         tell(0, 1)
@@ -48,18 +58,23 @@ class Harness(Task):
                 )  # fmt: skip
                 hint = "lm-eval ls tasks lists them; `include` adds a folder of your own."
                 raise UsageError(what, hint=hint)
-            model = HFLM(
-                pretrained=live.net, tokenizer=live.tokenizer, max_length=live.max_length,
-                batch_size=max(1, live.batch_tokens // live.max_length),
-            )  # fmt: skip
-            with counted(live):
+            if self.chat_template and not getattr(live.tokenizer, "chat_template", None):
+                what = "chat_template: true, and its tokenizer has no chat template"
+                raise SourceError(what, model=live.label, hint="Leave it out, or use `false`.")
+            model = harness_model(live)
+            with watched(live):
                 try:
                     found = simple_evaluate(
                         model=model, tasks=[self.lm_eval], num_fewshot=self.num_fewshot,
                         limit=self.limit, task_manager=manager, bootstrap_iters=0,
                         log_samples=True, random_seed=live.seed, numpy_random_seed=live.seed,
                         torch_random_seed=live.seed, fewshot_random_seed=live.seed,
+                        apply_chat_template=self.chat_template,
+                        system_instruction=self.system or None,
+                        fewshot_as_multiturn=self.chat_template and self.fewshot_as_multiturn,
                     )  # fmt: skip
+                except MergeCliError:  # about the model, and not about the task
+                    raise
                 except Exception as error:  # tasks are templates and code of others
                     what = f"lm-eval cannot run '{self.lm_eval}': {error}"
                     raise SourceError(what, model=live.label) from error
@@ -72,7 +87,10 @@ class Harness(Task):
              **{name: s[name] for name in metrics if name in s}}
             for s in samples
         ]  # fmt: skip
-        return TaskResult(self.name, self.kind, metrics, examples)
+        notes = cut_note(
+            model.cut, model.asked, "requests are: their beginning was cut", live.max_length
+        )
+        return TaskResult(self.name, self.kind, metrics, examples, notes=notes)
 
     def _metrics(
         self, found: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]

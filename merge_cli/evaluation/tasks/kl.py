@@ -17,9 +17,10 @@ from merge_cli.evaluation.forward import Window, add_up, forward
 from merge_cli.evaluation.live import LiveModel, load
 from merge_cli.evaluation.result import Cost, Metric, TaskResult
 from merge_cli.evaluation.task import DataTask, Tell, option
-from merge_cli.evaluation.tasks.loss import text_windows
+from merge_cli.evaluation.tasks.loss import text_windows, window_notes
 from merge_cli.evaluation.teachers import Kept, Teacher
 from merge_cli.evaluation.tokenizer import load_tokenizer
+from merge_cli.evaluation.watch import need_finite
 from merge_cli.recipe.reference import parse_reference
 
 # examples [n], divergence [n], whether the likeliest token is the same [n]
@@ -37,7 +38,7 @@ class KL(DataTask):
 
     kind = "kl"
     metrics = ("kl", "agreement")
-    version = 2
+    version = 3
 
     teacher: str = option(help="the model to imitate: a folder or a Hub id")
     folder: Path = option(Path(), "where the teacher's relative path starts")
@@ -54,9 +55,10 @@ class KL(DataTask):
         return f"{super().data_digest()} {source_digest(source)}"
 
     def score(self, live: LiveModel, tell: Tell) -> TaskResult:
+        length = live.max_length
         if self.top_k is None:
             with self._beside(live) as teacher:
-                length = min(live.max_length, teacher.max_length)
+                length = min(length, teacher.max_length)
                 rows, encoded, items = text_windows(self, live, self.stride, length)
                 nats, agree = _sums(_whole(live, teacher, items, tell), len(rows))
                 live.count(teacher.cost.tokens, teacher.cost.forward_passes)
@@ -72,7 +74,11 @@ class KL(DataTask):
             {"line": row.line, "kl": nat, "agree": int(same), "tokens": int(token)}
             for row, nat, same, token in zip(rows, nats, agree, tokens, strict=True)
         ]
-        return TaskResult(self.name, self.kind, metrics, examples)
+        notes = window_notes(encoded, length)
+        return TaskResult(self.name, self.kind, metrics, examples, notes=notes)
+
+    def check(self, live: LiveModel) -> None:
+        text_windows(self, live, self.stride)
 
     def _source(self) -> Source:
         return open_source(parse_reference(self.teacher, self.folder), self.folder)
@@ -105,6 +111,7 @@ class KL(DataTask):
                 rest = log_q.scatter(-1, ids, float("-inf")).logsumexp(-1)
                 # A tail of no mass adds nothing, whatever its logarithm.
                 divergence += torch.where(tail.isfinite(), tail.exp() * (tail - rest), 0.0)
+            need_finite(divergence, live.label)  # the teacher's part is finite, or not kept
             same = log_q.argmax(-1) == ids.gather(-1, p.argmax(-1, keepdim=True))[:, 0]
             yield ours.examples, divergence, same
 
@@ -152,8 +159,11 @@ def _whole(
     for ours, theirs in pairs:
         q = ours.logits.log_softmax(-1)
         p = theirs.logits.to(q.device).log_softmax(-1)
-        divergence = torch.nn.functional.kl_div(q, p, log_target=True, reduction="none")
-        yield ours.examples, divergence.sum(-1), q.argmax(-1) == p.argmax(-1)
+        divergence = torch.nn.functional.kl_div(q, p, log_target=True, reduction="none").sum(-1)
+        if not bool(divergence.isfinite().all()):
+            need_finite(theirs.logits, teacher.label)
+            need_finite(divergence, live.label)
+        yield ours.examples, divergence, q.argmax(-1) == p.argmax(-1)
 
 
 def _sums(compared: Iterator[Compared], count: int) -> tuple[list[float], list[float]]:

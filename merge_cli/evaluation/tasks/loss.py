@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from merge_cli.errors import SourceError
 from merge_cli.evaluation.forward import Window, add_up, forward, windows
 from merge_cli.evaluation.live import LiveModel
 from merge_cli.evaluation.result import Metric, TaskResult
-from merge_cli.evaluation.rows import Encoded, Row, encode, read_rows
-from merge_cli.evaluation.task import DataTask, Tell, option
+from merge_cli.evaluation.rows import Row, encode, read_rows
+from merge_cli.evaluation.task import DataTask, Tell, cut_note, option
+from merge_cli.evaluation.tokens import Encoded, row_start
+from merge_cli.evaluation.watch import need_finite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +22,7 @@ class LossTask(DataTask):
 
     kind = "loss"
     metrics = ("loss", "perplexity", "bits_per_byte")
-    version = 2
+    version = 3
 
     stride: int | None = option(
         None,
@@ -36,9 +39,10 @@ class LossTask(DataTask):
             losses = torch.nn.functional.cross_entropy(
                 batch.logits, batch.targets, reduction="none"
             )
+            need_finite(losses, live.label)
             nats += add_up(losses, batch.examples, len(rows))
         tokens = [float(max(0, len(row.ids) - row.first)) for row in encoded]
-        sizes = [float(_bytes(row, live)) for row in encoded]
+        sizes = [float(_bytes(row)) for row in encoded]
         parts = nats.tolist()
         bits = [part / math.log(2) for part in parts]
         metrics = {
@@ -50,17 +54,23 @@ class LossTask(DataTask):
             {"line": row.line, "nats": nat, "tokens": int(token), "bytes": int(size)}
             for row, nat, token, size in zip(rows, parts, tokens, sizes, strict=True)
         ]
-        return TaskResult(self.name, self.kind, metrics, examples)
+        notes = window_notes(encoded, live.max_length)
+        return TaskResult(self.name, self.kind, metrics, examples, notes=notes)
+
+    def check(self, live: LiveModel) -> None:
+        text_windows(self, live, self.stride)
 
 
-def _bytes(row: Encoded, live: LiveModel) -> int:
+def _bytes(row: Encoded) -> int:
     """Bytes of the text that is predicted: all but a first token that nothing comes before."""
-    if len(row.ids) <= row.first:
-        return 0
-    size = len(row.text.encode())
-    if row.first == 1 and live.tokenizer.bos_token_id is None and row.ids:
-        size -= len(live.tokenizer.decode(row.ids[:1]).encode())
-    return max(size, 1)
+    return max(len(row.text.encode()), 1) if len(row.ids) > row.first else 0
+
+
+def window_notes(encoded: Sequence[Encoded], length: int) -> tuple[str, ...]:
+    """How many rows are longer than a window."""
+    count = sum(len(row.ids) > length for row in encoded)
+    what = "rows are: their tokens do not see all that comes before them (`stride`)"
+    return cut_note(count, len(encoded), what, length)
 
 
 def text_windows(
@@ -74,11 +84,12 @@ def text_windows(
         length: tokens of a window; default the model's context.
 
     Raises:
-        SourceError: no row has anything to predict.
+        SourceError: no row has anything to predict, or one has a token that the model lacks.
     """
     length = length or live.max_length
     rows = task.sample(read_rows(task.data), live.seed)
-    encoded = [encode(row, live.tokenizer) for row in rows]
+    start, entries = row_start(live.tokenizer), live.entries
+    encoded = [encode(row, live.tokenizer, start=start, entries=entries) for row in rows]
     items = [
         window
         for i, tokens in enumerate(encoded)

@@ -11,11 +11,14 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from merge_cli.evaluation.forward import Window, add_up, forward
+from merge_cli.evaluation.forward import Window, add_up, forward, windows
 from merge_cli.evaluation.live import LiveModel
 from merge_cli.evaluation.result import Metric, TaskResult
-from merge_cli.evaluation.rows import Row, read_rows, token_ids
-from merge_cli.evaluation.task import DataTask, Tell, option
+from merge_cli.evaluation.rows import Row, need_known, read_rows
+from merge_cli.evaluation.task import DataTask, Tell, cut_note, option
+from merge_cli.evaluation.tokens import Encoded, Truncate, encode_pair, fitted, own_start, too_long
+from merge_cli.evaluation.watch import need_finite
+from merge_cli.guarded import kind_of
 
 
 @dataclass(frozen=True)
@@ -31,24 +34,22 @@ class MultipleChoice(DataTask):
 
     kind = "multiple_choice"
     metrics = ("accuracy", "accuracy_norm", "loss")
-    version = 2
+    version = 3
 
     delimiter: str = option(" ", "what stands between the prompt and a choice")
+    truncate: Truncate = option("left", "which end of a prompt is cut to fit into the context")
 
     def score(self, live: LiveModel, tell: Tell) -> TaskResult:
         import torch
 
-        questions = [_question(row) for row in self.sample(read_rows(self.data), live.seed)]
-        asked = [(q, choice) for q in questions for choice in q.choices]
-        items = [
-            _window(i, q, self.delimiter + choice, live) for i, (q, choice) in enumerate(asked)
-        ]
-        sums = torch.zeros(len(items), dtype=torch.float64)
+        questions, encoded, items = self._windows(live)
+        sums = torch.zeros(len(encoded), dtype=torch.float64)
         for batch in forward(live, items, tell):
             losses = torch.nn.functional.cross_entropy(
                 batch.logits, batch.targets, reduction="none"
             )
-            sums -= add_up(losses, batch.examples, len(items))
+            need_finite(losses, live.label)
+            sums -= add_up(losses, batch.examples, len(encoded))
         right, right_norm, nats, examples = [], [], [], []
         start = 0
         for q in questions:
@@ -68,7 +69,31 @@ class MultipleChoice(DataTask):
             "accuracy_norm": Metric("accuracy_norm", "of questions", "higher", right_norm, ones),
             "loss": Metric("loss", "nats per right choice", "lower", nats, ones),
         }
-        return TaskResult(self.name, self.kind, metrics, examples)
+        count = sum(len(one.ids) > live.max_length + 1 for one in encoded)
+        what = f"prompts with a choice are: of their prompts the {self.truncate} was cut"
+        notes = cut_note(count, len(encoded), what, live.max_length)
+        return TaskResult(self.name, self.kind, metrics, examples, notes=notes)
+
+    def check(self, live: LiveModel) -> None:
+        self._windows(live)
+
+    def _windows(self, live: LiveModel) -> tuple[list[_Question], list[Encoded], list[Window]]:
+        """The questions; every prompt with a choice, whole; and what of each goes through."""
+        questions = [_question(row) for row in self.sample(read_rows(self.data), live.seed)]
+        encoded: list[Encoded] = []
+        items: list[Window] = []
+        # One more than the context: the last token is predicted, and not fed.
+        room = live.max_length + 1
+        for q in questions:
+            for choice in q.choices:
+                whole = _encoded(q, self.delimiter + choice, live.tokenizer)
+                need_known(q.row, whole.ids, live.tokenizer, live.entries)
+                cut = fitted(whole, room, self.truncate)
+                if cut is None:
+                    raise q.row.wrong(*too_long(len(whole.ids), room))
+                items += windows(len(encoded), cut.ids, cut.first, room, room)
+                encoded.append(whole)
+        return questions, encoded, items
 
 
 def _question(row: Row) -> _Question:
@@ -79,46 +104,34 @@ def _question(row: Row) -> _Question:
         or len(choices) < 2
         or not all(isinstance(choice, str) and choice for choice in choices)
     ):
-        raise row.wrong(f"needs 'choices', a list of at least two texts (got {choices!r})")
+        raise row.wrong(f"needs 'choices', a list of at least two texts (got {kind_of(choices)})")
     answer = row.fields.get("answer")
     if isinstance(answer, str):
         letter = ord(answer.upper()) - ord("A") if re.fullmatch("[A-Za-z]", answer) else -1
         answer = choices.index(answer) if answer in choices else letter
     if type(answer) is not int or not 0 <= answer < len(choices):
         got = row.fields.get("answer")
-        raise row.wrong(f"'answer' is none of the {len(choices)} choices (got {got!r})")
+        raise row.wrong(f"'answer' is none of the {len(choices)} choices (got {kind_of(got)})")
     return _Question(row, choices, answer)
 
 
-def _window(number: int, question: _Question, choice: str, live: LiveModel) -> Window:
+def _encoded(question: _Question, choice: str, tokenizer: Any) -> Encoded:
+    """Prompt and choice together; the spaces between them belong to the choice."""
     prompt = question.row.text("prompt")
     bare = prompt.rstrip()
-    if bare:
-        before = _ids(bare, live)
-        whole = _ids(bare + prompt[len(bare) :] + choice, live)
-    else:
-        before = _start(question, live)
-        own = token_ids(prompt + choice, live.tokenizer)
-        whole = own if own[:1] == before else [*before, *own]
-    # One more than the context: the last token is predicted, and not fed.
-    ids = whole[-live.max_length - 1 :]
-    first = max(1, len(before) - (len(whole) - len(ids)))
-    if first >= len(ids):
-        raise question.row.wrong(f"the choice {choice!r} is no token of its own after its prompt")
-    return Window(number, ids, first)
+    start = own_start(tokenizer) if bare else _start(question, tokenizer)
+    found = encode_pair(bare, prompt[len(bare) :] + choice, tokenizer, start)
+    if found.first >= len(found.ids):
+        what = f"the choice {choice!r} is no token of its own after its prompt"
+        raise question.row.wrong(what)
+    return found
 
 
-def _ids(text: str, live: LiveModel) -> list[int]:
-    """With the special tokens that this tokenizer puts around a text, but not twice."""
-    own = live.tokenizer.bos_token
-    special = not (own and text.startswith(own))
-    return list(live.tokenizer.encode(text, add_special_tokens=special, verbose=False))
-
-
-def _start(question: _Question, live: LiveModel) -> list[Any]:
+def _start(question: _Question, tokenizer: Any) -> list[int]:
     """What an empty prompt leaves to predict from."""
-    tokenizer = live.tokenizer
+    if found := own_start(tokenizer):
+        return found
     for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         if token is not None:
-            return [token]
+            return [int(token)]
     raise question.row.wrong("an empty prompt, and the tokenizer has no token to start with")

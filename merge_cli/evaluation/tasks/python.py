@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from merge_cli.errors import SourceError
-from merge_cli.evaluation.live import LiveModel, counted
+from merge_cli.errors import MergeCliError, SourceError
+from merge_cli.evaluation.live import LiveModel
 from merge_cli.evaluation.result import Metric, TaskResult
 from merge_cli.evaluation.task import Task, Tell, file_digest, option
+from merge_cli.evaluation.watch import watched
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +38,10 @@ class PythonTask(Task):
 
         function = self._function()
         try:
-            with counted(live), torch.no_grad():
+            with watched(live), torch.no_grad():
                 found = function(live.net, live.tokenizer)
+        except MergeCliError:  # about the model, and not about the function
+            raise
         except Exception as error:  # it is the user's: it may raise what it likes
             what = f"raised {type(error).__name__}: {error}"
             raise SourceError(what, file=self.python) from error
