@@ -25,6 +25,7 @@ from merge_cli.checkpoint.source import Source
 from merge_cli.engine import fp8
 from merge_cli.engine.aliases import join_aliases
 from merge_cli.engine.heads import reconcile_heads
+from merge_cli.engine.layouts import lay_out_alike
 from merge_cli.engine.match import Match, match_pieces
 from merge_cli.engine.opening import one_spelling, open_all
 from merge_cli.engine.pieces import Piece, cut_pieces
@@ -122,6 +123,8 @@ def make_plan(
     labels = [source.label for source in sources]
     base = labels.index(str(recipe.base_model)) if recipe.base_model else None
     pieces = cut_pieces(recipe, method, labels)
+    laid_out = lay_out_alike(sources, pieces[0].reference.source)
+    sources = list(laid_out.sources)
     renamed = Renamed(tuple(sources))
     if recipe.models:
         renamed = rename(sources, pieces[0].reference.source)
@@ -176,6 +179,7 @@ def make_plan(
             for source in sources
             if (why := read_card(source.root)[1])
         ),
+        *laid_out.notes,
         *renamed.notes,
         *aliases.notes,
         *heads.notes,
