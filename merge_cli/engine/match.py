@@ -16,7 +16,7 @@ from merge_cli.checkpoint.source import Source
 from merge_cli.checkpoint.tensors import Tensor
 from merge_cli.engine.absent import BUFFER, Absent, in_short
 from merge_cli.engine.heads import View
-from merge_cli.engine.layers import Anatomy, Places, Seat, Seats, heights
+from merge_cli.engine.layers import Anatomy, Places, Seat, Seats, heights, model_heights
 from merge_cli.engine.modules import known_modules, members
 from merge_cli.engine.pieces import Operand, Piece
 from merge_cli.errors import Problem
@@ -163,7 +163,10 @@ def _match_piece(
     labels = [models[member.source].label for member in piece.members]
     sliced = piece.reference.layers is not None
     stack = models[piece.reference.source].anatomy.main if sliced else None
-    seats = Seats(heights(places[name] for name in offers[0]), stack, piece.start)
+    layers = heights(places[name] for name in offers[0])
+    if not sliced:
+        layers = model_heights(layers, models[piece.reference.source].source.config)
+    seats = Seats(layers, stack, piece.start)
     for name in offers[0]:
         if name.endswith(_LEFT_OUT):
             into.told("left out", BUFFER, name)

@@ -35,7 +35,7 @@ from merge_cli.engine.stacking import layer_sources, stacked_pieces
 from merge_cli.engine.token_numbers import renumber, vocabulary_notes
 from merge_cli.engine.vocabulary import align
 from merge_cli.errors import MismatchError, Problem, RecipeError, UsageError
-from merge_cli.methods.filters import idle_filters
+from merge_cli.methods.filters import beyond_note, idle_filters
 from merge_cli.methods.registry import Method
 from merge_cli.methods.resolve import Resolver, check_recipe
 from merge_cli.recipe.load import parse_text, read_recipe
@@ -189,6 +189,16 @@ def make_plan(
         *matches.notes,
         *(f"config.json: {change}" for change in changes),
         *idle_filters(recipe, [task.name for task in tasks]),
+        *beyond_note(
+            recipe,
+            list(
+                dict.fromkeys(
+                    match.seat.group
+                    for match in matches.found
+                    if match.seat.beyond and not match.copied
+                )
+            ),
+        ),
     ]
     if recipe.base_model is None:
         notes.insert(0, f"config.json and tokenizer come from {sources[donor].label}, listed first")
