@@ -24,6 +24,7 @@ from merge_cli.checkpoint.layout import lay_out, natural_key
 from merge_cli.checkpoint.source import Source
 from merge_cli.engine import fp8
 from merge_cli.engine.aliases import join_aliases
+from merge_cli.engine.config_notes import config_notes
 from merge_cli.engine.heads import reconcile_heads
 from merge_cli.engine.layouts import lay_out_alike
 from merge_cli.engine.match import Match, match_pieces
@@ -184,6 +185,7 @@ def make_plan(
         *aliases.notes,
         *heads.notes,
         *aligned.notes,
+        *config_notes(sources, donor),
         *(vocabulary_notes(sources) if recipe.tokenizer is None else ()),
         *template_note,
         *matches.notes,
