@@ -68,6 +68,8 @@ def test_one_layer_and_one_behind_it(tmp_path: Path) -> None:
         ({"model.layers": 3}, {}, {"model.layers": 3}),
         ({"visual.blocks": 9, "model.layers": 5}, {"text_config": {"num_hidden_layers": 4}},
          {"visual.blocks": 9, "model.layers": 4}),
+        # One stack is what the config counts; of another one it says nothing.
+        ({"a.layers": 9, "b.layers": 4}, {"num_hidden_layers": 4}, {"a.layers": 9, "b.layers": 4}),
         # Two stacks that are taller: nobody says which of them the config counts.
         ({"a.layers": 9, "b.layers": 5}, {"num_hidden_layers": 4}, {"a.layers": 9, "b.layers": 5}),
     ],

@@ -11,7 +11,7 @@ Output heads of language models are the business of heads.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from merge_cli.checkpoint.config import text_config
@@ -101,7 +101,11 @@ def _told(kept: Sequence[str], lent: Sequence[str], dropped: Sequence[str], refe
 
 def _groups(sources: Sequence[Source], reference: int) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Names that may be one tensor, the one that the others are copies of first."""
-    every = dict.fromkeys(name for source in sources for name in _candidates(source))
+    shared = sources[reference].tensors
+    every = dict.fromkeys(_candidates(shared))
+    for source in sources:
+        if source.tensors is not shared:
+            every |= dict.fromkeys(_candidates(source.tensors.keys() - shared.keys()))
     known: set[str] = set()
     embeddings = [name for name in every if name.endswith(_EMBEDDING)]
     heads = tuple(name for name in every if name.endswith(_HEADS))
@@ -119,10 +123,12 @@ def _groups(sources: Sequence[Source], reference: int) -> Iterator[tuple[str, tu
     yield from _by_class(sources, reference, known)
 
 
-def _candidates(source: Source) -> Iterator[str]:
+_ENDS = (*_BESIDE, *(end for ends in _BESIDE.values() for end in ends), _EMBEDDING, *_HEADS)
+
+
+def _candidates(names: Iterable[str]) -> list[str]:
     """Names that the rules above are about; most of a model's are not looked at twice."""
-    ends = (*_BESIDE, *(end for ends in _BESIDE.values() for end in ends), _EMBEDDING, *_HEADS)
-    return (name for name in source.tensors if name.endswith(ends))
+    return sorted(name for name in names if name.endswith(_ENDS))
 
 
 def _by_class(
@@ -130,10 +136,12 @@ def _by_class(
 ) -> Iterator[tuple[str, tuple[str, ...]]]:
     """What the reference's class ties, of tensors that some source lacks."""
     names = sources[reference].tensors
+    if all(names.keys() <= source.tensors.keys() for source in sources):
+        return
     everywhere = names.keys() & set.intersection(*(set(source.tensors) for source in sources))
     absent = Absent(sources)
     groups: dict[str, list[str]] = {}
-    for name in names if len(everywhere) < len(names) else ():
+    for name in names:
         if name in everywhere or name in known or name.endswith(HEADS):
             continue
         lacking = [i for i, source in enumerate(sources) if name not in source.tensors]

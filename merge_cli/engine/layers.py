@@ -191,8 +191,8 @@ def model_heights(found: Mapping[str, int], config: Mapping[str, Any]) -> dict[s
         found: the numbers of layers that the names make.
     """
     count = layer_count(config)
-    text = [stack for stack in found if kind_of(f"{stack}.") == TEXT]
-    above = [stack for stack in text if count is not None and found[stack] > count]
-    if not count or len(above) != 1 or config.get("is_encoder_decoder"):
+    text = {stack: found[stack] for stack in found if kind_of(f"{stack}.") == TEXT}
+    if not count or count in text.values() or config.get("is_encoder_decoder"):
         return dict(found)
-    return {**found, above[0]: count}
+    above = [stack for stack, layers in text.items() if layers > count]
+    return {**found, above[0]: count} if len(above) == 1 else dict(found)
