@@ -22,18 +22,20 @@ class Copies:
 
     Attributes:
         dropped: whether the second is left out, so that it must be a copy.
+        tied: whether the config's word is enough: then it is left out in any case, which is told.
     """
 
     one: Tensor
     other: Tensor
     dropped: bool
+    tied: bool = False
 
 
 def compare_copies(copies: Sequence[Copies]) -> tuple[str, ...]:
-    """A line for each pair that is none, and is merged as two tensors.
+    """A line for each pair that is none.
 
     Raises:
-        SourceError: a tensor that is left out as a copy and is none.
+        SourceError: a tensor that would be left out as a copy and is none.
         CorruptFileError: a file that cannot be read.
     """
     notes = []
@@ -43,16 +45,17 @@ def compare_copies(copies: Sequence[Copies]) -> tuple[str, ...]:
             if place is None:
                 continue
             one, other = pair.one, pair.other
-            what = (
-                f"differs from {one.name} (first at element {place}), so that it is no copy of it"
-            )
-            if pair.dropped:
-                hint = (
-                    "If it is meant, say `tie_word_embeddings: false` in the model's config.json "
-                    "or merge with a base that stores both; if it is not, remove it."
-                )
+            what = f"differs from {one.name} (first at element {place}): it is no copy of it"
+            if pair.dropped and not pair.tied:
+                hint = "Merge with a base that stores both; or remove it, if it is not meant."
                 raise SourceError(what, model=other.model, tensor=other.name, hint=hint)
-            notes.append(f"{other.model}: {other.name} {what}, and merged by itself")
+            done = "and is merged by itself"
+            if pair.tied:
+                done = (
+                    "and is left out all the same, since the config ties them; if it is meant, say "
+                    "`tie_word_embeddings: false` in the model's config.json"
+                )
+            notes.append(f"{other.model}: {other.name} {what}, {done}")
     return tuple(notes)
 
 

@@ -48,7 +48,7 @@ def reconcile_heads(sources: Sequence[Source]) -> Heads:
     stored = [head in source.tensors for source in sources]
     embeddings = [_embedding(source, head) if source.ties(head) else None for source in sources]
     copies = tuple(
-        Copies(source.tensors[embedding], source.tensors[head], dropped=True)
+        Copies(source.tensors[embedding], source.tensors[head], dropped=True, tied=True)
         for source, embedding, has in zip(sources, embeddings, stored, strict=True)
         if has and embedding
     )
