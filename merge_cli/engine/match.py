@@ -294,7 +294,8 @@ def _report_extra(
             if name in reference or (label, name) in seen:
                 continue
             seen.add((label, name))
-            why = absent.why_left_out(name, piece.reference.source, member.source, sliced=sliced)
+            both = piece.reference.source, member.source
+            why = absent.why_left_out(name, *both, sliced=sliced)
             if why:
                 into.told(f"{label} has it, {labels[0]} does not: left out", why, name)
             else:
