@@ -237,13 +237,9 @@ def _match_tensor(
 
 
 def _is_copied(
-    piece: Piece,
-    name: str,
-    refs: Sequence[Tensor | None],
-    labels: Sequence[str],
-    absent: Absent,
-    into: Matches,
-) -> bool:
+    piece: Piece, name: str, refs: Sequence[Tensor | None], labels: Sequence[str],
+    absent: Absent, into: Matches,
+) -> bool:  # fmt: skip
     """Whether a tensor that some sources lack is the reference's; a problem for each if not."""
     lacking = {
         member.source: label
