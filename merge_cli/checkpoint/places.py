@@ -17,8 +17,9 @@ from merge_cli.checkpoint.components import (
 )
 from merge_cli.checkpoint.files import CARD, is_companion, is_weight
 from merge_cli.checkpoint.header import TensorRef, parse_header, read_header_file
-from merge_cli.checkpoint.shards import find_shards, join_shards, read_json
+from merge_cli.checkpoint.shards import find_shards, join_shards
 from merge_cli.errors import CorruptFileError
+from merge_cli.guarded import read_json
 
 
 class Place(Protocol):
