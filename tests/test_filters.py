@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -119,3 +120,17 @@ def test_the_resolved_recipe_keeps_them(family: Family) -> None:
     again = merge_cli.merge(out / "merge_recipe.yaml", family.folder / "again").path
     name = "model.safetensors"
     assert (again / name).read_bytes() == (out / name).read_bytes()
+
+
+def test_filters_that_would_take_for_ever() -> None:
+    began = time.process_time()
+    assert not matches("/(a+)+$/", "a" * 200 + ".")
+    assert not matches("/(.*a){12}b/", "a" * 200)
+    assert matches("/(\\.\\w+)+t$/", "model.layers.0" + ".mlp" * 40 + ".weight")
+    assert not matches("*a*a*a*a*a*a*b", "a" * 200)
+    assert filter_error("/((a+)+\\2)+$/") == (
+        "a regular expression that may take too long and cannot be bounded (groupref)"
+    )
+    with pytest.raises(RecipeError, match="the filter"):
+        matches("/(?:a{99}|b+){150}(?:.+.+)+c/", "a" * 5000)
+    assert time.process_time() - began < 5
