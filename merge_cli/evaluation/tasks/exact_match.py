@@ -128,7 +128,7 @@ class ExactMatch(DataTask):
         text = text[: min(ends)] if ends else text
         if not self.extract:
             return text.strip()
-        pattern = compile_pattern(self.extract)
+        pattern = compile_pattern(self.extract).fresh()
         try:
             found = list(pattern.finditer(text))
         except Unreadable as error:
