@@ -63,9 +63,10 @@ def main() -> int:
             outcome, finding = _try(target, root, f"{arguments.seed} {number}", target.change,
                                     Path(arguments.keep) if arguments.keep else None)  # fmt: skip
             counts[target.name, outcome] += 1
-            if finding and finding not in findings:
-                findings[finding] = f"{target.name}, --seed {arguments.seed} --case {number}"
-                print(f"FOUND {findings[finding]}\n{finding}\n", flush=True)
+            kind = finding.partition(":")[0] + finding.partition("\n")[2]  # whatever it says there
+            if finding and kind not in findings:
+                findings[kind] = f"{target.name}, --seed {arguments.seed} --case {number}"
+                print(f"FOUND {findings[kind]}\n{finding}\n", flush=True)
     _show(counts, findings)
     return 1 if findings else 0
 
