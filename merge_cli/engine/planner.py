@@ -13,6 +13,7 @@ from pathlib import Path
 from merge_cli.checkpoint.card import read_card
 from merge_cli.checkpoint.chat_template import choose_template
 from merge_cli.checkpoint.coefficients import CoefficientFile, open_coefficients
+from merge_cli.checkpoint.companion_check import check_companions
 from merge_cli.checkpoint.config import (
     LAYER_COUNTS,
     merged_config,
@@ -135,6 +136,7 @@ def make_plan(
     heads = reconcile_heads(sources)
     donor = base if base is not None else pieces[0].reference.source
     aligned = align(recipe, sources, heads.views, base, donor)
+    check_companions(sources[donor], sources[aligned.donor])
     matches = match_pieces(pieces, sources, aligned.views)
     if matches.problems:
         count = len(matches.problems)
