@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from merge_cli.errors import CorruptFileError
 
@@ -29,6 +30,8 @@ MAX_TEXT = 64 * 2**20
 MAX_DEPTH = 64
 # 2**64 has 20 digits and 2**128 39. No number that means anything is longer.
 MAX_DIGITS = 40
+# What no name, path or number holds. Terminals obey the first of them.
+CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\x80-\x84\x86-\x9f\ud800-\udfff]")
 
 
 class Unreadable(ValueError):
@@ -46,26 +49,49 @@ def read_bytes(path: Path, *, limit: int = MAX_TEXT, pipe: bool = False) -> byte
     Raises:
         Unreadable: missing, no regular file, too large, or the system refuses.
     """
+    fd = _open(path, pipe)
+    try:
+        with os.fdopen(fd, "rb") as file:
+            content = file.read(limit + 1)
+    except OSError as error:
+        raise Unreadable(f"cannot be read: {error.strerror}") from None
+    if len(content) > limit:
+        raise Unreadable(f"is larger than {limit // 2**20} MiB, the most that such a file may have")
+    return content
+
+
+def is_file(path: Path) -> bool:
+    """Whether a regular file is there; names that no file can have are no error."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """A regular file, opened for reading, of which the caller reads as much as it has bounded.
+
+    Raises:
+        Unreadable: missing, no regular file, or the system refuses.
+    """
+    return os.fdopen(_open(path, pipe=False), "rb")
+
+
+def _open(path: Path, pipe: bool) -> int:
     try:
         # A pipe would block at open, a device might never end: both are known only from stat.
         waiting = 0 if pipe else os.O_NONBLOCK
         fd = os.open(path, os.O_RDONLY | waiting | os.O_CLOEXEC)
     except OSError as error:
-        raise Unreadable(f"cannot be read: {error.strerror}") from None
+        raise Unreadable(f"cannot be read: {error.strerror}") from error
     except ValueError:  # a NUL in the name
         raise Unreadable("cannot be read: its name is no file name") from None
-    try:
-        if not pipe and not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise Unreadable("cannot be read: it is not a regular file")
-        with os.fdopen(fd, "rb", closefd=False) as file:
-            content = file.read(limit + 1)
-    except OSError as error:
-        raise Unreadable(f"cannot be read: {error.strerror}") from None
-    finally:
-        os.close(fd)
-    if len(content) > limit:
-        raise Unreadable(f"is larger than {limit // 2**20} MiB, the most that such a file may have")
-    return content
+    mode = os.fstat(fd).st_mode
+    if stat.S_ISREG(mode) or (pipe and not stat.S_ISDIR(mode)):
+        return fd
+    os.close(fd)
+    what = "Is a directory" if pipe else "it is not a regular file"
+    raise Unreadable(f"cannot be read: {what}")
 
 
 def read_text(path: Path, *, limit: int = MAX_TEXT, pipe: bool = False) -> str:
@@ -164,6 +190,13 @@ def kind_of(value: Any) -> str:
     if isinstance(value, str):
         return f"the text {value[:40]!r}"
     return "a list" if isinstance(value, list) else "a mapping"
+
+
+def called(character: str) -> str:
+    """What a character that `CONTROL` finds is called."""
+    if "\ud800" <= character <= "\udfff":
+        return f"half of a surrogate pair (U+{ord(character):04X}), which is no text"
+    return f"a control character (U+{ord(character):04X})"
 
 
 def _integer(digits: str) -> int:

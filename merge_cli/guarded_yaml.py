@@ -9,21 +9,18 @@ holds. What a document would be without aliases is counted while it is read; so 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from typing import Any
 
 import yaml
 
-from merge_cli.guarded import MAX_DEPTH, Unreadable
+from merge_cli.guarded import CONTROL, MAX_DEPTH, Unreadable, called
 
 # The longest recipes (a resolved search over every layer) have 100 kB, the longest front matters
 # of cards (results of a hundred benchmarks) 400 kB. PyYAML reads about 100 kB in a second.
 MAX_YAML = 2**19
 # Values of a document, each alias counted as all that it stands for.
 MAX_VALUES = 200_000
-# What no name, path or number holds. Terminals obey the first of them.
-CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\x80-\x84\x86-\x9f\ud800-\udfff]")
 
 
 class _Bounded(yaml.parser.Parser, yaml.composer.Composer):
@@ -104,13 +101,6 @@ def _texts(found: Any) -> Iterator[str]:
     elif isinstance(found, list | dict):
         for part in [*found, *found.values()] if isinstance(found, dict) else found:
             yield from _texts(part)
-
-
-def called(character: str) -> str:
-    """What a character that `CONTROL` finds is called."""
-    if "\ud800" <= character <= "\udfff":
-        return f"half of a surrogate pair (U+{ord(character):04X}), which is no text"
-    return f"a control character (U+{ord(character):04X})"
 
 
 def yaml_reason(error: yaml.YAMLError, text: str) -> tuple[str, int, int]:

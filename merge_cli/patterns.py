@@ -24,6 +24,8 @@ MAX_PATTERN = 100_000
 # Seconds that one expression may take in all, however often it is matched. One that means
 # something needs microseconds for a name and milliseconds for a model's answer.
 MAX_SECONDS = 5.0
+# A match that takes less costs nothing: a search matches names millions of times.
+_FREE = 0.01
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,10 @@ class Pattern:
     def __init__(self, source: str, compiled: Any) -> None:
         self.source, self._compiled = source, compiled
         self._left = MAX_SECONDS
+
+    def fresh(self) -> Pattern:
+        """The same with all of its time: for a text of its own, as each answer of a model is."""
+        return Pattern(self.source, self._compiled)
 
     @property
     def groups(self) -> int:
@@ -89,7 +95,9 @@ class Pattern:
             self._left = 0.0
             what = f"is an expression that takes too long to match (over {MAX_SECONDS:g} s)"
             raise Unreadable(what) from None
-        self._left -= time.monotonic() - began
+        spent = time.monotonic() - began
+        if spent > _FREE:
+            self._left -= spent
         if match is None:
             return None
         return Found(text, tuple(match.span(n) for n in range(self.groups + 1)))

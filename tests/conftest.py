@@ -17,6 +17,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 pytest_plugins = ("hub_server",)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    what = "write the golden files again instead of comparing with them"
+    parser.addoption("--rewrite-golden", action="store_true", help=what)
+
+
 @pytest.fixture
 def family(tmp_path: Path) -> Family:
     """A base and three fine-tunes in bfloat16, of a few thousand parameters."""

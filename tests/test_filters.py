@@ -8,6 +8,7 @@ import pytest
 from tiny import Family
 
 import merge_cli
+from merge_cli import patterns
 from merge_cli.engine.planner import load_recipe
 from merge_cli.errors import RecipeError
 from merge_cli.recipe.values import Rule, evaluate, filter_error, matches
@@ -119,3 +120,12 @@ def test_the_resolved_recipe_keeps_them(family: Family) -> None:
     again = merge_cli.merge(out / "merge_recipe.yaml", family.folder / "again").path
     name = "model.safetensors"
     assert (again / name).read_bytes() == (out / name).read_bytes()
+
+
+def test_filters_that_would_take_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patterns, "MAX_SECONDS", 0.3)
+    patterns.compile_pattern.cache_clear()
+    assert matches("/(\\.\\w+)+t$/", "model.layers.0" + ".mlp" * 40 + ".weight")
+    assert not matches("*a*a*a*a*a*a*b", "a" * 200)
+    with pytest.raises(RecipeError, match="is an expression that takes too long to match"):
+        matches("/(a|aa)+$/", "a" * 300 + ".")

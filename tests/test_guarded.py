@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from merge_cli.errors import CorruptFileError
@@ -34,6 +34,7 @@ JSON = st.recursive(
 
 
 @given(JSON)
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_reads_what_json_reads(value: object) -> None:
     assert parse_json(json.dumps(value)) == value
 

@@ -31,10 +31,10 @@ BOMBS = {
 
 @pytest.mark.parametrize("text", BOMBS.values(), ids=BOMBS)
 def test_aliases_do_not_expand(text: str) -> None:
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(RecipeError):
         load_nodes(text, "r.yaml")
-    assert time.monotonic() - began < 5
+    assert time.process_time() - began < 5
 
 
 @pytest.mark.parametrize(

@@ -175,7 +175,7 @@ def test_other_copies_are_left_alone(tmp_path: Path) -> None:
     ("file", "content", "words"),
     [
         ("config.json", "[1]", "is not a mapping"),
-        ("config.json", "{", "cannot be read"),
+        ("config.json", "{", "is not valid JSON"),
         ("model.safetensors.index.json", '{"weight_map": []}', "has no weight_map"),
         ("model.safetensors.index.json", '{"weight_map": {"a": 1}}', "not safetensors: 1"),
         ("model.safetensors.index.json", '{"weight_map": {"a": "x.bin"}}', "not safetensors"),

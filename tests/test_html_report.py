@@ -6,12 +6,28 @@ import re
 from collections import Counter
 from html import escape
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
 import pytest
+from markupsafe import Markup
 
 from merge_cli.report import charts
 from merge_cli.report.html import render_html
+from merge_cli.report.page import (
+    Details,
+    Figure,
+    Items,
+    KeyFigure,
+    Paragraph,
+    Section,
+    Table,
+    Verbatim,
+    code,
+    render,
+    strong,
+)
+from merge_cli.report.page import Page as Page_
 
 _VOID = {"meta", "br", "hr", "link", "img", "input"}
 _DIGEST = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
@@ -364,3 +380,30 @@ def test_long_table_is_cut_with_a_word_about_the_rest() -> None:
     data["tensors"] = data["tensors"] * 20_003
     page = Page(render_html(data))
     assert "3 more are in merge_report.json." in page.text
+
+
+def test_the_page_is_the_golden_one(request: pytest.FixtureRequest) -> None:
+    """Every tag and word of one page. After a wanted change: pytest -k golden --rewrite-golden."""
+    golden = Path(__file__).parent / "golden" / "merge_report.html"
+    html = render_html(report())
+    if request.config.getoption("--rewrite-golden"):
+        golden.write_text(html, encoding="utf-8")
+    assert html == golden.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("text", ["<b>bold</b>", "a & b", "\"quoted\" 'text'", "{{ 7 * 7 }}"])
+def test_every_part_of_a_page_escapes_its_text(text: str) -> None:
+    parts = [
+        Figure(text, Markup("<svg></svg>")),
+        Table([text], [[text]]),
+        Items([text]),
+        Paragraph(text),
+        Verbatim(text),
+        Details(text, [Paragraph(text)]),
+    ]
+    sections = [Section(text, text, text, parts), Section("x", code(text), strong(text), ())]
+    page = Page_(text, text, text, [text, text], [KeyFigure(text, text, [text])], sections)
+    html = render(page)
+    seen = Page(html)
+    assert (text in html) == (text == "{{ 7 * 7 }}"), "nothing reads it as HTML or as a template"
+    assert "".join(seen.texts).count(text) == 21

@@ -305,9 +305,10 @@ def test_config_is_copied_byte_for_byte_when_nothing_changes(
 
 def test_companion_files(family: Family, tmp_path: Path) -> None:
     base, other = family.folder / "base", family.folder / "a"
+    own = b'{  "as": "it is \xc3\xa9"}\r\n'
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json",
                  "chat_template.jinja", "preprocessor_config.json", "vocab.txt"):  # fmt: skip
-        (base / name).write_bytes(b"base \xff\r\n")
+        (base / name).write_bytes(own)
         (other / name).write_bytes(b"other")
     tokens = json.dumps({"model": {"vocab": {f"t{i}": i for i in range(48)}}})
     for folder in (base, other):
@@ -317,8 +318,8 @@ def test_companion_files(family: Family, tmp_path: Path) -> None:
         (base / name).write_text("not wanted")
     merge(family.recipe("ties", tokenizer_source="a"), tmp_path / "out")
     out = tmp_path / "out"
-    assert (out / "generation_config.json").read_bytes() == b"base \xff\r\n"
-    assert (out / "preprocessor_config.json").read_bytes() == b"base \xff\r\n"
+    assert (out / "generation_config.json").read_bytes() == own
+    assert (out / "preprocessor_config.json").read_bytes() == own
     assert (out / "tokenizer.json").read_text() == tokens + " "
     assert (out / "chat_template.jinja").read_bytes() == b"other"
     assert "not wanted" not in (out / "README.md").read_text()

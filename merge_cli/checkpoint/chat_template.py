@@ -9,6 +9,7 @@ from pathlib import Path
 
 from merge_cli.checkpoint.source import Source
 from merge_cli.checkpoint.tokenizer_files import chat_templates
+from merge_cli.guarded import read_mapping
 from merge_cli.recipe.schema import Recipe
 from merge_cli.recipe.templates import AUTO
 
@@ -38,9 +39,9 @@ def most_common_template(sources: Sequence[Source]) -> tuple[str | None, str]:
 
 def without_template(config: Path) -> bytes | None:
     """tokenizer_config.json without a template of its own, which a file beside it replaces."""
-    if not config.is_file():
+    if not config.exists():
         return None
-    found = json.loads(config.read_text(encoding="utf-8"))
+    found = read_mapping(config)
     if "chat_template" not in found:
         return None
     del found["chat_template"]

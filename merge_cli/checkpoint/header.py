@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from merge_cli.errors import CorruptFileError
+from merge_cli.guarded import CONTROL, Unreadable, open_regular
 
 # Safetensors dtype -> (bytes per element, torch's name). Order is the format's own: writers sort
 # by it, widest first, so that every tensor stays aligned.
@@ -77,17 +78,16 @@ def read_header_file(path: Path, model: str) -> bytes:
         CorruptFileError: the file is missing, unreadable, or shorter than its header says.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             start = file.read(8)
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
             if len(start) < 8 or length > _MAX_HEADER:
                 what = "not a safetensors file: it does not start with a header"
                 raise CorruptFileError(what, model=model, file=path.name, hint=_AGAIN)
             return start + file.read(length)
-    except OSError as error:
-        raise CorruptFileError(
-            f"cannot be read: {error.strerror}", model=model, file=path.name
-        ) from error
+    except (Unreadable, OSError) as error:
+        why = f"cannot be read: {error.strerror}" if isinstance(error, OSError) else str(error)
+        raise CorruptFileError(why, model=model, file=path.name) from error
 
 
 def parse_header(raw: bytes, path: Path, file_size: int, model: str) -> dict[str, TensorRef]:
@@ -112,7 +112,9 @@ def parse_header(raw: bytes, path: Path, file_size: int, model: str) -> dict[str
         raise corrupt(f"its header is not valid JSON: {error}") from None
     if not isinstance(entries, dict):
         raise corrupt("its header is not a mapping")
-    entries.pop("__metadata__", None)
+    about = entries.pop("__metadata__", None) or {}
+    if not isinstance(about, dict) or not all(isinstance(one, str) for one in about.values()):
+        raise corrupt("its __metadata__ is not a mapping of texts")
     data_start = 8 + length
     found = [_entry(name, e, path, data_start, model, corrupt) for name, e in entries.items()]
     found.sort(key=attrgetter("offset", "nbytes"))
@@ -131,34 +133,41 @@ def parse_header(raw: bytes, path: Path, file_size: int, model: str) -> dict[str
     return {ref.name: ref for ref in found}
 
 
+_ENTRY = ("dtype", "shape", "data_offsets")
+_MAX_DIMENSIONS = 64  # numpy's limit; torch has the same
+_MAX_NUMBER = 2**63  # of any system that counts bytes
 _AGAIN = "Download or copy the file again."
 
 
 def _entry(
     name: str, entry: Any, path: Path, data_start: int, model: str, corrupt: Any
 ) -> TensorRef:
-    try:
-        dtype, (start, stop) = entry["dtype"], entry["data_offsets"]
-        shape = tuple(entry["shape"])
-    except (TypeError, KeyError, ValueError):
-        raise corrupt("its header entry lacks dtype, shape or data_offsets", name) from None
-    for number in (*shape, start, stop):
-        if type(number) is not int or number < 0:
-            raise corrupt(f"impossible shape {entry['shape']} or offsets {[start, stop]}", name)
+    fields = (entry.get(key) for key in _ENTRY) if isinstance(entry, dict) else (None,) * 3
+    dtype, listed, offsets = fields
+    if dtype is None or not isinstance(listed, list) or not isinstance(offsets, list):
+        raise corrupt("its header entry lacks dtype, shape or data_offsets", name)
+    shape = tuple(listed)
+    fits = len(offsets) == 2 and len(shape) <= _MAX_DIMENSIONS
+    if not fits or any(type(n) is not int or not 0 <= n < _MAX_NUMBER for n in (*shape, *offsets)):
+        raise corrupt(f"impossible shape {_cut(listed)} or offsets {_cut(offsets)}", name)
+    start, stop = offsets
     if stop < start:
-        raise corrupt(f"impossible shape {entry['shape']} or offsets {[start, stop]}", name)
+        raise corrupt(f"impossible shape {_cut(listed)} or offsets {_cut(offsets)}", name)
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise corrupt(f"unknown dtype '{dtype}'", name)
+        raise corrupt(f"unknown dtype {_cut(dtype)!r}", name)
     dtype, shape, nbytes = _stored(dtype, shape)
     if stop - start != nbytes:
-        what = f"{stop - start} bytes for {dtype} of shape {entry['shape']}"
+        what = f"{stop - start} bytes for {dtype} of shape {listed}"
         raise corrupt(f"{what}: the header contradicts itself", name)
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        raise corrupt(f"a name that is not text: {name!r}") from None
+    if CONTROL.search(name):
+        raise corrupt(f"a name that is not text: {_cut(name)!r}")
     # Every source has the same names: one string serves them all.
     return TensorRef(sys.intern(name), path, dtype, shape, data_start + start, nbytes, model)
+
+
+def _cut(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."
 
 
 @lru_cache(maxsize=4096)

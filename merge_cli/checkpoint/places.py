@@ -17,8 +17,9 @@ from merge_cli.checkpoint.components import (
 )
 from merge_cli.checkpoint.files import CARD, is_companion, is_weight
 from merge_cli.checkpoint.header import TensorRef, parse_header, read_header_file
-from merge_cli.checkpoint.shards import find_shards, join_shards, read_json
+from merge_cli.checkpoint.shards import find_shards, join_shards
 from merge_cli.errors import CorruptFileError
+from merge_cli.guarded import read_mapping
 
 
 class Place(Protocol):
@@ -96,7 +97,7 @@ def read_headers(place: Place, label: str) -> tuple[Mapping[str, TensorRef], Map
     for part in part_folders(place.names):
         names = names_in(part, place.names)
         index = index_of(stem_of(names))
-        listed = read_json(place.root / part / index, label) if index in names else None
+        listed = read_mapping(place.root / part / index, label) if index in names else None
         shards, weight_map = find_shards(names, listed, label)
         found: dict[str, dict[str, TensorRef]] = {}
         for shard in shards:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
 from merge_cli.checkpoint.components import STEMS, index_of, stem_of
@@ -35,6 +34,9 @@ def find_shards(
             if isinstance(shard, str) and shard in checked:
                 continue
             place = PurePosixPath(str(shard))
+            if not str(shard).isprintable() or len(str(shard)) > 200:
+                what = f"names a file by what is no name: {str(shard)[:60]!r}"
+                raise CorruptFileError(what, model=label, file=file, tensor=tensor)
             if place.is_absolute() or ".." in place.parts or "\\" in str(shard):
                 what = f"names a file outside the model's folder: '{shard}'"
                 raise CorruptFileError(what, model=label, file=file, tensor=tensor)
@@ -82,17 +84,3 @@ def join_shards(
             what = "the index places this tensor here, but the file does not have it"
             raise CorruptFileError(what, model=label, file=shard, tensor=name)
     return joined
-
-
-def read_config(path: Path, label: str) -> dict[str, Any]:
-    config = read_json(path, label)
-    if not isinstance(config, dict):
-        raise CorruptFileError("is not a mapping", model=label, file=path.name)
-    return config
-
-
-def read_json(path: Path, label: str) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise CorruptFileError(f"cannot be read: {error}", model=label, file=path.name) from None

@@ -21,10 +21,12 @@ from merge_cli.checkpoint.components import PIPELINE, names_in, part_folders, st
 from merge_cli.checkpoint.lora import WEIGHTS, apply_adapter
 from merge_cli.checkpoint.places import Folder, Place, Repository, read_headers
 from merge_cli.checkpoint.quantised import read_as_numbers
-from merge_cli.checkpoint.shards import read_config
 from merge_cli.checkpoint.tensors import Tensor
 from merge_cli.errors import CorruptFileError, HubError, SourceError
-from merge_cli.recipe.reference import HUB, ModelRef, hub_id, local_folder
+from merge_cli.guarded import read_mapping
+from merge_cli.recipe.reference import HUB, ModelRef, expanded, hub_id, is_revision, local_folder
+
+CONFIG = "config.json"
 
 
 @dataclass(frozen=True)
@@ -152,6 +154,9 @@ def open_source(model: ModelRef, folder: Path) -> Source:
         raise HubError(what, model=label, hint=f"Write {HUB}organisation/name[@revision].")
     if repository is None:
         raise SourceError("no such folder", model=label, hint=_looked_for(model.path, folder))
+    if model.revision and not is_revision(model.revision):
+        what = f"'{model.revision[:60]}' is not the name of a branch, a tag or a commit"
+        raise HubError(what, model=label, hint="Check the part after '@'.")
     try:
         return _open_hub(hub.open_hub(repository, model.revision), label)
     except HubError as error:
@@ -184,8 +189,11 @@ def _looked_for(path: str, folder: Path) -> str:
 
 def _neighbour(path: str, folder: Path) -> str:
     """The folder beside it whose name is nearest; empty where none is near."""
-    wanted = folder / Path(path).expanduser()
-    siblings = [p.name for p in wanted.parent.iterdir()] if wanted.parent.is_dir() else []
+    wanted = folder / expanded(path)
+    try:
+        siblings = [p.name for p in wanted.parent.iterdir()]
+    except (OSError, ValueError):  # no such folder, none that may be read, no name for one
+        siblings = []
     near = difflib.get_close_matches(wanted.name, siblings, n=1)
     return path.removesuffix(wanted.name) + near[0] if near else ""
 
@@ -224,7 +232,7 @@ def _open_hub(repo: hub.HubModel, label: str) -> Source:
 
 def _opened(place: Place, label: str, repo: hub.HubModel | None = None) -> Source:
     """From the headers of its files; fp8 weights as numbers."""
-    config = read_config(place.root / "config.json", label) if "config.json" in place.names else {}
+    config = read_mapping(place.root / CONFIG, label) if CONFIG in place.names else {}
     stored, headers = read_headers(place, label)
     tensors, plain, quantised = read_as_numbers(stored, config, label)
     notes = [repo.note if repo else "", _kind(place, config), *quantised]

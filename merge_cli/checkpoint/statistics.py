@@ -8,7 +8,6 @@ which array, and what the file was made of.
 
 from __future__ import annotations
 
-import json
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,8 +16,10 @@ from typing import Any
 
 from merge_cli.checkpoint.header import TensorRef, parse_header, read_header_file
 from merge_cli.errors import CorruptFileError
+from merge_cli.guarded import Unreadable, parse_json
 
 FORMAT = "merge-cli statistics 1"
+_METADATA = ("kind", "digest", "entries", "about")
 
 
 @dataclass(frozen=True)
@@ -170,13 +171,25 @@ def open_statistics(path: Path) -> StatisticsFile:
     raw = read_header_file(path, "")
     refs = parse_header(raw, path, path.stat().st_size, "")
     length = struct.unpack("<Q", raw[:8])[0]
-    metadata = json.loads(raw[8 : 8 + length]).get("__metadata__") or {}
-    if metadata.get("format") != FORMAT:
-        raise CorruptFileError("is not a file of statistics", file=str(path))
-    entries = {
-        name: Entry(array, bool(input_first), bool(seen))
-        for name, (array, input_first, seen) in json.loads(metadata["entries"]).items()
-    }
-    return StatisticsFile(
-        path, metadata["kind"], metadata["digest"], json.loads(metadata["about"]), entries, refs
-    )
+    try:
+        metadata = parse_json(raw[8 : 8 + length]).get("__metadata__") or {}
+        if metadata.get("format") != FORMAT:
+            raise CorruptFileError("is not a file of statistics", file=str(path))
+        kind, digest, *texts = (metadata.get(key) for key in _METADATA)
+        if None in (kind, digest, *texts):
+            raise Unreadable("lacks a part of its metadata")
+        listed, about = (parse_json(str(text)) for text in texts)
+        if not isinstance(listed, dict) or not isinstance(about, dict):
+            raise Unreadable("has metadata that is no mapping")
+        entries = {name: _entry(name, entry, refs) for name, entry in listed.items()}
+    except Unreadable as error:
+        hint = "Remove it: the same command makes it again."
+        raise CorruptFileError(str(error), file=str(path), hint=hint) from None
+    return StatisticsFile(path, str(kind), str(digest), about, entries, refs)
+
+
+def _entry(name: str, entry: Any, refs: Mapping[str, TensorRef]) -> Entry:
+    fits = isinstance(entry, list) and len(entry) == 3 and isinstance(entry[0], str)
+    if not fits or entry[0] not in refs:
+        raise Unreadable(f"has no statistics where it says that {name[:60]!r} has some")
+    return Entry(entry[0], bool(entry[1]), bool(entry[2]))

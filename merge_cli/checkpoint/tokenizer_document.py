@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from merge_cli.checkpoint.source import Source
-from merge_cli.checkpoint.tokenizer_files import json_file, tokens_of
+from merge_cli.checkpoint.tokenizer_files import tokenizer_json, tokens_of
 from merge_cli.errors import SourceError
 
 
@@ -20,11 +20,11 @@ def tokenizer_document(source: Source) -> dict[str, Any]:
     """The document, to be changed freely.
 
     Raises:
-        CorruptFileError: tokenizer.json is no JSON.
+        CorruptFileError: tokenizer.json does not hold what it should.
         SourceError: there is none, and transformers makes none of the files.
     """
-    if (source.root / "tokenizer.json").is_file():
-        return json_file(source.root / "tokenizer.json", source)
+    if (source.root / "tokenizer.json").exists():
+        return tokenizer_json(source)
     try:
         found = json.loads(_converted(source.root))
     except Exception as error:

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from merge_cli.checkpoint.source import Source
+from merge_cli.checkpoint.tokenizer_schema import (
+    check_document,
+    check_settings,
+    check_templates,
+    check_vocabulary,
+)
 from merge_cli.errors import CorruptFileError
+from merge_cli.guarded import Unreadable, read_bytes, read_mapping, read_text
+
+Content = TypeVar("Content", str, bytes)
 
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token",
             "mask_token")  # fmt: skip
@@ -41,12 +50,7 @@ def read_tokenizer(source: Source) -> Tokenizer:
     Raises:
         CorruptFileError: a file that is not what its name says.
     """
-    try:
-        return _read(source)
-    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
-        # A file of somebody else's making: whatever is not as expected in it is told alike.
-        what = f"its tokenizer files cannot be read ({type(error).__name__}: {error})"
-        raise CorruptFileError(what, model=source.label) from error
+    return _read(source)
 
 
 def read_vocabulary(source: Source) -> dict[str, int]:
@@ -55,12 +59,8 @@ def read_vocabulary(source: Source) -> dict[str, int]:
     Raises:
         CorruptFileError: a file that is not what its name says.
     """
-    try:
-        whole = json_file(source.root / "tokenizer.json", source)
-        return tokens_of(whole) if whole else _loose_vocabulary(source.root, source)
-    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
-        what = f"its tokenizer files cannot be read ({type(error).__name__}: {error})"
-        raise CorruptFileError(what, model=source.label) from error
+    whole = tokenizer_json(source)
+    return tokens_of(whole) if whole else _loose_vocabulary(source.root, source)
 
 
 def opaque_files(source: Source) -> list[str]:
@@ -70,14 +70,14 @@ def opaque_files(source: Source) -> list[str]:
 
 def _read(source: Source) -> Tokenizer:
     root = source.root
-    config = json_file(root / "tokenizer_config.json", source)
-    whole = json_file(root / "tokenizer.json", source)
+    config = settings_json(source)
+    whole = tokenizer_json(source)
     vocabulary = read_vocabulary(source)
     rules = {key: value for key, value in whole.items() if key not in ("truncation", "padding")}
     opaque = [] if whole else opaque_files(source)
     state = hashlib.sha256(json.dumps([rules, vocabulary], sort_keys=True).encode())
     for name in opaque:
-        state.update((root / name).read_bytes())
+        state.update(_guarded(source, name, read_bytes))
     tokens = {name: _content(config.get(name)) for name in _SPECIAL}
     return Tokenizer(
         vocabulary=vocabulary,
@@ -93,7 +93,7 @@ def tokens_of(tokenizer: Mapping[str, Any]) -> dict[str, int]:
     model = tokenizer.get("model") or {}
     listed = model.get("vocab") or {}
     if isinstance(listed, list):
-        found = {str(entry[0]): number for number, entry in enumerate(listed)}
+        found = {entry[0]: number for number, entry in enumerate(listed)}
     else:
         found = dict(listed)
     for token in tokenizer.get("added_tokens") or ():
@@ -103,16 +103,22 @@ def tokens_of(tokenizer: Mapping[str, Any]) -> dict[str, int]:
 
 def _loose_vocabulary(root: Path, source: Source) -> dict[str, int]:
     """vocab.json or vocab.txt, and added_tokens.json; nothing where that alone is there."""
-    found: dict[str, int] = dict(json_file(root / "vocab.json", source))
-    if not found and (root / "vocab.txt").is_file():
-        lines = (root / "vocab.txt").read_text(encoding="utf-8").splitlines()
+    found = _numbered(source, "vocab.json")
+    if not found and (root / "vocab.txt").exists():
+        lines = _guarded(source, "vocab.txt", read_text).splitlines()
         found = {token: number for number, token in enumerate(lines)}
-    return found | json_file(root / "added_tokens.json", source) if found else found
+    return found | _numbered(source, "added_tokens.json") if found else found
+
+
+def _numbered(source: Source, name: str) -> dict[str, int]:
+    found = json_file(source.root / name, source)
+    _check(source, name, lambda: check_vocabulary(found, "it"))
+    return dict(found)
 
 
 def chat_templates(source: Source) -> dict[str, str]:
     """Every chat template by name, however it is stored; the usual one is `default`."""
-    return _templates(source.root, json_file(source.root / "tokenizer_config.json", source), source)
+    return _templates(source.root, settings_json(source), source)
 
 
 def _template(root: Path, config: Mapping[str, Any], source: Source) -> str | None:
@@ -125,17 +131,20 @@ def _template(root: Path, config: Mapping[str, Any], source: Source) -> str | No
 
 def _templates(root: Path, config: Mapping[str, Any], source: Source) -> dict[str, str]:
     texts: dict[str, str] = {}
-    stored = config.get("chat_template") or json_file(root / "chat_template.json", source).get(
-        "chat_template"
-    )
+    stored = config.get("chat_template")
+    if not stored:
+        beside = json_file(root / "chat_template.json", source)
+        _check(source, "chat_template.json", lambda: check_templates(beside))
+        stored = beside.get("chat_template")
     if isinstance(stored, str):
         texts["default"] = stored
     elif isinstance(stored, list):
-        texts |= {str(entry.get("name")): str(entry.get("template")) for entry in stored}
-    if (root / "chat_template.jinja").is_file():  # wins over the config, as in transformers
-        texts["default"] = (root / "chat_template.jinja").read_text(encoding="utf-8")
-    for path in sorted((root / "additional_chat_templates").glob("*.jinja")):
-        texts[path.stem] = path.read_text(encoding="utf-8")
+        texts |= {entry["name"]: entry["template"] for entry in stored}
+    if (root / "chat_template.jinja").exists():  # wins over the config, as in transformers
+        texts["default"] = _guarded(source, "chat_template.jinja", read_text)
+    folder = "additional_chat_templates"
+    for path in sorted((root / folder).glob("*.jinja")):
+        texts[path.stem] = _guarded(source, f"{folder}/{path.name}", read_text)
     return texts
 
 
@@ -144,13 +153,46 @@ def _content(token: Any) -> str | None:
     return token.get("content") if isinstance(token, dict) else token
 
 
+def tokenizer_json(source: Source) -> dict[str, Any]:
+    """tokenizer.json, whose fields are what they should be; empty where there is none.
+
+    Raises:
+        CorruptFileError: see `tokenizer_schema`.
+    """
+    found = json_file(source.root / "tokenizer.json", source)
+    _check(source, "tokenizer.json", lambda: check_document(found))
+    return found
+
+
+def settings_json(source: Source) -> dict[str, Any]:
+    """tokenizer_config.json, likewise.
+
+    Raises:
+        CorruptFileError: see `tokenizer_schema`.
+    """
+    found = json_file(source.root / "tokenizer_config.json", source)
+    _check(source, "tokenizer_config.json", lambda: check_settings(found, _SPECIAL))
+    return found
+
+
 def json_file(path: Path, source: Source) -> dict[str, Any]:
-    """A JSON mapping; empty where there is no such file."""
-    if not path.is_file():
-        return {}
+    """A JSON mapping; empty where there is no such file.
+
+    Raises:
+        CorruptFileError: it cannot be read, or is no mapping.
+    """
+    return read_mapping(path, source.label) if path.exists() else {}
+
+
+def _check(source: Source, name: str, check: Callable[[], None]) -> None:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        what = f"is not valid JSON: {error}"
-        raise CorruptFileError(what, model=source.label, file=path.name) from None
-    return found if isinstance(found, dict) else {}
+        check()
+    except Unreadable as error:
+        raise CorruptFileError(str(error), model=source.label, file=name) from None
+
+
+def _guarded(source: Source, name: str, read: Callable[[Path], Content]) -> Content:
+    try:
+        return read(source.root / name)
+    except Unreadable as error:
+        raise CorruptFileError(str(error), model=source.label, file=name) from None

@@ -16,7 +16,7 @@ from typing import Any
 
 from merge_cli.checkpoint.source import Source
 from merge_cli.checkpoint.tokenizer_document import tokenizer_document
-from merge_cli.checkpoint.tokenizer_files import opaque_files
+from merge_cli.checkpoint.tokenizer_files import opaque_files, settings_json
 from merge_cli.errors import SourceError
 
 _RARE = 10.0  # below the smallest score of a unigram model: never chosen where there is a choice
@@ -120,13 +120,12 @@ def _traits(token: Mapping[str, Any]) -> dict[str, Any]:
 
 def _with_decoder(base: Source, added: Sequence[Mapping[str, Any]]) -> dict[str, bytes]:
     """tokenizer_config.json with the added tokens, where it lists them."""
-    path = base.root / "tokenizer_config.json"
-    if not path.is_file():
+    config = settings_json(base)
+    decoder = config.get("added_tokens_decoder")
+    if decoder is None:
         return {}
-    config = json.loads(path.read_text(encoding="utf-8"))
-    if "added_tokens_decoder" not in config:
-        return {}
-    decoder = config["added_tokens_decoder"]
     for token in added:
         decoder.setdefault(str(token["id"]), _traits(token))
-    return {path.name: (json.dumps(config, ensure_ascii=False, indent=2) + "\n").encode()}
+    return {
+        "tokenizer_config.json": (json.dumps(config, ensure_ascii=False, indent=2) + "\n").encode()
+    }

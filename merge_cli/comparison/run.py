@@ -32,7 +32,7 @@ from merge_cli.evaluation.run import Step, evaluate_source
 from merge_cli.evaluation.spec import EvalSpec
 from merge_cli.evaluation.task import file_digest
 from merge_cli.recipe.keys import nearest
-from merge_cli.recipe.reference import ModelRef
+from merge_cli.recipe.reference import ModelRef, expanded
 
 GOES_ON = "The same command goes on: finished merges and evaluations are kept."
 
@@ -223,7 +223,7 @@ def _work(plan: Plan, device: str) -> str:
     for spec in recipe.source_specs:
         state.update(repr(spec.data).encode())
         for name in (*spec.data.files, *spec.data.held_out) if spec.data else ():
-            path = recipe.folder / Path(name).expanduser()
+            path = recipe.folder / expanded(name)
             state.update(file_digest(path).encode() if path.is_file() else b"missing")
     return state.hexdigest()
 

@@ -47,7 +47,10 @@ class Computer:
         Args:
             on_read: called once, when it does begin to read.
         """
-        merged = [task for task in self._plan.tasks if task.action == "merge" and task.size]
+        merged = [
+            task for task in self._plan.tasks
+            if task.action == "merge" and task.size and not task.copy_of
+        ]  # fmt: skip
         if self._method.survey is not None and merged:
             readers = [self._reader(task) for task in merged]
             self._survey = self._method.survey(
@@ -74,7 +77,7 @@ class Computer:
         reader = self._reader(task)
         supplied: dict[str, Any] = {}
         if "coefficients" in self._method.supplied and self._plan.coefficients is not None:
-            supplied["coefficients"] = self._plan.coefficients.of(task.name, task.shape)
+            supplied["coefficients"] = self._plan.coefficients.of(task.formula_name, task.shape)
         if reader.statistics is not None:
             supplied["statistics"] = reader.statistics
         if self._method.prepare is not None:

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 from merge_cli.checkpoint.source import Source
 from merge_cli.checkpoint.tensors import Tensor
+from merge_cli.engine.copies import Copies
 
-_HEADS = ("lm_head.weight", "embed_out.weight")
+HEADS = ("lm_head.weight", "embed_out.weight")
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "shared.weight",
                "word_embeddings.weight", "tok_embeddings.weight", "embeddings.weight")  # fmt: skip
 
@@ -29,28 +30,35 @@ class Heads:
         views: one for each source: name -> tensor, heads added or left out.
         tied: what the output's config must say; None leaves the donor's word.
         notes: what was done.
+        stored: heads that are left out, with the embedding that stands in for each.
     """
 
     views: tuple[View, ...]
     tied: bool | None
     notes: tuple[str, ...]
+    stored: tuple[Copies, ...] = ()
 
 
 def reconcile_heads(sources: Sequence[Source]) -> Heads:
     """Make every source either have the head or not."""
-    head = next((n for s in sources for n in s.tensors if n.endswith(_HEADS)), None)
+    head = next((n for s in sources for n in s.tensors if n.endswith(HEADS)), None)
     views: list[View] = [source.tensors for source in sources]
     if head is None:
         return Heads(tuple(views), None, ())
     stored = [head in source.tensors for source in sources]
     embeddings = [_embedding(source, head) if source.ties(head) else None for source in sources]
+    copies = tuple(
+        Copies(source.tensors[embedding], source.tensors[head], dropped=True, tied=True)
+        for source, embedding, has in zip(sources, embeddings, stored, strict=True)
+        if has and embedding
+    )
     if all(embeddings):
         notes: tuple[str, ...] = ()
         if any(stored):
             names = ", ".join(s.label for s, has in zip(sources, stored, strict=True) if has)
             notes = (f"{head}: left out, since every config ties it to the embedding ({names})",)
         trimmed = tuple({n: r for n, r in view.items() if n != head} for view in views)
-        return Heads(trimmed, None, notes)
+        return Heads(trimmed, None, notes, copies)
     lent = []
     for i, (source, embedding) in enumerate(zip(sources, embeddings, strict=True)):
         if embedding:  # even where one is stored: loading would replace it
@@ -58,7 +66,7 @@ def reconcile_heads(sources: Sequence[Source]) -> Heads:
             lent.append(source.label)
     notes = (f"{head}: {', '.join(lent)} ties it to the embedding, which stands in for it; "
              "the output stores its own",) if lent else ()  # fmt: skip
-    return Heads(tuple(views), False if lent else None, notes)
+    return Heads(tuple(views), False if lent else None, notes, copies)
 
 
 def _embedding(source: Source, head: str) -> str | None:

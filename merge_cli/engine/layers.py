@@ -14,6 +14,7 @@ from itertools import chain
 from typing import Any
 
 from merge_cli.checkpoint.config import layer_count
+from merge_cli.engine.modules import TEXT, kind_of
 
 _LAYER = re.compile(r"^(?:(?P<stack>.*?)\.)?(?P<index>\d+)\.(?P<rest>.+)$")
 # After the last layer: they come from the last slice. What else has no layer comes from the first.
@@ -86,7 +87,8 @@ def main_stack(names: Iterable[str], config: Mapping[str, Any]) -> str | None:
 
 def _main_stack(found: Mapping[str, int], config: Mapping[str, Any]) -> str | None:
     count = layer_count(config)
-    fitting = [stack for stack, layers in found.items() if layers == count]
+    described = model_heights(found, config)
+    fitting = [stack for stack, layers in described.items() if layers == count]
     if len(fitting) == 1:
         return fitting[0]
     if not fitting and len(found) == 1:
@@ -144,17 +146,20 @@ class Seat:
     Attributes:
         group: what the report sums over: the layer, or the name of a tensor that has none.
         position: the layer's place in its piece, 0 (first, or no layer) to 1 (last).
+        beyond: whether it stands behind the model's last layer.
     """
 
     group: str
     position: float = 0.0
+    beyond: bool = False
 
 
 class Seats:
     """The layers of a piece, each found once for all of its tensors.
 
     Args:
-        heights: every stack's number of layers, in the output.
+        heights: every stack's number of layers, in the output; what stands above that (layers for
+            predicting several tokens, behind the model's last) is at the end.
         stack: the one that slices are cut from, where there are slices.
         start: the piece's first layer in it.
     """
@@ -173,5 +178,21 @@ class Seats:
     def _find(self, place: Place) -> Seat:
         first = self._start if place.stack == self._stack else 0
         last = self._heights[place.stack] - first - 1
-        position = (place.index - first) / last if last > 0 else 0.0
-        return Seat(f"{place.stack}.{place.index}".lstrip("."), position)
+        group = f"{place.stack}.{place.index}".lstrip(".")
+        if place.index >= self._heights[place.stack]:
+            return Seat(group, 1.0, beyond=True)
+        return Seat(group, (place.index - first) / last if last > 0 else 0.0)
+
+
+def model_heights(found: Mapping[str, int], config: Mapping[str, Any]) -> dict[str, int]:
+    """The number of layers of every stack of a model: the config's word where it is lower.
+
+    Args:
+        found: the numbers of layers that the names make.
+    """
+    count = layer_count(config)
+    text = {stack: found[stack] for stack in found if kind_of(f"{stack}.") == TEXT}
+    if not count or count in text.values() or config.get("is_encoder_decoder"):
+        return dict(found)
+    above = [stack for stack, layers in text.items() if layers > count]
+    return {**found, above[0]: count} if len(above) == 1 else dict(found)

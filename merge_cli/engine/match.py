@@ -14,16 +14,14 @@ from typing import NamedTuple
 from merge_cli.checkpoint.header import MERGEABLE
 from merge_cli.checkpoint.source import Source
 from merge_cli.checkpoint.tensors import Tensor
+from merge_cli.engine.absent import BUFFER, Absent, in_short
 from merge_cli.engine.heads import View
-from merge_cli.engine.layers import Anatomy, Places, Seat, Seats, heights
+from merge_cli.engine.layers import Anatomy, Places, Seat, Seats, heights, model_heights
 from merge_cli.engine.modules import known_modules, members
 from merge_cli.engine.pieces import Operand, Piece
 from merge_cli.errors import Problem
 from merge_cli.recipe.keys import nearest
 
-# Buffers that old checkpoints stored and models compute by themselves.
-_BUFFERS = ("rotary_emb.inv_freq", ".masked_bias", ".attn.bias", ".attention.bias",
-            "position_ids", "rotary_emb.cos_cached", "rotary_emb.sin_cached")  # fmt: skip
 # transformers itself calls this one of GPT-2's unexpected.
 _LEFT_OUT = (".attn.masked_bias",)
 _MERGEABLE = frozenset(MERGEABLE)
@@ -51,12 +49,24 @@ class Match(NamedTuple):
 
 @dataclass
 class Matches:
-    """What matching found."""
+    """What matching found.
+
+    Attributes:
+        uneven: tensors that not every source has, by what happens to them and why.
+    """
 
     found: list[Match] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    parts_of: frozenset[str] = frozenset()
+    uneven: dict[tuple[str, str], list[str]] = field(default_factory=dict)
+
+    def told(self, names: str, why: str, name: str) -> None:
+        """Remember what is told of many tensors in one line: `names` are those of the sources."""
+        self.uneven.setdefault((names, why), []).append(name)
+
+    @property
+    def notes(self) -> list[str]:
+        """A line for all tensors that are treated alike for one reason."""
+        return [f"{in_short(names)}: {what}; {why}" for (what, why), names in self.uneven.items()]
 
 
 @dataclass(frozen=True)
@@ -88,18 +98,16 @@ class Model:
 
 
 def match_pieces(
-    pieces: Sequence[Piece], sources: Sequence[Source], views: Sequence[View],
-    parts_of: frozenset[str] = frozenset(),
-) -> Matches:  # fmt: skip
+    pieces: Sequence[Piece], sources: Sequence[Source], views: Sequence[View]
+) -> Matches:
     """Find every tensor of every piece in its sources, and what does not fit.
 
     Args:
         views: for each source, the tensors that it is taken to have.
-        parts_of: labels of sources that are a part of the reference: what they lack is copied.
     """
-    places = Places()
+    places, absent = Places(), Absent(sources)
     models = [Model(source, view, places) for source, view in zip(sources, views, strict=True)]
-    matches = Matches(parts_of=parts_of)
+    matches = Matches()
     modules = list(dict.fromkeys(piece.module for piece in pieces if piece.module))
     parts = [model.parts(modules) if modules else {} for model in models]
     matches.problems += _module_problems(pieces, models, parts)
@@ -108,7 +116,7 @@ def match_pieces(
             matches.found += _left_over(piece, parts[piece.reference.source][""])
             continue
         of_module = [own[piece.module] for own in parts] if piece.module else models
-        _match_piece(piece, of_module, places, matches)
+        _match_piece(piece, of_module, places, absent, matches)
     return matches
 
 
@@ -143,7 +151,9 @@ def _left_over(piece: Piece, model: Model) -> Iterator[Match]:
         yield Match(name, piece, Seat(group), (ref,), None, piece.reference.source, why)
 
 
-def _match_piece(piece: Piece, models: Sequence[Model], places: Places, into: Matches) -> None:
+def _match_piece(
+    piece: Piece, models: Sequence[Model], places: Places, absent: Absent, into: Matches
+) -> None:
     offers: list[View] = []
     for operand in piece.members:
         offer = _offered(piece, operand, models[operand.source], into)
@@ -153,16 +163,21 @@ def _match_piece(piece: Piece, models: Sequence[Model], places: Places, into: Ma
     labels = [models[member.source].label for member in piece.members]
     sliced = piece.reference.layers is not None
     stack = models[piece.reference.source].anatomy.main if sliced else None
-    seats = Seats(heights(places[name] for name in offers[0]), stack, piece.start)
+    layers = heights(places[name] for name in offers[0])
+    if not sliced:
+        layers = model_heights(layers, models[piece.reference.source].source.config)
+    seats = Seats(layers, stack, piece.start)
     for name in offers[0]:
         if name.endswith(_LEFT_OUT):
-            into.notes.append(f"{name}: left out; the model computes this buffer by itself")
+            into.told("left out", BUFFER, name)
             continue
         place = places[name]
         seat = seats.of(place) if place else Seat(name)
         refs = [offer.get(name) for offer in offers]
+        if None in refs and not _is_copied(piece, name, refs, labels, absent, into):
+            continue
         _match_tensor(piece, name, seat, refs, labels, into)
-    _report_extra(labels, offers, into)
+    _report_extra(piece, labels, offers, absent, into)
 
 
 def _offered(piece: Piece, operand: Operand, model: Model, into: Matches) -> View | None:
@@ -199,16 +214,9 @@ def _match_tensor(
 ) -> None:
     """Append one output tensor, or why there is none; `refs` and `labels` follow the members."""
     present = [ref for ref in refs if ref is not None]
-    lacking = {label for label, ref in zip(labels, refs, strict=True) if ref is None}
-    whose = f"only {labels[0]} has it: copied" if lacking <= into.parts_of else ""
-    if lacking and not whose and not name.endswith(_BUFFERS):
-        for label, ref in zip(labels, refs, strict=True):
-            if ref is None:
-                into.problems.append(Problem(f"missing from {label}; {labels[0]} has it", name))
-        return
     why = ""
-    if lacking:
-        why = whose or "not every source stores this buffer: copied"
+    if len(present) < len(refs):
+        why = f"not every source has it: copied from {labels[0]}"
     elif len({ref.shape for ref in present}) > 1:
         into.problems.append(_shapes_differ(name, present, labels))
         return
@@ -226,6 +234,28 @@ def _match_tensor(
     base = present.pop(0) if piece.base else None
     source = piece.operands[0].source
     into.found.append(Match(name, piece, seat, tuple(present), base, source))
+
+
+def _is_copied(
+    piece: Piece, name: str, refs: Sequence[Tensor | None], labels: Sequence[str],
+    absent: Absent, into: Matches,
+) -> bool:  # fmt: skip
+    """Whether a tensor that some sources lack is the reference's; a problem for each if not."""
+    lacking = {
+        member.source: label
+        for member, label, ref in zip(piece.members, labels, refs, strict=True)
+        if ref is None
+    }
+    sliced = piece.reference.layers is not None
+    why = absent.why_copied(name, piece.reference.source, lacking, sliced=sliced)
+    if why:
+        who = ", ".join(lacking.values())
+        verb = "lacks" if len(lacking) == 1 else "lack"
+        into.told(f"copied from {labels[0]}, as {who} {verb} it", why, name)
+        return True
+    for label in lacking.values():
+        into.problems.append(Problem(f"missing from {label}; {labels[0]} has it", name))
+    return False
 
 
 def _shapes_differ(name: str, refs: Sequence[Tensor], labels: Sequence[str]) -> Problem:
@@ -249,16 +279,20 @@ def _is_vocabulary(name: str, refs: Sequence[Tensor]) -> bool:
     return same_width and any(part in name for part in _VOCABULARY)
 
 
-def _report_extra(labels: Sequence[str], offers: Sequence[View], into: Matches) -> None:
+def _report_extra(
+    piece: Piece, labels: Sequence[str], offers: Sequence[View], absent: Absent, into: Matches
+) -> None:
     """Tensors that some source has and the reference lacks: none is dropped without a word."""
-    reference = offers[0]
+    reference, sliced = offers[0], piece.reference.layers is not None
     seen: set[tuple[str, str]] = set()
-    for label, offer in zip(labels, offers, strict=True):
+    for member, label, offer in zip(piece.members, labels, offers, strict=True):
         for name in offer:
             if name in reference or (label, name) in seen:
                 continue
             seen.add((label, name))
-            if name.endswith(_BUFFERS):
-                into.notes.append(f"{name}: left out; the model computes this buffer by itself")
+            both = piece.reference.source, member.source
+            why = absent.why_left_out(name, *both, sliced=sliced)
+            if why:
+                into.told(f"{label} has it, {labels[0]} does not: left out", why, name)
             else:
                 into.problems.append(Problem(f"{label} has it, {labels[0]} does not", name))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from merge_cli.checkpoint.chat_template import FILE as TEMPLATE
@@ -12,6 +13,7 @@ from merge_cli.checkpoint.files import code_files, copy_companions
 from merge_cli.checkpoint.layout import indexes
 from merge_cli.checkpoint.raw import write_error
 from merge_cli.checkpoint.source import fetch_weights
+from merge_cli.engine.copies import compare_copies
 from merge_cli.engine.device import choose_device
 from merge_cli.engine.journal import work_key
 from merge_cli.engine.loop import run_loop
@@ -55,6 +57,10 @@ def execute(plan: Plan, target: Path, options: MergeOptions, *, show: Show, fini
                 work.discard()
             work.refuse_other_work(key)
             work.check_space(plan.bytes_written)
+            differing = compare_copies(plan.copies)
+            for note in differing:
+                show(Progress("copies", 0, 0, note))
+            plan = replace(plan, notes=(*plan.notes, *differing))
             journal = work.open_journal(key, plan.shards)
             try:
                 outcome = run_loop(plan, work.model, journal, device, options, show)

@@ -51,7 +51,7 @@ class TaskReader:
         statistics: TensorStatistics | None = None,
     ) -> None:
         self.task, self._reading = task, reading
-        self.name, self.shape, self.parameters = task.name, task.shape, task.parameters
+        self.name, self.shape, self.parameters = task.formula_name, task.shape, task.parameters
         self.size, self.starts, self.statistics = task.size, starts, statistics
         self.wide = any(ref.dtype == "F64" for ref in task.inputs)
 

@@ -14,6 +14,7 @@ from merge_cli.checkpoint.layout import OutputTensor, Shard
 from merge_cli.checkpoint.source import Source
 from merge_cli.checkpoint.statistics import Gathered, TensorStatistics
 from merge_cli.checkpoint.tensors import Tensor
+from merge_cli.engine.copies import Copies
 from merge_cli.engine.vocabulary import Aligned
 from merge_cli.methods.registry import Method
 from merge_cli.recipe.schema import Recipe
@@ -37,6 +38,8 @@ class TensorTask:
         note: what a reader should know; often empty.
         position: the layer's place in its slice, 0 to 1: where a gradient is evaluated.
         block: rows and columns that share a scale, of an output in fp8; None of any other.
+        copy_of: the tensor that it is a copy of (tied weights), made by the same formula; often
+            empty.
     """
 
     name: str
@@ -52,6 +55,12 @@ class TensorTask:
     note: str = ""
     position: float = 0.0
     block: tuple[int, int] | None = None
+    copy_of: str = ""
+
+    @property
+    def formula_name(self) -> str:
+        """What decides over settings and random numbers: of a copy, the name of what it copies."""
+        return self.copy_of or self.name
 
     @property
     def output(self) -> OutputTensor:
@@ -109,6 +118,7 @@ class Plan:
         gathered: statistics of the sources over their data; None without, or before they are there.
         shard_size: bytes of tensors in one of `shards`: what is planned again is cut alike.
         stages: how the models are made that other documents of the recipe make, by name.
+        copies: stored tensors that are taken to be one, to be compared before they are merged.
     """
 
     recipe: Recipe
@@ -127,6 +137,7 @@ class Plan:
     stages: Mapping[str, Plan] = field(default_factory=dict)
     template: str | None = None
     gathered: Gathered | None = None
+    copies: tuple[Copies, ...] = ()
 
     @property
     def tokenizer_donor(self) -> int:

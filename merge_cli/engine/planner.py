@@ -13,6 +13,7 @@ from pathlib import Path
 from merge_cli.checkpoint.card import read_card
 from merge_cli.checkpoint.chat_template import choose_template
 from merge_cli.checkpoint.coefficients import CoefficientFile, open_coefficients
+from merge_cli.checkpoint.companion_check import check_companions
 from merge_cli.checkpoint.config import (
     LAYER_COUNTS,
     merged_config,
@@ -23,7 +24,10 @@ from merge_cli.checkpoint.header import DTYPES
 from merge_cli.checkpoint.layout import lay_out, natural_key
 from merge_cli.checkpoint.source import Source
 from merge_cli.engine import fp8
+from merge_cli.engine.aliases import join_aliases
+from merge_cli.engine.config_notes import config_notes
 from merge_cli.engine.heads import reconcile_heads
+from merge_cli.engine.layouts import lay_out_alike
 from merge_cli.engine.match import Match, match_pieces
 from merge_cli.engine.opening import one_spelling, open_all
 from merge_cli.engine.pieces import Piece, cut_pieces
@@ -33,7 +37,7 @@ from merge_cli.engine.stacking import layer_sources, stacked_pieces
 from merge_cli.engine.token_numbers import renumber, vocabulary_notes
 from merge_cli.engine.vocabulary import align
 from merge_cli.errors import MismatchError, Problem, RecipeError, UsageError
-from merge_cli.methods.filters import idle_filters
+from merge_cli.methods.filters import beyond_note, idle_filters
 from merge_cli.methods.registry import Method
 from merge_cli.methods.resolve import Resolver, check_recipe
 from merge_cli.recipe.load import parse_text, read_recipe
@@ -121,14 +125,19 @@ def make_plan(
     labels = [source.label for source in sources]
     base = labels.index(str(recipe.base_model)) if recipe.base_model else None
     pieces = cut_pieces(recipe, method, labels)
+    laid_out = lay_out_alike(sources, pieces[0].reference.source)
+    sources = list(laid_out.sources)
     renamed = Renamed(tuple(sources))
     if recipe.models:
         renamed = rename(sources, pieces[0].reference.source)
         sources = list(renamed.sources)
+    aliases = join_aliases(sources, pieces[0].reference.source)
+    sources = list(aliases.sources)
     heads = reconcile_heads(sources)
     donor = base if base is not None else pieces[0].reference.source
     aligned = align(recipe, sources, heads.views, base, donor)
-    matches = match_pieces(pieces, sources, aligned.views, renamed.parts)
+    check_companions(sources[donor], sources[aligned.donor])
+    matches = match_pieces(pieces, sources, aligned.views)
     if matches.problems:
         count = len(matches.problems)
         summary = f"the sources do not fit one another ({count} problem{'s' * (count != 1)})"
@@ -140,7 +149,7 @@ def make_plan(
     refused: dict[str, Problem] = {}
     codes = fp8.Fp8(sources[donor]) if recipe.fp8 else None
     for piece, found in groupby(matches.found, key=attrgetter("piece")):
-        for task, wrong in _tasks(recipe, method, piece, found, codes):
+        for task, wrong in _tasks(recipe, method, piece, found, codes, aliases.of):
             tasks.append(task)
             if wrong:
                 refused.setdefault(wrong, recipe.problem(piece.key, wrong))
@@ -173,14 +182,27 @@ def make_plan(
             for source in sources
             if (why := read_card(source.root)[1])
         ),
+        *laid_out.notes,
         *renamed.notes,
+        *aliases.notes,
         *heads.notes,
         *aligned.notes,
+        *config_notes(sources, donor),
         *(vocabulary_notes(sources) if recipe.tokenizer is None else ()),
         *template_note,
         *matches.notes,
         *(f"config.json: {change}" for change in changes),
         *idle_filters(recipe, [task.name for task in tasks]),
+        *beyond_note(
+            recipe,
+            list(
+                dict.fromkeys(
+                    match.seat.group
+                    for match in matches.found
+                    if match.seat.beyond and not match.copied
+                )
+            ),
+        ),
     ]
     if recipe.base_model is None:
         notes.insert(0, f"config.json and tokenizer come from {sources[donor].label}, listed first")
@@ -202,6 +224,7 @@ def make_plan(
         coefficients=coefficients,
         shard_size=shard_size,
         stages=stages or {},
+        copies=(*aliases.stored, *heads.stored),
     ))  # fmt: skip
 
 
@@ -227,8 +250,9 @@ def _differences(sources: Sequence[Source]) -> str:
 
 
 def _tasks(
-    recipe: Recipe, method: Method, piece: Piece, matches: Iterable[Match], codes: fp8.Fp8 | None
-) -> Iterator[tuple[TensorTask, str]]:
+    recipe: Recipe, method: Method, piece: Piece, matches: Iterable[Match], codes: fp8.Fp8 | None,
+    copies: Mapping[str, str],
+) -> Iterator[tuple[TensorTask, str]]:  # fmt: skip
     """The output tensors of one piece, and why each cannot be (empty when it can)."""
     resolver = Resolver(recipe, method, piece.spec, [operand.spec for operand in piece.operands])
     sources = tuple(operand.source for operand in piece.operands)
@@ -241,7 +265,8 @@ def _tasks(
             yield TensorTask(name, like.shape, like.dtype, "copy", operands,
                              (match.source,), (), group=group, note=match.copied), ""  # fmt: skip
             continue
-        resolved = resolver.of(name, match.seat.position)
+        copy_of = copies.get(name, "")
+        resolved = resolver.of(copy_of or name, match.seat.position)
         block = codes.block(name, like) if codes else None
         dtype = fp8.CODES if block else wanted or like.native
         copied = resolved.copies and is_stored_as(operands[0], dtype)
@@ -249,7 +274,8 @@ def _tasks(
         mixed = {ref.native for ref in operands} | {like.native}
         note = f"stored as {', '.join(sorted(mixed))}" if len(mixed) > 1 else ""
         task = TensorTask(name, like.shape, dtype, action, operands, sources, ids, match.base,
-                          resolved.parameters, group, note, match.seat.position, block)  # fmt: skip
+                          resolved.parameters, group, note, match.seat.position, block,
+                          copy_of)  # fmt: skip
         yield task, resolved.error
 
 
@@ -263,7 +289,7 @@ def _coefficients(recipe: Recipe, tasks: Sequence[TensorTask]) -> CoefficientFil
         Problem(what, task.name)
         for task in tasks
         if task.action == "merge"
-        for what in found.problems(task.name, task.shape, len(task.operands))
+        for what in found.problems(task.formula_name, task.shape, len(task.operands))
     ]
     if problems:
         raise MismatchError(problems, f"{place.name} does not fit these models")

@@ -23,12 +23,10 @@ class Renamed:
     """Sources with the reference's names.
 
     Attributes:
-        parts: labels of those that are a part of the reference: what they lack is its alone.
         notes: what was renamed.
     """
 
     sources: tuple[Source, ...]
-    parts: frozenset[str] = frozenset()
     notes: tuple[str, ...] = ()
 
 
@@ -39,7 +37,7 @@ def rename(sources: Sequence[Source], reference: int) -> Renamed:
         MismatchError: two prefixes would do.
     """
     names = sources[reference].tensors
-    found, parts, notes = list(sources), set(), []
+    found, notes = list(sources), []
     for i, source in enumerate(sources):
         if i == reference or all(name in names for name in source.tensors):
             continue
@@ -49,12 +47,10 @@ def rename(sources: Sequence[Source], reference: int) -> Renamed:
         mapped = {_apply(name, rules): ref for name, ref in source.tensors.items()}
         found[i] = replace(source, tensors=mapped)
         shown = ", ".join(f"{old or '(none)'} -> {new or '(none)'}" for old, new in rules.items())
-        note = f"{source.label}: its tensors are {sources[reference].label}'s by prefix: {shown}"
-        if len(mapped) < len(names):
-            parts.add(source.label)
-            note += f"; the {len(names) - len(mapped)} that it lacks are copied"
-        notes.append(note)
-    return Renamed(tuple(found), frozenset(parts), tuple(notes))
+        notes.append(
+            f"{source.label}: its tensors are {sources[reference].label}'s by prefix: {shown}"
+        )
+    return Renamed(tuple(found), tuple(notes))
 
 
 def _rules(source: Source, reference: Source) -> dict[str, str] | None:

@@ -16,8 +16,9 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-from merge_cli.evaluation.chat_limits import MAX_TEMPLATE, SECONDS
+from merge_cli.evaluation.chat_limits import SECONDS
 from merge_cli.python_child import python_command
+from merge_cli.recipe.templates import MAX_TEMPLATE
 
 
 class TemplateError(ValueError):

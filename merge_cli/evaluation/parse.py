@@ -15,8 +15,11 @@ from merge_cli.errors import Problem, RecipeError, UsageError
 from merge_cli.evaluation.spec import DTYPES, EvalSpec, default_name
 from merge_cli.evaluation.task import Task
 from merge_cli.evaluation.tasks import KINDS
+from merge_cli.guarded import Unreadable, is_file, read_text
+from merge_cli.guarded_yaml import MAX_YAML
 from merge_cli.recipe.keys import nearest
 from merge_cli.recipe.nodes import Node, load_nodes
+from merge_cli.recipe.reference import expanded
 
 _TOP = ("tasks", "seed", "max_length", "batch_tokens", "dtype", "limit")
 
@@ -29,11 +32,11 @@ def read_eval(path: Path) -> EvalSpec:
         RecipeError: every problem, with file, line and column.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UsageError("no such evaluation file", where=str(path)) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot be read: {error}", where=str(path)) from None
+        text = read_text(path, limit=4 * MAX_YAML, pipe=True)
+    except Unreadable as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            raise UsageError("no such evaluation file", where=str(path)) from None
+        raise UsageError(str(error), where=str(path)) from None
     nodes = load_nodes(text, str(path))
     if len(nodes) != 1:
         what = f"an evaluation file is one document (got {len(nodes)})"
@@ -122,7 +125,7 @@ class _Parser:
         for name in missing:
             self._add(node, f"{key}.{name}", f"missing: {wanted[name].metadata['help']}")
         data = values.get("data")
-        if data is not None and not data.is_file():
+        if data is not None and not is_file(data):
             self._add(given["data"], f"{key}.data", f"no such file: {data}")
         if missing or self.problems:
             return None
@@ -143,7 +146,7 @@ class _Parser:
                 return None, ""
             (hint,) = (kind for kind in get_args(hint) if kind is not type(None))
         if hint is Path:
-            return (self.folder / Path(value).expanduser(), "") if isinstance(value, str) else (
+            return (self.folder / expanded(value), "") if isinstance(value, str) else (
                 None, "must be a path")  # fmt: skip
         if get_origin(hint) is tuple:
             texts = [value] if isinstance(value, str) else value

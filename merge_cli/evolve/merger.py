@@ -95,7 +95,7 @@ class Merger:
             if task.action == "copy" and not task.parameters:  # copied, whatever the method
                 tasks.append(task)
                 continue
-            found = resolver.of(task.name, task.position)
+            found = resolver.of(task.formula_name, task.position)
             if found.error:
                 raise RecipeError([recipe.problem("merge_method", found.error)])
             copies = found.copies and is_stored_as(task.operands[0], task.dtype)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from merge_cli.engine.device import choose_device
 from merge_cli.engine.heads import reconcile_heads
-from merge_cli.engine.layers import main_stack, stacks
+from merge_cli.engine.layers import main_stack, model_heights, stacks
 from merge_cli.engine.options import MergeOptions
 from merge_cli.engine.plan import Plan
 from merge_cli.engine.planner import make_plan
@@ -76,7 +76,7 @@ def plan_search(plan: Plan, options: MergeOptions) -> SearchPlan:
         )
     refuse_overlap(objective)
     names = [task.name for task in plan.tasks]
-    found = stacks(names)
+    found = model_heights(stacks(names), plan.config)
     main = main_stack(names, plan.config)
     layers = found[main] if main is not None else max(found.values(), default=1)
     space = Space(recipe, layers) if recipe.search and recipe.search.method else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from merge_cli.checkpoint.card import front_matter
 from merge_cli.checkpoint.files import CARD
 from merge_cli.checkpoint.shards import INDEX
 from merge_cli.errors import CorruptFileError, SourceError
+from merge_cli.guarded import Unreadable, read_mapping, read_text
 from merge_cli.report.card import card_for
 
 REPORT = "merge_report.json"
@@ -70,7 +70,10 @@ def pack(folder: Path, repo_id: str) -> Package:
     if CARD not in names:
         what = f"has no {CARD}, the model card"
         raise CorruptFileError(what, model=label, hint="Merge again, or write one.")
-    card = card_for((folder / CARD).read_text(encoding="utf-8"), repo_id)
+    try:
+        card = card_for(read_text(folder / CARD), repo_id)
+    except Unreadable as error:
+        raise CorruptFileError(str(error), model=label, file=CARD) from None
     if not front_matter(card):
         what = "begins with no metadata that can be read (a block of YAML between two lines of ---)"
         hint = "Restore it: the Hub reads licence, base models and tags there."
@@ -88,13 +91,13 @@ def _is_private(path: Path) -> bool:
 def _check_shards(folder: Path, names: list[str]) -> None:
     if INDEX not in names:
         return
-    try:
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        shards = set(index["weight_map"].values())
-    except (ValueError, KeyError, AttributeError, TypeError, OSError) as error:
-        what = f"cannot be read: {error!r}"
-        raise CorruptFileError(what, model=str(folder), file=INDEX) from error
-    missing = sorted(shards - set(names))
+    listed = read_mapping(folder / INDEX, str(folder)).get("weight_map")
+    shards = list(listed.values()) if isinstance(listed, dict) else [None]
+    named = {shard for shard in shards if isinstance(shard, str)}
+    if not all(isinstance(shard, str) for shard in shards):
+        what = "does not say which file each tensor is in"
+        raise CorruptFileError(what, model=str(folder), file=INDEX)
+    missing = sorted(named - set(names))
     if missing:
         what = f"{len(missing)} of the files that the index names are missing: {missing[0]}"
         hint = "Merge again: --overwrite."
@@ -126,10 +129,10 @@ def _is_local(entry: Mapping[str, Any]) -> bool:
 
 def _local_models(folder: Path) -> list[str]:
     """The sources that the report knows no commit of, as it names them."""
-    try:
-        report: Any = json.loads((folder / REPORT).read_text(encoding="utf-8"))
-        inputs = report["inputs"]
-        return [str(one["model"]) for one in inputs if _is_local(one)]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        what = f"is not a report of merge-cli: {error!r}"
-        raise CorruptFileError(what, model=str(folder), file=REPORT) from error
+    inputs = read_mapping(folder / REPORT, str(folder)).get("inputs")
+    if not isinstance(inputs, list) or not all(
+        isinstance(one, dict) and isinstance(one.get("model"), str) for one in inputs
+    ):
+        what = "is not a report of merge-cli: it does not list its inputs"
+        raise CorruptFileError(what, model=str(folder), file=REPORT)
+    return [one["model"] for one in inputs if _is_local(one)]

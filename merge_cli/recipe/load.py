@@ -29,7 +29,7 @@ def read_recipe(path: str | Path) -> tuple[Recipe | None, list[Problem]]:
     try:
         text = read_text(file, limit=4 * MAX_YAML, pipe=True)
     except Unreadable as error:
-        if isinstance(error.__context__, FileNotFoundError):
+        if isinstance(error.__cause__, FileNotFoundError):
             raise UsageError("no such recipe", where=str(file)) from None
         raise UsageError(f"the recipe {error}", where=str(file)) from None
     return parse_text(text, str(file), file.absolute().parent)

@@ -13,7 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HUB = "hf://"
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+# The Hub's own rules; what they refuse need not be asked for.
+_HUB_ID = re.compile(r"[A-Za-z0-9_](?:[\w.-]*\w)?(?:/[A-Za-z0-9_](?:[\w.-]*\w)?)?", re.ASCII)
+_LONGEST_ID = 96
+_REVISION = re.compile(r"[\w.+-]+(?:/[\w.+-]+)*", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ def local_folder(path: str, folder: Path) -> Path | None:
     if not path or path.startswith(HUB):
         return None
     try:
-        given = Path(path).expanduser()
+        given = expanded(path)
         for candidate in (folder / given, Path.cwd() / given):  # an absolute path replaces either
             if candidate.exists():
                 return candidate
@@ -69,7 +72,22 @@ def local_file(path: str, folder: Path) -> Path | None:
 def hub_id(path: str) -> str | None:
     """The repository that `path` can mean, `name` or `organisation/name`; None if it cannot."""
     name = path.removeprefix(HUB)
-    return name if _HUB_ID.fullmatch(name) else None
+    fits = len(name) <= _LONGEST_ID and "--" not in name and ".." not in name
+    return name if fits and not name.endswith(".git") and _HUB_ID.fullmatch(name) else None
+
+
+def is_revision(text: str) -> bool:
+    """Whether a branch, a tag or a commit can be called so; it becomes part of paths."""
+    fits = len(text) <= 200 and ".." not in text and not text.startswith("-")
+    return fits and _REVISION.fullmatch(text) is not None
+
+
+def expanded(path: str) -> Path:
+    """A path with `~` as the home it means; as it is where there is no such user, or no home."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
 
 
 def short_labels(labels: Sequence[str]) -> list[str]:

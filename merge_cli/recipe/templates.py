@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from merge_cli.guarded import Unreadable, read_text
+
 AUTO = "auto"
+MAX_TEMPLATE = 2**20  # the longest in the wild have 30,000 characters
 # Written from the formats' descriptions.
 BUILT_IN = {
     "chatml": (
@@ -47,5 +50,8 @@ def template_text(wanted: str, folder: Path) -> str | None:
         return BUILT_IN[wanted]
     if wanted.endswith(".jinja") and "\n" not in wanted and "{" not in wanted:
         place = folder / wanted
-        return place.read_text(encoding="utf-8") if place.is_file() else None
+        try:
+            return read_text(place, limit=MAX_TEMPLATE)
+        except Unreadable:
+            return None
     return wanted if "{" in wanted else None

@@ -12,6 +12,10 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 
+from merge_cli.errors import Problem, RecipeError
+from merge_cli.guarded import Unreadable
+from merge_cli.patterns import Pattern, compile_pattern
+
 Scalar = float | int | bool | str
 
 
@@ -66,25 +70,42 @@ def matches(filter: str, tensor: str) -> bool:
     `*` or `?`, which no name has, must match the whole of it, as in a shell.
     """
     pattern = _pattern(filter)
-    return filter in tensor if pattern is None else pattern.search(tensor) is not None
+    if pattern is None:
+        return filter in tensor
+    try:
+        return pattern.search(tensor) is not None
+    except Unreadable as error:
+        raise RecipeError([Problem(f"the filter {filter[:60]!r} {error}")]) from None
 
 
 def filter_error(filter: str) -> str:
     """Why a filter can mean no tensor; empty when it can."""
     try:
-        _pattern(filter)
+        if _is_expression(filter):
+            re.compile(filter[1:-1])
+        pattern = _pattern(filter)
+        if pattern is not None:
+            pattern.search("model.layers.0.self_attn.q_proj.weight")  # whether it can be bounded
     except re.error as error:
         at = "" if error.pos is None else f", at character {error.pos + 2} of the filter"
         return f"not a regular expression: {error.msg}{at}"
+    except RecursionError:
+        return "not a regular expression: it nests too deep"
+    except (Unreadable, OverflowError) as error:
+        return str(error).removeprefix("is ")
     return ""
 
 
+def _is_expression(filter: str) -> bool:
+    return len(filter) > 2 and filter.startswith("/") and filter.endswith("/")
+
+
 @lru_cache(maxsize=256)
-def _pattern(filter: str) -> re.Pattern[str] | None:
-    if len(filter) > 2 and filter.startswith("/") and filter.endswith("/"):
-        return re.compile(filter[1:-1])
+def _pattern(filter: str) -> Pattern | re.Pattern[str] | None:
+    if _is_expression(filter):
+        return compile_pattern(filter[1:-1])
     if "*" in filter or "?" in filter:
-        return re.compile(rf"\A{fnmatch.translate(filter)}")
+        return re.compile(rf"\A{fnmatch.translate(filter)}")  # which never explodes
     return None
 
 

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from html import escape
-
 from merge_cli.analysis.measures import Measures
 from merge_cli.analysis.result import Analysis
 from merge_cli.analysis.tokenizers import TokenizerDifference
-from merge_cli.report.elements import MAX_ROWS, section, table
+from merge_cli.report.page import (
+    MAX_ROWS,
+    Details,
+    Paragraph,
+    Part,
+    Section,
+    Table,
+    code,
+    items,
+    section,
+)
 from merge_cli.report.relations import row
 from merge_cli.report.words import count, hash, or_dash, percent, size
 
 
-def differences(analysis: Analysis) -> str:
+def differences(analysis: Analysis) -> Section:
     """Dtypes, config, tokenizer and chat template."""
     how = (
         "Read as data, never executed. Token numbers must mean the same tokens, or rows of the "
@@ -20,29 +28,25 @@ def differences(analysis: Analysis) -> str:
     )
     first = analysis.files[0].model
     files = [
-        [escape(one.model), hash(one.revision), f"{one.tensors:,}", f"{one.parameters:,}",
-         size(one.bytes), escape(", ".join(f"{d} ({n})" for d, n in one.dtypes.items()))]
+        [one.model, hash(one.revision), f"{one.tensors:,}", f"{one.parameters:,}",
+         size(one.bytes), ", ".join(f"{d} ({n})" for d, n in one.dtypes.items())]
         for one in analysis.files
     ]  # fmt: skip
-    parts = [
-        table(["model", "revision", "tensors", "parameters", "size", "stored as (tensors)"], files)
+    parts: list[Part | None] = [
+        Table(["model", "revision", "tensors", "parameters", "size", "stored as (tensors)"], files)
     ]
     if analysis.config:
-        heads = ["config.json", *(escape(one.model) for one in analysis.files)]
-        rows = [
-            [f"<code>{escape(one.key)}</code>", *map(escape, one.values)] for one in analysis.config
-        ]
-        parts.append(table(heads, rows))
+        heads = ["config.json", *(one.model for one in analysis.files)]
+        parts.append(Table(heads, [[code(one.key), *one.values] for one in analysis.config]))
     else:
-        parts.append("<p>The configs say the same.</p>")
+        parts.append(Paragraph("The configs say the same."))
     told = [one for one in analysis.tokenizers if one.differs]
     if told:
         heads = ["tokenizer", "tokens", "missing", "added", "renumbered", "what else"]
-        parts.append(table(heads, map(_tokenizer, told)))
+        parts.append(Table(heads, [_tokenizer(one) for one in told]))
     else:
-        parts.append("<p>Tokenizers and chat templates are the same.</p>")
-    notes = "".join(f"<li>{escape(note)}</li>" for note in analysis.notes)
-    parts.append(f"<ul>{notes}</ul>" if notes else "")
+        parts.append(Paragraph("Tokenizers and chat templates are the same."))
+    parts.append(items(analysis.notes))
     found = f"Compared with {first}: {count(len(analysis.config), 'key')} of config.json differ"
     found += f"; {count(len(told), 'tokenizer')} or chat templates do." if told else "."
     return section("Files beside the weights", how, found, *parts)
@@ -50,12 +54,12 @@ def differences(analysis: Analysis) -> str:
 
 def _tokenizer(one: TokenizerDifference) -> list[str]:
     return [
-        escape(one.model),
+        one.model,
         "–" if one.size is None else f"{one.size:,}",
         f"{one.missing:,}",
         f"{one.added:,}",
         f"{one.renumbered:,}",
-        escape("; ".join(in_words(one))) or "–",
+        "; ".join(in_words(one)) or "–",
     ]
 
 
@@ -71,34 +75,32 @@ def in_words(one: TokenizerDifference) -> list[str]:
     return words
 
 
-def numbers(analysis: Analysis) -> str:
+def numbers(analysis: Analysis) -> Section:
     """Groups and tensors as tables, folded away."""
     how = "Where a cell has several numbers, they are in the order of the sources."
     groups = [*analysis.kinds, *analysis.layers]
     tensors = analysis.each[:MAX_ROWS]
     more = len(analysis.each) - len(tensors)
-    rest = f"<p>{more:,} more are in the JSON.</p>" if more else ""
+    rest = [Paragraph(f"{more:,} more are in the JSON.")] if more else []
+    folded = "Kinds of modules, layers, and the tensors outside them"
     return section(
         "All numbers", how, "",
-        f"<details><summary>Kinds of modules, layers, and the tensors outside them</summary>"
-        f"{_table(groups, analysis)}</details>",
-        f"<details><summary>{count(len(analysis.each), 'tensor')}</summary>"
-        f"{_table(tensors, analysis)}{rest}</details>",
+        Details(folded, [_table(groups, analysis)]),
+        Details(count(len(analysis.each), "tensor"), [_table(tensors, analysis), *rest]),
     )  # fmt: skip
 
 
-def _table(groups: list[Measures] | tuple[Measures, ...], analysis: Analysis) -> str:
+def _table(groups: list[Measures] | tuple[Measures, ...], analysis: Analysis) -> Table:
     if analysis.base is None:
         heads = ["group", "elements", "‖θ‖"]
         rows = [
-            [escape(g.name), f"{g.count:,}", " · ".join(f"{n or 0:.4g}" for n in g.norm)]
-            for g in groups
+            [g.name, f"{g.count:,}", " · ".join(f"{n or 0:.4g}" for n in g.norm)] for g in groups
         ]
-        return table(heads, rows, right=2)
+        return Table(heads, rows, right=2)
     heads = ["group", "elements", "‖δ‖/‖θ₀‖", "unchanged", "one step", "sign conflict"]
     rows = [
-        [escape(g.name), f"{g.count:,}", row(g.relative_norm), row(g.unchanged), row(g.one_step),
+        [g.name, f"{g.count:,}", row(g.relative_norm), row(g.unchanged), row(g.one_step),
          or_dash(g.conflict, percent)]
         for g in groups
     ]  # fmt: skip
-    return table(heads, rows, right=5)
+    return Table(heads, rows, right=5)

@@ -7,17 +7,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime, timezone
-from html import escape
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from markupsafe import Markup
 
 from merge_cli.analysis.measures import pairs
 from merge_cli.analysis.result import Analysis
 from merge_cli.checkpoint.raw import write_error
 from merge_cli.report.analysis_files import differences, numbers
 from merge_cli.report.analysis_sections import kinds, largest, ranks, unchanged, weights
-from merge_cli.report.elements import document, key_figures, section
+from merge_cli.report.page import (
+    Details,
+    KeyFigure,
+    Page,
+    Paragraph,
+    Section,
+    code,
+    items,
+    render,
+    section,
+    soft,
+    strong,
+)
 from merge_cli.report.relations import Json, View, view_of
 from merge_cli.report.sections import alike, conflict, sizes
 from merge_cli.report.words import cosine, count, duration, listing, percent, short, size
@@ -27,14 +40,26 @@ def render_analysis(analysis: Analysis) -> str:
     """The whole page."""
     found = analysis.to_json()
     view = view_of(_statistics(found))
-    body = [_header(analysis), _key_figures(analysis), _verdicts(analysis), _advice(analysis)]
-    if view is not None:
-        body += _relations(analysis, found, view)
-    body += [differences(analysis), numbers(analysis)]
-    return document(_title(analysis), body)
+    relations = [] if view is None else _relations(analysis, view)
+    return render(
+        Page(
+            kind="Analysis",
+            title=_title(analysis),
+            lede=_lede(analysis),
+            made=_made(analysis),
+            key_figures=_key_figures(analysis),
+            sections=[
+                _verdicts(analysis),
+                _advice(analysis),
+                *relations,
+                differences(analysis),
+                numbers(analysis),
+            ],
+        )
+    )
 
 
-def _relations(analysis: Analysis, found: Json, view: View) -> list[str]:
+def _relations(analysis: Analysis, view: View) -> list[Section]:
     if analysis.base is None:
         return [alike(view), weights(analysis, view)]
     several = len(analysis.models) > 1
@@ -68,28 +93,29 @@ def _title(analysis: Analysis) -> str:
     return f"{listed}, compared" + (f" with {analysis.base}" if analysis.base else "")
 
 
-def _header(analysis: Analysis) -> str:
+def _lede(analysis: Analysis) -> str:
     against = (
-        f"{count(len(analysis.models), 'source')} against the base "
-        f"<code>{escape(analysis.files[0].reference)}</code>"
+        Markup("{} against the base {}").format(
+            count(len(analysis.models), "source"), code(analysis.files[0].reference)
+        )
         if analysis.base
         else f"{count(len(analysis.models), 'model')} without a base"
     )
-    made = [
+    return Markup("{}: {:,} of {} compared, from the weights alone; no model was run.").format(
+        against, analysis.compared, count(analysis.tensors, "tensor")
+    )
+
+
+def _made(analysis: Analysis) -> list[str]:
+    return [
         datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         f"merge-cli {version('merge-cli')}",
         f"{analysis.device}, {count(analysis.threads, 'thread')}",
         f"seed {analysis.seed}",
     ]
-    return (
-        f'<header>\n<p class="kind">Analysis</p>\n<h1>{escape(_title(analysis))}</h1>\n'
-        f'<p class="lede">{against}: {analysis.compared:,} of {count(analysis.tensors, "tensor")} '
-        "compared, from the weights alone; no model was run.</p>\n"
-        f'<p class="made">{escape(" · ".join(made))}</p>\n</header>'
-    )
 
 
-def _key_figures(analysis: Analysis) -> str:
+def _key_figures(analysis: Analysis) -> list[KeyFigure]:
     total = analysis.total
     rows = []
     if total is not None:
@@ -107,7 +133,7 @@ def _key_figures(analysis: Analysis) -> str:
             rows.append(("Unchanged", _ends(total.unchanged), "of elements"))
     rows.append(("Time", duration(analysis.seconds), f"{size(analysis.bytes_read)} read"))
     rows.append(("Peak memory", size(analysis.peak_memory), ""))
-    return key_figures([[part for part in row if part] for row in rows])
+    return [KeyFigure(name, value, [remark] if remark else []) for name, value, remark in rows]
 
 
 def _ends(values: Sequence[float | None]) -> str:
@@ -115,43 +141,37 @@ def _ends(values: Sequence[float | None]) -> str:
     return " to ".join(dict.fromkeys(percent(end) for end in (min(known), max(known))))
 
 
-def _verdicts(analysis: Analysis) -> str:
+def _verdicts(analysis: Analysis) -> Section:
     how = (
         "What the numbers look like, each with the threshold it was compared with. The thresholds "
         "are rules of thumb: a reason to look, not a proof."
     )
-    items = [
-        f'<li>{escape(one.text)} <span class="soft">({escape(one.threshold)})</span></li>'
-        for one in analysis.verdicts
+    lines = [
+        Markup("{} {}").format(one.text, soft(f"({one.threshold})")) for one in analysis.verdicts
     ]
-    problems = "".join(f"<li><code>{escape(line)}</code></li>" for line in analysis.problems[:200])
-    more = (
-        f"<details><summary>{count(len(analysis.problems), 'problem')}</summary><ul>{problems}</ul>"
-        "</details>"
-        if problems
-        else ""
-    )
-    nothing = "" if items else "Nothing unusual: related models, each changed in its own way."
+    problems = items(code(line) for line in analysis.problems[:200])
+    folded = count(len(analysis.problems), "problem")
+    nothing = "" if lines else "Nothing unusual: related models, each changed in its own way."
     return section(
-        "What stands out", how, nothing, f"<ul>{''.join(items)}</ul>" if items else "", more
-    )
+        "What stands out", how, nothing,
+        items(lines), None if problems is None else Details(folded, [problems]),
+    )  # fmt: skip
 
 
-def _advice(analysis: Analysis) -> str:
-    how = (
+def _advice(analysis: Analysis) -> Section:
+    how = Markup(
         "Where to begin, from the numbers below. Held-out data decides: no number here says how "
-        "well a merged model works. <code>--write-recipe FILE</code> writes the first suggestion."
-    )
-    items = [
-        f"<li><strong>{escape(one.method)}</strong>: {escape(one.reason)} "
-        f'<span class="soft">({escape(one.source)})</span></li>'
+        "well a merged model works. {} writes the first suggestion."
+    ).format(code("--write-recipe FILE"))
+    lines = [
+        Markup("{}: {} {}").format(strong(one.method), one.reason, soft(f"({one.source})"))
         for one in analysis.advice.suggestions
     ]
-    settings = "".join(f"<li>{escape(line)}</li>" for line in analysis.advice.comments)
+    settings = items(analysis.advice.comments)
     return section(
         "What to try first", how, analysis.advice.summary,
-        f"<ul>{''.join(items)}</ul>" if items else "",
-        f'<p class="how">In the recipe:</p><ul>{settings}</ul>' if settings else "",
+        items(lines),
+        None if settings is None else Paragraph("In the recipe:", "how"), settings,
     )  # fmt: skip
 
 

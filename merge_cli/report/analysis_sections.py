@@ -9,7 +9,7 @@ from merge_cli.analysis.modules import KINDS
 from merge_cli.analysis.result import Analysis
 from merge_cli.report import charts
 from merge_cli.report.charts import Axis, Scale, Values
-from merge_cli.report.elements import figure, section
+from merge_cli.report.page import Part, Section, figure, section
 from merge_cli.report.relations import View, by_layer, pair_rows
 from merge_cli.report.sections import series
 from merge_cli.report.svg import text_width
@@ -27,7 +27,7 @@ _MAX_PAIRS = 10  # columns of the cosines by kind
 _PAIR = 110.0  # px for the name of a pair
 
 
-def kinds(analysis: Analysis, view: View) -> str:
+def kinds(analysis: Analysis, view: View) -> Section:
     """Where the changes are: kinds of modules by sources, and by layers."""
     how = (
         "‖δ‖/‖θ₀‖ by kind of module, found in the tensors' names. Light rows are modules that a "
@@ -39,7 +39,7 @@ def kinds(analysis: Analysis, view: View) -> str:
     scale = _share(values, "‖δ‖/‖θ₀‖")
     caption = "‖δ‖/‖θ₀‖ of each source, by kind of module."
     axis = charts.matrix_axis(view.labels)
-    figures = [
+    figures: list[Part | None] = [
         figure(caption, charts.heat_map(caption, named, axis, values, scale, 24, bare_percent))
     ]
     several = len(analysis.models) > 1
@@ -59,18 +59,18 @@ def kinds(analysis: Analysis, view: View) -> str:
     return section("Where the changes are", how, f"{found}.", *figures)
 
 
-def _maps(analysis: Analysis, view: View) -> list[str]:
+def _maps(analysis: Analysis, view: View) -> list[Part | None]:
     """A heat map for each source, all on one scale."""
     values = [one.relative_norm or () for one in analysis.cells]
     scale = _share(values, "‖δ‖/‖θ₀‖")
-    figures = []
+    figures: list[Part | None] = []
     for s, label in enumerate(view.labels[:_MAX_MAPS]):
         what = f"{label}: ‖δ‖/‖θ₀‖" if len(view.labels) > 1 else "‖δ‖/‖θ₀‖"
         figures.append(_cells(analysis, view, what, [_at(row, s) for row in values], scale))
     return figures
 
 
-def _conflicts(analysis: Analysis, view: View) -> str:
+def _conflicts(analysis: Analysis, view: View) -> Part | None:
     """Sign conflict by kind and layer, of the elements that several sources change."""
     values = [
         one.conflict / one.shared if one.shared and one.conflict is not None else None
@@ -83,10 +83,10 @@ def _conflicts(analysis: Analysis, view: View) -> str:
 
 def _cells(
     analysis: Analysis, view: View, what: str, values: Sequence[float | None], scale: Scale
-) -> str:
+) -> Part | None:
     """A heat map of kinds of modules by layers; `values` follow the analysis's cells."""
     if not view.layers:
-        return ""
+        return None
     keys = [(one.name, one.kind) for one in analysis.cells]
     found = dict(zip(keys, values, strict=True))
     rows: dict[str, Values] = {
@@ -97,7 +97,7 @@ def _cells(
     return by_layer(view, what, rows, scale, bare_percent)
 
 
-def _cosines(analysis: Analysis, view: View) -> str:
+def _cosines(analysis: Analysis, view: View) -> Part:
     """Cosines by kind of module: a column for each pair, or the mean of all where they are many."""
     found = [pairs(kind.cosine) for kind in analysis.kinds]
     places = list(dict.fromkeys((i, j) for row in found for i, j, _ in row))
@@ -126,7 +126,7 @@ def _by_place(row: Sequence[tuple[int, int, float]]) -> dict[tuple[int, int], fl
     return {(i, j): value for i, j, value in row}
 
 
-def unchanged(view: View) -> str:
+def unchanged(view: View) -> Section:
     """Sparsity, and changes too small for a step of bfloat16."""
     total = view.total
     how = (
@@ -150,7 +150,7 @@ def unchanged(view: View) -> str:
     )
 
 
-def largest(analysis: Analysis, view: View) -> str:
+def largest(analysis: Analysis, view: View) -> Section:
     """Overlap of the largest changes, against chance."""
     how = (
         "The largest 1 % of each source's changes, tensor by tensor; the share of the smaller set "
@@ -184,7 +184,7 @@ def largest(analysis: Analysis, view: View) -> str:
     )  # fmt: skip
 
 
-def ranks(analysis: Analysis, view: View) -> str:
+def ranks(analysis: Analysis, view: View) -> Section:
     """Effective ranks of the sampled matrices."""
     how = (
         "exp of the entropy of a change's normalised singular values (Roy and Vetterli, 2007), as "
@@ -211,7 +211,7 @@ def ranks(analysis: Analysis, view: View) -> str:
     return section("How many directions", how, f"Mean: {_some(averages)}.", figure(caption, chart))
 
 
-def weights(analysis: Analysis, view: View) -> str:
+def weights(analysis: Analysis, view: View) -> Section:
     """Without a base: how far the models are from one another."""
     how = (
         "‖θᵢ − θⱼ‖ over the geometric mean of the two norms. Without the base that the models "

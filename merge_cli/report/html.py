@@ -1,17 +1,32 @@
 """merge_report.html: merge_report.json as one page to read, with nothing to load.
 
-`render_html` lays out what the report holds; sections.py explains the statistics, charts.py draws,
-page.css styles.
+`render_html` says what stands on it; sections.py explains the statistics, charts.py draws,
+page.py and templates/page.html lay out, page.css styles.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
 from typing import Any
 
+from markupsafe import Markup
+
 from merge_cli.report import charts
-from merge_cli.report.elements import MAX_ROWS, document, figure, key_figures, section, table
+from merge_cli.report.page import (
+    MAX_ROWS,
+    Details,
+    KeyFigure,
+    Page,
+    Paragraph,
+    Section,
+    Table,
+    Verbatim,
+    code,
+    figure,
+    items,
+    render,
+    section,
+)
 from merge_cli.report.relations import Json, View, pairs_of, view_of
 from merge_cli.report.search import searched
 from merge_cli.report.sections import alike, conflict, conflict_of, groups, kept, sizes
@@ -39,9 +54,7 @@ def render_html(report: Json) -> str:
         relations = [section("How the sources relate", "", _NO_STATISTICS)]
     else:
         relations = [alike(view), conflict(view), sizes(view), kept(view)]
-    body = [
-        _header(report),
-        _key_figures(report, view),
+    sections = [
         *staged(report),
         *searched(report),
         *learned(report),
@@ -50,7 +63,16 @@ def render_html(report: Json) -> str:
         _provenance(report),
         _tensors(report["tensors"], report["statistics"]),
     ]
-    return document(_title(report), body)
+    return render(
+        Page(
+            kind="Merge report",
+            title=_title(report),
+            lede=_lede(report),
+            made=_made(report),
+            key_figures=_key_figures(report, view),
+            sections=sections,
+        )
+    )
 
 
 def _title(report: Json) -> str:
@@ -62,27 +84,27 @@ def _title(report: Json) -> str:
     return f"{listed}, merged by {report['recipe']['method']}"
 
 
-def _header(report: Json) -> str:
+def _lede(report: Json) -> str:
     base = next((i["model"] for i in report["inputs"] if i["role"] == "base"), None)
     sources = sum(i["role"] == "source" for i in report["inputs"])
+    onto = Markup(" on the base {}").format(code(base)) if base else " without a base"
+    return Markup("{}{}; recipe {}, seed {}.").format(
+        count(sources, "source"), onto, code(report["recipe"]["file"]), report["recipe"]["seed"]
+    )
+
+
+def _made(report: Json) -> list[str]:
     device, versions = report["device"], report["versions"]
     where = device["name"] + (f" ({device['reason']})" if device["reason"] else "")
-    made = [
+    return [
         report["created"].replace("T", " ").replace("+00:00", " UTC"),
         f"merge-cli {report['merge_cli']}",
         f"torch {versions['torch']}, Python {versions['python']}, {versions['platform']}",
         f"{where}, {count(report['threads'], 'thread')}",
     ]
-    onto = f" on the base <code>{escape(base)}</code>" if base else " without a base"
-    return (
-        f'<header>\n<p class="kind">Merge report</p>\n<h1>{escape(_title(report))}</h1>\n'
-        f'<p class="lede">{count(sources, "source")}{onto}; recipe '
-        f"<code>{escape(report['recipe']['file'])}</code>, seed {report['recipe']['seed']}.</p>\n"
-        f'<p class="made">{escape(" · ".join(made))}</p>\n</header>'
-    )
 
 
-def _key_figures(report: Json, view: View | None) -> str:
+def _key_figures(report: Json, view: View | None) -> list[KeyFigure]:
     output, cost = report["output"], report["cost"]
     peaks = [f"{size(cost['peak_vram'])} on the GPU"] if cost["peak_vram"] else []
     rows = [
@@ -101,10 +123,10 @@ def _key_figures(report: Json, view: View | None) -> str:
             rows.append(("Sign conflict", percent(conflict), "of elements"))
         if change is not None:
             rows.append(("Change from the base", percent(change), "of its norm"))
-    return key_figures(rows)
+    return [KeyFigure(name, value, remarks) for name, value, *remarks in rows]
 
 
-def _cost(cost: Json) -> str:
+def _cost(cost: Json) -> Section:
     title = "Where the time went"
     how = (
         "Threads work side by side, so their seconds add up to more than the clock showed. "
@@ -140,47 +162,46 @@ def _cost(cost: Json) -> str:
     return section(title, how, f"{found}.", *figures)
 
 
-def _provenance(report: Json) -> str:
+def _provenance(report: Json) -> Section:
     recipe = report["recipe"]
-    notes = "".join(f"<li>{escape(note)}</li>" for note in report["notes"])
     inputs = [
-        [escape(i["model"]), i["role"], hash(i["revision"]), hash(i["digest"]),
+        [i["model"], i["role"], hash(i["revision"]), hash(i["digest"]),
          f"{i['tensors']:,}", size(i["bytes"])]
         for i in report["inputs"]
     ]  # fmt: skip
     heads = ["model", "role", "revision", "fingerprint", "tensors", "size"]
+    digest = Markup("Recipe {}, SHA-256 {}").format(recipe["file"], hash(recipe["digest"]))
     return section(
         "What went in",
         "The same inputs and recipe give the same bytes. Point at a digest to see it whole.",
         "",
-        f"<ul>{notes}</ul>" if notes else "",
-        table(heads, inputs, right=2),
-        f'<p class="how">Recipe {escape(recipe["file"])}, SHA-256 {hash(recipe["digest"])}</p>'
-        f"<pre>{escape(recipe['text'])}</pre>",
+        items(report["notes"]),
+        Table(heads, inputs, right=2),
+        Paragraph(digest, "how"),
+        Verbatim(recipe["text"]),
     )
 
 
-def _tensors(tensors: Sequence[Json], statistics: Json | None) -> str:
+def _tensors(tensors: Sequence[Json], statistics: Json | None) -> Section:
     """Columns that would be empty are left out, and rows beyond what a browser bears."""
     fields = [f for f in ("note", "norm", "non_finite") if any(t[f] for t in tensors)]
     heads = ["name", "shape", "dtype", "action", *(f.replace("_", "-") for f in fields)]
     rows = [
-        [escape(t["name"]), " × ".join(map(str, t["shape"])), escape(t["dtype"]), t["action"],
+        [t["name"], " × ".join(map(str, t["shape"])), t["dtype"], t["action"],
          *(_tensor_field(t[field]) for field in fields)]
         for t in tensors[:MAX_ROWS]
     ]  # fmt: skip
     more = len(tensors) - len(rows)
-    rest = f"<p>{more:,} more are in merge_report.json.</p>" if more else ""
+    rest = [Paragraph(f"{more:,} more are in merge_report.json.")] if more else []
     how = "Where a cell has several numbers, they are in the order of the sources."
     return section(
         "All numbers", how, "",
-        groups(statistics["groups"]) if statistics else "",
-        f"<details><summary>{count(len(tensors), 'tensor')}</summary>"
-        f"{table(heads, rows)}{rest}</details>",
+        groups(statistics["groups"]) if statistics else None,
+        Details(count(len(tensors), "tensor"), [Table(heads, rows), *rest]),
     )  # fmt: skip
 
 
 def _tensor_field(value: Any) -> str:
     if isinstance(value, Sequence) and not isinstance(value, str):
         return " · ".join("–" if norm is None else f"{norm:.4g}" for norm in value)
-    return escape(str(value or ""))
+    return str(value or "")

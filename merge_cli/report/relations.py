@@ -8,13 +8,15 @@ from typing import Any
 
 from merge_cli.report import charts
 from merge_cli.report.charts import Axis, Scale, Values
-from merge_cli.report.elements import figure
+from merge_cli.report.page import Figure, Paragraph, figure
 from merge_cli.report.svg import text_width
 from merge_cli.report.words import mean, or_dash, percent
 
 Json = Mapping[str, Any]
 _MAX_PAIR_SOURCES = 8  # 28 pairs; more rows than that are read as sources, not as pairs
-NO_LAYERS = "<p>By layer there is nothing to draw: no tensor of this model belongs to a layer.</p>"
+NO_LAYERS = Paragraph(
+    "By layer there is nothing to draw: no tensor of this model belongs to a layer."
+)
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ def pair_rows(view: View, field: str) -> dict[str, Values]:
 
 def by_layer(
     view: View, what: str, rows: Mapping[str, Values], scale: Scale, text: charts.Format
-) -> str:
+) -> Figure | Paragraph:
     """A heat map with a column for each layer."""
     if not view.layers:
         return NO_LAYERS

@@ -6,13 +6,23 @@ Their data is in merge_report.json under `search` (docs/evolve.md).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import Any
+
+from markupsafe import Markup
 
 from merge_cli.recipe.reference import short_labels
 from merge_cli.report import charts
 from merge_cli.report.charts import Axis, Series
-from merge_cli.report.elements import figure, section, table
+from merge_cli.report.page import (
+    Part,
+    Section,
+    Table,
+    code,
+    figure,
+    items,
+    section,
+    strong,
+)
 from merge_cli.report.svg import caption, svg, titled
 from merge_cli.report.words import count, duration, percent, size
 
@@ -21,7 +31,7 @@ _POINTS = 60  # of a convergence curve
 _SHOWN = 20  # parameters in the chart of importance
 
 
-def searched(report: Json) -> list[str]:
+def searched(report: Json) -> list[Section]:
     """The sections of a report of a search; none for other methods."""
     search = report.get("search")
     if not search:
@@ -32,13 +42,13 @@ def searched(report: Json) -> list[str]:
     return [*found, _values(search), _cost(search)]
 
 
-def _worth(search: Json) -> str:
+def _worth(search: Json) -> Section:
     scores, verdict = search["scores"], search["verdict"]
     title = "Whether it was worth it"
-    how = (
-        f"Scores on the split <code>{escape(search['split'])}</code>, lower is better: the "
-        "objective's goals, weighted. Goals that are maximised count with a minus."
-    )
+    how = Markup(
+        "Scores on the split {}, lower is better: the objective's goals, weighted. Goals that are "
+        "maximised count with a minus."
+    ).format(code(search["split"]))
     if verdict is None:
         return section(title, how, "There is nothing to compare with.")
     static = f"{verdict['best_static']} ({verdict['best_static_score']:.4g})"
@@ -49,17 +59,16 @@ def _worth(search: Json) -> str:
     tasks = list(next(iter(scores.values()))["tasks"])
     best = min(one["score"] for one in scores.values())
     rows = [
-        [f"<b>{escape(names[name])}</b>" if one["score"] == best else escape(names[name]),
+        [strong(names[name]) if one["score"] == best else names[name],
          f"{one['score']:.4f}", *(f"{one['tasks'][task]:.4f}" for task in tasks)]
         for name, one in scores.items()
     ]  # fmt: skip
-    notes = "".join(f"<li>{escape(line)}</li>" for line in search["warnings"])
-    heads = ["model", "score", *map(escape, tasks)]
-    return section(title, how, found, f"<ul>{notes}</ul>" if notes else "",
-                   table(heads, rows, right=len(heads) - 1))  # fmt: skip
+    heads = ["model", "score", *tasks]
+    table = Table(heads, rows, right=len(heads) - 1)
+    return section(title, how, found, items(search["warnings"]), table)
 
 
-def _convergence(search: Json) -> str:
+def _convergence(search: Json) -> Section:
     history = search["history"]
     known = [one for one in history if one["score"] is not None]
     title = "Convergence"
@@ -91,7 +100,7 @@ def _convergence(search: Json) -> str:
     return section(title, how, found, figure("Score gained over the first candidate.", chart))
 
 
-def _front(search: Json) -> str:
+def _front(search: Json) -> Section:
     goals = search["goals"][:2]
     how = (
         "Each candidate's share of the score from two goals, lower is better in both. Filled "
@@ -138,15 +147,15 @@ def _scatter(
     return svg("Pareto front", left + wide + 20, top + high + 48, parts)
 
 
-def _values(search: Json) -> str:
+def _values(search: Json) -> Section:
     values = search["best"]["values"]
     shares = search["importance"]
     rows = [
-        [escape(name), escape(_plain(value)), percent(shares[name]) if name in shares else "–"]
+        [name, _plain(value), percent(shares[name]) if name in shares else "–"]
         for name, value in values.items()
     ]
     ranked = sorted(shares.items(), key=lambda one: -one[1])[:_SHOWN]
-    figures = []
+    figures: list[Part] = []
     if any(share for _, share in ranked):
         bars = [(charts.shorten(name, 44), share, percent(share)) for name, share in ranked]
         figures.append(figure("Share of the scores' variance that a parameter explains alone.",
@@ -157,10 +166,10 @@ def _values(search: Json) -> str:
     )
     found = f"Candidate {search['best']['number'] + 1}, by {', '.join(search['searched'])}."
     return section("What was found", how, found, *figures,
-                   table(["sets", "value", "importance"], rows, right=2))  # fmt: skip
+                   Table(["sets", "value", "importance"], rows, right=2))  # fmt: skip
 
 
-def _cost(search: Json) -> str:
+def _cost(search: Json) -> Section:
     cost = search["cost"]
     rate = cost["evaluations"] / cost["seconds"] if cost["seconds"] else 0.0
     rows = [
@@ -175,8 +184,7 @@ def _cost(search: Json) -> str:
         *([("peak memory, GPU", size(cost["peak_vram"]))] if cost["peak_vram"] else []),
         ("sources wait in", cost["residency"]),
     ]
-    return section("What searching cost", "", "",
-                   table(["", ""], [[a, escape(b)] for a, b in rows], right=1))  # fmt: skip
+    return section("What searching cost", "", "", Table(["", ""], rows, right=1))
 
 
 def _plain(value: Any) -> str:

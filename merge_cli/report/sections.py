@@ -6,11 +6,10 @@ Without data a section says so in a line: an empty plot reads like a measurement
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from html import escape
 
 from merge_cli.report import charts
 from merge_cli.report.charts import Scale, Series, Values
-from merge_cli.report.elements import MAX_ROWS, figure, section, table
+from merge_cli.report.page import MAX_ROWS, Details, Part, Section, Table, figure, section
 from merge_cli.report.relations import NO_LAYERS, Json, View, by_layer, pair_rows, pairs_of, row
 from merge_cli.report.words import (
     bare_percent,
@@ -23,7 +22,7 @@ from merge_cli.report.words import (
 )
 
 
-def alike(view: View) -> str:
+def alike(view: View) -> Section:
     how = (
         "Cosine is 1 where two sources moved the same way, 0 where they have nothing in common, "
         "−1 where they pull apart. Colour deepens with the square root, so that small values show."
@@ -55,7 +54,7 @@ def alike(view: View) -> str:
     )  # fmt: skip
 
 
-def conflict(view: View) -> str:
+def conflict(view: View) -> Section:
     how = (
         "The share of elements that some sources raise and others lower: what a plain average "
         f"would cancel out. {len(view.models)} unrelated sources that change every element would "
@@ -68,7 +67,7 @@ def conflict(view: View) -> str:
     if view.sampled < 1:
         found += f" Counted on {percent(view.sampled)} of the elements."
     values = view.column("conflict")
-    figures = []
+    figures: list[Part] = []
     if view.layers:
         bars = charts.bars("Sign conflict by layer", view.axis, values, percent, "elements", whole)
         figures.append(figure(f"Elements in conflict, by {view.column_name}.", bars))
@@ -82,7 +81,7 @@ def conflict(view: View) -> str:
     return section("Sign conflict", how, found, *figures)
 
 
-def sizes(view: View) -> str:
+def sizes(view: View) -> Section:
     title = "How far the sources are from the base"
     how = (
         "‖δ‖/‖θ₀‖: the norm of what a source changed, over the norm of the base. A source far "
@@ -101,7 +100,7 @@ def sizes(view: View) -> str:
     return section(title, how, found, figure)
 
 
-def kept(view: View) -> str:
+def kept(view: View) -> Section:
     title = "What trimming kept"
     how = "The share of each source's elements that the method kept before it merged them."
     if view.total["kept"] is None:
@@ -161,13 +160,13 @@ def _each(view: View, values: Values) -> str:
     return ", ".join(f"{label} {percent(value)}" for value, label in known) or "no data"
 
 
-def series(view: View, field: str, unit: str, merged: Values | None = None) -> str:
+def series(view: View, field: str, unit: str, merged: Values | None = None) -> Part | None:
     """One line for each source; rows of a heat map where lines would be a tangle."""
     rows = [view.column(field, i) for i in range(len(view.models))]
     if not view.layers:
         return NO_LAYERS
     if all(value is None for row in rows for value in row):
-        return ""
+        return None
     what = unit[0].upper() + unit[1:]
     named: dict[str, Values] = dict(zip(view.labels, rows, strict=True))
     if len(rows) <= charts.MAX_LINES:
@@ -183,16 +182,16 @@ def series(view: View, field: str, unit: str, merged: Values | None = None) -> s
     return by_layer(view, what, named, scale, bare_percent)
 
 
-def groups(groups: Sequence[Json]) -> str:
+def groups(groups: Sequence[Json]) -> Details:
     """What the charts show, as numbers; and the tensors outside the layers, which they do not."""
     heads = ["group", "elements", "sign conflict", "change", "‖δ‖/‖θ₀‖", "kept"]
     rows = [
-        [escape(g["name"]), f"{g['count']:,}", or_dash(g["conflict"], percent),
+        [g["name"], f"{g['count']:,}", or_dash(g["conflict"], percent),
          or_dash(g["change"], percent), row(g["relative_norm"]), row(g["kept"])]
         for g in groups[:MAX_ROWS]
     ]  # fmt: skip
     title = "Layers, and the tensors outside them"
-    return f"<details><summary>{title}</summary>{table(heads, rows, right=5)}</details>"
+    return Details(title, [Table(heads, rows, right=5)])
 
 
 def _no_pairs(view: View, what: str) -> str:

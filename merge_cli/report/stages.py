@@ -10,7 +10,6 @@ import json
 import shutil
 from collections.abc import Mapping
 from functools import cached_property
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from merge_cli.recipe.dump import Locate, data_from, dump_recipe, path_from
 from merge_cli.recipe.load import read_recipe
 from merge_cli.recipe.reference import HUB, ModelRef, local_folder, parse_reference
 from merge_cli.recipe.schema import Recipe
-from merge_cli.report.elements import section, table
+from merge_cli.report.page import Section, Table, code, section
 from merge_cli.report.words import duration, listing, size
 
 
@@ -148,16 +147,16 @@ class Stages:
         return found
 
 
-def staged(report: Mapping[str, Any]) -> list[str]:
+def staged(report: Mapping[str, Any]) -> list[Section]:
     """The page's section on stages; none where the recipe has one document."""
     if "stages" not in report:
         return []
     rows = [
         [
-            f"<code>{escape(stage['name'])}</code>",
-            escape(stage["method"]),
-            escape(listing([one["model"] for one in stage["inputs"]])),
-            escape(", ".join(stage["dtypes"])),
+            code(stage["name"]),
+            stage["method"],
+            listing([one["model"] for one in stage["inputs"]]),
+            ", ".join(stage["dtypes"]),
             size(stage["bytes"]),
             duration(stage["seconds"]),
         ]
@@ -165,7 +164,7 @@ def staged(report: Mapping[str, Any]) -> list[str]:
     ]
     how = "What other documents of the recipe made first, in this order, to be merged here."
     heads = ("stage", "method", "of", "stored as", "size", "time")
-    return [section("Stages", how, "", table(heads, rows, right=2))]
+    return [section("Stages", how, "", Table(heads, rows, right=2))]
 
 
 def _parts(label: str) -> list[str]:

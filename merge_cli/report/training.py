@@ -6,19 +6,18 @@ Their data is in merge_report.json under `coefficients` and `training` (docs/dam
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import Any
 
 from merge_cli.report import charts
 from merge_cli.report.charts import Axis, Scale, Series
-from merge_cli.report.elements import figure, section, table
+from merge_cli.report.page import Part, Section, Table, figure, section, strong
 from merge_cli.report.words import count, duration, percent, size
 
 Json = Mapping[str, Any]
 _POINTS = 40  # of a training curve
 
 
-def learned(report: Json) -> list[str]:
+def learned(report: Json) -> list[Section]:
     """The sections of a report of learned coefficients; none for other methods."""
     found = []
     if report.get("training"):
@@ -30,7 +29,7 @@ def learned(report: Json) -> list[str]:
     return found
 
 
-def _heat(coefficients: Json) -> str:
+def _heat(coefficients: Json) -> Section:
     form = coefficients["form"]
     how = (
         "The mean coefficient of each source, by layer. "
@@ -46,7 +45,7 @@ def _heat(coefficients: Json) -> str:
     found = "Whole model: " + ", ".join(
         f"{name} {value:.3f}" for name, value in zip(models, means, strict=True)
     )
-    figures = []
+    figures: list[Part] = []
     if layers:
         ends = [value for group in layers for value in group["mean"]]
         top = max(map(abs, ends)) or 1.0
@@ -58,15 +57,16 @@ def _heat(coefficients: Json) -> str:
         rows = [[group["mean"][i] for group in layers] for i in range(len(models))]
         chart = charts.heat_map("Mean coefficient", models, axis, rows, scale)
         figures.append(figure("Mean coefficient by layer and source.", chart))
-    rows = [
-        [escape(group["name"]), *(f"{value:.4f}" for value in group["mean"])] for group in outside
+    means_outside = [
+        [group["name"], *(f"{value:.4f}" for value in group["mean"])] for group in outside
     ]
-    if rows:
-        figures.append(table(["outside the layers", *map(escape, models)], rows, right=len(models)))
+    if means_outside:
+        heads = ["outside the layers", *models]
+        figures.append(Table(heads, means_outside, right=len(models)))
     return section("Learned coefficients", how, f"{found}.", *figures)
 
 
-def _worth(training: Json) -> str:
+def _worth(training: Json) -> Section:
     title = "Whether it was worth it"
     how = (
         "KL(teacher ‖ model) on held-out rows at temperature 1, nats per token: how far a model "
@@ -87,20 +87,20 @@ def _worth(training: Json) -> str:
     best = min(score["mean_kl"] for score in scores.values())
     rows = [
         [
-            f"<b>{escape(name)}</b>" if score["mean_kl"] == best else escape(name),
+            strong(name) if score["mean_kl"] == best else name,
             *(f"{score['kl'][dataset]:.4f}" for dataset in names), f"{score['mean_kl']:.4f}",
             *(f"{score['loss'][dataset]:.3f}" for dataset in names), f"{score['mean_loss']:.3f}",
         ]
         for name, score in scores.items()
     ]  # fmt: skip
-    heads = ["model", *(f"KL {escape(n)}" for n in names), "KL mean",
-             *(f"loss {escape(n)}" for n in names), "loss mean"]  # fmt: skip
+    heads = ["model", *(f"KL {n}" for n in names), "KL mean",
+             *(f"loss {n}" for n in names), "loss mean"]  # fmt: skip
     bars = [(name, score["mean_kl"], f"{score['mean_kl']:.4f}") for name, score in scores.items()]
     chart = figure("Mean held-out KL.", charts.side_bars("Mean held-out KL", bars))
-    return section(title, how, found, chart, table(heads, rows, right=len(heads) - 1))
+    return section(title, how, found, chart, Table(heads, rows, right=len(heads) - 1))
 
 
-def _curves(training: Json) -> str:
+def _curves(training: Json) -> Section:
     history, measured = training["history"], training["measured"]
     if not history:
         return section("Training", "", "No step was taken.")
@@ -135,7 +135,7 @@ def _curves(training: Json) -> str:
     return section("Training", "", f"{found}.", *figures)
 
 
-def _training_cost(training: Json) -> str:
+def _training_cost(training: Json) -> Section:
     cost = training["cost"]
     rows = [
         ("coefficients", f"{training['coefficients']:,}"),
@@ -151,17 +151,17 @@ def _training_cost(training: Json) -> str:
         ("sources", f"{size(cost['source_bytes'])}, {cost['residency']}"),
         ("processes", f"{cost['processes']}, {size(cost['bytes_reduced'])} of gradients added up"),
     ]
-    why = [[escape(name), escape(reason)] for name, reason in training["why"].items()]
+    why = [[name, reason] for name, reason in training["why"].items()]
     data = [
-        [escape(one["name"]), escape(one["teacher"]), f"{one['rows']:,}", f"{one['train']:,}",
+        [one["name"], one["teacher"], f"{one['rows']:,}", f"{one['train']:,}",
          f"{one['held_out']:,}", f"{one['train_tokens']:,}"]
         for one in training["datasets"]
     ]  # fmt: skip
     heads = ["data", "teacher", "rows", "train", "held out", "tokens"]
     return section(
         "What learning cost", "", "",
-        table(["", ""], [[name, escape(text)] for name, text in rows], right=1),
-        table(heads, data, right=4), table(["decided", "why"], why),
+        Table(["", ""], rows, right=1),
+        Table(heads, data, right=4), Table(["decided", "why"], why),
     )  # fmt: skip
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from html import escape
+
+from markupsafe import Markup
 
 from merge_cli.report import charts
 
@@ -42,8 +43,10 @@ def bare_percent(value: float) -> str:
 
 
 def hash(digest: str | None) -> str:
-    full = escape(digest or "")
-    return f'<code title="{full}">{full[:12]}</code>' if full else "–"
+    """The start of a digest as code; the whole of it where one points."""
+    if not digest:
+        return "–"
+    return Markup('<code title="{}">{}</code>').format(digest, digest[:12])
 
 
 def count(number: int, noun: str) -> str:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from merge_cli.errors import SourceError
+from merge_cli.errors import SourceError, UsageError
 from merge_cli.evaluation.chat import TemplateError, render_chat
 from merge_cli.evaluation.content import content_of
 from merge_cli.evaluation.live import LiveModel
@@ -18,7 +17,8 @@ from merge_cli.evaluation.rows import Row, listed, need_known, read_rows
 from merge_cli.evaluation.task import DataTask, Tell, cut_note, file_digest, option
 from merge_cli.evaluation.tokens import Truncate, encode_pair, fitted, row_start, too_long
 from merge_cli.evaluation.watch import need_finite
-from merge_cli.guarded import kind_of
+from merge_cli.guarded import Unreadable, is_file, kind_of
+from merge_cli.patterns import compile_pattern
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,12 +47,12 @@ class ExactMatch(DataTask):
             raise ValueError("system is a message of a conversation: it needs chat_template: true")
         if self.num_fewshot and self.fewshot is None:
             raise ValueError("num_fewshot needs fewshot, a file of rows to show")
-        if self.fewshot is not None and not self.fewshot.is_file():
+        if self.fewshot is not None and not is_file(self.fewshot):
             raise ValueError(f"fewshot: no such file: {self.fewshot}")
         try:
-            re.compile(self.extract)
-        except re.error as error:
-            raise ValueError(f"extract is no regular expression: {error}") from None
+            compile_pattern(self.extract)
+        except Unreadable as error:
+            raise ValueError(f"extract {error}") from None
 
     def score(self, live: LiveModel, tell: Tell) -> TaskResult:
         rows, prompts, cut = self._prompts(live)
@@ -128,12 +128,15 @@ class ExactMatch(DataTask):
         text = text[: min(ends)] if ends else text
         if not self.extract:
             return text.strip()
-        found = list(re.finditer(self.extract, text))
+        pattern = compile_pattern(self.extract).fresh()
+        try:
+            found = list(pattern.finditer(text))
+        except Unreadable as error:
+            raise UsageError(f"extract ({self.extract!r}) {error}") from None
         if not found:
             return None
-        match = found[0 if self.take == "first" else -1]
-        text = match[1] if match.re.groups else match[0]
-        return None if text is None else text.strip()
+        group = found[0 if self.take == "first" else -1].group(1 if pattern.groups else 0)
+        return None if group is None else group.strip()
 
     def _right(self, row: Row) -> str:
         row.text("prompt")

@@ -14,6 +14,7 @@ from merge_cli.evaluation.live import LiveModel
 from merge_cli.evaluation.result import Metric, TaskResult
 from merge_cli.evaluation.task import Task, Tell, file_digest, option
 from merge_cli.evaluation.watch import watched
+from merge_cli.recipe.reference import expanded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +57,7 @@ class PythonTask(Task):
 
     def _place(self) -> tuple[Path, str]:
         file, _, name = self.python.rpartition(":")
-        path = self.folder / Path(file).expanduser()
+        path = self.folder / expanded(file)
         if not name.isidentifier() or not path.is_file():
             what = "names no function in a file" if path.is_file() else "no such file"
             raise SourceError(what, file=self.python, hint="Write `python: file.py:function`.")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from html import escape
 from typing import Any
+
+from markupsafe import Markup
 
 from merge_cli.report import charts
 from merge_cli.report.charts import Scale
@@ -17,7 +18,20 @@ from merge_cli.report.comparison.table import (
     used,
     with_ends,
 )
-from merge_cli.report.elements import document, figure, key_figures, section, table
+from merge_cli.report.page import (
+    Details,
+    KeyFigure,
+    Page,
+    Paragraph,
+    Section,
+    Table,
+    Verbatim,
+    figure,
+    items,
+    render,
+    section,
+    strong,
+)
 from merge_cli.report.words import count, duration, listing, size, two_decimals
 
 Json = Mapping[str, Any]
@@ -30,9 +44,8 @@ def render_comparison(record: Json) -> str:
     title = f"{listing([model['name'] for model in recipes])} compared"
     if len(title) > 100:
         title = f"{count(len(recipes), 'recipe')} compared"
-    body = [
-        _header(record, title),
-        _key_figures(record),
+    tasks = listing([task["name"] for task in record["tasks"]])
+    sections = [
         _table(record),
         _normalised(record),
         _against_cost(record),
@@ -40,25 +53,28 @@ def render_comparison(record: Json) -> str:
         _cost(record),
         _recipes(record),
     ]
-    return document(title, [part for part in body if part])
+    return render(
+        Page(
+            kind="Comparison",
+            title=title,
+            lede=f"{count(len(record['models']), 'model')} on {tasks}.",
+            made=_made(record),
+            key_figures=_key_figures(record),
+            sections=[part for part in sections if part is not None],
+        )
+    )
 
 
-def _header(record: Json, title: str) -> str:
-    tasks = listing([task["name"] for task in record["tasks"]])
-    made = [
+def _made(record: Json) -> list[str]:
+    return [
         record["created"].replace("T", " ").replace("+00:00", " UTC"),
         f"merge-cli {record['merge_cli']}",
         f"evaluated in {record['dtype']}",
         record["device"],
     ]
-    return (
-        f'<header>\n<p class="kind">Comparison</p>\n<h1>{escape(title)}</h1>\n'
-        f'<p class="lede">{count(len(record["models"]), "model")} on {escape(tasks)}.</p>\n'
-        f'<p class="made">{escape(" · ".join(made))}</p>\n</header>'
-    )
 
 
-def _key_figures(record: Json) -> str:
+def _key_figures(record: Json) -> list[KeyFigure]:
     merges = [model for model in record["models"] if model["cost"]]
     field, sign = _ranking(record)
     best = max(merges, key=lambda model: sign * model[field]["value"]) if field else None
@@ -79,28 +95,22 @@ def _key_figures(record: Json) -> str:
                       f"{size(best['cost']['peak_rss'])} of memory"))  # fmt: skip
     cheapest = min(merges, key=lambda model: model["cost"]["seconds"])
     cells.append(("Cheapest", cheapest["name"], duration(cheapest["cost"]["seconds"])))
-    return key_figures(cells)
+    return [KeyFigure(name, value, remarks) for name, value, *remarks in cells]
 
 
-def _table(record: Json) -> str:
+def _table(record: Json) -> Section:
     heads, rows = used(record)
-    how = "<br>".join(escape(line) for line in legend(record))
-    notes = "".join(f"<li>{escape(note)}</li>" for note in record["notes"])
-    cells = [[escape(cell) for cell in row] for row in rows]
-    strong = {model["name"] for model in record["models"] if model["role"] == "recipe"}
-    for row in cells:
-        if row[0] in map(escape, strong):
-            row[0] = f"<strong>{row[0]}</strong>"
-    return section(
-        "Quality and cost", how, "", table([escape(head) for head in heads], cells, len(heads) - 1),
-        f"<ul>{notes}</ul>" if notes else "",
-    )  # fmt: skip
+    how = Markup("<br>").join(legend(record))
+    recipes = {model["name"] for model in record["models"] if model["role"] == "recipe"}
+    cells = [[strong(name) if name in recipes else name, *measured] for name, *measured in rows]
+    table = Table(heads, cells, right=len(heads) - 1)
+    return section("Quality and cost", how, "", table, items(record["notes"]))
 
 
-def _normalised(record: Json) -> str:
+def _normalised(record: Json) -> Section | None:
     tasks = [task["name"] for task in record["tasks"] if task["normalised"]]
     if not tasks:
-        return ""
+        return None
     models = record["models"]
     values = [[*(m["normalised"][task]["value"] for task in tasks), m["normalised_mean"]["value"]]
               for m in models]  # fmt: skip
@@ -125,11 +135,11 @@ def _best_merge(record: Json, task: str) -> float:
     return max(float(model["normalised"][task]["value"]) for model in merges)
 
 
-def _against_cost(record: Json) -> str:
+def _against_cost(record: Json) -> Section | None:
     field, sign = _ranking(record)
     merges = [model for model in record["models"] if model["cost"]]
     if field is None:
-        return ""
+        return None
     points = [
         Point(m["name"], m["cost"]["seconds"], m[field]["value"], _ends(m[field]),
               _style(m["role"]), m["name"] in record["front"])
@@ -144,14 +154,15 @@ def _against_cost(record: Json) -> str:
         "Quality against cost", points, "wall time of the merge (logarithmic)", _by(record),
         number, duration, low_is_good=sign < 0,
     )  # fmt: skip
-    key = (
-        '<p class="soft"><span class="dot s-0">recipes</span> &#8195; '
-        '<span class="dot s-base">baselines</span></p>'
+    key = Markup(
+        '<span class="dot s-0">recipes</span> \u2003 <span class="dot s-base">baselines</span>'
     )
-    return section("Quality against cost", how, found, figure("Merges by cost.", chart), key)
+    return section(
+        "Quality against cost", how, found, figure("Merges by cost.", chart), Paragraph(key, "soft")
+    )
 
 
-def _domains(record: Json) -> str:
+def _domains(record: Json) -> Section:
     figures = []
     for task in record["tasks"]:
         name = task["name"]
@@ -172,7 +183,7 @@ def _domains(record: Json) -> str:
     return section("Domain by domain", how, "", *figures)
 
 
-def _cost(record: Json) -> str:
+def _cost(record: Json) -> Section:
     rows = []
     for model in record["models"]:
         cost, spent = model["cost"], model["evaluation_cost"]
@@ -183,7 +194,7 @@ def _cost(record: Json) -> str:
                 f"{cost['backward_passes']:,}", size(cost["peak_rss"]),
                 "–" if cost["joules"] is None else f"{cost['joules']:.3g} J",
             ]  # fmt: skip
-        rows.append([escape(model["name"]), *map(escape, made), duration(spent["seconds"]),
+        rows.append([model["name"], *made, duration(spent["seconds"]),
                      f"{spent['tokens']:,}"])  # fmt: skip
     heads = ["model", "merge: time", "tokens", "forward", "backward", "peak memory", "energy",
              "evaluation: time", "tokens"]  # fmt: skip
@@ -192,13 +203,12 @@ def _cost(record: Json) -> str:
         "Tokens and passes are of methods that learn or search. Energy is the whole machine's, "
         "where it has a meter that may be read."
     )
-    return section("What it cost", how, "", table(heads, rows, len(heads) - 1))
+    return section("What it cost", how, "", Table(heads, rows, len(heads) - 1))
 
 
-def _recipes(record: Json) -> str:
+def _recipes(record: Json) -> Section:
     parts = [
-        f"<details><summary>{escape(model['name'])}, {_ROLES[model['role']]}</summary>"
-        f"<pre>{escape(model['recipe'])}</pre></details>"
+        Details(f"{model['name']}, {_ROLES[model['role']]}", [Verbatim(model["recipe"])])
         for model in record["models"]
         if model["recipe"]
     ]

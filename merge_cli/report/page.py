@@ -1,0 +1,152 @@
+"""A page to read, as data: what stands on it and in which order. templates/page.html lays it out.
+
+Text is plain and escaped by the template. Only `Markup` is HTML: the charts, and the few words that
+`code`, `strong` and `soft` make from text that they have escaped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib import resources
+
+from markupsafe import Markup
+
+MAX_ROWS = 20_000  # of a table: a page that still opens
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A chart (an SVG) under its caption."""
+
+    caption: str
+    chart: str
+    kind: str = "figure"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of cells; the last `right` columns are numbers."""
+
+    heads: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    right: int = 0
+    kind: str = "table"
+
+
+@dataclass(frozen=True)
+class Items:
+    """A list."""
+
+    lines: Sequence[str]
+    kind: str = "items"
+
+
+@dataclass(frozen=True)
+class Paragraph:
+    """Some text; `style` is a class of page.css."""
+
+    text: str
+    style: str = ""
+    kind: str = "paragraph"
+
+
+@dataclass(frozen=True)
+class Verbatim:
+    """Text as it is written in a file."""
+
+    text: str
+    kind: str = "verbatim"
+
+
+@dataclass(frozen=True)
+class Details:
+    """Parts that are folded away behind a line."""
+
+    summary: str
+    parts: Sequence[Part]
+    kind: str = "details"
+
+
+Part = Figure | Table | Items | Paragraph | Verbatim | Details
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading, how to read what follows, what was found, and the parts that show it."""
+
+    title: str
+    how: str
+    finding: str
+    parts: Sequence[Part] = ()
+
+
+@dataclass(frozen=True)
+class KeyFigure:
+    """A number that a reader wants first, and what else there is to say of it."""
+
+    name: str
+    value: str
+    remarks: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Page:
+    """A whole page.
+
+    Attributes:
+        kind: what it is, above its title: "Merge report".
+        lede: one sentence under the title; `made`: when, with what and where it was made.
+    """
+
+    kind: str
+    title: str
+    lede: str
+    made: Sequence[str]
+    key_figures: Sequence[KeyFigure]
+    sections: Sequence[Section]
+
+
+def section(title: str, how: str, finding: str, *parts: Part | None) -> Section:
+    """A section of the parts that there are."""
+    return Section(title, how, finding, tuple(part for part in parts if part is not None))
+
+
+def figure(caption: str, chart: str) -> Figure:
+    """A figure of a chart, which is the only place where a string is taken for HTML."""
+    return Figure(caption, Markup(chart))
+
+
+def items(lines: Iterable[str]) -> Items | None:
+    """A list; None where it would be empty."""
+    listed = tuple(lines)
+    return Items(listed) if listed else None
+
+
+def code(text: str) -> Markup:
+    """A name or a value as code."""
+    return Markup("<code>{}</code>").format(text)
+
+
+def strong(text: str) -> Markup:
+    return Markup("<strong>{}</strong>").format(text)
+
+
+def soft(text: str) -> Markup:
+    """Words that step back."""
+    return Markup('<span class="soft">{}</span>').format(text)
+
+
+def render(page: Page) -> str:
+    """The page as one HTML file that loads nothing."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("merge_cli.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    style = resources.files("merge_cli.report").joinpath("page.css").read_text(encoding="utf-8")
+    return environment.get_template("page.html").render(page=page, style=Markup(style))
