@@ -22,7 +22,6 @@ from merge_cli.dam.sources import Place, Residency
 from merge_cli.dam.student import Student
 from merge_cli.engine.plan import Plan
 from merge_cli.engine.planner import load_recipe, make_plan
-from merge_cli.recipe.training import Training
 
 VOCABULARY = 260
 SIZES: dict[str, Any] = {
@@ -124,12 +123,13 @@ def write_recipe(
     folder: Path, training: Mapping[str, Any] | None = None, *,
     names: Sequence[str] = ("a", "b", "c"), base: bool = True, **keys: Any,
 ) -> Path:  # fmt: skip
-    """recipe.yaml beside the models and their data."""
+    """recipe.yaml beside the models and their data; the paper's preset unless it says another."""
+    training = {"preset": "dam", **(training or {})}
     document = {
         "merge_method": "dam",
         **({"base_model": "base"} if base else {}),
         "models": [{"model": name, "data": f"{name}.jsonl"} for name in names],
-        "training": dict(training or {}),
+        "training": training,
         **keys,
     }
     path = folder / "recipe.yaml"
@@ -147,7 +147,7 @@ def student_of(
     plan: Plan, dtype: torch.dtype = torch.float64, residency: Residency = "host", **changes: Any
 ) -> Student:
     """The student of a plan, in float64 unless said otherwise."""
-    training = replace(plan.recipe.training or Training(), **changes)
+    training = replace(plan.recipe.learning, **changes)
     targets, problems = find_targets(plan, load_student(plan, "cpu", dtype), training)
     assert not problems
     place = Place(residency, "for a test", 0)

@@ -213,5 +213,5 @@ def test_schedules() -> None:
     rates = [rate_at(warm, step, 10) for step in range(10)]
     assert rates[:3] == [0.5, 1.0, 1.0]
     assert rates == sorted(rates[:2]) + sorted(rates[2:], reverse=True)
-    assert rate_at(Training(learning_rate=0.5), 7, 10) == 0.5
+    assert rate_at(Training(learning_rate=0.5, schedule="constant"), 7, 10) == 0.5
     assert rate_at(Training(learning_rate=1.0, schedule="linear"), 5, 10) == pytest.approx(0.5)

@@ -10,8 +10,10 @@ import hashlib
 import math
 import random
 from array import array
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -118,12 +120,21 @@ def load_datasets(
             for rows, most in ((mixed, training.examples),
                                (one.held_out.values(), training.held_out_examples))
         )  # fmt: skip
+        kept = within(kept, training.held_out_tokens)
         if not train:
             raise SourceError("has no token to learn from", file=_shown(spec.data))
         source = labels.index(str(spec.model))
         removed = len(one.train) - len(mixed)
         found.append(Dataset(one.name, source, train, kept, one.count, removed))
     return found
+
+
+def within(examples: tuple[Example, ...], tokens: int | None) -> tuple[Example, ...]:
+    """The first sequences that have about so many tokens together; one at least."""
+    if tokens is None:
+        return examples
+    ends = list(accumulate(len(one.ids) for one in examples))
+    return examples[: max(1, bisect_right(ends, tokens))]
 
 
 def _divided(recipe: Recipe, data: Data, name: str, training: Training) -> _Divided:

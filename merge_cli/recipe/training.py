@@ -65,7 +65,10 @@ class Training:
     held_out: float = dial(
         0.1, "share of the rows kept for measuring, where no file is named", 0, 0.9
     )
-    held_out_examples: int = dial(24, "at most this many of them for each source", 1)
+    held_out_examples: int = dial(64, "at most this many of them for each source", 1)
+    held_out_tokens: int | None = dial(
+        2048, "at most about so many tokens of them for each source; null for all", 1
+    )
     epochs: int = dial(1, "passes over the largest source's examples, at most", 1)
     tokens: int | None = dial(
         16_384, "of all sources together to train on, about and at most; null for all of them", 1
@@ -139,6 +142,7 @@ def _matches(pattern: str, name: str) -> bool:
 _PAPER: dict[str, Any] = {
     "granularity": "column", "form": "soup", "start": "soup", "temperature": 2.0,
     "regularize": {"cosine": 0.01}, "learning_rate": 1e-3, "schedule": "constant", "tokens": None,
+    "held_out_tokens": None,
 }  # fmt: skip
 _BY_TENSOR: dict[str, Any] = {**_PAPER, "granularity": "tensor", "temperature": 1.0,
                               "regularize": {}}  # fmt: skip
