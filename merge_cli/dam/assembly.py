@@ -6,14 +6,18 @@ from collections.abc import Sequence
 from typing import Any
 
 from merge_cli.dam.coefficients import Coefficients
-from merge_cli.dam.models import Target, load_student, stored_tensors
+from merge_cli.dam.models import Target, load_student, parameter_count, stored_tensors
 from merge_cli.dam.optimizers import Optimizer
 from merge_cli.dam.sources import Place, Sources
 from merge_cli.dam.student import Seat, Student
-from merge_cli.engine.memory import return_freed_memory
+from merge_cli.engine.memory import keep_freed_memory, return_freed_memory
 from merge_cli.engine.plan import Plan
 from merge_cli.evaluation.seats import find_seats
 from merge_cli.recipe.training import Training
+
+# Bytes of a student up to which freed memory is kept: a third of a small one's time went into
+# getting the same pages from the system again and again.
+_SMALL = 1 << 28
 
 
 def initial_coefficients(
@@ -39,7 +43,10 @@ def assemble(
     Args:
         dtype: torch's, of the net; coefficients and projections are float32, or float64 with it.
     """
-    return_freed_memory()
+    if 4 * parameter_count(targets) < _SMALL:
+        keep_freed_memory()
+    else:
+        return_freed_memory()
     net = load_student(plan, device, dtype)
     places = find_seats(plan, net)
     coefficients = initial_coefficients(targets, training, plan.recipe.seed, device, dtype)
