@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from merge_cli.checkpoint import hub
+from merge_cli.checkpoint.adapter_config import CONFIG, read_config
 from merge_cli.checkpoint.files import CARD
 from merge_cli.checkpoint.header import TensorRef, parse_header, read_header_file
-from merge_cli.checkpoint.lora import CONFIG, WEIGHTS
-from merge_cli.errors import CorruptFileError, SourceError
+from merge_cli.checkpoint.lora import WEIGHTS
+from merge_cli.errors import SourceError
 from merge_cli.recipe.reference import hub_id, local_folder
 
 
@@ -41,7 +41,7 @@ def open_adapter(path: str, revision: str | None, folder: Path, label: str) -> A
         label: the model with the adapter, for messages.
 
     Raises:
-        SourceError: missing, or none.
+        SourceError: missing, or none; a kind of adapter that is not applied.
         CorruptFileError: a config or header that does not hold.
         HubError: a repository that cannot be had.
     """
@@ -63,7 +63,7 @@ def open_adapter(path: str, revision: str | None, folder: Path, label: str) -> A
     about = file.stat()
     tensors = parse_header(raw, file, about.st_size, label)
     stamp = f"{about.st_size} {about.st_mtime_ns}"
-    return Adapter(place, _config(place / CONFIG, label), tensors, raw, stamp)
+    return Adapter(place, read_config(place / CONFIG, label), tensors, raw, stamp)
 
 
 def _on_hub(repo: hub.HubModel, label: str) -> Adapter:
@@ -71,7 +71,7 @@ def _on_hub(repo: hub.HubModel, label: str) -> Adapter:
     root = hub.fetch_files(repo, [CONFIG, *([CARD] if CARD in repo.files else [])])
     raw = hub.read_header(repo, WEIGHTS)
     tensors = parse_header(raw, root / WEIGHTS, repo.files[WEIGHTS], label)
-    return Adapter(root, _config(root / CONFIG, label), tensors, raw, str(repo.commit), repo)
+    return Adapter(root, read_config(root / CONFIG, label), tensors, raw, str(repo.commit), repo)
 
 
 def _need(names: set[str], label: str, path: str) -> None:
@@ -85,13 +85,3 @@ def _need(names: set[str], label: str, path: str) -> None:
             what = f"the weights of {path} are pickled, and opening a pickle runs its code"
         hint = "Load it with PEFT, if you trust it, and save it again." if pickled else ""
         raise SourceError(what, model=label, hint=hint)
-
-
-def _config(path: Path, label: str) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CorruptFileError(f"cannot be read: {error}", model=label, file=path.name) from None
-    if not isinstance(found, dict):
-        raise CorruptFileError("is not a mapping", model=label, file=path.name)
-    return found

@@ -58,7 +58,8 @@ def changes_of(adapter: Adapter, label: str) -> dict[str, Updated]:
         SourceError: what depends on the model, or replaces a part of it; see `apply_adapter`.
         MismatchError: factors that do not fit one another.
     """
-    modules, brought = sorted_out(adapter.tensors)
+    contents = sorted_out(adapter.tensors)
+    modules, brought = contents.modules, contents.whole
     # A layer that has factors is frozen: PEFT saves a copy of embeddings beside theirs.
     whole = [name for name in brought if name.removesuffix(".weight") not in modules]
     if whole:
@@ -83,7 +84,7 @@ def changes_of(adapter: Adapter, label: str) -> dict[str, Updated]:
 
 def embeddings_of(adapter: Adapter) -> set[str]:
     """The weights of modules that look rows up."""
-    modules, _ = sorted_out(adapter.tensors)
+    modules = sorted_out(adapter.tensors).modules
     return {f"{module}.weight" for module, parts in modules.items() if "embedding_a" in parts}
 
 

@@ -17,11 +17,13 @@ from typing import Any
 
 from merge_cli.checkpoint import hub
 from merge_cli.checkpoint.adapter import Adapter, open_adapter
+from merge_cli.checkpoint.adapter_config import base_note
 from merge_cli.checkpoint.components import PIPELINE, names_in, part_folders, stem_of
 from merge_cli.checkpoint.lora import WEIGHTS, apply_adapter
 from merge_cli.checkpoint.places import Folder, Place, Repository, read_headers
 from merge_cli.checkpoint.quantised import read_as_numbers
 from merge_cli.checkpoint.tensors import Tensor
+from merge_cli.checkpoint.tied_adapter import changed_config
 from merge_cli.errors import CorruptFileError, HubError, SourceError
 from merge_cli.guarded import read_mapping
 from merge_cli.recipe.reference import HUB, ModelRef, expanded, hub_id, is_revision, local_folder
@@ -169,12 +171,13 @@ def open_source(model: ModelRef, folder: Path) -> Source:
 
 def _with_adapter(base: Source, adapter: Adapter, label: str) -> Source:
     applied = apply_adapter(
-        base.tensors, adapter.config, adapter.tensors, label=label, stamp=adapter.stamp
-    )
-    return replace(
-        base, label=label, tensors=applied.tensors, adapter=adapter,
-        config={**base.config, **applied.changes}, notes=(*base.notes, *applied.notes),
+        base.tensors, adapter.config, adapter.tensors, label=label, stamp=adapter.stamp,
+        base=base.config, root=base.root,
     )  # fmt: skip
+    other = base_note(adapter.config, base.label.partition("@")[0])
+    notes = (*base.notes, *applied.notes, *([other] if other else []))
+    return replace(base, label=label, tensors=applied.tensors, adapter=adapter,
+                   config=changed_config(base.config, applied.changes), notes=notes)  # fmt: skip
 
 
 def _looked_for(path: str, folder: Path) -> str:
