@@ -85,6 +85,7 @@ def _problems(config: Mapping[str, Any]) -> Iterator[Problem]:
         if key in _REFUSED:
             if not _is_empty(value):
                 what = f"the adapter has {_REFUSED[key]}"
+                what += "" if key in what else f" ({key})"
                 yield Problem(what, key, hint=_hint(key))
         elif key in _CHECKED:
             for what, hint in _CHECKED[key](value):

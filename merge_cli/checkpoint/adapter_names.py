@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,12 +51,14 @@ class Rule:
         note: what it exchanges; empty where names are as they are.
         missed: names that have no place under it.
         rivals: prefixes between which nothing decides.
+        crosses: whether it takes layers for text to a tower for images or sound, or back.
     """
 
     of: Rename
     note: str = ""
     missed: tuple[str, ...] = ()
     rivals: tuple[str, ...] = ()
+    crosses: bool = False
 
 
 def find_rule(names: Collection[str], have: Mapping[str, Any], root: Path | None = None) -> Rule:
@@ -76,12 +78,12 @@ def find_rule(names: Collection[str], have: Mapping[str, Any], root: Path | None
                   _single(names, places)):  # fmt: skip
         tried = [_tried(rule, names, places) for rule in found]
         landed = {tuple(map(rule.of, sorted(names))): rule for rule in tried if not rule.missed}
-        if len(landed) == 1:
-            return next(iter(landed.values()))
-        if landed:
+        if len(landed) == 1 and not (only := next(iter(landed.values()))).crosses:
+            return only
+        if len(landed) > 1:
             notes = tuple(rule.note for rule in landed.values())
             return Rule(rules[0].of, "", tuple(sorted(names)), notes)
-        rules += tried
+        rules += [rule for rule in tried if not rule.crosses]
     return min(rules, key=lambda rule: len(rule.missed))
 
 
@@ -97,7 +99,7 @@ def _with_modules(have: Iterable[str]) -> set[str]:
 
 def _tried(rule: Rule, names: Collection[str], places: Collection[str]) -> Rule:
     missed = tuple(sorted(name for name in names if rule.of(name) not in places))
-    return Rule(rule.of, rule.note, missed)
+    return replace(rule, missed=missed)
 
 
 def _layouts(names: Collection[str], places: Collection[str]) -> Iterator[Rule]:
@@ -145,8 +147,9 @@ def _single(names: Collection[str], places: Collection[str]) -> Iterator[Rule]:
     for other in sorted(places):
         if other == rest or other.endswith(f".{rest}"):
             new = other.removesuffix(rest)
-            if new != old and _tower(new) == _tower(old):
-                yield Rule(_prefix(old, new), f"{old or '(none)'} -> {new or '(none)'}")
+            if new != old:
+                note = f"{old or '(none)'} -> {new or '(none)'}"
+                yield Rule(_prefix(old, new), note, crosses=_tower(new) != _tower(old))
 
 
 def _tower(prefix: str) -> str:

@@ -60,7 +60,7 @@ class View:
             flat[self.start + first * self.down :], (count, self.columns),
             (self.down * flat.itemsize, self.right * flat.itemsize), writeable=False,
         )  # fmt: skip
-        return np.ascontiguousarray(found)
+        return np.array(found, order="C")  # of its own: compiled kernels write beside it
 
 
 @dataclass(frozen=True)
