@@ -235,3 +235,54 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path: Path) -> None:
     assert "are not those of 4 experts" in error()
     save_file({n: t for n, t in tensors.items() if n != name}, file)
     assert "lora_A and lora_B" in error()
+
+
+def expert_adapters(folder: Path, make: Any = qwen, **about: Any) -> None:
+    """Two adapters of one base."""
+    for number in (2, 1):
+        config = {"target_modules": ["q_proj"], "target_parameters": TARGETS, **about}
+        train(folder, make, **{**config, "r": number + 1})
+        (folder / "adapter1").rename(folder / f"lora{number}")
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties"])
+@pytest.mark.parametrize("make", [qwen, square, gpt_oss])
+def test_merged_with_one_another(tmp_path: Path, make: Any, method: str) -> None:
+    expert_adapters(tmp_path, make)
+    recipe = tmp_path / "recipe.yaml"
+    both = {
+        "merge_method": method,
+        "models": [{"model": "lora1"}, {"model": "lora2"}],
+        "parameters": {"weight": 0.5, "density": 0.6} if method == "ties" else {"weight": 0.5},
+    }
+    cut = {} if method == "task_arithmetic" else {"adapter": {"rank": 32}}
+    recipe.write_text(json.dumps({**both, "output": cut or "adapter"}))
+    import merge_cli
+
+    merge_cli.merge(recipe, tmp_path / "adapter1")
+    found = merge(passthrough(tmp_path), tmp_path / "found")
+    models = [{"model": f"base+{one['model']}"} for one in both["models"]]
+    recipe.write_text(json.dumps({**both, "models": models, "base_model": "base"}))
+    base = read_model(tmp_path / "base")
+    if method == "task_arithmetic":
+        wanted = merge(recipe, tmp_path / "wanted")
+        for name, tensor in wanted.items():
+            torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5)
+    assert any(not torch.equal(found[n], base[n]) for n in base if "experts" in n)
+    kind = type(make())
+    model = peft.PeftModel.from_pretrained(kind.from_pretrained(tmp_path / "base"),
+                                           tmp_path / "adapter1").eval()  # fmt: skip
+    assert_same(tmp_path, model, kind)
+
+
+def test_square_factors_of_two_orders_are_not_mixed(tmp_path: Path) -> None:
+    expert_adapters(tmp_path, square)
+    config = tmp_path / "lora2" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "peft_version": "0.18.0"}))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("merge_method: task_arithmetic\nmodels: [{model: lora1}, {model: lora2}]\n"
+                      "parameters: {weight: 1}\noutput: adapter\n")  # fmt: skip
+    import merge_cli
+
+    with pytest.raises(MismatchError, match=r"PEFT up to 0\.19\.0"):
+        merge_cli.merge(recipe, tmp_path / "out")

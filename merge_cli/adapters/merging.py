@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from merge_cli.adapters.card import merge_card
+from merge_cli.adapters.experts import ExpertStacks
 from merge_cli.adapters.factors import Cut, Factors, factorise, recombine
 from merge_cli.adapters.folder import AdapterFolder, adapter_config
 from merge_cli.adapters.output import adapter_output
 from merge_cli.adapters.threads import threads_for
 from merge_cli.checkpoint.adapter import Adapter
-from merge_cli.checkpoint.changes import embeddings_of
-from merge_cli.checkpoint.low_rank import Updated
+from merge_cli.checkpoint.changes import LowRank, embeddings_of, experts_of
 from merge_cli.checkpoint.stored import reading
 from merge_cli.checkpoint.tensors import Read
 from merge_cli.engine.adapters import LINEAR, ZERO_BASE, base_name, rank_of
@@ -66,13 +66,18 @@ def merge_adapters(plan: Plan, out: Path, options: MergeOptions, *, show: Show) 
         reading() as read,
     ):
         writer = AdapterFolder(folder, turned=turned)
+        places = {name: place for one in adapters for name, place in experts_of(one).items()}
+        stacks = ExpertStacks(writer, places)
         held: dict[str, Factors] = {}
         try:
             for done, (task, found) in enumerate(makers(plan, options, cut, read)):
                 show(Progress("merge", done, len(plan.tasks), task.name, "modules"))
-                if found is not None:
+                if task.name in places:
+                    stacks.add(task.name, found)
+                elif found is not None:
                     module = task.name.removesuffix(".weight")
                     writer.add(module, found, embedding=task.name in looked_up)
+                if found is not None:
                     held[task.name] = found
             size = writer.finish(_config(plan, writer, adapters, turned), read)
         finally:
@@ -98,7 +103,7 @@ def _sums(
     for task in plan.tasks:
         lefts, rights = [], []
         for one, coefficient in zip(task.operands, _coefficients(plan, task), strict=True):
-            if isinstance(one, Updated) and coefficient:
+            if isinstance(one, LowRank) and coefficient:
                 left, right = one.factors(read)
                 if not (np.isfinite(left).all() and np.isfinite(right).all()):
                     what = "NaN or Inf among its factors"
@@ -162,6 +167,8 @@ def _config(
         revision=revisions.pop() if len(revisions) == 1 and named is None else None,
         turned=turned,
         task_type=kinds.pop() if len(kinds) == 1 else None,
+        parameters=writer.parameters,
+        version=next((str(v) for one in adapters if (v := one.config.get("peft_version"))), None),
     )
 
 

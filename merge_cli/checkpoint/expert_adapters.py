@@ -21,6 +21,7 @@ from merge_cli.checkpoint.adapter_config import DEFAULT_ALPHA, by_pattern
 from merge_cli.checkpoint.expert_factors import Patch, Patched, View
 from merge_cli.checkpoint.header import MERGEABLE, TensorRef
 from merge_cli.checkpoint.tensors import Tensor
+from merge_cli.checkpoint.zeros import Zeros
 
 Parts = dict[str, TensorRef]
 _WRAPPER = ".base_layer"
@@ -57,6 +58,22 @@ class ExpertUpdate:
 
 
 @dataclass(frozen=True)
+class ExpertPlace:
+    """Where an expert's factors belong in an adapter.
+
+    Attributes:
+        count: how many experts the parameter has.
+        shape: of an expert's product B A: [outputs, inputs].
+    """
+
+    module: str
+    parameter: str
+    expert: int
+    count: int
+    shape: tuple[int, int]
+
+
+@dataclass(frozen=True)
 class About:
     """What decides how factors are read: the adapter's config, its base's, and the file's stamp."""
 
@@ -84,7 +101,7 @@ def fused_updates(
         wrapped.sort(key=len, reverse=True)  # the innermost first: PEFT wrapped it first
         names = {target.rpartition(".")[2] for target in targets}
         named = [n for n in sorted(names) if any(_ends(f"{plain}.{n}", t) for t in targets)]
-        listed = [name for name in _ORDER if name in named] or named
+        listed = in_order([name for name in named if name in _ORDER] or named)
         if len(listed) != len(wrapped):
             said = ", ".join(targets) or "nothing"
             problems[plain] = (
@@ -98,6 +115,45 @@ def fused_updates(
             else:
                 found.append(ExpertUpdate(plain, parameter, parts["a"], parts["b"]))
     return found, problems
+
+
+def in_order(parameters: Sequence[str]) -> list[str]:
+    """A module's parameters as its class defines them: the order in which PEFT wraps them."""
+    known = [name for name in _ORDER if name in parameters]
+    return known + sorted(set(parameters) - set(known))
+
+
+def changes_of_experts(
+    updates: Sequence[ExpertUpdate], about: About, label: str
+) -> dict[str, tuple[ExpertPlace, Patched]] | str:
+    """Each expert's change as a matrix of its own, [outputs, inputs], or why there is none."""
+    found = {}
+    for update in updates:
+        rank = rank_of(update, about.config)
+        count, odd = divmod(update.a.shape[0], rank or 1)
+        if not rank or odd or not count or update.b.shape[1] != update.a.shape[0]:
+            return f"its factors of {update.key} are not those of experts of the rank that it names"
+        shape = (update.b.shape[0], update.a.shape[1])
+        scale = scale_of(about.config, update.key, rank)
+        for i in range(count):
+            name = f"{update.module}.{i}.{update.parameter}"
+            left, right = _views(update, i, count, rank)
+            patched = Patched(Zeros(name, label, shape), (Patch(left, right, scale),), about.stamp)
+            found[name] = ExpertPlace(update.module, update.parameter, i, count, shape), patched
+    return found
+
+
+def is_newer(config: Mapping[str, Any]) -> bool:
+    """Whether the PEFT that wrote it takes B A as [outputs, inputs]."""
+    version = _version(config.get("peft_version"))
+    return version is not None and version > (0, 19, 0)
+
+
+def _views(update: ExpertUpdate, expert: int, count: int, rank: int) -> tuple[View, View]:
+    """An expert's B and A."""
+    outputs, inputs = update.b.shape[0], update.a.shape[1]
+    left = View(update.b, outputs, rank, expert, rank * count, count)
+    return left, View(update.a, rank, inputs, expert * rank * inputs, inputs, 1)
 
 
 def _is_stack(module: str, targets: Sequence[str]) -> bool:
@@ -218,8 +274,7 @@ def _of_experts(
         turned = known
     factors = []
     for expert in range(count):
-        left = View(b, outputs, rank, expert, rank * count, count)
-        right = View(a, rank, inputs, expert * rank * inputs, inputs, 1)
+        left, right = _views(update, expert, count, rank)
         factors.append((right.turned, left.turned) if turned else (left, right))
     return factors
 

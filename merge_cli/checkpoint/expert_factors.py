@@ -111,6 +111,21 @@ class Patched(Float32):
         updates = "; ".join(patch.formula for patch in self.patches)
         return f"{self.weight.formula}; updates of experts: {updates}; {self.stamp}"
 
+    @property
+    def rank(self) -> int:
+        """Of a matrix that one patch covers."""
+        return self.patches[0].left.columns
+
+    @property
+    def scale(self) -> float:
+        """Of a matrix that one patch covers."""
+        return self.patches[0].scale
+
+    def factors(self, read: Read) -> tuple[Any, Any]:
+        """The product of a matrix that one patch covers, its scale aside."""
+        (patch,) = self.patches
+        return patch.left.read(read, self.stamp), patch.right.read(read, self.stamp)
+
     def fill(self, read: Read, start: int, buffer: memoryview) -> None:
         """Whole rows are computed, of which the buffer gets its part."""
         import numpy as np
