@@ -15,6 +15,9 @@ from merge_cli.adapters.factors import Factors
 from merge_cli.adapters.folder import AdapterFolder
 from merge_cli.checkpoint.expert_adapters import ExpertPlace, in_order
 
+# The first version of PEFT that takes B A of an expert as [outputs, inputs], as we write it.
+NEWEST = "0.19.1"
+
 
 @dataclass(frozen=True)
 class _Parameter:

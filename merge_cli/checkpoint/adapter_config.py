@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from merge_cli.errors import MismatchError, Problem, SourceError
-from merge_cli.guarded import kind_of, read_mapping
+from merge_cli.guarded import Unreadable, kind_of, read_mapping
+from merge_cli.patterns import compile_pattern
 
 CONFIG = "adapter_config.json"
 _MAX_RANK = 2**20
-_MAX_LENGTH = 500  # of a pattern; the longest module's name in the wild has 90 letters
 DEFAULT_ALPHA = 8  # PEFT's own, where a config has none
 
 _WITH_PEFT = "Merge it into its base with PEFT (`merge_and_unload`), and name the result."
@@ -185,34 +185,30 @@ def by_pattern(patterns: Any, name: str, default: Any) -> Any:
     """The value for a module.
 
     PEFT's rule: a key is a regular expression for the end of the name, and the first one counts.
+
+    Raises:
+        SourceError: an expression that takes too long.
     """
     for pattern, value in (patterns or {}).items():
-        if name == pattern or name.endswith(f".{pattern}") or _matcher(pattern)(name):
-            return value
+        try:
+            if name == pattern or name.endswith(f".{pattern}") or _matcher(pattern)(name):
+                return value
+        except Unreadable as error:
+            hint = "Write the modules' names out."
+            raise SourceError(f"{pattern[:80]!r} {error}", file=CONFIG, hint=hint) from None
     return default
 
 
 def _matcher(pattern: str) -> Callable[[str], Any]:
-    return re.compile(rf"(.*\.)?({pattern})$").match
-
-
-# What costs `re` more time than anyone has: repetitions inside a repetition, and many in a row.
-_REPEATED_GROUP = re.compile(r"\)(?:[*+?]|\{\d*,?\d*\})")
-_REPETITION = re.compile(r"[*+?]|\{\d*,?\d*\}")
-_MAX_REPETITIONS = 3
+    return compile_pattern(rf"(.*\.)?({pattern})$").match
 
 
 def _why_unfit(pattern: str) -> str:
-    """Why a pattern is not matched; empty when it is."""
-    if len(pattern) > _MAX_LENGTH:
-        return f"has {len(pattern)} letters, more than the {_MAX_LENGTH} that one may have"
-    plain = re.sub(r"\\.", "x", pattern)
-    if _REPEATED_GROUP.search(plain) or len(_REPETITION.findall(plain)) > _MAX_REPETITIONS:
-        return "repeats too much to be matched in a short time"
+    """Why a pattern cannot be matched; empty when it can."""
     try:
         _matcher(pattern)
-    except (re.error, OverflowError, RecursionError) as error:
-        return f"is no regular expression: {error}"
+    except Unreadable as error:
+        return str(error)
     return ""
 
 
