@@ -266,3 +266,29 @@ def test_a_language_model_s_adapter_on_the_model_that_sees(tmp_path: Path) -> No
                for n, t in tensors.items() if "q_proj" in n}, file)  # fmt: skip
     with pytest.raises(MismatchError, match="fits at more than one place"):
         make_plan(load_recipe(passthrough(tmp_path)))
+
+
+def test_reward_models_and_their_language_model(tmp_path: Path) -> None:
+    """Refused with the way out, which works."""
+    kind = hf.LlamaForSequenceClassification
+    llama(pad_token_id=0).save_pretrained(tmp_path / "base")
+    for number in (1, 2):
+        torch.manual_seed(number)
+        kind.from_pretrained(tmp_path / "base", num_labels=1).save_pretrained(
+            tmp_path / f"reward{number}"
+        )
+    recipe = tmp_path / "soup.yaml"
+    recipe.write_text(
+        "merge_method: task_arithmetic\nbase_model: base\nmodels:\n"
+        "- {model: reward1, parameters: {weight: 1}}\n- {model: reward2, parameters: {weight: 1}}\n"
+    )
+    with pytest.raises(MismatchError, match="classifies with it; base is a language model") as one:
+        make_plan(load_recipe(recipe))
+    assert "without `base_model`" in str(one.value)
+    recipe.write_text(
+        "merge_method: linear\nmodels:\n"
+        "- {model: reward1, parameters: {weight: 1}}\n- {model: reward2, parameters: {weight: 1}}\n"
+    )
+    found = merge(recipe, tmp_path / "out")
+    assert found["score.weight"].shape == (1, 16)
+    kind.from_pretrained(tmp_path / "out")

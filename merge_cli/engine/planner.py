@@ -34,6 +34,7 @@ from merge_cli.engine.pieces import Piece, cut_pieces
 from merge_cli.engine.plan import Action, Plan, TensorTask, is_stored_as
 from merge_cli.engine.prefixes import Renamed, rename
 from merge_cli.engine.stacking import layer_sources, stacked_pieces
+from merge_cli.engine.task_heads import head_problems
 from merge_cli.engine.token_numbers import renumber, vocabulary_notes
 from merge_cli.engine.vocabulary import align
 from merge_cli.errors import MismatchError, Problem, RecipeError, UsageError
@@ -133,6 +134,9 @@ def make_plan(
         sources = list(renamed.sources)
     aliases = join_aliases(sources, pieces[0].reference.source)
     sources = list(aliases.sources)
+    mixed = head_problems(sources)
+    if mixed:
+        raise MismatchError(mixed, "the models have different heads")
     heads = reconcile_heads(sources)
     donor = base if base is not None else pieces[0].reference.source
     aligned = align(recipe, sources, heads.views, base, donor)
