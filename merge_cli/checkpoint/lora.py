@@ -252,19 +252,28 @@ class _Application:
         self._notes += joint.notes
         self._problems += joint.problems
 
-    def _stays_tied(self, name: str) -> bool:
-        """Whether it is a head that is the embedding, also with the adapter."""
-        mine = _last(name) in HEADS
+    def _is_copy(self, name: str, shape: tuple[int, ...] | None = None) -> bool:
+        """Whether it is a head that is the embedding with the adapter, too, and says nothing new.
+
+        Args:
+            shape: of a tensor that is brought whole.
+        """
+        embedding = self._ends.embedding
         tied = self._ends.tied and "tie_word_embeddings" not in self._changes
-        return mine and tied and self._ends.embedding is not None
+        if not tied or embedding is None or _last(name) not in HEADS:
+            return False
+        brought = [r for n, r in self._contents.whole.items() if self._rule.of(n) == embedding]
+        if self._config.get("ensure_weight_tying"):
+            layers = {self._rule.of(f"{module}.weight") for module in self._layers}
+            return bool(brought) or embedding in layers
+        same = brought[0].shape if brought else self._original[embedding].shape
+        return shape == same and not self._is_trained(name)
 
     def _replace(self, brought: Mapping[str, TensorRef]) -> None:
         """Tensors that are the adapter's instead of the model's."""
         for name, ref in brought.items():
-            if self._stays_tied(name) and (
-                not self._is_trained(name) or self._config.get("ensure_weight_tying")
-            ):
-                continue  # a copy of the embedding, which is the adapter's, too
+            if self._is_copy(name, ref.shape):
+                continue
             target = self._target(name)
             if target is None:
                 what = f"{self._label}: the adapter brings it, the model lacks it"
@@ -293,8 +302,8 @@ class _Application:
         changed: set[str] = set()
         single = []
         for module, parts in self._layers.items():
-            if self._stays_tied(f"{module}.weight") and self._config.get("ensure_weight_tying"):
-                continue  # the embedding's own update
+            if self._is_copy(f"{module}.weight"):
+                continue
             target = self._target(f"{module}.weight")
             inside = self._rule.of(f"{module}.weight").removesuffix(".weight")
             if target is None and experts.single_target(inside, self._tensors):

@@ -20,7 +20,9 @@ from merge_cli.errors import Problem
 _HEADS = {"embed_tokens": "lm_head", "wte": "lm_head", "word_embeddings": "lm_head",
           "embed_in": "embed_out", "tok_embeddings": "output"}  # fmt: skip
 HEADS = ("lm_head", "embed_out")
-_INNER = ("model.", "transformer.", "gpt_neox.")
+_SPEAKING = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+# What architectures tie in more places than two, or scale where it is tied.
+_WORDS = frozenset(("shared", "embed_tokens", "word_embeddings", "lm_head", "decoder"))
 _AGAIN = (
     "Save the adapter again with `save_embedding_layers=True`, or resize the base first "
     "(`resize_token_embeddings`, `save_pretrained`) and name the result as base."
@@ -55,9 +57,17 @@ def find_ends(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Ends:
     # Towers for images and sound have embeddings, too: the text's come first, then short names.
     embedding = min(found, key=lambda n: ("text" not in n and "language" not in n, len(n)),
                     default=None)  # fmt: skip
-    if head is None and embedding is not None:
+    if head is None and embedding is not None and _has_head(config):
         head = _head_of(embedding)
-    return Ends(embedding, head or "lm_head.weight", _ties(config, head, tensors))
+    tied = head is not None and _ties(config, head, tensors)
+    return Ends(embedding, head or "lm_head.weight", tied)
+
+
+def _has_head(config: Mapping[str, Any]) -> bool:
+    """Whether the class that the config names gives out words; one that is not named may."""
+    named = config.get("architectures")
+    first = named[0] if isinstance(named, list) and named else None
+    return not isinstance(first, str) or first.endswith(_SPEAKING)
 
 
 def _module(name: str) -> str:
@@ -102,6 +112,9 @@ def untie(
         adapter: its config.
     """
     joint = Joint(dict(base))
+    joint.problems += _elsewhere(config, trained, label)
+    if joint.problems:
+        return joint
     if not ends.tied or ends.embedding is None:
         return joint
     both = {ends.embedding, ends.head}
@@ -110,14 +123,6 @@ def untie(
     if adapter.get("ensure_weight_tying"):
         joint.tensors.pop(ends.head, None)
         joint.notes.append(f"{ends.head} stays tied to {ends.embedding} (ensure_weight_tying)")
-        return joint
-    if config.get("is_encoder_decoder") or _module(ends.embedding) not in _HEADS:
-        what = (
-            f"{label}: the adapter trains {' and '.join(sorted(trained & both))} of a model whose "
-            "head is tied, and this architecture scales a tied head"
-        )
-        hint = "Merge it into its base with PEFT (`merge_and_unload`), and name the result."
-        joint.problems.append(Problem(what, ends.embedding, hint=hint))
         return joint
     embedding = joint.tensors[ends.embedding]
     joint.tensors[ends.head] = embedding
@@ -129,6 +134,21 @@ def untie(
         f"{rest}: the output stores both (tie_word_embeddings: true -> false)"
     )
     return joint
+
+
+def _elsewhere(config: Mapping[str, Any], trained: frozenset[str], label: str) -> list[Problem]:
+    """Trained words of models that tie them in other ways: to an encoder's, scaled, masked."""
+    named = (config.get("architectures") or [""])[0]
+    masked = isinstance(named, str) and named.endswith(("ForMaskedLM", "ForPreTraining"))
+    ties = config.get("tie_word_embeddings", True)
+    if not ties or not (masked or config.get("is_encoder_decoder")):
+        return []
+    what = (
+        f"{label}: the adapter trains a weight that {named or 'this model'} has in several places"
+    )
+    hint = "Merge it into its base with PEFT (`merge_and_unload`), and name the result."
+    found = sorted(name for name in trained if _module(name) in _WORDS)
+    return [Problem(what, name, hint=hint) for name in found]
 
 
 def match_heights(
