@@ -96,13 +96,15 @@ def test_contents_that_contradict_the_config() -> None:
     name = "model.layers.0.q"
     plain = {f"{name}.lora_A.weight": (2, 4), f"{name}.lora_B.weight": (4, 2)}
     length = {f"{name}.lora_magnitude_vector": (4,)}
+    twice = {**plain, f"{name}.base_layer.weight": (4, 4), f"{name}.weight": (4, 4)}
+    empty = {f"{name}.lora_A.weight": (0, 4), f"{name}.lora_B.weight": (4, 0)}
     about: dict[str, Any] = {}
     for adapter, config, said in (
         (plain, {"r": 3}, "have the rank 2, and 3 is what"),
         (plain, {"use_dora": True}, "no magnitude for it"),
         ({**plain, **length}, {"use_dora": False}, "use_dora is not set"),
-        ({**plain, f"{name}.base_layer.weight": (4, 4), f"{name}.weight": (4, 4)}, {}, "holds it twice"),
-        ({f"{name}.lora_A.weight": (0, 4), f"{name}.lora_B.weight": (4, 0)}, {"r": None}, "do not make"),
+        (twice, {}, "holds it twice"),
+        (empty, {"r": None}, "do not make"),
     ):  # fmt: skip
         with pytest.raises(MismatchError, match=said):
             applied(base, adapter, about, **config)

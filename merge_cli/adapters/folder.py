@@ -17,9 +17,9 @@ from typing import Any
 
 from merge_cli.adapters.factors import Factors
 from merge_cli.checkpoint.adapter_config import CONFIG
+from merge_cli.checkpoint.adapter_contents import PREFIX, WEIGHTS
 from merge_cli.checkpoint.header import DTYPES
 from merge_cli.checkpoint.layout import OutputTensor, lay_out
-from merge_cli.checkpoint.lora import PREFIX, WEIGHTS
 from merge_cli.checkpoint.raw import FilePool, allocate, copy_range, write_error, write_from
 from merge_cli.checkpoint.tensors import Read, Tensor
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from merge_cli.checkpoint import hub
 from merge_cli.checkpoint.adapter_config import CONFIG, read_config
+from merge_cli.checkpoint.adapter_contents import WEIGHTS
 from merge_cli.checkpoint.files import CARD
 from merge_cli.checkpoint.header import TensorRef, parse_header, read_header_file
-from merge_cli.checkpoint.lora import WEIGHTS
 from merge_cli.errors import SourceError
 from merge_cli.recipe.reference import hub_id, local_folder
 

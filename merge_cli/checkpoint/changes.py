@@ -6,9 +6,10 @@ from collections.abc import Mapping
 
 from merge_cli.checkpoint import expert_adapters as experts
 from merge_cli.checkpoint.adapter import Adapter
+from merge_cli.checkpoint.adapter_contents import Parts, sorted_out
 from merge_cli.checkpoint.expert_factors import Patched
 from merge_cli.checkpoint.header import TensorRef
-from merge_cli.checkpoint.lora import Parts, apply_adapter, sorted_out
+from merge_cli.checkpoint.lora import apply_adapter
 from merge_cli.checkpoint.low_rank import Updated
 from merge_cli.checkpoint.zeros import Zeros
 from merge_cli.errors import SourceError

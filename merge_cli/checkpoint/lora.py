@@ -15,25 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from merge_cli.checkpoint import expert_adapters as experts
-from merge_cli.checkpoint.adapter_config import by_pattern
+from merge_cli.checkpoint import expert_patches as patches
+from merge_cli.checkpoint.adapter_contents import WEIGHTS, Contents, Parts, sorted_out
 from merge_cli.checkpoint.adapter_names import find_rule
-from merge_cli.checkpoint.header import MERGEABLE, TensorRef
+from merge_cli.checkpoint.header import TensorRef
+from merge_cli.checkpoint.layer_update import contradictions, scaling, updated, why_unusable
 from merge_cli.checkpoint.low_rank import Shifted, Updated
 from merge_cli.checkpoint.task_heads import is_task_head, labels, put_head
 from merge_cli.checkpoint.tensors import Tensor
 from merge_cli.checkpoint.tied_adapter import HEADS, find_ends, match_heights, untie
 from merge_cli.errors import MismatchError, Problem, SourceError
-
-WEIGHTS = "adapter_model.safetensors"
-PREFIX = "base_model.model."
-_FACTORS = {
-    "lora_A.weight": "a", "lora_B.weight": "b", "lora_embedding_A": "embedding_a",
-    "lora_embedding_B": "embedding_b", "lora_magnitude_vector": "magnitude",
-    "lora_magnitude_vector.weight": "magnitude", "lora_B.bias": "bias",
-}  # fmt: skip
-# Names of PEFT's wrappers: today's, and those of version 0.4 and before.
-_WRAPPERS = (".base_layer", ".modules_to_save.default", ".original_module")
-Parts = dict[str, TensorRef]
 
 
 @dataclass(frozen=True)
@@ -49,21 +40,6 @@ class Applied:
     tensors: Mapping[str, Tensor]
     notes: tuple[str, ...]
     changes: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Contents:
-    """An adapter's tensors, sorted out.
-
-    Attributes:
-        modules: factors by module.
-        whole: tensors that replace the model's, by name.
-        twice: names that several of its tensors have.
-    """
-
-    modules: dict[str, Parts]
-    whole: Parts
-    twice: tuple[str, ...] = ()
 
 
 def apply_adapter(
@@ -89,32 +65,6 @@ def apply_adapter(
         raise SourceError(what, model=label, hint="Save the adapter again.")
     about = _Application(dict(tensors), config, sorted_out(stored), label, stamp, base or {}, root)
     return about.result()
-
-
-def sorted_out(stored: Mapping[str, TensorRef]) -> Contents:
-    """Factors by module, and tensors that replace the model's, by name."""
-    modules: dict[str, Parts] = {}
-    whole: Parts = {}
-    twice = []
-    for name, ref in stored.items():
-        plain = name.removeprefix(PREFIX)
-        for ending, part in _FACTORS.items():
-            if plain.endswith(f".{ending}"):
-                parts = modules.setdefault(plain.removesuffix(f".{ending}"), {})
-                twice += [name] if part in parts else []
-                parts[part] = ref
-                break
-        else:
-            for wrapper in _WRAPPERS:
-                plain = plain.replace(wrapper, "")
-            twice += [name] if plain in whole else []
-            whole[plain] = ref
-    return Contents(modules, whole, tuple(twice))
-
-
-def scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
-    """What the product of a module's factors is multiplied with: alpha / r, or alpha / sqrt(r)."""
-    return experts.scale_of(config, module, rank)
 
 
 class _Application:
@@ -154,12 +104,12 @@ class _Application:
         self._replace({n: r for n, r in self._contents.whole.items()
                        if n not in head and self._is_trained(n)})  # fmt: skip
         replaced = sorted(self._touched)
-        updated = self._update_layers() | self._update_experts()
+        changed = self._update_layers() | self._update_experts()
         self._match_heights()
         if self._problems:
             raise MismatchError(self._problems, "the adapter does not fit its model")
-        notes = [f"the adapter changes {len(updated)} tensors (rank {_range(self._ranks())})"
-                 ] if updated else []  # fmt: skip
+        notes = [f"the adapter changes {len(changed)} tensors (rank {_range(self._ranks())})"
+                 ] if changed else []  # fmt: skip
         if replaced:
             notes.append(f"the adapter replaces {', '.join(replaced)}")
         if self._rule.note:
@@ -192,15 +142,10 @@ class _Application:
         self._problems += [
             Problem(f"{self._label}: {why}", module) for module, why in self._unknown.items()
         ]
-        missing = [m for m, parts in self._layers.items() if "magnitude" not in parts]
-        if self._config.get("use_dora") and missing:
-            what = f"{self._label}: use_dora is set, and the adapter has no magnitude for it"
-            self._problems.append(Problem(what, missing[0]))
-        if self._config.get("use_dora") is False:
-            what = f"{self._label}: the adapter has a magnitude for it, and use_dora is not set"
-            self._problems += [
-                Problem(what, m) for m, parts in self._layers.items() if "magnitude" in parts
-            ][:1]
+        self._problems += [
+            Problem(f"{self._label}: {why}", module)
+            for module, why in contradictions(self._layers, self._config)
+        ]
 
     def _target(self, name: str) -> str | None:
         """Where the files have a tensor; None where they lack it."""
@@ -306,7 +251,7 @@ class _Application:
                 continue
             target = self._target(f"{module}.weight")
             inside = self._rule.of(f"{module}.weight").removesuffix(".weight")
-            if target is None and experts.single_target(inside, self._tensors):
+            if target is None and patches.single_target(inside, self._tensors):
                 single.append((module, inside, parts))
                 continue
             if target is None:
@@ -318,7 +263,7 @@ class _Application:
                 self._problems.append(Problem(f"{self._label}: {why}", module))
                 continue
             changed.add(target)
-        stacks, wrong = experts.apply_single(single, self._tensors, self._about)
+        stacks, wrong = patches.apply_single(single, self._tensors, self._about)
         self._problems += [Problem(f"{self._label}: {why}", module) for module, why in wrong]
         self._tensors |= stacks
         return changed | stacks.keys()
@@ -330,16 +275,16 @@ class _Application:
             return "two modules of the adapter change it"
         if len(weight.shape) == 3 and parts.keys() == {"a", "b"}:
             update = experts.ExpertUpdate(module, "weight", parts["a"], parts["b"])
-            found = experts.apply_fused(update, target.removesuffix(".weight"), self._tensors,
+            found = patches.apply_fused(update, target.removesuffix(".weight"), self._tensors,
                                         self._about)  # fmt: skip
             if isinstance(found, str):
                 return found
             self._tensors |= found
             return ""
-        why = _unusable(weight, parts, self._config) or self._wrong_rank(module, parts)
+        why = why_unusable(weight, parts, self._config, module)
         if why:
             return why
-        self._tensors[target] = _update(weight, parts, self._config, module, self._stamp)
+        self._tensors[target] = updated(weight, parts, self._config, module, self._stamp)
         self._touched.add(target)
         if "bias" in parts:
             beside = self._target(f"{module}.bias")
@@ -350,18 +295,11 @@ class _Application:
                                             self._stamp)  # fmt: skip
         return ""
 
-    def _wrong_rank(self, module: str, parts: Parts) -> str:
-        rank = (parts["embedding_a"] if "embedding_a" in parts else parts["a"]).shape[0]
-        said = by_pattern(self._config.get("rank_pattern"), module, self._config.get("r"))
-        if type(said) is not int or said == rank:
-            return ""
-        return f"its factors have the rank {rank}, and {said} is what adapter_config.json says"
-
     def _update_experts(self) -> set[str]:
         """Factors of all experts of a parameter. Returns the names of what changes."""
         changed: set[str] = set()
         for update in self._fused:
-            found = experts.apply_fused(update, self._rule.of(update.module), self._tensors,
+            found = patches.apply_fused(update, self._rule.of(update.module), self._tensors,
                                         self._about)  # fmt: skip
             if isinstance(found, str):
                 self._problems.append(Problem(f"{self._label}: {found}", update.module))
@@ -392,50 +330,6 @@ class _Application:
 def _last(name: str) -> str:
     """The module that a tensor is of."""
     return name.rpartition(".")[0].rpartition(".")[2]
-
-
-def _unusable(weight: Tensor, parts: Parts, config: Mapping[str, Any]) -> str:
-    """Why a module's factors do not fit its weight; empty when they do."""
-    if "bias" in parts and "magnitude" in parts:
-        return "DoRA with biases of its own (lora_bias) is not applied here"
-    embedding = "embedding_a" in parts
-    names = ("embedding_a", "embedding_b") if embedding else ("a", "b")
-    missing = [name for name in names if name not in parts]
-    if missing:
-        return f"the adapter lacks a factor ({', '.join(missing)})"
-    extra = parts.keys() - {*names, "magnitude", "bias"}
-    if extra:
-        return "the adapter has factors of a layer and of an embedding for it"
-    if weight.dtype not in MERGEABLE or weight.dtype == "F64":
-        return f"its weight ({weight.native}) cannot be updated"
-    if len(weight.shape) != 2 or any(len(parts[name].shape) != 2 for name in names):
-        return f"only matrices are updated, not {list(weight.shape)}"
-    a, b = (parts[name].shape for name in names)
-    wanted = (b[0], a[1])
-    if embedding or config.get("fan_in_fan_out"):
-        wanted = (a[1], b[0])
-    if a[0] != b[1] or wanted != weight.shape or not a[0]:
-        return f"factors {list(a)} and {list(b)} do not make {list(weight.shape)}"
-    if "magnitude" in parts and (embedding or config.get("fan_in_fan_out")):
-        return "DoRA is not applied to embeddings and to layers that are stored [in, out]"
-    if "magnitude" in parts and parts["magnitude"].size != weight.shape[0]:
-        return (
-            f"its magnitude {list(parts['magnitude'].shape)} is not that of {weight.shape[0]} rows"
-        )
-    return ""
-
-
-def _update(
-    weight: Tensor, parts: Parts, config: Mapping[str, Any], module: str, stamp: str
-) -> Updated:
-    if "embedding_a" in parts:
-        a, b = parts["embedding_a"], parts["embedding_b"]
-        return Updated(weight, a, b, scaling(config, module, a.shape[0]), True, None, stamp)
-    a, b = parts["a"], parts["b"]
-    scale = scaling(config, module, a.shape[0])
-    if config.get("fan_in_fan_out"):
-        return Updated(weight, a, b, scale, True, None, stamp)
-    return Updated(weight, b, a, scale, False, parts.get("magnitude"), stamp)
 
 
 def _range(values: set[int]) -> str:

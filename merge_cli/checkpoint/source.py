@@ -18,8 +18,9 @@ from typing import Any
 from merge_cli.checkpoint import hub
 from merge_cli.checkpoint.adapter import Adapter, open_adapter
 from merge_cli.checkpoint.adapter_config import base_note
+from merge_cli.checkpoint.adapter_contents import WEIGHTS
 from merge_cli.checkpoint.components import PIPELINE, names_in, part_folders, stem_of
-from merge_cli.checkpoint.lora import WEIGHTS, apply_adapter
+from merge_cli.checkpoint.lora import apply_adapter
 from merge_cli.checkpoint.places import Folder, Place, Repository, read_headers
 from merge_cli.checkpoint.quantised import read_as_numbers
 from merge_cli.checkpoint.tensors import Tensor

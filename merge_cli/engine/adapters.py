@@ -13,11 +13,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from merge_cli.checkpoint.adapter import Adapter, open_adapter
+from merge_cli.checkpoint.adapter_contents import WEIGHTS
 from merge_cli.checkpoint.changes import LowRank, changes_of, embeddings_of, experts_of
 from merge_cli.checkpoint.expert_adapters import is_newer
 from merge_cli.checkpoint.expert_factors import Patched
 from merge_cli.checkpoint.layout import OutputTensor, lay_out
-from merge_cli.checkpoint.lora import WEIGHTS
 from merge_cli.checkpoint.low_rank import Updated
 from merge_cli.checkpoint.source import Source
 from merge_cli.checkpoint.tensors import Tensor
