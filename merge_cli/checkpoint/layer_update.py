@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from merge_cli.checkpoint import expert_adapters as experts
+from merge_cli.checkpoint.adapter_config import by_pattern
 from merge_cli.checkpoint.adapter_contents import Parts
 from merge_cli.checkpoint.header import MERGEABLE
 from merge_cli.checkpoint.low_rank import Updated
@@ -57,6 +58,9 @@ def why_unusable(weight: Tensor, parts: Parts, config: Mapping[str, Any], module
         return (
             f"its magnitude {list(parts['magnitude'].shape)} is not that of {weight.shape[0]} rows"
         )
+    said = by_pattern(config.get("rank_pattern"), module, config.get("r"))
+    if type(said) is int and said != a[0]:
+        return f"its factors have the rank {a[0]}, and {said} is what adapter_config.json says"
     return ""
 
 
