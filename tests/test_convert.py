@@ -142,6 +142,7 @@ def test_a_finished_file_is_not_done_again(tmp_path: Path, monkeypatch: pytest.M
 def test_what_cannot_be_converted_is_said(tmp_path: Path) -> None:
     folder = write(tmp_path / "m", [tensors()])
     (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "model.safetensors").write_bytes(b"")
     with pytest.raises(UsageError, match="exists already"):
         convert(str(folder), tmp_path / "out")
     with pytest.raises(SourceError, match="no such folder"):

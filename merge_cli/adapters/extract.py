@@ -25,6 +25,7 @@ from merge_cli.adapters.threads import in_threads, threads_for
 from merge_cli.checkpoint.stored import read_numbers, reading
 from merge_cli.checkpoint.tensors import Read
 from merge_cli.engine.device import choose_device
+from merge_cli.engine.inputs import inputs_of
 from merge_cli.engine.merge import fetch_inputs, precious
 from merge_cli.engine.options import Progress, Show
 from merge_cli.engine.plan import Plan, TensorTask
@@ -91,7 +92,8 @@ def extract_lora(
     model: str | Path, out: str | Path, *, base: str | Path, rank: int | None = None,
     energy: float | None = None, embeddings: bool = False,
     include: Sequence[str] = (), exclude: Sequence[str] = (),
-    device: str = "auto", overwrite: bool = False, show: Show = lambda progress: None,
+    device: str = "auto", overwrite: bool = False, fresh: bool = False,
+    show: Show = lambda progress: None,
 ) -> Extracted:  # fmt: skip
     """Write what a fine-tune has changed as an adapter that PEFT loads onto its base.
 
@@ -103,6 +105,8 @@ def extract_lora(
             only when it is merged into the model.
         include: filters on tensor names, as in recipes: layers that get factors; default all.
         exclude: filters on what stays out, whatever it is.
+        overwrite: replace OUT, if it is a model.
+        fresh: throw away what other work has left beside OUT.
 
     Raises:
         UsageError: a rank or an energy that is none, OUT exists.
@@ -137,7 +141,10 @@ def extract_lora(
     shapes = [task.shape for task in plan.tasks if len(task.shape) == 2]
     count = threads_for([*shapes, *(part.place.shape for part in parts)])
     with (
-        adapter_output(Path(out), overwrite=overwrite, precious=precious(plan)) as folder,
+        adapter_output(
+            Path(out), overwrite=overwrite, precious=precious(plan), inputs=inputs_of(plan),
+            fresh=fresh,
+        ) as folder,
         one_torch_thread(chosen, "torch"), memory_errors(resumes=False), reading() as read,
         in_threads(look, jobs, 1 if chosen.indexes else count) as looked_at,
     ):  # fmt: skip

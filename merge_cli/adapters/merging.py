@@ -27,6 +27,7 @@ from merge_cli.checkpoint.stored import reading
 from merge_cli.checkpoint.tensors import Read
 from merge_cli.engine.adapters import LINEAR, ZERO_BASE, base_name, rank_of
 from merge_cli.engine.device import choose_device
+from merge_cli.engine.inputs import inputs_of
 from merge_cli.engine.merge import fetch_inputs, precious, verified_fingerprints
 from merge_cli.engine.operands import operands_of
 from merge_cli.engine.options import MergeOptions, Progress, Show
@@ -62,9 +63,12 @@ def merge_adapters(plan: Plan, out: Path, options: MergeOptions, *, show: Show) 
     looked_up = {name for adapter in adapters for name in embeddings_of(adapter)}
     makers = _sums if plan.method.name in LINEAR else _matrices
     with (
-        adapter_output(out, overwrite=options.overwrite, precious=precious(plan)) as folder,
+        adapter_output(
+            out, overwrite=options.overwrite, precious=precious(plan), inputs=inputs_of(plan),
+            fresh=options.fresh,
+        ) as folder,
         reading() as read,
-    ):
+    ):  # fmt: skip
         writer = AdapterFolder(folder, turned=turned)
         places = {name: place for one in adapters for name, place in experts_of(one).items()}
         stacks = ExpertStacks(writer, places)

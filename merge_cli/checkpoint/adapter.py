@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from merge_cli.checkpoint.adapter_config import CONFIG, read_config
 from merge_cli.checkpoint.adapter_contents import WEIGHTS
 from merge_cli.checkpoint.files import CARD
 from merge_cli.checkpoint.header import TensorRef, parse_header, read_header_file
+from merge_cli.checkpoint.stamps import Stamp, folder_stamps
 from merge_cli.errors import SourceError
 from merge_cli.recipe.reference import hub_id, local_folder
 
@@ -23,6 +24,7 @@ class Adapter:
     Attributes:
         root: its folder; a Hub adapter's weights may not be in it yet.
         stamp: tells its weights apart from others at their place.
+        stamps: its files as they were before they were read; none of an adapter on the Hub.
     """
 
     root: Path
@@ -31,6 +33,7 @@ class Adapter:
     header: bytes
     stamp: str
     hub: hub.HubModel | None = None
+    stamps: Mapping[Path, Stamp] = field(default_factory=dict, repr=False)
 
 
 def open_adapter(path: str, revision: str | None, folder: Path, label: str) -> Adapter:
@@ -58,12 +61,14 @@ def open_adapter(path: str, revision: str | None, folder: Path, label: str) -> A
         raise SourceError(f"a folder has no revision '{revision}'", model=label, hint=hint)
     names = {one.name for one in place.iterdir()} if place.is_dir() else set()
     _need(names, label, path)
+    stamps = folder_stamps(place)
     file = place / WEIGHTS
     raw = read_header_file(file, label)
     about = file.stat()
     tensors = parse_header(raw, file, about.st_size, label)
     stamp = f"{about.st_size} {about.st_mtime_ns}"
-    return Adapter(place, read_config(place / CONFIG, label), tensors, raw, stamp)
+    config = read_config(place / CONFIG, label)
+    return Adapter(place, config, tensors, raw, stamp, stamps=stamps)
 
 
 def _on_hub(repo: hub.HubModel, label: str) -> Adapter:

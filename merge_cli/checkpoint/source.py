@@ -23,6 +23,7 @@ from merge_cli.checkpoint.components import PIPELINE, names_in, part_folders, st
 from merge_cli.checkpoint.lora import apply_adapter
 from merge_cli.checkpoint.places import Folder, Place, Repository, read_headers
 from merge_cli.checkpoint.quantised import read_as_numbers
+from merge_cli.checkpoint.stamps import Stamp, add_samples, folder_stamps
 from merge_cli.checkpoint.tensors import Tensor
 from merge_cli.checkpoint.tied_adapter import changed_config
 from merge_cli.errors import CorruptFileError, HubError, SourceError
@@ -45,6 +46,7 @@ class Source:
         notes: what a reader of the plan should know.
         planned: whether it is still to be made, by a document of the same recipe.
         adapter: what `tensors` have been updated with; None for a model as it is.
+        stamps: its files as they were before they were read; none of a model on the Hub.
     """
 
     label: str
@@ -56,6 +58,7 @@ class Source:
     notes: tuple[str, ...] = ()
     planned: bool = False
     adapter: Adapter | None = None
+    stamps: Mapping[Path, Stamp] = field(default_factory=dict, repr=False)
 
     def ties(self, head: str) -> bool:
         """Whether the head is the input embedding: as the config says, here or in its text part.
@@ -97,7 +100,7 @@ class Source:
     def _add_file(self, state: hashlib._Hash, path: Path, header: bytes) -> None:
         state.update(path.name.encode() + b"\0" + header)
         try:
-            _add_samples(state, path)
+            add_samples(state, path)
         except OSError as error:
             what = f"cannot be read: {error.strerror}"
             raise CorruptFileError(what, model=self.label, file=path.name) from error
@@ -215,19 +218,12 @@ def fetch_weights(
         hub.fetch_files(source.adapter.hub, [WEIGHTS], progress)
 
 
-def _add_samples(state: hashlib._Hash, path: Path, places: int = 64, length: int = 4096) -> None:
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        for i in range(places):
-            file.seek(max(0, size - length) * i // (places - 1))
-            state.update(file.read(length))
-
-
 def _open_folder(path: Path, label: str) -> Source:
     if not path.is_dir():
         hint = "Name the model's folder, not a file in it."
         raise SourceError("not a folder", model=label, hint=hint)
-    return _opened(Folder(path), label)
+    stamps = folder_stamps(path)
+    return replace(_opened(Folder(path), label), stamps=stamps)
 
 
 def _open_hub(repo: hub.HubModel, label: str) -> Source:

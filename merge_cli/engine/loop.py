@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from merge_cli.checkpoint.header import DTYPES
-from merge_cli.checkpoint.raw import FilePool, write_error
+from merge_cli.checkpoint.raw import FilePool, sync, write_error
 from merge_cli.engine.compute import Computer
 from merge_cli.engine.device import Device
 from merge_cli.engine.journal import Journal
@@ -35,7 +35,6 @@ from merge_cli.engine.workers import (
     memory_errors,
     one_torch_thread,
 )
-from merge_cli.engine.workfolder import sync
 from merge_cli.errors import NonFiniteError
 
 _SYNC_BYTES = 2_000_000_000

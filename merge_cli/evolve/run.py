@@ -19,7 +19,7 @@ from merge_cli.evolve.asynchronous import Asynchronous
 from merge_cli.evolve.evaluations import Evaluations
 from merge_cli.evolve.evaluator import Job, Outcome, Setup
 from merge_cli.evolve.greedy import Greedy, soup_of
-from merge_cli.evolve.journal import BEST, JOURNAL, SearchFolder
+from merge_cli.evolve.journal import BEST, SearchFolder
 from merge_cli.evolve.key import work_key
 from merge_cli.evolve.loop import Candidate, Loop, best_first
 from merge_cli.evolve.objectives import Split, Values
@@ -55,7 +55,7 @@ class Found:
     @property
     def attachments(self) -> dict[str, str]:
         """What goes into OUT beside the model: the recipe, and how it was found."""
-        journal = (self.folder.path / JOURNAL).read_text(encoding="utf-8")
+        journal = self.folder.journal.read_text(encoding="utf-8")
         return {BEST: self.text, "search_journal.jsonl": journal}
 
 

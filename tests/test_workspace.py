@@ -15,8 +15,9 @@ from tiny import Family, llama_config, merge, read_model, write_model
 
 import merge_cli
 from merge_cli.checkpoint.layout import lay_out
-from merge_cli.engine import units, workfolder
-from merge_cli.engine.workfolder import WorkFolder
+from merge_cli.engine import output, units, workspace
+from merge_cli.engine.output import OutputWorkspace
+from merge_cli.engine.shardfiles import open_journal
 from merge_cli.errors import Interrupted, ResourceError, UsageError
 
 pytestmark = pytest.mark.usefixtures("small_units")
@@ -79,8 +80,11 @@ def test_statistics_are_of_the_whole_or_none(family: Family, tmp_path: Path) -> 
     assert "sampled" not in (tmp_path / "out" / "merge_report.json").read_text()
 
 
-def test_two_processes(family: Family, tmp_path: Path) -> None:
-    with WorkFolder(tmp_path / "out") as work:
+def test_two_processes(
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workspace, "_PATIENCE", 0.1)
+    with OutputWorkspace(tmp_path / "out") as work:
         for fresh in (False, True):
             with pytest.raises(ResourceError, match="another merge is writing here"):
                 merge(write_recipe(family, "soup"), tmp_path / "out", fresh=fresh)
@@ -99,7 +103,7 @@ def killed_between_renames(family: Family, out: Path, monkeypatch: pytest.Monkey
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(workfolder.os, "rename", once)
+        patch.setattr(output.os, "rename", once)
         with pytest.raises(Interrupted):
             merge(write_recipe(family, "soup"), out, overwrite=True)
     assert not out.exists()
@@ -135,7 +139,7 @@ def test_killed_after_publishing(
     """Complete, but not tidied up: the same command finds its result, another one is refused."""
     recipe, out = write_recipe(family, "soup"), tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(WorkFolder, "discard", lambda self: None)
+        patch.setattr(OutputWorkspace, "discard", lambda self: None)
         merge(recipe, out)
     leftovers = tmp_path / "out.partial"
     assert leftovers.exists()
@@ -179,7 +183,7 @@ def test_a_journal_that_cannot_grow(
     family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Shards are allocated beforehand, so that a full disk shows in the journal first."""
-    from merge_cli.engine import journal
+    from merge_cli.engine import records
 
     write = os.write
     calls = 0
@@ -193,7 +197,7 @@ def test_a_journal_that_cannot_grow(
 
     recipe = write_recipe(family, "soup")
     with monkeypatch.context() as patch:
-        patch.setattr(journal.os, "write", full)
+        patch.setattr(records.os, "write", full)
         with pytest.raises(ResourceError, match="the disk is full"):
             merge(recipe, tmp_path / "out")
     assert merge_cli.merge(recipe, tmp_path / "out").report["cost"]["resumed_bytes"] > 0
@@ -203,9 +207,9 @@ def test_fsync_reaches_files_and_folders(
     family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     synced: list[Path] = []
-    real = workfolder.sync
+    real = output.sync
     monkeypatch.setattr(
-        workfolder, "sync", lambda paths: real(synced.extend(p := list(paths)) or p)
+        output, "sync", lambda paths: real(synced.extend(p := list(paths)) or p)
     )
     merge(write_recipe(family, "soup"), tmp_path / "out", fsync=True)
     names = {path.name for path in synced}
@@ -223,9 +227,9 @@ def test_layouts_are_compared_exactly(tmp_path: Path) -> None:
     shards = tuple(lay_out([OutputTensor("w", "F32", (8, 4))], 10**9))
     other = tuple(lay_out([OutputTensor("w", "F32", (4, 8))], 10**9))
     assert shards[0].size == other[0].size
-    with WorkFolder(tmp_path / "out") as work:
-        work.open_journal("key", shards).close()
-        work.open_journal("key", other).close()
+    with OutputWorkspace(tmp_path / "out") as work:
+        open_journal(work, "key", shards).close()
+        open_journal(work, "key", other).close()
         assert (work.model / "model.safetensors").read_bytes().startswith(other[0].header)
 
 
@@ -273,7 +277,7 @@ def test_flags_of_an_earlier_run_leave_no_files(
     (family.folder / "a" / "tokenizer.json").write_text("{}")
     recipe = write_recipe(family, "soup")
     with monkeypatch.context() as patch:
-        patch.setattr(WorkFolder, "publish", lambda self, *, fsync: (_ for _ in ()).throw(
+        patch.setattr(OutputWorkspace, "publish", lambda self, *, fsync: (_ for _ in ()).throw(
             KeyboardInterrupt))  # fmt: skip
         with pytest.raises(Interrupted):
             merge(recipe, tmp_path / "out", trust_remote_code=True)
@@ -286,11 +290,11 @@ def test_two_interruptions_after_a_reboot(
     family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is done after a restart of the machine counts like what is done before any."""
-    from merge_cli.engine import journal
+    from merge_cli.engine import records
 
     recipe = write_recipe(family, "soup")
     interrupt(recipe, tmp_path / "out")
-    monkeypatch.setattr(journal, "_boot_id", lambda: "the next boot")
+    monkeypatch.setattr(records, "boot_id", lambda: "the next boot")
     interrupt(recipe, tmp_path / "out", units_done=20)
     assert merge_cli.merge(recipe, tmp_path / "out").report["cost"]["resumed_bytes"] > 0
 
@@ -311,7 +315,7 @@ def test_the_command_line_finds_what_was_published(
     recipe, out = family.recipe("soup", base=False), tmp_path / "out"
     monkeypatch.undo()  # units as the command line cuts them
     with monkeypatch.context() as patch:
-        patch.setattr(WorkFolder, "discard", lambda self: None)
+        patch.setattr(OutputWorkspace, "discard", lambda self: None)
         merge(recipe, out, device="auto")
     done = cli("run", recipe, out)
     assert done.returncode == 0, done.stderr
