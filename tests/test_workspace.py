@@ -80,9 +80,7 @@ def test_statistics_are_of_the_whole_or_none(family: Family, tmp_path: Path) -> 
     assert "sampled" not in (tmp_path / "out" / "merge_report.json").read_text()
 
 
-def test_two_processes(
-    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_processes(family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workspace, "_PATIENCE", 0.1)
     with OutputWorkspace(tmp_path / "out") as work:
         for fresh in (False, True):
@@ -208,9 +206,7 @@ def test_fsync_reaches_files_and_folders(
 ) -> None:
     synced: list[Path] = []
     real = output.sync
-    monkeypatch.setattr(
-        output, "sync", lambda paths: real(synced.extend(p := list(paths)) or p)
-    )
+    monkeypatch.setattr(output, "sync", lambda paths: real(synced.extend(p := list(paths)) or p))
     merge(write_recipe(family, "soup"), tmp_path / "out", fsync=True)
     names = {path.name for path in synced}
     assert {"model.safetensors", "config.json", "model", tmp_path.name} <= names

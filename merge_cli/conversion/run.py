@@ -101,7 +101,7 @@ def convert(
             if (root / "config.json").is_file():
                 shutil.copyfile(root / "config.json", work.model / "config.json")
             result = _finish(found, work.model)
-            _verify(inputs, work)
+            inputs.verify_or(work.discard)
             work.publish()
     except OSError as error:
         raise write_error(error, out) from error
@@ -109,14 +109,6 @@ def convert(
         hint = "The same command goes on."
         raise Interrupted("stopped", where=f"{out}.partial", hint=hint) from None
     return Converted(out, *result)
-
-
-def _verify(inputs: Inputs, work: OutputWorkspace) -> None:
-    try:
-        inputs.verify()
-    except SourceError:
-        work.discard()  # parts of two models
-        raise
 
 
 def _key(root: Path, files: Sequence[Path], copies: str, inputs: Inputs) -> str:

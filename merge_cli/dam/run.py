@@ -30,6 +30,7 @@ from merge_cli.dam.plan import (
 from merge_cli.dam.progress import StepLine
 from merge_cli.dam.result import build_record, gate
 from merge_cli.dam.trainer import Trainer, entries_of
+from merge_cli.engine.inputs import inputs_of
 from merge_cli.engine.options import MergeOptions, Progress, Show
 from merge_cli.engine.plan import Plan
 from merge_cli.errors import Interrupted
@@ -84,6 +85,7 @@ def learn(
     show = show if world.first else lambda progress: None
     with _interruptions() as stopping:
         fetch_everything(plan)
+        inputs = inputs_of(plan)
         decided = plan_training(plan, options.device, world)
         folder = TrainingFolder(
             target, work_key(decided, world), fresh=options.fresh, first=world.first
@@ -94,6 +96,8 @@ def learn(
             if record is None:
                 with torch_threads(options.threads), memory_errors(str(folder.path), _SMALLER):
                     record = _learn(decided, folder, world, show, stopping)
+                world.wait()
+                inputs.verify_or(folder.discard if world.first else lambda: None)
             world.wait()
         if world.any(stopping()):  # asked for where nobody looks: the merge must not begin
             what, hint = "stopped after training", "The same command continues."

@@ -7,7 +7,7 @@ output could tell from a merge.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from merge_cli.checkpoint.lora import WEIGHTS
@@ -71,6 +71,18 @@ class Inputs:
             new = {p for p in folder_stamps(root).keys() - known if p.suffix != ".safetensors"}
             if new:
                 raise changed(label, min(new).name, "has appeared")
+
+    def verify_or(self, discard: Callable[[], None]) -> None:
+        """`verify`; what was made of a mixture is thrown away first.
+
+        Raises:
+            SourceError: names the first one.
+        """
+        try:
+            self.verify()
+        except SourceError:
+            discard()
+            raise
 
     def _looked_at(self, path: Path) -> Stamp:
         try:

@@ -67,16 +67,16 @@ def execute(plan: Plan, target: Path, options: MergeOptions, *, show: Show, fini
             journal = open_journal(work, key, plan.shards, inputs.digest)
             try:
                 outcome = run_loop(plan, work.model, journal, device, options, show)
+            except SourceError:
+                inputs.verify_or(work.discard)  # what it stumbled over may be a half-written file
+                raise
             finally:
                 journal.close()
+            inputs.verify_or(work.discard)
             clear_companions(work, plan.shards)
             write_companions(plan, work.model, options)
             finish(plan, fingerprints, outcome, work.model)
-            try:
-                inputs.verify()
-            except SourceError:
-                work.discard()  # a mixture: nothing of it may be continued
-                raise
+            inputs.verify_or(work.discard)
             work.publish(fsync=options.fsync)
             return work.target
     except OSError as error:

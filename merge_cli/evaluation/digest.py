@@ -8,7 +8,6 @@ once is remembered with the file's size, times and number, as git does it.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,6 +17,7 @@ from merge_cli.checkpoint.source import Source
 from merge_cli.errors import SourceError
 from merge_cli.evaluation.cache import cache_folder, write_atomically
 from merge_cli.evaluation.task import file_digest
+from merge_cli.sealed import read_sealed, seal
 
 _SETTLED = 2.0  # seconds: a younger file may change within the clock's resolution
 
@@ -66,6 +66,22 @@ def source_identity(source: Source) -> str:
     return source_digest(source)
 
 
+def refuse_changed(source: Source, identity: str) -> None:
+    """Raise if a model that has just been loaded is not the one that was looked at before.
+
+    What is found with it would be remembered under the other one's name.
+
+    Args:
+        identity: `source_digest` of before. A model of the Hub is what its commit says.
+
+    Raises:
+        SourceError: it has been written to meanwhile.
+    """
+    if source.hub is None and source_digest(source) != identity:
+        hint = "Run the command again when nothing writes to it."
+        raise SourceError("has changed while it was loaded", model=source.label, hint=hint)
+
+
 def refuse_adapter(source: Source) -> None:
     """What runs a model from its folder must not run it without the adapter that is named.
 
@@ -96,13 +112,13 @@ def _remembered(path: Path) -> str:
     times = f"{about.st_mtime_ns}\0{about.st_ctime_ns}"
     stamp = f"{path.resolve()}\0{about.st_size}\0{times}\0{about.st_ino}"
     place = cache_folder() / "digests" / hashlib.sha256(stamp.encode()).hexdigest()
-    try:
-        return str(json.loads(place.read_text()))
-    except (OSError, ValueError):
-        digest = file_digest(path)
+    known = (read_sealed(place) or {}).get("sha256")
+    if isinstance(known, str):
+        return known
+    digest = file_digest(path)
     newest = max(about.st_mtime, about.st_ctime)
     if _now() - newest > _SETTLED:
-        write_atomically(place, json.dumps(digest))
+        write_atomically(place, seal({"sha256": digest}))
     return digest
 
 

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from merge_cli.engine.inputs import inputs_of
 from merge_cli.engine.merge import fetch_inputs
 from merge_cli.engine.options import MergeOptions, Progress, Show
 from merge_cli.engine.plan import Plan
@@ -76,6 +77,7 @@ def search(
         GateError: `require_improvement` is not met. The journal is kept.
     """
     fetch_inputs(plan, show)
+    inputs = inputs_of(plan)
     decided = plan_search(plan, options)
     folder = SearchFolder(target, work_key(decided, options), fresh=options.fresh)
     with folder:
@@ -84,6 +86,7 @@ def search(
         record = folder.record()
         if record is None or record["asked"] != asked:
             record = {"asked": asked, **run.record()}
+            inputs.verify_or(folder.discard)
             folder.finish(record)
         recipe = run.recipe_of(record["best"]["genome"])
         text = run.text_of(recipe, record["best"]["score"])

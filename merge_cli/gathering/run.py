@@ -13,6 +13,7 @@ from merge_cli.engine.memory import return_freed_memory
 from merge_cli.engine.options import MergeOptions, Progress, Show
 from merge_cli.engine.plan import Plan
 from merge_cli.errors import Interrupted
+from merge_cli.evaluation.digest import refuse_changed
 from merge_cli.evaluation.live import load, memory_errors, torch_threads
 from merge_cli.gathering.fisher import gather_importances
 from merge_cli.gathering.gram import gather_grams
@@ -43,14 +44,15 @@ def gather(
         Interrupted: Ctrl-C or SIGTERM.
     """
     decided = plan_gathering(plan, options.device)
-    if decided.missing:
+    there = [find(part.place, read=True) for part in decided.parts]
+    if None in there:
         begin()
         fetch_everything(plan)
         return_freed_memory()
     files = []
     try:
-        for part in decided.parts:
-            files.append(part.found or _gather_one(part, options, show))
+        for part, known in zip(decided.parts, there, strict=True):
+            files.append(known or _gather_one(part, options, show))
     except KeyboardInterrupt:
         done = len(files)
         what = f"stopped while statistics were gathered: {done} of {len(decided.parts)} are done"
@@ -114,6 +116,7 @@ def _made(part: Part, path: Path, tell: Callable[[int, int], None]) -> Statistic
         return writers[0]
 
     live = load(part.source, device=part.device, dtype=part.dtype)
+    refuse_changed(part.source, part.identity)
     part.about.update(examples=len(part.examples.items), tokens=part.examples.tokens)
     try:
         file = _GATHERERS[part.kind](live, part, writer, tell)

@@ -1,0 +1,88 @@
+"""No child outlives its parent."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from merge_cli import lifeline
+
+SLEEPER = "import pathlib, os, sys, time; pathlib.Path(sys.argv[1]).write_text(str(os.getpid()))\n"
+STUCK = "import time; time.sleep(60)\n"
+PARENT = """
+import sys
+from merge_cli import lifeline
+with lifeline.child("sleeper", [sys.argv[1]]) as process:
+    process.wait()
+"""
+
+
+def gone(pid: int, seconds: float = 10.0) -> bool:
+    """Whether a process has ended; one that nobody has waited for yet counts as ended."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        state = subprocess.run(
+            ["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True
+        )
+        if not state.stdout.strip() or state.stdout.startswith("Z"):
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def wait_for(file: Path) -> int:
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        if file.exists() and file.read_text():
+            return int(file.read_text())
+        time.sleep(0.01)
+    raise AssertionError("it has not begun")
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+def test_killed_with_its_parent(tmp_path: Path, kernel: bool) -> None:
+    """By the kernel's signal, and where there is none (macOS) by the pipe."""
+    without = "" if kernel else "from merge_cli import lifeline\n"
+    (tmp_path / "sleeper.py").write_text(without + SLEEPER + STUCK)
+    if not kernel:
+        (tmp_path / "sitecustomize.py").write_text("import sys\nsys.platform = 'other'\n")
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT, str(tmp_path / "pid")],
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    child = wait_for(tmp_path / "pid")
+    assert not gone(child, 0.1)
+    parent.kill()
+    parent.wait()
+    assert gone(child)
+
+
+def test_a_child_that_ends_by_itself(tmp_path: Path) -> None:
+    options = {"stdout": subprocess.PIPE, "text": True}
+    with lifeline.child("platform", [], **options) as process:
+        said, _ = process.communicate()
+    assert said.strip()
+    assert process.returncode == 0
+
+
+def test_leaving_with_an_exception_kills(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sleeper.py").write_text(SLEEPER + STUCK)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
+    started = []
+
+    def leave() -> None:
+        with lifeline.child("sleeper", [str(tmp_path / "pid")]) as process:
+            started.append(process)
+            wait_for(tmp_path / "pid")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        leave()
+    assert started[0].returncode == -signal.SIGKILL
