@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
@@ -16,6 +17,7 @@ import torch
 import transformers as hf
 from tiny import llama_config, llama_tensors, read_model
 
+from merge_cli.conversion import child
 from merge_cli.conversion.run import convert
 from merge_cli.engine.options import Progress
 from merge_cli.errors import Interrupted, ResourceError, SourceError, UsageError
@@ -171,6 +173,22 @@ def test_the_command_that_the_refusal_names(tmp_path: Path) -> None:
     assert json.loads(done.stdout)["tensors"] == len(tensors())
 
 
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files are converted in this process: what is tested is what becomes of them."""
+    from merge_cli.conversion import run
+
+    def answer(job: Any, file: Path, target: Path, seen: Any) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdin", io.StringIO(json.dumps(list(seen))))
+            return child.main(str(file), str(target), "0", job.copies)
+
+    monkeypatch.setattr(run, "_in_a_process", answer)
+
+
+quick = pytest.mark.usefixtures("here")
+
+
 def parts_of(own: dict[str, torch.Tensor], count: int = 2) -> list[Any]:
     return [{name: own[name] for name in sorted(own)[i::count]} for i in range(count)]
 
@@ -202,6 +220,7 @@ def everything(folder: Path) -> dict[str, bytes]:
     return {str(p): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
+@quick
 @pytest.mark.parametrize("where", [".", "m", "..", "m/pytorch_model.bin"])
 def test_overwrite_takes_nothing_that_is_needed(tmp_path: Path, where: str) -> None:
     (tmp_path / "parent").mkdir()
@@ -213,6 +232,7 @@ def test_overwrite_takes_nothing_that_is_needed(tmp_path: Path, where: str) -> N
     assert everything(tmp_path) == before
 
 
+@quick
 def test_overwrite_replaces_models_alone(tmp_path: Path) -> None:
     folder = write(tmp_path / "m", [tensors()])
     for name, files in {
@@ -234,6 +254,7 @@ def test_overwrite_replaces_models_alone(tmp_path: Path) -> None:
     assert same(tmp_path / "out", tensors())
 
 
+@quick
 def test_another_model_where_a_conversion_has_stopped(tmp_path: Path) -> None:
     own = tensors()
     other = {name: value * 2 for name, value in own.items()}
@@ -246,6 +267,7 @@ def test_another_model_where_a_conversion_has_stopped(tmp_path: Path) -> None:
     assert same(tmp_path / "out", other)
 
 
+@quick
 def test_other_content_at_the_same_place(tmp_path: Path) -> None:
     own = tensors()
     other = {name: value * 2 for name, value in own.items()}
@@ -261,6 +283,7 @@ def test_other_content_at_the_same_place(tmp_path: Path) -> None:
     assert same(tmp_path / "out", other)
 
 
+@quick
 def test_a_source_that_changes_meanwhile(tmp_path: Path) -> None:
     from merge_cli.conversion import run
 
@@ -283,6 +306,7 @@ def test_a_source_that_changes_meanwhile(tmp_path: Path) -> None:
     assert same(tmp_path / "out", own)
 
 
+@quick
 @pytest.mark.parametrize("content", [["letter.txt"], ["model/letter.txt"], ["journal.jsonl"]])
 def test_a_folder_of_the_users_beside_out(tmp_path: Path, content: list[str]) -> None:
     folder = write(tmp_path / "m", [tensors()])
@@ -296,6 +320,7 @@ def test_a_folder_of_the_users_beside_out(tmp_path: Path, content: list[str]) ->
     assert everything(tmp_path / "out.partial") == before
 
 
+@quick
 def test_the_unfinished_work_of_a_merge(tmp_path: Path) -> None:
     from merge_cli.engine.journal import Journal
     from merge_cli.engine.output import OutputWorkspace
@@ -315,6 +340,7 @@ def test_the_unfinished_work_of_a_merge(tmp_path: Path) -> None:
     assert same(tmp_path / "out", tensors())
 
 
+@quick
 @pytest.mark.parametrize("cut", [1, 40, 200, -1, -30])
 def test_a_torn_record_is_work_to_do_again(tmp_path: Path, cut: int) -> None:
     own = tensors()
@@ -331,6 +357,7 @@ def test_a_torn_record_is_work_to_do_again(tmp_path: Path, cut: int) -> None:
     assert not (tmp_path / "out.partial").exists()
 
 
+@quick
 def test_killed_between_the_renames(tmp_path: Path) -> None:
     from merge_cli.engine import output
 
@@ -378,6 +405,7 @@ def test_killed_while_replacing(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["new", "old", "out"]
 
 
+@quick
 @pytest.mark.parametrize(
     ("name", "content"),
     [
@@ -400,6 +428,7 @@ def test_broken_folders(tmp_path: Path, name: str, content: bytes) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@quick
 def test_a_file_is_no_folder(tmp_path: Path) -> None:
     folder = write(tmp_path / "m", [tensors()])
     with pytest.raises(SourceError, match="not a folder"):

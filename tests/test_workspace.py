@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 from pathlib import Path
 from typing import Any
@@ -330,3 +331,43 @@ def test_a_method_defined_at_a_prompt(family: Family, tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
     merged = read_model(tmp_path / "out")
     assert all(torch.equal(t, family.models[0][name]) for name, t in merged.items())
+
+
+def test_any_flipped_bit_of_a_journal(family: Family, tmp_path: Path) -> None:
+    """What does not hold is merged again: the bytes are right, whichever bit it was."""
+    recipe = write_recipe(family, "soup")
+    merge(recipe, tmp_path / "expected")
+    interrupt(recipe, tmp_path / "out", units_done=6)
+    partial = tmp_path / "out.partial"
+    shutil.copytree(partial, tmp_path / "kept")
+    whole = (partial / "journal.jsonl").read_bytes()
+    for place in random.Random(0).sample(range(8 * len(whole)), 12):
+        changed = bytearray(whole)
+        changed[place // 8] ^= 1 << place % 8
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(tmp_path / "kept", partial)
+        (partial / "journal.jsonl").write_bytes(changed)
+        merge(recipe, tmp_path / "out")
+        assert digest(tmp_path / "out") == digest(tmp_path / "expected")
+        shutil.rmtree(tmp_path / "out")
+
+
+def test_a_folder_with_our_names_and_not_our_mark(family: Family, tmp_path: Path) -> None:
+    """`model` is a word that others use, too."""
+    mine = tmp_path / "out.partial" / "model"
+    mine.mkdir(parents=True)
+    (mine / "thesis.txt").write_text("mine")
+    for fresh in (False, True):
+        with pytest.raises(UsageError, match="is not an unfinished merge"):
+            merge(write_recipe(family, "soup"), tmp_path / "out", fresh=fresh, overwrite=True)
+    assert (mine / "thesis.txt").read_text() == "mine"
+
+
+def test_home_is_never_replaced(
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "model.safetensors").write_bytes(b"")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    with pytest.raises(UsageError, match="would replace"):
+        merge(write_recipe(family, "soup"), tmp_path / "home", overwrite=True)

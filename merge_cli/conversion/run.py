@@ -79,7 +79,8 @@ def convert(
     """
     try:
         with OutputWorkspace(out, "conversion") as work:
-            work.refuse(overwrite, [])  # before anything is fetched
+            if not overwrite:
+                work.refuse(False, [])  # before anything is fetched
             root, files = find_pickles(model, show)
             work.refuse(overwrite, [root, *files])
             config = _config(root, model)
