@@ -10,8 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
+from tiny import Family
 
 from merge_cli import lifeline
+from merge_cli.comparison.cost import Ledger, run_merge
 
 SLEEPER = "import pathlib, os, sys, time; pathlib.Path(sys.argv[1]).write_text(str(os.getpid()))\n"
 STUCK = "import time; time.sleep(60)\n"
@@ -62,6 +64,35 @@ def test_killed_with_its_parent(tmp_path: Path, kernel: bool) -> None:
     parent.kill()
     parent.wait()
     assert gone(child)
+
+
+COMPARING = """
+import sys
+from pathlib import Path
+from merge_cli.comparison.cost import Ledger, run_merge
+run_merge(Path(sys.argv[1]), Path(sys.argv[2]), [], Ledger(Path(sys.argv[3])))
+"""
+
+
+def test_a_comparison_that_is_killed_and_run_again_at_once(family: Family, tmp_path: Path) -> None:
+    """What its merge has left is waited for; what is finished is accepted."""
+    recipe, out, costs = family.recipe("ties"), tmp_path / "out", tmp_path / "costs.jsonl"
+    lock = tmp_path / "out.partial.lock"
+    parent = subprocess.Popen(
+        [sys.executable, "-c", COMPARING, str(recipe), str(out), str(costs)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    until = time.monotonic() + 100
+    began = 0  # the parent itself holds the lock for a moment
+    while began < 20 and parent.poll() is None and time.monotonic() < until:
+        began = began + 1 if lock.exists() else 0
+        time.sleep(0.002)
+    parent.kill()
+    parent.wait()
+    for _ in range(2):
+        run_merge(recipe, out, [], Ledger(costs))
+        assert (out / "model.safetensors").exists()
+    assert not list(tmp_path.glob("out.partial*"))
 
 
 def test_a_child_that_ends_by_itself(tmp_path: Path) -> None:

@@ -22,10 +22,12 @@ from merge_cli.engine.options import MergeOptions, Progress, Show
 from merge_cli.engine.outcome import Outcome
 from merge_cli.engine.output import OutputWorkspace
 from merge_cli.engine.plan import Plan
+from merge_cli.engine.records import Records
 from merge_cli.engine.shardfiles import clear_companions, open_journal
 from merge_cli.engine.token_numbers import renumber
 from merge_cli.errors import Interrupted, SourceError
 
+_ANEW = "starting over: earlier work is damaged, or a file that it has read was touched since"
 # Writes reports into the folder, given the plan, each source's fingerprint, and the outcome.
 Finish = Callable[[Plan, tuple[str, ...], Outcome, Path], None]
 
@@ -64,7 +66,10 @@ def execute(plan: Plan, target: Path, options: MergeOptions, *, show: Show, fini
             for note in differing:
                 show(Progress("copies", 0, 0, note))
             plan = replace(plan, notes=(*plan.notes, *differing))
+            begun = Records.count_of(work.journal)
             journal = open_journal(work, key, plan.shards, inputs.digest)
+            if begun and not journal.done:
+                show(Progress("merge", 0, 0, _ANEW))
             try:
                 outcome = run_loop(plan, work.model, journal, device, options, show)
             except SourceError:
