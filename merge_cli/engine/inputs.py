@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from merge_cli.checkpoint.lora import WEIGHTS
+from merge_cli.checkpoint.adapter_contents import WEIGHTS
 from merge_cli.checkpoint.raw import has_header
 from merge_cli.checkpoint.source import Source
 from merge_cli.checkpoint.stamps import Stamp, folder_stamps, sampled_digest, stamp_of
