@@ -1,6 +1,6 @@
 """Child processes that end when their parent does, however it ends.
 
-    python -m merge_cli.lifeline FD MODULE ARGUMENTS...
+    merge_cli.lifeline FD MODULE ARGUMENTS...     (by `python_child.python_command`)
 
 A process that is killed cannot tell its children. So the parent holds the writing end of a pipe of
 which the child has the reading end, and the child watches it: at its end nobody is left. On Linux
@@ -18,6 +18,8 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+
+from merge_cli.python_child import python_command
 
 _PR_SET_PDEATHSIG = 1
 _SECONDS = 1.0  # between two looks at who the parent is, where the pipe tells nothing
@@ -37,7 +39,7 @@ def child(
     """
     ours: tuple[int, int] = os.pipe()
     reading, writing = ours
-    command = [sys.executable, "-m", "merge_cli.lifeline", str(reading), module, *arguments]
+    command = python_command("merge_cli.lifeline", str(reading), module, *arguments)
     try:
         process = subprocess.Popen(command, pass_fds=(reading, *inherited), **options)
         os.close(reading)

@@ -117,3 +117,20 @@ def test_leaving_with_an_exception_kills(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(KeyboardInterrupt):
         leave()
     assert started[0].returncode == -signal.SIGKILL
+
+
+def test_modules_of_the_working_directory_are_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`python -m` looks there first, and it may be a model's folder."""
+    code, here = tmp_path / "code", tmp_path / "model"
+    code.mkdir()
+    here.mkdir()
+    (code / "job.py").write_text("import colorsys, sys\nprint(colorsys.__file__, sys.argv[1:])\n")
+    (here / "colorsys.py").write_text("raise SystemExit('run from the working directory')\n")
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(sys, "path", [str(code), "", *sys.path])
+    with lifeline.child("job", ["x"], stdout=subprocess.PIPE, text=True) as process:
+        out, _ = process.communicate(timeout=100)
+    assert process.returncode == 0, out
+    assert out.rstrip().endswith("['x']")
