@@ -105,7 +105,7 @@ def test_a_child_that_ends_by_itself(tmp_path: Path) -> None:
 
 def test_leaving_with_an_exception_kills(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "sleeper.py").write_text(SLEEPER + STUCK)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
+    monkeypatch.syspath_prepend(tmp_path)  # children get it from here
     started = []
 
     def leave() -> None:
