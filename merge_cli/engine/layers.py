@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
-from merge_cli.checkpoint.config import layer_count
+from merge_cli.checkpoint.config import layer_count, predicting_layers
 from merge_cli.engine.modules import TEXT, kind_of
 
 _LAYER = re.compile(r"^(?:(?P<stack>.*?)\.)?(?P<index>\d+)\.(?P<rest>.+)$")
@@ -52,9 +52,10 @@ class Places(dict[str, Place | None]):
         return place
 
 
-def stacks(names: Iterable[str]) -> dict[str, int]:
+def stacks(names: Iterable[str], places: Places | None = None) -> dict[str, int]:
     """Every stack and its number of layers."""
-    return heights(map(place_of, names))
+    known = Places() if places is None else places
+    return heights(known[name] for name in names)
 
 
 def heights(places: Iterable[Place | None]) -> dict[str, int]:
@@ -80,9 +81,11 @@ def comes_after_layers(name: str, stack: str) -> bool:
     return False
 
 
-def main_stack(names: Iterable[str], config: Mapping[str, Any]) -> str | None:
+def main_stack(
+    names: Iterable[str], config: Mapping[str, Any], places: Places | None = None
+) -> str | None:
     """The stack that `layer_range` counts in; None where it is not clear which."""
-    return _main_stack(stacks(names), config)
+    return _main_stack(stacks(names, places), config)
 
 
 def _main_stack(found: Mapping[str, int], config: Mapping[str, Any]) -> str | None:
@@ -102,12 +105,16 @@ class Anatomy:
     Attributes:
         stacks: every stack and its number of layers.
         main: the stack that `layer_range` counts in; None where it is not clear which.
+        layers: how many of it slices may take: all but those for multi-token prediction.
     """
 
     def __init__(self, names: Iterable[str], config: Mapping[str, Any], places: Places) -> None:
         self._names, self._all_places = tuple(names), places
         self.stacks = heights(places[name] for name in self._names)
         self.main = _main_stack(self.stacks, config)
+        height = self.stacks.get(self.main, 0) if self.main is not None else 0
+        behind = predicting_layers(config)
+        self.layers = height - behind if height - behind == layer_count(config) else height
         # Numbers of tensors, by layer of the main stack and outside of it: a slice looks at its
         # own alone, so that many slices of a model take no longer than the model whole.
         self._layers: dict[int, list[int]] = {}

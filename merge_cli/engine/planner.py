@@ -15,12 +15,12 @@ from merge_cli.checkpoint.chat_template import choose_template
 from merge_cli.checkpoint.coefficients import CoefficientFile, open_coefficients
 from merge_cli.checkpoint.companion_check import check_companions
 from merge_cli.checkpoint.config import (
-    LAYER_COUNTS,
     merged_config,
     text_config,
     with_layer_types,
 )
 from merge_cli.checkpoint.header import DTYPES
+from merge_cli.checkpoint.layer_rules import LAYER_COUNTS
 from merge_cli.checkpoint.layout import lay_out, natural_key
 from merge_cli.checkpoint.source import Source
 from merge_cli.engine import fp8
@@ -33,7 +33,8 @@ from merge_cli.engine.opening import one_spelling, open_all
 from merge_cli.engine.pieces import Piece, cut_pieces
 from merge_cli.engine.plan import Action, Plan, TensorTask, is_stored_as
 from merge_cli.engine.prefixes import Renamed, rename
-from merge_cli.engine.stacking import layer_sources, stacked_pieces
+from merge_cli.engine.stacking import described, left_out, origins_of, stacked_pieces
+from merge_cli.engine.structure import check_structure
 from merge_cli.engine.task_heads import head_problems
 from merge_cli.engine.token_numbers import renumber, vocabulary_notes
 from merge_cli.engine.vocabulary import align
@@ -165,19 +166,30 @@ def make_plan(
     dtypes = {task.dtype for task in tasks if task.dtype in _FLOATS}
     donated = sources[donor].config
     stacked = stacked_pieces(recipe, pieces, sources)
+    behind: list[str] = []
     if stacked:
         donated = with_layer_types(donated, sources[donor].root)
+        donated, behind = left_out(donated, stacked, sources, matches.places)
+    doubts: list[str] = []
+    origins = origins_of(stacked, sources, matches.places, doubts) if stacked else None
+    config, changes = merged_config(
+        donated,
+        dtype=DTYPES[dtypes.pop()][1] if len(dtypes) == 1 else None,
+        tied=heads.tied,
+        layers=described(origins) if origins else None,
+        doubts=doubts,
+    )
+    config = renumber(config, aligned)
+    shapes = {task.name: task.shape for task in tasks}
     try:
-        config, changes = merged_config(
-            donated,
-            dtype=DTYPES[dtypes.pop()][1] if len(dtypes) == 1 else None,
-            tied=heads.tied,
-            layers=layer_sources(stacked, sources) if stacked else None,
+        opening = (
+            check_structure(config, shapes, sources[donor], heads.views[donor], sources, origins)
+            if recipe.output is None
+            else []
         )
     except ValueError as error:
         what = f"these layers cannot be stacked: {error}."
         raise RecipeError([recipe.problem(stacked[0].key, what)]) from None
-    config = renumber(config, aligned)
     template, template_note = choose_template(recipe, sources)
     notes = [
         *(f"{source.label}: {note}" for source in sources for note in source.notes),
@@ -196,6 +208,8 @@ def make_plan(
         *template_note,
         *matches.notes,
         *(f"config.json: {change}" for change in changes),
+        *behind,
+        *opening,
         *idle_filters(recipe, [task.name for task in tasks]),
         *beyond_note(
             recipe,
