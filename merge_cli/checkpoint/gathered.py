@@ -67,7 +67,9 @@ class Gathered:
     @cached_property
     def dtype(self) -> str:
         formats = {part.dtype for part in self.parts}
-        return self.own.dtype if len(formats) == 1 and not self.rows.means else "F32"
+        if len(formats) == 1 and not self.rows.means:
+            return self.own.dtype
+        return "F64" if "F64" in formats else "F32"
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -112,10 +114,10 @@ class Gathered:
                 out[chosen] = self._rows_of(read, self.parts[number], row[chosen])
         for place in [p for p in self.rows.means if first <= p < last]:
             pairs = self.rows.means[place]
-            total = np.zeros(self._width, np.float32)
+            total = np.zeros(self._width, kind)
             for number, source_row in pairs:
                 total += self._rows_of(read, self.parts[number], np.array([source_row]))[0]
-            out[place - first] = total / np.float32(len(pairs))
+            out[place - first] = total / kind(len(pairs))
         begin = start - first * self._width
         target = np.frombuffer(buffer, kind)
         target[:] = out.reshape(-1)[begin : begin + count]
@@ -141,7 +143,9 @@ class Gathered:
             tensor.fill(read, low * width, near.data)
             whole = near.view(found.dtype).reshape(count, width)
             found[order[start:end]] = whole[ordered[start:end] - low]
-        return found if tensor.dtype == self.dtype else _floats(found, tensor.dtype)
+        if tensor.dtype == self.dtype:
+            return found
+        return _floats(found, tensor.dtype).astype(_numpy_kind(self.dtype), copy=False)
 
 
 def _numpy_kind(dtype: str) -> Any:
@@ -156,4 +160,4 @@ def _floats(values: Any, dtype: str) -> Any:
 
     if dtype == "BF16":
         return (values.astype(np.uint32) << 16).view(np.float32)
-    return values.astype(np.float32)
+    return values if dtype == "F64" else values.astype(np.float32)
