@@ -167,16 +167,18 @@ def _spelled_out(types: Any) -> list[Any] | None:
     found: list[Any] = []
     for part in types:
         if not (isinstance(part, list) and len(part) == 2 and isinstance(part[0], list)
-                and type(part[1]) is int and 0 <= part[1] <= 100_000):  # fmt: skip
+                and type(part[1]) is int and 0 <= part[1] <= 1000):  # fmt: skip
             return None
         found += part[0] * part[1]
+        if len(found) > MAX_LAYERS:
+            return None
     return found
 
 
 def _numbers(stacked: Stacked, key: str, value: Any) -> bool:
     """A list (or text, with commas) of layers' numbers; whether it changed."""
     numbers = _as_numbers(value)
-    if numbers is None or not set(numbers) <= set(range(stacked.before or 0)):
+    if numbers is None or not all(0 <= number < (stacked.before or 0) for number in numbers):
         return False
 
     def holds(source: Mapping[str, Any], index: int) -> bool:
@@ -190,7 +192,8 @@ def _numbers(stacked: Stacked, key: str, value: Any) -> bool:
 def _as_numbers(value: Any) -> list[int] | None:
     if isinstance(value, str):
         parts = value.split(",") if value else []
-        return [int(p) for p in parts] if all(p.strip().isdecimal() for p in parts) else None
+        fits = all(len(p) < 10 and p.strip().isdecimal() for p in parts)
+        return [int(p) for p in parts] if fits else None
     if not isinstance(value, list) or any(type(number) is not int for number in value):
         return None
     return value if len(set(value)) == len(value) else None

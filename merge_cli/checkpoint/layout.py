@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from merge_cli.checkpoint.components import STEMS, index_of
 from merge_cli.checkpoint.header import DTYPES
 
-_NUMBER = re.compile(r"(\d+)")
+_NUMBER = re.compile(r"([0-9]{1,18})")  # int() refuses what has thousands of digits
 _PLAIN: Mapping[str, str] = {"": STEMS[0]}
 _RANK = {dtype: rank for rank, dtype in enumerate(DTYPES)}
 

@@ -2,7 +2,8 @@
 
 The first number in a name is its layer: `model.layers.7.mlp.up_proj.weight` is layer 7 of the
 stack `model.layers`. A model may have several stacks (encoder and decoder, vision and text); the
-one that recipes slice is the one with as many layers as the config says.
+one that recipes slice is the one with as many layers as the config says. A number of more than
+five digits is no layer's: loops run over layers.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 from merge_cli.checkpoint.config import layer_count, predicting_layers
 from merge_cli.engine.modules import TEXT, kind_of
 
-_LAYER = re.compile(r"^(?:(?P<stack>.*?)\.)?(?P<index>\d+)\.(?P<rest>.+)$")
+_LAYER = re.compile(r"^(?:(?P<stack>.*?)\.)?(?P<index>[0-9]{1,5})\.(?P<rest>.+)$")
 # After the last layer: they come from the last slice. What else has no layer comes from the first.
 _AFTER = re.compile(r"(norm|ln_f|final_layernorm|final_layer_norm|final_norm|lm_head|"
                     r"embed_out|output|score|classifier|pooler|cls|ln_out)(\.|$)")  # fmt: skip

@@ -19,6 +19,7 @@ from merge_cli.checkpoint.tokenizer_files import opaque_files, read_vocabulary
 from merge_cli.checkpoint.union import join
 from merge_cli.engine.heads import EMBEDDINGS, View
 from merge_cli.engine.rows import Filling, Key, Words
+from merge_cli.engine.token_bounds import check_numbers
 from merge_cli.errors import RecipeError, SourceError
 from merge_cli.recipe.reference import local_folder
 from merge_cli.recipe.schema import Recipe
@@ -99,6 +100,8 @@ class _Alignment:
         self._tokens = [_vocabulary(source) for source in sources]
         self._fill_in()
         self._rows = [_height(s, v) for s, v in zip(sources, views, strict=True)]
+        for source, tokens, rows in zip(sources, self._tokens, self._rows, strict=True):
+            check_numbers(source, tokens, rows)
 
     def result(self) -> Aligned:
         chosen, vocabulary, files = self._output()

@@ -23,6 +23,7 @@ from merge_cli.recipe.nodes import Node
 from merge_cli.recipe.reference import ModelRef, parse_reference
 
 UNION, BASE = "union", "base"
+MAX_PADDING = 2**20  # no embedding is padded to nearly as many rows
 Add = Callable[[Node, str, str, str], None]  # node, key, what, hint
 
 
@@ -97,10 +98,10 @@ def parse_tokenizer(
     size = section.value.get("pad_to_multiple_of")
     multiple = None
     if size is not None and size.value is not None:
-        if type(size.value) is int and size.value >= 1:
+        if type(size.value) is int and 1 <= size.value <= MAX_PADDING:
             multiple = size.value
         else:
-            what = f"must be a whole number of at least 1 (got {size.plain()!r})"
+            what = f"must be a whole number from 1 to {MAX_PADDING} (got {size.plain()!r})"
             add(size, "tokenizer.pad_to_multiple_of", what, "")
     tokens = section.value.get("tokens")
     rules: dict[str, TokenRule] = {}
