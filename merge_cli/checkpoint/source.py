@@ -19,7 +19,13 @@ from merge_cli.checkpoint import hub
 from merge_cli.checkpoint.adapter import Adapter, open_adapter
 from merge_cli.checkpoint.adapter_config import base_note
 from merge_cli.checkpoint.adapter_contents import WEIGHTS
-from merge_cli.checkpoint.components import PIPELINE, names_in, part_folders, stem_of
+from merge_cli.checkpoint.components import (
+    PIPELINE,
+    module_folders,
+    names_in,
+    part_folders,
+    stem_of,
+)
 from merge_cli.checkpoint.lora import apply_adapter
 from merge_cli.checkpoint.places import Folder, Place, Repository, read_headers
 from merge_cli.checkpoint.quantised import read_as_numbers
@@ -75,7 +81,8 @@ class Source:
     def stems(self) -> dict[str, str]:
         """For each folder with weights ("" for the model's own) what the files are called."""
         known = [*self.header_bytes, *([PIPELINE] if (self.root / PIPELINE).is_file() else [])]
-        return {folder: stem_of(names_in(folder, known)) for folder in part_folders(known)}
+        parts = part_folders(known, module_folders(self.root, self.label))
+        return {folder: stem_of(names_in(folder, known)) for folder in parts}
 
     def fingerprint(self, shards: Iterable[str] | None = None) -> str:
         """SHA-256 over config, headers, and samples of the weights: tells models apart.
@@ -241,7 +248,12 @@ def _opened(place: Place, label: str, repo: hub.HubModel | None = None) -> Sourc
 
 def _kind(place: Place, config: Mapping[str, Any]) -> str:
     """What a reader should know of a model that is not one folder with a config."""
-    parts = part_folders(place.names)
+    parts = part_folders(place.names, place.modules)
+    lacking = [f for f in place.modules if f and not names_in(f, place.names)]
+    if lacking:
+        return f"modules.json names {', '.join(lacking)}, which is not there"
+    if parts != [""] and place.modules:
+        return f"sentence-transformers; {', '.join(filter(None, parts))} merged, too"
     if parts != [""]:
         return f"a pipeline; {', '.join(parts)} are merged, everything else is copied"
     return "" if config else "has no config.json"

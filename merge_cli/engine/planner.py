@@ -19,6 +19,7 @@ from merge_cli.checkpoint.config import (
     text_config,
     with_layer_types,
 )
+from merge_cli.checkpoint.files import check_companions, named_code
 from merge_cli.checkpoint.header import DTYPES
 from merge_cli.checkpoint.layer_rules import LAYER_COUNTS
 from merge_cli.checkpoint.layout import lay_out, natural_key
@@ -29,7 +30,7 @@ from merge_cli.engine.config_notes import config_notes
 from merge_cli.engine.heads import reconcile_heads
 from merge_cli.engine.layouts import lay_out_alike
 from merge_cli.engine.match import Match, match_pieces
-from merge_cli.engine.opening import one_spelling, open_all
+from merge_cli.engine.opening import files_of, one_spelling, open_all
 from merge_cli.engine.pieces import Piece, cut_pieces
 from merge_cli.engine.plan import Action, Plan, TensorTask, is_stored_as
 from merge_cli.engine.prefixes import Renamed, rename
@@ -190,6 +191,8 @@ def make_plan(
     except ValueError as error:
         what = f"these layers cannot be stacked: {error}."
         raise RecipeError([recipe.problem(stacked[0].key, what)]) from None
+    givers = sources[donor], sources[aligned.donor]
+    check_companions(givers[0].root, givers[1].root, (givers[0].label, givers[1].label))
     template, template_note = choose_template(recipe, sources)
     notes = [
         *(f"{source.label}: {note}" for source in sources for note in source.notes),
@@ -210,6 +213,7 @@ def make_plan(
         *(f"config.json: {change}" for change in changes),
         *behind,
         *opening,
+        *named_code(givers[0].root, givers[0].label, files_of(givers[0])),
         *idle_filters(recipe, [task.name for task in tasks]),
         *beyond_note(
             recipe,

@@ -63,8 +63,9 @@ def check_structure(
         ValueError: a rule by position that the stacked layers may not follow, where the class that
             would tell is not known.
     """
-    if not donor.config or set(donor.stems) != {""}:
+    if not donor.config or "" not in donor.stems:
         return _undecided(origins, "")
+    shapes = _own(shapes, donor)
     if origins is None and _unchanged(config, shapes, donor, like):
         return []
     try:
@@ -101,8 +102,15 @@ def _unchanged(
             return False
         before = read_config(donor.root / "config.json", donor.label)
     there = {name: tensor.shape for name, tensor in like.items() if not name.endswith(BUFFERS)}
+    there = _own(there, donor)
     here = {name: shape for name, shape in shapes.items() if not name.endswith(BUFFERS)}
     return there == here and _plain(before) == _plain(config)
+
+
+def _own(shapes: Shapes, source: Source) -> dict[str, tuple[int, ...]]:
+    """Those of the model itself, without the parts in other folders (see `components`)."""
+    parts = tuple(f"{folder}/" for folder in source.stems if folder)
+    return {n: shape for n, shape in shapes.items() if not parts or not n.startswith(parts)}
 
 
 def _plain(config: Mapping[str, object]) -> dict[str, object]:
@@ -131,7 +139,7 @@ def _of(source: Source, kinds: bool = False) -> Skeleton | None:
     """A source as its class opens it; None where that is not known."""
     try:
         shapes = {name: tensor.shape for name, tensor in source.tensors.items()}
-        return _build(source.config, shapes, kinds)
+        return _build(source.config, _own(shapes, source), kinds)
     except Unknown:
         return None
 
