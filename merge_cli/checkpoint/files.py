@@ -7,6 +7,7 @@ from pathlib import Path
 
 from merge_cli.checkpoint.components import MODULES, PIPELINE, module_folders
 from merge_cli.checkpoint.links import copy_inside, refuse_links
+from merge_cli.errors import CorruptFileError
 from merge_cli.guarded import read_json
 
 # Files whose auto_map may name Python files beside them.
@@ -133,7 +134,11 @@ def named_code(root: Path, label: str, names: frozenset[str]) -> list[str]:
     for file in _NAME_CODE:
         if not (root / file).is_file():
             continue
-        about = read_json(root / file, label)
+        try:
+            about = read_json(root / file, label)
+        except CorruptFileError as error:  # copied as it is, whatever it is
+            found.append(f"{label}: {file} {error.what}; copied all the same")
+            continue
         listed = about.get("auto_map") if isinstance(about, dict) else None
         values = listed.values() if isinstance(listed, dict) else [listed]
         words = [w for v in values for w in (v if isinstance(v, list) else [v])]
