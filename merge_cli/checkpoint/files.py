@@ -107,7 +107,7 @@ def copied_files(
     return found
 
 
-def check_companions(donor: Path, tokenizer_donor: Path, labels: tuple[str, str]) -> None:
+def check_links(donor: Path, tokenizer_donor: Path, labels: tuple[str, str]) -> None:
     """Refuse links out of the folders that files are copied from.
 
     Args:

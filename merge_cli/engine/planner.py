@@ -19,7 +19,7 @@ from merge_cli.checkpoint.config import (
     text_config,
     with_layer_types,
 )
-from merge_cli.checkpoint.files import check_companions, named_code
+from merge_cli.checkpoint.files import check_links, named_code
 from merge_cli.checkpoint.header import DTYPES
 from merge_cli.checkpoint.layer_rules import LAYER_COUNTS
 from merge_cli.checkpoint.layout import lay_out, natural_key
@@ -142,7 +142,9 @@ def make_plan(
     heads = reconcile_heads(sources)
     donor = base if base is not None else pieces[0].reference.source
     aligned = align(recipe, sources, heads.views, base, donor)
-    check_companions(sources[donor], sources[aligned.donor])
+    givers = sources[donor], sources[aligned.donor]
+    check_links(givers[0].root, givers[1].root, (givers[0].label, givers[1].label))
+    check_companions(*givers)
     matches = match_pieces(pieces, sources, aligned.views)
     if matches.problems:
         count = len(matches.problems)
@@ -191,8 +193,6 @@ def make_plan(
     except ValueError as error:
         what = f"these layers cannot be stacked: {error}."
         raise RecipeError([recipe.problem(stacked[0].key, what)]) from None
-    givers = sources[donor], sources[aligned.donor]
-    check_companions(givers[0].root, givers[1].root, (givers[0].label, givers[1].label))
     template, template_note = choose_template(recipe, sources)
     notes = [
         *(f"{source.label}: {note}" for source in sources for note in source.notes),

@@ -12,12 +12,12 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from merge_cli.checkpoint.shards import read_config
 from merge_cli.checkpoint.source import Source
 from merge_cli.checkpoint.tensors import Tensor
 from merge_cli.engine.absent import BUFFERS
 from merge_cli.engine.skeleton import Kind, Shapes, Skeleton, Unknown, build
 from merge_cli.errors import MismatchError, Problem
+from merge_cli.guarded import read_mapping
 
 _NUMBER = re.compile(r"\d+")
 _DTYPES = ("dtype", "torch_dtype")
@@ -100,7 +100,7 @@ def _unchanged(
     if donor.adapter is not None:
         if any(tensor.stored[0].shape[:1] != tensor.shape[:1] for tensor in like.values()):
             return False
-        before = read_config(donor.root / "config.json", donor.label)
+        before = read_mapping(donor.root / "config.json", donor.label)
     there = {name: tensor.shape for name, tensor in like.items() if not name.endswith(BUFFERS)}
     there = _own(there, donor)
     here = {name: shape for name, shape in shapes.items() if not name.endswith(BUFFERS)}
