@@ -70,6 +70,8 @@ def is_part_file(name: str) -> bool:
 
 def companion_files(root: Path, *, code: bool = False) -> list[Path]:
     """The companions in a folder, sorted; with `code`, the model's own Python files, too."""
+    if not root.is_dir():  # of what is made of adapters alone
+        return []
     return sorted(
         path
         for path in root.iterdir()
