@@ -34,8 +34,9 @@ from merge_cli.engine.inputs import inputs_of
 from merge_cli.engine.options import MergeOptions, Progress, Show
 from merge_cli.engine.plan import Plan
 from merge_cli.errors import Interrupted
-from merge_cli.evaluation.live import memory_errors, torch_threads
+from merge_cli.evaluation.live import memory_errors
 from merge_cli.evaluation.teachers import Predictions
+from merge_cli.machine import torch_threads
 from merge_cli.recipe.schema import Recipe
 from merge_cli.recipe.training import Training
 

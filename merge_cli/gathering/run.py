@@ -14,12 +14,13 @@ from merge_cli.engine.options import MergeOptions, Progress, Show
 from merge_cli.engine.plan import Plan
 from merge_cli.errors import Interrupted
 from merge_cli.evaluation.digest import refuse_changed
-from merge_cli.evaluation.live import load, memory_errors, torch_threads
+from merge_cli.evaluation.live import load, memory_errors
 from merge_cli.gathering.fisher import gather_importances
 from merge_cli.gathering.gram import gather_grams
 from merge_cli.gathering.part import Part
 from merge_cli.gathering.plan import ORIGIN, GatheringPlan, plan_gathering
 from merge_cli.gathering.store import Writer, find, making
+from merge_cli.machine import torch_threads
 from merge_cli.recipe.statistics import Statistics
 
 _GATHERERS = {"gram": gather_grams, "fisher": gather_importances}
