@@ -49,6 +49,6 @@ def extract_lora(
         )  # fmt: skip
     screen.notes(found.notes)
     if as_json:
-        print(json.dumps(found.to_json(), ensure_ascii=False))
+        console.print_json(json.dumps(found.to_json(), ensure_ascii=False))
     elif not quiet:
         print_extracted(screen.out, found)

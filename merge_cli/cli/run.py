@@ -170,7 +170,7 @@ def run(
     with screen.steps() as show_step:
         models = trial.run(plan, result.path, options, show_step)
     if as_json:
-        print(json.dumps({**result.report, "evaluation": models}, ensure_ascii=False))
+        console.print_json(json.dumps({**result.report, "evaluation": models}, ensure_ascii=False))
     else:
         screen.evaluations(models)
     trial.require()
