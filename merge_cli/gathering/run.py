@@ -13,7 +13,7 @@ from merge_cli.engine.memory import return_freed_memory
 from merge_cli.engine.options import MergeOptions, Progress, Show
 from merge_cli.engine.plan import Plan
 from merge_cli.errors import Interrupted
-from merge_cli.evaluation.digest import refuse_changed
+from merge_cli.evaluation.digest import refuse_changed, source_identity
 from merge_cli.evaluation.live import load, memory_errors
 from merge_cli.gathering.fisher import gather_importances
 from merge_cli.gathering.gram import gather_grams
@@ -44,7 +44,7 @@ def gather(
         NonFiniteError: a gradient is not a number.
         Interrupted: Ctrl-C or SIGTERM.
     """
-    decided = plan_gathering(plan, options.device)
+    decided = plan_gathering(plan, options.device, source_identity)
     there = [find(part.place, read=True) for part in decided.parts]
     if None in there:
         begin()
@@ -65,7 +65,7 @@ def known(plan: Plan, device: str) -> Plan | None:
     """The plan with its statistics, if the cache has them all."""
     if any(source.planned for source in plan.sources):
         return None
-    decided = plan_gathering(plan, device)
+    decided = plan_gathering(plan, device, source_identity)
     return None if decided.gathered is None else with_statistics(decided, decided.gathered)
 
 
@@ -117,6 +117,7 @@ def _made(part: Part, path: Path, tell: Callable[[int, int], None]) -> Statistic
         return writers[0]
 
     live = load(part.source, device=part.device, dtype=part.dtype)
+    assert part.identity is not None, "it was read before it was run"
     refuse_changed(part.source, part.identity)
     part.about.update(examples=len(part.examples.items), tokens=part.examples.tokens)
     try:
