@@ -14,6 +14,7 @@ from pathlib import Path
 from merge_cli.notices import say_once
 
 _NOWHERE = Path("/nonexistent")  # by convention: nothing can be written there
+_MEMORY = Path("/dev/shm")
 
 
 def home_folder() -> Path:
@@ -25,7 +26,16 @@ def home_folder() -> Path:
 
 
 def settle_home() -> None:
-    """Name the stand-in to libraries that look for HOME: they would make a folder called `~`."""
+    """Name the stand-in to libraries that look for HOME: they would make a folder called `~`.
+
+    And name a folder for temporary files to those that cannot even be imported without one, as
+    torch: in a container that can be read alone, the one in memory.
+    """
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError:
+        tempfile.tempdir = str(_MEMORY if os.access(_MEMORY, os.W_OK) else _NOWHERE)
+        os.environ["TMPDIR"] = tempfile.tempdir
     try:
         Path.home()
     except RuntimeError:
@@ -38,6 +48,8 @@ def settle_home() -> None:
 def _stand_in() -> Path:
     try:
         folder = Path(tempfile.gettempdir()) / f"merge-cli-{os.getuid()}"
+        if folder.parent == _MEMORY:  # caches would fill it
+            return _NOWHERE
         folder.mkdir(mode=0o700, exist_ok=True)
         about = folder.lstat()
     except OSError:  # nothing can be written

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from merge_cli.evaluation.result import Cost, Metric, TaskResult
+from merge_cli.home import home_folder
+from merge_cli.notices import say_once
 from merge_cli.sealed import read_sealed, seal
 
 _FORMAT = 2
@@ -27,7 +29,7 @@ def cache_folder() -> Path:
     if own:
         return Path(own)
     shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared) if shared else Path.home() / ".cache") / "merge-cli"
+    return (Path(shared) if shared else home_folder() / ".cache") / "merge-cli"
 
 
 def key_of(identity: Mapping[str, Any]) -> str:
@@ -61,7 +63,11 @@ def keep(key: str, result: TaskResult) -> None:
         "cost": asdict(result.cost),
         "notes": list(result.notes),
     }
-    write_atomically(_place(key), seal(content))
+    if not write_atomically(_place(key), seal(content)):
+        say_once(
+            f"results are not kept, because {cache_folder()} cannot be written. "
+            "Set MERGE_CLI_CACHE to a folder that can."
+        )
 
 
 def write_atomically(place: Path, content: bytes) -> bool:
