@@ -7,6 +7,7 @@ stderr.
 
 from __future__ import annotations
 
+import atexit
 import io
 import os
 import signal
@@ -31,6 +32,8 @@ from merge_cli.errors import ResourceError
 from merge_cli.home import settle_home
 from merge_cli.machine import library_threads
 from merge_cli.notices import send_notices
+
+_INTERRUPTED = 130
 
 app = typer.Typer(
     help="Merge language-model checkpoints: one recipe, one command, the same bytes every time.",
@@ -76,6 +79,8 @@ def main() -> None:
         drop_output()
         if not code:
             code = _told(error)
+    if code == _INTERRUPTED:
+        _leave(code)
     sys.exit(code)
 
 
@@ -84,12 +89,12 @@ def _run() -> int:
     try:
         # Verbs return nothing; typer answers a KeyboardInterrupt with the code 130.
         code = app(standalone_mode=False)
-        if code == 130:
+        if code == _INTERRUPTED:
             raise KeyboardInterrupt
         return int(code or 0)
     except (KeyboardInterrupt, typer.Abort):
         print("Interrupted.", file=sys.stderr)
-        return 130
+        return _INTERRUPTED
     except ReaderGone:
         return 1
     except Exception as error:
@@ -108,6 +113,13 @@ def _told(error: Exception) -> int:
 
     console.show_error(known)
     return known.exit_code
+
+
+def _leave(code: int) -> None:
+    """End now: taking torch down, piece by piece, takes seconds, and somebody waits."""
+    atexit._run_exitfuncs()  # other processes and temporary folders are cleared away all the same
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _usage(error: Any) -> int:
