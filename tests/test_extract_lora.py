@@ -343,7 +343,7 @@ def test_threads_are_as_many_as_there_is_memory_for(monkeypatch: pytest.MonkeyPa
     from merge_cli.adapters import threads
 
     monkeypatch.setattr(threads, "usable_cores", lambda: 64)
-    monkeypatch.setattr(threads, "free_memory", lambda kind, indexes: 16e9)
+    monkeypatch.setattr(threads, "free_memory", lambda: 16e9)
     assert threads.threads_for([(100, 200)]) == 64
     assert threads.threads_for([(100, 200)], 3) == 3
     assert threads.threads_for([(8192, 28672), (10, 10)]) == 1  # 4 GB each
