@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from merge_cli.checkpoint.raw import write_error
 from merge_cli.errors import ResourceError, UsageError
 from merge_cli.guarded import Unreadable, parse_json, read_bytes
+from merge_cli.notices import say_once
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -88,8 +89,8 @@ class Workspace:
             return
         try:  # while held: whoever waits for this file notices that it is another one by then
             self._lock_path.unlink(missing_ok=True)
-        except OSError:  # a lock file that stays keeps nobody out
-            pass
+        except OSError as failure:  # a lock file that stays keeps nobody out
+            say_once(f"{self._lock_path} cannot be removed ({failure.strerror}); it does no harm")
         finally:
             os.close(self.lock)
             self.lock = -1
