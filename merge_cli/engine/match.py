@@ -16,7 +16,15 @@ from merge_cli.checkpoint.source import Source
 from merge_cli.checkpoint.tensors import Tensor
 from merge_cli.engine.absent import BUFFER, Absent, in_short
 from merge_cli.engine.heads import View
-from merge_cli.engine.layers import Anatomy, Places, Seat, Seats, heights, model_heights
+from merge_cli.engine.layers import (
+    Anatomy,
+    Places,
+    Seat,
+    Seats,
+    heights,
+    model_heights,
+    place_of,
+)
 from merge_cli.engine.modules import known_modules, members
 from merge_cli.engine.pieces import Operand, Piece
 from merge_cli.errors import Problem
@@ -45,6 +53,15 @@ class Match(NamedTuple):
     base: Tensor | None
     source: int
     copied: str = ""
+
+
+def input_names(match: Match) -> tuple[str, ...]:
+    """The tensor's name in each operand's model, by that model's own layer numbers."""
+    operands, layer = match.piece.operands, match.seat.layer
+    place = place_of(match.name) if layer is not None else None
+    if place is None or layer is None:
+        return (match.name,) * len(operands)
+    return tuple(place.name((one.layers or (0, 0))[0] + layer) for one in operands)
 
 
 @dataclass

@@ -107,7 +107,7 @@ def _cut(
             Piece(
                 part.key if part else "models",
                 part,
-                tuple(operand(spec) for spec in operand_specs(here, method, listed)),
+                tuple(operand(spec) for spec in operand_specs(here, method, listed, part)),
                 base,
                 first=number == 0,
                 last=number == len(groups) - 1,

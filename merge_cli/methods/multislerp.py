@@ -54,7 +54,7 @@ def _check(weight: Sequence[float], normalize_weights: bool) -> str:
 
 @merge_method(
     "multislerp", prepare=mean_direction, prepare_uses=("weight", "normalize_weights"),
-    variant=_variant, check=_check, any_array=True, ignores=("eps",),
+    variant=_variant, check=_check, any_array=True,
 )  # fmt: skip
 def multislerp(
     models: list[Array],
@@ -74,7 +74,7 @@ def multislerp(
 
 @merge_method(
     "multislerp", prepare=mean_direction, prepare_uses=("weight", "normalize_weights"),
-    check=_check, any_array=True, ignores=("eps",), listed=False,
+    check=_check, any_array=True, listed=False,
 )  # fmt: skip
 def multislerp_of_changes(
     base: Array,
