@@ -217,7 +217,7 @@ def make_plan(
     return fp8.described(Plan(
         recipe=recipe,
         method=method,
-        sources=tuple(sources),
+        sources=(*sources, *filter(None, [aligned.guest])),
         base=base,
         operands=tuple(operands),
         donor=donor,

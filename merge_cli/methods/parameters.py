@@ -55,8 +55,10 @@ Density = Annotated[float, Range(0.0, 1.0, capped=True)]
 CappedShare = Annotated[float, Range(0.0, 1.0, capped=True)]
 Share = Annotated[float, Range(0.0, 1.0)]
 # What mergekit takes for a truth value, besides true and false: its own output writes 1.0.
-_TRUTH: dict[Scalar, bool] = {1: True, 0: False, "true": True, "false": False, "yes": True, "no": False,
-          "on": True, "off": False}  # fmt: skip
+_TRUTH: dict[Scalar, bool] = {
+    1: True, 0: False, "true": True, "false": False, "yes": True, "no": False, "on": True,
+    "off": False,
+}  # fmt: skip
 
 
 def each(value: T) -> Any:
@@ -115,7 +117,8 @@ class MethodParameter:
             return value
         if self.range.capped and self.range.high is not None and isinstance(value, int | float):
             value = min(value, self.range.high)
-        return self.kind(value)
+        coerced: Scalar = self.kind(value)
+        return coerced
 
     def is_capped(self, value: Scalar) -> bool:
         """Whether a checked value lies above a bound that it is taken for."""

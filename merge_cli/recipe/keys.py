@@ -33,8 +33,8 @@ UNSUPPORTED = {
 }
 RECIPE_KEYS = (
     "merge_method", "base_model", "models", "slices", "modules", "parameters", "dtype", "out_dtype",
-    "seed", "random_seed", "tokenizer_source", "tokenizer", "chat_template", "name", "metadata", "training",
-    "statistics", "coefficients", "inputs", "eval", "search", "objective", "output",
+    "seed", "random_seed", "tokenizer_source", "tokenizer", "chat_template", "name", "metadata",
+    "training", "statistics", "coefficients", "inputs", "eval", "search", "objective", "output",
 )  # fmt: skip
 
 SOURCE_KEYS = ("models", "slices", "modules")  # one of them lists what is merged

@@ -101,6 +101,8 @@ def resolved_recipe(
         for name, parameter in plan.method.parameters.items()
         if parameter.default is not None
     }
+    if recipe.base_model and plan.method.averages_base and plan.base not in plan.operands:
+        defaults.pop("weight", None)  # written for all models, it would weigh the base, too
     inputs = {locate(model): digests[str(model)] for model in recipe.references}
     own = dump_recipe(
         recipe,
