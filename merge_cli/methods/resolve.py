@@ -14,6 +14,12 @@ from merge_cli.errors import Problem, UsageError
 from merge_cli.methods.adapters import adapter_problems
 from merge_cli.methods.gathering import gathering_problems, gathering_warnings
 from merge_cli.methods.learning import learning_problems
+from merge_cli.methods.operands import (
+    averages_base,
+    lists_base,
+    operand_specs,
+    shared_parameters,
+)
 from merge_cli.methods.registry import Method, get_method
 from merge_cli.methods.searching import search_problems
 from merge_cli.recipe.keys import MERGEKIT_PARAMETERS, nearest
@@ -76,33 +82,6 @@ def check_recipe(recipe: Recipe) -> Checked:
     return Checked(method, tuple(problems), tuple(warnings))
 
 
-def operand_specs(
-    recipe: Recipe,
-    method: Method,
-    specs: Sequence[SourceSpec],
-    piece: SliceSpec | None = None,
-) -> tuple[SourceSpec, ...]:
-    """The sources that the formula runs over, in its order.
-
-    A base among the sources has no task vector, so methods on deltas leave it out; where the base
-    is an operand of its own (slerp), it comes first. Methods that average models average an
-    unlisted base, too, as mergekit does.
-
-    Args:
-        piece: the slice or module that lists the sources, if one does.
-    """
-    base = recipe.base_model
-    if base is None:
-        return tuple(specs)
-    if _averages_base(recipe, method, specs, piece):
-        return (*specs, SourceSpec(base, "base_model"))
-    own = tuple(s for s in specs if s.model == base)
-    others = tuple(s for s in specs if s.model != base)
-    if method.base_is_source:
-        return (own or (SourceSpec(base, "base_model"),)) + others
-    return others if method.needs_base else tuple(specs)
-
-
 def resolve(
     recipe: Recipe,
     method: Method,
@@ -121,7 +100,7 @@ def resolve(
         inputs: the tensor's name in each source, by that source's own layer numbers, which the
             filters of its parameters look at, as mergekit's do; empty where it is the output's.
     """
-    shared = _shared(recipe, piece)
+    shared = shared_parameters(recipe, piece)
     names = inputs or [tensor] * len(specs)
     resolved: dict[str, Any] = {}
     for name, parameter in method.parameters.items():
@@ -171,7 +150,7 @@ class Resolver:
         self, recipe: Recipe, method: Method, piece: SliceSpec | None, specs: Sequence[SourceSpec]
     ) -> None:
         self._recipe, self._method, self._piece, self._specs = recipe, method, piece, specs
-        groups = [spec.parameters for spec in specs] + _shared(recipe, piece)
+        groups = [spec.parameters for spec in specs] + shared_parameters(recipe, piece)
         settings = [parameter.setting for group in groups for parameter in group.values()]
         self._filters = sorted(set().union(*map(filters, settings)))
         self._graded = any(map(is_graded, settings))
@@ -214,12 +193,6 @@ def arguments(method: Method, parameters: Mapping[str, Any]) -> dict[str, Any]:
     return {method.parameters[name].argument: value for name, value in parameters.items()}
 
 
-def _shared(recipe: Recipe, piece: SliceSpec | None) -> list[Parameters]:
-    """What stands for all sources of a piece, the closest first."""
-    own = [piece.parameters, piece.outer] if piece else []
-    return [*own, recipe.parameters]
-
-
 def _groups(recipe: Recipe) -> list[tuple[Recipe, str, SliceSpec | None, tuple[SourceSpec, ...]]]:
     if not recipe.all_slices:
         return [(recipe, "models", None, recipe.models)]
@@ -228,29 +201,15 @@ def _groups(recipe: Recipe) -> list[tuple[Recipe, str, SliceSpec | None, tuple[S
     ]
 
 
-def _averages_base(
-    recipe: Recipe, method: Method, specs: Sequence[SourceSpec], piece: SliceSpec | None
-) -> bool:
-    """Whether a base that is not listed counts as one more model."""
-    if method.averages_base is None or _lists_base(recipe, specs):
-        return False
-    return method.averages_base(recipe, _shared(recipe, piece))
-
-
-def _lists_base(recipe: Recipe, specs: Sequence[SourceSpec]) -> bool:
-    """Whether the base is among the sources, or cannot be: a slice has those that it lists."""
-    return any(spec.model == recipe.base_model or spec.layer_range for spec in specs)
-
-
 def _unlisted_base(recipe: Recipe, method: Method) -> list[str]:
     """What becomes of a base that an average does not list."""
     if recipe.base_model is None or method.averages_base is None:
         return []
     place = _at(recipe, "base_model")
     for here, _, piece, specs in _groups(recipe):
-        if _averages_base(here, method, specs, piece):
+        if averages_base(here, method, specs, piece):
             return [f"{place}: averaged with the models, as in mergekit."]
-        if not _lists_base(here, specs):
+        if not lists_base(here, specs):
             return [f"{place}: gives config and tokenizer, and is not averaged: not in `models`."]
     return []
 
