@@ -92,9 +92,9 @@ def use_cache(folder: str) -> None:
 
 
 def truncating(recipe: Recipe) -> tuple[Recipe, list[str]]:
-    """The recipe with its models cut to the rows of the smallest, unless it has a tokenizer section.
+    """The recipe with its models cut to the rows of the smallest one.
 
-    As in mergekit, a tokenizer section comes first.
+    As in mergekit, a tokenizer section wins over the flag.
     """
     from merge_cli.recipe.tokenizer import TokenizerSpec
 

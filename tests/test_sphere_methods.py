@@ -82,7 +82,7 @@ def test_karcher(family: Family, tmp_path: Path, steps: int) -> None:
         return o.karcher(family.arrays(name)[1], WEIGHTS, steps, 1e-7)
 
     check(family, tmp_path / "out", expected, "karcher", base=False, models=WEIGHTED,
-          parameters={"max_iter": steps, "tol": 1e-7})  # fmt: skip
+          parameters={"weighted": True, "max_iter": steps, "tol": 1e-7})  # fmt: skip
 
 
 def test_karcher_is_where_nothing_pulls(exact: Family, tmp_path: Path) -> None:

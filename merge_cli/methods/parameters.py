@@ -38,6 +38,8 @@ class Range:
             return "any number" if self.high is None else f"at most {self.high:g}"
         if self.high is None:
             return f"above {self.low:g}" if self.above else f"at least {self.low:g}"
+        if self.capped:
+            return f"of at least {self.low:g} (above {self.high:g} counts as {self.high:g})"
         return f"in {'(' if self.above else '['}{self.low:g}, {self.high:g}]"
 
     def holds(self, value: float) -> bool:
