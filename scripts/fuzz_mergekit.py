@@ -1,12 +1,12 @@
-"""Random recipes through mergekit 0.1.5 and through merge-cli, in one process: where do they differ?
+"""Random recipes through mergekit 0.1.5 and merge-cli, in one process: where do they differ?
 
     python -m venv .venv-mergekit && .venv-mergekit/bin/pip install mergekit==0.1.5 -e .
     .venv-mergekit/bin/python scripts/fuzz_mergekit.py --recipes 500
 
 Makes tiny Llamas (float32, and one in bfloat16), writes recipes over all of mergekit's methods with
-everything that its grammar has (gradients, filters, slices, unlisted bases, parameters that a method
-does not read, booleans as numbers), merges each with both, and counts the outcomes by cause. What
-draws at random (DARE and DELLA below density 1) is compared by what both accept alone.
+what its grammar has (gradients, filters, slices, unlisted bases, parameters that a method does not
+read, booleans as numbers), merges each with both, and counts the outcomes by cause. DARE and DELLA
+stand at density 1, since below it they draw at random.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ GROUPS = {
 RANDOM = ("dare_linear", "dare_ties", "della", "della_linear")
 PER_MODEL = ("weight", "density", "gamma", "epsilon", "scale")
 SHARED = ("normalize", "rescale", "lambda", "int8_mask", "t", "select_topk", "filter_wise",
-          "nuslerp_flatten", "nuslerp_row_wise", "normalize_weights", "max_iter", "r", "alpha")  # fmt: skip
+          "nuslerp_flatten", "nuslerp_row_wise", "normalize_weights", "max_iter", "r",
+          "alpha")  # fmt: skip
 TRUTH = ("normalize", "rescale", "int8_mask", "filter_wise", "nuslerp_flatten", "nuslerp_row_wise",
          "normalize_weights")  # fmt: skip
 FILTERS = ("self_attn", "mlp", "layers.1.", "layers.0.", "norm", "lm_head", "embed", "q_proj")
@@ -243,7 +244,7 @@ def compared(mine: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> s
 
 def cause(message: str) -> str:
     """A refusal without the names and numbers of this recipe."""
-    text = re.sub(r"/\S+/", "", message)
+    text = re.sub(r"/\S+/", "", message).partition(" for ")[0]
     return re.sub(r"\[[^\]]*\]|-?\d+(\.\d+)?(e-?\d+)?", "N", text)[:90]
 
 

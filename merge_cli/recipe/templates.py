@@ -38,7 +38,7 @@ BUILT_IN = {
         "{% set turns = messages if system is none else messages[1:] %}{{ bos_token }}"
         "{% for turn in turns %}"
         "{% if turn['role'] != ('assistant' if loop.index0 % 2 else 'user') %}"
-        "{{ raise_exception('Behind a first system message, user and assistant must take turns.') }}"
+        "{{ raise_exception('user and assistant must take turns, after a first system message') }}"
         "{% elif loop.index0 % 2 %}{{ ' ' + turn['content'] + eos_token }}{% else %}"
         "{{ ' [INST] ' + (system + '\\n\\n' if loop.first and system is not none else '') }}"
         "{{ turn['content'] + ' [/INST]' }}{% endif %}{% endfor %}"
