@@ -136,9 +136,11 @@ def test_filters_of_what_each_model_has_look_at_its_own_layers(models: Family) -
     rules = [{"filter": "layers.2.", "value": 2.0}, {"value": 1.0}]
     sources = [{"model": "a", "layer_range": [1, 3], "parameters": {"weight": rules}},
                {"model": "b", "layer_range": [0, 2]}]  # fmt: skip
-    recipe = models.write({"merge_method": "linear", "slices": [{"sources": sources}],
-                           "parameters": {"weight": rules, "normalize": [
-                               {"filter": "layers.1.", "value": False}, {"value": True}]}})  # fmt: skip
+    normalize = [{"filter": "layers.1.", "value": False}, {"value": True}]
+    shared = {"weight": rules, "normalize": normalize}
+    recipe = models.write(
+        {"merge_method": "linear", "slices": [{"sources": sources}], "parameters": shared}
+    )
     plan = merge_cli.plan(recipe)
     found = {task.name: task.parameters for task in plan.tasks}
     assert [found[UP.format(i)]["weight"] for i in range(2)] == [[1.0, 1.0], [2.0, 1.0]]
@@ -294,8 +296,8 @@ def test_vocabularies_are_cut_when_asked(tmp_path: Path) -> None:
     assert "truncate: true" in (tmp_path / "out" / "merge_recipe.yaml").read_text()
 
 
-TALK = [{"role": "system", "content": "Be brief. "}, {"role": "user", "content": "Hi"},
-        {"role": "assistant", "content": "Yes?"}, {"role": "user", "content": " Bye\n"}]  # fmt: skip
+SAID = (("system", "Be brief. "), ("user", "Hi"), ("assistant", "Yes?"), ("user", " Bye\n"))
+TALK = [{"role": role, "content": content} for role, content in SAID]
 SHOWN = {
     "chatml": "<|im_start|>system\nBe brief. <|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
     "<|im_start|>assistant\nYes?<|im_end|>\n<|im_start|>user\n Bye\n<|im_end|>\n"
@@ -312,6 +314,42 @@ SHOWN = {
     "    [|assistant|]Yes?\n        [|endofturn|]\n\n    [|user|] Bye\n\n        \n\n"
     "    [|assistant|]\n",
 }
+
+
+def test_the_union_leaves_out_tokens_without_a_row(tmp_path: Path) -> None:
+    tokenizer = bpe(["some words are here"], 30)
+    write(tmp_path / "base", tokenizer, 1)
+    more = bpe(["some words are here"], 30)
+    more.add_tokens(["<kept>", "<unused>"])
+    rows = tokenizer.get_vocab_size() + 1
+    write(tmp_path / "chat", more, 2, rows=rows)
+    (tmp_path / "r.yaml").write_text(
+        "merge_method: linear\nbase_model: base\nmodels: [base, chat]\ntokenizer_source: union\n"
+    )
+    plan = merge_cli.plan(tmp_path / "r.yaml")
+    assert "tokenizer: 1 tokens of chat have no row and are left out" in plan.notes
+    assert plan.aligned.rows == rows
+
+
+def test_an_epsilon_of_zero(models: Family, tmp_path: Path) -> None:
+    """A model that shares all that it has changed: no share of what it has alone."""
+    recipe = models.recipe("ramplus_tl", models=[None, None], parameters={"epsilon": 0})
+    merged = merge(recipe, tmp_path / "out")
+    assert all(torch.isfinite(value).all() for value in merged.values())
+
+
+@pytest.mark.parametrize("method", ["dare_ties", "dare_linear", "della", "della_linear"])
+def test_what_rescaling_at_random_means_is_said(models: Family, method: str) -> None:
+    def said(**keys: Any) -> bool:
+        recipe = models.recipe(method, models=[{"density": keys.pop("density")}],
+                               parameters=keys)  # fmt: skip
+        return "mergekit by L1 norms" in warnings(recipe)
+
+    assert said(density=0.5)
+    assert said(density=[1, 0.5], rescale=True)
+    assert not said(density=1)
+    assert not said(density=0.5, rescale=False)
+    assert not said(density=0.5, rescale="l1")
 
 
 @pytest.mark.parametrize("name", BUILT_IN)

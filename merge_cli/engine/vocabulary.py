@@ -93,24 +93,28 @@ def truncated(sources: Sequence[Source], views: Sequence[View], donor: int) -> A
     import numpy as np
 
     heights = [_height(source, view) for source, view in zip(sources, views, strict=True)]
-    rows = min(heights)
-    names = _names_with_tokens(views, heights)
-    cut = []
-    for i, (view, height) in enumerate(zip(views, heights, strict=True)):
-        new: dict[str, Tensor] = dict(view)
-        for name in names if height > rows else ():
-            parts = tuple(other[name] for other in views)
-            table = Rows(np.full(rows, i, np.int32), np.arange(rows, dtype=np.int64), {})
-            new[name] = Gathered(view[name], parts, table)
-        cut.append(new)
-    if max(heights) == rows:
+    cut: list[dict[str, Tensor]] = [dict(view) for view in views]
+    notes = []
+    for name in filter(_is_vocabulary, views[0]):
+        parts = [view[name] for view in views if name in view]
+        counts = [part.shape[0] if part.shape else 0 for part in parts]
+        widths = {part.shape[1:] for part in parts}
+        rows = min(counts)
+        if len(parts) < len(views) or len(widths) > 1 or max(counts) == rows:
+            continue
+        for i, (new, count) in enumerate(zip(cut, counts, strict=True)):
+            if count > rows:
+                table = Rows(np.full(rows, i, np.int32), np.arange(rows, dtype=np.int64), {})
+                new[name] = Gathered(parts[i], tuple(parts), table)
+        longer = [f"{s.label} {n}" for s, n in zip(sources, counts, strict=True) if n > rows]
+        notes.append(f"vocabulary: {name} is cut to {rows} rows ({', '.join(longer)})")
+    if not notes:
         return Aligned(tuple(views), donor, notes=("vocabulary: nothing to truncate",))
-    longer = [f"{s.label} {n}" for s, n in zip(sources, heights, strict=True) if n > rows]
-    note = (
-        f"vocabulary: cut to {rows} rows ({', '.join(longer)}); unsafe: right only where the same "
-        "number means the same token in every model. The tokenizer may have more tokens"
+    notes.append(
+        "vocabulary: cutting is right only where the same number means the same token in every "
+        "model; the tokenizer's files stay as they are"
     )
-    return Aligned(tuple(cut), donor, rows=rows, notes=(note,), changed=True)
+    return Aligned(tuple(cut), donor, rows=min(heights), notes=tuple(notes), changed=True)
 
 
 class _Alignment:
@@ -183,7 +187,7 @@ class _Alignment:
         others = []
         if self._spec.source == UNION:
             others = [
-                (self._sources[i], self._tokens[i])
+                (self._sources[i], self._with_rows(i))
                 for i in range(len(self._sources)) if i != self._first
             ]  # fmt: skip
         source = self._guest or self._sources[chosen]
@@ -191,6 +195,15 @@ class _Alignment:
         union = join(source, others, own, list(self._spec.tokens))
         self._notes += union.notes
         return chosen, union.vocabulary, union.files
+
+    def _with_rows(self, index: int) -> Mapping[str, int]:
+        """A source's tokens, but for those that its embedding has no row for."""
+        tokens, rows = self._tokens[index], self._rows[index]
+        kept = {token: number for token, number in tokens.items() if number < rows}
+        if len(kept) < len(tokens):
+            label, count = self._sources[index].label, len(tokens) - len(kept)
+            self._notes.append(f"tokenizer: {count} tokens of {label} have no row and are left out")
+        return kept
 
     def _named(self, word: str) -> int:
         """The source that `base`, or a model's name, means; behind the last one for a guest."""
@@ -266,8 +279,11 @@ def _names_with_tokens(views: Sequence[View], heights: Sequence[int]) -> list[st
             for view, rows in zip(views, heights, strict=True)
         )
 
-    words = [name for name in views[0] if any(word in name for word in _WORDS)]
-    return [name for name in words if "position" not in name and has(name)]
+    return [name for name in views[0] if _is_vocabulary(name) and has(name)]
+
+
+def _is_vocabulary(name: str) -> bool:
+    return any(word in name for word in _WORDS) and "position" not in name
 
 
 def _vocabulary(source: Source) -> Mapping[str, int]:

@@ -71,7 +71,7 @@ def check_recipe(recipe: Recipe) -> Checked:
             if spec.parameters and method.needs_base and spec.model == here.base_model:
                 place = _at(recipe, f"{spec.key}.parameters")
                 warnings.append(f"{place}: has no effect: the base has no task vector.")
-    warnings += _unlisted_base(recipe, method)
+    warnings += [*_unlisted_base(recipe, method), *_random_rescaling(recipe, method)]
     for shared in (recipe.parameters, *(module.parameters for module in recipe.modules)):
         _check_parameters(recipe, method, shared, None, problems, warnings)
     for spec in recipe.source_specs:
@@ -212,6 +212,27 @@ def _unlisted_base(recipe: Recipe, method: Method) -> list[str]:
         if not lists_base(here, specs):
             return [f"{place}: gives config and tokenizer, and is not averaged: not in `models`."]
     return []
+
+
+def _random_rescaling(recipe: Recipe, method: Method) -> list[str]:
+    """A line where what is dropped at random is made up for otherwise than by mergekit."""
+    rescale = method.parameters.get("rescale")
+    if rescale is None or rescale.default != "density" or recipe.searches:
+        return []
+    groups = [recipe.parameters, *(module.parameters for module in recipe.modules)]
+    groups += [piece.parameters for piece in recipe.all_slices]
+    groups += [spec.parameters for spec in recipe.source_specs]
+
+    def given(name: str) -> list[Scalar]:
+        settings = [group[name].setting for group in groups if name in group]
+        return [value for setting in settings for value in scalars(setting)]
+
+    drops = any(isinstance(value, int | float) and value < 1 for value in given("density"))
+    plain = all(rescale.read(value) in ("density", True) for value in given("rescale"))
+    if not drops or not plain:
+        return []
+    what = f"{recipe.merge_method} divides what is kept by its chance, as the paper does; mergekit"
+    return [f"{_at(recipe, 'merge_method')}: {what} by L1 norms: `rescale: l1`."]
 
 
 def _at(recipe: Recipe, key: str) -> str:
