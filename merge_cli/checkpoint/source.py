@@ -184,8 +184,7 @@ def open_tokenizer(model: ModelRef, folder: Path) -> Source:
     if path is None or model.lora or model.revision or not path.is_dir():
         return open_source(model, folder)
     place = Folder(path)
-    named = "config.json" in place.names
-    config = read_config(path / "config.json", str(model)) if named else {}
+    config = read_mapping(path / CONFIG, str(model)) if CONFIG in place.names else {}
     return Source(str(model), path, config, {}, {})
 
 

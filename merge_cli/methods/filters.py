@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from merge_cli.recipe.schema import Parameters, Recipe
 from merge_cli.recipe.values import Parameter, filters, is_graded, matches
