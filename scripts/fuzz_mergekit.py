@@ -274,7 +274,10 @@ def main() -> None:
             if refused and failed:
                 outcome = "refused by both"
             elif refused:
-                outcome = f"refused here alone: {recipe['merge_method']}: {cause(refused)}"
+                made = tensors(right).values()
+                finite = all(bool(torch.isfinite(value).all()) for value in made)
+                result = "" if finite else " (mergekit: not finite)"
+                outcome = f"refused here alone: {recipe['merge_method']}: {cause(refused)}{result}"
             elif failed:
                 outcome = f"refused by mergekit alone: {cause(failed)}"
             else:

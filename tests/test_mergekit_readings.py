@@ -338,6 +338,12 @@ def test_an_epsilon_of_zero(models: Family, tmp_path: Path) -> None:
     assert all(torch.isfinite(value).all() for value in merged.values())
 
 
+def test_one_model_alone_is_the_mean_direction(models: Family, tmp_path: Path) -> None:
+    recipe = models.recipe("multislerp", base=False, models=[{"weight": 0}])
+    merged = merge(recipe, tmp_path / "out")
+    assert all(torch.equal(merged[name], value) for name, value in models.models[0].items())
+
+
 @pytest.mark.parametrize("method", ["dare_ties", "dare_linear", "della", "della_linear"])
 def test_what_rescaling_at_random_means_is_said(models: Family, method: str) -> None:
     def said(**keys: Any) -> bool:
