@@ -23,7 +23,6 @@ from merge_cli.engine.layers import (
     Seats,
     heights,
     model_heights,
-    place_of,
 )
 from merge_cli.engine.modules import known_modules, members
 from merge_cli.engine.pieces import Operand, Piece
@@ -53,15 +52,6 @@ class Match(NamedTuple):
     base: Tensor | None
     source: int
     copied: str = ""
-
-
-def input_names(match: Match) -> tuple[str, ...]:
-    """The tensor's name in each operand's model, by that model's own layer numbers."""
-    operands, layer = match.piece.operands, match.seat.layer
-    place = place_of(match.name) if layer is not None else None
-    if place is None or layer is None:
-        return (match.name,) * len(operands)
-    return tuple(place.name((one.layers or (0, 0))[0] + layer) for one in operands)
 
 
 @dataclass

@@ -20,20 +20,21 @@ from merge_cli.checkpoint.config import (
     text_config,
     with_layer_types,
 )
-from merge_cli.checkpoint.header import DTYPES, promoted
+from merge_cli.checkpoint.header import DTYPES
 from merge_cli.checkpoint.layout import lay_out, natural_key
 from merge_cli.checkpoint.source import Source
-from merge_cli.checkpoint.tensors import Tensor
 from merge_cli.engine import fp8
 from merge_cli.engine.aliases import join_aliases
 from merge_cli.engine.config_notes import config_notes
 from merge_cli.engine.heads import reconcile_heads
+from merge_cli.engine.input_names import input_names, sliced_names
 from merge_cli.engine.layouts import lay_out_alike
-from merge_cli.engine.match import Match, input_names, match_pieces
+from merge_cli.engine.match import Match, match_pieces
 from merge_cli.engine.opening import one_spelling, open_all
 from merge_cli.engine.pieces import Piece, cut_pieces
 from merge_cli.engine.plan import Action, Plan, TensorTask, is_stored_as
 from merge_cli.engine.prefixes import Renamed, rename
+from merge_cli.engine.promotion import promoted_dtype, promotion_note
 from merge_cli.engine.stacking import layer_sources, stacked_pieces
 from merge_cli.engine.task_heads import head_problems
 from merge_cli.engine.token_numbers import renumber, vocabulary_notes
@@ -196,9 +197,9 @@ def make_plan(
         *(vocabulary_notes(sources) if recipe.tokenizer is None else ()),
         *template_note,
         *matches.notes,
-        *_promotion_note(recipe, tasks),
+        *promotion_note(recipe, tasks),
         *(f"config.json: {change}" for change in changes),
-        *idle_filters(recipe, chain((task.name for task in tasks), _sliced_names(matches.found))),
+        *idle_filters(recipe, chain((task.name for task in tasks), sliced_names(matches.found))),
         *beyond_note(
             recipe,
             list(
@@ -275,7 +276,7 @@ def _tasks(
         own = input_names(match) if resolver.filtered and not copy_of else ()
         resolved = resolver.of(copy_of or name, match.seat.position, own)
         block = codes.block(name, like) if codes else None
-        dtype = fp8.CODES if block else wanted or _promoted(like, operands)
+        dtype = fp8.CODES if block else wanted or promoted_dtype(like, operands)
         copied = resolved.copies and is_stored_as(operands[0], dtype)
         action: Action = "copy" if copied else "merge"
         mixed = {ref.native for ref in operands} | {like.native}
@@ -284,30 +285,6 @@ def _tasks(
                           resolved.parameters, group, note, match.seat.position, block,
                           copy_of)  # fmt: skip
         yield task, resolved.error
-
-
-def _promoted(like: Tensor, operands: Sequence[Tensor]) -> str:
-    """The dtype that a tensor has where the recipe names none."""
-    natives = {like.native, *(ref.native for ref in operands)}
-    return natives.pop() if len(natives) == 1 else promoted(natives)
-
-
-def _promotion_note(recipe: Recipe, tasks: Sequence[TensorTask]) -> Iterator[str]:
-    """A line where sources of several dtypes make one that some of them do not have."""
-    mixed = [task for task in tasks if task.note.startswith("stored as ")]
-    if mixed and recipe.output_dtype is None:
-        widest = promoted({task.dtype for task in mixed if task.dtype in _FLOATS} or {"F32"})
-        yield (
-            f"sources differ in dtype in {len(mixed)} tensors, written in the wider one "
-            f"({DTYPES[widest][1]}), as mergekit does; `dtype:` chooses another"
-        )
-
-
-def _sliced_names(matches: Iterable[Match]) -> Iterator[str]:
-    """The names that tensors of slices have in their sources: filters look at those, too."""
-    for match in matches:
-        if match.seat.layer is not None:
-            yield from input_names(match)
 
 
 def _coefficients(recipe: Recipe, tasks: Sequence[TensorTask]) -> CoefficientFile | None:
