@@ -142,7 +142,7 @@ def make_plan(
     heads = reconcile_heads(sources)
     donor = base if base is not None else pieces[0].reference.source
     aligned = align(recipe, sources, heads.views, base, donor)
-    check_companions(sources[donor], sources[aligned.donor])
+    check_companions(sources[donor], aligned.guest or sources[aligned.donor])
     matches = match_pieces(pieces, sources, aligned.views)
     if matches.problems:
         count = len(matches.problems)
