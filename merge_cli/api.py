@@ -170,7 +170,7 @@ def _merge(
             write_reports(
                 of, prints, outcome, folder, target.absolute(), record,
                 search=found.record if found is not None else None, attachments=extra,
-                stages=stages,
+                stages=stages, card=options.model_card,
             )
         )  # fmt: skip
 

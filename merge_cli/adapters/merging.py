@@ -91,8 +91,9 @@ def merge_adapters(plan: Plan, out: Path, options: MergeOptions, *, show: Show) 
         files = {
             "merge_recipe.yaml": text,
             "merge_report.json": json.dumps(report, indent=1, ensure_ascii=False) + "\n",
-            "README.md": merge_card(plan, base_name(adapters), out.name, report),
         }
+        if options.model_card:
+            files["README.md"] = merge_card(plan, base_name(adapters), out.name, report)
         for name, content in files.items():
             (folder / name).write_text(content, encoding="utf-8")
     return report

@@ -180,6 +180,21 @@ def open_source(model: ModelRef, folder: Path) -> Source:
         raise HubError(error.what, model=label, hint=f"Did you mean '{near}'?") from error
 
 
+def open_tokenizer(model: ModelRef, folder: Path) -> Source:
+    """A model of which the tokenizer files are wanted alone: it may have no weights.
+
+    Raises:
+        SourceError: no such folder, or one that is no model.
+        HubError: a repository that cannot be had.
+    """
+    path = local_folder(model.path, folder)
+    if path is None or model.lora or model.revision or not path.is_dir():
+        return open_source(model, folder)
+    place = Folder(path)
+    config = read_mapping(path / CONFIG, str(model)) if CONFIG in place.names else {}
+    return Source(str(model), path, config, {}, {})
+
+
 def _with_adapter(base: Source, adapter: Adapter, label: str) -> Source:
     applied = apply_adapter(
         base.tensors, adapter.config, adapter.tensors, label=label, stamp=adapter.stamp,

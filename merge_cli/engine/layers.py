@@ -153,13 +153,16 @@ class Seat:
 
     Attributes:
         group: what the report sums over: the layer, or the name of a tensor that has none.
-        position: the layer's place in its piece, 0 (first, or no layer) to 1 (last).
+        position: the layer's place in its piece, 0 (first, or no layer) to 1 (last, or the only
+            one: a gradient's last value, as in mergekit).
         beyond: whether it stands behind the model's last layer.
+        layer: its number within the piece, where that is a slice of a stack.
     """
 
     group: str
     position: float = 0.0
     beyond: bool = False
+    layer: int | None = None
 
 
 class Seats:
@@ -184,12 +187,17 @@ class Seats:
         return seat
 
     def _find(self, place: Place) -> Seat:
-        first = self._start if place.stack == self._stack else 0
+        sliced = place.stack == self._stack
+        first = self._start if sliced else 0
         last = self._heights[place.stack] - first - 1
         group = f"{place.stack}.{place.index}".lstrip(".")
+        layer = place.index - first if sliced else None
         if place.index >= self._heights[place.stack]:
-            return Seat(group, 1.0, beyond=True)
-        return Seat(group, (place.index - first) / last if last > 0 else 0.0)
+            return Seat(group, 1.0, beyond=True, layer=layer)
+        # One number alone is a layer where nothing is taller: `projector.0` beside layers is none.
+        alone = 1.0 if sliced or max(self._heights.values()) == 1 else 0.0
+        position = (place.index - first) / last if last > 0 else alone
+        return Seat(group, position, layer=layer)
 
 
 def model_heights(found: Mapping[str, int], config: Mapping[str, Any]) -> dict[str, int]:

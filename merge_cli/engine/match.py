@@ -16,7 +16,14 @@ from merge_cli.checkpoint.source import Source
 from merge_cli.checkpoint.tensors import Tensor
 from merge_cli.engine.absent import BUFFER, Absent, in_short
 from merge_cli.engine.heads import View
-from merge_cli.engine.layers import Anatomy, Places, Seat, Seats, heights, model_heights
+from merge_cli.engine.layers import (
+    Anatomy,
+    Places,
+    Seat,
+    Seats,
+    heights,
+    model_heights,
+)
 from merge_cli.engine.modules import known_modules, members
 from merge_cli.engine.pieces import Operand, Piece
 from merge_cli.errors import Problem

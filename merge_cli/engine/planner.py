@@ -6,7 +6,7 @@ import gc
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import groupby
+from itertools import chain, groupby
 from operator import attrgetter
 from pathlib import Path
 
@@ -28,12 +28,14 @@ from merge_cli.engine import fp8
 from merge_cli.engine.aliases import join_aliases
 from merge_cli.engine.config_notes import config_notes
 from merge_cli.engine.heads import reconcile_heads
+from merge_cli.engine.input_names import input_names, sliced_names
 from merge_cli.engine.layouts import lay_out_alike
 from merge_cli.engine.match import Match, match_pieces
 from merge_cli.engine.opening import files_of, one_spelling, open_all
 from merge_cli.engine.pieces import Piece, cut_pieces
 from merge_cli.engine.plan import Action, Plan, TensorTask, is_stored_as
 from merge_cli.engine.prefixes import Renamed, rename
+from merge_cli.engine.promotion import promoted_dtype, promotion_note
 from merge_cli.engine.stacking import described, left_out, origins_of, stacked_pieces
 from merge_cli.engine.structure import check_structure
 from merge_cli.engine.task_heads import head_problems
@@ -142,7 +144,7 @@ def make_plan(
     heads = reconcile_heads(sources)
     donor = base if base is not None else pieces[0].reference.source
     aligned = align(recipe, sources, heads.views, base, donor)
-    givers = sources[donor], sources[aligned.donor]
+    givers = sources[donor], aligned.guest or sources[aligned.donor]
     check_links(givers[0].root, givers[1].root, (givers[0].label, givers[1].label))
     check_companions(*givers)
     matches = match_pieces(pieces, sources, aligned.views)
@@ -210,11 +212,12 @@ def make_plan(
         *(vocabulary_notes(sources) if recipe.tokenizer is None else ()),
         *template_note,
         *matches.notes,
+        *promotion_note(recipe, tasks),
         *(f"config.json: {change}" for change in changes),
         *behind,
         *opening,
         *named_code(givers[0].root, givers[0].label, files_of(givers[0])),
-        *idle_filters(recipe, [task.name for task in tasks]),
+        *idle_filters(recipe, chain((task.name for task in tasks), sliced_names(matches.found))),
         *beyond_note(
             recipe,
             list(
@@ -233,7 +236,7 @@ def make_plan(
     return fp8.described(Plan(
         recipe=recipe,
         method=method,
-        sources=tuple(sources),
+        sources=(*sources, *filter(None, [aligned.guest])),
         base=base,
         operands=tuple(operands),
         donor=donor,
@@ -288,9 +291,10 @@ def _tasks(
                              (match.source,), (), group=group, note=match.copied), ""  # fmt: skip
             continue
         copy_of = copies.get(name, "")
-        resolved = resolver.of(copy_of or name, match.seat.position)
+        own = input_names(match) if resolver.filtered and not copy_of else ()
+        resolved = resolver.of(copy_of or name, match.seat.position, own)
         block = codes.block(name, like) if codes else None
-        dtype = fp8.CODES if block else wanted or like.native
+        dtype = fp8.CODES if block else wanted or promoted_dtype(like, operands)
         copied = resolved.copies and is_stored_as(operands[0], dtype)
         action: Action = "copy" if copied else "merge"
         mixed = {ref.native for ref in operands} | {like.native}

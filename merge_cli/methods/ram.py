@@ -50,7 +50,7 @@ def shares_of_overlap(
     scales = []
     for parts in zip(*tensor.map(counts), strict=True):
         shared, alone = (sum(part[i] for part in parts) for i in (0, 1))
-        least = max(alone, epsilon)
+        least = max(alone, epsilon)  # both 0 where a model shares all that it has changed
         rho = (shared / least if least else math.inf) if shared else 0.0
         scales.append(1.0 + r * min(max(rho, 0.0), alpha))
     return scales
