@@ -16,11 +16,11 @@ from merge_cli.engine.journal import work_key
 from merge_cli.engine.merge import check_target, execute
 from merge_cli.engine.options import MergeOptions, Progress, Show
 from merge_cli.engine.outcome import Outcome
+from merge_cli.engine.output import OutputWorkspace
 from merge_cli.engine.plan import Plan
 from merge_cli.engine.planner import DEFAULT_SHARD_SIZE, load_recipe, make_plan
 from merge_cli.engine.stagefolder import StageFolder
 from merge_cli.engine.stages import needed, over_results, plan_recipe, unused
-from merge_cli.engine.workfolder import WorkFolder
 from merge_cli.errors import UsageError
 from merge_cli.evaluation.gates import read_gates, require
 from merge_cli.evaluation.run import Step, as_spec, spec_for
@@ -103,7 +103,7 @@ def _merge_stages(
         if known is None:
             check_target(decided, target, options)
             sizes = [stages[name].bytes_written for name in todo]
-            WorkFolder(target).check_space(sum(sizes) + decided.bytes_written)
+            OutputWorkspace(target).check_space(sum(sizes) + decided.bytes_written)
         places = {name: folder.place(name) for name in stages}
 
         def make(plan: Plan, out: Path, options: MergeOptions) -> MergeResult:
@@ -170,7 +170,7 @@ def _merge(
             write_reports(
                 of, prints, outcome, folder, target.absolute(), record,
                 search=found.record if found is not None else None, attachments=extra,
-                stages=stages,
+                stages=stages, card=options.model_card,
             )
         )  # fmt: skip
 

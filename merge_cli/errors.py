@@ -10,6 +10,7 @@
     │   └── NonFiniteError        3    NaN or Inf in a source
     ├── ResourceError             4    disk, memory, device
     ├── GateError                 5    a quality gate that the user set was not met
+    ├── UnexpectedError           1    a fault of this program; its traceback is in a file
     └── Interrupted             130    Ctrl-C or SIGTERM; the same command resumes
 
 The number is the process's exit code. Every message reads `<what> — <where> — <what to do>`.
@@ -138,6 +139,12 @@ class GateError(MergeCliError):
 
     exit_code = 5
     title = "Gate"
+
+
+class UnexpectedError(MergeCliError):
+    """What nobody has foreseen: a fault of this program, to be reported."""
+
+    title = "Unexpected"
 
 
 class Interrupted(MergeCliError):

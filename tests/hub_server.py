@@ -65,6 +65,7 @@ class Fault:
     code: str = ""
     cut_after: int = -1
     reset: bool = False
+    headers: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -100,6 +101,8 @@ class HubServer:
         self.cas: Path | None = None  # a folder that stands for Xet's storage; None: no Xet
         self.messages: dict[str, str] = {}  # of commits that came by an upload
         self.stalled = ""  # requests whose path contains it are never answered
+        self.pause = 0.0  # seconds before each chunk of a body
+        self.ranges = True  # whether it knows of them
         self.connections: set[socket.socket] = set()
         self.lock = threading.Lock()
         self._servers = [self._listen(cdn) for cdn in (False, True)]
@@ -154,10 +157,12 @@ class HubServer:
         return commit
 
     def fail(
-        self, status: int, times: int = 1, path: str = "", method: str = "", code: str = ""
-    ) -> None:
+        self, status: int, times: int = 1, path: str = "", method: str = "", code: str = "",
+        **headers: str,
+    ) -> None:  # fmt: skip
         """Answer the next `times` matching requests with `status` (and an X-Error-Code)."""
-        self.faults.append(Fault(times, path, method, status=status, code=code))
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        self.faults.append(Fault(times, path, method, status=status, code=code, headers=named))
 
     def cut(self, after: int, times: int = 1, path: str = "", reset: bool = False) -> None:
         """Close the connection `after` bytes of a body; `reset` makes it a TCP reset."""
@@ -255,6 +260,7 @@ class _Handler(Uploads, BaseHTTPRequestHandler):
             headers = {"X-Error-Code": problem.code} if problem.code else {}
             body = json.dumps({"error": problem.message}).encode()
             headers |= {"X-Error-Message": problem.message, "Content-Type": "application/json"}
+            headers |= self.fault.headers if self.fault else {}
             self._reply(problem.status, body, headers)
 
     def _body(self) -> bytes:
@@ -394,7 +400,7 @@ class _Handler(Uploads, BaseHTTPRequestHandler):
     def _content(self, data: bytes, headers: Mapping[str, str] | None = None) -> None:
         """The bytes, or the one range of them that was asked for."""
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.seen.range)
-        if not asked:
+        if not asked or not self.hub.ranges:
             return self._reply(200, data, headers)
         start, stop = int(asked[1]), min(int(asked[2] or len(data) - 1) + 1, len(data))
         if start >= len(data):
@@ -420,6 +426,7 @@ class _Handler(Uploads, BaseHTTPRequestHandler):
         try:
             for start in range(0, len(body), CHUNK):
                 # Counted before it is sent: the client may have it before this thread goes on.
+                time.sleep(self.hub.pause)
                 self.seen.sent += len(body[start : start + CHUNK])
                 self.wfile.write(body[start : start + CHUNK])
         except OSError:  # the client had enough and hung up

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,11 +13,13 @@ import pytest
 import torch
 from test_failures import cli, failed
 from tiny import Family, llama_config, llama_family, write_model
+from typer.testing import CliRunner
 
 import merge_cli
+from merge_cli.cli import app
 from merge_cli.engine.planner import load_recipe
 from merge_cli.errors import UsageError
-from merge_cli.mergekit_flags import NOT_NEEDED, shard_bytes
+from merge_cli.mergekit_flags import NO_EFFECT, device_of, shard_bytes
 from merge_cli.sizes import parse_size, show_seconds, show_size
 
 
@@ -140,18 +143,62 @@ def test_plan_joins_layers_that_are_treated_alike(family: Family) -> None:
 
 
 def test_mergekit_flags_are_answered(family: Family, tmp_path: Path) -> None:
-    valued = ["write_threads", "transformers_cache", "lora_merge_cache", "lora_merge_dtype"]
-    names = {name: f"--{name.replace('_', '-')}" for name in NOT_NEEDED}
+    valued = ["write_threads", "lora_merge_cache", "lora_merge_dtype"]
+    names = {name: f"--{name.replace('_', '-')}" for name in NO_EFFECT if name != "verbose"}
     flags = [x for name, flag in names.items() for x in ([flag, "2"] if name in valued else [flag])]
     recipe = family.recipe("dare_ties", parameters={"density": 0.5})
     done = cli("run", recipe, tmp_path / "out", *flags, "--copy-tokenizer", "--random-seed", "7",
                "--out-shard-size", "1K", "--num-threads", "2")  # fmt: skip
     assert done.returncode == 0, done.stderr
     for flag in names.values():
-        assert f"{flag} is not needed:" in done.stderr
-    assert "counts parameters: shards of 2 kB" in done.stderr
+        assert f"{flag} has no effect:" in done.stderr
+    assert "as mergekit does: 1 kB of bytes" in done.stderr
     assert "seed: 7" in (tmp_path / "out" / "merge_recipe.yaml").read_text()
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 10
+
+
+# mergekit-yaml 0.1.5's flags, as its --help lists them; True: with a negative form.
+MERGEKIT_YAML = {
+    "allow-crimes": True, "unsafe-truncate-embeddings": True, "trust-remote-code": True,
+    "transformers-cache": "CACHE", "lora-merge-cache": "x", "lora-merge-dtype": "float32",
+    "random-seed": "3", "quiet": True, "cuda": True, "device": "cpu", "low-cpu-memory": True,
+    "lazy-unpickle": True, "read-to-gpu": True, "multi-gpu": True, "num-threads": "1",
+    "gpu-rich": False, "async-write": True, "write-threads": "2", "out-shard-size": "1M",
+    "copy-tokenizer": True, "clone-tensors": True, "write-model-card": True,
+    "safe-serialization": True,
+}  # fmt: skip
+
+
+def test_every_flag_of_mergekit_yaml_is_taken(family: Family, tmp_path: Path) -> None:
+    recipe = str(family.recipe("soup", base=False))
+    cuda = ("cuda", "gpu-rich")  # refused where there is none, as it should be
+    given = [["-v"], ["-j", "1"]]
+    for name, kind in MERGEKIT_YAML.items():
+        if isinstance(kind, str):
+            given.append([f"--{name}", kind.replace("CACHE", str(tmp_path / "cache"))])
+            continue
+        given += [[f"--{name}"]] if name not in cuda else []
+        given += [[f"--no-{name}"]] if kind else []
+    for flags in given:
+        out = tmp_path / "out"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("HF_HUB_CACHE", "elsewhere")  # and put back
+            patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", "elsewhere")
+            done = CliRunner().invoke(app, ["run", recipe, str(out), "--threads", "1", *flags])
+        assert done.exit_code == 0, (flags, done.output)
+        card = (out / "README.md").exists()
+        assert card == (flags != ["--no-write-model-card"])
+        shutil.rmtree(out)
+
+
+def test_devices_by_mergekits_flags() -> None:
+    assert device_of("auto", None, None, None) == "auto"
+    assert device_of("auto", False, None, None) == "cpu"
+    assert device_of("cuda", False, None, None) == "cuda"
+    assert device_of("auto", True, None, None) == device_of("cuda", None, True, None) == "cuda"
+    assert device_of("auto", True, None, False) == "cuda:0"
+    with pytest.raises(UsageError, match="contradict"):
+        device_of("cpu", None, True, None)
 
 
 @pytest.mark.parametrize(
@@ -181,7 +228,7 @@ def test_methods() -> None:
     data = json.loads(cli("methods", "dare_linear", "--json").stdout)
     assert data["name"] == "dare"
     density = next(p for p in data["parameters"] if p["name"] == "density")
-    assert density["allowed"] == "a number in (0, 1]"
+    assert density["allowed"] == "a number of at least 0 (above 1 counts as 1)"
 
 
 def test_completion_is_offered() -> None:
@@ -189,9 +236,9 @@ def test_completion_is_offered() -> None:
 
 
 def test_warnings_of_the_recipe_are_shown(family: Family, tmp_path: Path) -> None:
-    done = cli("run", family.recipe("ties", parameters={"rescale": True}), tmp_path / "out")
+    done = cli("run", family.recipe("ties", parameters={"gamma": 0.1}), tmp_path / "out")
     assert done.returncode == 0
-    assert "parameters.rescale: has no effect in ties." in done.stderr
+    assert "parameters.gamma: has no effect in ties." in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -216,8 +263,8 @@ def test_not_sizes(text: str) -> None:
 
 
 def test_mergekit_shard_sizes() -> None:
-    assert shard_bytes("5B")[0] == 10_000_000_000
-    assert shard_bytes("1.5B")[0] == 3_000_000_000
+    assert shard_bytes("5B")[0] == 5_000_000_000
+    assert shard_bytes("1.5B")[0] == 1_500_000_000
     assert shard_bytes("5GB") == (5_000_000_000, "")
 
 

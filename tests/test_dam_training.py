@@ -549,7 +549,7 @@ def test_the_folder_is_locked(models: Path, tmp_path: Path) -> None:
     with TrainingFolder(tmp_path / "out", "one") as folder:
         assert folder.record() is None
         with (
-            pytest.raises(merge_cli.MergeCliError, match="another training writes here"),
+            pytest.raises(merge_cli.MergeCliError, match="another training is writing here"),
             TrainingFolder(tmp_path / "out", "one"),
         ):
             pass

@@ -302,7 +302,7 @@ def test_a_stage_that_was_published_and_not_noted(
 def test_somebody_elses_folder_is_left_alone(family: Family) -> None:
     (family.folder / "out.stages").mkdir()
     (family.folder / "out.stages" / "letter.txt").write_text("mine")
-    with pytest.raises(UsageError, match="is not a folder of stages"):
+    with pytest.raises(UsageError, match="is not an unfinished merge of stages"):
         merge_cli.merge(three(family), family.folder / "out", options=CPU)
     assert (family.folder / "out.stages" / "letter.txt").read_text() == "mine"
 

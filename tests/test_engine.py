@@ -21,6 +21,7 @@ from merge_cli.engine.statistics import TensorStats
 from merge_cli.engine.units import cut_units
 from merge_cli.errors import Interrupted, UsageError
 from merge_cli.kernels import reduce, select
+from merge_cli.sealed import seal, unseal
 
 RECIPES: dict[str, dict[str, Any]] = {
     "soup": {"base": False, "parameters": {"weight": 0.7}},
@@ -231,11 +232,13 @@ def test_fsync_marks(family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert '"synced"' in journal
     # as after a power failure: another boot believes what was synced, and no more
     first, rest = journal.split("\n", 1)
-    changed = json.dumps({**json.loads(first), "boot": "another"})
-    (tmp_path / "out.partial" / "journal.jsonl").write_text(f"{changed}\n{rest}")
+    head = unseal(first.encode() + b"\n")
+    assert head is not None
+    changed = seal({**head, "boot": "another"}).decode()
+    (tmp_path / "out.partial" / "journal.jsonl").write_text(changed + rest)
     units_synced = int(re.findall(r'"synced":(\d+)', rest)[-1])
     path = tmp_path / "out.partial" / "journal.jsonl"
-    opened = Journal(path, json.loads(first)["key"])
+    opened = Journal(path, head["key"], head["inputs"])
     assert 0 < len(opened.done) == units_synced <= rest.count('"unit"')
     opened.close()
     merge_cli.merge(recipe, tmp_path / "out", options=options)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 import time
@@ -13,6 +12,7 @@ import pytest
 from evolve_tiny import journal, run_search, write_family, write_search
 
 from merge_cli.engine.planner import load_recipe, make_plan
+from merge_cli.engine.workspace import MARK
 from merge_cli.errors import CorruptFileError, RecipeError, UsageError
 from merge_cli.evaluation.run import evaluate
 from merge_cli.evaluation.tasks import LossTask
@@ -26,6 +26,7 @@ from merge_cli.evolve.optimizers import make_optimizer
 from merge_cli.evolve.ranking import Ranking
 from merge_cli.evolve.space import Space
 from merge_cli.recipe.search import Search
+from merge_cli.sealed import read_lines, seal
 
 OPTIMIZERS = ["cma-es", "random", "tpe"]
 
@@ -54,6 +55,7 @@ def test_the_command_searches_and_resumes_from_any_byte(folder: Path) -> None:
     for share in (0.2, 0.5, 0.8):
         part = folder / f"part{share}.search"
         part.mkdir()
+        (part / MARK).touch()
         (part / "journal.jsonl").write_bytes(raw[: int(share * len(raw))])
         again = run_search(recipe, folder / f"part{share}")
         assert again.text == whole.text
@@ -179,9 +181,9 @@ def test_another_candidate_in_the_journal_is_told(folder: Path) -> None:
     _, kept = search_with(folder, Threads(1, {}), "random")
     kept.__exit__(None, None, None)
     file = kept.path / "journal.jsonl"
-    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    lines, _ = read_lines(file.read_bytes())
     lines[1]["genome"][0] += 0.25
-    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    file.write_bytes(b"".join(map(seal, lines)))
     with pytest.raises(CorruptFileError, match="candidate 0: the journal has another candidate"):
         search_with(folder, Threads(1, {}), "random")
 

@@ -28,6 +28,7 @@ from merge_cli.comparison.cost import Ledger
 from merge_cli.engine.device import Device
 from merge_cli.engine.options import MergeOptions
 from merge_cli.engine.planner import load_recipe, make_plan
+from merge_cli.engine.workspace import MARK
 from merge_cli.errors import (
     CorruptFileError,
     GateError,
@@ -53,6 +54,7 @@ from merge_cli.evolve.plan import plan_search
 from merge_cli.evolve.report import gate
 from merge_cli.evolve.space import Space
 from merge_cli.recipe.reference import ModelRef
+from merge_cli.sealed import seal, unseal
 
 TESTS = Path(__file__).parent
 
@@ -355,6 +357,7 @@ def test_a_search_resumes_from_any_byte_of_its_journal(folder: Path, optimizer: 
     for number, cut in enumerate([*cuts, 0, len(raw)]):
         place = folder / f"part{number}.search"
         place.mkdir()
+        (place / MARK).touch()
         (place / "journal.jsonl").write_bytes(raw[:cut])
         again = run_search(recipe, folder / f"part{number}")
         assert journal(place / "journal.jsonl") == journal(whole.folder.path / "journal.jsonl")
@@ -393,10 +396,11 @@ def test_another_recipe_is_not_continued(folder: Path) -> None:
     run_search(other, folder / "out", fresh=True)
     path = folder / "out.search" / "journal.jsonl"
     lines = path.read_text().splitlines()
-    changed = json.loads(lines[2])
+    changed = unseal(lines[2].encode() + b"\n")
+    assert changed is not None
     changed["genome"][0] += 0.01
     (folder / "out.search" / "search.json").unlink()
-    path.write_text("\n".join([*lines[:2], json.dumps(changed), *lines[3:]]) + "\n")
+    path.write_text("\n".join([*lines[:2], seal(changed).decode().strip(), *lines[3:]]) + "\n")
     with pytest.raises(CorruptFileError, match="candidate 0"):
         run_search(other, folder / "out")
 

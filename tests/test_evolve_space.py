@@ -222,7 +222,7 @@ objective: [{task: loss, data: x.jsonl}]
         ("{method: dam, parameters: {weight: {min: 0, max: 1}}}", "finds its parameters itself"),
         ("{method: regmean, parameters: {alpha: {min: 0, max: 1}}}", "looks at examples first"),
         ("{method: ties, parameters: {densty: {min: 0.1, max: 1}}}", "Did you mean 'density'?"),
-        ("{method: ties, parameters: {density: {min: 0, max: 1}}}", "must be a number in (0, 1]"),
+        ("{method: ties, parameters: {density: {min: -1, max: 1}}}", "a number of at least 0"),
         ("{method: ties, parameters: {elect: {min: 0, max: 1}}}", "Give `choices`"),
         ("{method: ties, parameters: {lambda: {min: 0, max: 1, tied: models}}}", "already"),
         ("{parameters: {lambda: {min: 0, max: 1}}}", "`method` is missing"),

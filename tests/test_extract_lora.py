@@ -17,6 +17,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from test_expert_adapters import gpt_oss, mixtral
 from test_lora import gpt2, llama
 from tiny import read_model
 
@@ -204,27 +205,45 @@ def test_what_is_left_out_is_told(tmp_path: Path) -> None:
     )
 
 
-def test_experts_that_are_stacked_are_left_out(tmp_path: Path) -> None:
-    of = hf.MixtralConfig(
-        vocab_size=48, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
-        num_attention_heads=4, num_key_value_heads=2, num_local_experts=2,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    net = hf.MixtralForCausalLM(of)
+EXPERTS = {"stored one by one": mixtral, "stored together": gpt_oss}
+
+
+@pytest.mark.parametrize("case", EXPERTS)
+def test_experts_get_factors_of_their_own(tmp_path: Path, case: str) -> None:
+    net = EXPERTS[case]()
     net.save_pretrained(tmp_path / "base")
     with torch.no_grad():
         for parameter in net.parameters():
             parameter += 0.01 * torch.randn_like(parameter)
     net.save_pretrained(tmp_path / "tuned")
     found = merge_cli.extract_lora(
-        tmp_path / "tuned", tmp_path / "adapter", base=tmp_path / "base", rank=16
+        tmp_path / "tuned", tmp_path / "adapter", base=tmp_path / "base", rank=32
     )
-    out = {change.name for change in found.changes if "another form" in change.why}
-    assert all(".experts." in name or "gate" in name for name in out)
-    assert len(out) >= 6
-    merged = merged_by_peft(tmp_path)
-    name = "model.layers.0.self_attn.q_proj.weight"
-    torch.testing.assert_close(merged[name], net.state_dict()[name], rtol=1e-4, atol=1e-5)
+    out = {change.name for change in found.changes if change.why}
+    assert not any("weight" in name and "experts" in name for name in out)
+    theirs, ours = merged_by_peft(tmp_path), merged_here(tmp_path)
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert len(config["target_parameters"]) == 4
+    for name, parameter in net.named_parameters():
+        if ("experts" in name or "q_proj" in name) and "bias" not in name:
+            torch.testing.assert_close(theirs[name], parameter.data, rtol=1e-3, atol=1e-4)
+    tuned = read_model(tmp_path / "tuned")
+    for name in (name for name in ours if "experts" in name and "bias" not in name):
+        torch.testing.assert_close(ours[name], tuned[name], rtol=1e-3, atol=1e-4)
+
+
+def test_experts_that_are_excluded_are_told(tmp_path: Path) -> None:
+    for number, folder in enumerate(("base", "tuned")):
+        net = mixtral()
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter += 0.01 * number
+        net.save_pretrained(tmp_path / folder)
+    found = merge_cli.extract_lora(tmp_path / "tuned", tmp_path / "adapter",
+                                   base=tmp_path / "base", exclude=["experts"])  # fmt: skip
+    out = {change.name for change in found.changes if change.why == "excluded"}
+    assert len(out) == 2 * 4 * 3
+    assert all("experts" in name for name in out)
 
 
 def test_the_same_bytes_by_any_number_of_threads(
@@ -324,7 +343,7 @@ def test_threads_are_as_many_as_there_is_memory_for(monkeypatch: pytest.MonkeyPa
     from merge_cli.adapters import threads
 
     monkeypatch.setattr(threads, "usable_cores", lambda: 64)
-    monkeypatch.setattr(threads, "free_memory", lambda kind, indexes: 16e9)
+    monkeypatch.setattr(threads, "free_memory", lambda: 16e9)
     assert threads.threads_for([(100, 200)]) == 64
     assert threads.threads_for([(100, 200)], 3) == 3
     assert threads.threads_for([(8192, 28672), (10, 10)]) == 1  # 4 GB each

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,9 +14,11 @@ from hub_server import HubServer
 from tiny import Family, llama_config, llama_family, read_model, write_model
 
 import merge_cli
+from merge_cli.checkpoint import hub as hub_module
+from merge_cli.checkpoint import hub_download
 from merge_cli.checkpoint.hub import fetch_files, is_cached, open_hub, read_header
 from merge_cli.checkpoint.source import open_source
-from merge_cli.errors import CorruptFileError, HubError
+from merge_cli.errors import CorruptFileError, HubError, ResourceError
 from merge_cli.recipe.reference import ModelRef
 
 BIG = 2_000_000
@@ -185,9 +188,7 @@ def test_unreachable_hub_falls_back_to_the_cache(hub: HubServer, tmp_path: Path)
 def test_interrupted_download_continues(
     hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 100_000)  # what is written at once
+    monkeypatch.setattr(hub_download, "_WRITTEN", 100_000)
     hub.add("org/m", big_model(tmp_path / "big"))
     model = open_hub("org/m")
     name = "model-00001-of-00002.safetensors"
@@ -207,9 +208,159 @@ def test_a_connection_that_is_reset(hub: HubServer, tmp_path: Path) -> None:
     path = fetch_files(model, [name], counts.append) / name
     assert path.read_bytes() == (tmp_path / "big" / name).read_bytes()
     assert sum(counts) == model.files[name]
-    hub.cut(after=1_000_000, path="model-00002", times=99, reset=True)
+    hub.cut(after=0, path="model-00002", times=99, reset=True)
     with pytest.raises(HubError, match="What is downloaded is kept"):
         fetch_files(model, ["model-00002-of-00002.safetensors"])
+
+
+NAME = "model-00001-of-00002.safetensors"
+
+
+def blobs(hub: HubServer) -> Path:
+    return hub.home / "hub" / "models--org--m" / "blobs"
+
+
+def stopped(hub: HubServer, tmp_path: Path) -> tuple[hub_module.HubModel, int, bytes]:
+    """A repository of which a part of a file has arrived: the model, how much, and the file."""
+    hub.add("org/m", big_model(tmp_path / "big"))
+    model = open_hub("org/m")
+    hub.cut(after=1_000_000, path=NAME, times=1)
+    hub.cut(after=0, path=NAME, times=99)
+    with pytest.raises(HubError):
+        fetch_files(model, [NAME])
+    hub.heal()
+    hub.requests.clear()
+    [partial] = blobs(hub).glob("*.incomplete")
+    return model, partial.stat().st_size, (tmp_path / "big" / NAME).read_bytes()
+
+
+def test_the_next_command_continues_inside_the_file(hub: HubServer, tmp_path: Path) -> None:
+    model, here, whole = stopped(hub, tmp_path)
+    assert 0 < here < len(whole)
+    counts: list[int] = []
+    assert (fetch_files(model, [NAME], counts.append) / NAME).read_bytes() == whole
+    assert hub.sent(NAME) < len(whole) - here + 1000  # and the answer of the redirect
+    assert sum(counts) == len(whole)
+    assert not list(blobs(hub).glob("*.incomplete"))
+    # As huggingface_hub lays it out, which then has nothing to do.
+    from huggingface_hub import hf_hub_download
+
+    count = len(hub.requests)
+    found = hf_hub_download("org/m", NAME, revision=model.commit)
+    assert Path(found).read_bytes() == whole
+    assert Path(found).is_symlink()
+    assert len(hub.requests) == count
+
+
+def test_a_server_without_ranges(hub: HubServer, tmp_path: Path) -> None:
+    model, _, whole = stopped(hub, tmp_path)
+    hub.ranges = False
+    counts: list[int] = []
+    assert (fetch_files(model, [NAME], counts.append) / NAME).read_bytes() == whole
+    assert sum(counts) == len(whole)
+
+
+@pytest.mark.parametrize("damage", ["other bytes", "too long", "exactly as long"])
+def test_what_has_arrived_is_not_believed(hub: HubServer, tmp_path: Path, damage: str) -> None:
+    """A crash of the machine leaves zeros; another program may have written to the same file."""
+    model, here, whole = stopped(hub, tmp_path)
+    [partial] = blobs(hub).glob("*.incomplete")
+    size = {"other bytes": here, "too long": len(whole) + 9, "exactly as long": len(whole)}[damage]
+    partial.write_bytes(bytes(size))
+    counts: list[int] = []
+    assert (fetch_files(model, [NAME], counts.append) / NAME).read_bytes() == whole
+    assert sum(counts) == len(whole)
+
+
+def test_orphans_are_removed(hub: HubServer, tmp_path: Path) -> None:
+    model, _, _ = stopped(hub, tmp_path)
+    old, young = (blobs(hub) / f"{letter * 64}.0123abcd.incomplete" for letter in "ab")
+    for path in (old, young):
+        path.write_bytes(b"x")
+    os.utime(old, (0, 0))
+    fetch_files(model, [NAME])
+    assert not old.exists()
+    assert young.exists()  # somebody may be at it
+
+
+def test_a_file_system_without_links(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.add("org/m", {"sub/config.json": b"{}"})
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(1, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    folder = fetch_files(open_hub("org/m"), ["sub/config.json"])
+    assert (folder / "sub" / "config.json").read_bytes() == b"{}"
+
+
+def test_a_full_disk(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.add("org/m", {"config.json": b"{}"})
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(ResourceError, match="the disk of the Hub's cache is full"):
+        fetch_files(open_hub("org/m"), ["config.json"])
+
+
+@pytest.fixture
+def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The seconds of every pause, without the pauses."""
+    found: list[float] = []
+    monkeypatch.setattr(hub_module, "_sleep", found.append)
+    return found
+
+
+def test_a_busy_hub_leaves_the_cache(hub: HubServer, tmp_path: Path, slept: list[float]) -> None:
+    hub.add("org/m", {"config.json": b"{}"})
+    fetch_files(open_hub("org/m"), ["config.json"])
+    hub.fail(429, times=99, Retry_After="5")
+    assert open_hub("org/m").note == "the Hub answered with status 429: from the cache"
+    assert slept == []
+
+
+def test_a_busy_hub_is_asked_again_when_it_says(
+    hub: HubServer, tmp_path: Path, slept: list[float]
+) -> None:
+    hub.add("org/m", big_model(tmp_path / "big"))
+    hub.fail(429, Retry_After="7")
+    model = open_hub("org/m")
+    hub.fail(429, path="/resolve/", Retry_After="8")
+    assert read_header(model, NAME)
+    hub.fail(503, path="/resolve/", Retry_After="9")
+    hub.fail(429, path="/cdn/", Retry_After="10")
+    fetch_files(model, [NAME])
+    assert slept == [7.0, 8.0, 9.0, 10.0]
+
+
+def test_a_hub_that_wants_too_much_patience(hub: HubServer, slept: list[float]) -> None:
+    hub.add("org/m", {"config.json": b"{}"})
+    model = open_hub("org/m")
+    for name in ("/api/", "/resolve/"):
+        hub.fail(429, times=99, path=name, Retry_After="3600")
+    with pytest.raises(HubError, match="in 3600 seconds"):
+        open_hub("org/m")
+    with pytest.raises(HubError, match=r"too many requests .*hf auth login"):
+        fetch_files(model, ["config.json"])
+    assert slept == []
+
+
+def test_the_offline_hint_names_the_revision(
+    hub: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(HubError) as raised:
+        open_hub("org/m", "v1.2")
+    assert "hf download org/m --revision v1.2." in raised.value.hint
+    with pytest.raises(HubError) as raised:
+        open_hub("org/m")
+    assert "hf download org/m." in raised.value.hint
 
 
 def test_a_hub_in_trouble_leaves_the_cache(hub: HubServer, tmp_path: Path) -> None:

@@ -169,7 +169,7 @@ def test_rows_beyond_the_tokenizer_are_kept(tmp_path: Path) -> None:
 def test_all_problems_at_once_before_anything_is_read(family: Family) -> None:
     recipe = family.write(
         "merge_method: ties\nbase_mdel: base\nmodels:\n"
-        "  - {model: a, parameters: {density: 1.5}}\n  - {model: b, parameters: {wieght: 1}}\n"
+        "  - {model: a, parameters: {density: -1.5}}\n  - {model: b, parameters: {wieght: 1}}\n"
     )
     with pytest.raises(RecipeError) as caught:
         merge_cli.plan(recipe)

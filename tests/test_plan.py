@@ -12,6 +12,7 @@ from tiny import Family, llama_config, llama_family, llama_tensors, merge, read_
 
 import merge_cli
 from merge_cli.checkpoint.config import merged_config
+from merge_cli.checkpoint.header import promoted
 from merge_cli.engine.layers import comes_after_layers, main_stack, place_of, stacks
 from merge_cli.engine.plan import Plan
 from merge_cli.errors import MismatchError, RecipeError, ResourceError, SourceError, UsageError
@@ -100,12 +101,20 @@ def test_quantised_models_are_refused(family: Family) -> None:
         plan_of(family.folder, SOUP)
 
 
-def test_mixed_dtypes_keep_the_donors(family: Family, tmp_path: Path) -> None:
+def test_mixed_dtypes_are_promoted(family: Family, tmp_path: Path) -> None:
     rewrite(family, "b", lambda t: t.update({k: v.float() for k, v in t.items()}))
     plan = plan_of(family.folder, SOUP)
-    assert {(t.dtype, t.note) for t in plan.tasks} == {("BF16", "stored as BF16, F32")}
+    assert {(t.dtype, t.note) for t in plan.tasks} == {("F32", "stored as BF16, F32")}
+    assert any("written in the wider one (float32), as mergekit does" in n for n in plan.notes)
     merged = merge(family.folder / "r.yaml", tmp_path / "out")
-    assert {t.dtype for t in merged.values()} == {torch.bfloat16}
+    assert {t.dtype for t in merged.values()} == {torch.float32}
+    assert {t.dtype for t in plan_of(family.folder, SOUP + "dtype: bfloat16\n").tasks} == {"BF16"}
+
+
+def test_no_sixteen_bits_hold_both_formats() -> None:
+    assert promoted({"BF16", "F16"}) == "F32"
+    assert promoted({"F16", "F32"}) == "F32"
+    assert promoted({"F64", "BF16"}) == "F64"
 
 
 @pytest.mark.parametrize(

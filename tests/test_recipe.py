@@ -59,18 +59,17 @@ def test_a_recipe() -> None:
          "Did you mean 'density'?"),
         ("normalize", "Normalise", "r.yaml:10:3: parameters.Normalise: ties has no such parameter. "
          "Did you mean 'normalize'?"),
-        ("density: 0.5", "density: 1.7",
-         "r.yaml:7:7: models[0].parameters.density: must be a number in (0, 1] (got 1.7)."),
-        ("density: 0.5", "density: 0",
-         "r.yaml:7:7: models[0].parameters.density: must be a number in (0, 1] (got 0)."),
+        ("density: 0.5", "density: -0.1",
+         "r.yaml:7:7: models[0].parameters.density: must be a number of at least 0 (above 1 counts "
+         "as 1) (got -0.1)."),
         ("density: 0.5", "density: [0.1, .nan]",
          "r.yaml:7:22: models[0].parameters.density[1]: not a finite number: .nan"),
         ("normalize: true", "normalize: 3",
          "r.yaml:10:3: parameters.normalize: must be true or false (got 3)."),
         ("normalize: true", "trim: models",
          "r.yaml:10:3: parameters.trim: must be one of tensor, model (got models)."),
-        ("weight: 1.0", "normalize: true",
-         "r.yaml:6:7: models[0].parameters.normalize: normalize is one value for the whole merge, "
+        ("weight: 1.0", "semantics: paper",
+         "r.yaml:6:7: models[0].parameters.semantics: semantics is one value for the whole merge, "
          "not one for each model. Move it to the recipe's `parameters:`."),
         ("ties", "tise",
          "r.yaml:1:1: merge_method: unknown merge method 'tise'. Did you mean 'ties'?"),
@@ -146,7 +145,7 @@ def test_missing_file() -> None:
 
 def test_known_keys_without_effect_are_one_line_each() -> None:
     recipe = load(
-        TIES.replace("normalize: true", "normalize: true\n  int8_mask: true\n  rescale: true")
+        TIES.replace("normalize: true", "normalize: true\n  int8_mask: true\n  gamma: 0.1")
     )
     assert [w.partition(": ")[0] for w in recipe.warnings] == ["r.yaml:11:3", "r.yaml:12:3"]
 
@@ -282,7 +281,9 @@ def test_rescale_takes_words_and_truth() -> None:
     text = TIES.replace("ties", "dare_ties").replace("normalize: true", "rescale: {}")
     for word, value in (("l1", "l1"), ("true", True), ("false", False), ("none", "none")):
         assert resolved(text.replace("{}", word), "w")["rescale"] == value
-    assert "must be one of" in problems(text.replace("{}", "1.0"))[0]
+    for word, value in (("1", True), ("0.0", False)):  # as mergekit's own output writes them
+        assert resolved(text.replace("{}", word), "w")["rescale"] is value
+    assert "must be one of" in problems(text.replace("{}", "0.5"))[0]
 
 
 @pytest.mark.parametrize(

@@ -82,13 +82,13 @@ def test_karcher(family: Family, tmp_path: Path, steps: int) -> None:
         return o.karcher(family.arrays(name)[1], WEIGHTS, steps, 1e-7)
 
     check(family, tmp_path / "out", expected, "karcher", base=False, models=WEIGHTED,
-          parameters={"max_iter": steps, "tol": 1e-7})  # fmt: skip
+          parameters={"weighted": True, "max_iter": steps, "tol": 1e-7})  # fmt: skip
 
 
 def test_karcher_is_where_nothing_pulls(exact: Family, tmp_path: Path) -> None:
     """The mean's definition: the weighted tangents to all models add up to nothing."""
     recipe = exact.recipe("karcher", base=False, models=WEIGHTED,
-                          parameters={"max_iter": 100, "tol": 1e-12})  # fmt: skip
+                          parameters={"weighted": True, "max_iter": 100, "tol": 1e-12})  # fmt: skip
     merged = merge(recipe, tmp_path / "out")
     for name, tensor in merged.items():
         mean = to_array(tensor).reshape(-1)

@@ -9,21 +9,23 @@ One matrix after another, so that memory depends on the largest one alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from merge_cli.adapters.card import extraction_card
+from merge_cli.adapters.experts import NEWEST, ExpertStacks
 from merge_cli.adapters.factors import Cut, Factors, factorise
 from merge_cli.adapters.folder import AdapterFolder, adapter_config
 from merge_cli.adapters.output import adapter_output
 from merge_cli.adapters.pair import plan_pair
-from merge_cli.adapters.skeleton import Seat, Skeleton
+from merge_cli.adapters.skeleton import Part, Seat, Skeleton
 from merge_cli.adapters.threads import in_threads, threads_for
 from merge_cli.checkpoint.stored import read_numbers, reading
 from merge_cli.checkpoint.tensors import Read
 from merge_cli.engine.device import choose_device
+from merge_cli.engine.inputs import inputs_of
 from merge_cli.engine.merge import fetch_inputs, precious
 from merge_cli.engine.options import Progress, Show
 from merge_cli.engine.plan import Plan, TensorTask
@@ -90,7 +92,8 @@ def extract_lora(
     model: str | Path, out: str | Path, *, base: str | Path, rank: int | None = None,
     energy: float | None = None, embeddings: bool = False,
     include: Sequence[str] = (), exclude: Sequence[str] = (),
-    device: str = "auto", overwrite: bool = False, show: Show = lambda progress: None,
+    device: str = "auto", overwrite: bool = False, fresh: bool = False,
+    show: Show = lambda progress: None,
 ) -> Extracted:  # fmt: skip
     """Write what a fine-tune has changed as an adapter that PEFT loads onto its base.
 
@@ -102,6 +105,8 @@ def extract_lora(
             only when it is merged into the model.
         include: filters on tensor names, as in recipes: layers that get factors; default all.
         exclude: filters on what stays out, whatever it is.
+        overwrite: replace OUT, if it is a model.
+        fresh: throw away what other work has left beside OUT.
 
     Raises:
         UsageError: a rank or an energy that is none, OUT exists.
@@ -117,25 +122,44 @@ def extract_lora(
     seats = skeleton.seats({task.name: task.shape for task in plan.tasks})
     turned = any(seat.kind == "conv1d" for seat in seats.values())
     choice = _Choice(tuple(include), tuple(exclude), turned, embeddings)
+    tasks = {task.name: task for task in plan.tasks}
+    parts = _experts(skeleton, tasks, choice)
+    inside = {name for part in parts for name in part.tensors}
+    choice = replace(choice, stacks=frozenset(part.place.module for part in parts))
+    jobs: list[TensorTask | Part] = [t for t in plan.tasks if t.name not in inside]
+    jobs += parts
     changes: list[ModuleChange] = []
     whole: list[TensorTask] = []
 
-    def look(task: TensorTask) -> Factors | float | None:
+    def look(task: TensorTask | Part) -> Factors | float | None:
+        if isinstance(task, Part):
+            return factorise(_change_of_expert(task, tasks, read), cut, place)
         if choice.factors(task, seats.get(task.name)):
             return factorise(_change(task, read), cut, place)
         return _squares(task, read)
 
-    count = threads_for(task.shape for task in plan.tasks if len(task.shape) == 2)
+    shapes = [task.shape for task in plan.tasks if len(task.shape) == 2]
+    count = threads_for([*shapes, *(part.place.shape for part in parts)])
     with (
-        adapter_output(Path(out), overwrite=overwrite, precious=precious(plan)) as folder,
+        adapter_output(
+            Path(out), overwrite=overwrite, precious=precious(plan), inputs=inputs_of(plan),
+            fresh=fresh,
+        ) as folder,
         one_torch_thread(chosen, "torch"), memory_errors(resumes=False), reading() as read,
-        in_threads(look, plan.tasks, 1 if chosen.indexes else count) as looked_at,
+        in_threads(look, jobs, 1 if chosen.indexes else count) as looked_at,
     ):  # fmt: skip
         adapter = AdapterFolder(folder, turned=turned)
+        stacks = ExpertStacks(adapter, {part.name: part.place for part in parts})
         try:
             for done, (task, found) in enumerate(looked_at):
-                show(Progress("extract", done, len(plan.tasks), task.name, "tensors"))
-                if isinstance(found, Factors):
+                show(Progress("extract", done, len(jobs), task.name, "tensors"))
+                if isinstance(task, Part):
+                    assert found is None or isinstance(found, Factors)
+                    stacks.add(task.name, found)
+                    if found:
+                        about = (found.squares, found.share, found.rank)
+                        changes.append(ModuleChange(task.name, *about))
+                elif isinstance(found, Factors):
                     seat = seats[task.name]
                     adapter.add(seat.module, found, embedding=seat.kind == "embedding")
                     changes.append(ModuleChange(task.name, found.squares, found.share, found.rank))
@@ -143,7 +167,7 @@ def extract_lora(
                     why = choice.refuses(task, seats.get(task.name))
                     whole += [] if why else [task]
                     changes.append(ModuleChange(task.name, found, float(not why), None, why))
-            show(Progress("extract", len(plan.tasks), len(plan.tasks), "", "tensors"))
+            show(Progress("extract", len(jobs), len(jobs), "", "tensors"))
             _keep_whole(adapter, plan, seats, whole)
             size = adapter.finish(_config(plan, adapter, seats, whole, skeleton, turned), read)
         finally:
@@ -170,6 +194,7 @@ class _Choice:
     exclude: tuple[str, ...]
     turned: bool
     embeddings: bool
+    stacks: frozenset[str] = frozenset()  # modules whose experts get factors
 
     def refuses(self, task: TensorTask, seat: Seat | None) -> str:
         """Why a tensor's change cannot be in an adapter, or shall not; empty when it is."""
@@ -177,6 +202,8 @@ class _Choice:
             return "excluded"
         if seat is None:
             return "transformers holds it in another form"
+        if seat.module in self.stacks:
+            return "beside its experts' factors, where PEFT keeps nothing else"
         if seat.kind == "embedding":
             return "" if self.embeddings else "an embedding: --embeddings gives it factors"
         if seat.kind == "inner":
@@ -189,12 +216,44 @@ class _Choice:
                 return "not included"
         return ""
 
+    def takes(self, names: Sequence[str]) -> bool:
+        """Whether a matrix that these tensors make gets factors."""
+        if any(matches(pattern, name) for pattern in self.exclude for name in names):
+            return False
+        wanted = (matches(pattern, name) for pattern in self.include for name in names)
+        return not self.include or any(wanted)
+
     def factors(self, task: TensorTask, seat: Seat | None) -> bool:
         """Whether its change becomes factors."""
         if seat is None or self.refuses(task, seat):
             return False
         layer = seat.kind in ("linear", "conv1d", "embedding") and seat.parameter == "weight"
         return layer and len(task.shape) == 2
+
+
+def _experts(skeleton: Skeleton, tasks: Mapping[str, TensorTask], choice: _Choice) -> list[Part]:
+    """Matrices of experts that get factors: all of a parameter's, or none."""
+    found = skeleton.experts({name: task.shape for name, task in tasks.items()})
+    kept = [parts for parts in found.values()
+            if not choice.turned and all(choice.takes(part.tensors) for part in parts)]  # fmt: skip
+    return [part for parts in kept for part in parts]
+
+
+def _change_of_expert(part: Part, tasks: Mapping[str, TensorTask], read: Read) -> Any:
+    """Fine-tune minus base, numpy float32 [outputs, inputs]."""
+    import numpy as np
+
+    changes = []
+    for name in part.tensors:
+        task = tasks[name]
+        assert task.base is not None
+        height, width = task.shape[-2:]
+        start = (part.index or 0) * height * width
+        own = read_numbers(read, task.operands[0], start, height * width)
+        own -= read_numbers(read, task.base, start, height * width)
+        changes.append(own.reshape(height, width))
+    whole = np.concatenate(changes)
+    return np.ascontiguousarray(whole.T) if part.turned else whole
 
 
 def _change(task: TensorTask, read: Read) -> Any:
@@ -256,4 +315,6 @@ def _config(
         whole=list(modules),
         biases=any(_is_bias(seats[task.name]) for task in whole),
         task_type=skeleton.task_type,
+        parameters=adapter.parameters,
+        version=NEWEST,
     )

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from merge_cli.adapters.factors import Factors
+from merge_cli.checkpoint.adapter_config import CONFIG
+from merge_cli.checkpoint.adapter_contents import PREFIX, WEIGHTS
 from merge_cli.checkpoint.header import DTYPES
 from merge_cli.checkpoint.layout import OutputTensor, lay_out
-from merge_cli.checkpoint.lora import CONFIG, PREFIX, WEIGHTS
 from merge_cli.checkpoint.raw import FilePool, allocate, copy_range, write_error, write_from
 from merge_cli.checkpoint.tensors import Read, Tensor
 
@@ -39,6 +40,7 @@ class AdapterFolder:
         self._waiting: dict[OutputTensor, int] = {}
         self._whole: dict[OutputTensor, Tensor] = {}
         self.ranks: dict[str, int] = {}
+        self.parameters: dict[str, int] = {}
         try:
             self._file = (path / _WAITING).open("wb")
         except OSError as error:
@@ -113,7 +115,8 @@ def _copy(tensor: Tensor, read: Read, targets: FilePool, target: Path, offset: i
 def adapter_config(
     ranks: Mapping[str, int], *, base: str | None, revision: str | None = None,
     turned: bool = False, whole: Sequence[str] = (), biases: bool = False,
-    task_type: str | None = None,
+    task_type: str | None = None, parameters: Mapping[str, int] | None = None,
+    version: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """What PEFT needs to know; the scale of every module is 1.
 
@@ -122,14 +125,15 @@ def adapter_config(
         base: the model that the adapter belongs to.
         whole: modules that the adapter replaces.
         biases: whether it replaces biases.
+        parameters: ranks of experts' parameters, by their full names.
+        version: of PEFT, whose order their factors have.
     """
-    counts = sorted(ranks.values())
+    stacks = dict(parameters or {})
+    counts = sorted([*ranks.values(), *stacks.values()])
     usual = max(counts, key=lambda rank: (counts.count(rank), rank), default=1)
     # The longest first: PEFT takes the first pattern that is the end of a name.
-    other = {
-        name: rank for name, rank in sorted(ranks.items(), key=lambda item: (-len(item[0]), item))
-        if rank != usual
-    }  # fmt: skip
+    every = sorted({**ranks, **stacks}.items(), key=lambda item: (-len(item[0]), item))
+    other = {name: rank for name, rank in every if rank != usual}
     return {
         "peft_type": "LORA",
         "task_type": task_type,
@@ -147,4 +151,5 @@ def adapter_config(
         "rank_pattern": other,
         "alpha_pattern": other,
         "modules_to_save": list(whole) or None,
+        **({"target_parameters": list(stacks), "peft_version": version} if stacks else {}),
     }

@@ -16,17 +16,18 @@ from pathlib import Path
 from typing import Any
 
 from merge_cli.adapters.card import merge_card
+from merge_cli.adapters.experts import ExpertStacks
 from merge_cli.adapters.factors import Cut, Factors, factorise, recombine
 from merge_cli.adapters.folder import AdapterFolder, adapter_config
 from merge_cli.adapters.output import adapter_output
 from merge_cli.adapters.threads import threads_for
 from merge_cli.checkpoint.adapter import Adapter
-from merge_cli.checkpoint.changes import embeddings_of
-from merge_cli.checkpoint.low_rank import Updated
+from merge_cli.checkpoint.changes import LowRank, embeddings_of, experts_of
 from merge_cli.checkpoint.stored import reading
 from merge_cli.checkpoint.tensors import Read
 from merge_cli.engine.adapters import LINEAR, ZERO_BASE, base_name, rank_of
 from merge_cli.engine.device import choose_device
+from merge_cli.engine.inputs import inputs_of
 from merge_cli.engine.merge import fetch_inputs, precious, verified_fingerprints
 from merge_cli.engine.operands import operands_of
 from merge_cli.engine.options import MergeOptions, Progress, Show
@@ -62,17 +63,25 @@ def merge_adapters(plan: Plan, out: Path, options: MergeOptions, *, show: Show) 
     looked_up = {name for adapter in adapters for name in embeddings_of(adapter)}
     makers = _sums if plan.method.name in LINEAR else _matrices
     with (
-        adapter_output(out, overwrite=options.overwrite, precious=precious(plan)) as folder,
+        adapter_output(
+            out, overwrite=options.overwrite, precious=precious(plan), inputs=inputs_of(plan),
+            fresh=options.fresh,
+        ) as folder,
         reading() as read,
-    ):
+    ):  # fmt: skip
         writer = AdapterFolder(folder, turned=turned)
+        places = {name: place for one in adapters for name, place in experts_of(one).items()}
+        stacks = ExpertStacks(writer, places)
         held: dict[str, Factors] = {}
         try:
             for done, (task, found) in enumerate(makers(plan, options, cut, read)):
                 show(Progress("merge", done, len(plan.tasks), task.name, "modules"))
-                if found is not None:
+                if task.name in places:
+                    stacks.add(task.name, found)
+                elif found is not None:
                     module = task.name.removesuffix(".weight")
                     writer.add(module, found, embedding=task.name in looked_up)
+                if found is not None:
                     held[task.name] = found
             size = writer.finish(_config(plan, writer, adapters, turned), read)
         finally:
@@ -82,8 +91,9 @@ def merge_adapters(plan: Plan, out: Path, options: MergeOptions, *, show: Show) 
         files = {
             "merge_recipe.yaml": text,
             "merge_report.json": json.dumps(report, indent=1, ensure_ascii=False) + "\n",
-            "README.md": merge_card(plan, base_name(adapters), out.name, report),
         }
+        if options.model_card:
+            files["README.md"] = merge_card(plan, base_name(adapters), out.name, report)
         for name, content in files.items():
             (folder / name).write_text(content, encoding="utf-8")
     return report
@@ -98,7 +108,7 @@ def _sums(
     for task in plan.tasks:
         lefts, rights = [], []
         for one, coefficient in zip(task.operands, _coefficients(plan, task), strict=True):
-            if isinstance(one, Updated) and coefficient:
+            if isinstance(one, LowRank) and coefficient:
                 left, right = one.factors(read)
                 if not (np.isfinite(left).all() and np.isfinite(right).all()):
                     what = "NaN or Inf among its factors"
@@ -162,6 +172,8 @@ def _config(
         revision=revisions.pop() if len(revisions) == 1 and named is None else None,
         turned=turned,
         task_type=kinds.pop() if len(kinds) == 1 else None,
+        parameters=writer.parameters,
+        version=next((str(v) for one in adapters if (v := one.config.get("peft_version"))), None),
     )
 
 

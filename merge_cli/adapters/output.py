@@ -7,27 +7,37 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from merge_cli.checkpoint.raw import write_error
-from merge_cli.engine.workfolder import WorkFolder
+from merge_cli.engine.inputs import Inputs
+from merge_cli.engine.output import OutputWorkspace
 from merge_cli.errors import Interrupted
 
 
 @contextmanager
-def adapter_output(out: Path, *, overwrite: bool, precious: Sequence[Path]) -> Iterator[Path]:
+def adapter_output(
+    out: Path, *, overwrite: bool, precious: Sequence[Path], inputs: Inputs, fresh: bool = False
+) -> Iterator[Path]:
     """A folder to write into, published at the end; thrown away after an error.
 
+    Args:
+        inputs: what is read meanwhile, and must be the same at the end.
+        fresh: throw away what other work has left.
+
     Raises:
+        SourceError: something that was read has changed.
         UsageError: OUT exists, or holds what is needed.
         ResourceError: another process writes there, or it cannot be written.
         Interrupted: Ctrl-C.
     """
-    with WorkFolder(out) as work:
+    with OutputWorkspace(out) as work:
         work.refuse(overwrite, list(precious))
-        work.refuse_other_work("an adapter")
+        if not fresh:
+            work.refuse_other_work("an adapter")
         work.discard()
         try:
-            work.model.mkdir(parents=True)
+            work.begin("an adapter")
             yield work.model
-            work.publish(fsync=False)
+            inputs.verify()
+            work.publish()
         except OSError as error:
             raise write_error(error, work.model) from error
         except KeyboardInterrupt:

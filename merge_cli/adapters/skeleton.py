@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from merge_cli.checkpoint.expert_adapters import SINGLE, ExpertPlace
 from merge_cli.checkpoint.source import Source
 from merge_cli.errors import SourceError
 from merge_cli.evaluation.seats import by_name
@@ -27,6 +28,26 @@ class Seat:
     module: str
     parameter: str
     kind: Kind
+
+
+@dataclass(frozen=True)
+class Part:
+    """An expert's matrix, and what it is made of.
+
+    Attributes:
+        tensors: names of stored tensors, whose rows follow one another.
+        index: of the matrix in a stack; None where tensors are matrices themselves.
+        turned: whether it is stored as [inputs, outputs].
+    """
+
+    place: ExpertPlace
+    tensors: tuple[str, ...]
+    index: int | None = None
+    turned: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.place.module}.{self.place.expert}.{self.place.parameter}"
 
 
 class Skeleton:
@@ -57,6 +78,37 @@ class Skeleton:
             found[name] = Seat(module, parameter, _kind(self._modules[module]))
         return found
 
+    def experts(self, stored: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[Part, ...]]:
+        """Parameters that hold all experts of a layer, and the stored tensors that make them.
+
+        Args:
+            stored: their shapes.
+
+        Returns:
+            by the parameter's name, for each expert the tensors whose rows are its matrix.
+        """
+        found: dict[str, tuple[Part, ...]] = {}
+        known = by_name(stored, dict(self._net.named_parameters(remove_duplicate=False)))
+        together = {own: name for name, own in known.items()}
+        for name, parameter in self._net.named_parameters(remove_duplicate=False):
+            module, _, last = name.rpartition(".")
+            if parameter.dim() != 3 or last not in SINGLE:
+                continue
+            turned = bool(getattr(self._modules[module], "is_transposed", False))
+            count, rows, columns = parameter.shape
+            shape = (columns, rows) if turned else (rows, columns)
+            places = [ExpertPlace(module, last, i, count, shape) for i in range(count)]
+            if name in together:
+                found[name] = tuple(Part(p, (together[name],), p.expert, turned) for p in places)
+                continue
+            single = _single(module, last, stored, count)
+            heights = sum(stored[one][0] for one in single[0]) if single else 0
+            if single and not turned and heights == rows:
+                found[name] = tuple(
+                    Part(place, names) for place, names in zip(places, single, strict=True)
+                )
+        return found
+
     @property
     def task_type(self) -> str | None:
         """PEFT's word for what the model does; None leaves it open."""
@@ -65,6 +117,18 @@ class Skeleton:
             return "CAUSAL_LM"
         seq2seq = name.endswith("ForConditionalGeneration")
         return "SEQ_2_SEQ_LM" if seq2seq and self._net.config.is_encoder_decoder else None
+
+
+def _single(
+    module: str, parameter: str, stored: Mapping[str, tuple[int, ...]], count: int
+) -> list[tuple[str, ...]]:
+    """For each expert the tensors that are stored for it, in the order of their rows."""
+    for inside in (module, module.replace(".mlp.", ".block_sparse_moe.")):
+        for names in SINGLE[parameter]:
+            found = [tuple(f"{inside}.{i}.{name}.weight" for name in names) for i in range(count)]
+            if all(name in stored for one in found for name in one):
+                return found
+    return []
 
 
 def _build(source: Source) -> Any:

@@ -8,8 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
 
-from merge_cli.engine.memory import usable_cores
-from merge_cli.evaluation.live import free_memory
+from merge_cli.machine import free_memory, usable_cores
 
 _ROOM = 0.5  # of the free memory
 T = TypeVar("T")
@@ -26,7 +25,7 @@ def threads_for(shapes: Iterable[Sequence[int]], wanted: int | None = None) -> i
     # float64.
     each = max((8 * rows * columns + 32 * min(rows, columns) ** 2 for rows, columns in shapes),
                default=1)  # fmt: skip
-    room = int(free_memory("cpu", ()) * _ROOM) // each
+    room = int(free_memory() * _ROOM) // each
     return max(1, min(wanted or usable_cores(), room))
 
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from merge_cli.checkpoint import hub
+from merge_cli.checkpoint.adapter_config import CONFIG, read_config
+from merge_cli.checkpoint.adapter_contents import WEIGHTS
 from merge_cli.checkpoint.files import CARD
 from merge_cli.checkpoint.header import TensorRef, parse_header, read_header_file
-from merge_cli.checkpoint.lora import CONFIG, WEIGHTS
-from merge_cli.errors import CorruptFileError, SourceError
+from merge_cli.checkpoint.stamps import Stamp, folder_stamps
+from merge_cli.errors import SourceError
 from merge_cli.recipe.reference import hub_id, local_folder
 
 
@@ -23,6 +24,7 @@ class Adapter:
     Attributes:
         root: its folder; a Hub adapter's weights may not be in it yet.
         stamp: tells its weights apart from others at their place.
+        stamps: its files as they were before they were read; none of an adapter on the Hub.
     """
 
     root: Path
@@ -31,6 +33,7 @@ class Adapter:
     header: bytes
     stamp: str
     hub: hub.HubModel | None = None
+    stamps: Mapping[Path, Stamp] = field(default_factory=dict, repr=False)
 
 
 def open_adapter(path: str, revision: str | None, folder: Path, label: str) -> Adapter:
@@ -41,7 +44,7 @@ def open_adapter(path: str, revision: str | None, folder: Path, label: str) -> A
         label: the model with the adapter, for messages.
 
     Raises:
-        SourceError: missing, or none.
+        SourceError: missing, or none; a kind of adapter that is not applied.
         CorruptFileError: a config or header that does not hold.
         HubError: a repository that cannot be had.
     """
@@ -58,12 +61,14 @@ def open_adapter(path: str, revision: str | None, folder: Path, label: str) -> A
         raise SourceError(f"a folder has no revision '{revision}'", model=label, hint=hint)
     names = {one.name for one in place.iterdir()} if place.is_dir() else set()
     _need(names, label, path)
+    stamps = folder_stamps(place)
     file = place / WEIGHTS
     raw = read_header_file(file, label)
     about = file.stat()
     tensors = parse_header(raw, file, about.st_size, label)
     stamp = f"{about.st_size} {about.st_mtime_ns}"
-    return Adapter(place, _config(place / CONFIG, label), tensors, raw, stamp)
+    config = read_config(place / CONFIG, label)
+    return Adapter(place, config, tensors, raw, stamp, stamps=stamps)
 
 
 def _on_hub(repo: hub.HubModel, label: str) -> Adapter:
@@ -71,7 +76,7 @@ def _on_hub(repo: hub.HubModel, label: str) -> Adapter:
     root = hub.fetch_files(repo, [CONFIG, *([CARD] if CARD in repo.files else [])])
     raw = hub.read_header(repo, WEIGHTS)
     tensors = parse_header(raw, root / WEIGHTS, repo.files[WEIGHTS], label)
-    return Adapter(root, _config(root / CONFIG, label), tensors, raw, str(repo.commit), repo)
+    return Adapter(root, read_config(root / CONFIG, label), tensors, raw, str(repo.commit), repo)
 
 
 def _need(names: set[str], label: str, path: str) -> None:
@@ -85,13 +90,3 @@ def _need(names: set[str], label: str, path: str) -> None:
             what = f"the weights of {path} are pickled, and opening a pickle runs its code"
         hint = "Load it with PEFT, if you trust it, and save it again." if pickled else ""
         raise SourceError(what, model=label, hint=hint)
-
-
-def _config(path: Path, label: str) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CorruptFileError(f"cannot be read: {error}", model=label, file=path.name) from None
-    if not isinstance(found, dict):
-        raise CorruptFileError("is not a mapping", model=label, file=path.name)
-    return found

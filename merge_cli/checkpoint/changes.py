@@ -3,62 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
+from merge_cli.checkpoint import expert_adapters as experts
 from merge_cli.checkpoint.adapter import Adapter
+from merge_cli.checkpoint.adapter_contents import Parts, sorted_out
+from merge_cli.checkpoint.expert_factors import Patched
 from merge_cli.checkpoint.header import TensorRef
-from merge_cli.checkpoint.lora import Parts, apply_adapter, sorted_out
+from merge_cli.checkpoint.lora import apply_adapter
 from merge_cli.checkpoint.low_rank import Updated
-from merge_cli.checkpoint.tensors import Read
+from merge_cli.checkpoint.zeros import Zeros
 from merge_cli.errors import SourceError
 
 _MERGE = "Merge the models themselves: `BASE+ADAPTER`, without `output: adapter`."
 
 
-@dataclass(frozen=True)
-class Zeros:
-    """No change. See `tensors.Tensor`."""
-
-    name: str
-    model: str
-    shape: tuple[int, ...]
-
-    @property
-    def dtype(self) -> str:
-        return "F32"
-
-    @property
-    def native(self) -> str:
-        return "F32"
-
-    @property
-    def size(self) -> int:
-        return self.shape[0] * self.shape[1]
-
-    @property
-    def nbytes(self) -> int:
-        return 4 * self.size
-
-    @property
-    def stored(self) -> tuple[TensorRef, ...]:
-        return ()
-
-    @property
-    def formula(self) -> str:
-        return "zeros"
-
-    def fill(self, read: Read, start: int, buffer: memoryview) -> None:
-        buffer[:] = bytes(len(buffer))
+LowRank = (Updated, Patched)  # changes that have factors
 
 
-def changes_of(adapter: Adapter, label: str) -> dict[str, Updated]:
+def changes_of(adapter: Adapter, label: str) -> dict[str, Updated | Patched]:
     """Every module's update, by the name of the weight that it is of.
 
     Raises:
         SourceError: what depends on the model, or replaces a part of it; see `apply_adapter`.
         MismatchError: factors that do not fit one another.
     """
-    modules, brought = sorted_out(adapter.tensors)
+    contents = sorted_out(adapter.tensors)
+    modules, brought = contents.modules, contents.whole
+    fused, unknown = experts.fused_updates(modules, adapter.config)
+    if unknown:
+        module, why = next(iter(unknown.items()))
+        raise SourceError(f"{module}: {why}", model=label, hint=_MERGE)
+    about = experts.About(adapter.config, stamp=adapter.stamp)
+    of_experts = experts.changes_of_experts(fused, about, label)
+    if isinstance(of_experts, str):
+        raise SourceError(of_experts, model=label, hint=_MERGE)
+    stacks = {id(ref) for update in fused for ref in (update.a, update.b)}
+    modules = {m: parts for m, parts in modules.items()
+               if not any(id(ref) in stacks for ref in parts.values())}  # fmt: skip
     # A layer that has factors is frozen: PEFT saves a copy of embeddings beside theirs.
     whole = [name for name in brought if name.removesuffix(".weight") not in modules]
     if whole:
@@ -77,13 +58,24 @@ def changes_of(adapter: Adapter, label: str) -> dict[str, Updated]:
         if (shape := _shape(parts, turned)) and (name := f"{module}.weight")
     }
     factors = {ref.name: ref for parts in modules.values() for ref in parts.values()}
-    applied = apply_adapter(zeros, adapter.config, factors, label=label, stamp=adapter.stamp)
-    return {name: one for name, one in applied.tensors.items() if isinstance(one, Updated)}
+    found: dict[str, Updated | Patched] = {name: one for name, (_, one) in of_experts.items()}
+    if factors or not fused:
+        applied = apply_adapter(zeros, adapter.config, factors, label=label, stamp=adapter.stamp)
+        found |= {n: one for n, one in applied.tensors.items() if isinstance(one, Updated)}
+    return found
+
+
+def experts_of(adapter: Adapter) -> dict[str, experts.ExpertPlace]:
+    """Where the changes of single experts belong, by their names in `changes_of`."""
+    modules = sorted_out(adapter.tensors).modules
+    fused, _ = experts.fused_updates(modules, adapter.config)
+    found = experts.changes_of_experts(fused, experts.About(adapter.config), "")
+    return {} if isinstance(found, str) else {name: place for name, (place, _) in found.items()}
 
 
 def embeddings_of(adapter: Adapter) -> set[str]:
     """The weights of modules that look rows up."""
-    modules, _ = sorted_out(adapter.tensors)
+    modules = sorted_out(adapter.tensors).modules
     return {f"{module}.weight" for module, parts in modules.items() if "embedding_a" in parts}
 
 

@@ -24,6 +24,8 @@ def check_companions(donor: Source, tokenizer_donor: Source) -> None:
     """
     settings_json(tokenizer_donor)
     for source, tokenizer in ((donor, False), (tokenizer_donor, True)):
+        if not source.root.is_dir():
+            continue  # still to be made, or a base of zeros: nothing is copied from it
         for path in companion_files(source.root):
             chosen = is_tokenizer_file(path.name) is tokenizer and path.suffix == ".json"
             if not chosen or path.stat().st_size > _SMALL:

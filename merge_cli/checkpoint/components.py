@@ -4,29 +4,76 @@
     unet/config.json           unet/diffusion_pytorch_model.safetensors
     text_encoder/config.json   text_encoder/model.safetensors
 
+or for a model of sentence-transformers, whose modules.json names folders beside the model's own:
+
+    modules.json   config.json           model.safetensors
+                   1_Pooling/config.json
+                   2_Dense/config.json   2_Dense/model.safetensors
+
 A tensor of a part is called FOLDER/NAME, here and in a merge; its file has NAME alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
+
+from merge_cli.errors import CorruptFileError
+from merge_cli.guarded import read_json
 
 PIPELINE = "model_index.json"
+MODULES = "modules.json"
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 STEMS = ("model", "diffusion_pytorch_model")  # what files of weights are called
 
 
-def part_folders(names: Iterable[str]) -> list[str]:
+def module_folders(root: Path, label: str = "") -> tuple[str, ...]:
+    """The folders that modules.json names, "" for the model's own; none without such a file.
+
+    Raises:
+        CorruptFileError: it names none, or one that is not in the model's folder.
+    """
+    if not (root / MODULES).is_file():
+        return ()
+    listed = read_json(root / MODULES, label)
+    if not isinstance(listed, list) or not all(isinstance(one, dict) for one in listed):
+        raise CorruptFileError("is not a list of modules", model=label, file=MODULES)
+    found: dict[str, None] = {}
+    for module in listed:
+        path = module.get("path")
+        place = PurePosixPath(path) if isinstance(path, str) else None
+        if place is None or place.is_absolute() or ".." in place.parts or "\\" in str(path):
+            what = f"names a folder outside the model's: {path!r}"[:200]
+            raise CorruptFileError(what, model=label, file=MODULES)
+        found["" if str(place) == "." else str(place)] = None
+    return tuple(found)
+
+
+def part_folders(names: Iterable[str], modules: Iterable[str] = ()) -> list[str]:
     """The folders that hold weights; "" for a model that is one folder.
 
     Args:
         names: paths of all files, relative to the model.
+        modules: the folders that its modules.json names.
     """
     listed = set(names)
+    own = [
+        folder
+        for folder in modules
+        if not folder or any(name.endswith(_WEIGHTS) for name in names_in(folder, listed))
+    ]
+    if own:
+        return sorted(own)
     if PIPELINE not in listed:
         return [""]
     paths = (PurePosixPath(name) for name in listed if name.endswith(".safetensors"))
     return sorted({str(p.parent) for p in paths if len(p.parts) == 2}) or [""]
+
+
+def part_of(name: str, folders: Iterable[str]) -> str:
+    """The folder, of these, that a tensor belongs to."""
+    folder = name.rpartition("/")[0]
+    return folder if folder in folders else ""
 
 
 def names_in(folder: str, names: Iterable[str]) -> set[str]:

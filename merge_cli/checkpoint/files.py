@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from merge_cli.checkpoint.components import PIPELINE
+from merge_cli.checkpoint.components import MODULES, PIPELINE, module_folders
+from merge_cli.checkpoint.links import copy_inside, refuse_links
+from merge_cli.errors import CorruptFileError
+from merge_cli.guarded import read_json
 
+# Files whose auto_map may name Python files beside them.
+_NAME_CODE = ("config.json", "tokenizer_config.json", "preprocessor_config.json",
+              "processor_config.json")  # fmt: skip
 CARD = "README.md"  # the model card, which says licence and languages
 
 # What transformers looks for beside config.json and the weights, in any of its model families.
@@ -22,9 +27,9 @@ _COMPANIONS = frozenset((
     # processors
     "preprocessor_config.json", "processor_config.json", "image_processor_config.json",
     "video_preprocessor_config.json", "feature_extractor_config.json",
-    # sentence-transformers
-    "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json",
 ))  # fmt: skip
+# sentence-transformers: what is done with the model, whatever its tokenizer
+_SENTENCES = frozenset((MODULES, "sentence_bert_config.json", "config_sentence_transformers.json"))
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".msgpack", ".h5", ".onnx",
             ".onnx_data", ".pb")  # fmt: skip
 _SUFFIXES = (".jinja", ".tiktoken")
@@ -38,7 +43,8 @@ def is_companion(name: str) -> bool:
     """
     if name.endswith((".safetensors", ".py", ".bin", ".pt")):
         return False
-    return name in _COMPANIONS or name.endswith(_SUFFIXES) or name.startswith(_PREFIXES)
+    known = name in _COMPANIONS or name in _SENTENCES
+    return known or name.endswith(_SUFFIXES) or name.startswith(_PREFIXES)
 
 
 def is_weight(name: str) -> bool:
@@ -53,11 +59,19 @@ def code_files(names: Iterable[str]) -> list[str]:
 
 def is_tokenizer_file(name: str) -> bool:
     """Whether a companion describes text in and out, rather than generation or images."""
-    return is_companion(name) and "processor" not in name and name != "generation_config.json"
+    other = "processor" in name or name == "generation_config.json" or name in _SENTENCES
+    return is_companion(name) and not other
+
+
+def is_part_file(name: str) -> bool:
+    """Whether a file in a part's folder belongs to the output as it is."""
+    return not name.endswith(".py") and not is_weight(name)
 
 
 def companion_files(root: Path, *, code: bool = False) -> list[Path]:
     """The companions in a folder, sorted; with `code`, the model's own Python files, too."""
+    if not root.is_dir():  # of what is made of adapters alone
+        return []
     return sorted(
         path
         for path in root.iterdir()
@@ -65,16 +79,80 @@ def companion_files(root: Path, *, code: bool = False) -> list[Path]:
     )
 
 
-def _copy_pipeline(donor: Path, target: Path) -> list[str]:
-    """Everything but weights, code and the card, of the folder and of those in it."""
-    copied = []
-    for path in sorted([*donor.glob("*"), *donor.glob("*/*")]):
-        name = path.relative_to(donor).as_posix()
-        if path.is_file() and path.suffix != ".py" and not is_weight(name) and name != CARD:
-            (target / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, target / name)
-            copied.append(name)
-    return copied
+def copied_files(
+    donor: Path, tokenizer_donor: Path | None, *, code: bool = False
+) -> dict[str, tuple[Path, Path]]:
+    """What is copied: name in the output -> the file, and the folder that it is from.
+
+    Args:
+        tokenizer_donor: None leaves the tokenizer files out.
+        code: the donor's Python files, too.
+    """
+    if (donor / PIPELINE).is_file():
+        paths = [path for path in (*donor.glob("*"), *donor.glob("*/*")) if path.is_file()]
+        found = {path.relative_to(donor).as_posix(): (path, donor) for path in paths}
+        return {n: one for n, one in found.items() if is_part_file(n) and n != CARD}
+    found = {
+        path.name: (path, donor)
+        for path in companion_files(donor, code=code)
+        if not is_tokenizer_file(path.name)
+    }
+    for folder in filter(None, module_folders(donor)):
+        for path in (donor / folder).glob("*"):
+            if path.is_file() and is_part_file(path.name):
+                found[f"{folder}/{path.name}"] = path, donor
+    if tokenizer_donor is not None:
+        own = [p for p in companion_files(tokenizer_donor) if is_tokenizer_file(p.name)]
+        templates = (tokenizer_donor / "additional_chat_templates").glob("*.jinja")
+        for path in (*own, *templates):
+            found[path.relative_to(tokenizer_donor).as_posix()] = path, tokenizer_donor
+    return found
+
+
+def check_links(donor: Path, tokenizer_donor: Path, labels: tuple[str, str]) -> None:
+    """Refuse links out of the folders that files are copied from.
+
+    Args:
+        labels: of the two, for the message.
+
+    Raises:
+        SourceError: names every such link.
+    """
+    found = copied_files(donor, tokenizer_donor, code=True)
+    config = donor / "config.json"
+    for root, label in dict(zip((donor, tokenizer_donor), labels, strict=True)).items():
+        paths = [path for path, home in found.values() if home == root]
+        refuse_links([*paths, *([config] if root == donor and config.is_file() else [])], root,
+                     label)  # fmt: skip
+
+
+def named_code(root: Path, label: str, names: frozenset[str]) -> list[str]:
+    """A note for each companion that names code of the model's own (`auto_map`).
+
+    Args:
+        names: the files that the model has, as far as they are here or on the Hub.
+    """
+    found = []
+    for file in _NAME_CODE:
+        if not (root / file).is_file():
+            continue
+        try:
+            about = read_json(root / file, label)
+        except CorruptFileError as error:  # copied as it is, whatever it is
+            found.append(f"{label}: {file} {error.what}; copied all the same")
+            continue
+        listed = about.get("auto_map") if isinstance(about, dict) else None
+        values = listed.values() if isinstance(listed, dict) else [listed]
+        words = [w for v in values for w in (v if isinstance(v, list) else [v])]
+        # `org/name--modeling.Class` is code of another repository, which stays where it is.
+        own = {w.partition(".")[0] + ".py" for w in words if isinstance(w, str) and "--" not in w}
+        if own:
+            code = ", ".join(sorted(own))
+            lacking = sorted(own - names)
+            gone = f"; {', '.join(lacking)} is not there" if lacking else ""
+            found.append(f"{file} names code of {label} ({code}), which is copied with "
+                         f"--trust-remote-code alone{gone}")  # fmt: skip
+    return found
 
 
 def copy_companions(
@@ -88,18 +166,12 @@ def copy_companions(
 
     Returns:
         the names of the copied files, sorted.
+
+    Raises:
+        SourceError: a file is a link out of its folder.
     """
-    if (donor / PIPELINE).is_file():
-        return _copy_pipeline(donor, target)
-    chosen = {p.name: p for p in companion_files(donor, code=code) if not is_tokenizer_file(p.name)}
-    if tokenizer_donor is not None:
-        found = companion_files(tokenizer_donor)
-        chosen |= {p.name: p for p in found if is_tokenizer_file(p.name)}
-        templates = tokenizer_donor / "additional_chat_templates"
-        if templates.is_dir():
-            (target / templates.name).mkdir(exist_ok=True)
-            for path in sorted(templates.glob("*.jinja")):
-                shutil.copyfile(path, target / templates.name / path.name)
-    for name, path in chosen.items():
-        shutil.copyfile(path, target / name)
-    return sorted(chosen)
+    found = copied_files(donor, tokenizer_donor, code=code)
+    for name, (path, root) in found.items():
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        copy_inside(path, root, target / name)
+    return sorted(found)

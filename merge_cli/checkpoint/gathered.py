@@ -6,7 +6,7 @@ What embeddings and heads are when a vocabulary changes. Rows that are only move
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,6 +15,8 @@ from merge_cli.checkpoint.header import DTYPES, TensorRef
 from merge_cli.checkpoint.tensors import Read, Tensor
 
 ZERO = -1  # instead of a part's number: a row of zeros
+_MEAN = -2  # or: the mean of the rows of all tokens
+_TOGETHER = 4096  # rows that a mean adds up at once
 _GAP = 8  # rows that are read along rather than read around
 
 
@@ -26,17 +28,38 @@ class Rows:
         part: int32 [rows], which model's, or `ZERO`.
         row: int64 [rows], which row there.
         means: row -> the (part, row) pairs that it is the mean of; `part` has the first one.
+        averaged: the rows that padding is the mean of; None where there is none.
     """
 
     part: Any
     row: Any
     means: Mapping[int, Sequence[tuple[int, int]]]
+    averaged: Any = None
 
     @cached_property
     def digest(self) -> str:
         state = hashlib.sha256(self.part.tobytes() + self.row.tobytes())
         state.update(repr(sorted(self.means.items())).encode())
+        if self.averaged is not None:
+            state.update(self.averaged.tobytes())
         return state.hexdigest()
+
+    @property
+    def computes(self) -> bool:
+        """Whether any row is more than another one's bytes."""
+        return bool(self.means) or self.averaged is not None
+
+
+def padded(rows: Rows, count: int, tokens: Iterable[int]) -> Rows:
+    """As many rows, those that are added the mean of the rows of all tokens, as in mergekit."""
+    import numpy as np
+
+    more = count - len(rows.row)
+    if not more:
+        return rows
+    part = np.concatenate([rows.part, np.full(more, _MEAN, rows.part.dtype)])
+    row = np.concatenate([rows.row, np.zeros(more, rows.row.dtype)])
+    return Rows(part, row, rows.means, np.array(sorted(set(tokens)), np.int64))
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +90,9 @@ class Gathered:
     @cached_property
     def dtype(self) -> str:
         formats = {part.dtype for part in self.parts}
-        return self.own.dtype if len(formats) == 1 and not self.rows.means else "F32"
+        if len(formats) == 1 and not self.rows.computes:
+            return self.own.dtype
+        return "F64" if "F64" in formats else "F32"
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -107,18 +132,36 @@ class Gathered:
         out = np.zeros((last - first, self._width), kind)
         part, row = self.rows.part[first:last], self.rows.row[first:last]
         for number in np.unique(part):
-            if number != ZERO:
+            if number >= 0:
                 chosen = np.flatnonzero(part == number)
                 out[chosen] = self._rows_of(read, self.parts[number], row[chosen])
         for place in [p for p in self.rows.means if first <= p < last]:
             pairs = self.rows.means[place]
-            total = np.zeros(self._width, np.float32)
+            total = np.zeros(self._width, kind)
             for number, source_row in pairs:
                 total += self._rows_of(read, self.parts[number], np.array([source_row]))[0]
-            out[place - first] = total / np.float32(len(pairs))
+            out[place - first] = total / kind(len(pairs))
+        padding = np.flatnonzero(part == _MEAN)
+        if len(padding):
+            out[padding] = self._mean(read)
         begin = start - first * self._width
         target = np.frombuffer(buffer, kind)
         target[:] = out.reshape(-1)[begin : begin + count]
+
+    def _mean(self, read: Read) -> Any:
+        """The mean of the rows of all tokens, added up in their order."""
+        import numpy as np
+
+        averaged = self.rows.averaged
+        total = np.zeros(self._width, np.float64)
+        for start in range(0, len(averaged), _TOGETHER):
+            chosen = averaged[start : start + _TOGETHER]
+            for low, high in _runs(chosen):
+                block = np.empty(((high - low), self._width), _numpy_kind(self.dtype))
+                self.fill(read, low * self._width, block.view(np.uint8).reshape(-1).data)
+                for row in block:
+                    total += row
+        return total / len(averaged)
 
     def _rows_of(self, read: Read, tensor: Tensor, rows: Any) -> Any:
         """Rows of one model's tensor as this tensor's dtype; near ones are read together."""
@@ -141,7 +184,18 @@ class Gathered:
             tensor.fill(read, low * width, near.data)
             whole = near.view(found.dtype).reshape(count, width)
             found[order[start:end]] = whole[ordered[start:end] - low]
-        return found if tensor.dtype == self.dtype else _floats(found, tensor.dtype)
+        if tensor.dtype == self.dtype:
+            return found
+        return _floats(found, tensor.dtype).astype(_numpy_kind(self.dtype), copy=False)
+
+
+def _runs(ordered: Any) -> Iterator[tuple[int, int]]:
+    """Half-open ranges that ascending numbers fill."""
+    import numpy as np
+
+    cuts = np.flatnonzero(np.diff(ordered) > 1) + 1
+    for part in np.split(ordered, cuts):
+        yield int(part[0]), int(part[-1]) + 1
 
 
 def _numpy_kind(dtype: str) -> Any:
@@ -156,4 +210,4 @@ def _floats(values: Any, dtype: str) -> Any:
 
     if dtype == "BF16":
         return (values.astype(np.uint32) << 16).view(np.float32)
-    return values.astype(np.float32)
+    return values if dtype == "F64" else values.astype(np.float32)

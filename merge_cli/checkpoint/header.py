@@ -11,6 +11,7 @@ import json
 import math
 import struct
 import sys
+from collections.abc import Collection
 from contextlib import suppress
 from functools import lru_cache
 from operator import attrgetter
@@ -29,7 +30,16 @@ DTYPES: dict[str, tuple[int, str]] = {
     "F8_E8M0": (1, "float8_e8m0fnu"), "F8_E4M3": (1, "float8_e4m3fn"),
     "F8_E5M2": (1, "float8_e5m2"), "I8": (1, "int8"), "U8": (1, "uint8"), "BOOL": (1, "bool"),
 }  # fmt: skip
-MERGEABLE = ("F64", "F32", "BF16", "F16")
+MERGEABLE = ("F64", "F32", "BF16", "F16")  # widest first
+
+
+def promoted(dtypes: Collection[str]) -> str:
+    """The narrowest format that holds numbers of all of these, as torch promotes them."""
+    found = set(dtypes)
+    if found == {"BF16", "F16"}:
+        return "F32"
+    return next(dtype for dtype in MERGEABLE if dtype in found)
+
 
 _MAX_HEADER = 100_000_000  # the format's own limit
 

@@ -8,17 +8,22 @@ names the commit, so that all files are of one revision. Tokens are huggingface_
 from __future__ import annotations
 
 import struct
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
+from merge_cli.checkpoint.hub_download import download
 from merge_cli.checkpoint.hub_errors import UnreachableError, explained
 from merge_cli.errors import CorruptFileError, HubError
 
 _FIRST_BYTES = 32_768  # holds the whole header of most shards
-_TRIES = 3  # of a download whose connection breaks
+_TRIES = 3  # that bring nothing, one after the other
+_PAUSE = 0.5  # seconds; longer with every try
+_PATIENCE = 60.0  # the longest that a busy Hub may make us wait at once
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -47,26 +52,31 @@ def open_hub(repo_id: str, revision: str | None = None) -> HubModel:
     Raises:
         HubError: missing or private, gated, no such revision, no connection and no cached copy.
     """
-    from huggingface_hub import HfApi, constants
+    from huggingface_hub import HfApi, ModelInfo, constants
 
     label = f"{repo_id}@{revision}" if revision else repo_id
     if constants.HF_HUB_OFFLINE:
         return _from_cache(repo_id, revision, "offline: from the cache")
-    try:
+
+    def ask() -> ModelInfo:
         with explained(label):
-            info = HfApi().model_info(
+            return HfApi().model_info(
                 repo_id,
                 revision=revision,
                 files_metadata=True,
                 timeout=constants.HF_HUB_ETAG_TIMEOUT,
             )
-    except HubError as error:
-        if isinstance(error, UnreachableError):
-            try:
-                return _from_cache(repo_id, revision, "the Hub cannot be reached: from the cache")
-            except HubError:
+
+    try:
+        info = ask()
+    except UnreachableError as error:
+        try:
+            return _from_cache(repo_id, revision, f"{error.why}: from the cache")
+        except HubError:
+            if not 0 < error.wait <= _PATIENCE:
                 raise error from None
-        raise
+        _sleep(error.wait)
+        info = _patiently(ask)
     files = {file.rfilename: int(file.size or 0) for file in info.siblings or []}
     assert info.sha is not None, "the Hub always names the commit"
     return HubModel(repo_id, revision, info.sha, files)
@@ -77,7 +87,8 @@ def fetch_files(
 ) -> Path:
     """Download files of the commit that are not in the cache yet.
 
-    A broken connection is tried again; files that are finished are kept, whatever happens.
+    A broken connection is tried again. What has arrived is kept, whatever happens, and the next
+    call continues there.
 
     Args:
         progress: told the number of bytes as they arrive (files from the cache: all at once).
@@ -94,35 +105,51 @@ def fetch_files(
             if progress:
                 progress((folder / name).stat().st_size)
             continue
-        for attempt in range(1, _TRIES + 1):
-            try:
-                _download(model, name, progress)
-                break
-            except UnreachableError:
-                if attempt == _TRIES:
-                    raise
+        _download(model, name, progress or (lambda count: None))
     _remember_revision(model)
     return folder
 
 
-def _download(model: HubModel, name: str, progress: Callable[[int], None] | None) -> None:
-    from huggingface_hub import hf_hub_download
+def _download(model: HubModel, name: str, progress: Callable[[int], None]) -> None:
+    """A file, tried again for as long as tries bring more of it."""
+    most = tries = 0
+    while True:
+        arrived = 0
 
-    arrived = 0
-
-    def count(size: int) -> None:
-        nonlocal arrived
-        arrived += size
-        if progress:
+        def count(size: int) -> None:
+            nonlocal arrived
+            arrived += size
             progress(size)
 
-    try:
-        with explained(model.repo_id, name):
-            bars = _reporting(count)
-            hf_hub_download(model.repo_id, name, revision=model.commit, tqdm_class=bars)
-    except HubError:
-        count(-arrived)  # the next try begins at the start
-        raise
+        try:
+            return download(model.repo_id, model.commit, name, _repository(model.repo_id), count)
+        except UnreachableError as error:
+            progress(-arrived)  # the next try counts what is here
+            tries = 1 if arrived > most else tries + 1
+            most = max(most, arrived)
+            if tries >= _TRIES or error.wait > _PATIENCE:
+                raise
+            _sleep(error.wait or _PAUSE * tries)
+
+
+def _sleep(seconds: float) -> None:
+    time.sleep(seconds)
+
+
+def _patiently(action: Callable[[], T]) -> T:
+    """Tried again as long as the Hub says when, and that is soon.
+
+    Raises:
+        HubError: as the action does.
+    """
+    for _ in range(_TRIES - 1):
+        try:
+            return action()
+        except UnreachableError as error:
+            if not 0 < error.wait <= _PATIENCE:
+                raise
+            _sleep(error.wait)
+    return action()
 
 
 def read_header(model: HubModel, name: str) -> bytes:
@@ -171,7 +198,8 @@ def _from_cache(repo_id: str, revision: str | None, note: str) -> HubModel:
     if len(folders) != 1:
         label = f"{repo_id}@{revision}" if revision else repo_id
         what = "no such folder, not in the cache, and the Hub may not be asked (offline)"
-        hint = f"Download it while online: hf download {repo_id}."
+        flag = f" --revision {revision}" if revision else ""
+        hint = f"Download it while online: hf download {repo_id}{flag}."
         raise HubError(what, model=label, hint=hint)
     files = {
         path.relative_to(folders[0]).as_posix(): path.stat().st_size
@@ -227,25 +255,12 @@ def _range(model: HubModel, name: str, start: int, stop: int) -> bytes:
     from huggingface_hub import hf_hub_url
     from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
-    with explained(model.repo_id, name):
-        url = hf_hub_url(model.repo_id, name, revision=model.commit)
-        headers = {**build_hf_headers(), "Range": f"bytes={start}-{stop - 1}"}
-        response = get_session().get(url, headers=headers, follow_redirects=True, timeout=30)
-        hf_raise_for_status(response)
-        return bytes(response.content)[: stop - start]
+    def ask() -> bytes:
+        with explained(model.repo_id, name):
+            url = hf_hub_url(model.repo_id, name, revision=model.commit)
+            headers = {**build_hf_headers(), "Range": f"bytes={start}-{stop - 1}"}
+            response = get_session().get(url, headers=headers, follow_redirects=True, timeout=30)
+            hf_raise_for_status(response)
+            return bytes(response.content)[: stop - start]
 
-
-def _reporting(progress: Callable[[int], None]) -> type[Any]:
-    """A tqdm that draws nothing and passes on how many bytes came."""
-    from huggingface_hub.utils import tqdm
-
-    class Reporting(tqdm):  # type: ignore[misc]  # tqdm has no types
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            initial = int(kwargs.get("initial") or 0)
-            super().__init__(*args, **{**kwargs, "disable": True})
-            progress(initial)
-
-        def update(self, n: float | None = 1) -> None:
-            progress(int(n or 0))
-
-    return Reporting
+    return _patiently(ask)

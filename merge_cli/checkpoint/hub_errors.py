@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import errno
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from email.utils import parsedate_to_datetime
 
-from merge_cli.errors import HubError
+from merge_cli.errors import HubError, ResourceError
+
+_BUSY = 429
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class UnreachableError(HubError):
-    """No answer, or not now: the failures for which the cache may stand in."""
+    """No answer, or not now: the failures for which the cache may stand in.
+
+    Attributes:
+        wait: seconds after which the Hub wants to be asked again; 0 where it does not say.
+        why: a few words for a note.
+    """
+
+    wait = 0.0
+    why = "the Hub cannot be reached"
 
 
 @contextmanager
@@ -45,8 +59,16 @@ def explained(label: str, file: str = "") -> Iterator[None]:
     except errors.HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else 0
         what = f"the Hub answered with status {status}"
-        if status >= 500:
-            raise problem(UnreachableError, what, "Try again later.") from error
+        if status >= 500 or status == _BUSY:
+            wait = _retry_after(error.response.headers) if error.response is not None else 0.0
+            when = f"in {wait:.0f} seconds" if wait else "later"
+            hint = f"Try again {when}."
+            if status == _BUSY:
+                what += ": too many requests"
+                hint += " Who is logged in (hf auth login) may ask more often."
+            busy = UnreachableError(what, model=label, file=file, hint=hint)
+            busy.wait, busy.why = wait, f"the Hub answered with status {status}"
+            raise busy from error
         hint = "Check the name; log in again: hf auth login." if status in (401, 403) else ""
         raise problem(HubError, what, hint) from error
     except (errors.HTTPError, errors.OfflineModeIsEnabled, ConnectionError) as error:
@@ -54,11 +76,32 @@ def explained(label: str, file: str = "") -> Iterator[None]:
         hint = "Check the path, or the connection. What is downloaded is kept."
         raise problem(UnreachableError, what, hint) from error
     except OSError as error:
+        if error.errno in _FULL:
+            what = "the disk of the Hub's cache is full"
+            hint = "Free some space, or put it elsewhere with HF_HOME. What has arrived is kept."
+            raise ResourceError(what, where=str(error.filename or ""), hint=hint) from error
         what = f"cannot be stored in the Hub's cache: {error}"
         raise problem(HubError, what, "See HF_HOME, which says where it is.") from error
     except UnicodeError as error:  # the exception quotes the token: it must not be passed on
         what = f"the Hub's token is not valid ({type(error).__name__})"
         raise problem(HubError, what, "Log in again: hf auth login.") from None
+
+
+def _retry_after(headers: Mapping[str, str]) -> float:
+    """Seconds to wait, as the answer says: a number, a date, or when its quota begins anew."""
+    from huggingface_hub import utils
+
+    said = headers.get("Retry-After", "").strip()
+    if said.isdecimal() and len(said) < 10:
+        return float(said)
+    if said:
+        try:
+            return max(0.0, parsedate_to_datetime(said).timestamp() - time.time())
+        except (ValueError, TypeError, OverflowError):
+            return 0.0
+    parse = getattr(utils, "parse_ratelimit_headers", None)  # not in the oldest versions
+    quota = parse(headers) if parse is not None else None
+    return float(quota.reset_in_seconds) if quota is not None and quota.remaining == 0 else 0.0
 
 
 def _page(label: str) -> str:

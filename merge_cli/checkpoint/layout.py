@@ -15,10 +15,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from merge_cli.checkpoint.components import STEMS, index_of
+from merge_cli.checkpoint.components import STEMS, index_of, part_of
 from merge_cli.checkpoint.header import DTYPES
 
-_NUMBER = re.compile(r"(\d+)")
+_NUMBER = re.compile(r"([0-9]{1,18})")  # int() refuses what has thousands of digits
 _PLAIN: Mapping[str, str] = {"": STEMS[0]}
 _RANK = {dtype: rank for rank, dtype in enumerate(DTYPES)}
 
@@ -66,7 +66,7 @@ def lay_out(
         return _fill(tensors, shard_size, "", stems[""])
     by_folder: dict[str, list[OutputTensor]] = {folder: [] for folder in stems}
     for tensor in tensors:
-        by_folder[tensor.name.partition("/")[0]].append(tensor)
+        by_folder[part_of(tensor.name, stems)].append(tensor)
     return [
         shard
         for folder, own in by_folder.items()

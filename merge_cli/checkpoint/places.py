@@ -8,17 +8,19 @@ from typing import Protocol
 
 from merge_cli.checkpoint import hub
 from merge_cli.checkpoint.components import (
+    MODULES,
     PIPELINE,
     index_of,
     inside,
+    module_folders,
     names_in,
     part_folders,
     stem_of,
 )
-from merge_cli.checkpoint.files import CARD, is_companion, is_weight
+from merge_cli.checkpoint.files import CARD, is_companion, is_part_file, is_weight
 from merge_cli.checkpoint.header import TensorRef, parse_header, read_header_file
 from merge_cli.checkpoint.shards import find_shards, join_shards
-from merge_cli.errors import CorruptFileError
+from merge_cli.errors import CorruptFileError, SourceError
 from merge_cli.guarded import read_mapping
 
 
@@ -28,10 +30,12 @@ class Place(Protocol):
     Attributes:
         names: their paths, relative to `root`.
         root: where they are, or will be.
+        modules: the folders that its modules.json names.
     """
 
     names: frozenset[str]
     root: Path
+    modules: tuple[str, ...]
 
     def has(self, name: str) -> bool:
         """Whether a file is there, wherever in the folder."""
@@ -48,6 +52,9 @@ class Folder:
         names = {path.name for path in root.iterdir()}
         if PIPELINE in names:
             names |= {path.relative_to(root).as_posix() for path in root.glob("*/*")}
+        self.modules: tuple[str, ...] = module_folders(root, str(root))
+        for folder in filter(None, self.modules):
+            names |= {path.relative_to(root).as_posix() for path in (root / folder).glob("*")}
         self.names = frozenset(names)
 
     def has(self, name: str) -> bool:
@@ -64,11 +71,16 @@ class Repository:
     def __init__(self, model: hub.HubModel) -> None:
         self._model = model
         self.names = frozenset(model.files)
-        parts = part_folders(self.names)
+        self.modules: tuple[str, ...] = ()
+        if MODULES in self.names:
+            self.modules = module_folders(hub.fetch_files(model, [MODULES]))
+        parts = part_folders(self.names, self.modules)
         indexes = {inside(part, index_of(stem_of(names_in(part, self.names)))) for part in parts}
         own = {name for name in self.names if "/" not in name or _is_template(name)}
         small = {n for n in own if is_companion(n) or _is_template(n) or n in ("config.json", CARD)}
-        if parts != [""]:
+        named = tuple(f"{folder}/" for folder in self.modules if folder)
+        small |= {n for n in self.names if named and n.startswith(named) and is_part_file(n)}
+        if PIPELINE in self.names and parts != [""]:
             small = {name for name in self.names if not is_weight(name) and name.count("/") < 2}
         self.root = hub.fetch_files(model, sorted(small | (indexes & self.names)))
 
@@ -94,7 +106,10 @@ def read_headers(place: Place, label: str) -> tuple[Mapping[str, TensorRef], Map
     """
     tensors: dict[str, TensorRef] = {}
     headers: dict[str, bytes] = {}
-    for part in part_folders(place.names):
+    for part in part_folders(place.names, place.modules):
+        if "/" in part:
+            what = f"{MODULES} names a folder within a folder, whose weights are not merged"
+            raise SourceError(what, model=label, file=part)
         names = names_in(part, place.names)
         index = index_of(stem_of(names))
         listed = read_mapping(place.root / part / index, label) if index in names else None

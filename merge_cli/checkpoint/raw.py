@@ -8,6 +8,7 @@ import os
 import struct
 import sys
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 
 from merge_cli.errors import CorruptFileError, ResourceError
@@ -169,6 +170,37 @@ def has_header(path: Path, size: int, header: bytes) -> bool:
             return path.stat().st_size == size and file.read(len(header)) == header
     except OSError:
         return False
+
+
+def replace_file(path: Path, content: bytes) -> int:
+    """Write a file, whole or not at all, and wait for the disk.
+
+    Returns:
+        its length.
+
+    Raises:
+        ResourceError: it cannot be written.
+    """
+    new = path.with_name(f"{path.name}.new")
+    try:
+        with new.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, path)
+    except OSError as error:
+        raise write_error(error, path) from error
+    return len(content)
+
+
+def sync(paths: Iterable[Path]) -> None:
+    """Wait until files and folders have reached the disk itself."""
+    for path in paths:
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
 
 
 def write_error(error: OSError, path: Path) -> ResourceError:

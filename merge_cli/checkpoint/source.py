@@ -17,11 +17,21 @@ from typing import Any
 
 from merge_cli.checkpoint import hub
 from merge_cli.checkpoint.adapter import Adapter, open_adapter
-from merge_cli.checkpoint.components import PIPELINE, names_in, part_folders, stem_of
-from merge_cli.checkpoint.lora import WEIGHTS, apply_adapter
+from merge_cli.checkpoint.adapter_config import base_note
+from merge_cli.checkpoint.adapter_contents import WEIGHTS
+from merge_cli.checkpoint.components import (
+    PIPELINE,
+    module_folders,
+    names_in,
+    part_folders,
+    stem_of,
+)
+from merge_cli.checkpoint.lora import apply_adapter
 from merge_cli.checkpoint.places import Folder, Place, Repository, read_headers
 from merge_cli.checkpoint.quantised import read_as_numbers
+from merge_cli.checkpoint.stamps import Stamp, add_samples, folder_stamps
 from merge_cli.checkpoint.tensors import Tensor
+from merge_cli.checkpoint.tied_adapter import changed_config
 from merge_cli.errors import CorruptFileError, HubError, SourceError
 from merge_cli.guarded import read_mapping
 from merge_cli.recipe.reference import HUB, ModelRef, expanded, hub_id, is_revision, local_folder
@@ -42,6 +52,7 @@ class Source:
         notes: what a reader of the plan should know.
         planned: whether it is still to be made, by a document of the same recipe.
         adapter: what `tensors` have been updated with; None for a model as it is.
+        stamps: its files as they were before they were read; none of a model on the Hub.
     """
 
     label: str
@@ -53,6 +64,7 @@ class Source:
     notes: tuple[str, ...] = ()
     planned: bool = False
     adapter: Adapter | None = None
+    stamps: Mapping[Path, Stamp] = field(default_factory=dict, repr=False)
 
     def ties(self, head: str) -> bool:
         """Whether the head is the input embedding: as the config says, here or in its text part.
@@ -69,7 +81,8 @@ class Source:
     def stems(self) -> dict[str, str]:
         """For each folder with weights ("" for the model's own) what the files are called."""
         known = [*self.header_bytes, *([PIPELINE] if (self.root / PIPELINE).is_file() else [])]
-        return {folder: stem_of(names_in(folder, known)) for folder in part_folders(known)}
+        parts = part_folders(known, module_folders(self.root, self.label))
+        return {folder: stem_of(names_in(folder, known)) for folder in parts}
 
     def fingerprint(self, shards: Iterable[str] | None = None) -> str:
         """SHA-256 over config, headers, and samples of the weights: tells models apart.
@@ -94,7 +107,7 @@ class Source:
     def _add_file(self, state: hashlib._Hash, path: Path, header: bytes) -> None:
         state.update(path.name.encode() + b"\0" + header)
         try:
-            _add_samples(state, path)
+            add_samples(state, path)
         except OSError as error:
             what = f"cannot be read: {error.strerror}"
             raise CorruptFileError(what, model=self.label, file=path.name) from error
@@ -167,14 +180,30 @@ def open_source(model: ModelRef, folder: Path) -> Source:
         raise HubError(error.what, model=label, hint=f"Did you mean '{near}'?") from error
 
 
+def open_tokenizer(model: ModelRef, folder: Path) -> Source:
+    """A model of which the tokenizer files are wanted alone: it may have no weights.
+
+    Raises:
+        SourceError: no such folder, or one that is no model.
+        HubError: a repository that cannot be had.
+    """
+    path = local_folder(model.path, folder)
+    if path is None or model.lora or model.revision or not path.is_dir():
+        return open_source(model, folder)
+    place = Folder(path)
+    config = read_mapping(path / CONFIG, str(model)) if CONFIG in place.names else {}
+    return Source(str(model), path, config, {}, {})
+
+
 def _with_adapter(base: Source, adapter: Adapter, label: str) -> Source:
     applied = apply_adapter(
-        base.tensors, adapter.config, adapter.tensors, label=label, stamp=adapter.stamp
-    )
-    return replace(
-        base, label=label, tensors=applied.tensors, adapter=adapter,
-        config={**base.config, **applied.changes}, notes=(*base.notes, *applied.notes),
+        base.tensors, adapter.config, adapter.tensors, label=label, stamp=adapter.stamp,
+        base=base.config, root=base.root,
     )  # fmt: skip
+    other = base_note(adapter.config, base.label.partition("@")[0])
+    notes = (*base.notes, *applied.notes, *([other] if other else []))
+    return replace(base, label=label, tensors=applied.tensors, adapter=adapter,
+                   config=changed_config(base.config, applied.changes), notes=notes)  # fmt: skip
 
 
 def _looked_for(path: str, folder: Path) -> str:
@@ -211,19 +240,12 @@ def fetch_weights(
         hub.fetch_files(source.adapter.hub, [WEIGHTS], progress)
 
 
-def _add_samples(state: hashlib._Hash, path: Path, places: int = 64, length: int = 4096) -> None:
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        for i in range(places):
-            file.seek(max(0, size - length) * i // (places - 1))
-            state.update(file.read(length))
-
-
 def _open_folder(path: Path, label: str) -> Source:
     if not path.is_dir():
         hint = "Name the model's folder, not a file in it."
         raise SourceError("not a folder", model=label, hint=hint)
-    return _opened(Folder(path), label)
+    stamps = folder_stamps(path)
+    return replace(_opened(Folder(path), label), stamps=stamps)
 
 
 def _open_hub(repo: hub.HubModel, label: str) -> Source:
@@ -241,7 +263,12 @@ def _opened(place: Place, label: str, repo: hub.HubModel | None = None) -> Sourc
 
 def _kind(place: Place, config: Mapping[str, Any]) -> str:
     """What a reader should know of a model that is not one folder with a config."""
-    parts = part_folders(place.names)
+    parts = part_folders(place.names, place.modules)
+    lacking = [f for f in place.modules if f and not names_in(f, place.names)]
+    if lacking:
+        return f"modules.json names {', '.join(lacking)}, which is not there"
+    if parts != [""] and place.modules:
+        return f"sentence-transformers; {', '.join(filter(None, parts))} merged, too"
     if parts != [""]:
         return f"a pipeline; {', '.join(parts)} are merged, everything else is copied"
     return "" if config else "has no config.json"

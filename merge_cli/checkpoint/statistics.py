@@ -8,8 +8,12 @@ which array, and what the file was made of.
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 import struct
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,8 +22,8 @@ from merge_cli.checkpoint.header import TensorRef, parse_header, read_header_fil
 from merge_cli.errors import CorruptFileError
 from merge_cli.guarded import Unreadable, parse_json
 
-FORMAT = "merge-cli statistics 1"
-_METADATA = ("kind", "digest", "entries", "about")
+FORMAT = "merge-cli statistics 2"
+_METADATA = ("kind", "digest", "sum", "entries", "about", "digests")
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,7 @@ class StatisticsFile:
         digest: of every array and of what it belongs to: other statistics, other bytes of a merge.
         about: what it was made of, and sums over all arrays, as `gathering` wrote them.
         entries: a tensor as the model stores it -> its statistics.
+        digests: of every array's bytes.
         cached: whether it was there before.
     """
 
@@ -54,12 +59,20 @@ class StatisticsFile:
     about: Mapping[str, Any]
     entries: Mapping[str, Entry] = field(repr=False)
     refs: Mapping[str, TensorRef] = field(repr=False)
+    digests: Mapping[str, str] = field(default_factory=dict, repr=False)
     cached: bool = True
 
     @property
     def size(self) -> int:
         """Bytes of all arrays."""
         return sum(ref.nbytes for ref in self.refs.values())
+
+    def is_whole(self) -> bool:
+        """Whether every array is what was written; reads them all."""
+        with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
+            found = pool.map(_digest_of, self.refs.values())
+            expected = [self.digests.get(name) for name in self.refs]
+            return all(one == other for one, other in zip(found, expected, strict=True))
 
     def of(self, name: str) -> ModelStatistics | None:
         """The statistics of a tensor, or None where it has none."""
@@ -166,7 +179,7 @@ def open_statistics(path: Path) -> StatisticsFile:
     """Read the header of a file of statistics.
 
     Raises:
-        CorruptFileError: not such a file, or not whole.
+        CorruptFileError: not such a file, not whole, or with a header that is not what was written.
     """
     raw = read_header_file(path, "")
     refs = parse_header(raw, path, path.stat().st_size, "")
@@ -175,17 +188,21 @@ def open_statistics(path: Path) -> StatisticsFile:
         metadata = parse_json(raw[8 : 8 + length]).get("__metadata__") or {}
         if metadata.get("format") != FORMAT:
             raise CorruptFileError("is not a file of statistics", file=str(path))
-        kind, digest, *texts = (metadata.get(key) for key in _METADATA)
-        if None in (kind, digest, *texts):
+        kind, digest, whole, *texts = (metadata.get(key) for key in _METADATA)
+        if None in (kind, digest, whole, *texts):
             raise Unreadable("lacks a part of its metadata")
-        listed, about = (parse_json(str(text)) for text in texts)
-        if not isinstance(listed, dict) or not isinstance(about, dict):
+        listed, about, digests = (parse_json(str(text)) for text in texts)
+        if not all(isinstance(one, dict) for one in (listed, about, digests)):
             raise Unreadable("has metadata that is no mapping")
+        shapes = {name: ref.shape for name, ref in refs.items()}
+        made = statistics_digest(str(kind), listed, digests, about)
+        if (made, header_sum(made, shapes)) != (digest, whole):
+            raise Unreadable("has a header that is not what was written")
         entries = {name: _entry(name, entry, refs) for name, entry in listed.items()}
     except Unreadable as error:
         hint = "Remove it: the same command makes it again."
         raise CorruptFileError(str(error), file=str(path), hint=hint) from None
-    return StatisticsFile(path, str(kind), str(digest), about, entries, refs)
+    return StatisticsFile(path, str(kind), str(digest), about, entries, refs, digests)
 
 
 def _entry(name: str, entry: Any, refs: Mapping[str, TensorRef]) -> Entry:
@@ -193,3 +210,31 @@ def _entry(name: str, entry: Any, refs: Mapping[str, TensorRef]) -> Entry:
     if not fits or entry[0] not in refs:
         raise Unreadable(f"has no statistics where it says that {name[:60]!r} has some")
     return Entry(entry[0], bool(entry[1]), bool(entry[2]))
+
+
+def statistics_digest(
+    kind: str, entries: Mapping[str, Any], digests: Mapping[str, str], about: Mapping[str, Any]
+) -> str:
+    """Of every array and of what it belongs to."""
+    content = json.dumps([kind, entries, dict(digests), dict(about)], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def header_sum(digest: str, shapes: Mapping[str, Sequence[int]]) -> str:
+    """Of what a header says of the arrays, beside their digests."""
+    known = sorted((name, list(shape)) for name, shape in shapes.items())
+    return hashlib.sha256(f"{digest} {json.dumps(known)}".encode()).hexdigest()
+
+
+def _digest_of(ref: TensorRef) -> str:
+    """SHA-256 of an array's bytes; empty where they cannot be read."""
+    state, left = hashlib.sha256(), ref.nbytes
+    try:
+        with ref.path.open("rb") as file:
+            file.seek(ref.offset)
+            while left and (block := file.read(min(left, 1 << 20))):
+                state.update(block)
+                left -= len(block)
+    except OSError:
+        return ""
+    return state.hexdigest()

@@ -7,10 +7,13 @@ stderr.
 
 from __future__ import annotations
 
+import atexit
+import io
+import os
 import signal
 import sys
 from importlib.metadata import version
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -19,11 +22,18 @@ from merge_cli.cli.compare import compare
 from merge_cli.cli.convert import convert
 from merge_cli.cli.evaluate import evaluate
 from merge_cli.cli.extract_lora import extract_lora
+from merge_cli.cli.failures import DEBUG, as_ours, debugging, show_trace
 from merge_cli.cli.init import init
 from merge_cli.cli.methods import methods
 from merge_cli.cli.push import push
 from merge_cli.cli.run import plan, run
-from merge_cli.errors import MergeCliError
+from merge_cli.cli.streams import ReaderGone, drop_output, guard_streams
+from merge_cli.errors import ResourceError
+from merge_cli.home import settle_home
+from merge_cli.machine import library_threads
+from merge_cli.notices import send_notices
+
+_INTERRUPTED = 130
 
 app = typer.Typer(
     help="Merge language-model checkpoints: one recipe, one command, the same bytes every time.",
@@ -36,7 +46,12 @@ app = typer.Typer(
 @app.callback(invoke_without_command=True)
 def _root(
     show_version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Print the traceback of an error, too.")
+    ] = False,
 ) -> None:
+    if debug:
+        os.environ[DEBUG] = "1"  # for the processes that we start, too
     if show_version:
         typer.echo(f"merge-cli {version('merge-cli')}")
         raise typer.Exit
@@ -48,32 +63,81 @@ for verb in (init, run, plan, methods, analyze, evaluate, compare, push, convert
 
 def main() -> None:
     """Run the command line; every failure is one message and the exit code of its kind."""
+    guard_streams()
     signal.signal(signal.SIGINT, _interrupt)
     signal.signal(signal.SIGTERM, _interrupt)
+    send_notices(None)  # until there is a screen
+    settle_home()
+    _limit_libraries()
+    code = _run()
+    try:
+        sys.stdout.flush()
+    except ReaderGone:
+        drop_output()
+        code = code or 1
+    except ResourceError as error:
+        drop_output()
+        if not code:
+            code = _told(error)
+    if code == _INTERRUPTED:
+        _leave(code)
+    sys.exit(code)
+
+
+def _run() -> int:
+    """The command, and its exit code."""
     try:
         # Verbs return nothing; typer answers a KeyboardInterrupt with the code 130.
         code = app(standalone_mode=False)
-        if code == 130:
+        if code == _INTERRUPTED:
             raise KeyboardInterrupt
-        sys.exit(code)
-    except MergeCliError as error:
-        from merge_cli import console
-
-        console.show_error(error)
-        sys.exit(error.exit_code)
+        return int(code or 0)
     except (KeyboardInterrupt, typer.Abort):
         print("Interrupted.", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:
-        # The reader of our output has gone (`| head`): nothing is wrong, nobody is listening.
-        sys.stderr.close()
-        sys.exit(1)
+        return _INTERRUPTED
+    except ReaderGone:
+        return 1
     except Exception as error:
         # Usage errors of click, of which typer has its own copy or not, depending on its version.
-        if not hasattr(error, "show") or not hasattr(error, "exit_code"):
-            raise
-        error.show()
-        sys.exit(error.exit_code)
+        if hasattr(error, "show") and hasattr(error, "exit_code"):
+            return _usage(error)
+        return _told(error)
+
+
+def _told(error: Exception) -> int:
+    """Say what went wrong; the exit code of its kind."""
+    known = as_ours(error)
+    if debugging():
+        show_trace(error)
+    from merge_cli import console
+
+    console.show_error(known)
+    return known.exit_code
+
+
+def _leave(code: int) -> None:
+    """End now: taking torch down, piece by piece, takes seconds, and somebody waits."""
+    atexit._run_exitfuncs()  # other processes and temporary folders are cleared away all the same
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _usage(error: Any) -> int:
+    """What click says, which quotes what was typed."""
+    from merge_cli.console import plain
+
+    text = io.StringIO()
+    error.show(file=text)
+    print(plain(text.getvalue()), end="", file=sys.stderr)
+    return int(error.exit_code)
+
+
+def _limit_libraries() -> None:
+    """Tell BLAS, and the processes that we start, of a quota that they cannot see."""
+    most = library_threads()
+    affine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if most is not None and most < (affine or 1):
+        os.environ["OMP_NUM_THREADS"] = str(most)
 
 
 def _interrupt(number: int, frame: object) -> None:

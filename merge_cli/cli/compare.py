@@ -53,7 +53,7 @@ def compare(
             options=[*options, *(["--quiet"] if quiet else [])], show=show,
         )  # fmt: skip
     if as_json:
-        print(json.dumps(result.record, ensure_ascii=False))
+        console.print_json(json.dumps(result.record, ensure_ascii=False))
     else:
         screen.comparison(result.record, out)
     result.require_gates()

@@ -21,6 +21,7 @@ def convert(
         typer.Option(help="Of the process that opens a file. Default: twice the file, and 1 GB."),
     ] = None,
     overwrite: Annotated[bool, switch("--overwrite", "Replace OUT.")] = False,
+    fresh: Annotated[bool, switch("--fresh", "Throw away unfinished work on OUT.")] = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -32,15 +33,16 @@ def convert(
     screen = console.Screen(quiet=quiet)
     limit = parse_size(max_memory, "--max-memory") if max_memory else 0
     with screen.progress() as show:
-        found = run(model, out, max_memory=limit, overwrite=overwrite, show=show)
+        found = run(model, out, max_memory=limit, overwrite=overwrite, fresh=fresh, show=show)
     if found.tied:
         screen.notes([f"left to the config, as they are tied: {', '.join(found.tied)}"])
     if found.left_out:
         screen.notes([f"left out, as they are no tensors: {', '.join(found.left_out)}"])
     if as_json:
-        print(json.dumps({
+        console.print_json(json.dumps({
             "path": str(found.path), "tensors": found.tensors, "bytes": found.bytes,
             "tied": list(found.tied), "left_out": list(found.left_out),
         }))  # fmt: skip
     elif not quiet:
-        print(f"{found.path}: {found.tensors} tensors, {show_size(found.bytes)}")
+        made = f"{found.path}: {found.tensors} tensors, {show_size(found.bytes)}"
+        screen.out.print(made, markup=False, highlight=False, soft_wrap=True)

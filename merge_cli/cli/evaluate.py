@@ -86,7 +86,7 @@ def evaluate(
         found = evaluate_all(names, spec, show)
     rows = summary(list(found.values()))
     if as_json:
-        print(json.dumps(rows, ensure_ascii=False))
+        console.print_json(json.dumps(rows, ensure_ascii=False))
     else:
         screen.evaluations(rows)
     if examples is not None:

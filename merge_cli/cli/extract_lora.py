@@ -31,6 +31,7 @@ def extract_lora(
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     overwrite: Annotated[bool, switch("--overwrite", "Replace OUT.")] = False,
+    fresh: Annotated[bool, switch("--fresh", "Throw away unfinished work on OUT.")] = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -44,10 +45,10 @@ def extract_lora(
         found = extract(
             model, out, base=base, rank=rank, energy=energy, embeddings=embeddings,
             include=include or (), exclude=exclude or (), device=device, overwrite=overwrite,
-            show=show,
+            fresh=fresh, show=show,
         )  # fmt: skip
     screen.notes(found.notes)
     if as_json:
-        print(json.dumps(found.to_json(), ensure_ascii=False))
+        console.print_json(json.dumps(found.to_json(), ensure_ascii=False))
     elif not quiet:
         print_extracted(screen.out, found)

@@ -65,7 +65,7 @@ def init(
     else:
         written, output = _settled(ask, found, output, method, overwrite)
     if printed:
-        print(written.text, end="")
+        console.print_text(written.text)
         return
     drafting.write_draft(written, output, overwrite)
     if not quiet:

@@ -53,7 +53,7 @@ def complete_method(incomplete: str) -> list[tuple[str, str]]:
 
 
 def switch(name: str, text: str) -> Any:
-    """A flag that is off unless given, without a `--no-` twin."""
+    """A flag that is off unless given; one of mergekit's has its `--no-` twin in the name."""
     return typer.Option(name, help=text, show_default=False)
 
 
@@ -63,5 +63,5 @@ def mergekit(text: str, *names: str) -> Any:
 
 
 def unneeded(name: str) -> Any:
-    """A flag of mergekit-yaml that is answered in one line (`mergekit_flags`)."""
+    """A flag of mergekit-yaml that is answered in one line (`mergekit_flags`); None: not given."""
     return typer.Option(f"--{name}/--no-{name}", hidden=True)

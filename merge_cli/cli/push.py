@@ -44,7 +44,7 @@ def push(
     package = pack(out, repo)
     if dry_run:
         if as_json:
-            print(json.dumps(uploads.package_json(package, repo, branch, public)))
+            console.print_json(json.dumps(uploads.package_json(package, repo, branch, public)))
         else:
             uploads.print_package(screen.out, package, repo, branch, public)
         screen.notes(package.notes)
@@ -57,6 +57,6 @@ def push(
             bars=bars, show=show,
         )  # fmt: skip
     if as_json:
-        print(json.dumps(uploads.pushed_json(pushed)))
+        console.print_json(json.dumps(uploads.pushed_json(pushed)))
     elif not quiet:
         uploads.print_pushed(screen.out, pushed)

@@ -17,7 +17,6 @@ from merge_cli.cli.options import (
     JsonOption,
     MemoryOption,
     NoWorseOption,
-    QuietOption,
     RecipeArgument,
     SeedOption,
     ShardOption,
@@ -53,7 +52,11 @@ def run(
         bool, switch("--allow-non-finite", "Merge NaN and Inf as they are.")
     ] = False,
     trust_remote_code: Annotated[
-        bool, switch("--trust-remote-code", "Copy the donor's Python files; nothing is run.")
+        bool,
+        switch(
+            "--trust-remote-code/--no-trust-remote-code",
+            "Copy the donor's Python files; nothing is run.",
+        ),
     ] = False,
     require_improvement: Annotated[
         bool, switch("--require-improvement", "Fail if learning beats no static merge.")
@@ -71,26 +74,43 @@ def run(
     gate: GateOption = None,
     no_worse: NoWorseOption = None,
     as_json: JsonOption = False,
-    quiet: QuietOption = False,
-    cuda: Annotated[bool, mergekit("The same as --device cuda.", "--cuda", "--gpu-rich")] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet/--no-quiet", "-q", help="Only errors.", show_default=False)
+    ] = False,
+    cuda: Annotated[
+        bool | None, mergekit("The same as --device cuda, or cpu.", "--cuda/--no-cuda")
+    ] = None,
+    gpu_rich: Annotated[
+        bool | None, mergekit("The same as --cuda.", "--gpu-rich/--no-gpu-rich")
+    ] = None,
     out_shard_size: Annotated[
-        str | None, mergekit("--shard-size in parameters (5B).", "--out-shard-size")
+        str | None, mergekit("--shard-size as mergekit writes it (5B).", "--out-shard-size")
     ] = None,
     copy_tokenizer: Annotated[
         bool, mergekit("Copy the tokenizer.", "--copy-tokenizer/--no-copy-tokenizer")
     ] = True,
-    lazy_unpickle: Annotated[bool, unneeded("lazy-unpickle")] = False,
-    allow_crimes: Annotated[bool, unneeded("allow-crimes")] = False,
-    low_cpu_memory: Annotated[bool, unneeded("low-cpu-memory")] = False,
-    read_to_gpu: Annotated[bool, unneeded("read-to-gpu")] = False,
-    multi_gpu: Annotated[bool, unneeded("multi-gpu")] = False,
-    async_write: Annotated[bool, unneeded("async-write")] = False,
-    clone_tensors: Annotated[bool, unneeded("clone-tensors")] = False,
-    safe_serialization: Annotated[bool, unneeded("safe-serialization")] = False,
-    write_model_card: Annotated[bool, unneeded("write-model-card")] = False,
-    unsafe_truncate_embeddings: Annotated[bool, unneeded("unsafe-truncate-embeddings")] = False,
+    write_model_card: Annotated[
+        bool, mergekit("Write README.md.", "--write-model-card/--no-write-model-card")
+    ] = True,
+    unsafe_truncate_embeddings: Annotated[
+        bool,
+        mergekit(
+            "Cut vocabularies to the smallest, whatever its tokens are.",
+            "--unsafe-truncate-embeddings/--no-unsafe-truncate-embeddings",
+        ),
+    ] = False,
+    transformers_cache: Annotated[
+        str | None, mergekit("Where models of the Hub are kept.", "--transformers-cache")
+    ] = None,
+    lazy_unpickle: Annotated[bool | None, unneeded("lazy-unpickle")] = None,
+    allow_crimes: Annotated[bool | None, unneeded("allow-crimes")] = None,
+    low_cpu_memory: Annotated[bool | None, unneeded("low-cpu-memory")] = None,
+    read_to_gpu: Annotated[bool | None, unneeded("read-to-gpu")] = None,
+    multi_gpu: Annotated[bool | None, unneeded("multi-gpu")] = None,
+    async_write: Annotated[bool | None, unneeded("async-write")] = None,
+    clone_tensors: Annotated[bool | None, unneeded("clone-tensors")] = None,
+    safe_serialization: Annotated[bool | None, unneeded("safe-serialization")] = None,
     write_threads: Annotated[int | None, typer.Option(hidden=True)] = None,
-    transformers_cache: Annotated[str | None, typer.Option(hidden=True)] = None,
     lora_merge_cache: Annotated[str | None, typer.Option(hidden=True)] = None,
     lora_merge_dtype: Annotated[str | None, typer.Option(hidden=True)] = None,
     verbose: Annotated[int, typer.Option("--verbose", "-v", count=True, hidden=True)] = 0,
@@ -103,8 +123,9 @@ def run(
     given = dict(locals())
     if out is None and not dry_run:
         raise UsageError("where to? OUT is missing", hint="merge-cli run RECIPE OUT")
-    if cuda and device not in ("auto", "cuda"):
-        raise UsageError(f"--cuda and --device {device} contradict each other")
+    device = mergekit_flags.device_of(device, cuda, gpu_rich, multi_gpu)
+    if transformers_cache is not None:
+        mergekit_flags.use_cache(transformers_cache)
     lines = mergekit_flags.answers(given)
     shard_bytes = parse_size(shard_size, "--shard-size")
     if out_shard_size is not None:
@@ -114,6 +135,9 @@ def run(
     loaded = load_recipe(recipe)
     if seed is not None:
         loaded = loaded.with_seed(seed)
+    if unsafe_truncate_embeddings:
+        loaded, more = mergekit_flags.truncating(loaded)
+        lines += more
     if tune or tune_on:
         from merge_cli.evolve.tuning import tuned
 
@@ -134,7 +158,7 @@ def run(
         trial.check(plan)
         screen.notes(overlap_notes(loaded, trial.spec))
     options = MergeOptions(
-        device="cuda" if cuda else device,
+        device=device,
         threads=threads,
         max_memory=memory,
         overwrite=overwrite,
@@ -144,6 +168,7 @@ def run(
         allow_non_finite=allow_non_finite,
         trust_remote_code=trust_remote_code,
         copy_tokenizer=copy_tokenizer,
+        model_card=write_model_card,
         keep_stages=keep_stages,
     )
     if dry_run or out is None:
@@ -170,7 +195,7 @@ def run(
     with screen.steps() as show_step:
         models = trial.run(plan, result.path, options, show_step)
     if as_json:
-        print(json.dumps({**result.report, "evaluation": models}, ensure_ascii=False))
+        console.print_json(json.dumps({**result.report, "evaluation": models}, ensure_ascii=False))
     else:
         screen.evaluations(models)
     trial.require()

@@ -7,20 +7,20 @@ interrupted and resumed costs the sum of its attempts.
 
 from __future__ import annotations
 
-import json
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from merge_cli.checkpoint.raw import write_error
+from merge_cli.checkpoint.raw import replace_file, write_error
 from merge_cli.comparison.energy import Meter
-from merge_cli.errors import Interrupted, MergeCliError, ResourceError
-from merge_cli.evaluation.cache import write_atomically
+from merge_cli.engine.output import OutputWorkspace
+from merge_cli.errors import Interrupted, MergeCliError
+from merge_cli.guarded import read_mapping
+from merge_cli.lifeline import child
+from merge_cli.sealed import read_lines, seal
 
 
 @dataclass(frozen=True)
@@ -44,24 +44,22 @@ class MergeCost:
 
 
 class Ledger:
-    """The attempts so far, in DIR/costs.jsonl."""
+    """The attempts so far, in DIR/costs.jsonl: sealed lines, up to the first that does not hold."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._attempts: list[dict[str, Any]] = []
-        if path.exists():
-            text = path.read_text(encoding="utf-8")
-            self._attempts = [one for line in text.splitlines() if (one := _read(line))]
-            if text and not text.endswith("\n"):  # killed while writing
-                self._rewrite()
+        content = path.read_bytes() if path.exists() else b""
+        self._attempts, length = read_lines(content)
+        if length < len(content):  # killed while writing
+            self._rewrite()
 
     def note(self, merge: str, seconds: float, joules: float | None, *, done: bool) -> None:
         """Add one attempt at a merge."""
         attempt = {"merge": merge, "seconds": round(seconds, 3), "joules": joules, "done": done}
         self._attempts.append(attempt)
         try:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(attempt) + "\n")
+            with self._path.open("ab") as file:
+                file.write(seal(attempt))
         except OSError as error:
             raise write_error(error, self._path) from error
 
@@ -75,7 +73,7 @@ class Ledger:
     def cost(self, merge: str, folder: Path) -> MergeCost:
         """What a finished merge has taken, from its attempts and its report."""
         own = [attempt for attempt in self._attempts if attempt["merge"] == merge]
-        whole = json.loads((folder / "merge_report.json").read_text(encoding="utf-8"))
+        whole = read_mapping(folder / "merge_report.json", merge)
         report, learning = whole["cost"], whole.get("training", {}).get("cost", {})
         searching = whole.get("search", {}).get("cost", {})
         gathering = whole.get("gathered", {}).get("cost", {})
@@ -101,18 +99,7 @@ class Ledger:
         )
 
     def _rewrite(self) -> None:
-        text = "".join(json.dumps(attempt) + "\n" for attempt in self._attempts)
-        if not write_atomically(self._path, text):
-            raise ResourceError("cannot be written", where=str(self._path))
-
-
-def _read(line: str) -> dict[str, Any] | None:
-    """One attempt; None for a line that was cut short."""
-    try:
-        found = json.loads(line)
-    except ValueError:
-        return None
-    return found if isinstance(found, dict) and "merge" in found else None
+        replace_file(self._path, b"".join(map(seal, self._attempts)))
 
 
 def run_merge(recipe: Path, out: Path, options: Sequence[str], ledger: Ledger) -> None:
@@ -120,20 +107,25 @@ def run_merge(recipe: Path, out: Path, options: Sequence[str], ledger: Ledger) -
 
     Raises:
         Interrupted: by Ctrl-C or SIGTERM; the merge has closed its journal.
+        ResourceError: somebody else is merging there.
         MergeCliError: it failed; it has said why, and the exit code is its.
     """
-    if not (out.exists() or out.with_name(f"{out.name}.partial").exists()):
+    with OutputWorkspace(out):  # waits for what a comparison that was killed has left behind
+        if out.exists():
+            return
+        begun = out.with_name(f"{out.name}.partial").exists()
+    if not begun:
         ledger.forget(out.name)
-    command = [sys.executable, "-m", "merge_cli", "run", str(recipe), str(out), "--json", *options]
+    command = ["run", str(recipe), str(out), "--json", *options]
     meter, began = Meter(), time.monotonic()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    try:
-        code = process.wait()
-    except KeyboardInterrupt:
-        # In a terminal it was told, too; from a batch system only we were.
-        process.send_signal(signal.SIGINT)
-        code = 130
-        process.wait()
+    with child("merge_cli", command, stdout=subprocess.DEVNULL) as process:
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:
+            # In a terminal it was told, too; from a batch system only we were.
+            process.send_signal(signal.SIGINT)
+            code = 130
+            process.wait()
     done = code == 0 and out.exists()
     ledger.note(out.name, time.monotonic() - began, meter.joules(), done=done)
     if code == 130:

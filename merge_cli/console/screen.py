@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -26,6 +25,7 @@ from merge_cli.console.gathering import (
     statistics_json,
 )
 from merge_cli.console.indented import indented
+from merge_cli.console.plain import PlainConsole, print_json
 from merge_cli.console.plans import before_merge, plan_document
 from merge_cli.console.progress import ProgressLog, progress_bar
 from merge_cli.console.search import print_found, print_keys, print_search
@@ -37,6 +37,7 @@ from merge_cli.console.tables import (
 )
 from merge_cli.console.training import dials_json, print_dials, print_training
 from merge_cli.errors import MergeCliError, ProblemsError
+from merge_cli.notices import send_notices
 from merge_cli.recipe.examples import example_recipe
 from merge_cli.sizes import show_seconds, show_size
 
@@ -57,8 +58,9 @@ class Screen:
         # In a file or a pipe a table may be as wide as it needs: nothing there folds it.
         wide = None if sys.stdout.isatty() else 240
         # No emoji: `recipe.yaml:100:1` is a place, not a picture.
-        self.out = Console(width=wide, soft_wrap=wide is not None, emoji=False)
+        self.out = PlainConsole(width=wide, soft_wrap=wide is not None, emoji=False)
         self.err = _stderr(soft_wrap=not sys.stderr.isatty())
+        send_notices(lambda line: self.notes([line]))
 
     def notes(self, lines: Sequence[str]) -> None:
         """One line each, dimmed, to stderr."""
@@ -118,7 +120,7 @@ class Screen:
         of several documents shows all of them, in the order of their making.
         """
         if as_json:
-            print(indented(plan_document(plan, options)))
+            print_json(indented(plan_document(plan, options)))
             return
         for number, (name, stage) in enumerate(plan.stages.items(), start=1):
             self.out.print(f"[bold]Stage {number}: {escape(name)}[/bold]")
@@ -168,7 +170,7 @@ class Screen:
     def result(self, result: MergeResult, shown: Path, *, as_json: bool = False) -> None:
         """What a run leaves behind."""
         if as_json:
-            print(json.dumps(result.report, ensure_ascii=False))
+            print_json(json.dumps(result.report, ensure_ascii=False))
             return
         if self.quiet or not result.report:
             return
@@ -205,7 +207,7 @@ class Screen:
     def analysis(self, analysis: Analysis, *, layers: bool, as_json: bool) -> None:
         """What an analysis found, as tables and sentences, or as JSON."""
         if as_json:
-            print(indented(analysis.to_json()))
+            print_json(indented(analysis.to_json()))
         else:
             print_analysis(self.out, analysis, layers=layers)
 
@@ -229,7 +231,7 @@ class Screen:
     def methods(self, methods: Sequence[Method], *, as_json: bool) -> None:
         """All methods, one row each."""
         if as_json:
-            print(json.dumps([method_json(method) for method in methods], indent=1))
+            print_json(json.dumps([method_json(method) for method in methods], indent=1))
             return
         table = Table(box=None, pad_edge=False, header_style="bold")
         for name in ("method", "also", "what it does", "paper"):
@@ -250,7 +252,7 @@ class Screen:
             if method.gathers:
                 found["statistics"] = statistics_json(method.gathers)
             found["example"] = example[1] if example else None
-            print(json.dumps(found, indent=1))
+            print_json(json.dumps(found, indent=1))
             return
         also = f" (also {', '.join(method.aliases)})" if method.aliases else ""
         self.out.print(f"[bold]{method.name}[/bold]{also} — {escape(method.summary)}")
@@ -281,7 +283,8 @@ class Screen:
 def show_error(error: MergeCliError) -> None:
     """One message on stderr: plain text, so that it can be searched and copied from a log."""
     err = _stderr(soft_wrap=True)
-    label = "" if error.exit_code == 130 else f"[bold red]{error.title} error:[/bold red] "
+    title = "Error" if type(error) is MergeCliError else f"{error.title} error"
+    label = "" if error.exit_code == 130 else f"[bold red]{title}:[/bold red] "
     if isinstance(error, ProblemsError):
         err.print(f"{label}{escape(error.summary)}")
         shown = error.problems if len(error.problems) <= _MANY else error.problems[: _MANY // 2]
@@ -296,5 +299,5 @@ def show_error(error: MergeCliError) -> None:
 _MANY = 24  # problems; beyond that half as many are shown, so that the first is still in sight
 
 
-def _stderr(*, soft_wrap: bool) -> Console:
-    return Console(stderr=True, soft_wrap=soft_wrap, highlight=False, emoji=False)
+def _stderr(*, soft_wrap: bool) -> PlainConsole:
+    return PlainConsole(stderr=True, soft_wrap=soft_wrap, highlight=False, emoji=False)

@@ -1,9 +1,10 @@
 """One pickled file to one safetensors file, in a process that may use so much memory.
 
-    python -m merge_cli.conversion.child FILE TARGET LIMIT SEEN COPIES
+    python -m merge_cli.conversion.child FILE TARGET LIMIT COPIES
 
 torch's own unpickler with `weights_only` builds tensors and plain containers, and calls nothing.
-Prints one line of JSON: what was written, what was left out, or why nothing was.
+Reads a JSON list from its standard input: names that other files have had. Prints one line of JSON:
+what was written, what was left out, or why nothing was.
 """
 
 from __future__ import annotations
@@ -18,12 +19,11 @@ from typing import Any
 _WRAPPERS = ("state_dict", "model", "model_state_dict", "module")
 
 
-def main(file: str, target: str, limit: str, seen: str, copies: str) -> dict[str, Any]:
+def main(file: str, target: str, limit: str, copies: str) -> dict[str, Any]:
     """Convert.
 
     Args:
         limit: bytes of memory beyond what the libraries take; 0 for no limit.
-        seen: JSON list of names that other files have had.
         copies: `keep` writes tensors that are another one's memory, too; `leave` leaves them out.
     """
     import torch
@@ -40,7 +40,7 @@ def main(file: str, target: str, limit: str, seen: str, copies: str) -> dict[str
     weights, left_out = _weights(torch, loaded)
     if not weights:
         return {"error": "there are no tensors in it", "unsafe": False}
-    known = set(json.loads(seen))
+    known = set(json.load(sys.stdin))
     own = {name: tensor for name, tensor in weights.items() if name not in known}
     kept, tied = _without_copies(own, keep=copies == "keep")
     temporary = f"{target}.new"

@@ -1,6 +1,6 @@
 """A model with pickled weights to a folder with safetensors, file by file.
 
-    pytorch_model-00001-of-2.bin ─▶ child process ─▶ OUT.partial/model-00001-of-00002.safetensors
+    pytorch_model-00001-of-2.bin ─▶ child process ─▶ OUT.partial/model/model-00001-of-2.safetensors
     ...                                              config, tokenizer, index  ─▶  OUT
 
 Opening a pickle can run any code, so each is opened in a process of its own, by torch's unpickler
@@ -9,13 +9,13 @@ that builds tensors alone, with a limit on memory. A file that is finished is no
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,19 @@ from merge_cli.checkpoint.files import copy_companions
 from merge_cli.checkpoint.header import parse_header, read_header_file
 from merge_cli.checkpoint.raw import write_error
 from merge_cli.checkpoint.shards import INDEX
-from merge_cli.engine.beside import folder_beside, lock_folder
+from merge_cli.checkpoint.stamps import folder_stamps
+from merge_cli.engine.inputs import Inputs
 from merge_cli.engine.options import Progress
-from merge_cli.errors import Interrupted, ResourceError, SourceError, UsageError
+from merge_cli.engine.output import OutputWorkspace
+from merge_cli.engine.records import Records
+from merge_cli.errors import CorruptFileError, Interrupted, ResourceError, SourceError
+from merge_cli.guarded import read_mapping
+from merge_cli.lifeline import child
 from merge_cli.recipe.reference import hub_id, local_folder, parse_reference
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_INDEX_OF_PICKLES = "pytorch_model.bin.index.json"
+_FORMAT = 1
 _NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "rng_state", "trainer_state", "scaler")
 Show = Callable[[Progress], None]
 
@@ -52,7 +59,7 @@ class Converted:
 
 
 def convert(
-    model: str, out: Path, *, max_memory: int = 0, overwrite: bool = False,
+    model: str, out: Path, *, max_memory: int = 0, overwrite: bool = False, fresh: bool = False,
     show: Show = lambda progress: None,
 ) -> Converted:  # fmt: skip
     """Convert a model.
@@ -61,44 +68,63 @@ def convert(
         model: a folder, or a Hub id@revision.
         max_memory: bytes that a process may use beyond its libraries; 0 for twice the file it
             opens and a gigabyte.
-        overwrite: replace OUT.
+        overwrite: replace OUT, if it is a model.
+        fresh: throw away what an interrupted conversion, or other work, has left beside OUT.
 
     Raises:
-        UsageError: OUT exists, or is the model itself.
-        SourceError: no pickles, or one that holds anything but tensors.
-        ResourceError: the disk is full, memory ran out.
+        UsageError: OUT exists, holds the model, or has unfinished work of something else.
+        SourceError: no pickles, one that holds anything but tensors, or one that has changed.
+        ResourceError: the disk is full, memory ran out, another process writes to OUT.
         Interrupted: the same call goes on.
     """
-    root, files = _find(model, show)
-    if out.exists() and not overwrite:
-        raise UsageError("exists already", where=str(out), hint="Choose another, or --overwrite.")
-    if out.exists() and out.resolve() == root.resolve():
-        raise UsageError("the output would replace the model", where=str(out))
-    partial = folder_beside(out, ".partial")
-    lock = lock_folder(partial, "conversion")
     try:
-        copies = "keep" if _untied(root) else "leave"
-        found = _convert_all(model, files, partial, max_memory, copies, show)
-        copy_companions(root, root, partial)
-        if (root / "config.json").is_file():
-            shutil.copyfile(root / "config.json", partial / "config.json")
-        result = _finish(found, partial)
-        (partial / "lock").unlink(missing_ok=True)
-        if out.exists():
-            shutil.rmtree(out)
-        partial.rename(out)
+        with OutputWorkspace(out, "conversion") as work:
+            if not overwrite:
+                work.refuse(False, [])  # before anything is fetched
+            root, files = find_pickles(model, show)
+            work.refuse(overwrite, [root, *files])
+            config = _config(root, model)
+            inputs = Inputs([(model, root, folder_stamps(root))], [(model, file) for file in files])
+            copies = "keep" if _untied(config) else "leave"
+            key = _key(root, files, copies, inputs)
+            if fresh:
+                work.discard()
+            work.refuse_other_work(key)
+            work.begin(key, inputs.digest)
+            records = Records(work.journal, key, inputs.digest)
+            try:
+                job = _Job(model, work.model, max_memory, copies, work.lock)
+                found = _convert_all(job, files, records, show)
+            finally:
+                records.close()
+            _clear(work.model, found)
+            copy_companions(root, root, work.model)
+            if (root / "config.json").is_file():
+                shutil.copyfile(root / "config.json", work.model / "config.json")
+            result = _finish(found, work.model)
+            inputs.verify_or(work.discard)
+            work.publish()
     except OSError as error:
-        raise write_error(error, partial) from error
+        raise write_error(error, out) from error
     except KeyboardInterrupt:
         hint = "The same command goes on."
-        raise Interrupted("stopped", where=str(partial), hint=hint) from None
-    finally:
-        _close(lock)
+        raise Interrupted("stopped", where=f"{out}.partial", hint=hint) from None
     return Converted(out, *result)
 
 
-def _find(model: str, show: Show) -> tuple[Path, list[Path]]:
-    """The model's folder and its pickled files, as its index lists them."""
+def _key(root: Path, files: Sequence[Path], copies: str, inputs: Inputs) -> str:
+    """A digest of everything that the output depends on."""
+    names = [file.relative_to(root).as_posix() for file in files]
+    about = [_FORMAT, version("merge-cli"), version("torch"), str(root.resolve()), names, copies]
+    return hashlib.sha256(repr((about, inputs.content)).encode()).hexdigest()
+
+
+def find_pickles(model: str, show: Show) -> tuple[Path, list[Path]]:
+    """The model's folder and its pickled files, as its index lists them.
+
+    Raises:
+        SourceError: no folder, nothing pickled in it, or an index that does not hold.
+    """
     place = local_folder(model, Path.cwd())
     if place is None:
         reference = parse_reference(model, Path.cwd())
@@ -116,15 +142,15 @@ def _find(model: str, show: Show) -> tuple[Path, list[Path]]:
             show(Progress("fetch", fetched, total, model))
 
         place = hub.fetch_files(repo, wanted, progress)
-    names = sorted(p.name for p in place.iterdir() if p.is_file())
-    index = place / "pytorch_model.bin.index.json"
-    if index.is_file():
-        listed = json.loads(index.read_text(encoding="utf-8")).get("weight_map") or {}
-        found = sorted({str(name) for name in listed.values()})
-        odd = [name for name in found if "/" in name or name not in names]
-        if odd:
-            raise SourceError("its index names a file that is not here", model=model, file=odd[0])
-        return place, [place / name for name in found]
+    if not place.is_dir():
+        hint = "Name the model's folder, not a file in it."
+        raise SourceError("not a folder", model=model, hint=hint)
+    try:
+        names = sorted(p.name for p in place.iterdir() if p.is_file())
+    except OSError as error:
+        raise SourceError(f"cannot be read: {error.strerror}", model=model) from None
+    if _INDEX_OF_PICKLES in names:
+        return place, [place / name for name in _listed(place, names, model)]
     found = [n for n in names if n.endswith(_PICKLES) and not n.startswith(_NO_WEIGHTS)]
     if not found:
         safe = any(name.endswith(".safetensors") for name in names)
@@ -133,82 +159,128 @@ def _find(model: str, show: Show) -> tuple[Path, list[Path]]:
     return place, [place / name for name in found]
 
 
-def _untied(root: Path) -> bool:
-    """Whether the config says that head and embedding are two, however they were stored."""
+def _listed(place: Path, names: Sequence[str], model: str) -> list[str]:
+    """The files that the index lists."""
+    weight_map = read_mapping(place / _INDEX_OF_PICKLES, model).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CorruptFileError("has no weight_map", model=model, file=_INDEX_OF_PICKLES)
+    found = {name if isinstance(name, str) else repr(name) for name in weight_map.values()}
+    odd = sorted(name for name in found if name not in names)
+    if odd:
+        raise SourceError("its index names a file that is not here", model=model, file=odd[0])
+    return sorted(found)
+
+
+def _config(root: Path, model: str) -> dict[str, Any]:
     file = root / "config.json"
-    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return read_mapping(file, model) if file.exists() else {}
+
+
+def _untied(config: Mapping[str, Any]) -> bool:
+    """Whether the config says that head and embedding are two, however they were stored."""
     return (
         text_config(config).get("tie_word_embeddings", config.get("tie_word_embeddings")) is False
     )
 
 
+@dataclass(frozen=True)
+class _Job:
+    """What every file is converted with.
+
+    Attributes:
+        folder: where the results go.
+        lock: a descriptor that a child keeps open, so that nobody works here while it lives.
+    """
+
+    model: str
+    folder: Path
+    max_memory: int
+    copies: str
+    lock: int
+
+
 def _convert_all(
-    model: str, files: Sequence[Path], partial: Path, max_memory: int, copies: str, show: Show
+    job: _Job, files: Sequence[Path], records: Records, show: Show
 ) -> list[Mapping[str, Any]]:
     total = sum(file.stat().st_size for file in files)
+    known = {str(entry.get("file")): entry for entry in records.entries}
     done, seen = 0, list[str]()
     found: list[Mapping[str, Any]] = []
     for number, file in enumerate(files, start=1):
         name = "model.safetensors"
         if len(files) > 1:
             name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        target, record = partial / name, partial / f"{name}.json"
         show(Progress("convert", done, total, file.name))
-        if not (target.is_file() and record.is_file()):
-            answer = _in_a_process(model, file, target, max_memory, seen, copies)
-            record.write_text(json.dumps(answer), encoding="utf-8")
-        answer = json.loads(record.read_text(encoding="utf-8"))
+        answer = known.get(name)
+        if answer is None or not _is_whole(job.folder / name, answer):
+            made = _in_a_process(job, file, job.folder / name, seen)
+            answer = {"file": name, **made}
+            records.append(answer)
         seen += [*answer["tensors"], *answer["tied"]]
-        found.append({**answer, "file": name})
+        found.append(answer)
         done += file.stat().st_size
         show(Progress("convert", done, total, file.name))
     return found
 
 
-def _in_a_process(
-    model: str, file: Path, target: Path, max_memory: int, seen: Sequence[str], copies: str
-) -> dict[str, Any]:
-    limit = max_memory or 2 * file.stat().st_size + 2**30
-    command = [sys.executable, "-m", "merge_cli.conversion.child", str(file), str(target),
-               str(limit), json.dumps(list(seen)), copies]  # fmt: skip
-    ended = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True,
-                           check=False)  # fmt: skip
+def _in_a_process(job: _Job, file: Path, target: Path, seen: Sequence[str]) -> dict[str, Any]:
+    limit = job.max_memory or 2 * file.stat().st_size + 2**30
+    arguments = [str(file), str(target), str(limit), job.copies]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with child("merge_cli.conversion.child", arguments, inherited=[job.lock], text=True,
+               **pipes) as process:  # fmt: skip
+        said, complaint = process.communicate(json.dumps(list(seen)))
     try:
-        answer: dict[str, Any] = json.loads(ended.stdout)
+        answer: dict[str, Any] = json.loads(said)
     except ValueError:
-        last = (ended.stderr.strip().splitlines() or [f"exit code {ended.returncode}"])[-1]
-        if "memory" in last.lower() or ended.returncode < 0:
+        last = (complaint.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
+        if "memory" in last.lower() or process.returncode < 0:
             what = f"{file.name} needs more memory than {limit / 1e9:.1f} GB"
             raise ResourceError(what, hint="Give it more with --max-memory.") from None
-        raise SourceError(f"cannot be converted: {last}", model=model, file=file.name) from None
+        what = f"cannot be converted: {last}"
+        raise SourceError(what, model=job.model, file=file.name) from None
     if "error" not in answer:
         return answer
     what, hint = f"cannot be opened: {answer['error']}", ""
     if answer["unsafe"]:
         what = "holds more than tensors, and opening it would run its code"
         hint = "Do not open it, unless you trust who made it: then load and save it with torch."
-    raise SourceError(what, model=model, file=file.name, hint=hint)
+    raise SourceError(what, model=job.model, file=file.name, hint=hint)
+
+
+def _is_whole(file: Path, answer: Mapping[str, Any]) -> bool:
+    """Whether a file is there with the tensors that the record tells of."""
+    try:
+        refs = parse_header(read_header_file(file, ""), file, file.stat().st_size, "")
+    except (OSError, SourceError):
+        return False
+    return refs.keys() == set(answer["tensors"])
+
+
+def _clear(folder: Path, found: Sequence[Mapping[str, Any]]) -> None:
+    """Remove what an earlier run has put beside the weights, or begun."""
+    kept = {one["file"] for one in found}
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name not in kept:
+            path.unlink()
 
 
 def _finish(
-    found: Sequence[Mapping[str, Any]], partial: Path
+    found: Sequence[Mapping[str, Any]], folder: Path
 ) -> tuple[int, int, tuple[str, ...], tuple[str, ...]]:
-    """The index, and the sums; the working files go."""
+    """The index, and the sums."""
     weight_map = {name: one["file"] for one in found for name in one["tensors"]}
     size = 0
     for one in found:
-        file = partial / one["file"]
+        file = folder / one["file"]
         refs = parse_header(read_header_file(file, ""), file, file.stat().st_size, "")
         size += sum(ref.nbytes for ref in refs.values())
-        (partial / f"{one['file']}.json").unlink()
     if len(found) > 1:
         ordered = dict(sorted(weight_map.items()))
         document = {"metadata": {"total_size": size}, "weight_map": ordered}
-        (partial / INDEX).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        (folder / INDEX).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     tied = tuple(sorted({name for one in found for name in one["tied"]}))
     left_out = tuple(sorted({name for one in found for name in one["left_out"]}))
     return len(weight_map), size, tied, left_out
-
-
-def _close(lock: int) -> None:
-    os.close(lock)

@@ -11,20 +11,23 @@ sums may differ from run to run).
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
-import shutil
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from merge_cli.checkpoint.coefficients import FILE, open_coefficients
+from merge_cli.checkpoint.raw import replace_file
 from merge_cli.dam.student import Student
-from merge_cli.engine.beside import folder_beside, lock_folder, other_work, replace_file
+from merge_cli.engine.workspace import Workspace
 from merge_cli.errors import MergeCliError, NonFiniteError
+from merge_cli.sealed import read_sealed, seal
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _CHECKPOINT, _RECORD = "checkpoint.safetensors", "training.json"
 
@@ -69,48 +72,40 @@ class Position:
         self.static = self.static or {}
 
 
-class TrainingFolder:
+class TrainingFolder(Workspace):
     """OUT.training: a context manager that holds its lock.
 
     Args:
         target: OUT.
         key: of the work (see `run.work_key`); another one's folder is not continued.
         fresh: throw away what is there.
+        first: of several processes that train together the others hold no lock.
     """
 
     def __init__(self, target: Path, key: str, *, fresh: bool = False, first: bool = True) -> None:
-        self.path = folder_beside(target, ".training")
+        super().__init__(target, ".training", "training")
         self.key, self._fresh, self._first = key, fresh, first
-        self._lock = -1
 
-    def __enter__(self) -> TrainingFolder:
+    def __enter__(self) -> Self:
         """Take the lock.
 
         Raises:
             ResourceError: another process trains here, or the place cannot be written.
-            UsageError: unfinished training of something else is here.
+            UsageError: unfinished training of something else is here, or somebody else's folder.
         """
         if not self._first:
             return self
-        self._lock = lock_folder(self.path, "training")
-        if self._fresh:
-            for name in (_CHECKPOINT, _RECORD, FILE):
-                (self.path / name).unlink(missing_ok=True)
-        found = self._key_of()
-        if found not in (None, self.key):
+        super().__enter__()
+        try:
+            if self._fresh:
+                self.discard()
+            if self._key_of() not in (None, self.key):
+                raise self.other_work()
+            self.make()
+        except BaseException:
             self.__exit__(None, None, None)
-            raise other_work("training", self.path)
+            raise
         return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
 
     @property
     def coefficients(self) -> Path:
@@ -118,12 +113,12 @@ class TrainingFolder:
         return self.path / FILE
 
     def record(self) -> dict[str, Any] | None:
-        """The record of training that has ended; None while it has not."""
-        path = self.path / _RECORD
-        if not (path.exists() and self.coefficients.exists()):
+        """The record of training that has ended; None while it has not, or is not whole."""
+        found = read_sealed(self.path / _RECORD)
+        if found is None or found.get("key") != self.key:
             return None
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return dict(found) if found.get("key") == self.key else None
+        digest = found.pop("coefficients_file", None)
+        return found if digest == _digest_of(self.coefficients) else None
 
     def finish(self, entries: Mapping[str, Any], form: str, record: Mapping[str, Any]) -> None:
         """Write the result. The record comes last: where there is one, all is there.
@@ -136,12 +131,8 @@ class TrainingFolder:
                 hint = "Use a smaller learning_rate, with --fresh."
                 raise NonFiniteError("a learned coefficient is not finite", tensor=name, hint=hint)
         write_coefficients(self.coefficients, entries, form)
-        text = json.dumps({"key": self.key, **record}, ensure_ascii=False)
-        replace_file(self.path / _RECORD, text.encode())
-
-    def discard(self) -> None:
-        """Throw the folder away: the model that came of it is published."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        about = {"key": self.key, "coefficients_file": _digest_of(self.coefficients)}
+        replace_file(self.path / _RECORD, seal({**about, **record}))
 
     def save(self, student: Student, position: Position, best: Mapping[str, Any]) -> None:
         """Write a checkpoint between two steps, whole or not at all."""
@@ -151,24 +142,26 @@ class TrainingFolder:
         for name, kind, i, value in _state(student):
             tensors[f"{kind}{i}:{name}"] = value.detach().cpu().contiguous()
         about = {"key": self.key, "position": json.dumps(vars(position))}
-        replace_file(self.path / _CHECKPOINT, save(tensors, about))
+        replace_file(self.path / _CHECKPOINT, _with_metadata(save(tensors), about, summed=True))
 
     def resume(self, student: Student) -> tuple[Position, dict[str, Any]] | None:
-        """Put a student where the checkpoint is; its position and its best coefficients."""
-        path = self.path / _CHECKPOINT
-        if not path.exists():
-            return None
-        from safetensors import safe_open
+        """Put a student where the checkpoint is; its position and its best coefficients.
 
-        with safe_open(path, "pt") as file:
-            names = list(file.keys())  # an open file is no mapping: it has keys() alone
-            position = Position(**json.loads(file.metadata()["position"]))
-            best = {
-                key.partition(":")[2]: file.get_tensor(key)
-                for key in names if key.startswith("best:")
-            }  # fmt: skip
-            for name, kind, i, value in _state(student):
-                value.copy_(file.get_tensor(f"{kind}{i}:{name}"))
+        None where there is no checkpoint, or one that is not what was written.
+        """
+        content = self._checkpoint()
+        about = _metadata_of(content) if content else {}
+        if content is None or about.get("key") != self.key:
+            return None
+        from safetensors.torch import load
+
+        found = load(content)
+        position = Position(**json.loads(about["position"]))
+        best = {
+            key.partition(":")[2]: value for key, value in found.items() if key.startswith("best:")
+        }
+        for name, kind, i, value in _state(student):
+            value.copy_(found[f"{kind}{i}:{name}"])
         for coefficients in student.coefficients.values():
             coefficients.moved()
         student.steps = position.step - position.overflows
@@ -176,17 +169,21 @@ class TrainingFolder:
         student.write_all()
         return position, best
 
-    def _key_of(self) -> str | None:
-        """The key of whatever is here; None where nothing is."""
-        record, path = self.path / _RECORD, self.path / _CHECKPOINT
-        if record.exists():
-            return str(json.loads(record.read_text(encoding="utf-8")).get("key"))
-        if not path.exists():
+    def _checkpoint(self) -> bytes | None:
+        """The checkpoint, if it is there and holds."""
+        try:
+            content = (self.path / _CHECKPOINT).read_bytes()
+        except FileNotFoundError:
             return None
-        from safetensors import safe_open
+        return content if _holds(content) else None
 
-        with safe_open(path, "pt") as file:
-            return str((file.metadata() or {}).get("key"))
+    def _key_of(self) -> str | None:
+        """The key of whatever is here; None where nothing is that holds."""
+        record = read_sealed(self.path / _RECORD)
+        if record is not None:
+            return str(record.get("key"))
+        content = self._checkpoint()
+        return _metadata_of(content).get("key") if content else None
 
 
 def left_over(target: Path) -> TrainingFolder | None:
@@ -197,7 +194,7 @@ def left_over(target: Path) -> TrainingFolder | None:
     path = TrainingFolder(target, "").path
     try:
         report = json.loads((target / "merge_report.json").read_text(encoding="utf-8"))
-        key = json.loads((path / _RECORD).read_text(encoding="utf-8"))["key"]
+        key = (read_sealed(path / _RECORD) or {})["key"]
         published = report["coefficients"]["digest"]
         digest = open_coefficients(path / FILE).digest
     except (OSError, ValueError, KeyError, TypeError, MergeCliError):
@@ -214,18 +211,58 @@ def write_coefficients(path: Path, entries: Mapping[str, Any], form: str) -> Non
     replace_file(path, _with_metadata(save(dict(entries)), {"format": FORMAT, "form": form}))
 
 
-def _with_metadata(content: bytes, metadata: Mapping[str, str]) -> bytes:
+def _with_metadata(content: bytes, metadata: Mapping[str, str], *, summed: bool = False) -> bytes:
     """A safetensors file with metadata in sorted order.
 
     safetensors itself writes several entries in the order of a hash that differs from run to run:
     equal coefficients would be different bytes, with another digest.
+
+    Args:
+        summed: with a digest of all the rest, under `sum`.
     """
-    (length,) = struct.unpack("<Q", content[:8])
-    entries = json.loads(content[8 : 8 + length])
-    about = {"__metadata__": dict(sorted(metadata.items())), **entries}
+    entries, data = _split(content)
+    known = dict(sorted(metadata.items()))
+    if summed:
+        known["sum"] = _sum(entries, known, data)
+    about = {"__metadata__": known, **entries}
     header = json.dumps(about, ensure_ascii=False, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)  # the data that follows is aligned
-    return b"".join([struct.pack("<Q", len(header)), header, memoryview(content)[8 + length :]])
+    return b"".join([struct.pack("<Q", len(header)), header, data])
+
+
+def _split(content: bytes) -> tuple[dict[str, Any], memoryview]:
+    """The entries of a header (with its metadata, if any), and the data."""
+    (length,) = struct.unpack("<Q", content[:8])
+    return json.loads(content[8 : 8 + length]), memoryview(content)[8 + length :]
+
+
+def _sum(entries: Mapping[str, Any], metadata: Mapping[str, str], data: memoryview) -> str:
+    state = hashlib.sha256(json.dumps([entries, metadata], sort_keys=True).encode())
+    state.update(data)
+    return state.hexdigest()
+
+
+def _holds(content: bytes) -> bool:
+    """Whether a file is what `_with_metadata` has summed."""
+    try:
+        entries, data = _split(content)
+        metadata = dict(entries.pop("__metadata__"))
+        return bool(metadata.pop("sum") == _sum(entries, metadata, data))
+    except (ValueError, TypeError, AttributeError, KeyError, struct.error, RecursionError):
+        return False  # torn, or of a version that summed nothing
+
+
+def _metadata_of(content: bytes) -> dict[str, str]:
+    """Of a file that holds."""
+    return dict(_split(content)[0]["__metadata__"])
+
+
+def _digest_of(path: Path) -> str:
+    """SHA-256 of a file; empty where it cannot be read."""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:
+        return ""
 
 
 def _state(student: Student) -> Sequence[tuple[str, str, int, Any]]:

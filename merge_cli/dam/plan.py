@@ -23,7 +23,7 @@ from merge_cli.dam.tokenizers import one_tokenizer
 from merge_cli.engine.device import choose_device
 from merge_cli.engine.plan import Plan
 from merge_cli.errors import MismatchError, ResourceError
-from merge_cli.evaluation.digest import source_identity
+from merge_cli.evaluation.digest import remembered_identity
 from merge_cli.evaluation.live import choose_dtype, context_of
 from merge_cli.evaluation.teachers import Kept, Teacher
 from merge_cli.recipe.training import Training
@@ -37,7 +37,7 @@ class TeacherPlan:
 
     Attributes:
         tokens: whose predictions are kept, of train and held-out data.
-        missing: sequences that are not in the cache yet.
+        missing: sequences that are not in the cache yet; all, where its weights were not read yet.
         bytes: what the predictions take on disk.
     """
 
@@ -160,7 +160,9 @@ def _teachers(
 ) -> Iterator[TeacherPlan]:  # fmt: skip
     vocabulary = net.get_output_embeddings().weight.shape[0]
     for dataset in datasets:
-        teacher = teacher_of(operands[dataset.source], device, dtype)
+        source = operands[dataset.source]
+        identity = remembered_identity(source)
+        teacher = None if identity is None else Teacher(source, identity, device, dtype)
         parts = [(dataset.held_out, kept_for(training, held_out=True))]
         if training.needs_teachers:
             parts.append((dataset.train, kept_for(training, held_out=False)))
@@ -168,17 +170,12 @@ def _teachers(
         yield TeacherPlan(
             dataset.name,
             sum(tokens),
-            sum(teacher.missing(part, kept) for part, kept in parts),
+            sum(teacher.missing(part, kept) if teacher else len(part) for part, kept in parts),
             sum(
                 kept.bytes_of(count, vocabulary)
                 for count, (_, kept) in zip(tokens, parts, strict=True)
             ),
         )
-
-
-def teacher_of(source: Source, device: str, dtype: str) -> Teacher:
-    """A source as a teacher. On the Hub, it is known by its commit until its weights are here."""
-    return Teacher(source, source_identity(source), device, dtype)
 
 
 def fetch_everything(plan: Plan) -> None:

@@ -7,7 +7,7 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from importlib.metadata import version
@@ -25,17 +25,19 @@ from merge_cli.dam.plan import (
     fetch_everything,
     kept_for,
     plan_training,
-    teacher_of,
 )
 from merge_cli.dam.progress import StepLine
 from merge_cli.dam.result import build_record, gate
 from merge_cli.dam.student import Student
 from merge_cli.dam.trainer import Trainer, entries_of
+from merge_cli.engine.inputs import inputs_of
 from merge_cli.engine.options import MergeOptions, Progress, Show
 from merge_cli.engine.plan import Plan
 from merge_cli.errors import Interrupted
-from merge_cli.evaluation.live import memory_errors, torch_threads
-from merge_cli.evaluation.teachers import Predictions
+from merge_cli.evaluation.digest import source_identity
+from merge_cli.evaluation.live import memory_errors
+from merge_cli.evaluation.teachers import Predictions, Teacher
+from merge_cli.machine import torch_threads
 from merge_cli.recipe.schema import Recipe
 from merge_cli.recipe.training import Training
 
@@ -85,7 +87,9 @@ def learn(
     show = show if world.first else lambda progress: None
     with _interruptions() as stopping:
         fetch_everything(plan)
+        inputs = inputs_of(plan)
         decided = plan_training(plan, options.device, world)
+        stopping.patient = world.size > 1  # one that leaves by itself would be waited for
         folder = TrainingFolder(
             target, work_key(decided, world), fresh=options.fresh, first=world.first
         )
@@ -95,6 +99,8 @@ def learn(
             if record is None:
                 with torch_threads(options.threads), memory_errors(str(folder.path), _SMALLER):
                     record = _learn(decided, folder, world, show, stopping)
+                world.wait()
+                inputs.verify_or(folder.discard if world.first else lambda: None)
             world.wait()
         if world.any(stopping()):  # asked for where nobody looks: the merge must not begin
             what, hint = "stopped after training", "The same command continues."
@@ -158,7 +164,7 @@ def work_key(decided: TrainingPlan, world: World) -> str:
 
 def _learn(
     decided: TrainingPlan, folder: TrainingFolder, world: World, show: Show,
-    stopping: Callable[[], bool],
+    stopping: _Interruptions,
 ) -> dict[str, Any]:  # fmt: skip
     """Train, measure, and write the result.
 
@@ -175,6 +181,7 @@ def _learn(
         plan, decided.targets, training, decided.place, decided.device,
         getattr(torch, decided.dtype),
     )  # fmt: skip
+    stopping.patient = True
     try:
         forward = Forward(student.net)
         held_out = HeldOut(decided.datasets, kept, training.batch_tokens)
@@ -237,14 +244,15 @@ def _begin(
 
 
 def _teach(
-    decided: TrainingPlan, world: World, show: Show, stopping: Callable[[], bool]
+    decided: TrainingPlan, world: World, show: Show, stopping: _Interruptions
 ) -> tuple[list[Predictions | None], list[Predictions]]:
     """Each teacher over its own data, one at a time: train and held-out predictions."""
     train: list[Predictions | None] = []
     kept: list[Predictions] = []
     for dataset in decided.datasets:
         source = decided.plan.sources[decided.plan.operands[dataset.source]]
-        teacher = teacher_of(source, decided.device, decided.dtype)
+        # Every byte is read: what is kept must be the predictions of exactly this model.
+        teacher = Teacher(source, source_identity(source), decided.device, decided.dtype)
         share = (world.rank, world.size)
 
         def tell(done: int, total: int, name: str = dataset.name) -> None:
@@ -269,27 +277,42 @@ def _interrupted(folder: TrainingFolder, position: Position) -> Interrupted:
     return Interrupted(what, where=str(folder.path), hint="The same command continues.")
 
 
-@contextmanager
-def _interruptions() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C and SIGTERM are remembered, so that a step is not broken off half-way.
+class _Interruptions:
+    """Ctrl-C and SIGTERM. Called, it says whether one has come.
 
-    The second one is not waited for: then the last checkpoint is what there is.
+    Attributes:
+        patient: whether the first one is only remembered, so that a step is not broken off
+            half-way. The second one is not waited for: then the last checkpoint is what there is.
     """
-    asked: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    before: dict[int, Any] = {}
 
-    def remember(number: int, frame: object) -> None:
-        if asked:
+    def __init__(self) -> None:
+        self.patient = False
+        self._asked = False
+
+    def __call__(self) -> bool:
+        return self._asked
+
+    def receive(self, number: int, frame: object) -> None:
+        """A signal's handler."""
+        if self._asked or not self.patient:
             raise KeyboardInterrupt
-        asked.append(number)
+        self._asked = True
 
-    for kind in (signal.SIGINT, signal.SIGTERM):
-        before[kind] = signal.signal(kind, remember)
+
+@contextmanager
+def _interruptions() -> Iterator[_Interruptions]:
+    """Tell of signals; at first one stops everything at once.
+
+    Raises:
+        Interrupted: that happened.
+    """
+    found = _Interruptions()
+    if threading.current_thread() is not threading.main_thread():
+        yield found
+        return
+    before = {kind: signal.signal(kind, found.receive) for kind in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield lambda: bool(asked)
+        yield found
     except KeyboardInterrupt:
         raise Interrupted("stopped at once", hint="The same command continues.") from None
     finally:

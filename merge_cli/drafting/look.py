@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from merge_cli.analysis.configs import stored_dtypes
 from merge_cli.analysis.subject import Subject, open_subject, recipe_of
 from merge_cli.analysis.tokenizers import TokenizerDifference, tokenizer_difference
+from merge_cli.checkpoint.adapter_contents import WEIGHTS
 from merge_cli.checkpoint.header import DTYPES, MERGEABLE
 from merge_cli.checkpoint.hub import is_cached
-from merge_cli.checkpoint.lora import WEIGHTS
 from merge_cli.checkpoint.source import Source
 from merge_cli.checkpoint.tokenizer_files import read_tokenizer
 from merge_cli.errors import MismatchError

@@ -29,7 +29,7 @@ from merge_cli.engine.layers import place_of
 from merge_cli.engine.modules import TEXT, kind_of
 
 # Buffers that old checkpoints stored and models compute by themselves.
-_BUFFERS = ("rotary_emb.inv_freq", ".masked_bias", ".attn.bias", ".attention.bias",
+BUFFERS = ("rotary_emb.inv_freq", ".masked_bias", ".attn.bias", ".attention.bias",
             "position_ids", "rotary_emb.cos_cached", "rotary_emb.sin_cached")  # fmt: skip
 BUFFER = "the model computes this buffer by itself"
 _POOLER = re.compile(r"(^|\.)pooler\.")
@@ -81,7 +81,7 @@ class Absent:
         return next(filter(None, why), "") or self._by_class(name, both)
 
     def _by_name(self, name: str, described_by: int, *, sliced: bool) -> str:
-        if name.endswith(_BUFFERS):
+        if name.endswith(BUFFERS):
             return BUFFER
         if _POOLER.search(name):
             return "models are built with and without a pooler"

@@ -13,12 +13,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from merge_cli.checkpoint.adapter import Adapter, open_adapter
-from merge_cli.checkpoint.changes import Zeros, changes_of, embeddings_of
+from merge_cli.checkpoint.adapter_contents import WEIGHTS
+from merge_cli.checkpoint.changes import LowRank, changes_of, embeddings_of, experts_of
+from merge_cli.checkpoint.expert_adapters import is_newer
+from merge_cli.checkpoint.expert_factors import Patched
 from merge_cli.checkpoint.layout import OutputTensor, lay_out
-from merge_cli.checkpoint.lora import WEIGHTS
 from merge_cli.checkpoint.low_rank import Updated
 from merge_cli.checkpoint.source import Source
 from merge_cli.checkpoint.tensors import Tensor
+from merge_cli.checkpoint.zeros import Zeros
 from merge_cli.engine.plan import Plan, TensorTask
 from merge_cli.engine.planner import make_plan
 from merge_cli.errors import MergeCliError, MismatchError, Problem, SourceError
@@ -26,6 +29,7 @@ from merge_cli.methods.registry import get_method
 from merge_cli.recipe.reference import ModelRef
 from merge_cli.recipe.schema import Recipe
 
+Changes = Mapping[str, Updated | Patched]
 ZERO_BASE = ModelRef("no change")
 # A weighted sum of changes is a product of thin matrices again: it is never made.
 LINEAR = frozenset(("soup", "task_arithmetic", "passthrough"))
@@ -86,12 +90,15 @@ def rank_of(plan: Plan) -> int | None:
     return max(one.rank for task in plan.tasks for one in _updates(task))
 
 
-def _updates(task: TensorTask) -> list[Updated]:
-    return [one for one in task.operands if isinstance(one, Updated)]
+def _updates(task: TensorTask) -> list[Updated | Patched]:
+    return [one for one in task.operands if isinstance(one, LowRank)]
 
 
 def _source(
-    label: str, adapter: Adapter, own: Mapping[str, Updated], shapes: Mapping[str, tuple[int, ...]]
+    label: str,
+    adapter: Adapter,
+    own: Changes,
+    shapes: Mapping[str, tuple[int, ...]],
 ) -> Source:
     """An adapter as a model of changes."""
     tensors: dict[str, Tensor] = {name: Zeros(name, label, shape) for name, shape in shapes.items()}
@@ -104,6 +111,15 @@ def _refuse_both_ways(adapters: Mapping[str, Adapter]) -> None:
     if len(ways) > 1:
         what = "some adapters are of layers stored [in, out] (fan_in_fan_out), and some are not"
         raise MismatchError([Problem(what)], "the adapters are of different models")
+    orders = {
+        is_newer(one.config)
+        for one in adapters.values()
+        if any(place.shape[0] == place.shape[1] for place in experts_of(one).values())
+    }
+    if len(orders) > 1:
+        what = "some were written by PEFT up to 0.19.0, which orders square factors of experts "
+        what += "otherwise: merge the models, `BASE+ADAPTER`, instead"
+        raise MismatchError([Problem(what)], "the adapters' experts do not mean the same")
 
 
 def _expected(plan: Plan, adapters: Mapping[str, Adapter]) -> list[OutputTensor]:
@@ -121,7 +137,9 @@ def _expected(plan: Plan, adapters: Mapping[str, Adapter]) -> list[OutputTensor]
 
 
 def _notes(
-    plan: Plan, adapters: Mapping[str, Adapter], changes: Mapping[str, Mapping[str, Updated]]
+    plan: Plan,
+    adapters: Mapping[str, Adapter],
+    changes: Mapping[str, Changes],
 ) -> list[str]:
     output, most = plan.recipe.output, rank_of(plan)
     assert output is not None

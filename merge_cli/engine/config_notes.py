@@ -12,8 +12,9 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from merge_cli.checkpoint.config import LAYER_COUNTS, text_config
+from merge_cli.checkpoint.config import text_config
 from merge_cli.checkpoint.config_defaults import class_defaults
+from merge_cli.checkpoint.layer_rules import LAYER_COUNTS
 from merge_cli.checkpoint.source import Source
 
 # Names and versions; what training and generating alone look at; what headers or the tokenizers

@@ -2,7 +2,8 @@
 
 The first number in a name is its layer: `model.layers.7.mlp.up_proj.weight` is layer 7 of the
 stack `model.layers`. A model may have several stacks (encoder and decoder, vision and text); the
-one that recipes slice is the one with as many layers as the config says.
+one that recipes slice is the one with as many layers as the config says. A number of more than
+five digits is no layer's: loops run over layers.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
-from merge_cli.checkpoint.config import layer_count
+from merge_cli.checkpoint.config import layer_count, predicting_layers
 from merge_cli.engine.modules import TEXT, kind_of
 
-_LAYER = re.compile(r"^(?:(?P<stack>.*?)\.)?(?P<index>\d+)\.(?P<rest>.+)$")
+_LAYER = re.compile(r"^(?:(?P<stack>.*?)\.)?(?P<index>[0-9]{1,5})\.(?P<rest>.+)$")
 # After the last layer: they come from the last slice. What else has no layer comes from the first.
 _AFTER = re.compile(r"(norm|ln_f|final_layernorm|final_layer_norm|final_norm|lm_head|"
                     r"embed_out|output|score|classifier|pooler|cls|ln_out)(\.|$)")  # fmt: skip
@@ -52,9 +53,10 @@ class Places(dict[str, Place | None]):
         return place
 
 
-def stacks(names: Iterable[str]) -> dict[str, int]:
+def stacks(names: Iterable[str], places: Places | None = None) -> dict[str, int]:
     """Every stack and its number of layers."""
-    return heights(map(place_of, names))
+    known = Places() if places is None else places
+    return heights(known[name] for name in names)
 
 
 def heights(places: Iterable[Place | None]) -> dict[str, int]:
@@ -80,9 +82,11 @@ def comes_after_layers(name: str, stack: str) -> bool:
     return False
 
 
-def main_stack(names: Iterable[str], config: Mapping[str, Any]) -> str | None:
+def main_stack(
+    names: Iterable[str], config: Mapping[str, Any], places: Places | None = None
+) -> str | None:
     """The stack that `layer_range` counts in; None where it is not clear which."""
-    return _main_stack(stacks(names), config)
+    return _main_stack(stacks(names, places), config)
 
 
 def _main_stack(found: Mapping[str, int], config: Mapping[str, Any]) -> str | None:
@@ -102,12 +106,16 @@ class Anatomy:
     Attributes:
         stacks: every stack and its number of layers.
         main: the stack that `layer_range` counts in; None where it is not clear which.
+        layers: how many of it slices may take: all but those for multi-token prediction.
     """
 
     def __init__(self, names: Iterable[str], config: Mapping[str, Any], places: Places) -> None:
         self._names, self._all_places = tuple(names), places
         self.stacks = heights(places[name] for name in self._names)
         self.main = _main_stack(self.stacks, config)
+        height = self.stacks.get(self.main, 0) if self.main is not None else 0
+        behind = predicting_layers(config)
+        self.layers = height - behind if height - behind == layer_count(config) else height
         # Numbers of tensors, by layer of the main stack and outside of it: a slice looks at its
         # own alone, so that many slices of a model take no longer than the model whole.
         self._layers: dict[int, list[int]] = {}
@@ -145,13 +153,16 @@ class Seat:
 
     Attributes:
         group: what the report sums over: the layer, or the name of a tensor that has none.
-        position: the layer's place in its piece, 0 (first, or no layer) to 1 (last).
+        position: the layer's place in its piece, 0 (first, or no layer) to 1 (last, or the only
+            one: a gradient's last value, as in mergekit).
         beyond: whether it stands behind the model's last layer.
+        layer: its number within the piece, where that is a slice of a stack.
     """
 
     group: str
     position: float = 0.0
     beyond: bool = False
+    layer: int | None = None
 
 
 class Seats:
@@ -176,12 +187,17 @@ class Seats:
         return seat
 
     def _find(self, place: Place) -> Seat:
-        first = self._start if place.stack == self._stack else 0
+        sliced = place.stack == self._stack
+        first = self._start if sliced else 0
         last = self._heights[place.stack] - first - 1
         group = f"{place.stack}.{place.index}".lstrip(".")
+        layer = place.index - first if sliced else None
         if place.index >= self._heights[place.stack]:
-            return Seat(group, 1.0, beyond=True)
-        return Seat(group, (place.index - first) / last if last > 0 else 0.0)
+            return Seat(group, 1.0, beyond=True, layer=layer)
+        # One number alone is a layer where nothing is taller: `projector.0` beside layers is none.
+        alone = 1.0 if sliced or max(self._heights.values()) == 1 else 0.0
+        position = (place.index - first) / last if last > 0 else alone
+        return Seat(group, position, layer=layer)
 
 
 def model_heights(found: Mapping[str, int], config: Mapping[str, Any]) -> dict[str, int]:

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from merge_cli.checkpoint.header import DTYPES
-from merge_cli.checkpoint.raw import FilePool, write_error
+from merge_cli.checkpoint.raw import FilePool, sync, write_error
 from merge_cli.engine.compute import Computer
 from merge_cli.engine.device import Device
 from merge_cli.engine.journal import Journal
 from merge_cli.engine.lanes import Files
-from merge_cli.engine.memory import keep_freed_memory, lane_room, usable_cores
+from merge_cli.engine.memory import keep_freed_memory, lane_room
 from merge_cli.engine.operands import Reading, ask_for
 from merge_cli.engine.options import MergeOptions, Progress, Show
 from merge_cli.engine.outcome import Outcome, stages
@@ -35,8 +35,8 @@ from merge_cli.engine.workers import (
     memory_errors,
     one_torch_thread,
 )
-from merge_cli.engine.workfolder import sync
 from merge_cli.errors import NonFiniteError
+from merge_cli.machine import usable_cores
 
 _SYNC_BYTES = 2_000_000_000
 _SURVEY = "reading the whole model first, for thresholds over all of it"

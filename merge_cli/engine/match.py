@@ -16,7 +16,14 @@ from merge_cli.checkpoint.source import Source
 from merge_cli.checkpoint.tensors import Tensor
 from merge_cli.engine.absent import BUFFER, Absent, in_short
 from merge_cli.engine.heads import View
-from merge_cli.engine.layers import Anatomy, Places, Seat, Seats, heights, model_heights
+from merge_cli.engine.layers import (
+    Anatomy,
+    Places,
+    Seat,
+    Seats,
+    heights,
+    model_heights,
+)
 from merge_cli.engine.modules import known_modules, members
 from merge_cli.engine.pieces import Operand, Piece
 from merge_cli.errors import Problem
@@ -58,6 +65,7 @@ class Matches:
     found: list[Match] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     uneven: dict[tuple[str, str], list[str]] = field(default_factory=dict)
+    places: Places = field(default_factory=Places)
 
     def told(self, names: str, why: str, name: str) -> None:
         """Remember what is told of many tensors in one line: `names` are those of the sources."""
@@ -105,9 +113,9 @@ def match_pieces(
     Args:
         views: for each source, the tensors that it is taken to have.
     """
-    places, absent = Places(), Absent(sources)
+    matches, absent = Matches(), Absent(sources)
+    places = matches.places
     models = [Model(source, view, places) for source, view in zip(sources, views, strict=True)]
-    matches = Matches()
     modules = list(dict.fromkeys(piece.module for piece in pieces if piece.module))
     parts = [model.parts(modules) if modules else {} for model in models]
     matches.problems += _module_problems(pieces, models, parts)
@@ -190,9 +198,11 @@ def _offered(piece: Piece, operand: Operand, model: Model, into: Matches) -> Vie
         into.problems.append(Problem(what, piece.key))
         return None
     low, high = operand.layers
-    have = anatomy.stacks.get(anatomy.main, 0)
+    have = anatomy.layers
     if high > have:
         what = f"{model.label} has {have} layers, not {high}"
+        if high <= anatomy.stacks.get(anatomy.main, 0):
+            what += ": what is behind them predicts further tokens"
         into.problems.append(Problem(what, f"{piece.key}.layer_range"))
         return None
     cut = anatomy.cut(range(low, high), first=piece.first, last=piece.last)

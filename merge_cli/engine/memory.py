@@ -7,7 +7,6 @@ method makes of it. Everything else is the interpreter, its libraries and the pl
 from __future__ import annotations
 
 import ctypes
-import os
 import resource
 import sys
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from merge_cli.engine.options import MergeOptions
 from merge_cli.engine.plan import Plan
 from merge_cli.errors import UsageError
 from merge_cli.kernels.reduce import BLOCK_MULTIPLE
+from merge_cli.machine import free_memory, usable_cores
 
 MINIMUM_MEMORY = 500_000_000
 # Measured with scripts/bench.py: the interpreter with its libraries; what numba or torch add; what
@@ -65,7 +65,9 @@ def lane_room(plan: Plan, device: Device, options: MergeOptions) -> LaneRoom:
         what = f"--max-memory of {options.max_memory / 1e6:.0f} MB is too little"
         raise UsageError(what, hint=f"Give it at least {MINIMUM_MEMORY / 1e6:.0f} MB.")
     inputs = max((len(task.inputs) for task in plan.tasks), default=1)
-    free = max(0, options.max_memory - _fixed(plan, device))
+    # What a container or a batch system leaves us counts, too, with what we hold already.
+    allowed = min(options.max_memory, peak_rss() + free_memory())
+    free = max(0, allowed - _fixed(plan, device))
     if device.kind == "cpu":
         spare = _TEMPORARIES[choose_arithmetic(plan)[0]]
         spare += 2 * inputs if plan.method.gathers else 0  # a block's statistics, and with weights
@@ -88,21 +90,6 @@ def estimated_peak(plan: Plan, device: Device, options: MergeOptions) -> int:
     """What the process will hold at its peak, from the plan alone."""
     room = lane_room(plan, device, options)
     return _fixed(plan, device) + room.lanes * room.bytes * _computes(plan)
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on: a batch system often grants fewer than there are."""
-    cores = os.cpu_count() or 1
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    quota = Path(
-        "/sys/fs/cgroup/cpu.max"
-    )  # what a container may use: "200000 100000", or "max ..."
-    if quota.exists():
-        allowed, period = quota.read_text().split()
-        if allowed != "max":
-            cores = min(cores, max(1, round(int(allowed) / int(period))))
-    return cores
 
 
 def keep_freed_memory() -> None:

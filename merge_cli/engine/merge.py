@@ -15,15 +15,19 @@ from merge_cli.checkpoint.raw import write_error
 from merge_cli.checkpoint.source import fetch_weights
 from merge_cli.engine.copies import compare_copies
 from merge_cli.engine.device import choose_device
+from merge_cli.engine.inputs import inputs_of
 from merge_cli.engine.journal import work_key
 from merge_cli.engine.loop import run_loop
 from merge_cli.engine.options import MergeOptions, Progress, Show
 from merge_cli.engine.outcome import Outcome
+from merge_cli.engine.output import OutputWorkspace
 from merge_cli.engine.plan import Plan
+from merge_cli.engine.records import Records
+from merge_cli.engine.shardfiles import clear_companions, open_journal
 from merge_cli.engine.token_numbers import renumber
-from merge_cli.engine.workfolder import WorkFolder
 from merge_cli.errors import Interrupted, SourceError
 
+_ANEW = "starting over: earlier work is damaged, or a file that it has read was touched since"
 # Writes reports into the folder, given the plan, each source's fingerprint, and the outcome.
 Finish = Callable[[Plan, tuple[str, ...], Outcome, Path], None]
 
@@ -40,13 +44,14 @@ def execute(plan: Plan, target: Path, options: MergeOptions, *, show: Show, fini
 
     Raises:
         UsageError, ResourceError: the target cannot be used, the disk is full, memory ran out.
-        SourceError: a source vanished, is truncated, or holds NaN or Inf.
+        SourceError: a source vanished, is truncated, has changed meanwhile, or holds NaN or Inf.
         Interrupted: Ctrl-C or SIGTERM; the same command resumes.
     """
     device = choose_device(options.device)
     try:
-        with WorkFolder(target) as work:
+        with OutputWorkspace(target) as work:
             fetch_inputs(plan, show)
+            inputs = inputs_of(plan)
             fingerprints = verified_fingerprints(plan)
             key = work_key(plan, device.kind, options.statistics)
             if not options.fresh and work.published(key):
@@ -61,14 +66,22 @@ def execute(plan: Plan, target: Path, options: MergeOptions, *, show: Show, fini
             for note in differing:
                 show(Progress("copies", 0, 0, note))
             plan = replace(plan, notes=(*plan.notes, *differing))
-            journal = work.open_journal(key, plan.shards)
+            begun = Records.count_of(work.journal)
+            journal = open_journal(work, key, plan.shards, inputs.digest)
+            if begun and not journal.done:
+                show(Progress("merge", 0, 0, _ANEW))
             try:
                 outcome = run_loop(plan, work.model, journal, device, options, show)
+            except SourceError:
+                inputs.verify_or(work.discard)  # what it stumbled over may be a half-written file
+                raise
             finally:
                 journal.close()
-            work.clear_companions(plan.shards)
+            inputs.verify_or(work.discard)
+            clear_companions(work, plan.shards)
             write_companions(plan, work.model, options)
             finish(plan, fingerprints, outcome, work.model)
+            inputs.verify_or(work.discard)
             work.publish(fsync=options.fsync)
             return work.target
     except OSError as error:
@@ -85,7 +98,7 @@ def check_target(plan: Plan, target: Path, options: MergeOptions) -> None:
         UsageError, ResourceError: as `execute` does.
     """
     choose_device(options.device)
-    work = WorkFolder(target)
+    work = OutputWorkspace(target)
     try:
         work.refuse(options.overwrite, precious(plan))
         work.check_space(plan.bytes_written)

@@ -61,3 +61,9 @@ def open_all(recipe: Recipe, made: Mapping[str, Source]) -> tuple[Recipe, list[S
             what = f"its weights are quantised ({method})"
             raise SourceError(what, model=source.label, hint=hint)
     return recipe.with_models(spelling), list(opened.values())
+
+
+def files_of(source: Source) -> frozenset[str]:
+    """The names of a model's files, here or on the Hub."""
+    here = {path.name for path in source.root.iterdir()} if source.root.is_dir() else set()
+    return frozenset(here | set(source.hub.files if source.hub else ()))

@@ -23,6 +23,7 @@ class MergeOptions:
         allow_non_finite: merge NaN and Inf as they are.
         trust_remote_code: copy the donor's Python files; nothing is run.
         copy_tokenizer: copy tokenizer files.
+        model_card: write README.md.
         keep_stages: leave the results of a recipe's other documents in OUT.stages.
     """
 
@@ -36,6 +37,7 @@ class MergeOptions:
     allow_non_finite: bool = False
     trust_remote_code: bool = False
     copy_tokenizer: bool = True
+    model_card: bool = True
     keep_stages: bool = False
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from merge_cli.methods.operands import operand_specs
 from merge_cli.methods.registry import Method
-from merge_cli.methods.resolve import operand_specs
 from merge_cli.recipe.schema import Recipe, SliceSpec, SourceSpec
 
 
@@ -107,7 +107,7 @@ def _cut(
             Piece(
                 part.key if part else "models",
                 part,
-                tuple(operand(spec) for spec in operand_specs(here, method, listed)),
+                tuple(operand(spec) for spec in operand_specs(here, method, listed, part)),
                 base,
                 first=number == 0,
                 last=number == len(groups) - 1,

@@ -6,7 +6,7 @@ import gc
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import groupby
+from itertools import chain, groupby
 from operator import attrgetter
 from pathlib import Path
 
@@ -15,25 +15,30 @@ from merge_cli.checkpoint.chat_template import choose_template
 from merge_cli.checkpoint.coefficients import CoefficientFile, open_coefficients
 from merge_cli.checkpoint.companion_check import check_companions
 from merge_cli.checkpoint.config import (
-    LAYER_COUNTS,
     merged_config,
     text_config,
     with_layer_types,
 )
+from merge_cli.checkpoint.files import check_links, named_code
 from merge_cli.checkpoint.header import DTYPES
+from merge_cli.checkpoint.layer_rules import LAYER_COUNTS
 from merge_cli.checkpoint.layout import lay_out, natural_key
 from merge_cli.checkpoint.source import Source
 from merge_cli.engine import fp8
 from merge_cli.engine.aliases import join_aliases
 from merge_cli.engine.config_notes import config_notes
 from merge_cli.engine.heads import reconcile_heads
+from merge_cli.engine.input_names import input_names, sliced_names
 from merge_cli.engine.layouts import lay_out_alike
 from merge_cli.engine.match import Match, match_pieces
-from merge_cli.engine.opening import one_spelling, open_all
+from merge_cli.engine.opening import files_of, one_spelling, open_all
 from merge_cli.engine.pieces import Piece, cut_pieces
 from merge_cli.engine.plan import Action, Plan, TensorTask, is_stored_as
 from merge_cli.engine.prefixes import Renamed, rename
-from merge_cli.engine.stacking import layer_sources, stacked_pieces
+from merge_cli.engine.promotion import promoted_dtype, promotion_note
+from merge_cli.engine.stacking import described, left_out, origins_of, stacked_pieces
+from merge_cli.engine.structure import check_structure
+from merge_cli.engine.task_heads import head_problems
 from merge_cli.engine.token_numbers import renumber, vocabulary_notes
 from merge_cli.engine.vocabulary import align
 from merge_cli.errors import MismatchError, Problem, RecipeError, UsageError
@@ -133,10 +138,15 @@ def make_plan(
         sources = list(renamed.sources)
     aliases = join_aliases(sources, pieces[0].reference.source)
     sources = list(aliases.sources)
+    mixed = head_problems(sources)
+    if mixed:
+        raise MismatchError(mixed, "the models have different heads")
     heads = reconcile_heads(sources)
     donor = base if base is not None else pieces[0].reference.source
     aligned = align(recipe, sources, heads.views, base, donor)
-    check_companions(sources[donor], sources[aligned.donor])
+    givers = sources[donor], aligned.guest or sources[aligned.donor]
+    check_links(givers[0].root, givers[1].root, (givers[0].label, givers[1].label))
+    check_companions(*givers)
     matches = match_pieces(pieces, sources, aligned.views)
     if matches.problems:
         count = len(matches.problems)
@@ -161,19 +171,30 @@ def make_plan(
     dtypes = {task.dtype for task in tasks if task.dtype in _FLOATS}
     donated = sources[donor].config
     stacked = stacked_pieces(recipe, pieces, sources)
+    behind: list[str] = []
     if stacked:
         donated = with_layer_types(donated, sources[donor].root)
+        donated, behind = left_out(donated, stacked, sources, matches.places)
+    doubts: list[str] = []
+    origins = origins_of(stacked, sources, matches.places, doubts) if stacked else None
+    config, changes = merged_config(
+        donated,
+        dtype=DTYPES[dtypes.pop()][1] if len(dtypes) == 1 else None,
+        tied=heads.tied,
+        layers=described(origins) if origins else None,
+        doubts=doubts,
+    )
+    config = renumber(config, aligned)
+    shapes = {task.name: task.shape for task in tasks}
     try:
-        config, changes = merged_config(
-            donated,
-            dtype=DTYPES[dtypes.pop()][1] if len(dtypes) == 1 else None,
-            tied=heads.tied,
-            layers=layer_sources(stacked, sources) if stacked else None,
+        opening = (
+            check_structure(config, shapes, sources[donor], heads.views[donor], sources, origins)
+            if recipe.output is None
+            else []
         )
     except ValueError as error:
         what = f"these layers cannot be stacked: {error}."
         raise RecipeError([recipe.problem(stacked[0].key, what)]) from None
-    config = renumber(config, aligned)
     template, template_note = choose_template(recipe, sources)
     notes = [
         *(f"{source.label}: {note}" for source in sources for note in source.notes),
@@ -191,8 +212,12 @@ def make_plan(
         *(vocabulary_notes(sources) if recipe.tokenizer is None else ()),
         *template_note,
         *matches.notes,
+        *promotion_note(recipe, tasks),
         *(f"config.json: {change}" for change in changes),
-        *idle_filters(recipe, [task.name for task in tasks]),
+        *behind,
+        *opening,
+        *named_code(givers[0].root, givers[0].label, files_of(givers[0])),
+        *idle_filters(recipe, chain((task.name for task in tasks), sliced_names(matches.found))),
         *beyond_note(
             recipe,
             list(
@@ -211,7 +236,7 @@ def make_plan(
     return fp8.described(Plan(
         recipe=recipe,
         method=method,
-        sources=tuple(sources),
+        sources=(*sources, *filter(None, [aligned.guest])),
         base=base,
         operands=tuple(operands),
         donor=donor,
@@ -266,9 +291,10 @@ def _tasks(
                              (match.source,), (), group=group, note=match.copied), ""  # fmt: skip
             continue
         copy_of = copies.get(name, "")
-        resolved = resolver.of(copy_of or name, match.seat.position)
+        own = input_names(match) if resolver.filtered and not copy_of else ()
+        resolved = resolver.of(copy_of or name, match.seat.position, own)
         block = codes.block(name, like) if codes else None
-        dtype = fp8.CODES if block else wanted or like.native
+        dtype = fp8.CODES if block else wanted or promoted_dtype(like, operands)
         copied = resolved.copies and is_stored_as(operands[0], dtype)
         action: Action = "copy" if copied else "merge"
         mixed = {ref.native for ref in operands} | {like.native}

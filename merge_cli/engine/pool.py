@@ -15,6 +15,8 @@ from types import TracebackType
 from typing import Any, Generic, TypeVar
 
 from merge_cli.engine.lanes import Lane
+from merge_cli.errors import ResourceError
+from merge_cli.notices import say_once
 
 I = TypeVar("I")  # noqa: E741
 R = TypeVar("R")
@@ -69,8 +71,21 @@ class Pool:
         ]
 
     def __enter__(self) -> Pool:
-        for worker in self._workers:
-            worker.start()
+        """Start the threads, or as many as the system lets us.
+
+        Raises:
+            ResourceError: not even one.
+        """
+        for number, worker in enumerate(self._workers):
+            try:
+                worker.start()
+            except RuntimeError as error:  # "can't start new thread"
+                if number == 0:
+                    hint = "Raise the limit: ulimit -u."
+                    raise ResourceError("no thread can be started", hint=hint) from error
+                self._workers, self.threads = self._workers[:number], number
+                say_once(f"only {number} threads could be started")
+                break
         return self
 
     def __exit__(

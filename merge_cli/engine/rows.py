@@ -35,7 +35,7 @@ class Words:
     def places(self) -> dict[Key, int]:
         """Its rows by token; by number, where no token has the row."""
         found: dict[Key, int] = {
-            token: number for token, number in self.numbers.items() if number < self.rows
+            token: number for token, number in self.numbers.items() if 0 <= number < self.rows
         }
         used = set(found.values())
         return found | {number: number for number in range(self.rows) if number not in used}

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from itertools import groupby
+from typing import Any
 
-from merge_cli.checkpoint.config import with_layer_types
+from merge_cli.checkpoint.config import (
+    PREDICTING,
+    layer_count,
+    predicting_layers,
+    text_config,
+    with_layer_types,
+)
 from merge_cli.checkpoint.source import Source
-from merge_cli.engine.layers import main_stack, stacks
+from merge_cli.engine.layers import Places, main_stack, stacks
 from merge_cli.engine.modules import TEXT, kind_of, members
 from merge_cli.engine.pieces import Piece
+from merge_cli.engine.structure import Origins
 from merge_cli.errors import Problem, RecipeError
 from merge_cli.recipe.schema import Recipe
 
@@ -55,15 +64,52 @@ def stacked_pieces(
     return moved[0] if moved else []
 
 
-def layer_sources(
-    pieces: Sequence[Piece], sources: Sequence[Source]
-) -> list[tuple[dict[str, object], int]]:
-    """For each output layer, whose config describes it and which layer it is there."""
-    found: list[tuple[dict[str, object], int]] = []
+def origins_of(
+    pieces: Sequence[Piece], sources: Sequence[Source], places: Places, doubts: Sequence[str]
+) -> Origins:
+    """Where each output layer comes from.
+
+    Args:
+        places: of names that are known already.
+        doubts: rules by position that they may not follow; filled later.
+    """
+    found: list[tuple[Source, int]] = []
     for piece in pieces:
         layers = piece.reference.layers
         assert layers is not None, "every source of a slice has a layer_range"
-        source = sources[piece.reference.source]
-        config = with_layer_types(source.config, source.root)
-        found.extend((config, layer) for layer in range(*layers))
-    return found
+        found.extend((sources[piece.reference.source], layer) for layer in range(*layers))
+    first = sources[pieces[0].reference.source]
+    stack = main_stack(first.tensors, first.config, places) or ""
+    return Origins(stack, found, doubts)
+
+
+def described(origins: Origins) -> list[tuple[dict[str, object], int]]:
+    """For each output layer, whose config describes it and which layer it is there."""
+    configs = {source.label: source for source, _ in origins.layers}
+    explicit = {label: with_layer_types(s.config, s.root) for label, s in configs.items()}
+    return [(explicit[source.label], layer) for source, layer in origins.layers]
+
+
+def left_out(
+    config: Mapping[str, Any], pieces: Sequence[Piece], sources: Sequence[Source], places: Places
+) -> tuple[dict[str, Any], list[str]]:
+    """Layers behind the last one (for multi-token prediction), which no slice can take.
+
+    Returns:
+        the config, which promises none of them any more, and notes.
+    """
+    changed: dict[str, Any] = json.loads(json.dumps(config))
+    part, notes = text_config(changed), []
+    for source in {sources[piece.reference.source].label: sources[piece.reference.source]
+                   for piece in pieces}.values():  # fmt: skip
+        found = stacks(source.tensors, places)
+        stack = main_stack(source.tensors, source.config, places) or ""
+        height, count = found.get(stack, 0), layer_count(source.config)
+        behind = predicting_layers(source.config)
+        if behind and count is not None and height == count + behind:
+            notes.append(f"{source.label}: left out {stack}.{count} and what is behind it, which "
+                         "predicts further tokens and is no layer of the stack")  # fmt: skip
+            for key in PREDICTING:
+                if type(part.get(key)) is int:
+                    part[key] = 0
+    return changed, notes

@@ -1,6 +1,5 @@
 """OUT.stages: where the results of a recipe's stages wait until OUT is published.
 
-    OUT.stages/lock        held from beginning to end, by one process
     OUT.stages/NAME        what a document makes, published like any model
     OUT.stages/NAME.begun  the key of the work that makes it, or has been at it
     OUT.stages/NAME.done   the key of the work that has made it
@@ -10,21 +9,24 @@ A key says how a thing is made: where it differs, what is there is of no use any
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
-from merge_cli.engine.beside import folder_beside, lock_folder, replace_file
-from merge_cli.errors import UsageError
+from merge_cli.checkpoint.raw import replace_file
+from merge_cli.engine.workspace import MARK, Workspace
 from merge_cli.recipe.documents import stage_folder
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 WORK = (".partial", ".training", ".search")  # folders of unfinished work beside a result
 
 
-class StageFolder:
+class StageFolder(Workspace):
     """A context manager: locked inside, unlocked (and kept for resuming) outside.
 
     Attributes:
@@ -32,21 +34,22 @@ class StageFolder:
     """
 
     def __init__(self, target: Path) -> None:
-        self.path = folder_beside(target, ".stages")
+        super().__init__(target, ".stages", "merge of stages")
         self.begun = self.path.exists()
-        self._lock = -1
 
-    def __enter__(self) -> StageFolder:
-        """Take the lock.
+    def __enter__(self) -> Self:
+        """Take the lock, and make the folder.
 
         Raises:
             UsageError: the folder is somebody else's.
             ResourceError: another process works in it, or the place cannot be written.
         """
-        if self.begun and not (self.path / "lock").exists():
-            what = "is not a folder of stages, and would be used as one"
-            raise UsageError(what, where=str(self.path), hint="Choose another OUT.")
-        self._lock = lock_folder(self.path, "merge")
+        super().__enter__()
+        try:
+            self.make()
+        except BaseException:
+            super().__exit__(None, None, None)
+            raise
         return self
 
     def __exit__(
@@ -56,9 +59,9 @@ class StageFolder:
         trace: TracebackType | None,
     ) -> None:
         with suppress(OSError):  # gone already
-            if [path.name for path in self.path.iterdir()] == ["lock"]:
-                shutil.rmtree(self.path)
-        os.close(self._lock)
+            if [path.name for path in self.path.iterdir()] == [MARK]:
+                self.discard()
+        super().__exit__(kind, error, trace)
 
     def place(self, name: str) -> Path:
         """Where the result of a stage lies, or will."""
@@ -67,7 +70,7 @@ class StageFolder:
     def has(self, name: str, key: str) -> bool:
         """Whether the result of a stage is there, made by the work of this key."""
         done = self._done(name)
-        return self.place(name).is_dir() and done.is_file() and done.read_text() == key
+        return self.place(name).is_dir() and done.is_file() and done.read_bytes() == key.encode()
 
     def begin(self, name: str, key: str) -> None:
         """Note what is about to be worked at; what other work has left of the stage goes.
@@ -77,7 +80,7 @@ class StageFolder:
         """
         place = self.place(name)
         begun = place.with_name(f"{place.name}.begun")
-        if not begun.is_file() or begun.read_text() != key:
+        if not begun.is_file() or begun.read_bytes() != key.encode():
             for suffix in WORK:
                 shutil.rmtree(place.with_name(place.name + suffix), ignore_errors=True)
             replace_file(begun, key.encode())
@@ -96,7 +99,7 @@ class StageFolder:
 
     def tidy(self, kept: Collection[str]) -> None:
         """Remove everything but the results that are named."""
-        names = {"lock"}.union(*({self.place(n).name, self._done(n).name} for n in kept))
+        names = {MARK}.union(*({self.place(n).name, self._done(n).name} for n in kept))
         for path in self.path.iterdir():
             if path.name in names:
                 continue

@@ -130,4 +130,6 @@ def _opened(name: str, place: Path) -> Source:
     source = open_source(ModelRef(str(place)), place.parent)
     tensors = {ref.name: ref for refs in source.tensors.values() for ref in refs.stored}
     renamed = {key: ref._replace(model=name) for key, ref in tensors.items()}
-    return Source(name, source.root, source.config, renamed, source.header_bytes)
+    return Source(
+        name, source.root, source.config, renamed, source.header_bytes, stamps=source.stamps
+    )

@@ -10,6 +10,7 @@ from merge_cli.engine.lanes import Files, HostLane, Lane, TorchLane
 from merge_cli.engine.memory import LaneRoom
 from merge_cli.engine.plan import Plan
 from merge_cli.errors import ResourceError
+from merge_cli.machine import torch_threads
 
 
 def arithmetic_for(plan: Plan, device: Device) -> tuple[str, str]:
@@ -42,14 +43,8 @@ def one_torch_thread(device: Device, arithmetic: str) -> Iterator[None]:
     if device.kind == "cpu" and arithmetic == "compiled":
         yield
         return
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with torch_threads(1):
         yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @contextmanager

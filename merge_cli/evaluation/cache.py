@@ -16,6 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from merge_cli.evaluation.result import Cost, Metric, TaskResult
+from merge_cli.home import home_folder
+from merge_cli.notices import say_once
+from merge_cli.sealed import read_sealed, seal
 
 _FORMAT = 2
 
@@ -26,7 +29,7 @@ def cache_folder() -> Path:
     if own:
         return Path(own)
     shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared) if shared else Path.home() / ".cache") / "merge-cli"
+    return (Path(shared) if shared else home_folder() / ".cache") / "merge-cli"
 
 
 def key_of(identity: Mapping[str, Any]) -> str:
@@ -37,18 +40,18 @@ def key_of(identity: Mapping[str, Any]) -> str:
 
 def find(key: str, name: str) -> TaskResult | None:
     """A result from an earlier run, under the name that its task has now; None if there is none."""
+    content = read_sealed(_place(key))
+    if content is None:
+        return None  # absent, unreadable or not what was written: evaluated, and written again
     try:
-        content = json.loads(_place(key).read_text(encoding="utf-8"))
         metrics = {name: Metric(**metric) for name, metric in content["metrics"].items()}
         cost = Cost(**content["cost"])
         notes = tuple(content["notes"])
         return TaskResult(
             name, content["kind"], metrics, content["examples"], cost, cached=True, notes=notes
         )
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None  # unreadable or cut short: evaluated again, and written again
+    except (KeyError, TypeError, AttributeError):
+        return None  # of a version that kept other things
 
 
 def keep(key: str, result: TaskResult) -> None:
@@ -60,19 +63,25 @@ def keep(key: str, result: TaskResult) -> None:
         "cost": asdict(result.cost),
         "notes": list(result.notes),
     }
-    write_atomically(_place(key), json.dumps(content, ensure_ascii=False))
+    if not write_atomically(_place(key), seal(content)):
+        say_once(
+            f"results are not kept, because {cache_folder()} cannot be written. "
+            "Set MERGE_CLI_CACHE to a folder that can."
+        )
 
 
-def write_atomically(place: Path, text: str) -> bool:
+def write_atomically(place: Path, content: bytes) -> bool:
     """Write a cache file, whole or not at all; False where the folder does not let us."""
+    name = ""
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=place.parent, delete=False
-        ) as file:
-            file.write(text)
-        os.replace(file.name, place)
+        with tempfile.NamedTemporaryFile(dir=place.parent, delete=False) as file:
+            name = file.name
+            file.write(content)
+        os.replace(name, place)
     except OSError:
+        if name:
+            Path(name).unlink(missing_ok=True)
         return False
     return True
 

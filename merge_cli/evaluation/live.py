@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from merge_cli import machine
 from merge_cli.checkpoint.source import Source
 from merge_cli.engine.device import choose_device
 from merge_cli.errors import MergeCliError, ResourceError, SourceError
@@ -217,12 +216,7 @@ def free_memory(kind: str, indexes: tuple[int, ...]) -> int:
         import torch
 
         return sum(torch.cuda.mem_get_info(i)[0] for i in indexes)
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        found = dict(line.split(":", 1) for line in lines)
-        return int(found["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):  # macOS: what is installed; what is free is the system's secret
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return machine.free_memory()
 
 
 def _shares(indexes: tuple[int, ...], room: int) -> dict[int | str, int]:
@@ -271,19 +265,3 @@ def memory_errors(label: str, hint: str) -> Iterator[None]:
         ):
             raise
         raise ResourceError("memory ran out", where=label, hint=hint) from error
-
-
-@contextlib.contextmanager
-def torch_threads(wanted: int | None) -> Iterator[None]:
-    """So many threads for torch's own loops, if a number is wanted; as before afterwards."""
-    if wanted is None:
-        yield
-        return
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(wanted)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

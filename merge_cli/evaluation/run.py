@@ -15,13 +15,14 @@ from merge_cli.checkpoint.source import Source, fetch_weights, open_source
 from merge_cli.engine.device import choose_device
 from merge_cli.errors import Interrupted, NonFiniteError, UsageError
 from merge_cli.evaluation import cache
-from merge_cli.evaluation.digest import source_digest
-from merge_cli.evaluation.live import LiveModel, choose_dtype, load, memory_errors, torch_threads
+from merge_cli.evaluation.digest import refuse_changed, source_digest
+from merge_cli.evaluation.live import LiveModel, choose_dtype, load, memory_errors
 from merge_cli.evaluation.parse import parse_eval, read_eval
 from merge_cli.evaluation.result import Cost, Evaluation, TaskResult
 from merge_cli.evaluation.spec import EvalSpec, default_name
 from merge_cli.evaluation.task import Task
 from merge_cli.evaluation.tasks.loss import LossTask
+from merge_cli.machine import torch_threads
 from merge_cli.recipe.reference import parse_reference
 from merge_cli.recipe.schema import Recipe
 
@@ -118,6 +119,7 @@ def evaluate_source(source: Source, spec: EvalSpec, show: Show = _silent) -> Eva
                 with torch_threads(spec.threads), memory_errors(source.label, _SMALLER):
                     if live is None:
                         live = _loaded(source, spec)
+                        refuse_changed(source, digest)
                         check_tasks(spec.tasks, live)
                     found = score_task(task, live, show)
                 if cached:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
@@ -113,12 +114,15 @@ def cut_note(count: int, total: int, what: str, tokens: int) -> tuple[str, ...]:
     return (f"{count:,} of {total:,} {subject} longer than {tokens:,} tokens: {done}",)
 
 
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        if hasattr(hashlib, "file_digest"):  # 3.11
-            return hashlib.file_digest(file, "sha256").hexdigest()
-        state = hashlib.sha256()
-        while block := file.read(1 << 20):
-            state.update(block)
-        return state.hexdigest()
+def file_digest(path: Path, stop: threading.Event | None = None) -> str:
+    """SHA-256 of a file.
+
+    Args:
+        stop: for a thread, which Ctrl-C does not reach: once it is set, what is returned is
+            worthless.
+    """
+    state, block = hashlib.sha256(), bytearray(1 << 20)
+    with path.open("rb", buffering=0) as file:
+        while (size := file.readinto(block)) and not (stop and stop.is_set()):
+            state.update(memoryview(block)[:size])
+    return state.hexdigest()

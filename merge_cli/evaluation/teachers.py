@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +21,7 @@ from typing import Any
 from merge_cli.checkpoint.source import Source
 from merge_cli.errors import ResourceError
 from merge_cli.evaluation.cache import cache_folder
+from merge_cli.evaluation.digest import refuse_changed
 from merge_cli.evaluation.examples import Example, micro_batches, padded
 from merge_cli.evaluation.live import LiveModel, load
 from merge_cli.evaluation.watch import need_finite
@@ -102,7 +103,7 @@ class Teacher:
             files.append(place)
             if kept.k is None:
                 tables.append(self._predict(group, kept))
-            elif number % share[1] == share[0] and not _whole(place):
+            elif number % share[1] == share[0] and not _whole(place, read=True):
                 _keep(place, self._predict(group, kept))
             done += sum(len(one.ids) for one in group)
             tell(done, total)
@@ -134,6 +135,7 @@ class Teacher:
 
         if self._live is None:
             self._live = load(self._source, device=self._device, dtype=self._dtype)
+            refuse_changed(self._source, self._digest)
         live = self._live
         found: dict[int, tuple[Any, Any, Any]] = {}
         budget = max(1, min(live.batch_tokens, _LOGIT_BYTES // (4 * live.vocabulary)))
@@ -202,15 +204,34 @@ def _part(table: dict[str, Any], place: int) -> tuple[Any, Any, Any]:
     return table["ids"][start:stop], table["logp"][start:stop], tail
 
 
-def _whole(place: Path) -> bool:
-    """Whether a file is there and can be read; one that a full disk has cut off is made again."""
+def _whole(place: Path, *, read: bool = False) -> bool:
+    """Whether a file is there and is what was written; one that is not is made again.
+
+    Args:
+        read: every byte, rather than the header alone.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(place, "pt") as file:
-            return {"ends", "ids", "logp"} <= set(file.keys())
+            names = set(file.keys())
+            known = (file.metadata() or {}).get("sum")
+            if not {"ends", "ids", "logp"} <= names or known is None:
+                return False
+            return not read or known == _sum({name: file.get_tensor(name) for name in names})
     except (OSError, SafetensorError):
         return False
+
+
+def _sum(table: Mapping[str, Any]) -> str:
+    """SHA-256 over names, shapes and bytes."""
+    import torch
+
+    state = hashlib.sha256()
+    for name, value in sorted(table.items()):
+        state.update(f"{name} {value.dtype} {list(value.shape)}\0".encode())
+        state.update(value.contiguous().view(-1).view(torch.uint8).numpy().data)
+    return state.hexdigest()
 
 
 def _keep(place: Path, table: dict[str, Any]) -> None:
@@ -228,7 +249,7 @@ def _keep(place: Path, table: dict[str, Any]) -> None:
         place.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=place.parent)
         os.close(handle)
-        save_file(table, name)
+        save_file(table, name, {"sum": _sum(table)})
         os.replace(name, place)
     except (OSError, SafetensorError) as error:
         what = f"the teachers' cache cannot be written ({show_size(size)}): {error}"

@@ -9,13 +9,13 @@ from typing import Any
 
 from merge_cli.engine.options import MergeOptions
 from merge_cli.errors import NonFiniteError, SourceError
-from merge_cli.evaluation.live import torch_threads
 from merge_cli.evaluation.result import Cost, TaskResult
 from merge_cli.evaluation.rows import read_rows
 from merge_cli.evaluation.run import score_task
 from merge_cli.evaluation.task import DataTask, Task
 from merge_cli.evolve.candidate import LiveMerge
 from merge_cli.evolve.objectives import Objective, Split, SplitName, Value, Values, pick
+from merge_cli.machine import torch_threads
 from merge_cli.recipe.schema import Recipe
 
 

@@ -9,22 +9,23 @@ There is no other state: optimizers are asked and told again from the journal.
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from merge_cli.checkpoint.raw import write_error
-from merge_cli.engine.beside import folder_beside, lock_folder, other_work, replace_file
-from merge_cli.errors import CorruptFileError
+from merge_cli.checkpoint.raw import replace_file
+from merge_cli.engine.records import Records
+from merge_cli.engine.workspace import Workspace
+from merge_cli.sealed import read_sealed, seal
 
-JOURNAL, BEST, _RECORD = "journal.jsonl", "best_recipe.yaml", "search.json"
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+BEST, _RECORD = "best_recipe.yaml", "search.json"
 Line = dict[str, Any]
 
 
-class SearchFolder:
+class SearchFolder(Workspace):
     """OUT.search: a context manager that holds its lock.
 
     Args:
@@ -37,28 +38,30 @@ class SearchFolder:
     """
 
     def __init__(self, target: Path, key: str, *, fresh: bool = False) -> None:
-        self.path = folder_beside(target, ".search")
+        super().__init__(target, ".search", "search")
         self.key, self._fresh = key, fresh
-        self._lock = self._file = -1
+        self._records: Records | None = None
         self.lines: list[Line] = []
 
-    def __enter__(self) -> SearchFolder:
-        """Take the lock and read what is there; a line that was cut short is removed.
+    def __enter__(self) -> Self:
+        """Take the lock and read what is there, up to the first line that does not hold.
 
         Raises:
             ResourceError: another process searches here, or the place cannot be written.
-            UsageError: the search of something else is here.
-            CorruptFileError: a line in the middle is not JSON.
+            UsageError: the search of something else is here, or somebody else's folder.
         """
-        self._lock = lock_folder(self.path, "search")
+        super().__enter__()
         try:
             if self._fresh:
-                for name in (JOURNAL, BEST, _RECORD):
-                    (self.path / name).unlink(missing_ok=True)
-            self._open()
+                self.discard()
+            if Records.key_of(self.journal) not in (None, self.key):
+                raise self.other_work()
+            self.make()
+            self._records = Records(self.journal, self.key, durable=True)
         except BaseException:
             self.__exit__(None, None, None)
             raise
+        self.lines = list(self._records.entries)
         return self
 
     def __exit__(
@@ -67,69 +70,27 @@ class SearchFolder:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for fd in (self._file, self._lock):
-            if fd >= 0:
-                os.close(fd)
-        self._file = self._lock = -1
+        if self._records is not None:
+            self._records.close()
+            self._records = None
+        super().__exit__(kind, error, trace)
 
     def append(self, line: Line) -> None:
         """Add a line; it is on the disk when this returns."""
+        assert self._records is not None, "it is entered"
         self.lines.append(line)
-        self._write(line)
+        self._records.append(line)
 
     def write_best(self, text: str) -> Path:
         """The best recipe so far."""
-        return self._replace(BEST, text)
+        replace_file(self.path / BEST, text.encode())
+        return self.path / BEST
 
     def finish(self, record: Line) -> None:
         """The search has ended: what it found is known without the journal."""
-        self._replace(_RECORD, json.dumps({"key": self.key, **record}, ensure_ascii=False))
+        replace_file(self.path / _RECORD, seal({"key": self.key, **record}))
 
     def record(self) -> Line | None:
         """The record of a search that has ended; None while it has not."""
-        path = self.path / _RECORD
-        if not path.exists():
-            return None
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return dict(found) if found.pop("key", None) == self.key else None
-
-    def discard(self) -> None:
-        """Throw the folder away: the model that came of it is published, with the journal."""
-        shutil.rmtree(self.path, ignore_errors=True)
-
-    def _open(self) -> None:
-        path = self.path / JOURNAL
-        raw = path.read_bytes() if path.exists() else b""
-        whole = raw[: raw.rfind(b"\n") + 1]
-        lines: list[Line] = []
-        for number, text in enumerate(whole.splitlines(), start=1):
-            try:
-                lines.append(json.loads(text))
-            except ValueError as error:
-                what = f"line {number} of the journal is not JSON: {error}"
-                hint = "Start over with --fresh."
-                raise CorruptFileError(what, file=str(path), hint=hint) from None
-        if lines and lines[0].get("key") != self.key:
-            raise other_work("the search", self.path)
-        try:
-            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            os.ftruncate(self._file, len(whole))
-            os.lseek(self._file, 0, os.SEEK_END)
-        except OSError as error:
-            raise write_error(error, path) from error
-        if not lines:
-            self._write({"key": self.key})
-        self.lines = lines[1:]
-
-    def _write(self, line: Line) -> None:
-        data = memoryview((json.dumps(line, ensure_ascii=False) + "\n").encode())
-        try:
-            while data:
-                data = data[os.write(self._file, data) :]
-            os.fsync(self._file)
-        except OSError as error:
-            raise write_error(error, self.path / JOURNAL) from error
-
-    def _replace(self, name: str, text: str) -> Path:
-        replace_file(self.path / name, text.encode())
-        return self.path / name
+        found = read_sealed(self.path / _RECORD) or {}
+        return found if found.pop("key", None) == self.key else None

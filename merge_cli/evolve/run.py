@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from merge_cli.engine.inputs import inputs_of
 from merge_cli.engine.merge import fetch_inputs
 from merge_cli.engine.options import MergeOptions, Progress, Show
 from merge_cli.engine.plan import Plan
@@ -19,7 +20,7 @@ from merge_cli.evolve.asynchronous import Asynchronous
 from merge_cli.evolve.evaluations import Evaluations
 from merge_cli.evolve.evaluator import Job, Outcome, Setup
 from merge_cli.evolve.greedy import Greedy, soup_of
-from merge_cli.evolve.journal import BEST, JOURNAL, SearchFolder
+from merge_cli.evolve.journal import BEST, SearchFolder
 from merge_cli.evolve.key import work_key
 from merge_cli.evolve.loop import Candidate, Loop, best_first
 from merge_cli.evolve.objectives import Split, Values
@@ -55,7 +56,7 @@ class Found:
     @property
     def attachments(self) -> dict[str, str]:
         """What goes into OUT beside the model: the recipe, and how it was found."""
-        journal = (self.folder.path / JOURNAL).read_text(encoding="utf-8")
+        journal = self.folder.journal.read_text(encoding="utf-8")
         return {BEST: self.text, "search_journal.jsonl": journal}
 
 
@@ -76,6 +77,7 @@ def search(
         GateError: `require_improvement` is not met. The journal is kept.
     """
     fetch_inputs(plan, show)
+    inputs = inputs_of(plan)
     decided = plan_search(plan, options)
     folder = SearchFolder(target, work_key(decided, options), fresh=options.fresh)
     with folder:
@@ -84,6 +86,7 @@ def search(
         record = folder.record()
         if record is None or record["asked"] != asked:
             record = {"asked": asked, **run.record()}
+            inputs.verify_or(folder.discard)
             folder.finish(record)
         recipe = run.recipe_of(record["best"]["genome"])
         text = run.text_of(recipe, record["best"]["score"])

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from merge_cli.errors import MergeCliError, SourceError
 from merge_cli.evolve.evaluator import Evaluator, Job, Outcome, Setup
+from merge_cli.lifeline import end_with
 from merge_cli.recipe.search import Search
 
 _LOST = "the worker process ended (exit code {}), perhaps for want of memory"
@@ -110,6 +111,9 @@ class Processes:
 def _serve(pipe: Connection, setup: Setup) -> None:
     """A worker process: jobs in, outcomes out, until the pipe closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal tells all processes; ours ends us
+    parent = multiprocessing.parent_process()
+    if parent is not None and parent.pid is not None:
+        end_with(parent.pid, parent.sentinel)
     evaluator: Evaluator | None = None
     while True:
         try:

@@ -26,7 +26,7 @@ class Part:
 
     Attributes:
         data: files or data set, as the recipe names them.
-        identity: of the model's files.
+        identity: of the model's files; None where nobody has read them yet.
         seed: the recipe's.
         device, dtype: what the model runs on and in.
         found: what the cache has.
@@ -36,7 +36,7 @@ class Part:
     source: Source
     data: str
     examples: Examples
-    identity: str
+    identity: str | None
     kind: str
     statistics: Statistics
     seed: int
@@ -48,6 +48,7 @@ class Part:
     @property
     def place(self) -> Path:
         """The file, named by everything that decides its content."""
+        assert self.identity is not None, "who gathers knows what from"
         dials = self.statistics
         drawn = dials.targets == "sampled"
         own = (dials.batch_tokens,) if self.kind == "gram" else (

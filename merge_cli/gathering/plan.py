@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from merge_cli.dam.tokenizers import one_tokenizer
 from merge_cli.engine.device import choose_device
 from merge_cli.engine.plan import Plan
 from merge_cli.errors import SourceError
-from merge_cli.evaluation.digest import source_identity
+from merge_cli.evaluation.digest import remembered_identity
 from merge_cli.evaluation.live import choose_dtype, context_of
 from merge_cli.gathering.data import load_examples, shown
 from merge_cli.gathering.layers import linear_layers, stored_parameters
@@ -72,8 +72,16 @@ class GatheringPlan:
         return Gathered(files) if len(files) == len(self.parts) else None
 
 
-def plan_gathering(plan: Plan, device: str = "auto") -> GatheringPlan:
+def plan_gathering(
+    plan: Plan,
+    device: str = "auto",
+    identify: Callable[[Source], str | None] = remembered_identity,
+) -> GatheringPlan:
     """Decide from headers, configs, tokenizers and data.
+
+    Args:
+        identify: what is known of a source's content. By default what needs no weights to be
+            read: of a model that was not run here yet there is nothing in the cache.
 
     Raises:
         SourceError: data or a model that cannot be used, an adapter, other data than a resolved
@@ -100,10 +108,10 @@ def plan_gathering(plan: Plan, device: str = "auto") -> GatheringPlan:
             net.get_input_embeddings().weight.shape[0],
         )  # fmt: skip
         part = Part(
-            source, shown(spec.data), examples, source_identity(source), kind, statistics,
+            source, shown(spec.data), examples, identify(source), kind, statistics,
             plan.recipe.seed, where, dtype,
         )  # fmt: skip
-        parts.append(replace(part, found=find(part.place)))
+        parts.append(part if part.identity is None else replace(part, found=find(part.place)))
     _verify(plan.recipe, parts)
     expected = [_expected(kind, net, part.source) for part in parts]
     tensors = _merged_with(plan, expected)

@@ -13,12 +13,14 @@ from merge_cli.engine.memory import return_freed_memory
 from merge_cli.engine.options import MergeOptions, Progress, Show
 from merge_cli.engine.plan import Plan
 from merge_cli.errors import Interrupted
-from merge_cli.evaluation.live import load, memory_errors, torch_threads
+from merge_cli.evaluation.digest import refuse_changed, source_identity
+from merge_cli.evaluation.live import load, memory_errors
 from merge_cli.gathering.fisher import gather_importances
 from merge_cli.gathering.gram import gather_grams
 from merge_cli.gathering.part import Part
 from merge_cli.gathering.plan import ORIGIN, GatheringPlan, plan_gathering
 from merge_cli.gathering.store import Writer, find, making
+from merge_cli.machine import torch_threads
 from merge_cli.recipe.statistics import Statistics
 
 _GATHERERS = {"gram": gather_grams, "fisher": gather_importances}
@@ -42,15 +44,16 @@ def gather(
         NonFiniteError: a gradient is not a number.
         Interrupted: Ctrl-C or SIGTERM.
     """
-    decided = plan_gathering(plan, options.device)
-    if decided.missing:
+    decided = plan_gathering(plan, options.device, source_identity)
+    there = [find(part.place, read=True) for part in decided.parts]
+    if None in there:
         begin()
         fetch_everything(plan)
         return_freed_memory()
     files = []
     try:
-        for part in decided.parts:
-            files.append(part.found or _gather_one(part, options, show))
+        for part, known in zip(decided.parts, there, strict=True):
+            files.append(known or _gather_one(part, options, show))
     except KeyboardInterrupt:
         done = len(files)
         what = f"stopped while statistics were gathered: {done} of {len(decided.parts)} are done"
@@ -62,7 +65,7 @@ def known(plan: Plan, device: str) -> Plan | None:
     """The plan with its statistics, if the cache has them all."""
     if any(source.planned for source in plan.sources):
         return None
-    decided = plan_gathering(plan, device)
+    decided = plan_gathering(plan, device, source_identity)
     return None if decided.gathered is None else with_statistics(decided, decided.gathered)
 
 
@@ -114,6 +117,8 @@ def _made(part: Part, path: Path, tell: Callable[[int, int], None]) -> Statistic
         return writers[0]
 
     live = load(part.source, device=part.device, dtype=part.dtype)
+    assert part.identity is not None, "it was read before it was run"
+    refuse_changed(part.source, part.identity)
     part.about.update(examples=len(part.examples.items), tokens=part.examples.tokens)
     try:
         file = _GATHERERS[part.kind](live, part, writer, tell)

@@ -18,7 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from merge_cli.checkpoint.raw import write_error
-from merge_cli.checkpoint.statistics import FORMAT, Entry, StatisticsFile, open_statistics
+from merge_cli.checkpoint.statistics import (
+    FORMAT,
+    Entry,
+    StatisticsFile,
+    header_sum,
+    open_statistics,
+    statistics_digest,
+)
 from merge_cli.errors import CorruptFileError, ResourceError
 from merge_cli.evaluation.cache import cache_folder
 from merge_cli.sizes import show_size
@@ -32,14 +39,19 @@ def place_of(key: str) -> Path:
     return cache_folder() / "statistics" / key[:2] / f"{key}.safetensors"
 
 
-def find(place: Path) -> StatisticsFile | None:
-    """What is in the cache; None where nothing is, or what a full disk has cut off."""
+def find(place: Path, *, read: bool = False) -> StatisticsFile | None:
+    """What is in the cache; None where nothing is, or what is not what was written.
+
+    Args:
+        read: look at every byte, rather than at the header alone.
+    """
     if not place.exists():
         return None
     try:
-        return open_statistics(place)
-    except (CorruptFileError, ValueError, KeyError):
+        found = open_statistics(place)
+    except CorruptFileError:
         return None  # not whole: made again, and replaced
+    return found if not read or found.is_whole() else None
 
 
 @contextmanager
@@ -58,7 +70,7 @@ def making(place: Path, waiting: Callable[[], None]) -> Iterator[Path | None]:
     except OSError as error:
         raise _unwritable(error, partial) from error
     try:
-        yield None if find(place) is not None else partial
+        yield None if find(place, read=True) is not None else partial
     finally:
         if _is_at(partial, lock):  # else it has become the file, and what is there is another's
             partial.unlink()
@@ -108,7 +120,8 @@ class Writer:
         self._zero: set[str] = set()
         ends = accumulate((4 * math.prod(shape) for shape in self._shapes.values()), initial=0)
         self._offsets = dict(zip([*self._shapes, ""], ends, strict=True))
-        self._room = len(self._header({}, "0" * 64)) + _SPARE
+        unknown = dict.fromkeys(self._shapes, "0" * 64)
+        self._room = len(self._header({}, "0" * 64, unknown)) + _SPARE
         self._room += -self._room % 8
         needed = 8 + self._room + self._offsets[""]
         try:
@@ -137,10 +150,10 @@ class Writer:
 
     def finish(self, place: Path, about: Mapping[str, Any]) -> StatisticsFile:
         """Write the header, and give the file its name."""
-        what = [self._kind, self._written(), self._digests, dict(about)]
-        content = json.dumps(what, sort_keys=True)
-        digest = hashlib.sha256(content.encode()).hexdigest()
-        header = self._header(about, digest).ljust(self._room)  # blanks are part of the format
+        about = json.loads(json.dumps(dict(about)))  # as it will be read
+        digest = statistics_digest(self._kind, self._written(), self._digests, about)
+        # Blanks are part of the format.
+        header = self._header(about, digest, self._digests).ljust(self._room)
         assert len(header) == self._room
         assert self._digests.keys() == self._shapes.keys()
         try:
@@ -165,11 +178,12 @@ class Writer:
             for name, one in sorted(self._entries.items())
         }
 
-    def _header(self, about: Mapping[str, Any], digest: str) -> bytes:
+    def _header(self, about: Mapping[str, Any], digest: str, digests: Mapping[str, str]) -> bytes:
         document: dict[str, Any] = {
             "__metadata__": {
                 "format": FORMAT, "kind": self._kind, "digest": digest,
                 "about": json.dumps(dict(about)), "entries": json.dumps(self._written()),
+                "digests": json.dumps(dict(digests)), "sum": header_sum(digest, self._shapes),
             }
         }  # fmt: skip
         for name, shape in self._shapes.items():

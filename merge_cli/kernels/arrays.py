@@ -43,7 +43,7 @@ def joined(parts: Sequence[Any], shape: Sequence[int]) -> Any:
         return np.concatenate(parts).reshape(shape)
     import torch
 
-    return torch.cat([*parts]).reshape(*shape)
+    return torch.cat([*parts]).reshape(tuple(shape))
 
 
 def _starts_at(row: Any, place: Any) -> bool:

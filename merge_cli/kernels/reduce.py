@@ -29,6 +29,13 @@ def divided(x: Array, number: float) -> Array:
     return x / x.new_full((1,), number)
 
 
+def scaled(x: Array, factor: float) -> Array:
+    """x * factor, rounded once, the factor first brought to x's own precision."""
+    if is_numpy(x):
+        return x * x.dtype.type(factor)
+    return x * x.new_full((1,), factor)
+
+
 def weighted_sum(weights: Iterable[float], arrays: Sequence[Array]) -> Array:
     """sum of w * x in the given order: a product, then an addition, each rounded by itself.
 

@@ -63,13 +63,18 @@ def kept_count(density: float, size: int) -> int:
     return int(Fraction(repr(float(density))) * size)
 
 
+def _trimmed_count(density: float, size: int) -> int:
+    """What trimming keeps: of any density above 0 at least one element."""
+    return max(kept_count(density, size), 1) if density > 0 and size else 0
+
+
 def magnitude_cuts(densities: Sequence[float], stream: Stream) -> list[Cut | None]:
-    """For every operand, the cut that keeps exactly int(density * size) elements.
+    """For every operand, the cut that keeps exactly int(density * size) elements, at least one.
 
     Returns:
         One cut for each operand; None where nothing is trimmed (density 1).
     """
-    return exact_cuts([kept_count(density, stream.size) for density in densities], stream)
+    return exact_cuts([_trimmed_count(density, stream.size) for density in densities], stream)
 
 
 def exact_cuts(counts: Sequence[int], stream: Stream) -> list[Cut | None]:

@@ -6,8 +6,8 @@ ones are kept. Equal magnitudes are ranked by index, the lower the larger.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from merge_cli.kernels.arrays import Array
@@ -16,18 +16,27 @@ from merge_cli.kernels.elect import disjoint_mean
 from merge_cli.kernels.reduce import add_scaled, divided, weighted_sum
 from merge_cli.kernels.select import exact_cuts, kept_count
 from merge_cli.methods.blocks import Block, RowStream, Span, TensorBlocks
-from merge_cli.methods.parameters import Density, PerModel, Share, each
+from merge_cli.methods.parameters import CappedShare, Density, PerModel, each
 from merge_cli.methods.registry import merge_method
-from merge_cli.methods.soup import weights_cancel
+from merge_cli.methods.rescaling import RescaleL1, l1_factors, rescaled
+from merge_cli.methods.soup import divisor
 
 # For each task vector: what is kept of it and the outliers, and the outliers alone.
 Cuts = tuple[list[Cut | None], list[Cut | None]]
 
 
+@dataclass(frozen=True)
+class Middle:
+    """What is kept of each task vector of a tensor, and what that is multiplied by."""
+
+    cuts: Cuts
+    factors: list[float]
+
+
 def find_cuts(
     tensor: TensorBlocks, survey: None, *, density: Sequence[float], gamma: Sequence[float],
-    **_: Any,
-) -> Cuts:  # fmt: skip
+    rescale: RescaleL1, **_: Any,
+) -> Middle:  # fmt: skip
     """The two cuts of each task vector; at density 1 nothing is dropped."""
     size = tensor.size
     kept = [kept_count(share, size) for share in density]
@@ -37,8 +46,13 @@ def find_cuts(
     ]
     counts = [a + b for a, b in zip(kept, outliers, strict=True)]
     stream = RowStream(tensor, lambda block: [*block.operands, *block.operands])
-    cuts = exact_cuts([*counts, *outliers], stream)
-    return cuts[: len(counts)], cuts[len(counts) :]
+    found = exact_cuts([*counts, *outliers], stream)
+    cuts = found[: len(counts)], found[len(counts) :]
+
+    def trim(deltas: list[Array], start: int) -> list[Array]:
+        return _between(deltas, cuts, start)
+
+    return Middle(cuts, l1_factors(tensor, density, rescale, trim))
 
 
 def _between(deltas: list[Array], cuts: Cuts, start: int) -> list[Array]:
@@ -51,32 +65,37 @@ def _between(deltas: list[Array], cuts: Cuts, start: int) -> list[Array]:
     ]  # fmt: skip
 
 
-def kept(block: Block, prepared: Cuts, parameters: Mapping[str, Any]) -> list[int]:
+def _middle(deltas: list[Array], prepared: Middle, start: int) -> list[Array]:
+    return rescaled(_between(deltas, prepared.cuts, start), prepared.factors)
+
+
+def kept(block: Block, prepared: Middle, parameters: Mapping[str, Any]) -> list[int]:
     """How many elements of each task vector are kept in a block."""
     start = block.at.start
     return [
         count_kept(delta, whole, start) - count_kept(delta, outliers, start)
-        for delta, whole, outliers in zip(block.operands, *prepared, strict=True)
+        for delta, whole, outliers in zip(block.operands, *prepared.cuts, strict=True)
     ]
 
 
 _SHARED: dict[str, Any] = {
-    "paper": "arXiv:2312.06795", "prepare": find_cuts, "prepare_uses": ("density", "gamma"),
-    "kept": kept, "any_array": True, "ignores": ("rescale", "int8_mask"),
+    "paper": "arXiv:2312.06795", "prepare": find_cuts, "kept": kept,
+    "prepare_uses": ("density", "gamma", "rescale"), "any_array": True,
 }  # fmt: skip
 
 
-@merge_method("breadcrumbs", check=weights_cancel, **_SHARED)
+@merge_method("breadcrumbs", **_SHARED)
 def breadcrumbs(
     base: Array,
     deltas: list[Array],
     at: Span,
-    prepared: Cuts,
+    prepared: Middle,
     *,
     weight: PerModel[float] = each(1.0),
     density: PerModel[Density] = each(1.0),
-    gamma: PerModel[Share] = each(0.01),
+    gamma: PerModel[CappedShare] = each(0.01),
     normalize: bool = False,
+    rescale: RescaleL1 = False,
     lambda_: float = 1.0,
 ) -> Array:
     """Keep each task vector's middle: neither its smallest changes nor its largest outliers.
@@ -85,12 +104,13 @@ def breadcrumbs(
         weight: how much of each task vector goes in.
         density: share of its elements that is kept; 1 keeps all, outliers too.
         gamma: share of its elements, the largest, that is dropped.
-        normalize: divide the sum by the sum of the weights.
+        normalize: divide the sum by the sum of the weights, or by 1 where they cancel.
+        rescale: multiply what is kept by its L1 norm before over after (`l1`, or true).
         lambda_: scale of the whole change.
     """
-    mixed = weighted_sum(weight, _between(deltas, prepared, at.start))
+    mixed = weighted_sum(weight, _middle(deltas, prepared, at.start))
     if normalize:
-        mixed = divided(mixed, math.fsum(weight))
+        mixed = divided(mixed, divisor(weight))
     return add_scaled(base, lambda_, mixed)
 
 
@@ -99,12 +119,13 @@ def breadcrumbs_ties(
     base: Array,
     deltas: list[Array],
     at: Span,
-    prepared: Cuts,
+    prepared: Middle,
     *,
     weight: PerModel[float] = each(1.0),
     density: PerModel[Density] = each(1.0),
-    gamma: PerModel[Share] = each(0.01),
+    gamma: PerModel[CappedShare] = each(0.01),
     normalize: bool = False,
+    rescale: RescaleL1 = False,
     lambda_: float = 1.0,
 ) -> Array:
     """Keep each task vector's middle, then elect signs and average what agrees, as TIES does.
@@ -114,10 +135,11 @@ def breadcrumbs_ties(
         density: share of its elements that is kept; 1 keeps all, outliers too.
         gamma: share of its elements, the largest, that is dropped.
         normalize: divide each element by the sum of the weights that agree.
+        rescale: multiply what is kept by its L1 norm before over after (`l1`, or true).
         lambda_: scale of the whole change.
     """
     mixed = disjoint_mean(
-        _between(deltas, prepared, at.start),
+        _middle(deltas, prepared, at.start),
         weight,
         weighted_election=True,
         divide_by="weights" if normalize else "nothing",

@@ -6,7 +6,6 @@ alone (see `kernels.mask`). Rescaling is exact by default: 1/density keeps the e
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -17,7 +16,7 @@ from merge_cli.kernels.reduce import absolute_runs, add_scaled, divided, exact_s
 from merge_cli.methods.blocks import Block, Span, TensorBlocks
 from merge_cli.methods.parameters import Density, PerModel, each
 from merge_cli.methods.registry import merge_method
-from merge_cli.methods.soup import weights_cancel
+from merge_cli.methods.soup import divisor
 
 # true and false are mergekit's spelling: rescale, or do not.
 Rescale = Literal["density", "l1", "none", True, False]
@@ -41,11 +40,11 @@ def rescale_factors(
 ) -> list[float]:
     """What each dropped task vector is multiplied by.
 
-    1/density; or, for `l1`, its L1 norm before over its L1 norm after, as mergekit does (0 where
-    nothing survived).
+    1/density (0 where nothing is kept); or, for `l1`, its L1 norm before over its L1 norm after, as
+    mergekit does (0 where nothing survived).
     """
     if rescale in ("density", True):
-        return [1.0 / p for p in density]
+        return [1.0 / p if p else 0.0 for p in density]
     if rescale in ("none", False):
         return [1.0] * len(density)
 
@@ -68,8 +67,7 @@ def _scaled(weight: Sequence[float], factors: list[float]) -> list[float]:
 
 @merge_method(
     "dare", aliases=("dare_linear",), paper="arXiv:2311.03099",
-    prepare=rescale_factors, prepare_uses=("density", "rescale"), kept=kept, check=weights_cancel,
-    any_array=True,
+    prepare=rescale_factors, prepare_uses=("density", "rescale"), kept=kept, any_array=True,
 )  # fmt: skip
 def dare(
     base: Array,
@@ -90,12 +88,12 @@ def dare(
         density: the chance of each element to be kept.
         rescale: multiply what is kept by 1/density (`density`, or true), by its L1 norm before
             over after (`l1`, mergekit's rule), or not at all (`none`, or false).
-        normalize: divide the sum by the sum of the weights.
+        normalize: divide the sum by the sum of the weights, or by 1 where they cancel.
         lambda_: scale of the whole change.
     """
     mixed = weighted_sum(_scaled(weight, prepared), dropped(deltas, at, density))
     if normalize:
-        mixed = divided(mixed, math.fsum(weight))
+        mixed = divided(mixed, divisor(weight))
     return add_scaled(base, lambda_, mixed)
 
 

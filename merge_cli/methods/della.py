@@ -8,7 +8,6 @@ seed, source, tensor and element alone, as DARE's.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,7 +19,7 @@ from merge_cli.methods.blocks import Span, TensorBlocks, gathered
 from merge_cli.methods.dare import Rescale
 from merge_cli.methods.parameters import Density, PerModel, Range, each
 from merge_cli.methods.registry import merge_method
-from merge_cli.methods.soup import weights_cancel
+from merge_cli.methods.soup import divisor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,7 +33,8 @@ class Ranked:
     """How one task vector is dropped.
 
     Attributes:
-        ranks: int32, of each element within its row, 0 for the smallest; None where all are kept.
+        ranks: int32, of each element within its row, 0 for the smallest; None where all are kept,
+            or none (density 0).
         last: the largest rank of a row.
         density, epsilon: its parameters.
         factor: of what is kept; None for 1/p of each element.
@@ -49,7 +49,7 @@ class Ranked:
     def dropped(self, delta: Tensor, at: Span, source: int) -> Tensor:
         """A flat span of the task vector with its mask and its rescaling."""
         if self.ranks is None:
-            return delta
+            return delta if self.density else delta.new_zeros(len(delta))
         import torch
 
         ranks = self.ranks[at.start : at.start + len(delta)].to(torch.float64)
@@ -74,7 +74,7 @@ def rank(
     width = tensor.shape[-1] if tensor.shape else 1
     found = []
     for place, (delta, share, spread) in enumerate(zip(deltas, density, epsilon, strict=True)):
-        if share >= 1.0:
+        if share >= 1.0 or not share:
             found.append(Ranked(None, 0, share, spread, 1.0))
             continue
         rows = delta.reshape(-1, width).abs()
@@ -106,22 +106,15 @@ def _dropped(deltas: list[Tensor], at: Span, ranked: list[Ranked]) -> list[Tenso
 def chances_fit(density: Sequence[float], epsilon: Sequence[float]) -> str:
     """Why these are no chances; empty when they are."""
     for share, spread in zip(density, epsilon, strict=True):
-        if share < 1.0 and not (share - spread >= 0.0 and share + spread <= 1.0):
+        if 0.0 < share < 1.0 and not (share - spread >= 0.0 and share + spread <= 1.0):
             what = f"density {share:g} with epsilon {spread:g}: density - epsilon and "
             return what + "density + epsilon must lie in [0, 1]"
     return ""
 
 
-def _linear_fits(
-    weight: Sequence[float], normalize: bool, density: Sequence[float], epsilon: Sequence[float]
-) -> str:
-    return weights_cancel(weight, normalize) or chances_fit(density, epsilon)
-
-
 _SHARED: dict[str, Any] = {
     "paper": "arXiv:2406.11617", "prepare": rank, "whole": lambda **_: 8,
-    "prepare_uses": ("density", "epsilon", "rescale"), "ignores": ("int8_mask",),
-}  # fmt: skip
+    "prepare_uses": ("density", "epsilon", "rescale"), }  # fmt: skip
 
 
 @merge_method("della", check=chances_fit, **_SHARED)
@@ -157,7 +150,7 @@ def della(
     return mixed_change
 
 
-@merge_method("della_linear", check=_linear_fits, **_SHARED)
+@merge_method("della_linear", check=chances_fit, **_SHARED)
 def della_linear(
     base: Tensor,
     deltas: list[Tensor],
@@ -179,11 +172,11 @@ def della_linear(
         epsilon: the chance is from density - epsilon (a row's smallest) to density + epsilon.
         rescale: multiply what is kept by 1/chance (`density`, or true), by its L1 norm before over
             after (`l1`, mergekit's rule), or not at all (`none`, or false).
-        normalize: divide the sum by the sum of the weights.
+        normalize: divide the sum by the sum of the weights, or by 1 where they cancel.
         lambda_: scale of the whole change.
     """
     mixed = weighted_sum(weight, _dropped(deltas, at, prepared))
     if normalize:
-        mixed = divided(mixed, math.fsum(weight))
+        mixed = divided(mixed, divisor(weight))
     changed: Tensor = add_scaled(base, lambda_, mixed)
     return changed

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from merge_cli.recipe.schema import Parameters, Recipe
 from merge_cli.recipe.values import Parameter, filters, is_graded, matches
 
 
-def idle_filters(recipe: Recipe, names: Sequence[str]) -> Iterator[str]:
+def idle_filters(recipe: Recipe, names: Iterable[str]) -> Iterator[str]:
     """One line for each filter that matches none of the output's tensors.
 
     Args:
-        names: of all the output's tensors.
+        names: of all the output's tensors, and those that slices have in their sources.
     """
+    wanted: tuple[str, ...] | None = None  # a million names, which most recipes do not ask for
     known: dict[str, bool] = {}
     for parameter in _parameters(recipe):
         for filter in sorted(filters(parameter.setting)):
             if filter not in known:
-                known[filter] = any(matches(filter, name) for name in names)
+                wanted = tuple(names) if wanted is None else wanted
+                known[filter] = any(matches(filter, name) for name in wanted)
             if not known[filter]:
                 line, _ = recipe.places.get(parameter.key, (0, 0))
                 place = f"{parameter.key}, line {line} of the recipe"

@@ -2,7 +2,7 @@
 
 Its length is the mean of theirs. Found by walking along the mean of the tangents until that is
 shorter than `tol`; the walk stays in the span of the models, so that it is done with their
-inner products alone. mergekit takes all models alike; here they may have weights.
+inner products alone. All models count alike, as in mergekit, unless `weighted` says otherwise.
 """
 
 from __future__ import annotations
@@ -16,20 +16,23 @@ from merge_cli.kernels.reduce import weighted_sum
 from merge_cli.methods.blocks import TensorBlocks
 from merge_cli.methods.gram import gram_matrix
 from merge_cli.methods.parameters import PerModel, Range, each
-from merge_cli.methods.registry import merge_method
+from merge_cli.methods.registry import Method, merge_method, method_of
+from merge_cli.recipe.schema import Parameters, Recipe
+from merge_cli.recipe.values import scalars
 
-_AlLeastZero = Annotated[float, Range(0.0)]
+_AtLeastZero = Annotated[float, Range(0.0)]
 
 
 def mean_on_sphere(
-    tensor: TensorBlocks, survey: None, *, weight: Sequence[float], max_iter: int, tol: float,
-    **_: Any,
+    tensor: TensorBlocks, survey: None, *, max_iter: int, tol: float,
+    weight: Sequence[float] | None = None, **_: Any,
 ) -> list[float]:  # fmt: skip
     """What each model is multiplied with."""
     import numpy as np
 
     gram = gram_matrix(tensor)
     lengths = np.sqrt(np.diag(gram))
+    weight = [1.0] * len(gram) if weight is None else weight
     shares = np.array(weight) / math.fsum(weight)
     if len(lengths) == 1:
         return [1.0]
@@ -73,22 +76,57 @@ def _walk(shares: Any, cosines: Any, max_iter: int, tol: float) -> Any:
     return mean
 
 
+def _variant(recipe: Recipe) -> Method | None:
+    given = recipe.parameters.get("weighted")
+    read = method_of(karcher).parameters["weighted"].read
+    asked = given is not None and any(read(value) is True for value in scalars(given.setting))
+    return method_of(weighted_karcher) if asked else None
+
+
+def _always(recipe: Recipe, shared: Sequence[Parameters]) -> bool:
+    return True
+
+
 @merge_method(
-    "karcher", paper="arXiv:2603.04972", prepare=mean_on_sphere,
-    prepare_uses=("weight", "max_iter", "tol"), any_array=True,
+    "karcher", paper="arXiv:2603.04972", prepare=mean_on_sphere, prepare_uses=("max_iter", "tol"),
+    any_array=True, variant=_variant, averages_base=_always,
 )  # fmt: skip
 def karcher(
     models: list[Array],
     prepared: list[float],
     *,
-    weight: PerModel[_AlLeastZero] = each(1.0),
+    weighted: bool = False,
     max_iter: Annotated[int, Range(0)] = 10,
     tol: Annotated[float, Range(0.0, above=True)] = 1e-5,
 ) -> Array:
     """Find the mean of the models' directions on the sphere, and give it the mean of their lengths.
 
     Args:
+        weighted: let each model count by its `weight`; mergekit has none here and ignores it.
+        max_iter: steps at most.
+        tol: steps shorter than this end the search.
+    """
+    return weighted_sum(prepared, models)
+
+
+@merge_method(
+    "karcher", prepare=mean_on_sphere, prepare_uses=("weight", "max_iter", "tol"), any_array=True,
+    listed=False,
+)  # fmt: skip
+def weighted_karcher(
+    models: list[Array],
+    prepared: list[float],
+    *,
+    weight: PerModel[_AtLeastZero] = each(1.0),
+    weighted: bool = True,
+    max_iter: Annotated[int, Range(0)] = 10,
+    tol: Annotated[float, Range(0.0, above=True)] = 1e-5,
+) -> Array:
+    """Find the weighted mean of the models' directions, and give it the mean of their lengths.
+
+    Args:
         weight: how much each model counts; divided by their sum.
+        weighted: what asks for this formula.
         max_iter: steps at most.
         tol: steps shorter than this end the search.
     """

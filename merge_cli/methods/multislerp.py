@@ -31,11 +31,11 @@ def mean_direction(
     """What each operand is multiplied with."""
     import numpy as np
 
+    if len(weight) == 1:
+        return [1.0]
     gram = gram_matrix(tensor)
     lengths = np.sqrt(np.diag(gram))
     weights = np.array(weight) / (math.fsum(weight) if normalize_weights else 1.0)
-    if len(weights) == 1:
-        return [1.0]
     per_unit = np.divide(weights, lengths, out=np.zeros_like(lengths), where=lengths > 0)
     length = math.sqrt(max(float(per_unit @ gram @ per_unit), 0.0))
     if length < _BALANCED:  # opposites: the straight line between them
@@ -49,12 +49,13 @@ def _variant(recipe: Recipe) -> Method | None:
 
 
 def _check(weight: Sequence[float], normalize_weights: bool) -> str:
-    return weights_cancel(weight, normalize_weights)
+    # One alone has nothing to be weighed against: it is the result.
+    return weights_cancel(weight, normalize_weights) if len(weight) > 1 else ""
 
 
 @merge_method(
     "multislerp", prepare=mean_direction, prepare_uses=("weight", "normalize_weights"),
-    variant=_variant, check=_check, any_array=True, ignores=("eps",),
+    variant=_variant, check=_check, any_array=True,
 )  # fmt: skip
 def multislerp(
     models: list[Array],
@@ -74,7 +75,7 @@ def multislerp(
 
 @merge_method(
     "multislerp", prepare=mean_direction, prepare_uses=("weight", "normalize_weights"),
-    check=_check, any_array=True, ignores=("eps",), listed=False,
+    check=_check, any_array=True, listed=False,
 )  # fmt: skip
 def multislerp_of_changes(
     base: Array,

@@ -23,22 +23,28 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Range:
-    """Bounds of a number; `above` excludes the lower bound."""
+    """Bounds of a number; `above` excludes the lower bound.
+
+    `capped` takes what lies above the upper bound for the bound itself.
+    """
 
     low: float | None = None
     high: float | None = None
     above: bool = False
+    capped: bool = False
 
     def __str__(self) -> str:
         if self.low is None:
             return "any number" if self.high is None else f"at most {self.high:g}"
         if self.high is None:
             return f"above {self.low:g}" if self.above else f"at least {self.low:g}"
+        if self.capped:
+            return f"of at least {self.low:g} (above {self.high:g} counts as {self.high:g})"
         return f"in {'(' if self.above else '['}{self.low:g}, {self.high:g}]"
 
     def holds(self, value: float) -> bool:
         low_ok = self.low is None or value > self.low or (not self.above and value == self.low)
-        return low_ok and (self.high is None or value <= self.high)
+        return low_ok and (self.high is None or self.capped or value <= self.high)
 
 
 class _PerModelMark:
@@ -46,8 +52,15 @@ class _PerModelMark:
 
 
 PerModel = Annotated[Sequence[T], _PerModelMark()]
-Density = Annotated[float, Range(0.0, 1.0, above=True)]
+# Above 1 is 1, as mergekit reads them; 0 keeps nothing.
+Density = Annotated[float, Range(0.0, 1.0, capped=True)]
+CappedShare = Annotated[float, Range(0.0, 1.0, capped=True)]
 Share = Annotated[float, Range(0.0, 1.0)]
+# What mergekit takes for a truth value, besides true and false: its own output writes 1.0.
+_TRUTH: dict[Scalar, bool] = {
+    1: True, 0: False, "true": True, "false": False, "yes": True, "no": False, "on": True,
+    "off": False,
+}  # fmt: skip
 
 
 def each(value: T) -> Any:
@@ -76,6 +89,7 @@ class MethodParameter:
 
     def check(self, value: Scalar) -> str:
         """Why a value is refused; empty when it is fine."""
+        value = self.read(value)
         if self.choices:
             return "" if value in self.choices and self._same_kind(value) else self._message(value)
         if self.kind is bool:
@@ -89,9 +103,29 @@ class MethodParameter:
             )
         return "" if isinstance(value, str) else self._message(value)
 
+    def read(self, value: Scalar) -> Scalar:
+        """A value as the recipe writes it, its numbers as truth values where these are meant.
+
+        Done before a gradient is evaluated: truth values step, numbers are interpolated.
+        """
+        boolean = self.kind is bool or any(isinstance(choice, bool) for choice in self.choices)
+        if not boolean or self._same_kind(value):
+            return value
+        return _TRUTH.get(value.lower() if isinstance(value, str) else value, value)
+
     def coerce(self, value: Scalar) -> Scalar:
         """A checked value in the parameter's own type."""
-        return value if self.choices else self.kind(value)
+        if self.choices:
+            return value
+        if self.range.capped and self.range.high is not None and isinstance(value, int | float):
+            value = min(value, self.range.high)
+        coerced: Scalar = self.kind(value)
+        return coerced
+
+    def is_capped(self, value: Scalar) -> bool:
+        """Whether a checked value lies above a bound that it is taken for."""
+        high = self.range.high if self.range.capped else None
+        return high is not None and not isinstance(value, str) and value > high
 
     @property
     def allowed(self) -> str:

@@ -6,6 +6,7 @@ several have changed is averaged over those that did.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -49,7 +50,8 @@ def shares_of_overlap(
     scales = []
     for parts in zip(*tensor.map(counts), strict=True):
         shared, alone = (sum(part[i] for part in parts) for i in (0, 1))
-        rho = shared / max(alone, epsilon) if shared else 0.0
+        least = max(alone, epsilon)  # both 0 where a model shares all that it has changed
+        rho = (shared / least if least else math.inf) if shared else 0.0
         scales.append(1.0 + r * min(max(rho, 0.0), alpha))
     return scales
 

@@ -22,7 +22,7 @@ Packages add methods by the entry-point group `merge_cli.methods`.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from importlib import import_module
@@ -32,7 +32,7 @@ from typing import Any, Literal, TypeVar
 from merge_cli.errors import UsageError
 from merge_cli.methods.parameters import MethodParameter, read_parameters
 from merge_cli.recipe.keys import nearest
-from merge_cli.recipe.schema import Recipe
+from merge_cli.recipe.schema import Parameters, Recipe
 from merge_cli.recipe.statistics import Kind
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -58,7 +58,6 @@ class Method:
         check: `check(**parameters it names)` -> why this combination cannot be merged, or "".
         any_array: made of operators and `merge_cli.kernels` alone, so that it takes numpy arrays as
             well as tensors: then a merge on a CPU runs compiled and does without torch.
-        ignores: parameters that mergekit takes here without effect: a warning, not an error.
         variant: `variant(recipe)` -> the method of another formula that this recipe means, or None.
         learns: without `coefficients:` in the recipe they are learned first.
         searches: what is merged, and with which parameters, is found first.
@@ -67,6 +66,8 @@ class Method:
             the largest tensor.
         gathers: statistics of every source over its `data:` that are gathered first: gram or
             fisher; empty for none.
+        averages_base: `averages_base(recipe, shared parameters, the closest first)` -> whether a
+            base that `models` does not list is one more model, as in mergekit.
         prepare_uses: the parameters that `prepare` looks at; None where it may look at all. With
             the same values of these and no survey, it gives the same answer.
     """
@@ -82,7 +83,6 @@ class Method:
     kept: Callable[..., list[int]] | None = None
     copies: Callable[..., bool] | None = None
     check: Callable[..., str] | None = None
-    ignores: tuple[str, ...] = ()
     any_array: bool = False
     supplied: frozenset[str] = field(default_factory=frozenset)
     variant: Callable[[Recipe], Method | None] | None = None
@@ -91,6 +91,7 @@ class Method:
     prepare_uses: tuple[str, ...] | None = None
     whole: Callable[..., int] | None = None
     gathers: str = ""
+    averages_base: Callable[[Recipe, Sequence[Parameters]], bool] | None = None
 
     @cached_property
     def parameters(self) -> dict[str, MethodParameter]:
@@ -129,7 +130,6 @@ def merge_method(
     kept: Callable[..., list[int]] | None = None,
     copies: Callable[..., bool] | None = None,
     check: Callable[..., str] | None = None,
-    ignores: tuple[str, ...] = (),
     any_array: bool = False,
     variant: Callable[[Recipe], Method | None] | None = None,
     learns: bool = False,
@@ -137,6 +137,7 @@ def merge_method(
     prepare_uses: tuple[str, ...] | None = None,
     whole: Callable[..., int] | None = None,
     gathers: Kind | Literal[""] = "",
+    averages_base: Callable[[Recipe, Sequence[Parameters]], bool] | None = None,
     listed: bool = True,
 ) -> Callable[[F], F]:
     """Record a merge method under `name` and its aliases; see the module's text for the contract.
@@ -161,8 +162,8 @@ def merge_method(
             raise TypeError(f"{name}: the engine supplies {_SUPPLIED}, not {sorted(unknown)}")
         method = Method(
             name, function, aliases, paper, count, base_is_source,
-            prepare, survey, kept, copies, check, ignores, any_array, frozenset(positional),
-            variant, learns, searches, prepare_uses, whole, gathers,
+            prepare, survey, kept, copies, check, any_array, frozenset(positional),
+            variant, learns, searches, prepare_uses, whole, gathers, averages_base,
         )  # fmt: skip
         _ = method.parameters  # a signature that cannot be read fails here, at import
         _BY_FUNCTION[function] = method

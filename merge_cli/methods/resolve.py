@@ -14,9 +14,15 @@ from merge_cli.errors import Problem, UsageError
 from merge_cli.methods.adapters import adapter_problems
 from merge_cli.methods.gathering import gathering_problems, gathering_warnings
 from merge_cli.methods.learning import learning_problems
+from merge_cli.methods.operands import (
+    averages_base,
+    lists_base,
+    operand_specs,
+    shared_parameters,
+)
 from merge_cli.methods.registry import Method, get_method
 from merge_cli.methods.searching import search_problems
-from merge_cli.recipe.keys import nearest
+from merge_cli.recipe.keys import MERGEKIT_PARAMETERS, nearest
 from merge_cli.recipe.schema import Parameters, Recipe, SliceSpec, SourceSpec
 from merge_cli.recipe.values import Scalar, evaluate, filters, is_graded, matches, scalars
 
@@ -57,42 +63,23 @@ def check_recipe(recipe: Recipe) -> Checked:
     if method.needs_base and not based and any(here.base_model is None for here, *_ in groups):
         what = f"{name} adds changes to a base model, and the recipe names none."
         problems.append(recipe.problem("merge_method", what, "Add `base_model:`."))
-    for here, key, group, specs in groups:
-        _check_count(here, method, key, specs, problems)
-        if group:
-            _check_parameters(recipe, method, group, None, problems, warnings)
+    for here, key, piece, specs in groups:
+        _check_count(here, method, key, specs, piece, problems)
+        if piece is not None and piece.parameters:
+            _check_parameters(recipe, method, piece.parameters, None, problems, warnings)
         for spec in specs:
             if spec.parameters and method.needs_base and spec.model == here.base_model:
-                line, column = recipe.places.get(f"{spec.key}.parameters", (0, 0))
-                place = f"{recipe.file}:{line}:{column}: {spec.key}.parameters"
+                place = _at(recipe, f"{spec.key}.parameters")
                 warnings.append(f"{place}: has no effect: the base has no task vector.")
+    warnings += [*_unlisted_base(recipe, method), *_random_rescaling(recipe, method)]
     for shared in (recipe.parameters, *(module.parameters for module in recipe.modules)):
         _check_parameters(recipe, method, shared, None, problems, warnings)
     for spec in recipe.source_specs:
         _check_parameters(recipe, method, spec.parameters, spec, problems, warnings)
         if spec.data is not None and recipe.coefficients and method.learns:
-            line, column = recipe.places.get(f"{spec.key}.data", (0, 0))
-            place = f"{recipe.file}:{line}:{column}: {spec.key}.data"
+            place = _at(recipe, f"{spec.key}.data")
             warnings.append(f"{place}: has no effect: the coefficients are given.")
     return Checked(method, tuple(problems), tuple(warnings))
-
-
-def operand_specs(
-    recipe: Recipe, method: Method, specs: Sequence[SourceSpec]
-) -> tuple[SourceSpec, ...]:
-    """The sources that the formula runs over, in its order.
-
-    A base among the sources has no task vector, so methods on deltas leave it out; where the base
-    is an operand of its own (slerp), it comes first.
-    """
-    base = recipe.base_model
-    if base is None:
-        return tuple(specs)
-    own = tuple(s for s in specs if s.model == base)
-    others = tuple(s for s in specs if s.model != base)
-    if method.base_is_source:
-        return (own or (SourceSpec(base, "base_model"),)) + others
-    return others if method.needs_base else tuple(specs)
 
 
 def resolve(
@@ -102,6 +89,7 @@ def resolve(
     specs: Sequence[SourceSpec],
     tensor: str,
     position: float,
+    inputs: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The method's parameters for one tensor, by the recipe's names; a list where per model.
 
@@ -109,23 +97,30 @@ def resolve(
         piece: the output slice, or None for a merge of whole models.
         specs: the operands' sources, in order.
         position: the tensor's layer within its slice, 0 to 1.
+        inputs: the tensor's name in each source, by that source's own layer numbers, which the
+            filters of its parameters look at, as mergekit's do; empty where it is the output's.
     """
-    shared = _shared(recipe, piece)
+    shared = shared_parameters(recipe, piece)
+    names = inputs or [tensor] * len(specs)
     resolved: dict[str, Any] = {}
     for name, parameter in method.parameters.items():
 
-        def value(layers: Sequence[Parameters], name: str = name) -> Scalar | None:
+        def value(layers: Sequence[Parameters], tensor: str, name: str = name) -> Scalar | None:
+            known = method.parameters[name]
             for parameters in layers:
                 if name in parameters:
-                    found = evaluate(parameters[name].setting, tensor, position)
+                    found = evaluate(parameters[name].setting, tensor, position, known.read)
                     if found is not None:
-                        return method.parameters[name].coerce(found)
-            return method.parameters[name].default
+                        return known.coerce(found)
+            return known.default
 
         if parameter.per_model:
-            resolved[name] = [value([spec.parameters, *shared]) for spec in specs]
+            resolved[name] = [
+                value([spec.parameters, *shared], own)
+                for spec, own in zip(specs, names, strict=True)
+            ]
         else:
-            resolved[name] = value(shared)
+            resolved[name] = value(shared, tensor)
     return resolved
 
 
@@ -155,24 +150,32 @@ class Resolver:
         self, recipe: Recipe, method: Method, piece: SliceSpec | None, specs: Sequence[SourceSpec]
     ) -> None:
         self._recipe, self._method, self._piece, self._specs = recipe, method, piece, specs
-        groups = [spec.parameters for spec in specs] + _shared(recipe, piece)
+        groups = [spec.parameters for spec in specs] + shared_parameters(recipe, piece)
         settings = [parameter.setting for group in groups for parameter in group.values()]
         self._filters = sorted(set().union(*map(filters, settings)))
         self._graded = any(map(is_graded, settings))
-        self._known: dict[tuple[float, tuple[str, ...]], Resolved] = {}
+        self._known: dict[tuple[float, tuple[tuple[str, ...], ...]], Resolved] = {}
 
-    def of(self, tensor: str, position: float) -> Resolved:
+    @property
+    def filtered(self) -> bool:
+        """Whether names decide anything."""
+        return bool(self._filters)
+
+    def of(self, tensor: str, position: float, inputs: Sequence[str] = ()) -> Resolved:
         """The parameters of one tensor; arguments as for `resolve`."""
-        matching = tuple([one for one in self._filters if matches(one, tensor)])
+        matching = tuple([self._matching(name) for name in (tensor, *inputs)])
         key = position if self._graded else 0.0, matching
         known = self._known.get(key)
         if known is None:
-            known = self._known[key] = self._resolve(tensor, position)
+            known = self._known[key] = self._resolve(tensor, position, inputs)
         return known
 
-    def _resolve(self, tensor: str, position: float) -> Resolved:
+    def _matching(self, name: str) -> tuple[str, ...]:
+        return tuple([one for one in self._filters if matches(one, name)])
+
+    def _resolve(self, tensor: str, position: float, inputs: Sequence[str]) -> Resolved:
         method = self._method
-        values = resolve(self._recipe, method, self._piece, self._specs, tensor, position)
+        values = resolve(self._recipe, method, self._piece, self._specs, tensor, position, inputs)
         copies = method.copies is not None and method.copies(**values)
         return Resolved(values, combination_error(method, values), copies)
 
@@ -190,19 +193,52 @@ def arguments(method: Method, parameters: Mapping[str, Any]) -> dict[str, Any]:
     return {method.parameters[name].argument: value for name, value in parameters.items()}
 
 
-def _shared(recipe: Recipe, piece: SliceSpec | None) -> list[Parameters]:
-    """What stands for all sources of a piece, the closest first."""
-    own = [piece.parameters, piece.outer] if piece else []
-    return [*own, recipe.parameters]
-
-
-def _groups(recipe: Recipe) -> list[tuple[Recipe, str, Parameters, tuple[SourceSpec, ...]]]:
+def _groups(recipe: Recipe) -> list[tuple[Recipe, str, SliceSpec | None, tuple[SourceSpec, ...]]]:
     if not recipe.all_slices:
-        return [(recipe, "models", {}, recipe.models)]
+        return [(recipe, "models", None, recipe.models)]
     return [
-        (recipe.of_slice(piece), piece.key, piece.parameters, piece.sources)
-        for piece in recipe.all_slices
+        (recipe.of_slice(piece), piece.key, piece, piece.sources) for piece in recipe.all_slices
     ]
+
+
+def _unlisted_base(recipe: Recipe, method: Method) -> list[str]:
+    """What becomes of a base that an average does not list."""
+    if recipe.base_model is None or method.averages_base is None:
+        return []
+    place = _at(recipe, "base_model")
+    for here, _, piece, specs in _groups(recipe):
+        if averages_base(here, method, specs, piece):
+            return [f"{place}: averaged with the models, as in mergekit."]
+        if not lists_base(here, specs):
+            return [f"{place}: gives config and tokenizer, and is not averaged: not in `models`."]
+    return []
+
+
+def _random_rescaling(recipe: Recipe, method: Method) -> list[str]:
+    """A line where what is dropped at random is made up for otherwise than by mergekit."""
+    rescale = method.parameters.get("rescale")
+    if rescale is None or rescale.default != "density" or recipe.searches:
+        return []
+    groups = [recipe.parameters, *(module.parameters for module in recipe.modules)]
+    groups += [piece.parameters for piece in recipe.all_slices]
+    groups += [spec.parameters for spec in recipe.source_specs]
+
+    def given(name: str) -> list[Scalar]:
+        settings = [group[name].setting for group in groups if name in group]
+        return [value for setting in settings for value in scalars(setting)]
+
+    drops = any(isinstance(value, int | float) and value < 1 for value in given("density"))
+    plain = all(rescale.read(value) in ("density", True) for value in given("rescale"))
+    if not drops or not plain:
+        return []
+    what = f"{recipe.merge_method} divides what is kept by its chance, as the paper does; mergekit"
+    return [f"{_at(recipe, 'merge_method')}: {what} by L1 norms: `rescale: l1`."]
+
+
+def _at(recipe: Recipe, key: str) -> str:
+    """A place in the recipe, as warnings name it."""
+    line, column = recipe.places.get(key, (0, 0))
+    return f"{recipe.file}:{line}:{column}: {key}"
 
 
 def _check_count(
@@ -210,10 +246,11 @@ def _check_count(
     method: Method,
     key: str,
     specs: tuple[SourceSpec, ...],
+    piece: SliceSpec | None,
     problems: list[Problem],
 ) -> None:
     least, most = method.count
-    count = len(operand_specs(recipe, method, specs))
+    count = len(operand_specs(recipe, method, specs, piece))
     if not specs or least <= count and (most is None or count <= most):
         return
     wanted = f"exactly {least}" if least == most else f"at least {least}"
@@ -233,10 +270,12 @@ def _check_parameters(
     shown = method.name if method.searches or recipe.searches else recipe.merge_method
     for name, given in parameters.items():
         known = method.parameters.get(name)
-        if known is None and name in method.ignores:
-            line, column = recipe.places.get(given.key, (0, 0))
-            place = f"{recipe.file}:{line}:{column}: {given.key}"
-            warnings.append(f"{place}: has no effect in {shown}.")
+        passed_by = name in MERGEKIT_PARAMETERS and not (method.learns or method.searches)
+        if known is None and passed_by:
+            warnings.append(f"{_at(recipe, given.key)}: has no effect in {shown}.")
+        elif known is not None and spec is not None and not known.per_model and passed_by:
+            what = "has no effect under a model: it is one value for the whole merge"
+            warnings.append(f"{_at(recipe, given.key)}: {what}.")
         elif known is None:
             what = f"{shown} has no such parameter."
             hint = nearest(name, method.parameters) if method.parameters else ""
@@ -249,5 +288,9 @@ def _check_parameters(
                 recipe.problem(given.key, what, "Move it to the recipe's `parameters:`.")
             )
         else:
-            wrong = {message for v in scalars(given.setting) if (message := known.check(v))}
+            values = scalars(given.setting)
+            wrong = {message for v in values if (message := known.check(v))}
             problems.extend(recipe.problem(given.key, message + ".") for message in sorted(wrong))
+            if not wrong and any(map(known.is_capped, values)):
+                what = f"is read as {known.range.high:g} where it is more"
+                warnings.append(f"{_at(recipe, given.key)}: {what}.")

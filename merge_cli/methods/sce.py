@@ -18,7 +18,7 @@ from merge_cli.kernels.cut import Cut
 from merge_cli.kernels.reduce import dot_runs, exact_sum
 from merge_cli.kernels.select import exact_cuts, kept_count
 from merge_cli.methods.blocks import Block, RowStream, Span, TensorBlocks
-from merge_cli.methods.parameters import Share
+from merge_cli.methods.parameters import CappedShare
 from merge_cli.methods.registry import merge_method
 
 if TYPE_CHECKING:
@@ -82,17 +82,14 @@ def _selected(deltas: list[Tensor], cut: Cut | None, start: int) -> list[Tensor]
     return [delta.where(keep, 0.0) for delta in deltas]
 
 
-@merge_method(
-    "sce", paper="arXiv:2408.07990", prepare=select, prepare_uses=("select_topk",),
-    ignores=("int8_mask",),
-)  # fmt: skip
+@merge_method("sce", paper="arXiv:2408.07990", prepare=select, prepare_uses=("select_topk",))
 def sce(
     base: Tensor,
     deltas: list[Tensor],
     at: Span,
     prepared: Selected,
     *,
-    select_topk: Share = 1.0,
+    select_topk: CappedShare = 1.0,
 ) -> Tensor:
     """Keep the elements that differ most, weigh models by their changes, erase minority signs.
 

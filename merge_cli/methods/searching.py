@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from merge_cli.errors import Problem, UsageError
 from merge_cli.methods.parameters import MethodParameter
 from merge_cli.methods.registry import Method, get_method, method_names
-from merge_cli.recipe.keys import nearest
+from merge_cli.recipe.keys import MERGEKIT_PARAMETERS, nearest
 from merge_cli.recipe.reference import local_file
 from merge_cli.recipe.schema import Recipe
 from merge_cli.recipe.search import WITHOUT_SPACE, Search, Searched
@@ -100,7 +100,7 @@ def _section_problems(recipe: Recipe, search: Search) -> Iterator[Problem]:
     for method in methods[1:]:
         for parameters in (recipe.parameters, *(spec.parameters for spec in recipe.models)):
             for given in parameters.values():
-                if given.name not in method.parameters and given.name not in method.ignores:
+                if given.name not in (*method.parameters, *MERGEKIT_PARAMETERS):
                     yield recipe.problem(given.key, f"{method.name} has no such parameter.")
 
 

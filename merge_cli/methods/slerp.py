@@ -9,7 +9,6 @@ from typing import Any
 from merge_cli.kernels.arrays import Array
 from merge_cli.kernels.reduce import dot_runs, exact_sum, weighted_sum
 from merge_cli.methods.blocks import Block, TensorBlocks
-from merge_cli.methods.parameters import Share
 from merge_cli.methods.registry import merge_method
 
 _PARALLEL = 0.9995  # |cosine| above which sin(theta) is too small to divide by
@@ -48,11 +47,12 @@ def slerp(
     models: list[Array],
     prepared: tuple[float, float],
     *,
-    t: Share = 0.5,
+    t: float = 0.5,
 ) -> Array:
     """Walk from the first model (the base) to the second along the great circle through both.
 
     Args:
-        t: how far to go, for each tensor: 0 is the base, 1 the other model.
+        t: how far to go, for each tensor: 0 is the base, 1 the other model; what lies outside
+            goes on beyond them.
     """
     return weighted_sum(prepared, models)

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import math
-
 from merge_cli.kernels.arrays import Array
 from merge_cli.kernels.reduce import add_scaled, divided, weighted_sum
 from merge_cli.methods.parameters import PerModel, each
 from merge_cli.methods.registry import merge_method
-from merge_cli.methods.soup import weights_cancel
+from merge_cli.methods.soup import divisor
 
 
-@merge_method(
-    "task_arithmetic", paper="arXiv:2212.04089", check=weights_cancel,
-    ignores=("density", "rescale"), any_array=True,
-)  # fmt: skip
+@merge_method("task_arithmetic", paper="arXiv:2212.04089", any_array=True)
 def task_arithmetic(
     base: Array,
     deltas: list[Array],
@@ -27,10 +22,10 @@ def task_arithmetic(
 
     Args:
         weight: how much of each task vector goes in.
-        normalize: divide the sum by the sum of the weights.
+        normalize: divide the sum by the sum of the weights, or by 1 where they cancel.
         lambda_: scale of the whole change.
     """
     mixed = weighted_sum(weight, deltas)
     if normalize:
-        mixed = divided(mixed, math.fsum(weight))
+        mixed = divided(mixed, divisor(weight))
     return add_scaled(base, lambda_, mixed)

@@ -21,6 +21,7 @@ from merge_cli.kernels.select import magnitude_cuts
 from merge_cli.methods.blocks import Block, ModelBlocks, RowStream, Span, TensorBlocks
 from merge_cli.methods.parameters import Density, PerModel, each
 from merge_cli.methods.registry import merge_method
+from merge_cli.methods.rescaling import RescaleL1, l1_factors, rescaled
 
 Semantics = Literal["mergekit", "paper"]
 Cuts = list[Cut | None]
@@ -41,10 +42,11 @@ class TiesSurvey:
 
 @dataclass(frozen=True)
 class Trim:
-    """What one tensor is trimmed and elected with."""
+    """What one tensor is trimmed, rescaled and elected with."""
 
     cuts: Cuts
     zero_sign: float
+    factors: list[float]
 
 
 def survey(model: ModelBlocks) -> TiesSurvey | None:
@@ -70,9 +72,13 @@ def survey(model: ModelBlocks) -> TiesSurvey | None:
 def prepare(tensor: TensorBlocks, found: TiesSurvey | None, **parameters: Any) -> Trim:
     """The cuts of one tensor."""
     zero_sign = 1.0 if found is None or found.zero_sign is None else found.zero_sign
-    if found and tensor.name in found.cuts:
-        return Trim(found.cuts[tensor.name], zero_sign)
-    return Trim(_tensor_cuts(tensor), zero_sign)
+    known = found.cuts.get(tensor.name) if found else None
+    cuts = _tensor_cuts(tensor) if known is None else known
+    factors = l1_factors(
+        tensor, densities(parameters), parameters["rescale"],
+        lambda deltas, start: trimmed(deltas, cuts, start),
+    )  # fmt: skip
+    return Trim(cuts, zero_sign, factors)
 
 
 def kept(block: Block, prepared: Trim, parameters: Mapping[str, Any]) -> list[int]:
@@ -85,8 +91,8 @@ def kept(block: Block, prepared: Trim, parameters: Mapping[str, Any]) -> list[in
 
 @merge_method(
     "ties", paper="arXiv:2306.01708",
-    prepare=prepare, survey=survey, kept=kept, ignores=("rescale",), any_array=True,
-    prepare_uses=("density", "semantics"),
+    prepare=prepare, survey=survey, kept=kept, any_array=True,
+    prepare_uses=("density", "semantics", "rescale"),
 )  # fmt: skip
 def ties(
     base: Array,
@@ -97,6 +103,7 @@ def ties(
     weight: PerModel[float] = each(1.0),
     density: PerModel[Density | None] = each(None),
     normalize: bool = True,
+    rescale: RescaleL1 = False,
     lambda_: float = 1.0,
     semantics: Semantics = "mergekit",
     trim: Literal["tensor", "model"] | None = None,
@@ -109,8 +116,10 @@ def ties(
     Args:
         weight: how much of each task vector goes in.
         density: share of each task vector's elements that is kept, the largest by magnitude,
-            exactly int(density * n), ties to the lower index. Default 1 (mergekit) or 0.2 (paper).
+            exactly int(density * n), but at least one, ties to the lower index. Default 1
+            (mergekit) or 0.2 (paper).
         normalize: divide by what agrees (see divisor); false gives the plain sum.
+        rescale: multiply what is kept by its L1 norm before trimming over after (`l1`, or true).
         lambda_: scale of the whole change.
         semantics: sets density, trim, elect, divisor and zero_sign to mergekit's or the paper's
             rule where they are not given.
@@ -122,7 +131,7 @@ def ties(
     """
     paper = semantics == "paper"
     mixed = disjoint_mean(
-        trimmed(deltas, prepared.cuts, at.start),
+        rescaled(trimmed(deltas, prepared.cuts, at.start), prepared.factors),
         weight,
         weighted_election=_or(elect, "unweighted" if paper else "weighted") == "weighted",
         divide_by=_or(divisor, "count" if paper else "weights") if normalize else "nothing",

@@ -9,6 +9,7 @@ from typing import Any
 
 from merge_cli.checkpoint.card import front_matter
 from merge_cli.checkpoint.files import CARD
+from merge_cli.checkpoint.links import refuse_links
 from merge_cli.checkpoint.shards import INDEX
 from merge_cli.errors import CorruptFileError, SourceError
 from merge_cli.guarded import Unreadable, read_mapping, read_text
@@ -62,6 +63,7 @@ def pack(folder: Path, repo_id: str) -> Package:
         for path in folder.rglob("*")
         if path.is_file() and not _is_private(path.relative_to(folder))
     )
+    refuse_links([folder / name for name in names], folder, label)
     if REPORT not in names or not any(name.endswith(".safetensors") for name in names):
         what = "is not a model that merge-cli has merged"
         hint = f"It has no {REPORT} or no weights. Other folders are uploaded by: hf upload."

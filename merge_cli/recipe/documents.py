@@ -21,7 +21,8 @@ from merge_cli.recipe.schema import Recipe
 
 # A name becomes a folder, beside which work is kept in files of these endings.
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)*")
-_TAKEN = (".partial", ".training", ".search", ".lock", ".begun", ".done", ".new")
+_FILES = ("lock", "merge-cli", "journal.jsonl")
+_TAKEN = (".partial", ".training", ".search", ".stages", ".lock", ".begun", ".done", ".new")
 
 
 def parse_documents(
@@ -115,7 +116,7 @@ def _names(roots: Sequence[Node], recipes: Sequence[Recipe], file: str) -> list[
         if recipe.name is None:
             continue
         folder = stage_folder(recipe.name)
-        if not _NAME.fullmatch(recipe.name) or folder.endswith(_TAKEN) or folder == "lock":
+        if not _NAME.fullmatch(recipe.name) or folder.endswith(_TAKEN) or folder in _FILES:
             what = f"'{recipe.name}' cannot name a stage, since it becomes a folder."
             hint = "Use letters, digits, '.', '_' and '-'."
             problems.append(recipe.problem("name", what, hint))

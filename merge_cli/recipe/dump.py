@@ -130,6 +130,8 @@ def _slices(slices: Iterable[SliceSpec], locate: Locate) -> list[dict[str, Any]]
 
 
 def _tokenizer(spec: TokenizerSpec, folder: Path, locate: Locate) -> dict[str, Any]:
+    if spec.truncate:
+        return {"truncate": True}
     word = spec.source
     named = word in (UNION, BASE)
     section: dict[str, Any] = {"source": word if named else locate(parse_reference(word, folder))}

@@ -83,7 +83,9 @@ class Fields:
         for name, child in node.value.items():
             path = f"{key}.{name}" if key else name
             self.places[path] = node.key_places[name]
-            if name in known:
+            if not key and name not in known and name in node.holders:
+                self._ineffective(path, "it holds what YAML aliases mean elsewhere")
+            elif name in known:
                 fields[name] = child
             elif name in INEFFECTIVE:
                 self._warn(node, name, path)
@@ -94,9 +96,13 @@ class Fields:
         return fields
 
     def _warn(self, node: Node, name: str, path: str) -> None:
-        line, column = node.key_places[name]
-        place = f"{self.file}:{line}:{column}: {path}"
-        self.warnings.append(f"{place}: has no effect ({INEFFECTIVE[name]}).")
+        self.places[path] = node.key_places[name]
+        self._ineffective(path, INEFFECTIVE[name])
+
+    def _ineffective(self, path: str, why: str) -> None:
+        """A line on a key that is known and does nothing here."""
+        line, column = self.places[path]
+        self.warnings.append(f"{self.file}:{line}:{column}: {path}: has no effect ({why}).")
 
     def _at(self, path: str, what: str, hint: str = "") -> Problem:
         line, column = self.places[path]

@@ -13,6 +13,16 @@ INEFFECTIVE = {
     "override_architecture": "tensors are matched by name, whatever the architecture",
     "int8_mask": "not needed here: masks are never stored",
 }
+# Of mergekit's, where they do nothing: key -> why.
+UNUSED_LAYER_RANGE = "whole models are merged here; layers are chosen under `slices`"
+UNUSED_SEED = "`seed` says it"
+# The parameters of all of mergekit's methods. It reads those that the method has, where the method
+# has them, and passes by the others: so recipes that are copied from one another are full of them.
+MERGEKIT_PARAMETERS = frozenset({
+    "weight", "density", "normalize", "rescale", "lambda", "int8_mask", "gamma", "epsilon", "t",
+    "scale", "select_topk", "filter_wise", "nuslerp_flatten", "nuslerp_row_wise",
+    "normalize_weights", "eps", "max_iter", "tol", "r", "alpha",
+})  # fmt: skip
 # Known to mergekit or to the field: a recipe that needs them must not run without.
 UNSUPPORTED = {
     "genome": "a file of mergekit-evolve; the same search is `merge_method: evolutionary` with "
@@ -23,9 +33,11 @@ UNSUPPORTED = {
 }
 RECIPE_KEYS = (
     "merge_method", "base_model", "models", "slices", "modules", "parameters", "dtype", "out_dtype",
-    "seed", "tokenizer_source", "tokenizer", "chat_template", "name", "metadata", "training",
-    "statistics", "coefficients", "inputs", "eval", "search", "objective", "output",
+    "seed", "random_seed", "tokenizer_source", "tokenizer", "chat_template", "name", "metadata",
+    "training", "statistics", "coefficients", "inputs", "eval", "search", "objective", "output",
 )  # fmt: skip
+
+SOURCE_KEYS = ("models", "slices", "modules")  # one of them lists what is merged
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 FP8 = "fp8"  # of `out_dtype`: matrices of layers as codes of eight bits with scales, the rest not

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from merge_cli.recipe.keys import UNUSED_LAYER_RANGE
 from merge_cli.recipe.learning import LearningSections
-from merge_cli.recipe.nodes import Node
+from merge_cli.recipe.nodes import Node, without_empty
 from merge_cli.recipe.reference import ModelRef, parse_reference
 from merge_cli.recipe.schema import ModuleSpec, Parameters, SliceSpec, SourceSpec
 from merge_cli.recipe.settings import ParameterSections
@@ -17,8 +18,11 @@ class ModelSections(ParameterSections, LearningSections):
             if layers:
                 self._add(node, f"{key}.layer_range", "missing", "Write [first, last + 1].")
             return SourceSpec(self._model(node, key) or ModelRef(""), key)
-        known = ("model", "parameters", "layer_range" if layers else "data")
+        known = ("model", "parameters", "layer_range", *(() if layers else ("data",)))
         fields = self._mapping(node, key, known)
+        if not layers and "layer_range" in fields:
+            self._ineffective(f"{key}.layer_range", UNUSED_LAYER_RANGE)
+            del fields["layer_range"]
         model = self._model(fields.get("model"), f"{key}.model")
         named = fields.get("model")
         if isinstance(node.value, dict) and (named is None or named.value is None):
@@ -47,6 +51,7 @@ class ModelSections(ParameterSections, LearningSections):
         return tuple(modules)
 
     def _module(self, node: Node, name: str, key: str) -> ModuleSpec:
+        node = without_empty(node)
         fields = self._mapping(node, key, ("models", "slices", "parameters"))
         if isinstance(node.value, dict) and ("models" in fields) == ("slices" in fields):
             self._add(node, key, "give either models or slices")

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import datetime
 import math
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import yaml
@@ -23,12 +25,16 @@ _SCALARS = (type(None), bool, int, float, str, datetime.date)
 
 @dataclass(frozen=True)
 class Node:
-    """A scalar, a list of nodes or a dict of nodes, with its line and column (from 1)."""
+    """A scalar, a list of nodes or a dict of nodes, with its line and column (from 1).
+
+    `holders` are the keys of a document whose value, or a part of it, is used elsewhere by alias.
+    """
 
     value: Any
     line: int
     column: int
     key_places: dict[str, tuple[int, int]] = field(default_factory=dict)
+    holders: frozenset[str] = frozenset()
 
     def plain(self) -> Any:
         """The value without positions: dicts, lists and scalars."""
@@ -56,7 +62,9 @@ def load_nodes(text: str, file: str) -> list[Node]:
             while loader.check_node():
                 node = loader.get_node()
                 if node is not None:
-                    documents.append(_Converter(loader, file, problems).convert(node, ""))
+                    converter = _Converter(loader, file, problems)
+                    root = converter.convert(node, "")
+                    documents.append(replace(root, holders=anchor_holders(root, converter.uses)))
         finally:
             loader.dispose()
     except yaml.YAMLError as error:
@@ -68,19 +76,54 @@ def load_nodes(text: str, file: str) -> list[Node]:
     return documents
 
 
+def without_empty(node: Node) -> Node:
+    """A mapping without the keys whose value is null: to give nothing is not to give."""
+    if not isinstance(node.value, dict):
+        return node
+    kept = {name: child for name, child in node.value.items() if child.value is not None}
+    return replace(node, value=kept)
+
+
+def anchor_holders(root: Node, uses: Mapping[int, int]) -> frozenset[str]:
+    """The keys of a mapping that hold, somewhere, what is used outside of them.
+
+    Args:
+        uses: how often each node is used in the document, by its id.
+    """
+    children = root.value.items() if isinstance(root.value, dict) else ()
+    return frozenset(name for name, child in children if _used_outside(child, uses))
+
+
+def _used_outside(top: Node, uses: Mapping[int, int]) -> bool:
+    inside: Counter[int] = Counter({id(top): 1})
+    waiting, seen = [top], {id(top)}
+    while waiting:
+        value = waiting.pop().value
+        children = value.values() if isinstance(value, dict) else value
+        for child in children if isinstance(value, dict | list) else ():
+            inside[id(child)] += 1
+            if id(child) not in seen:
+                seen.add(id(child))
+                waiting.append(child)
+    return any(uses[one] > count for one, count in inside.items())
+
+
 class _Converter:
     """PyYAML's nodes to ours, each once: aliases share their node, however often they occur."""
 
     def __init__(self, loader: yaml.SafeLoader, file: str, problems: list[Problem]) -> None:
         self._loader, self._file, self._problems = loader, file, problems
         self._done: dict[int, Node] = {}
+        self.uses: Counter[int] = Counter()  # of each node, by its id: 1, and 1 for each alias
 
     def convert(self, node: yaml.Node, key: str) -> Node:
         """A node, whose key path is for messages."""
         if id(node) not in self._done:
             line, column = node.start_mark.line + 1, node.start_mark.column + 1
             self._done[id(node)] = self._new(node, key, line, column)
-        return self._done[id(node)]
+        done = self._done[id(node)]
+        self.uses[id(done)] += 1
+        return done
 
     def _new(self, node: yaml.Node, path: str, line: int, column: int) -> Node:
         if isinstance(node, yaml.MappingNode):

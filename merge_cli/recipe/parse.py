@@ -7,12 +7,13 @@ look the same.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from merge_cli.errors import Problem
-from merge_cli.recipe.keys import FP8, RECIPE_KEYS
+from merge_cli.recipe.keys import FP8, RECIPE_KEYS, SOURCE_KEYS, UNUSED_SEED
 from merge_cli.recipe.models import ModelSections
-from merge_cli.recipe.nodes import Node
+from merge_cli.recipe.nodes import Node, without_empty
 from merge_cli.recipe.output import parse_output
 from merge_cli.recipe.schema import Recipe
 from merge_cli.recipe.search import SEARCH_KEYS, Search, parse_search
@@ -34,16 +35,17 @@ class _Parser(ModelSections):
         if not isinstance(root.value, dict):
             self._add(root, "", "a recipe is a mapping of keys such as merge_method and models")
             return None, self.problems
+        root = without_empty(root)
         top = self._mapping(root, "", RECIPE_KEYS)
         method = self._word(top.get("merge_method"), "merge_method")
         if top.get("merge_method", root).value is None or "merge_method" not in root.value:
             self._add(root, "merge_method", "missing", "`merge-cli methods` lists them.")
-        given = [key for key in ("models", "slices", "modules") if key in root.value]
+        given = [key for key in SOURCE_KEYS if key in root.value]
         if len(given) > 1:
             self._add(root, given[0], f"give either {' or '.join(given)}, not both")
         elif not given:
             self._add(root, "models", "missing", "List the sources under `models:`.")
-        seed = top.get("seed")
+        seed = self._seed(top)
         metadata = top.get("metadata")
         recipe = Recipe(
             merge_method=method or "",
@@ -60,7 +62,7 @@ class _Parser(ModelSections):
             parameters=self._parameters(top.get("parameters"), "parameters"),
             dtype=self._dtype(top.get("dtype"), "dtype"),
             out_dtype=self._dtype(top.get("out_dtype"), "out_dtype", (FP8,)),
-            seed=self._integer(seed, "seed") if seed else 0,
+            seed=seed,
             tokenizer=parse_tokenizer(
                 top.get("tokenizer"),
                 top.get("tokenizer_source"),
@@ -85,6 +87,15 @@ class _Parser(ModelSections):
             warnings=tuple(self.warnings),
         )
         return recipe, self.problems
+
+    def _seed(self, top: Mapping[str, Node]) -> int:
+        """`seed`; or `random_seed`, which stands in recipes that mergekit's users share."""
+        given, other = top.get("seed"), top.get("random_seed")
+        if other is not None and given is not None:
+            self._ineffective("random_seed", UNUSED_SEED)
+        if given is None and other is not None:
+            return self._integer(other, "random_seed")
+        return self._integer(given, "seed") if given is not None else 0
 
     def _search(self, node: Node | None) -> Search | None:
         if node is None or node.value is None:

@@ -8,7 +8,7 @@ from merge_cli.guarded import Unreadable, read_text
 
 AUTO = "auto"
 MAX_TEMPLATE = 2**20  # the longest in the wild have 30,000 characters
-# Written from the formats' descriptions.
+# Each renders what mergekit's template of the same name does, line breaks and blanks included.
 BUILT_IN = {
     "chatml": (
         "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -16,26 +16,39 @@ BUILT_IN = {
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     ),
     "alpaca": (
-        "{% for message in messages %}{% if message['role'] == 'user' %}### Instruction:\n"
-        "{{ message['content'] }}\n\n{% elif message['role'] == 'assistant' %}### Response:\n"
-        "{{ message['content'] }}\n\n{% else %}{{ message['content'] }}\n\n{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}### Response:\n{% endif %}"
+        "{% set heads = {'user': 'Instruction', 'assistant': 'Response',"
+        " 'user_context': 'Input'} %}"
+        "{% set system = messages | selectattr('role', 'equalto', 'system') | list %}"
+        "{{ (system | last)['content'] | trim if system else '' }}{{ '\\n\\n' }}"
+        "{% for message in messages %}{% if message['role'] in heads %}"
+        "{{ '### ' + heads[message['role']] + ':\\n' + message['content'] | trim }}"
+        "{{ '' if loop.last else '\\n\\n' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt and messages[-1]['role'] != 'assistant' %}"
+        "{{ '### Response:\\n' }}{% endif %}"
     ),
     "llama3": (
-        "{{ bos_token }}{% for message in messages %}<|start_header_id|>{{ message['role'] }}"
-        "<|end_header_id|>\n\n{{ message['content'] | trim }}<|eot_id|>{% endfor %}"
-        "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+        "{{ bos_token if messages else '' }}{% for message in messages %}"
+        "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}"
+        "{{ message['content'] | trim + '<|eot_id|>\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}"
+        "{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
     ),
     "mistral": (
-        "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}"
-        "[INST] {{ message['content'] }} [/INST]{% elif message['role'] == 'assistant' %}"
-        " {{ message['content'] }}{{ eos_token }}{% else %}{{ message['content'] }}\n\n{% endif %}"
-        "{% endfor %}"
+        "{% set system = messages[0]['content'] if messages[0]['role'] == 'system' else none %}"
+        "{% set turns = messages if system is none else messages[1:] %}{{ bos_token }}"
+        "{% for turn in turns %}"
+        "{% if turn['role'] != ('assistant' if loop.index0 % 2 else 'user') %}"
+        "{{ raise_exception('user and assistant must take turns, after a first system message') }}"
+        "{% elif loop.index0 % 2 %}{{ ' ' + turn['content'] + eos_token }}{% else %}"
+        "{{ ' [INST] ' + (system + '\\n\\n' if loop.first and system is not none else '') }}"
+        "{{ turn['content'] + ' [/INST]' }}{% endif %}{% endfor %}"
     ),
     "exaone": (
-        "{% for message in messages %}[|{{ message['role'] }}|]{{ message['content'] }}"
-        "{% if message['role'] != 'user' %}[|endofturn|]{% endif %}\n{% endfor %}"
-        "{% if add_generation_prompt %}[|assistant|]{% endif %}"
+        "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
+        "{{ ' ' * 8 + '[|system|][|endofturn|]\\n\\n' }}{% endif %}"
+        "{{ ' ' * 4 + '[|' + message['role'] + '|]' + message['content'] + '\\n' + ' ' * 8 }}"
+        "{{ ('' if message['role'] == 'user' else '[|endofturn|]') + '\\n\\n' }}{% endfor %}"
+        "{{ ' ' * 4 + '[|assistant|]\\n' if add_generation_prompt else '' }}"
     ),
 }
 

@@ -8,7 +8,8 @@
         <|new|>: {source: {kind: model_token, model: ./chat, token: "<|im_start|>"}}
       pad_to_multiple_of: 64
 
-`tokenizer_source: X` is the same as `tokenizer: {source: X}`.
+`tokenizer_source: X`, and `tokenizer: X`, are the same as `tokenizer: {source: X}`.
+`tokenizer: {truncate: true}` cuts every model to the rows of the smallest one instead.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from merge_cli.recipe.nodes import Node
 from merge_cli.recipe.reference import ModelRef, parse_reference
 
 UNION, BASE = "union", "base"
+MAX_PADDING = 2**20  # no embedding is padded to nearly as many rows
 Add = Callable[[Node, str, str, str], None]  # node, key, what, hint
 
 
@@ -51,12 +53,14 @@ class TokenizerSpec:
     Attributes:
         source: union, base, or a model as written.
         key: where the source stands.
+        truncate: rows are not matched by token but by number, as far as all models have them.
     """
 
     source: str = UNION
     tokens: Mapping[str, TokenRule] = field(default_factory=dict)
     pad_to_multiple_of: int | None = None
     key: str = "tokenizer_source"
+    truncate: bool = False
 
 
 def parse_tokenizer(
@@ -78,15 +82,26 @@ def parse_tokenizer(
         return None
     if section is None or section.value is None:
         return None
+    if isinstance(section.value, str) and section.value:
+        return TokenizerSpec(section.value, key="tokenizer")
     if not isinstance(section.value, dict):
         what = f"must be a mapping (got {section.plain()!r})"
         add(section, "tokenizer", what, "Write `tokenizer: {source: union}`.")
         return None
-    known = ("source", "tokens", "pad_to_multiple_of")
+    known = ("source", "tokens", "pad_to_multiple_of", "truncate")
     for name in section.value:
         places[f"tokenizer.{name}"] = section.key_places[name]
         if name not in known:
             _unknown(section, name, "tokenizer", known, add)
+    cut = section.value.get("truncate")
+    if cut is not None and cut.value is not None:
+        if not isinstance(cut.value, bool):
+            add(cut, "tokenizer.truncate", f"must be true or false (got {cut.plain()!r})", "")
+        elif cut.value and len(section.value) > 1:
+            what = "stands beside keys that match rows by token."
+            add(cut, "tokenizer.truncate", what, "Leave one or the other out.")
+        elif cut.value:
+            return TokenizerSpec(key="tokenizer", truncate=True)
     named = section.value.get("source")
     word = UNION
     if named is not None:
@@ -97,10 +112,10 @@ def parse_tokenizer(
     size = section.value.get("pad_to_multiple_of")
     multiple = None
     if size is not None and size.value is not None:
-        if type(size.value) is int and size.value >= 1:
+        if type(size.value) is int and 1 <= size.value <= MAX_PADDING:
             multiple = size.value
         else:
-            what = f"must be a whole number of at least 1 (got {size.plain()!r})"
+            what = f"must be a whole number from 1 to {MAX_PADDING} (got {size.plain()!r})"
             add(size, "tokenizer.pad_to_multiple_of", what, "")
     tokens = section.value.get("tokens")
     rules: dict[str, TokenRule] = {}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -46,21 +47,27 @@ class Parameter:
     key: str
 
 
-def evaluate(setting: Setting, tensor: str, position: float) -> Scalar | None:
+def evaluate(
+    setting: Setting,
+    tensor: str,
+    position: float,
+    read: Callable[[Scalar], Scalar] = lambda value: value,
+) -> Scalar | None:
     """The value of a setting for one tensor; None where no rule matches.
 
     Args:
-        tensor: the tensor's name in the output.
+        tensor: the name that filters look at.
         position: its layer's place in the slice, 0 (first, or no layer) to 1 (last).
+        read: what a scalar means, before a gradient is interpolated.
     """
     if isinstance(setting, tuple):
         for rule in setting:
             if rule.filter is None or rule.filter == "*" or matches(rule.filter, tensor):
-                return evaluate(rule.value, tensor, position)
+                return evaluate(rule.value, tensor, position, read)
         return None
     if isinstance(setting, Gradient):
-        return interpolate(setting.values, position)
-    return setting
+        return interpolate(tuple(map(read, setting.values)), position)
+    return read(setting)
 
 
 def matches(filter: str, tensor: str) -> bool:

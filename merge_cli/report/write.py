@@ -33,6 +33,7 @@ def write_reports(
     search: Mapping[str, Any] | None = None,
     attachments: Mapping[str, str] | None = None,
     stages: Mapping[str, Path] | None = None,
+    card: bool = True,
 ) -> dict[str, Any]:
     """merge_recipe.yaml, merge_report.json, merge_report.html and README.md.
 
@@ -43,6 +44,7 @@ def write_reports(
         search: the record of how parameters or members were found, if this run has found them.
         attachments: other files that belong to the merge, by name.
         stages: the folders of what other documents of the recipe have made for it, by name.
+        card: whether to write README.md.
 
     Returns:
         the report.
@@ -65,8 +67,9 @@ def write_reports(
         "merge_recipe.yaml": text,
         "merge_report.json": json.dumps(report, indent=1, ensure_ascii=False) + "\n",
         "merge_report.html": render_html(report),
-        "README.md": model_card(plan, defaults, target.name, made),
     }
+    if card:
+        files["README.md"] = model_card(plan, defaults, target.name, made)
     made.copy_coefficients(folder)
     if plan.coefficients is not None:
         try:
@@ -101,6 +104,8 @@ def resolved_recipe(
         for name, parameter in plan.method.parameters.items()
         if parameter.default is not None
     }
+    if recipe.base_model and plan.method.averages_base and plan.base not in plan.operands:
+        defaults.pop("weight", None)  # written for all models, it would weigh the base, too
     inputs = {locate(model): digests[str(model)] for model in recipe.references}
     own = dump_recipe(
         recipe,

@@ -6,6 +6,7 @@ processes only load it.
 
 from __future__ import annotations
 
+import pickle
 import threading
 from collections.abc import Callable
 from functools import cache
@@ -13,11 +14,18 @@ from typing import Any
 
 import numpy as np
 
+from merge_cli.notices import say_once
+
 CHUNK = 2048  # float32: a few rows of it stay in the L1 cache
 U32 = np.uint32
 F32 = np.float32
 MAGNITUDE = U32(0x7FFFFFFF)  # the bits of a float32 but its sign
 INFINITY = U32(0x7F800000)
+
+_UNKEPT = (
+    "compiling the loops of this method, up to a minute, because there is no folder to keep them "
+    "in. Set NUMBA_CACHE_DIR to one that can be written."
+)
 
 
 class Kernel:
@@ -45,10 +53,11 @@ class Kernel:
                 options = {"nogil": True, "error_model": "numpy", "fastmath": self._fastmath}
                 try:
                     compiled = numba.njit(self._signature, cache=True, **options)(self._function)
-                except RuntimeError as error:
-                    if "cannot cache" not in str(error):
+                except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+                    if isinstance(error, RuntimeError) and "cannot cache" not in str(error):
                         raise
-                    # Neither our folder nor the user's cache can be written: compile each time.
+                    # No folder can be written, or what is in it cannot be read: compile each time.
+                    say_once(_UNKEPT)
                     compiled = numba.njit(self._signature, **options)(self._function)
                 self._compiled = compiled
             return self._compiled

@@ -1,0 +1,156 @@
+"""Everything that a merge reads, looked at before the first byte and again before publishing.
+
+A source that is written to meanwhile would give a mixture of two models, which no checksum of the
+output could tell from a merge.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+from merge_cli.checkpoint.adapter_contents import WEIGHTS
+from merge_cli.checkpoint.raw import has_header
+from merge_cli.checkpoint.source import Source
+from merge_cli.checkpoint.stamps import Stamp, folder_stamps, sampled_digest, stamp_of
+from merge_cli.engine.plan import Plan
+from merge_cli.errors import CorruptFileError, SourceError
+
+_HINT = "Run the command again when nothing writes to it: it starts over."
+
+
+class Inputs:
+    """The files of some folders, and files by themselves, as they were.
+
+    Args:
+        folders: label and root of each folder -> the stamps of its files that matter.
+        files: single files, by label.
+    """
+
+    def __init__(
+        self,
+        folders: Iterable[tuple[str, Path, Mapping[Path, Stamp]]],
+        files: Iterable[tuple[str, Path]] = (),
+    ) -> None:
+        self._stamps: dict[Path, Stamp] = {}
+        self._labels: dict[Path, str] = {}
+        self._folders: list[tuple[str, Path, set[Path]]] = []
+        for label, root, stamps in folders:
+            self._folders.append((label, root, set(stamps)))
+            self._stamps |= stamps
+            self._labels |= dict.fromkeys(stamps, label)
+        for label, path in files:
+            self._labels[path] = label
+            if path not in self._stamps:
+                self._stamps[path] = self._looked_at(path)
+        self._digests = {path: self._digest(path) for path in self._stamps}
+
+    @property
+    def digest(self) -> str:
+        """Of every file's place, size and times: what work over them may be continued by."""
+        known = sorted((str(p), s.size, s.modified, s.changed) for p, s in self._stamps.items())
+        return hashlib.sha256(repr((known, sorted(self._digests.values()))).encode()).hexdigest()
+
+    @property
+    def content(self) -> str:
+        """Of names, sizes and samples of the files: what another folder with them shares."""
+        known = sorted((path.name, digest) for path, digest in self._digests.items())
+        return hashlib.sha256(repr(known).encode()).hexdigest()
+
+    def verify(self) -> None:
+        """Raise if a file is not what it was.
+
+        Raises:
+            SourceError: names the first one.
+        """
+        for path, stamp in self._stamps.items():
+            if self._looked_at(path) != stamp or self._digest(path) != self._digests[path]:
+                raise changed(self._labels[path], path.name)
+        for label, root, known in self._folders:
+            new = {p for p in folder_stamps(root).keys() - known if p.suffix != ".safetensors"}
+            if new:
+                raise changed(label, min(new).name, "has appeared")
+
+    def verify_or(self, discard: Callable[[], None]) -> None:
+        """`verify`; what was made of a mixture is thrown away first.
+
+        Raises:
+            SourceError: names the first one.
+        """
+        try:
+            self.verify()
+        except SourceError:
+            discard()
+            raise
+
+    def _looked_at(self, path: Path) -> Stamp:
+        try:
+            return stamp_of(path)
+        except OSError as error:
+            raise _unreadable(error, self._labels[path], path) from error
+
+    def _digest(self, path: Path) -> str:
+        try:
+            return sampled_digest(path)
+        except OSError as error:
+            raise _unreadable(error, self._labels[path], path) from error
+
+
+def inputs_of(plan: Plan) -> Inputs:
+    """What a plan reads, which must still be what it was planned with.
+
+    Raises:
+        SourceError: a file that has changed since the plan was made.
+    """
+    folders, files = [], []
+    for i, source in enumerate(plan.sources):
+        if source.planned:
+            continue
+        read = plan.shards_read(i)
+        weights = {source.root / name for name in read}
+        if source.adapter is not None:
+            folders.append((source.label, source.adapter.root, source.adapter.stamps))
+            files.append((source.label, source.adapter.root / WEIGHTS))
+        if source.adapter is None or source.adapter.root != source.root:
+            folders.append((source.label, source.root, _deciding(source.stamps, weights)))
+        files += [(source.label, path) for path in sorted(weights)]
+    if plan.coefficients is not None:
+        files.append((plan.coefficients.path.name, plan.coefficients.path))
+    if plan.gathered is not None:
+        files += [("statistics", file.path) for file in plan.gathered.files]
+    found = Inputs([one for one in folders if one[2]], files)
+    for i, source in enumerate(plan.sources):
+        if not source.planned:
+            _check_headers(source, plan.shards_read(i))
+    found.verify()
+    return found
+
+
+def changed(label: str, file: str, what: str = "has changed") -> SourceError:
+    """The error for a file that is not what it was."""
+    return SourceError(f"{what} since it was first read", model=label, file=file, hint=_HINT)
+
+
+def _deciding(stamps: Mapping[Path, Stamp], weights: set[Path]) -> dict[Path, Stamp]:
+    """Without files of weights that nobody reads."""
+    return {p: s for p, s in stamps.items() if p.suffix != ".safetensors" or p in weights}
+
+
+def _check_headers(source: Source, shards: Iterable[str]) -> None:
+    """A file of weights may have been exchanged before there was a stamp of it."""
+    for name in sorted(shards):
+        header = source.header_bytes.get(name)
+        if header is not None and not _begins_with(source.root / name, header):
+            raise changed(source.label, name)
+    adapter = source.adapter
+    if adapter is not None and not _begins_with(adapter.root / WEIGHTS, adapter.header):
+        raise changed(source.label, WEIGHTS)
+
+
+def _begins_with(path: Path, header: bytes) -> bool:
+    return has_header(path, path.stat().st_size, header)
+
+
+def _unreadable(error: OSError, label: str, path: Path) -> CorruptFileError:
+    return CorruptFileError(f"cannot be read: {error.strerror}", model=label, file=path.name)

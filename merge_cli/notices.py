@@ -1,0 +1,44 @@
+"""What a user should know although nothing failed, said once by whoever notices it.
+
+The command line prints it as a note (`console`); another program finds it in the log `merge_cli`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+log = logging.getLogger("merge_cli")
+_said: dict[str, None] = {}  # in this process, in order
+
+
+def say_once(text: str) -> None:
+    """Say it, unless this process has said it before."""
+    if text not in _said:
+        _said[text] = None
+        log.warning(text)
+
+
+class _Told(logging.Handler):
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        super().__init__()
+        self._tell = tell
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._tell(record.getMessage())
+
+
+def send_notices(tell: Callable[[str], None] | None) -> None:
+    """Tell of what has been said and what will be, and print it nowhere else.
+
+    Args:
+        tell: whoever was given before is told no more; None keeps everything for the next.
+    """
+    for handler in [one for one in log.handlers if isinstance(one, _Told | logging.NullHandler)]:
+        log.removeHandler(handler)
+    if tell is None:
+        log.addHandler(logging.NullHandler())
+        return
+    for text in _said:
+        tell(text)
+    log.addHandler(_Told(tell))

@@ -1,0 +1,120 @@
+"""Which ends of a model an adapter trains, decided from headers."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from merge_cli.checkpoint.header import TensorRef
+from merge_cli.checkpoint.lora import Applied, apply_adapter
+from merge_cli.checkpoint.tied_adapter import changed_config, find_ends
+from merge_cli.errors import MismatchError, SourceError
+
+CONFIG: dict[str, Any] = {"peft_type": "LORA", "r": 2, "lora_alpha": 2}
+PREFIX = "base_model.model."
+
+
+def refs(shapes: dict[str, tuple[int, ...]]) -> dict[str, TensorRef]:
+    return {
+        name: TensorRef(name, Path("file"), "F32", shape, 0, 4 * math.prod(shape))
+        for name, shape in shapes.items()
+    }
+
+
+def applied(
+    base: dict[str, tuple[int, ...]], adapter: dict[str, tuple[int, ...]], about: dict[str, Any],
+    **config: Any,
+) -> Applied:  # fmt: skip
+    stored = refs({PREFIX + name: shape for name, shape in adapter.items()})
+    return apply_adapter(refs(base), {**CONFIG, **config}, stored, label="base+adapter", stamp="",
+                         base=about)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("embedding", "head"),
+    [
+        ("model.embed_tokens", "lm_head"), ("transformer.wte", "lm_head"), ("wte", "lm_head"),
+        ("gpt_neox.embed_in", "embed_out"), ("transformer.word_embeddings", "lm_head"),
+        ("model.language_model.embed_tokens", "lm_head"),
+        ("language_model.model.embed_tokens", "language_model.lm_head"),
+        ("thinker.model.embed_tokens", "thinker.lm_head"),
+    ],
+)  # fmt: skip
+def test_where_the_head_of_a_tied_model_would_be(embedding: str, head: str) -> None:
+    tensors = refs({f"{embedding}.weight": (8, 4), "vision_tower.embeddings.weight": (3, 4)})
+    ends = find_ends(tensors, {"architectures": ["AnyForCausalLM"]})
+    assert (ends.embedding, ends.head, ends.tied) == (f"{embedding}.weight", f"{head}.weight", True)
+    found = applied({f"{embedding}.weight": (8, 4)}, {f"{embedding}.weight": (8, 4)},
+                    {"tie_word_embeddings": True}, modules_to_save=[embedding])  # fmt: skip
+    assert found.tensors.keys() == {f"{embedding}.weight", f"{head}.weight"}
+    assert found.changes == {"tie_word_embeddings": False}
+
+
+def test_a_model_without_a_head_gets_none() -> None:
+    found = applied({"embed_tokens.weight": (8, 4)}, {"embed_tokens.weight": (8, 4)},
+                    {"architectures": ["Qwen2Model"], "tie_word_embeddings": True},
+                    modules_to_save=["embed_tokens"])  # fmt: skip
+    assert found.tensors.keys() == {"embed_tokens.weight"}
+    assert not found.changes
+
+
+@pytest.mark.parametrize(
+    ("about", "name"),
+    [
+        ({"architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True}, "shared"),
+        ({"architectures": ["BertForMaskedLM"]}, "bert.embeddings.word_embeddings"),
+    ],
+)
+def test_words_that_are_tied_in_other_ways_are_refused(about: dict[str, Any], name: str) -> None:
+    base = {f"{name}.weight": (8, 4), "layer.0.q.weight": (4, 4)}
+    factors = {f"{name}.lora_embedding_A": (2, 8), f"{name}.lora_embedding_B": (4, 2)}
+    with pytest.raises(MismatchError, match="in several places"):
+        applied(base, factors, about)
+    plain = {"layer.0.q.lora_A.weight": (2, 4), "layer.0.q.lora_B.weight": (4, 2)}
+    assert not applied(base, plain, about).changes
+
+
+def test_a_copy_of_the_embedding_is_no_head() -> None:
+    """What PEFT saves beside the factors after a model was resized."""
+    copies = {"model.embed_tokens.weight": (10, 4), "lm_head.weight": (10, 4)}
+    base = {"model.embed_tokens.weight": (8, 4)}
+    found = applied(base, copies, {"tie_word_embeddings": True, "vocab_size": 8})
+    assert found.tensors.keys() == base.keys()
+    assert found.changes == {"vocab_size": 10}
+    with pytest.raises(MismatchError, match="the model lacks it"):
+        applied(base, {"lm_head.weight": (10, 4)}, {"tie_word_embeddings": True})
+    with pytest.raises(MismatchError, match="the model lacks it"):  # tied to what is not there
+        applied(base, {"lm_head.weight": (8, 4)}, {"tie_word_embeddings": True},
+                ensure_weight_tying=True, modules_to_save=["other"])  # fmt: skip
+
+
+def test_contents_that_contradict_the_config() -> None:
+    base = {"model.layers.0.q.weight": (4, 4)}
+    name = "model.layers.0.q"
+    plain = {f"{name}.lora_A.weight": (2, 4), f"{name}.lora_B.weight": (4, 2)}
+    length = {f"{name}.lora_magnitude_vector": (4,)}
+    twice = {**plain, f"{name}.base_layer.weight": (4, 4), f"{name}.weight": (4, 4)}
+    empty = {f"{name}.lora_A.weight": (0, 4), f"{name}.lora_B.weight": (4, 0)}
+    about: dict[str, Any] = {}
+    for adapter, config, said in (
+        (plain, {"r": 3}, "have the rank 2, and 3 is what"),
+        (plain, {"use_dora": True}, "no magnitude for it"),
+        ({**plain, **length}, {"use_dora": False}, "use_dora is not set"),
+        (twice, {}, "holds it twice"),
+        (empty, {"r": None}, "do not make"),
+    ):  # fmt: skip
+        with pytest.raises(MismatchError, match=said):
+            applied(base, adapter, about, **config)
+    with pytest.raises(SourceError, match="changes nothing"):
+        applied(base, {}, about)
+
+
+def test_a_nested_config_is_changed_where_it_says_so() -> None:
+    about = {"text_config": {"vocab_size": 8, "tie_word_embeddings": True}, "other": 1}
+    found = changed_config(about, {"vocab_size": 9, "tie_word_embeddings": False})
+    assert found == {"text_config": {"vocab_size": 9, "tie_word_embeddings": False}, "other": 1,
+                     "tie_word_embeddings": False}  # fmt: skip
+    assert about["text_config"] == {"vocab_size": 8, "tie_word_embeddings": True}
