@@ -74,7 +74,7 @@ class Training:
         16_384, "of all sources together to train on, about and at most; null for all of them", 1
     )
     max_steps: int | None = dial(None, "steps at most; default as many as the epochs take", 1)
-    batch_size: int = dial(4, "examples of each source in a step", 1)
+    batch_size: int = dial(2, "examples of each source in a step", 1)
     batch_tokens: int = dial(4096, "tokens in one forward pass; more are passed one by one", 1)
     learning_rate: float = dial(0.1, "the largest of the schedule", 0)
     schedule: Literal["constant", "cosine", "linear"] = dial("cosine", "after the warm-up")
@@ -142,7 +142,7 @@ def _matches(pattern: str, name: str) -> bool:
 _PAPER: dict[str, Any] = {
     "granularity": "column", "form": "soup", "start": "soup", "temperature": 2.0,
     "regularize": {"cosine": 0.01}, "learning_rate": 1e-3, "schedule": "constant", "tokens": None,
-    "held_out_tokens": None,
+    "held_out_tokens": None, "batch_size": 4,
 }  # fmt: skip
 _BY_TENSOR: dict[str, Any] = {**_PAPER, "granularity": "tensor", "temperature": 1.0,
                               "regularize": {}}  # fmt: skip
