@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from merge_cli.console.evaluations import print_evaluations
 from merge_cli.console.indented import indented
 from merge_cli.console.tables import print_table
 
@@ -68,3 +69,27 @@ def test_tables_are_what_rich_prints(rows: Sequence[tuple[str, ...]], terminal: 
         table.add_row(*map(escape, row))
     richs.print(table)
     assert ours.file.getvalue() == richs.file.getvalue()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("width", [80, 100, 120])
+@pytest.mark.parametrize("several", [False, True])
+def test_no_digit_of_an_evaluation_is_left_out(width: int, several: bool) -> None:
+    row = {"value": 0.41441, "interval": [0.40051, 0.42851], "unit": "nats per token",
+           "better": "lower"}  # fmt: skip
+    against = row | {"difference": -0.15472, "difference_interval": [-0.16101, -0.14821]}
+    note = "3 of 7 prompts are longer than 60 tokens: their beginning was cut, and that is much"
+
+    def model(name: str, of: object) -> dict[str, Any]:
+        task = {"metrics": {"bits_per_byte": of}, "examples": 1234, "notes": [note],
+                "cached": False, "cost": {"tokens": 1, "seconds": 1.0}}  # fmt: skip
+        return {"model": name, "dtype": "float32", "device": "cpu",
+                "tasks": {"japanese-with-a-long-name": task}}  # fmt: skip
+
+    console = Console(width=width, file=io.StringIO(), record=True)
+    print_evaluations(console, [model("zoo/math", row), model("zoo/base", against)][: 1 + several])
+    text = console.export_text()
+    digits = ["0.4144", "0.4005", "0.4285", "1234"]
+    for number in [*digits, *(["−0.1547", "−0.161", "−0.1482"] if several else [])]:
+        assert number in text
+    assert max(map(len, text.splitlines())) <= width
+    assert " ".join(text.split()).count(note) == 1 + several

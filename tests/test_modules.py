@@ -105,6 +105,37 @@ def test_what_is_in_no_module_is_copied_and_said(eyes: Family, base: bool) -> No
     assert merged.keys() == eyes.base.keys()
 
 
+@pytest.mark.parametrize("method", ["linear", "ties", "slerp"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_what_is_copied_has_the_recipes_dtype(eyes: Family, method: str, dtype: str) -> None:
+    listed = ["base", "a"] if method == "slerp" else models(0.5, 0.5)
+    given = {"t": 0.5} if method == "slerp" else {}
+    path = recipe(eyes, {"text_decoder": {"models": listed, "parameters": given}}, method,
+                  base_model="base", dtype=dtype)  # fmt: skip
+    merged = merge(path, eyes.folder / "out")
+    wanted = getattr(torch, dtype)
+    assert {tensor.dtype for tensor in merged.values()} == {wanted}
+    name = f"{VISION}.2.ffn_norm.weight"
+    assert torch.equal(merged[name], eyes.base[name].to(wanted))
+    assert json.loads((eyes.folder / "out" / "config.json").read_text())["dtype"] == dtype
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_what_is_copied_may_be_computed(eyes: Family, dtype: str | None) -> None:
+    """An embedding that no module has, with rows of padding."""
+    words = {f"w{i}": i for i in range(11)} | {"<unk>": 11}
+    model = {"type": "WordLevel", "vocab": words, "unk_token": "<unk>"}
+    for name in ("base", "a", "b"):
+        (eyes.folder / name / "tokenizer.json").write_text(json.dumps({"model": model}))
+    path = recipe(eyes, {"vision_tower": {"models": models(1.0, 1.0)}}, "task_arithmetic",
+                  base_model="base", tokenizer={"source": "base", "pad_to_multiple_of": 8},
+                  **({"dtype": dtype} if dtype else {}))  # fmt: skip
+    merged = merge(path, eyes.folder / "out")
+    name = "language_model.model.embed_tokens.weight"
+    rows = torch.cat([eyes.base[name], eyes.base[name].double().mean(0).float().expand(4, -1)])
+    assert torch.equal(merged[name], rows.to(getattr(torch, dtype or "float32")))
+
+
 def test_precedence(eyes: Family) -> None:
     """Source of a slice, slice, module, recipe, default; a level without a rule falls through."""
     halves: list[dict[str, Any]] = [

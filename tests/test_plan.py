@@ -271,7 +271,9 @@ slices:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (FRANKEN.replace("[1, 4]", "[1, 9]"), "b has 4 layers, not 9"),
+        (FRANKEN.replace("[1, 4]", "[1, 9]"),
+         ":4:26: slices[1].sources[0].layer_range: b has 4 layers, not 9"),
+        (FRANKEN.replace("passthrough", "slerp"), ":3:5: slices[0]: slerp takes exactly 2"),
         (FRANKEN.replace("passthrough", "soup").replace(
             "{model: b, layer_range: [1, 4]}",
             "{model: b, layer_range: [1, 4]}, {model: a, layer_range: [0, 1]}"),

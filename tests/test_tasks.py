@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import merge_cli
 from merge_cli.errors import RecipeError, SourceError, UsageError
 from merge_cli.evaluation.forward import windows
 from merge_cli.evaluation.parse import read_eval
+from merge_cli.evaluation.rows import read_rows
 from merge_cli.evaluation.spec import EvalSpec
 from merge_cli.evaluation.tasks.exact_match import ExactMatch
 from merge_cli.evaluation.tasks.harness import Harness
@@ -311,8 +313,15 @@ def test_what_an_answer_is() -> None:
     assert answer("7\n\n8", stop=("\n\n",)) == "7"
     assert answer("nothing", extract=r"\d") is None
     assert answer("none", extract=r"(?:(\d+)|none)") is None
-    with pytest.raises(ValueError, match="no regular expression"):
+    with pytest.raises(ValueError, match="not a regular expression"):
         answer("x", extract="(")
+
+
+@pytest.mark.parametrize("answer", [True, float("inf"), float("nan"), ["b"], {}])
+def test_what_is_no_answer(answer: Any, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "a.jsonl", [{"prompt": "a", "answer": answer}])
+    with pytest.raises(SourceError, match="line 1: 'answer' must be a text or a number"):
+        ExactMatch(name="a", data=data)._right(read_rows(data)[0])
 
 
 def test_a_model_larger_than_memory_is_read_layer_by_layer(zoo: Path) -> None:
@@ -392,8 +401,47 @@ def test_a_wrong_expression_is_told_with_its_place(tmp_path: Path) -> None:
     write_rows(tmp_path / "math.jsonl", [{"text": "x"}])
     path = tmp_path / "eval.yaml"
     path.write_text("tasks:\n  - {task: exact_match, data: math.jsonl, extract: '('}\n")
-    with pytest.raises(RecipeError, match=r"eval.yaml:2:5: tasks\[0\]: extract is no regular"):
+    expected = r"eval.yaml:2:52: tasks\[0\].extract: is not a regular expression"
+    with pytest.raises(RecipeError, match=expected):
         read_eval(path)
+
+
+@pytest.mark.parametrize(
+    ("entry", "expected"),
+    [
+        ("task: exact_match, data: a.jsonl, stop: ''", "1:50: tasks[0].stop: must not be empty"),
+        ("task: exact_match, data: a.jsonl, stop: [b, '']", "tasks[0].stop: must not be empty"),
+        ("task: loss, data: a.jsonl, name: ''", "1:43: tasks[0].name: must be a line of text"),
+        ("task: loss, data: a.jsonl, name: \"a\\nb\"", "tasks[0].name: must be a line of text"),
+        ("task: kl, data: a.jsonl, teacher: ' '", "tasks[0].teacher: must be a line of text"),
+        ("lm_eval: ''", "1:19: tasks[0].lm_eval: must be a line of text"),
+        ("task: exact_match, data: a.jsonl, fewshot: b", "1:53: tasks[0].fewshot: no such file"),
+        ("task: exact_match, data: a.jsonl, system: b", "1:52: tasks[0].system: is a message of"),
+        ("task: exact_match, data: a.jsonl, num_fewshot: 2", "1:57: tasks[0].num_fewshot: needs"),
+        ("task: loss, data: null", "1:9: tasks[0].data: missing"),
+        ("task: loss, data: a.jsonl}], dtype: [a], other: [{", "(got ['a'])"),
+    ],
+)  # fmt: skip
+def test_mistakes_in_values_are_told_where_they_are(
+    tmp_path: Path, entry: str, expected: str
+) -> None:
+    write_rows(tmp_path / "a.jsonl", [{"text": "x"}])
+    path = tmp_path / "eval.yaml"
+    path.write_text(f"{{tasks: [{{{entry}}}]}}" if "dtype" in entry else f"tasks: [{{{entry}}}]\n")
+    with pytest.raises(RecipeError) as caught:
+        read_eval(path)
+    assert expected in str(caught.value), str(caught.value)
+
+
+def test_a_key_without_a_value_is_absent_in_an_evaluation_file(tmp_path: Path) -> None:
+    write_rows(tmp_path / "a.jsonl", [{"text": "x"}])
+    path = tmp_path / "eval.yaml"
+    path.write_text(
+        "tasks: [{task: exact_match, data: a.jsonl, name: null, stop: null, truncate: ~}]\n"
+        "dtype:\nseed: null\n"
+    )
+    assert read_eval(path) == replace(EvalSpec((ExactMatch(name="a", data=tmp_path / "a.jsonl"),)),
+                                      file=str(path))  # fmt: skip
 
 
 def test_an_unknown_dtype_is_refused(zoo: Path) -> None:

@@ -10,6 +10,8 @@ from rich.markup import escape
 from rich.table import Table
 
 Json = Mapping[str, Any]
+_ROOMY = 100  # columns of a terminal for everything about several models
+_DIGITS = 8  # of a number with its sign, or of one end of an interval with the dots
 
 
 def print_evaluations(console: Console, models: Sequence[Json]) -> None:
@@ -19,17 +21,21 @@ def print_evaluations(console: Console, models: Sequence[Json]) -> None:
         models: what `evaluation.summary` returns; the first is compared with the others.
     """
     several = len(models) > 1
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     for name in ("task", "metric", *(["model"] if several else [])):
         table.add_column(name, overflow="fold")
-    table.add_column("value", justify="right")
-    table.add_column("95 % interval", justify="right")
+    # A narrow terminal folds cells and leaves out units: no digit of a number is left out.
+    digits: dict[str, Any] = {"justify": "right", "overflow": "fold", "min_width": _DIGITS}
+    table.add_column("value", **digits)
+    table.add_column("95 % interval", **digits)
     if several:
-        table.add_column(f"{escape(models[0]['model'])} minus it", justify="right")
-        table.add_column("95 % interval", justify="right")
-        table.add_column("")
-    table.add_column("unit")
-    table.add_column("examples", justify="right")
+        table.add_column(f"{escape(models[0]['model'])} minus it", **digits)
+        table.add_column("95 % interval", **digits)
+        table.add_column("", overflow="fold")
+    units = not several or console.width >= _ROOMY
+    if units:
+        table.add_column("unit", overflow="fold")
+    table.add_column("examples", justify="right", overflow="fold", min_width=len("examples"))
     for name, task in models[0]["tasks"].items():
         for metric in task["metrics"]:
             for i, model in enumerate(models):
@@ -39,14 +45,15 @@ def print_evaluations(console: Console, models: Sequence[Json]) -> None:
                 if several:
                     cells += _difference(row)
                 start = [name, metric] if i == 0 else ["", ""]
-                ends = [row["unit"], str(task["examples"])] if i == 0 else ["", ""]
+                ends = [*([row["unit"]] if units else []), str(task["examples"])]
+                ends = ends if i == 0 else [""] * len(ends)
                 table.add_row(*map(escape, start), *label, *cells, *ends)
     console.print(table)
     for model in models:
         of = f"{model['model']}, " if several else ""
         for name, task in model["tasks"].items():
             for note in task["notes"]:
-                console.print(f"[yellow]![/yellow] {escape(f'{of}{name}: {note}')}", soft_wrap=True)
+                console.print(f"[yellow]![/yellow] {escape(f'{of}{name}: {note}')}")
     cached = sum(task["cached"] for model in models for task in model["tasks"].values())
     costs = [task["cost"] for model in models for task in model["tasks"].values()]
     tokens, seconds = (sum(cost[key] for cost in costs) for key in ("tokens", "seconds"))

@@ -89,7 +89,7 @@ def print_gathering(out: Console, decided: GatheringPlan) -> None:
     for part in decided.parts:
         if part.examples.duplicates:
             twice = f"{part.examples.duplicates:,} rows of {part.data} are there twice; each counts"
-            out.print(f"[yellow]![/yellow] {escape(twice)} once", soft_wrap=True)
+            out.print(f"[yellow]![/yellow] {escape(twice)} once")
     rounds = ", or less in rounds" if decided.kind == "gram" else ""
     memory = f"{show_size(decided.memory)} for one model and its sums{rounds}; in {decided.dtype}"
     for label, text in (

@@ -101,7 +101,7 @@ def print_training(out: Console, decided: TrainingPlan) -> None:
     for one in decided.datasets:
         if one.removed:
             what = f"{one.name}: {one.removed:,} rows are held out, too, and not trained on"
-            out.print(f"[yellow]![/yellow] {escape(what)}", soft_wrap=True)
+            out.print(f"[yellow]![/yellow] {escape(what)}")
     cache = sum(one.bytes for one in decided.teachers)
     trained = sum(target.trained for target in decided.targets)
     frozen = len(decided.targets) - trained

@@ -71,10 +71,13 @@ class Computer:
         Raises:
             NonFiniteError: NaN or Inf in a source, unless they are allowed.
         """
-        if task.action == "copy" or not task.size:
+        if task.moved or not task.size:
             self._reading.pool.map(partial(self._copy, task, finished), units)
             return
         reader = self._reader(task)
+        if task.action == "copy":
+            self._reading.pool.map(partial(self._round, reader, finished), units)
+            return
         supplied: dict[str, Any] = {}
         if "coefficients" in self._method.supplied and self._plan.coefficients is not None:
             supplied["coefficients"] = self._plan.coefficients.of(task.formula_name, task.shape)
@@ -102,6 +105,16 @@ class Computer:
             (stored,) = task.operands[0].stored  # the planner copies nothing else
             self._reading.files.copy(clock, stored, start, size, path, offset + start)
         finished(unit, TensorStats())
+
+    def _round(self, reader: TaskReader, finished: Finished, unit: Unit) -> None:
+        """A copy of what is computed, or stored in another dtype."""
+        sink = sink_for(reader.task, self._reading.pool.lane, self._places, unit.start, unit.stop)
+        stats = TensorStats()
+        for block in reader.range(unit.start, unit.stop):
+            self._check_finite(block, reader.task, stats)
+            if not sink.put(block.operands[0], block.at.start):
+                self._refuse_infinity(block.operands[0], reader.task, block)
+        finished(unit, stats)
 
     def _merge_unit(
         self, reader: TaskReader, supplied: dict[str, Any], finished: Finished, unit: Unit

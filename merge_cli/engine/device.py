@@ -79,7 +79,7 @@ def choose_arithmetic(plan: Plan) -> tuple[Arithmetic, str]:
 
     if not plan.method.any_array:
         return "torch", f"{plan.method.name} works on tensors"
-    merged = [task for task in plan.tasks if task.action == "merge"]
+    merged = [task for task in plan.tasks if not task.moved]
     formats = {ref.dtype for task in merged for ref in task.inputs}
     formats |= {task.dtype for task in merged if task.block is None}  # fp8 has its own loop
     if formats - COMPILED:

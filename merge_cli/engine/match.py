@@ -203,7 +203,7 @@ def _offered(piece: Piece, operand: Operand, model: Model, into: Matches) -> Vie
         what = f"{model.label} has {have} layers, not {high}"
         if high <= anatomy.stacks.get(anatomy.main, 0):
             what += ": what is behind them predicts further tokens"
-        into.problems.append(Problem(what, f"{piece.key}.layer_range"))
+        into.problems.append(Problem(what, f"{operand.spec.key}.layer_range"))
         return None
     cut = anatomy.cut(range(low, high), first=piece.first, last=piece.last)
     shift = piece.start - low

@@ -153,8 +153,8 @@ def _fixed(plan: Plan, device: Device) -> int:
 
 
 def _computes(plan: Plan) -> bool:
-    """Whether anything is merged; copies are made inside the system's kernel."""
-    return any(task.action == "merge" for task in plan.tasks)
+    """Whether anything is computed; plain copies are made inside the system's kernel."""
+    return any(not task.moved for task in plan.tasks)
 
 
 def peak_rss() -> int:

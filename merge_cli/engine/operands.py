@@ -85,8 +85,9 @@ class TaskReader:
     def block(self, start: int, stop: int) -> Block:
         """Elements [start, stop) of every operand, upcast, where they are computed with."""
         task, reading = self.task, self._reading
+        based = task.base is not None  # a copy has none, whatever the method
         loaded = reading.pool.lane.load(
-            task.inputs, start, stop, base=task.base is not None, deltas=reading.deltas
+            task.inputs, start, stop, base=based, deltas=based and reading.deltas
         )
         at = Span(self.name, start, reading.seed, task.ids)
         return Block(loaded.base, loaded.operands, at, loaded.finite)

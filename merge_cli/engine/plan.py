@@ -28,7 +28,7 @@ class TensorTask:
 
     Attributes:
         dtype: safetensors dtype of the output.
-        action: `merge` runs the method; `copy` moves the bytes of the one operand.
+        action: `merge` runs the method; `copy` takes the one operand as it is.
         operands: the sources' tensors, in the order of the method's formula.
         sources: for each operand, its index in `Plan.sources`.
         ids: for each operand, its place in the recipe: what a random mask belongs to.
@@ -61,6 +61,11 @@ class TensorTask:
     def formula_name(self) -> str:
         """What decides over settings and random numbers: of a copy, the name of what it copies."""
         return self.copy_of or self.name
+
+    @property
+    def moved(self) -> bool:
+        """Whether its bytes are the operand's: any other is computed, or rounded to a dtype."""
+        return self.action == "copy" and is_stored_as(self.operands[0], self.dtype)
 
     @property
     def output(self) -> OutputTensor:

@@ -287,7 +287,8 @@ def _tasks(
         like = match.base or match.operands[0]
         name, operands, group = match.name, match.operands, match.seat.group
         if match.copied:
-            yield TensorTask(name, like.shape, like.dtype, "copy", operands,
+            rounded = wanted if wanted and like.native in _FLOATS else like.native
+            yield TensorTask(name, like.shape, rounded, "copy", operands,
                              (match.source,), (), group=group, note=match.copied), ""  # fmt: skip
             continue
         copy_of = copies.get(name, "")

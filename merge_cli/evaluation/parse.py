@@ -21,6 +21,8 @@ from merge_cli.recipe.keys import nearest
 from merge_cli.recipe.nodes import Node, load_nodes
 from merge_cli.recipe.reference import expanded
 
+# Fields that name something: a model, a task, a function.
+_NAMES = ("name", "expert", "teacher", "lm_eval", "python")
 _TOP = ("tasks", "seed", "max_length", "batch_tokens", "dtype", "limit")
 
 
@@ -67,7 +69,7 @@ class _Parser:
         if isinstance(root.value, dict):
             top = self._known(root, "", _TOP)
         if "tasks" not in top:
-            self._add(root, "tasks", "missing", "List at least one task.")
+            self._add(root, "tasks", "missing.", "List at least one task.")
             return EvalSpec(())
         listed = top["tasks"].value
         if not isinstance(listed, list) or not listed:
@@ -77,7 +79,7 @@ class _Parser:
         found = [self._task(node, f"tasks[{i}]", limit) for i, node in enumerate(listed)]
         tasks = [task for task in found if task is not None]
         self._refuse_equal_names(tasks, listed)
-        dtype = top["dtype"].value if "dtype" in top else "auto"
+        dtype = top["dtype"].plain() if "dtype" in top else "auto"
         if dtype not in ("auto", *DTYPES):
             self._add(top["dtype"], "dtype", f"must be auto, {', '.join(DTYPES)} (got {dtype!r})")
         return EvalSpec(
@@ -98,7 +100,7 @@ class _Parser:
         short = next((kind for kind in ("lm_eval", "python") if kind in node.value), None)
         word = named.value if named else short
         if word is None:
-            self._add(node, f"{key}.task", "missing", f"Known: {', '.join(KINDS)}.")
+            self._add(node, f"{key}.task", "missing.", f"Known: {', '.join(KINDS)}.")
             return None
         if not isinstance(word, str) or word not in KINDS:
             word = named.plain() if named else word
@@ -114,6 +116,8 @@ class _Parser:
             if name == "task":
                 continue
             value, wrong = self._value(child, hints[name])
+            if not wrong and name in _NAMES and (not value.strip() or not value.isprintable()):
+                wrong = "must be a line of text"
             least = wanted[name].metadata.get("least")
             if not wrong and least is not None and value is not None and value < least:
                 wrong = f"must be at least {least}"
@@ -124,9 +128,10 @@ class _Parser:
         missing = [name for name, f in wanted.items() if f.default is MISSING and name not in given]
         for name in missing:
             self._add(node, f"{key}.{name}", f"missing: {wanted[name].metadata['help']}")
+        for name in ("data", "fewshot"):
+            if values.get(name) is not None and not is_file(values[name]):
+                self._add(given[name], f"{key}.{name}", f"no such file: {values[name]}")
         data = values.get("data")
-        if data is not None and not is_file(data):
-            self._add(given["data"], f"{key}.data", f"no such file: {data}")
         if missing or self.problems:
             return None
         if "folder" in hints:
@@ -135,7 +140,11 @@ class _Parser:
         try:
             return kind(**values)
         except ValueError as error:  # what a task itself has against its values
-            self._add(node, key, str(error))
+            about, _, what = str(error).partition(" ")
+            if about in given:
+                self._add(given[about], f"{key}.{about}", what)
+            else:
+                self._add(node, key, str(error))
             return None
 
     def _value(self, node: Node, hint: Any) -> tuple[Any, str]:
@@ -151,6 +160,8 @@ class _Parser:
         if get_origin(hint) is tuple:
             texts = [value] if isinstance(value, str) else value
             fits = isinstance(texts, list) and all(isinstance(text, str) for text in texts)
+            if fits and "" in texts:  # every text ends at its beginning
+                return None, "must not be empty"
             return (tuple(texts), "") if fits else (None, "must be a text or a list of texts")
         if get_origin(hint) is Literal:
             allowed = get_args(hint)
@@ -175,10 +186,12 @@ class _Parser:
             seen.add(task.name)
 
     def _known(self, node: Node, key: str, known: tuple[str, ...]) -> dict[str, Node]:
+        """The known children of a mapping, but for those without a value, which count as absent."""
         found = {}
         for name, child in node.value.items():
             if name in known:
-                found[name] = child
+                if child.value is not None:
+                    found[name] = child
                 continue
             line, column = node.key_places[name]
             path = f"{key}.{name}" if key else name

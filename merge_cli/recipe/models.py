@@ -68,6 +68,7 @@ class ModelSections(ParameterSections, LearningSections):
         return ModuleSpec(name, key, whole or pieces, shared)
 
     def _slice(self, node: Node, key: str, outer: Parameters | None = None) -> SliceSpec:
+        self.places[key] = (node.line, node.column)
         fields = self._mapping(node, key, ("sources", "parameters", "base_model"))
         sources = self._list(fields.get("sources"), f"{key}.sources")
         specs = tuple(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -208,7 +209,8 @@ def _plainly(net: Any, config: Any) -> Iterator[None]:
 def _plain(row: Row) -> str:
     """A row's `answer`, which may be a number."""
     answer = row.fields["answer"]
-    if not isinstance(answer, str | int | float):
+    number = isinstance(answer, int | float) and not isinstance(answer, bool)
+    if not isinstance(answer, str) and not (number and math.isfinite(answer)):
         raise row.wrong(f"'answer' must be a text or a number (got {kind_of(answer)})")
     return row.text("answer") if isinstance(answer, str) else str(answer)
 
