@@ -15,6 +15,7 @@ import merge_cli
 from merge_cli.errors import RecipeError, SourceError, UsageError
 from merge_cli.evaluation.forward import windows
 from merge_cli.evaluation.parse import read_eval
+from merge_cli.evaluation.rows import read_rows
 from merge_cli.evaluation.spec import EvalSpec
 from merge_cli.evaluation.tasks.exact_match import ExactMatch
 from merge_cli.evaluation.tasks.harness import Harness
@@ -313,6 +314,13 @@ def test_what_an_answer_is() -> None:
     assert answer("none", extract=r"(?:(\d+)|none)") is None
     with pytest.raises(ValueError, match="no regular expression"):
         answer("x", extract="(")
+
+
+@pytest.mark.parametrize("answer", [True, float("inf"), float("nan"), ["b"], {}])
+def test_what_is_no_answer(answer: Any, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "a.jsonl", [{"prompt": "a", "answer": answer}])
+    with pytest.raises(SourceError, match="line 1: 'answer' must be a text or a number"):
+        ExactMatch(name="a", data=data)._right(read_rows(data)[0])
 
 
 def test_a_model_larger_than_memory_is_read_layer_by_layer(zoo: Path) -> None:
