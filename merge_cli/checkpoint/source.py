@@ -245,7 +245,12 @@ def _open_folder(path: Path, label: str) -> Source:
         hint = "Name the model's folder, not a file in it."
         raise SourceError("not a folder", model=label, hint=hint)
     stamps = folder_stamps(path)
-    return replace(_opened(Folder(path), label), stamps=stamps)
+    try:
+        folder = Folder(path)
+    except OSError as error:
+        hint = "Check who may read it."
+        raise SourceError(f"cannot be read: {error.strerror}", model=label, hint=hint) from error
+    return replace(_opened(folder, label), stamps=stamps)
 
 
 def _open_hub(repo: hub.HubModel, label: str) -> Source:
