@@ -28,6 +28,7 @@ _CHOICES = frozenset((
     "_name_or_path", "torch_dtype", "dtype", "device_map",
 ))  # fmt: skip
 _MAX_SIZE = 2**31  # of any other number that a model is made with: it would be a mistake or worse
+_FLOATS = ("Infinity", "-Infinity", "NaN")  # written as {"__float__": "Infinity"}
 _COUNTED = ("layer", "block", "expert", "depth", "stage")
 # Attributes of a module that say where it stands, or what everything inherits.
 _PLACES = frozenset(("training", "layer_idx", "layer_id", "layer_index", "idx", "block_idx"))
@@ -173,16 +174,22 @@ def _check_sizes(config: Mapping[str, Any]) -> None:
 
 
 def _without_choices(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A deep copy without what would choose code, weights or an implementation."""
+    """A deep copy without what would choose code, weights or an implementation.
 
-    def walk(about: dict[str, Any]) -> dict[str, Any]:
-        return {
-            key: walk(value) if isinstance(value, dict) else value
-            for key, value in about.items()
-            if key not in _CHOICES
-        }
+    Numbers that JSON does not have are read as transformers 5 writes them.
+    """
 
-    return walk(json.loads(json.dumps(dict(config))))
+    def walk(value: Any) -> Any:
+        if isinstance(value, list):
+            return [walk(one) for one in value]
+        if not isinstance(value, dict):
+            return value
+        if value.keys() == {"__float__"} and value["__float__"] in _FLOATS:
+            return float(value["__float__"])
+        return {key: walk(one) for key, one in value.items() if key not in _CHOICES}
+
+    found: dict[str, Any] = walk(json.loads(json.dumps(dict(config))))
+    return found
 
 
 @contextmanager
