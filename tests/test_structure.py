@@ -14,11 +14,12 @@ from safetensors.torch import load_file, save_file
 from tiny import llama_config, llama_family, llama_tensors, write_model
 
 import merge_cli
+from merge_cli.checkpoint.class_config import Unknown
 from merge_cli.checkpoint.config import merged_config
 from merge_cli.engine import structure
 from merge_cli.engine.merge import MergeOptions
 from merge_cli.engine.planner import load_recipe, make_plan
-from merge_cli.engine.skeleton import Unknown, build
+from merge_cli.engine.skeleton import build
 from merge_cli.errors import MergeCliError, MismatchError, RecipeError
 
 pytestmark = pytest.mark.filterwarnings("ignore")

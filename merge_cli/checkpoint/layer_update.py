@@ -12,7 +12,6 @@ from merge_cli.checkpoint.header import MERGEABLE
 from merge_cli.checkpoint.low_rank import Updated
 from merge_cli.checkpoint.tensors import Tensor
 
-
 # transformers' classes with layers that are stored [in, out], and what those are called.
 _WITH_CONV1D = frozenset((
     "gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder",
