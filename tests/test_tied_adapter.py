@@ -126,6 +126,15 @@ def test_a_trained_and_resized_embedding_is_saved_three_times() -> None:
         assert found.tensors[f"{name}.weight"].stored[0].offset == order.index(f"{name}.weight")
 
 
+@pytest.mark.parametrize(("version", "kept"), [("5.2.0", True), ("4.50.0", False)])
+def test_a_head_of_its_own_in_a_model_whose_config_ties(version: str, kept: bool) -> None:
+    base = {"model.embed_tokens.weight": (8, 4), "lm_head.weight": (8, 4)}
+    about = {"tie_word_embeddings": True, "transformers_version": version}
+    found = applied(base, {"model.embed_tokens.weight": (8, 4)}, about,
+                    modules_to_save=["embed_tokens"])  # fmt: skip
+    assert (found.tensors["lm_head.weight"].name == "lm_head.weight") is kept
+
+
 def test_contents_that_contradict_the_config() -> None:
     base = {"model.layers.0.q.weight": (4, 4)}
     name = "model.layers.0.q"

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from merge_cli.checkpoint.adapter_config import by_pattern
+from merge_cli.checkpoint.config import is_of_5
 from merge_cli.checkpoint.header import TensorRef
 from merge_cli.checkpoint.tensors import Tensor
 from merge_cli.errors import Problem
@@ -88,7 +89,8 @@ def _head_of(embedding: str) -> str:
 def _ties(config: Mapping[str, Any], head: str | None, tensors: Mapping[str, Tensor]) -> bool:
     for one in (config, config.get("text_config")):
         if isinstance(one, dict) and "tie_word_embeddings" in one:
-            return bool(one["tie_word_embeddings"])
+            stored = head in tensors  # transformers 5 stores none that is the embedding
+            return bool(one["tie_word_embeddings"]) and not (stored and is_of_5(config))
     return head is not None and head not in tensors
 
 
