@@ -78,6 +78,22 @@ def empty_model(config: Mapping[str, Any]) -> Any:
             raise Unknown(said) from error
 
 
+def written_out(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """A config with everything that transformers takes it to mean; None where it does not say."""
+    try:
+        check_sizes(config)
+        import transformers
+
+        about = transformers.CONFIG_MAPPING[config["model_type"]]
+        with quiet_and_alone():
+            text = about.from_dict(without_choices(config)).to_json_string(use_diff=False)
+        found: dict[str, Any] = json.loads(text)
+    except Exception:
+        # A type that this transformers lacks, or a config that it refuses in a way of its own.
+        return None
+    return found
+
+
 def refuse_code(config: Mapping[str, Any], label: str) -> None:
     """Hold a config that transformers is about to read itself against what it would fetch or make.
 
