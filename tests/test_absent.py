@@ -111,9 +111,9 @@ def test_poolers_and_buffers_take_a_line_each(tmp_path: Path) -> None:
     assert sum("left out" in note for note in other.notes) == 2
 
 
-@pytest.mark.parametrize("name", ["cls.seq_relationship.weight", "sop_classifier.classifier.bias"])
-def test_a_head_for_pairs_of_sentences(name: str, tmp_path: Path) -> None:
+def test_a_head_for_pairs_of_sentences(tmp_path: Path) -> None:
     """bert-base-uncased has one, its fine-tunes on words alone have none."""
+    name = "cls.seq_relationship.weight"
     whole = {**text(), name: torch.ones(2)}
     assert copied(plan(tmp_path, whole, text(1), config())) == {name}
     assert not copied(plan(tmp_path, text(1), whole, config()))

@@ -78,9 +78,7 @@ class Source:
         stored = head in self.tensors
         for config in (self.config, self.config.get("text_config")):
             if isinstance(config, dict) and "tie_word_embeddings" in config:
-                return bool(config["tie_word_embeddings"]) and not (
-                    stored and is_of_5(self.config)
-                )
+                return bool(config["tie_word_embeddings"]) and not (stored and is_of_5(self.config))
         return not stored
 
     @property

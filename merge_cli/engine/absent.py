@@ -34,7 +34,7 @@ BUFFERS = ("rotary_emb.inv_freq", ".masked_bias", ".attn.bias", ".attention.bias
             "position_ids", "rotary_emb.cos_cached", "rotary_emb.sin_cached")  # fmt: skip
 BUFFER = "the model computes this buffer by itself"
 _POOLER = re.compile(r"(^|\.)pooler\.")
-_PAIRS = re.compile(r"(^|\.)(cls\.seq_relationship|sop_classifier)\.")
+_PAIRS = re.compile(r"(^|\.)cls\.seq_relationship\.")
 _MTP = re.compile(r"(^|\.)mtp(_[a-z]+)?\.")
 _MTP_KEY = re.compile(r"(^|_)(mtp|nextn)(_|$)")
 # A part of a model is described under a key of its own; these describe no part.
