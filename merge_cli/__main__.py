@@ -1,5 +1,16 @@
-"""python -m merge_cli"""
+"""python -m merge_cli, and the command merge-cli"""
 
-from merge_cli.cli import main
+import signal
 
-main()
+
+def main() -> None:
+    """Run the command line."""
+    # Ctrl-C while modules are still being loaded ends the process, without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from merge_cli.cli import main as run
+
+    run()
+
+
+if __name__ == "__main__":
+    main()

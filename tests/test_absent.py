@@ -111,6 +111,14 @@ def test_poolers_and_buffers_take_a_line_each(tmp_path: Path) -> None:
     assert sum("left out" in note for note in other.notes) == 2
 
 
+def test_a_head_for_pairs_of_sentences(tmp_path: Path) -> None:
+    """bert-base-uncased has one, its fine-tunes on words alone have none."""
+    name = "cls.seq_relationship.weight"
+    whole = {**text(), name: torch.ones(2)}
+    assert copied(plan(tmp_path, whole, text(1), config())) == {name}
+    assert not copied(plan(tmp_path, text(1), whole, config()))
+
+
 SEEING = {"vision_config": {"depth": 2}, "text_config": llama_config(layers=2, tied=False)}
 EYES = {
     "visual.blocks.0.mlp.weight": torch.ones(3, 3), "visual.merger.norm.weight": torch.ones(3),

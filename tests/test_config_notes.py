@@ -114,6 +114,31 @@ def test_two_spellings_of_one_thing(one: dict[str, Any], other: dict[str, Any]) 
     assert notes({**BASE, **other}, {**BASE, **one}) == []
 
 
+GEMMA: dict[str, Any] = {"model_type": "gemma2", "num_hidden_layers": 2}
+KINDS = ["sliding_attention", "full_attention"]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (GEMMA, {**GEMMA, "layer_types": KINDS}),
+        ({"model_type": "t5"}, {"model_type": "t5", "scale_decoder_outputs": True}),
+        ({"model_type": "t5", "tie_word_embeddings": False},
+         {"model_type": "t5", "tie_word_embeddings": True, "scale_decoder_outputs": False}),
+    ],
+)  # fmt: skip
+def test_what_only_newer_configs_say(one: dict[str, Any], other: dict[str, Any]) -> None:
+    """Their classes say the same of the old ones."""
+    assert not notes(one, other)
+    assert not notes(other, one)
+
+
+def test_what_a_class_says_otherwise_is_told() -> None:
+    (line,) = notes(GEMMA, {**GEMMA, "layer_types": KINDS[::-1]})
+    assert line.startswith("layer_types differs: a nothing; b [")
+    assert notes({"model_type": "t5"}, {"model_type": "t5", "scale_decoder_outputs": False})
+
+
 def test_a_silent_config_has_the_default_of_its_class() -> None:
     assert notes(BASE, {**BASE, "rope_theta": 5e5}) == ["rope_theta differs: a 10000; b 500000"]
     mistral = {**BASE, "model_type": "mistral"}

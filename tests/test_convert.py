@@ -433,3 +433,37 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
     folder = write(tmp_path / "m", [tensors()])
     with pytest.raises(SourceError, match="not a folder"):
         convert(str(folder / "pytorch_model.bin"), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "it is empty"),
+        (b"version https://git-lfs.github.com/spec/v1", "does not begin as files of torch do"),
+        (None, "its end is missing"),
+    ],
+)
+def test_what_is_no_file_of_torchs_has_no_code_to_run(
+    tmp_path: Path, content: bytes | None, words: str
+) -> None:
+    folder = write(tmp_path / "m", [tensors()])
+    file = folder / "pytorch_model.bin"
+    file.write_bytes(file.read_bytes()[:5000] if content is None else content)
+    with pytest.raises(SourceError, match=words):
+        convert(str(folder), tmp_path / "out")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits are inherited by children")
+def test_a_disk_that_is_full_is_no_fault_of_the_input(tmp_path: Path) -> None:
+    folder = write(tmp_path / "m", [tensors()])
+    done = subprocess.run(
+        ["/bin/sh", "-c", 'ulimit -f 8; exec "$@"', "sh", sys.executable, "-m", "merge_cli",
+         "convert", str(folder), str(tmp_path / "out")],
+        capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]),
+                          "PYTHONDONTWRITEBYTECODE": "1"},
+    )  # fmt: skip
+    assert done.returncode == 4, done.stderr
+    assert "the disk is full" in done.stderr
+    assert str(tmp_path / "out.partial" / "model" / "model.safetensors") in done.stderr
+    convert(str(folder), tmp_path / "out")

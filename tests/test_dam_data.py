@@ -10,11 +10,13 @@ import pytest
 import torch
 from dam_tiny import config, plan_of, write_data, write_models, write_recipe, write_tokenizer
 
+from merge_cli.checkpoint.source import Source
 from merge_cli.dam.data import Order, cut, load_datasets, steps_of
-from merge_cli.dam.plan import kept_for, plan_training, teacher_of
+from merge_cli.dam.plan import kept_for, plan_training
 from merge_cli.engine.planner import load_recipe, make_plan
 from merge_cli.errors import RecipeError, ResourceError, SourceError
 from merge_cli.evaluation import teachers
+from merge_cli.evaluation.digest import source_identity
 from merge_cli.evaluation.examples import Example, padded
 from merge_cli.evaluation.tokens import Encoded
 from merge_cli.recipe.training import Training
@@ -35,6 +37,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("MERGE_CLI_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+def teacher_of(source: Source, device: str, dtype: str) -> teachers.Teacher:
+    return teachers.Teacher(source, source_identity(source), device, dtype)
 
 
 def tokenizer_of(folder: Path, template: str | None = None) -> Any:

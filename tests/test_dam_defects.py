@@ -16,7 +16,9 @@ from merge_cli.dam.head import Sums
 from merge_cli.dam.heldout import make_batch
 from merge_cli.dam.losses import Objective
 from merge_cli.dam.plan import plan_training
+from merge_cli.evaluation.digest import source_identity
 from merge_cli.evaluation.examples import micro_batches
+from merge_cli.evaluation.teachers import Teacher
 from merge_cli.recipe.training import preset
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -106,9 +108,8 @@ def test_the_loss_does_not_depend_on_how_a_batch_is_divided(untied: Path) -> Non
     plan = plan_of(untied, {"max_length": 40, "batch_size": 6, "top_k": 8})
     decided = plan_training(plan, "cpu")
     dataset = decided.datasets[0]
-    from merge_cli.dam.plan import teacher_of
-
-    teacher = teacher_of(plan.sources[plan.operands[0]], "cpu", "float32")
+    source = plan.sources[plan.operands[0]]
+    teacher = Teacher(source, source_identity(source), "cpu", "float32")
     known = teacher.predictions(dataset.train, decided.kept, lambda *_: None)
     student = student_of(plan)
     forward = Forward(student.net)

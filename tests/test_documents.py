@@ -411,7 +411,7 @@ def test_what_is_wrong_is_told_where_it_stands(
 
 
 def test_problems_of_all_documents_are_told_at_once(family: Family) -> None:
-    documents = [FIRST.replace("weight", "wieght"), SECOND.replace("t: 0.25", "t: 7"), LAST]
+    documents = [FIRST.replace("weight", "wieght"), SECOND.replace("t: 0.25", "tt: 7"), LAST]
     with pytest.raises(RecipeError) as caught:
         load_recipe(family.write("---\n".join(documents)))
     assert [p.line for p in caught.value.problems] == [4, 11]

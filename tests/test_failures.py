@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -274,3 +275,16 @@ def test_killed_fifty_times_and_resumed(
 ) -> None:
     for seed in range(1, 18):
         kill_until_done(slow_family, expected, tmp_path, seed=seed, kills=3)
+
+
+def test_a_folder_that_may_not_be_read(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Path.iterdir
+
+    def iterdir(path: Path) -> Iterator[Path]:
+        if path.name == "a":
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    with pytest.raises(SourceError, match="cannot be read: Permission denied — a"):
+        merge_cli.plan(family.recipe("soup", base=False))

@@ -405,3 +405,37 @@ def test_command_line(hub: HubServer, family: Family, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     inputs = json.loads((tmp_path / "out" / "merge_report.json").read_text())["inputs"]
     assert inputs[0]["revision"] == hub.repos["org/a"].branches["main"]
+
+
+def test_a_header_is_asked_for_again(hub: HubServer, tmp_path: Path, slept: list[float]) -> None:
+    """The Hub's storage answers 502 and 503 now and then, and does not say when to come back."""
+    hub.add("org/m", big_model(tmp_path / "big"))
+    model = open_hub("org/m")
+    hub.fail(503, path="/cdn/")
+    hub.fail(502, path="/resolve/")
+    assert read_header(model, NAME)
+    assert slept == [0.5, 1.0]
+    hub.fail(503, times=99, path="/cdn/")
+    with pytest.raises(HubError, match="status 503"):
+        read_header(model, NAME)
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_cached_file_that_is_too_short_is_fetched_again(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
+) -> None:
+    hub.add("org/m", big_model(tmp_path / "big"))
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(1, "Operation not permitted")
+
+    if not links:
+        monkeypatch.setattr(Path, "symlink_to", refuse)
+    model = open_hub("org/m")
+    file = fetch_files(model, [NAME]) / NAME
+    whole = file.read_bytes()
+    os.truncate(file, 1000)
+    assert not is_cached(model, NAME)
+    assert read_header(model, NAME) == whole[: len(read_header(model, NAME))]
+    fetch_files(model, [NAME])
+    assert file.read_bytes() == whole

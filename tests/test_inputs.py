@@ -17,6 +17,7 @@ from merge_cli.checkpoint import stamps
 from merge_cli.engine import inputs, journal, units
 from merge_cli.engine.inputs import Inputs
 from merge_cli.engine.journal import Journal
+from merge_cli.engine.records import Records
 from merge_cli.engine.statistics import TensorStats
 from merge_cli.errors import SourceError, UsageError
 
@@ -157,3 +158,21 @@ def test_another_tokenizer_is_another_result(family: Family, tmp_path: Path) -> 
     assert finished(merge_cli.plan(recipe), tmp_path / "out", options) is not None
     tokenizer.write_text(json.dumps({"a": 2}))
     assert finished(merge_cli.plan(recipe), tmp_path / "out", options) is None
+
+
+@pytest.mark.parametrize("what", ["a", "a/model.safetensors", "a/config.json"])
+def test_a_source_that_is_gone_for_a_while(
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """A network that stops: what is done is kept, for when the source is there as it was."""
+    recipe, out = write_recipe(family, "ties"), tmp_path / "out"
+    gone = family.folder / what
+    with monkeypatch.context() as patch:
+        while_merging(patch, lambda: gone.rename(family.folder / "aside"))
+        with pytest.raises(SourceError, match="the same command resumes"):
+            merge(recipe, out)
+    assert Records.count_of(tmp_path / "out.partial" / "journal.jsonl") >= 10
+    (family.folder / "aside").rename(gone)
+    merge(recipe, out)
+    merge(recipe, tmp_path / "expected")
+    assert digest(out) == digest(tmp_path / "expected")

@@ -166,3 +166,26 @@ def test_teaching(models: Path) -> None:
     cache = models / "cache"
     interrupted(["run", recipe, "out"], lambda pid: any(cache.glob("teachers/*/*.safetensors")),
                 models, MERGE_CLI_CACHE=str(cache))  # fmt: skip
+
+
+PREPARING = "import merge_cli.cli; sys.modules['merge_cli.cli.app'].settle_home = press"
+LOADING = "typer.Typer = press"  # which cli/app.py calls
+
+
+@pytest.mark.parametrize("patch", [PREPARING, LOADING])
+def test_before_the_command_begins(patch: str) -> None:
+    """While the process prepares itself, or loads its modules: no traceback either."""
+    code = f"""
+import os, signal, sys, typer
+def press(*_, **__): os.kill(os.getpid(), signal.SIGINT)
+{patch}
+sys.argv = ["merge-cli", "methods"]
+from merge_cli.__main__ import main
+main()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+    )  # fmt: skip
+    assert done.returncode in (130, -signal.SIGINT)
+    assert "Traceback" not in done.stderr

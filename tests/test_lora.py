@@ -112,6 +112,24 @@ def test_an_adapter_is_what_peft_merges(tmp_path: Path, case: str) -> None:
     assert changed
 
 
+@pytest.mark.parametrize(
+    ("make", "targets", "said"),
+    [(gpt2, ["c_attn", "c_proj"], False), (llama, ["q_proj", "down_proj"], True)],
+)
+def test_how_layers_are_stored_is_the_class_s_to_say(
+    make: Callable[[], Any], targets: list[str], said: bool, tmp_path: Path
+) -> None:
+    """PEFT says of all layers what it found of the last one, and asks the class when it loads."""
+    write(tmp_path, make, 1, r=4, target_modules=targets)
+    found = merge(passthrough(tmp_path), tmp_path / "out")
+    config = tmp_path / "adapter1" / "adapter_config.json"
+    about = json.loads(config.read_text())
+    assert about["fan_in_fan_out"] is not said
+    config.write_text(json.dumps({**about, "fan_in_fan_out": said}))
+    again = merge(passthrough(tmp_path), tmp_path / "again")
+    assert all(torch.equal(tensor, found[name]) for name, tensor in again.items())
+
+
 def test_rounded_once_and_the_same_bytes_however_it_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -111,6 +111,27 @@ def test_two_places_are_ambiguous(tmp_path: Path) -> None:
         make_plan(load_recipe(recipe(tmp_path, "task_arithmetic", ["text"], "twins")))
 
 
+@pytest.mark.parametrize(("one", "other"), [("", "model."), ("model.", ""), ("model.", "model.")])
+def test_an_encoder_is_none_of_a_decoder(one: str, other: str, tmp_path: Path) -> None:
+    """The decoder has everything that the encoder has; files of Bart have `model.` or not."""
+    own = text(0)
+    for folder, prefix in (("a", one), ("b", other)):
+        tensors = {"encoder." + name.removeprefix("model."): value for name, value in own.items()}
+        tensors |= {f"decoder{name[7:]}": value * 2 for name, value in tensors.items()}
+        tensors["decoder.layers.0.cross.weight"] = torch.ones(2, 2)
+        if folder == "a" and one == other:  # a name that the reference has not
+            tensors["encoder.position_ids"] = torch.ones(3)
+        write_model(tmp_path / folder, {prefix + name: v.clone() for name, v in tensors.items()},
+                    llama_config(layers=2, tied=False))  # fmt: skip
+    found = read_model(
+        merge_cli.merge(recipe(tmp_path, "soup", ["b", "a"]), tmp_path / "out",
+                        options=OPTIONS).path
+    )  # fmt: skip
+    name = "layers.1.mlp.up_proj.weight"
+    torch.testing.assert_close(found[f"{other}encoder.{name}"], own[f"model.{name}"])
+    torch.testing.assert_close(found[f"{other}decoder.{name}"], own[f"model.{name}"] * 2)
+
+
 def test_a_part_with_its_own_names_lacks_what_it_lacks(tmp_path: Path) -> None:
     """No prefix was exchanged: that a tensor is missing may be a mistake, and is told as before."""
     whole = text(0)

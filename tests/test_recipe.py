@@ -83,7 +83,8 @@ def test_a_recipe() -> None:
         ("parameters:\n  normalize", "tokenizer: {sorce: union}\nparameters:\n  normalize",
          "r.yaml:9:13: tokenizer.sorce: unknown key. Did you mean 'source'?"),
         ("parameters:\n  normalize", "tokenizer: {pad_to_multiple_of: 0}\nparameters:\n  normalize",
-         "r.yaml:9:33: tokenizer.pad_to_multiple_of: must be a whole number of at least 1 (got 0)"),
+         "r.yaml:9:33: tokenizer.pad_to_multiple_of: must be a whole number from 1 to 1048576 "
+         "(got 0)"),
         ("parameters:\n  normalize",
          "tokenizer: {tokens: {<s>: {source: {kind: zeros}}}}\nparameters:\n  normalize",
          "r.yaml:9:36: tokenizer.tokens.<s>.source.kind: must be zero or model_token (got "

@@ -88,7 +88,51 @@ def test_a_copy_of_the_embedding_is_no_head() -> None:
         applied(base, {"lm_head.weight": (10, 4)}, {"tie_word_embeddings": True})
     with pytest.raises(MismatchError, match="the model lacks it"):  # tied to what is not there
         applied(base, {"lm_head.weight": (8, 4)}, {"tie_word_embeddings": True},
-                ensure_weight_tying=True, modules_to_save=["other"])  # fmt: skip
+                ensure_weight_tying=True, modules_to_save=["embed_tokens"])  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("embedding", "keys", "tied"),
+    [
+        ("model.embed_tokens", {"modules_to_save": ["embed_tokens"]}, True),
+        ("transformer.wte", {"modules_to_save": ["wte"]}, False),
+        ("transformer.wte", {"modules_to_save": ["transformer.wte"]}, False),
+        ("transformer.wte", {"modules_to_save": ["wte", "transformer.wte"]}, True),
+        ("transformer.wte", {"modules_to_save": ["wte"], "target_modules": "lm_head|q"}, True),
+        ("transformer.wte", {"modules_to_save": ["wte"], "target_modules": r".*\.q"}, False),
+    ],
+)
+def test_what_peft_trains_as_one(embedding: str, keys: dict[str, Any], tied: bool) -> None:
+    """It asks for two names alone, whatever the model calls its embedding."""
+    name = f"{embedding}.weight"
+    found = applied({name: (8, 4)}, {name: (8, 4)}, {"tie_word_embeddings": True},
+                    ensure_weight_tying=True, **keys)  # fmt: skip
+    assert ("lm_head.weight" not in found.tensors) is tied
+    assert (found.changes == {}) is tied
+
+
+def test_a_trained_and_resized_embedding_is_saved_three_times() -> None:
+    """The plain name is the trained one, as PEFT loads it."""
+    name = "model.embed_tokens"
+    copies = {f"{name}.{wrapper}weight": (10, 4)
+              for wrapper in ("original_module.", "modules_to_save.", "")}  # fmt: skip
+    base = {f"{name}.weight": (8, 4), "lm_head.weight": (10, 4)}
+    for order in (list(copies), list(copies)[::-1]):
+        stored = refs({PREFIX + one: copies[one] for one in order})
+        sources = {one: ref._replace(offset=i) for i, (one, ref) in enumerate(stored.items())}
+        found = apply_adapter(refs(base), {**CONFIG, "modules_to_save": ["embed_tokens"]}, sources,
+                              label="base+adapter", stamp="", base={})  # fmt: skip
+        assert found.tensors.keys() == base.keys()
+        assert found.tensors[f"{name}.weight"].stored[0].offset == order.index(f"{name}.weight")
+
+
+@pytest.mark.parametrize(("version", "kept"), [("5.2.0", True), ("4.50.0", False)])
+def test_a_head_of_its_own_in_a_model_whose_config_ties(version: str, kept: bool) -> None:
+    base = {"model.embed_tokens.weight": (8, 4), "lm_head.weight": (8, 4)}
+    about = {"tie_word_embeddings": True, "transformers_version": version}
+    found = applied(base, {"model.embed_tokens.weight": (8, 4)}, about,
+                    modules_to_save=["embed_tokens"])  # fmt: skip
+    assert (found.tensors["lm_head.weight"].name == "lm_head.weight") is kept
 
 
 def test_contents_that_contradict_the_config() -> None:

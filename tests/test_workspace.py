@@ -17,6 +17,8 @@ from tiny import Family, llama_config, merge, read_model, write_model
 import merge_cli
 from merge_cli.checkpoint.layout import lay_out
 from merge_cli.engine import output, units, workspace
+from merge_cli.engine.merge import check_target
+from merge_cli.engine.options import MergeOptions, Progress
 from merge_cli.engine.output import OutputWorkspace
 from merge_cli.engine.shardfiles import open_journal
 from merge_cli.errors import Interrupted, ResourceError, UsageError
@@ -390,3 +392,88 @@ def test_home_is_never_replaced(
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     with pytest.raises(UsageError, match="would replace"):
         merge(write_recipe(family, "soup"), tmp_path / "home", overwrite=True)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_appears_at_out_meanwhile_stays(
+    family: Family, tmp_path: Path, overwrite: bool
+) -> None:
+    """OUT was free when the merge began; somebody has put their work there since."""
+    out = tmp_path / "out"
+
+    def make(progress: Progress) -> None:
+        out.mkdir(exist_ok=True)
+        (out / "diary.txt").write_text("dear diary")
+
+    recipe = write_recipe(family, "soup")
+    with pytest.raises(UsageError, match=r"exists already|is not a model"):
+        merge_cli.merge(recipe, out, show=make, options=MergeOptions(overwrite=overwrite))
+    assert (out / "diary.txt").read_text() == "dear diary"
+    shutil.rmtree(out)
+    merge(recipe, out)  # the work was kept
+    assert (out / "model.safetensors").is_file()
+
+
+def test_a_mount_point_is_refused_before_anything_is_read(
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A volume of a container: nothing can be renamed to it."""
+    out = tmp_path / "out"
+    out.mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == out)
+    plan = merge_cli.plan(write_recipe(family, "soup"))
+    for refused in (
+        lambda: merge_cli.merge(plan, out),
+        lambda: check_target(plan, out, MergeOptions()),
+    ):
+        with pytest.raises(UsageError, match="mount point") as raised:
+            refused()
+        assert str(out / "merged") in raised.value.hint
+    assert list(tmp_path.glob("out.*")) == []
+    merge_cli.merge(plan, out / "merged")
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "train.jsonl", "plot.png", "run.sh", "data.csv"])
+def test_overwrite_takes_no_file_that_models_do_not_have(
+    family: Family, tmp_path: Path, name: str
+) -> None:
+    out, recipe = tmp_path / "out", write_recipe(family, "soup")
+    merge(recipe, out)
+    (out / name).write_text("mine")
+    with pytest.raises(UsageError, match=f"holds {name}, which is no part of a model"):
+        merge(recipe, out, overwrite=True)
+    assert (out / name).read_text() == "mine"
+
+
+def test_overwrite_takes_what_models_have(family: Family, tmp_path: Path) -> None:
+    out, recipe = tmp_path / "out", write_recipe(family, "soup")
+    merge(recipe, out)
+    for name in (
+        "LICENSE", "License.txt", "USE_POLICY.md", ".gitattributes", "merges.txt", "vocab.txt",
+        "modeling_own.py", "training_args.bin", "trainer_state.json", "consolidated.00.pth",
+        "model-Q4.gguf", "tokenizer.model", "best_recipe.yaml", "search_journal.jsonl",
+        "coefficients.safetensors", "merge_evaluation.json", "chat_template.jinja",
+    ):  # fmt: skip
+        (out / name).write_text("x")
+    (out / "elsewhere.csv").symlink_to(family.folder / "recipe.yaml")
+    merge(recipe, out, overwrite=True)
+    assert not (out / "LICENSE").exists()
+    assert (family.folder / "recipe.yaml").is_file()
+
+
+def test_what_somebody_else_has_left_is_told(
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OUT.partial of another user: nothing in it can be removed."""
+    (tmp_path / "out.partial" / "model").mkdir(parents=True)
+    (tmp_path / "out.partial" / "merge-cli").write_text("")
+    monkeypatch.setattr(workspace.shutil, "rmtree", lambda *_, **__: None)
+    with pytest.raises(ResourceError, match="what earlier work has left cannot be removed"):
+        merge(write_recipe(family, "soup"), tmp_path / "out")
+
+
+def test_a_lock_that_cannot_be_opened_is_named(family: Family, tmp_path: Path) -> None:
+    (tmp_path / "out.partial.lock").mkdir()
+    with pytest.raises(ResourceError) as raised:
+        merge(write_recipe(family, "soup"), tmp_path / "out")
+    assert raised.value.where == str(tmp_path / "out.partial.lock")

@@ -6,11 +6,11 @@ checkpoints leave out a prefix that the model has. So the model is built without
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from merge_cli.checkpoint.class_config import Unknown, empty_model
 from merge_cli.checkpoint.expert_adapters import SINGLE, ExpertPlace
 from merge_cli.checkpoint.source import Source
 from merge_cli.errors import SourceError
@@ -132,25 +132,18 @@ def _single(
 
 
 def _build(source: Source) -> Any:
-    import torch
-    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as SPEAKING
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            config = transformers.AutoConfig.from_pretrained(
-                str(source.root), trust_remote_code=False
-            )
-            named = getattr(transformers, (config.architectures or [""])[0], None)
-            with torch.device("meta"):
-                if named is not None:
-                    return named(config)
-                return transformers.AutoModelForCausalLM.from_config(config)
-        except Exception as error:  # a config can break transformers in any way it likes
-            said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            what = f"transformers cannot tell what its modules are: {said}"
-            hint = "PEFT loads adapters of models that transformers has a class for."
-            raise SourceError(what, model=source.label, hint=hint) from error
+    config = dict(source.config)
+    kind = config.get("model_type")
+    if not config.get("architectures") and isinstance(kind, str) and kind in SPEAKING:
+        config["architectures"] = [SPEAKING[kind]]
+    try:
+        return empty_model(config)
+    except Unknown as error:
+        what = f"transformers cannot tell what its modules are: {error}"
+        hint = "PEFT loads adapters of models that transformers has a class for."
+        raise SourceError(what, model=source.label, hint=hint) from error
 
 
 def _kind(module: Any) -> Kind:

@@ -15,7 +15,7 @@ _FACTORS = {
     "lora_magnitude_vector.weight": "magnitude", "lora_B.bias": "bias",
 }  # fmt: skip
 # Names of PEFT's wrappers: today's, and those of version 0.4 and before.
-_WRAPPERS = (".base_layer", ".modules_to_save.default", ".original_module")
+_WRAPPERS = (".base_layer", ".modules_to_save.default", ".modules_to_save", ".original_module")
 Parts = dict[str, TensorRef]
 
 
@@ -38,6 +38,7 @@ def sorted_out(stored: Mapping[str, TensorRef]) -> Contents:
     """Factors by module, and tensors that replace the model's, by name."""
     modules: dict[str, Parts] = {}
     whole: Parts = {}
+    ranks: dict[str, int] = {}
     twice = []
     for name, ref in stored.items():
         plain = name.removeprefix(PREFIX)
@@ -48,8 +49,24 @@ def sorted_out(stored: Mapping[str, TensorRef]) -> Contents:
                 parts[part] = ref
                 break
         else:
+            rank = _rank(plain)
             for wrapper in _WRAPPERS:
                 plain = plain.replace(wrapper, "")
-            twice += [name] if plain in whole else []
-            whole[plain] = ref
+            if plain in whole and rank != ranks[plain]:
+                if rank > ranks[plain]:
+                    continue
+            elif plain in whole:
+                twice.append(name)
+            whole[plain], ranks[plain] = ref, rank
     return Contents(modules, whole, tuple(twice))
+
+
+def _rank(name: str) -> int:
+    """Which of a module's tensors counts, the least first.
+
+    Of a resized embedding PEFT saves the trained copy by its plain name, and everything that its
+    wrapper holds once more: that copy, and the one that is not trained.
+    """
+    if ".original_module." in name:
+        return 2
+    return 1 if ".modules_to_save." in name else 0

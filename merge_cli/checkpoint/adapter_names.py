@@ -11,11 +11,13 @@ transformers itself renames while it loads; one prefix for another, if only one 
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from merge_cli.checkpoint.class_config import empty_model
+from merge_cli.guarded import read_mapping
 
 
 class Layout(NamedTuple):
@@ -183,28 +185,21 @@ def _transformers(
 def _live_names(have: Iterable[str], root: Path) -> dict[str, str]:
     """Stored name -> transformers' own; empty where this transformers does not say."""
     try:
-        import torch
-        import transformers
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightRenaming, rename_source_key
     except ImportError:  # transformers 4 renames nothing in a way that can be asked for
         return {}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            config = transformers.AutoConfig.from_pretrained(str(root), trust_remote_code=False)
-            kind = getattr(transformers, (config.architectures or [""])[0])
-            with torch.device("meta"):
-                net = kind(config)
-            renamings = [one for one in get_model_conversion_mapping(net)
-                         if isinstance(one, WeightRenaming)]  # fmt: skip
-            own = net.state_dict()
-            found = {
-                name: rename_source_key(name, renamings, [], net.base_model_prefix, own)[0]
-                for name in have
-            }
-        except Exception:
-            # A class that this transformers lacks, a config that it refuses with whatever
-            # exception it likes, or an interface that has moved on: it knows nothing then.
-            return {}
+    try:
+        net = empty_model(read_mapping(root / "config.json", "the base"))
+        renamings = [one for one in get_model_conversion_mapping(net)
+                     if isinstance(one, WeightRenaming)]  # fmt: skip
+        own = net.state_dict()
+        found = {
+            name: rename_source_key(name, renamings, [], net.base_model_prefix, own)[0]
+            for name in have
+        }
+    except Exception:
+        # A class that this transformers lacks, a config that it refuses, or an interface that has
+        # moved on: it knows nothing then.
+        return {}
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -118,3 +119,10 @@ def with_layer_types(config: Mapping[str, Any], root: Path) -> dict[str, Any]:
         # or a config that it refuses with whatever exception it has: nothing is derived.
         return explicit
     return explicit
+
+
+def is_of_5(config: Mapping[str, Any]) -> bool:
+    """Whether transformers 5 or a later one has written a config."""
+    version = config.get("transformers_version")
+    major = re.match(r"(\d{1,4})\.", version) if isinstance(version, str) else None
+    return major is not None and int(major.group(1)) >= 5

@@ -137,18 +137,18 @@ def _sleep(seconds: float) -> None:
 
 
 def _patiently(action: Callable[[], T]) -> T:
-    """Tried again as long as the Hub says when, and that is soon.
+    """Tried again soon, unless the Hub says that it will be later.
 
     Raises:
         HubError: as the action does.
     """
-    for _ in range(_TRIES - 1):
+    for tries in range(1, _TRIES):
         try:
             return action()
         except UnreachableError as error:
-            if not 0 < error.wait <= _PATIENCE:
+            if error.wait > _PATIENCE:
                 raise
-            _sleep(error.wait)
+            _sleep(error.wait or _PAUSE * tries)
     return action()
 
 
@@ -238,8 +238,12 @@ def _snapshot(model: HubModel) -> Path:
 
 
 def _cached(model: HubModel, name: str) -> Path | None:
+    """A file that is here, as large as the Hub says: a disk that was full may have cut it."""
     path = _snapshot(model) / name
-    return path if path.is_file() else None
+    if not path.is_file():
+        return None
+    size = model.files.get(name, 0)
+    return path if not size or path.stat().st_size == size else None
 
 
 def _header_length(start: bytes, model: HubModel, name: str) -> int:

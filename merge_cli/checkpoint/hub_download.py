@@ -59,7 +59,7 @@ def download(repo_id: str, commit: str, name: str, repository: Path, count: Coun
         lock.parent.mkdir(parents=True, exist_ok=True)
         with WeakFileLock(str(lock)):
             _remove_orphans(blob.parent)
-            if blob.is_file():
+            if blob.is_file() and about.size in (None, blob.stat().st_size):
                 count(blob.stat().st_size)
             else:
                 _fetch(url, blob, about.size, count, f"{repo_id}, {name}")
@@ -134,10 +134,10 @@ def _continues(response: Any, here: int, size: int | None) -> bool:
 
 def _link(blob: Path, pointer: Path) -> None:
     """The name in the snapshot; a copy where the file system has no links."""
-    if pointer.exists():
+    if pointer.exists() and pointer.stat().st_size == blob.stat().st_size:
         return
     pointer.parent.mkdir(parents=True, exist_ok=True)
-    pointer.unlink(missing_ok=True)  # a link to nothing
+    pointer.unlink(missing_ok=True)  # a link to nothing, or a copy that was cut
     try:
         pointer.symlink_to(os.path.relpath(blob, pointer.parent))
     except OSError:

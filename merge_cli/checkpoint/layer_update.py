@@ -12,6 +12,12 @@ from merge_cli.checkpoint.header import MERGEABLE
 from merge_cli.checkpoint.low_rank import Updated
 from merge_cli.checkpoint.tensors import Tensor
 
+# transformers' classes with layers that are stored [in, out], and what those are called.
+_WITH_CONV1D = frozenset((
+    "gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder",
+))  # fmt: skip
+_CONV1D = frozenset(("c_attn", "q_attn", "c_fc", "c_proj"))
+
 
 def scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
     """What the product of a module's factors is multiplied with: alpha / r, or alpha / sqrt(r)."""
@@ -30,7 +36,31 @@ def contradictions(
         yield found, "the adapter has a magnitude for it, and use_dora is not set"
 
 
-def why_unusable(weight: Tensor, parts: Parts, config: Mapping[str, Any], module: str) -> str:
+def is_turned(
+    weight: Tensor, parts: Parts, config: Mapping[str, Any], module: str, kind: str
+) -> bool:
+    """Whether a layer is stored [in, out].
+
+    `fan_in_fan_out` is what PEFT found of the last layer that it wrapped: beside a head it is
+    false for all of GPT-2's. So the class says it, where it is known to have such layers, and
+    the shapes otherwise.
+
+    Args:
+        kind: the model_type.
+    """
+    named = module.removesuffix(".base_layer").rpartition(".")[2] in _CONV1D
+    if kind in _WITH_CONV1D:
+        return named
+    straight = (parts["b"].shape[0], parts["a"].shape[-1])
+    if straight[0] != straight[1] and weight.shape in (straight, straight[::-1]):
+        return weight.shape != straight
+    # PEFT takes no notice of it where the layer is an ordinary one.
+    return bool(config.get("fan_in_fan_out")) and (named or not kind)
+
+
+def why_unusable(
+    weight: Tensor, parts: Parts, config: Mapping[str, Any], module: str, kind: str
+) -> str:
     """Why a module's factors do not fit its weight; empty when they do."""
     if "bias" in parts and "magnitude" in parts:
         return "DoRA with biases of its own (lora_bias) is not applied here"
@@ -45,14 +75,16 @@ def why_unusable(weight: Tensor, parts: Parts, config: Mapping[str, Any], module
     if weight.dtype not in MERGEABLE or weight.dtype == "F64":
         return f"its weight ({weight.native}) cannot be updated"
     if len(weight.shape) != 2 or any(len(parts[name].shape) != 2 for name in names):
-        return f"only matrices are updated, not {list(weight.shape)}"
+        what = f"only matrices are updated, not {list(weight.shape)}"
+        return f"{what}: merge the adapter with PEFT (`merge_and_unload`), and name the result"
     a, b = (parts[name].shape for name in names)
     wanted = (b[0], a[1])
-    if embedding or config.get("fan_in_fan_out"):
+    turned = not embedding and is_turned(weight, parts, config, module, kind)
+    if embedding or turned:
         wanted = (a[1], b[0])
     if a[0] != b[1] or wanted != weight.shape or not a[0]:
         return f"factors {list(a)} and {list(b)} do not make {list(weight.shape)}"
-    if "magnitude" in parts and (embedding or config.get("fan_in_fan_out")):
+    if "magnitude" in parts and (embedding or turned):
         return "DoRA is not applied to embeddings and to layers that are stored [in, out]"
     if "magnitude" in parts and parts["magnitude"].size != weight.shape[0]:
         return (
@@ -65,13 +97,13 @@ def why_unusable(weight: Tensor, parts: Parts, config: Mapping[str, Any], module
 
 
 def updated(
-    weight: Tensor, parts: Parts, config: Mapping[str, Any], module: str, stamp: str
+    weight: Tensor, parts: Parts, config: Mapping[str, Any], module: str, kind: str, stamp: str
 ) -> Updated:
     if "embedding_a" in parts:
         a, b = parts["embedding_a"], parts["embedding_b"]
         return Updated(weight, a, b, scaling(config, module, a.shape[0]), True, None, stamp)
     a, b = parts["a"], parts["b"]
     scale = scaling(config, module, a.shape[0])
-    if config.get("fan_in_fan_out"):
+    if is_turned(weight, parts, config, module, kind):
         return Updated(weight, a, b, scale, True, None, stamp)
     return Updated(weight, b, a, scale, False, parts.get("magnitude"), stamp)

@@ -23,7 +23,7 @@ from merge_cli.checkpoint.layer_update import contradictions, scaling, updated, 
 from merge_cli.checkpoint.low_rank import Shifted, Updated
 from merge_cli.checkpoint.task_heads import is_task_head, labels, put_head
 from merge_cli.checkpoint.tensors import Tensor
-from merge_cli.checkpoint.tied_adapter import HEADS, find_ends, match_heights, untie
+from merge_cli.checkpoint.tied_adapter import HEADS, find_ends, keeps_ties, match_heights, untie
 from merge_cli.errors import MismatchError, Problem, SourceError
 
 
@@ -208,7 +208,7 @@ class _Application:
         if not tied or embedding is None or _last(name) not in HEADS:
             return False
         brought = [r for n, r in self._contents.whole.items() if self._rule.of(n) == embedding]
-        if self._config.get("ensure_weight_tying"):
+        if keeps_ties(self._config):
             layers = {self._rule.of(f"{module}.weight") for module in self._layers}
             return bool(brought) or embedding in layers
         same = brought[0].shape if brought else self._original[embedding].shape
@@ -281,10 +281,11 @@ class _Application:
                 return found
             self._tensors |= found
             return ""
-        why = why_unusable(weight, parts, self._config, module)
+        why = why_unusable(weight, parts, self._config, module, self._about.model_type)
         if why:
             return why
-        self._tensors[target] = updated(weight, parts, self._config, module, self._stamp)
+        self._tensors[target] = updated(weight, parts, self._config, module,
+                                        self._about.model_type, self._stamp)  # fmt: skip
         self._touched.add(target)
         if "bias" in parts:
             beside = self._target(f"{module}.bias")

@@ -26,6 +26,7 @@ from merge_cli.checkpoint.components import (
     part_folders,
     stem_of,
 )
+from merge_cli.checkpoint.config import is_of_5
 from merge_cli.checkpoint.lora import apply_adapter
 from merge_cli.checkpoint.places import Folder, Place, Repository, read_headers
 from merge_cli.checkpoint.quantised import read_as_numbers
@@ -70,12 +71,15 @@ class Source:
         """Whether the head is the input embedding: as the config says, here or in its text part.
 
         A config that is silent leaves it to the model class, which no one here knows: then a head
-        that is stored is a head of its own.
+        that is stored is a head of its own. So it is where transformers 5 has written the config:
+        it loads a stored head whatever the config says, and stores none that is the embedding.
+        (Of T5's family it says that all are tied, those with heads of their own, too.)
         """
+        stored = head in self.tensors
         for config in (self.config, self.config.get("text_config")):
             if isinstance(config, dict) and "tie_word_embeddings" in config:
-                return bool(config["tie_word_embeddings"])
-        return head not in self.tensors
+                return bool(config["tie_word_embeddings"]) and not (stored and is_of_5(self.config))
+        return not stored
 
     @property
     def stems(self) -> dict[str, str]:
@@ -245,7 +249,12 @@ def _open_folder(path: Path, label: str) -> Source:
         hint = "Name the model's folder, not a file in it."
         raise SourceError("not a folder", model=label, hint=hint)
     stamps = folder_stamps(path)
-    return replace(_opened(Folder(path), label), stamps=stamps)
+    try:
+        folder = Folder(path)
+    except OSError as error:
+        hint = "Check who may read it."
+        raise SourceError(f"cannot be read: {error.strerror}", model=label, hint=hint) from error
+    return replace(_opened(folder, label), stamps=stamps)
 
 
 def _open_hub(repo: hub.HubModel, label: str) -> Source:

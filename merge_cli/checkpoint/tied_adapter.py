@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from merge_cli.checkpoint.adapter_config import by_pattern
+from merge_cli.checkpoint.config import is_of_5
 from merge_cli.checkpoint.header import TensorRef
 from merge_cli.checkpoint.tensors import Tensor
 from merge_cli.errors import Problem
@@ -20,6 +22,7 @@ from merge_cli.errors import Problem
 _HEADS = {"embed_tokens": "lm_head", "wte": "lm_head", "word_embeddings": "lm_head",
           "embed_in": "embed_out", "tok_embeddings": "output"}  # fmt: skip
 HEADS = ("lm_head", "embed_out")
+_TRAINED_AS_ONE = ("embed_tokens", "lm_head")  # what PEFT's ensure_weight_tying looks for
 _SPEAKING = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 # What architectures tie in more places than two, or scale where it is tied.
 _WORDS = frozenset(("shared", "embed_tokens", "word_embeddings", "lm_head", "decoder"))
@@ -86,7 +89,8 @@ def _head_of(embedding: str) -> str:
 def _ties(config: Mapping[str, Any], head: str | None, tensors: Mapping[str, Tensor]) -> bool:
     for one in (config, config.get("text_config")):
         if isinstance(one, dict) and "tie_word_embeddings" in one:
-            return bool(one["tie_word_embeddings"])
+            stored = head in tensors  # transformers 5 stores none that is the embedding
+            return bool(one["tie_word_embeddings"]) and not (stored and is_of_5(config))
     return head is not None and head not in tensors
 
 
@@ -120,7 +124,7 @@ def untie(
     both = {ends.embedding, ends.head}
     if not trained & both:
         return joint
-    if adapter.get("ensure_weight_tying"):
+    if keeps_ties(adapter):
         joint.tensors.pop(ends.head, None)
         joint.notes.append(f"{ends.head} stays tied to {ends.embedding} (ensure_weight_tying)")
         return joint
@@ -134,6 +138,26 @@ def untie(
         f"{rest}: the output stores both (tie_word_embeddings: true -> false)"
     )
     return joint
+
+
+def keeps_ties(adapter: Mapping[str, Any]) -> bool:
+    """Whether PEFT trained both ends as one: it was asked to, and knows an end by its name.
+
+    Raises:
+        SourceError: an expression that takes too long.
+    """
+    if not adapter.get("ensure_weight_tying"):
+        return False
+    targets = adapter.get("target_modules") or []
+    if isinstance(targets, str):
+        if any(by_pattern({targets: True}, end, False) for end in _TRAINED_AS_ONE):
+            return True
+        targets = []
+    saved = adapter.get("modules_to_save") or []
+    if any(one.rpartition(".")[2] in _TRAINED_AS_ONE for one in (*saved, *targets)):
+        return True
+    # Of an embedding and its head PEFT takes the head off the list, and adds the embedding's path.
+    return any(one.rpartition(".")[2] in set(saved) - {one} for one in saved)
 
 
 def _elsewhere(config: Mapping[str, Any], trained: frozenset[str], label: str) -> list[Problem]:

@@ -64,11 +64,6 @@ for verb in (init, run, plan, methods, analyze, evaluate, compare, push, convert
 def main() -> None:
     """Run the command line; every failure is one message and the exit code of its kind."""
     guard_streams()
-    signal.signal(signal.SIGINT, _interrupt)
-    signal.signal(signal.SIGTERM, _interrupt)
-    send_notices(None)  # until there is a screen
-    settle_home()
-    _limit_libraries()
     code = _run()
     try:
         sys.stdout.flush()
@@ -87,6 +82,11 @@ def main() -> None:
 def _run() -> int:
     """The command, and its exit code."""
     try:
+        signal.signal(signal.SIGINT, _interrupt)
+        signal.signal(signal.SIGTERM, _interrupt)
+        send_notices(None)  # until there is a screen
+        settle_home()
+        _limit_libraries()
         # Verbs return nothing; typer answers a KeyboardInterrupt with the code 130.
         code = app(standalone_mode=False)
         if code == _INTERRUPTED:

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,9 @@ def main(file: str, target: str, limit: str, copies: str) -> dict[str, Any]:
 
     if int(limit):
         _limit_memory(int(limit))
+    broken = _broken(Path(file))
+    if broken:
+        return {"error": broken, "unsafe": False}
     try:
         loaded = _load(torch, file)
     except Exception as error:  # a pickle can break in any way it likes
@@ -44,11 +49,39 @@ def main(file: str, target: str, limit: str, copies: str) -> dict[str, Any]:
     own = {name: tensor for name, tensor in weights.items() if name not in known}
     kept, tied = _without_copies(own, keep=copies == "keep")
     temporary = f"{target}.new"
-    save_file(kept, temporary, metadata={"format": "pt"})
-    os.replace(temporary, target)
+    try:
+        save_file(kept, temporary, metadata={"format": "pt"})
+        os.replace(temporary, target)
+    except Exception as error:
+        number = _error_number(error)
+        if number is None:
+            raise
+        Path(temporary).unlink(missing_ok=True)  # a full disk has better use for it
+        return {"unwritten": number}
     return {"tensors": {name: [str(t.dtype).removeprefix("torch."), list(t.shape)]
                         for name, t in kept.items()}, "tied": tied,
             "left_out": left_out, "again": sorted(known & set(weights))}  # fmt: skip
+
+
+def _broken(file: Path) -> str:
+    """What makes it no file of torch's, or none that is whole; empty otherwise."""
+    with file.open("rb") as opened:
+        start = opened.read(2)
+    if not start:
+        return "it is empty"
+    if start == b"PK" and not zipfile.is_zipfile(file):
+        return "its end is missing"
+    if start != b"PK" and start[:1] != b"\x80":
+        return "it does not begin as files of torch do"
+    return ""
+
+
+def _error_number(error: Exception) -> int | None:
+    """Why the system would not write; safetensors says so in words alone."""
+    if isinstance(error, OSError):
+        return error.errno
+    said = re.search(r"\(os error (\d+)\)", str(error))
+    return int(said[1]) if said else None
 
 
 def _load(torch: Any, file: str) -> Any:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
@@ -239,6 +240,9 @@ def _in_a_process(job: _Job, file: Path, target: Path, seen: Sequence[str]) -> d
             raise ResourceError(what, hint="Give it more with --max-memory.") from None
         what = f"cannot be converted: {last}"
         raise SourceError(what, model=job.model, file=file.name) from None
+    if "unwritten" in answer:
+        number = int(answer["unwritten"])
+        raise write_error(OSError(number, os.strerror(number)), target)
     if "error" not in answer:
         return answer
     what, hint = f"cannot be opened: {answer['error']}", ""

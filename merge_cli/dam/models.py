@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from merge_cli.checkpoint.class_config import refuse_code
 from merge_cli.dam.coefficients import Layout, layout_of
 from merge_cli.dam.sources import Stored
 from merge_cli.engine.plan import Plan, TensorTask
@@ -51,11 +52,12 @@ def student_config(plan: Plan) -> Any:
     """The output's config, without dropout: a loss must not depend on chance.
 
     Raises:
-        SourceError: transformers does not know the architecture.
+        SourceError: transformers does not know the architecture, or the config asks for code.
     """
     from transformers import AutoConfig
 
     donor = plan.sources[plan.donor]
+    refuse_code(donor.config, donor.label)
     with quiet():
         try:
             config = AutoConfig.from_pretrained(str(donor.root), trust_remote_code=False)

@@ -7,7 +7,8 @@ where nothing is made up by that:
 - layers for predicting several tokens (MTP), which transformers neither loads nor saves, where the
   config counts them, they are called so, or the class says that loading skips them;
 - what the class of the reference, or of the source, says that a file may be without;
-- poolers, which a class may be built without;
+- poolers and the heads that tell whether sentences follow one another, which a class may be built
+  without (bert-base-uncased has them, its fine-tunes on words alone do not);
 - a part of the reference (its vision tower) that the source's config does not describe, and of
   which the source has no tensor at all.
 
@@ -33,6 +34,7 @@ BUFFERS = ("rotary_emb.inv_freq", ".masked_bias", ".attn.bias", ".attention.bias
             "position_ids", "rotary_emb.cos_cached", "rotary_emb.sin_cached")  # fmt: skip
 BUFFER = "the model computes this buffer by itself"
 _POOLER = re.compile(r"(^|\.)pooler\.")
+_PAIRS = re.compile(r"(^|\.)cls\.seq_relationship\.")
 _MTP = re.compile(r"(^|\.)mtp(_[a-z]+)?\.")
 _MTP_KEY = re.compile(r"(^|_)(mtp|nextn)(_|$)")
 # A part of a model is described under a key of its own; these describe no part.
@@ -85,6 +87,8 @@ class Absent:
             return BUFFER
         if _POOLER.search(name):
             return "models are built with and without a pooler"
+        if _PAIRS.search(name):
+            return "models are built with and without a head for pairs of sentences"
         config = self._sources[described_by].config
         key = mtp_key(config)
         if key and (_MTP.search(name) or not sliced and is_beyond(name, config)):

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from merge_cli.checkpoint.class_config import written_out
 from merge_cli.checkpoint.config import text_config
 from merge_cli.checkpoint.config_defaults import class_defaults
 from merge_cli.checkpoint.layer_rules import LAYER_COUNTS
@@ -65,16 +66,36 @@ def config_notes(sources: Sequence[Source], donor: int) -> Iterator[str]:
     if len({json.dumps(source.config, sort_keys=True) for source in described}) < 2:
         return
     meanings = [_Meaning(source.config) for source in described]
+    written: list[_Meaning] = []
     for key in dict.fromkeys(key for meaning in meanings for key in meaning.said):
         alone = key in _FOR_ALL or not any(key in meaning.around for meaning in meanings)
         values: dict[str, list[str]] = {}
         for source, meaning in zip(described, meanings, strict=True):
             if alone or meaning.is_nested:  # else it has no such part at all
                 values.setdefault(_shown(meaning.value(key)), []).append(source.label)
-        if len(values) > 1:
+        if len(values) > 1 and not (
+            ("nothing" in values or key in _FOR_ALL) and _alike(key, described, written)
+        ):
             told = "; ".join(f"{', '.join(who)} {value}" for value, who in values.items())
             whose = sources[donor].label
             yield f"config.json: {key} differs: {told}; the output has that of {whose}"
+
+
+def _alike(key: str, sources: Sequence[Source], written: list[_Meaning]) -> bool:
+    """Whether transformers takes all configs to mean the same by a key that some leave out.
+
+    Old configs of Gemma 2 say nothing of what each layer is, and T5's class has one key for
+    another. It takes a second to ask.
+
+    Args:
+        written: the configs written out, filled when this is asked for the first time.
+    """
+    if not written:
+        found = [written_out(source.config) for source in sources]
+        written += [_Meaning(config or {}) for config in found]
+    return all(key in one.said for one in written) and (
+        len({_shown(one.said[key]) for one in written}) == 1
+    )
 
 
 _FOR_ALL = ("model_type", "tie_word_embeddings")

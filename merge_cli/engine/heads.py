@@ -2,8 +2,9 @@
 
 transformers does not store a tied head. Sources of one family may differ: the base tied, a
 fine-tune not. Then the tied ones lend their embedding as head, the output stores its own, and its
-config says so. Where every config ties, a head that is stored all the same is redundant: loading
-would replace it.
+config says so. Where every config ties, a head that is stored all the same is redundant:
+transformers 4 replaces it when it loads the model, and 5 stores none that is not its own (see
+`Source.ties`).
 """
 
 from __future__ import annotations

@@ -75,11 +75,15 @@ class Inputs:
     def verify_or(self, discard: Callable[[], None]) -> None:
         """`verify`; what was made of a mixture is thrown away first.
 
+        A file that cannot be looked at may come back as it was: what was made is kept until then.
+
         Raises:
             SourceError: names the first one.
         """
         try:
             self.verify()
+        except CorruptFileError:
+            raise
         except SourceError:
             discard()
             raise
@@ -153,4 +157,6 @@ def _begins_with(path: Path, header: bytes) -> bool:
 
 
 def _unreadable(error: OSError, label: str, path: Path) -> CorruptFileError:
-    return CorruptFileError(f"cannot be read: {error.strerror}", model=label, file=path.name)
+    hint = "When it is there again as it was, the same command resumes."
+    return CorruptFileError(f"cannot be read: {error.strerror}", model=label, file=path.name,
+                            hint=hint)  # fmt: skip

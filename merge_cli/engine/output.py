@@ -40,13 +40,15 @@ class OutputWorkspace(Workspace):
         self.model = self.path / "model"
         self._replaced = self.path / "replaced"
         self._names = {MARK, JOURNAL, "journal.jsonl.new", "journal.new", "model", "replaced"}
+        self._terms: tuple[bool, tuple[Path, ...]] = (False, ())  # on which OUT may be replaced
 
     def __enter__(self) -> Self:
         """Take the lock, and put back what a killed --overwrite had moved aside.
 
         Raises:
-            as `Workspace` does.
+            as `Workspace` does; UsageError, too, where OUT cannot be renamed.
         """
+        self._refuse_mounts()
         super().__enter__()
         try:
             if self._replaced.is_dir() and not self.target.exists():
@@ -67,11 +69,14 @@ class OutputWorkspace(Workspace):
                 the user's home always are.
 
         Raises:
-            UsageError: OUT is a file, holds something precious, exists without --overwrite, or is
-                no model.
+            UsageError: OUT is a file, holds something precious, exists without --overwrite, is no
+                model, or a mount point.
         """
+        precious = tuple(precious)
+        self._terms = overwrite, precious
         if self.target.exists() and not self.target.is_dir():
             raise UsageError("the output is a file", where=str(self.target))
+        self._refuse_mounts()
         self.refuse_strangers()
         for path in (*precious, Path.cwd(), Path(os.path.expanduser("~"))):
             real = Path(os.path.realpath(path))
@@ -87,6 +92,12 @@ class OutputWorkspace(Workspace):
             hint = "Choose another folder, or replace it with --overwrite."
             raise UsageError("the output exists already", where=str(self.target), hint=hint)
         refuse_foreign(self.target)
+
+    def _refuse_mounts(self) -> None:
+        if os.path.ismount(self.target):
+            what = "the output is a mount point, which no finished model can take the place of"
+            hint = f"Choose a folder in it: {self.target / 'merged'}."
+            raise UsageError(what, where=str(self.target), hint=hint)
 
     def check_space(self, needed: int) -> None:
         """Raise if the disk has no room for what is not there yet.
@@ -147,6 +158,9 @@ class OutputWorkspace(Workspace):
         if Records.is_of(self.journal, key, inputs) and self.model.is_dir() and whole():
             return True
         self.discard()
+        if os.path.lexists(self.model):
+            what = "what earlier work has left cannot be removed"
+            raise ResourceError(what, where=str(self.model), hint="Check who may write there.")
         self.make()
         try:
             self.model.mkdir()
@@ -158,8 +172,10 @@ class OutputWorkspace(Workspace):
         """Make the finished model OUT; an OUT that may be replaced moves aside first.
 
         Raises:
+            UsageError: OUT may not be replaced: somebody has made or filled it meanwhile.
             ResourceError: a rename failed.
         """
+        self.refuse(*self._terms)
         try:
             if fsync:
                 sync([*(p for p in self.model.rglob("*")), self.model, self.path])

@@ -8,6 +8,7 @@ name.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -72,6 +73,7 @@ def _rules(source: Source, reference: Source) -> dict[str, str] | None:
             new for new in _prefixes(rests[0], names)
             if all(_fits(own[n], names.get(new + r)) for n, r in zip(group, rests, strict=True))
         ]  # fmt: skip
+        fitting = _nearest(prefix, fitting)
         if not fitting:
             return None
         if len(fitting) > 1:
@@ -91,6 +93,20 @@ def _rules(source: Source, reference: Source) -> dict[str, str] | None:
         rules |= dict(found)
     mapped = {_apply(name, rules) for name in own}
     return rules if len(mapped) == len(own) and mapped <= names.keys() else None
+
+
+def _nearest(prefix: str, fitting: Sequence[str]) -> list[str]:
+    """Those that end in most of the same words: an encoder is none of a decoder."""
+    ends = {new: _common_end(prefix, new) for new in fitting}
+    return [new for new in fitting if ends[new] == max(ends.values())]
+
+
+def _common_end(one: str, other: str) -> int:
+    """How many words two prefixes end in alike; more than any where they are the same."""
+    if one == other:
+        return len(one)
+    words = zip(one.split(".")[-2::-1], other.split(".")[-2::-1], strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], words))
 
 
 def _stack_prefix(name: str) -> str | None:

@@ -1,4 +1,7 @@
-"""What --overwrite may replace: a folder that is a model, an adapter or a pipeline, and no more."""
+"""What --overwrite may replace: a folder that is a model, an adapter or a pipeline, and no more.
+
+What is deleted is known by its name: a file or a folder that models do not have is somebody's work.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +18,17 @@ _SIGNS = ("merge_recipe.yaml", "merge_report.json", "adapter_config.json", PIPEL
           "modules.json")  # fmt: skip
 # What lies in the folders of a pipeline and of sentence-transformers, and in those of exports.
 _INSIDE = (".json", ".txt", ".model", ".jinja", ".md", ".yaml")
+# Beside the weights, besides companions and weights: what programs and people's repositories put
+# there. Settings and results of training, the card and its licence, code of the model's own.
+_BESIDE = (".json", ".md", ".model", ".py")
+_ALSO = ("merge_recipe.yaml", "best_recipe.yaml", "merge_report.html", "search_journal.jsonl",
+         ".gitattributes")  # fmt: skip
+_LEGAL = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY", "COPYING")
 _HINT = "Choose another folder, or remove it yourself."
 
 
 def refuse_foreign(target: Path) -> None:
-    """Raise if a folder is no model, or holds a folder that is no part of one.
+    """Raise if a folder is no model, or holds a file or a folder that is no part of one.
 
     Raises:
         UsageError: says what is in it.
@@ -31,8 +40,11 @@ def refuse_foreign(target: Path) -> None:
             what = "the output exists and is not a model: it will not be replaced"
             raise UsageError(what, where=str(target), hint=_HINT)
         for path in entries:
-            if path.is_dir() and not path.is_symlink() and not _is_part(path):
-                what = f"the output holds {path.name}/, which is no part of a model: "
+            if path.is_symlink():  # goes alone: what it leads to stays
+                continue
+            if not (_is_part(path) if path.is_dir() else _is_beside(path.name)):
+                name = f"{path.name}/" if path.is_dir() else path.name
+                what = f"the output holds {name}, which is no part of a model: "
                 raise UsageError(what + "it will not be replaced", where=str(target), hint=_HINT)
     except OSError as error:
         raise write_error(error, target) from error
@@ -44,6 +56,12 @@ def _is_part(folder: Path) -> bool:
         not folders and all(_belongs(name) for name in files)
         for _, folders, files in os.walk(folder)
     )
+
+
+def _is_beside(name: str) -> bool:
+    """Whether models have a file of that name beside their weights."""
+    known = is_weight(name) or is_companion(name) or name in _ALSO
+    return known or name.endswith(_BESIDE) or name.upper().startswith(_LEGAL)
 
 
 def _belongs(name: str) -> bool:

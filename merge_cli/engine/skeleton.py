@@ -2,39 +2,27 @@
 
 transformers itself says which tensors are missing, unexpected or of another shape, so that what it
 renames, fuses, ties or ignores on loading is taken into account. The config is data of somebody
-else's: nothing in it may load code, reach the network or ask for another implementation.
+else's: what of it a class may be made from is said in checkpoint/class_config.py.
 """
 
 from __future__ import annotations
 
-import json
-import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from merge_cli.checkpoint.layer_rules import MAX_LAYERS
+from merge_cli.checkpoint.class_config import (
+    Unknown,
+    known_class,
+    quiet_and_alone,
+    without_choices,
+)
 
 Shapes = Mapping[str, tuple[int, ...]]
 Kind = tuple[tuple[str, Any], ...]  # what a layer is: (module and attribute, value), sorted
 
-# What would choose an implementation, code or weights from somewhere else.
-_CHOICES = frozenset((
-    "auto_map", "attn_implementation", "_attn_implementation", "_attn_implementation_internal",
-    "experts_implementation", "_experts_implementation", "quantization_config", "fusion_config",
-    "use_kernels", "kernel_config", "distributed_config", "tp_plan", "transformers_weights",
-    "use_pretrained_backbone", "backbone_kwargs", "trust_remote_code", "name_or_path",
-    "_name_or_path", "torch_dtype", "dtype", "device_map",
-))  # fmt: skip
-_MAX_SIZE = 2**31  # of any other number that a model is made with: it would be a mistake or worse
-_COUNTED = ("layer", "block", "expert", "depth", "stage")
 # Attributes of a module that say where it stands, or what everything inherits.
 _PLACES = frozenset(("training", "layer_idx", "layer_id", "layer_index", "idx", "block_idx"))
-
-
-class Unknown(Exception):
-    """Why a config's model cannot be built here."""
 
 
 @dataclass(frozen=True)
@@ -69,30 +57,15 @@ def build(config: Mapping[str, Any], shapes: Shapes, *, kinds: bool = False) -> 
     """
     if "quantization_config" in config:
         raise Unknown("its weights are quantised")
-    names = config.get("architectures")
-    name = names[0] if isinstance(names, list) and names else None
-    if not isinstance(name, str) or not isinstance(config.get("model_type"), str):
-        raise Unknown("config.json does not say which class it is of")
-    _check_sizes(config)
-    import transformers
-
-    kind = getattr(transformers, name, None) if name.isidentifier() else None
-    known = transformers.CONFIG_MAPPING
-    if (
-        config["model_type"] not in known
-        or name.startswith("Timm")
-        or not hasattr(kind, "from_pretrained")
-    ):
-        raise Unknown(f"transformers {transformers.__version__} has no {name}")
-    if getattr(kind, "config_class", None) is not known[config["model_type"]]:
-        raise Unknown(f"{name} is not a class of the model_type '{config['model_type']}'")
-    with _quiet_and_alone():
+    kind, about = known_class(config)
+    with quiet_and_alone():
         try:
-            made = known[config["model_type"]].from_dict(_without_choices(config))
-            return _opened(kind, name, made, shapes, kinds)
+            made = about.from_dict(without_choices(config))
+            return _opened(kind, kind.__name__, made, shapes, kinds)
         except Exception as error:
             # Whatever a model's class raises over a config or tensors that do not suit it.
-            return Skeleton(name, failure=f"{type(error).__name__}: {error}".splitlines()[0][:300])
+            said = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+            return Skeleton(kind.__name__, failure=said)
 
 
 def _opened(kind: Any, name: str, config: Any, shapes: Shapes, kinds: bool) -> Skeleton:
@@ -155,53 +128,3 @@ def _listed(config: Any) -> dict[str, list[Any]]:
         if not all(type(one) is int for one in value) or set(value) <= {0, 1}:
             found[key] = value
     return found
-
-
-def _check_sizes(config: Mapping[str, Any]) -> None:
-    """Hold the numbers against bounds: a model is made of them.
-
-    Raises:
-        Unknown: a number that no model has.
-    """
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            _check_sizes(value)
-        elif type(value) is int:
-            counted = any(word in key for word in _COUNTED)
-            if abs(value) > (MAX_LAYERS if counted and "size" not in key else _MAX_SIZE):
-                raise Unknown(f"config.json says {key}: {value}")
-
-
-def _without_choices(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A deep copy without what would choose code, weights or an implementation."""
-
-    def walk(about: dict[str, Any]) -> dict[str, Any]:
-        return {
-            key: walk(value) if isinstance(value, dict) else value
-            for key, value in about.items()
-            if key not in _CHOICES
-        }
-
-    return walk(json.loads(json.dumps(dict(config))))
-
-
-@contextmanager
-def _quiet_and_alone() -> Iterator[None]:
-    """No word on the screen, no warning, no request: whatever a class would like to fetch."""
-    from huggingface_hub import constants
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    offline = constants.HF_HUB_OFFLINE
-    logging.set_verbosity(logging.CRITICAL)
-    logging.disable_progress_bar()
-    constants.HF_HUB_OFFLINE = True
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        constants.HF_HUB_OFFLINE = offline
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()

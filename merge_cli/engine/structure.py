@@ -12,10 +12,11 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from merge_cli.checkpoint.class_config import Unknown
 from merge_cli.checkpoint.source import Source
 from merge_cli.checkpoint.tensors import Tensor
 from merge_cli.engine.absent import BUFFERS
-from merge_cli.engine.skeleton import Kind, Shapes, Skeleton, Unknown, build
+from merge_cli.engine.skeleton import Kind, Shapes, Skeleton, build
 from merge_cli.errors import MismatchError, Problem
 from merge_cli.guarded import read_mapping
 

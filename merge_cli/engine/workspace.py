@@ -71,7 +71,8 @@ class Workspace:
             self.target.parent.mkdir(parents=True, exist_ok=True)
             self._acquire()
         except OSError as error:
-            raise write_error(error, self.target.parent) from error
+            locked = os.path.lexists(self._lock_path)  # by somebody else's file, or a folder
+            raise write_error(error, self._lock_path if locked else self.target.parent) from error
         try:
             self.refuse_strangers()
         except BaseException:

@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from merge_cli import machine
+from merge_cli.checkpoint.class_config import refuse_code
 from merge_cli.checkpoint.source import Source
 from merge_cli.engine.device import choose_device
 from merge_cli.errors import MergeCliError, ResourceError, SourceError
@@ -123,6 +124,7 @@ def load(
         ResourceError: the device is not there, or accelerate is needed and missing.
     """
     refuse_adapter(source)
+    refuse_code(source.config, source.label)
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
