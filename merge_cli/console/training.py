@@ -43,8 +43,8 @@ def _yaml(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(str, value))
     if isinstance(value, dict):
-        return ", ".join(f"{name} {weight:g}" for name, weight in value.items())
-    return str(value)
+        return ", ".join(f"{name} {_yaml(weight)}" for name, weight in value.items())
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def training_json(decided: TrainingPlan) -> dict[str, Any]:
