@@ -130,7 +130,7 @@ def static_recipe(setting: Mapping[str, Any], seed: int = 0) -> dict[str, Any]:
 
 
 def learned_recipe(dials: Mapping[str, Any], seed: int) -> dict[str, Any]:
-    own = {**USUAL, **{k: v for k, v in dials.items() if k != "with_base"}}
+    own = {"preset": "dam", **USUAL, **{k: v for k, v in dials.items() if k != "with_base"}}
     data = ZOO / "data"
     models: list[dict[str, Any]] = [
         {
