@@ -460,6 +460,15 @@ def test_a_granularity_that_is_none(models: Path, granularity: Any) -> None:
         merge_cli.load_recipe(recipe_of(models, granularity=granularity))
 
 
+@pytest.mark.parametrize("start", ["soup", "task_arithmetic", "best", 0.2, "2e-1"])
+def test_a_start_is_a_word_or_a_number(models: Path, start: Any) -> None:
+    training = merge_cli.load_recipe(recipe_of(models, start=start)).learning
+    assert training.start == (0.2 if start == "2e-1" else start)
+    for wrong in ("soop", None, [1]):
+        with pytest.raises(RecipeError, match=r"training\.start: must be"):
+            merge_cli.load_recipe(recipe_of(models, start=wrong))
+
+
 def test_the_first_pattern_that_matches_counts() -> None:
     """A pattern with `*` is of the whole name."""
     training = Training(granularity={"layers.*.mlp*": "row", "mlp": "tensor", "q_proj": "element"})

@@ -170,7 +170,7 @@ def read_value(node: Node, hint: Any) -> tuple[Any, str]:
     options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     if value is None and type(None) in options:
         return None, ""
-    if isinstance(value, str) and float in options:
+    if isinstance(value, str) and float in options and value not in words_of(hint):
         try:  # YAML 1.1 reads 1e-3 as text
             value = float(value)
         except ValueError:
