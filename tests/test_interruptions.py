@@ -118,7 +118,7 @@ def test_fetching(tmp_path: Path) -> None:
         hub.requests.clear()
         done = interrupted(
             ["run", recipe, "out"],
-            lambda pid: any(r.cdn and not r.range.endswith("32767") and r.sent > 200_000
+            lambda pid: any(r.cdn and not r.range.endswith("32767") and r.sent > 700_000
                             for r in hub.requests),
             tmp_path, **hub.settings(), HF_HUB_OFFLINE="0",
         )  # fmt: skip
