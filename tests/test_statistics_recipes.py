@@ -221,3 +221,10 @@ def test_a_comparison_counts_what_was_looked_at(models: Path) -> None:
     parts = plan_gathering(plan_of(recipe), "cpu").parts
     assert cost.tokens == sum(part.examples.tokens for part in parts)
     assert cost.forward_passes == cost.backward_passes == 10
+
+
+def test_a_value_for_the_whole_merge_under_a_model_is_told_where_it_stands(models: Path) -> None:
+    recipe = write_recipe(models, "regmean")
+    recipe.write_text(recipe.read_text().replace("weight: 1.0", "alpha: 0.5"))
+    shown = CliRunner().invoke(app, ["plan", str(recipe)])
+    assert "has no effect under a model" in " ".join(shown.output.split())
