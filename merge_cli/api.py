@@ -14,12 +14,12 @@ from merge_cli.comparison.run import compare as compare_recipes
 from merge_cli.engine.device import choose_device
 from merge_cli.engine.journal import work_key
 from merge_cli.engine.merge import check_target, execute
-from merge_cli.engine.options import MergeOptions, Progress, Show
-from merge_cli.engine.outcome import Outcome
+from merge_cli.engine.options import MergeOptions, OnProgress, Progress
+from merge_cli.engine.outcome import MergeStats
 from merge_cli.engine.output import OutputWorkspace
 from merge_cli.engine.plan import Plan
 from merge_cli.engine.planner import DEFAULT_SHARD_SIZE, load_recipe, make_plan
-from merge_cli.engine.stagefolder import StageFolder
+from merge_cli.engine.stagefolder import StageWorkspace
 from merge_cli.engine.stages import needed, over_results, plan_recipe, unused
 from merge_cli.errors import UsageError
 from merge_cli.evaluation.gates import read_gates, require
@@ -57,7 +57,7 @@ def merge(
     *,
     shard_size: int = DEFAULT_SHARD_SIZE,
     options: MergeOptions | None = None,
-    show: Show = lambda progress: None,
+    show: OnProgress = lambda progress: None,
     require_improvement: bool = False,
 ) -> MergeResult:
     """Merge models into the folder `out`; learn, search or gather first, if the method does.
@@ -84,7 +84,7 @@ def merge(
 
 
 def _merge_stages(
-    decided: Plan, target: Path, options: MergeOptions, show: Show, require_improvement: bool
+    decided: Plan, target: Path, options: MergeOptions, show: OnProgress, require_improvement: bool
 ) -> MergeResult:
     """Every document of a recipe, each published where the next ones find it; OUT last."""
     from merge_cli.dam.distributed import launched
@@ -95,7 +95,7 @@ def _merge_stages(
     kind, stages = choose_device(options.device).kind, decided.stages
     keys = {name: work_key(stage, kind, options.statistics) for name, stage in stages.items()}
     results = unused(decided)
-    with StageFolder(target) as folder:
+    with StageWorkspace(target) as folder:
         if options.fresh:
             folder.clear()
         todo = [name for name in stages if not folder.has(name, keys[name])]
@@ -125,9 +125,13 @@ def _merge_stages(
 
 
 def _merge(
-    decided: Plan, target: Path, options: MergeOptions, show: Show, require_improvement: bool,
+    decided: Plan,
+    target: Path,
+    options: MergeOptions,
+    show: OnProgress,
+    require_improvement: bool,
     stages: Mapping[str, Path],
-) -> MergeResult:  # fmt: skip
+) -> MergeResult:
     """One document; `stages` are the folders of what other documents have made for it."""
     from merge_cli.report.write import write_reports
 
@@ -152,10 +156,10 @@ def _merge(
         decided = make_plan(resolved, shard_size=decided.shard_size)
     record = learned.record if learned is not None else None
     if decided.gathers:
-        from merge_cli.gathering.run import gather
+        from merge_cli.gathering.run import calibrate
 
         plain = decided
-        decided = gather(plain, options, show, lambda: check_target(plain, target, options))
+        decided = calibrate(plain, options, show, lambda: check_target(plain, target, options))
     found = None
     if decided.recipe.searches:
         from merge_cli.evolve.run import search
@@ -164,15 +168,22 @@ def _merge(
         found = search(decided, target, options, show=show, require_improvement=require_improvement)
         decided = make_plan(found.recipe, shard_size=decided.shard_size)
 
-    def finish(of: Plan, prints: tuple[str, ...], outcome: Outcome, folder: Path) -> None:
+    def finish(of: Plan, prints: tuple[str, ...], outcome: MergeStats, folder: Path) -> None:
         extra = found.attachments if found is not None else {}
         report.update(
             write_reports(
-                of, prints, outcome, folder, target.absolute(), record,
-                search=found.record if found is not None else None, attachments=extra,
-                stages=stages, card=options.model_card,
+                of,
+                prints,
+                outcome,
+                folder,
+                target.absolute(),
+                record,
+                search=found.record if found is not None else None,
+                attachments=extra,
+                stages=stages,
+                card=options.model_card,
             )
-        )  # fmt: skip
+        )
 
     path = execute(decided, target, options, show=show, finish=finish)
     if learned is not None:

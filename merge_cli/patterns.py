@@ -29,7 +29,7 @@ _FREE = 0.01
 
 
 @dataclass(frozen=True)
-class Found:
+class PatternMatch:
     """Where an expression matches. `spans[0]` is the whole, then its groups; (-1, -1) is none."""
 
     text: str
@@ -67,25 +67,25 @@ class Pattern:
         count: int = self._compiled.groups
         return count
 
-    def search(self, text: str) -> Found | None:
+    def search(self, text: str) -> PatternMatch | None:
         """The first place where it occurs."""
         return self._timed(self._compiled.search, text)
 
-    def match(self, text: str) -> Found | None:
+    def match(self, text: str) -> PatternMatch | None:
         """Whether the text begins with it."""
         return self._timed(self._compiled.match, text)
 
-    def fullmatch(self, text: str) -> Found | None:
+    def fullmatch(self, text: str) -> PatternMatch | None:
         """Whether the text is it."""
         return self._timed(self._compiled.fullmatch, text)
 
-    def finditer(self, text: str) -> Iterator[Found]:
+    def finditer(self, text: str) -> Iterator[PatternMatch]:
         """Every place, in order."""
         places = self._compiled.finditer(text, timeout=max(self._left, 0.001))
         while (found := self._timed(lambda _, **limit: next(places, None), text)) is not None:
             yield found
 
-    def _timed(self, how: Any, text: str) -> Found | None:
+    def _timed(self, how: Any, text: str) -> PatternMatch | None:
         began = time.monotonic()
         try:
             if self._left <= 0:
@@ -100,7 +100,7 @@ class Pattern:
             self._left -= spent
         if match is None:
             return None
-        return Found(text, tuple(match.span(n) for n in range(self.groups + 1)))
+        return PatternMatch(text, tuple(match.span(n) for n in range(self.groups + 1)))
 
 
 @lru_cache(maxsize=4096)

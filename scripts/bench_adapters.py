@@ -28,11 +28,16 @@ PEER = "soup of two models"
 def write_recipes(folder: Path) -> None:
     recipes: dict[str, dict[str, Any]] = {
         "soup": {"models": [{"model": "base"}, {"model": "model0"}]},
-        "task_arithmetic": {"models": [{"model": "rank16"}, {"model": "other16"}],
-                            "output": "adapter"},
-        "ties": {"models": [{"model": "rank16"}, {"model": "other16"}], "output": "adapter",
-                 "parameters": {"density": 0.5}},
-    }  # fmt: skip
+        "task_arithmetic": {
+            "models": [{"model": "rank16"}, {"model": "other16"}],
+            "output": "adapter",
+        },
+        "ties": {
+            "models": [{"model": "rank16"}, {"model": "other16"}],
+            "output": "adapter",
+            "parameters": {"density": 0.5},
+        },
+    }
     for method, about in recipes.items():
         text = json.dumps({"merge_method": method, **about})
         (folder / f"{method}.yaml").write_text(text)
@@ -68,8 +73,9 @@ def main() -> None:
     program = [sys.executable, "-m", "merge_cli"]
 
     def run(arguments: list[str]) -> tuple[float, int]:
-        usage = run_measured([*program, *arguments, "-q", "--device", "cpu"], environment,
-                             given.folder)  # fmt: skip
+        usage = run_measured(
+            [*program, *arguments, "-q", "--device", "cpu"], environment, given.folder
+        )
         return usage.seconds, usage.peak_anonymous or 0
 
     for model, name in (("model0", "rank16"), ("model1", "other16")):

@@ -90,11 +90,14 @@ def recipes(folder: Path) -> dict[str, dict[str, Any]]:
         "soup of one model": soup,
         "adapter, rank 16": through("model0+rank16"),
         "adapter, rank 64": through("model0+rank64"),
-        "another vocabulary": {**through("shuffled"), "base_model": "model0",
-                               "tokenizer_source": "base"},
+        "another vocabulary": {
+            **through("shuffled"),
+            "base_model": "model0",
+            "tokenizer_source": "base",
+        },
         "fp8": through("fp8"),
         "written in fp8": through("model0", out_dtype="fp8"),
-    }  # fmt: skip
+    }
 
 
 def prepare(folder: Path, size: str) -> None:
@@ -134,10 +137,20 @@ def main() -> None:
             file.write_text(json.dumps(recipe))
             shutil.rmtree(out, ignore_errors=True)
             usage = run_measured(
-                [sys.executable, "-m", "merge_cli", "run", "-q", "--device", "cpu", str(file),
-                 str(out)],
-                environment, given.folder,
-            )  # fmt: skip
+                [
+                    sys.executable,
+                    "-m",
+                    "merge_cli",
+                    "run",
+                    "-q",
+                    "--device",
+                    "cpu",
+                    str(file),
+                    str(out),
+                ],
+                environment,
+                given.folder,
+            )
             if number:  # the first round compiles and warms the cache
                 found.setdefault(label, []).append((usage.seconds, usage.peak_anonymous or 0))
         shutil.rmtree(given.folder / "out", ignore_errors=True)

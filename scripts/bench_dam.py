@@ -29,10 +29,10 @@ import torch
 
 from merge_cli.dam.assembly import assemble
 from merge_cli.dam.forward import Batch, Forward
-from merge_cli.dam.head import Sums
-from merge_cli.dam.losses import Objective, Targets
+from merge_cli.dam.head import LossSums
+from merge_cli.dam.losses import DistillationLoss, TeacherTargets
 from merge_cli.dam.models import empty_student, find_targets
-from merge_cli.dam.sources import Place, Residency
+from merge_cli.dam.sources import Residency, SourceResidency
 from merge_cli.engine.plan import Plan
 from merge_cli.engine.planner import load_recipe, make_plan
 from merge_cli.evaluation.teachers import kept_predictions
@@ -45,7 +45,7 @@ SHAPES = {
     "small": (512, 1408, 8, 4096),
     "large": (1024, 2816, 20, 8192),
 }
-OBJECTIVE = Objective({"kl": 1.0}, 2.0)
+OBJECTIVE = DistillationLoss({"kl": 1.0}, 2.0)
 
 
 def write_family(folder: Path, shape: str) -> Plan:
@@ -55,10 +55,15 @@ def write_family(folder: Path, shape: str) -> Plan:
 
     width, inner, layers, vocabulary = SHAPES[shape]
     config = hf.LlamaConfig(
-        hidden_size=width, intermediate_size=inner, num_hidden_layers=layers,
-        vocab_size=vocabulary, num_attention_heads=width // 64, num_key_value_heads=width // 64,
-        max_position_embeddings=2048, tie_word_embeddings=True,
-    )  # fmt: skip
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        vocab_size=vocabulary,
+        num_attention_heads=width // 64,
+        num_key_value_heads=width // 64,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+    )
     with torch.device("meta"):
         shapes = {
             name: p.shape
@@ -96,7 +101,7 @@ def make_batch(rows: int, length: int, vocabulary: int, k: int = 64) -> Batch:
     ]
     kept = [torch.cat([part[j] for part in parts]) for j in range(3)]
     labels = ids[:, 1:].reshape(-1)
-    targets = Targets(labels, torch.full((n,), 1 / n), *kept)
+    targets = TeacherTargets(labels, torch.full((n,), 1 / n), *kept)
     return Batch(ids, torch.ones_like(ids), counted, targets)
 
 
@@ -104,7 +109,7 @@ def student_of(plan: Plan, residency: Residency, dtype: torch.dtype, **dials: An
     training = Training(**dials)
     targets, problems = find_targets(plan, empty_student(plan), training)
     assert not problems
-    return assemble(plan, targets, training, Place(residency, "bench", 0), "cpu", dtype)
+    return assemble(plan, targets, training, SourceResidency(residency, "bench", 0), "cpu", dtype)
 
 
 def seconds(work: Callable[[], None]) -> float:
@@ -127,10 +132,12 @@ def bench_speed(shape: str, rows: int, length: int, rounds: int) -> None:
             p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
 
         def run_plain() -> None:
-            plain_forward.loss(batch, OBJECTIVE, Sums()).backward()
+            plain_forward.loss(batch, OBJECTIVE, LossSums()).backward()
 
-        print(f"{shape}: {sum(p.numel() for p in plain.parameters()) / 1e6:.0f} M parameters, "
-              f"{tokens} tokens a pass, {torch.get_num_threads()} thread(s)")  # fmt: skip
+        print(
+            f"{shape}: {sum(p.numel() for p in plain.parameters()) / 1e6:.0f} M parameters, "
+            f"{tokens} tokens a pass, {torch.get_num_threads()} thread(s)"
+        )
         print("| residency | mode | plain tokens/s | DAM tokens/s | DAM / plain |")
         print("|---|---|---:|---:|---:|")
         for residency in ("host", "disk"):
@@ -138,10 +145,10 @@ def bench_speed(shape: str, rows: int, length: int, rounds: int) -> None:
             forward = Forward(student.net)
 
             def fused(student: Any = student, forward: Forward = forward) -> None:
-                student.last_backward(forward.loss(batch, OBJECTIVE, Sums()), 1e-3)
+                student.last_backward(forward.loss(batch, OBJECTIVE, LossSums()), 1e-3)
 
             def two_pass(student: Any = student, forward: Forward = forward) -> None:
-                forward.loss(batch, OBJECTIVE, Sums()).backward()
+                forward.loss(batch, OBJECTIVE, LossSums()).backward()
                 student.update(1e-3)
 
             for mode, step in (("fused", fused), ("two_pass", two_pass)):
@@ -150,9 +157,11 @@ def bench_speed(shape: str, rows: int, length: int, rounds: int) -> None:
                 pairs = [(seconds(run_plain), seconds(step)) for _ in range(rounds)]
                 ratios = [ours / theirs for theirs, ours in pairs]
                 theirs, ours = (statistics.median(p[i] for p in pairs) for i in (0, 1))
-                print(f"| {residency} | {mode} | {tokens / theirs:,.0f} | {tokens / ours:,.0f} | "
-                      f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) |",
-                      flush=True)  # fmt: skip
+                print(
+                    f"| {residency} | {mode} | {tokens / theirs:,.0f} | {tokens / ours:,.0f} | "
+                    f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) |",
+                    flush=True,
+                )
             student.close()
 
 
@@ -201,36 +210,61 @@ def measure_memory(folder: Path, shape: str, residency: str, rows: int, length: 
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        loss = forward.loss(batch, OBJECTIVE, Sums())
+        loss = forward.loss(batch, OBJECTIVE, LossSums())
     student.last_backward(loss, 1e-3)
     with Peak() as peak:
         for _ in range(3):
-            student.last_backward(forward.loss(batch, OBJECTIVE, Sums()), 1e-3)
-    print(json.dumps({
-        "model": sum(p.nbytes for p in student.net.parameters()),
-        "sources": sum(t.nbytes for t in student.sources._kept.values()),
-        "activations": sum(saved.values()),
-        "largest": max(p.nbytes for p in student.net.parameters()),
-        "peak": peak.bytes - before,
-    }))  # fmt: skip
+            student.last_backward(forward.loss(batch, OBJECTIVE, LossSums()), 1e-3)
+    print(
+        json.dumps(
+            {
+                "model": sum(p.nbytes for p in student.net.parameters()),
+                "sources": sum(t.nbytes for t in student.sources._kept.values()),
+                "activations": sum(saved.values()),
+                "largest": max(p.nbytes for p in student.net.parameters()),
+                "peak": peak.bytes - before,
+            }
+        )
+    )
 
 
 def bench_memory(shape: str, rows: int, length: int) -> None:
     mb = 1e6
-    print("| residency | model MB | activations | largest gradient | bound | sources on the host | "
-          "peak without them | peak / bound |")  # fmt: skip
+    print(
+        "| residency | model MB | activations | largest gradient | bound | sources on the host | "
+        "peak without them | peak / bound |"
+    )
     print("|---|---:|---:|---:|---:|---:|---:|---:|")
     with tempfile.TemporaryDirectory() as name:
         write_family(Path(name), shape)
         for residency in ("disk", "host"):
-            command = [sys.executable, __file__, "memory", "--shape", shape, "--rows", str(rows),
-                       "--length", str(length), "--in", name, "--residency", residency]  # fmt: skip
+            command = [
+                sys.executable,
+                __file__,
+                "memory",
+                "--shape",
+                shape,
+                "--rows",
+                str(rows),
+                "--length",
+                str(length),
+                "--in",
+                name,
+                "--residency",
+                residency,
+            ]
             done = subprocess.run(command, check=True, capture_output=True, text=True)
             found = json.loads(done.stdout.splitlines()[-1])
             bound = 1.4 * found["model"] + found["activations"] + found["largest"]
             peak = found["peak"] - found["sources"]
-            cells = [found["model"], found["activations"], found["largest"], bound,
-                     found["sources"], peak]  # fmt: skip
+            cells = [
+                found["model"],
+                found["activations"],
+                found["largest"],
+                bound,
+                found["sources"],
+                peak,
+            ]
             shown = " | ".join(f"{value / mb:,.0f}" for value in cells)
             print(f"| {residency} | {shown} | {peak / bound:.2f} |", flush=True)
 

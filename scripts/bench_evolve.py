@@ -28,7 +28,7 @@ from merge_cli.checkpoint.source import open_source
 from merge_cli.engine.options import MergeOptions
 from merge_cli.engine.planner import load_recipe, make_plan
 from merge_cli.evaluation.run import evaluate_source
-from merge_cli.evolve.evaluator import Evaluator, Job, Setup, values_of
+from merge_cli.evolve.evaluator import EvaluationJob, Evaluator, Setup, values_of
 from merge_cli.evolve.plan import plan_search
 from merge_cli.recipe.reference import ModelRef
 
@@ -72,13 +72,15 @@ def bench(name: str, rows: int, rounds: int, count: int, folder: Path) -> list[s
     spec = replace(decided.objective.search.spec, cache=False)
     evaluator = Evaluator(Setup(decided.static(), decided.objective, OPTIONS))
     generator = torch.Generator().manual_seed(0)
-    evaluator.answer(Job(0, decided.static()))  # compiled and loaded
+    evaluator.answer(EvaluationJob(0, decided.static()))  # compiled and loaded
     ratios, memory, disk, rewriting = [], [], [], []
     for number in range(rounds):
         genomes = torch.rand(count, len(decided.space), generator=generator).tolist()
         recipes = [decided.space.recipe(genome) for genome in genomes]
         began = time.perf_counter()
-        ours = [evaluator.answer(Job(i, recipe)).values for i, recipe in enumerate(recipes)]
+        ours = [
+            evaluator.answer(EvaluationJob(i, recipe)).values for i, recipe in enumerate(recipes)
+        ]
         middle = time.perf_counter()
         theirs = []
         for recipe in recipes:
@@ -99,10 +101,13 @@ def bench(name: str, rows: int, rounds: int, count: int, folder: Path) -> list[s
     evaluator.close()
     median = statistics.median
     return [
-        name, f"{1 / median(memory):.2f}", f"{1 / median(disk):.2f}",
+        name,
+        f"{1 / median(memory):.2f}",
+        f"{1 / median(disk):.2f}",
         f"{median(ratios):.1f} ({min(ratios):.1f} to {max(ratios):.1f})",
-        f"{1000 * median(rewriting):.0f} ms", f"{1000 * median(memory):.0f} ms",
-    ]  # fmt: skip
+        f"{1000 * median(rewriting):.0f} ms",
+        f"{1000 * median(memory):.0f} ms",
+    ]
 
 
 def main() -> None:

@@ -57,8 +57,19 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     """Times and ratios: a line for each method and state of the cache."""
     others = list(dict.fromkeys(name for row in rows for name in row["summary"]))
     others = [name for name in others if name not in (OURS, FLOOR)]
-    columns = ["method", "cache", "floor s", "of it I/O s", "ours s", "ours / floor", "target",
-               "CPU s", "peak MB", "own report MB", "anonymous MB"]  # fmt: skip
+    columns = [
+        "method",
+        "cache",
+        "floor s",
+        "of it I/O s",
+        "ours s",
+        "ours / floor",
+        "target",
+        "CPU s",
+        "peak MB",
+        "own report MB",
+        "anonymous MB",
+    ]
     left = len(columns)
     for name in others:
         ratio = f"{name} / ours" if name == MERGEKIT else f"ours / {name}"
@@ -81,12 +92,16 @@ def _own_cells(summary: dict[str, dict[str, Any]], target: float) -> list[str]:
     ratio = floor["ours_to_this"]
     met = "met" if ratio["median"] <= target else "**missed**"
     return [
-        spread_text(floor["seconds"]), f"{floor['io_seconds']['median']:.2f}",
-        spread_text(ours["seconds"]), spread_text(ratio), f"{target:g} {met}",
+        spread_text(floor["seconds"]),
+        f"{floor['io_seconds']['median']:.2f}",
+        spread_text(ours["seconds"]),
+        spread_text(ratio),
+        f"{target:g} {met}",
         f"{ours['cpu_seconds']['median']:.2f}",
-        _megabytes(ours["max_rss"]), _megabytes(ours["own_peak_rss"]),
+        _megabytes(ours["max_rss"]),
+        _megabytes(ours["own_peak_rss"]),
         _megabytes(ours["peak_anonymous"]),
-    ]  # fmt: skip
+    ]
 
 
 def _other_cells(other: dict[str, Any] | None, *, inverted: bool) -> list[str]:

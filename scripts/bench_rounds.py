@@ -103,9 +103,12 @@ class Bench:
             out.append(one)
         self.check(name, out)
         return {
-            "method": name, "cache": cache, "target": method.target,
-            "summary": summarise(out), "rounds": out,
-        }  # fmt: skip
+            "method": name,
+            "cache": cache,
+            "target": method.target,
+            "summary": summarise(out),
+            "rounds": out,
+        }
 
     def floor(self, files: list[Path], written: int) -> Raw:
         """The start of a Python with torch, and the bytes moved."""

@@ -34,7 +34,7 @@ from merge_cli.evaluation.live import LiveModel
 from merge_cli.gathering.data import Examples, batches_of
 from merge_cli.gathering.fisher import gather_importances
 from merge_cli.gathering.gram import gather_grams
-from merge_cli.gathering.part import Part
+from merge_cli.gathering.part import SourcePart
 from merge_cli.gathering.store import Writer
 from merge_cli.recipe.reference import ModelRef
 from merge_cli.recipe.statistics import Statistics
@@ -59,12 +59,18 @@ def live_of(folder: Path) -> LiveModel:
     return LiveModel(str(folder), net, None, "cpu", "float32", 2048, 8192)
 
 
-def gather(live: LiveModel, source: Source, examples: Examples, method: str, file: Path,
-           rounds: int | None = None) -> None:  # fmt: skip
+def gather(
+    live: LiveModel,
+    source: Source,
+    examples: Examples,
+    method: str,
+    file: Path,
+    rounds: int | None = None,
+) -> None:
     """The part of a gathering that runs the model, into a file that is thrown away."""
     kind, work = GATHER[method]
     dials = Statistics(rounds=rounds)
-    part = Part(source, "random", examples, "random", kind, dials, 0, "cpu", "float32")
+    part = SourcePart(source, "random", examples, "random", kind, dials, 0, "cpu", "float32")
     file.touch()
     writer = work(live, part, partial(Writer, file, kind), lambda done, total: None)
     writer.close()
@@ -92,8 +98,10 @@ def bench_speed(shape: str, rows: int, length: int, rounds: int) -> None:
         live, source = live_of(folder / "a"), open_source(ModelRef("a"), folder)
         examples = examples_of(rows, length, SHAPES[shape][3])
         size = sum(p.numel() for p in live.net.parameters()) / 1e6
-        print(f"{shape}: {size:.0f} M parameters, {rows} examples of {length} tokens, "
-              f"{torch.get_num_threads()} thread(s)")  # fmt: skip
+        print(
+            f"{shape}: {size:.0f} M parameters, {rows} examples of {length} tokens, "
+            f"{torch.get_num_threads()} thread(s)"
+        )
         print("| method | plain tokens/s | gathering tokens/s | gathering / plain |")
         print("|---|---:|---:|---:|")
         for method in GATHER:
@@ -130,8 +138,15 @@ def measure_memory(folder: Path, shape: str, method: str, rows: int, length: int
     with Peak() as peak:
         gather(live, source, examples, method, folder / "x", int(number) if number else None)
     model = sum(p.nbytes for p in live.net.parameters())
-    print(json.dumps({"model": model, "sums": _sums(live, method, int(number or 1)),
-                      "peak": peak.bytes - before}))  # fmt: skip
+    print(
+        json.dumps(
+            {
+                "model": model,
+                "sums": _sums(live, method, int(number or 1)),
+                "peak": peak.bytes - before,
+            }
+        )
+    )
 
 
 def _sums(live: LiveModel, method: str, rounds: int) -> float:
@@ -149,13 +164,27 @@ def bench_memory(shape: str, rows: int, length: int) -> None:
     with tempfile.TemporaryDirectory() as name:
         write_family(Path(name), shape)
         for method in ("regmean/1", "regmean/8", "fisher"):
-            command = [sys.executable, __file__, "memory", "--shape", shape, "--rows", str(rows),
-                       "--length", str(length), "--in", name, "--method", method]  # fmt: skip
+            command = [
+                sys.executable,
+                __file__,
+                "memory",
+                "--shape",
+                shape,
+                "--rows",
+                str(rows),
+                "--length",
+                str(length),
+                "--in",
+                name,
+                "--method",
+                method,
+            ]
             done = subprocess.run(command, check=True, capture_output=True, text=True)
             found = json.loads(done.stdout.splitlines()[-1])
             floor = found["model"] + found["sums"]
-            shown = " | ".join(f"{v / 1e6:,.0f}" for v in (found["model"], found["sums"], floor,
-                                                          found["peak"]))  # fmt: skip
+            shown = " | ".join(
+                f"{v / 1e6:,.0f}" for v in (found["model"], found["sums"], floor, found["peak"])
+            )
             label = method.replace("/1", ", one round").replace("/8", ", eight rounds")
             print(f"| {label} | {shown} | {found['peak'] / floor:.2f} |", flush=True)
 

@@ -34,8 +34,10 @@ RECIPES: dict[str, object] = {
         "merge_method": "soup",
         "models": [
             {"model": "ZOO/math", "parameters": {"weight": [0.1, 0.9, 0.4]}},
-            {"model": "ZOO/code", "parameters": {
-                "weight": [{"filter": "mlp", "value": 0.3}, {"value": [1.0, 0.2]}]}},
+            {
+                "model": "ZOO/code",
+                "parameters": {"weight": [{"filter": "mlp", "value": 0.3}, {"value": [1.0, 0.2]}]},
+            },
         ],
     },
     "stacked slices": {
@@ -48,16 +50,23 @@ RECIPES: dict[str, object] = {
     "slerp by slices": {
         "merge_method": "slerp",
         "base_model": "ZOO/math",
-        "slices": [{"sources": [
-            {"model": "ZOO/math", "layer_range": [0, 6]},
-            {"model": "ZOO/code", "layer_range": [0, 6]}]}],
+        "slices": [
+            {
+                "sources": [
+                    {"model": "ZOO/math", "layer_range": [0, 6]},
+                    {"model": "ZOO/code", "layer_range": [0, 6]},
+                ]
+            }
+        ],
         "parameters": {"t": [{"filter": "self_attn", "value": [0, 0.5, 1]}, {"value": 0.4}]},
     },
     "adapters on a base": {
         "merge_method": "task_arithmetic",
         "base_model": "ZOO/base",
-        "models": [{"model": "ZOO/base+MADE/math", "parameters": {"weight": 0.6}},
-                   {"model": "ZOO/base+MADE/code", "parameters": {"weight": 0.5}}],
+        "models": [
+            {"model": "ZOO/base+MADE/math", "parameters": {"weight": 0.6}},
+            {"model": "ZOO/base+MADE/code", "parameters": {"weight": 0.5}},
+        ],
     },
     "adapters with one another": {
         "merge_method": "ties",
@@ -70,19 +79,28 @@ RECIPES: dict[str, object] = {
         "output": "adapter",
     },
     "union of vocabularies": {
-        "merge_method": "soup", "models": _PAIR, "tokenizer": {"source": "union"},
+        "merge_method": "soup",
+        "models": _PAIR,
+        "tokenizer": {"source": "union"},
     },
     "fp8 out": {"merge_method": "soup", "models": _PAIR, "out_dtype": "fp8"},
     "float32 out of ties over the model": {
-        "merge_method": "ties", "base_model": "ZOO/base", "models": _WEIGHTED, "dtype": "float32",
+        "merge_method": "ties",
+        "base_model": "ZOO/base",
+        "models": _WEIGHTED,
+        "dtype": "float32",
         "parameters": {"density": 0.3, "trim": "model"},
     },
     "two documents": [
         {"name": "first", "merge_method": "soup", "models": _PAIR},
-        {"merge_method": "slerp", "base_model": "first",
-         "models": [{"model": "first"}, {"model": "ZOO/code"}], "parameters": {"t": 0.3}},
+        {
+            "merge_method": "slerp",
+            "base_model": "first",
+            "models": [{"model": "first"}, {"model": "ZOO/code"}],
+            "parameters": {"t": 0.3},
+        },
     ],
-}  # fmt: skip
+}
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -123,8 +141,10 @@ def measure(parts: list[str]) -> dict[str, dict[str, str]]:
                 out = work / "out" / name.replace("/", "-")
                 note(name, merge_cli.merge(path, out).path)
         out = work / "out" / "shards"
-        note("soup in shards", merge_cli.merge(recipes["configs/soup.yaml"], out,
-                                               shard_size=2_000_000).path)  # fmt: skip
+        note(
+            "soup in shards",
+            merge_cli.merge(recipes["configs/soup.yaml"], out, shard_size=2_000_000).path,
+        )
     return found
 
 

@@ -49,8 +49,12 @@ CASES: dict[str, Documents] = {
         "merge_method": "linear",
         "models": [
             {"model": "a", "parameters": {"weight": [0.1, 0.9]}},
-            {"model": "b", "parameters": {
-                "weight": [{"filter": "mlp", "value": 0.3}, {"value": [1.0, 0.2, 0.6]}]}},
+            {
+                "model": "b",
+                "parameters": {
+                    "weight": [{"filter": "mlp", "value": 0.3}, {"value": [1.0, 0.2, 0.6]}]
+                },
+            },
         ],
     },
     "task_arithmetic": {
@@ -74,8 +78,14 @@ CASES: dict[str, Documents] = {
     "slerp": {
         "merge_method": "slerp",
         "base_model": "a",
-        "slices": [{"sources": [
-            {"model": "a", "layer_range": [0, 4]}, {"model": "b", "layer_range": [0, 4]}]}],
+        "slices": [
+            {
+                "sources": [
+                    {"model": "a", "layer_range": [0, 4]},
+                    {"model": "b", "layer_range": [0, 4]},
+                ]
+            }
+        ],
         "parameters": {"t": [{"filter": "self_attn", "value": [0, 0.5, 1]}, {"value": 0.4}]},
     },
     "passthrough": {
@@ -87,10 +97,19 @@ CASES: dict[str, Documents] = {
     },
     "passthrough, scaled": {
         "merge_method": "passthrough",
-        "slices": [{"sources": [{
-            "model": "a", "layer_range": [0, 4],
-            "parameters": {"scale": [{"filter": "o_proj", "value": 0.5}, {"value": 1.0}]},
-        }]}],
+        "slices": [
+            {
+                "sources": [
+                    {
+                        "model": "a",
+                        "layer_range": [0, 4],
+                        "parameters": {
+                            "scale": [{"filter": "o_proj", "value": 0.5}, {"value": 1.0}]
+                        },
+                    }
+                ]
+            }
+        ],
     },
     **{
         name: {
@@ -102,22 +121,29 @@ CASES: dict[str, Documents] = {
         for name in ("breadcrumbs", "breadcrumbs_ties")
     },
     "sce": {
-        "merge_method": "sce", "base_model": "base", "models": [{"model": name} for name in ALL],
+        "merge_method": "sce",
+        "base_model": "base",
+        "models": [{"model": name} for name in ALL],
         "parameters": {"select_topk": 0.3},
     },
     "ram": {
-        "merge_method": "ram", "base_model": "base", "models": [{"model": name} for name in ALL],
+        "merge_method": "ram",
+        "base_model": "base",
+        "models": [{"model": name} for name in ALL],
         "parameters": {"epsilon": 0.005},
     },
     "ramplus_tl": {
-        "merge_method": "ramplus_tl", "base_model": "base",
+        "merge_method": "ramplus_tl",
+        "base_model": "base",
         "models": [{"model": name} for name in ALL],
         "parameters": {"epsilon": 0.005, "r": 0.3, "alpha": 0.4},
     },
     **{
         f"model_stock, filter_wise {wise}".lower(): {
-            "merge_method": "model_stock", "base_model": "base",
-            "models": [{"model": name} for name in ALL], "parameters": {"filter_wise": wise},
+            "merge_method": "model_stock",
+            "base_model": "base",
+            "models": [{"model": name} for name in ALL],
+            "parameters": {"filter_wise": wise},
         }
         for wise in (False, True)
     },
@@ -129,33 +155,47 @@ CASES: dict[str, Documents] = {
             "parameters": parameters,
         }
         for label, parameters in {
-            "flat": {}, "task vectors": {}, "rows": {"nuslerp_flatten": False},
+            "flat": {},
+            "task vectors": {},
+            "rows": {"nuslerp_flatten": False},
             "columns": {"nuslerp_flatten": False, "nuslerp_row_wise": True},
         }.items()
     },
     "multislerp": {"merge_method": "multislerp", "models": weighted(ALL, weight=WEIGHTS)},
     "multislerp, task vectors": {
-        "merge_method": "multislerp", "base_model": "base", "models": weighted(ALL, weight=WEIGHTS),
+        "merge_method": "multislerp",
+        "base_model": "base",
+        "models": weighted(ALL, weight=WEIGHTS),
     },
     "karcher": {"merge_method": "karcher", "models": [{"model": name} for name in ALL]},
     "nearswap": {
-        "merge_method": "nearswap", "base_model": "base", "models": [{"model": "a"}],
+        "merge_method": "nearswap",
+        "base_model": "base",
+        "models": [{"model": "a"}],
         "parameters": {"t": 0.005},
     },
     "arcee_fusion": {
-        "merge_method": "arcee_fusion", "base_model": "base", "models": [{"model": "a"}],
+        "merge_method": "arcee_fusion",
+        "base_model": "base",
+        "models": [{"model": "a"}],
     },
     "della, density 1": {
-        "merge_method": "della", "base_model": "base", "models": weighted(ALL, weight=WEIGHTS),
+        "merge_method": "della",
+        "base_model": "base",
+        "models": weighted(ALL, weight=WEIGHTS),
     },
     "three stages": [
         {"name": "first", "merge_method": "linear", "models": weighted(["a", "b"], weight=WEIGHTS)},
         {
-            "name": "second", "merge_method": "slerp", "base_model": "first",
-            "models": [{"model": "c"}], "parameters": {"t": [0.1, 0.5, 0.9]},
+            "name": "second",
+            "merge_method": "slerp",
+            "base_model": "first",
+            "models": [{"model": "c"}],
+            "parameters": {"t": [0.1, 0.5, 0.9]},
         },
         {
-            "merge_method": "ties", "base_model": "base",
+            "merge_method": "ties",
+            "base_model": "base",
             "models": weighted(["second", "c"], weight=WEIGHTS, density=[0.5, 0.6]),
         },
     ],
@@ -164,23 +204,35 @@ CASES: dict[str, Documents] = {
         "modules": {
             "text_decoder": {
                 "slices": [
-                    {"sources": [
-                        {"model": "eyes", "layer_range": [0, 2], "parameters": {"weight": 0.3}},
-                        {"model": "sight", "layer_range": [0, 2], "parameters": {"weight": 0.7}}]},
-                    {"sources": [
-                        {"model": "eyes", "layer_range": [1, 4]},
-                        {"model": "sight", "layer_range": [1, 4]}]},
+                    {
+                        "sources": [
+                            {"model": "eyes", "layer_range": [0, 2], "parameters": {"weight": 0.3}},
+                            {
+                                "model": "sight",
+                                "layer_range": [0, 2],
+                                "parameters": {"weight": 0.7},
+                            },
+                        ]
+                    },
+                    {
+                        "sources": [
+                            {"model": "eyes", "layer_range": [1, 4]},
+                            {"model": "sight", "layer_range": [1, 4]},
+                        ]
+                    },
                 ],
                 "parameters": {"weight": 0.5},
             },
             "vision_tower": {
-                "models": [{"model": "eyes", "parameters": {"weight": [0.1, 0.9]}},
-                           {"model": "sight", "parameters": {"weight": 0.4}}],
+                "models": [
+                    {"model": "eyes", "parameters": {"weight": [0.1, 0.9]}},
+                    {"model": "sight", "parameters": {"weight": 0.4}},
+                ],
             },
             "multi_modal_projector": {"models": weighted(["sight"], weight=[1.0])},
         },
     },
-}  # fmt: skip
+}
 
 
 def make_family(folder: Path) -> None:
@@ -189,9 +241,14 @@ def make_family(folder: Path) -> None:
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=4,
-        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
-    )  # fmt: skip
+        vocab_size=256,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
     base = LlamaForCausalLM(config)
     base.save_pretrained(folder / "base")
     start = {name: value.clone() for name, value in base.state_dict().items()}
@@ -208,8 +265,13 @@ def make_eyes(folder: Path) -> None:
 
     torch.manual_seed(1)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
-    text = {"model_type": "mistral", "num_hidden_layers": 4, "vocab_size": 64, "head_dim": 8,
-            "num_key_value_heads": 2}  # fmt: skip
+    text = {
+        "model_type": "mistral",
+        "num_hidden_layers": 4,
+        "vocab_size": 64,
+        "head_dim": 8,
+        "num_key_value_heads": 2,
+    }
     vision = {"model_type": "pixtral", "num_hidden_layers": 3, "image_size": 16, "patch_size": 8}
     config = Mistral3Config(
         text_config={**sizes, **text}, vision_config={**sizes, **vision}, tie_word_embeddings=False

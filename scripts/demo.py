@@ -55,8 +55,12 @@ def scores(models: dict[str, Path], console: Console) -> dict[tuple[str, str], f
 
 def table(models: dict[str, Path], found: dict[tuple[str, str], float]) -> Table:
     """One row for each model; the mean says how good a model is at everything at once."""
-    view = Table(box=None, header_style="bold", title_justify="left",
-                 title="Held-out loss, nats per token (lower is better)")  # fmt: skip
+    view = Table(
+        box=None,
+        header_style="bold",
+        title_justify="left",
+        title="Held-out loss, nats per token (lower is better)",
+    )
     view.add_column("model")
     for domain in (*EXPERTS, "mean"):
         view.add_column(domain, justify="right")

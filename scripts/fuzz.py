@@ -60,8 +60,13 @@ def main() -> int:
         while time.monotonic() < end and number != arguments.last:
             number += 1
             target = chosen[number % len(chosen)]
-            outcome, finding = _try(target, root, f"{arguments.seed} {number}", target.change,
-                                    Path(arguments.keep) if arguments.keep else None)  # fmt: skip
+            outcome, finding = _try(
+                target,
+                root,
+                f"{arguments.seed} {number}",
+                target.change,
+                Path(arguments.keep) if arguments.keep else None,
+            )
             counts[target.name, outcome] += 1
             kind = finding.partition(":")[0] + finding.partition("\n")[2]  # whatever it says there
             if finding and kind not in findings:

@@ -34,20 +34,47 @@ from safetensors.torch import load_file, save_file
 LAYERS, ULPS = 3, 16
 MODELS = ("base", "a", "b", "c", "half")
 GROUPS = {
-    "task": ("task_arithmetic", "ties", "breadcrumbs", "breadcrumbs_ties", "dare_linear",
-             "dare_ties", "della", "della_linear"),
+    "task": (
+        "task_arithmetic",
+        "ties",
+        "breadcrumbs",
+        "breadcrumbs_ties",
+        "dare_linear",
+        "dare_ties",
+        "della",
+        "della_linear",
+    ),
     "based": ("model_stock", "sce", "ram", "ramplus_tl"),
     "pair": ("slerp", "nearswap", "arcee_fusion"),
     "average": ("linear", "karcher", "multislerp", "nuslerp"),
     "one": ("passthrough",),
-}  # fmt: skip
+}
 RANDOM = ("dare_linear", "dare_ties", "della", "della_linear")
 PER_MODEL = ("weight", "density", "gamma", "epsilon", "scale")
-SHARED = ("normalize", "rescale", "lambda", "int8_mask", "t", "select_topk", "filter_wise",
-          "nuslerp_flatten", "nuslerp_row_wise", "normalize_weights", "max_iter", "r",
-          "alpha")  # fmt: skip
-TRUTH = ("normalize", "rescale", "int8_mask", "filter_wise", "nuslerp_flatten", "nuslerp_row_wise",
-         "normalize_weights")  # fmt: skip
+SHARED = (
+    "normalize",
+    "rescale",
+    "lambda",
+    "int8_mask",
+    "t",
+    "select_topk",
+    "filter_wise",
+    "nuslerp_flatten",
+    "nuslerp_row_wise",
+    "normalize_weights",
+    "max_iter",
+    "r",
+    "alpha",
+)
+TRUTH = (
+    "normalize",
+    "rescale",
+    "int8_mask",
+    "filter_wise",
+    "nuslerp_flatten",
+    "nuslerp_row_wise",
+    "normalize_weights",
+)
 FILTERS = ("self_attn", "mlp", "layers.1.", "layers.0.", "norm", "lm_head", "embed", "q_proj")
 
 
@@ -57,9 +84,14 @@ def make_models(folder: Path) -> None:
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=24, hidden_size=16, intermediate_size=24, num_hidden_layers=LAYERS,
-        num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=False,
-    )  # fmt: skip
+        vocab_size=24,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=False,
+    )
     model = LlamaForCausalLM(config)
     start = {name: value.clone() for name, value in model.state_dict().items()}
     for name in MODELS:

@@ -257,19 +257,26 @@ def _write_shard(path: Path, shard: list[Tensor], pool: memoryview | None, posit
 def _config(size: Size) -> dict[str, Any]:
     """config.json of the architecture whose names `tensors` uses."""
     config: dict[str, Any] = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": size.hidden,
-        "intermediate_size": size.feed_forward, "num_hidden_layers": size.layers,
-        "vocab_size": size.vocabulary, "num_attention_heads": size.heads,
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": size.hidden,
+        "intermediate_size": size.feed_forward,
+        "num_hidden_layers": size.layers,
+        "vocab_size": size.vocabulary,
+        "num_attention_heads": size.heads,
         "head_dim": size.head_width,
         "num_key_value_heads": max(1, size.key_value // size.head_width),
-        "tie_word_embeddings": size.tied, "dtype": "bfloat16",
-    }  # fmt: skip
+        "tie_word_embeddings": size.tied,
+        "dtype": "bfloat16",
+    }
     if size.experts:
         config |= {
-            "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe",
-            "num_experts": size.experts, "num_experts_per_tok": min(4, size.experts),
+            "architectures": ["Qwen3MoeForCausalLM"],
+            "model_type": "qwen3_moe",
+            "num_experts": size.experts,
+            "num_experts_per_tok": min(4, size.experts),
             "moe_intermediate_size": size.feed_forward,
-        }  # fmt: skip
+        }
     return config
 
 

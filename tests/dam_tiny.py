@@ -16,9 +16,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from merge_cli.dam.assembly import assemble
 from merge_cli.dam.forward import Batch
-from merge_cli.dam.losses import Targets
+from merge_cli.dam.losses import TeacherTargets
 from merge_cli.dam.models import find_targets, load_student
-from merge_cli.dam.sources import Place, Residency
+from merge_cli.dam.sources import Residency, SourceResidency
 from merge_cli.dam.student import Student
 from merge_cli.engine.plan import Plan
 from merge_cli.engine.planner import load_recipe, make_plan
@@ -150,7 +150,7 @@ def student_of(
     training = replace(plan.recipe.learning, **changes)
     targets, problems = find_targets(plan, load_student(plan, "cpu", dtype), training)
     assert not problems
-    place = Place(residency, "for a test", 0)
+    place = SourceResidency(residency, "for a test", 0)
     return assemble(plan, targets, training, place, "cpu", dtype)
 
 
@@ -176,4 +176,4 @@ def random_batch(
 
     kept, logp, tail = kept_predictions(logits, k, 2.0)
     weights = torch.full((n,), 1.0 / n, dtype=dtype)
-    return Batch(ids, mask, counted, Targets(torch.cat(labels), weights, kept, logp, tail))
+    return Batch(ids, mask, counted, TeacherTargets(torch.cat(labels), weights, kept, logp, tail))

@@ -16,13 +16,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import merge_cli
-from merge_cli.checkpoint.statistics import Gathered
+from merge_cli.checkpoint.statistics import CalibrationStatistics
 from merge_cli.engine.merge import MergeOptions
 from merge_cli.engine.plan import Plan
 from merge_cli.engine.planner import load_recipe, make_plan
 from merge_cli.errors import RecipeError
-from merge_cli.gathering.plan import plan_gathering
-from merge_cli.gathering.run import gather
+from merge_cli.gathering.plan import plan_calibration
+from merge_cli.gathering.run import calibrate
 
 NAMES = ("a", "b")
 CPU = MergeOptions(device="cpu", threads=1)
@@ -56,7 +56,7 @@ def merged(recipe: Path, out: Path) -> dict[str, torch.Tensor]:
 
 def examples_of(recipe: Path) -> list[list[tuple[list[int], int]]]:
     """Token ids and the first that counts, of every example of every source."""
-    parts = plan_gathering(plan_of(recipe), "cpu").parts
+    parts = plan_calibration(plan_of(recipe), "cpu").parts
     return [[(list(one.ids), one.first) for one in part.examples.items] for part in parts]
 
 
@@ -96,9 +96,9 @@ def slow_importances(net: Any, examples: Sequence[tuple[list[int], int]]) -> dic
     return {name: oracles.importance(found) for name, found in rows.items()}
 
 
-def gathered(recipe: Path) -> Gathered:
+def gathered(recipe: Path) -> CalibrationStatistics:
     """What a recipe's sources were looked at for."""
-    found = gather(plan_of(recipe), CPU, lambda progress: None).gathered
+    found = calibrate(plan_of(recipe), CPU, lambda progress: None).gathered
     assert found is not None
     return found
 

@@ -27,12 +27,12 @@ from merge_cli.analysis.configs import config_differences
 from merge_cli.analysis.modules import KINDS, kind_of
 from merge_cli.analysis.recipe_file import recipe_text
 from merge_cli.analysis.result import Analysis
-from merge_cli.analysis.spectrum import effective_rank, sample_places
+from merge_cli.analysis.spectrum import effective_rank, sample_positions
 from merge_cli.analysis.survey import TOP_SHARE
 from merge_cli.engine import memory, units, workers
 from merge_cli.engine.lanes import Files
 from merge_cli.engine.options import MergeOptions
-from merge_cli.engine.staging import StagedLane
+from merge_cli.engine.staging import StagedWorker
 from merge_cli.errors import MismatchError, NonFiniteError, SourceError, UsageError
 from merge_cli.kernels.reduce import BLOCK_MULTIPLE
 from merge_cli.kernels.relate import Relations, add_relations, top_threshold
@@ -172,7 +172,7 @@ def test_effective_rank_is_the_definition(family: Family) -> None:
     found = of_family(family)
     assert {one.kind for one in found.spectra} > {"attention q", "mlp", "embedding"}
     for one in found.spectra:
-        rows, columns = sample_places(one.shape, 0, one.name)
+        rows, columns = sample_positions(one.shape, 0, one.name)
         assert (len(rows), len(columns)) == (one.rows, one.columns)
         for s, model in enumerate(family.models):
             change = (model[one.name].double() - family.base[one.name].double()).numpy()
@@ -200,9 +200,9 @@ def test_singular_values_are_lapacks(rows: int, columns: int, rank: int, seed: i
 
 
 def test_samples_depend_on_seed_and_name_alone() -> None:
-    assert sample_places((900, 500), 0, "a") == sample_places((900, 500), 0, "a")
-    assert sample_places((900, 500), 0, "a") != sample_places((900, 500), 1, "a")
-    rows, columns = sample_places((900, 90_000), 0, "a")
+    assert sample_positions((900, 500), 0, "a") == sample_positions((900, 500), 0, "a")
+    assert sample_positions((900, 500), 0, "a") != sample_positions((900, 500), 1, "a")
+    rows, columns = sample_positions((900, 90_000), 0, "a")
     assert len(rows) == len(columns) == 256
     assert rows == sorted(set(rows))
 
@@ -285,7 +285,7 @@ def test_staged_lanes_find_the_same(family: Family, monkeypatch: pytest.MonkeyPa
     plain = numbers(of_family(family))
 
     def staged(files: Files, *_: Any) -> Any:
-        return lambda number: StagedLane(files, StrictTransfers(), BLOCK_MULTIPLE)
+        return lambda number: StagedWorker(files, StrictTransfers(), BLOCK_MULTIPLE)
 
     monkeypatch.setattr(survey, "lane_maker", staged)
     assert numbers(of_family(family)) == plain

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from merge_cli.checkpoint.statistics import Entry
-from merge_cli.comparison.cost import Ledger
+from merge_cli.checkpoint.statistics import StatisticsEntry
+from merge_cli.comparison.cost import CostLog
 from merge_cli.dam import checkpoint
-from merge_cli.dam.checkpoint import TrainingFolder
+from merge_cli.dam.checkpoint import TrainingWorkspace
 from merge_cli.evaluation import cache, digest, teachers
 from merge_cli.evaluation.result import Metric, TaskResult
-from merge_cli.evolve.journal import SearchFolder
+from merge_cli.evolve.journal import SearchWorkspace
 from merge_cli.gathering.store import Writer, find
 
 
@@ -41,7 +41,7 @@ def test_statistics(tmp_path: Path) -> None:
     arrays = {"one": np.arange(6, dtype=np.float32).reshape(2, 3), "two": np.ones(4, np.float32)}
     writer = Writer(
         tmp_path / "s.partial", "gram", {name: value.shape for name, value in arrays.items()},
-        {"model.w": Entry("one"), "model.v": Entry("two", input_first=True)},
+        {"model.w": StatisticsEntry("one"), "model.v": StatisticsEntry("two", input_first=True)},
     )  # fmt: skip
     for name, value in arrays.items():
         writer.put(name, value)
@@ -110,11 +110,11 @@ def test_remembered_digests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(digest, "_SETTLED", -1.0)
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "model.safetensors").write_bytes(b"weights")
-    right = digest.model_digest(tmp_path / "model")
+    right = digest.model_fingerprint(tmp_path / "model")
     (place,) = (tmp_path / "cache" / "digests").iterdir()
     for changed in flips(place.read_bytes()):
         place.write_bytes(changed)
-        assert digest.model_digest(tmp_path / "model") == right
+        assert digest.model_fingerprint(tmp_path / "model") == right
 
 
 def test_checkpoints_of_training(tmp_path: Path) -> None:
@@ -127,15 +127,15 @@ def test_checkpoints_of_training(tmp_path: Path) -> None:
     for changed in flips(content.replace(b" ", b"")):
         assert not checkpoint._holds(changed)
     assert not checkpoint._holds(b"")
-    with TrainingFolder(tmp_path / "out", "k") as folder:
+    with TrainingWorkspace(tmp_path / "out", "k") as folder:
         (folder.path / "checkpoint.safetensors").write_bytes(content[:-2])
         assert folder._checkpoint() is None
-    with TrainingFolder(tmp_path / "out", "another") as folder:  # a torn one is of nobody
+    with TrainingWorkspace(tmp_path / "out", "another") as folder:  # a torn one is of nobody
         (folder.path / "checkpoint.safetensors").write_bytes(content)
 
 
 def test_records_of_training(tmp_path: Path) -> None:
-    with TrainingFolder(tmp_path / "out", "k") as folder:
+    with TrainingWorkspace(tmp_path / "out", "k") as folder:
         folder.finish({"w": torch.rand(2, 3)}, "soup", {"coefficients": 6})
         record = folder.path / "training.json"
         assert (folder.record() or {})["coefficients"] == 6
@@ -150,7 +150,7 @@ def test_records_of_training(tmp_path: Path) -> None:
 
 def test_journals_of_searches(tmp_path: Path) -> None:
     lines = [{"kind": "candidate", "number": n, "share": 1.0, "genome": [0.5]} for n in range(3)]
-    with SearchFolder(tmp_path / "out", "k") as folder:
+    with SearchWorkspace(tmp_path / "out", "k") as folder:
         for line in lines:
             folder.append(line)
         folder.finish({"best": {"genome": [0.5]}})
@@ -158,16 +158,16 @@ def test_journals_of_searches(tmp_path: Path) -> None:
         kept = record.read_bytes()
     for changed in flips(whole, 60):
         folder.journal.write_bytes(changed)
-        with SearchFolder(tmp_path / "out", "k") as again:
+        with SearchWorkspace(tmp_path / "out", "k") as again:
             assert again.lines == lines[: len(again.lines)]
             assert again.record() == {"best": {"genome": [0.5]}}
     for changed in flips(kept, 60):
         record.write_bytes(changed)
-        with SearchFolder(tmp_path / "out", "k") as again:
+        with SearchWorkspace(tmp_path / "out", "k") as again:
             assert again.record() is None
 
 
-@pytest.mark.parametrize("kind", [SearchFolder, TrainingFolder])
+@pytest.mark.parametrize("kind", [SearchWorkspace, TrainingWorkspace])
 def test_folders_of_the_users(tmp_path: Path, kind: Any) -> None:
     from merge_cli.errors import UsageError
 
@@ -186,11 +186,11 @@ def test_folders_of_the_users(tmp_path: Path, kind: Any) -> None:
 
 def test_costs_of_comparisons(tmp_path: Path) -> None:
     place = tmp_path / "costs.jsonl"
-    ledger = Ledger(place)
+    ledger = CostLog(place)
     for seconds in (1.0, 2.0):
         ledger.note("m", seconds, None, done=True)
     whole = place.read_bytes()
     for changed in flips(whole, 60):
         place.write_bytes(changed)
-        assert len(Ledger(place)._attempts) < 2
-        assert Ledger(place)._attempts == ledger._attempts[: len(Ledger(place)._attempts)]
+        assert len(CostLog(place)._attempts) < 2
+        assert CostLog(place)._attempts == ledger._attempts[: len(CostLog(place)._attempts)]

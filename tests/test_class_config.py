@@ -12,7 +12,12 @@ from tiny import llama_config, llama_tensors, write_model
 
 from merge_cli.adapters.skeleton import _build
 from merge_cli.checkpoint.adapter_names import _live_names
-from merge_cli.checkpoint.class_config import Unknown, empty_model, refuse_code, without_choices
+from merge_cli.checkpoint.class_config import (
+    UnknownClass,
+    empty_model,
+    refuse_code,
+    without_choices,
+)
 from merge_cli.checkpoint.source import open_source
 from merge_cli.errors import SourceError
 from merge_cli.evaluation.live import load
@@ -52,7 +57,7 @@ def test_code_is_neither_asked_for_nor_looked_for(
 @pytest.mark.parametrize("keys", ABSURD, ids=str)
 def test_no_model_of_absurd_size_is_made(keys: dict[str, Any], tmp_path: Path) -> None:
     config = {**llama_config(), **keys}
-    with pytest.raises(Unknown, match=next(iter(keys))):
+    with pytest.raises(UnknownClass, match=next(iter(keys))):
         empty_model(config)
     with pytest.raises(SourceError, match=next(iter(keys))):
         refuse_code(config, "m")

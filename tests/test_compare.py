@@ -20,9 +20,9 @@ from test_failures import cli, failed
 import merge_cli
 from merge_cli.checkpoint.source import Source
 from merge_cli.comparison import energy
-from merge_cli.comparison.cost import Ledger, MergeCost
-from merge_cli.comparison.names import Names
-from merge_cli.comparison.result import Comparison, Entrant, Role
+from merge_cli.comparison.cost import CostLog, MergeCost
+from merge_cli.comparison.names import EntryNames
+from merge_cli.comparison.result import Comparison, ModelEntry, Role
 from merge_cli.comparison.run import _work
 from merge_cli.engine.planner import load_recipe, make_plan
 from merge_cli.evaluation.result import Cost, Evaluation, Metric, TaskResult
@@ -44,7 +44,7 @@ def entrant(
     losses: dict[str, float],
     seconds: float | None = None,
     better: Any = "lower",
-) -> Entrant:
+) -> ModelEntry:
     generator = np.random.default_rng(5)
     tasks = {}
     for task, loss in losses.items():
@@ -55,7 +55,7 @@ def entrant(
         tasks[task] = TaskResult(task, "loss", {"loss": metric}, [{}] * 40, Cost(1.0, 100, 2))
     cost = None if seconds is None else MergeCost(seconds, 0, 0, 0, 2 * 10**8, None, None)
     found = Evaluation(name, "0" * 64, "cpu", "float32", tasks)
-    return Entrant(name, role, name, found, "soup", "merge_method: soup\n", cost)
+    return ModelEntry(name, role, name, found, "soup", "merge_method: soup\n", cost)
 
 
 def example(**more: Any) -> Comparison:
@@ -189,7 +189,7 @@ def test_names_cannot_break_the_page() -> None:
 def test_a_domain_that_hardly_differs_is_not_normalised() -> None:
     """Forty answers, of which the expert has two more right than the base: chance."""
 
-    def answers(name: str, role: Role, right: int, seconds: float | None = None) -> Entrant:
+    def answers(name: str, role: Role, right: int, seconds: float | None = None) -> ModelEntry:
         made = entrant(name, role, {"math": 0.0}, seconds)
         hits = [1.0] * right + [0.0] * (40 - right)
         metric = Metric("accuracy", "of questions", "higher", hits, [1.0] * 40)
@@ -209,7 +209,7 @@ def test_a_domain_that_hardly_differs_is_not_normalised() -> None:
 
 
 def test_a_single_example_shows_no_difference() -> None:
-    def one(name: str, role: Role, nats: float, seconds: float | None = None) -> Entrant:
+    def one(name: str, role: Role, nats: float, seconds: float | None = None) -> ModelEntry:
         made = entrant(name, role, {"book": 0.0}, seconds)
         metric = Metric("loss", "nats per token", "lower", [nats], [10.0])
         task = TaskResult("book", "loss", {"loss": metric}, [{}])
@@ -236,13 +236,13 @@ def test_names_are_given_once(tmp_path: Path) -> None:
         return Source(label, root, {}, {}, {})
 
     base, one, other = source("llama/base"), source("x/math"), source("y/math")
-    names = Names(base, [one, other, source("z/base")])
+    names = EntryNames(base, [one, other, source("z/base")])
     assert list(names.of.values()) == ["base", "math", "y/math", "z/base"]
     assert names.of_recipe(Path("a/math.yaml"), None) == "a/math"
     assert names.of_recipe(Path("b/base.yaml"), None) == "b/base"
     assert names.of_recipe(Path("a/soup.yaml"), "uniform soup") == "soup"
     assert names.of_recipe(Path("a/soup.yml"), None) == "a/soup"
-    other = Names(source("only/llama"), [])
+    other = EntryNames(source("only/llama"), [])
     assert other.of_recipe(Path("base.yaml"), None) == "base.yaml", "base means the base"
 
 
@@ -428,31 +428,31 @@ def test_a_resumed_merge_costs_all_of_its_attempts(tmp_path: Path) -> None:
     (tmp_path / "m").mkdir()
     report = {"cost": {"seconds": 1.0, "peak_rss": 5, "peak_vram": None}}
     (tmp_path / "m" / "merge_report.json").write_text(json.dumps(report))
-    ledger = Ledger(tmp_path / "costs.jsonl")
+    ledger = CostLog(tmp_path / "costs.jsonl")
     ledger.note("m", 3.0, None, done=False)
     ledger.note("other", 100.0, None, done=True)
     ledger.note("m", 4.0, None, done=True)
     with (tmp_path / "costs.jsonl").open("a") as file:
         file.write('{"merge": "m", "sec')  # killed while writing
-    again = Ledger(tmp_path / "costs.jsonl")
+    again = CostLog(tmp_path / "costs.jsonl")
     assert again.cost("m", tmp_path / "m").seconds == 7.0
     again.note("m", 2.0, None, done=True)
-    again = Ledger(tmp_path / "costs.jsonl")
+    again = CostLog(tmp_path / "costs.jsonl")
     assert again.cost("m", tmp_path / "m").seconds == 9.0
     again.forget("m")
-    assert Ledger(tmp_path / "costs.jsonl").cost("m", tmp_path / "m").seconds == 1.0
+    assert CostLog(tmp_path / "costs.jsonl").cost("m", tmp_path / "m").seconds == 1.0
 
 
 def test_energy_is_counted_where_a_meter_may_be_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(energy, "_RAPL", tmp_path)
-    assert energy.Meter().joules() is None
+    assert energy.EnergyMeter().joules() is None
     for name, used in (("intel-rapl:0", 5_000_000), ("intel-rapl:0:1", 1), ("intel-rapl:1", 9)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "energy_uj").write_text(str(used))
         (tmp_path / name / "max_energy_range_uj").write_text("10000000")
-    meter = energy.Meter()
+    meter = energy.EnergyMeter()
     (tmp_path / "intel-rapl:0" / "energy_uj").write_text("7000000")
     (tmp_path / "intel-rapl:1" / "energy_uj").write_text("4")  # began again at 10 J
     assert meter.joules() == pytest.approx(2 + 10 - 5e-6)

@@ -18,7 +18,7 @@ import merge_cli
 from merge_cli.engine import device
 from merge_cli.kernels import compiled, cut, elect, mask, measure, reduce
 from merge_cli.kernels.convert import decode, decode_rows, encode, encode_into
-from merge_cli.kernels.cut import Cut
+from merge_cli.kernels.cut import MagnitudeThreshold
 
 AWKWARD = [0.0, -0.0, 1.0, -1.0, 1e-45, -1e-45, 1.1754944e-38, 3.4028235e38, -3.4028235e38]
 NOT_FINITE = [math.inf, -math.inf, math.nan]
@@ -151,7 +151,7 @@ def test_masks(size: int, start: int) -> None:
 @pytest.mark.parametrize("size", SIZES)
 def test_trimming(size: int) -> None:
     a = rows(3, size, finite=False)
-    cuts = [Cut(0.01, size // 2), None, Cut(math.inf, -1)]
+    cuts = [MagnitudeThreshold(0.01, size // 2), None, MagnitudeThreshold(math.inf, -1)]
     for ours, plain in zip(cut.trimmed(a, cuts, 0), cut.trimmed(tensors(a), cuts, 0), strict=True):
         np.testing.assert_array_equal(ours, plain.numpy())
     for row, one in zip(a, cuts, strict=True):

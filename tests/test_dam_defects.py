@@ -12,9 +12,9 @@ from dam_tiny import config, plan_of, random_batch, student_of, write_models
 
 from merge_cli.dam.data import Order, load_datasets
 from merge_cli.dam.forward import Forward
-from merge_cli.dam.head import Sums
+from merge_cli.dam.head import LossSums
 from merge_cli.dam.heldout import make_batch
-from merge_cli.dam.losses import Objective
+from merge_cli.dam.losses import DistillationLoss
 from merge_cli.dam.plan import plan_training
 from merge_cli.evaluation.digest import source_identity
 from merge_cli.evaluation.examples import micro_batches
@@ -22,7 +22,7 @@ from merge_cli.evaluation.teachers import Teacher
 from merge_cli.recipe.training import preset
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
-OBJECTIVE = Objective({"kl": 1.0}, 2.0)
+OBJECTIVE = DistillationLoss({"kl": 1.0}, 2.0)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_embeddings_and_norms_train(untied: Path) -> None:
     forward = Forward(student.net)
     batch = random_batch(torch.Generator().manual_seed(0))
     before = {name: student.coefficients[name].raw.clone() for name in student.trained}
-    student.last_backward(forward.loss(batch, OBJECTIVE, Sums()), 1e-2)
+    student.last_backward(forward.loss(batch, OBJECTIVE, LossSums()), 1e-2)
     for name in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight",
                  "model.layers.1.post_attention_layernorm.weight"):  # fmt: skip
         assert name in before
@@ -93,7 +93,7 @@ def test_coefficients_and_moments_are_float32_whatever_the_student_is(untied: Pa
     student = student_of(plan_of(untied, {"regularize": {}}), torch.bfloat16)
     forward = Forward(student.net)
     batch = random_batch(torch.Generator().manual_seed(0), dtype=torch.float32)
-    student.last_backward(forward.loss(batch, OBJECTIVE, Sums()), 5e-4)
+    student.last_backward(forward.loss(batch, OBJECTIVE, LossSums()), 5e-4)
     name = "model.layers.0.mlp.down_proj.weight"
     own = student.coefficients[name]
     assert own.raw.dtype == own.values.dtype == torch.float32
@@ -117,7 +117,7 @@ def test_the_loss_does_not_depend_on_how_a_batch_is_divided(untied: Path) -> Non
     counted = sum(dataset.train[i].counted for i in numbers)
     losses = []
     for tokens in (10_000, 60, 1):
-        sums = Sums()
+        sums = LossSums()
         groups = micro_batches(numbers, dataset.train, tokens)
         assert sorted(i for group in groups for i in group) == sorted(numbers)
         for group in groups:
@@ -127,7 +127,7 @@ def test_the_loss_does_not_depend_on_how_a_batch_is_divided(untied: Path) -> Non
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)
     assert losses[2] == pytest.approx(losses[0], rel=1e-6)
     # Twice the same examples are the same loss, not half of it.
-    sums = Sums()
+    sums = LossSums()
     twice = make_batch(numbers * 2, dataset.train, known, 1 / (2 * counted))
     forward.loss(twice, OBJECTIVE, sums)
     assert sums.read()["kl"] == pytest.approx(losses[0], rel=1e-6)
@@ -174,7 +174,7 @@ def test_not_only_llama_and_mistral(tmp_path: Path, kind: str) -> None:
     batch = random_batch(torch.Generator().manual_seed(0), dtype=torch.float32)
     losses = []
     for _ in range(8):
-        sums = Sums()
+        sums = LossSums()
         student.last_backward(forward.loss(batch, OBJECTIVE, sums), 2e-2)
         losses.append(sums.read()["kl"])
     assert losses[-1] < losses[0]
@@ -187,7 +187,7 @@ def test_sources_are_not_resident_beside_the_student(untied: Path) -> None:
     before = student.sources.rows_read
     forward = Forward(student.net)
     batch = random_batch(torch.Generator().manual_seed(0), dtype=torch.float32)
-    student.last_backward(forward.loss(batch, OBJECTIVE, Sums()), 1e-2)
+    student.last_backward(forward.loss(batch, OBJECTIVE, LossSums()), 1e-2)
     rows = sum(own.layout.rows for own in student.coefficients.values())
     assert student.sources.rows_read - before == rows  # one read for projection and rewrite
     assert not student.sources._kept

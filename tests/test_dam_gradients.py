@@ -11,13 +11,13 @@ import torch
 from dam_tiny import config, plan_of, random_batch, student_of, write_experts, write_models
 
 from merge_cli.dam.forward import Batch, Forward
-from merge_cli.dam.head import Sums
-from merge_cli.dam.losses import Objective
+from merge_cli.dam.head import LossSums
+from merge_cli.dam.losses import DistillationLoss
 from merge_cli.dam.student import Student
 from merge_cli.engine.plan import Plan
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
-OBJECTIVE = Objective({"kl": 1.0, "cross_entropy": 0.3, "entropy": 0.1, "mse": 0.01}, 2.0)
+OBJECTIVE = DistillationLoss({"kl": 1.0, "cross_entropy": 0.3, "entropy": 0.1, "mse": 0.01}, 2.0)
 
 
 def stored(plan: Plan, name: str) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
@@ -108,7 +108,7 @@ def assert_equal_gradients(plan: Plan, student: Student, batches: list[Batch], a
     forward = Forward(student.net, chunk_bytes=4 * 260 * 5)  # five tokens at a time
     assert forward.taken_apart
     for batch in batches:
-        forward.loss(batch, OBJECTIVE, Sums()).backward()
+        forward.loss(batch, OBJECTIVE, LossSums()).backward()
     assert all(seat.parameter.grad is None for seat in student.seats.values())
     for name, grads in expected.items():
         for ours, theirs in zip(student.coefficients[name].gradients(), grads, strict=True):
@@ -203,7 +203,7 @@ def test_finite_differences(tmp_path: Path) -> None:
     disturb(student)
     batch = random_batch(torch.Generator().manual_seed(4))
     forward = Forward(student.net)
-    forward.loss(batch, OBJECTIVE, Sums()).backward()
+    forward.loss(batch, OBJECTIVE, LossSums()).backward()
     name = "transformer.h.0.mlp.c_fc.weight"
     own = student.coefficients[name]
     (grad,) = own.gradients()
@@ -212,7 +212,7 @@ def test_finite_differences(tmp_path: Path) -> None:
         own.raw[1, 3, 0] += change
         own.moved()
         student.write_all()
-        sums = Sums()
+        sums = LossSums()
         with torch.no_grad():
             forward.loss(batch, OBJECTIVE, sums)
         own.raw[1, 3, 0] -= change
@@ -232,8 +232,8 @@ def test_fused_and_two_pass_steps_are_the_same(llama: Path) -> None:
         generator = torch.Generator().manual_seed(6)
         for _ in range(3):
             first, last = random_batch(generator), random_batch(generator)
-            forward.loss(first, OBJECTIVE, Sums()).backward()
-            loss = forward.loss(last, OBJECTIVE, Sums())
+            forward.loss(first, OBJECTIVE, LossSums()).backward()
+            loss = forward.loss(last, OBJECTIVE, LossSums())
             if fused:
                 student.last_backward(loss, 1e-2)
             else:
@@ -271,7 +271,7 @@ def test_no_weight_sized_tensor_lives_in_the_graph(llama: Path) -> None:
             )
         )
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        loss = forward.loss(batch, OBJECTIVE, Sums())
+        loss = forward.loss(batch, OBJECTIVE, LossSums())
     student.last_backward(loss, 1e-3)
     assert foreign == []
     assert len(alive) == len(student.seats)
@@ -280,7 +280,7 @@ def test_no_weight_sized_tensor_lives_in_the_graph(llama: Path) -> None:
 
 def test_sources_brought_ahead_change_nothing_but_when_they_come(llama: Path) -> None:
     """As for a GPU: the next tensor is copied before it is asked for, two are held at most."""
-    from merge_cli.dam.ahead import Ahead
+    from merge_cli.dam.ahead import Prefetcher
 
     class Recorded:
         def __init__(self) -> None:
@@ -299,11 +299,11 @@ def test_sources_brought_ahead_change_nothing_but_when_they_come(llama: Path) ->
     for copies in (None, Recorded()):
         student = student_of(plan)
         if copies is not None:
-            student.sources.ahead = Ahead(copies)
+            student.sources.ahead = Prefetcher(copies)
         forward = Forward(student.net)
         generator = torch.Generator().manual_seed(8)
         for step in range(2):
-            loss = forward.loss(random_batch(generator), OBJECTIVE, Sums())
+            loss = forward.loss(random_batch(generator), OBJECTIVE, LossSums())
             student.last_backward(loss, 1e-2)
             if copies is not None and step == 0:
                 assert copies.started == 0  # the order is learned in the first pass
@@ -323,7 +323,7 @@ def test_gradients_are_clipped_together_and_overflow_moves_nothing(llama: Path) 
         student = student_of(plan)
         forward = Forward(student.net)
         batch = random_batch(torch.Generator().manual_seed(9))
-        forward.loss(batch, OBJECTIVE, Sums()).backward()
+        forward.loss(batch, OBJECTIVE, LossSums()).backward()
         grads = [student.coefficients[name].gradients()[0].clone() for name in student.trained]
         norms.append(student.update(1e-2, clip))
         moments = [student.moments(name)[0][0] for name in student.trained]
@@ -335,7 +335,7 @@ def test_gradients_are_clipped_together_and_overflow_moves_nothing(llama: Path) 
         torch.testing.assert_close(clipped, 0.1 * grad * (1e-3 / whole))
 
     before = {name: student.coefficients[name].raw.clone() for name in student.trained}
-    forward.loss(batch, OBJECTIVE, Sums()).backward()
+    forward.loss(batch, OBJECTIVE, LossSums()).backward()
     student.coefficients[student.trained[0]].value_grad.fill_(float("inf"))
     steps = student.steps
     assert student.update(1e-2) == float("inf")
@@ -361,8 +361,8 @@ def test_equal_sources_have_nothing_to_learn(tmp_path: Path) -> None:
         logits = student.net(input_ids=batch.ids, attention_mask=batch.mask).logits[batch.counted]
     ids, logp, tail = kept_predictions(logits, 8, 2.0)
     batch = replace(batch, targets=replace(batch.targets, ids=ids, logp=logp, tail=tail))
-    sums = Sums()
-    forward.loss(batch, Objective({"kl": 1.0}, 2.0), sums).backward()
+    sums = LossSums()
+    forward.loss(batch, DistillationLoss({"kl": 1.0}, 2.0), sums).backward()
     assert abs(sums.read()["kl"]) < 1e-12
     for name in student.trained:
         assert float(student.coefficients[name].value_grad.abs().max()) < 1e-12

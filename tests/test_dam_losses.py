@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from merge_cli.dam.head import Job, Sums, head_loss, logits_loss
-from merge_cli.dam.losses import Objective, Targets
-from merge_cli.dam.optimizers import Optimizer, largest, rate_at
+from merge_cli.dam.head import HeadJob, LossSums, head_loss, logits_loss
+from merge_cli.dam.losses import DistillationLoss, TeacherTargets
+from merge_cli.dam.optimizers import CoefficientOptimizer, largest, rate_at
 from merge_cli.dam.penalties import penalty
 from merge_cli.evaluation.teachers import kept_predictions
 from merge_cli.recipe.training import Training
@@ -29,11 +29,11 @@ def naive_kl(teacher: list[float], student: list[float], k: int, temperature: fl
     return temperature**2 * total
 
 
-def targets_of(logits: torch.Tensor, k: int, temperature: float) -> Targets:
+def targets_of(logits: torch.Tensor, k: int, temperature: float) -> TeacherTargets:
     ids, logp, tail = kept_predictions(logits, k, temperature)
     n = len(logits)
     labels = torch.arange(n) % logits.shape[1]
-    return Targets(labels, torch.full((n,), 1.0 / n, dtype=logits.dtype), ids, logp, tail)
+    return TeacherTargets(labels, torch.full((n,), 1.0 / n, dtype=logits.dtype), ids, logp, tail)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
@@ -42,7 +42,7 @@ def test_kl_in_bins_is_the_naive_one(k: int, temperature: float) -> None:
     generator = torch.Generator().manual_seed(k)
     teacher = torch.randn(4, 30, generator=generator, dtype=torch.float64) * 3
     student = torch.randn(4, 30, generator=generator, dtype=torch.float64) * 3
-    objective = Objective({"kl": 1.0}, temperature)
+    objective = DistillationLoss({"kl": 1.0}, temperature)
     found = objective.terms(student, targets_of(teacher, k, temperature))["kl"]
     for row, value in enumerate(found.tolist()):
         expected = naive_kl(teacher[row].tolist(), student[row].tolist(), k, temperature)
@@ -63,14 +63,16 @@ def test_a_student_outside_the_teachers_top_is_not_perfect() -> None:
         targets.logp.log_softmax(-1) - student.gather(-1, targets.ids).log_softmax(-1)
     )).sum()  # fmt: skip
     assert abs(float(renormalised)) < 1e-12
-    assert float(Objective({"kl": 1.0}).terms(student, targets)["kl"]) > 2
+    assert float(DistillationLoss({"kl": 1.0}).terms(student, targets)["kl"]) > 2
 
 
 def test_a_tiny_tail_is_not_noise() -> None:
     """In float32 log(1 - sum of q_k) would be log(0) here."""
     teacher = torch.tensor([[30.0, 0.0, 0.0, 0.0]])
     student = torch.tensor([[32.0, 0.0, 0.0, 0.0]], requires_grad=True)
-    kl = Objective({"kl": 1.0, "reverse_kl": 1.0}).terms(student, targets_of(teacher, 1, 1.0))
+    kl = DistillationLoss({"kl": 1.0, "reverse_kl": 1.0}).terms(
+        student, targets_of(teacher, 1, 1.0)
+    )
     total = kl["kl"].sum() + kl["reverse_kl"].sum()
     total.backward()
     assert math.isfinite(float(total.detach()))
@@ -84,7 +86,7 @@ def test_other_losses_are_their_definitions() -> None:
     student = torch.randn(3, 12, generator=generator, dtype=torch.float64)
     targets = targets_of(teacher, 12, 1.0)
     names = ("kl", "reverse_kl", "mse", "entropy", "cross_entropy")
-    found = Objective(dict.fromkeys(names, 1.0)).terms(student, targets)
+    found = DistillationLoss(dict.fromkeys(names, 1.0)).terms(student, targets)
     p, q = teacher.log_softmax(-1), student.log_softmax(-1)
     kl = torch.nn.functional.kl_div
     expected = {
@@ -107,14 +109,14 @@ def test_the_head_in_chunks_is_the_head(chunk: int, bias: bool) -> None:
     head = torch.nn.Linear(6, 20, bias=bias).double()
     hidden = torch.randn(9, 6, generator=generator, dtype=torch.float64, requires_grad=True)
     teacher = torch.randn(9, 20, generator=generator, dtype=torch.float64)
-    objective = Objective({"kl": 1.0, "cross_entropy": 0.5}, 2.0)
-    job = Job(targets_of(teacher, 4, 2.0), objective, lambda x: x.tanh() * 3, Sums(), 2.5,
+    objective = DistillationLoss({"kl": 1.0, "cross_entropy": 0.5}, 2.0)
+    job = HeadJob(targets_of(teacher, 4, 2.0), objective, lambda x: x.tanh() * 3, LossSums(), 2.5,
               chunk_bytes=4 * 20 * chunk)  # fmt: skip
     (head_loss(hidden, head, job) * 3).backward()
     ours = [hidden.grad, *(p.grad for p in head.parameters())]
     hidden.grad = None
     head.zero_grad()
-    plain = Job(job.targets, objective, lambda x: x, Sums(), 2.5)
+    plain = HeadJob(job.targets, objective, lambda x: x, LossSums(), 2.5)
     (logits_loss(head(hidden).tanh() * 3, plain) * 3).backward()
     for mine, theirs in zip(ours, [hidden.grad, *(p.grad for p in head.parameters())], strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-14)
@@ -137,8 +139,12 @@ def test_no_logits_of_a_whole_batch_exist() -> None:
     head = torch.nn.Linear(8, vocabulary, bias=False)
     hidden = torch.randn(tokens, 8, requires_grad=True)
     targets = targets_of(torch.randn(tokens, vocabulary), 16, 2.0)
-    job = Job(
-        targets, Objective({"kl": 1.0}, 2.0), lambda x: x, Sums(), chunk_bytes=16 * vocabulary
+    job = HeadJob(
+        targets,
+        DistillationLoss({"kl": 1.0}, 2.0),
+        lambda x: x,
+        LossSums(),
+        chunk_bytes=16 * vocabulary,
     )
     with Watch():
         head_loss(hidden, head, job).backward()
@@ -188,7 +194,7 @@ def test_adamw_is_torchs() -> None:
     start = torch.randn(3, 1, 5, generator=torch.Generator().manual_seed(0))
     ours, theirs = start.clone(), start.clone().requires_grad_()
     reference = torch.optim.AdamW([theirs], lr=1e-2, weight_decay=0.1)
-    optimizer = Optimizer(training)
+    optimizer = CoefficientOptimizer(training)
     for step in range(1, 6):
         grad = torch.randn(3, 1, 5, generator=torch.Generator().manual_seed(step))
         optimizer.move("w", [ours], [grad], 1e-2, step)
@@ -198,7 +204,7 @@ def test_adamw_is_torchs() -> None:
 
 
 def test_mofo_moves_the_largest_momenta_of_each_source() -> None:
-    optimizer = Optimizer(Training(optimizer="mofo", mofo_fraction=0.3))
+    optimizer = CoefficientOptimizer(Training(optimizer="mofo", mofo_fraction=0.3))
     parameter = torch.zeros(2, 1, 10)
     grad = torch.arange(1.0, 21.0).reshape(2, 1, 10)
     optimizer.move("w", [parameter], [grad], 1e-2, 1)

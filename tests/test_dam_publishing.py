@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 import merge_cli
 from merge_cli.checkpoint.coefficients import open_coefficients
 from merge_cli.dam import run as training
-from merge_cli.dam.checkpoint import TrainingFolder, write_coefficients
+from merge_cli.dam.checkpoint import TrainingWorkspace, write_coefficients
 from merge_cli.engine.merge import MergeOptions
 from merge_cli.engine.options import Progress
 from merge_cli.errors import Interrupted, NonFiniteError, ResourceError, UsageError
@@ -103,7 +103,7 @@ def test_coefficients_that_are_not_finite_are_refused(tmp_path: Path, wrong: flo
     with pytest.raises(NonFiniteError, match="odd"):
         open_coefficients(path)
     with (
-        TrainingFolder(tmp_path / "out", "key") as folder,
+        TrainingWorkspace(tmp_path / "out", "key") as folder,
         pytest.raises(NonFiniteError, match="odd"),
     ):
         folder.finish(entries, "soup", {})
@@ -121,7 +121,7 @@ def test_a_plan_keeps_its_shard_size(models: Path, tmp_path: Path) -> None:
 def killed_after_publishing(recipe: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> bytes:
     """OUT is there, and so is OUT.training; the bytes of the report."""
     with monkeypatch.context() as patch:
-        patch.setattr(TrainingFolder, "discard", lambda self: None)
+        patch.setattr(TrainingWorkspace, "discard", lambda self: None)
         merge_cli.merge(recipe, out, options=OPTIONS)
     assert out.with_name("out.training").exists()
     return (out / "merge_report.json").read_bytes()

@@ -23,7 +23,7 @@ from tiny import read_model
 
 import merge_cli
 from merge_cli.console.training import granularity_in_words
-from merge_cli.dam.checkpoint import TrainingFolder
+from merge_cli.dam.checkpoint import TrainingWorkspace
 from merge_cli.dam.heldout import LAMBDAS
 from merge_cli.dam.plan import plan_training
 from merge_cli.dam.trainer import Trainer
@@ -556,10 +556,10 @@ def test_methods_explains_the_dials(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_folder_is_locked(models: Path, tmp_path: Path) -> None:
-    with TrainingFolder(tmp_path / "out", "one") as folder:
+    with TrainingWorkspace(tmp_path / "out", "one") as folder:
         assert folder.record() is None
         with (
             pytest.raises(merge_cli.MergeCliError, match="another training is writing here"),
-            TrainingFolder(tmp_path / "out", "one"),
+            TrainingWorkspace(tmp_path / "out", "one"),
         ):
             pass

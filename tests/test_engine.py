@@ -14,11 +14,11 @@ from tiny import Family, llama_family, merge, read_model, write_model
 
 import merge_cli
 from merge_cli.engine import loop, memory, operands, units, workers
-from merge_cli.engine.compute import Computer
+from merge_cli.engine.compute import MergeExecutor
 from merge_cli.engine.device import choose_device
 from merge_cli.engine.journal import Journal
 from merge_cli.engine.statistics import TensorStats
-from merge_cli.engine.units import cut_units
+from merge_cli.engine.units import cut_chunks
 from merge_cli.errors import Interrupted, UsageError
 from merge_cli.kernels import reduce, select
 from merge_cli.sealed import seal, unseal
@@ -77,7 +77,7 @@ def test_units_and_blocks(
     monkeypatch.setattr(units, "UNIT_BYTES", 256)
     monkeypatch.setattr(operands, "_SAMPLE_RUN", 64)
     tasks = merge_cli.plan(recipe).tasks
-    assert len(cut_units(tasks)) > 2 * len(tasks)
+    assert len(cut_chunks(tasks)) > 2 * len(tasks)
     for runs in (1, 3):
         monkeypatch.setattr(memory, "_HOST_BLOCK", 64 * runs)
         merge(recipe, tmp_path / f"pieces{runs}", threads=runs)
@@ -167,16 +167,16 @@ def test_interrupted_and_resumed(family: Family, tmp_path: Path, case: str) -> N
         interrupt(recipe, tmp_path / "out", stop)
         assert not (tmp_path / "out").exists()
     computed = []
-    real = Computer._merge_unit
+    real = MergeExecutor._merge_unit
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            Computer,
+            MergeExecutor,
             "_merge_unit",
             lambda self, *rest: (computed.append(rest[-1]), real(self, *rest))[1],
         )
         result = merge_cli.merge(recipe, tmp_path / "out")
     plan = merge_cli.plan(recipe)
-    assert 0 < len(computed) < len(cut_units(plan.tasks)) - 15
+    assert 0 < len(computed) < len(cut_chunks(plan.tasks)) - 15
     assert digest(tmp_path / "out") == digest(tmp_path / "whole")
     assert not (tmp_path / "out.partial").exists()
     assert result.report["cost"]["resumed_bytes"] > 0
@@ -272,7 +272,7 @@ def test_every_element_once() -> None:
         return TensorTask("w", (size,), "F32", "merge", (ref,) * 3, (0, 1, 2), (0, 1, 2))
 
     for size in (0, 1, 65_536, 10_000_000, 123_456_789):
-        cut = cut_units([task(size)])
+        cut = cut_chunks([task(size)])
         assert cut[0].start == 0
         assert cut[-1].stop == size
         assert all(a.stop == b.start for a, b in zip(cut, cut[1:], strict=False))
@@ -283,13 +283,13 @@ def test_memory_is_planned(family: Family) -> None:
     plan, cpu = merge_cli.plan(family.recipe("ties")), choose_device("cpu")
     peak = memory.estimated_peak(plan, cpu, merge_cli.MergeOptions())
     assert peak < 500_000_000  # a small model needs little
-    many = memory.lane_room(plan, cpu, merge_cli.MergeOptions(threads=1000))
+    many = memory.worker_memory(plan, cpu, merge_cli.MergeOptions(threads=1000))
     assert many.lanes < 1000  # what does not fit is not begun
     few = merge_cli.MergeOptions(threads=1000, max_memory=memory.MINIMUM_MEMORY)
-    assert 1 <= memory.lane_room(plan, cpu, few).lanes < many.lanes
+    assert 1 <= memory.worker_memory(plan, cpu, few).lanes < many.lanes
     assert memory.estimated_peak(plan, cpu, few) <= memory.MINIMUM_MEMORY
     with pytest.raises(UsageError, match="at least 500 MB"):
-        memory.lane_room(plan, cpu, merge_cli.MergeOptions(max_memory=100_000_000))
+        memory.worker_memory(plan, cpu, merge_cli.MergeOptions(max_memory=100_000_000))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])

@@ -18,10 +18,10 @@ from merge_cli.evaluation.run import evaluate
 from merge_cli.evaluation.tasks import LossTask
 from merge_cli.evolve.asynchronous import Asynchronous
 from merge_cli.evolve.evaluations import Evaluations
-from merge_cli.evolve.evaluator import Job, Outcome
-from merge_cli.evolve.journal import SearchFolder
+from merge_cli.evolve.evaluator import EvaluationJob, EvaluationOutcome
+from merge_cli.evolve.journal import SearchWorkspace
 from merge_cli.evolve.loop import Loop
-from merge_cli.evolve.objectives import Goal, Score, Split, Value
+from merge_cli.evolve.objectives import CandidateScore, Goal, Split, Value
 from merge_cli.evolve.optimizers import make_optimizer
 from merge_cli.evolve.ranking import Ranking
 from merge_cli.evolve.space import Space
@@ -77,16 +77,16 @@ class Threads:
         self._count, self._seconds = count, seconds
         self.most = self.waits = 0
 
-    def run(self, jobs: Iterable[Job]) -> Iterator[Outcome]:
+    def run(self, jobs: Iterable[EvaluationJob]) -> Iterator[EvaluationOutcome]:
         coming, busy = iter(jobs), {}
         done = threading.Condition()
-        finished: list[Outcome] = []
+        finished: list[EvaluationOutcome] = []
 
-        def work(job: Job, genome: float) -> None:
+        def work(job: EvaluationJob, genome: float) -> None:
             time.sleep(self._seconds.get(job.number, 0.0))
             with done:
                 value = {"t": {"loss": Value((genome - 0.3) ** 2, "lower")}}
-                finished.append(Outcome(job.number, value))  # type: ignore[arg-type]
+                finished.append(EvaluationOutcome(job.number, value))  # type: ignore[arg-type]
                 done.notify()
 
         while True:
@@ -110,13 +110,13 @@ class Threads:
 
 def search_with(
     folder: Path, workers: Threads, optimizer: str, evaluations: int = 24, limit: int | None = None
-) -> tuple[Asynchronous, SearchFolder]:
+) -> tuple[Asynchronous, SearchWorkspace]:
     changes = {"optimizer": optimizer, "evaluations": evaluations, "asynchronous": True}
     recipe = make_plan(load_recipe(write_search(folder, changes))).recipe
     search = recipe.search or Search()
     space = Space(recipe, 2)
     split = Split("search", None, (Goal("t"),))  # type: ignore[arg-type]
-    kept = SearchFolder(folder / "run", "key")
+    kept = SearchWorkspace(folder / "run", "key")
     kept.__enter__()
     evaluations_ = Evaluations(kept, workers, lambda progress: None, failures=8, total=24)
     loop = Asynchronous(
@@ -128,7 +128,7 @@ def search_with(
     else:  # killed: what happened until then is in the journal
         stream = evaluations_.stream
 
-        def cut(kind: str, jobs: object) -> Iterator[Outcome]:
+        def cut(kind: str, jobs: object) -> Iterator[EvaluationOutcome]:
             for number, outcome in enumerate(stream(kind, jobs)):  # type: ignore[arg-type]
                 if number == limit:
                     raise KeyboardInterrupt
@@ -197,8 +197,8 @@ def test_generations_cannot_be_thinned_out_without_generations(folder: Path) -> 
 @pytest.mark.parametrize("size", [1.0, 3e5, 1e12])
 def test_ranks_keep_their_order_whatever_the_size_of_a_metric(size: float) -> None:
     ranking = Ranking(1)
-    fine = [Score(x * size, (x * size,)) for x in (0.1, 0.9)]
-    broken = [Score(0.1 * size, (0.1 * size,), v) for v in (1e-3, 1.0, 1e9)]
+    fine = [CandidateScore(x * size, (x * size,)) for x in (0.1, 0.9)]
+    broken = [CandidateScore(0.1 * size, (0.1 * size,), v) for v in (1e-3, 1.0, 1e9)]
     for score in (*fine, *broken):
         ranking.see(score)
     told = [
@@ -234,7 +234,7 @@ def test_constraints_compare_on_the_same_rows(
     seen: set[tuple[float, float]] = set()
     score = Loop._score
 
-    def spy(self: Loop, outcome: Outcome, share: float) -> Score:
+    def spy(self: Loop, outcome: EvaluationOutcome, share: float) -> CandidateScore:
         base = self._base(share)
         assert base is not None
         seen.add((share, next(iter(base.values()))["loss"].value))
@@ -262,7 +262,7 @@ def test_ray_says_what_goes_wrong_in_an_actor(
         def __init__(self, setup: object) -> None:
             pass
 
-        def answer(self, job: Job) -> Outcome:
+        def answer(self, job: EvaluationJob) -> EvaluationOutcome:
             raise ValueError("no such thing")
 
     monkeypatch.setattr(ray_workers, "_Actor", Broken)

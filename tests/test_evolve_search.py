@@ -24,7 +24,7 @@ from test_staging import StrictTransfers
 import merge_cli
 from merge_cli.checkpoint.header import TensorRef
 from merge_cli.checkpoint.source import open_source
-from merge_cli.comparison.cost import Ledger
+from merge_cli.comparison.cost import CostLog
 from merge_cli.engine.device import Device
 from merge_cli.engine.options import MergeOptions
 from merge_cli.engine.planner import load_recipe, make_plan
@@ -45,8 +45,8 @@ from merge_cli.evaluation.spec import EvalSpec
 from merge_cli.evolve import candidate as candidate_module
 from merge_cli.evolve import evaluator as evaluator_module
 from merge_cli.evolve import merger, resident
-from merge_cli.evolve.candidate import LiveMerge
-from merge_cli.evolve.journal import SearchFolder
+from merge_cli.evolve.candidate import MergeableModel
+from merge_cli.evolve.journal import SearchWorkspace
 from merge_cli.evolve.loop import Loop
 from merge_cli.evolve.objectives import Goal, Split, Value, parse_objective
 from merge_cli.evolve.optimizers import make_optimizer
@@ -99,7 +99,7 @@ def test_a_candidate_has_the_weights_that_the_engine_writes(folder: Path, dtype:
         path = folder / f"{name}.yaml"
         path.write_text(yaml.safe_dump(document))
         recipes[name] = load_recipe(path)
-    live = LiveMerge(recipes["ties"], OPTIONS, device="cpu")
+    live = MergeableModel(recipes["ties"], OPTIONS, device="cpu")
     try:
         for name in [*recipes, *reversed(recipes)]:  # twice: from remembered thresholds, too
             live.become(recipes[name])
@@ -120,16 +120,16 @@ def test_where_the_sources_wait_changes_no_bit(
     folder: Path, residency: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The device is played by host memory; the lanes are its own."""
-    made: list[resident.ResidentLane] = []
+    made: list[resident.InMemoryWorker] = []
 
-    def lanes(files: resident.ResidentFiles, device: Any, block: int) -> Any:
-        def lane(number: int) -> resident.ResidentLane:
-            made.append(resident.ResidentLane(files, StrictTransfers(), 256))
+    def lanes(files: resident.InMemoryFiles, device: Any, block: int) -> Any:
+        def lane(number: int) -> resident.InMemoryWorker:
+            made.append(resident.InMemoryWorker(files, StrictTransfers(), 256))
             return made[-1]
 
         return lane
 
-    place = resident.Place(residency, "for the test", 0)  # type: ignore[arg-type]
+    place = resident.SourcesInMemory(residency, "for the test", 0)  # type: ignore[arg-type]
     monkeypatch.setattr(candidate_module, "choose_place", lambda *about: place)
     monkeypatch.setattr(merger, "resident_lanes", lanes)
     if residency == "device":
@@ -143,7 +143,7 @@ def test_where_the_sources_wait_changes_no_bit(
                     "dtype": "bfloat16", "seed": 5}  # fmt: skip
         path.write_text(yaml.safe_dump(document))
         recipes.append(load_recipe(path))
-    live = LiveMerge(recipes[0], replace(OPTIONS, threads=2), device="cpu")
+    live = MergeableModel(recipes[0], replace(OPTIONS, threads=2), device="cpu")
     try:
         for number, recipe in enumerate([*recipes, *recipes]):  # nothing that waits is spoiled
             live.become(recipe)
@@ -167,7 +167,7 @@ def test_candidates_on_a_gpu_are_what_it_writes(folder: Path) -> None:
         "parameters: {density: 0.5}\ndtype: bfloat16\n"
     )
     options = MergeOptions(device="cuda:0")
-    live = LiveMerge(load_recipe(recipe), options, device="cuda:0")
+    live = MergeableModel(load_recipe(recipe), options, device="cuda:0")
     assert live.place.residency == "device"
     live.become(load_recipe(recipe))
     merge_cli.merge(recipe, folder / "out", options=options)
@@ -185,7 +185,7 @@ def test_what_fits_decides_where_the_sources_wait(monkeypatch: pytest.MonkeyPatc
     cuda, cpu = (Device(kind, indexes, "", "") for kind, indexes in (("cuda", (0,)), ("cpu", ())))
 
     def where(device: Device, workers: int = 1, model: int = 2000) -> str:
-        return resident.choose_place([ref, ref], device, workers, model).residency
+        return resident.choose_residency([ref, ref], device, workers, model).residency
 
     assert where(cuda) == "device"
     assert where(cuda, workers=2) == "host"
@@ -203,7 +203,7 @@ def test_what_does_not_change_is_not_merged_again(folder: Path) -> None:
         "  density: 0.5\n  lambda: [{{filter: mlp, value: {}}}, {{value: 1}}]\n"
     )
     recipe.write_text(text.format(0.5))
-    live = LiveMerge(load_recipe(recipe), OPTIONS, device="cpu")
+    live = MergeableModel(load_recipe(recipe), OPTIONS, device="cpu")
     live.become(load_recipe(recipe))
     whole = live.rewritten
     live.become(load_recipe(recipe))
@@ -241,7 +241,7 @@ def test_evaluating_the_merge_from_disk_gives_the_journaled_score(folder: Path) 
     page = (folder / "out" / "merge_report.html").read_text()
     for title in ("Convergence", "Pareto front", "What was found", "What searching cost"):
         assert f"<h2>{title}</h2>" in page
-    cost = Ledger(folder / "costs.jsonl").cost("out", folder / "out")
+    cost = CostLog(folder / "costs.jsonl").cost("out", folder / "out")
     own = [line for line in lines[1:] if line["kind"] in ("candidate", "validation")]
     assert cost.tokens == sum(line["tokens"] for line in own) > 0
     assert cost.forward_passes == sum(line["passes"] for line in own) > 0
@@ -664,16 +664,16 @@ def test_ctrl_c_inside_a_generation_leaves_the_best_of_it(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = write_search(folder)
-    append = SearchFolder.append
+    append = SearchWorkspace.append
     seen: list[dict[str, Any]] = []
 
-    def third(self: SearchFolder, line: dict[str, Any]) -> None:
+    def third(self: SearchWorkspace, line: dict[str, Any]) -> None:
         append(self, line)
         seen.extend([line] if line["kind"] == "candidate" else [])
         if len(seen) == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(SearchFolder, "append", third)
+    monkeypatch.setattr(SearchWorkspace, "append", third)
     with pytest.raises(Interrupted, match=r"stopped after 3 evaluations; the best so far"):
         run_search(recipe, folder / "out")
     best = (folder / "out.search" / "best_recipe.yaml").read_text()

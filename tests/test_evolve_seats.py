@@ -19,8 +19,8 @@ from merge_cli.checkpoint.source import open_source
 from merge_cli.engine.planner import load_recipe
 from merge_cli.errors import MismatchError
 from merge_cli.evaluation.live import load
-from merge_cli.evaluation.seats import find_seats
-from merge_cli.evolve.candidate import LiveMerge
+from merge_cli.evaluation.seats import find_parameter_slices
+from merge_cli.evolve.candidate import MergeableModel
 from merge_cli.recipe.reference import ModelRef
 
 
@@ -51,7 +51,7 @@ def test_a_candidate_of_any_build_has_the_weights_that_the_engine_writes(
         "models": [{"model": "a"}, {"model": "b"}],
     }))  # fmt: skip
     merge_cli.merge(recipe, tmp_path / "out", options=OPTIONS)
-    live = LiveMerge(load_recipe(recipe), OPTIONS, device="cpu")
+    live = MergeableModel(load_recipe(recipe), OPTIONS, device="cpu")
     try:
         live.become(load_recipe(recipe))
         disk = load(open_source(ModelRef(str(tmp_path / "out")), tmp_path), device="cpu")
@@ -72,7 +72,7 @@ def test_a_parameter_that_nothing_stored_fills_is_named(tmp_path: Path) -> None:
     with torch.no_grad():
         dict(net.named_parameters())["model.layers.1.mlp.experts.down_proj"][0, 0, 0] += 1
     with pytest.raises(MismatchError, match="layers.1.mlp.experts.down_proj"):
-        find_seats(plan, net)
+        find_parameter_slices(plan, net)
 
 
 def test_what_could_be_either_of_two_is_not_guessed(tmp_path: Path) -> None:
@@ -95,11 +95,11 @@ def test_what_could_be_either_of_two_is_not_guessed(tmp_path: Path) -> None:
         for norm in ("input_layernorm", "post_attention_layernorm"):
             dict(net.named_parameters())[f"model.layers.0.{norm}.weight"].fill_(1)
     with pytest.raises(MismatchError, match=r"layers.0.input_layernorm"):
-        find_seats(plan, net)
+        find_parameter_slices(plan, net)
     tensors["model.layers.0.n2.weight"] *= 2
     with torch.no_grad():
         dict(net.named_parameters())["model.layers.0.post_attention_layernorm.weight"].fill_(2)
     write_model(tmp_path / "a", tensors, of.to_dict())
-    seats = find_seats(merge_cli.plan(recipe), net)
+    seats = find_parameter_slices(merge_cli.plan(recipe), net)
     second = dict(net.named_parameters())["model.layers.0.post_attention_layernorm.weight"]
     assert seats["model.layers.0.n2.weight"].parameter.data_ptr() == second.data_ptr()

@@ -17,7 +17,7 @@ from merge_cli.methods.registry import get_method
 from merge_cli.methods.resolve import Resolver
 from merge_cli.recipe.load import parse_text
 from merge_cli.recipe.schema import Recipe
-from merge_cli.recipe.search import Searched
+from merge_cli.recipe.search import SearchedParameter
 from merge_cli.recipe.values import interpolate
 
 
@@ -47,16 +47,26 @@ def problems_of(text: str, folder: Path) -> list[str]:
 
 
 RANGES = st.one_of(
-    st.builds(Searched, st.just("weight"), st.floats(-2, 0), st.floats(0.1, 3)),
-    st.builds(Searched, st.just("e"), st.floats(1e-6, 0.01), st.floats(0.1, 3), st.just(True)),
-    st.builds(Searched, st.just("k"), st.integers(-3, 0).map(float), st.integers(1, 9).map(float),
-              st.just(False), st.just(True)),
-    st.builds(Searched, st.just("m"), choices=st.just(("ties", "dare", "soup"))),
-)  # fmt: skip
+    st.builds(SearchedParameter, st.just("weight"), st.floats(-2, 0), st.floats(0.1, 3)),
+    st.builds(
+        SearchedParameter, st.just("e"), st.floats(1e-6, 0.01), st.floats(0.1, 3), st.just(True)
+    ),
+    st.builds(
+        SearchedParameter,
+        st.just("k"),
+        st.integers(-3, 0).map(float),
+        st.integers(1, 9).map(float),
+        st.just(False),
+        st.just(True),
+    ),
+    st.builds(SearchedParameter, st.just("m"), choices=st.just(("ties", "dare", "soup"))),
+)
 
 
 @given(RANGES, st.floats(0, 1))
-def test_a_value_survives_the_way_to_a_number_and_back(searched: Searched, u: float) -> None:
+def test_a_value_survives_the_way_to_a_number_and_back(
+    searched: SearchedParameter, u: float
+) -> None:
     gene = Gene(searched)
     value = gene.value(u)
     assert gene.value(gene.number(value)) == value
@@ -68,7 +78,7 @@ def test_a_value_survives_the_way_to_a_number_and_back(searched: Searched, u: fl
 
 
 @given(RANGES)
-def test_the_ends_of_a_range_are_reached(searched: Searched) -> None:
+def test_the_ends_of_a_range_are_reached(searched: SearchedParameter) -> None:
     gene = Gene(searched)
     ends = searched.choices[:1] + searched.choices[-1:] or (searched.low, searched.high)
     assert (gene.value(0.0), gene.value(1.0)) == ends

@@ -22,7 +22,7 @@ from test_lora import gpt2, llama
 from tiny import read_model
 
 import merge_cli
-from merge_cli.adapters.factors import Cut, factorise, recombine
+from merge_cli.adapters.factors import RankTruncation, factorise, recombine
 from merge_cli.engine.merge import MergeOptions
 from merge_cli.errors import MergeCliError, MismatchError, UsageError
 
@@ -35,7 +35,7 @@ OPTIONS = MergeOptions(device="cpu", threads=1)
 @settings(deadline=None)
 def test_factors_are_the_best_of_their_rank(rows: int, columns: int, rank: int, seed: int) -> None:
     matrix = np.random.default_rng(seed).normal(size=(rows, columns)).astype(np.float32)
-    found = factorise(matrix, Cut(rank))
+    found = factorise(matrix, RankTruncation(rank))
     assert found is not None
     values = np.linalg.svd(matrix.astype(np.float64), compute_uv=False)
     kept = min(rank, len(values))
@@ -49,7 +49,7 @@ def test_factors_are_the_best_of_their_rank(rows: int, columns: int, rank: int, 
 def test_a_drawn_subspace_is_nearly_the_best(shape: tuple[int, int]) -> None:
     generator = np.random.default_rng(0)
     matrix = generator.normal(size=shape) @ np.diag(1.0 / np.arange(1, shape[1] + 1))
-    found = factorise(matrix.astype(np.float32), Cut(8))
+    found = factorise(matrix.astype(np.float32), RankTruncation(8))
     values = np.linalg.svd(matrix, compute_uv=False) ** 2
     assert found is not None
     assert found.share == pytest.approx(values[:8].sum() / values.sum(), rel=1e-4)
@@ -59,20 +59,26 @@ def test_a_drawn_subspace_is_nearly_the_best(shape: tuple[int, int]) -> None:
 
 def test_energy_ends_as_early_as_it_can() -> None:
     matrix = np.diag([3.0, 2.0, 1.0, 0.0]).astype(np.float32)
-    cuts = [*(Cut(None, energy) for energy in (9 / 14, 0.65, 13 / 14, 1.0)), Cut(1, 0.9)]
+    cuts = [
+        *(RankTruncation(None, energy) for energy in (9 / 14, 0.65, 13 / 14, 1.0)),
+        RankTruncation(1, 0.9),
+    ]
     found = [factorise(matrix, cut) for cut in cuts]
     assert [one.rank for one in found if one] == [1, 2, 2, 3, 1]
-    assert factorise(0 * matrix, Cut(2)) is None
+    assert factorise(0 * matrix, RankTruncation(2)) is None
 
 
 def test_a_product_of_thin_matrices_is_cut_without_being_made() -> None:
     generator = np.random.default_rng(1)
     left, right = generator.normal(size=(40, 6)), generator.normal(size=(6, 50))
-    found = recombine(left, right, Cut())
+    found = recombine(left, right, RankTruncation())
     assert found is not None
     assert found.rank == 6
     np.testing.assert_allclose(found.left.astype(np.float64) @ found.right, left @ right, atol=1e-4)
-    cut, full = recombine(left, right, Cut(3)), factorise((left @ right).astype(np.float32), Cut(3))
+    cut, full = (
+        recombine(left, right, RankTruncation(3)),
+        factorise((left @ right).astype(np.float32), RankTruncation(3)),
+    )
     assert cut is not None
     assert full is not None
     np.testing.assert_allclose(cut.left @ cut.right, full.left @ full.right, atol=1e-4)

@@ -22,7 +22,7 @@ import yaml
 from dam_tiny import config, write_data, write_tokenizer
 
 from merge_cli.console.plans import before_merge
-from merge_cli.drafting.draft import study
+from merge_cli.drafting.draft import study_models
 from merge_cli.engine.merge import check_target
 from merge_cli.engine.options import MergeOptions
 from merge_cli.engine.planner import load_recipe
@@ -135,7 +135,7 @@ def searching(folder: Path) -> None:
 
 
 def drafting(folder: Path) -> None:
-    study(str(folder / "base"), [str(folder / "a"), str(folder / "b")], read=False)
+    study_models(str(folder / "base"), [str(folder / "a"), str(folder / "b")], read=False)
 
 
 @pytest.mark.parametrize("verb", [plain, slices, dam, statistics, searching, drafting])

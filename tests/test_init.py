@@ -21,8 +21,8 @@ from tiny import Family, llama_config, llama_tensors, read_model, write_model
 
 import merge_cli
 from merge_cli.console.questions import Questions
-from merge_cli.drafting import draft as drafting
-from merge_cli.drafting.draft import draft, study
+from merge_cli.drafting import scaffold as drafting
+from merge_cli.drafting.draft import scaffold, study_models
 from merge_cli.errors import MismatchError, UsageError
 from merge_cli.methods.registry import all_methods
 
@@ -69,8 +69,8 @@ def test_every_method(family: Family, tmp_path: Path, method) -> None:
     models = [str(family.folder / name) for name in names]
     based = method.needs_base or len(models) == 1  # two models to look at, at least
     base = str(family.folder / "base") if based else None
-    found = study(base, models, read=False)
-    made = draft(found, tmp_path / "r.yaml", method.name)
+    found = study_models(base, models, read=False)
+    made = scaffold(found, tmp_path / "r.yaml", method.name)
     assert made.method == method.name
     (tmp_path / "r.yaml").write_text(made.text)
     recipe = written(tmp_path / "r.yaml")
@@ -91,8 +91,8 @@ def test_aliases_are_methods(family: Family, tmp_path: Path) -> None:
 
 def test_without_a_base(family: Family, tmp_path: Path) -> None:
     for read in (True, False):
-        found = study(None, [str(family.folder / n) for n in ("a", "b")], read=read)
-        made = draft(found, tmp_path / "r.yaml")
+        found = study_models(None, [str(family.folder / n) for n in ("a", "b")], read=read)
+        made = scaffold(found, tmp_path / "r.yaml")
         assert made.method == "soup"
         assert "--base" in made.text
         assert "slerp" in made.text
@@ -106,9 +106,9 @@ def test_nothing_is_overwritten(family: Family, tmp_path: Path) -> None:
     assert path.read_text() == "mine\n"
     assert cli(*arguments, "--overwrite").returncode == 0
     assert written(path)["merge_method"] == "task_arithmetic"
-    made = draft(study(None, [str(family.folder / n) for n in "ab"], read=False), path)
+    made = scaffold(study_models(None, [str(family.folder / n) for n in "ab"], read=False), path)
     with pytest.raises(UsageError, match="exists"):  # made meanwhile, by somebody else
-        drafting.write_draft(made, path, overwrite=False)
+        drafting.write_scaffold(made, path, overwrite=False)
     failed(cli("init", *flags(family, "a", "b"), "-o", tmp_path), 2, "is a folder")
     failed(cli("init", *flags(family, "a", "b"), "-o", tmp_path / "no" / "r.yaml"), 2, "no such")
 
@@ -145,10 +145,10 @@ def test_other_vocabularies_are_brought_together(family: Family, tmp_path: Path)
         text = json.dumps({"version": "1.0", "model": model})
         (family.folder / name / "tokenizer.json").write_text(text)
     base = str(family.folder / "base")
-    found = study(base, [str(family.folder / n) for n in "abc"])
+    found = study_models(base, [str(family.folder / n) for n in "abc"])
     assert sum("another vocabulary" in note for note in found.notes) == 2
     for method in (None, "ties"):
-        made = draft(found, tmp_path / "r.yaml", method)
+        made = scaffold(found, tmp_path / "r.yaml", method)
         recipe = yaml.safe_load(made.text)
         assert recipe["tokenizer"]["source"] == "union"
         assert "# tokenizer source union: the vocabularies differ" in made.text
@@ -156,19 +156,19 @@ def test_other_vocabularies_are_brought_together(family: Family, tmp_path: Path)
     (tmp_path / "r.yaml").write_text(made.text)
     merged = read_model(merge_cli.merge(tmp_path / "r.yaml", tmp_path / "out").path)
     assert len(merged["model.embed_tokens.weight"]) == 49
-    same = study(base, [str(family.folder / "a")])
-    assert "tokenizer" not in yaml.safe_load(draft(same, tmp_path / "r.yaml").text)
+    same = study_models(base, [str(family.folder / "a")])
+    assert "tokenizer" not in yaml.safe_load(scaffold(same, tmp_path / "r.yaml").text)
     (family.folder / "a" / "tokenizer.json").unlink()  # says nothing of its tokens
-    silent = study(base, [str(family.folder / "a")], read=False)
-    assert "tokenizer" not in yaml.safe_load(draft(silent, tmp_path / "r.yaml").text)
+    silent = study_models(base, [str(family.folder / "a")], read=False)
+    assert "tokenizer" not in yaml.safe_load(scaffold(silent, tmp_path / "r.yaml").text)
 
 
 def test_the_same_model_twice(family: Family, tmp_path: Path) -> None:
     shutil.copytree(family.folder / "a", family.folder / "copy")
-    found = study(None, [str(family.folder / "a"), str(family.folder / "copy")])
+    found = study_models(None, [str(family.folder / "a"), str(family.folder / "copy")])
     with pytest.raises(MismatchError, match="Nothing is left to merge"):
-        draft(found, tmp_path / "r.yaml")
-    assert draft(found, tmp_path / "r.yaml", "soup").method == "soup"  # who insists
+        scaffold(found, tmp_path / "r.yaml")
+    assert scaffold(found, tmp_path / "r.yaml", "soup").method == "soup"  # who insists
 
 
 def test_large_models_are_not_read(
@@ -176,14 +176,16 @@ def test_large_models_are_not_read(
 ) -> None:
     monkeypatch.setattr(drafting, "READ_AT_MOST", 1000)
     base = str(family.folder / "base")
-    found = study(base, [str(family.folder / n) for n in "ab"])
+    found = study_models(base, [str(family.folder / n) for n in "ab"])
     assert any("merge-cli analyze says more" in note for note in found.notes)
 
 
 def test_several_dtypes(family: Family, tmp_path: Path) -> None:
     folder = family.folder
     write_model(folder / "full", llama_tensors(torch.Generator()), llama_config())  # float32
-    made = draft(study(str(folder / "base"), [str(folder / "full")], read=False), tmp_path / "r")
+    made = scaffold(
+        study_models(str(folder / "base"), [str(folder / "full")], read=False), tmp_path / "r"
+    )
     assert "dtype" not in yaml.safe_load(made.text)
     assert "several dtypes" in made.text
 
@@ -197,18 +199,18 @@ def test_hub_models_are_pinned_and_their_cards_read(
         if name != "base":
             files["README.md"] = b"---\nbase_model: org/base\n---\n"
         commits[name] = hub.add(f"org/{name}", files)
-    found = study(None, ["org/a", "org/b"])
+    found = study_models(None, ["org/a", "org/b"])
     assert "by their cards they were made from org/base: give it as the base" in found.notes
     assert hub.sent("model.safetensors") < 100_000  # headers alone
-    found = study("org/base", ["org/a", "hf://org/b"])
+    found = study_models("org/base", ["org/a", "hf://org/b"])
     assert not any("cards" in note for note in found.notes)
-    made = draft(found, tmp_path / "r.yaml")
+    made = scaffold(found, tmp_path / "r.yaml")
     recipe = yaml.safe_load(made.text)
     assert recipe["base_model"] == f"org/base@{commits['base']}"
     assert recipe["models"][1]["model"] == f"hf://org/b@{commits['b']}"
-    swapped = study(None, ["org/base", "org/a", "org/b"])
+    swapped = study_models(None, ["org/base", "org/a", "org/b"])
     assert any("from org/base: give it as the base" in note for note in swapped.notes)
-    wrong = study(str(family.folder / "c"), ["org/a", "org/b"])
+    wrong = study_models(str(family.folder / "c"), ["org/a", "org/b"])
     assert any("were made from org/base, not from" in n for n in wrong.notes)
 
 

@@ -18,7 +18,7 @@ from hub_server import HubServer
 from test_headers_alone import write_sparse
 from tiny import llama_config, write_model
 
-from merge_cli.evaluation.digest import remembered_digest
+from merge_cli.evaluation.digest import cached_fingerprint
 
 # A second on an idle machine; tests share theirs. What is interrupted would take minutes.
 PATIENCE = 30.0
@@ -99,7 +99,7 @@ def test_hashing(tmp_path: Path, verb: str, monkeypatch: pytest.MonkeyPatch) -> 
         arguments = ["run", recipe, "out"]
     monkeypatch.setenv("MERGE_CLI_CACHE", str(tmp_path / "cache"))
     interrupted(arguments, lambda pid: has_read(pid, 1_000_000_000), tmp_path)
-    assert remembered_digest(tmp_path / "a") is None  # it was read in part
+    assert cached_fingerprint(tmp_path / "a") is None  # it was read in part
 
 
 def test_fetching(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import yaml
 from tiny import Tensors, read_model, write_model
 
 import merge_cli
-from merge_cli.checkpoint.joined import Joined, Part, cut
+from merge_cli.checkpoint.joined import JoinedTensor, TensorPart, cut
 from merge_cli.checkpoint.source import open_source
 from merge_cli.checkpoint.stored import read_numbers, reading
 from merge_cli.engine.merge import MergeOptions
@@ -181,7 +181,7 @@ def test_any_span_of_joined_tensors(tmp_path: Path) -> None:
     tensors = open_source(ModelRef(str(tmp_path / "m")), tmp_path).tensors
     whole = torch.cat([value.float() for value in values.values()]).flatten()
     for names, kind in (("ab", "F32"), ("abc", "F32"), ("c", "BF16")):
-        joined = Joined("j", (1, 4), [tensors[name] for name in names])
+        joined = JoinedTensor("j", (1, 4), [tensors[name] for name in names])
         expected = torch.cat([values[name].float() for name in names]).flatten()
         assert (joined.dtype, joined.size) == (kind, expected.numel())
         with reading() as read:
@@ -189,9 +189,9 @@ def test_any_span_of_joined_tensors(tmp_path: Path) -> None:
                 for stop in range(start + 1, joined.size + 1):
                     found = torch.from_numpy(read_numbers(read, joined, start, stop - start))
                     assert torch.equal(found, expected[start:stop])
-    joined = Joined("j", (6, 4), [tensors[name] for name in "abc"])
+    joined = JoinedTensor("j", (6, 4), [tensors[name] for name in "abc"])
     part = cut(joined, "p", 5, (2, 5))
-    assert isinstance(part, Part)
+    assert isinstance(part, TensorPart)
     assert part.nbytes == 40
     with reading() as read:
         assert torch.equal(torch.from_numpy(read_numbers(read, part, 2, 7)), whole[7:14])

@@ -13,7 +13,7 @@ import pytest
 from tiny import Family
 
 from merge_cli import lifeline
-from merge_cli.comparison.cost import Ledger, run_merge
+from merge_cli.comparison.cost import CostLog, run_merge
 
 SLEEPER = "import pathlib, os, sys, time; pathlib.Path(sys.argv[1]).write_text(str(os.getpid()))\n"
 STUCK = "import time; time.sleep(60)\n"
@@ -90,7 +90,7 @@ def test_a_comparison_that_is_killed_and_run_again_at_once(family: Family, tmp_p
     parent.kill()
     parent.wait()
     for _ in range(2):
-        run_merge(recipe, out, [], Ledger(costs))
+        run_merge(recipe, out, [], CostLog(costs))
         assert (out / "model.safetensors").exists()
     assert not list(tmp_path.glob("out.partial*"))
 

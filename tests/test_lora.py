@@ -287,12 +287,12 @@ def test_what_the_base_was_worth_is_not_taken_for_the_adapters(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Results are kept by a folder's content; the adapter is not in it."""
-    from merge_cli.evaluation.digest import source_digest
+    from merge_cli.evaluation.digest import source_fingerprint
 
     write(tmp_path, llama, 1, r=4, target_modules=LINEAR)
     plan = make_plan(load_recipe(passthrough(tmp_path)))
     with pytest.raises(SourceError, match="an adapter is applied while merging"):
-        source_digest(plan.sources[0])
+        source_fingerprint(plan.sources[0])
 
 
 def test_an_adapter_on_an_fp8_base(tmp_path: Path) -> None:

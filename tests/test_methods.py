@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import Family, llama_family, merge, to_array
 
-from merge_cli.engine.layers import place_of
+from merge_cli.engine.layers import layer_key_of
 from merge_cli.kernels.elect import disjoint_mean
 from merge_cli.methods.registry import all_methods, get_method
 
@@ -98,7 +98,7 @@ def test_ties_in_storage_dtypes(tmp_path: Path, dtype: torch.dtype) -> None:
 
 def plan_order(family: Family) -> list[str]:
     def key(name: str) -> tuple[int, int, str]:
-        place = place_of(name)
+        place = layer_key_of(name)
         return (1, place.index, place.rest) if place else (2 * ("norm" in name), 0, name)
 
     return sorted(family.base, key=key)
@@ -215,7 +215,7 @@ def test_slerp_turns_around_far_models(tmp_path: Path) -> None:
     )
     merged = merge(tmp_path / "r.yaml", tmp_path / "out")
     for name, tensor in merged.items():
-        place = place_of(name)
+        place = layer_key_of(name)
         t = place.index / 3 if place else 0.0
         expected = oracles.slerp(to_array(one.base[name]), to_array(other.base[name]), t)
         assert_close(tensor, expected)

@@ -13,7 +13,7 @@ from tiny import Family, llama_config, llama_family, llama_tensors, merge, read_
 import merge_cli
 from merge_cli.checkpoint.config import merged_config
 from merge_cli.checkpoint.header import promoted
-from merge_cli.engine.layers import comes_after_layers, main_stack, place_of, stacks
+from merge_cli.engine.layers import comes_after_layers, layer_key_of, layer_stacks, main_stack
 from merge_cli.engine.plan import Plan
 from merge_cli.errors import MismatchError, RecipeError, ResourceError, SourceError, UsageError
 
@@ -196,17 +196,17 @@ def test_a_missing_head_that_is_not_tied(tmp_path: Path) -> None:
     ],
 )
 def test_layers_are_found_in_names(name: str, stack: str, index: int) -> None:
-    place = place_of(name)
+    place = layer_key_of(name)
     assert place is not None
     assert (place.stack, place.index, place.name(index)) == (stack, index, name)
 
 
 def test_stacks() -> None:
     names = ["vision.layers.0.w", "vision.layers.1.w", "text.layers.0.w", "text.norm.weight"]
-    assert stacks(names) == {"vision.layers": 2, "text.layers": 1}
+    assert layer_stacks(names) == {"vision.layers": 2, "text.layers": 1}
     assert main_stack(names, {"text_config": {"num_hidden_layers": 1}}) == "text.layers"
     assert main_stack(names, {}) is None
-    assert place_of("model.norm.weight") is None
+    assert layer_key_of("model.norm.weight") is None
     for name, stack in [
         ("model.norm.weight", "model.layers"), ("lm_head.weight", "model.layers"),
         ("ln_f.bias", "h"), ("transformer.ln_f.bias", "transformer.h"),
@@ -412,9 +412,9 @@ def test_many_slices_take_no_longer_than_one(
 
     def counted(name: str) -> Any:
         seen.append(name)
-        return place_of(name)
+        return layer_key_of(name)
 
-    monkeypatch.setattr("merge_cli.engine.layers.place_of", counted)
+    monkeypatch.setattr("merge_cli.engine.layers.layer_key_of", counted)
     plan = plan_of(tmp_path, "merge_method: soup\nslices:\n" + parts)
     assert {task.name for task in plan.tasks} == set(family.base)
     assert len(seen) == len(set(seen)) == len(family.base)

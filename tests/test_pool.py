@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from merge_cli.engine.lanes import Clock
+from merge_cli.engine.lanes import StageClock
 from merge_cli.engine.pool import Pool
 
 
@@ -20,7 +20,7 @@ class NoLane:
     block = 1
 
     def __init__(self, number: int = 0) -> None:
-        self.clock, self.closed = Clock(), False
+        self.clock, self.closed = StageClock(), False
 
     def active(self) -> Any:
         return nullcontext()

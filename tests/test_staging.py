@@ -13,7 +13,7 @@ from tiny import Family, llama_config, llama_tensors, merge, write_model
 
 from merge_cli.engine import loop, staging, workers
 from merge_cli.engine.lanes import Files
-from merge_cli.engine.staging import StagedLane
+from merge_cli.engine.staging import StagedWorker
 
 
 class StrictTransfers:
@@ -56,13 +56,13 @@ class StrictTransfers:
 
 
 @pytest.fixture
-def lanes(monkeypatch: pytest.MonkeyPatch) -> list[StagedLane]:
+def lanes(monkeypatch: pytest.MonkeyPatch) -> list[StagedWorker]:
     """Merges run on staged lanes, which are collected here."""
-    made: list[StagedLane] = []
+    made: list[StagedWorker] = []
 
     def factory(files: Files, device: Any, arithmetic: str, room: Any) -> Any:
-        def lane(number: int) -> StagedLane:
-            made.append(StagedLane(files, StrictTransfers(), 256))
+        def lane(number: int) -> StagedWorker:
+            made.append(StagedWorker(files, StrictTransfers(), 256))
             return made[-1]
 
         return lane
@@ -99,7 +99,7 @@ def test_fp8_the_same_bytes_as_on_the_host(tmp_path: Path, request: pytest.Fixtu
     assert digest(tmp_path / "host") == digest(tmp_path / "staged")
 
 
-def test_buffers_stay_small(family: Family, tmp_path: Path, lanes: list[StagedLane]) -> None:
+def test_buffers_stay_small(family: Family, tmp_path: Path, lanes: list[StagedWorker]) -> None:
     merge(write_recipe(family, "ties"), tmp_path / "out", threads=2)
     sizes = [lane._transfers.largest for lane in lanes]  # type: ignore[attr-defined]
     assert max(sizes) <= 256 * 4 * 4  # a block of the base and three sources, float32

@@ -33,7 +33,7 @@ from merge_cli.cli import app
 from merge_cli.engine.journal import work_key
 from merge_cli.engine.planner import load_recipe
 from merge_cli.errors import MismatchError, NonFiniteError, SourceError
-from merge_cli.gathering.plan import plan_gathering
+from merge_cli.gathering.plan import plan_calibration
 
 __all__ = ["cache", "models"]
 pytestmark = [
@@ -48,7 +48,7 @@ def test_experts_that_are_stored_one_by_one_are_the_mean_in_regmean(tmp_path: Pa
     write_experts(tmp_path, "mixtral", dtype=torch.float32)
     write_data(tmp_path)
     recipe = write_recipe(tmp_path, "regmean")
-    decided = plan_gathering(plan_of(recipe), "cpu")
+    decided = plan_calibration(plan_of(recipe), "cpu")
     result = merge_cli.merge(recipe, tmp_path / "out", options=CPU)
     assert result.report["gathered"]["means"] == decided.means >= 2 * 4 * 3
     found = load_file(result.path / "model.safetensors")
@@ -63,7 +63,7 @@ def test_stacked_experts_have_importances_of_their_own(tmp_path: Path, kind: str
     write_data(tmp_path)
     recipe = write_recipe(tmp_path, "fisher")
     plan = plan_of(recipe)
-    assert plan_gathering(plan, "cpu").means == 0
+    assert plan_calibration(plan, "cpu").means == 0
     (file, _), examples = gathered(recipe).files, examples_of(recipe)[0]
     net = slow_net(tmp_path / "a")
     net.set_experts_implementation("eager")  # the grouped product has no float64
@@ -218,7 +218,7 @@ def test_a_comparison_counts_what_was_looked_at(models: Path) -> None:
         [recipe], models / "a.jsonl", models / "compared", options=["--device", "cpu", "-q"]
     )
     cost = found.comparison["fisher"].cost
-    parts = plan_gathering(plan_of(recipe), "cpu").parts
+    parts = plan_calibration(plan_of(recipe), "cpu").parts
     assert cost.tokens == sum(part.examples.tokens for part in parts)
     assert cost.forward_passes == cost.backward_passes == 10
 

@@ -22,8 +22,8 @@ import merge_cli
 from merge_cli.engine.journal import work_key
 from merge_cli.errors import Interrupted, ResourceError, SourceError
 from merge_cli.evaluation.digest import source_identity
-from merge_cli.gathering.plan import plan_gathering
-from merge_cli.gathering.run import gather, known
+from merge_cli.gathering.plan import plan_calibration
+from merge_cli.gathering.run import calibrate, known
 from merge_cli.gathering.store import Writer, find, making
 
 __all__ = ["cache", "models"]
@@ -54,8 +54,8 @@ def test_rounds_change_nothing(models: Path) -> None:
     for rounds in (None, 3, 100):
         recipe = write_recipe(models, "regmean", statistics={"rounds": rounds})
         plan = plan_of(recipe)
-        digests.append(gather(plan, CPU, silent).gathered.digests)  # type: ignore[union-attr]
-        for part in plan_gathering(plan, "cpu", source_identity).parts:
+        digests.append(calibrate(plan, CPU, silent).gathered.digests)  # type: ignore[union-attr]
+        for part in plan_calibration(plan, "cpu", source_identity).parts:
             part.place.unlink()
     assert digests[0] == digests[1] == digests[2]
 
@@ -87,7 +87,7 @@ def test_the_resolved_recipe_gives_the_same_bytes(models: Path, method: str) -> 
     assert [one["statistics"] for one in origin] == [
         one["digest"] for one in result.report["gathered"]["sources"]
     ]
-    for part in plan_gathering(plan_of(resolved), "cpu", source_identity).parts:
+    for part in plan_calibration(plan_of(resolved), "cpu", source_identity).parts:
         part.place.unlink()
     again = merge_cli.merge(resolved, models / "again", options=CPU)
     assert (again.path / "model.safetensors").read_bytes() == (
@@ -165,7 +165,7 @@ def test_a_killed_process_leaves_nothing_that_is_believed(models: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code, recipe, models / "out"], timeout=300)
     assert done.returncode == -signal.SIGKILL
-    parts = plan_gathering(plan_of(recipe), "cpu", source_identity).parts
+    parts = plan_calibration(plan_of(recipe), "cpu", source_identity).parts
     assert [part.found is not None for part in parts] == [True, False]
     killed = merged(recipe, models / "out")
     for part in parts:
@@ -188,7 +188,7 @@ def test_other_statistics_are_other_work(models: Path) -> None:
     """An interrupted merge is not continued with statistics of other examples."""
     keys = []
     for examples in (5, 4):
-        plan = gather(
+        plan = calibrate(
             plan_of(write_recipe(models, "fisher", statistics={"examples": examples})), CPU, silent
         )
         keys.append(work_key(plan, "cpu", True))

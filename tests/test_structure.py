@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny import llama_config, llama_family, llama_tensors, write_model
 
 import merge_cli
-from merge_cli.checkpoint.class_config import Unknown
+from merge_cli.checkpoint.class_config import UnknownClass
 from merge_cli.checkpoint.config import merged_config
 from merge_cli.engine import structure
 from merge_cli.engine.merge import MergeOptions
@@ -249,7 +249,7 @@ def test_a_fault_of_the_sources_is_a_note(tmp_path: Path) -> None:
     ],
 )
 def test_a_class_that_is_not_known(keys: dict[str, Any], words: str) -> None:
-    with pytest.raises(Unknown, match=words):
+    with pytest.raises(UnknownClass, match=words):
         build({**llama_config(), **keys}, {})
 
 

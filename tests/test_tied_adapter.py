@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from merge_cli.checkpoint.header import TensorRef
-from merge_cli.checkpoint.lora import Applied, apply_adapter
+from merge_cli.checkpoint.lora import AppliedAdapter, apply_adapter
 from merge_cli.checkpoint.tied_adapter import changed_config, find_ends
 from merge_cli.errors import MismatchError, SourceError
 
@@ -27,7 +27,7 @@ def refs(shapes: dict[str, tuple[int, ...]]) -> dict[str, TensorRef]:
 def applied(
     base: dict[str, tuple[int, ...]], adapter: dict[str, tuple[int, ...]], about: dict[str, Any],
     **config: Any,
-) -> Applied:  # fmt: skip
+) -> AppliedAdapter:  # fmt: skip
     stored = refs({PREFIX + name: shape for name, shape in adapter.items()})
     return apply_adapter(refs(base), {**CONFIG, **config}, stored, label="base+adapter", stamp="",
                          base=about)  # fmt: skip

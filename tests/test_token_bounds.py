@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny import Tensors, write_model
 
-from merge_cli.engine.layers import place_of, stacks
+from merge_cli.engine.layers import layer_key_of, layer_stacks
 from merge_cli.engine.planner import load_recipe, make_plan
 from merge_cli.errors import RecipeError, SourceError
 
@@ -85,6 +85,6 @@ def test_padding_has_a_bound(multiple: Any, tmp_path: Path) -> None:
 
 
 def test_a_number_in_a_name_that_no_layer_has() -> None:
-    assert place_of("model.layers.99999.mlp.weight")
+    assert layer_key_of("model.layers.99999.mlp.weight")
     names = [f"model.layers.{number}.mlp.weight" for number in (0, 1, 10**9, int("9" * 4000))]
-    assert stacks(names) == {"model.layers": 2}
+    assert layer_stacks(names) == {"model.layers": 2}

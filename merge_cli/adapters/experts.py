@@ -13,7 +13,7 @@ from typing import Any
 
 from merge_cli.adapters.factors import Factors
 from merge_cli.adapters.folder import AdapterFolder
-from merge_cli.checkpoint.expert_adapters import ExpertPlace, in_order
+from merge_cli.checkpoint.expert_adapters import ExpertPosition, in_order
 
 # The first version of PEFT that takes B A of an expert as [outputs, inputs], as we write it.
 NEWEST = "0.19.1"
@@ -32,7 +32,7 @@ class ExpertStacks:
         places: of everything that will come, by any name.
     """
 
-    def __init__(self, writer: AdapterFolder, places: Mapping[str, ExpertPlace]) -> None:
+    def __init__(self, writer: AdapterFolder, places: Mapping[str, ExpertPosition]) -> None:
         self._writer, self._places = writer, places
         self._waiting: dict[_Parameter, dict[int, Factors | None]] = {}
         self._siblings: dict[str, list[str]] = {}
@@ -52,7 +52,7 @@ class ExpertStacks:
             self._write(parameter, [known[i] for i in range(place.count)], place)
 
     def _write(
-        self, parameter: _Parameter, experts: Iterable[Factors | None], place: ExpertPlace
+        self, parameter: _Parameter, experts: Iterable[Factors | None], place: ExpertPosition
     ) -> None:
         own = list(experts)
         a, b, rank = _joined(own, place.shape)

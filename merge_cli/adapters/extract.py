@@ -16,18 +16,18 @@ from typing import Any
 
 from merge_cli.adapters.card import extraction_card
 from merge_cli.adapters.experts import NEWEST, ExpertStacks
-from merge_cli.adapters.factors import Cut, Factors, factorise
+from merge_cli.adapters.factors import Factors, RankTruncation, factorise
 from merge_cli.adapters.folder import AdapterFolder, adapter_config
 from merge_cli.adapters.output import adapter_output
 from merge_cli.adapters.pair import plan_pair
-from merge_cli.adapters.skeleton import Part, Seat, Skeleton
+from merge_cli.adapters.skeleton import AdapterPart, ModuleMap, ModuleParameter
 from merge_cli.adapters.threads import in_threads, threads_for
 from merge_cli.checkpoint.stored import read_numbers, reading
 from merge_cli.checkpoint.tensors import Read
 from merge_cli.engine.device import choose_device
 from merge_cli.engine.inputs import inputs_of
-from merge_cli.engine.merge import fetch_inputs, precious
-from merge_cli.engine.options import Progress, Show
+from merge_cli.engine.merge import fetch_inputs, protected_paths
+from merge_cli.engine.options import OnProgress, Progress
 from merge_cli.engine.plan import Plan, TensorTask
 from merge_cli.engine.workers import memory_errors, one_torch_thread
 from merge_cli.errors import UsageError
@@ -56,7 +56,7 @@ class ModuleChange:
 
 
 @dataclass(frozen=True)
-class Extracted:
+class ExtractedAdapter:
     """A finished adapter.
 
     Attributes:
@@ -79,22 +79,39 @@ class Extracted:
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "path": str(self.path), "bytes": self.bytes, "model_bytes": self.model_bytes,
-            "share": self.share, "notes": list(self.notes),
+            "path": str(self.path),
+            "bytes": self.bytes,
+            "model_bytes": self.model_bytes,
+            "share": self.share,
+            "notes": list(self.notes),
             "changes": [
-                {"name": c.name, "squares": c.squares, "share": c.share, "rank": c.rank,
-                 **({"why": c.why} if c.why else {})} for c in self.changes
+                {
+                    "name": c.name,
+                    "squares": c.squares,
+                    "share": c.share,
+                    "rank": c.rank,
+                    **({"why": c.why} if c.why else {}),
+                }
+                for c in self.changes
             ],
-        }  # fmt: skip
+        }
 
 
 def extract_lora(
-    model: str | Path, out: str | Path, *, base: str | Path, rank: int | None = None,
-    energy: float | None = None, embeddings: bool = False,
-    include: Sequence[str] = (), exclude: Sequence[str] = (),
-    device: str = "auto", overwrite: bool = False, fresh: bool = False,
-    show: Show = lambda progress: None,
-) -> Extracted:  # fmt: skip
+    model: str | Path,
+    out: str | Path,
+    *,
+    base: str | Path,
+    rank: int | None = None,
+    energy: float | None = None,
+    embeddings: bool = False,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    device: str = "auto",
+    overwrite: bool = False,
+    fresh: bool = False,
+    show: OnProgress = lambda progress: None,
+) -> ExtractedAdapter:
     """Write what a fine-tune has changed as an adapter that PEFT loads onto its base.
 
     Args:
@@ -118,21 +135,21 @@ def extract_lora(
     fetch_inputs(plan, show)
     chosen = choose_device(device)
     place = f"cuda:{chosen.indexes[0]}" if chosen.indexes else "cpu"
-    skeleton = Skeleton(plan.sources[plan.base or 0])
+    skeleton = ModuleMap(plan.sources[plan.base or 0])
     seats = skeleton.seats({task.name: task.shape for task in plan.tasks})
     turned = any(seat.kind == "conv1d" for seat in seats.values())
-    choice = _Choice(tuple(include), tuple(exclude), turned, embeddings)
+    choice = _Selection(tuple(include), tuple(exclude), turned, embeddings)
     tasks = {task.name: task for task in plan.tasks}
     parts = _experts(skeleton, tasks, choice)
     inside = {name for part in parts for name in part.tensors}
     choice = replace(choice, stacks=frozenset(part.place.module for part in parts))
-    jobs: list[TensorTask | Part] = [t for t in plan.tasks if t.name not in inside]
+    jobs: list[TensorTask | AdapterPart] = [t for t in plan.tasks if t.name not in inside]
     jobs += parts
     changes: list[ModuleChange] = []
     whole: list[TensorTask] = []
 
-    def look(task: TensorTask | Part) -> Factors | float | None:
-        if isinstance(task, Part):
+    def look(task: TensorTask | AdapterPart) -> Factors | float | None:
+        if isinstance(task, AdapterPart):
             return factorise(_change_of_expert(task, tasks, read), cut, place)
         if choice.factors(task, seats.get(task.name)):
             return factorise(_change(task, read), cut, place)
@@ -142,18 +159,23 @@ def extract_lora(
     count = threads_for([*shapes, *(part.place.shape for part in parts)])
     with (
         adapter_output(
-            Path(out), overwrite=overwrite, precious=precious(plan), inputs=inputs_of(plan),
+            Path(out),
+            overwrite=overwrite,
+            precious=protected_paths(plan),
+            inputs=inputs_of(plan),
             fresh=fresh,
         ) as folder,
-        one_torch_thread(chosen, "torch"), memory_errors(resumes=False), reading() as read,
+        one_torch_thread(chosen, "torch"),
+        memory_errors(resumes=False),
+        reading() as read,
         in_threads(look, jobs, 1 if chosen.indexes else count) as looked_at,
-    ):  # fmt: skip
+    ):
         adapter = AdapterFolder(folder, turned=turned)
         stacks = ExpertStacks(adapter, {part.name: part.place for part in parts})
         try:
             for done, (task, found) in enumerate(looked_at):
                 show(Progress("extract", done, len(jobs), task.name, "tensors"))
-                if isinstance(task, Part):
+                if isinstance(task, AdapterPart):
                     assert found is None or isinstance(found, Factors)
                     stacks.add(task.name, found)
                     if found:
@@ -173,21 +195,21 @@ def extract_lora(
         finally:
             adapter.close()
         model_bytes = sum(task.operands[0].nbytes for task in plan.tasks)
-        result = Extracted(Path(out), size, model_bytes, tuple(changes), plan.notes)
+        result = ExtractedAdapter(Path(out), size, model_bytes, tuple(changes), plan.notes)
         (folder / "README.md").write_text(extraction_card(plan, result, cut), encoding="utf-8")
     return result
 
 
-def _cut(rank: int | None, energy: float | None) -> Cut:
+def _cut(rank: int | None, energy: float | None) -> RankTruncation:
     if rank is not None and rank < 1:
         raise UsageError(f"a rank of {rank} is none", hint="Give at least 1.")
     if energy is not None and not 0 < energy <= 1:
         raise UsageError(f"an energy of {energy} is none", hint="Give a share from above 0 to 1.")
-    return Cut(RANK if rank is None and energy is None else rank, energy)
+    return RankTruncation(RANK if rank is None and energy is None else rank, energy)
 
 
 @dataclass(frozen=True)
-class _Choice:
+class _Selection:
     """What becomes factors, what is saved whole, what is left out."""
 
     include: tuple[str, ...]
@@ -196,7 +218,7 @@ class _Choice:
     embeddings: bool
     stacks: frozenset[str] = frozenset()  # modules whose experts get factors
 
-    def refuses(self, task: TensorTask, seat: Seat | None) -> str:
+    def refuses(self, task: TensorTask, seat: ModuleParameter | None) -> str:
         """Why a tensor's change cannot be in an adapter, or shall not; empty when it is."""
         if any(matches(pattern, task.name) for pattern in self.exclude):
             return "excluded"
@@ -223,7 +245,7 @@ class _Choice:
         wanted = (matches(pattern, name) for pattern in self.include for name in names)
         return not self.include or any(wanted)
 
-    def factors(self, task: TensorTask, seat: Seat | None) -> bool:
+    def factors(self, task: TensorTask, seat: ModuleParameter | None) -> bool:
         """Whether its change becomes factors."""
         if seat is None or self.refuses(task, seat):
             return False
@@ -231,15 +253,20 @@ class _Choice:
         return layer and len(task.shape) == 2
 
 
-def _experts(skeleton: Skeleton, tasks: Mapping[str, TensorTask], choice: _Choice) -> list[Part]:
+def _experts(
+    skeleton: ModuleMap, tasks: Mapping[str, TensorTask], choice: _Selection
+) -> list[AdapterPart]:
     """Matrices of experts that get factors: all of a parameter's, or none."""
     found = skeleton.experts({name: task.shape for name, task in tasks.items()})
-    kept = [parts for parts in found.values()
-            if not choice.turned and all(choice.takes(part.tensors) for part in parts)]  # fmt: skip
+    kept = [
+        parts
+        for parts in found.values()
+        if not choice.turned and all(choice.takes(part.tensors) for part in parts)
+    ]
     return [part for parts in kept for part in parts]
 
 
-def _change_of_expert(part: Part, tasks: Mapping[str, TensorTask], read: Read) -> Any:
+def _change_of_expert(part: AdapterPart, tasks: Mapping[str, TensorTask], read: Read) -> Any:
     """Fine-tune minus base, numpy float32 [outputs, inputs]."""
     import numpy as np
 
@@ -283,7 +310,10 @@ def _spans(size: int) -> Iterator[tuple[int, int]]:
 
 
 def _keep_whole(
-    adapter: AdapterFolder, plan: Plan, seats: dict[str, Seat], changed: Sequence[TensorTask]
+    adapter: AdapterFolder,
+    plan: Plan,
+    seats: dict[str, ModuleParameter],
+    changed: Sequence[TensorTask],
 ) -> None:
     """Biases by themselves; of other modules everything, as PEFT keeps a copy of the module."""
     modules = {seats[task.name].module for task in changed if not _is_bias(seats[task.name])}
@@ -294,15 +324,19 @@ def _keep_whole(
             adapter.keep(f"{seat.module}.{seat.parameter}", task.operands[0])
 
 
-def _is_bias(seat: Seat) -> bool:
+def _is_bias(seat: ModuleParameter) -> bool:
     """PEFT counts biases of linear layers as their own."""
     return seat.parameter == "bias" and seat.kind in ("linear", "conv1d")
 
 
 def _config(
-    plan: Plan, adapter: AdapterFolder, seats: dict[str, Seat], whole: Sequence[TensorTask],
-    skeleton: Skeleton, turned: bool,
-) -> dict[str, Any]:  # fmt: skip
+    plan: Plan,
+    adapter: AdapterFolder,
+    seats: dict[str, ModuleParameter],
+    whole: Sequence[TensorTask],
+    skeleton: ModuleMap,
+    turned: bool,
+) -> dict[str, Any]:
     base = plan.sources[plan.base or 0]
     modules = dict.fromkeys(
         seats[task.name].module for task in whole if not _is_bias(seats[task.name])

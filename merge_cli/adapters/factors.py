@@ -23,7 +23,7 @@ _CHUNK = 2**21  # elements of the matrix that are looked at in float64 at once
 
 
 @dataclass(frozen=True)
-class Cut:
+class RankTruncation:
     """Where a decomposition ends: after `rank` directions, or when they hold `energy` of the sum
     of squares, a share in (0, 1]; whichever comes first."""
 
@@ -60,7 +60,7 @@ class Factors:
         return Factors(_plain(self.right.T), _plain(self.left.T), self.share, self.squares)
 
 
-def factorise(matrix: Any, cut: Cut, device: str = "cpu") -> Factors | None:
+def factorise(matrix: Any, cut: RankTruncation, device: str = "cpu") -> Factors | None:
     """B = U sqrt(S) and A = sqrt(S) V^T of a matrix; None of one that is zero.
 
     Args:
@@ -84,7 +84,7 @@ def factorise(matrix: Any, cut: Cut, device: str = "cpu") -> Factors | None:
     return found.turned if tall else found
 
 
-def recombine(lefts: Any, rights: Any, cut: Cut) -> Factors | None:
+def recombine(lefts: Any, rights: Any, cut: RankTruncation) -> Factors | None:
     """The same for the product of two thin matrices, which is never made.
 
     Args:
@@ -105,7 +105,7 @@ def recombine(lefts: Any, rights: Any, cut: Cut) -> Factors | None:
     return Factors(_plain(left), _plain((right @ (v[:rank].T * root)).T), share, squares)
 
 
-def _basis(full: Any, cut: Cut, squares: float) -> Any:
+def _basis(full: Any, cut: RankTruncation, squares: float) -> Any:
     """The leading left singular vectors, as many as wanted, float64."""
     import torch
 
@@ -143,7 +143,7 @@ def _columns(full: Any) -> Any:
     return full.split(max(1, _CHUNK // len(full)), 1)
 
 
-def _rank(values: Any, squares: float, cut: Cut) -> int:
+def _rank(values: Any, squares: float, cut: RankTruncation) -> int:
     """How many directions to keep, of those that are no rounding; at least one."""
     rank = max(1, int((values > _NOTHING * values[0]).sum()))
     if cut.energy is not None:

@@ -84,8 +84,16 @@ class AdapterFolder:
             self._file.close()
             allocate(target, shard.size, shard.header)
             for output, start in self._waiting.items():
-                copy_range(sources, waiting, start, targets, target, shard.offsets[output.name],
-                           output.nbytes, "")  # fmt: skip
+                copy_range(
+                    sources,
+                    waiting,
+                    start,
+                    targets,
+                    target,
+                    shard.offsets[output.name],
+                    output.nbytes,
+                    "",
+                )
             for output, tensor in self._whole.items():
                 _copy(tensor, read, targets, target, shard.offsets[output.name])
             waiting.unlink()
@@ -113,11 +121,17 @@ def _copy(tensor: Tensor, read: Read, targets: FilePool, target: Path, offset: i
 
 
 def adapter_config(
-    ranks: Mapping[str, int], *, base: str | None, revision: str | None = None,
-    turned: bool = False, whole: Sequence[str] = (), biases: bool = False,
-    task_type: str | None = None, parameters: Mapping[str, int] | None = None,
+    ranks: Mapping[str, int],
+    *,
+    base: str | None,
+    revision: str | None = None,
+    turned: bool = False,
+    whole: Sequence[str] = (),
+    biases: bool = False,
+    task_type: str | None = None,
+    parameters: Mapping[str, int] | None = None,
     version: str | None = None,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """What PEFT needs to know; the scale of every module is 1.
 
     Args:

@@ -17,7 +17,7 @@ from typing import Any
 
 from merge_cli.adapters.card import merge_card
 from merge_cli.adapters.experts import ExpertStacks
-from merge_cli.adapters.factors import Cut, Factors, factorise, recombine
+from merge_cli.adapters.factors import Factors, RankTruncation, factorise, recombine
 from merge_cli.adapters.folder import AdapterFolder, adapter_config
 from merge_cli.adapters.output import adapter_output
 from merge_cli.adapters.threads import threads_for
@@ -28,19 +28,21 @@ from merge_cli.checkpoint.tensors import Read
 from merge_cli.engine.adapters import LINEAR, ZERO_BASE, base_name, rank_of
 from merge_cli.engine.device import choose_device
 from merge_cli.engine.inputs import inputs_of
-from merge_cli.engine.merge import fetch_inputs, precious, verified_fingerprints
+from merge_cli.engine.merge import fetch_inputs, protected_paths, verified_fingerprints
 from merge_cli.engine.operands import operands_of
-from merge_cli.engine.options import MergeOptions, Progress, Show
+from merge_cli.engine.options import MergeOptions, OnProgress, Progress
 from merge_cli.engine.plan import Plan, TensorTask
 from merge_cli.errors import NonFiniteError
-from merge_cli.evolve.merger import Merger
-from merge_cli.evolve.resident import Place, ResidentFiles
+from merge_cli.evolve.merger import InMemoryMerger
+from merge_cli.evolve.resident import InMemoryFiles, SourcesInMemory
 from merge_cli.methods.blocks import Block, Span
 from merge_cli.methods.resolve import arguments
 from merge_cli.report.write import resolved_recipe
 
 
-def merge_adapters(plan: Plan, out: Path, options: MergeOptions, *, show: Show) -> dict[str, Any]:
+def merge_adapters(
+    plan: Plan, out: Path, options: MergeOptions, *, show: OnProgress
+) -> dict[str, Any]:
     """Merge, cut, write.
 
     Args:
@@ -57,18 +59,21 @@ def merge_adapters(plan: Plan, out: Path, options: MergeOptions, *, show: Show) 
     fetch_inputs(plan, show)
     prints = verified_fingerprints(plan)
     output = plan.recipe.output
-    cut = Cut(rank_of(plan), output.energy if output else None)
+    cut = RankTruncation(rank_of(plan), output.energy if output else None)
     adapters = [one.adapter for one in plan.sources if one.adapter is not None]
     turned = bool(adapters[0].config.get("fan_in_fan_out"))
     looked_up = {name for adapter in adapters for name in embeddings_of(adapter)}
     makers = _sums if plan.method.name in LINEAR else _matrices
     with (
         adapter_output(
-            out, overwrite=options.overwrite, precious=precious(plan), inputs=inputs_of(plan),
+            out,
+            overwrite=options.overwrite,
+            precious=protected_paths(plan),
+            inputs=inputs_of(plan),
             fresh=options.fresh,
         ) as folder,
         reading() as read,
-    ):  # fmt: skip
+    ):
         writer = AdapterFolder(folder, turned=turned)
         places = {name: place for one in adapters for name, place in experts_of(one).items()}
         stacks = ExpertStacks(writer, places)
@@ -100,7 +105,7 @@ def merge_adapters(plan: Plan, out: Path, options: MergeOptions, *, show: Show) 
 
 
 def _sums(
-    plan: Plan, options: MergeOptions, cut: Cut, read: Read
+    plan: Plan, options: MergeOptions, cut: RankTruncation, read: Read
 ) -> Iterator[tuple[TensorTask, Factors | None]]:
     """Weighted sums, without making a matrix of them."""
     import numpy as np
@@ -129,20 +134,21 @@ def _coefficients(plan: Plan, task: TensorTask) -> list[float]:
     rows = list(np.eye(count, dtype=np.float32))
     block = Block(np.zeros(count, np.float32), rows, Span(task.name, 0, plan.recipe.seed, task.ids))
     method = plan.method
-    found = method.function(**operands_of(block, method.supplied),
-                            **arguments(method, task.parameters))  # fmt: skip
+    found = method.function(
+        **operands_of(block, method.supplied), **arguments(method, task.parameters)
+    )
     return [float(value) for value in found]
 
 
 def _matrices(
-    plan: Plan, options: MergeOptions, cut: Cut, read: Read
+    plan: Plan, options: MergeOptions, cut: RankTruncation, read: Read
 ) -> Iterator[tuple[TensorTask, Factors | None]]:
     """Changes merged by the engine, one matrix of each thread at a time."""
     import numpy as np
 
     device = choose_device(options.device)
     place = f"cuda:{device.indexes[0]}" if device.indexes else "cpu"
-    files = ResidentFiles(Place("disk", "adapters are small", 0), place)
+    files = InMemoryFiles(SourcesInMemory("disk", "adapters are small", 0), place)
     found: dict[str, Factors | None] = {}
 
     def take(task: TensorTask, raw: Any) -> None:
@@ -150,7 +156,7 @@ def _matrices(
         found[task.name] = factorise(matrix, cut, place)
 
     count = threads_for((task.shape for task in plan.tasks), options.threads)
-    merger = Merger(plan, files, device, replace(options, threads=count), "disk")
+    merger = InMemoryMerger(plan, files, device, replace(options, threads=count), "disk")
     try:
         merger.merge(plan.tasks, range(len(plan.tasks)), take)
     finally:
@@ -193,17 +199,19 @@ def _report(
         "merge_cli": version("merge-cli"),
         "recipe": {"method": plan.recipe.merge_method, "text": text},
         "inputs": [
-            {"model": source.label, "fingerprint": digest,
-             "revision": source.adapter.hub.commit if source.adapter.hub else None}
-            for source, digest in zip(plan.sources, prints, strict=True) if source.adapter
+            {
+                "model": source.label,
+                "fingerprint": digest,
+                "revision": source.adapter.hub.commit if source.adapter.hub else None,
+            }
+            for source, digest in zip(plan.sources, prints, strict=True)
+            if source.adapter
         ],
         "notes": list(plan.notes),
         "adapter": {
             "bytes": size,
             "share": kept / squares if squares else 1.0,
-            "modules": {
-                name: {"rank": one.rank, "share": one.share} for name, one in held.items()
-            },
+            "modules": {name: {"rank": one.rank, "share": one.share} for name, one in held.items()},
             "unchanged": [task.name for task in plan.tasks if task.name not in held],
         },
-    }  # fmt: skip
+    }

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from merge_cli.checkpoint.class_config import Unknown, empty_model
-from merge_cli.checkpoint.expert_adapters import SINGLE, ExpertPlace
+from merge_cli.checkpoint.class_config import UnknownClass, empty_model
+from merge_cli.checkpoint.expert_adapters import SINGLE, ExpertPosition
 from merge_cli.checkpoint.source import Source
 from merge_cli.errors import SourceError
 from merge_cli.evaluation.seats import by_name
@@ -22,7 +22,7 @@ Kind = Literal["linear", "conv1d", "embedding", "leaf", "inner"]
 
 
 @dataclass(frozen=True)
-class Seat:
+class ModuleParameter:
     """Where a tensor belongs: `model.norm`, `weight`."""
 
     module: str
@@ -31,7 +31,7 @@ class Seat:
 
 
 @dataclass(frozen=True)
-class Part:
+class AdapterPart:
     """An expert's matrix, and what it is made of.
 
     Attributes:
@@ -40,7 +40,7 @@ class Part:
         turned: whether it is stored as [inputs, outputs].
     """
 
-    place: ExpertPlace
+    place: ExpertPosition
     tensors: tuple[str, ...]
     index: int | None = None
     turned: bool = False
@@ -50,7 +50,7 @@ class Part:
         return f"{self.place.module}.{self.place.expert}.{self.place.parameter}"
 
 
-class Skeleton:
+class ModuleMap:
     """A model's modules without its weights.
 
     Args:
@@ -65,7 +65,7 @@ class Skeleton:
         self._net = _build(source)
         self._modules = dict(self._net.named_modules())
 
-    def seats(self, stored: Mapping[str, tuple[int, ...]]) -> dict[str, Seat]:
+    def seats(self, stored: Mapping[str, tuple[int, ...]]) -> dict[str, ModuleParameter]:
         """Of stored tensors, by name; without those that transformers holds in another form.
 
         Args:
@@ -75,10 +75,10 @@ class Skeleton:
         found = {}
         for name, own in by_name(stored, parameters).items():
             module, _, parameter = own.rpartition(".")
-            found[name] = Seat(module, parameter, _kind(self._modules[module]))
+            found[name] = ModuleParameter(module, parameter, _kind(self._modules[module]))
         return found
 
-    def experts(self, stored: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[Part, ...]]:
+    def experts(self, stored: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[AdapterPart, ...]]:
         """Parameters that hold all experts of a layer, and the stored tensors that make them.
 
         Args:
@@ -87,7 +87,7 @@ class Skeleton:
         Returns:
             by the parameter's name, for each expert the tensors whose rows are its matrix.
         """
-        found: dict[str, tuple[Part, ...]] = {}
+        found: dict[str, tuple[AdapterPart, ...]] = {}
         known = by_name(stored, dict(self._net.named_parameters(remove_duplicate=False)))
         together = {own: name for name, own in known.items()}
         for name, parameter in self._net.named_parameters(remove_duplicate=False):
@@ -97,15 +97,17 @@ class Skeleton:
             turned = bool(getattr(self._modules[module], "is_transposed", False))
             count, rows, columns = parameter.shape
             shape = (columns, rows) if turned else (rows, columns)
-            places = [ExpertPlace(module, last, i, count, shape) for i in range(count)]
+            places = [ExpertPosition(module, last, i, count, shape) for i in range(count)]
             if name in together:
-                found[name] = tuple(Part(p, (together[name],), p.expert, turned) for p in places)
+                found[name] = tuple(
+                    AdapterPart(p, (together[name],), p.expert, turned) for p in places
+                )
                 continue
             single = _single(module, last, stored, count)
             heights = sum(stored[one][0] for one in single[0]) if single else 0
             if single and not turned and heights == rows:
                 found[name] = tuple(
-                    Part(place, names) for place, names in zip(places, single, strict=True)
+                    AdapterPart(place, names) for place, names in zip(places, single, strict=True)
                 )
         return found
 
@@ -140,7 +142,7 @@ def _build(source: Source) -> Any:
         config["architectures"] = [SPEAKING[kind]]
     try:
         return empty_model(config)
-    except Unknown as error:
+    except UnknownClass as error:
         what = f"transformers cannot tell what its modules are: {error}"
         hint = "PEFT loads adapters of models that transformers has a class for."
         raise SourceError(what, model=source.label, hint=hint) from error

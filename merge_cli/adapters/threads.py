@@ -23,8 +23,9 @@ def threads_for(shapes: Iterable[Sequence[int]], wanted: int | None = None) -> i
     """
     # The matrix and what it is made of in float32; its Gram matrix, vectors and workspace in
     # float64.
-    each = max((8 * rows * columns + 32 * min(rows, columns) ** 2 for rows, columns in shapes),
-               default=1)  # fmt: skip
+    each = max(
+        (8 * rows * columns + 32 * min(rows, columns) ** 2 for rows, columns in shapes), default=1
+    )
     room = int(free_memory() * _ROOM) // each
     return max(1, min(wanted or usable_cores(), room))
 

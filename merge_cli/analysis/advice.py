@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from merge_cli.analysis.measures import Measures, pairs
-from merge_cli.analysis.result import Advice, Suggestion, Verdict
+from merge_cli.analysis.result import Advice, Finding, Suggestion
 from merge_cli.analysis.verdicts import LOUDER, Evidence
 from merge_cli.recipe.schema import Recipe, SourceSpec
 from merge_cli.recipe.values import Parameter
@@ -24,7 +24,7 @@ _OURS = "docs/experiments.md"
 _ODD = ("unrelated", "vocabulary", "equals_base")  # models that a recipe leaves out
 
 
-def advise(found: Evidence, verdicts: Sequence[Verdict], recipe: Recipe) -> Advice:
+def advise(found: Evidence, verdicts: Sequence[Finding], recipe: Recipe) -> Advice:
     """A recommendation for these models.
 
     Args:
@@ -46,12 +46,14 @@ def advise(found: Evidence, verdicts: Sequence[Verdict], recipe: Recipe) -> Advi
     return _with_base(found, total, kept, verdicts, recipe)
 
 
-def _kept(found: Evidence, verdicts: Sequence[Verdict]) -> list[int]:
+def _kept(found: Evidence, verdicts: Sequence[Finding]) -> list[int]:
     """Sources that are worth merging: related, changed, and each once."""
     odd = {
-        name for v in verdicts if v.kind in _ODD and (found.base or v.kind == "vocabulary")
+        name
+        for v in verdicts
+        if v.kind in _ODD and (found.base or v.kind == "vocabulary")
         for name in v.models
-    }  # fmt: skip
+    }
     if found.base is None and any(v.kind == "unrelated" for v in verdicts):
         return []
     twice = {v.models[1] for v in verdicts if v.kind == "identical"}
@@ -91,7 +93,7 @@ def _alone(found: Evidence, source: int, recipe: Recipe) -> Advice:
 
 
 def _with_base(
-    found: Evidence, total: Measures, kept: list[int], verdicts: Sequence[Verdict], recipe: Recipe
+    found: Evidence, total: Measures, kept: list[int], verdicts: Sequence[Finding], recipe: Recipe
 ) -> Advice:
     inner = found.inner or total  # an embedding may decide the cosines of the whole
     cosines = [c for i, j, c in pairs(inner.cosine) if i in kept and j in kept]

@@ -7,12 +7,12 @@ from itertools import compress
 
 from merge_cli.analysis.measures import Measures, measures_of
 from merge_cli.analysis.modules import KINDS, kind_of
-from merge_cli.engine.layers import place_of
+from merge_cli.engine.layers import layer_key_of
 from merge_cli.engine.plan import TensorTask
 from merge_cli.kernels.relate import Relations
 
 
-class Groups:
+class GroupSums:
     """The measures of every grouping.
 
     Args:
@@ -24,7 +24,7 @@ class Groups:
         self, tasks: Sequence[TensorTask], sums: Sequence[Relations], *, base: bool
     ) -> None:
         self._tasks, self._sums, self._base = tasks, sums, base
-        places = [place_of(task.name) for task in tasks]
+        places = [layer_key_of(task.name) for task in tasks]
         self._layers = [place.index if place else None for place in places]
         self._kinds = [kind_of(task.name) for task in tasks]
 

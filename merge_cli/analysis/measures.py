@@ -73,10 +73,25 @@ def measures_of(
     distance, equal = _distances(sums, weights, base), _equal(sums, base)
     if not base:
         return Measures(
-            name, layer, kind, sums.count, None, tuple(_rounded(n) for n in _norms(weights)),
-            None, None, None, None, _cosines(weights), distance, equal,
-            None, None, None, None, None,
-        )  # fmt: skip
+            name,
+            layer,
+            kind,
+            sums.count,
+            None,
+            tuple(_rounded(n) for n in _norms(weights)),
+            None,
+            None,
+            None,
+            None,
+            _cosines(weights),
+            distance,
+            equal,
+            None,
+            None,
+            None,
+            None,
+            None,
+        )
     deltas = sums.gram[1:, 1:]
     theta = math.sqrt(sums.gram[0, 0])
     size = range(len(deltas))

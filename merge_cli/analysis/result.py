@@ -16,7 +16,7 @@ SCHEMA = 1
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Finding:
     """One thing that the numbers suggest about one or more models.
 
     Attributes:
@@ -110,7 +110,7 @@ class Analysis:
     sparsity_where_changed: tuple[float | None, ...] | None
     config: tuple[KeyDifference, ...]
     tokenizers: tuple[TokenizerDifference, ...]
-    verdicts: tuple[Verdict, ...]
+    verdicts: tuple[Finding, ...]
     advice: Advice
     seed: int
     device: str

@@ -64,9 +64,11 @@ def _is_router(name: str, ref: Tensor) -> bool:
 
 
 def _elsewhere(
-    routers: Sequence[str], first: Mapping[str, Tensor], other: Mapping[str, Tensor],
+    routers: Sequence[str],
+    first: Mapping[str, Tensor],
+    other: Mapping[str, Tensor],
     read: Read,
-) -> Iterator[tuple[str, int, int]]:  # fmt: skip
+) -> Iterator[tuple[str, int, int]]:
     """For each router its experts, and how many are nearest to another number."""
     import numpy as np
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 from merge_cli.analysis.advice import advise
 from merge_cli.analysis.configs import config_differences, stored_dtypes
-from merge_cli.analysis.groups import Groups
+from merge_cli.analysis.groups import GroupSums
 from merge_cli.analysis.result import Analysis, ModelFiles
 from merge_cli.analysis.routers import compare_routers
-from merge_cli.analysis.subject import Subject, open_subject, recipe_of
-from merge_cli.analysis.survey import Surveyed, survey
+from merge_cli.analysis.subject import ModelSet, open_model_set, recipe_of
+from merge_cli.analysis.survey import Measurements, measure_models
 from merge_cli.analysis.tokenizers import tokenizer_difference
-from merge_cli.analysis.verdicts import Evidence, verdicts
+from merge_cli.analysis.verdicts import Evidence, findings_of
 from merge_cli.checkpoint.tokenizer_files import read_tokenizer
 from merge_cli.engine.device import choose_device
 from merge_cli.engine.memory import peak_rss
@@ -66,16 +66,16 @@ def analyze(
         loaded = loaded.with_seed(seed)
     chosen = options or MergeOptions()
     device = choose_device(chosen.device)
-    subject = open_subject(loaded)
+    subject = open_model_set(loaded)
     fetch_inputs(subject.plan, show)
-    found = survey(subject, device, chosen, show)
+    found = measure_models(subject, device, chosen, show)
     analysis = _analysis(subject, found, device.name)
     return replace(analysis, peak_memory=peak_rss())
 
 
-def _analysis(subject: Subject, found: Surveyed, device: str) -> Analysis:
+def _analysis(subject: ModelSet, found: Measurements, device: str) -> Analysis:
     plan, has_base = subject.plan, subject.base is not None
-    groups = Groups(plan.tasks, found.sums, base=has_base)
+    groups = GroupSums(plan.tasks, found.sums, base=has_base)
     tokenizers = [read_tokenizer(source) for source in plan.sources]
     names = (subject.base, *subject.models) if subject.base is not None else subject.models
     differences = tuple(
@@ -97,7 +97,7 @@ def _analysis(subject: Subject, found: Surveyed, device: str) -> Analysis:
         tokenizers=differences,
         routers=compare_routers(names, [source.tensors for source in plan.sources]),
     )
-    judged = verdicts(evidence)
+    judged = findings_of(evidence)
     return Analysis(
         base=subject.base,
         models=subject.models,
@@ -141,7 +141,7 @@ def _sparsity_where_changed(sums: Sequence[Relations], sources: int) -> tuple[fl
     return tuple(shares)
 
 
-def _files(subject: Subject, names: Sequence[str]) -> tuple[ModelFiles, ...]:
+def _files(subject: ModelSet, names: Sequence[str]) -> tuple[ModelFiles, ...]:
     return tuple(
         ModelFiles(
             model=name,

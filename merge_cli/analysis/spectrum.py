@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from merge_cli.analysis.modules import kind_of
-from merge_cli.engine.lanes import Lane
+from merge_cli.engine.lanes import WorkerContext
 from merge_cli.engine.plan import TensorTask
 from merge_cli.kernels.arrays import is_numpy
 from merge_cli.kernels.singular import singular_values
@@ -68,7 +68,7 @@ def _hash(seed: int, name: str) -> bytes:
     return hashlib.sha256(f"{seed}/{name}".encode()).digest()
 
 
-def sample_places(shape: Sequence[int], seed: int, name: str) -> tuple[list[int], list[int]]:
+def sample_positions(shape: Sequence[int], seed: int, name: str) -> tuple[list[int], list[int]]:
     """The rows and columns of a matrix that are looked at, in ascending order."""
     generator = random.Random(f"{seed}/{name}")
     rows = sorted(generator.sample(range(shape[0]), min(shape[0], SIDE)))
@@ -76,7 +76,7 @@ def sample_places(shape: Sequence[int], seed: int, name: str) -> tuple[list[int]
     return rows, sorted(generator.sample(range(width), min(width, SIDE)))
 
 
-def spectrum_of(task: TensorTask, lane: Lane, seed: int) -> Spectrum:
+def spectrum_of(task: TensorTask, lane: WorkerContext, seed: int) -> Spectrum:
     """Read a sample of every source's change and measure it.
 
     Args:
@@ -84,7 +84,7 @@ def spectrum_of(task: TensorTask, lane: Lane, seed: int) -> Spectrum:
     """
     import numpy as np
 
-    rows, columns = sample_places(task.shape, seed, task.name)
+    rows, columns = sample_positions(task.shape, seed, task.name)
     width = min(task.shape[1], _WINDOW)
     deltas = np.empty((len(task.operands) - 1, len(rows), len(columns)))
     for i, row in enumerate(rows):
@@ -94,11 +94,15 @@ def spectrum_of(task: TensorTask, lane: Lane, seed: int) -> Spectrum:
             delta[i] = (values if is_numpy(values) else values.cpu().numpy())[columns]
     found = [_ranks(delta) for delta in deltas]
     return Spectrum(
-        task.name, kind_of(task.name), tuple(task.shape), len(rows), len(columns),
+        task.name,
+        kind_of(task.name),
+        tuple(task.shape),
+        len(rows),
+        len(columns),
         tuple(effective for effective, _, _ in found),
         tuple(stable for _, stable, _ in found),
         tuple(rank for _, _, rank in found),
-    )  # fmt: skip
+    )
 
 
 def _ranks(matrix: Any) -> tuple[float | None, float | None, int | None]:

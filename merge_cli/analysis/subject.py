@@ -13,10 +13,10 @@ from pathlib import Path
 from merge_cli.checkpoint.layout import natural_key
 from merge_cli.checkpoint.source import Source, open_source
 from merge_cli.engine.heads import reconcile_heads
-from merge_cli.engine.match import Match, match_pieces
-from merge_cli.engine.pieces import cut_pieces
+from merge_cli.engine.match import TensorMatch, match_pieces
+from merge_cli.engine.pieces import output_slices
 from merge_cli.engine.plan import Plan, TensorTask
-from merge_cli.engine.vocabulary import Aligned
+from merge_cli.engine.vocabulary import AlignedVocabulary
 from merge_cli.errors import MergeCliError, MismatchError, Problem, SourceError, UsageError
 from merge_cli.methods.registry import get_method
 from merge_cli.recipe.reference import ModelRef, parse_reference, short_labels
@@ -24,7 +24,7 @@ from merge_cli.recipe.schema import Recipe, SourceSpec
 
 
 @dataclass(frozen=True)
-class Subject:
+class ModelSet:
     """The models side by side.
 
     Attributes:
@@ -57,7 +57,7 @@ def recipe_of(base: str | None, models: Sequence[str], *, seed: int = 0) -> Reci
     return Recipe(method, reference, tuple(specs), seed=seed, folder=folder)
 
 
-def open_subject(recipe: Recipe) -> Subject:
+def open_model_set(recipe: Recipe) -> ModelSet:
     """Open every model that a recipe names and match their tensors, from headers alone.
 
     Layers, weights and the method of the recipe make no difference.
@@ -90,7 +90,7 @@ def open_subject(recipe: Recipe) -> Subject:
     names = short_labels(labels)
     heads = reconcile_heads(sources)
     method = get_method(whole.merge_method)
-    matches = match_pieces(cut_pieces(whole, method, labels), sources, heads.views)
+    matches = match_pieces(output_slices(whole, method, labels), sources, heads.views)
     problems = [*_quantised(sources), *matches.problems]
     comparable = not _quantised(sources)
     tasks = [_task(match) for match in matches.found if comparable and not match.copied]
@@ -101,13 +101,13 @@ def open_subject(recipe: Recipe) -> Subject:
         base=0 if has_base else None,
         operands=tuple(range(int(has_base), len(sources))),
         donor=0,
-        aligned=Aligned(heads.views, 0),
+        aligned=AlignedVocabulary(heads.views, 0),
         tasks=tuple(sorted(tasks, key=lambda task: natural_key(task.name))),
         shards=(),
         config={},
         notes=(*notes, *heads.notes, *matches.notes),
     )
-    return Subject(
+    return ModelSet(
         plan=plan,
         base=names[0] if has_base else None,
         models=tuple(names[has_base:]),
@@ -151,11 +151,17 @@ def _quantised(sources: Sequence[Source]) -> list[Problem]:
     ]
 
 
-def _task(match: Match) -> TensorTask:
+def _task(match: TensorMatch) -> TensorTask:
     """Every model's tensor as an operand: the pass subtracts the first by itself."""
     refs = (match.base, *match.operands) if match.base is not None else match.operands
     first = refs[0]
     return TensorTask(
-        match.name, first.shape, first.dtype, "merge", refs, tuple(range(len(refs))), (),
+        match.name,
+        first.shape,
+        first.dtype,
+        "merge",
+        refs,
+        tuple(range(len(refs))),
+        (),
         group=match.seat.group,
-    )  # fmt: skip
+    )

@@ -14,17 +14,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from merge_cli.analysis.spectrum import Spectrum, choose_tensors, spectrum_of
-from merge_cli.analysis.subject import Subject
+from merge_cli.analysis.subject import ModelSet
 from merge_cli.checkpoint.raw import FilePool
 from merge_cli.engine.device import Device
 from merge_cli.engine.lanes import Files
-from merge_cli.engine.memory import keep_freed_memory, lane_room
-from merge_cli.engine.operands import Reading, TaskReader
-from merge_cli.engine.options import MergeOptions, Progress, Show
+from merge_cli.engine.memory import keep_freed_memory, worker_memory
+from merge_cli.engine.operands import BlockReader, TensorReader
+from merge_cli.engine.options import MergeOptions, OnProgress, Progress
 from merge_cli.engine.plan import TensorTask
 from merge_cli.engine.pool import Pool
 from merge_cli.engine.units import span_starts
-from merge_cli.engine.workers import arithmetic_for, lane_maker, memory_errors, one_torch_thread
+from merge_cli.engine.workers import arithmetic_for, memory_errors, one_torch_thread, worker_factory
 from merge_cli.errors import NonFiniteError
 from merge_cli.kernels.arrays import is_numpy
 from merge_cli.kernels.relate import Relations, add_relations, top_threshold
@@ -35,7 +35,7 @@ _SAMPLE = 131_072  # elements that say where they begin; all of a smaller tensor
 
 
 @dataclass(frozen=True)
-class Surveyed:
+class Measurements:
     """What the pass found: `sums` follow the plan's tasks."""
 
     sums: tuple[Relations, ...]
@@ -45,7 +45,9 @@ class Surveyed:
     seconds: float
 
 
-def survey(subject: Subject, device: Device, options: MergeOptions, show: Show) -> Surveyed:
+def measure_models(
+    subject: ModelSet, device: Device, options: MergeOptions, show: OnProgress
+) -> Measurements:
     """Read everything once.
 
     Raises:
@@ -56,12 +58,12 @@ def survey(subject: Subject, device: Device, options: MergeOptions, show: Show) 
     plan = subject.plan
     began = time.perf_counter()
     if not plan.tasks:
-        return Surveyed((), (), "", 0, 0.0)
+        return Measurements((), (), "", 0, 0.0)
     arithmetic, _ = arithmetic_for(plan, device)
-    room = lane_room(plan, device, options)
+    room = worker_memory(plan, device, options)
     files = Files(FilePool(os.O_RDONLY), FilePool(os.O_RDWR))
-    pool = Pool(lane_maker(files, device, arithmetic, room), room.lanes)
-    reading = Reading(pool, files, plan.recipe.seed, deltas=False)
+    pool = Pool(worker_factory(files, device, arithmetic, room), room.lanes)
+    reading = BlockReader(pool, files, plan.recipe.seed, deltas=False)
     sums: list[Relations] = [Relations.empty(0)] * len(plan.tasks)
     sampled = choose_tensors(plan.tasks, plan.recipe.seed) if subject.base else []
     spectra: list[Spectrum | None] = [None] * len(sampled)
@@ -73,7 +75,7 @@ def survey(subject: Subject, device: Device, options: MergeOptions, show: Show) 
             spectra[number] = spectrum_of(sampled[number], pool.lane, plan.recipe.seed)
         else:
             task = plan.tasks[number]
-            sums[number] = _relations(TaskReader(task, reading, span_starts(task)), messages)
+            sums[number] = _relations(TensorReader(task, reading, span_starts(task)), messages)
 
     # The largest first, so that no thread is left alone with one at the end.
     order = sorted(range(len(plan.tasks)), key=lambda i: (-plan.tasks[i].bytes_read, i))
@@ -93,10 +95,10 @@ def survey(subject: Subject, device: Device, options: MergeOptions, show: Show) 
         files.sources.close()
     seconds = time.perf_counter() - began
     found = tuple(spectrum for spectrum in spectra if spectrum is not None)
-    return Surveyed(tuple(sums), found, arithmetic, room.lanes, seconds)
+    return Measurements(tuple(sums), found, arithmetic, room.lanes, seconds)
 
 
-def _relations(reader: TaskReader, messages: queue.SimpleQueue[Any]) -> Relations:
+def _relations(reader: TensorReader, messages: queue.SimpleQueue[Any]) -> Relations:
     """The sums of one tensor."""
     task, total = reader.task, Relations.empty(len(reader.task.operands) - 1)
     if not task.size:
@@ -124,7 +126,7 @@ def _relations(reader: TaskReader, messages: queue.SimpleQueue[Any]) -> Relation
     return total
 
 
-def _sample(reader: TaskReader) -> Iterator[Sequence[Any]]:
+def _sample(reader: TensorReader) -> Iterator[Sequence[Any]]:
     """Blocks at places that only depend on the tensor's size; all of a small one, in order."""
     for block in reader.sample(_SAMPLE):
         yield _differences(block, reader.task)

@@ -66,11 +66,17 @@ def tokenizer_difference(model: str, reference: Tokenizer, own: Tokenizer) -> To
         if reference.special.get(name) != own.special.get(name)
     }
     return TokenizerDifference(
-        model, own.size, reference.size, len(missing), len(added), len(moved),
-        (*missing[:_EXAMPLES], *added[:_EXAMPLES], *moved[:_EXAMPLES]), special,
+        model,
+        own.size,
+        reference.size,
+        len(missing),
+        len(added),
+        len(moved),
+        (*missing[:_EXAMPLES], *added[:_EXAMPLES], *moved[:_EXAMPLES]),
+        special,
         not (missing or added or moved) and reference.digest != own.digest,
         _compared(reference.template, own.template),
-    )  # fmt: skip
+    )
 
 
 def _compared(theirs: str | None, own: str | None) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from merge_cli.analysis.measures import Measures, pairs
-from merge_cli.analysis.result import Verdict
+from merge_cli.analysis.result import Finding
 from merge_cli.analysis.routers import RouterDifference
 from merge_cli.analysis.spectrum import Spectrum
 from merge_cli.analysis.tokenizers import TokenizerDifference
@@ -42,15 +42,20 @@ class Evidence:
     routers: Sequence[RouterDifference] = ()
 
 
-def verdicts(found: Evidence) -> tuple[Verdict, ...]:
+def findings_of(found: Evidence) -> tuple[Finding, ...]:
     """Everything that stands out, what forbids a merge first."""
-    return tuple([
-        *_fit(found), *_routers(found), *_identical(found), *_unrelated(found),
-        *_shapes_of_change(found),
-    ])  # fmt: skip
+    return tuple(
+        [
+            *_fit(found),
+            *_routers(found),
+            *_identical(found),
+            *_unrelated(found),
+            *_shapes_of_change(found),
+        ]
+    )
 
 
-def _routers(found: Evidence) -> Iterator[Verdict]:
+def _routers(found: Evidence) -> Iterator[Finding]:
     for one in found.routers:
         share = one.elsewhere / one.rows
         if share > PERMUTED:
@@ -60,10 +65,10 @@ def _routers(found: Evidence) -> Iterator[Verdict]:
                 "Experts are merged by number."
             )
             limit = f"more than {PERMUTED:.0%} of router rows nearest to another number"
-            yield Verdict("routers", (one.model,), text, limit, True)
+            yield Finding("routers", (one.model,), text, limit, True)
 
 
-def _fit(found: Evidence) -> Iterator[Verdict]:
+def _fit(found: Evidence) -> Iterator[Finding]:
     if found.problems:
         count = len(found.problems)
         text = (
@@ -73,24 +78,24 @@ def _fit(found: Evidence) -> Iterator[Verdict]:
             else "The weights of these models cannot be compared: no tensor is in all of them with "
             "the same name and shape, or they are quantised."
         )
-        yield Verdict("mismatch", found.models, text, "names and shapes must be equal", True)
+        yield Finding("mismatch", found.models, text, "names and shapes must be equal", True)
     for one in found.tokenizers:
         if one.added and not (one.missing or one.renumbered):
             text = (
                 f"{one.model} adds {one.added:,} tokens to the vocabulary: their rows mean "
                 "something in this model alone."
             )
-            yield Verdict("added_tokens", (one.model,), text, "token by token")
+            yield Finding("added_tokens", (one.model,), text, "token by token")
         elif one.tokens_differ:
             text = (
                 f"{one.model} has another vocabulary: {one.missing:,} tokens missing, "
                 f"{one.added:,} added, {one.renumbered:,} with another number. Rows of its "
                 "embedding mean other tokens."
             )
-            yield Verdict("vocabulary", (one.model,), text, "token by token", True)
+            yield Finding("vocabulary", (one.model,), text, "token by token", True)
 
 
-def _identical(found: Evidence) -> Iterator[Verdict]:
+def _identical(found: Evidence) -> Iterator[Finding]:
     total = found.total
     if total is None:
         return
@@ -99,14 +104,14 @@ def _identical(found: Evidence) -> Iterator[Verdict]:
         if equal == 1.0:
             names = found.models[i], found.models[j]
             text = f"{names[0]} and {names[1]} are the same model{scope}: every weight is equal."
-            yield Verdict("identical", names, text, "all elements equal", True)
+            yield Finding("identical", names, text, "all elements equal", True)
     for name, unchanged in zip(found.models, total.unchanged or (), strict=False):
         if unchanged == 1.0:
             text = f"{name} equals the base{scope}: every weight is the base's."
-            yield Verdict("equals_base", (name,), text, "all elements equal", True)
+            yield Finding("equals_base", (name,), text, "all elements equal", True)
 
 
-def _unrelated(found: Evidence) -> Iterator[Verdict]:
+def _unrelated(found: Evidence) -> Iterator[Finding]:
     total = found.total
     if total is None:
         return
@@ -119,7 +124,7 @@ def _unrelated(found: Evidence) -> Iterator[Verdict]:
                     f"{a} and {b} do not look like fine-tunes of one base: the cosine of their "
                     f"weights is {cosine:.3f}. An average of them is unlikely to work."
                 )
-                yield Verdict("unrelated", (a, b), text, limit, True)
+                yield Finding("unrelated", (a, b), text, limit, True)
         return
     known = zip(found.models, total.relative_norm, total.base_cosine, strict=True)
     for name, norm, likeness in known:
@@ -131,16 +136,16 @@ def _unrelated(found: Evidence) -> Iterator[Verdict]:
                 f"weights is {likeness:.3f}, and it is {100 * norm:.3g} % of the base's norm away."
             )
             limit = f"cosine of weights below {UNRELATED_COSINE}"
-            yield Verdict("unrelated", (name,), text, limit, True)
+            yield Finding("unrelated", (name,), text, limit, True)
         elif norm > FAR:
             text = (
                 f"{name} has moved far: ‖δ‖/‖θ₀‖ is {100 * norm:.3g} %. It looks like long "
                 "continued training, or like a fine-tune of another base."
             )
-            yield Verdict("far", (name,), text, f"‖δ‖/‖θ₀‖ above {100 * FAR:g} %", True)
+            yield Finding("far", (name,), text, f"‖δ‖/‖θ₀‖ above {100 * FAR:g} %", True)
 
 
-def _shapes_of_change(found: Evidence) -> Iterator[Verdict]:
+def _shapes_of_change(found: Evidence) -> Iterator[Finding]:
     """Sparse, low-rank, louder than the others."""
     total, sparsity = found.total, found.sparsity
     if total is None or total.relative_norm is None or sparsity is None:
@@ -161,13 +166,13 @@ def _shapes_of_change(found: Evidence) -> Iterator[Verdict]:
                 f"unchanged at least {100 * RL_UNCHANGED:g} %, ‖δ‖/‖θ₀‖ at most "
                 f"{100 * RL_NORM:g} %; {_RL}"
             )
-            yield Verdict("rl_like", (name,), text, limit)
+            yield Finding("rl_like", (name,), text, limit)
         elif share >= RL_UNCHANGED:
             text = (
                 f"{name} changes few weights: {100 * share:.3g} % in the tensors it touched are "
                 f"the base's, yet ‖δ‖/‖θ₀‖ is {100 * norm:.3g} %. It looks pruned or masked."
             )
-            yield Verdict("sparse", (name,), text, f"unchanged at least {100 * RL_UNCHANGED:g} %")
+            yield Finding("sparse", (name,), text, f"unchanged at least {100 * RL_UNCHANGED:g} %")
         rank = rank_share(found.spectra, s)
         if rank is not None and rank <= LOW_RANK:
             text = (
@@ -175,16 +180,16 @@ def _shapes_of_change(found: Evidence) -> Iterator[Verdict]:
                 f"{100 * rank:.3g} % of the directions (median) hold 99 % of the change."
             )
             limit = f"directions that hold 99 %, at most {100 * LOW_RANK:g} %"
-            yield Verdict("low_rank", (name,), text, limit)
+            yield Finding("low_rank", (name,), text, limit)
         untouched = [kind.name for kind in found.kinds if (kind.unchanged or ())[s] == 1.0]
         if untouched:
             text = f"{name} left these as the base has them: {', '.join(untouched)}."
-            yield Verdict("untouched", (name,), text, "all elements equal")
+            yield Finding("untouched", (name,), text, "all elements equal")
     yield from _louder(found.models, total.relative_norm)
     yield from _concentrated(found, total)
 
 
-def _louder(models: Sequence[str], norms: Sequence[float | None]) -> Iterator[Verdict]:
+def _louder(models: Sequence[str], norms: Sequence[float | None]) -> Iterator[Finding]:
     known = sorted((norm, name) for name, norm in zip(models, norms, strict=True) if norm)
     if len(known) > 1 and known[-1][0] >= LOUDER * known[0][0]:
         (low, quiet), (high, loud) = known[0], known[-1]
@@ -192,10 +197,10 @@ def _louder(models: Sequence[str], norms: Sequence[float | None]) -> Iterator[Ve
             f"{loud} moved {high / low:.2g} times as far as {quiet} ({100 * high:.3g} % and "
             f"{100 * low:.3g} % of the base's norm): with equal weights it would decide most."
         )
-        yield Verdict("louder", (loud,), text, f"ratio of the norms at least {LOUDER:g}")
+        yield Finding("louder", (loud,), text, f"ratio of the norms at least {LOUDER:g}")
 
 
-def _concentrated(found: Evidence, total: Measures) -> Iterator[Verdict]:
+def _concentrated(found: Evidence, total: Measures) -> Iterator[Finding]:
     """Where a module outside the layers holds most of the change, it decides every whole number."""
     for kind in found.kinds:
         if kind.name not in ("embedding", "head"):
@@ -213,7 +218,7 @@ def _concentrated(found: Evidence, total: Measures) -> Iterator[Verdict]:
                 "model speak of it. Look at the layers, too."
             )
             limit = f"share of ‖δ‖² at least {100 * CONCENTRATED:g} %"
-            yield Verdict("concentrated", tuple(shares), text, limit)
+            yield Finding("concentrated", tuple(shares), text, limit)
 
 
 def rank_share(spectra: Sequence[Spectrum], source: int) -> float | None:

@@ -12,7 +12,7 @@ from merge_cli.checkpoint.adapter_config import CONFIG, read_config
 from merge_cli.checkpoint.adapter_contents import WEIGHTS
 from merge_cli.checkpoint.files import CARD
 from merge_cli.checkpoint.header import TensorRef, parse_header, read_header_file
-from merge_cli.checkpoint.stamps import Stamp, folder_stamps
+from merge_cli.checkpoint.stamps import FileFingerprint, folder_fingerprints
 from merge_cli.errors import SourceError
 from merge_cli.recipe.reference import hub_id, local_folder
 
@@ -33,7 +33,7 @@ class Adapter:
     header: bytes
     stamp: str
     hub: hub.HubModel | None = None
-    stamps: Mapping[Path, Stamp] = field(default_factory=dict, repr=False)
+    stamps: Mapping[Path, FileFingerprint] = field(default_factory=dict, repr=False)
 
 
 def open_adapter(path: str, revision: str | None, folder: Path, label: str) -> Adapter:
@@ -61,7 +61,7 @@ def open_adapter(path: str, revision: str | None, folder: Path, label: str) -> A
         raise SourceError(f"a folder has no revision '{revision}'", model=label, hint=hint)
     names = {one.name for one in place.iterdir()} if place.is_dir() else set()
     _need(names, label, path)
-    stamps = folder_stamps(place)
+    stamps = folder_fingerprints(place)
     file = place / WEIGHTS
     raw = read_header_file(file, label)
     about = file.stat()

@@ -29,23 +29,46 @@ _CONVERT = (
 # Initialisations that leave the base as it is. Others take a part out of its weights first.
 _HARMLESS_INIT = frozenset(("gaussian", "eva", "orthogonal", "mica", "default", "kaiming"))
 _PREPARES_BASE = {
-    "pissa": "PiSSA", "olora": "OLoRA", "corda": "CorDA", "loftq": "LoftQ", "lora_ga": "LoRA-GA",
-}  # fmt: skip
+    "pissa": "PiSSA",
+    "olora": "OLoRA",
+    "corda": "CorDA",
+    "loftq": "LoftQ",
+    "lora_ga": "LoRA-GA",
+}
 # Of training, of running, or of where things are: no number of the merged model depends on them.
-_INERT = frozenset((
-    "auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode",
-    "layers_pattern", "layers_to_transform", "lora_dropout", "megatron_core", "merge_weights",
-    "peft_version", "qalora_group_size", "revision", "runtime_config", "target_modules",
-    # How factors began, or how gradients were computed; PEFT ignores the first ones unless
-    # `init_lora_weights` asks for them.
-    "corda_config", "eva_config", "loftq_config", "lora_ga_config", "velora_config",
-    # ms-swift's.
-    "lora_dtype", "lorap_emb_lr", "lorap_lr_ratio",
-))  # fmt: skip
+_INERT = frozenset(
+    (
+        "auto_mapping",
+        "base_model_name_or_path",
+        "exclude_modules",
+        "inference_mode",
+        "layers_pattern",
+        "layers_to_transform",
+        "lora_dropout",
+        "megatron_core",
+        "merge_weights",
+        "peft_version",
+        "qalora_group_size",
+        "revision",
+        "runtime_config",
+        "target_modules",
+        # How factors began, or how gradients were computed; PEFT ignores the first ones unless
+        # `init_lora_weights` asks for them.
+        "corda_config",
+        "eva_config",
+        "loftq_config",
+        "lora_ga_config",
+        "velora_config",
+        # ms-swift's.
+        "lora_dtype",
+        "lorap_emb_lr",
+        "lorap_lr_ratio",
+    )
+)
 # Fields that are understood well enough to know that they cannot be merged here.
 _REFUSED = {
     "alora_invocation_tokens": "an activated LoRA (aLoRA): it acts on the tokens after its "
-                               "invocation alone, and no merged weight does that",
+    "invocation alone, and no merged weight does that",
     "arrow_config": "a router over several adapters (Arrow), which no single weight can be",
     "enable_lora": "LoRA on parts of a fused matrix (enable_lora)",
     "kasa_config": "KaSA: it takes a part out of its base's weights",
@@ -55,7 +78,7 @@ _REFUSED = {
     "trainable_token_indices": "single tokens of its own (trainable_token_indices)",
     "use_bdlora": "block-diagonal factors (BD-LoRA)",
     "use_qalora": "QALoRA: its factors are of grouped inputs",
-}  # fmt: skip
+}
 
 
 def read_config(path: Path, label: str) -> dict[str, Any]:
@@ -95,8 +118,11 @@ def _problems(config: Mapping[str, Any]) -> Iterator[Problem]:
             hint = f"Its meaning could change the weights. {_WITH_PEFT}"
             yield Problem(what, key, hint=hint)
     if config.get("lora_bias") and config.get("use_dora"):
-        yield Problem("DoRA with biases of its own (lora_bias) is not applied here", "lora_bias",
-                      hint=_WITH_PEFT)  # fmt: skip
+        yield Problem(
+            "DoRA with biases of its own (lora_bias) is not applied here",
+            "lora_bias",
+            hint=_WITH_PEFT,
+        )
 
 
 def _hint(key: str) -> str:
@@ -173,12 +199,22 @@ def _patterns(of: Callable[[Any], Complaints]) -> Callable[[Any], Complaints]:
 
 
 _CHECKED: dict[str, Callable[[Any], Complaints]] = {
-    "alpha_pattern": _patterns(_alpha), "bias": _bias, "ensure_weight_tying": _flag,
-    "fan_in_fan_out": _flag, "init_lora_weights": _init, "lora_alpha": _alpha, "lora_bias": _flag,
-    "modules_to_save": _names, "peft_type": lambda value: iter(()), "r": _rank,
-    "rank_pattern": _patterns(_rank), "target_parameters": _names, "task_type": _task,
-    "use_dora": _flag, "use_rslora": _flag,
-}  # fmt: skip
+    "alpha_pattern": _patterns(_alpha),
+    "bias": _bias,
+    "ensure_weight_tying": _flag,
+    "fan_in_fan_out": _flag,
+    "init_lora_weights": _init,
+    "lora_alpha": _alpha,
+    "lora_bias": _flag,
+    "modules_to_save": _names,
+    "peft_type": lambda value: iter(()),
+    "r": _rank,
+    "rank_pattern": _patterns(_rank),
+    "target_parameters": _names,
+    "task_type": _task,
+    "use_dora": _flag,
+    "use_rslora": _flag,
+}
 
 
 def by_pattern(patterns: Any, name: str, default: Any) -> Any:

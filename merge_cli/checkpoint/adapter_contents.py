@@ -10,17 +10,21 @@ from merge_cli.checkpoint.header import TensorRef
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 _FACTORS = {
-    "lora_A.weight": "a", "lora_B.weight": "b", "lora_embedding_A": "embedding_a",
-    "lora_embedding_B": "embedding_b", "lora_magnitude_vector": "magnitude",
-    "lora_magnitude_vector.weight": "magnitude", "lora_B.bias": "bias",
-}  # fmt: skip
+    "lora_A.weight": "a",
+    "lora_B.weight": "b",
+    "lora_embedding_A": "embedding_a",
+    "lora_embedding_B": "embedding_b",
+    "lora_magnitude_vector": "magnitude",
+    "lora_magnitude_vector.weight": "magnitude",
+    "lora_B.bias": "bias",
+}
 # Names of PEFT's wrappers: today's, and those of version 0.4 and before.
 _WRAPPERS = (".base_layer", ".modules_to_save.default", ".modules_to_save", ".original_module")
 Parts = dict[str, TensorRef]
 
 
 @dataclass(frozen=True)
-class Contents:
+class AdapterContents:
     """An adapter's tensors, sorted out.
 
     Attributes:
@@ -34,7 +38,7 @@ class Contents:
     twice: tuple[str, ...] = ()
 
 
-def sorted_out(stored: Mapping[str, TensorRef]) -> Contents:
+def sort_contents(stored: Mapping[str, TensorRef]) -> AdapterContents:
     """Factors by module, and tensors that replace the model's, by name."""
     modules: dict[str, Parts] = {}
     whole: Parts = {}
@@ -58,7 +62,7 @@ def sorted_out(stored: Mapping[str, TensorRef]) -> Contents:
             elif plain in whole:
                 twice.append(name)
             whole[plain], ranks[plain] = ref, rank
-    return Contents(modules, whole, tuple(twice))
+    return AdapterContents(modules, whole, tuple(twice))
 
 
 def _rank(name: str) -> int:

@@ -20,7 +20,7 @@ from merge_cli.checkpoint.class_config import empty_model
 from merge_cli.guarded import read_mapping
 
 
-class Layout(NamedTuple):
+class NameLayout(NamedTuple):
     """How the parts of a model are called: the text model, its head, and all else."""
 
     text: str
@@ -29,15 +29,15 @@ class Layout(NamedTuple):
 
 
 LAYOUTS = (
-    Layout("model."),  # a language model; Qwen2-VL's older files
-    Layout("model.language_model.", other="model."),  # transformers 5
-    Layout("language_model.model.", "language_model.lm_head."),  # before
-    Layout("language_model.", other=""),  # a multimodal model without a head
-    Layout("model.text_model.", other="model."),
-    Layout("text_model.model.", "text_model.lm_head."),
-    Layout("thinker.model.", "thinker.lm_head.", "thinker."),
-    Layout("llm.model.", "llm.lm_head."),
-    Layout(""),  # a model without a head
+    NameLayout("model."),  # a language model; Qwen2-VL's older files
+    NameLayout("model.language_model.", other="model."),  # transformers 5
+    NameLayout("language_model.model.", "language_model.lm_head."),  # before
+    NameLayout("language_model.", other=""),  # a multimodal model without a head
+    NameLayout("model.text_model.", other="model."),
+    NameLayout("text_model.model.", "text_model.lm_head."),
+    NameLayout("thinker.model.", "thinker.lm_head.", "thinker."),
+    NameLayout("llm.model.", "llm.lm_head."),
+    NameLayout(""),  # a model without a head
 )
 _IN_TEXT = re.compile(r"(layers\.\d|h\.\d|embed_tokens\.|wte\.|norm\.|ln_f\.|rotary_emb\.)")
 # Names inside a layer that files and transformers 5 have differently.
@@ -46,7 +46,7 @@ Rename = Callable[[str], str]
 
 
 @dataclass(frozen=True)
-class Rule:
+class NameRule:
     """Adapter's name -> name in the files.
 
     Attributes:
@@ -63,7 +63,9 @@ class Rule:
     crosses: bool = False
 
 
-def find_rule(names: Collection[str], have: Mapping[str, Any], root: Path | None = None) -> Rule:
+def find_rule(
+    names: Collection[str], have: Mapping[str, Any], root: Path | None = None
+) -> NameRule:
     """The rule under which every name has a place; without one, that which misses fewest.
 
     Args:
@@ -72,19 +74,22 @@ def find_rule(names: Collection[str], have: Mapping[str, Any], root: Path | None
         root: the model's folder, for what transformers knows of it.
     """
     places = _with_modules(have)
-    rules = [Rule(lambda name: name)]
+    rules = [NameRule(lambda name: name)]
     rules[0] = _tried(rules[0], names, places)
     if not rules[0].missed:
         return rules[0]
-    for found in (_layouts(names, places), _transformers(names, have, places, root),
-                  _single(names, places)):  # fmt: skip
+    for found in (
+        _layouts(names, places),
+        _transformers(names, have, places, root),
+        _single(names, places),
+    ):
         tried = [_tried(rule, names, places) for rule in found]
         landed = {tuple(map(rule.of, sorted(names))): rule for rule in tried if not rule.missed}
         if len(landed) == 1 and not (only := next(iter(landed.values()))).crosses:
             return only
         if len(landed) > 1:
             notes = tuple(rule.note for rule in landed.values())
-            return Rule(rules[0].of, "", tuple(sorted(names)), notes)
+            return NameRule(rules[0].of, "", tuple(sorted(names)), notes)
         rules += [rule for rule in tried if not rule.crosses]
     return min(rules, key=lambda rule: len(rule.missed))
 
@@ -99,12 +104,12 @@ def _with_modules(have: Iterable[str]) -> set[str]:
     return found
 
 
-def _tried(rule: Rule, names: Collection[str], places: Collection[str]) -> Rule:
+def _tried(rule: NameRule, names: Collection[str], places: Collection[str]) -> NameRule:
     missed = tuple(sorted(name for name in names if rule.of(name) not in places))
     return replace(rule, missed=missed)
 
 
-def _layouts(names: Collection[str], places: Collection[str]) -> Iterator[Rule]:
+def _layouts(names: Collection[str], places: Collection[str]) -> Iterator[NameRule]:
     """Exchanges of one known layout for another, and of names inside the layers."""
     for old in LAYOUTS:
         if not all(name.startswith((old.text, old.head, old.other)) for name in names):
@@ -116,12 +121,12 @@ def _layouts(names: Collection[str], places: Collection[str]) -> Iterator[Rule]:
             yield from (_exchange(old, new, inside) for inside in _INSIDE)
 
 
-def _is_text(name: str, layout: Layout) -> bool:
+def _is_text(name: str, layout: NameLayout) -> bool:
     """Whether a name is of the text model: what is there, in every architecture."""
     return name.startswith(layout.text) and bool(_IN_TEXT.match(name.removeprefix(layout.text)))
 
 
-def _exchange(old: Layout, new: Layout, inside: tuple[str, str] | None = None) -> Rule:
+def _exchange(old: NameLayout, new: NameLayout, inside: tuple[str, str] | None = None) -> NameRule:
     def of(name: str) -> str:
         if _is_text(name, old):
             found = new.text + name.removeprefix(old.text)
@@ -133,10 +138,10 @@ def _exchange(old: Layout, new: Layout, inside: tuple[str, str] | None = None) -
 
     pairs = [f"{a or '(none)'} -> {b or '(none)'}" for a, b in zip(old, new, strict=True) if a != b]
     pairs += [f"{inside[0]} -> {inside[1]}"] if inside else []
-    return Rule(of, ", ".join(dict.fromkeys(pairs)))
+    return NameRule(of, ", ".join(dict.fromkeys(pairs)))
 
 
-def _single(names: Collection[str], places: Collection[str]) -> Iterator[Rule]:
+def _single(names: Collection[str], places: Collection[str]) -> Iterator[NameRule]:
     """One prefix for another, by the part of a layer's name that both have."""
     layered = [name for name in names if re.search(r"(^|\.)\d+\.", name)]
     if not layered:
@@ -151,13 +156,20 @@ def _single(names: Collection[str], places: Collection[str]) -> Iterator[Rule]:
             new = other.removesuffix(rest)
             if new != old:
                 note = f"{old or '(none)'} -> {new or '(none)'}"
-                yield Rule(_prefix(old, new), note, crosses=_tower(new) != _tower(old))
+                yield NameRule(_prefix(old, new), note, crosses=_tower(new) != _tower(old))
 
 
 def _tower(prefix: str) -> str:
     """What a prefix says of the kind of input that the layers are for; empty for text."""
-    kinds = {"vision": "vision", "visual": "vision", "vit": "vision", "image": "vision",
-             "audio": "audio", "speech": "audio", "video": "video"}  # fmt: skip
+    kinds = {
+        "vision": "vision",
+        "visual": "vision",
+        "vit": "vision",
+        "image": "vision",
+        "audio": "audio",
+        "speech": "audio",
+        "video": "video",
+    }
     words = re.split(r"[._]", prefix)
     return next((kind for word, kind in kinds.items() if word in words), "")
 
@@ -168,7 +180,7 @@ def _prefix(old: str, new: str) -> Rename:
 
 def _transformers(
     names: Collection[str], have: Mapping[str, Any], places: Collection[str], root: Path | None
-) -> Iterator[Rule]:
+) -> Iterator[NameRule]:
     """What transformers renames while it loads this model's files, the other way round."""
     renamed = _live_names(have, root) if root is not None else {}
     stored: dict[str, str] = {}
@@ -179,7 +191,9 @@ def _transformers(
             if one != other:
                 break
     if any(name != live for live, name in stored.items()):
-        yield Rule(lambda name: stored.get(name, name), "as transformers renames it while loading")
+        yield NameRule(
+            lambda name: stored.get(name, name), "as transformers renames it while loading"
+        )
 
 
 def _live_names(have: Iterable[str], root: Path) -> dict[str, str]:
@@ -191,8 +205,9 @@ def _live_names(have: Iterable[str], root: Path) -> dict[str, str]:
         return {}
     try:
         net = empty_model(read_mapping(root / "config.json", "the base"))
-        renamings = [one for one in get_model_conversion_mapping(net)
-                     if isinstance(one, WeightRenaming)]  # fmt: skip
+        renamings = [
+            one for one in get_model_conversion_mapping(net) if isinstance(one, WeightRenaming)
+        ]
         own = net.state_dict()
         found = {
             name: rename_source_key(name, renamings, [], net.base_model_prefix, own)[0]

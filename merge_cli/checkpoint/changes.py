@@ -6,28 +6,28 @@ from collections.abc import Mapping
 
 from merge_cli.checkpoint import expert_adapters as experts
 from merge_cli.checkpoint.adapter import Adapter
-from merge_cli.checkpoint.adapter_contents import Parts, sorted_out
-from merge_cli.checkpoint.expert_factors import Patched
+from merge_cli.checkpoint.adapter_contents import Parts, sort_contents
+from merge_cli.checkpoint.expert_factors import PatchedTensor
 from merge_cli.checkpoint.header import TensorRef
 from merge_cli.checkpoint.lora import apply_adapter
-from merge_cli.checkpoint.low_rank import Updated
+from merge_cli.checkpoint.low_rank import UpdatedTensor
 from merge_cli.checkpoint.zeros import Zeros
 from merge_cli.errors import SourceError
 
 _MERGE = "Merge the models themselves: `BASE+ADAPTER`, without `output: adapter`."
 
 
-LowRank = (Updated, Patched)  # changes that have factors
+LowRank = (UpdatedTensor, PatchedTensor)  # changes that have factors
 
 
-def changes_of(adapter: Adapter, label: str) -> dict[str, Updated | Patched]:
+def changes_of(adapter: Adapter, label: str) -> dict[str, UpdatedTensor | PatchedTensor]:
     """Every module's update, by the name of the weight that it is of.
 
     Raises:
         SourceError: what depends on the model, or replaces a part of it; see `apply_adapter`.
         MismatchError: factors that do not fit one another.
     """
-    contents = sorted_out(adapter.tensors)
+    contents = sort_contents(adapter.tensors)
     modules, brought = contents.modules, contents.whole
     fused, unknown = experts.fused_updates(modules, adapter.config)
     if unknown:
@@ -38,8 +38,11 @@ def changes_of(adapter: Adapter, label: str) -> dict[str, Updated | Patched]:
     if isinstance(of_experts, str):
         raise SourceError(of_experts, model=label, hint=_MERGE)
     stacks = {id(ref) for update in fused for ref in (update.a, update.b)}
-    modules = {m: parts for m, parts in modules.items()
-               if not any(id(ref) in stacks for ref in parts.values())}  # fmt: skip
+    modules = {
+        m: parts
+        for m, parts in modules.items()
+        if not any(id(ref) in stacks for ref in parts.values())
+    }
     # A layer that has factors is frozen: PEFT saves a copy of embeddings beside theirs.
     whole = [name for name in brought if name.removesuffix(".weight") not in modules]
     if whole:
@@ -58,16 +61,18 @@ def changes_of(adapter: Adapter, label: str) -> dict[str, Updated | Patched]:
         if (shape := _shape(parts, turned)) and (name := f"{module}.weight")
     }
     factors = {ref.name: ref for parts in modules.values() for ref in parts.values()}
-    found: dict[str, Updated | Patched] = {name: one for name, (_, one) in of_experts.items()}
+    found: dict[str, UpdatedTensor | PatchedTensor] = {
+        name: one for name, (_, one) in of_experts.items()
+    }
     if factors or not fused:
         applied = apply_adapter(zeros, adapter.config, factors, label=label, stamp=adapter.stamp)
-        found |= {n: one for n, one in applied.tensors.items() if isinstance(one, Updated)}
+        found |= {n: one for n, one in applied.tensors.items() if isinstance(one, UpdatedTensor)}
     return found
 
 
-def experts_of(adapter: Adapter) -> dict[str, experts.ExpertPlace]:
+def experts_of(adapter: Adapter) -> dict[str, experts.ExpertPosition]:
     """Where the changes of single experts belong, by their names in `changes_of`."""
-    modules = sorted_out(adapter.tensors).modules
+    modules = sort_contents(adapter.tensors).modules
     fused, _ = experts.fused_updates(modules, adapter.config)
     found = experts.changes_of_experts(fused, experts.About(adapter.config), "")
     return {} if isinstance(found, str) else {name: place for name, (place, _) in found.items()}
@@ -75,7 +80,7 @@ def experts_of(adapter: Adapter) -> dict[str, experts.ExpertPlace]:
 
 def embeddings_of(adapter: Adapter) -> set[str]:
     """The weights of modules that look rows up."""
-    modules = sorted_out(adapter.tensors).modules
+    modules = sort_contents(adapter.tensors).modules
     return {f"{module}.weight" for module, parts in modules.items() if "embedding_a" in parts}
 
 
@@ -83,8 +88,9 @@ def _shape(parts: Parts, turned: bool) -> tuple[int, ...]:
     """Of the weight; empty where a factor is missing, which applying says."""
     embedding = "embedding_a" in parts
     found: Mapping[str, TensorRef] = parts
-    pair = [found.get(name) for name in (
-        ("embedding_a", "embedding_b") if embedding else ("a", "b"))]  # fmt: skip
+    pair = [
+        found.get(name) for name in (("embedding_a", "embedding_b") if embedding else ("a", "b"))
+    ]
     if pair[0] is None or pair[1] is None or any(len(one.shape) != 2 for one in pair if one):
         return (1, 1)
     a, b = pair[0].shape, pair[1].shape

@@ -16,20 +16,38 @@ from merge_cli.checkpoint.layer_rules import MAX_LAYERS
 from merge_cli.errors import SourceError
 
 # What would choose an implementation, code or weights from somewhere else.
-_CHOICES = frozenset((
-    "auto_map", "attn_implementation", "_attn_implementation", "_attn_implementation_internal",
-    "experts_implementation", "_experts_implementation", "quantization_config", "fusion_config",
-    "use_kernels", "kernel_config", "distributed_config", "tp_plan", "transformers_weights",
-    "use_pretrained_backbone", "backbone_kwargs", "trust_remote_code", "name_or_path",
-    "_name_or_path", "torch_dtype", "dtype", "device_map",
-))  # fmt: skip
+_CHOICES = frozenset(
+    (
+        "auto_map",
+        "attn_implementation",
+        "_attn_implementation",
+        "_attn_implementation_internal",
+        "experts_implementation",
+        "_experts_implementation",
+        "quantization_config",
+        "fusion_config",
+        "use_kernels",
+        "kernel_config",
+        "distributed_config",
+        "tp_plan",
+        "transformers_weights",
+        "use_pretrained_backbone",
+        "backbone_kwargs",
+        "trust_remote_code",
+        "name_or_path",
+        "_name_or_path",
+        "torch_dtype",
+        "dtype",
+        "device_map",
+    )
+)
 _MAX_SIZE = 2**31  # of any other number that a model is made with: it would be a mistake or worse
 _FLOATS = ("Infinity", "-Infinity", "NaN")  # written as {"__float__": "Infinity"}
 _COUNTED = ("layer", "block", "expert", "depth", "stage")
 _IMPLEMENTATIONS = frozenset(key for key in _CHOICES if "_implementation" in key)
 
 
-class Unknown(Exception):
+class UnknownClass(Exception):
     """Why a config's model cannot be built here."""
 
 
@@ -42,7 +60,7 @@ def known_class(config: Mapping[str, Any]) -> tuple[Any, Any]:
     names = config.get("architectures")
     name = names[0] if isinstance(names, list) and names else None
     if not isinstance(name, str) or not isinstance(config.get("model_type"), str):
-        raise Unknown("config.json does not say which class it is of")
+        raise UnknownClass("config.json does not say which class it is of")
     check_sizes(config)
     import transformers
 
@@ -53,10 +71,10 @@ def known_class(config: Mapping[str, Any]) -> tuple[Any, Any]:
         or name.startswith("Timm")
         or not hasattr(kind, "from_pretrained")
     ):
-        raise Unknown(f"transformers {transformers.__version__} has no {name}")
+        raise UnknownClass(f"transformers {transformers.__version__} has no {name}")
     about = known[config["model_type"]]
     if getattr(kind, "config_class", None) is not about:
-        raise Unknown(f"{name} is not a class of the model_type '{config['model_type']}'")
+        raise UnknownClass(f"{name} is not a class of the model_type '{config['model_type']}'")
     return kind, about
 
 
@@ -75,7 +93,7 @@ def empty_model(config: Mapping[str, Any]) -> Any:
                 return kind(about.from_dict(without_choices(config)))
         except Exception as error:  # a config can break a class in any way it likes
             said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise Unknown(said) from error
+            raise UnknownClass(said) from error
 
 
 def written_out(config: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -102,7 +120,7 @@ def refuse_code(config: Mapping[str, Any], label: str) -> None:
     """
     try:
         check_sizes(config)
-    except Unknown as error:
+    except UnknownClass as error:
         raise SourceError(str(error), model=label) from None
     for key, value in config.items():
         if isinstance(value, Mapping) and key not in _IMPLEMENTATIONS:
@@ -125,7 +143,7 @@ def check_sizes(config: Mapping[str, Any]) -> None:
         elif type(value) is int:
             counted = any(word in key for word in _COUNTED)
             if abs(value) > (MAX_LAYERS if counted and "size" not in key else _MAX_SIZE):
-                raise Unknown(f"config.json says {key}: {value}")
+                raise UnknownClass(f"config.json says {key}: {value}")
 
 
 def without_choices(config: Mapping[str, Any]) -> dict[str, Any]:

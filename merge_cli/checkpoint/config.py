@@ -8,11 +8,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from merge_cli.checkpoint.layer_rules import LAYER_COUNTS, MAX_LAYERS, Stacked, stack_layers
+from merge_cli.checkpoint.layer_rules import LAYER_COUNTS, MAX_LAYERS, StackedLayers, stack_layers
 
 CLASS = "_class_name"  # in a config of diffusers: what opens the model
-PREDICTING = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers",
-              "mtp_num_layers")  # fmt: skip
+PREDICTING = (
+    "num_nextn_predict_layers",
+    "num_mtp_layers",
+    "mtp_num_hidden_layers",
+    "mtp_num_layers",
+)
 _NESTED = ("text_config", "llm_config")
 
 
@@ -86,7 +90,7 @@ def merged_config(
     if layers is not None:
         own = text_config(config)
         described = [(text_config(source), index) for source, index in layers]
-        moved, uncertain = stack_layers(Stacked(own, described, layer_count(config)))
+        moved, uncertain = stack_layers(StackedLayers(own, described, layer_count(config)))
         changes += moved
         if uncertain and doubts is None:
             raise ValueError(uncertain[0])

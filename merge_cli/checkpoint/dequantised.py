@@ -13,7 +13,7 @@ from merge_cli.checkpoint.tensors import Float32, Read, Tensor
 
 
 @dataclass(frozen=True)
-class Dequantised(Float32):
+class DequantizedTensor(Float32):
     """`weight` times `scale`, in float32. See `tensors.Tensor`.
 
     Attributes:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from merge_cli.checkpoint.adapter_config import DEFAULT_ALPHA, by_pattern
-from merge_cli.checkpoint.expert_factors import Patch, Patched, View
+from merge_cli.checkpoint.expert_factors import MatrixUpdate, MatrixView, PatchedTensor
 from merge_cli.checkpoint.header import TensorRef
 from merge_cli.checkpoint.zeros import Zeros
 
@@ -53,7 +53,7 @@ class ExpertUpdate:
 
 
 @dataclass(frozen=True)
-class ExpertPlace:
+class ExpertPosition:
     """Where an expert's factors belong in an adapter.
 
     Attributes:
@@ -120,7 +120,7 @@ def in_order(parameters: Sequence[str]) -> list[str]:
 
 def changes_of_experts(
     updates: Sequence[ExpertUpdate], about: About, label: str
-) -> dict[str, tuple[ExpertPlace, Patched]] | str:
+) -> dict[str, tuple[ExpertPosition, PatchedTensor]] | str:
     """Each expert's change as a matrix of its own, [outputs, inputs], or why there is none."""
     found = {}
     for update in updates:
@@ -133,8 +133,10 @@ def changes_of_experts(
         for i in range(count):
             name = f"{update.module}.{i}.{update.parameter}"
             left, right = views(update, i, count, rank)
-            patched = Patched(Zeros(name, label, shape), (Patch(left, right, scale),), about.stamp)
-            found[name] = ExpertPlace(update.module, update.parameter, i, count, shape), patched
+            patched = PatchedTensor(
+                Zeros(name, label, shape), (MatrixUpdate(left, right, scale),), about.stamp
+            )
+            found[name] = ExpertPosition(update.module, update.parameter, i, count, shape), patched
     return found
 
 
@@ -144,11 +146,13 @@ def is_newer(config: Mapping[str, Any]) -> bool:
     return version is not None and version > (0, 19, 0)
 
 
-def views(update: ExpertUpdate, expert: int, count: int, rank: int) -> tuple[View, View]:
+def views(
+    update: ExpertUpdate, expert: int, count: int, rank: int
+) -> tuple[MatrixView, MatrixView]:
     """An expert's B and A."""
     outputs, inputs = update.b.shape[0], update.a.shape[1]
-    left = View(update.b, outputs, rank, expert, rank * count, count)
-    return left, View(update.a, rank, inputs, expert * rank * inputs, inputs, 1)
+    left = MatrixView(update.b, outputs, rank, expert, rank * count, count)
+    return left, MatrixView(update.a, rank, inputs, expert * rank * inputs, inputs, 1)
 
 
 def _is_stack(module: str, targets: Sequence[str]) -> bool:
@@ -157,8 +161,9 @@ def _is_stack(module: str, targets: Sequence[str]) -> bool:
         return True
     return any(
         name != "weight" and parent and _ends(f"{module}.{name}", target)
-        for target in targets for parent, _, name in [target.rpartition(".")]
-    )  # fmt: skip
+        for target in targets
+        for parent, _, name in [target.rpartition(".")]
+    )
 
 
 def _ends(name: str, target: str) -> bool:

@@ -2,7 +2,7 @@
 
 PEFT keeps the factors of all experts of a parameter in two matrices: A [experts * rank, inputs],
 expert by expert, and B [outputs, rank * experts], in whose columns the expert changes fastest
-(`target_parameters`). A `View` is one expert's factor in such a matrix, or a whole factor.
+(`target_parameters`). A `MatrixView` is one expert's factor in such a matrix, or a whole factor.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _ROOM = 2**28  # bytes of factors that stay in memory: the experts of one layer 
 
 
 @dataclass(frozen=True)
-class View:
+class MatrixView:
     """A matrix inside a stored one: element (i, j) is number `start + i * down + j * right`."""
 
     stored: TensorRef
@@ -32,19 +32,19 @@ class View:
     right: int
 
     @classmethod
-    def whole(cls, ref: TensorRef) -> View:
+    def whole(cls, ref: TensorRef) -> MatrixView:
         """A stored matrix itself."""
         return cls(ref, ref.shape[0], ref.shape[1], 0, ref.shape[1], 1)
 
     @property
-    def turned(self) -> View:
+    def turned(self) -> MatrixView:
         """The transposed matrix."""
-        return View(self.stored, self.columns, self.rows, self.start, self.right, self.down)
+        return MatrixView(self.stored, self.columns, self.rows, self.start, self.right, self.down)
 
-    def cut_rows(self, first: int, count: int) -> View:
+    def cut_rows(self, first: int, count: int) -> MatrixView:
         """`count` rows from `first` on."""
         begin = self.start + first * self.down
-        return View(self.stored, count, self.columns, begin, self.down, self.right)
+        return MatrixView(self.stored, count, self.columns, begin, self.down, self.right)
 
     def read(self, read: Read, stamp: str, first: int = 0, count: int | None = None) -> Any:
         """Rows [first, first + count): numpy float32.
@@ -57,14 +57,16 @@ class View:
         flat = _numbers(read, self.stored, stamp)
         count = self.rows - first if count is None else count
         found = np.lib.stride_tricks.as_strided(
-            flat[self.start + first * self.down :], (count, self.columns),
-            (self.down * flat.itemsize, self.right * flat.itemsize), writeable=False,
-        )  # fmt: skip
+            flat[self.start + first * self.down :],
+            (count, self.columns),
+            (self.down * flat.itemsize, self.right * flat.itemsize),
+            writeable=False,
+        )
         return np.array(found, order="C")  # of its own: compiled kernels write beside it
 
 
 @dataclass(frozen=True)
-class Patch:
+class MatrixUpdate:
     """A product that is added to a block of an expert's matrix: scale * left @ right.
 
     Attributes:
@@ -72,8 +74,8 @@ class Patch:
         row, column: where the block begins.
     """
 
-    left: View
-    right: View
+    left: MatrixView
+    right: MatrixView
     scale: float
     expert: int = 0
     row: int = 0
@@ -86,11 +88,11 @@ class Patch:
 
 
 @dataclass(frozen=True)
-class Patched(Float32):
+class PatchedTensor(Float32):
     """`weight`, a matrix or a stack of matrices, with its patches. See `tensors.Tensor`."""
 
     weight: Tensor
-    patches: tuple[Patch, ...] = field(repr=False)
+    patches: tuple[MatrixUpdate, ...] = field(repr=False)
     stamp: str = ""
 
     @property

@@ -19,7 +19,7 @@ from merge_cli.checkpoint.expert_adapters import (
     version_of,
     views,
 )
-from merge_cli.checkpoint.expert_factors import Patch, Patched, View
+from merge_cli.checkpoint.expert_factors import MatrixUpdate, MatrixView, PatchedTensor
 from merge_cli.checkpoint.header import MERGEABLE
 from merge_cli.checkpoint.tensors import Tensor
 
@@ -61,14 +61,16 @@ def apply_fused(
         return factors
     scale = scale_of(about.config, update.key, update.a.shape[0] // count)
     if together:
-        patches = tuple(Patch(left, right, scale, i) for i, (left, right) in enumerate(factors))
-        return {together: Patched(tensors[together], patches, about.stamp)}
+        patches = tuple(
+            MatrixUpdate(left, right, scale, i) for i, (left, right) in enumerate(factors)
+        )
+        return {together: PatchedTensor(tensors[together], patches, about.stamp)}
     changed: dict[str, Tensor] = {}
     for expert, (left, right) in zip(experts, factors, strict=True):
         first = 0
         for weight, size in zip(expert, rows, strict=True):
-            patch = Patch(left.cut_rows(first, size), right, scale)
-            changed[weight.name] = Patched(weight, (patch,), about.stamp)
+            patch = MatrixUpdate(left.cut_rows(first, size), right, scale)
+            changed[weight.name] = PatchedTensor(weight, (patch,), about.stamp)
             first += size
     return changed
 
@@ -97,7 +99,7 @@ def _stored_singly(
 
 def _of_experts(
     update: ExpertUpdate, count: int, shape: tuple[int, int], about: About, together: bool
-) -> list[tuple[View, View]] | str:
+) -> list[tuple[MatrixView, MatrixView]] | str:
     """Each expert's left and right factor, of a weight of this shape as it is stored."""
     a, b = update.a, update.b
     rank, odd = divmod(a.shape[0], count)
@@ -153,8 +155,14 @@ def single_target(
     module, number, layer = found.groups()
     for parameter, families in SINGLE.items():
         for layers in families:
-            stack = next((n for n in (f"{module}.{parameter}", f"{module}.{parameter}.weight")
-                          if n in tensors), "")  # fmt: skip
+            stack = next(
+                (
+                    n
+                    for n in (f"{module}.{parameter}", f"{module}.{parameter}.weight")
+                    if n in tensors
+                ),
+                "",
+            )
             if layer in layers and stack:
                 return stack, int(number), layer, layers
     return None
@@ -171,14 +179,15 @@ def apply_single(
     Returns:
         changed stacks, and problems: a layer and what is wrong.
     """
-    patches: dict[str, list[Patch]] = {}
+    patches: dict[str, list[MatrixUpdate]] = {}
     problems: list[tuple[str, str]] = []
     for own, name, parts in updates:
         target = single_target(name, tensors)
         assert target is not None
         stack, expert, layer, layers = target
-        patch = _single_patch(own, parts, tensors[stack], expert, layers.index(layer), len(layers),
-                              about)  # fmt: skip
+        patch = _single_patch(
+            own, parts, tensors[stack], expert, layers.index(layer), len(layers), about
+        )
         if isinstance(patch, str):
             problems.append((own, patch))
         else:
@@ -186,13 +195,13 @@ def apply_single(
     changed: dict[str, Tensor] = {}
     for stack, found in patches.items():
         found.sort(key=lambda patch: (patch.expert, patch.row, patch.column))
-        changed[stack] = Patched(tensors[stack], tuple(found), about.stamp)
+        changed[stack] = PatchedTensor(tensors[stack], tuple(found), about.stamp)
     return changed, iter(problems)
 
 
 def _single_patch(
     own: str, parts: Parts, weight: Tensor, expert: int, part: int, count: int, about: About
-) -> Patch | str:
+) -> MatrixUpdate | str:
     if parts.keys() != {"a", "b"} or any(len(ref.shape) != 2 for ref in parts.values()):
         return "factors of an expert are two matrices, lora_A and lora_B"
     a, b = parts["a"], parts["b"]
@@ -214,7 +223,7 @@ def _single_patch(
     if height != width:
         turned = whole != (height, width)
     scale = scale_of(about.config, own, rank)
-    left, right = View.whole(b), View.whole(a)
+    left, right = MatrixView.whole(b), MatrixView.whole(a)
     if turned:
-        return Patch(right.turned, left.turned, scale, expert, 0, part * outputs)
-    return Patch(left, right, scale, expert, part * outputs, 0)
+        return MatrixUpdate(right.turned, left.turned, scale, expert, 0, part * outputs)
+    return MatrixUpdate(left, right, scale, expert, part * outputs, 0)

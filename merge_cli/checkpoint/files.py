@@ -11,27 +11,62 @@ from merge_cli.errors import CorruptFileError
 from merge_cli.guarded import read_json
 
 # Files whose auto_map may name Python files beside them.
-_NAME_CODE = ("config.json", "tokenizer_config.json", "preprocessor_config.json",
-              "processor_config.json")  # fmt: skip
+_NAME_CODE = (
+    "config.json",
+    "tokenizer_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+)
 CARD = "README.md"  # the model card, which says licence and languages
 
 # What transformers looks for beside config.json and the weights, in any of its model families.
-_COMPANIONS = frozenset((
-    "generation_config.json",
-    # tokenizers
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "tokenizer.model.v3",
-    "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
-    "bpe.codes", "spiece.model", "sentencepiece.bpe.model", "spm.model", "source.spm",
-    "target.spm", "normalizer.json", "tekken.json", "tiktoken.model", "tokenization_config.json",
-    "chat_template.json",
-    # processors
-    "preprocessor_config.json", "processor_config.json", "image_processor_config.json",
-    "video_preprocessor_config.json", "feature_extractor_config.json",
-))  # fmt: skip
+_COMPANIONS = frozenset(
+    (
+        "generation_config.json",
+        # tokenizers
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "tokenizer.model",
+        "tokenizer.model.v3",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab.json",
+        "vocab.txt",
+        "merges.txt",
+        "bpe.codes",
+        "spiece.model",
+        "sentencepiece.bpe.model",
+        "spm.model",
+        "source.spm",
+        "target.spm",
+        "normalizer.json",
+        "tekken.json",
+        "tiktoken.model",
+        "tokenization_config.json",
+        "chat_template.json",
+        # processors
+        "preprocessor_config.json",
+        "processor_config.json",
+        "image_processor_config.json",
+        "video_preprocessor_config.json",
+        "feature_extractor_config.json",
+    )
+)
 # sentence-transformers: what is done with the model, whatever its tokenizer
 _SENTENCES = frozenset((MODULES, "sentence_bert_config.json", "config_sentence_transformers.json"))
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".msgpack", ".h5", ".onnx",
-            ".onnx_data", ".pb")  # fmt: skip
+_WEIGHTS = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".gguf",
+    ".msgpack",
+    ".h5",
+    ".onnx",
+    ".onnx_data",
+    ".pb",
+)
 _SUFFIXES = (".jinja", ".tiktoken")
 _PREFIXES = ("vocab.", "tokenizer.model.")
 
@@ -122,8 +157,9 @@ def check_links(donor: Path, tokenizer_donor: Path, labels: tuple[str, str]) -> 
     config = donor / "config.json"
     for root, label in dict(zip((donor, tokenizer_donor), labels, strict=True)).items():
         paths = [path for path, home in found.values() if home == root]
-        refuse_links([*paths, *([config] if root == donor and config.is_file() else [])], root,
-                     label)  # fmt: skip
+        refuse_links(
+            [*paths, *([config] if root == donor and config.is_file() else [])], root, label
+        )
 
 
 def named_code(root: Path, label: str, names: frozenset[str]) -> list[str]:
@@ -150,8 +186,10 @@ def named_code(root: Path, label: str, names: frozenset[str]) -> list[str]:
             code = ", ".join(sorted(own))
             lacking = sorted(own - names)
             gone = f"; {', '.join(lacking)} is not there" if lacking else ""
-            found.append(f"{file} names code of {label} ({code}), which is copied with "
-                         f"--trust-remote-code alone{gone}")  # fmt: skip
+            found.append(
+                f"{file} names code of {label} ({code}), which is copied with "
+                f"--trust-remote-code alone{gone}"
+            )
     return found
 
 

@@ -21,7 +21,7 @@ _GAP = 8  # rows that are read along rather than read around
 
 
 @dataclass(frozen=True, eq=False)
-class Rows:
+class SourceRows:
     """Where each row comes from; shared by all tensors of a model that have a row for each token.
 
     Attributes:
@@ -50,7 +50,7 @@ class Rows:
         return bool(self.means) or self.averaged is not None
 
 
-def padded(rows: Rows, count: int, tokens: Iterable[int]) -> Rows:
+def padded(rows: SourceRows, count: int, tokens: Iterable[int]) -> SourceRows:
     """As many rows, those that are added the mean of the rows of all tokens, as in mergekit."""
     import numpy as np
 
@@ -59,11 +59,11 @@ def padded(rows: Rows, count: int, tokens: Iterable[int]) -> Rows:
         return rows
     part = np.concatenate([rows.part, np.full(more, _MEAN, rows.part.dtype)])
     row = np.concatenate([rows.row, np.zeros(more, rows.row.dtype)])
-    return Rows(part, row, rows.means, np.array(sorted(set(tokens)), np.int64))
+    return SourceRows(part, row, rows.means, np.array(sorted(set(tokens)), np.int64))
 
 
 @dataclass(frozen=True, eq=False)
-class Gathered:
+class PermutedRows:
     """See `tensors.Tensor`.
 
     Attributes:
@@ -73,7 +73,7 @@ class Gathered:
 
     own: Tensor
     parts: tuple[Tensor, ...]
-    rows: Rows
+    rows: SourceRows
 
     @property
     def name(self) -> str:

@@ -24,12 +24,24 @@ from merge_cli.guarded import CONTROL, Unreadable, open_regular
 # Safetensors dtype -> (bytes per element, torch's name). Order is the format's own: writers sort
 # by it, widest first, so that every tensor stays aligned.
 DTYPES: dict[str, tuple[int, str]] = {
-    "U64": (8, "uint64"), "I64": (8, "int64"), "F64": (8, "float64"), "C64": (8, "complex64"),
-    "F32": (4, "float32"), "U32": (4, "uint32"), "I32": (4, "int32"), "BF16": (2, "bfloat16"),
-    "F16": (2, "float16"), "U16": (2, "uint16"), "I16": (2, "int16"),
-    "F8_E8M0": (1, "float8_e8m0fnu"), "F8_E4M3": (1, "float8_e4m3fn"),
-    "F8_E5M2": (1, "float8_e5m2"), "I8": (1, "int8"), "U8": (1, "uint8"), "BOOL": (1, "bool"),
-}  # fmt: skip
+    "U64": (8, "uint64"),
+    "I64": (8, "int64"),
+    "F64": (8, "float64"),
+    "C64": (8, "complex64"),
+    "F32": (4, "float32"),
+    "U32": (4, "uint32"),
+    "I32": (4, "int32"),
+    "BF16": (2, "bfloat16"),
+    "F16": (2, "float16"),
+    "U16": (2, "uint16"),
+    "I16": (2, "int16"),
+    "F8_E8M0": (1, "float8_e8m0fnu"),
+    "F8_E4M3": (1, "float8_e4m3fn"),
+    "F8_E5M2": (1, "float8_e5m2"),
+    "I8": (1, "int8"),
+    "U8": (1, "uint8"),
+    "BOOL": (1, "bool"),
+}
 MERGEABLE = ("F64", "F32", "BF16", "F16")  # widest first
 
 

@@ -108,9 +108,12 @@ def _receive(
     if here:
         headers["Range"] = f"bytes={here}-"
     with get_session().stream(
-        "GET", url, headers=headers, follow_redirects=True,
+        "GET",
+        url,
+        headers=headers,
+        follow_redirects=True,
         timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
-    ) as response:  # fmt: skip
+    ) as response:
         hf_raise_for_status(response)
         if here and not _continues(response, here, size):
             count(-here)
@@ -127,9 +130,11 @@ def _receive(
 def _continues(response: Any, here: int, size: int | None) -> bool:
     """Whether what comes is what is missing: a server may send the whole file instead."""
     said = response.headers.get("Content-Range", "")
-    return response.status_code == 206 and said.startswith(f"bytes {here}-") and (
-        size is None or said.endswith(f"/{size}")
-    )  # fmt: skip
+    return (
+        response.status_code == 206
+        and said.startswith(f"bytes {here}-")
+        and (size is None or said.endswith(f"/{size}"))
+    )
 
 
 def _link(blob: Path, pointer: Path) -> None:

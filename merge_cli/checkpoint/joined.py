@@ -18,7 +18,7 @@ from merge_cli.checkpoint.tensors import Read, Tensor
 
 def cut(tensor: Tensor, name: str, start: int, shape: tuple[int, ...]) -> Tensor:
     """The elements from `start` on, as a tensor of a shape; a stored tensor's are stored, too."""
-    part = Part(tensor, name, start, shape)
+    part = TensorPart(tensor, name, start, shape)
     if not isinstance(tensor, TensorRef):
         return part
     width = DTYPES[tensor.dtype][0]
@@ -28,7 +28,7 @@ def cut(tensor: Tensor, name: str, start: int, shape: tuple[int, ...]) -> Tensor
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class TensorPart:
     """Consecutive elements of a computed tensor. See `tensors.Tensor`."""
 
     whole: Tensor
@@ -72,7 +72,7 @@ class Part:
 
 
 @dataclass(frozen=True, eq=False)
-class Joined:
+class JoinedTensor:
     """Tensors of a model one behind the other. See `tensors.Tensor`.
 
     Attributes:

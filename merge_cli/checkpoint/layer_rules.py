@@ -23,32 +23,53 @@ MAX_LAYERS = 100_000  # no model has nearly as many; a config that says more is 
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 # One entry for each layer, though a few may follow that are for layers behind them.
-_LISTED = ("layer_types", "mlp_layer_types", "layers_block_type", "no_rope_layers",
-           "attention_layers", "moe_layer_freq")  # fmt: skip
+_LISTED = (
+    "layer_types",
+    "mlp_layer_types",
+    "layers_block_type",
+    "no_rope_layers",
+    "attention_layers",
+    "moe_layer_freq",
+)
 # Numbers of layers; keys that look like it are read alike.
 _NUMBERED = re.compile(
     r"^(?!no_rope_layers$)(\w*_)?(layers?|blocks?|attn|attention|moe|mlp|dense|sparse|hybrid|global|full)_"
     r"(\w+_)?(ids?|idxs?|index(es)?|indices|enum)$|^(?!no_rope_|attention_layers$)\w+_layers(_enum)?$"
 )
-_FIRST = ("first_k_dense_replace", "num_dense_layers", "n_dense_layers",
-          "num_first_full_attention_layers")  # fmt: skip
+_FIRST = (
+    "first_k_dense_replace",
+    "num_dense_layers",
+    "n_dense_layers",
+    "num_first_full_attention_layers",
+)
 _LAST = ("num_kv_shared_layers", "num_last_full_attention_layers")
-_EVERY = ("attn_layer_period", "expert_layer_period", "interleave_moe_layer_step",
-          "moe_layer_freq", "full_attention_interval", "no_rope_layer_interval",
-          "global_attn_every_n_layers", "cross_attention_frequency",
-          "dense_attention_every_n_layers", "sliding_window_pattern")  # fmt: skip
+_EVERY = (
+    "attn_layer_period",
+    "expert_layer_period",
+    "interleave_moe_layer_step",
+    "moe_layer_freq",
+    "full_attention_interval",
+    "no_rope_layer_interval",
+    "global_attn_every_n_layers",
+    "cross_attention_frequency",
+    "dense_attention_every_n_layers",
+    "sliding_window_pattern",
+)
 # A rule for every n-th layer, and the lists that say the same and win over it.
 _SAID_BY = {
-    "full_attention_interval": ("layer_types",), "sliding_window_pattern": ("layer_types",),
-    "interleave_moe_layer_step": ("moe_layers",), "no_rope_layer_interval": ("no_rope_layers",),
-    "global_attn_every_n_layers": ("layer_types",), "attn_layer_period": ("layers_block_type",),
+    "full_attention_interval": ("layer_types",),
+    "sliding_window_pattern": ("layer_types",),
+    "interleave_moe_layer_step": ("moe_layers",),
+    "no_rope_layer_interval": ("no_rope_layers",),
+    "global_attn_every_n_layers": ("layer_types",),
+    "attn_layer_period": ("layers_block_type",),
     "cross_attention_frequency": ("cross_attention_layers",),
-}  # fmt: skip
+}
 _SPAN = ("moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval")
 
 
 @dataclass(frozen=True)
-class Stacked:
+class StackedLayers:
     """Layers of an output.
 
     Attributes:
@@ -82,7 +103,7 @@ class Stacked:
         return bool(changed)
 
 
-def stack_layers(stacked: Stacked) -> tuple[list[str], list[str]]:
+def stack_layers(stacked: StackedLayers) -> tuple[list[str], list[str]]:
     """Rewrite everything in a config that counts, lists or numbers layers.
 
     Returns:
@@ -111,7 +132,7 @@ def stack_layers(stacked: Stacked) -> tuple[list[str], list[str]]:
     return changes, doubts
 
 
-def _list_or_numbers(stacked: Stacked, key: str) -> bool:
+def _list_or_numbers(stacked: StackedLayers, key: str) -> bool:
     """Rewrite a key that lists layers, or numbers of layers; whether it changed."""
     value, before = stacked.config[key], stacked.before
     if before is None or not isinstance(value, list | str) or "token" in key:
@@ -139,7 +160,7 @@ def _list_or_numbers(stacked: Stacked, key: str) -> bool:
     return stacked.put(key, [_entry(stacked, key, value, *one) for one in stacked.layers])
 
 
-def _repeated(stacked: Stacked, key: str, value: list[Any]) -> bool:
+def _repeated(stacked: StackedLayers, key: str, value: list[Any]) -> bool:
     """A list that begins again as often as it must (RecurrentGemma)."""
     kinds = []
     for source, index in stacked.layers:
@@ -150,7 +171,7 @@ def _repeated(stacked: Stacked, key: str, value: list[Any]) -> bool:
 
 
 def _entry(
-    stacked: Stacked, key: str, fallback: list[Any], source: Mapping[str, Any], index: int
+    stacked: StackedLayers, key: str, fallback: list[Any], source: Mapping[str, Any], index: int
 ) -> Any:
     """A layer's entry in its own source's list, or in the donor's."""
     own = source.get(key)
@@ -166,8 +187,13 @@ def _spelled_out(types: Any) -> list[Any] | None:
         return None
     found: list[Any] = []
     for part in types:
-        if not (isinstance(part, list) and len(part) == 2 and isinstance(part[0], list)
-                and type(part[1]) is int and 0 <= part[1] <= 1000):  # fmt: skip
+        if not (
+            isinstance(part, list)
+            and len(part) == 2
+            and isinstance(part[0], list)
+            and type(part[1]) is int
+            and 0 <= part[1] <= 1000
+        ):
             return None
         found += part[0] * part[1]
         if len(found) > MAX_LAYERS:
@@ -175,7 +201,7 @@ def _spelled_out(types: Any) -> list[Any] | None:
     return found
 
 
-def _numbers(stacked: Stacked, key: str, value: Any) -> bool:
+def _numbers(stacked: StackedLayers, key: str, value: Any) -> bool:
     """A list (or text, with commas) of layers' numbers; whether it changed."""
     numbers = _as_numbers(value)
     if numbers is None or not all(0 <= number < (stacked.before or 0) for number in numbers):
@@ -199,7 +225,7 @@ def _as_numbers(value: Any) -> list[int] | None:
     return value if len(set(value)) == len(value) else None
 
 
-def _sparse_layers(stacked: Stacked) -> bool:
+def _sparse_layers(stacked: StackedLayers) -> bool:
     """Which layers have experts as Qwen-MoE says it: every n-th, but for some."""
 
     def dense(source: Mapping[str, Any], index: int) -> bool:
@@ -214,7 +240,7 @@ def _sparse_layers(stacked: Stacked) -> bool:
     return True
 
 
-def _ends(stacked: Stacked) -> Iterator[tuple[str, int, str]]:
+def _ends(stacked: StackedLayers) -> Iterator[tuple[str, int, str]]:
     """How many of the first, or of the last, layers are different: key, number, doubt."""
     total = len(stacked.layers)
     for key in (*_FIRST, *_LAST):
@@ -240,7 +266,7 @@ def _ends(stacked: Stacked) -> Iterator[tuple[str, int, str]]:
             yield key, len(found), ""
 
 
-def _spans(stacked: Stacked) -> Iterator[tuple[str, int, str]]:
+def _spans(stacked: StackedLayers) -> Iterator[tuple[str, int, str]]:
     """Ernie's experts: every n-th layer between two."""
     if not any(type(stacked.config.get(key)) is int for key in _SPAN[:2]):
         return
@@ -272,7 +298,7 @@ def _spans(stacked: Stacked) -> Iterator[tuple[str, int, str]]:
             yield key, new, ""
 
 
-def _periods(stacked: Stacked) -> list[str]:
+def _periods(stacked: StackedLayers) -> list[str]:
     """Rules for every n-th layer that stacked layers may break."""
     if stacked.in_place:
         return []

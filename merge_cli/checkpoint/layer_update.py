@@ -9,13 +9,20 @@ from merge_cli.checkpoint import expert_adapters as experts
 from merge_cli.checkpoint.adapter_config import by_pattern
 from merge_cli.checkpoint.adapter_contents import Parts
 from merge_cli.checkpoint.header import MERGEABLE
-from merge_cli.checkpoint.low_rank import Updated
+from merge_cli.checkpoint.low_rank import UpdatedTensor
 from merge_cli.checkpoint.tensors import Tensor
 
 # transformers' classes with layers that are stored [in, out], and what those are called.
-_WITH_CONV1D = frozenset((
-    "gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder",
-))  # fmt: skip
+_WITH_CONV1D = frozenset(
+    (
+        "gpt2",
+        "openai-gpt",
+        "imagegpt",
+        "decision_transformer",
+        "clvp",
+        "clvp_decoder",
+    )
+)
 _CONV1D = frozenset(("c_attn", "q_attn", "c_fc", "c_proj"))
 
 
@@ -98,12 +105,12 @@ def why_unusable(
 
 def updated(
     weight: Tensor, parts: Parts, config: Mapping[str, Any], module: str, kind: str, stamp: str
-) -> Updated:
+) -> UpdatedTensor:
     if "embedding_a" in parts:
         a, b = parts["embedding_a"], parts["embedding_b"]
-        return Updated(weight, a, b, scaling(config, module, a.shape[0]), True, None, stamp)
+        return UpdatedTensor(weight, a, b, scaling(config, module, a.shape[0]), True, None, stamp)
     a, b = parts["a"], parts["b"]
     scale = scaling(config, module, a.shape[0])
     if is_turned(weight, parts, config, module, kind):
-        return Updated(weight, a, b, scale, True, None, stamp)
-    return Updated(weight, b, a, scale, False, parts.get("magnitude"), stamp)
+        return UpdatedTensor(weight, a, b, scale, True, None, stamp)
+    return UpdatedTensor(weight, b, a, scale, False, parts.get("magnitude"), stamp)

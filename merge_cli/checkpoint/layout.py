@@ -104,8 +104,9 @@ def indexes(
             continue
         weight_map = {
             name.removeprefix(f"{folder}/"): shard.file.rpartition("/")[2]
-            for shard in own for name in shard.offsets
-        }  # fmt: skip
+            for shard in own
+            for name in shard.offsets
+        }
         names = {name for shard in own for name in shard.offsets}
         inside = [tensor for tensor in tensors if tensor.name in names]
         metadata = {
@@ -134,8 +135,10 @@ def _shard(folder: str, file: str, tensors: Sequence[OutputTensor]) -> Shard:
     for tensor in ordered:
         stop = position + tensor.nbytes
         entries[tensor.name.removeprefix(prefix)] = {
-            "dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [position, stop],
-        }  # fmt: skip
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [position, stop],
+        }
         relative[tensor.name] = position
         position = stop
     body = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()

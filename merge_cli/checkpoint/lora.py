@@ -16,11 +16,11 @@ from typing import Any
 
 from merge_cli.checkpoint import expert_adapters as experts
 from merge_cli.checkpoint import expert_patches as patches
-from merge_cli.checkpoint.adapter_contents import WEIGHTS, Contents, Parts, sorted_out
+from merge_cli.checkpoint.adapter_contents import WEIGHTS, AdapterContents, Parts, sort_contents
 from merge_cli.checkpoint.adapter_names import find_rule
 from merge_cli.checkpoint.header import TensorRef
 from merge_cli.checkpoint.layer_update import contradictions, scaling, updated, why_unusable
-from merge_cli.checkpoint.low_rank import Shifted, Updated
+from merge_cli.checkpoint.low_rank import ShiftedTensor, UpdatedTensor
 from merge_cli.checkpoint.task_heads import is_task_head, labels, put_head
 from merge_cli.checkpoint.tensors import Tensor
 from merge_cli.checkpoint.tied_adapter import HEADS, find_ends, keeps_ties, match_heights, untie
@@ -28,7 +28,7 @@ from merge_cli.errors import MismatchError, Problem, SourceError
 
 
 @dataclass(frozen=True)
-class Applied:
+class AppliedAdapter:
     """A model's tensors with an adapter.
 
     Attributes:
@@ -43,9 +43,15 @@ class Applied:
 
 
 def apply_adapter(
-    tensors: Mapping[str, Tensor], config: Mapping[str, Any], stored: Mapping[str, TensorRef],
-    *, label: str, stamp: str, base: Mapping[str, Any] | None = None, root: Path | None = None,
-) -> Applied:  # fmt: skip
+    tensors: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    stored: Mapping[str, TensorRef],
+    *,
+    label: str,
+    stamp: str,
+    base: Mapping[str, Any] | None = None,
+    root: Path | None = None,
+) -> AppliedAdapter:
     """The model's tensors, those that the adapter changes as computed ones.
 
     Args:
@@ -63,7 +69,9 @@ def apply_adapter(
     if not stored:
         what = f"{WEIGHTS} holds no tensors: the adapter changes nothing"
         raise SourceError(what, model=label, hint="Save the adapter again.")
-    about = _Application(dict(tensors), config, sorted_out(stored), label, stamp, base or {}, root)
+    about = _Application(
+        dict(tensors), config, sort_contents(stored), label, stamp, base or {}, root
+    )
     return about.result()
 
 
@@ -71,50 +79,69 @@ class _Application:
     """One adapter on one model."""
 
     def __init__(
-        self, tensors: dict[str, Tensor], config: Mapping[str, Any], contents: Contents,
-        label: str, stamp: str, base: Mapping[str, Any], root: Path | None,
-    ) -> None:  # fmt: skip
+        self,
+        tensors: dict[str, Tensor],
+        config: Mapping[str, Any],
+        contents: AdapterContents,
+        label: str,
+        stamp: str,
+        base: Mapping[str, Any],
+        root: Path | None,
+    ) -> None:
         self._original, self._tensors = tensors, dict(tensors)
         self._config, self._contents = config, contents
         self._label, self._stamp, self._base = label, stamp, base
         text = base.get("text_config")
         kinds = (one.get("model_type") for one in (base, text) if isinstance(one, dict))
-        self._about = experts.About(config, next((k for k in kinds if isinstance(k, str)), ""),
-                                    stamp)  # fmt: skip
+        self._about = experts.About(
+            config, next((k for k in kinds if isinstance(k, str)), ""), stamp
+        )
         self._ends = find_ends(tensors, base)
         self._fused, self._unknown = experts.fused_updates(contents.modules, config)
         inside = {u.module for u in self._fused} | self._unknown.keys()
-        self._layers = {m: parts for m, parts in contents.modules.items()
-                        if re.sub(r"(\.base_layer)+$", "", m) not in inside}  # fmt: skip
+        self._layers = {
+            m: parts
+            for m, parts in contents.modules.items()
+            if re.sub(r"(\.base_layer)+$", "", m) not in inside
+        }
         self._rule = find_rule(self._required(), tensors, root)
         self._problems: list[Problem] = []
         self._notes: list[str] = []
         self._changes: dict[str, Any] = {}
         self._touched: set[str] = set()
 
-    def result(self) -> Applied:
+    def result(self) -> AppliedAdapter:
         self._refuse_first()
         head = self._split_head()
-        self._replace({n: r for n, r in self._contents.whole.items()
-                       if n not in head and not self._is_trained(n)})  # fmt: skip
+        self._replace(
+            {
+                n: r
+                for n, r in self._contents.whole.items()
+                if n not in head and not self._is_trained(n)
+            }
+        )
         if head:
             self._new_head(head)
         else:
             self._untie()
-        self._replace({n: r for n, r in self._contents.whole.items()
-                       if n not in head and self._is_trained(n)})  # fmt: skip
+        self._replace(
+            {n: r for n, r in self._contents.whole.items() if n not in head and self._is_trained(n)}
+        )
         replaced = sorted(self._touched)
         changed = self._update_layers() | self._update_experts()
         self._match_heights()
         if self._problems:
             raise MismatchError(self._problems, "the adapter does not fit its model")
-        notes = [f"the adapter changes {len(changed)} tensors (rank {_range(self._ranks())})"
-                 ] if changed else []  # fmt: skip
+        notes = (
+            [f"the adapter changes {len(changed)} tensors (rank {_range(self._ranks())})"]
+            if changed
+            else []
+        )
         if replaced:
             notes.append(f"the adapter replaces {', '.join(replaced)}")
         if self._rule.note:
             notes.append(f"the adapter's names are the model's by {self._rule.note}")
-        return Applied(self._tensors, (*notes, *self._notes), self._changes)
+        return AppliedAdapter(self._tensors, (*notes, *self._notes), self._changes)
 
     def _required(self) -> set[str]:
         """What the model must have, as the adapter calls it: what decides between rules."""
@@ -188,10 +215,17 @@ class _Application:
     def _untie(self) -> None:
         layers = {f"{module}.weight" for module in self._layers}
         brought = {name for name in self._contents.whole if self._is_trained(name)}
-        found = {self._ends.head if _last(n) in HEADS else self._rule.of(n)
-                 for n in layers | brought}  # fmt: skip
-        joint = untie(self._tensors, self._ends, self._base, trained=frozenset(found),
-                      adapter=self._config, label=self._label)  # fmt: skip
+        found = {
+            self._ends.head if _last(n) in HEADS else self._rule.of(n) for n in layers | brought
+        }
+        joint = untie(
+            self._tensors,
+            self._ends,
+            self._base,
+            trained=frozenset(found),
+            adapter=self._config,
+            label=self._label,
+        )
         self._tensors = joint.tensors
         self._changes |= joint.changes
         self._notes += joint.notes
@@ -271,12 +305,13 @@ class _Application:
     def _update(self, module: str, target: str, parts: Parts) -> str:
         """Update one layer; why not, where it cannot be."""
         weight = self._tensors[target]
-        if isinstance(weight, Updated):
+        if isinstance(weight, UpdatedTensor):
             return "two modules of the adapter change it"
         if len(weight.shape) == 3 and parts.keys() == {"a", "b"}:
             update = experts.ExpertUpdate(module, "weight", parts["a"], parts["b"])
-            found = patches.apply_fused(update, target.removesuffix(".weight"), self._tensors,
-                                        self._about)  # fmt: skip
+            found = patches.apply_fused(
+                update, target.removesuffix(".weight"), self._tensors, self._about
+            )
             if isinstance(found, str):
                 return found
             self._tensors |= found
@@ -284,24 +319,27 @@ class _Application:
         why = why_unusable(weight, parts, self._config, module, self._about.model_type)
         if why:
             return why
-        self._tensors[target] = updated(weight, parts, self._config, module,
-                                        self._about.model_type, self._stamp)  # fmt: skip
+        self._tensors[target] = updated(
+            weight, parts, self._config, module, self._about.model_type, self._stamp
+        )
         self._touched.add(target)
         if "bias" in parts:
             beside = self._target(f"{module}.bias")
             if beside is None or self._tensors[beside].shape != parts["bias"].shape:
                 return "the adapter shifts the layer's bias, which is not in the model"
             scale = scaling(self._config, module, parts["a"].shape[0])
-            self._tensors[beside] = Shifted(self._tensors[beside], parts["bias"], scale,
-                                            self._stamp)  # fmt: skip
+            self._tensors[beside] = ShiftedTensor(
+                self._tensors[beside], parts["bias"], scale, self._stamp
+            )
         return ""
 
     def _update_experts(self) -> set[str]:
         """Factors of all experts of a parameter. Returns the names of what changes."""
         changed: set[str] = set()
         for update in self._fused:
-            found = patches.apply_fused(update, self._rule.of(update.module), self._tensors,
-                                        self._about)  # fmt: skip
+            found = patches.apply_fused(
+                update, self._rule.of(update.module), self._tensors, self._about
+            )
             if isinstance(found, str):
                 self._problems.append(Problem(f"{self._label}: {found}", update.module))
                 continue

@@ -20,7 +20,7 @@ _KEPT = 16  # updates whose smaller factor stays in memory: blocks of one weight
 
 
 @dataclass(frozen=True)
-class Updated(Float32):
+class UpdatedTensor(Float32):
     """`weight` with an update. See `tensors.Tensor`.
 
     Attributes:
@@ -116,7 +116,7 @@ class Updated(Float32):
 
 
 @dataclass(frozen=True)
-class Shifted(Float32):
+class ShiftedTensor(Float32):
     """`bias` plus `scale` times the bias of a factor (PEFT's lora_bias). See `tensors.Tensor`."""
 
     bias: Tensor
@@ -148,5 +148,5 @@ class Shifted(Float32):
         out[:] = read_numbers(read, self.bias, start, len(out)) + np.float32(self.scale) * change
 
 
-_recent: OrderedDict[Updated, Any] = OrderedDict()
+_recent: OrderedDict[UpdatedTensor, Any] = OrderedDict()
 _lock = threading.Lock()

@@ -24,7 +24,7 @@ from merge_cli.errors import CorruptFileError, SourceError
 from merge_cli.guarded import read_mapping
 
 
-class Place(Protocol):
+class ModelStorage(Protocol):
     """A model's files.
 
     Attributes:
@@ -44,7 +44,7 @@ class Place(Protocol):
         """The raw header of a file of weights, and the file's size."""
 
 
-class Folder:
+class LocalFolder:
     """A folder on disk, and in a pipeline those inside it."""
 
     def __init__(self, root: Path) -> None:
@@ -65,7 +65,7 @@ class Folder:
         return read_header_file(file, label), file.stat().st_size
 
 
-class Repository:
+class HubRepo:
     """A repository at one commit, whose small files are fetched at once."""
 
     def __init__(self, model: hub.HubModel) -> None:
@@ -97,7 +97,9 @@ def _is_template(name: str) -> bool:
     return name.startswith("additional_chat_templates/") and name.endswith(".jinja")
 
 
-def read_headers(place: Place, label: str) -> tuple[Mapping[str, TensorRef], Mapping[str, bytes]]:
+def read_headers(
+    place: ModelStorage, label: str
+) -> tuple[Mapping[str, TensorRef], Mapping[str, bytes]]:
     """Every tensor by name, and the raw headers by file.
 
     Raises:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from merge_cli.checkpoint.dequantised import Dequantised
+from merge_cli.checkpoint.dequantised import DequantizedTensor
 from merge_cli.checkpoint.header import TensorRef
 from merge_cli.errors import CorruptFileError
 
@@ -17,8 +17,16 @@ KEY = "quantization_config"
 _FP8 = ("F8_E4M3", "F8_E5M2")
 _SCALES = ("_scale_inv", "_scale")  # behind the weight's name
 # Of activations and of the key-value cache: of no use without fp8 arithmetic.
-_DROPPED = (".input_scale", ".output_scale", ".k_scale", ".v_scale", ".q_scale", ".prob_scale",
-            ".activation_scale", ".input_scale_ub")  # fmt: skip
+_DROPPED = (
+    ".input_scale",
+    ".output_scale",
+    ".k_scale",
+    ".v_scale",
+    ".q_scale",
+    ".prob_scale",
+    ".activation_scale",
+    ".input_scale_ub",
+)
 ADVICE = {
     "gptq": "Merge the unquantised models, then quantise the result (GPTQModel).",
     "awq": "Merge the unquantised models, then quantise the result (AutoAWQ, llm-compressor).",
@@ -44,7 +52,7 @@ def advice(config: Mapping[str, Any]) -> tuple[str, str] | None:
 
 def read_as_numbers(
     tensors: Tensors, config: Mapping[str, Any], label: str
-) -> tuple[dict[str, TensorRef | Dequantised], dict[str, Any], tuple[str, ...]]:
+) -> tuple[dict[str, TensorRef | DequantizedTensor], dict[str, Any], tuple[str, ...]]:
     """A model's tensors with fp8 weights as numbers, its config without that, and what was done.
 
     A model without fp8 weights comes back as it is.
@@ -60,7 +68,7 @@ def read_as_numbers(
     native = {"float16": "F16", "float32": "F32"}.get(
         str(config.get("dtype") or config.get("torch_dtype")), "BF16"
     )
-    found: dict[str, TensorRef | Dequantised] = dict(tensors)
+    found: dict[str, TensorRef | DequantizedTensor] = dict(tensors)
     scaled = 0
     for ref in stored:
         scale = next(
@@ -69,15 +77,16 @@ def read_as_numbers(
         if scale is not None:
             del found[scale.name]
             scaled += 1
-        found[ref.name] = Dequantised(ref, scale, _block(ref, scale, about, label), native)
+        found[ref.name] = DequantizedTensor(ref, scale, _block(ref, scale, about, label), native)
     dropped = [name for name in found if name.endswith(_DROPPED)]
     for name in dropped:
         del found[name]
     plain.pop(KEY, None)
     notes = [f"{len(stored)} fp8 weights are read as numbers, {scaled} of them with scales"]
     if dropped:
-        notes.append(f"{len(dropped)} scales of activations and caches are left out "
-                     f"({dropped[0]}, ...)")  # fmt: skip
+        notes.append(
+            f"{len(dropped)} scales of activations and caches are left out ({dropped[0]}, ...)"
+        )
     return found, plain, tuple(notes)
 
 

@@ -54,9 +54,11 @@ def read_into(files: FilePool, path: Path, offset: int, buffer: memoryview, mode
             done += count
     except OSError as error:
         raise CorruptFileError(
-            f"cannot be read: {error.strerror}", model=model, file=path.name,
+            f"cannot be read: {error.strerror}",
+            model=model,
+            file=path.name,
             hint="The journal is kept: the same command resumes.",
-        ) from error  # fmt: skip
+        ) from error
 
 
 def _pread_into(fd: int, buffer: memoryview, offset: int) -> int:
@@ -83,9 +85,15 @@ def write_from(files: FilePool, path: Path, offset: int, data: memoryview) -> No
 
 
 def copy_range(
-    sources: FilePool, source: Path, start: int, targets: FilePool, target: Path, offset: int,
-    size: int, model: str,
-) -> None:  # fmt: skip
+    sources: FilePool,
+    source: Path,
+    start: int,
+    targets: FilePool,
+    target: Path,
+    offset: int,
+    size: int,
+    model: str,
+) -> None:
     """Copy `size` bytes from one file into another, without bringing them here if possible.
 
     Raises:

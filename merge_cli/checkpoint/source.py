@@ -28,9 +28,9 @@ from merge_cli.checkpoint.components import (
 )
 from merge_cli.checkpoint.config import is_of_5
 from merge_cli.checkpoint.lora import apply_adapter
-from merge_cli.checkpoint.places import Folder, Place, Repository, read_headers
+from merge_cli.checkpoint.places import HubRepo, LocalFolder, ModelStorage, read_headers
 from merge_cli.checkpoint.quantised import read_as_numbers
-from merge_cli.checkpoint.stamps import Stamp, add_samples, folder_stamps
+from merge_cli.checkpoint.stamps import FileFingerprint, add_samples, folder_fingerprints
 from merge_cli.checkpoint.tensors import Tensor
 from merge_cli.checkpoint.tied_adapter import changed_config
 from merge_cli.errors import CorruptFileError, HubError, SourceError
@@ -65,7 +65,7 @@ class Source:
     notes: tuple[str, ...] = ()
     planned: bool = False
     adapter: Adapter | None = None
-    stamps: Mapping[Path, Stamp] = field(default_factory=dict, repr=False)
+    stamps: Mapping[Path, FileFingerprint] = field(default_factory=dict, repr=False)
 
     def ties(self, head: str) -> bool:
         """Whether the head is the input embedding: as the config says, here or in its text part.
@@ -157,8 +157,9 @@ def open_source(model: ModelRef, folder: Path) -> Source:
     label = str(model)
     if model.lora:
         base = open_source(ModelRef(model.path, model.revision), folder)
-        return _with_adapter(base, open_adapter(model.lora, model.lora_revision, folder, label),
-                             label)  # fmt: skip
+        return _with_adapter(
+            base, open_adapter(model.lora, model.lora_revision, folder, label), label
+        )
     path = local_folder(model.path, folder)
     if path is not None:
         if model.revision:
@@ -194,20 +195,31 @@ def open_tokenizer(model: ModelRef, folder: Path) -> Source:
     path = local_folder(model.path, folder)
     if path is None or model.lora or model.revision or not path.is_dir():
         return open_source(model, folder)
-    place = Folder(path)
+    place = LocalFolder(path)
     config = read_mapping(path / CONFIG, str(model)) if CONFIG in place.names else {}
     return Source(str(model), path, config, {}, {})
 
 
 def _with_adapter(base: Source, adapter: Adapter, label: str) -> Source:
     applied = apply_adapter(
-        base.tensors, adapter.config, adapter.tensors, label=label, stamp=adapter.stamp,
-        base=base.config, root=base.root,
-    )  # fmt: skip
+        base.tensors,
+        adapter.config,
+        adapter.tensors,
+        label=label,
+        stamp=adapter.stamp,
+        base=base.config,
+        root=base.root,
+    )
     other = base_note(adapter.config, base.label.partition("@")[0])
     notes = (*base.notes, *applied.notes, *([other] if other else []))
-    return replace(base, label=label, tensors=applied.tensors, adapter=adapter,
-                   config=changed_config(base.config, applied.changes), notes=notes)  # fmt: skip
+    return replace(
+        base,
+        label=label,
+        tensors=applied.tensors,
+        adapter=adapter,
+        config=changed_config(base.config, applied.changes),
+        notes=notes,
+    )
 
 
 def _looked_for(path: str, folder: Path) -> str:
@@ -248,9 +260,9 @@ def _open_folder(path: Path, label: str) -> Source:
     if not path.is_dir():
         hint = "Name the model's folder, not a file in it."
         raise SourceError("not a folder", model=label, hint=hint)
-    stamps = folder_stamps(path)
+    stamps = folder_fingerprints(path)
     try:
-        folder = Folder(path)
+        folder = LocalFolder(path)
     except OSError as error:
         hint = "Check who may read it."
         raise SourceError(f"cannot be read: {error.strerror}", model=label, hint=hint) from error
@@ -258,10 +270,10 @@ def _open_folder(path: Path, label: str) -> Source:
 
 
 def _open_hub(repo: hub.HubModel, label: str) -> Source:
-    return _opened(Repository(repo), label, repo)
+    return _opened(HubRepo(repo), label, repo)
 
 
-def _opened(place: Place, label: str, repo: hub.HubModel | None = None) -> Source:
+def _opened(place: ModelStorage, label: str, repo: hub.HubModel | None = None) -> Source:
     """From the headers of its files; fp8 weights as numbers."""
     config = read_mapping(place.root / CONFIG, label) if CONFIG in place.names else {}
     stored, headers = read_headers(place, label)
@@ -270,7 +282,7 @@ def _opened(place: Place, label: str, repo: hub.HubModel | None = None) -> Sourc
     return Source(label, place.root, plain, tensors, headers, repo, tuple(filter(None, notes)))
 
 
-def _kind(place: Place, config: Mapping[str, Any]) -> str:
+def _kind(place: ModelStorage, config: Mapping[str, Any]) -> str:
     """What a reader should know of a model that is not one folder with a config."""
     parts = part_folders(place.names, place.modules)
     lacking = [f for f in place.modules if f and not names_in(f, place.names)]

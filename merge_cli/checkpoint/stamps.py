@@ -20,7 +20,7 @@ _TEMPLATES = "additional_chat_templates"
 _DECIDING = ("config.json", "adapter_config.json", PIPELINE)
 
 
-class Stamp(NamedTuple):
+class FileFingerprint(NamedTuple):
     """A file's size, times in nanoseconds, and number."""
 
     size: int
@@ -29,22 +29,22 @@ class Stamp(NamedTuple):
     inode: int
 
 
-def stamp_of(path: Path) -> Stamp:
+def fingerprint_of(path: Path) -> FileFingerprint:
     """A file as it is now, links followed.
 
     Raises:
         OSError: it cannot be looked at.
     """
     about = os.stat(path)
-    return Stamp(about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino)
+    return FileFingerprint(about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino)
 
 
-def folder_stamps(root: Path) -> dict[Path, Stamp]:
+def folder_fingerprints(root: Path) -> dict[Path, FileFingerprint]:
     """The files of a model's folder that decide what is made of it, as they are now."""
     found = {}
     for path in _files(root):
         try:
-            found[path] = stamp_of(path)
+            found[path] = fingerprint_of(path)
         except OSError:  # gone meanwhile, or a link to nowhere: whoever needs it will say so
             continue
     return found

@@ -27,7 +27,7 @@ _METADATA = ("kind", "digest", "sum", "entries", "about", "digests")
 
 
 @dataclass(frozen=True)
-class Entry:
+class StatisticsEntry:
     """Where a tensor's statistics are.
 
     Attributes:
@@ -57,7 +57,7 @@ class StatisticsFile:
     kind: str
     digest: str
     about: Mapping[str, Any]
-    entries: Mapping[str, Entry] = field(repr=False)
+    entries: Mapping[str, StatisticsEntry] = field(repr=False)
     refs: Mapping[str, TensorRef] = field(repr=False)
     digests: Mapping[str, str] = field(default_factory=dict, repr=False)
     cached: bool = True
@@ -91,7 +91,7 @@ class ModelStatistics:
     """
 
     ref: TensorRef
-    entry: Entry
+    entry: StatisticsEntry
     about: Mapping[str, Any]
 
     def span(self, start: int, size: int, like: Any) -> Any:
@@ -150,7 +150,7 @@ class TensorStatistics:
 
 
 @dataclass(frozen=True)
-class Gathered:
+class CalibrationStatistics:
     """What was gathered for a merge: a file for each source, by its place in the recipe."""
 
     files: tuple[StatisticsFile, ...]
@@ -205,11 +205,11 @@ def open_statistics(path: Path) -> StatisticsFile:
     return StatisticsFile(path, str(kind), str(digest), about, entries, refs, digests)
 
 
-def _entry(name: str, entry: Any, refs: Mapping[str, TensorRef]) -> Entry:
+def _entry(name: str, entry: Any, refs: Mapping[str, TensorRef]) -> StatisticsEntry:
     fits = isinstance(entry, list) and len(entry) == 3 and isinstance(entry[0], str)
     if not fits or entry[0] not in refs:
         raise Unreadable(f"has no statistics where it says that {name[:60]!r} has some")
-    return Entry(entry[0], bool(entry[1]), bool(entry[2]))
+    return StatisticsEntry(entry[0], bool(entry[1]), bool(entry[2]))
 
 
 def statistics_digest(

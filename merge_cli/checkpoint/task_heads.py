@@ -14,7 +14,7 @@ from typing import Any
 from merge_cli.checkpoint.header import TensorRef
 from merge_cli.errors import Problem
 
-HEADS = ("score", "classifier", "qa_outputs", "classification_head", "summary", "v_head")
+TASK_HEADS = ("score", "classifier", "qa_outputs", "classification_head", "summary", "v_head")
 _SUFFIXES = {"SEQ_CLS": "ForSequenceClassification", "TOKEN_CLS": "ForTokenClassification"}
 _LANGUAGE = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 _WAY_OUT = (
@@ -36,7 +36,7 @@ class TaskHead:
 def is_task_head(name: str) -> bool:
     """Whether a tensor is of a head that classifies, by its name."""
     parts = name.split(".")
-    return len(parts) > 1 and any(part in HEADS for part in parts[:-1])
+    return len(parts) > 1 and any(part in TASK_HEADS for part in parts[:-1])
 
 
 def put_head(
@@ -74,8 +74,10 @@ def put_head(
         f"without the head of {base}"
     )
     if config.get("pad_token_id") is None:
-        found.notes.append("config.json has no pad_token_id, which classifiers need for batches "
-                           "of more than one row")  # fmt: skip
+        found.notes.append(
+            "config.json has no pad_token_id, which classifiers need for batches "
+            "of more than one row"
+        )
     return found
 
 
@@ -85,14 +87,18 @@ def labels(config: Mapping[str, Any], count: int) -> dict[str, Any]:
     if (len(known) if isinstance(known, dict) else 2) == count:
         return {}
     names = [f"LABEL_{i}" for i in range(count)]
-    return {"id2label": {str(i): name for i, name in enumerate(names)},
-            "label2id": {name: i for i, name in enumerate(names)}}  # fmt: skip
+    return {
+        "id2label": {str(i): name for i, name in enumerate(names)},
+        "label2id": {name: i for i, name in enumerate(names)},
+    }
 
 
 def _exists(name: str) -> bool:
     """Whether transformers has a class, looked up without loading any."""
     from transformers.models.auto import modeling_auto as auto
 
-    known = (auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-             auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES)  # fmt: skip
+    known = (
+        auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+        auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+    )
     return any(name in mapping.values() for mapping in known)

@@ -19,8 +19,13 @@ from merge_cli.checkpoint.tensors import Tensor
 from merge_cli.errors import Problem
 
 # Module -> the head that is tied to it, below the same prefix or one that ends a level higher.
-_HEADS = {"embed_tokens": "lm_head", "wte": "lm_head", "word_embeddings": "lm_head",
-          "embed_in": "embed_out", "tok_embeddings": "output"}  # fmt: skip
+_HEADS = {
+    "embed_tokens": "lm_head",
+    "wte": "lm_head",
+    "word_embeddings": "lm_head",
+    "embed_in": "embed_out",
+    "tok_embeddings": "output",
+}
 HEADS = ("lm_head", "embed_out")
 _TRAINED_AS_ONE = ("embed_tokens", "lm_head")  # what PEFT's ensure_weight_tying looks for
 _SPEAKING = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
@@ -33,7 +38,7 @@ _AGAIN = (
 
 
 @dataclass(frozen=True)
-class Ends:
+class EmbeddingAndHead:
     """A model's embedding and head.
 
     Attributes:
@@ -47,23 +52,25 @@ class Ends:
     tied: bool
 
 
-def find_ends(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Ends:
+def find_ends(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> EmbeddingAndHead:
     """Which tensors are a model's input embedding and output head."""
     head = next((n for n in tensors if n.endswith(("lm_head.weight", "embed_out.weight"))), None)
     found = [
-        name for name, ref in tensors.items()
+        name
+        for name, ref in tensors.items()
         if name.endswith(".weight") and len(ref.shape) == 2 and _module(name) in _HEADS
-    ]  # fmt: skip
+    ]
     if head is not None and tensors[head].shape:
         width = tensors[head].shape[1:]
         found = [name for name in found if tensors[name].shape[1:] == width]
     # Towers for images and sound have embeddings, too: the text's come first, then short names.
-    embedding = min(found, key=lambda n: ("text" not in n and "language" not in n, len(n)),
-                    default=None)  # fmt: skip
+    embedding = min(
+        found, key=lambda n: ("text" not in n and "language" not in n, len(n)), default=None
+    )
     if head is None and embedding is not None and _has_head(config):
         head = _head_of(embedding)
     tied = head is not None and _ties(config, head, tensors)
-    return Ends(embedding, head or "lm_head.weight", tied)
+    return EmbeddingAndHead(embedding, head or "lm_head.weight", tied)
 
 
 def _has_head(config: Mapping[str, Any]) -> bool:
@@ -95,7 +102,7 @@ def _ties(config: Mapping[str, Any], head: str | None, tensors: Mapping[str, Ten
 
 
 @dataclass
-class Joint:
+class TiedUpdate:
     """The decision: tensors as they are after it, and what is said of it."""
 
     tensors: dict[str, Tensor]
@@ -105,9 +112,14 @@ class Joint:
 
 
 def untie(
-    base: Mapping[str, Tensor], ends: Ends, config: Mapping[str, Any], *,
-    trained: frozenset[str], adapter: Mapping[str, Any], label: str,
-) -> Joint:  # fmt: skip
+    base: Mapping[str, Tensor],
+    ends: EmbeddingAndHead,
+    config: Mapping[str, Any],
+    *,
+    trained: frozenset[str],
+    adapter: Mapping[str, Any],
+    label: str,
+) -> TiedUpdate:
     """The base's tensors, with a head of its own where the adapter trains one end alone.
 
     Args:
@@ -115,7 +127,7 @@ def untie(
         trained: names of weights that the adapter trains.
         adapter: its config.
     """
-    joint = Joint(dict(base))
+    joint = TiedUpdate(dict(base))
     joint.problems += _elsewhere(config, trained, label)
     if joint.problems:
         return joint
@@ -176,7 +188,7 @@ def _elsewhere(config: Mapping[str, Any], trained: frozenset[str], label: str) -
 
 
 def match_heights(
-    tensors: dict[str, Tensor], ends: Ends, untouched: frozenset[str], label: str
+    tensors: dict[str, Tensor], ends: EmbeddingAndHead, untouched: frozenset[str], label: str
 ) -> tuple[list[str], list[Problem], int | None]:
     """Bring an end that the adapter leaves alone to the height of the one that it brings.
 
@@ -228,8 +240,10 @@ def changed_config(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dic
     for nested in ("text_config", "llm_config"):
         if isinstance(found.get(nested), dict):
             found[nested] = dict(found[nested])
-    parts = [found, *(found[n] for n in ("text_config", "llm_config")
-                      if isinstance(found.get(n), dict))]  # fmt: skip
+    parts = [
+        found,
+        *(found[n] for n in ("text_config", "llm_config") if isinstance(found.get(n), dict)),
+    ]
     for key, value in changes.items():
         holders = [part for part in parts if key in part]
         for part in holders or [found]:

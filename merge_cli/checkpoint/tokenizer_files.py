@@ -21,10 +21,23 @@ from merge_cli.guarded import Unreadable, read_bytes, read_mapping, read_text
 
 Content = TypeVar("Content", str, bytes)
 
-_SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token",
-            "mask_token")  # fmt: skip
-_OPAQUE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tekken.json",
-           "tiktoken.model", "merges.txt")  # fmt: skip
+_SPECIAL = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "pad_token",
+    "sep_token",
+    "cls_token",
+    "mask_token",
+)
+_OPAQUE = (
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
+    "tiktoken.model",
+    "merges.txt",
+)
 
 
 @dataclass(frozen=True)

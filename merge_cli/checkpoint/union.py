@@ -23,7 +23,7 @@ _RARE = 10.0  # below the smallest score of a unigram model: never chosen where 
 
 
 @dataclass(frozen=True)
-class Union:
+class VocabularyUnion:
     """The joined tokenizer.
 
     Attributes:
@@ -37,20 +37,22 @@ class Union:
     notes: tuple[str, ...]
 
 
-def join(base: Source, others: Sequence[tuple[Source, Mapping[str, int]]],
-         own: Mapping[str, int],
-         extra: Sequence[str] = ()) -> Union:  # fmt: skip
+def join(
+    base: Source,
+    others: Sequence[tuple[Source, Mapping[str, int]]],
+    own: Mapping[str, int],
+    extra: Sequence[str] = (),
+) -> VocabularyUnion:
     """The base's tokenizer with what the others have, in their order, and single tokens more.
 
     Raises:
         SourceError: the base's tokenizer cannot be read, or is of a kind that cannot grow.
     """
     vocabulary = dict(own)
-    lacking = [token for _, tokens in others for token in tokens
-               if token not in vocabulary]  # fmt: skip
+    lacking = [token for _, tokens in others for token in tokens if token not in vocabulary]
     wanted = [*dict.fromkeys([*lacking, *(t for t in extra if t not in vocabulary)])]
     if not wanted:
-        return Union(vocabulary, {}, ())
+        return VocabularyUnion(vocabulary, {}, ())
     document = tokenizer_document(base)
     added = {token["content"]: token for token in document.get("added_tokens") or ()}
     from_others: dict[str, dict[str, Any]] = {}
@@ -59,15 +61,20 @@ def join(base: Source, others: Sequence[tuple[Source, Mapping[str, int]]],
         theirs = _added_tokens(source)
         for token, about in theirs.items():
             from_others.setdefault(token, about)
-        differs = [t for t, about in theirs.items()
-                   if t in added and _traits(added[t]) != _traits(about)]  # fmt: skip
+        differs = [
+            t for t, about in theirs.items() if t in added and _traits(added[t]) != _traits(about)
+        ]
         if differs:
-            notes.append(f"tokenizer: {', '.join(differs[:3])} is set up otherwise in "
-                         f"{source.label}; {base.label}'s way is taken")  # fmt: skip
+            notes.append(
+                f"tokenizer: {', '.join(differs[:3])} is set up otherwise in "
+                f"{source.label}; {base.label}'s way is taken"
+            )
         plain = [t for t in tokens if t not in own and t not in theirs]
         if plain:
-            notes.append(f"tokenizer: {len(plain)} ordinary tokens of {source.label} get rows; text"
-                         f" is split as {base.label} splits it")  # fmt: skip
+            notes.append(
+                f"tokenizer: {len(plain)} ordinary tokens of {source.label} get rows; text"
+                f" is split as {base.label} splits it"
+            )
     number = max(vocabulary.values(), default=-1) + 1
     listed = document.setdefault("added_tokens", [])
     # The package tokenizers numbers added tokens anew, but for those that the model itself has.
@@ -83,11 +90,16 @@ def join(base: Source, others: Sequence[tuple[Source, Mapping[str, int]]],
     text = json.dumps(document, ensure_ascii=False, indent=2)
     files = {"tokenizer.json": text.encode()}
     files |= _with_decoder(base, document["added_tokens"])
-    return Union(vocabulary, files, tuple(notes))
+    return VocabularyUnion(vocabulary, files, tuple(notes))
 
 
-_PLAIN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True,
-          "special": False}  # fmt: skip
+_PLAIN = {
+    "single_word": False,
+    "lstrip": False,
+    "rstrip": False,
+    "normalized": True,
+    "special": False,
+}
 
 
 def _grow(model: dict[str, Any], token: str, number: int, label: str) -> None:

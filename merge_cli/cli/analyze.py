@@ -22,7 +22,8 @@ def analyze(
     what: Annotated[
         list[str],
         typer.Argument(
-            metavar="RECIPE | MODEL...", help="A recipe's file (- reads it), or models.",
+            metavar="RECIPE | MODEL...",
+            help="A recipe's file (- reads it), or models.",
             show_default=False,
         ),
     ],
@@ -42,7 +43,7 @@ def analyze(
     quiet: Annotated[
         bool, typer.Option("--quiet", "-q", help="No progress and no notes.", show_default=False)
     ] = False,
-) -> None:  # fmt: skip
+) -> None:
     """Say how alike models are, where they conflict, and what that suggests; nothing is merged."""
     from merge_cli import console
     from merge_cli.engine.options import MergeOptions

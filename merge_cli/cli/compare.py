@@ -49,9 +49,14 @@ def compare(
     screen = console.Screen(quiet=quiet)
     with screen.steps() as show:
         result = run_comparison(
-            recipes, spec, out, gates=gate or [], no_worse=no_worse or [],
-            options=[*options, *(["--quiet"] if quiet else [])], show=show,
-        )  # fmt: skip
+            recipes,
+            spec,
+            out,
+            gates=gate or [],
+            no_worse=no_worse or [],
+            options=[*options, *(["--quiet"] if quiet else [])],
+            show=show,
+        )
     if as_json:
         console.print_json(json.dumps(result.record, ensure_ascii=False))
     else:

@@ -39,10 +39,17 @@ def convert(
     if found.left_out:
         screen.notes([f"left out, as they are no tensors: {', '.join(found.left_out)}"])
     if as_json:
-        console.print_json(json.dumps({
-            "path": str(found.path), "tensors": found.tensors, "bytes": found.bytes,
-            "tied": list(found.tied), "left_out": list(found.left_out),
-        }))  # fmt: skip
+        console.print_json(
+            json.dumps(
+                {
+                    "path": str(found.path),
+                    "tensors": found.tensors,
+                    "bytes": found.bytes,
+                    "tied": list(found.tied),
+                    "left_out": list(found.left_out),
+                }
+            )
+        )
     elif not quiet:
         made = f"{found.path}: {found.tensors} tensors, {show_size(found.bytes)}"
         screen.out.print(made, markup=False, highlight=False, soft_wrap=True)

@@ -43,10 +43,19 @@ def extract_lora(
     screen = console.Screen(quiet=quiet)
     with screen.progress() as show:
         found = extract(
-            model, out, base=base, rank=rank, energy=energy, embeddings=embeddings,
-            include=include or (), exclude=exclude or (), device=device, overwrite=overwrite,
-            fresh=fresh, show=show,
-        )  # fmt: skip
+            model,
+            out,
+            base=base,
+            rank=rank,
+            energy=energy,
+            embeddings=embeddings,
+            include=include or (),
+            exclude=exclude or (),
+            device=device,
+            overwrite=overwrite,
+            fresh=fresh,
+            show=show,
+        )
     screen.notes(found.notes)
     if as_json:
         console.print_json(json.dumps(found.to_json(), ensure_ascii=False))

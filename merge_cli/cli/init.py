@@ -14,7 +14,7 @@ from merge_cli.errors import UsageError
 if TYPE_CHECKING:
     from merge_cli.console import Screen
     from merge_cli.console.questions import Questions
-    from merge_cli.drafting.draft import Draft, Study
+    from merge_cli.drafting.draft import ModelStudy, Scaffold
 
 
 def init(
@@ -58,16 +58,16 @@ def init(
         base = base or ask.base()
         models = ask.models(base)
     with screen.progress() as show:
-        found = drafting.study(base, models, read=not headers_only, show=show)
+        found = drafting.study_models(base, models, read=not headers_only, show=show)
     screen.notes(found.notes)
     if ask is None:
-        written = drafting.draft(found, output, method)
+        written = drafting.scaffold(found, output, method)
     else:
         written, output = _settled(ask, found, output, method, overwrite)
     if printed:
         console.print_text(written.text)
         return
-    drafting.write_draft(written, output, overwrite)
+    drafting.write_scaffold(written, output, overwrite)
     if not quiet:
         screen.out.print(f"[green]✓[/green] {written.method}: {output}", soft_wrap=True)
         screen.out.print(f"  next    merge-cli plan {output}", soft_wrap=True)
@@ -91,8 +91,8 @@ def _questions(screen: Screen, silent: bool) -> Questions:
 
 
 def _settled(
-    ask: Questions, found: Study, output: Path, method: str | None, overwrite: bool
-) -> tuple[Draft, Path]:
+    ask: Questions, found: ModelStudy, output: Path, method: str | None, overwrite: bool
+) -> tuple[Scaffold, Path]:
     """The recipe that the user agrees to, and where it goes."""
     from merge_cli.drafting import draft as drafting
     from merge_cli.methods.registry import method_names
@@ -103,7 +103,7 @@ def _settled(
             chosen = method or ask.method(proposed, method_names())
             place = ask.path(output)
             drafting.check_path(place, overwrite)
-            written = drafting.draft(found, place, None if chosen == proposed else chosen)
+            written = drafting.scaffold(found, place, None if chosen == proposed else chosen)
         except UsageError as error:
             ask.say(error)
             method = None

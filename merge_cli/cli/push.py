@@ -53,9 +53,15 @@ def push(
     bars = screen.err.is_terminal and not quiet
     with screen.uploading(bars) as show:
         pushed = upload(
-            out, repo, public=public, branch=branch, message=message or "", overwrite=overwrite,
-            bars=bars, show=show,
-        )  # fmt: skip
+            out,
+            repo,
+            public=public,
+            branch=branch,
+            message=message or "",
+            overwrite=overwrite,
+            bars=bars,
+            show=show,
+        )
     if as_json:
         console.print_json(json.dumps(uploads.pushed_json(pushed)))
     elif not quiet:

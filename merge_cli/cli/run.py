@@ -28,7 +28,7 @@ from merge_cli.cli.options import (
 from merge_cli.errors import UsageError
 
 if TYPE_CHECKING:
-    from merge_cli.evaluation.trial import Trial
+    from merge_cli.evaluation.trial import QualityCheck
     from merge_cli.recipe.schema import Recipe
 
 
@@ -182,9 +182,13 @@ def run(
     known = finished(plan, out, options) if trial and not (overwrite or fresh) else None
     with screen.progress() as show:
         result = known or merge(
-            plan, out, shard_size=shard_bytes, options=options, show=show,
+            plan,
+            out,
+            shard_size=shard_bytes,
+            options=options,
+            show=show,
             require_improvement=require_improvement,
-        )  # fmt: skip
+        )
     if not result.report:  # one of several processes that trained; the first one goes on
         return
     if trial is None:
@@ -203,7 +207,7 @@ def run(
 
 def _trial(
     recipe: Recipe, eval_file: Path | None, data: list[Path], gate: list[str], no_worse: list[str]
-) -> Trial | None:
+) -> QualityCheck | None:
     """What the result is to be evaluated on; None where nothing asks for it."""
     if not (eval_file or data or gate or no_worse or recipe.eval):
         return None
@@ -211,13 +215,13 @@ def _trial(
         hint = "Merge it into its model first: passthrough of BASE+OUT."
         raise UsageError("an adapter cannot be evaluated by itself", hint=hint)
     from merge_cli.evaluation.run import spec_for
-    from merge_cli.evaluation.trial import Trial
+    from merge_cli.evaluation.trial import QualityCheck
 
     spec = spec_for(recipe, eval_file, data)
     if spec is None:
         hint = "Say on what: --data FILE, --eval FILE, or `eval:` in the recipe."
         raise UsageError("a gate needs something to measure", hint=hint)
-    return Trial(spec, gate, no_worse)
+    return QualityCheck(spec, gate, no_worse)
 
 
 def plan(

@@ -14,8 +14,9 @@ TASK_ARITHMETIC = "task arithmetic 0.4"
 _LAMBDA = 0.4
 
 
-def baseline_recipes(base: Path | str | None, sources: Sequence[Path | str],
-                     dtype: str | None) -> dict[str, str]:  # fmt: skip
+def baseline_recipes(
+    base: Path | str | None, sources: Sequence[Path | str], dtype: str | None
+) -> dict[str, str]:
     """Recipes by name: the uniform soup, and task arithmetic where there is a base.
 
     Args:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from merge_cli.checkpoint.raw import replace_file, write_error
-from merge_cli.comparison.energy import Meter
+from merge_cli.comparison.energy import EnergyMeter
 from merge_cli.engine.output import OutputWorkspace
 from merge_cli.errors import Interrupted, MergeCliError
 from merge_cli.guarded import read_mapping
@@ -43,7 +43,7 @@ class MergeCost:
     joules: float | None
 
 
-class Ledger:
+class CostLog:
     """The attempts so far, in DIR/costs.jsonl: sealed lines, up to the first that does not hold."""
 
     def __init__(self, path: Path) -> None:
@@ -102,7 +102,7 @@ class Ledger:
         replace_file(self._path, b"".join(map(seal, self._attempts)))
 
 
-def run_merge(recipe: Path, out: Path, options: Sequence[str], ledger: Ledger) -> None:
+def run_merge(recipe: Path, out: Path, options: Sequence[str], ledger: CostLog) -> None:
     """`merge-cli run RECIPE OUT`, its progress on our stderr.
 
     Raises:
@@ -117,7 +117,7 @@ def run_merge(recipe: Path, out: Path, options: Sequence[str], ledger: Ledger) -
     if not begun:
         ledger.forget(out.name)
     command = ["run", str(recipe), str(out), "--json", *options]
-    meter, began = Meter(), time.monotonic()
+    meter, began = EnergyMeter(), time.monotonic()
     with child("merge_cli", command, stdout=subprocess.DEVNULL) as process:
         try:
             code = process.wait()

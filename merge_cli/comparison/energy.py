@@ -10,7 +10,7 @@ from pathlib import Path
 _RAPL = Path("/sys/class/powercap")
 
 
-class Meter:
+class EnergyMeter:
     """Reads every meter now, and again in `joules`."""
 
     def __init__(self) -> None:

@@ -9,7 +9,7 @@ from merge_cli.checkpoint.source import Source
 from merge_cli.comparison.baselines import SOUP, TASK_ARITHMETIC
 
 
-class Names:
+class EntryNames:
     """Gives names, each once. `base` belongs to the base, baselines have theirs.
 
     Args:

@@ -20,7 +20,7 @@ Role = Literal["base", "source", "baseline", "recipe"]
 
 
 @dataclass(frozen=True)
-class Entrant:
+class ModelEntry:
     """One model of a comparison.
 
     Attributes:
@@ -43,7 +43,7 @@ class Entrant:
 
 
 @dataclass(frozen=True)
-class Score:
+class ModelScore:
     """A value with its 95 % interval; None where there is a single example."""
 
     value: float
@@ -63,13 +63,13 @@ class Comparison:
         remarks: what a reader should know, one line each; `notes` has more.
     """
 
-    entrants: tuple[Entrant, ...]
+    entrants: tuple[ModelEntry, ...]
     experts: Mapping[str, str]
     soup: str | None = None
     same: Mapping[str, str] = field(default_factory=dict)
     remarks: tuple[str, ...] = ()
 
-    def __getitem__(self, name: str) -> Entrant:
+    def __getitem__(self, name: str) -> ModelEntry:
         wanted = self.same.get(name, name)
         return next(one for one in self.entrants if one.name == wanted)
 
@@ -79,11 +79,11 @@ class Comparison:
         return tuple(self.entrants[0].evaluation.tasks)
 
     @property
-    def base(self) -> Entrant | None:
+    def base(self) -> ModelEntry | None:
         return next((one for one in self.entrants if one.role == "base"), None)
 
     @property
-    def reference(self) -> Entrant | None:
+    def reference(self) -> ModelEntry | None:
         """What merges are measured against: the uniform soup."""
         return self[self.soup] if self.soup is not None else None
 
@@ -104,7 +104,7 @@ class Comparison:
         return self.entrants[0].evaluation[task].primary.better
 
     @cached_property
-    def scores(self) -> dict[tuple[str, str], Score]:
+    def scores(self) -> dict[tuple[str, str], ModelScore]:
         """(entrant, task) -> the task's primary metric."""
         found = {}
         for one in self.entrants:
@@ -112,20 +112,20 @@ class Comparison:
                 metric = task.primary
                 draws = resampled(metric, name)
                 single = len(metric.parts) < 2
-                found[one.name, name] = Score(
+                found[one.name, name] = ModelScore(
                     metric.value, None if single else interval(draws), draws
                 )
         return found
 
     @cached_property
-    def normalised(self) -> dict[tuple[str, str], Score]:
+    def normalised(self) -> dict[tuple[str, str], ModelScore]:
         """(entrant, task) -> 0 at the base, 1 at the task's own expert.
 
         Only of tasks whose expert is better than the base, and by more than chance (the interval
         of the difference excludes 0): elsewhere there is nothing to share out.
         """
         base = self.base
-        found: dict[tuple[str, str], Score] = {}
+        found: dict[tuple[str, str], ModelScore] = {}
         if base is None:
             return found
         for task, expert in self.experts.items():
@@ -142,7 +142,9 @@ class Comparison:
                 draws = (score.draws - zero.draws) / widths
                 # Base and expert are 0 and 1 by definition: no interval.
                 fixed = score.interval is None or entrant.name in (base.name, expert)
-                found[entrant.name, task] = Score(value, None if fixed else interval(draws), draws)
+                found[entrant.name, task] = ModelScore(
+                    value, None if fixed else interval(draws), draws
+                )
         return found
 
     @cached_property
@@ -153,14 +155,14 @@ class Comparison:
         )
 
     @cached_property
-    def averages(self) -> dict[str, Score]:
+    def averages(self) -> dict[str, ModelScore]:
         """Entrant -> mean over the tasks, where all have one unit; else empty."""
         if len({self.unit(task) for task in self.tasks}) > 1:
             return {}
         return {e.name: _mean([self.scores[e.name, t] for t in self.tasks]) for e in self.entrants}
 
     @cached_property
-    def quality(self) -> dict[str, Score]:
+    def quality(self) -> dict[str, ModelScore]:
         """Entrant -> mean of what is normalised: 0 the base, 1 every expert at its own."""
         if not self.shared:
             return {}
@@ -169,7 +171,7 @@ class Comparison:
         }
 
     @cached_property
-    def ranking(self) -> dict[str, Score]:
+    def ranking(self) -> dict[str, ModelScore]:
         """What orders the models: the normalised mean, or else the mean, or the only task."""
         return (
             self.quality
@@ -181,7 +183,7 @@ class Comparison:
     def ranking_better(self) -> Better:
         return "higher" if self.quality else self.better(self.tasks[0])
 
-    def gain(self, name: str) -> Score | None:
+    def gain(self, name: str) -> ModelScore | None:
         """How much better than the uniform soup a model is; positive is better."""
         reference = self.reference
         if reference is None or reference.name == name:
@@ -192,14 +194,17 @@ class Comparison:
         # One example: nothing is known of chance.
         certain = ours.interval is None and theirs.interval is None
         value = sign * (ours.value - theirs.value)
-        return Score(value, None if certain else interval(draws), draws)
+        return ModelScore(value, None if certain else interval(draws), draws)
 
     @cached_property
     def front(self) -> tuple[str, ...]:
         """The merges that no other one beats in both quality and seconds, the cheapest first."""
         sign = 1.0 if self.ranking_better == "higher" else -1.0
-        merges = [(e.cost.seconds, -sign * self.ranking[e.name].value, e.name)
-                  for e in self.entrants if e.cost is not None]  # fmt: skip
+        merges = [
+            (e.cost.seconds, -sign * self.ranking[e.name].value, e.name)
+            for e in self.entrants
+            if e.cost is not None
+        ]
         front: list[str] = []
         best = float("inf")
         for _, loss, name in sorted(merges):
@@ -228,8 +233,8 @@ def _where(condition: Any, then: Any, otherwise: float) -> Any:
     return np.where(condition, then, otherwise)
 
 
-def _mean(scores: Sequence[Score]) -> Score:
+def _mean(scores: Sequence[ModelScore]) -> ModelScore:
     draws = sum(score.draws for score in scores) / len(scores)
     value = sum(score.value for score in scores) / len(scores)
     certain = all(score.interval is None for score in scores)
-    return Score(value, None if certain else interval(draws), draws)
+    return ModelScore(value, None if certain else interval(draws), draws)

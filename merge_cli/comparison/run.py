@@ -19,18 +19,18 @@ from pathlib import Path
 from merge_cli.checkpoint.raw import write_error
 from merge_cli.checkpoint.source import Source, fetch_weights, open_source
 from merge_cli.comparison.baselines import SOUP, baseline_recipes
-from merge_cli.comparison.cost import Ledger, MergeCost, run_merge
-from merge_cli.comparison.names import Names
-from merge_cli.comparison.result import Comparison, Entrant, Role
+from merge_cli.comparison.cost import CostLog, MergeCost, run_merge
+from merge_cli.comparison.names import EntryNames
+from merge_cli.comparison.result import Comparison, ModelEntry, Role
 from merge_cli.engine.device import choose_device
 from merge_cli.engine.journal import work_key
 from merge_cli.engine.plan import Plan
 from merge_cli.engine.planner import load_recipe, make_plan
 from merge_cli.errors import Interrupted, MismatchError, Problem, UsageError
-from merge_cli.evaluation.digest import companions_digest
+from merge_cli.evaluation.digest import auxiliary_fingerprint
 from merge_cli.evaluation.run import Step, evaluate_source
 from merge_cli.evaluation.spec import EvalSpec
-from merge_cli.evaluation.task import file_digest
+from merge_cli.evaluation.task import file_fingerprint
 from merge_cli.recipe.keys import nearest
 from merge_cli.recipe.reference import ModelRef, expanded
 
@@ -77,11 +77,11 @@ def compare(
     folder = Path(out)
     plans = [make_plan(load_recipe(path)) for path in recipes]
     base, sources = _family(plans)
-    names = Names(base, sources)
+    names = EntryNames(base, sources)
     try:
         (folder / "recipes").mkdir(parents=True, exist_ok=True)
         merges = _merges(recipes, plans, base, sources, names, folder, spec.device)
-        ledger = Ledger(folder / "costs.jsonl")
+        ledger = CostLog(folder / "costs.jsonl")
     except OSError as error:
         raise write_error(error, folder) from error
     known = [*names.of.values(), *(merge.name for merge in merges.found), *merges.same]
@@ -113,22 +113,28 @@ def compare(
 
 
 def _entrant(
-    name: str, role: Role, source: Source, spec: EvalSpec, show: Callable[[Step], None],
-    merge: _Merge | None = None, cost: MergeCost | None = None,
-) -> Entrant:  # fmt: skip
+    name: str,
+    role: Role,
+    source: Source,
+    spec: EvalSpec,
+    show: Callable[[Step], None],
+    merge: _Merge | None = None,
+    cost: MergeCost | None = None,
+) -> ModelEntry:
     def renamed(step: Step) -> None:
         show(Step(name, step.task, step.done, step.total))
 
     found = evaluate_source(source, spec, renamed)
     method = merge.plan.recipe.merge_method if merge else ""
     place = os.path.relpath(source.root) if source.hub is None else source.label
-    return Entrant(name, role, place, found, method, merge.text if merge else "", cost)
+    return ModelEntry(name, role, place, found, method, merge.text if merge else "", cost)
 
 
 def _family(plans: Sequence[Plan]) -> tuple[Source | None, list[Source]]:
     """The one base, and every source of any recipe, each once, in the recipes' order."""
-    bases = {p.sources[p.base].root.resolve(): p.sources[p.base] for p in plans
-             if p.base is not None}  # fmt: skip
+    bases = {
+        p.sources[p.base].root.resolve(): p.sources[p.base] for p in plans if p.base is not None
+    }
     if len(bases) > 1:
         listed = ", ".join(source.label for source in bases.values())
         hint = "Compare recipes over one base."
@@ -157,9 +163,14 @@ class _Merges:
 
 
 def _merges(
-    recipes: Sequence[str | Path], plans: Sequence[Plan], base: Source | None,
-    sources: Sequence[Source], names: Names, folder: Path, device: str,
-) -> _Merges:  # fmt: skip
+    recipes: Sequence[str | Path],
+    plans: Sequence[Plan],
+    base: Source | None,
+    sources: Sequence[Source],
+    names: EntryNames,
+    folder: Path,
+    device: str,
+) -> _Merges:
     """Recipes and baselines, each merge once. A baseline that is also a recipe is that recipe."""
     kind = choose_device(device).kind
     by_key: dict[str, _Merge] = {}
@@ -210,7 +221,7 @@ def _work(plan: Plan, device: str) -> str:
     state.update(json.dumps(dict(plan.config), sort_keys=True).encode())
     for donor in {plan.donor, plan.tokenizer_donor}:
         state.update(
-            f"{donor == plan.donor} {companions_digest(plan.sources[donor].root)}".encode()
+            f"{donor == plan.donor} {auxiliary_fingerprint(plan.sources[donor].root)}".encode()
         )
     if plan.recipe.searches:
         from merge_cli.evolve.key import search_digest
@@ -224,7 +235,7 @@ def _work(plan: Plan, device: str) -> str:
         state.update(repr(spec.data).encode())
         for name in (*spec.data.files, *spec.data.held_out) if spec.data else ():
             path = recipe.folder / expanded(name)
-            state.update(file_digest(path).encode() if path.is_file() else b"missing")
+            state.update(file_fingerprint(path).encode() if path.is_file() else b"missing")
     return state.hexdigest()
 
 
@@ -247,8 +258,10 @@ def _experts(spec: EvalSpec, names: Sequence[str]) -> tuple[dict[str, str], list
             problem = Problem(f"'{task.expert}' is none of the sources ({known})", task.name)
             raise MismatchError([problem], "a task names an expert that takes no part")
         else:
-            notes.append(f"no source is called '{task.name}': {task.name} is not normalised "
-                         "(say which by `expert`)")  # fmt: skip
+            notes.append(
+                f"no source is called '{task.name}': {task.name} is not normalised "
+                "(say which by `expert`)"
+            )
     return experts, notes
 
 

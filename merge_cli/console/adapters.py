@@ -13,12 +13,12 @@ from rich.table import Table
 from merge_cli.sizes import show_size
 
 if TYPE_CHECKING:
-    from merge_cli.adapters.extract import Extracted, ModuleChange
+    from merge_cli.adapters.extract import ExtractedAdapter, ModuleChange
 
 _WORST = 5
 
 
-def print_extracted(console: Console, found: Extracted) -> None:
+def print_extracted(console: Console, found: ExtractedAdapter) -> None:
     """A line on the whole, the layers that are held worst, and what is left out."""
     factored = [change for change in found.changes if change.rank is not None]
     ranks = sorted({change.rank for change in factored if change.rank is not None})
@@ -39,8 +39,9 @@ def print_extracted(console: Console, found: Extracted) -> None:
     if worst and worst[0].share < 0.999:
         table = Table(box=None, pad_edge=False, header_style="bold", title_justify="left")
         for column in ("held worst", "rank", "of its change"):
-            table.add_column(column, justify="left" if column == "held worst" else "right",
-                             overflow="fold")  # fmt: skip
+            table.add_column(
+                column, justify="left" if column == "held worst" else "right", overflow="fold"
+            )
         for change in worst:
             table.add_row(escape(change.name), str(change.rank), _percent(change.share))
         console.print(table)

@@ -134,8 +134,11 @@ def in_words(one: TokenizerDifference) -> str:
     """What differs from the reference's tokenizer, in one line."""
     words = [f"{name} {text}" for name, text in one.special.items()]
     if one.tokens_differ:
-        words.insert(0, f"{one.missing:,} tokens missing, {one.added:,} added, "
-                        f"{one.renumbered:,} with another number")  # fmt: skip
+        words.insert(
+            0,
+            f"{one.missing:,} tokens missing, {one.added:,} added, "
+            f"{one.renumbered:,} with another number",
+        )
     if one.rules:
         words.append("other rules for cutting text")
     if one.template not in ("same", "none"):

@@ -13,20 +13,20 @@ from rich.table import Table
 from merge_cli.sizes import show_size
 
 if TYPE_CHECKING:
-    from merge_cli.gathering.plan import GatheringPlan
+    from merge_cli.gathering.plan import CalibrationPlan
 
 _WORDS = {"gram": "matrices of layers' inputs", "fisher": "importances of weights"}
 
 
 def statistics_json(kind: str) -> list[dict[str, Any]]:
     """Every dial of `statistics:` that this kind of statistics has."""
-    from merge_cli.recipe.statistics import Statistics, idle_dials
+    from merge_cli.recipe.statistics import Statistics, unused_options
 
     plain = Statistics()
     return [
         {"name": f.name, "default": getattr(plain, f.name), "doc": f.metadata["help"]}
         for f in fields(Statistics)
-        if f.name not in idle_dials(kind)
+        if f.name not in unused_options(kind)
     ]
 
 
@@ -38,7 +38,7 @@ def print_statistics(out: Console, kind: str) -> None:
         out.print(f"  [bold]{dial['name']}[/bold]: {escape(dial['doc'] + default)}")
 
 
-def gathering_json(decided: GatheringPlan) -> dict[str, Any]:
+def calibration_json(decided: CalibrationPlan) -> dict[str, Any]:
     """The gathering plan as data, for `--json`."""
     from merge_cli.recipe.statistics import plain_statistics
 
@@ -68,7 +68,7 @@ def gathering_json(decided: GatheringPlan) -> dict[str, Any]:
     }
 
 
-def print_gathering(out: Console, decided: GatheringPlan) -> None:
+def print_calibration(out: Console, decided: CalibrationPlan) -> None:
     """The same as text."""
     out.print()
     missing = len(decided.missing)
@@ -82,9 +82,13 @@ def print_gathering(out: Console, decided: GatheringPlan) -> None:
     for part, size in zip(decided.parts, decided.bytes, strict=True):
         at_most = "cached, " if part.found is not None else "at most "
         table.add_row(
-            escape(part.source.label), escape(part.data), f"{part.examples.rows:,}",
-            f"{len(part.examples.items):,}", f"{part.examples.tokens:,}", at_most + show_size(size),
-        )  # fmt: skip
+            escape(part.source.label),
+            escape(part.data),
+            f"{part.examples.rows:,}",
+            f"{len(part.examples.items):,}",
+            f"{part.examples.tokens:,}",
+            at_most + show_size(size),
+        )
     out.print(table)
     for part in decided.parts:
         if part.examples.duplicates:
@@ -95,9 +99,11 @@ def print_gathering(out: Console, decided: GatheringPlan) -> None:
     for label, text in (
         ("tensors", f"{decided.tensors:,} merged by them, {decided.means:,} by the plain mean"),
         ("disk", f"at most {show_size(decided.bytes_to_gather)} more in the cache"),
-        ("memory", f"{memory} ({decided.why['dtype']}) on {decided.device}"
-                   f" ({decided.why['device']})"),
-    ):  # fmt: skip
+        (
+            "memory",
+            f"{memory} ({decided.why['dtype']}) on {decided.device} ({decided.why['device']})",
+        ),
+    ):
         out.print(f"[dim]{label}:[/dim] {escape(text)}")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from merge_cli.console.gathering import gathering_json
+from merge_cli.console.gathering import calibration_json
 from merge_cli.console.search import search_json
 from merge_cli.console.training import training_json
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from merge_cli.engine.options import MergeOptions
     from merge_cli.engine.plan import Plan
     from merge_cli.evolve.plan import SearchPlan
-    from merge_cli.gathering.plan import GatheringPlan
+    from merge_cli.gathering.plan import CalibrationPlan
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Before:
 
     training: TrainingPlan | None
     searching: SearchPlan | None
-    gathering: GatheringPlan | None
+    gathering: CalibrationPlan | None
     peak: int
 
 
@@ -50,9 +50,9 @@ def before_merge(plan: Plan, options: MergeOptions) -> Before:
 
         searching = plan_search(plan, options)
     if plan.gathers and ready:
-        from merge_cli.gathering.plan import plan_gathering
+        from merge_cli.gathering.plan import plan_calibration
 
-        gathering = plan_gathering(plan, options.device)
+        gathering = plan_calibration(plan, options.device)
     peak = estimated_peak(plan, choose_device(options.device), options)
     return Before(training, searching, gathering, peak)
 
@@ -73,7 +73,7 @@ def _document(plan: Plan, options: MergeOptions) -> dict[str, Any]:
     if before.searching is not None:
         document["search"] = search_json(before.searching)
     if before.gathering is not None:
-        document["gathering"] = gathering_json(before.gathering)
+        document["gathering"] = calibration_json(before.gathering)
     return document
 
 

@@ -49,14 +49,19 @@ class Questions:
     def method(self, proposed: str, names: Sequence[str]) -> str:
         """The method; the proposed one unless another is named."""
         return Prompt.ask(
-            "Method", console=self._console, default=proposed, choices=list(names),
-            show_choices=False, stream=self._answers,
-        )  # fmt: skip
+            "Method",
+            console=self._console,
+            default=proposed,
+            choices=list(names),
+            show_choices=False,
+            stream=self._answers,
+        )
 
     def path(self, proposed: Path) -> Path:
         """Where the recipe goes."""
-        answer = Prompt.ask("Write it to", console=self._console, default=str(proposed),
-                            stream=self._answers)  # fmt: skip
+        answer = Prompt.ask(
+            "Write it to", console=self._console, default=str(proposed), stream=self._answers
+        )
         return Path(answer)
 
     def agrees(self, question: str) -> bool:
@@ -74,9 +79,12 @@ class Questions:
     def _model(self, question: str) -> str:
         while True:
             name = Prompt.ask(
-                question, console=self._console, default="", show_default=False,
+                question,
+                console=self._console,
+                default="",
+                show_default=False,
                 stream=self._answers,
-            ).strip()  # fmt: skip
+            ).strip()
             try:
                 if name:
                     self._check(name)

@@ -19,8 +19,8 @@ from rich.table import Table
 from merge_cli.console.adapters import print_merged
 from merge_cli.console.analysis import print_analysis
 from merge_cli.console.gathering import (
+    print_calibration,
     print_gathered,
-    print_gathering,
     print_statistics,
     statistics_json,
 )
@@ -35,7 +35,7 @@ from merge_cli.console.tables import (
     plan_row,
     print_table,
 )
-from merge_cli.console.training import dials_json, print_dials, print_training
+from merge_cli.console.training import options_json, print_options, print_training
 from merge_cli.errors import MergeCliError, ProblemsError
 from merge_cli.notices import send_notices
 from merge_cli.recipe.examples import example_recipe
@@ -165,7 +165,7 @@ class Screen:
         if before.searching is not None:
             print_search(self.out, before.searching)
         if before.gathering is not None:
-            print_gathering(self.out, before.gathering)
+            print_calibration(self.out, before.gathering)
 
     def result(self, result: MergeResult, shown: Path, *, as_json: bool = False) -> None:
         """What a run leaves behind."""
@@ -248,7 +248,7 @@ class Screen:
         if as_json:
             found = method_json(method)
             if method.learns:
-                found["training"] = dials_json()
+                found["training"] = options_json()
             if method.gathers:
                 found["statistics"] = statistics_json(method.gathers)
             found["example"] = example[1] if example else None
@@ -259,25 +259,33 @@ class Screen:
         least, most = method.count
         many = f"exactly {least}" if least == most else f"{least} or more"
         needs = "a base model and " if method.needs_base else ""
-        self.out.print(f"Needs {needs}{many} source{'s' * (least != 1 or most is None)}."
-                       + (f" Paper: {method.paper}." if method.paper else ""))  # fmt: skip
+        self.out.print(
+            f"Needs {needs}{many} source{'s' * (least != 1 or most is None)}."
+            + (f" Paper: {method.paper}." if method.paper else "")
+        )
         for parameter in method.parameters.values():
             scope = "for each model" if parameter.per_model else "for the merge"
             default = "set by another parameter" if parameter.default is None else parameter.default
             shown = str(default).lower() if isinstance(default, bool) else str(default)
-            self.out.print(f"\n  [bold]{parameter.name}[/bold]: {escape(parameter.allowed)}; "
-                           f"{scope}; default {escape(shown)}")  # fmt: skip
+            self.out.print(
+                f"\n  [bold]{parameter.name}[/bold]: {escape(parameter.allowed)}; "
+                f"{scope}; default {escape(shown)}"
+            )
             self.out.print(f"      {escape(parameter.doc)}")
         if method.learns:
-            print_dials(self.out)
+            print_options(self.out)
         if method.gathers:
             print_statistics(self.out, method.gathers)
         if method.searches:
             print_keys(self.out, method.name)
         if example:
             self.out.print(f"\n[bold]Example[/bold] (configs/{example[0]})\n")
-            self.out.print(textwrap.indent(example[1].rstrip(), "  "), markup=False,
-                           highlight=False, soft_wrap=True)  # fmt: skip
+            self.out.print(
+                textwrap.indent(example[1].rstrip(), "  "),
+                markup=False,
+                highlight=False,
+                soft_wrap=True,
+            )
 
 
 def show_error(error: MergeCliError) -> None:

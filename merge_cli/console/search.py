@@ -27,7 +27,9 @@ def search_json(decided: SearchPlan) -> dict[str, Any]:
         "population": decided.population,
         "genome": [
             {"sets": space.describe(gene), "range": gene.searched.allowed} for gene in space.genes
-        ] if space else [],
+        ]
+        if space
+        else [],
         "objective": {
             name: [
                 {"task": task.name, "kind": task.kind, "weight": goal.weight, "constraint": word}
@@ -40,7 +42,7 @@ def search_json(decided: SearchPlan) -> dict[str, Any]:
         "residency": decided.place.residency,
         "why": decided.place.reason,
         "warnings": list(decided.warnings),
-    }  # fmt: skip
+    }
 
 
 def print_search(out: Console, decided: SearchPlan) -> None:
@@ -48,8 +50,10 @@ def print_search(out: Console, decided: SearchPlan) -> None:
     space, search = decided.space, decided.search
     out.print()
     if space is None:
-        out.print(f"[bold]before that, a greedy search[/bold] for the members of the soup: "
-                  f"at most {_evaluations(decided)} evaluations")  # fmt: skip
+        out.print(
+            f"[bold]before that, a greedy search[/bold] for the members of the soup: "
+            f"at most {_evaluations(decided)} evaluations"
+        )
     else:
         method = " or ".join(search.method)
         out.print(
@@ -73,8 +77,10 @@ def print_search(out: Console, decided: SearchPlan) -> None:
         ]
         out.print(f"  {name}: {escape(', '.join(goals))}")
     count = search.workers
-    out.print(f"  workers: {count} ({search.engine}); sources in {decided.place.residency}: "
-              f"{escape(decided.place.reason)}")  # fmt: skip
+    out.print(
+        f"  workers: {count} ({search.engine}); sources in {decided.place.residency}: "
+        f"{escape(decided.place.reason)}"
+    )
     for line in decided.warnings:
         out.print(f"[dim]note:[/dim] {escape(line)}")
 

@@ -22,17 +22,21 @@ def step_bar(console: Console) -> Iterator[Callable[[Step], None]]:
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (
-        TextColumn("{task.description}"), BarColumn(bar_width=None),
-        TextColumn("{task.percentage:>3.0f}%"), TimeRemainingColumn(),
-    )  # fmt: skip
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, transient=True) as bar:
         row = bar.add_task("", total=None)
 
         def show(step: Step) -> None:
             bar.update(
-                row, description=escape(f"{step.model}: {step.task}"),
-                total=step.total or None, completed=step.done,
-            )  # fmt: skip
+                row,
+                description=escape(f"{step.model}: {step.task}"),
+                total=step.total or None,
+                completed=step.done,
+            )
 
         yield show
 

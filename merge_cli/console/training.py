@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from merge_cli.dam.plan import TrainingPlan
 
 
-def dials_json() -> list[dict[str, Any]]:
+def options_json() -> list[dict[str, Any]]:
     """Every dial of `training:` with its default and what it does."""
     from merge_cli.recipe.training import Training, plain_training
 
@@ -27,12 +27,12 @@ def dials_json() -> list[dict[str, Any]]:
     ]
 
 
-def print_dials(out: Console) -> None:
+def print_options(out: Console) -> None:
     """The same as text."""
     from merge_cli.recipe.training import PRESETS
 
     out.print(f"\nLearned as `training:` says; presets: {', '.join(PRESETS)}. See docs/dam.md.\n")
-    for dial in dials_json():
+    for dial in options_json():
         default = "" if dial["default"] is None else f"; default {_yaml(dial['default'])}"
         out.print(f"  [bold]{dial['name']}[/bold]: {escape(dial['doc'] + default)}")
 
@@ -93,10 +93,15 @@ def print_training(out: Console, decided: TrainingPlan) -> None:
     for one, teacher in zip(decided.datasets, decided.teachers, strict=True):
         tokens = sum(example.counted for example in one.train)
         table.add_row(
-            escape(one.name), escape(decided.labels[one.source]), f"{one.rows:,}",
-            f"{len(one.train):,}", f"{len(one.held_out):,}", f"{tokens:,}",
-            show_size(teacher.bytes), f"{teacher.missing:,}",
-        )  # fmt: skip
+            escape(one.name),
+            escape(decided.labels[one.source]),
+            f"{one.rows:,}",
+            f"{len(one.train):,}",
+            f"{len(one.held_out):,}",
+            f"{tokens:,}",
+            show_size(teacher.bytes),
+            f"{teacher.missing:,}",
+        )
     out.print(table)
     for one in decided.datasets:
         if one.removed:
@@ -114,15 +119,21 @@ def print_training(out: Console, decided: TrainingPlan) -> None:
         what = f"granularity: no tensor has '{pattern}' in its name"
         out.print(f"[yellow]![/yellow] {escape(what)}", soft_wrap=True)
     for label, text in (
-        ("coefficients", f"{decided.coefficients:,} numbers for {trained} tensors"
-                         f" ({granularity_in_words(training)}, {training.form}, "
-                         f"activation {training.activation}){still}"),
+        (
+            "coefficients",
+            f"{decided.coefficients:,} numbers for {trained} tensors"
+            f" ({granularity_in_words(training)}, {training.form}, "
+            f"activation {training.activation}){still}",
+        ),
         ("predictions", f"{show_size(cache)} {kept}"),
-        ("student", f"{show_size(decided.student_bytes)} in {decided.dtype} "
-                    f"({decided.why['dtype']}) on {decided.device} ({decided.why['device']})"),
+        (
+            "student",
+            f"{show_size(decided.student_bytes)} in {decided.dtype} "
+            f"({decided.why['dtype']}) on {decided.device} ({decided.why['device']})",
+        ),
         ("sources", f"{decided.place.residency}: {decided.why['residency']}"),
         ("update", f"{decided.mode}: {decided.why['mode']}"),
-    ):  # fmt: skip
+    ):
         out.print(f"[dim]{label}:[/dim] {escape(text)}")
 
 

@@ -40,8 +40,10 @@ def main(file: str, target: str, limit: str, copies: str) -> dict[str, Any]:
         loaded = _load(torch, file)
     except Exception as error:  # a pickle can break in any way it likes
         said = str(error).strip().splitlines() or [type(error).__name__]
-        return {"error": said[0], "unsafe": "weights_only" in str(error)
-                or type(error).__name__ == "UnpicklingError"}  # fmt: skip
+        return {
+            "error": said[0],
+            "unsafe": "weights_only" in str(error) or type(error).__name__ == "UnpicklingError",
+        }
     weights, left_out = _weights(torch, loaded)
     if not weights:
         return {"error": "there are no tensors in it", "unsafe": False}
@@ -58,9 +60,14 @@ def main(file: str, target: str, limit: str, copies: str) -> dict[str, Any]:
             raise
         Path(temporary).unlink(missing_ok=True)  # a full disk has better use for it
         return {"unwritten": number}
-    return {"tensors": {name: [str(t.dtype).removeprefix("torch."), list(t.shape)]
-                        for name, t in kept.items()}, "tied": tied,
-            "left_out": left_out, "again": sorted(known & set(weights))}  # fmt: skip
+    return {
+        "tensors": {
+            name: [str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in kept.items()
+        },
+        "tied": tied,
+        "left_out": left_out,
+        "again": sorted(known & set(weights)),
+    }
 
 
 def _broken(file: Path) -> str:

@@ -26,7 +26,7 @@ from merge_cli.checkpoint.files import copy_companions
 from merge_cli.checkpoint.header import parse_header, read_header_file
 from merge_cli.checkpoint.raw import write_error
 from merge_cli.checkpoint.shards import INDEX
-from merge_cli.checkpoint.stamps import folder_stamps
+from merge_cli.checkpoint.stamps import folder_fingerprints
 from merge_cli.engine.inputs import Inputs
 from merge_cli.engine.options import Progress
 from merge_cli.engine.output import OutputWorkspace
@@ -60,9 +60,14 @@ class Converted:
 
 
 def convert(
-    model: str, out: Path, *, max_memory: int = 0, overwrite: bool = False, fresh: bool = False,
+    model: str,
+    out: Path,
+    *,
+    max_memory: int = 0,
+    overwrite: bool = False,
+    fresh: bool = False,
     show: Show = lambda progress: None,
-) -> Converted:  # fmt: skip
+) -> Converted:
     """Convert a model.
 
     Args:
@@ -85,7 +90,9 @@ def convert(
             root, files = find_pickles(model, show)
             work.refuse(overwrite, [root, *files])
             config = _config(root, model)
-            inputs = Inputs([(model, root, folder_stamps(root))], [(model, file) for file in files])
+            inputs = Inputs(
+                [(model, root, folder_fingerprints(root))], [(model, file) for file in files]
+            )
             copies = "keep" if _untied(config) else "leave"
             key = _key(root, files, copies, inputs)
             if fresh:
@@ -228,8 +235,9 @@ def _in_a_process(job: _Job, file: Path, target: Path, seen: Sequence[str]) -> d
     limit = job.max_memory or 2 * file.stat().st_size + 2**30
     arguments = [str(file), str(target), str(limit), job.copies]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with child("merge_cli.conversion.child", arguments, inherited=[job.lock], text=True,
-               **pipes) as process:  # fmt: skip
+    with child(
+        "merge_cli.conversion.child", arguments, inherited=[job.lock], text=True, **pipes
+    ) as process:
         said, complaint = process.communicate(json.dumps(list(seen)))
     try:
         answer: dict[str, Any] = json.loads(said)

@@ -49,7 +49,7 @@ class CudaCopies:
         return copy
 
 
-class Ahead:
+class Prefetcher:
     """The tensors that are on their way, by name; the one before the last is forgotten."""
 
     def __init__(self, copies: Copies) -> None:

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from merge_cli.dam.coefficients import Coefficients
-from merge_cli.dam.models import Target, load_student, parameter_count, stored_tensors
-from merge_cli.dam.optimizers import Optimizer
-from merge_cli.dam.sources import Place, Sources
-from merge_cli.dam.student import Seat, Student
+from merge_cli.dam.models import TargetParameter, load_student, parameter_count, stored_tensors
+from merge_cli.dam.optimizers import CoefficientOptimizer
+from merge_cli.dam.sources import SourceResidency, Sources
+from merge_cli.dam.student import MergedParameter, Student
 from merge_cli.engine.memory import keep_freed_memory, return_freed_memory
 from merge_cli.engine.plan import Plan
-from merge_cli.evaluation.seats import find_seats
+from merge_cli.evaluation.seats import find_parameter_slices
 from merge_cli.recipe.training import Training
 
 # Bytes of a student up to which freed memory is kept: a third of a small one's time went into
@@ -21,7 +21,7 @@ _SMALL = 1 << 28
 
 
 def initial_coefficients(
-    targets: Sequence[Target], training: Training, seed: int, device: Any, dtype: Any
+    targets: Sequence[TargetParameter], training: Training, seed: int, device: Any, dtype: Any
 ) -> dict[str, Coefficients]:
     """Every target's coefficients at the start; those that are not learned stay like this."""
     import torch
@@ -36,7 +36,12 @@ def initial_coefficients(
 
 
 def assemble(
-    plan: Plan, targets: Sequence[Target], training: Training, place: Place, device: str, dtype: Any
+    plan: Plan,
+    targets: Sequence[TargetParameter],
+    training: Training,
+    place: SourceResidency,
+    device: str,
+    dtype: Any,
 ) -> Student:
     """The student, its parameters holding the merge with the coefficients at the start.
 
@@ -48,21 +53,32 @@ def assemble(
     else:
         return_freed_memory()
     net = load_student(plan, device, dtype)
-    places = find_seats(plan, net)
+    places = find_parameter_slices(plan, net)
     coefficients = initial_coefficients(targets, training, plan.recipe.seed, device, dtype)
     wide = next(iter(coefficients.values())).raw.dtype
     sources = Sources(
-        stored_tensors(plan, targets), place, device, wide,
+        stored_tensors(plan, targets),
+        place,
+        device,
+        wide,
         with_base=training.form == "task_vector",
-    )  # fmt: skip
+    )
     seats = [
-        Seat(places[target.name].parameter, places[target.name].index, target.name, target.trained)
-        for target in targets if target.held
-    ]  # fmt: skip
+        MergedParameter(
+            places[target.name].parameter, places[target.name].index, target.name, target.trained
+        )
+        for target in targets
+        if target.held
+    ]
     student = Student(
-        net, seats, coefficients, sources, form=training.form, optimizer=Optimizer(training),
+        net,
+        seats,
+        coefficients,
+        sources,
+        form=training.form,
+        optimizer=CoefficientOptimizer(training),
         penalties=training.regularize,
-    )  # fmt: skip
+    )
     if training.checkpointing:
         net.train()  # transformers checkpoints in training mode alone; dropout is 0 in the config
         _enable_checkpointing(net)

@@ -72,7 +72,7 @@ class Position:
         self.static = self.static or {}
 
 
-class TrainingFolder(Workspace):
+class TrainingWorkspace(Workspace):
     """OUT.training: a context manager that holds its lock.
 
     Args:
@@ -186,12 +186,12 @@ class TrainingFolder(Workspace):
         return _metadata_of(content).get("key") if content else None
 
 
-def left_over(target: Path) -> TrainingFolder | None:
+def left_over(target: Path) -> TrainingWorkspace | None:
     """OUT.training with a result that OUT holds already: its process was killed while tidying up.
 
     None where there is no such folder, or where OUT was made of other coefficients.
     """
-    path = TrainingFolder(target, "").path
+    path = TrainingWorkspace(target, "").path
     try:
         report = json.loads((target / "merge_report.json").read_text(encoding="utf-8"))
         key = (read_sealed(path / _RECORD) or {})["key"]
@@ -199,7 +199,7 @@ def left_over(target: Path) -> TrainingFolder | None:
         digest = open_coefficients(path / FILE).digest
     except (OSError, ValueError, KeyError, TypeError, MergeCliError):
         return None
-    return TrainingFolder(target, str(key)) if digest == published else None
+    return TrainingWorkspace(target, str(key)) if digest == published else None
 
 
 def write_coefficients(path: Path, entries: Mapping[str, Any], form: str) -> None:
@@ -272,6 +272,9 @@ def _state(student: Student) -> Sequence[tuple[str, str, int, Any]]:
         own = student.coefficients[name]
         moments = student.moments(name)
         for i, parameter in enumerate(own.parameters):
-            found += [(name, "p", i, parameter), (name, "m", i, moments[i][0]),
-                      (name, "v", i, moments[i][1])]  # fmt: skip
+            found += [
+                (name, "p", i, parameter),
+                (name, "m", i, moments[i][0]),
+                (name, "v", i, moments[i][1]),
+            ]
     return found

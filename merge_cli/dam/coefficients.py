@@ -20,7 +20,7 @@ Kind = Literal["tensor", "column", "row", "element"]
 
 
 @dataclass(frozen=True)
-class Layout:
+class CoefficientLayout:
     """How a tensor is cut into coefficients.
 
     Attributes:
@@ -41,9 +41,11 @@ class Layout:
     def inner(self) -> tuple[int, int]:
         """The shape of one source's coefficients, as a matrix."""
         return {
-            "tensor": (1, 1), "column": (self.groups, self.columns), "row": (self.rows, 1),
+            "tensor": (1, 1),
+            "column": (self.groups, self.columns),
+            "row": (self.rows, 1),
             "element": (self.rows, self.columns),
-        }[self.kind]  # fmt: skip
+        }[self.kind]
 
     @property
     def stored(self) -> tuple[int, ...]:
@@ -52,8 +54,9 @@ class Layout:
         return {
             "tensor": ones,
             "column": (*self.shape[:-2], 1, self.columns) if len(self.shape) > 1 else self.shape,
-            "row": (*lead, 1), "element": self.shape,
-        }[self.kind]  # fmt: skip
+            "row": (*lead, 1),
+            "element": self.shape,
+        }[self.kind]
 
     @property
     def count(self) -> int:
@@ -63,7 +66,7 @@ class Layout:
 
 def layout_of(
     shape: Sequence[int], granularity: str, rank: int = 0, *, input_first: bool = False
-) -> Layout:
+) -> CoefficientLayout:
     """The layout of a tensor under a granularity.
 
     A vector (norm, bias) has a coefficient for each element, unless the tensor has only one.
@@ -76,16 +79,16 @@ def layout_of(
     rows, columns = math.prod(shape[:-1]), shape[-1]
     groups = math.prod(shape[:-2])
     if granularity == "tensor":
-        return Layout(shape, "tensor", rows, columns)
+        return CoefficientLayout(shape, "tensor", rows, columns)
     if len(shape) == 1:
-        return Layout(shape, "element", 1, columns)
+        return CoefficientLayout(shape, "element", 1, columns)
     if granularity == "low_rank":
         kind: Kind = "row" if input_first else "column"
-        return Layout(shape, kind, rows, columns, groups, min(rank, rows, columns))
+        return CoefficientLayout(shape, kind, rows, columns, groups, min(rank, rows, columns))
     if input_first and granularity in ("column", "row"):
         granularity = "row" if granularity == "column" else "column"
     kinds: dict[str, Kind] = {"column": "column", "row": "row", "element": "element"}
-    return Layout(shape, kinds[granularity], rows, columns, groups)
+    return CoefficientLayout(shape, kinds[granularity], rows, columns, groups)
 
 
 def starting_value(training: Training, sources: int) -> float:
@@ -107,9 +110,15 @@ class Coefficients:
     """
 
     def __init__(
-        self, name: str, layout: Layout, sources: int, training: Training, seed: int,
-        device: Any = "cpu", dtype: Any = None,
-    ) -> None:  # fmt: skip
+        self,
+        name: str,
+        layout: CoefficientLayout,
+        sources: int,
+        training: Training,
+        seed: int,
+        device: Any = "cpu",
+        dtype: Any = None,
+    ) -> None:
         import torch
 
         self.name, self.layout, self.activation = name, layout, training.activation
@@ -226,8 +235,9 @@ class Coefficients:
         found = {self.name: stored, self.name + ROWS: self.left, self.name + COLUMNS: self.right}
         return {
             name: value.detach().to("cpu", torch.float32).contiguous().clone()
-            for name, value in found.items() if value is not None
-        }  # fmt: skip
+            for name, value in found.items()
+            if value is not None
+        }
 
     def _groups(self, start: int, stop: int) -> Any:
         """The matrix that each row belongs to, where several lie below one another."""

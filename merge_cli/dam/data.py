@@ -115,11 +115,14 @@ def load_datasets(
             hint = "Name rows for `held_out` that nothing is trained on, or leave it out."
             raise SourceError(what, file=_shown(spec.data), hint=hint)
         train, kept = (
-            tuple(sequences(rows, tokenizer, length, most, whole=whole, start=start,
-                            entries=entries))
-            for rows, most in ((mixed, training.examples),
-                               (one.held_out.values(), training.held_out_examples))
-        )  # fmt: skip
+            tuple(
+                sequences(rows, tokenizer, length, most, whole=whole, start=start, entries=entries)
+            )
+            for rows, most in (
+                (mixed, training.examples),
+                (one.held_out.values(), training.held_out_examples),
+            )
+        )
         kept = within(kept, training.held_out_tokens)
         if not train:
             raise SourceError("has no token to learn from", file=_shown(spec.data))
@@ -205,8 +208,10 @@ def steps_of(datasets: Sequence[Dataset], training: Training) -> int:
     steps = training.epochs * -(-largest // training.batch_size)
     if training.tokens is not None:
         means = [sum(len(e.ids) for e in d.train) / len(d.train) for d in datasets]
-        a_step = math.fsum(mean * min(training.batch_size, len(d.train))
-                           for mean, d in zip(means, datasets, strict=True))  # fmt: skip
+        a_step = math.fsum(
+            mean * min(training.batch_size, len(d.train))
+            for mean, d in zip(means, datasets, strict=True)
+        )
         steps = min(steps, max(1, round(training.tokens / a_step)))
     return min(steps, training.max_steps) if training.max_steps else steps
 

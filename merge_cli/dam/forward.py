@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from merge_cli.dam.head import CHUNK_BYTES, Job, Sums, after_head, head_loss, logits_loss
-from merge_cli.dam.losses import Objective, Targets
+from merge_cli.dam.head import CHUNK_BYTES, HeadJob, LossSums, after_head, head_loss, logits_loss
+from merge_cli.dam.losses import DistillationLoss, TeacherTargets
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Batch:
     ids: Any
     mask: Any
     counted: Any
-    targets: Targets
+    targets: TeacherTargets
 
     @property
     def tokens(self) -> int:
@@ -48,15 +48,19 @@ class Forward:
         self._head = net.get_output_embeddings()
         self._body = net.base_model if net.base_model is not net else None
         self.taken_apart = self._can_be_taken_apart()
-        self.note = "" if self.taken_apart else (
-            f"{type(net).__name__} does not show its output layer: whole logits are kept"
-        )  # fmt: skip
+        self.note = (
+            ""
+            if self.taken_apart
+            else (f"{type(net).__name__} does not show its output layer: whole logits are kept")
+        )
 
-    def loss(self, batch: Batch, objective: Objective, sums: Sums, scale: float = 1.0) -> Any:
+    def loss(
+        self, batch: Batch, objective: DistillationLoss, sums: LossSums, scale: float = 1.0
+    ) -> Any:
         """The batch's weighted loss, times `scale`; terms are added to `sums`."""
         device = self.net.device
         ids, mask = batch.ids.to(device), batch.mask.to(device)
-        job = Job(batch.targets, objective, self._after, sums, scale, self._chunk_bytes)
+        job = HeadJob(batch.targets, objective, self._after, sums, scale, self._chunk_bytes)
         counted = batch.counted.to(device)
         if not self.taken_apart:
             logits = self.net(input_ids=ids, attention_mask=mask, use_cache=False).logits

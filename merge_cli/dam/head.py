@@ -11,20 +11,20 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from merge_cli.dam.losses import Objective, Targets
+from merge_cli.dam.losses import DistillationLoss, TeacherTargets
 
 CHUNK_BYTES = 1 << 26  # of float32 logits
 _TEXT_SOFTCAP, _SCALE, _DIVISOR = "final_logit_softcapping", "logit_scale", "logits_scaling"
 
 
 @dataclass
-class Sums:
+class LossSums:
     """Weighted sums of each loss over tokens, by data set, for the report."""
 
     owners: int = 1
     _sums: dict[str, Any] = field(default_factory=dict)
 
-    def add(self, terms: dict[str, Any], targets: Targets) -> None:
+    def add(self, terms: dict[str, Any], targets: TeacherTargets) -> None:
         import torch
 
         for name, term in terms.items():
@@ -47,13 +47,13 @@ class Sums:
 
 
 @dataclass(frozen=True)
-class Job:
+class HeadJob:
     """What a chunk's logits are compared with."""
 
-    targets: Targets
-    objective: Objective
+    targets: TeacherTargets
+    objective: DistillationLoss
     after: Callable[[Any], Any]
-    sums: Sums
+    sums: LossSums
     scale: float = 1.0
     chunk_bytes: int = CHUNK_BYTES
 
@@ -76,7 +76,7 @@ def after_head(config: Any) -> Callable[[Any], Any]:
     return after
 
 
-def head_loss(hidden: Any, head: Any, job: Job) -> Any:
+def head_loss(hidden: Any, head: Any, job: HeadJob) -> Any:
     """The weighted loss of n tokens, a number that can be differentiated.
 
     Args:
@@ -93,16 +93,16 @@ def head_loss(hidden: Any, head: Any, job: Job) -> Any:
     return _function().apply(hidden, head.weight, head.bias, job)
 
 
-def logits_loss(logits: Any, job: Job) -> Any:
+def logits_loss(logits: Any, job: HeadJob) -> Any:
     """The same from logits [n, vocabulary], for a model whose output layer is not known."""
     total: Any = 0.0
-    plain = Job(job.targets, job.objective, lambda x: x, job.sums, job.scale, job.chunk_bytes)
+    plain = HeadJob(job.targets, job.objective, lambda x: x, job.sums, job.scale, job.chunk_bytes)
     for start, stop in _chunks(len(logits), logits.shape[-1], job.chunk_bytes):
         total = total + _loss(plain, logits[start:stop], start, stop)
     return total
 
 
-def _loss(job: Job, logits: Any, start: int, stop: int) -> Any:
+def _loss(job: HeadJob, logits: Any, start: int, stop: int) -> Any:
     import torch
 
     wide = logits.dtype if logits.dtype == torch.float64 else torch.float32
@@ -129,7 +129,7 @@ def _function() -> Any:
 
     class ChunkedHead(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, hidden: Any, weight: Any, bias: Any, job: Job) -> Any:
+        def forward(ctx: Any, hidden: Any, weight: Any, bias: Any, job: HeadJob) -> Any:
             needs = ctx.needs_input_grad
             grads = [
                 torch.zeros_like(tensor) if tensor is not None and need else None

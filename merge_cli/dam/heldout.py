@@ -10,19 +10,19 @@ from typing import Any
 from merge_cli.dam.data import Dataset, short_names
 from merge_cli.dam.distributed import World
 from merge_cli.dam.forward import Batch, Forward
-from merge_cli.dam.head import Sums
-from merge_cli.dam.losses import Objective, Targets
+from merge_cli.dam.head import LossSums
+from merge_cli.dam.losses import DistillationLoss, TeacherTargets
 from merge_cli.dam.student import Student
 from merge_cli.errors import Interrupted
 from merge_cli.evaluation.examples import Example, micro_batches, padded
 from merge_cli.evaluation.teachers import Predictions
 
-_OBJECTIVE = Objective({"kl": 1.0, "cross_entropy": 1.0})
+_OBJECTIVE = DistillationLoss({"kl": 1.0, "cross_entropy": 1.0})
 LAMBDAS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)  # of task arithmetic
 
 
 @dataclass(frozen=True)
-class Score:
+class HeldOutScore:
     """Divergence from the teachers and loss on the text, nats per token at temperature 1.
 
     Attributes:
@@ -49,8 +49,8 @@ class Score:
         return {**asdict(self), "mean_kl": self.mean_kl, "mean_loss": self.mean_loss}
 
     @staticmethod
-    def from_json(found: Mapping[str, Any]) -> Score:
-        return Score(found["kl"], found["loss"])
+    def from_json(found: Mapping[str, Any]) -> HeldOutScore:
+        return HeldOutScore(found["kl"], found["loss"])
 
 
 class HeldOut:
@@ -79,7 +79,7 @@ class HeldOut:
 
     def score(
         self, forward: Forward, world: World, between: Callable[[], None] = lambda: None
-    ) -> Score:
+    ) -> HeldOutScore:
         """Of the net as it is; processes share the batches.
 
         Args:
@@ -90,7 +90,7 @@ class HeldOut:
         found: dict[str, list[float]] = {}
         with torch.no_grad():
             for name, batches in self._batches.items():
-                sums = Sums()
+                sums = LossSums()
                 for number, batch in enumerate(batches):
                     if number % world.size == world.rank:
                         between()
@@ -103,14 +103,14 @@ class HeldOut:
                 )
                 world.add_up([both], gradients=False)
                 found[name] = both.tolist()
-        return Score(
+        return HeldOutScore(
             {name: kl for name, (kl, _) in found.items()},
             {name: loss for name, (_, loss) in found.items()},
         )
 
 
 @dataclass(frozen=True)
-class Item:
+class BatchItem:
     """One sequence of a batch.
 
     Attributes:
@@ -130,11 +130,11 @@ def make_batch(
 ) -> Batch:
     """A batch of some examples of one data set, every counted token with the same weight."""
     return batch_of(
-        [Item(examples[i], None if known is None else known.of(i), weight) for i in numbers]
+        [BatchItem(examples[i], None if known is None else known.of(i), weight) for i in numbers]
     )
 
 
-def batch_of(items: Sequence[Item]) -> Batch:
+def batch_of(items: Sequence[BatchItem]) -> Batch:
     """A batch of sequences of any data sets; teachers are asked for all of them or for none."""
     import torch
 
@@ -144,7 +144,7 @@ def batch_of(items: Sequence[Item]) -> Batch:
     counts = torch.tensor([one.counted for one in own])
     weights = torch.tensor([item.weight for item in items], dtype=torch.float64)
     owners = torch.tensor([item.owner for item in items])
-    targets = Targets(
+    targets = TeacherTargets(
         labels, weights.repeat_interleave(counts), owners=owners.repeat_interleave(counts)
     )
     parts = [item.known for item in items if item.known is not None]
@@ -187,13 +187,19 @@ def mixtures(labels: Sequence[str], *, has_base: bool, base_label: str | None) -
 
 
 def baselines(
-    student: Student, forward: Forward, held_out: HeldOut, compared: Sequence[Mixture],
-    world: World, *, tell: Any, stopping: Callable[[], bool] = lambda: False,
-) -> dict[str, Score]:  # fmt: skip
+    student: Student,
+    forward: Forward,
+    held_out: HeldOut,
+    compared: Sequence[Mixture],
+    world: World,
+    *,
+    tell: Any,
+    stopping: Callable[[], bool] = lambda: False,
+) -> dict[str, HeldOutScore]:
     """Held-out scores of merges without training.
 
     They pass through the student's own net; it holds the last of them afterwards. Some may predict
-    no numbers (see `Score.finite`).
+    no numbers (see `HeldOutScore.finite`).
 
     Raises:
         Interrupted: `stopping` says so.
@@ -217,14 +223,13 @@ def baselines(
 
 
 def best_start(
-    compared: Sequence[Mixture], scores: Mapping[str, Score], form: str
+    compared: Sequence[Mixture], scores: Mapping[str, HeldOutScore], form: str
 ) -> Mixture | None:
     """The best of the merges that coefficients of a form can begin as; None where there is none.
 
     Changes of the base reach every mixture; sums of weights those alone that have no base in them.
     """
     reached = [
-        one for one in compared
-        if one.name in scores and (form == "task_vector" or one.base == 0)
-    ]  # fmt: skip
+        one for one in compared if one.name in scores and (form == "task_vector" or one.base == 0)
+    ]
     return min(reached, key=lambda one: scores[one.name].mean_kl, default=None)

@@ -17,7 +17,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Targets:
+class TeacherTargets:
     """What n tokens should be predicted as.
 
     Attributes:
@@ -36,29 +36,29 @@ class Targets:
     tail: Any = None
     owners: Any = None
 
-    def part(self, start: int, stop: int) -> Targets:
+    def part(self, start: int, stop: int) -> TeacherTargets:
         """Some of the tokens."""
         return self._each(lambda value: value[start:stop])
 
-    def to(self, device: Any, dtype: Any) -> Targets:
+    def to(self, device: Any, dtype: Any) -> TeacherTargets:
         """On the student's device, probabilities in the dtype that losses are computed in."""
         return self._each(
             lambda value: value.to(device, dtype if value.is_floating_point() else None)
         )
 
-    def _each(self, change: Any) -> Targets:
+    def _each(self, change: Any) -> TeacherTargets:
         found = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{k: change(v) for k, v in found.items() if v is not None})
 
 
 @dataclass(frozen=True)
-class Objective:
+class DistillationLoss:
     """Losses with their weights, and the temperature of those that compare with a teacher."""
 
     weights: Mapping[str, float]
     temperature: float = 1.0
 
-    def terms(self, logits: Any, targets: Targets) -> dict[str, Any]:
+    def terms(self, logits: Any, targets: TeacherTargets) -> dict[str, Any]:
         """Each loss [n], not yet weighted.
 
         Args:
@@ -80,7 +80,7 @@ class Objective:
         """The weighted sum [n]."""
         return sum(self.weights[name] * term for name, term in terms.items())
 
-    def _against_teacher(self, z: Any, targets: Targets, wanted: set[str]) -> dict[str, Any]:
+    def _against_teacher(self, z: Any, targets: TeacherTargets, wanted: set[str]) -> dict[str, Any]:
         log_q = z.gather(-1, targets.ids) - z.logsumexp(-1, keepdim=True)
         log_p = targets.logp
         found = {}

@@ -8,17 +8,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from merge_cli.checkpoint.class_config import refuse_code
-from merge_cli.dam.coefficients import Layout, layout_of
+from merge_cli.dam.coefficients import CoefficientLayout, layout_of
 from merge_cli.dam.sources import Stored
 from merge_cli.engine.plan import Plan, TensorTask
 from merge_cli.errors import Problem, SourceError
-from merge_cli.evaluation.live import quiet
+from merge_cli.evaluation.live import quiet_libraries
 from merge_cli.evaluation.seats import by_name, filled_layers, layer_of
 from merge_cli.recipe.training import Training
 
 
 @dataclass(frozen=True)
-class Target:
+class TargetParameter:
     """One merged tensor of the output.
 
     Attributes:
@@ -29,7 +29,7 @@ class Target:
 
     task: TensorTask
     held: bool
-    layout: Layout
+    layout: CoefficientLayout
     trained: bool
 
     @property
@@ -58,7 +58,7 @@ def student_config(plan: Plan) -> Any:
 
     donor = plan.sources[plan.donor]
     refuse_code(donor.config, donor.label)
-    with quiet():
+    with quiet_libraries():
         try:
             config = AutoConfig.from_pretrained(str(donor.root), trust_remote_code=False)
         except Exception as error:  # a config's own code checks it, with errors of any kind
@@ -86,7 +86,7 @@ def empty_student(plan: Plan) -> Any:
     from transformers import AutoModelForCausalLM
 
     config = student_config(plan)
-    with quiet(), torch.device("meta"):
+    with quiet_libraries(), torch.device("meta"):
         try:
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         except Exception as error:  # of any kind: what a model makes of sizes that do not fit
@@ -100,7 +100,7 @@ def load_student(plan: Plan, device: str, dtype: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     donor = plan.sources[plan.donor]
-    with quiet():
+    with quiet_libraries():
         try:
             net = AutoModelForCausalLM.from_pretrained(
                 str(donor.root), config=student_config(plan), dtype=dtype, trust_remote_code=False
@@ -118,7 +118,9 @@ def load_student(plan: Plan, device: str, dtype: Any) -> Any:
     return net.to(device).eval()
 
 
-def find_targets(plan: Plan, net: Any, training: Training) -> tuple[list[Target], list[Problem]]:
+def find_targets(
+    plan: Plan, net: Any, training: Training
+) -> tuple[list[TargetParameter], list[Problem]]:
     """Every merged tensor of the plan, and parameters of the student that nothing stored fills.
 
     transformers may call a parameter otherwise than the file does, or stack several stored
@@ -131,8 +133,9 @@ def find_targets(plan: Plan, net: Any, training: Training) -> tuple[list[Target]
     names = by_name({task.name: task.shape for task in merged}, parameters)
     open_names = parameters.keys() - names.values()
     loose = [task for task in merged if task.name not in names]
-    filled = filled_layers({name: parameters[name] for name in open_names},
-                           {task.name: task.size for task in loose})  # fmt: skip
+    filled = filled_layers(
+        {name: parameters[name] for name in open_names}, {task.name: task.size for task in loose}
+    )
     targets = []
     for task in merged:
         held = task.name in names or layer_of(task.name) in filled
@@ -144,12 +147,16 @@ def find_targets(plan: Plan, net: Any, training: Training) -> tuple[list[Target]
             training.granularity_of(task.name, embedding=of_tokens) if trained else "tensor"
         )
         layout = layout_of(task.shape, granularity, training.rank, input_first=kind == "conv1d")
-        targets.append(Target(task, held, layout, trained))
+        targets.append(TargetParameter(task, held, layout, trained))
     problems = [
-        Problem("transformers builds it from tensors that are stored otherwise: its coefficients "
-                "cannot be learned, and no student can be made", name)
-        for name in parameters if name in open_names and layer_of(name) not in filled
-    ]  # fmt: skip
+        Problem(
+            "transformers builds it from tensors that are stored otherwise: its coefficients "
+            "cannot be learned, and no student can be made",
+            name,
+        )
+        for name in parameters
+        if name in open_names and layer_of(name) not in filled
+    ]
     return targets, problems
 
 
@@ -163,7 +170,7 @@ def is_trained(name: str, kind: str, patterns: Sequence[str]) -> bool:
     )
 
 
-def stored_tensors(plan: Plan, targets: Sequence[Target]) -> dict[str, Stored]:
+def stored_tensors(plan: Plan, targets: Sequence[TargetParameter]) -> dict[str, Stored]:
     """Where the sources have each target, and the base, if there is one."""
     views = plan.aligned.views
     base = views[plan.base] if plan.base is not None else {}
@@ -172,9 +179,11 @@ def stored_tensors(plan: Plan, targets: Sequence[Target]) -> dict[str, Stored]:
         task, layout = target.task, target.layout
         ref = task.base or base.get(target.name)
         found[target.name] = Stored(
-            target.name, (layout.rows, layout.columns), task.operands,
+            target.name,
+            (layout.rows, layout.columns),
+            task.operands,
             ref if ref is not None and ref.shape == task.shape else None,
-        )  # fmt: skip
+        )
     return found
 
 
@@ -187,7 +196,7 @@ def weight_bytes(stored: Mapping[str, Stored], *, with_base: bool) -> int:
     )
 
 
-def parameter_count(targets: Sequence[Target]) -> int:
+def parameter_count(targets: Sequence[TargetParameter]) -> int:
     return sum(math.prod(target.task.shape) for target in targets)
 
 
@@ -198,16 +207,20 @@ def kinds_of(net: Any) -> dict[str, str]:
 
 def embeddings_of(net: Any) -> set[str]:
     """The weights by which tokens go in and out: a row for each token."""
-    modules = {id(m.weight) for m in (net.get_input_embeddings(), net.get_output_embeddings())
-               if m is not None}  # fmt: skip
+    modules = {
+        id(m.weight)
+        for m in (net.get_input_embeddings(), net.get_output_embeddings())
+        if m is not None
+    }
     return {name for name, parameter in net.named_parameters() if id(parameter) in modules}
 
 
 def _walk(net: Any) -> Iterator[tuple[str, str]]:
     import torch
 
-    embeddings = {id(module.weight) for module in net.modules()
-                  if isinstance(module, torch.nn.Embedding)}  # fmt: skip
+    embeddings = {
+        id(module.weight) for module in net.modules() if isinstance(module, torch.nn.Embedding)
+    }
     for prefix, module in net.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             kind = "other"

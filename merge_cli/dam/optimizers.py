@@ -15,7 +15,7 @@ from merge_cli.recipe.training import Training
 _BETA1, _BETA2, _EPSILON = 0.9, 0.999, 1e-8
 
 
-class Optimizer:
+class CoefficientOptimizer:
     """Moves parameters in place; one call for each tensor in each step.
 
     Attributes:
@@ -81,6 +81,8 @@ def rate_at(training: Training, step: int, steps: int) -> float:
         return training.learning_rate * (step + 1) / warm
     done = (step - warm) / max(1, steps - warm)
     factor = {
-        "constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done)),
-    }[training.schedule]  # fmt: skip
+        "constant": 1.0,
+        "linear": 1.0 - done,
+        "cosine": 0.5 * (1 + math.cos(math.pi * done)),
+    }[training.schedule]
     return training.learning_rate * factor

@@ -11,21 +11,21 @@ from merge_cli.checkpoint.source import Source, fetch_weights
 from merge_cli.dam.data import Dataset, load_datasets, steps_of, used
 from merge_cli.dam.distributed import World
 from merge_cli.dam.models import (
-    Target,
+    TargetParameter,
     empty_student,
     find_targets,
     parameter_count,
     stored_tensors,
     weight_bytes,
 )
-from merge_cli.dam.sources import Place, choose_place
+from merge_cli.dam.sources import SourceResidency, choose_residency
 from merge_cli.dam.tokenizers import one_tokenizer
 from merge_cli.engine.device import choose_device
 from merge_cli.engine.plan import Plan
 from merge_cli.errors import MismatchError, ResourceError
 from merge_cli.evaluation.digest import remembered_identity
 from merge_cli.evaluation.live import choose_dtype, context_of
-from merge_cli.evaluation.teachers import Kept, Teacher
+from merge_cli.evaluation.teachers import KeptPredictions, Teacher
 from merge_cli.recipe.training import Training
 
 _WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -59,12 +59,12 @@ class TrainingPlan:
 
     plan: Plan
     training: Training
-    targets: tuple[Target, ...]
+    targets: tuple[TargetParameter, ...]
     datasets: tuple[Dataset, ...]
     steps: int
     device: str
     dtype: str
-    place: Place
+    place: SourceResidency
     mode: str
     teachers: tuple[TeacherPlan, ...]
     labels: tuple[str, ...]
@@ -77,16 +77,16 @@ class TrainingPlan:
         return sum(target.count for target in self.targets)
 
     @property
-    def kept(self) -> Kept:
+    def kept(self) -> KeptPredictions:
         """How predictions are kept for training."""
         return kept_for(self.training, held_out=False)
 
 
-def kept_for(training: Training, *, held_out: bool) -> Kept:
+def kept_for(training: Training, *, held_out: bool) -> KeptPredictions:
     """Held-out predictions are kept at temperature 1: what is reported is a plain divergence."""
     k = None if training.top_k == "full" else int(training.top_k)
     temperature = 1.0 if held_out else training.temperature
-    return Kept(k, temperature, training.cache_dtype)
+    return KeptPredictions(k, temperature, training.cache_dtype)
 
 
 def plan_training(plan: Plan, device: str = "auto", world: World | None = None) -> TrainingPlan:
@@ -114,9 +114,13 @@ def plan_training(plan: Plan, device: str = "auto", world: World | None = None) 
         what = f"chooses no tensor: {', '.join(training.train)}"
         raise MismatchError([plan.recipe.problem("training.train", what)])
     datasets = load_datasets(
-        plan.recipe, labels, tokenizer, training, context_of(net.config, training.max_length),
+        plan.recipe,
+        labels,
+        tokenizer,
+        training,
+        context_of(net.config, training.max_length),
         net.get_input_embeddings().weight.shape[0],
-    )  # fmt: skip
+    )
     steps = steps_of(datasets, training)
     datasets = used(datasets, steps, training)
     chosen = choose_device(device)
@@ -126,19 +130,29 @@ def plan_training(plan: Plan, device: str = "auto", world: World | None = None) 
     student_bytes = parameter_count(targets) * _WIDTHS[dtype]
     with_base = training.form == "task_vector"
     size = weight_bytes(stored_tensors(plan, targets), with_base=with_base)
-    place = choose_place(training.residency, where, size, student_bytes)
+    place = choose_residency(training.residency, where, size, student_bytes)
     mode, mode_why = _mode(training, dtype, world)
     return TrainingPlan(
-        plan, training, tuple(targets), tuple(datasets), steps, where,
-        dtype, place, mode, tuple(_teachers(operands, datasets, training, where, dtype, net)),
+        plan,
+        training,
+        tuple(targets),
+        tuple(datasets),
+        steps,
+        where,
+        dtype,
+        place,
+        mode,
+        tuple(_teachers(operands, datasets, training, where, dtype, net)),
         labels,
         {
-            "device": f"{chosen.name}: {chosen.reason}", "dtype": dtype_why, "mode": mode_why,
+            "device": f"{chosen.name}: {chosen.reason}",
+            "dtype": dtype_why,
+            "mode": mode_why,
             "residency": place.reason,
             **({"chat template": template_why} if template_why else {}),
         },
         student_bytes,
-    )  # fmt: skip
+    )
 
 
 def _mode(training: Training, dtype: str, world: World) -> tuple[str, str]:
@@ -155,9 +169,13 @@ def _mode(training: Training, dtype: str, world: World) -> tuple[str, str]:
 
 
 def _teachers(
-    operands: Sequence[Source], datasets: Sequence[Dataset], training: Training, device: str,
-    dtype: str, net: Any,
-) -> Iterator[TeacherPlan]:  # fmt: skip
+    operands: Sequence[Source],
+    datasets: Sequence[Dataset],
+    training: Training,
+    device: str,
+    dtype: str,
+    net: Any,
+) -> Iterator[TeacherPlan]:
     vocabulary = net.get_output_embeddings().weight.shape[0]
     for dataset in datasets:
         source = operands[dataset.source]

@@ -11,7 +11,7 @@ from merge_cli.dam.checkpoint import Position
 from merge_cli.dam.distributed import World
 from merge_cli.dam.plan import TrainingPlan
 from merge_cli.engine.memory import peak_rss
-from merge_cli.engine.options import Progress, Show
+from merge_cli.engine.options import OnProgress, Progress
 from merge_cli.sizes import show_seconds, show_size
 
 _RECENT = 20  # steps whose mean is shown
@@ -24,7 +24,9 @@ class StepLine:
         board: the folder for TensorBoard's files; None writes none. Nothing is sent anywhere.
     """
 
-    def __init__(self, decided: TrainingPlan, board: Path | None, show: Show, world: World) -> None:
+    def __init__(
+        self, decided: TrainingPlan, board: Path | None, show: OnProgress, world: World
+    ) -> None:
         self._decided, self._show = decided, show
         self._began, self._first_step, self._first_tokens = time.monotonic(), -1, 0
         self._writer: Any = None

@@ -30,12 +30,13 @@ def build_record(
     warnings += [f"granularity: no tensor has '{pattern}' in its name" for pattern in unused]
     warnings += [
         f"{one.name}: {one.removed:,} of {one.rows:,} rows are held out, too: not trained on"
-        for one in decided.datasets if one.removed
-    ]  # fmt: skip
+        for one in decided.datasets
+        if one.removed
+    ]
     warnings += [
         f"{name} predicts NaN or Inf on held-out rows, and is compared with nothing"
         for name in position.broken or []
-    ]  # fmt: skip
+    ]
     verdict = improvement(scores)
     lacking = ", ".join(one.name for one in decided.datasets if not one.held_out)
     if lacking and verdict is not None:

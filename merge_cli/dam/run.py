@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from merge_cli.dam.assembly import assemble
-from merge_cli.dam.checkpoint import Position, TrainingFolder, left_over
+from merge_cli.dam.checkpoint import Position, TrainingWorkspace, left_over
 from merge_cli.dam.distributed import World, join_world, launched
 from merge_cli.dam.forward import Forward
 from merge_cli.dam.heldout import HeldOut, baselines, best_start, mixtures
@@ -31,7 +31,7 @@ from merge_cli.dam.result import build_record, gate
 from merge_cli.dam.student import Student
 from merge_cli.dam.trainer import Trainer, entries_of
 from merge_cli.engine.inputs import inputs_of
-from merge_cli.engine.options import MergeOptions, Progress, Show
+from merge_cli.engine.options import MergeOptions, OnProgress, Progress
 from merge_cli.engine.plan import Plan
 from merge_cli.errors import Interrupted
 from merge_cli.evaluation.digest import source_identity
@@ -63,14 +63,18 @@ class Learned:
 
     coefficients: Path
     record: dict[str, Any]
-    folder: TrainingFolder
+    folder: TrainingWorkspace
     world: World
 
 
 def learn(
-    plan: Plan, target: Path, options: MergeOptions, *, show: Show,
+    plan: Plan,
+    target: Path,
+    options: MergeOptions,
+    *,
+    show: OnProgress,
     require_improvement: bool = False,
-) -> Learned:  # fmt: skip
+) -> Learned:
     """Learn the coefficients that the plan's method lacks; continue where a run was killed.
 
     Args:
@@ -90,7 +94,7 @@ def learn(
         inputs = inputs_of(plan)
         decided = plan_training(plan, options.device, world)
         stopping.patient = world.size > 1  # one that leaves by itself would be waited for
-        folder = TrainingFolder(
+        folder = TrainingWorkspace(
             target, work_key(decided, world), fresh=options.fresh, first=world.first
         )
         with folder:
@@ -147,8 +151,9 @@ def work_key(decided: TrainingPlan, world: World) -> str:
     plan = decided.plan
     dials = {
         f.name: repr(getattr(decided.training, f.name))
-        for f in fields(Training) if f.name not in _INDIFFERENT
-    }  # fmt: skip
+        for f in fields(Training)
+        if f.name not in _INDIFFERENT
+    }
     used = sorted({*plan.operands, plan.donor, *([] if plan.base is None else [plan.base])})
     about = {
         "format": _FORMAT,
@@ -163,9 +168,12 @@ def work_key(decided: TrainingPlan, world: World) -> str:
 
 
 def _learn(
-    decided: TrainingPlan, folder: TrainingFolder, world: World, show: Show,
+    decided: TrainingPlan,
+    folder: TrainingWorkspace,
+    world: World,
+    show: OnProgress,
     stopping: _Interruptions,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Train, measure, and write the result.
 
     Raises:
@@ -178,9 +186,13 @@ def _learn(
     import torch
 
     student = assemble(
-        plan, decided.targets, training, decided.place, decided.device,
+        plan,
+        decided.targets,
+        training,
+        decided.place,
+        decided.device,
         getattr(torch, decided.dtype),
-    )  # fmt: skip
+    )
     stopping.patient = True
     try:
         forward = Forward(student.net)
@@ -190,9 +202,16 @@ def _learn(
         board = folder.path.with_suffix(".tensorboard") if training.tensorboard else None
         line = StepLine(decided, board, show, world)
         trainer = Trainer(
-            decided, student, forward, train, measured, folder, world,
-            told=line, stopping=stopping,
-        )  # fmt: skip
+            decided,
+            student,
+            forward,
+            train,
+            measured,
+            folder,
+            world,
+            told=line,
+            stopping=stopping,
+        )
         trainer.position.teaching += taught
         try:
             if measured is not None and not trainer.position.static:
@@ -215,9 +234,15 @@ def _learn(
 
 
 def _begin(
-    decided: TrainingPlan, student: Student, forward: Forward, held_out: HeldOut,
-    position: Position, world: World, show: Show, stopping: Callable[[], bool],
-) -> None:  # fmt: skip
+    decided: TrainingPlan,
+    student: Student,
+    forward: Forward,
+    held_out: HeldOut,
+    position: Position,
+    world: World,
+    show: OnProgress,
+    stopping: Callable[[], bool],
+) -> None:
     """Measure what needs no training, and begin as the best of it where the recipe says so."""
     plan, passes = decided.plan, held_out.passes
     stored = stored_tensors(plan, decided.targets)
@@ -227,10 +252,14 @@ def _begin(
         base_label=None if plan.base is None else plan.sources[plan.base].label,
     )
     scores = baselines(
-        student, forward, held_out, compared, world,
+        student,
+        forward,
+        held_out,
+        compared,
+        world,
         tell=lambda done, total, name: show(Progress("baselines", done, total, name, "merges")),
         stopping=stopping,
-    )  # fmt: skip
+    )
     position.broken = [name for name, score in scores.items() if not score.finite]
     finite = {name: score for name, score in scores.items() if score.finite}
     position.static = {name: score.to_json() for name, score in finite.items()}
@@ -244,7 +273,7 @@ def _begin(
 
 
 def _teach(
-    decided: TrainingPlan, world: World, show: Show, stopping: _Interruptions
+    decided: TrainingPlan, world: World, show: OnProgress, stopping: _Interruptions
 ) -> tuple[list[Predictions | None], list[Predictions]]:
     """Each teacher over its own data, one at a time: train and held-out predictions."""
     train: list[Predictions | None] = []
@@ -272,7 +301,7 @@ def _teach(
     return train, kept
 
 
-def _interrupted(folder: TrainingFolder, position: Position) -> Interrupted:
+def _interrupted(folder: TrainingWorkspace, position: Position) -> Interrupted:
     what = f"stopped after {position.step} steps"
     return Interrupted(what, where=str(folder.path), hint="The same command continues.")
 

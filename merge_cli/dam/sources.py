@@ -14,7 +14,7 @@ from typing import Any, Literal
 from merge_cli.checkpoint.header import DTYPES, TensorRef
 from merge_cli.checkpoint.raw import FilePool, read_ahead, read_into
 from merge_cli.checkpoint.tensors import Tensor
-from merge_cli.dam.ahead import Ahead, CudaCopies
+from merge_cli.dam.ahead import CudaCopies, Prefetcher
 from merge_cli.errors import ResourceError
 from merge_cli.evaluation.live import free_memory
 from merge_cli.sizes import show_size
@@ -25,7 +25,7 @@ _DEVICE_SHARE, _HOST_SHARE = 0.6, 0.5  # of free memory; activations and caches 
 
 
 @dataclass(frozen=True)
-class Place:
+class SourceResidency:
     """Where the sources' weights wait, and why there."""
 
     residency: Residency
@@ -49,7 +49,7 @@ class Stored:
     base: Tensor | None = None
 
 
-def choose_place(wanted: str, device: str, size: int, student: int) -> Place:
+def choose_residency(wanted: str, device: str, size: int, student: int) -> SourceResidency:
     """Where `size` bytes of weights should wait.
 
     Args:
@@ -68,23 +68,23 @@ def choose_place(wanted: str, device: str, size: int, student: int) -> Place:
         index = int(device.partition(":")[2] or 0)
         room, where = int(free_memory("cuda", (index,)) * _DEVICE_SHARE) - student, "device"
     if wanted == "disk":
-        return Place("disk", "asked for", size)
+        return SourceResidency("disk", "asked for", size)
     if wanted == "device" and device == "cpu":
-        return Place("host", "asked for device, and the student is on the CPU", size)
+        return SourceResidency("host", "asked for device, and the student is on the CPU", size)
     if wanted != "auto":
         free = room if wanted == "device" else host
         if size > free:
             what = f"residency {wanted}: the sources take {shown}, and {show_size(max(free, 0))} "
             hint = "Use `residency: auto` or `disk`."
             raise ResourceError(what + "are left for them", hint=hint)
-        return Place("device" if wanted == "device" else "host", "asked for", size)
+        return SourceResidency("device" if wanted == "device" else "host", "asked for", size)
     if where and size <= room:
-        return Place("device", f"{shown} fit beside the student", size)
+        return SourceResidency("device", f"{shown} fit beside the student", size)
     small = "" if not where else f"{shown} do not fit beside the student; "
     if size <= host:
-        return Place("host", f"{small}{shown} fit in memory", size)
+        return SourceResidency("host", f"{small}{shown} fit in memory", size)
     why = f"{shown}, and room for {show_size(max(host, 0))} in memory"
-    return Place("disk", why, size)
+    return SourceResidency("disk", why, size)
 
 
 class Sources:
@@ -97,19 +97,24 @@ class Sources:
     """
 
     def __init__(
-        self, tensors: Mapping[str, Stored], place: Place, device: Any, dtype: Any,
-        *, with_base: bool,
-    ) -> None:  # fmt: skip
+        self,
+        tensors: Mapping[str, Stored],
+        place: SourceResidency,
+        device: Any,
+        dtype: Any,
+        *,
+        with_base: bool,
+    ) -> None:
         self.place, self._tensors, self._device, self._dtype = place, tensors, device, dtype
         self._files = FilePool(os.O_RDONLY)
         self._kept: dict[tuple[str, int], Any] = {}
         self.rows_read = 0
         self._with_base = with_base
-        self.ahead: Ahead | None = None
+        self.ahead: Prefetcher | None = None
         if place.residency != "disk":
             self._keep(with_base)
         if place.residency == "host" and str(device) != "cpu":
-            self.ahead = Ahead(CudaCopies(str(device)))
+            self.ahead = Prefetcher(CudaCopies(str(device)))
 
     def block_rows(self, name: str) -> int:
         """Rows to ask for at once: what fits in a cache, or keeps a GPU busy."""

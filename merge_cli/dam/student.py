@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from merge_cli.dam.coefficients import Coefficients
-from merge_cli.dam.optimizers import Optimizer
+from merge_cli.dam.optimizers import CoefficientOptimizer
 from merge_cli.dam.penalties import penalty
 from merge_cli.dam.sources import Sources
-from merge_cli.evaluation.seats import Seat as Place
+from merge_cli.evaluation.seats import ParameterSlice as Place
 
 _HELD_BYTES = 1 << 26  # rows that are kept from the projection for the rewrite
 
@@ -31,7 +31,7 @@ Reduce = Callable[[Sequence[Any]], None]  # adds tensors up over all processes, 
 
 
 @dataclass(frozen=True)
-class Seat(Place):
+class MergedParameter(Place):
     """A parameter of the student, or a part of one, what it is made of, and whether its
     coefficients are learned."""
 
@@ -53,10 +53,16 @@ class Student:
     """
 
     def __init__(
-        self, net: Any, seats: Sequence[Seat], coefficients: Mapping[str, Coefficients],
-        sources: Sources, *, form: str, optimizer: Optimizer | None = None,
+        self,
+        net: Any,
+        seats: Sequence[MergedParameter],
+        coefficients: Mapping[str, Coefficients],
+        sources: Sources,
+        *,
+        form: str,
+        optimizer: CoefficientOptimizer | None = None,
         penalties: Mapping[str, float] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.net, self.sources, self.coefficients = net, sources, coefficients
         self.seats = {seat.name: seat for seat in seats}
         self.trained = [seat.name for seat in seats if seat.trained]
@@ -143,7 +149,7 @@ class Student:
             self.coefficients[name].clear()
         return norm
 
-    def _hook(self, seats: Sequence[Seat]) -> Callable[[Any], None]:
+    def _hook(self, seats: Sequence[MergedParameter]) -> Callable[[Any], None]:
         def arrived(parameter: Any) -> None:
             grad, parameter.grad = parameter.grad, None
             for seat in seats:
@@ -220,9 +226,12 @@ class Student:
 
     def _bytes(self, name: str) -> int:
         coefficients = self.coefficients[name]
-        return coefficients.layout.rows * coefficients.layout.columns * len(coefficients.raw) * (
-            coefficients.raw.element_size()
-        )  # fmt: skip
+        return (
+            coefficients.layout.rows
+            * coefficients.layout.columns
+            * len(coefficients.raw)
+            * (coefficients.raw.element_size())
+        )
 
     def _foresee(self, name: str) -> None:
         """Gradients come in the same order in every pass: ask for the next tensor's sources."""
@@ -233,9 +242,9 @@ class Student:
             self.sources.expect(following)
 
 
-def _by_parameter(seats: Sequence[Seat]) -> list[list[Seat]]:
+def _by_parameter(seats: Sequence[MergedParameter]) -> list[list[MergedParameter]]:
     """Parts of one parameter share its gradient."""
-    found: dict[int, list[Seat]] = {}
+    found: dict[int, list[MergedParameter]] = {}
     for seat in seats:
         found.setdefault(id(seat.parameter), []).append(seat)
     return list(found.values())

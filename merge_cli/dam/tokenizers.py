@@ -7,7 +7,7 @@ from typing import Any
 
 from merge_cli.engine.plan import Plan
 from merge_cli.errors import MismatchError, Problem
-from merge_cli.evaluation.digest import companions_digest
+from merge_cli.evaluation.digest import auxiliary_fingerprint
 from merge_cli.evaluation.tokenizer import load_tokenizer
 
 # What a text becomes; padding and truncation are the caller's business, and decoding is not asked.
@@ -22,17 +22,18 @@ def one_tokenizer(plan: Plan) -> tuple[Any, str]:
         MismatchError: they differ, with what differs.
     """
     first = plan.sources[plan.operands[0]]
-    tokenizer, digest = load_tokenizer(first), companions_digest(first.root)
+    tokenizer, digest = load_tokenizer(first), auxiliary_fingerprint(first.root)
     problems, other_templates = [], []
     for i in plan.operands[1:]:
         source = plan.sources[i]
-        if companions_digest(source.root) == digest:
+        if auxiliary_fingerprint(source.root) == digest:
             continue
         other = load_tokenizer(source)
         what = _difference(tokenizer, other)
         if what:
-            problems.append(Problem(f"has another tokenizer than {first.label}: {what}",
-                                    source.label))  # fmt: skip
+            problems.append(
+                Problem(f"has another tokenizer than {first.label}: {what}", source.label)
+            )
         elif other.chat_template != tokenizer.chat_template:
             other_templates.append(source.label)
     if problems:

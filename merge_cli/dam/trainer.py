@@ -8,13 +8,13 @@ from functools import reduce
 from operator import add
 from typing import Any
 
-from merge_cli.dam.checkpoint import Position, TrainingFolder
+from merge_cli.dam.checkpoint import Position, TrainingWorkspace
 from merge_cli.dam.data import Order
 from merge_cli.dam.distributed import World
 from merge_cli.dam.forward import Forward
-from merge_cli.dam.head import Sums
-from merge_cli.dam.heldout import HeldOut, Item, batch_of
-from merge_cli.dam.losses import Objective
+from merge_cli.dam.head import LossSums
+from merge_cli.dam.heldout import BatchItem, HeldOut, batch_of
+from merge_cli.dam.losses import DistillationLoss
 from merge_cli.dam.optimizers import rate_at
 from merge_cli.dam.plan import TrainingPlan
 from merge_cli.dam.student import Student
@@ -38,17 +38,25 @@ class Trainer:
     """
 
     def __init__(
-        self, decided: TrainingPlan, student: Student, forward: Forward,
-        predictions: Sequence[Predictions | None], held_out: HeldOut | None,
-        folder: TrainingFolder, world: World, *, told: Told, stopping: Callable[[], bool],
-    ) -> None:  # fmt: skip
+        self,
+        decided: TrainingPlan,
+        student: Student,
+        forward: Forward,
+        predictions: Sequence[Predictions | None],
+        held_out: HeldOut | None,
+        folder: TrainingWorkspace,
+        world: World,
+        *,
+        told: Told,
+        stopping: Callable[[], bool],
+    ) -> None:
         self._decided, self._student, self._forward = decided, student, forward
         self._predictions, self._held_out = predictions, held_out
         self._folder, self._world, self._told, self._stopping = folder, world, told, stopping
         training = decided.training
         seed = decided.plan.recipe.seed
         self._orders = [Order(dataset, training, seed) for dataset in decided.datasets]
-        self._objective = Objective(training.loss, training.temperature)
+        self._objective = DistillationLoss(training.loss, training.temperature)
         self.position, self.best = Position(), dict[str, Any]()
         resumed = folder.resume(student)
         if resumed is not None:
@@ -102,7 +110,7 @@ class Trainer:
         student, moved, reduced = self._student, 0, self._world.bytes_reduced
         rate = rate_at(self._training, step, self._decided.steps)
         batches = self._batches(step)
-        sums = Sums(len(self._decided.datasets))
+        sums = LossSums(len(self._decided.datasets))
         fused = self._decided.mode == "fused"
         for number, items in enumerate(batches):
             batch = batch_of(items)
@@ -117,14 +125,14 @@ class Trainer:
         self.position.bytes_reduced += self._world.bytes_reduced - reduced
         return self._record(step, rate, sums, (moved, len(batches)))
 
-    def _batches(self, step: int) -> list[list[Item]]:
+    def _batches(self, step: int) -> list[list[BatchItem]]:
         """This process's part of a step: sequences of all data sets together, by length.
 
         Together, because each backward pass reads and projects every source once. A token counts
         one part of all the tokens of its data set in this step, whoever else computes them, so that
         the loss does not depend on how a step is divided.
         """
-        items: list[Item] = []
+        items: list[BatchItem] = []
         for owner, (dataset, order, known) in enumerate(
             zip(self._decided.datasets, self._orders, self._predictions, strict=True)
         ):
@@ -132,7 +140,7 @@ class Trainer:
             weight = 1.0 / sum(dataset.train[i].counted for i in numbers)
             for i in numbers[self._world.rank :: self._world.size]:
                 predicted = None if known is None else known.of(i)
-                items.append(Item(dataset.train[i], predicted, weight, owner))
+                items.append(BatchItem(dataset.train[i], predicted, weight, owner))
         examples = [item.example for item in items]
         groups = micro_batches(range(len(items)), examples, self._training.batch_tokens)
         return [[items[i] for i in group] for group in groups]
@@ -153,7 +161,9 @@ class Trainer:
             position.overflows += 1
         position.grad_scale = student.grad_scale
 
-    def _record(self, step: int, rate: float, sums: Sums, cost: tuple[int, int]) -> dict[str, Any]:
+    def _record(
+        self, step: int, rate: float, sums: LossSums, cost: tuple[int, int]
+    ) -> dict[str, Any]:
         """The step's losses by data set and term, over all processes; its tokens and passes."""
         import torch
 
@@ -173,9 +183,10 @@ class Trainer:
         }
         penalties = dict(self._student.penalties_found)
         weighted = (
-            self._training.loss[name] * value for own in found.values()
+            self._training.loss[name] * value
+            for own in found.values()
             for name, value in own.items()
-        )  # fmt: skip
+        )
         total = reduce(add, [*weighted, *penalties.values()], 0.0)
         if total != total or abs(total) == float("inf"):
             raise _not_finite(step)

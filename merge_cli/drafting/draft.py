@@ -10,7 +10,7 @@ from merge_cli.analysis.recipe_file import advice_text
 from merge_cli.analysis.result import Advice
 from merge_cli.analysis.run import analyze
 from merge_cli.checkpoint.raw import write_error
-from merge_cli.drafting.look import Look, look_at
+from merge_cli.drafting.look import ModelInspection, inspect_model
 from merge_cli.drafting.propose import by_method, from_headers
 from merge_cli.engine.options import MergeOptions, Progress
 from merge_cli.engine.planner import load_recipe, make_plan
@@ -20,7 +20,7 @@ READ_AT_MOST = 4_000_000_000  # bytes of weights: seconds
 
 
 @dataclass(frozen=True)
-class Study:
+class ModelStudy:
     """Models, and what is to be said of them.
 
     Attributes:
@@ -29,28 +29,28 @@ class Study:
         notes: what the user should know, one line each.
     """
 
-    look: Look
+    look: ModelInspection
     advice: Advice
     about: tuple[str, ...]
     notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class Draft:
+class Scaffold:
     """A recipe that has been planned without a problem."""
 
     method: str
     text: str
 
 
-def study(
+def study_models(
     base: str | None,
     models: Sequence[str],
     *,
     read: bool = True,
     options: MergeOptions | None = None,
     show: Callable[[Progress], None] = lambda progress: None,
-) -> Study:
+) -> ModelStudy:
     """Look at models, and at their weights where they are here and small.
 
     Args:
@@ -60,7 +60,7 @@ def study(
     Raises:
         SourceError, MismatchError, UsageError: see `look_at`.
     """
-    look = look_at(base, models)
+    look = inspect_model(base, models)
     notes = look.notes()
     if read and not look.unlike and look.is_here and look.size <= READ_AT_MOST:
         analysis = analyze(base=base, models=models, options=options, show=show)
@@ -72,10 +72,10 @@ def study(
     about = ("A first recipe by merge-cli init.", f"It looked at {look.summary}; {whence}.")
     if advice.recipe is not None:
         advice = replace(advice, recipe=look.dressed(advice.recipe))
-    return Study(look, advice, about, tuple(notes))
+    return ModelStudy(look, advice, about, tuple(notes))
 
 
-def draft(found: Study, path: Path, method: str | None = None) -> Draft:
+def scaffold(found: ModelStudy, path: Path, method: str | None = None) -> Scaffold:
     """The text of a recipe that will lie at `path`, planned from headers as `merge-cli plan` does.
 
     Args:
@@ -94,7 +94,7 @@ def draft(found: Study, path: Path, method: str | None = None) -> Draft:
     folder = path.absolute().parent
     text = advice_text(advice, advice.recipe, found.about, folder, commits)
     make_plan(load_recipe(path.absolute(), text=text))
-    return Draft(advice.recipe.merge_method, text)
+    return Scaffold(advice.recipe.merge_method, text)
 
 
 def check_path(path: Path, overwrite: bool) -> None:
@@ -111,7 +111,7 @@ def check_path(path: Path, overwrite: bool) -> None:
         raise UsageError("no such folder", where=str(path.parent))
 
 
-def write_draft(drafted: Draft, path: Path, overwrite: bool) -> None:
+def write_scaffold(drafted: Scaffold, path: Path, overwrite: bool) -> None:
     """Write the recipe.
 
     Raises:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from merge_cli.analysis.configs import stored_dtypes
-from merge_cli.analysis.subject import Subject, open_subject, recipe_of
+from merge_cli.analysis.subject import ModelSet, open_model_set, recipe_of
 from merge_cli.analysis.tokenizers import TokenizerDifference, tokenizer_difference
 from merge_cli.checkpoint.adapter_contents import WEIGHTS
 from merge_cli.checkpoint.header import DTYPES, MERGEABLE
@@ -23,7 +23,7 @@ from merge_cli.sizes import show_size
 
 
 @dataclass(frozen=True)
-class Look:
+class ModelInspection:
     """Models side by side, from their small files.
 
     Attributes:
@@ -33,7 +33,7 @@ class Look:
             they name none or several.
     """
 
-    subject: Subject
+    subject: ModelSet
     tokenizers: tuple[TokenizerDifference, ...]
     dtype: str | None
     parent: str | None
@@ -127,7 +127,7 @@ class Look:
         return self.subject.models if self.subject.base is not None else self.subject.models[1:]
 
 
-def look_at(base: str | None, models: Sequence[str]) -> Look:
+def inspect_model(base: str | None, models: Sequence[str]) -> ModelInspection:
     """Open models as a command line names them.
 
     Raises:
@@ -135,7 +135,7 @@ def look_at(base: str | None, models: Sequence[str]) -> Look:
         MismatchError: several of these, or models that do not fit one another: every reason.
         UsageError: fewer than two models.
     """
-    subject = open_subject(recipe_of(base, models))
+    subject = open_model_set(recipe_of(base, models))
     sources = subject.sources
     tokenizers = [read_tokenizer(source) for source in sources]
     names = [source.label for source in sources]
@@ -147,7 +147,7 @@ def look_at(base: str | None, models: Sequence[str]) -> Look:
     if len(parents) > 1 and subject.base is not None:  # the base's own parent is another story
         parents = {p for source in sources[1:] if (p := _parent(source)) is not None}
     parent = parents.pop() if len(parents) == 1 else None
-    look = Look(subject, differences, _dtype(sources), parent)
+    look = ModelInspection(subject, differences, _dtype(sources), parent)
     if subject.problems and not look.unlike:  # else the plan knows better, with rows by token
         raise MismatchError(subject.problems, "these models cannot be merged with one another")
     return look

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from merge_cli.analysis.advice import whole_models
 from merge_cli.analysis.result import Advice, Suggestion
-from merge_cli.drafting.look import Look
+from merge_cli.drafting.look import ModelInspection
 from merge_cli.errors import UsageError
 from merge_cli.methods.registry import Method, get_method
 from merge_cli.recipe.schema import Recipe, SourceSpec
@@ -30,7 +30,7 @@ _FIXED: dict[tuple[str, str], tuple[float, str]] = {
 }
 
 
-def from_headers(look: Look) -> Advice:
+def from_headers(look: ModelInspection) -> Advice:
     """What to begin with where nothing is known of the weights."""
     subject = look.subject
     kept = list(range(len(subject.models)))
@@ -41,10 +41,11 @@ def from_headers(look: Look) -> Advice:
             circle = "With two models, the great circle keeps the norm that an average shrinks."
             suggestions.append(Suggestion("slerp", circle, _OURS))
         return Advice(
-            "Begin with the plain average.", tuple(suggestions),
+            "Begin with the plain average.",
+            tuple(suggestions),
             whole_models(look.recipe, "soup", kept, {}, {}),
             ("soup: the plain average; every weight is 1.", *_vocabulary(look)),
-        )  # fmt: skip
+        )
     if len(kept) == 1:
         scale, summary = 0.5, "There is one source, and its change can be scaled."
         comment = "lambda 0.5: half way between the base and the model; try 0.3 to 1."
@@ -55,13 +56,14 @@ def from_headers(look: Look) -> Advice:
     source = f"arXiv:2212.04089, arXiv:2511.21437; {_OURS}"
     others = [Suggestion("ties", "Changes that pull both ways are elected.", "arXiv:2306.01708")]
     return Advice(
-        summary, (Suggestion("task_arithmetic", reason, source), *others * (len(kept) > 1)),
+        summary,
+        (Suggestion("task_arithmetic", reason, source), *others * (len(kept) > 1)),
         whole_models(look.recipe, "task_arithmetic", kept, {"lambda": scale}, {}),
         (comment, *_vocabulary(look)),
-    )  # fmt: skip
+    )
 
 
-def by_method(look: Look, name: str) -> Advice:
+def by_method(look: ModelInspection, name: str) -> Advice:
     """A recipe by the method that the user has chosen: every model, every parameter.
 
     Raises:
@@ -83,10 +85,11 @@ def by_method(look: Look, name: str) -> Advice:
     models = tuple(replace(spec, parameters=own) for spec in recipe.models)
     paper = method.paper or "merge-cli methods " + method.name
     return Advice(
-        method.summary, (Suggestion(name, method.summary, paper),),
+        method.summary,
+        (Suggestion(name, method.summary, paper),),
         replace(recipe, merge_method=name, models=models, parameters=shared),
         (*comments, *_vocabulary(look)),
-    )  # fmt: skip
+    )
 
 
 def draftable(name: str) -> Method:
@@ -102,7 +105,7 @@ def draftable(name: str) -> Method:
     return method
 
 
-def _arranged(look: Look, method: Method) -> Recipe:
+def _arranged(look: ModelInspection, method: Method) -> Recipe:
     """The models in the places where the method wants them."""
     recipe, name = look.recipe, method.name
     models = recipe.models
@@ -117,8 +120,10 @@ def _arranged(look: Look, method: Method) -> Recipe:
     if len(models) < least or (most is not None and len(models) > most):
         many = f"{least}" if least == most else f"{least} or more"
         plural = "s" * (many != "1")
-        raise UsageError(f"{name} merges {many} model{plural}; here are {len(models)}",
-                         hint="merge-cli methods lists the others.")  # fmt: skip
+        raise UsageError(
+            f"{name} merges {many} model{plural}; here are {len(models)}",
+            hint="merge-cli methods lists the others.",
+        )
     return recipe
 
 
@@ -129,7 +134,7 @@ def _start(method: str, key: str, count: int, default: Scalar | None) -> tuple[S
     return _FIXED.get((method, key), (default, ""))
 
 
-def _vocabulary(look: Look) -> tuple[str, ...]:
+def _vocabulary(look: ModelInspection) -> tuple[str, ...]:
     """Why rows are brought together by token, where they are."""
     if not look.unlike:
         return ()

@@ -26,12 +26,19 @@ from typing import Any
 from merge_cli.checkpoint.config import layer_count, text_config
 from merge_cli.checkpoint.source import Source
 from merge_cli.engine.class_rules import class_rules
-from merge_cli.engine.layers import place_of
+from merge_cli.engine.layers import layer_key_of
 from merge_cli.engine.modules import TEXT, kind_of
 
 # Buffers that old checkpoints stored and models compute by themselves.
-BUFFERS = ("rotary_emb.inv_freq", ".masked_bias", ".attn.bias", ".attention.bias",
-            "position_ids", "rotary_emb.cos_cached", "rotary_emb.sin_cached")  # fmt: skip
+BUFFERS = (
+    "rotary_emb.inv_freq",
+    ".masked_bias",
+    ".attn.bias",
+    ".attention.bias",
+    "position_ids",
+    "rotary_emb.cos_cached",
+    "rotary_emb.sin_cached",
+)
 BUFFER = "the model computes this buffer by itself"
 _POOLER = re.compile(r"(^|\.)pooler\.")
 _PAIRS = re.compile(r"(^|\.)cls\.seq_relationship\.")
@@ -43,7 +50,7 @@ _NO_PARTS = ("text_config", "llm_config", "quantization_config", "generation_con
 _OWN = re.compile(r"(^|\.)(embed|norm|ln_f|final_norm|lm_head|wte|wpe|score|classifier)")
 
 
-class Absent:
+class AbsentTensors:
     """Why sources may lack tensors.
 
     Args:
@@ -129,9 +136,10 @@ class Absent:
 def parts_of(config: Mapping[str, Any]) -> list[str]:
     """The keys under which a config describes parts of a model besides its language model."""
     return [
-        key for key, value in config.items()
+        key
+        for key, value in config.items()
         if isinstance(value, dict) and key.endswith("_config") and key not in _NO_PARTS
-    ]  # fmt: skip
+    ]
 
 
 def mtp_key(config: Mapping[str, Any]) -> str:
@@ -145,10 +153,13 @@ def mtp_key(config: Mapping[str, Any]) -> str:
 
 def is_beyond(name: str, config: Mapping[str, Any]) -> bool:
     """Whether a tensor is of a layer behind the language model's last."""
-    place, count = place_of(name), layer_count(config)
-    return place is not None and count is not None and kind_of(name) == TEXT and (
-        place.index >= count and not config.get("is_encoder_decoder")
-    )  # fmt: skip
+    place, count = layer_key_of(name), layer_count(config)
+    return (
+        place is not None
+        and count is not None
+        and kind_of(name) == TEXT
+        and (place.index >= count and not config.get("is_encoder_decoder"))
+    )
 
 
 def in_short(names: Sequence[str]) -> str:

@@ -16,9 +16,9 @@ from merge_cli.checkpoint.adapter import Adapter, open_adapter
 from merge_cli.checkpoint.adapter_contents import WEIGHTS
 from merge_cli.checkpoint.changes import LowRank, changes_of, embeddings_of, experts_of
 from merge_cli.checkpoint.expert_adapters import is_newer
-from merge_cli.checkpoint.expert_factors import Patched
+from merge_cli.checkpoint.expert_factors import PatchedTensor
 from merge_cli.checkpoint.layout import OutputTensor, lay_out
-from merge_cli.checkpoint.low_rank import Updated
+from merge_cli.checkpoint.low_rank import UpdatedTensor
 from merge_cli.checkpoint.source import Source
 from merge_cli.checkpoint.tensors import Tensor
 from merge_cli.checkpoint.zeros import Zeros
@@ -29,7 +29,7 @@ from merge_cli.methods.registry import get_method
 from merge_cli.recipe.reference import ModelRef
 from merge_cli.recipe.schema import Recipe
 
-Changes = Mapping[str, Updated | Patched]
+Changes = Mapping[str, UpdatedTensor | PatchedTensor]
 ZERO_BASE = ModelRef("no change")
 # A weighted sum of changes is a product of thin matrices again: it is never made.
 LINEAR = frozenset(("soup", "task_arithmetic", "passthrough"))
@@ -90,7 +90,7 @@ def rank_of(plan: Plan) -> int | None:
     return max(one.rank for task in plan.tasks for one in _updates(task))
 
 
-def _updates(task: TensorTask) -> list[Updated | Patched]:
+def _updates(task: TensorTask) -> list[UpdatedTensor | PatchedTensor]:
     return [one for one in task.operands if isinstance(one, LowRank)]
 
 
@@ -131,8 +131,10 @@ def _expected(plan: Plan, adapters: Mapping[str, Adapter]) -> list[OutputTensor]
         if plan.method.name in LINEAR:
             rank = min(rank, sum(one.rank for one in _updates(task)))
         rank = rank if most is None else min(rank, most)
-        found += [OutputTensor(f"{task.name} A", "F32", (rank, task.shape[1])),
-                  OutputTensor(f"{task.name} B", "F32", (task.shape[0], rank))]  # fmt: skip
+        found += [
+            OutputTensor(f"{task.name} A", "F32", (rank, task.shape[1])),
+            OutputTensor(f"{task.name} B", "F32", (task.shape[0], rank)),
+        ]
     return found
 
 
@@ -155,11 +157,14 @@ def _notes(
     every = {name for own in changes.values() for name in own}
     notes += [
         f"{label} leaves {len(every - own.keys())} of {len(every)} modules as they are"
-        for label, own in changes.items() if every - own.keys()
-    ]  # fmt: skip
+        for label, own in changes.items()
+        if every - own.keys()
+    ]
     if any(embeddings_of(adapter) for adapter in adapters.values()):
-        notes.append("embeddings have factors, too: a head that is tied to them follows only when "
-                     "the adapter is merged into the model")  # fmt: skip
+        notes.append(
+            "embeddings have factors, too: a head that is tied to them follows only when "
+            "the adapter is merged into the model"
+        )
     return notes
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 from merge_cli.checkpoint.config import text_config
 from merge_cli.checkpoint.source import Source
-from merge_cli.engine.absent import Absent
+from merge_cli.engine.absent import AbsentTensors
 from merge_cli.engine.class_rules import class_rules
 from merge_cli.engine.copies import Copies
 from merge_cli.engine.heads import HEADS
@@ -30,8 +30,13 @@ _BESIDE = {
 }
 # Heads of encoders, which are the embedding of that name anywhere in the model.
 _EMBEDDING = "embeddings.word_embeddings.weight"
-_HEADS = ("cls.predictions.decoder.weight", "lm_head.decoder.weight", "predictions.decoder.weight",
-          "generator_lm_head.weight", "vocab_projector.weight")  # fmt: skip
+_HEADS = (
+    "cls.predictions.decoder.weight",
+    "lm_head.decoder.weight",
+    "predictions.decoder.weight",
+    "generator_lm_head.weight",
+    "vocab_projector.weight",
+)
 # Tied whatever the config says: there `tie_word_embeddings` is about the output head.
 _ALWAYS = ("t5", "mt5", "umt5", "longt5", "switch_transformers", "pix2struct")
 
@@ -139,7 +144,7 @@ def _by_class(
     if all(names.keys() <= source.tensors.keys() for source in sources):
         return
     everywhere = names.keys() & set.intersection(*(set(source.tensors) for source in sources))
-    absent = Absent(sources)
+    absent = AbsentTensors(sources)
     groups: dict[str, list[str]] = {}
     for name in names:
         if name in everywhere or name in known or name.endswith(HEADS):

@@ -7,20 +7,20 @@ from functools import cache, partial
 from typing import Any
 
 from merge_cli.checkpoint.header import DTYPES
-from merge_cli.engine.operands import ModelReader, Reading, TaskReader, operands_of
+from merge_cli.engine.operands import BlockReader, ModelReader, TensorReader, operands_of
 from merge_cli.engine.plan import Plan, TensorTask
-from merge_cli.engine.sinks import Places, sink_for
-from merge_cli.engine.statistics import Meter, TensorStats
-from merge_cli.engine.units import Unit, span_starts
+from merge_cli.engine.sinks import Places, writer_for
+from merge_cli.engine.statistics import StatisticsMeter, TensorStats
+from merge_cli.engine.units import Chunk, span_starts
 from merge_cli.errors import NonFiniteError
 from merge_cli.kernels.arrays import is_numpy
 from merge_cli.methods.blocks import Block
 from merge_cli.methods.resolve import arguments
 
-Finished = Callable[[Unit, TensorStats], None]
+Finished = Callable[[Chunk, TensorStats], None]
 
 
-class Computer:
+class MergeExecutor:
     """Runs the plan's method; its methods are called by the pool's threads.
 
     Args:
@@ -30,7 +30,7 @@ class Computer:
     def __init__(
         self,
         plan: Plan,
-        reading: Reading,
+        reading: BlockReader,
         places: Places,
         *,
         statistics: bool,
@@ -48,9 +48,10 @@ class Computer:
             on_read: called once, when it does begin to read.
         """
         merged = [
-            task for task in self._plan.tasks
+            task
+            for task in self._plan.tasks
             if task.action == "merge" and task.size and not task.copy_of
-        ]  # fmt: skip
+        ]
         if self._method.survey is not None and merged:
             readers = [self._reader(task) for task in merged]
             self._survey = self._method.survey(
@@ -62,7 +63,7 @@ class Computer:
         """Whether the method has looked at the whole model."""
         return self._survey is not None
 
-    def merge(self, task: TensorTask, units: Sequence[Unit], finished: Finished) -> None:
+    def merge(self, task: TensorTask, units: Sequence[Chunk], finished: Finished) -> None:
         """Merge these units of one tensor.
 
         Args:
@@ -88,15 +89,15 @@ class Computer:
         work = partial(self._merge_unit, reader, supplied, finished)
         self._reading.pool.map(work, units)
 
-    def prepare(self, reader: TaskReader, task: TensorTask) -> Any:
+    def prepare(self, reader: TensorReader, task: TensorTask) -> Any:
         """What the method must know of the whole tensor first."""
         assert self._method.prepare is not None
         return self._method.prepare(reader, self._survey, **task.parameters)
 
-    def _reader(self, task: TensorTask) -> TaskReader:
-        return TaskReader(task, self._reading, span_starts(task), self._plan.statistics_of(task))
+    def _reader(self, task: TensorTask) -> TensorReader:
+        return TensorReader(task, self._reading, span_starts(task), self._plan.statistics_of(task))
 
-    def _copy(self, task: TensorTask, finished: Finished, unit: Unit) -> None:
+    def _copy(self, task: TensorTask, finished: Finished, unit: Chunk) -> None:
         if unit.stop > unit.start:
             width = DTYPES[task.dtype][0]
             path, offset = self._places[task.name]
@@ -106,9 +107,9 @@ class Computer:
             self._reading.files.copy(clock, stored, start, size, path, offset + start)
         finished(unit, TensorStats())
 
-    def _round(self, reader: TaskReader, finished: Finished, unit: Unit) -> None:
+    def _round(self, reader: TensorReader, finished: Finished, unit: Chunk) -> None:
         """A copy of what is computed, or stored in another dtype."""
-        sink = sink_for(reader.task, self._reading.pool.lane, self._places, unit.start, unit.stop)
+        sink = writer_for(reader.task, self._reading.pool.lane, self._places, unit.start, unit.stop)
         stats = TensorStats()
         for block in reader.range(unit.start, unit.stop):
             self._check_finite(block, reader.task, stats)
@@ -117,17 +118,17 @@ class Computer:
         finished(unit, stats)
 
     def _merge_unit(
-        self, reader: TaskReader, supplied: dict[str, Any], finished: Finished, unit: Unit
+        self, reader: TensorReader, supplied: dict[str, Any], finished: Finished, unit: Chunk
     ) -> None:
         task, method, lane = reader.task, self._method, self._reading.pool.lane
-        sink = sink_for(task, lane, self._places, unit.start, unit.stop)
+        sink = writer_for(task, lane, self._places, unit.start, unit.stop)
         named = arguments(method, task.parameters)
         named |= {name: value for name, value in supplied.items() if name in method.supplied}
         kept = method.kept and partial(
             method.kept, prepared=supplied.get("prepared"), parameters=task.parameters
         )
         stats = TensorStats()
-        meter = Meter(len(task.operands), kept) if self._statistics else None
+        meter = StatisticsMeter(len(task.operands), kept) if self._statistics else None
         reader.read_ahead(reader.starts.index(unit.start) + 1)
         for block in reader.range(unit.start, unit.stop):
             self._check_finite(block, task, stats)

@@ -20,39 +20,110 @@ from merge_cli.checkpoint.source import Source
 
 # Names and versions; what training and generating alone look at; what headers or the tokenizers
 # are compared for; how, not what, is computed.
-_IGNORED = frozenset((
-    *LAYER_COUNTS, "architectures", "_name_or_path", "name_or_path", "model_name", "auto_map",
-    "transformers_version", "_diffusers_version", "dtype", "torch_dtype", "vocab_size",
-    "tokenizer_class", "finetuning_task", "problem_type", "task_specific_params",
-    "quantization_config", "unsloth_version", "unsloth_fixed", "initializer_range",
-    "initializer_factor", "init_std", "gradient_checkpointing", "layerdrop", "output_attentions",
-    "output_hidden_states", "output_router_logits", "output_past", "router_aux_loss_coef",
-    "router_z_loss_coef", "router_jitter_noise", "aux_loss_alpha", "seq_aux", "return_dict",
-    "torchscript", "use_bfloat16", "pruned_heads", "pretraining_tp", "chunk_size_feed_forward",
-    "use_cache", "attn_implementation", "_attn_implementation", "_attn_implementation_autoset",
-    "_experts_implementation", "use_flash_attn", "use_flash_attention_2", "use_mamba_kernels",
-    "ep_size", "max_length", "min_length", "do_sample", "early_stopping", "num_beams",
-    "num_beam_groups", "diversity_penalty", "temperature", "top_k", "top_p", "typical_p",
-    "repetition_penalty", "length_penalty", "no_repeat_ngram_size",
-    "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences", "output_scores",
-    "return_dict_in_generate", "remove_invalid_values", "exponential_decay_length_penalty",
-    "suppress_tokens", "begin_suppress_tokens", "generation_config",
-    "dense_act_fn", "is_gated_act",  # follow from feed_forward_proj
-))  # fmt: skip
+_IGNORED = frozenset(
+    (
+        *LAYER_COUNTS,
+        "architectures",
+        "_name_or_path",
+        "name_or_path",
+        "model_name",
+        "auto_map",
+        "transformers_version",
+        "_diffusers_version",
+        "dtype",
+        "torch_dtype",
+        "vocab_size",
+        "tokenizer_class",
+        "finetuning_task",
+        "problem_type",
+        "task_specific_params",
+        "quantization_config",
+        "unsloth_version",
+        "unsloth_fixed",
+        "initializer_range",
+        "initializer_factor",
+        "init_std",
+        "gradient_checkpointing",
+        "layerdrop",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "output_past",
+        "router_aux_loss_coef",
+        "router_z_loss_coef",
+        "router_jitter_noise",
+        "aux_loss_alpha",
+        "seq_aux",
+        "return_dict",
+        "torchscript",
+        "use_bfloat16",
+        "pruned_heads",
+        "pretraining_tp",
+        "chunk_size_feed_forward",
+        "use_cache",
+        "attn_implementation",
+        "_attn_implementation",
+        "_attn_implementation_autoset",
+        "_experts_implementation",
+        "use_flash_attn",
+        "use_flash_attention_2",
+        "use_mamba_kernels",
+        "ep_size",
+        "max_length",
+        "min_length",
+        "do_sample",
+        "early_stopping",
+        "num_beams",
+        "num_beam_groups",
+        "diversity_penalty",
+        "temperature",
+        "top_k",
+        "top_p",
+        "typical_p",
+        "repetition_penalty",
+        "length_penalty",
+        "no_repeat_ngram_size",
+        "encoder_no_repeat_ngram_size",
+        "bad_words_ids",
+        "num_return_sequences",
+        "output_scores",
+        "return_dict_in_generate",
+        "remove_invalid_values",
+        "exponential_decay_length_penalty",
+        "suppress_tokens",
+        "begin_suppress_tokens",
+        "generation_config",
+        "dense_act_fn",
+        "is_gated_act",  # follow from feed_forward_proj
+    )
+)
 _IGNORED_KINDS = re.compile(
     r"(^|_)(bos|eos|pad|sep|cls|mask|unk|decoder_start)_token_id$|dropout|_pdrop$|drop_path"
 )
-_SPELLINGS = {"activation_function": "hidden_act", "hidden_activation": "hidden_act",
-              "n_head": "num_attention_heads", "n_heads": "num_attention_heads",
-              "num_heads": "num_attention_heads", "n_embd": "hidden_size",
-              "d_model": "hidden_size", "rotary_pct": "partial_rotary_factor"}  # fmt: skip
+_SPELLINGS = {
+    "activation_function": "hidden_act",
+    "hidden_activation": "hidden_act",
+    "n_head": "num_attention_heads",
+    "n_heads": "num_attention_heads",
+    "num_heads": "num_attention_heads",
+    "n_embd": "hidden_size",
+    "d_model": "hidden_size",
+    "rotary_pct": "partial_rotary_factor",
+}
 _ACTIVATIONS = {"swish": "silu"}
 # What is meant where nothing is said, whatever the class.
 _PLAIN: dict[str, Any] = {
-    "partial_rotary_factor": 1.0, "attention_bias": False, "mlp_bias": False, "qkv_bias": False,
-    "use_sliding_window": False, "is_encoder_decoder": False, "is_decoder": False,
-    "add_cross_attention": False, "tie_encoder_decoder": False, "cross_attention_hidden_size": None,
-}  # fmt: skip
+    "partial_rotary_factor": 1.0,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "qkv_bias": False,
+    "use_sliding_window": False,
+    "is_encoder_decoder": False,
+    "is_decoder": False,
+    "add_cross_attention": False,
+    "tie_encoder_decoder": False,
+    "cross_attention_hidden_size": None,
+}
 _LENGTH = 60
 
 
@@ -179,8 +250,14 @@ def _normal(config: Mapping[str, Any]) -> dict[str, Any]:
     return found | _rotary(config)
 
 
-_ROTARY = ("rope_theta", "rope_scaling", "rope_parameters", "rope_local_base_freq",
-           "partial_rotary_factor", "rotary_pct")  # fmt: skip
+_ROTARY = (
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+    "rope_local_base_freq",
+    "partial_rotary_factor",
+    "rotary_pct",
+)
 
 
 def _rotary(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -80,9 +80,12 @@ def described(plan: Plan) -> Plan:
         return plan
     kept = _modules(task for task in plan.tasks if not task.block)
     about = {
-        "activation_scheme": "dynamic", "fmt": "e4m3", "modules_to_not_convert": kept,
-        "quant_method": "fp8", "weight_block_size": list(BLOCK),
-    }  # fmt: skip
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "modules_to_not_convert": kept,
+        "quant_method": "fp8",
+        "weight_block_size": list(BLOCK),
+    }
     share = sum(task.size for task in scaled) / max(1, plan.parameter_count)
     note = (
         f"{len(scaled)} matrices ({share:.0%} of the weights) are written in fp8, with a scale for "

@@ -17,14 +17,21 @@ from merge_cli.checkpoint.tensors import Tensor
 from merge_cli.engine.copies import Copies
 
 HEADS = ("lm_head.weight", "embed_out.weight")
-EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "shared.weight",
-               "word_embeddings.weight", "tok_embeddings.weight", "embeddings.weight")  # fmt: skip
+EMBEDDINGS = (
+    "embed_tokens.weight",
+    "wte.weight",
+    "embed_in.weight",
+    "shared.weight",
+    "word_embeddings.weight",
+    "tok_embeddings.weight",
+    "embeddings.weight",
+)
 
 View = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Heads:
+class TiedHeads:
     """The sources' tensors after reconciliation.
 
     Attributes:
@@ -40,12 +47,12 @@ class Heads:
     stored: tuple[Copies, ...] = ()
 
 
-def reconcile_heads(sources: Sequence[Source]) -> Heads:
+def reconcile_heads(sources: Sequence[Source]) -> TiedHeads:
     """Make every source either have the head or not."""
     head = next((n for s in sources for n in s.tensors if n.endswith(HEADS)), None)
     views: list[View] = [source.tensors for source in sources]
     if head is None:
-        return Heads(tuple(views), None, ())
+        return TiedHeads(tuple(views), None, ())
     stored = [head in source.tensors for source in sources]
     embeddings = [_embedding(source, head) if source.ties(head) else None for source in sources]
     copies = tuple(
@@ -59,15 +66,21 @@ def reconcile_heads(sources: Sequence[Source]) -> Heads:
             names = ", ".join(s.label for s, has in zip(sources, stored, strict=True) if has)
             notes = (f"{head}: left out, since every config ties it to the embedding ({names})",)
         trimmed = tuple({n: r for n, r in view.items() if n != head} for view in views)
-        return Heads(trimmed, None, notes, copies)
+        return TiedHeads(trimmed, None, notes, copies)
     lent = []
     for i, (source, embedding) in enumerate(zip(sources, embeddings, strict=True)):
         if embedding:  # even where one is stored: loading would replace it
             views[i] = {**source.tensors, head: source.tensors[embedding]}
             lent.append(source.label)
-    notes = (f"{head}: {', '.join(lent)} ties it to the embedding, which stands in for it; "
-             "the output stores its own",) if lent else ()  # fmt: skip
-    return Heads(tuple(views), False if lent else None, notes, copies)
+    notes = (
+        (
+            f"{head}: {', '.join(lent)} ties it to the embedding, which stands in for it; "
+            "the output stores its own",
+        )
+        if lent
+        else ()
+    )
+    return TiedHeads(tuple(views), False if lent else None, notes, copies)
 
 
 def _embedding(source: Source, head: str) -> str | None:

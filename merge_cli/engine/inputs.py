@@ -13,7 +13,12 @@ from pathlib import Path
 from merge_cli.checkpoint.adapter_contents import WEIGHTS
 from merge_cli.checkpoint.raw import has_header
 from merge_cli.checkpoint.source import Source
-from merge_cli.checkpoint.stamps import Stamp, folder_stamps, sampled_digest, stamp_of
+from merge_cli.checkpoint.stamps import (
+    FileFingerprint,
+    fingerprint_of,
+    folder_fingerprints,
+    sampled_digest,
+)
 from merge_cli.engine.plan import Plan
 from merge_cli.errors import CorruptFileError, SourceError
 
@@ -30,10 +35,10 @@ class Inputs:
 
     def __init__(
         self,
-        folders: Iterable[tuple[str, Path, Mapping[Path, Stamp]]],
+        folders: Iterable[tuple[str, Path, Mapping[Path, FileFingerprint]]],
         files: Iterable[tuple[str, Path]] = (),
     ) -> None:
-        self._stamps: dict[Path, Stamp] = {}
+        self._stamps: dict[Path, FileFingerprint] = {}
         self._labels: dict[Path, str] = {}
         self._folders: list[tuple[str, Path, set[Path]]] = []
         for label, root, stamps in folders:
@@ -68,7 +73,9 @@ class Inputs:
             if self._looked_at(path) != stamp or self._digest(path) != self._digests[path]:
                 raise changed(self._labels[path], path.name)
         for label, root, known in self._folders:
-            new = {p for p in folder_stamps(root).keys() - known if p.suffix != ".safetensors"}
+            new = {
+                p for p in folder_fingerprints(root).keys() - known if p.suffix != ".safetensors"
+            }
             if new:
                 raise changed(label, min(new).name, "has appeared")
 
@@ -88,9 +95,9 @@ class Inputs:
             discard()
             raise
 
-    def _looked_at(self, path: Path) -> Stamp:
+    def _looked_at(self, path: Path) -> FileFingerprint:
         try:
-            return stamp_of(path)
+            return fingerprint_of(path)
         except OSError as error:
             raise _unreadable(error, self._labels[path], path) from error
 
@@ -136,7 +143,9 @@ def changed(label: str, file: str, what: str = "has changed") -> SourceError:
     return SourceError(f"{what} since it was first read", model=label, file=file, hint=_HINT)
 
 
-def _deciding(stamps: Mapping[Path, Stamp], weights: set[Path]) -> dict[Path, Stamp]:
+def _deciding(
+    stamps: Mapping[Path, FileFingerprint], weights: set[Path]
+) -> dict[Path, FileFingerprint]:
     """Without files of weights that nobody reads."""
     return {p: s for p, s in stamps.items() if p.suffix != ".safetensors" or p in weights}
 
@@ -158,5 +167,6 @@ def _begins_with(path: Path, header: bytes) -> bool:
 
 def _unreadable(error: OSError, label: str, path: Path) -> CorruptFileError:
     hint = "When it is there again as it was, the same command resumes."
-    return CorruptFileError(f"cannot be read: {error.strerror}", model=label, file=path.name,
-                            hint=hint)  # fmt: skip
+    return CorruptFileError(
+        f"cannot be read: {error.strerror}", model=label, file=path.name, hint=hint
+    )

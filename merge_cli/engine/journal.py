@@ -18,7 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from merge_cli.checkpoint.stamps import folder_stamps, sampled_digest
+from merge_cli.checkpoint.stamps import folder_fingerprints, sampled_digest
 from merge_cli.engine.plan import Plan
 from merge_cli.engine.records import Entry, Records
 from merge_cli.engine.statistics import TensorStats
@@ -116,7 +116,9 @@ def _stamp(path: Path) -> str:
 
 def _companions(root: Path) -> list[tuple[str, str]]:
     """The content of what will be copied."""
-    files = [path for path in folder_stamps(root) if path.suffix not in (".safetensors", ".py")]
+    files = [
+        path for path in folder_fingerprints(root) if path.suffix not in (".safetensors", ".py")
+    ]
     return [(path.relative_to(root).as_posix(), sampled_digest(path)) for path in files]
 
 

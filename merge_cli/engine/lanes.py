@@ -27,7 +27,7 @@ _WIDEST = 8  # bytes of an element in the widest format
 
 
 @dataclass
-class Clock:
+class StageClock:
     """Seconds that a thread has spent, and bytes that it has moved."""
 
     read: float = 0.0
@@ -46,7 +46,7 @@ class Clock:
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedBlock:
     """One span of every input, upcast.
 
     Attributes:
@@ -60,14 +60,14 @@ class Loaded:
     finite: bool
 
 
-class Lane(Protocol):
-    """What `HostLane`, `TorchLane` and `staging.StagedLane` offer.
+class WorkerContext(Protocol):
+    """What `HostWorker`, `TorchWorker` and `staging.StagedLane` offer.
 
     Attributes:
         block: elements in a block.
     """
 
-    clock: Clock
+    clock: StageClock
     block: int
 
     def active(self) -> AbstractContextManager[Any]:
@@ -75,7 +75,7 @@ class Lane(Protocol):
 
     def load(
         self, refs: Sequence[Tensor], start: int, stop: int, *, base: bool, deltas: bool
-    ) -> Loaded:
+    ) -> LoadedBlock:
         """Elements [start, stop) of each tensor, flat.
 
         Args:
@@ -106,11 +106,13 @@ class Files:
         """Have the system bring `size` bytes from byte `start` of a tensor into its cache."""
         read_ahead(self.sources, ref.path, ref.offset + start, size)
 
-    def read(self, clock: Clock, tensor: Tensor, start: int, buffer: memoryview) -> None:
+    def read(self, clock: StageClock, tensor: Tensor, start: int, buffer: memoryview) -> None:
         """Fill the buffer with a tensor's elements from `start` on."""
         tensor.fill(partial(self.read_stored, clock), start, buffer)
 
-    def read_stored(self, clock: Clock, ref: TensorRef, start: int, buffer: memoryview) -> None:
+    def read_stored(
+        self, clock: StageClock, ref: TensorRef, start: int, buffer: memoryview
+    ) -> None:
         """Fill the buffer with what is stored from element `start` on."""
         began = time.perf_counter()
         offset = ref.offset + start * DTYPES[ref.dtype][0]
@@ -118,29 +120,30 @@ class Files:
         clock.read += time.perf_counter() - began
         clock.bytes_read += len(buffer)
 
-    def write(self, clock: Clock, path: Path, offset: int, data: memoryview) -> None:
+    def write(self, clock: StageClock, path: Path, offset: int, data: memoryview) -> None:
         began = time.perf_counter()
         write_from(self.shards, path, offset, data)
         clock.write += time.perf_counter() - began
         clock.bytes_written += len(data)
 
     def copy(
-        self, clock: Clock, ref: TensorRef, start: int, size: int, path: Path, offset: int
+        self, clock: StageClock, ref: TensorRef, start: int, size: int, path: Path, offset: int
     ) -> None:
         """Move `size` stored bytes from byte `start` of a tensor, inside the kernel if it can."""
         began = time.perf_counter()
-        copy_range(self.sources, ref.path, ref.offset + start, self.shards, path, offset, size,
-                   ref.model)  # fmt: skip
+        copy_range(
+            self.sources, ref.path, ref.offset + start, self.shards, path, offset, size, ref.model
+        )
         clock.write += time.perf_counter() - began
         clock.bytes_read += size
         clock.bytes_written += size
 
 
-class HostLane:
+class HostWorker:
     """Computes with numpy arrays and compiled loops. Blocks stay in the L2 cache."""
 
     def __init__(self, files: Files, block: int, inputs: int) -> None:
-        self.clock, self.block, self._files = Clock(), block, files
+        self.clock, self.block, self._files = StageClock(), block, files
         # Anonymous pages of our own: aligned, and in memory only where they have been used.
         self._buffer = mmap.mmap(-1, block * _WIDEST * inputs)
 
@@ -152,7 +155,7 @@ class HostLane:
 
     def load(
         self, refs: Sequence[Tensor], start: int, stop: int, *, base: bool, deltas: bool
-    ) -> Loaded:
+    ) -> LoadedBlock:
         import numpy as np
 
         size = stop - start
@@ -165,7 +168,7 @@ class HostLane:
             raw = self._raw(len(refs), size, dtype)
             for stored, ref in zip(raw, refs, strict=True):
                 self._files.read(self.clock, ref, start, stored.data)
-            return Loaded(own, list(rows), decode_rows(raw, dtype, rows, own, deltas=deltas))
+            return LoadedBlock(own, list(rows), decode_rows(raw, dtype, rows, own, deltas=deltas))
         finite = True
         targets = [own, *rows] if base else list(rows)
         for ref, target in zip(refs, targets, strict=True):
@@ -174,7 +177,7 @@ class HostLane:
             finite &= decode_row(stored, ref.dtype, target)
         if own is not None and deltas:
             np.subtract(rows, own, out=rows)
-        return Loaded(own, list(rows), finite)
+        return LoadedBlock(own, list(rows), finite)
 
     def _raw(self, inputs: int, size: int, dtype: str) -> Any:
         """(inputs, bytes) of the lane's buffer."""
@@ -199,12 +202,12 @@ class HostLane:
         """The buffer goes when the last array that looks into it does."""
 
 
-class TorchLane(HostLane):
+class TorchWorker(HostWorker):
     """Computes with torch on a CPU: for float64, for methods that want tensors, without numba."""
 
     def load(
         self, refs: Sequence[Tensor], start: int, stop: int, *, base: bool, deltas: bool
-    ) -> Loaded:
+    ) -> LoadedBlock:
         import torch
 
         wide = any(ref.dtype == "F64" for ref in refs)
@@ -215,7 +218,7 @@ class TorchLane(HostLane):
             arrays.append(decode(torch.from_numpy(raw), ref.dtype, wide=wide))
         finite = all_finite(arrays)
         own = arrays.pop(0) if base else None
-        return Loaded(own, [a.sub_(own) for a in arrays] if deltas else arrays, finite)
+        return LoadedBlock(own, [a.sub_(own) for a in arrays] if deltas else arrays, finite)
 
     def store(self, values: Any, dtype: str, path: Path, offset: int) -> bool:
         import torch

@@ -19,12 +19,14 @@ from merge_cli.engine.modules import TEXT, kind_of
 
 _LAYER = re.compile(r"^(?:(?P<stack>.*?)\.)?(?P<index>[0-9]{1,5})\.(?P<rest>.+)$")
 # After the last layer: they come from the last slice. What else has no layer comes from the first.
-_AFTER = re.compile(r"(norm|ln_f|final_layernorm|final_layer_norm|final_norm|lm_head|"
-                    r"embed_out|output|score|classifier|pooler|cls|ln_out)(\.|$)")  # fmt: skip
+_AFTER = re.compile(
+    r"(norm|ln_f|final_layernorm|final_layer_norm|final_norm|lm_head|"
+    r"embed_out|output|score|classifier|pooler|cls|ln_out)(\.|$)"
+)
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class LayerKey:
     """A layer of a stack and the rest of the name."""
 
     stack: str
@@ -36,30 +38,30 @@ class Place:
         return f"{self.stack}.{index}.{self.rest}" if self.stack else f"{index}.{self.rest}"
 
 
-def place_of(name: str) -> Place | None:
+def layer_key_of(name: str) -> LayerKey | None:
     """The layer that a tensor belongs to, or None."""
     match = _LAYER.match(name)
     if match is None:
         return None
     stack, index, rest = match.groups()
-    return Place(stack or "", int(index), rest)
+    return LayerKey(stack or "", int(index), rest)
 
 
-class Places(dict[str, Place | None]):
+class LayerKeys(dict[str, LayerKey | None]):
     """`place_of` for the names of several models, which share most of them: found once."""
 
-    def __missing__(self, name: str) -> Place | None:
-        place = self[name] = place_of(name)
+    def __missing__(self, name: str) -> LayerKey | None:
+        place = self[name] = layer_key_of(name)
         return place
 
 
-def stacks(names: Iterable[str], places: Places | None = None) -> dict[str, int]:
+def layer_stacks(names: Iterable[str], places: LayerKeys | None = None) -> dict[str, int]:
     """Every stack and its number of layers."""
-    known = Places() if places is None else places
+    known = LayerKeys() if places is None else places
     return heights(known[name] for name in names)
 
 
-def heights(places: Iterable[Place | None]) -> dict[str, int]:
+def heights(places: Iterable[LayerKey | None]) -> dict[str, int]:
     """Every stack among these places and its number of layers."""
     found: dict[str, int] = {}
     for place in places:
@@ -83,10 +85,10 @@ def comes_after_layers(name: str, stack: str) -> bool:
 
 
 def main_stack(
-    names: Iterable[str], config: Mapping[str, Any], places: Places | None = None
+    names: Iterable[str], config: Mapping[str, Any], places: LayerKeys | None = None
 ) -> str | None:
     """The stack that `layer_range` counts in; None where it is not clear which."""
-    return _main_stack(stacks(names, places), config)
+    return _main_stack(layer_stacks(names, places), config)
 
 
 def _main_stack(found: Mapping[str, int], config: Mapping[str, Any]) -> str | None:
@@ -100,7 +102,7 @@ def _main_stack(found: Mapping[str, int], config: Mapping[str, Any]) -> str | No
     return None
 
 
-class Anatomy:
+class LayerIndex:
     """Where the tensors of a model stand, found once for all the slices that are cut from it.
 
     Attributes:
@@ -109,7 +111,7 @@ class Anatomy:
         layers: how many of it slices may take: all but those for multi-token prediction.
     """
 
-    def __init__(self, names: Iterable[str], config: Mapping[str, Any], places: Places) -> None:
+    def __init__(self, names: Iterable[str], config: Mapping[str, Any], places: LayerKeys) -> None:
         self._names, self._all_places = tuple(names), places
         self.stacks = heights(places[name] for name in self._names)
         self.main = _main_stack(self.stacks, config)
@@ -130,7 +132,9 @@ class Anatomy:
             else:
                 self._before.append(number)
 
-    def cut(self, layers: range, *, first: bool, last: bool) -> Iterator[tuple[str, Place | None]]:
+    def cut(
+        self, layers: range, *, first: bool, last: bool
+    ) -> Iterator[tuple[str, LayerKey | None]]:
         """Names in some layers of the main stack, in the model's order; a place where in one.
 
         Args:
@@ -148,7 +152,7 @@ class Anatomy:
 
 
 @dataclass(frozen=True, slots=True)
-class Seat:
+class LayerPosition:
     """A layer of a piece of the output.
 
     Attributes:
@@ -165,7 +169,7 @@ class Seat:
     layer: int | None = None
 
 
-class Seats:
+class LayerPositions:
     """The layers of a piece, each found once for all of its tensors.
 
     Args:
@@ -177,27 +181,27 @@ class Seats:
 
     def __init__(self, heights: Mapping[str, int], stack: str | None, start: int) -> None:
         self._heights, self._stack, self._start = heights, stack, start
-        self._known: dict[tuple[str, int], Seat] = {}
+        self._known: dict[tuple[str, int], LayerPosition] = {}
 
-    def of(self, place: Place) -> Seat:
+    def of(self, place: LayerKey) -> LayerPosition:
         layer = place.stack, place.index
         seat = self._known.get(layer)
         if seat is None:
             seat = self._known[layer] = self._find(place)
         return seat
 
-    def _find(self, place: Place) -> Seat:
+    def _find(self, place: LayerKey) -> LayerPosition:
         sliced = place.stack == self._stack
         first = self._start if sliced else 0
         last = self._heights[place.stack] - first - 1
         group = f"{place.stack}.{place.index}".lstrip(".")
         layer = place.index - first if sliced else None
         if place.index >= self._heights[place.stack]:
-            return Seat(group, 1.0, beyond=True, layer=layer)
+            return LayerPosition(group, 1.0, beyond=True, layer=layer)
         # One number alone is a layer where nothing is taller: `projector.0` beside layers is none.
         alone = 1.0 if sliced or max(self._heights.values()) == 1 else 0.0
         position = (place.index - first) / last if last > 0 else alone
-        return Seat(group, position, layer=layer)
+        return LayerPosition(group, position, layer=layer)
 
 
 def model_heights(found: Mapping[str, int], config: Mapping[str, Any]) -> dict[str, int]:

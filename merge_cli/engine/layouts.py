@@ -12,10 +12,10 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from merge_cli.checkpoint.joined import Joined, cut
+from merge_cli.checkpoint.joined import JoinedTensor, cut
 from merge_cli.checkpoint.source import Source
 from merge_cli.checkpoint.tensors import Tensor
-from merge_cli.engine.layers import place_of
+from merge_cli.engine.layers import layer_key_of
 
 _SPLIT = re.compile(r"(?P<module>.*\.experts)\.(?P<number>\d{1,6})\.(?P<role>\w+)\.weight")
 _STACKED = re.compile(r"(?P<module>.*\.experts)\.(?P<role>gate_up_proj|up_proj|down_proj)")
@@ -26,28 +26,30 @@ _ROLES = {name: role for names in _NAMES for name, role in zip(names, _NAMES[0],
 _TURNED = ("llama4", "llama4_text", "gpt_oss", "qwen3_vl_moe", "qwen3_vl_moe_text", "dbrx")
 # Parts of names, old and new.
 _RENAMED = (
-    ("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias"),
+    ("LayerNorm.gamma", "LayerNorm.weight"),
+    ("LayerNorm.beta", "LayerNorm.bias"),
     (".weight_g", ".parametrizations.weight.original0"),
     (".weight_v", ".parametrizations.weight.original1"),
-    (".block_sparse_moe.", ".mlp."), (".mlp.gate.weight", ".mlp.router.weight"),
+    (".block_sparse_moe.", ".mlp."),
+    (".mlp.gate.weight", ".mlp.router.weight"),
     (".mlp.e_score_correction_bias", ".mlp.gate.e_score_correction_bias"),
     (".mlp.moe_statics.", ".mlp.gate.moe_statics."),
     ("block_sparse_moe.input_linear.weight", "block_sparse_moe.experts.gate_up_proj"),
     ("block_sparse_moe.output_linear.weight", "block_sparse_moe.experts.down_proj"),
     ("block_sparse_moe.router.layer.weight", "block_sparse_moe.router.weight"),
-)  # fmt: skip
+)
 _STEPS = 3  # of renaming: block_sparse_moe.gate -> mlp.gate -> mlp.router
 
 
 @dataclass(frozen=True)
-class LaidOut:
+class RelaidModel:
     """Sources in the reference's layout, and what was done."""
 
     sources: tuple[Source, ...]
     notes: tuple[str, ...] = ()
 
 
-def lay_out_alike(sources: Sequence[Source], reference: int) -> LaidOut:
+def lay_out_alike(sources: Sequence[Source], reference: int) -> RelaidModel:
     """Bring every source into the layout of the reference."""
     like = sources[reference]
     found, told = list(sources), dict[str, list[str]]()
@@ -62,12 +64,12 @@ def lay_out_alike(sources: Sequence[Source], reference: int) -> LaidOut:
             for line in lines:
                 told.setdefault(line, []).append(source.label)
     notes = (f"{', '.join(who)}: {line.format(like.label)}" for line, who in told.items())
-    return LaidOut(tuple(found), tuple(notes))
+    return RelaidModel(tuple(found), tuple(notes))
 
 
 def _key(name: str) -> str:
     """What is looked for in the reference: a name without its layer, and what stands before it."""
-    place = place_of(name)
+    place = layer_key_of(name)
     return place.rest if place else ".".join(name.split(".")[-3:])
 
 
@@ -89,8 +91,9 @@ def _converted(
         if parts:
             made |= parts
             taken.add(name)
-            lines["experts are stored in stacks; taken one by one while they are read, as in {}"] \
-                = None  # fmt: skip
+            lines[
+                "experts are stored in stacks; taken one by one while they are read, as in {}"
+            ] = None
     rules: dict[str, None] = {}
     kept: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -137,8 +140,9 @@ def _stack(
     if len(roles) < len(first) or any(len(one.shape) != 2 for one in first.values()):
         return {}
     gated = "gate_proj" in roles
-    if gated and ("up_proj" not in roles
-                  or first[roles["gate_proj"]].shape != first[roles["up_proj"]].shape):  # fmt: skip
+    if gated and (
+        "up_proj" not in roles or first[roles["gate_proj"]].shape != first[roles["up_proj"]].shape
+    ):
         return {}
     made: dict[str, Tensor] = {}
     wanted = [("gate_up_proj", ("gate_proj", "up_proj"))] if gated else [("up_proj", ("up_proj",))]
@@ -148,7 +152,7 @@ def _stack(
             return {}
         parts = [experts[number][roles[role]] for number in order for role in of]
         rows, columns = parts[0].shape
-        made[target] = Joined(target, (len(order), len(of) * rows, columns), parts)
+        made[target] = JoinedTensor(target, (len(order), len(of) * rows, columns), parts)
     return made
 
 

@@ -17,35 +17,40 @@ from typing import Any
 
 from merge_cli.checkpoint.header import DTYPES
 from merge_cli.checkpoint.raw import FilePool, sync, write_error
-from merge_cli.engine.compute import Computer
+from merge_cli.engine.compute import MergeExecutor
 from merge_cli.engine.device import Device
 from merge_cli.engine.journal import Journal
 from merge_cli.engine.lanes import Files
-from merge_cli.engine.memory import keep_freed_memory, lane_room
-from merge_cli.engine.operands import Reading, ask_for
-from merge_cli.engine.options import MergeOptions, Progress, Show
-from merge_cli.engine.outcome import Outcome, stages
+from merge_cli.engine.memory import keep_freed_memory, worker_memory
+from merge_cli.engine.operands import BlockReader, ask_for
+from merge_cli.engine.options import MergeOptions, OnProgress, Progress
+from merge_cli.engine.outcome import MergeStats, stages
 from merge_cli.engine.plan import Plan
 from merge_cli.engine.pool import Pool
 from merge_cli.engine.statistics import TensorStats
-from merge_cli.engine.units import Unit, cut_units
+from merge_cli.engine.units import Chunk, cut_chunks
 from merge_cli.engine.workers import (
     arithmetic_for,
-    lane_maker,
     memory_errors,
     one_torch_thread,
+    worker_factory,
 )
 from merge_cli.errors import NonFiniteError
 from merge_cli.machine import usable_cores
 
 _SYNC_BYTES = 2_000_000_000
 _SURVEY = "reading the whole model first, for thresholds over all of it"
-Done = queue.SimpleQueue["tuple[Unit, TensorStats] | BaseException | None"]
+Done = queue.SimpleQueue["tuple[Chunk, TensorStats] | BaseException | None"]
 
 
 def run_loop(
-    plan: Plan, model: Path, journal: Journal, device: Device, options: MergeOptions, show: Show
-) -> Outcome:
+    plan: Plan,
+    model: Path,
+    journal: Journal,
+    device: Device,
+    options: MergeOptions,
+    show: OnProgress,
+) -> MergeStats:
     """Merge every unit that the journal does not have yet.
 
     Args:
@@ -56,9 +61,9 @@ def run_loop(
         ResourceError: disk or memory ran out.
         KeyboardInterrupt: as it comes, after every thread has ended.
     """
-    units = cut_units(plan.tasks)
+    units = cut_chunks(plan.tasks)
     stats = _earlier_stats(plan, units, journal, options)
-    remaining: dict[int, list[Unit]] = {}
+    remaining: dict[int, list[Chunk]] = {}
     for unit in units:
         if unit.number not in journal.done:
             remaining.setdefault(unit.task, []).append(unit)
@@ -74,10 +79,10 @@ def run_loop(
         if unit.stop > unit.start:  # the disk works while libraries are loaded
             ask_for(files, plan.tasks[unit.task], unit.start, unit.stop)
     arithmetic, why = arithmetic_for(plan, device)
-    room = lane_room(plan, device, options)
-    pool = Pool(lane_maker(files, device, arithmetic, room), room.lanes)
-    reading = Reading(pool, files, plan.recipe.seed, "deltas" in plan.method.supplied)
-    computer = Computer(
+    room = worker_memory(plan, device, options)
+    pool = Pool(worker_factory(files, device, arithmetic, room), room.lanes)
+    reading = BlockReader(pool, files, plan.recipe.seed, "deltas" in plan.method.supplied)
+    computer = MergeExecutor(
         plan,
         reading,
         {
@@ -92,11 +97,11 @@ def run_loop(
     def work(task: int) -> None:
         computer.merge(plan.tasks[task], remaining[task], record)
 
-    def record(unit: Unit, unit_stats: TensorStats) -> None:
+    def record(unit: Chunk, unit_stats: TensorStats) -> None:
         journal.record(unit.number, unit_stats)
         finished.put((unit, unit_stats))
 
-    def count(unit: Unit, unit_stats: TensorStats) -> None:
+    def count(unit: Chunk, unit_stats: TensorStats) -> None:
         nonlocal done, unsynced
         size = _output_bytes(plan, unit)
         done += size
@@ -124,7 +129,7 @@ def run_loop(
         files.sources.close()
         files.shards.close()
     ended = time.perf_counter()
-    return Outcome(
+    return MergeStats(
         key=journal.key,
         device=device,
         arithmetic=f"{arithmetic}: {why}" if why else arithmetic,
@@ -138,7 +143,7 @@ def run_loop(
     )
 
 
-def _survey(computer: Computer, pool: Pool, show: Show) -> None:
+def _survey(computer: MergeExecutor, pool: Pool, show: OnProgress) -> None:
     """By one of the pool's threads, which has a lane; told of in this one."""
     messages: queue.SimpleQueue[Any] = queue.SimpleQueue()
     pool.start(lambda _: computer.survey(lambda: messages.put(_SURVEY)), [None], messages)
@@ -149,7 +154,7 @@ def _survey(computer: Computer, pool: Pool, show: Show) -> None:
 
 
 def _earlier_stats(
-    plan: Plan, units: list[Unit], journal: Journal, options: MergeOptions
+    plan: Plan, units: list[Chunk], journal: Journal, options: MergeOptions
 ) -> list[TensorStats]:
     """What an interrupted run has measured, by task."""
     stats = [TensorStats() for _ in plan.tasks]
@@ -173,5 +178,5 @@ def _sync_units(journal: Journal, model: Path, plan: Plan) -> None:
     journal.synced(count)
 
 
-def _output_bytes(plan: Plan, unit: Unit) -> int:
+def _output_bytes(plan: Plan, unit: Chunk) -> int:
     return (unit.stop - unit.start) * DTYPES[plan.tasks[unit.task].dtype][0]

@@ -14,18 +14,18 @@ from typing import NamedTuple
 from merge_cli.checkpoint.header import MERGEABLE
 from merge_cli.checkpoint.source import Source
 from merge_cli.checkpoint.tensors import Tensor
-from merge_cli.engine.absent import BUFFER, Absent, in_short
+from merge_cli.engine.absent import BUFFER, AbsentTensors, in_short
 from merge_cli.engine.heads import View
 from merge_cli.engine.layers import (
-    Anatomy,
-    Places,
-    Seat,
-    Seats,
+    LayerIndex,
+    LayerKeys,
+    LayerPosition,
+    LayerPositions,
     heights,
     model_heights,
 )
 from merge_cli.engine.modules import known_modules, members
-from merge_cli.engine.pieces import Operand, Piece
+from merge_cli.engine.pieces import OutputSlice, SliceOperand
 from merge_cli.errors import Problem
 from merge_cli.recipe.keys import nearest
 
@@ -35,7 +35,7 @@ _MERGEABLE = frozenset(MERGEABLE)
 _VOCABULARY = ("embed", "wte", "lm_head", "shared.weight")
 
 
-class Match(NamedTuple):
+class TensorMatch(NamedTuple):
     """One output tensor.
 
     Attributes:
@@ -46,8 +46,8 @@ class Match(NamedTuple):
     """
 
     name: str
-    piece: Piece
-    seat: Seat
+    piece: OutputSlice
+    seat: LayerPosition
     operands: tuple[Tensor, ...]
     base: Tensor | None
     source: int
@@ -55,17 +55,17 @@ class Match(NamedTuple):
 
 
 @dataclass
-class Matches:
+class TensorMatches:
     """What matching found.
 
     Attributes:
         uneven: tensors that not every source has, by what happens to them and why.
     """
 
-    found: list[Match] = field(default_factory=list)
+    found: list[TensorMatch] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     uneven: dict[tuple[str, str], list[str]] = field(default_factory=dict)
-    places: Places = field(default_factory=Places)
+    places: LayerKeys = field(default_factory=LayerKeys)
 
     def told(self, names: str, why: str, name: str) -> None:
         """Remember what is told of many tensors in one line: `names` are those of the sources."""
@@ -83,16 +83,16 @@ class Model:
 
     source: Source
     view: View
-    places: Places
+    places: LayerKeys
 
     @property
     def label(self) -> str:
         return self.source.label
 
     @cached_property
-    def anatomy(self) -> Anatomy:
+    def anatomy(self) -> LayerIndex:
         """What slices need to know; found for the first of them."""
-        return Anatomy(self.view, self.source.config, self.places)
+        return LayerIndex(self.view, self.source.config, self.places)
 
     def parts(self, modules: Sequence[str]) -> dict[str, Model]:
         """The model's modules, as models; what none of them has goes by an empty name."""
@@ -106,14 +106,14 @@ class Model:
 
 
 def match_pieces(
-    pieces: Sequence[Piece], sources: Sequence[Source], views: Sequence[View]
-) -> Matches:
+    pieces: Sequence[OutputSlice], sources: Sequence[Source], views: Sequence[View]
+) -> TensorMatches:
     """Find every tensor of every piece in its sources, and what does not fit.
 
     Args:
         views: for each source, the tensors that it is taken to have.
     """
-    matches, absent = Matches(), Absent(sources)
+    matches, absent = TensorMatches(), AbsentTensors(sources)
     places = matches.places
     models = [Model(source, view, places) for source, view in zip(sources, views, strict=True)]
     modules = list(dict.fromkeys(piece.module for piece in pieces if piece.module))
@@ -129,7 +129,7 @@ def match_pieces(
 
 
 def _module_problems(
-    pieces: Sequence[Piece], models: Sequence[Model], parts: Sequence[Mapping[str, Model]]
+    pieces: Sequence[OutputSlice], models: Sequence[Model], parts: Sequence[Mapping[str, Model]]
 ) -> list[Problem]:
     """Modules that a source has not, and tensors that two modules have."""
     found = {}
@@ -150,17 +150,23 @@ def _module_problems(
     return list(found.values())
 
 
-def _left_over(piece: Piece, model: Model) -> Iterator[Match]:
+def _left_over(piece: OutputSlice, model: Model) -> Iterator[TensorMatch]:
     """Copies of what no listed module has."""
     why = f"in none of the recipe's modules: copied from {model.label}"
     for name, ref in model.view.items():
         place = model.places[name]
         group = f"{place.stack}.{place.index}".lstrip(".") if place else name
-        yield Match(name, piece, Seat(group), (ref,), None, piece.reference.source, why)
+        yield TensorMatch(
+            name, piece, LayerPosition(group), (ref,), None, piece.reference.source, why
+        )
 
 
 def _match_piece(
-    piece: Piece, models: Sequence[Model], places: Places, absent: Absent, into: Matches
+    piece: OutputSlice,
+    models: Sequence[Model],
+    places: LayerKeys,
+    absent: AbsentTensors,
+    into: TensorMatches,
 ) -> None:
     offers: list[View] = []
     for operand in piece.members:
@@ -174,13 +180,13 @@ def _match_piece(
     layers = heights(places[name] for name in offers[0])
     if not sliced:
         layers = model_heights(layers, models[piece.reference.source].source.config)
-    seats = Seats(layers, stack, piece.start)
+    seats = LayerPositions(layers, stack, piece.start)
     for name in offers[0]:
         if name.endswith(_LEFT_OUT):
             into.told("left out", BUFFER, name)
             continue
         place = places[name]
-        seat = seats.of(place) if place else Seat(name)
+        seat = seats.of(place) if place else LayerPosition(name)
         refs = [offer.get(name) for offer in offers]
         if None in refs and not _is_copied(piece, name, refs, labels, absent, into):
             continue
@@ -188,7 +194,9 @@ def _match_piece(
     _report_extra(piece, labels, offers, absent, into)
 
 
-def _offered(piece: Piece, operand: Operand, model: Model, into: Matches) -> View | None:
+def _offered(
+    piece: OutputSlice, operand: SliceOperand, model: Model, into: TensorMatches
+) -> View | None:
     """What a source gives to a piece, by output name; None (and a problem) if it cannot."""
     if operand.layers is None:
         return model.view
@@ -215,12 +223,12 @@ def _offered(piece: Piece, operand: Operand, model: Model, into: Matches) -> Vie
 
 
 def _match_tensor(
-    piece: Piece,
+    piece: OutputSlice,
     name: str,
-    seat: Seat,
+    seat: LayerPosition,
     refs: Sequence[Tensor | None],
     labels: Sequence[str],
-    into: Matches,
+    into: TensorMatches,
 ) -> None:
     """Append one output tensor, or why there is none; `refs` and `labels` follow the members."""
     present = [ref for ref in refs if ref is not None]
@@ -239,17 +247,21 @@ def _match_tensor(
         why = f"{present[0].dtype} is not merged: copied"
     if why:
         donor = piece.reference.source  # has it: its names are the ones that are looked for
-        into.found.append(Match(name, piece, seat, (present[0],), None, donor, why))
+        into.found.append(TensorMatch(name, piece, seat, (present[0],), None, donor, why))
         return
     base = present.pop(0) if piece.base else None
     source = piece.operands[0].source
-    into.found.append(Match(name, piece, seat, tuple(present), base, source))
+    into.found.append(TensorMatch(name, piece, seat, tuple(present), base, source))
 
 
 def _is_copied(
-    piece: Piece, name: str, refs: Sequence[Tensor | None], labels: Sequence[str],
-    absent: Absent, into: Matches,
-) -> bool:  # fmt: skip
+    piece: OutputSlice,
+    name: str,
+    refs: Sequence[Tensor | None],
+    labels: Sequence[str],
+    absent: AbsentTensors,
+    into: TensorMatches,
+) -> bool:
     """Whether a tensor that some sources lack is the reference's; a problem for each if not."""
     lacking = {
         member.source: label
@@ -290,7 +302,11 @@ def _is_vocabulary(name: str, refs: Sequence[Tensor]) -> bool:
 
 
 def _report_extra(
-    piece: Piece, labels: Sequence[str], offers: Sequence[View], absent: Absent, into: Matches
+    piece: OutputSlice,
+    labels: Sequence[str],
+    offers: Sequence[View],
+    absent: AbsentTensors,
+    into: TensorMatches,
 ) -> None:
     """Tensors that some source has and the reference lacks: none is dropped without a word."""
     reference, sliced = offers[0], piece.reference.layers is not None

@@ -39,7 +39,7 @@ _RETURNED = 2**19
 
 
 @dataclass(frozen=True)
-class LaneRoom:
+class WorkerMemory:
     """What each lane may use.
 
     Attributes:
@@ -55,7 +55,7 @@ class LaneRoom:
     bytes: int
 
 
-def lane_room(plan: Plan, device: Device, options: MergeOptions) -> LaneRoom:
+def worker_memory(plan: Plan, device: Device, options: MergeOptions) -> WorkerMemory:
     """As many lanes as there are threads, or as the memory holds; larger blocks on a GPU.
 
     Raises:
@@ -73,7 +73,7 @@ def lane_room(plan: Plan, device: Device, options: MergeOptions) -> LaneRoom:
         spare += 2 * inputs if plan.method.gathers else 0  # a block's statistics, and with weights
         each = _HOST_BLOCK * ((_STORED + 4) * inputs + 4 * spare) + _whole(plan) + _slab(plan)
         threads = options.threads or usable_cores()
-        return LaneRoom(max(1, min(threads, free // each)), _HOST_BLOCK, inputs, each)
+        return WorkerMemory(max(1, min(threads, free // each)), _HOST_BLOCK, inputs, each)
     import torch
 
     lanes = (1 if _whole(plan) else _GPU_LANES) * len(device.indexes)
@@ -83,12 +83,12 @@ def lane_room(plan: Plan, device: Device, options: MergeOptions) -> LaneRoom:
     vram = min(torch.cuda.mem_get_info(index)[0] for index in device.indexes)
     room = min(room, vram // (_GPU_LANES * 4 * (3 * inputs + _TEMPORARIES["torch"])))
     block = max(1, min(_GPU_BLOCK, room) // BLOCK_MULTIPLE) * BLOCK_MULTIPLE
-    return LaneRoom(lanes, block, inputs, block * width)
+    return WorkerMemory(lanes, block, inputs, block * width)
 
 
 def estimated_peak(plan: Plan, device: Device, options: MergeOptions) -> int:
     """What the process will hold at its peak, from the plan alone."""
-    room = lane_room(plan, device, options)
+    room = worker_memory(plan, device, options)
     return _fixed(plan, device) + room.lanes * room.bytes * _computes(plan)
 
 

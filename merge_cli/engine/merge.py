@@ -18,8 +18,8 @@ from merge_cli.engine.device import choose_device
 from merge_cli.engine.inputs import inputs_of
 from merge_cli.engine.journal import work_key
 from merge_cli.engine.loop import run_loop
-from merge_cli.engine.options import MergeOptions, Progress, Show
-from merge_cli.engine.outcome import Outcome
+from merge_cli.engine.options import MergeOptions, OnProgress, Progress
+from merge_cli.engine.outcome import MergeStats
 from merge_cli.engine.output import OutputWorkspace
 from merge_cli.engine.plan import Plan
 from merge_cli.engine.records import Records
@@ -29,10 +29,12 @@ from merge_cli.errors import Interrupted, SourceError
 
 _ANEW = "starting over: earlier work is damaged, or a file that it has read was touched since"
 # Writes reports into the folder, given the plan, each source's fingerprint, and the outcome.
-Finish = Callable[[Plan, tuple[str, ...], Outcome, Path], None]
+Finish = Callable[[Plan, tuple[str, ...], MergeStats, Path], None]
 
 
-def execute(plan: Plan, target: Path, options: MergeOptions, *, show: Show, finish: Finish) -> Path:
+def execute(
+    plan: Plan, target: Path, options: MergeOptions, *, show: OnProgress, finish: Finish
+) -> Path:
     """Merge into `target`.
 
     Args:
@@ -57,7 +59,7 @@ def execute(plan: Plan, target: Path, options: MergeOptions, *, show: Show, fini
             if not options.fresh and work.published(key):
                 work.discard()
                 return work.target
-            work.refuse(options.overwrite, precious(plan))
+            work.refuse(options.overwrite, protected_paths(plan))
             if options.fresh:
                 work.discard()
             work.refuse_other_work(key)
@@ -100,13 +102,13 @@ def check_target(plan: Plan, target: Path, options: MergeOptions) -> None:
     choose_device(options.device)
     work = OutputWorkspace(target)
     try:
-        work.refuse(options.overwrite, precious(plan))
+        work.refuse(options.overwrite, protected_paths(plan))
         work.check_space(plan.bytes_written)
     except OSError as error:
         raise write_error(error, target) from error
 
 
-def precious(plan: Plan) -> list[Path]:
+def protected_paths(plan: Plan) -> list[Path]:
     """What no output may replace: the sources, the recipe, and where we stand."""
     recipe = [Path(plan.recipe.file)] if plan.recipe.file else []
     adapters = [source.adapter.root for source in plan.sources if source.adapter]
@@ -119,7 +121,7 @@ def precious(plan: Plan) -> list[Path]:
     ]
 
 
-def fetch_inputs(plan: Plan, show: Show) -> None:
+def fetch_inputs(plan: Plan, show: OnProgress) -> None:
     """Download the shards that the plan reads, of models that are on the Hub."""
     for i, source in enumerate(plan.sources):
         if source.hub is None and (source.adapter is None or source.adapter.hub is None):

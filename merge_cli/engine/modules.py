@@ -15,15 +15,31 @@ from collections.abc import Iterable, Sequence
 TEXT, DEFAULT, SHARED = "text_decoder", "default", "shared"
 # The first kind that one of a name's parts belongs to; a projector may stand inside of a tower.
 _KINDS = {
-    "multi_modal_projector": frozenset((
-        "multi_modal_projector", "mm_projector", "vision_projector", "projector", "connector",
-        "merger", "deepstack_merger_list", "aligner", "embed_vision", "embed_audio",
-    )),
-    "vision_tower": frozenset((
-        "vision_tower", "vision_model", "visual", "vision_encoder", "image_encoder",
-    )),
+    "multi_modal_projector": frozenset(
+        (
+            "multi_modal_projector",
+            "mm_projector",
+            "vision_projector",
+            "projector",
+            "connector",
+            "merger",
+            "deepstack_merger_list",
+            "aligner",
+            "embed_vision",
+            "embed_audio",
+        )
+    ),
+    "vision_tower": frozenset(
+        (
+            "vision_tower",
+            "vision_model",
+            "visual",
+            "vision_encoder",
+            "image_encoder",
+        )
+    ),
     "audio_tower": frozenset(("audio_tower", "audio_model", "audio_encoder")),
-}  # fmt: skip
+}
 _ALIASES = {"vision_model": "vision_tower", "visual": "vision_tower"}
 
 

@@ -23,7 +23,7 @@ _SAMPLE_RUN = 8192
 
 
 @dataclass(frozen=True)
-class Reading:
+class BlockReader:
     """What every reader of a merge shares.
 
     Attributes:
@@ -36,7 +36,7 @@ class Reading:
     deltas: bool
 
 
-class TaskReader:
+class TensorReader:
     """One tensor of every source as `TensorBlocks`.
 
     Args:
@@ -46,7 +46,7 @@ class TaskReader:
     def __init__(
         self,
         task: TensorTask,
-        reading: Reading,
+        reading: BlockReader,
         starts: Sequence[int],
         statistics: TensorStatistics | None = None,
     ) -> None:
@@ -111,7 +111,7 @@ class ModelReader:
     """Every tensor that is merged as one stream: `ModelBlocks`."""
 
     def __init__(
-        self, tensors: Sequence[TaskReader], pool: Pool, on_pass: Callable[[], None]
+        self, tensors: Sequence[TensorReader], pool: Pool, on_pass: Callable[[], None]
     ) -> None:
         self.tensors, self._pool, self._on_pass = tensors, pool, on_pass
         self._offsets = list(accumulate((tensor.size for tensor in tensors), initial=0))
@@ -149,6 +149,9 @@ def sample_starts(size: int, count: int) -> Iterator[int]:
 def operands_of(block: Block, supplied: Mapping[str, Any] | frozenset[str]) -> dict[str, Any]:
     """A block under the names that a method's signature asks for."""
     offered = {
-        "base": block.base, "models": block.operands, "deltas": block.operands, "at": block.at,
-    }  # fmt: skip
+        "base": block.base,
+        "models": block.operands,
+        "deltas": block.operands,
+        "at": block.at,
+    }
     return {name: value for name, value in offered.items() if name in supplied}

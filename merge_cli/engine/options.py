@@ -52,4 +52,4 @@ class Progress:
     unit: str = "bytes"
 
 
-Show = Callable[[Progress], None]
+OnProgress = Callable[[Progress], None]

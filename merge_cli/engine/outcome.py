@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from merge_cli.engine.device import Device
-from merge_cli.engine.lanes import Lane
+from merge_cli.engine.lanes import WorkerContext
 from merge_cli.engine.statistics import TensorStats
 
 
 @dataclass(frozen=True)
-class Stage:
+class StageTime:
     """What the threads did of one kind, together; `bytes` is 0 for waiting."""
 
     seconds: float
@@ -20,7 +20,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class MergeStats:
     """What the loop did, for the report.
 
     Attributes:
@@ -38,14 +38,14 @@ class Outcome:
     arithmetic: str
     threads: int
     buffers: int
-    stages: Mapping[str, Stage]
+    stages: Mapping[str, StageTime]
     stats: list[TensorStats]
     resumed: int
     seconds: float
     survey_seconds: float
 
 
-def stages(lanes: Sequence[Lane], threads: int, seconds: float) -> dict[str, Stage]:
+def stages(lanes: Sequence[WorkerContext], threads: int, seconds: float) -> dict[str, StageTime]:
     """The lanes' clocks together; what is left of the threads' time is stall."""
     clocks = [lane.clock for lane in lanes]
     read, compute, write = (
@@ -53,8 +53,8 @@ def stages(lanes: Sequence[Lane], threads: int, seconds: float) -> dict[str, Sta
     )
     bytes_read = sum(clock.bytes_read for clock in clocks)
     return {
-        "read": Stage(read, threads, bytes_read),
-        "compute": Stage(compute, threads, bytes_read),
-        "write": Stage(write, threads, sum(clock.bytes_written for clock in clocks)),
-        "stall": Stage(max(0.0, threads * seconds - read - compute - write), threads, 0),
+        "read": StageTime(read, threads, bytes_read),
+        "compute": StageTime(compute, threads, bytes_read),
+        "write": StageTime(write, threads, sum(clock.bytes_written for clock in clocks)),
+        "stall": StageTime(max(0.0, threads * seconds - read - compute - write), threads, 0),
     }

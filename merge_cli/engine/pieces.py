@@ -11,7 +11,7 @@ from merge_cli.recipe.schema import Recipe, SliceSpec, SourceSpec
 
 
 @dataclass(frozen=True)
-class Operand:
+class SliceOperand:
     """One source's part in a piece. The same source may take part twice, with other layers.
 
     Attributes:
@@ -27,7 +27,7 @@ class Operand:
 
 
 @dataclass(frozen=True)
-class Piece:
+class OutputSlice:
     """A run of output layers and where they come from.
 
     Attributes:
@@ -41,8 +41,8 @@ class Piece:
 
     key: str
     spec: SliceSpec | None
-    operands: tuple[Operand, ...]
-    base: Operand | None
+    operands: tuple[SliceOperand, ...]
+    base: SliceOperand | None
     first: bool = True
     last: bool = True
     start: int = 0
@@ -50,17 +50,17 @@ class Piece:
     left_over: bool = False
 
     @property
-    def reference(self) -> Operand:
+    def reference(self) -> SliceOperand:
         """Whose names the piece follows."""
         return self.base or self.operands[0]
 
     @property
-    def members(self) -> tuple[Operand, ...]:
+    def members(self) -> tuple[SliceOperand, ...]:
         """Everything that is read, the base first."""
         return (self.base, *self.operands) if self.base else self.operands
 
 
-def cut_pieces(recipe: Recipe, method: Method, labels: Sequence[str]) -> list[Piece]:
+def output_slices(recipe: Recipe, method: Method, labels: Sequence[str]) -> list[OutputSlice]:
     """The pieces of the output, in order; one where the recipe has neither slices nor modules.
 
     Args:
@@ -74,8 +74,8 @@ def cut_pieces(recipe: Recipe, method: Method, labels: Sequence[str]) -> list[Pi
         for piece in _cut(recipe, method, labels, module.slices, module.name)
     ]
     donor = recipe.base_model or recipe.source_specs[0].model
-    left = Operand(labels.index(str(donor)), -1, SourceSpec(donor, "base_model"))
-    return [*pieces, Piece("modules", None, (left,), None, left_over=True)]
+    left = SliceOperand(labels.index(str(donor)), -1, SourceSpec(donor, "base_model"))
+    return [*pieces, OutputSlice("modules", None, (left,), None, left_over=True)]
 
 
 def _cut(
@@ -84,27 +84,29 @@ def _cut(
     labels: Sequence[str],
     groups: Sequence[SliceSpec | None],
     module: str | None,
-) -> list[Piece]:
+) -> list[OutputSlice]:
     """The pieces of a module, or of the whole model."""
     places = {spec.key: place for place, spec in enumerate(recipe.source_specs)}
-    pieces: list[Piece] = []
+    pieces: list[OutputSlice] = []
     start = 0
     for number, part in enumerate(groups):
         listed = part.sources if part else recipe.models
         span = listed[0].layer_range
         here = recipe.of_slice(part)
 
-        def operand(spec: SourceSpec, span: tuple[int, int] | None = span) -> Operand:
+        def operand(spec: SourceSpec, span: tuple[int, int] | None = span) -> SliceOperand:
             # A base that the slice does not list lends the same layers.
             layers = (spec.layer_range or span) if span else None
-            return Operand(labels.index(str(spec.model)), places.get(spec.key, -1), spec, layers)
+            return SliceOperand(
+                labels.index(str(spec.model)), places.get(spec.key, -1), spec, layers
+            )
 
         base = None
         if method.needs_base and here.base_model is not None:
             own = next((spec for spec in listed if spec.model == here.base_model), None)
             base = operand(own or SourceSpec(here.base_model, "base_model"))
         pieces.append(
-            Piece(
+            OutputSlice(
                 part.key if part else "models",
                 part,
                 tuple(operand(spec) for spec in operand_specs(here, method, listed, part)),

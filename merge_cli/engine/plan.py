@@ -12,10 +12,10 @@ from merge_cli.checkpoint.coefficients import CoefficientFile
 from merge_cli.checkpoint.header import TensorRef
 from merge_cli.checkpoint.layout import OutputTensor, Shard
 from merge_cli.checkpoint.source import Source
-from merge_cli.checkpoint.statistics import Gathered, TensorStatistics
+from merge_cli.checkpoint.statistics import CalibrationStatistics, TensorStatistics
 from merge_cli.checkpoint.tensors import Tensor
 from merge_cli.engine.copies import Copies
-from merge_cli.engine.vocabulary import Aligned
+from merge_cli.engine.vocabulary import AlignedVocabulary
 from merge_cli.methods.registry import Method
 from merge_cli.recipe.schema import Recipe
 
@@ -132,7 +132,7 @@ class Plan:
     base: int | None
     operands: tuple[int, ...]
     donor: int
-    aligned: Aligned
+    aligned: AlignedVocabulary
     tasks: tuple[TensorTask, ...]
     shards: tuple[Shard, ...]
     config: Mapping[str, Any]
@@ -141,7 +141,7 @@ class Plan:
     shard_size: int = 0
     stages: Mapping[str, Plan] = field(default_factory=dict)
     template: str | None = None
-    gathered: Gathered | None = None
+    gathered: CalibrationStatistics | None = None
     copies: tuple[Copies, ...] = ()
 
     @property

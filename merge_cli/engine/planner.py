@@ -30,19 +30,19 @@ from merge_cli.engine.config_notes import config_notes
 from merge_cli.engine.heads import reconcile_heads
 from merge_cli.engine.input_names import input_names, sliced_names
 from merge_cli.engine.layouts import lay_out_alike
-from merge_cli.engine.match import Match, match_pieces
+from merge_cli.engine.match import TensorMatch, match_pieces
 from merge_cli.engine.opening import files_of, one_spelling, open_all
-from merge_cli.engine.pieces import Piece, cut_pieces
+from merge_cli.engine.pieces import OutputSlice, output_slices
 from merge_cli.engine.plan import Action, Plan, TensorTask, is_stored_as
-from merge_cli.engine.prefixes import Renamed, rename
+from merge_cli.engine.prefixes import RenamedModel, rename
 from merge_cli.engine.promotion import promoted_dtype, promotion_note
-from merge_cli.engine.stacking import described, left_out, origins_of, stacked_pieces
+from merge_cli.engine.stacking import described, left_out, origins_of, stacked_slices
 from merge_cli.engine.structure import check_structure
 from merge_cli.engine.task_heads import head_problems
 from merge_cli.engine.token_numbers import renumber, vocabulary_notes
 from merge_cli.engine.vocabulary import align
 from merge_cli.errors import MismatchError, Problem, RecipeError, UsageError
-from merge_cli.methods.filters import beyond_note, idle_filters
+from merge_cli.methods.filters import beyond_note, unused_filters
 from merge_cli.methods.registry import Method
 from merge_cli.methods.resolve import Resolver, check_recipe
 from merge_cli.recipe.load import parse_text, read_recipe
@@ -129,10 +129,10 @@ def make_plan(
         raise RecipeError(problems)
     labels = [source.label for source in sources]
     base = labels.index(str(recipe.base_model)) if recipe.base_model else None
-    pieces = cut_pieces(recipe, method, labels)
+    pieces = output_slices(recipe, method, labels)
     laid_out = lay_out_alike(sources, pieces[0].reference.source)
     sources = list(laid_out.sources)
-    renamed = Renamed(tuple(sources))
+    renamed = RenamedModel(tuple(sources))
     if recipe.models:
         renamed = rename(sources, pieces[0].reference.source)
         sources = list(renamed.sources)
@@ -170,7 +170,7 @@ def make_plan(
     coefficients = _coefficients(recipe, tasks)
     dtypes = {task.dtype for task in tasks if task.dtype in _FLOATS}
     donated = sources[donor].config
-    stacked = stacked_pieces(recipe, pieces, sources)
+    stacked = stacked_slices(recipe, pieces, sources)
     behind: list[str] = []
     if stacked:
         donated = with_layer_types(donated, sources[donor].root)
@@ -217,7 +217,7 @@ def make_plan(
         *behind,
         *opening,
         *named_code(givers[0].root, givers[0].label, files_of(givers[0])),
-        *idle_filters(recipe, chain((task.name for task in tasks), sliced_names(matches.found))),
+        *unused_filters(recipe, chain((task.name for task in tasks), sliced_names(matches.found))),
         *beyond_note(
             recipe,
             list(
@@ -233,24 +233,26 @@ def make_plan(
         notes.insert(0, f"config.json and tokenizer come from {sources[donor].label}, listed first")
     outputs = [output for task in tasks for output in task.outputs]
     operands = dict.fromkeys(o.source for piece in pieces for o in piece.operands)
-    return fp8.described(Plan(
-        recipe=recipe,
-        method=method,
-        sources=(*sources, *filter(None, [aligned.guest])),
-        base=base,
-        operands=tuple(operands),
-        donor=donor,
-        aligned=aligned,
-        template=template,
-        tasks=tuple(tasks),
-        shards=tuple(lay_out(outputs, shard_size, sources[donor].stems)),
-        config=config if sources[donor].config else {},
-        notes=tuple(dict.fromkeys(notes)),
-        coefficients=coefficients,
-        shard_size=shard_size,
-        stages=stages or {},
-        copies=(*aliases.stored, *heads.stored),
-    ))  # fmt: skip
+    return fp8.described(
+        Plan(
+            recipe=recipe,
+            method=method,
+            sources=(*sources, *filter(None, [aligned.guest])),
+            base=base,
+            operands=tuple(operands),
+            donor=donor,
+            aligned=aligned,
+            template=template,
+            tasks=tuple(tasks),
+            shards=tuple(lay_out(outputs, shard_size, sources[donor].stems)),
+            config=config if sources[donor].config else {},
+            notes=tuple(dict.fromkeys(notes)),
+            coefficients=coefficients,
+            shard_size=shard_size,
+            stages=stages or {},
+            copies=(*aliases.stored, *heads.stored),
+        )
+    )
 
 
 _FLOATS = ("F64", "F32", "BF16", "F16")
@@ -265,8 +267,16 @@ def _placed(problem: Problem, recipe: Recipe) -> Problem:
 def _differences(sources: Sequence[Source]) -> str:
     """What the configs say that would explain it: sizes that differ, model by model."""
     found = []
-    for key in ("model_type", *LAYER_COUNTS, "hidden_size", "n_embd", "intermediate_size",
-                "num_attention_heads", "num_key_value_heads", "vocab_size"):  # fmt: skip
+    for key in (
+        "model_type",
+        *LAYER_COUNTS,
+        "hidden_size",
+        "n_embd",
+        "intermediate_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "vocab_size",
+    ):
         values = [text_config(source.config).get(key) for source in sources]
         if len({repr(value) for value in values}) > 1:
             pairs = zip(sources, values, strict=True)
@@ -275,9 +285,13 @@ def _differences(sources: Sequence[Source]) -> str:
 
 
 def _tasks(
-    recipe: Recipe, method: Method, piece: Piece, matches: Iterable[Match], codes: fp8.Fp8 | None,
+    recipe: Recipe,
+    method: Method,
+    piece: OutputSlice,
+    matches: Iterable[TensorMatch],
+    codes: fp8.Fp8 | None,
     copies: Mapping[str, str],
-) -> Iterator[tuple[TensorTask, str]]:  # fmt: skip
+) -> Iterator[tuple[TensorTask, str]]:
     """The output tensors of one piece, and why each cannot be (empty when it can)."""
     resolver = Resolver(recipe, method, piece.spec, [operand.spec for operand in piece.operands])
     sources = tuple(operand.source for operand in piece.operands)
@@ -288,8 +302,20 @@ def _tasks(
         name, operands, group = match.name, match.operands, match.seat.group
         if match.copied:
             rounded = wanted if wanted and like.native in _FLOATS else like.native
-            yield TensorTask(name, like.shape, rounded, "copy", operands,
-                             (match.source,), (), group=group, note=match.copied), ""  # fmt: skip
+            yield (
+                TensorTask(
+                    name,
+                    like.shape,
+                    rounded,
+                    "copy",
+                    operands,
+                    (match.source,),
+                    (),
+                    group=group,
+                    note=match.copied,
+                ),
+                "",
+            )
             continue
         copy_of = copies.get(name, "")
         own = input_names(match) if resolver.filtered and not copy_of else ()
@@ -300,9 +326,22 @@ def _tasks(
         action: Action = "copy" if copied else "merge"
         mixed = {ref.native for ref in operands} | {like.native}
         note = f"stored as {', '.join(sorted(mixed))}" if len(mixed) > 1 else ""
-        task = TensorTask(name, like.shape, dtype, action, operands, sources, ids, match.base,
-                          resolved.parameters, group, note, match.seat.position, block,
-                          copy_of)  # fmt: skip
+        task = TensorTask(
+            name,
+            like.shape,
+            dtype,
+            action,
+            operands,
+            sources,
+            ids,
+            match.base,
+            resolved.parameters,
+            group,
+            note,
+            match.seat.position,
+            block,
+            copy_of,
+        )
         yield task, resolved.error
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
-from merge_cli.engine.lanes import Lane
+from merge_cli.engine.lanes import WorkerContext
 from merge_cli.errors import ResourceError
 from merge_cli.notices import say_once
 
@@ -58,13 +58,13 @@ class Pool:
         threads: how many threads; the calling one only waits.
     """
 
-    def __init__(self, lanes: Callable[[int], Lane], threads: int) -> None:
+    def __init__(self, lanes: Callable[[int], WorkerContext], threads: int) -> None:
         self._make_lane, self.threads = lanes, threads
         self._changed = threading.Condition()
         self._batches: list[_Batch[Any, Any]] = []  # the oldest first
         self._stopping = False
         self._local = threading.local()
-        self.lanes: list[Lane] = []
+        self.lanes: list[WorkerContext] = []
         self._workers = [
             threading.Thread(target=self._worker, name=f"merge-{i}", daemon=True)
             for i in range(threads)
@@ -104,7 +104,7 @@ class Pool:
             lane.close()
 
     @property
-    def lane(self) -> Lane:
+    def lane(self) -> WorkerContext:
         """The calling thread's own."""
         if not hasattr(self._local, "lane"):
             with self._changed:

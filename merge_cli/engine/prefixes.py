@@ -20,7 +20,7 @@ Tensors = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Renamed:
+class RenamedModel:
     """Sources with the reference's names.
 
     Attributes:
@@ -31,7 +31,7 @@ class Renamed:
     notes: tuple[str, ...] = ()
 
 
-def rename(sources: Sequence[Source], reference: int) -> Renamed:
+def rename(sources: Sequence[Source], reference: int) -> RenamedModel:
     """Give the sources the reference's names, where theirs differ by prefixes alone.
 
     Raises:
@@ -51,7 +51,7 @@ def rename(sources: Sequence[Source], reference: int) -> Renamed:
         notes.append(
             f"{source.label}: its tensors are {sources[reference].label}'s by prefix: {shown}"
         )
-    return Renamed(tuple(found), tuple(notes))
+    return RenamedModel(tuple(found), tuple(notes))
 
 
 def _rules(source: Source, reference: Source) -> dict[str, str] | None:
@@ -70,9 +70,10 @@ def _rules(source: Source, reference: Source) -> dict[str, str] | None:
             continue
         rests = [name.removeprefix(prefix) for name in group]
         fitting = [
-            new for new in _prefixes(rests[0], names)
+            new
+            for new in _prefixes(rests[0], names)
             if all(_fits(own[n], names.get(new + r)) for n, r in zip(group, rests, strict=True))
-        ]  # fmt: skip
+        ]
         fitting = _nearest(prefix, fitting)
         if not fitting:
             return None

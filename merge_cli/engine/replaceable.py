@@ -14,15 +14,19 @@ from merge_cli.checkpoint.raw import write_error
 from merge_cli.errors import UsageError
 
 # A folder with one of these, or with weights, is a model's.
-_SIGNS = ("merge_recipe.yaml", "merge_report.json", "adapter_config.json", PIPELINE,
-          "modules.json")  # fmt: skip
+_SIGNS = ("merge_recipe.yaml", "merge_report.json", "adapter_config.json", PIPELINE, "modules.json")
 # What lies in the folders of a pipeline and of sentence-transformers, and in those of exports.
 _INSIDE = (".json", ".txt", ".model", ".jinja", ".md", ".yaml")
 # Beside the weights, besides companions and weights: what programs and people's repositories put
 # there. Settings and results of training, the card and its licence, code of the model's own.
 _BESIDE = (".json", ".md", ".model", ".py")
-_ALSO = ("merge_recipe.yaml", "best_recipe.yaml", "merge_report.html", "search_journal.jsonl",
-         ".gitattributes")  # fmt: skip
+_ALSO = (
+    "merge_recipe.yaml",
+    "best_recipe.yaml",
+    "merge_report.html",
+    "search_journal.jsonl",
+    ".gitattributes",
+)
 _LEGAL = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY", "COPYING")
 _HINT = "Choose another folder, or remove it yourself."
 

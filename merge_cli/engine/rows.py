@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from merge_cli.checkpoint.gathered import ZERO, Rows
+from merge_cli.checkpoint.gathered import ZERO, SourceRows
 from merge_cli.errors import Problem
 from merge_cli.recipe.reference import ModelRef
 from merge_cli.recipe.schema import Recipe
@@ -20,7 +20,7 @@ Place = tuple[int, int]  # a source, and a row of its embedding
 
 
 @dataclass(frozen=True)
-class Words:
+class SourceVocabulary:
     """What a source's rows mean.
 
     Attributes:
@@ -41,7 +41,7 @@ class Words:
         return found | {number: number for number in range(self.rows) if number not in used}
 
 
-class Filling:
+class TokenAligner:
     """Rows for every source, by the recipe's rules.
 
     Args:
@@ -49,16 +49,19 @@ class Filling:
     """
 
     def __init__(
-        self, recipe: Recipe, words: Sequence[Words], base: int | None,
+        self,
+        recipe: Recipe,
+        words: Sequence[SourceVocabulary],
+        base: int | None,
         index: Callable[[str], int | None],
-    ) -> None:  # fmt: skip
+    ) -> None:
         assert recipe.tokenizer is not None
         self._recipe, self._rules = recipe, recipe.tokenizer.tokens
         self._words, self._base, self._index = words, base, index
         self.notes: list[str] = []
         self.problems: list[Problem] = []
 
-    def tables(self, keys: Sequence[Key]) -> list[Rows]:
+    def tables(self, keys: Sequence[Key]) -> list[SourceRows]:
         """For each source, where each of the output's rows comes from."""
         import numpy as np
 
@@ -88,13 +91,17 @@ class Filling:
         if nowhere:
             self.notes.append(f"vocabulary: {nowhere} rows that no model has are zeros")
         return [
-            Rows(
-                parts[i], places[i],
-                {row: pairs for row, pairs in means.items() if owned[i].get(keys[row]) is None
-                 or self._forced(keys[row])},
+            SourceRows(
+                parts[i],
+                places[i],
+                {
+                    row: pairs
+                    for row, pairs in means.items()
+                    if owned[i].get(keys[row]) is None or self._forced(keys[row])
+                },
             )
             for i in range(count)
-        ]  # fmt: skip
+        ]
 
     def _rule(self, key: Key) -> TokenRule | None:
         return self._rules.get(key) if isinstance(key, str) else None

@@ -7,29 +7,31 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from merge_cli.checkpoint.header import DTYPES
-from merge_cli.engine.lanes import Lane
+from merge_cli.engine.lanes import WorkerContext
 from merge_cli.engine.plan import TensorTask
 from merge_cli.kernels.fp8 import quantise
 
 Places = Mapping[str, tuple[Path, int]]  # tensor name -> its file, and the byte where it begins
 
 
-class Sink(Protocol):
+class TensorWriter(Protocol):
     """Takes one unit's values, in order."""
 
     def put(self, values: Any, start: int) -> bool:
         """Values of a span that begins at `start`; whether a float16 can hold them."""
 
 
-def sink_for(task: TensorTask, lane: Lane, places: Places, start: int, stop: int) -> Sink:
+def writer_for(
+    task: TensorTask, lane: WorkerContext, places: Places, start: int, stop: int
+) -> TensorWriter:
     """For elements [start, stop) of a task's output."""
     if task.block is None:
-        return _Rounded(task, lane, places)
-    return _Scaled(task, task.block, lane, places, start, stop)
+        return _RoundingWriter(task, lane, places)
+    return _ScaledWriter(task, task.block, lane, places, start, stop)
 
 
-class _Rounded:
-    def __init__(self, task: TensorTask, lane: Lane, places: Places) -> None:
+class _RoundingWriter:
+    def __init__(self, task: TensorTask, lane: WorkerContext, places: Places) -> None:
         self._dtype, self._lane = task.dtype, lane
         self._path, self._offset = places[task.name]
 
@@ -38,13 +40,18 @@ class _Rounded:
         return self._lane.store(values, self._dtype, self._path, place)
 
 
-class _Scaled:
+class _ScaledWriter:
     """Waits for whole rows of blocks, since a scale is known when its block is."""
 
     def __init__(
-        self, task: TensorTask, block: tuple[int, int], lane: Lane, places: Places,
-        start: int, stop: int,
-    ) -> None:  # fmt: skip
+        self,
+        task: TensorTask,
+        block: tuple[int, int],
+        lane: WorkerContext,
+        places: Places,
+        start: int,
+        stop: int,
+    ) -> None:
         import numpy as np
 
         assert task.scales is not None

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from merge_cli.checkpoint.class_config import (
-    Unknown,
+    UnknownClass,
     known_class,
     quiet_and_alone,
     without_choices,
@@ -56,7 +56,7 @@ def build(config: Mapping[str, Any], shapes: Shapes, *, kinds: bool = False) -> 
         Unknown: no class is named, or transformers does not have it.
     """
     if "quantization_config" in config:
-        raise Unknown("its weights are quantised")
+        raise UnknownClass("its weights are quantised")
     kind, about = known_class(config)
     with quiet_and_alone():
         try:
@@ -75,10 +75,16 @@ def _opened(kind: Any, name: str, config: Any, shapes: Shapes, kinds: bool) -> S
         key: torch.empty(shape, dtype=torch.float32, device="meta") for key, shape in shapes.items()
     }
     model, info = kind.from_pretrained(
-        None, config=config, state_dict=tensors, device_map={"": "meta"}, dtype=torch.float32,
-        attn_implementation="eager", output_loading_info=True, ignore_mismatched_sizes=True,
+        None,
+        config=config,
+        state_dict=tensors,
+        device_map={"": "meta"},
+        dtype=torch.float32,
+        attn_implementation="eager",
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
         local_files_only=True,
-    )  # fmt: skip
+    )
     wrong = {entry[0]: (tuple(entry[1]), tuple(entry[2])) for entry in info["mismatched_keys"]}
     found = _kinds(model) if kinds else {}
     return Skeleton(
@@ -90,19 +96,29 @@ def _kinds(model: Any) -> dict[str, tuple[Kind, ...]]:
     """Every list of modules, and what each module in it is but for where it stands."""
     from torch.nn import ModuleList
 
-    stacks = {path: list(found) for path, found in model.named_modules()
-              if isinstance(found, ModuleList)}  # fmt: skip
+    stacks = {
+        path: list(found) for path, found in model.named_modules() if isinstance(found, ModuleList)
+    }
     listed = _listed(model.config)
     return {
         path: tuple(
-            tuple(sorted([*_kind(layer), *(
-                (f"config.{key}", values[i]) for key, values in listed.items()
-                if len(values) == len(layers)
-            )], key=repr))
+            tuple(
+                sorted(
+                    [
+                        *_kind(layer),
+                        *(
+                            (f"config.{key}", values[i])
+                            for key, values in listed.items()
+                            if len(values) == len(layers)
+                        ),
+                    ],
+                    key=repr,
+                )
+            )
             for i, layer in enumerate(layers)
         )
         for path, layers in stacks.items()
-    }  # fmt: skip
+    }
 
 
 def _kind(layer: Any) -> Iterator[tuple[str, Any]]:

@@ -15,17 +15,17 @@ from merge_cli.checkpoint.config import (
     with_layer_types,
 )
 from merge_cli.checkpoint.source import Source
-from merge_cli.engine.layers import Places, main_stack, stacks
+from merge_cli.engine.layers import LayerKeys, layer_stacks, main_stack
 from merge_cli.engine.modules import TEXT, kind_of, members
-from merge_cli.engine.pieces import Piece
+from merge_cli.engine.pieces import OutputSlice
 from merge_cli.engine.structure import Origins
 from merge_cli.errors import Problem, RecipeError
 from merge_cli.recipe.schema import Recipe
 
 
-def stacked_pieces(
-    recipe: Recipe, pieces: Sequence[Piece], sources: Sequence[Source]
-) -> list[Piece]:
+def stacked_slices(
+    recipe: Recipe, pieces: Sequence[OutputSlice], sources: Sequence[Source]
+) -> list[OutputSlice]:
     """The pieces whose layers are not where they were; none where every layer is.
 
     Raises:
@@ -36,7 +36,7 @@ def stacked_pieces(
         return list(pieces) if recipe.slices else []
     listed = [module.name for module in recipe.modules]
     keys = {module.name: module.key for module in recipe.modules}
-    moved: list[list[Piece]] = []
+    moved: list[list[OutputSlice]] = []
     problems: list[Problem] = []
     for module, group in groupby(pieces, key=lambda piece: piece.module):
         own = list(group)
@@ -47,7 +47,7 @@ def stacked_pieces(
         names = members(module, listed, source.tensors)
         stack = main_stack(names, source.config) or ""
         layers = [layer for span in spans for layer in range(*span)]
-        if layers == list(range(stacks(names).get(stack, 0))):
+        if layers == list(range(layer_stacks(names).get(stack, 0))):
             continue
         if kind_of(stack) == TEXT and not source.config.get("is_encoder_decoder"):
             moved.append(own)
@@ -65,7 +65,10 @@ def stacked_pieces(
 
 
 def origins_of(
-    pieces: Sequence[Piece], sources: Sequence[Source], places: Places, doubts: Sequence[str]
+    pieces: Sequence[OutputSlice],
+    sources: Sequence[Source],
+    places: LayerKeys,
+    doubts: Sequence[str],
 ) -> Origins:
     """Where each output layer comes from.
 
@@ -91,7 +94,10 @@ def described(origins: Origins) -> list[tuple[dict[str, object], int]]:
 
 
 def left_out(
-    config: Mapping[str, Any], pieces: Sequence[Piece], sources: Sequence[Source], places: Places
+    config: Mapping[str, Any],
+    pieces: Sequence[OutputSlice],
+    sources: Sequence[Source],
+    places: LayerKeys,
 ) -> tuple[dict[str, Any], list[str]]:
     """Layers behind the last one (for multi-token prediction), which no slice can take.
 
@@ -100,15 +106,18 @@ def left_out(
     """
     changed: dict[str, Any] = json.loads(json.dumps(config))
     part, notes = text_config(changed), []
-    for source in {sources[piece.reference.source].label: sources[piece.reference.source]
-                   for piece in pieces}.values():  # fmt: skip
-        found = stacks(source.tensors, places)
+    for source in {
+        sources[piece.reference.source].label: sources[piece.reference.source] for piece in pieces
+    }.values():
+        found = layer_stacks(source.tensors, places)
         stack = main_stack(source.tensors, source.config, places) or ""
         height, count = found.get(stack, 0), layer_count(source.config)
         behind = predicting_layers(source.config)
         if behind and count is not None and height == count + behind:
-            notes.append(f"{source.label}: left out {stack}.{count} and what is behind it, which "
-                         "predicts further tokens and is no layer of the stack")  # fmt: skip
+            notes.append(
+                f"{source.label}: left out {stack}.{count} and what is behind it, which "
+                "predicts further tokens and is no layer of the stack"
+            )
             for key in PREDICTING:
                 if type(part.get(key)) is int:
                     part[key] = 0

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 WORK = (".partial", ".training", ".search")  # folders of unfinished work beside a result
 
 
-class StageFolder(Workspace):
+class StageWorkspace(Workspace):
     """A context manager: locked inside, unlocked (and kept for resuming) outside.
 
     Attributes:

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from merge_cli.checkpoint.header import DTYPES
 from merge_cli.checkpoint.tensors import Tensor
-from merge_cli.engine.lanes import Clock, Files, Loaded, all_finite
+from merge_cli.engine.lanes import Files, LoadedBlock, StageClock, all_finite
 from merge_cli.kernels.convert import decode, encode
 
 
@@ -78,11 +78,11 @@ class CudaTransfers:
         self._stream.synchronize()
 
 
-class StagedLane:
+class StagedWorker:
     """Computes with torch on a device. Buffers grow to what the widest block needs."""
 
     def __init__(self, files: Files, transfers: Transfers, block: int) -> None:
-        self.clock, self.block, self._files = Clock(), block, files
+        self.clock, self.block, self._files = StageClock(), block, files
         self._transfers = transfers
         self._input = self._output = transfers.host(0)
 
@@ -91,13 +91,13 @@ class StagedLane:
 
     def load(
         self, refs: Sequence[Tensor], start: int, stop: int, *, base: bool, deltas: bool
-    ) -> Loaded:
+    ) -> LoadedBlock:
         wide = any(ref.dtype == "F64" for ref in refs)
         brought = self._bring(refs, start, stop)
         arrays = [decode(raw, r.dtype, wide=wide) for raw, r in zip(brought, refs, strict=True)]
         finite = all_finite(arrays)
         own = arrays.pop(0) if base else None
-        return Loaded(own, [a.sub_(own) for a in arrays] if deltas else arrays, finite)
+        return LoadedBlock(own, [a.sub_(own) for a in arrays] if deltas else arrays, finite)
 
     def _bring(self, refs: Sequence[Tensor], start: int, stop: int) -> list[Any]:
         """The stored bytes of each tensor's elements [start, stop) on the device, to be kept."""
@@ -147,6 +147,6 @@ class StagedLane:
         self._transfers.wait()
 
 
-def cuda_lane(files: Files, index: int, block: int) -> StagedLane:
+def cuda_worker(files: Files, index: int, block: int) -> StagedWorker:
     """A lane on the CUDA device of this number."""
-    return StagedLane(files, CudaTransfers(index), block)
+    return StagedWorker(files, CudaTransfers(index), block)

@@ -72,7 +72,7 @@ class TensorStats:
 Kept = Callable[[Block], list[int]]
 
 
-class Meter:
+class StatisticsMeter:
     """Measures the blocks of one unit while they are in hand.
 
     Args:

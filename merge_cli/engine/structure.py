@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from merge_cli.checkpoint.class_config import Unknown
+from merge_cli.checkpoint.class_config import UnknownClass
 from merge_cli.checkpoint.source import Source
 from merge_cli.checkpoint.tensors import Tensor
 from merge_cli.engine.absent import BUFFERS
@@ -71,7 +71,7 @@ def check_structure(
         return []
     try:
         made = _build(config, shapes, origins is not None)
-    except Unknown as reason:
+    except UnknownClass as reason:
         return _undecided(origins, str(reason))
     known = _Inherited(donor, sources)
     problems = [*_failures(made, known), *_differences(made, known)]
@@ -141,7 +141,7 @@ def _of(source: Source, kinds: bool = False) -> Skeleton | None:
     try:
         shapes = {name: tensor.shape for name, tensor in source.tensors.items()}
         return _build(source.config, _own(shapes, source), kinds)
-    except Unknown:
+    except UnknownClass:
         return None
 
 
@@ -240,8 +240,10 @@ def _other_kinds(made: Skeleton, origins: Origins) -> tuple[list[Problem], list[
             problems.append(Problem(what, f"{origins.stack}.{out}".lstrip("."), hint=hint))
         elif soft:
             key, new, old = soft[0]
-            notes.append(f"{key} depends on a layer's number: {new} in layer {out}, which is "
-                         f"{whence} and had {old}")  # fmt: skip
+            notes.append(
+                f"{key} depends on a layer's number: {new} in layer {out}, which is "
+                f"{whence} and had {old}"
+            )
     return problems, notes[:1]
 
 
@@ -249,10 +251,10 @@ def _stack_of(made: Skeleton, owns: Sequence[Skeleton], origins: Origins) -> str
     """The list of modules that the stacked layers are in."""
     needed = max(index for _, index in origins.layers) + 1 if origins.layers else 0
     fitting = [
-        path for path, layers in made.kinds.items()
-        if len(layers) == len(origins.layers)
-        and all(path in own.kinds for own in owns)
-    ]  # fmt: skip
+        path
+        for path, layers in made.kinds.items()
+        if len(layers) == len(origins.layers) and all(path in own.kinds for own in owns)
+    ]
     fitting = [path for path in fitting if any(len(own.kinds[path]) >= needed for own in owns)]
     same = [path for path in fitting if path == origins.stack]
     parts = origins.stack.rpartition(".")[2]

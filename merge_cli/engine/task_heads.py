@@ -18,8 +18,11 @@ def head_problems(sources: Sequence[Source]) -> list[Problem]:
     heads = [_head(source) for source in sources]
     if not any(heads) or all(heads):
         return []
-    language = [source.label for source, head in zip(sources, heads, strict=True)
-                if not head and _is_language_model(source)]  # fmt: skip
+    language = [
+        source.label
+        for source, head in zip(sources, heads, strict=True)
+        if not head and _is_language_model(source)
+    ]
     if not language:
         return []
     hint = (
@@ -27,10 +30,14 @@ def head_problems(sources: Sequence[Source]) -> list[Problem]:
         "one that has the same head. A base gets it as `BASE+ADAPTER`, from a reward adapter."
     )
     return [
-        Problem(f"{source.label} classifies with it; {', '.join(language)} is a language model",
-                head, hint=hint)
-        for source, head in zip(sources, heads, strict=True) if head
-    ]  # fmt: skip
+        Problem(
+            f"{source.label} classifies with it; {', '.join(language)} is a language model",
+            head,
+            hint=hint,
+        )
+        for source, head in zip(sources, heads, strict=True)
+        if head
+    ]
 
 
 def _head(source: Source) -> str:

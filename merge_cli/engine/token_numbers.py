@@ -8,11 +8,11 @@ from typing import Any
 from merge_cli.checkpoint.config import text_config
 from merge_cli.checkpoint.source import Source
 from merge_cli.checkpoint.tokenizer_files import read_vocabulary
-from merge_cli.engine.vocabulary import Aligned
+from merge_cli.engine.vocabulary import AlignedVocabulary
 from merge_cli.errors import CorruptFileError
 
 
-def renumber(config: Mapping[str, Any], aligned: Aligned) -> dict[str, Any]:
+def renumber(config: Mapping[str, Any], aligned: AlignedVocabulary) -> dict[str, Any]:
     """A config, or generation settings, with the output's token numbers and number of rows."""
 
     def walk(about: Mapping[str, Any]) -> dict[str, Any]:

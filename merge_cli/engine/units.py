@@ -19,7 +19,7 @@ UNIT_BYTES = 48 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Unit:
+class Chunk:
     """Elements [start, stop) of the task at index `task`; `number` counts over the plan."""
 
     number: int
@@ -28,13 +28,13 @@ class Unit:
     stop: int
 
 
-def cut_units(tasks: Sequence[TensorTask]) -> list[Unit]:
+def cut_chunks(tasks: Sequence[TensorTask]) -> list[Chunk]:
     """Every element of every task, once, in order; an empty tensor is one empty unit."""
-    units: list[Unit] = []
+    units: list[Chunk] = []
     for index, task in enumerate(tasks):
         starts = span_starts(task)
         for start, stop in zip(starts, starts[1:] or [0], strict=False):
-            units.append(Unit(len(units), index, start, stop))
+            units.append(Chunk(len(units), index, start, stop))
     return units
 
 

@@ -11,14 +11,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from merge_cli.checkpoint.config import text_config
-from merge_cli.checkpoint.gathered import Gathered, Rows, padded
+from merge_cli.checkpoint.gathered import PermutedRows, SourceRows, padded
 from merge_cli.checkpoint.source import Source, open_tokenizer
 from merge_cli.checkpoint.tensors import Tensor
 from merge_cli.checkpoint.tokenizer_document import converted_vocabulary
 from merge_cli.checkpoint.tokenizer_files import opaque_files, read_vocabulary
 from merge_cli.checkpoint.union import join
 from merge_cli.engine.heads import EMBEDDINGS, View
-from merge_cli.engine.rows import Filling, Key, Words
+from merge_cli.engine.rows import Key, SourceVocabulary, TokenAligner
 from merge_cli.engine.token_bounds import check_numbers
 from merge_cli.errors import MergeCliError, RecipeError, SourceError
 from merge_cli.recipe.reference import local_folder, parse_reference
@@ -26,12 +26,23 @@ from merge_cli.recipe.schema import Recipe
 from merge_cli.recipe.tokenizer import BASE, UNION
 
 # What tensors with a row for each token are called, whatever the architecture.
-_WORDS = ("embed", "wte", "lm_head", "shared.weight", "output.weight", "decoder.weight",
-          "decoder.bias", "predictions.bias", "final_logits_bias", "logits", "head")  # fmt: skip
+_WORDS = (
+    "embed",
+    "wte",
+    "lm_head",
+    "shared.weight",
+    "output.weight",
+    "decoder.weight",
+    "decoder.bias",
+    "predictions.bias",
+    "final_logits_bias",
+    "logits",
+    "head",
+)
 
 
 @dataclass(frozen=True)
-class Aligned:
+class AlignedVocabulary:
     """Sources with one vocabulary.
 
     Attributes:
@@ -70,7 +81,7 @@ class Aligned:
 
 def align(
     recipe: Recipe, sources: Sequence[Source], views: Sequence[View], base: int | None, donor: int
-) -> Aligned:
+) -> AlignedVocabulary:
     """Bring the sources' embeddings and heads into the order that the recipe asks for.
 
     Args:
@@ -83,13 +94,13 @@ def align(
     """
     spec = recipe.tokenizer
     if spec is None:
-        return Aligned(tuple(views), donor)
+        return AlignedVocabulary(tuple(views), donor)
     if spec.truncate:
         return truncated(sources, views, donor)
     return _Alignment(recipe, sources, views, base, donor).result()
 
 
-def truncated(sources: Sequence[Source], views: Sequence[View], donor: int) -> Aligned:
+def truncated(sources: Sequence[Source], views: Sequence[View], donor: int) -> AlignedVocabulary:
     """Every model with as many rows as the smallest has: mergekit's unsafe-truncate-embeddings."""
     import numpy as np
 
@@ -105,24 +116,28 @@ def truncated(sources: Sequence[Source], views: Sequence[View], donor: int) -> A
             continue
         for i, (new, count) in enumerate(zip(cut, counts, strict=True)):
             if count > rows:
-                table = Rows(np.full(rows, i, np.int32), np.arange(rows, dtype=np.int64), {})
-                new[name] = Gathered(parts[i], tuple(parts), table)
+                table = SourceRows(np.full(rows, i, np.int32), np.arange(rows, dtype=np.int64), {})
+                new[name] = PermutedRows(parts[i], tuple(parts), table)
         longer = [f"{s.label} {n}" for s, n in zip(sources, counts, strict=True) if n > rows]
         notes.append(f"vocabulary: {name} is cut to {rows} rows ({', '.join(longer)})")
     if not notes:
-        return Aligned(tuple(views), donor, notes=("vocabulary: nothing to truncate",))
+        return AlignedVocabulary(tuple(views), donor, notes=("vocabulary: nothing to truncate",))
     notes.append(
         "vocabulary: cutting is right only where the same number means the same token in every "
         "model; the tokenizer's files stay as they are"
     )
-    return Aligned(tuple(cut), donor, rows=min(heights), notes=tuple(notes), changed=True)
+    return AlignedVocabulary(tuple(cut), donor, rows=min(heights), notes=tuple(notes), changed=True)
 
 
 class _Alignment:
     def __init__(
-        self, recipe: Recipe, sources: Sequence[Source], views: Sequence[View],
-        base: int | None, donor: int,
-    ) -> None:  # fmt: skip
+        self,
+        recipe: Recipe,
+        sources: Sequence[Source],
+        views: Sequence[View],
+        base: int | None,
+        donor: int,
+    ) -> None:
         assert recipe.tokenizer is not None
         self._recipe, self._spec = recipe, recipe.tokenizer
         self._sources, self._views = sources, views
@@ -137,7 +152,7 @@ class _Alignment:
         for source, tokens, rows in zip(sources, self._tokens, self._rows, strict=True):
             check_numbers(source, tokens, rows)
 
-    def result(self) -> Aligned:
+    def result(self) -> AlignedVocabulary:
         chosen, vocabulary, files = self._output()
         own_rows = self._rows[chosen] if self._guest is None else 0
         filled = max([own_rows, *(number + 1 for number in vocabulary.values())])
@@ -148,10 +163,13 @@ class _Alignment:
         keys: list[Key] = list(range(filled))
         for token, number in vocabulary.items():
             keys[number] = token
-        words = [Words(*one) for one in zip(
-            (source.label for source in self._sources), self._tokens, self._rows, strict=True
-        )]  # fmt: skip
-        filling = Filling(self._recipe, words, self._base, self._index)
+        words = [
+            SourceVocabulary(*one)
+            for one in zip(
+                (source.label for source in self._sources), self._tokens, self._rows, strict=True
+            )
+        ]
+        filling = TokenAligner(self._recipe, words, self._base, self._index)
         tables = [padded(table, rows, vocabulary.values()) for table in filling.tables(keys)]
         if filling.problems:
             raise RecipeError(filling.problems)
@@ -168,7 +186,7 @@ class _Alignment:
             )
         ids = self._ids(vocabulary)
         notes = tuple(self._notes)
-        return Aligned(views, chosen, files, rows, ids, notes, bool(changed), self._guest)
+        return AlignedVocabulary(views, chosen, files, rows, ids, notes, bool(changed), self._guest)
 
     def _fill_in(self) -> None:
         """A model without tokenizer files counts its rows as the base does."""
@@ -191,8 +209,9 @@ class _Alignment:
         if self._spec.source == UNION:
             others = [
                 (self._sources[i], self._with_rows(i))
-                for i in range(len(self._sources)) if i != self._first
-            ]  # fmt: skip
+                for i in range(len(self._sources))
+                if i != self._first
+            ]
         source = self._guest or self._sources[chosen]
         own = _vocabulary(source) if self._guest else self._tokens[chosen]
         union = join(source, others, own, list(self._spec.tokens))
@@ -244,25 +263,28 @@ class _Alignment:
                 return i
         return None
 
-    def _gather(self, tables: Sequence[Rows], rows: int) -> tuple[tuple[View, ...], list[str]]:
+    def _gather(
+        self, tables: Sequence[SourceRows], rows: int
+    ) -> tuple[tuple[View, ...], list[str]]:
         """Every source's tensors, those with a row for each token rearranged; their names."""
         import numpy as np
 
         names = _names_with_tokens(self._views, self._rows)
         moved = [
             not (
-                rows == self._rows[i] and bool((table.part == i).all())
+                rows == self._rows[i]
+                and bool((table.part == i).all())
                 and bool((table.row == np.arange(rows)).all())
             )
             for i, table in enumerate(tables)
-        ]  # fmt: skip
+        ]
         views = []
         for view, table, changed in zip(self._views, tables, moved, strict=True):
             new: dict[str, Tensor] = dict(view)
             if changed:
                 for name in names:
                     parts = tuple(other[name] for other in self._views)
-                    new[name] = Gathered(view[name], parts, table)
+                    new[name] = PermutedRows(view[name], parts, table)
             views.append(new)
         return tuple(views), names if any(moved) else []
 
@@ -297,12 +319,16 @@ def _vocabulary(source: Source) -> Mapping[str, int]:
 
 def _height(source: Source, view: View) -> int:
     """Rows of a source's input embedding."""
-    found = [ref.shape[0] for name, ref in view.items()
-             if name.endswith(EMBEDDINGS) and len(ref.shape) == 2]  # fmt: skip
+    found = [
+        ref.shape[0]
+        for name, ref in view.items()
+        if name.endswith(EMBEDDINGS) and len(ref.shape) == 2
+    ]
     wanted = text_config(source.config).get("vocab_size")
     if isinstance(wanted, int) and wanted in found:
         return wanted
     if not found:
-        raise SourceError("has no input embedding whose rows could be rearranged",
-                          model=source.label)  # fmt: skip
+        raise SourceError(
+            "has no input embedding whose rows could be rearranged", model=source.label
+        )
     return max(found)

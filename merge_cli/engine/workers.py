@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from merge_cli.engine.device import Device, choose_arithmetic
-from merge_cli.engine.lanes import Files, HostLane, Lane, TorchLane
-from merge_cli.engine.memory import LaneRoom
+from merge_cli.engine.lanes import Files, HostWorker, TorchWorker, WorkerContext
+from merge_cli.engine.memory import WorkerMemory
 from merge_cli.engine.plan import Plan
 from merge_cli.errors import ResourceError
 from merge_cli.machine import torch_threads
@@ -23,17 +23,17 @@ def arithmetic_for(plan: Plan, device: Device) -> tuple[str, str]:
     return ("torch", why) if why else ("triton", "")
 
 
-def lane_maker(
-    files: Files, device: Device, arithmetic: str, room: LaneRoom
-) -> Callable[[int], Lane]:
+def worker_factory(
+    files: Files, device: Device, arithmetic: str, room: WorkerMemory
+) -> Callable[[int], WorkerContext]:
     """What makes the pool's lanes. Devices take turns."""
     if device.kind == "cuda":
-        from merge_cli.engine.staging import cuda_lane
+        from merge_cli.engine.staging import cuda_worker
 
-        return lambda number: cuda_lane(
+        return lambda number: cuda_worker(
             files, device.indexes[number % len(device.indexes)], room.block
         )
-    kind = HostLane if arithmetic == "compiled" else TorchLane
+    kind = HostWorker if arithmetic == "compiled" else TorchWorker
     return lambda number: kind(files, room.block, room.inputs)
 
 

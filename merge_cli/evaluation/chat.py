@@ -110,8 +110,10 @@ class _Renderer:
         if self._process is None:
             self._process = subprocess.Popen(
                 python_command("merge_cli.evaluation.chat_child"),
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-            )  # fmt: skip
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+            )
         return self._process
 
     def _ended(self) -> str:

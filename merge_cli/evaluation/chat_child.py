@@ -45,9 +45,11 @@ def _answer(shell: Any, request: dict[str, Any]) -> bytes:
     try:
         shell.special_tokens_map = request["special"]
         text = shell.apply_chat_template(
-            request["messages"], chat_template=request["template"], tokenize=False,
+            request["messages"],
+            chat_template=request["template"],
+            tokenize=False,
             add_generation_prompt=request["prompt"],
-        )  # fmt: skip
+        )
         answer = _line({"text": text})
         if len(answer) <= MAX_BYTES:
             return answer

@@ -16,14 +16,14 @@ from merge_cli.checkpoint.files import companion_files, is_companion
 from merge_cli.checkpoint.source import Source
 from merge_cli.errors import SourceError
 from merge_cli.evaluation.cache import cache_folder, write_atomically
-from merge_cli.evaluation.task import file_digest
+from merge_cli.evaluation.task import file_fingerprint
 from merge_cli.machine import usable_cores
 from merge_cli.sealed import read_sealed, seal
 
 _SETTLED = 2.0  # seconds: a younger file may change within the clock's resolution
 
 
-def model_digest(root: Path) -> str:
+def model_fingerprint(root: Path) -> str:
     """SHA-256 over names and contents of a model folder's weights, config and tokenizer files.
 
     Documentation and reports do not count: they change no prediction.
@@ -42,7 +42,7 @@ def model_digest(root: Path) -> str:
     return _joined(files, digests)
 
 
-def remembered_digest(root: Path) -> str | None:
+def cached_fingerprint(root: Path) -> str | None:
     """`model_digest`, if it is known without reading weights; else None.
 
     Raises:
@@ -50,13 +50,14 @@ def remembered_digest(root: Path) -> str | None:
     """
     files = _files(root)
     digests = [
-        _remembered(path) if path.suffix == ".safetensors" else file_digest(path) for path in files
+        _remembered(path) if path.suffix == ".safetensors" else file_fingerprint(path)
+        for path in files
     ]
     known = [digest for digest in digests if digest is not None]
     return _joined(files, known) if len(known) == len(files) else None
 
 
-def source_digest(source: Source) -> str:
+def source_fingerprint(source: Source) -> str:
     """`model_digest` of an opened source that is a model by itself.
 
     Raises:
@@ -64,7 +65,7 @@ def source_digest(source: Source) -> str:
         OSError: a file cannot be read.
     """
     refuse_adapter(source)
-    return model_digest(source.root)
+    return model_fingerprint(source.root)
 
 
 def source_identity(source: Source) -> str:
@@ -76,7 +77,7 @@ def source_identity(source: Source) -> str:
     refuse_adapter(source)
     if source.hub is not None and source.hub.commit:
         return f"{source.hub.repo_id}@{source.hub.commit}"
-    return source_digest(source)
+    return source_fingerprint(source)
 
 
 def remembered_identity(source: Source) -> str | None:
@@ -91,7 +92,7 @@ def remembered_identity(source: Source) -> str | None:
     refuse_adapter(source)
     if source.hub is not None and source.hub.commit:
         return source_identity(source)
-    return remembered_digest(source.root)
+    return cached_fingerprint(source.root)
 
 
 def refuse_changed(source: Source, identity: str) -> None:
@@ -105,7 +106,7 @@ def refuse_changed(source: Source, identity: str) -> None:
     Raises:
         SourceError: it has been written to meanwhile.
     """
-    if source.hub is None and source_digest(source) != identity:
+    if source.hub is None and source_fingerprint(source) != identity:
         hint = "Run the command again when nothing writes to it."
         raise SourceError("has changed while it was loaded", model=source.label, hint=hint)
 
@@ -122,11 +123,11 @@ def refuse_adapter(source: Source) -> None:
         raise SourceError(what, model=source.label, hint=hint)
 
 
-def companions_digest(root: Path) -> str:
+def auxiliary_fingerprint(root: Path) -> str:
     """SHA-256 over a model folder's tokenizer, template and generation files."""
     state = hashlib.sha256()
     for path in companion_files(root):
-        state.update(f"{path.name}\0{file_digest(path)}\n".encode())
+        state.update(f"{path.name}\0{file_fingerprint(path)}\n".encode())
     return state.hexdigest()
 
 
@@ -162,7 +163,7 @@ def _digest(path: Path, stop: threading.Event) -> str:
     if found is not None:
         return found
     about, place = path.stat(), _place(path)
-    digest = file_digest(path, stop)
+    digest = file_fingerprint(path, stop)
     newest = max(about.st_mtime, about.st_ctime)
     if _now() - newest > _SETTLED and not stop.is_set():
         write_atomically(place, seal({"sha256": digest}))

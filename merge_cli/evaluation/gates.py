@@ -24,8 +24,11 @@ from merge_cli.evaluation.task import Task
 from merge_cli.recipe.keys import nearest
 
 _OPERATORS: dict[str, Callable[[float, float], bool]] = {
-    "<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt,
-}  # fmt: skip
+    "<=": operator.le,
+    ">=": operator.ge,
+    "<": operator.lt,
+    ">": operator.gt,
+}
 _GATE = re.compile(r"\s*(?P<metric>[^<>=]+?)\s*(?P<sign><=|>=|<|>)\s*(?P<number>[^<>=\s]+)\s*")
 _NO_WORSE = re.compile(
     r"\s*(?P<model>.+?):(?P<metric>[^:+]+?)(?:\s*\+\s*(?P<margin>[\d.eE-]+)\s*(?P<share>%?))?\s*"
@@ -120,9 +123,13 @@ def _on_model(text: str, known: Known) -> Gate:
     task, metric = _named(match["metric"], text, known)
     relative = match["share"] == "%"
     return Gate(
-        text, task, metric, reference=match["model"], relative=relative,
+        text,
+        task,
+        metric,
+        reference=match["model"],
+        relative=relative,
         margin=margin / 100 if relative else margin,
-    )  # fmt: skip
+    )
 
 
 def _number(text: str) -> float | None:
@@ -142,8 +149,9 @@ def _named(text: str, gate: str, known: Known) -> tuple[str, str]:
         hint = nearest(task or text, known)
         raise UsageError(f"'{gate}': no task '{task or text}' is evaluated.", hint=hint)
     if known[task] and metric not in known[task]:
-        raise UsageError(f"'{gate}': {task} has no metric '{metric}'.",
-                         hint=nearest(metric, known[task]))  # fmt: skip
+        raise UsageError(
+            f"'{gate}': {task} has no metric '{metric}'.", hint=nearest(metric, known[task])
+        )
     return task, metric
 
 

@@ -141,13 +141,16 @@ def load(
     if needed > room:
         _need_accelerate(source.label, needed, room)
         folder = TemporaryDirectory(prefix="merge-cli-offload-")
-        options |= {"device_map": "auto", "offload_folder": folder.name,
-                    "max_memory": _shares(chosen.indexes, room)}  # fmt: skip
+        options |= {
+            "device_map": "auto",
+            "offload_folder": folder.name,
+            "max_memory": _shares(chosen.indexes, room),
+        }
         device_words += (
             f"; {show_size(needed)} of weights and room for {show_size(room)}: "
             "the rest is read layer by layer"
         )
-    with quiet():
+    with quiet_libraries():
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(source.root), trust_remote_code=False)
             net, about = AutoModelForCausalLM.from_pretrained(
@@ -161,9 +164,16 @@ def load(
     if folder is None:
         net.to(where)
     return LiveModel(
-        source.label, net, tokenizer, device_words, dtype_words,
-        context_of(net.config, max_length), batch_tokens, seed, _folder=folder,
-    )  # fmt: skip
+        source.label,
+        net,
+        tokenizer,
+        device_words,
+        dtype_words,
+        context_of(net.config, max_length),
+        batch_tokens,
+        seed,
+        _folder=folder,
+    )
 
 
 def context_of(config: Any, wanted: int | None) -> int:
@@ -238,7 +248,7 @@ def _need_accelerate(label: str, needed: int, room: int) -> None:
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
+def quiet_libraries() -> Iterator[None]:
     """Loading without transformers' own bars and advice: this tool has its own."""
     import transformers
 

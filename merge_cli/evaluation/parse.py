@@ -52,14 +52,14 @@ def parse_eval(root: Node, file: str, folder: Path) -> EvalSpec:
     Raises:
         RecipeError: as above.
     """
-    parser = _Parser(file, folder)
+    parser = _EvalParser(file, folder)
     spec = parser.spec(root)
     if parser.problems:
         raise RecipeError(parser.problems)
     return spec
 
 
-class _Parser:
+class _EvalParser:
     def __init__(self, file: str, folder: Path) -> None:
         self.file, self.folder = file, folder
         self.problems: list[Problem] = []
@@ -93,8 +93,11 @@ class _Parser:
 
     def _task(self, node: Node, key: str, limit: int | None) -> Task | None:
         if not isinstance(node.value, dict):
-            self._add(node, key, f"must be a mapping such as {{task: loss, data: FILE}} "
-                                 f"(got {node.plain()!r})")  # fmt: skip
+            self._add(
+                node,
+                key,
+                f"must be a mapping such as {{task: loss, data: FILE}} (got {node.plain()!r})",
+            )
             return None
         named = node.value.get("task")
         short = next((kind for kind in ("lm_eval", "python") if kind in node.value), None)
@@ -104,8 +107,9 @@ class _Parser:
             return None
         if not isinstance(word, str) or word not in KINDS:
             word = named.plain() if named else word
-            self._add(named or node, f"{key}.task", f"unknown task {word!r}.",
-                      nearest(str(word), KINDS))  # fmt: skip
+            self._add(
+                named or node, f"{key}.task", f"unknown task {word!r}.", nearest(str(word), KINDS)
+            )
             return None
         kind = KINDS[word]
         hints = get_type_hints(kind)
@@ -155,8 +159,11 @@ class _Parser:
                 return None, ""
             (hint,) = (kind for kind in get_args(hint) if kind is not type(None))
         if hint is Path:
-            return (self.folder / expanded(value), "") if isinstance(value, str) else (
-                None, "must be a path")  # fmt: skip
+            return (
+                (self.folder / expanded(value), "")
+                if isinstance(value, str)
+                else (None, "must be a path")
+            )
         if get_origin(hint) is tuple:
             texts = [value] if isinstance(value, str) else value
             fits = isinstance(texts, list) and all(isinstance(text, str) for text in texts)

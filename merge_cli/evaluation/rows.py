@@ -147,11 +147,11 @@ def encode(
     else:
         prompt, text = row.pair()
     found = encode_pair(prompt, text, tokenizer, row_start(tokenizer) if start is None else start)
-    need_known(row, found.ids, tokenizer, entries)
+    require_known(row, found.ids, tokenizer, entries)
     return found
 
 
-def need_known(row: Row, ids: Sequence[int], tokenizer: Any, entries: int | None) -> None:
+def require_known(row: Row, ids: Sequence[int], tokenizer: Any, entries: int | None) -> None:
     """Refuse tokens that a model has no embedding for, before it runs into them.
 
     Raises:

@@ -15,7 +15,7 @@ from merge_cli.checkpoint.source import Source, fetch_weights, open_source
 from merge_cli.engine.device import choose_device
 from merge_cli.errors import Interrupted, NonFiniteError, UsageError
 from merge_cli.evaluation import cache
-from merge_cli.evaluation.digest import refuse_changed, source_digest
+from merge_cli.evaluation.digest import refuse_changed, source_fingerprint
 from merge_cli.evaluation.live import LiveModel, choose_dtype, load, memory_errors
 from merge_cli.evaluation.parse import parse_eval, read_eval
 from merge_cli.evaluation.result import Cost, Evaluation, TaskResult
@@ -96,7 +96,7 @@ def _opened(model: str, folder: Path) -> Source:
 
 def evaluate_source(source: Source, spec: EvalSpec, show: Show = _silent) -> Evaluation:
     """The same for an opened source whose weights are on disk."""
-    digest = source_digest(source)
+    digest = source_fingerprint(source)
     device = choose_device(spec.device)
     dtype, why = choose_dtype(source, device.kind, spec.dtype)
     how = {

@@ -24,7 +24,7 @@ _PROBE = 64  # elements of a row by which candidates are looked up before they a
 
 
 @dataclass(frozen=True)
-class Seat:
+class ParameterSlice:
     """A parameter, or a part of one.
 
     Attributes:
@@ -43,7 +43,7 @@ class Seat:
         return self.parameter.detach()[self.index]
 
 
-def find_seats(plan: Plan, net: Any) -> dict[str, Seat]:
+def find_parameter_slices(plan: Plan, net: Any) -> dict[str, ParameterSlice]:
     """For each output tensor the parameter or buffer that holds it, or a part of one.
 
     Args:
@@ -53,11 +53,14 @@ def find_seats(plan: Plan, net: Any) -> dict[str, Seat]:
         MismatchError: parameters that no output tensor is for: transformers builds them from
             tensors that are stored otherwise, or they are not in this process's memory.
     """
-    elsewhere = [name for name, value in (*net.named_parameters(), *net.named_buffers())
-                 if value.device.type == "meta"]  # fmt: skip
+    elsewhere = [
+        name
+        for name, value in (*net.named_parameters(), *net.named_buffers())
+        if value.device.type == "meta"
+    ]
     donor = plan.sources[plan.donor].tensors
     stored = {task.name: donor.get(task.name) for task in plan.tasks}
-    seats, needed = seats_of({task.name: task.shape for task in plan.tasks}, stored, net)
+    seats, needed = parameter_slices({task.name: task.shape for task in plan.tasks}, stored, net)
     problems = [
         Problem("no tensor of the output is this parameter, so that it cannot be rewritten", name)
         for name in sorted(needed)
@@ -67,9 +70,9 @@ def find_seats(plan: Plan, net: Any) -> dict[str, Seat]:
     return seats
 
 
-def seats_of(
+def parameter_slices(
     shapes: Mapping[str, tuple[int, ...]], stored: Mapping[str, Any], net: Any
-) -> tuple[dict[str, Seat], set[str]]:
+) -> tuple[dict[str, ParameterSlice], set[str]]:
     """Where tensors lie in a live model, and its parameters in which none does.
 
     Args:
@@ -80,7 +83,7 @@ def seats_of(
     needed = dict(net.named_parameters())
     found = needed | {name: value for name, value in net.named_buffers() if name not in needed}
     names = by_name(shapes, found)
-    seats = {name: Seat(found[own]) for name, own in names.items()}
+    seats = {name: ParameterSlice(found[own]) for name, own in names.items()}
     for own in names.values():
         needed.pop(own, None)
     if needed and all(value.device.type != "meta" for value in found.values()):
@@ -138,7 +141,7 @@ def layer_of(name: str) -> str:
 
 def _by_content(
     parameters: Mapping[str, Any], loose: Iterable[TensorRef]
-) -> dict[str, dict[str, Seat]]:
+) -> dict[str, dict[str, ParameterSlice]]:
     """Parameters that are made up of stored matrices, with the place of each of these."""
     by_layer: dict[str, list[TensorRef]] = {}
     for tensor in sorted(loose, key=lambda tensor: natural_key(tensor.name)):
@@ -155,17 +158,17 @@ def _by_content(
     }
 
 
-def _parts(parameter: Any, tensors: Iterable[TensorRef], read: Read) -> dict[str, Seat]:
+def _parts(parameter: Any, tensors: Iterable[TensorRef], read: Read) -> dict[str, ParameterSlice]:
     """Stored matrices that lie in a parameter, each with its part; equal ones in order."""
     import torch
 
     width = parameter.shape[-1] if parameter.dim() else 0
     fitting = [t for t in tensors if t.shape[-1:] == (width,) and len(t.shape) <= parameter.dim()]
-    free: dict[tuple[tuple[int, ...], bytes], list[Seat]] = {}
+    free: dict[tuple[tuple[int, ...], bytes], list[ParameterSlice]] = {}
     for shape in {tensor.shape for tensor in fitting}:
         for seat in _places(parameter, shape):
             free.setdefault((shape, _probe(seat.values)), []).append(seat)
-    found: dict[str, Seat] = {}
+    found: dict[str, ParameterSlice] = {}
     for tensor in fitting:
         numbers = torch.from_numpy(read_numbers(read, tensor, 0, tensor.size))
         values = numbers.to(parameter.detach()).float().reshape(tensor.shape)
@@ -178,20 +181,20 @@ def _parts(parameter: Any, tensors: Iterable[TensorRef], read: Read) -> dict[str
     return found
 
 
-def _places(parameter: Any, shape: tuple[int, ...]) -> Iterator[Seat]:
+def _places(parameter: Any, shape: tuple[int, ...]) -> Iterator[ParameterSlice]:
     """Where a matrix of this shape may lie in a stack of matrices, or in a taller one."""
     if tuple(parameter.shape) == shape:
-        yield Seat(parameter)
+        yield ParameterSlice(parameter)
         return
     if len(shape) != 2 or parameter.dim() > 3 or parameter.shape[-2] % shape[0]:
         return
     experts = [(e,) for e in range(len(parameter))] if parameter.dim() == 3 else [()]
     for expert in experts:
         for start in range(0, parameter.shape[-2], shape[0]):
-            yield Seat(parameter, (*expert, slice(start, start + shape[0])))
+            yield ParameterSlice(parameter, (*expert, slice(start, start + shape[0])))
 
 
-def _is(seat: Seat, values: Any) -> bool:
+def _is(seat: ParameterSlice, values: Any) -> bool:
     """Whether it holds these numbers, as float32 has them."""
     import torch
 

@@ -88,7 +88,7 @@ class DataTask(Task):
 
     def data_digest(self) -> str:
         try:
-            return file_digest(self.data)
+            return file_fingerprint(self.data)
         except FileNotFoundError:
             raise SourceError("no such data file", file=str(self.data)) from None
         except OSError as error:
@@ -114,7 +114,7 @@ def cut_note(count: int, total: int, what: str, tokens: int) -> tuple[str, ...]:
     return (f"{count:,} of {total:,} {subject} longer than {tokens:,} tokens: {done}",)
 
 
-def file_digest(path: Path, stop: threading.Event | None = None) -> str:
+def file_fingerprint(path: Path, stop: threading.Event | None = None) -> str:
     """SHA-256 of a file.
 
     Args:

@@ -24,7 +24,7 @@ from merge_cli.evaluation.cache import cache_folder
 from merge_cli.evaluation.digest import refuse_changed
 from merge_cli.evaluation.examples import Example, micro_batches, padded
 from merge_cli.evaluation.live import LiveModel, load
-from merge_cli.evaluation.watch import need_finite
+from merge_cli.evaluation.watch import require_finite
 from merge_cli.sizes import show_size
 
 _FORMAT = 3
@@ -36,7 +36,7 @@ Tell = Callable[[int, int], None]  # tokens done, tokens in all
 
 
 @dataclass(frozen=True)
-class Kept:
+class KeptPredictions:
     """How predictions are kept.
 
     Attributes:
@@ -84,7 +84,7 @@ class Teacher:
     def predictions(
         self,
         examples: Sequence[Example],
-        kept: Kept,
+        kept: KeptPredictions,
         tell: Tell,
         *,
         share: tuple[int, int] = (0, 1),
@@ -109,12 +109,12 @@ class Teacher:
             tell(done, total)
         return Predictions(files, tables)
 
-    def missing(self, examples: Sequence[Example], kept: Kept) -> int:
+    def missing(self, examples: Sequence[Example], kept: KeptPredictions) -> int:
         """Sequences that are not in the cache."""
         groups = [examples[i : i + _GROUP] for i in range(0, len(examples), _GROUP)]
         return sum(len(g) for g in groups if kept.k is None or not _whole(self.place(g, kept)))
 
-    def place(self, group: Sequence[Example], kept: Kept) -> Path:
+    def place(self, group: Sequence[Example], kept: KeptPredictions) -> Path:
         """The file of a group of sequences."""
         # Other devices and versions round otherwise: the same command would learn other bits.
         how = f"{self._device.partition(':')[0]} {version('torch')} {version('transformers')}"
@@ -130,7 +130,7 @@ class Teacher:
         """Give its memory back."""
         self._live = None
 
-    def _predict(self, group: Sequence[Example], kept: Kept) -> dict[str, Any]:
+    def _predict(self, group: Sequence[Example], kept: KeptPredictions) -> dict[str, Any]:
         import torch
 
         if self._live is None:
@@ -144,7 +144,7 @@ class Teacher:
             logits = live.logits(ids, mask)
             for row, number in enumerate(batch):
                 own = logits[row][counted[row].to(logits.device)]
-                need_finite(own.float().logsumexp(-1), self._source.label)
+                require_finite(own.float().logsumexp(-1), self._source.label)
                 k = live.vocabulary if kept.k is None else kept.k
                 found[number] = _in_chunks(own, k, kept.temperature)
         self.tokens, self.passes = live.cost.tokens, live.cost.forward_passes

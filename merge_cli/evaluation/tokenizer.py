@@ -6,7 +6,7 @@ from typing import Any
 
 from merge_cli.checkpoint.source import Source
 from merge_cli.errors import SourceError
-from merge_cli.evaluation.live import quiet
+from merge_cli.evaluation.live import quiet_libraries
 
 
 def load_tokenizer(source: Source) -> Any:
@@ -17,7 +17,7 @@ def load_tokenizer(source: Source) -> Any:
     """
     from transformers import AutoTokenizer
 
-    with quiet():
+    with quiet_libraries():
         try:
             return AutoTokenizer.from_pretrained(str(source.root), trust_remote_code=False)
         except Exception as error:  # the package tokenizers raises nothing more special

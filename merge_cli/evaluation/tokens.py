@@ -136,9 +136,13 @@ def _tokenised(text: str, tokenizer: Any) -> tuple[list[int], list[int] | None]:
     if not getattr(tokenizer, "is_fast", False):
         return list(tokenizer.encode(text, add_special_tokens=False, verbose=False)), None
     found = tokenizer(
-        text, add_special_tokens=False, return_offsets_mapping=True, verbose=False,
-        truncation=False, padding=False,
-    )  # fmt: skip
+        text,
+        add_special_tokens=False,
+        return_offsets_mapping=True,
+        verbose=False,
+        truncation=False,
+        padding=False,
+    )
     ids, ends = list(found["input_ids"]), [end for _, end in found["offset_mapping"]]
     # A tokenizer that was made by hand may not keep track; then the prompt's own tokens must do.
     known = not ids or 0 < max(ends) <= len(text)

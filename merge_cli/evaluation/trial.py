@@ -23,7 +23,7 @@ from merge_cli.recipe.reference import ModelRef
 FILE = "merge_evaluation.json"
 
 
-class Trial:
+class QualityCheck:
     """What a merge is to be evaluated on.
 
     Args:

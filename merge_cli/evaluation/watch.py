@@ -38,7 +38,7 @@ def watched(live: LiveModel) -> Iterator[None]:
     def after(net: Any, args: tuple[Any, ...], found: Any) -> None:
         logits = getattr(found, "logits", None)
         if logits is not None:
-            need_finite(logits.float().logsumexp(-1), live.label)
+            require_finite(logits.float().logsumexp(-1), live.label)
 
     hooks = [
         live.net.register_forward_pre_hook(before, with_kwargs=True),
@@ -51,7 +51,7 @@ def watched(live: LiveModel) -> Iterator[None]:
             hook.remove()
 
 
-def need_finite(values: Any, label: str) -> None:
+def require_finite(values: Any, label: str) -> None:
     """Refuse predictions that are no numbers, whatever a score would make of them.
 
     Args:

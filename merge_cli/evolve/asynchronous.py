@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from merge_cli.evolve.evaluations import Evaluations
-from merge_cli.evolve.evaluator import Job, Outcome
+from merge_cli.evolve.evaluator import EvaluationJob, EvaluationOutcome
 from merge_cli.evolve.loop import Base, Candidate
 from merge_cli.evolve.objectives import Split
 from merge_cli.evolve.optimizers import Optimizer
@@ -31,9 +31,14 @@ class Asynchronous:
     """
 
     def __init__(
-        self, search: Search, space: Space, split: Split, base: Base, optimizer: Optimizer,
+        self,
+        search: Search,
+        space: Space,
+        split: Split,
+        base: Base,
+        optimizer: Optimizer,
         evaluations: Evaluations,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._limit, self._space, self._split = search.evaluations, space, split
         self._base, self._optimizer, self._evaluations = base, optimizer, evaluations
         self._ranking = Ranking(len(split.weighted))
@@ -55,7 +60,7 @@ class Asynchronous:
             self._take(outcome)
         self.ended = self._optimizer.ended or f"all {self._limit} evaluations are used"
 
-    def _jobs(self) -> Iterator[tuple[Job, Mapping[str, Any]]]:
+    def _jobs(self) -> Iterator[tuple[EvaluationJob, Mapping[str, Any]]]:
         """What was out when the search was stopped, then new ones; each asked when it is taken."""
         for number in sorted(self._out):
             yield self._job(number)
@@ -70,13 +75,16 @@ class Asynchronous:
         self._out.add(number)
         return number, genome
 
-    def _job(self, number: int) -> tuple[Job, Mapping[str, Any]]:
+    def _job(self, number: int) -> tuple[EvaluationJob, Mapping[str, Any]]:
         genome = self._genomes[number]
-        about = {"generation": number // self._population, "genome": genome,
-                 "parameters": plain_values(self._space, genome)}  # fmt: skip
-        return Job(number, self._space.recipe(genome)), about
+        about = {
+            "generation": number // self._population,
+            "genome": genome,
+            "parameters": plain_values(self._space, genome),
+        }
+        return EvaluationJob(number, self._space.recipe(genome)), about
 
-    def _take(self, outcome: Outcome) -> None:
+    def _take(self, outcome: EvaluationOutcome) -> None:
         """Remember a candidate and tell the optimizer."""
         number = outcome.number
         self._out.discard(number)

@@ -16,24 +16,33 @@ from merge_cli.engine.options import MergeOptions
 from merge_cli.engine.plan import TensorTask
 from merge_cli.engine.planner import make_plan
 from merge_cli.evaluation.live import LiveModel
-from merge_cli.evaluation.seats import find_seats
-from merge_cli.evolve.merger import Merger
+from merge_cli.evaluation.seats import find_parameter_slices
+from merge_cli.evolve.merger import InMemoryMerger
 from merge_cli.evolve.resident import (
-    Place,
-    ResidentFiles,
-    choose_place,
+    InMemoryFiles,
+    SourcesInMemory,
+    choose_residency,
 )
-from merge_cli.evolve.shell import load_shell
+from merge_cli.evolve.shell import load_scaffold
 from merge_cli.recipe.schema import Recipe
 
 # Methods, or sets of sources (a greedy soup tries one after another), whose threads are kept.
 _ENGINES = 4
-_TORCH = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16",
-          "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8",
-          "BOOL": "bool"}  # fmt: skip
+_TORCH = {
+    "F64": "float64",
+    "F32": "float32",
+    "BF16": "bfloat16",
+    "F16": "float16",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
 
 
-class LiveMerge:
+class MergeableModel:
     """A loaded model, its sources, and what turns a recipe into its weights.
 
     Args:
@@ -52,13 +61,15 @@ class LiveMerge:
         plan = make_plan(recipe)
         self._options, self._device = options, choose_device(options.device)
         refs = list(plan.stored_inputs)
-        self.place: Place = choose_place(refs, self._device, workers, plan.bytes_written)
+        self.place: SourcesInMemory = choose_residency(
+            refs, self._device, workers, plan.bytes_written
+        )
         where = f"cuda:{self._device.indexes[0]}" if self._device.indexes else "cpu"
-        self._files = ResidentFiles(self.place, where)
+        self._files = InMemoryFiles(self.place, where)
         self._files.keep(refs)
-        self.live: LiveModel = load_shell(plan, options, **loading)
-        self._seats = find_seats(plan, self.live.net)
-        self._mergers: OrderedDict[tuple[Any, ...], Merger] = OrderedDict()
+        self.live: LiveModel = load_scaffold(plan, options, **loading)
+        self._seats = find_parameter_slices(plan, self.live.net)
+        self._mergers: OrderedDict[tuple[Any, ...], InMemoryMerger] = OrderedDict()
         self._held: dict[str, str] = {}  # tensor -> what it holds the merge of
         self.rewritten = self.skipped = 0
 
@@ -74,7 +85,7 @@ class LiveMerge:
         if key not in self._mergers:
             plan = make_plan(recipe)
             self._files.keep(plan.stored_inputs)
-            self._mergers[key] = Merger(
+            self._mergers[key] = InMemoryMerger(
                 plan, self._files, self._device, self._options, self.place.residency
             )
             if len(self._mergers) > _ENGINES:
@@ -84,13 +95,15 @@ class LiveMerge:
         tasks = merger.resolved(recipe)
         wanted = {
             task.name: f"{key} {task.action} {sorted(task.parameters.items())}"
-            for task in tasks if task.name in self._seats
-        }  # fmt: skip
+            for task in tasks
+            if task.name in self._seats
+        }
         changed = [
-            number for number, task in enumerate(tasks)
+            number
+            for number, task in enumerate(tasks)
             if task.name in self._seats
             and (merger.surveys or self._held.get(task.name) != wanted[task.name])
-        ]  # fmt: skip
+        ]
         for number in changed:
             self._held.pop(tasks[number].name, None)  # half-way it holds neither
         merger.merge(tasks, changed, self._take)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from merge_cli.engine.options import Progress, Show
+from merge_cli.engine.options import OnProgress, Progress
 from merge_cli.errors import CorruptFileError, MergeCliError
-from merge_cli.evolve.evaluator import Job, Outcome
-from merge_cli.evolve.journal import SearchFolder
+from merge_cli.evolve.evaluator import EvaluationJob, EvaluationOutcome
+from merge_cli.evolve.journal import SearchWorkspace
 from merge_cli.evolve.workers import Workers
 
 _OTHER = "the journal has another candidate at this place than this version would try"
@@ -27,9 +27,15 @@ class Evaluations:
     """
 
     def __init__(
-        self, folder: SearchFolder, workers: Workers, show: Show, *, failures: int, total: int,
+        self,
+        folder: SearchWorkspace,
+        workers: Workers,
+        show: OnProgress,
+        *,
+        failures: int,
+        total: int,
         best: Callable[[], str] = lambda: "",
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._folder, self._workers, self._show = folder, workers, show
         self._limit, self._total, self._best = failures, total, best
         self._known = {(line["kind"], line["number"], line["share"]): line for line in folder.lines}
@@ -37,8 +43,8 @@ class Evaluations:
         self.count = self.reused = 0
 
     def of(
-        self, kind: str, jobs: Sequence[Job], about: Sequence[Mapping[str, Any]]
-    ) -> list[Outcome]:
+        self, kind: str, jobs: Sequence[EvaluationJob], about: Sequence[Mapping[str, Any]]
+    ) -> list[EvaluationOutcome]:
         """The jobs' outcomes, in their order.
 
         Args:
@@ -49,7 +55,7 @@ class Evaluations:
             MergeCliError: too many in a row have failed.
             CorruptFileError: the journal says otherwise.
         """
-        found: dict[int, Outcome] = {}
+        found: dict[int, EvaluationOutcome] = {}
         said = {job.number: dict(more) for job, more in zip(jobs, about, strict=True)}
         missing = []
         for job in jobs:
@@ -61,29 +67,36 @@ class Evaluations:
                 continue
             if not same:
                 raise self.contradicts(job.number)
-            found[job.number] = Outcome.from_json(job.number, line)
+            found[job.number] = EvaluationOutcome.from_json(job.number, line)
             self.reused += 1
             self._note(found[job.number], kind)
         for outcome in self.stream(kind, ((job, said[job.number]) for job in missing)):
             found[outcome.number] = outcome
         return [found[job.number] for job in jobs]
 
-    def stream(self, kind: str, jobs: Iterable[tuple[Job, Mapping[str, Any]]]) -> Iterator[Outcome]:
+    def stream(
+        self, kind: str, jobs: Iterable[tuple[EvaluationJob, Mapping[str, Any]]]
+    ) -> Iterator[EvaluationOutcome]:
         """Jobs that the journal does not know, with what else their lines say; as they come.
 
         A job is taken when a worker is free for it, after what was yielded before has been seen.
         """
-        out: dict[int, tuple[Job, Mapping[str, Any]]] = {}
+        out: dict[int, tuple[EvaluationJob, Mapping[str, Any]]] = {}
 
-        def coming() -> Iterator[Job]:
+        def coming() -> Iterator[EvaluationJob]:
             for job, about in jobs:
                 out[job.number] = job, about
                 yield job
 
         for outcome in self._workers.run(coming()):
             job, about = out.pop(outcome.number)
-            line = {"kind": kind, "number": job.number, "share": job.share,
-                    **about, **outcome.to_json()}  # fmt: skip
+            line = {
+                "kind": kind,
+                "number": job.number,
+                "share": job.share,
+                **about,
+                **outcome.to_json(),
+            }
             self._folder.append(line)
             self._note(outcome, kind)
             yield outcome
@@ -92,7 +105,7 @@ class Evaluations:
         """Write down that a candidate is out, before it is."""
         self._folder.append({"kind": "asked", "number": number, "share": 1.0, "genome": genome})
 
-    def replay(self) -> Iterator[tuple[str, int, list[float], Outcome | None]]:
+    def replay(self) -> Iterator[tuple[str, int, list[float], EvaluationOutcome | None]]:
         """What was asked and what came of it, in the order in which it happened.
 
         Yields:
@@ -102,7 +115,7 @@ class Evaluations:
             if line["kind"] == "asked":
                 yield "asked", line["number"], line["genome"], None
             elif line["kind"] == "candidate":
-                outcome = Outcome.from_json(line["number"], line)
+                outcome = EvaluationOutcome.from_json(line["number"], line)
                 self.reused += 1
                 self._note(outcome, "candidate")
                 yield "candidate", line["number"], line["genome"], outcome
@@ -112,7 +125,7 @@ class Evaluations:
         where, hint = str(self._folder.path), "Start over with --fresh."
         return CorruptFileError(f"candidate {number}: {_OTHER}", file=where, hint=hint)
 
-    def _note(self, outcome: Outcome, kind: str) -> None:
+    def _note(self, outcome: EvaluationOutcome, kind: str) -> None:
         self.count += 1
         self._failed = self._failed + 1 if outcome.error else 0
         if kind == "candidate":

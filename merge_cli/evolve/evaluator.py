@@ -13,8 +13,8 @@ from merge_cli.evaluation.result import Cost, TaskResult
 from merge_cli.evaluation.rows import read_rows
 from merge_cli.evaluation.run import score_task
 from merge_cli.evaluation.task import DataTask, Task
-from merge_cli.evolve.candidate import LiveMerge
-from merge_cli.evolve.objectives import Objective, Split, SplitName, Value, Values, pick
+from merge_cli.evolve.candidate import MergeableModel
+from merge_cli.evolve.objectives import SearchObjective, Split, SplitName, Value, Values, pick
 from merge_cli.machine import torch_threads
 from merge_cli.recipe.schema import Recipe
 
@@ -24,13 +24,13 @@ class Setup:
     """What a worker is made from; it can be sent to another process."""
 
     static: Recipe
-    objective: Objective
+    objective: SearchObjective
     options: MergeOptions
     workers: int = 1
 
 
 @dataclass(frozen=True)
-class Job:
+class EvaluationJob:
     """One evaluation.
 
     Attributes:
@@ -44,7 +44,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class EvaluationOutcome:
     """What came of a job; `error` is empty unless it failed."""
 
     number: int
@@ -59,11 +59,16 @@ class Outcome:
             task: {name: [one.value, one.better] for name, one in metrics.items()}
             for task, metrics in self.values.items()
         }
-        return {"values": values, "error": self.error, "seconds": self.seconds,
-                "tokens": self.tokens, "passes": self.passes}  # fmt: skip
+        return {
+            "values": values,
+            "error": self.error,
+            "seconds": self.seconds,
+            "tokens": self.tokens,
+            "passes": self.passes,
+        }
 
     @classmethod
-    def from_json(cls, number: int, data: dict[str, Any]) -> Outcome:
+    def from_json(cls, number: int, data: dict[str, Any]) -> EvaluationOutcome:
         values = {
             task: {name: Value(*pair) for name, pair in metrics.items()}
             for task, metrics in data["values"].items()
@@ -91,19 +96,24 @@ class Evaluator:
             if isinstance(task, DataTask)
         }
         spec = setup.objective.search.spec
-        self._merge = LiveMerge(
-            setup.static, setup.options, workers=setup.workers, device=spec.device,
-            dtype=spec.dtype, max_length=spec.max_length, batch_tokens=spec.batch_tokens,
+        self._merge = MergeableModel(
+            setup.static,
+            setup.options,
+            workers=setup.workers,
+            device=spec.device,
+            dtype=spec.dtype,
+            max_length=spec.max_length,
+            batch_tokens=spec.batch_tokens,
             seed=spec.seed,
-        )  # fmt: skip
+        )
         self._merge.live.teachers = {}
 
     @property
-    def merge(self) -> LiveMerge:
+    def merge(self) -> MergeableModel:
         """The live model and what it has done."""
         return self._merge
 
-    def answer(self, job: Job) -> Outcome:
+    def answer(self, job: EvaluationJob) -> EvaluationOutcome:
         """Score a candidate. What goes wrong with it is part of the outcome.
 
         Raises:
@@ -133,7 +143,9 @@ class Evaluator:
             cost = _sum(cost, live.cost)
         seconds = round(time.monotonic() - started, 4)
         values = values_of(results)
-        return Outcome(job.number, values, error, seconds, cost.tokens, cost.forward_passes)
+        return EvaluationOutcome(
+            job.number, values, error, seconds, cost.tokens, cost.forward_passes
+        )
 
     def close(self) -> None:
         """Let go of everything."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from merge_cli.evolve.evaluations import Evaluations
-from merge_cli.evolve.evaluator import Job
+from merge_cli.evolve.evaluator import EvaluationJob
 from merge_cli.evolve.loop import Candidate, best_first
 from merge_cli.evolve.objectives import Split, Values
 from merge_cli.recipe.schema import Recipe
@@ -49,9 +49,11 @@ class Greedy:
         self.members = [order[0]]
         for step, source in enumerate(order[1:], start=1):
             (tried,) = self._try([[*self.members, source]], step)
-            if tried.score is not None and best.score is not None and (
-                tried.score.order < best.score.order
-            ):  # fmt: skip
+            if (
+                tried.score is not None
+                and best.score is not None
+                and (tried.score.order < best.score.order)
+            ):
                 self.members, best = [*self.members, source], tried
         self.ended = "every source has been tried"
 
@@ -59,19 +61,27 @@ class Greedy:
         first = len(self.candidates)
         names = [str(spec.model) for spec in self._recipe.models]
         genomes = [[float(i in soup) for i in range(len(names))] for soup in soups]
-        jobs = [Job(first + i, soup_of(self._recipe, soup)) for i, soup in enumerate(soups)]
+        jobs = [
+            EvaluationJob(first + i, soup_of(self._recipe, soup)) for i, soup in enumerate(soups)
+        ]
         about = [
-            {"generation": generation, "genome": genome,
-             "parameters": {"members": [names[i] for i in sorted(soup)]}}
+            {
+                "generation": generation,
+                "genome": genome,
+                "parameters": {"members": [names[i] for i in sorted(soup)]},
+            }
             for genome, soup in zip(genomes, soups, strict=True)
-        ]  # fmt: skip
+        ]
         outcomes = self._evaluations.of("candidate", jobs, about)
         found = [
             Candidate(
-                first + i, generation, genomes[i], outcome,
+                first + i,
+                generation,
+                genomes[i],
+                outcome,
                 None if outcome.error else self._split.score(outcome.values, self._base),
             )
             for i, outcome in enumerate(outcomes)
-        ]  # fmt: skip
+        ]
         self.candidates += found
         return found

@@ -25,7 +25,7 @@ BEST, _RECORD = "best_recipe.yaml", "search.json"
 Line = dict[str, Any]
 
 
-class SearchFolder(Workspace):
+class SearchWorkspace(Workspace):
     """OUT.search: a context manager that holds its lock.
 
     Args:

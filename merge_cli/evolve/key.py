@@ -12,7 +12,7 @@ from merge_cli.engine.device import choose_device
 from merge_cli.engine.merge import verified_fingerprints
 from merge_cli.engine.options import MergeOptions
 from merge_cli.engine.plan import Plan
-from merge_cli.evaluation.digest import companions_digest
+from merge_cli.evaluation.digest import auxiliary_fingerprint
 from merge_cli.evolve.plan import SearchPlan, plan_search
 from merge_cli.recipe.search import Search
 from merge_cli.recipe.values import Parameter
@@ -39,17 +39,22 @@ def work_key(decided: SearchPlan, options: MergeOptions) -> str:
     recipe, plan = decided.recipe, decided.plan
     dials = {
         f.name: repr(getattr(decided.search, f.name))
-        for f in fields(Search) if f.name not in _INDIFFERENT
-    }  # fmt: skip
+        for f in fields(Search)
+        if f.name not in _INDIFFERENT
+    }
     splits = {
         name: {
             "tasks": [task.identity() for task in split.spec.tasks],
             "goals": [repr(goal) for goal in split.goals],
-            "how": [split.spec.seed, split.spec.max_length, split.spec.batch_tokens,
-                    split.spec.dtype],
+            "how": [
+                split.spec.seed,
+                split.spec.max_length,
+                split.spec.batch_tokens,
+                split.spec.dtype,
+            ],
         }
         for name, split in decided.objective.splits.items()
-    }  # fmt: skip
+    }
     about = {
         "format": _FORMAT,
         "versions": [version(package) for package in ("merge-cli", "torch", "transformers")],
@@ -60,7 +65,7 @@ def work_key(decided: SearchPlan, options: MergeOptions) -> str:
         "dtype": recipe.output_dtype,
         "inputs": verified_fingerprints(plan),
         "models": [str(spec.model) for spec in recipe.models],
-        "tokenizer": companions_digest(plan.sources[plan.tokenizer_donor].root),
+        "tokenizer": auxiliary_fingerprint(plan.sources[plan.tokenizer_donor].root),
         "splits": splits,
         "device": choose_device(options.device).kind,
     }

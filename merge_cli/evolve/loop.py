@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from merge_cli.evolve.evaluations import Evaluations
-from merge_cli.evolve.evaluator import Job, Outcome
-from merge_cli.evolve.objectives import Score, Split, Values
+from merge_cli.evolve.evaluator import EvaluationJob, EvaluationOutcome
+from merge_cli.evolve.objectives import CandidateScore, Split, Values
 from merge_cli.evolve.optimizers import Optimizer
 from merge_cli.evolve.ranking import Ranking
 from merge_cli.evolve.space import Space, plain_values
@@ -34,8 +34,8 @@ class Candidate:
     number: int
     generation: int
     genome: list[float]
-    outcome: Outcome
-    score: Score | None
+    outcome: EvaluationOutcome
+    score: CandidateScore | None
     share: float = 1.0
 
     @property
@@ -59,9 +59,14 @@ class Loop:
     """
 
     def __init__(
-        self, search: Search, space: Space, split: Split, base: Base, optimizer: Optimizer,
+        self,
+        search: Search,
+        space: Space,
+        split: Split,
+        base: Base,
+        optimizer: Optimizer,
         evaluations: Evaluations,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._search, self._space, self._split, self._base = search, space, split, base
         self._optimizer, self._evaluations = optimizer, evaluations
         self._ranking = Ranking(len(split.weighted))
@@ -87,14 +92,20 @@ class Loop:
     def _generation(self, generation: int, genomes: list[list[float]]) -> list[Candidate]:
         first = len(self.candidates)
         alive = list(range(len(genomes)))
-        last: dict[int, tuple[Outcome, float]] = {}
+        last: dict[int, tuple[EvaluationOutcome, float]] = {}
         for share in (*self._search.fidelity, 1.0):
-            jobs = [Job(first + i, self._space.recipe(genomes[i]), "search", share) for i in alive]
-            about = [
-                {"generation": generation, "genome": genomes[i],
-                 "parameters": plain_values(self._space, genomes[i])}
+            jobs = [
+                EvaluationJob(first + i, self._space.recipe(genomes[i]), "search", share)
                 for i in alive
-            ]  # fmt: skip
+            ]
+            about = [
+                {
+                    "generation": generation,
+                    "genome": genomes[i],
+                    "parameters": plain_values(self._space, genomes[i]),
+                }
+                for i in alive
+            ]
             outcomes = self._evaluations.of("candidate", jobs, about)
             for i, outcome in zip(alive, outcomes, strict=True):
                 last[i] = outcome, share
@@ -105,13 +116,18 @@ class Loop:
                 alive = sorted(fine, key=lambda i: (*order[i], i))[:kept]
         return [
             Candidate(
-                first + i, generation, genome, outcome,
-                self._score(outcome, share) if share == 1.0 and not outcome.error else None, share,
+                first + i,
+                generation,
+                genome,
+                outcome,
+                self._score(outcome, share) if share == 1.0 and not outcome.error else None,
+                share,
             )
-            for i, genome in enumerate(genomes) for outcome, share in [last[i]]
-        ]  # fmt: skip
+            for i, genome in enumerate(genomes)
+            for outcome, share in [last[i]]
+        ]
 
-    def _score(self, outcome: Outcome, share: float) -> Score:
+    def _score(self, outcome: EvaluationOutcome, share: float) -> CandidateScore:
         return self._split.score(outcome.values, self._base(share))
 
     def _tell(self, asked: list[list[float]], found: Sequence[Candidate]) -> None:
@@ -124,9 +140,10 @@ class Loop:
             if score is not None:
                 self._ranking.see(score)
         told = [
-            self._ranking.failed() if score is None
+            self._ranking.failed()
+            if score is None
             # Ruled out: the earlier, the worse.
             else self._ranking.of(score, len(stages) - 1 - stages.index(one.share))
             for one, score in zip(found, scores, strict=True)
-        ]  # fmt: skip
+        ]
         self._optimizer.tell(asked, [rank for rank, _ in told], [parts for _, parts in told])

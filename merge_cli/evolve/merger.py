@@ -9,18 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from merge_cli.checkpoint.header import DTYPES
-from merge_cli.engine.compute import Computer
+from merge_cli.engine.compute import MergeExecutor
 from merge_cli.engine.device import Device
-from merge_cli.engine.memory import lane_room
-from merge_cli.engine.operands import Reading, TaskReader
+from merge_cli.engine.memory import worker_memory
+from merge_cli.engine.operands import BlockReader, TensorReader
 from merge_cli.engine.options import MergeOptions
-from merge_cli.engine.pieces import cut_pieces
+from merge_cli.engine.pieces import output_slices
 from merge_cli.engine.plan import Plan, TensorTask, is_stored_as
 from merge_cli.engine.pool import Pool
-from merge_cli.engine.units import Unit, cut_units
-from merge_cli.engine.workers import arithmetic_for, lane_maker, memory_errors, one_torch_thread
+from merge_cli.engine.units import Chunk, cut_chunks
+from merge_cli.engine.workers import arithmetic_for, memory_errors, one_torch_thread, worker_factory
 from merge_cli.errors import RecipeError
-from merge_cli.evolve.resident import Residency, ResidentFiles, resident_lanes
+from merge_cli.evolve.resident import InMemoryFiles, Residency, in_memory_workers
 from merge_cli.methods.resolve import Resolver
 from merge_cli.recipe.schema import Recipe
 
@@ -29,12 +29,12 @@ Prepared = OrderedDict[str, Any]
 Take = Callable[[TensorTask, Any], None]
 
 
-class _Remembering(Computer):
+class _Remembering(MergeExecutor):
     """A Computer whose `prepare` answers from memory where it was asked the same before."""
 
     remembered: dict[str, Prepared]
 
-    def prepare(self, reader: TaskReader, task: TensorTask) -> Any:
+    def prepare(self, reader: TensorReader, task: TensorTask) -> Any:
         uses = self._method.prepare_uses
         if uses is None or self._survey is not None:
             return super().prepare(reader, task)
@@ -48,25 +48,29 @@ class _Remembering(Computer):
 
 
 @dataclass(frozen=True)
-class _Job:
+class _MergeJob:
     task: TensorTask
-    units: tuple[Unit, ...]
+    units: tuple[Chunk, ...]
 
 
-class Merger:
+class InMemoryMerger:
     """The engine for one method and one set of sources, its threads kept between candidates."""
 
     def __init__(
-        self, plan: Plan, files: ResidentFiles, device: Device, options: MergeOptions,
+        self,
+        plan: Plan,
+        files: InMemoryFiles,
+        device: Device,
+        options: MergeOptions,
         residency: Residency,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._plan, self._files, self._device, self._options = plan, files, device, options
         labels = [source.label for source in plan.sources]
-        pieces = cut_pieces(plan.recipe, plan.method, labels)
+        pieces = output_slices(plan.recipe, plan.method, labels)
         self._keys = [operand.spec.key for operand in pieces[0].operands]
         self._specs = [operand.spec for operand in pieces[0].operands]
-        units: dict[int, list[Unit]] = {}
-        for unit in cut_units(plan.tasks):
+        units: dict[int, list[Chunk]] = {}
+        for unit in cut_chunks(plan.tasks):
             units.setdefault(unit.task, []).append(unit)
         self._units = units
         self._order = sorted(units, key=lambda task: (-plan.tasks[task].bytes_read, task))
@@ -74,13 +78,14 @@ class Merger:
         self._remembered: dict[str, Prepared] = {}
         self.surveys = False
         self._arithmetic, _ = arithmetic_for(plan, device)
-        room = lane_room(plan, device, options)
+        room = worker_memory(plan, device, options)
         lanes = (
-            resident_lanes(files, device, room.block) if residency == "device"
-            else lane_maker(files, device, self._arithmetic, room)
-        )  # fmt: skip
+            in_memory_workers(files, device, room.block)
+            if residency == "device"
+            else worker_factory(files, device, self._arithmetic, room)
+        )
         self._pool = Pool(lanes, room.lanes)
-        self._reading = Reading(
+        self._reading = BlockReader(
             self._pool, files, plan.recipe.seed, "deltas" in plan.method.supplied
         )
         self._pool.__enter__()
@@ -107,15 +112,18 @@ class Merger:
     def merge(self, tasks: Sequence[TensorTask], changed: Sequence[int], take: Any) -> None:
         """Merge some of the tasks; `take(task, bytes)` gets each result."""
         computer = _Remembering(
-            replace(self._plan, tasks=tuple(tasks)), self._reading, self._places,
-            statistics=False, allow_non_finite=self._options.allow_non_finite,
-        )  # fmt: skip
+            replace(self._plan, tasks=tuple(tasks)),
+            self._reading,
+            self._places,
+            statistics=False,
+            allow_non_finite=self._options.allow_non_finite,
+        )
         computer.remembered = self._remembered
 
         def survey(_: None) -> None:
             computer.survey(lambda: None)
 
-        def work(job: _Job) -> None:
+        def work(job: _MergeJob) -> None:
             if not job.task.size:
                 return
             path, _ = self._places[job.task.name]
@@ -128,7 +136,7 @@ class Merger:
             take(job.task, raw)
 
         wanted = set(changed)
-        jobs = [_Job(tasks[n], tuple(self._units[n])) for n in self._order if n in wanted]
+        jobs = [_MergeJob(tasks[n], tuple(self._units[n])) for n in self._order if n in wanted]
         with one_torch_thread(self._device, self._arithmetic), memory_errors(resumes=False):
             if jobs and self._plan.method.survey is not None:
                 self._pool.map(survey, [None])

@@ -59,7 +59,7 @@ Values = Mapping[str, Mapping[str, Value]]  # task -> metric -> value; the prima
 
 
 @dataclass(frozen=True)
-class Score:
+class CandidateScore:
     """What a candidate is worth: `total` and `parts` are better when lower.
 
     Attributes:
@@ -93,7 +93,7 @@ class Split:
     def needs_base(self) -> bool:
         return any(goal.no_worse_than for goal in self.goals)
 
-    def score(self, values: Values, base: Values | None = None) -> Score:
+    def score(self, values: Values, base: Values | None = None) -> CandidateScore:
         """The score of a candidate, from its tasks' values.
 
         Args:
@@ -113,11 +113,11 @@ class Split:
             if goal.no_worse_than and base is not None:
                 limit = sign * pick(base, goal).value + goal.margin
                 violation += max(0.0, sign * found.value - limit)
-        return Score(math.fsum(parts), tuple(parts), violation)
+        return CandidateScore(math.fsum(parts), tuple(parts), violation)
 
 
 @dataclass(frozen=True)
-class Objective:
+class SearchObjective:
     """All splits that the recipe has; `search` is always among them."""
 
     splits: Mapping[SplitName, Split]
@@ -153,7 +153,7 @@ def _sign(goal: Goal, better: Better) -> float:
     return 1.0 if better == "lower" else -1.0
 
 
-def parse_objective(recipe: Recipe) -> Objective:
+def parse_objective(recipe: Recipe) -> SearchObjective:
     """The recipe's `objective`: a list of tasks, or a mapping with `tasks` and settings.
 
     Raises:
@@ -161,7 +161,7 @@ def parse_objective(recipe: Recipe) -> Objective:
     """
     root = recipe.objective
     assert root is not None, "check_recipe refuses a recipe that searches without an objective"
-    parser = _Parser(recipe)
+    parser = _ObjectiveParser(recipe)
     objective = parser.objective(root)
     if parser.problems or objective is None:
         unique = dict.fromkeys(parser.problems)
@@ -169,12 +169,12 @@ def parse_objective(recipe: Recipe) -> Objective:
     return objective
 
 
-class _Parser:
+class _ObjectiveParser:
     def __init__(self, recipe: Recipe) -> None:
         self._recipe = recipe
         self.problems: list[Problem] = []
 
-    def objective(self, root: Node) -> Objective | None:
+    def objective(self, root: Node) -> SearchObjective | None:
         settings: dict[str, Node] = {}
         listed, key = root, "objective"
         if isinstance(root.value, dict):
@@ -210,7 +210,7 @@ class _Parser:
         for name, split in splits.items():
             if not split.weighted:
                 self._add(listed, key, f"no task of the split `{name}` has a weight.")
-        return Objective(splits)
+        return SearchObjective(splits)
 
     def _spec(self, root: Node, key: str, places: Sequence[int]) -> EvalSpec | None:
         try:
@@ -227,9 +227,11 @@ class _Parser:
                     path = key if path == "tasks" else f"objective.{path}"
                 self.problems.append(replace(problem, key=path))
             return None
-        return replace(spec, cache=False) if spec.seed else replace(
-            spec, cache=False, seed=self._recipe.seed
-        )  # fmt: skip
+        return (
+            replace(spec, cache=False)
+            if spec.seed
+            else replace(spec, cache=False, seed=self._recipe.seed)
+        )
 
     def _divided(self, node: Node, key: str) -> tuple[Node, dict[str, Any]]:
         """A task as evaluation files have it, and what is ours."""
@@ -238,11 +240,15 @@ class _Parser:
         own: dict[str, Any] = {}
         rest: dict[str, Node] = {}
         named = node.value.get("task")
-        word = named.value if named else next((k for k in ("lm_eval", "python") if k in node.value),
-                                              None)  # fmt: skip
+        word = (
+            named.value
+            if named
+            else next((k for k in ("lm_eval", "python") if k in node.value), None)
+        )
         kind = KINDS.get(word) if isinstance(word, str) else None
-        known = {"task", *_OWN, *(f.name for f in fields(kind) if f.name != "folder")} if kind \
-            else None  # fmt: skip
+        known = (
+            {"task", *_OWN, *(f.name for f in fields(kind) if f.name != "folder")} if kind else None
+        )
         for name, child in node.value.items():
             if name in _OWN:
                 value = self._own(name, child, f"{key}.{name}")
@@ -250,8 +256,16 @@ class _Parser:
                     own[name] = value
             elif known is not None and name not in known:
                 line, column = node.key_places[name]
-                self.problems.append(Problem("unknown key.", f"{key}.{name}", self._recipe.file,
-                                             line, column, nearest(name, known)))  # fmt: skip
+                self.problems.append(
+                    Problem(
+                        "unknown key.",
+                        f"{key}.{name}",
+                        self._recipe.file,
+                        line,
+                        column,
+                        nearest(name, known),
+                    )
+                )
             else:
                 rest[name] = child
         if own.get("margin") and not own.get("no_worse_than"):
@@ -267,8 +281,12 @@ class _Parser:
         if name in words:
             if value in words[name]:
                 return value
-            self._add(node, key, f"must be {' or '.join(words[name])} (got {node.plain()!r}).",
-                      nearest(str(value), words[name]) if len(words[name]) > 1 else "")  # fmt: skip
+            self._add(
+                node,
+                key,
+                f"must be {' or '.join(words[name])} (got {node.plain()!r}).",
+                nearest(str(value), words[name]) if len(words[name]) > 1 else "",
+            )
             return None
         if name == "metric":
             if isinstance(value, str):

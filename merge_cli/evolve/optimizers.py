@@ -33,8 +33,9 @@ class Optimizer(Protocol):
     def ask(self) -> Genomes:
         """The next generation."""
 
-    def tell(self, genomes: Genomes, ranks: Sequence[float], parts: Sequence[Sequence[float]]) \
-            -> None:  # fmt: skip
+    def tell(
+        self, genomes: Genomes, ranks: Sequence[float], parts: Sequence[Sequence[float]]
+    ) -> None:
         """What came of it.
 
         Args:
@@ -131,14 +132,19 @@ class CMAES:
         # pycma wants two dimensions at least; a second one that nothing depends on does no harm.
         start = [*start, *[0.5] * (2 - self._size)]
         self._es: Any = cma.CMAEvolutionStrategy(
-            start, self._sigma,
+            start,
+            self._sigma,
             {
-                "bounds": [0, 1], "popsize": self.population, "verbose": -9,
+                "bounds": [0, 1],
+                "popsize": self.population,
+                "verbose": -9,
                 # Its own numbers: a global generator would be moved by others.
-                "seed": np.nan, "randn": lambda *shape: self._random.standard_normal(shape),
-                "maxiter": math.inf, "maxfevals": math.inf,
+                "seed": np.nan,
+                "randn": lambda *shape: self._random.standard_normal(shape),
+                "maxiter": math.inf,
+                "maxfevals": math.inf,
             },
-        )  # fmt: skip
+        )
         if first:
             self._es.inject([start], force=True)
 
@@ -217,9 +223,10 @@ class Sampled:
         self._choices = [len(gene.searched.choices) for gene in space.genes]
         self._space: dict[str, Any] = {
             f"{i:05d}": optuna.distributions.CategoricalDistribution(list(range(choices)))
-            if choices else optuna.distributions.FloatDistribution(0.0, 1.0)
+            if choices
+            else optuna.distributions.FloatDistribution(0.0, 1.0)
             for i, choices in enumerate(self._choices)
-        }  # fmt: skip
+        }
         values = [
             min(int(u * choices), choices - 1) if choices else u
             for u, choices in zip(start, self._choices, strict=True)

@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 
 from merge_cli.engine.device import choose_device
 from merge_cli.engine.heads import reconcile_heads
-from merge_cli.engine.layers import main_stack, model_heights, stacks
+from merge_cli.engine.layers import layer_stacks, main_stack, model_heights
 from merge_cli.engine.options import MergeOptions
 from merge_cli.engine.plan import Plan
 from merge_cli.engine.planner import make_plan
 from merge_cli.errors import RecipeError, ResourceError
-from merge_cli.evaluation.digest import companions_digest
-from merge_cli.evolve.objectives import Objective, parse_objective
-from merge_cli.evolve.resident import Place, choose_place
+from merge_cli.evaluation.digest import auxiliary_fingerprint
+from merge_cli.evolve.objectives import SearchObjective, parse_objective
+from merge_cli.evolve.resident import SourcesInMemory, choose_residency
 from merge_cli.evolve.space import Space, default_population
 from merge_cli.evolve.splits import refuse_overlap
 from merge_cli.recipe.schema import Recipe
@@ -37,11 +37,11 @@ class SearchPlan:
 
     plan: Plan
     search: Search
-    objective: Objective
+    objective: SearchObjective
     space: Space | None
     layers: int
     population: int
-    place: Place
+    place: SourcesInMemory
     labels: tuple[str, ...]
     warnings: tuple[str, ...]
 
@@ -76,7 +76,7 @@ def plan_search(plan: Plan, options: MergeOptions) -> SearchPlan:
         )
     refuse_overlap(objective)
     names = [task.name for task in plan.tasks]
-    found = model_heights(stacks(names), plan.config)
+    found = model_heights(layer_stacks(names), plan.config)
     main = main_stack(names, plan.config)
     layers = found[main] if main is not None else max(found.values(), default=1)
     space = Space(recipe, layers) if recipe.search and recipe.search.method else None
@@ -101,10 +101,16 @@ def plan_search(plan: Plan, options: MergeOptions) -> SearchPlan:
         population = search.population or default_population(len(space))
     refs = plan.stored_inputs
     return SearchPlan(
-        plan, search, objective, space, layers, population,
-        choose_place(refs, choose_device(options.device), search.workers, plan.bytes_written),
-        tuple(str(spec.model) for spec in recipe.models), tuple(warnings),
-    )  # fmt: skip
+        plan,
+        search,
+        objective,
+        space,
+        layers,
+        population,
+        choose_residency(refs, choose_device(options.device), search.workers, plan.bytes_written),
+        tuple(str(spec.model) for spec in recipe.models),
+        tuple(warnings),
+    )
 
 
 def _need_one_frame(plan: Plan) -> None:
@@ -121,7 +127,7 @@ def _need_one_frame(plan: Plan) -> None:
     if plan.base is not None:
         return
     frames = {
-        (json.dumps(dict(source.config), sort_keys=True), companions_digest(source.root))
+        (json.dumps(dict(source.config), sort_keys=True), auxiliary_fingerprint(source.root))
         for source in plan.sources
     }
     if len(frames) > 1:
@@ -130,7 +136,7 @@ def _need_one_frame(plan: Plan) -> None:
         raise RecipeError([recipe.problem("merge_method", what, hint)])
 
 
-def _missing_splits(objective: Objective, *, greedy: bool) -> list[str]:
+def _missing_splits(objective: SearchObjective, *, greedy: bool) -> list[str]:
     found = []
     if "test" not in objective.splits:
         by = "chosen" if "validation" in objective.splits else "searched"

@@ -7,7 +7,7 @@ multiples of the largest one seen.
 
 from __future__ import annotations
 
-from merge_cli.evolve.objectives import Score
+from merge_cli.evolve.objectives import CandidateScore
 
 _REJECTED, _VIOLATED, _FAILED = 1e3, 1e6, 1e9
 Told = tuple[float, tuple[float, ...]]  # rank, and each goal's part
@@ -23,7 +23,7 @@ class Ranking:
     def __init__(self, goals: int) -> None:
         self._goals, self._size = goals, 1.0
 
-    def see(self, score: Score) -> None:
+    def see(self, score: CandidateScore) -> None:
         """Scores of a generation, before any of them is told."""
         self._size = max(self._size, abs(score.total), *map(abs, score.parts))
 
@@ -31,7 +31,7 @@ class Ranking:
         worst = _FAILED * self._size
         return worst, (worst,) * self._goals
 
-    def of(self, score: Score, rejections: int = 0) -> Told:
+    def of(self, score: CandidateScore, rejections: int = 0) -> Told:
         """Rank and parts.
 
         Args:

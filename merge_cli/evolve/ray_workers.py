@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from merge_cli.errors import MergeCliError, ResourceError
-from merge_cli.evolve.evaluator import Evaluator, Job, Outcome, Setup
+from merge_cli.evolve.evaluator import EvaluationJob, EvaluationOutcome, Evaluator, Setup
 from merge_cli.evolve.workers import portable
 
 _LIVES = 2  # actors that may be lost over one candidate
@@ -27,7 +27,7 @@ class _Actor:
         self._setup = setup
         self._evaluator: Evaluator | None = None
 
-    def answer(self, job: Job) -> Outcome | MergeCliError:
+    def answer(self, job: EvaluationJob) -> EvaluationOutcome | MergeCliError:
         """An outcome; or why this actor can evaluate nothing."""
         try:
             self._evaluator = self._evaluator or Evaluator(self._setup)
@@ -67,11 +67,11 @@ class RayWorkers:
         self._remote: Any = ray.remote(num_gpus=1 if gpus else 0, num_cpus=1)(_Actor)
         self._idle: list[Any] = []
 
-    def run(self, jobs: Iterable[Job]) -> Iterator[Outcome]:
+    def run(self, jobs: Iterable[EvaluationJob]) -> Iterator[EvaluationOutcome]:
         failures = self._ray.exceptions
-        again: list[Job] = []  # what a lost actor was at
+        again: list[EvaluationJob] = []  # what a lost actor was at
         coming = iter(jobs)
-        busy: dict[Any, tuple[Any, Job]] = {}  # reference -> (actor, job)
+        busy: dict[Any, tuple[Any, EvaluationJob]] = {}  # reference -> (actor, job)
         lost: Counter[int] = Counter()
         while True:
             while len(busy) < self._count:
@@ -89,7 +89,7 @@ class RayWorkers:
             except failures.RayTaskError as error:  # the actor lives: it could not be made ready
                 self._idle.append(actor)
                 cause = str(error).strip().rpartition("\n")[2]
-                yield Outcome(job.number, error=f"in its actor: {cause}")
+                yield EvaluationOutcome(job.number, error=f"in its actor: {cause}")
                 continue
             except failures.RayError as error:  # actor, node or object lost, or killed for memory
                 self._ray.kill(actor)
@@ -97,7 +97,9 @@ class RayWorkers:
                 if lost[job.number] < _LIVES:
                     again.append(job)
                     continue
-                yield Outcome(job.number, error=f"its actors were lost: {str(error).strip()}")
+                yield EvaluationOutcome(
+                    job.number, error=f"its actors were lost: {str(error).strip()}"
+                )
                 continue
             self._idle.append(actor)
             if isinstance(answer, BaseException):

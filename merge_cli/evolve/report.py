@@ -24,16 +24,18 @@ def history(candidates: Sequence[Candidate]) -> list[dict[str, Any]]:
     for one in candidates:
         if one.score is not None and (best is None or one.rank_key < best.rank_key):
             best = one
-        found.append({
-            "number": one.number,
-            "generation": one.generation,
-            "score": one.score.total if one.score else None,
-            "parts": list(one.score.parts) if one.score else None,
-            "violation": one.score.violation if one.score else None,
-            "best": best.score.total if best and best.score else None,
-            "share": one.share,
-            "error": one.outcome.error,
-        })  # fmt: skip
+        found.append(
+            {
+                "number": one.number,
+                "generation": one.generation,
+                "score": one.score.total if one.score else None,
+                "parts": list(one.score.parts) if one.score else None,
+                "violation": one.score.violation if one.score else None,
+                "best": best.score.total if best and best.score else None,
+                "share": one.share,
+                "error": one.outcome.error,
+            }
+        )
     return found
 
 
@@ -45,19 +47,25 @@ def front(candidates: Sequence[Candidate]) -> list[int]:
         assert one.score is not None
         mine = one.score.parts
         if not any(
-            c.score is not None and c.score.parts != mine
+            c.score is not None
+            and c.score.parts != mine
             and all(a <= b for a, b in zip(c.score.parts, mine, strict=True))
             for c in known
-        ):  # fmt: skip
+        ):
             found.append(one.number)
     return found
 
 
 def build_record(
-    decided: SearchPlan, candidates: Sequence[Candidate], best: Candidate, ended: str,
-    compared: Mapping[str, Values], references: Mapping[str, Values], base: Values | None,
+    decided: SearchPlan,
+    candidates: Sequence[Candidate],
+    best: Candidate,
+    ended: str,
+    compared: Mapping[str, Values],
+    references: Mapping[str, Values],
+    base: Values | None,
     cost: Mapping[str, Any],
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """JSON-ready; docs/evolve.md says what each part is.
 
     Args:
@@ -72,8 +80,9 @@ def build_record(
     }
     scored = best_first(candidates)
     genes = [space.describe(gene) for gene in space.genes] if space else list(decided.labels)
-    shares = importance([c.genome for c in scored],
-                        [c.score.total for c in scored if c.score is not None])  # fmt: skip
+    shares = importance(
+        [c.genome for c in scored], [c.score.total for c in scored if c.score is not None]
+    )
     values: Mapping[str, Any] = (
         plain_values(space, best.genome)
         if space
@@ -104,15 +113,19 @@ def build_record(
         "importance": dict(zip(genes, shares, strict=True)) if space else {},
         "history": history(candidates),
         "front": front(candidates),
-        "best": {"number": best.number, "score": best.score.total,
-                 "violation": best.score.violation, "reported_violation": reported,
-                 "values": values},
+        "best": {
+            "number": best.number,
+            "score": best.score.total,
+            "violation": best.score.violation,
+            "reported_violation": reported,
+            "values": values,
+        },
         "split": split.name,
         "scores": scores,
         "verdict": found,
         "warnings": warnings,
         "cost": {**cost, "peak_rss": peak_rss()},
-    }  # fmt: skip
+    }
 
 
 def primary(values: Values) -> dict[str, float]:
@@ -129,8 +142,12 @@ def verdict(
         return None
     name = min(static, key=lambda one: static[one])
     score = scores[FOUND]["score"]
-    return {"score": score, "best_static": name, "best_static_score": static[name],
-            "better": score < static[name]}  # fmt: skip
+    return {
+        "score": score,
+        "best_static": name,
+        "best_static_score": static[name],
+        "better": score < static[name],
+    }
 
 
 def gate(record: Mapping[str, Any], required: bool, where: Path) -> None:
@@ -145,9 +162,10 @@ def gate(record: Mapping[str, Any], required: bool, where: Path) -> None:
         return
     what = "improvement is required, and " + (
         f"{found['best_static']} scores {found['best_static_score']:.4g} without a search, the "
-        f"result {found['score']:.4g}" if found is not None and kept
+        f"result {found['score']:.4g}"
+        if found is not None and kept
         else "the result breaks a constraint"
-    )  # fmt: skip
+    )
     hint = "Search longer or wider, or run without --require-improvement."
     raise GateError(what, where=str(where), hint=hint)
 

@@ -17,8 +17,8 @@ from merge_cli.checkpoint.header import DTYPES, TensorRef
 from merge_cli.checkpoint.raw import FilePool, read_into
 from merge_cli.checkpoint.tensors import Tensor
 from merge_cli.engine.device import Device
-from merge_cli.engine.lanes import Clock, Files, Lane
-from merge_cli.engine.staging import CudaTransfers, StagedLane
+from merge_cli.engine.lanes import Files, StageClock, WorkerContext
+from merge_cli.engine.staging import CudaTransfers, StagedWorker
 from merge_cli.evaluation.live import free_memory
 from merge_cli.sizes import show_size
 
@@ -27,7 +27,7 @@ Residency = Literal["device", "host", "disk"]
 
 
 @dataclass(frozen=True)
-class Place:
+class SourcesInMemory:
     """Where the sources' bytes wait, and why there."""
 
     residency: Residency
@@ -35,9 +35,9 @@ class Place:
     bytes: int
 
 
-def choose_place(
+def choose_residency(
     refs: Iterable[TensorRef], device: Device, workers: int = 1, model: int = 0
-) -> Place:
+) -> SourcesInMemory:
     """The device beside the live model, else host memory for all workers' copies, else the disk.
 
     Args:
@@ -49,15 +49,15 @@ def choose_place(
         # A worker has one device; those of a pool share the first.
         room = int(free_memory("cuda", device.indexes[:1]) * _DEVICE_SHARE) // workers - model
         if size <= room:
-            return Place("device", f"{shown} fit beside the model", size)
+            return SourcesInMemory("device", f"{shown} fit beside the model", size)
         small = f"{shown} do not fit beside the model; "
     room = int(free_memory("cpu", ()) * _HOST_SHARE) // workers
     if size <= room:
-        return Place("host", f"{small}{shown} fit in memory", size)
-    return Place("disk", f"{shown}, and room for {show_size(room)} in memory", size)
+        return SourcesInMemory("host", f"{small}{shown} fit in memory", size)
+    return SourcesInMemory("disk", f"{shown}, and room for {show_size(room)} in memory", size)
 
 
-class ResidentFiles(Files):
+class InMemoryFiles(Files):
     """Sources from memory (or disk), outputs into buffers.
 
     Args:
@@ -69,7 +69,7 @@ class ResidentFiles(Files):
         on_device: stored tensors that wait there, torch uint8.
     """
 
-    def __init__(self, place: Place, device: str = "cpu") -> None:
+    def __init__(self, place: SourcesInMemory, device: str = "cpu") -> None:
         self._disk = FilePool(os.O_RDONLY)
         super().__init__(self._disk, self._disk)
         self._place, self._device = place, device
@@ -110,7 +110,9 @@ class ResidentFiles(Files):
         if self._place.residency == "disk":
             super().ask_for(ref, start, size)
 
-    def read_stored(self, clock: Clock, ref: TensorRef, start: int, buffer: memoryview) -> None:
+    def read_stored(
+        self, clock: StageClock, ref: TensorRef, start: int, buffer: memoryview
+    ) -> None:
         kept = self._kept.get((ref.path, ref.offset))
         if kept is None:  # on the disk; or on the device, and wanted here for once
             super().read_stored(clock, ref, start, buffer)
@@ -122,12 +124,12 @@ class ResidentFiles(Files):
         clock.read += time.perf_counter() - began
         clock.bytes_read += len(view)
 
-    def write(self, clock: Clock, path: Path, offset: int, data: memoryview) -> None:
+    def write(self, clock: StageClock, path: Path, offset: int, data: memoryview) -> None:
         self._put(path, offset, data)
         clock.bytes_written += data.nbytes
 
     def copy(
-        self, clock: Clock, ref: TensorRef, start: int, size: int, path: Path, offset: int
+        self, clock: StageClock, ref: TensorRef, start: int, size: int, path: Path, offset: int
     ) -> None:
         buffer = memoryview(bytearray(size))
         self.read_stored(clock, ref, start // DTYPES[ref.dtype][0], buffer)
@@ -152,10 +154,10 @@ class ResidentFiles(Files):
             target.copy_(torch.from_numpy(raw.copy()))
 
 
-class ResidentLane(StagedLane):
+class InMemoryWorker(StagedWorker):
     """A lane whose operands wait on the device, and whose results stay there."""
 
-    _files: ResidentFiles
+    _files: InMemoryFiles
 
     def _bring(self, refs: Sequence[Tensor], start: int, stop: int) -> list[Any]:
         return [self._own(ref, start, stop) for ref in refs]
@@ -178,6 +180,8 @@ def _where(ref: TensorRef) -> tuple[Path, int]:
     return ref.path, ref.offset
 
 
-def resident_lanes(files: ResidentFiles, device: Device, block: int) -> Callable[[int], Lane]:
+def in_memory_workers(
+    files: InMemoryFiles, device: Device, block: int
+) -> Callable[[int], WorkerContext]:
     """What makes a pool's lanes over sources that wait on a CUDA device."""
-    return lambda number: ResidentLane(files, CudaTransfers(device.indexes[0]), block)
+    return lambda number: InMemoryWorker(files, CudaTransfers(device.indexes[0]), block)

@@ -12,15 +12,15 @@ from typing import Any
 
 from merge_cli.engine.inputs import inputs_of
 from merge_cli.engine.merge import fetch_inputs
-from merge_cli.engine.options import MergeOptions, Progress, Show
+from merge_cli.engine.options import MergeOptions, OnProgress, Progress
 from merge_cli.engine.plan import Plan
 from merge_cli.engine.planner import load_recipe
 from merge_cli.errors import Interrupted, MergeCliError
 from merge_cli.evolve.asynchronous import Asynchronous
 from merge_cli.evolve.evaluations import Evaluations
-from merge_cli.evolve.evaluator import Job, Outcome, Setup
+from merge_cli.evolve.evaluator import EvaluationJob, EvaluationOutcome, Setup
 from merge_cli.evolve.greedy import Greedy, soup_of
-from merge_cli.evolve.journal import BEST, SearchFolder
+from merge_cli.evolve.journal import BEST, SearchWorkspace
 from merge_cli.evolve.key import work_key
 from merge_cli.evolve.loop import Candidate, Loop, best_first
 from merge_cli.evolve.objectives import Split, Values
@@ -51,7 +51,7 @@ class Found:
     recipe: Recipe
     text: str
     record: dict[str, Any]
-    folder: SearchFolder
+    folder: SearchWorkspace
 
     @property
     def attachments(self) -> dict[str, str]:
@@ -61,9 +61,13 @@ class Found:
 
 
 def search(
-    plan: Plan, target: Path, options: MergeOptions, *, show: Show,
+    plan: Plan,
+    target: Path,
+    options: MergeOptions,
+    *,
+    show: OnProgress,
     require_improvement: bool = False,
-) -> Found:  # fmt: skip
+) -> Found:
     """Find what the plan's recipe leaves open; continue where a run was killed.
 
     Args:
@@ -79,7 +83,7 @@ def search(
     fetch_inputs(plan, show)
     inputs = inputs_of(plan)
     decided = plan_search(plan, options)
-    folder = SearchFolder(target, work_key(decided, options), fresh=options.fresh)
+    folder = SearchWorkspace(target, work_key(decided, options), fresh=options.fresh)
     with folder:
         run = _Run(decided, target, options, folder, show)
         asked = [decided.search.evaluations, decided.search.finalists]
@@ -101,18 +105,26 @@ class _Run:
     """One run of a search, from whatever the journal holds to the record."""
 
     def __init__(
-        self, decided: SearchPlan, target: Path, options: MergeOptions, folder: SearchFolder,
-        show: Show,
-    ) -> None:  # fmt: skip
+        self,
+        decided: SearchPlan,
+        target: Path,
+        options: MergeOptions,
+        folder: SearchWorkspace,
+        show: OnProgress,
+    ) -> None:
         self._decided, self._target, self._options = decided, target, options
         self._folder, self._show = folder, show
         setup = Setup(decided.static(), decided.objective, options, decided.search.workers)
         self._workers = make_workers(decided.search, setup)
         count = decided.search.evaluations if decided.space else 2 * len(decided.labels) - 1
         self._evaluations = Evaluations(
-            folder, self._workers, show, failures=decided.search.failures, total=count,
+            folder,
+            self._workers,
+            show,
+            failures=decided.search.failures,
+            total=count,
             best=lambda: score_text(decided.objective.search, self._best()),
-        )  # fmt: skip
+        )
         self._loop: Searcher | None = None
         self._references = References(decided.plan)
 
@@ -165,9 +177,13 @@ class _Run:
         )
         kind = Asynchronous if decided.search.asynchronous else Loop
         return kind(
-            decided.search, decided.space, split, partial(self._references.base, split),
-            optimizer, self._evaluations,
-        )  # fmt: skip
+            decided.search,
+            decided.space,
+            split,
+            partial(self._references.base, split),
+            optimizer,
+            self._evaluations,
+        )
 
     def _start(self) -> list[float]:
         """The first genome; what it was is in the journal, so that a resumed run starts alike."""
@@ -191,8 +207,9 @@ class _Run:
             path = local_file(search.start, decided.recipe.folder)
             assert path is not None, "check_recipe has looked for it"
             genome = space.start_from(load_recipe(path))
-        self._folder.append({"kind": "start", "number": 0, "share": 1.0, "genome": genome,
-                             "from": search.start})  # fmt: skip
+        self._folder.append(
+            {"kind": "start", "number": 0, "share": 1.0, "genome": genome, "from": search.start}
+        )
         return genome
 
     def _choose(self) -> Candidate:
@@ -210,16 +227,20 @@ class _Run:
         if split is None:
             return ranked[0]
         finalists = ranked[: self._decided.search.finalists]
-        jobs = [Job(c.number, self.recipe_of(c.genome), "validation") for c in finalists]
+        jobs = [EvaluationJob(c.number, self.recipe_of(c.genome), "validation") for c in finalists]
         about = [{"genome": c.genome} for c in finalists]
         outcomes = self._evaluations.of("validation", jobs, about)
         base = self._references.base(split)
         scored = [
-            ((c.score.violation > 0 if c.score else True),
-             *split.score(outcome.values, base).order, place, c)
+            (
+                (c.score.violation > 0 if c.score else True),
+                *split.score(outcome.values, base).order,
+                place,
+                c,
+            )
             for place, (c, outcome) in enumerate(zip(finalists, outcomes, strict=True))
             if not outcome.error
-        ]  # fmt: skip
+        ]
         return min(scored, key=lambda one: one[:-1])[-1] if scored else ranked[0]
 
     def _finished(self, best: Candidate, seconds: float) -> dict[str, Any]:
@@ -254,16 +275,19 @@ class _Run:
         decided = self._decided
         recipe = decided.recipe
         plain = tuple(replace(spec, parameters={}) for spec in recipe.models)
-        merges = {FOUND: self.recipe_of(best.genome),
-                  "uniform soup": recipe.found("soup", models=plain, parameters={})}  # fmt: skip
+        merges = {
+            FOUND: self.recipe_of(best.genome),
+            "uniform soup": recipe.found("soup", models=plain, parameters={}),
+        }
         if recipe.base_model is not None:
             scale = {"lambda": Parameter("lambda", _LAMBDA, "parameters.lambda")}
             merges[f"task arithmetic {_LAMBDA:g}"] = recipe.found(
                 "task_arithmetic", models=plain, parameters=scale
             )
-        jobs = [Job(i, one, split.name) for i, one in enumerate(merges.values())]
-        about = [{"merge": name, "genome": best.genome if name == FOUND else None}
-                 for name in merges]  # fmt: skip
+        jobs = [EvaluationJob(i, one, split.name) for i, one in enumerate(merges.values())]
+        about = [
+            {"merge": name, "genome": best.genome if name == FOUND else None} for name in merges
+        ]
         outcomes = self._evaluations.of("report", jobs, about)
         found = {name: o.values for name, o in zip(merges, outcomes, strict=True) if not o.error}
         found |= {
@@ -289,14 +313,18 @@ class _Run:
         where, hint = str(self._folder.path), "The same command continues."
         split = self._decided.objective.search
         lines = [
-            line for line in self._folder.lines
+            line
+            for line in self._folder.lines
             if line["kind"] == "candidate" and line["share"] == 1.0 and not line["error"]
-        ]  # fmt: skip
+        ]
         if not lines:
             return Interrupted("stopped", where=where, hint=hint)
         base = self._references.base(split)  # known: references come before candidates
         scored = [
-            (split.score(Outcome.from_json(line["number"], line).values, base), line["number"])
+            (
+                split.score(EvaluationOutcome.from_json(line["number"], line).values, base),
+                line["number"],
+            )
             for line in lines
         ]
         score, number = min(scored, key=lambda one: (*one[0].order, one[1]))

@@ -19,7 +19,7 @@ from merge_cli.evaluation.live import LiveModel, load
 from merge_cli.recipe.reference import ModelRef
 
 
-def load_shell(plan: Plan, options: MergeOptions, **loading: Any) -> LiveModel:
+def load_scaffold(plan: Plan, options: MergeOptions, **loading: Any) -> LiveModel:
     """A model with the plan's config and tokenizer and its donor's weights, soon to be replaced.
 
     Args:

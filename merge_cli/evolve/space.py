@@ -16,7 +16,7 @@ from merge_cli.methods.operands import operand_specs
 from merge_cli.methods.registry import Method, get_method
 from merge_cli.recipe.reference import local_folder, short_labels
 from merge_cli.recipe.schema import Recipe, SourceSpec
-from merge_cli.recipe.search import Search, Searched
+from merge_cli.recipe.search import Search, SearchedParameter
 from merge_cli.recipe.values import (
     Gradient,
     Parameter,
@@ -40,7 +40,7 @@ class Gene:
         group: number of the group of layers; None for all layers.
     """
 
-    searched: Searched
+    searched: SearchedParameter
     model: int | None = None
     part: str | None = None
     group: int | None = None
@@ -95,7 +95,9 @@ class Space:
         self.labels = short_labels([str(spec.model) for spec in recipe.models])
         genes: list[Gene] = []
         if len(self.methods) > 1:
-            genes.append(Gene(Searched(METHOD, choices=self.search.method, key="search.method")))
+            genes.append(
+                Gene(SearchedParameter(METHOD, choices=self.search.method, key="search.method"))
+            )
         for searched in self.search.parameters:
             genes += self._genes_of(searched)
         self.genes = tuple(genes)
@@ -114,8 +116,10 @@ class Space:
     def recipe(self, genome: Genome) -> Recipe:
         """The static recipe that a genome means."""
         found = dict(zip(self.genes, self.values(genome), strict=True))
-        name = str(next((v for g, v in found.items() if g.searched.name == METHOD), None)
-                   or self.search.method[0])  # fmt: skip
+        name = str(
+            next((v for g, v in found.items() if g.searched.name == METHOD), None)
+            or self.search.method[0]
+        )
         method = self.methods[name]
         shared, own = dict(self.base.parameters), [dict(s.parameters) for s in self.base.models]
         for searched in self.search.parameters:
@@ -148,8 +152,9 @@ class Space:
         theirs = {_place_of(spec, recipe): spec for spec in recipe.models}
         ours = [_place_of(spec, self.base) for spec in self.base.models]
         other = [str(spec.model) for place, spec in theirs.items() if place not in ours]
-        lacking = [label for label, place in zip(self.labels, ours, strict=True)
-                   if place not in theirs]  # fmt: skip
+        lacking = [
+            label for label, place in zip(self.labels, ours, strict=True) if place not in theirs
+        ]
         if other or lacking:
             what = "has other models than the search: " + ", ".join(
                 [*(f"not {name}" for name in lacking), *(f"but {name}" for name in other)]
@@ -197,13 +202,15 @@ class Space:
                 words += f", {'at ' if self.search.smooth else ''}layer {first}"
         if gene.part is not None:
             words += f", {gene.part}"
-        elif self.search.filters and gene.searched.name != METHOD and (
-            "filters" not in gene.searched.tied
-        ):  # fmt: skip
+        elif (
+            self.search.filters
+            and gene.searched.name != METHOD
+            and ("filters" not in gene.searched.tied)
+        ):
             words += ", other tensors"
         return words
 
-    def _genes_of(self, searched: Searched) -> list[Gene]:
+    def _genes_of(self, searched: SearchedParameter) -> list[Gene]:
         owners = [m for m in self.methods.values() if searched.name in m.parameters]
         each = "models" not in searched.tied and owners[0].parameters[searched.name].per_model
         models: Sequence[int | None] = self._operands(owners[0]) if each else [None]
@@ -215,8 +222,10 @@ class Space:
             groups = range(len(self.sizes))
         return [
             Gene(searched, model, part, group)
-            for model in models for part in parts for group in groups
-        ]  # fmt: skip
+            for model in models
+            for part in parts
+            for group in groups
+        ]
 
     def _operands(self, method: Method) -> list[int]:
         """The models that the formula runs over: a base among them has no parameters."""

@@ -6,12 +6,12 @@ from merge_cli.errors import MismatchError, Problem
 from merge_cli.evaluation.content import content_of
 from merge_cli.evaluation.rows import read_rows
 from merge_cli.evaluation.task import DataTask
-from merge_cli.evolve.objectives import SPLITS, Objective
+from merge_cli.evolve.objectives import SPLITS, SearchObjective
 
 _SHOWN = 5
 
 
-def refuse_overlap(objective: Objective) -> None:
+def refuse_overlap(objective: SearchObjective) -> None:
     """Compare the rows of all splits by content (`evaluation.content`), not by lines or files.
 
     Raises:

@@ -15,7 +15,7 @@ from merge_cli.methods.resolve import check_recipe
 from merge_cli.recipe.keys import nearest
 from merge_cli.recipe.nodes import Node
 from merge_cli.recipe.schema import Recipe, SourceSpec
-from merge_cli.recipe.search import TIES, Search, Searched
+from merge_cli.recipe.search import TIES, Search, SearchedParameter
 
 EVALUATIONS = 12
 
@@ -52,13 +52,16 @@ def tuned(
     names = {one.name for one in searched}
 
     def without(spec: SourceSpec) -> SourceSpec:
-        return replace(spec, parameters={k: v for k, v in spec.parameters.items()
-                                         if k not in names})  # fmt: skip
+        return replace(
+            spec, parameters={k: v for k, v in spec.parameters.items() if k not in names}
+        )
 
     search = Search(
-        method=(recipe.merge_method,), parameters=searched, evaluations=evaluations,
+        method=(recipe.merge_method,),
+        parameters=searched,
+        evaluations=evaluations,
         given=frozenset(("method", "parameters", "evaluations")),
-    )  # fmt: skip
+    )
     found = replace(
         recipe,
         merge_method="evolutionary",
@@ -73,11 +76,13 @@ def tuned(
     return found
 
 
-def _range(text: str, recipe: Recipe) -> Searched:
+def _range(text: str, recipe: Recipe) -> SearchedParameter:
     name, _, ends = text.partition("=")
     low, _, high = ends.partition(":")
     try:
-        searched = Searched(name, float(low), float(high), tied=tuple(TIES), key=f"--tune {name}")
+        searched = SearchedParameter(
+            name, float(low), float(high), tied=tuple(TIES), key=f"--tune {name}"
+        )
     except ValueError:
         hint = "Write it like lambda=0:1."
         raise UsageError(f"--tune: '{text}' is no range", hint=hint) from None

@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol
 
 from merge_cli.errors import MergeCliError, SourceError
-from merge_cli.evolve.evaluator import Evaluator, Job, Outcome, Setup
+from merge_cli.evolve.evaluator import EvaluationJob, EvaluationOutcome, Evaluator, Setup
 from merge_cli.lifeline import end_with
 from merge_cli.recipe.search import Search
 
@@ -23,7 +23,7 @@ _LOST = "the worker process ended (exit code {}), perhaps for want of memory"
 class Workers(Protocol):
     """What evaluates jobs."""
 
-    def run(self, jobs: Iterable[Job]) -> Iterator[Outcome]:
+    def run(self, jobs: Iterable[EvaluationJob]) -> Iterator[EvaluationOutcome]:
         """Every job's outcome, as they come; a job is taken when somebody is free for it."""
 
     def close(self) -> None:
@@ -46,7 +46,7 @@ class InProcess:
         self._setup = setup
         self._evaluator: Evaluator | None = None
 
-    def run(self, jobs: Iterable[Job]) -> Iterator[Outcome]:
+    def run(self, jobs: Iterable[EvaluationJob]) -> Iterator[EvaluationOutcome]:
         for job in jobs:
             if self._evaluator is None:
                 self._evaluator = Evaluator(self._setup)
@@ -66,9 +66,9 @@ class Processes:
         self._context = multiprocessing.get_context("spawn")
         self._workers: dict[Connection, Any] = {}
 
-    def run(self, jobs: Iterable[Job]) -> Iterator[Outcome]:
+    def run(self, jobs: Iterable[EvaluationJob]) -> Iterator[EvaluationOutcome]:
         coming = iter(jobs)
-        busy: dict[Connection, Job] = {}
+        busy: dict[Connection, EvaluationJob] = {}
         while True:
             while len(busy) < self._count and (job := next(coming, None)) is not None:
                 pipe = next((p for p in self._workers if p not in busy), None) or self._start()
@@ -86,7 +86,7 @@ class Processes:
                     process = self._workers.pop(pipe)
                     process.join()
                     pipe.close()
-                    yield Outcome(job.number, error=_LOST.format(process.exitcode))
+                    yield EvaluationOutcome(job.number, error=_LOST.format(process.exitcode))
                     continue
                 if isinstance(answer, BaseException):
                     raise answer
@@ -122,7 +122,7 @@ def _serve(pipe: Connection, setup: Setup) -> None:
             return
         try:
             evaluator = evaluator or Evaluator(setup)
-            answer: Outcome | MergeCliError = evaluator.answer(job)
+            answer: EvaluationOutcome | MergeCliError = evaluator.answer(job)
         except MergeCliError as error:  # no candidate can be evaluated: the search's to tell
             answer = portable(error)
         pipe.send(answer)

@@ -47,9 +47,13 @@ class Examples:
 
 
 def load_examples(
-    recipe: Recipe, data: Data, tokenizer: Any, statistics: Statistics, context: int,
+    recipe: Recipe,
+    data: Data,
+    tokenizer: Any,
+    statistics: Statistics,
+    context: int,
     entries: int | None = None,
-) -> Examples:  # fmt: skip
+) -> Examples:
     """Read, choose by the recipe's seed, tokenise and cut. A row that is there twice counts once.
 
     Args:
@@ -66,9 +70,13 @@ def load_examples(
     length = min(statistics.max_length, context)
     unique = distinct(mixed)
     found = sequences(
-        unique.values(), tokenizer, length, statistics.examples, start=row_start(tokenizer),
+        unique.values(),
+        tokenizer,
+        length,
+        statistics.examples,
+        start=row_start(tokenizer),
         entries=entries,
-    )  # fmt: skip
+    )
     if not found:
         raise SourceError("has no token to look at", file=shown(data))
     return Examples(len(rows), tuple(_ordered(found)), len(rows) - len(unique))

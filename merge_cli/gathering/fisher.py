@@ -12,19 +12,19 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from merge_cli.checkpoint.statistics import Entry
+from merge_cli.checkpoint.statistics import StatisticsEntry
 from merge_cli.errors import NonFiniteError, ResourceError
 from merge_cli.evaluation.examples import Example
 from merge_cli.evaluation.live import LiveModel
-from merge_cli.evaluation.seats import Seat, seats_of
-from merge_cli.gathering.part import Part, Tell
+from merge_cli.evaluation.seats import ParameterSlice, parameter_slices
+from merge_cli.gathering.part import SourcePart, Tell
 from merge_cli.gathering.store import Writer
 
 _BLOCK = 1 << 20
 
 
 def gather_importances(
-    live: LiveModel, part: Part, writer: Callable[..., Writer], tell: Tell
+    live: LiveModel, part: SourcePart, writer: Callable[..., Writer], tell: Tell
 ) -> Writer:
     """Every importance of a model.
 
@@ -40,16 +40,18 @@ def gather_importances(
         hint = "Use `dtype: bfloat16` under `statistics:`, or a machine with more memory."
         raise ResourceError("gradients need the whole model in memory", where=live.label, hint=hint)
     tensors = part.source.tensors
-    seats, _ = seats_of({name: ref.shape for name, ref in tensors.items()}, tensors, live.net)
+    seats, _ = parameter_slices(
+        {name: ref.shape for name, ref in tensors.items()}, tensors, live.net
+    )
     names = {id(parameter): name for name, parameter in live.net.named_parameters()}
     # By parameter, so that a sum is let go when all its parts are written; a buffer has none.
-    places: dict[str, list[tuple[str, Seat]]] = {}
+    places: dict[str, list[tuple[str, ParameterSlice]]] = {}
     for name, seat in seats.items():
         if id(seat.parameter) in names:
             places.setdefault(names[id(seat.parameter)], []).append((name, seat))
     sums = _accumulate(live, part, set(places), tell)
     shapes = {name: tensors[name].shape for own in places.values() for name, _ in own}
-    file = writer(shapes, {name: Entry(name) for name in shapes})
+    file = writer(shapes, {name: StatisticsEntry(name) for name in shapes})
     totals = {"elements": 0, "zero": 0, "sum": 0.0, "squares": 0.0}
     for parameter, own in places.items():
         importance = sums.pop(parameter).div_(len(part.examples.items))
@@ -61,7 +63,7 @@ def gather_importances(
     return file
 
 
-def _accumulate(live: LiveModel, part: Part, wanted: set[str], tell: Tell) -> dict[str, Any]:
+def _accumulate(live: LiveModel, part: SourcePart, wanted: set[str], tell: Tell) -> dict[str, Any]:
     """Sums over examples of squared gradients, float32, by parameter."""
     import torch
 
@@ -95,7 +97,7 @@ def _accumulate(live: LiveModel, part: Part, wanted: set[str], tell: Tell) -> di
     return sums
 
 
-def _log_likelihood(live: LiveModel, example: Example, part: Part) -> Any:
+def _log_likelihood(live: LiveModel, example: Example, part: SourcePart) -> Any:
     """The sum over counted tokens of their log-probability; labels as `targets` says."""
     import torch
 

@@ -11,22 +11,24 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from merge_cli.checkpoint.statistics import Entry
+from merge_cli.checkpoint.statistics import StatisticsEntry
 from merge_cli.errors import NonFiniteError
 from merge_cli.evaluation.examples import Example
 from merge_cli.evaluation.live import LiveModel, free_memory
 from merge_cli.gathering.data import batches_of
-from merge_cli.gathering.layers import Layer, linear_layers
-from merge_cli.gathering.part import Part, Tell
+from merge_cli.gathering.layers import LinearLayer, linear_layers
+from merge_cli.gathering.part import SourcePart, Tell
 from merge_cli.gathering.store import Writer
 
 _SUM_BYTES = 8  # of an element; a batch's float32 product comes on top, one at a time
 _ROOM = 0.5  # of the free memory for sums; activations take the rest
 _LOGIT_BYTES = 1 << 28
-Group = tuple[Layer, ...]
+Group = tuple[LinearLayer, ...]
 
 
-def gather_grams(live: LiveModel, part: Part, writer: Callable[..., Writer], tell: Tell) -> Writer:
+def gather_grams(
+    live: LiveModel, part: SourcePart, writer: Callable[..., Writer], tell: Tell
+) -> Writer:
     """Every matrix of a model.
 
     Args:
@@ -41,9 +43,12 @@ def gather_grams(live: LiveModel, part: Part, writer: Callable[..., Writer], tel
     groups = _observed(live, layers, examples[-1])  # the shortest
     file = writer(
         {str(i): (group[0].width, group[0].width) for i, group in enumerate(groups)},
-        {one.stored: Entry(str(i), one.input_first) for i, group in enumerate(groups)
-         for one in group},
-    )  # fmt: skip
+        {
+            one.stored: StatisticsEntry(str(i), one.input_first)
+            for i, group in enumerate(groups)
+            for one in group
+        },
+    )
     tokens = min(dials.batch_tokens, max(1, _LOGIT_BYTES // (4 * live.vocabulary)))
     batches = batches_of(examples, tokens)
     rounds = _rounds(groups, _room(live), dials.rounds)
@@ -63,7 +68,7 @@ def gather_grams(live: LiveModel, part: Part, writer: Callable[..., Writer], tel
     return file
 
 
-def _observed(live: LiveModel, layers: Sequence[Layer], example: Example) -> list[Group]:
+def _observed(live: LiveModel, layers: Sequence[LinearLayer], example: Example) -> list[Group]:
     """Layers in groups that see the very same tensor, found by looking.
 
     Every input is held until the end, so that no two of them can be at the same place. A layer that
@@ -79,13 +84,13 @@ def _observed(live: LiveModel, layers: Sequence[Layer], example: Example) -> lis
 
     with _hooked(live, {layer.module: look for layer in layers}):
         _forward(live, [example])
-    groups: dict[object, list[Layer]] = {}
+    groups: dict[object, list[LinearLayer]] = {}
     for layer in layers:
         groups.setdefault(tuple(seen[layer.module]) or layer.module, []).append(layer)
     return [tuple(group) for group in groups.values()]
 
 
-def _need_finite(found: Any, live: LiveModel, layer: Layer) -> None:
+def _need_finite(found: Any, live: LiveModel, layer: LinearLayer) -> None:
     if not math.isfinite(float(found.trace())):  # the sum of all squares
         what = "what this layer sees is NaN or Inf on some example"
         hint = "Use `dtype: float32` under `statistics:`; are the model's weights finite?"

@@ -13,7 +13,7 @@ from merge_cli.evaluation.seats import by_name, filled_layers, layer_of
 
 
 @dataclass(frozen=True)
-class Layer:
+class LinearLayer:
     """A linear layer.
 
     Attributes:
@@ -51,7 +51,7 @@ def stored_parameters(net: Any, source: Source) -> set[str]:
     return set(names) | {name for name in loose if layer_of(name) in filled}
 
 
-def linear_layers(net: Any, source: Source) -> list[Layer]:
+def linear_layers(net: Any, source: Source) -> list[LinearLayer]:
     """Every linear layer whose weight is stored, in the order of the model.
 
     A head that is tied to the embedding is none: what looks tokens up must not be regressed.
@@ -60,7 +60,7 @@ def linear_layers(net: Any, source: Source) -> list[Layer]:
     return sorted(_layers(net, source), key=lambda layer: order[layer.module])
 
 
-def _layers(net: Any, source: Source) -> Iterator[Layer]:
+def _layers(net: Any, source: Source) -> Iterator[LinearLayer]:
     kinds = kinds_of(net)
     for stored, parameter in parameters_of(net, source).items():
         module, _, last = parameter.rpartition(".")
@@ -69,4 +69,4 @@ def _layers(net: Any, source: Source) -> Iterator[Layer]:
             shape = net.get_parameter(parameter).shape
             if len(shape) == 2:
                 first = kind == "conv1d"
-                yield Layer(stored, module, shape[0] if first else shape[1], first)
+                yield LinearLayer(stored, module, shape[0] if first else shape[1], first)

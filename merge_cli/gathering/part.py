@@ -13,7 +13,7 @@ from typing import Any
 from merge_cli.checkpoint.source import Source
 from merge_cli.checkpoint.statistics import StatisticsFile
 from merge_cli.gathering.data import Examples
-from merge_cli.gathering.store import place_of
+from merge_cli.gathering.store import statistics_path
 from merge_cli.recipe.statistics import Statistics
 
 _FORMAT = 1
@@ -21,7 +21,7 @@ Tell = Callable[[int, int], None]  # tokens done, tokens in all
 
 
 @dataclass(frozen=True)
-class Part:
+class SourcePart:
     """What has to be known of one source.
 
     Attributes:
@@ -51,9 +51,12 @@ class Part:
         assert self.identity is not None, "who gathers knows what from"
         dials = self.statistics
         drawn = dials.targets == "sampled"
-        own = (dials.batch_tokens,) if self.kind == "gram" else (
-            dials.targets, self.seed if drawn else None)  # fmt: skip
+        own = (
+            (dials.batch_tokens,)
+            if self.kind == "gram"
+            else (dials.targets, self.seed if drawn else None)
+        )
         # Other devices and versions round otherwise.
         how = [self.device.partition(":")[0], self.dtype, version("torch"), version("transformers")]
         key = json.dumps([_FORMAT, self.kind, self.identity, self.examples.digest, own, how])
-        return place_of(hashlib.sha256(key.encode()).hexdigest())
+        return statistics_path(hashlib.sha256(key.encode()).hexdigest())

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from merge_cli.checkpoint.source import Source
-from merge_cli.checkpoint.statistics import Gathered
+from merge_cli.checkpoint.statistics import CalibrationStatistics
 from merge_cli.dam.models import empty_student
 from merge_cli.dam.tokenizers import one_tokenizer
 from merge_cli.engine.device import choose_device
@@ -17,7 +17,7 @@ from merge_cli.evaluation.digest import remembered_identity
 from merge_cli.evaluation.live import choose_dtype, context_of
 from merge_cli.gathering.data import load_examples, shown
 from merge_cli.gathering.layers import linear_layers, stored_parameters
-from merge_cli.gathering.part import Part
+from merge_cli.gathering.part import SourcePart
 from merge_cli.gathering.store import find
 from merge_cli.recipe.schema import Recipe
 from merge_cli.recipe.statistics import Statistics
@@ -27,7 +27,7 @@ _WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
-class GatheringPlan:
+class CalibrationPlan:
     """A gathering, decided.
 
     Attributes:
@@ -41,7 +41,7 @@ class GatheringPlan:
     plan: Plan
     kind: str
     statistics: Statistics
-    parts: tuple[Part, ...]
+    parts: tuple[SourcePart, ...]
     device: str
     dtype: str
     why: dict[str, str]
@@ -50,7 +50,7 @@ class GatheringPlan:
     memory: int
 
     @property
-    def missing(self) -> tuple[Part, ...]:
+    def missing(self) -> tuple[SourcePart, ...]:
         """What the cache does not have."""
         return tuple(part for part in self.parts if part.found is None)
 
@@ -66,17 +66,17 @@ class GatheringPlan:
         return sum(size for part, size in pairs if part.found is None)
 
     @property
-    def gathered(self) -> Gathered | None:
+    def gathered(self) -> CalibrationStatistics | None:
         """The statistics, if the cache has them all."""
         files = tuple(part.found for part in self.parts if part.found is not None)
-        return Gathered(files) if len(files) == len(self.parts) else None
+        return CalibrationStatistics(files) if len(files) == len(self.parts) else None
 
 
-def plan_gathering(
+def plan_calibration(
     plan: Plan,
     device: str = "auto",
     identify: Callable[[Source], str | None] = remembered_identity,
-) -> GatheringPlan:
+) -> CalibrationPlan:
     """Decide from headers, configs, tokenizers and data.
 
     Args:
@@ -104,13 +104,24 @@ def plan_gathering(
         assert spec.data is not None, "check_recipe refuses a source without data"
         source = plan.sources[labels.index(str(spec.model))]
         examples = load_examples(
-            plan.recipe, spec.data, tokenizer, statistics, context,
+            plan.recipe,
+            spec.data,
+            tokenizer,
+            statistics,
+            context,
             net.get_input_embeddings().weight.shape[0],
-        )  # fmt: skip
-        part = Part(
-            source, shown(spec.data), examples, identify(source), kind, statistics,
-            plan.recipe.seed, where, dtype,
-        )  # fmt: skip
+        )
+        part = SourcePart(
+            source,
+            shown(spec.data),
+            examples,
+            identify(source),
+            kind,
+            statistics,
+            plan.recipe.seed,
+            where,
+            dtype,
+        )
         parts.append(part if part.identity is None else replace(part, found=find(part.place)))
     _verify(plan.recipe, parts)
     expected = [_expected(kind, net, part.source) for part in parts]
@@ -123,17 +134,24 @@ def plan_gathering(
     # What is on disk are the same sums: float32 in memory, too, or float64 and rounded at the end.
     sums = (1 if kind == "fisher" else 2) * max(size for size, _ in expected)
     why = {"device": f"{chosen.name}: {chosen.reason}", "dtype": dtype_why}
-    return GatheringPlan(
-        plan, kind, statistics, tuple(parts), where, dtype,
+    return CalibrationPlan(
+        plan,
+        kind,
+        statistics,
+        tuple(parts),
+        where,
+        dtype,
         {**why, **({"chat template": template_why} if template_why else {})},
         tensors,
-        tuple(part.found.size if part.found is not None else size
-              for part, (size, _) in zip(parts, expected, strict=True)),
+        tuple(
+            part.found.size if part.found is not None else size
+            for part, (size, _) in zip(parts, expected, strict=True)
+        ),
         weights * _WIDTHS[dtype] + sums,
-    )  # fmt: skip
+    )
 
 
-def _verify(recipe: Recipe, parts: Sequence[Part]) -> None:
+def _verify(recipe: Recipe, parts: Sequence[SourcePart]) -> None:
     """A resolved recipe records its examples, as it does its models: others give other bytes.
 
     Raises:
@@ -164,7 +182,10 @@ def _expected(kind: str, net: Any, source: Source) -> tuple[int, set[str]]:
 def _merged_with(plan: Plan, expected: list[tuple[int, set[str]]]) -> int:
     """Output tensors that every source has statistics of."""
     return sum(
-        all(ref.name in expected[place][1]
-            for place, ref in zip(task.ids, task.operands, strict=True))
-        for task in plan.tasks if task.action == "merge"
-    )  # fmt: skip
+        all(
+            ref.name in expected[place][1]
+            for place, ref in zip(task.ids, task.operands, strict=True)
+        )
+        for task in plan.tasks
+        if task.action == "merge"
+    )

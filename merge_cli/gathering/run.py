@@ -7,18 +7,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from merge_cli.checkpoint.statistics import Gathered, StatisticsFile
+from merge_cli.checkpoint.statistics import CalibrationStatistics, StatisticsFile
 from merge_cli.dam.plan import fetch_everything
 from merge_cli.engine.memory import return_freed_memory
-from merge_cli.engine.options import MergeOptions, Progress, Show
+from merge_cli.engine.options import MergeOptions, OnProgress, Progress
 from merge_cli.engine.plan import Plan
 from merge_cli.errors import Interrupted
 from merge_cli.evaluation.digest import refuse_changed, source_identity
 from merge_cli.evaluation.live import load, memory_errors
 from merge_cli.gathering.fisher import gather_importances
 from merge_cli.gathering.gram import gather_grams
-from merge_cli.gathering.part import Part
-from merge_cli.gathering.plan import ORIGIN, GatheringPlan, plan_gathering
+from merge_cli.gathering.part import SourcePart
+from merge_cli.gathering.plan import ORIGIN, CalibrationPlan, plan_calibration
 from merge_cli.gathering.store import Writer, find, making
 from merge_cli.machine import torch_threads
 from merge_cli.recipe.statistics import Statistics
@@ -27,8 +27,8 @@ _GATHERERS = {"gram": gather_grams, "fisher": gather_importances}
 _SMALLER = "Try a smaller max_length, or dtype: bfloat16, under `statistics:`."
 
 
-def gather(
-    plan: Plan, options: MergeOptions, show: Show, begin: Callable[[], None] = lambda: None
+def calibrate(
+    plan: Plan, options: MergeOptions, show: OnProgress, begin: Callable[[], None] = lambda: None
 ) -> Plan:
     """Gather what the cache does not have yet.
 
@@ -44,7 +44,7 @@ def gather(
         NonFiniteError: a gradient is not a number.
         Interrupted: Ctrl-C or SIGTERM.
     """
-    decided = plan_gathering(plan, options.device, source_identity)
+    decided = plan_calibration(plan, options.device, source_identity)
     there = [find(part.place, read=True) for part in decided.parts]
     if None in there:
         begin()
@@ -58,18 +58,18 @@ def gather(
         done = len(files)
         what = f"stopped while statistics were gathered: {done} of {len(decided.parts)} are done"
         raise Interrupted(what, hint="The same command continues.") from None
-    return with_statistics(decided, Gathered(tuple(files)))
+    return with_statistics(decided, CalibrationStatistics(tuple(files)))
 
 
 def known(plan: Plan, device: str) -> Plan | None:
     """The plan with its statistics, if the cache has them all."""
     if any(source.planned for source in plan.sources):
         return None
-    decided = plan_gathering(plan, device, source_identity)
+    decided = plan_calibration(plan, device, source_identity)
     return None if decided.gathered is None else with_statistics(decided, decided.gathered)
 
 
-def with_statistics(decided: GatheringPlan, gathered: Gathered) -> Plan:
+def with_statistics(decided: CalibrationPlan, gathered: CalibrationStatistics) -> Plan:
     """The plan with what was gathered, and a recipe that says of what."""
     plan = decided.plan
     origin = [
@@ -90,7 +90,7 @@ def with_statistics(decided: GatheringPlan, gathered: Gathered) -> Plan:
     return replace(plan, recipe=recipe, gathered=gathered)
 
 
-def _gather_one(part: Part, options: MergeOptions, show: Show) -> StatisticsFile:
+def _gather_one(part: SourcePart, options: MergeOptions, show: OnProgress) -> StatisticsFile:
     """Run one source's model over its examples, and keep what is found."""
     label = part.source.label
 
@@ -109,7 +109,7 @@ def _gather_one(part: Part, options: MergeOptions, show: Show) -> StatisticsFile
             return replace(_made(part, path, tell), cached=False)
 
 
-def _made(part: Part, path: Path, tell: Callable[[int, int], None]) -> StatisticsFile:
+def _made(part: SourcePart, path: Path, tell: Callable[[int, int], None]) -> StatisticsFile:
     writers: list[Writer] = []
 
     def writer(*about: Any) -> Writer:

@@ -20,7 +20,7 @@ from typing import Any
 from merge_cli.checkpoint.raw import write_error
 from merge_cli.checkpoint.statistics import (
     FORMAT,
-    Entry,
+    StatisticsEntry,
     StatisticsFile,
     header_sum,
     open_statistics,
@@ -34,7 +34,7 @@ _SPARE = 8192  # bytes of the header for what is known at the end
 _HINT = "Free some space, or set MERGE_CLI_CACHE to another folder."
 
 
-def place_of(key: str) -> Path:
+def statistics_path(key: str) -> Path:
     """The file of statistics that are made like this."""
     return cache_folder() / "statistics" / key[:2] / f"{key}.safetensors"
 
@@ -112,9 +112,12 @@ class Writer:
     """
 
     def __init__(
-        self, path: Path, kind: str, shapes: Mapping[str, tuple[int, ...]],
-        entries: Mapping[str, Entry],
-    ) -> None:  # fmt: skip
+        self,
+        path: Path,
+        kind: str,
+        shapes: Mapping[str, tuple[int, ...]],
+        entries: Mapping[str, StatisticsEntry],
+    ) -> None:
         self._path, self._kind, self._shapes, self._entries = path, kind, dict(shapes), entries
         self._digests: dict[str, str] = {}
         self._zero: set[str] = set()
@@ -181,11 +184,15 @@ class Writer:
     def _header(self, about: Mapping[str, Any], digest: str, digests: Mapping[str, str]) -> bytes:
         document: dict[str, Any] = {
             "__metadata__": {
-                "format": FORMAT, "kind": self._kind, "digest": digest,
-                "about": json.dumps(dict(about)), "entries": json.dumps(self._written()),
-                "digests": json.dumps(dict(digests)), "sum": header_sum(digest, self._shapes),
+                "format": FORMAT,
+                "kind": self._kind,
+                "digest": digest,
+                "about": json.dumps(dict(about)),
+                "entries": json.dumps(self._written()),
+                "digests": json.dumps(dict(digests)),
+                "sum": header_sum(digest, self._shapes),
             }
-        }  # fmt: skip
+        }
         for name, shape in self._shapes.items():
             start = self._offsets[name]
             stop = start + 4 * math.prod(shape)

@@ -14,7 +14,7 @@ ALL_TIES = 2**63 - 1
 
 
 @dataclass(frozen=True)
-class Cut:
+class MagnitudeThreshold:
     """Keep |x| > threshold, and |x| = threshold up to and including flat index `last_tie`."""
 
     threshold: float
@@ -36,7 +36,9 @@ class Cut:
         return min(max(self.last_tie - start + 1, 0), size)
 
 
-def trimmed(rows: Sequence[Any], cuts: Sequence[Cut | None], start: int) -> list[Any]:
+def trimmed(
+    rows: Sequence[Any], cuts: Sequence[MagnitudeThreshold | None], start: int
+) -> list[Any]:
     """Flat blocks, one for each cut, with what the cut drops set to 0."""
     if all(cut is None for cut in cuts):
         return list(rows)
@@ -48,7 +50,9 @@ def trimmed(rows: Sequence[Any], cuts: Sequence[Cut | None], start: int) -> list
     ]
 
 
-def _compiled_trim(rows: Sequence[Any], cuts: Sequence[Cut | None], start: int) -> list[Any]:
+def _compiled_trim(
+    rows: Sequence[Any], cuts: Sequence[MagnitudeThreshold | None], start: int
+) -> list[Any]:
     import numpy as np
 
     from merge_cli.kernels import compiled
@@ -65,7 +69,7 @@ def _compiled_trim(rows: Sequence[Any], cuts: Sequence[Cut | None], start: int) 
     return list(out)
 
 
-def count_kept(x: Any, cut: Cut | None, start: int) -> int:
+def count_kept(x: Any, cut: MagnitudeThreshold | None, start: int) -> int:
     """How many elements of a block the cut keeps."""
     if cut is None:
         return len(x)

@@ -48,16 +48,23 @@ def _compiled(
     out = np.empty_like(deltas[0])
     rule = {"nothing": compiled.NOTHING, "weights": compiled.WEIGHTS, "count": compiled.COUNT}
     compiled.disjoint_mean(
-        matrix(deltas), np.array(weights, out.dtype), weighted, rule[divide_by],
-        np.float32(zero), out,
-    )  # fmt: skip
+        matrix(deltas),
+        np.array(weights, out.dtype),
+        weighted,
+        rule[divide_by],
+        np.float32(zero),
+        out,
+    )
     return out
 
 
 def _plain(
-    deltas: Sequence[Any], weights: Sequence[float], weighted_election: bool, divide_by: str,
+    deltas: Sequence[Any],
+    weights: Sequence[float],
+    weighted_election: bool,
+    divide_by: str,
     zero_sign: float,
-) -> Any:  # fmt: skip
+) -> Any:
     import torch
 
     weighted = [d * w for d, w in zip(deltas, weights, strict=True)]

@@ -35,9 +35,14 @@ _CHUNK = 2**32
 
 
 def drop(
-    rows: Sequence[Array], seed: int, sources: Sequence[int], name: str, start: int,
-    density: Sequence[float], factors: Sequence[float] | None = None,
-) -> list[Array]:  # fmt: skip
+    rows: Sequence[Array],
+    seed: int,
+    sources: Sequence[int],
+    name: str,
+    start: int,
+    density: Sequence[float],
+    factors: Sequence[float] | None = None,
+) -> list[Array]:
     """Flat blocks with each element zeroed unless its mask keeps it.
 
     Args:
@@ -57,9 +62,13 @@ def drop(
 
 
 def count_kept(
-    rows: Sequence[Array], seed: int, sources: Sequence[int], name: str, start: int,
+    rows: Sequence[Array],
+    seed: int,
+    sources: Sequence[int],
+    name: str,
+    start: int,
     density: Sequence[float],
-) -> list[int]:  # fmt: skip
+) -> list[int]:
     """How many elements of each block its mask keeps."""
     if is_numpy(rows[0]):
         size = len(rows[0])
@@ -74,9 +83,14 @@ def count_kept(
 
 
 def _compiled_drop(
-    rows: Sequence[Array], seed: int, sources: Sequence[int], name: str, start: int,
-    density: Sequence[float], factors: Sequence[float],
-) -> list[Array]:  # fmt: skip
+    rows: Sequence[Array],
+    seed: int,
+    sources: Sequence[int],
+    name: str,
+    start: int,
+    density: Sequence[float],
+    factors: Sequence[float],
+) -> list[Array]:
     import numpy as np
 
     from merge_cli.kernels import compiled

@@ -93,9 +93,15 @@ def add_relations(rows: Sequence[Array], thresholds: Sequence[float], into: Rela
         whole = matrix(rows)
         compiled.gram(whole, into.gram)
         compiled.count_relations(
-            whole, np.array(least, np.float32).view(np.uint32), into.both, into.agree, into.equal,
-            into.large, into.steps, into.contest,
-        )  # fmt: skip
+            whole,
+            np.array(least, np.float32).view(np.uint32),
+            into.both,
+            into.agree,
+            into.equal,
+            into.large,
+            into.steps,
+            into.contest,
+        )
         return
     import torch
 

@@ -17,7 +17,7 @@ from functools import partial
 from itertools import accumulate
 from typing import Any, Protocol, TypeVar
 
-from merge_cli.kernels.cut import ALL_TIES, Cut
+from merge_cli.kernels.cut import ALL_TIES, MagnitudeThreshold
 from merge_cli.kernels.keys import (
     KeyCounter,
     RangeCounter,
@@ -68,7 +68,7 @@ def _trimmed_count(density: float, size: int) -> int:
     return max(kept_count(density, size), 1) if density > 0 and size else 0
 
 
-def magnitude_cuts(densities: Sequence[float], stream: Stream) -> list[Cut | None]:
+def magnitude_cuts(densities: Sequence[float], stream: Stream) -> list[MagnitudeThreshold | None]:
     """For every operand, the cut that keeps exactly int(density * size) elements, at least one.
 
     Returns:
@@ -77,13 +77,13 @@ def magnitude_cuts(densities: Sequence[float], stream: Stream) -> list[Cut | Non
     return exact_cuts([_trimmed_count(density, stream.size) for density in densities], stream)
 
 
-def exact_cuts(counts: Sequence[int], stream: Stream) -> list[Cut | None]:
+def exact_cuts(counts: Sequence[int], stream: Stream) -> list[MagnitudeThreshold | None]:
     """For every operand, the cut that keeps so many elements; None where it keeps all of them."""
-    cuts: list[Cut | None] = [None] * len(counts)
+    cuts: list[MagnitudeThreshold | None] = [None] * len(counts)
     wanted: dict[int, int] = {}
     for i, k in enumerate(counts):
         if k == 0:
-            cuts[i] = Cut(math.inf, -1)
+            cuts[i] = MagnitudeThreshold(math.inf, -1)
         elif k < stream.size:
             wanted[i] = k
     if wanted and stream.size <= _SMALLEST_SAMPLE:
@@ -93,11 +93,11 @@ def exact_cuts(counts: Sequence[int], stream: Stream) -> list[Cut | None]:
     searches = _run(_brackets(wanted, stream), stream)
     last_ties = _last_ties(searches, stream)
     for i, search in searches.items():
-        cuts[i] = Cut(search.threshold, last_ties.get(i, ALL_TIES))
+        cuts[i] = MagnitudeThreshold(search.threshold, last_ties.get(i, ALL_TIES))
     return cuts
 
 
-def _cuts_of_few(wanted: dict[int, int], stream: Stream) -> dict[int, Cut]:
+def _cuts_of_few(wanted: dict[int, int], stream: Stream) -> dict[int, MagnitudeThreshold]:
     """The cuts of a stream that is small enough to be sorted: read once, no histogram."""
     import numpy as np
 
@@ -111,7 +111,7 @@ def _cuts_of_few(wanted: dict[int, int], stream: Stream) -> dict[int, Cut]:
         threshold = number(int(key), 8 * found.itemsize - 1)
         ties = np.flatnonzero(found == key)
         all_kept = k - above == len(ties) or math.isnan(threshold)
-        cuts[i] = Cut(threshold, ALL_TIES if all_kept else int(ties[k - above - 1]))
+        cuts[i] = MagnitudeThreshold(threshold, ALL_TIES if all_kept else int(ties[k - above - 1]))
     return cuts
 
 
@@ -159,9 +159,10 @@ class _Search:
     def _narrow_to_key(self, total: KeyCounter, spans: Sequence[SpanCounts | None]) -> None:
         ceiling = 2**self.width - 1
         for place in reversed(range(len(self.candidates))):
-            key, above, equal = self.candidates[place], *(
-                int(counts[place]) for counts in (total.above, total.equal)
-            )  # fmt: skip
+            key, above, equal = (
+                self.candidates[place],
+                *(int(counts[place]) for counts in (total.above, total.equal)),
+            )
             if self.k <= above:
                 self.low, self.high, self.candidates = key + 1, ceiling, []
                 return

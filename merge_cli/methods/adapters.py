@@ -8,9 +8,21 @@ from merge_cli.errors import Problem
 from merge_cli.methods.registry import Method
 from merge_cli.recipe.schema import Recipe
 
-_OF_MODELS = ("slices", "modules", "dtype", "out_dtype", "tokenizer", "tokenizer_source",
-              "chat_template", "training", "statistics", "coefficients", "eval", "search",
-              "objective")  # fmt: skip
+_OF_MODELS = (
+    "slices",
+    "modules",
+    "dtype",
+    "out_dtype",
+    "tokenizer",
+    "tokenizer_source",
+    "chat_template",
+    "training",
+    "statistics",
+    "coefficients",
+    "eval",
+    "search",
+    "objective",
+)
 
 
 def adapter_problems(recipe: Recipe, method: Method) -> Iterator[Problem]:

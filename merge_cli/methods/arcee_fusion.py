@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from merge_cli.methods.blocks import Span, TensorBlocks, gathered
+from merge_cli.methods.blocks import Span, TensorBlocks, load_whole
 from merge_cli.methods.registry import merge_method
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def measure(tensor: TensorBlocks, survey: None, **_: Any) -> Importance:
     """Divergences and the threshold; the tensor is held whole."""
     import torch
 
-    base, (delta,) = gathered(tensor)
+    base, (delta,) = load_whole(tensor)
     assert base is not None, "the method asks for the base"
     width = tensor.shape[-1] if tensor.shape else 1
     base, delta = base.reshape(-1, width), delta.reshape(-1, width)
@@ -59,9 +59,7 @@ def measure(tensor: TensorBlocks, survey: None, **_: Any) -> Importance:
     return Importance(rows, width, middle + _RANGES * (high - low))
 
 
-@merge_method(
-    "arcee_fusion", count=(1, 1), prepare=measure, prepare_uses=(), whole=lambda **_: 4
-)  # fmt: skip
+@merge_method("arcee_fusion", count=(1, 1), prepare=measure, prepare_uses=(), whole=lambda **_: 4)
 def arcee_fusion(base: Tensor, deltas: list[Tensor], at: Span, prepared: Importance) -> Tensor:
     """Take the other model's elements where change and divergence together stand out."""
     (delta,) = deltas

@@ -114,7 +114,7 @@ class RowStream:
         return self.blocks.map(lambda blocks: work(map(self.rows, blocks)), only)
 
 
-def gathered(tensor: TensorBlocks) -> tuple[Array | None, list[Array]]:
+def load_whole(tensor: TensorBlocks) -> tuple[Array | None, list[Array]]:
     """The whole tensor of the base and of every source, in its shape.
 
     For methods whose formula needs it (`whole=True`): memory then grows with the largest tensor.

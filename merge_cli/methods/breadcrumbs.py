@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from merge_cli.kernels.arrays import Array
-from merge_cli.kernels.cut import Cut, count_kept, trimmed
+from merge_cli.kernels.cut import MagnitudeThreshold, count_kept, trimmed
 from merge_cli.kernels.elect import disjoint_mean
 from merge_cli.kernels.reduce import add_scaled, divided, weighted_sum
 from merge_cli.kernels.select import exact_cuts, kept_count
@@ -22,7 +22,7 @@ from merge_cli.methods.rescaling import RescaleL1, l1_factors, rescaled
 from merge_cli.methods.soup import divisor
 
 # For each task vector: what is kept of it and the outliers, and the outliers alone.
-Cuts = tuple[list[Cut | None], list[Cut | None]]
+Cuts = tuple[list[MagnitudeThreshold | None], list[MagnitudeThreshold | None]]
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,14 @@ class Middle:
 
 
 def find_cuts(
-    tensor: TensorBlocks, survey: None, *, density: Sequence[float], gamma: Sequence[float],
-    rescale: RescaleL1, **_: Any,
-) -> Middle:  # fmt: skip
+    tensor: TensorBlocks,
+    survey: None,
+    *,
+    density: Sequence[float],
+    gamma: Sequence[float],
+    rescale: RescaleL1,
+    **_: Any,
+) -> Middle:
     """The two cuts of each task vector; at density 1 nothing is dropped."""
     size = tensor.size
     kept = [kept_count(share, size) for share in density]
@@ -59,10 +64,11 @@ def _between(deltas: list[Array], cuts: Cuts, start: int) -> list[Array]:
     whole, outliers = (trimmed(deltas, part, start) for part in cuts)
     # An outlier less itself is 0, and nothing else is touched.
     return [
-        kept if cut is not None and cut.last_tie == -1 and cut.threshold == float("inf")
+        kept
+        if cut is not None and cut.last_tie == -1 and cut.threshold == float("inf")
         else kept - out
         for kept, out, cut in zip(whole, outliers, cuts[1], strict=True)
-    ]  # fmt: skip
+    ]
 
 
 def _middle(deltas: list[Array], prepared: Middle, start: int) -> list[Array]:
@@ -79,9 +85,12 @@ def kept(block: Block, prepared: Middle, parameters: Mapping[str, Any]) -> list[
 
 
 _SHARED: dict[str, Any] = {
-    "paper": "arXiv:2312.06795", "prepare": find_cuts, "kept": kept,
-    "prepare_uses": ("density", "gamma", "rescale"), "any_array": True,
-}  # fmt: skip
+    "paper": "arXiv:2312.06795",
+    "prepare": find_cuts,
+    "kept": kept,
+    "prepare_uses": ("density", "gamma", "rescale"),
+    "any_array": True,
+}
 
 
 @merge_method("breadcrumbs", **_SHARED)

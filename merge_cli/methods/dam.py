@@ -45,8 +45,12 @@ def _variant(recipe: Recipe) -> Method | None:
 
 
 @merge_method(
-    "dam", paper="arXiv:2410.08371", variant=_variant, learns=True, any_array=True,
-)  # fmt: skip
+    "dam",
+    paper="arXiv:2410.08371",
+    variant=_variant,
+    learns=True,
+    any_array=True,
+)
 def dam(models: list[Array], at: Span, coefficients: TensorCoefficients) -> Array:
     """Sum of c_i * W_i with learned coefficients, by default one for each input column."""
     return _scaled_sum(models, at, coefficients)

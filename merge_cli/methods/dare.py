@@ -66,9 +66,14 @@ def _scaled(weight: Sequence[float], factors: list[float]) -> list[float]:
 
 
 @merge_method(
-    "dare", aliases=("dare_linear",), paper="arXiv:2311.03099",
-    prepare=rescale_factors, prepare_uses=("density", "rescale"), kept=kept, any_array=True,
-)  # fmt: skip
+    "dare",
+    aliases=("dare_linear",),
+    paper="arXiv:2311.03099",
+    prepare=rescale_factors,
+    prepare_uses=("density", "rescale"),
+    kept=kept,
+    any_array=True,
+)
 def dare(
     base: Array,
     deltas: list[Array],
@@ -98,9 +103,13 @@ def dare(
 
 
 @merge_method(
-    "dare_ties", paper="arXiv:2311.03099", prepare=rescale_factors,
-    prepare_uses=("density", "rescale"), kept=kept, any_array=True,
-)  # fmt: skip
+    "dare_ties",
+    paper="arXiv:2311.03099",
+    prepare=rescale_factors,
+    prepare_uses=("density", "rescale"),
+    kept=kept,
+    any_array=True,
+)
 def dare_ties(
     base: Array,
     deltas: list[Array],

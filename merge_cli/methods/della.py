@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from merge_cli.kernels.elect import disjoint_mean
 from merge_cli.kernels.mask import words
 from merge_cli.kernels.reduce import absolute_runs, add_scaled, divided, exact_sum, weighted_sum
-from merge_cli.methods.blocks import Span, TensorBlocks, gathered
+from merge_cli.methods.blocks import Span, TensorBlocks, load_whole
 from merge_cli.methods.dare import Rescale
 from merge_cli.methods.parameters import Density, PerModel, Range, each
 from merge_cli.methods.registry import merge_method
@@ -63,13 +63,18 @@ class Ranked:
 
 
 def rank(
-    tensor: TensorBlocks, survey: None, *, density: Sequence[float], epsilon: Sequence[float],
-    rescale: Rescale, **_: Any,
-) -> list[Ranked]:  # fmt: skip
+    tensor: TensorBlocks,
+    survey: None,
+    *,
+    density: Sequence[float],
+    epsilon: Sequence[float],
+    rescale: Rescale,
+    **_: Any,
+) -> list[Ranked]:
     """Ranks of every task vector, which is held whole for it."""
     import torch
 
-    deltas = gathered(tensor)[1]
+    deltas = load_whole(tensor)[1]
     block = next(iter(tensor.blocks()))
     width = tensor.shape[-1] if tensor.shape else 1
     found = []
@@ -113,8 +118,11 @@ def chances_fit(density: Sequence[float], epsilon: Sequence[float]) -> str:
 
 
 _SHARED: dict[str, Any] = {
-    "paper": "arXiv:2406.11617", "prepare": rank, "whole": lambda **_: 8,
-    "prepare_uses": ("density", "epsilon", "rescale"), }  # fmt: skip
+    "paper": "arXiv:2406.11617",
+    "prepare": rank,
+    "whole": lambda **_: 8,
+    "prepare_uses": ("density", "epsilon", "rescale"),
+}
 
 
 @merge_method("della", check=chances_fit, **_SHARED)
@@ -143,9 +151,11 @@ def della(
         lambda_: scale of the whole change.
     """
     mixed = disjoint_mean(
-        _dropped(deltas, at, prepared), weight,
-        weighted_election=True, divide_by="weights" if normalize else "nothing",
-    )  # fmt: skip
+        _dropped(deltas, at, prepared),
+        weight,
+        weighted_election=True,
+        divide_by="weights" if normalize else "nothing",
+    )
     mixed_change: Tensor = add_scaled(base, lambda_, mixed)
     return mixed_change
 

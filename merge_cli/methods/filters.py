@@ -8,7 +8,7 @@ from merge_cli.recipe.schema import Parameters, Recipe
 from merge_cli.recipe.values import Parameter, filters, is_graded, matches
 
 
-def idle_filters(recipe: Recipe, names: Iterable[str]) -> Iterator[str]:
+def unused_filters(recipe: Recipe, names: Iterable[str]) -> Iterator[str]:
     """One line for each filter that matches none of the output's tensors.
 
     Args:

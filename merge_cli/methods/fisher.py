@@ -35,10 +35,11 @@ def importance_scales(models: Sequence[Mapping[str, Any]], normalize: Normalize)
         usual = math.fsum(one["sum"] / one["elements"] for one in models) / len(models)
         return [1 / usual if usual else 0.0] * len(models)
     sizes = [
-        math.sqrt(one["squares"] / one["elements"]) if normalize == "l2"
+        math.sqrt(one["squares"] / one["elements"])
+        if normalize == "l2"
         else one["sum"] / one["elements"]
         for one in models
-    ]  # fmt: skip
+    ]
     return [1 / size if size else 0.0 for size in sizes]
 
 

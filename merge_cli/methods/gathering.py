@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from merge_cli.errors import Problem
 from merge_cli.methods.registry import Method
 from merge_cli.recipe.schema import Recipe
-from merge_cli.recipe.statistics import idle_dials
+from merge_cli.recipe.statistics import unused_options
 
 
 def gathering_problems(recipe: Recipe, method: Method) -> Iterator[Problem]:
@@ -28,7 +28,7 @@ def gathering_problems(recipe: Recipe, method: Method) -> Iterator[Problem]:
                 what = f"has no `data:`, and {name} looks at examples of every model."
                 hint = "Give it text that it is good at: `data: FILE`."
                 yield recipe.problem(spec.key, what, hint)
-    for dial in idle_dials(method.gathers):
+    for dial in unused_options(method.gathers):
         if f"statistics.{dial}" in recipe.places:
             what = f"has no effect in {name}."
             yield recipe.problem(f"statistics.{dial}", what, "Leave it out.")

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from merge_cli.kernels.arrays import Array, is_numpy
 from merge_cli.kernels.reduce import dot_runs, exact_sum
-from merge_cli.methods.blocks import Block, TensorBlocks, gathered
+from merge_cli.methods.blocks import Block, TensorBlocks, load_whole
 
 Along = Literal["rows", "columns"]
 
@@ -46,7 +46,7 @@ def gram_matrices(tensor: TensorBlocks, along: Along) -> Any:
     """
     import numpy as np
 
-    operands = [_numpy(x).astype(np.float64) for x in gathered(tensor)[1]]
+    operands = [_numpy(x).astype(np.float64) for x in load_whole(tensor)[1]]
     axis = -1 if along == "rows" else 0
     count = len(operands)
     found: Any = None

@@ -24,9 +24,14 @@ _AtLeastZero = Annotated[float, Range(0.0)]
 
 
 def mean_on_sphere(
-    tensor: TensorBlocks, survey: None, *, max_iter: int, tol: float,
-    weight: Sequence[float] | None = None, **_: Any,
-) -> list[float]:  # fmt: skip
+    tensor: TensorBlocks,
+    survey: None,
+    *,
+    max_iter: int,
+    tol: float,
+    weight: Sequence[float] | None = None,
+    **_: Any,
+) -> list[float]:
     """What each model is multiplied with."""
     import numpy as np
 
@@ -88,9 +93,14 @@ def _always(recipe: Recipe, shared: Sequence[Parameters]) -> bool:
 
 
 @merge_method(
-    "karcher", paper="arXiv:2603.04972", prepare=mean_on_sphere, prepare_uses=("max_iter", "tol"),
-    any_array=True, variant=_variant, averages_base=_always,
-)  # fmt: skip
+    "karcher",
+    paper="arXiv:2603.04972",
+    prepare=mean_on_sphere,
+    prepare_uses=("max_iter", "tol"),
+    any_array=True,
+    variant=_variant,
+    averages_base=_always,
+)
 def karcher(
     models: list[Array],
     prepared: list[float],
@@ -110,9 +120,12 @@ def karcher(
 
 
 @merge_method(
-    "karcher", prepare=mean_on_sphere, prepare_uses=("weight", "max_iter", "tol"), any_array=True,
+    "karcher",
+    prepare=mean_on_sphere,
+    prepare_uses=("weight", "max_iter", "tol"),
+    any_array=True,
     listed=False,
-)  # fmt: skip
+)
 def weighted_karcher(
     models: list[Array],
     prepared: list[float],

@@ -43,10 +43,14 @@ def _shares(gram: Any) -> list[float]:
 
 
 @merge_method(
-    "model_stock", paper="arXiv:2403.19522", count=(2, None), prepare=interpolation,
-    prepare_uses=("filter_wise",), any_array=True,
+    "model_stock",
+    paper="arXiv:2403.19522",
+    count=(2, None),
+    prepare=interpolation,
+    prepare_uses=("filter_wise",),
+    any_array=True,
     whole=lambda *, filter_wise, **_: 6 if filter_wise else 0,
-)  # fmt: skip
+)
 def model_stock(
     base: Array,
     deltas: list[Array],

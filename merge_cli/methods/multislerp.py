@@ -25,9 +25,13 @@ _BALANCED = 1e-8  # a mean of unit vectors this short has no direction
 
 
 def mean_direction(
-    tensor: TensorBlocks, survey: None, *, weight: Sequence[float], normalize_weights: bool,
+    tensor: TensorBlocks,
+    survey: None,
+    *,
+    weight: Sequence[float],
+    normalize_weights: bool,
     **_: Any,
-) -> list[float]:  # fmt: skip
+) -> list[float]:
     """What each operand is multiplied with."""
     import numpy as np
 
@@ -54,9 +58,13 @@ def _check(weight: Sequence[float], normalize_weights: bool) -> str:
 
 
 @merge_method(
-    "multislerp", prepare=mean_direction, prepare_uses=("weight", "normalize_weights"),
-    variant=_variant, check=_check, any_array=True,
-)  # fmt: skip
+    "multislerp",
+    prepare=mean_direction,
+    prepare_uses=("weight", "normalize_weights"),
+    variant=_variant,
+    check=_check,
+    any_array=True,
+)
 def multislerp(
     models: list[Array],
     prepared: list[float],
@@ -74,9 +82,13 @@ def multislerp(
 
 
 @merge_method(
-    "multislerp", prepare=mean_direction, prepare_uses=("weight", "normalize_weights"),
-    check=_check, any_array=True, listed=False,
-)  # fmt: skip
+    "multislerp",
+    prepare=mean_direction,
+    prepare_uses=("weight", "normalize_weights"),
+    check=_check,
+    any_array=True,
+    listed=False,
+)
 def multislerp_of_changes(
     base: Array,
     deltas: list[Array],

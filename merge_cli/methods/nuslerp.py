@@ -23,9 +23,14 @@ Prepared = list[float] | Spread
 
 
 def along_great_circle(
-    tensor: TensorBlocks, survey: None, *, weight: list[float], nuslerp_flatten: bool,
-    nuslerp_row_wise: bool, **_: Any,
-) -> Prepared:  # fmt: skip
+    tensor: TensorBlocks,
+    survey: None,
+    *,
+    weight: list[float],
+    nuslerp_flatten: bool,
+    nuslerp_row_wise: bool,
+    **_: Any,
+) -> Prepared:
     """sin((1-t)θ)/sin θ and sin(tθ)/sin θ, for the whole tensor or for each row or column."""
     import numpy as np
 
@@ -66,9 +71,14 @@ _USES = ("weight", "nuslerp_flatten", "nuslerp_row_wise")
 
 
 @merge_method(
-    "nuslerp", count=(2, 2), prepare=along_great_circle, prepare_uses=_USES, variant=_variant,
-    any_array=True, whole=_whole,
-)  # fmt: skip
+    "nuslerp",
+    count=(2, 2),
+    prepare=along_great_circle,
+    prepare_uses=_USES,
+    variant=_variant,
+    any_array=True,
+    whole=_whole,
+)
 def nuslerp(
     models: list[Array],
     at: Span,
@@ -89,9 +99,14 @@ def nuslerp(
 
 
 @merge_method(
-    "nuslerp", count=(2, 2), prepare=along_great_circle, prepare_uses=_USES, any_array=True,
-    whole=_whole, listed=False,
-)  # fmt: skip
+    "nuslerp",
+    count=(2, 2),
+    prepare=along_great_circle,
+    prepare_uses=_USES,
+    any_array=True,
+    whole=_whole,
+    listed=False,
+)
 def nuslerp_of_changes(
     base: Array,
     deltas: list[Array],

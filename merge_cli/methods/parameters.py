@@ -58,9 +58,15 @@ CappedShare = Annotated[float, Range(0.0, 1.0, capped=True)]
 Share = Annotated[float, Range(0.0, 1.0)]
 # What mergekit takes for a truth value, besides true and false: its own output writes 1.0.
 _TRUTH: dict[Scalar, bool] = {
-    1: True, 0: False, "true": True, "false": False, "yes": True, "no": False, "on": True,
+    1: True,
+    0: False,
+    "true": True,
+    "false": False,
+    "yes": True,
+    "no": False,
+    "on": True,
     "off": False,
-}  # fmt: skip
+}
 
 
 def each(value: T) -> Any:

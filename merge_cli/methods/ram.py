@@ -67,9 +67,11 @@ def ram(base: Tensor, deltas: list[Tensor], *, epsilon: AtLeastZero = 1e-5) -> T
 
 
 @merge_method(
-    "ramplus_tl", paper="arXiv:2601.13572", prepare=shares_of_overlap,
+    "ramplus_tl",
+    paper="arXiv:2601.13572",
+    prepare=shares_of_overlap,
     prepare_uses=("r", "alpha", "epsilon"),
-)  # fmt: skip
+)
 def ramplus_tl(
     base: Tensor,
     deltas: list[Tensor],

@@ -38,10 +38,30 @@ from merge_cli.recipe.statistics import Kind
 F = TypeVar("F", bound=Callable[..., Any])
 
 ENTRY_POINTS = "merge_cli.methods"
-_BUILT_IN = ("soup", "task_arithmetic", "ties", "dare", "della", "breadcrumbs", "sce", "ram",
-             "model_stock", "slerp", "nuslerp", "multislerp", "karcher", "nearswap", "arcee_fusion",
-             "passthrough", "wudi", "regmean", "fisher", "greedy_soup", "evolutionary",
-             "dam")  # fmt: skip
+_BUILT_IN = (
+    "soup",
+    "task_arithmetic",
+    "ties",
+    "dare",
+    "della",
+    "breadcrumbs",
+    "sce",
+    "ram",
+    "model_stock",
+    "slerp",
+    "nuslerp",
+    "multislerp",
+    "karcher",
+    "nearswap",
+    "arcee_fusion",
+    "passthrough",
+    "wudi",
+    "regmean",
+    "fisher",
+    "greedy_soup",
+    "evolutionary",
+    "dam",
+)
 _SUPPLIED = ("base", "models", "deltas", "at", "prepared", "coefficients", "statistics")
 
 
@@ -161,10 +181,27 @@ def merge_method(
         if unknown:
             raise TypeError(f"{name}: the engine supplies {_SUPPLIED}, not {sorted(unknown)}")
         method = Method(
-            name, function, aliases, paper, count, base_is_source,
-            prepare, survey, kept, copies, check, any_array, frozenset(positional),
-            variant, learns, searches, prepare_uses, whole, gathers, averages_base,
-        )  # fmt: skip
+            name,
+            function,
+            aliases,
+            paper,
+            count,
+            base_is_source,
+            prepare,
+            survey,
+            kept,
+            copies,
+            check,
+            any_array,
+            frozenset(positional),
+            variant,
+            learns,
+            searches,
+            prepare_uses,
+            whole,
+            gathers,
+            averages_base,
+        )
         _ = method.parameters  # a signature that cannot be read fails here, at import
         _BY_FUNCTION[function] = method
         for key in (name, *aliases) if listed else ():

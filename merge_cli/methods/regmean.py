@@ -138,9 +138,14 @@ def _held(*, shape: tuple[int, ...], weight: Sequence[float], **_: Any) -> int:
 
 
 @merge_method(
-    "regmean", paper="arXiv:2212.09849", prepare=regressed, prepare_uses=("alpha", "weight"),
-    check=no_average, whole=_held, gathers="gram",
-)  # fmt: skip
+    "regmean",
+    paper="arXiv:2212.09849",
+    prepare=regressed,
+    prepare_uses=("alpha", "weight"),
+    check=no_average,
+    whole=_held,
+    gathers="gram",
+)
 def regmean(
     models: list[Tensor],
     at: Span,

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from merge_cli.kernels.cut import Cut
+from merge_cli.kernels.cut import MagnitudeThreshold
 from merge_cli.kernels.reduce import dot_runs, exact_sum
 from merge_cli.kernels.select import exact_cuts, kept_count
 from merge_cli.methods.blocks import Block, RowStream, Span, TensorBlocks
@@ -31,7 +31,7 @@ _NOTHING = 1e-6  # as in mergekit: below it weights are equal, and a divisor is 
 class Selected:
     """What a tensor is merged with: the cut of its variances (None keeps all), and the weights."""
 
-    cut: Cut | None
+    cut: MagnitudeThreshold | None
     weights: list[float]
 
 
@@ -75,7 +75,7 @@ def _variance(deltas: list[Tensor]) -> Tensor:
     return total / len(deltas)
 
 
-def _selected(deltas: list[Tensor], cut: Cut | None, start: int) -> list[Tensor]:
+def _selected(deltas: list[Tensor], cut: MagnitudeThreshold | None, start: int) -> list[Tensor]:
     if cut is None:
         return deltas
     keep = cut.keep(_variance(deltas), start)

@@ -10,7 +10,7 @@ from merge_cli.methods.registry import Method, get_method, method_names
 from merge_cli.recipe.keys import MERGEKIT_PARAMETERS, nearest
 from merge_cli.recipe.reference import local_file
 from merge_cli.recipe.schema import Recipe
-from merge_cli.recipe.search import WITHOUT_SPACE, Search, Searched
+from merge_cli.recipe.search import WITHOUT_SPACE, Search, SearchedParameter
 
 GREEDY = "greedy_soup"
 
@@ -104,7 +104,9 @@ def _section_problems(recipe: Recipe, search: Search) -> Iterator[Problem]:
                     yield recipe.problem(given.key, f"{method.name} has no such parameter.")
 
 
-def _range_problems(recipe: Recipe, searched: Searched, methods: list[Method]) -> Iterator[Problem]:
+def _range_problems(
+    recipe: Recipe, searched: SearchedParameter, methods: list[Method]
+) -> Iterator[Problem]:
     owners = [m.parameters[searched.name] for m in methods if searched.name in m.parameters]
     if not owners:
         known = sorted({name for method in methods for name in method.parameters})
@@ -124,6 +126,6 @@ def _range_problems(recipe: Recipe, searched: Searched, methods: list[Method]) -
             yield recipe.problem(searched.key, f"{message}.")
 
 
-def _refused(searched: Searched, owner: MethodParameter) -> set[str]:
+def _refused(searched: SearchedParameter, owner: MethodParameter) -> set[str]:
     values = searched.choices or (searched.low, searched.high)
     return {message for value in values if (message := owner.check(value))}

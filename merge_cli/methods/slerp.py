@@ -40,9 +40,14 @@ def great_circle(tensor: TensorBlocks, survey: None, *, t: float, **_: Any) -> t
 
 
 @merge_method(
-    "slerp", paper="Shoemake 1985", count=(2, 2), base_is_source=True, prepare=great_circle,
-    prepare_uses=("t",), any_array=True,
-)  # fmt: skip
+    "slerp",
+    paper="Shoemake 1985",
+    count=(2, 2),
+    base_is_source=True,
+    prepare=great_circle,
+    prepare_uses=("t",),
+    any_array=True,
+)
 def slerp(
     models: list[Array],
     prepared: tuple[float, float],

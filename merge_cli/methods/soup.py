@@ -33,9 +33,13 @@ def _weighs_base(recipe: Recipe, shared: Sequence[Parameters]) -> bool:
 
 
 @merge_method(
-    "soup", aliases=("linear",), paper="arXiv:2203.05482", check=weights_cancel, any_array=True,
+    "soup",
+    aliases=("linear",),
+    paper="arXiv:2203.05482",
+    check=weights_cancel,
+    any_array=True,
     averages_base=_weighs_base,
-)  # fmt: skip
+)
 def soup(
     models: list[Array],
     *,

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from merge_cli.errors import UsageError
 from merge_cli.kernels.arrays import Array
-from merge_cli.kernels.cut import ALL_TIES, Cut, count_kept, trimmed
+from merge_cli.kernels.cut import ALL_TIES, MagnitudeThreshold, count_kept, trimmed
 from merge_cli.kernels.elect import disjoint_mean
 from merge_cli.kernels.reduce import add_scaled, weighted_sum
 from merge_cli.kernels.select import magnitude_cuts
@@ -24,7 +24,7 @@ from merge_cli.methods.registry import merge_method
 from merge_cli.methods.rescaling import RescaleL1, l1_factors, rescaled
 
 Semantics = Literal["mergekit", "paper"]
-Cuts = list[Cut | None]
+Cuts = list[MagnitudeThreshold | None]
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,11 @@ def prepare(tensor: TensorBlocks, found: TiesSurvey | None, **parameters: Any) -
     known = found.cuts.get(tensor.name) if found else None
     cuts = _tensor_cuts(tensor) if known is None else known
     factors = l1_factors(
-        tensor, densities(parameters), parameters["rescale"],
+        tensor,
+        densities(parameters),
+        parameters["rescale"],
         lambda deltas, start: trimmed(deltas, cuts, start),
-    )  # fmt: skip
+    )
     return Trim(cuts, zero_sign, factors)
 
 
@@ -90,10 +92,14 @@ def kept(block: Block, prepared: Trim, parameters: Mapping[str, Any]) -> list[in
 
 
 @merge_method(
-    "ties", paper="arXiv:2306.01708",
-    prepare=prepare, survey=survey, kept=kept, any_array=True,
+    "ties",
+    paper="arXiv:2306.01708",
+    prepare=prepare,
+    survey=survey,
+    kept=kept,
+    any_array=True,
     prepare_uses=("density", "semantics", "rescale"),
-)  # fmt: skip
+)
 def ties(
     base: Array,
     deltas: list[Array],
@@ -182,11 +188,11 @@ def _model_cuts(model: ModelBlocks) -> dict[str, Cuts]:
     }
 
 
-def _within(cut: Cut, offset: int, size: int) -> Cut:
+def _within(cut: MagnitudeThreshold, offset: int, size: int) -> MagnitudeThreshold:
     """A whole-model cut as one of its tensors sees it."""
     if cut.last_tie >= offset + size:
-        return Cut(cut.threshold, ALL_TIES)
-    return Cut(cut.threshold, max(cut.last_tie - offset, -1))
+        return MagnitudeThreshold(cut.threshold, ALL_TIES)
+    return MagnitudeThreshold(cut.threshold, max(cut.last_tie - offset, -1))
 
 
 def _majority_sign(model: ModelBlocks, cuts: Mapping[str, Cuts]) -> float:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from merge_cli.methods.blocks import Span, TensorBlocks, gathered
+from merge_cli.methods.blocks import Span, TensorBlocks, load_whole
 from merge_cli.methods.parameters import Range
 from merge_cli.methods.registry import merge_method
 
@@ -27,13 +27,19 @@ _SINGULAR = 1e-10  # of the largest eigenvalue of G: below it there is no row of
 
 
 def without_interference(
-    tensor: TensorBlocks, survey: None, *, iterations: int, learning_rate: float, solver: str,
-    input_first: bool, **_: Any,
-) -> Tensor | None:  # fmt: skip
+    tensor: TensorBlocks,
+    survey: None,
+    *,
+    iterations: int,
+    learning_rate: float,
+    solver: str,
+    input_first: bool,
+    **_: Any,
+) -> Tensor | None:
     """The merged task vector of a linear layer, flat; None for a tensor that is none."""
     if len(tensor.shape) != 2 or any(part in tensor.name for part in _LOOKED_UP):
         return None
-    deltas = gathered(tensor)[1]
+    deltas = load_whole(tensor)[1]
     if input_first:
         deltas = [delta.T for delta in deltas]
     kind = deltas[0].dtype
@@ -92,9 +98,12 @@ def _nearest(start: Tensor, gram: Tensor, target: Tensor) -> Tensor:
 
 
 @merge_method(
-    "wudi", paper="arXiv:2503.08099", prepare=without_interference,
-    prepare_uses=("iterations", "learning_rate", "solver", "input_first"), whole=lambda **_: 16,
-)  # fmt: skip
+    "wudi",
+    paper="arXiv:2503.08099",
+    prepare=without_interference,
+    prepare_uses=("iterations", "learning_rate", "solver", "input_first"),
+    whole=lambda **_: 16,
+)
 def wudi(
     base: Tensor,
     deltas: list[Tensor],

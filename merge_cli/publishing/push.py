@@ -107,14 +107,24 @@ def push(
         operations = [*additions, *(CommitOperationDelete(path_in_repo=n) for n in stale)]
         with explained_upload(repo_id):
             commit = api.create_commit(
-                repo_id, operations, commit_message=message or _message(package), revision=branch,
+                repo_id,
+                operations,
+                commit_message=message or _message(package),
+                revision=branch,
                 parent_commit=head.sha,
-            )  # fmt: skip
+            )
     page = f"{api.endpoint}/{repo_id}"
     return Pushed(
-        repo_id, branch, page if branch == MAIN else f"{page}/tree/{branch}", commit.oid,
-        not public, created, commit.oid != head.sha, package.files, tuple(stale),
-    )  # fmt: skip
+        repo_id,
+        branch,
+        page if branch == MAIN else f"{page}/tree/{branch}",
+        commit.oid,
+        not public,
+        created,
+        commit.oid != head.sha,
+        package.files,
+        tuple(stale),
+    )
 
 
 def check_name(repo_id: str) -> None:
@@ -128,8 +138,9 @@ def check_name(repo_id: str) -> None:
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise UsageError("not a name that the Hub can have", where=repr(repo_id),
-                         hint="Write owner/name.") from error  # fmt: skip
+        raise UsageError(
+            "not a name that the Hub can have", where=repr(repo_id), hint="Write owner/name."
+        ) from error
     if "/" not in repo_id:
         hint = f"Write owner/name: your-name/{repo_id}."
         raise UsageError("whose repository?", where=repo_id, hint=hint)
@@ -146,8 +157,9 @@ def _repository(api: Any, repo_id: str, public: bool) -> bool:
         return True
     if not info.private and not public:
         hint = "Give --public to upload there all the same, or name another repository."
-        raise UsageError("the repository exists, and everybody can read it", where=repo_id,
-                         hint=hint)  # fmt: skip
+        raise UsageError(
+            "the repository exists, and everybody can read it", where=repo_id, hint=hint
+        )
     if info.private and public:
         hint = "Leave out --public, or make it public in its settings on the Hub first."
         raise UsageError("the repository exists and is private", where=repo_id, hint=hint)
@@ -159,8 +171,9 @@ def _branch(api: Any, repo_id: str, branch: str) -> None:
         return
     refs = api.list_repo_refs(repo_id)
     if branch in {tag.name for tag in refs.tags}:
-        raise UsageError(f"'{branch}' is a tag, and tags do not move", where=repo_id,
-                         hint="Name a branch.")  # fmt: skip
+        raise UsageError(
+            f"'{branch}' is a tag, and tags do not move", where=repo_id, hint="Name a branch."
+        )
     if branch not in {found.name for found in refs.branches}:
         api.create_branch(repo_id, branch=branch)
 

@@ -102,8 +102,10 @@ def path_from(target: Path, folder: Path, commits: Mapping[str, str]) -> Locate:
 
     def locate(model: ModelRef) -> str:
         if model.lora:
-            base, adapter = ModelRef(model.path, model.revision), ModelRef(
-                model.lora, model.lora_revision)  # fmt: skip
+            base, adapter = (
+                ModelRef(model.path, model.revision),
+                ModelRef(model.lora, model.lora_revision),
+            )
             return f"{locate(base)}+{locate(adapter)}"
         place = local_folder(model.path, folder)
         if place is not None:
@@ -141,8 +143,9 @@ def _tokenizer(spec: TokenizerSpec, folder: Path, locate: Locate) -> dict[str, A
         if rule.model is not None:
             source = locate(rule.model)
             if rule.token is not None or rule.token_id is not None:
-                which = {"token": rule.token} if rule.token is not None else {
-                    "token_id": rule.token_id}  # fmt: skip
+                which = (
+                    {"token": rule.token} if rule.token is not None else {"token_id": rule.token_id}
+                )
                 source = {"kind": "model_token", "model": source, **which}
         tokens[token] = {
             **({"source": source} if source is not None else {}),

@@ -25,8 +25,9 @@ def example_recipe(names: Collection[str]) -> tuple[str, str] | None:
     # The file that is called like the method comes first: there may be several with it.
     for path in sorted(folder.glob("*.yaml"), key=lambda path: (path.stem not in names, path.name)):
         text = path.read_text(encoding="utf-8")
-        if any(line.startswith("merge_method:") and _word(line) in names
-               for line in text.splitlines()):  # fmt: skip
+        if any(
+            line.startswith("merge_method:") and _word(line) in names for line in text.splitlines()
+        ):
             return path.name, text
     return None
 

@@ -18,11 +18,30 @@ UNUSED_LAYER_RANGE = "whole models are merged here; layers are chosen under `sli
 UNUSED_SEED = "`seed` says it"
 # The parameters of all of mergekit's methods. It reads those that the method has, where the method
 # has them, and passes by the others: so recipes that are copied from one another are full of them.
-MERGEKIT_PARAMETERS = frozenset({
-    "weight", "density", "normalize", "rescale", "lambda", "int8_mask", "gamma", "epsilon", "t",
-    "scale", "select_topk", "filter_wise", "nuslerp_flatten", "nuslerp_row_wise",
-    "normalize_weights", "eps", "max_iter", "tol", "r", "alpha",
-})  # fmt: skip
+MERGEKIT_PARAMETERS = frozenset(
+    {
+        "weight",
+        "density",
+        "normalize",
+        "rescale",
+        "lambda",
+        "int8_mask",
+        "gamma",
+        "epsilon",
+        "t",
+        "scale",
+        "select_topk",
+        "filter_wise",
+        "nuslerp_flatten",
+        "nuslerp_row_wise",
+        "normalize_weights",
+        "eps",
+        "max_iter",
+        "tol",
+        "r",
+        "alpha",
+    }
+)
 # Known to mergekit or to the field: a recipe that needs them must not run without.
 UNSUPPORTED = {
     "genome": "a file of mergekit-evolve; the same search is `merge_method: evolutionary` with "
@@ -32,10 +51,30 @@ UNSUPPORTED = {
     "data": "`data` belongs to a model: write it under each of `models`",
 }
 RECIPE_KEYS = (
-    "merge_method", "base_model", "models", "slices", "modules", "parameters", "dtype", "out_dtype",
-    "seed", "random_seed", "tokenizer_source", "tokenizer", "chat_template", "name", "metadata",
-    "training", "statistics", "coefficients", "inputs", "eval", "search", "objective", "output",
-)  # fmt: skip
+    "merge_method",
+    "base_model",
+    "models",
+    "slices",
+    "modules",
+    "parameters",
+    "dtype",
+    "out_dtype",
+    "seed",
+    "random_seed",
+    "tokenizer_source",
+    "tokenizer",
+    "chat_template",
+    "name",
+    "metadata",
+    "training",
+    "statistics",
+    "coefficients",
+    "inputs",
+    "eval",
+    "search",
+    "objective",
+    "output",
+)
 
 SOURCE_KEYS = ("models", "slices", "modules")  # one of them lists what is merged
 

@@ -34,9 +34,10 @@ class LearningSections(Fields):
             return None
         known = tuple(f.name for f in fields(Training))
         training = parse_training(
-            self._mapping(node, "training", known), "training",
+            self._mapping(node, "training", known),
+            "training",
             lambda at, key, what, hint: self._add(at, key, what, hint),
-        )  # fmt: skip
+        )
         listed = root.value.get("models")
         count = len(listed.value) if listed and isinstance(listed.value, list) else 0
         for dial, what, hint in contradictions(training, count):
@@ -48,10 +49,12 @@ class LearningSections(Fields):
         if node is None or node.value is None:
             return None
         known = tuple(f.name for f in fields(Statistics))
-        given = read_dials(
-            Statistics, self._mapping(node, "statistics", known), "statistics",
+        given = read_options(
+            Statistics,
+            self._mapping(node, "statistics", known),
+            "statistics",
             lambda at, key, what, hint: self._add(at, key, what, hint),
-        )  # fmt: skip
+        )
         return Statistics(**given)
 
     def _data(self, node: Node | None, key: str) -> Data | None:
@@ -68,8 +71,12 @@ class LearningSections(Fields):
         return Data(
             self._paths(fields_of.get("files"), f"{key}.files"),
             self._paths(fields_of.get("held_out"), f"{key}.held_out"),
-            word["dataset"], word["config"], word["split"] or "train", word["revision"], key,
-        )  # fmt: skip
+            word["dataset"],
+            word["config"],
+            word["split"] or "train",
+            word["revision"],
+            key,
+        )
 
     def _paths(self, node: Node | None, key: str) -> tuple[str, ...]:
         if node is None or node.value is None:
@@ -92,17 +99,20 @@ def parse_training(fields_of: Mapping[str, Node], key: str, refuse: Refuse) -> T
         "loss": lambda node: _weights(node, LOSSES),
         "regularize": lambda node: _weights(node, PENALTIES),
     }
-    given = read_dials(Training, fields_of, key, refuse, readers)
+    given = read_options(Training, fields_of, key, refuse, readers)
     chosen = preset(given.get("preset", "default"))
     if given.get("activation", "none") != "none" and "preset" not in given:
         chosen = replace(chosen, start="soup")  # see `contradictions`
     return replace(chosen, **given)
 
 
-def read_dials(
-    section: type, fields_of: Mapping[str, Node], key: str, refuse: Refuse,
+def read_options(
+    section: type,
+    fields_of: Mapping[str, Node],
+    key: str,
+    refuse: Refuse,
     readers: Mapping[str, Read] | None = None,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """What the recipe says of a section's dials, in range.
 
     Args:

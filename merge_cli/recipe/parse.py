@@ -101,9 +101,10 @@ class _Parser(ModelSections):
         if node is None or node.value is None:
             return None
         return parse_search(
-            self._mapping(node, "search", SEARCH_KEYS), "search",
+            self._mapping(node, "search", SEARCH_KEYS),
+            "search",
             lambda at, key, what, hint: self._add(at, key, what, hint),
-        )  # fmt: skip
+        )
 
     def _chat_template(self, node: Node | None) -> str | None:
         word = self._word(node, "chat_template")

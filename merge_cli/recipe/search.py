@@ -13,7 +13,7 @@ from typing import Any, Literal, get_type_hints
 from merge_cli.recipe.keys import nearest
 from merge_cli.recipe.learning import Refuse, read_value, words_of
 from merge_cli.recipe.nodes import Node
-from merge_cli.recipe.training import dial
+from merge_cli.recipe.training import option
 from merge_cli.recipe.values import Scalar, filter_error
 
 TIES = ("models", "layers", "filters")
@@ -21,7 +21,7 @@ _RANGE_KEYS = ("min", "max", "log", "integer", "choices", "tied")
 
 
 @dataclass(frozen=True)
-class Searched:
+class SearchedParameter:
     """One parameter of the inner method and where its values may lie.
 
     Attributes:
@@ -53,31 +53,33 @@ class Searched:
 class Search:
     """What is searched, and how. None is explained by the help."""
 
-    method: tuple[str, ...] = dial((), "the method whose parameters are searched, or several")
-    parameters: tuple[Searched, ...] = dial((), "ranges by parameter")
-    layer_groups: int | tuple[int, ...] = dial(
+    method: tuple[str, ...] = option((), "the method whose parameters are searched, or several")
+    parameters: tuple[SearchedParameter, ...] = option((), "ranges by parameter")
+    layer_groups: int | tuple[int, ...] = option(
         1, "values over the layers: how many groups, or each group's number of layers"
     )
-    smooth: bool = dial(False, "values between groups are interpolated, instead of stepping")
-    filters: tuple[str, ...] = dial((), "parts of tensor names that get values of their own")
-    optimizer: Literal["cma-es", "random", "tpe", "nsga2"] = dial("cma-es", "who proposes")
-    evaluations: int = dial(100, "candidates in all", 1)
-    population: int | None = dial(
+    smooth: bool = option(False, "values between groups are interpolated, instead of stepping")
+    filters: tuple[str, ...] = option((), "parts of tensor names that get values of their own")
+    optimizer: Literal["cma-es", "random", "tpe", "nsga2"] = option("cma-es", "who proposes")
+    evaluations: int = option(100, "candidates in all", 1)
+    population: int | None = option(
         None, "candidates of a generation; default 4 + 3 ln n, for n numbers", 2
     )
-    sigma: float = dial(1 / 6, "CMA-ES: the first step, as a share of each range", 1e-6, 1)
-    restarts: int = dial(0, "CMA-ES: how often to start again, with twice the population", 0)
-    start: str = dial("middle", "the first candidate: middle, softmax, or a recipe's file")
-    temperature: float = dial(1.0, "T of the weights softmax(-score/T), with start: softmax", 1e-6)
-    finalists: int = dial(5, "best candidates that the validation split chooses from", 1)
-    fidelity: tuple[float, ...] = dial(
+    sigma: float = option(1 / 6, "CMA-ES: the first step, as a share of each range", 1e-6, 1)
+    restarts: int = option(0, "CMA-ES: how often to start again, with twice the population", 0)
+    start: str = option("middle", "the first candidate: middle, softmax, or a recipe's file")
+    temperature: float = option(
+        1.0, "T of the weights softmax(-score/T), with start: softmax", 1e-6
+    )
+    finalists: int = option(5, "best candidates that the validation split chooses from", 1)
+    fidelity: tuple[float, ...] = option(
         (), "shares of the rows on which a generation is thinned out before all rows are used"
     )
-    keep: float = dial(0.5, "share of a generation that survives each of them", 1e-6, 1)
-    failures: int = dial(8, "failed candidates in a row that stop the search", 1)
-    engine: Literal["local", "ray"] = dial("local", "where candidates are evaluated")
-    workers: int = dial(1, "processes, or actors, each with a model of its own", 1)
-    asynchronous: bool = dial(
+    keep: float = option(0.5, "share of a generation that survives each of them", 1e-6, 1)
+    failures: int = option(8, "failed candidates in a row that stop the search", 1)
+    engine: Literal["local", "ray"] = option("local", "where candidates are evaluated")
+    workers: int = option(1, "processes, or actors, each with a model of its own", 1)
+    asynchronous: bool = option(
         False, "propose a candidate as soon as a worker is free, instead of by generations"
     )
     given: frozenset[str] = frozenset()  # the keys that the recipe has
@@ -119,7 +121,7 @@ def parse_search(children: Mapping[str, Node], key: str, refuse: Refuse) -> Sear
     return Search(**given, given=frozenset(children))
 
 
-def _ranges(node: Node, key: str, refuse: Refuse) -> tuple[Searched, ...]:
+def _ranges(node: Node, key: str, refuse: Refuse) -> tuple[SearchedParameter, ...]:
     if not isinstance(node.value, dict) or not node.value:
         hint = "Write `weight: {min: 0, max: 1}`."
         refuse(node, key, "must be a mapping of parameters to ranges.", hint)
@@ -128,7 +130,7 @@ def _ranges(node: Node, key: str, refuse: Refuse) -> tuple[Searched, ...]:
     return tuple(one for one in found if one is not None)
 
 
-def _range(name: str, node: Node, key: str, refuse: Refuse) -> Searched | None:
+def _range(name: str, node: Node, key: str, refuse: Refuse) -> SearchedParameter | None:
     if not isinstance(node.value, dict):
         hint = "Give it {min: ..., max: ...}; a value that is fixed belongs to `parameters:`."
         refuse(node, key, f"is no range (got {node.plain()!r}).", hint)
@@ -156,7 +158,7 @@ def _range(name: str, node: Node, key: str, refuse: Refuse) -> Searched | None:
         for part in ("min", "max", "log", "integer"):
             if part in parts:
                 wrong(parts[part], part, "has no meaning beside `choices`.", "Leave it out.")
-        return Searched(name, choices=choices, tied=tied, key=key) if fine else None
+        return SearchedParameter(name, choices=choices, tied=tied, key=key) if fine else None
     ends = {}
     for part in ("min", "max"):
         if part not in parts:
@@ -178,7 +180,7 @@ def _range(name: str, node: Node, key: str, refuse: Refuse) -> Searched | None:
         wrong(parts["log"], "log", "has no meaning beside `integer`.", "Leave one of them out.")
     if not fine:
         return None
-    return Searched(name, low, high, flags["log"], flags["integer"], tied=tied, key=key)
+    return SearchedParameter(name, low, high, flags["log"], flags["integer"], tied=tied, key=key)
 
 
 def _tied(node: Node, wrong: Any) -> tuple[str, ...]:
@@ -219,9 +221,11 @@ def _groups(node: Node) -> tuple[Any, str]:
 
 def _shares(node: Node) -> tuple[Any, str]:
     values = node.plain()
-    if isinstance(values, list) and all(
-        isinstance(v, float) and 0 < v < 1 for v in values
-    ) and sorted(set(values)) == values:  # fmt: skip
+    if (
+        isinstance(values, list)
+        and all(isinstance(v, float) and 0 < v < 1 for v in values)
+        and sorted(set(values)) == values
+    ):
         return tuple(values), ""
     return None, "must be a list of shares between 0 and 1, ascending"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from merge_cli.recipe.training import dial
+from merge_cli.recipe.training import option
 
 Kind = Literal["gram", "fisher"]
 
@@ -14,16 +14,16 @@ Kind = Literal["gram", "fisher"]
 class Statistics:
     """How each source is looked at. None is explained by the help."""
 
-    examples: int | None = dial(256, "examples of each source; null takes all of its data", 1)
-    max_length: int = dial(512, "tokens of an example; longer rows are cut into several", 2)
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = dial(
+    examples: int | None = option(256, "examples of each source; null takes all of its data", 1)
+    max_length: int = option(512, "tokens of an example; longer rows are cut into several", 2)
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto", "that the models run in; sums are wider"
     )
-    batch_tokens: int = dial(4096, "tokens in one forward pass", 2)
-    rounds: int | None = dial(
+    batch_tokens: int = option(4096, "tokens in one forward pass", 2)
+    rounds: int | None = option(
         None, "passes over the data, each for some layers; default as few as memory allows", 1
     )
-    targets: Literal["data", "sampled"] = dial(
+    targets: Literal["data", "sampled"] = option(
         "data", "labels: the data's own, or drawn from the model's predictions"
     )
 
@@ -32,14 +32,14 @@ class Statistics:
 _OF_ONE: dict[str, Kind] = {"batch_tokens": "gram", "rounds": "gram", "targets": "fisher"}
 
 
-def idle_dials(kind: str) -> tuple[str, ...]:
+def unused_options(kind: str) -> tuple[str, ...]:
     """The dials that have no effect on statistics of this kind."""
     return tuple(name for name, only in _OF_ONE.items() if only != kind)
 
 
 def plain_statistics(statistics: Statistics, kind: str) -> dict[str, Any]:
     """Every dial that has an effect, as YAML writes it; null where that is a choice."""
-    idle = idle_dials(kind)
+    idle = unused_options(kind)
     return {
         f.name: getattr(statistics, f.name)
         for f in fields(Statistics)

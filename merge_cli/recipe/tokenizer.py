@@ -64,9 +64,12 @@ class TokenizerSpec:
 
 
 def parse_tokenizer(
-    section: Node | None, source: Node | None, folder: Path, add: Add,
+    section: Node | None,
+    source: Node | None,
+    folder: Path,
+    add: Add,
     places: dict[str, tuple[int, int]],
-) -> TokenizerSpec | None:  # fmt: skip
+) -> TokenizerSpec | None:
     """The section, or the short form; both together are a problem.
 
     Args:
@@ -179,9 +182,12 @@ def _rule(node: Node, key: str, folder: Path, add: Add) -> TokenRule | None:
         add(number, f"{place}.token_id", f"must be a token's number (got {number.plain()!r})", "")
         return None
     return TokenRule(
-        key, model=model, token=token.value if token else None,
-        token_id=number.value if number else None, force=forced,
-    )  # fmt: skip
+        key,
+        model=model,
+        token=token.value if token else None,
+        token_id=number.value if number else None,
+        force=forced,
+    )
 
 
 def _model(node: Node, key: str, folder: Path, add: Add) -> ModelRef | None:

@@ -20,7 +20,7 @@ TEACHING = frozenset(("kl", "reverse_kl", "mse"))  # the losses that need a teac
 PENALTIES = ("cosine", "l1", "l2", "overlap", "weighted_overlap")
 
 
-def dial(default: Any, help: str, least: float | None = None, most: float | None = None) -> Any:
+def option(default: Any, help: str, least: float | None = None, most: float | None = None) -> Any:
     """A field; `least` and `most` are allowed themselves."""
     about = {"help": help, "least": least, "most": most}
     if isinstance(default, dict):
@@ -32,73 +32,77 @@ def dial(default: Any, help: str, least: float | None = None, most: float | None
 class Training:
     """How coefficients are learned. Shares are between 0 and 1; None is explained by the help."""
 
-    preset: Preset = dial("default", "a set of defaults for the options below")
-    granularity: Granularity | Mapping[str, Granularity] = dial(
+    preset: Preset = option("default", "a set of defaults for the options below")
+    granularity: Granularity | Mapping[str, Granularity] = option(
         {EMBEDDINGS: "row", "*": "column"},
         "what one coefficient covers, or parts of tensor names with what it covers there",
     )
-    rank: int = dial(4, "of the correction to the columns, with granularity low_rank", 1)
-    form: Literal["auto", "soup", "task_vector"] = dial(
+    rank: int = option(4, "of the correction to the columns, with granularity low_rank", 1)
+    form: Literal["auto", "soup", "task_vector"] = option(
         "auto",
         "sum of c_i * W_i, or the base plus the sum of c_i * (W_i - base); auto: the second where "
         "the recipe has a base model",
     )
-    activation: Literal["none", "tanh", "sigmoid", "softmax"] = dial(
+    activation: Literal["none", "tanh", "sigmoid", "softmax"] = option(
         "none", "what a parameter goes through to become a coefficient"
     )
-    start: float | Literal["best", "soup", "task_arithmetic"] = dial(
+    start: float | Literal["best", "soup", "task_arithmetic"] = option(
         "best",
         "every coefficient at the beginning: a number, 1/sources (soup), 0.3 (task_arithmetic), or "
         "best: as in the merge without training that does best on held-out rows",
     )
-    train: tuple[str, ...] = dial(("all",), "all, linear, or parts of tensor names")
-    loss: Mapping[str, float] = dial({"kl": 1.0}, "a loss, or losses with their weights")
-    temperature: float = dial(1.0, "of teacher and student in kl, reverse_kl and mse", 1e-3)
-    regularize: Mapping[str, float] = dial({}, "penalties with their weights")
-    prompt_loss: bool = dial(False, "whether tokens of a prompt count too")
-    top_k: int | Literal["full"] = dial(
+    train: tuple[str, ...] = option(("all",), "all, linear, or parts of tensor names")
+    loss: Mapping[str, float] = option({"kl": 1.0}, "a loss, or losses with their weights")
+    temperature: float = option(1.0, "of teacher and student in kl, reverse_kl and mse", 1e-3)
+    regularize: Mapping[str, float] = option({}, "penalties with their weights")
+    prompt_loss: bool = option(False, "whether tokens of a prompt count too")
+    top_k: int | Literal["full"] = option(
         64, "tokens of a teacher's prediction that are kept; full keeps all, in memory", 1
     )
-    cache_dtype: Literal["float32", "float16"] = dial("float32", "of a teacher's kept predictions")
-    max_length: int = dial(2048, "tokens of an example; longer rows are cut into several", 2)
-    examples: int | None = dial(None, "examples of each source to train on; default all", 1)
-    held_out: float = dial(
+    cache_dtype: Literal["float32", "float16"] = option(
+        "float32", "of a teacher's kept predictions"
+    )
+    max_length: int = option(2048, "tokens of an example; longer rows are cut into several", 2)
+    examples: int | None = option(None, "examples of each source to train on; default all", 1)
+    held_out: float = option(
         0.1, "share of the rows kept for measuring, where no file is named", 0, 0.9
     )
-    held_out_examples: int = dial(64, "at most this many of them for each source", 1)
-    held_out_tokens: int | None = dial(
+    held_out_examples: int = option(64, "at most this many of them for each source", 1)
+    held_out_tokens: int | None = option(
         2048, "at most about so many tokens of them for each source; null for all", 1
     )
-    epochs: int = dial(1, "passes over the largest source's examples, at most", 1)
-    tokens: int | None = dial(
+    epochs: int = option(1, "passes over the largest source's examples, at most", 1)
+    tokens: int | None = option(
         16_384, "of all sources together to train on, about and at most; null for all of them", 1
     )
-    max_steps: int | None = dial(None, "steps at most; default as many as the epochs take", 1)
-    batch_size: int = dial(2, "examples of each source in a step", 1)
-    batch_tokens: int = dial(4096, "tokens in one forward pass; more are passed one by one", 1)
-    learning_rate: float = dial(0.1, "the largest of the schedule", 0)
-    schedule: Literal["constant", "cosine", "linear"] = dial("cosine", "after the warm-up")
-    warmup: float = dial(0.0, "share of the steps in which the rate grows", 0, 1)
-    optimizer: Literal["adamw", "mofo"] = dial("adamw", "MoFO moves the largest momenta alone")
-    mofo_fraction: float = dial(0.3, "share of each tensor's coefficients that MoFO moves", 1e-6, 1)
-    weight_decay: float = dial(0.0, "decoupled, towards 0", 0)
-    clip_norm: float | None = dial(None, "largest norm of all gradients together", 0)
-    mode: Literal["auto", "fused", "two_pass"] = dial(
+    max_steps: int | None = option(None, "steps at most; default as many as the epochs take", 1)
+    batch_size: int = option(2, "examples of each source in a step", 1)
+    batch_tokens: int = option(4096, "tokens in one forward pass; more are passed one by one", 1)
+    learning_rate: float = option(0.1, "the largest of the schedule", 0)
+    schedule: Literal["constant", "cosine", "linear"] = option("cosine", "after the warm-up")
+    warmup: float = option(0.0, "share of the steps in which the rate grows", 0, 1)
+    optimizer: Literal["adamw", "mofo"] = option("adamw", "MoFO moves the largest momenta alone")
+    mofo_fraction: float = option(
+        0.3, "share of each tensor's coefficients that MoFO moves", 1e-6, 1
+    )
+    weight_decay: float = option(0.0, "decoupled, towards 0", 0)
+    clip_norm: float | None = option(None, "largest norm of all gradients together", 0)
+    mode: Literal["auto", "fused", "two_pass"] = option(
         "auto", "update inside the last backward pass, or after it"
     )
-    residency: Literal["auto", "device", "host", "disk"] = dial(
+    residency: Literal["auto", "device", "host", "disk"] = option(
         "auto", "where the sources' weights wait"
     )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = dial(
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto", "of the student and the teachers; coefficients are float32"
     )
-    checkpointing: bool = dial(False, "compute activations twice instead of keeping them")
-    evaluate_every: int | None = dial(
+    checkpointing: bool = option(False, "compute activations twice instead of keeping them")
+    evaluate_every: int | None = option(
         None, "steps between held-out measurements; default 5 in all", 1
     )
-    patience: int | None = dial(None, "measurements without improvement before training stops", 1)
-    checkpoint_minutes: float = dial(2.0, "between checkpoints", 0)
-    tensorboard: bool = dial(False, "write scalars for TensorBoard beside the checkpoint")
+    patience: int | None = option(None, "measurements without improvement before training stops", 1)
+    checkpoint_minutes: float = option(2.0, "between checkpoints", 0)
+    tensorboard: bool = option(False, "write scalars for TensorBoard beside the checkpoint")
 
     def granularity_of(self, name: str, *, embedding: bool = False) -> Granularity:
         """What one coefficient of a tensor covers: of several patterns the first that matches.
@@ -118,9 +122,10 @@ class Training:
         """Patterns of `granularity` that match no tensor: most likely misspelt."""
         patterns = [] if isinstance(self.granularity, str) else list(self.granularity)
         return [
-            pattern for pattern in patterns
+            pattern
+            for pattern in patterns
             if pattern != EMBEDDINGS and not any(_matches(pattern, name) for name in names)
-        ]  # fmt: skip
+        ]
 
     def resolved(self, *, has_base: bool) -> Training:
         """With the form that `auto` means for a recipe."""
@@ -140,31 +145,54 @@ def _matches(pattern: str, name: str) -> bool:
 
 # What the paper's own runs have in common: sums of weights, one rate from beginning to end.
 _PAPER: dict[str, Any] = {
-    "granularity": "column", "form": "soup", "start": "soup", "temperature": 2.0,
-    "regularize": {"cosine": 0.01}, "learning_rate": 1e-3, "schedule": "constant", "tokens": None,
-    "held_out_tokens": None, "batch_size": 4,
-}  # fmt: skip
-_BY_TENSOR: dict[str, Any] = {**_PAPER, "granularity": "tensor", "temperature": 1.0,
-                              "regularize": {}}  # fmt: skip
+    "granularity": "column",
+    "form": "soup",
+    "start": "soup",
+    "temperature": 2.0,
+    "regularize": {"cosine": 0.01},
+    "learning_rate": 1e-3,
+    "schedule": "constant",
+    "tokens": None,
+    "held_out_tokens": None,
+    "batch_size": 4,
+}
+_BY_TENSOR: dict[str, Any] = {
+    **_PAPER,
+    "granularity": "tensor",
+    "temperature": 1.0,
+    "regularize": {},
+}
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "dam": _PAPER,
     "dam-reference": {
-        **_PAPER, "activation": "tanh", "optimizer": "mofo", "train": ("linear",),
-        "batch_size": 1, "examples": 1729,
+        **_PAPER,
+        "activation": "tanh",
+        "optimizer": "mofo",
+        "train": ("linear",),
+        "batch_size": 1,
+        "examples": 1729,
     },
     "adamerging": {
-        **_BY_TENSOR, "form": "task_vector", "start": "task_arithmetic", "loss": {"entropy": 1.0},
+        **_BY_TENSOR,
+        "form": "task_vector",
+        "start": "task_arithmetic",
+        "loss": {"entropy": 1.0},
     },
     "expert-merging": {
-        **_BY_TENSOR, "form": "task_vector", "start": "task_arithmetic", "loss": {"kl": 1.0},
+        **_BY_TENSOR,
+        "form": "task_vector",
+        "start": "task_arithmetic",
+        "loss": {"kl": 1.0},
         "regularize": {"l2": 0.01},
     },
     "learned-soup": {
-        **_BY_TENSOR, "activation": "softmax", "loss": {"cross_entropy": 1.0},
+        **_BY_TENSOR,
+        "activation": "softmax",
+        "loss": {"cross_entropy": 1.0},
         "learning_rate": 0.05,
     },
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -200,9 +228,12 @@ def plain_training(training: Training) -> dict[str, Any]:
         if value is None and f.default is None:
             continue
         found[f.name] = (
-            list(value) if isinstance(value, tuple)
-            else dict(value) if isinstance(value, Mapping) else value
-        )  # fmt: skip
+            list(value)
+            if isinstance(value, tuple)
+            else dict(value)
+            if isinstance(value, Mapping)
+            else value
+        )
     return found
 
 

@@ -28,10 +28,16 @@ def differences(analysis: Analysis) -> Section:
     )
     first = analysis.files[0].model
     files = [
-        [one.model, hash(one.revision), f"{one.tensors:,}", f"{one.parameters:,}",
-         size(one.bytes), ", ".join(f"{d} ({n})" for d, n in one.dtypes.items())]
+        [
+            one.model,
+            hash(one.revision),
+            f"{one.tensors:,}",
+            f"{one.parameters:,}",
+            size(one.bytes),
+            ", ".join(f"{d} ({n})" for d, n in one.dtypes.items()),
+        ]
         for one in analysis.files
-    ]  # fmt: skip
+    ]
     parts: list[Part | None] = [
         Table(["model", "revision", "tensors", "parameters", "size", "stored as (tensors)"], files)
     ]
@@ -84,10 +90,12 @@ def numbers(analysis: Analysis) -> Section:
     rest = [Paragraph(f"{more:,} more are in the JSON.")] if more else []
     folded = "Kinds of modules, layers, and the tensors outside them"
     return section(
-        "All numbers", how, "",
+        "All numbers",
+        how,
+        "",
         Details(folded, [_table(groups, analysis)]),
         Details(count(len(analysis.each), "tensor"), [_table(tensors, analysis), *rest]),
-    )  # fmt: skip
+    )
 
 
 def _table(groups: list[Measures] | tuple[Measures, ...], analysis: Analysis) -> Table:
@@ -99,8 +107,14 @@ def _table(groups: list[Measures] | tuple[Measures, ...], analysis: Analysis) ->
         return Table(heads, rows, right=2)
     heads = ["group", "elements", "‖δ‖/‖θ₀‖", "unchanged", "one step", "sign conflict"]
     rows = [
-        [g.name, f"{g.count:,}", row(g.relative_norm), row(g.unchanged), row(g.one_step),
-         or_dash(g.conflict, percent)]
+        [
+            g.name,
+            f"{g.count:,}",
+            row(g.relative_norm),
+            row(g.unchanged),
+            row(g.one_step),
+            or_dash(g.conflict, percent),
+        ]
         for g in groups
-    ]  # fmt: skip
+    ]
     return Table(heads, rows, right=5)

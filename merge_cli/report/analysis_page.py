@@ -31,7 +31,7 @@ from merge_cli.report.page import (
     soft,
     strong,
 )
-from merge_cli.report.relations import Json, View, view_of
+from merge_cli.report.relations import Json, RelationsView, view_of
 from merge_cli.report.sections import alike, conflict, sizes
 from merge_cli.report.words import cosine, count, duration, listing, percent, short, size
 
@@ -59,7 +59,7 @@ def render_analysis(analysis: Analysis) -> str:
     )
 
 
-def _relations(analysis: Analysis, view: View) -> list[Section]:
+def _relations(analysis: Analysis, view: RelationsView) -> list[Section]:
     if analysis.base is None:
         return [alike(view), weights(analysis, view)]
     several = len(analysis.models) > 1
@@ -153,9 +153,12 @@ def _verdicts(analysis: Analysis) -> Section:
     folded = count(len(analysis.problems), "problem")
     nothing = "" if lines else "Nothing unusual: related models, each changed in its own way."
     return section(
-        "What stands out", how, nothing,
-        items(lines), None if problems is None else Details(folded, [problems]),
-    )  # fmt: skip
+        "What stands out",
+        how,
+        nothing,
+        items(lines),
+        None if problems is None else Details(folded, [problems]),
+    )
 
 
 def _advice(analysis: Analysis) -> Section:
@@ -169,10 +172,13 @@ def _advice(analysis: Analysis) -> Section:
     ]
     settings = items(analysis.advice.comments)
     return section(
-        "What to try first", how, analysis.advice.summary,
+        "What to try first",
+        how,
+        analysis.advice.summary,
         items(lines),
-        None if settings is None else Paragraph("In the recipe:", "how"), settings,
-    )  # fmt: skip
+        None if settings is None else Paragraph("In the recipe:", "how"),
+        settings,
+    )
 
 
 def write_page(analysis: Analysis, path: Path) -> None:

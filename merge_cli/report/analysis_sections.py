@@ -10,7 +10,7 @@ from merge_cli.analysis.result import Analysis
 from merge_cli.report import charts
 from merge_cli.report.charts import Axis, Scale, Values
 from merge_cli.report.page import Part, Section, figure, section
-from merge_cli.report.relations import View, by_layer, pair_rows
+from merge_cli.report.relations import RelationsView, by_layer, pair_rows
 from merge_cli.report.sections import series
 from merge_cli.report.svg import text_width
 from merge_cli.report.words import (
@@ -27,7 +27,7 @@ _MAX_PAIRS = 10  # columns of the cosines by kind
 _PAIR = 110.0  # px for the name of a pair
 
 
-def kinds(analysis: Analysis, view: View) -> Section:
+def kinds(analysis: Analysis, view: RelationsView) -> Section:
     """Where the changes are: kinds of modules by sources, and by layers."""
     how = (
         "‖δ‖/‖θ₀‖ by kind of module, found in the tensors' names. Light rows are modules that a "
@@ -59,7 +59,7 @@ def kinds(analysis: Analysis, view: View) -> Section:
     return section("Where the changes are", how, f"{found}.", *figures)
 
 
-def _maps(analysis: Analysis, view: View) -> list[Part | None]:
+def _maps(analysis: Analysis, view: RelationsView) -> list[Part | None]:
     """A heat map for each source, all on one scale."""
     values = [one.relative_norm or () for one in analysis.cells]
     scale = _share(values, "‖δ‖/‖θ₀‖")
@@ -70,7 +70,7 @@ def _maps(analysis: Analysis, view: View) -> list[Part | None]:
     return figures
 
 
-def _conflicts(analysis: Analysis, view: View) -> Part | None:
+def _conflicts(analysis: Analysis, view: RelationsView) -> Part | None:
     """Sign conflict by kind and layer, of the elements that several sources change."""
     values = [
         one.conflict / one.shared if one.shared and one.conflict is not None else None
@@ -82,7 +82,7 @@ def _conflicts(analysis: Analysis, view: View) -> Part | None:
 
 
 def _cells(
-    analysis: Analysis, view: View, what: str, values: Sequence[float | None], scale: Scale
+    analysis: Analysis, view: RelationsView, what: str, values: Sequence[float | None], scale: Scale
 ) -> Part | None:
     """A heat map of kinds of modules by layers; `values` follow the analysis's cells."""
     if not view.layers:
@@ -97,7 +97,7 @@ def _cells(
     return by_layer(view, what, rows, scale, bare_percent)
 
 
-def _cosines(analysis: Analysis, view: View) -> Part:
+def _cosines(analysis: Analysis, view: RelationsView) -> Part:
     """Cosines by kind of module: a column for each pair, or the mean of all where they are many."""
     found = [pairs(kind.cosine) for kind in analysis.kinds]
     places = list(dict.fromkeys((i, j) for row in found for i, j, _ in row))
@@ -126,7 +126,7 @@ def _by_place(row: Sequence[tuple[int, int, float]]) -> dict[tuple[int, int], fl
     return {(i, j): value for i, j, value in row}
 
 
-def unchanged(view: View) -> Section:
+def unchanged(view: RelationsView) -> Section:
     """Sparsity, and changes too small for a step of bfloat16."""
     total = view.total
     how = (
@@ -150,7 +150,7 @@ def unchanged(view: View) -> Section:
     )
 
 
-def largest(analysis: Analysis, view: View) -> Section:
+def largest(analysis: Analysis, view: RelationsView) -> Section:
     """Overlap of the largest changes, against chance."""
     how = (
         "The largest 1 % of each source's changes, tensor by tensor; the share of the smaller set "
@@ -178,13 +178,15 @@ def largest(analysis: Analysis, view: View) -> Section:
     caption = "Largest changes that two sources share, whole model."
     whole = charts.heat_map(caption, view.labels, axis, off_diagonal, scale, 34, bare_percent)
     return section(
-        "Overlap of the largest changes", how, found,
+        "Overlap of the largest changes",
+        how,
+        found,
         figure(caption, whole),
         by_layer(view, "Largest changes that two sources share", rows, scale, bare_percent),
-    )  # fmt: skip
+    )
 
 
-def ranks(analysis: Analysis, view: View) -> Section:
+def ranks(analysis: Analysis, view: RelationsView) -> Section:
     """Effective ranks of the sampled matrices."""
     how = (
         "exp of the entropy of a change's normalised singular values (Roy and Vetterli, 2007), as "
@@ -211,7 +213,7 @@ def ranks(analysis: Analysis, view: View) -> Section:
     return section("How many directions", how, f"Mean: {_some(averages)}.", figure(caption, chart))
 
 
-def weights(analysis: Analysis, view: View) -> Section:
+def weights(analysis: Analysis, view: RelationsView) -> Section:
     """Without a base: how far the models are from one another."""
     how = (
         "‖θᵢ − θⱼ‖ over the geometric mean of the two norms. Without the base that the models "
@@ -226,12 +228,18 @@ def weights(analysis: Analysis, view: View) -> Section:
     whole = charts.heat_map(caption, view.labels, axis, total.distance, scale, 34, bare_percent)
     rows = pair_rows(view, "distance")
     return section(
-        "How far the models are from one another", how,
+        "How far the models are from one another",
+        how,
         f"Farthest: {view.labels[i]} and {view.labels[j]} ({percent(most)}).",
         figure(caption, whole),
-        by_layer(view, "Distance between the models", rows,
-                 _share(rows.values(), "of the norm"), bare_percent),
-    )  # fmt: skip
+        by_layer(
+            view,
+            "Distance between the models",
+            rows,
+            _share(rows.values(), "of the norm"),
+            bare_percent,
+        ),
+    )
 
 
 def _share(rows: Iterable[Iterable[float | None]], unit: str) -> Scale:

@@ -51,11 +51,14 @@ def model_card(plan: Plan, defaults: Mapping[str, Any], title: str, stages: Stag
         return str(model).removeprefix(HUB)
 
     text = dump_recipe(
-        recipe, locate=stages.named(public), defaults=defaults, inputs={},
+        recipe,
+        locate=stages.named(public),
+        defaults=defaults,
+        inputs={},
         coefficients=f"./{FILE}" if plan.coefficients is not None else None,
         data=(lambda word: Path(word).name) if plan.gathered is not None else None,
         kind=plan.method.gathers,
-    )  # fmt: skip
+    )
     text = "# a merge-cli recipe\n" + "---\n".join([*stages.documents(None), text])
     method = plan.method
     by_label = {str(spec.model): public(spec.model) for spec in recipe.source_specs}
@@ -109,9 +112,17 @@ def _usage(plan: Plan, title: str) -> list[str]:
     generates = generates_text(plan.config)
     name = diffusers_class(plan)
     if name:
-        return ["## Use", "", "```python", f"from diffusers import {name}", "",
-                f"model_id = {json.dumps(title, ensure_ascii=False)}",
-                f"model = {name}.from_pretrained(model_id)", "```", ""]  # fmt: skip
+        return [
+            "## Use",
+            "",
+            "```python",
+            f"from diffusers import {name}",
+            "",
+            f"model_id = {json.dumps(title, ensure_ascii=False)}",
+            f"model = {name}.from_pretrained(model_id)",
+            "```",
+            "",
+        ]
     if not plan.config:  # weights alone: no library knows how to open them
         return []
     kind = "AutoModelForCausalLM" if generates else "AutoModel"

@@ -89,9 +89,14 @@ def shorten(text: str, most: int = 22) -> str:
 
 
 def heat_map(
-    title: str, rows: Sequence[str], axis: Axis, values: Sequence[Values], scale: Scale,
-    height: int = 22, text: Format | None = None,
-) -> str:  # fmt: skip
+    title: str,
+    rows: Sequence[str],
+    axis: Axis,
+    values: Sequence[Values],
+    scale: Scale,
+    height: int = 22,
+    text: Format | None = None,
+) -> str:
     """Cells coloured by value, with the number in each where it fits.
 
     Args:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from merge_cli.engine.layers import place_of
+from merge_cli.engine.layers import layer_key_of
 from merge_cli.engine.plan import Plan
 from merge_cli.recipe.reference import short_labels
 
@@ -32,7 +32,7 @@ def coefficient_summary(plan: Plan) -> dict[str, Any]:
         "groups": [
             {
                 "name": name,
-                "layer": place.index if (place := place_of(f"{name}.x")) else None,
+                "layer": place.index if (place := layer_key_of(f"{name}.x")) else None,
                 "count": sizes[name],
                 "mean": [_rounded(value / sizes[name]) for value in total] if sizes[name] else [],
             }

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from merge_cli.checkpoint.statistics import Gathered, StatisticsFile
+from merge_cli.checkpoint.statistics import CalibrationStatistics, StatisticsFile
 from merge_cli.engine.plan import Plan
 
 
-def gathered_summary(plan: Plan, gathered: Gathered) -> dict[str, Any]:
+def calibration_summary(plan: Plan, gathered: CalibrationStatistics) -> dict[str, Any]:
     """Sources, and how many merged tensors had no statistics and are a plain mean."""
     merged = [task for task in plan.tasks if task.action == "merge"]
     means = sum(map(plan.is_plain_mean, merged))
@@ -18,9 +18,12 @@ def gathered_summary(plan: Plan, gathered: Gathered) -> dict[str, Any]:
         for spec, file in zip(plan.recipe.models, gathered.files, strict=True)
     ]
     return {
-        "kind": plan.method.gathers, "tensors": len(merged), "means": means, "sources": sources,
+        "kind": plan.method.gathers,
+        "tensors": len(merged),
+        "means": means,
+        "sources": sources,
         "cost": _cost(gathered.files),
-    }  # fmt: skip
+    }
 
 
 def _cost(files: Sequence[StatisticsFile]) -> dict[str, int]:
@@ -34,9 +37,12 @@ def _cost(files: Sequence[StatisticsFile]) -> dict[str, int]:
 def _of_file(file: StatisticsFile) -> dict[str, Any]:
     about = file.about
     found = {
-        "examples": about["examples"], "tokens": about["tokens"], "bytes": file.size,
-        "digest": file.digest, "from_cache": file.cached,
-    }  # fmt: skip
+        "examples": about["examples"],
+        "tokens": about["tokens"],
+        "bytes": file.size,
+        "digest": file.digest,
+        "from_cache": file.cached,
+    }
     if file.kind == "fisher":
         share = about["zero"] / about["elements"] if about["elements"] else 0.0
         found["zero"] = float(f"{share:.4g}")

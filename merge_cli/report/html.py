@@ -27,11 +27,11 @@ from merge_cli.report.page import (
     render,
     section,
 )
-from merge_cli.report.relations import Json, View, pairs_of, view_of
-from merge_cli.report.search import searched
+from merge_cli.report.relations import Json, RelationsView, pairs_of, view_of
+from merge_cli.report.search import search_sections
 from merge_cli.report.sections import alike, conflict, conflict_of, groups, kept, sizes
-from merge_cli.report.stages import staged
-from merge_cli.report.training import learned
+from merge_cli.report.stages import stage_sections
+from merge_cli.report.training import training_sections
 from merge_cli.report.words import (
     cosine,
     count,
@@ -55,9 +55,9 @@ def render_html(report: Json) -> str:
     else:
         relations = [alike(view), conflict(view), sizes(view), kept(view)]
     sections = [
-        *staged(report),
-        *searched(report),
-        *learned(report),
+        *stage_sections(report),
+        *search_sections(report),
+        *training_sections(report),
         *relations,
         _cost(report["cost"]),
         _provenance(report),
@@ -104,7 +104,7 @@ def _made(report: Json) -> list[str]:
     ]
 
 
-def _key_figures(report: Json, view: View | None) -> list[KeyFigure]:
+def _key_figures(report: Json, view: RelationsView | None) -> list[KeyFigure]:
     output, cost = report["output"], report["cost"]
     peaks = [f"{size(cost['peak_vram'])} on the GPU"] if cost["peak_vram"] else []
     rows = [
@@ -142,15 +142,22 @@ def _cost(cost: Json) -> Section:
     figures = []
     if stages:
         busy = [
-            (name, s["thread_seconds"],
-             f"{s['thread_seconds']:.3g} s on {count(s['threads'], 'thread')}")
+            (
+                name,
+                s["thread_seconds"],
+                f"{s['thread_seconds']:.3g} s on {count(s['threads'], 'thread')}",
+            )
             for name, s in stages.items()
-        ]  # fmt: skip
+        ]
         rates = [
-            (name, s["gigabytes_per_second"],
-             or_dash(s["gigabytes_per_second"], lambda v: f"{v:.3g} GB/s"))
-            for name, s in stages.items() if s["bytes"]
-        ]  # fmt: skip
+            (
+                name,
+                s["gigabytes_per_second"],
+                or_dash(s["gigabytes_per_second"], lambda v: f"{v:.3g} GB/s"),
+            )
+            for name, s in stages.items()
+            if s["bytes"]
+        ]
         for caption, rows in (("Thread-seconds by stage.", busy), ("GB/s by stage.", rates)):
             if rows:  # a run that found everything done has moved nothing
                 figures.append(figure(caption, charts.side_bars(caption, rows)))
@@ -165,10 +172,16 @@ def _cost(cost: Json) -> Section:
 def _provenance(report: Json) -> Section:
     recipe = report["recipe"]
     inputs = [
-        [i["model"], i["role"], hash(i["revision"]), hash(i["digest"]),
-         f"{i['tensors']:,}", size(i["bytes"])]
+        [
+            i["model"],
+            i["role"],
+            hash(i["revision"]),
+            hash(i["digest"]),
+            f"{i['tensors']:,}",
+            size(i["bytes"]),
+        ]
         for i in report["inputs"]
-    ]  # fmt: skip
+    ]
     heads = ["model", "role", "revision", "fingerprint", "tensors", "size"]
     digest = Markup("Recipe {}, SHA-256 {}").format(recipe["file"], hash(recipe["digest"]))
     return section(
@@ -187,18 +200,25 @@ def _tensors(tensors: Sequence[Json], statistics: Json | None) -> Section:
     fields = [f for f in ("note", "norm", "non_finite") if any(t[f] for t in tensors)]
     heads = ["name", "shape", "dtype", "action", *(f.replace("_", "-") for f in fields)]
     rows = [
-        [t["name"], " × ".join(map(str, t["shape"])), t["dtype"], t["action"],
-         *(_tensor_field(t[field]) for field in fields)]
+        [
+            t["name"],
+            " × ".join(map(str, t["shape"])),
+            t["dtype"],
+            t["action"],
+            *(_tensor_field(t[field]) for field in fields),
+        ]
         for t in tensors[:MAX_ROWS]
-    ]  # fmt: skip
+    ]
     more = len(tensors) - len(rows)
     rest = [Paragraph(f"{more:,} more are in merge_report.json.")] if more else []
     how = "Where a cell has several numbers, they are in the order of the sources."
     return section(
-        "All numbers", how, "",
+        "All numbers",
+        how,
+        "",
         groups(statistics["groups"]) if statistics else None,
         Details(count(len(tensors), "tensor"), [Table(heads, rows), *rest]),
-    )  # fmt: skip
+    )
 
 
 def _tensor_field(value: Any) -> str:

@@ -14,9 +14,9 @@ from datetime import datetime, timezone
 from importlib.metadata import version
 from typing import Any
 
-from merge_cli.engine.layers import place_of
+from merge_cli.engine.layers import layer_key_of
 from merge_cli.engine.memory import peak_rss
-from merge_cli.engine.outcome import Outcome, Stage
+from merge_cli.engine.outcome import MergeStats, StageTime
 from merge_cli.engine.plan import Plan
 from merge_cli.engine.statistics import TensorStats
 from merge_cli.recipe.reference import short_labels
@@ -25,7 +25,7 @@ SCHEMA = 1
 
 
 def build_report(
-    plan: Plan, fingerprints: Sequence[str], outcome: Outcome, recipe_text: str
+    plan: Plan, fingerprints: Sequence[str], outcome: MergeStats, recipe_text: str
 ) -> dict[str, Any]:
     """The report as JSON-ready data; `recipe_text` is the resolved recipe."""
     used = sorted({*plan.operands, *([plan.base] if plan.base is not None else [])})
@@ -99,7 +99,7 @@ def build_report(
     }
 
 
-def _stage(stage: Stage) -> dict[str, Any]:
+def _stage(stage: StageTime) -> dict[str, Any]:
     """What a stage did in this run; GB/s while its threads were busy."""
     busy = stage.seconds / stage.threads
     rate = round(stage.bytes / busy / 1e9, 3) if busy and stage.bytes else None
@@ -111,7 +111,7 @@ def _stage(stage: Stage) -> dict[str, Any]:
     }
 
 
-def _peak_vram(outcome: Outcome) -> int | None:
+def _peak_vram(outcome: MergeStats) -> int | None:
     """The most that one device held; None on a CPU."""
     if outcome.device.kind == "cpu":
         return None
@@ -143,7 +143,7 @@ def _statistics(plan: Plan, stats: Sequence[TensorStats]) -> dict[str, Any] | No
 def _group(name: str, stats: TensorStats) -> dict[str, Any]:
     norms = _norms(stats)
     base = math.sqrt(stats.base)
-    place = place_of(f"{name}.x")
+    place = layer_key_of(f"{name}.x")
     pairs = range(len(norms))
     has_pairs = len(norms) > 1 and any(stats.gram[0][1:])
     cosine = [

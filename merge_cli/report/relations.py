@@ -20,7 +20,7 @@ NO_LAYERS = Paragraph(
 
 
 @dataclass(frozen=True)
-class View:
+class RelationsView:
     """The statistics, as the sections use them.
 
     Attributes:
@@ -47,7 +47,7 @@ class View:
         return [_at(layer.get(field), at) for layer in self.layers]
 
 
-def view_of(statistics: Json | None) -> View | None:
+def view_of(statistics: Json | None) -> RelationsView | None:
     if statistics is None:
         return None
     found = [group for group in statistics["groups"] if group["layer"] is not None]
@@ -58,7 +58,7 @@ def view_of(statistics: Json | None) -> View | None:
     names = [f"layer {g['layer']}" if len(stacks) < 2 else g["name"] for g in layers]
     models = statistics["models"]
     outside = [group for group in statistics["groups"] if group["layer"] is None]
-    return View(
+    return RelationsView(
         outside=sorted(outside, key=lambda group: -group["count"]),
         kind="task vectors" if statistics["of"] == "deltas" else "weights",
         models=models,
@@ -87,7 +87,7 @@ def row(values: Values | None) -> str:
     return " · ".join(or_dash(value, percent) for value in values or ()) or "–"
 
 
-def pairs_of(view: View) -> list[tuple[float, str]]:
+def pairs_of(view: RelationsView) -> list[tuple[float, str]]:
     """The cosine of each pair over the whole model, and the pair's name."""
     cosine, labels = view.total["cosine"] or [], view.labels
     return [
@@ -98,7 +98,7 @@ def pairs_of(view: View) -> list[tuple[float, str]]:
     ]
 
 
-def pair_rows(view: View, field: str) -> dict[str, Values]:
+def pair_rows(view: RelationsView, field: str) -> dict[str, Values]:
     """Rows by layer: one for each pair, or with many sources the mean of each with the others."""
     size = len(view.labels)
     rows: dict[str, Values] = {}
@@ -115,7 +115,7 @@ def pair_rows(view: View, field: str) -> dict[str, Values]:
 
 
 def by_layer(
-    view: View, what: str, rows: Mapping[str, Values], scale: Scale, text: charts.Format
+    view: RelationsView, what: str, rows: Mapping[str, Values], scale: Scale, text: charts.Format
 ) -> Figure | Paragraph:
     """A heat map with a column for each layer."""
     if not view.layers:

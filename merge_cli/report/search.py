@@ -31,7 +31,7 @@ _POINTS = 60  # of a convergence curve
 _SHOWN = 20  # parameters in the chart of importance
 
 
-def searched(report: Json) -> list[Section]:
+def search_sections(report: Json) -> list[Section]:
     """The sections of a report of a search; none for other methods."""
     search = report.get("search")
     if not search:
@@ -59,10 +59,13 @@ def _worth(search: Json) -> Section:
     tasks = list(next(iter(scores.values()))["tasks"])
     best = min(one["score"] for one in scores.values())
     rows = [
-        [strong(names[name]) if one["score"] == best else names[name],
-         f"{one['score']:.4f}", *(f"{one['tasks'][task]:.4f}" for task in tasks)]
+        [
+            strong(names[name]) if one["score"] == best else names[name],
+            f"{one['score']:.4f}",
+            *(f"{one['tasks'][task]:.4f}" for task in tasks),
+        ]
         for name, one in scores.items()
-    ]  # fmt: skip
+    ]
     heads = ["model", "score", *tasks]
     table = Table(heads, rows, right=len(heads) - 1)
     return section(title, how, found, items(search["warnings"]), table)
@@ -112,9 +115,11 @@ def _front(search: Json) -> Section:
     on_front = set(search["front"])
     points = [(one["parts"][0], one["parts"][1], one["number"]) for one in known]
     found = f"{count(len(on_front), 'candidate')} of {len(known)} on the front"
-    more = f"; drawn are the first two of {len(search['goals'])} goals" if len(
-        search["goals"]
-    ) > 2 else ""  # fmt: skip
+    more = (
+        f"; drawn are the first two of {len(search['goals'])} goals"
+        if len(search["goals"]) > 2
+        else ""
+    )
     chart = _scatter(points, goals, on_front, search["best"]["number"])
     return section("Pareto front", how, f"{found}{more}.", figure("All candidates.", chart))
 
@@ -130,8 +135,10 @@ def _scatter(
         share = (value - low) / (highest - low) if highest > low else 0.5
         return left + wide * share if axis == 0 else top + high * (1 - share)
 
-    parts = [caption(left - 8, top - 14, goals[1], ""),
-             caption(left + wide, top + high + 36, goals[0], "e")]  # fmt: skip
+    parts = [
+        caption(left - 8, top - 14, goals[1], ""),
+        caption(left + wide, top + high + 36, goals[0], "e"),
+    ]
     for share in (0.0, 0.5, 1.0):
         y, x = top + high * (1 - share), left + wide * share
         parts.append(f'<path class="grid" d="M{left} {y:.1f}h{wide}"/>')
@@ -158,15 +165,24 @@ def _values(search: Json) -> Section:
     figures: list[Part] = []
     if any(share for _, share in ranked):
         bars = [(charts.shorten(name, 44), share, percent(share)) for name, share in ranked]
-        figures.append(figure("Share of the scores' variance that a parameter explains alone.",
-                              charts.side_bars("Importance", bars)))  # fmt: skip
+        figures.append(
+            figure(
+                "Share of the scores' variance that a parameter explains alone.",
+                charts.side_bars("Importance", bars),
+            )
+        )
     how = (
         "The values that were found. Importance is of each parameter alone (a parabola in ranks), "
         "over the candidates that were tried; it says nothing of interactions."
     )
     found = f"Candidate {search['best']['number'] + 1}, by {', '.join(search['searched'])}."
-    return section("What was found", how, found, *figures,
-                   Table(["sets", "value", "importance"], rows, right=2))  # fmt: skip
+    return section(
+        "What was found",
+        how,
+        found,
+        *figures,
+        Table(["sets", "value", "importance"], rows, right=2),
+    )
 
 
 def _cost(search: Json) -> Section:

@@ -10,7 +10,15 @@ from collections.abc import Callable, Sequence
 from merge_cli.report import charts
 from merge_cli.report.charts import Scale, Series, Values
 from merge_cli.report.page import MAX_ROWS, Details, Part, Section, Table, figure, section
-from merge_cli.report.relations import NO_LAYERS, Json, View, by_layer, pair_rows, pairs_of, row
+from merge_cli.report.relations import (
+    NO_LAYERS,
+    Json,
+    RelationsView,
+    by_layer,
+    pair_rows,
+    pairs_of,
+    row,
+)
 from merge_cli.report.words import (
     bare_percent,
     cosine,
@@ -22,7 +30,7 @@ from merge_cli.report.words import (
 )
 
 
-def alike(view: View) -> Section:
+def alike(view: RelationsView) -> Section:
     how = (
         "Cosine is 1 where two sources moved the same way, 0 where they have nothing in common, "
         "−1 where they pull apart. Colour deepens with the square root, so that small values show."
@@ -48,13 +56,15 @@ def alike(view: View) -> Section:
     rows = pair_rows(view, "cosine")
     of_many = ", mean of each source with the others" if len(rows) == len(view.models) > 3 else ""
     return section(
-        "How alike the sources are", how, found,
+        "How alike the sources are",
+        how,
+        found,
         figure(f"Cosine between {view.kind}, whole model.", whole),
         by_layer(view, f"Cosine between {view.kind}{of_many}", rows, scale, two_decimals),
-    )  # fmt: skip
+    )
 
 
-def conflict(view: View) -> Section:
+def conflict(view: RelationsView) -> Section:
     how = (
         "The share of elements that some sources raise and others lower: what a plain average "
         f"would cancel out. {len(view.models)} unrelated sources that change every element would "
@@ -81,7 +91,7 @@ def conflict(view: View) -> Section:
     return section("Sign conflict", how, found, *figures)
 
 
-def sizes(view: View) -> Section:
+def sizes(view: RelationsView) -> Section:
     title = "How far the sources are from the base"
     how = (
         "‖δ‖/‖θ₀‖: the norm of what a source changed, over the norm of the base. A source far "
@@ -100,7 +110,7 @@ def sizes(view: View) -> Section:
     return section(title, how, found, figure)
 
 
-def kept(view: View) -> Section:
+def kept(view: RelationsView) -> Section:
     title = "What trimming kept"
     how = "The share of each source's elements that the method kept before it merged them."
     if view.total["kept"] is None:
@@ -113,7 +123,7 @@ def kept(view: View) -> Section:
     return section(title, how, f"{found}.", series(view, "kept", "elements kept"))
 
 
-def _outside(view: View, words: Callable[[Json], str]) -> str:
+def _outside(view: RelationsView, words: Callable[[Json], str]) -> str:
     """What a chart by layer leaves out and may decide the whole: usually the embedding."""
     if not view.layers or not view.outside:
         return ""
@@ -134,7 +144,7 @@ def _cosines_in_words(group: Json) -> str:
     return f"cosines from {three_decimals(min(known))} to {three_decimals(max(known))}"
 
 
-def _sizes_in_words(view: View, group: Json) -> str:
+def _sizes_in_words(view: RelationsView, group: Json) -> str:
     if group["relative_norm"] is None:
         return ""
     change = group["change"]
@@ -142,7 +152,7 @@ def _sizes_in_words(view: View, group: Json) -> str:
     return f"{_each(view, group['relative_norm'])}{merged}"
 
 
-def _is_flat(view: View, field: str) -> bool:
+def _is_flat(view: RelationsView, field: str) -> bool:
     """Whether every layer has the share of the whole model, within a hundredth of it."""
     return all(
         value is None or whole is None or abs(value - whole) <= 0.01 * whole
@@ -151,7 +161,7 @@ def _is_flat(view: View, field: str) -> bool:
     )
 
 
-def _each(view: View, values: Values) -> str:
+def _each(view: RelationsView, values: Values) -> str:
     """The value of each source, or with many their ends."""
     known = [(v, label) for v, label in zip(values, view.labels, strict=True) if v is not None]
     if len(known) > charts.MAX_LINES:
@@ -160,7 +170,7 @@ def _each(view: View, values: Values) -> str:
     return ", ".join(f"{label} {percent(value)}" for value, label in known) or "no data"
 
 
-def series(view: View, field: str, unit: str, merged: Values | None = None) -> Part | None:
+def series(view: RelationsView, field: str, unit: str, merged: Values | None = None) -> Part | None:
     """One line for each source; rows of a heat map where lines would be a tangle."""
     rows = [view.column(field, i) for i in range(len(view.models))]
     if not view.layers:
@@ -186,27 +196,33 @@ def groups(groups: Sequence[Json]) -> Details:
     """What the charts show, as numbers; and the tensors outside the layers, which they do not."""
     heads = ["group", "elements", "sign conflict", "change", "‖δ‖/‖θ₀‖", "kept"]
     rows = [
-        [g["name"], f"{g['count']:,}", or_dash(g["conflict"], percent),
-         or_dash(g["change"], percent), row(g["relative_norm"]), row(g["kept"])]
+        [
+            g["name"],
+            f"{g['count']:,}",
+            or_dash(g["conflict"], percent),
+            or_dash(g["change"], percent),
+            row(g["relative_norm"]),
+            row(g["kept"]),
+        ]
         for g in groups[:MAX_ROWS]
-    ]  # fmt: skip
+    ]
     title = "Layers, and the tensors outside them"
     return Details(title, [Table(heads, rows, right=5)])
 
 
-def _no_pairs(view: View, what: str) -> str:
+def _no_pairs(view: RelationsView, what: str) -> str:
     """Why there is nothing to say about pairs of sources."""
     one = len(view.models) < 2
     return "One source: there is nothing to compare it with." if one else f"{what}: not measured."
 
 
-def conflict_of(view: View) -> float | None:
+def conflict_of(view: RelationsView) -> float | None:
     """None too where signs were not compared (too many sources), which leaves a count of zero."""
     known: float | None = view.total["conflict"]
     return known if view.total["sign_agreement"] is not None else None
 
 
-def _extremes(view: View) -> str:
+def _extremes(view: RelationsView) -> str:
     """Which layers have most and least conflict, as the end of a sentence."""
     values = view.column("conflict")
     known = [(v, name) for v, name in zip(values, view.axis.names, strict=True) if v is not None]

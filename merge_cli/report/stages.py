@@ -73,7 +73,7 @@ class Stages:
                     coefficients=learned,
                     data=data_from(target, folder) if target else lambda word: Path(word).name,
                     kind=get_method(recipe.merge_method).gathers,
-                )  # fmt: skip
+                )
             )
         return texts
 
@@ -147,7 +147,7 @@ class Stages:
         return found
 
 
-def staged(report: Mapping[str, Any]) -> list[Section]:
+def stage_sections(report: Mapping[str, Any]) -> list[Section]:
     """The page's section on stages; none where the recipe has one document."""
     if "stages" not in report:
         return []
@@ -177,8 +177,10 @@ def _last_part(folder: Path) -> Locate:
 
     def locate(model: ModelRef) -> str:
         if model.lora:
-            base, adapter = ModelRef(model.path, model.revision), ModelRef(
-                model.lora, model.lora_revision)  # fmt: skip
+            base, adapter = (
+                ModelRef(model.path, model.revision),
+                ModelRef(model.lora, model.lora_revision),
+            )
             return f"{locate(base)}+{locate(adapter)}"
         local = local_folder(model.path, folder) is not None
         return Path(model.path).name if local else str(model).removeprefix(HUB)

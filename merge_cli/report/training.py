@@ -17,7 +17,7 @@ Json = Mapping[str, Any]
 _POINTS = 40  # of a training curve
 
 
-def learned(report: Json) -> list[Section]:
+def training_sections(report: Json) -> list[Section]:
     """The sections of a report of learned coefficients; none for other methods."""
     found = []
     if report.get("training"):
@@ -31,11 +31,11 @@ def learned(report: Json) -> list[Section]:
 
 def _heat(coefficients: Json) -> Section:
     form = coefficients["form"]
-    how = (
-        "The mean coefficient of each source, by layer. "
-        + ("A plain average would be 1/sources everywhere." if form == "soup"
-           else "What each source's change from the base is multiplied by.")
-    )  # fmt: skip
+    how = "The mean coefficient of each source, by layer. " + (
+        "A plain average would be 1/sources everywhere."
+        if form == "soup"
+        else "What each source's change from the base is multiplied by."
+    )
     groups = [group for group in coefficients["groups"] if group["mean"]]
     layers = [group for group in groups if group["layer"] is not None]
     outside = [group for group in groups if group["layer"] is None]
@@ -88,13 +88,20 @@ def _worth(training: Json) -> Section:
     rows = [
         [
             strong(name) if score["mean_kl"] == best else name,
-            *(f"{score['kl'][dataset]:.4f}" for dataset in names), f"{score['mean_kl']:.4f}",
-            *(f"{score['loss'][dataset]:.3f}" for dataset in names), f"{score['mean_loss']:.3f}",
+            *(f"{score['kl'][dataset]:.4f}" for dataset in names),
+            f"{score['mean_kl']:.4f}",
+            *(f"{score['loss'][dataset]:.3f}" for dataset in names),
+            f"{score['mean_loss']:.3f}",
         ]
         for name, score in scores.items()
-    ]  # fmt: skip
-    heads = ["model", *(f"KL {n}" for n in names), "KL mean",
-             *(f"loss {n}" for n in names), "loss mean"]  # fmt: skip
+    ]
+    heads = [
+        "model",
+        *(f"KL {n}" for n in names),
+        "KL mean",
+        *(f"loss {n}" for n in names),
+        "loss mean",
+    ]
     bars = [(name, score["mean_kl"], f"{score['mean_kl']:.4f}") for name, score in scores.items()]
     chart = figure("Mean held-out KL.", charts.side_bars("Mean held-out KL", bars))
     return section(title, how, found, chart, Table(heads, rows, right=len(heads) - 1))
@@ -116,8 +123,12 @@ def _curves(training: Json) -> Section:
         Series(name, [sum(loss(history[i], name) for i in part) / len(part) for part in parts], n)
         for n, name in enumerate(names[: charts.MAX_LINES])
     ]
-    figures = [figure("Training loss by data set, means over steps.",
-                      charts.lines("Training loss", axis, series, _number, "loss"))]  # fmt: skip
+    figures = [
+        figure(
+            "Training loss by data set, means over steps.",
+            charts.lines("Training loss", axis, series, _number, "loss"),
+        )
+    ]
     if measured:
         axis = _steps_axis([one["step"] for one in measured])
         series = [
@@ -153,16 +164,25 @@ def _training_cost(training: Json) -> Section:
     ]
     why = [[name, reason] for name, reason in training["why"].items()]
     data = [
-        [one["name"], one["teacher"], f"{one['rows']:,}", f"{one['train']:,}",
-         f"{one['held_out']:,}", f"{one['train_tokens']:,}"]
+        [
+            one["name"],
+            one["teacher"],
+            f"{one['rows']:,}",
+            f"{one['train']:,}",
+            f"{one['held_out']:,}",
+            f"{one['train_tokens']:,}",
+        ]
         for one in training["datasets"]
-    ]  # fmt: skip
+    ]
     heads = ["data", "teacher", "rows", "train", "held out", "tokens"]
     return section(
-        "What learning cost", "", "",
+        "What learning cost",
+        "",
+        "",
         Table(["", ""], rows, right=1),
-        Table(heads, data, right=4), Table(["decided", "why"], why),
-    )  # fmt: skip
+        Table(heads, data, right=4),
+        Table(["decided", "why"], why),
+    )
 
 
 def _spread(length: int) -> list[list[int]]:

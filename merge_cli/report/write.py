@@ -11,12 +11,12 @@ from typing import Any
 
 from merge_cli.checkpoint.coefficients import FILE
 from merge_cli.checkpoint.raw import write_error
-from merge_cli.engine.outcome import Outcome
+from merge_cli.engine.outcome import MergeStats
 from merge_cli.engine.plan import Plan
 from merge_cli.recipe.dump import data_from, dump_recipe, path_from
 from merge_cli.report.card import model_card
 from merge_cli.report.coefficients import coefficient_summary
-from merge_cli.report.gathered import gathered_summary
+from merge_cli.report.gathered import calibration_summary
 from merge_cli.report.html import render_html
 from merge_cli.report.record import build_report
 from merge_cli.report.stages import Stages
@@ -25,7 +25,7 @@ from merge_cli.report.stages import Stages
 def write_reports(
     plan: Plan,
     fingerprints: tuple[str, ...],
-    outcome: Outcome,
+    outcome: MergeStats,
     folder: Path,
     target: Path,
     training: Mapping[str, Any] | None = None,
@@ -55,7 +55,7 @@ def write_reports(
     if plan.coefficients is not None:
         report["coefficients"] = coefficient_summary(plan)
     if plan.gathered is not None:
-        report["gathered"] = gathered_summary(plan, plan.gathered)
+        report["gathered"] = calibration_summary(plan, plan.gathered)
     if training is not None:
         report["training"] = dict(training)
     if search is not None:

@@ -31,9 +31,10 @@ DAM = "DAM, a coefficient for each tensor"
 SPACES: dict[str, dict[str, Any]] = {
     "search, a weight for each expert": {},
     "search, weights by 4 groups of layers and 3 kinds": {
-        "layer_groups": 4, "filters": ["self_attn", "mlp"],
+        "layer_groups": 4,
+        "filters": ["self_attn", "mlp"],
     },
-}  # fmt: skip
+}
 STATIC = {
     "uniform soup": {"method": "soup"},
     "task arithmetic (lambda 0.1)": {"method": "task_arithmetic", "lambda": 0.1},
@@ -71,8 +72,14 @@ def learn(experiment: Experiment, examples: int, seed: int) -> dict[str, Any]:
 
 def tasks(split: str, word: str) -> Iterator[dict[str, Any]]:
     for name, rows in ROWS[split].items():
-        yield {"task": "kl", "teacher": str(ZOO / name), "top_k": 64, "limit": rows, "split": word,
-               "data": str(ZOO / "data" / f"{name}.{split}.jsonl")}  # fmt: skip
+        yield {
+            "task": "kl",
+            "teacher": str(ZOO / name),
+            "top_k": 64,
+            "limit": rows,
+            "split": word,
+            "data": str(ZOO / "data" / f"{name}.{split}.jsonl"),
+        }
 
 
 def search(
@@ -86,12 +93,14 @@ def search(
     out, found = _run(experiment, space, evaluations, f"{number}-{examples}-{seed}", seed)
     return {
         # What a search of its own pays: another one may have asked the teachers before.
-        "tokens": price["teachers"] + evaluations * price["candidate"]
+        "tokens": price["teachers"]
+        + evaluations * price["candidate"]
         + FINALISTS * price["validation"],
         "numbers": len(found["genes"]),
-        "seconds": found["cost"]["seconds"], "tried": found["cost"]["evaluations"],
+        "seconds": found["cost"]["seconds"],
+        "tried": found["cost"]["evaluations"],
         **experiment.score(out, "test", loss=True),
-    }  # fmt: skip
+    }
 
 
 def prices(experiment: Experiment, space: str, seed: int) -> dict[str, int]:
@@ -119,15 +128,19 @@ def _run(
     recipe = {
         **static_recipe({"method": "evolutionary"}, seed),
         "search": {
-            "method": "task_arithmetic", "parameters": {"weight": {"min": 0.0, "max": 1.2}},
-            "evaluations": evaluations, "finalists": FINALISTS, "start": str(start),
+            "method": "task_arithmetic",
+            "parameters": {"weight": {"min": 0.0, "max": 1.2}},
+            "evaluations": evaluations,
+            "finalists": FINALISTS,
+            "start": str(start),
             **SPACES[space],
         },
         "objective": {
-            "max_length": LENGTH, "seed": seed,
+            "max_length": LENGTH,
+            "seed": seed,
             "tasks": [*tasks("train", "search"), *tasks("val", "validation")],
         },
-    }  # fmt: skip
+    }
     out, report = experiment.merge(f"search-{name}", recipe)
     return out, report["search"]
 
@@ -149,9 +162,11 @@ def run_all(experiment: Experiment) -> None:
             for space in SPACES:
 
                 def found(
-                    space: str = space, budget: int = dam["tokens"], examples: int = examples,
+                    space: str = space,
+                    budget: int = dam["tokens"],
+                    examples: int = examples,
                     seed: int = seed,
-                ) -> dict[str, Any]:  # fmt: skip
+                ) -> dict[str, Any]:
                     return search(experiment, space, budget, examples, seed)
 
                 experiment.once(f"{space}: {examples}, seed {seed}", found)
@@ -208,12 +223,22 @@ def draw(results: Mapping[str, Any]) -> None:
     plt.rcParams["svg.hashsalt"] = "merge-cli"
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for number, way in enumerate((DAM, *SPACES)):
-        points = [(mean(r["tokens"] for r in runs), [mean_of(r, "kl") for r in runs])
-                  for examples in BUDGETS if (runs := runs_of(results, way, examples))]  # fmt: skip
+        points = [
+            (mean(r["tokens"] for r in runs), [mean_of(r, "kl") for r in runs])
+            for examples in BUDGETS
+            if (runs := runs_of(results, way, examples))
+        ]
         heights = [mean(values) for _, values in points]
         spread = [stdev(values) if len(values) > 1 else 0.0 for _, values in points]
-        axes.errorbar([x for x, _ in points], heights, spread, label=way, marker="o", capsize=3,
-                      color=f"C{number}")  # fmt: skip
+        axes.errorbar(
+            [x for x, _ in points],
+            heights,
+            spread,
+            label=way,
+            marker="o",
+            capsize=3,
+            color=f"C{number}",
+        )
     for name, style in zip(STATIC, (":", "--"), strict=True):
         axes.axhline(mean_of(results[name], "kl"), color="tab:gray", linestyle=style, label=name)
     axes.set_xlabel("tokens through one model, forward (a backward pass counts as two)")

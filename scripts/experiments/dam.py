@@ -49,25 +49,32 @@ GRIDS: dict[str, list[dict[str, Any]]] = {
     ],
     "TIES": [
         {"method": "ties", "density": d, "lambda": x}
-        for d in (0.2, 0.5) for x in (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
+        for d in (0.2, 0.5)
+        for x in (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
     ],
     "DARE": [
         {"method": "dare", "density": d, "lambda": x}
-        for d in (0.5, 0.9) for x in (0.05, 0.1, 0.15, 0.2, 0.3, 0.5)
+        for d in (0.5, 0.9)
+        for x in (0.05, 0.1, 0.15, 0.2, 0.3, 0.5)
     ],
-}  # fmt: skip
+}
 USUAL: dict[str, Any] = {
-    "max_length": 128, "examples": 240, "batch_size": 4, "schedule": "cosine",
+    "max_length": 128,
+    "examples": 240,
+    "batch_size": 4,
+    "schedule": "cosine",
     "held_out_examples": 24,
-}  # fmt: skip
+}
 LEARNED: dict[str, dict[str, Any]] = {
     "DAM (task vectors)": {"form": "task_vector", "learning_rate": 2e-2},
     "DAM (soup, base among the sources)": {"learning_rate": 2e-3, "with_base": True},
     "DAM (soup of the experts)": {"learning_rate": 2e-3},
     "one coefficient for each tensor": {
-        "form": "task_vector", "granularity": "tensor", "learning_rate": 2e-2,
+        "form": "task_vector",
+        "granularity": "tensor",
+        "learning_rate": 2e-2,
     },
-}  # fmt: skip
+}
 ONE_SEED = ("DAM (soup of the experts)",)
 
 
@@ -135,17 +142,23 @@ def learned_recipe(dials: Mapping[str, Any], seed: int) -> dict[str, Any]:
     models: list[dict[str, Any]] = [
         {
             "model": str(ZOO / name),
-            "data": {"files": str(data / f"{name}.train.jsonl"),
-                     "held_out": str(data / f"{name}.val.jsonl")},
+            "data": {
+                "files": str(data / f"{name}.train.jsonl"),
+                "held_out": str(data / f"{name}.val.jsonl"),
+            },
         }
         for name in EXPERTS
-    ]  # fmt: skip
+    ]
     if dials.get("with_base"):
         models.append({"model": str(ZOO / "base")})
     return {
-        "merge_method": "dam", "base_model": str(ZOO / "base"), "models": models,
-        "training": own, "dtype": "float32", "seed": seed,
-    }  # fmt: skip
+        "merge_method": "dam",
+        "base_model": str(ZOO / "base"),
+        "models": models,
+        "training": own,
+        "dtype": "float32",
+        "seed": seed,
+    }
 
 
 def mean_kl(scores: Mapping[str, float]) -> float:
@@ -210,8 +223,7 @@ def best_setting(results: Mapping[str, Any], family: str) -> dict[str, Any]:
 def table(results: Mapping[str, Any]) -> str:
     """Markdown: means over seeds, and the spread where there are several."""
     heads = [f"KL {n}" for n in EXPERTS] + ["KL mean"] + [f"loss {n}" for n in EXPERTS]
-    lines = [f"| model | seeds | {' | '.join([*heads, 'loss mean'])} |",
-             "|---|---:|" + "---:|" * 8]  # fmt: skip
+    lines = [f"| model | seeds | {' | '.join([*heads, 'loss mean'])} |", "|---|---:|" + "---:|" * 8]
     for name, runs in rows(results):
         cells = []
         for kind in ("kl", "loss"):
@@ -221,8 +233,9 @@ def table(results: Mapping[str, Any]) -> str:
             cells += [_cell(values, digits) for values in columns]
         setting = runs[0].get("setting", {})
         shown = ", ".join(f"{k} {v:g}" for k, v in setting.items() if k != "method")
-        lines.append(f"| {name}{f' ({shown})' if shown else ''} | {len(runs)} | "
-                     f"{' | '.join(cells)} |")  # fmt: skip
+        lines.append(
+            f"| {name}{f' ({shown})' if shown else ''} | {len(runs)} | {' | '.join(cells)} |"
+        )
     return "\n".join(lines)
 
 
@@ -238,8 +251,10 @@ def rows(results: Mapping[str, Any]) -> Iterator[tuple[str, list[dict[str, Any]]
 
 
 def costs(results: Mapping[str, Any]) -> str:
-    lines = ["| setting | coefficients | steps | tokens | seconds | tokens/s | kept step |",
-             "|---|---:|---:|---:|---:|---:|---:|"]  # fmt: skip
+    lines = [
+        "| setting | coefficients | steps | tokens | seconds | tokens/s | kept step |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
     for name in LEARNED:
         found = [
             results[key]["training"] for s in SEEDS if (key := f"test {name} seed {s}") in results
@@ -287,9 +302,15 @@ def draw(results: Mapping[str, Any]) -> None:
             if run is None:
                 continue
             measured = run["training"]["measured"]
-            axes.plot([m["step"] for m in measured], [m["mean_kl"] for m in measured],
-                      color=f"C{number}", alpha=1.0 if seed == 0 else 0.5,
-                      label=name if seed == 0 else None, marker="o", markersize=3)  # fmt: skip
+            axes.plot(
+                [m["step"] for m in measured],
+                [m["mean_kl"] for m in measured],
+                color=f"C{number}",
+                alpha=1.0 if seed == 0 else 0.5,
+                label=name if seed == 0 else None,
+                marker="o",
+                markersize=3,
+            )
     axes.set_xlabel("step (4 examples of each expert)")
     axes.set_ylabel("mean KL on validation, 65 bins")
     axes.set_ylim(bottom=0)

@@ -19,14 +19,19 @@ _Y = "normalised mean loss\n(0: base, 1: each domain's own expert)"
 
 
 def quality_over(
-    name: str, x_label: str, results: Mapping[Any, Sequence[Mapping[str, Any]]],
-    methods: Sequence[str], ticks: Sequence[str],
-) -> None:  # fmt: skip
+    name: str,
+    x_label: str,
+    results: Mapping[Any, Sequence[Mapping[str, Any]]],
+    methods: Sequence[str],
+    ticks: Sequence[str],
+) -> None:
     """One line for each method; bars from the worst to the best seed."""
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for m, method in enumerate(methods):
-        found = [[of(one, method)["normalised_mean"]["value"] for one in seeds]
-                 for seeds in results.values()]  # fmt: skip
+        found = [
+            [of(one, method)["normalised_mean"]["value"] for one in seeds]
+            for seeds in results.values()
+        ]
         _line(axes, [x + (m - 1.5) * 0.05 for x in range(len(found))], found, m, method)
     axes.set_xticks(range(len(ticks)), ticks)
     axes.axhline(0, color="#888", linewidth=1, linestyle="--")
@@ -58,13 +63,23 @@ def quality_against_cost(
     _save(figure, name)
 
 
-def _line(axes: Any, x: Sequence[float], found: Sequence[Sequence[float]], m: int,
-          label: str) -> None:  # fmt: skip
+def _line(
+    axes: Any, x: Sequence[float], found: Sequence[Sequence[float]], m: int, label: str
+) -> None:
     middle = [mean(values) for values in found]
     low = [a - min(values) for a, values in zip(middle, found, strict=True)]
     high = [max(values) - a for a, values in zip(middle, found, strict=True)]
-    axes.errorbar(x, middle, yerr=[low, high], color=_COLOURS[m], marker=_MARKS[m], capsize=3,
-                  markersize=5, linewidth=1.5, label=label)  # fmt: skip
+    axes.errorbar(
+        x,
+        middle,
+        yerr=[low, high],
+        color=_COLOURS[m],
+        marker=_MARKS[m],
+        capsize=3,
+        markersize=5,
+        linewidth=1.5,
+        label=label,
+    )
 
 
 def _save(figure: Any, name: str) -> None:

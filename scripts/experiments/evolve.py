@@ -54,18 +54,25 @@ FIXED = {"task_arithmetic": {}, "dare_ties": {"density": 0.5}}
 def tasks(split: str, word: str) -> list[dict[str, Any]]:
     """The loss of each domain, as an objective lists it."""
     return [
-        {"task": "loss", "data": str(ZOO / "data" / f"{domain}.{split}.jsonl"), "limit": rows,
-         "split": word}
+        {
+            "task": "loss",
+            "data": str(ZOO / "data" / f"{domain}.{split}.jsonl"),
+            "limit": rows,
+            "split": word,
+        }
         for domain, rows in ROWS[split].items()
-    ]  # fmt: skip
+    ]
 
 
 def document(method: str, seed: int, **more: Any) -> dict[str, Any]:
     return {
-        "merge_method": method, "base_model": str(ZOO / "base"),
-        "models": [{"model": str(ZOO / expert)} for expert in EXPERTS], "dtype": "bfloat16",
-        "seed": seed, **more,
-    }  # fmt: skip
+        "merge_method": method,
+        "base_model": str(ZOO / "base"),
+        "models": [{"model": str(ZOO / expert)} for expert in EXPERTS],
+        "dtype": "bfloat16",
+        "seed": seed,
+        **more,
+    }
 
 
 def search(
@@ -79,31 +86,48 @@ def search(
     out = work / f"{method}-{seed}-{evaluations}{label}"
     if not out.exists():
         recipe = out.with_suffix(".yaml")
-        section = {"method": method, "parameters": METHODS[method], "evaluations": evaluations,
-                   **more}  # fmt: skip
+        section = {
+            "method": method,
+            "parameters": METHODS[method],
+            "evaluations": evaluations,
+            **more,
+        }
         objective = {
-            "max_length": LENGTH, "seed": seed,
+            "max_length": LENGTH,
+            "seed": seed,
             "tasks": [*tasks("val", "search"), *tasks("test", "test")],
-        }  # fmt: skip
-        recipe.write_text(yaml.safe_dump(
-            document("evolutionary", seed, search=section, objective=objective)
-        ))  # fmt: skip
-        command = [sys.executable, "-m", "merge_cli", "run", str(recipe), str(out), "--quiet",
-                   "--device", "cpu", "--threads", "1"]  # fmt: skip
+        }
+        recipe.write_text(
+            yaml.safe_dump(document("evolutionary", seed, search=section, objective=objective))
+        )
+        command = [
+            sys.executable,
+            "-m",
+            "merge_cli",
+            "run",
+            str(recipe),
+            str(out),
+            "--quiet",
+            "--device",
+            "cpu",
+            "--threads",
+            "1",
+        ]
         subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     found = json.loads((out / "merge_report.json").read_text(encoding="utf-8"))["search"]
     return {
         "search": found["best"]["score"],
         "first": found["history"][0]["score"],
         "test": found["scores"]["found"]["score"],
-        "static": {Path(name).name if "/" in name else name: one["score"]
-                   for name, one in found["scores"].items()},
+        "static": {
+            Path(name).name if "/" in name else name: one["score"]
+            for name, one in found["scores"].items()
+        },
         "best_after": [one["best"] for one in found["history"]],
         "values": found["best"]["values"],
-        "history": [{"score": one["score"], "share": one["share"]}
-                    for one in found["history"]],
+        "history": [{"score": one["score"], "share": one["share"]} for one in found["history"]],
         "cost": found["cost"],
-    }  # fmt: skip
+    }
 
 
 def grid(method: str, seed: int, work: Path) -> dict[str, Any]:
@@ -114,19 +138,24 @@ def grid(method: str, seed: int, work: Path) -> dict[str, Any]:
     points = []
     for scale in SCALES:
         recipe = work / f"grid-{method}-{seed}.yaml"
-        recipe.write_text(yaml.safe_dump(
-            document(method, seed, parameters={"lambda": scale, **FIXED[method]})
-        ))  # fmt: skip
+        recipe.write_text(
+            yaml.safe_dump(document(method, seed, parameters={"lambda": scale, **FIXED[method]}))
+        )
         options = MergeOptions(overwrite=True, fresh=True, statistics=False, device="cpu")
         out = merge_cli.merge(recipe, work / f"grid-{method}-{seed}", options=options).path
         point: dict[str, Any] = {"lambda": scale, "tokens": 0, "seconds": 0.0}
         for split in ("val", "test"):
             found = merge_cli.evaluate(
                 out,
-                [LossTask(name=domain, data=ZOO / "data" / f"{domain}.{split}.jsonl", limit=rows)
-                 for domain, rows in ROWS[split].items()],
-                device="cpu", seed=seed, max_length=LENGTH, threads=1,
-            )  # fmt: skip
+                [
+                    LossTask(name=domain, data=ZOO / "data" / f"{domain}.{split}.jsonl", limit=rows)
+                    for domain, rows in ROWS[split].items()
+                ],
+                device="cpu",
+                seed=seed,
+                max_length=LENGTH,
+                threads=1,
+            )
             point[split] = mean(task.value for task in found.tasks.values())
             if split == "val":
                 point["tokens"] += found.cost.tokens

@@ -32,15 +32,17 @@ TASK_ARITHMETIC, DAM = "task arithmetic", "DAM (task vectors)"
 SOUP_WITH_BASE = "uniform soup, base among the sources"
 # Name -> method, parameters, statistics; `base` puts the base among the sources, with English text.
 SETTINGS: dict[str, dict[str, Any]] = {
-    **{f"RegMean, alpha {a:g}": {"method": "regmean", "parameters": {"alpha": a}}
-       for a in (0.1, 0.5, 0.9, 1.0)},
+    **{
+        f"RegMean, alpha {a:g}": {"method": "regmean", "parameters": {"alpha": a}}
+        for a in (0.1, 0.5, 0.9, 1.0)
+    },
     "RegMean, alpha 0.9, base among the sources": {"method": "regmean", "base": True},
     "Fisher": {"method": "fisher"},
     "Fisher, sampled labels": {"method": "fisher", "statistics": {"targets": "sampled"}},
     "Fisher, normalize sum": {"method": "fisher", "parameters": {"normalize": "sum"}},
     "Fisher, normalize none": {"method": "fisher", "parameters": {"normalize": "none"}},
     "Fisher, base among the sources": {"method": "fisher", "base": True},
-}  # fmt: skip
+}
 # Name -> whose embedding (the tied head), whose layers: where what a merge gains comes from.
 HYBRIDS = {
     "Fisher's embedding, the soup's layers": ("Fisher", "uniform soup"),
@@ -58,13 +60,15 @@ def recipe_of(setting: Mapping[str, Any], seed: int, examples: int) -> dict[str,
         data["base"] = "english.train.jsonl"
     return {
         "merge_method": setting["method"],
-        "models": [{"model": str(ZOO / name), "data": str(ZOO / "data" / file)}
-                   for name, file in data.items()],
+        "models": [
+            {"model": str(ZOO / name), "data": str(ZOO / "data" / file)}
+            for name, file in data.items()
+        ],
         "parameters": setting.get("parameters", {}),
         "statistics": {"examples": examples, "max_length": LENGTH, **setting.get("statistics", {})},
         "dtype": "float32",
         "seed": seed,
-    }  # fmt: skip
+    }
 
 
 def soup_with_base() -> dict[str, Any]:
@@ -156,20 +160,27 @@ def table(results: Mapping[str, Any]) -> str:
     shown = {TASK_ARITHMETIC: f"task arithmetic, lambda {best:g}"}
     plain = ("base", *EXPERTS, "uniform soup", SOUP_WITH_BASE, TASK_ARITHMETIC, DAM)
     for name in (*plain, *SETTINGS, *HYBRIDS):
-        keys = [key_of(name, seed, EXAMPLES) for seed in SEEDS] if name in SETTINGS else [
-            f"test {name}"]  # fmt: skip
+        keys = (
+            [key_of(name, seed, EXAMPLES) for seed in SEEDS]
+            if name in SETTINGS
+            else [f"test {name}"]
+        )
         found = [results[key] for key in keys if key in results]
         cells = [cell([one[f"loss {n}"] for one in found]) for n in EXPERTS]
-        cells += [cell([mean_of(one, "loss") for one in found]),
-                  cell([mean_of(one, "kl") for one in found], 4)]  # fmt: skip
+        cells += [
+            cell([mean_of(one, "loss") for one in found]),
+            cell([mean_of(one, "kl") for one in found], 4),
+        ]
         lines.append(f"| {shown.get(name, name)} | {len(found)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def counts(results: Mapping[str, Any]) -> str:
     """Markdown: mean loss by number of examples."""
-    lines = [f"| mean loss with examples of each source | {' | '.join(map(str, COUNTS))} |",
-             "|---|" + "---:|" * len(COUNTS)]  # fmt: skip
+    lines = [
+        f"| mean loss with examples of each source | {' | '.join(map(str, COUNTS))} |",
+        "|---|" + "---:|" * len(COUNTS),
+    ]
     for name in SEVERAL:
         cells = []
         for count in COUNTS:

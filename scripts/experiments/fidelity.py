@@ -60,9 +60,10 @@ def ruled_out(pair: Mapping[str, Any]) -> dict[str, Any]:
         "rejected": kept.count(False),
         "best_kept": kept[place],
         "lost": min(s for s, k in zip(whole, kept, strict=True) if k) - best,
-        "wrong": mean(s < sorted(whole)[len(whole) // 2] for s, k in zip(whole, kept, strict=True)
-                      if not k),
-    }  # fmt: skip
+        "wrong": mean(
+            s < sorted(whole)[len(whole) // 2] for s, k in zip(whole, kept, strict=True) if not k
+        ),
+    }
 
 
 def tables(found: Mapping[str, Any]) -> str:

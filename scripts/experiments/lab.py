@@ -178,8 +178,11 @@ def _alike(found: ComparisonResult) -> dict[str, Any]:
     total = json.loads(report.read_text(encoding="utf-8"))["statistics"]["total"]
     size = len(total["norm"])
     pairs = [total["cosine"][i][j] for i in range(size) for j in range(i + 1, size)]
-    return {"cosine": mean(pairs), "relative_norm": mean(total["relative_norm"]),
-            "conflict": total["conflict"]}  # fmt: skip
+    return {
+        "cosine": mean(pairs),
+        "relative_norm": mean(total["relative_norm"]),
+        "conflict": total["conflict"],
+    }
 
 
 def _slim(model: Mapping[str, Any]) -> dict[str, Any]:

@@ -28,20 +28,25 @@ def case(name: str, seed: int) -> Case:
 
 def run(seeds: Sequence[int]) -> None:
     results = {name: [run_case(case(name, seed)) for seed in seeds] for name in CASES}
-    keep("paper_cases", [one for found in results.values() for one in found],
-         "python scripts/experiments/paper_cases.py")  # fmt: skip
+    keep(
+        "paper_cases",
+        [one for found in results.values() for one in found],
+        "python scripts/experiments/paper_cases.py",
+    )
     tables = []
     for name, found in results.items():
         domains = [task["name"] for task in found[0]["tasks"]]
         rows = [
             [
                 model_name,
-                *(spread([of(one, model_name)["scores"][d]["value"] for one in found])
-                  for d in domains),
+                *(
+                    spread([of(one, model_name)["scores"][d]["value"] for one in found])
+                    for d in domains
+                ),
                 spread([of(one, model_name)["normalised_mean"]["value"] for one in found], 2),
             ]
             for model_name in ("base", *CASES[name], *METHODS)
-        ]  # fmt: skip
+        ]
         cosine = spread([one["alike"]["cosine"] for one in found], 2)
         heads = ["model", *(f"{domain} ↓" for domain in domains), "normalised ↑"]
         tables.append(f"**{name}** (mean cosine of δ: {cosine})\n\n{markdown(heads, rows)}")

@@ -23,29 +23,43 @@ def case(steps: int, seed: int) -> Case:
 
 def run(seeds: Sequence[int]) -> None:
     results = {steps: [run_case(case(steps, seed)) for seed in seeds] for steps in STEPS}
-    keep("similarity", [one for found in results.values() for one in found],
-         "python scripts/experiments/similarity.py")  # fmt: skip
+    keep(
+        "similarity",
+        [one for found in results.values() for one in found],
+        "python scripts/experiments/similarity.py",
+    )
     rows = []
     for steps, found in results.items():
         alike = [one["alike"] for one in found]
         gained = mean(
             of(one, "base")["scores"][d]["value"] - of(one, d)["scores"][d]["value"]
-            for one in found for d in DOMAINS
-        )  # fmt: skip
-        rows.append([
-            str(steps),
-            spread([one["cosine"] for one in alike]),
-            spread([100 * one["relative_norm"] for one in alike], 1),
-            f"{gained:.3f}",
-            *(spread([of(one, m)["normalised_mean"]["value"] for one in found], 2)
-              for m in METHODS),
-        ])  # fmt: skip
+            for one in found
+            for d in DOMAINS
+        )
+        rows.append(
+            [
+                str(steps),
+                spread([one["cosine"] for one in alike]),
+                spread([100 * one["relative_norm"] for one in alike], 1),
+                f"{gained:.3f}",
+                *(
+                    spread([of(one, m)["normalised_mean"]["value"] for one in found], 2)
+                    for m in METHODS
+                ),
+            ]
+        )
     heads = ["steps", "mean cosine of δ", "‖δ‖/‖θ₀‖ in %", "expert's gain, nats", *METHODS]
     publish("similarity", markdown(heads, rows))
-    cosines = {steps: mean(one["alike"]["cosine"] for one in found)
-               for steps, found in results.items()}  # fmt: skip
-    quality_over("similarity", "training steps of each expert (δ cosine)", results, METHODS,
-                 [f"{steps}\n({cosines[steps]:.2f})" for steps in results])  # fmt: skip
+    cosines = {
+        steps: mean(one["alike"]["cosine"] for one in found) for steps, found in results.items()
+    }
+    quality_over(
+        "similarity",
+        "training steps of each expert (δ cosine)",
+        results,
+        METHODS,
+        [f"{steps}\n({cosines[steps]:.2f})" for steps in results],
+    )
 
 
 if __name__ == "__main__":

@@ -27,8 +27,11 @@ def run(seeds: Sequence[int]) -> None:
         circle = {"slerp": [{"merge_method": "slerp", "parameters": {"t": 0.5}}]}
         grids = {**GRIDS, **circle} if count == 2 else GRIDS
         results[count] = [run_case(case(count, seed), grids) for seed in seeds]
-    keep("sources", [one for found in results.values() for one in found],
-         "python scripts/experiments/sources.py")  # fmt: skip
+    keep(
+        "sources",
+        [one for found in results.values() for one in found],
+        "python scripts/experiments/sources.py",
+    )
     rows = []
     for count, found in results.items():
         cells = [

@@ -34,8 +34,10 @@ def run(seeds: Sequence[int]) -> None:
         choosing = [r["choosing"][name] for r in results if name in r["choosing"]]
         cells.append(
             f"{choosing[0]['merges']} merges, {mean(c['tokens'] for c in choosing):,.0f} tokens, "
-            f"{mean(c['seconds'] for c in choosing):.0f} s" if choosing else "–"
-        )  # fmt: skip
+            f"{mean(c['seconds'] for c in choosing):.0f} s"
+            if choosing
+            else "–"
+        )
         rows.append([name, *cells])
     heads = [
         "model",
@@ -45,12 +47,13 @@ def run(seeds: Sequence[int]) -> None:
         "choosing settings",
     ]
     chosen = "; ".join(
-        f"seed {seed}: " + ", ".join(
+        f"seed {seed}: "
+        + ", ".join(
             f"{method} " + " ".join(f"{k} {v:g}" for k, v in settings.items())
             for method, settings in result["chosen"].items()
         )
         for seed, result in zip(seeds, results, strict=True)
-    )  # fmt: skip
+    )
     publish("spectrum", markdown(heads, rows) + f"\n\nChosen on validation text: {chosen}.")
     quality_against_cost("spectrum", results, METHODS)
 

@@ -23,32 +23,75 @@ from merge_cli.evaluation.rows import read_rows
 
 SOUP = {"merge_method": "soup", "models": ["./a", "./b"]}
 UNION = {
-    "merge_method": "ties", "base_model": "./a", "tokenizer": {"source": "union"},
-    "models": [{"model": "./b", "parameters": {"density": 0.5}}, "./c"], "chat_template": "auto",
-}  # fmt: skip
+    "merge_method": "ties",
+    "base_model": "./a",
+    "tokenizer": {"source": "union"},
+    "models": [{"model": "./b", "parameters": {"density": 0.5}}, "./c"],
+    "chat_template": "auto",
+}
 ADAPTED = {"merge_method": "task_arithmetic", "base_model": "./a", "models": ["./a+./adapter"]}
 RECIPES: tuple[dict[str, Any], ...] = (
-    SOUP, UNION, ADAPTED,
-    {"merge_method": "slerp", "base_model": "./a", "models": ["./a", "./b"], "dtype": "bfloat16",
-     "parameters": {"t": [{"filter": "self_attn", "value": [0, 0.5, 1]}, {"value": 0.5}]}},
-    {"merge_method": "passthrough", "slices": [
-        {"sources": [{"model": "./a", "layer_range": [0, 1]}]},
-        {"sources": [{"model": "./b", "layer_range": [0, 2], "parameters": {"scale": 0.5}}]}]},
-    {"merge_method": "dare_ties", "base_model": "./a", "seed": 3, "metadata": {"license": "mit"},
-     "models": [{"model": "./b", "parameters": {"weight": [0.1, 0.9], "density": 0.5}},
-                {"model": "./c", "parameters": {"weight": 0.5}}],
-     "parameters": {"normalize": True, "lambda": 0.7}, "out_dtype": "float16", "name": "mine"},
-    {"merge_method": "dam", "base_model": "./a", "training": {"epochs": 1, "learning_rate": 0.001},
-     "models": [{"model": "./b", "data": "rows.jsonl"}, {"model": "./c", "data": "rows.jsonl"}]},
-    {"merge_method": "evolutionary", "base_model": "./a", "models": ["./b", "./c"], "seed": 1,
-     "search": {"method": "ties", "parameters": {"weight": {"min": 0, "max": 1}}, "evaluations": 4},
-     "objective": [{"task": "loss", "data": "rows.jsonl"}]},
-    {"merge_method": "regmean", "models": [{"model": "./a", "data": "rows.jsonl"},
-                                           {"model": "./b", "data": "rows.jsonl"}]},
-)  # fmt: skip
-EVAL = {"seed": 1, "limit": 2, "tasks": [
-    {"task": "loss", "data": "rows.jsonl", "name": "one"},
-    {"task": "exact_match", "data": "rows.jsonl", "extract": "(w.)+", "stop": ["x"]}]}  # fmt: skip
+    SOUP,
+    UNION,
+    ADAPTED,
+    {
+        "merge_method": "slerp",
+        "base_model": "./a",
+        "models": ["./a", "./b"],
+        "dtype": "bfloat16",
+        "parameters": {"t": [{"filter": "self_attn", "value": [0, 0.5, 1]}, {"value": 0.5}]},
+    },
+    {
+        "merge_method": "passthrough",
+        "slices": [
+            {"sources": [{"model": "./a", "layer_range": [0, 1]}]},
+            {"sources": [{"model": "./b", "layer_range": [0, 2], "parameters": {"scale": 0.5}}]},
+        ],
+    },
+    {
+        "merge_method": "dare_ties",
+        "base_model": "./a",
+        "seed": 3,
+        "metadata": {"license": "mit"},
+        "models": [
+            {"model": "./b", "parameters": {"weight": [0.1, 0.9], "density": 0.5}},
+            {"model": "./c", "parameters": {"weight": 0.5}},
+        ],
+        "parameters": {"normalize": True, "lambda": 0.7},
+        "out_dtype": "float16",
+        "name": "mine",
+    },
+    {
+        "merge_method": "dam",
+        "base_model": "./a",
+        "training": {"epochs": 1, "learning_rate": 0.001},
+        "models": [{"model": "./b", "data": "rows.jsonl"}, {"model": "./c", "data": "rows.jsonl"}],
+    },
+    {
+        "merge_method": "evolutionary",
+        "base_model": "./a",
+        "models": ["./b", "./c"],
+        "seed": 1,
+        "search": {
+            "method": "ties",
+            "parameters": {"weight": {"min": 0, "max": 1}},
+            "evaluations": 4,
+        },
+        "objective": [{"task": "loss", "data": "rows.jsonl"}],
+    },
+    {
+        "merge_method": "regmean",
+        "models": [{"model": "./a", "data": "rows.jsonl"}, {"model": "./b", "data": "rows.jsonl"}],
+    },
+)
+EVAL = {
+    "seed": 1,
+    "limit": 2,
+    "tasks": [
+        {"task": "loss", "data": "rows.jsonl", "name": "one"},
+        {"task": "exact_match", "data": "rows.jsonl", "extract": "(w.)+", "stop": ["x"]},
+    ],
+}
 
 
 class Wrong(Exception):
@@ -178,36 +221,54 @@ def _journal(root: Path, draw: random.Random) -> None:
             raise KeyboardInterrupt
 
     with contextlib.suppress(KeyboardInterrupt, Interrupted):
-        merge_cli.merge(root / "recipe.yaml", root / "out", show=show,
-                        options=MergeOptions(device="cpu", threads=1))  # fmt: skip
-    left = [p for p in (root / "out.partial").rglob("*")
-            if p.is_file() and p.suffix != ".safetensors"]  # fmt: skip
+        merge_cli.merge(
+            root / "recipe.yaml",
+            root / "out",
+            show=show,
+            options=MergeOptions(device="cpu", threads=1),
+        )
+    left = [
+        p for p in (root / "out.partial").rglob("*") if p.is_file() and p.suffix != ".safetensors"
+    ]
     for path in draw.sample(left, min(1, len(left))):
         path.write_bytes(mutate_bytes(path.read_bytes(), draw))
 
 
 _TOKENIZER = tuple(
-    f"{m}/{f}" for m in ("a", "c")
-    for f in ("tokenizer.json", "tokenizer.json", "tokenizer_config.json", "added_tokens.json",
-              "special_tokens_map.json", "generation_config.json", "preprocessor_config.json")
-)  # fmt: skip
+    f"{m}/{f}"
+    for m in ("a", "c")
+    for f in (
+        "tokenizer.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "added_tokens.json",
+        "special_tokens_map.json",
+        "generation_config.json",
+        "preprocessor_config.json",
+    )
+)
 _SHARDS = ("a/model.safetensors", "b/model-00001-of-00002.safetensors")
 TARGETS = (
     Target("header", _in_file(_SHARDS, mutate_header), _weights),
     Target("index", _in_file((f"b/{SHARDED}",), mutate_json), _weights),
-    Target("config", _in_file(("a/config.json", "b/config.json"), mutate_json),
-           _same_weights(UNION)),
+    Target(
+        "config", _in_file(("a/config.json", "b/config.json"), mutate_json), _same_weights(UNION)
+    ),
     Target("tokenizer", _in_file(_TOKENIZER, mutate_json), _same_weights(UNION)),
-    Target("adapter", _in_file(("adapter/adapter_config.json",), mutate_json),
-           _same_weights(ADAPTED)),
-    Target("adapter header", _in_file(("adapter/adapter_model.safetensors",), mutate_header),
-           _same_weights(ADAPTED)),
+    Target(
+        "adapter", _in_file(("adapter/adapter_config.json",), mutate_json), _same_weights(ADAPTED)
+    ),
+    Target(
+        "adapter header",
+        _in_file(("adapter/adapter_model.safetensors",), mutate_header),
+        _same_weights(ADAPTED),
+    ),
     Target("card", _in_file(("a/README.md",), _card), _same_weights(SOUP)),
     Target("recipe", _recipe, _same_weights(None)),
     Target("evaluation", _eval, lambda root, draw: void(read_eval(root / "eval.yaml"))),
     Target("rows", _in_file(("rows.jsonl",), _mutate_rows), _read_rows),
     Target("journal", _journal, _weights),
-)  # fmt: skip
+)
 
 
 def void(_: object) -> None:

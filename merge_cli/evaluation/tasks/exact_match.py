@@ -14,10 +14,10 @@ from merge_cli.evaluation.chat import TemplateError, render_chat
 from merge_cli.evaluation.content import content_of
 from merge_cli.evaluation.live import LiveModel
 from merge_cli.evaluation.result import Metric, TaskResult
-from merge_cli.evaluation.rows import Row, listed, need_known, read_rows
-from merge_cli.evaluation.task import DataTask, Tell, cut_note, file_digest, option
+from merge_cli.evaluation.rows import Row, listed, read_rows, require_known
+from merge_cli.evaluation.task import DataTask, Tell, cut_note, file_fingerprint, option
 from merge_cli.evaluation.tokens import Truncate, encode_pair, fitted, row_start, too_long
-from merge_cli.evaluation.watch import need_finite
+from merge_cli.evaluation.watch import require_finite
 from merge_cli.guarded import Unreadable, is_file, kind_of
 from merge_cli.patterns import compile_pattern
 
@@ -76,7 +76,7 @@ class ExactMatch(DataTask):
         self._prompts(live)
 
     def data_digest(self) -> str:
-        shown = "" if self.fewshot is None else f" {file_digest(self.fewshot)}"
+        shown = "" if self.fewshot is None else f" {file_fingerprint(self.fewshot)}"
         return super().data_digest() + shown
 
     def _prompts(self, live: LiveModel) -> tuple[list[Row], list[Sequence[int]], int]:
@@ -95,7 +95,7 @@ class ExactMatch(DataTask):
             if known and content_of(row) in known:
                 raise row.wrong("is among the rows that `fewshot` shows with their answers, too")
             whole = encode_pair(self._asked(row, shown, live), "", live.tokenizer, start)
-            need_known(row, whole.ids, live.tokenizer, live.entries)
+            require_known(row, whole.ids, live.tokenizer, live.entries)
             part = fitted(whole, room, self.truncate)
             if part is None:
                 raise row.wrong(*too_long(len(whole.ids), room))
@@ -162,10 +162,12 @@ class ExactMatch(DataTask):
         ends = own.eos_token_id if own.eos_token_id is not None else live.tokenizer.eos_token_id
         pad = ends[0] if isinstance(ends, list) else ends
         config = GenerationConfig(
-            max_new_tokens=self.max_new_tokens, do_sample=False, eos_token_id=ends,
+            max_new_tokens=self.max_new_tokens,
+            do_sample=False,
+            eos_token_id=ends,
             pad_token_id=pad if pad is not None else 0,
             stop_strings=list(self.stop) or None,
-        )  # fmt: skip
+        )
         texts = [""] * len(prompts)
         done = 0
         for batch in _batches(prompts, self.max_new_tokens, live.batch_tokens):
@@ -178,9 +180,11 @@ class ExactMatch(DataTask):
             with torch.inference_mode(), _plainly(live.net, config):
                 written = live.net.generate(
                     logits_processor=[lambda _, logits: self._finite(logits, live)],
-                    input_ids=ids.to(live.net.device), attention_mask=mask.to(live.net.device),
-                    generation_config=config, tokenizer=live.tokenizer if self.stop else None,
-                )[:, width:]  # fmt: skip
+                    input_ids=ids.to(live.net.device),
+                    attention_mask=mask.to(live.net.device),
+                    generation_config=config,
+                    tokenizer=live.tokenizer if self.stop else None,
+                )[:, width:]
             live.count(int(mask.sum()) + written.numel(), written.shape[1])
             for number, tokens in zip(batch, written.tolist(), strict=True):
                 texts[number] = live.tokenizer.decode(tokens, skip_special_tokens=True)
@@ -191,7 +195,7 @@ class ExactMatch(DataTask):
     @staticmethod
     def _finite(logits: Any, live: LiveModel) -> Any:
         """The likeliest of numbers that are none would be token 0: an answer like any other."""
-        need_finite(logits.float().logsumexp(-1), live.label)
+        require_finite(logits.float().logsumexp(-1), live.label)
         return logits
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from merge_cli.errors import MergeCliError, SourceError, UsageError
-from merge_cli.evaluation.live import LiveModel, quiet
+from merge_cli.evaluation.live import LiveModel, quiet_libraries
 from merge_cli.evaluation.result import Better, Metric, TaskResult
 from merge_cli.evaluation.task import Task, Tell, cut_note, option
 from merge_cli.evaluation.tasks.harness_model import harness_model
@@ -49,13 +49,15 @@ class Harness(Task):
 
         tell(0, 1)
         folder = str(self.include) if self.include else None
-        with quiet():
+        with quiet_libraries():
             manager = TaskManager(include_path=folder)
             if self.lm_eval not in manager.all_subtasks:
                 several = self.lm_eval in manager.all_tasks
-                what = f"lm-eval's '{self.lm_eval}' is a group of tasks" if several else (
-                    f"lm-eval has no task '{self.lm_eval}'"
-                )  # fmt: skip
+                what = (
+                    f"lm-eval's '{self.lm_eval}' is a group of tasks"
+                    if several
+                    else (f"lm-eval has no task '{self.lm_eval}'")
+                )
                 hint = "lm-eval ls tasks lists them; `include` adds a folder of your own."
                 raise UsageError(what, hint=hint)
             if self.chat_template and not getattr(live.tokenizer, "chat_template", None):
@@ -65,14 +67,21 @@ class Harness(Task):
             with watched(live):
                 try:
                     found = simple_evaluate(
-                        model=model, tasks=[self.lm_eval], num_fewshot=self.num_fewshot,
-                        limit=self.limit, task_manager=manager, bootstrap_iters=0,
-                        log_samples=True, random_seed=live.seed, numpy_random_seed=live.seed,
-                        torch_random_seed=live.seed, fewshot_random_seed=live.seed,
+                        model=model,
+                        tasks=[self.lm_eval],
+                        num_fewshot=self.num_fewshot,
+                        limit=self.limit,
+                        task_manager=manager,
+                        bootstrap_iters=0,
+                        log_samples=True,
+                        random_seed=live.seed,
+                        numpy_random_seed=live.seed,
+                        torch_random_seed=live.seed,
+                        fewshot_random_seed=live.seed,
                         apply_chat_template=self.chat_template,
                         system_instruction=self.system or None,
                         fewshot_as_multiturn=self.chat_template and self.fewshot_as_multiturn,
-                    )  # fmt: skip
+                    )
                 except MergeCliError:  # about the model, and not about the task
                     raise
                 except Exception as error:  # tasks are templates and code of others
@@ -83,10 +92,14 @@ class Harness(Task):
         metrics, kind = self._metrics(found, every)
         samples = [sample for sample in every if sample.get("filter") in (None, kind)]
         examples = [
-            {"document": s["doc_id"], "target": s["target"], "responses": s["filtered_resps"],
-             **{name: s[name] for name in metrics if name in s}}
+            {
+                "document": s["doc_id"],
+                "target": s["target"],
+                "responses": s["filtered_resps"],
+                **{name: s[name] for name in metrics if name in s},
+            }
             for s in samples
-        ]  # fmt: skip
+        ]
         notes = cut_note(
             model.cut, model.asked, "requests are: their beginning was cut", live.max_length
         )

@@ -27,9 +27,12 @@ def harness_model(live: LiveModel) -> Any:
             return super()._loglikelihood_tokens(requests, *rest, **named)
 
         def tok_batch_encode(
-            self, strings: Any, padding_side: str = "left", left_truncate_len: Any = None,
+            self,
+            strings: Any,
+            padding_side: str = "left",
+            left_truncate_len: Any = None,
             truncation: bool = False,
-        ) -> Any:  # fmt: skip
+        ) -> Any:
             ids, mask = super().tok_batch_encode(strings, padding_side, None, truncation)
             self.asked += len(strings)
             if not left_truncate_len:
@@ -48,6 +51,8 @@ def harness_model(live: LiveModel) -> Any:
             return text[: text.rindex(begun) + len(begun)] if begun in text else text
 
     return Counting(
-        pretrained=live.net, tokenizer=without_ending(live.tokenizer), max_length=live.max_length,
+        pretrained=live.net,
+        tokenizer=without_ending(live.tokenizer),
+        max_length=live.max_length,
         batch_size=max(1, live.batch_tokens // live.max_length),
-    )  # fmt: skip
+    )

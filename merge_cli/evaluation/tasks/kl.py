@@ -11,16 +11,16 @@ from typing import Any
 
 from merge_cli.checkpoint.source import Source, fetch_weights, open_source
 from merge_cli.errors import SourceError
-from merge_cli.evaluation.digest import source_digest
+from merge_cli.evaluation.digest import source_fingerprint
 from merge_cli.evaluation.examples import Example
 from merge_cli.evaluation.forward import Window, add_up, forward
 from merge_cli.evaluation.live import LiveModel, load
 from merge_cli.evaluation.result import Cost, Metric, TaskResult
 from merge_cli.evaluation.task import DataTask, Tell, option
 from merge_cli.evaluation.tasks.loss import text_windows, window_notes
-from merge_cli.evaluation.teachers import Kept, Teacher
+from merge_cli.evaluation.teachers import KeptPredictions, Teacher
 from merge_cli.evaluation.tokenizer import load_tokenizer
-from merge_cli.evaluation.watch import need_finite
+from merge_cli.evaluation.watch import require_finite
 from merge_cli.recipe.reference import parse_reference
 
 # examples [n], divergence [n], whether the likeliest token is the same [n]
@@ -52,7 +52,7 @@ class KL(DataTask):
     def data_digest(self) -> str:
         source = self._source()
         fetch_weights(source, source.header_bytes)
-        return f"{super().data_digest()} {source_digest(source)}"
+        return f"{super().data_digest()} {source_fingerprint(source)}"
 
     def score(self, live: LiveModel, tell: Tell) -> TaskResult:
         length = live.max_length
@@ -93,9 +93,9 @@ class KL(DataTask):
         size = about.get("vocab_size", live.vocabulary)
         self._refuse_other_vocabulary(live, load_tokenizer(source), int(size))
         dtype = live.dtype.partition(" ")[0]
-        teacher = Teacher(source, source_digest(source), live.place, dtype)
+        teacher = Teacher(source, source_fingerprint(source), live.place, dtype)
         examples = [Example(array("q", item.ids), item.first) for item in items]
-        kept = Kept(self.top_k, 1.0, "float32")
+        kept = KeptPredictions(self.top_k, 1.0, "float32")
         predictions = teacher.predictions(examples, kept, lambda *_: None)
         teacher.close()
         live.count(teacher.tokens, teacher.passes)
@@ -111,7 +111,7 @@ class KL(DataTask):
                 rest = log_q.scatter(-1, ids, float("-inf")).logsumexp(-1)
                 # A tail of no mass adds nothing, whatever its logarithm.
                 divergence += torch.where(tail.isfinite(), tail.exp() * (tail - rest), 0.0)
-            need_finite(divergence, live.label)  # the teacher's part is finite, or not kept
+            require_finite(divergence, live.label)  # the teacher's part is finite, or not kept
             same = log_q.argmax(-1) == ids.gather(-1, p.argmax(-1, keepdim=True))[:, 0]
             yield ours.examples, divergence, same
 
@@ -161,8 +161,8 @@ def _whole(
         p = theirs.logits.to(q.device).log_softmax(-1)
         divergence = torch.nn.functional.kl_div(q, p, log_target=True, reduction="none").sum(-1)
         if not bool(divergence.isfinite().all()):
-            need_finite(theirs.logits, teacher.label)
-            need_finite(divergence, live.label)
+            require_finite(theirs.logits, teacher.label)
+            require_finite(divergence, live.label)
         yield ours.examples, divergence, q.argmax(-1) == p.argmax(-1)
 
 

@@ -13,7 +13,7 @@ from merge_cli.evaluation.result import Metric, TaskResult
 from merge_cli.evaluation.rows import Row, encode, read_rows
 from merge_cli.evaluation.task import DataTask, Tell, cut_note, option
 from merge_cli.evaluation.tokens import Encoded, row_start
-from merge_cli.evaluation.watch import need_finite
+from merge_cli.evaluation.watch import require_finite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ class LossTask(DataTask):
             losses = torch.nn.functional.cross_entropy(
                 batch.logits, batch.targets, reduction="none"
             )
-            need_finite(losses, live.label)
+            require_finite(losses, live.label)
             nats += add_up(losses, batch.examples, len(rows))
         tokens = [float(max(0, len(row.ids) - row.first)) for row in encoded]
         sizes = [float(_bytes(row)) for row in encoded]

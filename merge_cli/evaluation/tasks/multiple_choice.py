@@ -14,10 +14,10 @@ from typing import Any
 from merge_cli.evaluation.forward import Window, add_up, forward, windows
 from merge_cli.evaluation.live import LiveModel
 from merge_cli.evaluation.result import Metric, TaskResult
-from merge_cli.evaluation.rows import Row, need_known, read_rows
+from merge_cli.evaluation.rows import Row, read_rows, require_known
 from merge_cli.evaluation.task import DataTask, Tell, cut_note, option
 from merge_cli.evaluation.tokens import Encoded, Truncate, encode_pair, fitted, own_start, too_long
-from merge_cli.evaluation.watch import need_finite
+from merge_cli.evaluation.watch import require_finite
 from merge_cli.guarded import kind_of
 
 
@@ -48,7 +48,7 @@ class MultipleChoice(DataTask):
             losses = torch.nn.functional.cross_entropy(
                 batch.logits, batch.targets, reduction="none"
             )
-            need_finite(losses, live.label)
+            require_finite(losses, live.label)
             sums -= add_up(losses, batch.examples, len(encoded))
         right, right_norm, nats, examples = [], [], [], []
         start = 0
@@ -61,8 +61,15 @@ class MultipleChoice(DataTask):
             right.append(float(best == q.answer))
             right_norm.append(float(best_norm == q.answer))
             nats.append(-found[q.answer])
-            examples.append({"line": q.row.line, "answer": q.answer, "chosen": best,
-                             "chosen_norm": best_norm, "log_likelihoods": found})  # fmt: skip
+            examples.append(
+                {
+                    "line": q.row.line,
+                    "answer": q.answer,
+                    "chosen": best,
+                    "chosen_norm": best_norm,
+                    "log_likelihoods": found,
+                }
+            )
         ones = [1.0] * len(questions)
         metrics = {
             "accuracy": Metric("accuracy", "of questions", "higher", right, ones),
@@ -87,7 +94,7 @@ class MultipleChoice(DataTask):
         for q in questions:
             for choice in q.choices:
                 whole = _encoded(q, self.delimiter + choice, live.tokenizer)
-                need_known(q.row, whole.ids, live.tokenizer, live.entries)
+                require_known(q.row, whole.ids, live.tokenizer, live.entries)
                 cut = fitted(whole, room, self.truncate)
                 if cut is None:
                     raise q.row.wrong(*too_long(len(whole.ids), room))

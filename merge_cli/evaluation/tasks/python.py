@@ -12,7 +12,7 @@ from typing import Any, Literal
 from merge_cli.errors import MergeCliError, SourceError
 from merge_cli.evaluation.live import LiveModel
 from merge_cli.evaluation.result import Metric, TaskResult
-from merge_cli.evaluation.task import Task, Tell, file_digest, option
+from merge_cli.evaluation.task import Task, Tell, file_fingerprint, option
 from merge_cli.evaluation.watch import watched
 from merge_cli.recipe.reference import expanded
 
@@ -32,7 +32,7 @@ class PythonTask(Task):
 
     def data_digest(self) -> str:
         path, name = self._place()
-        return f"{file_digest(path)} {name}"
+        return f"{file_fingerprint(path)} {name}"
 
     def score(self, live: LiveModel, tell: Tell) -> TaskResult:
         import torch

@@ -87,12 +87,20 @@ def _key_figures(record: Json) -> list[KeyFigure]:
         if gain is not None:
             said = "a difference" if excludes_zero(gain) else "may be chance"
             ends = with_ends(gain, "+").partition(" ")[2]
-            cells.append((
-                f"Better than {record['reference']} by", decimals(gain["value"], "+"),
-                f"{ends}, {said}" if ends else "of a single example",
-            ))  # fmt: skip
-        cells.append(("Made in", duration(best["cost"]["seconds"]),
-                      f"{size(best['cost']['peak_rss'])} of memory"))  # fmt: skip
+            cells.append(
+                (
+                    f"Better than {record['reference']} by",
+                    decimals(gain["value"], "+"),
+                    f"{ends}, {said}" if ends else "of a single example",
+                )
+            )
+        cells.append(
+            (
+                "Made in",
+                duration(best["cost"]["seconds"]),
+                f"{size(best['cost']['peak_rss'])} of memory",
+            )
+        )
     cheapest = min(merges, key=lambda model: model["cost"]["seconds"])
     cells.append(("Cheapest", cheapest["name"], duration(cheapest["cost"]["seconds"])))
     return [KeyFigure(name, value, remarks) for name, value, *remarks in cells]
@@ -112,16 +120,21 @@ def _normalised(record: Json) -> Section | None:
     if not tasks:
         return None
     models = record["models"]
-    values = [[*(m["normalised"][task]["value"] for task in tasks), m["normalised_mean"]["value"]]
-              for m in models]  # fmt: skip
+    values = [
+        [*(m["normalised"][task]["value"] for task in tasks), m["normalised_mean"]["value"]]
+        for m in models
+    ]
     names = [charts.shorten(model["name"], 30) for model in models]
     axis = charts.Axis([*tasks, "mean"], [charts.shorten(t, 11) for t in (*tasks, "mean")], "", 84)
-    scale = Scale(lambda v: v, (-1, -0.5, 0, 0.5, 1), two_decimals,
-                  "0: base, 1: the domain's own expert")  # fmt: skip
+    scale = Scale(
+        lambda v: v, (-1, -0.5, 0, 0.5, 1), two_decimals, "0: base, 1: the domain's own expert"
+    )
     best = [task for task in tasks if _best_merge(record, task) > 1]
-    found = f"A merge beats the expert itself at {listing(best)}." if best else (
-        "No merge is as good as a domain's own expert."
-    )  # fmt: skip
+    found = (
+        f"A merge beats the expert itself at {listing(best)}."
+        if best
+        else ("No merge is as good as a domain's own expert.")
+    )
     how = (
         "How much of the way from the base to the domain's own expert a model goes. Below 0 it is "
         "worse than the base; colours end at ±1, numbers do not."
@@ -141,19 +154,30 @@ def _against_cost(record: Json) -> Section | None:
     if field is None:
         return None
     points = [
-        Point(m["name"], m["cost"]["seconds"], m[field]["value"], _ends(m[field]),
-              _style(m["role"]), m["name"] in record["front"])
+        Point(
+            m["name"],
+            m["cost"]["seconds"],
+            m[field]["value"],
+            _ends(m[field]),
+            _style(m["role"]),
+            m["name"] in record["front"],
+        )
         for m in merges
-    ]  # fmt: skip
+    ]
     how = (
         "Up is better, left is cheaper. The line is the Pareto front: for a merge on it there is "
         "none that is both better and cheaper. Lines through points are 95 % intervals."
     )
     found = f"On the front: {listing(record['front'])}."
     chart = plane(
-        "Quality against cost", points, "wall time of the merge (logarithmic)", _by(record),
-        number, duration, low_is_good=sign < 0,
-    )  # fmt: skip
+        "Quality against cost",
+        points,
+        "wall time of the merge (logarithmic)",
+        _by(record),
+        number,
+        duration,
+        low_is_good=sign < 0,
+    )
     key = Markup(
         '<span class="dot s-0">recipes</span> \u2003 <span class="dot s-base">baselines</span>'
     )
@@ -167,10 +191,14 @@ def _domains(record: Json) -> Section:
     for task in record["tasks"]:
         name = task["name"]
         rows = [
-            Dot(charts.shorten(m["name"], 30), m["scores"][name]["value"],
-                _ends(m["scores"][name]), _style(m["role"]))
+            Dot(
+                charts.shorten(m["name"], 30),
+                m["scores"][name]["value"],
+                _ends(m["scores"][name]),
+                _style(m["role"]),
+            )
             for m in record["models"]
-        ]  # fmt: skip
+        ]
         better = "less is better" if task["better"] == "lower" else "more is better"
         unit = f"{task['metric']}, {task['unit']} ({better})"
         caption = f"{name}: {task['metric']} over {count(task['examples'], 'example')}."
@@ -190,14 +218,25 @@ def _cost(record: Json) -> Section:
         made = ["–"] * 6
         if cost is not None:
             made = [
-                duration(cost["seconds"]), f"{cost['tokens']:,}", f"{cost['forward_passes']:,}",
-                f"{cost['backward_passes']:,}", size(cost["peak_rss"]),
+                duration(cost["seconds"]),
+                f"{cost['tokens']:,}",
+                f"{cost['forward_passes']:,}",
+                f"{cost['backward_passes']:,}",
+                size(cost["peak_rss"]),
                 "–" if cost["joules"] is None else f"{cost['joules']:.3g} J",
-            ]  # fmt: skip
-        rows.append([model["name"], *made, duration(spent["seconds"]),
-                     f"{spent['tokens']:,}"])  # fmt: skip
-    heads = ["model", "merge: time", "tokens", "forward", "backward", "peak memory", "energy",
-             "evaluation: time", "tokens"]  # fmt: skip
+            ]
+        rows.append([model["name"], *made, duration(spent["seconds"]), f"{spent['tokens']:,}"])
+    heads = [
+        "model",
+        "merge: time",
+        "tokens",
+        "forward",
+        "backward",
+        "peak memory",
+        "energy",
+        "evaluation: time",
+        "tokens",
+    ]
     how = (
         "What each merge took to make, measured on its own process, and what evaluating it took. "
         "Tokens and passes are of methods that learn or search. Energy is the whole machine's, "

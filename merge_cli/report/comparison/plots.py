@@ -61,8 +61,16 @@ def dots(title: str, rows: Sequence[Dot], text: Format, unit: str) -> str:
     return svg(title, left + _WIDE + 26, bottom + 46, parts)
 
 
-def plane(title: str, points: Sequence[Point], x_unit: str, y_unit: str, text: Format,
-          seconds: Format, *, low_is_good: bool) -> str:  # fmt: skip
+def plane(
+    title: str,
+    points: Sequence[Point],
+    x_unit: str,
+    y_unit: str,
+    text: Format,
+    seconds: Format,
+    *,
+    low_is_good: bool,
+) -> str:
     """Quality over cost on a logarithmic axis; the front is the line that nothing is better than.
 
     Args:

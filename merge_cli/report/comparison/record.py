@@ -11,7 +11,7 @@ from datetime import datetime, timezone
 from importlib.metadata import version
 from typing import Any
 
-from merge_cli.comparison.result import Comparison, Entrant, Score
+from merge_cli.comparison.result import Comparison, ModelEntry, ModelScore
 
 SCHEMA = 1
 
@@ -50,7 +50,7 @@ def comparison_record(found: Comparison) -> dict[str, Any]:
     }
 
 
-def _model(found: Comparison, one: Entrant) -> dict[str, Any]:
+def _model(found: Comparison, one: ModelEntry) -> dict[str, Any]:
     name = one.name
     return {
         "name": name,
@@ -73,7 +73,7 @@ def _model(found: Comparison, one: Entrant) -> dict[str, Any]:
     }
 
 
-def _score(score: Score | None) -> Mapping[str, Any] | None:
+def _score(score: ModelScore | None) -> Mapping[str, Any] | None:
     if score is None:
         return None
     ends = score.interval

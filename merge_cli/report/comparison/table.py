@@ -34,9 +34,10 @@ def used(record: Json) -> tuple[list[str], list[list[str]]]:
     """Heads and rows without the columns in which no model has anything (energy, mostly)."""
     heads, body = columns(record), rows(record)
     kept = [
-        i for i, head in enumerate(heads)
+        i
+        for i, head in enumerate(heads)
         if head not in ("tokens", "energy") or any(row[i] not in ("–", "0") for row in body)
-    ]  # fmt: skip
+    ]
     return [heads[i] for i in kept], [[row[i] for i in kept] for row in body]
 
 
@@ -82,23 +83,69 @@ def csv_text(record: Json) -> str:
     """One row for each model and task, and one for each mean, with numbers as they are."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["model", "role", "method", "task", "metric", "unit", "value", "low", "high",
-                     "normalised", "normalised_low", "normalised_high", "seconds", "tokens",
-                     "forward_passes", "backward_passes", "peak_rss", "peak_vram",
-                     "joules"])  # fmt: skip
+    writer.writerow(
+        [
+            "model",
+            "role",
+            "method",
+            "task",
+            "metric",
+            "unit",
+            "value",
+            "low",
+            "high",
+            "normalised",
+            "normalised_low",
+            "normalised_high",
+            "seconds",
+            "tokens",
+            "forward_passes",
+            "backward_passes",
+            "peak_rss",
+            "peak_vram",
+            "joules",
+        ]
+    )
     for model in record["models"]:
         cost = model["cost"] or {}
-        spent = [cost.get(key, "") for key in ("seconds", "tokens", "forward_passes",
-                 "backward_passes", "peak_rss", "peak_vram", "joules")]  # fmt: skip
+        spent = [
+            cost.get(key, "")
+            for key in (
+                "seconds",
+                "tokens",
+                "forward_passes",
+                "backward_passes",
+                "peak_rss",
+                "peak_vram",
+                "joules",
+            )
+        ]
         start = [model["name"], model["role"], model["method"]]
         for task in record["tasks"]:
             name = task["name"]
-            writer.writerow([*start, name, task["metric"], task["unit"],
-                             *_numbers(model["scores"][name]),
-                             *_numbers(model["normalised"].get(name)), *spent])  # fmt: skip
+            writer.writerow(
+                [
+                    *start,
+                    name,
+                    task["metric"],
+                    task["unit"],
+                    *_numbers(model["scores"][name]),
+                    *_numbers(model["normalised"].get(name)),
+                    *spent,
+                ]
+            )
         if model["mean"] or model["normalised_mean"]:
-            writer.writerow([*start, "mean", "", "", *_numbers(model["mean"]),
-                             *_numbers(model["normalised_mean"]), *spent])  # fmt: skip
+            writer.writerow(
+                [
+                    *start,
+                    "mean",
+                    "",
+                    "",
+                    *_numbers(model["mean"]),
+                    *_numbers(model["normalised_mean"]),
+                    *spent,
+                ]
+            )
     return out.getvalue()
 
 
