@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from merge_cli.analysis.run import analyze
     from merge_cli.api import MergeResult, compare, merge, plan
     from merge_cli.engine.options import MergeOptions
-    from merge_cli.engine.planner import load_recipe
     from merge_cli.errors import MergeCliError
     from merge_cli.evaluation.run import evaluate
     from merge_cli.methods.registry import merge_method
+    from merge_cli.planning.planner import load_recipe
     from merge_cli.publishing.push import push
 
 _HOMES = {
@@ -27,7 +27,7 @@ _HOMES = {
     "compare": "merge_cli.api",
     "evaluate": "merge_cli.evaluation.run",
     "extract_lora": "merge_cli.adapters.extract",
-    "load_recipe": "merge_cli.engine.planner",
+    "load_recipe": "merge_cli.planning.planner",
     "merge": "merge_cli.api",
     "merge_method": "merge_cli.methods.registry",
     "plan": "merge_cli.api",

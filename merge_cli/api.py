@@ -14,18 +14,18 @@ from merge_cli.comparison.run import compare as compare_recipes
 from merge_cli.engine.device import choose_device
 from merge_cli.engine.journal import work_key
 from merge_cli.engine.merge import check_target, execute
+from merge_cli.engine.merge_stats import MergeStats
 from merge_cli.engine.options import MergeOptions, OnProgress, Progress
-from merge_cli.engine.outcome import MergeStats
 from merge_cli.engine.output import OutputWorkspace
-from merge_cli.engine.plan import Plan
-from merge_cli.engine.planner import DEFAULT_SHARD_SIZE, load_recipe, make_plan
-from merge_cli.engine.stagefolder import StageWorkspace
-from merge_cli.engine.stages import needed, over_results, plan_recipe, unused
+from merge_cli.engine.stage_folder import StageWorkspace
 from merge_cli.errors import UsageError
-from merge_cli.evaluation.gates import read_gates, require
+from merge_cli.evaluation.quality_check import read_gates, require
 from merge_cli.evaluation.run import Step, as_spec, spec_for
 from merge_cli.evaluation.spec import EvalSpec
 from merge_cli.evaluation.task import Task
+from merge_cli.planning.plan import Plan
+from merge_cli.planning.planner import DEFAULT_SHARD_SIZE, load_recipe, make_plan
+from merge_cli.planning.stages import needed, over_results, plan_recipe, unused
 from merge_cli.recipe.schema import Recipe
 
 
@@ -138,7 +138,7 @@ def _merge(
     report: dict[str, Any] = {}
     learned = None
     if decided.learns:
-        from merge_cli.dam.result import gate
+        from merge_cli.dam.record import gate
         from merge_cli.dam.run import learn, with_coefficients
 
         earlier = _published(decided, target, options)
@@ -156,7 +156,7 @@ def _merge(
         decided = make_plan(resolved, shard_size=decided.shard_size)
     record = learned.record if learned is not None else None
     if decided.gathers:
-        from merge_cli.gathering.run import calibrate
+        from merge_cli.calibration.run import calibrate
 
         plain = decided
         decided = calibrate(plain, options, show, lambda: check_target(plain, target, options))
@@ -230,7 +230,7 @@ def finished(plan: Plan, out: str | Path, options: MergeOptions) -> MergeResult 
     if plan.learns or not isinstance(report, dict):
         return None
     if plan.gathers:
-        from merge_cli.gathering.run import known
+        from merge_cli.calibration.run import known
 
         plan = known(plan, options.device) or plan
         if plan.gathers:
@@ -276,7 +276,7 @@ def compare(
         as `comparison.run.compare` does; UsageError for a gate that cannot be read. A gate that is
         not met raises nothing here: see `ComparisonResult.require_gates`.
     """
-    from merge_cli.report.comparison.write import write_comparison
+    from merge_cli.comparison.files import write_comparison
 
     spec = tasks if isinstance(tasks, EvalSpec) else as_spec(tasks)
     read = read_gates(gates, no_worse, spec.tasks)

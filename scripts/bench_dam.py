@@ -28,14 +28,13 @@ from typing import Any
 import torch
 
 from merge_cli.dam.assembly import assemble
-from merge_cli.dam.forward import Batch, Forward
-from merge_cli.dam.head import LossSums
+from merge_cli.dam.forward import Batch, Forward, LossSums
 from merge_cli.dam.losses import DistillationLoss, TeacherTargets
 from merge_cli.dam.models import empty_student, find_targets
 from merge_cli.dam.sources import Residency, SourceResidency
-from merge_cli.engine.plan import Plan
-from merge_cli.engine.planner import load_recipe, make_plan
 from merge_cli.evaluation.teachers import kept_predictions
+from merge_cli.planning.plan import Plan
+from merge_cli.planning.planner import load_recipe, make_plan
 from merge_cli.recipe.training import Training
 
 # Hidden width, feed-forward width, layers, vocabulary: deep and thin, so that neither activations

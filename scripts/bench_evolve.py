@@ -24,13 +24,13 @@ import torch
 import yaml
 
 from merge_cli.api import merge
-from merge_cli.checkpoint.source import open_source
 from merge_cli.engine.options import MergeOptions
-from merge_cli.engine.planner import load_recipe, make_plan
 from merge_cli.evaluation.run import evaluate_source
 from merge_cli.evolve.evaluator import EvaluationJob, Evaluator, Setup, values_of
 from merge_cli.evolve.plan import plan_search
+from merge_cli.planning.planner import load_recipe, make_plan
 from merge_cli.recipe.reference import ModelRef
+from merge_cli.sources.source import open_source
 
 ZOO = Path(__file__).resolve().parents[1] / "zoo"
 OPTIONS = MergeOptions(device="cpu", threads=1, statistics=False, overwrite=True, fresh=True)

@@ -81,7 +81,7 @@ def _write(fd: int, offset: int, buffer: memoryview) -> None:
 
 
 def _allocate(path: str, size: int) -> int:
-    """As merge_cli/checkpoint/raw.py does, so that both pay for it."""
+    """As merge_cli/system/raw_io.py does, so that both pay for it."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     if hasattr(os, "posix_fallocate") and size:
         try:

@@ -28,16 +28,16 @@ from typing import Any
 import torch
 from bench_dam import SHAPES, Peak, private_bytes, seconds, write_family
 
-from merge_cli.checkpoint.source import Source, open_source
-from merge_cli.evaluation.examples import Example
+from merge_cli.calibration.data import Examples, batches_of
+from merge_cli.calibration.fisher import gather_importances
+from merge_cli.calibration.gram import gather_grams
+from merge_cli.calibration.plan import SourcePart
+from merge_cli.calibration.store import Writer
+from merge_cli.evaluation.forward import Example
 from merge_cli.evaluation.live import LiveModel
-from merge_cli.gathering.data import Examples, batches_of
-from merge_cli.gathering.fisher import gather_importances
-from merge_cli.gathering.gram import gather_grams
-from merge_cli.gathering.part import SourcePart
-from merge_cli.gathering.store import Writer
 from merge_cli.recipe.reference import ModelRef
-from merge_cli.recipe.statistics import Statistics
+from merge_cli.recipe.training import Statistics
+from merge_cli.sources.source import Source, open_source
 
 GATHER = {"regmean": ("gram", gather_grams), "fisher": ("fisher", gather_importances)}
 

@@ -14,8 +14,8 @@ from dam_tiny import config, write_models
 
 import merge_cli
 from merge_cli.engine.options import MergeOptions
-from merge_cli.engine.planner import load_recipe, make_plan
 from merge_cli.evolve.run import Found, search
+from merge_cli.planning.planner import load_recipe, make_plan
 
 SEARCH: dict[str, Any] = {
     "method": "task_arithmetic",

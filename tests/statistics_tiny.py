@@ -16,13 +16,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import merge_cli
+from merge_cli.calibration.plan import plan_calibration
+from merge_cli.calibration.run import calibrate
 from merge_cli.checkpoint.statistics import CalibrationStatistics
 from merge_cli.engine.merge import MergeOptions
-from merge_cli.engine.plan import Plan
-from merge_cli.engine.planner import load_recipe, make_plan
 from merge_cli.errors import RecipeError
-from merge_cli.gathering.plan import plan_calibration
-from merge_cli.gathering.run import calibrate
+from merge_cli.planning.plan import Plan
+from merge_cli.planning.planner import load_recipe, make_plan
 
 NAMES = ("a", "b")
 CPU = MergeOptions(device="cpu", threads=1)

@@ -12,9 +12,9 @@ import yaml
 from tiny import Tensors, llama_config, llama_tensors, write_model
 
 import merge_cli
-from merge_cli.engine.absent import in_short, is_beyond, mtp_key
-from merge_cli.engine.plan import Plan
 from merge_cli.errors import MismatchError
+from merge_cli.planning.absent import in_short, is_beyond, mtp_key
+from merge_cli.planning.plan import Plan
 
 
 def text(seed: int = 0, layers: int = 2) -> Tensors:

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from merge_cli.checkpoint.adapter_config import base_note, by_pattern, read_config
 from merge_cli.errors import MergeCliError
+from merge_cli.lora.config import base_note, by_pattern, read_config
 
 PLAIN: dict[str, Any] = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
 
@@ -115,7 +115,7 @@ def test_patterns_are_the_ends_of_names() -> None:
 
 
 def test_a_pattern_without_an_end_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("merge_cli.patterns.MAX_SECONDS", 0.2)
+    monkeypatch.setattr("merge_cli.system.patterns.MAX_SECONDS", 0.2)
     start = time.monotonic()
     for pattern in ("(a+)+b", "(a|aa)+b", "(.*a)*b"):
         with contextlib.suppress(MergeCliError):

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from test_lora import llama, merge, passthrough
 from tiny import read_model
 
-from merge_cli.engine.planner import load_recipe, make_plan
 from merge_cli.errors import MergeCliError, MismatchError
+from merge_cli.planning.planner import load_recipe, make_plan
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore")

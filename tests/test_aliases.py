@@ -14,8 +14,8 @@ from tiny import Tensors, llama_config, llama_tensors, read_model, write_model
 
 import merge_cli
 from merge_cli.engine.merge import MergeOptions
-from merge_cli.engine.planner import load_recipe, make_plan
 from merge_cli.errors import MismatchError, SourceError
+from merge_cli.planning.planner import load_recipe, make_plan
 
 SHARED = "shared.weight"
 COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")

@@ -23,21 +23,22 @@ from tiny import Family, Tensors, llama_config, llama_family, llama_tensors, wri
 
 import merge_cli
 from merge_cli.analysis import survey
-from merge_cli.analysis.configs import config_differences
-from merge_cli.analysis.modules import KINDS, kind_of
-from merge_cli.analysis.recipe_file import recipe_text
+from merge_cli.analysis.advice import recipe_text
+from merge_cli.analysis.differences import config_differences
+from merge_cli.analysis.measure import TOP_SHARE, effective_rank, sample_positions
+from merge_cli.analysis.model_set import KINDS, kind_of
+from merge_cli.analysis.page import render_analysis
 from merge_cli.analysis.result import Analysis
-from merge_cli.analysis.spectrum import effective_rank, sample_positions
-from merge_cli.analysis.survey import TOP_SHARE
-from merge_cli.engine import memory, units, workers
-from merge_cli.engine.lanes import Files
+from merge_cli.engine import memory
+from merge_cli.engine import pool as workers
+from merge_cli.engine.device_worker import StagedWorker
 from merge_cli.engine.options import MergeOptions
-from merge_cli.engine.staging import StagedWorker
+from merge_cli.engine.worker_context import Files
 from merge_cli.errors import MismatchError, NonFiniteError, SourceError, UsageError
+from merge_cli.kernels.matrices import singular_values
+from merge_cli.kernels.measures import Relations, add_relations, top_threshold
 from merge_cli.kernels.reduce import BLOCK_MULTIPLE
-from merge_cli.kernels.relate import Relations, add_relations, top_threshold
-from merge_cli.kernels.singular import singular_values
-from merge_cli.report.analysis_page import render_analysis
+from merge_cli.planning import plan as units
 
 CPU = MergeOptions(device="cpu", threads=2)
 CLOSE = 2e-5  # relative: numbers are rounded to six digits

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from merge_cli.calibration.store import Writer, find
 from merge_cli.checkpoint.statistics import StatisticsEntry
 from merge_cli.comparison.cost import CostLog
 from merge_cli.dam import checkpoint
@@ -18,7 +19,6 @@ from merge_cli.dam.checkpoint import TrainingWorkspace
 from merge_cli.evaluation import cache, digest, teachers
 from merge_cli.evaluation.result import Metric, TaskResult
 from merge_cli.evolve.journal import SearchWorkspace
-from merge_cli.gathering.store import Writer, find
 
 
 @pytest.fixture(autouse=True)

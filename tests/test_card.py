@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from tiny import Family
 
 import merge_cli
-from merge_cli.checkpoint.card import front_matter, read_card
+from merge_cli.checkpoint.auxiliary_files import front_matter, read_card
 from merge_cli.report.card import card_for
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from merge_cli.evaluation import chat
 from merge_cli.evaluation.chat import TemplateError, render_chat
-from merge_cli.recipe.templates import BUILT_IN
+from merge_cli.recipe.tokenizer import BUILT_IN
 
 MESSAGES = [
     {"role": "system", "content": "Be brief."},

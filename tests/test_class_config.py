@@ -10,18 +10,18 @@ import pytest
 import torch
 from tiny import llama_config, llama_tensors, write_model
 
-from merge_cli.adapters.skeleton import _build
-from merge_cli.checkpoint.adapter_names import _live_names
+from merge_cli.adapters.pair import _build
 from merge_cli.checkpoint.class_config import (
     UnknownClass,
     empty_model,
     refuse_code,
     without_choices,
 )
-from merge_cli.checkpoint.source import open_source
 from merge_cli.errors import SourceError
 from merge_cli.evaluation.live import load
+from merge_cli.lora.names import _live_names
 from merge_cli.recipe.reference import ModelRef
+from merge_cli.sources.source import open_source
 
 CODE: list[dict[str, Any]] = [
     {"attn_implementation": "kernels-community/flash-attn"},

@@ -17,10 +17,10 @@ from typer.testing import CliRunner
 
 import merge_cli
 from merge_cli.cli import app
-from merge_cli.engine.planner import load_recipe
+from merge_cli.cli.mergekit_flags import NO_EFFECT, device_of, shard_bytes
 from merge_cli.errors import UsageError
-from merge_cli.mergekit_flags import NO_EFFECT, device_of, shard_bytes
-from merge_cli.sizes import parse_size, show_seconds, show_size
+from merge_cli.planning.planner import load_recipe
+from merge_cli.system.machine import parse_size, show_seconds, show_size
 
 
 @pytest.mark.parametrize(

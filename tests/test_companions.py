@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from tiny import Family, llama_family, merge, write_model
 
 import merge_cli
-from merge_cli.checkpoint.links import leads_out
+from merge_cli.checkpoint.auxiliary_files import leads_out
 from merge_cli.engine.merge import MergeOptions
-from merge_cli.engine.planner import load_recipe, make_plan
 from merge_cli.errors import CorruptFileError, MismatchError, SourceError
+from merge_cli.planning.planner import load_recipe, make_plan
 from merge_cli.publishing.package import pack
 
 OPTIONS = MergeOptions(device="cpu", threads=1)

@@ -18,17 +18,17 @@ import pytest
 from test_failures import cli, failed
 
 import merge_cli
-from merge_cli.checkpoint.source import Source
 from merge_cli.comparison import energy
 from merge_cli.comparison.cost import CostLog, MergeCost
-from merge_cli.comparison.names import EntryNames
+from merge_cli.comparison.entries import EntryNames
+from merge_cli.comparison.files import comparison_record
+from merge_cli.comparison.page import render_comparison
 from merge_cli.comparison.result import Comparison, ModelEntry, Role
 from merge_cli.comparison.run import _work
-from merge_cli.engine.planner import load_recipe, make_plan
+from merge_cli.comparison.tables import csv_text, markdown
 from merge_cli.evaluation.result import Cost, Evaluation, Metric, TaskResult
-from merge_cli.report.comparison.page import render_comparison
-from merge_cli.report.comparison.record import comparison_record
-from merge_cli.report.comparison.table import csv_text, markdown
+from merge_cli.planning.planner import load_recipe, make_plan
+from merge_cli.sources.source import Source
 
 ROOT = Path(__file__).parent.parent
 

@@ -11,9 +11,9 @@ import yaml
 from tiny import Family, llama_config
 
 import merge_cli
-from merge_cli.checkpoint.config_defaults import class_defaults
-from merge_cli.checkpoint.source import Source
-from merge_cli.engine.config_notes import config_notes
+from merge_cli.checkpoint.config import class_defaults
+from merge_cli.planning.config_notes import config_notes
+from merge_cli.sources.source import Source
 
 
 def notes(one: dict[str, Any], *others: dict[str, Any]) -> list[str]:

@@ -15,8 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from merge_cli.console.evaluations import print_evaluations
-from merge_cli.console.indented import indented
-from merge_cli.console.tables import print_table
+from merge_cli.console.tables import indented, print_table
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
 documents = st.recursive(

@@ -323,8 +323,8 @@ def test_a_folder_of_the_users_beside_out(tmp_path: Path, content: list[str]) ->
 @quick
 def test_the_unfinished_work_of_a_merge(tmp_path: Path) -> None:
     from merge_cli.engine.journal import Journal
+    from merge_cli.engine.merge_stats import TensorStats
     from merge_cli.engine.output import OutputWorkspace
-    from merge_cli.engine.statistics import TensorStats
 
     folder = write(tmp_path / "m", [tensors()])
     with OutputWorkspace(tmp_path / "out") as work:

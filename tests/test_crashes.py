@@ -11,7 +11,7 @@ import pytest
 from test_failures import failed
 from tiny import Family
 
-from merge_cli.cli.failures import as_ours
+from merge_cli.cli.streams import as_ours
 from merge_cli.errors import MergeCliError, ResourceError, SourceError, UnexpectedError
 
 

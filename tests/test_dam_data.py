@@ -10,16 +10,16 @@ import pytest
 import torch
 from dam_tiny import config, plan_of, write_data, write_models, write_recipe, write_tokenizer
 
-from merge_cli.checkpoint.source import Source
 from merge_cli.dam.data import Order, cut, load_datasets, steps_of
 from merge_cli.dam.plan import kept_for, plan_training
-from merge_cli.engine.planner import load_recipe, make_plan
 from merge_cli.errors import RecipeError, ResourceError, SourceError
 from merge_cli.evaluation import teachers
-from merge_cli.evaluation.digest import source_identity
-from merge_cli.evaluation.examples import Example, padded
+from merge_cli.evaluation.fingerprints import source_identity
+from merge_cli.evaluation.forward import Example, padded
 from merge_cli.evaluation.tokens import Encoded
+from merge_cli.planning.planner import load_recipe, make_plan
 from merge_cli.recipe.training import Training
+from merge_cli.sources.source import Source
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
@@ -275,7 +275,7 @@ def test_the_cache_is_reused_and_keyed_by_content(
     models: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Digests of files that have just been written are not kept, and plans make none.
-    monkeypatch.setattr("merge_cli.evaluation.digest._SETTLED", -1.0)
+    monkeypatch.setattr("merge_cli.evaluation.fingerprints._SETTLED", -1.0)
     plan = plan_of(models, {"top_k": 8, "max_length": 24, "examples": 20})
     decided = plan_training(plan, "cpu")
     assert all(one.missing > 0 for one in decided.teachers)

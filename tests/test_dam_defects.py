@@ -11,13 +11,12 @@ import torch
 from dam_tiny import config, plan_of, random_batch, student_of, write_models
 
 from merge_cli.dam.data import Order, load_datasets
-from merge_cli.dam.forward import Forward
-from merge_cli.dam.head import LossSums
+from merge_cli.dam.forward import Forward, LossSums
 from merge_cli.dam.heldout import make_batch
 from merge_cli.dam.losses import DistillationLoss
 from merge_cli.dam.plan import plan_training
-from merge_cli.evaluation.digest import source_identity
-from merge_cli.evaluation.examples import micro_batches
+from merge_cli.evaluation.fingerprints import source_identity
+from merge_cli.evaluation.forward import micro_batches
 from merge_cli.evaluation.teachers import Teacher
 from merge_cli.recipe.training import preset
 

@@ -16,8 +16,8 @@ from tiny import Family, llama_family, merge, read_model
 import merge_cli
 from merge_cli.checkpoint.coefficients import FORMAT
 from merge_cli.dam.coefficients import Coefficients, layout_of
-from merge_cli.engine.planner import load_recipe, make_plan
 from merge_cli.errors import CorruptFileError, MismatchError, RecipeError
+from merge_cli.planning.planner import load_recipe, make_plan
 from merge_cli.recipe.training import Training
 
 GRANULARITIES = ("tensor", "column", "row", "element", "low_rank")
@@ -84,9 +84,7 @@ def test_the_same_bytes_however_it_runs(tmp_path: Path, granularity: str) -> Non
     assert all(torch.equal(tensor, again[name]) for name, tensor in first.items())
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "merge_cli.engine.workers.choose_arithmetic", lambda plan: ("torch", "a test")
-        )
+        patch.setattr("merge_cli.engine.pool.choose_arithmetic", lambda plan: ("torch", "a test"))
         patch.setattr("merge_cli.engine.memory.choose_arithmetic", lambda plan: ("torch", "a test"))
         torches = merge(recipe, tmp_path / "torch")
     assert all(torch.equal(tensor, torches[name]) for name, tensor in first.items())
@@ -213,8 +211,8 @@ def test_read_model_sees_weights_alone(family: Family, tmp_path: Path) -> None:
     """coefficients.safetensors lies beside the weights and is never taken for some."""
     write_coefficients(family, "column")
     merge(recipe_of(family), tmp_path / "out")
-    from merge_cli.checkpoint.source import open_source
     from merge_cli.recipe.reference import parse_reference
+    from merge_cli.sources.source import open_source
 
     source = open_source(parse_reference(str(tmp_path / "out"), tmp_path), tmp_path)
     assert set(source.tensors) == set(family.base)

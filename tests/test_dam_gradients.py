@@ -10,11 +10,10 @@ import pytest
 import torch
 from dam_tiny import config, plan_of, random_batch, student_of, write_experts, write_models
 
-from merge_cli.dam.forward import Batch, Forward
-from merge_cli.dam.head import LossSums
+from merge_cli.dam.forward import Batch, Forward, LossSums
 from merge_cli.dam.losses import DistillationLoss
 from merge_cli.dam.student import Student
-from merge_cli.engine.plan import Plan
+from merge_cli.planning.plan import Plan
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 OBJECTIVE = DistillationLoss({"kl": 1.0, "cross_entropy": 0.3, "entropy": 0.1, "mse": 0.01}, 2.0)
@@ -280,7 +279,7 @@ def test_no_weight_sized_tensor_lives_in_the_graph(llama: Path) -> None:
 
 def test_sources_brought_ahead_change_nothing_but_when_they_come(llama: Path) -> None:
     """As for a GPU: the next tensor is copied before it is asked for, two are held at most."""
-    from merge_cli.dam.ahead import Prefetcher
+    from merge_cli.dam.sources import Prefetcher
 
     class Recorded:
         def __init__(self) -> None:

@@ -7,10 +7,9 @@ import math
 import pytest
 import torch
 
-from merge_cli.dam.head import HeadJob, LossSums, head_loss, logits_loss
-from merge_cli.dam.losses import DistillationLoss, TeacherTargets
+from merge_cli.dam.forward import HeadJob, LossSums, head_loss, logits_loss
+from merge_cli.dam.losses import DistillationLoss, TeacherTargets, penalty
 from merge_cli.dam.optimizers import CoefficientOptimizer, largest, rate_at
-from merge_cli.dam.penalties import penalty
 from merge_cli.evaluation.teachers import kept_predictions
 from merge_cli.recipe.training import Training
 

@@ -13,8 +13,8 @@ from merge_cli.dam.coefficients import Coefficients, layout_of
 from merge_cli.dam.data import short_names
 from merge_cli.dam.models import empty_student
 from merge_cli.dam.plan import plan_training
-from merge_cli.engine.planner import load_recipe, make_plan
 from merge_cli.errors import RecipeError, ResourceError, SourceError
+from merge_cli.planning.planner import load_recipe, make_plan
 from merge_cli.recipe.training import Training
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -22,9 +22,9 @@ from test_html_report import Page
 from tiny import read_model
 
 import merge_cli
-from merge_cli.console.training import granularity_in_words
 from merge_cli.dam.checkpoint import TrainingWorkspace
 from merge_cli.dam.heldout import LAMBDAS
+from merge_cli.dam.panel import granularity_in_words
 from merge_cli.dam.plan import plan_training
 from merge_cli.dam.trainer import Trainer
 from merge_cli.engine.merge import MergeOptions
@@ -320,7 +320,7 @@ def test_the_plan_shows_the_training_without_loading_weights(
 ) -> None:
     import transformers
 
-    from merge_cli.console.training import training_json
+    from merge_cli.dam.panel import training_json
 
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("the plan loads no weights")

@@ -21,9 +21,9 @@ from typer.testing import CliRunner
 import merge_cli
 from merge_cli.cli import app
 from merge_cli.engine.merge import MergeOptions
-from merge_cli.engine.planner import load_recipe
-from merge_cli.engine.stages import plan_recipe
 from merge_cli.errors import MismatchError, RecipeError, ResourceError, UsageError
+from merge_cli.planning.planner import load_recipe
+from merge_cli.planning.stages import plan_recipe
 
 CPU = MergeOptions(device="cpu")
 

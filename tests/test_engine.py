@@ -13,15 +13,17 @@ import torch
 from tiny import Family, llama_family, merge, read_model, write_model
 
 import merge_cli
-from merge_cli.engine import loop, memory, operands, units, workers
-from merge_cli.engine.compute import MergeExecutor
+from merge_cli.engine import loop, memory, operands
+from merge_cli.engine import pool as workers
 from merge_cli.engine.device import choose_device
+from merge_cli.engine.executor import MergeExecutor
 from merge_cli.engine.journal import Journal
-from merge_cli.engine.statistics import TensorStats
-from merge_cli.engine.units import cut_chunks
+from merge_cli.engine.merge_stats import TensorStats
 from merge_cli.errors import Interrupted, UsageError
 from merge_cli.kernels import reduce, select
-from merge_cli.sealed import seal, unseal
+from merge_cli.planning import plan as units
+from merge_cli.planning.plan import cut_chunks
+from merge_cli.system.records import seal, unseal
 
 RECIPES: dict[str, dict[str, Any]] = {
     "soup": {"base": False, "parameters": {"weight": 0.7}},
@@ -264,8 +266,8 @@ def test_torn_journal_line(tmp_path: Path) -> None:
 
 
 def test_every_element_once() -> None:
-    from merge_cli.checkpoint.header import TensorRef
-    from merge_cli.engine.plan import TensorTask
+    from merge_cli.checkpoint.headers import TensorRef
+    from merge_cli.planning.plan import TensorTask
 
     def task(size: int) -> TensorTask:
         ref = TensorRef("w", Path("x"), "F32", (size,), 0, 4 * size)

@@ -11,22 +11,19 @@ from pathlib import Path
 import pytest
 from evolve_tiny import journal, run_search, write_family, write_search
 
-from merge_cli.engine.planner import load_recipe, make_plan
-from merge_cli.engine.workspace import MARK
 from merge_cli.errors import CorruptFileError, RecipeError, UsageError
 from merge_cli.evaluation.run import evaluate
 from merge_cli.evaluation.tasks import LossTask
-from merge_cli.evolve.asynchronous import Asynchronous
-from merge_cli.evolve.evaluations import Evaluations
 from merge_cli.evolve.evaluator import EvaluationJob, EvaluationOutcome
-from merge_cli.evolve.journal import SearchWorkspace
-from merge_cli.evolve.loop import Loop
+from merge_cli.evolve.journal import Evaluations, SearchWorkspace
+from merge_cli.evolve.loop import Asynchronous, Loop
 from merge_cli.evolve.objectives import CandidateScore, Goal, Split, Value
-from merge_cli.evolve.optimizers import make_optimizer
-from merge_cli.evolve.ranking import Ranking
+from merge_cli.evolve.optimizers import Ranking, make_optimizer
 from merge_cli.evolve.space import Space
+from merge_cli.planning.planner import load_recipe, make_plan
 from merge_cli.recipe.search import Search
-from merge_cli.sealed import read_lines, seal
+from merge_cli.system.records import read_lines, seal
+from merge_cli.system.workspace import MARK
 
 OPTIMIZERS = ["cma-es", "random", "tpe"]
 

@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 from evolve_tiny import OPTIONS, run_search, write_family, write_search
 
-from merge_cli.engine.planner import load_recipe, make_plan
 from merge_cli.errors import RecipeError, SourceError, UsageError
 from merge_cli.evaluation.live import LiveModel
 from merge_cli.evaluation.tasks.python import PythonTask
-from merge_cli.evolve.key import search_digest
+from merge_cli.evolve.journal import search_digest
 from merge_cli.evolve.optimizers import make_optimizer
 from merge_cli.evolve.plan import plan_search
 from merge_cli.evolve.space import Space
+from merge_cli.planning.planner import load_recipe, make_plan
 
 
 @pytest.fixture
@@ -35,8 +35,8 @@ def test_the_key_is_the_same_in_every_process(folder: Path) -> None:
     """Sets of words have another order in each; a journal must be found again all the same."""
     recipe = write_search(folder, {"parameters": {"weight": {"min": 0, "max": 1, "tied": True}}})
     code = (
-        "import sys\nfrom merge_cli.engine.planner import load_recipe, make_plan\n"
-        "from merge_cli.evolve.key import search_digest\n"
+        "import sys\nfrom merge_cli.planning.planner import load_recipe, make_plan\n"
+        "from merge_cli.evolve.journal import search_digest\n"
         "print(search_digest(make_plan(load_recipe(sys.argv[1])), 'cpu'))\n"
     )
     found = set()

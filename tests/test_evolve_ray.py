@@ -25,7 +25,7 @@ def test_a_lost_actor_is_replaced_and_nothing_changes(
     monkeypatch.setenv("PYTHONPATH", paths)
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
     try:
-        from merge_cli.evolve.ray_workers import RayWorkers
+        from merge_cli.evolve.workers import RayWorkers
 
         run, killed = RayWorkers.run, []
 

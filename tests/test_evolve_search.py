@@ -22,13 +22,12 @@ from evolve_tiny import OPTIONS, journal, merge, run_search, write_family, write
 from test_staging import StrictTransfers
 
 import merge_cli
-from merge_cli.checkpoint.header import TensorRef
-from merge_cli.checkpoint.source import open_source
+from merge_cli.checkpoint.headers import TensorRef
 from merge_cli.comparison.cost import CostLog
+from merge_cli.engine import in_memory as merger
+from merge_cli.engine import in_memory as resident
 from merge_cli.engine.device import Device
 from merge_cli.engine.options import MergeOptions
-from merge_cli.engine.planner import load_recipe, make_plan
-from merge_cli.engine.workspace import MARK
 from merge_cli.errors import (
     CorruptFileError,
     GateError,
@@ -44,17 +43,19 @@ from merge_cli.evaluation.run import evaluate_source
 from merge_cli.evaluation.spec import EvalSpec
 from merge_cli.evolve import candidate as candidate_module
 from merge_cli.evolve import evaluator as evaluator_module
-from merge_cli.evolve import merger, resident
-from merge_cli.evolve.candidate import MergeableModel
+from merge_cli.evolve.evaluator import MergeableModel
 from merge_cli.evolve.journal import SearchWorkspace
 from merge_cli.evolve.loop import Loop
 from merge_cli.evolve.objectives import Goal, Split, Value, parse_objective
 from merge_cli.evolve.optimizers import make_optimizer
 from merge_cli.evolve.plan import plan_search
-from merge_cli.evolve.report import gate
+from merge_cli.evolve.record import gate
 from merge_cli.evolve.space import Space
+from merge_cli.planning.planner import load_recipe, make_plan
 from merge_cli.recipe.reference import ModelRef
-from merge_cli.sealed import seal, unseal
+from merge_cli.sources.source import open_source
+from merge_cli.system.records import seal, unseal
+from merge_cli.system.workspace import MARK
 
 TESTS = Path(__file__).parent
 

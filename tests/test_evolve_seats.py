@@ -15,13 +15,13 @@ from evolve_tiny import OPTIONS
 from tiny import read_model, write_model
 
 import merge_cli
-from merge_cli.checkpoint.source import open_source
-from merge_cli.engine.planner import load_recipe
+from merge_cli.engine.parameter_slices import find_parameter_slices
 from merge_cli.errors import MismatchError
 from merge_cli.evaluation.live import load
-from merge_cli.evaluation.seats import find_parameter_slices
-from merge_cli.evolve.candidate import MergeableModel
+from merge_cli.evolve.evaluator import MergeableModel
+from merge_cli.planning.planner import load_recipe
 from merge_cli.recipe.reference import ModelRef
+from merge_cli.sources.source import open_source
 
 
 @pytest.mark.parametrize("case", ["mixtral", "qwen3_moe", "upcycled", "untied source"])

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from merge_cli.errors import RecipeError
-from merge_cli.evolve.importance import importance
+from merge_cli.evolve.record import importance
 from merge_cli.evolve.space import Gene, Space
 from merge_cli.methods.registry import get_method
-from merge_cli.methods.resolve import Resolver
+from merge_cli.planning.resolve import Resolver
 from merge_cli.recipe.load import parse_text
 from merge_cli.recipe.schema import Recipe
 from merge_cli.recipe.search import SearchedParameter
@@ -37,7 +37,7 @@ def recipe_of(search: dict[str, Any], **keys: Any) -> Recipe:
 
 def problems_of(text: str, folder: Path) -> list[str]:
     (folder / "base").mkdir(exist_ok=True)
-    from merge_cli.engine.planner import load_recipe
+    from merge_cli.planning.planner import load_recipe
 
     path = folder / "r.yaml"
     path.write_text(text)

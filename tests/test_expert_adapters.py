@@ -14,8 +14,8 @@ from test_adapter_kinds import assert_same, train
 from test_lora import merge, passthrough
 from tiny import read_model
 
-from merge_cli.engine.planner import load_recipe, make_plan
 from merge_cli.errors import MismatchError
+from merge_cli.planning.planner import load_recipe, make_plan
 
 peft = pytest.importorskip("peft")
 pytest.importorskip("transformers.conversion_mapping")
@@ -204,7 +204,8 @@ def test_the_same_bytes_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     stacked(tmp_path)
     recipe = passthrough(tmp_path, dtype="bfloat16")
     whole = merge(recipe, tmp_path / "whole")
-    from merge_cli.engine import memory, units
+    from merge_cli.engine import memory
+    from merge_cli.planning import plan as units
 
     monkeypatch.setattr(units, "UNIT_BYTES", 1)
     for module in (units, memory):

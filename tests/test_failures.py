@@ -16,9 +16,9 @@ import torch
 from tiny import Family, llama_config, llama_family, read_model, write_model
 
 import merge_cli
-from merge_cli.checkpoint import raw
 from merge_cli.errors import CorruptFileError, NonFiniteError, ResourceError, SourceError
 from merge_cli.kernels import compiled
+from merge_cli.system import raw_io as raw
 
 
 def cli(*arguments: str | Path, **options: object) -> subprocess.CompletedProcess[str]:

@@ -8,10 +8,10 @@ import pytest
 from tiny import Family
 
 import merge_cli
-from merge_cli import patterns
-from merge_cli.engine.planner import load_recipe
 from merge_cli.errors import RecipeError
+from merge_cli.planning.planner import load_recipe
 from merge_cli.recipe.values import Rule, evaluate, filter_error, matches
+from merge_cli.system import patterns
 
 NAME = "model.layers.7.self_attn.q_proj.weight"
 

@@ -16,12 +16,13 @@ from hypothesis.extra.numpy import arrays
 from tiny import llama_config, llama_tensors, read_model, write_model
 
 import merge_cli
-from merge_cli.engine import memory, units
+from merge_cli.engine import memory
 from merge_cli.engine.merge import MergeOptions
-from merge_cli.engine.planner import load_recipe, make_plan
 from merge_cli.errors import NonFiniteError, RecipeError
 from merge_cli.kernels import compiled
-from merge_cli.kernels.fp8 import _quantise, quantise
+from merge_cli.kernels.convert import _quantise, quantise
+from merge_cli.planning import plan as units
+from merge_cli.planning.planner import load_recipe, make_plan
 
 OPTIONS = MergeOptions(device="cpu", threads=1)
 CODES = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).double().numpy()

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from merge_cli.errors import CorruptFileError
-from merge_cli.guarded import (
+from merge_cli.system.untrusted import (
     MAX_DEPTH,
     MAX_DIGITS,
     Unreadable,

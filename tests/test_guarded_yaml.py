@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from merge_cli.errors import RecipeError, UsageError
-from merge_cli.guarded import Unreadable
-from merge_cli.guarded_yaml import MAX_YAML, read_front
 from merge_cli.recipe.load import read_recipe
 from merge_cli.recipe.nodes import load_nodes
+from merge_cli.system.untrusted import Unreadable
+from merge_cli.system.untrusted_yaml import MAX_YAML, read_front
 
 
 def bomb(first: str, item: str, opening: str, closing: str, levels: int = 9) -> str:

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import save_file
 from tiny import Family, write_model
 
-from merge_cli.checkpoint.header import parse_header, read_header_file
-from merge_cli.checkpoint.source import open_source
+from merge_cli.checkpoint.headers import parse_header, read_header_file
 from merge_cli.errors import CorruptFileError, SourceError
 from merge_cli.recipe.reference import ModelRef
+from merge_cli.sources.source import open_source
 
 
 def craft(path: Path, entries: Any, data: bytes = b"\0" * 16) -> Path:

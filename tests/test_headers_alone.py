@@ -22,11 +22,11 @@ import yaml
 from dam_tiny import config, write_data, write_tokenizer
 
 from merge_cli.console.plans import before_merge
-from merge_cli.drafting.draft import study_models
+from merge_cli.drafting.scaffold import study_models
 from merge_cli.engine.merge import check_target
 from merge_cli.engine.options import MergeOptions
-from merge_cli.engine.planner import load_recipe
-from merge_cli.engine.stages import plan_recipe
+from merge_cli.planning.planner import load_recipe
+from merge_cli.planning.stages import plan_recipe
 
 OPTIONS = MergeOptions(device="cpu")
 # The system reads ahead of the header.

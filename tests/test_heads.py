@@ -8,9 +8,9 @@ import pytest
 import torch
 from tiny import Tensors, llama_config, llama_tensors, write_model
 
-from merge_cli.checkpoint.source import open_source
-from merge_cli.engine.heads import reconcile_heads
+from merge_cli.planning.heads import reconcile_heads
 from merge_cli.recipe.reference import ModelRef
+from merge_cli.sources.source import open_source
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 

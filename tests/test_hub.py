@@ -14,12 +14,12 @@ from hub_server import HubServer
 from tiny import Family, llama_config, llama_family, read_model, write_model
 
 import merge_cli
-from merge_cli.checkpoint import hub as hub_module
-from merge_cli.checkpoint import hub_download
-from merge_cli.checkpoint.hub import fetch_files, is_cached, open_hub, read_header
-from merge_cli.checkpoint.source import open_source
 from merge_cli.errors import CorruptFileError, HubError, ResourceError
+from merge_cli.hub import download as hub_download
+from merge_cli.hub import models as hub_module
+from merge_cli.hub.models import fetch_files, is_cached, open_hub, read_header
 from merge_cli.recipe.reference import ModelRef
+from merge_cli.sources.source import open_source
 
 BIG = 2_000_000
 

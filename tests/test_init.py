@@ -22,7 +22,7 @@ from tiny import Family, llama_config, llama_tensors, read_model, write_model
 import merge_cli
 from merge_cli.console.questions import Questions
 from merge_cli.drafting import scaffold as drafting
-from merge_cli.drafting.draft import scaffold, study_models
+from merge_cli.drafting.scaffold import scaffold, study_models
 from merge_cli.errors import MismatchError, UsageError
 from merge_cli.methods.registry import all_methods
 

@@ -14,12 +14,13 @@ from tiny import Family, llama_config, merge, read_model, write_model
 
 import merge_cli
 from merge_cli.checkpoint import stamps
-from merge_cli.engine import inputs, journal, units
+from merge_cli.engine import inputs, journal
 from merge_cli.engine.inputs import Inputs
 from merge_cli.engine.journal import Journal
-from merge_cli.engine.records import Records
-from merge_cli.engine.statistics import TensorStats
+from merge_cli.engine.merge_stats import TensorStats
 from merge_cli.errors import SourceError, UsageError
+from merge_cli.planning import plan as units
+from merge_cli.system.records import Records
 
 
 @pytest.fixture(autouse=True)

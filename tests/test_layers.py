@@ -11,7 +11,7 @@ import yaml
 from tiny import Tensors, llama_config, llama_tensors, write_model
 
 import merge_cli
-from merge_cli.engine.layers import main_stack, model_heights
+from merge_cli.planning.layers import main_stack, model_heights
 
 
 def weights(folder: Path, tensors: Tensors, config: dict[str, Any], value: Any) -> Any:

@@ -12,13 +12,13 @@ import yaml
 from tiny import Tensors, read_model, write_model
 
 import merge_cli
-from merge_cli.checkpoint.joined import JoinedTensor, TensorPart, cut
-from merge_cli.checkpoint.source import open_source
-from merge_cli.checkpoint.stored import read_numbers, reading
+from merge_cli.checkpoint.rearranged import JoinedTensor, TensorPart, cut
+from merge_cli.checkpoint.tensors import read_numbers, reading
 from merge_cli.engine.merge import MergeOptions
-from merge_cli.engine.planner import load_recipe, make_plan
 from merge_cli.errors import MismatchError
+from merge_cli.planning.planner import load_recipe, make_plan
 from merge_cli.recipe.reference import ModelRef
+from merge_cli.sources.source import open_source
 
 OPTIONS = MergeOptions(device="cpu", threads=1)
 TINY: dict[str, Any] = {

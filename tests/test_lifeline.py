@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from tiny import Family
 
-from merge_cli import lifeline
 from merge_cli.comparison.cost import CostLog, run_merge
+from merge_cli.system import processes as lifeline
 
 SLEEPER = "import pathlib, os, sys, time; pathlib.Path(sys.argv[1]).write_text(str(os.getpid()))\n"
 STUCK = "import time; time.sleep(60)\n"

@@ -16,8 +16,8 @@ from tiny import read_model
 
 import merge_cli
 from merge_cli.engine.merge import MergeOptions
-from merge_cli.engine.planner import load_recipe, make_plan
 from merge_cli.errors import MismatchError, SourceError, UsageError
+from merge_cli.planning.planner import load_recipe, make_plan
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings(
@@ -139,7 +139,8 @@ def test_rounded_once_and_the_same_bytes_however_it_runs(
     for name, tensor in whole.items():
         rounded = expected.state_dict()[name].bfloat16()
         assert float((tensor != rounded).double().mean()) < 0.01, name  # at a midpoint, perhaps
-    from merge_cli.engine import memory, units
+    from merge_cli.engine import memory
+    from merge_cli.planning import plan as units
 
     monkeypatch.setattr(units, "UNIT_BYTES", 1)
     for module in (units, memory):
@@ -287,7 +288,7 @@ def test_what_the_base_was_worth_is_not_taken_for_the_adapters(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Results are kept by a folder's content; the adapter is not in it."""
-    from merge_cli.evaluation.digest import source_fingerprint
+    from merge_cli.evaluation.fingerprints import source_fingerprint
 
     write(tmp_path, llama, 1, r=4, target_modules=LINEAR)
     plan = make_plan(load_recipe(passthrough(tmp_path)))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from merge_cli.machine import free_memory, library_threads, torch_threads, usable_cores
+from merge_cli.system.machine import free_memory, library_threads, torch_threads, usable_cores
 
 GB = 10**9
 NOBODY: dict[str, str] = {}  # an environment without a batch system
@@ -181,7 +181,7 @@ def test_torch_keeps_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
     before = torch.get_num_threads()
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
-    monkeypatch.setattr("merge_cli.machine.usable_cores", lambda *_: 3)
+    monkeypatch.setattr("merge_cli.system.machine.usable_cores", lambda *_: 3)
     torch.set_num_threads(8)
     try:
         with torch_threads():

@@ -17,8 +17,8 @@ from tiny import Family, llama_family, merge, read_model, to_array
 
 import merge_cli
 from merge_cli.errors import RecipeError
-from merge_cli.recipe.keys import MERGEKIT_PARAMETERS
-from merge_cli.recipe.templates import BUILT_IN
+from merge_cli.recipe.fields import MERGEKIT_PARAMETERS
+from merge_cli.recipe.tokenizer import BUILT_IN
 
 UP = "model.layers.{}.mlp.up_proj.weight"
 

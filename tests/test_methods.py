@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import Family, llama_family, merge, to_array
 
-from merge_cli.engine.layers import layer_key_of
 from merge_cli.kernels.elect import disjoint_mean
 from merge_cli.methods.registry import all_methods, get_method
+from merge_cli.planning.layers import layer_key_of
 
 WEIGHTS = [1.0, 0.5, -0.3]
 DENSITIES = [0.5, 0.9, 0.33]

@@ -13,9 +13,9 @@ import torch
 from tiny import Family, Tensors, merge, to_array, write_model
 
 import merge_cli
-from merge_cli.engine.modules import kind_of, known_modules, members
-from merge_cli.engine.planner import load_recipe
 from merge_cli.errors import MismatchError, RecipeError
+from merge_cli.planning.layers import kind_of, known_modules, members
+from merge_cli.planning.planner import load_recipe
 
 CONFIG: dict[str, Any] = {
     "model_type": "mistral3",

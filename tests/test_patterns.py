@@ -9,9 +9,9 @@ import time
 
 import pytest
 
-from merge_cli import patterns
-from merge_cli.guarded import Unreadable
-from merge_cli.patterns import compile_pattern
+from merge_cli.system import patterns
+from merge_cli.system.patterns import compile_pattern
+from merge_cli.system.untrusted import Unreadable
 
 LEAVES = ["a", "b", ".", "[ab]", "[^a]", r"\d", "^", "$", r"\b", r"\w", "(?i:A)", r"\Z"]
 EXPLODING = ["(a+)+$", "(a|a)*b", ".*.*.*.*.*x", "(.*a){20}$", "(a?){40}a{40}b", "((a*)*)*c"]

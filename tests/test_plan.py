@@ -12,10 +12,10 @@ from tiny import Family, llama_config, llama_family, llama_tensors, merge, read_
 
 import merge_cli
 from merge_cli.checkpoint.config import merged_config
-from merge_cli.checkpoint.header import promoted
-from merge_cli.engine.layers import comes_after_layers, layer_key_of, layer_stacks, main_stack
-from merge_cli.engine.plan import Plan
+from merge_cli.checkpoint.headers import promoted
 from merge_cli.errors import MismatchError, RecipeError, ResourceError, SourceError, UsageError
+from merge_cli.planning.layers import comes_after_layers, layer_key_of, layer_stacks, main_stack
+from merge_cli.planning.plan import Plan
 
 
 def plan_of(folder: Path, text: str) -> Plan:
@@ -414,7 +414,7 @@ def test_many_slices_take_no_longer_than_one(
         seen.append(name)
         return layer_key_of(name)
 
-    monkeypatch.setattr("merge_cli.engine.layers.layer_key_of", counted)
+    monkeypatch.setattr("merge_cli.planning.layers.layer_key_of", counted)
     plan = plan_of(tmp_path, "merge_method: soup\nslices:\n" + parts)
     assert {task.name for task in plan.tasks} == set(family.base)
     assert len(seen) == len(set(seen)) == len(family.base)

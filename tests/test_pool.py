@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from merge_cli.engine.lanes import StageClock
 from merge_cli.engine.pool import Pool
+from merge_cli.engine.worker_context import StageClock
 
 
 class NoLane:

@@ -11,8 +11,8 @@ from tiny import Tensors, llama_config, llama_tensors, read_model, write_model
 
 import merge_cli
 from merge_cli.engine.merge import MergeOptions
-from merge_cli.engine.planner import load_recipe, make_plan
 from merge_cli.errors import MismatchError
+from merge_cli.planning.planner import load_recipe, make_plan
 
 OPTIONS = MergeOptions(device="cpu", threads=1)
 # How transformers and others have named the language model in models that see.

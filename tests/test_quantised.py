@@ -14,10 +14,10 @@ import yaml
 from tiny import llama_config, llama_tensors, read_model, write_model
 
 import merge_cli
-from merge_cli.checkpoint.dequantised import _table
 from merge_cli.engine.merge import MergeOptions
-from merge_cli.engine.planner import load_recipe, make_plan
 from merge_cli.errors import CorruptFileError, SourceError
+from merge_cli.formats.fp8 import _table
+from merge_cli.planning.planner import load_recipe, make_plan
 
 OPTIONS = MergeOptions(device="cpu", threads=1)
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -130,7 +130,8 @@ def test_fp8_beside_bfloat16_is_merged_and_written_as_bfloat16(
     torch.testing.assert_close(found[NAME].double(), wanted, rtol=2**-8, atol=1e-6)
     notes = make_plan(load_recipe(recipe)).notes
     assert any("1 fp8 weights are read as numbers" in note for note in notes)
-    from merge_cli.engine import memory, units
+    from merge_cli.engine import memory
+    from merge_cli.planning import plan as units
 
     monkeypatch.setattr(units, "UNIT_BYTES", 1)
     for module in (units, memory):

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from merge_cli.errors import SourceError
-from merge_cli.evaluation.content import content_of, distinct
-from merge_cli.evaluation.rows import Row, encode, make_row, read_rows
+from merge_cli.evaluation.rows import Row, content_of, distinct, encode, make_row, read_rows
 
 
 class Bytes:

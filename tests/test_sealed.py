@@ -10,9 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from merge_cli.checkpoint import raw
-from merge_cli.engine.records import Records
-from merge_cli.sealed import read_lines, read_sealed, seal, unseal
+from merge_cli.system import raw_io as raw
+from merge_cli.system.records import Records, read_lines, read_sealed, seal, unseal
 
 ENTRY = {"unit": 7, "stats": {"count": 64, "gram": [[1.5, -2e-300]], "said": "née\r\n\u2028"}}
 JSON = st.recursive(

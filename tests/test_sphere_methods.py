@@ -13,9 +13,9 @@ import sphere_oracles as o
 import torch
 from tiny import Family, llama_family, merge, to_array
 
-from merge_cli.engine.planner import load_recipe
 from merge_cli.errors import RecipeError
 from merge_cli.methods.registry import get_method
+from merge_cli.planning.planner import load_recipe
 
 WEIGHTS = [1.0, 0.5, 0.25]
 WEIGHTED = [{"weight": w} for w in WEIGHTS]
@@ -245,8 +245,9 @@ CASES: dict[str, dict[str, Any]] = {
 def test_blocks_units_threads_and_arithmetic_change_no_bit(
     tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from merge_cli.engine import device, memory, units
+    from merge_cli.engine import device, memory
     from merge_cli.kernels import reduce
+    from merge_cli.planning import plan as units
 
     family = llama_family(tmp_path)
     recipe = family.recipe(case.partition(" ")[0], **CASES[case])
@@ -272,7 +273,7 @@ def test_blocks_units_threads_and_arithmetic_change_no_bit(
 def test_chances_beyond_0_and_1_are_refused_in_the_plan(tmp_path: Path) -> None:
     family = llama_family(tmp_path)
     recipe = family.recipe("della", parameters={"density": 0.9, "epsilon": 0.2})
-    from merge_cli.engine.planner import make_plan
+    from merge_cli.planning.planner import make_plan
 
     with pytest.raises(RecipeError, match=r"density 0\.9 with epsilon 0\.2"):
         make_plan(load_recipe(recipe))

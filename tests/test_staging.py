@@ -12,8 +12,8 @@ from test_engine import RECIPES, digest, write_recipe
 from tiny import Family, llama_config, llama_tensors, merge, write_model
 
 from merge_cli.engine import loop, staging, workers
-from merge_cli.engine.lanes import Files
-from merge_cli.engine.staging import StagedWorker
+from merge_cli.engine.device_worker import StagedWorker
+from merge_cli.engine.worker_context import Files
 
 
 class StrictTransfers:

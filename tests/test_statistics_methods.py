@@ -180,8 +180,8 @@ def test_sampled_labels_are_the_models_own(tmp_path: Path) -> None:
     """Frequencies of draws are probabilities; a draw hangs on seed and place alone."""
     from array import array
 
-    from merge_cli.evaluation.examples import Example
-    from merge_cli.gathering.fisher import drawn
+    from merge_cli.calibration.fisher import drawn
+    from merge_cli.evaluation.forward import Example
 
     logits = torch.tensor([[0.0, 1.0, 2.0, -30.0]]).repeat(4000, 1)
     example = Example(array("i", range(4001)), 1)

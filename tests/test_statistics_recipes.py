@@ -29,11 +29,11 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import merge_cli
+from merge_cli.calibration.plan import plan_calibration
 from merge_cli.cli import app
 from merge_cli.engine.journal import work_key
-from merge_cli.engine.planner import load_recipe
 from merge_cli.errors import MismatchError, NonFiniteError, SourceError
-from merge_cli.gathering.plan import plan_calibration
+from merge_cli.planning.planner import load_recipe
 
 __all__ = ["cache", "models"]
 pytestmark = [
@@ -149,7 +149,7 @@ def test_adapters_and_other_vocabularies_are_refused(models: Path) -> None:
 def test_models_of_which_nothing_can_be_gathered_are_refused(
     models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("merge_cli.gathering.plan.linear_layers", lambda net, source: [])
+    monkeypatch.setattr("merge_cli.calibration.plan.linear_layers", lambda net, source: [])
     refused(write_recipe(models, "regmean"), "no stored tensor is a linear layer", SourceError)
 
 
@@ -157,7 +157,7 @@ def test_the_plan_shows_what_will_be_gathered(
     models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Digests of files that have just been written are not kept, and plans make none.
-    monkeypatch.setattr("merge_cli.evaluation.digest._SETTLED", -1.0)
+    monkeypatch.setattr("merge_cli.evaluation.fingerprints._SETTLED", -1.0)
     runner = CliRunner()
     for method, words in (("regmean", "matrices of layers"), ("fisher", "importances of weights")):
         recipe = write_recipe(models, method)

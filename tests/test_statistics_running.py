@@ -19,12 +19,12 @@ from safetensors.torch import load_file
 from statistics_tiny import CPU, cache, gathered, merged, models, plan_of, refused, write_recipe
 
 import merge_cli
+from merge_cli.calibration.plan import plan_calibration
+from merge_cli.calibration.run import calibrate, known
+from merge_cli.calibration.store import Writer, find, making
 from merge_cli.engine.journal import work_key
 from merge_cli.errors import Interrupted, ResourceError, SourceError
-from merge_cli.evaluation.digest import source_identity
-from merge_cli.gathering.plan import plan_calibration
-from merge_cli.gathering.run import calibrate, known
-from merge_cli.gathering.store import Writer, find, making
+from merge_cli.evaluation.fingerprints import source_identity
 
 __all__ = ["cache", "models"]
 pytestmark = [
@@ -65,7 +65,7 @@ def test_a_merge_with_other_settings_runs_no_model(
     models: Path, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     merged(write_recipe(models, method), models / "one")
-    monkeypatch.setattr("merge_cli.gathering.run.load", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("merge_cli.calibration.run.load", lambda *_, **__: pytest.fail("loaded"))
     other = {"alpha": 0.5} if method == "regmean" else {"normalize": "sum"}
     result = merge_cli.merge(write_recipe(models, method, parameters=other), models / "two",
                              options=CPU)  # fmt: skip

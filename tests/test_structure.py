@@ -16,11 +16,11 @@ from tiny import llama_config, llama_family, llama_tensors, write_model
 import merge_cli
 from merge_cli.checkpoint.class_config import UnknownClass
 from merge_cli.checkpoint.config import merged_config
-from merge_cli.engine import structure
 from merge_cli.engine.merge import MergeOptions
-from merge_cli.engine.planner import load_recipe, make_plan
-from merge_cli.engine.skeleton import build
 from merge_cli.errors import MergeCliError, MismatchError, RecipeError
+from merge_cli.planning import structure
+from merge_cli.planning.planner import load_recipe, make_plan
+from merge_cli.planning.skeleton import build
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 OPTIONS = MergeOptions(device="cpu", threads=1)
@@ -134,8 +134,8 @@ def test_a_rule_by_position_in_a_key_that_nobody_knows(
     saved: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As in a class of next year: the layers themselves tell."""
-    monkeypatch.setattr("merge_cli.checkpoint.layer_rules._LISTED", ())
-    monkeypatch.setattr("merge_cli.checkpoint.layer_rules._EVERY", ())
+    monkeypatch.setattr("merge_cli.checkpoint.layer_config._LISTED", ())
+    monkeypatch.setattr("merge_cli.checkpoint.layer_config._EVERY", ())
     config = saved("smollm3") / "m" / "config.json"
     about = json.loads(config.read_text())
     for key in ("no_rope_layers", "layer_types"):
@@ -144,8 +144,10 @@ def test_a_rule_by_position_in_a_key_that_nobody_knows(
         (tmp_path / "m").mkdir()
         (tmp_path / "m" / file.name).write_bytes(file.read_bytes())
     (tmp_path / "m" / "config.json").write_text(json.dumps(about))
-    monkeypatch.setattr("merge_cli.engine.stacking.with_layer_types", lambda config, root: config)
-    monkeypatch.setattr("merge_cli.engine.planner.with_layer_types", lambda config, root: config)
+    monkeypatch.setattr(
+        "merge_cli.planning.output_slices.with_layer_types", lambda config, root: config
+    )
+    monkeypatch.setattr("merge_cli.planning.planner.with_layer_types", lambda config, root: config)
     with pytest.raises(MismatchError, match="of another kind than layer 3"):
         make_plan(load_recipe(recipe(tmp_path, ([3, 4], [0, 3]))))
 

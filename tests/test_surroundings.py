@@ -15,12 +15,13 @@ import pytest
 from test_failures import cli
 from tiny import Family
 
-from merge_cli import home, notices
 from merge_cli.engine.pool import Pool
 from merge_cli.errors import ResourceError
 from merge_cli.evaluation import cache
 from merge_cli.evaluation.result import Cost, Metric, TaskResult
 from merge_cli.kernels.compiled import kernel as kernel_module
+from merge_cli.system import machine as home
+from merge_cli.system import notices
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from merge_cli.checkpoint.header import TensorRef
-from merge_cli.checkpoint.lora import AppliedAdapter, apply_adapter
-from merge_cli.checkpoint.tied_adapter import changed_config, find_ends
+from merge_cli.checkpoint.headers import TensorRef
 from merge_cli.errors import MismatchError, SourceError
+from merge_cli.lora.heads import changed_config, find_ends
+from merge_cli.lora.targets import AppliedAdapter, apply_adapter
 
 CONFIG: dict[str, Any] = {"peft_type": "LORA", "r": 2, "lora_alpha": 2}
 PREFIX = "base_model.model."

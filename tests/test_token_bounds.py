@@ -10,9 +10,9 @@ import pytest
 import torch
 from tiny import Tensors, write_model
 
-from merge_cli.engine.layers import layer_key_of, layer_stacks
-from merge_cli.engine.planner import load_recipe, make_plan
 from merge_cli.errors import RecipeError, SourceError
+from merge_cli.planning.layers import layer_key_of, layer_stacks
+from merge_cli.planning.planner import load_recipe, make_plan
 
 ROWS = 8
 TOKENS = {f"t{number}": number for number in range(ROWS)}

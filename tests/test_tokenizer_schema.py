@@ -11,10 +11,10 @@ import pytest
 from tiny import Family
 
 import merge_cli
-from merge_cli.checkpoint.tokenizer_schema import check_document, check_settings, check_vocabulary
 from merge_cli.errors import CorruptFileError, HubError, SourceError
-from merge_cli.guarded import Unreadable
 from merge_cli.recipe.reference import expanded, hub_id, is_revision
+from merge_cli.system.untrusted import Unreadable
+from merge_cli.tokenizer.files import check_document, check_settings, check_vocabulary
 
 NOT_TEXT: tuple[Any, ...] = (None, True, 3, 1.5, [], {})
 SOUP = "merge_method: soup\nmodels: [./a, ./b]\n"

@@ -11,9 +11,9 @@ from evolve_tiny import run_search, write_family
 
 import merge_cli
 from merge_cli.cli import app
-from merge_cli.engine.planner import load_recipe
 from merge_cli.errors import RecipeError, UsageError
 from merge_cli.evolve.tuning import tuned
+from merge_cli.planning.planner import load_recipe
 
 RECIPE = """merge_method: task_arithmetic
 base_model: base

@@ -17,8 +17,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 import merge_cli
 from merge_cli.engine.merge import MergeOptions
-from merge_cli.engine.planner import load_recipe, make_plan
 from merge_cli.errors import MismatchError, RecipeError, SourceError
+from merge_cli.planning.planner import load_recipe, make_plan
 
 OPTIONS = MergeOptions(device="cpu", threads=1)
 TEXTS = ["the cat sat on the mat", "a dog ran over the hill", "cats and dogs, hats and mats"]
@@ -288,7 +288,8 @@ def test_other_kinds_of_tokenizers(tmp_path: Path, kind: Any) -> None:
 
 
 def test_blocks_and_threads_change_no_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from merge_cli.engine import memory, units
+    from merge_cli.engine import memory
+    from merge_cli.planning import plan as units
 
     pair(tmp_path)
     recipe = {**SOUP, "tokenizer_source": "union"}

@@ -16,12 +16,13 @@ from tiny import Family, llama_config, merge, read_model, write_model
 
 import merge_cli
 from merge_cli.checkpoint.layout import lay_out
-from merge_cli.engine import output, units, workspace
+from merge_cli.engine import output
 from merge_cli.engine.merge import check_target
 from merge_cli.engine.options import MergeOptions, Progress
-from merge_cli.engine.output import OutputWorkspace
-from merge_cli.engine.shardfiles import open_journal
+from merge_cli.engine.output import OutputWorkspace, open_journal
 from merge_cli.errors import Interrupted, ResourceError, UsageError
+from merge_cli.planning import plan as units
+from merge_cli.system import workspace
 
 pytestmark = pytest.mark.usefixtures("small_units")
 
@@ -203,7 +204,7 @@ def test_a_journal_that_cannot_grow(
     family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Shards are allocated beforehand, so that a full disk shows in the journal first."""
-    from merge_cli.engine import records
+    from merge_cli.system import records
 
     write = os.write
     calls = 0
@@ -308,7 +309,7 @@ def test_two_interruptions_after_a_reboot(
     family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is done after a restart of the machine counts like what is done before any."""
-    from merge_cli.engine import records
+    from merge_cli.system import records
 
     recipe = write_recipe(family, "soup")
     interrupt(recipe, tmp_path / "out")

@@ -13,7 +13,7 @@ from typing import Any
 
 from merge_cli.adapters.factors import Factors
 from merge_cli.adapters.folder import AdapterFolder
-from merge_cli.checkpoint.expert_adapters import ExpertPosition, in_order
+from merge_cli.lora.experts import ExpertPosition, in_order
 
 # The first version of PEFT that takes B A of an expert as [outputs, inputs], as we write it.
 NEWEST = "0.19.1"

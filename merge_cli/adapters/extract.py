@@ -14,23 +14,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from merge_cli.adapters.card import extraction_card
 from merge_cli.adapters.experts import NEWEST, ExpertStacks
-from merge_cli.adapters.factors import Factors, RankTruncation, factorise
-from merge_cli.adapters.folder import AdapterFolder, adapter_config
-from merge_cli.adapters.output import adapter_output
-from merge_cli.adapters.pair import plan_pair
-from merge_cli.adapters.skeleton import AdapterPart, ModuleMap, ModuleParameter
-from merge_cli.adapters.threads import in_threads, threads_for
-from merge_cli.checkpoint.stored import read_numbers, reading
-from merge_cli.checkpoint.tensors import Read
+from merge_cli.adapters.factors import Factors, RankTruncation, factorise, in_threads, threads_for
+from merge_cli.adapters.folder import AdapterFolder, adapter_config, adapter_output, extraction_card
+from merge_cli.adapters.pair import AdapterPart, ModuleMap, ModuleParameter, plan_pair
+from merge_cli.checkpoint.tensors import Read, read_numbers, reading
 from merge_cli.engine.device import choose_device
 from merge_cli.engine.inputs import inputs_of
 from merge_cli.engine.merge import fetch_inputs, protected_paths
 from merge_cli.engine.options import OnProgress, Progress
-from merge_cli.engine.plan import Plan, TensorTask
-from merge_cli.engine.workers import memory_errors, one_torch_thread
+from merge_cli.engine.pool import memory_errors, one_torch_thread
 from merge_cli.errors import UsageError
+from merge_cli.planning.plan import Plan, TensorTask
 from merge_cli.recipe.values import matches
 
 RANK = 32  # where neither rank nor energy is given

@@ -5,23 +5,40 @@
 
 How large the file becomes is known when the last rank is. Until then factors wait in a file beside
 it, so that memory holds those of one module.
+
+The card of an adapter that was made here.
+
+The folder of an adapter: made beside OUT, and OUT when it is whole.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from merge_cli.adapters.factors import Factors
-from merge_cli.checkpoint.adapter_config import CONFIG
-from merge_cli.checkpoint.adapter_contents import PREFIX, WEIGHTS
-from merge_cli.checkpoint.header import DTYPES
+import yaml
+
+from merge_cli.adapters.factors import Factors, RankTruncation
+from merge_cli.checkpoint.headers import DTYPES
 from merge_cli.checkpoint.layout import OutputTensor, lay_out
-from merge_cli.checkpoint.raw import FilePool, allocate, copy_range, write_error, write_from
 from merge_cli.checkpoint.tensors import Read, Tensor
+from merge_cli.engine.inputs import Inputs
+from merge_cli.engine.output import OutputWorkspace
+from merge_cli.errors import Interrupted
+from merge_cli.lora.adapter import PREFIX, WEIGHTS
+from merge_cli.lora.config import CONFIG
+from merge_cli.planning.plan import Plan
+from merge_cli.recipe.reference import hub_id, short_labels
+from merge_cli.report.card import repositories, source_cards
+from merge_cli.system.raw_io import FilePool, allocate, copy_range, write_error, write_from
+
+if TYPE_CHECKING:
+    from merge_cli.adapters.extract import ExtractedAdapter
+
 
 _WAITING = "factors.waiting"
 _BLOCK = 2**22  # elements of a tensor that is copied
@@ -167,3 +184,123 @@ def adapter_config(
         "modules_to_save": list(whole) or None,
         **({"target_parameters": list(stacks), "peft_version": version} if stacks else {}),
     }
+
+
+def extraction_card(plan: Plan, result: ExtractedAdapter, cut: RankTruncation) -> str:
+    """Of a fine-tune's change."""
+    base, tuned = (plan.sources[i] for i in (plan.base or 0, plan.operands[0]))
+    front: dict[str, Any] = {}
+    named = [one.repo_id for one in repositories(base)]
+    if named:
+        front |= {"base_model": named[0], "base_model_relation": "adapter"}
+    licences = {str(card.get("license")) for card in source_cards(tuned) if card.get("license")}
+    if len(licences) == 1:
+        front["license"] = licences.pop()
+    ranks = [change.rank for change in result.changes if change.rank is not None]
+    size = f"rank {min(ranks)} to {max(ranks)}" if ranks else "no factors"
+    text = [
+        f"What `{tuned.label}` has changed of `{base.label}`, extracted by merge-cli: {size} "
+        f"(cut at {cut}), {100 * result.share:.1f} % of the change's sum of squares.",
+        *_left_out(result),
+    ]
+    return card(front, result.path.name, text, base.label)
+
+
+def merge_card(plan: Plan, base: str | None, title: str, report: Mapping[str, Any]) -> str:
+    """Of adapters that were merged."""
+    about = report["adapter"]
+    front: dict[str, Any] = {}
+    if base and hub_id(base):
+        front |= {"base_model": base, "base_model_relation": "adapter"}
+    licences = {
+        str(card.get("license"))
+        for source in plan.sources
+        for card in source_cards(source)
+        if card.get("license")
+    }
+    if len(licences) == 1:
+        front["license"] = licences.pop()
+    labels = [source.label for source in plan.sources if source.adapter]
+    sources = ", ".join(f"`{label}`" for label in short_labels(labels))
+    ranks = [module["rank"] for module in about["modules"].values()] or [0]
+    text = [
+        f"A {plan.recipe.merge_method} merge of the adapters {sources}, made by merge-cli without "
+        f"the model that they are of: rank {min(ranks)} to {max(ranks)}, "
+        f"{100 * about['share']:.1f} % of the merged change's sum of squares.",
+        "",
+        "## Recipe",
+        "",
+        f"```yaml\n{report['recipe']['text'].strip()}\n```",
+    ]
+    return card(front, title, text, base)
+
+
+def card(front: Mapping[str, Any], title: str, text: Sequence[str], base: str | None) -> str:
+    """Front matter, title, text and how to use it."""
+    known = {**front, "library_name": "peft", "tags": ["lora", "merge-cli"]}
+    lines = [
+        "---",
+        yaml.safe_dump(known, sort_keys=False, allow_unicode=True).strip(),
+        "---",
+        "",
+        f"# {title}",
+        "",
+        *text,
+        "",
+        "## Use",
+        "",
+        "```python",
+        "from peft import PeftModel",
+        "from transformers import AutoModelForCausalLM",
+        "",
+        f"base = AutoModelForCausalLM.from_pretrained({json.dumps(base or 'BASE')})",
+        f"model = PeftModel.from_pretrained(base, {json.dumps(title)})",
+        "```",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _left_out(result: ExtractedAdapter) -> list[str]:
+    total = sum(change.squares for change in result.changes) or 1.0
+    reasons: dict[str, float] = {}
+    for change in result.changes:
+        if change.why:
+            reasons[change.why] = reasons.get(change.why, 0.0) + change.squares / total
+    return [
+        f"Left out, {100 * share:.1f} % of the change: {why}." for why, share in reasons.items()
+    ]
+
+
+@contextmanager
+def adapter_output(
+    out: Path, *, overwrite: bool, precious: Sequence[Path], inputs: Inputs, fresh: bool = False
+) -> Iterator[Path]:
+    """A folder to write into, published at the end; thrown away after an error.
+
+    Args:
+        inputs: what is read meanwhile, and must be the same at the end.
+        fresh: throw away what other work has left.
+
+    Raises:
+        SourceError: something that was read has changed.
+        UsageError: OUT exists, or holds what is needed.
+        ResourceError: another process writes there, or it cannot be written.
+        Interrupted: Ctrl-C.
+    """
+    with OutputWorkspace(out) as work:
+        work.refuse(overwrite, list(precious))
+        if not fresh:
+            work.refuse_other_work("an adapter")
+        work.discard()
+        try:
+            work.begin("an adapter")
+            yield work.model
+            inputs.verify()
+            work.publish()
+        except OSError as error:
+            raise write_error(error, work.model) from error
+        except KeyboardInterrupt:
+            raise Interrupted("stopped", where=str(out), hint="Nothing was written.") from None
+        finally:
+            work.discard()

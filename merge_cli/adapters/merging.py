@@ -15,28 +15,23 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from merge_cli.adapters.card import merge_card
 from merge_cli.adapters.experts import ExpertStacks
-from merge_cli.adapters.factors import Factors, RankTruncation, factorise, recombine
-from merge_cli.adapters.folder import AdapterFolder, adapter_config
-from merge_cli.adapters.output import adapter_output
-from merge_cli.adapters.threads import threads_for
-from merge_cli.checkpoint.adapter import Adapter
-from merge_cli.checkpoint.changes import LowRank, embeddings_of, experts_of
-from merge_cli.checkpoint.stored import reading
-from merge_cli.checkpoint.tensors import Read
-from merge_cli.engine.adapters import LINEAR, ZERO_BASE, base_name, rank_of
+from merge_cli.adapters.factors import Factors, RankTruncation, factorise, recombine, threads_for
+from merge_cli.adapters.folder import AdapterFolder, adapter_config, adapter_output, merge_card
+from merge_cli.checkpoint.tensors import Read, reading
 from merge_cli.engine.device import choose_device
+from merge_cli.engine.in_memory import InMemoryFiles, InMemoryMerger, SourcesInMemory
 from merge_cli.engine.inputs import inputs_of
 from merge_cli.engine.merge import fetch_inputs, protected_paths, verified_fingerprints
 from merge_cli.engine.operands import operands_of
 from merge_cli.engine.options import MergeOptions, OnProgress, Progress
-from merge_cli.engine.plan import Plan, TensorTask
 from merge_cli.errors import NonFiniteError
-from merge_cli.evolve.merger import InMemoryMerger
-from merge_cli.evolve.resident import InMemoryFiles, SourcesInMemory
+from merge_cli.lora.adapter import Adapter
+from merge_cli.lora.changes import LowRank, embeddings_of, experts_of
 from merge_cli.methods.blocks import Block, Span
-from merge_cli.methods.resolve import arguments
+from merge_cli.planning.adapters import LINEAR, ZERO_BASE, base_name, rank_of
+from merge_cli.planning.plan import Plan, TensorTask
+from merge_cli.planning.resolve import arguments
 from merge_cli.report.write import resolved_recipe
 
 

@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
-from merge_cli.analysis.configs import KeyDifference
+from merge_cli.analysis.differences import KeyDifference, TokenizerDifference
+from merge_cli.analysis.measure import Spectrum
 from merge_cli.analysis.measures import Measures
-from merge_cli.analysis.spectrum import Spectrum
-from merge_cli.analysis.tokenizers import TokenizerDifference
 from merge_cli.recipe.schema import Recipe
 
 SCHEMA = 1

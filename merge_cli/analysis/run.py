@@ -7,23 +7,26 @@ from dataclasses import replace
 from pathlib import Path
 
 from merge_cli.analysis.advice import advise
-from merge_cli.analysis.configs import config_differences, stored_dtypes
-from merge_cli.analysis.groups import GroupSums
+from merge_cli.analysis.differences import (
+    compare_routers,
+    config_differences,
+    stored_dtypes,
+    tokenizer_difference,
+)
+from merge_cli.analysis.findings import Evidence, findings_of
+from merge_cli.analysis.measure import Measurements, measure_models
+from merge_cli.analysis.measures import GroupSums
+from merge_cli.analysis.model_set import ModelSet, open_model_set, recipe_of
 from merge_cli.analysis.result import Analysis, ModelFiles
-from merge_cli.analysis.routers import compare_routers
-from merge_cli.analysis.subject import ModelSet, open_model_set, recipe_of
-from merge_cli.analysis.survey import Measurements, measure_models
-from merge_cli.analysis.tokenizers import tokenizer_difference
-from merge_cli.analysis.verdicts import Evidence, findings_of
-from merge_cli.checkpoint.tokenizer_files import read_tokenizer
 from merge_cli.engine.device import choose_device
 from merge_cli.engine.memory import peak_rss
 from merge_cli.engine.merge import fetch_inputs
 from merge_cli.engine.options import MergeOptions, Progress
-from merge_cli.engine.planner import load_recipe
 from merge_cli.errors import UsageError
-from merge_cli.kernels.relate import Relations
+from merge_cli.kernels.measures import Relations
+from merge_cli.planning.planner import load_recipe
 from merge_cli.recipe.schema import Recipe
+from merge_cli.tokenizer.files import read_tokenizer
 
 
 def analyze(

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from merge_cli.checkpoint.layer_rules import MAX_LAYERS
+from merge_cli.checkpoint.layer_config import MAX_LAYERS
 from merge_cli.errors import SourceError
 
 # What would choose an implementation, code or weights from somewhere else.

@@ -18,7 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from merge_cli.checkpoint.header import TensorRef, parse_header, read_header_file
+from merge_cli.checkpoint.headers import TensorRef, parse_header, read_header_file
 from merge_cli.errors import CorruptFileError, NonFiniteError
 
 FILE = "coefficients.safetensors"

@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
 from merge_cli.errors import CorruptFileError
-from merge_cli.guarded import read_json
+from merge_cli.system.untrusted import read_json
 
 PIPELINE = "model_index.json"
 MODULES = "modules.json"

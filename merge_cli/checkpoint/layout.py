@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from merge_cli.checkpoint.components import STEMS, index_of, part_of
-from merge_cli.checkpoint.header import DTYPES
+from merge_cli.checkpoint.headers import DTYPES
 
 _NUMBER = re.compile(r"([0-9]{1,18})")  # int() refuses what has thousands of digits
 _PLAIN: Mapping[str, str] = {"": STEMS[0]}

@@ -18,9 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from merge_cli.checkpoint.header import TensorRef, parse_header, read_header_file
+from merge_cli.checkpoint.headers import TensorRef, parse_header, read_header_file
 from merge_cli.errors import CorruptFileError
-from merge_cli.guarded import Unreadable, parse_json
+from merge_cli.system.untrusted import Unreadable, parse_json
 
 FORMAT = "merge-cli statistics 2"
 _METADATA = ("kind", "digest", "sum", "entries", "about", "digests")

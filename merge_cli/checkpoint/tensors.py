@@ -3,14 +3,22 @@
 Methods and lanes cannot tell which. A computed tensor (a weight with its adapter, dequantised,
 with its rows in another order) says what it is made of and fills a buffer with any span of its
 elements; it is never materialised. What it fills in must not depend on where the span begins.
+
+A matrix of zeros, which is read from nowhere: no change.
+
+Tensors' numbers as numpy float32, for tensors that are computed from them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
 
-from merge_cli.checkpoint.header import TensorRef
+from merge_cli.checkpoint.headers import DTYPES, TensorRef
+from merge_cli.system.raw_io import FilePool, read_into
 
 # read(ref, start, buffer): what is stored from element `start` on, as much as fits the buffer.
 Read = Callable[[TensorRef, int, memoryview], None]
@@ -82,3 +90,67 @@ class Float32:
     @property
     def nbytes(self) -> int:
         return 4 * self.size
+
+
+@dataclass(frozen=True)
+class Zeros:
+    """No change. See `tensors.Tensor`."""
+
+    name: str
+    model: str
+    shape: tuple[int, ...]
+
+    @property
+    def dtype(self) -> str:
+        return "F32"
+
+    @property
+    def native(self) -> str:
+        return "F32"
+
+    @property
+    def size(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        return 4 * self.size
+
+    @property
+    def stored(self) -> tuple[TensorRef, ...]:
+        return ()
+
+    @property
+    def formula(self) -> str:
+        return "zeros"
+
+    def fill(self, read: Read, start: int, buffer: memoryview) -> None:
+        buffer[:] = bytes(len(buffer))
+
+
+@contextmanager
+def reading() -> Iterator[Read]:
+    """A function that reads stored tensors, whatever files they are in; threads may share it."""
+    files = FilePool(os.O_RDONLY)
+
+    def read(ref: TensorRef, start: int, buffer: memoryview) -> None:
+        offset = ref.offset + start * DTYPES[ref.dtype][0]
+        read_into(files, ref.path, offset, buffer, ref.model)
+
+    try:
+        yield read
+    finally:
+        files.close()
+
+
+def read_numbers(read: Read, tensor: Tensor, start: int, count: int) -> Any:
+    """Elements [start, start + count) of a tensor of floats: numpy float32, flat."""
+    import numpy as np
+
+    raw = np.empty(count * DTYPES[tensor.dtype][0], np.uint8)
+    if count:
+        tensor.fill(read, start, raw.data)
+    if tensor.dtype == "BF16":
+        return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    kinds: dict[str, type] = {"F16": np.float16, "F32": np.float32, "F64": np.float64}
+    return raw.view(kinds[tensor.dtype]).astype(np.float32)

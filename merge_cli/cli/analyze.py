@@ -47,8 +47,8 @@ def analyze(
     """Say how alike models are, where they conflict, and what that suggests; nothing is merged."""
     from merge_cli import console
     from merge_cli.engine.options import MergeOptions
-    from merge_cli.engine.planner import load_recipe
-    from merge_cli.sizes import parse_size
+    from merge_cli.planning.planner import load_recipe
+    from merge_cli.system.machine import parse_size
 
     options = MergeOptions(
         device=device, threads=threads, max_memory=parse_size(max_memory, "--max-memory")
@@ -66,12 +66,12 @@ def analyze(
         analysis = measure(**named, seed=seed, options=options, show=show)
     screen.analysis(analysis, layers=layers, as_json=as_json)
     if html is not None:
-        from merge_cli.report.analysis_page import write_page
+        from merge_cli.analysis.page import write_page
 
         write_page(analysis, html)
         screen.notes([f"the page is in {html}"])
     if write_recipe is not None:
-        from merge_cli.analysis.recipe_file import write_recipe as write
+        from merge_cli.analysis.advice import write_recipe as write
 
         write(analysis, write_recipe)
         screen.notes([f"the recipe is in {write_recipe}"])

@@ -3,6 +3,8 @@
 Exit codes: 0 done; 1 unexpected; 2 recipe or usage; 3 an input model or data file; 4 resources;
 5 a quality gate; 130 interrupted (the same command resumes). Results go to stdout, the rest to
 stderr.
+
+`merge-cli methods`.
 """
 
 from __future__ import annotations
@@ -22,16 +24,43 @@ from merge_cli.cli.compare import compare
 from merge_cli.cli.convert import convert
 from merge_cli.cli.evaluate import evaluate
 from merge_cli.cli.extract_lora import extract_lora
-from merge_cli.cli.failures import DEBUG, as_ours, debugging, show_trace
 from merge_cli.cli.init import init
-from merge_cli.cli.methods import methods
+from merge_cli.cli.options import JsonOption, complete_method
 from merge_cli.cli.push import push
 from merge_cli.cli.run import plan, run
-from merge_cli.cli.streams import ReaderGone, drop_output, guard_streams
+from merge_cli.cli.streams import (
+    DEBUG,
+    ReaderGone,
+    as_ours,
+    debugging,
+    drop_output,
+    guard_streams,
+    show_trace,
+)
 from merge_cli.errors import ResourceError
-from merge_cli.home import settle_home
-from merge_cli.machine import library_threads
-from merge_cli.notices import send_notices
+from merge_cli.system.machine import library_threads, settle_home
+from merge_cli.system.notices import send_notices
+
+
+def methods(
+    name: Annotated[
+        str | None,
+        typer.Argument(
+            help="One method, with its parameters and an example.", autocompletion=complete_method
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the merge methods, or explain one."""
+    from merge_cli import console
+    from merge_cli.methods.registry import all_methods, get_method
+
+    screen = console.Screen()
+    if name is None:
+        screen.methods(all_methods(), as_json=as_json)
+    else:
+        screen.method(get_method(name), as_json=as_json)
+
 
 _INTERRUPTED = 130
 

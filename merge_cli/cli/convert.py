@@ -28,7 +28,7 @@ def convert(
     """Write a model whose weights are pickled as safetensors; no code in a pickle is run."""
     from merge_cli import console
     from merge_cli.conversion.run import convert as run
-    from merge_cli.sizes import parse_size, show_size
+    from merge_cli.system.machine import parse_size, show_size
 
     screen = console.Screen(quiet=quiet)
     limit = parse_size(max_memory, "--max-memory") if max_memory else 0

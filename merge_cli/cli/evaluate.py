@@ -57,10 +57,10 @@ def evaluate(
 ) -> None:
     """Measure a model: loss, accuracy, exact match, with confidence intervals."""
     from merge_cli import console
-    from merge_cli.evaluation.gates import check_gates, read_gates, require
+    from merge_cli.evaluation.quality_check import check_gates, read_gates, require
     from merge_cli.evaluation.run import evaluate_all, spec_of, write_examples
     from merge_cli.evaluation.summary import summary
-    from merge_cli.sizes import parse_size
+    from merge_cli.system.machine import parse_size
 
     spec = spec_of(eval_file, data or []).changed(
         device=device,

@@ -14,7 +14,7 @@ from merge_cli.errors import UsageError
 if TYPE_CHECKING:
     from merge_cli.console import Screen
     from merge_cli.console.questions import Questions
-    from merge_cli.drafting.draft import ModelStudy, Scaffold
+    from merge_cli.drafting.scaffold import ModelStudy, Scaffold
 
 
 def init(
@@ -42,8 +42,8 @@ def init(
 ) -> None:
     """Write a first recipe: look at the models, propose a method, say why."""
     from merge_cli import console
-    from merge_cli.drafting import draft as drafting
-    from merge_cli.drafting.propose import draftable
+    from merge_cli.drafting import scaffold as drafting
+    from merge_cli.drafting.scaffold import draftable
 
     screen = console.Screen(quiet=quiet)
     if method is not None:
@@ -79,9 +79,9 @@ def _questions(screen: Screen, silent: bool) -> Questions:
     Raises:
         UsageError: nobody is there to answer.
     """
-    from merge_cli.checkpoint.source import open_source
     from merge_cli.console.questions import Questions
     from merge_cli.recipe.reference import parse_reference
+    from merge_cli.sources.source import open_source
 
     if silent or not sys.stdin.isatty():
         hint = "merge-cli init --base BASE --model A --model B"
@@ -94,7 +94,7 @@ def _settled(
     ask: Questions, found: ModelStudy, output: Path, method: str | None, overwrite: bool
 ) -> tuple[Scaffold, Path]:
     """The recipe that the user agrees to, and where it goes."""
-    from merge_cli.drafting import draft as drafting
+    from merge_cli.drafting import scaffold as drafting
     from merge_cli.methods.registry import method_names
 
     proposed = found.advice.recipe.merge_method if found.advice.recipe else "soup"

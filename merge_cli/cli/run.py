@@ -28,7 +28,7 @@ from merge_cli.cli.options import (
 from merge_cli.errors import UsageError
 
 if TYPE_CHECKING:
-    from merge_cli.evaluation.trial import QualityCheck
+    from merge_cli.evaluation.quality_check import QualityCheck
     from merge_cli.recipe.schema import Recipe
 
 
@@ -116,9 +116,10 @@ def run(
     verbose: Annotated[int, typer.Option("--verbose", "-v", count=True, hidden=True)] = 0,
 ) -> None:
     """Merge: the whole job, from a recipe to a model with a report."""
-    from merge_cli import console, mergekit_flags
-    from merge_cli.engine.planner import load_recipe
-    from merge_cli.sizes import parse_size
+    from merge_cli import console
+    from merge_cli.cli import mergekit_flags
+    from merge_cli.planning.planner import load_recipe
+    from merge_cli.system.machine import parse_size
 
     given = dict(locals())
     if out is None and not dry_run:
@@ -148,12 +149,12 @@ def run(
     from merge_cli.api import finished, merge
     from merge_cli.engine.merge import check_target
     from merge_cli.engine.options import MergeOptions
-    from merge_cli.engine.stages import plan_recipe
+    from merge_cli.planning.stages import plan_recipe
 
     trial = _trial(loaded, eval_file, data or [], gate or [], no_worse or [])
     plan = plan_recipe(loaded, shard_size=shard_bytes)
     if trial is not None:
-        from merge_cli.evolve.overlap import overlap_notes
+        from merge_cli.evolve.splits import overlap_notes
 
         trial.check(plan)
         screen.notes(overlap_notes(loaded, trial.spec))
@@ -214,8 +215,8 @@ def _trial(
     if recipe.output is not None:
         hint = "Merge it into its model first: passthrough of BASE+OUT."
         raise UsageError("an adapter cannot be evaluated by itself", hint=hint)
+    from merge_cli.evaluation.quality_check import QualityCheck
     from merge_cli.evaluation.run import spec_for
-    from merge_cli.evaluation.trial import QualityCheck
 
     spec = spec_for(recipe, eval_file, data)
     if spec is None:
@@ -236,9 +237,9 @@ def plan(
     """Show what a merge would do, from headers alone: tensors, bytes, memory, every problem."""
     from merge_cli import console
     from merge_cli.engine.options import MergeOptions
-    from merge_cli.engine.planner import load_recipe
-    from merge_cli.engine.stages import plan_recipe
-    from merge_cli.sizes import parse_size
+    from merge_cli.planning.planner import load_recipe
+    from merge_cli.planning.stages import plan_recipe
+    from merge_cli.system.machine import parse_size
 
     screen = console.Screen()
     shard_bytes = parse_size(shard_size, "--shard-size")

@@ -16,23 +16,22 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from merge_cli.checkpoint.raw import write_error
-from merge_cli.checkpoint.source import Source, fetch_weights, open_source
-from merge_cli.comparison.baselines import SOUP, baseline_recipes
 from merge_cli.comparison.cost import CostLog, MergeCost, run_merge
-from merge_cli.comparison.names import EntryNames
+from merge_cli.comparison.entries import SOUP, EntryNames, baseline_recipes
 from merge_cli.comparison.result import Comparison, ModelEntry, Role
 from merge_cli.engine.device import choose_device
 from merge_cli.engine.journal import work_key
-from merge_cli.engine.plan import Plan
-from merge_cli.engine.planner import load_recipe, make_plan
 from merge_cli.errors import Interrupted, MismatchError, Problem, UsageError
-from merge_cli.evaluation.digest import auxiliary_fingerprint
+from merge_cli.evaluation.fingerprints import auxiliary_fingerprint
 from merge_cli.evaluation.run import Step, evaluate_source
 from merge_cli.evaluation.spec import EvalSpec
 from merge_cli.evaluation.task import file_fingerprint
-from merge_cli.recipe.keys import nearest
+from merge_cli.planning.plan import Plan
+from merge_cli.planning.planner import load_recipe, make_plan
+from merge_cli.recipe.fields import nearest
 from merge_cli.recipe.reference import ModelRef, expanded
+from merge_cli.sources.source import Source, fetch_weights, open_source
+from merge_cli.system.raw_io import write_error
 
 GOES_ON = "The same command goes on: finished merges and evaluations are kept."
 
@@ -224,7 +223,7 @@ def _work(plan: Plan, device: str) -> str:
             f"{donor == plan.donor} {auxiliary_fingerprint(plan.sources[donor].root)}".encode()
         )
     if plan.recipe.searches:
-        from merge_cli.evolve.key import search_digest
+        from merge_cli.evolve.journal import search_digest
 
         state.update(search_digest(plan, device).encode())
     if not plan.learns:

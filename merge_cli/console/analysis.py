@@ -10,12 +10,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from merge_cli.console.tables import print_table
-from merge_cli.sizes import show_seconds, show_size
+from merge_cli.system.machine import show_seconds, show_size
 
 if TYPE_CHECKING:
+    from merge_cli.analysis.differences import TokenizerDifference
     from merge_cli.analysis.measures import Measures
     from merge_cli.analysis.result import Analysis
-    from merge_cli.analysis.tokenizers import TokenizerDifference
 
 _COLUMNS = 6  # models that get a column of their own
 _MANY = 24  # rows of problems, differences or pairs; the JSON and the page have all

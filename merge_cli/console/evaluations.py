@@ -1,13 +1,26 @@
-"""Evaluations as a table."""
+"""Evaluations as a table.
+
+A comparison as a table in the terminal.
+
+Progress of evaluations and comparisons: a bar in a terminal, a line for each step in a log.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from merge_cli.comparison.tables import legend, used
+
+if TYPE_CHECKING:
+    from merge_cli.evaluation.run import Step
+
 
 Json = Mapping[str, Any]
 _ROOMY = 100  # columns of a terminal for everything about several models
@@ -89,3 +102,72 @@ def _number(value: float | None, sign: str = "") -> str:
 
 def _ends(ends: Sequence[float] | None, sign: str = "") -> str:
     return "–" if ends is None else f"{_number(ends[0], sign)} … {_number(ends[1], sign)}"
+
+
+def print_comparison(console: Console, record: Mapping[str, Any]) -> None:
+    """A row for each model; bold are the merges that no other one beats in quality and time."""
+    heads, rows = used(record)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for i, head in enumerate(heads):
+        table.add_column(escape(head), justify="right" if i else "left", overflow="fold")
+    roles = [model["role"] for model in record["models"]]
+    for i, (row, role) in enumerate(zip(rows, roles, strict=True)):
+        strong = row[0] in record["front"]
+        cells = [escape(cell) for cell in row]
+        if strong:
+            cells[0] = f"[bold]{cells[0]}[/bold]"
+        ends = i + 1 < len(roles) and role == "source" != roles[i + 1]
+        table.add_row(*cells, style="dim" if role in ("base", "source") else "", end_section=ends)
+    console.print(table)
+    console.print()
+    for line in legend(record):
+        console.print(f"[dim]{escape(line)}[/dim]")
+    if record["front"]:
+        console.print("[dim]bold: no other merge is both better and faster[/dim]")
+    for note in record["notes"]:
+        console.print(f"[dim]note:[/dim] {escape(note)}")
+
+
+_LOG_SECONDS = 10.0
+
+
+@contextmanager
+def step_bar(console: Console) -> Iterator[Callable[[Step], None]]:
+    """One bar, for the task at hand; finished tasks leave no line."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        row = bar.add_task("", total=None)
+
+        def show(step: Step) -> None:
+            bar.update(
+                row,
+                description=escape(f"{step.model}: {step.task}"),
+                total=step.total or None,
+                completed=step.done,
+            )
+
+        yield show
+
+
+class StepLog:
+    """A line when a task begins, and every ten seconds while it lasts."""
+
+    def __init__(self, console: Console) -> None:
+        self._console, self._next = console, 0.0
+        self._last: tuple[str, str] = ("", "")
+
+    def __call__(self, step: Step) -> None:
+        now = time.monotonic()
+        this = (step.model, step.task)
+        if this == self._last and now < self._next:
+            return
+        share = f", {step.done / step.total:.0%}" if step.total and step.done else ""
+        self._console.print(escape(f"{step.model}: {step.task}{share}"))
+        self._last, self._next = this, now + _LOG_SECONDS

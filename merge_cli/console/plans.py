@@ -5,16 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from merge_cli.console.gathering import calibration_json
-from merge_cli.console.search import search_json
-from merge_cli.console.training import training_json
+from merge_cli.calibration.panel import calibration_json
+from merge_cli.dam.panel import training_json
+from merge_cli.evolve.panel import search_json
 
 if TYPE_CHECKING:
+    from merge_cli.calibration.plan import CalibrationPlan
     from merge_cli.dam.plan import TrainingPlan
     from merge_cli.engine.options import MergeOptions
-    from merge_cli.engine.plan import Plan
     from merge_cli.evolve.plan import SearchPlan
-    from merge_cli.gathering.plan import CalibrationPlan
+    from merge_cli.planning.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def before_merge(plan: Plan, options: MergeOptions) -> Before:
 
         searching = plan_search(plan, options)
     if plan.gathers and ready:
-        from merge_cli.gathering.plan import plan_calibration
+        from merge_cli.calibration.plan import plan_calibration
 
         gathering = plan_calibration(plan, options.device)
     peak = estimated_peak(plan, choose_device(options.device), options)

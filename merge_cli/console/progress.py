@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console, RenderableType
 from rich.markup import escape
 
-from merge_cli.sizes import show_size
+from merge_cli.system.machine import show_size
 
 if TYPE_CHECKING:
     from merge_cli.engine.options import Progress

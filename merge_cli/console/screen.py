@@ -16,38 +16,38 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 from rich.table import Table
 
-from merge_cli.console.adapters import print_merged
-from merge_cli.console.analysis import print_analysis
-from merge_cli.console.gathering import (
+from merge_cli.calibration.panel import (
     print_calibration,
     print_gathered,
     print_statistics,
     statistics_json,
 )
-from merge_cli.console.indented import indented
+from merge_cli.console.adapters import print_merged
+from merge_cli.console.analysis import print_analysis
 from merge_cli.console.plain import PlainConsole, print_json
 from merge_cli.console.plans import before_merge, plan_document
 from merge_cli.console.progress import ProgressLog, progress_bar
-from merge_cli.console.search import print_found, print_keys, print_search
 from merge_cli.console.tables import (
     Settings,
+    indented,
     method_json,
     plan_row,
     print_table,
 )
-from merge_cli.console.training import options_json, print_options, print_training
+from merge_cli.dam.panel import options_json, print_options, print_training
 from merge_cli.errors import MergeCliError, ProblemsError
-from merge_cli.notices import send_notices
+from merge_cli.evolve.panel import print_found, print_keys, print_search
 from merge_cli.recipe.examples import example_recipe
-from merge_cli.sizes import show_seconds, show_size
+from merge_cli.system.machine import show_seconds, show_size
+from merge_cli.system.notices import send_notices
 
 if TYPE_CHECKING:
     from merge_cli.analysis.result import Analysis
     from merge_cli.api import MergeResult
     from merge_cli.engine.options import MergeOptions, Progress
-    from merge_cli.engine.plan import Plan
     from merge_cli.evaluation.run import Step
     from merge_cli.methods.registry import Method
+    from merge_cli.planning.plan import Plan
 
 
 class Screen:
@@ -87,7 +87,7 @@ class Screen:
     @contextmanager
     def steps(self) -> Iterator[Callable[[Step], None]]:
         """The same for evaluations."""
-        from merge_cli.console.steps import StepLog, step_bar
+        from merge_cli.console.evaluations import StepLog, step_bar
 
         if self.quiet:
             yield lambda step: None
@@ -106,7 +106,7 @@ class Screen:
 
     def comparison(self, record: Mapping[str, Any], shown: Path) -> None:
         """A comparison's table, and where the rest is."""
-        from merge_cli.console.comparison import print_comparison
+        from merge_cli.console.evaluations import print_comparison
 
         if not self.quiet:
             print_comparison(self.out, record)

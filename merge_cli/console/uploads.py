@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from merge_cli.sizes import show_size
+from merge_cli.system.machine import show_size
 
 if TYPE_CHECKING:
     from merge_cli.publishing.package import Package

@@ -20,21 +20,21 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from merge_cli.checkpoint import hub
+from merge_cli.checkpoint.auxiliary_files import copy_companions
 from merge_cli.checkpoint.config import text_config
-from merge_cli.checkpoint.files import copy_companions
-from merge_cli.checkpoint.header import parse_header, read_header_file
-from merge_cli.checkpoint.raw import write_error
-from merge_cli.checkpoint.shards import INDEX
-from merge_cli.checkpoint.stamps import folder_fingerprints
+from merge_cli.checkpoint.fingerprint import folder_fingerprints
+from merge_cli.checkpoint.headers import parse_header, read_header_file
 from merge_cli.engine.inputs import Inputs
 from merge_cli.engine.options import Progress
 from merge_cli.engine.output import OutputWorkspace
-from merge_cli.engine.records import Records
 from merge_cli.errors import CorruptFileError, Interrupted, ResourceError, SourceError
-from merge_cli.guarded import read_mapping
-from merge_cli.lifeline import child
+from merge_cli.hub import models as hub
 from merge_cli.recipe.reference import hub_id, local_folder, parse_reference
+from merge_cli.sources.storage import INDEX
+from merge_cli.system.processes import child
+from merge_cli.system.raw_io import write_error
+from merge_cli.system.records import Records
+from merge_cli.system.untrusted import read_mapping
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _INDEX_OF_PICKLES = "pytorch_model.bin.index.json"

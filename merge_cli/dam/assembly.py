@@ -11,8 +11,8 @@ from merge_cli.dam.optimizers import CoefficientOptimizer
 from merge_cli.dam.sources import SourceResidency, Sources
 from merge_cli.dam.student import MergedParameter, Student
 from merge_cli.engine.memory import keep_freed_memory, return_freed_memory
-from merge_cli.engine.plan import Plan
-from merge_cli.evaluation.seats import find_parameter_slices
+from merge_cli.engine.parameter_slices import find_parameter_slices
+from merge_cli.planning.plan import Plan
 from merge_cli.recipe.training import Training
 
 # Bytes of a student up to which freed memory is kept: a third of a small one's time went into

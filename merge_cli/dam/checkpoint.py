@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merge_cli.checkpoint.coefficients import FILE, open_coefficients
-from merge_cli.checkpoint.raw import replace_file
 from merge_cli.dam.student import Student
-from merge_cli.engine.workspace import Workspace
 from merge_cli.errors import MergeCliError, NonFiniteError
-from merge_cli.sealed import read_sealed, seal
+from merge_cli.system.raw_io import replace_file
+from merge_cli.system.records import read_sealed, seal
+from merge_cli.system.workspace import Workspace
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -19,9 +19,8 @@ from typing import Any
 
 from merge_cli.dam.datasets import read_data
 from merge_cli.errors import SourceError
-from merge_cli.evaluation.content import distinct, without
-from merge_cli.evaluation.examples import Example
-from merge_cli.evaluation.rows import Row, encode
+from merge_cli.evaluation.forward import Example
+from merge_cli.evaluation.rows import Row, distinct, encode, without
 from merge_cli.evaluation.tokens import Encoded, row_start
 from merge_cli.recipe.reference import local_file
 from merge_cli.recipe.schema import Recipe

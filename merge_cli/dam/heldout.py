@@ -9,12 +9,11 @@ from typing import Any
 
 from merge_cli.dam.data import Dataset, short_names
 from merge_cli.dam.distributed import World
-from merge_cli.dam.forward import Batch, Forward
-from merge_cli.dam.head import LossSums
+from merge_cli.dam.forward import Batch, Forward, LossSums
 from merge_cli.dam.losses import DistillationLoss, TeacherTargets
 from merge_cli.dam.student import Student
 from merge_cli.errors import Interrupted
-from merge_cli.evaluation.examples import Example, micro_batches, padded
+from merge_cli.evaluation.forward import Example, micro_batches, padded
 from merge_cli.evaluation.teachers import Predictions
 
 _OBJECTIVE = DistillationLoss({"kl": 1.0, "cross_entropy": 1.0})

@@ -10,10 +10,10 @@ from typing import Any
 from merge_cli.checkpoint.class_config import refuse_code
 from merge_cli.dam.coefficients import CoefficientLayout, layout_of
 from merge_cli.dam.sources import Stored
-from merge_cli.engine.plan import Plan, TensorTask
+from merge_cli.engine.parameter_slices import by_name, filled_layers, layer_of
 from merge_cli.errors import Problem, SourceError
 from merge_cli.evaluation.live import quiet_libraries
-from merge_cli.evaluation.seats import by_name, filled_layers, layer_of
+from merge_cli.planning.plan import Plan, TensorTask
 from merge_cli.recipe.training import Training
 
 

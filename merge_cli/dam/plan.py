@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
-from merge_cli.checkpoint.source import Source, fetch_weights
 from merge_cli.dam.data import Dataset, load_datasets, steps_of, used
+from merge_cli.dam.datasets import one_tokenizer
 from merge_cli.dam.distributed import World
 from merge_cli.dam.models import (
     TargetParameter,
@@ -19,14 +19,14 @@ from merge_cli.dam.models import (
     weight_bytes,
 )
 from merge_cli.dam.sources import SourceResidency, choose_residency
-from merge_cli.dam.tokenizers import one_tokenizer
 from merge_cli.engine.device import choose_device
-from merge_cli.engine.plan import Plan
 from merge_cli.errors import MismatchError, ResourceError
-from merge_cli.evaluation.digest import remembered_identity
+from merge_cli.evaluation.fingerprints import remembered_identity
 from merge_cli.evaluation.live import choose_dtype, context_of
 from merge_cli.evaluation.teachers import KeptPredictions, Teacher
+from merge_cli.planning.plan import Plan
 from merge_cli.recipe.training import Training
+from merge_cli.sources.source import Source, fetch_weights
 
 _WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
 

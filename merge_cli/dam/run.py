@@ -26,20 +26,19 @@ from merge_cli.dam.plan import (
     kept_for,
     plan_training,
 )
-from merge_cli.dam.progress import StepLine
-from merge_cli.dam.result import build_record, gate
+from merge_cli.dam.record import StepLine, build_record, gate
 from merge_cli.dam.student import Student
 from merge_cli.dam.trainer import Trainer, entries_of
 from merge_cli.engine.inputs import inputs_of
 from merge_cli.engine.options import MergeOptions, OnProgress, Progress
-from merge_cli.engine.plan import Plan
 from merge_cli.errors import Interrupted
-from merge_cli.evaluation.digest import source_identity
+from merge_cli.evaluation.fingerprints import source_identity
 from merge_cli.evaluation.live import memory_errors
 from merge_cli.evaluation.teachers import Predictions, Teacher
-from merge_cli.machine import torch_threads
+from merge_cli.planning.plan import Plan
 from merge_cli.recipe.schema import Recipe
 from merge_cli.recipe.training import Training
+from merge_cli.system.machine import torch_threads
 
 # Dials that change how training runs, not what comes of it.
 _INDIFFERENT = {"residency", "checkpoint_minutes", "tensorboard", "preset"}

@@ -2,6 +2,11 @@
 
 Whoever merges or projects a tensor asks for a few rows of every source at once and is done with
 them soon after. Where they wait in the meantime is chosen by what fits, and told with the reason.
+
+Copying the next tensor's sources to a GPU while the student computes with this one.
+
+Gradients come in the same order in every backward pass, so it is known which tensor is next. Copies
+run on a stream of their own, from pinned memory; two tensors at most wait on the device.
 """
 
 from __future__ import annotations
@@ -9,15 +14,14 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
-from merge_cli.checkpoint.header import DTYPES, TensorRef
-from merge_cli.checkpoint.raw import FilePool, read_ahead, read_into
+from merge_cli.checkpoint.headers import DTYPES, TensorRef
 from merge_cli.checkpoint.tensors import Tensor
-from merge_cli.dam.ahead import CudaCopies, Prefetcher
 from merge_cli.errors import ResourceError
 from merge_cli.evaluation.live import free_memory
-from merge_cli.sizes import show_size
+from merge_cli.system.machine import show_size
+from merge_cli.system.raw_io import FilePool, read_ahead, read_into
 
 Residency = Literal["device", "host", "disk"]
 _HOST_BLOCK, _DEVICE_BLOCK = 1 << 18, 1 << 24  # elements of a block of rows
@@ -197,3 +201,63 @@ class Sources:
     def _stored(self, ref: TensorRef, start: int, buffer: memoryview) -> None:
         offset = ref.offset + start * DTYPES[ref.dtype][0]
         read_into(self._files, ref.path, offset, buffer, ref.model)
+
+
+class Copies(Protocol):
+    """What brings host tensors to a device without waiting for them."""
+
+    def start(self, rows: Any) -> Any:
+        """Begin to copy; something to `finish`."""
+
+    def finish(self, started: Any) -> Any:
+        """The copy, safe to compute with on the current stream."""
+
+
+class CudaCopies:
+    """`Copies` on a CUDA stream of its own."""
+
+    def __init__(self, device: str) -> None:
+        import torch
+
+        self._device = torch.device(device)
+        # torch's own stubs leave Stream and Event untyped.
+        self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+
+    def start(self, rows: Any) -> Any:
+        import torch
+
+        with torch.cuda.stream(self._stream):
+            copy = rows.to(self._device, non_blocking=True)
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record(self._stream)
+        return copy, event
+
+    def finish(self, started: Any) -> Any:
+        import torch
+
+        copy, event = started
+        current = torch.cuda.current_stream(self._device)
+        current.wait_event(event)
+        copy.record_stream(current)  # or its memory could be given away while it is used
+        return copy
+
+
+class Prefetcher:
+    """The tensors that are on their way, by name; the one before the last is forgotten."""
+
+    def __init__(self, copies: Copies) -> None:
+        self._copies = copies
+        self._started: dict[str, dict[int, Any]] = {}
+
+    def begin(self, name: str, rows: Sequence[tuple[int, Any]]) -> None:
+        """Bring the numbered rows of a tensor, unless they are under way."""
+        if name in self._started:
+            return
+        self._started[name] = {number: self._copies.start(one) for number, one in rows}
+        while len(self._started) > 2:
+            self._started.pop(next(iter(self._started)))
+
+    def take(self, name: str, number: int) -> Any:
+        """A whole tensor that was brought; None where nobody asked for it."""
+        started = self._started.get(name, {}).get(number)
+        return None if started is None else self._copies.finish(started)

@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from merge_cli.dam.coefficients import Coefficients
+from merge_cli.dam.losses import penalty
 from merge_cli.dam.optimizers import CoefficientOptimizer
-from merge_cli.dam.penalties import penalty
 from merge_cli.dam.sources import Sources
-from merge_cli.evaluation.seats import ParameterSlice as Place
+from merge_cli.engine.parameter_slices import ParameterSlice as Place
 
 _HELD_BYTES = 1 << 26  # rows that are kept from the projection for the rewrite
 

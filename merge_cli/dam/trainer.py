@@ -11,15 +11,14 @@ from typing import Any
 from merge_cli.dam.checkpoint import Position, TrainingWorkspace
 from merge_cli.dam.data import Order
 from merge_cli.dam.distributed import World
-from merge_cli.dam.forward import Forward
-from merge_cli.dam.head import LossSums
+from merge_cli.dam.forward import Forward, LossSums
 from merge_cli.dam.heldout import BatchItem, HeldOut, batch_of
 from merge_cli.dam.losses import DistillationLoss
 from merge_cli.dam.optimizers import rate_at
 from merge_cli.dam.plan import TrainingPlan
 from merge_cli.dam.student import Student
 from merge_cli.errors import NonFiniteError
-from merge_cli.evaluation.examples import micro_batches
+from merge_cli.evaluation.forward import micro_batches
 from merge_cli.evaluation.teachers import Predictions
 from merge_cli.recipe.training import Training
 

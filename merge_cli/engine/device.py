@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from merge_cli.engine.plan import Plan
 from merge_cli.errors import ResourceError, UsageError
 from merge_cli.kernels.convert import COMPILED
+from merge_cli.planning.plan import Plan
 
 # What a driver leaves in the file system: NVIDIA's, AMD's, and the one of Windows' Linux.
 _GPU_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")

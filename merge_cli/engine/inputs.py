@@ -10,17 +10,17 @@ import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from merge_cli.checkpoint.adapter_contents import WEIGHTS
-from merge_cli.checkpoint.raw import has_header
-from merge_cli.checkpoint.source import Source
-from merge_cli.checkpoint.stamps import (
+from merge_cli.checkpoint.fingerprint import (
     FileFingerprint,
     fingerprint_of,
     folder_fingerprints,
     sampled_digest,
 )
-from merge_cli.engine.plan import Plan
 from merge_cli.errors import CorruptFileError, SourceError
+from merge_cli.lora.adapter import WEIGHTS
+from merge_cli.planning.plan import Plan
+from merge_cli.sources.source import Source
+from merge_cli.system.raw_io import has_header
 
 _HINT = "Run the command again when nothing writes to it: it starts over."
 

@@ -18,11 +18,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from merge_cli.checkpoint.stamps import folder_fingerprints, sampled_digest
-from merge_cli.engine.plan import Plan
-from merge_cli.engine.records import Entry, Records
-from merge_cli.engine.statistics import TensorStats
+from merge_cli.checkpoint.fingerprint import folder_fingerprints, sampled_digest
+from merge_cli.engine.merge_stats import TensorStats
+from merge_cli.planning.plan import Plan
 from merge_cli.recipe.reference import local_file
+from merge_cli.system.records import Entry, Records
 
 _FORMAT = 2
 

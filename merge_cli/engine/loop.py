@@ -15,28 +15,26 @@ import time
 from pathlib import Path
 from typing import Any
 
-from merge_cli.checkpoint.header import DTYPES
-from merge_cli.checkpoint.raw import FilePool, sync, write_error
-from merge_cli.engine.compute import MergeExecutor
+from merge_cli.checkpoint.headers import DTYPES
 from merge_cli.engine.device import Device
+from merge_cli.engine.executor import MergeExecutor
 from merge_cli.engine.journal import Journal
-from merge_cli.engine.lanes import Files
 from merge_cli.engine.memory import keep_freed_memory, worker_memory
+from merge_cli.engine.merge_stats import MergeStats, TensorStats, stages
 from merge_cli.engine.operands import BlockReader, ask_for
 from merge_cli.engine.options import MergeOptions, OnProgress, Progress
-from merge_cli.engine.outcome import MergeStats, stages
-from merge_cli.engine.plan import Plan
-from merge_cli.engine.pool import Pool
-from merge_cli.engine.statistics import TensorStats
-from merge_cli.engine.units import Chunk, cut_chunks
-from merge_cli.engine.workers import (
+from merge_cli.engine.pool import (
+    Pool,
     arithmetic_for,
     memory_errors,
     one_torch_thread,
     worker_factory,
 )
+from merge_cli.engine.worker_context import Files
 from merge_cli.errors import NonFiniteError
-from merge_cli.machine import usable_cores
+from merge_cli.planning.plan import Chunk, Plan, cut_chunks
+from merge_cli.system.machine import usable_cores
+from merge_cli.system.raw_io import FilePool, sync, write_error
 
 _SYNC_BYTES = 2_000_000_000
 _SURVEY = "reading the whole model first, for thresholds over all of it"

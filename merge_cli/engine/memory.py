@@ -14,10 +14,10 @@ from pathlib import Path
 
 from merge_cli.engine.device import Device, choose_arithmetic
 from merge_cli.engine.options import MergeOptions
-from merge_cli.engine.plan import Plan
 from merge_cli.errors import UsageError
 from merge_cli.kernels.reduce import BLOCK_MULTIPLE
-from merge_cli.machine import free_memory, usable_cores
+from merge_cli.planning.plan import Plan
+from merge_cli.system.machine import free_memory, usable_cores
 
 MINIMUM_MEMORY = 500_000_000
 # Measured with scripts/bench.py: the interpreter with its libraries; what numba or torch add; what

@@ -7,25 +7,24 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from merge_cli.checkpoint.chat_template import FILE as TEMPLATE
-from merge_cli.checkpoint.chat_template import without_template
-from merge_cli.checkpoint.files import code_files, copy_companions
+from merge_cli.checkpoint.auxiliary_files import code_files, copy_companions
 from merge_cli.checkpoint.layout import indexes
-from merge_cli.checkpoint.raw import write_error
-from merge_cli.checkpoint.source import fetch_weights
-from merge_cli.engine.copies import compare_copies
 from merge_cli.engine.device import choose_device
 from merge_cli.engine.inputs import inputs_of
 from merge_cli.engine.journal import work_key
 from merge_cli.engine.loop import run_loop
+from merge_cli.engine.merge_stats import MergeStats
 from merge_cli.engine.options import MergeOptions, OnProgress, Progress
-from merge_cli.engine.outcome import MergeStats
-from merge_cli.engine.output import OutputWorkspace
-from merge_cli.engine.plan import Plan
-from merge_cli.engine.records import Records
-from merge_cli.engine.shardfiles import clear_companions, open_journal
-from merge_cli.engine.token_numbers import renumber
+from merge_cli.engine.output import OutputWorkspace, clear_companions, open_journal
 from merge_cli.errors import Interrupted, SourceError
+from merge_cli.planning.heads import compare_copies
+from merge_cli.planning.plan import Plan
+from merge_cli.sources.source import fetch_weights
+from merge_cli.system.raw_io import write_error
+from merge_cli.system.records import Records
+from merge_cli.tokenizer.chat_template import FILE as TEMPLATE
+from merge_cli.tokenizer.chat_template import without_template
+from merge_cli.tokenizer.renumbering import renumber
 
 _ANEW = "starting over: earlier work is damaged, or a file that it has read was touched since"
 # Writes reports into the folder, given the plan, each source's fingerprint, and the outcome.

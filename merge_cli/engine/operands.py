@@ -13,10 +13,10 @@ from itertools import accumulate
 from typing import Any, TypeVar
 
 from merge_cli.checkpoint.statistics import TensorStatistics
-from merge_cli.engine.lanes import Files
-from merge_cli.engine.plan import TensorTask
 from merge_cli.engine.pool import Pool
+from merge_cli.engine.worker_context import Files
 from merge_cli.methods.blocks import Block, Span
+from merge_cli.planning.plan import TensorTask
 
 T = TypeVar("T")
 _SAMPLE_RUN = 8192

@@ -6,6 +6,12 @@
 Merges, conversions and adapters write here, and nothing else publishes a folder. Whatever moment a
 process is killed at, the next one finds one of four states: nothing, work to continue, a finished
 model between two renames, or a published model with leftovers.
+
+What --overwrite may replace: a folder that is a model, an adapter or a pipeline, and no more.
+
+What is deleted is known by its name: a file or a folder that models do not have is somebody's work.
+
+The shards of a merge in its workspace: allocated whole, continued only if they are the same.
 """
 
 from __future__ import annotations
@@ -17,12 +23,16 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from merge_cli.checkpoint.raw import sync, write_error
-from merge_cli.engine.records import Records
-from merge_cli.engine.replaceable import refuse_foreign
-from merge_cli.engine.workspace import JOURNAL, MARK, Workspace
+from merge_cli.checkpoint.auxiliary_files import is_companion, is_weight
+from merge_cli.checkpoint.coefficients import FILE
+from merge_cli.checkpoint.components import PIPELINE
+from merge_cli.checkpoint.layout import Shard
+from merge_cli.engine.journal import Journal
 from merge_cli.errors import ResourceError, UsageError
-from merge_cli.sizes import show_size
+from merge_cli.system.machine import show_size
+from merge_cli.system.raw_io import allocate, has_header, sync, write_error
+from merge_cli.system.records import Records
+from merge_cli.system.workspace import JOURNAL, MARK, Workspace
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -187,3 +197,102 @@ class OutputWorkspace(Workspace):
         except OSError as error:
             raise write_error(error, self.target) from error
         self.discard()
+
+
+# A folder with one of these, or with weights, is a model's.
+_SIGNS = ("merge_recipe.yaml", "merge_report.json", "adapter_config.json", PIPELINE, "modules.json")
+# What lies in the folders of a pipeline and of sentence-transformers, and in those of exports.
+_INSIDE = (".json", ".txt", ".model", ".jinja", ".md", ".yaml")
+# Beside the weights, besides companions and weights: what programs and people's repositories put
+# there. Settings and results of training, the card and its licence, code of the model's own.
+_BESIDE = (".json", ".md", ".model", ".py")
+_ALSO = (
+    "merge_recipe.yaml",
+    "best_recipe.yaml",
+    "merge_report.html",
+    "search_journal.jsonl",
+    ".gitattributes",
+)
+_LEGAL = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY", "COPYING")
+_HINT = "Choose another folder, or remove it yourself."
+
+
+def refuse_foreign(target: Path) -> None:
+    """Raise if a folder is no model, or holds a file or a folder that is no part of one.
+
+    Raises:
+        UsageError: says what is in it.
+    """
+    try:
+        entries = sorted(target.iterdir())
+        names = [path.name for path in entries]
+        if not any(name in _SIGNS or is_weight(name) for name in names):
+            what = "the output exists and is not a model: it will not be replaced"
+            raise UsageError(what, where=str(target), hint=_HINT)
+        for path in entries:
+            if path.is_symlink():  # goes alone: what it leads to stays
+                continue
+            if not (_is_part(path) if path.is_dir() else _is_beside(path.name)):
+                name = f"{path.name}/" if path.is_dir() else path.name
+                what = f"the output holds {name}, which is no part of a model: "
+                raise UsageError(what + "it will not be replaced", where=str(target), hint=_HINT)
+    except OSError as error:
+        raise write_error(error, target) from error
+
+
+def _is_part(folder: Path) -> bool:
+    """Whether a folder inside a model's holds nothing but what models have in such folders."""
+    return all(
+        not folders and all(_belongs(name) for name in files)
+        for _, folders, files in os.walk(folder)
+    )
+
+
+def _is_beside(name: str) -> bool:
+    """Whether models have a file of that name beside their weights."""
+    known = is_weight(name) or is_companion(name) or name in _ALSO
+    return known or name.endswith(_BESIDE) or name.upper().startswith(_LEGAL)
+
+
+def _belongs(name: str) -> bool:
+    return is_weight(name) or is_companion(name) or name.endswith(_INSIDE)
+
+
+def open_journal(
+    work: OutputWorkspace, key: str, shards: tuple[Shard, ...], inputs: str = ""
+) -> Journal:
+    """Continue earlier work if it is this work and whole; otherwise start over.
+
+    Raises:
+        ResourceError: the folder cannot be written, or the disk is full.
+    """
+    if not work.begin(key, inputs, lambda: _holds(work, shards)):
+        try:
+            for folder in {shard.folder for shard in shards} - {""}:
+                (work.model / folder).mkdir()
+        except OSError as error:
+            raise write_error(error, work.path) from error
+        for shard in shards:
+            allocate(work.model / shard.file, shard.size, shard.header)
+    # The journal comes last: where there is one, every shard has its size and its header.
+    return Journal(work.journal, key, inputs)
+
+
+def clear_companions(work: OutputWorkspace, shards: tuple[Shard, ...]) -> None:
+    """Remove what an earlier run, perhaps with other flags, has put beside the shards."""
+    kept = {work.model / shard.file for shard in shards}
+    folders = {work.model / shard.folder for shard in shards}
+    for path in [*work.model.iterdir(), *(p for f in folders for p in f.iterdir())]:
+        if path.is_dir() and path not in folders:
+            shutil.rmtree(path)
+        elif path.is_file() and path not in kept:
+            path.unlink()
+
+
+def _holds(work: OutputWorkspace, shards: tuple[Shard, ...]) -> bool:
+    """Whether exactly these shards are there, each with its size and header."""
+    weights = work.model.rglob("*.safetensors")
+    files = {path.relative_to(work.model).as_posix() for path in weights}
+    return files - {FILE} == {shard.file for shard in shards} and all(
+        has_header(work.model / shard.file, shard.size, shard.header) for shard in shards
+    )

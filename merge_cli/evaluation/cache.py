@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from merge_cli.evaluation.result import Cost, Metric, TaskResult
-from merge_cli.home import home_folder
-from merge_cli.notices import say_once
-from merge_cli.sealed import read_sealed, seal
+from merge_cli.system.machine import home_folder
+from merge_cli.system.notices import say_once
+from merge_cli.system.records import read_sealed, seal
 
 _FORMAT = 2
 

@@ -2,6 +2,8 @@
 
 transformers' own code renders it, in another process under limits (`chat_child.py`). The process
 is started once and ends with this one.
+
+What a chat template may take.
 """
 
 from __future__ import annotations
@@ -16,9 +18,8 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-from merge_cli.evaluation.chat_limits import SECONDS
-from merge_cli.python_child import python_command
-from merge_cli.recipe.templates import MAX_TEMPLATE
+from merge_cli.recipe.tokenizer import MAX_TEMPLATE
+from merge_cli.system.processes import python_command
 
 
 class TemplateError(ValueError):
@@ -150,3 +151,8 @@ def _renderer() -> _Renderer:
 @lru_cache(maxsize=1)
 def _of_process(_: int) -> _Renderer:
     return _Renderer()
+
+
+SECONDS = 5.0  # of processor time for one rendering; the slowest in the wild take milliseconds
+MAX_MEMORY = 1536 * 2**20  # of address space, of which Python and transformers take 200 MiB
+MAX_BYTES = 64 * 2**20  # of a rendered conversation

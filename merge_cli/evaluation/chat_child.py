@@ -16,7 +16,7 @@ from contextlib import suppress
 from functools import cached_property
 from typing import Any
 
-from merge_cli.evaluation.chat_limits import MAX_BYTES, MAX_MEMORY
+from merge_cli.evaluation.chat import MAX_BYTES, MAX_MEMORY
 
 
 def main() -> None:

@@ -3,14 +3,21 @@
 Windows of like length go together within a budget of tokens, and of logits, whose float32 copy is
 what fills the memory with a large vocabulary. Padding is on the right: with causal attention (and
 with recurrence) nothing that counts sees it.
+
+What must hold of every prediction, whoever asks for it: known tokens in, finite numbers out.
+
+Token sequences of which a part counts, and the batches that they go through a model in.
 """
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from merge_cli.errors import NonFiniteError, SourceError
 from merge_cli.evaluation.live import LiveModel
 from merge_cli.evaluation.task import Tell
 
@@ -125,3 +132,104 @@ def add_up(values: Any, examples: Any, count: int) -> Any:
 
     sums = torch.zeros(count, dtype=torch.float64)
     return sums.index_add_(0, examples, values.double().cpu())
+
+
+@contextmanager
+def watched(live: LiveModel) -> Iterator[None]:
+    """Watch what others do with the net: count its tokens (padding included) and its passes.
+
+    What they make of tokens that it does not have, or of predictions that are no numbers, may be
+    any score at all. So both are errors here:
+
+    Raises:
+        SourceError: a token beyond its embeddings.
+        NonFiniteError: it predicts NaN or Inf.
+    """
+    entries = live.entries
+
+    def before(net: Any, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        ids = args[0] if args else named.get("input_ids")
+        if ids is None:  # embeddings, which have no number
+            return
+        live.count(ids.numel(), 1)
+        if ids.numel() and int(ids.max()) >= entries:
+            what = (
+                f"the token number {int(ids.max())} is asked for, and it has {entries:,} embeddings"
+            )
+            hint = "The tokenizer is not this model's."
+            raise SourceError(what, model=live.label, hint=hint)
+
+    def after(net: Any, args: tuple[Any, ...], found: Any) -> None:
+        logits = getattr(found, "logits", None)
+        if logits is not None:
+            require_finite(logits.float().logsumexp(-1), live.label)
+
+    hooks = [
+        live.net.register_forward_pre_hook(before, with_kwargs=True),
+        live.net.register_forward_hook(after),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def require_finite(values: Any, label: str) -> None:
+    """Refuse predictions that are no numbers, whatever a score would make of them.
+
+    Args:
+        values: a tensor that is finite where logits are: losses, or their log-sum-exp.
+
+    Raises:
+        NonFiniteError: NaN or Inf is among them.
+    """
+    if not bool(values.isfinite().all()):
+        what = "it predicts NaN or Inf: no score of it means anything"
+        hint = "Try --dtype float32; if that does not help, its weights are broken."
+        raise NonFiniteError(what, model=label, hint=hint)
+
+
+@dataclass(frozen=True)
+class Example:
+    """Tokens of an example; `first` is the first that counts, never 0."""
+
+    ids: array[int]
+    first: int
+
+    @property
+    def counted(self) -> int:
+        """Tokens whose prediction counts."""
+        return len(self.ids) - self.first
+
+
+def micro_batches(
+    numbers: Sequence[int], sequences: Sequence[Example], tokens: int
+) -> list[list[int]]:
+    """Numbers of sequences in groups of at most `tokens` with padding, the longest first."""
+    found: list[list[int]] = []
+    for number in sorted(numbers, key=lambda i: (-len(sequences[i].ids), i)):
+        width = len(sequences[found[-1][0]].ids) if found else 0
+        if not found or width * (len(found[-1]) + 1) > tokens:
+            found.append([])
+        found[-1].append(number)
+    return found
+
+
+def padded(examples: Sequence[Example]) -> tuple[Any, Any, Any]:
+    """ids and mask, int64 [rows, length], and where a prediction counts, bool [rows, length].
+
+    Padding is on the right: with causal attention nothing that counts sees it. The prediction of
+    token i is made at i - 1.
+    """
+    import torch
+
+    width = max(len(one.ids) for one in examples)
+    ids = torch.zeros(len(examples), width, dtype=torch.long)
+    mask = torch.zeros(len(examples), width, dtype=torch.long)
+    counted = torch.zeros(len(examples), width, dtype=torch.bool)
+    for i, one in enumerate(examples):
+        ids[i, : len(one.ids)] = torch.tensor(one.ids)
+        mask[i, : len(one.ids)] = 1
+        counted[i, one.first - 1 : len(one.ids) - 1] = True
+    return ids, mask, counted

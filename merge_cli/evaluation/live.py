@@ -1,4 +1,7 @@
-"""A model that is loaded and can be asked: net, tokenizer, and how it was decided to run them."""
+"""A model that is loaded and can be asked: net, tokenizer, and how it was decided to run them.
+
+A model's tokenizer alone, without its weights.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +12,15 @@ from dataclasses import dataclass, field
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from merge_cli import machine
 from merge_cli.checkpoint.class_config import refuse_code
-from merge_cli.checkpoint.source import Source
 from merge_cli.engine.device import choose_device
 from merge_cli.errors import MergeCliError, ResourceError, SourceError
-from merge_cli.evaluation.digest import refuse_adapter
+from merge_cli.evaluation.fingerprints import refuse_adapter
 from merge_cli.evaluation.result import Cost
 from merge_cli.evaluation.spec import DTYPES
-from merge_cli.sizes import show_size
+from merge_cli.sources.source import Source
+from merge_cli.system import machine
+from merge_cli.system.machine import show_size
 
 _USUAL_CONTEXT = 4096  # where nothing is asked for: a model's own may be more than memory holds
 _ROOM = 0.8  # of the free memory for weights; activations and logits take the rest
@@ -277,3 +280,21 @@ def memory_errors(label: str, hint: str) -> Iterator[None]:
         ):
             raise
         raise ResourceError("memory ran out", where=label, hint=hint) from error
+
+
+def load_tokenizer(source: Source) -> Any:
+    """The tokenizer of an opened source; nothing of the checkpoint is executed.
+
+    Raises:
+        SourceError: transformers cannot load it.
+    """
+    from transformers import AutoTokenizer
+
+    with quiet_libraries():
+        try:
+            return AutoTokenizer.from_pretrained(str(source.root), trust_remote_code=False)
+        except Exception as error:  # the package tokenizers raises nothing more special
+            said = str(error).strip().splitlines() or [type(error).__name__]
+            what = f"its tokenizer cannot be loaded: {said[0]}"
+            hint = "The text is read with it."
+            raise SourceError(what, model=source.label, hint=hint) from error

@@ -15,11 +15,11 @@ from merge_cli.errors import Problem, RecipeError, UsageError
 from merge_cli.evaluation.spec import DTYPES, EvalSpec, default_name
 from merge_cli.evaluation.task import Task
 from merge_cli.evaluation.tasks import KINDS
-from merge_cli.guarded import Unreadable, is_file, read_text
-from merge_cli.guarded_yaml import MAX_YAML
-from merge_cli.recipe.keys import nearest
+from merge_cli.recipe.fields import nearest
 from merge_cli.recipe.nodes import Node, load_nodes
 from merge_cli.recipe.reference import expanded
+from merge_cli.system.untrusted import Unreadable, is_file, read_text
+from merge_cli.system.untrusted_yaml import MAX_YAML
 
 # Fields that name something: a model, a task, a function.
 _NAMES = ("name", "expert", "teacher", "lm_eval", "python")

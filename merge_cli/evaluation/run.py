@@ -10,21 +10,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from merge_cli.checkpoint.raw import write_error
-from merge_cli.checkpoint.source import Source, fetch_weights, open_source
 from merge_cli.engine.device import choose_device
 from merge_cli.errors import Interrupted, NonFiniteError, UsageError
 from merge_cli.evaluation import cache
-from merge_cli.evaluation.digest import refuse_changed, source_fingerprint
+from merge_cli.evaluation.fingerprints import refuse_changed, source_fingerprint
 from merge_cli.evaluation.live import LiveModel, choose_dtype, load, memory_errors
 from merge_cli.evaluation.parse import parse_eval, read_eval
 from merge_cli.evaluation.result import Cost, Evaluation, TaskResult
 from merge_cli.evaluation.spec import EvalSpec, default_name
 from merge_cli.evaluation.task import Task
 from merge_cli.evaluation.tasks.loss import LossTask
-from merge_cli.machine import torch_threads
 from merge_cli.recipe.reference import parse_reference
 from merge_cli.recipe.schema import Recipe
+from merge_cli.sources.source import Source, fetch_weights, open_source
+from merge_cli.system.machine import torch_threads
+from merge_cli.system.raw_io import write_error
 
 _SMALLER = "Try a smaller --batch-tokens or --max-length, or --dtype bfloat16."
 

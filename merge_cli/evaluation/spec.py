@@ -7,7 +7,7 @@ from pathlib import Path
 
 from merge_cli.errors import UsageError
 from merge_cli.evaluation.task import Task
-from merge_cli.recipe.keys import nearest
+from merge_cli.recipe.fields import nearest
 
 DTYPES = ("float32", "bfloat16", "float16")
 

@@ -18,14 +18,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from merge_cli.checkpoint.source import Source
 from merge_cli.errors import ResourceError
 from merge_cli.evaluation.cache import cache_folder
-from merge_cli.evaluation.digest import refuse_changed
-from merge_cli.evaluation.examples import Example, micro_batches, padded
+from merge_cli.evaluation.fingerprints import refuse_changed
+from merge_cli.evaluation.forward import Example, micro_batches, padded, require_finite
 from merge_cli.evaluation.live import LiveModel, load
-from merge_cli.evaluation.watch import require_finite
-from merge_cli.sizes import show_size
+from merge_cli.sources.source import Source
+from merge_cli.system.machine import show_size
 
 _FORMAT = 3
 _GROUP = 32  # sequences of a file

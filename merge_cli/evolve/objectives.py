@@ -16,7 +16,7 @@ from merge_cli.evaluation.parse import parse_eval
 from merge_cli.evaluation.result import Better
 from merge_cli.evaluation.spec import EvalSpec
 from merge_cli.evaluation.tasks import KINDS
-from merge_cli.recipe.keys import nearest
+from merge_cli.recipe.fields import nearest
 from merge_cli.recipe.nodes import Node
 from merge_cli.recipe.schema import Recipe
 

@@ -6,17 +6,17 @@ import json
 from dataclasses import dataclass, replace
 
 from merge_cli.engine.device import choose_device
-from merge_cli.engine.heads import reconcile_heads
-from merge_cli.engine.layers import layer_stacks, main_stack, model_heights
+from merge_cli.engine.in_memory import SourcesInMemory, choose_residency
 from merge_cli.engine.options import MergeOptions
-from merge_cli.engine.plan import Plan
-from merge_cli.engine.planner import make_plan
 from merge_cli.errors import RecipeError, ResourceError
-from merge_cli.evaluation.digest import auxiliary_fingerprint
+from merge_cli.evaluation.fingerprints import auxiliary_fingerprint
 from merge_cli.evolve.objectives import SearchObjective, parse_objective
-from merge_cli.evolve.resident import SourcesInMemory, choose_residency
 from merge_cli.evolve.space import Space, default_population
 from merge_cli.evolve.splits import refuse_overlap
+from merge_cli.planning.heads import reconcile_heads
+from merge_cli.planning.layers import layer_stacks, main_stack, model_heights
+from merge_cli.planning.plan import Plan
+from merge_cli.planning.planner import make_plan
 from merge_cli.recipe.schema import Recipe
 from merge_cli.recipe.search import Search
 

@@ -1,178 +1,215 @@
-"""The record of a search: what the report shows, and whether it was worth it."""
+"""The report page's sections on searching: what was found, how, and whether it was worth it.
+
+Their data is in merge_report.json under `search` (docs/evolve.md).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from merge_cli.engine.memory import peak_rss
-from merge_cli.errors import GateError
-from merge_cli.evolve.importance import importance
-from merge_cli.evolve.loop import Candidate, best_first
-from merge_cli.evolve.objectives import Split, Values
-from merge_cli.evolve.plan import SearchPlan
-from merge_cli.evolve.space import plain_values
+from markupsafe import Markup
 
-FOUND = "found"
+from merge_cli.recipe.reference import short_labels
+from merge_cli.report import charts
+from merge_cli.report.charts import Axis, Series, caption, svg, titled
+from merge_cli.report.page import (
+    Part,
+    Section,
+    Table,
+    code,
+    count,
+    duration,
+    figure,
+    items,
+    percent,
+    section,
+    size,
+    strong,
+)
 
-
-def history(candidates: Sequence[Candidate]) -> list[dict[str, Any]]:
-    """One entry for each candidate: its score, and the best one so far."""
-    best: Candidate | None = None
-    found = []
-    for one in candidates:
-        if one.score is not None and (best is None or one.rank_key < best.rank_key):
-            best = one
-        found.append(
-            {
-                "number": one.number,
-                "generation": one.generation,
-                "score": one.score.total if one.score else None,
-                "parts": list(one.score.parts) if one.score else None,
-                "violation": one.score.violation if one.score else None,
-                "best": best.score.total if best and best.score else None,
-                "share": one.share,
-                "error": one.outcome.error,
-            }
-        )
-    return found
+Json = Mapping[str, Any]
+_POINTS = 60  # of a convergence curve
+_SHOWN = 20  # parameters in the chart of importance
 
 
-def front(candidates: Sequence[Candidate]) -> list[int]:
-    """Numbers of the candidates that none is better than in every goal."""
-    known = [c for c in candidates if c.score is not None and not c.score.violation]
-    found = []
-    for one in known:
-        assert one.score is not None
-        mine = one.score.parts
-        if not any(
-            c.score is not None
-            and c.score.parts != mine
-            and all(a <= b for a, b in zip(c.score.parts, mine, strict=True))
-            for c in known
-        ):
-            found.append(one.number)
-    return found
+def search_sections(report: Json) -> list[Section]:
+    """The sections of a report of a search; none for other methods."""
+    search = report.get("search")
+    if not search:
+        return []
+    found = [_worth(search), _convergence(search)]
+    if len(search["goals"]) > 1:
+        found.append(_front(search))
+    return [*found, _values(search), _cost(search)]
 
 
-def build_record(
-    decided: SearchPlan,
-    candidates: Sequence[Candidate],
-    best: Candidate,
-    ended: str,
-    compared: Mapping[str, Values],
-    references: Mapping[str, Values],
-    base: Values | None,
-    cost: Mapping[str, Any],
-) -> dict[str, Any]:
-    """JSON-ready; docs/evolve.md says what each part is.
+def _worth(search: Json) -> Section:
+    scores, verdict = search["scores"], search["verdict"]
+    title = "Whether it was worth it"
+    how = Markup(
+        "Scores on the split {}, lower is better: the objective's goals, weighted. Goals that are "
+        "maximised count with a minus."
+    ).format(code(search["split"]))
+    if verdict is None:
+        return section(title, how, "There is nothing to compare with.")
+    static = f"{verdict['best_static']} ({verdict['best_static_score']:.4g})"
+    found = f"Score {verdict['score']:.4g}; the best without a search is {static}."
+    if not verdict["better"]:
+        found = f"NO IMPROVEMENT: {found}"
+    names = dict(zip(scores, short_labels(list(scores)), strict=True))
+    tasks = list(next(iter(scores.values()))["tasks"])
+    best = min(one["score"] for one in scores.values())
+    rows = [
+        [
+            strong(names[name]) if one["score"] == best else names[name],
+            f"{one['score']:.4f}",
+            *(f"{one['tasks'][task]:.4f}" for task in tasks),
+        ]
+        for name, one in scores.items()
+    ]
+    heads = ["model", "score", *tasks]
+    table = Table(heads, rows, right=len(heads) - 1)
+    return section(title, how, found, items(search["warnings"]), table)
 
-    Args:
-        compared: models by name on the report's split; FOUND is the result.
-        references: of those the ones that nothing was searched for.
-        base: the base on that split, for constraints.
-    """
-    split, space = decided.objective.report, decided.space
-    scores = {
-        name: {"score": split.score(values, base).total, "tasks": primary(values)}
-        for name, values in compared.items()
-    }
-    scored = best_first(candidates)
-    genes = [space.describe(gene) for gene in space.genes] if space else list(decided.labels)
-    shares = importance(
-        [c.genome for c in scored], [c.score.total for c in scored if c.score is not None]
+
+def _convergence(search: Json) -> Section:
+    history = search["history"]
+    known = [one for one in history if one["score"] is not None]
+    title = "Convergence"
+    if not known:
+        return section(title, "", "No candidate has a score.")
+    first = known[0]["score"]
+    how = (
+        "How much better than the first candidate the best so far is, by number of candidates: a "
+        "line that has long been flat says that searching longer would have found little."
     )
-    values: Mapping[str, Any] = (
-        plain_values(space, best.genome)
-        if space
-        else {name: bool(u) for name, u in zip(decided.labels, best.genome, strict=True)}
+    step = -(-len(history) // _POINTS)
+    shown = [history[min(i + step - 1, len(history) - 1)] for i in range(0, len(history), step)]
+    gains = [None if one["best"] is None else max(0.0, first - one["best"]) for one in shown]
+    width = max(12.0, min(56.0, 700 / max(1, len(shown))))
+    every = max(1, -(-44 // int(width)))
+    numbers = [str(one["number"] + 1) for one in shown]
+    ticks = [number if i % every == 0 else "" for i, number in enumerate(numbers)]
+    axis = Axis([f"candidate {number}" for number in numbers], ticks, "number", width)
+    chart = charts.lines(title, axis, [Series("best so far", gains, 0)], _number, "score gained")
+    failed = sum(bool(one["error"]) for one in history)
+    best = search["best"]
+    found = (
+        f"{count(len(history), 'candidate')} by {search['optimizer']}, from {first:.5g} to "
+        f"{best['score']:.5g} on the search split; {search['ended']}."
     )
-    assert best.score is not None
-    warnings = list(decided.warnings)
-    found = verdict(scores, references)
-    if best.score.violation:
-        warnings.append(
-            "NO CANDIDATE keeps the constraints; the one that breaks them least is taken"
-        )
-    reported = split.score(compared[FOUND], base).violation if FOUND in compared else 0.0
-    if reported and split.name != "search":
-        warnings.append(f"BREAKS A CONSTRAINT on the split {split.name}")
-    if found is not None and not found["better"]:
-        warnings.append(
-            f"NO IMPROVEMENT: {split.name} score {found['score']:.4g}, and {found['best_static']} "
-            f"{found['best_static_score']:.4g} without a search"
-        )
-    return {
-        "method": decided.recipe.merge_method,
-        "searched": list(decided.search.method) or ["soup"],
-        "optimizer": decided.search.optimizer if space else "greedy",
-        "ended": ended,
-        "goals": [goal.task for goal in decided.objective.search.weighted],
-        "genes": genes,
-        "importance": dict(zip(genes, shares, strict=True)) if space else {},
-        "history": history(candidates),
-        "front": front(candidates),
-        "best": {
-            "number": best.number,
-            "score": best.score.total,
-            "violation": best.score.violation,
-            "reported_violation": reported,
-            "values": values,
-        },
-        "split": split.name,
-        "scores": scores,
-        "verdict": found,
-        "warnings": warnings,
-        "cost": {**cost, "peak_rss": peak_rss()},
-    }
+    if failed:
+        errors = dict.fromkeys(one["error"].partition("\n")[0] for one in history if one["error"])
+        found += f" {count(failed, 'candidate')} failed: {'; '.join(list(errors)[:3])}."
+    return section(title, how, found, figure("Score gained over the first candidate.", chart))
 
 
-def primary(values: Values) -> dict[str, float]:
-    """Each task's first metric."""
-    return {name: next(iter(metrics.values())).value for name, metrics in values.items()}
-
-
-def verdict(
-    scores: Mapping[str, Mapping[str, Any]], references: Mapping[str, Values]
-) -> dict[str, Any] | None:
-    """The result against the best that needs no search; None where there is nothing else."""
-    static = {name: scores[name]["score"] for name in references}
-    if not static or FOUND not in scores:
-        return None
-    name = min(static, key=lambda one: static[one])
-    score = scores[FOUND]["score"]
-    return {
-        "score": score,
-        "best_static": name,
-        "best_static_score": static[name],
-        "better": score < static[name],
-    }
-
-
-def gate(record: Mapping[str, Any], required: bool, where: Path) -> None:
-    """Raise where improvement is required and there is none.
-
-    Raises:
-        GateError: no better than base, sources, soup and task arithmetic; or a broken constraint.
-    """
-    found = record["verdict"]
-    kept = not (record["best"]["violation"] or record["best"]["reported_violation"])
-    if not required or (found is not None and found["better"] and kept):
-        return
-    what = "improvement is required, and " + (
-        f"{found['best_static']} scores {found['best_static_score']:.4g} without a search, the "
-        f"result {found['score']:.4g}"
-        if found is not None and kept
-        else "the result breaks a constraint"
+def _front(search: Json) -> Section:
+    goals = search["goals"][:2]
+    how = (
+        "Each candidate's share of the score from two goals, lower is better in both. Filled "
+        "points are on the front: no other candidate is better in every goal."
     )
-    hint = "Search longer or wider, or run without --require-improvement."
-    raise GateError(what, where=str(where), hint=hint)
+    known = [one for one in search["history"] if one["parts"] is not None]
+    if len(known) < 2:
+        return section("Pareto front", how, "Too few candidates have a score.")
+    on_front = set(search["front"])
+    points = [(one["parts"][0], one["parts"][1], one["number"]) for one in known]
+    found = f"{count(len(on_front), 'candidate')} of {len(known)} on the front"
+    more = (
+        f"; drawn are the first two of {len(search['goals'])} goals"
+        if len(search["goals"]) > 2
+        else ""
+    )
+    chart = _scatter(points, goals, on_front, search["best"]["number"])
+    return section("Pareto front", how, f"{found}{more}.", figure("All candidates.", chart))
 
 
-def score_text(split: Split, candidate: Candidate | None) -> str:
-    """`best 2.6512` for a progress line."""
-    if candidate is None or candidate.score is None:
-        return ""
-    broken = " (breaks a constraint)" if candidate.score.violation else ""
-    return f"best {candidate.score.total:.5g}{broken}"
+def _scatter(
+    points: Sequence[tuple[float, float, int]], goals: Sequence[str], strong: set[int], best: int
+) -> str:
+    left, top, wide, high = 80.0, 30.0, 520.0, 280.0
+    ends = [(min(p[i] for p in points), max(p[i] for p in points)) for i in (0, 1)]
+
+    def at(value: float, axis: int) -> float:
+        low, highest = ends[axis]
+        share = (value - low) / (highest - low) if highest > low else 0.5
+        return left + wide * share if axis == 0 else top + high * (1 - share)
+
+    parts = [
+        caption(left - 8, top - 14, goals[1], ""),
+        caption(left + wide, top + high + 36, goals[0], "e"),
+    ]
+    for share in (0.0, 0.5, 1.0):
+        y, x = top + high * (1 - share), left + wide * share
+        parts.append(f'<path class="grid" d="M{left} {y:.1f}h{wide}"/>')
+        values = [low + share * (highest - low) for low, highest in ends]
+        parts.append(caption(left - 8, y + 4, _number(values[1]), "e num"))
+        parts.append(caption(x, top + high + 17, _number(values[0]), "m num"))
+    for x_value, y_value, number in sorted(points, key=lambda p: p[2] in strong):
+        said = f"candidate {number + 1}: {_number(x_value)}, {_number(y_value)}"
+        style = "s-merged" if number == best else "s-0" if number in strong else "s-5"
+        size_ = 1.3 if number == best else 1.0 if number in strong else 0.6
+        where = f' transform="translate({at(x_value, 0):.1f} {at(y_value, 1):.1f})scale({size_})"'
+        parts.append(titled("M-3 0a3 3 0 1 0 6 0a3 3 0 1 0-6 0z", f"mark {style}", said, where))
+    return svg("Pareto front", left + wide + 20, top + high + 48, parts)
+
+
+def _values(search: Json) -> Section:
+    values = search["best"]["values"]
+    shares = search["importance"]
+    rows = [
+        [name, _plain(value), percent(shares[name]) if name in shares else "–"]
+        for name, value in values.items()
+    ]
+    ranked = sorted(shares.items(), key=lambda one: -one[1])[:_SHOWN]
+    figures: list[Part] = []
+    if any(share for _, share in ranked):
+        bars = [(charts.shorten(name, 44), share, percent(share)) for name, share in ranked]
+        figures.append(
+            figure(
+                "Share of the scores' variance that a parameter explains alone.",
+                charts.side_bars("Importance", bars),
+            )
+        )
+    how = (
+        "The values that were found. Importance is of each parameter alone (a parabola in ranks), "
+        "over the candidates that were tried; it says nothing of interactions."
+    )
+    found = f"Candidate {search['best']['number'] + 1}, by {', '.join(search['searched'])}."
+    return section(
+        "What was found",
+        how,
+        found,
+        *figures,
+        Table(["sets", "value", "importance"], rows, right=2),
+    )
+
+
+def _cost(search: Json) -> Section:
+    cost = search["cost"]
+    rate = cost["evaluations"] / cost["seconds"] if cost["seconds"] else 0.0
+    rows = [
+        ("candidates", f"{cost['evaluations']:,}, {cost['failed']} failed"),
+        ("evaluating, all workers together", duration(cost["seconds"])),
+        ("candidates/s", f"{rate:.2f}" if rate else "–"),
+        ("tokens", f"{cost['tokens']:,}"),
+        ("forward passes", f"{cost['forward_passes']:,}"),
+        ("tokens of the comparison above", f"{cost['report_tokens']:,}"),
+        ("workers", f"{cost['workers']}"),
+        ("peak memory, resident", size(cost["peak_rss"])),
+        *([("peak memory, GPU", size(cost["peak_vram"]))] if cost["peak_vram"] else []),
+        ("sources wait in", cost["residency"]),
+    ]
+    return section("What searching cost", "", "", Table(["", ""], rows, right=1))
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _number(value: float) -> str:
+    return f"{value:.4g}".replace("-", "−")

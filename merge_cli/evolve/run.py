@@ -13,22 +13,18 @@ from typing import Any
 from merge_cli.engine.inputs import inputs_of
 from merge_cli.engine.merge import fetch_inputs
 from merge_cli.engine.options import MergeOptions, OnProgress, Progress
-from merge_cli.engine.plan import Plan
-from merge_cli.engine.planner import load_recipe
 from merge_cli.errors import Interrupted, MergeCliError
-from merge_cli.evolve.asynchronous import Asynchronous
-from merge_cli.evolve.evaluations import Evaluations
 from merge_cli.evolve.evaluator import EvaluationJob, EvaluationOutcome, Setup
 from merge_cli.evolve.greedy import Greedy, soup_of
-from merge_cli.evolve.journal import BEST, SearchWorkspace
-from merge_cli.evolve.key import work_key
-from merge_cli.evolve.loop import Candidate, Loop, best_first
+from merge_cli.evolve.journal import BEST, Evaluations, SearchWorkspace, work_key
+from merge_cli.evolve.loop import Asynchronous, Candidate, Loop, best_first
 from merge_cli.evolve.objectives import Split, Values
 from merge_cli.evolve.optimizers import make_optimizer
 from merge_cli.evolve.plan import SearchPlan, plan_search
-from merge_cli.evolve.references import References
-from merge_cli.evolve.report import FOUND, build_record, gate, score_text
+from merge_cli.evolve.record import FOUND, References, build_record, gate, score_text
 from merge_cli.evolve.workers import make_workers
+from merge_cli.planning.plan import Plan
+from merge_cli.planning.planner import load_recipe
 from merge_cli.recipe.dump import dump_recipe, path_from
 from merge_cli.recipe.reference import local_file
 from merge_cli.recipe.schema import Recipe

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from merge_cli.errors import RecipeError, UsageError
-from merge_cli.methods.operands import operand_specs
+from merge_cli.methods.blocks import operand_specs
 from merge_cli.methods.registry import Method, get_method
 from merge_cli.recipe.reference import local_folder, short_labels
 from merge_cli.recipe.schema import Recipe, SourceSpec

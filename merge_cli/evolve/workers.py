@@ -1,21 +1,30 @@
 """Who evaluates: this process, or several, each with a model of its own.
 
 All of them answer the same jobs with the same numbers; only the order of the answers differs.
+
+Workers as actors on a Ray cluster: each loads the model once, on a GPU of its own if any.
+
+The recipe's models must lie at the same paths on every node. An actor that is lost, with its node
+or alone, is replaced, and what it was at is given to another one; a candidate that two actors did
+not survive has failed.
 """
 
 from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
 import signal
+from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol
 
-from merge_cli.errors import MergeCliError, SourceError
+from merge_cli.errors import MergeCliError, ResourceError, SourceError
 from merge_cli.evolve.evaluator import EvaluationJob, EvaluationOutcome, Evaluator, Setup
-from merge_cli.lifeline import end_with
 from merge_cli.recipe.search import Search
+from merge_cli.system.processes import end_with
 
 _LOST = "the worker process ended (exit code {}), perhaps for want of memory"
 
@@ -33,8 +42,6 @@ class Workers(Protocol):
 def make_workers(search: Search, setup: Setup) -> Workers:
     """As the recipe asks for."""
     if search.engine == "ray":
-        from merge_cli.evolve.ray_workers import RayWorkers
-
         return RayWorkers(setup, search.workers)
     return InProcess(setup) if search.workers == 1 else Processes(setup, search.workers)
 
@@ -133,3 +140,100 @@ def _serve(pipe: Connection, setup: Setup) -> None:
 def portable(error: MergeCliError) -> MergeCliError:
     """An error as another process can be told of it: its text, and whether it is of an input."""
     return (SourceError if isinstance(error, SourceError) else MergeCliError)(str(error))
+
+
+_LIVES = 2  # actors that may be lost over one candidate
+
+
+class _Actor:
+    """Inside an actor."""
+
+    def __init__(self, setup: Setup) -> None:
+        self._setup = setup
+        self._evaluator: Evaluator | None = None
+
+    def answer(self, job: EvaluationJob) -> EvaluationOutcome | MergeCliError:
+        """An outcome; or why this actor can evaluate nothing."""
+        try:
+            self._evaluator = self._evaluator or Evaluator(self._setup)
+            return self._evaluator.answer(job)
+        except MergeCliError as error:
+            return portable(error)
+
+    def pid(self) -> int:
+        """Of the actor's process."""
+        return os.getpid()
+
+
+class RayWorkers:
+    """Jobs over `count` actors of the cluster that RAY_ADDRESS names, or of one on this machine."""
+
+    def __init__(self, setup: Setup, count: int) -> None:
+        import ray
+
+        self._ray = ray
+        self._started = not ray.is_initialized()
+        if self._started:
+            ray.init(configure_logging=False, include_dashboard=False, log_to_driver=False)
+        there = ray.cluster_resources()
+        gpus = there.get("GPU", 0) > 0 and setup.options.device != "cpu"
+        # An actor that the cluster has no room for would be waited for without end.
+        self._count = min(count, int(there.get("GPU" if gpus else "CPU", 0)))
+        if not self._count:
+            raise ResourceError("the Ray cluster has no CPU for a worker")
+        options = replace(setup.options, device="cuda" if gpus else "cpu")
+        splits = {
+            name: replace(split, spec=split.spec.changed(device=options.device))
+            for name, split in setup.objective.splits.items()
+        }
+        self._setup = replace(
+            setup, options=options, objective=replace(setup.objective, splits=splits)
+        )
+        self._remote: Any = ray.remote(num_gpus=1 if gpus else 0, num_cpus=1)(_Actor)
+        self._idle: list[Any] = []
+
+    def run(self, jobs: Iterable[EvaluationJob]) -> Iterator[EvaluationOutcome]:
+        failures = self._ray.exceptions
+        again: list[EvaluationJob] = []  # what a lost actor was at
+        coming = iter(jobs)
+        busy: dict[Any, tuple[Any, EvaluationJob]] = {}  # reference -> (actor, job)
+        lost: Counter[int] = Counter()
+        while True:
+            while len(busy) < self._count:
+                next_job = again.pop() if again else next(coming, None)
+                if next_job is None:
+                    break
+                actor = self._idle.pop() if self._idle else self._remote.remote(self._setup)
+                busy[actor.answer.remote(next_job)] = actor, next_job
+            if not busy:
+                return
+            ready, _ = self._ray.wait(list(busy), num_returns=1)
+            actor, job = busy.pop(ready[0])
+            try:
+                answer = self._ray.get(ready[0])
+            except failures.RayTaskError as error:  # the actor lives: it could not be made ready
+                self._idle.append(actor)
+                cause = str(error).strip().rpartition("\n")[2]
+                yield EvaluationOutcome(job.number, error=f"in its actor: {cause}")
+                continue
+            except failures.RayError as error:  # actor, node or object lost, or killed for memory
+                self._ray.kill(actor)
+                lost[job.number] += 1
+                if lost[job.number] < _LIVES:
+                    again.append(job)
+                    continue
+                yield EvaluationOutcome(
+                    job.number, error=f"its actors were lost: {str(error).strip()}"
+                )
+                continue
+            self._idle.append(actor)
+            if isinstance(answer, BaseException):
+                raise answer
+            yield answer
+
+    def close(self) -> None:
+        for actor in self._idle:
+            self._ray.kill(actor)
+        self._idle.clear()
+        if self._started:
+            self._ray.shutdown()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from merge_cli.kernels.arrays import is_numpy, matrix
+from merge_cli.kernels.backend import is_numpy, matrix
 from merge_cli.kernels.keys import key_of
 
 ALL_TIES = 2**63 - 1

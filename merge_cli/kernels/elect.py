@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from merge_cli.kernels.arrays import Array, is_numpy, matrix
-from merge_cli.kernels.gpu import kernels_for
+from merge_cli.kernels.backend import Array, is_numpy, kernels_for, matrix
 
 
 def disjoint_mean(

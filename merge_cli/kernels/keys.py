@@ -6,8 +6,7 @@ import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from merge_cli.kernels.arrays import is_numpy
-from merge_cli.kernels.gpu import kernels_for
+from merge_cli.kernels.backend import is_numpy, kernels_for
 
 if TYPE_CHECKING:
     import numpy as np

@@ -24,8 +24,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from merge_cli.kernels.arrays import Array, is_numpy, matrix
-from merge_cli.kernels.gpu import kernels_for
+from merge_cli.kernels.backend import Array, is_numpy, kernels_for, matrix
 
 if TYPE_CHECKING:
     import torch

@@ -11,8 +11,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from merge_cli.kernels.arrays import Array, is_numpy, matrix
-from merge_cli.kernels.gpu import kernels_for
+from merge_cli.kernels.backend import Array, is_numpy, kernels_for, matrix
 
 BLOCK_MULTIPLE = 65_536
 _LANES = 64

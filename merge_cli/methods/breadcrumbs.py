@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from merge_cli.kernels.arrays import Array
+from merge_cli.kernels.backend import Array
 from merge_cli.kernels.cut import MagnitudeThreshold, count_kept, trimmed
 from merge_cli.kernels.elect import disjoint_mean
 from merge_cli.kernels.reduce import add_scaled, divided, weighted_sum

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from merge_cli.checkpoint.coefficients import TensorCoefficients, open_coefficients
 from merge_cli.errors import CorruptFileError
-from merge_cli.kernels.arrays import Array
+from merge_cli.kernels.backend import Array
 from merge_cli.methods.blocks import Span
 from merge_cli.methods.registry import Method, merge_method, method_of
 from merge_cli.recipe.reference import local_file

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from merge_cli.kernels.arrays import Array
+from merge_cli.kernels.backend import Array
 from merge_cli.kernels.elect import disjoint_mean
 from merge_cli.kernels.mask import count_kept, drop
 from merge_cli.kernels.reduce import absolute_runs, add_scaled, divided, exact_sum, weighted_sum

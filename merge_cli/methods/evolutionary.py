@@ -7,7 +7,7 @@ formula here is always the inner method's.
 from __future__ import annotations
 
 from merge_cli.errors import UsageError
-from merge_cli.kernels.arrays import Array
+from merge_cli.kernels.backend import Array
 from merge_cli.methods.registry import Method, get_method, merge_method
 from merge_cli.recipe.schema import Recipe
 

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from merge_cli.checkpoint.statistics import TensorStatistics
-from merge_cli.kernels.arrays import Array
+from merge_cli.kernels.backend import Array
 from merge_cli.methods.blocks import Span
 from merge_cli.methods.parameters import PerModel, Range, each
 from merge_cli.methods.registry import merge_method

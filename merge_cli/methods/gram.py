@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
-from merge_cli.kernels.arrays import Array, is_numpy
+from merge_cli.kernels.backend import Array, is_numpy
 from merge_cli.kernels.reduce import dot_runs, exact_sum
 from merge_cli.methods.blocks import Block, TensorBlocks, load_whole
 

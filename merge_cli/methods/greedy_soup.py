@@ -5,7 +5,7 @@ Which those are is found first (`merge_cli.evolve.greedy`); what is merged is a 
 
 from __future__ import annotations
 
-from merge_cli.kernels.arrays import Array
+from merge_cli.kernels.backend import Array
 from merge_cli.methods.registry import Method, get_method, merge_method
 from merge_cli.recipe.schema import Recipe
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from merge_cli.kernels.arrays import Array
+from merge_cli.kernels.backend import Array
 from merge_cli.kernels.reduce import weighted_sum
 from merge_cli.methods.blocks import Span, TensorBlocks
 from merge_cli.methods.gram import Along, Spread, gram_matrices, gram_matrix

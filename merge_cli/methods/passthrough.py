@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from merge_cli.kernels.arrays import Array
+from merge_cli.kernels.backend import Array
 from merge_cli.methods.parameters import PerModel, each
 from merge_cli.methods.registry import merge_method
 

@@ -31,9 +31,9 @@ from typing import Any, Literal, TypeVar
 
 from merge_cli.errors import UsageError
 from merge_cli.methods.parameters import MethodParameter, read_parameters
-from merge_cli.recipe.keys import nearest
+from merge_cli.recipe.fields import nearest
 from merge_cli.recipe.schema import Parameters, Recipe
-from merge_cli.recipe.statistics import Kind
+from merge_cli.recipe.training import Kind
 
 F = TypeVar("F", bound=Callable[..., Any])
 

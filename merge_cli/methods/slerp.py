@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from merge_cli.kernels.arrays import Array
+from merge_cli.kernels.backend import Array
 from merge_cli.kernels.reduce import dot_runs, exact_sum, weighted_sum
 from merge_cli.methods.blocks import Block, TensorBlocks
 from merge_cli.methods.registry import merge_method

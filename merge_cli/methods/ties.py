@@ -13,7 +13,7 @@ from itertools import accumulate
 from typing import Any, Literal
 
 from merge_cli.errors import UsageError
-from merge_cli.kernels.arrays import Array
+from merge_cli.kernels.backend import Array
 from merge_cli.kernels.cut import ALL_TIES, MagnitudeThreshold, count_kept, trimmed
 from merge_cli.kernels.elect import disjoint_mean
 from merge_cli.kernels.reduce import add_scaled, weighted_sum

@@ -7,13 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from merge_cli.checkpoint.card import front_matter
-from merge_cli.checkpoint.files import CARD
-from merge_cli.checkpoint.links import refuse_links
-from merge_cli.checkpoint.shards import INDEX
+from merge_cli.checkpoint.auxiliary_files import CARD, front_matter, refuse_links
 from merge_cli.errors import CorruptFileError, SourceError
-from merge_cli.guarded import Unreadable, read_mapping, read_text
 from merge_cli.report.card import card_for
+from merge_cli.sources.storage import INDEX
+from merge_cli.system.untrusted import Unreadable, read_mapping, read_text
 
 REPORT = "merge_report.json"
 RECIPE = "merge_recipe.yaml"

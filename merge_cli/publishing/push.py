@@ -15,12 +15,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from merge_cli.checkpoint.files import CARD
-from merge_cli.checkpoint.shards import INDEX
+from merge_cli.checkpoint.auxiliary_files import CARD
 from merge_cli.engine.options import Progress
 from merge_cli.errors import CorruptFileError, HubError, UsageError
+from merge_cli.hub.errors import LOGIN, explained_upload
 from merge_cli.publishing.package import REPORT, Package, pack
-from merge_cli.publishing.refusals import LOGIN, explained_upload
+from merge_cli.sources.storage import INDEX
 
 MAIN = "main"
 

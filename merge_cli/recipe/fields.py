@@ -1,15 +1,18 @@
 """Reading one field after another: words, numbers, lists, mappings, each with its problems.
 
 What is wrong is collected, not raised, so that one look at a recipe shows all of it.
+
+The keys of a recipe: known, known to be without effect, known but not supported.
 """
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from merge_cli.errors import Problem
-from merge_cli.recipe.keys import DTYPES, INEFFECTIVE, UNSUPPORTED, nearest
 from merge_cli.recipe.nodes import Node
 
 _LONGEST = 1000  # characters of a message
@@ -112,3 +115,87 @@ class Fields:
         if len(what) > _LONGEST:  # a value that fills screens: what is said of it is at both ends
             what = f"{what[: _LONGEST // 2]} ... {what[-_LONGEST // 2 :]}"
         self.problems.append(Problem(what, key, self.file, node.line, node.column, hint))
+
+
+# Seen in recipes in the wild and without effect in mergekit 0.1.5: one line, not an error.
+INEFFECTIVE = {
+    "embed_slerp": "mergekit ignores it, too: embeddings are merged like any other tensor",
+    "input_model_parameters": "mergekit ignores it, too",
+    "residual_weight": "mergekit ignores it, too",
+    "override_architecture": "tensors are matched by name, whatever the architecture",
+    "int8_mask": "not needed here: masks are never stored",
+}
+# Of mergekit's, where they do nothing: key -> why.
+UNUSED_LAYER_RANGE = "whole models are merged here; layers are chosen under `slices`"
+UNUSED_SEED = "`seed` says it"
+# The parameters of all of mergekit's methods. It reads those that the method has, where the method
+# has them, and passes by the others: so recipes that are copied from one another are full of them.
+MERGEKIT_PARAMETERS = frozenset(
+    {
+        "weight",
+        "density",
+        "normalize",
+        "rescale",
+        "lambda",
+        "int8_mask",
+        "gamma",
+        "epsilon",
+        "t",
+        "scale",
+        "select_topk",
+        "filter_wise",
+        "nuslerp_flatten",
+        "nuslerp_row_wise",
+        "normalize_weights",
+        "eps",
+        "max_iter",
+        "tol",
+        "r",
+        "alpha",
+    }
+)
+# Known to mergekit or to the field: a recipe that needs them must not run without.
+UNSUPPORTED = {
+    "genome": "a file of mergekit-evolve; the same search is `merge_method: evolutionary` with "
+    "`search` and `objective` here (docs/evolve.md)",
+    "experts": "a file of mergekit-moe; mixtures of experts are not made by this version",
+    "layer_slices": "a file of bakllama; the same model is `slices` with `passthrough`",
+    "data": "`data` belongs to a model: write it under each of `models`",
+}
+RECIPE_KEYS = (
+    "merge_method",
+    "base_model",
+    "models",
+    "slices",
+    "modules",
+    "parameters",
+    "dtype",
+    "out_dtype",
+    "seed",
+    "random_seed",
+    "tokenizer_source",
+    "tokenizer",
+    "chat_template",
+    "name",
+    "metadata",
+    "training",
+    "statistics",
+    "coefficients",
+    "inputs",
+    "eval",
+    "search",
+    "objective",
+    "output",
+)
+
+SOURCE_KEYS = ("models", "slices", "modules")  # one of them lists what is merged
+
+DTYPES = ("float32", "float16", "bfloat16", "float64")
+FP8 = "fp8"  # of `out_dtype`: matrices of layers as codes of eight bits with scales, the rest not
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """`Did you mean 'x'?`, or the list of what is known when nothing is near."""
+    names = sorted(known)
+    match = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
+    return f"Did you mean '{match[0]}'?" if match else f"Known: {', '.join(names)}."

@@ -17,8 +17,8 @@ from typing import Any
 import yaml
 
 from merge_cli.errors import Problem, RecipeError
-from merge_cli.guarded import CONTROL, MAX_DIGITS, called
-from merge_cli.guarded_yaml import MAX_YAML, GuardedLoader, yaml_reason
+from merge_cli.system.untrusted import CONTROL, MAX_DIGITS, called
+from merge_cli.system.untrusted_yaml import MAX_YAML, GuardedLoader, yaml_reason
 
 _SCALARS = (type(None), bool, int, float, str, datetime.date)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from merge_cli.recipe.keys import nearest
+from merge_cli.recipe.fields import nearest
 from merge_cli.recipe.nodes import Node
 
 ADAPTER, MODEL = "adapter", "model"

@@ -10,10 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_type_hints
 
-from merge_cli.recipe.keys import nearest
-from merge_cli.recipe.learning import Refuse, read_value, words_of
+from merge_cli.recipe.fields import nearest
 from merge_cli.recipe.nodes import Node
-from merge_cli.recipe.training import option
+from merge_cli.recipe.training import Refuse, option, read_value, words_of
 from merge_cli.recipe.values import Scalar, filter_error
 
 TIES = ("models", "layers", "filters")

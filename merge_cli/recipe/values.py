@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from merge_cli.errors import Problem, RecipeError
-from merge_cli.guarded import Unreadable
-from merge_cli.patterns import Pattern, compile_pattern
+from merge_cli.system.patterns import Pattern, compile_pattern
+from merge_cli.system.untrusted import Unreadable
 
 Scalar = float | int | bool | str
 

@@ -11,6 +11,8 @@ from typing import Any
 
 from markupsafe import Markup
 
+from merge_cli.dam.report import training_sections
+from merge_cli.evolve.report import search_sections
 from merge_cli.report import charts
 from merge_cli.report.page import (
     MAX_ROWS,
@@ -22,27 +24,33 @@ from merge_cli.report.page import (
     Table,
     Verbatim,
     code,
-    figure,
-    items,
-    render,
-    section,
-)
-from merge_cli.report.relations import Json, RelationsView, pairs_of, view_of
-from merge_cli.report.search import search_sections
-from merge_cli.report.sections import alike, conflict, conflict_of, groups, kept, sizes
-from merge_cli.report.stages import stage_sections
-from merge_cli.report.training import training_sections
-from merge_cli.report.words import (
     cosine,
     count,
     duration,
+    figure,
     hash,
+    items,
     listing,
     or_dash,
     percent,
+    render,
+    section,
     short,
     size,
 )
+from merge_cli.report.sections import (
+    Json,
+    RelationsView,
+    alike,
+    conflict,
+    conflict_of,
+    groups,
+    kept,
+    pairs_of,
+    sizes,
+    view_of,
+)
+from merge_cli.report.stages import stage_sections
 
 _NO_STATISTICS = "No statistics were measured: there are no norms, cosines or signs to show."
 

@@ -1,30 +1,34 @@
 """The report page's sections on how the sources relate: each with a finding in words and a chart.
 
 Without data a section says so in a line: an empty plot reads like a measurement of zero.
+
+The statistics of a report, arranged as the page's sections need them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from merge_cli.report import charts
-from merge_cli.report.charts import Scale, Series, Values
-from merge_cli.report.page import MAX_ROWS, Details, Part, Section, Table, figure, section
-from merge_cli.report.relations import (
-    NO_LAYERS,
-    Json,
-    RelationsView,
-    by_layer,
-    pair_rows,
-    pairs_of,
-    row,
-)
-from merge_cli.report.words import (
+from merge_cli.report.charts import Axis, Scale, Series, Values, text_width
+from merge_cli.report.page import (
+    MAX_ROWS,
+    Details,
+    Figure,
+    Paragraph,
+    Part,
+    Section,
+    Table,
     bare_percent,
     cosine,
+    figure,
+    mean,
     or_dash,
     percent,
     root,
+    section,
     three_decimals,
     two_decimals,
 )
@@ -230,3 +234,122 @@ def _extremes(view: RelationsView) -> str:
         return ""
     (low, least), (high, most) = min(known), max(known)
     return f", from {percent(low)} ({least}) to {percent(high)} ({most})"
+
+
+Json = Mapping[str, Any]
+_MAX_PAIR_SOURCES = 8  # 28 pairs; more rows than that are read as sources, not as pairs
+NO_LAYERS = Paragraph(
+    "By layer there is nothing to draw: no tensor of this model belongs to a layer."
+)
+
+
+@dataclass(frozen=True)
+class RelationsView:
+    """The statistics, as the sections use them.
+
+    Attributes:
+        kind: what was measured, in words: "task vectors" or "weights".
+        models: full labels; `labels`: the same, short enough for a chart.
+        layers, axis: the groups that are layers, in order, and their columns.
+        column_name: what a column is; names the stacks of a model that has several.
+        sampled: share of the elements on which signs were counted.
+        outside: tensors that belong to no layer and are not drawn, the largest first.
+    """
+
+    kind: str
+    models: Sequence[str]
+    labels: Sequence[str]
+    total: Json
+    layers: Sequence[Json]
+    axis: Axis
+    column_name: str
+    sampled: float
+    outside: Sequence[Json] = ()
+
+    def column(self, field: str, *at: int) -> list[float | None]:
+        """A field of every layer; `at` leads into lists and matrices."""
+        return [_at(layer.get(field), at) for layer in self.layers]
+
+
+def view_of(statistics: Json | None) -> RelationsView | None:
+    if statistics is None:
+        return None
+    found = [group for group in statistics["groups"] if group["layer"] is not None]
+    stacks = list(dict.fromkeys(_stack(group) for group in found))
+    rank = {stack: i for i, stack in enumerate(stacks)}
+    layers = sorted(found, key=lambda group: (rank[_stack(group)], group["layer"]))
+    of_stack = f" of {', then '.join(stacks)}" if len(stacks) > 1 else ""
+    names = [f"layer {g['layer']}" if len(stacks) < 2 else g["name"] for g in layers]
+    models = statistics["models"]
+    outside = [group for group in statistics["groups"] if group["layer"] is None]
+    return RelationsView(
+        outside=sorted(outside, key=lambda group: -group["count"]),
+        kind="task vectors" if statistics["of"] == "deltas" else "weights",
+        models=models,
+        labels=_labels(models),
+        total=statistics["total"],
+        layers=layers,
+        axis=charts.layer_axis(names, [g["layer"] for g in layers], "layer"),
+        column_name=f"layer{of_stack}",
+        sampled=statistics["sampled"],
+    )
+
+
+def _stack(group: Json) -> str:
+    return str(group["name"].rpartition(".")[0])
+
+
+def _labels(models: Sequence[str]) -> list[str]:
+    """Short, and numbered where a matrix needs numbers or shortening made two alike."""
+    short = [charts.shorten(model) for model in models]
+    if len(set(short)) == len(short) and charts.matrix_axis(short).ticks == short:
+        return short
+    return [f"{i}  {label}" for i, label in enumerate(short, 1)]
+
+
+def row(values: Values | None) -> str:
+    return " · ".join(or_dash(value, percent) for value in values or ()) or "–"
+
+
+def pairs_of(view: RelationsView) -> list[tuple[float, str]]:
+    """The cosine of each pair over the whole model, and the pair's name."""
+    cosine, labels = view.total["cosine"] or [], view.labels
+    return [
+        (row[j], f"{labels[i]} and {labels[j]}")
+        for i, row in enumerate(cosine)
+        for j in range(i + 1, len(row))
+        if row[j] is not None
+    ]
+
+
+def pair_rows(view: RelationsView, field: str) -> dict[str, Values]:
+    """Rows by layer: one for each pair, or with many sources the mean of each with the others."""
+    size = len(view.labels)
+    rows: dict[str, Values] = {}
+    if size <= _MAX_PAIR_SOURCES:
+        pairs = [(i, j) for i in range(size) for j in range(i + 1, size)]
+        names = [f"{view.labels[i]} – {view.labels[j]}" for i, j in pairs]
+        if max(map(text_width, names)) > 230:  # the numbers that the matrix explains
+            names = [f"{i + 1} – {j + 1}" for i, j in pairs]
+        return {name: view.column(field, *at) for name, at in zip(names, pairs, strict=True)}
+    for i, label in enumerate(view.labels):
+        others = [view.column(field, i, j) for j in range(size) if j != i]
+        rows[label] = [mean(values) for values in zip(*others, strict=True)]
+    return rows
+
+
+def by_layer(
+    view: RelationsView, what: str, rows: Mapping[str, Values], scale: Scale, text: charts.Format
+) -> Figure | Paragraph:
+    """A heat map with a column for each layer."""
+    if not view.layers:
+        return NO_LAYERS
+    caption = f"{what}, by {view.column_name}."
+    chart = charts.heat_map(caption, list(rows), view.axis, list(rows.values()), scale, 22, text)
+    return figure(caption, chart)
+
+
+def _at(value: Any, path: Sequence[int]) -> float | None:
+    for step in path:
+        value = None if value is None else value[step]
+    return None if value is None else float(value)

@@ -14,16 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from merge_cli.checkpoint.coefficients import FILE
-from merge_cli.checkpoint.raw import write_error
 from merge_cli.errors import RecipeError
 from merge_cli.methods.registry import get_method
-from merge_cli.recipe.documents import stage_folder
 from merge_cli.recipe.dump import Locate, data_from, dump_recipe, path_from
-from merge_cli.recipe.load import read_recipe
+from merge_cli.recipe.load import read_recipe, stage_folder
 from merge_cli.recipe.reference import HUB, ModelRef, local_folder, parse_reference
 from merge_cli.recipe.schema import Recipe
-from merge_cli.report.page import Section, Table, code, section
-from merge_cli.report.words import duration, listing, size
+from merge_cli.report.page import Section, Table, code, duration, listing, section, size
+from merge_cli.system.raw_io import write_error
 
 
 class Stages:

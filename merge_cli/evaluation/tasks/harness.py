@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from merge_cli.errors import MergeCliError, SourceError, UsageError
+from merge_cli.evaluation.forward import watched
 from merge_cli.evaluation.live import LiveModel, quiet_libraries
 from merge_cli.evaluation.result import Better, Metric, TaskResult
 from merge_cli.evaluation.task import Task, Tell, cut_note, option
 from merge_cli.evaluation.tasks.harness_model import harness_model
-from merge_cli.evaluation.watch import watched
 
 
 @dataclass(frozen=True, kw_only=True)

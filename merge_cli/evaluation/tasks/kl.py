@@ -9,19 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from merge_cli.checkpoint.source import Source, fetch_weights, open_source
 from merge_cli.errors import SourceError
-from merge_cli.evaluation.digest import source_fingerprint
-from merge_cli.evaluation.examples import Example
-from merge_cli.evaluation.forward import Window, add_up, forward
-from merge_cli.evaluation.live import LiveModel, load
+from merge_cli.evaluation.fingerprints import source_fingerprint
+from merge_cli.evaluation.forward import Example, Window, add_up, forward, require_finite
+from merge_cli.evaluation.live import LiveModel, load, load_tokenizer
 from merge_cli.evaluation.result import Cost, Metric, TaskResult
 from merge_cli.evaluation.task import DataTask, Tell, option
 from merge_cli.evaluation.tasks.loss import text_windows, window_notes
 from merge_cli.evaluation.teachers import KeptPredictions, Teacher
-from merge_cli.evaluation.tokenizer import load_tokenizer
-from merge_cli.evaluation.watch import require_finite
 from merge_cli.recipe.reference import parse_reference
+from merge_cli.sources.source import Source, fetch_weights, open_source
 
 # examples [n], divergence [n], whether the likeliest token is the same [n]
 Compared = tuple[Any, Any, Any]

@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from merge_cli.errors import SourceError
-from merge_cli.evaluation.forward import Window, add_up, forward, windows
+from merge_cli.evaluation.forward import Window, add_up, forward, require_finite, windows
 from merge_cli.evaluation.live import LiveModel
 from merge_cli.evaluation.result import Metric, TaskResult
 from merge_cli.evaluation.rows import Row, encode, read_rows
 from merge_cli.evaluation.task import DataTask, Tell, cut_note, option
 from merge_cli.evaluation.tokens import Encoded, row_start
-from merge_cli.evaluation.watch import require_finite
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,14 +11,13 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from merge_cli.evaluation.forward import Window, add_up, forward, windows
+from merge_cli.evaluation.forward import Window, add_up, forward, require_finite, windows
 from merge_cli.evaluation.live import LiveModel
 from merge_cli.evaluation.result import Metric, TaskResult
 from merge_cli.evaluation.rows import Row, read_rows, require_known
 from merge_cli.evaluation.task import DataTask, Tell, cut_note, option
 from merge_cli.evaluation.tokens import Encoded, Truncate, encode_pair, fitted, own_start, too_long
-from merge_cli.evaluation.watch import require_finite
-from merge_cli.guarded import kind_of
+from merge_cli.system.untrusted import kind_of
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from merge_cli.notices import say_once
+from merge_cli.system.notices import say_once
 
 CHUNK = 2048  # float32: a few rows of it stay in the L1 cache
 U32 = np.uint32

@@ -1,0 +1,234 @@
+"""What the numbers look like. Every verdict says what was measured and against which threshold.
+
+The thresholds are rules of thumb, chosen so that the usual cases fall well to one side; a verdict
+is a reason to look, not a proof.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from merge_cli.analysis.differences import RouterDifference, TokenizerDifference
+from merge_cli.analysis.measure import Spectrum
+from merge_cli.analysis.measures import Measures, pairs
+from merge_cli.analysis.result import Finding
+
+UNRELATED_COSINE = 0.7
+FAR = 0.3
+RL_UNCHANGED, RL_NORM = 0.7, 0.02
+LOW_RANK = 0.25
+LOUDER = 2.0
+CONCENTRATED = 0.5
+PERMUTED = 0.05
+_RL = "arXiv:2505.11711: reinforcement learning changed 5 to 30 % of the weights"
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What verdicts and advice are drawn from; rows are in the order of `models`."""
+
+    base: str | None
+    models: tuple[str, ...]
+    total: Measures | None
+    inner: Measures | None
+    kinds: Sequence[Measures]
+    spectra: Sequence[Spectrum]
+    sparsity: Sequence[float | None] | None
+    problems: Sequence[str]
+    tokenizers: Sequence[TokenizerDifference]
+    routers: Sequence[RouterDifference] = ()
+
+
+def findings_of(found: Evidence) -> tuple[Finding, ...]:
+    """Everything that stands out, what forbids a merge first."""
+    return tuple(
+        [
+            *_fit(found),
+            *_routers(found),
+            *_identical(found),
+            *_unrelated(found),
+            *_shapes_of_change(found),
+        ]
+    )
+
+
+def _routers(found: Evidence) -> Iterator[Finding]:
+    for one in found.routers:
+        share = one.elsewhere / one.rows
+        if share > PERMUTED:
+            text = (
+                f"{one.model} seems to number its experts otherwise: {one.elsewhere} of {one.rows} "
+                f"rows of its routers are nearest to another number (most in {one.example}). "
+                "Experts are merged by number."
+            )
+            limit = f"more than {PERMUTED:.0%} of router rows nearest to another number"
+            yield Finding("routers", (one.model,), text, limit, True)
+
+
+def _fit(found: Evidence) -> Iterator[Finding]:
+    if found.problems:
+        count = len(found.problems)
+        text = (
+            f"These models cannot be merged as they are: {count} problem{'s' * (count != 1)}. "
+            "What follows compares the tensors that fit."
+            if found.total
+            else "The weights of these models cannot be compared: no tensor is in all of them with "
+            "the same name and shape, or they are quantised."
+        )
+        yield Finding("mismatch", found.models, text, "names and shapes must be equal", True)
+    for one in found.tokenizers:
+        if one.added and not (one.missing or one.renumbered):
+            text = (
+                f"{one.model} adds {one.added:,} tokens to the vocabulary: their rows mean "
+                "something in this model alone."
+            )
+            yield Finding("added_tokens", (one.model,), text, "token by token")
+        elif one.tokens_differ:
+            text = (
+                f"{one.model} has another vocabulary: {one.missing:,} tokens missing, "
+                f"{one.added:,} added, {one.renumbered:,} with another number. Rows of its "
+                "embedding mean other tokens."
+            )
+            yield Finding("vocabulary", (one.model,), text, "token by token", True)
+
+
+def _identical(found: Evidence) -> Iterator[Finding]:
+    total = found.total
+    if total is None:
+        return
+    scope = "" if not found.problems else " on every tensor that was compared"
+    for i, j, equal in pairs(total.equal):
+        if equal == 1.0:
+            names = found.models[i], found.models[j]
+            text = f"{names[0]} and {names[1]} are the same model{scope}: every weight is equal."
+            yield Finding("identical", names, text, "all elements equal", True)
+    for name, unchanged in zip(found.models, total.unchanged or (), strict=False):
+        if unchanged == 1.0:
+            text = f"{name} equals the base{scope}: every weight is the base's."
+            yield Finding("equals_base", (name,), text, "all elements equal", True)
+
+
+def _unrelated(found: Evidence) -> Iterator[Finding]:
+    total = found.total
+    if total is None:
+        return
+    if total.relative_norm is None or total.base_cosine is None:
+        limit = f"cosine of weights below {UNRELATED_COSINE}"
+        for i, j, cosine in pairs(total.cosine):
+            if cosine < UNRELATED_COSINE:
+                a, b = found.models[i], found.models[j]
+                text = (
+                    f"{a} and {b} do not look like fine-tunes of one base: the cosine of their "
+                    f"weights is {cosine:.3f}. An average of them is unlikely to work."
+                )
+                yield Finding("unrelated", (a, b), text, limit, True)
+        return
+    known = zip(found.models, total.relative_norm, total.base_cosine, strict=True)
+    for name, norm, likeness in known:
+        if norm is None or likeness is None:
+            continue
+        if likeness < UNRELATED_COSINE:
+            text = (
+                f"{name} does not look like a fine-tune of {found.base}: the cosine of their "
+                f"weights is {likeness:.3f}, and it is {100 * norm:.3g} % of the base's norm away."
+            )
+            limit = f"cosine of weights below {UNRELATED_COSINE}"
+            yield Finding("unrelated", (name,), text, limit, True)
+        elif norm > FAR:
+            text = (
+                f"{name} has moved far: ‖δ‖/‖θ₀‖ is {100 * norm:.3g} %. It looks like long "
+                "continued training, or like a fine-tune of another base."
+            )
+            yield Finding("far", (name,), text, f"‖δ‖/‖θ₀‖ above {100 * FAR:g} %", True)
+
+
+def _shapes_of_change(found: Evidence) -> Iterator[Finding]:
+    """Sparse, low-rank, louder than the others."""
+    total, sparsity = found.total, found.sparsity
+    if total is None or total.relative_norm is None or sparsity is None:
+        return
+    for s, name in enumerate(found.models):
+        share, norm = sparsity[s], total.relative_norm[s]
+        if share is None or norm is None:  # nothing changed
+            continue
+        step = (total.one_step or ())[s]
+        if share >= RL_UNCHANGED and norm <= RL_NORM:
+            text = (
+                f"{name} looks like reinforcement learning: {100 * share:.3g} % of the weights in "
+                f"the tensors it touched are unchanged, ‖δ‖/‖θ₀‖ is {100 * norm:.3g} %, and "
+                f"{_percent(step)} of the changes are one step of bfloat16 or less. A short "
+                "fine-tune with a small learning rate, stored in bfloat16, looks the same."
+            )
+            limit = (
+                f"unchanged at least {100 * RL_UNCHANGED:g} %, ‖δ‖/‖θ₀‖ at most "
+                f"{100 * RL_NORM:g} %; {_RL}"
+            )
+            yield Finding("rl_like", (name,), text, limit)
+        elif share >= RL_UNCHANGED:
+            text = (
+                f"{name} changes few weights: {100 * share:.3g} % in the tensors it touched are "
+                f"the base's, yet ‖δ‖/‖θ₀‖ is {100 * norm:.3g} %. It looks pruned or masked."
+            )
+            yield Finding("sparse", (name,), text, f"unchanged at least {100 * RL_UNCHANGED:g} %")
+        rank = rank_share(found.spectra, s)
+        if rank is not None and rank <= LOW_RANK:
+            text = (
+                f"{name} looks like a merged LoRA: in the sampled matrices "
+                f"{100 * rank:.3g} % of the directions (median) hold 99 % of the change."
+            )
+            limit = f"directions that hold 99 %, at most {100 * LOW_RANK:g} %"
+            yield Finding("low_rank", (name,), text, limit)
+        untouched = [kind.name for kind in found.kinds if (kind.unchanged or ())[s] == 1.0]
+        if untouched:
+            text = f"{name} left these as the base has them: {', '.join(untouched)}."
+            yield Finding("untouched", (name,), text, "all elements equal")
+    yield from _louder(found.models, total.relative_norm)
+    yield from _concentrated(found, total)
+
+
+def _louder(models: Sequence[str], norms: Sequence[float | None]) -> Iterator[Finding]:
+    known = sorted((norm, name) for name, norm in zip(models, norms, strict=True) if norm)
+    if len(known) > 1 and known[-1][0] >= LOUDER * known[0][0]:
+        (low, quiet), (high, loud) = known[0], known[-1]
+        text = (
+            f"{loud} moved {high / low:.2g} times as far as {quiet} ({100 * high:.3g} % and "
+            f"{100 * low:.3g} % of the base's norm): with equal weights it would decide most."
+        )
+        yield Finding("louder", (loud,), text, f"ratio of the norms at least {LOUDER:g}")
+
+
+def _concentrated(found: Evidence, total: Measures) -> Iterator[Finding]:
+    """Where a module outside the layers holds most of the change, it decides every whole number."""
+    for kind in found.kinds:
+        if kind.name not in ("embedding", "head"):
+            continue
+        shares = {
+            name: (part / whole) ** 2
+            for name, part, whole in zip(found.models, kind.norm, total.norm, strict=True)
+            if part and whole and (part / whole) ** 2 >= CONCENTRATED
+        }
+        if shares:
+            share = ", ".join(f"{name} {100 * value:.3g} %" for name, value in shares.items())
+            text = (
+                f"The {kind.name} holds most of the squared change ({share}), in "
+                f"{100 * kind.count / total.count:.3g} % of the elements: numbers over the whole "
+                "model speak of it. Look at the layers, too."
+            )
+            limit = f"share of ‖δ‖² at least {100 * CONCENTRATED:g} %"
+            yield Finding("concentrated", tuple(shares), text, limit)
+
+
+def rank_share(spectra: Sequence[Spectrum], source: int) -> float | None:
+    """The median share of directions that hold 99 % of a source's change."""
+    shares = [
+        rank / min(one.rows, one.columns)
+        for one in spectra
+        if (rank := one.rank_99[source]) is not None
+    ]
+    return median(shares) if shares else None
+
+
+def _percent(share: float | None) -> str:
+    return "no" if share is None else f"{100 * share:.3g} %"

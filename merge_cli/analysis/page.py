@@ -1,0 +1,305 @@
+"""The page of `merge-cli analyze --html`: an analysis to read, with nothing to load.
+
+It looks like merge_report.html and shares its charts and its sections on likeness and conflict.
+
+The analysis page's tables: files beside the weights, and every number behind the charts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from merge_cli.analysis.differences import TokenizerDifference
+from merge_cli.analysis.measures import Measures, pairs
+from merge_cli.analysis.page_sections import kinds, largest, ranks, unchanged, weights
+from merge_cli.analysis.result import Analysis
+from merge_cli.report.page import (
+    MAX_ROWS,
+    Details,
+    KeyFigure,
+    Page,
+    Paragraph,
+    Part,
+    Section,
+    Table,
+    code,
+    cosine,
+    count,
+    duration,
+    hash,
+    items,
+    listing,
+    or_dash,
+    percent,
+    render,
+    section,
+    short,
+    size,
+    soft,
+    strong,
+)
+from merge_cli.report.sections import Json, RelationsView, alike, conflict, row, sizes, view_of
+from merge_cli.system.raw_io import write_error
+
+
+def render_analysis(analysis: Analysis) -> str:
+    """The whole page."""
+    found = analysis.to_json()
+    view = view_of(_statistics(found))
+    relations = [] if view is None else _relations(analysis, view)
+    return render(
+        Page(
+            kind="Analysis",
+            title=_title(analysis),
+            lede=_lede(analysis),
+            made=_made(analysis),
+            key_figures=_key_figures(analysis),
+            sections=[
+                _verdicts(analysis),
+                _advice(analysis),
+                *relations,
+                differences(analysis),
+                numbers(analysis),
+            ],
+        )
+    )
+
+
+def _relations(analysis: Analysis, view: RelationsView) -> list[Section]:
+    if analysis.base is None:
+        return [alike(view), weights(analysis, view)]
+    several = len(analysis.models) > 1
+    return [
+        sizes(view),
+        kinds(analysis, view),
+        *([alike(view), conflict(view), largest(analysis, view)] if several else []),
+        unchanged(view),
+        ranks(analysis, view),
+    ]
+
+
+def _statistics(found: Json) -> dict[str, Any] | None:
+    """The measures as the report's sections know them: an analysis has no merge in it."""
+    if found["total"] is None:
+        return None
+    merge = {"change": None, "kept": None}
+    return {
+        "of": "weights" if found["base"] is None else "deltas",
+        "models": found["models"],
+        "sampled": 1.0,
+        "total": {**found["total"], **merge},
+        "groups": [{**layer, **merge} for layer in found["layers"]],
+    }
+
+
+def _title(analysis: Analysis) -> str:
+    listed = listing(analysis.models)
+    if len(listed) > 90:
+        listed = count(len(analysis.models), "model")
+    return f"{listed}, compared" + (f" with {analysis.base}" if analysis.base else "")
+
+
+def _lede(analysis: Analysis) -> str:
+    against = (
+        Markup("{} against the base {}").format(
+            count(len(analysis.models), "source"), code(analysis.files[0].reference)
+        )
+        if analysis.base
+        else f"{count(len(analysis.models), 'model')} without a base"
+    )
+    return Markup("{}: {:,} of {} compared, from the weights alone; no model was run.").format(
+        against, analysis.compared, count(analysis.tensors, "tensor")
+    )
+
+
+def _made(analysis: Analysis) -> list[str]:
+    return [
+        datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        f"merge-cli {version('merge-cli')}",
+        f"{analysis.device}, {count(analysis.threads, 'thread')}",
+        f"seed {analysis.seed}",
+    ]
+
+
+def _key_figures(analysis: Analysis) -> list[KeyFigure]:
+    total = analysis.total
+    rows = []
+    if total is not None:
+        rows.append(("Parameters", short(total.count), "compared"))
+        if total.relative_norm:
+            rows.append(("Distance from the base", _ends(total.relative_norm), "of its norm"))
+        cosines = [value for _, _, value in pairs(total.cosine)]
+        if cosines:
+            ends = dict.fromkeys(cosine(end, ".2f") for end in (min(cosines), max(cosines)))
+            of = "task vectors" if analysis.base else "weights"
+            rows.append(("Cosine of sources", " to ".join(ends), of))
+        if total.conflict is not None:
+            rows.append(("Sign conflict", percent(total.conflict), "of elements"))
+        if total.unchanged:
+            rows.append(("Unchanged", _ends(total.unchanged), "of elements"))
+    rows.append(("Time", duration(analysis.seconds), f"{size(analysis.bytes_read)} read"))
+    rows.append(("Peak memory", size(analysis.peak_memory), ""))
+    return [KeyFigure(name, value, [remark] if remark else []) for name, value, remark in rows]
+
+
+def _ends(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return " to ".join(dict.fromkeys(percent(end) for end in (min(known), max(known))))
+
+
+def _verdicts(analysis: Analysis) -> Section:
+    how = (
+        "What the numbers look like, each with the threshold it was compared with. The thresholds "
+        "are rules of thumb: a reason to look, not a proof."
+    )
+    lines = [
+        Markup("{} {}").format(one.text, soft(f"({one.threshold})")) for one in analysis.verdicts
+    ]
+    problems = items(code(line) for line in analysis.problems[:200])
+    folded = count(len(analysis.problems), "problem")
+    nothing = "" if lines else "Nothing unusual: related models, each changed in its own way."
+    return section(
+        "What stands out",
+        how,
+        nothing,
+        items(lines),
+        None if problems is None else Details(folded, [problems]),
+    )
+
+
+def _advice(analysis: Analysis) -> Section:
+    how = Markup(
+        "Where to begin, from the numbers below. Held-out data decides: no number here says how "
+        "well a merged model works. {} writes the first suggestion."
+    ).format(code("--write-recipe FILE"))
+    lines = [
+        Markup("{}: {} {}").format(strong(one.method), one.reason, soft(f"({one.source})"))
+        for one in analysis.advice.suggestions
+    ]
+    settings = items(analysis.advice.comments)
+    return section(
+        "What to try first",
+        how,
+        analysis.advice.summary,
+        items(lines),
+        None if settings is None else Paragraph("In the recipe:", "how"),
+        settings,
+    )
+
+
+def write_page(analysis: Analysis, path: Path) -> None:
+    """Write the page.
+
+    Raises:
+        ResourceError: the file cannot be written.
+    """
+    try:
+        path.write_text(render_analysis(analysis), encoding="utf-8")
+    except OSError as error:
+        raise write_error(error, path) from error
+
+
+def differences(analysis: Analysis) -> Section:
+    """Dtypes, config, tokenizer and chat template."""
+    how = (
+        "Read as data, never executed. Token numbers must mean the same tokens, or rows of the "
+        "embedding are averaged that have nothing to do with one another."
+    )
+    first = analysis.files[0].model
+    files = [
+        [
+            one.model,
+            hash(one.revision),
+            f"{one.tensors:,}",
+            f"{one.parameters:,}",
+            size(one.bytes),
+            ", ".join(f"{d} ({n})" for d, n in one.dtypes.items()),
+        ]
+        for one in analysis.files
+    ]
+    parts: list[Part | None] = [
+        Table(["model", "revision", "tensors", "parameters", "size", "stored as (tensors)"], files)
+    ]
+    if analysis.config:
+        heads = ["config.json", *(one.model for one in analysis.files)]
+        parts.append(Table(heads, [[code(one.key), *one.values] for one in analysis.config]))
+    else:
+        parts.append(Paragraph("The configs say the same."))
+    told = [one for one in analysis.tokenizers if one.differs]
+    if told:
+        heads = ["tokenizer", "tokens", "missing", "added", "renumbered", "what else"]
+        parts.append(Table(heads, [_tokenizer(one) for one in told]))
+    else:
+        parts.append(Paragraph("Tokenizers and chat templates are the same."))
+    parts.append(items(analysis.notes))
+    found = f"Compared with {first}: {count(len(analysis.config), 'key')} of config.json differ"
+    found += f"; {count(len(told), 'tokenizer')} or chat templates do." if told else "."
+    return section("Files beside the weights", how, found, *parts)
+
+
+def _tokenizer(one: TokenizerDifference) -> list[str]:
+    return [
+        one.model,
+        "–" if one.size is None else f"{one.size:,}",
+        f"{one.missing:,}",
+        f"{one.added:,}",
+        f"{one.renumbered:,}",
+        "; ".join(in_words(one)) or "–",
+    ]
+
+
+def in_words(one: TokenizerDifference) -> list[str]:
+    """What differs besides the number of tokens."""
+    words = [f"{name}: {change}" for name, change in one.special.items()]
+    if one.rules:
+        words.append("text is cut by other rules (merges, normalizer, or added tokens)")
+    if one.template not in ("same", "none"):
+        words.append(f"chat template {one.template}")
+    if one.examples:
+        words.append("for example " + " ".join(repr(token) for token in one.examples))
+    return words
+
+
+def numbers(analysis: Analysis) -> Section:
+    """Groups and tensors as tables, folded away."""
+    how = "Where a cell has several numbers, they are in the order of the sources."
+    groups = [*analysis.kinds, *analysis.layers]
+    tensors = analysis.each[:MAX_ROWS]
+    more = len(analysis.each) - len(tensors)
+    rest = [Paragraph(f"{more:,} more are in the JSON.")] if more else []
+    folded = "Kinds of modules, layers, and the tensors outside them"
+    return section(
+        "All numbers",
+        how,
+        "",
+        Details(folded, [_table(groups, analysis)]),
+        Details(count(len(analysis.each), "tensor"), [_table(tensors, analysis), *rest]),
+    )
+
+
+def _table(groups: list[Measures] | tuple[Measures, ...], analysis: Analysis) -> Table:
+    if analysis.base is None:
+        heads = ["group", "elements", "‖θ‖"]
+        rows = [
+            [g.name, f"{g.count:,}", " · ".join(f"{n or 0:.4g}" for n in g.norm)] for g in groups
+        ]
+        return Table(heads, rows, right=2)
+    heads = ["group", "elements", "‖δ‖/‖θ₀‖", "unchanged", "one step", "sign conflict"]
+    rows = [
+        [
+            g.name,
+            f"{g.count:,}",
+            row(g.relative_norm),
+            row(g.unchanged),
+            row(g.one_step),
+            or_dash(g.conflict, percent),
+        ]
+        for g in groups
+    ]
+    return Table(heads, rows, right=5)

@@ -1,0 +1,313 @@
+"""The files beside the weights: what a merged model inherits from its donor, byte for byte.
+
+Links in somebody else's folder: which files may be copied into what we publish.
+
+A link that leads out of its model's folder could bring any file of this machine into the output,
+and from there to the Hub. Links inside the folder are the model's own, and so are those of the
+Hub's cache:
+
+    models--org--name/snapshots/COMMIT/tokenizer.json -> ../../blobs/HASH
+
+A model's card, README.md: what its author says of licence, languages and origin.
+
+It only describes. A card that cannot be read is silent, with the reason for a note, and never a
+reason not to merge.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from merge_cli.checkpoint.components import MODULES, PIPELINE, module_folders
+from merge_cli.errors import CorruptFileError, SourceError
+from merge_cli.system.untrusted import Unreadable, read_json, read_text
+from merge_cli.system.untrusted_yaml import read_front
+
+# Files whose auto_map may name Python files beside them.
+_NAME_CODE = (
+    "config.json",
+    "tokenizer_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+)
+CARD = "README.md"  # the model card, which says licence and languages
+
+# What transformers looks for beside config.json and the weights, in any of its model families.
+_COMPANIONS = frozenset(
+    (
+        "generation_config.json",
+        # tokenizers
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "tokenizer.model",
+        "tokenizer.model.v3",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab.json",
+        "vocab.txt",
+        "merges.txt",
+        "bpe.codes",
+        "spiece.model",
+        "sentencepiece.bpe.model",
+        "spm.model",
+        "source.spm",
+        "target.spm",
+        "normalizer.json",
+        "tekken.json",
+        "tiktoken.model",
+        "tokenization_config.json",
+        "chat_template.json",
+        # processors
+        "preprocessor_config.json",
+        "processor_config.json",
+        "image_processor_config.json",
+        "video_preprocessor_config.json",
+        "feature_extractor_config.json",
+    )
+)
+# sentence-transformers: what is done with the model, whatever its tokenizer
+_SENTENCES = frozenset((MODULES, "sentence_bert_config.json", "config_sentence_transformers.json"))
+_WEIGHTS = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".gguf",
+    ".msgpack",
+    ".h5",
+    ".onnx",
+    ".onnx_data",
+    ".pb",
+)
+_SUFFIXES = (".jinja", ".tiktoken")
+_PREFIXES = ("vocab.", "tokenizer.model.")
+
+
+def is_companion(name: str) -> bool:
+    """Whether a file of that name belongs beside merged weights as it is.
+
+    Code (`*.py`) is not: a merge neither runs nor spreads it unless asked.
+    """
+    if name.endswith((".safetensors", ".py", ".bin", ".pt")):
+        return False
+    known = name in _COMPANIONS or name in _SENTENCES
+    return known or name.endswith(_SUFFIXES) or name.startswith(_PREFIXES)
+
+
+def is_weight(name: str) -> bool:
+    """Whether a file holds weights, in whatever format, or says which of several does."""
+    return name.endswith(_WEIGHTS) or name.endswith(".index.json")
+
+
+def code_files(names: Iterable[str]) -> list[str]:
+    """The Python files beside the weights, which only --trust-remote-code copies."""
+    return sorted(name for name in names if "/" not in name and name.endswith(".py"))
+
+
+def is_tokenizer_file(name: str) -> bool:
+    """Whether a companion describes text in and out, rather than generation or images."""
+    other = "processor" in name or name == "generation_config.json" or name in _SENTENCES
+    return is_companion(name) and not other
+
+
+def is_part_file(name: str) -> bool:
+    """Whether a file in a part's folder belongs to the output as it is."""
+    return not name.endswith(".py") and not is_weight(name)
+
+
+def companion_files(root: Path, *, code: bool = False) -> list[Path]:
+    """The companions in a folder, sorted; with `code`, the model's own Python files, too."""
+    if not root.is_dir():  # of what is made of adapters alone
+        return []
+    return sorted(
+        path
+        for path in root.iterdir()
+        if path.is_file() and (is_companion(path.name) or (code and path.suffix == ".py"))
+    )
+
+
+def copied_files(
+    donor: Path, tokenizer_donor: Path | None, *, code: bool = False
+) -> dict[str, tuple[Path, Path]]:
+    """What is copied: name in the output -> the file, and the folder that it is from.
+
+    Args:
+        tokenizer_donor: None leaves the tokenizer files out.
+        code: the donor's Python files, too.
+    """
+    if (donor / PIPELINE).is_file():
+        paths = [path for path in (*donor.glob("*"), *donor.glob("*/*")) if path.is_file()]
+        found = {path.relative_to(donor).as_posix(): (path, donor) for path in paths}
+        return {n: one for n, one in found.items() if is_part_file(n) and n != CARD}
+    found = {
+        path.name: (path, donor)
+        for path in companion_files(donor, code=code)
+        if not is_tokenizer_file(path.name)
+    }
+    for folder in filter(None, module_folders(donor)):
+        for path in (donor / folder).glob("*"):
+            if path.is_file() and is_part_file(path.name):
+                found[f"{folder}/{path.name}"] = path, donor
+    if tokenizer_donor is not None:
+        own = [p for p in companion_files(tokenizer_donor) if is_tokenizer_file(p.name)]
+        templates = (tokenizer_donor / "additional_chat_templates").glob("*.jinja")
+        for path in (*own, *templates):
+            found[path.relative_to(tokenizer_donor).as_posix()] = path, tokenizer_donor
+    return found
+
+
+def check_links(donor: Path, tokenizer_donor: Path, labels: tuple[str, str]) -> None:
+    """Refuse links out of the folders that files are copied from.
+
+    Args:
+        labels: of the two, for the message.
+
+    Raises:
+        SourceError: names every such link.
+    """
+    found = copied_files(donor, tokenizer_donor, code=True)
+    config = donor / "config.json"
+    for root, label in dict(zip((donor, tokenizer_donor), labels, strict=True)).items():
+        paths = [path for path, home in found.values() if home == root]
+        refuse_links(
+            [*paths, *([config] if root == donor and config.is_file() else [])], root, label
+        )
+
+
+def named_code(root: Path, label: str, names: frozenset[str]) -> list[str]:
+    """A note for each companion that names code of the model's own (`auto_map`).
+
+    Args:
+        names: the files that the model has, as far as they are here or on the Hub.
+    """
+    found = []
+    for file in _NAME_CODE:
+        if not (root / file).is_file():
+            continue
+        try:
+            about = read_json(root / file, label)
+        except CorruptFileError as error:  # copied as it is, whatever it is
+            found.append(f"{label}: {file} {error.what}; copied all the same")
+            continue
+        listed = about.get("auto_map") if isinstance(about, dict) else None
+        values = listed.values() if isinstance(listed, dict) else [listed]
+        words = [w for v in values for w in (v if isinstance(v, list) else [v])]
+        # `org/name--modeling.Class` is code of another repository, which stays where it is.
+        own = {w.partition(".")[0] + ".py" for w in words if isinstance(w, str) and "--" not in w}
+        if own:
+            code = ", ".join(sorted(own))
+            lacking = sorted(own - names)
+            gone = f"; {', '.join(lacking)} is not there" if lacking else ""
+            found.append(
+                f"{file} names code of {label} ({code}), which is copied with "
+                f"--trust-remote-code alone{gone}"
+            )
+    return found
+
+
+def copy_companions(
+    donor: Path, tokenizer_donor: Path | None, target: Path, *, code: bool = False
+) -> list[str]:
+    """Copy companions to `target`: tokenizer files from one donor, the rest from the other.
+
+    Args:
+        tokenizer_donor: None leaves the tokenizer files out.
+        code: the donor's Python files, too.
+
+    Returns:
+        the names of the copied files, sorted.
+
+    Raises:
+        SourceError: a file is a link out of its folder.
+    """
+    found = copied_files(donor, tokenizer_donor, code=code)
+    for name, (path, root) in found.items():
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        copy_inside(path, root, target / name)
+    return sorted(found)
+
+
+_HINT = "Replace the link by a copy of the file, if it is meant to be published."
+
+
+def leads_out(path: Path, root: Path) -> bool:
+    """Whether a file in a folder is a link to somewhere that does not belong to it."""
+    home = Path(os.path.realpath(root))
+    real = Path(os.path.realpath(path))
+    allowed = [home]
+    repository = home.parent.parent
+    if home.parent.name == "snapshots" and repository.name.startswith("models--"):
+        allowed.append(repository / "blobs")
+    return not any(place in real.parents for place in allowed)
+
+
+def refuse_links(paths: Iterable[Path], root: Path, label: str) -> None:
+    """Raise if files that would be copied are links out of their folder.
+
+    Raises:
+        SourceError: names every one.
+    """
+    found = [path.relative_to(root).as_posix() for path in paths if leads_out(path, root)]
+    if found:
+        verb = "is a link" if len(found) == 1 else "are links"
+        what = f"{', '.join(sorted(found))} {verb} out of the model's folder, and would be copied"
+        raise SourceError(what, model=label, hint=_HINT)
+
+
+def copy_inside(path: Path, root: Path, target: Path) -> None:
+    """Copy a file of a folder, unless it is a link out of it by now.
+
+    Raises:
+        SourceError: it is.
+    """
+    refuse_links([path], root, str(root))
+    shutil.copyfile(path, target)
+
+
+_FRONT = re.compile(r"\A\ufeff?---\r?\n(.*?)\r?\n---\r?(\n|\Z)", re.DOTALL)
+_MAX_CARD = 16 * 2**20
+
+
+def read_card(folder: Path) -> tuple[dict[str, Any], str]:
+    """The metadata of a folder's card, and why it cannot be read; both empty without a card."""
+    path = folder / CARD
+    try:
+        about = path.stat()
+    except OSError as error:
+        missing = isinstance(error, FileNotFoundError)
+        return {}, "" if missing else f"{CARD} cannot be read: {error.strerror}"
+    return _read(path, about.st_size, about.st_mtime_ns)
+
+
+@lru_cache(maxsize=64)
+def _read(path: Path, *_: int) -> tuple[dict[str, Any], str]:
+    """Once for each file: the plan, the card and its sentence on licences ask for it."""
+    try:
+        text = read_text(path, limit=_MAX_CARD)
+        found = _FRONT.match(text)
+        data = read_front(found[1]) if found else {}
+    except Unreadable as error:
+        return {}, f"{CARD} {error}"
+    return (data, "") if isinstance(data, dict) else ({}, "")
+
+
+def front_matter(text: str) -> dict[str, Any]:
+    """The metadata of a card as text and lists; empty where there is none that can be read.
+
+    Scalars stay text: to YAML the language `no` is a truth value.
+    """
+    found = _FRONT.match(text)
+    if found is None:
+        return {}
+    try:
+        data = read_front(found[1])
+    except Unreadable:
+        return {}  # of somebody else's card: what it says is unknown
+    return data if isinstance(data, dict) else {}

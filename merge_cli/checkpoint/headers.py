@@ -1,0 +1,221 @@
+"""Safetensors headers: what is in a file, read from its first kilobytes and checked.
+
+A header is trusted nowhere else, so everything that could make a later read wrong is refused here:
+a length beyond the file, spans that overlap, leave gaps or run past the end, sizes that do not
+follow from shape and dtype.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+import sys
+from collections.abc import Collection
+from contextlib import suppress
+from functools import lru_cache
+from operator import attrgetter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from merge_cli.errors import CorruptFileError
+from merge_cli.system.untrusted import CONTROL, Unreadable, open_regular
+
+# Safetensors dtype -> (bytes per element, torch's name). Order is the format's own: writers sort
+# by it, widest first, so that every tensor stays aligned.
+DTYPES: dict[str, tuple[int, str]] = {
+    "U64": (8, "uint64"),
+    "I64": (8, "int64"),
+    "F64": (8, "float64"),
+    "C64": (8, "complex64"),
+    "F32": (4, "float32"),
+    "U32": (4, "uint32"),
+    "I32": (4, "int32"),
+    "BF16": (2, "bfloat16"),
+    "F16": (2, "float16"),
+    "U16": (2, "uint16"),
+    "I16": (2, "int16"),
+    "F8_E8M0": (1, "float8_e8m0fnu"),
+    "F8_E4M3": (1, "float8_e4m3fn"),
+    "F8_E5M2": (1, "float8_e5m2"),
+    "I8": (1, "int8"),
+    "U8": (1, "uint8"),
+    "BOOL": (1, "bool"),
+}
+MERGEABLE = ("F64", "F32", "BF16", "F16")  # widest first
+
+
+def promoted(dtypes: Collection[str]) -> str:
+    """The narrowest format that holds numbers of all of these, as torch promotes them."""
+    found = set(dtypes)
+    if found == {"BF16", "F16"}:
+        return "F32"
+    return next(dtype for dtype in MERGEABLE if dtype in found)
+
+
+_MAX_HEADER = 100_000_000  # the format's own limit
+
+
+class TensorRef(NamedTuple):
+    """One tensor in one file of a model. `offset` counts from the start of the file.
+
+    A tuple, as there is one for each tensor of each source: a frozen dataclass takes four times as
+    long to make.
+    """
+
+    name: str
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+    model: str = ""
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def native(self) -> str:
+        """See `tensors.Tensor`, of which this is the plain kind."""
+        return self.dtype
+
+    @property
+    def stored(self) -> tuple[TensorRef, ...]:
+        return (self,)
+
+    @property
+    def formula(self) -> str:
+        return ""
+
+    def fill(self, read: Any, start: int, buffer: memoryview) -> None:
+        read(self, start, buffer)
+
+
+def read_header_file(path: Path, model: str) -> bytes:
+    """The raw header of a local file: its 8-byte length and the JSON.
+
+    Raises:
+        CorruptFileError: the file is missing, unreadable, or shorter than its header says.
+    """
+    try:
+        with open_regular(path) as file:
+            start = file.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+            if len(start) < 8 or length > _MAX_HEADER:
+                what = "not a safetensors file: it does not start with a header"
+                raise CorruptFileError(what, model=model, file=path.name, hint=_AGAIN)
+            return start + file.read(length)
+    except (Unreadable, OSError) as error:
+        why = f"cannot be read: {error.strerror}" if isinstance(error, OSError) else str(error)
+        raise CorruptFileError(why, model=model, file=path.name) from error
+
+
+def parse_header(raw: bytes, path: Path, file_size: int, model: str) -> dict[str, TensorRef]:
+    """Check a raw header against the format and the size of its file.
+
+    Returns:
+        tensor name -> where it is, in the order of the data.
+
+    Raises:
+        CorruptFileError: anything that does not hold; names the tensor.
+    """
+
+    def corrupt(what: str, tensor: str = "") -> CorruptFileError:
+        return CorruptFileError(what, model=model, file=path.name, tensor=tensor, hint=_AGAIN)
+
+    length = struct.unpack("<Q", raw[:8])[0]
+    if len(raw) < 8 + length:
+        raise corrupt(f"truncated: a header of {length} bytes, {len(raw) - 8} of them present")
+    try:
+        entries = _load(raw[8 : 8 + length])
+    except (ValueError, RecursionError) as error:
+        raise corrupt(f"its header is not valid JSON: {error}") from None
+    if not isinstance(entries, dict):
+        raise corrupt("its header is not a mapping")
+    about = entries.pop("__metadata__", None) or {}
+    if not isinstance(about, dict) or not all(isinstance(one, str) for one in about.values()):
+        raise corrupt("its __metadata__ is not a mapping of texts")
+    data_start = 8 + length
+    found = [_entry(name, e, path, data_start, model, corrupt) for name, e in entries.items()]
+    found.sort(key=attrgetter("offset", "nbytes"))
+    end = data_start
+    for ref in found:
+        stop = ref.offset + ref.nbytes
+        if stop > file_size:
+            missing = max(r.offset + r.nbytes for r in found) - file_size
+            raise corrupt(f"truncated: the last {missing} bytes are not there", ref.name)
+        if ref.offset != end:
+            kind = "overlaps the tensor before it" if ref.offset < end else "leaves a gap before it"
+            raise corrupt(f"its place in the file {kind}", ref.name)
+        end = stop
+    if end != file_size:
+        raise corrupt(f"{file_size - end} bytes at its end belong to no tensor")
+    return {ref.name: ref for ref in found}
+
+
+_ENTRY = ("dtype", "shape", "data_offsets")
+_MAX_DIMENSIONS = 64  # numpy's limit; torch has the same
+_MAX_NUMBER = 2**63  # of any system that counts bytes
+_AGAIN = "Download or copy the file again."
+
+
+def _entry(
+    name: str, entry: Any, path: Path, data_start: int, model: str, corrupt: Any
+) -> TensorRef:
+    fields = (entry.get(key) for key in _ENTRY) if isinstance(entry, dict) else (None,) * 3
+    dtype, listed, offsets = fields
+    if dtype is None or not isinstance(listed, list) or not isinstance(offsets, list):
+        raise corrupt("its header entry lacks dtype, shape or data_offsets", name)
+    shape = tuple(listed)
+    fits = len(offsets) == 2 and len(shape) <= _MAX_DIMENSIONS
+    if not fits or any(type(n) is not int or not 0 <= n < _MAX_NUMBER for n in (*shape, *offsets)):
+        raise corrupt(f"impossible shape {_cut(listed)} or offsets {_cut(offsets)}", name)
+    start, stop = offsets
+    if stop < start:
+        raise corrupt(f"impossible shape {_cut(listed)} or offsets {_cut(offsets)}", name)
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise corrupt(f"unknown dtype {_cut(dtype)!r}", name)
+    dtype, shape, nbytes = _stored(dtype, shape)
+    if stop - start != nbytes:
+        what = f"{stop - start} bytes for {dtype} of shape {listed}"
+        raise corrupt(f"{what}: the header contradicts itself", name)
+    if CONTROL.search(name):
+        raise corrupt(f"a name that is not text: {_cut(name)!r}")
+    # Every source has the same names: one string serves them all.
+    return TensorRef(sys.intern(name), path, dtype, shape, data_start + start, nbytes, model)
+
+
+def _cut(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."
+
+
+@lru_cache(maxsize=4096)
+def _stored(dtype: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...], int]:
+    """Dtype, shape and bytes: the same objects for the thousands of tensors that are alike."""
+    return dtype, shape, math.prod(shape) * DTYPES[dtype][0]
+
+
+def _load(text: bytes) -> Any:
+    """JSON without a key that occurs twice.
+
+    Asking that of each mapping takes longer than all the rest. A colon stands behind every key, so
+    as many keys as colons prove it; colons inside strings lead to the slow way, as errors do.
+    """
+    with suppress(ValueError, RecursionError):
+        entries = json.loads(text)
+        mappings = [entries, *entries.values()] if isinstance(entries, dict) else []
+        keys = sum(len(found) for found in mappings if isinstance(found, dict))
+        if keys == text.count(b":"):
+            return entries
+    return json.loads(text, object_pairs_hook=_unique)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"'{next(n for n in names if names.count(n) > 1)}' occurs twice")
+    return found

@@ -1,0 +1,344 @@
+"""A tensor whose rows are another's in another order, or other models' rows, or means of rows.
+
+What embeddings and heads are when a vocabulary changes. Rows that are only moved keep their bytes.
+
+Tensors cut from others, and put together of others, as they follow each other in memory.
+
+What experts are that one model stores one by one and another stacked. Bytes are not changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from typing import Any
+
+from merge_cli.checkpoint.headers import DTYPES, TensorRef
+from merge_cli.checkpoint.tensors import Read, Tensor, read_numbers
+
+ZERO = -1  # instead of a part's number: a row of zeros
+_MEAN = -2  # or: the mean of the rows of all tokens
+_TOGETHER = 4096  # rows that a mean adds up at once
+_GAP = 8  # rows that are read along rather than read around
+
+
+@dataclass(frozen=True, eq=False)
+class SourceRows:
+    """Where each row comes from; shared by all tensors of a model that have a row for each token.
+
+    Attributes:
+        part: int32 [rows], which model's, or `ZERO`.
+        row: int64 [rows], which row there.
+        means: row -> the (part, row) pairs that it is the mean of; `part` has the first one.
+        averaged: the rows that padding is the mean of; None where there is none.
+    """
+
+    part: Any
+    row: Any
+    means: Mapping[int, Sequence[tuple[int, int]]]
+    averaged: Any = None
+
+    @cached_property
+    def digest(self) -> str:
+        state = hashlib.sha256(self.part.tobytes() + self.row.tobytes())
+        state.update(repr(sorted(self.means.items())).encode())
+        if self.averaged is not None:
+            state.update(self.averaged.tobytes())
+        return state.hexdigest()
+
+    @property
+    def computes(self) -> bool:
+        """Whether any row is more than another one's bytes."""
+        return bool(self.means) or self.averaged is not None
+
+
+def padded(rows: SourceRows, count: int, tokens: Iterable[int]) -> SourceRows:
+    """As many rows, those that are added the mean of the rows of all tokens, as in mergekit."""
+    import numpy as np
+
+    more = count - len(rows.row)
+    if not more:
+        return rows
+    part = np.concatenate([rows.part, np.full(more, _MEAN, rows.part.dtype)])
+    row = np.concatenate([rows.row, np.zeros(more, rows.row.dtype)])
+    return SourceRows(part, row, rows.means, np.array(sorted(set(tokens)), np.int64))
+
+
+@dataclass(frozen=True, eq=False)
+class PermutedRows:
+    """See `tensors.Tensor`.
+
+    Attributes:
+        own: the model's tensor as it is stored, or computed.
+        parts: every model's tensor of this name, in the order that `rows.part` counts in.
+    """
+
+    own: Tensor
+    parts: tuple[Tensor, ...]
+    rows: SourceRows
+
+    @property
+    def name(self) -> str:
+        return self.own.name
+
+    @property
+    def model(self) -> str:
+        return self.own.model
+
+    @property
+    def native(self) -> str:
+        return self.own.native
+
+    @cached_property
+    def dtype(self) -> str:
+        formats = {part.dtype for part in self.parts}
+        if len(formats) == 1 and not self.rows.computes:
+            return self.own.dtype
+        return "F64" if "F64" in formats else "F32"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self.rows.row), *self.own.shape[1:])
+
+    @cached_property
+    def size(self) -> int:
+        return self._width * len(self.rows.row)
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * DTYPES[self.dtype][0]
+
+    @property
+    def stored(self) -> tuple[TensorRef, ...]:
+        others = (ref for part in self.parts for ref in part.stored)
+        return tuple(dict.fromkeys((*self.own.stored, *others)))
+
+    @property
+    def formula(self) -> str:
+        parts = [part.formula for part in self.parts]
+        return f"rows {self.rows.digest} of {len(parts)} models {parts if any(parts) else ''}"
+
+    @cached_property
+    def _width(self) -> int:
+        """Elements of a row."""
+        return self.own.size // self.own.shape[0] if self.own.shape[0] else 0
+
+    def fill(self, read: Read, start: int, buffer: memoryview) -> None:
+        """Whole rows are brought together, of which the buffer gets its part."""
+        import numpy as np
+
+        item = DTYPES[self.dtype][0]
+        count = len(buffer) // item
+        first, last = start // self._width, -(-(start + count) // self._width)
+        kind = _numpy_kind(self.dtype)
+        out = np.zeros((last - first, self._width), kind)
+        part, row = self.rows.part[first:last], self.rows.row[first:last]
+        for number in np.unique(part):
+            if number >= 0:
+                chosen = np.flatnonzero(part == number)
+                out[chosen] = self._rows_of(read, self.parts[number], row[chosen])
+        for place in [p for p in self.rows.means if first <= p < last]:
+            pairs = self.rows.means[place]
+            total = np.zeros(self._width, kind)
+            for number, source_row in pairs:
+                total += self._rows_of(read, self.parts[number], np.array([source_row]))[0]
+            out[place - first] = total / kind(len(pairs))
+        padding = np.flatnonzero(part == _MEAN)
+        if len(padding):
+            out[padding] = self._mean(read)
+        begin = start - first * self._width
+        target = np.frombuffer(buffer, kind)
+        target[:] = out.reshape(-1)[begin : begin + count]
+
+    def _mean(self, read: Read) -> Any:
+        """The mean of the rows of all tokens, added up in their order."""
+        import numpy as np
+
+        averaged = self.rows.averaged
+        total = np.zeros(self._width, np.float64)
+        for start in range(0, len(averaged), _TOGETHER):
+            chosen = averaged[start : start + _TOGETHER]
+            for low, high in _runs(chosen):
+                block = np.empty(((high - low), self._width), _numpy_kind(self.dtype))
+                self.fill(read, low * self._width, block.view(np.uint8).reshape(-1).data)
+                for row in block:
+                    total += row
+        return total / len(averaged)
+
+    def _rows_of(self, read: Read, tensor: Tensor, rows: Any) -> Any:
+        """Rows of one model's tensor as this tensor's dtype; near ones are read together."""
+        import numpy as np
+
+        item, width = DTYPES[tensor.dtype][0], self._width
+        order = np.argsort(rows, kind="stable")
+        ordered = rows[order]
+        cuts = np.flatnonzero(np.diff(ordered) > _GAP) + 1
+        found = np.empty((len(rows), width), _numpy_kind(tensor.dtype))
+        raw = found.view(np.uint8)
+        starts, ends = [0, *cuts.tolist()], [*cuts.tolist(), len(rows)]
+        for start, end in zip(starts, ends, strict=True):
+            low = int(ordered[start])
+            if end - start == 1:  # a row by itself goes where it belongs
+                tensor.fill(read, low * width, raw[order[start]].data)
+                continue
+            count = int(ordered[end - 1]) + 1 - low
+            near = np.empty(count * width * item, np.uint8)
+            tensor.fill(read, low * width, near.data)
+            whole = near.view(found.dtype).reshape(count, width)
+            found[order[start:end]] = whole[ordered[start:end] - low]
+        if tensor.dtype == self.dtype:
+            return found
+        return _floats(found, tensor.dtype).astype(_numpy_kind(self.dtype), copy=False)
+
+
+def _runs(ordered: Any) -> Iterator[tuple[int, int]]:
+    """Half-open ranges that ascending numbers fill."""
+    import numpy as np
+
+    cuts = np.flatnonzero(np.diff(ordered) > 1) + 1
+    for part in np.split(ordered, cuts):
+        yield int(part[0]), int(part[-1]) + 1
+
+
+def _numpy_kind(dtype: str) -> Any:
+    """numpy's word for the stored bits: bfloat16 has none of its own."""
+    import numpy as np
+
+    return {"BF16": np.uint16, "F16": np.float16, "F32": np.float32, "F64": np.float64}[dtype]
+
+
+def _floats(values: Any, dtype: str) -> Any:
+    import numpy as np
+
+    if dtype == "BF16":
+        return (values.astype(np.uint32) << 16).view(np.float32)
+    return values if dtype == "F64" else values.astype(np.float32)
+
+
+def cut(tensor: Tensor, name: str, start: int, shape: tuple[int, ...]) -> Tensor:
+    """The elements from `start` on, as a tensor of a shape; a stored tensor's are stored, too."""
+    part = TensorPart(tensor, name, start, shape)
+    if not isinstance(tensor, TensorRef):
+        return part
+    width = DTYPES[tensor.dtype][0]
+    return tensor._replace(
+        name=name, shape=shape, offset=tensor.offset + start * width, nbytes=part.nbytes
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class TensorPart:
+    """Consecutive elements of a computed tensor. See `tensors.Tensor`."""
+
+    whole: Tensor
+    name: str
+    start: int
+    shape: tuple[int, ...]
+
+    @property
+    def model(self) -> str:
+        return self.whole.model
+
+    @property
+    def dtype(self) -> str:
+        return self.whole.dtype
+
+    @property
+    def native(self) -> str:
+        return self.whole.native
+
+    @cached_property
+    def size(self) -> int:
+        count = 1
+        for length in self.shape:
+            count *= length
+        return count
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * DTYPES[self.dtype][0]
+
+    @property
+    def stored(self) -> tuple[TensorRef, ...]:
+        return self.whole.stored
+
+    @property
+    def formula(self) -> str:
+        return f"{self.size} elements from {self.start} of ({self.whole.formula})"
+
+    def fill(self, read: Read, start: int, buffer: memoryview) -> None:
+        self.whole.fill(read, self.start + start, buffer)
+
+
+@dataclass(frozen=True, eq=False)
+class JoinedTensor:
+    """Tensors of a model one behind the other. See `tensors.Tensor`.
+
+    Attributes:
+        parts: in the order of memory; together they have as many elements as the shape.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    parts: Sequence[Tensor]
+
+    @property
+    def model(self) -> str:
+        return self.parts[0].model
+
+    @cached_property
+    def dtype(self) -> str:
+        formats = {part.dtype for part in self.parts}
+        return formats.pop() if len(formats) == 1 else "F64" if "F64" in formats else "F32"
+
+    @property
+    def native(self) -> str:
+        return self.parts[0].native
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        return list(accumulate(part.size for part in self.parts))
+
+    @property
+    def size(self) -> int:
+        return self._ends[-1]
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * DTYPES[self.dtype][0]
+
+    @cached_property
+    def stored(self) -> tuple[TensorRef, ...]:
+        return tuple(ref for part in self.parts for ref in part.stored)
+
+    @property
+    def formula(self) -> str:
+        made = "".join(f"; {part.formula}" for part in self.parts if part.formula)
+        return f"{len(self.parts)} tensors joined to {self.shape}{made}"
+
+    def fill(self, read: Read, start: int, buffer: memoryview) -> None:
+        width, kind = DTYPES[self.dtype][0], self.dtype
+        filled, raw = 0, buffer.cast("B")
+        number = bisect_right(self._ends, start)
+        while filled < len(raw):
+            part = self.parts[number]
+            inside = start + filled // width - (self._ends[number] - part.size)
+            count = min(part.size - inside, (len(raw) - filled) // width)
+            target = raw[filled : filled + count * width]
+            if part.dtype == kind:
+                part.fill(read, inside, target)
+            else:
+                _fill_numbers(read, part, inside, target, kind)
+            filled += count * width
+            number += 1
+
+
+def _fill_numbers(read: Read, part: Tensor, start: int, target: memoryview, kind: str) -> None:
+    import numpy as np
+
+    out = np.frombuffer(target, np.float64 if kind == "F64" else np.float32)
+    out[:] = read_numbers(read, part, start, len(out))

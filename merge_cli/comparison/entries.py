@@ -1,0 +1,90 @@
+"""Names of everything that takes part in a comparison: short, and no two alike.
+
+The merges that every comparison contains: what there is to beat.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from merge_cli.sources.source import Source
+
+
+class EntryNames:
+    """Gives names, each once. `base` belongs to the base, baselines have theirs.
+
+    Args:
+        base, sources: named by the last part of their names, or as much as tells them apart.
+
+    Attributes:
+        of: a source's resolved folder -> its name.
+    """
+
+    def __init__(self, base: Source | None, sources: Sequence[Source]) -> None:
+        self._taken = {SOUP, TASK_ARITHMETIC}
+        self.of: dict[Path, str] = {}
+        if base is not None:
+            self.of[base.root.resolve()] = self._new(_forms(base))
+        self._taken.add("base")
+        for source in sources:
+            self.of[source.root.resolve()] = self._new(_forms(source))
+
+    def of_recipe(self, file: Path, own: str | None) -> str:
+        """A recipe's own name, or its file's, with as much of its path as tells it apart."""
+        stem = file.with_suffix("")
+        forms = [own] if own else []
+        return self._new([*forms, stem.name, "/".join(stem.parts[-2:]), str(stem), str(file)])
+
+    def _new(self, forms: Sequence[str]) -> str:
+        counted = (f"{forms[0]} ({number})" for number in range(2, len(self._taken) + 3))
+        name = next(form for form in _chain(forms, counted) if form not in self._taken)
+        self._taken.add(name)
+        return name
+
+
+def _forms(source: Source) -> list[str]:
+    return [source.label.rstrip("/").rpartition("/")[2], source.label, str(source.root)]
+
+
+def _chain(first: Iterable[str], then: Iterable[str]) -> Iterable[str]:
+    yield from first
+    yield from then
+
+
+SOUP = "uniform soup"
+TASK_ARITHMETIC = "task arithmetic 0.4"
+# The TIES paper's choice for it where there is no data to choose by (arXiv:2306.01708, section 6).
+_LAMBDA = 0.4
+
+
+def baseline_recipes(
+    base: Path | str | None, sources: Sequence[Path | str], dtype: str | None
+) -> dict[str, str]:
+    """Recipes by name: the uniform soup, and task arithmetic where there is a base.
+
+    Args:
+        base, sources: folders or Hub ids.
+        dtype: of the output; None keeps each tensor's own.
+    """
+    models = [{"model": str(source)} for source in sources]
+    shared = {"dtype": dtype} if dtype else {}
+    recipes: dict[str, dict[str, Any]] = {
+        SOUP: {"merge_method": "soup", "models": models, **shared}
+    }
+    if base is not None:
+        recipes[SOUP]["base_model"] = str(base)  # whose config and tokenizer it takes, as others do
+        recipes[TASK_ARITHMETIC] = {
+            "merge_method": "task_arithmetic",
+            "base_model": str(base),
+            "models": models,
+            "parameters": {"lambda": _LAMBDA},
+            **shared,
+        }
+    return {
+        name: f"# {name}\n{yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)}"
+        for name, recipe in recipes.items()
+    }

@@ -1,0 +1,148 @@
+"""What the plan of a recipe that learns shows: data, teachers, coefficients, memory, reasons."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from merge_cli.recipe.training import Training
+from merge_cli.system.machine import show_size
+
+if TYPE_CHECKING:
+    from merge_cli.dam.plan import TrainingPlan
+
+
+def options_json() -> list[dict[str, Any]]:
+    """Every dial of `training:` with its default and what it does."""
+    from merge_cli.recipe.training import Training, plain_training
+
+    defaults = plain_training(Training())
+    return [
+        {"name": f.name, "default": defaults.get(f.name), "doc": f.metadata["help"]}
+        for f in fields(Training)
+    ]
+
+
+def print_options(out: Console) -> None:
+    """The same as text."""
+    from merge_cli.recipe.training import PRESETS
+
+    out.print(f"\nLearned as `training:` says; presets: {', '.join(PRESETS)}. See docs/dam.md.\n")
+    for dial in options_json():
+        default = "" if dial["default"] is None else f"; default {_yaml(dial['default'])}"
+        out.print(f"  [bold]{dial['name']}[/bold]: {escape(dial['doc'] + default)}")
+
+
+def _yaml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_yaml(weight)}" for name, weight in value.items())
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def training_json(decided: TrainingPlan) -> dict[str, Any]:
+    """The training plan as data, for `--json`."""
+    from merge_cli.recipe.training import plain_training
+
+    return {
+        "dials": plain_training(decided.training),
+        "coefficients": decided.coefficients,
+        "steps": decided.steps,
+        "datasets": [
+            {
+                "name": one.name,
+                "teacher": decided.labels[one.source],
+                "rows": one.rows,
+                "train": len(one.train),
+                "held_out": len(one.held_out),
+                "removed": one.removed,
+                "tokens": sum(example.counted for example in one.train),
+                "cache_bytes": teacher.bytes,
+                "not_cached": teacher.missing,
+            }
+            for one, teacher in zip(decided.datasets, decided.teachers, strict=True)
+        ],
+        "cache_bytes": sum(one.bytes for one in decided.teachers),
+        "device": decided.device,
+        "dtype": decided.dtype,
+        "mode": decided.mode,
+        "residency": decided.place.residency,
+        "source_bytes": decided.place.bytes,
+        "student_bytes": decided.student_bytes,
+        "why": decided.why,
+    }
+
+
+def print_training(out: Console, decided: TrainingPlan) -> None:
+    """The same as text."""
+    training = decided.training
+    out.print()
+    out.print(f"[bold]before that, training[/bold] ({training.preset}): {decided.steps:,} steps")
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("data")
+    table.add_column("teacher", overflow="fold")
+    for name in ("rows", "train", "held out", "tokens", "predictions", "to be made"):
+        table.add_column(name, justify="right")
+    for one, teacher in zip(decided.datasets, decided.teachers, strict=True):
+        tokens = sum(example.counted for example in one.train)
+        table.add_row(
+            escape(one.name),
+            escape(decided.labels[one.source]),
+            f"{one.rows:,}",
+            f"{len(one.train):,}",
+            f"{len(one.held_out):,}",
+            f"{tokens:,}",
+            show_size(teacher.bytes),
+            f"{teacher.missing:,}",
+        )
+    out.print(table)
+    for one in decided.datasets:
+        if one.removed:
+            what = f"{one.name}: {one.removed:,} rows are held out, too, and not trained on"
+            out.print(f"[yellow]![/yellow] {escape(what)}")
+    cache = sum(one.bytes for one in decided.teachers)
+    trained = sum(target.trained for target in decided.targets)
+    frozen = len(decided.targets) - trained
+    still = f"; {frozen} tensors stay as they start" if frozen else ""
+    kept = f"on disk, the {training.top_k} likeliest tokens of each in {training.cache_dtype}"
+    if training.top_k == "full":
+        kept = "in memory, the whole vocabulary"
+    unused = training.unused_patterns([target.name for target in decided.targets])
+    for pattern in unused:
+        what = f"granularity: no tensor has '{pattern}' in its name"
+        out.print(f"[yellow]![/yellow] {escape(what)}", soft_wrap=True)
+    for label, text in (
+        (
+            "coefficients",
+            f"{decided.coefficients:,} numbers for {trained} tensors"
+            f" ({granularity_in_words(training)}, {training.form}, "
+            f"activation {training.activation}){still}",
+        ),
+        ("predictions", f"{show_size(cache)} {kept}"),
+        (
+            "student",
+            f"{show_size(decided.student_bytes)} in {decided.dtype} "
+            f"({decided.why['dtype']}) on {decided.device} ({decided.why['device']})",
+        ),
+        ("sources", f"{decided.place.residency}: {decided.why['residency']}"),
+        ("update", f"{decided.mode}: {decided.why['mode']}"),
+    ):
+        out.print(f"[dim]{label}:[/dim] {escape(text)}")
+
+
+def granularity_in_words(training: Training) -> str:
+    """`column`, or `row for embed_tokens, column for the rest`."""
+    if isinstance(training.granularity, str):
+        return training.granularity
+    parts = [
+        f"{kind} for {'the rest' if pattern == '*' else pattern}"
+        for pattern, kind in training.granularity.items()
+    ]
+    return ", ".join(parts if "*" in training.granularity else [*parts, "column for the rest"])

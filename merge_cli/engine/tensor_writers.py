@@ -1,0 +1,91 @@
+"""Where merged values go: rounded block by block, or in fp8 by rows of blocks with their scales."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from merge_cli.checkpoint.headers import DTYPES
+from merge_cli.engine.worker_context import WorkerContext
+from merge_cli.kernels.convert import quantise
+from merge_cli.planning.plan import TensorTask
+
+Places = Mapping[str, tuple[Path, int]]  # tensor name -> its file, and the byte where it begins
+
+
+class TensorWriter(Protocol):
+    """Takes one unit's values, in order."""
+
+    def put(self, values: Any, start: int) -> bool:
+        """Values of a span that begins at `start`; whether a float16 can hold them."""
+
+
+def writer_for(
+    task: TensorTask, lane: WorkerContext, places: Places, start: int, stop: int
+) -> TensorWriter:
+    """For elements [start, stop) of a task's output."""
+    if task.block is None:
+        return _RoundingWriter(task, lane, places)
+    return _ScaledWriter(task, task.block, lane, places, start, stop)
+
+
+class _RoundingWriter:
+    def __init__(self, task: TensorTask, lane: WorkerContext, places: Places) -> None:
+        self._dtype, self._lane = task.dtype, lane
+        self._path, self._offset = places[task.name]
+
+    def put(self, values: Any, start: int) -> bool:
+        place = self._offset + start * DTYPES[self._dtype][0]
+        return self._lane.store(values, self._dtype, self._path, place)
+
+
+class _ScaledWriter:
+    """Waits for whole rows of blocks, since a scale is known when its block is."""
+
+    def __init__(
+        self,
+        task: TensorTask,
+        block: tuple[int, int],
+        lane: WorkerContext,
+        places: Places,
+        start: int,
+        stop: int,
+    ) -> None:
+        import numpy as np
+
+        assert task.scales is not None
+        self._columns, self._wide, self._lane = task.shape[-1], block[1], lane
+        self._codes, self._scales = places[task.name], places[task.scales.name]
+        self._across = task.scales.shape[-1]
+        self._row = block[0] * self._columns
+        self._stop = stop
+        self._waiting = np.empty(min(self._row, stop - start), np.float32)
+        self._filled = 0
+
+    def put(self, values: Any, start: int) -> bool:
+        arrived = self._lane.fetch(values)
+        taken = 0
+        while taken < len(arrived):
+            begin = start + taken - self._filled  # of the row of blocks that is being filled
+            whole = min(self._row, self._stop - begin)
+            count = min(whole - self._filled, len(arrived) - taken)
+            self._waiting[self._filled : self._filled + count] = arrived[taken : taken + count]
+            self._filled += count
+            taken += count
+            if self._filled == whole:
+                self._write(begin, self._waiting[:whole].reshape(-1, self._columns))
+                self._filled = 0
+        return True
+
+    def _write(self, begin: int, rows: Any) -> None:
+        import numpy as np
+
+        codes = np.empty(rows.shape, np.uint8)
+        scales = np.empty(self._across, np.float32)
+        quantise(rows, self._wide, codes, scales)
+        path, offset = self._codes
+        self._lane.write(codes.reshape(-1).data, path, offset + begin)
+        path, offset = self._scales
+        place = offset + begin // self._row * self._across * 4
+        self._lane.write(scales.view(np.uint8).data, path, place)

@@ -1,0 +1,242 @@
+"""What one thread works with: buffers that it reuses, and a clock.
+
+A lane brings spans of files to where they are computed with, and results back into files. On a CPU
+that is a read into a buffer and a write from one. On a GPU (`staging`) the buffers are pinned and
+copies run on the lane's own stream, so that while one lane waits for the disk another one copies
+and a third computes. Buffers are few and small: they, and not a queue of tensors, are all the
+memory that a merge needs.
+"""
+
+from __future__ import annotations
+
+import mmap
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+from merge_cli.checkpoint.headers import DTYPES, TensorRef
+from merge_cli.checkpoint.tensors import Tensor
+from merge_cli.kernels.convert import decode, decode_row, decode_rows, encode, encode_into
+from merge_cli.system.raw_io import FilePool, copy_range, read_ahead, read_into, write_from
+
+_WIDEST = 8  # bytes of an element in the widest format
+
+
+@dataclass
+class StageClock:
+    """Seconds that a thread has spent, and bytes that it has moved."""
+
+    read: float = 0.0
+    compute: float = 0.0
+    write: float = 0.0
+    waited: float = 0.0
+    bytes_read: int = 0
+    bytes_written: int = 0
+
+    def measure(self, work: Callable[[], None]) -> None:
+        """What is neither reading, writing nor waiting is computing."""
+        began, other = time.perf_counter(), self.read + self.write + self.waited
+        work()
+        self.compute += time.perf_counter() - began
+        self.compute -= self.read + self.write + self.waited - other
+
+
+@dataclass(frozen=True)
+class LoadedBlock:
+    """One span of every input, upcast.
+
+    Attributes:
+        base: None without one.
+        operands: the sources; less the base, if they are task vectors.
+        finite: whether every stored value is a finite number.
+    """
+
+    base: Any
+    operands: list[Any]
+    finite: bool
+
+
+class WorkerContext(Protocol):
+    """What `HostWorker`, `TorchWorker` and `staging.StagedLane` offer.
+
+    Attributes:
+        block: elements in a block.
+    """
+
+    clock: StageClock
+    block: int
+
+    def active(self) -> AbstractContextManager[Any]:
+        """Entered by the lane's thread around everything that it computes."""
+
+    def load(
+        self, refs: Sequence[Tensor], start: int, stop: int, *, base: bool, deltas: bool
+    ) -> LoadedBlock:
+        """Elements [start, stop) of each tensor, flat.
+
+        Args:
+            base: the first tensor is the base.
+            deltas: subtract it from the others.
+        """
+
+    def store(self, values: Any, dtype: str, path: Path, offset: int) -> bool:
+        """Round values to the dtype, write them; whether they are finite where the dtype is F16."""
+
+    def fetch(self, values: Any) -> Any:
+        """Values as numpy float32 on the host, to be looked at before the lane's next call."""
+
+    def write(self, data: memoryview, path: Path, offset: int) -> None:
+        """Bytes of the host into a file."""
+
+    def close(self) -> None:
+        """Give the buffers back."""
+
+
+class Files:
+    """The files of a merge: sources open for reading, shards for writing."""
+
+    def __init__(self, sources: FilePool, shards: FilePool) -> None:
+        self.sources, self.shards = sources, shards
+
+    def ask_for(self, ref: TensorRef, start: int, size: int) -> None:
+        """Have the system bring `size` bytes from byte `start` of a tensor into its cache."""
+        read_ahead(self.sources, ref.path, ref.offset + start, size)
+
+    def read(self, clock: StageClock, tensor: Tensor, start: int, buffer: memoryview) -> None:
+        """Fill the buffer with a tensor's elements from `start` on."""
+        tensor.fill(partial(self.read_stored, clock), start, buffer)
+
+    def read_stored(
+        self, clock: StageClock, ref: TensorRef, start: int, buffer: memoryview
+    ) -> None:
+        """Fill the buffer with what is stored from element `start` on."""
+        began = time.perf_counter()
+        offset = ref.offset + start * DTYPES[ref.dtype][0]
+        read_into(self.sources, ref.path, offset, buffer, ref.model)
+        clock.read += time.perf_counter() - began
+        clock.bytes_read += len(buffer)
+
+    def write(self, clock: StageClock, path: Path, offset: int, data: memoryview) -> None:
+        began = time.perf_counter()
+        write_from(self.shards, path, offset, data)
+        clock.write += time.perf_counter() - began
+        clock.bytes_written += len(data)
+
+    def copy(
+        self, clock: StageClock, ref: TensorRef, start: int, size: int, path: Path, offset: int
+    ) -> None:
+        """Move `size` stored bytes from byte `start` of a tensor, inside the kernel if it can."""
+        began = time.perf_counter()
+        copy_range(
+            self.sources, ref.path, ref.offset + start, self.shards, path, offset, size, ref.model
+        )
+        clock.write += time.perf_counter() - began
+        clock.bytes_read += size
+        clock.bytes_written += size
+
+
+class HostWorker:
+    """Computes with numpy arrays and compiled loops. Blocks stay in the L2 cache."""
+
+    def __init__(self, files: Files, block: int, inputs: int) -> None:
+        self.clock, self.block, self._files = StageClock(), block, files
+        # Anonymous pages of our own: aligned, and in memory only where they have been used.
+        self._buffer = mmap.mmap(-1, block * _WIDEST * inputs)
+
+    def active(self) -> AbstractContextManager[Any]:
+        import numpy as np
+
+        # Inf and NaN are reported by name; allowed ones need no warning for each block.
+        return np.errstate(all="ignore")
+
+    def load(
+        self, refs: Sequence[Tensor], start: int, stop: int, *, base: bool, deltas: bool
+    ) -> LoadedBlock:
+        import numpy as np
+
+        size = stop - start
+        # One matrix, so that compiled loops over sources take it as it is.
+        rows = np.empty((len(refs) - base, size), np.float32)
+        own = np.empty(size, np.float32) if base else None
+        formats = {ref.dtype for ref in refs}
+        if len(formats) == 1:
+            (dtype,) = formats
+            raw = self._raw(len(refs), size, dtype)
+            for stored, ref in zip(raw, refs, strict=True):
+                self._files.read(self.clock, ref, start, stored.data)
+            return LoadedBlock(own, list(rows), decode_rows(raw, dtype, rows, own, deltas=deltas))
+        finite = True
+        targets = [own, *rows] if base else list(rows)
+        for ref, target in zip(refs, targets, strict=True):
+            stored = self._raw(1, size, ref.dtype)[0]
+            self._files.read(self.clock, ref, start, stored.data)
+            finite &= decode_row(stored, ref.dtype, target)
+        if own is not None and deltas:
+            np.subtract(rows, own, out=rows)
+        return LoadedBlock(own, list(rows), finite)
+
+    def _raw(self, inputs: int, size: int, dtype: str) -> Any:
+        """(inputs, bytes) of the lane's buffer."""
+        import numpy as np
+
+        width = size * DTYPES[dtype][0]
+        return np.frombuffer(self._buffer, np.uint8, inputs * width).reshape(inputs, width)
+
+    def store(self, values: Any, dtype: str, path: Path, offset: int) -> bool:
+        raw = self._raw(1, len(values), dtype)[0]
+        fits = encode_into(values, dtype, raw)
+        self._files.write(self.clock, path, offset, raw.data)
+        return fits
+
+    def fetch(self, values: Any) -> Any:
+        return values
+
+    def write(self, data: memoryview, path: Path, offset: int) -> None:
+        self._files.write(self.clock, path, offset, data)
+
+    def close(self) -> None:
+        """The buffer goes when the last array that looks into it does."""
+
+
+class TorchWorker(HostWorker):
+    """Computes with torch on a CPU: for float64, for methods that want tensors, without numba."""
+
+    def load(
+        self, refs: Sequence[Tensor], start: int, stop: int, *, base: bool, deltas: bool
+    ) -> LoadedBlock:
+        import torch
+
+        wide = any(ref.dtype == "F64" for ref in refs)
+        arrays = []
+        for ref in refs:
+            raw = self._raw(1, stop - start, ref.dtype)[0]
+            self._files.read(self.clock, ref, start, raw.data)
+            arrays.append(decode(torch.from_numpy(raw), ref.dtype, wide=wide))
+        finite = all_finite(arrays)
+        own = arrays.pop(0) if base else None
+        return LoadedBlock(own, [a.sub_(own) for a in arrays] if deltas else arrays, finite)
+
+    def store(self, values: Any, dtype: str, path: Path, offset: int) -> bool:
+        import torch
+
+        rounded, fits = encode(values, dtype)
+        self._files.write(self.clock, path, offset, rounded.view(torch.uint8).numpy().data)
+        return fits
+
+    def fetch(self, values: Any) -> Any:
+        return values.float().numpy()
+
+
+def all_finite(tensors: Sequence[Any]) -> bool:
+    """Whether no tensor holds NaN or Inf; one wait for a device, whatever their number."""
+    import torch
+
+    # A sum of squares is finite only if every element is, and costs one quick pass; it can also
+    # overflow, so that only the count decides.
+    if bool(torch.stack([tensor.dot(tensor) for tensor in tensors]).isfinite().all()):
+        return True
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)

@@ -1,0 +1,278 @@
+"""Quality gates: conditions on an evaluation that a batch job can fail by.
+
+    math.loss<=2.1                 a metric against a number
+    base:japanese.loss             no worse than another model on the same examples
+    base:japanese.loss+0.05        the same with a margin, in the metric's unit or (+2%) a share
+
+Values are compared as they are. An evaluation is deterministic, so that a gate does not fail by
+chance from one day to the next; whether a difference is one that other examples would show, too, is
+said by its paired interval beside it.
+
+A merged model evaluated where it was made: itself, what gates compare it with, and the gates.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import operator
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from merge_cli.engine.options import MergeOptions
+from merge_cli.errors import GateError, Interrupted, UsageError
+from merge_cli.evaluation.result import Evaluation, Metric
+from merge_cli.evaluation.run import Show, evaluate_source
+from merge_cli.evaluation.spec import EvalSpec
+from merge_cli.evaluation.summary import difference, summary
+from merge_cli.evaluation.task import Task
+from merge_cli.planning.plan import Plan
+from merge_cli.recipe.fields import nearest
+from merge_cli.recipe.reference import ModelRef
+from merge_cli.sources.source import Source, fetch_weights, open_source
+from merge_cli.system.raw_io import write_error
+
+_OPERATORS: dict[str, Callable[[float, float], bool]] = {
+    "<=": operator.le,
+    ">=": operator.ge,
+    "<": operator.lt,
+    ">": operator.gt,
+}
+_GATE = re.compile(r"\s*(?P<metric>[^<>=]+?)\s*(?P<sign><=|>=|<|>)\s*(?P<number>[^<>=\s]+)\s*")
+_NO_WORSE = re.compile(
+    r"\s*(?P<model>.+?):(?P<metric>[^:+]+?)(?:\s*\+\s*(?P<margin>[\d.eE-]+)\s*(?P<share>%?))?\s*"
+)
+
+Known = Mapping[str, Sequence[str]]  # task -> its metrics, as far as they are known
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One condition.
+
+    Attributes:
+        text: as the user wrote it.
+        task, metric: of the value; an empty metric is the task's primary one.
+        sign, number: of a condition on a number.
+        reference: of a comparison, the other model as the user named it.
+        margin, relative: how much worse is still accepted, in the unit or as a share of the value.
+    """
+
+    text: str
+    task: str
+    metric: str
+    sign: str = ""
+    number: float = 0.0
+    reference: str = ""
+    margin: float = 0.0
+    relative: bool = False
+
+
+def read_gates(
+    gates: Sequence[str], no_worse: Sequence[str], tasks: Sequence[Task]
+) -> tuple[Gate, ...]:
+    """Gates as they are given on a command line, checked before anything is computed.
+
+    Args:
+        gates: conditions on a number.
+        no_worse: comparisons with another model.
+
+    Raises:
+        UsageError: not of the form above, or a task that is not evaluated.
+    """
+    known = {task.name: task.metrics for task in tasks}
+    return (
+        *(_on_number(text, known) for text in gates),
+        *(_on_model(text, known) for text in no_worse),
+    )
+
+
+def check_gates(
+    gates: Sequence[Gate], evaluation: Evaluation, references: Mapping[str, Evaluation]
+) -> list[str]:
+    """Why each gate that is not met is not met; empty when all are.
+
+    Args:
+        references: the other models, by the names that gates give them.
+
+    Raises:
+        UsageError: a task has no such metric.
+    """
+    return [why for gate in gates if (why := _unmet(gate, evaluation, references))]
+
+
+def require(failures: Mapping[str, Sequence[str]]) -> None:
+    """Fail if any model fails a gate.
+
+    Raises:
+        GateError: with every unmet gate of every model.
+    """
+    lines = [f"{model}: {line}" for model, unmet in failures.items() for line in unmet]
+    if lines:
+        count = len(lines)
+        what = f"{count} quality gate{'s are' if count > 1 else ' is'} not met"
+        raise GateError("\n  ".join([what, *lines]))
+
+
+def _on_number(text: str, known: Known) -> Gate:
+    match = _GATE.fullmatch(text)
+    number = _number(match["number"]) if match else None
+    if match is None or number is None:
+        raise UsageError(f"'{text}' is not a gate", hint='Write it like "math.loss<=2.1".')
+    task, metric = _named(match["metric"], text, known)
+    return Gate(text, task, metric, sign=match["sign"], number=number)
+
+
+def _on_model(text: str, known: Known) -> Gate:
+    match = _NO_WORSE.fullmatch(text)
+    margin = _number(match["margin"] or "0") if match else None
+    if match is None or margin is None:
+        hint = "Write it like base:japanese.loss or base:japanese.loss+2%."
+        raise UsageError(f"'{text}' does not name a model and a metric", hint=hint)
+    task, metric = _named(match["metric"], text, known)
+    relative = match["share"] == "%"
+    return Gate(
+        text,
+        task,
+        metric,
+        reference=match["model"],
+        relative=relative,
+        margin=margin / 100 if relative else margin,
+    )
+
+
+def _number(text: str) -> float | None:
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _named(text: str, gate: str, known: Known) -> tuple[str, str]:
+    """Task and metric; a task's own name may contain dots."""
+    if text in known:
+        return text, ""
+    task, _, metric = text.rpartition(".")
+    if task not in known:
+        hint = nearest(task or text, known)
+        raise UsageError(f"'{gate}': no task '{task or text}' is evaluated.", hint=hint)
+    if known[task] and metric not in known[task]:
+        raise UsageError(
+            f"'{gate}': {task} has no metric '{metric}'.", hint=nearest(metric, known[task])
+        )
+    return task, metric
+
+
+def _unmet(gate: Gate, evaluation: Evaluation, references: Mapping[str, Evaluation]) -> str:
+    metric = _metric(gate, evaluation)
+    value = f"{metric.name} {metric.value:.4g}"
+    if not gate.reference:
+        met = _OPERATORS[gate.sign](metric.value, gate.number)
+        return "" if met else f"{gate.text} — {gate.task} has {value}"
+    other = _metric(gate, references[gate.reference])
+    room = gate.margin * (abs(other.value) if gate.relative else 1.0)
+    limit = other.value + (room if metric.better == "lower" else -room)
+    if not metric.worse(limit):
+        return ""
+    paired = difference(metric, other, gate.task)
+    ends = f", 95 % from {paired.low:+.4g} to {paired.high:+.4g}" if paired else ""
+    return (
+        f"{gate.text} — {gate.task} has {value} against {other.value:.4g} "
+        f"(difference {metric.value - other.value:+.4g}{ends})"
+    )
+
+
+def _metric(gate: Gate, evaluation: Evaluation) -> Metric:
+    task = evaluation[gate.task]
+    if not gate.metric:
+        return task.primary
+    if gate.metric not in task.metrics:
+        what = f"'{gate.text}': {gate.task} has no metric '{gate.metric}'."
+        raise UsageError(what, hint=nearest(gate.metric, task.metrics))
+    return task[gate.metric]
+
+
+FILE = "merge_evaluation.json"
+
+
+class QualityCheck:
+    """What a merge is to be evaluated on.
+
+    Args:
+        gates, no_worse: as on the command line (`gates.read_gates`).
+
+    Raises:
+        UsageError: a gate that cannot be read.
+    """
+
+    def __init__(self, spec: EvalSpec, gates: Sequence[str], no_worse: Sequence[str]) -> None:
+        self._spec = spec
+        self._gates = read_gates(gates, no_worse, spec.tasks)
+        self._failures: dict[str, list[str]] = {}
+
+    @property
+    def spec(self) -> EvalSpec:
+        """The tasks."""
+        return self._spec
+
+    def check(self, plan: Plan) -> None:
+        """Raise a UsageError for a gate whose model takes no part, before anything is merged."""
+        for gate in self._gates:
+            if gate.reference and _meant(gate.reference, plan).planned:
+                what = f"'{gate.reference}' is a stage of this recipe, and gone once OUT is there"
+                raise UsageError(what, hint="Make it by itself first, and name its folder.")
+
+    def run(self, plan: Plan, out: Path, options: MergeOptions, show: Show) -> list[dict[str, Any]]:
+        """Evaluate OUT and every model that a gate names; written into OUT, too.
+
+        Returns:
+            what `evaluation.summary` makes of it: OUT first.
+
+        Raises:
+            as `merge_cli.evaluate` does. OUT is complete whatever happens here.
+        """
+        spec = self._spec.changed(device=options.device, threads=options.threads)
+        try:
+            merged, others = self._evaluations(plan, out, spec, show)
+        except Interrupted:
+            hint = f"The merge is complete; `merge-cli evaluate {out}` measures it, too."
+            raise Interrupted("stopped while evaluating", where=str(out), hint=hint) from None
+        self._failures = {out.name: check_gates(self._gates, merged, others)}
+        rows = summary([merged, *{other.digest: other for other in others.values()}.values()])
+        text = json.dumps({"models": rows, "unmet": self._failures[out.name]}, indent=1)
+        try:
+            (out / FILE).write_text(text + "\n", encoding="utf-8")
+        except OSError as error:
+            raise write_error(error, out / FILE) from error
+        return rows
+
+    def _evaluations(
+        self, plan: Plan, out: Path, spec: EvalSpec, show: Show
+    ) -> tuple[Evaluation, dict[str, Evaluation]]:
+        """OUT's, and those of the models that gates name, by the names that they give them."""
+        merged = evaluate_source(open_source(ModelRef(str(out)), out.parent), spec, show)
+        others = {}
+        for name in dict.fromkeys(g.reference for g in self._gates if g.reference):
+            source = _meant(name, plan)
+            fetch_weights(source, source.header_bytes)
+            others[name] = evaluate_source(source, spec, show)
+        return merged, others
+
+    def require(self) -> None:
+        """Raise a GateError if a gate is not met."""
+        require(self._failures)
+
+
+def _meant(name: str, plan: Plan) -> Source:
+    """`base`, or a source by its name or the last part of it."""
+    if name == "base" and plan.base is not None:
+        return plan.sources[plan.base]
+    for source in plan.sources:
+        if name in (source.label, source.label.rstrip("/").rpartition("/")[2]):
+            return source
+    known = [source.label for source in plan.sources]
+    raise UsageError(f"'{name}' is none of the models of this recipe.", hint=nearest(name, known))

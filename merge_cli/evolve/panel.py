@@ -1,0 +1,127 @@
+"""What the plan of a recipe that searches shows, and what a search has found."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from merge_cli.planning.method_sections import GREEDY
+from merge_cli.recipe.search import WITHOUT_SPACE, Search
+from merge_cli.system.machine import show_seconds
+
+if TYPE_CHECKING:
+    from merge_cli.evolve.plan import SearchPlan
+
+
+def search_json(decided: SearchPlan) -> dict[str, Any]:
+    """The search as data, for `--json`."""
+    space = decided.space
+    return {
+        "optimizer": decided.search.optimizer if space else "greedy",
+        "evaluations": _evaluations(decided),
+        "population": decided.population,
+        "genome": [
+            {"sets": space.describe(gene), "range": gene.searched.allowed} for gene in space.genes
+        ]
+        if space
+        else [],
+        "objective": {
+            name: [
+                {"task": task.name, "kind": task.kind, "weight": goal.weight, "constraint": word}
+                for task, goal, word in zip(
+                    split.spec.tasks, split.goals, map(_constraint, split.goals), strict=True
+                )
+            ]
+            for name, split in decided.objective.splits.items()
+        },
+        "residency": decided.place.residency,
+        "why": decided.place.reason,
+        "warnings": list(decided.warnings),
+    }
+
+
+def print_search(out: Console, decided: SearchPlan) -> None:
+    """What every number of the genome means, and what candidates are judged by."""
+    space, search = decided.space, decided.search
+    out.print()
+    if space is None:
+        out.print(
+            f"[bold]before that, a greedy search[/bold] for the members of the soup: "
+            f"at most {_evaluations(decided)} evaluations"
+        )
+    else:
+        method = " or ".join(search.method)
+        out.print(
+            f"[bold]before that, a search[/bold] of {escape(method)} by {search.optimizer}: "
+            f"{len(space)} number{'s' * (len(space) != 1)}, {search.evaluations} evaluations in "
+            f"generations of {decided.population}"
+        )
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for name in ("number", "sets", "range"):
+            table.add_column(name, overflow="fold")
+        for i, gene in enumerate(space.genes):
+            table.add_row(str(i), escape(space.describe(gene)), escape(gene.searched.allowed))
+        out.print(table)
+        if len(space.sizes) > 1 and not search.smooth:
+            out.print("tensors outside the layers go with the first group")
+    for name, split in decided.objective.splits.items():
+        goals = [
+            f"{task.name} ({task.kind}{'.' + goal.metric if goal.metric else ''}"
+            f"{f', weight {goal.weight:g}' if goal.weight != 1 else ''}{_constraint(goal)})"
+            for task, goal in zip(split.spec.tasks, split.goals, strict=True)
+        ]
+        out.print(f"  {name}: {escape(', '.join(goals))}")
+    count = search.workers
+    out.print(
+        f"  workers: {count} ({search.engine}); sources in {decided.place.residency}: "
+        f"{escape(decided.place.reason)}"
+    )
+    for line in decided.warnings:
+        out.print(f"[dim]note:[/dim] {escape(line)}")
+
+
+def print_found(out: Console, search: Mapping[str, Any]) -> None:
+    """What a search brought, and loudly where it brought nothing."""
+    cost, verdict = search["cost"], search["verdict"]
+    failed = f", {cost['failed']} failed" if cost["failed"] else ""
+    out.print(
+        f"[green]✓[/green] {cost['evaluations']} candidates in {show_seconds(cost['seconds'])}"
+        f"{failed}, {cost['tokens']:,} tokens; {escape(search['ended'])}"
+    )
+    if verdict is None:
+        return
+    mark = "[green]✓[/green]" if verdict["better"] else "[bold red]✗ no improvement:[/bold red]"
+    out.print(
+        f"{mark} {search['split']} score {verdict['score']:.4g}; the best without a search is "
+        f"{escape(verdict['best_static'])}, {verdict['best_static_score']:.4g}"
+    )
+
+
+def print_keys(out: Console, method: str) -> None:
+    """The keys of the section `search:` that a method takes; docs/evolve.md explains them."""
+    out.print("\nJudged by `objective:`, a list of evaluation tasks. Keys of `search:`:")
+    for one in fields(Search):
+        if "help" in one.metadata and (method != GREEDY or one.name in WITHOUT_SPACE):
+            out.print(f"\n  [bold]{one.name}[/bold]")
+            out.print(f"      {escape(one.metadata['help'])}")
+
+
+def _evaluations(decided: SearchPlan) -> int:
+    return decided.search.evaluations if decided.space else 2 * len(decided.labels) - 1
+
+
+def _constraint(goal: Any) -> str:
+    found = ""
+    if goal.at_most is not None:
+        found += f", at most {goal.at_most:g}"
+    if goal.at_least is not None:
+        found += f", at least {goal.at_least:g}"
+    if goal.no_worse_than:
+        margin = f" + {goal.margin:g}" if goal.margin else ""
+        found += f", no worse than {goal.no_worse_than}{margin}"
+    return found

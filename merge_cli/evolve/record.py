@@ -1,0 +1,260 @@
+"""The record of a search: what the report shows, and whether it was worth it.
+
+How much each parameter mattered, as far as the candidates that were tried can tell.
+
+The models that a search begins from, evaluated as they are: base and sources.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from merge_cli.engine.memory import peak_rss
+from merge_cli.errors import GateError
+from merge_cli.evaluation.run import evaluate_source
+from merge_cli.evolve.evaluator import reduced, values_of
+from merge_cli.evolve.loop import Candidate, best_first
+from merge_cli.evolve.objectives import Split, Values
+from merge_cli.evolve.plan import SearchPlan
+from merge_cli.evolve.space import plain_values
+from merge_cli.planning.plan import Plan
+from merge_cli.sources.source import Source, fetch_weights
+
+FOUND = "found"
+
+
+def history(candidates: Sequence[Candidate]) -> list[dict[str, Any]]:
+    """One entry for each candidate: its score, and the best one so far."""
+    best: Candidate | None = None
+    found = []
+    for one in candidates:
+        if one.score is not None and (best is None or one.rank_key < best.rank_key):
+            best = one
+        found.append(
+            {
+                "number": one.number,
+                "generation": one.generation,
+                "score": one.score.total if one.score else None,
+                "parts": list(one.score.parts) if one.score else None,
+                "violation": one.score.violation if one.score else None,
+                "best": best.score.total if best and best.score else None,
+                "share": one.share,
+                "error": one.outcome.error,
+            }
+        )
+    return found
+
+
+def front(candidates: Sequence[Candidate]) -> list[int]:
+    """Numbers of the candidates that none is better than in every goal."""
+    known = [c for c in candidates if c.score is not None and not c.score.violation]
+    found = []
+    for one in known:
+        assert one.score is not None
+        mine = one.score.parts
+        if not any(
+            c.score is not None
+            and c.score.parts != mine
+            and all(a <= b for a, b in zip(c.score.parts, mine, strict=True))
+            for c in known
+        ):
+            found.append(one.number)
+    return found
+
+
+def build_record(
+    decided: SearchPlan,
+    candidates: Sequence[Candidate],
+    best: Candidate,
+    ended: str,
+    compared: Mapping[str, Values],
+    references: Mapping[str, Values],
+    base: Values | None,
+    cost: Mapping[str, Any],
+) -> dict[str, Any]:
+    """JSON-ready; docs/evolve.md says what each part is.
+
+    Args:
+        compared: models by name on the report's split; FOUND is the result.
+        references: of those the ones that nothing was searched for.
+        base: the base on that split, for constraints.
+    """
+    split, space = decided.objective.report, decided.space
+    scores = {
+        name: {"score": split.score(values, base).total, "tasks": primary(values)}
+        for name, values in compared.items()
+    }
+    scored = best_first(candidates)
+    genes = [space.describe(gene) for gene in space.genes] if space else list(decided.labels)
+    shares = importance(
+        [c.genome for c in scored], [c.score.total for c in scored if c.score is not None]
+    )
+    values: Mapping[str, Any] = (
+        plain_values(space, best.genome)
+        if space
+        else {name: bool(u) for name, u in zip(decided.labels, best.genome, strict=True)}
+    )
+    assert best.score is not None
+    warnings = list(decided.warnings)
+    found = verdict(scores, references)
+    if best.score.violation:
+        warnings.append(
+            "NO CANDIDATE keeps the constraints; the one that breaks them least is taken"
+        )
+    reported = split.score(compared[FOUND], base).violation if FOUND in compared else 0.0
+    if reported and split.name != "search":
+        warnings.append(f"BREAKS A CONSTRAINT on the split {split.name}")
+    if found is not None and not found["better"]:
+        warnings.append(
+            f"NO IMPROVEMENT: {split.name} score {found['score']:.4g}, and {found['best_static']} "
+            f"{found['best_static_score']:.4g} without a search"
+        )
+    return {
+        "method": decided.recipe.merge_method,
+        "searched": list(decided.search.method) or ["soup"],
+        "optimizer": decided.search.optimizer if space else "greedy",
+        "ended": ended,
+        "goals": [goal.task for goal in decided.objective.search.weighted],
+        "genes": genes,
+        "importance": dict(zip(genes, shares, strict=True)) if space else {},
+        "history": history(candidates),
+        "front": front(candidates),
+        "best": {
+            "number": best.number,
+            "score": best.score.total,
+            "violation": best.score.violation,
+            "reported_violation": reported,
+            "values": values,
+        },
+        "split": split.name,
+        "scores": scores,
+        "verdict": found,
+        "warnings": warnings,
+        "cost": {**cost, "peak_rss": peak_rss()},
+    }
+
+
+def primary(values: Values) -> dict[str, float]:
+    """Each task's first metric."""
+    return {name: next(iter(metrics.values())).value for name, metrics in values.items()}
+
+
+def verdict(
+    scores: Mapping[str, Mapping[str, Any]], references: Mapping[str, Values]
+) -> dict[str, Any] | None:
+    """The result against the best that needs no search; None where there is nothing else."""
+    static = {name: scores[name]["score"] for name in references}
+    if not static or FOUND not in scores:
+        return None
+    name = min(static, key=lambda one: static[one])
+    score = scores[FOUND]["score"]
+    return {
+        "score": score,
+        "best_static": name,
+        "best_static_score": static[name],
+        "better": score < static[name],
+    }
+
+
+def gate(record: Mapping[str, Any], required: bool, where: Path) -> None:
+    """Raise where improvement is required and there is none.
+
+    Raises:
+        GateError: no better than base, sources, soup and task arithmetic; or a broken constraint.
+    """
+    found = record["verdict"]
+    kept = not (record["best"]["violation"] or record["best"]["reported_violation"])
+    if not required or (found is not None and found["better"] and kept):
+        return
+    what = "improvement is required, and " + (
+        f"{found['best_static']} scores {found['best_static_score']:.4g} without a search, the "
+        f"result {found['score']:.4g}"
+        if found is not None and kept
+        else "the result breaks a constraint"
+    )
+    hint = "Search longer or wider, or run without --require-improvement."
+    raise GateError(what, where=str(where), hint=hint)
+
+
+def score_text(split: Split, candidate: Candidate | None) -> str:
+    """`best 2.6512` for a progress line."""
+    if candidate is None or candidate.score is None:
+        return ""
+    broken = " (breaks a constraint)" if candidate.score.violation else ""
+    return f"best {candidate.score.total:.5g}{broken}"
+
+
+def importance(genomes: Sequence[Sequence[float]], scores: Sequence[float]) -> list[float]:
+    """For each number of a genome, the share of the scores' variance that it explains alone.
+
+    A parabola in ranks: what has its best value in the middle counts, too. Ranks, because a few
+    very bad candidates would otherwise be all the variance there is. The share is adjusted for the
+    two coefficients (0 is chance), and says nothing of interactions.
+
+    Returns:
+        one share of 0 to 1 each; zeros where fewer than 8 candidates have a score.
+    """
+    import numpy as np
+
+    if len(scores) < 8 or len(set(scores)) < 2:
+        return [0.0] * (len(genomes[0]) if genomes else 0)
+    y = _ranks(np.array(scores))
+    whole = float(((y - y.mean()) ** 2).sum())
+    found = []
+    for column in np.array(genomes).T:
+        x = _ranks(column)
+        terms = np.stack([np.ones_like(x), x, x * x], axis=1)
+        solution = np.linalg.lstsq(terms, y, rcond=None)[0]
+        left = float(((y - terms @ solution) ** 2).sum())
+        count = len(y)
+        adjusted = 1 - (left / (count - 3)) / (whole / (count - 1))
+        found.append(round(min(max(adjusted, 0.0), 1.0), 4))
+    return found
+
+
+def _ranks(values: Any) -> Any:
+    """Ranks from -1 to 1; equal values share their mean rank."""
+    import numpy as np
+
+    _, inverse, counts = np.unique(np.asarray(values), return_inverse=True, return_counts=True)
+    ends = np.cumsum(counts)
+    ranks = (ends - (counts + 1) / 2)[inverse]
+    return ranks / max(len(ranks) - 1, 1) * 2 - 1
+
+
+class References:
+    """Base and sources of a plan; each is evaluated once for each split."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._measured: dict[str, Values] = {}
+
+    def all(self) -> list[Source]:
+        """The base, then every source."""
+        plan = self._plan
+        base = [] if plan.base is None or plan.base in plan.operands else [plan.base]
+        return [plan.sources[i] for i in (*base, *plan.operands)]
+
+    def of(self, model: int) -> Source:
+        label = str(self._plan.recipe.models[model].model)
+        return next(source for source in self._plan.sources if source.label == label)
+
+    def base(self, split: Split, share: float = 1.0) -> Values | None:
+        """The base's values, where a constraint compares with it, on as many of the rows."""
+        plan = self._plan
+        if not split.needs_base or plan.base is None:
+            return None
+        return self.values(plan.sources[plan.base], split, share)
+
+    def values(self, source: Source, split: Split, share: float = 1.0) -> Values:
+        """A source's own values; found in the cache, if it was evaluated before."""
+        key = f"{split.name} {share!r} {source.label}"
+        if key not in self._measured:
+            fetch_weights(source, source.header_bytes)
+            tasks = tuple(reduced(task, share) for task in split.spec.tasks)
+            found = evaluate_source(source, replace(split.spec, tasks=tasks, cache=True))
+            self._measured[key] = values_of(dict(found.tasks))
+        return self._measured[key]

@@ -1,0 +1,270 @@
+"""Models on the Hugging Face Hub: resolved to a commit, fetched file by file, cached.
+
+A plan needs kilobytes: the list of files, the small ones, and the headers of the shards, which are
+read by HTTP range. A merge then downloads the shards that it reads. Every request after the first
+names the commit, so that all files are of one revision. Tokens are huggingface_hub's business.
+"""
+
+from __future__ import annotations
+
+import struct
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from merge_cli.errors import CorruptFileError, HubError
+from merge_cli.hub.download import download
+from merge_cli.hub.errors import UnreachableError, explained
+
+_FIRST_BYTES = 32_768  # holds the whole header of most shards
+_TRIES = 3  # that bring nothing, one after the other
+_PAUSE = 0.5  # seconds; longer with every try
+_PATIENCE = 60.0  # the longest that a busy Hub may make us wait at once
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class HubModel:
+    """A repository at one commit.
+
+    Attributes:
+        revision: the branch, tag or commit that was asked for.
+        commit: what it was resolved to, 40 hexadecimal digits.
+        files: name -> size in bytes; of cached files alone when the Hub was not asked.
+        note: what a plan should say about where this comes from; often empty.
+    """
+
+    repo_id: str
+    revision: str | None
+    commit: str
+    files: Mapping[str, int]
+    note: str = ""
+
+
+def open_hub(repo_id: str, revision: str | None = None) -> HubModel:
+    """Find a repository and resolve the revision to a commit, with one request.
+
+    Without a connection (or with HF_HUB_OFFLINE=1) the cache answers, if it can.
+
+    Raises:
+        HubError: missing or private, gated, no such revision, no connection and no cached copy.
+    """
+    from huggingface_hub import HfApi, ModelInfo, constants
+
+    label = f"{repo_id}@{revision}" if revision else repo_id
+    if constants.HF_HUB_OFFLINE:
+        return _from_cache(repo_id, revision, "offline: from the cache")
+
+    def ask() -> ModelInfo:
+        with explained(label):
+            return HfApi().model_info(
+                repo_id,
+                revision=revision,
+                files_metadata=True,
+                timeout=constants.HF_HUB_ETAG_TIMEOUT,
+            )
+
+    try:
+        info = ask()
+    except UnreachableError as error:
+        try:
+            return _from_cache(repo_id, revision, f"{error.why}: from the cache")
+        except HubError:
+            if not 0 < error.wait <= _PATIENCE:
+                raise error from None
+        _sleep(error.wait)
+        info = _patiently(ask)
+    files = {file.rfilename: int(file.size or 0) for file in info.siblings or []}
+    assert info.sha is not None, "the Hub always names the commit"
+    return HubModel(repo_id, revision, info.sha, files)
+
+
+def fetch_files(
+    model: HubModel, names: Sequence[str], progress: Callable[[int], None] | None = None
+) -> Path:
+    """Download files of the commit that are not in the cache yet.
+
+    A broken connection is tried again. What has arrived is kept, whatever happens, and the next
+    call continues there.
+
+    Args:
+        progress: told the number of bytes as they arrive (files from the cache: all at once).
+
+    Returns:
+        the snapshot folder that holds them.
+
+    Raises:
+        HubError: a file that is missing or cannot be had.
+    """
+    folder = _snapshot(model)
+    for name in names:
+        if is_cached(model, name):
+            if progress:
+                progress((folder / name).stat().st_size)
+            continue
+        _download(model, name, progress or (lambda count: None))
+    _remember_revision(model)
+    return folder
+
+
+def _download(model: HubModel, name: str, progress: Callable[[int], None]) -> None:
+    """A file, tried again for as long as tries bring more of it."""
+    most = tries = 0
+    while True:
+        arrived = 0
+
+        def count(size: int) -> None:
+            nonlocal arrived
+            arrived += size
+            progress(size)
+
+        try:
+            return download(model.repo_id, model.commit, name, _repository(model.repo_id), count)
+        except UnreachableError as error:
+            progress(-arrived)  # the next try counts what is here
+            tries = 1 if arrived > most else tries + 1
+            most = max(most, arrived)
+            if tries >= _TRIES or error.wait > _PATIENCE:
+                raise
+            _sleep(error.wait or _PAUSE * tries)
+
+
+def _sleep(seconds: float) -> None:
+    time.sleep(seconds)
+
+
+def _patiently(action: Callable[[], T]) -> T:
+    """Tried again soon, unless the Hub says that it will be later.
+
+    Raises:
+        HubError: as the action does.
+    """
+    for tries in range(1, _TRIES):
+        try:
+            return action()
+        except UnreachableError as error:
+            if error.wait > _PATIENCE:
+                raise
+            _sleep(error.wait or _PAUSE * tries)
+    return action()
+
+
+def read_header(model: HubModel, name: str) -> bytes:
+    """The raw safetensors header of a shard: the 8-byte length and the JSON, never the weights.
+
+    Raises:
+        HubError: the file cannot be had.
+        CorruptFileError: it does not begin with a header.
+    """
+    cached = _cached(model, name)
+    if cached is not None:
+        with cached.open("rb") as file:
+            start = file.read(8)
+            return start + file.read(_header_length(start, model, name))
+    size = model.files.get(name, 0)
+    if size < 8:
+        what = f"not a safetensors file: {size} bytes long"
+        raise CorruptFileError(what, model=model.repo_id, file=name)
+    start = _range(model, name, 0, min(_FIRST_BYTES, size))
+    total = 8 + _header_length(start[:8], model, name)
+    if len(start) < total:
+        start += _range(model, name, len(start), total)
+    return start[:total]
+
+
+def is_cached(model: HubModel, name: str) -> bool:
+    """Whether a file of this commit is on this machine already."""
+    return _cached(model, name) is not None
+
+
+def _from_cache(repo_id: str, revision: str | None, note: str) -> HubModel:
+    """The repository as the cache knows it.
+
+    Raises:
+        HubError: the cache has no such revision.
+    """
+    from huggingface_hub import constants
+
+    root = _repository(repo_id)
+    wanted = revision or constants.DEFAULT_REVISION
+    reference = root / "refs" / wanted
+    commit = reference.read_text().strip() if reference.is_file() else wanted
+    snapshots = root / "snapshots"
+    every = sorted(snapshots.iterdir()) if snapshots.is_dir() else []
+    folders = [folder for folder in every if folder.name.startswith(commit)]
+    if len(folders) != 1:
+        label = f"{repo_id}@{revision}" if revision else repo_id
+        what = "no such folder, not in the cache, and the Hub may not be asked (offline)"
+        flag = f" --revision {revision}" if revision else ""
+        hint = f"Download it while online: hf download {repo_id}{flag}."
+        raise HubError(what, model=label, hint=hint)
+    files = {
+        path.relative_to(folders[0]).as_posix(): path.stat().st_size
+        for path in folders[0].rglob("*")
+        if path.is_file()
+    }
+    return HubModel(repo_id, revision, folders[0].name, files, note)
+
+
+def _remember_revision(model: HubModel) -> None:
+    """Note in the cache what the branch was, as downloads by branch do, for later without Hub."""
+    from huggingface_hub import constants
+
+    revision = model.revision or constants.DEFAULT_REVISION
+    if not model.commit.startswith(revision):
+        reference = _repository(model.repo_id) / "refs" / revision
+        if reference.is_file() and reference.read_text().strip() == model.commit:
+            return
+        # A convenience: a cache that many share may be read-only, and is used all the same.
+        with suppress(OSError):
+            reference.parent.mkdir(parents=True, exist_ok=True)
+            reference.write_text(model.commit)
+
+
+def _repository(repo_id: str) -> Path:
+    """The cache's folder of a repository, with `refs/` and `snapshots/` in it."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    name: str = repo_folder_name(repo_id=repo_id, repo_type="model")
+    return Path(constants.HF_HUB_CACHE) / name
+
+
+def _snapshot(model: HubModel) -> Path:
+    return _repository(model.repo_id) / "snapshots" / model.commit
+
+
+def _cached(model: HubModel, name: str) -> Path | None:
+    """A file that is here, as large as the Hub says: a disk that was full may have cut it."""
+    path = _snapshot(model) / name
+    if not path.is_file():
+        return None
+    size = model.files.get(name, 0)
+    return path if not size or path.stat().st_size == size else None
+
+
+def _header_length(start: bytes, model: HubModel, name: str) -> int:
+    length = struct.unpack("<Q", start)[0] if len(start) == 8 else 2**63
+    if length > 100_000_000:  # the format's own limit
+        what = "not a safetensors file: it does not start with a header"
+        raise CorruptFileError(what, model=model.repo_id, file=name)
+    return int(length)
+
+
+def _range(model: HubModel, name: str, start: int, stop: int) -> bytes:
+    """Bytes [start, stop) of a file, or fewer at its end."""
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+    def ask() -> bytes:
+        with explained(model.repo_id, name):
+            url = hf_hub_url(model.repo_id, name, revision=model.commit)
+            headers = {**build_hf_headers(), "Range": f"bytes={start}-{stop - 1}"}
+            response = get_session().get(url, headers=headers, follow_redirects=True, timeout=30)
+            hf_raise_for_status(response)
+            return bytes(response.content)[: stop - start]
+
+    return _patiently(ask)

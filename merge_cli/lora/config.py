@@ -1,0 +1,272 @@
+"""adapter_config.json: every field that is understood, and what it may say.
+
+A field can change what an adapter's factors mean, or which base they belong to. So the list is of
+what is understood; another field, or another value, is refused by its name unless it is empty.
+Read from PEFT's LoraConfig, 0.1 to 0.21, and from tools that write further fields beside it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from merge_cli.errors import MismatchError, Problem, SourceError
+from merge_cli.system.patterns import compile_pattern
+from merge_cli.system.untrusted import Unreadable, kind_of, read_mapping
+
+CONFIG = "adapter_config.json"
+_MAX_RANK = 2**20
+DEFAULT_ALPHA = 8  # PEFT's own, where a config has none
+
+_WITH_PEFT = "Merge it into its base with PEFT (`merge_and_unload`), and name the result."
+_CONVERT = (
+    "Save it as plain LoRA: `save_pretrained(..., path_initial_model_for_weight_conversion=...)`; "
+    "or merge it into its base with PEFT (`merge_and_unload`), and name the result."
+)
+# Initialisations that leave the base as it is. Others take a part out of its weights first.
+_HARMLESS_INIT = frozenset(("gaussian", "eva", "orthogonal", "mica", "default", "kaiming"))
+_PREPARES_BASE = {
+    "pissa": "PiSSA",
+    "olora": "OLoRA",
+    "corda": "CorDA",
+    "loftq": "LoftQ",
+    "lora_ga": "LoRA-GA",
+}
+# Of training, of running, or of where things are: no number of the merged model depends on them.
+_INERT = frozenset(
+    (
+        "auto_mapping",
+        "base_model_name_or_path",
+        "exclude_modules",
+        "inference_mode",
+        "layers_pattern",
+        "layers_to_transform",
+        "lora_dropout",
+        "megatron_core",
+        "merge_weights",
+        "peft_version",
+        "qalora_group_size",
+        "revision",
+        "runtime_config",
+        "target_modules",
+        # How factors began, or how gradients were computed; PEFT ignores the first ones unless
+        # `init_lora_weights` asks for them.
+        "corda_config",
+        "eva_config",
+        "loftq_config",
+        "lora_ga_config",
+        "velora_config",
+        # ms-swift's.
+        "lora_dtype",
+        "lorap_emb_lr",
+        "lorap_lr_ratio",
+    )
+)
+# Fields that are understood well enough to know that they cannot be merged here.
+_REFUSED = {
+    "alora_invocation_tokens": "an activated LoRA (aLoRA): it acts on the tokens after its "
+    "invocation alone, and no merged weight does that",
+    "arrow_config": "a router over several adapters (Arrow), which no single weight can be",
+    "enable_lora": "LoRA on parts of a fused matrix (enable_lora)",
+    "kasa_config": "KaSA: it takes a part out of its base's weights",
+    "layer_replication": "layers that it repeats (layer_replication)",
+    "megatron_config": "layers of Megatron (megatron_config), which are stored in parts",
+    "monteclora_config": "MonteCLoRA: its weights are drawn anew",
+    "trainable_token_indices": "single tokens of its own (trainable_token_indices)",
+    "use_bdlora": "block-diagonal factors (BD-LoRA)",
+    "use_qalora": "QALoRA: its factors are of grouped inputs",
+}
+
+
+def read_config(path: Path, label: str) -> dict[str, Any]:
+    """An adapter's config, of which everything is understood.
+
+    Raises:
+        CorruptFileError: not a mapping, or not readable.
+        SourceError, MismatchError: fields or values that are not applied here, all of them.
+    """
+    config = read_mapping(path, label)
+    problems = list(_problems(config))
+    if not problems:
+        return config
+    if len(problems) == 1:
+        raise SourceError(problems[0].what, model=label, file=CONFIG, hint=problems[0].hint)
+    raise MismatchError(problems, f"{label}: {CONFIG} says what is not applied here")
+
+
+def _problems(config: Mapping[str, Any]) -> Iterator[Problem]:
+    kind = config.get("peft_type") or "LORA"
+    if kind != "LORA":
+        said = kind if isinstance(kind, str) else kind_of(kind)
+        what = f"its adapter is of the kind {said[:40]}; LoRA is applied here"
+        yield Problem(what, "peft_type", hint=_WITH_PEFT)
+        return
+    for key, value in config.items():
+        if key in _REFUSED:
+            if not _is_empty(value):
+                what = f"the adapter has {_REFUSED[key]}"
+                what += "" if key in what else f" ({key})"
+                yield Problem(what, key, hint=_hint(key))
+        elif key in _CHECKED:
+            for what, hint in _CHECKED[key](value):
+                yield Problem(f"{key} {what}", key, hint=hint)
+        elif key not in _INERT and not _is_empty(value):
+            what = f"{key[:80]!r} is no field that is understood here (it is {kind_of(value)})"
+            hint = f"Its meaning could change the weights. {_WITH_PEFT}"
+            yield Problem(what, key, hint=hint)
+    if config.get("lora_bias") and config.get("use_dora"):
+        yield Problem(
+            "DoRA with biases of its own (lora_bias) is not applied here",
+            "lora_bias",
+            hint=_WITH_PEFT,
+        )
+
+
+def _hint(key: str) -> str:
+    if key == "alora_invocation_tokens":
+        return "Use it with PEFT, beside the base."
+    return _WITH_PEFT
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or value is False or value in ("", [], {})
+
+
+Complaints = Iterator[tuple[str, str]]
+
+
+def _init(value: Any) -> Complaints:
+    if value is None or isinstance(value, bool):
+        return
+    name = value.lower() if isinstance(value, str) else ""
+    prepared = next((full for short, full in _PREPARES_BASE.items() if name.startswith(short)), "")
+    if prepared:
+        what = f"is {value[:40]!r}: {prepared} prepares the base, and the factors are of that one"
+        yield what, _CONVERT
+    elif name not in _HARMLESS_INIT:
+        yield f"is {kind_of(value)}, which is not known here", _CONVERT
+
+
+def _flag(value: Any) -> Complaints:
+    if value is not None and not isinstance(value, bool):
+        yield f"must be true or false (it is {kind_of(value)})", ""
+
+
+def _rank(value: Any) -> Complaints:
+    if type(value) is not int or not 1 <= value <= _MAX_RANK:
+        yield f"must be a whole number from 1 to {_MAX_RANK} (it is {kind_of(value)})", ""
+
+
+def _alpha(value: Any) -> Complaints:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        yield f"must be a number (it is {kind_of(value)})", ""
+
+
+def _bias(value: Any) -> Complaints:
+    if value not in (None, "none", "all", "lora_only"):
+        yield f"must be none, all or lora_only (it is {kind_of(value)})", ""
+
+
+def _task(value: Any) -> Complaints:
+    if value is not None and not isinstance(value, str):
+        yield f"must be a word such as CAUSAL_LM (it is {kind_of(value)})", ""
+
+
+def _names(value: Any) -> Complaints:
+    if value is None:
+        return
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        yield f"must be a list of names (it is {kind_of(value)})", ""
+
+
+def _patterns(of: Callable[[Any], Complaints]) -> Callable[[Any], Complaints]:
+    def check(value: Any) -> Complaints:
+        if _is_empty(value):
+            return
+        if not isinstance(value, dict):
+            yield f"must map names to numbers (it is {kind_of(value)})", ""
+            return
+        for pattern, number in value.items():
+            yield from ((f"of {pattern[:80]!r} {what}", hint) for what, hint in of(number))
+            why = _why_unfit(pattern)
+            if why:
+                yield f"has the name {pattern[:80]!r}, which {why}", "Write the modules' names out."
+
+    return check
+
+
+_CHECKED: dict[str, Callable[[Any], Complaints]] = {
+    "alpha_pattern": _patterns(_alpha),
+    "bias": _bias,
+    "ensure_weight_tying": _flag,
+    "fan_in_fan_out": _flag,
+    "init_lora_weights": _init,
+    "lora_alpha": _alpha,
+    "lora_bias": _flag,
+    "modules_to_save": _names,
+    "peft_type": lambda value: iter(()),
+    "r": _rank,
+    "rank_pattern": _patterns(_rank),
+    "target_parameters": _names,
+    "task_type": _task,
+    "use_dora": _flag,
+    "use_rslora": _flag,
+}
+
+
+def by_pattern(patterns: Any, name: str, default: Any) -> Any:
+    """The value for a module.
+
+    PEFT's rule: a key is a regular expression for the end of the name, and the first one counts.
+
+    Raises:
+        SourceError: an expression that takes too long.
+    """
+    for pattern, value in (patterns or {}).items():
+        try:
+            if name == pattern or name.endswith(f".{pattern}") or _matcher(pattern)(name):
+                return value
+        except Unreadable as error:
+            hint = "Write the modules' names out."
+            raise SourceError(f"{pattern[:80]!r} {error}", file=CONFIG, hint=hint) from None
+    return default
+
+
+def _matcher(pattern: str) -> Callable[[str], Any]:
+    return compile_pattern(rf"(.*\.)?({pattern})$").match
+
+
+def _why_unfit(pattern: str) -> str:
+    """Why a pattern cannot be matched; empty when it can."""
+    try:
+        _matcher(pattern)
+    except Unreadable as error:
+        return str(error)
+    return ""
+
+
+def base_note(config: Mapping[str, Any], base: str) -> str:
+    """What to know where an adapter names another base than the one it is put on; empty if not.
+
+    Args:
+        base: as the recipe names it, without a revision.
+    """
+    named = config.get("base_model_name_or_path")
+    if not isinstance(named, str) or not named.strip():
+        return ""
+    if _short(named) == _short(base):
+        return ""
+    return f"the adapter says that it is of {named[:200]!r}; it is put on {base!r} here"
+
+
+def _short(name: str) -> str:
+    """What is left of a model's name wherever it lies: the last part of a path or an id."""
+    parts = [part for part in re.split(r"[/\\]", name.strip().lower()) if part not in ("", ".")]
+    # The Hub's cache: models--org--name/snapshots/commit
+    cached = next((part for part in parts if part.startswith("models--")), None)
+    last = cached.rpartition("--")[2] if cached else (parts or [""])[-1]
+    # 4-bit copies of the same weights, as unsloth and bitsandbytes name them.
+    return re.sub(r"(-unsloth)?-bnb-(4|8)bit$", "", last)

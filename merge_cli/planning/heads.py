@@ -1,0 +1,202 @@
+"""Tied output heads: making sources agree on whether lm_head is the input embedding.
+
+transformers does not store a tied head. Sources of one family may differ: the base tied, a
+fine-tune not. Then the tied ones lend their embedding as head, the output stores its own, and its
+config says so. Where every config ties, a head that is stored all the same is redundant:
+transformers 4 replaces it when it loads the model, and 5 stores none that is not its own (see
+`Source.ties`).
+
+Stored tensors that are taken for copies of one another, held against each other.
+
+A plan knows names and shapes; whether two tensors are equal is known when they can be read, which
+is before the merge of them begins.
+
+Language models and classifiers beside each other: one body, two kinds of head.
+
+A reward model has `score` where its base has `lm_head`. Their bodies could be merged, their heads
+could not, and leaving one out would make another model of what was asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from merge_cli.checkpoint.tensors import Read, Tensor, read_numbers, reading
+from merge_cli.errors import Problem, SourceError
+from merge_cli.lora.heads import is_task_head
+from merge_cli.sources.source import Source
+
+HEADS = ("lm_head.weight", "embed_out.weight")
+EMBEDDINGS = (
+    "embed_tokens.weight",
+    "wte.weight",
+    "embed_in.weight",
+    "shared.weight",
+    "word_embeddings.weight",
+    "tok_embeddings.weight",
+    "embeddings.weight",
+)
+
+View = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class TiedHeads:
+    """The sources' tensors after reconciliation.
+
+    Attributes:
+        views: one for each source: name -> tensor, heads added or left out.
+        tied: what the output's config must say; None leaves the donor's word.
+        notes: what was done.
+        stored: heads that are left out, with the embedding that stands in for each.
+    """
+
+    views: tuple[View, ...]
+    tied: bool | None
+    notes: tuple[str, ...]
+    stored: tuple[Copies, ...] = ()
+
+
+def reconcile_heads(sources: Sequence[Source]) -> TiedHeads:
+    """Make every source either have the head or not."""
+    head = next((n for s in sources for n in s.tensors if n.endswith(HEADS)), None)
+    views: list[View] = [source.tensors for source in sources]
+    if head is None:
+        return TiedHeads(tuple(views), None, ())
+    stored = [head in source.tensors for source in sources]
+    embeddings = [_embedding(source, head) if source.ties(head) else None for source in sources]
+    copies = tuple(
+        Copies(source.tensors[embedding], source.tensors[head], dropped=True, tied=True)
+        for source, embedding, has in zip(sources, embeddings, stored, strict=True)
+        if has and embedding
+    )
+    if all(embeddings):
+        notes: tuple[str, ...] = ()
+        if any(stored):
+            names = ", ".join(s.label for s, has in zip(sources, stored, strict=True) if has)
+            notes = (f"{head}: left out, since every config ties it to the embedding ({names})",)
+        trimmed = tuple({n: r for n, r in view.items() if n != head} for view in views)
+        return TiedHeads(trimmed, None, notes, copies)
+    lent = []
+    for i, (source, embedding) in enumerate(zip(sources, embeddings, strict=True)):
+        if embedding:  # even where one is stored: loading would replace it
+            views[i] = {**source.tensors, head: source.tensors[embedding]}
+            lent.append(source.label)
+    notes = (
+        (
+            f"{head}: {', '.join(lent)} ties it to the embedding, which stands in for it; "
+            "the output stores its own",
+        )
+        if lent
+        else ()
+    )
+    return TiedHeads(tuple(views), False if lent else None, notes, copies)
+
+
+def _embedding(source: Source, head: str) -> str | None:
+    """The input embedding that a tied head would be; its shape is the head's where both exist."""
+    found = [n for n, r in source.tensors.items() if n.endswith(EMBEDDINGS) and len(r.shape) == 2]
+    stored = source.tensors.get(head)
+    if stored is not None:
+        found = [name for name in found if source.tensors[name].shape == stored.shape]
+    # Encoders of multimodal models have embeddings, too; the head's neighbours come first.
+    root = head.rpartition("lm_head")[0]
+    return min(found, key=lambda name: (not name.startswith(root), len(name)), default=None)
+
+
+_AT_ONCE = 1 << 20  # elements
+
+
+@dataclass(frozen=True)
+class Copies:
+    """Two stored tensors of a source that are taken to be one.
+
+    Attributes:
+        dropped: whether the second is left out, so that it must be a copy.
+        tied: whether the config's word is enough: then it is left out in any case, which is told.
+    """
+
+    one: Tensor
+    other: Tensor
+    dropped: bool
+    tied: bool = False
+
+
+def compare_copies(copies: Sequence[Copies]) -> tuple[str, ...]:
+    """A line for each pair that is none.
+
+    Raises:
+        SourceError: a tensor that would be left out as a copy and is none.
+        CorruptFileError: a file that cannot be read.
+    """
+    notes = []
+    with reading() as read:
+        for pair in copies:
+            place = _first_difference(pair, read)
+            if place is None:
+                continue
+            one, other = pair.one, pair.other
+            what = f"differs from {one.name} (first at element {place}): it is no copy of it"
+            if pair.dropped and not pair.tied:
+                hint = "Merge with a base that stores both; or remove it, if it is not meant."
+                raise SourceError(what, model=other.model, tensor=other.name, hint=hint)
+            done = "and is merged by itself"
+            if pair.tied:
+                done = (
+                    "and is left out all the same, since the config ties them; if it is meant, say "
+                    "`tie_word_embeddings: false` in the model's config.json"
+                )
+            notes.append(f"{other.model}: {other.name} {what}, {done}")
+    return tuple(notes)
+
+
+def _first_difference(pair: Copies, read: Read) -> int | None:
+    import numpy as np
+
+    if pair.one.shape != pair.other.shape:
+        return 0
+    for start in range(0, pair.one.size, _AT_ONCE):
+        count = min(_AT_ONCE, pair.one.size - start)
+        one, other = (read_numbers(read, t, start, count) for t in (pair.one, pair.other))
+        if not np.array_equal(one, other, equal_nan=True):
+            return start + int(np.flatnonzero(~((one == other) | np.isnan(one)))[0])
+    return None
+
+
+def head_problems(sources: Sequence[Source]) -> list[Problem]:
+    """A problem for each head that some of the models have, where others are language models."""
+    heads = [_head(source) for source in sources]
+    if not any(heads) or all(heads):
+        return []
+    language = [
+        source.label
+        for source, head in zip(sources, heads, strict=True)
+        if not head and _is_language_model(source)
+    ]
+    if not language:
+        return []
+    hint = (
+        "Merge classifiers with one another: without `base_model` (linear, slerp, ...), or with "
+        "one that has the same head. A base gets it as `BASE+ADAPTER`, from a reward adapter."
+    )
+    return [
+        Problem(
+            f"{source.label} classifies with it; {', '.join(language)} is a language model",
+            head,
+            hint=hint,
+        )
+        for source, head in zip(sources, heads, strict=True)
+        if head
+    ]
+
+
+def _head(source: Source) -> str:
+    """The first tensor of a head for classes; empty for a model without one."""
+    return next((name for name in source.tensors if is_task_head(name)), "")
+
+
+def _is_language_model(source: Source) -> bool:
+    named = source.config.get("architectures")
+    first = named[0] if isinstance(named, list) and named else ""
+    return isinstance(first, str) and first.endswith(("ForCausalLM", "LMHeadModel"))

@@ -1,0 +1,290 @@
+"""Where a tensor stands in its model: found in its name, so that any architecture will do.
+
+The first number in a name is its layer: `model.layers.7.mlp.up_proj.weight` is layer 7 of the
+stack `model.layers`. A model may have several stacks (encoder and decoder, vision and text); the
+one that recipes slice is the one with as many layers as the config says. A number of more than
+five digits is no layer's: loops run over layers.
+
+Which tensors a `modules:` section means, found in their names, so that any architecture will do.
+
+A module goes by mergekit's name for it or by a part of the tensors' own names, between dots:
+
+    text_decoder, vision_tower, multi_modal_projector, audio_tower    by what a multimodal name says
+    shared                    of encoder-decoder models: the shared embedding and the output head
+    default                   what no other listed module has
+    encoder, model.visual     tensors whose name has these parts
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+from merge_cli.checkpoint.config import layer_count, predicting_layers
+
+_LAYER = re.compile(r"^(?:(?P<stack>.*?)\.)?(?P<index>[0-9]{1,5})\.(?P<rest>.+)$")
+# After the last layer: they come from the last slice. What else has no layer comes from the first.
+_AFTER = re.compile(
+    r"(norm|ln_f|final_layernorm|final_layer_norm|final_norm|lm_head|"
+    r"embed_out|output|score|classifier|pooler|cls|ln_out)(\.|$)"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerKey:
+    """A layer of a stack and the rest of the name."""
+
+    stack: str
+    index: int
+    rest: str
+
+    def name(self, index: int) -> str:
+        """The same tensor's name in another layer."""
+        return f"{self.stack}.{index}.{self.rest}" if self.stack else f"{index}.{self.rest}"
+
+
+def layer_key_of(name: str) -> LayerKey | None:
+    """The layer that a tensor belongs to, or None."""
+    match = _LAYER.match(name)
+    if match is None:
+        return None
+    stack, index, rest = match.groups()
+    return LayerKey(stack or "", int(index), rest)
+
+
+class LayerKeys(dict[str, LayerKey | None]):
+    """`place_of` for the names of several models, which share most of them: found once."""
+
+    def __missing__(self, name: str) -> LayerKey | None:
+        place = self[name] = layer_key_of(name)
+        return place
+
+
+def layer_stacks(names: Iterable[str], places: LayerKeys | None = None) -> dict[str, int]:
+    """Every stack and its number of layers."""
+    known = LayerKeys() if places is None else places
+    return heights(known[name] for name in names)
+
+
+def heights(places: Iterable[LayerKey | None]) -> dict[str, int]:
+    """Every stack among these places and its number of layers."""
+    found: dict[str, int] = {}
+    for place in places:
+        if place and place.index >= found.get(place.stack, 0):
+            found[place.stack] = place.index + 1
+    return found
+
+
+def comes_after_layers(name: str, stack: str) -> bool:
+    """Whether a tensor without a layer belongs behind a stack (final norm, lm_head).
+
+    It must stand beside the stack or beside one of its parents: the norm of a projector or of
+    another module belongs to that module.
+    """
+    parents = stack.split(".")[:-1]
+    for depth in range(len(parents), -1, -1):
+        parent = "".join(f"{part}." for part in parents[:depth])
+        if name.startswith(parent) and _AFTER.match(name[len(parent) :]):
+            return True
+    return False
+
+
+def main_stack(
+    names: Iterable[str], config: Mapping[str, Any], places: LayerKeys | None = None
+) -> str | None:
+    """The stack that `layer_range` counts in; None where it is not clear which."""
+    return _main_stack(layer_stacks(names, places), config)
+
+
+def _main_stack(found: Mapping[str, int], config: Mapping[str, Any]) -> str | None:
+    count = layer_count(config)
+    described = model_heights(found, config)
+    fitting = [stack for stack, layers in described.items() if layers == count]
+    if len(fitting) == 1:
+        return fitting[0]
+    if not fitting and len(found) == 1:
+        return next(iter(found))
+    return None
+
+
+class LayerIndex:
+    """Where the tensors of a model stand, found once for all the slices that are cut from it.
+
+    Attributes:
+        stacks: every stack and its number of layers.
+        main: the stack that `layer_range` counts in; None where it is not clear which.
+        layers: how many of it slices may take: all but those for multi-token prediction.
+    """
+
+    def __init__(self, names: Iterable[str], config: Mapping[str, Any], places: LayerKeys) -> None:
+        self._names, self._all_places = tuple(names), places
+        self.stacks = heights(places[name] for name in self._names)
+        self.main = _main_stack(self.stacks, config)
+        height = self.stacks.get(self.main, 0) if self.main is not None else 0
+        behind = predicting_layers(config)
+        self.layers = height - behind if height - behind == layer_count(config) else height
+        # Numbers of tensors, by layer of the main stack and outside of it: a slice looks at its
+        # own alone, so that many slices of a model take no longer than the model whole.
+        self._layers: dict[int, list[int]] = {}
+        self._before: list[int] = []
+        self._after: list[int] = []
+        for number, name in enumerate(self._names):
+            place = places[name]
+            if place is not None and place.stack == self.main:
+                self._layers.setdefault(place.index, []).append(number)
+            elif place is None and self.main is not None and comes_after_layers(name, self.main):
+                self._after.append(number)
+            else:
+                self._before.append(number)
+
+    def cut(
+        self, layers: range, *, first: bool, last: bool
+    ) -> Iterator[tuple[str, LayerKey | None]]:
+        """Names in some layers of the main stack, in the model's order; a place where in one.
+
+        Args:
+            first, last: whether what stands before the layers, and after them, is wanted too.
+        """
+        chosen = chain(
+            self._before if first else (),
+            self._after if last else (),
+            *(self._layers.get(layer, ()) for layer in layers),
+        )
+        for number in sorted(chosen):
+            name = self._names[number]
+            place = self._all_places[name]
+            yield name, place if place is not None and place.stack == self.main else None
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPosition:
+    """A layer of a piece of the output.
+
+    Attributes:
+        group: what the report sums over: the layer, or the name of a tensor that has none.
+        position: the layer's place in its piece, 0 (first, or no layer) to 1 (last, or the only
+            one: a gradient's last value, as in mergekit).
+        beyond: whether it stands behind the model's last layer.
+        layer: its number within the piece, where that is a slice of a stack.
+    """
+
+    group: str
+    position: float = 0.0
+    beyond: bool = False
+    layer: int | None = None
+
+
+class LayerPositions:
+    """The layers of a piece, each found once for all of its tensors.
+
+    Args:
+        heights: every stack's number of layers, in the output; what stands above that (layers for
+            predicting several tokens, behind the model's last) is at the end.
+        stack: the one that slices are cut from, where there are slices.
+        start: the piece's first layer in it.
+    """
+
+    def __init__(self, heights: Mapping[str, int], stack: str | None, start: int) -> None:
+        self._heights, self._stack, self._start = heights, stack, start
+        self._known: dict[tuple[str, int], LayerPosition] = {}
+
+    def of(self, place: LayerKey) -> LayerPosition:
+        layer = place.stack, place.index
+        seat = self._known.get(layer)
+        if seat is None:
+            seat = self._known[layer] = self._find(place)
+        return seat
+
+    def _find(self, place: LayerKey) -> LayerPosition:
+        sliced = place.stack == self._stack
+        first = self._start if sliced else 0
+        last = self._heights[place.stack] - first - 1
+        group = f"{place.stack}.{place.index}".lstrip(".")
+        layer = place.index - first if sliced else None
+        if place.index >= self._heights[place.stack]:
+            return LayerPosition(group, 1.0, beyond=True, layer=layer)
+        # One number alone is a layer where nothing is taller: `projector.0` beside layers is none.
+        alone = 1.0 if sliced or max(self._heights.values()) == 1 else 0.0
+        position = (place.index - first) / last if last > 0 else alone
+        return LayerPosition(group, position, layer=layer)
+
+
+def model_heights(found: Mapping[str, int], config: Mapping[str, Any]) -> dict[str, int]:
+    """The number of layers of every stack of a model: the config's word where it is lower.
+
+    Args:
+        found: the numbers of layers that the names make.
+    """
+    count = layer_count(config)
+    text = {stack: found[stack] for stack in found if kind_of(f"{stack}.") == TEXT}
+    if not count or count in text.values() or config.get("is_encoder_decoder"):
+        return dict(found)
+    above = [stack for stack, layers in text.items() if layers > count]
+    return {**found, above[0]: count} if len(above) == 1 else dict(found)
+
+
+TEXT, DEFAULT, SHARED = "text_decoder", "default", "shared"
+# The first kind that one of a name's parts belongs to; a projector may stand inside of a tower.
+_KINDS = {
+    "multi_modal_projector": frozenset(
+        (
+            "multi_modal_projector",
+            "mm_projector",
+            "vision_projector",
+            "projector",
+            "connector",
+            "merger",
+            "deepstack_merger_list",
+            "aligner",
+            "embed_vision",
+            "embed_audio",
+        )
+    ),
+    "vision_tower": frozenset(
+        (
+            "vision_tower",
+            "vision_model",
+            "visual",
+            "vision_encoder",
+            "image_encoder",
+        )
+    ),
+    "audio_tower": frozenset(("audio_tower", "audio_model", "audio_encoder")),
+}
+_ALIASES = {"vision_model": "vision_tower", "visual": "vision_tower"}
+
+
+def kind_of(name: str) -> str:
+    """What a tensor of a multimodal model belongs to."""
+    parts = frozenset(name.split("."))
+    return next((kind for kind, words in _KINDS.items() if parts & words), TEXT)
+
+
+def members(module: str, listed: Sequence[str], names: Iterable[str]) -> tuple[str, ...]:
+    """The tensors of a module, in the model's order.
+
+    Args:
+        listed: every module of the recipe: `default` is what the others leave.
+        names: all the model's tensors.
+    """
+    names = tuple(names)
+    if module == DEFAULT:
+        taken = {n for other in listed if other != DEFAULT for n in members(other, listed, names)}
+        return tuple(name for name in names if name not in taken)
+    kind = _ALIASES.get(module, module)
+    if kind == TEXT or kind in _KINDS:
+        found = tuple(name for name in names if kind_of(name) == kind)
+        if found:
+            return found
+    parts = f".{module.strip('.')}."
+    heads = (".lm_head.",) if module == SHARED else ()
+    return tuple(n for n in names if any(part in f".{n}." for part in (parts, *heads)))
+
+
+def known_modules(names: Iterable[str]) -> tuple[str, ...]:
+    """Names that would mean something in a model, for a message."""
+    kinds = dict.fromkeys(kind_of(name) for name in names)
+    return tuple(kinds) if len(kinds) > 1 else (*kinds, DEFAULT)

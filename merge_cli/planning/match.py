@@ -1,0 +1,325 @@
+"""Matching tensors across sources by name: which ones make which output tensor, and what is wrong.
+
+Everything that does not fit is collected, so that one look shows all of it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import NamedTuple
+
+from merge_cli.checkpoint.headers import MERGEABLE
+from merge_cli.checkpoint.tensors import Tensor
+from merge_cli.errors import Problem
+from merge_cli.planning.absent import BUFFER, AbsentTensors, in_short
+from merge_cli.planning.heads import View
+from merge_cli.planning.layers import (
+    LayerIndex,
+    LayerKeys,
+    LayerPosition,
+    LayerPositions,
+    heights,
+    known_modules,
+    members,
+    model_heights,
+)
+from merge_cli.planning.output_slices import OutputSlice, SliceOperand
+from merge_cli.recipe.fields import nearest
+from merge_cli.sources.source import Source
+
+# transformers itself calls this one of GPT-2's unexpected.
+_LEFT_OUT = (".attn.masked_bias",)
+_MERGEABLE = frozenset(MERGEABLE)
+_VOCABULARY = ("embed", "wte", "lm_head", "shared.weight")
+
+
+class TensorMatch(NamedTuple):
+    """One output tensor.
+
+    Attributes:
+        seat: its layer and the layer's place in the piece.
+        operands, base: the tensors of the formula; for a copy, the one that is copied.
+        source: index of the source that `operands[0]` is from.
+        copied: why it is copied, whatever the method; empty where it is merged.
+    """
+
+    name: str
+    piece: OutputSlice
+    seat: LayerPosition
+    operands: tuple[Tensor, ...]
+    base: Tensor | None
+    source: int
+    copied: str = ""
+
+
+@dataclass
+class TensorMatches:
+    """What matching found.
+
+    Attributes:
+        uneven: tensors that not every source has, by what happens to them and why.
+    """
+
+    found: list[TensorMatch] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+    uneven: dict[tuple[str, str], list[str]] = field(default_factory=dict)
+    places: LayerKeys = field(default_factory=LayerKeys)
+
+    def told(self, names: str, why: str, name: str) -> None:
+        """Remember what is told of many tensors in one line: `names` are those of the sources."""
+        self.uneven.setdefault((names, why), []).append(name)
+
+    @property
+    def notes(self) -> list[str]:
+        """A line for all tensors that are treated alike for one reason."""
+        return [f"{in_short(names)}: {what}; {why}" for (what, why), names in self.uneven.items()]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A source with the tensors that it is taken to have (see heads.py)."""
+
+    source: Source
+    view: View
+    places: LayerKeys
+
+    @property
+    def label(self) -> str:
+        return self.source.label
+
+    @cached_property
+    def anatomy(self) -> LayerIndex:
+        """What slices need to know; found for the first of them."""
+        return LayerIndex(self.view, self.source.config, self.places)
+
+    def parts(self, modules: Sequence[str]) -> dict[str, Model]:
+        """The model's modules, as models; what none of them has goes by an empty name."""
+        found = {name: members(name, modules, self.view) for name in modules}
+        taken = {name for names in found.values() for name in names}
+        found[""] = tuple(name for name in self.view if name not in taken)
+        return {
+            module: replace(self, view={name: self.view[name] for name in names})
+            for module, names in found.items()
+        }
+
+
+def match_pieces(
+    pieces: Sequence[OutputSlice], sources: Sequence[Source], views: Sequence[View]
+) -> TensorMatches:
+    """Find every tensor of every piece in its sources, and what does not fit.
+
+    Args:
+        views: for each source, the tensors that it is taken to have.
+    """
+    matches, absent = TensorMatches(), AbsentTensors(sources)
+    places = matches.places
+    models = [Model(source, view, places) for source, view in zip(sources, views, strict=True)]
+    modules = list(dict.fromkeys(piece.module for piece in pieces if piece.module))
+    parts = [model.parts(modules) if modules else {} for model in models]
+    matches.problems += _module_problems(pieces, models, parts)
+    for piece in pieces:
+        if piece.left_over:
+            matches.found += _left_over(piece, parts[piece.reference.source][""])
+            continue
+        of_module = [own[piece.module] for own in parts] if piece.module else models
+        _match_piece(piece, of_module, places, absent, matches)
+    return matches
+
+
+def _module_problems(
+    pieces: Sequence[OutputSlice], models: Sequence[Model], parts: Sequence[Mapping[str, Model]]
+) -> list[Problem]:
+    """Modules that a source has not, and tensors that two modules have."""
+    found = {}
+    for piece in pieces:
+        for member in piece.members if piece.module else ():
+            model, view = models[member.source], parts[member.source][piece.module or ""].view
+            if not view:
+                key = piece.key.partition(f".{piece.module}.")[0] + f".{piece.module}"
+                what = f"{model.label} has no tensors of a module '{piece.module}'."
+                hint = nearest(piece.module or "", known_modules(model.view))
+                found[what] = Problem(what, key, hint=hint)
+            for other, part in parts[member.source].items():
+                shared = next((name for name in part.view if name in view), None)
+                if other not in (piece.module, "") and shared is not None:
+                    one, two = sorted((piece.module or "", other))
+                    what = f"belongs to '{one}' and to '{two}' of the recipe's modules"
+                    found.setdefault(f"{one} {two}", Problem(what, shared))
+    return list(found.values())
+
+
+def _left_over(piece: OutputSlice, model: Model) -> Iterator[TensorMatch]:
+    """Copies of what no listed module has."""
+    why = f"in none of the recipe's modules: copied from {model.label}"
+    for name, ref in model.view.items():
+        place = model.places[name]
+        group = f"{place.stack}.{place.index}".lstrip(".") if place else name
+        yield TensorMatch(
+            name, piece, LayerPosition(group), (ref,), None, piece.reference.source, why
+        )
+
+
+def _match_piece(
+    piece: OutputSlice,
+    models: Sequence[Model],
+    places: LayerKeys,
+    absent: AbsentTensors,
+    into: TensorMatches,
+) -> None:
+    offers: list[View] = []
+    for operand in piece.members:
+        offer = _offered(piece, operand, models[operand.source], into)
+        if offer is None:
+            return
+        offers.append(offer)
+    labels = [models[member.source].label for member in piece.members]
+    sliced = piece.reference.layers is not None
+    stack = models[piece.reference.source].anatomy.main if sliced else None
+    layers = heights(places[name] for name in offers[0])
+    if not sliced:
+        layers = model_heights(layers, models[piece.reference.source].source.config)
+    seats = LayerPositions(layers, stack, piece.start)
+    for name in offers[0]:
+        if name.endswith(_LEFT_OUT):
+            into.told("left out", BUFFER, name)
+            continue
+        place = places[name]
+        seat = seats.of(place) if place else LayerPosition(name)
+        refs = [offer.get(name) for offer in offers]
+        if None in refs and not _is_copied(piece, name, refs, labels, absent, into):
+            continue
+        _match_tensor(piece, name, seat, refs, labels, into)
+    _report_extra(piece, labels, offers, absent, into)
+
+
+def _offered(
+    piece: OutputSlice, operand: SliceOperand, model: Model, into: TensorMatches
+) -> View | None:
+    """What a source gives to a piece, by output name; None (and a problem) if it cannot."""
+    if operand.layers is None:
+        return model.view
+    anatomy = model.anatomy
+    if anatomy.main is None:
+        what = f"{model.label}: cannot tell which of {sorted(anatomy.stacks)} its layers are"
+        into.problems.append(Problem(what, piece.key))
+        return None
+    low, high = operand.layers
+    have = anatomy.layers
+    if high > have:
+        what = f"{model.label} has {have} layers, not {high}"
+        if high <= anatomy.stacks.get(anatomy.main, 0):
+            what += ": what is behind them predicts further tokens"
+        into.problems.append(Problem(what, f"{operand.spec.key}.layer_range"))
+        return None
+    cut = anatomy.cut(range(low, high), first=piece.first, last=piece.last)
+    shift = piece.start - low
+    # Every source comes to the same new names: one string serves them all.
+    return {
+        sys.intern(place.name(place.index + shift)) if place else name: model.view[name]
+        for name, place in cut
+    }
+
+
+def _match_tensor(
+    piece: OutputSlice,
+    name: str,
+    seat: LayerPosition,
+    refs: Sequence[Tensor | None],
+    labels: Sequence[str],
+    into: TensorMatches,
+) -> None:
+    """Append one output tensor, or why there is none; `refs` and `labels` follow the members."""
+    present = [ref for ref in refs if ref is not None]
+    why = ""
+    if len(present) < len(refs):
+        why = f"not every source has it: copied from {labels[0]}"
+    elif len({ref.shape for ref in present}) > 1:
+        into.problems.append(_shapes_differ(name, present, labels))
+        return
+    elif not _MERGEABLE.issuperset({ref.dtype for ref in present}):
+        for label, ref in zip(labels, present, strict=True):
+            if ref.dtype.startswith("F8"):
+                what = f"{label} stores it in {ref.dtype}, whose scales cannot be merged yet"
+                into.problems.append(Problem(what, name, hint="Convert the model to bfloat16."))
+                return
+        why = f"{present[0].dtype} is not merged: copied"
+    if why:
+        donor = piece.reference.source  # has it: its names are the ones that are looked for
+        into.found.append(TensorMatch(name, piece, seat, (present[0],), None, donor, why))
+        return
+    base = present.pop(0) if piece.base else None
+    source = piece.operands[0].source
+    into.found.append(TensorMatch(name, piece, seat, tuple(present), base, source))
+
+
+def _is_copied(
+    piece: OutputSlice,
+    name: str,
+    refs: Sequence[Tensor | None],
+    labels: Sequence[str],
+    absent: AbsentTensors,
+    into: TensorMatches,
+) -> bool:
+    """Whether a tensor that some sources lack is the reference's; a problem for each if not."""
+    lacking = {
+        member.source: label
+        for member, label, ref in zip(piece.members, labels, refs, strict=True)
+        if ref is None
+    }
+    sliced = piece.reference.layers is not None
+    why = absent.why_copied(name, piece.reference.source, lacking, sliced=sliced)
+    if why:
+        who = ", ".join(lacking.values())
+        verb = "lacks" if len(lacking) == 1 else "lack"
+        into.told(f"copied from {labels[0]}, as {who} {verb} it", why, name)
+        return True
+    for label in lacking.values():
+        into.problems.append(Problem(f"missing from {label}; {labels[0]} has it", name))
+    return False
+
+
+def _shapes_differ(name: str, refs: Sequence[Tensor], labels: Sequence[str]) -> Problem:
+    sizes = [f"{a} {list(ref.shape)}" for a, ref in zip(labels, refs, strict=True)]
+    shown = ", ".join(dict.fromkeys(sizes))
+    if _is_vocabulary(name, refs):
+        what = f"the vocabularies differ in size: {shown}."
+        return Problem(what, name, hint=_VOCABULARY_HINT.format(model=labels[-1]))
+    return Problem(f"the shapes differ: {shown}", name)
+
+
+_VOCABULARY_HINT = (
+    "Rows would mean different tokens. Say whose vocabulary the output has: "
+    "`tokenizer_source: union` (all tokens), `tokenizer_source: base`, or "
+    "`tokenizer_source: {model}` (that model's)."
+)
+
+
+def _is_vocabulary(name: str, refs: Sequence[Tensor]) -> bool:
+    same_width = len({ref.shape[1:] for ref in refs}) == 1
+    return same_width and any(part in name for part in _VOCABULARY)
+
+
+def _report_extra(
+    piece: OutputSlice,
+    labels: Sequence[str],
+    offers: Sequence[View],
+    absent: AbsentTensors,
+    into: TensorMatches,
+) -> None:
+    """Tensors that some source has and the reference lacks: none is dropped without a word."""
+    reference, sliced = offers[0], piece.reference.layers is not None
+    seen: set[tuple[str, str]] = set()
+    for member, label, offer in zip(piece.members, labels, offers, strict=True):
+        for name in offer:
+            if name in reference or (label, name) in seen:
+                continue
+            seen.add((label, name))
+            both = piece.reference.source, member.source
+            why = absent.why_left_out(name, *both, sliced=sliced)
+            if why:
+                into.told(f"{label} has it, {labels[0]} does not: left out", why, name)
+            else:
+                into.problems.append(Problem(f"{label} has it, {labels[0]} does not", name))

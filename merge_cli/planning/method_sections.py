@@ -1,0 +1,242 @@
+"""A recipe that searches against the methods that it searches: every range checked at its place.
+
+A recipe whose output is an adapter: what it cannot have beside that.
+
+A recipe whose method looks at examples first, and `statistics:` beside one that does not.
+
+A recipe whose method learns, and learning sections beside one that does not: what is wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from merge_cli.errors import Problem, UsageError
+from merge_cli.methods.parameters import MethodParameter
+from merge_cli.methods.registry import Method, get_method, method_names
+from merge_cli.recipe.fields import MERGEKIT_PARAMETERS, nearest
+from merge_cli.recipe.reference import local_file
+from merge_cli.recipe.schema import Recipe
+from merge_cli.recipe.search import WITHOUT_SPACE, Search, SearchedParameter
+from merge_cli.recipe.training import unused_options
+
+GREEDY = "greedy_soup"
+
+
+def search_problems(recipe: Recipe, *, searching: bool) -> Iterator[Problem]:
+    """What the sections on searching lack, or want from a method that does not search."""
+    if not searching:
+        what = f"{recipe.merge_method} searches nothing."
+        hint = "Use `merge_method: evolutionary` (or greedy_soup)."
+        if recipe.search is not None:
+            yield recipe.problem("search", what, hint)
+        if recipe.objective is not None:
+            yield recipe.problem("objective", what, hint)
+        return
+    if recipe.objective is None:
+        hint = "Write `objective: [{task: loss, data: FILE}]`."
+        yield recipe.problem("merge_method", "needs an `objective:` to judge by.", hint)
+    if recipe.fp8:
+        what = "candidates are judged in the dtype that they are merged in: not in fp8."
+        yield recipe.problem("out_dtype", what, "Search in bfloat16, then merge the result in fp8.")
+    for key in ("slices", "modules"):
+        if getattr(recipe, key):
+            what = f"{recipe.merge_method} merges whole models."
+            yield recipe.problem(key, what, "List them under `models:`.")
+    search = recipe.search
+    if recipe.merge_method == GREEDY:
+        for name in sorted((search.given if search else frozenset()) - WITHOUT_SPACE):
+            yield recipe.problem(f"search.{name}", "has no meaning in greedy_soup.")
+        if recipe.tokenizer_source not in (None, "base"):
+            what = "of a greedy soup not every average contains that model."
+            hint = "Name a `base_model`, whose tokenizer it is."
+            yield recipe.problem("tokenizer_source", what, hint)
+        for parameters in (recipe.parameters, *(spec.parameters for spec in recipe.models)):
+            for given in parameters.values():
+                yield recipe.problem(given.key, "greedy_soup chooses, and averages, by itself.")
+        return
+    if search is None:
+        hint = "Name a `method` and the ranges of its `parameters`."
+        yield recipe.problem("merge_method", "needs a `search:` section.", hint)
+        return
+    yield from _section_problems(recipe, search)
+
+
+def _section_problems(recipe: Recipe, search: Search) -> Iterator[Problem]:
+    for name in ("method", "parameters"):
+        if name not in search.given:
+            yield recipe.problem("search", f"`{name}` is missing.")
+    methods: list[Method] = []
+    for name in search.method:
+        try:
+            method = get_method(name)
+        except UsageError as error:
+            yield recipe.problem("search.method", error.what, error.hint)
+            continue
+        if not method.plain:
+            what = f"'{name}' finds its parameters itself."
+            if method.gathers:
+                what = f"'{name}' looks at examples first, which a search does not."
+            plain = {n for n in method_names() if get_method(n).plain}
+            hint = nearest(name, plain)
+            yield recipe.problem("search.method", what, hint)
+            continue
+        methods.append(method)
+    if (
+        search.start not in ("middle", "softmax")
+        and local_file(search.start, recipe.folder) is None
+    ):
+        hint = "Use middle, softmax, or a recipe's file."
+        yield recipe.problem("search.start", f"no such recipe: {search.start}.", hint)
+    for only, wanted in (("sigma", "cma-es"), ("restarts", "cma-es")):
+        if only in search.given and search.optimizer != wanted:
+            what = f"has no effect with {search.optimizer}."
+            yield recipe.problem(f"search.{only}", what, f"Leave it out, or use {wanted}.")
+    if "temperature" in search.given and search.start != "softmax":
+        yield recipe.problem("search.temperature", "has no effect without `start: softmax`.")
+    if "keep" in search.given and not search.fidelity:
+        yield recipe.problem("search.keep", "has no effect without `fidelity`.")
+    if search.asynchronous and search.fidelity:
+        what = "generations are thinned out, and an asynchronous search has none."
+        yield recipe.problem("search.fidelity", what, "Leave one of them out.")
+    if "smooth" in search.given and search.layer_groups == 1:
+        yield recipe.problem("search.smooth", "has no effect with one group of layers.")
+    if not methods or len(methods) < len(search.method):
+        return
+    for searched in search.parameters:
+        yield from _range_problems(recipe, searched, methods)
+    for method in methods[1:]:
+        for parameters in (recipe.parameters, *(spec.parameters for spec in recipe.models)):
+            for given in parameters.values():
+                if given.name not in (*method.parameters, *MERGEKIT_PARAMETERS):
+                    yield recipe.problem(given.key, f"{method.name} has no such parameter.")
+
+
+def _range_problems(
+    recipe: Recipe, searched: SearchedParameter, methods: list[Method]
+) -> Iterator[Problem]:
+    owners = [m.parameters[searched.name] for m in methods if searched.name in m.parameters]
+    if not owners:
+        known = sorted({name for method in methods for name in method.parameters})
+        what = f"{' and '.join(m.name for m in methods)} has no such parameter."
+        yield recipe.problem(searched.key, what, nearest(searched.name, known))
+        return
+    if "models" in searched.tied and not any(owner.per_model for owner in owners):
+        what = f"{searched.name} is one value for all models already."
+        yield recipe.problem(f"{searched.key}.tied", what)
+    for owner in owners:
+        numeric = owner.kind in (int, float) and not owner.choices
+        if not searched.choices and not numeric:
+            what = f"{searched.name} is {owner.allowed}, not a range of numbers."
+            yield recipe.problem(searched.key, what, "Give `choices`.")
+            return
+        for message in sorted(_refused(searched, owner)):
+            yield recipe.problem(searched.key, f"{message}.")
+
+
+def _refused(searched: SearchedParameter, owner: MethodParameter) -> set[str]:
+    values = searched.choices or (searched.low, searched.high)
+    return {message for value in values if (message := owner.check(value))}
+
+
+_OF_MODELS = (
+    "slices",
+    "modules",
+    "dtype",
+    "out_dtype",
+    "tokenizer",
+    "tokenizer_source",
+    "chat_template",
+    "training",
+    "statistics",
+    "coefficients",
+    "eval",
+    "search",
+    "objective",
+)
+
+
+def adapter_problems(recipe: Recipe, method: Method) -> Iterator[Problem]:
+    """Sections that are about models, and methods that must run one."""
+    if recipe.output is None:
+        return
+    for key in _OF_MODELS:
+        if key in recipe.places:
+            yield recipe.problem(key, "has no meaning in a merge of adapters.", "Leave it out.")
+    if not method.plain:
+        what = f"{recipe.merge_method} runs models, and adapters are merged without one."
+        yield recipe.problem("merge_method", what, "Use soup, task_arithmetic, ties, dare, ...")
+
+
+def gathering_problems(recipe: Recipe, method: Method) -> Iterator[Problem]:
+    """What the section lacks, or wants from a method that looks at nothing."""
+    name = recipe.merge_method
+    if not method.gathers:
+        if recipe.statistics is not None:
+            what = f"{name} looks at no examples."
+            yield recipe.problem("statistics", what, "Use `merge_method: regmean` or fisher.")
+        return
+    for key in ("slices", "modules"):
+        if getattr(recipe, key):
+            what = f"{name} runs whole models on their data."
+            yield recipe.problem(key, what, "List them under `models:`.")
+    if recipe.models:
+        for spec in recipe.models:
+            if spec.data is None:
+                what = f"has no `data:`, and {name} looks at examples of every model."
+                hint = "Give it text that it is good at: `data: FILE`."
+                yield recipe.problem(spec.key, what, hint)
+    for dial in unused_options(method.gathers):
+        if f"statistics.{dial}" in recipe.places:
+            what = f"has no effect in {name}."
+            yield recipe.problem(f"statistics.{dial}", what, "Leave it out.")
+
+
+def gathering_warnings(recipe: Recipe, method: Method) -> Iterator[str]:
+    """Data that would be held out for measuring: nothing is measured here."""
+    if not method.gathers:
+        return
+    for spec in recipe.models:
+        if spec.data is not None and spec.data.held_out:
+            line, column = recipe.places.get(f"{spec.key}.data.held_out", (0, 0))
+            place = f"{recipe.file}:{line}:{column}: {spec.key}.data.held_out"
+            yield f"{place}: has no effect: {recipe.merge_method} measures nothing."
+
+
+def learning_problems(recipe: Recipe, method: Method) -> Iterator[Problem]:
+    """What the sections on learning lack, or want from a method that does not learn."""
+    if not method.learns:
+        what = f"{recipe.merge_method} learns nothing."
+        if recipe.training is not None:
+            yield recipe.problem("training", what, "Use `merge_method: dam`.")
+        if recipe.coefficients and "coefficients" not in method.supplied:
+            what = f"{recipe.merge_method} takes no file of coefficients."
+            yield recipe.problem("coefficients", what, "Use `merge_method: dam`.")
+        for spec in recipe.source_specs:
+            if spec.data is not None and not method.gathers:
+                what = f"{recipe.merge_method} learns nothing from data."
+                yield recipe.problem(f"{spec.key}.data", what, "Use `merge_method: dam`.")
+        return
+    for key in ("slices", "modules"):
+        if getattr(recipe, key):
+            yield recipe.problem(key, "dam merges whole models.", "List them under `models:`.")
+    if recipe.coefficients:
+        if local_file(recipe.coefficients, recipe.folder) is None:
+            what = f"no such file: {recipe.coefficients}"
+            yield recipe.problem("coefficients", what)
+    elif not any(spec.data for spec in recipe.source_specs):
+        what = "no model has `data:`, so that there is nothing to learn from."
+        hint = "Give a model the data that it is good at, or name a `coefficients:` file."
+        yield recipe.problem("models", what, hint)
+    if not recipe.coefficients:
+        yield from _twice(recipe)
+
+
+def _twice(recipe: Recipe) -> Iterator[Problem]:
+    """Sources that are listed again: a model has one set of coefficients, and one teacher."""
+    seen = set()
+    for spec in recipe.models:
+        if spec.model in seen:
+            what = f"'{spec.model}' is listed twice: its coefficients cannot be told apart."
+            yield recipe.problem(spec.key, what, "List it once, with all its data.")
+        seen.add(spec.model)

@@ -1,0 +1,278 @@
+"""The plan: what happens to every tensor, known from headers before a byte of weights is read.
+
+The dtype of a tensor whose sources have several, where the recipe names none.
+
+What a tensor of the output is called in its sources, which filters of slices look at.
+
+How a plan is cut into units of work: the same cuts on every machine.
+
+A unit is a span of one tensor whose inputs together take about `UNIT_BYTES`. The cuts depend on the
+plan alone, never on memory, threads or device, so that a journal written by one run can be
+continued by any other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from merge_cli.checkpoint.coefficients import CoefficientFile
+from merge_cli.checkpoint.headers import DTYPES, MERGEABLE, TensorRef, promoted
+from merge_cli.checkpoint.layout import OutputTensor, Shard
+from merge_cli.checkpoint.statistics import CalibrationStatistics, TensorStatistics
+from merge_cli.checkpoint.tensors import Tensor
+from merge_cli.kernels.reduce import BLOCK_MULTIPLE
+from merge_cli.methods.registry import Method
+from merge_cli.planning.heads import Copies
+from merge_cli.planning.layers import layer_key_of
+from merge_cli.planning.match import TensorMatch
+from merge_cli.recipe.schema import Recipe
+from merge_cli.sources.source import Source
+from merge_cli.tokenizer.alignment import AlignedVocabulary
+
+Action = Literal["merge", "copy"]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorTask:
+    """One output tensor.
+
+    Attributes:
+        dtype: safetensors dtype of the output.
+        action: `merge` runs the method; `copy` takes the one operand as it is.
+        operands: the sources' tensors, in the order of the method's formula.
+        sources: for each operand, its index in `Plan.sources`.
+        ids: for each operand, its place in the recipe: what a random mask belongs to.
+        base: the base's tensor, where the formula has one.
+        parameters: resolved, by the recipe's names; tensors that are treated alike share one.
+        group: what the report sums over: the layer (`model.layers.7`), or the tensor's own name.
+        note: what a reader should know; often empty.
+        position: the layer's place in its slice, 0 to 1: where a gradient is evaluated.
+        block: rows and columns that share a scale, of an output in fp8; None of any other.
+        copy_of: the tensor that it is a copy of (tied weights), made by the same formula; often
+            empty.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    action: Action
+    operands: tuple[Tensor, ...]
+    sources: tuple[int, ...]
+    ids: tuple[int, ...]
+    base: Tensor | None = None
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    group: str = ""
+    note: str = ""
+    position: float = 0.0
+    block: tuple[int, int] | None = None
+    copy_of: str = ""
+
+    @property
+    def formula_name(self) -> str:
+        """What decides over settings and random numbers: of a copy, the name of what it copies."""
+        return self.copy_of or self.name
+
+    @property
+    def moved(self) -> bool:
+        """Whether its bytes are the operand's: any other is computed, or rounded to a dtype."""
+        return self.action == "copy" and is_stored_as(self.operands[0], self.dtype)
+
+    @property
+    def output(self) -> OutputTensor:
+        return OutputTensor(self.name, self.dtype, self.shape)
+
+    @property
+    def outputs(self) -> tuple[OutputTensor, ...]:
+        """What is written for it: the tensor, and its scales if it has some."""
+        return (self.output, self.scales) if self.scales else (self.output,)
+
+    @property
+    def scales(self) -> OutputTensor | None:
+        """One for each block, as DeepSeek and transformers name and shape them."""
+        if self.block is None:
+            return None
+        *stack, rows, columns = self.shape
+        grid = (-(-rows // self.block[0]), -(-columns // self.block[1]))
+        return OutputTensor(f"{self.name}_scale_inv", "F32", (*stack, *grid))
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return self.operands[0].size
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """Everything that is read for it, the base first."""
+        return (self.base, *self.operands) if self.base else self.operands
+
+    @property
+    def bytes_read(self) -> int:
+        return sum(part.nbytes for ref in self.inputs for part in ref.stored)
+
+
+def is_stored_as(tensor: Tensor, dtype: str) -> bool:
+    """Whether a tensor's bytes are what an output of this dtype has: then they can be copied."""
+    return isinstance(tensor, TensorRef) and tensor.dtype == dtype
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A merge, decided.
+
+    Attributes:
+        sources: every opened model; the base among them, if there is one.
+        base: index of the base in `sources`; None without a base.
+        operands: indexes in `sources` of the models that are merged, in the recipe's order.
+        donor: index of who gives config.json.
+        aligned: the sources' tensors with one vocabulary, and who gives the tokenizer files.
+        template: the output's chat template; None keeps the tokenizer donor's.
+        tasks: every output tensor, in natural order of names.
+        config: the output's config.json; empty where the donor has none.
+        notes: decisions that a reader should know, one line each.
+        coefficients: the recipe's file of learned coefficients; None without one.
+        gathered: statistics of the sources over their data; None without, or before they are there.
+        shard_size: bytes of tensors in one of `shards`: what is planned again is cut alike.
+        stages: how the models are made that other documents of the recipe make, by name.
+        copies: stored tensors that are taken to be one, to be compared before they are merged.
+    """
+
+    recipe: Recipe
+    method: Method
+    sources: tuple[Source, ...]
+    base: int | None
+    operands: tuple[int, ...]
+    donor: int
+    aligned: AlignedVocabulary
+    tasks: tuple[TensorTask, ...]
+    shards: tuple[Shard, ...]
+    config: Mapping[str, Any]
+    notes: tuple[str, ...]
+    coefficients: CoefficientFile | None = None
+    shard_size: int = 0
+    stages: Mapping[str, Plan] = field(default_factory=dict)
+    template: str | None = None
+    gathered: CalibrationStatistics | None = None
+    copies: tuple[Copies, ...] = ()
+
+    @property
+    def tokenizer_donor(self) -> int:
+        """Index of who gives the tokenizer files."""
+        return self.aligned.donor
+
+    @property
+    def learns(self) -> bool:
+        """Whether coefficients must be learned before anything can be merged."""
+        return self.method.learns and self.coefficients is None
+
+    @property
+    def gathers(self) -> bool:
+        """Whether statistics must be gathered before anything can be merged."""
+        return bool(self.method.gathers) and self.gathered is None
+
+    def statistics_of(self, task: TensorTask) -> TensorStatistics | None:
+        """What was gathered of a tensor in every source that it is merged from."""
+        return self.gathered.of(task.operands, task.ids) if self.gathered is not None else None
+
+    def is_plain_mean(self, task: TensorTask) -> bool:
+        """Whether the method gathers, and has found nothing of this tensor in some source."""
+        found = self.statistics_of(task)
+        return found is not None and found.complete is None
+
+    @property
+    def bytes_read(self) -> int:
+        return sum(task.bytes_read for task in self.tasks)
+
+    @property
+    def bytes_written(self) -> int:
+        return sum(shard.size for shard in self.shards)
+
+    def shards_read(self, source: int) -> set[str]:
+        """The files of a source that the merge reads."""
+        root = self.sources[source].root
+        return {
+            path.relative_to(root).as_posix() for path in self._files_read if root in path.parents
+        }
+
+    @property
+    def stored_inputs(self) -> Iterator[TensorRef]:
+        """Every stored tensor that a task reads, as often as it is read."""
+        return (ref for task in self.tasks for tensor in task.inputs for ref in tensor.stored)
+
+    @cached_property
+    def _files_read(self) -> frozenset[Path]:
+        return frozenset(ref.path for ref in self.stored_inputs)
+
+    @property
+    def parameter_count(self) -> int:
+        return sum(task.size for task in self.tasks)
+
+
+def promoted_dtype(like: Tensor, operands: Sequence[Tensor]) -> str:
+    """The dtype that a tensor has where the recipe names none."""
+    natives = {like.native, *(ref.native for ref in operands)}
+    return natives.pop() if len(natives) == 1 else promoted(natives)
+
+
+def promotion_note(recipe: Recipe, tasks: Sequence[TensorTask]) -> Iterator[str]:
+    """A line where sources of several dtypes make one that some of them do not have."""
+    mixed = [task for task in tasks if task.note.startswith("stored as ")]
+    if mixed and recipe.output_dtype is None:
+        widest = promoted({task.dtype for task in mixed if task.dtype in MERGEABLE} or {"F32"})
+        yield (
+            f"sources differ in dtype in {len(mixed)} tensors, written in the wider one "
+            f"({DTYPES[widest][1]}), as mergekit does; `dtype:` chooses another"
+        )
+
+
+def input_names(match: TensorMatch) -> tuple[str, ...]:
+    """The tensor's name in each operand's model, by that model's own layer numbers."""
+    operands, layer = match.piece.operands, match.seat.layer
+    place = layer_key_of(match.name) if layer is not None else None
+    if place is None or layer is None:
+        return (match.name,) * len(operands)
+    return tuple(place.name((one.layers or (0, 0))[0] + layer) for one in operands)
+
+
+def sliced_names(matches: Iterable[TensorMatch]) -> Iterator[str]:
+    """The names that tensors of slices have in their sources: filters look at those, too."""
+    for match in matches:
+        if match.seat.layer is not None:
+            yield from input_names(match)
+
+
+UNIT_BYTES = 48 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Elements [start, stop) of the task at index `task`; `number` counts over the plan."""
+
+    number: int
+    task: int
+    start: int
+    stop: int
+
+
+def cut_chunks(tasks: Sequence[TensorTask]) -> list[Chunk]:
+    """Every element of every task, once, in order; an empty tensor is one empty unit."""
+    units: list[Chunk] = []
+    for index, task in enumerate(tasks):
+        starts = span_starts(task)
+        for start, stop in zip(starts, starts[1:] or [0], strict=False):
+            units.append(Chunk(len(units), index, start, stop))
+    return units
+
+
+def span_starts(task: TensorTask) -> list[int]:
+    """Where the units of a task begin, and at the end its size."""
+    width = sum(DTYPES[ref.dtype][0] for ref in task.inputs)
+    least = BLOCK_MULTIPLE
+    if task.block is not None:  # a block's scale is one unit's
+        least = math.lcm(least, task.block[0] * task.shape[-1])
+    step = max(1, UNIT_BYTES // width // least) * least
+    return [*range(0, task.size, step), task.size]

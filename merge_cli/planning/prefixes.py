@@ -1,0 +1,155 @@
+"""The same tensors under other prefixes: a language model, and the one inside a multimodal model.
+
+`model.layers.0.mlp...` of a text-only fine-tune is `model.language_model.layers.0.mlp...` of the
+model that sees images, too, and `language_model.model.layers.0.mlp...` of older ones. Where every
+tensor of a source finds one place in the reference by exchanging prefixes, it takes that place's
+name.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from merge_cli.checkpoint.tensors import Tensor
+from merge_cli.errors import MismatchError, Problem
+from merge_cli.sources.source import Source
+
+Tensors = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class RenamedModel:
+    """Sources with the reference's names.
+
+    Attributes:
+        notes: what was renamed.
+    """
+
+    sources: tuple[Source, ...]
+    notes: tuple[str, ...] = ()
+
+
+def rename(sources: Sequence[Source], reference: int) -> RenamedModel:
+    """Give the sources the reference's names, where theirs differ by prefixes alone.
+
+    Raises:
+        MismatchError: two prefixes would do.
+    """
+    names = sources[reference].tensors
+    found, notes = list(sources), []
+    for i, source in enumerate(sources):
+        if i == reference or all(name in names for name in source.tensors):
+            continue
+        rules = _rules(source, sources[reference])
+        if rules is None:
+            continue
+        mapped = {_apply(name, rules): ref for name, ref in source.tensors.items()}
+        found[i] = replace(source, tensors=mapped)
+        shown = ", ".join(f"{old or '(none)'} -> {new or '(none)'}" for old, new in rules.items())
+        notes.append(
+            f"{source.label}: its tensors are {sources[reference].label}'s by prefix: {shown}"
+        )
+    return RenamedModel(tuple(found), tuple(notes))
+
+
+def _rules(source: Source, reference: Source) -> dict[str, str] | None:
+    """Old prefix -> new prefix for every tensor of the source; None where there are none.
+
+    Raises:
+        MismatchError: more than one new prefix fits.
+    """
+    own, names = source.tensors, reference.tensors
+    groups: dict[str | None, list[str]] = {}
+    for name in own:
+        groups.setdefault(_stack_prefix(name), []).append(name)
+    rules: dict[str, str] = {}
+    for prefix, group in groups.items():
+        if prefix is None:
+            continue
+        rests = [name.removeprefix(prefix) for name in group]
+        fitting = [
+            new
+            for new in _prefixes(rests[0], names)
+            if all(_fits(own[n], names.get(new + r)) for n, r in zip(group, rests, strict=True))
+        ]
+        fitting = _nearest(prefix, fitting)
+        if not fitting:
+            return None
+        if len(fitting) > 1:
+            places = " and ".join(f"'{new}'" for new in fitting)
+            what = f"{source.label}: its layers fit {reference.label}'s under {places}"
+            hint = "Rename its tensors, or merge with the model whose part it is."
+            raise MismatchError([Problem(what, prefix, hint=hint)], "names are ambiguous")
+        rules[prefix] = fitting[0]
+    if not rules:
+        return None
+    for name in groups.get(None, ()):  # embeddings, norms, heads
+        if _fits(own[name], names.get(_apply(name, rules))):
+            continue
+        found = {rule for rule in _single_rules(name, own[name], names) if rule[0] not in rules}
+        if len(found) != 1:
+            return None
+        rules |= dict(found)
+    mapped = {_apply(name, rules) for name in own}
+    return rules if len(mapped) == len(own) and mapped <= names.keys() else None
+
+
+def _nearest(prefix: str, fitting: Sequence[str]) -> list[str]:
+    """Those that end in most of the same words: an encoder is none of a decoder."""
+    ends = {new: _common_end(prefix, new) for new in fitting}
+    return [new for new in fitting if ends[new] == max(ends.values())]
+
+
+def _common_end(one: str, other: str) -> int:
+    """How many words two prefixes end in alike; more than any where they are the same."""
+    if one == other:
+        return len(one)
+    words = zip(one.split(".")[-2::-1], other.split(".")[-2::-1], strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], words))
+
+
+def _stack_prefix(name: str) -> str | None:
+    """What stands before `layers.0.` (or `h.0.`); None for a tensor of no layer."""
+    parts = name.split(".")
+    number = next((i for i, part in enumerate(parts) if part.isdigit()), 0)
+    return "".join(f"{part}." for part in parts[: number - 1]) if number else None
+
+
+def _prefixes(rest: str, names: Tensors) -> list[str]:
+    """Everything that stands before this rest of a name in the reference."""
+    return sorted({other[: -len(rest)] for other in names if _ends(other, rest)})
+
+
+def _single_rules(name: str, own: Tensor, names: Tensors) -> Iterator[tuple[str, str]]:
+    """Exchanges of prefixes that would do for one tensor, for the longest rest that has any."""
+    parts = name.split(".")
+    for i in range(len(parts)):
+        rest = ".".join(parts[i:])
+        fitting = [other for other in names if _ends(other, rest) and _fits(own, names[other])]
+        for other in fitting:
+            yield "".join(f"{part}." for part in parts[:i]), other[: -len(rest)]
+        if fitting:
+            return
+
+
+def _ends(name: str, rest: str) -> bool:
+    return name == rest or name.endswith(f".{rest}")
+
+
+def _fits(own: Tensor, other: Tensor | None) -> bool:
+    """Of one shape, but for the number of tokens."""
+    if other is None or own.shape[1:] != other.shape[1:]:
+        return False
+    tokens = "embed" in other.name or "head" in other.name
+    return own.shape[:1] == other.shape[:1] or tokens
+
+
+def _apply(name: str, rules: Mapping[str, str]) -> str:
+    """The longest old prefix that the name has, exchanged."""
+    fitting = [old for old in rules if name.startswith(old)]
+    if not fitting:
+        return name
+    old = max(fitting, key=len)
+    return rules[old] + name.removeprefix(old)

@@ -1,0 +1,343 @@
+"""A recipe against its method: every parameter checked where it stands, then resolved per tensor.
+
+Precedence, as in mergekit: slice source, output slice, module, global, the method's default.
+
+What a plan tells of a recipe's settings: filters that mean no tensor, and gradients.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from merge_cli.errors import Problem, UsageError
+from merge_cli.methods.blocks import averages_base, lists_base, operand_specs, shared_parameters
+from merge_cli.methods.registry import Method, get_method
+from merge_cli.planning.method_sections import (
+    adapter_problems,
+    gathering_problems,
+    gathering_warnings,
+    learning_problems,
+    search_problems,
+)
+from merge_cli.recipe.fields import MERGEKIT_PARAMETERS, nearest
+from merge_cli.recipe.schema import Parameters, Recipe, SliceSpec, SourceSpec
+from merge_cli.recipe.values import (
+    Parameter,
+    Scalar,
+    evaluate,
+    filters,
+    is_graded,
+    matches,
+    scalars,
+)
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A recipe's method, or None where there is none of that name, and what was found."""
+
+    method: Method | None
+    problems: tuple[Problem, ...]
+    warnings: tuple[str, ...]
+
+
+def check_recipe(recipe: Recipe) -> Checked:
+    """Every problem that the method has with the recipe, without looking at a model."""
+    name = recipe.merge_method
+    if not name:
+        return Checked(None, (), ())
+    try:
+        method = get_method(name)
+    except UsageError as error:
+        hint = error.hint if error.where == "" else ""
+        return Checked(None, (recipe.problem("merge_method", error.what, hint),), ())
+    if method.variant is not None:
+        method = method.variant(recipe) or method
+    searching = get_method(name).searches
+    problems: list[Problem] = list(search_problems(recipe, searching=searching))
+    if problems and searching:
+        return Checked(method, tuple(problems), ())
+    problems += [
+        *learning_problems(recipe, method),
+        *gathering_problems(recipe, method),
+        *adapter_problems(recipe, method),
+    ]
+    warnings = list(gathering_warnings(recipe, method))
+    groups = _groups(recipe)
+    based = recipe.output is not None  # changes start from nothing
+    if method.needs_base and not based and any(here.base_model is None for here, *_ in groups):
+        what = f"{name} adds changes to a base model, and the recipe names none."
+        problems.append(recipe.problem("merge_method", what, "Add `base_model:`."))
+    for here, key, piece, specs in groups:
+        _check_count(here, method, key, specs, piece, problems)
+        if piece is not None and piece.parameters:
+            _check_parameters(recipe, method, piece.parameters, None, problems, warnings)
+        for spec in specs:
+            if spec.parameters and method.needs_base and spec.model == here.base_model:
+                place = _at(recipe, f"{spec.key}.parameters")
+                warnings.append(f"{place}: has no effect: the base has no task vector.")
+    warnings += [*_unlisted_base(recipe, method), *_random_rescaling(recipe, method)]
+    for shared in (recipe.parameters, *(module.parameters for module in recipe.modules)):
+        _check_parameters(recipe, method, shared, None, problems, warnings)
+    for spec in recipe.source_specs:
+        _check_parameters(recipe, method, spec.parameters, spec, problems, warnings)
+        if spec.data is not None and recipe.coefficients and method.learns:
+            place = _at(recipe, f"{spec.key}.data")
+            warnings.append(f"{place}: has no effect: the coefficients are given.")
+    return Checked(method, tuple(problems), tuple(warnings))
+
+
+def resolve(
+    recipe: Recipe,
+    method: Method,
+    piece: SliceSpec | None,
+    specs: Sequence[SourceSpec],
+    tensor: str,
+    position: float,
+    inputs: Sequence[str] = (),
+) -> dict[str, Any]:
+    """The method's parameters for one tensor, by the recipe's names; a list where per model.
+
+    Args:
+        piece: the output slice, or None for a merge of whole models.
+        specs: the operands' sources, in order.
+        position: the tensor's layer within its slice, 0 to 1.
+        inputs: the tensor's name in each source, by that source's own layer numbers, which the
+            filters of its parameters look at, as mergekit's do; empty where it is the output's.
+    """
+    shared = shared_parameters(recipe, piece)
+    names = inputs or [tensor] * len(specs)
+    resolved: dict[str, Any] = {}
+    for name, parameter in method.parameters.items():
+
+        def value(layers: Sequence[Parameters], tensor: str, name: str = name) -> Scalar | None:
+            known = method.parameters[name]
+            for parameters in layers:
+                if name in parameters:
+                    found = evaluate(parameters[name].setting, tensor, position, known.read)
+                    if found is not None:
+                        return known.coerce(found)
+            return known.default
+
+        if parameter.per_model:
+            resolved[name] = [
+                value([spec.parameters, *shared], own)
+                for spec, own in zip(specs, names, strict=True)
+            ]
+        else:
+            resolved[name] = value(shared, tensor)
+    return resolved
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """Parameters that many tensors share; nothing may change them.
+
+    Attributes:
+        parameters: by the recipe's names.
+        error: why tensors cannot be merged with them; empty when they can.
+        copies: whether the output is its only source, byte for byte.
+    """
+
+    parameters: dict[str, Any]
+    error: str
+    copies: bool
+
+
+class Resolver:
+    """`resolve` for the tensors of one piece, once for each set of parameters.
+
+    What a setting means depends on the filters that match a tensor's name and, where there are
+    gradients, on its position: tensors that agree in both share one answer.
+    """
+
+    def __init__(
+        self, recipe: Recipe, method: Method, piece: SliceSpec | None, specs: Sequence[SourceSpec]
+    ) -> None:
+        self._recipe, self._method, self._piece, self._specs = recipe, method, piece, specs
+        groups = [spec.parameters for spec in specs] + shared_parameters(recipe, piece)
+        settings = [parameter.setting for group in groups for parameter in group.values()]
+        self._filters = sorted(set().union(*map(filters, settings)))
+        self._graded = any(map(is_graded, settings))
+        self._known: dict[tuple[float, tuple[tuple[str, ...], ...]], Resolved] = {}
+
+    @property
+    def filtered(self) -> bool:
+        """Whether names decide anything."""
+        return bool(self._filters)
+
+    def of(self, tensor: str, position: float, inputs: Sequence[str] = ()) -> Resolved:
+        """The parameters of one tensor; arguments as for `resolve`."""
+        matching = tuple([self._matching(name) for name in (tensor, *inputs)])
+        key = position if self._graded else 0.0, matching
+        known = self._known.get(key)
+        if known is None:
+            known = self._known[key] = self._resolve(tensor, position, inputs)
+        return known
+
+    def _matching(self, name: str) -> tuple[str, ...]:
+        return tuple([one for one in self._filters if matches(one, name)])
+
+    def _resolve(self, tensor: str, position: float, inputs: Sequence[str]) -> Resolved:
+        method = self._method
+        values = resolve(self._recipe, method, self._piece, self._specs, tensor, position, inputs)
+        copies = method.copies is not None and method.copies(**values)
+        return Resolved(values, combination_error(method, values), copies)
+
+
+def combination_error(method: Method, parameters: Mapping[str, Any]) -> str:
+    """Why the resolved parameters of a tensor cannot be merged with; empty when they can."""
+    if method.check is None:
+        return ""
+    wanted = inspect.signature(method.check).parameters
+    return method.check(**{k: v for k, v in parameters.items() if k in wanted})
+
+
+def arguments(method: Method, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Resolved parameters as the function spells them (`lambda` becomes `lambda_`)."""
+    return {method.parameters[name].argument: value for name, value in parameters.items()}
+
+
+def _groups(recipe: Recipe) -> list[tuple[Recipe, str, SliceSpec | None, tuple[SourceSpec, ...]]]:
+    if not recipe.all_slices:
+        return [(recipe, "models", None, recipe.models)]
+    return [
+        (recipe.of_slice(piece), piece.key, piece, piece.sources) for piece in recipe.all_slices
+    ]
+
+
+def _unlisted_base(recipe: Recipe, method: Method) -> list[str]:
+    """What becomes of a base that an average does not list."""
+    if recipe.base_model is None or method.averages_base is None:
+        return []
+    place = _at(recipe, "base_model")
+    for here, _, piece, specs in _groups(recipe):
+        if averages_base(here, method, specs, piece):
+            return [f"{place}: averaged with the models, as in mergekit."]
+        if not lists_base(here, specs):
+            return [f"{place}: gives config and tokenizer, and is not averaged: not in `models`."]
+    return []
+
+
+def _random_rescaling(recipe: Recipe, method: Method) -> list[str]:
+    """A line where what is dropped at random is made up for otherwise than by mergekit."""
+    rescale = method.parameters.get("rescale")
+    if rescale is None or rescale.default != "density" or recipe.searches:
+        return []
+    groups = [recipe.parameters, *(module.parameters for module in recipe.modules)]
+    groups += [piece.parameters for piece in recipe.all_slices]
+    groups += [spec.parameters for spec in recipe.source_specs]
+
+    def given(name: str) -> list[Scalar]:
+        settings = [group[name].setting for group in groups if name in group]
+        return [value for setting in settings for value in scalars(setting)]
+
+    drops = any(isinstance(value, int | float) and value < 1 for value in given("density"))
+    plain = all(rescale.read(value) in ("density", True) for value in given("rescale"))
+    if not drops or not plain:
+        return []
+    what = f"{recipe.merge_method} divides what is kept by its chance, as the paper does; mergekit"
+    return [f"{_at(recipe, 'merge_method')}: {what} by L1 norms: `rescale: l1`."]
+
+
+def _at(recipe: Recipe, key: str) -> str:
+    """A place in the recipe, as warnings name it."""
+    line, column = recipe.places.get(key, (0, 0))
+    return f"{recipe.file}:{line}:{column}: {key}"
+
+
+def _check_count(
+    recipe: Recipe,
+    method: Method,
+    key: str,
+    specs: tuple[SourceSpec, ...],
+    piece: SliceSpec | None,
+    problems: list[Problem],
+) -> None:
+    least, most = method.count
+    count = len(operand_specs(recipe, method, specs, piece))
+    if not specs or least <= count and (most is None or count <= most):
+        return
+    wanted = f"exactly {least}" if least == most else f"at least {least}"
+    besides = " besides the base" if method.needs_base else ""
+    what = f"{recipe.merge_method} takes {wanted} model{'s' * (least != 1)}{besides} (got {count})"
+    problems.append(recipe.problem(key, what))
+
+
+def _check_parameters(
+    recipe: Recipe,
+    method: Method,
+    parameters: Parameters,
+    spec: SourceSpec | None,
+    problems: list[Problem],
+    warnings: list[str],
+) -> None:
+    shown = method.name if method.searches or recipe.searches else recipe.merge_method
+    for name, given in parameters.items():
+        known = method.parameters.get(name)
+        passed_by = name in MERGEKIT_PARAMETERS and not (method.learns or method.searches)
+        if known is None and passed_by:
+            warnings.append(f"{_at(recipe, given.key)}: has no effect in {shown}.")
+        elif known is not None and spec is not None and not known.per_model and passed_by:
+            what = "has no effect under a model: it is one value for the whole merge"
+            warnings.append(f"{_at(recipe, given.key)}: {what}.")
+        elif known is None:
+            what = f"{shown} has no such parameter."
+            hint = nearest(name, method.parameters) if method.parameters else ""
+            if method.learns:
+                hint = "What is learned, and how, is said under `training:`."
+            problems.append(recipe.problem(given.key, what, hint))
+        elif spec is not None and not known.per_model:
+            what = f"{name} is one value for the whole merge, not one for each model."
+            problems.append(
+                recipe.problem(given.key, what, "Move it to the recipe's `parameters:`.")
+            )
+        else:
+            values = scalars(given.setting)
+            wrong = {message for v in values if (message := known.check(v))}
+            problems.extend(recipe.problem(given.key, message + ".") for message in sorted(wrong))
+            if not wrong and any(map(known.is_capped, values)):
+                what = f"is read as {known.range.high:g} where it is more"
+                warnings.append(f"{_at(recipe, given.key)}: {what}.")
+
+
+def unused_filters(recipe: Recipe, names: Iterable[str]) -> Iterator[str]:
+    """One line for each filter that matches none of the output's tensors.
+
+    Args:
+        names: of all the output's tensors, and those that slices have in their sources.
+    """
+    wanted: tuple[str, ...] | None = None  # a million names, which most recipes do not ask for
+    known: dict[str, bool] = {}
+    for parameter in _parameters(recipe):
+        for filter in sorted(filters(parameter.setting)):
+            if filter not in known:
+                wanted = tuple(names) if wanted is None else wanted
+                known[filter] = any(matches(filter, name) for name in wanted)
+            if not known[filter]:
+                line, _ = recipe.places.get(parameter.key, (0, 0))
+                place = f"{parameter.key}, line {line} of the recipe"
+                yield f"{place}: the filter '{filter}' matches no tensor and has no effect"
+
+
+def beyond_note(recipe: Recipe, layers: Sequence[str]) -> Iterator[str]:
+    """A line on layers behind the model's last, where a gradient has to treat them somehow."""
+    if layers and any(is_graded(parameter.setting) for parameter in _parameters(recipe)):
+        yield (
+            f"{', '.join(layers)}: behind the layers that the config counts; "
+            "takes the last value of gradients"
+        )
+
+
+def _parameters(recipe: Recipe) -> Iterator[Parameter]:
+    """Every setting, wherever it stands."""
+    groups: list[Parameters] = [
+        recipe.parameters,
+        *(module.parameters for module in recipe.modules),
+        *(piece.parameters for piece in recipe.all_slices),
+        *(spec.parameters for spec in recipe.source_specs),
+    ]
+    return (one for group in groups for one in group.values())

@@ -1,0 +1,214 @@
+"""A model as transformers would open it: its class on the meta device, without a byte of weights.
+
+transformers itself says which tensors are missing, unexpected or of another shape, so that what it
+renames, fuses, ties or ignores on loading is taken into account. The config is data of somebody
+else's: what of it a class may be made from is said in checkpoint/class_config.py.
+
+What a class of transformers says of its tensors, looked up by the name in config.json.
+
+Only classes that transformers itself brings are looked at, and nothing of them is run: three class
+attributes are read. It takes seconds to import them, so ask only when a tensor is lacking.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+from merge_cli.checkpoint.class_config import (
+    UnknownClass,
+    known_class,
+    quiet_and_alone,
+    without_choices,
+)
+
+Shapes = Mapping[str, tuple[int, ...]]
+Kind = tuple[tuple[str, Any], ...]  # what a layer is: (module and attribute, value), sorted
+
+# Attributes of a module that say where it stands, or what everything inherits.
+_PLACES = frozenset(("training", "layer_idx", "layer_id", "layer_index", "idx", "block_idx"))
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """What a class makes of tensors.
+
+    Attributes:
+        name: of the class.
+        missing: what it would make up.
+        unexpected: what it would leave out.
+        wrong: name -> (stored shape, the model's shape).
+        kinds: for each stack of modules of one kind, what its layers are.
+        failure: why the class or its loading refuses; empty where it does not.
+    """
+
+    name: str
+    missing: frozenset[str] = frozenset()
+    unexpected: frozenset[str] = frozenset()
+    wrong: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
+    kinds: Mapping[str, tuple[Kind, ...]] = field(default_factory=dict)
+    failure: str = ""
+
+
+def build(config: Mapping[str, Any], shapes: Shapes, *, kinds: bool = False) -> Skeleton:
+    """Open tensors of some shapes with the class that a config names.
+
+    Args:
+        kinds: whether the layers' kinds are wanted, too.
+
+    Raises:
+        Unknown: no class is named, or transformers does not have it.
+    """
+    if "quantization_config" in config:
+        raise UnknownClass("its weights are quantised")
+    kind, about = known_class(config)
+    with quiet_and_alone():
+        try:
+            made = about.from_dict(without_choices(config))
+            return _opened(kind, kind.__name__, made, shapes, kinds)
+        except Exception as error:
+            # Whatever a model's class raises over a config or tensors that do not suit it.
+            said = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+            return Skeleton(kind.__name__, failure=said)
+
+
+def _opened(kind: Any, name: str, config: Any, shapes: Shapes, kinds: bool) -> Skeleton:
+    import torch
+
+    tensors = {
+        key: torch.empty(shape, dtype=torch.float32, device="meta") for key, shape in shapes.items()
+    }
+    model, info = kind.from_pretrained(
+        None,
+        config=config,
+        state_dict=tensors,
+        device_map={"": "meta"},
+        dtype=torch.float32,
+        attn_implementation="eager",
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+        local_files_only=True,
+    )
+    wrong = {entry[0]: (tuple(entry[1]), tuple(entry[2])) for entry in info["mismatched_keys"]}
+    found = _kinds(model) if kinds else {}
+    return Skeleton(
+        name, frozenset(info["missing_keys"]), frozenset(info["unexpected_keys"]), wrong, found
+    )
+
+
+def _kinds(model: Any) -> dict[str, tuple[Kind, ...]]:
+    """Every list of modules, and what each module in it is but for where it stands."""
+    from torch.nn import ModuleList
+
+    stacks = {
+        path: list(found) for path, found in model.named_modules() if isinstance(found, ModuleList)
+    }
+    listed = _listed(model.config)
+    return {
+        path: tuple(
+            tuple(
+                sorted(
+                    [
+                        *_kind(layer),
+                        *(
+                            (f"config.{key}", values[i])
+                            for key, values in listed.items()
+                            if len(values) == len(layers)
+                        ),
+                    ],
+                    key=repr,
+                )
+            )
+            for i, layer in enumerate(layers)
+        )
+        for path, layers in stacks.items()
+    }
+
+
+def _kind(layer: Any) -> Iterator[tuple[str, Any]]:
+    for path, module in layer.named_modules():
+        yield f"{path}:", type(module).__name__
+        for key, value in vars(module).items():
+            plain = value is None or isinstance(value, bool | int | float | str)
+            if plain and not key.startswith("_") and key not in _PLACES:
+                yield f"{path}.{key}".lstrip("."), value
+        for key, parameter in module.named_parameters(recurse=False):
+            yield f"{path}.{key}".lstrip("."), tuple(parameter.shape)
+
+
+def _listed(config: Any) -> dict[str, list[Any]]:
+    """What a config says of each layer, rules by position written out as the class does it."""
+    part = config.get_text_config()
+    found: dict[str, list[Any]] = {}
+    for key in {*vars(part), "layer_types", "layers_block_type", "mlp_layer_types"}:
+        value = getattr(part, key, None)
+        if not isinstance(value, list) or not all(isinstance(one, str | int) for one in value):
+            continue
+        # Numbers of layers are no property of the layer that stands at their place.
+        if not all(type(one) is int for one in value) or set(value) <= {0, 1}:
+            found[key] = value
+    return found
+
+
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,99}")
+
+
+@dataclass(frozen=True)
+class ClassRules:
+    """What loading does about names.
+
+    Attributes:
+        skipped: patterns of tensors that loading skips where a file has them.
+        computed: patterns of tensors that the model has and does not miss in a file.
+        tied: pattern of a tensor -> the tensor that it is tied to.
+    """
+
+    skipped: tuple[re.Pattern[str], ...] = ()
+    computed: tuple[re.Pattern[str], ...] = ()
+    tied: tuple[tuple[re.Pattern[str], str], ...] = field(default=())
+
+    def may_lack(self, name: str) -> bool:
+        """Whether a file may be without a tensor."""
+        return any(pattern.search(name) for pattern in (*self.skipped, *self.computed))
+
+    def tied_to(self, name: str) -> str | None:
+        """The tensor that one is tied to."""
+        for pattern, other in self.tied:
+            found = pattern.match(name)
+            if found:
+                return other + name[found.end() :]
+        return None
+
+
+def class_rules(config: Mapping[str, Any]) -> ClassRules:
+    """The rules of a config's first architecture; empty where transformers does not know it."""
+    listed = config.get("architectures")
+    name = listed[0] if isinstance(listed, list) and listed else None
+    return _rules(name) if isinstance(name, str) and _NAME.fullmatch(name) else ClassRules()
+
+
+@lru_cache(maxsize=64)
+def _rules(name: str) -> ClassRules:
+    try:
+        import transformers
+
+        found = getattr(transformers, name, None)
+    except (ImportError, AttributeError, RuntimeError):
+        return ClassRules()  # a class whose own requirements are not installed
+    if not isinstance(found, type):
+        return ClassRules()
+    tied = getattr(found, "_tied_weights_keys", None)
+    pairs = tied.items() if isinstance(tied, dict) else ()  # before version 5 a list, without whose
+    return ClassRules(
+        _patterns(getattr(found, "_keys_to_ignore_on_load_unexpected", None)),
+        _patterns(getattr(found, "_keys_to_ignore_on_load_missing", None)),
+        tuple((re.compile(key), other) for key, other in pairs if isinstance(other, str)),
+    )
+
+
+def _patterns(listed: Any) -> tuple[re.Pattern[str], ...]:
+    words: Iterable[str] = sorted(listed) if isinstance(listed, set) else (listed or ())
+    return tuple(re.compile(word) for word in words)

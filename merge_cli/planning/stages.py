@@ -1,0 +1,135 @@
+"""Plans of recipes with several documents, all of them made before any work begins.
+
+What a document makes can be planned with before it is there, since its plan knows every header.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from merge_cli.checkpoint.components import inside
+from merge_cli.checkpoint.headers import TensorRef, parse_header
+from merge_cli.engine.merge import write_companions
+from merge_cli.engine.options import MergeOptions
+from merge_cli.errors import HubError, RecipeError
+from merge_cli.planning.adapters import plan_adapters
+from merge_cli.planning.plan import Plan
+from merge_cli.planning.planner import DEFAULT_SHARD_SIZE, make_plan
+from merge_cli.recipe.fields import nearest
+from merge_cli.recipe.load import stage_folder
+from merge_cli.recipe.reference import ModelRef, hub_id
+from merge_cli.recipe.schema import Recipe
+from merge_cli.sources.source import Source, open_source
+
+
+def plan_recipe(recipe: Recipe, *, shard_size: int = DEFAULT_SHARD_SIZE) -> Plan:
+    """Plan a recipe and, before it, its stages: `make_plan` for recipes of any number of documents.
+
+    Raises:
+        as `make_plan` does, for any of the documents.
+    """
+    if recipe.output is not None:
+        return plan_adapters(recipe)
+    if not recipe.stages:
+        return make_plan(recipe, shard_size=shard_size)
+    plans: dict[str, Plan] = {}
+    made: dict[str, Source] = {}
+    with TemporaryDirectory() as folder:  # for what planning reads besides headers: tokenizers
+        for stage in recipe.stages:
+            assert stage.name, "only the result may go without a name"
+            plan = plans[stage.name] = _plan_one(stage, shard_size, made, plans)
+            made[stage.name] = _to_be_made(stage.name, plan, Path(folder))
+        return _plan_one(recipe, shard_size, made, plans)
+
+
+def over_results(plan: Plan, places: Mapping[str, Path]) -> Plan:
+    """The same plan over what stages have made by now.
+
+    What learns, searches or gathers opens its models again: its recipe names their folders.
+
+    Args:
+        places: the folders of the stages' results, by name.
+
+    Raises:
+        CorruptFileError: a result is not what it was.
+    """
+    made = [source.label for source in plan.sources if source.label in plan.stages]
+    if plan.learns or plan.gathers or plan.recipe.searches:
+        spelling = {model: model for model in plan.recipe.references}
+        spelling |= {ModelRef(name): ModelRef(str(places[name])) for name in made}
+        recipe = replace(_tokenizer_of(plan.recipe, places).with_models(spelling), stages=())
+        return make_plan(recipe, shard_size=plan.shard_size)
+    opened = {name: _opened(name, places[name]) for name in made}
+    return make_plan(plan.recipe, shard_size=plan.shard_size, made=opened, stages=plan.stages)
+
+
+def _tokenizer_of(recipe: Recipe, places: Mapping[str, Path]) -> Recipe:
+    """The recipe, whose tokenizer section names folders where it named stages."""
+    spec = recipe.tokenizer
+    if spec is None:
+        return recipe
+    rules = {
+        token: replace(rule, model=ModelRef(str(places[rule.model.path])))
+        if rule.model is not None and rule.model.path in places
+        else rule
+        for token, rule in spec.tokens.items()
+    }
+    source = str(places.get(spec.source, spec.source))
+    return replace(recipe, tokenizer=replace(spec, source=source, tokens=rules))
+
+
+def needed(plan: Plan) -> tuple[str, ...]:
+    """The stages that a result is made of, directly or not, in the order of their making."""
+    found: set[str] = set()
+    for source in plan.sources:
+        if source.label in plan.stages:
+            found |= {source.label, *needed(plan.stages[source.label])}
+    return tuple(name for name in plan.stages if name in found)
+
+
+def unused(plan: Plan) -> set[str]:
+    """The stages that no other document merges: results of their own."""
+    used = {source.label for one in (plan, *plan.stages.values()) for source in one.sources}
+    return plan.stages.keys() - used
+
+
+def _plan_one(
+    recipe: Recipe, shard_size: int, made: Mapping[str, Source], plans: Mapping[str, Plan]
+) -> Plan:
+    try:
+        return make_plan(recipe, shard_size=shard_size, made=made, stages=dict(plans))
+    except HubError as error:
+        # One word, and the Hub has it not: more likely a document than a model.
+        spec = next((s for s in recipe.source_specs if str(s.model) == error.model), None)
+        key = spec.key if spec else "base_model"
+        key = f"{key}.model" if f"{key}.model" in recipe.places else key
+        if not plans or "/" in error.model or not hub_id(error.model):
+            raise
+        what = f"'{error.model}' is no document of this file, no folder, and not had from the Hub."
+        raise RecipeError([recipe.problem(key, what, nearest(error.model, plans))]) from error
+
+
+def _to_be_made(name: str, plan: Plan, folder: Path) -> Source:
+    """A stage's result as later stages will find it, from its plan alone: all but its weights."""
+    root = folder / stage_folder(name)
+    root.mkdir()
+    write_companions(plan, root, MergeOptions())
+    tensors: dict[str, TensorRef] = {}
+    for shard in plan.shards:
+        for own, ref in parse_header(shard.header, root / shard.file, shard.size, name).items():
+            whole = inside(shard.folder, own)
+            tensors[whole] = ref._replace(name=whole)
+    headers = {shard.file: shard.header for shard in plan.shards}
+    return Source(name, root, plan.config, tensors, headers, planned=True)
+
+
+def _opened(name: str, place: Path) -> Source:
+    source = open_source(ModelRef(str(place)), place.parent)
+    tensors = {ref.name: ref for refs in source.tensors.values() for ref in refs.stored}
+    renamed = {key: ref._replace(model=name) for key, ref in tensors.items()}
+    return Source(
+        name, source.root, source.config, renamed, source.header_bytes, stamps=source.stamps
+    )

@@ -1,0 +1,290 @@
+"""What a plan would write, held against the class that its config names, before any byte is read.
+
+A tensor that the class would make up, leave out or refuse is an error, unless a source has the same
+fault: a merge makes no model worse. Stacked layers must be of the kind that they were: a config may
+say by number which layers slide a window, have experts or do without positions.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from merge_cli.checkpoint.class_config import UnknownClass
+from merge_cli.checkpoint.tensors import Tensor
+from merge_cli.errors import MismatchError, Problem
+from merge_cli.planning.absent import BUFFERS
+from merge_cli.planning.skeleton import Kind, Shapes, Skeleton, build
+from merge_cli.sources.source import Source
+from merge_cli.system.untrusted import read_mapping
+
+_NUMBER = re.compile(r"\d+")
+_DTYPES = ("dtype", "torch_dtype")
+
+
+@dataclass(frozen=True)
+class Origins:
+    """Where stacked layers come from.
+
+    Attributes:
+        stack: what their tensors' names begin with.
+        layers: for each layer of the output, its source and its number there.
+        doubts: rules of the config that they may not follow.
+    """
+
+    stack: str
+    layers: Sequence[tuple[Source, int]]
+    doubts: Sequence[str] = ()
+
+
+def check_structure(
+    config: Mapping[str, object],
+    shapes: Shapes,
+    donor: Source,
+    like: Mapping[str, Tensor],
+    sources: Iterable[Source],
+    origins: Origins | None = None,
+) -> list[str]:
+    """Hold an output's config, names and shapes against its class.
+
+    Args:
+        config: the output's.
+        donor: whose config it is made from.
+        like: the donor's tensors; what has its names, shapes and config needs no look.
+        sources: every model, whose own faults are no news.
+        origins: of layers that were stacked.
+
+    Returns:
+        notes for the plan.
+
+    Raises:
+        MismatchError: transformers would not open it, or open it as something else.
+        ValueError: a rule by position that the stacked layers may not follow, where the class that
+            would tell is not known.
+    """
+    if not donor.config or "" not in donor.stems:
+        return _undecided(origins, "")
+    shapes = _own(shapes, donor)
+    if origins is None and _unchanged(config, shapes, donor, like):
+        return []
+    try:
+        made = _build(config, shapes, origins is not None)
+    except UnknownClass as reason:
+        return _undecided(origins, str(reason))
+    known = _Inherited(donor, sources)
+    problems = [*_failures(made, known), *_differences(made, known)]
+    notes: list[str] = []
+    if origins is not None and not problems:
+        problems, notes = _other_kinds(made, origins)
+    if problems and origins is not None and origins.doubts:
+        raise ValueError(origins.doubts[0])
+    if problems:
+        raise MismatchError(problems, f"{made.name} would not open what this makes")
+    return [*notes, *_faults(made)]
+
+
+def _undecided(origins: Origins | None, reason: str) -> list[str]:
+    if origins is not None and origins.doubts:
+        raise ValueError(origins.doubts[0])
+    if not reason:
+        return []
+    return [f"whether the output opens could not be checked: {reason}"]
+
+
+def _unchanged(
+    config: Mapping[str, object], shapes: Shapes, donor: Source, like: Mapping[str, Tensor]
+) -> bool:
+    """Whether the output is as its donor is on disk: then it opens as that does."""
+    before = donor.config
+    if donor.adapter is not None:
+        if any(tensor.stored[0].shape[:1] != tensor.shape[:1] for tensor in like.values()):
+            return False
+        before = read_mapping(donor.root / "config.json", donor.label)
+    there = {name: tensor.shape for name, tensor in like.items() if not name.endswith(BUFFERS)}
+    there = _own(there, donor)
+    here = {name: shape for name, shape in shapes.items() if not name.endswith(BUFFERS)}
+    return there == here and _plain(before) == _plain(config)
+
+
+def _own(shapes: Shapes, source: Source) -> dict[str, tuple[int, ...]]:
+    """Those of the model itself, without the parts in other folders (see `components`)."""
+    parts = tuple(f"{folder}/" for folder in source.stems if folder)
+    return {n: shape for n, shape in shapes.items() if not parts or not n.startswith(parts)}
+
+
+def _plain(config: Mapping[str, object]) -> dict[str, object]:
+    """A config without dtypes."""
+    return {
+        key: _plain(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key not in _DTYPES
+    }
+
+
+_built: dict[tuple[str, frozenset[tuple[str, tuple[int, ...]]], bool], Skeleton] = {}
+
+
+def _build(config: Mapping[str, object], shapes: Shapes, kinds: bool) -> Skeleton:
+    """As `build`; the last few are remembered, since searches plan one structure many times."""
+    key = json.dumps(config, sort_keys=True), frozenset(shapes.items()), kinds
+    if key not in _built:
+        while len(_built) > 7:
+            del _built[next(iter(_built))]
+        _built[key] = build(config, shapes, kinds=kinds)
+    return _built[key]
+
+
+def _of(source: Source, kinds: bool = False) -> Skeleton | None:
+    """A source as its class opens it; None where that is not known."""
+    try:
+        shapes = {name: tensor.shape for name, tensor in source.tensors.items()}
+        return _build(source.config, _own(shapes, source), kinds)
+    except UnknownClass:
+        return None
+
+
+class _Inherited:
+    """What is wrong with the sources themselves, looked up when something is wrong."""
+
+    def __init__(self, donor: Source, sources: Iterable[Source]) -> None:
+        self._donor = donor
+        self._sources = [donor, *(source for source in sources if source is not donor)]
+
+    @property
+    def fails(self) -> bool:
+        """Whether the donor's own class refuses it."""
+        own = _of(self._donor)
+        return own is None or bool(own.failure)
+
+    def has(self, problem: str, name: str) -> bool:
+        """Whether a source has the same fault with every tensor of this kind."""
+        pattern = _pattern(name)
+        for source in self._sources:
+            own = _of(source)
+            if own is None or own.failure:
+                continue
+            faulty = {_pattern(other) for other in getattr(own, problem)}
+            if pattern in faulty and not self._has_sound(source, problem, own, pattern):
+                return True
+        return False
+
+    @staticmethod
+    def _has_sound(source: Source, problem: str, own: Skeleton, pattern: str) -> bool:
+        sound = source.tensors.keys() - set(getattr(own, problem))
+        return any(_pattern(name) == pattern for name in sound)
+
+
+def _pattern(name: str) -> str:
+    """A name in any layer, of any expert."""
+    return _NUMBER.sub("*", name)
+
+
+def _failures(made: Skeleton, known: _Inherited) -> Iterator[Problem]:
+    if made.failure and not known.fails:
+        yield Problem(f"it refuses config.json or the tensors: {made.failure}")
+
+
+def _differences(made: Skeleton, known: _Inherited) -> Iterator[Problem]:
+    words = {
+        "missing": "the output lacks it, and it would be made up",
+        "unexpected": "it has no such tensor, and would leave it out",
+        "wrong": "of another shape",
+    }
+    for problem, what in words.items():
+        names = getattr(made, problem)
+        groups: dict[str, list[str]] = {}
+        for name in sorted(names):
+            groups.setdefault(_pattern(name), []).append(name)
+        for first, *others in groups.values():
+            if known.has(problem, first):
+                continue
+            if problem == "wrong":
+                stored, wanted = made.wrong[first]
+                what = f"the output has {list(stored)}, the class wants {list(wanted)}"
+            more = f" ({len(others)} more like it)" if others else ""
+            yield Problem(what + more, first)
+
+
+def _faults(made: Skeleton) -> Iterator[str]:
+    """What a merge takes over from its sources."""
+    if made.failure:
+        yield f"whether the output opens could not be checked: {made.failure}"
+    for problem, what in (("missing", "lacks"), ("unexpected", "does not use")):
+        names = sorted(getattr(made, problem))
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            yield f"{made.name} {what} {names[0]}{more}, as in the sources"
+
+
+def _other_kinds(made: Skeleton, origins: Origins) -> tuple[list[Problem], list[str]]:
+    """Stacked layers that the class would make into something else than they were."""
+    owns = {source.label: _of(source, kinds=True) for source, _ in origins.layers}
+    path = _stack_of(made, [own for own in owns.values() if own], origins)
+    if path is None or None in owns.values():
+        if origins.doubts:
+            raise ValueError(origins.doubts[0])
+        return [], []
+    problems, notes = [], []
+    for out, (source, index) in enumerate(origins.layers):
+        own = owns[source.label]
+        assert own is not None
+        counts = len(made.kinds[path]), len(own.kinds[path])
+        hard, soft = _unlike(made.kinds[path][out], own.kinds[path][index], out - index, counts)
+        whence = f"layer {index} of {source.label}"
+        if hard:
+            key, new, old = hard[0]
+            what = f"would be of another kind than {whence}: {key} {new}, not {old}"
+            hint = "config.json cannot say of these layers which are which."
+            problems.append(Problem(what, f"{origins.stack}.{out}".lstrip("."), hint=hint))
+        elif soft:
+            key, new, old = soft[0]
+            notes.append(
+                f"{key} depends on a layer's number: {new} in layer {out}, which is "
+                f"{whence} and had {old}"
+            )
+    return problems, notes[:1]
+
+
+def _stack_of(made: Skeleton, owns: Sequence[Skeleton], origins: Origins) -> str | None:
+    """The list of modules that the stacked layers are in."""
+    needed = max(index for _, index in origins.layers) + 1 if origins.layers else 0
+    fitting = [
+        path
+        for path, layers in made.kinds.items()
+        if len(layers) == len(origins.layers) and all(path in own.kinds for own in owns)
+    ]
+    fitting = [path for path in fitting if any(len(own.kinds[path]) >= needed for own in owns)]
+    same = [path for path in fitting if path == origins.stack]
+    parts = origins.stack.rpartition(".")[2]
+    alike = same or [path for path in fitting if path.rpartition(".")[2] == parts] or fitting
+    return alike[0] if len(alike) == 1 else None
+
+
+Difference = tuple[str, object, object]
+
+
+def _unlike(
+    new: Kind, old: Kind, moved: int, counts: tuple[int, int]
+) -> tuple[list[Difference], list[Difference]]:
+    """What differs between two layers: in kind, and in numbers that follow the layer's.
+
+    Args:
+        moved: how far the layer has moved.
+        counts: how many layers there are, and were.
+    """
+    here, there = dict(new), dict(old)
+    hard: list[Difference] = []
+    soft: list[Difference] = []
+    for key in sorted(here.keys() | there.keys()):
+        a, b = here.get(key), there.get(key)
+        if key.startswith("config.") and None in (a, b):
+            continue  # a list that one config writes out, and the other has as a rule
+        if a == b and type(a) is type(b):
+            continue
+        if type(a) is int and type(b) is int and a - b == moved:
+            continue  # the layer's own number, whatever it is called
+        numbers = (type(a) is float and type(b) is float) or (a, b) == counts
+        (soft if numbers else hard).append((key, a, b))
+    return hard, soft

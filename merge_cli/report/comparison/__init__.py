@@ -1,1 +1,0 @@
-"""A comparison written down: JSON, Markdown, CSV, one HTML page."""

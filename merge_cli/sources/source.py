@@ -1,0 +1,294 @@
+"""A source model, known from its headers: which tensors it has and where they lie.
+
+Opening a source reads kilobytes: config.json, the index, the headers of the shards. For a model on
+the Hub those are fetched alone; the shards follow in `fetch_weights`, only those that the merge
+needs. Nothing here executes anything from a checkpoint.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from merge_cli.checkpoint.components import (
+    PIPELINE,
+    module_folders,
+    names_in,
+    part_folders,
+    stem_of,
+)
+from merge_cli.checkpoint.config import is_of_5
+from merge_cli.checkpoint.fingerprint import FileFingerprint, add_samples, folder_fingerprints
+from merge_cli.checkpoint.tensors import Tensor
+from merge_cli.errors import CorruptFileError, HubError, SourceError
+from merge_cli.formats.detect import read_as_numbers
+from merge_cli.hub import models as hub
+from merge_cli.lora.adapter import WEIGHTS, Adapter, open_adapter
+from merge_cli.lora.config import base_note
+from merge_cli.lora.heads import changed_config
+from merge_cli.lora.targets import apply_adapter
+from merge_cli.recipe.reference import HUB, ModelRef, expanded, hub_id, is_revision, local_folder
+from merge_cli.sources.storage import HubRepo, LocalFolder, ModelStorage, read_headers
+from merge_cli.system.untrusted import read_mapping
+
+CONFIG = "config.json"
+
+
+@dataclass(frozen=True)
+class Source:
+    """An opened model.
+
+    Attributes:
+        label: the model as the recipe names it.
+        root: the folder of its files; a Hub model's shards may not be in it yet.
+        tensors: name -> place.
+        header_bytes: file name -> raw header, for digests.
+        hub: the repository it comes from; None for a local folder.
+        notes: what a reader of the plan should know.
+        planned: whether it is still to be made, by a document of the same recipe.
+        adapter: what `tensors` have been updated with; None for a model as it is.
+        stamps: its files as they were before they were read; none of a model on the Hub.
+    """
+
+    label: str
+    root: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+    header_bytes: Mapping[str, bytes] = field(repr=False)
+    hub: hub.HubModel | None = None
+    notes: tuple[str, ...] = ()
+    planned: bool = False
+    adapter: Adapter | None = None
+    stamps: Mapping[Path, FileFingerprint] = field(default_factory=dict, repr=False)
+
+    def ties(self, head: str) -> bool:
+        """Whether the head is the input embedding: as the config says, here or in its text part.
+
+        A config that is silent leaves it to the model class, which no one here knows: then a head
+        that is stored is a head of its own. So it is where transformers 5 has written the config:
+        it loads a stored head whatever the config says, and stores none that is the embedding.
+        (Of T5's family it says that all are tied, those with heads of their own, too.)
+        """
+        stored = head in self.tensors
+        for config in (self.config, self.config.get("text_config")):
+            if isinstance(config, dict) and "tie_word_embeddings" in config:
+                return bool(config["tie_word_embeddings"]) and not (stored and is_of_5(self.config))
+        return not stored
+
+    @property
+    def stems(self) -> dict[str, str]:
+        """For each folder with weights ("" for the model's own) what the files are called."""
+        known = [*self.header_bytes, *([PIPELINE] if (self.root / PIPELINE).is_file() else [])]
+        parts = part_folders(known, module_folders(self.root, self.label))
+        return {folder: stem_of(names_in(folder, known)) for folder in parts}
+
+    def fingerprint(self, shards: Iterable[str] | None = None) -> str:
+        """SHA-256 over config, headers, and samples of the weights: tells models apart.
+
+        Sampling (64 places in each file) makes it free, and enough to notice another fine-tune or
+        another revision; it is no proof against a forger.
+
+        Args:
+            shards: the files that matter, which must be there; default all. An adapter's always do.
+
+        Raises:
+            CorruptFileError: a file that cannot be read.
+        """
+        state = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        for name in sorted(self.header_bytes if shards is None else shards):
+            self._add_file(state, self.root / name, self.header_bytes[name])
+        if self.adapter is not None:
+            state.update(json.dumps(self.adapter.config, sort_keys=True).encode())
+            self._add_file(state, self.adapter.root / WEIGHTS, self.adapter.header)
+        return state.hexdigest()
+
+    def _add_file(self, state: hashlib._Hash, path: Path, header: bytes) -> None:
+        state.update(path.name.encode() + b"\0" + header)
+        try:
+            add_samples(state, path)
+        except OSError as error:
+            what = f"cannot be read: {error.strerror}"
+            raise CorruptFileError(what, model=self.label, file=path.name) from error
+
+    @property
+    def place(self) -> tuple[Path, ...]:
+        """What tells models apart: where the files are, and those of the adapter."""
+        adapter = (self.adapter.root.resolve(),) if self.adapter else ()
+        return (self.root.resolve(), *adapter)
+
+    def download_size(self, shards: Iterable[str]) -> int:
+        """Bytes of these files, and of an adapter, as far as they are on the Hub."""
+        own = sum(self.hub.files.get(name, 0) for name in shards) if self.hub else 0
+        adapter = self.adapter.hub.files.get(WEIGHTS, 0) if self.adapter and self.adapter.hub else 0
+        return own + adapter
+
+    @property
+    def commits(self) -> dict[str, str]:
+        """The commits that it, and its adapter, were resolved to, by how the recipe names them."""
+        model, _, adapter = self.label.partition("+") if self.adapter else (self.label, "", "")
+        found = {model: self.hub} if self.hub else {}
+        if self.adapter and self.adapter.hub:
+            found[adapter or model] = self.adapter.hub  # or an adapter by itself
+        return {name: one.commit for name, one in found.items() if one.commit}
+
+    @property
+    def revision(self) -> str | None:
+        """The commit that a Hub model was resolved to."""
+        return self.hub.commit if self.hub else None
+
+
+def open_source(model: ModelRef, folder: Path) -> Source:
+    """Find a model and read its headers.
+
+    Args:
+        folder: where relative paths start: the recipe's folder.
+
+    Raises:
+        SourceError: missing, not a model, pickled weights only.
+        CorruptFileError: an index or header that does not hold.
+        HubError: a repository that cannot be had.
+    """
+    label = str(model)
+    if model.lora:
+        base = open_source(ModelRef(model.path, model.revision), folder)
+        return _with_adapter(
+            base, open_adapter(model.lora, model.lora_revision, folder, label), label
+        )
+    path = local_folder(model.path, folder)
+    if path is not None:
+        if model.revision:
+            what = f"a folder on disk has no revision '{model.revision}'"
+            raise SourceError(what, model=label, hint="Remove the part after '@'.")
+        return _open_folder(path, label)
+    repository = hub_id(model.path)
+    if repository is None and model.path.startswith(HUB):
+        what = "not a name that the Hub has"
+        raise HubError(what, model=label, hint=f"Write {HUB}organisation/name[@revision].")
+    if repository is None:
+        raise SourceError("no such folder", model=label, hint=_looked_for(model.path, folder))
+    if model.revision and not is_revision(model.revision):
+        what = f"'{model.revision[:60]}' is not the name of a branch, a tag or a commit"
+        raise HubError(what, model=label, hint="Check the part after '@'.")
+    try:
+        return _open_hub(hub.open_hub(repository, model.revision), label)
+    except HubError as error:
+        near = _neighbour(model.path, folder)
+        if not near:
+            raise
+        # It reads like a Hub id, and much more like a folder that is here.
+        raise HubError(error.what, model=label, hint=f"Did you mean '{near}'?") from error
+
+
+def open_tokenizer(model: ModelRef, folder: Path) -> Source:
+    """A model of which the tokenizer files are wanted alone: it may have no weights.
+
+    Raises:
+        SourceError: no such folder, or one that is no model.
+        HubError: a repository that cannot be had.
+    """
+    path = local_folder(model.path, folder)
+    if path is None or model.lora or model.revision or not path.is_dir():
+        return open_source(model, folder)
+    place = LocalFolder(path)
+    config = read_mapping(path / CONFIG, str(model)) if CONFIG in place.names else {}
+    return Source(str(model), path, config, {}, {})
+
+
+def _with_adapter(base: Source, adapter: Adapter, label: str) -> Source:
+    applied = apply_adapter(
+        base.tensors,
+        adapter.config,
+        adapter.tensors,
+        label=label,
+        stamp=adapter.stamp,
+        base=base.config,
+        root=base.root,
+    )
+    other = base_note(adapter.config, base.label.partition("@")[0])
+    notes = (*base.notes, *applied.notes, *([other] if other else []))
+    return replace(
+        base,
+        label=label,
+        tensors=applied.tensors,
+        adapter=adapter,
+        config=changed_config(base.config, applied.changes),
+        notes=notes,
+    )
+
+
+def _looked_for(path: str, folder: Path) -> str:
+    """Where a folder was looked for, and the neighbour that may have been meant."""
+    near = _neighbour(path, folder)
+    if near:
+        return f"Did you mean '{near}'?"
+    if Path(path).is_absolute() or folder == Path.cwd():
+        return "Check the path."
+    return f"Looked in {folder}, the recipe's folder, and in {Path.cwd()}."
+
+
+def _neighbour(path: str, folder: Path) -> str:
+    """The folder beside it whose name is nearest; empty where none is near."""
+    wanted = folder / expanded(path)
+    try:
+        siblings = [p.name for p in wanted.parent.iterdir()]
+    except (OSError, ValueError):  # no such folder, none that may be read, no name for one
+        siblings = []
+    near = difflib.get_close_matches(wanted.name, siblings, n=1)
+    return path.removesuffix(wanted.name) + near[0] if near else ""
+
+
+def fetch_weights(
+    source: Source, files: Iterable[str], progress: Callable[[int], None] | None = None
+) -> None:
+    """Bring the named shards of a Hub model, and its adapter, into their folders.
+
+    Local models have theirs.
+    """
+    if source.hub is not None:
+        hub.fetch_files(source.hub, sorted(files), progress)
+    if source.adapter is not None and source.adapter.hub is not None:
+        hub.fetch_files(source.adapter.hub, [WEIGHTS], progress)
+
+
+def _open_folder(path: Path, label: str) -> Source:
+    if not path.is_dir():
+        hint = "Name the model's folder, not a file in it."
+        raise SourceError("not a folder", model=label, hint=hint)
+    stamps = folder_fingerprints(path)
+    try:
+        folder = LocalFolder(path)
+    except OSError as error:
+        hint = "Check who may read it."
+        raise SourceError(f"cannot be read: {error.strerror}", model=label, hint=hint) from error
+    return replace(_opened(folder, label), stamps=stamps)
+
+
+def _open_hub(repo: hub.HubModel, label: str) -> Source:
+    return _opened(HubRepo(repo), label, repo)
+
+
+def _opened(place: ModelStorage, label: str, repo: hub.HubModel | None = None) -> Source:
+    """From the headers of its files; fp8 weights as numbers."""
+    config = read_mapping(place.root / CONFIG, label) if CONFIG in place.names else {}
+    stored, headers = read_headers(place, label)
+    tensors, plain, quantised = read_as_numbers(stored, config, label)
+    notes = [repo.note if repo else "", _kind(place, config), *quantised]
+    return Source(label, place.root, plain, tensors, headers, repo, tuple(filter(None, notes)))
+
+
+def _kind(place: ModelStorage, config: Mapping[str, Any]) -> str:
+    """What a reader should know of a model that is not one folder with a config."""
+    parts = part_folders(place.names, place.modules)
+    lacking = [f for f in place.modules if f and not names_in(f, place.names)]
+    if lacking:
+        return f"modules.json names {', '.join(lacking)}, which is not there"
+    if parts != [""] and place.modules:
+        return f"sentence-transformers; {', '.join(filter(None, parts))} merged, too"
+    if parts != [""]:
+        return f"a pipeline; {', '.join(parts)} are merged, everything else is copied"
+    return "" if config else "has no config.json"

@@ -1,0 +1,209 @@
+"""Where a model's files are, a folder or a repository on the Hub, and what their headers say.
+
+Which files of a folder or repository hold a model's weights, and what their index says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol
+
+from merge_cli.checkpoint.auxiliary_files import CARD, is_companion, is_part_file, is_weight
+from merge_cli.checkpoint.components import (
+    MODULES,
+    PIPELINE,
+    STEMS,
+    index_of,
+    inside,
+    module_folders,
+    names_in,
+    part_folders,
+    stem_of,
+)
+from merge_cli.checkpoint.headers import TensorRef, parse_header, read_header_file
+from merge_cli.errors import CorruptFileError, SourceError
+from merge_cli.formats.detect import ADVICE
+from merge_cli.hub import models as hub
+from merge_cli.system.untrusted import read_mapping
+
+
+class ModelStorage(Protocol):
+    """A model's files.
+
+    Attributes:
+        names: their paths, relative to `root`.
+        root: where they are, or will be.
+        modules: the folders that its modules.json names.
+    """
+
+    names: frozenset[str]
+    root: Path
+    modules: tuple[str, ...]
+
+    def has(self, name: str) -> bool:
+        """Whether a file is there, wherever in the folder."""
+
+    def header(self, name: str, label: str) -> tuple[bytes, int]:
+        """The raw header of a file of weights, and the file's size."""
+
+
+class LocalFolder:
+    """A folder on disk, and in a pipeline those inside it."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        names = {path.name for path in root.iterdir()}
+        if PIPELINE in names:
+            names |= {path.relative_to(root).as_posix() for path in root.glob("*/*")}
+        self.modules: tuple[str, ...] = module_folders(root, str(root))
+        for folder in filter(None, self.modules):
+            names |= {path.relative_to(root).as_posix() for path in (root / folder).glob("*")}
+        self.names = frozenset(names)
+
+    def has(self, name: str) -> bool:
+        return (self.root / name).exists()
+
+    def header(self, name: str, label: str) -> tuple[bytes, int]:
+        file = self.root / name
+        return read_header_file(file, label), file.stat().st_size
+
+
+class HubRepo:
+    """A repository at one commit, whose small files are fetched at once."""
+
+    def __init__(self, model: hub.HubModel) -> None:
+        self._model = model
+        self.names = frozenset(model.files)
+        self.modules: tuple[str, ...] = ()
+        if MODULES in self.names:
+            self.modules = module_folders(hub.fetch_files(model, [MODULES]))
+        parts = part_folders(self.names, self.modules)
+        indexes = {inside(part, index_of(stem_of(names_in(part, self.names)))) for part in parts}
+        own = {name for name in self.names if "/" not in name or _is_template(name)}
+        small = {n for n in own if is_companion(n) or _is_template(n) or n in ("config.json", CARD)}
+        named = tuple(f"{folder}/" for folder in self.modules if folder)
+        small |= {n for n in self.names if named and n.startswith(named) and is_part_file(n)}
+        if PIPELINE in self.names and parts != [""]:
+            small = {name for name in self.names if not is_weight(name) and name.count("/") < 2}
+        self.root = hub.fetch_files(model, sorted(small | (indexes & self.names)))
+
+    def has(self, name: str) -> bool:
+        return name in self.names
+
+    def header(self, name: str, label: str) -> tuple[bytes, int]:
+        cached = self.root / name
+        size = cached.stat().st_size if cached.exists() else self._model.files[name]
+        return hub.read_header(self._model, name), size
+
+
+def _is_template(name: str) -> bool:
+    return name.startswith("additional_chat_templates/") and name.endswith(".jinja")
+
+
+def read_headers(
+    place: ModelStorage, label: str
+) -> tuple[Mapping[str, TensorRef], Mapping[str, bytes]]:
+    """Every tensor by name, and the raw headers by file.
+
+    Raises:
+        SourceError: no weights, or pickled ones alone.
+        CorruptFileError: an index or header that does not hold.
+    """
+    tensors: dict[str, TensorRef] = {}
+    headers: dict[str, bytes] = {}
+    for part in part_folders(place.names, place.modules):
+        if "/" in part:
+            what = f"{MODULES} names a folder within a folder, whose weights are not merged"
+            raise SourceError(what, model=label, file=part)
+        names = names_in(part, place.names)
+        index = index_of(stem_of(names))
+        listed = read_mapping(place.root / part / index, label) if index in names else None
+        shards, weight_map = find_shards(names, listed, label)
+        found: dict[str, dict[str, TensorRef]] = {}
+        for shard in shards:
+            if not place.has(inside(part, shard)):
+                what = "the index names this file, but it is missing"
+                hint = "Download or copy it again."
+                raise CorruptFileError(what, model=label, file=inside(part, shard), hint=hint)
+            raw, size = place.header(inside(part, shard), label)
+            headers[inside(part, shard)] = raw
+            found[shard] = parse_header(raw, place.root / part / shard, size, label)
+        for name, ref in join_shards(found, weight_map, label).items():
+            tensors[inside(part, name)] = ref._replace(name=inside(part, name)) if part else ref
+    return tensors, headers
+
+
+INDEX = index_of(STEMS[0])
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+# Whole copies of the same weights in another naming, which some repositories carry beside them.
+_DUPLICATES = ("consolidated",)
+
+
+def find_shards(
+    names: set[str], index: Any, label: str
+) -> tuple[list[str], Mapping[str, str] | None]:
+    """Which files hold the weights, in transformers' order of preference, and the index's map."""
+    stem = stem_of(names)
+    whole, file = f"{stem}.safetensors", index_of(stem)
+    if whole in names:
+        return [whole], None
+    if index is not None:
+        weight_map = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CorruptFileError("has no weight_map", model=label, file=file)
+        checked: set[str] = set()
+        for tensor, shard in weight_map.items():
+            if isinstance(shard, str) and shard in checked:
+                continue
+            place = PurePosixPath(str(shard))
+            if not str(shard).isprintable() or len(str(shard)) > 200:
+                what = f"names a file by what is no name: {str(shard)[:60]!r}"
+                raise CorruptFileError(what, model=label, file=file, tensor=tensor)
+            if place.is_absolute() or ".." in place.parts or "\\" in str(shard):
+                what = f"names a file outside the model's folder: '{shard}'"
+                raise CorruptFileError(what, model=label, file=file, tensor=tensor)
+            if not isinstance(shard, str) or not shard.endswith(".safetensors"):
+                what = f"names a file that is not safetensors: {shard!r}"
+                raise CorruptFileError(what, model=label, file=file, tensor=tensor)
+            checked.add(shard)
+        return sorted(checked), weight_map
+    found = sorted(
+        name
+        for name in names
+        if name.endswith(".safetensors")
+        and not name.startswith("adapter_")
+        and not name.startswith(_DUPLICATES)
+    )
+    if found:
+        return found, None
+    if any(name.startswith("adapter_") for name in names):
+        what = "this is a LoRA adapter, not a model"
+        raise SourceError(what, model=label, hint=f"Name its base, too: `BASE+{label}`.")
+    pickled = sorted(name for name in names if name.endswith(_PICKLES))
+    if pickled:
+        what = f"its weights are pickled ({pickled[0]}), and opening a pickle runs its code"
+        hint = f"Write it as safetensors; nothing in it is run: merge-cli convert {label} converted"
+        raise SourceError(what, model=label, hint=hint)
+    packed = next((name for name in sorted(names) if name.endswith(".gguf")), None)
+    if packed:
+        what = f"its weights are a GGUF file ({packed})"
+        raise SourceError(what, model=label, hint=ADVICE["gguf"])
+    raise SourceError("has no safetensors files", model=label, hint="Is this a model's folder?")
+
+
+def join_shards(
+    tensors: Mapping[str, Mapping[str, TensorRef]], weight_map: Mapping[str, str] | None, label: str
+) -> dict[str, TensorRef]:
+    joined: dict[str, TensorRef] = {}
+    for shard, refs in tensors.items():
+        if not joined.keys().isdisjoint(refs):
+            name = next(name for name in refs if name in joined)
+            what = f"occurs in two files, {joined[name].path.name} and {shard}"
+            raise CorruptFileError(what, model=label, tensor=name)
+        joined.update(refs)
+    for name, shard in (weight_map or {}).items():
+        if name not in tensors[shard]:
+            what = "the index places this tensor here, but the file does not have it"
+            raise CorruptFileError(what, model=label, file=shard, tensor=name)
+    return joined

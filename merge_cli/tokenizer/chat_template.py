@@ -1,0 +1,48 @@
+"""The output's chat template: one of the sources', a well-known one by name, or one's own."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from merge_cli.recipe.schema import Recipe
+from merge_cli.recipe.tokenizer import AUTO
+from merge_cli.sources.source import Source
+from merge_cli.system.untrusted import read_mapping
+from merge_cli.tokenizer.files import chat_templates
+
+FILE = "chat_template.jinja"
+
+
+def choose_template(recipe: Recipe, sources: Sequence[Source]) -> tuple[str | None, list[str]]:
+    """The output's template, if it is not the tokenizer donor's, and a line on whose it is."""
+    if recipe.chat_template is None:
+        return None, []
+    if recipe.chat_template != AUTO:
+        return recipe.chat_template, ["chat template: the recipe's"]
+    text, whose = most_common_template(sources)
+    return text, [f"chat template: {whose}"]
+
+
+def most_common_template(sources: Sequence[Source]) -> tuple[str | None, str]:
+    """The template that most sources have, the first of equals; and whose it is, in words."""
+    found = [(source.label, chat_templates(source).get("default")) for source in sources]
+    counts = Counter(text for _, text in found if text)
+    if not counts:
+        return None, "no model has a chat template"
+    text, count = counts.most_common(1)[0]
+    label = next(label for label, own in found if own == text)
+    return text, f"{label}'s, which {count} of {len(found)} models have"
+
+
+def without_template(config: Path) -> bytes | None:
+    """tokenizer_config.json without a template of its own, which a file beside it replaces."""
+    if not config.exists():
+        return None
+    found = read_mapping(config)
+    if "chat_template" not in found:
+        return None
+    del found["chat_template"]
+    return (json.dumps(found, ensure_ascii=False, indent=2) + "\n").encode()

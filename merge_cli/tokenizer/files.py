@@ -1,0 +1,427 @@
+"""Tokenizer files of a model's folder: read as data, never executed.
+
+Token numbers of somebody else's files, before they become rows of an embedding.
+
+    0 <= number < rows + tokens      no two tokens of one number
+
+A tokenizer may have tokens that the embedding has no rows for; numbered one after another they
+stay within that bound, and lists of rows stay as short as the model and its tokenizer are.
+
+What tokenizer files may hold: the fields that are used here, by their types and bounds.
+
+Everything else in them is copied, or left to the library that reads it.
+
+A model's tokenizer as one JSON document: tokenizer.json, or what transformers makes of pieces.
+
+Older models bring a sentencepiece or tiktoken file alone. How its pieces are numbered is a matter
+of the tokenizer's class (T5 has tokens behind them, XLM-R moves them by one), which is asked.
+
+Whether the files that are copied beside the weights can be read by whoever loads the model.
+
+A broken one is copied byte for byte otherwise, and the output that carries it does not load.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+from merge_cli.checkpoint.auxiliary_files import companion_files, is_tokenizer_file
+from merge_cli.errors import CorruptFileError, SourceError
+from merge_cli.sources.source import Source
+from merge_cli.system.untrusted import (
+    Unreadable,
+    kind_of,
+    read_bytes,
+    read_json,
+    read_mapping,
+    read_text,
+    whole_number,
+)
+
+Content = TypeVar("Content", str, bytes)
+
+_SPECIAL = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "pad_token",
+    "sep_token",
+    "cls_token",
+    "mask_token",
+)
+_OPAQUE = (
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
+    "tiktoken.model",
+    "merges.txt",
+)
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """What a model's folder says of its tokenizer.
+
+    Attributes:
+        size: tokens, added ones included; None where no file lists them.
+        digest: of everything that decides how text is cut; None without a tokenizer.
+        template: digest of the chat template(s); None without one.
+    """
+
+    vocabulary: Mapping[str, int]
+    size: int | None
+    special: Mapping[str, str]
+    digest: str | None
+    template: str | None
+
+
+def read_tokenizer(source: Source) -> Tokenizer:
+    """Read the tokenizer files of a model.
+
+    Raises:
+        CorruptFileError: a file that is not what its name says.
+    """
+    return _read(source)
+
+
+def read_vocabulary(source: Source) -> dict[str, int]:
+    """Token -> number; empty where no file lists them.
+
+    Raises:
+        CorruptFileError: a file that is not what its name says.
+    """
+    whole = tokenizer_json(source)
+    return tokens_of(whole) if whole else _loose_vocabulary(source.root, source)
+
+
+def opaque_files(source: Source) -> list[str]:
+    """Tokenizer files that are no lists of tokens."""
+    return [name for name in _OPAQUE if (source.root / name).is_file()]
+
+
+def _read(source: Source) -> Tokenizer:
+    root = source.root
+    config = settings_json(source)
+    whole = tokenizer_json(source)
+    vocabulary = read_vocabulary(source)
+    rules = {key: value for key, value in whole.items() if key not in ("truncation", "padding")}
+    opaque = [] if whole else opaque_files(source)
+    state = hashlib.sha256(json.dumps([rules, vocabulary], sort_keys=True).encode())
+    for name in opaque:
+        state.update(_guarded(source, name, read_bytes))
+    tokens = {name: _content(config.get(name)) for name in _SPECIAL}
+    return Tokenizer(
+        vocabulary=vocabulary,
+        size=len(vocabulary) or None,
+        special={name: token for name, token in tokens.items() if token is not None},
+        digest=state.hexdigest() if whole or vocabulary or opaque else None,
+        template=_template(root, config, source),
+    )
+
+
+def tokens_of(tokenizer: Mapping[str, Any]) -> dict[str, int]:
+    """Token -> number of a tokenizer.json; unigram models list tokens with their scores."""
+    model = tokenizer.get("model") or {}
+    listed = model.get("vocab") or {}
+    if isinstance(listed, list):
+        found = {entry[0]: number for number, entry in enumerate(listed)}
+    else:
+        found = dict(listed)
+    for token in tokenizer.get("added_tokens") or ():
+        found[token["content"]] = token["id"]
+    return found
+
+
+def _loose_vocabulary(root: Path, source: Source) -> dict[str, int]:
+    """vocab.json or vocab.txt, and added_tokens.json; nothing where that alone is there."""
+    found = _numbered(source, "vocab.json")
+    if not found and (root / "vocab.txt").exists():
+        lines = _guarded(source, "vocab.txt", read_text).splitlines()
+        found = {token: number for number, token in enumerate(lines)}
+    return found | _numbered(source, "added_tokens.json") if found else found
+
+
+def _numbered(source: Source, name: str) -> dict[str, int]:
+    found = json_file(source.root / name, source)
+    _check(source, name, lambda: check_vocabulary(found, "it"))
+    return dict(found)
+
+
+def chat_templates(source: Source) -> dict[str, str]:
+    """Every chat template by name, however it is stored; the usual one is `default`."""
+    return _templates(source.root, settings_json(source), source)
+
+
+def _template(root: Path, config: Mapping[str, Any], source: Source) -> str | None:
+    """A digest of every chat template."""
+    texts = _templates(root, config, source)
+    if not texts:
+        return None
+    return hashlib.sha256(json.dumps(texts, sort_keys=True).encode()).hexdigest()
+
+
+def _templates(root: Path, config: Mapping[str, Any], source: Source) -> dict[str, str]:
+    texts: dict[str, str] = {}
+    stored = config.get("chat_template")
+    if not stored:
+        beside = json_file(root / "chat_template.json", source)
+        _check(source, "chat_template.json", lambda: check_templates(beside))
+        stored = beside.get("chat_template")
+    if isinstance(stored, str):
+        texts["default"] = stored
+    elif isinstance(stored, list):
+        texts |= {entry["name"]: entry["template"] for entry in stored}
+    if (root / "chat_template.jinja").exists():  # wins over the config, as in transformers
+        texts["default"] = _guarded(source, "chat_template.jinja", read_text)
+    folder = "additional_chat_templates"
+    for path in sorted((root / folder).glob("*.jinja")):
+        texts[path.stem] = _guarded(source, f"{folder}/{path.name}", read_text)
+    return texts
+
+
+def _content(token: Any) -> str | None:
+    """A special token is a text, or a mapping that holds it."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def tokenizer_json(source: Source) -> dict[str, Any]:
+    """tokenizer.json, whose fields are what they should be; empty where there is none.
+
+    Raises:
+        CorruptFileError: see `tokenizer_schema`.
+    """
+    found = json_file(source.root / "tokenizer.json", source)
+    _check(source, "tokenizer.json", lambda: check_document(found))
+    return found
+
+
+def settings_json(source: Source) -> dict[str, Any]:
+    """tokenizer_config.json, likewise.
+
+    Raises:
+        CorruptFileError: see `tokenizer_schema`.
+    """
+    found = json_file(source.root / "tokenizer_config.json", source)
+    _check(source, "tokenizer_config.json", lambda: check_settings(found, _SPECIAL))
+    return found
+
+
+def json_file(path: Path, source: Source) -> dict[str, Any]:
+    """A JSON mapping; empty where there is no such file.
+
+    Raises:
+        CorruptFileError: it cannot be read, or is no mapping.
+    """
+    return read_mapping(path, source.label) if path.exists() else {}
+
+
+def _check(source: Source, name: str, check: Callable[[], None]) -> None:
+    try:
+        check()
+    except Unreadable as error:
+        raise CorruptFileError(str(error), model=source.label, file=name) from None
+
+
+def _guarded(source: Source, name: str, read: Callable[[Path], Content]) -> Content:
+    try:
+        return read(source.root / name)
+    except Unreadable as error:
+        raise CorruptFileError(str(error), model=source.label, file=name) from None
+
+
+def check_numbers(source: Source, tokens: Mapping[Any, Any], rows: int) -> None:
+    """Hold a tokenizer's numbers against the model's embedding.
+
+    Args:
+        rows: of the embedding.
+
+    Raises:
+        CorruptFileError: a number that can be no row's, or two tokens of one number.
+    """
+    most = rows + len(tokens) - 1
+    seen: dict[int, Any] = {}
+    for token, number in tokens.items():
+        if not isinstance(token, str) or type(number) is not int or not 0 <= number <= most:
+            _refuse(source, token, number, most)
+        if seen.setdefault(number, token) is not token:
+            what = f"its tokenizer gives {_shown(seen[number])} and {_shown(token)} one number"
+            hint = "Rows cannot be told apart by token. Correct the tokenizer's files."
+            raise CorruptFileError(f"{what}, {number}", model=source.label, hint=hint)
+
+
+def _refuse(source: Source, token: Any, number: Any, most: int) -> None:
+    try:
+        whole_number(number, f"the number of {_shown(token)}", most=most)
+        what = f"a token must be text (got {_shown(token)})"
+    except Unreadable as error:
+        what = str(error)
+    hint = "Its embedding has no such row. Correct the tokenizer's files."
+    raise CorruptFileError(f"in its tokenizer, {what}", model=source.label, hint=hint) from None
+
+
+def _shown(token: Any) -> str:
+    return repr(str(token)[:40])
+
+
+# The largest vocabularies have 300,000 tokens; a list is made of so many.
+MAX_TOKENS = 10_000_000
+
+
+def check_document(found: Mapping[str, Any]) -> None:
+    """A tokenizer.json.
+
+    Raises:
+        Unreadable: a field of the wrong type, or a number that can be none of a token.
+    """
+    model = _field(found, "model", dict, "a mapping") or {}
+    _field(model, "type", str, "text", "model.")
+    listed = model.get("vocab")
+    if isinstance(listed, list):  # unigram models list tokens with their scores
+        if len(listed) > MAX_TOKENS:
+            raise Unreadable(f"model.vocab lists {len(listed)} tokens (at most {MAX_TOKENS})")
+        for number, entry in enumerate(listed):
+            _check_scored(entry, f"model.vocab[{number}]")
+    elif listed is not None:
+        check_vocabulary(listed, "model.vocab")
+    for number, token in enumerate(_field(found, "added_tokens", list, "a list") or ()):
+        where = f"added_tokens[{number}]"
+        if not isinstance(token, dict):
+            raise Unreadable(f"{where} must be a mapping (got {kind_of(token)})")
+        if not isinstance(token.get("content"), str):
+            raise Unreadable(f"{where}.content must be text (got {kind_of(token.get('content'))})")
+        whole_number(token.get("id"), f"{where}.id", most=MAX_TOKENS - 1)
+
+
+def check_vocabulary(found: Any, where: str) -> None:
+    """Token -> number, as tokenizer.json, vocab.json and added_tokens.json have it.
+
+    Raises:
+        Unreadable: see `check_document`.
+    """
+    if not isinstance(found, dict):
+        raise Unreadable(f"{where} must be a mapping (got {kind_of(found)})")
+    for token, number in found.items():
+        if type(number) is not int or not 0 <= number < MAX_TOKENS:  # fast: this is a long loop
+            whole_number(number, f"{where}: the number of {token[:60]!r}", most=MAX_TOKENS - 1)
+
+
+def check_settings(found: Mapping[str, Any], special: tuple[str, ...]) -> None:
+    """A tokenizer_config.json.
+
+    Args:
+        special: the keys of its special tokens.
+
+    Raises:
+        Unreadable: see `check_document`.
+    """
+    for key in special:
+        token = found.get(key)
+        content = token.get("content") if isinstance(token, dict) else token
+        if content is not None and not isinstance(content, str):
+            raise Unreadable(f"{key} must be text, or a mapping with it (got {kind_of(content)})")
+    check_templates(found)
+    decoder = _field(found, "added_tokens_decoder", dict, "a mapping") or {}
+    for number, token in decoder.items():
+        if not isinstance(token, dict):
+            what = f"added_tokens_decoder.{number[:20]} must be a mapping (got {kind_of(token)})"
+            raise Unreadable(what)
+
+
+def check_templates(found: Mapping[str, Any]) -> None:
+    """The chat templates of a tokenizer_config.json or chat_template.json.
+
+    Raises:
+        Unreadable: neither text nor a list of names and texts.
+    """
+    stored = found.get("chat_template")
+    for number, entry in enumerate(stored if isinstance(stored, list) else ()):
+        for key in ("name", "template"):
+            value = entry.get(key) if isinstance(entry, dict) else None
+            if not isinstance(value, str):
+                what = f"chat_template[{number}] must have '{key}', a text (got {kind_of(entry)})"
+                raise Unreadable(what)
+    if stored is not None and not isinstance(stored, str | list):
+        raise Unreadable(f"chat_template must be text, or a list (got {kind_of(stored)})")
+
+
+def _check_scored(entry: Any, where: str) -> None:
+    fits = isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str)
+    if not fits or type(entry[1]) not in (int, float):
+        raise Unreadable(f"{where} must be a token and its score (got {kind_of(entry)})")
+
+
+def _field(found: Mapping[str, Any], key: str, kind: type, words: str, where: str = "") -> Any:
+    """A field that may be missing or null."""
+    value = found.get(key)
+    if value is not None and not isinstance(value, kind):
+        raise Unreadable(f"{where}{key} must be {words} (got {kind_of(value)})")
+    return value
+
+
+def tokenizer_document(source: Source) -> dict[str, Any]:
+    """The document, to be changed freely.
+
+    Raises:
+        CorruptFileError: tokenizer.json does not hold what it should.
+        SourceError: there is none, and transformers makes none of the files.
+    """
+    if (source.root / "tokenizer.json").exists():
+        return tokenizer_json(source)
+    try:
+        found = json.loads(_converted(source.root))
+    except Exception as error:
+        # From a missing package to whatever a tokenizer's class raises over a file.
+        what = f"its tokenizer cannot be read without a tokenizer.json ({error})"
+        hint = "pip install 'merge-cli[sentencepiece]', or save its tokenizer with transformers."
+        raise SourceError(what, model=source.label, hint=hint) from error
+    assert isinstance(found, dict)
+    return found
+
+
+def converted_vocabulary(source: Source) -> dict[str, int]:
+    """Token -> number of a model without a file that lists them.
+
+    Raises:
+        SourceError: see `tokenizer_document`.
+    """
+    return tokens_of(tokenizer_document(source))
+
+
+@lru_cache(maxsize=16)
+def _converted(root: Path) -> str:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(root), trust_remote_code=False)
+    return str(tokenizer.backend_tokenizer.to_str())
+
+
+# Larger ones are vocabularies: a second to read, and read where they are used.
+_SMALL = 2**20
+_LISTS = ("modules.json",)
+
+
+def check_companions(donor: Source, tokenizer_donor: Source) -> None:
+    """Read the small JSON files that a merge copies.
+
+    Raises:
+        CorruptFileError: one that is no JSON, or not of the kind that its name promises.
+    """
+    settings_json(tokenizer_donor)
+    for source, tokenizer in ((donor, False), (tokenizer_donor, True)):
+        if not source.root.is_dir():
+            continue  # still to be made, or a base of zeros: nothing is copied from it
+        for path in companion_files(source.root):
+            chosen = is_tokenizer_file(path.name) is tokenizer and path.suffix == ".json"
+            if not chosen or path.stat().st_size > _SMALL:
+                continue
+            found = read_json(path, source.label)
+            if not isinstance(found, dict) and path.name not in _LISTS:
+                what = f"is not a mapping but {kind_of(found)}"
+                raise CorruptFileError(what, model=source.label, file=path.name)

@@ -1,0 +1,142 @@
+"""A tokenizer with the tokens of several: the base's own file, and what it lacks at the end.
+
+The base's text stays split as the base splits it. Added tokens (special ones, chat markers) work as
+in the model that they are from. Ordinary tokens get a number and rows, and can be written and
+decoded; a BPE tokenizer does not split text into them, since its merges are the base's: the base
+has never seen a text that is split otherwise. (Single characters need no merge: those that the base
+falls back to bytes for are found.)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from merge_cli.errors import SourceError
+from merge_cli.sources.source import Source
+from merge_cli.tokenizer.files import opaque_files, settings_json, tokenizer_document
+
+_RARE = 10.0  # below the smallest score of a unigram model: never chosen where there is a choice
+
+
+@dataclass(frozen=True)
+class VocabularyUnion:
+    """The joined tokenizer.
+
+    Attributes:
+        vocabulary: token -> number.
+        files: the tokenizer files that differ from the base's.
+        notes: for the plan.
+    """
+
+    vocabulary: Mapping[str, int]
+    files: Mapping[str, bytes]
+    notes: tuple[str, ...]
+
+
+def join(
+    base: Source,
+    others: Sequence[tuple[Source, Mapping[str, int]]],
+    own: Mapping[str, int],
+    extra: Sequence[str] = (),
+) -> VocabularyUnion:
+    """The base's tokenizer with what the others have, in their order, and single tokens more.
+
+    Raises:
+        SourceError: the base's tokenizer cannot be read, or is of a kind that cannot grow.
+    """
+    vocabulary = dict(own)
+    lacking = [token for _, tokens in others for token in tokens if token not in vocabulary]
+    wanted = [*dict.fromkeys([*lacking, *(t for t in extra if t not in vocabulary)])]
+    if not wanted:
+        return VocabularyUnion(vocabulary, {}, ())
+    document = tokenizer_document(base)
+    added = {token["content"]: token for token in document.get("added_tokens") or ()}
+    from_others: dict[str, dict[str, Any]] = {}
+    notes = []
+    for source, tokens in others:
+        theirs = _added_tokens(source)
+        for token, about in theirs.items():
+            from_others.setdefault(token, about)
+        differs = [
+            t for t, about in theirs.items() if t in added and _traits(added[t]) != _traits(about)
+        ]
+        if differs:
+            notes.append(
+                f"tokenizer: {', '.join(differs[:3])} is set up otherwise in "
+                f"{source.label}; {base.label}'s way is taken"
+            )
+        plain = [t for t in tokens if t not in own and t not in theirs]
+        if plain:
+            notes.append(
+                f"tokenizer: {len(plain)} ordinary tokens of {source.label} get rows; text"
+                f" is split as {base.label} splits it"
+            )
+    number = max(vocabulary.values(), default=-1) + 1
+    listed = document.setdefault("added_tokens", [])
+    # The package tokenizers numbers added tokens anew, but for those that the model itself has.
+    for token in sorted(listed, key=lambda token: token["id"]):
+        _grow(document["model"], token["content"], token["id"], base.label)
+    for token in wanted:
+        vocabulary[token] = number
+        _grow(document["model"], token, number, base.label)
+        if token in from_others or token in extra and token not in lacking:
+            about = from_others.get(token, {"content": token, **_PLAIN})
+            listed.append({**about, "id": number})
+        number += 1
+    text = json.dumps(document, ensure_ascii=False, indent=2)
+    files = {"tokenizer.json": text.encode()}
+    files |= _with_decoder(base, document["added_tokens"])
+    return VocabularyUnion(vocabulary, files, tuple(notes))
+
+
+_PLAIN = {
+    "single_word": False,
+    "lstrip": False,
+    "rstrip": False,
+    "normalized": True,
+    "special": False,
+}
+
+
+def _grow(model: dict[str, Any], token: str, number: int, label: str) -> None:
+    """Give a token its number in the model, if it has none there."""
+    kind = model.get("type", "BPE")
+    if kind == "Unigram":
+        listed = model["vocab"]
+        if number < len(listed) and listed[number][0] == token:
+            return
+        if number != len(listed):
+            what = "its tokens are not numbered one after another, so that none can be added"
+            raise SourceError(what, model=label)
+        listed.append([token, min(score for _, score in listed) - _RARE])
+    elif isinstance(model.get("vocab"), dict):
+        model["vocab"].setdefault(token, number)
+    else:
+        raise SourceError(f"its tokenizer is of the kind {kind}, which cannot grow", model=label)
+
+
+def _added_tokens(source: Source) -> dict[str, dict[str, Any]]:
+    if not (source.root / "tokenizer.json").is_file() and not opaque_files(source):
+        return {}
+    listed = tokenizer_document(source).get("added_tokens") or ()
+    return {token["content"]: dict(token) for token in listed}
+
+
+def _traits(token: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in token.items() if key != "id"}
+
+
+def _with_decoder(base: Source, added: Sequence[Mapping[str, Any]]) -> dict[str, bytes]:
+    """tokenizer_config.json with the added tokens, where it lists them."""
+    config = settings_json(base)
+    decoder = config.get("added_tokens_decoder")
+    if decoder is None:
+        return {}
+    for token in added:
+        decoder.setdefault(str(token["id"]), _traits(token))
+    return {
+        "tokenizer_config.json": (json.dumps(config, ensure_ascii=False, indent=2) + "\n").encode()
+    }
