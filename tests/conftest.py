@@ -6,7 +6,11 @@ import os
 from pathlib import Path
 
 import pytest
-from tiny import Family, llama_family
+
+pytest.register_assert_rewrite("tests.support")
+
+from tests.support.paths import ROOT  # noqa: E402
+from tests.support.tiny import Family, llama_family  # noqa: E402
 
 # Nothing in the tests may look for a network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -14,7 +18,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Several tests run at once: torch's threads would wait for one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-pytest_plugins = ("hub_server",)
+pytest_plugins = ("tests.support.hub_server",)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -31,7 +35,7 @@ def family(tmp_path: Path) -> Family:
 @pytest.fixture(scope="session")
 def zoo() -> Path:
     """The real model family that the demo merges."""
-    folder = Path(__file__).parent.parent / "zoo"
+    folder = ROOT / "zoo"
     assert (folder / "base" / "model.safetensors").exists(), "the family belongs to the repository"
     return folder
 

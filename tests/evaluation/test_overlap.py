@@ -1,0 +1,46 @@
+"""An evaluation on rows that the recipe was made with is told, whatever the files are called."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from merge_cli.evaluation.run import as_spec
+from merge_cli.evolve.splits import overlap_notes
+from merge_cli.planning.planner import load_recipe
+from tests.support.dam_tiny import config, write_models, write_recipe
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+def rows(path: Path, texts: list[str]) -> Path:
+    path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    return path
+
+
+def test_rows_of_training_in_an_evaluation(tmp_path: Path) -> None:
+    write_models(tmp_path, config(), names=("base", "a", "b"))
+    for name in ("a", "b"):
+        rows(tmp_path / f"{name}.jsonl", [f"{name} {i}" for i in range(6)])
+    recipe = load_recipe(write_recipe(tmp_path, names=("a", "b")))
+    own = as_spec([rows(tmp_path / "own.jsonl", ["something", "else"])])
+    shared = as_spec([rows(tmp_path / "shared.jsonl", ["b  3", "a 1 ", "else"])])
+    assert overlap_notes(recipe, own) == []
+    (note,) = overlap_notes(recipe, shared)
+    assert note.startswith("2 of 3 rows of the evaluation shared are among those")
+
+
+def test_rows_of_a_search_in_an_evaluation(tmp_path: Path) -> None:
+    write_models(tmp_path, config(), names=("base", "a", "b"))
+    for name in ("search", "test"):
+        rows(tmp_path / f"{name}.jsonl", [f"{name} {i}" for i in range(6)])
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "merge_method: greedy_soup\nmodels: [{model: a}, {model: b}]\nobjective:\n"
+        "  - {task: loss, data: search.jsonl}\n  - {task: loss, data: test.jsonl, split: test}\n"
+    )
+    recipe = load_recipe(path)
+    (note,) = overlap_notes(recipe, as_spec([tmp_path / "search.jsonl", tmp_path / "test.jsonl"]))
+    assert note.startswith("6 of 6 rows of the evaluation search ")

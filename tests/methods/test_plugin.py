@@ -1,0 +1,111 @@
+"""Methods from other packages: declared like ours, found by entry point, refused when broken."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from merge_cli.methods.parameters import Density, PerModel, each
+from merge_cli.methods.registry import merge_method
+from tests.support.tiny import Family, read_model
+
+PLUGIN = '''
+"""A plugin."""
+from merge_cli import merge_method
+from merge_cli.methods.parameters import PerModel, each
+
+
+@merge_method("strongest", paper="nobody, 2026")
+def strongest(base, deltas, *, weight: PerModel[float] = each(1.0), lambda_: float = 1.0):
+    """Take the largest change of each element.
+
+    Args:
+        weight: scales each model's change.
+        lambda_: scale of the whole change.
+    """
+    best = deltas[0] * weight[0]
+    for delta, w in zip(deltas[1:], weight[1:]):
+        best = best.where(best.abs() >= (delta * w).abs(), delta * w)
+    return base + lambda_ * best
+'''
+
+
+def install(folder: Path, code: str) -> dict[str, str]:
+    """A package with an entry point, as pip would leave it; returns the environment to see it."""
+    (folder / "strongest.py").write_text(code)
+    info = folder / "strongest_merge-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: strongest-merge\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[merge_cli.methods]\nstrongest = strongest\n")
+    return {**os.environ, "PYTHONPATH": str(folder)}
+
+
+def cli(env: dict[str, str], *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "merge_cli", *map(str, arguments)],
+        env=env, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+
+
+def test_a_method_from_another_package(family: Family, tmp_path: Path) -> None:
+    env = install(tmp_path, PLUGIN)
+    recipe = family.recipe("strongest", parameters={"lambda": 0.5})
+    done = cli(env, "run", recipe, tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    merged = read_model(tmp_path / "out")
+    name = "model.norm.weight"
+    base = family.base[name].float()
+    deltas = [model[name].float() - base for model in family.models]
+    best = max(deltas, key=lambda d: float(d[5].abs()))[5]
+    assert float(merged[name][5]) == pytest.approx(float(base[5] + 0.5 * best), abs=0.01)
+    assert "Take the largest change" in cli(env, "methods", "strongest").stdout
+    bad = family.recipe("strongest", parameters={"lamda": 0.5})
+    done = cli(env, "run", bad, tmp_path / "x")
+    assert done.returncode == 2
+    assert "strongest has no such parameter. Did you mean 'lambda'?" in done.stderr
+
+
+def test_a_broken_plugin_is_named(family: Family, tmp_path: Path) -> None:
+    env = install(tmp_path, "import nothing_of_that_name\n")
+    done = cli(env, "methods")
+    assert done.returncode == 2
+    assert "package 'strongest-merge' failed to load" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_signatures_are_checked_when_declared() -> None:
+    with pytest.raises(TypeError, match="needs a default and a line under Args"):
+
+        @merge_method("undocumented")
+        def undocumented(models, *, weight: PerModel[float] = each(1.0)):
+            """No arguments are explained."""
+
+    with pytest.raises(TypeError, match="the engine supplies"):
+
+        @merge_method("unknown_operand")
+        def unknown_operand(gradients):
+            """Wants what no engine has."""
+
+    with pytest.raises(TypeError, match="cannot hold"):
+
+        @merge_method("odd_type")
+        def odd_type(models, *, weight: dict[str, float] | None = None):
+            """Odd.
+
+            Args:
+                weight: odd.
+            """
+
+    with pytest.raises(TypeError, match="already defined"):
+
+        @merge_method("ties")
+        def another(models, *, density: PerModel[Density] = each(1.0)):
+            """Takes a name that is taken.
+
+            Args:
+                density: some.
+            """

@@ -1,0 +1,131 @@
+"""Filters of parameters: parts of names, regular expressions, globs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import merge_cli
+from merge_cli.errors import RecipeError
+from merge_cli.planning.planner import load_recipe
+from merge_cli.recipe.values import Rule, evaluate, filter_error, matches
+from merge_cli.system import patterns
+from tests.support.tiny import Family
+
+NAME = "model.layers.7.self_attn.q_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("filter", "meant"),
+    [
+        ("self_attn", True),
+        ("layers.7.", True),
+        ("mlp", False),
+        ("Self_attn", False),
+        (".weight", True),
+        ("[qk]_proj", False),  # a part of a name, and no name has brackets
+        ("/[qk]_proj/", True),
+        ("/^model\\.layers\\.[0-9]\\./", True),
+        ("/^layers/", False),
+        ("/(mlp|self_attn)\\.[qkv]_/", True),
+        ("/weight$/", True),
+        ("model.layers.*.self_attn.*", True),
+        ("model.layers.?.self_attn.[qk]_proj.weight", True),
+        ("model.layers.??.*", False),
+        ("self_attn*", False),  # the whole name, not a part
+        ("*self_attn*", True),
+        ("*.bias", False),
+        ("/", False),
+        ("//", False),
+    ],
+)
+def test_what_a_filter_means(filter: str, meant: bool) -> None:
+    assert matches(filter, NAME) is meant
+    assert filter_error(filter) == ""
+
+
+def test_a_star_is_everything() -> None:
+    rules = (Rule("/mlp/", 1.0), Rule("*", 2.0))
+    assert evaluate(rules, NAME, 0.0) == 2.0
+    assert evaluate(rules, NAME.replace("self_attn", "mlp"), 0.0) == 1.0
+
+
+def scaled(family: Family, scale: Any) -> dict[str, Any]:
+    recipe = family.recipe("passthrough", base=False, models=[{"scale": scale}])
+    return {task.name: task.parameters["scale"][0] for task in merge_cli.plan(recipe).tasks}
+
+
+def test_each_kind_in_a_recipe(family: Family) -> None:
+    found = scaled(
+        family,
+        [
+            {"filter": "/layers\\.[02]\\..*proj/", "value": [0.0, 9.0]},
+            {"filter": "model.layers.*.mlp.*", "value": 0.5},
+            {"filter": "norm", "value": 2.0},
+        ],
+    )
+    assert found["model.layers.0.mlp.up_proj.weight"] == 0.0
+    assert found["model.layers.2.self_attn.q_proj.weight"] == pytest.approx(6.0)
+    assert found["model.layers.1.mlp.up_proj.weight"] == 0.5
+    assert found["model.layers.1.input_layernorm.weight"] == 2.0
+    assert found["model.embed_tokens.weight"] == 1.0
+
+
+def test_an_expression_that_is_none_is_told_where_it_stands(family: Family) -> None:
+    text = (
+        "merge_method: passthrough\nmodels:\n  - model: a\n    parameters:\n      scale:\n"
+        "        - {filter: '/mlp(/', value: 0.5}\n        - {filter: 'x[', value: 1}\n"
+        "        - value: 1\n"
+    )
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(family.write(text))
+    (problem,) = caught.value.problems
+    assert (problem.line, problem.column) == (6, 20)
+    assert "not a regular expression: missing ), unterminated subpattern" in problem.what
+    assert problem.what.endswith("at character 5 of the filter")
+
+
+def test_a_filter_of_a_search_is_checked_too(family: Family) -> None:
+    recipe = family.recipe(
+        "evolutionary",
+        search={
+            "method": "task_arithmetic",
+            "parameters": {"weight": {"min": 0, "max": 1}},
+            "filters": ["mlp", "/*/"],
+        },
+        objective=[{"task": "loss", "data": "x.jsonl"}],
+    )
+    with pytest.raises(RecipeError, match="nothing to repeat"):
+        load_recipe(recipe)
+
+
+def test_filters_that_match_nothing_are_noted(family: Family) -> None:
+    recipe = family.recipe(
+        "passthrough",
+        base=False,
+        models=[{"scale": [{"filter": "self_atn", "value": 0.0}, {"filter": "mlp", "value": 2.0}]}],
+    )
+    notes = [note for note in merge_cli.plan(recipe).notes if "filter" in note]
+    assert notes == [
+        "models[0].parameters.scale, line 5 of the recipe: the filter 'self_atn' matches no tensor "
+        "and has no effect"
+    ]
+
+
+def test_the_resolved_recipe_keeps_them(family: Family) -> None:
+    scale = [{"filter": "/q_|k_/", "value": 0.5}, {"filter": "*.mlp.*", "value": 2.0}]
+    recipe = family.recipe("passthrough", base=False, models=[{"scale": scale}])
+    out = merge_cli.merge(recipe, family.folder / "out").path
+    again = merge_cli.merge(out / "merge_recipe.yaml", family.folder / "again").path
+    name = "model.safetensors"
+    assert (again / name).read_bytes() == (out / name).read_bytes()
+
+
+def test_filters_that_would_take_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patterns, "MAX_SECONDS", 0.3)
+    patterns.compile_pattern.cache_clear()
+    assert matches("/(\\.\\w+)+t$/", "model.layers.0" + ".mlp" * 40 + ".weight")
+    assert not matches("*a*a*a*a*a*a*b", "a" * 200)
+    with pytest.raises(RecipeError, match="is an expression that takes too long to match"):
+        matches("/(a|aa)+$/", "a" * 300 + ".")
