@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import merge_cli
-from merge_cli.analysis import survey
+from merge_cli.analysis import measure
 from merge_cli.analysis.advice import recipe_text
 from merge_cli.analysis.differences import config_differences
 from merge_cli.analysis.measure import TOP_SHARE, effective_rank, sample_positions
@@ -295,7 +295,7 @@ def test_staged_lanes_find_the_same(family: Family, monkeypatch: pytest.MonkeyPa
     def staged(files: Files, *_: Any) -> Any:
         return lambda number: StagedWorker(files, StrictTransfers(), BLOCK_MULTIPLE)
 
-    monkeypatch.setattr(survey, "lane_maker", staged)
+    monkeypatch.setattr(measure, "worker_factory", staged)
     assert numbers(of_family(family)) == plain
 
 

@@ -13,7 +13,7 @@ import yaml
 from safetensors.torch import load_file
 
 import merge_cli
-from merge_cli.engine.merge import MergeOptions
+from merge_cli.engine.options import MergeOptions
 from merge_cli.errors import MismatchError
 from tests.support.hub_server import HubServer
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import merge_cli
-from merge_cli.comparison import energy
+from merge_cli.comparison import cost
 from merge_cli.comparison.cost import CostLog, MergeCost
 from merge_cli.comparison.entries import EntryNames
 from merge_cli.comparison.files import comparison_record
@@ -241,8 +241,8 @@ def test_names_are_given_once(tmp_path: Path) -> None:
     assert names.of_recipe(Path("b/base.yaml"), None) == "b/base"
     assert names.of_recipe(Path("a/soup.yaml"), "uniform soup") == "soup"
     assert names.of_recipe(Path("a/soup.yml"), None) == "a/soup"
-    other = EntryNames(source("only/llama"), [])
-    assert other.of_recipe(Path("base.yaml"), None) == "base.yaml", "base means the base"
+    llama = EntryNames(source("only/llama"), [])
+    assert llama.of_recipe(Path("base.yaml"), None) == "base.yaml", "base means the base"
 
 
 RECIPE = """\
@@ -445,13 +445,13 @@ def test_a_resumed_merge_costs_all_of_its_attempts(tmp_path: Path) -> None:
 def test_energy_is_counted_where_a_meter_may_be_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(energy, "_RAPL", tmp_path)
-    assert energy.EnergyMeter().joules() is None
+    monkeypatch.setattr(cost, "_RAPL", tmp_path)
+    assert cost.EnergyMeter().joules() is None
     for name, used in (("intel-rapl:0", 5_000_000), ("intel-rapl:0:1", 1), ("intel-rapl:1", 9)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "energy_uj").write_text(str(used))
         (tmp_path / name / "max_energy_range_uj").write_text("10000000")
-    meter = energy.EnergyMeter()
+    meter = cost.EnergyMeter()
     (tmp_path / "intel-rapl:0" / "energy_uj").write_text("7000000")
     (tmp_path / "intel-rapl:1" / "energy_uj").write_text("4")  # began again at 10 J
     assert meter.joules() == pytest.approx(2 + 10 - 5e-6)

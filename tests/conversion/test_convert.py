@@ -360,7 +360,6 @@ def test_a_torn_record_is_work_to_do_again(tmp_path: Path, cut: int) -> None:
 
 @quick
 def test_killed_between_the_renames(tmp_path: Path) -> None:
-    from merge_cli.engine import output
 
     own = tensors()
     folder = write(tmp_path / "m", [own])
@@ -373,7 +372,7 @@ def test_killed_between_the_renames(tmp_path: Path) -> None:
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(output.os, "rename", once)
+        patch.setattr(os, "rename", once)
         with pytest.raises(Interrupted):
             convert(str(folder), out, overwrite=True)
     assert not out.exists()

@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 
 import merge_cli
 from merge_cli.checkpoint.coefficients import open_coefficients
+from merge_cli.dam import record
 from merge_cli.dam import run as training
 from merge_cli.dam.checkpoint import TrainingWorkspace, write_coefficients
-from merge_cli.engine.merge import MergeOptions
-from merge_cli.engine.options import Progress
+from merge_cli.engine.options import MergeOptions, Progress
 from merge_cli.errors import Interrupted, NonFiniteError, ResourceError, UsageError
 from tests.support.dam_tiny import config, write_data, write_models, write_recipe
 
@@ -67,7 +67,7 @@ def test_ctrl_c_after_the_last_step(
 ) -> None:
     """Nobody asks any more whether to stop; what was finished stays."""
     recipe, out = recipe_of(models), tmp_path / "out"
-    build = training.build_record
+    build = record.build_record
 
     def stop(*args: Any, **more: Any) -> dict[str, Any]:
         os.kill(os.getpid(), signal.SIGTERM)

@@ -24,8 +24,7 @@ from merge_cli.dam.heldout import LAMBDAS
 from merge_cli.dam.panel import granularity_in_words
 from merge_cli.dam.plan import plan_training
 from merge_cli.dam.trainer import Trainer
-from merge_cli.engine.merge import MergeOptions
-from merge_cli.engine.options import Progress
+from merge_cli.engine.options import MergeOptions, Progress
 from merge_cli.errors import (
     GateError,
     Interrupted,

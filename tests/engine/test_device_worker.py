@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from merge_cli.engine import loop, staging, workers
+from merge_cli.engine import device_worker, loop, pool
 from merge_cli.engine.device_worker import StagedWorker
 from merge_cli.engine.worker_context import Files
 from tests.support.devices import StrictTransfers
@@ -28,8 +28,8 @@ def lanes(monkeypatch: pytest.MonkeyPatch) -> list[StagedWorker]:
 
         return lane
 
-    monkeypatch.setattr(loop, "lane_maker", factory)
-    monkeypatch.setattr(workers, "choose_arithmetic", lambda plan: ("torch", "a fake device"))
+    monkeypatch.setattr(loop, "worker_factory", factory)
+    monkeypatch.setattr(pool, "choose_arithmetic", lambda plan: ("torch", "a fake device"))
     return made
 
 
@@ -84,7 +84,7 @@ def test_a_buffer_in_flight_is_noticed(family: Family) -> None:
 
 @pytest.mark.cuda
 def test_cuda_transfers_overlap_and_arrive() -> None:
-    transfers = staging.CudaTransfers(0)
+    transfers = device_worker.CudaTransfers(0)
     with transfers.active():
         host = transfers.host(1 << 20)
         host.copy_(torch.randint(0, 256, (1 << 20,), dtype=torch.uint8))

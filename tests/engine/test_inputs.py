@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import merge_cli
-from merge_cli.checkpoint import stamps
+from merge_cli.checkpoint import fingerprint
 from merge_cli.engine import inputs, journal
 from merge_cli.engine.inputs import Inputs
 from merge_cli.engine.journal import Journal
@@ -129,7 +129,7 @@ def test_exchanged_where_no_sample_falls(
     family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Samples cannot see all of a large file: then its times say that the work is of another."""
-    for module in (stamps, inputs, journal):
+    for module in (fingerprint, inputs, journal):
         monkeypatch.setattr(module, "sampled_digest", lambda path: "the same")
     recipe, out = write_recipe(family, "soup"), tmp_path / "out"
     interrupt(recipe, out)

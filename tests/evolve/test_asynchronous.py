@@ -11,7 +11,7 @@ import pytest
 
 from merge_cli.errors import CorruptFileError, RecipeError, UsageError
 from merge_cli.evaluation.run import evaluate
-from merge_cli.evaluation.tasks import LossTask
+from merge_cli.evaluation.tasks.loss import LossTask
 from merge_cli.evolve.evaluator import EvaluationJob, EvaluationOutcome
 from merge_cli.evolve.journal import Evaluations, SearchWorkspace
 from merge_cli.evolve.loop import Asynchronous, Loop
@@ -253,7 +253,7 @@ def test_ray_says_what_goes_wrong_in_an_actor(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ray = pytest.importorskip("ray")
-    from merge_cli.evolve import ray_workers
+    from merge_cli.evolve import workers as evolve_workers
 
     class Broken:
         def __init__(self, setup: object) -> None:
@@ -262,7 +262,7 @@ def test_ray_says_what_goes_wrong_in_an_actor(
         def answer(self, job: EvaluationJob) -> EvaluationOutcome:
             raise ValueError("no such thing")
 
-    monkeypatch.setattr(ray_workers, "_Actor", Broken)
+    monkeypatch.setattr(evolve_workers, "_Actor", Broken)
     paths = str(ROOT)
     monkeypatch.setenv("PYTHONPATH", paths)
     recipe = write_search(folder, {"engine": "ray", "failures": 2, "evaluations": 4})

@@ -36,10 +36,10 @@ from merge_cli.errors import (
     SourceError,
     UsageError,
 )
+from merge_cli.evaluation import run as evaluation_run
 from merge_cli.evaluation.live import load
 from merge_cli.evaluation.run import evaluate_source
 from merge_cli.evaluation.spec import EvalSpec
-from merge_cli.evolve import candidate as candidate_module
 from merge_cli.evolve import evaluator as evaluator_module
 from merge_cli.evolve.evaluator import MergeableModel
 from merge_cli.evolve.journal import SearchWorkspace
@@ -137,8 +137,8 @@ def test_where_the_sources_wait_changes_no_bit(
         return lane
 
     place = resident.SourcesInMemory(residency, "for the test", 0)  # type: ignore[arg-type]
-    monkeypatch.setattr(candidate_module, "choose_place", lambda *about: place)
-    monkeypatch.setattr(merger, "resident_lanes", lanes)
+    monkeypatch.setattr(evaluator_module, "choose_residency", lambda *about: place)
+    monkeypatch.setattr(merger, "in_memory_workers", lanes)
     if residency == "device":
         monkeypatch.setattr(merger, "arithmetic_for", lambda *about: ("torch", ""))
     recipes = []
@@ -457,7 +457,7 @@ def test_searches_of_all_kinds_end_in_a_recipe_that_runs(
 def fail_when(monkeypatch: pytest.MonkeyPatch, fails: Any) -> None:
     """Candidates for whose count of evaluations `fails` is true end with an error."""
     count = 0
-    score_task = evaluator_module.score_task
+    score_task = evaluation_run.score_task
 
     def sometimes(task: Any, live: Any) -> Any:
         nonlocal count

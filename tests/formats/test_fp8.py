@@ -13,7 +13,7 @@ import torch
 import yaml
 
 import merge_cli
-from merge_cli.engine.merge import MergeOptions
+from merge_cli.engine.options import MergeOptions
 from merge_cli.errors import CorruptFileError, SourceError
 from merge_cli.formats.fp8 import _table
 from merge_cli.planning.planner import load_recipe, make_plan

@@ -16,7 +16,7 @@ from hypothesis.extra.numpy import arrays
 
 import merge_cli
 from merge_cli.engine import memory
-from merge_cli.engine.merge import MergeOptions
+from merge_cli.engine.options import MergeOptions
 from merge_cli.errors import NonFiniteError, RecipeError
 from merge_cli.kernels import compiled
 from merge_cli.kernels.convert import _quantise, quantise

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import merge_cli
 from merge_cli.engine import device
-from merge_cli.kernels import compiled, cut, elect, mask, measure, reduce
+from merge_cli.kernels import compiled, cut, elect, mask, measures, reduce
 from merge_cli.kernels.convert import decode, decode_rows, encode, encode_into
 from merge_cli.kernels.cut import MagnitudeThreshold
 from tests.support.tiny import Family, merge
@@ -165,9 +165,9 @@ def test_measures(size: int) -> None:
     found = []
     for form in (a, tensors(a)):
         gram, both, agree = np.zeros((3, 3)), *np.zeros((2, 3, 3), np.int64)
-        measure.add_gram(form, gram, pairs=True)
-        conflict = measure.add_signs(form, both, agree)
-        found.append((gram, both, agree, conflict, measure.squares(form[0], form[1])))
+        measures.add_gram(form, gram, pairs=True)
+        conflict = measures.add_signs(form, both, agree)
+        found.append((gram, both, agree, conflict, measures.squares(form[0], form[1])))
     np.testing.assert_allclose(found[0][0], found[1][0], rtol=1e-4, atol=1e-5 * size)
     np.testing.assert_array_equal(found[0][1], found[1][1])
     np.testing.assert_array_equal(found[0][2], found[1][2])

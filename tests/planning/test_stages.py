@@ -18,7 +18,9 @@ from typer.testing import CliRunner
 
 import merge_cli
 from merge_cli.cli import app
-from merge_cli.engine.merge import MergeOptions
+from merge_cli.engine import merge as engine
+from merge_cli.engine.loop import run_loop
+from merge_cli.engine.options import MergeOptions
 from merge_cli.errors import MismatchError, RecipeError, ResourceError, UsageError
 from merge_cli.planning.planner import load_recipe
 from merge_cli.planning.stages import plan_recipe
@@ -166,7 +168,7 @@ def test_finished_stages_are_not_made_again(
     from merge_cli import api
 
     recipe, out = three(family), family.folder / "out"
-    execute, made = api.execute, []
+    execute, made = engine.execute, []
 
     def failing(plan, target, options, **rest):  # type: ignore[no-untyped-def]
         made.append(target.name)
@@ -191,7 +193,7 @@ def test_a_changed_stage_is_made_again_with_all_that_use_it(
 
     options = MergeOptions(device="cpu", keep_stages=True)
     merge_cli.merge(three(family), family.folder / "out", options=options)
-    execute, made = api.execute, []
+    execute, made = engine.execute, []
     monkeypatch.setattr(
         api,
         "execute",
@@ -211,12 +213,9 @@ def test_an_interrupted_stage_that_was_changed_begins_anew(
 ) -> None:
     """Nothing of a merge that nobody wants any more is in the way."""
     from merge_cli import api
-    from merge_cli.engine import merge as engine
-
-    loop = engine.run_loop
 
     def stopped(plan, *rest):  # type: ignore[no-untyped-def]
-        done = loop(plan, *rest)
+        done = run_loop(plan, *rest)
         if plan.recipe.name == "second":
             raise KeyboardInterrupt
         return done
@@ -225,8 +224,8 @@ def test_an_interrupted_stage_that_was_changed_begins_anew(
     with pytest.raises(merge_cli.errors.Interrupted):
         merge_cli.merge(three(family), family.folder / "out", options=CPU)
     assert (family.folder / "out.stages" / "second.partial" / "journal.jsonl").exists()
-    monkeypatch.setattr(engine, "run_loop", loop)
-    execute, made = api.execute, []
+    monkeypatch.setattr(engine, "run_loop", run_loop)
+    execute, made = engine.execute, []
 
     def noted(plan, target, *rest, **named):  # type: ignore[no-untyped-def]
         made.append(target.name)
@@ -286,7 +285,7 @@ def test_a_stage_that_was_published_and_not_noted(
     options = MergeOptions(device="cpu", keep_stages=True)
     merge_cli.merge(three(family), family.folder / "out", options=options)
     (family.folder / "out.stages" / "second.done").unlink()
-    execute, made = api.execute, []
+    execute, made = engine.execute, []
 
     def noted(plan, target, *rest, **named):  # type: ignore[no-untyped-def]
         made.append(target.name)

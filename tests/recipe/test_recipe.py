@@ -10,10 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from merge_cli.errors import RecipeError, UsageError
+from merge_cli.methods.blocks import operand_specs
 from merge_cli.methods.registry import get_method
 from merge_cli.planning import resolve as resolve_module
 from merge_cli.planning.planner import load_recipe
-from merge_cli.planning.resolve import operand_specs, resolve
+from merge_cli.planning.resolve import resolve
 from merge_cli.recipe.reference import ModelRef, parse_reference
 from merge_cli.recipe.schema import Recipe
 from merge_cli.recipe.values import Gradient, Rule, evaluate, interpolate

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from merge_cli.system import raw_io as raw
 from merge_cli.system.records import Records, read_lines, read_sealed, seal, unseal
 
 ENTRY = {"unit": 7, "stats": {"count": 64, "gram": [[1.5, -2e-300]], "said": "née\r\n\u2028"}}
@@ -75,7 +75,7 @@ def test_files_of_somebody_elses(tmp_path: Path, content: bytes | None) -> None:
 
 def test_records_survive_any_flipped_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is believed is a beginning of what was written, and what follows can be added."""
-    monkeypatch.setattr(raw.os, "fsync", lambda descriptor: None)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     path = tmp_path / "journal.jsonl"
     records = Records(path, "key", "inputs")
     for number in range(3):

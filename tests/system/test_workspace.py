@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import random
 import shutil
@@ -19,7 +20,7 @@ from merge_cli.engine.options import MergeOptions, Progress
 from merge_cli.engine.output import OutputWorkspace, open_journal
 from merge_cli.errors import Interrupted, ResourceError, UsageError
 from merge_cli.planning import plan as units
-from merge_cli.system import workspace
+from merge_cli.system import raw_io, workspace
 from tests.support.command import cli, failed
 from tests.support.merges import digest, interrupt, write_recipe
 from tests.support.tiny import Family, llama_config, merge, read_model, write_model
@@ -66,11 +67,10 @@ def test_other_work_in_other_files_leaves_nothing(family: Family, tmp_path: Path
 def test_other_code_is_other_work(
     family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from merge_cli.engine import journal
 
     recipe = write_recipe(family, "soup")
     interrupt(recipe, tmp_path / "out")
-    monkeypatch.setattr(journal.inspect, "getsource", lambda module: "another formula")
+    monkeypatch.setattr(inspect, "getsource", lambda module: "another formula")
     with pytest.raises(UsageError, match="another version"):
         merge(recipe, tmp_path / "out")
 
@@ -124,7 +124,7 @@ def killed_between_renames(family: Family, out: Path, monkeypatch: pytest.Monkey
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(output.os, "rename", once)
+        patch.setattr(os, "rename", once)
         with pytest.raises(Interrupted):
             merge(write_recipe(family, "soup"), out, overwrite=True)
     assert not out.exists()
@@ -204,7 +204,6 @@ def test_a_journal_that_cannot_grow(
     family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Shards are allocated beforehand, so that a full disk shows in the journal first."""
-    from merge_cli.system import records
 
     write = os.write
     calls = 0
@@ -218,7 +217,7 @@ def test_a_journal_that_cannot_grow(
 
     recipe = write_recipe(family, "soup")
     with monkeypatch.context() as patch:
-        patch.setattr(records.os, "write", full)
+        patch.setattr(os, "write", full)
         with pytest.raises(ResourceError, match="the disk is full"):
             merge(recipe, tmp_path / "out")
     assert merge_cli.merge(recipe, tmp_path / "out").report["cost"]["resumed_bytes"] > 0
@@ -228,7 +227,7 @@ def test_fsync_reaches_files_and_folders(
     family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     synced: list[Path] = []
-    real = output.sync
+    real = raw_io.sync
     monkeypatch.setattr(output, "sync", lambda paths: real(synced.extend(p := list(paths)) or p))
     merge(write_recipe(family, "soup"), tmp_path / "out", fsync=True)
     names = {path.name for path in synced}
@@ -468,7 +467,7 @@ def test_what_somebody_else_has_left_is_told(
     """OUT.partial of another user: nothing in it can be removed."""
     (tmp_path / "out.partial" / "model").mkdir(parents=True)
     (tmp_path / "out.partial" / "merge-cli").write_text("")
-    monkeypatch.setattr(workspace.shutil, "rmtree", lambda *_, **__: None)
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
     with pytest.raises(ResourceError, match="what earlier work has left cannot be removed"):
         merge(write_recipe(family, "soup"), tmp_path / "out")
 

@@ -16,7 +16,7 @@ from merge_cli.checkpoint.statistics import StatisticsEntry
 from merge_cli.comparison.cost import CostLog
 from merge_cli.dam import checkpoint
 from merge_cli.dam.checkpoint import TrainingWorkspace
-from merge_cli.evaluation import cache, digest, teachers
+from merge_cli.evaluation import cache, fingerprints, teachers
 from merge_cli.evaluation.result import Metric, TaskResult
 from merge_cli.evolve.journal import SearchWorkspace
 
@@ -107,14 +107,14 @@ def test_evaluations() -> None:
 
 
 def test_remembered_digests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(digest, "_SETTLED", -1.0)
+    monkeypatch.setattr(fingerprints, "_SETTLED", -1.0)
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "model.safetensors").write_bytes(b"weights")
-    right = digest.model_fingerprint(tmp_path / "model")
+    right = fingerprints.model_fingerprint(tmp_path / "model")
     (place,) = (tmp_path / "cache" / "digests").iterdir()
     for changed in flips(place.read_bytes()):
         place.write_bytes(changed)
-        assert digest.model_fingerprint(tmp_path / "model") == right
+        assert fingerprints.model_fingerprint(tmp_path / "model") == right
 
 
 def test_checkpoints_of_training(tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ import torch
 import merge_cli
 from merge_cli.errors import CorruptFileError, NonFiniteError, ResourceError, SourceError
 from merge_cli.kernels import compiled
-from merge_cli.system import raw_io as raw
 from tests.support.command import cli, failed
 from tests.support.tiny import Family, llama_config, llama_family, read_model, write_model
 
@@ -110,7 +109,7 @@ def test_disk_that_fills_up(
 
     recipe = family.recipe("ties")
     with monkeypatch.context() as patch:
-        patch.setattr(raw.os, "pwrite", full)
+        patch.setattr(os, "pwrite", full)
         with pytest.raises(ResourceError, match="the disk is full") as raised:
             merge_cli.merge(recipe, tmp_path / "out")
     assert "resumes" in raised.value.hint

@@ -23,7 +23,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import merge_cli
-from merge_cli.engine.merge import MergeOptions
+from merge_cli.engine.options import MergeOptions
 from merge_cli.errors import MismatchError, RecipeError
 from tests.support.architectures import (
     COMMON,
