@@ -59,8 +59,8 @@ def _routers(found: Evidence) -> Iterator[Finding]:
         share = router.elsewhere / router.rows
         if share > PERMUTED:
             text = (
-                f"{router.model} seems to number its experts otherwise: {router.elsewhere} of {router.rows} "
-                f"rows of its routers are nearest to another number (most in {router.example}). "
+                f"{router.model} seems to number its experts otherwise: {router.elsewhere} of "
+                f"{router.rows} rows of its routers are nearest to another number (most in {router.example}). "
                 "Experts are merged by number."
             )
             limit = f"more than {PERMUTED:.0%} of router rows nearest to another number"
@@ -81,15 +81,15 @@ def _fit(found: Evidence) -> Iterator[Finding]:
     for tokenizer in found.tokenizers:
         if tokenizer.added and not (tokenizer.missing or tokenizer.renumbered):
             text = (
-                f"{tokenizer.model} adds {tokenizer.added:,} tokens to the vocabulary: their rows mean "
-                "something in this model alone."
+                f"{tokenizer.model} adds {tokenizer.added:,} tokens to the vocabulary: their rows "
+                "mean something in this model alone."
             )
             yield Finding("added_tokens", (tokenizer.model,), text, "token by token")
         elif tokenizer.tokens_differ:
             text = (
                 f"{tokenizer.model} has another vocabulary: {tokenizer.missing:,} tokens missing, "
-                f"{tokenizer.added:,} added, {tokenizer.renumbered:,} with another number. Rows of its "
-                "embedding mean other tokens."
+                f"{tokenizer.added:,} added, {tokenizer.renumbered:,} with another number. Rows of "
+                "its embedding mean other tokens."
             )
             yield Finding("vocabulary", (tokenizer.model,), text, "token by token", True)
 

@@ -113,8 +113,8 @@ def print_gathered(out: Console, gathered: Mapping[str, Any]) -> None:
         zero = f", {item['zero']:.1%} of its importances are 0" if "zero" in item else ""
         cached = ", from the cache" if item["from_cache"] else ""
         out.print(
-            f"[green]✓[/green] looked at {item['tokens']:,} tokens in {item['examples']:,} examples "
-            f"with {escape(item['model'])}{zero}{cached}",
+            f"[green]✓[/green] looked at {item['tokens']:,} tokens in {item['examples']:,} "
+            f"examples with {escape(item['model'])}{zero}{cached}",
             soft_wrap=True,
         )
     of = f"{gathered['means']:,} of {gathered['tensors']:,} merged tensors"

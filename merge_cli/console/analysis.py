@@ -151,7 +151,8 @@ def _advice(out: Console, analysis: Analysis) -> None:
     out.print(f"\n[bold]What to try first[/bold]  {escape(advice.summary)}")
     for suggestion in advice.suggestions:
         out.print(
-            f"  [bold]{suggestion.method}[/bold]: {escape(suggestion.reason)} [dim]({escape(suggestion.source)})[/dim]"
+            f"  [bold]{suggestion.method}[/bold]: {escape(suggestion.reason)} "
+            f"[dim]({escape(suggestion.source)})[/dim]"
         )
     if advice.recipe is not None:
         out.print("[dim]--write-recipe FILE writes the first as a recipe.[/dim]")

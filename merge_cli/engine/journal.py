@@ -56,7 +56,7 @@ def work_key(plan: Plan, *context: object) -> str:
         opened.root
         for source in plan.sources
         for opened in (source, source.adapter)
-        if opened is not None and item.hub is not None
+        if opened is not None and opened.hub is not None
     }
     paths: dict[Path, str] = {}
     stamps: list[tuple[str, str]] = []

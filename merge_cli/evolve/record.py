@@ -109,8 +109,8 @@ def build_record(
         warnings.append(f"BREAKS A CONSTRAINT on the split {split.name}")
     if result is not None and not result["better"]:
         warnings.append(
-            f"NO IMPROVEMENT: {split.name} score {result['score']:.4g}, and {result['best_static']} "
-            f"{result['best_static_score']:.4g} without a search"
+            f"NO IMPROVEMENT: {split.name} score {result['score']:.4g}, and "
+            f"{result['best_static']} {result['best_static_score']:.4g} without a search"
         )
     return {
         "method": decided.recipe.merge_method,
