@@ -269,7 +269,7 @@ def test_the_same_bytes_by_any_number_of_threads(
 
 def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     tune(tmp_path, llama)
-    here = {"base": tmp_path / "base"}
+    here: dict[str, Any] = {"base": tmp_path / "base"}
     out = tmp_path / "out"
     refusals: list[tuple[type[MergeCliError], str, dict[str, Any], Path]] = [
         (UsageError, "a rank of 0", {**here, "rank": 0}, tmp_path / "tuned"),

@@ -157,8 +157,8 @@ def test_overlap_of_the_largest(family: Family) -> None:
         chance += [[len(a) * len(b) / len(base) for b in sets] for a in sets]
     smaller = np.minimum(sizes[:, None], sizes[None])
     assert found.total is not None
-    np.testing.assert_allclose(found.total.overlap, shared / smaller, rtol=CLOSE)
-    np.testing.assert_allclose(found.total.overlap_chance, chance / smaller, rtol=CLOSE)
+    np.testing.assert_allclose(np.array(found.total.overlap), shared / smaller, rtol=CLOSE)
+    np.testing.assert_allclose(np.array(found.total.overlap_chance), chance / smaller, rtol=CLOSE)
 
 
 def test_thresholds_of_large_tensors_are_sampled_well(tmp_path: Path) -> None:
@@ -516,7 +516,9 @@ def test_without_a_base(family: Family) -> None:
     found = analyze(*(family.folder / name for name in family.names))
     assert found.base is None
     assert found.total is not None
-    assert found.total.relative_norm is found.total.conflict is found.total.overlap is None
+    assert found.total.relative_norm is None
+    assert found.total.conflict is None
+    assert found.total.overlap is None
     flat = [
         np.concatenate([m[n].double().numpy().ravel() for n in family.base]) for m in family.models
     ]

@@ -218,6 +218,7 @@ def test_a_comparison_counts_what_was_looked_at(models: Path) -> None:
         [recipe], models / "a.jsonl", models / "compared", options=["--device", "cpu", "-q"]
     )
     cost = found.comparison["fisher"].cost
+    assert cost is not None
     parts = plan_calibration(plan_of(recipe), "cpu").parts
     assert cost.tokens == sum(part.examples.tokens for part in parts)
     assert cost.forward_passes == cost.backward_passes == 10

@@ -113,7 +113,7 @@ def test_threads_blocks_and_shards_change_no_merge(models: Path, method: str) ->
     one = merge_cli.merge(recipe, models / "one", options=CPU)
     many = merge_cli.merge(recipe, models / "many", shard_size=20_000,
                            options=replace(CPU, threads=3))  # fmt: skip
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for file in many.path.glob("model-*.safetensors"):
         tensors |= load_file(file)
     assert len(list(many.path.glob("model-*.safetensors"))) > 1
@@ -155,7 +155,7 @@ def test_a_run_that_was_stopped_goes_on_with_the_next_model(models: Path, method
     assert not (models / "out").exists()
     cache = Path(os.environ["MERGE_CLI_CACHE"]) / "statistics"
     assert not list(cache.rglob("*.partial"))
-    seen = []
+    seen: list[Any] = []
     result = merge_cli.merge(recipe, models / "out", options=CPU, show=seen.append)
     assert {one.note for one in seen if one.stage == "gather"} == {"b"}
     assert [one["from_cache"] for one in result.report["gathered"]["sources"]] == [True, False]

@@ -36,7 +36,7 @@ def write(folder: Path, parts: list[Any], *, tied: bool = True) -> Path:
     if len(parts) == 1:
         torch.save(parts[0], folder / "pytorch_model.bin")
         return folder
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, part in enumerate(parts, start=1):
         name = f"pytorch_model-{number:05d}-of-{len(parts):05d}.bin"
         torch.save(part, folder / name)

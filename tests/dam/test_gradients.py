@@ -95,7 +95,7 @@ def autograd_gradients(
         terms = OBJECTIVE.terms(out.logits[batch.counted], batch.targets)
         total = total + (OBJECTIVE.total(terms) * batch.targets.weights).sum()
     total.backward()
-    return {name: [p.grad for p in own] for name, own in raws.items()}  # type: ignore[misc]
+    return {name: [p.grad for p in own] for name, own in raws.items()}
 
 
 def disturb(student: Student) -> None:

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from merge_cli.console.questions import Questions
 from merge_cli.drafting import scaffold as drafting
 from merge_cli.drafting.scaffold import scaffold, study_models
 from merge_cli.errors import MismatchError, UsageError
-from merge_cli.methods.registry import all_methods
+from merge_cli.methods.registry import Method, all_methods
 from tests.support.command import cli, failed
 from tests.support.hub_server import HubServer
 from tests.support.tiny import Family, llama_config, llama_tensors, read_model, write_model
@@ -36,7 +37,7 @@ def flags(family: Family, *names: str, base: bool = True) -> list[str]:
     return found
 
 
-def written(path: Path) -> dict:
+def written(path: Path) -> dict[str, Any]:
     return yaml.safe_load(path.read_text())
 
 
@@ -63,7 +64,7 @@ def test_what_is_written_can_be_planned_and_merged(
 
 
 @pytest.mark.parametrize("method", STATIC, ids=lambda m: m.name)
-def test_every_method(family: Family, tmp_path: Path, method) -> None:
+def test_every_method(family: Family, tmp_path: Path, method: Method) -> None:
     """Every parameter of the method is there, and the recipe merges as it stands."""
     names = ["b"] if method.base_is_source else ["a", "b", "c"][: method.count[1] or 3]
     models = [str(family.folder / name) for name in names]
@@ -217,7 +218,7 @@ def test_hub_models_are_pinned_and_their_cards_read(
 class Typed(io.StringIO):
     """Lines as a keyboard gives them: without their ends."""
 
-    def readline(self, size: int | None = -1, /) -> str:
+    def readline(self, size: int | None = -1, /) -> str:  # type: ignore[override]
         assert self.tell() < len(self.getvalue()), "one question too many"
         return super().readline(-1).rstrip("\n")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -46,7 +47,7 @@ def exchanged(family: Family, how: str) -> None:
     assert file.stat().st_size == about.st_size
 
 
-def while_merging(monkeypatch: pytest.MonkeyPatch, change: Callable[[], None]) -> None:
+def while_merging(monkeypatch: pytest.MonkeyPatch, change: Callable[[], object]) -> None:
     """Change something when the tenth unit is done."""
     real, seen = Journal.record, 0
 
@@ -96,7 +97,7 @@ def test_files_that_decide_nothing(
 ) -> None:
     for name in ("README.md", "notes.txt", "training.log"):
         with monkeypatch.context() as patch:
-            while_merging(patch, lambda name=name: (family.folder / "a" / name).write_text("x"))
+            while_merging(patch, partial((family.folder / "a" / name).write_text, "x"))
             merge(write_recipe(family, "soup"), tmp_path / name)
 
 

@@ -11,7 +11,7 @@ from merge_cli.evaluation import chat
 from merge_cli.evaluation.chat import TemplateError, render_chat
 from merge_cli.recipe.tokenizer import BUILT_IN
 
-MESSAGES = [
+MESSAGES: list[dict[str, Any]] = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": 'Grüße, <b>& "how"?'},
     {"role": "assistant", "content": "Fine.", "tool_calls": [{"function": {"name": "f"}}]},

@@ -29,7 +29,7 @@ ROWS = [
     {"prompt": "Answer:", "completion": " 42"}, {"prompt": "The cat ", "completion": "sat on"},
     {"prompt": "one tw", "completion": "o three"}, {"text": "<s>The cat sat"}, {"text": "日本語"},
 ]  # fmt: skip
-QUESTIONS = [
+QUESTIONS: list[dict[str, Any]] = [
     {"prompt": "The cat", "choices": ["sat on", "mat", "three"], "answer": 0},
     {"prompt": "Answer: ", "choices": ["42", "one"], "answer": 1},
     {"prompt": "<s>one two", "choices": ["three", "four"], "answer": 0},
@@ -153,12 +153,16 @@ def test_a_prompt_is_cut_where_the_task_says_and_it_is_told(tmp_path: Path) -> N
         assert note.startswith("1 of 2 prompts are longer than 24 tokens")
         again = merge_cli.evaluate(model, [task], max_length=32)["q"]
         assert (again.cached, again.notes) == (True, found.notes)
-    for kind, more in ((ExactMatch, {"max_new_tokens": 8}), (MultipleChoice, {})):
+    kinds: list[tuple[Any, dict[str, int]]] = [
+        (ExactMatch, {"max_new_tokens": 8}),
+        (MultipleChoice, {}),
+    ]
+    for kind, more in kinds:
         rows = [{"prompt": "x", "choices": ["a", "b"], "answer": 0},
                 {"prompt": long, "choices": ["a", "b"], "answer": 0}]  # fmt: skip
-        task = kind(name="q", data=rows_of(data, rows), truncate="refuse", **more)
+        refusing = kind(name="q", data=rows_of(data, rows), truncate="refuse", **more)
         with pytest.raises(SourceError, match=r"line 2: has \d+ tokens, and there is room for"):
-            merge_cli.evaluate(model, [task], max_length=32)
+            merge_cli.evaluate(model, [refusing], max_length=32)
     (note,) = merge_cli.evaluate(
         model, [MultipleChoice(name="q", data=data)], max_length=32
     )["q"].notes  # fmt: skip
@@ -222,7 +226,7 @@ def test_the_harness_asks_with_the_template(tmp_path: Path) -> None:
         "doc_to_target: answer\nmetric_list:\n"
         "  - {metric: acc, aggregation: mean, higher_is_better: true}\n"
     )
-    own = {"name": "h", "lm_eval": "own_questions", "include": tmp_path / "task"}
+    own: dict[str, Any] = {"name": "h", "lm_eval": "own_questions", "include": tmp_path / "task"}
     found = merge_cli.evaluate(model, [Harness(**own, chat_template=True, system="hi")])["h"]
     net, tokenizer = loaded(model)
     context = tokenizer.encode("<s>[system]hi[user]The cat[assistant]", add_special_tokens=False)

@@ -61,7 +61,7 @@ def log_probabilities(net: Any, ids: Sequence[int]) -> torch.Tensor:
 def test_a_long_row_counts_each_token_once_with_its_context() -> None:
     for size in (2, 5, 16, 17, 40, 41, 100):
         for first in (1, 3, size - 1):
-            seen = []
+            seen: list[int] = []
             for window in windows(0, list(range(size)), max(first, 1), length=16, stride=8):
                 assert len(window.ids) <= 16
                 assert window.first >= 1, "the first token of a window has nothing before it"
@@ -220,7 +220,7 @@ def test_multiple_choice_with_a_token_before_every_text(zoo: Path, tmp_path: Pat
     """An empty prompt, and one that is longer than the context."""
     pytest.importorskip("lm_eval")
     model = with_beginning(zoo / "base", tmp_path / "model")
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"prompt": "", "choices": ["The cat", "def add", "日本語"], "answer": 0},
         {"prompt": "one two three four five. " * 40, "choices": ["six", "a b c d"], "answer": 0},
     ]

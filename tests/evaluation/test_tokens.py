@@ -118,7 +118,7 @@ def test_only_prompts_are_cut(prompt: int, completion: int, room: int) -> None:
     row = Encoded(ids, max(1, prompt))
     counted = ids[row.first :]
     for how in ("left", "right"):
-        found = fitted(row, room, how)  # type: ignore[arg-type]
+        found = fitted(row, room, how)
         assert found is not None
         assert list(found.ids[found.first :]) == counted
         assert len(found.ids) == min(len(ids), max(room, len(counted) + 1 if counted else room))

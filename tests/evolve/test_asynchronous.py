@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -75,7 +76,8 @@ class Threads:
         self.most = self.waits = 0
 
     def run(self, jobs: Iterable[EvaluationJob]) -> Iterator[EvaluationOutcome]:
-        coming, busy = iter(jobs), {}
+        coming = iter(jobs)
+        busy: dict[int, threading.Thread] = {}
         done = threading.Condition()
         finished: list[EvaluationOutcome] = []
 
@@ -83,13 +85,13 @@ class Threads:
             time.sleep(self._seconds.get(job.number, 0.0))
             with done:
                 value = {"t": {"loss": Value((genome - 0.3) ** 2, "lower")}}
-                finished.append(EvaluationOutcome(job.number, value))  # type: ignore[arg-type]
+                finished.append(EvaluationOutcome(job.number, value))
                 done.notify()
 
         while True:
             while len(busy) < self._count and (job := next(coming, None)) is not None:
-                weight = job.recipe.models[0].parameters["weight"].setting
-                busy[job.number] = threading.Thread(target=work, args=(job, float(weight)))
+                weight: Any = job.recipe.models[0].parameters["weight"].setting
+                busy[job.number] = threading.Thread(target=work, args=(job, weight))
                 busy[job.number].start()
             self.most = max(self.most, len(busy))
             if not busy:
@@ -131,7 +133,7 @@ def search_with(
                     raise KeyboardInterrupt
                 yield outcome
 
-        evaluations_.stream = cut  # type: ignore[method-assign,assignment]
+        evaluations_.stream = cut  # type: ignore[method-assign]
         with pytest.raises(KeyboardInterrupt):
             loop.run()
     return loop, kept

@@ -25,11 +25,12 @@ def test_a_lost_actor_is_replaced_and_nothing_changes(
     # What actors import, they find where this process does.
     paths = str(ROOT)
     monkeypatch.setenv("PYTHONPATH", paths)
+    killed: list[int] = []
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
     try:
         from merge_cli.evolve.workers import RayWorkers
 
-        run, killed = RayWorkers.run, []
+        run = RayWorkers.run
 
         def killing(self: RayWorkers, jobs: object) -> object:
             for number, outcome in enumerate(run(self, jobs)):  # type: ignore[arg-type]

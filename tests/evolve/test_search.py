@@ -189,7 +189,7 @@ def test_what_fits_decides_where_the_sources_wait(monkeypatch: pytest.MonkeyPatc
     ref = TensorRef("w", Path("f"), "BF16", (1000,), 0, 2000)
     free = {"cuda": 10_000, "cpu": 100_000}
     monkeypatch.setattr(resident, "free_memory", lambda kind, indexes: free[kind])
-    cuda, cpu = (Device(kind, indexes, "", "") for kind, indexes in (("cuda", (0,)), ("cpu", ())))
+    cuda, cpu = Device("cuda", (0,), "", ""), Device("cpu", (), "", "")
 
     def where(device: Device, workers: int = 1, model: int = 2000) -> str:
         return resident.choose_residency([ref, ref], device, workers, model).residency
@@ -578,7 +578,7 @@ def test_scores_weigh_point_down_and_keep_constraints(folder: Path) -> None:
     values = {"x": {"loss": Value(2.0, "lower")}, "z": {"loss": Value(2.5, "lower")},
               "y": {"loss": Value(9.0, "lower"), "accuracy": Value(0.5, "higher")}}  # fmt: skip
     base = {"x": {"loss": Value(1.5, "lower")}}
-    score = split.score(values, base)  # type: ignore[arg-type]
+    score = split.score(values, base)
     assert score.parts == (1.5, -0.125)
     assert score.total == 1.375
     assert score.violation == pytest.approx(0.5 + 0.4)

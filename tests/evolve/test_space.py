@@ -73,6 +73,7 @@ def test_a_value_survives_the_way_to_a_number_and_back(
     if searched.choices:
         assert value in searched.choices
     else:
+        assert isinstance(value, (int, float))
         assert searched.low <= value <= searched.high
         assert not searched.integer or type(value) is int
 

@@ -102,8 +102,9 @@ def test_rounding(bits: int, dtype: str) -> None:
     assert encode_into(x, dtype, out) == fits
     number = ~np.isnan(x) if dtype == "F32" else slice(None)
     stored = np.uint32 if dtype == "F32" else np.uint16
-    wanted = expected.view(torch.uint8).numpy().view(stored)
-    same(out.view(stored)[number] & 0x7FFF if dtype != "F32" else out.view(stored)[number],
+    wanted: Any = expected.view(torch.uint8).numpy().view(stored)
+    actual: Any = out.view(stored)
+    same(actual[number] & 0x7FFF if dtype != "F32" else actual[number],
          wanted[number] & 0x7FFF if dtype != "F32" else wanted[number])  # fmt: skip
     signs = ~np.isnan(x)
     same(out.view(stored)[signs], wanted[signs])
@@ -115,9 +116,10 @@ def test_sums(size: int, sources: int) -> None:
     a, weights = rows(sources, size), [0.3, -1.7, 0.1, 2.0, 1e-3][:sources]
     same(reduce.weighted_sum(weights, a), reduce.weighted_sum(weights, tensors(a)))
     base, change = values(size, 8), values(size, 9)
-    expected = reduce.add_scaled(*tensors([base]), 0.7, *tensors([change]))
+    (base_, change_) = tensors([base, change])
+    expected = reduce.add_scaled(base_, 0.7, change_.clone())
     same(reduce.add_scaled(base, 0.7, change.copy()), expected)
-    same(reduce.divided(change.copy(), 0.3), reduce.divided(*tensors([change]), 0.3))
+    same(reduce.divided(change.copy(), 0.3), reduce.divided(change_.clone(), 0.3))
     assert reduce.dot_runs(base, change) == reduce.dot_runs(*tensors([base, change]))
     assert reduce.absolute_runs(base) == reduce.absolute_runs(*tensors([base]))
 
@@ -130,7 +132,11 @@ def test_election(size: int, divide_by: str, weighted: bool, zero_sign: float) -
     a = rows(3, size)
     a[1][::3] = -a[0][::3]  # votes that cancel
     for weights in ([1.0, 1.0, 1.0], [0.3, -0.3, 0.9]):
-        options = {"weighted_election": weighted, "divide_by": divide_by, "zero_sign": zero_sign}
+        options: dict[str, Any] = {
+            "weighted_election": weighted,
+            "divide_by": divide_by,
+            "zero_sign": zero_sign,
+        }
         expected = elect.disjoint_mean(tensors(a), weights, **options)
         same(elect.disjoint_mean(a, weights, **options), expected)
 

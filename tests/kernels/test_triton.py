@@ -15,7 +15,9 @@ import re
 import subprocess
 import sys
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -230,7 +232,7 @@ def test_disjoint_mean(
         stacked = stack(len(weights), size, dtype)
         actual = kernels.disjoint_mean(stacked.to(device), weights, weighted, divide_by, zero_sign)
         for place in {CPU, device}:
-            options = {"divide_by": divide_by, "zero_sign": zero_sign}
+            options: dict[str, Any] = {"divide_by": divide_by, "zero_sign": zero_sign}
             rows = list(stacked.to(place))
             expected = elect.disjoint_mean(rows, weights, weighted_election=weighted, **options)
             assert_same_bits(actual, expected)
@@ -297,13 +299,15 @@ class NoDevice:
 
 
 @pytest.fixture(params=[80, 90], ids=["ampere", "hopper"])
-def compiled(request, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+def compiled(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Iterator[list[str]]:
     """The PTX of every kernel that is launched; launches stop once they are compiled."""
-    ptx = []
+    ptx: list[str] = []
     jit = triton.runtime.jit.JITFunction
     launch = jit.run
 
-    def run(self, *args: object, warmup: bool, **options: object) -> None:
+    def run(self: Any, *args: object, warmup: bool, **options: object) -> None:
         ptx.append(launch(self, *args, warmup=True, **options).asm["ptx"])
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))

@@ -103,9 +103,9 @@ def test_square_experts_follow_the_version_that_wrote_them(
     base = read_model(tmp_path / "base")
     found = merge(passthrough(tmp_path), tmp_path / "out")
     for expert in range(EXPERTS):
-        for part, name in enumerate(("gate_proj", "up_proj")):
+        for half, name in enumerate(("gate_proj", "up_proj")):
             key = f"model.layers.0.mlp.experts.{expert}.{name}.weight"
-            rows = change[expert, part * HIDDEN // 2 : (part + 1) * HIDDEN // 2]
+            rows = change[expert, half * HIDDEN // 2 : (half + 1) * HIDDEN // 2]
             torch.testing.assert_close(found[key], base[key] + rows, rtol=1e-5, atol=1e-6)
 
 
@@ -243,7 +243,7 @@ def expert_adapters(folder: Path, make: Any = qwen, **about: Any) -> None:
 def test_merged_with_one_another(tmp_path: Path, make: Any, method: str) -> None:
     expert_adapters(tmp_path, make)
     recipe = tmp_path / "recipe.yaml"
-    both = {
+    both: dict[str, Any] = {
         "merge_method": method,
         "models": [{"model": "lora1"}, {"model": "lora2"}],
         "parameters": {"weight": 0.5, "density": 0.6} if method == "ties" else {"weight": 0.5},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ CONFIG: dict[str, Any] = {"peft_type": "LORA", "r": 2, "lora_alpha": 2}
 PREFIX = "base_model.model."
 
 
-def refs(shapes: dict[str, tuple[int, ...]]) -> dict[str, TensorRef]:
+def refs(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, TensorRef]:
     return {
         name: TensorRef(name, Path("file"), "F32", shape, 0, 4 * math.prod(shape))
         for name, shape in shapes.items()
@@ -25,9 +26,11 @@ def refs(shapes: dict[str, tuple[int, ...]]) -> dict[str, TensorRef]:
 
 
 def applied(
-    base: dict[str, tuple[int, ...]], adapter: dict[str, tuple[int, ...]], about: dict[str, Any],
+    base: Mapping[str, tuple[int, ...]],
+    adapter: Mapping[str, tuple[int, ...]],
+    about: dict[str, Any],
     **config: Any,
-) -> AppliedAdapter:  # fmt: skip
+) -> AppliedAdapter:
     stored = refs({PREFIX + name: shape for name, shape in adapter.items()})
     return apply_adapter(refs(base), {**CONFIG, **config}, stored, label="base+adapter", stamp="",
                          base=about)  # fmt: skip

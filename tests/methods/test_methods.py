@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ ONLY_WEIGHTS = [{"weight": w} for w in WEIGHTS]
 def assert_close(merged: torch.Tensor, expected: np.ndarray, *, ulps: float = 1.0) -> None:
     """Within `ulps` units in the last place of the output's dtype, plus float32's own rounding."""
     dtype = str(merged.dtype).removeprefix("torch.")
-    room = ulps * oracles.ulp(expected, dtype) if dtype != "float64" else 1e-12
+    room = ulps * oracles.ulp(expected, cast(oracles.Dtype, dtype)) if dtype != "float64" else 1e-12
     worst = np.abs(to_array(merged) - expected) - room - 2e-6 * (1 + np.abs(expected))
     assert worst.max(initial=-1) <= 0
 

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -81,19 +82,19 @@ def test_signatures_are_checked_when_declared() -> None:
     with pytest.raises(TypeError, match="needs a default and a line under Args"):
 
         @merge_method("undocumented")
-        def undocumented(models, *, weight: PerModel[float] = each(1.0)):
+        def undocumented(models: Any, *, weight: PerModel[float] = each(1.0)) -> None:
             """No arguments are explained."""
 
     with pytest.raises(TypeError, match="the engine supplies"):
 
         @merge_method("unknown_operand")
-        def unknown_operand(gradients):
+        def unknown_operand(gradients: Any) -> None:
             """Wants what no engine has."""
 
     with pytest.raises(TypeError, match="cannot hold"):
 
         @merge_method("odd_type")
-        def odd_type(models, *, weight: dict[str, float] | None = None):
+        def odd_type(models: Any, *, weight: dict[str, float] | None = None) -> None:
             """Odd.
 
             Args:
@@ -103,7 +104,7 @@ def test_signatures_are_checked_when_declared() -> None:
     with pytest.raises(TypeError, match="already defined"):
 
         @merge_method("ties")
-        def another(models, *, density: PerModel[Density] = each(1.0)):
+        def another(models: Any, *, density: PerModel[Density] = each(1.0)) -> None:
             """Takes a name that is taken.
 
             Args:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -41,7 +41,7 @@ def check(
     for name, tensor in merged.items():
         wanted = expected(name)
         dtype = str(tensor.dtype).removeprefix("torch.")
-        allowed = oracles.ulp(wanted, dtype) if dtype != "float64" else 0.0
+        allowed = oracles.ulp(wanted, cast(oracles.Dtype, dtype)) if dtype != "float64" else 0.0
         slack = 1e-10 if dtype == "float64" else room * (1 + np.abs(wanted))
         worst = np.abs(to_array(tensor) - wanted) - allowed - slack
         assert worst.max(initial=-1) <= 0, name

@@ -56,8 +56,8 @@ def recipe(eyes: Family, modules: Mapping[str, Any], method: str = "linear", **k
 
 
 def weighted(models: list[Tensors], name: str, weights: list[float]) -> np.ndarray:
-    found: np.ndarray = sum(w * to_array(m[name]) for w, m in zip(weights, models, strict=True))
-    return found / sum(weights)
+    weighed = [w * to_array(m[name]) for w, m in zip(weights, models, strict=True)]
+    return np.sum(weighed, axis=0) / sum(weights)
 
 
 def models(*weights: float) -> list[dict[str, Any]]:

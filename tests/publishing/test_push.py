@@ -57,7 +57,9 @@ def uploads(hub: HubServer) -> list[str]:
     return [r.path for r in hub.requests if r.method == "PUT" and r.status == 200]
 
 
-def cli(hub: HubServer, *arguments: object, token: str | None = "") -> subprocess.CompletedProcess:
+def cli(
+    hub: HubServer, *arguments: object, token: str | None = ""
+) -> subprocess.CompletedProcess[str]:
     token = hub.token if token == "" else token
     command = [sys.executable, "-m", "merge_cli", "push", *map(str, arguments)]
     return subprocess.run(

@@ -353,7 +353,7 @@ def test_the_page_is_the_golden_one(request: pytest.FixtureRequest) -> None:
 
 @pytest.mark.parametrize("text", ["<b>bold</b>", "a & b", "\"quoted\" 'text'", "{{ 7 * 7 }}"])
 def test_every_part_of_a_page_escapes_its_text(text: str) -> None:
-    parts = [
+    parts: list[Any] = [
         Figure(text, Markup("<svg></svg>")),
         Table([text], [[text]]),
         Items([text]),

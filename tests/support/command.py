@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
+from typing import Any
 
 
-def cli(*arguments: str | Path, **options: object) -> subprocess.CompletedProcess[str]:
+def cli(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run the command line in a process of its own."""
     return subprocess.run(
         [sys.executable, "-m", "merge_cli", *map(str, arguments)],

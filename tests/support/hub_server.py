@@ -460,7 +460,7 @@ def point_here(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants, hf_api
 
     cache = str(hub.home / "hub")
-    changed = {
+    changed: dict[str, object] = {
         "ENDPOINT": hub.url,
         "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}",
         "HF_HOME": str(hub.home),
@@ -477,8 +477,8 @@ def point_here(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
         "HF_HUB_ETAG_TIMEOUT": 5,
         "HF_HUB_DOWNLOAD_TIMEOUT": 5,
     }
-    for name, value in changed.items():
-        monkeypatch.setattr(constants, name, value)
+    for name, setting in changed.items():
+        monkeypatch.setattr(constants, name, setting)
     monkeypatch.setattr(hf_api.api, "endpoint", hub.url)  # the module-level functions share it
 
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+from collections.abc import Callable
 from typing import Any
 
 import yaml
@@ -38,6 +39,11 @@ class Uploads:
 
     hub: Any
     seen: Any
+    command: str
+    _repo: Callable[..., Any]
+    _json: Callable[..., None]
+    _reply: Callable[..., None]
+    _commit: Callable[..., str]
 
     def upload(self, parts: list[str], body: bytes) -> None:
         """Answer a request that changes something; `parts` is the path, unquoted."""
@@ -123,9 +129,9 @@ class Uploads:
             count = -(-size // chunk)
             address = f"{self.hub.cdn_url}/upload/{digest}"
             header = {str(i): f"{address}/{i}" for i in range(1, count + 1)}
-            upload = {"href": f"{self.hub.url}/api/complete/{digest}",
+            parts = {"href": f"{self.hub.url}/api/complete/{digest}",
                       "header": {"chunk_size": str(chunk), **header}}  # fmt: skip
-            return {"oid": digest, "size": size, "actions": {"upload": upload}}
+            return {"oid": digest, "size": size, "actions": {"upload": parts}}
 
         self._json({"objects": [answer(wanted) for wanted in sent["objects"]]})
 

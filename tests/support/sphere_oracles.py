@@ -88,7 +88,7 @@ def model_stock_vectors(base: Array, models: Sequence[Array]) -> Array:
     for i in range(count):
         for j in range(i + 1, count):
             lengths = np.linalg.norm(deltas[i]) * np.linalg.norm(deltas[j])
-            cosines.append(float(deltas[i] @ deltas[j]) / max(lengths, 1e-6))
+            cosines.append(float(deltas[i] @ deltas[j]) / max(float(lengths), 1e-6))
     cos = sum(cosines) / len(cosines)
     t = count * cos / (1 + (count - 1) * cos)
     return t * sum(models) / count + (1 - t) * base

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -96,7 +97,7 @@ def test_a_comparison_that_is_killed_and_run_again_at_once(family: Family, tmp_p
 
 
 def test_a_child_that_ends_by_itself(tmp_path: Path) -> None:
-    options = {"stdout": subprocess.PIPE, "text": True}
+    options: dict[str, Any] = {"stdout": subprocess.PIPE, "text": True}
     with lifeline.child("platform", [], **options) as process:
         said, _ = process.communicate()
     assert said.strip()

@@ -27,7 +27,7 @@ from merge_cli.system.untrusted import (
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**63), 2**64) | st.floats(allow_nan=False)
-    | st.text(st.characters(exclude_categories=("Cs",))),
+    | st.text(st.characters(exclude_categories=["Cs"])),
     lambda inner: st.lists(inner) | st.dictionaries(st.text("ab\u00e9"), inner),
     max_leaves=20,
 )  # fmt: skip

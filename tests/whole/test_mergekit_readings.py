@@ -175,12 +175,13 @@ def test_linear_needs_a_weight_for_an_unlisted_base(models: Family, tmp_path: Pa
 
 def test_karcher_has_weights_when_asked(models: Family, tmp_path: Path) -> None:
     weights = [{"weight": 0.9}, {"weight": 0.1}]
+    kinds: list[tuple[Any, dict[str, Any]]] = [
+        (weights, {}), ([None, None], {}), (weights, {"parameters": {"weighted": True}}),
+    ]  # fmt: skip
     made = [
         merge(models.recipe("karcher", base=False, models=given, **more), tmp_path / str(i))
-        for i, (given, more) in enumerate([
-            (weights, {}), ([None, None], {}), (weights, {"parameters": {"weighted": True}}),
-        ])
-    ]  # fmt: skip
+        for i, (given, more) in enumerate(kinds)
+    ]
     name = UP.format(0)
     assert torch.equal(made[0][name], made[1][name])
     assert not torch.equal(made[2][name], made[1][name])

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from tests.support.tiny import Family
 
 
 @pytest.fixture
-def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def said(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """What is said once."""
     found: list[str] = []
     monkeypatch.setattr(notices, "_said", {})
@@ -130,7 +130,8 @@ def test_another_error_of_numba_is_told(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def limit_threads(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
-    real, started = threading.Thread.start, []
+    real = threading.Thread.start
+    started: list[threading.Thread] = []
 
     def start(thread: threading.Thread) -> None:
         if len(started) >= most:
