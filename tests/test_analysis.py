@@ -22,7 +22,7 @@ from test_staging import StrictTransfers
 from tiny import Family, Tensors, llama_config, llama_family, llama_tensors, write_model
 
 import merge_cli
-from merge_cli.analysis import survey
+from merge_cli.analysis import measure as survey
 from merge_cli.analysis.advice import recipe_text
 from merge_cli.analysis.differences import config_differences
 from merge_cli.analysis.measure import TOP_SHARE, effective_rank, sample_positions

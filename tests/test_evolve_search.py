@@ -41,7 +41,7 @@ from merge_cli.errors import (
 from merge_cli.evaluation.live import load
 from merge_cli.evaluation.run import evaluate_source
 from merge_cli.evaluation.spec import EvalSpec
-from merge_cli.evolve import candidate as candidate_module
+from merge_cli.evolve import evaluator as candidate_module
 from merge_cli.evolve import evaluator as evaluator_module
 from merge_cli.evolve.evaluator import MergeableModel
 from merge_cli.evolve.journal import SearchWorkspace
