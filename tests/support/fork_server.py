@@ -1,0 +1,98 @@
+"""A process that has imported what commands need, and forks itself for each of them.
+
+    python -m tests.support.fork_server DESCRIPTOR
+
+A fresh interpreter spends two to four seconds on importing torch, numba and transformers. A fork
+has them, and is a process like any other: its arguments, environment, folder, standard streams,
+signals and exit code are its own. `command.cli` is the client.
+
+Over the socket DESCRIPTOR come requests, each a line of JSON with the three standard streams
+beside it; back go two lines, the number of the process and its exit code.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import gc
+import importlib
+import json
+import os
+import socket
+import sys
+import threading
+import traceback
+from pathlib import Path
+from typing import Any, NoReturn
+
+# What commands import when they run, in one way or another.
+MODULES = (
+    "numba", "safetensors.torch", "torch", "transformers.models.auto.modeling_auto",
+    "transformers.models.llama.modeling_llama", "merge_cli.api", "merge_cli.cli",
+    "merge_cli.comparison.run", "merge_cli.evaluation.run", "merge_cli.kernels.compiled",
+)  # fmt: skip
+
+
+def serve(connection: socket.socket) -> list[str] | None:
+    """In this process: None, when nobody asks any more. In a fork: the command's arguments."""
+    while True:
+        message, streams, _, _ = socket.recv_fds(connection, 1 << 20, 3)
+        if not message:
+            return None
+        process = os.fork()
+        if process == 0:
+            connection.close()
+            return become(json.loads(message), streams)
+        for stream in streams:
+            os.close(stream)
+        connection.sendall(f"{process}\n".encode())
+        _, status = os.waitpid(process, 0)
+        connection.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
+
+
+def become(request: dict[str, Any], streams: list[int]) -> list[str]:
+    """Take over what the request says of the command."""
+    for number, stream in enumerate(streams):
+        os.dup2(stream, number)
+        os.close(stream)
+    os.chdir(request["folder"])
+    sys.path[0] = request["folder"]
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    arguments: list[str] = request["arguments"]
+    return arguments
+
+
+def run(arguments: list[str]) -> int:
+    """The command, as `python -m merge_cli` runs it; its exit code."""
+    from merge_cli import __main__
+
+    sys.argv = [str(Path(__main__.__file__)), *arguments]
+    try:
+        __main__.main()
+    except SystemExit as ended:
+        return int(ended.code or 0)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def leave(code: int) -> NoReturn:
+    """End as an interpreter does, but for freeing what was imported: that takes seconds."""
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(ValueError, OSError):
+            stream.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    for name in MODULES:  # and nothing else: no thread of ours may run when this process forks
+        importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # a collection would touch, and so copy, everything that a fork shares with us
+    command = serve(socket.socket(fileno=int(sys.argv[1])))
+    if command is not None:
+        leave(run(command))
