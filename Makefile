@@ -12,7 +12,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python scripts/demo.py
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n auto --dist loadgroup
+	$(BIN)/python -m pytest -n auto --dist worksteal --cov --cov-report=
 
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow

@@ -22,8 +22,11 @@ import socket
 import sys
 import threading
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
+
+from tests.support.paths import ROOT
 
 # What commands import when they run, in one way or another.
 MODULES = (
@@ -69,13 +72,32 @@ def run(arguments: list[str]) -> int:
 
     sys.argv = [str(Path(__main__.__file__)), *arguments]
     try:
-        __main__.main()
+        with measured():
+            __main__.main()
     except SystemExit as ended:
         return int(ended.code or 0)
     except BaseException:
         traceback.print_exc()
         return 1
     return 0
+
+
+@contextlib.contextmanager
+def measured() -> Iterator[None]:
+    """Which lines run, if whoever asks measures that: pytest-cov puts the numbers together."""
+    if "MERGE_CLI_TEST_COVERAGE" not in os.environ:
+        yield
+        return
+    from coverage import Coverage
+
+    data, settings = str(ROOT / ".coverage"), str(ROOT / "pyproject.toml")
+    coverage = Coverage(data_file=data, data_suffix=True, config_file=settings)
+    coverage.start()
+    try:
+        yield
+    finally:
+        coverage.stop()
+        coverage.save()
 
 
 def leave(code: int) -> NoReturn:
@@ -94,5 +116,4 @@ if __name__ == "__main__":
     gc.collect()
     gc.freeze()  # a collection would touch, and so copy, everything that a fork shares with us
     command = serve(socket.socket(fileno=int(sys.argv[1])))
-    if command is not None:
-        leave(run(command))
+    leave(0 if command is None else run(command))
