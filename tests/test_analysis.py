@@ -288,7 +288,7 @@ def test_staged_lanes_find_the_same(family: Family, monkeypatch: pytest.MonkeyPa
     def staged(files: Files, *_: Any) -> Any:
         return lambda number: StagedWorker(files, StrictTransfers(), BLOCK_MULTIPLE)
 
-    monkeypatch.setattr(survey, "lane_maker", staged)
+    monkeypatch.setattr(survey, "worker_factory", staged)
     assert numbers(of_family(family)) == plain
 
 

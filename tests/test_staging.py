@@ -69,7 +69,7 @@ def lanes(monkeypatch: pytest.MonkeyPatch) -> list[StagedWorker]:
 
         return lane
 
-    monkeypatch.setattr(loop, "lane_maker", factory)
+    monkeypatch.setattr(loop, "worker_factory", factory)
     monkeypatch.setattr(workers, "choose_arithmetic", lambda plan: ("torch", "a fake device"))
     return made
 
