@@ -60,8 +60,8 @@ def _routers(found: Evidence) -> Iterator[Finding]:
         if share > PERMUTED:
             text = (
                 f"{router.model} seems to number its experts otherwise: {router.elsewhere} of "
-                f"{router.rows} rows of its routers are nearest to another number (most in {router.example}). "
-                "Experts are merged by number."
+                f"{router.rows} rows of its routers are nearest to another number (most in "
+                f"{router.example}). Experts are merged by number."
             )
             limit = f"more than {PERMUTED:.0%} of router rows nearest to another number"
             yield Finding("routers", (router.model,), text, limit, True)
