@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from merge_cli.adapters.factors import RankTruncation, factorise, recombine
 from merge_cli.engine.options import MergeOptions
 from merge_cli.errors import MergeCliError, MismatchError, UsageError
 from tests.support.adapters import gpt2, gpt_oss, llama, mixtral
+from tests.support.command import cli
 from tests.support.tiny import read_model
 
 peft = pytest.importorskip("peft")
@@ -332,15 +331,15 @@ def test_an_error_on_the_way_leaves_nothing(
 
 def test_the_command(tmp_path: Path) -> None:
     tune(tmp_path, llama, None)
-    command = [sys.executable, "-m", "merge_cli", "extract-lora", "tuned", "adapter",
-               "--base", "base", "--rank", "2"]  # fmt: skip
-    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    command = ["extract-lora", "tuned", "adapter", "--base", "base", "--rank", "2"]
+    ran = cli(*command, cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr
     assert "of the change's sum of squares in" in ran.stdout
     assert "held worst" in ran.stdout
-    again = subprocess.run([*command, "--overwrite", "--json"], cwd=tmp_path, capture_output=True,
-                           text=True, check=True)  # fmt: skip
+    again = cli(*command, "--overwrite", "--json", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
     assert 0 < json.loads(again.stdout)["share"] < 1
-    refused = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    refused = cli(*command, cwd=tmp_path)
     assert refused.returncode == 2
     assert "exists already" in refused.stderr
 

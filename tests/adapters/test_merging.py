@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ import merge_cli
 from merge_cli.engine.options import MergeOptions
 from merge_cli.errors import MergeCliError, MismatchError, RecipeError, SourceError
 from tests.support.adapters import LINEAR, gpt2, llama, write
+from tests.support.command import cli
 from tests.support.hub_server import HubServer
 from tests.support.tiny import read_model
 
@@ -280,15 +279,14 @@ def test_the_command(tmp_path: Path) -> None:
     for number in (1, 2):
         write(tmp_path, llama, number, r=4, target_modules=LINEAR)
     path = recipe(tmp_path, "ties", parameters={"density": 0.5})
-    call = [sys.executable, "-m", "merge_cli"]
-    planned = subprocess.run([*call, "plan", str(path)], capture_output=True, text=True, check=True)
+    planned = cli("plan", path)
+    assert planned.returncode == 0, planned.stderr
     assert "an adapter is written: rank 4" in planned.stdout
     assert "no change" not in planned.stdout
-    done = subprocess.run([*call, "run", str(path), str(tmp_path / "o")], capture_output=True,
-                          text=True, check=True)  # fmt: skip
+    done = cli("run", path, tmp_path / "o")
+    assert done.returncode == 0, done.stderr
     assert "merged 2 adapters into" in done.stdout
-    again = subprocess.run([*call, "run", str(path), str(tmp_path / "o")], capture_output=True,
-                           text=True, check=False)  # fmt: skip
+    again = cli("run", path, tmp_path / "o")
     assert again.returncode == 2
     assert "exists already" in again.stderr
 
@@ -298,13 +296,12 @@ def test_what_runs_a_model_is_refused_before_anything_is_done(tmp_path: Path) ->
         write(tmp_path, llama, number, r=4, target_modules=LINEAR)
     path = recipe(tmp_path, "task_arithmetic")
     (tmp_path / "text.txt").write_text("some text")
-    call = [sys.executable, "-m", "merge_cli", "run", str(path), str(tmp_path / "o")]
     text = str(tmp_path / "text.txt")
     for flags, said in (
         (["--data", text], "an adapter cannot be evaluated by itself"),
         (["--tune", "lambda=0:1", "--tune-on", text], "--tune judges whole models"),
     ):
-        ran = subprocess.run([*call, *flags], capture_output=True, text=True, check=False)
+        ran = cli("run", path, tmp_path / "o", *flags)
         assert ran.returncode == 2
         assert said in ran.stderr
         assert not (tmp_path / "o").exists()

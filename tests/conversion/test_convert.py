@@ -20,6 +20,7 @@ from merge_cli.conversion import child
 from merge_cli.conversion.run import convert
 from merge_cli.engine.options import Progress
 from merge_cli.errors import Interrupted, ResourceError, SourceError, UsageError
+from tests.support.command import cli
 from tests.support.paths import ROOT
 from tests.support.tiny import llama_config, llama_tensors, read_model
 
@@ -163,14 +164,11 @@ def test_the_command_that_the_refusal_names(tmp_path: Path) -> None:
     folder = write(tmp_path / "m", [tensors()])
     recipe = tmp_path / "r.yaml"
     recipe.write_text("merge_method: passthrough\nmodels: [{model: m}]\n")
-    command = [sys.executable, "-m", "merge_cli"]
-    done = subprocess.run([*command, "plan", str(recipe)], capture_output=True, text=True)
+    done = cli("plan", recipe)
     assert done.returncode == 3
     assert "merge-cli convert m converted" in " ".join(done.stderr.split())
-    done = subprocess.run(
-        [*command, "convert", "--json", str(folder), str(tmp_path / "out")],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
+    done = cli("convert", "--json", folder, tmp_path / "out")
+    assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["tensors"] == len(tensors())
 
 

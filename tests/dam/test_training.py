@@ -34,6 +34,7 @@ from merge_cli.errors import (
     UsageError,
 )
 from merge_cli.recipe.training import Training
+from tests.support.command import cli
 from tests.support.dam_tiny import (
     config,
     plan_of,
@@ -493,12 +494,7 @@ def test_the_first_pattern_that_matches_counts() -> None:
 def test_the_command_line(models: Path, tmp_path: Path) -> None:
     """Plain lines in a log, and exit code 5 at the gate."""
     recipe = recipe_of(models, learning_rate=0.0, max_steps=2)
-    command = [sys.executable, "-m", "merge_cli"]
-    done = subprocess.run(
-        [*command, "run", "--require-improvement", "--threads", "1", str(recipe),
-         str(tmp_path / "out")],
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+    done = cli("run", "--require-improvement", "--threads", "1", recipe, tmp_path / "out")
     assert done.returncode == 5, done.stderr
     assert "Gate error: held-out KL" in done.stderr
     assert "train 2/2 steps: loss" in done.stderr

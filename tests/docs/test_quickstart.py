@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
+from tests.support.command import cli
 from tests.support.documents import blocks, commands_of
 from tests.support.paths import ROOT
 
@@ -31,10 +30,7 @@ def test_its_commands_work(tmp_path: Path, zoo: Path) -> None:
         "analyze", "init", "plan", "run", "run", "compare", "evaluate", "run", "push",
     ]  # fmt: skip
     for command in commands:
-        done = subprocess.run(
-            [sys.executable, "-m", "merge_cli", *shlex.split(command)[1:]],
-            cwd=tmp_path, capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
+        done = cli(*shlex.split(command)[1:], cwd=tmp_path)
         assert done.returncode == 0, f"{command}\n{done.stderr}"
     assert (tmp_path / "out" / "searched" / "model.safetensors").exists()
     assert 'model_id = "your-name/changes"' in done.stdout

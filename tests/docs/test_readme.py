@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.command import cli
 from tests.support.documents import README, blocks, commands_of
 from tests.support.paths import ROOT
 
@@ -35,9 +36,8 @@ def test_commands_and_code(checkout: Path) -> None:
     assert len(commands) >= 2
     for command in commands:
         arguments = shlex.split(command)[1:]
-        subprocess.run(
-            [sys.executable, "-m", "merge_cli", *arguments], cwd=checkout, check=True, timeout=120
-        )
+        done = cli(*arguments, cwd=checkout)
+        assert done.returncode == 0, done.stderr
     (code,) = blocks("python")
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=checkout, capture_output=True, text=True, timeout=300

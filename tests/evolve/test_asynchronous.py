@@ -24,7 +24,6 @@ from merge_cli.recipe.search import Search
 from merge_cli.system.records import read_lines, seal
 from merge_cli.system.workspace import MARK
 from tests.support.evolve_tiny import journal, run_search, write_family, write_search
-from tests.support.paths import ROOT
 
 OPTIMIZERS = ["cma-es", "random", "tpe"]
 
@@ -249,28 +248,3 @@ def test_constraints_compare_on_the_same_rows(
         return evaluate(folder / "base", [task], device="cpu", seed=3).tasks["a"].value
 
     assert seen == {(0.5, on(2)), (1.0, on(4))}
-
-
-def test_ray_says_what_goes_wrong_in_an_actor(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ray = pytest.importorskip("ray")
-    from merge_cli.evolve import workers as evolve_workers
-
-    class Broken:
-        def __init__(self, setup: object) -> None:
-            pass
-
-        def answer(self, job: EvaluationJob) -> EvaluationOutcome:
-            raise ValueError("no such thing")
-
-    monkeypatch.setattr(evolve_workers, "_Actor", Broken)
-    paths = str(ROOT)
-    monkeypatch.setenv("PYTHONPATH", paths)
-    recipe = write_search(folder, {"engine": "ray", "failures": 2, "evaluations": 4})
-    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, configure_logging=False)
-    try:
-        with pytest.raises(Exception, match="in its actor: ValueError: no such thing"):
-            run_search(recipe, folder / "out")
-    finally:
-        ray.shutdown()

@@ -1,49 +1,58 @@
-"""Actors of a real Ray on this machine: two workers, of which one is killed in the middle."""
+"""Actors of a real Ray on this machine: one that is killed in the middle, one that is broken."""
 
 from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from merge_cli.evolve import workers
+from merge_cli.evolve.evaluator import EvaluationJob, EvaluationOutcome
+from merge_cli.evolve.workers import RayWorkers
 from tests.support.evolve_tiny import journal, run_search, write_family, write_search
 from tests.support.paths import ROOT
 
 ray = pytest.importorskip("ray")
+pytestmark = pytest.mark.filterwarnings("default")  # Ray's own
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("default")  # Ray's own
-def test_a_lost_actor_is_replaced_and_nothing_changes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("MERGE_CLI_CACHE", str(tmp_path / "cache"))
-    write_family(tmp_path)
-    one = run_search(write_search(tmp_path, {"evaluations": 8}), tmp_path / "one")
-    # What actors import, they find where this process does.
-    paths = str(ROOT)
-    monkeypatch.setenv("PYTHONPATH", paths)
-    killed: list[int] = []
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
-    try:
-        from merge_cli.evolve.workers import RayWorkers
-
-        run = RayWorkers.run
-
-        def killing(self: RayWorkers, jobs: object) -> object:
-            for number, outcome in enumerate(run(self, jobs)):  # type: ignore[arg-type]
-                yield outcome
-                if number == 1 and not killed and self._idle:
-                    killed.append(ray.get(self._idle[-1].pid.remote()))
-                    os.kill(killed[0], signal.SIGKILL)
-
-        monkeypatch.setattr(RayWorkers, "run", killing)
-        recipe = write_search(tmp_path, {"evaluations": 8, "engine": "ray", "workers": 2})
-        two = run_search(recipe, tmp_path / "two")
-    finally:
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    """Ray with room for two actors; what they import, they find where this process does."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT))
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
+        yield
         ray.shutdown()
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MERGE_CLI_CACHE", str(tmp_path / "cache"))
+    return write_family(tmp_path)
+
+
+def test_a_lost_actor_is_replaced_and_nothing_changes(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = run_search(write_search(folder, {"evaluations": 8}), folder / "one")
+    run = RayWorkers.run
+    killed: list[int] = []
+
+    def killing(self: RayWorkers, jobs: Any) -> Iterator[EvaluationOutcome]:
+        for number, outcome in enumerate(run(self, jobs)):
+            yield outcome
+            if number == 1 and not killed and self._idle:
+                killed.append(ray.get(self._idle[-1].pid.remote()))
+                os.kill(killed[0], signal.SIGKILL)
+
+    monkeypatch.setattr(RayWorkers, "run", killing)
+    recipe = write_search(folder, {"evaluations": 8, "engine": "ray", "workers": 2})
+    two = run_search(recipe, folder / "two")
     assert killed
     assert not any(one["error"] for one in two.record["history"])
     assert two.text == one.text
@@ -52,3 +61,19 @@ def test_a_lost_actor_is_replaced_and_nothing_changes(
         return sorted(journal(path / "journal.jsonl")[1:], key=lambda x: (x["kind"], x["number"]))
 
     assert by_place(two.folder.path) == by_place(one.folder.path)
+
+
+def test_ray_says_what_goes_wrong_in_an_actor(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Broken:
+        def __init__(self, setup: object) -> None:
+            pass
+
+        def answer(self, job: EvaluationJob) -> EvaluationOutcome:
+            raise ValueError("no such thing")
+
+    monkeypatch.setattr(workers, "_Actor", Broken)
+    recipe = write_search(folder, {"engine": "ray", "failures": 2, "evaluations": 4})
+    with pytest.raises(Exception, match="in its actor: ValueError: no such thing"):
+        run_search(recipe, folder / "out")

@@ -17,7 +17,7 @@ from typing import Any
 
 from tests.support.paths import ROOT
 
-_TIMEOUT = 120
+_TIMEOUT = 300
 _READ_WHILE_RUNNING = ("MERGE_CLI_", "PYTEST_")  # the rest, libraries may read when imported
 
 
