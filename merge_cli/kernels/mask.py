@@ -14,8 +14,8 @@ implementations must agree bit for bit:
 
 The mix is a three-round integer hash (constants from Wellons' hash prospector), keyed before the
 first two. The third round is needed: without it, elements that are a multiple of 64 apart (rows of
-a matrix) are correlated by up to 0.04, which `tests/methods/test_oracles.py` would see. All 32 bits are
-compared, so density 0.53 means 0.53.
+a matrix) are correlated by up to 0.04, which `tests/methods/test_oracles.py` would see. All 32
+bits are compared, so density 0.53 means 0.53.
 """
 
 from __future__ import annotations

@@ -7,8 +7,6 @@ import json
 import os
 import pty
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -255,15 +253,11 @@ def test_questions_are_asked_until_they_are_answered() -> None:
 def on_terminal(folder: Path, answers: str, *arguments: str) -> tuple[int, str]:
     """Run `init` on a terminal of its own and type the answers."""
     master, slave = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "merge_cli", "init", *arguments],
-        cwd=folder, stdin=slave, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-    os.close(slave)
     os.write(master, answers.encode())
-    out, _ = process.communicate(timeout=120)
+    done = cli("init", *arguments, cwd=folder, stdin=slave)
+    os.close(slave)
     os.close(master)
-    return process.returncode, out
+    return done.returncode, done.stdout + done.stderr
 
 
 def test_on_a_terminal(family: Family) -> None:

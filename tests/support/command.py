@@ -26,11 +26,11 @@ def cli(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
 
     Args:
         arguments: what follows `merge-cli`.
-        options: of `subprocess.run`. With any but `cwd` and `input`, the process starts from
+        options: of `subprocess.run`. With any but `cwd`, `input` and `stdin` it starts from
             nothing; else it is a fork of one that has imported torch already.
     """
     words = [str(argument) for argument in arguments]
-    if options.keys() <= {"cwd", "input"}:
+    if options.keys() <= {"cwd", "input", "stdin"}:
         server = fork_server()
         if server.serves(os.environ):
             return server.run(words, **options)
@@ -72,7 +72,11 @@ class ForkServer:
         return _fixed(environment) == self._environment
 
     def run(
-        self, arguments: list[str], cwd: str | Path | None = None, input: str = ""
+        self,
+        arguments: list[str],
+        cwd: str | Path | None = None,
+        input: str = "",
+        stdin: int | None = None,
     ) -> subprocess.CompletedProcess[str]:
         request = {"arguments": arguments, "folder": str(cwd or Path.cwd()),
                    "environment": dict(os.environ)}  # fmt: skip
@@ -83,7 +87,7 @@ class ForkServer:
         ):
             given.write(input)
             given.seek(0)
-            streams = [file.fileno() for file in (given, out, err)]
+            streams = [given.fileno() if stdin is None else stdin, out.fileno(), err.fileno()]
             socket.send_fds(self._socket, [json.dumps(request).encode()], streams)
             code = self._wait(arguments)
             out.seek(0)
