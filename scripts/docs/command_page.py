@@ -39,12 +39,13 @@ def command_page() -> str:
 
 
 def _usage(name: str, command: Any) -> str:
-    arguments = [
-        one.metavar or (one.name.upper() if one.required else f"[{one.name.upper()}]")
-        for one in command.params
-        if one.param_type_name == "argument"
-    ]
+    arguments = [_argument(one) for one in command.params if one.param_type_name == "argument"]
     return " ".join(["merge-cli", name, *arguments, "[OPTIONS]"])
+
+
+def _argument(argument: Any) -> str:
+    name = (argument.metavar or argument.name.upper()) + "..." * (argument.nargs != 1)
+    return name if argument.required else f"[{name}]"
 
 
 def _row(option: Any) -> str:
