@@ -90,8 +90,8 @@ def _merge_stages(
     from merge_cli.dam.distributed import launched
 
     if launched() > 1:
-        what = "several processes cannot share the stages of a recipe"
-        raise UsageError(what, hint="Run the stages that do not learn first, by themselves.")
+        message = "several processes cannot share the stages of a recipe"
+        raise UsageError(message, hint="Run the stages that do not learn first, by themselves.")
     kind, stages = choose_device(options.device).kind, decided.stages
     keys = {name: work_key(stage, kind, options.statistics) for name, stage in stages.items()}
     results = unused(decided)
@@ -160,16 +160,18 @@ def _merge(
 
         plain = decided
         decided = calibrate(plain, options, show, lambda: check_target(plain, target, options))
-    found = None
+    result = None
     if decided.recipe.searches:
         from merge_cli.evolve.run import search
 
         check_target(decided, target, options)
-        found = search(decided, target, options, show=show, require_improvement=require_improvement)
-        decided = make_plan(found.recipe, shard_size=decided.shard_size)
+        result = search(
+            decided, target, options, show=show, require_improvement=require_improvement
+        )
+        decided = make_plan(result.recipe, shard_size=decided.shard_size)
 
     def finish(of: Plan, prints: tuple[str, ...], outcome: MergeStats, folder: Path) -> None:
-        extra = found.attachments if found is not None else {}
+        extra = result.attachments if result is not None else {}
         report.update(
             write_reports(
                 of,
@@ -178,7 +180,7 @@ def _merge(
                 folder,
                 target.absolute(),
                 record,
-                search=found.record if found is not None else None,
+                search=result.record if result is not None else None,
                 attachments=extra,
                 stages=stages,
                 card=options.model_card,
@@ -189,8 +191,8 @@ def _merge(
     if learned is not None:
         learned.folder.discard()
         learned.world.close()
-    if found is not None:
-        found.folder.discard()
+    if result is not None:
+        result.folder.discard()
     if not report:  # published by a process that was killed before it could say so
         report.update(json.loads((path / "merge_report.json").read_text(encoding="utf-8")))
     return MergeResult(path, report)
@@ -281,8 +283,10 @@ def compare(
     spec = tasks if isinstance(tasks, EvalSpec) else as_spec(tasks)
     read = read_gates(gates, no_worse, spec.tasks)
     references = [gate.reference for gate in read if gate.reference]
-    found = compare_recipes(recipes, spec, out, references=references, options=options, show=show)
-    return ComparisonResult(Path(out), found, write_comparison(found, Path(out)), found.unmet(read))
+    result = compare_recipes(recipes, spec, out, references=references, options=options, show=show)
+    return ComparisonResult(
+        Path(out), result, write_comparison(result, Path(out)), result.unmet(read)
+    )
 
 
 def comparison_spec(

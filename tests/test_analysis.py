@@ -22,7 +22,7 @@ from test_staging import StrictTransfers
 from tiny import Family, Tensors, llama_config, llama_family, llama_tensors, write_model
 
 import merge_cli
-from merge_cli.analysis import survey
+from merge_cli.analysis import measure as survey
 from merge_cli.analysis.advice import recipe_text
 from merge_cli.analysis.differences import config_differences
 from merge_cli.analysis.measure import TOP_SHARE, effective_rank, sample_positions
@@ -288,7 +288,7 @@ def test_staged_lanes_find_the_same(family: Family, monkeypatch: pytest.MonkeyPa
     def staged(files: Files, *_: Any) -> Any:
         return lambda number: StagedWorker(files, StrictTransfers(), BLOCK_MULTIPLE)
 
-    monkeypatch.setattr(survey, "lane_maker", staged)
+    monkeypatch.setattr(survey, "worker_factory", staged)
     assert numbers(of_family(family)) == plain
 
 

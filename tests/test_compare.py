@@ -18,7 +18,7 @@ import pytest
 from test_failures import cli, failed
 
 import merge_cli
-from merge_cli.comparison import energy
+from merge_cli.comparison import cost as energy
 from merge_cli.comparison.cost import CostLog, MergeCost
 from merge_cli.comparison.entries import EntryNames
 from merge_cli.comparison.files import comparison_record

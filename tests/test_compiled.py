@@ -16,7 +16,8 @@ from tiny import Family, merge
 
 import merge_cli
 from merge_cli.engine import device
-from merge_cli.kernels import compiled, cut, elect, mask, measure, reduce
+from merge_cli.kernels import compiled, cut, elect, mask, reduce
+from merge_cli.kernels import measures as measure
 from merge_cli.kernels.convert import decode, decode_rows, encode, encode_into
 from merge_cli.kernels.cut import MagnitudeThreshold
 

@@ -20,7 +20,7 @@ def crash(
 ) -> subprocess.CompletedProcess[str]:
     """`merge-cli plan` in which the planner raises that."""
     code = (
-        "import sys\nfrom merge_cli.engine import stages\n"
+        "import sys\nfrom merge_cli.planning import stages\n"
         f"def broken(*_, **__):\n    {raised}\n"
         "stages.plan_recipe = broken\n"
         "from merge_cli.cli import main\nsys.argv[0] = 'merge-cli'\nmain()\n"

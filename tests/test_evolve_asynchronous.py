@@ -253,7 +253,7 @@ def test_ray_says_what_goes_wrong_in_an_actor(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ray = pytest.importorskip("ray")
-    from merge_cli.evolve import ray_workers
+    from merge_cli.evolve import workers as ray_workers
 
     class Broken:
         def __init__(self, setup: object) -> None:

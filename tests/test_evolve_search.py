@@ -41,7 +41,7 @@ from merge_cli.errors import (
 from merge_cli.evaluation.live import load
 from merge_cli.evaluation.run import evaluate_source
 from merge_cli.evaluation.spec import EvalSpec
-from merge_cli.evolve import candidate as candidate_module
+from merge_cli.evolve import evaluator as candidate_module
 from merge_cli.evolve import evaluator as evaluator_module
 from merge_cli.evolve.evaluator import MergeableModel
 from merge_cli.evolve.journal import SearchWorkspace
@@ -131,8 +131,8 @@ def test_where_the_sources_wait_changes_no_bit(
         return lane
 
     place = resident.SourcesInMemory(residency, "for the test", 0)  # type: ignore[arg-type]
-    monkeypatch.setattr(candidate_module, "choose_place", lambda *about: place)
-    monkeypatch.setattr(merger, "resident_lanes", lanes)
+    monkeypatch.setattr(candidate_module, "choose_residency", lambda *about: place)
+    monkeypatch.setattr(merger, "in_memory_workers", lanes)
     if residency == "device":
         monkeypatch.setattr(merger, "arithmetic_for", lambda *about: ("torch", ""))
     recipes = []

@@ -346,7 +346,7 @@ def test_the_command(tmp_path: Path) -> None:
 
 
 def test_threads_are_as_many_as_there_is_memory_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    from merge_cli.adapters import threads
+    from merge_cli.adapters import factors as threads
 
     monkeypatch.setattr(threads, "usable_cores", lambda: 64)
     monkeypatch.setattr(threads, "free_memory", lambda: 16e9)

@@ -13,7 +13,7 @@ from test_engine import digest, interrupt, write_recipe
 from tiny import Family, llama_config, merge, read_model, write_model
 
 import merge_cli
-from merge_cli.checkpoint import stamps
+from merge_cli.checkpoint import fingerprint as stamps
 from merge_cli.engine import inputs, journal
 from merge_cli.engine.inputs import Inputs
 from merge_cli.engine.journal import Journal

@@ -19,7 +19,7 @@ SLEEPER = "import pathlib, os, sys, time; pathlib.Path(sys.argv[1]).write_text(s
 STUCK = "import time; time.sleep(60)\n"
 PARENT = """
 import sys
-from merge_cli import lifeline
+from merge_cli.system import processes as lifeline
 with lifeline.child("sleeper", [sys.argv[1]]) as process:
     process.wait()
 """
@@ -50,7 +50,7 @@ def wait_for(file: Path) -> int:
 @pytest.mark.parametrize("kernel", [True, False])
 def test_killed_with_its_parent(tmp_path: Path, kernel: bool) -> None:
     """By the kernel's signal, and where there is none (macOS) by the pipe."""
-    without = "" if kernel else "from merge_cli import lifeline\n"
+    without = "" if kernel else "from merge_cli.system import processes as lifeline\n"
     (tmp_path / "sleeper.py").write_text(without + SLEEPER + STUCK)
     if not kernel:
         (tmp_path / "sitecustomize.py").write_text("import sys\nsys.platform = 'other'\n")
@@ -69,8 +69,8 @@ def test_killed_with_its_parent(tmp_path: Path, kernel: bool) -> None:
 COMPARING = """
 import sys
 from pathlib import Path
-from merge_cli.comparison.cost import Ledger, run_merge
-run_merge(Path(sys.argv[1]), Path(sys.argv[2]), [], Ledger(Path(sys.argv[3])))
+from merge_cli.comparison.cost import CostLog, run_merge
+run_merge(Path(sys.argv[1]), Path(sys.argv[2]), [], CostLog(Path(sys.argv[3])))
 """
 
 

@@ -263,7 +263,7 @@ def test_blocks_units_threads_and_arithmetic_change_no_bit(
     if get_method(case.partition(" ")[0]).any_array:
         monkeypatch.undo()
         monkeypatch.setattr(device, "choose_arithmetic", lambda plan: ("torch", "asked for"))
-        from merge_cli.engine import workers
+        from merge_cli.engine import pool as workers
 
         monkeypatch.setattr(workers, "choose_arithmetic", lambda plan: ("torch", "asked for"))
         plain = merge(recipe, tmp_path / "torch", threads=2)

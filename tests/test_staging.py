@@ -11,7 +11,9 @@ import torch
 from test_engine import RECIPES, digest, write_recipe
 from tiny import Family, llama_config, llama_tensors, merge, write_model
 
-from merge_cli.engine import loop, staging, workers
+from merge_cli.engine import device_worker as staging
+from merge_cli.engine import loop
+from merge_cli.engine import pool as workers
 from merge_cli.engine.device_worker import StagedWorker
 from merge_cli.engine.worker_context import Files
 
@@ -67,7 +69,7 @@ def lanes(monkeypatch: pytest.MonkeyPatch) -> list[StagedWorker]:
 
         return lane
 
-    monkeypatch.setattr(loop, "lane_maker", factory)
+    monkeypatch.setattr(loop, "worker_factory", factory)
     monkeypatch.setattr(workers, "choose_arithmetic", lambda plan: ("torch", "a fake device"))
     return made
 

@@ -69,11 +69,11 @@ def _joined(experts: list[Factors | None], shape: tuple[int, int]) -> tuple[Any,
     import numpy as np
 
     count = len(experts)
-    rank = max((one.rank for one in experts if one is not None), default=1)
+    rank = max((expert.rank for expert in experts if expert is not None), default=1)
     a = np.zeros((count, rank, shape[1]), np.float32)
     b = np.zeros((shape[0], rank, count), np.float32)
-    for i, one in enumerate(experts):
-        if one is not None:
-            a[i, : one.rank] = one.right
-            b[:, : one.rank, i] = one.left
+    for i, item in enumerate(experts):
+        if item is not None:
+            a[i, : item.rank] = item.right
+            b[:, : item.rank, i] = item.left
     return a.reshape(count * rank, shape[1]), b.reshape(shape[0], rank * count), rank

@@ -237,8 +237,8 @@ class _Selection:
         """Whether a matrix that these tensors make gets factors."""
         if any(matches(pattern, name) for pattern in self.exclude for name in names):
             return False
-        wanted = (matches(pattern, name) for pattern in self.include for name in names)
-        return not self.include or any(wanted)
+        requested = (matches(pattern, name) for pattern in self.include for name in names)
+        return not self.include or any(requested)
 
     def factors(self, task: TensorTask, seat: ModuleParameter | None) -> bool:
         """Whether its change becomes factors."""
@@ -252,10 +252,10 @@ def _experts(
     skeleton: ModuleMap, tasks: Mapping[str, TensorTask], choice: _Selection
 ) -> list[AdapterPart]:
     """Matrices of experts that get factors: all of a parameter's, or none."""
-    found = skeleton.experts({name: task.shape for name, task in tasks.items()})
+    result = skeleton.experts({name: task.shape for name, task in tasks.items()})
     kept = [
         parts
-        for parts in found.values()
+        for parts in result.values()
         if not choice.turned and all(choice.takes(part.tensors) for part in parts)
     ]
     return [part for parts in kept for part in parts]
@@ -271,9 +271,9 @@ def _change_of_expert(part: AdapterPart, tasks: Mapping[str, TensorTask], read: 
         assert task.base is not None
         height, width = task.shape[-2:]
         start = (part.index or 0) * height * width
-        own = read_numbers(read, task.operands[0], start, height * width)
-        own -= read_numbers(read, task.base, start, height * width)
-        changes.append(own.reshape(height, width))
+        numbers = read_numbers(read, task.operands[0], start, height * width)
+        numbers -= read_numbers(read, task.base, start, height * width)
+        changes.append(numbers.reshape(height, width))
     whole = np.concatenate(changes)
     return np.ascontiguousarray(whole.T) if part.turned else whole
 

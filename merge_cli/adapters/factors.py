@@ -88,8 +88,8 @@ def factorise(matrix: Any, cut: RankTruncation, device: str = "cpu") -> Factors 
     other = torch.cat([basis.T @ part.double() for part in _columns(full)], 1)
     share = min(1.0, float(other.square().sum()) / squares)
     root = other.norm(dim=1).clamp_min(torch.finfo(torch.float64).tiny).sqrt()
-    found = Factors(_plain(basis * root), _plain(other / root[:, None]), share, squares)
-    return found.turned if tall else found
+    result = Factors(_plain(basis * root), _plain(other / root[:, None]), share, squares)
+    return result.turned if tall else result
 
 
 def recombine(lefts: Any, rights: Any, cut: RankTruncation) -> Factors | None:
@@ -117,9 +117,9 @@ def _basis(full: Any, cut: RankTruncation, squares: float) -> Any:
     """The leading left singular vectors, as many as wanted, float64."""
     import torch
 
-    wanted = (cut.rank or len(full)) + _SPARE
-    if cut.energy is None and _FEW * wanted <= len(full):
-        return _subspace(full, wanted)[:, : cut.rank]
+    requested = (cut.rank or len(full)) + _SPARE
+    if cut.energy is None and _FEW * requested <= len(full):
+        return _subspace(full, requested)[:, : cut.rank]
     gram = torch.zeros(len(full), len(full), dtype=torch.float64, device=full.device)
     for part in _columns(full):
         wide = part.double()

@@ -190,7 +190,7 @@ def extraction_card(plan: Plan, result: ExtractedAdapter, cut: RankTruncation) -
     """Of a fine-tune's change."""
     base, tuned = (plan.sources[i] for i in (plan.base or 0, plan.operands[0]))
     front: dict[str, Any] = {}
-    named = [one.repo_id for one in repositories(base)]
+    named = [repository.repo_id for repository in repositories(base)]
     if named:
         front |= {"base_model": named[0], "base_model_relation": "adapter"}
     licences = {str(card.get("license")) for card in source_cards(tuned) if card.get("license")}

@@ -55,7 +55,7 @@ def merge_adapters(
     prints = verified_fingerprints(plan)
     output = plan.recipe.output
     cut = RankTruncation(rank_of(plan), output.energy if output else None)
-    adapters = [one.adapter for one in plan.sources if one.adapter is not None]
+    adapters = [source.adapter for source in plan.sources if source.adapter is not None]
     turned = bool(adapters[0].config.get("fan_in_fan_out"))
     looked_up = {name for adapter in adapters for name in embeddings_of(adapter)}
     makers = _sums if plan.method.name in LINEAR else _matrices
@@ -70,7 +70,7 @@ def merge_adapters(
         reading() as read,
     ):
         writer = AdapterFolder(folder, turned=turned)
-        places = {name: place for one in adapters for name, place in experts_of(one).items()}
+        places = {name: place for item in adapters for name, place in experts_of(item).items()}
         stacks = ExpertStacks(writer, places)
         held: dict[str, Factors] = {}
         try:
@@ -107,13 +107,13 @@ def _sums(
 
     for task in plan.tasks:
         lefts, rights = [], []
-        for one, coefficient in zip(task.operands, _coefficients(plan, task), strict=True):
-            if isinstance(one, LowRank) and coefficient:
-                left, right = one.factors(read)
+        for item, coefficient in zip(task.operands, _coefficients(plan, task), strict=True):
+            if isinstance(item, LowRank) and coefficient:
+                left, right = item.factors(read)
                 if not (np.isfinite(left).all() and np.isfinite(right).all()):
-                    what = "NaN or Inf among its factors"
-                    raise NonFiniteError(what, model=one.model, tensor=task.name)
-                lefts.append(left.astype(np.float64) * (one.scale * coefficient))
+                    message = "NaN or Inf among its factors"
+                    raise NonFiniteError(message, model=item.model, tensor=task.name)
+                lefts.append(left.astype(np.float64) * (item.scale * coefficient))
                 rights.append(right.astype(np.float64))
         if not lefts:
             yield task, None
@@ -129,10 +129,10 @@ def _coefficients(plan: Plan, task: TensorTask) -> list[float]:
     rows = list(np.eye(count, dtype=np.float32))
     block = Block(np.zeros(count, np.float32), rows, Span(task.name, 0, plan.recipe.seed, task.ids))
     method = plan.method
-    found = method.function(
+    result = method.function(
         **operands_of(block, method.supplied), **arguments(method, task.parameters)
     )
-    return [float(value) for value in found]
+    return [float(value) for value in result]
 
 
 def _matrices(
@@ -164,7 +164,7 @@ def _matrices(
 def _config(
     plan: Plan, writer: AdapterFolder, adapters: list[Adapter], turned: bool
 ) -> dict[str, Any]:
-    kinds = {one.config.get("task_type") for one in adapters}
+    kinds = {adapter.config.get("task_type") for adapter in adapters}
     named = _as_written(plan).recipe.base_model
     revisions = {one.config.get("revision") for one in adapters}
     return adapter_config(
@@ -174,7 +174,7 @@ def _config(
         turned=turned,
         task_type=kinds.pop() if len(kinds) == 1 else None,
         parameters=writer.parameters,
-        version=next((str(v) for one in adapters if (v := one.config.get("peft_version"))), None),
+        version=next((str(v) for item in adapters if (v := item.config.get("peft_version"))), None),
     )
 
 
@@ -188,7 +188,7 @@ def _as_written(plan: Plan) -> Plan:
 def _report(
     plan: Plan, prints: tuple[str, ...], held: dict[str, Factors], size: int, text: str
 ) -> dict[str, Any]:
-    squares = sum(one.squares for one in held.values())
+    squares = sum(item.squares for item in held.values())
     kept = sum(one.share * one.squares for one in held.values())
     return {
         "merge_cli": version("merge-cli"),

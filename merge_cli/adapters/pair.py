@@ -41,8 +41,8 @@ def plan_pair(model: str, base: str) -> Plan:
     try:
         return make_plan(recipe)
     except MismatchError as error:
-        what = "the fine-tune does not fit the base"
-        raise MismatchError(list(_without_recipe(error.problems)), what) from error
+        message = "the fine-tune does not fit the base"
+        raise MismatchError(list(_without_recipe(error.problems)), message) from error
 
 
 def _without_recipe(problems: Sequence[Problem]) -> Iterator[Problem]:
@@ -114,11 +114,11 @@ class ModuleMap:
             stored: their shapes.
         """
         parameters = dict(self._net.named_parameters(remove_duplicate=False))
-        found = {}
+        result = {}
         for name, own in by_name(stored, parameters).items():
             module, _, parameter = own.rpartition(".")
-            found[name] = ModuleParameter(module, parameter, _kind(self._modules[module]))
-        return found
+            result[name] = ModuleParameter(module, parameter, _kind(self._modules[module]))
+        return result
 
     def experts(self, stored: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[AdapterPart, ...]]:
         """Parameters that hold all experts of a layer, and the stored tensors that make them.
@@ -129,7 +129,7 @@ class ModuleMap:
         Returns:
             by the parameter's name, for each expert the tensors whose rows are its matrix.
         """
-        found: dict[str, tuple[AdapterPart, ...]] = {}
+        result: dict[str, tuple[AdapterPart, ...]] = {}
         known = by_name(stored, dict(self._net.named_parameters(remove_duplicate=False)))
         together = {own: name for name, own in known.items()}
         for name, parameter in self._net.named_parameters(remove_duplicate=False):
@@ -141,17 +141,17 @@ class ModuleMap:
             shape = (columns, rows) if turned else (rows, columns)
             places = [ExpertPosition(module, last, i, count, shape) for i in range(count)]
             if name in together:
-                found[name] = tuple(
+                result[name] = tuple(
                     AdapterPart(p, (together[name],), p.expert, turned) for p in places
                 )
                 continue
             single = _single(module, last, stored, count)
-            heights = sum(stored[one][0] for one in single[0]) if single else 0
+            heights = sum(stored[item][0] for item in single[0]) if single else 0
             if single and not turned and heights == rows:
-                found[name] = tuple(
+                result[name] = tuple(
                     AdapterPart(place, names) for place, names in zip(places, single, strict=True)
                 )
-        return found
+        return result
 
     @property
     def task_type(self) -> str | None:
@@ -169,9 +169,9 @@ def _single(
     """For each expert the tensors that are stored for it, in the order of their rows."""
     for inside in (module, module.replace(".mlp.", ".block_sparse_moe.")):
         for names in SINGLE[parameter]:
-            found = [tuple(f"{inside}.{i}.{name}.weight" for name in names) for i in range(count)]
-            if all(name in stored for one in found for name in one):
-                return found
+            result = [tuple(f"{inside}.{i}.{name}.weight" for name in names) for i in range(count)]
+            if all(name in stored for item in result for name in item):
+                return result
     return []
 
 
@@ -185,9 +185,9 @@ def _build(source: Source) -> Any:
     try:
         return empty_model(config)
     except UnknownClass as error:
-        what = f"transformers cannot tell what its modules are: {error}"
+        message = f"transformers cannot tell what its modules are: {error}"
         hint = "PEFT loads adapters of models that transformers has a class for."
-        raise SourceError(what, model=source.label, hint=hint) from error
+        raise SourceError(message, model=source.label, hint=hint) from error
 
 
 def _kind(module: Any) -> Kind:

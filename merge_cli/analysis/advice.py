@@ -39,8 +39,8 @@ def advise(found: Evidence, verdicts: Sequence[Finding], recipe: Recipe) -> Advi
     """
     total = found.total
     if total is None or found.problems:
-        what = "They do not fit one another; make them fit first, or leave out the odd one."
-        return Advice(what)
+        message = "They do not fit one another; make them fit first, or leave out the odd one."
+        return Advice(message)
     kept = _kept(found, verdicts)
     if len(kept) < 2 and (found.base is None or not kept):
         return Advice(
@@ -259,7 +259,7 @@ def recipe_text(analysis: Analysis, folder: Path) -> str:
     if advice.recipe is None:
         problems = [Problem(line) for line in analysis.problems]
         raise MismatchError(problems, f"no recipe was written: {advice.summary}")
-    commits = {one.reference: one.revision for one in analysis.files if one.revision}
+    commits = {file.reference: file.revision for file in analysis.files if file.revision}
     about = ["A first recipe, suggested by merge-cli analyze from the weights alone."]
     return advice_text(advice, advice.recipe, about, folder, commits)
 
@@ -276,9 +276,12 @@ def advice_text(
     """
     lines = [
         *about,
-        *(f"{one.method}: {one.reason} ({one.source})" for one in advice.suggestions[:1]),
+        *(
+            f"{suggestion.method}: {suggestion.reason} ({suggestion.source})"
+            for suggestion in advice.suggestions[:1]
+        ),
         *advice.comments,
-        *(f"Also worth trying: {one.method} ({one.source})." for one in advice.suggestions[1:]),
+        *(f"Also worth trying: {item.method} ({item.source})." for item in advice.suggestions[1:]),
         "Compare with the sources on held-out data before you believe it.",
     ]
     wrapped = [part for line in lines for part in textwrap.wrap(line, _WIDTH)]

@@ -118,7 +118,7 @@ def config_differences(sources: Sequence[Source]) -> tuple[KeyDifference, ...]:
     keys = sorted({key for one in flat for key in one})
     found = []
     for key in keys:
-        values = tuple(_text(one[key]) if key in one else ABSENT for one in flat)
+        values = tuple(_text(item[key]) if key in item else ABSENT for item in flat)
         if len(set(values)) > 1:
             found.append(KeyDifference(key, values))
     return tuple(found)

@@ -55,16 +55,16 @@ def findings_of(found: Evidence) -> tuple[Finding, ...]:
 
 
 def _routers(found: Evidence) -> Iterator[Finding]:
-    for one in found.routers:
-        share = one.elsewhere / one.rows
+    for router in found.routers:
+        share = router.elsewhere / router.rows
         if share > PERMUTED:
             text = (
-                f"{one.model} seems to number its experts otherwise: {one.elsewhere} of {one.rows} "
-                f"rows of its routers are nearest to another number (most in {one.example}). "
-                "Experts are merged by number."
+                f"{router.model} seems to number its experts otherwise: {router.elsewhere} of "
+                f"{router.rows} rows of its routers are nearest to another number (most in "
+                f"{router.example}). Experts are merged by number."
             )
             limit = f"more than {PERMUTED:.0%} of router rows nearest to another number"
-            yield Finding("routers", (one.model,), text, limit, True)
+            yield Finding("routers", (router.model,), text, limit, True)
 
 
 def _fit(found: Evidence) -> Iterator[Finding]:
@@ -78,20 +78,20 @@ def _fit(found: Evidence) -> Iterator[Finding]:
             "the same name and shape, or they are quantised."
         )
         yield Finding("mismatch", found.models, text, "names and shapes must be equal", True)
-    for one in found.tokenizers:
-        if one.added and not (one.missing or one.renumbered):
+    for tokenizer in found.tokenizers:
+        if tokenizer.added and not (tokenizer.missing or tokenizer.renumbered):
             text = (
-                f"{one.model} adds {one.added:,} tokens to the vocabulary: their rows mean "
-                "something in this model alone."
+                f"{tokenizer.model} adds {tokenizer.added:,} tokens to the vocabulary: their rows "
+                "mean something in this model alone."
             )
-            yield Finding("added_tokens", (one.model,), text, "token by token")
-        elif one.tokens_differ:
+            yield Finding("added_tokens", (tokenizer.model,), text, "token by token")
+        elif tokenizer.tokens_differ:
             text = (
-                f"{one.model} has another vocabulary: {one.missing:,} tokens missing, "
-                f"{one.added:,} added, {one.renumbered:,} with another number. Rows of its "
-                "embedding mean other tokens."
+                f"{tokenizer.model} has another vocabulary: {tokenizer.missing:,} tokens missing, "
+                f"{tokenizer.added:,} added, {tokenizer.renumbered:,} with another number. Rows of "
+                "its embedding mean other tokens."
             )
-            yield Finding("vocabulary", (one.model,), text, "token by token", True)
+            yield Finding("vocabulary", (tokenizer.model,), text, "token by token", True)
 
 
 def _identical(found: Evidence) -> Iterator[Finding]:
@@ -223,9 +223,9 @@ def _concentrated(found: Evidence, total: Measures) -> Iterator[Finding]:
 def rank_share(spectra: Sequence[Spectrum], source: int) -> float | None:
     """The median share of directions that hold 99 % of a source's change."""
     shares = [
-        rank / min(one.rows, one.columns)
-        for one in spectra
-        if (rank := one.rank_99[source]) is not None
+        rank / min(item.rows, item.columns)
+        for item in spectra
+        if (rank := item.rank_99[source]) is not None
     ]
     return median(shares) if shares else None
 

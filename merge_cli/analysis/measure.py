@@ -112,8 +112,8 @@ def measure_models(
     finally:
         files.sources.close()
     seconds = time.perf_counter() - began
-    found = tuple(spectrum for spectrum in spectra if spectrum is not None)
-    return Measurements(tuple(sums), found, arithmetic, room.lanes, seconds)
+    result = tuple(spectrum for spectrum in spectra if spectrum is not None)
+    return Measurements(tuple(sums), result, arithmetic, room.lanes, seconds)
 
 
 def _relations(reader: TensorReader, messages: queue.SimpleQueue[Any]) -> Relations:
@@ -174,11 +174,13 @@ def _non_finite(operands: Sequence[Any], task: TensorTask, start: int) -> NonFin
     import numpy as np
 
     marks = [~np.isfinite(v if is_numpy(v) else v.cpu().numpy()) for v in operands]
-    ref, bad = next(found for found in zip(task.operands, marks, strict=True) if found[1].any())
-    what = f"NaN or Inf among its weights (first at element {start + int(bad.argmax())})"
+    ref, bad = next(
+        operand for operand in zip(task.operands, marks, strict=True) if operand[1].any()
+    )
+    message = f"NaN or Inf among its weights (first at element {start + int(bad.argmax())})"
     hint = "No distance to such a model means anything: replace the file."
     file = ref.stored[0].path.name
-    return NonFiniteError(what, model=ref.model, file=file, tensor=ref.name, hint=hint)
+    return NonFiniteError(message, model=ref.model, file=file, tensor=ref.name, hint=hint)
 
 
 SIDE = 256  # rows and columns of a sample, at most

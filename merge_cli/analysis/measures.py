@@ -251,10 +251,10 @@ class GroupSums:
 
     def each(self) -> tuple[Measures, ...]:
         """Every tensor."""
-        found = zip(self._tasks, self._layers, self._kinds, self._sums, strict=True)
+        result = zip(self._tasks, self._layers, self._kinds, self._sums, strict=True)
         return tuple(
             measures_of(sums, task.name, layer=layer, kind=kind, base=self._base)
-            for task, layer, kind, sums in found
+            for task, layer, kind, sums in result
         )
 
     def layers(self) -> tuple[Measures, ...]:
@@ -264,7 +264,9 @@ class GroupSums:
 
     def kinds(self) -> tuple[Measures, ...]:
         """Every kind of module that there is, in the order of `KINDS`."""
-        found = {one.name: one for one in self._added(self._kinds, self._kinds, None, self._kinds)}
+        found = {
+            item.name: item for item in self._added(self._kinds, self._kinds, None, self._kinds)
+        }
         return tuple(found[kind] for kind in KINDS if kind in found)
 
     def cells(self) -> tuple[Measures, ...]:

@@ -76,8 +76,8 @@ def open_model_set(recipe: Recipe) -> ModelSet:
         references = {recipe.base_model: None, **references}
     opened, notes = _open_all(list(references), recipe.folder)
     if len(opened) < 2:
-        what = "there is nothing to compare: one model"
-        raise UsageError(what, hint="Name a base and a model, or two models.")
+        message = "there is nothing to compare: one model"
+        raise UsageError(message, hint="Name a base and a model, or two models.")
     has_base = recipe.base_model is not None
     chosen = list(opened)
     whole = Recipe(

@@ -50,8 +50,8 @@ from merge_cli.system.raw_io import write_error
 
 def render_analysis(analysis: Analysis) -> str:
     """The whole page."""
-    found = analysis.to_json()
-    view = view_of(_statistics(found))
+    result = analysis.to_json()
+    view = view_of(_statistics(result))
     relations = [] if view is None else _relations(analysis, view)
     return render(
         Page(
@@ -159,7 +159,8 @@ def _verdicts(analysis: Analysis) -> Section:
         "are rules of thumb: a reason to look, not a proof."
     )
     lines = [
-        Markup("{} {}").format(one.text, soft(f"({one.threshold})")) for one in analysis.verdicts
+        Markup("{} {}").format(verdict.text, soft(f"({verdict.threshold})"))
+        for verdict in analysis.verdicts
     ]
     problems = items(code(line) for line in analysis.problems[:200])
     folded = count(len(analysis.problems), "problem")
@@ -179,8 +180,10 @@ def _advice(analysis: Analysis) -> Section:
         "well a merged model works. {} writes the first suggestion."
     ).format(code("--write-recipe FILE"))
     lines = [
-        Markup("{}: {} {}").format(strong(one.method), one.reason, soft(f"({one.source})"))
-        for one in analysis.advice.suggestions
+        Markup("{}: {} {}").format(
+            strong(suggestion.method), suggestion.reason, soft(f"({suggestion.source})")
+        )
+        for suggestion in analysis.advice.suggestions
     ]
     settings = items(analysis.advice.comments)
     return section(
@@ -227,14 +230,14 @@ def differences(analysis: Analysis) -> Section:
         Table(["model", "revision", "tensors", "parameters", "size", "stored as (tensors)"], files)
     ]
     if analysis.config:
-        heads = ["config.json", *(one.model for one in analysis.files)]
+        heads = ["config.json", *(file.model for file in analysis.files)]
         parts.append(Table(heads, [[code(one.key), *one.values] for one in analysis.config]))
     else:
         parts.append(Paragraph("The configs say the same."))
-    told = [one for one in analysis.tokenizers if one.differs]
+    told = [tokenizer for tokenizer in analysis.tokenizers if tokenizer.differs]
     if told:
         heads = ["tokenizer", "tokens", "missing", "added", "renumbered", "what else"]
-        parts.append(Table(heads, [_tokenizer(one) for one in told]))
+        parts.append(Table(heads, [_tokenizer(item) for item in told]))
     else:
         parts.append(Paragraph("Tokenizers and chat templates are the same."))
     parts.append(items(analysis.notes))

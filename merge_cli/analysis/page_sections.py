@@ -62,24 +62,24 @@ def kinds(analysis: Analysis, view: RelationsView) -> Section:
 
 def _maps(analysis: Analysis, view: RelationsView) -> list[Part | None]:
     """A heat map for each source, all on one scale."""
-    values = [one.relative_norm or () for one in analysis.cells]
+    values = [cell.relative_norm or () for cell in analysis.cells]
     scale = _share(values, "‖δ‖/‖θ₀‖")
     figures: list[Part | None] = []
     for s, label in enumerate(view.labels[:_MAX_MAPS]):
-        what = f"{label}: ‖δ‖/‖θ₀‖" if len(view.labels) > 1 else "‖δ‖/‖θ₀‖"
-        figures.append(_cells(analysis, view, what, [_at(row, s) for row in values], scale))
+        message = f"{label}: ‖δ‖/‖θ₀‖" if len(view.labels) > 1 else "‖δ‖/‖θ₀‖"
+        figures.append(_cells(analysis, view, message, [_at(row, s) for row in values], scale))
     return figures
 
 
 def _conflicts(analysis: Analysis, view: RelationsView) -> Part | None:
     """Sign conflict by kind and layer, of the elements that several sources change."""
     values = [
-        one.conflict / one.shared if one.shared and one.conflict is not None else None
-        for one in analysis.cells
+        cell.conflict / cell.shared if cell.shared and cell.conflict is not None else None
+        for cell in analysis.cells
     ]
     scale = Scale(lambda v: v, (0, 0.5, 1), percent, "of them")
-    what = "Sign conflict, of the elements that several sources change"
-    return _cells(analysis, view, what, values, scale)
+    message = "Sign conflict, of the elements that several sources change"
+    return _cells(analysis, view, message, values, scale)
 
 
 def _cells(
@@ -88,10 +88,10 @@ def _cells(
     """A heat map of kinds of modules by layers; `values` follow the analysis's cells."""
     if not view.layers:
         return None
-    keys = [(one.name, one.kind) for one in analysis.cells]
-    found = dict(zip(keys, values, strict=True))
+    keys = [(cell.name, cell.kind) for cell in analysis.cells]
+    result = dict(zip(keys, values, strict=True))
     rows: dict[str, Values] = {
-        kind: [found.get((layer["name"], kind)) for layer in view.layers]
+        kind: [result.get((layer["name"], kind)) for layer in view.layers]
         for kind in KINDS
         if any(key[1] == kind for key in keys)
     }
@@ -199,8 +199,8 @@ def ranks(analysis: Analysis, view: RelationsView) -> Section:
         return section("How many directions", how, "No matrix was large enough to sample.")
     rows = [_short_name(one.name) for one in analysis.spectra]
     shares = [
-        [None if r is None else r / min(one.rows, one.columns) for r in one.effective_rank]
-        for one in analysis.spectra
+        [None if r is None else r / min(item.rows, item.columns) for r in item.effective_rank]
+        for item in analysis.spectra
     ]
     averages = [
         f"{label} {percent(value)}"

@@ -63,16 +63,16 @@ def analyze(
     else:
         loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     if loaded.stages:
-        what = "this recipe has several documents: only `run` and `plan` read them"
-        raise UsageError(what, where=loaded.file, hint="Analyze its stages by themselves.")
+        message = "this recipe has several documents: only `run` and `plan` read them"
+        raise UsageError(message, where=loaded.file, hint="Analyze its stages by themselves.")
     if seed is not None:
         loaded = loaded.with_seed(seed)
     chosen = options or MergeOptions()
     device = choose_device(chosen.device)
     subject = open_model_set(loaded)
     fetch_inputs(subject.plan, show)
-    found = measure_models(subject, device, chosen, show)
-    analysis = _analysis(subject, found, device.name)
+    result = measure_models(subject, device, chosen, show)
+    analysis = _analysis(subject, result, device.name)
     return replace(analysis, peak_memory=peak_rss())
 
 
@@ -138,7 +138,7 @@ def _sparsity_where_changed(sums: Sequence[Relations], sources: int) -> tuple[fl
     shares: list[float | None] = []
     for s in range(sources):
         touched = [one for one in sums if one.both[s, s]]
-        count = sum(one.count for one in touched)
+        count = sum(item.count for item in touched)
         changed = sum(int(one.both[s, s]) for one in touched)
         shares.append(float(f"{1 - changed / count:.6g}") if count else None)
     return tuple(shares)

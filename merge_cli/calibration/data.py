@@ -41,14 +41,14 @@ class Examples:
 
     @property
     def tokens(self) -> int:
-        return sum(len(one.ids) for one in self.items)
+        return sum(len(item.ids) for item in self.items)
 
     @property
     def digest(self) -> str:
         """SHA-256 over all tokens: the same data in another file is the same data."""
         state = hashlib.sha256()
-        for one in self.items:
-            state.update(f"{one.first} {len(one.ids)};".encode() + one.ids.tobytes())
+        for item in self.items:
+            state.update(f"{item.first} {len(item.ids)};".encode() + item.ids.tobytes())
         return state.hexdigest()
 
 
@@ -75,7 +75,7 @@ def load_examples(
     random.Random(f"{recipe.seed}:examples").shuffle(mixed)
     length = min(statistics.max_length, context)
     unique = distinct(mixed)
-    found = sequences(
+    result = sequences(
         unique.values(),
         tokenizer,
         length,
@@ -83,9 +83,9 @@ def load_examples(
         start=row_start(tokenizer),
         entries=entries,
     )
-    if not found:
+    if not result:
         raise SourceError("has no token to look at", file=shown(data))
-    return Examples(len(rows), tuple(_ordered(found)), len(rows) - len(unique))
+    return Examples(len(rows), tuple(_ordered(result)), len(rows) - len(unique))
 
 
 def shown(data: Data) -> str:
@@ -102,7 +102,7 @@ def batches_of(examples: Sequence[Example], tokens: int) -> list[Sequence[Exampl
 
     A layer that sees some of the tokens only (an expert) could not tell padding from text.
     """
-    found: list[Sequence[Example]] = []
+    batches: list[Sequence[Example]] = []
     start = 0
     while start < len(examples):
         width = len(examples[start].ids)
@@ -113,9 +113,9 @@ def batches_of(examples: Sequence[Example], tokens: int) -> list[Sequence[Exampl
             and width * (stop + 1 - start) <= tokens
         ):
             stop += 1
-        found.append(examples[start:stop])
+        batches.append(examples[start:stop])
         start = stop
-    return found
+    return batches
 
 
 @dataclass(frozen=True)
@@ -138,20 +138,20 @@ class LinearLayer:
 def parameters_of(net: Any, source: Source) -> dict[str, str]:
     """Stored name -> parameter, for every tensor that is one parameter of the loaded model."""
     stored = {t.name: t.shape for t in source.tensors.values() if isinstance(t, TensorRef)}
-    found: dict[str, str] = {}
+    parameters: dict[str, str] = {}
     taken: set[str] = set()
     for name, parameter in by_name(stored, dict(net.named_parameters())).items():
         if parameter not in taken:
-            found[name] = parameter
+            parameters[name] = parameter
             taken.add(parameter)
-    return found
+    return parameters
 
 
 def stored_parameters(net: Any, source: Source) -> set[str]:
     """Every tensor that is a parameter of a model, which may be empty, or a part of one."""
     names = parameters_of(net, source)
     taken = set(names.values())
-    rest = {name: one for name, one in net.named_parameters() if name not in taken}
+    rest = {name: item for name, item in net.named_parameters() if name not in taken}
     loose = {name: ref.size for name, ref in source.tensors.items() if name not in names}
     filled = filled_layers(rest, loose)
     return set(names) | {name for name in loose if layer_of(name) in filled}

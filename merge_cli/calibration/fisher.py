@@ -50,7 +50,7 @@ def gather_importances(
         if id(seat.parameter) in names:
             places.setdefault(names[id(seat.parameter)], []).append((name, seat))
     sums = _accumulate(live, part, set(places), tell)
-    shapes = {name: tensors[name].shape for own in places.values() for name, _ in own}
+    shapes = {name: tensors[name].shape for place in places.values() for name, _ in place}
     file = writer(shapes, {name: StatisticsEntry(name) for name in shapes})
     totals = {"elements": 0, "zero": 0, "sum": 0.0, "squares": 0.0}
     for parameter, own in places.items():

@@ -57,12 +57,12 @@ def gather_grams(
         with _summing(live, {groups[i][0].module: sums[i] for i in numbers}):
             for batch in batches:
                 _forward(live, batch)
-                done += sum(len(one.ids) for one in batch)
+                done += sum(len(item.ids) for item in batch)
                 tell(done, total)
         for i in numbers:
-            found = sums.pop(i).div_(part.examples.tokens)
-            _need_finite(found, live, groups[i][0])
-            file.put(str(i), found.float().cpu().numpy())
+            result = sums.pop(i).div_(part.examples.tokens)
+            _need_finite(result, live, groups[i][0])
+            file.put(str(i), result.float().cpu().numpy())
     part.about.update(passes=len(batches))
     return file
 
@@ -91,9 +91,9 @@ def _observed(live: LiveModel, layers: Sequence[LinearLayer], example: Example) 
 
 def _need_finite(found: Any, live: LiveModel, layer: LinearLayer) -> None:
     if not math.isfinite(float(found.trace())):  # the sum of all squares
-        what = "what this layer sees is NaN or Inf on some example"
+        message = "what this layer sees is NaN or Inf on some example"
         hint = "Use `dtype: float32` under `statistics:`; are the model's weights finite?"
-        raise NonFiniteError(what, model=live.label, tensor=layer.stored, hint=hint)
+        raise NonFiniteError(message, model=live.label, tensor=layer.stored, hint=hint)
 
 
 def _rounds(groups: Sequence[Group], room: int, least: int | None) -> list[list[int]]:
@@ -101,15 +101,15 @@ def _rounds(groups: Sequence[Group], room: int, least: int | None) -> list[list[
     sizes = [_SUM_BYTES * group[0].width ** 2 for group in groups]
     if least is not None:
         room = min(room, max(1, -(-sum(sizes) // least)))
-    found: list[list[int]] = []
+    result: list[list[int]] = []
     used = 0
     for number, size in enumerate(sizes):
-        if not found or used + size > room:
-            found.append([])
+        if not result or used + size > room:
+            result.append([])
             used = 0
-        found[-1].append(number)
+        result[-1].append(number)
         used += size
-    return found
+    return result
 
 
 def _room(live: LiveModel) -> int:
@@ -150,14 +150,14 @@ def _hooked(live: LiveModel, looking: dict[str, Callable[[str, Any], None]]) -> 
     try:
         yield
     finally:
-        for one in hooks:
-            one.remove()
+        for item in hooks:
+            item.remove()
 
 
 def _forward(live: LiveModel, batch: Sequence[Example]) -> None:
     import torch
 
-    ids = torch.tensor([one.ids for one in batch], device=live.place)
+    ids = torch.tensor([item.ids for item in batch], device=live.place)
     with torch.no_grad():  # inference mode would not count the versions of a tensor
         live.net(input_ids=ids, use_cache=False)
     live.count(ids.numel(), 1)

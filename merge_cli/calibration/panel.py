@@ -109,12 +109,12 @@ def print_calibration(out: Console, decided: CalibrationPlan) -> None:
 
 def print_gathered(out: Console, gathered: Mapping[str, Any]) -> None:
     """What a merge was made with: one line for each source."""
-    for one in gathered["sources"]:
-        zero = f", {one['zero']:.1%} of its importances are 0" if "zero" in one else ""
-        cached = ", from the cache" if one["from_cache"] else ""
+    for item in gathered["sources"]:
+        zero = f", {item['zero']:.1%} of its importances are 0" if "zero" in item else ""
+        cached = ", from the cache" if item["from_cache"] else ""
         out.print(
-            f"[green]✓[/green] looked at {one['tokens']:,} tokens in {one['examples']:,} examples "
-            f"with {escape(one['model'])}{zero}{cached}",
+            f"[green]✓[/green] looked at {item['tokens']:,} tokens in {item['examples']:,} "
+            f"examples with {escape(item['model'])}{zero}{cached}",
             soft_wrap=True,
         )
     of = f"{gathered['means']:,} of {gathered['tensors']:,} merged tensors"

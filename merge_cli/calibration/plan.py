@@ -139,8 +139,10 @@ def plan_calibration(
     tensors = _merged_with(plan, expected)
     if not tensors:
         kinds = "linear layer" if kind == "gram" else "parameter"
-        what = f"no stored tensor is a {kinds} as transformers loads the models: all would be means"
-        raise SourceError(what, model=plan.sources[plan.donor].label, hint="Use `soup` instead.")
+        message = (
+            f"no stored tensor is a {kinds} as transformers loads the models: all would be means"
+        )
+        raise SourceError(message, model=plan.sources[plan.donor].label, hint="Use `soup` instead.")
     weights = sum(p.numel() for p in net.parameters())
     # What is on disk are the same sums: float32 in memory, too, or float64 and rounded at the end.
     sums = (1 if kind == "fisher" else 2) * max(size for size, _ in expected)
@@ -171,14 +173,14 @@ def _verify(recipe: Recipe, parts: Sequence[SourcePart]) -> None:
     recorded = recipe.metadata.get(ORIGIN)
     if not recipe.inputs or not isinstance(recorded, list):
         return
-    for part, one in zip(parts, recorded, strict=False):
+    for part, item in zip(parts, recorded, strict=False):
         if (
-            isinstance(one, Mapping)
-            and one.get("data", part.examples.digest) != part.examples.digest
+            isinstance(item, Mapping)
+            and item.get("data", part.examples.digest) != part.examples.digest
         ):
-            what = "does not give the examples that this recipe was resolved with"
+            message = "does not give the examples that this recipe was resolved with"
             hint = "Restore data and settings, or remove `inputs` from the recipe."
-            raise SourceError(what, file=part.data, hint=hint)
+            raise SourceError(message, file=part.data, hint=hint)
 
 
 def _expected(kind: str, net: Any, source: Source) -> tuple[int, set[str]]:

@@ -36,7 +36,7 @@ def _cost(files: Sequence[StatisticsFile]) -> dict[str, int]:
 
 def _of_file(file: StatisticsFile) -> dict[str, Any]:
     about = file.about
-    found = {
+    result = {
         "examples": about["examples"],
         "tokens": about["tokens"],
         "bytes": file.size,
@@ -45,5 +45,5 @@ def _of_file(file: StatisticsFile) -> dict[str, Any]:
     }
     if file.kind == "fisher":
         share = about["zero"] / about["elements"] if about["elements"] else 0.0
-        found["zero"] = float(f"{share:.4g}")
-    return found
+        result["zero"] = float(f"{share:.4g}")
+    return result

@@ -55,8 +55,8 @@ def calibrate(
             files.append(known or _gather_one(part, options, show))
     except KeyboardInterrupt:
         done = len(files)
-        what = f"stopped while statistics were gathered: {done} of {len(decided.parts)} are done"
-        raise Interrupted(what, hint="The same command continues.") from None
+        message = f"stopped while statistics were gathered: {done} of {len(decided.parts)} are done"
+        raise Interrupted(message, hint="The same command continues.") from None
     return with_statistics(decided, CalibrationStatistics(tuple(files)))
 
 
@@ -101,9 +101,9 @@ def _gather_one(part: SourcePart, options: MergeOptions, show: OnProgress) -> St
 
     with making(part.place, waiting) as path:
         if path is None:
-            found = find(part.place)
-            assert found is not None, "making has just seen it"
-            return found
+            result = find(part.place)
+            assert result is not None, "making has just seen it"
+            return result
         with torch_threads(options.threads), memory_errors(label, _SMALLER):
             return replace(_made(part, path, tell), cached=False)
 
@@ -124,5 +124,5 @@ def _made(part: SourcePart, path: Path, tell: Callable[[int, int], None]) -> Sta
         return file.finish(part.place, part.about)
     finally:
         live.close()
-        for one in writers:
-            one.close()
+        for item in writers:
+            item.close()

@@ -48,10 +48,10 @@ def find(place: Path, *, read: bool = False) -> StatisticsFile | None:
     if not place.exists():
         return None
     try:
-        found = open_statistics(place)
+        statistics = open_statistics(place)
     except CorruptFileError:
         return None  # not whole: made again, and replaced
-    return found if not read or found.is_whole() else None
+    return statistics if not read or statistics.is_whole() else None
 
 
 @contextmanager
@@ -131,8 +131,8 @@ class Writer:
             stat = os.statvfs(path.parent)
             free = stat.f_bavail * stat.f_frsize
             if free < needed:
-                what = f"statistics take {show_size(needed)}, and {show_size(free)} is free"
-                raise ResourceError(what, where=str(path.parent), hint=_HINT)
+                message = f"statistics take {show_size(needed)}, and {show_size(free)} is free"
+                raise ResourceError(message, where=str(path.parent), hint=_HINT)
             self._file = path.open("r+b")
             self._file.truncate(needed)
         except OSError as error:
@@ -177,8 +177,8 @@ class Writer:
     def _written(self) -> dict[str, list[Any]]:
         """Entries as numbers: whether an array is 0 must not change the header's length."""
         return {
-            name: [one.array, int(one.input_first), int(one.array not in self._zero)]
-            for name, one in sorted(self._entries.items())
+            name: [item.array, int(item.input_first), int(item.array not in self._zero)]
+            for name, item in sorted(self._entries.items())
         }
 
     def _header(self, about: Mapping[str, Any], digest: str, digests: Mapping[str, str]) -> bytes:
@@ -201,5 +201,5 @@ class Writer:
 
 
 def _unwritable(error: OSError, path: Path) -> ResourceError:
-    found = write_error(error, path)
-    return ResourceError(found.what, where=found.where, hint=_HINT)
+    result = write_error(error, path)
+    return ResourceError(result.what, where=result.where, hint=_HINT)

@@ -144,9 +144,9 @@ def copied_files(
     """
     if (donor / PIPELINE).is_file():
         paths = [path for path in (*donor.glob("*"), *donor.glob("*/*")) if path.is_file()]
-        found = {path.relative_to(donor).as_posix(): (path, donor) for path in paths}
-        return {n: one for n, one in found.items() if is_part_file(n) and n != CARD}
-    found = {
+        result = {path.relative_to(donor).as_posix(): (path, donor) for path in paths}
+        return {n: item for n, item in result.items() if is_part_file(n) and n != CARD}
+    result = {
         path.name: (path, donor)
         for path in companion_files(donor, code=code)
         if not is_tokenizer_file(path.name)
@@ -154,13 +154,13 @@ def copied_files(
     for folder in filter(None, module_folders(donor)):
         for path in (donor / folder).glob("*"):
             if path.is_file() and is_part_file(path.name):
-                found[f"{folder}/{path.name}"] = path, donor
+                result[f"{folder}/{path.name}"] = path, donor
     if tokenizer_donor is not None:
         own = [p for p in companion_files(tokenizer_donor) if is_tokenizer_file(p.name)]
         templates = (tokenizer_donor / "additional_chat_templates").glob("*.jinja")
         for path in (*own, *templates):
-            found[path.relative_to(tokenizer_donor).as_posix()] = path, tokenizer_donor
-    return found
+            result[path.relative_to(tokenizer_donor).as_posix()] = path, tokenizer_donor
+    return result
 
 
 def check_links(donor: Path, tokenizer_donor: Path, labels: tuple[str, str]) -> None:
@@ -172,10 +172,10 @@ def check_links(donor: Path, tokenizer_donor: Path, labels: tuple[str, str]) -> 
     Raises:
         SourceError: names every such link.
     """
-    found = copied_files(donor, tokenizer_donor, code=True)
+    result = copied_files(donor, tokenizer_donor, code=True)
     config = donor / "config.json"
     for root, label in dict(zip((donor, tokenizer_donor), labels, strict=True)).items():
-        paths = [path for path, home in found.values() if home == root]
+        paths = [path for path, home in result.values() if home == root]
         refuse_links(
             [*paths, *([config] if root == donor and config.is_file() else [])], root, label
         )
@@ -187,14 +187,14 @@ def named_code(root: Path, label: str, names: frozenset[str]) -> list[str]:
     Args:
         names: the files that the model has, as far as they are here or on the Hub.
     """
-    found = []
+    result = []
     for file in _NAME_CODE:
         if not (root / file).is_file():
             continue
         try:
             about = read_json(root / file, label)
         except CorruptFileError as error:  # copied as it is, whatever it is
-            found.append(f"{label}: {file} {error.what}; copied all the same")
+            result.append(f"{label}: {file} {error.what}; copied all the same")
             continue
         listed = about.get("auto_map") if isinstance(about, dict) else None
         values = listed.values() if isinstance(listed, dict) else [listed]
@@ -205,11 +205,11 @@ def named_code(root: Path, label: str, names: frozenset[str]) -> list[str]:
             code = ", ".join(sorted(own))
             lacking = sorted(own - names)
             gone = f"; {', '.join(lacking)} is not there" if lacking else ""
-            found.append(
+            result.append(
                 f"{file} names code of {label} ({code}), which is copied with "
                 f"--trust-remote-code alone{gone}"
             )
-    return found
+    return result
 
 
 def copy_companions(
@@ -227,11 +227,11 @@ def copy_companions(
     Raises:
         SourceError: a file is a link out of its folder.
     """
-    found = copied_files(donor, tokenizer_donor, code=code)
-    for name, (path, root) in found.items():
+    result = copied_files(donor, tokenizer_donor, code=code)
+    for name, (path, root) in result.items():
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         copy_inside(path, root, target / name)
-    return sorted(found)
+    return sorted(result)
 
 
 _HINT = "Replace the link by a copy of the file, if it is meant to be published."
@@ -257,8 +257,10 @@ def refuse_links(paths: Iterable[Path], root: Path, label: str) -> None:
     found = [path.relative_to(root).as_posix() for path in paths if leads_out(path, root)]
     if found:
         verb = "is a link" if len(found) == 1 else "are links"
-        what = f"{', '.join(sorted(found))} {verb} out of the model's folder, and would be copied"
-        raise SourceError(what, model=label, hint=_HINT)
+        message = (
+            f"{', '.join(sorted(found))} {verb} out of the model's folder, and would be copied"
+        )
+        raise SourceError(message, model=label, hint=_HINT)
 
 
 def copy_inside(path: Path, root: Path, target: Path) -> None:
@@ -291,8 +293,8 @@ def _read(path: Path, *_: int) -> tuple[dict[str, Any], str]:
     """Once for each file: the plan, the card and its sentence on licences ask for it."""
     try:
         text = read_text(path, limit=_MAX_CARD)
-        found = _FRONT.match(text)
-        data = read_front(found[1]) if found else {}
+        result = _FRONT.match(text)
+        data = read_front(result[1]) if result else {}
     except Unreadable as error:
         return {}, f"{CARD} {error}"
     return (data, "") if isinstance(data, dict) else ({}, "")
@@ -303,11 +305,11 @@ def front_matter(text: str) -> dict[str, Any]:
 
     Scalars stay text: to YAML the language `no` is a truth value.
     """
-    found = _FRONT.match(text)
-    if found is None:
+    result = _FRONT.match(text)
+    if result is None:
         return {}
     try:
-        data = read_front(found[1])
+        data = read_front(result[1])
     except Unreadable:
         return {}  # of somebody else's card: what it says is unknown
     return data if isinstance(data, dict) else {}

@@ -105,11 +105,11 @@ def written_out(config: Mapping[str, Any]) -> dict[str, Any] | None:
         about = transformers.CONFIG_MAPPING[config["model_type"]]
         with quiet_and_alone():
             text = about.from_dict(without_choices(config)).to_json_string(use_diff=False)
-        found: dict[str, Any] = json.loads(text)
+        result: dict[str, Any] = json.loads(text)
     except Exception:
         # A type that this transformers lacks, or a config that it refuses in a way of its own.
         return None
-    return found
+    return result
 
 
 def refuse_code(config: Mapping[str, Any], label: str) -> None:
@@ -126,9 +126,9 @@ def refuse_code(config: Mapping[str, Any], label: str) -> None:
         if isinstance(value, Mapping) and key not in _IMPLEMENTATIONS:
             refuse_code(value, label)
         elif key in _IMPLEMENTATIONS and "/" in json.dumps(value):
-            what = f"config.json asks for code from the Hub ({key}: {value})"
+            message = f"config.json asks for code from the Hub ({key}: {value})"
             hint = "Nothing that a checkpoint names is executed: take the key out."
-            raise SourceError(what, model=label, hint=hint)
+            raise SourceError(message, model=label, hint=hint)
 
 
 def check_sizes(config: Mapping[str, Any]) -> None:
@@ -154,15 +154,15 @@ def without_choices(config: Mapping[str, Any]) -> dict[str, Any]:
 
     def walk(value: Any) -> Any:
         if isinstance(value, list):
-            return [walk(one) for one in value]
+            return [walk(item) for item in value]
         if not isinstance(value, dict):
             return value
         if value.keys() == {"__float__"} and value["__float__"] in _FLOATS:
             return float(value["__float__"])
         return {key: walk(one) for key, one in value.items() if key not in _CHOICES}
 
-    found: dict[str, Any] = walk(json.loads(json.dumps(dict(config))))
-    return found
+    result: dict[str, Any] = walk(json.loads(json.dumps(dict(config))))
+    return result
 
 
 @contextmanager

@@ -70,18 +70,18 @@ class TensorCoefficients:
             return float(table[source, 0, 0])
         width = self.shape[-1]
         first, last = start // width, -(-(start + size) // width)
-        found = np.asarray(table[source][row_of[first:last]], np.float32)
-        if found.shape[1] != width:
-            found = np.broadcast_to(found, (last - first, width))
+        result = np.asarray(table[source][row_of[first:last]], np.float32)
+        if result.shape[1] != width:
+            result = np.broadcast_to(result, (last - first, width))
         if self.rows is not None:
-            found = found.astype(np.float32, copy=True)
+            result = result.astype(np.float32, copy=True)
             for left, right in zip(
                 np.asarray(self.rows[source, first:last]).T,
                 np.asarray(self.columns[source]).T,
                 strict=True,
             ):
-                found += left[:, None] * right[None, :]
-        flat = found.reshape(-1)[start - first * width :][:size]
+                result += left[:, None] * right[None, :]
+        flat = result.reshape(-1)[start - first * width :][:size]
         if isinstance(like, np.ndarray):
             return flat
         import torch
@@ -182,18 +182,18 @@ def open_coefficients(path: Path) -> CoefficientFile:
         raise CorruptFileError("is not a file of coefficients", file=str(path), hint=hint)
     wrong = next((ref for ref in refs.values() if ref.dtype != "F32" or not ref.shape), None)
     if wrong is not None:
-        what = f"coefficients are float32 with one row for each source, not {wrong.dtype}"
-        raise CorruptFileError(what, file=str(path), tensor=wrong.name)
+        message = f"coefficients are float32 with one row for each source, not {wrong.dtype}"
+        raise CorruptFileError(message, file=str(path), tensor=wrong.name)
     counts = {ref.shape[0] for ref in refs.values()}
     if len(counts) != 1:
-        what = f"its entries are for different numbers of sources ({sorted(counts)})"
-        raise CorruptFileError(what, file=str(path))
+        message = f"its entries are for different numbers of sources ({sorted(counts)})"
+        raise CorruptFileError(message, file=str(path))
     with path.open("rb") as file:
         state = hashlib.sha256()
         while block := file.read(1 << 22):
             state.update(block)
-    found = CoefficientFile(path, cast(Form, form), state.hexdigest(), counts.pop(), refs)
+    coefficients = CoefficientFile(path, cast(Form, form), state.hexdigest(), counts.pop(), refs)
     for name in refs:
-        if not found.is_finite(name):
+        if not coefficients.is_finite(name):
             raise NonFiniteError("a coefficient is NaN or Inf", file=str(path), tensor=name)
-    return found
+    return coefficients

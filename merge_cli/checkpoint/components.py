@@ -36,15 +36,15 @@ def module_folders(root: Path, label: str = "") -> tuple[str, ...]:
     if not (root / MODULES).is_file():
         return ()
     listed = read_json(root / MODULES, label)
-    if not isinstance(listed, list) or not all(isinstance(one, dict) for one in listed):
+    if not isinstance(listed, list) or not all(isinstance(item, dict) for item in listed):
         raise CorruptFileError("is not a list of modules", model=label, file=MODULES)
     found: dict[str, None] = {}
     for module in listed:
         path = module.get("path")
         place = PurePosixPath(path) if isinstance(path, str) else None
         if place is None or place.is_absolute() or ".." in place.parts or "\\" in str(path):
-            what = f"names a folder outside the model's: {path!r}"[:200]
-            raise CorruptFileError(what, model=label, file=MODULES)
+            message = f"names a folder outside the model's: {path!r}"[:200]
+            raise CorruptFileError(message, model=label, file=MODULES)
         found["" if str(place) == "." else str(place)] = None
     return tuple(found)
 

@@ -158,9 +158,9 @@ def class_defaults(model_type: str) -> Mapping[str, Any]:
             continue  # no file of transformers that is read here
         for node in tree.body:
             if isinstance(node, ast.ClassDef):
-                found = dict(_attributes(node))
-                if found.get("model_type") == model_type:
-                    return found
+                result = dict(_attributes(node))
+                if result.get("model_type") == model_type:
+                    return result
     return {}
 
 

@@ -41,13 +41,13 @@ def fingerprint_of(path: Path) -> FileFingerprint:
 
 def folder_fingerprints(root: Path) -> dict[Path, FileFingerprint]:
     """The files of a model's folder that decide what is made of it, as they are now."""
-    found = {}
+    result = {}
     for path in _files(root):
         try:
-            found[path] = fingerprint_of(path)
+            result[path] = fingerprint_of(path)
         except OSError:  # gone meanwhile, or a link to nowhere: whoever needs it will say so
             continue
-    return found
+    return result
 
 
 def sampled_digest(path: Path) -> str:

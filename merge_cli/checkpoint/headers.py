@@ -47,10 +47,10 @@ MERGEABLE = ("F64", "F32", "BF16", "F16")  # widest first
 
 def promoted(dtypes: Collection[str]) -> str:
     """The narrowest format that holds numbers of all of these, as torch promotes them."""
-    found = set(dtypes)
-    if found == {"BF16", "F16"}:
+    result = set(dtypes)
+    if result == {"BF16", "F16"}:
         return "F32"
-    return next(dtype for dtype in MERGEABLE if dtype in found)
+    return next(dtype for dtype in MERGEABLE if dtype in result)
 
 
 _MAX_HEADER = 100_000_000  # the format's own limit
@@ -104,8 +104,8 @@ def read_header_file(path: Path, model: str) -> bytes:
             start = file.read(8)
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
             if len(start) < 8 or length > _MAX_HEADER:
-                what = "not a safetensors file: it does not start with a header"
-                raise CorruptFileError(what, model=model, file=path.name, hint=_AGAIN)
+                message = "not a safetensors file: it does not start with a header"
+                raise CorruptFileError(message, model=model, file=path.name, hint=_AGAIN)
             return start + file.read(length)
     except (Unreadable, OSError) as error:
         why = f"cannot be read: {error.strerror}" if isinstance(error, OSError) else str(error)
@@ -135,7 +135,7 @@ def parse_header(raw: bytes, path: Path, file_size: int, model: str) -> dict[str
     if not isinstance(entries, dict):
         raise corrupt("its header is not a mapping")
     about = entries.pop("__metadata__", None) or {}
-    if not isinstance(about, dict) or not all(isinstance(one, str) for one in about.values()):
+    if not isinstance(about, dict) or not all(isinstance(item, str) for item in about.values()):
         raise corrupt("its __metadata__ is not a mapping of texts")
     data_start = 8 + length
     found = [_entry(name, e, path, data_start, model, corrupt) for name, e in entries.items()]
@@ -179,8 +179,8 @@ def _entry(
         raise corrupt(f"unknown dtype {_cut(dtype)!r}", name)
     dtype, shape, nbytes = _stored(dtype, shape)
     if stop - start != nbytes:
-        what = f"{stop - start} bytes for {dtype} of shape {listed}"
-        raise corrupt(f"{what}: the header contradicts itself", name)
+        message = f"{stop - start} bytes for {dtype} of shape {listed}"
+        raise corrupt(f"{message}: the header contradicts itself", name)
     if CONTROL.search(name):
         raise corrupt(f"a name that is not text: {_cut(name)!r}")
     # Every source has the same names: one string serves them all.
@@ -207,15 +207,15 @@ def _load(text: bytes) -> Any:
     with suppress(ValueError, RecursionError):
         entries = json.loads(text)
         mappings = [entries, *entries.values()] if isinstance(entries, dict) else []
-        keys = sum(len(found) for found in mappings if isinstance(found, dict))
+        keys = sum(len(mapping) for mapping in mappings if isinstance(mapping, dict))
         if keys == text.count(b":"):
             return entries
     return json.loads(text, object_pairs_hook=_unique)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    result = dict(pairs)
+    if len(result) != len(pairs):
         names = [name for name, _ in pairs]
         raise ValueError(f"'{next(n for n in names if names.count(n) > 1)}' occurs twice")
-    return found
+    return result

@@ -142,7 +142,7 @@ def _list_or_numbers(stacked: StackedLayers, key: str) -> bool:
         if listed is None or len(listed) != before:
             return False
         return stacked.put(
-            key, [[[_entry(stacked, key, listed, *one) for one in stacked.layers], 1]]
+            key, [[[_entry(stacked, key, listed, *item) for item in stacked.layers], 1]]
         )
     if key == "block_types" and isinstance(value, list) and value:
         return _repeated(stacked, key, value)
@@ -150,7 +150,7 @@ def _list_or_numbers(stacked: StackedLayers, key: str) -> bool:
         return _numbers(stacked, key, value)
     if isinstance(value, str):
         if key.endswith("pattern") and len(value) == before:
-            moved = [_entry(stacked, key, list(value), *one) for one in stacked.layers]
+            moved = [_entry(stacked, key, list(value), *layer) for layer in stacked.layers]
             return stacked.put(key, "".join(moved))
         return False
     if key == "architectures" or not (
@@ -185,7 +185,7 @@ def _spelled_out(types: Any) -> list[Any] | None:
     """GPT-Neo's repeated kinds, one for each layer; None where it is something else."""
     if not isinstance(types, list):
         return None
-    found: list[Any] = []
+    result: list[Any] = []
     for part in types:
         if not (
             isinstance(part, list)
@@ -195,10 +195,10 @@ def _spelled_out(types: Any) -> list[Any] | None:
             and 0 <= part[1] <= 1000
         ):
             return None
-        found += part[0] * part[1]
-        if len(found) > MAX_LAYERS:
+        result += part[0] * part[1]
+        if len(result) > MAX_LAYERS:
             return None
-    return found
+    return result
 
 
 def _numbers(stacked: StackedLayers, key: str, value: Any) -> bool:
@@ -211,8 +211,8 @@ def _numbers(stacked: StackedLayers, key: str, value: Any) -> bool:
         own = _as_numbers(source.get(key))
         return index in (numbers if own is None else own)
 
-    found = stacked.where(holds)
-    return stacked.put(key, ",".join(map(str, found)) if isinstance(value, str) else found)
+    result = stacked.where(holds)
+    return stacked.put(key, ",".join(map(str, result)) if isinstance(value, str) else result)
 
 
 def _as_numbers(value: Any) -> list[int] | None:
@@ -232,11 +232,11 @@ def _sparse_layers(stacked: StackedLayers) -> bool:
         step = source.get("decoder_sparse_step") or 1
         return index in (source.get("mlp_only_layers") or []) or (index + 1) % step != 0
 
-    found = stacked.where(dense)
+    result = stacked.where(dense)
     known = stacked.config
-    if known.get("decoder_sparse_step", 1) == 1 and found == (known.get("mlp_only_layers") or []):
+    if known.get("decoder_sparse_step", 1) == 1 and result == (known.get("mlp_only_layers") or []):
         return False
-    known |= {"decoder_sparse_step": 1, "mlp_only_layers": found}
+    known |= {"decoder_sparse_step": 1, "mlp_only_layers": result}
     return True
 
 
@@ -253,17 +253,17 @@ def _ends(stacked: StackedLayers) -> Iterator[tuple[str, int, str]]:
             count = count if type(count) is int else own
             return index < count if key in _FIRST else index >= stacked.count_of(source) - count
 
-        found = stacked.where(holds)
+        result = stacked.where(holds)
         first = key in _FIRST
-        expected = range(len(found)) if first else range(total - len(found), total)
-        if found != list(expected):
+        expected = range(len(result)) if first else range(total - len(result), total)
+        if result != list(expected):
             if key == "first_k_dense_replace" and "mlp_layer_types" in stacked.config:
                 continue  # the list says it, and has followed
             kind = "dense" if "dense" in key else "different"
             where = "first" if first else "last"
             yield key, own, f"its {kind} layers must come {where} ({key})"
         else:
-            yield key, len(found), ""
+            yield key, len(result), ""
 
 
 def _spans(stacked: StackedLayers) -> Iterator[tuple[str, int, str]]:
@@ -279,16 +279,16 @@ def _spans(stacked: StackedLayers) -> Iterator[tuple[str, int, str]]:
         end = stacked.count_of(source) - 1 if end == -1 else end
         return start <= index <= end and (index + 1) % max(1, step) == 0
 
-    found = stacked.where(holds)
-    if not found:  # a span that is empty
+    result = stacked.where(holds)
+    if not result:  # a span that is empty
         found_span, step = (len(stacked.layers), len(stacked.layers) - 1), 1
     else:
-        steps = {b - a for a, b in zip(found, found[1:], strict=False)} or {1}
+        steps = {b - a for a, b in zip(result, result[1:], strict=False)} or {1}
         step = steps.pop()
-        if steps or (found[0] + 1) % step:
+        if steps or (result[0] + 1) % step:
             yield _SPAN[0], 0, f"its layers with experts follow no rule ({', '.join(_SPAN)})"
             return
-        found_span = found[0], found[-1]
+        found_span = result[0], result[-1]
     for key, new in zip(_SPAN, (*found_span, step), strict=True):
         old = stacked.config.get(key)
         last = len(stacked.layers) - 1
@@ -302,10 +302,10 @@ def _periods(stacked: StackedLayers) -> list[str]:
     """Rules for every n-th layer that stacked layers may break."""
     if stacked.in_place:
         return []
-    found = []
+    result = []
     for key in _EVERY:
         step = stacked.config.get(key)
         said = any(isinstance(stacked.config.get(name), list) for name in _SAID_BY.get(key, ()))
         if type(step) is int and step > 1 and not said:
-            found.append(f"config.json says by position which layers are which ({key}: {step})")
-    return found
+            result.append(f"config.json says by position which layers are which ({key}: {step})")
+    return result

@@ -97,7 +97,7 @@ def indexes(
     shards: Sequence[Shard], tensors: Sequence[OutputTensor], stems: Mapping[str, str]
 ) -> dict[str, str]:
     """File -> text of every index, as transformers writes it: of folders with several shards."""
-    found = {}
+    result = {}
     for folder, stem in stems.items():
         own = [shard for shard in shards if shard.folder == folder]
         if len(own) < 2:
@@ -115,8 +115,8 @@ def indexes(
         }
         document = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
         name = index_of(stem)
-        found[f"{folder}/{name}" if folder else name] = json.dumps(document, indent=2) + "\n"
-    return found
+        result[f"{folder}/{name}" if folder else name] = json.dumps(document, indent=2) + "\n"
+    return result
 
 
 def natural_key(name: str) -> tuple[object, ...]:

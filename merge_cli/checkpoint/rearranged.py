@@ -177,8 +177,8 @@ class PermutedRows:
         order = np.argsort(rows, kind="stable")
         ordered = rows[order]
         cuts = np.flatnonzero(np.diff(ordered) > _GAP) + 1
-        found = np.empty((len(rows), width), _numpy_kind(tensor.dtype))
-        raw = found.view(np.uint8)
+        result = np.empty((len(rows), width), _numpy_kind(tensor.dtype))
+        raw = result.view(np.uint8)
         starts, ends = [0, *cuts.tolist()], [*cuts.tolist(), len(rows)]
         for start, end in zip(starts, ends, strict=True):
             low = int(ordered[start])
@@ -188,11 +188,11 @@ class PermutedRows:
             count = int(ordered[end - 1]) + 1 - low
             near = np.empty(count * width * item, np.uint8)
             tensor.fill(read, low * width, near.data)
-            whole = near.view(found.dtype).reshape(count, width)
-            found[order[start:end]] = whole[ordered[start:end] - low]
+            whole = near.view(result.dtype).reshape(count, width)
+            result[order[start:end]] = whole[ordered[start:end] - low]
         if tensor.dtype == self.dtype:
-            return found
-        return _floats(found, tensor.dtype).astype(_numpy_kind(self.dtype), copy=False)
+            return result
+        return _floats(result, tensor.dtype).astype(_numpy_kind(self.dtype), copy=False)
 
 
 def _runs(ordered: Any) -> Iterator[tuple[int, int]]:

@@ -70,9 +70,9 @@ class StatisticsFile:
     def is_whole(self) -> bool:
         """Whether every array is what was written; reads them all."""
         with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
-            found = pool.map(_digest_of, self.refs.values())
+            result = pool.map(_digest_of, self.refs.values())
             expected = [self.digests.get(name) for name in self.refs]
-            return all(one == other for one, other in zip(found, expected, strict=True))
+            return all(item == other for item, other in zip(result, expected, strict=True))
 
     def of(self, name: str) -> ModelStatistics | None:
         """The statistics of a tensor, or None where it has none."""
@@ -105,12 +105,12 @@ class ModelStatistics:
         """
         import numpy as np
 
-        found = self._read(start, size)
+        result = self._read(start, size)
         if isinstance(like, np.ndarray):
-            return found
+            return result
         import torch
 
-        return torch.from_numpy(found).to(like.device)
+        return torch.from_numpy(result).to(like.device)
 
     def whole(self, like: Any) -> Any:
         """The array in its shape."""
@@ -122,13 +122,13 @@ class ModelStatistics:
         ref, hint = self.ref, "The same command makes it again."
         try:
             # Not mapped: pages of a mapping would count as this process's memory.
-            found = np.fromfile(ref.path, np.float32, size, offset=ref.offset + 4 * start)
+            result = np.fromfile(ref.path, np.float32, size, offset=ref.offset + 4 * start)
         except OSError as error:
-            what = f"statistics cannot be read: {error.strerror}"
-            raise CorruptFileError(what, file=str(ref.path), hint=hint) from error
-        if len(found) != size:
+            message = f"statistics cannot be read: {error.strerror}"
+            raise CorruptFileError(message, file=str(ref.path), hint=hint) from error
+        if len(result) != size:
             raise CorruptFileError("statistics end early", file=str(ref.path), hint=hint)
-        return found
+        return result
 
 
 @dataclass(frozen=True)
@@ -144,9 +144,9 @@ class TensorStatistics:
     @property
     def complete(self) -> tuple[ModelStatistics, ...] | None:
         """Every model's, if every model has some, and not all are 0."""
-        found = tuple(one for one in self.models if one is not None)
-        every = len(found) == len(self.models)
-        return found if every and any(one.entry.seen for one in found) else None
+        result = tuple(model for model in self.models if model is not None)
+        every = len(result) == len(self.models)
+        return result if every and any(item.entry.seen for item in result) else None
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ def open_statistics(path: Path) -> StatisticsFile:
         if None in (kind, digest, whole, *texts):
             raise Unreadable("lacks a part of its metadata")
         listed, about, digests = (parse_json(str(text)) for text in texts)
-        if not all(isinstance(one, dict) for one in (listed, about, digests)):
+        if not all(isinstance(item, dict) for item in (listed, about, digests)):
             raise Unreadable("has metadata that is no mapping")
         shapes = {name: ref.shape for name, ref in refs.items()}
         made = statistics_digest(str(kind), listed, digests, about)

@@ -90,7 +90,7 @@ def _is_recipe(what: list[str]) -> bool:
     Raises:
         UsageError: a recipe among several arguments.
     """
-    recipes = [one for one in what if one == "-" or one.endswith((".yaml", ".yml"))]
+    recipes = [item for item in what if item == "-" or item.endswith((".yaml", ".yml"))]
     if not recipes:
         return len(what) == 1 and Path(what[0]).is_file()
     if len(what) > 1:

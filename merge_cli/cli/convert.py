@@ -39,23 +39,23 @@ def convert(
     screen = console.Screen(quiet=quiet)
     limit = parse_size(max_memory, "--max-memory") if max_memory else 0
     with screen.progress() as show:
-        found = run(model, out, max_memory=limit, overwrite=overwrite, fresh=fresh, show=show)
-    if found.tied:
-        screen.notes([f"left to the config, as they are tied: {', '.join(found.tied)}"])
-    if found.left_out:
-        screen.notes([f"left out, as they are no tensors: {', '.join(found.left_out)}"])
+        result = run(model, out, max_memory=limit, overwrite=overwrite, fresh=fresh, show=show)
+    if result.tied:
+        screen.notes([f"left to the config, as they are tied: {', '.join(result.tied)}"])
+    if result.left_out:
+        screen.notes([f"left out, as they are no tensors: {', '.join(result.left_out)}"])
     if as_json:
         console.print_json(
             json.dumps(
                 {
-                    "path": str(found.path),
-                    "tensors": found.tensors,
-                    "bytes": found.bytes,
-                    "tied": list(found.tied),
-                    "left_out": list(found.left_out),
+                    "path": str(result.path),
+                    "tensors": result.tensors,
+                    "bytes": result.bytes,
+                    "tied": list(result.tied),
+                    "left_out": list(result.left_out),
                 }
             )
         )
     elif not quiet:
-        made = f"{found.path}: {found.tensors} tensors, {show_size(found.bytes)}"
+        made = f"{result.path}: {result.tensors} tensors, {show_size(result.bytes)}"
         screen.out.print(made, markup=False, highlight=False, soft_wrap=True)

@@ -130,19 +130,19 @@ def evaluate(
     gates = read_gates(gate or [], no_worse or [], spec.tasks)
     screen = console.Screen(quiet=quiet)
     others = against or []
-    wanted = {g.reference: _meant(g.reference, others) for g in gates if g.reference}
-    names = list(dict.fromkeys([model, *others, *wanted.values()]))
+    requested = {g.reference: _meant(g.reference, others) for g in gates if g.reference}
+    names = list(dict.fromkeys([model, *others, *requested.values()]))
     with screen.steps() as show:
-        found = evaluate_all(names, spec, show)
-    rows = summary(list(found.values()))
+        result = evaluate_all(names, spec, show)
+    rows = summary(list(result.values()))
     if as_json:
         console.print_json(json.dumps(rows, ensure_ascii=False))
     else:
         screen.evaluations(rows)
     if examples is not None:
-        write_examples(found.items(), examples)
-    references = {name: found[meant] for name, meant in wanted.items()}
-    require({model: check_gates(gates, found[model], references)})
+        write_examples(result.items(), examples)
+    references = {name: result[meant] for name, meant in requested.items()}
+    require({model: check_gates(gates, result[model], references)})
 
 
 def _meant(name: str, others: list[str]) -> str:

@@ -70,12 +70,12 @@ def init(
         base = base or ask.base()
         models = ask.models(base)
     with screen.progress() as show:
-        found = drafting.study_models(base, models, read=not headers_only, show=show)
-    screen.notes(found.notes)
+        result = drafting.study_models(base, models, read=not headers_only, show=show)
+    screen.notes(result.notes)
     if ask is None:
-        written = drafting.scaffold(found, output, method)
+        written = drafting.scaffold(result, output, method)
     else:
-        written, output = _settled(ask, found, output, method, overwrite)
+        written, output = _settled(ask, result, output, method, overwrite)
     if printed:
         console.print_text(written.text)
         return

@@ -71,11 +71,11 @@ def device_of(device: str, cuda: bool | None, gpu_rich: bool | None, multi_gpu: 
     Raises:
         UsageError: they contradict each other.
     """
-    wanted = bool(cuda or gpu_rich)
-    if wanted and device not in ("auto", "cuda"):
+    requested = bool(cuda or gpu_rich)
+    if requested and device not in ("auto", "cuda"):
         flag = "--cuda" if cuda else "--gpu-rich"
         raise UsageError(f"{flag} and --device {device} contradict each other")
-    if wanted:
+    if requested:
         device = "cuda"
     elif cuda is False and device == "auto":
         device = "cpu"

@@ -45,8 +45,8 @@ class _Results(io.FileIO):
             except BrokenPipeError:
                 raise ReaderGone from None
             except OSError as error:
-                what = f"the result cannot be written to stdout: {error.strerror}"
-                raise ResourceError(what, hint=_HINT) from error
+                message = f"the result cannot be written to stdout: {error.strerror}"
+                raise ResourceError(message, hint=_HINT) from error
             if written is not None:
                 return written
             select.select([], [self], [])  # whoever started us made the pipe non-blocking
@@ -160,19 +160,19 @@ def _machine(error: Exception) -> MergeCliError | None:
         hint = "Repeat it with `merge-cli --debug` to see which."
         return SourceError("an input nests too deeply", hint=hint)
     if isinstance(error, OSError) and error.errno in _REFUSED:
-        what, hint = _REFUSED[error.errno]
-        return ResourceError(what, where=str(error.filename or ""), hint=hint)
+        message, hint = _REFUSED[error.errno]
+        return ResourceError(message, where=str(error.filename or ""), hint=hint)
     return None
 
 
 def _unexpected(error: Exception) -> UnexpectedError:
     said = _TOKEN.sub("hf_...", str(error).strip().partition("\n")[0])
-    what = f"{type(error).__name__}: {said}" if said else type(error).__name__
+    message = f"{type(error).__name__}: {said}" if said else type(error).__name__
     place = _write(_report(error))
     if place is None:
         trace = "".join(traceback.format_exception(error))
-        return UnexpectedError(what, hint=f"Please report it with what follows.\n{trace}")
-    return UnexpectedError(what, where=str(place), hint="Please report it with this file.")
+        return UnexpectedError(message, hint=f"Please report it with what follows.\n{trace}")
+    return UnexpectedError(message, where=str(place), hint="Please report it with this file.")
 
 
 def _report(error: Exception) -> str:

@@ -166,7 +166,7 @@ def _since(began: Reading, ended: Reading) -> float:
 
 def _packages() -> dict[str, Reading]:
     """CPU packages (`intel-rapl:0`; their parts `intel-rapl:0:1` are in them)."""
-    found = {}
+    result = {}
     for zone in sorted(_RAPL.glob("intel-rapl:*")):
         if zone.name.count(":") != 1:
             continue
@@ -175,8 +175,8 @@ def _packages() -> dict[str, Reading]:
             wraps = int((zone / "max_energy_range_uj").read_text())
         except (OSError, ValueError):  # root's alone on most systems: then there is no figure
             continue
-        found[zone.name] = (used / 1e6, wraps / 1e6)
-    return found
+        result[zone.name] = (used / 1e6, wraps / 1e6)
+    return result
 
 
 def _gpus() -> dict[str, Reading]:

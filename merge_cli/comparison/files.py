@@ -54,7 +54,7 @@ def comparison_record(found: Comparison) -> dict[str, Any]:
         "front": list(found.front),
         "same": dict(found.same),
         "notes": list(found.notes),
-        "models": [_model(found, one) for one in found.entrants],
+        "models": [_model(found, entrant) for entrant in found.entrants],
     }
 
 
@@ -107,7 +107,7 @@ def write_comparison(found: Comparison, folder: Path) -> dict[str, Any]:
     try:
         for name, text in files.items():
             (folder / name).write_text(text, encoding="utf-8")
-        named = [(one.name, one.evaluation) for one in found.entrants]
+        named = [(entrant.name, entrant.evaluation) for entrant in found.entrants]
         write_examples(named, folder / "examples.jsonl")
     except OSError as error:
         raise write_error(error, folder) from error

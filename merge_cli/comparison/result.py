@@ -70,8 +70,8 @@ class Comparison:
     remarks: tuple[str, ...] = ()
 
     def __getitem__(self, name: str) -> ModelEntry:
-        wanted = self.same.get(name, name)
-        return next(one for one in self.entrants if one.name == wanted)
+        requested = self.same.get(name, name)
+        return next(entrant for entrant in self.entrants if entrant.name == requested)
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -80,7 +80,7 @@ class Comparison:
 
     @property
     def base(self) -> ModelEntry | None:
-        return next((one for one in self.entrants if one.role == "base"), None)
+        return next((entrant for entrant in self.entrants if entrant.role == "base"), None)
 
     @property
     def reference(self) -> ModelEntry | None:
@@ -106,16 +106,16 @@ class Comparison:
     @cached_property
     def scores(self) -> dict[tuple[str, str], ModelScore]:
         """(entrant, task) -> the task's primary metric."""
-        found = {}
-        for one in self.entrants:
-            for name, task in one.evaluation.tasks.items():
+        result = {}
+        for entrant in self.entrants:
+            for name, task in entrant.evaluation.tasks.items():
                 metric = task.primary
                 draws = resampled(metric, name)
                 single = len(metric.parts) < 2
-                found[one.name, name] = ModelScore(
+                result[entrant.name, name] = ModelScore(
                     metric.value, None if single else interval(draws), draws
                 )
-        return found
+        return result
 
     @cached_property
     def normalised(self) -> dict[tuple[str, str], ModelScore]:
@@ -125,9 +125,9 @@ class Comparison:
         of the difference excludes 0): elsewhere there is nothing to share out.
         """
         base = self.base
-        found: dict[tuple[str, str], ModelScore] = {}
+        result: dict[tuple[str, str], ModelScore] = {}
         if base is None:
-            return found
+            return result
         for task, expert in self.experts.items():
             zero, one = self.scores[base.name, task], self.scores[expert, task]
             sign = 1.0 if self.better(task) == "higher" else -1.0
@@ -142,10 +142,10 @@ class Comparison:
                 draws = (score.draws - zero.draws) / widths
                 # Base and expert are 0 and 1 by definition: no interval.
                 fixed = score.interval is None or entrant.name in (base.name, expert)
-                found[entrant.name, task] = ModelScore(
+                result[entrant.name, task] = ModelScore(
                     value, None if fixed else interval(draws), draws
                 )
-        return found
+        return result
 
     @cached_property
     def shared(self) -> tuple[str, ...]:
@@ -215,14 +215,14 @@ class Comparison:
 
     def unmet(self, gates: Sequence[Gate]) -> dict[str, list[str]]:
         """For every recipe's merge, why each gate that it does not meet is not met."""
-        known = {one.name: one.evaluation for one in self.entrants}
+        known = {entrant.name: entrant.evaluation for entrant in self.entrants}
         known |= {name: known[kept] for name, kept in self.same.items()}
         if self.base is not None:
             known.setdefault("base", self.base.evaluation)
         return {
-            one.name: check_gates(gates, one.evaluation, known)
-            for one in self.entrants
-            if one.role == "recipe"
+            item.name: check_gates(gates, item.evaluation, known)
+            for item in self.entrants
+            if item.role == "recipe"
         }
 
 

@@ -87,8 +87,8 @@ def compare(
     known += ["base"] if base is not None else []
     for reference in references:
         if reference not in known:
-            what = f"'{reference}' takes no part in the comparison."
-            raise UsageError(what, hint=nearest(reference, known))
+            message = f"'{reference}' takes no part in the comparison."
+            raise UsageError(message, hint=nearest(reference, known))
     experts, missing = _experts(spec, [names.of[source.root.resolve()] for source in sources])
     entrants = []
     try:
@@ -123,10 +123,10 @@ def _entrant(
     def renamed(step: Step) -> None:
         show(Step(name, step.task, step.done, step.total))
 
-    found = evaluate_source(source, spec, renamed)
+    result = evaluate_source(source, spec, renamed)
     method = merge.plan.recipe.merge_method if merge else ""
     place = os.path.relpath(source.root) if source.hub is None else source.label
-    return ModelEntry(name, role, place, found, method, merge.text if merge else "", cost)
+    return ModelEntry(name, role, place, result, method, merge.text if merge else "", cost)
 
 
 def _family(plans: Sequence[Plan]) -> tuple[Source | None, list[Source]]:
@@ -205,10 +205,10 @@ def _merges(
         add(name, "baseline", file, plan)
     if base is None:
         notes.append("without a base there is no task arithmetic and nothing to normalise by")
-    found = sorted(by_key.values(), key=lambda merge: merge.role != "baseline")
-    here = {merge.name for merge in found}
+    result = sorted(by_key.values(), key=lambda merge: merge.role != "baseline")
+    here = {merge.name for merge in result}
     soup = SOUP if SOUP in here else same.get(SOUP)
-    return _Merges(found, soup, same, notes)
+    return _Merges(result, soup, same, notes)
 
 
 def _work(plan: Plan, device: str) -> str:
@@ -249,9 +249,9 @@ def _experts(spec: EvalSpec, names: Sequence[str]) -> tuple[dict[str, str], list
     """Each task's own source: as it says, or the one of its name."""
     experts, notes = {}, []
     for task in spec.tasks:
-        wanted = task.expert or task.name
-        if wanted in names:
-            experts[task.name] = wanted
+        requested = task.expert or task.name
+        if requested in names:
+            experts[task.name] = requested
         elif task.expert:
             known = ", ".join(names)
             problem = Problem(f"'{task.expert}' is none of the sources ({known})", task.name)

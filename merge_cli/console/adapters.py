@@ -65,12 +65,12 @@ def print_merged(console: Console, report: Mapping[str, Any], shown: Path) -> No
 def _left_out(changes: Sequence[ModuleChange]) -> dict[str, tuple[int, float]]:
     """Why, how many, and their share of the whole change."""
     total = sum(change.squares for change in changes)
-    found: dict[str, tuple[int, float]] = {}
+    result: dict[str, tuple[int, float]] = {}
     for change in changes:
         if change.why:
-            count, share = found.get(change.why, (0, 0.0))
-            found[change.why] = (count + 1, share + change.squares / total)
-    return found
+            count, share = result.get(change.why, (0, 0.0))
+            result[change.why] = (count + 1, share + change.squares / total)
+    return result
 
 
 def _percent(share: float) -> str:

@@ -39,7 +39,7 @@ def print_analysis(out: Console, analysis: Analysis, *, layers: bool) -> None:
             _groups(out, analysis, "layer", analysis.layers)
     _files(out, analysis)
     _list(out, "Cannot be merged as they are", [escape(line) for line in analysis.problems])
-    _list(out, "What stands out", [escape(one.text) for one in analysis.verdicts])
+    _list(out, "What stands out", [escape(verdict.text) for verdict in analysis.verdicts])
     _advice(out, analysis)
 
 
@@ -118,10 +118,10 @@ def _groups(out: Console, analysis: Analysis, head: str, groups: Sequence[Measur
 
 def _files(out: Console, analysis: Analysis) -> None:
     lines = []
-    dtypes = {one.model: " and ".join(sorted(one.dtypes)) for one in analysis.files}
+    dtypes = {item.model: " and ".join(sorted(item.dtypes)) for item in analysis.files}
     if len(set(dtypes.values())) > 1:
         lines.append("stored as " + ", ".join(f"{m}: {d}" for m, d in dtypes.items()))
-    names = [one.model for one in analysis.files]
+    names = [file.model for file in analysis.files]
     for key in analysis.config:
         values = ", ".join(f"{n}: {v}" for n, v in zip(names, key.values, strict=True))
         lines.append(f"config.json, {key.key}: {values}")
@@ -149,9 +149,10 @@ def in_words(one: TokenizerDifference) -> str:
 def _advice(out: Console, analysis: Analysis) -> None:
     advice = analysis.advice
     out.print(f"\n[bold]What to try first[/bold]  {escape(advice.summary)}")
-    for one in advice.suggestions:
+    for suggestion in advice.suggestions:
         out.print(
-            f"  [bold]{one.method}[/bold]: {escape(one.reason)} [dim]({escape(one.source)})[/dim]"
+            f"  [bold]{suggestion.method}[/bold]: {escape(suggestion.reason)} "
+            f"[dim]({escape(suggestion.source)})[/dim]"
         )
     if advice.recipe is not None:
         out.print("[dim]--write-recipe FILE writes the first as a recipe.[/dim]")
@@ -179,9 +180,9 @@ def _table(out: Console, heads: Sequence[str], rows: Sequence[tuple[str, ...]]) 
 def _mean_rank(analysis: Analysis, source: int) -> float | None:
     """The mean effective rank of the samples, as a share of their smaller side."""
     shares = [
-        rank / min(one.rows, one.columns)
-        for one in analysis.spectra
-        if (rank := one.effective_rank[source]) is not None
+        rank / min(item.rows, item.columns)
+        for item in analysis.spectra
+        if (rank := item.effective_rank[source]) is not None
     ]
     return sum(shares) / len(shares) if shares else None
 

@@ -33,18 +33,18 @@ class Questions:
 
     def models(self, base: str | None) -> list[str]:
         """The models to merge: at least one with a base, two without."""
-        found: list[str] = []
+        result: list[str] = []
         least = 1 if base else 2
         while True:
-            enough = len(found) >= least
+            enough = len(result) >= least
             more = " (empty: no more)" if enough else ""
-            name = self._model(f"Model {len(found) + 1}{more}")
-            if name and name in (*found, base):
+            name = self._model(f"Model {len(result) + 1}{more}")
+            if name and name in (*result, base):
                 self._console.print("That one is there already.")
             elif name:
-                found.append(name)
+                result.append(name)
             elif enough:
-                return found
+                return result
 
     def method(self, proposed: str, names: Sequence[str]) -> str:
         """The method; the proposed one unless another is named."""

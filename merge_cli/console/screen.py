@@ -139,8 +139,8 @@ class Screen:
         for name in ("dtype", "action", "with"):
             table.add_column(name, overflow="fold")
         settings = Settings(plan.tasks)
-        found = settings.rows(plan.tasks, every)
-        rows = [plan_row(label, tasks, settings) for label, tasks in found]
+        result = settings.rows(plan.tasks, every)
+        rows = [plan_row(label, tasks, settings) for label, tasks in result]
         method = plan.recipe.merge_method
         on_base = plan.base is not None and plan.method.needs_base and not plan.recipe.output
         base = f" on {plan.sources[plan.base].label}" if on_base and plan.base is not None else ""
@@ -178,7 +178,7 @@ class Screen:
             print_merged(self.out, result.report, shown)
             return
         for stage in result.report.get("stages", ()):
-            sources = ", ".join(one["model"] for one in stage["inputs"])
+            sources = ", ".join(item["model"] for item in stage["inputs"])
             made = f"{stage['name']}: {stage['method']} of {sources}"
             self.out.print(f"  stage   {escape(made)}", soft_wrap=True)
         training = result.report.get("training")
@@ -246,13 +246,13 @@ class Screen:
         """One method: what it does, its parameters with defaults and ranges, an example."""
         example = example_recipe({method.name, *method.aliases})
         if as_json:
-            found = method_json(method)
+            result = method_json(method)
             if method.learns:
-                found["training"] = options_json()
+                result["training"] = options_json()
             if method.gathers:
-                found["statistics"] = statistics_json(method.gathers)
-            found["example"] = example[1] if example else None
-            print_json(json.dumps(found, indent=1))
+                result["statistics"] = statistics_json(method.gathers)
+            result["example"] = example[1] if example else None
+            print_json(json.dumps(result, indent=1))
             return
         also = f" (also {', '.join(method.aliases)})" if method.aliases else ""
         self.out.print(f"[bold]{method.name}[/bold]{also} — {escape(method.summary)}")

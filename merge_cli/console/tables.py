@@ -175,10 +175,10 @@ class _Encoder:
         if not isinstance(value, dict | list | tuple) or not value:
             return json.dumps(value)
         key = id(value), depth
-        known = self._known.get(key)
-        if known is None:
-            known = self._known[key] = self._container(value, depth)
-        return known
+        cached = self._known.get(key)
+        if cached is None:
+            cached = self._known[key] = self._container(value, depth)
+        return cached
 
     def _container(self, value: dict[str, Any] | Sequence[Any], depth: int) -> str:
         start, end = "\n" + " " * depth, "\n" + " " * (depth - 1)

@@ -140,8 +140,8 @@ def find_pickles(model: str, show: Show) -> tuple[Path, list[Path]]:
         if repository is None:
             raise SourceError("no such folder", model=model)
         repo = hub.open_hub(repository, reference.revision)
-        wanted = [n for n in repo.files if "/" not in n and not n.endswith(".safetensors")]
-        total = sum(repo.files[name] for name in wanted)
+        requested = [n for n in repo.files if "/" not in n and not n.endswith(".safetensors")]
+        total = sum(repo.files[name] for name in requested)
         fetched = 0
 
         def progress(count: int) -> None:
@@ -149,7 +149,7 @@ def find_pickles(model: str, show: Show) -> tuple[Path, list[Path]]:
             fetched += count
             show(Progress("fetch", fetched, total, model))
 
-        place = hub.fetch_files(repo, wanted, progress)
+        place = hub.fetch_files(repo, requested, progress)
     if not place.is_dir():
         hint = "Name the model's folder, not a file in it."
         raise SourceError("not a folder", model=model, hint=hint)
@@ -213,7 +213,7 @@ def _convert_all(
     total = sum(file.stat().st_size for file in files)
     known = {str(entry.get("file")): entry for entry in records.entries}
     done, seen = 0, list[str]()
-    found: list[Mapping[str, Any]] = []
+    result: list[Mapping[str, Any]] = []
     for number, file in enumerate(files, start=1):
         name = "model.safetensors"
         if len(files) > 1:
@@ -225,10 +225,10 @@ def _convert_all(
             answer = {"file": name, **made}
             records.append(answer)
         seen += [*answer["tensors"], *answer["tied"]]
-        found.append(answer)
+        result.append(answer)
         done += file.stat().st_size
         show(Progress("convert", done, total, file.name))
-    return found
+    return result
 
 
 def _in_a_process(job: _Job, file: Path, target: Path, seen: Sequence[str]) -> dict[str, Any]:
@@ -244,20 +244,20 @@ def _in_a_process(job: _Job, file: Path, target: Path, seen: Sequence[str]) -> d
     except ValueError:
         last = (complaint.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
         if "memory" in last.lower() or process.returncode < 0:
-            what = f"{file.name} needs more memory than {limit / 1e9:.1f} GB"
-            raise ResourceError(what, hint="Give it more with --max-memory.") from None
-        what = f"cannot be converted: {last}"
-        raise SourceError(what, model=job.model, file=file.name) from None
+            message = f"{file.name} needs more memory than {limit / 1e9:.1f} GB"
+            raise ResourceError(message, hint="Give it more with --max-memory.") from None
+        message = f"cannot be converted: {last}"
+        raise SourceError(message, model=job.model, file=file.name) from None
     if "unwritten" in answer:
         number = int(answer["unwritten"])
         raise write_error(OSError(number, os.strerror(number)), target)
     if "error" not in answer:
         return answer
-    what, hint = f"cannot be opened: {answer['error']}", ""
+    message, hint = f"cannot be opened: {answer['error']}", ""
     if answer["unsafe"]:
-        what = "holds more than tensors, and opening it would run its code"
+        message = "holds more than tensors, and opening it would run its code"
         hint = "Do not open it, unless you trust who made it: then load and save it with torch."
-    raise SourceError(what, model=job.model, file=file.name, hint=hint)
+    raise SourceError(message, model=job.model, file=file.name, hint=hint)
 
 
 def _is_whole(file: Path, answer: Mapping[str, Any]) -> bool:
@@ -271,7 +271,7 @@ def _is_whole(file: Path, answer: Mapping[str, Any]) -> bool:
 
 def _clear(folder: Path, found: Sequence[Mapping[str, Any]]) -> None:
     """Remove what an earlier run has put beside the weights, or begun."""
-    kept = {one["file"] for one in found}
+    kept = {item["file"] for item in found}
     for path in folder.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
@@ -294,5 +294,5 @@ def _finish(
         document = {"metadata": {"total_size": size}, "weight_map": ordered}
         (folder / INDEX).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     tied = tuple(sorted({name for one in found for name in one["tied"]}))
-    left_out = tuple(sorted({name for one in found for name in one["left_out"]}))
+    left_out = tuple(sorted({name for item in found for name in item["left_out"]}))
     return len(weight_map), size, tied, left_out

@@ -114,11 +114,11 @@ class TrainingWorkspace(Workspace):
 
     def record(self) -> dict[str, Any] | None:
         """The record of training that has ended; None while it has not, or is not whole."""
-        found = read_sealed(self.path / _RECORD)
-        if found is None or found.get("key") != self.key:
+        sealed = read_sealed(self.path / _RECORD)
+        if sealed is None or sealed.get("key") != self.key:
             return None
-        digest = found.pop("coefficients_file", None)
-        return found if digest == _digest_of(self.coefficients) else None
+        digest = sealed.pop("coefficients_file", None)
+        return sealed if digest == _digest_of(self.coefficients) else None
 
     def finish(self, entries: Mapping[str, Any], form: str, record: Mapping[str, Any]) -> None:
         """Write the result. The record comes last: where there is one, all is there.
@@ -155,13 +155,13 @@ class TrainingWorkspace(Workspace):
             return None
         from safetensors.torch import load
 
-        found = load(content)
+        result = load(content)
         position = Position(**json.loads(about["position"]))
         best = {
-            key.partition(":")[2]: value for key, value in found.items() if key.startswith("best:")
+            key.partition(":")[2]: value for key, value in result.items() if key.startswith("best:")
         }
         for name, kind, i, value in _state(student):
-            value.copy_(found[f"{kind}{i}:{name}"])
+            value.copy_(result[f"{kind}{i}:{name}"])
         for coefficients in student.coefficients.values():
             coefficients.moved()
         student.steps = position.step - position.overflows
@@ -267,14 +267,14 @@ def _digest_of(path: Path) -> str:
 
 def _state(student: Student) -> Sequence[tuple[str, str, int, Any]]:
     """Everything that steps change: (tensor, kind, number, value)."""
-    found = []
+    result = []
     for name in student.trained:
         own = student.coefficients[name]
         moments = student.moments(name)
         for i, parameter in enumerate(own.parameters):
-            found += [
+            result += [
                 (name, "p", i, parameter),
                 (name, "m", i, moments[i][0]),
                 (name, "v", i, moments[i][1]),
             ]
-    return found
+    return result

@@ -170,20 +170,20 @@ class Coefficients:
 
     def block(self, start: int, stop: int) -> Any:
         """The coefficients of rows [start, stop): [sources, rows or 1, columns or 1]."""
-        found = self.values
+        result = self.values
         if self.layout.kind in ("row", "element"):
-            found = found[:, start:stop]
+            result = result[:, start:stop]
         elif self.layout.kind == "column" and self.layout.groups > 1:
-            found = found[:, self._groups(start, stop)]
+            result = result[:, self._groups(start, stop)]
         if self.left is not None:
             # Rank by rank, each product and sum rounded by itself: as the engine will do it.
             import torch
 
-            shape = (len(found), stop - start, self.layout.columns)
-            found = torch.broadcast_to(found, shape).clone()
+            shape = (len(result), stop - start, self.layout.columns)
+            result = torch.broadcast_to(result, shape).clone()
             for r in range(self.layout.rank):
-                found += self.left[:, start:stop, None, r] * self.right[:, None, :, r]
-        return found
+                result += self.left[:, start:stop, None, r] * self.right[:, None, :, r]
+        return result
 
     def project(self, grad: Any, weights: Sequence[Any], start: int) -> None:
         """Add R(G * W_i) for rows from `start` on.

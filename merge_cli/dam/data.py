@@ -51,8 +51,8 @@ class Dataset:
         """SHA-256 over all tokens: the same data in another file is the same data."""
         state = hashlib.sha256()
         for part in (self.train, self.held_out):
-            for one in part:
-                state.update(f"{one.first} {len(one.ids)};".encode() + one.ids.tobytes())
+            for item in part:
+                state.update(f"{item.first} {len(item.ids)};".encode() + item.ids.tobytes())
             state.update(b"|")
         return state.hexdigest()
 
@@ -99,43 +99,43 @@ def load_datasets(
     for spec, name in zip(specs, names, strict=True):
         assert spec.data is not None
         if str(spec.model) not in labels:  # the base of task vectors: it has none of its own
-            what = "its data cannot be used: the base has no task vector"
-            raise SourceError(what, model=str(spec.model), hint="Use `form: soup`.")
+            message = "its data cannot be used: the base has no task vector"
+            raise SourceError(message, model=str(spec.model), hint="Use `form: soup`.")
         divided.append(_divided(recipe, spec.data, name, training))
     held_out = {content for one in divided for content in one.held_out}
     length, whole = min(training.max_length, context), training.prompt_loss
     start = row_start(tokenizer)
-    found = []
-    for spec, one in zip(specs, divided, strict=True):
+    datasets = []
+    for spec, item in zip(specs, divided, strict=True):
         assert spec.data is not None
-        mixed = without(one.train, held_out) if held_out else one.train
-        if not mixed and one.train:
-            what = f"all of its {one.count:,} rows are held out, of it or of another source"
+        mixed = without(item.train, held_out) if held_out else item.train
+        if not mixed and item.train:
+            message = f"all of its {item.count:,} rows are held out, of it or of another source"
             hint = "Name rows for `held_out` that nothing is trained on, or leave it out."
-            raise SourceError(what, file=_shown(spec.data), hint=hint)
+            raise SourceError(message, file=_shown(spec.data), hint=hint)
         train, kept = (
             tuple(
                 sequences(rows, tokenizer, length, most, whole=whole, start=start, entries=entries)
             )
             for rows, most in (
                 (mixed, training.examples),
-                (one.held_out.values(), training.held_out_examples),
+                (item.held_out.values(), training.held_out_examples),
             )
         )
         kept = within(kept, training.held_out_tokens)
         if not train:
             raise SourceError("has no token to learn from", file=_shown(spec.data))
         source = labels.index(str(spec.model))
-        removed = len(one.train) - len(mixed)
-        found.append(Dataset(one.name, source, train, kept, one.count, removed))
-    return found
+        removed = len(item.train) - len(mixed)
+        datasets.append(Dataset(item.name, source, train, kept, item.count, removed))
+    return datasets
 
 
 def within(examples: tuple[Example, ...], tokens: int | None) -> tuple[Example, ...]:
     """The first sequences that have about so many tokens together; one at least."""
     if tokens is None:
         return examples
-    ends = list(accumulate(len(one.ids) for one in examples))
+    ends = list(accumulate(len(example.ids) for example in examples))
     return examples[: max(1, bisect_right(ends, tokens))]
 
 
@@ -175,15 +175,15 @@ def sequences(
         whole: tokens of a prompt count, too.
         start, entries: as for `encode`.
     """
-    found: list[Example] = []
+    result: list[Example] = []
     for row in rows:
         encoded = encode(row, tokenizer, start=start, entries=entries)
         if whole:
             encoded = Encoded(encoded.ids, 1)
-        found.extend(cut(encoded, length))
-        if most is not None and len(found) >= most:
-            return found[:most]
-    return found
+        result.extend(cut(encoded, length))
+        if most is not None and len(result) >= most:
+            return result[:most]
+    return result
 
 
 def cut(encoded: Encoded, length: int) -> Iterator[Example]:
@@ -244,15 +244,15 @@ class Order:
         chance = random.Random(f"{self._seed}:{self._dataset.name}:pass {number}")
         order = list(range(len(self._dataset.train)))
         chance.shuffle(order)
-        found: list[list[int]] = []
+        result: list[list[int]] = []
         for start in range(0, len(order), self._size * _POOL):
             pool = sorted(
                 order[start : start + self._size * _POOL],
                 key=lambda i: len(self._dataset.train[i].ids),
             )
-            found += [pool[i : i + self._size] for i in range(0, len(pool), self._size)]
-        chance.shuffle(found)
-        return found
+            result += [pool[i : i + self._size] for i in range(0, len(pool), self._size)]
+        chance.shuffle(result)
+        return result
 
 
 def data_files(words: Sequence[str], recipe: Recipe) -> list[Path]:
@@ -275,14 +275,14 @@ def short_names(paths: Sequence[str]) -> list[str]:
     """
     short = [path.rstrip("/").rpartition("/")[2] for path in paths]
     names = short if len(set(short)) == len(short) else list(paths)
-    found: list[str] = []
+    result: list[str] = []
     for name in names:
         number, own = 1, name
-        while own in found:
+        while own in result:
             number += 1
             own = f"{name} ({number})"
-        found.append(own)
-    return found
+        result.append(own)
+    return result
 
 
 def _shown(data: Data) -> str:

@@ -43,8 +43,8 @@ def _file_rows(path: Path) -> list[Row]:
     try:
         table = parquet.read_table(path)
     except (OSError, ValueError) as error:  # pyarrow's own errors are of these kinds
-        what = f"is not a Parquet file: {str(error).splitlines()[0]}"
-        raise SourceError(what, file=str(path)) from None
+        message = f"is not a Parquet file: {str(error).splitlines()[0]}"
+        raise SourceError(message, file=str(path)) from None
     return _rows(table.to_pylist(), path)
 
 
@@ -52,16 +52,16 @@ def _hub_rows(data: Data) -> list[Row]:
     try:
         import datasets
     except ImportError:
-        what = "a data set of the Hub needs the package datasets"
-        raise ResourceError(what, where=str(data.dataset), hint=_HINT) from None
+        message = "a data set of the Hub needs the package datasets"
+        raise ResourceError(message, where=str(data.dataset), hint=_HINT) from None
     try:
-        found = datasets.load_dataset(
+        result = datasets.load_dataset(
             data.dataset, data.config, split=data.split, revision=data.revision
         )
     except Exception as error:  # whatever its readers raise: the reason is the user's to see
-        what = f"the data set cannot be loaded: {str(error).strip().splitlines()[0]}"
-        raise SourceError(what, file=str(data.dataset)) from error
-    return _rows(found, Path(str(data.dataset)))
+        message = f"the data set cannot be loaded: {str(error).strip().splitlines()[0]}"
+        raise SourceError(message, file=str(data.dataset)) from error
+    return _rows(result, Path(str(data.dataset)))
 
 
 def _rows(found: Any, path: Path) -> list[Row]:
@@ -96,16 +96,16 @@ def one_tokenizer(plan: Plan) -> tuple[Any, str]:
         if auxiliary_fingerprint(source.root) == digest:
             continue
         other = load_tokenizer(source)
-        what = _difference(tokenizer, other)
-        if what:
+        message = _difference(tokenizer, other)
+        if message:
             problems.append(
-                Problem(f"has another tokenizer than {first.label}: {what}", source.label)
+                Problem(f"has another tokenizer than {first.label}: {message}", source.label)
             )
         elif other.chat_template != tokenizer.chat_template:
             other_templates.append(source.label)
     if problems:
-        what = "the sources' tokenizers differ: their predictions cannot be compared"
-        raise MismatchError(problems, what)
+        message = "the sources' tokenizers differ: their predictions cannot be compared"
+        raise MismatchError(problems, message)
     if not other_templates:
         return tokenizer, ""
     return tokenizer, f"{first.label}'s, for all data; {', '.join(other_templates)} has another"

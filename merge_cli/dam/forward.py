@@ -225,8 +225,8 @@ class Forward:
 
     def _hidden(self, ids: Any, mask: Any) -> Any:
         assert self._body is not None
-        found = self._body(input_ids=ids, attention_mask=mask, use_cache=False)
-        return found.last_hidden_state
+        result = self._body(input_ids=ids, attention_mask=mask, use_cache=False)
+        return result.last_hidden_state
 
     def _can_be_taken_apart(self) -> bool:
         import torch

@@ -66,7 +66,7 @@ class HeldOut:
             rows = dataset.held_out
             if not rows:  # the record says whose
                 continue
-            count = sum(one.counted for one in rows)
+            count = sum(row.counted for row in rows)
             groups = micro_batches(range(len(rows)), rows, tokens)
             self._batches[dataset.name] = [
                 make_batch(group, rows, known, 1.0 / count) for group in groups
@@ -169,20 +169,20 @@ class Mixture:
 def mixtures(labels: Sequence[str], *, has_base: bool, base_label: str | None) -> list[Mixture]:
     """What needs no training: base, each source, uniform soup, task arithmetic at several λ."""
     count = len(labels)
-    found: list[Mixture] = []
+    result: list[Mixture] = []
     if has_base and base_label not in labels:
-        found.append(Mixture("base", 1.0, (0.0,) * count))
+        result.append(Mixture("base", 1.0, (0.0,) * count))
     for i, name in enumerate(short_names(labels)):
         alone = tuple(float(i == j) for j in range(count))
-        found.append(Mixture(f"source {name}", 0.0, alone))
-    found.append(Mixture("uniform soup", 0.0, (1.0 / count,) * count))
+        result.append(Mixture(f"source {name}", 0.0, alone))
+    result.append(Mixture("uniform soup", 0.0, (1.0 / count,) * count))
     if has_base:
         # A base among the sources adds nothing to itself.
         own = [label != base_label for label in labels]
         for scale in LAMBDAS:
             weights = tuple(scale * moves for moves in own)
-            found.append(Mixture(f"task arithmetic {scale:g}", 1.0 - math.fsum(weights), weights))
-    return found
+            result.append(Mixture(f"task arithmetic {scale:g}", 1.0 - math.fsum(weights), weights))
+    return result
 
 
 def baselines(
@@ -206,19 +206,19 @@ def baselines(
 
     def stop(asked: bool) -> None:
         if asked:
-            what = "stopped while merges without training were measured"
-            raise Interrupted(what, hint="The same command continues.")
+            message = "stopped while merges without training were measured"
+            raise Interrupted(message, hint="The same command continues.")
 
-    found = {}
-    for number, one in enumerate(compared):
-        tell(number, len(compared), one.name)
+    result = {}
+    for number, item in enumerate(compared):
+        tell(number, len(compared), item.name)
         stop(world.any(stopping()))
-        student.write_mixture(one.base, one.weights)
+        student.write_mixture(item.base, item.weights)
         # Processes stop together or not at all: within a merge only the one that is alone.
-        found[one.name] = held_out.score(
+        result[item.name] = held_out.score(
             forward, world, lambda: stop(world.size == 1 and stopping())
         )
-    return found
+    return result
 
 
 def best_start(
@@ -229,6 +229,8 @@ def best_start(
     Changes of the base reach every mixture; sums of weights those alone that have no base in them.
     """
     reached = [
-        one for one in compared if one.name in scores and (form == "task_vector" or one.base == 0)
+        item
+        for item in compared
+        if item.name in scores and (form == "task_vector" or item.base == 0)
     ]
     return min(reached, key=lambda one: scores[one.name].mean_kl, default=None)

@@ -76,17 +76,17 @@ class DistillationLoss:
         Args:
             logits: [n, vocabulary], float32 or float64.
         """
-        wanted = {name for name, weight in self.weights.items() if weight}
-        found: dict[str, Any] = {}
-        if wanted & {"kl", "reverse_kl", "mse"}:
-            found |= self._against_teacher(logits / self.temperature, targets, wanted)
-        if wanted & {"entropy", "cross_entropy"}:
+        requested = {name for name, weight in self.weights.items() if weight}
+        result: dict[str, Any] = {}
+        if requested & {"kl", "reverse_kl", "mse"}:
+            result |= self._against_teacher(logits / self.temperature, targets, requested)
+        if requested & {"entropy", "cross_entropy"}:
             log_q = logits.log_softmax(-1)
-            if "entropy" in wanted:
-                found["entropy"] = -(log_q.exp() * log_q).sum(-1)
-            if "cross_entropy" in wanted:
-                found["cross_entropy"] = -log_q.gather(-1, targets.labels[:, None])[:, 0]
-        return found
+            if "entropy" in requested:
+                result["entropy"] = -(log_q.exp() * log_q).sum(-1)
+            if "cross_entropy" in requested:
+                result["cross_entropy"] = -log_q.gather(-1, targets.labels[:, None])[:, 0]
+        return result
 
     def total(self, terms: Mapping[str, Any]) -> Any:
         """The weighted sum [n]."""
@@ -95,9 +95,9 @@ class DistillationLoss:
     def _against_teacher(self, z: Any, targets: TeacherTargets, wanted: set[str]) -> dict[str, Any]:
         log_q = z.gather(-1, targets.ids) - z.logsumexp(-1, keepdim=True)
         log_p = targets.logp
-        found = {}
+        result = {}
         if "mse" in wanted:
-            found["mse"] = ((log_q - log_p) ** 2).mean(-1)
+            result["mse"] = ((log_q - log_p) ** 2).mean(-1)
         if wanted & {"kl", "reverse_kl"}:
             square = self.temperature**2
             if targets.tail is not None:
@@ -107,10 +107,10 @@ class DistillationLoss:
                 log_q = torch.cat([log_q, rest[:, None]], -1)
                 log_p = torch.cat([log_p, targets.tail[:, None]], -1)
             if "kl" in wanted:
-                found["kl"] = square * (log_p.exp() * (log_p - log_q)).sum(-1)
+                result["kl"] = square * (log_p.exp() * (log_p - log_q)).sum(-1)
             if "reverse_kl" in wanted:
-                found["reverse_kl"] = square * (log_q.exp() * (log_q - log_p)).sum(-1)
-        return found
+                result["reverse_kl"] = square * (log_q.exp() * (log_q - log_p)).sum(-1)
+        return result
 
 
 _TINY = 1e-12
@@ -127,13 +127,13 @@ def penalty(values: Any, weights: Mapping[str, float]) -> tuple[dict[str, float]
     """
     import torch
 
-    wanted = {name: weight for name, weight in weights.items() if weight}
-    if not wanted:
+    requested = {name: weight for name, weight in weights.items() if weight}
+    if not requested:
         return {}, None
     with torch.enable_grad():
         leaf = values.detach().requires_grad_()
         flat = leaf.reshape(len(leaf), -1)
-        terms = {name: weight * _PENALTIES[name](flat) for name, weight in wanted.items()}
+        terms = {name: weight * _PENALTIES[name](flat) for name, weight in requested.items()}
         total = sum(terms.values())
         if not total.requires_grad:  # one source has no pairs
             return {name: 0.0 for name in terms}, None

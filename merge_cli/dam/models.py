@@ -62,8 +62,8 @@ def student_config(plan: Plan) -> Any:
         try:
             config = AutoConfig.from_pretrained(str(donor.root), trust_remote_code=False)
         except Exception as error:  # a config's own code checks it, with errors of any kind
-            what = f"transformers cannot read its config: {reason(error)}"
-            raise SourceError(what, model=donor.label) from error
+            message = f"transformers cannot read its config: {reason(error)}"
+            raise SourceError(message, model=donor.label) from error
     if "tie_word_embeddings" in plan.config:
         config.tie_word_embeddings = plan.config["tie_word_embeddings"]
     _drop_nothing(config)
@@ -90,8 +90,8 @@ def empty_student(plan: Plan) -> Any:
         try:
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         except Exception as error:  # of any kind: what a model makes of sizes that do not fit
-            what = f"is no causal language model that transformers knows: {reason(error)}"
-            raise SourceError(what, model=plan.sources[plan.donor].label) from error
+            message = f"is no causal language model that transformers knows: {reason(error)}"
+            raise SourceError(message, model=plan.sources[plan.donor].label) from error
 
 
 def load_student(plan: Plan, device: str, dtype: Any) -> Any:
@@ -110,8 +110,8 @@ def load_student(plan: Plan, device: str, dtype: Any) -> Any:
         except Exception as error:  # a config can break transformers in any way it likes
             if type(error).__name__ == "OutOfMemoryError":
                 raise
-            what = f"transformers cannot load it: {reason(error)}"
-            raise SourceError(what, model=donor.label) from error
+            message = f"transformers cannot load it: {reason(error)}"
+            raise SourceError(message, model=donor.label) from error
     for module in net.modules():
         if isinstance(module, torch.nn.Dropout):  # whatever name its config gave it
             module.p = 0.0
@@ -174,25 +174,25 @@ def stored_tensors(plan: Plan, targets: Sequence[TargetParameter]) -> dict[str, 
     """Where the sources have each target, and the base, if there is one."""
     views = plan.aligned.views
     base = views[plan.base] if plan.base is not None else {}
-    found = {}
+    result = {}
     for target in targets:
         task, layout = target.task, target.layout
         ref = task.base or base.get(target.name)
-        found[target.name] = Stored(
+        result[target.name] = Stored(
             target.name,
             (layout.rows, layout.columns),
             task.operands,
             ref if ref is not None and ref.shape == task.shape else None,
         )
-    return found
+    return result
 
 
 def weight_bytes(stored: Mapping[str, Stored], *, with_base: bool) -> int:
     """Bytes of all sources together, and of the base."""
     return sum(
         ref.nbytes
-        for one in stored.values()
-        for ref in (*one.sources, *([one.base] if with_base and one.base else []))
+        for item in stored.values()
+        for ref in (*item.sources, *([item.base] if with_base and item.base else []))
     )
 
 

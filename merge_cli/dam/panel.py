@@ -57,17 +57,17 @@ def training_json(decided: TrainingPlan) -> dict[str, Any]:
         "steps": decided.steps,
         "datasets": [
             {
-                "name": one.name,
-                "teacher": decided.labels[one.source],
-                "rows": one.rows,
-                "train": len(one.train),
-                "held_out": len(one.held_out),
-                "removed": one.removed,
-                "tokens": sum(example.counted for example in one.train),
+                "name": item.name,
+                "teacher": decided.labels[item.source],
+                "rows": item.rows,
+                "train": len(item.train),
+                "held_out": len(item.held_out),
+                "removed": item.removed,
+                "tokens": sum(example.counted for example in item.train),
                 "cache_bytes": teacher.bytes,
                 "not_cached": teacher.missing,
             }
-            for one, teacher in zip(decided.datasets, decided.teachers, strict=True)
+            for item, teacher in zip(decided.datasets, decided.teachers, strict=True)
         ],
         "cache_bytes": sum(one.bytes for one in decided.teachers),
         "device": decided.device,
@@ -90,24 +90,26 @@ def print_training(out: Console, decided: TrainingPlan) -> None:
     table.add_column("teacher", overflow="fold")
     for name in ("rows", "train", "held out", "tokens", "predictions", "to be made"):
         table.add_column(name, justify="right")
-    for one, teacher in zip(decided.datasets, decided.teachers, strict=True):
-        tokens = sum(example.counted for example in one.train)
+    for dataset, teacher in zip(decided.datasets, decided.teachers, strict=True):
+        tokens = sum(example.counted for example in dataset.train)
         table.add_row(
-            escape(one.name),
-            escape(decided.labels[one.source]),
-            f"{one.rows:,}",
-            f"{len(one.train):,}",
-            f"{len(one.held_out):,}",
+            escape(dataset.name),
+            escape(decided.labels[dataset.source]),
+            f"{dataset.rows:,}",
+            f"{len(dataset.train):,}",
+            f"{len(dataset.held_out):,}",
             f"{tokens:,}",
             show_size(teacher.bytes),
             f"{teacher.missing:,}",
         )
     out.print(table)
-    for one in decided.datasets:
-        if one.removed:
-            what = f"{one.name}: {one.removed:,} rows are held out, too, and not trained on"
-            out.print(f"[yellow]![/yellow] {escape(what)}")
-    cache = sum(one.bytes for one in decided.teachers)
+    for dataset in decided.datasets:
+        if dataset.removed:
+            message = (
+                f"{dataset.name}: {dataset.removed:,} rows are held out, too, and not trained on"
+            )
+            out.print(f"[yellow]![/yellow] {escape(message)}")
+    cache = sum(item.bytes for item in decided.teachers)
     trained = sum(target.trained for target in decided.targets)
     frozen = len(decided.targets) - trained
     still = f"; {frozen} tensors stay as they start" if frozen else ""
@@ -116,8 +118,8 @@ def print_training(out: Console, decided: TrainingPlan) -> None:
         kept = "in memory, the whole vocabulary"
     unused = training.unused_patterns([target.name for target in decided.targets])
     for pattern in unused:
-        what = f"granularity: no tensor has '{pattern}' in its name"
-        out.print(f"[yellow]![/yellow] {escape(what)}", soft_wrap=True)
+        message = f"granularity: no tensor has '{pattern}' in its name"
+        out.print(f"[yellow]![/yellow] {escape(message)}", soft_wrap=True)
     for label, text in (
         (
             "coefficients",

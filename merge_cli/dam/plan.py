@@ -111,8 +111,8 @@ def plan_training(plan: Plan, device: str = "auto", world: World | None = None) 
     if problems:
         raise MismatchError(problems, "the student cannot be made of what is stored")
     if not any(target.trained for target in targets):
-        what = f"chooses no tensor: {', '.join(training.train)}"
-        raise MismatchError([plan.recipe.problem("training.train", what)])
+        message = f"chooses no tensor: {', '.join(training.train)}"
+        raise MismatchError([plan.recipe.problem("training.train", message)])
     datasets = load_datasets(
         plan.recipe,
         labels,
@@ -184,7 +184,7 @@ def _teachers(
         parts = [(dataset.held_out, kept_for(training, held_out=True))]
         if training.needs_teachers:
             parts.append((dataset.train, kept_for(training, held_out=False)))
-        tokens = [sum(one.counted for one in part) for part, _ in parts]
+        tokens = [sum(item.counted for item in part) for part, _ in parts]
         yield TeacherPlan(
             dataset.name,
             sum(tokens),

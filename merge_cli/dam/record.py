@@ -70,7 +70,7 @@ def build_record(
                 "held_out": len(dataset.held_out),
                 "removed": dataset.removed,
                 "train_tokens": sum(one.counted for one in dataset.train),
-                "held_out_tokens": sum(one.counted for one in dataset.held_out),
+                "held_out_tokens": sum(item.counted for item in dataset.held_out),
             }
             for dataset in decided.datasets
         ],
@@ -142,14 +142,14 @@ def gate(record: Mapping[str, Any], required: bool, coefficients: Path) -> None:
     verdict = record["verdict"]
     if not required or (verdict is not None and verdict["ratio"] < 1):
         return
-    what = "improvement is required, and nothing was held out to show it"
+    message = "improvement is required, and nothing was held out to show it"
     if verdict is not None:
-        what = (
+        message = (
             f"held-out KL {verdict['kl']:.4g} is no better than {verdict['best_static']} "
             f"without training ({verdict['best_static_kl']:.4g})"
         )
     hint = "Train longer or on more data, or run without --require-improvement."
-    raise GateError(what, where=str(coefficients), hint=hint)
+    raise GateError(message, where=str(coefficients), hint=hint)
 
 
 def _peak_vram(device: str) -> int | None:
@@ -187,7 +187,7 @@ class StepLine:
             self._tokens_before = position.tokens
         assert position.history is not None
         recent = position.history[-_RECENT:]
-        loss = sum(one["loss"] for one in recent) / len(recent)
+        loss = sum(item["loss"] for item in recent) / len(recent)
         parts = [f"loss {loss:.4g}"]
         parts += [
             f"{name} {sum(self._weighted(one, name) for one in recent) / len(recent):.3g}"

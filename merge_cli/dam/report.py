@@ -35,14 +35,14 @@ _POINTS = 40  # of a training curve
 
 def training_sections(report: Json) -> list[Section]:
     """The sections of a report of learned coefficients; none for other methods."""
-    found = []
+    result = []
     if report.get("training"):
-        found += [_worth(report["training"]), _curves(report["training"])]
+        result += [_worth(report["training"]), _curves(report["training"])]
     if report.get("coefficients"):
-        found.append(_heat(report["coefficients"]))
+        result.append(_heat(report["coefficients"]))
     if report.get("training"):
-        found.append(_training_cost(report["training"]))
-    return found
+        result.append(_training_cost(report["training"]))
+    return result
 
 
 def _heat(coefficients: Json) -> Section:
@@ -148,7 +148,7 @@ def _curves(training: Json) -> Section:
     if measured:
         axis = _steps_axis([one["step"] for one in measured])
         series = [
-            Series(name, [one["kl"][name] for one in measured], n)
+            Series(name, [item["kl"][name] for item in measured], n)
             for n, name in enumerate(list(measured[0]["kl"])[: charts.MAX_LINES])
         ]
         series.append(Series("mean", [one["mean_kl"] for one in measured], "merged"))
@@ -181,14 +181,14 @@ def _training_cost(training: Json) -> Section:
     why = [[name, reason] for name, reason in training["why"].items()]
     data = [
         [
-            one["name"],
-            one["teacher"],
-            f"{one['rows']:,}",
-            f"{one['train']:,}",
-            f"{one['held_out']:,}",
-            f"{one['train_tokens']:,}",
+            item["name"],
+            item["teacher"],
+            f"{item['rows']:,}",
+            f"{item['train']:,}",
+            f"{item['held_out']:,}",
+            f"{item['train_tokens']:,}",
         ]
-        for one in training["datasets"]
+        for item in training["datasets"]
     ]
     heads = ["data", "teacher", "rows", "train", "held out", "tokens"]
     return section(

@@ -106,8 +106,8 @@ def learn(
                 inputs.verify_or(folder.discard if world.first else lambda: None)
             world.wait()
         if world.any(stopping()):  # asked for where nobody looks: the merge must not begin
-            what, hint = "stopped after training", "The same command continues."
-            raise Interrupted(what, where=str(folder.path), hint=hint)
+            message, hint = "stopped after training", "The same command continues."
+            raise Interrupted(message, where=str(folder.path), hint=hint)
     if world.first:
         for line in record["warnings"]:
             show(Progress("train", 0, 0, line))
@@ -247,7 +247,7 @@ def _begin(
     stored = stored_tensors(plan, decided.targets)
     compared = mixtures(
         decided.labels,
-        has_base=all(one.base is not None for one in stored.values()),
+        has_base=all(item.base is not None for item in stored.values()),
         base_label=None if plan.base is None else plan.sources[plan.base].label,
     )
     scores = baselines(
@@ -286,8 +286,8 @@ def _teach(
         def tell(done: int, total: int, name: str = dataset.name) -> None:
             show(Progress("teach", done, total, name, "tokens"))
             if world.size == 1 and stopping():
-                what = "stopped while the teachers were asked"
-                raise Interrupted(what, hint="The same command continues.")
+                message = "stopped while the teachers were asked"
+                raise Interrupted(message, hint="The same command continues.")
 
         held_out = kept_for(decided.training, held_out=True)
         kept.append(teacher.predictions(dataset.held_out, held_out, tell, share=share))
@@ -301,8 +301,8 @@ def _teach(
 
 
 def _interrupted(folder: TrainingWorkspace, position: Position) -> Interrupted:
-    what = f"stopped after {position.step} steps"
-    return Interrupted(what, where=str(folder.path), hint="The same command continues.")
+    message = f"stopped after {position.step} steps"
+    return Interrupted(message, where=str(folder.path), hint="The same command continues.")
 
 
 class _Interruptions:
@@ -334,13 +334,13 @@ def _interruptions() -> Iterator[_Interruptions]:
     Raises:
         Interrupted: that happened.
     """
-    found = _Interruptions()
+    result = _Interruptions()
     if threading.current_thread() is not threading.main_thread():
-        yield found
+        yield result
         return
-    before = {kind: signal.signal(kind, found.receive) for kind in (signal.SIGINT, signal.SIGTERM)}
+    before = {kind: signal.signal(kind, result.receive) for kind in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield found
+        yield result
     except KeyboardInterrupt:
         raise Interrupted("stopped at once", hint="The same command continues.") from None
     finally:
@@ -350,8 +350,8 @@ def _interruptions() -> Iterator[_Interruptions]:
 
 def with_coefficients(recipe: Recipe, coefficients: Path, record: Mapping[str, Any]) -> Recipe:
     """The recipe with what was learned: complete without data, which is only named."""
-    wanted = ("teacher", "files", "held_out_files", "digest")
-    origin = [{name: one[name] for name in wanted} for one in record["datasets"]]
+    requested = ("teacher", "files", "held_out_files", "digest")
+    origin = [{name: item[name] for name in requested} for item in record["datasets"]]
     return replace(
         recipe,
         coefficients=str(coefficients),

@@ -78,9 +78,11 @@ def choose_residency(wanted: str, device: str, size: int, student: int) -> Sourc
     if wanted != "auto":
         free = room if wanted == "device" else host
         if size > free:
-            what = f"residency {wanted}: the sources take {shown}, and {show_size(max(free, 0))} "
+            message = (
+                f"residency {wanted}: the sources take {shown}, and {show_size(max(free, 0))} "
+            )
             hint = "Use `residency: auto` or `disk`."
-            raise ResourceError(what + "are left for them", hint=hint)
+            raise ResourceError(message + "are left for them", hint=hint)
         return SourceResidency("device" if wanted == "device" else "host", "asked for", size)
     if where and size <= room:
         return SourceResidency("device", f"{shown} fit beside the student", size)
@@ -147,10 +149,10 @@ class Sources:
         """This tensor is asked for next: have it brought while something else goes on."""
         if self.place.residency == "disk":
             stored = self._tensors[name]
-            wanted = [*stored.sources]
+            requested = [*stored.sources]
             if self._with_base and stored.base is not None:
-                wanted.append(stored.base)
-            for ref in wanted:
+                requested.append(stored.base)
+            for ref in requested:
                 for part in ref.stored:
                     read_ahead(self._files, part.path, part.offset, part.nbytes)
         elif self.ahead is not None:
@@ -253,7 +255,7 @@ class Prefetcher:
         """Bring the numbered rows of a tensor, unless they are under way."""
         if name in self._started:
             return
-        self._started[name] = {number: self._copies.start(one) for number, one in rows}
+        self._started[name] = {number: self._copies.start(item) for number, item in rows}
         while len(self._started) > 2:
             self._started.pop(next(iter(self._started)))
 

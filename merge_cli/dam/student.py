@@ -138,7 +138,7 @@ class Student:
             reduce([p for name in self.trained for p in self.coefficients[name].projections])
         self.penalties_found = {}
         grads = {name: self._gradients(name) for name in self.trained}
-        norm = math.sqrt(sum(float((g * g).sum()) for own in grads.values() for g in own))
+        norm = math.sqrt(sum(float((g * g).sum()) for grad in grads.values() for g in grad))
         if math.isfinite(norm):
             factor = min(1.0, clip / norm) if clip is not None and norm > 0 else 1.0
             for name, own in grads.items():

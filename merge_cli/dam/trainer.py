@@ -170,7 +170,8 @@ class Trainer:
         terms = dict(zip(datasets, sums.by_owner(), strict=True))
         names = sorted(name for name, weight in self._training.loss.items() if weight)
         table = torch.tensor(
-            [[own.get(name, 0.0) for name in names] for own in terms.values()], dtype=torch.float64
+            [[term.get(name, 0.0) for name in names] for term in terms.values()],
+            dtype=torch.float64,
         )
         spent = torch.tensor(cost, dtype=torch.float64)
         self._world.add_up([table, spent], gradients=False)
@@ -199,8 +200,8 @@ class Trainer:
         score = self._held_out.score(self._forward, self._world)
         position.held_out_passes += self._held_out.passes - before
         if not score.finite:
-            what = f"on held-out rows the merge of step {position.step} predicts NaN or Inf"
-            raise NonFiniteError(what, hint=_SMALLER)
+            message = f"on held-out rows the merge of step {position.step} predicts NaN or Inf"
+            raise NonFiniteError(message, hint=_SMALLER)
         assert position.measured is not None
         position.measured.append({"step": position.step, **score.to_json()})
         if score.mean_kl < position.best_kl:
@@ -215,12 +216,12 @@ class Trainer:
 
 def entries_of(student: Student) -> dict[str, Any]:
     """The coefficients as they are, as a file of coefficients holds them."""
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     for coefficients in student.coefficients.values():
-        found |= coefficients.entries()
-    return found
+        result |= coefficients.entries()
+    return result
 
 
 def _not_finite(step: int) -> NonFiniteError:
-    what = f"the loss of step {step + 1} is not a number"
-    return NonFiniteError(what, hint=_SMALLER)
+    message = f"the loss of step {step + 1} is not a number"
+    return NonFiniteError(message, hint=_SMALLER)

@@ -50,7 +50,11 @@ class ModelInspection:
     @property
     def unlike(self) -> bool:
         """Whether a token number may mean different tokens in different models."""
-        return any(one.tokens_differ for one in self.tokenizers if one.size and one.reference_size)
+        return any(
+            tokenizer.tokens_differ
+            for tokenizer in self.tokenizers
+            if tokenizer.size and tokenizer.reference_size
+        )
 
     def dressed(self, recipe: Recipe) -> Recipe:
         """A recipe of these models with the dtype and the vocabulary that they need."""
@@ -92,13 +96,13 @@ class ModelInspection:
         """What should be known about these models, one line each."""
         subject = self.subject
         lines = [self.summary, *subject.plan.notes]
-        for name, one in zip(self._compared, self.tokenizers, strict=True):
-            if one.tokens_differ:
+        for name, item in zip(self._compared, self.tokenizers, strict=True):
+            if item.tokens_differ:
                 lines.append(
-                    f"{name}: another vocabulary than {self._first} ({one.missing:,} tokens "
-                    f"missing, {one.added:,} added, {one.renumbered:,} with another number)"
+                    f"{name}: another vocabulary than {self._first} ({item.missing:,} tokens "
+                    f"missing, {item.added:,} added, {item.renumbered:,} with another number)"
                 )
-            elif one.rules or one.special:
+            elif item.rules or item.special:
                 lines.append(f"{name}: cuts or marks text in another way than {self._first}")
         lines += self._kinship()
         return lines
@@ -172,6 +176,6 @@ def _parent(source: Source) -> str | None:
     """The one model that a card, or else a config, names as what this one was made from."""
     named = source_cards(source)[0].get("base_model")
     listed = named if isinstance(named, list) else [named or source.config.get("_name_or_path")]
-    found = {one for one in listed if isinstance(one, str) and "/" in one and hub_id(one)}
+    found = {item for item in listed if isinstance(item, str) and "/" in item and hub_id(item)}
     parent = found.pop() if len(found) == 1 else None
     return parent if parent != _repository(source) else None

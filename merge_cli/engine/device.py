@@ -59,15 +59,15 @@ def choose_device(wanted: str) -> Device:
         return Device("cpu", (), "cpu", why)
     indexes = (int(number),) if number else tuple(range(available))
     if not indexes or indexes[-1] >= available:
-        what = f"device '{wanted}' is not there: {available} CUDA devices found"
-        raise ResourceError(what, hint="Use --device cpu, or install a torch built for CUDA.")
+        message = f"device '{wanted}' is not there: {available} CUDA devices found"
+        raise ResourceError(message, hint="Use --device cpu, or install a torch built for CUDA.")
     roomy = tuple(i for i in indexes if torch.cuda.mem_get_info(i)[0] >= _LEAST_FREE)
     if not roomy:
         free = max(torch.cuda.mem_get_info(i)[0] for i in indexes) / 1e9
-        what = f"{free:.1f} GB of device memory free, {_LEAST_FREE / 1e9:.0f} GB needed"
+        message = f"{free:.1f} GB of device memory free, {_LEAST_FREE / 1e9:.0f} GB needed"
         if kind == "auto":
-            return Device("cpu", (), "cpu", f"a CUDA device was found, but with {what}")
-        raise ResourceError(what, hint="Free some, or use --device cpu.")
+            return Device("cpu", (), "cpu", f"a CUDA device was found, but with {message}")
+        raise ResourceError(message, hint="Free some, or use --device cpu.")
     name = torch.cuda.get_device_name(roomy[0])
     name = name if len(roomy) == 1 else f"{len(roomy)} x {name}"
     return Device("cuda", roomy, name, "found" if kind == "auto" else "asked for")

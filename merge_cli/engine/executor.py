@@ -151,9 +151,9 @@ class MergeExecutor:
     def _refuse_infinity(self, merged: Any, task: TensorTask, block: Block) -> None:
         """float16 ends at 65504: what is larger would be written as Inf."""
         if block.finite and not self._allow:
-            what = "some merged weights are too large for float16"
+            message = "some merged weights are too large for float16"
             hint = "Use bfloat16 or float32 as dtype, or accept Inf with --allow-non-finite."
-            raise NonFiniteError(what, tensor=task.name, hint=hint)
+            raise NonFiniteError(message, tensor=task.name, hint=hint)
 
     def _non_finite_error(
         self, block: Block, task: TensorTask, counts: list[int]
@@ -165,9 +165,9 @@ class MergeExecutor:
             bad = next(i for i, count in enumerate(counts) if count)
             ref, values = task.operands[bad], block.operands[bad]
         place = _first_non_finite(values) + block.at.start
-        what = f"NaN or Inf among its weights (first at element {place})"
+        message = f"NaN or Inf among its weights (first at element {place})"
         return NonFiniteError(
-            what,
+            message,
             model=ref.model,
             file=ref.stored[0].path.name,
             tensor=ref.name,

@@ -282,12 +282,12 @@ class InMemoryMerger:
             if task.action == "copy" and not task.parameters:  # copied, whatever the method
                 tasks.append(task)
                 continue
-            found = resolver.of(task.formula_name, task.position)
-            if found.error:
-                raise RecipeError([recipe.problem("merge_method", found.error)])
-            copies = found.copies and is_stored_as(task.operands[0], task.dtype)
+            result = resolver.of(task.formula_name, task.position)
+            if result.error:
+                raise RecipeError([recipe.problem("merge_method", result.error)])
+            copies = result.copies and is_stored_as(task.operands[0], task.dtype)
             tasks.append(
-                replace(task, parameters=found.parameters, action="copy" if copies else "merge")
+                replace(task, parameters=result.parameters, action="copy" if copies else "merge")
             )
         return tasks
 
@@ -317,8 +317,8 @@ class InMemoryMerger:
                 del self._files.outputs[path]
             take(job.task, raw)
 
-        wanted = set(changed)
-        jobs = [_MergeJob(tasks[n], tuple(self._units[n])) for n in self._order if n in wanted]
+        requested = set(changed)
+        jobs = [_MergeJob(tasks[n], tuple(self._units[n])) for n in self._order if n in requested]
         with one_torch_thread(self._device, self._arithmetic), memory_errors(resumes=False):
             if jobs and self._plan.method.survey is not None:
                 self._pool.map(survey, [None])

@@ -130,12 +130,12 @@ def inputs_of(plan: Plan) -> Inputs:
         files.append((plan.coefficients.path.name, plan.coefficients.path))
     if plan.gathered is not None:
         files += [("statistics", file.path) for file in plan.gathered.files]
-    found = Inputs([one for one in folders if one[2]], files)
+    inputs = Inputs([folder for folder in folders if folder[2]], files)
     for i, source in enumerate(plan.sources):
         if not source.planned:
             _check_headers(source, plan.shards_read(i))
-    found.verify()
-    return found
+    inputs.verify()
+    return inputs
 
 
 def changed(label: str, file: str, what: str = "has changed") -> SourceError:

@@ -53,10 +53,10 @@ def work_key(plan: Plan, *context: object) -> str:
         if source.label in plan.stages
     }
     pinned = {
-        one.root
+        opened.root
         for source in plan.sources
-        for one in (source, source.adapter)
-        if one is not None and one.hub is not None
+        for opened in (source, source.adapter)
+        if opened is not None and opened.hub is not None
     }
     paths: dict[Path, str] = {}
     stamps: list[tuple[str, str]] = []
@@ -138,7 +138,7 @@ class Journal(Records):
         """
         super().__init__(path, key, inputs)
         units = [entry for entry in self.entries if "unit" in entry]
-        self.done = {one["unit"]: TensorStats.from_json(one["stats"]) for one in units}
+        self.done = {unit["unit"]: TensorStats.from_json(unit["stats"]) for unit in units}
         self.count = len(self.done)
 
     def record(self, number: int, stats: TensorStats) -> None:

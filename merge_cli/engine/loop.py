@@ -159,9 +159,9 @@ def _earlier_stats(
     for number, earlier in journal.done.items():
         task = plan.tasks[units[number].task]
         if any(earlier.non_finite) and not options.allow_non_finite:
-            what = "an interrupted run merged NaN or Inf, which was allowed then"
+            message = "an interrupted run merged NaN or Inf, which was allowed then"
             hint = "Allow it again with --allow-non-finite, or start over with --fresh."
-            raise NonFiniteError(what, tensor=task.name, hint=hint)
+            raise NonFiniteError(message, tensor=task.name, hint=hint)
         stats[units[number].task].add(earlier)
     return stats
 

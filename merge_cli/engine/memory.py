@@ -62,8 +62,8 @@ def worker_memory(plan: Plan, device: Device, options: MergeOptions) -> WorkerMe
         UsageError: less memory than a merge can work in.
     """
     if options.max_memory < MINIMUM_MEMORY:
-        what = f"--max-memory of {options.max_memory / 1e6:.0f} MB is too little"
-        raise UsageError(what, hint=f"Give it at least {MINIMUM_MEMORY / 1e6:.0f} MB.")
+        message = f"--max-memory of {options.max_memory / 1e6:.0f} MB is too little"
+        raise UsageError(message, hint=f"Give it at least {MINIMUM_MEMORY / 1e6:.0f} MB.")
     inputs = max((len(task.inputs) for task in plan.tasks), default=1)
     # What a container or a batch system leaves us counts, too, with what we hold already.
     allowed = min(options.max_memory, peak_rss() + free_memory())

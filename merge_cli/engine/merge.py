@@ -125,8 +125,8 @@ def fetch_inputs(plan: Plan, show: OnProgress) -> None:
     for i, source in enumerate(plan.sources):
         if source.hub is None and (source.adapter is None or source.adapter.hub is None):
             continue
-        wanted = plan.shards_read(i)
-        total = source.download_size(wanted)
+        requested = plan.shards_read(i)
+        total = source.download_size(requested)
         fetched = 0
 
         def progress(count: int, label: str = source.label, total: int = total) -> None:
@@ -134,7 +134,7 @@ def fetch_inputs(plan: Plan, show: OnProgress) -> None:
             fetched += count
             show(Progress("fetch", fetched, total, label))
 
-        fetch_weights(source, wanted, progress)
+        fetch_weights(source, requested, progress)
 
 
 def verified_fingerprints(plan: Plan) -> tuple[str, ...]:
@@ -144,9 +144,9 @@ def verified_fingerprints(plan: Plan) -> tuple[str, ...]:
         fingerprint = source.fingerprint(plan.shards_read(i))
         recorded = plan.recipe.inputs.get(source.label, fingerprint)
         if recorded != fingerprint:
-            what = f"is not the model that this recipe was resolved with ({recorded[:12]})"
+            message = f"is not the model that this recipe was resolved with ({recorded[:12]})"
             hint = "Restore it, or remove `inputs` from the recipe."
-            raise SourceError(what, model=source.label, hint=hint)
+            raise SourceError(message, model=source.label, hint=hint)
         found.append(fingerprint)
     return tuple(found)
 
@@ -185,8 +185,8 @@ def _write_tokenizer(plan: Plan, folder: Path, *, copied: bool) -> None:
                 (folder / "tokenizer_config.json").write_bytes(config)
     settings = folder / "generation_config.json"
     if plan.aligned.ids is not None and settings.is_file():
-        found = renumber(json.loads(settings.read_text(encoding="utf-8")), plan.aligned)
-        settings.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        result = renumber(json.loads(settings.read_text(encoding="utf-8")), plan.aligned)
+        settings.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_config(plan: Plan, donor: Path, target: Path) -> None:

@@ -105,9 +105,9 @@ class OutputWorkspace(Workspace):
 
     def _refuse_mounts(self) -> None:
         if os.path.ismount(self.target):
-            what = "the output is a mount point, which no finished model can take the place of"
+            message = "the output is a mount point, which no finished model can take the place of"
             hint = f"Choose a folder in it: {self.target / 'merged'}."
-            raise UsageError(what, where=str(self.target), hint=hint)
+            raise UsageError(message, where=str(self.target), hint=hint)
 
     def check_space(self, needed: int) -> None:
         """Raise if the disk has no room for what is not there yet.
@@ -121,8 +121,8 @@ class OutputWorkspace(Workspace):
             place = place.parent
         free = shutil.disk_usage(place).free
         if needed - present > free:
-            what = f"the disk is too full: {show_size(needed - present)} needed, "
-            raise ResourceError(what + f"{show_size(free)} free", where=str(self.target.parent))
+            message = f"the disk is too full: {show_size(needed - present)} needed, "
+            raise ResourceError(message + f"{show_size(free)} free", where=str(self.target.parent))
 
     def published(self, key: str) -> bool:
         """Whether OUT is the result of this very work, by a process killed while tidying up.
@@ -169,8 +169,8 @@ class OutputWorkspace(Workspace):
             return True
         self.discard()
         if os.path.lexists(self.model):
-            what = "what earlier work has left cannot be removed"
-            raise ResourceError(what, where=str(self.model), hint="Check who may write there.")
+            message = "what earlier work has left cannot be removed"
+            raise ResourceError(message, where=str(self.model), hint="Check who may write there.")
         self.make()
         try:
             self.model.mkdir()
@@ -227,15 +227,15 @@ def refuse_foreign(target: Path) -> None:
         entries = sorted(target.iterdir())
         names = [path.name for path in entries]
         if not any(name in _SIGNS or is_weight(name) for name in names):
-            what = "the output exists and is not a model: it will not be replaced"
-            raise UsageError(what, where=str(target), hint=_HINT)
+            message = "the output exists and is not a model: it will not be replaced"
+            raise UsageError(message, where=str(target), hint=_HINT)
         for path in entries:
             if path.is_symlink():  # goes alone: what it leads to stays
                 continue
             if not (_is_part(path) if path.is_dir() else _is_beside(path.name)):
                 name = f"{path.name}/" if path.is_dir() else path.name
-                what = f"the output holds {name}, which is no part of a model: "
-                raise UsageError(what + "it will not be replaced", where=str(target), hint=_HINT)
+                message = f"the output holds {name}, which is no part of a model: "
+                raise UsageError(message + "it will not be replaced", where=str(target), hint=_HINT)
     except OSError as error:
         raise write_error(error, target) from error
 

@@ -122,20 +122,20 @@ def by_name(stored: Mapping[str, tuple[int, ...]], parameters: Mapping[str, Any]
         parts = name.split(".")
         for i in range(len(parts)):
             ends.setdefault(".".join(parts[i:]), []).append(name)
-    found = {}
+    result = {}
     for name, shape in stored.items():
         own = name if name in parameters else None
         if own is None and len(ends.get(name, ())) == 1:
             own = ends[name][0]
         if own is not None and tuple(parameters[own].shape) == shape:
-            found[name] = own
-    return found
+            result[name] = own
+    return result
 
 
 def layer_of(name: str) -> str:
     """The first number of a name: that of its layer; "" where it has none."""
-    found = re.search(r"(?:^|\.)(\d+)\.", name)
-    return found.group(1) if found else ""
+    result = re.search(r"(?:^|\.)(\d+)\.", name)
+    return result.group(1) if result else ""
 
 
 def _by_content(
@@ -167,17 +167,17 @@ def _parts(parameter: Any, tensors: Iterable[TensorRef], read: Read) -> dict[str
     for shape in {tensor.shape for tensor in fitting}:
         for seat in _places(parameter, shape):
             free.setdefault((shape, _probe(seat.values)), []).append(seat)
-    found: dict[str, ParameterSlice] = {}
+    result: dict[str, ParameterSlice] = {}
     for tensor in fitting:
         numbers = torch.from_numpy(read_numbers(read, tensor, 0, tensor.size))
         values = numbers.to(parameter.detach()).float().reshape(tensor.shape)
         candidates = free.get((tensor.shape, _probe(values)), [])
         equal = (n for n, seat in enumerate(candidates) if _is(seat, values))
         if (number := next(equal, None)) is not None:
-            found[tensor.name] = candidates.pop(number)
-        elif parameter.shape == tensor.shape and any(_is(s, values) for s in found.values()):
+            result[tensor.name] = candidates.pop(number)
+        elif parameter.shape == tensor.shape and any(_is(s, values) for s in result.values()):
             return {}  # two tensors that are the same, and one place
-    return found
+    return result
 
 
 def _places(parameter: Any, shape: tuple[int, ...]) -> Iterator[ParameterSlice]:

@@ -77,7 +77,7 @@ def _is_jinja(tokenizer: Any) -> bool:
 
 
 def _plain(token: Any) -> Any:
-    return [_plain(one) for one in token] if isinstance(token, list | tuple) else str(token)
+    return [_plain(item) for item in token] if isinstance(token, list | tuple) else str(token)
 
 
 class _Renderer:
@@ -101,11 +101,11 @@ class _Renderer:
                 answer = b""
             if not answer.endswith(b"\n"):
                 raise TemplateError(self._ended())
-            found: dict[str, Any] = json.loads(answer)
-            if "failed" in found:
+            result: dict[str, Any] = json.loads(answer)
+            if "failed" in result:
                 self._ended()
-                raise TemplateError(f"transformers cannot be started ({found['failed']})")
-            return found
+                raise TemplateError(f"transformers cannot be started ({result['failed']})")
+            return result
 
     def _started(self) -> subprocess.Popen[bytes]:
         if self._process is None:

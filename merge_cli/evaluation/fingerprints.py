@@ -118,9 +118,9 @@ def refuse_adapter(source: Source) -> None:
         SourceError: there is one.
     """
     if source.adapter is not None:
-        what = "an adapter is applied while merging, and here the model is run"
+        message = "an adapter is applied while merging, and here the model is run"
         hint = "Merge the two into a folder first: `merge_method: passthrough`, one model."
-        raise SourceError(what, model=source.label, hint=hint)
+        raise SourceError(message, model=source.label, hint=hint)
 
 
 def auxiliary_fingerprint(root: Path) -> str:
@@ -153,15 +153,15 @@ def _joined(files: list[Path], digests: list[str]) -> str:
 
 def _remembered(path: Path) -> str | None:
     """A file's digest from the cache, if nothing about the file has changed."""
-    known = (read_sealed(_place(path)) or {}).get("sha256")
-    return known if isinstance(known, str) else None
+    cached = (read_sealed(_place(path)) or {}).get("sha256")
+    return cached if isinstance(cached, str) else None
 
 
 def _digest(path: Path, stop: threading.Event) -> str:
     """A file's digest, remembered or made."""
-    found = _remembered(path)
-    if found is not None:
-        return found
+    result = _remembered(path)
+    if result is not None:
+        return result
     about, place = path.stat(), _place(path)
     digest = file_fingerprint(path, stop)
     newest = max(about.st_mtime, about.st_ctime)

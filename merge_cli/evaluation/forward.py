@@ -153,11 +153,11 @@ def watched(live: LiveModel) -> Iterator[None]:
             return
         live.count(ids.numel(), 1)
         if ids.numel() and int(ids.max()) >= entries:
-            what = (
+            message = (
                 f"the token number {int(ids.max())} is asked for, and it has {entries:,} embeddings"
             )
             hint = "The tokenizer is not this model's."
-            raise SourceError(what, model=live.label, hint=hint)
+            raise SourceError(message, model=live.label, hint=hint)
 
     def after(net: Any, args: tuple[Any, ...], found: Any) -> None:
         logits = getattr(found, "logits", None)
@@ -185,9 +185,9 @@ def require_finite(values: Any, label: str) -> None:
         NonFiniteError: NaN or Inf is among them.
     """
     if not bool(values.isfinite().all()):
-        what = "it predicts NaN or Inf: no score of it means anything"
+        message = "it predicts NaN or Inf: no score of it means anything"
         hint = "Try --dtype float32; if that does not help, its weights are broken."
-        raise NonFiniteError(what, model=label, hint=hint)
+        raise NonFiniteError(message, model=label, hint=hint)
 
 
 @dataclass(frozen=True)
@@ -207,13 +207,13 @@ def micro_batches(
     numbers: Sequence[int], sequences: Sequence[Example], tokens: int
 ) -> list[list[int]]:
     """Numbers of sequences in groups of at most `tokens` with padding, the longest first."""
-    found: list[list[int]] = []
+    result: list[list[int]] = []
     for number in sorted(numbers, key=lambda i: (-len(sequences[i].ids), i)):
-        width = len(sequences[found[-1][0]].ids) if found else 0
-        if not found or width * (len(found[-1]) + 1) > tokens:
-            found.append([])
-        found[-1].append(number)
-    return found
+        width = len(sequences[result[-1][0]].ids) if result else 0
+        if not result or width * (len(result[-1]) + 1) > tokens:
+            result.append([])
+        result[-1].append(number)
+    return result
 
 
 def padded(examples: Sequence[Example]) -> tuple[Any, Any, Any]:
@@ -224,12 +224,12 @@ def padded(examples: Sequence[Example]) -> tuple[Any, Any, Any]:
     """
     import torch
 
-    width = max(len(one.ids) for one in examples)
+    width = max(len(example.ids) for example in examples)
     ids = torch.zeros(len(examples), width, dtype=torch.long)
     mask = torch.zeros(len(examples), width, dtype=torch.long)
     counted = torch.zeros(len(examples), width, dtype=torch.bool)
-    for i, one in enumerate(examples):
-        ids[i, : len(one.ids)] = torch.tensor(one.ids)
-        mask[i, : len(one.ids)] = 1
-        counted[i, one.first - 1 : len(one.ids) - 1] = True
+    for i, item in enumerate(examples):
+        ids[i, : len(item.ids)] = torch.tensor(item.ids)
+        mask[i, : len(item.ids)] = 1
+        counted[i, item.first - 1 : len(item.ids) - 1] = True
     return ids, mask, counted

@@ -89,11 +89,11 @@ class LiveModel:
 
         where = self.net.device
         with torch.inference_mode():
-            found = self.net(
+            result = self.net(
                 input_ids=ids.to(where), attention_mask=mask.to(where), use_cache=False
             ).logits
         self.count(int(mask.sum()), 1)
-        return found
+        return result
 
     def count(self, tokens: int, passes: int) -> None:
         """Add to the cost."""
@@ -192,22 +192,22 @@ def _cannot_load(source: Source, error: Exception) -> MergeCliError:
         hint = "Try --dtype bfloat16, --max-memory, or --device cpu."
         return ResourceError("its weights do not fit into memory", where=source.label, hint=hint)
     said = str(error).strip() or type(error).__name__
-    what, hint = f"transformers cannot load it: {said.splitlines()[0]}", ""
+    message, hint = f"transformers cannot load it: {said.splitlines()[0]}", ""
     if "trust_remote_code" in said:
-        what = "it needs code of its own, and nothing from a checkpoint is executed"
+        message = "it needs code of its own, and nothing from a checkpoint is executed"
         hint = "Evaluate it with a program that you trust to run its code."
-    return SourceError(what, model=source.label, hint=hint)
+    return SourceError(message, model=source.label, hint=hint)
 
 
 def _refuse_made_up(source: Source, about: Mapping[str, Any]) -> None:
     """transformers fills what it does not find with random numbers."""
     missing = sorted(map(str, about.get("missing_keys", ())))
-    missing += sorted(str(one[0]) for one in about.get("mismatched_keys", ()))
+    missing += sorted(str(item[0]) for item in about.get("mismatched_keys", ()))
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        what = f"its weights lack what the architecture needs: {missing[0]}{more}"
+        message = f"its weights lack what the architecture needs: {missing[0]}{more}"
         hint = "Is it a language model, and complete?"
-        raise SourceError(what, model=source.label, tensor=missing[0], hint=hint)
+        raise SourceError(message, model=source.label, tensor=missing[0], hint=hint)
 
 
 def choose_dtype(source: Source, device: str, wanted: str) -> tuple[str, str]:
@@ -245,9 +245,11 @@ def _need_accelerate(label: str, needed: int, room: int) -> None:
     try:
         import accelerate  # noqa: F401
     except ImportError:
-        what = f"needs {show_size(needed)} for its weights, and there is room for {show_size(room)}"
+        message = (
+            f"needs {show_size(needed)} for its weights, and there is room for {show_size(room)}"
+        )
         hint = "pip install accelerate: it will be read layer by layer. Or use --dtype bfloat16."
-        raise ResourceError(what, where=label, hint=hint) from None
+        raise ResourceError(message, where=label, hint=hint) from None
 
 
 @contextlib.contextmanager
@@ -295,6 +297,6 @@ def load_tokenizer(source: Source) -> Any:
             return AutoTokenizer.from_pretrained(str(source.root), trust_remote_code=False)
         except Exception as error:  # the package tokenizers raises nothing more special
             said = str(error).strip().splitlines() or [type(error).__name__]
-            what = f"its tokenizer cannot be loaded: {said[0]}"
+            message = f"its tokenizer cannot be loaded: {said[0]}"
             hint = "The text is read with it."
-            raise SourceError(what, model=source.label, hint=hint) from error
+            raise SourceError(message, model=source.label, hint=hint) from error

@@ -41,8 +41,8 @@ def read_eval(path: Path) -> EvalSpec:
         raise UsageError(str(error), where=str(path)) from None
     nodes = load_nodes(text, str(path))
     if len(nodes) != 1:
-        what = f"an evaluation file is one document (got {len(nodes)})"
-        raise RecipeError([Problem(what, file=str(path))])
+        message = f"an evaluation file is one document (got {len(nodes)})"
+        raise RecipeError([Problem(message, file=str(path))])
     return parse_eval(nodes[0], str(path), path.absolute().parent)
 
 
@@ -113,8 +113,8 @@ class _EvalParser:
             return None
         kind = KINDS[word]
         hints = get_type_hints(kind)
-        wanted = {f.name: f for f in fields(kind) if f.name != "folder"}
-        given = self._known(node, key, ("task", *wanted))
+        requested = {f.name: f for f in fields(kind) if f.name != "folder"}
+        given = self._known(node, key, ("task", *requested))
         values: dict[str, Any] = {} if limit is None else {"limit": limit}
         for name, child in given.items():
             if name == "task":
@@ -122,16 +122,18 @@ class _EvalParser:
             value, wrong = self._value(child, hints[name])
             if not wrong and name in _NAMES and (not value.strip() or not value.isprintable()):
                 wrong = "must be a line of text"
-            least = wanted[name].metadata.get("least")
+            least = requested[name].metadata.get("least")
             if not wrong and least is not None and value is not None and value < least:
                 wrong = f"must be at least {least}"
             if wrong:
                 self._add(child, f"{key}.{name}", f"{wrong} (got {child.plain()!r})")
             else:
                 values[name] = value
-        missing = [name for name, f in wanted.items() if f.default is MISSING and name not in given]
+        missing = [
+            name for name, f in requested.items() if f.default is MISSING and name not in given
+        ]
         for name in missing:
-            self._add(node, f"{key}.{name}", f"missing: {wanted[name].metadata['help']}")
+            self._add(node, f"{key}.{name}", f"missing: {requested[name].metadata['help']}")
         for name in ("data", "fewshot"):
             if values.get(name) is not None and not is_file(values[name]):
                 self._add(given[name], f"{key}.{name}", f"no such file: {values[name]}")
@@ -144,9 +146,9 @@ class _EvalParser:
         try:
             return kind(**values)
         except ValueError as error:  # what a task itself has against its values
-            about, _, what = str(error).partition(" ")
+            about, _, message = str(error).partition(" ")
             if about in given:
-                self._add(given[about], f"{key}.{about}", what)
+                self._add(given[about], f"{key}.{about}", message)
             else:
                 self._add(node, key, str(error))
             return None
@@ -188,23 +190,23 @@ class _EvalParser:
         seen: set[str] = set()
         for task, node in zip(tasks, nodes, strict=False):
             if task.name in seen:
-                what = f"a second task called '{task.name}'."
-                self._add(node, "tasks", what, "Give it a `name` of its own.")
+                message = f"a second task called '{task.name}'."
+                self._add(node, "tasks", message, "Give it a `name` of its own.")
             seen.add(task.name)
 
     def _known(self, node: Node, key: str, known: tuple[str, ...]) -> dict[str, Node]:
         """The known children of a mapping, but for those without a value, which count as absent."""
-        found = {}
+        result = {}
         for name, child in node.value.items():
             if name in known:
                 if child.value is not None:
-                    found[name] = child
+                    result[name] = child
                 continue
             line, column = node.key_places[name]
             path = f"{key}.{name}" if key else name
             hint = nearest(name, known)
             self.problems.append(Problem("unknown key.", path, self.file, line, column, hint))
-        return found
+        return result
 
     def _add(self, node: Node, key: str, what: str, hint: str = "") -> None:
         self.problems.append(Problem(what, key, self.file, node.line, node.column, hint))

@@ -113,8 +113,8 @@ def require(failures: Mapping[str, Sequence[str]]) -> None:
     lines = [f"{model}: {line}" for model, unmet in failures.items() for line in unmet]
     if lines:
         count = len(lines)
-        what = f"{count} quality gate{'s are' if count > 1 else ' is'} not met"
-        raise GateError("\n  ".join([what, *lines]))
+        message = f"{count} quality gate{'s are' if count > 1 else ' is'} not met"
+        raise GateError("\n  ".join([message, *lines]))
 
 
 def _on_number(text: str, known: Known) -> Gate:
@@ -191,8 +191,8 @@ def _metric(gate: Gate, evaluation: Evaluation) -> Metric:
     if not gate.metric:
         return task.primary
     if gate.metric not in task.metrics:
-        what = f"'{gate.text}': {gate.task} has no metric '{gate.metric}'."
-        raise UsageError(what, hint=nearest(gate.metric, task.metrics))
+        message = f"'{gate.text}': {gate.task} has no metric '{gate.metric}'."
+        raise UsageError(message, hint=nearest(gate.metric, task.metrics))
     return task[gate.metric]
 
 
@@ -223,8 +223,10 @@ class QualityCheck:
         """Raise a UsageError for a gate whose model takes no part, before anything is merged."""
         for gate in self._gates:
             if gate.reference and _meant(gate.reference, plan).planned:
-                what = f"'{gate.reference}' is a stage of this recipe, and gone once OUT is there"
-                raise UsageError(what, hint="Make it by itself first, and name its folder.")
+                message = (
+                    f"'{gate.reference}' is a stage of this recipe, and gone once OUT is there"
+                )
+                raise UsageError(message, hint="Make it by itself first, and name its folder.")
 
     def run(self, plan: Plan, out: Path, options: MergeOptions, show: Show) -> list[dict[str, Any]]:
         """Evaluate OUT and every model that a gate names; written into OUT, too.

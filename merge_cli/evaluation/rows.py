@@ -69,8 +69,8 @@ class Row:
             return prompt, self.text("completion")
         if "text" in self.fields:
             return "", self.text("text")
-        what = f"has neither text nor completion nor messages (it has {listed(self.fields)})"
-        raise self.wrong(what)
+        message = f"has neither text nor completion nor messages (it has {listed(self.fields)})"
+        raise self.wrong(message)
 
     def messages(self) -> list[Mapping[str, Any]]:
         """A conversation of at least two messages, each with a role.
@@ -78,21 +78,21 @@ class Row:
         Raises:
             SourceError: it is none.
         """
-        found = self.fields.get("messages")
-        if not isinstance(found, list) or len(found) < 2:
-            raise self.wrong(f"'messages' must be a list of at least two (got {kind_of(found)})")
-        for number, message in enumerate(found, start=1):
+        result = self.fields.get("messages")
+        if not isinstance(result, list) or len(result) < 2:
+            raise self.wrong(f"'messages' must be a list of at least two (got {kind_of(result)})")
+        for number, message in enumerate(result, start=1):
             if not isinstance(message, Mapping):
                 raise self.wrong(f"message {number} is not a mapping but {kind_of(message)}")
             if not isinstance(message.get("role"), str):
                 got = kind_of(message.get("role"))
                 raise self.wrong(f"message {number} needs 'role', a text (got {got})")
-        return found
+        return result
 
 
 def make_row(line: int, fields: Mapping[str, Any], file: Path) -> Row:
     """A row; what is null in the data is absent."""
-    return Row(line, {name: one for name, one in fields.items() if one is not None}, file)
+    return Row(line, {name: item for name, item in fields.items() if item is not None}, file)
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -132,8 +132,8 @@ def _row(number: int, line: str, path: Path) -> Row:
         hint = "Write one JSON object in each line."
         raise SourceError(f"line {number} {error}", file=str(path), hint=hint) from None
     if not isinstance(fields, dict):
-        what = f"line {number} is not a JSON object but {kind_of(fields)}"
-        raise SourceError(what, file=str(path))
+        message = f"line {number} is not a JSON object but {kind_of(fields)}"
+        raise SourceError(message, file=str(path))
     return make_row(number, fields, path)
 
 
@@ -156,9 +156,9 @@ def encode(
         start = ()
     else:
         prompt, text = row.pair()
-    found = encode_pair(prompt, text, tokenizer, row_start(tokenizer) if start is None else start)
-    require_known(row, found.ids, tokenizer, entries)
-    return found
+    result = encode_pair(prompt, text, tokenizer, row_start(tokenizer) if start is None else start)
+    require_known(row, result.ids, tokenizer, entries)
+    return result
 
 
 def require_known(row: Row, ids: Sequence[int], tokenizer: Any, entries: int | None) -> None:
@@ -170,8 +170,10 @@ def require_known(row: Row, ids: Sequence[int], tokenizer: Any, entries: int | N
     number = None if entries is None else beyond(ids, entries)
     if number is not None:
         token = tokenizer.convert_ids_to_tokens(number)
-        what = f"its token {token!r} has the number {number}, and the model {entries:,} embeddings"
-        raise row.wrong(what, "The tokenizer is not this model's.")
+        message = (
+            f"its token {token!r} has the number {number}, and the model {entries:,} embeddings"
+        )
+        raise row.wrong(message, "The tokenizer is not this model's.")
 
 
 def _chat(row: Row, tokenizer: Any) -> tuple[str, str]:
@@ -204,7 +206,7 @@ def content_of(row: Row) -> bytes:
     fields = row.fields
     if "messages" in fields:
         listed = fields["messages"] if isinstance(fields["messages"], list) else []
-        parts = [one.get("content") if isinstance(one, Mapping) else one for one in listed]
+        parts = [item.get("content") if isinstance(item, Mapping) else item for item in listed]
         said = " ".join(map(_plain, parts))
     elif "completion" in fields:
         said = _plain(fields.get("prompt", "")) + _plain(fields["completion"])
@@ -225,10 +227,10 @@ def content_of(row: Row) -> bytes:
 
 def distinct(rows: Iterable[Row]) -> dict[bytes, Row]:
     """The first row of each content, in order."""
-    found: dict[bytes, Row] = {}
+    result: dict[bytes, Row] = {}
     for row in rows:
-        found.setdefault(content_of(row), row)
-    return found
+        result.setdefault(content_of(row), row)
+    return result
 
 
 def without(rows: Iterable[Row], seen: Container[bytes]) -> list[Row]:

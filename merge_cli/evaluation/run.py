@@ -83,11 +83,11 @@ def evaluate_all(
         Interrupted: by Ctrl-C; what is finished is in the cache.
     """
     opened = {name: _opened(name, Path.cwd()) for name in models}
-    found = {}
+    result = {}
     for name, source in opened.items():
         fetch_weights(source, source.header_bytes)
-        found[name] = evaluate_source(source, spec, show)
-    return found
+        result[name] = evaluate_source(source, spec, show)
+    return result
 
 
 def _opened(model: str, folder: Path) -> Source:
@@ -114,17 +114,17 @@ def evaluate_source(source: Source, spec: EvalSpec, show: Show = _silent) -> Eva
         for task in spec.tasks:
             cached = spec.cache and task.remembered
             key = cache.key_of({**how, **task.identity()}) if cached else ""
-            found = cache.find(key, task.name) if cached else None
-            if found is None:
+            result = cache.find(key, task.name) if cached else None
+            if result is None:
                 with torch_threads(spec.threads), memory_errors(source.label, _SMALLER):
                     if live is None:
                         live = _loaded(source, spec)
                         refuse_changed(source, digest)
                         check_tasks(spec.tasks, live)
-                    found = score_task(task, live, show)
+                    result = score_task(task, live, show)
                 if cached:
-                    cache.keep(key, found)
-            done[task.name] = found
+                    cache.keep(key, result)
+            done[task.name] = result
         if live is not None:
             words = live.device, live.dtype
     except KeyboardInterrupt:
@@ -224,13 +224,13 @@ def score_task(task: Task, live: LiveModel, show: Show = _silent) -> TaskResult:
     """
     started, live.cost = time.monotonic(), Cost()
     show(Step(live.label, task.name, 0, 0))
-    found = task.score(live, lambda done, total: show(Step(live.label, task.name, done, total)))
-    for metric in found.metrics.values():
+    result = task.score(live, lambda done, total: show(Step(live.label, task.name, done, total)))
+    for metric in result.metrics.values():
         if not all(map(math.isfinite, metric.parts)):
-            what = f"{task.name}.{metric.name} is not a number: the model predicts NaN or Inf"
-            raise NonFiniteError(what, model=live.label, hint="Try --dtype float32.")
+            message = f"{task.name}.{metric.name} is not a number: the model predicts NaN or Inf"
+            raise NonFiniteError(message, model=live.label, hint="Try --dtype float32.")
     cost = replace(live.cost, seconds=round(time.monotonic() - started, 3))
-    return replace(found, cost=cost)
+    return replace(result, cost=cost)
 
 
 def write_examples(evaluations: Iterable[tuple[str, Evaluation]], path: Path) -> None:
@@ -241,8 +241,8 @@ def write_examples(evaluations: Iterable[tuple[str, Evaluation]], path: Path) ->
     """
     try:
         with path.open("w", encoding="utf-8") as file:
-            for name, one in evaluations:
-                for task in one.tasks.values():
+            for name, item in evaluations:
+                for task in item.tasks.values():
                     for example in task.examples:
                         row = {"model": name, "task": task.name, **example}
                         file.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -30,10 +30,10 @@ def summary(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
     first = evaluations[0]
     return [
         {
-            "model": one.model,
-            "digest": one.digest,
-            "device": one.device,
-            "dtype": one.dtype,
+            "model": evaluation.model,
+            "digest": evaluation.digest,
+            "device": evaluation.device,
+            "dtype": evaluation.dtype,
             "tasks": {
                 name: {
                     "kind": task.kind,
@@ -43,20 +43,20 @@ def summary(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
                     "cost": asdict(task.cost),
                     "metrics": {
                         metric.name: _metric(
-                            metric, name, None if one is first else first[name][metric.name]
+                            metric, name, None if evaluation is first else first[name][metric.name]
                         )
                         for metric in task.metrics.values()
                     },
                 }
-                for name, task in one.tasks.items()
+                for name, task in evaluation.tasks.items()
             },
         }
-        for one in evaluations
+        for evaluation in evaluations
     ]
 
 
 def _metric(metric: Metric, task: str, first: Metric | None) -> dict[str, Any]:
-    found: dict[str, Any] = {
+    result: dict[str, Any] = {
         "value": _plain(metric.value),
         "unit": metric.unit,
         "better": metric.better,
@@ -66,13 +66,13 @@ def _metric(metric: Metric, task: str, first: Metric | None) -> dict[str, Any]:
     draws = resampled(metric, task) if len(metric.parts) > 1 else ()
     if len(draws) and math.isfinite(max(draws)):
         whole = interval(draws)
-        found["interval"] = [whole.low, whole.high]
+        result["interval"] = [whole.low, whole.high]
     if first is not None:
-        found["difference"] = _plain(first.value - metric.value)
-        found["difference_interval"] = None
+        result["difference"] = _plain(first.value - metric.value)
+        result["difference_interval"] = None
         paired = difference(first, metric, task)
-        found["difference_interval"] = [paired.low, paired.high] if paired else None
-    return found
+        result["difference_interval"] = [paired.low, paired.high] if paired else None
+    return result
 
 
 def _plain(value: float | None) -> float | None:

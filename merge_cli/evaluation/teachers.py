@@ -95,7 +95,7 @@ class Teacher:
                 processes make them together and must wait for one another before they read.
         """
         groups = [examples[i : i + _GROUP] for i in range(0, len(examples), _GROUP)]
-        total, done = sum(len(one.ids) for one in examples), 0
+        total, done = sum(len(example.ids) for example in examples), 0
         tables, files = [], []
         for number, group in enumerate(groups):
             place = self.place(group, kept)
@@ -104,7 +104,7 @@ class Teacher:
                 tables.append(self._predict(group, kept))
             elif number % share[1] == share[0] and not _whole(place, read=True):
                 _keep(place, self._predict(group, kept))
-            done += sum(len(one.ids) for one in group)
+            done += sum(len(item.ids) for item in group)
             tell(done, total)
         return Predictions(files, tables)
 
@@ -117,11 +117,11 @@ class Teacher:
         """The file of a group of sequences."""
         # Other devices and versions round otherwise: the same command would learn other bits.
         how = f"{self._device.partition(':')[0]} {version('torch')} {version('transformers')}"
-        what = f"{self._digest} {self._dtype} {kept.k} {kept.temperature!r} {kept.dtype}"
-        about = f"{_FORMAT} {what} {how}"
+        message = f"{self._digest} {self._dtype} {kept.k} {kept.temperature!r} {kept.dtype}"
+        about = f"{_FORMAT} {message} {how}"
         state = hashlib.sha256(about.encode())
-        for one in group:
-            state.update(f"{one.first} {len(one.ids)};".encode() + one.ids.tobytes())
+        for item in group:
+            state.update(f"{item.first} {len(item.ids)};".encode() + item.ids.tobytes())
         name = state.hexdigest()
         return cache_folder() / "teachers" / name[:2] / f"{name}.safetensors"
 
@@ -148,7 +148,7 @@ class Teacher:
                 found[number] = _in_chunks(own, k, kept.temperature)
         self.tokens, self.passes = live.cost.tokens, live.cost.forward_passes
         parts = [found[i] for i in range(len(group))]
-        ends = torch.tensor([0, *(one.counted for one in group)]).cumsum(0)
+        ends = torch.tensor([0, *(item.counted for item in group)]).cumsum(0)
         dtype = getattr(torch, kept.dtype)
         table = {
             "ends": ends,
@@ -214,10 +214,10 @@ def _whole(place: Path, *, read: bool = False) -> bool:
     try:
         with safe_open(place, "pt") as file:
             names = set(file.keys())
-            known = (file.metadata() or {}).get("sum")
-            if not {"ends", "ids", "logp"} <= names or known is None:
+            cached = (file.metadata() or {}).get("sum")
+            if not {"ends", "ids", "logp"} <= names or cached is None:
                 return False
-            return not read or known == _sum({name: file.get_tensor(name) for name in names})
+            return not read or cached == _sum({name: file.get_tensor(name) for name in names})
     except (OSError, SafetensorError):
         return False
 
@@ -251,9 +251,9 @@ def _keep(place: Path, table: dict[str, Any]) -> None:
         save_file(table, name, {"sum": _sum(table)})
         os.replace(name, place)
     except (OSError, SafetensorError) as error:
-        what = f"the teachers' cache cannot be written ({show_size(size)}): {error}"
+        message = f"the teachers' cache cannot be written ({show_size(size)}): {error}"
         hint = "Free some space, or set MERGE_CLI_CACHE to another folder."
-        raise ResourceError(what, where=str(place.parent), hint=hint) from error
+        raise ResourceError(message, where=str(place.parent), hint=hint) from error
     finally:
         if name:  # gone where it has become the file
             Path(name).unlink(missing_ok=True)

@@ -68,9 +68,9 @@ def begins_with(ids: Sequence[int], start: Sequence[int]) -> bool:
 
 def row_start(tokenizer: Any) -> list[int]:
     """What a row begins with: what the tokenizer puts before a text, else its BOS token if any."""
-    found = own_start(tokenizer)
-    if found or tokenizer.bos_token_id is None:
-        return found
+    result = own_start(tokenizer)
+    if result or tokenizer.bos_token_id is None:
+        return result
     return [int(tokenizer.bos_token_id)]
 
 
@@ -89,12 +89,12 @@ def without_ending(tokenizer: Any) -> Any:
         return tokenizer
     from tokenizers.processors import TemplateProcessing
 
-    found = copy.deepcopy(tokenizer)
-    names = [found.convert_ids_to_tokens(number) for number in before]
-    found.backend_tokenizer.post_processor = TemplateProcessing(
+    result = copy.deepcopy(tokenizer)
+    names = [result.convert_ids_to_tokens(number) for number in before]
+    result.backend_tokenizer.post_processor = TemplateProcessing(
         single=[*names, "$A"], special_tokens=list(dict(zip(names, before, strict=True)).items())
     )
-    return found
+    return result
 
 
 def fitted(encoded: Encoded, room: int, how: Truncate) -> Encoded | None:
@@ -120,8 +120,8 @@ def fitted(encoded: Encoded, room: int, how: Truncate) -> Encoded | None:
 
 def too_long(length: int, room: int) -> tuple[str, str]:
     """What to say of a row that is not to be cut, and what to do."""
-    what = f"has {length:,} tokens, and there is room for {room:,}"
-    return what, "Use `truncate: left` or `right`, or a larger max_length."
+    message = f"has {length:,} tokens, and there is room for {room:,}"
+    return message, "Use `truncate: left` or `right`, or a larger max_length."
 
 
 def beyond(ids: Sequence[int], entries: int) -> int | None:
@@ -135,7 +135,7 @@ def _tokenised(text: str, tokenizer: Any) -> tuple[list[int], list[int] | None]:
         return [], []
     if not getattr(tokenizer, "is_fast", False):
         return list(tokenizer.encode(text, add_special_tokens=False, verbose=False)), None
-    found = tokenizer(
+    result = tokenizer(
         text,
         add_special_tokens=False,
         return_offsets_mapping=True,
@@ -143,7 +143,7 @@ def _tokenised(text: str, tokenizer: Any) -> tuple[list[int], list[int] | None]:
         truncation=False,
         padding=False,
     )
-    ids, ends = list(found["input_ids"]), [end for _, end in found["offset_mapping"]]
+    ids, ends = list(result["input_ids"]), [end for _, end in result["offset_mapping"]]
     # A tokenizer that was made by hand may not keep track; then the prompt's own tokens must do.
     known = not ids or 0 < max(ends) <= len(text)
     return ids, ends if known else None

@@ -86,7 +86,7 @@ class EvaluationOutcome:
 
     def to_json(self) -> dict[str, Any]:
         values = {
-            task: {name: [one.value, one.better] for name, one in metrics.items()}
+            task: {name: [item.value, item.better] for name, item in metrics.items()}
             for task, metrics in self.values.items()
         }
         return {
@@ -109,8 +109,8 @@ class EvaluationOutcome:
 def values_of(results: dict[str, TaskResult]) -> Values:
     """Every task's metrics."""
     return {
-        name: {metric.name: Value(metric.value, metric.better) for metric in one.metrics.values()}
-        for name, one in results.items()
+        name: {metric.name: Value(metric.value, metric.better) for metric in item.metrics.values()}
+        for name, item in results.items()
     }
 
 
@@ -159,9 +159,9 @@ class Evaluator:
             spec = self._setup.objective.splits[job.split].spec
             with torch_threads(spec.threads):
                 for task in spec.tasks:
-                    found = score_task(reduced(task, job.share), live)
-                    results[task.name] = found
-                    cost = _sum(cost, found.cost)
+                    result = score_task(reduced(task, job.share), live)
+                    results[task.name] = result
+                    cost = _sum(cost, result.cost)
             _need_numbers(self._setup.objective.splits[job.split], results)
         except SourceError as failure:
             if failure.file in self._data:
@@ -303,7 +303,7 @@ class MergeableModel:
         self._mergers.move_to_end(key)
         merger = self._mergers[key]
         tasks = merger.resolved(recipe)
-        wanted = {
+        requested = {
             task.name: f"{key} {task.action} {sorted(task.parameters.items())}"
             for task in tasks
             if task.name in self._seats
@@ -312,15 +312,15 @@ class MergeableModel:
             number
             for number, task in enumerate(tasks)
             if task.name in self._seats
-            and (merger.surveys or self._held.get(task.name) != wanted[task.name])
+            and (merger.surveys or self._held.get(task.name) != requested[task.name])
         ]
         for number in changed:
             self._held.pop(tasks[number].name, None)  # half-way it holds neither
         merger.merge(tasks, changed, self._take)
         for number in changed:
-            self._held[tasks[number].name] = wanted[tasks[number].name]
+            self._held[tasks[number].name] = requested[tasks[number].name]
         self.rewritten += len(changed)
-        self.skipped += len(wanted) - len(changed)
+        self.skipped += len(requested) - len(changed)
 
     def close(self) -> None:
         """Let go of the model, the sources and the threads."""

@@ -73,7 +73,7 @@ class Greedy:
             for genome, soup in zip(genomes, soups, strict=True)
         ]
         outcomes = self._evaluations.of("candidate", jobs, about)
-        found = [
+        result = [
             Candidate(
                 first + i,
                 generation,
@@ -83,5 +83,5 @@ class Greedy:
             )
             for i, outcome in enumerate(outcomes)
         ]
-        self.candidates += found
-        return found
+        self.candidates += result
+        return result

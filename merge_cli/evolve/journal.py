@@ -112,8 +112,8 @@ class SearchWorkspace(Workspace):
 
     def record(self) -> Line | None:
         """The record of a search that has ended; None while it has not."""
-        found = read_sealed(self.path / _RECORD) or {}
-        return found if found.pop("key", None) == self.key else None
+        result = read_sealed(self.path / _RECORD) or {}
+        return result if result.pop("key", None) == self.key else None
 
 
 # What changes how long a search goes on, or who does the work, but not what a candidate is worth.
@@ -296,6 +296,6 @@ class Evaluations:
             note = outcome.error.partition("\n")[0] or self._best()
             self._show(Progress("search", self.count, self._total, note, "candidates"))
         if self._failed >= self._limit:
-            what = f"{self._failed} candidates in a row have failed, the last one with: "
+            message = f"{self._failed} candidates in a row have failed, the last one with: "
             hint = "Once the reason is gone, the same command with --fresh searches again."
-            raise MergeCliError(what + outcome.error, where=str(self._folder.path), hint=hint)
+            raise MergeCliError(message + outcome.error, where=str(self._folder.path), hint=hint)

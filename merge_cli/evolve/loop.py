@@ -90,10 +90,10 @@ class Loop:
                 self.ended = f"all {self._search.evaluations} evaluations are used"
                 return
             asked = self._optimizer.ask()
-            found = self._generation(generation, asked[:room])
-            self.candidates += found
-            if len(found) == len(asked):
-                self._tell(asked, found)
+            result = self._generation(generation, asked[:room])
+            self.candidates += result
+            if len(result) == len(asked):
+                self._tell(asked, result)
                 self.ended = self._optimizer.ended
             generation += 1
 
@@ -141,8 +141,8 @@ class Loop:
     def _tell(self, asked: list[list[float]], found: Sequence[Candidate]) -> None:
         stages = (*self._search.fidelity, 1.0)
         scores = [
-            None if one.outcome.error else one.score or self._score(one.outcome, one.share)
-            for one in found
+            None if item.outcome.error else item.score or self._score(item.outcome, item.share)
+            for item in found
         ]
         for score in scores:
             if score is not None:

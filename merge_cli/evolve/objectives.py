@@ -102,17 +102,17 @@ class Split:
         parts, violation = [], 0.0
         whole = math.fsum(goal.weight for goal in self.weighted)
         for goal in self.goals:
-            found = pick(values, goal)
-            sign = _sign(goal, found.better)
+            result = pick(values, goal)
+            sign = _sign(goal, result.better)
             if goal.weight:
-                parts.append(sign * found.value * goal.weight / whole)
+                parts.append(sign * result.value * goal.weight / whole)
             if goal.at_most is not None:
-                violation += max(0.0, found.value - goal.at_most)
+                violation += max(0.0, result.value - goal.at_most)
             if goal.at_least is not None:
-                violation += max(0.0, goal.at_least - found.value)
+                violation += max(0.0, goal.at_least - result.value)
             if goal.no_worse_than and base is not None:
                 limit = sign * pick(base, goal).value + goal.margin
-                violation += max(0.0, sign * found.value - limit)
+                violation += max(0.0, sign * result.value - limit)
         return CandidateScore(math.fsum(parts), tuple(parts), violation)
 
 
@@ -142,8 +142,8 @@ def pick(values: Values, goal: Goal) -> Value:
     if not goal.metric:
         return next(iter(metrics.values()))
     if goal.metric not in metrics:
-        what = f"{goal.task} has no metric '{goal.metric}'."
-        raise RecipeError([Problem(what, "objective", hint=nearest(goal.metric, metrics))])
+        message = f"{goal.task} has no metric '{goal.metric}'."
+        raise RecipeError([Problem(message, "objective", hint=nearest(goal.metric, metrics))])
     return metrics[goal.metric]
 
 
@@ -271,8 +271,8 @@ class _ObjectiveParser:
         if own.get("margin") and not own.get("no_worse_than"):
             self._add(node.value["margin"], f"{key}.margin", "means nothing without no_worse_than.")
         if own.get("no_worse_than") and self._recipe.base_model is None:
-            what = "there is no base_model to compare with."
-            self._add(node.value["no_worse_than"], f"{key}.no_worse_than", what)
+            message = "there is no base_model to compare with."
+            self._add(node.value["no_worse_than"], f"{key}.no_worse_than", message)
         return Node(rest, node.line, node.column, node.key_places), own
 
     def _own(self, name: str, node: Node, key: str) -> Any:
@@ -307,8 +307,10 @@ class _ObjectiveParser:
             split.spec.tasks, split.goals, nodes, places, strict=True
         ):
             if goal.metric and task.metrics and goal.metric not in task.metrics:
-                what = f"{task.kind} has no metric '{goal.metric}'."
-                self._add(node, f"{key}[{place}].metric", what, nearest(goal.metric, task.metrics))
+                message = f"{task.kind} has no metric '{goal.metric}'."
+                self._add(
+                    node, f"{key}[{place}].metric", message, nearest(goal.metric, task.metrics)
+                )
 
     def _add(self, node: Node, key: str, what: str, hint: str = "") -> None:
         problem = Problem(what, key, self._recipe.file, node.line, node.column, hint)

@@ -97,9 +97,9 @@ class RandomSearch:
 
     def ask(self) -> Genomes:
         drawn = self._random.random((self.population, self._size)).tolist()
-        found = [*self._start, *drawn][: self.population]
+        result = [*self._start, *drawn][: self.population]
         self._start = []
-        return found
+        return result
 
     def tell(
         self, genomes: Genomes, ranks: Sequence[float], parts: Sequence[Sequence[float]]

@@ -105,10 +105,10 @@ def print_found(out: Console, search: Mapping[str, Any]) -> None:
 def print_keys(out: Console, method: str) -> None:
     """The keys of the section `search:` that a method takes; docs/evolve.md explains them."""
     out.print("\nJudged by `objective:`, a list of evaluation tasks. Keys of `search:`:")
-    for one in fields(Search):
-        if "help" in one.metadata and (method != GREEDY or one.name in WITHOUT_SPACE):
-            out.print(f"\n  [bold]{one.name}[/bold]")
-            out.print(f"      {escape(one.metadata['help'])}")
+    for field in fields(Search):
+        if "help" in field.metadata and (method != GREEDY or field.name in WITHOUT_SPACE):
+            out.print(f"\n  [bold]{field.name}[/bold]")
+            out.print(f"      {escape(field.metadata['help'])}")
 
 
 def _evaluations(decided: SearchPlan) -> int:
@@ -116,12 +116,12 @@ def _evaluations(decided: SearchPlan) -> int:
 
 
 def _constraint(goal: Any) -> str:
-    found = ""
+    result = ""
     if goal.at_most is not None:
-        found += f", at most {goal.at_most:g}"
+        result += f", at most {goal.at_most:g}"
     if goal.at_least is not None:
-        found += f", at least {goal.at_least:g}"
+        result += f", at least {goal.at_least:g}"
     if goal.no_worse_than:
         margin = f" + {goal.margin:g}" if goal.margin else ""
-        found += f", no worse than {goal.no_worse_than}{margin}"
-    return found
+        result += f", no worse than {goal.no_worse_than}{margin}"
+    return result

@@ -76,22 +76,22 @@ def plan_search(plan: Plan, options: MergeOptions) -> SearchPlan:
         )
     refuse_overlap(objective)
     names = [task.name for task in plan.tasks]
-    found = model_heights(layer_stacks(names), plan.config)
+    result = model_heights(layer_stacks(names), plan.config)
     main = main_stack(names, plan.config)
-    layers = found[main] if main is not None else max(found.values(), default=1)
+    layers = result[main] if main is not None else max(result.values(), default=1)
     space = Space(recipe, layers) if recipe.search and recipe.search.method else None
     if space is not None and not len(space):
         raise RecipeError([recipe.problem("search.parameters", "there is nothing to search.")])
     if space is None and "validation" in objective.splits:
-        what = "greedy_soup chooses by the split `search`; there is nothing left to choose."
-        raise RecipeError([recipe.problem("objective", what, "Leave out the split validation.")])
+        message = "greedy_soup chooses by the split `search`; there is nothing left to choose."
+        raise RecipeError([recipe.problem("objective", message, "Leave out the split validation.")])
     if space is None:
         _need_one_frame(plan)
     warnings = _missing_splits(objective, greedy=space is None)
     several = len(objective.search.weighted) > 1
     if search.optimizer == "nsga2" and not several:
-        what = "nsga2 is for several goals, and the split search has one."
-        raise RecipeError([recipe.problem("search.optimizer", what, "Use cma-es or tpe.")])
+        message = "nsga2 is for several goals, and the split search has one."
+        raise RecipeError([recipe.problem("search.optimizer", message, "Use cma-es or tpe.")])
     _need(search)
     if space is not None:
         for method in space.search.method:  # a mismatch is found before anything is loaded
@@ -121,9 +121,9 @@ def _need_one_frame(plan: Plan) -> None:
     """
     recipe = plan.recipe
     if reconcile_heads(plan.sources).tied is not None:
-        what = "some of these models tie their output head to the embedding, others do not."
+        message = "some of these models tie their output head to the embedding, others do not."
         hint = "Save them alike first."
-        raise RecipeError([recipe.problem("models", what, hint)])
+        raise RecipeError([recipe.problem("models", message, hint)])
     if plan.base is not None:
         return
     frames = {
@@ -131,21 +131,25 @@ def _need_one_frame(plan: Plan) -> None:
         for source in plan.sources
     }
     if len(frames) > 1:
-        what = "the models differ in config.json or tokenizer files, and the recipe has no base."
+        message = "the models differ in config.json or tokenizer files, and the recipe has no base."
         hint = "Name a `base_model`: every average takes its config and tokenizer."
-        raise RecipeError([recipe.problem("merge_method", what, hint)])
+        raise RecipeError([recipe.problem("merge_method", message, hint)])
 
 
 def _missing_splits(objective: SearchObjective, *, greedy: bool) -> list[str]:
-    found = []
+    result = []
     if "test" not in objective.splits:
         by = "chosen" if "validation" in objective.splits else "searched"
-        what = "the objective has no task of the split `test`: the score that is reported is the "
-        found.append(f"{what}one that the result was {by} by")
+        message = (
+            "the objective has no task of the split `test`: the score that is reported is the "
+        )
+        result.append(f"{message}one that the result was {by} by")
     if "validation" not in objective.splits and not greedy:
-        what = "the objective has no task of the split `validation`: the result is the candidate "
-        found.append(f"{what}that fits the split `search` best")
-    return found
+        message = (
+            "the objective has no task of the split `validation`: the result is the candidate "
+        )
+        result.append(f"{message}that fits the split `search` best")
+    return result
 
 
 def _need(search: Search) -> None:

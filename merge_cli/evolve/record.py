@@ -29,40 +29,40 @@ FOUND = "found"
 def history(candidates: Sequence[Candidate]) -> list[dict[str, Any]]:
     """One entry for each candidate: its score, and the best one so far."""
     best: Candidate | None = None
-    found = []
-    for one in candidates:
-        if one.score is not None and (best is None or one.rank_key < best.rank_key):
-            best = one
-        found.append(
+    result = []
+    for candidate in candidates:
+        if candidate.score is not None and (best is None or candidate.rank_key < best.rank_key):
+            best = candidate
+        result.append(
             {
-                "number": one.number,
-                "generation": one.generation,
-                "score": one.score.total if one.score else None,
-                "parts": list(one.score.parts) if one.score else None,
-                "violation": one.score.violation if one.score else None,
+                "number": candidate.number,
+                "generation": candidate.generation,
+                "score": candidate.score.total if candidate.score else None,
+                "parts": list(candidate.score.parts) if candidate.score else None,
+                "violation": candidate.score.violation if candidate.score else None,
                 "best": best.score.total if best and best.score else None,
-                "share": one.share,
-                "error": one.outcome.error,
+                "share": candidate.share,
+                "error": candidate.outcome.error,
             }
         )
-    return found
+    return result
 
 
 def front(candidates: Sequence[Candidate]) -> list[int]:
     """Numbers of the candidates that none is better than in every goal."""
     known = [c for c in candidates if c.score is not None and not c.score.violation]
-    found = []
-    for one in known:
-        assert one.score is not None
-        mine = one.score.parts
+    result = []
+    for item in known:
+        assert item.score is not None
+        mine = item.score.parts
         if not any(
             c.score is not None
             and c.score.parts != mine
             and all(a <= b for a, b in zip(c.score.parts, mine, strict=True))
             for c in known
         ):
-            found.append(one.number)
-    return found
+            result.append(item.number)
+    return result
 
 
 def build_record(
@@ -99,7 +99,7 @@ def build_record(
     )
     assert best.score is not None
     warnings = list(decided.warnings)
-    found = verdict(scores, references)
+    result = verdict(scores, references)
     if best.score.violation:
         warnings.append(
             "NO CANDIDATE keeps the constraints; the one that breaks them least is taken"
@@ -107,10 +107,10 @@ def build_record(
     reported = split.score(compared[FOUND], base).violation if FOUND in compared else 0.0
     if reported and split.name != "search":
         warnings.append(f"BREAKS A CONSTRAINT on the split {split.name}")
-    if found is not None and not found["better"]:
+    if result is not None and not result["better"]:
         warnings.append(
-            f"NO IMPROVEMENT: {split.name} score {found['score']:.4g}, and {found['best_static']} "
-            f"{found['best_static_score']:.4g} without a search"
+            f"NO IMPROVEMENT: {split.name} score {result['score']:.4g}, and "
+            f"{result['best_static']} {result['best_static_score']:.4g} without a search"
         )
     return {
         "method": decided.recipe.merge_method,
@@ -131,7 +131,7 @@ def build_record(
         },
         "split": split.name,
         "scores": scores,
-        "verdict": found,
+        "verdict": result,
         "warnings": warnings,
         "cost": {**cost, "peak_rss": peak_rss()},
     }
@@ -169,14 +169,14 @@ def gate(record: Mapping[str, Any], required: bool, where: Path) -> None:
     kept = not (record["best"]["violation"] or record["best"]["reported_violation"])
     if not required or (found is not None and found["better"] and kept):
         return
-    what = "improvement is required, and " + (
+    message = "improvement is required, and " + (
         f"{found['best_static']} scores {found['best_static_score']:.4g} without a search, the "
         f"result {found['score']:.4g}"
         if found is not None and kept
         else "the result breaks a constraint"
     )
     hint = "Search longer or wider, or run without --require-improvement."
-    raise GateError(what, where=str(where), hint=hint)
+    raise GateError(message, where=str(where), hint=hint)
 
 
 def score_text(split: Split, candidate: Candidate | None) -> str:
@@ -203,7 +203,7 @@ def importance(genomes: Sequence[Sequence[float]], scores: Sequence[float]) -> l
         return [0.0] * (len(genomes[0]) if genomes else 0)
     y = _ranks(np.array(scores))
     whole = float(((y - y.mean()) ** 2).sum())
-    found = []
+    result = []
     for column in np.array(genomes).T:
         x = _ranks(column)
         terms = np.stack([np.ones_like(x), x, x * x], axis=1)
@@ -211,8 +211,8 @@ def importance(genomes: Sequence[Sequence[float]], scores: Sequence[float]) -> l
         left = float(((y - terms @ solution) ** 2).sum())
         count = len(y)
         adjusted = 1 - (left / (count - 3)) / (whole / (count - 1))
-        found.append(round(min(max(adjusted, 0.0), 1.0), 4))
-    return found
+        result.append(round(min(max(adjusted, 0.0), 1.0), 4))
+    return result
 
 
 def _ranks(values: Any) -> Any:
@@ -255,6 +255,6 @@ class References:
         if key not in self._measured:
             fetch_weights(source, source.header_bytes)
             tasks = tuple(reduced(task, share) for task in split.spec.tasks)
-            found = evaluate_source(source, replace(split.spec, tasks=tasks, cache=True))
-            self._measured[key] = values_of(dict(found.tasks))
+            result = evaluate_source(source, replace(split.spec, tasks=tasks, cache=True))
+            self._measured[key] = values_of(dict(result.tasks))
         return self._measured[key]

@@ -59,14 +59,14 @@ def _worth(search: Json) -> Section:
         found = f"NO IMPROVEMENT: {found}"
     names = dict(zip(scores, short_labels(list(scores)), strict=True))
     tasks = list(next(iter(scores.values()))["tasks"])
-    best = min(one["score"] for one in scores.values())
+    best = min(score["score"] for score in scores.values())
     rows = [
         [
-            strong(names[name]) if one["score"] == best else names[name],
-            f"{one['score']:.4f}",
-            *(f"{one['tasks'][task]:.4f}" for task in tasks),
+            strong(names[name]) if item["score"] == best else names[name],
+            f"{item['score']:.4f}",
+            *(f"{item['tasks'][task]:.4f}" for task in tasks),
         ]
-        for name, one in scores.items()
+        for name, item in scores.items()
     ]
     heads = ["model", "score", *tasks]
     table = Table(heads, rows, right=len(heads) - 1)
@@ -100,7 +100,9 @@ def _convergence(search: Json) -> Section:
         f"{best['score']:.5g} on the search split; {search['ended']}."
     )
     if failed:
-        errors = dict.fromkeys(one["error"].partition("\n")[0] for one in history if one["error"])
+        errors = dict.fromkeys(
+            item["error"].partition("\n")[0] for item in history if item["error"]
+        )
         found += f" {count(failed, 'candidate')} failed: {'; '.join(list(errors)[:3])}."
     return section(title, how, found, figure("Score gained over the first candidate.", chart))
 
@@ -111,7 +113,7 @@ def _front(search: Json) -> Section:
         "Each candidate's share of the score from two goals, lower is better in both. Filled "
         "points are on the front: no other candidate is better in every goal."
     )
-    known = [one for one in search["history"] if one["parts"] is not None]
+    known = [item for item in search["history"] if item["parts"] is not None]
     if len(known) < 2:
         return section("Pareto front", how, "Too few candidates have a score.")
     on_front = set(search["front"])

@@ -213,9 +213,9 @@ class _Run:
         assert self._loop is not None
         ranked = best_first(self._loop.candidates)
         if not ranked:
-            what = "no candidate could be evaluated; the first one failed with: "
+            message = "no candidate could be evaluated; the first one failed with: "
             failed = self._loop.candidates[0].outcome.error if self._loop.candidates else "nothing"
-            raise MergeCliError(what + failed, where=str(self._folder.path))
+            raise MergeCliError(message + failed, where=str(self._folder.path))
         if isinstance(self._loop, Greedy):
             mine = [float(i in self._loop.members) for i in range(len(self._decided.labels))]
             return next(c for c in ranked if c.genome == mine)
@@ -280,17 +280,17 @@ class _Run:
             merges[f"task arithmetic {_LAMBDA:g}"] = recipe.found(
                 "task_arithmetic", models=plain, parameters=scale
             )
-        jobs = [EvaluationJob(i, one, split.name) for i, one in enumerate(merges.values())]
+        jobs = [EvaluationJob(i, item, split.name) for i, item in enumerate(merges.values())]
         about = [
             {"merge": name, "genome": best.genome if name == FOUND else None} for name in merges
         ]
         outcomes = self._evaluations.of("report", jobs, about)
-        found = {name: o.values for name, o in zip(merges, outcomes, strict=True) if not o.error}
-        found |= {
+        result = {name: o.values for name, o in zip(merges, outcomes, strict=True) if not o.error}
+        result |= {
             source.label: self._references.values(source, split)
             for source in self._references.all()
         }
-        return found, {name: values for name, values in found.items() if name != FOUND}
+        return result, {name: values for name, values in result.items() if name != FOUND}
 
     def _cost(self, kinds: Sequence[str]) -> dict[str, Any]:
         lines = [line for line in self._folder.lines if line["kind"] in kinds]
@@ -327,8 +327,8 @@ class _Run:
         genome = next(line["genome"] for line in lines if line["number"] == number)
         path = self._folder.write_best(self.text_of(self.recipe_of(genome), score.total))
         tried = sum(line["kind"] not in ("start", "asked") for line in self._folder.lines)
-        what = f"stopped after {tried} evaluations; the best so far, with score "
-        return Interrupted(f"{what}{score.total:.6g}, is there", where=str(path), hint=hint)
+        message = f"stopped after {tried} evaluations; the best so far, with score "
+        return Interrupted(f"{message}{score.total:.6g}, is there", where=str(path), hint=hint)
 
 
 def _peak_vram(options: MergeOptions) -> int | None:

@@ -58,10 +58,10 @@ class Gene:
             return one.high if u else one.low
         if one.log:
             low, high = math.log(one.low), math.log(one.high)
-            found = math.exp(low + u * (high - low))
+            result = math.exp(low + u * (high - low))
         else:
-            found = one.low + u * (one.high - one.low)
-        return min(max(float(f"{found:.6g}"), one.low), one.high)
+            result = one.low + u * (one.high - one.low)
+        return min(max(float(f"{result:.6g}"), one.low), one.high)
 
     def number(self, value: Scalar) -> float:
         """The number in [0, 1] that means a value; the nearest, for one out of range."""
@@ -115,9 +115,9 @@ class Space:
 
     def recipe(self, genome: Genome) -> Recipe:
         """The static recipe that a genome means."""
-        found = dict(zip(self.genes, self.values(genome), strict=True))
+        result = dict(zip(self.genes, self.values(genome), strict=True))
         name = str(
-            next((v for g, v in found.items() if g.searched.name == METHOD), None)
+            next((v for g, v in result.items() if g.searched.name == METHOD), None)
             or self.search.method[0]
         )
         method = self.methods[name]
@@ -126,7 +126,7 @@ class Space:
             if searched.name not in method.parameters:
                 continue
             per_model: dict[int | None, dict[Gene, Scalar]] = {}
-            for gene, value in found.items():
+            for gene, value in result.items():
                 if gene.searched is searched:
                     per_model.setdefault(gene.model, {})[gene] = value
             for model, genes in per_model.items():
@@ -156,11 +156,11 @@ class Space:
             label for label, place in zip(self.labels, ours, strict=True) if place not in theirs
         ]
         if other or lacking:
-            what = "has other models than the search: " + ", ".join(
+            message = "has other models than the search: " + ", ".join(
                 [*(f"not {name}" for name in lacking), *(f"but {name}" for name in other)]
             )
             hint = "Start from a recipe of the same models."
-            raise UsageError(what, where=recipe.file, hint=hint)
+            raise UsageError(message, where=recipe.file, hint=hint)
         values: list[Scalar] = []
         for gene, middle in zip(self.genes, self.values([0.5] * len(self)), strict=True):
             if gene.searched.name == METHOD:
@@ -168,8 +168,8 @@ class Space:
                 values.append(recipe.merge_method if known else middle)
                 continue
             spec = None if gene.model is None else theirs[ours[gene.model]]
-            found = self._value_in(recipe, spec, gene)
-            values.append(middle if found is None else found)
+            value = self._value_in(recipe, spec, gene)
+            values.append(middle if value is None else value)
         return self.genome(values)
 
     def weighted(self, weights: Sequence[float]) -> list[float]:
@@ -254,9 +254,9 @@ class Space:
         position = (first + last) / 2 / max(self.layers - 1, 1)
         for parameters in (spec.parameters if spec else {}, recipe.parameters):
             if gene.searched.name in parameters:
-                found = evaluate(parameters[gene.searched.name].setting, gene.part or "", position)
-                if found is not None:
-                    return found
+                value = evaluate(parameters[gene.searched.name].setting, gene.part or "", position)
+                if value is not None:
+                    return value
         return None
 
 
@@ -273,19 +273,19 @@ def default_population(size: int) -> int:
 
 def _sizes(recipe: Recipe, search: Search, layers: int) -> tuple[int, ...]:
     """How many layers each group has; what does not divide evenly is spread."""
-    wanted = search.layer_groups
-    if isinstance(wanted, tuple):
-        if sum(wanted) != layers and not search.smooth:
-            what = f"these groups have {sum(wanted)} layers, and the models {layers}."
-            raise RecipeError([recipe.problem("search.layer_groups", what)])
+    requested = search.layer_groups
+    if isinstance(requested, tuple):
+        if sum(requested) != layers and not search.smooth:
+            message = f"these groups have {sum(requested)} layers, and the models {layers}."
+            raise RecipeError([recipe.problem("search.layer_groups", message)])
         if search.smooth:
-            what = "a list of sizes has no meaning with `smooth`."
-            raise RecipeError([recipe.problem("search.layer_groups", what, "Give a number.")])
-        return wanted
-    if wanted > max(layers, 1):
-        what = f"{wanted} groups of {layers} layers."
-        raise RecipeError([recipe.problem("search.layer_groups", what)])
-    ends = [round(i * layers / wanted) for i in range(wanted + 1)]
+            message = "a list of sizes has no meaning with `smooth`."
+            raise RecipeError([recipe.problem("search.layer_groups", message, "Give a number.")])
+        return requested
+    if requested > max(layers, 1):
+        message = f"{requested} groups of {layers} layers."
+        raise RecipeError([recipe.problem("search.layer_groups", message)])
+    ends = [round(i * layers / requested) for i in range(requested + 1)]
     return tuple(b - a for a, b in zip(ends, ends[1:], strict=False))
 
 

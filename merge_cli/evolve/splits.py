@@ -39,8 +39,8 @@ def refuse_overlap(objective: SearchObjective) -> None:
                 own.setdefault(digest, (name, f"{path}:{row.line}"))
                 if digest in seen:
                     split, place = seen[digest]
-                    what = f"the split {name} has this row, which is in the split {split}, too: "
-                    problems.append(Problem(what + place, "", str(path), row.line))
+                    message = f"the split {name} has this row, which is in the split {split}, too: "
+                    problems.append(Problem(message + place, "", str(path), row.line))
         seen = {**own, **seen}
     if problems:
         count = len(problems)
@@ -68,8 +68,10 @@ def overlap_notes(recipe: Recipe, spec: EvalSpec) -> list[str]:
         rows = read_rows(task.data)
         count = sum(content_of(row) in known for row in rows)
         if count:
-            what = f"{count:,} of {len(rows):,} rows of the evaluation {task.name} are among those "
-            notes.append(f"{what}that this recipe is made or chosen by: its numbers flatter it")
+            message = (
+                f"{count:,} of {len(rows):,} rows of the evaluation {task.name} are among those "
+            )
+            notes.append(f"{message}that this recipe is made or chosen by: its numbers flatter it")
     return notes
 
 

@@ -36,20 +36,20 @@ def tuned(
     """
     method = get_method(recipe.merge_method)
     if method.learns or method.searches:
-        what = f"--tune is for plain recipes, and {method.name} finds its numbers by itself"
-        raise UsageError(what, hint="Leave --tune out.")
+        message = f"--tune is for plain recipes, and {method.name} finds its numbers by itself"
+        raise UsageError(message, hint="Leave --tune out.")
     if method.gathers:
-        what = f"--tune is for plain recipes, and {method.name} looks at examples first"
-        raise UsageError(what, hint="Run it with several values: only the merge is repeated.")
+        message = f"--tune is for plain recipes, and {method.name} looks at examples first"
+        raise UsageError(message, hint="Run it with several values: only the merge is repeated.")
     if recipe.output is not None or recipe.fp8:
-        what = "--tune judges whole models, in the dtype that they are merged in"
-        raise UsageError(what, hint="Tune without `output: adapter` and `out_dtype: fp8` first.")
+        message = "--tune judges whole models, in the dtype that they are merged in"
+        raise UsageError(message, hint="Tune without `output: adapter` and `out_dtype: fp8` first.")
     if not data:
         raise UsageError("--tune needs text to judge by", hint="Add --tune-on FILE.")
     if not ranges:
         raise UsageError("--tune-on says by what, and not what", hint="Add --tune lambda=0:1.")
     searched = tuple(_range(text, recipe) for text in ranges)
-    names = {one.name for one in searched}
+    names = {item.name for item in searched}
 
     def without(spec: SourceSpec) -> SourceSpec:
         return replace(
@@ -62,7 +62,7 @@ def tuned(
         evaluations=evaluations,
         given=frozenset(("method", "parameters", "evaluations")),
     )
-    found = replace(
+    result = replace(
         recipe,
         merge_method="evolutionary",
         parameters={k: v for k, v in recipe.parameters.items() if k not in names},
@@ -70,10 +70,10 @@ def tuned(
         search=search,
         objective=Node([_task(path) for path in data], 0, 0),
     )
-    problems = check_recipe(found).problems
+    problems = check_recipe(result).problems
     if problems:
         raise RecipeError(problems)
-    return found
+    return result
 
 
 def _range(text: str, recipe: Recipe) -> SearchedParameter:
@@ -90,8 +90,8 @@ def _range(text: str, recipe: Recipe) -> SearchedParameter:
         raise UsageError(f"--tune: in '{text}' the second number must be the larger")
     known = get_method(recipe.merge_method).parameters
     if name not in known:
-        what = f"--tune: {recipe.merge_method} has no parameter '{name}'"
-        raise UsageError(what, hint=nearest(name, known))
+        message = f"--tune: {recipe.merge_method} has no parameter '{name}'"
+        raise UsageError(message, hint=nearest(name, known))
     per_model = known[name].per_model
     return (
         searched if per_model else replace(searched, tied=tuple(t for t in TIES if t != "models"))

@@ -68,26 +68,28 @@ def read_as_numbers(
     native = {"float16": "F16", "float32": "F32"}.get(
         str(config.get("dtype") or config.get("torch_dtype")), "BF16"
     )
-    found: dict[str, TensorRef | DequantizedTensor] = dict(tensors)
+    as_numbers: dict[str, TensorRef | DequantizedTensor] = dict(tensors)
     scaled = 0
     for ref in stored:
         scale = next(
             (tensors[ref.name + end] for end in _SCALES if ref.name + end in tensors), None
         )
         if scale is not None:
-            del found[scale.name]
+            del as_numbers[scale.name]
             scaled += 1
-        found[ref.name] = DequantizedTensor(ref, scale, _block(ref, scale, about, label), native)
-    dropped = [name for name in found if name.endswith(_DROPPED)]
+        as_numbers[ref.name] = DequantizedTensor(
+            ref, scale, _block(ref, scale, about, label), native
+        )
+    dropped = [name for name in as_numbers if name.endswith(_DROPPED)]
     for name in dropped:
-        del found[name]
+        del as_numbers[name]
     plain.pop(KEY, None)
     notes = [f"{len(stored)} fp8 weights are read as numbers, {scaled} of them with scales"]
     if dropped:
         notes.append(
             f"{len(dropped)} scales of activations and caches are left out ({dropped[0]}, ...)"
         )
-    return found, plain, tuple(notes)
+    return as_numbers, plain, tuple(notes)
 
 
 def _is_fp8(about: Any) -> bool:
@@ -127,8 +129,8 @@ def _block(ref: TensorRef, scale: TensorRef | None, about: Any, label: str) -> t
         fits = block and (-(-rows // block[0]), -(-columns // block[1])) == tuple(grid)
         if block and fits and scale.size == stacked * grid[0] * grid[1]:
             return block
-    what = f"scales of shape {list(scale.shape)} do not fit a weight of shape {list(ref.shape)}"
-    raise CorruptFileError(what, model=label, file=scale.path.name, tensor=scale.name)
+    message = f"scales of shape {list(scale.shape)} do not fit a weight of shape {list(ref.shape)}"
+    raise CorruptFileError(message, model=label, file=scale.path.name, tensor=scale.name)
 
 
 def _told_block(about: Any) -> tuple[int, int] | None:

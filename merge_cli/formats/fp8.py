@@ -110,7 +110,7 @@ def _table(dtype: str) -> Any:
     import numpy as np
 
     fraction, bias = (3, 7) if dtype == "F8_E4M3" else (2, 15)
-    found = np.empty(256, np.float32)
+    result = np.empty(256, np.float32)
     for code in range(256):
         sign = -1.0 if code & 0x80 else 1.0
         exponent, mantissa = (code & 0x7F) >> fraction, code & ((1 << fraction) - 1)
@@ -122,5 +122,5 @@ def _table(dtype: str) -> Any:
             value = float("nan")
         if dtype == "F8_E5M2" and exponent == 31:
             value = float("nan") if mantissa else float("inf")
-        found[code] = sign * value
-    return found
+        result[code] = sign * value
+    return result

@@ -51,8 +51,8 @@ def download(repo_id: str, commit: str, name: str, repository: Path, count: Coun
         about = get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT)
         etag = str(about.etag or "")
         if not re.fullmatch(r"\w[\w.-]*", etag):  # it becomes a file's name
-            what = "the Hub does not say which file it is"
-            raise UnreachableError(what, model=repo_id, file=name)
+            message = "the Hub does not say which file it is"
+            raise UnreachableError(message, model=repo_id, file=name)
         blob = repository / "blobs" / etag
         blob.parent.mkdir(parents=True, exist_ok=True)
         lock = repository.parent / ".locks" / repository.name / f"{etag}.lock"
@@ -78,8 +78,8 @@ def _fetch(url: str, blob: Path, size: int | None, count: Count, label: str) -> 
         if broken or here > (size or 0):
             partial.unlink()
             count(-here)
-        what = f"arrived damaged: {here} bytes" + (f" of {size}" if size else "")
-        raise UnreachableError(what, model=label, hint="Try again.")
+        message = f"arrived damaged: {here} bytes" + (f" of {size}" if size else "")
+        raise UnreachableError(message, model=label, hint="Try again.")
     os.replace(partial, blob)
 
 

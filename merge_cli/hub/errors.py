@@ -42,54 +42,54 @@ def explained(label: str, file: str = "") -> Iterator[None]:
     try:
         yield
     except errors.GatedRepoError as error:
-        what = "access to this model must be asked for"
+        message = "access to this model must be asked for"
         hint = f"Accept its terms at {_page(label)}, then log in: hf auth login."
-        raise problem(HubError, what, hint) from error
+        raise problem(HubError, message, hint) from error
     except errors.RevisionNotFoundError as error:
         revision = label.partition("@")[2]
         raise problem(HubError, f"has no revision '{revision}'", f"See {_page(label)}.") from error
     except errors.RepositoryNotFoundError as error:
-        what = "no such folder, and no such model on the Hub, or it is private"
+        message = "no such folder, and no such model on the Hub, or it is private"
         hint = "Check the spelling; for a private model log in (hf auth login) or set HF_TOKEN."
-        raise problem(HubError, what, hint) from error
+        raise problem(HubError, message, hint) from error
     except errors.LocalEntryNotFoundError as error:
-        what = "is not in the cache, and the Hub cannot be reached"
+        message = "is not in the cache, and the Hub cannot be reached"
         hint = "Connect, or download it beforehand with: hf download."
-        raise problem(UnreachableError, what, hint) from error
+        raise problem(UnreachableError, message, hint) from error
     except errors.EntryNotFoundError as error:
         raise problem(HubError, "the repository has no such file", "") from error
     except errors.HFValidationError as error:
-        what = "no such folder, and not a name that the Hub has"
-        raise problem(HubError, what, "Write organisation/name or a path.") from error
+        message = "no such folder, and not a name that the Hub has"
+        raise problem(HubError, message, "Write organisation/name or a path.") from error
     except errors.HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else 0
-        what = f"the Hub answered with status {status}"
+        message = f"the Hub answered with status {status}"
         if status >= 500 or status == _BUSY:
             wait = _retry_after(error.response.headers) if error.response is not None else 0.0
             when = f"in {wait:.0f} seconds" if wait else "later"
             hint = f"Try again {when}."
             if status == _BUSY:
-                what += ": too many requests"
+                message += ": too many requests"
                 hint += " Who is logged in (hf auth login) may ask more often."
-            busy = UnreachableError(what, model=label, file=file, hint=hint)
+            busy = UnreachableError(message, model=label, file=file, hint=hint)
             busy.wait, busy.why = wait, f"the Hub answered with status {status}"
             raise busy from error
         hint = "Check the name; log in again: hf auth login." if status in (401, 403) else ""
-        raise problem(HubError, what, hint) from error
+        raise problem(HubError, message, hint) from error
     except (errors.HTTPError, errors.OfflineModeIsEnabled, ConnectionError) as error:
-        what = f"no such folder, and the Hub cannot be reached ({type(error).__name__})"
+        message = f"no such folder, and the Hub cannot be reached ({type(error).__name__})"
         hint = "Check the path, or the connection. What is downloaded is kept."
-        raise problem(UnreachableError, what, hint) from error
+        raise problem(UnreachableError, message, hint) from error
     except OSError as error:
         if error.errno in _FULL:
-            what = "the disk of the Hub's cache is full"
+            message = "the disk of the Hub's cache is full"
             hint = "Free some space, or put it elsewhere with HF_HOME. What has arrived is kept."
-            raise ResourceError(what, where=str(error.filename or ""), hint=hint) from error
-        what = f"cannot be stored in the Hub's cache: {error}"
-        raise problem(HubError, what, "See HF_HOME, which says where it is.") from error
+            raise ResourceError(message, where=str(error.filename or ""), hint=hint) from error
+        message = f"cannot be stored in the Hub's cache: {error}"
+        raise problem(HubError, message, "See HF_HOME, which says where it is.") from error
     except UnicodeError as error:  # the exception quotes the token: it must not be passed on
-        what = f"the Hub's token is not valid ({type(error).__name__})"
-        raise problem(HubError, what, "Log in again: hf auth login.") from None
+        message = f"the Hub's token is not valid ({type(error).__name__})"
+        raise problem(HubError, message, "Log in again: hf auth login.") from None
 
 
 def _retry_after(headers: Mapping[str, str]) -> float:
@@ -129,11 +129,11 @@ def explained_upload(repo_id: str, file: str = "") -> Iterator[None]:
     except MergeCliError:
         raise
     except UnicodeError as error:  # the exception quotes the token: it must not be passed on
-        what = f"the Hub's token is not valid ({type(error).__name__})"
-        raise HubError(what, model=repo_id, hint=LOGIN) from None
+        message = f"the Hub's token is not valid ({type(error).__name__})"
+        raise HubError(message, model=repo_id, hint=LOGIN) from None
     except (errors.HTTPError, OSError, ValueError, RuntimeError) as error:
-        what, hint = _words(_root(error))
-        raise HubError(what, model=repo_id, file=file, hint=hint) from error
+        message, hint = _words(_root(error))
+        raise HubError(message, model=repo_id, file=file, hint=hint) from error
 
 
 def _root(error: BaseException) -> BaseException:

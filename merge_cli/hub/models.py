@@ -166,8 +166,8 @@ def read_header(model: HubModel, name: str) -> bytes:
             return start + file.read(_header_length(start, model, name))
     size = model.files.get(name, 0)
     if size < 8:
-        what = f"not a safetensors file: {size} bytes long"
-        raise CorruptFileError(what, model=model.repo_id, file=name)
+        message = f"not a safetensors file: {size} bytes long"
+        raise CorruptFileError(message, model=model.repo_id, file=name)
     start = _range(model, name, 0, min(_FIRST_BYTES, size))
     total = 8 + _header_length(start[:8], model, name)
     if len(start) < total:
@@ -189,18 +189,18 @@ def _from_cache(repo_id: str, revision: str | None, note: str) -> HubModel:
     from huggingface_hub import constants
 
     root = _repository(repo_id)
-    wanted = revision or constants.DEFAULT_REVISION
-    reference = root / "refs" / wanted
-    commit = reference.read_text().strip() if reference.is_file() else wanted
+    requested = revision or constants.DEFAULT_REVISION
+    reference = root / "refs" / requested
+    commit = reference.read_text().strip() if reference.is_file() else requested
     snapshots = root / "snapshots"
     every = sorted(snapshots.iterdir()) if snapshots.is_dir() else []
     folders = [folder for folder in every if folder.name.startswith(commit)]
     if len(folders) != 1:
         label = f"{repo_id}@{revision}" if revision else repo_id
-        what = "no such folder, not in the cache, and the Hub may not be asked (offline)"
+        message = "no such folder, not in the cache, and the Hub may not be asked (offline)"
         flag = f" --revision {revision}" if revision else ""
         hint = f"Download it while online: hf download {repo_id}{flag}."
-        raise HubError(what, model=label, hint=hint)
+        raise HubError(message, model=label, hint=hint)
     files = {
         path.relative_to(folders[0]).as_posix(): path.stat().st_size
         for path in folders[0].rglob("*")
@@ -249,8 +249,8 @@ def _cached(model: HubModel, name: str) -> Path | None:
 def _header_length(start: bytes, model: HubModel, name: str) -> int:
     length = struct.unpack("<Q", start)[0] if len(start) == 8 else 2**63
     if length > 100_000_000:  # the format's own limit
-        what = "not a safetensors file: it does not start with a header"
-        raise CorruptFileError(what, model=model.repo_id, file=name)
+        message = "not a safetensors file: it does not start with a header"
+        raise CorruptFileError(message, model=model.repo_id, file=name)
     return int(length)
 
 

@@ -166,8 +166,8 @@ def squares(base: Array, merged: Array) -> tuple[float, float]:
     if is_numpy(base):
         from merge_cli.kernels import compiled
 
-        found: tuple[float, float] = compiled.quick_change(base, merged)
-        return found
+        result: tuple[float, float] = compiled.quick_change(base, merged)
+        return result
     change = merged - base
     return float(base @ base), float(change @ change)
 

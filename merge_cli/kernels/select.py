@@ -80,17 +80,17 @@ def magnitude_cuts(densities: Sequence[float], stream: Stream) -> list[Magnitude
 def exact_cuts(counts: Sequence[int], stream: Stream) -> list[MagnitudeThreshold | None]:
     """For every operand, the cut that keeps so many elements; None where it keeps all of them."""
     cuts: list[MagnitudeThreshold | None] = [None] * len(counts)
-    wanted: dict[int, int] = {}
+    requested: dict[int, int] = {}
     for i, k in enumerate(counts):
         if k == 0:
             cuts[i] = MagnitudeThreshold(math.inf, -1)
         elif k < stream.size:
-            wanted[i] = k
-    if wanted and stream.size <= _SMALLEST_SAMPLE:
-        for i, cut in _cuts_of_few(wanted, stream).items():
+            requested[i] = k
+    if requested and stream.size <= _SMALLEST_SAMPLE:
+        for i, cut in _cuts_of_few(requested, stream).items():
             cuts[i] = cut
         return cuts
-    searches = _run(_brackets(wanted, stream), stream)
+    searches = _run(_brackets(requested, stream), stream)
     last_ties = _last_ties(searches, stream)
     for i, search in searches.items():
         cuts[i] = MagnitudeThreshold(search.threshold, last_ties.get(i, ALL_TIES))
@@ -104,12 +104,12 @@ def _cuts_of_few(wanted: dict[int, int], stream: Stream) -> dict[int, MagnitudeT
     blocks = [[keys(rows[i]) for i in wanted] for rows in stream.sample(stream.size)]
     cuts = {}
     for place, (i, k) in enumerate(wanted.items()):
-        found = np.concatenate([rows[place] for rows in blocks])
-        ordered = np.sort(found)  # numpy sorts integers faster than it selects one of them
+        result = np.concatenate([rows[place] for rows in blocks])
+        ordered = np.sort(result)  # numpy sorts integers faster than it selects one of them
         key = ordered[len(ordered) - k]
         above = len(ordered) - int(np.searchsorted(ordered, key, side="right"))
-        threshold = number(int(key), 8 * found.itemsize - 1)
-        ties = np.flatnonzero(found == key)
+        threshold = number(int(key), 8 * result.itemsize - 1)
+        ties = np.flatnonzero(result == key)
         all_kept = k - above == len(ties) or math.isnan(threshold)
         cuts[i] = MagnitudeThreshold(threshold, ALL_TIES if all_kept else int(ties[k - above - 1]))
     return cuts
@@ -256,27 +256,27 @@ def _last_ties(searches: dict[int, _Search], stream: Stream) -> dict[int, int]:
             span = next(n for n, count in enumerate(up_to) if count >= search.needed)
             ordinal = search.needed - (up_to[span] - search.ties[span])
             by_span.setdefault(span, {})[i] = ordinal
-    found: dict[int, int] = {}
+    result: dict[int, int] = {}
     thresholds = {i: search.threshold for i, search in searches.items()}
     for span, ordinals in by_span.items():
         find = partial(_find, thresholds, ordinals, stream.starts[span])
-        found |= stream.map(find, only=span)[0]
-    return found
+        result |= stream.map(find, only=span)[0]
+    return result
 
 
 def _find(
     thresholds: dict[int, float], ordinals: dict[int, int], offset: int, blocks: Iterable[Rows]
 ) -> dict[int, int]:
-    missing, found = dict(ordinals), {}
+    missing, result = dict(ordinals), {}
     for rows in blocks:
         for i, ordinal in tuple(missing.items()):
             place = find_tie(rows[i], thresholds[i], ordinal)
             if place >= 0:
-                found[i] = offset + place
+                result[i] = offset + place
                 del missing[i]
             else:
                 missing[i] -= -1 - place
         if not missing:
             break
         offset += len(rows[0])
-    return found
+    return result

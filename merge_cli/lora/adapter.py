@@ -61,7 +61,7 @@ def open_adapter(path: str, revision: str | None, folder: Path, label: str) -> A
     if revision:
         hint = "Remove the part after '@'."
         raise SourceError(f"a folder has no revision '{revision}'", model=label, hint=hint)
-    names = {one.name for one in place.iterdir()} if place.is_dir() else set()
+    names = {item.name for item in place.iterdir()} if place.is_dir() else set()
     _need(names, label, path)
     stamps = folder_fingerprints(place)
     file = place / WEIGHTS
@@ -83,15 +83,15 @@ def _on_hub(repo: hub.HubModel, label: str) -> Adapter:
 
 def _need(names: set[str], label: str, path: str) -> None:
     if CONFIG not in names:
-        what = f"{path} is no adapter: it has no {CONFIG}"
-        raise SourceError(what, model=label, hint="Name the folder that PEFT saved.")
+        message = f"{path} is no adapter: it has no {CONFIG}"
+        raise SourceError(message, model=label, hint="Name the folder that PEFT saved.")
     if WEIGHTS not in names:
         pickled = "adapter_model.bin" in names
-        what = f"{path} has no {WEIGHTS}"
+        message = f"{path} has no {WEIGHTS}"
         if pickled:
-            what = f"the weights of {path} are pickled, and opening a pickle runs its code"
+            message = f"the weights of {path} are pickled, and opening a pickle runs its code"
         hint = "Load it with PEFT, if you trust it, and save it again." if pickled else ""
-        raise SourceError(what, model=label, hint=hint)
+        raise SourceError(message, model=label, hint=hint)
 
 
 WEIGHTS = "adapter_model.safetensors"

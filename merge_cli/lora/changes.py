@@ -45,14 +45,14 @@ def changes_of(adapter: Adapter, label: str) -> dict[str, UpdatedTensor | Patche
     # A layer that has factors is frozen: PEFT saves a copy of embeddings beside theirs.
     whole = [name for name in brought if name.removesuffix(".weight") not in modules]
     if whole:
-        what = f"it replaces tensors of its model ({whole[0]}, ...), which is no change"
-        raise SourceError(f"{what} that can be merged without it", model=label, hint=_MERGE)
+        message = f"it replaces tensors of its model ({whole[0]}, ...), which is no change"
+        raise SourceError(f"{message} that can be merged without it", model=label, hint=_MERGE)
     if any("bias" in parts for parts in modules.values()):
-        what = "its factors have biases (lora_bias), which are merged into a model alone"
-        raise SourceError(what, model=label, hint=_MERGE)
+        message = "its factors have biases (lora_bias), which are merged into a model alone"
+        raise SourceError(message, model=label, hint=_MERGE)
     if any("magnitude" in parts for parts in modules.values()):
-        what = "it is a DoRA adapter, whose change depends on the model"
-        raise SourceError(what, model=label, hint=_MERGE)
+        message = "it is a DoRA adapter, whose change depends on the model"
+        raise SourceError(message, model=label, hint=_MERGE)
     turned = bool(adapter.config.get("fan_in_fan_out"))
     zeros = {
         name: Zeros(name, label, shape)
@@ -60,21 +60,21 @@ def changes_of(adapter: Adapter, label: str) -> dict[str, UpdatedTensor | Patche
         if (shape := _shape(parts, turned)) and (name := f"{module}.weight")
     }
     factors = {ref.name: ref for parts in modules.values() for ref in parts.values()}
-    found: dict[str, UpdatedTensor | PatchedTensor] = {
-        name: one for name, (_, one) in of_experts.items()
+    changes: dict[str, UpdatedTensor | PatchedTensor] = {
+        name: item for name, (_, item) in of_experts.items()
     }
     if factors or not fused:
         applied = apply_adapter(zeros, adapter.config, factors, label=label, stamp=adapter.stamp)
-        found |= {n: one for n, one in applied.tensors.items() if isinstance(one, UpdatedTensor)}
-    return found
+        changes |= {n: one for n, one in applied.tensors.items() if isinstance(one, UpdatedTensor)}
+    return changes
 
 
 def experts_of(adapter: Adapter) -> dict[str, experts.ExpertPosition]:
     """Where the changes of single experts belong, by their names in `changes_of`."""
     modules = sort_contents(adapter.tensors).modules
     fused, _ = experts.fused_updates(modules, adapter.config)
-    found = experts.changes_of_experts(fused, experts.About(adapter.config), "")
-    return {} if isinstance(found, str) else {name: place for name, (place, _) in found.items()}
+    result = experts.changes_of_experts(fused, experts.About(adapter.config), "")
+    return {} if isinstance(result, str) else {name: place for name, (place, _) in result.items()}
 
 
 def embeddings_of(adapter: Adapter) -> set[str]:
@@ -90,7 +90,7 @@ def _shape(parts: Parts, turned: bool) -> tuple[int, ...]:
     pair = [
         found.get(name) for name in (("embedding_a", "embedding_b") if embedding else ("a", "b"))
     ]
-    if pair[0] is None or pair[1] is None or any(len(one.shape) != 2 for one in pair if one):
+    if pair[0] is None or pair[1] is None or any(len(item.shape) != 2 for item in pair if item):
         return (1, 1)
     a, b = pair[0].shape, pair[1].shape
     return (a[1], b[0]) if embedding or turned else (b[0], a[1])

@@ -101,22 +101,22 @@ def _problems(config: Mapping[str, Any]) -> Iterator[Problem]:
     kind = config.get("peft_type") or "LORA"
     if kind != "LORA":
         said = kind if isinstance(kind, str) else kind_of(kind)
-        what = f"its adapter is of the kind {said[:40]}; LoRA is applied here"
-        yield Problem(what, "peft_type", hint=_WITH_PEFT)
+        message = f"its adapter is of the kind {said[:40]}; LoRA is applied here"
+        yield Problem(message, "peft_type", hint=_WITH_PEFT)
         return
     for key, value in config.items():
         if key in _REFUSED:
             if not _is_empty(value):
-                what = f"the adapter has {_REFUSED[key]}"
-                what += "" if key in what else f" ({key})"
-                yield Problem(what, key, hint=_hint(key))
+                message = f"the adapter has {_REFUSED[key]}"
+                message += "" if key in message else f" ({key})"
+                yield Problem(message, key, hint=_hint(key))
         elif key in _CHECKED:
-            for what, hint in _CHECKED[key](value):
-                yield Problem(f"{key} {what}", key, hint=hint)
+            for message, hint in _CHECKED[key](value):
+                yield Problem(f"{key} {message}", key, hint=hint)
         elif key not in _INERT and not _is_empty(value):
-            what = f"{key[:80]!r} is no field that is understood here (it is {kind_of(value)})"
+            message = f"{key[:80]!r} is no field that is understood here (it is {kind_of(value)})"
             hint = f"Its meaning could change the weights. {_WITH_PEFT}"
-            yield Problem(what, key, hint=hint)
+            yield Problem(message, key, hint=hint)
     if config.get("lora_bias") and config.get("use_dora"):
         yield Problem(
             "DoRA with biases of its own (lora_bias) is not applied here",
@@ -144,8 +144,10 @@ def _init(value: Any) -> Complaints:
     name = value.lower() if isinstance(value, str) else ""
     prepared = next((full for short, full in _PREPARES_BASE.items() if name.startswith(short)), "")
     if prepared:
-        what = f"is {value[:40]!r}: {prepared} prepares the base, and the factors are of that one"
-        yield what, _CONVERT
+        message = (
+            f"is {value[:40]!r}: {prepared} prepares the base, and the factors are of that one"
+        )
+        yield message, _CONVERT
     elif name not in _HARMLESS_INIT:
         yield f"is {kind_of(value)}, which is not known here", _CONVERT
 
@@ -190,7 +192,7 @@ def _patterns(of: Callable[[Any], Complaints]) -> Callable[[Any], Complaints]:
             yield f"must map names to numbers (it is {kind_of(value)})", ""
             return
         for pattern, number in value.items():
-            yield from ((f"of {pattern[:80]!r} {what}", hint) for what, hint in of(number))
+            yield from ((f"of {pattern[:80]!r} {message}", hint) for message, hint in of(number))
             why = _why_unfit(pattern)
             if why:
                 yield f"has the name {pattern[:80]!r}, which {why}", "Write the modules' names out."

@@ -55,13 +55,13 @@ class MatrixView:
 
         flat = _numbers(read, self.stored, stamp)
         count = self.rows - first if count is None else count
-        found = np.lib.stride_tricks.as_strided(
+        result = np.lib.stride_tricks.as_strided(
             flat[self.start + first * self.down :],
             (count, self.columns),
             (self.down * flat.itemsize, self.right * flat.itemsize),
             writeable=False,
         )
-        return np.array(found, order="C")  # of its own: compiled kernels write beside it
+        return np.array(result, order="C")  # of its own: compiled kernels write beside it
 
 
 @dataclass(frozen=True)
@@ -154,16 +154,16 @@ def _numbers(read: Read, ref: TensorRef, stamp: str) -> Any:
     """A stored tensor's numbers, flat; the latest ones are kept."""
     key = (ref, stamp)
     with _lock:
-        known = _recent.get(key)
-        if known is not None:
+        cached = _recent.get(key)
+        if cached is not None:
             _recent.move_to_end(key)
-            return known
-    found = read_numbers(read, ref, 0, ref.size)
+            return cached
+    numbers = read_numbers(read, ref, 0, ref.size)
     with _lock:
-        _recent[key] = found
-        while len(_recent) > 2 and sum(one.nbytes for one in _recent.values()) > _ROOM:
+        _recent[key] = numbers
+        while len(_recent) > 2 and sum(item.nbytes for item in _recent.values()) > _ROOM:
             _recent.popitem(last=False)
-    return found
+    return numbers
 
 
 _recent: OrderedDict[tuple[TensorRef, str], Any] = OrderedDict()

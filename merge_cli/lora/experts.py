@@ -51,12 +51,12 @@ def apply_fused(
         stacked: list[Tensor] = [weight]
         rows: tuple[int, ...] = (height,)
     else:
-        found = _stored_singly(module, update.parameter, tensors)
-        if isinstance(found, str):
-            return found
-        experts, rows = found
+        result = _stored_singly(module, update.parameter, tensors)
+        if isinstance(result, str):
+            return result
+        experts, rows = result
         count, height, width = len(experts), sum(rows), experts[0][0].shape[1]
-        stacked = [one for expert in experts for one in expert]
+        stacked = [item for expert in experts for item in expert]
     why = _unusable(stacked)
     if why:
         return why
@@ -97,7 +97,7 @@ def _stored_singly(
             shapes = {tuple(one.shape for one in expert) for expert in experts}
             if len(shapes) > 1 or any(len(shape) != 2 for shape in next(iter(shapes))):
                 return "the experts of the model are not of one shape"
-            return experts, tuple(one.shape[0] for one in experts[0])
+            return experts, tuple(item.shape[0] for item in experts[0])
     return f"the adapter changes its {parameter}, the model lacks it"
 
 
@@ -153,10 +153,10 @@ def single_target(
     Returns:
         the stack's name, the expert, the layer, and the layers that share the stack.
     """
-    found = re.fullmatch(r"(.*experts)\.(\d{1,6})\.(\w+)", name)
-    if not found:
+    result = re.fullmatch(r"(.*experts)\.(\d{1,6})\.(\w+)", name)
+    if not result:
         return None
-    module, number, layer = found.groups()
+    module, number, layer = result.groups()
     for parameter, families in SINGLE.items():
         for layers in families:
             stack = next(
@@ -302,7 +302,7 @@ def fused_updates(
         plain = re.sub(rf"({re.escape(_WRAPPER)})+$", "", module)
         if module != plain or _is_stack(plain, targets):
             nested.setdefault(plain, []).append(module)
-    found, problems = [], {}
+    result, problems = [], {}
     for plain, wrapped in nested.items():
         wrapped.sort(key=len, reverse=True)  # the innermost first: PEFT wrapped it first
         names = {target.rpartition(".")[2] for target in targets}
@@ -319,8 +319,8 @@ def fused_updates(
             if parts.keys() != {"a", "b"} or any(len(r.shape) != 2 for r in parts.values()):
                 problems[plain] = "factors of experts are two matrices, lora_A and lora_B"
             else:
-                found.append(ExpertUpdate(plain, parameter, parts["a"], parts["b"]))
-    return found, problems
+                result.append(ExpertUpdate(plain, parameter, parts["a"], parts["b"]))
+    return result, problems
 
 
 def in_order(parameters: Sequence[str]) -> list[str]:
@@ -333,7 +333,7 @@ def changes_of_experts(
     updates: Sequence[ExpertUpdate], about: About, label: str
 ) -> dict[str, tuple[ExpertPosition, PatchedTensor]] | str:
     """Each expert's change as a matrix of its own, [outputs, inputs], or why there is none."""
-    found = {}
+    result = {}
     for update in updates:
         rank = rank_of(update, about.config)
         count, odd = divmod(update.a.shape[0], rank or 1)
@@ -347,8 +347,8 @@ def changes_of_experts(
             patched = PatchedTensor(
                 Zeros(name, label, shape), (MatrixUpdate(left, right, scale),), about.stamp
             )
-            found[name] = ExpertPosition(update.module, update.parameter, i, count, shape), patched
-    return found
+            result[name] = ExpertPosition(update.module, update.parameter, i, count, shape), patched
+    return result
 
 
 def is_newer(config: Mapping[str, Any]) -> bool:
@@ -383,8 +383,8 @@ def _ends(name: str, target: str) -> bool:
 
 def rank_of(update: ExpertUpdate, config: Mapping[str, Any]) -> int:
     """Of each expert's factors, as the config says; 0 where it does not."""
-    found = by_pattern(config.get("rank_pattern"), update.key, config.get("r"))
-    return found if type(found) is int else 0
+    rank = by_pattern(config.get("rank_pattern"), update.key, config.get("r"))
+    return rank if type(rank) is int else 0
 
 
 def scale_of(config: Mapping[str, Any], key: str, rank: int) -> float:
@@ -397,5 +397,5 @@ def scale_of(config: Mapping[str, Any], key: str, rank: int) -> float:
 def version_of(value: Any) -> tuple[int, ...] | None:
     if not isinstance(value, str):
         return None
-    found = re.match(r"(\d{1,4})\.(\d{1,4})(?:\.(\d{1,4}))?", value)
-    return tuple(int(part or 0) for part in found.groups()) if found else None
+    result = re.match(r"(\d{1,4})\.(\d{1,4})(?:\.(\d{1,4}))?", value)
+    return tuple(int(part or 0) for part in result.groups()) if result else None

@@ -100,10 +100,10 @@ def _head_of(embedding: str) -> str:
 
 
 def _ties(config: Mapping[str, Any], head: str | None, tensors: Mapping[str, Tensor]) -> bool:
-    for one in (config, config.get("text_config")):
-        if isinstance(one, dict) and "tie_word_embeddings" in one:
+    for item in (config, config.get("text_config")):
+        if isinstance(item, dict) and "tie_word_embeddings" in item:
             stored = head in tensors  # transformers 5 stores none that is the embedding
-            return bool(one["tie_word_embeddings"]) and not (stored and is_of_5(config))
+            return bool(item["tie_word_embeddings"]) and not (stored and is_of_5(config))
     return head is not None and head not in tensors
 
 
@@ -172,7 +172,7 @@ def keeps_ties(adapter: Mapping[str, Any]) -> bool:
             return True
         targets = []
     saved = adapter.get("modules_to_save") or []
-    if any(one.rpartition(".")[2] in _TRAINED_AS_ONE for one in (*saved, *targets)):
+    if any(item.rpartition(".")[2] in _TRAINED_AS_ONE for item in (*saved, *targets)):
         return True
     # Of an embedding and its head PEFT takes the head off the list, and adds the embedding's path.
     return any(one.rpartition(".")[2] in set(saved) - {one} for one in saved)
@@ -185,12 +185,12 @@ def _elsewhere(config: Mapping[str, Any], trained: frozenset[str], label: str) -
     ties = config.get("tie_word_embeddings", True)
     if not ties or not (masked or config.get("is_encoder_decoder")):
         return []
-    what = (
+    message = (
         f"{label}: the adapter trains a weight that {named or 'this model'} has in several places"
     )
     hint = "Merge it into its base with PEFT (`merge_and_unload`), and name the result."
-    found = sorted(name for name in trained if _module(name) in _WORDS)
-    return [Problem(what, name, hint=hint) for name in found]
+    result = sorted(name for name in trained if _module(name) in _WORDS)
+    return [Problem(message, name, hint=hint) for name in result]
 
 
 def match_heights(
@@ -227,11 +227,11 @@ def match_heights(
                 tensors[name] = _cut(ref, short[0])
         note = f"{long[1]}: cut from {long[0]} to {short[0]} rows, as the adapter's {short[1]} has"
         return [note], [], short[0]
-    what = (
+    message = (
         f"{label}: {ends.embedding} has {rows} rows and {ends.head} has {other}; "
         "the model was resized, and the adapter holds only one of the two"
     )
-    return [], [Problem(what, short[1], hint=_AGAIN)], None
+    return [], [Problem(message, short[1], hint=_AGAIN)], None
 
 
 def _cut(ref: TensorRef, rows: int) -> TensorRef:
@@ -242,21 +242,21 @@ def _cut(ref: TensorRef, rows: int) -> TensorRef:
 
 def changed_config(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """A model's config with what an adapter changes, where the model keeps it."""
-    found: dict[str, Any] = dict(config)
+    result: dict[str, Any] = dict(config)
     for nested in ("text_config", "llm_config"):
-        if isinstance(found.get(nested), dict):
-            found[nested] = dict(found[nested])
+        if isinstance(result.get(nested), dict):
+            result[nested] = dict(result[nested])
     parts = [
-        found,
-        *(found[n] for n in ("text_config", "llm_config") if isinstance(found.get(n), dict)),
+        result,
+        *(result[n] for n in ("text_config", "llm_config") if isinstance(result.get(n), dict)),
     ]
     for key, value in changes.items():
         holders = [part for part in parts if key in part]
-        for part in holders or [found]:
+        for part in holders or [result]:
             part[key] = value
         if key == "tie_word_embeddings":
-            found[key] = value
-    return found
+            result[key] = value
+    return result
 
 
 TASK_HEADS = ("score", "classifier", "qa_outputs", "classification_head", "summary", "v_head")
@@ -298,38 +298,38 @@ def put_head(
     named = (config.get("architectures") or [""])[0]
     base = named if isinstance(named, str) else ""
     suffix = _SUFFIXES.get(task, "") if isinstance(task, str) else ""
-    ending = next((one for one in _LANGUAGE if base.endswith(one)), "")
+    ending = next((item for item in _LANGUAGE if base.endswith(item)), "")
     target = base.removesuffix(ending) + suffix if suffix and ending else ""
     weight = brought.get("score.weight")
     extra = [name for name in brought if name not in ("score.weight", "score.bias")]
     fits = weight is not None and len(weight.shape) == 2 and weight.shape[1] == width
-    found = TaskHead()
+    result = TaskHead()
     if not target or weight is None or extra or not fits or not _exists(target):
         for name, ref in brought.items():
-            what = (
+            message = (
                 f"{label}: the adapter brings a head {list(ref.shape)} for {task or 'another task'}"
                 f", which {base or 'the model'} lacks"
             )
-            found.problems.append(Problem(what, name, hint=_WAY_OUT))
-        return found
-    found.tensors = dict(brought)
-    found.changes = {"architectures": [target], **labels(config, weight.shape[0])}
-    found.notes.append(
+            result.problems.append(Problem(message, name, hint=_WAY_OUT))
+        return result
+    result.tensors = dict(brought)
+    result.changes = {"architectures": [target], **labels(config, weight.shape[0])}
+    result.notes.append(
         f"the adapter brings a head (score, {weight.shape[0]} labels): the output is a {target}, "
         f"without the head of {base}"
     )
     if config.get("pad_token_id") is None:
-        found.notes.append(
+        result.notes.append(
             "config.json has no pad_token_id, which classifiers need for batches "
             "of more than one row"
         )
-    return found
+    return result
 
 
 def labels(config: Mapping[str, Any], count: int) -> dict[str, Any]:
     """Keys of the config that say how many labels there are; empty where it says so already."""
-    known = config.get("id2label")
-    if (len(known) if isinstance(known, dict) else 2) == count:
+    cached = config.get("id2label")
+    if (len(cached) if isinstance(cached, dict) else 2) == count:
         return {}
     names = [f"LABEL_{i}" for i in range(count)]
     return {

@@ -96,12 +96,12 @@ def find_rule(
 
 def _with_modules(have: Iterable[str]) -> set[str]:
     """The tensors' names, and those of all modules around them."""
-    found = set()
+    result = set()
     for name in have:
-        while name and name not in found:
-            found.add(name)
+        while name and name not in result:
+            result.add(name)
             name = name.rpartition(".")[0]
-    return found
+    return result
 
 
 def _tried(rule: NameRule, names: Collection[str], places: Collection[str]) -> NameRule:
@@ -206,10 +206,10 @@ def _live_names(have: Iterable[str], root: Path) -> dict[str, str]:
     try:
         net = empty_model(read_mapping(root / "config.json", "the base"))
         renamings = [
-            one for one in get_model_conversion_mapping(net) if isinstance(one, WeightRenaming)
+            item for item in get_model_conversion_mapping(net) if isinstance(item, WeightRenaming)
         ]
         own = net.state_dict()
-        found = {
+        result = {
             name: rename_source_key(name, renamings, [], net.base_model_prefix, own)[0]
             for name in have
         }
@@ -217,4 +217,4 @@ def _live_names(have: Iterable[str], root: Path) -> dict[str, str]:
         # A class that this transformers lacks, a config that it refuses, or an interface that has
         # moved on: it knows nothing then.
         return {}
-    return found
+    return result

@@ -81,8 +81,8 @@ def apply_adapter(
         MismatchError: tensors of the adapter that fit nothing, all of them.
     """
     if not stored:
-        what = f"{WEIGHTS} holds no tensors: the adapter changes nothing"
-        raise SourceError(what, model=label, hint="Save the adapter again.")
+        message = f"{WEIGHTS} holds no tensors: the adapter changes nothing"
+        raise SourceError(message, model=label, hint="Save the adapter again.")
     about = _Application(
         dict(tensors), config, sort_contents(stored), label, stamp, base or {}, root
     )
@@ -106,7 +106,7 @@ class _Application:
         self._config, self._contents = config, contents
         self._label, self._stamp, self._base = label, stamp, base
         text = base.get("text_config")
-        kinds = (one.get("model_type") for one in (base, text) if isinstance(one, dict))
+        kinds = (item.get("model_type") for item in (base, text) if isinstance(item, dict))
         self._about = experts.About(
             config, next((k for k in kinds if isinstance(k, str)), ""), stamp
         )
@@ -160,21 +160,21 @@ class _Application:
     def _required(self) -> set[str]:
         """What the model must have, as the adapter calls it: what decides between rules."""
         names = {f"{module}.weight" for module in self._layers} | set(self._contents.whole)
-        found = {update.module for update in self._fused} | set(self._unknown)
+        result = {update.module for update in self._fused} | set(self._unknown)
         for name in names:
             if _last(name) in HEADS or is_task_head(name):
                 continue  # a tied model has no head, a language model none for classes
             inside = re.match(r"(.*experts)\.\d+\.", name)
-            found.add(inside.group(1) if inside else name)
-        return found
+            result.add(inside.group(1) if inside else name)
+        return result
 
     def _refuse_first(self) -> None:
         """What makes everything else pointless."""
         if self._rule.rivals:
-            what = f"{self._label}: the adapter fits at more than one place: "
+            message = f"{self._label}: the adapter fits at more than one place: "
             hint = "Rename its tensors to the names in the model's files."
-            what += "; or ".join(self._rule.rivals)
-            problem = Problem(what, self._rule.missed[0], hint=hint)
+            message += "; or ".join(self._rule.rivals)
+            problem = Problem(message, self._rule.missed[0], hint=hint)
             raise MismatchError([problem], "the adapter's names are ambiguous")
         self._problems += [
             Problem(f"{self._label}: the adapter holds it twice", name)
@@ -190,9 +190,9 @@ class _Application:
 
     def _target(self, name: str) -> str | None:
         """Where the files have a tensor; None where they lack it."""
-        found = self._rule.of(name)
-        if found in self._tensors:
-            return found
+        result = self._rule.of(name)
+        if result in self._tensors:
+            return result
         if _last(name) in HEADS:
             stem = self._ends.head.removesuffix("weight")
             beside = stem + name.rpartition(".")[2]
@@ -203,7 +203,7 @@ class _Application:
         """Whether PEFT trained a copy of it; otherwise it saved the base's own, resized perhaps."""
         module = name.rpartition(".")[0]
         kept = self._config.get("modules_to_save") or []
-        if any(module == one or module.endswith(f".{one}") for one in kept):
+        if any(module == item or module.endswith(f".{item}") for item in kept):
             return True
         ends = (self._ends.embedding, self._ends.head)
         return self._rule.of(name) not in ends and _last(name) not in HEADS
@@ -215,15 +215,15 @@ class _Application:
     def _new_head(self, names: set[str]) -> None:
         width = self._tensors[self._ends.embedding].shape[1] if self._ends.embedding else 0
         brought = {n: r for n, r in self._contents.whole.items() if n in names}
-        found = put_head(brought, self._base, self._config.get("task_type"), width, self._label)
-        self._problems += found.problems
-        self._notes += found.notes
-        self._changes |= found.changes
-        if found.tensors:
+        result = put_head(brought, self._base, self._config.get("task_type"), width, self._label)
+        self._problems += result.problems
+        self._notes += result.notes
+        self._changes |= result.changes
+        if result.tensors:
             stem = self._ends.head.removesuffix("weight")
             for name in (f"{stem}weight", f"{stem}bias"):
                 self._tensors.pop(name, None)
-        for name, ref in found.tensors.items():
+        for name, ref in result.tensors.items():
             self._tensors[name] = ref._replace(name=name)
 
     def _untie(self) -> None:
@@ -269,13 +269,13 @@ class _Application:
                 continue
             target = self._target(name)
             if target is None:
-                what = f"{self._label}: the adapter brings it, the model lacks it"
-                self._problems.append(Problem(what, name))
+                message = f"{self._label}: the adapter brings it, the model lacks it"
+                self._problems.append(Problem(message, name))
                 continue
             shape = self._tensors[target].shape
             if ref.shape != shape and not self._resizes(target, ref, shape):
-                what = f"{list(ref.shape)} in the adapter, {list(shape)} without"
-                self._problems.append(Problem(f"{self._label}: {what}", name))
+                message = f"{list(ref.shape)} in the adapter, {list(shape)} without"
+                self._problems.append(Problem(f"{self._label}: {message}", name))
                 continue
             self._tensors[target] = ref._replace(name=target)
             self._touched.add(target)
@@ -303,8 +303,8 @@ class _Application:
                 single.append((module, inside, parts))
                 continue
             if target is None:
-                what = f"{self._label}: the adapter changes it, the model lacks it"
-                self._problems.append(Problem(what, module))
+                message = f"{self._label}: the adapter changes it, the model lacks it"
+                self._problems.append(Problem(message, module))
                 continue
             why = self._update(module, target, parts)
             if why:
@@ -323,12 +323,12 @@ class _Application:
             return "two modules of the adapter change it"
         if len(weight.shape) == 3 and parts.keys() == {"a", "b"}:
             update = experts.ExpertUpdate(module, "weight", parts["a"], parts["b"])
-            found = patches.apply_fused(
+            result = patches.apply_fused(
                 update, target.removesuffix(".weight"), self._tensors, self._about
             )
-            if isinstance(found, str):
-                return found
-            self._tensors |= found
+            if isinstance(result, str):
+                return result
+            self._tensors |= result
             return ""
         why = why_unusable(weight, parts, self._config, module, self._about.model_type)
         if why:
@@ -351,14 +351,14 @@ class _Application:
         """Factors of all experts of a parameter. Returns the names of what changes."""
         changed: set[str] = set()
         for update in self._fused:
-            found = patches.apply_fused(
+            result = patches.apply_fused(
                 update, self._rule.of(update.module), self._tensors, self._about
             )
-            if isinstance(found, str):
-                self._problems.append(Problem(f"{self._label}: {found}", update.module))
+            if isinstance(result, str):
+                self._problems.append(Problem(f"{self._label}: {result}", update.module))
                 continue
-            self._tensors |= found
-            changed |= found.keys()
+            self._tensors |= result
+            changed |= result.keys()
         return changed
 
     def _match_heights(self) -> None:
@@ -376,8 +376,8 @@ class _Application:
             )
 
     def _ranks(self) -> set[int]:
-        found = {parts["b"].shape[1] for parts in self._layers.values() if "b" in parts}
-        return found | {experts.rank_of(u, self._config) or u.b.shape[1] for u in self._fused}
+        result = {parts["b"].shape[1] for parts in self._layers.values() if "b" in parts}
+        return result | {experts.rank_of(u, self._config) or u.b.shape[1] for u in self._fused}
 
 
 def _last(name: str) -> str:

@@ -82,10 +82,10 @@ class UpdatedTensor(Float32):
         update = low_rank_product(self._left(read, first, last), self._right(read))
         rows += np.float32(self.scale) * update
         if self.magnitude is not None:
-            wanted = read_numbers(read, self.magnitude, first, last - first)
+            requested = read_numbers(read, self.magnitude, first, last - first)
             # The length of each row by itself, in float64: it depends on no other row.
             lengths = np.sqrt((rows.astype(np.float64) ** 2).sum(1))
-            rows *= (wanted / lengths).astype(np.float32)[:, None]
+            rows *= (requested / lengths).astype(np.float32)[:, None]
         out = np.frombuffer(buffer, np.float32)
         begin = start - first * columns
         out[:] = rows.reshape(-1)[begin : begin + count]
@@ -96,8 +96,8 @@ class UpdatedTensor(Float32):
 
         if not self.turned:
             rank = self.left.shape[1]
-            found = read_numbers(read, self.left, first * rank, (last - first) * rank)
-            return found.reshape(last - first, rank)
+            numbers = read_numbers(read, self.left, first * rank, (last - first) * rank)
+            return numbers.reshape(last - first, rank)
         rank, rows = self.left.shape
         parts = [read_numbers(read, self.left, k * rows + first, last - first) for k in range(rank)]
         return np.stack(parts, axis=1)
@@ -107,17 +107,17 @@ class UpdatedTensor(Float32):
         import numpy as np
 
         with _lock:
-            known = _recent.get(self)
-            if known is not None:
+            cached = _recent.get(self)
+            if cached is not None:
                 _recent.move_to_end(self)
-                return known
-        found = read_numbers(read, self.right, 0, self.right.size).reshape(self.right.shape)
-        found = np.ascontiguousarray(found.T) if self.turned else found
+                return cached
+        result = read_numbers(read, self.right, 0, self.right.size).reshape(self.right.shape)
+        result = np.ascontiguousarray(result.T) if self.turned else result
         with _lock:
-            _recent[self] = found
+            _recent[self] = result
             while len(_recent) > _KEPT:
                 _recent.popitem(last=False)
-        return found
+        return result
 
 
 @dataclass(frozen=True)
@@ -183,9 +183,9 @@ def contradictions(
     missing = next((m for m, parts in layers.items() if "magnitude" not in parts), None)
     if config.get("use_dora") and missing is not None:
         yield missing, "use_dora is set, and the adapter has no magnitude for it"
-    found = next((m for m, parts in layers.items() if "magnitude" in parts), None)
-    if config.get("use_dora") is False and found is not None:
-        yield found, "the adapter has a magnitude for it, and use_dora is not set"
+    result = next((m for m, parts in layers.items() if "magnitude" in parts), None)
+    if config.get("use_dora") is False and result is not None:
+        yield result, "the adapter has a magnitude for it, and use_dora is not set"
 
 
 def is_turned(
@@ -227,14 +227,14 @@ def why_unusable(
     if weight.dtype not in MERGEABLE or weight.dtype == "F64":
         return f"its weight ({weight.native}) cannot be updated"
     if len(weight.shape) != 2 or any(len(parts[name].shape) != 2 for name in names):
-        what = f"only matrices are updated, not {list(weight.shape)}"
-        return f"{what}: merge the adapter with PEFT (`merge_and_unload`), and name the result"
+        message = f"only matrices are updated, not {list(weight.shape)}"
+        return f"{message}: merge the adapter with PEFT (`merge_and_unload`), and name the result"
     a, b = (parts[name].shape for name in names)
-    wanted = (b[0], a[1])
+    requested = (b[0], a[1])
     turned = not embedding and is_turned(weight, parts, config, module, kind)
     if embedding or turned:
-        wanted = (a[1], b[0])
-    if a[0] != b[1] or wanted != weight.shape or not a[0]:
+        requested = (a[1], b[0])
+    if a[0] != b[1] or requested != weight.shape or not a[0]:
         return f"factors {list(a)} and {list(b)} do not make {list(weight.shape)}"
     if "magnitude" in parts and (embedding or turned):
         return "DoRA is not applied to embeddings and to layers that are stored [in, out]"

@@ -51,8 +51,8 @@ def find_cuts(
     ]
     counts = [a + b for a, b in zip(kept, outliers, strict=True)]
     stream = RowStream(tensor, lambda block: [*block.operands, *block.operands])
-    found = exact_cuts([*counts, *outliers], stream)
-    cuts = found[: len(counts)], found[len(counts) :]
+    result = exact_cuts([*counts, *outliers], stream)
+    cuts = result[: len(counts)], result[len(counts) :]
 
     def trim(deltas: list[Array], start: int) -> list[Array]:
         return _between(deltas, cuts, start)

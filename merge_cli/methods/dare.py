@@ -49,12 +49,12 @@ def rescale_factors(
         return [1.0] * len(density)
 
     def sums(blocks: Iterator[Block]) -> list[list[float]]:
-        found: list[list[float]] = [[] for _ in range(2 * len(density))]
+        result: list[list[float]] = [[] for _ in range(2 * len(density))]
         for block in blocks:
             everything = [*block.operands, *dropped(block.operands, block.at, density)]
-            for parts, array in zip(found, everything, strict=True):
+            for parts, array in zip(result, everything, strict=True):
                 parts += absolute_runs(array)
-        return found
+        return result
 
     norms = [exact_sum(parts) for parts in zip(*tensor.map(sums), strict=True)]
     before, after = norms[: len(density)], norms[len(density) :]

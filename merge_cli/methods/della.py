@@ -77,10 +77,10 @@ def rank(
     deltas = load_whole(tensor)[1]
     block = next(iter(tensor.blocks()))
     width = tensor.shape[-1] if tensor.shape else 1
-    found = []
+    result = []
     for place, (delta, share, spread) in enumerate(zip(deltas, density, epsilon, strict=True)):
         if share >= 1.0 or not share:
-            found.append(Ranked(None, 0, share, spread, 1.0))
+            result.append(Ranked(None, 0, share, spread, 1.0))
             continue
         rows = delta.reshape(-1, width).abs()
         largest_first = rows.sort(dim=-1, descending=True, stable=True).indices
@@ -97,14 +97,14 @@ def rank(
             kept = plain.dropped(flat, whole, block.at.sources[place])
             before, after = (exact_sum([absolute_runs(x)]) for x in (flat, kept))
             factor = before / after if after else 0.0
-        found.append(Ranked(plain.ranks, width - 1, share, spread, factor))
-    return found
+        result.append(Ranked(plain.ranks, width - 1, share, spread, factor))
+    return result
 
 
 def _dropped(deltas: list[Tensor], at: Span, ranked: list[Ranked]) -> list[Tensor]:
     return [
-        one.dropped(delta, at, source)
-        for one, delta, source in zip(ranked, deltas, at.sources, strict=True)
+        item.dropped(delta, at, source)
+        for item, delta, source in zip(ranked, deltas, at.sources, strict=True)
     ]
 
 
@@ -112,8 +112,8 @@ def chances_fit(density: Sequence[float], epsilon: Sequence[float]) -> str:
     """Why these are no chances; empty when they are."""
     for share, spread in zip(density, epsilon, strict=True):
         if 0.0 < share < 1.0 and not (share - spread >= 0.0 and share + spread <= 1.0):
-            what = f"density {share:g} with epsilon {spread:g}: density - epsilon and "
-            return what + "density + epsilon must lie in [0, 1]"
+            message = f"density {share:g} with epsilon {spread:g}: density - epsilon and "
+            return message + "density + epsilon must lie in [0, 1]"
     return ""
 
 

@@ -32,13 +32,13 @@ def importance_scales(models: Sequence[Mapping[str, Any]], normalize: Normalize)
         models: `elements` of each, with the `sum` of their importances and of their `squares`.
     """
     if normalize == "none":  # one factor for all: it cancels, but for epsilon
-        usual = math.fsum(one["sum"] / one["elements"] for one in models) / len(models)
+        usual = math.fsum(model["sum"] / model["elements"] for model in models) / len(models)
         return [1 / usual if usual else 0.0] * len(models)
     sizes = [
-        math.sqrt(one["squares"] / one["elements"])
+        math.sqrt(item["squares"] / item["elements"])
         if normalize == "l2"
-        else one["sum"] / one["elements"]
-        for one in models
+        else item["sum"] / item["elements"]
+        for item in models
     ]
     return [1 / size if size else 0.0 for size in sizes]
 
@@ -71,7 +71,7 @@ def fisher(
     known = statistics.complete
     if known is None:
         return weighted_mean(weight, models)
-    scales = importance_scales([one.about for one in known], normalize)
+    scales = importance_scales([item.about for item in known], normalize)
     shares = [
         (one.span(at.start, len(model), model) * scale + epsilon) * w
         for one, model, scale, w in zip(known, models, scales, weight, strict=True)

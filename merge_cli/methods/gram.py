@@ -49,13 +49,13 @@ def gram_matrices(tensor: TensorBlocks, along: Along) -> Any:
     operands = [_numpy(x).astype(np.float64) for x in load_whole(tensor)[1]]
     axis = -1 if along == "rows" else 0
     count = len(operands)
-    found: Any = None
+    result: Any = None
     for i, j in _pairs(count):
         sums = np.atleast_1d((operands[i] * operands[j]).sum(axis)).reshape(-1)
-        if found is None:
-            found = np.empty((len(sums), count, count))
-        found[:, i, j] = found[:, j, i] = sums
-    return found
+        if result is None:
+            result = np.empty((len(sums), count, count))
+        result[:, i, j] = result[:, j, i] = sums
+    return result
 
 
 class Spread:

@@ -48,8 +48,8 @@ def mean_on_sphere(
     cosines = gram * inverse[:, None] * inverse[None, :]
     own = np.where(used, shares, 0.0)
     own /= own.sum()
-    found = _walk(own, cosines, max_iter, tol)
-    return list((float(shares @ lengths) * found * inverse).tolist())
+    result = _walk(own, cosines, max_iter, tol)
+    return list((float(shares @ lengths) * result * inverse).tolist())
 
 
 def _walk(shares: Any, cosines: Any, max_iter: int, tol: float) -> Any:

@@ -40,8 +40,8 @@ def along_great_circle(
         return _coefficients(t, gram_matrix(tensor))
     along: Along = "columns" if nuslerp_row_wise and len(tensor.shape) > 1 else "rows"
     grams = gram_matrices(tensor, along)
-    found = np.array([_coefficients(t, gram) for gram in grams])
-    return Spread(found.reshape(len(grams), 2), tensor.shape, along)
+    result = np.array([_coefficients(t, gram) for gram in grams])
+    return Spread(result.reshape(len(grams), 2), tensor.shape, along)
 
 
 def _coefficients(t: float, gram: Any) -> list[float]:

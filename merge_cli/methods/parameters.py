@@ -161,7 +161,7 @@ def read_parameters(function: Callable[..., Any]) -> dict[str, MethodParameter]:
     """
     docs = _argument_docs(function)
     namespace = vars(sys.modules[function.__module__])
-    found: dict[str, MethodParameter] = {}
+    result: dict[str, MethodParameter] = {}
     for parameter in inspect.signature(function).parameters.values():
         if parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
             continue
@@ -173,10 +173,10 @@ def read_parameters(function: Callable[..., Any]) -> dict[str, MethodParameter]:
         if isinstance(annotation, str):
             annotation = eval(annotation, namespace)  # the module's own source, not input
         kind, per_model, limits, choices = _read_annotation(annotation, owner)
-        found[name] = MethodParameter(
+        result[name] = MethodParameter(
             name, parameter.name, kind, parameter.default, per_model, limits, choices, docs[name]
         )
-    return found
+    return result
 
 
 def _read_annotation(annotation: Any, owner: str) -> tuple[type, bool, Range, tuple[Scalar, ...]]:

@@ -34,18 +34,18 @@ def shares_of_overlap(
     """1 + r * min(rho, alpha) for each model: rho is what it shares over what it has alone."""
 
     def counts(blocks: Iterator[Block]) -> list[tuple[int, int]]:
-        found: list[tuple[int, int]] = []
+        result: list[tuple[int, int]] = []
         for block in blocks:
             moved, together = _changed(block.operands, epsilon)
-            found = found or [(0, 0)] * len(moved)
-            found = [
+            result = result or [(0, 0)] * len(moved)
+            result = [
                 (
                     shared + int((row & (together > 1)).sum()),
                     alone + int((row & (together == 1)).sum()),
                 )
-                for (shared, alone), row in zip(found, moved, strict=True)
+                for (shared, alone), row in zip(result, moved, strict=True)
             ]
-        return found
+        return result
 
     scales = []
     for parts in zip(*tensor.map(counts), strict=True):

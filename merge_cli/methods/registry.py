@@ -268,5 +268,5 @@ def _load() -> None:
         except Exception as error:
             # A broken plugin must not look like a missing method: say which package it is.
             package = entry.dist.name if entry.dist else entry.value
-            what = f"the plugin '{entry.name}' of package '{package}' failed to load: {error!r}"
-            raise UsageError(what, hint=f"Fix or uninstall '{package}'.") from error
+            message = f"the plugin '{entry.name}' of package '{package}' failed to load: {error!r}"
+            raise UsageError(message, hint=f"Fix or uninstall '{package}'.") from error

@@ -49,8 +49,8 @@ def regressed(
     like = next(_rows(tensor))[1][0]
     missing = torch.zeros(tensor.shape, dtype=torch.float64, device=like.device)
     total: Any = 0.0
-    for source, (one, w) in enumerate(zip(models, weight, strict=True)):
-        gram = _shrunk(one.whole(like).double(), alpha).mul_(w)
+    for source, (item, w) in enumerate(zip(models, weight, strict=True)):
+        gram = _shrunk(item.whole(like).double(), alpha).mul_(w)
         for start, rows in _rows(tensor):
             change = rows[source] - weighted_mean(weight, rows)
             stop = start + len(change)
@@ -120,11 +120,11 @@ def _divide(right: Tensor, gram: Tensor, alpha: float) -> None:
     step = max(1, _CHUNK // len(gram))
     for start in range(0, len(right), step):
         rows = right[start : start + step]
-        wanted = rows[:, used] * scale
+        requested = rows[:, used] * scale
         if alpha <= _DEFINITE:
-            solved = torch.cholesky_solve(wanted.T, factor).T
+            solved = torch.cholesky_solve(requested.T, factor).T
         else:
-            solved = (wanted @ factor) @ factor.T
+            solved = (requested @ factor) @ factor.T
         rows.zero_()
         rows[:, used] = solved * scale
 

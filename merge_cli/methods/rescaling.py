@@ -25,12 +25,12 @@ def l1_factors(
         return [1.0] * len(density)
 
     def sums(blocks: Iterator[Block]) -> list[list[float]]:
-        found: list[list[float]] = [[] for _ in range(2 * len(density))]
+        result: list[list[float]] = [[] for _ in range(2 * len(density))]
         for block in blocks:
             arrays = [*block.operands, *trim(block.operands, block.at.start)]
-            for parts, array in zip(found, arrays, strict=True):
+            for parts, array in zip(result, arrays, strict=True):
                 parts += absolute_runs(array)
-        return found
+        return result
 
     norms = [exact_sum(parts) for parts in zip(*tensor.map(sums), strict=True)]
     before, after = norms[: len(density)], norms[len(density) :]

@@ -48,19 +48,19 @@ def select(tensor: TensorBlocks, survey: None, *, select_topk: float, **_: Any) 
         (cut,) = exact_cuts([kept], stream)
 
     def squares(blocks: Iterator[Block]) -> list[list[float]]:
-        found: list[list[float]] = []
+        result: list[list[float]] = []
         for block in blocks:
             deltas = _selected(block.operands, cut, block.at.start)
-            found = found or [[] for _ in deltas]
-            for parts, delta in zip(found, deltas, strict=True):
+            result = result or [[] for _ in deltas]
+            for parts, delta in zip(result, deltas, strict=True):
                 parts += dot_runs(delta, delta)
-        return found
+        return result
 
     sums = [exact_sum(parts) / tensor.size for parts in zip(*tensor.map(squares), strict=True)]
     whole = math.fsum(sums)
     if whole < _NOTHING:
         return Selected(cut, [1.0 / len(sums)] * len(sums))
-    return Selected(cut, [one / whole for one in sums])
+    return Selected(cut, [item / whole for item in sums])
 
 
 def _variance(deltas: list[Tensor]) -> Tensor:

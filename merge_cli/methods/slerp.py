@@ -22,12 +22,12 @@ def great_circle(tensor: TensorBlocks, survey: None, *, t: float, **_: Any) -> t
     """
 
     def products(blocks: Iterator[Block]) -> list[list[float]]:
-        found: list[list[float]] = [[], [], []]
+        result: list[list[float]] = [[], [], []]
         for block in blocks:
             a, b = block.operands
-            for parts, (x, y) in zip(found, ((a, a), (b, b), (a, b)), strict=True):
+            for parts, (x, y) in zip(result, ((a, a), (b, b), (a, b)), strict=True):
                 parts += dot_runs(x, y)
-        return found
+        return result
 
     aa, bb, ab = (exact_sum(parts) for parts in zip(*tensor.map(products), strict=True))
     norm_a, norm_b = math.sqrt(aa), math.sqrt(bb)

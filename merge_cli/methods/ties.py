@@ -57,11 +57,11 @@ def survey(model: ModelBlocks) -> TiesSurvey | None:
     """
     rules = {_model_rule(tensor) for tensor in model.tensors}
     if len(rules) > 1:
-        what = (
+        message = (
             "trim and zero_sign over the whole model need the same sources and the same semantics, "
         )
-        what += "trim, zero_sign and density for every tensor"
-        raise UsageError(what, hint="Use one number for each model, without gradient or filter.")
+        message += "trim, zero_sign and density for every tensor"
+        raise UsageError(message, hint="Use one number for each model, without gradient or filter.")
     by_model, majority, *_ = rules.pop()
     if not (by_model or majority):
         return None

@@ -78,14 +78,14 @@ class AbsentTensors:
     ) -> str:
         """`why_copied`, as far as that is known without the models' classes."""
         why = self._by_name(name, reference, sliced=sliced)
-        if not why and all(self._without_part(name, reference, one) for one in lacking):
+        if not why and all(self._without_part(name, reference, item) for item in lacking):
             why = "a part that the config does not describe"
         return why
 
     def why_left_out(self, name: str, reference: int, source: int, *, sliced: bool = False) -> str:
         """Why the reference may lack a tensor of a source; empty where it may not."""
         both = (reference, source)
-        why = (self._by_name(name, one, sliced=sliced) for one in both)
+        why = (self._by_name(name, item, sliced=sliced) for item in both)
         return next(filter(None, why), "") or self._by_class(name, both)
 
     def _by_name(self, name: str, described_by: int, *, sliced: bool) -> str:
@@ -102,7 +102,7 @@ class AbsentTensors:
         return ""
 
     def _by_class(self, name: str, sources: Iterable[int]) -> str:
-        configs = [self._sources[one].config for one in sources]
+        configs = [self._sources[source].config for source in sources]
         for config in configs:
             if class_rules(config).may_lack(name):
                 return f"{config['architectures'][0]} in transformers may be without it"
@@ -173,10 +173,10 @@ def in_short(names: Sequence[str]) -> str:
 
 def _folders(names: Iterable[str]) -> frozenset[str]:
     """Everything that stands before a dot in some name."""
-    found: set[str] = set()
+    result: set[str] = set()
     for name in names:
         folder = name.rpartition(".")[0]
-        while folder and folder not in found:
-            found.add(folder)
+        while folder and folder not in result:
+            result.add(folder)
             folder = folder.rpartition(".")[0]
-    return frozenset(found)
+    return frozenset(result)

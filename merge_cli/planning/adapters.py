@@ -56,7 +56,7 @@ def plan_adapters(recipe: Recipe) -> Plan:
         raise errors[0] if len(errors) == 1 else MismatchError([Problem(str(e)) for e in errors])
     changes = {label: changes_of(adapter, label) for label, adapter in adapters.items()}
     _refuse_both_ways(adapters)
-    shapes = {name: one.shape for own in changes.values() for name, one in own.items()}
+    shapes = {name: item.shape for change in changes.values() for name, item in change.items()}
     made = {label: _source(label, adapters[label], own, shapes) for label, own in changes.items()}
     if base is not None and str(base) not in made:
         first = next(iter(adapters.values()))
@@ -85,11 +85,11 @@ def rank_of(plan: Plan) -> int | None:
         return output.rank
     if plan.method.name in LINEAR:
         return None
-    return max(one.rank for task in plan.tasks for one in _updates(task))
+    return max(update.rank for task in plan.tasks for update in _updates(task))
 
 
 def _updates(task: TensorTask) -> list[UpdatedTensor | PatchedTensor]:
-    return [one for one in task.operands if isinstance(one, LowRank)]
+    return [operand for operand in task.operands if isinstance(operand, LowRank)]
 
 
 def _source(
@@ -105,35 +105,35 @@ def _source(
 
 
 def _refuse_both_ways(adapters: Mapping[str, Adapter]) -> None:
-    ways = {bool(one.config.get("fan_in_fan_out")) for one in adapters.values()}
+    ways = {bool(adapter.config.get("fan_in_fan_out")) for adapter in adapters.values()}
     if len(ways) > 1:
-        what = "some adapters are of layers stored [in, out] (fan_in_fan_out), and some are not"
-        raise MismatchError([Problem(what)], "the adapters are of different models")
+        message = "some adapters are of layers stored [in, out] (fan_in_fan_out), and some are not"
+        raise MismatchError([Problem(message)], "the adapters are of different models")
     orders = {
-        is_newer(one.config)
-        for one in adapters.values()
-        if any(place.shape[0] == place.shape[1] for place in experts_of(one).values())
+        is_newer(item.config)
+        for item in adapters.values()
+        if any(place.shape[0] == place.shape[1] for place in experts_of(item).values())
     }
     if len(orders) > 1:
-        what = "some were written by PEFT up to 0.19.0, which orders square factors of experts "
-        what += "otherwise: merge the models, `BASE+ADAPTER`, instead"
-        raise MismatchError([Problem(what)], "the adapters' experts do not mean the same")
+        message = "some were written by PEFT up to 0.19.0, which orders square factors of experts "
+        message += "otherwise: merge the models, `BASE+ADAPTER`, instead"
+        raise MismatchError([Problem(message)], "the adapters' experts do not mean the same")
 
 
 def _expected(plan: Plan, adapters: Mapping[str, Adapter]) -> list[OutputTensor]:
     """The adapter's tensors, of the largest ranks that they can have."""
     most = rank_of(plan)
-    found = []
+    result = []
     for task in plan.tasks:
         rank = min(task.shape)
         if plan.method.name in LINEAR:
-            rank = min(rank, sum(one.rank for one in _updates(task)))
+            rank = min(rank, sum(update.rank for update in _updates(task)))
         rank = rank if most is None else min(rank, most)
-        found += [
+        result += [
             OutputTensor(f"{task.name} A", "F32", (rank, task.shape[1])),
             OutputTensor(f"{task.name} B", "F32", (task.shape[0], rank)),
         ]
-    return found
+    return result
 
 
 def _notes(
@@ -152,7 +152,7 @@ def _notes(
     if len(names) > 1:
         listed = ", ".join(f"{name or 'no name'} ({count})" for name, count in names.items())
         notes.append(f"the adapters name different models: {listed}")
-    every = {name for own in changes.values() for name in own}
+    every = {name for change in changes.values() for name in change}
     notes += [
         f"{label} leaves {len(every - own.keys())} of {len(every)} modules as they are"
         for label, own in changes.items()

@@ -163,7 +163,7 @@ def _alike(key: str, sources: Sequence[Source], written: list[_Meaning]) -> bool
     if not written:
         found = [written_out(source.config) for source in sources]
         written += [_Meaning(config or {}) for config in found]
-    return all(key in one.said for one in written) and (
+    return all(key in item.said for item in written) and (
         len({_shown(one.said[key]) for one in written}) == 1
     )
 
@@ -231,22 +231,22 @@ def _silent(config: Mapping[str, Any], key: str) -> Any:
 
 def _normal(config: Mapping[str, Any]) -> dict[str, Any]:
     """Keys that matter, in one spelling."""
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     for key, value in config.items():
         key = _SPELLINGS.get(key, key)
         if key in _IGNORED or _IGNORED_KINDS.search(key) or key in _ROTARY:
             continue
         if isinstance(value, dict) and key.endswith("_config"):
-            found |= {f"{key}.{inner}": one for inner, one in _normal(value).items()}
+            result |= {f"{key}.{inner}": item for inner, item in _normal(value).items()}
         else:
-            found[key] = _ACTIVATIONS.get(value, value) if isinstance(value, str) else value
-    kinds = found.get("layer_types")
+            result[key] = _ACTIVATIONS.get(value, value) if isinstance(value, str) else value
+    kinds = result.get("layer_types")
     full = isinstance(kinds, list) and all(kind == "full_attention" for kind in kinds)
-    windowed = found.get("use_sliding_window", _silent(config, "use_sliding_window"))
+    windowed = result.get("use_sliding_window", _silent(config, "use_sliding_window"))
     if full or windowed is False:  # then there is no window, whatever its size
-        found |= dict.fromkeys(("sliding_window", "max_window_layers", "layer_types"))
-        found["use_sliding_window"] = False
-    return found | _rotary(config)
+        result |= dict.fromkeys(("sliding_window", "max_window_layers", "layer_types"))
+        result["use_sliding_window"] = False
+    return result | _rotary(config)
 
 
 _ROTARY = (
@@ -269,7 +269,7 @@ def _rotary(config: Mapping[str, Any]) -> dict[str, Any]:
         about = config.get(key)
         if not isinstance(about, dict):
             continue
-        if about and all(isinstance(one, dict) or one is None for one in about.values()):
+        if about and all(isinstance(item, dict) or item is None for item in about.values()):
             # One set for each kind of layers, the sliding ones formerly under a key of their own.
             local = dict(about.get("sliding_attention") or {})
             if "rope_theta" in local:
@@ -281,16 +281,16 @@ def _rotary(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _scaling(about: Mapping[str, Any], before: str) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     kind = about.get("rope_type", about.get("type"))
     for key, value in about.items():
         if key in ("rope_theta", "partial_rotary_factor"):
-            found[key] = value
+            result[key] = value
         elif key not in ("type", "rope_type"):
-            found[before + key] = value
+            result[before + key] = value
     if kind not in (None, "default"):
-        found[f"{before}rope_type"] = kind
-    return found
+        result[f"{before}rope_type"] = kind
+    return result
 
 
 def _shown(value: Any) -> str:

@@ -61,16 +61,16 @@ def refused(recipe: Recipe, config: Mapping[str, Any]) -> Problem | None:
     kind = text_config(config).get("model_type")
     if not recipe.fp8 or kind not in _TURNED:
         return None
-    what = f"{kind} stores its layers [in, out], which is not read in fp8."
-    return recipe.problem("out_dtype", what, "Use bfloat16.")
+    message = f"{kind} stores its layers [in, out], which is not read in fp8."
+    return recipe.problem("out_dtype", message, "Use bfloat16.")
 
 
 def nothing(recipe: Recipe, tasks: Iterable[TensorTask]) -> Problem | None:
     """A model without a matrix that is good for it."""
     if not recipe.fp8 or any(task.block for task in tasks):
         return None
-    what = "no layer has rows and columns in multiples of 128."
-    return recipe.problem("out_dtype", what, "Use bfloat16.")
+    message = "no layer has rows and columns in multiples of 128."
+    return recipe.problem("out_dtype", message, "Use bfloat16.")
 
 
 def described(plan: Plan) -> Plan:

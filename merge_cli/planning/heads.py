@@ -137,17 +137,17 @@ def compare_copies(copies: Sequence[Copies]) -> tuple[str, ...]:
             if place is None:
                 continue
             one, other = pair.one, pair.other
-            what = f"differs from {one.name} (first at element {place}): it is no copy of it"
+            message = f"differs from {one.name} (first at element {place}): it is no copy of it"
             if pair.dropped and not pair.tied:
                 hint = "Merge with a base that stores both; or remove it, if it is not meant."
-                raise SourceError(what, model=other.model, tensor=other.name, hint=hint)
+                raise SourceError(message, model=other.model, tensor=other.name, hint=hint)
             done = "and is merged by itself"
             if pair.tied:
                 done = (
                     "and is left out all the same, since the config ties them; if it is meant, say "
                     "`tie_word_embeddings: false` in the model's config.json"
                 )
-            notes.append(f"{other.model}: {other.name} {what}, {done}")
+            notes.append(f"{other.model}: {other.name} {message}, {done}")
     return tuple(notes)
 
 

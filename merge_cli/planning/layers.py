@@ -71,11 +71,11 @@ def layer_stacks(names: Iterable[str], places: LayerKeys | None = None) -> dict[
 
 def heights(places: Iterable[LayerKey | None]) -> dict[str, int]:
     """Every stack among these places and its number of layers."""
-    found: dict[str, int] = {}
+    result: dict[str, int] = {}
     for place in places:
-        if place and place.index >= found.get(place.stack, 0):
-            found[place.stack] = place.index + 1
-    return found
+        if place and place.index >= result.get(place.stack, 0):
+            result[place.stack] = place.index + 1
+    return result
 
 
 def comes_after_layers(name: str, stack: str) -> bool:
@@ -276,9 +276,9 @@ def members(module: str, listed: Sequence[str], names: Iterable[str]) -> tuple[s
         return tuple(name for name in names if name not in taken)
     kind = _ALIASES.get(module, module)
     if kind == TEXT or kind in _KINDS:
-        found = tuple(name for name in names if kind_of(name) == kind)
-        if found:
-            return found
+        result = tuple(name for name in names if kind_of(name) == kind)
+        if result:
+            return result
     parts = f".{module.strip('.')}."
     heads = (".lm_head.",) if module == SHARED else ()
     return tuple(n for n in names if any(part in f".{n}." for part in (parts, *heads)))

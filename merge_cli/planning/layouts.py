@@ -111,13 +111,13 @@ def _converted(
 
 def _modules(tensors: Mapping[str, Tensor]) -> dict[str, dict[int, dict[str, Tensor]]]:
     """Experts that are stored one by one: module -> number -> name there -> tensor."""
-    found: dict[str, dict[int, dict[str, Tensor]]] = {}
+    result: dict[str, dict[int, dict[str, Tensor]]] = {}
     for name, tensor in tensors.items():
         match = _SPLIT.fullmatch(name)
         if match and match["role"] in _ROLES:
-            experts = found.setdefault(match["module"], {})
+            experts = result.setdefault(match["module"], {})
             experts.setdefault(int(match["number"]), {})[match["role"]] = tensor
-    return found
+    return result
 
 
 def _of(module: str, number: int, name: str) -> str:
@@ -137,7 +137,7 @@ def _stack(
     if len({tuple(expert[name].shape for name in first) for expert in experts.values()}) > 1:
         return {}
     roles = {_ROLES[name]: name for name in first}
-    if len(roles) < len(first) or any(len(one.shape) != 2 for one in first.values()):
+    if len(roles) < len(first) or any(len(item.shape) != 2 for item in first.values()):
         return {}
     gated = "gate_proj" in roles
     if gated and (
@@ -145,8 +145,10 @@ def _stack(
     ):
         return {}
     made: dict[str, Tensor] = {}
-    wanted = [("gate_up_proj", ("gate_proj", "up_proj"))] if gated else [("up_proj", ("up_proj",))]
-    for name, of in [*wanted, ("down_proj", ("down_proj",))]:
+    requested = (
+        [("gate_up_proj", ("gate_proj", "up_proj"))] if gated else [("up_proj", ("up_proj",))]
+    )
+    for name, of in [*requested, ("down_proj", ("down_proj",))]:
         target = next((new for new in _variants(f"{module}.{name}") if _key(new) in keys), None)
         if target is None or any(role not in roles for role in of):
             return {}
@@ -170,7 +172,7 @@ def _cut_up(name: str, tensor: Tensor, keys: Collection[str]) -> dict[str, Tenso
         for names in _NAMES:
             called = [names[_NAMES[0].index(role)] for role in roles]
             if all(_key(f"{module}0.{one}.weight") in keys for one in called):
-                targets = [f"{module}{n}.{one}.weight" for n in range(experts) for one in called]
+                targets = [f"{module}{n}.{item}.weight" for n in range(experts) for item in called]
                 return {
                     target: cut(tensor, target, i * rows * columns, (rows, columns))
                     for i, target in enumerate(targets)
@@ -186,16 +188,16 @@ def _renamed(name: str, keys: Collection[str]) -> tuple[str, list[str]] | None:
 
 def _variants(name: str) -> dict[str, list[str]]:
     """A name and all that it may be called instead, with the rules that lead there."""
-    found: dict[str, list[str]] = {name: []}
+    result: dict[str, list[str]] = {name: []}
     latest = [name]
     for _ in range(_STEPS):
         steps = [(one, new, rule) for one in latest for new, rule in _steps(one)]
         latest = []
-        for one, new, rule in steps:
-            if new not in found:
-                found[new] = [*found[one], rule]
+        for item, new, rule in steps:
+            if new not in result:
+                result[new] = [*result[item], rule]
                 latest.append(new)
-    return found
+    return result
 
 
 def _steps(name: str) -> Iterator[tuple[str, str]]:

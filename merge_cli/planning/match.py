@@ -75,7 +75,9 @@ class TensorMatches:
     @property
     def notes(self) -> list[str]:
         """A line for all tensors that are treated alike for one reason."""
-        return [f"{in_short(names)}: {what}; {why}" for (what, why), names in self.uneven.items()]
+        return [
+            f"{in_short(names)}: {message}; {why}" for (message, why), names in self.uneven.items()
+        ]
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ def match_pieces(
         if piece.left_over:
             matches.found += _left_over(piece, parts[piece.reference.source][""])
             continue
-        of_module = [own[piece.module] for own in parts] if piece.module else models
+        of_module = [part[piece.module] for part in parts] if piece.module else models
         _match_piece(piece, of_module, places, absent, matches)
     return matches
 
@@ -139,15 +141,15 @@ def _module_problems(
             model, view = models[member.source], parts[member.source][piece.module or ""].view
             if not view:
                 key = piece.key.partition(f".{piece.module}.")[0] + f".{piece.module}"
-                what = f"{model.label} has no tensors of a module '{piece.module}'."
+                message = f"{model.label} has no tensors of a module '{piece.module}'."
                 hint = nearest(piece.module or "", known_modules(model.view))
-                found[what] = Problem(what, key, hint=hint)
+                found[message] = Problem(message, key, hint=hint)
             for other, part in parts[member.source].items():
                 shared = next((name for name in part.view if name in view), None)
                 if other not in (piece.module, "") and shared is not None:
                     one, two = sorted((piece.module or "", other))
-                    what = f"belongs to '{one}' and to '{two}' of the recipe's modules"
-                    found.setdefault(f"{one} {two}", Problem(what, shared))
+                    message = f"belongs to '{one}' and to '{two}' of the recipe's modules"
+                    found.setdefault(f"{one} {two}", Problem(message, shared))
     return list(found.values())
 
 
@@ -203,16 +205,16 @@ def _offered(
         return model.view
     anatomy = model.anatomy
     if anatomy.main is None:
-        what = f"{model.label}: cannot tell which of {sorted(anatomy.stacks)} its layers are"
-        into.problems.append(Problem(what, piece.key))
+        message = f"{model.label}: cannot tell which of {sorted(anatomy.stacks)} its layers are"
+        into.problems.append(Problem(message, piece.key))
         return None
     low, high = operand.layers
     have = anatomy.layers
     if high > have:
-        what = f"{model.label} has {have} layers, not {high}"
+        message = f"{model.label} has {have} layers, not {high}"
         if high <= anatomy.stacks.get(anatomy.main, 0):
-            what += ": what is behind them predicts further tokens"
-        into.problems.append(Problem(what, f"{operand.spec.key}.layer_range"))
+            message += ": what is behind them predicts further tokens"
+        into.problems.append(Problem(message, f"{operand.spec.key}.layer_range"))
         return None
     cut = anatomy.cut(range(low, high), first=piece.first, last=piece.last)
     shift = piece.start - low
@@ -242,8 +244,8 @@ def _match_tensor(
     elif not _MERGEABLE.issuperset({ref.dtype for ref in present}):
         for label, ref in zip(labels, present, strict=True):
             if ref.dtype.startswith("F8"):
-                what = f"{label} stores it in {ref.dtype}, whose scales cannot be merged yet"
-                into.problems.append(Problem(what, name, hint="Convert the model to bfloat16."))
+                message = f"{label} stores it in {ref.dtype}, whose scales cannot be merged yet"
+                into.problems.append(Problem(message, name, hint="Convert the model to bfloat16."))
                 return
         why = f"{present[0].dtype} is not merged: copied"
     if why:
@@ -285,8 +287,8 @@ def _shapes_differ(name: str, refs: Sequence[Tensor], labels: Sequence[str]) -> 
     sizes = [f"{a} {list(ref.shape)}" for a, ref in zip(labels, refs, strict=True)]
     shown = ", ".join(dict.fromkeys(sizes))
     if _is_vocabulary(name, refs):
-        what = f"the vocabularies differ in size: {shown}."
-        return Problem(what, name, hint=_VOCABULARY_HINT.format(model=labels[-1]))
+        message = f"the vocabularies differ in size: {shown}."
+        return Problem(message, name, hint=_VOCABULARY_HINT.format(model=labels[-1]))
     return Problem(f"the shapes differ: {shown}", name)
 
 

@@ -26,31 +26,33 @@ GREEDY = "greedy_soup"
 def search_problems(recipe: Recipe, *, searching: bool) -> Iterator[Problem]:
     """What the sections on searching lack, or want from a method that does not search."""
     if not searching:
-        what = f"{recipe.merge_method} searches nothing."
+        message = f"{recipe.merge_method} searches nothing."
         hint = "Use `merge_method: evolutionary` (or greedy_soup)."
         if recipe.search is not None:
-            yield recipe.problem("search", what, hint)
+            yield recipe.problem("search", message, hint)
         if recipe.objective is not None:
-            yield recipe.problem("objective", what, hint)
+            yield recipe.problem("objective", message, hint)
         return
     if recipe.objective is None:
         hint = "Write `objective: [{task: loss, data: FILE}]`."
         yield recipe.problem("merge_method", "needs an `objective:` to judge by.", hint)
     if recipe.fp8:
-        what = "candidates are judged in the dtype that they are merged in: not in fp8."
-        yield recipe.problem("out_dtype", what, "Search in bfloat16, then merge the result in fp8.")
+        message = "candidates are judged in the dtype that they are merged in: not in fp8."
+        yield recipe.problem(
+            "out_dtype", message, "Search in bfloat16, then merge the result in fp8."
+        )
     for key in ("slices", "modules"):
         if getattr(recipe, key):
-            what = f"{recipe.merge_method} merges whole models."
-            yield recipe.problem(key, what, "List them under `models:`.")
+            message = f"{recipe.merge_method} merges whole models."
+            yield recipe.problem(key, message, "List them under `models:`.")
     search = recipe.search
     if recipe.merge_method == GREEDY:
         for name in sorted((search.given if search else frozenset()) - WITHOUT_SPACE):
             yield recipe.problem(f"search.{name}", "has no meaning in greedy_soup.")
         if recipe.tokenizer_source not in (None, "base"):
-            what = "of a greedy soup not every average contains that model."
+            message = "of a greedy soup not every average contains that model."
             hint = "Name a `base_model`, whose tokenizer it is."
-            yield recipe.problem("tokenizer_source", what, hint)
+            yield recipe.problem("tokenizer_source", message, hint)
         for parameters in (recipe.parameters, *(spec.parameters for spec in recipe.models)):
             for given in parameters.values():
                 yield recipe.problem(given.key, "greedy_soup chooses, and averages, by itself.")
@@ -74,12 +76,12 @@ def _section_problems(recipe: Recipe, search: Search) -> Iterator[Problem]:
             yield recipe.problem("search.method", error.what, error.hint)
             continue
         if not method.plain:
-            what = f"'{name}' finds its parameters itself."
+            message = f"'{name}' finds its parameters itself."
             if method.gathers:
-                what = f"'{name}' looks at examples first, which a search does not."
+                message = f"'{name}' looks at examples first, which a search does not."
             plain = {n for n in method_names() if get_method(n).plain}
             hint = nearest(name, plain)
-            yield recipe.problem("search.method", what, hint)
+            yield recipe.problem("search.method", message, hint)
             continue
         methods.append(method)
     if (
@@ -88,17 +90,17 @@ def _section_problems(recipe: Recipe, search: Search) -> Iterator[Problem]:
     ):
         hint = "Use middle, softmax, or a recipe's file."
         yield recipe.problem("search.start", f"no such recipe: {search.start}.", hint)
-    for only, wanted in (("sigma", "cma-es"), ("restarts", "cma-es")):
-        if only in search.given and search.optimizer != wanted:
-            what = f"has no effect with {search.optimizer}."
-            yield recipe.problem(f"search.{only}", what, f"Leave it out, or use {wanted}.")
+    for only, requested in (("sigma", "cma-es"), ("restarts", "cma-es")):
+        if only in search.given and search.optimizer != requested:
+            message = f"has no effect with {search.optimizer}."
+            yield recipe.problem(f"search.{only}", message, f"Leave it out, or use {requested}.")
     if "temperature" in search.given and search.start != "softmax":
         yield recipe.problem("search.temperature", "has no effect without `start: softmax`.")
     if "keep" in search.given and not search.fidelity:
         yield recipe.problem("search.keep", "has no effect without `fidelity`.")
     if search.asynchronous and search.fidelity:
-        what = "generations are thinned out, and an asynchronous search has none."
-        yield recipe.problem("search.fidelity", what, "Leave one of them out.")
+        message = "generations are thinned out, and an asynchronous search has none."
+        yield recipe.problem("search.fidelity", message, "Leave one of them out.")
     if "smooth" in search.given and search.layer_groups == 1:
         yield recipe.problem("search.smooth", "has no effect with one group of layers.")
     if not methods or len(methods) < len(search.method):
@@ -118,17 +120,17 @@ def _range_problems(
     owners = [m.parameters[searched.name] for m in methods if searched.name in m.parameters]
     if not owners:
         known = sorted({name for method in methods for name in method.parameters})
-        what = f"{' and '.join(m.name for m in methods)} has no such parameter."
-        yield recipe.problem(searched.key, what, nearest(searched.name, known))
+        text = f"{' and '.join(m.name for m in methods)} has no such parameter."
+        yield recipe.problem(searched.key, text, nearest(searched.name, known))
         return
     if "models" in searched.tied and not any(owner.per_model for owner in owners):
-        what = f"{searched.name} is one value for all models already."
-        yield recipe.problem(f"{searched.key}.tied", what)
+        text = f"{searched.name} is one value for all models already."
+        yield recipe.problem(f"{searched.key}.tied", text)
     for owner in owners:
         numeric = owner.kind in (int, float) and not owner.choices
         if not searched.choices and not numeric:
-            what = f"{searched.name} is {owner.allowed}, not a range of numbers."
-            yield recipe.problem(searched.key, what, "Give `choices`.")
+            text = f"{searched.name} is {owner.allowed}, not a range of numbers."
+            yield recipe.problem(searched.key, text, "Give `choices`.")
             return
         for message in sorted(_refused(searched, owner)):
             yield recipe.problem(searched.key, f"{message}.")
@@ -164,8 +166,8 @@ def adapter_problems(recipe: Recipe, method: Method) -> Iterator[Problem]:
         if key in recipe.places:
             yield recipe.problem(key, "has no meaning in a merge of adapters.", "Leave it out.")
     if not method.plain:
-        what = f"{recipe.merge_method} runs models, and adapters are merged without one."
-        yield recipe.problem("merge_method", what, "Use soup, task_arithmetic, ties, dare, ...")
+        message = f"{recipe.merge_method} runs models, and adapters are merged without one."
+        yield recipe.problem("merge_method", message, "Use soup, task_arithmetic, ties, dare, ...")
 
 
 def gathering_problems(recipe: Recipe, method: Method) -> Iterator[Problem]:
@@ -173,23 +175,23 @@ def gathering_problems(recipe: Recipe, method: Method) -> Iterator[Problem]:
     name = recipe.merge_method
     if not method.gathers:
         if recipe.statistics is not None:
-            what = f"{name} looks at no examples."
-            yield recipe.problem("statistics", what, "Use `merge_method: regmean` or fisher.")
+            message = f"{name} looks at no examples."
+            yield recipe.problem("statistics", message, "Use `merge_method: regmean` or fisher.")
         return
     for key in ("slices", "modules"):
         if getattr(recipe, key):
-            what = f"{name} runs whole models on their data."
-            yield recipe.problem(key, what, "List them under `models:`.")
+            message = f"{name} runs whole models on their data."
+            yield recipe.problem(key, message, "List them under `models:`.")
     if recipe.models:
         for spec in recipe.models:
             if spec.data is None:
-                what = f"has no `data:`, and {name} looks at examples of every model."
+                message = f"has no `data:`, and {name} looks at examples of every model."
                 hint = "Give it text that it is good at: `data: FILE`."
-                yield recipe.problem(spec.key, what, hint)
+                yield recipe.problem(spec.key, message, hint)
     for dial in unused_options(method.gathers):
         if f"statistics.{dial}" in recipe.places:
-            what = f"has no effect in {name}."
-            yield recipe.problem(f"statistics.{dial}", what, "Leave it out.")
+            message = f"has no effect in {name}."
+            yield recipe.problem(f"statistics.{dial}", message, "Leave it out.")
 
 
 def gathering_warnings(recipe: Recipe, method: Method) -> Iterator[str]:
@@ -206,28 +208,28 @@ def gathering_warnings(recipe: Recipe, method: Method) -> Iterator[str]:
 def learning_problems(recipe: Recipe, method: Method) -> Iterator[Problem]:
     """What the sections on learning lack, or want from a method that does not learn."""
     if not method.learns:
-        what = f"{recipe.merge_method} learns nothing."
+        message = f"{recipe.merge_method} learns nothing."
         if recipe.training is not None:
-            yield recipe.problem("training", what, "Use `merge_method: dam`.")
+            yield recipe.problem("training", message, "Use `merge_method: dam`.")
         if recipe.coefficients and "coefficients" not in method.supplied:
-            what = f"{recipe.merge_method} takes no file of coefficients."
-            yield recipe.problem("coefficients", what, "Use `merge_method: dam`.")
+            message = f"{recipe.merge_method} takes no file of coefficients."
+            yield recipe.problem("coefficients", message, "Use `merge_method: dam`.")
         for spec in recipe.source_specs:
             if spec.data is not None and not method.gathers:
-                what = f"{recipe.merge_method} learns nothing from data."
-                yield recipe.problem(f"{spec.key}.data", what, "Use `merge_method: dam`.")
+                message = f"{recipe.merge_method} learns nothing from data."
+                yield recipe.problem(f"{spec.key}.data", message, "Use `merge_method: dam`.")
         return
     for key in ("slices", "modules"):
         if getattr(recipe, key):
             yield recipe.problem(key, "dam merges whole models.", "List them under `models:`.")
     if recipe.coefficients:
         if local_file(recipe.coefficients, recipe.folder) is None:
-            what = f"no such file: {recipe.coefficients}"
-            yield recipe.problem("coefficients", what)
+            message = f"no such file: {recipe.coefficients}"
+            yield recipe.problem("coefficients", message)
     elif not any(spec.data for spec in recipe.source_specs):
-        what = "no model has `data:`, so that there is nothing to learn from."
+        message = "no model has `data:`, so that there is nothing to learn from."
         hint = "Give a model the data that it is good at, or name a `coefficients:` file."
-        yield recipe.problem("models", what, hint)
+        yield recipe.problem("models", message, hint)
     if not recipe.coefficients:
         yield from _twice(recipe)
 
@@ -237,6 +239,6 @@ def _twice(recipe: Recipe) -> Iterator[Problem]:
     seen = set()
     for spec in recipe.models:
         if spec.model in seen:
-            what = f"'{spec.model}' is listed twice: its coefficients cannot be told apart."
-            yield recipe.problem(spec.key, what, "List it once, with all its data.")
+            message = f"'{spec.model}' is listed twice: its coefficients cannot be told apart."
+            yield recipe.problem(spec.key, message, "List it once, with all its data.")
         seen.add(spec.model)

@@ -56,13 +56,13 @@ def stacked_slices(
         if kind_of(stack) == TEXT and not source.config.get("is_encoder_decoder"):
             moved.append(own)
             continue
-        what = f"the layers of '{module}' cannot be added to, left out or moved in this version:"
+        message = f"the layers of '{module}' cannot be added to, left out or moved in this version:"
         hint = "config.json would not say so. List all of them in their order."
-        problems.append(recipe.problem(keys[module], what, hint))
+        problems.append(recipe.problem(keys[module], message, hint))
     if len(moved) > 1:
         several = [str(own[0].module) for own in moved]
-        what = f"config.json counts the layers of one of {', '.join(several)}, not of all."
-        problems.append(recipe.problem(keys[several[-1]], what))
+        message = f"config.json counts the layers of one of {', '.join(several)}, not of all."
+        problems.append(recipe.problem(keys[several[-1]], message))
     if problems:
         raise RecipeError(problems)
     return moved[0] if moved else []
@@ -113,9 +113,9 @@ def left_out(
     for source in {
         sources[piece.reference.source].label: sources[piece.reference.source] for piece in pieces
     }.values():
-        found = layer_stacks(source.tensors, places)
+        result = layer_stacks(source.tensors, places)
         stack = main_stack(source.tensors, source.config, places) or ""
-        height, count = found.get(stack, 0), layer_count(source.config)
+        height, count = result.get(stack, 0), layer_count(source.config)
         behind = predicting_layers(source.config)
         if behind and count is not None and height == count + behind:
             notes.append(

@@ -180,8 +180,8 @@ class Plan:
 
     def is_plain_mean(self, task: TensorTask) -> bool:
         """Whether the method gathers, and has found nothing of this tensor in some source."""
-        found = self.statistics_of(task)
-        return found is not None and found.complete is None
+        statistics = self.statistics_of(task)
+        return statistics is not None and statistics.complete is None
 
     @property
     def bytes_read(self) -> int:
@@ -235,7 +235,7 @@ def input_names(match: TensorMatch) -> tuple[str, ...]:
     place = layer_key_of(match.name) if layer is not None else None
     if place is None or layer is None:
         return (match.name,) * len(operands)
-    return tuple(place.name((one.layers or (0, 0))[0] + layer) for one in operands)
+    return tuple(place.name((operand.layers or (0, 0))[0] + layer) for operand in operands)
 
 
 def sliced_names(matches: Iterable[TensorMatch]) -> Iterator[str]:

@@ -141,8 +141,8 @@ def make_plan(
     method = check_recipe(recipe).method
     assert method is not None, "load_recipe refuses a recipe without a method"
     if recipe.stages and stages is None:
-        what = "this recipe has several documents: only `run` and `plan` read them"
-        raise UsageError(what, where=recipe.file, hint="Run it, then name its result.")
+        message = "this recipe has several documents: only `run` and `plan` read them"
+        raise UsageError(message, where=recipe.file, hint="Run it, then name its result.")
     recipe, sources = open_all(recipe, made or {})
     problems = check_recipe(recipe).problems  # again: two names may turn out to be one model
     if problems:
@@ -213,8 +213,8 @@ def make_plan(
             else []
         )
     except ValueError as error:
-        what = f"these layers cannot be stacked: {error}."
-        raise RecipeError([recipe.problem(stacked[0].key, what)]) from None
+        message = f"these layers cannot be stacked: {error}."
+        raise RecipeError([recipe.problem(stacked[0].key, message)]) from None
     template, template_note = choose_template(recipe, sources)
     notes = [
         *(f"{source.label}: {note}" for source in sources for note in source.notes),
@@ -316,12 +316,12 @@ def _tasks(
     resolver = Resolver(recipe, method, piece.spec, [operand.spec for operand in piece.operands])
     sources = tuple(operand.source for operand in piece.operands)
     ids = tuple(operand.place for operand in piece.operands)
-    wanted = _TORCH_TO_SAFETENSORS[recipe.output_dtype] if recipe.output_dtype else None
+    requested = _TORCH_TO_SAFETENSORS[recipe.output_dtype] if recipe.output_dtype else None
     for match in matches:
         like = match.base or match.operands[0]
         name, operands, group = match.name, match.operands, match.seat.group
         if match.copied:
-            rounded = wanted if wanted and like.native in _FLOATS else like.native
+            rounded = requested if requested and like.native in _FLOATS else like.native
             yield (
                 TensorTask(
                     name,
@@ -341,7 +341,7 @@ def _tasks(
         own = input_names(match) if resolver.filtered and not copy_of else ()
         resolved = resolver.of(copy_of or name, match.seat.position, own)
         block = codes.block(name, like) if codes else None
-        dtype = fp8.CODES if block else wanted or promoted_dtype(like, operands)
+        dtype = fp8.CODES if block else requested or promoted_dtype(like, operands)
         copied = resolved.copies and is_stored_as(operands[0], dtype)
         action: Action = "copy" if copied else "merge"
         mixed = {ref.native for ref in operands} | {like.native}
@@ -370,16 +370,16 @@ def _coefficients(recipe: Recipe, tasks: Sequence[TensorTask]) -> CoefficientFil
     place = local_file(recipe.coefficients, recipe.folder) if recipe.coefficients else None
     if place is None:
         return None
-    found = open_coefficients(place)
+    result = open_coefficients(place)
     problems = [
-        Problem(what, task.name)
+        Problem(problem, task.name)
         for task in tasks
         if task.action == "merge"
-        for what in found.problems(task.formula_name, task.shape, len(task.operands))
+        for problem in result.problems(task.formula_name, task.shape, len(task.operands))
     ]
     if problems:
         raise MismatchError(problems, f"{place.name} does not fit these models")
-    return found
+    return result
 
 
 def one_spelling(recipe: Recipe) -> Recipe:
@@ -428,8 +428,8 @@ def open_all(recipe: Recipe, made: Mapping[str, Source]) -> tuple[Recipe, list[S
         refused = advice(source.config)
         if refused is not None:
             method, hint = refused
-            what = f"its weights are quantised ({method})"
-            raise SourceError(what, model=source.label, hint=hint)
+            message = f"its weights are quantised ({method})"
+            raise SourceError(message, model=source.label, hint=hint)
     return recipe.with_models(spelling), list(opened.values())
 
 

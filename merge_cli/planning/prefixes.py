@@ -79,9 +79,9 @@ def _rules(source: Source, reference: Source) -> dict[str, str] | None:
             return None
         if len(fitting) > 1:
             places = " and ".join(f"'{new}'" for new in fitting)
-            what = f"{source.label}: its layers fit {reference.label}'s under {places}"
+            message = f"{source.label}: its layers fit {reference.label}'s under {places}"
             hint = "Rename its tensors, or merge with the model whose part it is."
-            raise MismatchError([Problem(what, prefix, hint=hint)], "names are ambiguous")
+            raise MismatchError([Problem(message, prefix, hint=hint)], "names are ambiguous")
         rules[prefix] = fitting[0]
     if not rules:
         return None

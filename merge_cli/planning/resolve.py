@@ -69,8 +69,8 @@ def check_recipe(recipe: Recipe) -> Checked:
     groups = _groups(recipe)
     based = recipe.output is not None  # changes start from nothing
     if method.needs_base and not based and any(here.base_model is None for here, *_ in groups):
-        what = f"{name} adds changes to a base model, and the recipe names none."
-        problems.append(recipe.problem("merge_method", what, "Add `base_model:`."))
+        message = f"{name} adds changes to a base model, and the recipe names none."
+        problems.append(recipe.problem("merge_method", message, "Add `base_model:`."))
     for here, key, piece, specs in groups:
         _check_count(here, method, key, specs, piece, problems)
         if piece is not None and piece.parameters:
@@ -117,9 +117,9 @@ def resolve(
             known = method.parameters[name]
             for parameters in layers:
                 if name in parameters:
-                    found = evaluate(parameters[name].setting, tensor, position, known.read)
-                    if found is not None:
-                        return known.coerce(found)
+                    result = evaluate(parameters[name].setting, tensor, position, known.read)
+                    if result is not None:
+                        return known.coerce(result)
             return known.default
 
         if parameter.per_model:
@@ -173,13 +173,13 @@ class Resolver:
         """The parameters of one tensor; arguments as for `resolve`."""
         matching = tuple([self._matching(name) for name in (tensor, *inputs)])
         key = position if self._graded else 0.0, matching
-        known = self._known.get(key)
-        if known is None:
-            known = self._known[key] = self._resolve(tensor, position, inputs)
-        return known
+        cached = self._known.get(key)
+        if cached is None:
+            cached = self._known[key] = self._resolve(tensor, position, inputs)
+        return cached
 
     def _matching(self, name: str) -> tuple[str, ...]:
-        return tuple([one for one in self._filters if matches(one, name)])
+        return tuple([item for item in self._filters if matches(item, name)])
 
     def _resolve(self, tensor: str, position: float, inputs: Sequence[str]) -> Resolved:
         method = self._method
@@ -192,8 +192,8 @@ def combination_error(method: Method, parameters: Mapping[str, Any]) -> str:
     """Why the resolved parameters of a tensor cannot be merged with; empty when they can."""
     if method.check is None:
         return ""
-    wanted = inspect.signature(method.check).parameters
-    return method.check(**{k: v for k, v in parameters.items() if k in wanted})
+    requested = inspect.signature(method.check).parameters
+    return method.check(**{k: v for k, v in parameters.items() if k in requested})
 
 
 def arguments(method: Method, parameters: Mapping[str, Any]) -> dict[str, Any]:
@@ -239,8 +239,10 @@ def _random_rescaling(recipe: Recipe, method: Method) -> list[str]:
     plain = all(rescale.read(value) in ("density", True) for value in given("rescale"))
     if not drops or not plain:
         return []
-    what = f"{recipe.merge_method} divides what is kept by its chance, as the paper does; mergekit"
-    return [f"{_at(recipe, 'merge_method')}: {what} by L1 norms: `rescale: l1`."]
+    message = (
+        f"{recipe.merge_method} divides what is kept by its chance, as the paper does; mergekit"
+    )
+    return [f"{_at(recipe, 'merge_method')}: {message} by L1 norms: `rescale: l1`."]
 
 
 def _at(recipe: Recipe, key: str) -> str:
@@ -261,10 +263,12 @@ def _check_count(
     count = len(operand_specs(recipe, method, specs, piece))
     if not specs or least <= count and (most is None or count <= most):
         return
-    wanted = f"exactly {least}" if least == most else f"at least {least}"
+    requested = f"exactly {least}" if least == most else f"at least {least}"
     besides = " besides the base" if method.needs_base else ""
-    what = f"{recipe.merge_method} takes {wanted} model{'s' * (least != 1)}{besides} (got {count})"
-    problems.append(recipe.problem(key, what))
+    message = (
+        f"{recipe.merge_method} takes {requested} model{'s' * (least != 1)}{besides} (got {count})"
+    )
+    problems.append(recipe.problem(key, message))
 
 
 def _check_parameters(
@@ -277,31 +281,31 @@ def _check_parameters(
 ) -> None:
     shown = method.name if method.searches or recipe.searches else recipe.merge_method
     for name, given in parameters.items():
-        known = method.parameters.get(name)
+        cached = method.parameters.get(name)
         passed_by = name in MERGEKIT_PARAMETERS and not (method.learns or method.searches)
-        if known is None and passed_by:
+        if cached is None and passed_by:
             warnings.append(f"{_at(recipe, given.key)}: has no effect in {shown}.")
-        elif known is not None and spec is not None and not known.per_model and passed_by:
-            what = "has no effect under a model: it is one value for the whole merge"
-            warnings.append(f"{_at(recipe, given.key)}: {what}.")
-        elif known is None:
-            what = f"{shown} has no such parameter."
+        elif cached is not None and spec is not None and not cached.per_model and passed_by:
+            text = "has no effect under a model: it is one value for the whole merge"
+            warnings.append(f"{_at(recipe, given.key)}: {text}.")
+        elif cached is None:
+            text = f"{shown} has no such parameter."
             hint = nearest(name, method.parameters) if method.parameters else ""
             if method.learns:
                 hint = "What is learned, and how, is said under `training:`."
-            problems.append(recipe.problem(given.key, what, hint))
-        elif spec is not None and not known.per_model:
-            what = f"{name} is one value for the whole merge, not one for each model."
+            problems.append(recipe.problem(given.key, text, hint))
+        elif spec is not None and not cached.per_model:
+            text = f"{name} is one value for the whole merge, not one for each model."
             problems.append(
-                recipe.problem(given.key, what, "Move it to the recipe's `parameters:`.")
+                recipe.problem(given.key, text, "Move it to the recipe's `parameters:`.")
             )
         else:
             values = scalars(given.setting)
-            wrong = {message for v in values if (message := known.check(v))}
+            wrong = {message for v in values if (message := cached.check(v))}
             problems.extend(recipe.problem(given.key, message + ".") for message in sorted(wrong))
-            if not wrong and any(map(known.is_capped, values)):
-                what = f"is read as {known.range.high:g} where it is more"
-                warnings.append(f"{_at(recipe, given.key)}: {what}.")
+            if not wrong and any(map(cached.is_capped, values)):
+                text = f"is read as {cached.range.high:g} where it is more"
+                warnings.append(f"{_at(recipe, given.key)}: {text}.")
 
 
 def unused_filters(recipe: Recipe, names: Iterable[str]) -> Iterator[str]:
@@ -310,13 +314,13 @@ def unused_filters(recipe: Recipe, names: Iterable[str]) -> Iterator[str]:
     Args:
         names: of all the output's tensors, and those that slices have in their sources.
     """
-    wanted: tuple[str, ...] | None = None  # a million names, which most recipes do not ask for
+    requested: tuple[str, ...] | None = None  # a million names, which most recipes do not ask for
     known: dict[str, bool] = {}
     for parameter in _parameters(recipe):
         for filter in sorted(filters(parameter.setting)):
             if filter not in known:
-                wanted = tuple(names) if wanted is None else wanted
-                known[filter] = any(matches(filter, name) for name in wanted)
+                requested = tuple(names) if requested is None else requested
+                known[filter] = any(matches(filter, name) for name in requested)
             if not known[filter]:
                 line, _ = recipe.places.get(parameter.key, (0, 0))
                 place = f"{parameter.key}, line {line} of the recipe"
@@ -340,4 +344,4 @@ def _parameters(recipe: Recipe) -> Iterator[Parameter]:
         *(piece.parameters for piece in recipe.all_slices),
         *(spec.parameters for spec in recipe.source_specs),
     ]
-    return (one for group in groups for one in group.values())
+    return (item for group in groups for item in group.values())

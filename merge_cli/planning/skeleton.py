@@ -142,15 +142,15 @@ def _kind(layer: Any) -> Iterator[tuple[str, Any]]:
 def _listed(config: Any) -> dict[str, list[Any]]:
     """What a config says of each layer, rules by position written out as the class does it."""
     part = config.get_text_config()
-    found: dict[str, list[Any]] = {}
+    result: dict[str, list[Any]] = {}
     for key in {*vars(part), "layer_types", "layers_block_type", "mlp_layer_types"}:
         value = getattr(part, key, None)
-        if not isinstance(value, list) or not all(isinstance(one, str | int) for one in value):
+        if not isinstance(value, list) or not all(isinstance(item, str | int) for item in value):
             continue
         # Numbers of layers are no property of the layer that stands at their place.
         if not all(type(one) is int for one in value) or set(value) <= {0, 1}:
-            found[key] = value
-    return found
+            result[key] = value
+    return result
 
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,99}")
@@ -177,9 +177,9 @@ class ClassRules:
     def tied_to(self, name: str) -> str | None:
         """The tensor that one is tied to."""
         for pattern, other in self.tied:
-            found = pattern.match(name)
-            if found:
-                return other + name[found.end() :]
+            result = pattern.match(name)
+            if result:
+                return other + name[result.end() :]
         return None
 
 
@@ -195,16 +195,16 @@ def _rules(name: str) -> ClassRules:
     try:
         import transformers
 
-        found = getattr(transformers, name, None)
+        result = getattr(transformers, name, None)
     except (ImportError, AttributeError, RuntimeError):
         return ClassRules()  # a class whose own requirements are not installed
-    if not isinstance(found, type):
+    if not isinstance(result, type):
         return ClassRules()
-    tied = getattr(found, "_tied_weights_keys", None)
+    tied = getattr(result, "_tied_weights_keys", None)
     pairs = tied.items() if isinstance(tied, dict) else ()  # before version 5 a list, without whose
     return ClassRules(
-        _patterns(getattr(found, "_keys_to_ignore_on_load_unexpected", None)),
-        _patterns(getattr(found, "_keys_to_ignore_on_load_missing", None)),
+        _patterns(getattr(result, "_keys_to_ignore_on_load_unexpected", None)),
+        _patterns(getattr(result, "_keys_to_ignore_on_load_missing", None)),
         tuple((re.compile(key), other) for key, other in pairs if isinstance(other, str)),
     )
 

@@ -83,16 +83,16 @@ def _tokenizer_of(recipe: Recipe, places: Mapping[str, Path]) -> Recipe:
 
 def needed(plan: Plan) -> tuple[str, ...]:
     """The stages that a result is made of, directly or not, in the order of their making."""
-    found: set[str] = set()
+    result: set[str] = set()
     for source in plan.sources:
         if source.label in plan.stages:
-            found |= {source.label, *needed(plan.stages[source.label])}
-    return tuple(name for name in plan.stages if name in found)
+            result |= {source.label, *needed(plan.stages[source.label])}
+    return tuple(name for name in plan.stages if name in result)
 
 
 def unused(plan: Plan) -> set[str]:
     """The stages that no other document merges: results of their own."""
-    used = {source.label for one in (plan, *plan.stages.values()) for source in one.sources}
+    used = {source.label for item in (plan, *plan.stages.values()) for source in item.sources}
     return plan.stages.keys() - used
 
 
@@ -108,8 +108,10 @@ def _plan_one(
         key = f"{key}.model" if f"{key}.model" in recipe.places else key
         if not plans or "/" in error.model or not hub_id(error.model):
             raise
-        what = f"'{error.model}' is no document of this file, no folder, and not had from the Hub."
-        raise RecipeError([recipe.problem(key, what, nearest(error.model, plans))]) from error
+        message = (
+            f"'{error.model}' is no document of this file, no folder, and not had from the Hub."
+        )
+        raise RecipeError([recipe.problem(key, message, nearest(error.model, plans))]) from error
 
 
 def _to_be_made(name: str, plan: Plan, folder: Path) -> Source:

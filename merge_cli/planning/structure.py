@@ -192,7 +192,7 @@ def _differences(made: Skeleton, known: _Inherited) -> Iterator[Problem]:
         "unexpected": "it has no such tensor, and would leave it out",
         "wrong": "of another shape",
     }
-    for problem, what in words.items():
+    for problem, message in words.items():
         names = getattr(made, problem)
         groups: dict[str, list[str]] = {}
         for name in sorted(names):
@@ -201,21 +201,21 @@ def _differences(made: Skeleton, known: _Inherited) -> Iterator[Problem]:
             if known.has(problem, first):
                 continue
             if problem == "wrong":
-                stored, wanted = made.wrong[first]
-                what = f"the output has {list(stored)}, the class wants {list(wanted)}"
+                stored, requested = made.wrong[first]
+                message = f"the output has {list(stored)}, the class wants {list(requested)}"
             more = f" ({len(others)} more like it)" if others else ""
-            yield Problem(what + more, first)
+            yield Problem(message + more, first)
 
 
 def _faults(made: Skeleton) -> Iterator[str]:
     """What a merge takes over from its sources."""
     if made.failure:
         yield f"whether the output opens could not be checked: {made.failure}"
-    for problem, what in (("missing", "lacks"), ("unexpected", "does not use")):
+    for problem, message in (("missing", "lacks"), ("unexpected", "does not use")):
         names = sorted(getattr(made, problem))
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            yield f"{made.name} {what} {names[0]}{more}, as in the sources"
+            yield f"{made.name} {message} {names[0]}{more}, as in the sources"
 
 
 def _other_kinds(made: Skeleton, origins: Origins) -> tuple[list[Problem], list[str]]:
@@ -235,9 +235,9 @@ def _other_kinds(made: Skeleton, origins: Origins) -> tuple[list[Problem], list[
         whence = f"layer {index} of {source.label}"
         if hard:
             key, new, old = hard[0]
-            what = f"would be of another kind than {whence}: {key} {new}, not {old}"
+            message = f"would be of another kind than {whence}: {key} {new}, not {old}"
             hint = "config.json cannot say of these layers which are which."
-            problems.append(Problem(what, f"{origins.stack}.{out}".lstrip("."), hint=hint))
+            problems.append(Problem(message, f"{origins.stack}.{out}".lstrip("."), hint=hint))
         elif soft:
             key, new, old = soft[0]
             notes.append(

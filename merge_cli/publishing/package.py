@@ -53,9 +53,9 @@ def pack(folder: Path, repo_id: str) -> Package:
     label = str(folder)
     if not folder.is_dir():
         unfinished = folder.with_name(f"{folder.name}.partial").is_dir()
-        what = "this merge is not finished" if unfinished else "no such folder"
+        message = "this merge is not finished" if unfinished else "no such folder"
         hint = "Run the same merge-cli run again: it resumes." if unfinished else "Check the path."
-        raise SourceError(what, model=label, hint=hint)
+        raise SourceError(message, model=label, hint=hint)
     names = sorted(
         path.relative_to(folder).as_posix()
         for path in folder.rglob("*")
@@ -63,21 +63,23 @@ def pack(folder: Path, repo_id: str) -> Package:
     )
     refuse_links([folder / name for name in names], folder, label)
     if REPORT not in names or not any(name.endswith(".safetensors") for name in names):
-        what = "is not a model that merge-cli has merged"
+        message = "is not a model that merge-cli has merged"
         hint = f"It has no {REPORT} or no weights. Other folders are uploaded by: hf upload."
-        raise SourceError(what, model=label, hint=hint)
+        raise SourceError(message, model=label, hint=hint)
     _check_shards(folder, names)
     if CARD not in names:
-        what = f"has no {CARD}, the model card"
-        raise CorruptFileError(what, model=label, hint="Merge again, or write one.")
+        message = f"has no {CARD}, the model card"
+        raise CorruptFileError(message, model=label, hint="Merge again, or write one.")
     try:
         card = card_for(read_text(folder / CARD), repo_id)
     except Unreadable as error:
         raise CorruptFileError(str(error), model=label, file=CARD) from None
     if not front_matter(card):
-        what = "begins with no metadata that can be read (a block of YAML between two lines of ---)"
+        message = (
+            "begins with no metadata that can be read (a block of YAML between two lines of ---)"
+        )
         hint = "Restore it: the Hub reads licence, base models and tags there."
-        raise CorruptFileError(what, model=label, file=CARD, hint=hint)
+        raise CorruptFileError(message, model=label, file=CARD, hint=hint)
     files = {name: (folder / name).stat().st_size for name in names}
     files[CARD] = len(card.encode())
     return Package(folder, files, card, tuple(_notes(folder, card)))
@@ -95,13 +97,13 @@ def _check_shards(folder: Path, names: list[str]) -> None:
     shards = list(listed.values()) if isinstance(listed, dict) else [None]
     named = {shard for shard in shards if isinstance(shard, str)}
     if not all(isinstance(shard, str) for shard in shards):
-        what = "does not say which file each tensor is in"
-        raise CorruptFileError(what, model=str(folder), file=INDEX)
+        message = "does not say which file each tensor is in"
+        raise CorruptFileError(message, model=str(folder), file=INDEX)
     missing = sorted(named - set(names))
     if missing:
-        what = f"{len(missing)} of the files that the index names are missing: {missing[0]}"
+        message = f"{len(missing)} of the files that the index names are missing: {missing[0]}"
         hint = "Merge again: --overwrite."
-        raise CorruptFileError(what, model=str(folder), file=INDEX, hint=hint)
+        raise CorruptFileError(message, model=str(folder), file=INDEX, hint=hint)
 
 
 def _notes(folder: Path, card: str) -> list[str]:
@@ -131,8 +133,8 @@ def _local_models(folder: Path) -> list[str]:
     """The sources that the report knows no commit of, as it names them."""
     inputs = read_mapping(folder / REPORT, str(folder)).get("inputs")
     if not isinstance(inputs, list) or not all(
-        isinstance(one, dict) and isinstance(one.get("model"), str) for one in inputs
+        isinstance(item, dict) and isinstance(item.get("model"), str) for item in inputs
     ):
-        what = "is not a report of merge-cli: it does not list its inputs"
-        raise CorruptFileError(what, model=str(folder), file=REPORT)
+        message = "is not a report of merge-cli: it does not list its inputs"
+        raise CorruptFileError(message, model=str(folder), file=REPORT)
     return [one["model"] for one in inputs if _is_local(one)]

@@ -193,9 +193,9 @@ def _check_card(package: Package, repo_id: str) -> None:
     with explained_upload(repo_id, CARD):
         answer = get_session().post(address, json=about, headers={"Accept": "text/plain"})
         if answer.status_code == 400:
-            what = f"its metadata is not what the Hub reads: {_reasons(answer.text)}"
+            message = f"its metadata is not what the Hub reads: {_reasons(answer.text)}"
             hint = "Correct the lines between the first two ---."
-            raise CorruptFileError(what, model=str(package.folder), file=CARD, hint=hint)
+            raise CorruptFileError(message, model=str(package.folder), file=CARD, hint=hint)
         hf_raise_for_status(answer)
 
 
@@ -230,13 +230,13 @@ def _is_weight(name: str) -> bool:
 
 def _same_merge(package: Package, there: Mapping[str, Any]) -> bool:
     """Whether what is there is this very merge: the reports are the same file."""
-    found = there.get(REPORT)
-    if found is None:
+    result = there.get(REPORT)
+    if result is None:
         return False
     data = (package.folder / REPORT).read_bytes()
-    if found.lfs is not None:
-        return bool(found.lfs.sha256 == hashlib.sha256(data).hexdigest())
-    return bool(found.blob_id == hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest())
+    if result.lfs is not None:
+        return bool(result.lfs.sha256 == hashlib.sha256(data).hexdigest())
+    return bool(result.blob_id == hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest())
 
 
 def _message(package: Package) -> str:

@@ -99,22 +99,22 @@ def parse_documents(
         circle = error.args[1][:0:-1]  # graphlib lists the used before the user, one of them twice
         first = circle.index(next(name for name in by_name if name in circle))
         circle = [*circle[first:], *circle[: first + 1]]
-        what = "these documents wait for one another: " + " -> ".join(circle)
-        return None, [*problems, by_name[circle[0]].problem("name", what)]
-    wanted = set().union(*uses.values())
-    final = "" if "" in by_name else [name for name in by_name if name not in wanted][-1]
+        message = "these documents wait for one another: " + " -> ".join(circle)
+        return None, [*problems, by_name[circle[0]].problem("name", message)]
+    requested = set().union(*uses.values())
+    final = "" if "" in by_name else [name for name in by_name if name not in requested][-1]
     stages = tuple(by_name[name] for name in order if name != final)
     for recipe in recipes:
         if recipe.output is not None:
-            what = "adapters are merged by a recipe of their own."
-            problems.append(recipe.problem("output", what, "Move it to a file of its own."))
+            message = "adapters are merged by a recipe of their own."
+            problems.append(recipe.problem("output", message, "Move it to a file of its own."))
     for stage in stages:
         if stage.eval is not None:
-            what = "only the result is evaluated, and this is a stage."
-            problems.append(stage.problem("eval", what, "Move it to the result's document."))
-        if stage.fp8 and stage.name in wanted:
-            what = "what another document merges is kept in full."
-            problems.append(stage.problem("out_dtype", what, "Only the result may be fp8."))
+            message = "only the result is evaluated, and this is a stage."
+            problems.append(stage.problem("eval", message, "Move it to the result's document."))
+        if stage.fp8 and stage.name in requested:
+            message = "what another document merges is kept in full."
+            problems.append(stage.problem("out_dtype", message, "Only the result may be fp8."))
     return replace(by_name[final], stages=stages), problems
 
 
@@ -152,20 +152,20 @@ def _names(roots: Sequence[Node], recipes: Sequence[Recipe], file: str) -> list[
     seen: dict[str, int] = {}
     unnamed = [root for root in roots if isinstance(root.value, dict) and "name" not in root.value]
     for root in unnamed[1:]:
-        what = f"a second document without a name (the first is on line {unnamed[0].line})."
+        message = f"a second document without a name (the first is on line {unnamed[0].line})."
         hint = "Only the result may go without: give the others a `name:`."
-        problems.append(Problem(what, "name", file, root.line, root.column, hint))
+        problems.append(Problem(message, "name", file, root.line, root.column, hint))
     for recipe in recipes:
         if recipe.name is None:
             continue
         folder = stage_folder(recipe.name)
         if not _NAME.fullmatch(recipe.name) or folder.endswith(_TAKEN) or folder in _FILES:
-            what = f"'{recipe.name}' cannot name a stage, since it becomes a folder."
+            message = f"'{recipe.name}' cannot name a stage, since it becomes a folder."
             hint = "Use letters, digits, '.', '_' and '-'."
-            problems.append(recipe.problem("name", what, hint))
+            problems.append(recipe.problem("name", message, hint))
         elif folder in seen:
-            what = f"'{recipe.name}' is the name of another document, on line {seen[folder]}"
-            problems.append(recipe.problem("name", what))
+            message = f"'{recipe.name}' is the name of another document, on line {seen[folder]}"
+            problems.append(recipe.problem("name", message))
         seen.setdefault(folder, recipe.places.get("name", (0, 0))[0])
     return problems
 
@@ -181,23 +181,25 @@ def _references(recipe: Recipe, by_name: Mapping[str, Recipe]) -> list[Problem]:
         if model.path in by_name:
             problems += [recipe.problem(key, *wrong) for wrong in _misused(model, recipe)]
         elif near := _meant(model, by_name, recipe.folder):
-            what = f"'{model}' is neither a document of this file nor a folder."
-            problems.append(recipe.problem(key, what, f"Did you mean '{near}'?"))
+            message = f"'{model}' is neither a document of this file nor a folder."
+            problems.append(recipe.problem(key, message, f"Did you mean '{near}'?"))
     return problems
 
 
 def _misused(model: ModelRef, recipe: Recipe) -> list[tuple[str, str]]:
     """What is asked of a document's result that it cannot give: what, hint."""
-    found = []
+    result = []
     if local_folder(model.path, recipe.folder) is not None:
-        what = f"'{model.path}' is a document of this file and a folder, too."
-        found.append((what, f"Rename the document, or write ./{model.path} for the folder."))
+        message = f"'{model.path}' is a document of this file and a folder, too."
+        result.append((message, f"Rename the document, or write ./{model.path} for the folder."))
     if model.revision:
-        found.append((f"'{model.path}' is a document of this file: it has no revisions.", ""))
+        result.append((f"'{model.path}' is a document of this file: it has no revisions.", ""))
     if model.lora:
-        what = f"no adapter can be put on '{model.path}', a document of this file, in this version."
-        found.append((what, ""))
-    return found
+        message = (
+            f"no adapter can be put on '{model.path}', a document of this file, in this version."
+        )
+        result.append((message, ""))
+    return result
 
 
 def _meant(model: ModelRef, by_name: Mapping[str, Recipe], folder: Path) -> str:

@@ -52,8 +52,8 @@ def load_nodes(text: str, file: str) -> list[Node]:
         RecipeError: not YAML, or duplicate keys, with line and column.
     """
     if len(text) > MAX_YAML:
-        what = f"more than {MAX_YAML} characters, the most that such a file may have"
-        raise RecipeError([Problem(what, file=file)])
+        message = f"more than {MAX_YAML} characters, the most that such a file may have"
+        raise RecipeError([Problem(message, file=file)])
     problems: list[Problem] = []
     documents: list[Node] = []
     try:
@@ -69,8 +69,8 @@ def load_nodes(text: str, file: str) -> list[Node]:
             loader.dispose()
     except yaml.YAMLError as error:
         reason, line, column = yaml_reason(error, text)
-        what = f"not valid YAML: {reason}"
-        raise RecipeError([Problem(what, file=file, line=line, column=column)]) from None
+        message = f"not valid YAML: {reason}"
+        raise RecipeError([Problem(message, file=file, line=line, column=column)]) from None
     if problems:
         raise RecipeError(problems)
     return documents
@@ -105,7 +105,7 @@ def _used_outside(top: Node, uses: Mapping[int, int]) -> bool:
             if id(child) not in seen:
                 seen.add(id(child))
                 waiting.append(child)
-    return any(uses[one] > count for one, count in inside.items())
+    return any(uses[item] > count for item, count in inside.items())
 
 
 class _Converter:
@@ -152,8 +152,8 @@ class _Converter:
             self._wrong("a key must be text, and this is a list or a mapping", path, line, column)
             return ""
         key = str(node.value)
-        if found := CONTROL.search(key):
-            self._wrong(f"a key holds {called(found[0])}", path, line, column)
+        if result := CONTROL.search(key):
+            self._wrong(f"a key holds {called(result[0])}", path, line, column)
         return key
 
     def _scalar(self, node: yaml.Node, path: str, line: int, column: int) -> Any:
@@ -166,8 +166,8 @@ class _Converter:
             value = self._loader.construct_object(node)
         except yaml.constructor.ConstructorError as error:
             known = "determine a constructor" not in str(error.problem)
-            what = f"not a valid value: {error.problem}" if known else f"an unknown tag, {tag}"
-            self._wrong(what, path, line, column)
+            message = f"not a valid value: {error.problem}" if known else f"an unknown tag, {tag}"
+            self._wrong(message, path, line, column)
             return None
         except (ValueError, LookupError, AttributeError, TypeError, ArithmeticError) as error:
             # PyYAML's functions take what a tag promises for granted: a date that is none,
@@ -179,8 +179,8 @@ class _Converter:
         if not isinstance(value, _SCALARS):
             self._wrong(f"not a valid value: nothing here is of the kind {tag}", path, line, column)
             return None
-        if isinstance(value, str) and (found := CONTROL.search(value)):
-            self._wrong(f"the text holds {called(found[0])}", path, line, column)
+        if isinstance(value, str) and (result := CONTROL.search(value)):
+            self._wrong(f"the text holds {called(result[0])}", path, line, column)
             return None
         if isinstance(value, float) and not math.isfinite(value):
             self._wrong(f"not a finite number: {node.value}", path, line, column)
@@ -206,6 +206,6 @@ def _report_duplicates(node: yaml.MappingNode, file: str, problems: list[Problem
         key = str(key_node.value)
         line, column = key_node.start_mark.line + 1, key_node.start_mark.column + 1
         if key in seen and key != "<<":
-            what = f"given twice, first on line {seen[key]}"
-            problems.append(Problem(what, key, file, line, column, "Keep one of them."))
+            message = f"given twice, first on line {seen[key]}"
+            problems.append(Problem(message, key, file, line, column, "Keep one of them."))
         seen.setdefault(key, line)

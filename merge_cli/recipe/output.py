@@ -48,16 +48,18 @@ def parse_output(node: Node | None, refuse: Refuse) -> AdapterOutput | None:
         refuse(cut, "output.adapter", f"must be a mapping (got {cut.plain()!r}).", hint)
         return None
     found: dict[str, Any] = {}
-    for key, one in cut.value.items():
-        value, path = one.plain(), f"output.adapter.{key}"
+    for key, item in cut.value.items():
+        value, path = item.plain(), f"output.adapter.{key}"
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if key == "rank" and type(value) is int and value > 0:
             found[key] = value
         elif key == "energy" and number and 0 < value <= 1:
             found[key] = float(value)
         elif key in ("rank", "energy"):
-            wanted = "a whole number of at least 1" if key == "rank" else "a share above 0, up to 1"
-            refuse(one, path, f"must be {wanted} (got {value!r}).", "")
+            requested = (
+                "a whole number of at least 1" if key == "rank" else "a share above 0, up to 1"
+            )
+            refuse(item, path, f"must be {requested} (got {value!r}).", "")
         else:
-            refuse(one, path, f"unknown key '{key}'.", nearest(str(key), ("rank", "energy")))
+            refuse(item, path, f"unknown key '{key}'.", nearest(str(key), ("rank", "energy")))
     return AdapterOutput(**found)

@@ -46,7 +46,7 @@ class ParameterSections(Fields):
         if not isinstance(node.value, dict):
             self._add(node, key, "must be a mapping of parameters")
             return {}
-        found: dict[str, Parameter] = {}
+        result: dict[str, Parameter] = {}
         for name, child in node.value.items():
             path = f"{key}.{name}"
             self.places[path] = node.key_places[name]
@@ -55,8 +55,8 @@ class ParameterSections(Fields):
                 continue
             setting = self._setting(child, path)
             if setting is not None:
-                found[name] = Parameter(name, setting, path)
-        return found
+                result[name] = Parameter(name, setting, path)
+        return result
 
     def _setting(self, node: Node, key: str) -> Setting | None:
         if isinstance(node.value, dict):
@@ -158,8 +158,8 @@ class ModelSections(ParameterSections, LearningSections):
             for i, one in enumerate(self._list(fields.get("models"), f"{key}.models"))
         )
         pieces = tuple(
-            self._slice(one, f"{key}.slices[{i}]", shared)
-            for i, one in enumerate(self._list(fields.get("slices"), f"{key}.slices"))
+            self._slice(item, f"{key}.slices[{i}]", shared)
+            for i, item in enumerate(self._list(fields.get("slices"), f"{key}.slices"))
         )
         whole = (SliceSpec(listed, f"{key}.models", {}, shared),) if listed else ()
         return ModuleSpec(name, key, whole or pieces, shared)
@@ -176,8 +176,8 @@ class ModelSections(ParameterSections, LearningSections):
             self._add(node, f"{key}.sources", "missing or empty", "List at least one source.")
         spans = {b - a for s in specs if s.layer_range for a, b in [s.layer_range]}
         if len(spans) > 1:
-            what = f"sources have different numbers of layers ({sorted(spans)})"
-            self._add(node, f"{key}.sources", what)
+            message = f"sources have different numbers of layers ({sorted(spans)})"
+            self._add(node, f"{key}.sources", message)
         own = self._parameters(fields.get("parameters"), f"{key}.parameters")
         base = self._model(fields.get("base_model"), f"{key}.base_model")
         return SliceSpec(specs, key, own, outer or {}, base)
@@ -305,6 +305,6 @@ class _Parser(ModelSections):
             return word
         text = template_text(word, self.folder)
         if text is None:
-            what = f"no template of that name, and no such file: {word}."
-            self._add(node, "chat_template", what, f"Use auto, {', '.join(BUILT_IN)}, or Jinja.")
+            message = f"no template of that name, and no such file: {word}."
+            self._add(node, "chat_template", message, f"Use auto, {', '.join(BUILT_IN)}, or Jinja.")
         return text

@@ -65,8 +65,8 @@ def local_folder(path: str, folder: Path) -> Path | None:
 
 def local_file(path: str, folder: Path) -> Path | None:
     """The file that `path` means, looked for as `local_folder` does; None if there is none."""
-    found = local_folder(path, folder)
-    return found if found is not None and found.is_file() else None
+    result = local_folder(path, folder)
+    return result if result is not None and result.is_file() else None
 
 
 def hub_id(path: str) -> str | None:

@@ -126,7 +126,7 @@ def _ranges(node: Node, key: str, refuse: Refuse) -> tuple[SearchedParameter, ..
         refuse(node, key, "must be a mapping of parameters to ranges.", hint)
         return ()
     found = [_range(name, child, f"{key}.{name}", refuse) for name, child in node.value.items()]
-    return tuple(one for one in found if one is not None)
+    return tuple(item for item in found if item is not None)
 
 
 def _range(name: str, node: Node, key: str, refuse: Refuse) -> SearchedParameter | None:

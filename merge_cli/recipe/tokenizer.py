@@ -91,8 +91,8 @@ def parse_tokenizer(
     if isinstance(section.value, str) and section.value:
         return TokenizerSpec(section.value, key="tokenizer")
     if not isinstance(section.value, dict):
-        what = f"must be a mapping (got {section.plain()!r})"
-        add(section, "tokenizer", what, "Write `tokenizer: {source: union}`.")
+        message = f"must be a mapping (got {section.plain()!r})"
+        add(section, "tokenizer", message, "Write `tokenizer: {source: union}`.")
         return None
     known = ("source", "tokens", "pad_to_multiple_of", "truncate")
     for name in section.value:
@@ -104,15 +104,15 @@ def parse_tokenizer(
         if not isinstance(cut.value, bool):
             add(cut, "tokenizer.truncate", f"must be true or false (got {cut.plain()!r})", "")
         elif cut.value and len(section.value) > 1:
-            what = "stands beside keys that match rows by token."
-            add(cut, "tokenizer.truncate", what, "Leave one or the other out.")
+            message = "stands beside keys that match rows by token."
+            add(cut, "tokenizer.truncate", message, "Leave one or the other out.")
         elif cut.value:
             return TokenizerSpec(key="tokenizer", truncate=True)
     named = section.value.get("source")
     word = UNION
     if named is not None:
-        found = _model(named, "tokenizer.source", folder, add)
-        word = str(found) if found is not None else UNION
+        result = _model(named, "tokenizer.source", folder, add)
+        word = str(result) if result is not None else UNION
         if isinstance(named.value, str) and named.value in (UNION, BASE):
             word = named.value
     size = section.value.get("pad_to_multiple_of")
@@ -121,8 +121,8 @@ def parse_tokenizer(
         if type(size.value) is int and 1 <= size.value <= MAX_PADDING:
             multiple = size.value
         else:
-            what = f"must be a whole number from 1 to {MAX_PADDING} (got {size.plain()!r})"
-            add(size, "tokenizer.pad_to_multiple_of", what, "")
+            message = f"must be a whole number from 1 to {MAX_PADDING} (got {size.plain()!r})"
+            add(size, "tokenizer.pad_to_multiple_of", message, "")
     tokens = section.value.get("tokens")
     rules: dict[str, TokenRule] = {}
     if tokens is not None and tokens.value is not None:
@@ -133,8 +133,8 @@ def parse_tokenizer(
                 if rule is not None:
                     rules[str(token)] = rule
         else:
-            what = f"must be a mapping of tokens (got {tokens.plain()!r})"
-            add(tokens, "tokenizer.tokens", what, "")
+            message = f"must be a mapping of tokens (got {tokens.plain()!r})"
+            add(tokens, "tokenizer.tokens", message, "")
     return TokenizerSpec(word, rules, multiple, "tokenizer.source" if named else "tokenizer")
 
 
@@ -165,8 +165,8 @@ def _rule(node: Node, key: str, folder: Path, add: Add) -> TokenRule | None:
             _unknown(source, name, place, ("kind",), add)
         return TokenRule(key, zero=True, force=forced)
     if kind != "model_token":
-        what = f"must be zero or model_token (got {kind!r})"
-        add(source, f"{place}.kind", what, nearest(str(kind), ("zero", "model_token")))
+        message = f"must be zero or model_token (got {kind!r})"
+        add(source, f"{place}.kind", message, nearest(str(kind), ("zero", "model_token")))
         return None
     for name in parts:
         if name not in ("model", "token", "token_id"):

@@ -231,46 +231,46 @@ def preset(name: str) -> Training:
 
 def plain_training(training: Training) -> dict[str, Any]:
     """Every dial as YAML writes it: a resolved recipe leaves nothing to defaults."""
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     for f in fields(Training):
         value = getattr(training, f.name)
         if value is None and f.default is None:
             continue
-        found[f.name] = (
+        result[f.name] = (
             list(value)
             if isinstance(value, tuple)
             else dict(value)
             if isinstance(value, Mapping)
             else value
         )
-    return found
+    return result
 
 
 def contradictions(training: Training, sources: int) -> list[tuple[str, str, str]]:
     """Dials that do not go together: (dial, what, hint)."""
-    found = []
+    result = []
     start, activation = training.start, training.activation
     if start == "best" and activation != "none":
-        what = f"{activation} does not reach every merge that it may begin from."
-        found.append(("start", what, "Use `start: soup`, or `activation: none`."))
+        message = f"{activation} does not reach every merge that it may begin from."
+        result.append(("start", message, "Use `start: soup`, or `activation: none`."))
     if activation == "softmax" and start not in ("soup", "best"):
-        found.append(("start", "softmax starts every source at 1/sources.", "Leave `start` out."))
+        result.append(("start", "softmax starts every source at 1/sources.", "Leave `start` out."))
     if isinstance(start, float) and activation == "tanh" and not -1 < start < 1:
-        found.append(("start", f"tanh reaches only -1 to 1 (got {start:g}).", ""))
+        result.append(("start", f"tanh reaches only -1 to 1 (got {start:g}).", ""))
     if isinstance(start, float) and activation == "sigmoid" and not 0 < start < 1:
-        found.append(("start", f"sigmoid reaches only 0 to 1 (got {start:g}).", ""))
+        result.append(("start", f"sigmoid reaches only 0 to 1 (got {start:g}).", ""))
     if start == "soup" and sources < 2 and activation in ("sigmoid", "tanh"):
-        what = f"{training.activation} does not reach 1, where one source starts."
-        found.append(("activation", what, "Use `activation: none`, or give a `start` below 1."))
+        message = f"{training.activation} does not reach 1, where one source starts."
+        result.append(("activation", message, "Use `activation: none`, or give a `start` below 1."))
     if training.mode == "fused" and training.clip_norm is not None:
-        what = "clipping needs all gradients before the first update."
-        found.append(("mode", what, "Use `mode: two_pass`, or leave `clip_norm` out."))
+        message = "clipping needs all gradients before the first update."
+        result.append(("mode", message, "Use `mode: two_pass`, or leave `clip_norm` out."))
     if training.mode == "fused" and training.dtype == "float16":
-        what = "float16 gradients can overflow, and a fused update cannot be taken back."
-        found.append(("mode", what, "Use `mode: two_pass`, or bfloat16."))
+        message = "float16 gradients can overflow, and a fused update cannot be taken back."
+        result.append(("mode", message, "Use `mode: two_pass`, or bfloat16."))
     if not any(training.loss.values()):
-        found.append(("loss", "every loss has the weight 0.", ""))
-    return found
+        result.append(("loss", "every loss has the weight 0.", ""))
+    return result
 
 
 Kind = Literal["gram", "fisher"]
@@ -331,9 +331,9 @@ class LearningSections(Fields):
         )
         listed = root.value.get("models")
         count = len(listed.value) if listed and isinstance(listed.value, list) else 0
-        for dial, what, hint in contradictions(training, count):
+        for dial, message, hint in contradictions(training, count):
             place = node.value.get(dial, node) if isinstance(node.value, dict) else node
-            self._add(place, f"training.{dial}", what, hint)
+            self._add(place, f"training.{dial}", message, hint)
         return training
 
     def _statistics(self, node: Node | None) -> Statistics | None:

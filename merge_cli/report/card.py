@@ -146,14 +146,15 @@ def _source_row(plan: Plan, source: Source, name: str, stages: Stages) -> str:
     role = " and ".join(word for word, holds in (("base", based), ("merged", merged)) if holds)
     if name in stages.names:
         return f"| `{name}` | {role} | made by the recipe |"
-    found = repositories(source)
+    result = repositories(source)
     commits = [
-        f"[`{one.commit}`](https://huggingface.co/{one.repo_id}/tree/{one.commit})" for one in found
+        f"[`{item.commit}`](https://huggingface.co/{item.repo_id}/tree/{item.commit})"
+        for item in result
     ]
-    if len(found) < 1 + bool(source.adapter):
+    if len(result) < 1 + bool(source.adapter):
         commits.append("a local folder")
-    if len(found) == 1 and not source.adapter:
-        name = f"[{name}](https://huggingface.co/{found[0].repo_id})"
+    if len(result) == 1 and not source.adapter:
+        name = f"[{name}](https://huggingface.co/{result[0].repo_id})"
     else:
         name = f"`{name}`"
     return f"| {name} | {role} | {', '.join(commits)} |"
@@ -186,7 +187,7 @@ def source_cards(source: Source) -> list[dict[str, Any]]:
 def repositories(source: Source) -> list[HubModel]:
     """Where a source comes from on the Hub: itself, and the adapter on it."""
     found = [source.hub, source.adapter.hub if source.adapter else None]
-    return [one for one in found if one is not None]
+    return [item for item in found if item is not None]
 
 
 def card_metadata(plan: Plan, of_stages: Sequence[str] = ()) -> dict[str, Any]:
@@ -203,7 +204,7 @@ def card_metadata(plan: Plan, of_stages: Sequence[str] = ()) -> dict[str, Any]:
     own = {key: plan.recipe.metadata[key] for key in OWN_WORDS if plan.recipe.metadata.get(key)}
     front: dict[str, Any] = {}
     # `base_model` links to the Hub: names of local folders would lead nowhere.
-    own_bases = [one.repo_id for source in used for one in repositories(source)]
+    own_bases = [repository.repo_id for source in used for repository in repositories(source)]
     bases = list(dict.fromkeys([*own_bases, *of_stages]))
     if bases:
         front |= {"base_model": bases, "base_model_relation": "merge"}

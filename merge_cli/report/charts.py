@@ -134,18 +134,18 @@ def lines(title: str, axis: Axis, series: Sequence[Series], text: Format, unit: 
     left, top, bottom = 56, 30, 220
     limit, grid = _y_axis(max(found, default=0.0), axis, text, unit, left, top, bottom)
     parts = [grid, _x_axis(axis, left, bottom)]
-    for one in series:
+    for item in series:
         points = [
             None
             if v is None
             else (left + (i + 0.5) * axis.step, bottom - v / limit * (bottom - top))
-            for i, v in enumerate(one.values)
+            for i, v in enumerate(item.values)
         ]
-        parts.append(f'<path class="line s-{one.style}" d="{_path(points)}"/>')
-        for name, value, point in zip(axis.names, one.values, points, strict=True):
+        parts.append(f'<path class="line s-{item.style}" d="{_path(points)}"/>')
+        for name, value, point in zip(axis.names, item.values, points, strict=True):
             if value is not None and point is not None:
-                title = f"{one.name}, {name}: {text(value)}"
-                parts.append(_mark(point, one.style, title, 0.7 if axis.step < 16 else 1))
+                title = f"{item.name}, {name}: {text(value)}"
+                parts.append(_mark(point, item.style, title, 0.7 if axis.step < 16 else 1))
     width = max(left + axis.step * len(axis.names) + 12, 330)
     keys, end = _line_key(series, left, bottom + 44, width)
     return svg(title, width, end, [*parts, keys])
@@ -219,13 +219,13 @@ def _colour_key(scale: Scale, x: float, y: float) -> tuple[str, float]:
 def _line_key(series: Sequence[Series], left: float, y: float, width: float) -> tuple[str, float]:
     """The legend of a line chart, wrapped, and where it ends."""
     parts, x = [], left
-    for one in series:
-        size = 34 + text_width(one.name)
+    for item in series:
+        size = 34 + text_width(item.name)
         if x > left and x + size > width:
             x, y = left, y + 20
-        parts.append(f'<path class="line s-{one.style}" d="M{x:.0f} {y - 4:.0f}h20"/>')
-        parts.append(_mark((x + 10, y - 4), one.style, one.name))
-        parts.append(caption(x + 26, y, one.name, ""))
+        parts.append(f'<path class="line s-{item.style}" d="M{x:.0f} {y - 4:.0f}h20"/>')
+        parts.append(_mark((x + 10, y - 4), item.style, item.name))
+        parts.append(caption(x + 26, y, item.name, ""))
         x += size + 10
     return "".join(parts), y + 10
 

@@ -141,12 +141,12 @@ def _cost(cost: Json) -> Section:
         "Thread-seconds: time that the threads of a stage were at work."
     )
     stages = cost["stages"]
-    found = duration(cost["seconds"])
+    result = duration(cost["seconds"])
     if cost["survey_seconds"]:
-        found += f", after {duration(cost['survey_seconds'])} to survey the sources"
-    found += f"; {size(cost['bytes_read'])} read, {size(cost['bytes_written'])} written"
+        result += f", after {duration(cost['survey_seconds'])} to survey the sources"
+    result += f"; {size(cost['bytes_read'])} read, {size(cost['bytes_written'])} written"
     if cost["resumed_bytes"]:
-        found += f", of which {size(cost['resumed_bytes'])} by the run that this one resumed"
+        result += f", of which {size(cost['resumed_bytes'])} by the run that this one resumed"
     figures = []
     if stages:
         busy = [
@@ -174,7 +174,7 @@ def _cost(cost: Json) -> Section:
     if memory:
         chart = charts.side_bars("Memory", memory)
         figures.append(figure("Memory; the buffers are what all threads together may hold.", chart))
-    return section(title, how, f"{found}.", *figures)
+    return section(title, how, f"{result}.", *figures)
 
 
 def _provenance(report: Json) -> Section:

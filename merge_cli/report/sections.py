@@ -106,12 +106,12 @@ def sizes(view: RelationsView) -> Section:
         how += " “merged” is what the merge itself changed."
     if relative is None:
         return section(title, "", "Not measured: this method has no base to compare with.")
-    found = _each(view, relative)
+    result = _each(view, relative)
     merged = "" if change is None else f"; the merge {percent(change)}"
     figure = series(view, "relative_norm", "‖δ‖/‖θ₀‖", view.column("change"))
-    found = f"Whole model: {found}{merged}."
-    found += _outside(view, lambda group: _sizes_in_words(view, group))
-    return section(title, how, found, figure)
+    result = f"Whole model: {result}{merged}."
+    result += _outside(view, lambda group: _sizes_in_words(view, group))
+    return section(title, how, result, figure)
 
 
 def kept(view: RelationsView) -> Section:
@@ -133,11 +133,11 @@ def _outside(view: RelationsView, words: Callable[[Json], str]) -> str:
         return ""
     group = view.outside[0]
     share = group["count"] / view.total["count"]
-    found = words(group)
-    if share < 0.02 or not found:
+    result = words(group)
+    if share < 0.02 or not result:
         return ""
     name = group["name"]
-    return f" Not drawn by layer: {name}, {percent(share)} of the elements, with {found}."
+    return f" Not drawn by layer: {name}, {percent(share)} of the elements, with {result}."
 
 
 def _cosines_in_words(group: Json) -> str:
@@ -181,10 +181,10 @@ def series(view: RelationsView, field: str, unit: str, merged: Values | None = N
         return NO_LAYERS
     if all(value is None for row in rows for value in row):
         return None
-    what = unit[0].upper() + unit[1:]
+    message = unit[0].upper() + unit[1:]
     named: dict[str, Values] = dict(zip(view.labels, rows, strict=True))
     if len(rows) <= charts.MAX_LINES:
-        caption = f"{what}, by {view.column_name}."
+        caption = f"{message}, by {view.column_name}."
         series = [Series(name, row, i) for i, (name, row) in enumerate(named.items())]
         if merged is not None and any(value is not None for value in merged):
             series.append(Series("merged", merged, "merged"))
@@ -193,7 +193,7 @@ def series(view: RelationsView, field: str, unit: str, merged: Values | None = N
     scale = Scale(lambda v: v / top, (0, top / 2, top), percent, unit)
     if merged is not None and any(value is not None for value in merged):
         named["merged"] = merged
-    return by_layer(view, what, named, scale, bare_percent)
+    return by_layer(view, message, named, scale, bare_percent)
 
 
 def groups(groups: Sequence[Json]) -> Details:

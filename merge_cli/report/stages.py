@@ -109,10 +109,10 @@ class Stages:
         """The card's rows on models that stages merge."""
         rows = []
         for name, report in self._reports.items():
-            for one in report["inputs"]:
-                if one["model"] in self.names:
+            for item in report["inputs"]:
+                if item["model"] in self.names:
                     continue
-                parts, commit = _parts(one["model"]), one["revision"]
+                parts, commit = _parts(item["model"]), item["revision"]
                 shown = "+".join(part if commit else Path(part).name for part in parts)
                 place = f"`{commit}`" if commit else "a local folder"
                 if commit and len(parts) == 1:
@@ -125,7 +125,7 @@ class Stages:
     def hub_ids(self) -> list[str]:
         """The Hub's models that stages were made of."""
         inputs = [one for report in self._reports.values() for one in report["inputs"]]
-        return [part for one in inputs if one["revision"] for part in _parts(one["model"])]
+        return [part for item in inputs if item["revision"] for part in _parts(item["model"])]
 
     @cached_property
     def _reports(self) -> dict[str, Any]:
@@ -136,13 +136,13 @@ class Stages:
 
     @cached_property
     def _recipes(self) -> dict[str, Recipe]:
-        found = {}
+        result = {}
         for name, place in self._places.items():
             recipe, problems = read_recipe(place / "merge_recipe.yaml")
             if recipe is None or problems:
                 raise RecipeError(problems)
-            found[name] = recipe
-        return found
+            result[name] = recipe
+        return result
 
 
 def stage_sections(report: Mapping[str, Any]) -> list[Section]:
@@ -153,7 +153,7 @@ def stage_sections(report: Mapping[str, Any]) -> list[Section]:
         [
             code(stage["name"]),
             stage["method"],
-            listing([one["model"] for one in stage["inputs"]]),
+            listing([item["model"] for item in stage["inputs"]]),
             ", ".join(stage["dtypes"]),
             size(stage["bytes"]),
             duration(stage["seconds"]),

@@ -238,9 +238,9 @@ def _statistics(plan: Plan, stats: Sequence[TensorStats]) -> dict[str, Any] | No
         return None
     groups: dict[str, TensorStats] = {}
     total = TensorStats()
-    for task, one in measured:
-        groups.setdefault(task.group, TensorStats()).add(one)
-        total.add(one)
+    for task, item in measured:
+        groups.setdefault(task.group, TensorStats()).add(item)
+        total.add(item)
     labels = short_labels([plan.sources[i].label for i in measured[0][0].sources])
     return {
         "of": "deltas" if "deltas" in plan.method.supplied else "weights",

@@ -112,8 +112,8 @@ class Source:
         try:
             add_samples(state, path)
         except OSError as error:
-            what = f"cannot be read: {error.strerror}"
-            raise CorruptFileError(what, model=self.label, file=path.name) from error
+            message = f"cannot be read: {error.strerror}"
+            raise CorruptFileError(message, model=self.label, file=path.name) from error
 
     @property
     def place(self) -> tuple[Path, ...]:
@@ -134,7 +134,7 @@ class Source:
         found = {model: self.hub} if self.hub else {}
         if self.adapter and self.adapter.hub:
             found[adapter or model] = self.adapter.hub  # or an adapter by itself
-        return {name: one.commit for name, one in found.items() if one.commit}
+        return {name: item.commit for name, item in found.items() if item.commit}
 
     @property
     def revision(self) -> str | None:
@@ -162,18 +162,18 @@ def open_source(model: ModelRef, folder: Path) -> Source:
     path = local_folder(model.path, folder)
     if path is not None:
         if model.revision:
-            what = f"a folder on disk has no revision '{model.revision}'"
-            raise SourceError(what, model=label, hint="Remove the part after '@'.")
+            message = f"a folder on disk has no revision '{model.revision}'"
+            raise SourceError(message, model=label, hint="Remove the part after '@'.")
         return _open_folder(path, label)
     repository = hub_id(model.path)
     if repository is None and model.path.startswith(HUB):
-        what = "not a name that the Hub has"
-        raise HubError(what, model=label, hint=f"Write {HUB}organisation/name[@revision].")
+        message = "not a name that the Hub has"
+        raise HubError(message, model=label, hint=f"Write {HUB}organisation/name[@revision].")
     if repository is None:
         raise SourceError("no such folder", model=label, hint=_looked_for(model.path, folder))
     if model.revision and not is_revision(model.revision):
-        what = f"'{model.revision[:60]}' is not the name of a branch, a tag or a commit"
-        raise HubError(what, model=label, hint="Check the part after '@'.")
+        message = f"'{model.revision[:60]}' is not the name of a branch, a tag or a commit"
+        raise HubError(message, model=label, hint="Check the part after '@'.")
     try:
         return _open_hub(hub.open_hub(repository, model.revision), label)
     except HubError as error:
@@ -233,13 +233,13 @@ def _looked_for(path: str, folder: Path) -> str:
 
 def _neighbour(path: str, folder: Path) -> str:
     """The folder beside it whose name is nearest; empty where none is near."""
-    wanted = folder / expanded(path)
+    requested = folder / expanded(path)
     try:
-        siblings = [p.name for p in wanted.parent.iterdir()]
+        siblings = [p.name for p in requested.parent.iterdir()]
     except (OSError, ValueError):  # no such folder, none that may be read, no name for one
         siblings = []
-    near = difflib.get_close_matches(wanted.name, siblings, n=1)
-    return path.removesuffix(wanted.name) + near[0] if near else ""
+    near = difflib.get_close_matches(requested.name, siblings, n=1)
+    return path.removesuffix(requested.name) + near[0] if near else ""
 
 
 def fetch_weights(

@@ -114,8 +114,8 @@ def read_headers(
     headers: dict[str, bytes] = {}
     for part in part_folders(place.names, place.modules):
         if "/" in part:
-            what = f"{MODULES} names a folder within a folder, whose weights are not merged"
-            raise SourceError(what, model=label, file=part)
+            message = f"{MODULES} names a folder within a folder, whose weights are not merged"
+            raise SourceError(message, model=label, file=part)
         names = names_in(part, place.names)
         index = index_of(stem_of(names))
         listed = read_mapping(place.root / part / index, label) if index in names else None
@@ -123,9 +123,9 @@ def read_headers(
         found: dict[str, dict[str, TensorRef]] = {}
         for shard in shards:
             if not place.has(inside(part, shard)):
-                what = "the index names this file, but it is missing"
+                message = "the index names this file, but it is missing"
                 hint = "Download or copy it again."
-                raise CorruptFileError(what, model=label, file=inside(part, shard), hint=hint)
+                raise CorruptFileError(message, model=label, file=inside(part, shard), hint=hint)
             raw, size = place.header(inside(part, shard), label)
             headers[inside(part, shard)] = raw
             found[shard] = parse_header(raw, place.root / part / shard, size, label)
@@ -158,37 +158,37 @@ def find_shards(
                 continue
             place = PurePosixPath(str(shard))
             if not str(shard).isprintable() or len(str(shard)) > 200:
-                what = f"names a file by what is no name: {str(shard)[:60]!r}"
-                raise CorruptFileError(what, model=label, file=file, tensor=tensor)
+                message = f"names a file by what is no name: {str(shard)[:60]!r}"
+                raise CorruptFileError(message, model=label, file=file, tensor=tensor)
             if place.is_absolute() or ".." in place.parts or "\\" in str(shard):
-                what = f"names a file outside the model's folder: '{shard}'"
-                raise CorruptFileError(what, model=label, file=file, tensor=tensor)
+                message = f"names a file outside the model's folder: '{shard}'"
+                raise CorruptFileError(message, model=label, file=file, tensor=tensor)
             if not isinstance(shard, str) or not shard.endswith(".safetensors"):
-                what = f"names a file that is not safetensors: {shard!r}"
-                raise CorruptFileError(what, model=label, file=file, tensor=tensor)
+                message = f"names a file that is not safetensors: {shard!r}"
+                raise CorruptFileError(message, model=label, file=file, tensor=tensor)
             checked.add(shard)
         return sorted(checked), weight_map
-    found = sorted(
+    shards = sorted(
         name
         for name in names
         if name.endswith(".safetensors")
         and not name.startswith("adapter_")
         and not name.startswith(_DUPLICATES)
     )
-    if found:
-        return found, None
+    if shards:
+        return shards, None
     if any(name.startswith("adapter_") for name in names):
-        what = "this is a LoRA adapter, not a model"
-        raise SourceError(what, model=label, hint=f"Name its base, too: `BASE+{label}`.")
+        message = "this is a LoRA adapter, not a model"
+        raise SourceError(message, model=label, hint=f"Name its base, too: `BASE+{label}`.")
     pickled = sorted(name for name in names if name.endswith(_PICKLES))
     if pickled:
-        what = f"its weights are pickled ({pickled[0]}), and opening a pickle runs its code"
+        message = f"its weights are pickled ({pickled[0]}), and opening a pickle runs its code"
         hint = f"Write it as safetensors; nothing in it is run: merge-cli convert {label} converted"
-        raise SourceError(what, model=label, hint=hint)
+        raise SourceError(message, model=label, hint=hint)
     packed = next((name for name in sorted(names) if name.endswith(".gguf")), None)
     if packed:
-        what = f"its weights are a GGUF file ({packed})"
-        raise SourceError(what, model=label, hint=ADVICE["gguf"])
+        message = f"its weights are a GGUF file ({packed})"
+        raise SourceError(message, model=label, hint=ADVICE["gguf"])
     raise SourceError("has no safetensors files", model=label, hint="Is this a model's folder?")
 
 
@@ -199,11 +199,11 @@ def join_shards(
     for shard, refs in tensors.items():
         if not joined.keys().isdisjoint(refs):
             name = next(name for name in refs if name in joined)
-            what = f"occurs in two files, {joined[name].path.name} and {shard}"
-            raise CorruptFileError(what, model=label, tensor=name)
+            message = f"occurs in two files, {joined[name].path.name} and {shard}"
+            raise CorruptFileError(message, model=label, tensor=name)
         joined.update(refs)
     for name, shard in (weight_map or {}).items():
         if name not in tensors[shard]:
-            what = "the index places this tensor here, but the file does not have it"
-            raise CorruptFileError(what, model=label, file=shard, tensor=name)
+            message = "the index places this tensor here, but the file does not have it"
+            raise CorruptFileError(message, model=label, file=shard, tensor=name)
     return joined

@@ -72,7 +72,7 @@ class _Group:
     def free(self) -> int | None:
         """Bytes below its limit. Above `memory.high` it is not killed, but slowed down for good."""
         names = ("memory.max", "memory.high") if self.version == 2 else ("memory.limit_in_bytes",)
-        limits = [found for name in names if (found := self.number(name)) is not None]
+        limits = [result for name in names if (result := self.number(name)) is not None]
         used = self.number("memory.current" if self.version == 2 else "memory.usage_in_bytes")
         stat = self.numbers("memory.stat")
         if self.version == 1 and "hierarchical_memory_limit" in stat:  # of those above, unseen ones

@@ -34,7 +34,7 @@ def send_notices(tell: Callable[[str], None] | None) -> None:
     Args:
         tell: whoever was given before is told no more; None keeps everything for the next.
     """
-    for handler in [one for one in log.handlers if isinstance(one, _Told | logging.NullHandler)]:
+    for handler in [item for item in log.handlers if isinstance(item, _Told | logging.NullHandler)]:
         log.removeHandler(handler)
     if tell is None:
         log.addHandler(logging.NullHandler())

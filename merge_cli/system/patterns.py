@@ -82,8 +82,8 @@ class Pattern:
     def finditer(self, text: str) -> Iterator[PatternMatch]:
         """Every place, in order."""
         places = self._compiled.finditer(text, timeout=max(self._left, 0.001))
-        while (found := self._timed(lambda _, **limit: next(places, None), text)) is not None:
-            yield found
+        while (result := self._timed(lambda _, **limit: next(places, None), text)) is not None:
+            yield result
 
     def _timed(self, how: Any, text: str) -> PatternMatch | None:
         began = time.monotonic()
@@ -93,8 +93,8 @@ class Pattern:
             match = how(text, timeout=self._left)
         except (TimeoutError, MemoryError):
             self._left = 0.0
-            what = f"is an expression that takes too long to match (over {MAX_SECONDS:g} s)"
-            raise Unreadable(what) from None
+            message = f"is an expression that takes too long to match (over {MAX_SECONDS:g} s)"
+            raise Unreadable(message) from None
         spent = time.monotonic() - began
         if spent > _FREE:
             self._left -= spent

@@ -49,8 +49,10 @@ def read_into(files: FilePool, path: Path, offset: int, buffer: memoryview, mode
         while done < len(buffer):
             count = _pread_into(fd, buffer[done:], offset + done)
             if count == 0:
-                what = f"ends {len(buffer) - done} bytes early: it changed since the plan was made"
-                raise CorruptFileError(what, model=model, file=path.name)
+                message = (
+                    f"ends {len(buffer) - done} bytes early: it changed since the plan was made"
+                )
+                raise CorruptFileError(message, model=model, file=path.name)
             done += count
     except OSError as error:
         raise CorruptFileError(

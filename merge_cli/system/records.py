@@ -152,10 +152,10 @@ def unseal(line: bytes) -> dict[str, Any] | None:
     if tail != _MARK + f'{zlib.crc32(body):08x}"}}\n'.encode():
         return None
     try:
-        found = parse_json(body + b"}")
+        json = parse_json(body + b"}")
     except Unreadable:
         return None
-    return found if isinstance(found, dict) else None
+    return json if isinstance(json, dict) else None
 
 
 def read_sealed(path: Path) -> dict[str, Any] | None:
@@ -172,11 +172,11 @@ def read_lines(content: bytes) -> tuple[list[dict[str, Any]], int]:
     Returns:
         the entries, and the length of their lines in bytes.
     """
-    found, length = [], 0
+    lines, length = [], 0
     for line in content.splitlines(keepends=True):
         entry = unseal(line)
         if entry is None:
             break
-        found.append(entry)
+        lines.append(entry)
         length += len(line)
-    return found, length
+    return lines, length

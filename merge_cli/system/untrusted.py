@@ -90,8 +90,8 @@ def _open(path: Path, pipe: bool) -> int:
     if stat.S_ISREG(mode) or (pipe and not stat.S_ISDIR(mode)):
         return fd
     os.close(fd)
-    what = "Is a directory" if pipe else "it is not a regular file"
-    raise Unreadable(f"cannot be read: {what}")
+    message = "Is a directory" if pipe else "it is not a regular file"
+    raise Unreadable(f"cannot be read: {message}")
 
 
 def read_text(path: Path, *, limit: int = MAX_TEXT, pipe: bool = False) -> str:
@@ -117,21 +117,21 @@ def parse_json(text: str | bytes) -> Any:
             digits, or text that is not Unicode (half of a surrogate pair).
     """
     try:
-        found = json.loads(text, parse_int=_integer)
+        result = json.loads(text, parse_int=_integer)
     except Unreadable:
         raise
     except RecursionError:
         raise Unreadable(f"nests deeper than {MAX_DEPTH} levels") from None
     except (ValueError, MemoryError) as error:  # JSONDecodeError and UnicodeDecodeError are too
         raise Unreadable(f"is not valid JSON: {error}") from None
-    _check_depth(found)
+    _check_depth(result)
     escape = b"\\ud" if isinstance(text, bytes) else "\\ud"
     if escape in text.lower():  # type: ignore[operator]  # both are of one kind
         try:
-            json.dumps(found, ensure_ascii=False).encode()
+            json.dumps(result, ensure_ascii=False).encode()
         except UnicodeEncodeError:
             raise Unreadable("holds half of a surrogate pair, which is no text") from None
-    return found
+    return result
 
 
 def read_json(path: Path, model: str = "", *, limit: int = MAX_JSON) -> Any:
@@ -155,11 +155,11 @@ def read_mapping(path: Path, model: str = "", *, limit: int = MAX_JSON) -> dict[
     Raises:
         CorruptFileError: see `read_json`, or it holds something else.
     """
-    found = read_json(path, model, limit=limit)
-    if not isinstance(found, dict):
-        what = f"is not a mapping but {kind_of(found)}"
-        raise CorruptFileError(what, model=model, file=path.name)
-    return found
+    json = read_json(path, model, limit=limit)
+    if not isinstance(json, dict):
+        message = f"is not a mapping but {kind_of(json)}"
+        raise CorruptFileError(message, model=model, file=path.name)
+    return json
 
 
 def whole_number(value: Any, name: str, *, least: int = 0, most: int) -> int:

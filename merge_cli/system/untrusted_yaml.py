@@ -47,8 +47,8 @@ class _Bounded(yaml.parser.Parser, yaml.composer.Composer):
             children = [part for pair in node.value for part in pair]
         size = 1 + sum(self._sizes[id(child)] for child in children)
         if size > MAX_VALUES:
-            what = f"it stands for more than {MAX_VALUES} values, with every alias written out"
-            raise _refused(what, event)
+            message = f"it stands for more than {MAX_VALUES} values, with every alias written out"
+            raise _refused(message, event)
         self._sizes[id(node)] = size
         return node
 
@@ -82,17 +82,17 @@ def read_front(text: str) -> Any:
     try:
         loader = _TextLoader(text)
         try:
-            found = loader.get_single_data()
+            single_data = loader.get_single_data()
         finally:
             loader.dispose()
     except yaml.YAMLError as error:
         raise Unreadable(f"is not valid YAML: {yaml_reason(error, text)[0]}") from None
     except (ValueError, TypeError, RecursionError) as error:  # a key that is a list
         raise Unreadable(f"is not valid YAML: {error}") from None
-    for word in _texts(found):
+    for word in _texts(single_data):
         if wrong := CONTROL.search(word):
             raise Unreadable(f"holds {called(wrong[0])}")
-    return found
+    return single_data
 
 
 def _texts(found: Any) -> Iterator[str]:

@@ -109,9 +109,9 @@ class Workspace:
         except OSError as error:
             raise write_error(error, self.path) from error
         if not ours:
-            what = f"is not an unfinished {self.work}, and would be replaced"
+            message = f"is not an unfinished {self.work}, and would be replaced"
             hint = "Choose another OUT, or remove it yourself."
-            raise UsageError(what, where=str(self.path), hint=hint)
+            raise UsageError(message, where=str(self.path), hint=hint)
 
     def make(self) -> Path:
         """Make the folder, and say whose it is.
@@ -130,8 +130,8 @@ class Workspace:
 
     def other_work(self) -> UsageError:
         """The error for unfinished work of something else."""
-        what = f"an interrupted {self.work} {_OTHER}"
-        return UsageError(what, where=str(self.path), hint=_HINT)
+        message = f"an interrupted {self.work} {_OTHER}"
+        return UsageError(message, where=str(self.path), hint=_HINT)
 
     def discard(self) -> None:
         """Throw the folder away.
@@ -175,9 +175,9 @@ class Workspace:
             except BlockingIOError:
                 if time.monotonic() > until:
                     os.close(fd)
-                    what = f"another {self.work} is writing here"
+                    message = f"another {self.work} is writing here"
                     hint = "Wait for it, or choose another OUT."
-                    raise ResourceError(what, where=str(self.target), hint=hint) from None
+                    raise ResourceError(message, where=str(self.target), hint=hint) from None
                 time.sleep(0.05)
             except FileNotFoundError:
                 pass

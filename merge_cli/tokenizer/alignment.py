@@ -76,10 +76,10 @@ class AlignedVocabulary:
             RecipeError: rows were rearranged.
         """
         if self.changed or self.files or self.guest is not None:
-            what = f"{work} runs the models, which must share a vocabulary."
+            message = f"{work} runs the models, which must share a vocabulary."
             hint = "Bring them to one vocabulary first: merge each alone, with this section."
             key = "tokenizer" if "tokenizer" in recipe.places else "tokenizer_source"
-            raise RecipeError([recipe.problem(key, what, hint)])
+            raise RecipeError([recipe.problem(key, message, hint)])
 
 
 def align(
@@ -167,8 +167,8 @@ class _Alignment:
         for token, number in vocabulary.items():
             keys[number] = token
         words = [
-            SourceVocabulary(*one)
-            for one in zip(
+            SourceVocabulary(*item)
+            for item in zip(
                 (source.label for source in self._sources), self._tokens, self._rows, strict=True
             )
         ]
@@ -195,8 +195,8 @@ class _Alignment:
         """A model without tokenizer files counts its rows as the base does."""
         known = self._tokens[self._first]
         if not known:
-            what = "has no tokenizer, so that nobody can tell what its rows mean"
-            raise SourceError(what, model=self._sources[self._first].label)
+            message = "has no tokenizer, so that nobody can tell what its rows mean"
+            raise SourceError(message, model=self._sources[self._first].label)
         for i, tokens in enumerate(self._tokens):
             if tokens:
                 continue
@@ -237,12 +237,12 @@ class _Alignment:
                 label = self._sources[self._donor].label
                 self._notes.append(f"tokenizer: no base_model; taken from {label}, listed first")
             return self._donor if self._base is None else self._base
-        found = self._index(word)
-        if found is None:
+        result = self._index(word)
+        if result is None:
             self._guest = self._open_guest(word)
             self._notes.append(f"tokenizer: {word}'s, a model that is not merged")
             return len(self._sources)
-        return found
+        return result
 
     def _open_guest(self, word: str) -> Source:
         folder = self._recipe.folder
@@ -250,12 +250,12 @@ class _Alignment:
             guest = open_tokenizer(parse_reference(word, folder), folder)
             listed = bool(_vocabulary(guest))
         except MergeCliError as error:
-            what = f"'{word}' is none of the recipe's models, and no tokenizer: {error.what}."
+            message = f"'{word}' is none of the recipe's models, and no tokenizer: {error.what}."
             hint = "Use `union`, `base`, one of them, or another model's folder or Hub id."
-            raise RecipeError([self._recipe.problem(self._spec.key, what, hint)]) from error
+            raise RecipeError([self._recipe.problem(self._spec.key, message, hint)]) from error
         if not listed:
-            what = f"'{word}' has no tokenizer."
-            raise RecipeError([self._recipe.problem(self._spec.key, what)])
+            message = f"'{word}' has no tokenizer."
+            raise RecipeError([self._recipe.problem(self._spec.key, message)])
         return guest
 
     def _index(self, word: str) -> int | None:
@@ -327,9 +327,9 @@ def _height(source: Source, view: View) -> int:
         for name, ref in view.items()
         if name.endswith(EMBEDDINGS) and len(ref.shape) == 2
     ]
-    wanted = text_config(source.config).get("vocab_size")
-    if isinstance(wanted, int) and wanted in found:
-        return wanted
+    requested = text_config(source.config).get("vocab_size")
+    if isinstance(requested, int) and requested in found:
+        return requested
     if not found:
         raise SourceError(
             "has no input embedding whose rows could be rearranged", model=source.label

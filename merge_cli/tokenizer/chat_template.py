@@ -41,8 +41,8 @@ def without_template(config: Path) -> bytes | None:
     """tokenizer_config.json without a template of its own, which a file beside it replaces."""
     if not config.exists():
         return None
-    found = read_mapping(config)
-    if "chat_template" not in found:
+    mapping = read_mapping(config)
+    if "chat_template" not in mapping:
         return None
-    del found["chat_template"]
-    return (json.dumps(found, ensure_ascii=False, indent=2) + "\n").encode()
+    del mapping["chat_template"]
+    return (json.dumps(mapping, ensure_ascii=False, indent=2) + "\n").encode()

@@ -131,27 +131,27 @@ def tokens_of(tokenizer: Mapping[str, Any]) -> dict[str, int]:
     model = tokenizer.get("model") or {}
     listed = model.get("vocab") or {}
     if isinstance(listed, list):
-        found = {entry[0]: number for number, entry in enumerate(listed)}
+        tokens = {entry[0]: number for number, entry in enumerate(listed)}
     else:
-        found = dict(listed)
+        tokens = dict(listed)
     for token in tokenizer.get("added_tokens") or ():
-        found[token["content"]] = token["id"]
-    return found
+        tokens[token["content"]] = token["id"]
+    return tokens
 
 
 def _loose_vocabulary(root: Path, source: Source) -> dict[str, int]:
     """vocab.json or vocab.txt, and added_tokens.json; nothing where that alone is there."""
-    found = _numbered(source, "vocab.json")
-    if not found and (root / "vocab.txt").exists():
+    result = _numbered(source, "vocab.json")
+    if not result and (root / "vocab.txt").exists():
         lines = _guarded(source, "vocab.txt", read_text).splitlines()
-        found = {token: number for number, token in enumerate(lines)}
-    return found | _numbered(source, "added_tokens.json") if found else found
+        result = {token: number for number, token in enumerate(lines)}
+    return result | _numbered(source, "added_tokens.json") if result else result
 
 
 def _numbered(source: Source, name: str) -> dict[str, int]:
-    found = json_file(source.root / name, source)
-    _check(source, name, lambda: check_vocabulary(found, "it"))
-    return dict(found)
+    result = json_file(source.root / name, source)
+    _check(source, name, lambda: check_vocabulary(result, "it"))
+    return dict(result)
 
 
 def chat_templates(source: Source) -> dict[str, str]:
@@ -197,9 +197,9 @@ def tokenizer_json(source: Source) -> dict[str, Any]:
     Raises:
         CorruptFileError: see `tokenizer_schema`.
     """
-    found = json_file(source.root / "tokenizer.json", source)
-    _check(source, "tokenizer.json", lambda: check_document(found))
-    return found
+    result = json_file(source.root / "tokenizer.json", source)
+    _check(source, "tokenizer.json", lambda: check_document(result))
+    return result
 
 
 def settings_json(source: Source) -> dict[str, Any]:
@@ -208,9 +208,9 @@ def settings_json(source: Source) -> dict[str, Any]:
     Raises:
         CorruptFileError: see `tokenizer_schema`.
     """
-    found = json_file(source.root / "tokenizer_config.json", source)
-    _check(source, "tokenizer_config.json", lambda: check_settings(found, _SPECIAL))
-    return found
+    result = json_file(source.root / "tokenizer_config.json", source)
+    _check(source, "tokenizer_config.json", lambda: check_settings(result, _SPECIAL))
+    return result
 
 
 def json_file(path: Path, source: Source) -> dict[str, Any]:
@@ -251,19 +251,19 @@ def check_numbers(source: Source, tokens: Mapping[Any, Any], rows: int) -> None:
         if not isinstance(token, str) or type(number) is not int or not 0 <= number <= most:
             _refuse(source, token, number, most)
         if seen.setdefault(number, token) is not token:
-            what = f"its tokenizer gives {_shown(seen[number])} and {_shown(token)} one number"
+            message = f"its tokenizer gives {_shown(seen[number])} and {_shown(token)} one number"
             hint = "Rows cannot be told apart by token. Correct the tokenizer's files."
-            raise CorruptFileError(f"{what}, {number}", model=source.label, hint=hint)
+            raise CorruptFileError(f"{message}, {number}", model=source.label, hint=hint)
 
 
 def _refuse(source: Source, token: Any, number: Any, most: int) -> None:
     try:
         whole_number(number, f"the number of {_shown(token)}", most=most)
-        what = f"a token must be text (got {_shown(token)})"
+        message = f"a token must be text (got {_shown(token)})"
     except Unreadable as error:
-        what = str(error)
+        message = str(error)
     hint = "Its embedding has no such row. Correct the tokenizer's files."
-    raise CorruptFileError(f"in its tokenizer, {what}", model=source.label, hint=hint) from None
+    raise CorruptFileError(f"in its tokenizer, {message}", model=source.label, hint=hint) from None
 
 
 def _shown(token: Any) -> str:
@@ -330,8 +330,8 @@ def check_settings(found: Mapping[str, Any], special: tuple[str, ...]) -> None:
     decoder = _field(found, "added_tokens_decoder", dict, "a mapping") or {}
     for number, token in decoder.items():
         if not isinstance(token, dict):
-            what = f"added_tokens_decoder.{number[:20]} must be a mapping (got {kind_of(token)})"
-            raise Unreadable(what)
+            message = f"added_tokens_decoder.{number[:20]} must be a mapping (got {kind_of(token)})"
+            raise Unreadable(message)
 
 
 def check_templates(found: Mapping[str, Any]) -> None:
@@ -345,8 +345,10 @@ def check_templates(found: Mapping[str, Any]) -> None:
         for key in ("name", "template"):
             value = entry.get(key) if isinstance(entry, dict) else None
             if not isinstance(value, str):
-                what = f"chat_template[{number}] must have '{key}', a text (got {kind_of(entry)})"
-                raise Unreadable(what)
+                message = (
+                    f"chat_template[{number}] must have '{key}', a text (got {kind_of(entry)})"
+                )
+                raise Unreadable(message)
     if stored is not None and not isinstance(stored, str | list):
         raise Unreadable(f"chat_template must be text, or a list (got {kind_of(stored)})")
 
@@ -375,14 +377,14 @@ def tokenizer_document(source: Source) -> dict[str, Any]:
     if (source.root / "tokenizer.json").exists():
         return tokenizer_json(source)
     try:
-        found = json.loads(_converted(source.root))
+        result = json.loads(_converted(source.root))
     except Exception as error:
         # From a missing package to whatever a tokenizer's class raises over a file.
-        what = f"its tokenizer cannot be read without a tokenizer.json ({error})"
+        message = f"its tokenizer cannot be read without a tokenizer.json ({error})"
         hint = "pip install 'merge-cli[sentencepiece]', or save its tokenizer with transformers."
-        raise SourceError(what, model=source.label, hint=hint) from error
-    assert isinstance(found, dict)
-    return found
+        raise SourceError(message, model=source.label, hint=hint) from error
+    assert isinstance(result, dict)
+    return result
 
 
 def converted_vocabulary(source: Source) -> dict[str, int]:
@@ -421,7 +423,7 @@ def check_companions(donor: Source, tokenizer_donor: Source) -> None:
             chosen = is_tokenizer_file(path.name) is tokenizer and path.suffix == ".json"
             if not chosen or path.stat().st_size > _SMALL:
                 continue
-            found = read_json(path, source.label)
-            if not isinstance(found, dict) and path.name not in _LISTS:
-                what = f"is not a mapping but {kind_of(found)}"
-                raise CorruptFileError(what, model=source.label, file=path.name)
+            json = read_json(path, source.label)
+            if not isinstance(json, dict) and path.name not in _LISTS:
+                message = f"is not a mapping but {kind_of(json)}"
+                raise CorruptFileError(message, model=source.label, file=path.name)

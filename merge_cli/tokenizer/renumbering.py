@@ -16,14 +16,14 @@ def renumber(config: Mapping[str, Any], aligned: AlignedVocabulary) -> dict[str,
     """A config, or generation settings, with the output's token numbers and number of rows."""
 
     def walk(about: Mapping[str, Any]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+        result: dict[str, Any] = {}
         for key, value in about.items():
             if isinstance(value, dict):
                 value = walk(value)
             elif aligned.ids is not None and key.endswith("_token_id"):
                 value = _moved(value, aligned.ids)
-            found[key] = value
-        return found
+            result[key] = value
+        return result
 
     new = walk(config)
     part = text_config(new)
@@ -34,7 +34,7 @@ def renumber(config: Mapping[str, Any], aligned: AlignedVocabulary) -> dict[str,
 
 def _moved(value: Any, ids: Mapping[int, int]) -> Any:
     if isinstance(value, list):
-        return [_moved(one, ids) for one in value]
+        return [_moved(item, ids) for item in value]
     return ids.get(value, value) if type(value) is int else value
 
 

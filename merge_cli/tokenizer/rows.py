@@ -34,11 +34,11 @@ class SourceVocabulary:
 
     def places(self) -> dict[Key, int]:
         """Its rows by token; by number, where no token has the row."""
-        found: dict[Key, int] = {
+        result: dict[Key, int] = {
             token: number for token, number in self.numbers.items() if 0 <= number < self.rows
         }
-        used = set(found.values())
-        return found | {number: number for number in range(self.rows) if number not in used}
+        used = set(result.values())
+        return result | {number: number for number in range(self.rows) if number not in used}
 
 
 class TokenAligner:
@@ -122,15 +122,15 @@ class TokenAligner:
     def _ruled(self, token: str, rule: TokenRule, model: ModelRef | None) -> list[Place]:
         index = self._index(str(model))
         if index is None:
-            what = f"'{model}' is none of the recipe's models."
-            self.problems.append(self._recipe.problem(rule.key, what))
+            message = f"'{model}' is none of the recipe's models."
+            self.problems.append(self._recipe.problem(rule.key, message))
             return []
         row = rule.token_id
         if row is None:
             row = self._words[index].numbers.get(rule.token or token)
         if row is None or row >= self._words[index].rows:
-            wanted = rule.token_id if rule.token_id is not None else repr(rule.token or token)
-            what = f"{self._words[index].label} has no token {wanted}."
-            self.problems.append(self._recipe.problem(rule.key, what))
+            requested = rule.token_id if rule.token_id is not None else repr(rule.token or token)
+            message = f"{self._words[index].label} has no token {requested}."
+            self.problems.append(self._recipe.problem(rule.key, message))
             return []
         return [(index, row)]

@@ -49,8 +49,8 @@ def join(
     """
     vocabulary = dict(own)
     lacking = [token for _, tokens in others for token in tokens if token not in vocabulary]
-    wanted = [*dict.fromkeys([*lacking, *(t for t in extra if t not in vocabulary)])]
-    if not wanted:
+    requested = [*dict.fromkeys([*lacking, *(t for t in extra if t not in vocabulary)])]
+    if not requested:
         return VocabularyUnion(vocabulary, {}, ())
     document = tokenizer_document(base)
     added = {token["content"]: token for token in document.get("added_tokens") or ()}
@@ -79,7 +79,7 @@ def join(
     # The package tokenizers numbers added tokens anew, but for those that the model itself has.
     for token in sorted(listed, key=lambda token: token["id"]):
         _grow(document["model"], token["content"], token["id"], base.label)
-    for token in wanted:
+    for token in requested:
         vocabulary[token] = number
         _grow(document["model"], token, number, base.label)
         if token in from_others or token in extra and token not in lacking:
@@ -109,8 +109,8 @@ def _grow(model: dict[str, Any], token: str, number: int, label: str) -> None:
         if number < len(listed) and listed[number][0] == token:
             return
         if number != len(listed):
-            what = "its tokens are not numbered one after another, so that none can be added"
-            raise SourceError(what, model=label)
+            message = "its tokens are not numbered one after another, so that none can be added"
+            raise SourceError(message, model=label)
         listed.append([token, min(score for _, score in listed) - _RARE])
     elif isinstance(model.get("vocab"), dict):
         model["vocab"].setdefault(token, number)

@@ -64,11 +64,11 @@ class ExactMatch(DataTask):
             "exact_match": Metric("exact_match", "of questions", "higher", hits, [1.0] * len(hits))
         }
         examples = [
-            {"line": row.line, "correct": bool(hit), "found": one, "answer": gold, "text": text}
-            for row, hit, one, gold, text in zip(rows, hits, found, right, texts, strict=True)
+            {"line": row.line, "correct": bool(hit), "found": item, "answer": gold, "text": text}
+            for row, hit, item, gold, text in zip(rows, hits, found, right, texts, strict=True)
         ]
-        what = f"prompts are: their {'beginning' if self.truncate == 'left' else 'end'} was cut"
-        notes = cut_note(cut, len(rows), what, live.max_length - self.max_new_tokens)
+        message = f"prompts are: their {'beginning' if self.truncate == 'left' else 'end'} was cut"
+        notes = cut_note(cut, len(rows), message, live.max_length - self.max_new_tokens)
         return TaskResult(self.name, self.kind, metrics, examples, notes=notes)
 
     def check(self, live: LiveModel) -> None:
@@ -85,8 +85,8 @@ class ExactMatch(DataTask):
         known = {content_of(row) for row in shown}
         room = live.max_length - self.max_new_tokens
         if room < 1:
-            what = f"max_new_tokens ({self.max_new_tokens}) leaves no room for a prompt in the "
-            raise SourceError(f"{what}model's {live.max_length} tokens", model=live.label)
+            message = f"max_new_tokens ({self.max_new_tokens}) leaves no room for a prompt in the "
+            raise SourceError(f"{message}model's {live.max_length} tokens", model=live.label)
         start = () if self.chat_template else row_start(live.tokenizer)
         found: list[Sequence[int]] = []
         cut = 0
@@ -108,10 +108,10 @@ class ExactMatch(DataTask):
         """The text that the model goes on from."""
         prompt = row.text("prompt")
         if not self.chat_template:
-            return "".join(f"{_example(one)}\n\n" for one in shown) + prompt
+            return "".join(f"{_example(item)}\n\n" for item in shown) + prompt
         if not getattr(live.tokenizer, "chat_template", None):
-            what = "chat_template: true, and its tokenizer has no chat template"
-            raise SourceError(what, model=live.label, hint="Leave it out, or use `false`.")
+            message = "chat_template: true, and its tokenizer has no chat template"
+            raise SourceError(message, model=live.label, hint="Leave it out, or use `false`.")
         messages = [{"role": "system", "content": self.system}] if self.system else []
         for one in shown:
             messages.append({"role": "user", "content": one.text("prompt")})
@@ -130,22 +130,22 @@ class ExactMatch(DataTask):
             return text.strip()
         pattern = compile_pattern(self.extract).fresh()
         try:
-            found = list(pattern.finditer(text))
+            result = list(pattern.finditer(text))
         except Unreadable as error:
             raise UsageError(f"extract ({self.extract!r}) {error}") from None
-        if not found:
+        if not result:
             return None
-        group = found[0 if self.take == "first" else -1].group(1 if pattern.groups else 0)
+        group = result[0 if self.take == "first" else -1].group(1 if pattern.groups else 0)
         return None if group is None else group.strip()
 
     def _right(self, row: Row) -> str:
         row.text("prompt")
         if "answer" in row.fields:
             return _plain(row).strip()
-        found = self.answer(row.text("completion"))
-        if found is None:
+        result = self.answer(row.text("completion"))
+        if result is None:
             raise row.wrong(f"its completion does not match extract ({self.extract!r})")
-        return found
+        return result
 
     def _same(self, found: str | None, right: str) -> bool:
         if found is None:
@@ -236,11 +236,11 @@ def _example(row: Row) -> str:
 
 def _batches(prompts: Sequence[Sequence[Any]], new: int, tokens: int) -> list[list[int]]:
     """Numbers of prompts of like length, the longest first, within a budget of tokens."""
-    found: list[list[int]] = []
+    result: list[list[int]] = []
     for number in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])):
-        last = found[-1] if found else []
+        last = result[-1] if result else []
         if last and (len(prompts[last[0]]) + new) * (len(last) + 1) <= tokens:
             last.append(number)
         else:
-            found.append([number])
-    return found
+            result.append([number])
+    return result

@@ -53,20 +53,20 @@ class Harness(Task):
             manager = TaskManager(include_path=folder)
             if self.lm_eval not in manager.all_subtasks:
                 several = self.lm_eval in manager.all_tasks
-                what = (
+                message = (
                     f"lm-eval's '{self.lm_eval}' is a group of tasks"
                     if several
                     else (f"lm-eval has no task '{self.lm_eval}'")
                 )
                 hint = "lm-eval ls tasks lists them; `include` adds a folder of your own."
-                raise UsageError(what, hint=hint)
+                raise UsageError(message, hint=hint)
             if self.chat_template and not getattr(live.tokenizer, "chat_template", None):
-                what = "chat_template: true, and its tokenizer has no chat template"
-                raise SourceError(what, model=live.label, hint="Leave it out, or use `false`.")
+                message = "chat_template: true, and its tokenizer has no chat template"
+                raise SourceError(message, model=live.label, hint="Leave it out, or use `false`.")
             model = harness_model(live)
             with watched(live):
                 try:
-                    found = simple_evaluate(
+                    result = simple_evaluate(
                         model=model,
                         tasks=[self.lm_eval],
                         num_fewshot=self.num_fewshot,
@@ -85,11 +85,11 @@ class Harness(Task):
                 except MergeCliError:  # about the model, and not about the task
                     raise
                 except Exception as error:  # tasks are templates and code of others
-                    what = f"lm-eval cannot run '{self.lm_eval}': {error}"
-                    raise SourceError(what, model=live.label) from error
+                    message = f"lm-eval cannot run '{self.lm_eval}': {error}"
+                    raise SourceError(message, model=live.label) from error
         tell(1, 1)
-        every = [sample for name in sorted(found["samples"]) for sample in found["samples"][name]]
-        metrics, kind = self._metrics(found, every)
+        every = [sample for name in sorted(result["samples"]) for sample in result["samples"][name]]
+        metrics, kind = self._metrics(result, every)
         samples = [sample for sample in every if sample.get("filter") in (None, kind)]
         examples = [
             {

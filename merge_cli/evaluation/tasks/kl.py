@@ -140,10 +140,10 @@ class KL(DataTask):
     def _refuse_other_vocabulary(self, live: LiveModel, tokenizer: Any, size: int) -> None:
         if size == live.vocabulary and tokenizer.get_vocab() == live.tokenizer.get_vocab():
             return
-        what = f"the teacher {self.teacher} has another vocabulary ({size:,} "
-        what += f"entries against {live.vocabulary:,}): their predictions do not compare"
+        message = f"the teacher {self.teacher} has another vocabulary ({size:,} "
+        message += f"entries against {live.vocabulary:,}): their predictions do not compare"
         hint = "Use a loss, with its bits per byte."
-        raise SourceError(what, model=live.label, hint=hint)
+        raise SourceError(message, model=live.label, hint=hint)
 
 
 def _whole(

@@ -68,8 +68,8 @@ def _bytes(row: Encoded) -> int:
 def window_notes(encoded: Sequence[Encoded], length: int) -> tuple[str, ...]:
     """How many rows are longer than a window."""
     count = sum(len(row.ids) > length for row in encoded)
-    what = "rows are: their tokens do not see all that comes before them (`stride`)"
-    return cut_note(count, len(encoded), what, length)
+    message = "rows are: their tokens do not see all that comes before them (`stride`)"
+    return cut_note(count, len(encoded), message, length)
 
 
 def text_windows(

@@ -52,21 +52,21 @@ class MultipleChoice(DataTask):
         right, right_norm, nats, examples = [], [], [], []
         start = 0
         for q in questions:
-            found = sums[start : start + len(q.choices)].tolist()
+            result = sums[start : start + len(q.choices)].tolist()
             start += len(q.choices)
-            best = max(range(len(found)), key=lambda i: found[i])
-            norms = [value / len(choice) for value, choice in zip(found, q.choices, strict=True)]
+            best = max(range(len(result)), key=lambda i: result[i])
+            norms = [value / len(choice) for value, choice in zip(result, q.choices, strict=True)]
             best_norm = max(range(len(norms)), key=lambda i: norms[i])
             right.append(float(best == q.answer))
             right_norm.append(float(best_norm == q.answer))
-            nats.append(-found[q.answer])
+            nats.append(-result[q.answer])
             examples.append(
                 {
                     "line": q.row.line,
                     "answer": q.answer,
                     "chosen": best,
                     "chosen_norm": best_norm,
-                    "log_likelihoods": found,
+                    "log_likelihoods": result,
                 }
             )
         ones = [1.0] * len(questions)
@@ -75,9 +75,9 @@ class MultipleChoice(DataTask):
             "accuracy_norm": Metric("accuracy_norm", "of questions", "higher", right_norm, ones),
             "loss": Metric("loss", "nats per right choice", "lower", nats, ones),
         }
-        count = sum(len(one.ids) > live.max_length + 1 for one in encoded)
-        what = f"prompts with a choice are: of their prompts the {self.truncate} was cut"
-        notes = cut_note(count, len(encoded), what, live.max_length)
+        count = sum(len(item.ids) > live.max_length + 1 for item in encoded)
+        message = f"prompts with a choice are: of their prompts the {self.truncate} was cut"
+        notes = cut_note(count, len(encoded), message, live.max_length)
         return TaskResult(self.name, self.kind, metrics, examples, notes=notes)
 
     def check(self, live: LiveModel) -> None:
@@ -126,17 +126,17 @@ def _encoded(question: _Question, choice: str, tokenizer: Any) -> Encoded:
     prompt = question.row.text("prompt")
     bare = prompt.rstrip()
     start = own_start(tokenizer) if bare else _start(question, tokenizer)
-    found = encode_pair(bare, prompt[len(bare) :] + choice, tokenizer, start)
-    if found.first >= len(found.ids):
-        what = f"the choice {choice!r} is no token of its own after its prompt"
-        raise question.row.wrong(what)
-    return found
+    result = encode_pair(bare, prompt[len(bare) :] + choice, tokenizer, start)
+    if result.first >= len(result.ids):
+        message = f"the choice {choice!r} is no token of its own after its prompt"
+        raise question.row.wrong(message)
+    return result
 
 
 def _start(question: _Question, tokenizer: Any) -> list[int]:
     """What an empty prompt leaves to predict from."""
-    if found := own_start(tokenizer):
-        return found
+    if result := own_start(tokenizer):
+        return result
     for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         if token is not None:
             return [int(token)]

@@ -40,16 +40,16 @@ class PythonTask(Task):
         function = self._function()
         try:
             with watched(live), torch.no_grad():
-                found = function(live.net, live.tokenizer)
+                result = function(live.net, live.tokenizer)
         except MergeCliError:  # about the model, and not about the function
             raise
         except Exception as error:  # it is the user's: it may raise what it likes
-            what = f"raised {type(error).__name__}: {error}"
-            raise SourceError(what, file=self.python) from error
-        parts = list(found) if isinstance(found, list | tuple) else [found]
+            message = f"raised {type(error).__name__}: {error}"
+            raise SourceError(message, file=self.python) from error
+        parts = list(result) if isinstance(result, list | tuple) else [result]
         if not parts or not all(_is_number(part) for part in parts):
-            what = f"must return a number, or a list of numbers (got {found!r})"
-            raise SourceError(what, file=self.python)
+            message = f"must return a number, or a list of numbers (got {result!r})"
+            raise SourceError(message, file=self.python)
         parts = [float(part) for part in parts]
         metric = Metric("score", "by its own measure", self.better, parts, [1.0] * len(parts))
         examples = [{"number": i, "score": part} for i, part in enumerate(parts)]
@@ -59,8 +59,8 @@ class PythonTask(Task):
         file, _, name = self.python.rpartition(":")
         path = self.folder / expanded(file)
         if not name.isidentifier() or not path.is_file():
-            what = "names no function in a file" if path.is_file() else "no such file"
-            raise SourceError(what, file=self.python, hint="Write `python: file.py:function`.")
+            message = "names no function in a file" if path.is_file() else "no such file"
+            raise SourceError(message, file=self.python, hint="Write `python: file.py:function`.")
         return path, name
 
     def _function(self) -> Callable[[Any, Any], Any]:
@@ -72,8 +72,8 @@ class PythonTask(Task):
         try:
             spec.loader.exec_module(module)
         except Exception as error:  # it is the user's: it may raise what it likes
-            what = f"cannot be imported: {type(error).__name__}: {error}"
-            raise SourceError(what, file=str(path)) from error
+            message = f"cannot be imported: {type(error).__name__}: {error}"
+            raise SourceError(message, file=str(path)) from error
         function: Callable[[Any, Any], Any] | None = getattr(module, name, None)
         if not callable(function):
             raise SourceError(f"has no function '{name}'", file=str(path))
