@@ -15,8 +15,9 @@ def command_page() -> str:
     lines = [
         "# Commands",
         "",
-        "Exit codes: 0 done; 1 unexpected; 2 recipe or usage; 3 an input model or data file; "
-        "4 disk, memory or device; 5 a quality gate; 130 interrupted: the same command resumes.",
+        "Exit codes: 0 done; 1 unexpected error; 2 a mistake in the recipe or the command; 3 an "
+        "input model or data file; 4 disk, memory or device; 5 a quality gate; 130 interrupted. "
+        "After an interruption the same command resumes ([more](running.md)).",
         "",
     ]
     for name, command in group.commands.items():
