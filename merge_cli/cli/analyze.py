@@ -22,29 +22,36 @@ def analyze(
     what: Annotated[
         list[str],
         typer.Argument(
-            metavar="RECIPE | MODEL...",
-            help="A recipe's file (- reads it), or models.",
+            metavar="RECIPE | MODEL",
+            help="A recipe file (- reads standard input), or two or more models.",
             show_default=False,
         ),
     ],
     base: Annotated[
-        str | None, typer.Option("--base", help="The model that the others were made from.")
+        str | None,
+        typer.Option(
+            "--base", metavar="MODEL", help="The model that the others are fine-tunes of."
+        ),
     ] = None,
-    html: Annotated[Path | None, typer.Option(help="Write the page with heat maps.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write a page with heat maps to FILE.")
+    ] = None,
     write_recipe: Annotated[
-        Path | None, typer.Option("--write-recipe", help="Write the suggested recipe.")
+        Path | None,
+        typer.Option("--write-recipe", metavar="FILE", help="Write the suggested recipe to FILE."),
     ] = None,
-    layers: Annotated[bool, switch("--layers", "A row for each layer, too.")] = False,
+    layers: Annotated[bool, switch("--layers", "Show a row for each layer.")] = False,
     device: DeviceOption = "auto",
     threads: ThreadsOption = None,
     max_memory: MemoryOption = "1.25GB",
     seed: SeedOption = None,
     as_json: JsonOption = False,
     quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="No progress and no notes.", show_default=False)
+        bool,
+        typer.Option("--quiet", "-q", help="Print no progress and no notes.", show_default=False),
     ] = False,
 ) -> None:
-    """Say how alike models are, where they conflict, and what that suggests; nothing is merged."""
+    """Compare models before a merge: similarity, conflicts and a suggested recipe."""
     from merge_cli import console
     from merge_cli.engine.options import MergeOptions
     from merge_cli.planning.planner import load_recipe

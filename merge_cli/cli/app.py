@@ -24,6 +24,7 @@ from merge_cli.cli.compare import compare
 from merge_cli.cli.convert import convert
 from merge_cli.cli.evaluate import evaluate
 from merge_cli.cli.extract_lora import extract_lora
+from merge_cli.cli.help import HelpCommand, HelpGroup
 from merge_cli.cli.init import init
 from merge_cli.cli.options import JsonOption, complete_method
 from merge_cli.cli.push import push
@@ -46,7 +47,9 @@ def methods(
     name: Annotated[
         str | None,
         typer.Argument(
-            help="One method, with its parameters and an example.", autocompletion=complete_method
+            metavar="NAME",
+            help="Explain this method: its parameters and an example recipe.",
+            autocompletion=complete_method,
         ),
     ] = None,
     as_json: JsonOption = False,
@@ -65,7 +68,9 @@ def methods(
 _INTERRUPTED = 130
 
 app = typer.Typer(
+    cls=HelpGroup,
     help="Merge language-model checkpoints: one recipe, one command, the same bytes every time.",
+    epilog="Start with `merge-cli init`. `merge-cli COMMAND --help` explains a command.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -76,7 +81,7 @@ app = typer.Typer(
 def _root(
     show_version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
     debug: Annotated[
-        bool, typer.Option("--debug", help="Print the traceback of an error, too.")
+        bool, typer.Option("--debug", help="Print the traceback of an error.")
     ] = False,
 ) -> None:
     if debug:
@@ -86,8 +91,14 @@ def _root(
         raise typer.Exit
 
 
-for verb in (init, run, plan, methods, analyze, evaluate, compare, push, convert, extract_lora):
-    app.command()(verb)
+VERBS = {
+    "Merge": (init, plan, run, methods),
+    "Measure": (analyze, evaluate, compare),
+    "Publish and convert": (push, convert, extract_lora),
+}
+for panel, verbs in VERBS.items():
+    for verb in verbs:
+        app.command(cls=HelpCommand, rich_help_panel=panel)(verb)
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from merge_cli.cli.help import RESOURCES
 from merge_cli.cli.options import (
     DataOption,
     DeviceOption,
@@ -21,23 +22,31 @@ from merge_cli.cli.options import (
 
 
 def compare(
-    recipes: Annotated[list[str], typer.Argument(metavar="RECIPE...", help="Recipes to compare.")],
+    recipes: Annotated[
+        list[str], typer.Argument(metavar="RECIPE", help="The recipe files to compare.")
+    ],
     eval_file: EvalOption = None,
     data: DataOption = None,
     out: Annotated[
-        Path, typer.Option("--out", "-o", help="The folder for merges and results.")
+        Path,
+        typer.Option("--out", "-o", metavar="OUT", help="Write merges and results to this folder."),
     ] = Path("comparison"),
     gate: GateOption = None,
     no_worse: NoWorseOption = None,
     device: DeviceOption = "auto",
     threads: ThreadsOption = None,
     dtype: Annotated[
-        str | None, typer.Option(help="Of the evaluation: auto, float32, bfloat16, float16.")
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Evaluate in auto, float32, bfloat16 or float16.",
+            rich_help_panel=RESOURCES,
+        ),
     ] = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Merge several recipes, evaluate them beside base, parents and baselines, and compare."""
+    """Merge and evaluate several recipes, and compare them with base, sources and baselines."""
     from merge_cli import console
     from merge_cli.api import compare as run_comparison
     from merge_cli.api import comparison_spec

@@ -13,19 +13,25 @@ from merge_cli.cli.options import JsonOption, QuietOption, switch
 
 def convert(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A folder with pickled weights, or a Hub id.")
+        str,
+        typer.Argument(
+            metavar="MODEL", help="The model with pickled weights: a folder or a Hub id."
+        ),
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
     max_memory: Annotated[
         str | None,
-        typer.Option(help="Of the process that opens a file. Default: twice the file, and 1 GB."),
+        typer.Option(
+            metavar="SIZE",
+            help="Limit the process that opens a file. Default: twice the file's size and 1 GB.",
+        ),
     ] = None,
     overwrite: Annotated[bool, switch("--overwrite", "Replace OUT.")] = False,
-    fresh: Annotated[bool, switch("--fresh", "Throw away unfinished work on OUT.")] = False,
+    fresh: Annotated[bool, switch("--fresh", "Discard unfinished work on OUT.")] = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Write a model whose weights are pickled as safetensors; no code in a pickle is run."""
+    """Convert pickled weights to safetensors, without running any code of the pickle."""
     from merge_cli import console
     from merge_cli.conversion.run import convert as run
     from merge_cli.system.machine import parse_size, show_size

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from merge_cli.cli.help import EVALUATION, RESOURCES
 from merge_cli.cli.options import (
     DataOption,
     DeviceOption,
@@ -23,39 +24,88 @@ from merge_cli.errors import UsageError
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder or a Hub id.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="The model to evaluate: a folder or a Hub id.")
+    ],
     data: DataOption = None,
     eval_file: EvalOption = None,
     against: Annotated[
-        list[str] | None, typer.Option(help="Another model to compare with; may be repeated.")
+        list[str] | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Compare with this model on the same examples. Repeatable.",
+            rich_help_panel=EVALUATION,
+        ),
     ] = None,
     gate: GateOption = None,
     no_worse: NoWorseOption = None,
     examples: Annotated[
-        Path | None, typer.Option(help="Write every example's result there, as JSON lines.")
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Write the result of every example to FILE, as JSON lines.",
+            rich_help_panel=EVALUATION,
+        ),
     ] = None,
     device: DeviceOption = "auto",
     threads: ThreadsOption = None,
     dtype: Annotated[
-        str | None, typer.Option(help="Of the computation: auto, float32, bfloat16, float16.")
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Run the model in auto, float32, bfloat16 or float16.",
+            rich_help_panel=RESOURCES,
+        ),
     ] = None,
     max_memory: Annotated[
         str | None,
-        typer.Option(help="Of the weights; what is larger is read layer by layer. Default: free."),
+        typer.Option(
+            metavar="SIZE",
+            help="Read larger models layer by layer. Default: the memory that is free.",
+            rich_help_panel=RESOURCES,
+        ),
     ] = None,
     max_length: Annotated[
-        int | None, typer.Option(help="Tokens of context; default the model's own.", min=2)
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Context length in tokens. Default: the model's own, at most 4096.",
+            min=2,
+            rich_help_panel=EVALUATION,
+        ),
     ] = None,
-    batch_tokens: Annotated[int | None, typer.Option(help="Tokens in a batch.", min=1)] = None,
+    batch_tokens: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Tokens in a batch, with padding. Default: 8192.",
+            min=1,
+            rich_help_panel=RESOURCES,
+        ),
+    ] = None,
     limit: Annotated[
-        int | None, typer.Option(help="At most so many rows of each task: a seeded sample.", min=1)
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Evaluate at most N rows of each task, a random sample.",
+            min=1,
+            rich_help_panel=EVALUATION,
+        ),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of samples of rows.", min=0)] = None,
-    no_cache: Annotated[bool, switch("--no-cache", "Neither look up nor keep results.")] = False,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Seed of the samples of rows.",
+            min=0,
+            rich_help_panel=EVALUATION,
+        ),
+    ] = None,
+    no_cache: Annotated[bool, switch("--no-cache", "Do not use or fill the cache.")] = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Measure a model: loss, accuracy, exact match, with confidence intervals."""
+    """Evaluate a model: loss, accuracy and exact match, with confidence intervals."""
     from merge_cli import console
     from merge_cli.evaluation.quality_check import check_gates, read_gates, require
     from merge_cli.evaluation.run import evaluate_all, spec_of, write_examples

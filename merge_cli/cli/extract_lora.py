@@ -8,34 +8,46 @@ from typing import Annotated
 
 import typer
 
-from merge_cli.cli.options import JsonOption, QuietOption, switch
+from merge_cli.cli.options import DeviceOption, JsonOption, QuietOption, switch
 
 
 def extract_lora(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A fine-tune: a folder, a Hub id.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="The fine-tune: a folder or a Hub id.")
+    ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
-    base: Annotated[str, typer.Option(help="What it was fine-tuned from.")],
+    base: Annotated[
+        str, typer.Option(metavar="MODEL", help="The model that it was fine-tuned from.")
+    ],
     rank: Annotated[
-        int | None, typer.Option(min=1, help="Of every matrix, at most. Default: 32.")
+        int | None,
+        typer.Option(metavar="N", min=1, help="Largest rank of a factor. Default: 32."),
     ] = None,
     energy: Annotated[
         float | None,
-        typer.Option(help="Of a matrix's sum of squares, the share to hold: 0.95."),
+        typer.Option(
+            metavar="SHARE",
+            help="Keep this share of a change's sum of squares, for example 0.95.",
+        ),
     ] = None,
-    embeddings: Annotated[bool, switch("--embeddings", "Embeddings get factors, too.")] = False,
+    embeddings: Annotated[bool, switch("--embeddings", "Write factors for embeddings.")] = False,
     include: Annotated[
-        list[str] | None, typer.Option(help="Layers that get factors, by name or filter.")
+        list[str] | None,
+        typer.Option(
+            metavar="FILTER", help="Write factors for the matching layers only. Repeatable."
+        ),
     ] = None,
     exclude: Annotated[
-        list[str] | None, typer.Option(help="Tensors that stay out, by name or filter.")
+        list[str] | None,
+        typer.Option(metavar="FILTER", help="Leave the matching tensors out. Repeatable."),
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: DeviceOption = "auto",
     overwrite: Annotated[bool, switch("--overwrite", "Replace OUT.")] = False,
-    fresh: Annotated[bool, switch("--fresh", "Throw away unfinished work on OUT.")] = False,
+    fresh: Annotated[bool, switch("--fresh", "Discard unfinished work on OUT.")] = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Write what a fine-tune has changed as a LoRA adapter, which PEFT loads onto its base."""
+    """Write the change of a fine-tune as a LoRA adapter that PEFT can load."""
     from merge_cli import console
     from merge_cli.adapters.extract import extract_lora as extract
     from merge_cli.console.adapters import print_extracted

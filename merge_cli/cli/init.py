@@ -19,28 +19,40 @@ if TYPE_CHECKING:
 
 def init(
     base: Annotated[
-        str | None, typer.Option("--base", help="The model that the others were made from.")
+        str | None,
+        typer.Option(
+            "--base", metavar="MODEL", help="The model that the others are fine-tunes of."
+        ),
     ] = None,
     model: Annotated[
-        list[str] | None, typer.Option("--model", help="A model to merge; may be repeated.")
+        list[str] | None,
+        typer.Option(
+            "--model", metavar="MODEL", help="A model to merge: a folder or a Hub id. Repeatable."
+        ),
     ] = None,
     method: Annotated[
         str | None,
         typer.Option(
-            "--method", help="Instead of the one that is proposed.", autocompletion=complete_method
+            "--method",
+            metavar="NAME",
+            help="Use this method instead of the proposed one.",
+            autocompletion=complete_method,
         ),
     ] = None,
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="The recipe's file; - is standard output.")
+        Path,
+        typer.Option(
+            "--output", "-o", metavar="FILE", help="Write the recipe to FILE; - is standard output."
+        ),
     ] = Path("recipe.yaml"),
-    yes: Annotated[bool, switch("--yes", "Ask nothing.")] = False,
+    yes: Annotated[bool, switch("--yes", "Do not ask questions.")] = False,
     overwrite: Annotated[bool, switch("--overwrite", "Replace an existing file.")] = False,
     headers_only: Annotated[
-        bool, switch("--headers-only", "Do not read weights, however small they are.")
+        bool, switch("--headers-only", "Read no weights, even of small models.")
     ] = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Write a first recipe: look at the models, propose a method, say why."""
+    """Write a first recipe: inspect the models, propose a method and give the reasons."""
     from merge_cli import console
     from merge_cli.drafting import scaffold as drafting
     from merge_cli.drafting.scaffold import draftable

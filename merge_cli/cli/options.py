@@ -7,38 +7,91 @@ from typing import Annotated, Any
 
 import typer
 
+from merge_cli.cli.help import EVALUATION, MERGEKIT, RESOURCES
+
 RecipeArgument = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="The recipe's file; - reads standard input.")
+    str, typer.Argument(metavar="RECIPE", help="The recipe file; - reads standard input.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 SeedOption = Annotated[
-    int | None, typer.Option("--seed", "--random-seed", help="Instead of the recipe's seed.", min=0)
+    int | None,
+    typer.Option(
+        "--seed",
+        "--random-seed",
+        metavar="N",
+        help="Override the recipe's seed (also --random-seed).",
+        min=0,
+    ),
 ]
-ShardOption = Annotated[str, typer.Option(help="Bytes of tensors in one output file.")]
-MemoryOption = Annotated[str, typer.Option(help="What the whole process should stay under.")]
+ShardOption = Annotated[
+    str, typer.Option(metavar="SIZE", help="Largest size of an output weights file.")
+]
+MemoryOption = Annotated[
+    str,
+    typer.Option(
+        metavar="SIZE",
+        help="Keep the whole process under this much memory.",
+        rich_help_panel=RESOURCES,
+    ),
+]
 ThreadsOption = Annotated[
     int | None,
-    typer.Option("--threads", "--num-threads", "-j", min=1, help="Default: every usable core."),
+    typer.Option(
+        "--threads",
+        "--num-threads",
+        "-j",
+        metavar="N",
+        min=1,
+        help="Use N threads (also --num-threads). Default: one for each usable core.",
+        rich_help_panel=RESOURCES,
+    ),
 ]
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+DeviceOption = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="Compute on auto, cpu, cuda or cuda:N.",
+        rich_help_panel=RESOURCES,
+    ),
+]
 QuietOption = Annotated[
-    bool, typer.Option("--quiet", "-q", help="Only errors.", show_default=False)
+    bool, typer.Option("--quiet", "-q", help="Print errors only.", show_default=False)
 ]
 DataOption = Annotated[
-    list[Path] | None, typer.Option("--data", help="Text to measure the loss on; may be repeated.")
+    list[Path] | None,
+    typer.Option(
+        "--data",
+        metavar="FILE",
+        help="Measure the loss on this text. Repeatable.",
+        rich_help_panel=EVALUATION,
+    ),
 ]
 EvalOption = Annotated[
-    Path | None, typer.Option("--eval", help="An evaluation file with tasks (docs/evaluate.md).")
+    Path | None,
+    typer.Option(
+        "--eval",
+        metavar="FILE",
+        help="Run the tasks of this evaluation file (docs/evaluate.md).",
+        rich_help_panel=EVALUATION,
+    ),
 ]
 GateOption = Annotated[
     list[str] | None,
-    typer.Option("--gate", help="Exit with 5 unless it holds: 'math.loss<=2.1'. May be repeated."),
+    typer.Option(
+        "--gate",
+        metavar="RULE",
+        help="Exit with code 5 unless RULE holds: 'math.loss<=2.1'. Repeatable.",
+        rich_help_panel=EVALUATION,
+    ),
 ]
 NoWorseOption = Annotated[
     list[str] | None,
     typer.Option(
         "--require-no-worse-than",
-        help="Exit with 5 if worse than a model: base:japanese.loss, or with a margin, +2%.",
+        metavar="RULE",
+        help="Exit with code 5 if the model is worse than another one: "
+        "base:japanese.loss, or with a margin, base:japanese.loss+2%. Repeatable.",
+        rich_help_panel=EVALUATION,
     ),
 ]
 AllOption = Annotated[bool, typer.Option("--all", help="Show every tensor.")]
@@ -52,14 +105,16 @@ def complete_method(incomplete: str) -> list[tuple[str, str]]:
     return [(name, get_method(name).summary) for name in found]
 
 
-def switch(name: str, text: str) -> Any:
+def switch(name: str, text: str, panel: str | None = None) -> Any:
     """A flag that is off unless given; one of mergekit's has its `--no-` twin in the name."""
-    return typer.Option(name, help=text, show_default=False)
+    return typer.Option(name, help=text, show_default=False, rich_help_panel=panel)
 
 
-def mergekit(text: str, *names: str) -> Any:
+def mergekit(text: str, *names: str, metavar: str | None = None) -> Any:
     """A flag of mergekit-yaml that is honoured."""
-    return typer.Option(*names, help=text, rich_help_panel="mergekit's flags", show_default=False)
+    return typer.Option(
+        *names, metavar=metavar, help=text, rich_help_panel=MERGEKIT, show_default=False
+    )
 
 
 def unneeded(name: str) -> Any:

@@ -12,27 +12,35 @@ from merge_cli.cli.options import JsonOption, QuietOption, switch
 
 
 def push(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder of a merged model.")],
-    repo: Annotated[str, typer.Argument(metavar="REPO", help="owner/name on the Hub.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder of the merged model.")],
+    repo: Annotated[
+        str, typer.Argument(metavar="REPO", help="The repository on the Hub: owner/name.")
+    ],
     public: Annotated[
-        bool, switch("--public", "Everybody may read it; without this it is private.")
+        bool, switch("--public", "Let everybody read a new repository. Default: private.")
     ] = False,
     branch: Annotated[
-        str, typer.Option("--branch", "--revision", help="The branch; made if it does not exist.")
+        str,
+        typer.Option(
+            "--branch",
+            "--revision",
+            metavar="NAME",
+            help="Push to this branch, and create it if needed (also --revision).",
+        ),
     ] = "main",
     message: Annotated[
-        str | None, typer.Option("--message", "-m", help="The commit's message.")
+        str | None, typer.Option("--message", "-m", metavar="TEXT", help="The commit message.")
     ] = None,
     overwrite: Annotated[
-        bool, switch("--overwrite", "Replace another model that is there.")
+        bool, switch("--overwrite", "Replace another model in the repository.")
     ] = False,
     dry_run: Annotated[
-        bool, switch("--dry-run", "Show files, sizes and the card; ask and touch nothing.")
+        bool, switch("--dry-run", "Show files, sizes and the model card; upload nothing.")
     ] = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Upload a merged model to the Hugging Face Hub, with its card; resumes when interrupted."""
+    """Upload a merged model and its card to the Hugging Face Hub. Interrupted uploads resume."""
     from merge_cli import console
     from merge_cli.console import uploads
     from merge_cli.publishing.package import pack

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from merge_cli.cli.help import EVALUATION
 from merge_cli.cli.options import (
     AllOption,
     DataOption,
@@ -31,76 +32,116 @@ if TYPE_CHECKING:
     from merge_cli.evaluation.quality_check import QualityCheck
     from merge_cli.recipe.schema import Recipe
 
+TUNING = "Tuning"
+
 
 def run(
     recipe: RecipeArgument,
-    out: Annotated[Path | None, typer.Argument(metavar="OUT", help="The folder to write.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="OUT", help="The folder to write. Must not exist, or give --overwrite."
+        ),
+    ] = None,
     device: DeviceOption = "auto",
     threads: ThreadsOption = None,
     max_memory: MemoryOption = "1.25GB",
     shard_size: ShardOption = "5GB",
     seed: SeedOption = None,
     overwrite: Annotated[bool, switch("--overwrite", "Replace an existing OUT.")] = False,
-    fresh: Annotated[bool, switch("--fresh", "Do not resume an interrupted run.")] = False,
+    fresh: Annotated[bool, switch("--fresh", "Start over instead of resuming.")] = False,
     keep_stages: Annotated[
-        bool, switch("--keep-stages", "Leave what a recipe's other documents make in OUT.stages.")
+        bool,
+        switch("--keep-stages", "Keep the models of a recipe's other documents in OUT.stages."),
     ] = False,
     dry_run: Annotated[bool, switch("--dry-run", "Show the plan and stop.")] = False,
-    no_stats: Annotated[bool, switch("--no-stats", "Do not measure the sources.")] = False,
-    fsync: Annotated[bool, switch("--fsync", "Wait for the disk before publishing.")] = False,
+    no_stats: Annotated[
+        bool, switch("--no-stats", "Leave the statistics of the sources out of the report.")
+    ] = False,
+    fsync: Annotated[
+        bool, switch("--fsync", "Write to the disk before OUT appears; slower.")
+    ] = False,
     allow_non_finite: Annotated[
-        bool, switch("--allow-non-finite", "Merge NaN and Inf as they are.")
+        bool, switch("--allow-non-finite", "Merge weights that are NaN or Inf.")
     ] = False,
     trust_remote_code: Annotated[
         bool,
         switch(
             "--trust-remote-code/--no-trust-remote-code",
-            "Copy the donor's Python files; nothing is run.",
+            "Copy the Python files of the config's model. They are not run.",
         ),
     ] = False,
     require_improvement: Annotated[
-        bool, switch("--require-improvement", "Fail if learning beats no static merge.")
+        bool,
+        switch(
+            "--require-improvement",
+            "Exit with code 5 if a learned or searched merge beats no simple one.",
+            EVALUATION,
+        ),
     ] = False,
     tune: Annotated[
         list[str] | None,
-        typer.Option(help="Find a number of the method on data: lambda=0:1. May be repeated."),
+        typer.Option(
+            metavar="RANGE",
+            help="Choose a parameter by its loss on --tune-on: lambda=0:1. Repeatable.",
+            rich_help_panel=TUNING,
+        ),
     ] = None,
     tune_on: Annotated[
-        list[Path] | None, typer.Option(help="Text whose loss --tune makes small; repeatable.")
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            help="Text on which --tune minimizes the loss. Repeatable.",
+            rich_help_panel=TUNING,
+        ),
     ] = None,
-    tune_evaluations: Annotated[int, typer.Option(help="Merges that --tune tries.", min=1)] = 12,
+    tune_evaluations: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            help="Number of values that --tune tries.",
+            min=1,
+            rich_help_panel=TUNING,
+        ),
+    ] = 12,
     eval_file: EvalOption = None,
     data: DataOption = None,
     gate: GateOption = None,
     no_worse: NoWorseOption = None,
     as_json: JsonOption = False,
     quiet: Annotated[
-        bool, typer.Option("--quiet/--no-quiet", "-q", help="Only errors.", show_default=False)
+        bool,
+        typer.Option("--quiet/--no-quiet", "-q", help="Print errors only.", show_default=False),
     ] = False,
     cuda: Annotated[
-        bool | None, mergekit("The same as --device cuda, or cpu.", "--cuda/--no-cuda")
+        bool | None, mergekit("Short for --device cuda, or --device cpu.", "--cuda/--no-cuda")
     ] = None,
     gpu_rich: Annotated[
-        bool | None, mergekit("The same as --cuda.", "--gpu-rich/--no-gpu-rich")
+        bool | None, mergekit("Short for --cuda.", "--gpu-rich/--no-gpu-rich")
     ] = None,
     out_shard_size: Annotated[
-        str | None, mergekit("--shard-size as mergekit writes it (5B).", "--out-shard-size")
+        str | None,
+        mergekit("--shard-size in mergekit's units (5B).", "--out-shard-size", metavar="SIZE"),
     ] = None,
     copy_tokenizer: Annotated[
-        bool, mergekit("Copy the tokenizer.", "--copy-tokenizer/--no-copy-tokenizer")
+        bool, mergekit("Do not write tokenizer files.", "--copy-tokenizer/--no-copy-tokenizer")
     ] = True,
     write_model_card: Annotated[
-        bool, mergekit("Write README.md.", "--write-model-card/--no-write-model-card")
+        bool,
+        mergekit(
+            "Do not write README.md, the model card.", "--write-model-card/--no-write-model-card"
+        ),
     ] = True,
     unsafe_truncate_embeddings: Annotated[
         bool,
         mergekit(
-            "Cut vocabularies to the smallest, whatever its tokens are.",
+            "Cut every vocabulary to the size of the smallest.",
             "--unsafe-truncate-embeddings/--no-unsafe-truncate-embeddings",
         ),
     ] = False,
     transformers_cache: Annotated[
-        str | None, mergekit("Where models of the Hub are kept.", "--transformers-cache")
+        str | None,
+        mergekit("Keep downloads in this folder.", "--transformers-cache", metavar="FOLDER"),
     ] = None,
     lazy_unpickle: Annotated[bool | None, unneeded("lazy-unpickle")] = None,
     allow_crimes: Annotated[bool | None, unneeded("allow-crimes")] = None,
@@ -115,7 +156,7 @@ def run(
     lora_merge_dtype: Annotated[str | None, typer.Option(hidden=True)] = None,
     verbose: Annotated[int, typer.Option("--verbose", "-v", count=True, hidden=True)] = 0,
 ) -> None:
-    """Merge: the whole job, from a recipe to a model with a report."""
+    """Run a recipe: write the merged model, its model card and a report."""
     from merge_cli import console
     from merge_cli.cli import mergekit_flags
     from merge_cli.planning.planner import load_recipe
@@ -234,7 +275,7 @@ def plan(
     every: AllOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what a merge would do, from headers alone: tensors, bytes, memory, every problem."""
+    """Show what a recipe would do and every problem in it, without reading weights."""
     from merge_cli import console
     from merge_cli.engine.options import MergeOptions
     from merge_cli.planning.planner import load_recipe

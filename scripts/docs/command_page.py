@@ -15,8 +15,9 @@ def command_page() -> str:
     lines = [
         "# Commands",
         "",
-        "Exit codes: 0 done; 1 unexpected; 2 recipe or usage; 3 an input model or data file; "
-        "4 disk, memory or device; 5 a quality gate; 130 interrupted: the same command resumes.",
+        "Exit codes: 0 done; 1 unexpected error; 2 a mistake in the recipe or the command; 3 an "
+        "input model or data file; 4 disk, memory or device; 5 a quality gate; 130 interrupted. "
+        "After an interruption the same command resumes ([more](running.md)).",
         "",
     ]
     for name, command in group.commands.items():
@@ -39,12 +40,13 @@ def command_page() -> str:
 
 
 def _usage(name: str, command: Any) -> str:
-    arguments = [
-        one.metavar or (one.name.upper() if one.required else f"[{one.name.upper()}]")
-        for one in command.params
-        if one.param_type_name == "argument"
-    ]
+    arguments = [_argument(one) for one in command.params if one.param_type_name == "argument"]
     return " ".join(["merge-cli", name, *arguments, "[OPTIONS]"])
+
+
+def _argument(argument: Any) -> str:
+    name = (argument.metavar or argument.name.upper()) + "..." * (argument.nargs != 1)
+    return name if argument.required else f"[{name}]"
 
 
 def _row(option: Any) -> str:

@@ -36,11 +36,11 @@ def method_page(method: Method) -> str:
         lines += [_row(parameter) for parameter in method.parameters.values()]
         lines += [""]
     if method.learns:
-        lines += ["How it learns is set under `training`: [learned coefficients](../dam.md).", ""]
+        lines += ["Options under `training`: [learned coefficients](../dam.md).", ""]
     if method.gathers:
-        lines += ["How examples are looked at: [statistics](../statistics.md).", ""]
+        lines += ["Options under `statistics`: [statistics of examples](../statistics.md).", ""]
     if method.searches:
-        lines += ["What is searched and scored: [searching](../evolve.md).", ""]
+        lines += ["Options under `search` and `objective`: [searches](../evolve.md).", ""]
     example = example_recipe({method.name, *method.aliases})
     if example:
         name, recipe = example
