@@ -248,7 +248,7 @@ def test_questions_are_asked_until_they_are_answered() -> None:
     ask, _ = asked("\n\nn\n")
     assert ask.method("soup", ["soup", "ties"]) == "soup"
     assert ask.path(Path("recipe.yaml")) == Path("recipe.yaml")
-    assert not ask.agrees("Write this?")
+    assert not ask.confirm("Write this?")
 
 
 def on_terminal(folder: Path, answers: str, *arguments: str) -> tuple[int, str]:
