@@ -109,6 +109,6 @@ def _settled(
             method = None
             continue
         ask.show(written.text)
-        if ask.agrees("Write this? No: choose again"):
+        if ask.confirm("Write this? No: choose again"):
             return written, place
         method = None
