@@ -188,7 +188,7 @@ def test_unreachable_hub_falls_back_to_the_cache(hub: HubServer, tmp_path: Path)
 def test_interrupted_download_continues(
     hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hub_download, "_WRITTEN", 100_000)
+    monkeypatch.setattr(hub_download, "_NETWORK_BLOCK", 100_000)
     hub.add("org/m", big_model(tmp_path / "big"))
     model = open_hub("org/m")
     name = "model-00001-of-00002.safetensors"

@@ -234,7 +234,7 @@ def test_no_token_no_right_no_connection(
     hub.stop()
     with pytest.raises(HubError, match="cannot be reached") as raised:
         merge_cli.push(merged, "org/m")
-    assert "what is uploaded is kept" in raised.value.hint
+    assert "the upload resumes" in raised.value.hint
 
 
 def test_a_hub_in_trouble(
@@ -246,7 +246,7 @@ def test_a_hub_in_trouble(
     logged_in.fail(503, times=99, path=second)
     with pytest.raises(HubError, match="status 503") as raised:
         merge_cli.push(large, "org/large")
-    assert "what is uploaded is kept" in raised.value.hint
+    assert "the upload resumes" in raised.value.hint
     assert len(logged_in.objects) == 1
     logged_in.heal()
     assert merge_cli.push(large, "org/large").changed

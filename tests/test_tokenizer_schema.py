@@ -149,7 +149,7 @@ def test_names_that_the_hub_has() -> None:
         ("~nosuchuser/model", SourceError, "no such folder"),
         ("./" + "x" * 300, SourceError, "no such folder"),
         ("org/a@..", HubError, "'..' is not the name of a branch, a tag or a commit"),
-        ("hf://../x", HubError, "not a valid name on the Hub"),
+        ("hf://../x", HubError, "not a name that the Hub has"),
     ],
 )
 def test_models_that_cannot_be(

@@ -247,7 +247,7 @@ class _Alignment:
         return with_rows
 
     def _source_index(self, word: str) -> int:
-        """The source that `base` or a model's name means; for others, the number of sources."""
+        """The source that `base` or a model's name means; for others, their count."""
         if word == BASE:
             if self._base is None:
                 label = self._sources[self._config_index].label

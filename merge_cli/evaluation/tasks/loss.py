@@ -1,4 +1,4 @@
-"""Held-out loss: what a model pays for text that it has not seen."""
+"""The task `loss`: negative log-likelihood of held-out text."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from merge_cli.evaluation.forward import Window, add_up, forward, require_finite
 from merge_cli.evaluation.live import LiveModel
 from merge_cli.evaluation.result import Metric, TaskResult
 from merge_cli.evaluation.rows import Row, encode, read_rows
-from merge_cli.evaluation.task import DataTask, Tell, cut_note, option
+from merge_cli.evaluation.task import DataTask, OnProgress, cut_note, option
 from merge_cli.evaluation.tokens import Encoded, row_start
 
 
@@ -29,12 +29,12 @@ class LossTask(DataTask):
         least=1,
     )
 
-    def score(self, live: LiveModel, tell: Tell) -> TaskResult:
+    def score(self, live: LiveModel, on_progress: OnProgress) -> TaskResult:
         import torch
 
         rows, encoded, items = text_windows(self, live, self.stride)
         nats = torch.zeros(len(rows), dtype=torch.float64)
-        for batch in forward(live, items, tell):
+        for batch in forward(live, items, on_progress):
             losses = torch.nn.functional.cross_entropy(
                 batch.logits, batch.targets, reduction="none"
             )
@@ -61,7 +61,7 @@ class LossTask(DataTask):
 
 
 def _bytes(row: Encoded) -> int:
-    """Bytes of the text that is predicted: all but a first token that nothing comes before."""
+    """Bytes of the predicted text: all but a first token, which nothing predicts."""
     return max(len(row.text.encode()), 1) if len(row.ids) > row.first else 0
 
 
@@ -77,13 +77,13 @@ def text_windows(
 ) -> tuple[list[Row], list[Encoded], list[Window]]:
     """The rows, their tokens, and the windows to run.
 
-    A row without anything to predict stays, with a weight of 0, so that two models' rows pair.
+    A row without tokens to predict has a weight of 0, so that rows of two models stay paired.
 
     Args:
         length: tokens of a window; default the model's context.
 
     Raises:
-        SourceError: no row has anything to predict, or one has a token that the model lacks.
+        SourceError: no row has tokens to predict, or one has a token that the model lacks.
     """
     length = length or live.max_length
     rows = task.sample(read_rows(task.data), live.seed)
