@@ -115,7 +115,7 @@ def test_nothing_is_overwritten(family: Family, tmp_path: Path) -> None:
 
 def test_refusals(family: Family, tmp_path: Path) -> None:
     out = ["-o", tmp_path / "r.yaml"]
-    failed(cli("init", *out), 2, "which models? --model is missing")
+    failed(cli("init", *out), 2, "--model is missing")
     failed(cli("init", *out, *flags(family, "a", "b"), "--method", "tie"), 2, "Did you mean 'ties'")
     failed(cli("init", *out, *flags(family, "a", "b"), "--method", "dam"), 2, "needs data to learn")
     no_base = flags(family, "a", "b", base=False)

@@ -1,4 +1,4 @@
-"""Arguments and options that several verbs share."""
+"""Arguments and options that several commands share."""
 
 from __future__ import annotations
 
@@ -45,23 +45,23 @@ AllOption = Annotated[bool, typer.Option("--all", help="Show every tensor.")]
 
 
 def complete_method(incomplete: str) -> list[tuple[str, str]]:
-    """Methods whose names begin like that, for the shell, each with what it does."""
+    """Methods whose names begin like that, with their summaries, for the shell."""
     from merge_cli.methods.registry import get_method, method_names
 
-    found = [name for name in method_names() if name.startswith(incomplete)]
-    return [(name, get_method(name).summary) for name in found]
+    names = [name for name in method_names() if name.startswith(incomplete)]
+    return [(name, get_method(name).summary) for name in names]
 
 
 def switch(name: str, text: str) -> Any:
-    """A flag that is off unless given; one of mergekit's has its `--no-` twin in the name."""
+    """A flag that is off by default; a flag of mergekit has its `--no-` form in the name."""
     return typer.Option(name, help=text, show_default=False)
 
 
 def mergekit(text: str, *names: str) -> Any:
-    """A flag of mergekit-yaml that is honoured."""
+    """A flag of mergekit-yaml that works."""
     return typer.Option(*names, help=text, rich_help_panel="mergekit's flags", show_default=False)
 
 
 def unneeded(name: str) -> Any:
-    """A flag of mergekit-yaml that is answered in one line (`mergekit_flags`); None: not given."""
+    """A flag of mergekit-yaml without effect (`mergekit_flags`); None: not given."""
     return typer.Option(f"--{name}/--no-{name}", hidden=True)

@@ -9,9 +9,9 @@ JSON lines (.jsonl, .json), a row each:
 and plain text (.txt, .md), whose one row is the file. A field that is `null` is absent.
 
 A search or training must be judged on rows that it has not seen. Files and lines do not decide
-that: one file may be named twice, or have a row twice. Rows are the same where their texts are, apart
-from white space and the way in which Unicode composes characters; other fields (ids, sources) do
-not count.
+that: one file may be named twice, or have a row twice. Rows are the same where their texts are,
+apart from white space and the way in which Unicode composes characters; other fields (ids, sources)
+do not count.
 """
 
 from __future__ import annotations
