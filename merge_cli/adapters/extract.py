@@ -351,7 +351,7 @@ def _config(
         base=base.hub.repo_id if base.hub else str(base.root.resolve()),
         revision=base.revision,
         transposed=transposed,
-        whole=list(modules),
+        saved=list(modules),
         biases=any(_is_bias(parameters[task.name]) for task in saved),
         task_type=skeleton.task_type,
         parameters=adapter.parameters,

@@ -26,6 +26,9 @@ _ROUNDING = 1e-14  # of the largest eigenvalue: anything smaller is rounding
 _EXTRA_DIRECTIONS, _POWER_ITERATIONS = 16, 6
 _SUBSPACE_SHARE = 4  # the subspace is used where it has at most one in four of all directions
 _CHUNK = 2**21  # elements of the matrix that are held in float64 at once
+_MEMORY_SHARE = 0.5  # of the free memory
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -165,11 +168,6 @@ def _plain(matrix: Any) -> Any:
     if isinstance(matrix, torch.Tensor):
         matrix = matrix.to("cpu", torch.float32).numpy()
     return np.ascontiguousarray(matrix)
-
-
-_MEMORY_SHARE = 0.5  # of the free memory
-T = TypeVar("T")
-R = TypeVar("R")
 
 
 def threads_for(shapes: Iterable[Sequence[int]], requested: int | None = None) -> int:

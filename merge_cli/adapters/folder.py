@@ -142,7 +142,7 @@ def adapter_config(
     base: str | None,
     revision: str | None = None,
     transposed: bool = False,
-    whole: Sequence[str] = (),
+    saved: Sequence[str] = (),
     biases: bool = False,
     task_type: str | None = None,
     parameters: Mapping[str, int] | None = None,
@@ -153,7 +153,7 @@ def adapter_config(
     Args:
         ranks: by the modules' full names.
         base: the model that the adapter belongs to.
-        whole: modules that the adapter replaces.
+        saved: modules that the adapter replaces.
         biases: whether it replaces biases.
         parameters: ranks of experts' parameters, by their full names.
         version: of PEFT, which decides how experts' factors are ordered.
@@ -180,7 +180,7 @@ def adapter_config(
         "target_modules": list(ranks),
         "rank_pattern": other,
         "alpha_pattern": other,
-        "modules_to_save": list(whole) or None,
+        "modules_to_save": list(saved) or None,
         **({"target_parameters": list(stacks), "peft_version": version} if stacks else {}),
     }
 

@@ -191,7 +191,7 @@ def _report(
     plan: Plan, fingerprints: tuple[str, ...], merged: dict[str, Factors], size: int, text: str
 ) -> dict[str, Any]:
     squares = sum(factors.squares for factors in merged.values())
-    kept = sum(factors.share * factors.squares for factors in merged.values())
+    held = sum(factors.share * factors.squares for factors in merged.values())
     return {
         "merge_cli": version("merge-cli"),
         "recipe": {"method": plan.recipe.merge_method, "text": text},
@@ -207,7 +207,7 @@ def _report(
         "notes": list(plan.notes),
         "adapter": {
             "bytes": size,
-            "share": kept / squares if squares else 1.0,
+            "share": held / squares if squares else 1.0,
             "modules": {
                 name: {"rank": factors.rank, "share": factors.share}
                 for name, factors in merged.items()

@@ -22,6 +22,14 @@ from merge_cli.recipe.reference import local_folder, parse_reference
 from merge_cli.recipe.schema import Recipe, SourceSpec
 from merge_cli.sources.source import Source
 
+_RESIZED = (
+    "Factors are of one shape: give both one vocabulary first, by a passthrough of the fine-tune "
+    "with `base_model` and `tokenizer_source: base`, and extract from its result."
+)
+# `linear` stores [out, in], `conv1d` (GPT-2's) [in, out]; `leaf` is any other module without
+# modules inside, `inner` a module with some.
+Kind = Literal["linear", "conv1d", "embedding", "leaf", "inner"]
+
 
 def plan_pair(model: str, base: str) -> Plan:
     """Pair the tensors of base and fine-tune, from headers.
@@ -49,17 +57,6 @@ def _without_recipe(problems: Sequence[Problem]) -> Iterator[Problem]:
     for problem in problems:
         resized = "tokenizer_source" in problem.hint
         yield replace(problem, hint=_RESIZED) if resized else problem
-
-
-_RESIZED = (
-    "Factors are of one shape: give both one vocabulary first, by a passthrough of the fine-tune "
-    "with `base_model` and `tokenizer_source: base`, and extract from its result."
-)
-
-
-# `linear` stores [out, in], `conv1d` (GPT-2's) [in, out]; `leaf` is any other module without
-# modules inside, `inner` a module with some.
-Kind = Literal["linear", "conv1d", "embedding", "leaf", "inner"]
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ SLERP = Suggestion(
     EXPERIMENTS,
 )
 _LEFT_OUT = ("unrelated", "vocabulary", "equals_base")  # models that a recipe leaves out
+_WIDTH = 96
 
 
 def advise(evidence: Evidence, findings: Sequence[Finding], recipe: Recipe) -> Advice:
@@ -257,9 +258,6 @@ def _numbers(values: Sequence[float]) -> str:
 
 def _percent(share: float | None) -> str:
     return "unknown" if share is None else f"{100 * share:.3g} %"
-
-
-_WIDTH = 96
 
 
 def recipe_text(analysis: Analysis, folder: Path) -> str:

@@ -23,6 +23,10 @@ from merge_cli.tokenizer.files import Tokenizer
 # `mlp.gate.weight`, `block_sparse_moe.gate.weight`, `mlp.router.weight`: and not `gate_proj`.
 _ROUTER = re.compile(r"(^|\.)(gate|router|router\.layer|gate\.wg|router\.classifier)\.weight$")
 _MAX_EXPERTS = 4096
+# They say who wrote the file, or how it was loaded, and nothing about the model.
+_IGNORED_KEYS = frozenset(("_name_or_path", "name_or_path", "transformers_version", "use_cache"))
+ABSENT = "(absent)"
+_EXAMPLES = 5
 
 
 @dataclass(frozen=True)
@@ -91,11 +95,6 @@ def _moved_rows(
         yield name, len(nearest), moved
 
 
-# They say who wrote the file, or how it was loaded, and nothing about the model.
-_IGNORED_KEYS = frozenset(("_name_or_path", "name_or_path", "transformers_version", "use_cache"))
-ABSENT = "(absent)"
-
-
 @dataclass(frozen=True)
 class KeyDifference:
     """A key of config.json, dotted where nested, and each model's value, the base first."""
@@ -141,9 +140,6 @@ def _text(value: Any, most: int = 60) -> str:
         "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
     )
     return text if len(text) <= most else f"{text[: most - 1]}…"
-
-
-_EXAMPLES = 5
 
 
 @dataclass(frozen=True)

@@ -205,9 +205,9 @@ def _concentrated(evidence: Evidence, total: Measures) -> Iterator[Finding]:
         if kind.name not in ("embedding", "head"):
             continue
         shares = {
-            name: (part / whole) ** 2
-            for name, part, whole in zip(evidence.models, kind.norm, total.norm, strict=True)
-            if part and whole and (part / whole) ** 2 >= CONCENTRATED
+            name: (part / total_norm) ** 2
+            for name, part, total_norm in zip(evidence.models, kind.norm, total.norm, strict=True)
+            if part and total_norm and (part / total_norm) ** 2 >= CONCENTRATED
         }
         if shares:
             share = ", ".join(f"{name} {100 * value:.3g} %" for name, value in shares.items())

@@ -50,6 +50,10 @@ from merge_cli.system.raw_io import FilePool
 
 TOP_SHARE = 0.01  # of a tensor's elements: its largest changes
 _SAMPLE = 131_072  # elements that the threshold is estimated from; all of a smaller tensor
+SIDE = 256  # rows and columns of a sample, at most
+_PER_KIND = 3  # matrices of a kind
+_MIN_SIDE = 16  # rows and columns of a matrix that is sampled
+_WINDOW = 65_536  # columns to choose from: any worker's buffers hold them
 
 
 @dataclass(frozen=True)
@@ -184,12 +188,6 @@ def _non_finite(operands: Sequence[Any], task: TensorTask, start: int) -> NonFin
     hint = "No distance to such a model has a meaning: replace the file."
     file = tensor.stored[0].path.name
     return NonFiniteError(message, model=tensor.model, file=file, tensor=tensor.name, hint=hint)
-
-
-SIDE = 256  # rows and columns of a sample, at most
-_PER_KIND = 3  # matrices of a kind
-_MIN_SIDE = 16  # rows and columns of a matrix that is sampled
-_WINDOW = 65_536  # columns to choose from: any worker's buffers hold them
 
 
 @dataclass(frozen=True)

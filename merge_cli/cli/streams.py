@@ -28,6 +28,25 @@ if TYPE_CHECKING:
 
 
 _HINT = "What the command has written to files is complete."
+DEBUG = "MERGE_CLI_DEBUG"
+_MEMORY = "Give it less: a lower --max-memory, fewer --threads, smaller batches."
+_LIBRARIES = ("numpy", "numba", "torch", "transformers", "huggingface_hub", "safetensors")
+_TOKEN = re.compile(r"\bhf_\w{4,}")
+# Errors of the system: (message, hint).
+_SYSTEM_ERRORS = {
+    errno.ENOSPC: ("the disk is full", "Free some space."),
+    errno.EDQUOT: ("the quota of the disk is used up", "Free some space."),
+    errno.EFBIG: ("a file would be larger than the system allows", "See: ulimit -f."),
+    errno.EROFS: ("the file system can only be read", "Choose another folder."),
+    errno.EACCES: ("permission denied", "Check who may read and write it."),
+    errno.EPERM: ("not permitted", "Check who may read and write it."),
+    errno.EIO: ("the disk cannot be read or written", "Check the disk, and the system's log."),
+    errno.ESTALE: ("the file has gone from its server", "Try again."),
+    errno.ENOMEM: ("memory ran out", _MEMORY),
+    errno.EMFILE: ("too many files are open", "Raise the limit: ulimit -n."),
+    errno.ENFILE: ("too many files are open on this machine", "Try again later."),
+    errno.EAGAIN: ("no more processes can be started", "Raise the limit: ulimit -u."),
+}
 
 
 class ReaderGone(Exception):
@@ -101,27 +120,6 @@ def _text(raw: io.FileIO, before: TextIO | None, errors: str) -> TextIO:
         before.flush()
     lines = raw.isatty() or errors == "backslashreplace"
     return io.TextIOWrapper(io.BufferedWriter(raw), encoding, errors, line_buffering=lines)
-
-
-DEBUG = "MERGE_CLI_DEBUG"
-_MEMORY = "Give it less: a lower --max-memory, fewer --threads, smaller batches."
-_LIBRARIES = ("numpy", "numba", "torch", "transformers", "huggingface_hub", "safetensors")
-_TOKEN = re.compile(r"\bhf_\w{4,}")
-# Errors of the system: (message, hint).
-_SYSTEM_ERRORS = {
-    errno.ENOSPC: ("the disk is full", "Free some space."),
-    errno.EDQUOT: ("the quota of the disk is used up", "Free some space."),
-    errno.EFBIG: ("a file would be larger than the system allows", "See: ulimit -f."),
-    errno.EROFS: ("the file system can only be read", "Choose another folder."),
-    errno.EACCES: ("permission denied", "Check who may read and write it."),
-    errno.EPERM: ("not permitted", "Check who may read and write it."),
-    errno.EIO: ("the disk cannot be read or written", "Check the disk, and the system's log."),
-    errno.ESTALE: ("the file has gone from its server", "Try again."),
-    errno.ENOMEM: ("memory ran out", _MEMORY),
-    errno.EMFILE: ("too many files are open", "Raise the limit: ulimit -n."),
-    errno.ENFILE: ("too many files are open on this machine", "Try again later."),
-    errno.EAGAIN: ("no more processes can be started", "Raise the limit: ulimit -u."),
-}
 
 
 def debugging() -> bool:

@@ -22,6 +22,9 @@ from merge_cli.system.raw_io import replace_file, write_error
 from merge_cli.system.records import read_lines, seal
 from merge_cli.system.untrusted import read_mapping
 
+_RAPL = Path("/sys/class/powercap")
+Reading = tuple[float, float]  # joules so far, and where the counter wraps (0: never)
+
 
 @dataclass(frozen=True)
 class MergeCost:
@@ -73,10 +76,10 @@ class CostLog:
     def cost(self, merge: str, folder: Path) -> MergeCost:
         """The cost of a finished merge, from its attempts and its report."""
         attempts = [attempt for attempt in self._attempts if attempt["merge"] == merge]
-        whole = read_mapping(folder / "merge_report.json", merge)
-        merge_cost, learning = whole["cost"], whole.get("training", {}).get("cost", {})
-        searching = whole.get("search", {}).get("cost", {})
-        calibration = whole.get("gathered", {}).get("cost", {})
+        document = read_mapping(folder / "merge_report.json", merge)
+        merge_cost, learning = document["cost"], document.get("training", {}).get("cost", {})
+        searching = document.get("search", {}).get("cost", {})
+        calibration = document.get("gathered", {}).get("cost", {})
         energies = [attempt["joules"] for attempt in attempts]
         metered = bool(energies) and None not in energies
         return MergeCost(
@@ -136,9 +139,6 @@ def run_merge(recipe: Path, out: Path, options: Sequence[str], cost_log: CostLog
         raise error
 
 
-_RAPL = Path("/sys/class/powercap")
-
-
 class EnergyMeter:
     """Measures energy from its creation to `joules`."""
 
@@ -151,9 +151,6 @@ class EnergyMeter:
         if not self._began or ended.keys() != self._began.keys():
             return None
         return sum(_difference(self._began[meter], ended[meter]) for meter in ended)
-
-
-Reading = tuple[float, float]  # joules so far, and where the counter wraps (0: never)
 
 
 def _difference(began: Reading, ended: Reading) -> float:

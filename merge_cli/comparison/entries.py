@@ -11,6 +11,11 @@ import yaml
 
 from merge_cli.sources.source import Source
 
+SOUP = "uniform soup"
+TASK_ARITHMETIC = "task arithmetic 0.4"
+# The TIES paper's lambda for task arithmetic without validation data (arXiv:2306.01708, section 6).
+_LAMBDA = 0.4
+
 
 class EntryNames:
     """Gives unique names. `base` and the names of baselines are reserved.
@@ -46,12 +51,6 @@ class EntryNames:
 
 def _forms(source: Source) -> list[str]:
     return [source.label.rstrip("/").rpartition("/")[2], source.label, str(source.root)]
-
-
-SOUP = "uniform soup"
-TASK_ARITHMETIC = "task arithmetic 0.4"
-# The TIES paper's lambda for task arithmetic without validation data (arXiv:2306.01708, section 6).
-_LAMBDA = 0.4
 
 
 def baseline_recipes(

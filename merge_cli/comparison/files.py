@@ -66,7 +66,7 @@ def _model(comparison: Comparison, entry: ModelEntry) -> dict[str, Any]:
         "name": name,
         "role": entry.role,
         "method": entry.method,
-        "place": entry.place,
+        "place": entry.location,
         "digest": entry.evaluation.digest,
         "scores": {task: _score(comparison.scores[name, task]) for task in comparison.tasks},
         "normalised": {

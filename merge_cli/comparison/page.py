@@ -44,6 +44,9 @@ from merge_cli.report.page import (
 
 Json = Mapping[str, Any]
 _ROLES = {"base": "base", "source": "a source", "baseline": "a baseline", "recipe": "a recipe"}
+_MARK = "M-4.2 0a4.2 4.2 0 1 0 8.4 0a4.2 4.2 0 1 0-8.4 0z"
+_PLOT_WIDTH = 330  # px of a plot without its labels
+_ROW_HEIGHT = 22
 
 
 def render_comparison(record: Json) -> str:
@@ -296,11 +299,6 @@ def _ends(score: Json) -> tuple[float, float] | None:
 
 def _style(role: str) -> str:
     return {"base": "s-merged", "source": "s-1", "baseline": "s-base", "recipe": "s-0"}[role]
-
-
-_MARK = "M-4.2 0a4.2 4.2 0 1 0 8.4 0a4.2 4.2 0 1 0-8.4 0z"
-_PLOT_WIDTH = 330  # px of a plot without its labels
-_ROW_HEIGHT = 22
 
 
 @dataclass(frozen=True)

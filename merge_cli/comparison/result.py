@@ -24,14 +24,14 @@ class ModelEntry:
     """One model of a comparison.
 
     Attributes:
-        place: its folder or Hub id.
+        location: its folder or Hub id.
         recipe: a merge's recipe as text; empty for base and sources.
         cost: of making a merge.
     """
 
     name: str
     role: Role
-    place: str
+    location: str
     evaluation: Evaluation = field(repr=False)
     method: str = ""
     recipe: str = field(default="", repr=False)

@@ -85,7 +85,7 @@ def compare(
         raise write_error(error, folder) from error
     names_in_comparison = [
         *names.of.values(),
-        *(merge.name for merge in merges.found),
+        *(merge.name for merge in merges.merges),
         *merges.same,
     ]
     names_in_comparison += ["base"] if base is not None else []
@@ -96,7 +96,7 @@ def compare(
     experts, missing = _experts(spec, [names.of[source.root.resolve()] for source in sources])
     entries = []
     try:
-        for merge in merges.found:
+        for merge in merges.merges:
             if not merge.out.exists():
                 show(Step(merge.name, "merging", 0, 0))
                 run_merge(merge.file, merge.out, options, cost_log)
@@ -105,7 +105,7 @@ def compare(
             role: Role = "base" if source is base else "source"
             name = names.of[source.root.resolve()]
             entries.append(_entry(name, role, source, spec, show))
-        for merge in merges.found:
+        for merge in merges.merges:
             opened = open_source(ModelRef(str(merge.out.absolute())), Path.cwd())
             cost = cost_log.cost(merge.out.name, merge.out)
             entries.append(_entry(merge.name, merge.role, opened, spec, show, merge, cost))
@@ -159,7 +159,7 @@ class _Merges:
         same: another name of a merge -> the name it has here.
     """
 
-    found: list[_Merge]
+    merges: list[_Merge]
     soup: str | None
     same: dict[str, str]
     notes: list[str]

@@ -146,9 +146,9 @@ def number(value: float, sign: str = "") -> str:
     return f"{value:{sign}.4g}".replace("-", _MINUS)
 
 
-def decimals(value: float, sign: str = "", places: int = 3) -> str:
+def decimals(value: float, sign: str = "", digits: int = 3) -> str:
     """A fixed number of decimals, so that values in a column line up."""
-    return f"{value:{sign}.{places}f}".replace("-", _MINUS)
+    return f"{value:{sign}.{digits}f}".replace("-", _MINUS)
 
 
 def with_interval(score: Json | None, sign: str = "") -> str:

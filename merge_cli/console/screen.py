@@ -49,6 +49,10 @@ if TYPE_CHECKING:
     from merge_cli.methods.registry import Method
     from merge_cli.planning.plan import Plan
 
+_MAX_PROBLEMS = (
+    24  # beyond that half as many problems are shown, so that the first is still visible
+)
+
 
 class Screen:
     """The output of one command; `quiet` prints only results and errors."""
@@ -306,11 +310,6 @@ def show_error(error: MergeCliError) -> None:
             err.print(f"  ... and {len(error.problems) - len(problems)} more")
     else:
         err.print(f"{label}{escape(str(error))}")
-
-
-_MAX_PROBLEMS = (
-    24  # beyond that half as many problems are shown, so that the first is still visible
-)
 
 
 def _stderr(*, soft_wrap: bool) -> PlainConsole:

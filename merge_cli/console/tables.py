@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from merge_cli.methods.registry import Method
     from merge_cli.planning.plan import TensorTask
 
+_GAP = "  "
+
 
 def method_json(method: Method) -> dict[str, Any]:
     """A method as data, for `--json`."""
@@ -139,9 +141,6 @@ def print_table(console: Console, table: Table, rows: Sequence[Sequence[str]]) -
     for row in rows:
         cells = zip(row, widths, right, strict=True)
         console.file.write(_GAP.join(starmap(_padded, cells)) + "\n")
-
-
-_GAP = "  "
 
 
 def _padded(cell: str, width: int, right: bool) -> str:

@@ -33,6 +33,7 @@ _FIXED: dict[tuple[str, str], tuple[float, str]] = {
     ("dare", "density"): (0.5, "half of every change is dropped, the rest doubled"),
     ("dare_ties", "density"): (0.5, "half of every change is dropped, the rest doubled"),
 }
+READ_AT_MOST = 4_000_000_000  # bytes of weights: seconds
 
 
 def from_headers(inspection: ModelInspection) -> Advice:
@@ -152,9 +153,6 @@ def _vocabulary(inspection: ModelInspection) -> tuple[str, ...]:
 
 def _yaml(value: Scalar) -> str:
     return str(value).lower() if isinstance(value, bool) else f"{value}"
-
-
-READ_AT_MOST = 4_000_000_000  # bytes of weights: seconds
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,10 @@ from typing import Any
 from merge_cli.recipe.tokenizer import MAX_TEMPLATE
 from merge_cli.system.processes import python_command
 
+SECONDS = 5.0  # of processor time for one rendering; known templates take milliseconds
+MAX_MEMORY = 1536 * 2**20  # of address space, of which Python and transformers take 200 MiB
+MAX_BYTES = 64 * 2**20  # of a rendered conversation
+
 
 class TemplateError(ValueError):
     """A template that cannot render these messages, with the reason."""
@@ -149,8 +153,3 @@ def _renderer() -> _Renderer:
 @lru_cache(maxsize=1)
 def _of_process(_: int) -> _Renderer:
     return _Renderer()
-
-
-SECONDS = 5.0  # of processor time for one rendering; known templates take milliseconds
-MAX_MEMORY = 1536 * 2**20  # of address space, of which Python and transformers take 200 MiB
-MAX_BYTES = 64 * 2**20  # of a rendered conversation

@@ -16,6 +16,10 @@ from typing import Any
 
 from merge_cli.evaluation.result import Evaluation, Metric
 
+LEVEL = 0.95
+DRAWS = 2000
+_BLOCK = 2_000_000  # indices drawn at once
+
 
 def summary(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
     """One entry for each model; the first is compared with the others.
@@ -76,11 +80,6 @@ def _metric(metric: Metric, task: str, first: Metric | None) -> dict[str, Any]:
 def _plain(value: float | None) -> float | None:
     """A number for JSON: an infinite perplexity is null."""
     return value if value is not None and math.isfinite(value) else None
-
-
-LEVEL = 0.95
-DRAWS = 2000
-_BLOCK = 2_000_000  # indices drawn at once
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,9 @@ from merge_cli.sources.source import open_source
 from merge_cli.sources.storage import INDEX
 from merge_cli.system.machine import torch_threads
 
+# Mergers that are kept with their threads: one for each method and set of sources.
+_MERGERS = 4
+
 
 @dataclass(frozen=True)
 class Setup:
@@ -232,10 +235,6 @@ def load_scaffold(plan: Plan, options: MergeOptions, **loading: Any) -> LiveMode
         live = load(open_source(ModelRef(str(folder)), folder), incomplete=True, **loading)
     live.label = "candidate"
     return live
-
-
-# Mergers that are kept with their threads: one for each method and set of sources.
-_MERGERS = 4
 
 
 class MergeableModel:

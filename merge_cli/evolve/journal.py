@@ -40,6 +40,10 @@ if TYPE_CHECKING:
 
 BEST, _RECORD = "best_recipe.yaml", "search.json"
 Line = dict[str, Any]
+# Fields that change how long a search runs, or who evaluates, but no candidate's score.
+_NOT_IN_KEY = {"evaluations", "finalists", "failures", "engine", "workers", "given"}
+_FORMAT = 1
+_CONTRADICTION = "the journal has another candidate with this number than this version would try"
 
 
 class SearchWorkspace(Workspace):
@@ -113,11 +117,6 @@ class SearchWorkspace(Workspace):
         return record if record.pop("key", None) == self.key else None
 
 
-# Fields that change how long a search runs, or who evaluates, but no candidate's score.
-_NOT_IN_KEY = {"evaluations", "finalists", "failures", "engine", "workers", "given"}
-_FORMAT = 1
-
-
 def search_digest(plan: Plan, device: str) -> str:
     """A fingerprint of everything that a search's result depends on.
 
@@ -170,9 +169,6 @@ def work_key(search_plan: SearchPlan, options: MergeOptions) -> str:
 
 def _plain(parameters: Mapping[str, Parameter]) -> list[str]:
     return [repr((name, parameter.setting)) for name, parameter in sorted(parameters.items())]
-
-
-_CONTRADICTION = "the journal has another candidate with this number than this version would try"
 
 
 class Evaluations:

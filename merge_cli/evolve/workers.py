@@ -24,6 +24,7 @@ from merge_cli.recipe.search import Search
 from merge_cli.system.processes import end_with
 
 _LOST = "the worker process ended (exit code {}), perhaps for want of memory"
+_ATTEMPTS = 2  # actors that evaluate one candidate before it has failed
 
 
 class Workers(Protocol):
@@ -139,9 +140,6 @@ def _serve(pipe: Connection, setup: Setup) -> None:
 def portable(error: MergeCliError) -> MergeCliError:
     """An error that can be sent to another process: its text, and whether an input caused it."""
     return (SourceError if isinstance(error, SourceError) else MergeCliError)(str(error))
-
-
-_ATTEMPTS = 2  # actors that evaluate one candidate before it has failed
 
 
 class _Actor:

@@ -15,6 +15,8 @@ from merge_cli.errors import HubError, MergeCliError, ResourceError
 
 _BUSY = 429
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+LOGIN = "Log in with a token that may write: hf auth login, or set HF_TOKEN."
+_RERUN = "Run the same command again: the upload resumes."
 
 
 class UnreachableError(HubError):
@@ -34,8 +36,8 @@ def explained(label: str, file: str = "") -> Iterator[None]:
     """Turn huggingface_hub's exceptions in a download into messages."""
     from huggingface_hub import errors
 
-    def problem(kind: type[HubError], what: str, hint: str) -> HubError:
-        return kind(what, model=label, file=file, hint=hint)
+    def problem(kind: type[HubError], text: str, hint: str) -> HubError:
+        return kind(text, model=label, file=file, hint=hint)
 
     try:
         yield
@@ -111,10 +113,6 @@ def _page(label: str) -> str:
     from huggingface_hub import constants
 
     return f"{constants.ENDPOINT}/{label.partition('@')[0]}"
-
-
-LOGIN = "Log in with a token that may write: hf auth login, or set HF_TOKEN."
-_RERUN = "Run the same command again: the upload resumes."
 
 
 @contextmanager

@@ -19,6 +19,23 @@ from merge_cli.hub import models as hub
 from merge_cli.lora.config import CONFIG, read_config
 from merge_cli.recipe.reference import hub_id, local_folder
 
+WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+_FACTORS = {
+    "lora_A.weight": "a",
+    "lora_B.weight": "b",
+    "lora_embedding_A": "embedding_a",
+    "lora_embedding_B": "embedding_b",
+    "lora_magnitude_vector": "magnitude",
+    "lora_magnitude_vector.weight": "magnitude",
+    "lora_B.bias": "bias",
+}
+# Names of PEFT's wrappers: today's, and those of version 0.4 and before.
+_WRAPPERS = (".base_layer", ".modules_to_save.default", ".modules_to_save", ".original_module")
+LAYER_FACTORS = ("a", "b")
+EMBEDDING_FACTORS = ("embedding_a", "embedding_b")
+Parts = dict[str, TensorRef]
+
 
 @dataclass(frozen=True)
 class Adapter:
@@ -93,24 +110,6 @@ def _require_files(names: set[str], label: str, path: str) -> None:
             message = f"the weights of {path} are pickled, and opening a pickle runs its code"
         hint = "Load it with PEFT, if you trust it, and save it again." if pickled else ""
         raise SourceError(message, model=label, hint=hint)
-
-
-WEIGHTS = "adapter_model.safetensors"
-PREFIX = "base_model.model."
-_FACTORS = {
-    "lora_A.weight": "a",
-    "lora_B.weight": "b",
-    "lora_embedding_A": "embedding_a",
-    "lora_embedding_B": "embedding_b",
-    "lora_magnitude_vector": "magnitude",
-    "lora_magnitude_vector.weight": "magnitude",
-    "lora_B.bias": "bias",
-}
-# Names of PEFT's wrappers: today's, and those of version 0.4 and before.
-_WRAPPERS = (".base_layer", ".modules_to_save.default", ".modules_to_save", ".original_module")
-LAYER_FACTORS = ("a", "b")
-EMBEDDING_FACTORS = ("embedding_a", "embedding_b")
-Parts = dict[str, TensorRef]
 
 
 @dataclass(frozen=True)

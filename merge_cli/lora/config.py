@@ -79,6 +79,7 @@ _REFUSED = {
     "use_bdlora": "block-diagonal factors (BD-LoRA)",
     "use_qalora": "QALoRA: its factors are of grouped inputs",
 }
+Complaints = Iterator[tuple[str, str]]
 
 
 def read_config(path: Path, label: str) -> dict[str, Any]:
@@ -133,9 +134,6 @@ def _hint(key: str) -> str:
 
 def _is_empty(value: Any) -> bool:
     return value is None or value is False or value in ("", [], {})
-
-
-Complaints = Iterator[tuple[str, str]]
 
 
 def _init(value: Any) -> Complaints:

@@ -30,6 +30,14 @@ from merge_cli.lora.expert_factors import MatrixUpdate, MatrixView, PatchedTenso
 _TRANSPOSED = frozenset(("gpt_oss", "aria", "aria_text", "openai_privacy_filter"))
 # Stored as [inputs, outputs], whatever the class does with it.
 _STORED_TRANSPOSED = _TRANSPOSED | {"llama4", "llama4_text", "qwen3_vl_moe", "qwen3_vl_moe_text"}
+_WRAPPER = ".base_layer"
+# Parameters of transformers' experts in the order in which its classes define them, and the names
+# of their parts, from the first row on, where experts are stored one by one.
+_ORDER = ("gate_up_proj", "gate_proj", "w1", "v1", "up_proj", "w3", "w2", "down_proj")
+SEPARATE_NAMES = {
+    "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3"), ("fc1", "fc3")),
+    "down_proj": (("down_proj",), ("w2",), ("fc2",)),
+}
 
 
 def apply_fused(
@@ -242,16 +250,6 @@ def _single_patch(
     if transposed:
         return MatrixUpdate(right.transposed, left.transposed, scale, expert, 0, part * outputs)
     return MatrixUpdate(left, right, scale, expert, part * outputs, 0)
-
-
-_WRAPPER = ".base_layer"
-# Parameters of transformers' experts in the order in which its classes define them, and the names
-# of their parts, from the first row on, where experts are stored one by one.
-_ORDER = ("gate_up_proj", "gate_proj", "w1", "v1", "up_proj", "w3", "w2", "down_proj")
-SEPARATE_NAMES = {
-    "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3"), ("fc1", "fc3")),
-    "down_proj": (("down_proj",), ("w2",), ("fc2",)),
-}
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,12 @@ _SAVE_AGAIN = (
     "Save the adapter again with `save_embedding_layers=True`, or resize the base first "
     "(`resize_token_embeddings`, `save_pretrained`) and name the result as base."
 )
+TASK_HEADS = ("score", "classifier", "qa_outputs", "classification_head", "summary", "v_head")
+_SUFFIXES = {"SEQ_CLS": "ForSequenceClassification", "TOKEN_CLS": "ForTokenClassification"}
+_MERGE_WITH_PEFT = (
+    "Load the base as the class that was trained, add the adapter with PEFT, merge_and_unload, "
+    "save_pretrained, and name the result."
+)
 
 
 @dataclass(frozen=True)
@@ -263,14 +269,6 @@ def changed_config(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dic
         if key == "tie_word_embeddings":
             changed[key] = value
     return changed
-
-
-TASK_HEADS = ("score", "classifier", "qa_outputs", "classification_head", "summary", "v_head")
-_SUFFIXES = {"SEQ_CLS": "ForSequenceClassification", "TOKEN_CLS": "ForTokenClassification"}
-_MERGE_WITH_PEFT = (
-    "Load the base as the class that was trained, add the adapter with PEFT, merge_and_unload, "
-    "save_pretrained, and name the result."
-)
 
 
 def is_task_head(name: str) -> bool:

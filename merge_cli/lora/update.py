@@ -19,6 +19,19 @@ from merge_cli.lora.adapter import EMBEDDING_FACTORS, LAYER_FACTORS, Parts
 from merge_cli.lora.config import by_pattern, scale_of
 from merge_cli.lora.expert_factors import fill_rows, read_cached
 
+# transformers' classes with layers that are stored [in, out], and what those are called.
+_WITH_CONV1D = frozenset(
+    (
+        "gpt2",
+        "openai-gpt",
+        "imagegpt",
+        "decision_transformer",
+        "clvp",
+        "clvp_decoder",
+    )
+)
+_CONV1D = frozenset(("c_attn", "q_attn", "c_fc", "c_proj"))
+
 
 @dataclass(frozen=True)
 class UpdatedTensor(Float32):
@@ -138,20 +151,6 @@ class ShiftedTensor(Float32):
         out = np.frombuffer(buffer, np.float32)
         change = read_numbers(read, self.change, start, len(out))
         out[:] = read_numbers(read, self.bias, start, len(out)) + np.float32(self.scale) * change
-
-
-# transformers' classes with layers that are stored [in, out], and what those are called.
-_WITH_CONV1D = frozenset(
-    (
-        "gpt2",
-        "openai-gpt",
-        "imagegpt",
-        "decision_transformer",
-        "clvp",
-        "clvp_decoder",
-    )
-)
-_CONV1D = frozenset(("c_attn", "q_attn", "c_fc", "c_proj"))
 
 
 def contradictions(

@@ -26,6 +26,10 @@ from merge_cli.sources.source import Source
 
 _PAPERS = {"arXiv:": "https://arxiv.org/abs/"}
 _MODEL_ID = re.compile(r'^model_id = ".*"$', re.MULTILINE)
+# Keys of the card that a recipe's `metadata` may set.
+AUTHOR_KEYS = ("license", "license_name", "license_link", "language", "datasets", "pipeline_tag")
+_LICENCE = ("license", "license_name", "license_link")
+_TEXT_GENERATION = ("ForCausalLM", "LMHeadModel")
 
 
 def model_card(plan: Plan, defaults: Mapping[str, Any], title: str, stages: Stages) -> str:
@@ -164,12 +168,6 @@ def _paper(paper: str) -> str:
         if paper.startswith(prefix):
             return f"[{paper}]({address}{paper.removeprefix(prefix)})"
     return paper
-
-
-# Keys of the card that a recipe's `metadata` may set.
-AUTHOR_KEYS = ("license", "license_name", "license_link", "language", "datasets", "pipeline_tag")
-_LICENCE = ("license", "license_name", "license_link")
-_TEXT_GENERATION = ("ForCausalLM", "LMHeadModel")
 
 
 def source_cards(source: Source) -> list[dict[str, Any]]:

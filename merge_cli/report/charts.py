@@ -128,9 +128,9 @@ def heat_map(
 
 def lines(title: str, axis: Axis, series: Sequence[Series], text: Format, unit: str) -> str:
     """Lines from zero, broken where there is no data, with a marker and a tooltip at each value."""
-    found = [v for line in series for v in line.values if v is not None]
+    present = [v for line in series for v in line.values if v is not None]
     left, top, bottom = 56, 30, 220
-    limit, grid = _y_axis(max(found, default=0.0), axis, text, unit, left, top, bottom)
+    limit, grid = _y_axis(max(present, default=0.0), axis, text, unit, left, top, bottom)
     parts = [grid, _x_axis(axis, left, bottom)]
     for line in series:
         points = [

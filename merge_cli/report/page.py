@@ -16,6 +16,7 @@ from markupsafe import Markup
 from merge_cli.report import charts
 
 MAX_ROWS = 20_000  # of a table: browsers still open the page
+NBSP = "\u00a0"  # keeps a number and its unit on one line
 
 
 @dataclass(frozen=True)
@@ -153,9 +154,6 @@ def render(page: Page) -> str:
     )
     style = resources.files("merge_cli.report").joinpath("page.css").read_text(encoding="utf-8")
     return environment.get_template("page.html").render(page=page, style=Markup(style))
-
-
-NBSP = "\u00a0"  # keeps a number and its unit on one line
 
 
 def mean(values: Iterable[float | None]) -> float | None:

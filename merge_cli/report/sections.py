@@ -33,6 +33,10 @@ from merge_cli.report.page import (
     two_decimals,
 )
 
+Json = Mapping[str, Any]
+_MAX_PAIR_SOURCES = 8  # 28 pairs; with more sources, one row for each source
+NO_LAYERS = Paragraph("There is no chart by layer: no tensor of this model belongs to a layer.")
+
 
 def alike(view: RelationsView) -> Section:
     how = (
@@ -240,11 +244,6 @@ def _extremes(view: RelationsView) -> str:
         return ""
     (low, lowest), (high, highest) = min(present), max(present)
     return f", from {percent(low)} ({lowest}) to {percent(high)} ({highest})"
-
-
-Json = Mapping[str, Any]
-_MAX_PAIR_SOURCES = 8  # 28 pairs; with more sources, one row for each source
-NO_LAYERS = Paragraph("There is no chart by layer: no tensor of this model belongs to a layer.")
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,11 @@ _OPAQUE = (
     "tiktoken.model",
     "merges.txt",
 )
+# The largest vocabularies have 300,000 tokens; a list of this size still fits into memory.
+MAX_TOKENS = 10_000_000
+# Larger files are vocabularies: they take a second to read, and are read where they are used.
+_SMALL = 2**20
+_LISTS = ("modules.json",)
 
 
 @dataclass(frozen=True)
@@ -259,10 +264,6 @@ def _shown(token: Any) -> str:
     return repr(str(token)[:40])
 
 
-# The largest vocabularies have 300,000 tokens; a list of this size still fits into memory.
-MAX_TOKENS = 10_000_000
-
-
 def check_document(document: Mapping[str, Any]) -> None:
     """Check a tokenizer.json.
 
@@ -391,11 +392,6 @@ def _converted(root: Path) -> str:
 
     tokenizer = AutoTokenizer.from_pretrained(str(root), trust_remote_code=False)
     return str(tokenizer.backend_tokenizer.to_str())
-
-
-# Larger files are vocabularies: they take a second to read, and are read where they are used.
-_SMALL = 2**20
-_LISTS = ("modules.json",)
 
 
 def check_companions(config_source: Source, tokenizer_source: Source) -> None:

@@ -19,6 +19,13 @@ from merge_cli.sources.source import Source
 from merge_cli.tokenizer.files import opaque_files, settings_json, tokenizer_document
 
 _RARE = 10.0  # below the smallest score of a unigram model: chosen only where nothing else fits
+_PLAIN = {
+    "single_word": False,
+    "lstrip": False,
+    "rstrip": False,
+    "normalized": True,
+    "special": False,
+}
 
 
 @dataclass(frozen=True)
@@ -92,15 +99,6 @@ def join(
     files = {"tokenizer.json": text.encode()}
     files |= _with_decoder(base, document["added_tokens"])
     return VocabularyUnion(vocabulary, files, tuple(notes))
-
-
-_PLAIN = {
-    "single_word": False,
-    "lstrip": False,
-    "rstrip": False,
-    "normalized": True,
-    "special": False,
-}
 
 
 def _grow(model: dict[str, Any], token: str, number: int, label: str) -> None:
