@@ -177,6 +177,15 @@ class TokenizerDifference:
         same_template = self.template in ("same", "none")
         return self.tokens_differ or bool(self.special) or self.rules or not same_template
 
+    def in_words(self) -> list[str]:
+        """The differences besides the number of tokens."""
+        words = [f"{name}: {change}" for name, change in self.special.items()]
+        if self.rules:
+            words.append("text is split by other rules (merges, normalizer, or added tokens)")
+        if self.template not in ("same", "none"):
+            words.append(f"chat template {self.template}")
+        return words
+
 
 def tokenizer_difference(
     model: str, reference: Tokenizer, tokenizer: Tokenizer

@@ -154,11 +154,12 @@ def _shapes_of_change(evidence: Evidence) -> Iterator[Finding]:
         if share is None or norm is None:  # nothing changed
             continue
         step = (total.one_step or ())[s]
+        steps = "no" if step is None else f"{100 * step:.3g} %"
         if share >= RL_UNCHANGED and norm <= RL_NORM:
             text = (
                 f"{name} looks like reinforcement learning: {100 * share:.3g} % of the weights in "
                 f"the tensors it touched are unchanged, ‖δ‖/‖θ₀‖ is {100 * norm:.3g} %, and "
-                f"{_percent(step)} of the changes are one step of bfloat16 or less. A short "
+                f"{steps} of the changes are one step of bfloat16 or less. A short "
                 "fine-tune with a small learning rate, stored in bfloat16, looks the same."
             )
             limit = (
@@ -228,7 +229,3 @@ def rank_share(spectra: Sequence[Spectrum], source: int) -> float | None:
         if (rank := spectrum.rank_99[source]) is not None
     ]
     return median(shares) if shares else None
-
-
-def _percent(share: float | None) -> str:
-    return "no" if share is None else f"{100 * share:.3g} %"

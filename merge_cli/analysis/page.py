@@ -251,26 +251,16 @@ def differences(analysis: Analysis) -> Section:
 
 
 def _tokenizer(difference: TokenizerDifference) -> list[str]:
+    names = " ".join(repr(token) for token in difference.examples)
+    examples = [f"for example {names}"] if names else []
     return [
         difference.model,
         "–" if difference.size is None else f"{difference.size:,}",
         f"{difference.missing:,}",
         f"{difference.added:,}",
         f"{difference.renumbered:,}",
-        "; ".join(describe_difference(difference)) or "–",
+        "; ".join([*difference.in_words(), *examples]) or "–",
     ]
-
-
-def describe_difference(difference: TokenizerDifference) -> list[str]:
-    """The differences besides the number of tokens, in words."""
-    words = [f"{name}: {change}" for name, change in difference.special.items()]
-    if difference.rules:
-        words.append("text is split by other rules (merges, normalizer, or added tokens)")
-    if difference.template not in ("same", "none"):
-        words.append(f"chat template {difference.template}")
-    if difference.examples:
-        words.append("for example " + " ".join(repr(token) for token in difference.examples))
-    return words
 
 
 def numbers(analysis: Analysis) -> Section:

@@ -127,29 +127,18 @@ def _files(out: Console, analysis: Analysis) -> None:
     for key in analysis.config:
         values = ", ".join(f"{n}: {v}" for n, v in zip(names, key.values, strict=True))
         lines.append(f"config.json, {key.key}: {values}")
-    lines += [
-        f"tokenizer of {t.model}: {describe_difference(t)}"
-        for t in analysis.tokenizers
-        if t.differs
-    ]
+    lines += [f"tokenizer of {t.model}: {_difference(t)}" for t in analysis.tokenizers if t.differs]
     lines += analysis.notes
     _list(out, "Files beside the weights", [escape(line) for line in lines])
 
 
-def describe_difference(difference: TokenizerDifference) -> str:
+def _difference(tokenizer: TokenizerDifference) -> str:
     """The differences from the reference's tokenizer, in one line."""
-    words = [f"{name} {text}" for name, text in difference.special.items()]
-    if difference.tokens_differ:
-        words.insert(
-            0,
-            f"{difference.missing:,} tokens missing, {difference.added:,} added, "
-            f"{difference.renumbered:,} with another number",
-        )
-    if difference.rules:
-        words.append("other rules for splitting text")
-    if difference.template not in ("same", "none"):
-        words.append(f"chat template {difference.template}")
-    return "; ".join(words)
+    counts = (
+        f"{tokenizer.missing:,} tokens missing, {tokenizer.added:,} added, "
+        f"{tokenizer.renumbered:,} with another number"
+    )
+    return "; ".join([*([counts] if tokenizer.tokens_differ else []), *tokenizer.in_words()])
 
 
 def _advice(out: Console, analysis: Analysis) -> None:

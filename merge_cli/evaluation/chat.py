@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
+from merge_cli.errors import SourceError
 from merge_cli.recipe.tokenizer import MAX_TEMPLATE
 from merge_cli.system.processes import python_command
 
@@ -26,6 +27,20 @@ MAX_BYTES = 64 * 2**20  # of a rendered conversation
 
 class TemplateError(ValueError):
     """A template that cannot render these messages, with the reason."""
+
+
+SYSTEM_WITHOUT_CHAT = "system is a message of a conversation: it needs chat_template: true"
+
+
+def require_template(tokenizer: Any, label: str) -> None:
+    """Check that a model's tokenizer can render conversations.
+
+    Raises:
+        SourceError: it has no chat template.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        message = "chat_template: true, and its tokenizer has no chat template"
+        raise SourceError(message, model=label, hint="Leave it out, or use `false`.")
 
 
 def render_chat(

@@ -129,6 +129,24 @@ def _scored(live: LiveModel, batch: Sequence[Window]) -> Scored:
     )
 
 
+def summed_losses(
+    live: LiveModel, items: Sequence[Window], count: int, on_progress: OnProgress
+) -> Any:
+    """The cross-entropy of every example's counting tokens, summed: float64 [count] on the CPU.
+
+    Raises:
+        NonFiniteError: the model predicts NaN or Inf.
+    """
+    import torch
+
+    sums = torch.zeros(count, dtype=torch.float64)
+    for batch in forward(live, items, on_progress):
+        losses = torch.nn.functional.cross_entropy(batch.logits, batch.targets, reduction="none")
+        require_finite(losses, live.label)
+        sums += add_up(losses, batch.examples, count)
+    return sums
+
+
 def add_up(values: Any, examples: Any, count: int) -> Any:
     """Sums by example, in float64.
 

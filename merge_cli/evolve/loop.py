@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from merge_cli.evolve.evaluator import EvaluationJob, EvaluationOutcome
@@ -55,60 +55,62 @@ def best_first(candidates: Sequence[Candidate]) -> list[Candidate]:
     return sorted((c for c in candidates if c.score is not None), key=lambda c: c.rank_key)
 
 
-class Loop:
-    """A search in generations.
+@dataclass
+class _SearchLoop:
+    """What a search works with.
 
     Attributes:
-        candidates: all that were tried, in order.
+        candidates: all that were tried, in the order of their results.
         ended: why the search has ended.
     """
 
-    def __init__(
-        self,
-        search: Search,
-        space: Space,
-        split: Split,
-        base: Base,
-        optimizer: Optimizer,
-        evaluations: Evaluations,
-    ) -> None:
-        self._search, self._space, self._split, self._base = search, space, split, base
-        self._optimizer, self._evaluations = optimizer, evaluations
-        self._ranking = Ranking(len(split.weighted))
-        self.candidates: list[Candidate] = []
-        self.ended = ""
+    search: Search
+    space: Space
+    split: Split
+    base: Base
+    optimizer: Optimizer
+    evaluations: Evaluations
+    candidates: list[Candidate] = field(default_factory=list, init=False)
+    ended: str = field(default="", init=False)
+
+    def __post_init__(self) -> None:
+        self._ranking = Ranking(len(self.split.weighted))
+
+
+class Loop(_SearchLoop):
+    """A search in generations."""
 
     def run(self) -> None:
         """Until the evaluations are used up, or the optimizer has converged."""
         generation = 0
         while not self.ended:
-            remaining = self._search.evaluations - len(self.candidates)
+            remaining = self.search.evaluations - len(self.candidates)
             if remaining <= 0:
-                self.ended = f"all {self._search.evaluations} evaluations are used"
+                self.ended = f"all {self.search.evaluations} evaluations are used"
                 return
-            proposed = self._optimizer.ask()
+            proposed = self.optimizer.ask()
             candidates = self._generation(generation, proposed[:remaining])
             self.candidates += candidates
             if len(candidates) == len(proposed):
                 self._tell(proposed, candidates)
-                self.ended = self._optimizer.ended
+                self.ended = self.optimizer.ended
             generation += 1
 
     def _generation(self, generation: int, genomes: list[list[float]]) -> list[Candidate]:
         first = len(self.candidates)
         alive = list(range(len(genomes)))
         latest: dict[int, tuple[EvaluationOutcome, float]] = {}
-        for share in (*self._search.fidelity, 1.0):
+        for share in (*self.search.fidelity, 1.0):
             jobs = [
-                EvaluationJob(first + i, self._space.recipe(genomes[i]), "search", share)
+                EvaluationJob(first + i, self.space.recipe(genomes[i]), "search", share)
                 for i in alive
             ]
-            lines = [_line(self._space, generation, genomes[i]) for i in alive]
-            outcomes = self._evaluations.of("candidate", jobs, lines)
+            lines = [_line(self.space, generation, genomes[i]) for i in alive]
+            outcomes = self.evaluations.of("candidate", jobs, lines)
             for i, outcome in zip(alive, outcomes, strict=True):
                 latest[i] = outcome, share
             if share < 1.0:
-                survivors = math.ceil(self._search.keep * len(alive))
+                survivors = math.ceil(self.search.keep * len(alive))
                 scored = [i for i in alive if not latest[i][0].error]
                 order = {i: self._score(latest[i][0], share).order for i in scored}
                 alive = sorted(scored, key=lambda i: (*order[i], i))[:survivors]
@@ -126,10 +128,10 @@ class Loop:
         ]
 
     def _score(self, outcome: EvaluationOutcome, share: float) -> CandidateScore:
-        return self._split.score(outcome.values, self._base(share))
+        return self.split.score(outcome.values, self.base(share))
 
     def _tell(self, proposed: list[list[float]], candidates: Sequence[Candidate]) -> None:
-        stages = (*self._search.fidelity, 1.0)
+        stages = (*self.search.fidelity, 1.0)
         scores = [
             None
             if candidate.outcome.error
@@ -146,7 +148,7 @@ class Loop:
             else self._ranking.of(score, len(stages) - 1 - stages.index(candidate.share))
             for candidate, score in zip(candidates, scores, strict=True)
         ]
-        self._optimizer.tell(proposed, [rank for rank, _ in ranks], [parts for _, parts in ranks])
+        self.optimizer.tell(proposed, [rank for rank, _ in ranks], [parts for _, parts in ranks])
 
 
 def _line(space: Space, generation: int, genome: list[float]) -> dict[str, Any]:
@@ -155,63 +157,46 @@ def _line(space: Space, generation: int, genome: list[float]) -> dict[str, Any]:
     return {"generation": generation, "genome": genome, "parameters": values}
 
 
-class Asynchronous:
-    """A search without generations.
+class Asynchronous(_SearchLoop):
+    """A search without generations."""
 
-    Attributes:
-        candidates: all that were tried, in the order in which they came back.
-        ended: why there are no more.
-    """
-
-    def __init__(
-        self,
-        search: Search,
-        space: Space,
-        split: Split,
-        base: Base,
-        optimizer: Optimizer,
-        evaluations: Evaluations,
-    ) -> None:
-        self._limit, self._space, self._split = search.evaluations, space, split
-        self._base, self._optimizer, self._evaluations = base, optimizer, evaluations
-        self._ranking = Ranking(len(split.weighted))
-        self._population = optimizer.population
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._population = self.optimizer.population
         self._genomes: list[list[float]] = []  # by number
         self._pending: set[int] = set()
-        self.candidates: list[Candidate] = []
-        self.ended = ""
 
     def run(self) -> None:
         """Until the evaluations are used up, or the optimizer has converged."""
-        for kind, number, genome, outcome in self._evaluations.replay():
+        for kind, number, genome, outcome in self.evaluations.replay():
             if kind == "asked":
                 if self._ask() != (number, genome):
-                    raise self._evaluations.contradicts(number)
+                    raise self.evaluations.contradicts(number)
             elif outcome is not None:
                 self._take(outcome)
-        for outcome in self._evaluations.stream("candidate", self._jobs()):
+        for outcome in self.evaluations.stream("candidate", self._jobs()):
             self._take(outcome)
-        self.ended = self._optimizer.ended or f"all {self._limit} evaluations are used"
+        self.ended = self.optimizer.ended or f"all {self.search.evaluations} evaluations are used"
 
     def _jobs(self) -> Iterator[tuple[EvaluationJob, Mapping[str, Any]]]:
         """Candidates in evaluation when the search was stopped, then new ones on demand."""
         for number in sorted(self._pending):
             yield self._job(number)
-        while len(self._genomes) < self._limit and not self._optimizer.ended:
+        while len(self._genomes) < self.search.evaluations and not self.optimizer.ended:
             number, genome = self._ask()
-            self._evaluations.asked(number, genome)
+            self.evaluations.asked(number, genome)
             yield self._job(number)
 
     def _ask(self) -> tuple[int, list[float]]:
-        number, genome = len(self._genomes), self._optimizer.ask_one()
+        number, genome = len(self._genomes), self.optimizer.ask_one()
         self._genomes.append(genome)
         self._pending.add(number)
         return number, genome
 
     def _job(self, number: int) -> tuple[EvaluationJob, Mapping[str, Any]]:
         genome = self._genomes[number]
-        line = _line(self._space, number // self._population, genome)
-        return EvaluationJob(number, self._space.recipe(genome)), line
+        line = _line(self.space, number // self._population, genome)
+        return EvaluationJob(number, self.space.recipe(genome)), line
 
     def _take(self, outcome: EvaluationOutcome) -> None:
         """Remember a candidate and tell the optimizer."""
@@ -220,9 +205,9 @@ class Asynchronous:
         genome = self._genomes[number]
         score = None
         if not outcome.error:
-            score = self._split.score(outcome.values, self._base(1.0))
+            score = self.split.score(outcome.values, self.base(1.0))
             self._ranking.see(score)
         generation = number // self._population
         self.candidates.append(Candidate(number, generation, genome, outcome, score))
         rank = self._ranking.failed() if score is None else self._ranking.of(score)
-        self._optimizer.tell_one(genome, *rank)
+        self.optimizer.tell_one(genome, *rank)

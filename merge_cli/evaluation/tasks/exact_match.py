@@ -10,7 +10,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from merge_cli.errors import SourceError, UsageError
-from merge_cli.evaluation.chat import TemplateError, render_chat
+from merge_cli.evaluation.chat import (
+    SYSTEM_WITHOUT_CHAT,
+    TemplateError,
+    render_chat,
+    require_template,
+)
 from merge_cli.evaluation.forward import batches_by_length, require_finite
 from merge_cli.evaluation.live import LiveModel
 from merge_cli.evaluation.result import Metric, TaskResult
@@ -44,7 +49,7 @@ class ExactMatch(DataTask):
 
     def __post_init__(self) -> None:
         if self.system and not self.chat_template:
-            raise ValueError("system is a message of a conversation: it needs chat_template: true")
+            raise ValueError(SYSTEM_WITHOUT_CHAT)
         if self.num_fewshot and self.fewshot is None:
             raise ValueError("num_fewshot needs fewshot, a file of rows to show")
         if self.fewshot is not None and not is_file(self.fewshot):
@@ -109,9 +114,7 @@ class ExactMatch(DataTask):
         prompt = row.text("prompt")
         if not self.chat_template:
             return "".join(f"{_example(example)}\n\n" for example in examples) + prompt
-        if not getattr(live.tokenizer, "chat_template", None):
-            message = "chat_template: true, and its tokenizer has no chat template"
-            raise SourceError(message, model=live.label, hint="Leave it out, or use `false`.")
+        require_template(live.tokenizer, live.label)
         messages = [{"role": "system", "content": self.system}] if self.system else []
         for example in examples:
             messages.append({"role": "user", "content": example.text("prompt")})

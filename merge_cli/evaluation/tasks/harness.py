@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from merge_cli.errors import MergeCliError, SourceError, UsageError
+from merge_cli.evaluation.chat import SYSTEM_WITHOUT_CHAT, require_template
 from merge_cli.evaluation.forward import watched
 from merge_cli.evaluation.live import LiveModel, quiet_libraries
 from merge_cli.evaluation.result import Better, Metric, TaskResult
@@ -37,7 +38,7 @@ class Harness(Task):
 
     def __post_init__(self) -> None:
         if self.system and not self.chat_template:
-            raise ValueError("system is a message of a conversation: it needs chat_template: true")
+            raise ValueError(SYSTEM_WITHOUT_CHAT)
 
     def data_digest(self) -> str:
         return ""
@@ -60,9 +61,8 @@ class Harness(Task):
                 )
                 hint = "lm-eval ls tasks lists them; `include` adds a folder of your own."
                 raise UsageError(message, hint=hint)
-            if self.chat_template and not getattr(live.tokenizer, "chat_template", None):
-                message = "chat_template: true, and its tokenizer has no chat template"
-                raise SourceError(message, model=live.label, hint="Leave it out, or use `false`.")
+            if self.chat_template:
+                require_template(live.tokenizer, live.label)
             model = harness_model(live)
             with watched(live):
                 try:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from merge_cli.errors import SourceError
-from merge_cli.evaluation.forward import Window, add_up, forward, require_finite, windows
+from merge_cli.evaluation.forward import Window, summed_losses, windows
 from merge_cli.evaluation.live import LiveModel
 from merge_cli.evaluation.result import Metric, TaskResult
 from merge_cli.evaluation.rows import Row, encode, read_rows
@@ -30,19 +30,10 @@ class LossTask(DataTask):
     )
 
     def score(self, live: LiveModel, on_progress: OnProgress) -> TaskResult:
-        import torch
-
         rows, encoded, items = text_windows(self, live, self.stride)
-        nats = torch.zeros(len(rows), dtype=torch.float64)
-        for batch in forward(live, items, on_progress):
-            losses = torch.nn.functional.cross_entropy(
-                batch.logits, batch.targets, reduction="none"
-            )
-            require_finite(losses, live.label)
-            nats += add_up(losses, batch.examples, len(rows))
         tokens = [float(max(0, len(row.ids) - row.first)) for row in encoded]
         sizes = [float(_bytes(row)) for row in encoded]
-        parts = nats.tolist()
+        parts = summed_losses(live, items, len(rows), on_progress).tolist()
         bits = [part / math.log(2) for part in parts]
         metrics = {
             "loss": Metric("loss", "nats per token", "lower", parts, tokens),

@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from merge_cli.evaluation.forward import Window, add_up, forward, require_finite, windows
+from merge_cli.evaluation.forward import Window, summed_losses, windows
 from merge_cli.evaluation.live import LiveModel
 from merge_cli.evaluation.result import Metric, TaskResult
 from merge_cli.evaluation.rows import Row, read_rows, require_known
@@ -39,16 +39,8 @@ class MultipleChoice(DataTask):
     truncate: Truncate = option("left", "which end of a prompt is cut to fit into the context")
 
     def score(self, live: LiveModel, on_progress: OnProgress) -> TaskResult:
-        import torch
-
         questions, encoded, items = self._windows(live)
-        sums = torch.zeros(len(encoded), dtype=torch.float64)
-        for batch in forward(live, items, on_progress):
-            losses = torch.nn.functional.cross_entropy(
-                batch.logits, batch.targets, reduction="none"
-            )
-            require_finite(losses, live.label)
-            sums -= add_up(losses, batch.examples, len(encoded))
+        sums = -summed_losses(live, items, len(encoded), on_progress)
         right, right_norm, nats, examples = [], [], [], []
         start = 0
         for q in questions:
