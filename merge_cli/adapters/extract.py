@@ -1,4 +1,4 @@
-"""A fine-tune's change as a LoRA adapter: `merge-cli extract-lora`.
+"""Extracting a fine-tune's change as a LoRA adapter (`merge-cli extract-lora`).
 
     base, fine-tune ──▶ plan: pairs of tensors ──▶ change of each ─┬─ linear layer: factors
                                                                   ├─ norm, router: saved in full
@@ -194,9 +194,9 @@ def extract_lora(
         finally:
             adapter.close()
         model_bytes = sum(task.operands[0].nbytes for task in plan.tasks)
-        result = ExtractedAdapter(Path(out), size, model_bytes, tuple(changes), plan.notes)
-        (folder / "README.md").write_text(extraction_card(plan, result, cut), encoding="utf-8")
-    return result
+        extracted = ExtractedAdapter(Path(out), size, model_bytes, tuple(changes), plan.notes)
+        (folder / "README.md").write_text(extraction_card(plan, extracted, cut), encoding="utf-8")
+    return extracted
 
 
 def _cut(rank: int | None, energy: float | None) -> RankTruncation:

@@ -78,9 +78,9 @@ def factorise(matrix: Any, cut: RankTruncation, device: str = "cpu") -> Factors 
     """
     import torch
 
-    given = torch.from_numpy(matrix).to(device)
-    tall = given.shape[0] > given.shape[1]
-    full = given.T if tall else given  # from here on no more rows than columns
+    tensor = torch.from_numpy(matrix).to(device)
+    tall = tensor.shape[0] > tensor.shape[1]
+    full = tensor.T if tall else tensor  # from here on no more rows than columns
     squares = sum(float(part.double().square().sum()) for part in _columns(full))
     if not squares:
         return None
@@ -102,8 +102,8 @@ def recombine(lefts: Any, rights: Any, cut: RankTruncation) -> Factors | None:
     import torch
 
     outer, inner = torch.linalg.qr(torch.from_numpy(lefts))
-    right, rest = torch.linalg.qr(torch.from_numpy(rights).T)
-    u, values, v = torch.linalg.svd(inner @ rest.T)
+    right, inner_right = torch.linalg.qr(torch.from_numpy(rights).T)
+    u, values, v = torch.linalg.svd(inner @ inner_right.T)
     squares = float(values.square().sum())
     if not squares:
         return None

@@ -185,19 +185,19 @@ def adapter_config(
     }
 
 
-def extraction_card(plan: Plan, result: ExtractedAdapter, cut: RankTruncation) -> str:
+def extraction_card(plan: Plan, extracted: ExtractedAdapter, cut: RankTruncation) -> str:
     """The card of a fine-tune's extracted change."""
     base, tuned = (plan.sources[i] for i in (plan.base or 0, plan.operands[0]))
     repository = next((repository.repo_id for repository in repositories(base)), None)
     front = _front_matter(repository, [tuned])
-    ranks = [change.rank for change in result.changes if change.rank is not None]
+    ranks = [change.rank for change in extracted.changes if change.rank is not None]
     size = f"rank {min(ranks)} to {max(ranks)}" if ranks else "no factors"
     text = [
         f"What `{tuned.label}` has changed of `{base.label}`, extracted by merge-cli: {size} "
-        f"(cut at {cut}), {100 * result.share:.1f} % of the change's sum of squares.",
-        *_left_out(result),
+        f"(cut at {cut}), {100 * extracted.share:.1f} % of the change's sum of squares.",
+        *_left_out(extracted),
     ]
-    return card(front, result.path.name, text, base.label)
+    return card(front, extracted.path.name, text, base.label)
 
 
 def merge_card(plan: Plan, base: str | None, title: str, report: Mapping[str, Any]) -> str:
@@ -253,10 +253,10 @@ def card(front: Mapping[str, Any], title: str, text: Sequence[str], base: str | 
     return "\n".join(lines)
 
 
-def _left_out(result: ExtractedAdapter) -> list[str]:
-    total = sum(change.squares for change in result.changes) or 1.0
+def _left_out(extracted: ExtractedAdapter) -> list[str]:
+    total = sum(change.squares for change in extracted.changes) or 1.0
     reasons: dict[str, float] = {}
-    for change in result.changes:
+    for change in extracted.changes:
         if change.why:
             reasons[change.why] = reasons.get(change.why, 0.0) + change.squares / total
     return [

@@ -1,4 +1,4 @@
-"""What adapter extraction needs to know: pairs of tensors, and the module that each belongs to.
+"""Pairing a fine-tune's tensors with its base's, and the module that each belongs to.
 
 The pairs are those of a merge of the fine-tune with its base. PEFT addresses modules as
 transformers names them, and not every stored name is such a name: GPT-2's checkpoints leave out a
@@ -166,9 +166,9 @@ def _single(
     """For each expert the tensors that are stored for it, in the order of their rows."""
     for inside in (module, module.replace(".mlp.", ".block_sparse_moe.")):
         for names in SEPARATE_NAMES[parameter]:
-            result = [tuple(f"{inside}.{i}.{name}.weight" for name in names) for i in range(count)]
-            if all(name in stored for expert in result for name in expert):
-                return result
+            experts = [tuple(f"{inside}.{i}.{name}.weight" for name in names) for i in range(count)]
+            if all(name in stored for expert in experts for name in expert):
+                return experts
     return []
 
 

@@ -191,12 +191,15 @@ def tokenizer_difference(
     model: str, reference: Tokenizer, tokenizer: Tokenizer
 ) -> TokenizerDifference:
     """Compare one model's tokenizer with the reference's."""
-    theirs, ours = reference.vocabulary, tokenizer.vocabulary
-    comparable = bool(theirs and ours)
-    missing = sorted((t for t in theirs if t not in ours), key=theirs.__getitem__)
-    added = sorted((t for t in ours if t not in theirs), key=ours.__getitem__)
+    reference_tokens, tokens = reference.vocabulary, tokenizer.vocabulary
+    comparable = bool(reference_tokens and tokens)
+    missing = sorted(
+        (t for t in reference_tokens if t not in tokens), key=reference_tokens.__getitem__
+    )
+    added = sorted((t for t in tokens if t not in reference_tokens), key=tokens.__getitem__)
     renumbered = sorted(
-        (t for t, n in theirs.items() if ours.get(t, n) != n), key=theirs.__getitem__
+        (t for t, n in reference_tokens.items() if tokens.get(t, n) != n),
+        key=reference_tokens.__getitem__,
     )
     if not comparable:
         missing, added, renumbered = [], [], []

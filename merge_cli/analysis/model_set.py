@@ -78,11 +78,11 @@ def open_model_set(recipe: Recipe) -> ModelSet:
         message = "there is nothing to compare: one model"
         raise UsageError(message, hint="Name a base and a model, or two models.")
     has_base = recipe.base_model is not None
-    chosen = list(opened)
+    models = list(opened)
     whole_models = Recipe(
         "task_arithmetic" if has_base else "soup",
-        chosen[0] if has_base else None,
-        tuple(SourceSpec(m, f"models[{i}]") for i, m in enumerate(chosen[has_base:])),
+        models[0] if has_base else None,
+        tuple(SourceSpec(m, f"models[{i}]") for i, m in enumerate(models[has_base:])),
         dtype=recipe.dtype,
         seed=recipe.seed,
         name=recipe.name,

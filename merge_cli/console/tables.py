@@ -188,5 +188,5 @@ class _Encoder:
         if isinstance(value, dict):
             parts = [f"{encode_basestring(k)}: {self.text(v, depth + 1)}" for k, v in value.items()]
             return "{" + start + f",{start}".join(parts) + end + "}"
-        parts = [self.text(item, depth + 1) for item in value]
+        parts = [self.text(element, depth + 1) for element in value]
         return "[" + start + f",{start}".join(parts) + end + "]"

@@ -1,1 +1,1 @@
-"""Converting pickled checkpoints to safetensors: `run` in the parent, `child` in a sandbox."""
+"""Converting pickled checkpoints to safetensors: `run` in the parent, `child` with limits."""

@@ -72,7 +72,7 @@ def batches(items: Sequence[Window], tokens: int, vocabulary: int) -> Iterator[l
     The longest come first, so that a lack of memory shows at the start.
     """
     budget = min(tokens, _LOGIT_BYTES // (4 * vocabulary))
-    for numbers in batches_by_length([len(item.ids) for item in items], budget):
+    for numbers in batches_by_length([len(window.ids) for window in items], budget):
         yield [items[number] for number in numbers]
 
 

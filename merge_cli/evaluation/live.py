@@ -130,7 +130,7 @@ def load(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     devices = choose_device(device)
-    where = f"cuda:{devices.indexes[0]}" if devices.indexes else "cpu"
+    device_name = f"cuda:{devices.indexes[0]}" if devices.indexes else "cpu"
     dtype_name, dtype_reason = choose_dtype(source, devices.kind, dtype)
     dtype_words = f"{dtype_name} ({dtype_reason})"
     width = torch.empty((), dtype=getattr(torch, dtype_name)).element_size()
@@ -169,7 +169,7 @@ def load(
         _refuse_missing_weights(source, loading_info)
     net.eval()
     if folder is None:
-        net.to(where)
+        net.to(device_name)
     return LiveModel(
         source.label,
         net,

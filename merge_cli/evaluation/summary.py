@@ -154,7 +154,7 @@ def difference(a: Metric, b: Metric, key: str) -> Interval | None:
         raise ValueError(f"{len(a.parts)} examples cannot be paired with {len(b.parts)}")
     if len(a.parts) < 2:
         return None
-    ours, theirs = resampled(a, key), resampled(b, key)
-    if not math.isfinite(math.fsum([*ours, *theirs])):
+    values_a, values_b = resampled(a, key), resampled(b, key)
+    if not math.isfinite(math.fsum([*values_a, *values_b])):
         return None
-    return interval(ours - theirs)
+    return interval(values_a - values_b)

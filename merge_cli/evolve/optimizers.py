@@ -87,8 +87,8 @@ class RandomSearch:
     def ask_one(self) -> list[float]:
         if self._start:
             return self._start.pop()
-        drawn: list[float] = self._random.random(self._size).tolist()
-        return drawn
+        genome: list[float] = self._random.random(self._size).tolist()
+        return genome
 
     def tell_one(self, genome: list[float], rank: float, parts: Sequence[float]) -> None:
         pass

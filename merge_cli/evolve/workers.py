@@ -105,12 +105,12 @@ class Processes:
         self._workers.clear()
 
     def _start(self) -> Connection:
-        ours, theirs = self._context.Pipe()
-        process = self._context.Process(target=_serve, args=(theirs, self._setup), daemon=True)
+        connection, child_end = self._context.Pipe()
+        process = self._context.Process(target=_serve, args=(child_end, self._setup), daemon=True)
         process.start()
-        theirs.close()
-        self._workers[ours] = process
-        return ours
+        child_end.close()
+        self._workers[connection] = process
+        return connection
 
 
 def _serve(pipe: Connection, setup: Setup) -> None:

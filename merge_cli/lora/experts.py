@@ -315,8 +315,8 @@ def fused_updates(
     for plain, wrapped in nested.items():
         wrapped.sort(key=len, reverse=True)  # the innermost first: PEFT wrapped it first
         names = {target.rpartition(".")[2] for target in targets}
-        named = [n for n in sorted(names) if any(_ends(f"{plain}.{n}", t) for t in targets)]
-        listed = wrapping_order([name for name in named if name in _ORDER] or named)
+        matching = [n for n in sorted(names) if any(_ends(f"{plain}.{n}", t) for t in targets)]
+        listed = wrapping_order([name for name in matching if name in _ORDER] or matching)
         if len(listed) != len(wrapped):
             requested = ", ".join(targets) or "nothing"
             problems[plain] = (

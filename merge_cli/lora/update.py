@@ -177,14 +177,14 @@ def is_transposed(
     Args:
         kind: the model_type.
     """
-    named = module.removesuffix(".base_layer").rpartition(".")[2] in _CONV1D
+    is_conv1d = module.removesuffix(".base_layer").rpartition(".")[2] in _CONV1D
     if kind in _WITH_CONV1D:
-        return named
-    straight = (parts["b"].shape[0], parts["a"].shape[-1])
-    if straight[0] != straight[1] and weight.shape in (straight, straight[::-1]):
-        return weight.shape != straight
+        return is_conv1d
+    plain_shape = (parts["b"].shape[0], parts["a"].shape[-1])
+    if plain_shape[0] != plain_shape[1] and weight.shape in (plain_shape, plain_shape[::-1]):
+        return weight.shape != plain_shape
     # PEFT ignores `fan_in_fan_out` for ordinary linear layers.
-    return bool(config.get("fan_in_fan_out")) and (named or not kind)
+    return bool(config.get("fan_in_fan_out")) and (is_conv1d or not kind)
 
 
 def why_unusable(

@@ -93,26 +93,26 @@ class KL(DataTask):
         self._refuse_other_vocabulary(live, load_tokenizer(source), int(size))
         dtype = live.dtype.partition(" ")[0]
         teacher = Teacher(source, source_fingerprint(source), live.place, dtype)
-        examples = [Example(array("q", item.ids), item.first) for item in windows]
+        examples = [Example(array("q", window.ids), window.first) for window in windows]
         settings = KeptPredictions(self.top_k, 1.0, "float32")
         predictions = teacher.predictions(examples, settings, lambda *_: None)
         teacher.close()
         live.count(teacher.tokens, teacher.passes)
-        numbers = {id(item): i for i, item in enumerate(windows)}
-        for ours in forward(live, windows, on_progress):
-            parts = [predictions.of(numbers[id(window)]) for window in ours.windows]
-            ids = torch.cat([values for values, _, _ in parts]).long().to(ours.logits.device)
-            p = torch.cat([values for _, values, _ in parts]).to(ours.logits.device)
-            log_q = ours.logits.log_softmax(-1)
+        numbers = {id(window): i for i, window in enumerate(windows)}
+        for batch in forward(live, windows, on_progress):
+            parts = [predictions.of(numbers[id(window)]) for window in batch.windows]
+            ids = torch.cat([values for values, _, _ in parts]).long().to(batch.logits.device)
+            p = torch.cat([values for _, values, _ in parts]).to(batch.logits.device)
+            log_q = batch.logits.log_softmax(-1)
             divergence = (p.exp() * (p - log_q.gather(-1, ids))).sum(-1)
             if parts[0][2] is not None:
                 tail = torch.cat([values for _, _, values in parts]).to(p.device)
-                rest = log_q.scatter(-1, ids, float("-inf")).logsumexp(-1)
+                other_mass = log_q.scatter(-1, ids, float("-inf")).logsumexp(-1)
                 # A tail of no mass adds nothing, whatever its logarithm.
-                divergence += torch.where(tail.isfinite(), tail.exp() * (tail - rest), 0.0)
+                divergence += torch.where(tail.isfinite(), tail.exp() * (tail - other_mass), 0.0)
             require_finite(divergence, live.label)  # the teacher's part is finite, or not kept
             same = log_q.argmax(-1) == ids.gather(-1, p.argmax(-1, keepdim=True))[:, 0]
-            yield ours.examples, divergence, same
+            yield batch.examples, divergence, same
 
     @contextmanager
     def _loaded_teacher(self, live: LiveModel) -> Iterator[LiveModel]:
@@ -157,14 +157,14 @@ def _full_divergence(
     pairs = zip(
         forward(live, items, on_progress), forward(teacher, items, lambda *_: None), strict=True
     )
-    for ours, theirs in pairs:
-        q = ours.logits.log_softmax(-1)
-        p = theirs.logits.to(q.device).log_softmax(-1)
+    for batch, teacher_batch in pairs:
+        q = batch.logits.log_softmax(-1)
+        p = teacher_batch.logits.to(q.device).log_softmax(-1)
         divergence = torch.nn.functional.kl_div(q, p, log_target=True, reduction="none").sum(-1)
         if not bool(divergence.isfinite().all()):
-            require_finite(theirs.logits, teacher.label)
+            require_finite(teacher_batch.logits, teacher.label)
             require_finite(divergence, live.label)
-        yield ours.examples, divergence, q.argmax(-1) == p.argmax(-1)
+        yield batch.examples, divergence, q.argmax(-1) == p.argmax(-1)
 
 
 def _sums(compared: Iterator[Compared], count: int) -> tuple[list[float], list[float]]:
