@@ -54,8 +54,8 @@ class Problem:
     hint: str = ""
 
     def __str__(self) -> str:
-        place = ":".join(str(p) for p in (self.file, self.line, self.column) if p)
-        text = ": ".join(part for part in (place, self.key, self.what) if part)
+        position = ":".join(str(p) for p in (self.file, self.line, self.column) if p)
+        text = ": ".join(part for part in (position, self.key, self.what) if part)
         if not self.hint:
             return text
         return f"{text} {self.hint}" if text.endswith((".", "?")) else f"{text}. {self.hint}"

@@ -1,1 +1,1 @@
-"""Adapters that are made here: a fine-tune's change as LoRA factors, and adapters merged."""
+"""Making LoRA adapters: extracted from a fine-tune, or merged from adapters (`output: adapter`)."""

@@ -1,4 +1,4 @@
-"""Factors of single experts, put together as PEFT keeps those of a whole parameter.
+"""Stacking the factors of single experts, as PEFT stores the factors of a whole parameter.
 
 A [experts * rank, inputs], expert by expert; B [outputs, rank * experts], where the expert
 changes fastest. Several parameters of a module are wrapped into one another, the first one
@@ -13,9 +13,9 @@ from typing import Any
 
 from merge_cli.adapters.factors import Factors
 from merge_cli.adapters.folder import AdapterFolder
-from merge_cli.lora.experts import ExpertPosition, in_order
+from merge_cli.lora.experts import ExpertPosition, wrapping_order
 
-# The first version of PEFT that takes B A of an expert as [outputs, inputs], as we write it.
+# The first version of PEFT that takes an expert's B A as [outputs, inputs], as it is written here.
 NEWEST = "0.19.1"
 
 
@@ -26,37 +26,37 @@ class _Parameter:
 
 
 class ExpertStacks:
-    """Collects the experts of each parameter, and writes it when the last one is there.
+    """Collects the experts of each parameter, and writes the parameter after the last of them.
 
     Args:
-        places: of everything that will come, by any name.
+        positions: of all experts that will be added, by name.
     """
 
-    def __init__(self, writer: AdapterFolder, places: Mapping[str, ExpertPosition]) -> None:
-        self._writer, self._places = writer, places
-        self._waiting: dict[_Parameter, dict[int, Factors | None]] = {}
+    def __init__(self, writer: AdapterFolder, positions: Mapping[str, ExpertPosition]) -> None:
+        self._writer, self._positions = writer, positions
+        self._incomplete: dict[_Parameter, dict[int, Factors | None]] = {}
         self._siblings: dict[str, list[str]] = {}
-        for place in places.values():
-            names = self._siblings.setdefault(place.module, [])
-            if place.parameter not in names:
-                names.append(place.parameter)
+        for position in positions.values():
+            names = self._siblings.setdefault(position.module, [])
+            if position.parameter not in names:
+                names.append(position.parameter)
 
     def add(self, name: str, factors: Factors | None) -> None:
         """An expert's factors; None where it has no change."""
-        place = self._places[name]
-        parameter = _Parameter(place.module, place.parameter)
-        known = self._waiting.setdefault(parameter, {})
-        known[place.expert] = factors
-        if len(known) == place.count:
-            del self._waiting[parameter]
-            self._write(parameter, [known[i] for i in range(place.count)], place)
+        position = self._positions[name]
+        parameter = _Parameter(position.module, position.parameter)
+        collected = self._incomplete.setdefault(parameter, {})
+        collected[position.expert] = factors
+        if len(collected) == position.count:
+            del self._incomplete[parameter]
+            self._write(parameter, [collected[i] for i in range(position.count)], position)
 
     def _write(
-        self, parameter: _Parameter, experts: Iterable[Factors | None], place: ExpertPosition
+        self, parameter: _Parameter, experts: Iterable[Factors | None], position: ExpertPosition
     ) -> None:
-        own = list(experts)
-        a, b, rank = _joined(own, place.shape)
-        names = in_order(self._siblings[parameter.module])
+        all_factors = list(experts)
+        a, b, rank = _stacked(all_factors, position.shape)
+        names = wrapping_order(self._siblings[parameter.module])
         depth = len(names) - 1 - names.index(parameter.name)
         wrapped = parameter.module + ".base_layer" * depth
         self._writer.put(f"{wrapped}.lora_A.weight", a)
@@ -64,7 +64,7 @@ class ExpertStacks:
         self._writer.parameters[f"{parameter.module}.{parameter.name}"] = rank
 
 
-def _joined(experts: list[Factors | None], shape: tuple[int, int]) -> tuple[Any, Any, int]:
+def _stacked(experts: list[Factors | None], shape: tuple[int, int]) -> tuple[Any, Any, int]:
     """Both matrices, numpy float32, and the rank that every expert has in them."""
     import numpy as np
 
@@ -72,8 +72,8 @@ def _joined(experts: list[Factors | None], shape: tuple[int, int]) -> tuple[Any,
     rank = max((expert.rank for expert in experts if expert is not None), default=1)
     a = np.zeros((count, rank, shape[1]), np.float32)
     b = np.zeros((shape[0], rank, count), np.float32)
-    for i, item in enumerate(experts):
-        if item is not None:
-            a[i, : item.rank] = item.right
-            b[:, : item.rank, i] = item.left
+    for i, factors in enumerate(experts):
+        if factors is not None:
+            a[i, : factors.rank] = factors.right
+            b[:, : factors.rank, i] = factors.left
     return a.reshape(count * rank, shape[1]), b.reshape(shape[0], rank * count), rank

@@ -1,16 +1,14 @@
-"""A matrix as the product of two thin ones: its truncated singular value decomposition.
+"""Low-rank factors of matrices: truncated singular value decompositions, in several threads.
 
-That is its best approximation of a rank (Eckart and Young, "The approximation of one matrix by
-another of lower rank", Psychometrika 1936). Two ways:
+The truncation is the best approximation of its rank (Eckart and Young, "The approximation of one
+matrix by another of lower rank", Psychometrika 1936). It is computed in one of two ways:
 
     exact     the eigenvalues of the smaller Gram matrix in float64, D D^T = U S^2 U^T; rounding
               there is 1e-8 of the largest singular value, less than float32 weights hold
-    subspace  where few directions of many are wanted: a random subspace, drawn to the leading
-              one by power iterations (Halko, Martinsson and Tropp, arXiv:0909.4061)
+    subspace  where few directions of many are needed: a random subspace, brought close to the
+              leading one by power iterations (Halko, Martinsson and Tropp, arXiv:0909.4061)
 
-What a product holds of the matrix is measured, not estimated, so that either says how good it is.
-
-Matrices decomposed by several threads: how many there is memory for, and in which order.
+The share of the matrix that the product holds is measured, not estimated.
 """
 
 from __future__ import annotations
@@ -24,16 +22,19 @@ from typing import Any, TypeVar
 
 from merge_cli.system.machine import free_memory, usable_cores
 
-_NOTHING = 1e-14  # of the largest eigenvalue: below it there is rounding alone
-_SPARE, _POWERS = 16, 6  # directions beyond those wanted, and power iterations
-_FEW = 4  # the subspace is drawn where it has at most this part of all directions
-_CHUNK = 2**21  # elements of the matrix that are looked at in float64 at once
+_ROUNDING = 1e-14  # of the largest eigenvalue: anything smaller is rounding
+_EXTRA_DIRECTIONS, _POWER_ITERATIONS = 16, 6
+_SUBSPACE_SHARE = 4  # the subspace is used where it has at most one in four of all directions
+_CHUNK = 2**21  # elements of the matrix that are held in float64 at once
+_MEMORY_SHARE = 0.5  # of the free memory
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
 class RankTruncation:
-    """Where a decomposition ends: after `rank` directions, or when they hold `energy` of the sum
-    of squares, a share in (0, 1]; whichever comes first."""
+    """Keep at most `rank` directions, or as few as hold `energy` of the sum of squares, a share in
+    (0, 1]; whichever are fewer."""
 
     rank: int | None = None
     energy: float | None = None
@@ -63,8 +64,8 @@ class Factors:
         return int(self.left.shape[1])
 
     @property
-    def turned(self) -> Factors:
-        """Of the transposed matrix."""
+    def transposed(self) -> Factors:
+        """The factors of the transposed matrix."""
         return Factors(_plain(self.right.T), _plain(self.left.T), self.share, self.squares)
 
 
@@ -73,27 +74,27 @@ def factorise(matrix: Any, cut: RankTruncation, device: str = "cpu") -> Factors 
 
     Args:
         matrix: numpy float32 [rows, columns].
-        device: torch's word for where to compute.
+        device: torch's name of the device to compute on.
     """
     import torch
 
-    given = torch.from_numpy(matrix).to(device)
-    tall = given.shape[0] > given.shape[1]
-    full = given.T if tall else given  # from here on no more rows than columns
+    tensor = torch.from_numpy(matrix).to(device)
+    tall = tensor.shape[0] > tensor.shape[1]
+    full = tensor.T if tall else tensor  # from here on no more rows than columns
     squares = sum(float(part.double().square().sum()) for part in _columns(full))
     if not squares:
         return None
     basis = _basis(full, cut, squares)
-    # Projected, not divided: what is kept of the matrix is exactly its part in these directions.
+    # The right factor is a projection: the product is the matrix's exact part in these directions.
     other = torch.cat([basis.T @ part.double() for part in _columns(full)], 1)
     share = min(1.0, float(other.square().sum()) / squares)
     root = other.norm(dim=1).clamp_min(torch.finfo(torch.float64).tiny).sqrt()
-    result = Factors(_plain(basis * root), _plain(other / root[:, None]), share, squares)
-    return result.turned if tall else result
+    factors = Factors(_plain(basis * root), _plain(other / root[:, None]), share, squares)
+    return factors.transposed if tall else factors
 
 
 def recombine(lefts: Any, rights: Any, cut: RankTruncation) -> Factors | None:
-    """The same for the product of two thin matrices, which is never made.
+    """Truncate the product of two thin matrices without computing it.
 
     Args:
         lefts, rights: numpy float64 [rows, k] and [k, columns].
@@ -101,8 +102,8 @@ def recombine(lefts: Any, rights: Any, cut: RankTruncation) -> Factors | None:
     import torch
 
     outer, inner = torch.linalg.qr(torch.from_numpy(lefts))
-    right, rest = torch.linalg.qr(torch.from_numpy(rights).T)
-    u, values, v = torch.linalg.svd(inner @ rest.T)
+    right, inner_right = torch.linalg.qr(torch.from_numpy(rights).T)
+    u, values, v = torch.linalg.svd(inner @ inner_right.T)
     squares = float(values.square().sum())
     if not squares:
         return None
@@ -114,12 +115,12 @@ def recombine(lefts: Any, rights: Any, cut: RankTruncation) -> Factors | None:
 
 
 def _basis(full: Any, cut: RankTruncation, squares: float) -> Any:
-    """The leading left singular vectors, as many as wanted, float64."""
+    """The leading left singular vectors that the truncation keeps, float64."""
     import torch
 
-    requested = (cut.rank or len(full)) + _SPARE
-    if cut.energy is None and _FEW * requested <= len(full):
-        return _subspace(full, requested)[:, : cut.rank]
+    directions = (cut.rank or len(full)) + _EXTRA_DIRECTIONS
+    if cut.energy is None and _SUBSPACE_SHARE * directions <= len(full):
+        return _subspace(full, directions)[:, : cut.rank]
     gram = torch.zeros(len(full), len(full), dtype=torch.float64, device=full.device)
     for part in _columns(full):
         wide = part.double()
@@ -130,30 +131,30 @@ def _basis(full: Any, cut: RankTruncation, squares: float) -> Any:
 
 
 def _subspace(full: Any, count: int) -> Any:
-    """An orthonormal basis of nearly the leading directions, the strongest first, without those
-    that are rounding."""
+    """An orthonormal basis close to the leading directions, the strongest first, without
+    directions that are rounding."""
     import torch
 
     generator = torch.Generator().manual_seed(0)  # on the CPU: the same on every device
     start = torch.randn(full.shape[1], count, generator=generator).to(full)
     basis = torch.linalg.qr(full @ start)[0]
-    for _ in range(_POWERS):
+    for _ in range(_POWER_ITERATIONS):
         basis = torch.linalg.qr(full @ torch.linalg.qr(full.T @ basis)[0])[0]
     basis = torch.linalg.qr(basis.double())[0]
     inside = torch.cat([basis.T @ part.double() for part in _columns(full)], 1)
     values, vectors = torch.linalg.eigh(inside @ inside.T)
     values, vectors = values.flip(0), vectors.flip(1)
-    return basis @ vectors[:, values > _NOTHING * values[0]]
+    return basis @ vectors[:, values > _ROUNDING * values[0]]
 
 
 def _columns(full: Any) -> Any:
-    """A matrix in parts of some columns."""
+    """A matrix in blocks of columns."""
     return full.split(max(1, _CHUNK // len(full)), 1)
 
 
 def _rank(values: Any, squares: float, cut: RankTruncation) -> int:
-    """How many directions to keep, of those that are no rounding; at least one."""
-    rank = max(1, int((values > _NOTHING * values[0]).sum()))
+    """How many directions to keep of those that are not rounding; at least one."""
+    rank = max(1, int((values > _ROUNDING * values[0]).sum()))
     if cut.energy is not None:
         reached = values.cumsum(0) >= cut.energy * squares * (1 - 1e-12)
         rank = min(rank, int(reached.to(int).argmax()) + 1) if bool(reached.any()) else rank
@@ -169,40 +170,36 @@ def _plain(matrix: Any) -> Any:
     return np.ascontiguousarray(matrix)
 
 
-_ROOM = 0.5  # of the free memory
-T = TypeVar("T")
-R = TypeVar("R")
-
-
-def threads_for(shapes: Iterable[Sequence[int]], wanted: int | None = None) -> int:
-    """As many as there are cores, or as wanted, of which each can decompose the largest matrix.
+def threads_for(shapes: Iterable[Sequence[int]], requested: int | None = None) -> int:
+    """How many threads can each decompose the largest matrix, at most one for each core.
 
     Args:
         shapes: of the matrices [rows, columns].
+        requested: threads, instead of one for each core.
     """
     # The matrix and what it is made of in float32; its Gram matrix, vectors and workspace in
     # float64.
-    each = max(
+    bytes_each = max(
         (8 * rows * columns + 32 * min(rows, columns) ** 2 for rows, columns in shapes), default=1
     )
-    room = int(free_memory() * _ROOM) // each
-    return max(1, min(wanted or usable_cores(), room))
+    fitting = int(free_memory() * _MEMORY_SHARE) // bytes_each
+    return max(1, min(requested or usable_cores(), fitting))
 
 
 @contextmanager
 def in_threads(
-    work: Callable[[T], R], things: Iterable[T], count: int
+    work: Callable[[T], R], items: Iterable[T], count: int
 ) -> Iterator[Iterator[tuple[T, R]]]:
-    """Pairs of a thing and what `work` made of it; few wait to be taken.
+    """Pairs of an item and its result, in order; only a few results wait to be taken.
 
-    Leaving early lets the threads end with what they are at.
+    Leaving early lets the threads finish their current items.
     """
     pool = ThreadPoolExecutor(count)
 
     def pairs() -> Iterator[tuple[T, R]]:
         waiting: deque[tuple[T, Future[R]]] = deque()
-        for thing in things:
-            waiting.append((thing, pool.submit(work, thing)))
+        for item in items:
+            waiting.append((item, pool.submit(work, item)))
             if len(waiting) > 2 * count:
                 first, future = waiting.popleft()
                 yield first, future.result()

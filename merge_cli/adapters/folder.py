@@ -1,21 +1,19 @@
-"""An adapter's folder as PEFT reads it: factors as they come, then config and one weights file.
+"""Writing an adapter's folder as PEFT reads it: weights, config, card.
 
     adapter_config.json
     adapter_model.safetensors   base_model.model.MODULE.lora_A.weight, ...lora_B.weight, ...
+    README.md
 
-How large the file becomes is known when the last rank is. Until then factors wait in a file beside
-it, so that memory holds those of one module.
-
-The card of an adapter that was made here.
-
-The folder of an adapter: made beside OUT, and OUT when it is whole.
+The size of the weights file is known when the last rank is. Until then factors wait in a second
+file, so that memory holds those of one module. The folder is made in a workspace and renamed to OUT
+when it is complete.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +32,7 @@ from merge_cli.lora.config import CONFIG
 from merge_cli.planning.plan import Plan
 from merge_cli.recipe.reference import hub_id, short_labels
 from merge_cli.report.card import repositories, source_cards
+from merge_cli.sources.source import Source
 from merge_cli.system.raw_io import FilePool, allocate, copy_range, write_error, write_from
 
 if TYPE_CHECKING:
@@ -45,15 +44,15 @@ _BLOCK = 2**22  # elements of a tensor that is copied
 
 
 class AdapterFolder:
-    """Written step by step: `add`, `keep` and `put`, then `finish`.
+    """An adapter's files, written step by step: `add`, `keep` and `put`, then `finish`.
 
     Args:
         path: exists, and is empty.
-        turned: layers are stored [in, out], and so is the whole adapter.
+        transposed: layers are stored [in, out], and so is the whole adapter.
     """
 
-    def __init__(self, path: Path, *, turned: bool = False) -> None:
-        self._path, self._turned = path, turned
+    def __init__(self, path: Path, *, transposed: bool = False) -> None:
+        self._path, self._turned = path, transposed
         self._waiting: dict[OutputTensor, int] = {}
         self._whole: dict[OutputTensor, Tensor] = {}
         self.ranks: dict[str, int] = {}
@@ -65,13 +64,13 @@ class AdapterFolder:
 
     def add(self, module: str, factors: Factors, *, embedding: bool = False) -> None:
         """A module's update, factors of the weight as it is stored."""
-        if embedding:  # (B A)^T, whatever the layers are like
-            self.put(f"{module}.lora_embedding_A", factors.turned.right)
-            self.put(f"{module}.lora_embedding_B", factors.turned.left)
+        if embedding:  # (B A)^T, however layers are stored
+            self.put(f"{module}.lora_embedding_A", factors.transposed.right)
+            self.put(f"{module}.lora_embedding_B", factors.transposed.left)
         else:
-            own = factors.turned if self._turned else factors  # stored [in, out]: (B A)^T
-            self.put(f"{module}.lora_A.weight", own.right)
-            self.put(f"{module}.lora_B.weight", own.left)
+            stored = factors.transposed if self._turned else factors  # stored [in, out]: (B A)^T
+            self.put(f"{module}.lora_A.weight", stored.right)
+            self.put(f"{module}.lora_B.weight", stored.left)
         self.ranks[module] = factors.rank
 
     def put(self, name: str, values: Any) -> None:
@@ -124,7 +123,7 @@ class AdapterFolder:
         return shard.size
 
     def close(self) -> None:
-        """Let go of the file, finished or not."""
+        """Close the file, finished or not."""
         self._file.close()
 
 
@@ -142,22 +141,22 @@ def adapter_config(
     *,
     base: str | None,
     revision: str | None = None,
-    turned: bool = False,
-    whole: Sequence[str] = (),
+    transposed: bool = False,
+    saved: Sequence[str] = (),
     biases: bool = False,
     task_type: str | None = None,
     parameters: Mapping[str, int] | None = None,
     version: str | None = None,
 ) -> dict[str, Any]:
-    """What PEFT needs to know; the scale of every module is 1.
+    """adapter_config.json; the scale of every module is 1.
 
     Args:
         ranks: by the modules' full names.
         base: the model that the adapter belongs to.
-        whole: modules that the adapter replaces.
+        saved: modules that the adapter replaces.
         biases: whether it replaces biases.
         parameters: ranks of experts' parameters, by their full names.
-        version: of PEFT, whose order their factors have.
+        version: of PEFT, which decides how experts' factors are ordered.
     """
     stacks = dict(parameters or {})
     counts = sorted([*ranks.values(), *stacks.values()])
@@ -177,56 +176,41 @@ def adapter_config(
         "use_rslora": False,
         "use_dora": False,
         "bias": "all" if biases else "none",
-        "fan_in_fan_out": turned,
+        "fan_in_fan_out": transposed,
         "target_modules": list(ranks),
         "rank_pattern": other,
         "alpha_pattern": other,
-        "modules_to_save": list(whole) or None,
+        "modules_to_save": list(saved) or None,
         **({"target_parameters": list(stacks), "peft_version": version} if stacks else {}),
     }
 
 
-def extraction_card(plan: Plan, result: ExtractedAdapter, cut: RankTruncation) -> str:
-    """Of a fine-tune's change."""
+def extraction_card(plan: Plan, extracted: ExtractedAdapter, cut: RankTruncation) -> str:
+    """The card of a fine-tune's extracted change."""
     base, tuned = (plan.sources[i] for i in (plan.base or 0, plan.operands[0]))
-    front: dict[str, Any] = {}
-    named = [repository.repo_id for repository in repositories(base)]
-    if named:
-        front |= {"base_model": named[0], "base_model_relation": "adapter"}
-    licences = {str(card.get("license")) for card in source_cards(tuned) if card.get("license")}
-    if len(licences) == 1:
-        front["license"] = licences.pop()
-    ranks = [change.rank for change in result.changes if change.rank is not None]
+    repository = next((repository.repo_id for repository in repositories(base)), None)
+    front = _front_matter(repository, [tuned])
+    ranks = [change.rank for change in extracted.changes if change.rank is not None]
     size = f"rank {min(ranks)} to {max(ranks)}" if ranks else "no factors"
     text = [
         f"What `{tuned.label}` has changed of `{base.label}`, extracted by merge-cli: {size} "
-        f"(cut at {cut}), {100 * result.share:.1f} % of the change's sum of squares.",
-        *_left_out(result),
+        f"(cut at {cut}), {100 * extracted.share:.1f} % of the change's sum of squares.",
+        *_left_out(extracted),
     ]
-    return card(front, result.path.name, text, base.label)
+    return card(front, extracted.path.name, text, base.label)
 
 
 def merge_card(plan: Plan, base: str | None, title: str, report: Mapping[str, Any]) -> str:
-    """Of adapters that were merged."""
-    about = report["adapter"]
-    front: dict[str, Any] = {}
-    if base and hub_id(base):
-        front |= {"base_model": base, "base_model_relation": "adapter"}
-    licences = {
-        str(card.get("license"))
-        for source in plan.sources
-        for card in source_cards(source)
-        if card.get("license")
-    }
-    if len(licences) == 1:
-        front["license"] = licences.pop()
+    """The card of merged adapters."""
+    adapter = report["adapter"]
+    front = _front_matter(base if base and hub_id(base) else None, plan.sources)
     labels = [source.label for source in plan.sources if source.adapter]
     sources = ", ".join(f"`{label}`" for label in short_labels(labels))
-    ranks = [module["rank"] for module in about["modules"].values()] or [0]
+    ranks = [module["rank"] for module in adapter["modules"].values()] or [0]
     text = [
         f"A {plan.recipe.merge_method} merge of the adapters {sources}, made by merge-cli without "
-        f"the model that they are of: rank {min(ranks)} to {max(ranks)}, "
-        f"{100 * about['share']:.1f} % of the merged change's sum of squares.",
+        f"their base model: rank {min(ranks)} to {max(ranks)}, "
+        f"{100 * adapter['share']:.1f} % of the merged change's sum of squares.",
         "",
         "## Recipe",
         "",
@@ -235,12 +219,20 @@ def merge_card(plan: Plan, base: str | None, title: str, report: Mapping[str, An
     return card(front, title, text, base)
 
 
+def _front_matter(base: str | None, sources: Iterable[Source]) -> dict[str, Any]:
+    """The base on the Hub, and the licence where all sources have the same."""
+    front = {"base_model": base, "base_model_relation": "adapter"} if base else {}
+    cards = (card for source in sources for card in source_cards(source))
+    licences = {str(card.get("license")) for card in cards if card.get("license")}
+    return {**front, "license": licences.pop()} if len(licences) == 1 else front
+
+
 def card(front: Mapping[str, Any], title: str, text: Sequence[str], base: str | None) -> str:
     """Front matter, title, text and how to use it."""
-    known = {**front, "library_name": "peft", "tags": ["lora", "merge-cli"]}
+    metadata = {**front, "library_name": "peft", "tags": ["lora", "merge-cli"]}
     lines = [
         "---",
-        yaml.safe_dump(known, sort_keys=False, allow_unicode=True).strip(),
+        yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True).strip(),
         "---",
         "",
         f"# {title}",
@@ -261,10 +253,10 @@ def card(front: Mapping[str, Any], title: str, text: Sequence[str], base: str | 
     return "\n".join(lines)
 
 
-def _left_out(result: ExtractedAdapter) -> list[str]:
-    total = sum(change.squares for change in result.changes) or 1.0
+def _left_out(extracted: ExtractedAdapter) -> list[str]:
+    total = sum(change.squares for change in extracted.changes) or 1.0
     reasons: dict[str, float] = {}
-    for change in result.changes:
+    for change in extracted.changes:
         if change.why:
             reasons[change.why] = reasons.get(change.why, 0.0) + change.squares / total
     return [
@@ -274,22 +266,22 @@ def _left_out(result: ExtractedAdapter) -> list[str]:
 
 @contextmanager
 def adapter_output(
-    out: Path, *, overwrite: bool, precious: Sequence[Path], inputs: Inputs, fresh: bool = False
+    out: Path, *, overwrite: bool, protected: Sequence[Path], inputs: Inputs, fresh: bool = False
 ) -> Iterator[Path]:
-    """A folder to write into, published at the end; thrown away after an error.
+    """A folder to write into: renamed to OUT at the end, discarded after an error.
 
     Args:
-        inputs: what is read meanwhile, and must be the same at the end.
-        fresh: throw away what other work has left.
+        inputs: files that are read meanwhile, and must be unchanged at the end.
+        fresh: discard the working files of another command.
 
     Raises:
-        SourceError: something that was read has changed.
-        UsageError: OUT exists, or holds what is needed.
+        SourceError: an input has changed.
+        UsageError: OUT exists, or holds an input.
         ResourceError: another process writes there, or it cannot be written.
         Interrupted: Ctrl-C.
     """
     with OutputWorkspace(out) as work:
-        work.refuse(overwrite, list(precious))
+        work.refuse(overwrite, list(protected))
         if not fresh:
             work.refuse_other_work("an adapter")
         work.discard()

@@ -1,9 +1,9 @@
-"""Adapters merged with one another, and the result written as an adapter.
+"""Merging adapters with one another into an adapter (`output: adapter`).
 
     B_1 A_1, B_2 A_2, ...  ─┬─ a weighted sum: [c_1 B_1, c_2 B_2, ...] [A_1; A_2; ...], in factors
-                            └─ any other method: one matrix of changes at a time, then cut
+                            └─ any other method: one merged matrix at a time, then truncated
 
-The model that they are of is never read.
+Their base model is never read.
 """
 
 from __future__ import annotations
@@ -38,56 +38,58 @@ from merge_cli.report.write import resolved_recipe
 def merge_adapters(
     plan: Plan, out: Path, options: MergeOptions, *, show: OnProgress
 ) -> dict[str, Any]:
-    """Merge, cut, write.
+    """Merge the adapters, truncate the changes, write OUT.
 
     Args:
-        plan: of `engine.adapters.plan_adapters`.
+        plan: by `planning.adapters.plan_adapters`.
 
     Returns:
         the report, which is also OUT/merge_report.json.
 
     Raises:
         UsageError: OUT exists, or holds a source.
-        SourceError, NonFiniteError: an adapter that cannot be read, NaN in it.
-        ResourceError: no room, no such device.
+        SourceError, NonFiniteError: an adapter that cannot be read, or has NaN.
+        ResourceError: not enough memory or disk; no such device.
     """
     fetch_inputs(plan, show)
-    prints = verified_fingerprints(plan)
+    fingerprints = verified_fingerprints(plan)
     output = plan.recipe.output
     cut = RankTruncation(rank_of(plan), output.energy if output else None)
     adapters = [source.adapter for source in plan.sources if source.adapter is not None]
-    turned = bool(adapters[0].config.get("fan_in_fan_out"))
-    looked_up = {name for adapter in adapters for name in embeddings_of(adapter)}
+    transposed = bool(adapters[0].config.get("fan_in_fan_out"))
+    embedding_names = {name for adapter in adapters for name in embeddings_of(adapter)}
     makers = _sums if plan.method.name in LINEAR else _matrices
     with (
         adapter_output(
             out,
             overwrite=options.overwrite,
-            precious=protected_paths(plan),
+            protected=protected_paths(plan),
             inputs=inputs_of(plan),
             fresh=options.fresh,
         ) as folder,
         reading() as read,
     ):
-        writer = AdapterFolder(folder, turned=turned)
-        places = {name: place for item in adapters for name, place in experts_of(item).items()}
-        stacks = ExpertStacks(writer, places)
-        held: dict[str, Factors] = {}
+        writer = AdapterFolder(folder, transposed=transposed)
+        positions = {
+            name: position for item in adapters for name, position in experts_of(item).items()
+        }
+        stacks = ExpertStacks(writer, positions)
+        merged: dict[str, Factors] = {}
         try:
-            for done, (task, found) in enumerate(makers(plan, options, cut, read)):
+            for done, (task, factors) in enumerate(makers(plan, options, cut, read)):
                 show(Progress("merge", done, len(plan.tasks), task.name, "modules"))
-                if task.name in places:
-                    stacks.add(task.name, found)
-                elif found is not None:
+                if task.name in positions:
+                    stacks.add(task.name, factors)
+                elif factors is not None:
                     module = task.name.removesuffix(".weight")
-                    writer.add(module, found, embedding=task.name in looked_up)
-                if found is not None:
-                    held[task.name] = found
-            size = writer.finish(_config(plan, writer, adapters, turned), read)
+                    writer.add(module, factors, embedding=task.name in embedding_names)
+                if factors is not None:
+                    merged[task.name] = factors
+            size = writer.finish(_config(plan, writer, adapters, transposed), read)
         finally:
             writer.close()
-        text, _ = resolved_recipe(_as_written(plan), prints, out.absolute())
-        report = _report(plan, prints, held, size, text)
+        text, _ = resolved_recipe(_as_written(plan), fingerprints, out.absolute())
+        report = _report(plan, fingerprints, merged, size, text)
         files = {
             "merge_recipe.yaml": text,
             "merge_report.json": json.dumps(report, indent=1, ensure_ascii=False) + "\n",
@@ -102,18 +104,18 @@ def merge_adapters(
 def _sums(
     plan: Plan, options: MergeOptions, cut: RankTruncation, read: Read
 ) -> Iterator[tuple[TensorTask, Factors | None]]:
-    """Weighted sums, without making a matrix of them."""
+    """Weighted sums, computed in factors."""
     import numpy as np
 
     for task in plan.tasks:
         lefts, rights = [], []
-        for item, coefficient in zip(task.operands, _coefficients(plan, task), strict=True):
-            if isinstance(item, LowRank) and coefficient:
-                left, right = item.factors(read)
+        for change, coefficient in zip(task.operands, _coefficients(plan, task), strict=True):
+            if isinstance(change, LowRank) and coefficient:
+                left, right = change.factors(read)
                 if not (np.isfinite(left).all() and np.isfinite(right).all()):
                     message = "NaN or Inf among its factors"
-                    raise NonFiniteError(message, model=item.model, tensor=task.name)
-                lefts.append(left.astype(np.float64) * (item.scale * coefficient))
+                    raise NonFiniteError(message, model=change.model, tensor=task.name)
+                lefts.append(left.astype(np.float64) * (change.scale * coefficient))
                 rights.append(right.astype(np.float64))
         if not lefts:
             yield task, None
@@ -122,17 +124,17 @@ def _sums(
 
 
 def _coefficients(plan: Plan, task: TensorTask) -> list[float]:
-    """What a linear method multiplies each operand with: its answer to unit vectors."""
+    """The factor of each operand in a linear method: what it makes of unit vectors."""
     import numpy as np
 
     count = len(task.operands)
     rows = list(np.eye(count, dtype=np.float32))
     block = Block(np.zeros(count, np.float32), rows, Span(task.name, 0, plan.recipe.seed, task.ids))
     method = plan.method
-    result = method.function(
+    coefficients = method.function(
         **operands_of(block, method.supplied), **arguments(method, task.parameters)
     )
-    return [float(value) for value in result]
+    return [float(value) for value in coefficients]
 
 
 def _matrices(
@@ -142,13 +144,13 @@ def _matrices(
     import numpy as np
 
     device = choose_device(options.device)
-    place = f"cuda:{device.indexes[0]}" if device.indexes else "cpu"
-    files = InMemoryFiles(SourcesInMemory("disk", "adapters are small", 0), place)
-    found: dict[str, Factors | None] = {}
+    device_name = f"cuda:{device.indexes[0]}" if device.indexes else "cpu"
+    files = InMemoryFiles(SourcesInMemory("disk", "adapters are small", 0), device_name)
+    factors: dict[str, Factors | None] = {}
 
     def take(task: TensorTask, raw: Any) -> None:
         matrix = np.asarray(raw).view(np.float32).reshape(task.shape)
-        found[task.name] = factorise(matrix, cut, place)
+        factors[task.name] = factorise(matrix, cut, device_name)
 
     count = threads_for((task.shape for task in plan.tasks), options.threads)
     merger = InMemoryMerger(plan, files, device, replace(options, threads=count), "disk")
@@ -158,20 +160,20 @@ def _matrices(
         merger.close()
         files.close()
     for task in plan.tasks:
-        yield task, found.get(task.name)
+        yield task, factors.get(task.name)
 
 
 def _config(
-    plan: Plan, writer: AdapterFolder, adapters: list[Adapter], turned: bool
+    plan: Plan, writer: AdapterFolder, adapters: list[Adapter], transposed: bool
 ) -> dict[str, Any]:
     kinds = {adapter.config.get("task_type") for adapter in adapters}
-    named = _as_written(plan).recipe.base_model
-    revisions = {one.config.get("revision") for one in adapters}
+    base = _as_written(plan).recipe.base_model
+    revisions = {adapter.config.get("revision") for adapter in adapters}
     return adapter_config(
         writer.ranks,
-        base=str(named) if named is not None else base_name(adapters),
-        revision=revisions.pop() if len(revisions) == 1 and named is None else None,
-        turned=turned,
+        base=str(base) if base is not None else base_name(adapters),
+        revision=revisions.pop() if len(revisions) == 1 and base is None else None,
+        transposed=transposed,
         task_type=kinds.pop() if len(kinds) == 1 else None,
         parameters=writer.parameters,
         version=next((str(v) for item in adapters if (v := item.config.get("peft_version"))), None),
@@ -179,34 +181,37 @@ def _config(
 
 
 def _as_written(plan: Plan) -> Plan:
-    """With the base that the recipe names, if it does."""
+    """The plan with the base that the recipe names, if it names one."""
     if plan.recipe.base_model != ZERO_BASE:
         return plan
     return replace(plan, recipe=replace(plan.recipe, base_model=None))
 
 
 def _report(
-    plan: Plan, prints: tuple[str, ...], held: dict[str, Factors], size: int, text: str
+    plan: Plan, fingerprints: tuple[str, ...], merged: dict[str, Factors], size: int, text: str
 ) -> dict[str, Any]:
-    squares = sum(item.squares for item in held.values())
-    kept = sum(one.share * one.squares for one in held.values())
+    squares = sum(factors.squares for factors in merged.values())
+    held = sum(factors.share * factors.squares for factors in merged.values())
     return {
         "merge_cli": version("merge-cli"),
         "recipe": {"method": plan.recipe.merge_method, "text": text},
         "inputs": [
             {
                 "model": source.label,
-                "fingerprint": digest,
+                "fingerprint": fingerprint,
                 "revision": source.adapter.hub.commit if source.adapter.hub else None,
             }
-            for source, digest in zip(plan.sources, prints, strict=True)
+            for source, fingerprint in zip(plan.sources, fingerprints, strict=True)
             if source.adapter
         ],
         "notes": list(plan.notes),
         "adapter": {
             "bytes": size,
-            "share": kept / squares if squares else 1.0,
-            "modules": {name: {"rank": one.rank, "share": one.share} for name, one in held.items()},
-            "unchanged": [task.name for task in plan.tasks if task.name not in held],
+            "share": held / squares if squares else 1.0,
+            "modules": {
+                name: {"rank": factors.rank, "share": factors.share}
+                for name, factors in merged.items()
+            },
+            "unchanged": [task.name for task in plan.tasks if task.name not in merged],
         },
     }

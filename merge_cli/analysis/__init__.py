@@ -1,0 +1,1 @@
+"""Comparing models before they are merged (`merge-cli analyze`): numbers, findings, advice."""

@@ -1,9 +1,8 @@
-"""What to try first, with the measured reason. Short, hedged, and only what a number supports.
+"""Advice on what to merge first, with measured reasons, and the recipe file with them.
 
 The rules come from the papers and from this project's own small models (docs/experiments.md). They
-choose where to begin; held-out data decides.
-
-The suggested recipe as a file that `merge-cli run` accepts, with the reasons as comments.
+choose where to begin; held-out data decides. The recipe is one that `merge-cli run` accepts, with
+the reasons as comments.
 """
 
 from __future__ import annotations
@@ -23,72 +22,79 @@ from merge_cli.system.raw_io import write_error
 
 ALIKE = 0.3
 CONFLICT = 0.3
-APART = 0.2  # of the elements: sparse changes that meet on more are not simply added
+FEW_SHARED = 0.2  # of the elements: sparse changes that share more are not simply added
 SMALL = 0.02
 SHORT = 0.01  # of the base's norm: experts of twelve steps in docs/experiments.md
 MANY = 4
-_OURS = "docs/experiments.md"
-_ODD = ("unrelated", "vocabulary", "equals_base")  # models that a recipe leaves out
+EXPERIMENTS = "docs/experiments.md"
+SLERP = Suggestion(
+    "slerp",
+    "With two models, the great circle keeps the norm that an average shrinks.",
+    EXPERIMENTS,
+)
+_LEFT_OUT = ("unrelated", "vocabulary", "equals_base")  # models that a recipe leaves out
+_WIDTH = 96
 
 
-def advise(found: Evidence, verdicts: Sequence[Finding], recipe: Recipe) -> Advice:
-    """A recommendation for these models.
+def advise(evidence: Evidence, findings: Sequence[Finding], recipe: Recipe) -> Advice:
+    """Advice for these models.
 
     Args:
-        recipe: of the models as they were opened, whose order `found.models` has.
+        recipe: of the opened models, in the order of `evidence.models`.
     """
-    total = found.total
-    if total is None or found.problems:
-        message = "They do not fit one another; make them fit first, or leave out the odd one."
+    total = evidence.total
+    if total is None or evidence.problems:
+        message = (
+            "They do not fit one another; make them fit first, or leave out the one that does not."
+        )
         return Advice(message)
-    kept = _kept(found, verdicts)
-    if len(kept) < 2 and (found.base is None or not kept):
+    merged = _worth_merging(evidence, findings)
+    if len(merged) < 2 and (evidence.base is None or not merged):
         return Advice(
             "Nothing is left to merge: the models are the same, or have nothing in common."
         )
-    if found.base is None:
-        return _without_base(found, total, kept, recipe)
-    if len(kept) == 1:
-        return _alone(found, kept[0], recipe)
-    return _with_base(found, total, kept, verdicts, recipe)
+    if evidence.base is None:
+        return _without_base(evidence, total, merged, recipe)
+    if len(merged) == 1:
+        return _one_source(evidence, merged[0], recipe)
+    return _with_base(evidence, total, merged, findings, recipe)
 
 
-def _kept(found: Evidence, verdicts: Sequence[Finding]) -> list[int]:
-    """Sources that are worth merging: related, changed, and each once."""
-    odd = {
+def _worth_merging(evidence: Evidence, findings: Sequence[Finding]) -> list[int]:
+    """Indexes of sources that are worth merging: related, changed, and no duplicates."""
+    left_out = {
         name
-        for v in verdicts
-        if v.kind in _ODD and (found.base or v.kind == "vocabulary")
+        for v in findings
+        if v.kind in _LEFT_OUT and (evidence.base or v.kind == "vocabulary")
         for name in v.models
     }
-    if found.base is None and any(v.kind == "unrelated" for v in verdicts):
+    if evidence.base is None and any(v.kind == "unrelated" for v in findings):
         return []
-    twice = {v.models[1] for v in verdicts if v.kind == "identical"}
-    return [i for i, name in enumerate(found.models) if name not in odd | twice]
+    duplicates = {v.models[1] for v in findings if v.kind == "identical"}
+    return [i for i, name in enumerate(evidence.models) if name not in left_out | duplicates]
 
 
-def _without_base(found: Evidence, total: Measures, kept: list[int], recipe: Recipe) -> Advice:
-    distances = [d for i, j, d in pairs(total.distance) if i in kept and j in kept]
+def _without_base(evidence: Evidence, total: Measures, merged: list[int], recipe: Recipe) -> Advice:
+    distances = [d for i, j, d in pairs(total.distance) if i in merged and j in merged]
     reason = (
         f"The models lie {_range(distances)} of their norm apart. Without the base they came from "
         "there are no task vectors, and signs and conflicts cannot be seen: give it with --base."
     )
-    suggestions = [Suggestion("soup", reason, f"arXiv:2203.05482; {_OURS}")]
-    if len(kept) == 2:
-        why = "With two models, the great circle keeps the norm that an average shrinks."
-        suggestions.append(Suggestion("slerp", why, _OURS))
+    suggestions = [Suggestion("soup", reason, f"arXiv:2203.05482; {EXPERIMENTS}")]
+    if len(merged) == 2:
+        suggestions.append(SLERP)
     return Advice(
         "Begin with the plain average, and compare on held-out data.",
         tuple(suggestions),
-        whole_models(recipe, "soup", kept, {}, {}),
+        whole_models(recipe, "soup", merged, {}, {}),
         ("soup: the plain average; every weight is 1.",),
     )
 
 
-def _alone(found: Evidence, source: int, recipe: Recipe) -> Advice:
-    name = found.models[source]
+def _one_source(evidence: Evidence, source: int, recipe: Recipe) -> Advice:
+    name = evidence.models[source]
     reason = (
-        f"{name} is the only source that differs from {found.base}. Between the two, a scale of "
+        f"{name} is the only source that differs from {evidence.base}. Between the two, a scale of "
         "its change trades what it learned for what the base kept."
     )
     return Advice(
@@ -100,23 +106,27 @@ def _alone(found: Evidence, source: int, recipe: Recipe) -> Advice:
 
 
 def _with_base(
-    found: Evidence, total: Measures, kept: list[int], verdicts: Sequence[Finding], recipe: Recipe
+    evidence: Evidence,
+    total: Measures,
+    merged: list[int],
+    findings: Sequence[Finding],
+    recipe: Recipe,
 ) -> Advice:
-    inner = found.inner or total  # an embedding may decide the cosines of the whole
-    cosines = [c for i, j, c in pairs(inner.cosine) if i in kept and j in kept]
-    where = "in the layers" if found.inner else "of all tensors"
-    norms = [(total.relative_norm or ())[i] or 0.0 for i in kept]
-    sparse = {n for v in verdicts if v.kind in ("rl_like", "sparse") for n in v.models}
-    all_sparse = all(found.models[i] in sparse for i in kept)
-    weights, comments = _weights(found, kept, norms)
-    size = len(kept)
-    if all_sparse and (total.shared or 0.0) <= APART:
+    inner = evidence.inner or total  # an embedding may dominate the cosines of all tensors
+    cosines = [c for i, j, c in pairs(inner.cosine) if i in merged and j in merged]
+    where = "in the layers" if evidence.inner else "of all tensors"
+    norms = [(total.relative_norm or ())[i] or 0.0 for i in merged]
+    sparse = {n for v in findings if v.kind in ("rl_like", "sparse") for n in v.models}
+    all_sparse = all(evidence.models[i] in sparse for i in merged)
+    weights, comments = _weights(evidence, merged, norms)
+    size = len(merged)
+    if all_sparse and (total.shared or 0.0) <= FEW_SHARED:
         scale, summary = 1.0, "Begin with the sum of the changes: they are sparse."
         reason = (
             f"All sources change few weights, and only {_percent(total.shared)} of the elements "
             "are changed by two of them or more, so that a sum keeps most changes whole. An "
             f"average would divide it by {size}: changes of one step of bfloat16 "
-            f"({_range((total.one_step or ())[i] for i in kept)} of them) may be rounded away."
+            f"({_range((total.one_step or ())[i] for i in merged)} of them) may be rounded away."
         )
         comments.append("lambda 1: the sum. Sparse changes hardly meet, and keep their size.")
     else:
@@ -135,18 +145,18 @@ def _with_base(
             "held-out scores improve."
         )
     papers = "arXiv:2212.04089, arXiv:2511.21437, arXiv:2410.08371"
-    suggestions = [Suggestion("task_arithmetic", reason, f"{papers}; {_OURS}")]
-    suggestions += _alternatives(found, total, kept, norms, all_sparse)
+    suggestions = [Suggestion("task_arithmetic", reason, f"{papers}; {EXPERIMENTS}")]
+    suggestions += _alternatives(evidence, total, merged, norms, all_sparse)
     return Advice(
         f"{summary} Compare on held-out data.",
         tuple(suggestions),
-        whole_models(recipe, "task_arithmetic", kept, {"lambda": scale}, weights),
+        whole_models(recipe, "task_arithmetic", merged, {"lambda": scale}, weights),
         tuple(comments),
     )
 
 
 def _measured_here(sources: int, norm: float) -> str:
-    """What this project's own small models say of the scale (docs/experiments.md, 1 to 3)."""
+    """Experience with the scale on this project's small models (docs/experiments.md, 1 to 3)."""
     if norm <= SHORT:
         return (
             f"On this project's small models, changes as short as these (at most {_percent(norm)} "
@@ -164,47 +174,51 @@ def _measured_here(sources: int, norm: float) -> str:
 
 
 def _alternatives(
-    found: Evidence, total: Measures, kept: list[int], norms: Sequence[float], sparse: bool
+    evidence: Evidence, total: Measures, merged: list[int], norms: Sequence[float], sparse: bool
 ) -> list[Suggestion]:
     suggestions = []
     share = total.conflict / total.shared if total.conflict and total.shared else 0.0
     if share >= CONFLICT:
-        chance = 1 - 2.0 ** (1 - len(found.models))
+        chance = 1 - 2.0 ** (1 - len(evidence.models))
         reason = (
             f"Of the elements that several sources change, {_percent(share)} are pulled both ways "
             f"(independent signs: {_percent(chance)} where all change them): electing a sign keeps "
             "them from cancelling. On this project's small models that lost to the average more "
             "often than it won: compare the two."
         )
-        suggestions.append(Suggestion("ties", reason, f"arXiv:2306.01708; {_OURS}"))
+        suggestions.append(Suggestion("ties", reason, f"arXiv:2306.01708; {EXPERIMENTS}"))
     if not sparse and max(norms) <= SMALL:
         reason = (
             f"The changes are small (‖δ‖/‖θ₀‖ {_range(norms)}) and dense, which is where dropping "
             "most of them at random has been reported to cost little."
         )
-        suggestions.append(Suggestion("dare", reason, f"arXiv:2311.03099; {_OURS}"))
+        suggestions.append(Suggestion("dare", reason, f"arXiv:2311.03099; {EXPERIMENTS}"))
     return suggestions
 
 
 def _weights(
-    found: Evidence, kept: list[int], norms: Sequence[float]
+    evidence: Evidence, merged: list[int], norms: Sequence[float]
 ) -> tuple[dict[int, float], list[str]]:
-    """Weights that let every source speak equally loud, where they differ much."""
+    """Weights that give changes of very different size the same size."""
     quiet, loud = min(norms), max(norms)
     if not quiet or loud < LOUDER * quiet:
         return {}, []
-    weights = {i: round(quiet / norm, 3) for i, norm in zip(kept, norms, strict=True)}
+    weights = {i: round(quiet / norm, 3) for i, norm in zip(merged, norms, strict=True)}
     line = f"weights: so that every change is as large as the smallest ({_range(norms)} of ‖θ₀‖)."
     return weights, [line]
 
 
 def whole_models(
-    recipe: Recipe, method: str, kept: list[int], scale: dict[str, float], weights: dict[int, float]
+    recipe: Recipe,
+    method: str,
+    merged: list[int],
+    scale: dict[str, float],
+    weights: dict[int, float],
 ) -> Recipe:
     """A recipe of some of a recipe's models.
 
     Args:
-        kept: their indexes.
+        merged: their indexes.
         scale: parameters of the merge.
         weights: index -> weight; 1 where it has none.
     """
@@ -221,7 +235,7 @@ def whole_models(
                 f"models[{n}]",
                 setting("weight", weights.get(i, 1.0), f"models[{n}]"),
             )
-            for n, i in enumerate(kept)
+            for n, i in enumerate(merged)
         ),
         parameters={name: Parameter(name, v, f"parameters.{name}") for name, v in scale.items()},
         seed=recipe.seed,
@@ -246,11 +260,8 @@ def _percent(share: float | None) -> str:
     return "unknown" if share is None else f"{100 * share:.3g} %"
 
 
-_WIDTH = 96
-
-
 def recipe_text(analysis: Analysis, folder: Path) -> str:
-    """The recipe's YAML; local models are named by paths that lead from `folder`.
+    """The recipe's YAML, with paths of local models relative to `folder`.
 
     Raises:
         MismatchError: these models cannot, or should not, be merged: the analysis says why.
@@ -260,28 +271,28 @@ def recipe_text(analysis: Analysis, folder: Path) -> str:
         problems = [Problem(line) for line in analysis.problems]
         raise MismatchError(problems, f"no recipe was written: {advice.summary}")
     commits = {file.reference: file.revision for file in analysis.files if file.revision}
-    about = ["A first recipe, suggested by merge-cli analyze from the weights alone."]
-    return advice_text(advice, advice.recipe, about, folder, commits)
+    header = ["A first recipe, suggested by merge-cli analyze from the weights alone."]
+    return advice_text(advice, advice.recipe, header, folder, commits)
 
 
 def advice_text(
-    advice: Advice, recipe: Recipe, about: Sequence[str], folder: Path, commits: Mapping[str, str]
+    advice: Advice, recipe: Recipe, header: Sequence[str], folder: Path, commits: Mapping[str, str]
 ) -> str:
     """A recipe's YAML with the reasons for it as comments.
 
     Args:
-        about: the first lines: who suggests it, from what.
-        folder: where the file will lie.
-        commits: model as the recipe names it -> the commit it was resolved to.
+        header: the first lines.
+        folder: the file's.
+        commits: model as the recipe names it -> its commit.
     """
     lines = [
-        *about,
+        *header,
         *(
             f"{suggestion.method}: {suggestion.reason} ({suggestion.source})"
             for suggestion in advice.suggestions[:1]
         ),
         *advice.comments,
-        *(f"Also worth trying: {item.method} ({item.source})." for item in advice.suggestions[1:]),
+        *(f"Also worth trying: {s.method} ({s.source})." for s in advice.suggestions[1:]),
         "Compare with the sources on held-out data before you believe it.",
     ]
     wrapped = [part for line in lines for part in textwrap.wrap(line, _WIDTH)]
@@ -295,7 +306,7 @@ def advice_text(
 
 
 def write_recipe(analysis: Analysis, path: Path) -> None:
-    """Write it.
+    """Write the suggested recipe.
 
     Raises:
         MismatchError: there is no recipe for these models.

@@ -1,15 +1,10 @@
-"""Tokenizers and chat templates side by side: read as data, never executed.
+"""Differences between models besides their weights: routers, configs, dtypes, tokenizers.
 
-Rows of an embedding mean tokens by number. Where two models number different tokens alike, their
-average is of different things, however well the shapes fit.
-
-Experts are merged by number: whether models number them alike, told by their routers.
-
-A router has a row for each expert. Fine-tunes of one model keep rows near those of the same
-number; where a row is nearest to another number's, the experts behind them were probably permuted
-or trained apart, and an average by number mixes different things.
-
-What the files beside the weights say, and where models disagree: config.json and dtypes.
+Rows of an embedding mean tokens by number, and experts are merged by number. Where two models give
+one number to different tokens or experts, their average mixes different things, however well the
+shapes fit. A router has a row for each expert, and fine-tunes of one model keep rows near those of
+the same number; where a row is nearest to another number's, the experts were probably permuted or
+trained apart. Files are read as data, and nothing in them is executed.
 """
 
 from __future__ import annotations
@@ -27,29 +22,33 @@ from merge_cli.tokenizer.files import Tokenizer
 
 # `mlp.gate.weight`, `block_sparse_moe.gate.weight`, `mlp.router.weight`: and not `gate_proj`.
 _ROUTER = re.compile(r"(^|\.)(gate|router|router\.layer|gate\.wg|router\.classifier)\.weight$")
-_MOST = 4096  # experts: a matrix with more rows is no router
+_MAX_EXPERTS = 4096
+# They say who wrote the file, or how it was loaded, and nothing about the model.
+_IGNORED_KEYS = frozenset(("_name_or_path", "name_or_path", "transformers_version", "use_cache"))
+ABSENT = "(absent)"
+_EXAMPLES = 5
 
 
 @dataclass(frozen=True)
 class RouterDifference:
-    """A model's routers against the reference's.
+    """A model's routers, compared with the reference's.
 
     Attributes:
         rows: experts in all routers that were compared.
-        elsewhere: of these, rows that are nearest to a row of another number.
-        example: a router with the most of them.
+        moved: rows that are nearest to a row of another number.
+        example: the router with most of those.
     """
 
     model: str
     rows: int
-    elsewhere: int
+    moved: int
     example: str
 
 
 def compare_routers(
     names: Sequence[str], models: Sequence[Mapping[str, Tensor]]
 ) -> tuple[RouterDifference, ...]:
-    """Every model's routers against the first one's; empty for models without experts.
+    """Compare every model's routers with the first one's; empty for models without experts.
 
     Args:
         names: of the models.
@@ -57,29 +56,29 @@ def compare_routers(
     """
     with reading() as read:
         routers = [name for name, ref in models[0].items() if _is_router(name, ref)]
-        found = []
+        differences = []
         for label, tensors in zip(names[1:], models[1:], strict=True):
-            counts = list(_elsewhere(routers, models[0], tensors, read))
+            counts = list(_moved_rows(routers, models[0], tensors, read))
             if counts:
-                rows, away = sum(count[1] for count in counts), sum(count[2] for count in counts)
+                rows, moved = sum(count[1] for count in counts), sum(count[2] for count in counts)
                 worst, *_ = max(counts, key=lambda count: count[2])
-                found.append(RouterDifference(label, rows, away, worst))
-    return tuple(found)
+                differences.append(RouterDifference(label, rows, moved, worst))
+    return tuple(differences)
 
 
 def _is_router(name: str, ref: Tensor) -> bool:
     shape = ref.shape
-    small = len(shape) == 2 and 1 < shape[0] <= min(_MOST, shape[1])
+    small = len(shape) == 2 and 1 < shape[0] <= min(_MAX_EXPERTS, shape[1])
     return small and bool(_ROUTER.search(name)) and ref.dtype in MERGEABLE
 
 
-def _elsewhere(
+def _moved_rows(
     routers: Sequence[str],
     first: Mapping[str, Tensor],
     other: Mapping[str, Tensor],
     read: Read,
 ) -> Iterator[tuple[str, int, int]]:
-    """For each router its experts, and how many are nearest to another number."""
+    """For each router its number of experts, and how many are nearest to another number."""
     import numpy as np
 
     for name in routers:
@@ -92,18 +91,13 @@ def _elsewhere(
             lengths = np.linalg.norm(values, axis=1, keepdims=True)
             rows.append(values / np.where(lengths > 0, lengths, 1.0))
         nearest = (rows[1] @ rows[0].T).argmax(1)
-        away = int((nearest != np.arange(len(nearest))).sum())
-        yield name, len(nearest), away
-
-
-# They say who wrote the file, or how it was loaded, and nothing of the model.
-_ASIDE = frozenset(("_name_or_path", "name_or_path", "transformers_version", "use_cache"))
-ABSENT = "(absent)"
+        moved = int((nearest != np.arange(len(nearest))).sum())
+        yield name, len(nearest), moved
 
 
 @dataclass(frozen=True)
 class KeyDifference:
-    """A key of config.json, dotted where nested, and what each model says, the base first."""
+    """A key of config.json, dotted where nested, and each model's value, the base first."""
 
     key: str
     values: tuple[str, ...]
@@ -112,16 +106,16 @@ class KeyDifference:
 def config_differences(sources: Sequence[Source]) -> tuple[KeyDifference, ...]:
     """Every key on which the configs differ, in alphabetical order.
 
-    Keys that only say who wrote the file are left out. A key that a config lacks is `(absent)`.
+    Keys about the writer of the file are left out. A key that a config lacks is `(absent)`.
     """
     flat = [dict(_flat(source.config)) for source in sources]
-    keys = sorted({key for one in flat for key in one})
-    found = []
+    keys = sorted({key for config in flat for key in config})
+    differences = []
     for key in keys:
-        values = tuple(_text(item[key]) if key in item else ABSENT for item in flat)
+        values = tuple(_text(config[key]) if key in config else ABSENT for config in flat)
         if len(set(values)) > 1:
-            found.append(KeyDifference(key, values))
-    return tuple(found)
+            differences.append(KeyDifference(key, values))
+    return tuple(differences)
 
 
 def stored_dtypes(sources: Sequence[Source]) -> tuple[dict[str, int], ...]:
@@ -131,7 +125,7 @@ def stored_dtypes(sources: Sequence[Source]) -> tuple[dict[str, int], ...]:
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in config.items():
-        if key in _ASIDE:
+        if key in _IGNORED_KEYS:
             continue
         # transformers 5 writes `dtype`, older files say `torch_dtype`.
         name = prefix + ("dtype" if key == "torch_dtype" else str(key))
@@ -148,19 +142,16 @@ def _text(value: Any, most: int = 60) -> str:
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
-_EXAMPLES = 5
-
-
 @dataclass(frozen=True)
 class TokenizerDifference:
     """How a model's tokenizer differs from the base's (or the first model's).
 
     Attributes:
         size, reference_size: tokens; None where unknown.
-        missing, added, renumbered: tokens of the reference that it lacks, of its own, and those
-            that have another number; `examples` names a few of each, in that order.
-        special: for each special token that differs, "theirs -> its own".
-        rules: whether anything else that cuts text differs (merges, normalizer, ...).
+        missing, added, renumbered: tokens that only the reference has, that only the model has,
+            and that have another number; `examples` names a few of each, in that order.
+        special: for each special token that differs, "the reference's -> the model's".
+        rules: whether anything else that splits text differs (merges, normalizer, ...).
         template: `same`, `differs`, `added`, `missing` or `none` (neither has one).
     """
 
@@ -182,41 +173,57 @@ class TokenizerDifference:
 
     @property
     def differs(self) -> bool:
-        """Whether anything does."""
+        """Whether anything differs."""
         same_template = self.template in ("same", "none")
         return self.tokens_differ or bool(self.special) or self.rules or not same_template
 
+    def in_words(self) -> list[str]:
+        """The differences besides the number of tokens."""
+        words = [f"{name}: {change}" for name, change in self.special.items()]
+        if self.rules:
+            words.append("text is split by other rules (merges, normalizer, or added tokens)")
+        if self.template not in ("same", "none"):
+            words.append(f"chat template {self.template}")
+        return words
 
-def tokenizer_difference(model: str, reference: Tokenizer, own: Tokenizer) -> TokenizerDifference:
+
+def tokenizer_difference(
+    model: str, reference: Tokenizer, tokenizer: Tokenizer
+) -> TokenizerDifference:
     """Compare one model's tokenizer with the reference's."""
-    theirs, ours = reference.vocabulary, own.vocabulary
-    comparable = bool(theirs and ours)
-    missing = sorted((t for t in theirs if t not in ours), key=theirs.__getitem__)
-    added = sorted((t for t in ours if t not in theirs), key=ours.__getitem__)
-    moved = sorted((t for t, n in theirs.items() if ours.get(t, n) != n), key=theirs.__getitem__)
+    reference_tokens, tokens = reference.vocabulary, tokenizer.vocabulary
+    comparable = bool(reference_tokens and tokens)
+    missing = sorted(
+        (t for t in reference_tokens if t not in tokens), key=reference_tokens.__getitem__
+    )
+    added = sorted((t for t in tokens if t not in reference_tokens), key=tokens.__getitem__)
+    renumbered = sorted(
+        (t for t, n in reference_tokens.items() if tokens.get(t, n) != n),
+        key=reference_tokens.__getitem__,
+    )
     if not comparable:
-        missing, added, moved = [], [], []
-    names = {*reference.special, *own.special}
+        missing, added, renumbered = [], [], []
+    names = {*reference.special, *tokenizer.special}
     special = {
-        name: f"{reference.special.get(name, '(none)')} -> {own.special.get(name, '(none)')}"
+        name: f"{reference.special.get(name, '(none)')} -> {tokenizer.special.get(name, '(none)')}"
         for name in sorted(names)
-        if reference.special.get(name) != own.special.get(name)
+        if reference.special.get(name) != tokenizer.special.get(name)
     }
     return TokenizerDifference(
         model,
-        own.size,
+        tokenizer.size,
         reference.size,
         len(missing),
         len(added),
-        len(moved),
-        (*missing[:_EXAMPLES], *added[:_EXAMPLES], *moved[:_EXAMPLES]),
+        len(renumbered),
+        (*missing[:_EXAMPLES], *added[:_EXAMPLES], *renumbered[:_EXAMPLES]),
         special,
-        not (missing or added or moved) and reference.digest != own.digest,
-        _compared(reference.template, own.template),
+        not (missing or added or renumbered) and reference.fingerprint != tokenizer.fingerprint,
+        _template_difference(reference.template, tokenizer.template),
     )
 
 
-def _compared(theirs: str | None, own: str | None) -> str:
-    if theirs == own:
-        return "none" if own is None else "same"
-    return "added" if theirs is None else "missing" if own is None else "differs"
+def _template_difference(reference: str | None, template: str | None) -> str:
+    if reference == template:
+        return "none" if template is None else "same"
+    return "added" if reference is None else "missing" if template is None else "differs"

@@ -1,6 +1,6 @@
-"""What the numbers look like. Every verdict says what was measured and against which threshold.
+"""Findings about models, from the numbers: each with the measured values and its threshold.
 
-The thresholds are rules of thumb, chosen so that the usual cases fall well to one side; a verdict
+The thresholds are rules of thumb, chosen so that the usual cases fall well to one side; a finding
 is a reason to look, not a proof.
 """
 
@@ -27,7 +27,7 @@ _RL = "arXiv:2505.11711: reinforcement learning changed 5 to 30 % of the weights
 
 @dataclass(frozen=True)
 class Evidence:
-    """What verdicts and advice are drawn from; rows are in the order of `models`."""
+    """What findings and advice are based on; rows are in the order of `models`."""
 
     base: str | None
     models: tuple[str, ...]
@@ -41,25 +41,25 @@ class Evidence:
     routers: Sequence[RouterDifference] = ()
 
 
-def findings_of(found: Evidence) -> tuple[Finding, ...]:
-    """Everything that stands out, what forbids a merge first."""
+def findings_of(evidence: Evidence) -> tuple[Finding, ...]:
+    """Everything that stands out; first what prevents a merge."""
     return tuple(
         [
-            *_fit(found),
-            *_routers(found),
-            *_identical(found),
-            *_unrelated(found),
-            *_shapes_of_change(found),
+            *_mismatches(evidence),
+            *_routers(evidence),
+            *_identical(evidence),
+            *_unrelated(evidence),
+            *_shapes_of_change(evidence),
         ]
     )
 
 
-def _routers(found: Evidence) -> Iterator[Finding]:
-    for router in found.routers:
-        share = router.elsewhere / router.rows
+def _routers(evidence: Evidence) -> Iterator[Finding]:
+    for router in evidence.routers:
+        share = router.moved / router.rows
         if share > PERMUTED:
             text = (
-                f"{router.model} seems to number its experts otherwise: {router.elsewhere} of "
+                f"{router.model} seems to number its experts differently: {router.moved} of "
                 f"{router.rows} rows of its routers are nearest to another number (most in "
                 f"{router.example}). Experts are merged by number."
             )
@@ -67,18 +67,18 @@ def _routers(found: Evidence) -> Iterator[Finding]:
             yield Finding("routers", (router.model,), text, limit, True)
 
 
-def _fit(found: Evidence) -> Iterator[Finding]:
-    if found.problems:
-        count = len(found.problems)
+def _mismatches(evidence: Evidence) -> Iterator[Finding]:
+    if evidence.problems:
+        count = len(evidence.problems)
         text = (
             f"These models cannot be merged as they are: {count} problem{'s' * (count != 1)}. "
             "What follows compares the tensors that fit."
-            if found.total
+            if evidence.total
             else "The weights of these models cannot be compared: no tensor is in all of them with "
             "the same name and shape, or they are quantised."
         )
-        yield Finding("mismatch", found.models, text, "names and shapes must be equal", True)
-    for tokenizer in found.tokenizers:
+        yield Finding("mismatch", evidence.models, text, "names and shapes must be equal", True)
+    for tokenizer in evidence.tokenizers:
         if tokenizer.added and not (tokenizer.missing or tokenizer.renumbered):
             text = (
                 f"{tokenizer.model} adds {tokenizer.added:,} tokens to the vocabulary: their rows "
@@ -94,44 +94,44 @@ def _fit(found: Evidence) -> Iterator[Finding]:
             yield Finding("vocabulary", (tokenizer.model,), text, "token by token", True)
 
 
-def _identical(found: Evidence) -> Iterator[Finding]:
-    total = found.total
+def _identical(evidence: Evidence) -> Iterator[Finding]:
+    total = evidence.total
     if total is None:
         return
-    scope = "" if not found.problems else " on every tensor that was compared"
+    scope = "" if not evidence.problems else " on every tensor that was compared"
     for i, j, equal in pairs(total.equal):
         if equal == 1.0:
-            names = found.models[i], found.models[j]
+            names = evidence.models[i], evidence.models[j]
             text = f"{names[0]} and {names[1]} are the same model{scope}: every weight is equal."
             yield Finding("identical", names, text, "all elements equal", True)
-    for name, unchanged in zip(found.models, total.unchanged or (), strict=False):
+    for name, unchanged in zip(evidence.models, total.unchanged or (), strict=False):
         if unchanged == 1.0:
             text = f"{name} equals the base{scope}: every weight is the base's."
             yield Finding("equals_base", (name,), text, "all elements equal", True)
 
 
-def _unrelated(found: Evidence) -> Iterator[Finding]:
-    total = found.total
+def _unrelated(evidence: Evidence) -> Iterator[Finding]:
+    total = evidence.total
     if total is None:
         return
     if total.relative_norm is None or total.base_cosine is None:
         limit = f"cosine of weights below {UNRELATED_COSINE}"
         for i, j, cosine in pairs(total.cosine):
             if cosine < UNRELATED_COSINE:
-                a, b = found.models[i], found.models[j]
+                a, b = evidence.models[i], evidence.models[j]
                 text = (
                     f"{a} and {b} do not look like fine-tunes of one base: the cosine of their "
                     f"weights is {cosine:.3f}. An average of them is unlikely to work."
                 )
                 yield Finding("unrelated", (a, b), text, limit, True)
         return
-    known = zip(found.models, total.relative_norm, total.base_cosine, strict=True)
-    for name, norm, likeness in known:
+    distances = zip(evidence.models, total.relative_norm, total.base_cosine, strict=True)
+    for name, norm, likeness in distances:
         if norm is None or likeness is None:
             continue
         if likeness < UNRELATED_COSINE:
             text = (
-                f"{name} does not look like a fine-tune of {found.base}: the cosine of their "
+                f"{name} does not look like a fine-tune of {evidence.base}: the cosine of their "
                 f"weights is {likeness:.3f}, and it is {100 * norm:.3g} % of the base's norm away."
             )
             limit = f"cosine of weights below {UNRELATED_COSINE}"
@@ -144,21 +144,22 @@ def _unrelated(found: Evidence) -> Iterator[Finding]:
             yield Finding("far", (name,), text, f"‖δ‖/‖θ₀‖ above {100 * FAR:g} %", True)
 
 
-def _shapes_of_change(found: Evidence) -> Iterator[Finding]:
-    """Sparse, low-rank, louder than the others."""
-    total, sparsity = found.total, found.sparsity
+def _shapes_of_change(evidence: Evidence) -> Iterator[Finding]:
+    """Sparse changes, low-rank changes, and changes much larger than the others."""
+    total, sparsity = evidence.total, evidence.sparsity
     if total is None or total.relative_norm is None or sparsity is None:
         return
-    for s, name in enumerate(found.models):
+    for s, name in enumerate(evidence.models):
         share, norm = sparsity[s], total.relative_norm[s]
         if share is None or norm is None:  # nothing changed
             continue
         step = (total.one_step or ())[s]
+        steps = "no" if step is None else f"{100 * step:.3g} %"
         if share >= RL_UNCHANGED and norm <= RL_NORM:
             text = (
                 f"{name} looks like reinforcement learning: {100 * share:.3g} % of the weights in "
                 f"the tensors it touched are unchanged, ‖δ‖/‖θ₀‖ is {100 * norm:.3g} %, and "
-                f"{_percent(step)} of the changes are one step of bfloat16 or less. A short "
+                f"{steps} of the changes are one step of bfloat16 or less. A short "
                 "fine-tune with a small learning rate, stored in bfloat16, looks the same."
             )
             limit = (
@@ -172,7 +173,7 @@ def _shapes_of_change(found: Evidence) -> Iterator[Finding]:
                 f"the base's, yet ‖δ‖/‖θ₀‖ is {100 * norm:.3g} %. It looks pruned or masked."
             )
             yield Finding("sparse", (name,), text, f"unchanged at least {100 * RL_UNCHANGED:g} %")
-        rank = rank_share(found.spectra, s)
+        rank = rank_share(evidence.spectra, s)
         if rank is not None and rank <= LOW_RANK:
             text = (
                 f"{name} looks like a merged LoRA: in the sampled matrices "
@@ -180,18 +181,18 @@ def _shapes_of_change(found: Evidence) -> Iterator[Finding]:
             )
             limit = f"directions that hold 99 %, at most {100 * LOW_RANK:g} %"
             yield Finding("low_rank", (name,), text, limit)
-        untouched = [kind.name for kind in found.kinds if (kind.unchanged or ())[s] == 1.0]
+        untouched = [kind.name for kind in evidence.kinds if (kind.unchanged or ())[s] == 1.0]
         if untouched:
             text = f"{name} left these as the base has them: {', '.join(untouched)}."
             yield Finding("untouched", (name,), text, "all elements equal")
-    yield from _louder(found.models, total.relative_norm)
-    yield from _concentrated(found, total)
+    yield from _louder(evidence.models, total.relative_norm)
+    yield from _concentrated(evidence, total)
 
 
 def _louder(models: Sequence[str], norms: Sequence[float | None]) -> Iterator[Finding]:
-    known = sorted((norm, name) for name, norm in zip(models, norms, strict=True) if norm)
-    if len(known) > 1 and known[-1][0] >= LOUDER * known[0][0]:
-        (low, quiet), (high, loud) = known[0], known[-1]
+    moved = sorted((norm, name) for name, norm in zip(models, norms, strict=True) if norm)
+    if len(moved) > 1 and moved[-1][0] >= LOUDER * moved[0][0]:
+        (low, quiet), (high, loud) = moved[0], moved[-1]
         text = (
             f"{loud} moved {high / low:.2g} times as far as {quiet} ({100 * high:.3g} % and "
             f"{100 * low:.3g} % of the base's norm): with equal weights it would decide most."
@@ -199,15 +200,15 @@ def _louder(models: Sequence[str], norms: Sequence[float | None]) -> Iterator[Fi
         yield Finding("louder", (loud,), text, f"ratio of the norms at least {LOUDER:g}")
 
 
-def _concentrated(found: Evidence, total: Measures) -> Iterator[Finding]:
-    """Where a module outside the layers holds most of the change, it decides every whole number."""
-    for kind in found.kinds:
+def _concentrated(evidence: Evidence, total: Measures) -> Iterator[Finding]:
+    """An embedding or head that holds most of the change, and so dominates the totals."""
+    for kind in evidence.kinds:
         if kind.name not in ("embedding", "head"):
             continue
         shares = {
-            name: (part / whole) ** 2
-            for name, part, whole in zip(found.models, kind.norm, total.norm, strict=True)
-            if part and whole and (part / whole) ** 2 >= CONCENTRATED
+            name: (part / total_norm) ** 2
+            for name, part, total_norm in zip(evidence.models, kind.norm, total.norm, strict=True)
+            if part and total_norm and (part / total_norm) ** 2 >= CONCENTRATED
         }
         if shares:
             share = ", ".join(f"{name} {100 * value:.3g} %" for name, value in shares.items())
@@ -223,12 +224,8 @@ def _concentrated(found: Evidence, total: Measures) -> Iterator[Finding]:
 def rank_share(spectra: Sequence[Spectrum], source: int) -> float | None:
     """The median share of directions that hold 99 % of a source's change."""
     shares = [
-        rank / min(item.rows, item.columns)
-        for item in spectra
-        if (rank := item.rank_99[source]) is not None
+        rank / min(spectrum.rows, spectrum.columns)
+        for spectrum in spectra
+        if (rank := spectrum.rank_99[source]) is not None
     ]
     return median(shares) if shares else None
-
-
-def _percent(share: float | None) -> str:
-    return "no" if share is None else f"{100 * share:.3g} %"

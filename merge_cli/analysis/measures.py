@@ -1,8 +1,7 @@
-"""From sums over elements to the numbers that an analysis shows: docs/analyze.md has the formulas.
+"""The numbers of an analysis, from sums over elements: norms, cosines, overlaps, conflicts.
 
-Numbers are rounded to six digits, which is what the sums are good for; beyond it machines differ.
-
-Sums of tensors added up: by layer, by kind of module, by both, and all together.
+docs/analyze.md has the formulas. Sums are grouped by layer, by kind of module, by both, and over
+all tensors. Numbers are rounded to six digits; beyond those machines differ.
 """
 
 from __future__ import annotations
@@ -24,13 +23,13 @@ Matrix = tuple[Row, ...]
 
 @dataclass(frozen=True)
 class Measures:
-    """A tensor, a layer, a kind of module, or all that was compared; for S sources.
+    """The measures of a tensor, a layer, a kind of module, or all tensors, for S sources.
 
-    With a base, δ is what a source changed. Without one there is no δ, and what needs it is None.
+    With a base, δ is a source's change. Without a base, measures that need δ are None.
 
     Attributes:
         name: of the tensor or group.
-        layer: its number, for groups that are one; `kind` is the module's.
+        layer: its number, where the group is one layer; `kind` is the module's.
         count: elements.
         base_norm: ‖θ₀‖.
         norm, relative_norm: ‖δ‖ and ‖δ‖/‖θ₀‖; without a base `norm` is ‖θ‖.
@@ -41,10 +40,10 @@ class Measures:
         distance: ‖θᵢ − θⱼ‖ over the geometric mean of the two norms.
         equal: share of elements on which two sources hold the same value.
         sign_agreement: of the elements that both sources change, the share changed the same way.
-        shared: share of elements that two sources change or more.
+        shared: share of elements that two or more sources change.
         conflict: share of elements that some sources raise and others lower.
         overlap: of two sources' largest changes, the share that both have (of the smaller set).
-        overlap_chance: what `overlap` would be if they lay independently.
+        overlap_chance: what `overlap` would be if they were independent.
     """
 
     name: str
@@ -70,10 +69,10 @@ class Measures:
 def measures_of(
     sums: Relations, name: str, *, layer: int | None = None, kind: str | None = None, base: bool
 ) -> Measures:
-    """The measures of what was summed.
+    """Measures from sums.
 
     Args:
-        base: whether the first row was a base; else it was the first source.
+        base: whether the first row is a base; otherwise it is the first source.
     """
     weights = _weights_gram(sums)
     distance, equal = _distances(sums, weights, base), _equal(sums, base)
@@ -84,7 +83,7 @@ def measures_of(
             kind,
             sums.count,
             None,
-            tuple(_rounded(n) for n in _norms(weights)),
+            tuple(rounded(n) for n in _norms(weights)),
             None,
             None,
             None,
@@ -111,8 +110,8 @@ def measures_of(
         layer=layer,
         kind=kind,
         count=sums.count,
-        base_norm=_rounded(theta),
-        norm=tuple(_rounded(norm) for norm in norms),
+        base_norm=rounded(theta),
+        norm=tuple(rounded(norm) for norm in norms),
         relative_norm=tuple(_ratio(norm, theta) for norm in norms),
         base_cosine=tuple(_bounded(_ratio(weights[0, s + 1], full[0] * full[s + 1])) for s in size),
         unchanged=tuple(_share(sums.count - n, sums.count) for n in changed),
@@ -159,7 +158,7 @@ def _distances(sums: Relations, weights: Any, base: bool) -> Matrix:
 
 
 def _equal(sums: Relations, base: bool) -> Matrix:
-    """Shares of equal elements; the first model of an analysis without a base has δ = 0."""
+    """Shares of equal elements; without a base, the first model has δ = 0."""
     import numpy as np
 
     counts = sums.equal
@@ -186,21 +185,21 @@ def _cosines(gram: Any) -> Matrix:
     )
 
 
-def _divided(part: Any, whole: Any) -> Matrix:
+def _divided(part: Any, total: Any) -> Matrix:
     return tuple(
         tuple(_ratio(float(a), float(b)) for a, b in zip(*rows, strict=True))
-        for rows in zip(part, whole, strict=True)
+        for rows in zip(part, total, strict=True)
     )
 
 
-def _ratio(part: float, whole: float) -> float | None:
-    return _rounded(part / whole) if whole else None
+def _ratio(part: float, total: float) -> float | None:
+    return rounded(part / total) if total else None
 
 
-def _share(part: int, whole: int) -> float | None:
-    """A share that is 1 only if it is all of them."""
-    share = _ratio(part, whole)
-    return share if share != 1.0 or part == whole else 0.999999
+def _share(part: int, total: int) -> float | None:
+    """A share that is 1 only if the two counts are equal."""
+    share = _ratio(part, total)
+    return share if share != 1.0 or part == total else 0.999999
 
 
 def _bounded(cosine: float | None) -> float | None:
@@ -208,7 +207,7 @@ def _bounded(cosine: float | None) -> float | None:
     return None if cosine is None else max(-1.0, min(1.0, cosine))
 
 
-def _rounded(value: float) -> float:
+def rounded(value: float) -> float:
     return float(f"{value:.6g}")
 
 
@@ -223,60 +222,61 @@ def pairs(matrix: Sequence[Sequence[float | None]] | None) -> list[tuple[int, in
 
 
 class GroupSums:
-    """The measures of every grouping.
+    """Measures by group, from the sums of each tensor.
 
     Args:
         sums: one for each task.
-        base: whether the models were compared with a base.
+        base: whether the models are compared with a base.
     """
 
     def __init__(
         self, tasks: Sequence[TensorTask], sums: Sequence[Relations], *, base: bool
     ) -> None:
         self._tasks, self._sums, self._base = tasks, sums, base
-        places = [layer_key_of(task.name) for task in tasks]
-        self._layers = [place.index if place else None for place in places]
+        keys = [layer_key_of(task.name) for task in tasks]
+        self._layers = [key.index if key else None for key in keys]
         self._kinds = [kind_of(task.name) for task in tasks]
 
     def total(self) -> Measures | None:
-        """None where there is nothing."""
+        """All tensors together; None if there are none."""
         same = [0] * len(self._tasks)
-        return next(self._added(same, ["all tensors"] * len(same)), None)
+        return next(self._grouped(same, ["all tensors"] * len(same)), None)
 
     def inner(self) -> Measures | None:
         """All layers together, without embeddings, head and final norm; None without layers."""
         inside = [layer is not None for layer in self._layers]
         same = [0] * len(inside)
-        return next(self._added(same, ["all layers"] * len(inside), chosen=inside), None)
+        return next(self._grouped(same, ["all layers"] * len(inside), chosen=inside), None)
 
     def each(self) -> tuple[Measures, ...]:
-        """Every tensor."""
-        result = zip(self._tasks, self._layers, self._kinds, self._sums, strict=True)
+        """Each tensor."""
+        rows = zip(self._tasks, self._layers, self._kinds, self._sums, strict=True)
         return tuple(
             measures_of(sums, task.name, layer=layer, kind=kind, base=self._base)
-            for task, layer, kind, sums in result
+            for task, layer, kind, sums in rows
         )
 
     def layers(self) -> tuple[Measures, ...]:
-        """Every layer, and the tensors that belong to none, in the plan's order."""
+        """Each layer, and the tensors outside layers, in the plan's order."""
         groups = [task.group for task in self._tasks]
-        return tuple(self._added(groups, groups, self._layers))
+        return tuple(self._grouped(groups, groups, self._layers))
 
     def kinds(self) -> tuple[Measures, ...]:
-        """Every kind of module that there is, in the order of `KINDS`."""
-        found = {
-            item.name: item for item in self._added(self._kinds, self._kinds, None, self._kinds)
+        """Each kind of module in the models, in the order of `KINDS`."""
+        by_kind = {
+            measures.name: measures
+            for measures in self._grouped(self._kinds, self._kinds, None, self._kinds)
         }
-        return tuple(found[kind] for kind in KINDS if kind in found)
+        return tuple(by_kind[kind] for kind in KINDS if kind in by_kind)
 
     def cells(self) -> tuple[Measures, ...]:
-        """Every kind of module in every layer."""
+        """Each kind of module in each layer."""
         inside = [layer is not None for layer in self._layers]
         groups = [task.group for task in self._tasks]
         keys = list(zip(groups, self._kinds, strict=True))
-        return tuple(self._added(keys, groups, self._layers, self._kinds, inside))
+        return tuple(self._grouped(keys, groups, self._layers, self._kinds, inside))
 
-    def _added(
+    def _grouped(
         self,
         keys: Sequence[Hashable],
         names: Sequence[str],
@@ -284,7 +284,7 @@ class GroupSums:
         kinds: Sequence[str] | None = None,
         chosen: Sequence[bool] | None = None,
     ) -> Iterator[Measures]:
-        """Measures of the tasks with one key, for every key in order of appearance."""
+        """Measures of the tasks with one key, for each key in order of appearance."""
         totals: dict[Hashable, Relations] = {}
         first: dict[Hashable, int] = {}
         numbers = range(len(self._tasks))

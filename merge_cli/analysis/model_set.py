@@ -1,9 +1,8 @@
-"""What is analysed: the models, whole, and the tensors that all of them have.
+"""The models of an analysis: opened, and their tensors matched and sorted by kind of module.
 
-A merge refuses models that do not fit one another. An analysis compares what does fit, and carries
-the rest along as the reasons why a merge would refuse.
-
-What kind of module a tensor belongs to, from its name, so that any architecture will do.
+A merge refuses models that do not fit one another. An analysis compares the tensors that fit, and
+keeps the others as reasons why a merge would refuse. The kind of a module follows from the tensor's
+name, in any architecture.
 """
 
 from __future__ import annotations
@@ -29,15 +28,15 @@ from merge_cli.tokenizer.alignment import AlignedVocabulary
 
 @dataclass(frozen=True)
 class ModelSet:
-    """The models side by side.
+    """Opened models with matched tensors.
 
     Attributes:
-        plan: its tasks read a tensor of every model, the one to compare with first: the base, or
-            where there is none the first model. They have no base of their own, and no output.
+        plan: its tasks read a tensor of every model, first of the reference: the base, or without
+            one the first model. The tasks have no base, and no output.
         base: the base's name; None without one.
-        models: names of the sources, short where that tells them apart.
+        models: names of the sources, shortened where they stay different.
         problems: why a merge of these models would be refused; empty where it would run.
-        tensors: of the base (or first model), whether they could be compared or not.
+        tensors: number of the base's (or first model's), compared or not.
     """
 
     plan: Plan
@@ -48,12 +47,12 @@ class ModelSet:
 
     @property
     def sources(self) -> tuple[Source, ...]:
-        """Every model, the one to compare with first."""
+        """Every model, the reference first."""
         return self.plan.sources
 
 
 def recipe_of(base: str | None, models: Sequence[str], *, seed: int = 0) -> Recipe:
-    """A recipe of whole models as they are named on a command line."""
+    """A recipe of complete models, as a command line names them."""
     folder = Path.cwd()
     specs = [SourceSpec(parse_reference(m, folder), f"models[{i}]") for i, m in enumerate(models)]
     reference = parse_reference(base, folder) if base else None
@@ -64,11 +63,11 @@ def recipe_of(base: str | None, models: Sequence[str], *, seed: int = 0) -> Reci
 def open_model_set(recipe: Recipe) -> ModelSet:
     """Open every model that a recipe names and match their tensors, from headers alone.
 
-    Layers, weights and the method of the recipe make no difference.
+    Layers, weights and the method of the recipe are ignored.
 
     Raises:
         SourceError: a model that cannot be opened.
-        MismatchError: several that cannot.
+        MismatchError: several models that cannot be opened.
         UsageError: fewer than two models to compare.
     """
     references = dict.fromkeys(spec.model for spec in recipe.source_specs)
@@ -79,11 +78,11 @@ def open_model_set(recipe: Recipe) -> ModelSet:
         message = "there is nothing to compare: one model"
         raise UsageError(message, hint="Name a base and a model, or two models.")
     has_base = recipe.base_model is not None
-    chosen = list(opened)
-    whole = Recipe(
+    models = list(opened)
+    whole_models = Recipe(
         "task_arithmetic" if has_base else "soup",
-        chosen[0] if has_base else None,
-        tuple(SourceSpec(m, f"models[{i}]") for i, m in enumerate(chosen[has_base:])),
+        models[0] if has_base else None,
+        tuple(SourceSpec(m, f"models[{i}]") for i, m in enumerate(models[has_base:])),
         dtype=recipe.dtype,
         seed=recipe.seed,
         name=recipe.name,
@@ -93,13 +92,13 @@ def open_model_set(recipe: Recipe) -> ModelSet:
     labels = [source.label for source in sources]
     names = short_labels(labels)
     heads = reconcile_heads(sources)
-    method = get_method(whole.merge_method)
-    matches = match_pieces(output_slices(whole, method, labels), sources, heads.views)
+    method = get_method(whole_models.merge_method)
+    matches = match_pieces(output_slices(whole_models, method, labels), sources, heads.views)
     problems = [*_quantised(sources), *matches.problems]
     comparable = not _quantised(sources)
     tasks = [_task(match) for match in matches.found if comparable and not match.copied]
     plan = Plan(
-        recipe=whole,
+        recipe=whole_models,
         method=method,
         sources=tuple(sources),
         base=0 if has_base else None,
@@ -123,7 +122,7 @@ def open_model_set(recipe: Recipe) -> ModelSet:
 def _open_all(
     references: Sequence[ModelRef], folder: Path
 ) -> tuple[dict[ModelRef, Source], list[str]]:
-    """Every model once, and a note on each that was named twice."""
+    """Open every model once, with a note on each that is named twice."""
     opened: dict[ModelRef, Source] = {}
     first: dict[tuple[Path, ...], Source] = {}
     notes: list[str] = []
@@ -134,11 +133,11 @@ def _open_all(
         except SourceError as error:
             errors.append(error)
             continue
-        known = first.setdefault(source.place, source)
-        if known is source:
+        opened_first = first.setdefault(source.place, source)
+        if opened_first is source:
             opened[reference] = source
         else:
-            notes.append(f"{source.label} is the same model as {known.label}: looked at once")
+            notes.append(f"{source.label} is the same model as {opened_first.label}: compared once")
     if len(errors) == 1:
         raise errors[0]
     if errors:
@@ -156,7 +155,7 @@ def _quantised(sources: Sequence[Source]) -> list[Problem]:
 
 
 def _task(match: TensorMatch) -> TensorTask:
-    """Every model's tensor as an operand: the pass subtracts the first by itself."""
+    """A task with every model's tensor as an operand: `measure` subtracts the first."""
     refs = (match.base, *match.operands) if match.base is not None else match.operands
     first = refs[0]
     return TensorTask(
@@ -185,7 +184,7 @@ KINDS = (
     "other",
 )
 
-_ATTENTION = r"(?:^|\.)\w*att(?:n|ention)\w*\."  # ...and what follows is inside of it
+_ATTENTION = r"(?:^|\.)\w*att(?:n|ention)\w*\."  # what follows is inside it
 _START = r"(?:^|\.)"
 # The first rule that matches the name without its `.weight` decides, so that
 # `attention.output.LayerNorm` is a norm and `mlp.gate` a router.

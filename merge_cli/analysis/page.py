@@ -1,8 +1,7 @@
-"""The page of `merge-cli analyze --html`: an analysis to read, with nothing to load.
+"""The HTML page of `merge-cli analyze --html`: figures, findings, advice, tables.
 
 It looks like merge_report.html and shares its charts and its sections on likeness and conflict.
-
-The analysis page's tables: files beside the weights, and every number behind the charts.
+`page_sections` has the sections with charts.
 """
 
 from __future__ import annotations
@@ -49,9 +48,9 @@ from merge_cli.system.raw_io import write_error
 
 
 def render_analysis(analysis: Analysis) -> str:
-    """The whole page."""
-    result = analysis.to_json()
-    view = view_of(_statistics(result))
+    """The complete page."""
+    data = analysis.to_json()
+    view = view_of(_statistics(data))
     relations = [] if view is None else _relations(analysis, view)
     return render(
         Page(
@@ -61,7 +60,7 @@ def render_analysis(analysis: Analysis) -> str:
             made=_made(analysis),
             key_figures=_key_figures(analysis),
             sections=[
-                _verdicts(analysis),
+                _findings(analysis),
                 _advice(analysis),
                 *relations,
                 differences(analysis),
@@ -84,17 +83,17 @@ def _relations(analysis: Analysis, view: RelationsView) -> list[Section]:
     ]
 
 
-def _statistics(found: Json) -> dict[str, Any] | None:
-    """The measures as the report's sections know them: an analysis has no merge in it."""
-    if found["total"] is None:
+def _statistics(data: Json) -> dict[str, Any] | None:
+    """The measures in the form of a merge's statistics, without those of the merged model."""
+    if data["total"] is None:
         return None
     merge = {"change": None, "kept": None}
     return {
-        "of": "weights" if found["base"] is None else "deltas",
-        "models": found["models"],
+        "of": "weights" if data["base"] is None else "deltas",
+        "models": data["models"],
         "sampled": 1.0,
-        "total": {**found["total"], **merge},
-        "groups": [{**layer, **merge} for layer in found["layers"]],
+        "total": {**data["total"], **merge},
+        "groups": [{**layer, **merge} for layer in data["layers"]],
     }
 
 
@@ -133,29 +132,29 @@ def _key_figures(analysis: Analysis) -> list[KeyFigure]:
     if total is not None:
         rows.append(("Parameters", short(total.count), "compared"))
         if total.relative_norm:
-            rows.append(("Distance from the base", _ends(total.relative_norm), "of its norm"))
+            rows.append(("Distance from the base", _bounds(total.relative_norm), "of its norm"))
         cosines = [value for _, _, value in pairs(total.cosine)]
         if cosines:
-            ends = dict.fromkeys(cosine(end, ".2f") for end in (min(cosines), max(cosines)))
+            bounds = dict.fromkeys(cosine(bound, ".2f") for bound in (min(cosines), max(cosines)))
             of = "task vectors" if analysis.base else "weights"
-            rows.append(("Cosine of sources", " to ".join(ends), of))
+            rows.append(("Cosine of sources", " to ".join(bounds), of))
         if total.conflict is not None:
             rows.append(("Sign conflict", percent(total.conflict), "of elements"))
         if total.unchanged:
-            rows.append(("Unchanged", _ends(total.unchanged), "of elements"))
+            rows.append(("Unchanged", _bounds(total.unchanged), "of elements"))
     rows.append(("Time", duration(analysis.seconds), f"{size(analysis.bytes_read)} read"))
     rows.append(("Peak memory", size(analysis.peak_memory), ""))
     return [KeyFigure(name, value, [remark] if remark else []) for name, value, remark in rows]
 
 
-def _ends(values: Sequence[float | None]) -> str:
-    known = [value for value in values if value is not None]
-    return " to ".join(dict.fromkeys(percent(end) for end in (min(known), max(known))))
+def _bounds(values: Sequence[float | None]) -> str:
+    measured = [value for value in values if value is not None]
+    return " to ".join(dict.fromkeys(percent(bound) for bound in (min(measured), max(measured))))
 
 
-def _verdicts(analysis: Analysis) -> Section:
+def _findings(analysis: Analysis) -> Section:
     how = (
-        "What the numbers look like, each with the threshold it was compared with. The thresholds "
+        "Findings, each with its threshold. The thresholds "
         "are rules of thumb: a reason to look, not a proof."
     )
     lines = [
@@ -163,14 +162,14 @@ def _verdicts(analysis: Analysis) -> Section:
         for verdict in analysis.verdicts
     ]
     problems = items(code(line) for line in analysis.problems[:200])
-    folded = count(len(analysis.problems), "problem")
+    title = count(len(analysis.problems), "problem")
     nothing = "" if lines else "Nothing unusual: related models, each changed in its own way."
     return section(
         "What stands out",
         how,
         nothing,
         items(lines),
-        None if problems is None else Details(folded, [problems]),
+        None if problems is None else Details(title, [problems]),
     )
 
 
@@ -217,72 +216,67 @@ def differences(analysis: Analysis) -> Section:
     first = analysis.files[0].model
     files = [
         [
-            one.model,
-            hash(one.revision),
-            f"{one.tensors:,}",
-            f"{one.parameters:,}",
-            size(one.bytes),
-            ", ".join(f"{d} ({n})" for d, n in one.dtypes.items()),
+            model_files.model,
+            hash(model_files.revision),
+            f"{model_files.tensors:,}",
+            f"{model_files.parameters:,}",
+            size(model_files.bytes),
+            ", ".join(f"{d} ({n})" for d, n in model_files.dtypes.items()),
         ]
-        for one in analysis.files
+        for model_files in analysis.files
     ]
     parts: list[Part | None] = [
         Table(["model", "revision", "tensors", "parameters", "size", "stored as (tensors)"], files)
     ]
     if analysis.config:
         heads = ["config.json", *(file.model for file in analysis.files)]
-        parts.append(Table(heads, [[code(one.key), *one.values] for one in analysis.config]))
+        parts.append(
+            Table(
+                heads,
+                [[code(model_files.key), *model_files.values] for model_files in analysis.config],
+            )
+        )
     else:
         parts.append(Paragraph("The configs say the same."))
-    told = [tokenizer for tokenizer in analysis.tokenizers if tokenizer.differs]
-    if told:
-        heads = ["tokenizer", "tokens", "missing", "added", "renumbered", "what else"]
-        parts.append(Table(heads, [_tokenizer(item) for item in told]))
+    differing = [tokenizer for tokenizer in analysis.tokenizers if tokenizer.differs]
+    if differing:
+        heads = ["tokenizer", "tokens", "missing", "added", "renumbered", "other differences"]
+        parts.append(Table(heads, [_tokenizer(tokenizer) for tokenizer in differing]))
     else:
         parts.append(Paragraph("Tokenizers and chat templates are the same."))
     parts.append(items(analysis.notes))
-    found = f"Compared with {first}: {count(len(analysis.config), 'key')} of config.json differ"
-    found += f"; {count(len(told), 'tokenizer')} or chat templates do." if told else "."
-    return section("Files beside the weights", how, found, *parts)
+    summary = f"Compared with {first}: {count(len(analysis.config), 'key')} of config.json differ"
+    summary += f"; {count(len(differing), 'tokenizer')} or chat templates do." if differing else "."
+    return section("Files beside the weights", how, summary, *parts)
 
 
-def _tokenizer(one: TokenizerDifference) -> list[str]:
+def _tokenizer(difference: TokenizerDifference) -> list[str]:
+    names = " ".join(repr(token) for token in difference.examples)
+    examples = [f"for example {names}"] if names else []
     return [
-        one.model,
-        "–" if one.size is None else f"{one.size:,}",
-        f"{one.missing:,}",
-        f"{one.added:,}",
-        f"{one.renumbered:,}",
-        "; ".join(in_words(one)) or "–",
+        difference.model,
+        "–" if difference.size is None else f"{difference.size:,}",
+        f"{difference.missing:,}",
+        f"{difference.added:,}",
+        f"{difference.renumbered:,}",
+        "; ".join([*difference.in_words(), *examples]) or "–",
     ]
 
 
-def in_words(one: TokenizerDifference) -> list[str]:
-    """What differs besides the number of tokens."""
-    words = [f"{name}: {change}" for name, change in one.special.items()]
-    if one.rules:
-        words.append("text is cut by other rules (merges, normalizer, or added tokens)")
-    if one.template not in ("same", "none"):
-        words.append(f"chat template {one.template}")
-    if one.examples:
-        words.append("for example " + " ".join(repr(token) for token in one.examples))
-    return words
-
-
 def numbers(analysis: Analysis) -> Section:
-    """Groups and tensors as tables, folded away."""
+    """Tables of groups and tensors, folded."""
     how = "Where a cell has several numbers, they are in the order of the sources."
     groups = [*analysis.kinds, *analysis.layers]
     tensors = analysis.each[:MAX_ROWS]
     more = len(analysis.each) - len(tensors)
-    rest = [Paragraph(f"{more:,} more are in the JSON.")] if more else []
-    folded = "Kinds of modules, layers, and the tensors outside them"
+    truncated = [Paragraph(f"{more:,} more are in the JSON.")] if more else []
+    title = "Kinds of modules, layers, and the tensors outside them"
     return section(
         "All numbers",
         how,
         "",
-        Details(folded, [_table(groups, analysis)]),
-        Details(count(len(analysis.each), "tensor"), [_table(tensors, analysis), *rest]),
+        Details(title, [_table(groups, analysis)]),
+        Details(count(len(analysis.each), "tensor"), [_table(tensors, analysis), *truncated]),
     )
 
 

@@ -1,4 +1,4 @@
-"""The analysis page's own sections, each with how to read it, a finding and heat maps."""
+"""Sections with charts of the analysis page: where changes are, overlaps, ranks, distances."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from merge_cli.report.page import (
 )
 from merge_cli.report.sections import RelationsView, by_layer, pair_rows, series
 
-_MAX_MAPS = 6  # sources that get a heat map of their own
+_MAX_MAPS = 6  # sources with a separate heat map
 _MAX_PAIRS = 10  # columns of the cosines by kind
 _PAIR = 110.0  # px for the name of a pair
 
@@ -35,13 +35,13 @@ def kinds(analysis: Analysis, view: RelationsView) -> Section:
         "fine-tune hardly touched. A layer's norms and biases are small tensors, whose changes say "
         "little about the whole."
     )
-    named = [kind.name for kind in analysis.kinds]
+    names = [kind.name for kind in analysis.kinds]
     values = [list(kind.relative_norm or ()) for kind in analysis.kinds]
     scale = _share(values, "‖δ‖/‖θ₀‖")
     caption = "‖δ‖/‖θ₀‖ of each source, by kind of module."
     axis = charts.matrix_axis(view.labels)
     figures: list[Part | None] = [
-        figure(caption, charts.heat_map(caption, named, axis, values, scale, 24, bare_percent))
+        figure(caption, charts.heat_map(caption, names, axis, values, scale, 24, bare_percent))
     ]
     several = len(analysis.models) > 1
     if view.layers:
@@ -49,15 +49,15 @@ def kinds(analysis: Analysis, view: RelationsView) -> Section:
     if several:
         figures += [_conflicts(analysis, view), _cosines(analysis, view)]
     highest = [
-        (max((v, name) for v, name in zip(column, named, strict=True) if v is not None))
+        (max((v, name) for v, name in zip(column, names, strict=True) if v is not None))
         for column in zip(*values, strict=True)
         if any(v is not None for v in column)
     ]
-    found = "Most changed: " + ", ".join(
+    summary = "Most changed: " + ", ".join(
         f"{name} by {label} ({percent(value)})"
         for (value, name), label in list(zip(highest, view.labels, strict=False))[:_MAX_MAPS]
     )
-    return section("Where the changes are", how, f"{found}.", *figures)
+    return section("Where the changes are", how, f"{summary}.", *figures)
 
 
 def _maps(analysis: Analysis, view: RelationsView) -> list[Part | None]:
@@ -67,7 +67,9 @@ def _maps(analysis: Analysis, view: RelationsView) -> list[Part | None]:
     figures: list[Part | None] = []
     for s, label in enumerate(view.labels[:_MAX_MAPS]):
         message = f"{label}: ‖δ‖/‖θ₀‖" if len(view.labels) > 1 else "‖δ‖/‖θ₀‖"
-        figures.append(_cells(analysis, view, message, [_at(row, s) for row in values], scale))
+        figures.append(
+            _cells(analysis, view, message, [_of_source(row, s) for row in values], scale)
+        )
     return figures
 
 
@@ -83,29 +85,34 @@ def _conflicts(analysis: Analysis, view: RelationsView) -> Part | None:
 
 
 def _cells(
-    analysis: Analysis, view: RelationsView, what: str, values: Sequence[float | None], scale: Scale
+    analysis: Analysis,
+    view: RelationsView,
+    title: str,
+    values: Sequence[float | None],
+    scale: Scale,
 ) -> Part | None:
     """A heat map of kinds of modules by layers; `values` follow the analysis's cells."""
     if not view.layers:
         return None
     keys = [(cell.name, cell.kind) for cell in analysis.cells]
-    result = dict(zip(keys, values, strict=True))
+    by_cell = dict(zip(keys, values, strict=True))
     rows: dict[str, Values] = {
-        kind: [result.get((layer["name"], kind)) for layer in view.layers]
+        kind: [by_cell.get((layer["name"], kind)) for layer in view.layers]
         for kind in KINDS
         if any(key[1] == kind for key in keys)
     }
-    return by_layer(view, what, rows, scale, bare_percent)
+    return by_layer(view, title, rows, scale, bare_percent)
 
 
 def _cosines(analysis: Analysis, view: RelationsView) -> Part:
     """Cosines by kind of module: a column for each pair, or the mean of all where they are many."""
-    found = [pairs(kind.cosine) for kind in analysis.kinds]
-    places = list(dict.fromkeys((i, j) for row in found for i, j, _ in row))
-    names = [f"{view.labels[i]} – {view.labels[j]}" for i, j in places]
-    rows: list[Values] = [[row.get(at) for at in places] for row in map(_by_place, found)]
-    ticks = [f"{i + 1} – {j + 1}" for i, j in places]
-    if len(places) > _MAX_PAIRS:
+    by_kind = [pairs(kind.cosine) for kind in analysis.kinds]
+    positions = list(dict.fromkeys((i, j) for row in by_kind for i, j, _ in row))
+    names = [f"{view.labels[i]} – {view.labels[j]}" for i, j in positions]
+    cells = [{(i, j): value for i, j, value in row} for row in by_kind]
+    rows: list[Values] = [[row.get(position) for position in positions] for row in cells]
+    ticks = [f"{i + 1} – {j + 1}" for i, j in positions]
+    if len(positions) > _MAX_PAIRS:
         names = ticks = ["mean of all"]
         rows = [[mean(row)] for row in rows]
     fits = all(text_width(name) <= _PAIR for name in names)
@@ -123,10 +130,6 @@ def _cosines(analysis: Analysis, view: RelationsView) -> Part:
     return figure(caption, charts.heat_map(caption, named, axis, rows, scale, 24, two_decimals))
 
 
-def _by_place(row: Sequence[tuple[int, int, float]]) -> dict[tuple[int, int], float]:
-    return {(i, j): value for i, j, value in row}
-
-
 def unchanged(view: RelationsView) -> Section:
     """Sparsity, and changes too small for a step of bfloat16."""
     total = view.total
@@ -134,20 +137,23 @@ def unchanged(view: RelationsView) -> Section:
         "Elements whose value is exactly the base's. Of the others, those that moved by one step "
         "of bfloat16 or less: what a weight below one half may round away in a bfloat16 merge."
     )
-    small = ", ".join(
+    small = [
         f"{label} {percent(value)}"
         for label, value in zip(view.labels, total["one_step"], strict=True)
         if value is not None
-    )
-    known = [
+    ]
+    shares = [
         f"{label} {percent(value)}"
         for label, value in zip(view.labels, total["unchanged"], strict=True)
     ]
-    found = f"Unchanged: {_some(known)}."
+    summary = f"Unchanged: {_abbreviated(shares)}."
     if small:
-        found += f" Of the changes, one step or less: {_some(small.split(', '))}."
+        summary += f" Of the changes, one step or less: {_abbreviated(small)}."
     return section(
-        "Unchanged and hardly changed", how, found, series(view, "unchanged", "elements unchanged")
+        "Unchanged and hardly changed",
+        how,
+        summary,
+        series(view, "unchanged", "elements unchanged"),
     )
 
 
@@ -159,14 +165,14 @@ def largest(analysis: Analysis, view: RelationsView) -> Section:
     )
     total = analysis.total
     assert total is not None
-    known = pairs(total.overlap)
-    if not known:
+    overlaps = pairs(total.overlap)
+    if not overlaps:
         return section("Overlap of the largest changes", how, "Not measured.")
     chances = [v for _, _, v in pairs(total.overlap_chance)]
-    i, j, most = max(known, key=lambda found: found[2])
+    i, j, share = max(overlaps, key=lambda pair: pair[2])
     chance = mean(chances) or 0.0
-    found = (
-        f"Largest: {view.labels[i]} and {view.labels[j]} ({percent(most)}); independent sources "
+    summary = (
+        f"Largest: {view.labels[i]} and {view.labels[j]} ({percent(share)}); independent sources "
         f"would share {percent(chance)}."
     )
     off_diagonal = [
@@ -177,12 +183,12 @@ def largest(analysis: Analysis, view: RelationsView) -> Section:
     rows = pair_rows(view, "overlap")
     scale = _share([*off_diagonal, *rows.values()], "of the smaller set")
     caption = "Largest changes that two sources share, whole model."
-    whole = charts.heat_map(caption, view.labels, axis, off_diagonal, scale, 34, bare_percent)
+    chart = charts.heat_map(caption, view.labels, axis, off_diagonal, scale, 34, bare_percent)
     return section(
         "Overlap of the largest changes",
         how,
-        found,
-        figure(caption, whole),
+        summary,
+        figure(caption, chart),
         by_layer(view, "Largest changes that two sources share", rows, scale, bare_percent),
     )
 
@@ -197,10 +203,13 @@ def ranks(analysis: Analysis, view: RelationsView) -> Section:
     )
     if not analysis.spectra:
         return section("How many directions", how, "No matrix was large enough to sample.")
-    rows = [_short_name(one.name) for one in analysis.spectra]
+    rows = [_short_name(spectrum.name) for spectrum in analysis.spectra]
     shares = [
-        [None if r is None else r / min(item.rows, item.columns) for r in item.effective_rank]
-        for item in analysis.spectra
+        [
+            None if r is None else r / min(spectrum.rows, spectrum.columns)
+            for r in spectrum.effective_rank
+        ]
+        for spectrum in analysis.spectra
     ]
     averages = [
         f"{label} {percent(value)}"
@@ -211,28 +220,30 @@ def ranks(analysis: Analysis, view: RelationsView) -> Section:
     caption = "Effective rank of the sampled changes, % of the sample's smaller side."
     axis = charts.matrix_axis(view.labels)
     chart = charts.heat_map(caption, rows, axis, shares, scale, 22, bare_percent)
-    return section("How many directions", how, f"Mean: {_some(averages)}.", figure(caption, chart))
+    return section(
+        "How many directions", how, f"Mean: {_abbreviated(averages)}.", figure(caption, chart)
+    )
 
 
 def weights(analysis: Analysis, view: RelationsView) -> Section:
-    """Without a base: how far the models are from one another."""
+    """Distances between models, where there is no base."""
     how = (
         "‖θᵢ − θⱼ‖ over the geometric mean of the two norms. Without the base that the models "
         "came from, changes, signs and conflicts cannot be told from what they inherited."
     )
     total = analysis.total
     assert total is not None
-    i, j, most = max(pairs(total.distance), key=lambda found: found[2])
+    i, j, distance = max(pairs(total.distance), key=lambda pair: pair[2])
     axis: Axis = charts.matrix_axis(view.labels)
     scale = _share(total.distance, "of the norm")
     caption = "Distance between the models, whole model."
-    whole = charts.heat_map(caption, view.labels, axis, total.distance, scale, 34, bare_percent)
+    chart = charts.heat_map(caption, view.labels, axis, total.distance, scale, 34, bare_percent)
     rows = pair_rows(view, "distance")
     return section(
         "How far the models are from one another",
         how,
-        f"Farthest: {view.labels[i]} and {view.labels[j]} ({percent(most)}).",
-        figure(caption, whole),
+        f"Farthest: {view.labels[i]} and {view.labels[j]} ({percent(distance)}).",
+        figure(caption, chart),
         by_layer(
             view,
             "Distance between the models",
@@ -244,22 +255,22 @@ def weights(analysis: Analysis, view: RelationsView) -> Section:
 
 
 def _share(rows: Iterable[Iterable[float | None]], unit: str) -> Scale:
-    """From 0 to the largest value; by its root, so that small values show."""
-    known = [v for row in rows for v in row if v is not None]
-    top = max(known, default=0.0) or 1.0
+    """A scale from 0 to the largest value, by the root, so that small values are visible."""
+    present = [v for row in rows for v in row if v is not None]
+    top = max(present, default=0.0) or 1.0
     return Scale(lambda v: root(v / top), (0, top / 4, top), percent, unit)
 
 
-def _at(row: Sequence[float | None] | None, place: int) -> float | None:
-    return None if row is None else row[place]
+def _of_source(row: Sequence[float | None] | None, source: int) -> float | None:
+    return None if row is None else row[source]
 
 
 def _short_name(name: str) -> str:
-    """A tensor's name without what every name has."""
+    """A tensor's name without its common prefix and suffix."""
     short = name.removesuffix(".weight").removeprefix("model.").removeprefix("language_model.")
     return charts.shorten(short, 34)
 
 
-def _some(words: Sequence[str]) -> str:
-    rest = len(words) - charts.MAX_LINES
-    return ", ".join(words) if rest <= 0 else f"{', '.join(words[:6])} and {rest} more"
+def _abbreviated(parts: Sequence[str]) -> str:
+    remaining = len(parts) - charts.MAX_LINES
+    return ", ".join(parts) if remaining <= 0 else f"{', '.join(parts[:6])} and {remaining} more"

@@ -1,4 +1,4 @@
-"""What an analysis says, as data: printed as a table, as JSON, and as a page."""
+"""The result of an analysis, as data for tables, JSON and the page."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that the numbers suggest about one or more models.
+    """What the numbers suggest about one or more models.
 
     Attributes:
-        kind: a word for programs: `identical`, `equals_base`, `unrelated`, `far`, `rl_like`,
+        kind: for programs: `identical`, `equals_base`, `unrelated`, `far`, `rl_like`,
             `sparse`, `low_rank`, `louder`, `concentrated`, `untouched`,
             `mismatch`, `vocabulary`, `added_tokens`, `routers`.
-        models: whom it is about.
-        text: a hedged sentence with the measured values.
-        threshold: what was compared with what.
-        warns: whether a merge should not go on without a thought about it.
+        models: the models that it is about.
+        text: a sentence with the measured values.
+        threshold: the condition.
+        warns: whether it is a reason not to merge.
     """
 
     kind: str
@@ -37,7 +37,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Suggestion:
-    """A method that is worth trying, and why: measured values and where the rule comes from."""
+    """A method that is worth trying, the measured reason, and the source of the rule."""
 
     method: str
     reason: str
@@ -46,7 +46,7 @@ class Suggestion:
 
 @dataclass(frozen=True)
 class Advice:
-    """What to try, the first thing first.
+    """What to try first.
 
     Attributes:
         summary: one sentence.
@@ -78,18 +78,18 @@ class Analysis:
     """The result of `merge_cli.analyze`.
 
     Attributes:
-        base: None without one; then the first model is what files are compared with.
+        base: None without a base; files are then compared with the first model.
         models: the sources, in the order of every row and matrix.
         files: of every model, the base first.
-        compared, tensors: how many tensors could be compared, of how many.
+        compared, tensors: how many of the tensors could be compared.
         problems: why a merge of these models would be refused; empty where it would run.
-        total: over everything compared; None where nothing could be.
+        total: over all compared tensors; None if there are none.
         inner: over the layers, without embeddings and head; None without layers.
         layers, kinds, cells, each: by layer, kind of module, both, and tensor.
         spectra: sampled matrices' ranks; empty without a base.
         sparsity_where_changed: for each source, the share of unchanged elements of those tensors
             that it changed at all; None without a base.
-        seconds, bytes_read, peak_memory: what it cost.
+        seconds, bytes_read, peak_memory: the cost.
     """
 
     base: str | None

@@ -1,4 +1,4 @@
-"""`merge_cli.analyze`: open, read once, measure, judge."""
+"""`merge_cli.analyze`: open models, measure them, and find what stands out."""
 
 from __future__ import annotations
 
@@ -38,75 +38,76 @@ def analyze(
     options: MergeOptions | None = None,
     show: Callable[[Progress], None] = lambda progress: None,
 ) -> Analysis:
-    """Say what models are like before they are merged, from their weights and files alone.
+    """Describe models before they are merged, from their weights and files alone.
 
-    Every weight is read once, in blocks; memory does not grow with the models. Nothing is run.
+    Every weight is read once, in blocks; memory does not grow with the models. No model is run.
 
     Args:
-        recipe: a loaded recipe, or the path of one: its base and its models, whole.
+        recipe: a loaded recipe, or its path: its base and its complete models are compared.
         base, models: folders or Hub ids, instead of a recipe.
-        seed: which matrices and which rows and columns the ranks are sampled from; the recipe's
-            unless given.
-        options: device, threads and memory; the rest has no effect.
-        show: told of progress.
+        seed: for sampling matrices, rows and columns for ranks; default: the recipe's.
+        options: device, threads and memory; others have no effect.
+        show: called with progress.
 
     Raises:
         UsageError: neither a recipe nor models, or both; fewer than two models.
         RecipeError, SourceError, NonFiniteError, ResourceError: see `merge_cli.errors`.
     """
     if (recipe is None) == (not models):
-        raise UsageError("analyze wants a recipe, or models (with a base or without one)")
+        raise UsageError("analyze needs a recipe, or models (with or without a base)")
     if recipe is None:
         loaded = recipe_of(str(base) if base else None, [str(model) for model in models])
     elif base:
-        raise UsageError("a recipe names its own base", hint="Leave out either of them.")
+        raise UsageError("a recipe names its own base", hint="Leave out one of them.")
     else:
         loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     if loaded.stages:
         message = "this recipe has several documents: only `run` and `plan` read them"
-        raise UsageError(message, where=loaded.file, hint="Analyze its stages by themselves.")
+        raise UsageError(message, where=loaded.file, hint="Analyze each stage alone.")
     if seed is not None:
         loaded = loaded.with_seed(seed)
-    chosen = options or MergeOptions()
-    device = choose_device(chosen.device)
-    subject = open_model_set(loaded)
-    fetch_inputs(subject.plan, show)
-    result = measure_models(subject, device, chosen, show)
-    analysis = _analysis(subject, result, device.name)
+    settings = options or MergeOptions()
+    device = choose_device(settings.device)
+    model_set = open_model_set(loaded)
+    fetch_inputs(model_set.plan, show)
+    measurements = measure_models(model_set, device, settings, show)
+    analysis = _analysis(model_set, measurements, device.name)
     return replace(analysis, peak_memory=peak_rss())
 
 
-def _analysis(subject: ModelSet, found: Measurements, device: str) -> Analysis:
-    plan, has_base = subject.plan, subject.base is not None
-    groups = GroupSums(plan.tasks, found.sums, base=has_base)
+def _analysis(model_set: ModelSet, measurements: Measurements, device: str) -> Analysis:
+    plan, has_base = model_set.plan, model_set.base is not None
+    groups = GroupSums(plan.tasks, measurements.sums, base=has_base)
     tokenizers = [read_tokenizer(source) for source in plan.sources]
-    names = (subject.base, *subject.models) if subject.base is not None else subject.models
+    names = (model_set.base, *model_set.models) if model_set.base is not None else model_set.models
     differences = tuple(
-        tokenizer_difference(name, tokenizers[0], own)
-        for name, own in zip(names[1:], tokenizers[1:], strict=True)
+        tokenizer_difference(name, tokenizers[0], tokenizer)
+        for name, tokenizer in zip(names[1:], tokenizers[1:], strict=True)
     )
-    problems = tuple(str(problem) for problem in subject.problems)
+    problems = tuple(str(problem) for problem in model_set.problems)
     total, kinds = groups.total(), groups.kinds()
-    sparsity = _sparsity_where_changed(found.sums, len(subject.models)) if has_base else None
+    sparsity = (
+        _sparsity_where_changed(measurements.sums, len(model_set.models)) if has_base else None
+    )
     evidence = Evidence(
-        base=subject.base,
-        models=subject.models,
+        base=model_set.base,
+        models=model_set.models,
         total=total,
         inner=groups.inner(),
         kinds=kinds,
-        spectra=found.spectra,
+        spectra=measurements.spectra,
         sparsity=sparsity,
         problems=problems,
         tokenizers=differences,
         routers=compare_routers(names, [source.tensors for source in plan.sources]),
     )
-    judged = findings_of(evidence)
+    findings = findings_of(evidence)
     return Analysis(
-        base=subject.base,
-        models=subject.models,
-        files=_files(subject, names),
+        base=model_set.base,
+        models=model_set.models,
+        files=_files(model_set, names),
         compared=len(plan.tasks),
-        tensors=subject.tensors,
+        tensors=model_set.tensors,
         problems=problems,
         notes=plan.notes,
         total=total,
@@ -115,16 +116,16 @@ def _analysis(subject: ModelSet, found: Measurements, device: str) -> Analysis:
         kinds=kinds,
         cells=groups.cells(),
         each=groups.each(),
-        spectra=found.spectra,
+        spectra=measurements.spectra,
         sparsity_where_changed=sparsity,
         config=config_differences(plan.sources),
         tokenizers=differences,
-        verdicts=judged,
-        advice=advise(evidence, judged, plan.recipe),
+        verdicts=findings,
+        advice=advise(evidence, findings, plan.recipe),
         seed=plan.recipe.seed,
         device=device,
-        threads=found.threads,
-        seconds=round(found.seconds, 3),
+        threads=measurements.threads,
+        seconds=round(measurements.seconds, 3),
         bytes_read=plan.bytes_read,
         peak_memory=0,
     )
@@ -133,29 +134,29 @@ def _analysis(subject: ModelSet, found: Measurements, device: str) -> Analysis:
 def _sparsity_where_changed(sums: Sequence[Relations], sources: int) -> tuple[float | None, ...]:
     """For each source, the unchanged share of those tensors that it changed at all.
 
-    Over the whole model it would say how many tensors were frozen.
+    Over all tensors, it would count frozen tensors.
     """
     shares: list[float | None] = []
     for s in range(sources):
-        touched = [one for one in sums if one.both[s, s]]
-        count = sum(item.count for item in touched)
-        changed = sum(int(one.both[s, s]) for one in touched)
+        touched = [relations for relations in sums if relations.both[s, s]]
+        count = sum(relations.count for relations in touched)
+        changed = sum(int(relations.both[s, s]) for relations in touched)
         shares.append(float(f"{1 - changed / count:.6g}") if count else None)
     return tuple(shares)
 
 
-def _files(subject: ModelSet, names: Sequence[str]) -> tuple[ModelFiles, ...]:
+def _files(model_set: ModelSet, names: Sequence[str]) -> tuple[ModelFiles, ...]:
     return tuple(
         ModelFiles(
             model=name,
             reference=source.label,
             revision=source.revision,
             tensors=len(source.tensors),
-            parameters=sum(ref.size for ref in source.tensors.values()),
-            bytes=sum(ref.nbytes for ref in source.tensors.values()),
+            parameters=sum(tensor.size for tensor in source.tensors.values()),
+            bytes=sum(tensor.nbytes for tensor in source.tensors.values()),
             dtypes=dtypes,
         )
         for name, source, dtypes in zip(
-            names, subject.sources, stored_dtypes(subject.sources), strict=True
+            names, model_set.sources, stored_dtypes(model_set.sources), strict=True
         )
     )

@@ -1,4 +1,4 @@
-"""The command line: each verb parses, calls the library, shows. A file for each family of verbs."""
+"""The command line: a file for each command, which parses, calls the library, and prints."""
 
 from merge_cli.cli.app import app, main
 

@@ -1,4 +1,4 @@
-"""merge-cli analyze: what models are like before they are merged."""
+"""`merge-cli analyze`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from merge_cli.errors import UsageError
 
 
 def analyze(
-    what: Annotated[
+    arguments: Annotated[
         list[str],
         typer.Argument(
             metavar="RECIPE | MODEL",
@@ -61,16 +61,16 @@ def analyze(
         device=device, threads=threads, max_memory=parse_size(max_memory, "--max-memory")
     )
     screen = console.Screen(quiet=quiet)
-    named: dict[str, Any] = {"base": base, "models": what}
-    if base is None and _is_recipe(what):
-        loaded = load_recipe(what[0])
+    selection: dict[str, Any] = {"base": base, "models": arguments}
+    if base is None and _is_recipe(arguments):
+        loaded = load_recipe(arguments[0])
         screen.notes(loaded.warnings)
-        named = {"recipe": loaded}
+        selection = {"recipe": loaded}
 
     from merge_cli.analysis.run import analyze as measure
 
     with screen.progress() as show:
-        analysis = measure(**named, seed=seed, options=options, show=show)
+        analysis = measure(**selection, seed=seed, options=options, show=show)
     screen.analysis(analysis, layers=layers, as_json=as_json)
     if html is not None:
         from merge_cli.analysis.page import write_page
@@ -84,15 +84,19 @@ def analyze(
         screen.notes([f"the recipe is in {write_recipe}"])
 
 
-def _is_recipe(what: list[str]) -> bool:
-    """Whether the arguments are one recipe rather than models.
+def _is_recipe(arguments: list[str]) -> bool:
+    """Whether the arguments are one recipe instead of models.
 
     Raises:
         UsageError: a recipe among several arguments.
     """
-    recipes = [item for item in what if item == "-" or item.endswith((".yaml", ".yml"))]
+    recipes = [
+        argument
+        for argument in arguments
+        if argument == "-" or argument.endswith((".yaml", ".yml"))
+    ]
     if not recipes:
-        return len(what) == 1 and Path(what[0]).is_file()
-    if len(what) > 1:
+        return len(arguments) == 1 and Path(arguments[0]).is_file()
+    if len(arguments) > 1:
         raise UsageError(f"{recipes[0]} is a recipe: it names all the models by itself")
     return True

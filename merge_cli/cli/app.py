@@ -1,10 +1,9 @@
-"""The command line: each verb parses, calls the library, shows. No logic, nothing heavy to import.
+"""The entry point of the command line: its commands, `merge-cli methods`, errors and exit codes.
 
-Exit codes: 0 done; 1 unexpected; 2 recipe or usage; 3 an input model or data file; 4 resources;
-5 a quality gate; 130 interrupted (the same command resumes). Results go to stdout, the rest to
-stderr.
-
-`merge-cli methods`.
+Each command parses, calls the library, and prints; there is no logic here, and nothing heavy to
+import. Exit codes: 0 done; 1 unexpected; 2 recipe or usage; 3 an input model or data file;
+4 resources; 5 a quality gate; 130 interrupted (the same command resumes). Results go to stdout,
+everything else to stderr.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from merge_cli.cli.run import plan, run
 from merge_cli.cli.streams import (
     DEBUG,
     ReaderGone,
-    as_ours,
+    as_merge_cli_error,
     debugging,
     drop_output,
     guard_streams,
@@ -85,7 +84,7 @@ def _root(
     ] = False,
 ) -> None:
     if debug:
-        os.environ[DEBUG] = "1"  # for the processes that we start, too
+        os.environ[DEBUG] = "1"  # also for child processes
     if show_version:
         typer.echo(f"merge-cli {version('merge-cli')}")
         raise typer.Exit
@@ -102,7 +101,7 @@ for panel, verbs in VERBS.items():
 
 
 def main() -> None:
-    """Run the command line; every failure is one message and the exit code of its kind."""
+    """Run the command line; every failure is one message and its exit code."""
     guard_streams()
     code = _run()
     try:
@@ -113,21 +112,21 @@ def main() -> None:
     except ResourceError as error:
         drop_output()
         if not code:
-            code = _told(error)
+            code = _report_error(error)
     if code == _INTERRUPTED:
         _leave(code)
     sys.exit(code)
 
 
 def _run() -> int:
-    """The command, and its exit code."""
+    """Run the command; returns its exit code."""
     try:
         signal.signal(signal.SIGINT, _interrupt)
         signal.signal(signal.SIGTERM, _interrupt)
         send_notices(None)  # until there is a screen
         settle_home()
         _limit_libraries()
-        # Verbs return nothing; typer answers a KeyboardInterrupt with the code 130.
+        # Commands return nothing; typer turns a KeyboardInterrupt into the code 130.
         code = app(standalone_mode=False)
         if code == _INTERRUPTED:
             raise KeyboardInterrupt
@@ -138,32 +137,32 @@ def _run() -> int:
     except ReaderGone:
         return 1
     except Exception as error:
-        # Usage errors of click, of which typer has its own copy or not, depending on its version.
+        # Usage errors of click, which some versions of typer vendor.
         if hasattr(error, "show") and hasattr(error, "exit_code"):
             return _usage(error)
-        return _told(error)
+        return _report_error(error)
 
 
-def _told(error: Exception) -> int:
-    """Say what went wrong; the exit code of its kind."""
-    known = as_ours(error)
+def _report_error(error: Exception) -> int:
+    """Print an error; returns its exit code."""
+    ours = as_merge_cli_error(error)
     if debugging():
         show_trace(error)
     from merge_cli import console
 
-    console.show_error(known)
-    return known.exit_code
+    console.show_error(ours)
+    return ours.exit_code
 
 
 def _leave(code: int) -> None:
-    """End now: taking torch down, piece by piece, takes seconds, and somebody waits."""
-    atexit._run_exitfuncs()  # other processes and temporary folders are cleared away all the same
+    """Exit at once: Python would take seconds to unload torch, and the user waits."""
+    atexit._run_exitfuncs()  # child processes end and temporary folders are removed
     sys.stderr.flush()
     os._exit(code)
 
 
 def _usage(error: Any) -> int:
-    """What click says, which quotes what was typed."""
+    """Print click's message, which may quote any input."""
     from merge_cli.console import plain
 
     text = io.StringIO()
@@ -173,15 +172,15 @@ def _usage(error: Any) -> int:
 
 
 def _limit_libraries() -> None:
-    """Tell BLAS, and the processes that we start, of a quota that they cannot see."""
-    most = library_threads()
-    affine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    if most is not None and most < (affine or 1):
-        os.environ["OMP_NUM_THREADS"] = str(most)
+    """Limit threads of BLAS and of child processes to a CPU quota that they cannot see."""
+    quota = library_threads()
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if quota is not None and quota < (usable or 1):
+        os.environ["OMP_NUM_THREADS"] = str(quota)
 
 
 def _interrupt(number: int, frame: object) -> None:
-    """Stop once: pressing Ctrl-C again must not break the closing of the journal."""
+    """Stop once: a second Ctrl-C must not interrupt the closing of the journal."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise KeyboardInterrupt

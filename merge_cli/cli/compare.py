@@ -57,7 +57,7 @@ def compare(
     options = ["--device", device, *(["--threads", str(threads)] if threads else [])]
     screen = console.Screen(quiet=quiet)
     with screen.steps() as show:
-        result = run_comparison(
+        comparison = run_comparison(
             recipes,
             spec,
             out,
@@ -67,7 +67,7 @@ def compare(
             show=show,
         )
     if as_json:
-        console.print_json(json.dumps(result.record, ensure_ascii=False))
+        console.print_json(json.dumps(comparison.record, ensure_ascii=False))
     else:
-        screen.comparison(result.record, out)
-    result.require_gates()
+        screen.comparison(comparison.record, out)
+    comparison.require_gates()

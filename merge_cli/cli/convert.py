@@ -39,23 +39,23 @@ def convert(
     screen = console.Screen(quiet=quiet)
     limit = parse_size(max_memory, "--max-memory") if max_memory else 0
     with screen.progress() as show:
-        result = run(model, out, max_memory=limit, overwrite=overwrite, fresh=fresh, show=show)
-    if result.tied:
-        screen.notes([f"left to the config, as they are tied: {', '.join(result.tied)}"])
-    if result.left_out:
-        screen.notes([f"left out, as they are no tensors: {', '.join(result.left_out)}"])
+        converted = run(model, out, max_memory=limit, overwrite=overwrite, fresh=fresh, show=show)
+    if converted.tied:
+        screen.notes([f"left to the config, as they are tied: {', '.join(converted.tied)}"])
+    if converted.left_out:
+        screen.notes([f"left out, as they are no tensors: {', '.join(converted.left_out)}"])
     if as_json:
         console.print_json(
             json.dumps(
                 {
-                    "path": str(result.path),
-                    "tensors": result.tensors,
-                    "bytes": result.bytes,
-                    "tied": list(result.tied),
-                    "left_out": list(result.left_out),
+                    "path": str(converted.path),
+                    "tensors": converted.tensors,
+                    "bytes": converted.bytes,
+                    "tied": list(converted.tied),
+                    "left_out": list(converted.left_out),
                 }
             )
         )
     elif not quiet:
-        made = f"{result.path}: {result.tensors} tensors, {show_size(result.bytes)}"
-        screen.out.print(made, markup=False, highlight=False, soft_wrap=True)
+        description = f"{converted.path}: {converted.tensors} tensors, {show_size(converted.bytes)}"
+        screen.out.print(description, markup=False, highlight=False, soft_wrap=True)

@@ -130,21 +130,21 @@ def evaluate(
     gates = read_gates(gate or [], no_worse or [], spec.tasks)
     screen = console.Screen(quiet=quiet)
     others = against or []
-    requested = {g.reference: _meant(g.reference, others) for g in gates if g.reference}
-    names = list(dict.fromkeys([model, *others, *requested.values()]))
+    names_of = {g.reference: _named_by(g.reference, others) for g in gates if g.reference}
+    names = list(dict.fromkeys([model, *others, *names_of.values()]))
     with screen.steps() as show:
-        result = evaluate_all(names, spec, show)
-    rows = summary(list(result.values()))
+        evaluations = evaluate_all(names, spec, show)
+    rows = summary(list(evaluations.values()))
     if as_json:
         console.print_json(json.dumps(rows, ensure_ascii=False))
     else:
         screen.evaluations(rows)
     if examples is not None:
-        write_examples(result.items(), examples)
-    references = {name: result[meant] for name, meant in requested.items()}
-    require({model: check_gates(gates, result[model], references)})
+        write_examples(evaluations.items(), examples)
+    references = {name: evaluations[named] for name, named in names_of.items()}
+    require({model: check_gates(gates, evaluations[model], references)})
 
 
-def _meant(name: str, others: list[str]) -> str:
-    """`base` means the model given as `--against zoo/base`, where there is one."""
+def _named_by(name: str, others: list[str]) -> str:
+    """The model that a gate's name means: `base` is the one given as `--against zoo/base`."""
     return next((o for o in others if name in (o, Path(o).name)), name)

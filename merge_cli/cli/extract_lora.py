@@ -54,7 +54,7 @@ def extract_lora(
 
     screen = console.Screen(quiet=quiet)
     with screen.progress() as show:
-        result = extract(
+        extracted = extract(
             model,
             out,
             base=base,
@@ -68,8 +68,8 @@ def extract_lora(
             fresh=fresh,
             show=show,
         )
-    screen.notes(result.notes)
+    screen.notes(extracted.notes)
     if as_json:
-        console.print_json(json.dumps(result.to_json(), ensure_ascii=False))
+        console.print_json(json.dumps(extracted.to_json(), ensure_ascii=False))
     elif not quiet:
-        print_extracted(screen.out, result)
+        print_extracted(screen.out, extracted)

@@ -59,37 +59,37 @@ def init(
 
     screen = console.Screen(quiet=quiet)
     if method is not None:
-        draftable(method)  # what cannot be is answered at once
-    printed = str(output) == "-"
+        draftable(method)  # refuse other methods at once
+    to_stdout = str(output) == "-"
     models = list(model or [])
-    if models and not printed:
+    if models and not to_stdout:
         drafting.check_path(output, overwrite)
-    ask = None
+    questions = None
     if not models:
-        ask = _questions(screen, yes or printed)
-        base = base or ask.base()
-        models = ask.models(base)
+        questions = _questions(screen, yes or to_stdout)
+        base = base or questions.base()
+        models = questions.models(base)
     with screen.progress() as show:
-        result = drafting.study_models(base, models, read=not headers_only, show=show)
-    screen.notes(result.notes)
-    if ask is None:
-        written = drafting.scaffold(result, output, method)
+        study = drafting.study_models(base, models, read=not headers_only, show=show)
+    screen.notes(study.notes)
+    if questions is None:
+        scaffold = drafting.scaffold(study, output, method)
     else:
-        written, output = _settled(ask, result, output, method, overwrite)
-    if printed:
-        console.print_text(written.text)
+        scaffold, output = _agreed(questions, study, output, method, overwrite)
+    if to_stdout:
+        console.print_text(scaffold.text)
         return
-    drafting.write_scaffold(written, output, overwrite)
+    drafting.write_scaffold(scaffold, output, overwrite)
     if not quiet:
-        screen.out.print(f"[green]✓[/green] {written.method}: {output}", soft_wrap=True)
+        screen.out.print(f"[green]✓[/green] {scaffold.method}: {output}", soft_wrap=True)
         screen.out.print(f"  next    merge-cli plan {output}", soft_wrap=True)
 
 
 def _questions(screen: Screen, silent: bool) -> Questions:
-    """Who asks for models.
+    """The questions on the terminal.
 
     Raises:
-        UsageError: nobody is there to answer.
+        UsageError: there is no terminal, or no questions are allowed.
     """
     from merge_cli.console.questions import Questions
     from merge_cli.recipe.reference import parse_reference
@@ -97,30 +97,32 @@ def _questions(screen: Screen, silent: bool) -> Questions:
 
     if silent or not sys.stdin.isatty():
         hint = "merge-cli init --base BASE --model A --model B"
-        raise UsageError("which models? --model is missing", hint=hint)
-    here = Path.cwd()
-    return Questions(screen.err, lambda name: open_source(parse_reference(name, here), here))
+        raise UsageError("--model is missing: name the models to merge", hint=hint)
+    folder = Path.cwd()
+    return Questions(screen.err, lambda name: open_source(parse_reference(name, folder), folder))
 
 
-def _settled(
-    ask: Questions, found: ModelStudy, output: Path, method: str | None, overwrite: bool
+def _agreed(
+    questions: Questions, study: ModelStudy, output: Path, method: str | None, overwrite: bool
 ) -> tuple[Scaffold, Path]:
-    """The recipe that the user agrees to, and where it goes."""
+    """The recipe that the user accepts, and its path."""
     from merge_cli.drafting import scaffold as drafting
     from merge_cli.methods.registry import method_names
 
-    proposed = found.advice.recipe.merge_method if found.advice.recipe else "soup"
+    proposed = study.advice.recipe.merge_method if study.advice.recipe else "soup"
     while True:
         try:
-            chosen = method or ask.method(proposed, method_names())
-            place = ask.path(output)
-            drafting.check_path(place, overwrite)
-            written = drafting.scaffold(found, place, None if chosen == proposed else chosen)
+            chosen_method = method or questions.method(proposed, method_names())
+            path = questions.path(output)
+            drafting.check_path(path, overwrite)
+            scaffold = drafting.scaffold(
+                study, path, None if chosen_method == proposed else chosen_method
+            )
         except UsageError as error:
-            ask.say(error)
+            questions.say(error)
             method = None
             continue
-        ask.show(written.text)
-        if ask.agrees("Write this? No: choose again"):
-            return written, place
+        questions.show(scaffold.text)
+        if questions.confirm("Write this? No: choose again"):
+            return scaffold, path
         method = None

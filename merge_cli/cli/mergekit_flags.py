@@ -1,4 +1,4 @@
-"""mergekit-yaml's flags and their negative forms, each obeyed or answered in one line."""
+"""mergekit-yaml's flags and their negative forms: each works, or a line says why it does not."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from merge_cli.system.machine import parse_size, show_size
 if TYPE_CHECKING:
     from merge_cli.recipe.schema import Recipe
 
-# What has no effect here: flag -> why, where it is given, and where its negative form is.
+# Flags without effect: flag -> why it has none, and why its negative form has none.
 _LAZY = "only safetensors is read, and always lazily"
 _MEMORY = "memory is bounded, whatever the device; see --max-memory"
 _OVERLAP = "writing always overlaps with computing; the bytes are the same"
@@ -49,15 +49,15 @@ _SPELLED = {"verbose": "-v"}
 _BYTES = re.compile(r"(\d+(?:\.\d+)?)\s*([kmb])", flags=re.IGNORECASE)
 
 
-def answers(given: Mapping[str, object]) -> list[str]:
-    """One line for each flag that was given and has no effect.
+def answers(flags: Mapping[str, object]) -> list[str]:
+    """A line for each given flag without effect.
 
     Args:
-        given: flag -> its value; None where it was not given, False for its negative form.
+        flags: flag -> its value; None where it was not given, False for its negative form.
     """
     lines = []
     for name, (positive, negative) in NO_EFFECT.items():
-        value = given.get(name)
+        value = flags.get(name)
         if value is None or (not value and not negative):
             continue
         flag = _SPELLED.get(name, f"--{'no-' if value is False else ''}{name.replace('_', '-')}")
@@ -66,7 +66,7 @@ def answers(given: Mapping[str, object]) -> list[str]:
 
 
 def device_of(device: str, cuda: bool | None, gpu_rich: bool | None, multi_gpu: bool | None) -> str:
-    """The device that the flags choose together; `--device` wins over `--no-cuda`.
+    """The device that the flags choose together; `--device` overrides `--no-cuda`.
 
     Raises:
         UsageError: they contradict each other.
@@ -83,41 +83,41 @@ def device_of(device: str, cuda: bool | None, gpu_rich: bool | None, multi_gpu: 
 
 
 def use_cache(folder: str) -> None:
-    """Keep downloads there, as `HF_HUB_CACHE` would have it."""
-    place = str(Path(folder).expanduser().absolute())
-    os.environ["HF_HUB_CACHE"] = place
+    """Use a folder for downloads, as `HF_HUB_CACHE` does."""
+    cache_path = str(Path(folder).expanduser().absolute())
+    os.environ["HF_HUB_CACHE"] = cache_path
     constants = sys.modules.get("huggingface_hub.constants")
     if constants is not None:  # it has read the environment already
-        constants.HF_HUB_CACHE = place  # type: ignore[attr-defined]  # a module, of strings
+        constants.HF_HUB_CACHE = cache_path  # type: ignore[attr-defined]  # a module, of strings
 
 
 def truncating(recipe: Recipe) -> tuple[Recipe, list[str]]:
     """The recipe with its models cut to the rows of the smallest one.
 
-    As in mergekit, a tokenizer section wins over the flag.
+    As in mergekit, a tokenizer section overrides the flag.
     """
     from merge_cli.recipe.tokenizer import TokenizerSpec
 
     if recipe.tokenizer is not None:
-        why = "the recipe says how vocabularies are brought together"
-        return recipe, [f"--unsafe-truncate-embeddings has no effect: {why}."]
+        reason = "the recipe says how vocabularies are brought together"
+        return recipe, [f"--unsafe-truncate-embeddings has no effect: {reason}."]
     stages = tuple(truncating(stage)[0] for stage in recipe.stages)
     spec = TokenizerSpec(key="tokenizer", truncate=True)
     return replace(recipe, tokenizer=spec, stages=stages), []
 
 
 def shard_bytes(text: str) -> tuple[int, str]:
-    """--out-shard-size in bytes, and a line on how it was read.
+    """--out-shard-size in bytes, and a note on how it was read.
 
     mergekit's help calls 5B a number of parameters; mergekit counts bytes.
 
     Raises:
         UsageError: not a size.
     """
-    counted = _BYTES.fullmatch(text.strip())
-    if not counted:
+    match = _BYTES.fullmatch(text.strip())
+    if not match:
         return parse_size(text, "--out-shard-size"), ""
-    size = int(float(counted[1]) * {"k": 1e3, "m": 1e6, "b": 1e9}[counted[2].lower()])
+    size = int(float(match[1]) * {"k": 1e3, "m": 1e6, "b": 1e9}[match[2].lower()])
     if not size:
         raise UsageError(f"--out-shard-size: '{text}' is too small")
     return size, f"--out-shard-size {text} is read as mergekit does: {show_size(size)} of bytes."

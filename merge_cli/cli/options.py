@@ -1,4 +1,4 @@
-"""Arguments and options that several verbs share."""
+"""Arguments and options that several commands share."""
 
 from __future__ import annotations
 
@@ -98,11 +98,11 @@ AllOption = Annotated[bool, typer.Option("--all", help="Show every tensor.")]
 
 
 def complete_method(incomplete: str) -> list[tuple[str, str]]:
-    """Methods whose names begin like that, for the shell, each with what it does."""
+    """Methods whose names begin like that, with their summaries, for the shell."""
     from merge_cli.methods.registry import get_method, method_names
 
-    found = [name for name in method_names() if name.startswith(incomplete)]
-    return [(name, get_method(name).summary) for name in found]
+    names = [name for name in method_names() if name.startswith(incomplete)]
+    return [(name, get_method(name).summary) for name in names]
 
 
 def switch(name: str, text: str, panel: str | None = None) -> Any:
@@ -118,5 +118,5 @@ def mergekit(text: str, *names: str, metavar: str | None = None) -> Any:
 
 
 def unneeded(name: str) -> Any:
-    """A flag of mergekit-yaml that is answered in one line (`mergekit_flags`); None: not given."""
+    """A flag of mergekit-yaml without effect (`mergekit_flags`); None: not given."""
     return typer.Option(f"--{name}/--no-{name}", hidden=True)

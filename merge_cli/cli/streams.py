@@ -1,9 +1,8 @@
-"""stdin, stdout and stderr as we are given them: closed, full, or in another encoding than UTF-8.
+"""Standard streams that may be closed, full, or not UTF-8; and unexpected errors as messages.
 
-A result that cannot be written to stdout is an error. A character that a terminal cannot show is
-none, and neither is a note for a stderr that cannot be written.
-
-What nobody has foreseen, as one sentence; its traceback goes to a file.
+A result that cannot be written to stdout is an error. A character that a terminal cannot show is no
+error, nor is a stderr that cannot be written. Of an unexpected error the message is one sentence;
+its traceback goes to a file.
 """
 
 from __future__ import annotations
@@ -29,14 +28,33 @@ if TYPE_CHECKING:
 
 
 _HINT = "What the command has written to files is complete."
+DEBUG = "MERGE_CLI_DEBUG"
+_MEMORY = "Give it less: a lower --max-memory, fewer --threads, smaller batches."
+_LIBRARIES = ("numpy", "numba", "torch", "transformers", "huggingface_hub", "safetensors")
+_TOKEN = re.compile(r"\bhf_\w{4,}")
+# Errors of the system: (message, hint).
+_SYSTEM_ERRORS = {
+    errno.ENOSPC: ("the disk is full", "Free some space."),
+    errno.EDQUOT: ("the quota of the disk is used up", "Free some space."),
+    errno.EFBIG: ("a file would be larger than the system allows", "See: ulimit -f."),
+    errno.EROFS: ("the file system can only be read", "Choose another folder."),
+    errno.EACCES: ("permission denied", "Check who may read and write it."),
+    errno.EPERM: ("not permitted", "Check who may read and write it."),
+    errno.EIO: ("the disk cannot be read or written", "Check the disk, and the system's log."),
+    errno.ESTALE: ("the file has gone from its server", "Try again."),
+    errno.ENOMEM: ("memory ran out", _MEMORY),
+    errno.EMFILE: ("too many files are open", "Raise the limit: ulimit -n."),
+    errno.ENFILE: ("too many files are open on this machine", "Try again later."),
+    errno.EAGAIN: ("no more processes can be started", "Raise the limit: ulimit -u."),
+}
 
 
 class ReaderGone(Exception):
-    """Whoever read our output has gone (`| head`): nothing is wrong, nobody is listening."""
+    """The reader of our output has ended (`| head`): nothing is wrong."""
 
 
-class _Results(io.FileIO):
-    """stdout. No OSError: those of files must not be taken for its own."""
+class _Stdout(io.FileIO):
+    """stdout. Its errors are no OSErrors, so that they differ from those of files."""
 
     def write(self, data: ReadableBuffer, /) -> int:
         while True:
@@ -49,11 +67,11 @@ class _Results(io.FileIO):
                 raise ResourceError(message, hint=_HINT) from error
             if written is not None:
                 return written
-            select.select([], [self], [])  # whoever started us made the pipe non-blocking
+            select.select([], [self], [])  # the pipe is non-blocking
 
 
-class _Remarks(io.FileIO):
-    """stderr. There is nobody left to tell that it cannot be written."""
+class _Stderr(io.FileIO):
+    """stderr. Its errors are ignored: there is no other stream to report them to."""
 
     def write(self, data: ReadableBuffer, /) -> int:
         try:
@@ -64,22 +82,22 @@ class _Remarks(io.FileIO):
 
 
 def guard_streams() -> None:
-    """Make the standard streams what this module promises.
+    """Replace the standard streams by those of this module.
 
-    A number that is closed is taken first: the next file would get it, and a library that prints
-    would print into a model.
+    Closed descriptors are opened first: otherwise the next file would get their number, and a
+    library that prints would print into a model.
     """
     _take(0, os.O_RDONLY)
-    _take(1, os.O_RDONLY)  # so that writing to it fails, as its owner wanted
+    _take(1, os.O_RDONLY)  # so that writing to a closed stdout still fails
     _take(2, os.O_WRONLY)
     if sys.stdin is None:
         sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
-    sys.stdout = _text(_Results(1, "wb", closefd=False), sys.stdout, "replace")
-    sys.stderr = _text(_Remarks(2, "wb", closefd=False), sys.stderr, "backslashreplace")
+    sys.stdout = _text(_Stdout(1, "wb", closefd=False), sys.stdout, "replace")
+    sys.stderr = _text(_Stderr(2, "wb", closefd=False), sys.stderr, "backslashreplace")
 
 
 def drop_output() -> None:
-    """Forget what could not be written, or the interpreter would try again while it ends."""
+    """Discard unwritten output, which the interpreter would try to write again at its end."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.close(nowhere)
@@ -104,51 +122,30 @@ def _text(raw: io.FileIO, before: TextIO | None, errors: str) -> TextIO:
     return io.TextIOWrapper(io.BufferedWriter(raw), encoding, errors, line_buffering=lines)
 
 
-DEBUG = "MERGE_CLI_DEBUG"
-_MEMORY = "Give it less: a lower --max-memory, fewer --threads, smaller batches."
-_LIBRARIES = ("numpy", "numba", "torch", "transformers", "huggingface_hub", "safetensors")
-_TOKEN = re.compile(r"\bhf_\w{4,}")
-# What the system refuses whatever a program does: (what, what to do).
-_REFUSED = {
-    errno.ENOSPC: ("the disk is full", "Free some space."),
-    errno.EDQUOT: ("the quota of the disk is used up", "Free some space."),
-    errno.EFBIG: ("a file would be larger than the system allows", "See: ulimit -f."),
-    errno.EROFS: ("the file system can only be read", "Choose another folder."),
-    errno.EACCES: ("permission denied", "Check who may read and write it."),
-    errno.EPERM: ("not permitted", "Check who may read and write it."),
-    errno.EIO: ("the disk cannot be read or written", "Check the disk, and the system's log."),
-    errno.ESTALE: ("the file has gone from its server", "Try again."),
-    errno.ENOMEM: ("memory ran out", _MEMORY),
-    errno.EMFILE: ("too many files are open", "Raise the limit: ulimit -n."),
-    errno.ENFILE: ("too many files are open on this machine", "Try again later."),
-    errno.EAGAIN: ("no more processes can be started", "Raise the limit: ulimit -u."),
-}
-
-
 def debugging() -> bool:
-    """Whether tracebacks are wanted: `--debug`, or the environment."""
+    """Whether to print tracebacks: `--debug`, or the environment."""
     return os.environ.get(DEBUG, "") not in ("", "0")
 
 
 def show_trace(error: Exception) -> None:
-    """The traceback on stderr. It quotes what was read, too."""
+    """Print the traceback to stderr, without control characters of untrusted text."""
     from merge_cli.console import plain
 
     print(plain("".join(traceback.format_exception(error))), end="", file=sys.stderr)
 
 
-def as_ours(error: Exception) -> MergeCliError:
-    """Any exception as one of ours: what the machine refuses, or an UnexpectedError.
+def as_merge_cli_error(error: Exception) -> MergeCliError:
+    """Any exception as a MergeCliError: an error of the system, or an UnexpectedError.
 
-    The traceback of the latter is written to a file that it names.
+    The latter names a file with its traceback.
     """
     if isinstance(error, MergeCliError):
         return error
-    return _machine(error) or _unexpected(error)
+    return _system_error(error) or _unexpected(error)
 
 
-def _machine(error: Exception) -> MergeCliError | None:
-    """What the machine, or an input, makes impossible anywhere; None for everything else."""
+def _system_error(error: Exception) -> MergeCliError | None:
+    """Errors of the system that can occur anywhere; None for everything else."""
     text = str(error)
     out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     if out_of_memory or (isinstance(error, RuntimeError) and "can't allocate memory" in text):
@@ -159,24 +156,24 @@ def _machine(error: Exception) -> MergeCliError | None:
     if isinstance(error, RecursionError):
         hint = "Repeat it with `merge-cli --debug` to see which."
         return SourceError("an input nests too deeply", hint=hint)
-    if isinstance(error, OSError) and error.errno in _REFUSED:
-        message, hint = _REFUSED[error.errno]
+    if isinstance(error, OSError) and error.errno in _SYSTEM_ERRORS:
+        message, hint = _SYSTEM_ERRORS[error.errno]
         return ResourceError(message, where=str(error.filename or ""), hint=hint)
     return None
 
 
 def _unexpected(error: Exception) -> UnexpectedError:
-    said = _TOKEN.sub("hf_...", str(error).strip().partition("\n")[0])
-    message = f"{type(error).__name__}: {said}" if said else type(error).__name__
-    place = _write(_report(error))
-    if place is None:
+    text = _TOKEN.sub("hf_...", str(error).strip().partition("\n")[0])
+    message = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    path = _write(_report(error))
+    if path is None:
         trace = "".join(traceback.format_exception(error))
         return UnexpectedError(message, hint=f"Please report it with what follows.\n{trace}")
-    return UnexpectedError(message, where=str(place), hint="Please report it with this file.")
+    return UnexpectedError(message, where=str(path), hint="Please report it with this file.")
 
 
 def _report(error: Exception) -> str:
-    """What helps to find the fault, and nothing that is secret."""
+    """What helps to find the fault, without tokens."""
     versions = {"merge-cli": version("merge-cli"), "python": platform.python_version()}
     versions |= {name: version(name) for name in _LIBRARIES if name in sys.modules}
     lines = [
@@ -190,9 +187,9 @@ def _report(error: Exception) -> str:
 
 
 def _write(text: str) -> Path | None:
-    """Into a new file among temporary ones, or here; None where nothing can be written."""
+    """Write a new temporary file, or one in the current folder; None where neither is possible."""
     folders = []
-    with suppress(OSError):  # none of the usual ones
+    with suppress(OSError):  # no temporary folder
         folders.append(tempfile.gettempdir())
     for folder in [*folders, os.curdir]:
         try:

@@ -1,0 +1,1 @@
+"""Merging, evaluating and comparing several recipes (`merge-cli compare`)."""

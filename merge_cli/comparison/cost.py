@@ -1,12 +1,9 @@
-"""What a merge costs, measured: the command runs as a process of its own.
+"""Measuring what a merge costs: time, memory, energy of the command in a separate process.
 
-So that its wall time and peak memory are those that its user would see, and nothing that another
-merge or an evaluation left in memory counts. Every attempt is noted in a file: a merge that was
-interrupted and resumed costs the sum of its attempts.
-
-Energy, where the machine tells it: NVIDIA's total-energy counters and Intel's RAPL.
-
-They count for the whole machine: what else runs on it is in the figure.
+So wall time and peak memory are those that a user would see, without what another merge or an
+evaluation has left in memory. Each attempt is recorded in a file: a merge that was interrupted and
+resumed costs the sum of its attempts. Energy is that of the whole machine, other programs included,
+from NVIDIA's counters and Intel's RAPL.
 """
 
 from __future__ import annotations
@@ -25,16 +22,19 @@ from merge_cli.system.raw_io import replace_file, write_error
 from merge_cli.system.records import read_lines, seal
 from merge_cli.system.untrusted import read_mapping
 
+_RAPL = Path("/sys/class/powercap")
+Reading = tuple[float, float]  # joules so far, and where the counter wraps (0: never)
+
 
 @dataclass(frozen=True)
 class MergeCost:
-    """What it took to make a merge.
+    """The cost of a merge.
 
     Attributes:
         seconds: wall time of the command, all attempts together.
-        tokens, forward_passes, backward_passes: of what learns, searches or gathers; 0 otherwise.
+        tokens, forward_passes, backward_passes: of training, search or calibration; 0 otherwise.
         peak_rss, peak_vram: bytes; the GPU's is None on a CPU.
-        joules: what the machine's meters say, or None where it has none that may be read.
+        joules: by the machine's meters; None where none can be read.
     """
 
     seconds: float
@@ -47,7 +47,7 @@ class MergeCost:
 
 
 class CostLog:
-    """The attempts so far, in DIR/costs.jsonl: sealed lines, up to the first that does not hold."""
+    """The attempts so far, in DIR/costs.jsonl: sealed lines, up to the first damaged one."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -67,70 +67,70 @@ class CostLog:
             raise write_error(error, self._path) from error
 
     def forget(self, merge: str) -> None:
-        """The merge starts over: what was spent on it before counts no longer."""
-        kept = [attempt for attempt in self._attempts if attempt["merge"] != merge]
-        if len(kept) < len(self._attempts):
-            self._attempts = kept
+        """Remove a merge's attempts, because the merge starts again."""
+        remaining = [attempt for attempt in self._attempts if attempt["merge"] != merge]
+        if len(remaining) < len(self._attempts):
+            self._attempts = remaining
             self._rewrite()
 
     def cost(self, merge: str, folder: Path) -> MergeCost:
-        """What a finished merge has taken, from its attempts and its report."""
-        own = [attempt for attempt in self._attempts if attempt["merge"] == merge]
-        whole = read_mapping(folder / "merge_report.json", merge)
-        report, learning = whole["cost"], whole.get("training", {}).get("cost", {})
-        searching = whole.get("search", {}).get("cost", {})
-        gathering = whole.get("gathered", {}).get("cost", {})
-        energies = [attempt["joules"] for attempt in own]
-        known = bool(energies) and None not in energies
+        """The cost of a finished merge, from its attempts and its report."""
+        attempts = [attempt for attempt in self._attempts if attempt["merge"] == merge]
+        document = read_mapping(folder / "merge_report.json", merge)
+        merge_cost, learning = document["cost"], document.get("training", {}).get("cost", {})
+        searching = document.get("search", {}).get("cost", {})
+        calibration = document.get("gathered", {}).get("cost", {})
+        energies = [attempt["joules"] for attempt in attempts]
+        metered = bool(energies) and None not in energies
         return MergeCost(
-            # Without a note (somebody removed the file), the loop's own time is what is known.
-            seconds=sum(a["seconds"] for a in own) if own else report["seconds"],
-            tokens=sum(c.get("tokens", 0) for c in (learning, searching, gathering)),
+            # Without attempts (the file was removed), there is only the time in the report.
+            seconds=sum(a["seconds"] for a in attempts) if attempts else merge_cost["seconds"],
+            tokens=sum(c.get("tokens", 0) for c in (learning, searching, calibration)),
             forward_passes=learning.get("passes", 0)
             + learning.get("held_out_passes", 0)
             + searching.get("forward_passes", 0)
-            + gathering.get("forward_passes", 0),
-            backward_passes=learning.get("passes", 0) + gathering.get("backward_passes", 0),
+            + calibration.get("forward_passes", 0),
+            backward_passes=learning.get("passes", 0) + calibration.get("backward_passes", 0),
             peak_rss=max(
-                report["peak_rss"], *(c.get("peak_rss", 0) for c in (learning, searching))
+                merge_cost["peak_rss"], *(c.get("peak_rss", 0) for c in (learning, searching))
             ),
             peak_vram=max(
-                (report["peak_vram"], learning.get("peak_vram"), searching.get("peak_vram")),
+                (merge_cost["peak_vram"], learning.get("peak_vram"), searching.get("peak_vram")),
                 key=lambda v: v or 0,
             ),
-            joules=sum(energies) if known else None,
+            joules=sum(energies) if metered else None,
         )
 
     def _rewrite(self) -> None:
         replace_file(self._path, b"".join(map(seal, self._attempts)))
 
 
-def run_merge(recipe: Path, out: Path, options: Sequence[str], ledger: CostLog) -> None:
-    """`merge-cli run RECIPE OUT`, its progress on our stderr.
+def run_merge(recipe: Path, out: Path, options: Sequence[str], cost_log: CostLog) -> None:
+    """Run `merge-cli run RECIPE OUT`, with its progress on our stderr.
 
     Raises:
         Interrupted: by Ctrl-C or SIGTERM; the merge has closed its journal.
-        ResourceError: somebody else is merging there.
-        MergeCliError: it failed; it has said why, and the exit code is its.
+        ResourceError: another process is merging there.
+        MergeCliError: the merge failed, with its exit code; it has printed the reason.
     """
-    with OutputWorkspace(out):  # waits for what a comparison that was killed has left behind
+    with OutputWorkspace(out):  # waits for a merge that a killed comparison has left running
         if out.exists():
             return
-        begun = out.with_name(f"{out.name}.partial").exists()
-    if not begun:
-        ledger.forget(out.name)
+        is_begun = out.with_name(f"{out.name}.partial").exists()
+    if not is_begun:
+        cost_log.forget(out.name)
     command = ["run", str(recipe), str(out), "--json", *options]
-    meter, began = EnergyMeter(), time.monotonic()
+    meter, start = EnergyMeter(), time.monotonic()
     with child("merge_cli", command, stdout=subprocess.DEVNULL) as process:
         try:
             code = process.wait()
         except KeyboardInterrupt:
-            # In a terminal it was told, too; from a batch system only we were.
+            # A terminal interrupts both processes; a batch system only this one.
             process.send_signal(signal.SIGINT)
             code = 130
             process.wait()
     done = code == 0 and out.exists()
-    ledger.note(out.name, time.monotonic() - began, meter.joules(), done=done)
+    cost_log.note(out.name, time.monotonic() - start, meter.joules(), done=done)
     if code == 130:
         raise Interrupted("stopped", where=str(recipe))
     if not done:
@@ -139,44 +139,38 @@ def run_merge(recipe: Path, out: Path, options: Sequence[str], ledger: CostLog) 
         raise error
 
 
-_RAPL = Path("/sys/class/powercap")
-
-
 class EnergyMeter:
-    """Reads every meter now, and again in `joules`."""
+    """Measures energy from its creation to `joules`."""
 
     def __init__(self) -> None:
         self._began = {**_packages(), **_gpus()}
 
     def joules(self) -> float | None:
-        """What all meters have counted since; None where there is none that may be read."""
+        """Joules by all meters since the start; None where none can be read."""
         ended = {**_packages(), **_gpus()}
         if not self._began or ended.keys() != self._began.keys():
             return None
-        return sum(_since(self._began[meter], ended[meter]) for meter in ended)
+        return sum(_difference(self._began[meter], ended[meter]) for meter in ended)
 
 
-Reading = tuple[float, float]  # joules so far, and at how many the counter starts again (0: never)
-
-
-def _since(began: Reading, ended: Reading) -> float:
+def _difference(began: Reading, ended: Reading) -> float:
     difference = ended[0] - began[0]
     return difference if difference >= 0 else difference + ended[1]
 
 
 def _packages() -> dict[str, Reading]:
-    """CPU packages (`intel-rapl:0`; their parts `intel-rapl:0:1` are in them)."""
-    result = {}
+    """CPU packages (`intel-rapl:0`), which include their parts (`intel-rapl:0:1`)."""
+    readings = {}
     for zone in sorted(_RAPL.glob("intel-rapl:*")):
         if zone.name.count(":") != 1:
             continue
         try:
-            used = int((zone / "energy_uj").read_text())
-            wraps = int((zone / "max_energy_range_uj").read_text())
-        except (OSError, ValueError):  # root's alone on most systems: then there is no figure
+            energy = int((zone / "energy_uj").read_text())
+            maximum = int((zone / "max_energy_range_uj").read_text())
+        except (OSError, ValueError):  # only root may read it on most systems
             continue
-        result[zone.name] = (used / 1e6, wraps / 1e6)
-    return result
+        readings[zone.name] = (energy / 1e6, maximum / 1e6)
+    return readings
 
 
 def _gpus() -> dict[str, Reading]:

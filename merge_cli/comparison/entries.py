@@ -1,11 +1,9 @@
-"""Names of everything that takes part in a comparison: short, and no two alike.
-
-The merges that every comparison contains: what there is to beat.
-"""
+"""What takes part in a comparison: unique short names, and the baseline recipes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +11,17 @@ import yaml
 
 from merge_cli.sources.source import Source
 
+SOUP = "uniform soup"
+TASK_ARITHMETIC = "task arithmetic 0.4"
+# The TIES paper's lambda for task arithmetic without validation data (arXiv:2306.01708, section 6).
+_LAMBDA = 0.4
+
 
 class EntryNames:
-    """Gives names, each once. `base` belongs to the base, baselines have theirs.
+    """Gives unique names. `base` and the names of baselines are reserved.
 
     Args:
-        base, sources: named by the last part of their names, or as much as tells them apart.
+        base, sources: named by the last part of their labels, or by more to make it unique.
 
     Attributes:
         of: a source's resolved folder -> its name.
@@ -33,32 +36,21 @@ class EntryNames:
         for source in sources:
             self.of[source.root.resolve()] = self._new(_forms(source))
 
-    def of_recipe(self, file: Path, own: str | None) -> str:
-        """A recipe's own name, or its file's, with as much of its path as tells it apart."""
+    def of_recipe(self, file: Path, recipe_name: str | None) -> str:
+        """The name in a recipe, or its file's, with as much of the path as makes it unique."""
         stem = file.with_suffix("")
-        forms = [own] if own else []
+        forms = [recipe_name] if recipe_name else []
         return self._new([*forms, stem.name, "/".join(stem.parts[-2:]), str(stem), str(file)])
 
     def _new(self, forms: Sequence[str]) -> str:
         counted = (f"{forms[0]} ({number})" for number in range(2, len(self._taken) + 3))
-        name = next(form for form in _chain(forms, counted) if form not in self._taken)
+        name = next(form for form in chain(forms, counted) if form not in self._taken)
         self._taken.add(name)
         return name
 
 
 def _forms(source: Source) -> list[str]:
     return [source.label.rstrip("/").rpartition("/")[2], source.label, str(source.root)]
-
-
-def _chain(first: Iterable[str], then: Iterable[str]) -> Iterable[str]:
-    yield from first
-    yield from then
-
-
-SOUP = "uniform soup"
-TASK_ARITHMETIC = "task arithmetic 0.4"
-# The TIES paper's choice for it where there is no data to choose by (arXiv:2306.01708, section 6).
-_LAMBDA = 0.4
 
 
 def baseline_recipes(
@@ -68,7 +60,7 @@ def baseline_recipes(
 
     Args:
         base, sources: folders or Hub ids.
-        dtype: of the output; None keeps each tensor's own.
+        dtype: of the output; None keeps each tensor's dtype.
     """
     models = [{"model": str(source)} for source in sources]
     shared = {"dtype": dtype} if dtype else {}
@@ -76,7 +68,7 @@ def baseline_recipes(
         SOUP: {"merge_method": "soup", "models": models, **shared}
     }
     if base is not None:
-        recipes[SOUP]["base_model"] = str(base)  # whose config and tokenizer it takes, as others do
+        recipes[SOUP]["base_model"] = str(base)  # gives config and tokenizer, as in other merges
         recipes[TASK_ARITHMETIC] = {
             "merge_method": "task_arithmetic",
             "base_model": str(base),

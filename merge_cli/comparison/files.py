@@ -1,8 +1,6 @@
-"""comparison.json: everything that the table and the page show (docs/compare.md).
+"""Writing a comparison's folder: comparison.json (docs/compare.md), tables, page, examples.
 
-The page, the table and the terminal are drawn from this record alone.
-
-Writes a comparison into its folder.
+Tables, page and terminal output are made only from the record in comparison.json.
 """
 
 from __future__ import annotations
@@ -24,15 +22,15 @@ from merge_cli.system.raw_io import write_error
 SCHEMA = 1
 
 
-def comparison_record(found: Comparison) -> dict[str, Any]:
+def comparison_record(comparison: Comparison) -> dict[str, Any]:
     """A comparison as JSON-ready data."""
-    first = found.entrants[0].evaluation
+    evaluation = comparison.entries[0].evaluation
     return {
         "schema": SCHEMA,
         "merge_cli": version("merge-cli"),
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "device": first.device,
-        "dtype": first.dtype,
+        "device": evaluation.device,
+        "dtype": evaluation.dtype,
         "tasks": [
             {
                 "name": name,
@@ -41,55 +39,61 @@ def comparison_record(found: Comparison) -> dict[str, Any]:
                 "unit": task.primary.unit,
                 "better": task.primary.better,
                 "examples": len(task.primary.parts),
-                "expert": found.experts.get(name),
-                "normalised": name in found.shared,
+                "expert": comparison.experts.get(name),
+                "normalised": name in comparison.shared,
             }
-            for name, task in first.tasks.items()
+            for name, task in evaluation.tasks.items()
         ],
         "ranking": {
-            "by": "normalised mean" if found.quality else "mean" if found.averages else "task",
-            "better": found.ranking_better,
+            "by": "normalised mean"
+            if comparison.quality
+            else "mean"
+            if comparison.averages
+            else "task",
+            "better": comparison.ranking_better,
         },
-        "reference": found.reference.name if found.reference else None,
-        "front": list(found.front),
-        "same": dict(found.same),
-        "notes": list(found.notes),
-        "models": [_model(found, entrant) for entrant in found.entrants],
+        "reference": comparison.reference.name if comparison.reference else None,
+        "front": list(comparison.front),
+        "same": dict(comparison.same),
+        "notes": list(comparison.notes),
+        "models": [_model(comparison, entry) for entry in comparison.entries],
     }
 
 
-def _model(found: Comparison, one: ModelEntry) -> dict[str, Any]:
-    name = one.name
+def _model(comparison: Comparison, entry: ModelEntry) -> dict[str, Any]:
+    name = entry.name
     return {
         "name": name,
-        "role": one.role,
-        "method": one.method,
-        "place": one.place,
-        "digest": one.evaluation.digest,
-        "scores": {task: _score(found.scores[name, task]) for task in found.tasks},
-        "normalised": {task: _score(found.normalised[name, task]) for task in found.shared},
-        "mean": _score(found.averages.get(name)),
-        "normalised_mean": _score(found.quality.get(name)),
-        "gain": _score(found.gain(name)),
+        "role": entry.role,
+        "method": entry.method,
+        "place": entry.location,
+        "digest": entry.evaluation.digest,
+        "scores": {task: _score(comparison.scores[name, task]) for task in comparison.tasks},
+        "normalised": {
+            task: _score(comparison.normalised[name, task]) for task in comparison.shared
+        },
+        "mean": _score(comparison.averages.get(name)),
+        "normalised_mean": _score(comparison.quality.get(name)),
+        "gain": _score(comparison.gain(name)),
         "metrics": {
             task.name: {metric.name: metric.value for metric in task.metrics.values()}
-            for task in one.evaluation.tasks.values()
+            for task in entry.evaluation.tasks.values()
         },
-        "cost": asdict(one.cost) if one.cost else None,
-        "evaluation_cost": asdict(one.evaluation.cost),
-        "recipe": one.recipe,
+        "cost": asdict(entry.cost) if entry.cost else None,
+        "evaluation_cost": asdict(entry.evaluation.cost),
+        "recipe": entry.recipe,
     }
 
 
 def _score(score: ModelScore | None) -> Mapping[str, Any] | None:
     if score is None:
         return None
-    ends = score.interval
-    return {"value": score.value, "interval": [ends.low, ends.high] if ends else None}
+    interval = score.interval
+    return {"value": score.value, "interval": [interval.low, interval.high] if interval else None}
 
 
-def write_comparison(found: Comparison, folder: Path) -> dict[str, Any]:
-    """comparison.json, .md, .csv and .html, and examples.jsonl.
+def write_comparison(comparison: Comparison, folder: Path) -> dict[str, Any]:
+    """Write comparison.json, .md, .csv and .html, and examples.jsonl.
 
     Returns:
         the record.
@@ -97,7 +101,7 @@ def write_comparison(found: Comparison, folder: Path) -> dict[str, Any]:
     Raises:
         ResourceError: the folder cannot be written.
     """
-    record = comparison_record(found)
+    record = comparison_record(comparison)
     files = {
         "comparison.json": json.dumps(record, indent=1, ensure_ascii=False) + "\n",
         "comparison.md": markdown(record),
@@ -107,8 +111,8 @@ def write_comparison(found: Comparison, folder: Path) -> dict[str, Any]:
     try:
         for name, text in files.items():
             (folder / name).write_text(text, encoding="utf-8")
-        named = [(entrant.name, entrant.evaluation) for entrant in found.entrants]
-        write_examples(named, folder / "examples.jsonl")
+        evaluations = [(entry.name, entry.evaluation) for entry in comparison.entries]
+        write_examples(evaluations, folder / "examples.jsonl")
     except OSError as error:
         raise write_error(error, folder) from error
     return record

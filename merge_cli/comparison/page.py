@@ -1,6 +1,6 @@
-"""comparison.html: quality and cost of every model on one page, with nothing to load.
+"""comparison.html: tables and plots of every model's quality and cost.
 
-Plots of scores: values with their intervals, and quality against cost.
+The plots show scores with their intervals, and quality against cost.
 """
 
 from __future__ import annotations
@@ -12,9 +12,16 @@ from typing import Any
 
 from markupsafe import Markup
 
-from merge_cli.comparison.tables import decimals, excludes_zero, legend, number, used, with_ends
+from merge_cli.comparison.tables import (
+    decimals,
+    excludes_zero,
+    legend,
+    number,
+    used_columns,
+    with_interval,
+)
 from merge_cli.report import charts
-from merge_cli.report.charts import Format, Scale, caption, svg, text_width, titled
+from merge_cli.report.charts import Format, Scale, caption, svg, text_width, tick_step, titled
 from merge_cli.report.page import (
     Details,
     KeyFigure,
@@ -37,10 +44,13 @@ from merge_cli.report.page import (
 
 Json = Mapping[str, Any]
 _ROLES = {"base": "base", "source": "a source", "baseline": "a baseline", "recipe": "a recipe"}
+_MARK = "M-4.2 0a4.2 4.2 0 1 0 8.4 0a4.2 4.2 0 1 0-8.4 0z"
+_PLOT_WIDTH = 330  # px of a plot without its labels
+_ROW_HEIGHT = 22
 
 
 def render_comparison(record: Json) -> str:
-    """The page of a record (`record.comparison_record`)."""
+    """The page of a record (`files.comparison_record`)."""
     recipes = [model for model in record["models"] if model["role"] == "recipe"]
     title = f"{listing([model['name'] for model in recipes])} compared"
     if len(title) > 100:
@@ -79,23 +89,27 @@ def _key_figures(record: Json) -> list[KeyFigure]:
     merges = [model for model in record["models"] if model["cost"]]
     field, sign = _ranking(record)
     best = max(merges, key=lambda model: sign * model[field]["value"]) if field else None
-    cells = []
+    figures = []
     if best is not None:
-        cells.append(
-            ("Best merge", best["name"], f"{_by(record)} {decimals(best[field]['value'])}")
+        figures.append(
+            (
+                "Best merge",
+                best["name"],
+                f"{_ranking_name(record)} {decimals(best[field]['value'])}",
+            )
         )
         gain = best["gain"]
         if gain is not None:
-            said = "a difference" if excludes_zero(gain) else "may be chance"
-            ends = with_ends(gain, "+").partition(" ")[2]
-            cells.append(
+            remark = "a difference" if excludes_zero(gain) else "may be chance"
+            ends = with_interval(gain, "+").partition(" ")[2]
+            figures.append(
                 (
                     f"Better than {record['reference']} by",
                     decimals(gain["value"], "+"),
-                    f"{ends}, {said}" if ends else "of a single example",
+                    f"{ends}, {remark}" if ends else "of a single example",
                 )
             )
-        cells.append(
+        figures.append(
             (
                 "Made in",
                 duration(best["cost"]["seconds"]),
@@ -103,15 +117,15 @@ def _key_figures(record: Json) -> list[KeyFigure]:
             )
         )
     cheapest = min(merges, key=lambda model: model["cost"]["seconds"])
-    cells.append(("Cheapest", cheapest["name"], duration(cheapest["cost"]["seconds"])))
-    return [KeyFigure(name, value, remarks) for name, value, *remarks in cells]
+    figures.append(("Cheapest", cheapest["name"], duration(cheapest["cost"]["seconds"])))
+    return [KeyFigure(name, value, remarks) for name, value, *remarks in figures]
 
 
 def _table(record: Json) -> Section:
-    heads, rows = used(record)
+    heads, rows = used_columns(record)
     how = Markup("<br>").join(legend(record))
     recipes = {model["name"] for model in record["models"] if model["role"] == "recipe"}
-    cells = [[strong(name) if name in recipes else name, *measured] for name, *measured in rows]
+    cells = [[strong(name) if name in recipes else name, *values] for name, *values in rows]
     table = Table(heads, cells, right=len(heads) - 1)
     return section("Quality and cost", how, "", table, items(record["notes"]))
 
@@ -131,7 +145,7 @@ def _normalised(record: Json) -> Section | None:
         lambda v: v, (-1, -0.5, 0, 0.5, 1), two_decimals, "0: base, 1: the domain's own expert"
     )
     best = [task for task in tasks if _best_merge(record, task) > 1]
-    found = (
+    summary = (
         f"A merge beats the expert itself at {listing(best)}."
         if best
         else ("No merge is as good as a domain's own expert.")
@@ -141,7 +155,7 @@ def _normalised(record: Json) -> Section | None:
         "worse than the base; colours end at ±1, numbers do not."
     )
     chart = charts.heat_map("Normalised quality", names, axis, values, scale, 26, two_decimals)
-    return section("Between base and expert", how, found, figure("Normalised quality.", chart))
+    return section("Between base and expert", how, summary, figure("Normalised quality.", chart))
 
 
 def _best_merge(record: Json, task: str) -> float:
@@ -166,24 +180,28 @@ def _against_cost(record: Json) -> Section | None:
         for m in merges
     ]
     how = (
-        "Up is better, left is cheaper. The line is the Pareto front: for a merge on it there is "
-        "none that is both better and cheaper. Lines through points are 95 % intervals."
+        "Up is better, left is cheaper. The line is the Pareto front: no merge is both better and "
+        "cheaper than a merge on it. Lines through points are 95 % intervals."
     )
-    found = f"On the front: {listing(record['front'])}."
+    summary = f"On the front: {listing(record['front'])}."
     chart = plane(
         "Quality against cost",
         points,
         "wall time of the merge (logarithmic)",
-        _by(record),
+        _ranking_name(record),
         number,
         duration,
-        low_is_good=sign < 0,
+        lower_is_better=sign < 0,
     )
     key = Markup(
         '<span class="dot s-0">recipes</span> \u2003 <span class="dot s-base">baselines</span>'
     )
     return section(
-        "Quality against cost", how, found, figure("Merges by cost.", chart), Paragraph(key, "soft")
+        "Quality against cost",
+        how,
+        summary,
+        figure("Merges by cost.", chart),
+        Paragraph(key, "soft"),
     )
 
 
@@ -205,9 +223,9 @@ def _domains(record: Json) -> Section:
         caption = f"{name}: {task['metric']} over {count(task['examples'], 'example')}."
         figures.append(figure(caption, dots(caption, rows, number, unit)))
     how = (
-        "Dots are values, lines 95 % bootstrap intervals over examples. Intervals that overlap may "
-        "still differ: the same examples are hard for every model, which only the paired "
-        "difference in the table takes into account."
+        "Dots are values, lines 95 % bootstrap intervals over examples. Models whose intervals "
+        "overlap may still differ: the same examples are hard for every model, which only the "
+        "paired difference in the table takes into account."
     )
     return section("Domain by domain", how, "", *figures)
 
@@ -215,10 +233,10 @@ def _domains(record: Json) -> Section:
 def _cost(record: Json) -> Section:
     rows = []
     for model in record["models"]:
-        cost, spent = model["cost"], model["evaluation_cost"]
-        made = ["–"] * 6
+        cost, evaluation_cost = model["cost"], model["evaluation_cost"]
+        cells = ["–"] * 6
         if cost is not None:
-            made = [
+            cells = [
                 duration(cost["seconds"]),
                 f"{cost['tokens']:,}",
                 f"{cost['forward_passes']:,}",
@@ -226,7 +244,14 @@ def _cost(record: Json) -> Section:
                 size(cost["peak_rss"]),
                 "–" if cost["joules"] is None else f"{cost['joules']:.3g} J",
             ]
-        rows.append([model["name"], *made, duration(spent["seconds"]), f"{spent['tokens']:,}"])
+        rows.append(
+            [
+                model["name"],
+                *cells,
+                duration(evaluation_cost["seconds"]),
+                f"{evaluation_cost['tokens']:,}",
+            ]
+        )
     heads = [
         "model",
         "merge: time",
@@ -239,9 +264,9 @@ def _cost(record: Json) -> Section:
         "tokens",
     ]
     how = (
-        "What each merge took to make, measured on its own process, and what evaluating it took. "
-        "Tokens and passes are of methods that learn or search. Energy is the whole machine's, "
-        "where it has a meter that may be read."
+        "The cost of each merge, measured on its process, and of its evaluation. Tokens and passes "
+        "are those of methods that learn or search. Energy is the whole machine's, where it has a "
+        "meter that can be read."
     )
     return section("What it cost", how, "", Table(heads, rows, len(heads) - 1))
 
@@ -256,13 +281,13 @@ def _recipes(record: Json) -> Section:
 
 
 def _ranking(record: Json) -> tuple[str | None, float]:
-    """The field that orders models, and 1 where more of it is better."""
+    """The field that ranks models, and its sign: 1 where more is better, else -1."""
     sign = 1.0 if record["ranking"]["better"] == "higher" else -1.0
     field = {"normalised mean": "normalised_mean", "mean": "mean"}.get(record["ranking"]["by"])
     return field, sign
 
 
-def _by(record: Json) -> str:
+def _ranking_name(record: Json) -> str:
     if record["ranking"]["by"] == "normalised mean":
         return "normalised mean"
     return f"mean, {record['tasks'][0]['unit']}"
@@ -276,14 +301,9 @@ def _style(role: str) -> str:
     return {"base": "s-merged", "source": "s-1", "baseline": "s-base", "recipe": "s-0"}[role]
 
 
-_MARK = "M-4.2 0a4.2 4.2 0 1 0 8.4 0a4.2 4.2 0 1 0-8.4 0z"
-_WIDE = 330  # px of a plot's own area beside its labels
-_ROW = 22
-
-
 @dataclass(frozen=True)
 class Dot:
-    """One model: its value, the ends of its interval (None: certain), its style (page.css)."""
+    """One model: its value, its interval (None: a single example), its style (page.css)."""
 
     name: str
     value: float
@@ -293,7 +313,7 @@ class Dot:
 
 @dataclass(frozen=True)
 class Point:
-    """One merge in the plane: seconds, quality with its interval, whether on the front."""
+    """One merge: seconds, quality with its interval, whether it is on the front."""
 
     name: str
     x: float
@@ -306,26 +326,26 @@ class Point:
 def dots(title: str, rows: Sequence[Dot], text: Format, unit: str) -> str:
     """A row for each model: its value as a dot, its interval as a line."""
     left = round(max(text_width(row.name) for row in rows)) + 14
-    found = [v for row in rows for v in (row.value, *(row.ends or ()))]
-    ticks = _ticks(min(found), max(found))
-    top, bottom = 6, 6 + _ROW * len(rows)
+    values = [v for row in rows for v in (row.value, *(row.ends or ()))]
+    ticks = _ticks(min(values), max(values))
+    top, bottom = 6, 6 + _ROW_HEIGHT * len(rows)
 
-    def at(value: float) -> float:
-        return left + (value - ticks[0]) / (ticks[-1] - ticks[0]) * _WIDE
+    def x_at(value: float) -> float:
+        return left + (value - ticks[0]) / (ticks[-1] - ticks[0]) * _PLOT_WIDTH
 
-    parts = [f'<path class="grid" d="M{at(t):.1f} {top}V{bottom}"/>' for t in ticks]
-    parts += [caption(at(t), bottom + 17, text(t), "m num") for t in ticks]
+    parts = [f'<path class="grid" d="M{x_at(t):.1f} {top}V{bottom}"/>' for t in ticks]
+    parts += [caption(x_at(t), bottom + 17, text(t), "m num") for t in ticks]
     for i, row in enumerate(rows):
-        y = top + (i + 0.5) * _ROW
+        y = top + (i + 0.5) * _ROW_HEIGHT
         parts.append(caption(left - 10, y + 4, row.name, "e"))
-        said = f"{row.name}: {text(row.value)}"
+        tooltip = f"{row.name}: {text(row.value)}"
         if row.ends is not None:
             low, high = row.ends
-            parts.append(f'<path class="whisker" d="M{at(low):.1f} {y:.1f}H{at(high):.1f}"/>')
-            said += f" (95 % from {text(low)} to {text(high)})"
-        parts.append(_mark(at(row.value), y, row.style, said))
+            parts.append(f'<path class="whisker" d="M{x_at(low):.1f} {y:.1f}H{x_at(high):.1f}"/>')
+            tooltip += f" (95 % from {text(low)} to {text(high)})"
+        parts.append(_mark(x_at(row.value), y, row.style, tooltip))
     parts.append(caption(left, bottom + 36, unit, ""))
-    return svg(title, left + _WIDE + 26, bottom + 46, parts)
+    return svg(title, left + _PLOT_WIDTH + 26, bottom + 46, parts)
 
 
 def plane(
@@ -336,29 +356,29 @@ def plane(
     text: Format,
     seconds: Format,
     *,
-    low_is_good: bool,
+    lower_is_better: bool,
 ) -> str:
-    """Quality over cost on a logarithmic axis; the front is the line that nothing is better than.
+    """Quality over cost on a logarithmic axis, with the Pareto front as a line.
 
     Args:
-        low_is_good: small values of y are drawn at the top, so that better is always up.
+        lower_is_better: small values of y are drawn at the top, so that better is always up.
     """
-    left, top, wide, high = 74, 30, 560, 300
-    bottom = top + high
+    left, top, width, height = 74, 30, 560, 300
+    bottom = top + height
     low_x, high_x = _decades([point.x for point in points])
-    found = [v for point in points for v in (point.y, *(point.ends or ()))]
-    ticks = _ticks(min(found), max(found))
+    values = [v for point in points for v in (point.y, *(point.ends or ()))]
+    ticks = _ticks(min(values), max(values))
 
     def x_at(value: float) -> float:
-        return left + wide * math.log10(value / low_x) / math.log10(high_x / low_x)
+        return left + width * math.log10(value / low_x) / math.log10(high_x / low_x)
 
     def y_at(value: float) -> float:
         share = (value - ticks[0]) / (ticks[-1] - ticks[0])
-        return top + high * (share if low_is_good else 1 - share)
+        return top + height * (share if lower_is_better else 1 - share)
 
     parts = [caption(left - 8, top - 14, y_unit, "")]
     for tick in ticks:
-        parts.append(f'<path class="grid" d="M{left} {y_at(tick):.1f}h{wide}"/>')
+        parts.append(f'<path class="grid" d="M{left} {y_at(tick):.1f}h{width}"/>')
         parts.append(caption(left - 8, y_at(tick) + 4, text(tick), "e num"))
     for tick in _log_ticks(low_x, high_x):
         parts.append(f'<path class="grid" d="M{x_at(tick):.1f} {top}V{bottom}"/>')
@@ -368,52 +388,51 @@ def plane(
     if front:
         steps = [f"M{x_at(front[0].x):.1f} {y_at(front[0].y):.1f}"]
         steps += [f"H{x_at(p.x):.1f}V{y_at(p.y):.1f}" for p in front[1:]]
-        parts.append(f'<path class="front" d="{"".join(steps)}H{left + wide}"/>')
+        parts.append(f'<path class="front" d="{"".join(steps)}H{left + width}"/>')
     for point in points:
         parts += _whisker(x_at(point.x), point.ends, y_at)
-        said = f"{point.name}: {text(point.y)} in {seconds(point.x)}"
-        parts.append(_mark(x_at(point.x), y_at(point.y), point.style, said))
-    parts += _names([(x_at(p.x), y_at(p.y), p.name, p.on_front) for p in points], left + wide)
-    return svg(title, left + wide + 20, bottom + 48, parts)
+        tooltip = f"{point.name}: {text(point.y)} in {seconds(point.x)}"
+        parts.append(_mark(x_at(point.x), y_at(point.y), point.style, tooltip))
+    parts += _names([(x_at(p.x), y_at(p.y), p.name, p.on_front) for p in points], left + width)
+    return svg(title, left + width + 20, bottom + 48, parts)
 
 
-def _whisker(x: float, ends: tuple[float, float] | None, at: Callable[[float], float]) -> list[str]:
+def _whisker(
+    x: float, ends: tuple[float, float] | None, y_at: Callable[[float], float]
+) -> list[str]:
     if ends is None:
         return []
-    return [f'<path class="whisker" d="M{x:.1f} {at(ends[0]):.1f}V{at(ends[1]):.1f}"/>']
+    return [f'<path class="whisker" d="M{x:.1f} {y_at(ends[0]):.1f}V{y_at(ends[1]):.1f}"/>']
 
 
 def _names(points: Sequence[tuple[float, float, str, bool]], right: float) -> list[str]:
-    """Beside each point, moved down where another name is in the way."""
-    taken: list[tuple[float, float, float]] = []
+    """A name next to each point, moved down where it would cover another."""
+    occupied: list[tuple[float, float, float]] = []
     parts = []
     for x, y, name, bold in sorted(points, key=lambda point: point[1]):
         width = text_width(name)
         start = x + 9 if x + 9 + width < right + 16 else x - 9 - width
         line = y + 4
-        while any(abs(line - o) < 13 and start < e and s < start + width for s, e, o in taken):
+        while any(abs(line - o) < 13 and start < e and s < start + width for s, e, o in occupied):
             line += 3
-        taken.append((start, start + width, line))
+        occupied.append((start, start + width, line))
         parts.append(caption(start, line, name, "name strong" if bold else "name"))
     return parts
 
 
-def _mark(x: float, y: float, style: str, said: str) -> str:
-    return titled(_MARK, f"mark {style}", said, f' transform="translate({x:.1f} {y:.1f})"')
+def _mark(x: float, y: float, style: str, tooltip: str) -> str:
+    return titled(_MARK, f"mark {style}", tooltip, f' transform="translate({x:.1f} {y:.1f})"')
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Round numbers around both ends, four to eight of them."""
-    span = (high - low) or abs(high) or 1.0
-    rough = span / 4
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * 0.999)
+    """Four to eight round numbers that cover the range."""
+    step = tick_step((high - low) or abs(high) or 1.0)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [i * step for i in range(first, max(last, first + 1) + 1)]
 
 
 def _decades(values: Sequence[float]) -> tuple[float, float]:
-    """Ends of a logarithmic axis, with some room; never less than a factor of ten."""
+    """The range of a logarithmic axis, with a margin; at least a factor of ten."""
     low, high = min(values) / 1.5, max(values) * 1.5
     if high / low < 10:
         middle = math.sqrt(low * high)
@@ -422,8 +441,8 @@ def _decades(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    """1, 2, 5, 10, ... ; only powers of ten where they are enough."""
+    """1, 2, 5, 10, ...; only powers of ten over more than four of them."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     factors = (1.0,) if last - first > 4 else (1.0, 2.0, 5.0)
-    found = [f * 10.0**power for power in range(first, last + 1) for f in factors]
-    return [tick for tick in found if low <= tick <= high]
+    ticks = [f * 10.0**power for power in range(first, last + 1) for f in factors]
+    return [tick for tick in ticks if low <= tick <= high]

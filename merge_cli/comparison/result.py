@@ -1,7 +1,7 @@
-"""What a comparison found: scores with intervals, normalised, averaged, and who is not beaten.
+"""The result of a comparison: scores with intervals, normalised, averaged, and the Pareto front.
 
 Everything is computed from examples that every model answered, with the same resampled draws for
-all (`evaluation.intervals`), so that averages and differences have paired intervals.
+all (`evaluation.summary`), so that averages and differences have paired intervals.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ class ModelEntry:
     """One model of a comparison.
 
     Attributes:
-        place: its folder or Hub id.
-        recipe: of a merge, the recipe's text; empty for base and sources.
-        cost: of a merge, what it took to make it.
+        location: its folder or Hub id.
+        recipe: a merge's recipe as text; empty for base and sources.
+        cost: of making a merge.
     """
 
     name: str
     role: Role
-    place: str
+    location: str
     evaluation: Evaluation = field(repr=False)
     method: str = ""
     recipe: str = field(default="", repr=False)
@@ -56,35 +56,35 @@ class Comparison:
     """Models on the same tasks.
 
     Attributes:
-        entrants: base, sources, baselines, recipes, in this order.
+        entries: base, sources, baselines, recipes, in this order.
         experts: task -> the source that its data belongs to, where there is one.
         soup: the name of the uniform soup, which merges are measured against.
         same: a name -> the entrant that is the same merge.
         remarks: what a reader should know, one line each; `notes` has more.
     """
 
-    entrants: tuple[ModelEntry, ...]
+    entries: tuple[ModelEntry, ...]
     experts: Mapping[str, str]
     soup: str | None = None
     same: Mapping[str, str] = field(default_factory=dict)
     remarks: tuple[str, ...] = ()
 
     def __getitem__(self, name: str) -> ModelEntry:
-        requested = self.same.get(name, name)
-        return next(entrant for entrant in self.entrants if entrant.name == requested)
+        entry_name = self.same.get(name, name)
+        return next(entry for entry in self.entries if entry.name == entry_name)
 
     @property
     def tasks(self) -> tuple[str, ...]:
         """Names of the tasks, in the order of the evaluation."""
-        return tuple(self.entrants[0].evaluation.tasks)
+        return tuple(self.entries[0].evaluation.tasks)
 
     @property
     def base(self) -> ModelEntry | None:
-        return next((entrant for entrant in self.entrants if entrant.role == "base"), None)
+        return next((entry for entry in self.entries if entry.role == "base"), None)
 
     @property
     def reference(self) -> ModelEntry | None:
-        """What merges are measured against: the uniform soup."""
+        """The entry that merges are compared with: the uniform soup."""
         return self[self.soup] if self.soup is not None else None
 
     @property
@@ -98,85 +98,87 @@ class Comparison:
         return (*self.remarks, *left_out)
 
     def unit(self, task: str) -> str:
-        return self.entrants[0].evaluation[task].primary.unit
+        return self.entries[0].evaluation[task].primary.unit
 
     def better(self, task: str) -> Better:
-        return self.entrants[0].evaluation[task].primary.better
+        return self.entries[0].evaluation[task].primary.better
 
     @cached_property
     def scores(self) -> dict[tuple[str, str], ModelScore]:
         """(entrant, task) -> the task's primary metric."""
-        result = {}
-        for entrant in self.entrants:
-            for name, task in entrant.evaluation.tasks.items():
+        scores = {}
+        for entry in self.entries:
+            for name, task in entry.evaluation.tasks.items():
                 metric = task.primary
                 draws = resampled(metric, name)
                 single = len(metric.parts) < 2
-                result[entrant.name, name] = ModelScore(
+                scores[entry.name, name] = ModelScore(
                     metric.value, None if single else interval(draws), draws
                 )
-        return result
+        return scores
 
     @cached_property
     def normalised(self) -> dict[tuple[str, str], ModelScore]:
         """(entrant, task) -> 0 at the base, 1 at the task's own expert.
 
         Only of tasks whose expert is better than the base, and by more than chance (the interval
-        of the difference excludes 0): elsewhere there is nothing to share out.
+        of the difference excludes 0).
         """
+        import numpy as np
+
         base = self.base
-        result: dict[tuple[str, str], ModelScore] = {}
+        normalised: dict[tuple[str, str], ModelScore] = {}
         if base is None:
-            return result
+            return normalised
         for task, expert in self.experts.items():
-            zero, one = self.scores[base.name, task], self.scores[expert, task]
+            at_base, at_expert = self.scores[base.name, task], self.scores[expert, task]
             sign = 1.0 if self.better(task) == "higher" else -1.0
-            gap = sign * (one.draws - zero.draws)
-            if sign * (one.value - zero.value) <= 0 or interval(gap).low <= 0:
+            gap = sign * (at_expert.draws - at_base.draws)
+            if sign * (at_expert.value - at_base.value) <= 0 or interval(gap).low <= 0:
                 continue
-            # One draw in forty may have lost the expert's lead: there the value's own gap counts.
-            widths = sign * _where(gap > 0, gap, abs(one.value - zero.value))
-            for entrant in self.entrants:
-                score = self.scores[entrant.name, task]
-                value = (score.value - zero.value) / (one.value - zero.value) + 0.0  # no -0
-                draws = (score.draws - zero.draws) / widths
+            # In one draw of forty the expert may not be better: the gap of the values counts then.
+            widths = sign * np.where(gap > 0, gap, abs(at_expert.value - at_base.value))
+            for entry in self.entries:
+                score = self.scores[entry.name, task]
+                value = (score.value - at_base.value) / (
+                    at_expert.value - at_base.value
+                ) + 0.0  # no -0
+                draws = (score.draws - at_base.draws) / widths
                 # Base and expert are 0 and 1 by definition: no interval.
-                fixed = score.interval is None or entrant.name in (base.name, expert)
-                result[entrant.name, task] = ModelScore(
-                    value, None if fixed else interval(draws), draws
+                is_fixed = score.interval is None or entry.name in (base.name, expert)
+                normalised[entry.name, task] = ModelScore(
+                    value, None if is_fixed else interval(draws), draws
                 )
-        return result
+        return normalised
 
     @cached_property
     def shared(self) -> tuple[str, ...]:
         """The tasks that a normalised mean is over."""
-        return tuple(
-            task for task in self.tasks if (self.entrants[0].name, task) in self.normalised
-        )
+        return tuple(task for task in self.tasks if (self.entries[0].name, task) in self.normalised)
 
     @cached_property
     def averages(self) -> dict[str, ModelScore]:
-        """Entrant -> mean over the tasks, where all have one unit; else empty."""
+        """Entry -> mean over the tasks, where all have one unit; else empty."""
         if len({self.unit(task) for task in self.tasks}) > 1:
             return {}
-        return {e.name: _mean([self.scores[e.name, t] for t in self.tasks]) for e in self.entrants}
+        return {e.name: _mean([self.scores[e.name, t] for t in self.tasks]) for e in self.entries}
 
     @cached_property
     def quality(self) -> dict[str, ModelScore]:
-        """Entrant -> mean of what is normalised: 0 the base, 1 every expert at its own."""
+        """Entry -> mean of normalised scores: 0 is the base, 1 every expert on its own task."""
         if not self.shared:
             return {}
         return {
-            e.name: _mean([self.normalised[e.name, t] for t in self.shared]) for e in self.entrants
+            e.name: _mean([self.normalised[e.name, t] for t in self.shared]) for e in self.entries
         }
 
     @cached_property
     def ranking(self) -> dict[str, ModelScore]:
-        """What orders the models: the normalised mean, or else the mean, or the only task."""
+        """The scores that rank the models: the normalised mean, the mean, or the only task."""
         return (
             self.quality
             or self.averages
-            or {e.name: self.scores[e.name, self.tasks[0]] for e in self.entrants}
+            or {e.name: self.scores[e.name, self.tasks[0]] for e in self.entries}
         )
 
     @property
@@ -189,20 +191,19 @@ class Comparison:
         if reference is None or reference.name == name:
             return None
         sign = 1.0 if self.ranking_better == "higher" else -1.0
-        ours, theirs = self.ranking[name], self.ranking[reference.name]
-        draws = sign * (ours.draws - theirs.draws)
-        # One example: nothing is known of chance.
-        certain = ours.interval is None and theirs.interval is None
-        value = sign * (ours.value - theirs.value)
-        return ModelScore(value, None if certain else interval(draws), draws)
+        score, reference_score = self.ranking[name], self.ranking[reference.name]
+        draws = sign * (score.draws - reference_score.draws)
+        is_single = score.interval is None and reference_score.interval is None
+        value = sign * (score.value - reference_score.value)
+        return ModelScore(value, None if is_single else interval(draws), draws)
 
     @cached_property
     def front(self) -> tuple[str, ...]:
-        """The merges that no other one beats in both quality and seconds, the cheapest first."""
+        """Merges that no other beats in both quality and seconds, the cheapest first."""
         sign = 1.0 if self.ranking_better == "higher" else -1.0
         merges = [
             (e.cost.seconds, -sign * self.ranking[e.name].value, e.name)
-            for e in self.entrants
+            for e in self.entries
             if e.cost is not None
         ]
         front: list[str] = []
@@ -214,27 +215,20 @@ class Comparison:
         return tuple(front)
 
     def unmet(self, gates: Sequence[Gate]) -> dict[str, list[str]]:
-        """For every recipe's merge, why each gate that it does not meet is not met."""
-        known = {entrant.name: entrant.evaluation for entrant in self.entrants}
-        known |= {name: known[kept] for name, kept in self.same.items()}
+        """For each recipe's merge, a reason for each gate that it does not meet."""
+        evaluations = {entry.name: entry.evaluation for entry in self.entries}
+        evaluations |= {name: evaluations[original] for name, original in self.same.items()}
         if self.base is not None:
-            known.setdefault("base", self.base.evaluation)
+            evaluations.setdefault("base", self.base.evaluation)
         return {
-            item.name: check_gates(gates, item.evaluation, known)
-            for item in self.entrants
+            item.name: check_gates(gates, item.evaluation, evaluations)
+            for item in self.entries
             if item.role == "recipe"
         }
-
-
-def _where(condition: Any, then: Any, otherwise: float) -> Any:
-    """numpy.where, imported where it is used."""
-    import numpy as np
-
-    return np.where(condition, then, otherwise)
 
 
 def _mean(scores: Sequence[ModelScore]) -> ModelScore:
     draws = sum(score.draws for score in scores) / len(scores)
     value = sum(score.value for score in scores) / len(scores)
-    certain = all(score.interval is None for score in scores)
-    return ModelScore(value, None if certain else interval(draws), draws)
+    are_single = all(score.interval is None for score in scores)
+    return ModelScore(value, None if are_single else interval(draws), draws)

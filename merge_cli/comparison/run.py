@@ -1,9 +1,9 @@
-"""Comparing recipes: merge each, evaluate base, parents and merges on the same data, write it down.
+"""Comparing recipes: merge each, then evaluate base, sources and merges on the same data.
 
     recipes ─▶ plans ─▶ baselines ─▶ merges, each once ─▶ evaluations, each once ─▶ Comparison
 
-Whatever is finished is kept in the folder (merges) and in the cache (evaluations): the same command
-goes on where it was stopped, and a second recipe costs only itself.
+Finished merges stay in the folder, and evaluations in the cache: the same command resumes, and a
+further recipe only costs its own merge and evaluation.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from merge_cli.recipe.reference import ModelRef, expanded
 from merge_cli.sources.source import Source, fetch_weights, open_source
 from merge_cli.system.raw_io import write_error
 
-GOES_ON = "The same command goes on: finished merges and evaluations are kept."
+RESUMES = "The same command resumes: finished merges and evaluations are kept."
 
 
 @dataclass(frozen=True)
 class _Merge:
-    """One merge that takes part."""
+    """One merge of the comparison."""
 
     name: str
     role: Role
@@ -57,21 +57,21 @@ def compare(
     options: Sequence[str] = (),
     show: Callable[[Step], None] = lambda step: None,
 ) -> Comparison:
-    """Merge, evaluate, compare.
+    """Merge recipes, evaluate all models, and compare them.
 
     Args:
         recipes: files.
         spec: what to evaluate, as `merge_cli.evaluate` takes it.
-        out: the folder for merges and results; what it holds already is not made again.
-        references: models that gates compare with: they must take part.
+        out: the folder for merges and results; finished merges in it are used.
+        references: models that gates compare with; they must be in the comparison.
         options: of `merge-cli run`, for every merge (`--device`, `--threads`, ...).
-        show: told of progress.
+        show: called with progress.
 
     Raises:
         RecipeError, SourceError, MismatchError: of any recipe, before anything is merged.
-        UsageError: recipes over different bases; a reference that takes no part.
+        UsageError: recipes with different bases; a reference that is not in the comparison.
         ResourceError: the folder cannot be written.
-        Interrupted: by Ctrl-C; the same call goes on.
+        Interrupted: by Ctrl-C; the same call resumes.
     """
     folder = Path(out)
     plans = [make_plan(load_recipe(path)) for path in recipes]
@@ -80,38 +80,42 @@ def compare(
     try:
         (folder / "recipes").mkdir(parents=True, exist_ok=True)
         merges = _merges(recipes, plans, base, sources, names, folder, spec.device)
-        ledger = CostLog(folder / "costs.jsonl")
+        cost_log = CostLog(folder / "costs.jsonl")
     except OSError as error:
         raise write_error(error, folder) from error
-    known = [*names.of.values(), *(merge.name for merge in merges.found), *merges.same]
-    known += ["base"] if base is not None else []
+    names_in_comparison = [
+        *names.of.values(),
+        *(merge.name for merge in merges.merges),
+        *merges.same,
+    ]
+    names_in_comparison += ["base"] if base is not None else []
     for reference in references:
-        if reference not in known:
-            message = f"'{reference}' takes no part in the comparison."
-            raise UsageError(message, hint=nearest(reference, known))
+        if reference not in names_in_comparison:
+            message = f"'{reference}' is not in the comparison."
+            raise UsageError(message, hint=nearest(reference, names_in_comparison))
     experts, missing = _experts(spec, [names.of[source.root.resolve()] for source in sources])
-    entrants = []
+    entries = []
     try:
-        for merge in merges.found:
+        for merge in merges.merges:
             if not merge.out.exists():
                 show(Step(merge.name, "merging", 0, 0))
-                run_merge(merge.file, merge.out, options, ledger)
+                run_merge(merge.file, merge.out, options, cost_log)
         for source in ([base] if base else []) + sources:
             fetch_weights(source, source.header_bytes)
             role: Role = "base" if source is base else "source"
             name = names.of[source.root.resolve()]
-            entrants.append(_entrant(name, role, source, spec, show))
-        for merge in merges.found:
+            entries.append(_entry(name, role, source, spec, show))
+        for merge in merges.merges:
             opened = open_source(ModelRef(str(merge.out.absolute())), Path.cwd())
-            cost = ledger.cost(merge.out.name, merge.out)
-            entrants.append(_entrant(merge.name, merge.role, opened, spec, show, merge, cost))
+            cost = cost_log.cost(merge.out.name, merge.out)
+            entries.append(_entry(merge.name, merge.role, opened, spec, show, merge, cost))
     except (KeyboardInterrupt, Interrupted):
-        raise Interrupted("stopped", where=str(folder), hint=GOES_ON) from None
+        raise Interrupted("stopped", where=str(folder), hint=RESUMES) from None
     notes = (*merges.notes, *missing)
-    return Comparison(tuple(entrants), experts, merges.soup, merges.same, notes)
+    return Comparison(tuple(entries), experts, merges.soup, merges.same, notes)
 
 
-def _entrant(
+def _entry(
     name: str,
     role: Role,
     source: Source,
@@ -123,14 +127,14 @@ def _entrant(
     def renamed(step: Step) -> None:
         show(Step(name, step.task, step.done, step.total))
 
-    result = evaluate_source(source, spec, renamed)
+    evaluation = evaluate_source(source, spec, renamed)
     method = merge.plan.recipe.merge_method if merge else ""
-    place = os.path.relpath(source.root) if source.hub is None else source.label
-    return ModelEntry(name, role, place, result, method, merge.text if merge else "", cost)
+    path = os.path.relpath(source.root) if source.hub is None else source.label
+    return ModelEntry(name, role, path, evaluation, method, merge.text if merge else "", cost)
 
 
 def _family(plans: Sequence[Plan]) -> tuple[Source | None, list[Source]]:
-    """The one base, and every source of any recipe, each once, in the recipes' order."""
+    """The base of all recipes, and every source of any recipe, each once, in order."""
     bases = {
         p.sources[p.base].root.resolve(): p.sources[p.base] for p in plans if p.base is not None
     }
@@ -148,14 +152,14 @@ def _family(plans: Sequence[Plan]) -> tuple[Source | None, list[Source]]:
 
 @dataclass
 class _Merges:
-    """The merges that take part, baselines first.
+    """The merges of a comparison, baselines first.
 
     Attributes:
         soup: the name of the uniform soup: a baseline's, or a recipe's that is the same merge.
-        same: a name that takes no part itself -> the merge that it is.
+        same: another name of a merge -> the name it has here.
     """
 
-    found: list[_Merge]
+    merges: list[_Merge]
     soup: str | None
     same: dict[str, str]
     notes: list[str]
@@ -170,7 +174,7 @@ def _merges(
     folder: Path,
     device: str,
 ) -> _Merges:
-    """Recipes and baselines, each merge once. A baseline that is also a recipe is that recipe."""
+    """Recipes and baselines, each merge once: a baseline may be the same merge as a recipe."""
     kind = choose_device(device).kind
     by_key: dict[str, _Merge] = {}
     same: dict[str, str] = {}
@@ -191,36 +195,38 @@ def _merges(
         add(name, "recipe", Path(path), plan)
         fewer = len(sources) - len({plan.sources[i].root.resolve() for i in plan.operands})
         if fewer > 0:
-            notes.append(f"{name} merges {fewer} of the sources fewer")
+            notes.append(f"{name} leaves out {fewer} of the sources")
     dtype = plans[0].recipe.output_dtype
-    places = [_place(source) for source in sources]
-    for name, text in baseline_recipes(_place(base) if base else None, places, dtype).items():
+    references = [_reference(source) for source in sources]
+    for name, text in baseline_recipes(
+        _reference(base) if base else None, references, dtype
+    ).items():
         file = folder / "recipes" / f"{_slug(name)}.yaml"
         file.write_text(text, encoding="utf-8")
         try:
             plan = make_plan(load_recipe(file))
-        except MismatchError as error:  # of stacked layers there may be no average
+        except MismatchError as error:  # stacked layers may have no average
             notes.append(f"no {name}: {error.summary}".partition("\n")[0])
             continue
         add(name, "baseline", file, plan)
     if base is None:
         notes.append("without a base there is no task arithmetic and nothing to normalise by")
-    result = sorted(by_key.values(), key=lambda merge: merge.role != "baseline")
-    here = {merge.name for merge in result}
-    soup = SOUP if SOUP in here else same.get(SOUP)
-    return _Merges(result, soup, same, notes)
+    ordered = sorted(by_key.values(), key=lambda merge: merge.role != "baseline")
+    listed = {merge.name for merge in ordered}
+    soup = SOUP if SOUP in listed else same.get(SOUP)
+    return _Merges(ordered, soup, same, notes)
 
 
 def _work(plan: Plan, device: str) -> str:
-    """A digest of everything that a merged model depends on, its config and tokenizer included.
+    """The fingerprint of everything that a merged model depends on, config and tokenizer included.
 
-    Where the method learns or searches, also of what it learns from or searches by.
+    Where the method learns or searches, its data and settings are included, too.
     """
     state = hashlib.sha256(work_key(plan, device, True).encode())
     state.update(json.dumps(dict(plan.config), sort_keys=True).encode())
-    for donor in {plan.donor, plan.tokenizer_donor}:
+    for index in {plan.donor, plan.tokenizer_donor}:
         state.update(
-            f"{donor == plan.donor} {auxiliary_fingerprint(plan.sources[donor].root)}".encode()
+            f"{index == plan.donor} {auxiliary_fingerprint(plan.sources[index].root)}".encode()
         )
     if plan.recipe.searches:
         from merge_cli.evolve.journal import search_digest
@@ -238,28 +244,28 @@ def _work(plan: Plan, device: str) -> str:
     return state.hexdigest()
 
 
-def _place(source: Source) -> str:
-    """How a recipe in another folder names it."""
+def _reference(source: Source) -> str:
+    """A source's name in a recipe in any folder."""
     if source.hub is None:
         return str(source.root.resolve())
     return f"{source.hub.repo_id}@{source.hub.commit}"
 
 
 def _experts(spec: EvalSpec, names: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """Each task's own source: as it says, or the one of its name."""
+    """The expert of each task: the source that it names, or the source with its name."""
     experts, notes = {}, []
     for task in spec.tasks:
-        requested = task.expert or task.name
-        if requested in names:
-            experts[task.name] = requested
+        expert = task.expert or task.name
+        if expert in names:
+            experts[task.name] = expert
         elif task.expert:
-            known = ", ".join(names)
-            problem = Problem(f"'{task.expert}' is none of the sources ({known})", task.name)
-            raise MismatchError([problem], "a task names an expert that takes no part")
+            listed = ", ".join(names)
+            problem = Problem(f"'{task.expert}' is not one of the sources ({listed})", task.name)
+            raise MismatchError([problem], "a task names an expert that is not in the comparison")
         else:
             notes.append(
                 f"no source is called '{task.name}': {task.name} is not normalised "
-                "(say which by `expert`)"
+                "(name its expert by `expert`)"
             )
     return experts, notes
 

@@ -11,10 +11,19 @@ from merge_cli.system.machine import show_seconds, show_size
 
 Json = Mapping[str, Any]
 _MINUS = "−"
+_COSTS = (
+    "seconds",
+    "tokens",
+    "forward_passes",
+    "backward_passes",
+    "peak_rss",
+    "peak_vram",
+    "joules",
+)
 
 
 def columns(record: Json) -> list[str]:
-    """Heads of the table that people read."""
+    """Heads of the table."""
     tasks = [f"{task['name']} {_arrow(task['better'])}" for task in record["tasks"]]
     means = []
     if record["models"][0]["mean"] is not None:
@@ -30,20 +39,20 @@ def rows(record: Json) -> list[list[str]]:
     return [_row(record, model) for model in record["models"]]
 
 
-def used(record: Json) -> tuple[list[str], list[list[str]]]:
-    """Heads and rows without the columns in which no model has anything (energy, mostly)."""
+def used_columns(record: Json) -> tuple[list[str], list[list[str]]]:
+    """Heads and rows, without tokens or energy where no model has any."""
     heads, body = columns(record), rows(record)
-    kept = [
+    columns_used = [
         i
         for i, head in enumerate(heads)
         if head not in ("tokens", "energy") or any(row[i] not in ("–", "0") for row in body)
     ]
-    return [heads[i] for i in kept], [[row[i] for i in kept] for row in body]
+    return [heads[i] for i in columns_used], [[row[i] for i in columns_used] for row in body]
 
 
 def markdown(record: Json) -> str:
     """The table, what its columns mean, and the notes."""
-    heads, body = used(record)
+    heads, body = used_columns(record)
     lines = [
         f"| {' | '.join(heads)} |",
         f"|{'|'.join(['---', *['---:'] * (len(heads) - 1)])}|",
@@ -80,7 +89,7 @@ def legend(record: Json) -> list[str]:
 
 
 def csv_text(record: Json) -> str:
-    """One row for each model and task, and one for each mean, with numbers as they are."""
+    """One row for each model and task, and one for each mean, with unrounded numbers."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(
@@ -97,29 +106,12 @@ def csv_text(record: Json) -> str:
             "normalised",
             "normalised_low",
             "normalised_high",
-            "seconds",
-            "tokens",
-            "forward_passes",
-            "backward_passes",
-            "peak_rss",
-            "peak_vram",
-            "joules",
+            *_COSTS,
         ]
     )
     for model in record["models"]:
         cost = model["cost"] or {}
-        spent = [
-            cost.get(key, "")
-            for key in (
-                "seconds",
-                "tokens",
-                "forward_passes",
-                "backward_passes",
-                "peak_rss",
-                "peak_vram",
-                "joules",
-            )
-        ]
+        costs = [cost.get(key, "") for key in _COSTS]
         start = [model["name"], model["role"], model["method"]]
         for task in record["tasks"]:
             name = task["name"]
@@ -131,7 +123,7 @@ def csv_text(record: Json) -> str:
                     task["unit"],
                     *_numbers(model["scores"][name]),
                     *_numbers(model["normalised"].get(name)),
-                    *spent,
+                    *costs,
                 ]
             )
         if model["mean"] or model["normalised_mean"]:
@@ -143,7 +135,7 @@ def csv_text(record: Json) -> str:
                     "",
                     *_numbers(model["mean"]),
                     *_numbers(model["normalised_mean"]),
-                    *spent,
+                    *costs,
                 ]
             )
     return out.getvalue()
@@ -154,13 +146,13 @@ def number(value: float, sign: str = "") -> str:
     return f"{value:{sign}.4g}".replace("-", _MINUS)
 
 
-def decimals(value: float, sign: str = "", places: int = 3) -> str:
-    """A fixed number of decimals: values below one another compare at a glance."""
-    return f"{value:{sign}.{places}f}".replace("-", _MINUS)
+def decimals(value: float, sign: str = "", digits: int = 3) -> str:
+    """A fixed number of decimals, so that values in a column line up."""
+    return f"{value:{sign}.{digits}f}".replace("-", _MINUS)
 
 
-def with_ends(score: Json | None, sign: str = "") -> str:
-    """0.052 (0.037 to 0.067)."""
+def with_interval(score: Json | None, sign: str = "") -> str:
+    """A value with its interval: 0.052 (0.037 to 0.067)."""
     if score is None:
         return "–"
     text = decimals(score["value"], sign)
@@ -171,7 +163,7 @@ def with_ends(score: Json | None, sign: str = "") -> str:
 
 
 def excludes_zero(score: Json | None) -> bool:
-    """Whether a difference's interval says that it is one."""
+    """Whether a difference's interval excludes 0."""
     ends = score["interval"] if score is not None else None
     return ends is not None and bool(ends[0] > 0 or ends[1] < 0)
 
@@ -182,10 +174,10 @@ def _row(record: Json, model: Json) -> list[str]:
     if model["mean"] is not None:
         cells.append(decimals(model["mean"]["value"]))
     if model["normalised_mean"] is not None:
-        cells.append(with_ends(model["normalised_mean"]))
+        cells.append(with_interval(model["normalised_mean"]))
     if record["reference"]:
         gain = model["gain"]
-        cells.append(with_ends(gain, "+") + (" *" if excludes_zero(gain) else ""))
+        cells.append(with_interval(gain, "+") + (" *" if excludes_zero(gain) else ""))
     cost = model["cost"]
     if cost is None:
         return [*cells, "–", "–", "–", "–"]

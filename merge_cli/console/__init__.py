@@ -1,4 +1,4 @@
-"""Everything that prints: notes, plan, progress, results, errors."""
+"""Output to the terminal: notes, plans, progress, results, errors."""
 
 from merge_cli.console.plain import plain, print_json, print_text
 from merge_cli.console.screen import Screen, show_error

@@ -1,4 +1,4 @@
-"""What is said of adapters that were made here: how much of a change they hold."""
+"""Printing extracted and merged adapters: how much of a change they hold."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from merge_cli.console.tables import percent
 from merge_cli.system.machine import show_size
 
 if TYPE_CHECKING:
@@ -18,23 +19,24 @@ if TYPE_CHECKING:
 _WORST = 5
 
 
-def print_extracted(console: Console, found: ExtractedAdapter) -> None:
-    """A line on the whole, the layers that are held worst, and what is left out."""
-    factored = [change for change in found.changes if change.rank is not None]
+def print_extracted(console: Console, extracted: ExtractedAdapter) -> None:
+    """A summary, what is left out, and the layers whose change is held least."""
+    factored = [change for change in extracted.changes if change.rank is not None]
     ranks = sorted({change.rank for change in factored if change.rank is not None})
     size = f"rank {ranks[0]}" if len(ranks) == 1 else f"rank {ranks[0]} to {ranks[-1]}"
-    whole = sum(1 for change in found.changes if change.rank is None and not change.why)
+    saved = sum(1 for change in extracted.changes if change.rank is None and not change.why)
     parts = [f"{len(factored)} matrices of {size}"] if factored else []
-    parts += [f"{whole} tensor{'s' * (whole != 1)} saved whole"] if whole else []
+    parts += [f"{saved} tensor{'s' * (saved != 1)} saved in full"] if saved else []
     console.print(
-        f"[green]✓[/green] {_percent(found.share)} of the change's sum of squares in "
-        f"{show_size(found.bytes)}, {_percent(found.bytes / found.model_bytes)} of the model: "
+        f"[green]✓[/green] {percent(extracted.share)} of the change's sum of squares in "
+        f"{show_size(extracted.bytes)}, "
+        f"{percent(extracted.bytes / extracted.model_bytes)} of the model: "
         + (", ".join(parts) or "nothing has changed")
     )
-    left = _left_out(found.changes)
+    left = _left_out(extracted.changes)
     for why, (count, share) in left.items():
-        some = f"{count} tensor{'s' * (count != 1)}"
-        console.print(f"  left out: {some} ({escape(why)}), {_percent(share)}")
+        tensors = f"{count} tensor{'s' * (count != 1)}"
+        console.print(f"  left out: {tensors} ({escape(why)}), {percent(share)}")
     worst = sorted(factored, key=lambda change: (change.share, change.name))[:_WORST]
     if worst and worst[0].share < 0.999:
         table = Table(box=None, pad_edge=False, header_style="bold", title_justify="left")
@@ -43,35 +45,31 @@ def print_extracted(console: Console, found: ExtractedAdapter) -> None:
                 column, justify="left" if column == "held worst" else "right", overflow="fold"
             )
         for change in worst:
-            table.add_row(escape(change.name), str(change.rank), _percent(change.share))
+            table.add_row(escape(change.name), str(change.rank), percent(change.share))
         console.print(table)
-    console.print(f"  adapter  {escape(str(found.path))}", soft_wrap=True)
+    console.print(f"  adapter  {escape(str(extracted.path))}", soft_wrap=True)
 
 
 def print_merged(console: Console, report: Mapping[str, Any], shown: Path) -> None:
-    """What merging adapters has made."""
-    about = report["adapter"]
-    ranks = sorted({module["rank"] for module in about["modules"].values()})
+    """A summary of merged adapters."""
+    adapter = report["adapter"]
+    ranks = sorted({module["rank"] for module in adapter["modules"].values()})
     size = f"rank {ranks[0]}" if len(ranks) == 1 else f"rank {ranks[0]} to {ranks[-1]}"
     console.print(
         f"[green]✓[/green] merged {len(report['inputs'])} adapters into "
-        f"{show_size(about['bytes'])}: "
-        + (f"{len(about['modules'])} modules of {size}, " if ranks else "no module changes, ")
-        + f"{_percent(about['share'])} of the merged change's sum of squares"
+        f"{show_size(adapter['bytes'])}: "
+        + (f"{len(adapter['modules'])} modules of {size}, " if ranks else "no module changes, ")
+        + f"{percent(adapter['share'])} of the merged change's sum of squares"
     )
     console.print(f"  adapter  {escape(str(shown))}", soft_wrap=True)
 
 
 def _left_out(changes: Sequence[ModuleChange]) -> dict[str, tuple[int, float]]:
-    """Why, how many, and their share of the whole change."""
+    """By reason, how many tensors are left out, and their share of the change."""
     total = sum(change.squares for change in changes)
-    result: dict[str, tuple[int, float]] = {}
+    by_reason: dict[str, tuple[int, float]] = {}
     for change in changes:
         if change.why:
-            count, share = result.get(change.why, (0, 0.0))
-            result[change.why] = (count + 1, share + change.squares / total)
-    return result
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.3g} %"
+            count, share = by_reason.get(change.why, (0, 0.0))
+            by_reason[change.why] = (count + 1, share + change.squares / total)
+    return by_reason

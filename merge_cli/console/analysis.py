@@ -1,4 +1,4 @@
-"""An analysis in a terminal: what stands out, what to try, and the tables behind it."""
+"""Printing an analysis: tables, findings, advice."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from merge_cli.console.tables import print_table
+from merge_cli.console.tables import percent, print_table
 from merge_cli.system.machine import show_seconds, show_size
 
 if TYPE_CHECKING:
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from merge_cli.analysis.measures import Measures
     from merge_cli.analysis.result import Analysis
 
-_COLUMNS = 6  # models that get a column of their own
-_MANY = 24  # rows of problems, differences or pairs; the JSON and the page have all
+_MAX_MODELS = 6  # models with separate columns
+_MAX_ROWS = 24  # rows of problems, differences or pairs; the JSON and the page have all
 
 
 def print_analysis(out: Console, analysis: Analysis, *, layers: bool) -> None:
-    """Print it; `layers` adds a row for each layer."""
+    """Print an analysis; `layers` adds a row for each layer."""
     base = f" against {analysis.files[0].reference}" if analysis.base else ", without a base"
     count = len(analysis.models)
     out.print(
@@ -45,16 +45,16 @@ def print_analysis(out: Console, analysis: Analysis, *, layers: bool) -> None:
 
 def _models(out: Console, analysis: Analysis, total: Measures) -> None:
     if analysis.base is None:
-        named = zip(analysis.models, total.norm, strict=True)
-        _table(out, ["model", "‖θ‖"], [(name, f"{norm or 0:.4g}") for name, norm in named])
+        rows_of_norms = zip(analysis.models, total.norm, strict=True)
+        _table(out, ["model", "‖θ‖"], [(name, f"{norm or 0:.4g}") for name, norm in rows_of_norms])
         return
     ranks = [_mean_rank(analysis, s) for s in range(len(analysis.models))]
     columns = (total.relative_norm, total.base_cosine, total.unchanged, total.one_step, ranks)
-    shown: list[Callable[[float], str]] = [_percent, _four, _percent, _percent, _percent]
+    formats: list[Callable[[float], str]] = [percent, _four_decimals, percent, percent, percent]
     rows = []
     for s, name in enumerate(analysis.models):
         values = [(column or ())[s] for column in columns]
-        rows.append((name, *(_or_dash(v, text) for v, text in zip(values, shown, strict=True))))
+        rows.append((name, *(_or_dash(v, text) for v, text in zip(values, formats, strict=True))))
     _table(
         out,
         ["model", "‖δ‖/‖θ₀‖", "cosine with base", "unchanged", "of changes one step", "rank"],
@@ -64,28 +64,28 @@ def _models(out: Console, analysis: Analysis, total: Measures) -> None:
 
 def _pairs(out: Console, analysis: Analysis, total: Measures) -> None:
     size = range(len(analysis.models))
-    places = [(i, j) for i in size for j in size if i < j]
-    if not places:
+    pairs = [(i, j) for i in size for j in size if i < j]
+    if not pairs:
         return
 
     def at(matrix: Sequence[Sequence[float | None]] | None, i: int, j: int) -> float | None:
         return None if matrix is None else matrix[i][j]
 
-    hidden = len(places) - _MANY
-    if hidden > 0:  # the most alike, and of these the first
-        places.sort(key=lambda pair: -(at(total.cosine, *pair) or 0.0))
+    hidden = len(pairs) - _MAX_ROWS
+    if hidden > 0:  # show those that are most alike
+        pairs.sort(key=lambda pair: -(at(total.cosine, *pair) or 0.0))
     rows = []
-    for i, j in places[:_MANY]:
+    for i, j in pairs[:_MAX_ROWS]:
         pair = f"{analysis.models[i]} – {analysis.models[j]}"
         inner = analysis.inner.cosine if analysis.inner else None
-        equal = _or_dash(at(total.equal, i, j), _percent)
-        cosines = [_or_dash(at(c, i, j), _three) for c in (total.cosine, inner)]
+        equal = _or_dash(at(total.equal, i, j), percent)
+        cosines = [_or_dash(at(c, i, j), _three_decimals) for c in (total.cosine, inner)]
         if analysis.base is None:
-            rows.append((pair, *cosines, _or_dash(at(total.distance, i, j), _percent), equal))
+            rows.append((pair, *cosines, _or_dash(at(total.distance, i, j), percent), equal))
             continue
-        agree = _or_dash(at(total.sign_agreement, i, j), _percent)
-        overlap = _or_dash(at(total.overlap, i, j), _percent)
-        chance = _or_dash(at(total.overlap_chance, i, j), _percent)
+        agree = _or_dash(at(total.sign_agreement, i, j), percent)
+        overlap = _or_dash(at(total.overlap, i, j), percent)
+        chance = _or_dash(at(total.overlap_chance, i, j), percent)
         rows.append((pair, *cosines, agree, f"{overlap} ({chance})", equal))
     heads = ["pair", "cosine", "in layers"]
     heads += (
@@ -102,16 +102,18 @@ def _groups(out: Console, analysis: Analysis, head: str, groups: Sequence[Measur
     if analysis.base is None:
         return
     names = [f"‖δ‖/‖θ₀‖ {name}" for name in analysis.models]
-    several, ends = len(analysis.models) > 1, len(analysis.models) > _COLUMNS
+    several, is_range = len(analysis.models) > 1, len(analysis.models) > _MAX_MODELS
     rows = []
     for group in groups:
-        known = [value for value in group.relative_norm or () if value is not None]
-        norms = [_or_dash(value, _percent) for value in group.relative_norm or ()]
-        if ends:
-            norms = [_percent(end) for end in (min(known), max(known))] if known else ["–", "–"]
-        conflict = [_or_dash(group.conflict, _percent)] if several else []
+        present = [value for value in group.relative_norm or () if value is not None]
+        norms = [_or_dash(value, percent) for value in group.relative_norm or ()]
+        if is_range:
+            norms = (
+                [percent(end) for end in (min(present), max(present))] if present else ["–", "–"]
+            )
+        conflict = [_or_dash(group.conflict, percent)] if several else []
         rows.append((group.name, f"{group.count:,}", *norms, *conflict))
-    if ends:
+    if is_range:
         names = ["‖δ‖/‖θ₀‖ least", "most"]
     _table(out, [head, "elements", *names, *(["sign conflict"] if several else [])], rows)
 
@@ -125,25 +127,18 @@ def _files(out: Console, analysis: Analysis) -> None:
     for key in analysis.config:
         values = ", ".join(f"{n}: {v}" for n, v in zip(names, key.values, strict=True))
         lines.append(f"config.json, {key.key}: {values}")
-    lines += [f"tokenizer of {t.model}: {in_words(t)}" for t in analysis.tokenizers if t.differs]
+    lines += [f"tokenizer of {t.model}: {_difference(t)}" for t in analysis.tokenizers if t.differs]
     lines += analysis.notes
     _list(out, "Files beside the weights", [escape(line) for line in lines])
 
 
-def in_words(one: TokenizerDifference) -> str:
-    """What differs from the reference's tokenizer, in one line."""
-    words = [f"{name} {text}" for name, text in one.special.items()]
-    if one.tokens_differ:
-        words.insert(
-            0,
-            f"{one.missing:,} tokens missing, {one.added:,} added, "
-            f"{one.renumbered:,} with another number",
-        )
-    if one.rules:
-        words.append("other rules for cutting text")
-    if one.template not in ("same", "none"):
-        words.append(f"chat template {one.template}")
-    return "; ".join(words)
+def _difference(tokenizer: TokenizerDifference) -> str:
+    """The differences from the reference's tokenizer, in one line."""
+    counts = (
+        f"{tokenizer.missing:,} tokens missing, {tokenizer.added:,} added, "
+        f"{tokenizer.renumbered:,} with another number"
+    )
+    return "; ".join([*([counts] if tokenizer.tokens_differ else []), *tokenizer.in_words()])
 
 
 def _advice(out: Console, analysis: Analysis) -> None:
@@ -159,14 +154,14 @@ def _advice(out: Console, analysis: Analysis) -> None:
 
 
 def _list(out: Console, title: str, lines: Sequence[str]) -> None:
-    """Lines that are markup already, under a title; nothing where there are none."""
+    """Lines of markup under a title; nothing without lines."""
     if not lines:
         return
     out.print(f"\n[bold]{title}[/bold]")
-    for line in lines[:_MANY]:
+    for line in lines[:_MAX_ROWS]:
         out.print(f"  {line}")
-    if len(lines) > _MANY:
-        out.print(f"  [dim]{len(lines) - _MANY} more: --json or --html[/dim]")
+    if len(lines) > _MAX_ROWS:
+        out.print(f"  [dim]{len(lines) - _MAX_ROWS} more: --json or --html[/dim]")
 
 
 def _table(out: Console, heads: Sequence[str], rows: Sequence[tuple[str, ...]]) -> None:
@@ -180,9 +175,9 @@ def _table(out: Console, heads: Sequence[str], rows: Sequence[tuple[str, ...]]) 
 def _mean_rank(analysis: Analysis, source: int) -> float | None:
     """The mean effective rank of the samples, as a share of their smaller side."""
     shares = [
-        rank / min(item.rows, item.columns)
-        for item in analysis.spectra
-        if (rank := item.effective_rank[source]) is not None
+        rank / min(spectrum.rows, spectrum.columns)
+        for spectrum in analysis.spectra
+        if (rank := spectrum.effective_rank[source]) is not None
     ]
     return sum(shares) / len(shares) if shares else None
 
@@ -191,13 +186,9 @@ def _or_dash(value: float | None, text: Callable[[float], str]) -> str:
     return "–" if value is None else text(value)
 
 
-def _percent(value: float) -> str:
-    return f"{100 * value:.3g} %"
-
-
-def _three(value: float) -> str:
+def _three_decimals(value: float) -> str:
     return f"{value:.3f}"
 
 
-def _four(value: float) -> str:
+def _four_decimals(value: float) -> str:
     return f"{value:.4f}"

@@ -1,9 +1,4 @@
-"""Evaluations as a table.
-
-A comparison as a table in the terminal.
-
-Progress of evaluations and comparisons: a bar in a terminal, a line for each step in a log.
-"""
+"""Printing evaluations and comparisons: tables, and progress as a bar or as lines of a log."""
 
 from __future__ import annotations
 
@@ -16,28 +11,29 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from merge_cli.comparison.tables import legend, used
+from merge_cli.comparison.tables import legend, used_columns
+from merge_cli.console.progress import LOG_SECONDS
 
 if TYPE_CHECKING:
     from merge_cli.evaluation.run import Step
 
 
 Json = Mapping[str, Any]
-_ROOMY = 100  # columns of a terminal for everything about several models
-_DIGITS = 8  # of a number with its sign, or of one end of an interval with the dots
+_WIDE = 100  # columns of a terminal that shows units with several models
+_DIGITS = 8  # of a number with its sign, or of one end of an interval
 
 
 def print_evaluations(console: Console, models: Sequence[Json]) -> None:
     """A row for each metric of each task, models one below the other.
 
     Args:
-        models: what `evaluation.summary` returns; the first is compared with the others.
+        models: by `evaluation.summary`; the first is compared with the others.
     """
     several = len(models) > 1
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     for name in ("task", "metric", *(["model"] if several else [])):
         table.add_column(name, overflow="fold")
-    # A narrow terminal folds cells and leaves out units: no digit of a number is left out.
+    # A narrow terminal folds cells and has no units, but all digits of numbers.
     digits: dict[str, Any] = {"justify": "right", "overflow": "fold", "min_width": _DIGITS}
     table.add_column("value", **digits)
     table.add_column("95 % interval", **digits)
@@ -45,7 +41,7 @@ def print_evaluations(console: Console, models: Sequence[Json]) -> None:
         table.add_column(f"{escape(models[0]['model'])} minus it", **digits)
         table.add_column("95 % interval", **digits)
         table.add_column("", overflow="fold")
-    units = not several or console.width >= _ROOMY
+    units = not several or console.width >= _WIDE
     if units:
         table.add_column("unit", overflow="fold")
     table.add_column("examples", justify="right", overflow="fold", min_width=len("examples"))
@@ -54,13 +50,13 @@ def print_evaluations(console: Console, models: Sequence[Json]) -> None:
             for i, model in enumerate(models):
                 row = model["tasks"][name]["metrics"][metric]
                 label = [escape(model["model"])] if several else []
-                cells = [_number(row["value"]), _ends(row["interval"])]
+                cells = [_number(row["value"]), _interval(row["interval"])]
                 if several:
                     cells += _difference(row)
                 start = [name, metric] if i == 0 else ["", ""]
-                ends = [*([row["unit"]] if units else []), str(task["examples"])]
-                ends = ends if i == 0 else [""] * len(ends)
-                table.add_row(*map(escape, start), *label, *cells, *ends)
+                trailing = [*([row["unit"]] if units else []), str(task["examples"])]
+                trailing = trailing if i == 0 else [""] * len(trailing)
+                table.add_row(*map(escape, start), *label, *cells, *trailing)
     console.print(table)
     for model in models:
         of = f"{model['model']}, " if several else ""
@@ -70,43 +66,43 @@ def print_evaluations(console: Console, models: Sequence[Json]) -> None:
     cached = sum(task["cached"] for model in models for task in model["tasks"].values())
     costs = [task["cost"] for model in models for task in model["tasks"].values()]
     tokens, seconds = (sum(cost[key] for cost in costs) for key in ("tokens", "seconds"))
-    known = f"; {cached} of {len(costs)} results were known" if cached else ""
+    from_cache = f"; {cached} of {len(costs)} results were cached" if cached else ""
     console.print(
         f"[dim]{tokens:,} tokens in {seconds:.1f} s, {models[0]['dtype']}, "
-        f"{models[0]['device']}{known}[/dim]"
+        f"{models[0]['device']}{from_cache}[/dim]"
     )
 
 
 def _difference(row: Json) -> list[str]:
-    """Of the first model to this one, its interval, and what that says."""
+    """The difference from the first model, its interval, and a conclusion."""
     if "difference" not in row:
         return ["", "", ""]
-    ends, better = row["difference_interval"], row["better"]
-    verdict = ""
-    if ends is not None:
+    bounds, better = row["difference_interval"], row["better"]
+    conclusion = ""
+    if bounds is not None:
         # The first model's value minus this one's.
-        if ends[0] <= 0 <= ends[1]:
-            verdict = "[dim]no difference seen[/dim]"
-        elif (ends[1] < 0) == (better == "lower"):
-            verdict = "[green]better[/green]"
+        if bounds[0] <= 0 <= bounds[1]:
+            conclusion = "[dim]no difference seen[/dim]"
+        elif (bounds[1] < 0) == (better == "lower"):
+            conclusion = "[green]better[/green]"
         else:
-            verdict = "[red]worse[/red]"
-    return [_number(row["difference"], "+"), _ends(ends, "+"), verdict]
+            conclusion = "[red]worse[/red]"
+    return [_number(row["difference"], "+"), _interval(bounds, "+"), conclusion]
 
 
 def _number(value: float | None, sign: str = "") -> str:
-    if value is None:  # a perplexity that no number is as large as
+    if value is None:  # an infinite perplexity
         return "∞"
     return f"{value:{sign}.4g}".replace("-", "−")
 
 
-def _ends(ends: Sequence[float] | None, sign: str = "") -> str:
-    return "–" if ends is None else f"{_number(ends[0], sign)} … {_number(ends[1], sign)}"
+def _interval(bounds: Sequence[float] | None, sign: str = "") -> str:
+    return "–" if bounds is None else f"{_number(bounds[0], sign)} … {_number(bounds[1], sign)}"
 
 
 def print_comparison(console: Console, record: Mapping[str, Any]) -> None:
-    """A row for each model; bold are the merges that no other one beats in quality and time."""
-    heads, rows = used(record)
+    """A row for each model; merges on the Pareto front are bold."""
+    heads, rows = used_columns(record)
     table = Table(box=None, pad_edge=False, header_style="bold")
     for i, head in enumerate(heads):
         table.add_column(escape(head), justify="right" if i else "left", overflow="fold")
@@ -128,12 +124,9 @@ def print_comparison(console: Console, record: Mapping[str, Any]) -> None:
         console.print(f"[dim]note:[/dim] {escape(note)}")
 
 
-_LOG_SECONDS = 10.0
-
-
 @contextmanager
 def step_bar(console: Console) -> Iterator[Callable[[Step], None]]:
-    """One bar, for the task at hand; finished tasks leave no line."""
+    """One bar for the current task; finished tasks leave no line."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (
@@ -157,7 +150,7 @@ def step_bar(console: Console) -> Iterator[Callable[[Step], None]]:
 
 
 class StepLog:
-    """A line when a task begins, and every ten seconds while it lasts."""
+    """A line when a task begins, and every ten seconds until it ends."""
 
     def __init__(self, console: Console) -> None:
         self._console, self._next = console, 0.0
@@ -165,9 +158,9 @@ class StepLog:
 
     def __call__(self, step: Step) -> None:
         now = time.monotonic()
-        this = (step.model, step.task)
-        if this == self._last and now < self._next:
+        current = (step.model, step.task)
+        if current == self._last and now < self._next:
             return
         share = f", {step.done / step.total:.0%}" if step.total and step.done else ""
         self._console.print(escape(f"{step.model}: {step.task}{share}"))
-        self._last, self._next = this, now + _LOG_SECONDS
+        self._last, self._next = current, now + LOG_SECONDS

@@ -1,8 +1,8 @@
-"""Printing what others have written: names, values and messages may hold anything.
+"""Printing untrusted text: names, values and messages may contain anything.
 
-Escape sequences of terminals, and characters that turn the direction of text around, are shown as
-what they are and never obeyed. All consoles of this package are `PlainConsole`s, and all JSON goes
-through `print_json`.
+Escape sequences for terminals, and characters that change the direction of text, are printed in
+escaped form, so that they have no effect. All consoles of this package are `PlainConsole`s, and all
+JSON goes through `print_json`.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a
 
 
 def plain(text: str) -> str:
-    """The text with everything that a terminal might obey written out: `\\x1b[2J`."""
-    return _UNSAFE.sub(lambda found: ascii(found[0])[1:-1], text)
+    """The text with control characters in escaped form: `\\x1b[2J`."""
+    return _UNSAFE.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
 class PlainConsole(Console):
-    """A console whose own colours are the only escape sequences."""
+    """A console whose colours are the only escape sequences."""
 
     def render(
         self, renderable: RenderableType, options: ConsoleOptions | None = None
     ) -> Iterable[Segment]:
-        """As rich does, and every text plain."""
+        """Render as rich does, with every text in plain form."""
         for segment in super().render(renderable, options):
             if segment.control or not _UNSAFE.search(segment.text):
                 yield segment
@@ -38,17 +38,18 @@ class PlainConsole(Console):
 
 
 def print_json(text: str) -> None:
-    """A JSON document to stdout, in characters that stdout has and no terminal obeys."""
-    text = _UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+    """Print a JSON document to stdout, in characters that stdout can encode and without control
+    characters."""
+    text = _UNSAFE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
     try:
         text.encode(sys.stdout.encoding)
     except UnicodeEncodeError:
-        text = re.sub("[^\x00-\x7f]", lambda found: _json_escape(found[0]), text)
+        text = re.sub("[^\x00-\x7f]", lambda match: _json_escape(match[0]), text)
     print(text)
 
 
 def print_text(text: str) -> None:
-    """A file's text to stdout, as UTF-8 where stdout cannot show it: what is there is a file."""
+    """Print a file's text to stdout; as UTF-8 bytes where stdout cannot encode it."""
     try:
         text.encode(sys.stdout.encoding)
     except UnicodeEncodeError:
@@ -60,6 +61,8 @@ def print_text(text: str) -> None:
 
 
 def _json_escape(character: str) -> str:
-    """As JSON writes it in ASCII; above the first plane as two halves."""
-    units = character.encode("utf-16-be", "surrogatepass")
-    return "".join(f"\\u{units[i]:02x}{units[i + 1]:02x}" for i in range(0, len(units), 2))
+    """A character as JSON writes it in ASCII: one or two UTF-16 code units."""
+    code_units = character.encode("utf-16-be", "surrogatepass")
+    return "".join(
+        f"\\u{code_units[i]:02x}{code_units[i + 1]:02x}" for i in range(0, len(code_units), 2)
+    )

@@ -1,4 +1,4 @@
-"""Progress: a bar in a terminal, a few plain lines in a batch log."""
+"""Showing progress: a bar in a terminal, a few plain lines in a batch log."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from merge_cli.system.machine import show_size
 if TYPE_CHECKING:
     from merge_cli.engine.options import Progress
 
-_LOG_SECONDS = 10.0
-_VERBS = {"analyze": "reading"}  # a stage -> what the bar says
+LOG_SECONDS = 10.0
+_VERBS = {"analyze": "reading"}  # a stage -> the bar's text
 
 
 @contextmanager
@@ -33,7 +33,7 @@ def progress_bar(console: Console) -> Iterator[Callable[[Progress], None]]:
     from rich.progress import Progress as RichProgress
 
     class OfBytes(ProgressColumn):
-        """A column that only rows counted in bytes have; steps say it in their own words."""
+        """A column for rows that are counted in bytes; steps have their own text."""
 
         def __init__(self, column: ProgressColumn) -> None:
             self._column = column
@@ -79,7 +79,7 @@ class ProgressLog:
     """Progress as lines: at the start, every ten seconds, at the end of each stage."""
 
     def __init__(self, console: Console) -> None:
-        self._console, self._next = console, time.monotonic() + _LOG_SECONDS
+        self._console, self._next = console, time.monotonic() + LOG_SECONDS
 
     def __call__(self, progress: Progress) -> None:
         if not progress.total:
@@ -88,7 +88,7 @@ class ProgressLog:
         now = time.monotonic()
         if now < self._next and progress.note != "resumed" and not _is_end(progress):
             return
-        self._next = now + _LOG_SECONDS
+        self._next = now + LOG_SECONDS
         if progress.unit != "bytes":
             self._console.print(escape(steps_text(progress)))
             return
@@ -118,10 +118,10 @@ class StepsLine:
 
 def steps_text(progress: Progress) -> str:
     """`train 120/400 steps: loss 0.41 ...`"""
-    of = f"{progress.stage} {progress.done:,}/{progress.total:,} {progress.unit}"
-    return f"{of}: {progress.note}" if progress.note else of
+    progress_text = f"{progress.stage} {progress.done:,}/{progress.total:,} {progress.unit}"
+    return f"{progress_text}: {progress.note}" if progress.note else progress_text
 
 
 def _is_end(progress: Progress) -> bool:
-    """The last word of a stage that is not counted in bytes is worth a line in any log."""
+    """Whether it is the last step of a stage: any log has a line for it."""
     return progress.unit == "steps" and progress.done == progress.total

@@ -1,4 +1,4 @@
-"""The questions of `merge-cli init`, on a terminal: asked again until the answer can be used."""
+"""The questions of `merge-cli init` on a terminal, asked again until the answer is valid."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from merge_cli.errors import MergeCliError
 
 
 class Questions:
-    """Asks on a console.
+    """Asks questions on a console.
 
     Args:
-        answers: where answers come from; None is the keyboard.
+        answers: the stream of answers; None is the keyboard.
         check: raises a MergeCliError for a model that cannot be opened.
     """
 
@@ -33,18 +33,18 @@ class Questions:
 
     def models(self, base: str | None) -> list[str]:
         """The models to merge: at least one with a base, two without."""
-        result: list[str] = []
-        least = 1 if base else 2
+        chosen: list[str] = []
+        required = 1 if base else 2
         while True:
-            enough = len(result) >= least
+            enough = len(chosen) >= required
             more = " (empty: no more)" if enough else ""
-            name = self._model(f"Model {len(result) + 1}{more}")
-            if name and name in (*result, base):
-                self._console.print("That one is there already.")
+            name = self._model(f"Model {len(chosen) + 1}{more}")
+            if name and name in (*chosen, base):
+                self._console.print("That model is in the list already.")
             elif name:
-                result.append(name)
+                chosen.append(name)
             elif enough:
-                return result
+                return chosen
 
     def method(self, proposed: str, names: Sequence[str]) -> str:
         """The method; the proposed one unless another is named."""
@@ -58,22 +58,22 @@ class Questions:
         )
 
     def path(self, proposed: Path) -> Path:
-        """Where the recipe goes."""
+        """The path of the recipe."""
         answer = Prompt.ask(
             "Write it to", console=self._console, default=str(proposed), stream=self._answers
         )
         return Path(answer)
 
-    def agrees(self, question: str) -> bool:
-        """Yes unless no."""
+    def confirm(self, question: str) -> bool:
+        """Ask for confirmation; the default is yes."""
         return Confirm.ask(question, console=self._console, default=True, stream=self._answers)
 
     def show(self, text: str) -> None:
-        """A recipe, before it is written."""
+        """Show a recipe before it is written."""
         self._console.print(f"\n{text}", markup=False, highlight=False, soft_wrap=True)
 
     def say(self, error: MergeCliError) -> None:
-        """Why an answer could not be used."""
+        """Print why an answer is invalid."""
         self._console.print(f"[red]{escape(str(error))}[/red]")
 
     def _model(self, question: str) -> str:

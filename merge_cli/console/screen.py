@@ -1,6 +1,6 @@
-"""Where a command prints. Results go to stdout, the rest to stderr.
+"""The output of commands: results to stdout, everything else to stderr.
 
-A terminal gets colour and a progress bar; a batch log gets plain lines.
+A terminal gets colours and progress bars; a batch log gets plain lines.
 """
 
 from __future__ import annotations
@@ -49,16 +49,20 @@ if TYPE_CHECKING:
     from merge_cli.methods.registry import Method
     from merge_cli.planning.plan import Plan
 
+_MAX_PROBLEMS = (
+    24  # beyond that half as many problems are shown, so that the first is still visible
+)
+
 
 class Screen:
-    """Where one command prints. `quiet` silences everything but results and errors."""
+    """The output of one command; `quiet` prints only results and errors."""
 
     def __init__(self, *, quiet: bool = False) -> None:
         self.quiet = quiet
         # In a file or a pipe a table may be as wide as it needs: nothing there folds it.
-        wide = None if sys.stdout.isatty() else 240
-        # No emoji: `recipe.yaml:100:1` is a place, not a picture.
-        self.out = PlainConsole(width=wide, soft_wrap=wide is not None, emoji=False)
+        width = None if sys.stdout.isatty() else 240
+        # No emoji: `recipe.yaml:100:1` is a position, not a picture.
+        self.out = PlainConsole(width=width, soft_wrap=width is not None, emoji=False)
         self.err = _stderr(soft_wrap=not sys.stderr.isatty())
         send_notices(lambda line: self.notes([line]))
 
@@ -70,7 +74,7 @@ class Screen:
 
     @contextmanager
     def progress(self) -> Iterator[Callable[[Progress], None]]:
-        """A bar in a terminal, a line now and then elsewhere."""
+        """A bar in a terminal, a line every ten seconds in a log."""
         if self.quiet:
             yield lambda progress: None
         elif self.err.is_terminal:
@@ -81,12 +85,12 @@ class Screen:
 
     @contextmanager
     def uploading(self, bars: bool) -> Iterator[Callable[[Progress], None]]:
-        """A line now and then, unless huggingface_hub draws bars of its own."""
+        """Lines of a log, unless huggingface_hub shows its bars."""
         yield (lambda progress: None) if bars or self.quiet else ProgressLog(self.err)
 
     @contextmanager
     def steps(self) -> Iterator[Callable[[Step], None]]:
-        """The same for evaluations."""
+        """Progress of evaluations: a bar in a terminal, lines in a log."""
         from merge_cli.console.evaluations import StepLog, step_bar
 
         if self.quiet:
@@ -98,14 +102,14 @@ class Screen:
             yield StepLog(self.err)
 
     def evaluations(self, models: Sequence[Mapping[str, Any]]) -> None:
-        """What `evaluation.summary` found, as a table."""
+        """A table of evaluations, by `evaluation.summary`."""
         from merge_cli.console.evaluations import print_evaluations
 
         if not self.quiet:
             print_evaluations(self.out, models)
 
     def comparison(self, record: Mapping[str, Any], shown: Path) -> None:
-        """A comparison's table, and where the rest is."""
+        """A comparison's table, and the paths of its files."""
         from merge_cli.console.evaluations import print_comparison
 
         if not self.quiet:
@@ -116,8 +120,8 @@ class Screen:
     def plan(self, plan: Plan, options: MergeOptions, *, every: bool, as_json: bool) -> None:
         """The plan as a table (one row for each run of like layers) or as JSON.
 
-        A method that learns, searches or gathers shows what comes before the merge, too; a recipe
-        of several documents shows all of them, in the order of their making.
+        Training, search or calibration before the merge are shown, too; of a recipe with several
+        documents all of them, in order.
         """
         if as_json:
             print_json(indented(plan_document(plan, options)))
@@ -139,8 +143,8 @@ class Screen:
         for name in ("dtype", "action", "with"):
             table.add_column(name, overflow="fold")
         settings = Settings(plan.tasks)
-        result = settings.rows(plan.tasks, every)
-        rows = [plan_row(label, tasks, settings) for label, tasks in result]
+        groups = settings.rows(plan.tasks, every)
+        rows = [plan_row(label, tasks, settings) for label, tasks in groups]
         method = plan.recipe.merge_method
         on_base = plan.base is not None and plan.method.needs_base and not plan.recipe.output
         base = f" on {plan.sources[plan.base].label}" if on_base and plan.base is not None else ""
@@ -168,7 +172,7 @@ class Screen:
             print_calibration(self.out, before.gathering)
 
     def result(self, result: MergeResult, shown: Path, *, as_json: bool = False) -> None:
-        """What a run leaves behind."""
+        """The result of a run."""
         if as_json:
             print_json(json.dumps(result.report, ensure_ascii=False))
             return
@@ -178,9 +182,9 @@ class Screen:
             print_merged(self.out, result.report, shown)
             return
         for stage in result.report.get("stages", ()):
-            sources = ", ".join(item["model"] for item in stage["inputs"])
-            made = f"{stage['name']}: {stage['method']} of {sources}"
-            self.out.print(f"  stage   {escape(made)}", soft_wrap=True)
+            sources = ", ".join(source["model"] for source in stage["inputs"])
+            description = f"{stage['name']}: {stage['method']} of {sources}"
+            self.out.print(f"  stage   {escape(description)}", soft_wrap=True)
         training = result.report.get("training")
         if training is not None:
             self._learned(training)
@@ -205,14 +209,14 @@ class Screen:
         self.out.print(f"  report  {escape(str(shown / 'merge_report.html'))}", soft_wrap=True)
 
     def analysis(self, analysis: Analysis, *, layers: bool, as_json: bool) -> None:
-        """What an analysis found, as tables and sentences, or as JSON."""
+        """An analysis as tables and sentences, or as JSON."""
         if as_json:
             print_json(indented(analysis.to_json()))
         else:
             print_analysis(self.out, analysis, layers=layers)
 
     def _learned(self, training: Mapping[str, Any]) -> None:
-        """What training brought, and loudly where it brought nothing."""
+        """The result of training, with a warning where it improved nothing."""
         verdict, cost = training["verdict"], training["cost"]
         self.out.print(
             f"[green]✓[/green] learned {training['coefficients']:,} coefficients in "
@@ -246,13 +250,13 @@ class Screen:
         """One method: what it does, its parameters with defaults and ranges, an example."""
         example = example_recipe({method.name, *method.aliases})
         if as_json:
-            result = method_json(method)
+            document = method_json(method)
             if method.learns:
-                result["training"] = options_json()
+                document["training"] = options_json()
             if method.gathers:
-                result["statistics"] = statistics_json(method.gathers)
-            result["example"] = example[1] if example else None
-            print_json(json.dumps(result, indent=1))
+                document["statistics"] = statistics_json(method.gathers)
+            document["example"] = example[1] if example else None
+            print_json(json.dumps(document, indent=1))
             return
         also = f" (also {', '.join(method.aliases)})" if method.aliases else ""
         self.out.print(f"[bold]{method.name}[/bold]{also} — {escape(method.summary)}")
@@ -266,10 +270,10 @@ class Screen:
         for parameter in method.parameters.values():
             scope = "for each model" if parameter.per_model else "for the merge"
             default = "set by another parameter" if parameter.default is None else parameter.default
-            shown = str(default).lower() if isinstance(default, bool) else str(default)
+            default_text = str(default).lower() if isinstance(default, bool) else str(default)
             self.out.print(
                 f"\n  [bold]{parameter.name}[/bold]: {escape(parameter.allowed)}; "
-                f"{scope}; default {escape(shown)}"
+                f"{scope}; default {escape(default_text)}"
             )
             self.out.print(f"      {escape(parameter.doc)}")
         if method.learns:
@@ -289,22 +293,23 @@ class Screen:
 
 
 def show_error(error: MergeCliError) -> None:
-    """One message on stderr: plain text, so that it can be searched and copied from a log."""
+    """Print an error to stderr as plain text, so that it can be searched and copied."""
     err = _stderr(soft_wrap=True)
     title = "Error" if type(error) is MergeCliError else f"{error.title} error"
     label = "" if error.exit_code == 130 else f"[bold red]{title}:[/bold red] "
     if isinstance(error, ProblemsError):
         err.print(f"{label}{escape(error.summary)}")
-        shown = error.problems if len(error.problems) <= _MANY else error.problems[: _MANY // 2]
-        for problem in shown:
+        problems = (
+            error.problems
+            if len(error.problems) <= _MAX_PROBLEMS
+            else error.problems[: _MAX_PROBLEMS // 2]
+        )
+        for problem in problems:
             err.print(f"  {escape(str(problem))}")
-        if len(shown) < len(error.problems):
-            err.print(f"  ... and {len(error.problems) - len(shown)} more")
+        if len(problems) < len(error.problems):
+            err.print(f"  ... and {len(error.problems) - len(problems)} more")
     else:
         err.print(f"{label}{escape(str(error))}")
-
-
-_MANY = 24  # problems; beyond that half as many are shown, so that the first is still in sight
 
 
 def _stderr(*, soft_wrap: bool) -> PlainConsole:

@@ -1,8 +1,7 @@
-"""What the plan's table and the JSON outputs hold.
+"""Tables and JSON documents for the terminal: the plan's rows, methods, fast printing.
 
-Large JSON documents, indented, in a fraction of the time that `json` takes.
-
-`json` leaves its C code when it indents; and a plan says the same few things of every tensor.
+`json` is slow when it indents, because it leaves its C code. A plan repeats the same few values for
+every tensor, so that `indented` encodes each only once.
 """
 
 from __future__ import annotations
@@ -23,6 +22,8 @@ from rich.table import Table
 if TYPE_CHECKING:
     from merge_cli.methods.registry import Method
     from merge_cli.planning.plan import TensorTask
+
+_GAP = "  "
 
 
 def method_json(method: Method) -> dict[str, Any]:
@@ -48,10 +49,10 @@ def method_json(method: Method) -> dict[str, Any]:
 
 
 class Settings:
-    """The parameters of a plan in words. Tensors that are treated alike share theirs: worded once.
+    """The parameters of a plan as text, made once for tensors that share them.
 
     Attributes:
-        everywhere: what is the same for every merged tensor, by name.
+        everywhere: parameters that are the same for every merged tensor, by name.
     """
 
     def __init__(self, tasks: Sequence[TensorTask]) -> None:
@@ -62,16 +63,16 @@ class Settings:
         self.everywhere = {
             name: text for name, text in first.items() if all(m.get(name) == text for m in merged)
         }
-        self._own = {
-            key: ", ".join(text for name, text in shown.items() if name not in self.everywhere)
-            for key, shown in words.items()
+        self._particular = {
+            key: ", ".join(text for name, text in parts.items() if name not in self.everywhere)
+            for key, parts in words.items()
         }
         self._exact = {key: repr(parameters) for key, parameters in distinct.items()}
 
     def rows(
         self, tasks: Sequence[TensorTask], every: bool
     ) -> Iterator[tuple[str, list[TensorTask]]]:
-        """One row for each tensor, or for each run of layers that are treated alike."""
+        """One row for each tensor, or for each run of layers with the same treatment."""
         if every:
             for task in tasks:
                 yield task.name, [task]
@@ -84,16 +85,17 @@ class Settings:
             yield label, [task for layer in alike for task in layer]
 
     def particulars(self, tasks: Sequence[TensorTask]) -> str:
-        """What is particular to these tensors; with counts where they differ among themselves."""
+        """Parameters that only these tensors have; with counts where they differ."""
         texts = Counter(
-            "; ".join(filter(None, (self._own[id(task.parameters)], task.note))) for task in tasks
+            "; ".join(filter(None, (self._particular[id(task.parameters)], task.note)))
+            for task in tasks
         )
         if len(texts) == 1:
             return next(iter(texts))
         return "\n".join(f"{count}× {text or 'nothing else'}" for text, count in texts.items())
 
     def _likeness(self, layer: Sequence[TensorTask]) -> object:
-        """Equal for layers that one row of the table describes."""
+        """A key that is equal for layers in one row of the table."""
         first = layer[0]
         if first.group == first.name:
             return first.name
@@ -114,10 +116,14 @@ def plan_row(label: str, tasks: Sequence[TensorTask], settings: Settings) -> tup
     )
 
 
+def percent(share: float) -> str:
+    return f"{100 * share:.3g} %"
+
+
 def print_table(console: Console, table: Table, rows: Sequence[Sequence[str]]) -> None:
     """Print rows of text in a table without lines.
 
-    Rows that need no folding are written as they are: rich takes a third of a millisecond for each,
+    Rows that need no folding are written directly: rich takes a third of a millisecond for each,
     half a minute for a large model.
     """
     heads = [str(column.header) for column in table.columns]
@@ -137,37 +143,34 @@ def print_table(console: Console, table: Table, rows: Sequence[Sequence[str]]) -
         console.file.write(_GAP.join(starmap(_padded, cells)) + "\n")
 
 
-_GAP = "  "
-
-
 def _padded(cell: str, width: int, right: bool) -> str:
     space = " " * (width - cell_len(cell))
     return space + cell if right else cell + space
 
 
 def _in_words(parameters: Mapping[str, Any]) -> dict[str, str]:
-    """Resolved parameters as text; what is derived from another (None) is left out."""
-    shown = {}
+    """Resolved parameters as text, without derived ones (None)."""
+    texts = {}
     for name, value in parameters.items():
         values = value if isinstance(value, list) else [value]
         if any(v is not None for v in values):
             text = " ".join(f"{v:.4g}" if type(v) is float else str(v).lower() for v in values)
-            shown[name] = f"{name} {text}"
-    return shown
+            texts[name] = f"{name} {text}"
+    return texts
 
 
 def indented(document: Any) -> str:
     """`json.dumps(document, indent=1, ensure_ascii=False)` where every key is a string.
 
-    A list or mapping that the document holds in many places is encoded once for each depth.
+    A list or mapping that occurs more than once is encoded once for each depth.
     """
     return _Encoder().text(document, 1)
 
 
 class _Encoder:
     def __init__(self) -> None:
-        # By identity, which lasts as long as the document holds its parts.
-        self._known: dict[tuple[int, int], str] = {}
+        # By identity: the document keeps its parts alive.
+        self._cache: dict[tuple[int, int], str] = {}
 
     def text(self, value: Any, depth: int) -> str:
         if isinstance(value, str):
@@ -175,9 +178,9 @@ class _Encoder:
         if not isinstance(value, dict | list | tuple) or not value:
             return json.dumps(value)
         key = id(value), depth
-        cached = self._known.get(key)
+        cached = self._cache.get(key)
         if cached is None:
-            cached = self._known[key] = self._container(value, depth)
+            cached = self._cache[key] = self._container(value, depth)
         return cached
 
     def _container(self, value: dict[str, Any] | Sequence[Any], depth: int) -> str:
@@ -185,5 +188,5 @@ class _Encoder:
         if isinstance(value, dict):
             parts = [f"{encode_basestring(k)}: {self.text(v, depth + 1)}" for k, v in value.items()]
             return "{" + start + f",{start}".join(parts) + end + "}"
-        parts = [self.text(item, depth + 1) for item in value]
+        parts = [self.text(element, depth + 1) for element in value]
         return "[" + start + f",{start}".join(parts) + end + "]"

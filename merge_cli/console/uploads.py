@@ -1,4 +1,4 @@
-"""What `merge-cli push` shows: what would be uploaded, and what has been."""
+"""Printing uploads of `merge-cli push`: what would be uploaded, and finished ones."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def package_json(package: Package, repo: str, branch: str, public: bool) -> dict[str, Any]:
-    """What an upload would send, as data."""
+    """An upload before it starts, as data."""
     return {
         "repository": repo,
         "branch": branch,
@@ -59,7 +59,7 @@ def pushed_json(pushed: Pushed) -> dict[str, Any]:
 
 
 def print_pushed(console: Console, pushed: Pushed) -> None:
-    """Where the model is now."""
+    """A finished upload: repository, page, commit."""
     files = f"{len(pushed.files)} files, {show_size(sum(pushed.files.values()))}"
     done = f"pushed {files} to" if pushed.changed else f"nothing to do: all {files} are in"
     where = f"{pushed.repo_id} ({_visibility(pushed.private)})"

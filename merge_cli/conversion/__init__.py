@@ -1,1 +1,1 @@
-"""Pickled checkpoints to safetensors: `run` in the parent, `child` in a process of its own."""
+"""Converting pickled checkpoints to safetensors: `run` in the parent, `child` with limits."""

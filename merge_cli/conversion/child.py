@@ -1,10 +1,10 @@
-"""One pickled file to one safetensors file, in a process that may use so much memory.
+"""Converting one pickled file to safetensors, in a separate process with limited memory.
 
     python -m merge_cli.conversion.child FILE TARGET LIMIT COPIES
 
-torch's own unpickler with `weights_only` builds tensors and plain containers, and calls nothing.
-Reads a JSON list from its standard input: names that other files have had. Prints one line of JSON:
-what was written, what was left out, or why nothing was.
+torch's unpickler with `weights_only` builds tensors and plain containers, and calls nothing.
+Standard input is a JSON list: names of tensors that earlier files had. Standard output is one line
+of JSON: what was written, what was left out, or the error.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-# Where training programs put the weights among other things.
+# Keys under which training programs store the weights.
 _WRAPPERS = ("state_dict", "model", "model_state_dict", "module")
 
 
@@ -25,8 +25,8 @@ def main(file: str, target: str, limit: str, copies: str) -> dict[str, Any]:
     """Convert.
 
     Args:
-        limit: bytes of memory beyond what the libraries take; 0 for no limit.
-        copies: `keep` writes tensors that are another one's memory, too; `leave` leaves them out.
+        limit: bytes of memory beyond what the libraries use; 0 for no limit.
+        copies: `keep` also writes tensors that share another one's memory; `leave` does not.
     """
     import torch
     from safetensors.torch import save_file
@@ -38,40 +38,41 @@ def main(file: str, target: str, limit: str, copies: str) -> dict[str, Any]:
         return {"error": broken, "unsafe": False}
     try:
         loaded = _load(torch, file)
-    except Exception as error:  # a pickle can break in any way it likes
-        said = str(error).strip().splitlines() or [type(error).__name__]
+    except Exception as error:  # a broken pickle can raise anything
+        lines = str(error).strip().splitlines() or [type(error).__name__]
         return {
-            "error": said[0],
+            "error": lines[0],
             "unsafe": "weights_only" in str(error) or type(error).__name__ == "UnpicklingError",
         }
     weights, left_out = _weights(torch, loaded)
     if not weights:
         return {"error": "there are no tensors in it", "unsafe": False}
-    known = set(json.load(sys.stdin))
-    own = {name: tensor for name, tensor in weights.items() if name not in known}
-    kept, tied = _without_copies(own, keep=copies == "keep")
+    converted = set(json.load(sys.stdin))
+    new = {name: tensor for name, tensor in weights.items() if name not in converted}
+    tensors, tied = _without_copies(new, keep=copies == "keep")
     temporary = f"{target}.new"
     try:
-        save_file(kept, temporary, metadata={"format": "pt"})
+        save_file(tensors, temporary, metadata={"format": "pt"})
         os.replace(temporary, target)
     except Exception as error:
         number = _error_number(error)
         if number is None:
             raise
-        Path(temporary).unlink(missing_ok=True)  # a full disk has better use for it
+        Path(temporary).unlink(missing_ok=True)  # the disk is full
         return {"unwritten": number}
     return {
         "tensors": {
-            name: [str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in kept.items()
+            name: [str(t.dtype).removeprefix("torch."), list(t.shape)]
+            for name, t in tensors.items()
         },
         "tied": tied,
         "left_out": left_out,
-        "again": sorted(known & set(weights)),
+        "again": sorted(converted & set(weights)),
     }
 
 
 def _broken(file: Path) -> str:
-    """What makes it no file of torch's, or none that is whole; empty otherwise."""
+    """Why it is not a complete file of torch's; empty if it is."""
     with file.open("rb") as opened:
         start = opened.read(2)
     if not start:
@@ -84,11 +85,11 @@ def _broken(file: Path) -> str:
 
 
 def _error_number(error: Exception) -> int | None:
-    """Why the system would not write; safetensors says so in words alone."""
+    """The system's error number, which safetensors only has in its message."""
     if isinstance(error, OSError):
         return error.errno
-    said = re.search(r"\(os error (\d+)\)", str(error))
-    return int(said[1]) if said else None
+    match = re.search(r"\(os error (\d+)\)", str(error))
+    return int(match[1]) if match else None
 
 
 def _load(torch: Any, file: str) -> Any:
@@ -101,7 +102,7 @@ def _load(torch: Any, file: str) -> Any:
 
 
 def _weights(torch: Any, loaded: Any) -> tuple[dict[str, Any], list[str]]:
-    """Tensors by name, and what else there was."""
+    """Tensors by name, and the names of everything else."""
     while isinstance(loaded, dict):
         inner = next((loaded[k] for k in _WRAPPERS if isinstance(loaded.get(k), dict)), None)
         if inner is None:
@@ -114,26 +115,26 @@ def _weights(torch: Any, loaded: Any) -> tuple[dict[str, Any], list[str]]:
 
 
 def _without_copies(weights: dict[str, Any], *, keep: bool) -> tuple[dict[str, Any], list[str]]:
-    """Every tensor with memory of its own; of those that are one tensor the first that no head is.
+    """One tensor for each piece of memory: of those that share it the first that is not a head.
 
     Returns:
-        the tensors, and the names that were another one's.
+        the tensors, and the names of those that shared another one's memory.
     """
     owners: dict[tuple[Any, ...], str] = {}
-    kept, tied = {}, []
+    tensors, tied = {}, []
     for name in sorted(weights, key=lambda name: ("head" in name, name)):
         tensor = weights[name]
-        place = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
-        if tensor.numel() and place in owners:
+        memory = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        if tensor.numel() and memory in owners:
             if keep:
-                kept[name] = tensor.clone()
+                tensors[name] = tensor.clone()
             else:
                 tied.append(name)
             continue
-        owners[place] = name
+        owners[memory] = name
         # A part of a larger storage is copied out of it.
-        kept[name] = tensor.contiguous().clone() if _shares(tensor) else tensor.contiguous()
-    return kept, sorted(tied)
+        tensors[name] = tensor.contiguous().clone() if _shares(tensor) else tensor.contiguous()
+    return tensors, sorted(tied)
 
 
 def _shares(tensor: Any) -> bool:
@@ -141,14 +142,14 @@ def _shares(tensor: Any) -> bool:
     return bool(tensor.untyped_storage().nbytes() != used)
 
 
-def _limit_memory(room: int) -> None:
-    """Addresses beyond what is taken now; macOS has no such limit."""
+def _limit_memory(extra: int) -> None:
+    """Limit the address space beyond what is used now; macOS has no such limit."""
     if sys.platform != "linux":
         return
     import resource
 
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    limit = pages * os.sysconf("SC_PAGE_SIZE") + room
+    limit = pages * os.sysconf("SC_PAGE_SIZE") + extra
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 

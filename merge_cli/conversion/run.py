@@ -1,10 +1,10 @@
-"""A model with pickled weights to a folder with safetensors, file by file.
+"""Converting a model with pickled weights to safetensors, file by file.
 
     pytorch_model-00001-of-2.bin ─▶ child process ─▶ OUT.partial/model/model-00001-of-2.safetensors
     ...                                              config, tokenizer, index  ─▶  OUT
 
-Opening a pickle can run any code, so each is opened in a process of its own, by torch's unpickler
-that builds tensors alone, with a limit on memory. A file that is finished is not done again.
+Opening a pickle can run any code. So each is opened in a separate process with limited memory, by
+torch's unpickler, which only builds tensors. A finished file is not converted again.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ Show = Callable[[Progress], None]
 
 @dataclass(frozen=True)
 class Converted:
-    """What was written.
+    """A converted model.
 
     Attributes:
-        tied: names that were another tensor's memory, and are left to the config.
-        left_out: what was in the files besides tensors.
+        tied: names of tensors that shared another one's memory; the config ties them.
+        left_out: names of what was in the files besides tensors.
     """
 
     path: Path
@@ -68,20 +68,20 @@ def convert(
     fresh: bool = False,
     show: Show = lambda progress: None,
 ) -> Converted:
-    """Convert a model.
+    """Convert a model to safetensors.
 
     Args:
         model: a folder, or a Hub id@revision.
         max_memory: bytes that a process may use beyond its libraries; 0 for twice the file it
             opens and a gigabyte.
         overwrite: replace OUT, if it is a model.
-        fresh: throw away what an interrupted conversion, or other work, has left beside OUT.
+        fresh: discard the working files of an earlier command for OUT.
 
     Raises:
-        UsageError: OUT exists, holds the model, or has unfinished work of something else.
-        SourceError: no pickles, one that holds anything but tensors, or one that has changed.
+        UsageError: OUT exists, holds the model, or has unfinished work of another command.
+        SourceError: no pickles, a pickle with more than tensors, or one that has changed.
         ResourceError: the disk is full, memory ran out, another process writes to OUT.
-        Interrupted: the same call goes on.
+        Interrupted: the same call resumes.
     """
     try:
         with OutputWorkspace(out, "conversion") as work:
@@ -102,39 +102,39 @@ def convert(
             records = Records(work.journal, key, inputs.digest)
             try:
                 job = _Job(model, work.model, max_memory, copies, work.lock)
-                found = _convert_all(job, files, records, show)
+                entries = _convert_all(job, files, records, show)
             finally:
                 records.close()
-            _clear(work.model, found)
+            _clear(work.model, entries)
             copy_companions(root, root, work.model)
             if (root / "config.json").is_file():
                 shutil.copyfile(root / "config.json", work.model / "config.json")
-            result = _finish(found, work.model)
+            totals = _finish(entries, work.model)
             inputs.verify_or(work.discard)
             work.publish()
     except OSError as error:
         raise write_error(error, out) from error
     except KeyboardInterrupt:
-        hint = "The same command goes on."
+        hint = "The same command resumes."
         raise Interrupted("stopped", where=f"{out}.partial", hint=hint) from None
-    return Converted(out, *result)
+    return Converted(out, *totals)
 
 
 def _key(root: Path, files: Sequence[Path], copies: str, inputs: Inputs) -> str:
-    """A digest of everything that the output depends on."""
+    """A fingerprint of everything that the output depends on."""
     names = [file.relative_to(root).as_posix() for file in files]
-    about = [_FORMAT, version("merge-cli"), version("torch"), str(root.resolve()), names, copies]
-    return hashlib.sha256(repr((about, inputs.content)).encode()).hexdigest()
+    settings = [_FORMAT, version("merge-cli"), version("torch"), str(root.resolve()), names, copies]
+    return hashlib.sha256(repr((settings, inputs.content)).encode()).hexdigest()
 
 
 def find_pickles(model: str, show: Show) -> tuple[Path, list[Path]]:
     """The model's folder and its pickled files, as its index lists them.
 
     Raises:
-        SourceError: no folder, nothing pickled in it, or an index that does not hold.
+        SourceError: no folder, no pickled weights in it, or an index with missing files.
     """
-    place = local_folder(model, Path.cwd())
-    if place is None:
+    folder = local_folder(model, Path.cwd())
+    if folder is None:
         reference = parse_reference(model, Path.cwd())
         repository = hub_id(reference.path)
         if repository is None:
@@ -149,34 +149,34 @@ def find_pickles(model: str, show: Show) -> tuple[Path, list[Path]]:
             fetched += count
             show(Progress("fetch", fetched, total, model))
 
-        place = hub.fetch_files(repo, requested, progress)
-    if not place.is_dir():
+        folder = hub.fetch_files(repo, requested, progress)
+    if not folder.is_dir():
         hint = "Name the model's folder, not a file in it."
         raise SourceError("not a folder", model=model, hint=hint)
     try:
-        names = sorted(p.name for p in place.iterdir() if p.is_file())
+        names = sorted(p.name for p in folder.iterdir() if p.is_file())
     except OSError as error:
         raise SourceError(f"cannot be read: {error.strerror}", model=model) from None
     if _INDEX_OF_PICKLES in names:
-        return place, [place / name for name in _listed(place, names, model)]
-    found = [n for n in names if n.endswith(_PICKLES) and not n.startswith(_NO_WEIGHTS)]
-    if not found:
+        return folder, [folder / name for name in _listed(folder, names, model)]
+    pickles = [n for n in names if n.endswith(_PICKLES) and not n.startswith(_NO_WEIGHTS)]
+    if not pickles:
         safe = any(name.endswith(".safetensors") for name in names)
         hint = "It has safetensors already: nothing needs converting." if safe else ""
         raise SourceError("has no pickled weights", model=model, hint=hint)
-    return place, [place / name for name in found]
+    return folder, [folder / name for name in pickles]
 
 
-def _listed(place: Path, names: Sequence[str], model: str) -> list[str]:
+def _listed(folder: Path, names: Sequence[str], model: str) -> list[str]:
     """The files that the index lists."""
-    weight_map = read_mapping(place / _INDEX_OF_PICKLES, model).get("weight_map")
+    weight_map = read_mapping(folder / _INDEX_OF_PICKLES, model).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CorruptFileError("has no weight_map", model=model, file=_INDEX_OF_PICKLES)
-    found = {name if isinstance(name, str) else repr(name) for name in weight_map.values()}
-    odd = sorted(name for name in found if name not in names)
-    if odd:
-        raise SourceError("its index names a file that is not here", model=model, file=odd[0])
-    return sorted(found)
+    listed = {name if isinstance(name, str) else repr(name) for name in weight_map.values()}
+    missing = sorted(name for name in listed if name not in names)
+    if missing:
+        raise SourceError("its index names a file that is not here", model=model, file=missing[0])
+    return sorted(listed)
 
 
 def _config(root: Path, model: str) -> dict[str, Any]:
@@ -185,7 +185,7 @@ def _config(root: Path, model: str) -> dict[str, Any]:
 
 
 def _untied(config: Mapping[str, Any]) -> bool:
-    """Whether the config says that head and embedding are two, however they were stored."""
+    """Whether the config says that head and embedding are separate."""
     return (
         text_config(config).get("tie_word_embeddings", config.get("tie_word_embeddings")) is False
     )
@@ -193,11 +193,11 @@ def _untied(config: Mapping[str, Any]) -> bool:
 
 @dataclass(frozen=True)
 class _Job:
-    """What every file is converted with.
+    """Settings for every file.
 
     Attributes:
         folder: where the results go.
-        lock: a descriptor that a child keeps open, so that nobody works here while it lives.
+        lock: a descriptor that the child keeps open: the workspace is locked while it runs.
     """
 
     model: str
@@ -211,24 +211,24 @@ def _convert_all(
     job: _Job, files: Sequence[Path], records: Records, show: Show
 ) -> list[Mapping[str, Any]]:
     total = sum(file.stat().st_size for file in files)
-    known = {str(entry.get("file")): entry for entry in records.entries}
+    recorded = {str(record.get("file")): record for record in records.entries}
     done, seen = 0, list[str]()
-    result: list[Mapping[str, Any]] = []
+    entries: list[Mapping[str, Any]] = []
     for number, file in enumerate(files, start=1):
         name = "model.safetensors"
         if len(files) > 1:
             name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
         show(Progress("convert", done, total, file.name))
-        answer = known.get(name)
-        if answer is None or not _is_whole(job.folder / name, answer):
-            made = _in_a_process(job, file, job.folder / name, seen)
-            answer = {"file": name, **made}
+        answer = recorded.get(name)
+        if answer is None or not _is_complete(job.folder / name, answer):
+            outcome = _in_a_process(job, file, job.folder / name, seen)
+            answer = {"file": name, **outcome}
             records.append(answer)
         seen += [*answer["tensors"], *answer["tied"]]
-        result.append(answer)
+        entries.append(answer)
         done += file.stat().st_size
         show(Progress("convert", done, total, file.name))
-    return result
+    return entries
 
 
 def _in_a_process(job: _Job, file: Path, target: Path, seen: Sequence[str]) -> dict[str, Any]:
@@ -238,11 +238,11 @@ def _in_a_process(job: _Job, file: Path, target: Path, seen: Sequence[str]) -> d
     with child(
         "merge_cli.conversion.child", arguments, inherited=[job.lock], text=True, **pipes
     ) as process:
-        said, complaint = process.communicate(json.dumps(list(seen)))
+        output, errors = process.communicate(json.dumps(list(seen)))
     try:
-        answer: dict[str, Any] = json.loads(said)
+        answer: dict[str, Any] = json.loads(output)
     except ValueError:
-        last = (complaint.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
+        last = (errors.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
         if "memory" in last.lower() or process.returncode < 0:
             message = f"{file.name} needs more memory than {limit / 1e9:.1f} GB"
             raise ResourceError(message, hint="Give it more with --max-memory.") from None
@@ -260,39 +260,39 @@ def _in_a_process(job: _Job, file: Path, target: Path, seen: Sequence[str]) -> d
     raise SourceError(message, model=job.model, file=file.name, hint=hint)
 
 
-def _is_whole(file: Path, answer: Mapping[str, Any]) -> bool:
-    """Whether a file is there with the tensors that the record tells of."""
+def _is_complete(file: Path, entry: Mapping[str, Any]) -> bool:
+    """Whether a file exists with the tensors of its record."""
     try:
-        refs = parse_header(read_header_file(file, ""), file, file.stat().st_size, "")
+        tensors = parse_header(read_header_file(file, ""), file, file.stat().st_size, "")
     except (OSError, SourceError):
         return False
-    return refs.keys() == set(answer["tensors"])
+    return tensors.keys() == set(entry["tensors"])
 
 
-def _clear(folder: Path, found: Sequence[Mapping[str, Any]]) -> None:
-    """Remove what an earlier run has put beside the weights, or begun."""
-    kept = {item["file"] for item in found}
+def _clear(folder: Path, entries: Sequence[Mapping[str, Any]]) -> None:
+    """Remove what an earlier run has left besides the weights."""
+    names = {entry["file"] for entry in entries}
     for path in folder.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
-        elif path.name not in kept:
+        elif path.name not in names:
             path.unlink()
 
 
 def _finish(
-    found: Sequence[Mapping[str, Any]], folder: Path
+    entries: Sequence[Mapping[str, Any]], folder: Path
 ) -> tuple[int, int, tuple[str, ...], tuple[str, ...]]:
-    """The index, and the sums."""
-    weight_map = {name: one["file"] for one in found for name in one["tensors"]}
+    """Write the index, and add up what was written."""
+    weight_map = {name: entry["file"] for entry in entries for name in entry["tensors"]}
     size = 0
-    for one in found:
-        file = folder / one["file"]
-        refs = parse_header(read_header_file(file, ""), file, file.stat().st_size, "")
-        size += sum(ref.nbytes for ref in refs.values())
-    if len(found) > 1:
+    for entry in entries:
+        file = folder / entry["file"]
+        tensors = parse_header(read_header_file(file, ""), file, file.stat().st_size, "")
+        size += sum(ref.nbytes for ref in tensors.values())
+    if len(entries) > 1:
         ordered = dict(sorted(weight_map.items()))
         document = {"metadata": {"total_size": size}, "weight_map": ordered}
         (folder / INDEX).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    tied = tuple(sorted({name for one in found for name in one["tied"]}))
-    left_out = tuple(sorted({name for item in found for name in item["left_out"]}))
+    tied = tuple(sorted({name for entry in entries for name in entry["tied"]}))
+    left_out = tuple(sorted({name for entry in entries for name in entry["left_out"]}))
     return len(weight_map), size, tied, left_out

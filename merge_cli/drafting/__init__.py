@@ -1,0 +1,1 @@
+"""Writing a first recipe for some models (`merge-cli init`)."""

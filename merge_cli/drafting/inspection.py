@@ -1,4 +1,4 @@
-"""What models are, before any weight is read: headers, configs, tokenizers, cards."""
+"""Inspecting models for `init` without reading weights: headers, configs, tokenizers, cards."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from merge_cli.tokenizer.files import read_tokenizer
 
 @dataclass(frozen=True)
 class ModelInspection:
-    """Models side by side, from their small files.
+    """What the small files of several models say.
 
     Attributes:
         tokenizers: how each model's differs from the base's (or the first model's), in order.
-        dtype: what all of them are stored in, in a recipe's words; None where they differ.
-        parent: the repository that the models' cards name as what they were made from; None where
-            they name none or several.
+        dtype: the stored dtype of all models, as recipes write it; None where they differ.
+        parent: the repository that the models' cards name as their base model; None where they
+            name none or several.
     """
 
-    subject: ModelSet
+    model_set: ModelSet
     tokenizers: tuple[TokenizerDifference, ...]
     dtype: str | None
     parent: str | None
@@ -40,15 +40,15 @@ class ModelInspection:
     @property
     def sources(self) -> tuple[Source, ...]:
         """Every model, the base first."""
-        return self.subject.sources
+        return self.model_set.sources
 
     @property
     def recipe(self) -> Recipe:
-        """The models as a recipe names them, in the dtype that they have."""
-        return self.dressed(self.subject.plan.recipe)
+        """A recipe of the models, with the dtype and the vocabulary that they need."""
+        return self.with_dtype_and_tokenizer(self.model_set.plan.recipe)
 
     @property
-    def unlike(self) -> bool:
+    def vocabularies_differ(self) -> bool:
         """Whether a token number may mean different tokens in different models."""
         return any(
             tokenizer.tokens_differ
@@ -56,9 +56,9 @@ class ModelInspection:
             if tokenizer.size and tokenizer.reference_size
         )
 
-    def dressed(self, recipe: Recipe) -> Recipe:
+    def with_dtype_and_tokenizer(self, recipe: Recipe) -> Recipe:
         """A recipe of these models with the dtype and the vocabulary that they need."""
-        tokenizer = TokenizerSpec(UNION) if self.unlike else None
+        tokenizer = TokenizerSpec(UNION) if self.vocabularies_differ else None
         return replace(recipe, dtype=self.dtype, tokenizer=tokenizer)
 
     @property
@@ -67,7 +67,7 @@ class ModelInspection:
         return sum(ref.nbytes for source in self.sources for ref in source.tensors.values())
 
     @property
-    def is_here(self) -> bool:
+    def is_cached_locally(self) -> bool:
         """Whether all weights are on this machine."""
         return all(
             is_cached(repository, name)
@@ -93,17 +93,18 @@ class ModelInspection:
         return f"{len(self.sources)} models, {kind}, {size} parameters each, {stored}, {total}"
 
     def notes(self) -> list[str]:
-        """What should be known about these models, one line each."""
-        subject = self.subject
-        lines = [self.summary, *subject.plan.notes]
-        for name, item in zip(self._compared, self.tokenizers, strict=True):
-            if item.tokens_differ:
+        """Notes for the user about these models, one line each."""
+        model_set = self.model_set
+        lines = [self.summary, *model_set.plan.notes]
+        for name, tokenizer in zip(self._compared, self.tokenizers, strict=True):
+            if tokenizer.tokens_differ:
                 lines.append(
-                    f"{name}: another vocabulary than {self._first} ({item.missing:,} tokens "
-                    f"missing, {item.added:,} added, {item.renumbered:,} with another number)"
+                    f"{name}: another vocabulary than {self._first} "
+                    f"({tokenizer.missing:,} tokens missing, {tokenizer.added:,} added, "
+                    f"{tokenizer.renumbered:,} with another number)"
                 )
-            elif item.rules or item.special:
-                lines.append(f"{name}: cuts or marks text in another way than {self._first}")
+            elif tokenizer.rules or tokenizer.special:
+                lines.append(f"{name}: splits or marks text differently from {self._first}")
         lines += self._kinship()
         return lines
 
@@ -111,10 +112,10 @@ class ModelInspection:
         if self.parent is None:
             return []
         labels = {_repository(source): source.label for source in self.sources}
-        base = _repository(self.sources[0]) if self.subject.base is not None else None
+        base = _repository(self.sources[0]) if self.model_set.base is not None else None
         if base is None and self.parent in labels:
-            own = labels[self.parent]
-            return [f"by their cards the others were made from {own}: give it as the base"]
+            base_label = labels[self.parent]
+            return [f"by their cards the others were made from {base_label}: give it as the base"]
         if base is None:
             return [f"by their cards they were made from {self.parent}: give it as the base"]
         if self.parent != base and "/" in base:
@@ -123,42 +124,46 @@ class ModelInspection:
 
     @property
     def _first(self) -> str:
-        return self.subject.base or self.subject.models[0]
+        return self.model_set.base or self.model_set.models[0]
 
     @property
     def _compared(self) -> Sequence[str]:
-        return self.subject.models if self.subject.base is not None else self.subject.models[1:]
+        return (
+            self.model_set.models if self.model_set.base is not None else self.model_set.models[1:]
+        )
 
 
 def inspect_model(base: str | None, models: Sequence[str]) -> ModelInspection:
-    """Open models as a command line names them.
+    """Inspect models: folders or Hub ids.
 
     Raises:
         SourceError, HubError: a model that cannot be opened.
         MismatchError: several of these, or models that do not fit one another: every reason.
         UsageError: fewer than two models.
     """
-    subject = open_model_set(recipe_of(base, models))
-    sources = subject.sources
+    model_set = open_model_set(recipe_of(base, models))
+    sources = model_set.sources
     tokenizers = [read_tokenizer(source) for source in sources]
     names = [source.label for source in sources]
     differences = tuple(
-        tokenizer_difference(name, tokenizers[0], own)
-        for name, own in zip(names[1:], tokenizers[1:], strict=True)
+        tokenizer_difference(name, tokenizers[0], tokenizer)
+        for name, tokenizer in zip(names[1:], tokenizers[1:], strict=True)
     )
     parents = {parent for source in sources if (parent := _parent(source)) is not None}
-    if len(parents) > 1 and subject.base is not None:  # the base's own parent is another story
+    if len(parents) > 1 and model_set.base is not None:  # the base's own parent does not count
         parents = {p for source in sources[1:] if (p := _parent(source)) is not None}
     parent = parents.pop() if len(parents) == 1 else None
-    look = ModelInspection(subject, differences, _dtype(sources), parent)
-    if subject.problems and not look.unlike:  # else the plan knows better, with rows by token
-        raise MismatchError(subject.problems, "these models cannot be merged with one another")
-    return look
+    inspection = ModelInspection(model_set, differences, _dtype(sources), parent)
+    if (
+        model_set.problems and not inspection.vocabularies_differ
+    ):  # else rows are aligned by token, and the plan checks them
+        raise MismatchError(model_set.problems, "these models cannot be merged with one another")
+    return inspection
 
 
 def _dtype(sources: Sequence[Source]) -> str | None:
-    found = {dtype for stored in stored_dtypes(sources) for dtype in stored if dtype in MERGEABLE}
-    return DTYPES[found.pop()][1] if len(found) == 1 else None
+    dtypes = {dtype for stored in stored_dtypes(sources) for dtype in stored if dtype in MERGEABLE}
+    return DTYPES[dtypes.pop()][1] if len(dtypes) == 1 else None
 
 
 def _architecture(source: Source) -> str:
@@ -173,9 +178,13 @@ def _repository(source: Source) -> str:
 
 
 def _parent(source: Source) -> str | None:
-    """The one model that a card, or else a config, names as what this one was made from."""
-    named = source_cards(source)[0].get("base_model")
-    listed = named if isinstance(named, list) else [named or source.config.get("_name_or_path")]
-    found = {item for item in listed if isinstance(item, str) and "/" in item and hub_id(item)}
-    parent = found.pop() if len(found) == 1 else None
+    """The base model that a card, or else a config, names; None for none or several."""
+    base_model = source_cards(source)[0].get("base_model")
+    listed = (
+        base_model
+        if isinstance(base_model, list)
+        else [base_model or source.config.get("_name_or_path")]
+    )
+    parents = {name for name in listed if isinstance(name, str) and "/" in name and hub_id(name)}
+    parent = parents.pop() if len(parents) == 1 else None
     return parent if parent != _repository(source) else None

@@ -1,9 +1,7 @@
-"""A method and where its parameters start, with the reason for each.
+"""Writing a first recipe (`merge-cli init`): inspect the models, propose a method, plan the text.
 
-Where weights are read, `analysis.advice` decides. Here are the rules for headers alone, and for a
-method that the user has chosen.
-
-A first recipe: models looked at, a method proposed, and the text planned before it is kept.
+Where weights are read, `analysis.advice` proposes. Here are the rules for headers alone, and for a
+method that the user has chosen; each parameter starts with a reason.
 """
 
 from __future__ import annotations
@@ -12,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from merge_cli.analysis.advice import advice_text, whole_models
+from merge_cli.analysis.advice import EXPERIMENTS, SLERP, advice_text, whole_models
 from merge_cli.analysis.result import Advice, Suggestion
 from merge_cli.analysis.run import analyze
 from merge_cli.drafting.inspection import ModelInspection, inspect_model
@@ -24,8 +22,7 @@ from merge_cli.recipe.schema import Recipe, SourceSpec
 from merge_cli.recipe.values import Parameter, Scalar
 from merge_cli.system.raw_io import write_error
 
-_OURS = "docs/experiments.md"
-# Where to start, where a method's default is not the place. A function of the number of sources.
+# Parameters that start at 1 / number of sources instead of their default, and why.
 _STARTS = {
     ("task_arithmetic", "lambda"): "with equal weights the plain average of the changes",
     ("dare", "weight"): "so that the changes are averaged, not added up",
@@ -36,67 +33,69 @@ _FIXED: dict[tuple[str, str], tuple[float, str]] = {
     ("dare", "density"): (0.5, "half of every change is dropped, the rest doubled"),
     ("dare_ties", "density"): (0.5, "half of every change is dropped, the rest doubled"),
 }
+READ_AT_MOST = 4_000_000_000  # bytes of weights: seconds
 
 
-def from_headers(look: ModelInspection) -> Advice:
-    """What to begin with where nothing is known of the weights."""
-    subject = look.subject
-    kept = list(range(len(subject.models)))
-    if subject.base is None:
-        why = "Without the base that the models came from there are no task vectors."
-        suggestions = [Suggestion("soup", f"{why} Give it with --base.", "arXiv:2203.05482")]
-        if len(kept) == 2:
-            circle = "With two models, the great circle keeps the norm that an average shrinks."
-            suggestions.append(Suggestion("slerp", circle, _OURS))
+def from_headers(inspection: ModelInspection) -> Advice:
+    """What to begin with where no weights were read."""
+    model_set = inspection.model_set
+    indexes = list(range(len(model_set.models)))
+    if model_set.base is None:
+        without_base = "Without the base that the models came from there are no task vectors."
+        suggestions = [
+            Suggestion("soup", f"{without_base} Give it with --base.", "arXiv:2203.05482")
+        ]
+        if len(indexes) == 2:
+            suggestions.append(SLERP)
         return Advice(
             "Begin with the plain average.",
             tuple(suggestions),
-            whole_models(look.recipe, "soup", kept, {}, {}),
-            ("soup: the plain average; every weight is 1.", *_vocabulary(look)),
+            whole_models(inspection.recipe, "soup", indexes, {}, {}),
+            ("soup: the plain average; every weight is 1.", *_vocabulary(inspection)),
         )
-    if len(kept) == 1:
+    if len(indexes) == 1:
         scale, summary = 0.5, "There is one source, and its change can be scaled."
         comment = "lambda 0.5: half way between the base and the model; try 0.3 to 1."
     else:
-        scale, summary = round(1 / len(kept), 4), "Begin with the average of the changes."
-        comment = f"lambda {scale:g}: 1/{len(kept)}, {_STARTS['task_arithmetic', 'lambda']}."
+        scale, summary = round(1 / len(indexes), 4), "Begin with the average of the changes."
+        comment = f"lambda {scale:g}: 1/{len(indexes)}, {_STARTS['task_arithmetic', 'lambda']}."
     reason = "The method that has helped most reliably on language models."
-    source = f"arXiv:2212.04089, arXiv:2511.21437; {_OURS}"
+    source = f"arXiv:2212.04089, arXiv:2511.21437; {EXPERIMENTS}"
     others = [Suggestion("ties", "Changes that pull both ways are elected.", "arXiv:2306.01708")]
     return Advice(
         summary,
-        (Suggestion("task_arithmetic", reason, source), *others * (len(kept) > 1)),
-        whole_models(look.recipe, "task_arithmetic", kept, {"lambda": scale}, {}),
-        (comment, *_vocabulary(look)),
+        (Suggestion("task_arithmetic", reason, source), *others * (len(indexes) > 1)),
+        whole_models(inspection.recipe, "task_arithmetic", indexes, {"lambda": scale}, {}),
+        (comment, *_vocabulary(inspection)),
     )
 
 
-def by_method(look: ModelInspection, name: str) -> Advice:
+def by_method(inspection: ModelInspection, name: str) -> Advice:
     """A recipe by the method that the user has chosen: every model, every parameter.
 
     Raises:
         UsageError: no such method, one that needs data, or other models than these.
     """
     method = draftable(name)
-    recipe = _arranged(look, method)
+    recipe = _arranged(inspection, method)
     count = len(recipe.models)
-    own: dict[str, Parameter] = {}
+    per_model: dict[str, Parameter] = {}
     shared: dict[str, Parameter] = {}
     comments = []
     for key, parameter in method.parameters.items():
         value, why = _start(method.name, key, count, parameter.default)
         if value is None:
             continue  # it follows from another parameter
-        place = own if parameter.per_model else shared
-        place[key] = Parameter(key, value, f"parameters.{key}")
+        group = per_model if parameter.per_model else shared
+        group[key] = Parameter(key, value, f"parameters.{key}")
         comments.append(f"{key} {_yaml(value)}: {why or parameter.doc}")
-    models = tuple(replace(spec, parameters=own) for spec in recipe.models)
+    models = tuple(replace(spec, parameters=per_model) for spec in recipe.models)
     paper = method.paper or "merge-cli methods " + method.name
     return Advice(
         method.summary,
         (Suggestion(name, method.summary, paper),),
         replace(recipe, merge_method=name, models=models, parameters=shared),
-        (*comments, *_vocabulary(look)),
+        (*comments, *_vocabulary(inspection)),
     )
 
 
@@ -113,9 +112,9 @@ def draftable(name: str) -> Method:
     return method
 
 
-def _arranged(look: ModelInspection, method: Method) -> Recipe:
-    """The models in the places where the method wants them."""
-    recipe, name = look.recipe, method.name
+def _arranged(inspection: ModelInspection, method: Method) -> Recipe:
+    """The recipe with the base and the sources that the method needs."""
+    recipe, name = inspection.recipe, method.name
     models = recipe.models
     if method.base_is_source:
         first = SourceSpec(recipe.base_model, "base_model") if recipe.base_model else models[0]
@@ -136,15 +135,15 @@ def _arranged(look: ModelInspection, method: Method) -> Recipe:
 
 
 def _start(method: str, key: str, count: int, default: Scalar | None) -> tuple[Scalar | None, str]:
-    """Where a parameter starts, and why; an empty reason means that it is the default."""
+    """A parameter's first value, and why; an empty reason means that it is the default."""
     if (method, key) in _STARTS:
         return round(1 / count, 4), f"1/{count}, {_STARTS[method, key]}"
     return _FIXED.get((method, key), (default, ""))
 
 
-def _vocabulary(look: ModelInspection) -> tuple[str, ...]:
-    """Why rows are brought together by token, where they are."""
-    if not look.unlike:
+def _vocabulary(inspection: ModelInspection) -> tuple[str, ...]:
+    """Why rows are aligned by token, where they are."""
+    if not inspection.vocabularies_differ:
         return ()
     return (
         "tokenizer source union: the vocabularies differ, so rows are brought together by token. "
@@ -156,22 +155,19 @@ def _yaml(value: Scalar) -> str:
     return str(value).lower() if isinstance(value, bool) else f"{value}"
 
 
-READ_AT_MOST = 4_000_000_000  # bytes of weights: seconds
-
-
 @dataclass(frozen=True)
 class ModelStudy:
-    """Models, and what is to be said of them.
+    """Inspected models, and advice about them.
 
     Attributes:
-        advice: what to begin with, where the user does not say.
-        about: what was looked at: the first lines of the recipe.
+        advice: what to begin with, unless the user chooses a method.
+        header: what was looked at: the first lines of the recipe.
         notes: what the user should know, one line each.
     """
 
-    look: ModelInspection
+    inspection: ModelInspection
     advice: Advice
-    about: tuple[str, ...]
+    header: tuple[str, ...]
     notes: tuple[str, ...]
 
 
@@ -191,54 +187,62 @@ def study_models(
     options: MergeOptions | None = None,
     show: Callable[[Progress], None] = lambda progress: None,
 ) -> ModelStudy:
-    """Look at models, and at their weights where they are here and small.
+    """Inspect models, and analyse their weights where those are local and small.
 
     Args:
         base, models: folders or Hub ids.
         read: False never reads weights.
 
     Raises:
-        SourceError, MismatchError, UsageError: see `look_at`.
+        SourceError, MismatchError, UsageError: see `inspect_model`.
     """
-    look = inspect_model(base, models)
-    notes = look.notes()
-    if read and not look.unlike and look.is_here and look.size <= READ_AT_MOST:
+    inspection = inspect_model(base, models)
+    notes = inspection.notes()
+    if (
+        read
+        and not inspection.vocabularies_differ
+        and inspection.is_cached_locally
+        and inspection.size <= READ_AT_MOST
+    ):
         analysis = analyze(base=base, models=models, options=options, show=show)
         notes += [verdict.text for verdict in analysis.verdicts]
-        advice, whence = analysis.advice, "their weights were read"
+        advice, weights_read = analysis.advice, "their weights were read"
     else:
-        advice, whence = from_headers(look), "their weights were not read"
+        advice, weights_read = from_headers(inspection), "their weights were not read"
         notes.append("weights were not read; merge-cli analyze says more of these models")
-    about = ("A first recipe by merge-cli init.", f"It looked at {look.summary}; {whence}.")
+    header = (
+        "A first recipe by merge-cli init.",
+        f"It looked at {inspection.summary}; {weights_read}.",
+    )
     if advice.recipe is not None:
-        advice = replace(advice, recipe=look.dressed(advice.recipe))
-    return ModelStudy(look, advice, about, tuple(notes))
+        advice = replace(advice, recipe=inspection.with_dtype_and_tokenizer(advice.recipe))
+    return ModelStudy(inspection, advice, header, tuple(notes))
 
 
-def scaffold(found: ModelStudy, path: Path, method: str | None = None) -> Scaffold:
-    """The text of a recipe that will lie at `path`, planned from headers as `merge-cli plan` does.
+def scaffold(study: ModelStudy, path: Path, method: str | None = None) -> Scaffold:
+    """The text of a recipe for `path`, planned from headers as `merge-cli plan` does.
 
     Args:
-        method: None takes what was proposed.
+        method: None takes the proposed one.
 
     Raises:
-        MismatchError: these models should not be merged, and no method was asked for.
-        UsageError: a method that these models cannot be merged by.
-        RecipeError: a model's own files that no recipe can be planned with.
+        MismatchError: these models should not be merged, and no method was given.
+        UsageError: a method that cannot merge these models.
+        RecipeError: files of a model that no recipe can be planned with.
     """
-    advice = found.advice if method is None else by_method(found.look, method)
+    advice = study.advice if method is None else by_method(study.inspection, method)
     if advice.recipe is None:
-        problems = [Problem(note) for note in found.notes]
+        problems = [Problem(note) for note in study.notes]
         raise MismatchError(problems, f"no recipe was written: {advice.summary}")
-    commits = {name: c for source in found.look.sources for name, c in source.commits.items()}
+    commits = {name: c for source in study.inspection.sources for name, c in source.commits.items()}
     folder = path.absolute().parent
-    text = advice_text(advice, advice.recipe, found.about, folder, commits)
+    text = advice_text(advice, advice.recipe, study.header, folder, commits)
     make_plan(load_recipe(path.absolute(), text=text))
     return Scaffold(advice.recipe.merge_method, text)
 
 
 def check_path(path: Path, overwrite: bool) -> None:
-    """Refuse a place where the recipe may not go, before anything is looked at.
+    """Refuse a path that the recipe cannot be written to, before any work.
 
     Raises:
         UsageError: the file exists, or its folder does not.
@@ -251,7 +255,7 @@ def check_path(path: Path, overwrite: bool) -> None:
         raise UsageError("no such folder", where=str(path.parent))
 
 
-def write_scaffold(drafted: Scaffold, path: Path, overwrite: bool) -> None:
+def write_scaffold(scaffold: Scaffold, path: Path, overwrite: bool) -> None:
     """Write the recipe.
 
     Raises:
@@ -260,7 +264,7 @@ def write_scaffold(drafted: Scaffold, path: Path, overwrite: bool) -> None:
     """
     try:
         with path.open("w" if overwrite else "x", encoding="utf-8") as file:
-            file.write(drafted.text)
+            file.write(scaffold.text)
     except FileExistsError:
         raise UsageError("exists", where=str(path), hint="--overwrite replaces it.") from None
     except OSError as error:

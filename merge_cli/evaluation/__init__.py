@@ -1,0 +1,1 @@
+"""Running models on tasks (`merge-cli evaluate`): data, tasks, metrics, gates, caches."""

@@ -1,6 +1,6 @@
-"""Results by content: the same model on the same task is evaluated once.
+"""The cache of evaluation results: the same model on the same task is evaluated once.
 
-A file for each pair, named by the digest of what decides the result. The folder is
+A file for each pair, named by the fingerprint of what decides the result. The folder is
 $MERGE_CLI_CACHE, or merge-cli in $XDG_CACHE_HOME or ~/.cache; it may be deleted at any time.
 """
 
@@ -24,25 +24,25 @@ _FORMAT = 2
 
 
 def cache_folder() -> Path:
-    """Where this tool keeps what can be computed again."""
-    own = os.environ.get("MERGE_CLI_CACHE")
-    if own:
-        return Path(own)
-    shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared) if shared else home_folder() / ".cache") / "merge-cli"
+    """The folder for what can be computed again."""
+    configured = os.environ.get("MERGE_CLI_CACHE")
+    if configured:
+        return Path(configured)
+    xdg_folder = os.environ.get("XDG_CACHE_HOME")
+    return (Path(xdg_folder) if xdg_folder else home_folder() / ".cache") / "merge-cli"
 
 
 def key_of(identity: Mapping[str, Any]) -> str:
-    """SHA-256 of what decides a result."""
+    """SHA-256 of everything that decides a result."""
     text = json.dumps({"format": _FORMAT, **identity}, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def find(key: str, name: str) -> TaskResult | None:
     """A result from an earlier run, under the name that its task has now; None if there is none."""
-    content = read_sealed(_place(key))
+    content = read_sealed(_path(key))
     if content is None:
-        return None  # absent, unreadable or not what was written: evaluated, and written again
+        return None  # absent, unreadable or damaged: evaluated and written again
     try:
         metrics = {name: Metric(**metric) for name, metric in content["metrics"].items()}
         cost = Cost(**content["cost"])
@@ -51,11 +51,11 @@ def find(key: str, name: str) -> TaskResult | None:
             name, content["kind"], metrics, content["examples"], cost, cached=True, notes=notes
         )
     except (KeyError, TypeError, AttributeError):
-        return None  # of a version that kept other things
+        return None  # written by another version
 
 
 def keep(key: str, result: TaskResult) -> None:
-    """Remember a result. A cache that cannot be written costs time later, not the result now."""
+    """Write a result to the cache; a cache that cannot be written only costs time later."""
     content = {
         "kind": result.kind,
         "metrics": {name: asdict(metric) for name, metric in result.metrics.items()},
@@ -63,22 +63,22 @@ def keep(key: str, result: TaskResult) -> None:
         "cost": asdict(result.cost),
         "notes": list(result.notes),
     }
-    if not write_atomically(_place(key), seal(content)):
+    if not write_atomically(_path(key), seal(content)):
         say_once(
             f"results are not kept, because {cache_folder()} cannot be written. "
             "Set MERGE_CLI_CACHE to a folder that can."
         )
 
 
-def write_atomically(place: Path, content: bytes) -> bool:
-    """Write a cache file, whole or not at all; False where the folder does not let us."""
+def write_atomically(path: Path, content: bytes) -> bool:
+    """Write a cache file completely or not at all; False where the folder cannot be written."""
     name = ""
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=place.parent, delete=False) as file:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
             name = file.name
             file.write(content)
-        os.replace(name, place)
+        os.replace(name, path)
     except OSError:
         if name:
             Path(name).unlink(missing_ok=True)
@@ -86,5 +86,5 @@ def write_atomically(place: Path, content: bytes) -> bool:
     return True
 
 
-def _place(key: str) -> Path:
+def _path(key: str) -> Path:
     return cache_folder() / "evaluations" / key[:2] / f"{key}.json"

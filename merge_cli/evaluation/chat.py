@@ -1,9 +1,7 @@
-"""Conversations written by a model's chat template, which is a program and is not trusted.
+"""Rendering conversations with a model's chat template, which is a program and is not trusted.
 
-transformers' own code renders it, in another process under limits (`chat_child.py`). The process
-is started once and ends with this one.
-
-What a chat template may take.
+transformers' code renders it, in another process with limits (`chat_child.py`). The process is
+started once and ends with this one.
 """
 
 from __future__ import annotations
@@ -18,12 +16,31 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
+from merge_cli.errors import SourceError
 from merge_cli.recipe.tokenizer import MAX_TEMPLATE
 from merge_cli.system.processes import python_command
 
+SECONDS = 5.0  # of processor time for one rendering; known templates take milliseconds
+MAX_MEMORY = 1536 * 2**20  # of address space, of which Python and transformers take 200 MiB
+MAX_BYTES = 64 * 2**20  # of a rendered conversation
+
 
 class TemplateError(ValueError):
-    """A template that cannot be used on these messages. The text says why."""
+    """A template that cannot render these messages, with the reason."""
+
+
+SYSTEM_WITHOUT_CHAT = "system is a message of a conversation: it needs chat_template: true"
+
+
+def require_template(tokenizer: Any, label: str) -> None:
+    """Check that a model's tokenizer can render conversations.
+
+    Raises:
+        SourceError: it has no chat template.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        message = "chat_template: true, and its tokenizer has no chat template"
+        raise SourceError(message, model=label, hint="Leave it out, or use `false`.")
 
 
 def render_chat(
@@ -33,9 +50,9 @@ def render_chat(
 
     Raises:
         TemplateError: the template refuses the messages, fails, or takes more time or memory than
-            `chat_limits` allows.
+            the limits below allow.
     """
-    if not _is_jinja(tokenizer):  # a tokenizer that writes conversations by code of its own
+    if not _is_jinja(tokenizer):  # a tokenizer with its own code for conversations
         try:
             return str(
                 tokenizer.apply_chat_template(
@@ -46,7 +63,7 @@ def render_chat(
             raise TemplateError(str(error)) from error
     try:
         template = tokenizer.get_chat_template()
-    except ValueError as error:  # several, and none of them the default
+    except ValueError as error:  # several templates without a default
         raise TemplateError(str(error)) from None
     if not isinstance(template, str):
         raise TemplateError("it is not text")
@@ -72,8 +89,8 @@ def render_chat(
 def _is_jinja(tokenizer: Any) -> bool:
     from transformers import PreTrainedTokenizerBase
 
-    own = getattr(type(tokenizer), "apply_chat_template", None)
-    return own is PreTrainedTokenizerBase.apply_chat_template
+    method = getattr(type(tokenizer), "apply_chat_template", None)
+    return method is PreTrainedTokenizerBase.apply_chat_template
 
 
 def _plain(token: Any) -> Any:
@@ -81,7 +98,7 @@ def _plain(token: Any) -> Any:
 
 
 class _Renderer:
-    """The other process, started when it is first needed, and again after a template ended it."""
+    """The other process, started when it is needed, and again after a template has ended it."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
@@ -90,7 +107,7 @@ class _Renderer:
 
     def ask(self, line: bytes) -> dict[str, Any]:
         with self._lock:
-            process = self._started()
+            process = self._start_process()
             assert process.stdin is not None
             assert process.stdout is not None
             try:
@@ -100,14 +117,14 @@ class _Renderer:
             except BrokenPipeError:
                 answer = b""
             if not answer.endswith(b"\n"):
-                raise TemplateError(self._ended())
-            result: dict[str, Any] = json.loads(answer)
-            if "failed" in result:
-                self._ended()
-                raise TemplateError(f"transformers cannot be started ({result['failed']})")
-            return result
+                raise TemplateError(self._end_reason())
+            reply: dict[str, Any] = json.loads(answer)
+            if "failed" in reply:
+                self._end_reason()
+                raise TemplateError(f"transformers cannot be started ({reply['failed']})")
+            return reply
 
-    def _started(self) -> subprocess.Popen[bytes]:
+    def _start_process(self) -> subprocess.Popen[bytes]:
         if self._process is None:
             self._process = subprocess.Popen(
                 python_command("merge_cli.evaluation.chat_child"),
@@ -117,42 +134,37 @@ class _Renderer:
             )
         return self._process
 
-    def _ended(self) -> str:
-        """Why the process is no more."""
+    def _end_reason(self) -> str:
+        """Why the process has ended."""
         process = self._process
         assert process is not None
-        code = self._closed(process)
+        code = self._close_process(process)
         if code == -signal.SIGPROF:
             return f"it does not end within {SECONDS:g} seconds"
         return f"it ends the process that renders it (code {code}): it needs too much memory"
 
-    def _closed(self, process: subprocess.Popen[bytes]) -> int:
+    def _close_process(self, process: subprocess.Popen[bytes]) -> int:
         self._process = None
         for pipe in (process.stdin, process.stdout):
             try:
                 if pipe is not None:
                     pipe.close()
-            except BrokenPipeError:  # what was not written yet has nobody to read it
+            except BrokenPipeError:  # the process that reads it has ended
                 continue
         return process.wait()
 
     def close(self) -> None:
-        """End the process. It ends by itself, too, when its standard input does."""
+        """End the process. It also ends when its standard input is closed."""
         with self._lock:
             if self._process is not None:
-                self._closed(self._process)
+                self._close_process(self._process)
 
 
 def _renderer() -> _Renderer:
-    """This process's own: after a fork the parent's pipes are the parent's."""
+    """This process's renderer: after a fork the pipes belong to the parent."""
     return _of_process(os.getpid())
 
 
 @lru_cache(maxsize=1)
 def _of_process(_: int) -> _Renderer:
     return _Renderer()
-
-
-SECONDS = 5.0  # of processor time for one rendering; the slowest in the wild take milliseconds
-MAX_MEMORY = 1536 * 2**20  # of address space, of which Python and transformers take 200 MiB
-MAX_BYTES = 64 * 2**20  # of a rendered conversation

@@ -1,8 +1,8 @@
-"""Render chat templates for `chat.py`, in a process of its own, where little can go wrong.
+"""The process that renders chat templates for `chat.py`, with limits on time and memory.
 
-A template is a program of somebody else's: it can loop for years and ask for all memory, at once
-and inside single operations. So the system watches over it: each rendering has seconds of
-processor time, the process has an amount of memory, and what is over them ends the process.
+A template is an untrusted program: it can loop for years or ask for all memory, even inside a
+single operation. So the system enforces limits: on processor time for each rendering, and on memory
+for the process. A template that exceeds them ends the process.
 
 Requests and answers are lines of JSON on standard input and output.
 """
@@ -20,13 +20,13 @@ from merge_cli.evaluation.chat import MAX_BYTES, MAX_MEMORY
 
 
 def main() -> None:
-    """Answer until standard input ends: with the parent, whatever becomes of it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    """Answer requests until standard input ends, which it does when the parent ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     answers = sys.stdout.buffer
     sys.stdout = sys.stderr
     try:
-        shell = _shell()
-    except Exception as error:  # a transformers that cannot be imported, for whatever reason
+        tokenizer = _template_tokenizer()
+    except Exception as error:  # transformers cannot be imported
         answers.write(_line({"failed": f"{type(error).__name__}: {error}"}))
         answers.flush()
         return
@@ -35,16 +35,16 @@ def main() -> None:
     for line in sys.stdin.buffer:
         request = json.loads(line)
         signal.setitimer(signal.ITIMER_PROF, request["seconds"])
-        answer = _answer(shell, request)
+        answer = _answer(tokenizer, request)
         signal.setitimer(signal.ITIMER_PROF, 0)
         answers.write(answer)
         answers.flush()
 
 
-def _answer(shell: Any, request: dict[str, Any]) -> bytes:
+def _answer(tokenizer: Any, request: dict[str, Any]) -> bytes:
     try:
-        shell.special_tokens_map = request["special"]
-        text = shell.apply_chat_template(
+        tokenizer.special_tokens_map = request["special"]
+        text = tokenizer.apply_chat_template(
             request["messages"],
             chat_template=request["template"],
             tokenize=False,
@@ -60,7 +60,7 @@ def _answer(shell: Any, request: dict[str, Any]) -> bytes:
         return _line({"refused": f"it needs more than {MAX_MEMORY // 2**20} MiB of memory"})
     except RecursionError:
         return _line({"refused": "it nests without end"})
-    except Exception as error:  # templates are programs, and raise what they like
+    except Exception as error:  # templates can raise anything
         return _line({"refused": str(error)[:1000]})
 
 
@@ -68,23 +68,23 @@ def _line(answer: dict[str, Any]) -> bytes:
     return json.dumps(answer).encode() + b"\n"
 
 
-def _shell() -> Any:
-    """A tokenizer without tokens: what renders is transformers' own code."""
+def _template_tokenizer() -> Any:
+    """A tokenizer without tokens, to render templates with transformers' code."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
-    class Shell(PreTrainedTokenizerFast):  # type: ignore[misc]  # transformers has no types here
+    class TemplateTokenizer(PreTrainedTokenizerFast):  # type: ignore[misc]  # transformers has no types here
         @cached_property
         def special_tokens_map(self) -> dict[str, Any]:
             return {}
 
-    return Shell(tokenizer_object=Tokenizer(models.WordLevel({})))
+    return TemplateTokenizer(tokenizer_object=Tokenizer(models.WordLevel({})))
 
 
 def _limit_memory() -> None:
     import resource
 
-    # A system without this limit, or with a lower one, has the limit on time alone.
+    # Where the system has no such limit, or a lower one, only time is limited.
     with suppress(OSError, ValueError):
         _, hard = resource.getrlimit(resource.RLIMIT_AS)
         resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, hard))

@@ -1,7 +1,4 @@
-"""A model that is loaded and can be asked: net, tokenizer, and how it was decided to run them.
-
-A model's tokenizer alone, without its weights.
-"""
+"""Loading a model with transformers to run it: net, tokenizer, device, dtype, memory."""
 
 from __future__ import annotations
 
@@ -13,6 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from merge_cli.checkpoint.class_config import refuse_code
+from merge_cli.checkpoint.headers import DTYPES as STORED_DTYPES
 from merge_cli.engine.device import choose_device
 from merge_cli.errors import MergeCliError, ResourceError, SourceError
 from merge_cli.evaluation.fingerprints import refuse_adapter
@@ -22,8 +20,8 @@ from merge_cli.sources.source import Source
 from merge_cli.system import machine
 from merge_cli.system.machine import show_size
 
-_USUAL_CONTEXT = 4096  # where nothing is asked for: a model's own may be more than memory holds
-_ROOM = 0.8  # of the free memory for weights; activations and logits take the rest
+_USUAL_CONTEXT = 4096  # default: a model's maximum may not fit into memory
+_MEMORY_SHARE = 0.8  # of the free memory for weights; activations and logits take the rest
 
 
 @dataclass
@@ -33,12 +31,12 @@ class LiveModel:
     Attributes:
         label: as the user named it.
         net, tokenizer: transformers' objects; the net is in evaluation mode.
-        device, dtype: as words, each with its reason.
+        device, dtype: as text, each with its reason.
         max_length: tokens of context that are used.
         batch_tokens: tokens of a batch, padding included.
         seed: of row samples.
         cost: grows with every forward pass.
-        teachers: models that tasks compare with, kept for the next time; None closes them.
+        teachers: loaded models that tasks compare with; None does not keep them.
     """
 
     label: str
@@ -61,21 +59,21 @@ class LiveModel:
 
     @property
     def entries(self) -> int:
-        """Tokens that it can read and predict: ids from here on would end in an index error."""
+        """Number of tokens that it can read and predict; higher ids have no embedding."""
         return min(int(self.net.get_input_embeddings().weight.shape[0]), self.vocabulary)
 
     @property
     def place(self) -> str:
-        """The device that inputs go to."""
+        """The device for inputs."""
         return str(self.net.device)
 
     @property
     def offloaded(self) -> bool:
-        """Whether some of its weights are read layer by layer."""
+        """Whether some weights are read layer by layer."""
         return self._folder is not None
 
     def close(self) -> None:
-        """Let go of the weights, in memory and in the offload folder."""
+        """Free the weights, in memory and in the offload folder."""
         self.net = None
         for teacher in (self.teachers or {}).values():
             teacher.close()
@@ -87,13 +85,13 @@ class LiveModel:
         """Logits [batch, length, vocabulary] of token ids and attention mask [batch, length]."""
         import torch
 
-        where = self.net.device
+        device = self.net.device
         with torch.inference_mode():
-            result = self.net(
-                input_ids=ids.to(where), attention_mask=mask.to(where), use_cache=False
+            logits = self.net(
+                input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False
             ).logits
         self.count(int(mask.sum()), 1)
-        return result
+        return logits
 
     def count(self, tokens: int, passes: int) -> None:
         """Add to the cost."""
@@ -117,55 +115,61 @@ def load(
     Args:
         device: auto, cpu, cuda or cuda:N.
         dtype: of the computation; auto is float32 on a CPU and the stored one on a GPU.
-        max_length: at most the model's own context; by default that, and at most 4,096.
+        max_length: at most the model's context; default: that, but at most 4,096.
         memory: bytes that the weights may take, instead of what is free. What does not fit is
-            read from disk layer by layer, as accelerate does it.
-        incomplete: weights may be missing, because every one will be replaced.
+            read from disk layer by layer, by accelerate.
+        incomplete: weights may be missing, because all will be replaced.
 
     Raises:
         SourceError: transformers cannot load it as a causal language model.
-        ResourceError: the device is not there, or accelerate is needed and missing.
+        ResourceError: there is no such device, or accelerate is needed and missing.
     """
     refuse_adapter(source)
     refuse_code(source.config, source.label)
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    chosen = choose_device(device)
-    where = f"cuda:{chosen.indexes[0]}" if chosen.indexes else "cpu"
-    kind, why = choose_dtype(source, chosen.kind, dtype)
-    dtype_words = f"{kind} ({why})"
-    width = torch.empty((), dtype=getattr(torch, kind)).element_size()
-    needed = sum(ref.nbytes // _width(ref.dtype) for ref in source.tensors.values()) * width
-    room = memory if memory is not None else int(free_memory(chosen.kind, chosen.indexes) * _ROOM)
-    device_words = f"{chosen.name} ({chosen.reason})"
-    options: dict[str, Any] = {"dtype": getattr(torch, kind)}
+    devices = choose_device(device)
+    device_name = f"cuda:{devices.indexes[0]}" if devices.indexes else "cpu"
+    dtype_name, dtype_reason = choose_dtype(source, devices.kind, dtype)
+    dtype_words = f"{dtype_name} ({dtype_reason})"
+    width = torch.empty((), dtype=getattr(torch, dtype_name)).element_size()
+    weight_bytes = (
+        sum(ref.nbytes // STORED_DTYPES[ref.dtype][0] for ref in source.tensors.values()) * width
+    )
+    memory_limit = (
+        memory
+        if memory is not None
+        else int(free_memory(devices.kind, devices.indexes) * _MEMORY_SHARE)
+    )
+    device_words = f"{devices.name} ({devices.reason})"
+    options: dict[str, Any] = {"dtype": getattr(torch, dtype_name)}
     folder = None
-    if needed > room:
-        _need_accelerate(source.label, needed, room)
+    if weight_bytes > memory_limit:
+        _need_accelerate(source.label, weight_bytes, memory_limit)
         folder = TemporaryDirectory(prefix="merge-cli-offload-")
         options |= {
             "device_map": "auto",
             "offload_folder": folder.name,
-            "max_memory": _shares(chosen.indexes, room),
+            "max_memory": _shares(devices.indexes, memory_limit),
         }
         device_words += (
-            f"; {show_size(needed)} of weights and room for {show_size(room)}: "
+            f"; {show_size(weight_bytes)} of weights and room for {show_size(memory_limit)}: "
             "the rest is read layer by layer"
         )
     with quiet_libraries():
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(source.root), trust_remote_code=False)
-            net, about = AutoModelForCausalLM.from_pretrained(
+            net, loading_info = AutoModelForCausalLM.from_pretrained(
                 str(source.root), trust_remote_code=False, output_loading_info=True, **options
             )
-        except Exception as error:  # a config can break transformers in any way it likes
+        except Exception as error:  # a config can make transformers raise anything
             raise _cannot_load(source, error) from error
     if not incomplete:
-        _refuse_made_up(source, about)
+        _refuse_missing_weights(source, loading_info)
     net.eval()
     if folder is None:
-        net.to(where)
+        net.to(device_name)
     return LiveModel(
         source.label,
         net,
@@ -179,30 +183,30 @@ def load(
     )
 
 
-def context_of(config: Any, wanted: int | None) -> int:
+def context_of(config: Any, requested: int | None) -> int:
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    own = int(
+    model_length = int(
         getattr(text, "max_position_embeddings", 0) or getattr(text, "n_positions", 0) or 2048
     )
-    return min(wanted or _USUAL_CONTEXT, own)
+    return min(requested or _USUAL_CONTEXT, model_length)
 
 
 def _cannot_load(source: Source, error: Exception) -> MergeCliError:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         hint = "Try --dtype bfloat16, --max-memory, or --device cpu."
         return ResourceError("its weights do not fit into memory", where=source.label, hint=hint)
-    said = str(error).strip() or type(error).__name__
-    message, hint = f"transformers cannot load it: {said.splitlines()[0]}", ""
-    if "trust_remote_code" in said:
-        message = "it needs code of its own, and nothing from a checkpoint is executed"
+    reason = str(error).strip() or type(error).__name__
+    message, hint = f"transformers cannot load it: {reason.splitlines()[0]}", ""
+    if "trust_remote_code" in reason:
+        message = "it needs its own code, and no code of a checkpoint is executed"
         hint = "Evaluate it with a program that you trust to run its code."
     return SourceError(message, model=source.label, hint=hint)
 
 
-def _refuse_made_up(source: Source, about: Mapping[str, Any]) -> None:
-    """transformers fills what it does not find with random numbers."""
-    missing = sorted(map(str, about.get("missing_keys", ())))
-    missing += sorted(str(item[0]) for item in about.get("mismatched_keys", ()))
+def _refuse_missing_weights(source: Source, loading_info: Mapping[str, Any]) -> None:
+    """Refuse missing weights, which transformers replaces by random numbers."""
+    missing = sorted(map(str, loading_info.get("missing_keys", ())))
+    missing += sorted(str(key[0]) for key in loading_info.get("mismatched_keys", ()))
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         message = f"its weights lack what the architecture needs: {missing[0]}{more}"
@@ -210,19 +214,15 @@ def _refuse_made_up(source: Source, about: Mapping[str, Any]) -> None:
         raise SourceError(message, model=source.label, tensor=missing[0], hint=hint)
 
 
-def choose_dtype(source: Source, device: str, wanted: str) -> tuple[str, str]:
-    """What to compute in, and why: `auto` is exact on a CPU, and as stored on a GPU."""
-    if wanted != "auto":
-        return wanted, "asked for"
+def choose_dtype(source: Source, device: str, requested: str) -> tuple[str, str]:
+    """The dtype of the computation and why: `auto` is float32 on a CPU, as stored on a GPU."""
+    if requested != "auto":
+        return requested, "requested"
     if device == "cpu":
         return "float32", "on a CPU"
-    found = source.config.get("dtype") or source.config.get("torch_dtype") or "float32"
-    stored = str(found).removeprefix("torch.")
+    config_dtype = source.config.get("dtype") or source.config.get("torch_dtype") or "float32"
+    stored = str(config_dtype).removeprefix("torch.")
     return (stored, "as stored") if stored in DTYPES else ("float32", f"stored as {stored}")
-
-
-def _width(dtype: str) -> int:
-    return {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2}.get(dtype, 1)
 
 
 def free_memory(kind: str, indexes: tuple[int, ...]) -> int:
@@ -234,19 +234,19 @@ def free_memory(kind: str, indexes: tuple[int, ...]) -> int:
     return machine.free_memory()
 
 
-def _shares(indexes: tuple[int, ...], room: int) -> dict[int | str, int]:
+def _shares(indexes: tuple[int, ...], limit: int) -> dict[int | str, int]:
     if not indexes:
-        return {"cpu": room}
-    shares: dict[int | str, int] = {i: room // len(indexes) for i in indexes}
-    return {**shares, "cpu": int(free_memory("cpu", ()) * _ROOM)}
+        return {"cpu": limit}
+    shares: dict[int | str, int] = {i: limit // len(indexes) for i in indexes}
+    return {**shares, "cpu": int(free_memory("cpu", ()) * _MEMORY_SHARE)}
 
 
-def _need_accelerate(label: str, needed: int, room: int) -> None:
+def _need_accelerate(label: str, needed: int, limit: int) -> None:
     try:
         import accelerate  # noqa: F401
     except ImportError:
         message = (
-            f"needs {show_size(needed)} for its weights, and there is room for {show_size(room)}"
+            f"needs {show_size(needed)} for its weights, and there is room for {show_size(limit)}"
         )
         hint = "pip install accelerate: it will be read layer by layer. Or use --dtype bfloat16."
         raise ResourceError(message, where=label, hint=hint) from None
@@ -254,7 +254,7 @@ def _need_accelerate(label: str, needed: int, room: int) -> None:
 
 @contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Loading without transformers' own bars and advice: this tool has its own."""
+    """Hide transformers' progress bars and advice."""
     import transformers
 
     log = transformers.utils.logging
@@ -273,7 +273,7 @@ def quiet_libraries() -> Iterator[None]:
 
 @contextlib.contextmanager
 def memory_errors(label: str, hint: str) -> Iterator[None]:
-    """Say in our own words that memory ran out, on the host or on the device."""
+    """Report a lack of memory, on the host or on the device, as a ResourceError."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -295,8 +295,8 @@ def load_tokenizer(source: Source) -> Any:
     with quiet_libraries():
         try:
             return AutoTokenizer.from_pretrained(str(source.root), trust_remote_code=False)
-        except Exception as error:  # the package tokenizers raises nothing more special
-            said = str(error).strip().splitlines() or [type(error).__name__]
-            message = f"its tokenizer cannot be loaded: {said[0]}"
-            hint = "The text is read with it."
+        except Exception as error:  # the package `tokenizers` raises plain exceptions
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            message = f"its tokenizer cannot be loaded: {lines[0]}"
+            hint = "It is needed to read the data."
             raise SourceError(message, model=source.label, hint=hint) from error

@@ -1,8 +1,8 @@
-"""What an evaluation found: for every metric a part and a weight of each example.
+"""The result of an evaluation: for every metric a part and a weight of each example.
 
 A value is the sum of the parts over the sum of the weights. A loss has an example's nats and its
 tokens, an accuracy 1 or 0 and 1. Keeping the examples apart is what makes standard errors and
-paired intervals possible (`intervals.py`).
+paired intervals possible (`summary.py`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Better = Literal["lower", "higher"]
 
 @dataclass(frozen=True)
 class Metric:
-    """One number with what it is made of.
+    """One number, with the parts that make it.
 
     Attributes:
         unit: what one weight counts: "nats per token", "of examples".
@@ -47,14 +47,14 @@ class Metric:
             return math.inf
 
     def worse(self, than: float) -> bool:
-        """Whether this value is on the wrong side of another; one that is no number always is."""
+        """Whether this value is worse than another; NaN always is."""
         within = self.value <= than if self.better == "lower" else self.value >= than
         return not within
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What scoring took. `tokens` went through the model, padding not counted."""
+    """The cost of scoring. `tokens` went through the model, without padding."""
 
     seconds: float = 0.0
     tokens: int = 0
@@ -68,8 +68,8 @@ class TaskResult:
     Attributes:
         metrics: by name; the first is the task's primary one.
         examples: one JSON-ready dict for each, with what was measured and, if generated, the text.
-        cached: whether it was found in the cache.
-        notes: what a reader of the numbers must know, such as prompts that were cut.
+        cached: whether it comes from the cache.
+        notes: for readers of the numbers, such as that prompts were cut.
     """
 
     name: str
@@ -101,7 +101,7 @@ class Evaluation:
     Attributes:
         model: as the user named it.
         digest: SHA-256 of the model's files (config, weights, tokenizer).
-        device, dtype: where and in what it was computed, each with the reason.
+        device, dtype: of the computation, each with the reason.
     """
 
     model: str
@@ -115,7 +115,7 @@ class Evaluation:
 
     @property
     def cost(self) -> Cost:
-        """All tasks together; what came from the cache counts what it took then."""
+        """The cost of all tasks; cached results have their original cost."""
         costs = [task.cost for task in self.tasks.values()]
         return Cost(
             sum(c.seconds for c in costs),

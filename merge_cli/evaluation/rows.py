@@ -1,4 +1,4 @@
-"""Data files to rows, and rows to token ids.
+"""Reading data files: their rows, the tokens of a row, and which rows have the same content.
 
 JSON lines (.jsonl, .json), a row each:
 
@@ -8,12 +8,10 @@ JSON lines (.jsonl, .json), a row each:
 
 and plain text (.txt, .md), whose one row is the file. A field that is `null` is absent.
 
-Rows by what they say: the same text in another file, form or layout is the same row.
-
-Whatever chooses (a search by its splits, learning by its held-out rows) must be judged on rows that
-it has not seen. Files and lines do not tell: one file may be named twice, under two names, or hold
-a row twice. Rows are the same where their texts are, but for white space and the way in which
-Unicode composes characters; other fields (ids, sources) do not count.
+A search or training must be judged on rows that it has not seen. Files and lines do not decide
+that: one file may be named twice, or have a row twice. Rows are the same where their texts are,
+apart from white space and the way in which Unicode composes characters; other fields (ids, sources)
+do not count.
 """
 
 from __future__ import annotations
@@ -28,7 +26,7 @@ from typing import Any
 
 from merge_cli.errors import SourceError
 from merge_cli.evaluation.chat import TemplateError, render_chat
-from merge_cli.evaluation.tokens import Encoded, beyond, encode_pair, row_start
+from merge_cli.evaluation.tokens import Encoded, encode_pair, first_unknown, row_start
 from merge_cli.system.untrusted import MAX_TEXT, Unreadable, kind_of, parse_json, read_text
 
 _PLAIN = (".txt", ".md")
@@ -42,9 +40,9 @@ class Row:
     fields: Mapping[str, Any]
     file: Path
 
-    def wrong(self, what: str, hint: str = "") -> SourceError:
+    def wrong(self, message: str, hint: str = "") -> SourceError:
         """An error about this row."""
-        return SourceError(f"line {self.line}: {what}", file=str(self.file), hint=hint)
+        return SourceError(f"line {self.line}: {message}", file=str(self.file), hint=hint)
 
     def text(self, key: str) -> str:
         """A field that must be text."""
@@ -59,10 +57,10 @@ class Row:
         return value
 
     def pair(self) -> tuple[str, str]:
-        """What comes before, and what counts: of rows that are no conversation.
+        """The prompt and the text that counts, of rows that are no conversation.
 
         Raises:
-            SourceError: the row has none of the known forms.
+            SourceError: the row has none of the forms above.
         """
         if "completion" in self.fields:
             prompt = self.text("prompt") if "prompt" in self.fields else ""
@@ -76,23 +74,23 @@ class Row:
         """A conversation of at least two messages, each with a role.
 
         Raises:
-            SourceError: it is none.
+            SourceError: the row has no such conversation.
         """
-        result = self.fields.get("messages")
-        if not isinstance(result, list) or len(result) < 2:
-            raise self.wrong(f"'messages' must be a list of at least two (got {kind_of(result)})")
-        for number, message in enumerate(result, start=1):
+        messages = self.fields.get("messages")
+        if not isinstance(messages, list) or len(messages) < 2:
+            raise self.wrong(f"'messages' must be a list of at least two (got {kind_of(messages)})")
+        for number, message in enumerate(messages, start=1):
             if not isinstance(message, Mapping):
                 raise self.wrong(f"message {number} is not a mapping but {kind_of(message)}")
             if not isinstance(message.get("role"), str):
                 got = kind_of(message.get("role"))
                 raise self.wrong(f"message {number} needs 'role', a text (got {got})")
-        return result
+        return messages
 
 
 def make_row(line: int, fields: Mapping[str, Any], file: Path) -> Row:
     """A row; what is null in the data is absent."""
-    return Row(line, {name: item for name, item in fields.items() if item is not None}, file)
+    return Row(line, {name: value for name, value in fields.items() if value is not None}, file)
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -102,7 +100,7 @@ def read_rows(path: Path) -> list[Row]:
         SourceError: missing, not UTF-8, not JSON lines (with the line), or without a row.
     """
     try:
-        # As large as it is: a data set may be larger than any file of a model's.
+        # No limit on size: a data set may be larger than any file of a model.
         text = read_text(path, limit=max(MAX_TEXT, path.stat().st_size))
     except (FileNotFoundError, NotADirectoryError):
         raise SourceError("no such data file", file=str(path)) from None
@@ -142,11 +140,11 @@ def encode(
 ) -> Encoded:
     """A row's tokens, after the tokenizer's beginning-of-sequence token where it has one.
 
-    A chat's template writes its own special tokens: nothing is put before them.
+    A chat template writes its own special tokens: nothing is added before them.
 
     Args:
-        start: `row_start(tokenizer)`, where it is known.
-        entries: embeddings of the model that will read them.
+        start: `row_start(tokenizer)`, if the caller has it.
+        entries: number of embeddings of the model that reads them.
 
     Raises:
         SourceError: the row has none of the known forms, or a token that the model lacks.
@@ -156,18 +154,18 @@ def encode(
         start = ()
     else:
         prompt, text = row.pair()
-    result = encode_pair(prompt, text, tokenizer, row_start(tokenizer) if start is None else start)
-    require_known(row, result.ids, tokenizer, entries)
-    return result
+    encoded = encode_pair(prompt, text, tokenizer, row_start(tokenizer) if start is None else start)
+    require_known(row, encoded.ids, tokenizer, entries)
+    return encoded
 
 
 def require_known(row: Row, ids: Sequence[int], tokenizer: Any, entries: int | None) -> None:
-    """Refuse tokens that a model has no embedding for, before it runs into them.
+    """Refuse tokens that a model has no embedding for.
 
     Raises:
-        SourceError: there is one.
+        SourceError: the row has such a token.
     """
-    number = None if entries is None else beyond(ids, entries)
+    number = None if entries is None else first_unknown(ids, entries)
     if number is not None:
         token = tokenizer.convert_ids_to_tokens(number)
         message = (
@@ -177,23 +175,23 @@ def require_known(row: Row, ids: Sequence[int], tokenizer: Any, entries: int | N
 
 
 def _chat(row: Row, tokenizer: Any) -> tuple[str, str]:
-    """The rendered conversation before the last message, and what the last message adds."""
+    """The rendered conversation without its last message, and the text that this one adds."""
     messages = row.messages()
     if not getattr(tokenizer, "chat_template", None):
         raise row.wrong("has messages, and the tokenizer no chat template to write them with")
     try:
-        whole = render_chat(tokenizer, messages)
+        conversation = render_chat(tokenizer, messages)
         prompt = render_chat(tokenizer, messages[:-1], add_generation_prompt=True)
-        if not whole.startswith(prompt):
+        if not conversation.startswith(prompt):
             prompt = render_chat(tokenizer, messages[:-1])
-        whole.encode()
+        conversation.encode()
     except UnicodeEncodeError:
         raise row.wrong("the chat template writes half of a surrogate pair") from None
     except TemplateError as error:
         raise row.wrong(f"the chat template refuses it: {error}") from None
-    if not whole.startswith(prompt):
+    if not conversation.startswith(prompt):
         raise row.wrong("the chat template changes earlier messages when another one is added")
-    return prompt, whole[len(prompt) :]
+    return prompt, conversation[len(prompt) :]
 
 
 def listed(fields: Mapping[str, Any]) -> str:
@@ -202,39 +200,42 @@ def listed(fields: Mapping[str, Any]) -> str:
 
 
 def content_of(row: Row) -> bytes:
-    """A digest of what a row says."""
+    """A fingerprint of a row's text."""
     fields = row.fields
     if "messages" in fields:
-        listed = fields["messages"] if isinstance(fields["messages"], list) else []
-        parts = [item.get("content") if isinstance(item, Mapping) else item for item in listed]
-        said = " ".join(map(_plain, parts))
+        messages = fields["messages"] if isinstance(fields["messages"], list) else []
+        parts = [
+            message.get("content") if isinstance(message, Mapping) else message
+            for message in messages
+        ]
+        text = " ".join(map(_plain, parts))
     elif "completion" in fields:
-        said = _plain(fields.get("prompt", "")) + _plain(fields["completion"])
+        text = _plain(fields.get("prompt", "")) + _plain(fields["completion"])
     elif "text" in fields:
-        said = _plain(fields["text"])
+        text = _plain(fields["text"])
     else:
-        asked = [fields.get("prompt", "")]
-        # The same question is the same row, however its answer is written.
-        asked += fields["choices"] if isinstance(fields.get("choices"), list) else []
+        parts_asked = [fields.get("prompt", "")]
+        # The same question is the same row, in whatever form its answer is.
+        parts_asked += fields["choices"] if isinstance(fields.get("choices"), list) else []
         if "choices" not in fields:
-            asked.append(fields.get("answer", ""))
-        said = " ".join(map(_plain, asked))
-    if not said.strip():  # it says nothing that is known here
-        said = json.dumps(dict(fields), sort_keys=True, default=str)
-    normal = " ".join(unicodedata.normalize("NFC", said).split())
+            parts_asked.append(fields.get("answer", ""))
+        text = " ".join(map(_plain, parts_asked))
+    if not text.strip():  # a row without known fields
+        text = json.dumps(dict(fields), sort_keys=True, default=str)
+    normal = " ".join(unicodedata.normalize("NFC", text).split())
     return hashlib.sha256(normal.encode("utf-8", "surrogatepass")).digest()
 
 
 def distinct(rows: Iterable[Row]) -> dict[bytes, Row]:
     """The first row of each content, in order."""
-    result: dict[bytes, Row] = {}
+    first_rows: dict[bytes, Row] = {}
     for row in rows:
-        result.setdefault(content_of(row), row)
-    return result
+        first_rows.setdefault(content_of(row), row)
+    return first_rows
 
 
 def without(rows: Iterable[Row], seen: Container[bytes]) -> list[Row]:
-    """Rows whose content is not among others'."""
+    """Rows whose content is not in `seen`."""
     return [row for row in rows if content_of(row) not in seen]
 
 

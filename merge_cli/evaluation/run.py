@@ -1,4 +1,4 @@
-"""Evaluating models: each is loaded once, if anything about it is not in the cache."""
+"""`merge_cli.evaluate`: score models on tasks; a model is loaded only if results are missing."""
 
 from __future__ import annotations
 
@@ -58,15 +58,15 @@ def evaluate(
     Args:
         model: a folder, or a Hub id.
         tasks: an evaluation file (.yaml); a data file, for its loss; several; or tasks.
-        show: told of progress.
+        show: called with progress.
         settings: fields of `EvalSpec`: device, dtype, max_length, batch_tokens, seed, cache.
 
     Returns:
         per task its metrics with their examples: `evaluation["math"].value`.
 
     Raises:
-        RecipeError: a wrong evaluation file.
-        SourceError: a model or data that cannot be used, a row that is not as the task needs it.
+        RecipeError: an invalid evaluation file.
+        SourceError: a model or data that cannot be used, a row without what the task needs.
         ResourceError: the device or a package is missing.
     """
     spec = (tasks if isinstance(tasks, EvalSpec) else as_spec(tasks)).changed(**settings)
@@ -76,31 +76,31 @@ def evaluate(
 def evaluate_all(
     models: Sequence[str], spec: EvalSpec, show: Show = _silent
 ) -> dict[str, Evaluation]:
-    """Several models on the same tasks, one after the other; each is opened before any is run.
+    """Evaluate several models on the same tasks; all are opened before any is run.
 
     Raises:
         SourceError: a model that cannot be opened or scored.
-        Interrupted: by Ctrl-C; what is finished is in the cache.
+        Interrupted: by Ctrl-C; finished tasks are in the cache.
     """
-    opened = {name: _opened(name, Path.cwd()) for name in models}
-    result = {}
-    for name, source in opened.items():
+    sources = {name: _open_model(name, Path.cwd()) for name in models}
+    evaluations = {}
+    for name, source in sources.items():
         fetch_weights(source, source.header_bytes)
-        result[name] = evaluate_source(source, spec, show)
-    return result
+        evaluations[name] = evaluate_source(source, spec, show)
+    return evaluations
 
 
-def _opened(model: str, folder: Path) -> Source:
+def _open_model(model: str, folder: Path) -> Source:
     return open_source(parse_reference(model, folder), folder)
 
 
 def evaluate_source(source: Source, spec: EvalSpec, show: Show = _silent) -> Evaluation:
-    """The same for an opened source whose weights are on disk."""
-    digest = source_fingerprint(source)
+    """Evaluate an opened source whose weights are on disk."""
+    fingerprint = source_fingerprint(source)
     device = choose_device(spec.device)
-    dtype, why = choose_dtype(source, device.kind, spec.dtype)
-    how = {
-        "model": digest,
+    dtype, dtype_reason = choose_dtype(source, device.kind, spec.dtype)
+    settings = {
+        "model": fingerprint,
         "device": device.kind,
         "dtype": dtype,
         "seed": spec.seed,
@@ -109,38 +109,38 @@ def evaluate_source(source: Source, spec: EvalSpec, show: Show = _silent) -> Eva
     }
     live: LiveModel | None = None
     done: dict[str, TaskResult] = {}
-    words = (f"{device.name} ({device.reason})", f"{dtype} ({why})")
+    descriptions = (f"{device.name} ({device.reason})", f"{dtype} ({dtype_reason})")
     try:
         for task in spec.tasks:
-            cached = spec.cache and task.remembered
-            key = cache.key_of({**how, **task.identity()}) if cached else ""
+            cached = spec.cache and task.is_cached
+            key = cache.key_of({**settings, **task.identity()}) if cached else ""
             result = cache.find(key, task.name) if cached else None
             if result is None:
                 with torch_threads(spec.threads), memory_errors(source.label, _SMALLER):
                     if live is None:
                         live = _loaded(source, spec)
-                        refuse_changed(source, digest)
+                        refuse_changed(source, fingerprint)
                         check_tasks(spec.tasks, live)
                     result = score_task(task, live, show)
                 if cached:
                     cache.keep(key, result)
             done[task.name] = result
         if live is not None:
-            words = live.device, live.dtype
+            descriptions = live.device, live.dtype
     except KeyboardInterrupt:
-        hint = "The same command goes on: finished tasks are kept." if spec.cache else ""
+        hint = "The same command resumes: finished tasks are kept." if spec.cache else ""
         raise Interrupted("stopped", where=source.label, hint=hint) from None
     finally:
         if live is not None:
             live.close()
-    return Evaluation(source.label, digest, *words, done)
+    return Evaluation(source.label, fingerprint, *descriptions, done)
 
 
 def spec_of(eval_file: Path | None, data: Sequence[Path]) -> EvalSpec:
-    """What `--eval FILE` and `--data FILE...` ask for, together.
+    """The tasks of `--eval FILE` and `--data FILE...` together.
 
     Raises:
-        RecipeError: a wrong evaluation file.
+        RecipeError: an invalid evaluation file.
         UsageError: neither is given, or two tasks have one name.
     """
     if eval_file is None and not data:
@@ -151,17 +151,17 @@ def spec_of(eval_file: Path | None, data: Sequence[Path]) -> EvalSpec:
     spec = read_eval(eval_file)
     tasks = (*spec.tasks, *(as_spec(data).tasks if data else ()))
     names = [task.name for task in tasks]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise UsageError(f"two tasks are called '{twice}'", hint="Give one another `name`.")
+    duplicate = next((name for name in names if names.count(name) > 1), None)
+    if duplicate is not None:
+        raise UsageError(f"two tasks are called '{duplicate}'", hint="Give one another `name`.")
     return replace(spec, tasks=tasks)
 
 
 def spec_for(recipe: Recipe, eval_file: Path | None, data: Sequence[Path]) -> EvalSpec | None:
-    """What flags ask for, or else the recipe's own `eval`; None where neither says anything.
+    """The tasks of the flags, or else of the recipe's `eval`; None where there are none.
 
     Raises:
-        RecipeError: a wrong `eval` section or evaluation file, every problem with its place.
+        RecipeError: an invalid `eval` section or evaluation file, with every problem's position.
     """
     if eval_file is not None or data:
         return spec_of(eval_file, data)
@@ -175,17 +175,17 @@ def as_spec(tasks: str | Path | Sequence[str | Path | Task]) -> EvalSpec:
         if path.suffix in (".yaml", ".yml"):
             return read_eval(path)
         return EvalSpec((LossTask(name=default_name(path), data=path),))
-    found = [
+    listed = [
         task if isinstance(task, Task) else LossTask(name=default_name(task), data=Path(task))
         for task in tasks
     ]
-    if len({task.name for task in found}) < len(found):
-        found = [_fully_named(task) for task in found]
-    return EvalSpec(tuple(found))
+    if len({task.name for task in listed}) < len(listed):
+        listed = [_fully_named(task) for task in listed]
+    return EvalSpec(tuple(listed))
 
 
 def _fully_named(task: Task) -> Task:
-    """Named by the whole file, where the short names of several files are the same."""
+    """A task with its file's path as name, where short names of several files are the same."""
     data = getattr(task, "data", None)
     return replace(task, name=str(data)) if data is not None else task
 
@@ -203,9 +203,9 @@ def _loaded(source: Source, spec: EvalSpec) -> LiveModel:
 
 
 def check_tasks(tasks: Sequence[Task], live: LiveModel) -> None:
-    """Look for tokens that a model lacks in all tasks, before the first is scored.
+    """Check all tasks for tokens that a model lacks, before the first is scored.
 
-    Most tokenizers have none: then there is nothing to look for.
+    Where all tokens of the tokenizer have embeddings, there is nothing to check.
 
     Raises:
         SourceError: with file and line.
@@ -217,7 +217,7 @@ def check_tasks(tasks: Sequence[Task], live: LiveModel) -> None:
 
 
 def score_task(task: Task, live: LiveModel, show: Show = _silent) -> TaskResult:
-    """One task on a live model, with what it cost.
+    """Score one task on a loaded model, with its cost.
 
     Raises:
         NonFiniteError: the model predicts NaN or Inf.
@@ -241,8 +241,8 @@ def write_examples(evaluations: Iterable[tuple[str, Evaluation]], path: Path) ->
     """
     try:
         with path.open("w", encoding="utf-8") as file:
-            for name, item in evaluations:
-                for task in item.tasks.values():
+            for name, evaluation in evaluations:
+                for task in evaluation.tasks.values():
                     for example in task.examples:
                         row = {"model": name, "task": task.name, **example}
                         file.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -1,4 +1,4 @@
-"""What to evaluate: tasks, and how to run them."""
+"""The specification of an evaluation: tasks, and how to run them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class EvalSpec:
-    """An evaluation file, or what flags say.
+    """An evaluation, from a file or from flags.
 
     Attributes:
         seed: of row samples and few-shot examples.
@@ -24,7 +24,7 @@ class EvalSpec:
         device: auto, cpu, cuda or cuda:N.
         memory: bytes that weights may take; None is what is free.
         threads: of torch, on a CPU; None leaves them as they are.
-        cache: whether results are looked up and kept.
+        cache: whether results are read from the cache and written to it.
     """
 
     tasks: tuple[Task, ...]
@@ -38,17 +38,17 @@ class EvalSpec:
     cache: bool = True
     file: str = ""
 
-    def changed(self, **given: object) -> EvalSpec:
+    def changed(self, **settings: object) -> EvalSpec:
         """With the settings that are not None.
 
         Raises:
             UsageError: an unknown dtype.
         """
-        known = {name: value for name, value in given.items() if value is not None}
-        dtype = known.get("dtype", self.dtype)
+        present = {name: value for name, value in settings.items() if value is not None}
+        dtype = present.get("dtype", self.dtype)
         if dtype not in ("auto", *DTYPES):
             raise UsageError(f"unknown dtype '{dtype}'.", hint=nearest(str(dtype), DTYPES))
-        return replace(self, **known)  # type: ignore[arg-type]
+        return replace(self, **present)  # type: ignore[arg-type]
 
     def limited(self, limit: int | None) -> EvalSpec:
         """With at most `limit` rows of each task; as it is for None."""

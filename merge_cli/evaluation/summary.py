@@ -1,6 +1,4 @@
-"""Evaluations as JSON-ready data: values, intervals, differences, costs; without the examples.
-
-Standard errors and paired bootstrap intervals: is a difference one?
+"""Evaluations as JSON-ready data: values, standard errors, bootstrap intervals, differences, costs.
 
 Examples are drawn with replacement and every metric is computed again from the drawn ones
 (Efron 1979). The draws are a function of task, number of examples and seed alone: two models on
@@ -18,9 +16,13 @@ from typing import Any
 
 from merge_cli.evaluation.result import Evaluation, Metric
 
+LEVEL = 0.95
+DRAWS = 2000
+_BLOCK = 2_000_000  # indices drawn at once
+
 
 def summary(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
-    """One entry for each model; the first is the one that differences are to the others.
+    """One entry for each model; the first is compared with the others.
 
     Returns:
         for each model its tasks, for each task its metrics with `value`, `standard_error`,
@@ -56,7 +58,7 @@ def summary(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
 
 
 def _metric(metric: Metric, task: str, first: Metric | None) -> dict[str, Any]:
-    result: dict[str, Any] = {
+    data: dict[str, Any] = {
         "value": _plain(metric.value),
         "unit": metric.unit,
         "better": metric.better,
@@ -65,24 +67,19 @@ def _metric(metric: Metric, task: str, first: Metric | None) -> dict[str, Any]:
     }
     draws = resampled(metric, task) if len(metric.parts) > 1 else ()
     if len(draws) and math.isfinite(max(draws)):
-        whole = interval(draws)
-        result["interval"] = [whole.low, whole.high]
+        bounds = interval(draws)
+        data["interval"] = [bounds.low, bounds.high]
     if first is not None:
-        result["difference"] = _plain(first.value - metric.value)
-        result["difference_interval"] = None
+        data["difference"] = _plain(first.value - metric.value)
+        data["difference_interval"] = None
         paired = difference(first, metric, task)
-        result["difference_interval"] = [paired.low, paired.high] if paired else None
-    return result
+        data["difference_interval"] = [paired.low, paired.high] if paired else None
+    return data
 
 
 def _plain(value: float | None) -> float | None:
-    """A number as JSON has it: a perplexity beyond all numbers is null."""
+    """A number for JSON: an infinite perplexity is null."""
     return value if value is not None and math.isfinite(value) else None
-
-
-LEVEL = 0.95
-DRAWS = 2000
-_BLOCK = 2_000_000  # indices drawn at once
 
 
 @dataclass(frozen=True)
@@ -128,11 +125,11 @@ def resampled(metric: Metric, key: str, *, draws: int = DRAWS) -> Any:
     values = np.empty(draws)
     step = max(1, _BLOCK // n)
     for start in range(0, draws, step):
-        picked = generator.integers(n, size=(min(step, draws - start), n))
-        weight = weights[picked].sum(1)
-        part = parts[picked].sum(1)
+        drawn = generator.integers(n, size=(min(step, draws - start), n))
+        weight = weights[drawn].sum(1)
+        part = parts[drawn].sum(1)
         # All drawn examples without weight: as if nothing had been drawn.
-        values[start : start + len(picked)] = np.where(
+        values[start : start + len(drawn)] = np.where(
             weight > 0, part / np.maximum(weight, 1e-300), metric.ratio
         )
     with np.errstate(over="ignore"):  # infinite, as the metric's own value is
@@ -157,7 +154,7 @@ def difference(a: Metric, b: Metric, key: str) -> Interval | None:
         raise ValueError(f"{len(a.parts)} examples cannot be paired with {len(b.parts)}")
     if len(a.parts) < 2:
         return None
-    ours, theirs = resampled(a, key), resampled(b, key)
-    if not math.isfinite(math.fsum([*ours, *theirs])):
+    values_a, values_b = resampled(a, key), resampled(b, key)
+    if not math.isfinite(math.fsum([*values_a, *values_b])):
         return None
-    return interval(ours - theirs)
+    return interval(values_a - values_b)

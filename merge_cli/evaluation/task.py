@@ -1,4 +1,4 @@
-"""A task: data, what to do with it, and which metrics come out.
+"""The base class of evaluation tasks, and their options.
 
 A task is a frozen dataclass. Its fields, with their types, defaults and `help`, are the keys that
 an evaluation file may hold (`parse.py`), and together with the content of its files they name its
@@ -24,44 +24,44 @@ if TYPE_CHECKING:
     from merge_cli.evaluation.live import LiveModel
 
 T = TypeVar("T")
-Tell = Callable[[int, int], None]  # done, total: tokens or examples
+OnProgress = Callable[[int, int], None]  # done, total: tokens or examples
 
 
 def option(default: Any = ..., help: str = "", least: float | None = None) -> Any:
     """A field of a task; without a default it must be given."""
-    about = {"help": help, "least": least}
-    return field(metadata=about) if default is ... else field(default=default, metadata=about)
+    metadata = {"help": help, "least": least}
+    return field(metadata=metadata) if default is ... else field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task(ABC):
-    """What every task has.
+    """The common part of all tasks.
 
     Attributes:
-        name: how tables and gates call it.
+        name: in tables and gates.
         expert: the source that this data belongs to, for normalising (`compare`).
     """
 
     kind: ClassVar[str]
-    metrics: ClassVar[tuple[str, ...]] = ()  # their names, the primary one first; () if not known
-    remembered: ClassVar[bool] = True  # whether results may be found in the cache
+    metrics: ClassVar[tuple[str, ...]] = ()  # names, the primary one first; () if unknown
+    is_cached: ClassVar[bool] = True  # whether results may come from the cache
     version: ClassVar[int] = 1  # grows when the same task would give other results
-    unshared: ClassVar[frozenset[str]] = frozenset({"name", "expert"})
+    not_in_identity: ClassVar[frozenset[str]] = frozenset({"name", "expert"})
 
     name: str = option("", "the task's name; default from its data")
     limit: int | None = option(None, "a seeded sample of this many rows", least=1)
     expert: str | None = option(None, "the source that this data belongs to")
 
     @abstractmethod
-    def score(self, live: LiveModel, tell: Tell) -> TaskResult:
+    def score(self, live: LiveModel, on_progress: OnProgress) -> TaskResult:
         """Evaluate a live model.
 
         Raises:
             SourceError: data that is not as the task needs it, with file and line.
         """
 
-    def check(self, live: LiveModel) -> None:  # noqa: B027  # most have nothing to look at
-        """Look for what is wrong with the data for this model, before anything is run.
+    def check(self, live: LiveModel) -> None:  # noqa: B027  # most have nothing to check
+        """Check the data for this model, before anything is run.
 
         Raises:
             SourceError: with file and line.
@@ -72,12 +72,16 @@ class Task(ABC):
         """SHA-256 of the data, so that the same data elsewhere is the same task."""
 
     def identity(self) -> dict[str, Any]:
-        """What decides the result, beside the model: JSON-ready."""
-        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in self.unshared}
-        own.pop("data", None)
-        plain = {name: str(v) if isinstance(v, Path) else v for name, v in own.items()}
-        about = {"task": self.kind, "version": self.version, "tokenisation": TOKENISATION}
-        return {**about, "data": self.data_digest(), **plain}
+        """Everything but the model that decides the result: JSON-ready."""
+        options = {
+            f.name: getattr(self, f.name)
+            for f in fields(self)
+            if f.name not in self.not_in_identity
+        }
+        options.pop("data", None)
+        plain = {name: str(v) if isinstance(v, Path) else v for name, v in options.items()}
+        kind = {"task": self.kind, "version": self.version, "tokenisation": TOKENISATION}
+        return {**kind, "data": self.data_digest(), **plain}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,19 +102,19 @@ class DataTask(Task):
         """`limit` of the rows, in their order."""
         if self.limit is None or self.limit >= len(rows):
             return list(rows)
-        picked = random.Random(f"{seed}:rows").sample(range(len(rows)), self.limit)
-        return [rows[i] for i in sorted(picked)]
+        numbers = random.Random(f"{seed}:rows").sample(range(len(rows)), self.limit)
+        return [rows[i] for i in sorted(numbers)]
 
 
-def cut_note(count: int, total: int, what: str, tokens: int) -> tuple[str, ...]:
-    """What to say of texts that a model does not see whole; nothing where it does.
+def cut_note(count: int, total: int, description: str, tokens: int) -> tuple[str, ...]:
+    """A note on texts that a model does not see completely; empty without such texts.
 
     Args:
-        what: `prompts are`, and what was done about those that are longer.
+        description: `prompts are`, and what was done about those that are longer.
     """
     if not count:
         return ()
-    subject, _, done = what.partition(": ")
+    subject, _, done = description.partition(": ")
     return (f"{count:,} of {total:,} {subject} longer than {tokens:,} tokens: {done}",)
 
 
@@ -118,8 +122,7 @@ def file_fingerprint(path: Path, stop: threading.Event | None = None) -> str:
     """SHA-256 of a file.
 
     Args:
-        stop: for a thread, which Ctrl-C does not reach: once it is set, what is returned is
-            worthless.
+        stop: for threads, which Ctrl-C does not reach: once it is set, the result is invalid.
     """
     state, block = hashlib.sha256(), bytearray(1 << 20)
     with path.open("rb", buffering=0) as file:

@@ -1,10 +1,10 @@
-"""What a teacher predicts, kept on disk: it need not sit beside the model that is compared with it.
+"""Predictions of teachers, cached on disk, so that a teacher need not stay in memory.
 
 Learning (`dam`) and the task `kl` with `top_k` share these files. A teacher runs over its data
-once. Of each prediction its k likeliest tokens, their log-probabilities and that of all others
-together are kept, in files of a few sequences named by everything that decides their content: the
-model's files, k, temperature, dtype, and the tokens. Another run with the same data finds them; the
-folder may be deleted at any time.
+once. Of each prediction the files keep the k likeliest tokens, their log-probabilities, and that of
+all other tokens together. Each file has a few sequences and is named by everything that decides its
+content: the model's files, k, temperature, dtype, and the tokens. Another run with the same data
+uses them; the folder may be deleted at any time.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -23,23 +23,22 @@ from merge_cli.evaluation.cache import cache_folder
 from merge_cli.evaluation.fingerprints import refuse_changed
 from merge_cli.evaluation.forward import Example, micro_batches, padded, require_finite
 from merge_cli.evaluation.live import LiveModel, load
+from merge_cli.evaluation.task import OnProgress
 from merge_cli.sources.source import Source
 from merge_cli.system.machine import show_size
 
 _FORMAT = 3
-_GROUP = 32  # sequences of a file
+_SEQUENCES = 32  # sequences of a file
 _LOGIT_BYTES = 1 << 28
 _CHUNK = 256  # tokens
-
-Tell = Callable[[int, int], None]  # tokens done, tokens in all
 
 
 @dataclass(frozen=True)
 class KeptPredictions:
-    """How predictions are kept.
+    """Which predictions are kept, and how.
 
     Attributes:
-        k: tokens; None keeps the whole vocabulary, in memory alone.
+        k: tokens; None keeps the complete vocabulary, only in memory.
     """
 
     k: int | None
@@ -47,7 +46,7 @@ class KeptPredictions:
     dtype: str
 
     def bytes_of(self, tokens: int, vocabulary: int) -> int:
-        """What the predictions of so many tokens take."""
+        """Bytes of the predictions of so many tokens."""
         k = min(self.k or vocabulary, vocabulary)
         return tokens * (k * (4 + (2 if self.dtype == "float16" else 4)) + 4)
 
@@ -60,14 +59,14 @@ class Predictions:
 
     def of(self, number: int) -> tuple[Any, Any, Any]:
         """ids [n, k], logp [n, k], tail [n] (or None) of a sequence's counted tokens."""
-        group, place = divmod(number, _GROUP)
+        group, index = divmod(number, _SEQUENCES)
         if self._tables:
-            return _part(self._tables[group], place)
+            return _part(self._tables[group], index)
         from safetensors import safe_open
 
         with safe_open(self._files[group], "pt") as file:
-            start, stop = file.get_slice("ends")[place : place + 2].tolist()
-            names = list(file.keys())  # an open file is no mapping: it has keys() alone
+            start, stop = file.get_slice("ends")[index : index + 2].tolist()
+            names = list(file.keys())  # an open file is no mapping, it only has keys()
             tail = file.get_slice("tail")[start:stop] if "tail" in names else None
             return file.get_slice("ids")[start:stop], file.get_slice("logp")[start:stop], tail
 
@@ -75,81 +74,91 @@ class Predictions:
 class Teacher:
     """One source's model as a teacher; loaded only if something is not in the cache yet."""
 
-    def __init__(self, source: Source, digest: str, device: str, dtype: str) -> None:
-        self._source, self._digest, self._device, self._dtype = source, digest, device, dtype
+    def __init__(self, source: Source, fingerprint: str, device: str, dtype: str) -> None:
+        self._source, self._fingerprint, self._device, self._dtype = (
+            source,
+            fingerprint,
+            device,
+            dtype,
+        )
         self._live: LiveModel | None = None
         self.tokens = self.passes = 0
 
     def predictions(
         self,
         examples: Sequence[Example],
-        kept: KeptPredictions,
-        tell: Tell,
+        settings: KeptPredictions,
+        on_progress: OnProgress,
         *,
         share: tuple[int, int] = (0, 1),
     ) -> Predictions:
         """Predictions of all sequences.
 
         Args:
-            share: (number, count): of the missing files make every `count`-th alone; several
-                processes make them together and must wait for one another before they read.
+            share: (number, count): make only every `count`-th of the missing files, so that several
+                processes make all of them; they must wait for one another before they read.
         """
-        groups = [examples[i : i + _GROUP] for i in range(0, len(examples), _GROUP)]
+        groups = [examples[i : i + _SEQUENCES] for i in range(0, len(examples), _SEQUENCES)]
         total, done = sum(len(example.ids) for example in examples), 0
         tables, files = [], []
         for number, group in enumerate(groups):
-            place = self.place(group, kept)
-            files.append(place)
-            if kept.k is None:
-                tables.append(self._predict(group, kept))
-            elif number % share[1] == share[0] and not _whole(place, read=True):
-                _keep(place, self._predict(group, kept))
+            path = self.path(group, settings)
+            files.append(path)
+            if settings.k is None:
+                tables.append(self._predict(group, settings))
+            elif number % share[1] == share[0] and not _is_complete(path, read=True):
+                _write(path, self._predict(group, settings))
             done += sum(len(item.ids) for item in group)
-            tell(done, total)
+            on_progress(done, total)
         return Predictions(files, tables)
 
-    def missing(self, examples: Sequence[Example], kept: KeptPredictions) -> int:
+    def missing(self, examples: Sequence[Example], settings: KeptPredictions) -> int:
         """Sequences that are not in the cache."""
-        groups = [examples[i : i + _GROUP] for i in range(0, len(examples), _GROUP)]
-        return sum(len(g) for g in groups if kept.k is None or not _whole(self.place(g, kept)))
+        groups = [examples[i : i + _SEQUENCES] for i in range(0, len(examples), _SEQUENCES)]
+        return sum(
+            len(g) for g in groups if settings.k is None or not _is_complete(self.path(g, settings))
+        )
 
-    def place(self, group: Sequence[Example], kept: KeptPredictions) -> Path:
+    def path(self, group: Sequence[Example], settings: KeptPredictions) -> Path:
         """The file of a group of sequences."""
-        # Other devices and versions round otherwise: the same command would learn other bits.
-        how = f"{self._device.partition(':')[0]} {version('torch')} {version('transformers')}"
-        message = f"{self._digest} {self._dtype} {kept.k} {kept.temperature!r} {kept.dtype}"
-        about = f"{_FORMAT} {message} {how}"
-        state = hashlib.sha256(about.encode())
-        for item in group:
-            state.update(f"{item.first} {len(item.ids)};".encode() + item.ids.tobytes())
+        # Other devices and versions round differently.
+        environment = (
+            f"{self._device.partition(':')[0]} {version('torch')} {version('transformers')}"
+        )
+        model = f"{self._fingerprint} {self._dtype}"
+        kept = f"{settings.k} {settings.temperature!r} {settings.dtype}"
+        description = f"{_FORMAT} {model} {kept} {environment}"
+        state = hashlib.sha256(description.encode())
+        for example in group:
+            state.update(f"{example.first} {len(example.ids)};".encode() + example.ids.tobytes())
         name = state.hexdigest()
         return cache_folder() / "teachers" / name[:2] / f"{name}.safetensors"
 
     def close(self) -> None:
-        """Give its memory back."""
+        """Free its memory."""
         self._live = None
 
-    def _predict(self, group: Sequence[Example], kept: KeptPredictions) -> dict[str, Any]:
+    def _predict(self, group: Sequence[Example], settings: KeptPredictions) -> dict[str, Any]:
         import torch
 
         if self._live is None:
             self._live = load(self._source, device=self._device, dtype=self._dtype)
-            refuse_changed(self._source, self._digest)
+            refuse_changed(self._source, self._fingerprint)
         live = self._live
-        found: dict[int, tuple[Any, Any, Any]] = {}
+        predictions: dict[int, tuple[Any, Any, Any]] = {}
         budget = max(1, min(live.batch_tokens, _LOGIT_BYTES // (4 * live.vocabulary)))
         for batch in micro_batches(range(len(group)), group, budget):
             ids, mask, counted = padded([group[i] for i in batch])
             logits = live.logits(ids, mask)
             for row, number in enumerate(batch):
-                own = logits[row][counted[row].to(logits.device)]
-                require_finite(own.float().logsumexp(-1), self._source.label)
-                k = live.vocabulary if kept.k is None else kept.k
-                found[number] = _in_chunks(own, k, kept.temperature)
+                counted_logits = logits[row][counted[row].to(logits.device)]
+                require_finite(counted_logits.float().logsumexp(-1), self._source.label)
+                k = live.vocabulary if settings.k is None else settings.k
+                predictions[number] = _in_chunks(counted_logits, k, settings.temperature)
         self.tokens, self.passes = live.cost.tokens, live.cost.forward_passes
-        parts = [found[i] for i in range(len(group))]
-        ends = torch.tensor([0, *(item.counted for item in group)]).cumsum(0)
-        dtype = getattr(torch, kept.dtype)
+        parts = [predictions[i] for i in range(len(group))]
+        ends = torch.tensor([0, *(example.counted for example in group)]).cumsum(0)
+        dtype = getattr(torch, settings.dtype)
         table = {
             "ends": ends,
             "ids": torch.cat([ids for ids, _, _ in parts]).to("cpu", torch.int32),
@@ -161,26 +170,26 @@ class Teacher:
 
 
 def kept_predictions(logits: Any, k: int, temperature: float) -> tuple[Any, Any, Any]:
-    """What is kept of a teacher's prediction.
+    """The part of a teacher's prediction that is kept.
 
     Args:
         logits: [n, vocabulary], float32 or float64.
         k: tokens to keep; as many as the vocabulary has keeps all.
 
     Returns:
-        ids [n, k], log-probabilities [n, k] at the temperature, and the tail's [n]; the tail is
-        None where nothing is left over.
+        ids [n, k], log-probabilities [n, k] at the temperature, and those of all other tokens
+        together [n]; None where there are no others.
     """
     z = logits / temperature
-    whole = z.logsumexp(-1, keepdim=True)
+    normaliser = z.logsumexp(-1, keepdim=True)
     if k >= z.shape[-1]:
         import torch
 
         ids = torch.arange(z.shape[-1], device=z.device).expand(z.shape).contiguous()
-        return ids, z - whole, None
+        return ids, z - normaliser, None
     ids = z.topk(k, -1).indices
-    logp = z.gather(-1, ids) - whole
-    tail = z.scatter(-1, ids, float("-inf")).logsumexp(-1) - whole[:, 0]
+    logp = z.gather(-1, ids) - normaliser
+    tail = z.scatter(-1, ids, float("-inf")).logsumexp(-1) - normaliser[:, 0]
     return ids, logp, tail
 
 
@@ -197,27 +206,27 @@ def _in_chunks(logits: Any, k: int, temperature: float) -> tuple[Any, Any, Any]:
     return torch.cat(ids), torch.cat(logp), tail
 
 
-def _part(table: dict[str, Any], place: int) -> tuple[Any, Any, Any]:
-    start, stop = table["ends"][place : place + 2].tolist()
+def _part(table: dict[str, Any], index: int) -> tuple[Any, Any, Any]:
+    start, stop = table["ends"][index : index + 2].tolist()
     tail = table["tail"][start:stop] if "tail" in table else None
     return table["ids"][start:stop], table["logp"][start:stop], tail
 
 
-def _whole(place: Path, *, read: bool = False) -> bool:
-    """Whether a file is there and is what was written; one that is not is made again.
+def _is_complete(path: Path, *, read: bool = False) -> bool:
+    """Whether a file exists and is intact.
 
     Args:
-        read: every byte, rather than the header alone.
+        read: check every byte, instead of only the header.
     """
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(place, "pt") as file:
+        with safe_open(path, "pt") as file:
             names = set(file.keys())
-            cached = (file.metadata() or {}).get("sum")
-            if not {"ends", "ids", "logp"} <= names or cached is None:
+            checksum = (file.metadata() or {}).get("sum")
+            if not {"ends", "ids", "logp"} <= names or checksum is None:
                 return False
-            return not read or cached == _sum({name: file.get_tensor(name) for name in names})
+            return not read or checksum == _sum({name: file.get_tensor(name) for name in names})
     except (OSError, SafetensorError):
         return False
 
@@ -233,8 +242,8 @@ def _sum(table: Mapping[str, Any]) -> str:
     return state.hexdigest()
 
 
-def _keep(place: Path, table: dict[str, Any]) -> None:
-    """Write a file whole or not at all.
+def _write(path: Path, table: dict[str, Any]) -> None:
+    """Write a file completely or not at all.
 
     Raises:
         ResourceError: the cache cannot be written, and training needs it.
@@ -245,15 +254,15 @@ def _keep(place: Path, table: dict[str, Any]) -> None:
     size = sum(value.numel() * value.element_size() for value in table.values())
     name = ""
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=place.parent)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent)
         os.close(handle)
         save_file(table, name, {"sum": _sum(table)})
-        os.replace(name, place)
+        os.replace(name, path)
     except (OSError, SafetensorError) as error:
         message = f"the teachers' cache cannot be written ({show_size(size)}): {error}"
         hint = "Free some space, or set MERGE_CLI_CACHE to another folder."
-        raise ResourceError(message, where=str(place.parent), hint=hint) from error
+        raise ResourceError(message, where=str(path.parent), hint=hint) from error
     finally:
-        if name:  # gone where it has become the file
+        if name:  # renamed if all went well
             Path(name).unlink(missing_ok=True)

@@ -1,12 +1,12 @@
-"""Texts to token ids, and which of them count: the one place where anything is tokenised.
+"""Tokenising texts, and which of their tokens count; nothing else in the package tokenises.
 
-A prompt and its completion are tokenised *together*, as the model will read them. Apart, a
-tokenizer that writes a word mark before every text (SentencePiece: Llama 2, Mistral, T5) puts one
-in the middle, which no text has, and one that merges across the seam never does. Where the
-completion begins is found by the offsets of the tokens in the text; a token that covers both sides
-of the seam belongs to the completion.
+A prompt and its completion are tokenised *together*, as the model will read them. Separately, a
+tokenizer that adds a word mark to every text (SentencePiece: Llama 2, Mistral, T5) would put one in
+the middle, and one that merges across the boundary would not do so. The offsets of the tokens in
+the text show where the completion begins; a token on both sides of the boundary belongs to the
+completion.
 
-Special tokens are put before a text, never behind it, and not before a text that begins with them.
+Special tokens are added before a text, never after it, and not to a text that begins with them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-# In the keys of results and predictions that are kept: grows when a text becomes other tokens.
+# Part of cache keys: grows when a text becomes other tokens.
 TOKENISATION = 2
 
 Truncate = Literal["left", "right", "refuse"]
@@ -28,8 +28,8 @@ class Encoded:
     """Token ids of a row.
 
     Attributes:
-        first: the first token that counts, never 0: nothing predicts that one.
-        text: what is to be predicted.
+        first: the first token that counts, never 0, which nothing predicts.
+        text: to be predicted.
     """
 
     ids: Sequence[int]
@@ -43,99 +43,99 @@ def encode_pair(prompt: str, completion: str, tokenizer: Any, start: Sequence[in
     Args:
         start: special tokens before the text; left out where the text begins with them.
     """
-    whole = prompt + completion
-    ids, ends = _tokenised(whole, tokenizer)
+    text = prompt + completion
+    ids, ends = _tokenised(text, tokenizer)
     if not prompt:
-        own = 0
+        skipped = 0
     elif not completion:
-        own = len(ids)
+        skipped = len(ids)
     elif ends is not None:
-        own = next((i for i, end in enumerate(ends) if end > len(prompt)), len(ids))
+        skipped = next((i for i, end in enumerate(ends) if end > len(prompt)), len(ids))
     else:
-        own = _common(ids, _tokenised(prompt, tokenizer)[0])
+        skipped = _common_length(ids, _tokenised(prompt, tokenizer)[0])
     before = [] if begins_with(ids, start) else list(start)
-    first = len(before) + own
+    first = len(before) + skipped
     if first == 0 and ids:  # nothing comes before the first token, so that nothing predicts it
         end = ends[0] if ends is not None else len(tokenizer.decode(ids[:1]))
-        completion = whole[max(end, len(prompt)) :]
+        completion = text[max(end, len(prompt)) :]
     return Encoded([*before, *ids], max(1, first), completion)
 
 
 def begins_with(ids: Sequence[int], start: Sequence[int]) -> bool:
-    """Whether a text brings the special tokens itself; a template renders them, for example."""
+    """Whether a text begins with the special tokens, which a chat template may have written."""
     return bool(start) and list(ids[: len(start)]) == list(start)
 
 
 def row_start(tokenizer: Any) -> list[int]:
-    """What a row begins with: what the tokenizer puts before a text, else its BOS token if any."""
-    result = own_start(tokenizer)
-    if result or tokenizer.bos_token_id is None:
-        return result
+    """Tokens before a row: those that the tokenizer adds, else its BOS token if it has one."""
+    start = own_start(tokenizer)
+    if start or tokenizer.bos_token_id is None:
+        return start
     return [int(tokenizer.bos_token_id)]
 
 
 def own_start(tokenizer: Any) -> list[int]:
-    """The special tokens that a tokenizer itself puts before a text."""
+    """The special tokens that a tokenizer adds before a text."""
     return _around(tokenizer)[0]
 
 
 def without_ending(tokenizer: Any) -> Any:
-    """A tokenizer that puts nothing behind a text: what follows a prompt would follow its end.
+    """A tokenizer that adds nothing after a text, for programs that tokenise by themselves.
 
-    Programs that tokenise by themselves get this one; it is the same one where nothing is to do.
+    Otherwise a completion would come after the end token of its prompt.
     """
-    before, behind = _around(tokenizer)
-    if not behind or not getattr(tokenizer, "is_fast", False):
+    before, after = _around(tokenizer)
+    if not after or not getattr(tokenizer, "is_fast", False):
         return tokenizer
     from tokenizers.processors import TemplateProcessing
 
-    result = copy.deepcopy(tokenizer)
-    names = [result.convert_ids_to_tokens(number) for number in before]
-    result.backend_tokenizer.post_processor = TemplateProcessing(
+    copied = copy.deepcopy(tokenizer)
+    names = [copied.convert_ids_to_tokens(number) for number in before]
+    copied.backend_tokenizer.post_processor = TemplateProcessing(
         single=[*names, "$A"], special_tokens=list(dict(zip(names, before, strict=True)).items())
     )
-    return result
+    return copied
 
 
-def fitted(encoded: Encoded, room: int, how: Truncate) -> Encoded | None:
-    """A row whose prompt is cut so that the whole has at most `room` tokens; None to refuse.
+def fitted(encoded: Encoded, limit: int, side: Truncate) -> Encoded | None:
+    """A row whose prompt is cut so that the row has at most `limit` tokens; None to refuse.
 
-    The completion is not cut: with one that is longer than `room` the whole is, too.
+    The completion is not cut: if it is longer than `limit`, so is the row.
 
     Args:
-        how: where the prompt loses tokens, at its beginning (left) or at its end (right).
+        side: which end of the prompt is cut: its beginning (left) or its end (right).
     """
-    over = len(encoded.ids) - room
+    over = len(encoded.ids) - limit
     if over <= 0:
         return encoded
-    if how == "refuse":
+    if side == "refuse":
         return None
-    # Where some tokens count, one stays before them: nothing else predicts the first.
+    # One token stays before those that count, to predict the first of them.
     least = 1 if encoded.first < len(encoded.ids) else 0
     cut = min(over, encoded.first - least)
     first, ids = encoded.first - cut, list(encoded.ids)
-    kept = ids[cut:] if how == "left" else [*ids[:first], *ids[encoded.first :]]
-    return Encoded(kept, max(1, first), encoded.text)
+    shortened = ids[cut:] if side == "left" else [*ids[:first], *ids[encoded.first :]]
+    return Encoded(shortened, max(1, first), encoded.text)
 
 
-def too_long(length: int, room: int) -> tuple[str, str]:
-    """What to say of a row that is not to be cut, and what to do."""
-    message = f"has {length:,} tokens, and there is room for {room:,}"
+def too_long(length: int, limit: int) -> tuple[str, str]:
+    """Message and hint for a row that is too long and may not be cut."""
+    message = f"has {length:,} tokens, and there is room for {limit:,}"
     return message, "Use `truncate: left` or `right`, or a larger max_length."
 
 
-def beyond(ids: Sequence[int], entries: int) -> int | None:
+def first_unknown(ids: Sequence[int], entries: int) -> int | None:
     """The first id that a model with so many embeddings does not have."""
     return next((number for number in ids if not 0 <= number < entries), None)
 
 
 def _tokenised(text: str, tokenizer: Any) -> tuple[list[int], list[int] | None]:
-    """Ids without special tokens around them, and where each ends in the text, if that is known."""
+    """Ids without special tokens, and where each ends in the text; None where that is unknown."""
     if not text:
         return [], []
     if not getattr(tokenizer, "is_fast", False):
         return list(tokenizer.encode(text, add_special_tokens=False, verbose=False)), None
-    result = tokenizer(
+    encoding = tokenizer(
         text,
         add_special_tokens=False,
         return_offsets_mapping=True,
@@ -143,24 +143,24 @@ def _tokenised(text: str, tokenizer: Any) -> tuple[list[int], list[int] | None]:
         truncation=False,
         padding=False,
     )
-    ids, ends = list(result["input_ids"]), [end for _, end in result["offset_mapping"]]
-    # A tokenizer that was made by hand may not keep track; then the prompt's own tokens must do.
-    known = not ids or 0 < max(ends) <= len(text)
-    return ids, ends if known else None
+    ids, ends = list(encoding["input_ids"]), [end for _, end in encoding["offset_mapping"]]
+    # A hand-made tokenizer may have no offsets; then the prompt's own tokens are used.
+    has_offsets = not ids or 0 < max(ends) <= len(text)
+    return ids, ends if has_offsets else None
 
 
-def _common(ids: Sequence[int], own: Sequence[int]) -> int:
+def _common_length(ids: Sequence[int], others: Sequence[int]) -> int:
     """How many tokens two texts have in common at their beginning."""
-    pairs = zip(ids, own, strict=False)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(ids), len(own)))
+    pairs = zip(ids, others, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(ids), len(others)))
 
 
 def _around(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """The special tokens that a tokenizer puts before a text, and behind it."""
+    """The special tokens that a tokenizer adds before and after a text."""
     for probe in _PROBES:
         bare = list(tokenizer.encode(probe, add_special_tokens=False))
-        whole = list(tokenizer.encode(probe, add_special_tokens=True))
-        for i in range(len(whole) - len(bare) + 1 if bare else 0):
-            if whole[i : i + len(bare)] == bare:
-                return whole[:i], whole[i + len(bare) :]
+        complete = list(tokenizer.encode(probe, add_special_tokens=True))
+        for i in range(len(complete) - len(bare) + 1 if bare else 0):
+            if complete[i : i + len(bare)] == bare:
+                return complete[:i], complete[i + len(bare) :]
     return [], []

@@ -1,16 +1,11 @@
-"""A worker's inside: a live model that becomes candidates, and the tasks that score them.
+"""Evaluating candidates: one loaded model that becomes any merge of the sources, and its scores.
 
-The live model before it is anything: the output's config, tokenizer and shapes, any weights.
+The model is loaded by the same code as a merged model on disk, from a folder of links with the
+output's config and tokenizer, so that both behave the same, generation settings included.
 
-It is loaded by the same code as a merged model on disk, from a folder of links, so that both answer
-alike down to the generation settings.
-
-One live model that becomes the merge of any recipe of the same sources, in place.
-
-Every weight comes from the engine's own `Computer`, over the engine's own lanes: only where it
-reads from and writes to is different. What has not changed since the last candidate is left as it
-is, and what a method had to know of a whole tensor (thresholds, norms) is remembered for the same
-parameters.
+Merges run in the engine, from memory to memory. Tensors that have not changed since the last
+candidate stay, and what a method has measured of a complete tensor (thresholds, norms) is kept for
+the same parameters.
 """
 
 from __future__ import annotations
@@ -23,6 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from merge_cli.checkpoint.headers import DTYPES
 from merge_cli.engine.device import choose_device
 from merge_cli.engine.in_memory import (
     InMemoryFiles,
@@ -48,10 +44,13 @@ from merge_cli.sources.source import open_source
 from merge_cli.sources.storage import INDEX
 from merge_cli.system.machine import torch_threads
 
+# Mergers that are kept with their threads: one for each method and set of sources.
+_MERGERS = 4
+
 
 @dataclass(frozen=True)
 class Setup:
-    """What a worker is made from; it can be sent to another process."""
+    """What a worker needs; it can be sent to another process."""
 
     static: Recipe
     objective: SearchObjective
@@ -75,7 +74,7 @@ class EvaluationJob:
 
 @dataclass(frozen=True)
 class EvaluationOutcome:
-    """What came of a job; `error` is empty unless it failed."""
+    """The result of a job; `error` is empty unless it failed."""
 
     number: int
     values: Values = field(default_factory=dict)
@@ -86,7 +85,7 @@ class EvaluationOutcome:
 
     def to_json(self) -> dict[str, Any]:
         values = {
-            task: {name: [item.value, item.better] for name, item in metrics.items()}
+            task: {name: [value.value, value.better] for name, value in metrics.items()}
             for task, metrics in self.values.items()
         }
         return {
@@ -107,15 +106,17 @@ class EvaluationOutcome:
 
 
 def values_of(results: dict[str, TaskResult]) -> Values:
-    """Every task's metrics."""
+    """The metrics of every task."""
     return {
-        name: {metric.name: Value(metric.value, metric.better) for metric in item.metrics.values()}
-        for name, item in results.items()
+        name: {
+            metric.name: Value(metric.value, metric.better) for metric in result.metrics.values()
+        }
+        for name, result in results.items()
     }
 
 
 class Evaluator:
-    """Loads what the setup says once, then answers jobs one after the other."""
+    """Loads the model once, then evaluates jobs one after the other."""
 
     def __init__(self, setup: Setup) -> None:
         self._setup = setup
@@ -140,20 +141,20 @@ class Evaluator:
 
     @property
     def merge(self) -> MergeableModel:
-        """The live model and what it has done."""
+        """The model that becomes candidates."""
         return self._merge
 
     def answer(self, job: EvaluationJob) -> EvaluationOutcome:
-        """Score a candidate. What goes wrong with it is part of the outcome.
+        """Score a candidate; its errors are part of the outcome.
 
         Raises:
-            SourceError: data that no candidate can be scored on.
+            SourceError: data that cannot be used for any candidate.
         """
         started = time.monotonic()
         live = self._merge.live
         cost = Cost()
         results: dict[str, TaskResult] = {}
-        error = ""
+        message = ""
         try:
             self._merge.become(job.recipe)
             spec = self._setup.objective.splits[job.split].spec
@@ -162,31 +163,31 @@ class Evaluator:
                     result = score_task(reduced(task, job.share), live)
                     results[task.name] = result
                     cost = _sum(cost, result.cost)
-            _need_numbers(self._setup.objective.splits[job.split], results)
+            _require_finite(self._setup.objective.splits[job.split], results)
         except SourceError as failure:
             if failure.file in self._data:
                 raise
-            error, results = _said(failure), {}
+            message, results = _message(failure), {}
             cost = _sum(cost, live.cost)
-        except Exception as failure:  # any candidate may fail in any way: the search goes on
-            error, results = _said(failure), {}
+        except Exception as failure:  # any candidate may fail: the search goes on
+            message, results = _message(failure), {}
             cost = _sum(cost, live.cost)
         seconds = round(time.monotonic() - started, 4)
         values = values_of(results)
         return EvaluationOutcome(
-            job.number, values, error, seconds, cost.tokens, cost.forward_passes
+            job.number, values, message, seconds, cost.tokens, cost.forward_passes
         )
 
     def close(self) -> None:
-        """Let go of everything."""
+        """Free the model and the sources."""
         self._merge.close()
 
 
-def _need_numbers(split: Split, results: dict[str, TaskResult]) -> None:
-    """Refuse a value that counts and is no number: an optimizer cannot tell where to go from it.
+def _require_finite(split: Split, results: dict[str, TaskResult]) -> None:
+    """Refuse goals whose value is not finite: optimizers cannot use them.
 
     Raises:
-        NonFiniteError: there is one.
+        NonFiniteError: a value is not finite.
     """
     values = values_of(results)
     for goal in split.goals:
@@ -194,17 +195,17 @@ def _need_numbers(split: Split, results: dict[str, TaskResult]) -> None:
             raise NonFiniteError(f"{goal.task}.{goal.metric or 'its metric'} is not a number")
 
 
-def _said(failure: Exception) -> str:
+def _message(failure: Exception) -> str:
     return f"{type(failure).__name__}: {str(failure).strip() or 'without a message'}"
 
 
 def reduced(task: Task, share: float) -> Task:
-    """The task on a share of its rows, at least one."""
+    """The task with a share of its rows, at least one."""
     if share >= 1.0 or not isinstance(task, DataTask):
         return task
     rows = len(read_rows(task.data))
-    whole = rows if task.limit is None else min(rows, task.limit)
-    return replace(task, limit=max(1, math.ceil(share * whole)))
+    available = rows if task.limit is None else min(rows, task.limit)
+    return replace(task, limit=max(1, math.ceil(share * available)))
 
 
 def _sum(a: Cost, b: Cost) -> Cost:
@@ -212,23 +213,23 @@ def _sum(a: Cost, b: Cost) -> Cost:
 
 
 def load_scaffold(plan: Plan, options: MergeOptions, **loading: Any) -> LiveModel:
-    """A model with the plan's config and tokenizer and its donor's weights, soon to be replaced.
+    """A model with the plan's config and tokenizer, and weights that will be replaced.
 
     Args:
         loading: as for `evaluation.live.load`.
 
     Raises:
         SourceError: transformers cannot load it.
-        ResourceError: the device is not there, or the model does not fit in its memory.
+        ResourceError: there is no such device, or the model does not fit into its memory.
     """
-    donor = plan.sources[plan.donor]
+    config_source = plan.sources[plan.donor]
     with TemporaryDirectory(prefix="merge-cli-live-") as name:
         folder = Path(name)
         write_companions(plan, folder, options)
         if not plan.config:
-            (folder / "config.json").symlink_to((donor.root / "config.json").resolve())
+            (folder / "config.json").symlink_to((config_source.root / "config.json").resolve())
         (folder / INDEX).unlink(missing_ok=True)
-        for file in donor.root.iterdir():
+        for file in config_source.root.iterdir():
             if file.suffix == ".safetensors" or file.name == INDEX:
                 (folder / file.name).symlink_to(file.resolve())
         live = load(open_source(ModelRef(str(folder)), folder), incomplete=True, **loading)
@@ -236,33 +237,17 @@ def load_scaffold(plan: Plan, options: MergeOptions, **loading: Any) -> LiveMode
     return live
 
 
-# Methods, or sets of sources (a greedy soup tries one after another), whose threads are kept.
-_ENGINES = 4
-_TORCH = {
-    "F64": "float64",
-    "F32": "float32",
-    "BF16": "bfloat16",
-    "F16": "float16",
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
-    "I8": "int8",
-    "U8": "uint8",
-    "BOOL": "bool",
-}
-
-
 class MergeableModel:
-    """A loaded model, its sources, and what turns a recipe into its weights.
+    """A loaded model whose weights become those of any merge of the sources.
 
     Args:
         recipe: one static recipe of the sources; others may differ in method, in parameters, and
             in which of the sources they list.
-        loading: of the live model: device, dtype, max_length, batch_tokens, seed, memory.
+        loading: of the model: device, dtype, max_length, batch_tokens, seed, memory.
 
     Attributes:
-        live: the model, holding the merge of the last recipe.
-        rewritten, skipped: tensors that candidates have changed, and that they left as they were.
+        live: the model, with the weights of the last recipe's merge.
+        rewritten, skipped: how many tensors candidates have changed, and left unchanged.
     """
 
     def __init__(
@@ -274,20 +259,20 @@ class MergeableModel:
         self.place: SourcesInMemory = choose_residency(
             refs, self._device, workers, plan.bytes_written
         )
-        where = f"cuda:{self._device.indexes[0]}" if self._device.indexes else "cpu"
-        self._files = InMemoryFiles(self.place, where)
+        device_name = f"cuda:{self._device.indexes[0]}" if self._device.indexes else "cpu"
+        self._files = InMemoryFiles(self.place, device_name)
         self._files.keep(refs)
         self.live: LiveModel = load_scaffold(plan, options, **loading)
-        self._seats = find_parameter_slices(plan, self.live.net)
+        self._parameters = find_parameter_slices(plan, self.live.net)
         self._mergers: OrderedDict[tuple[Any, ...], InMemoryMerger] = OrderedDict()
-        self._held: dict[str, str] = {}  # tensor -> what it holds the merge of
+        self._merged_with: dict[str, str] = {}  # tensor -> key of the merge whose weights it has
         self.rewritten = self.skipped = 0
 
     def become(self, recipe: Recipe) -> None:
-        """Rewrite the live model's parameters: the weights that merging the recipe would write.
+        """Change the model's parameters to the weights that merging the recipe would write.
 
         Raises:
-            RecipeError: parameters that no tensor can be merged with.
+            RecipeError: parameters that the method does not allow.
             NonFiniteError: as for a merge.
             ResourceError: memory ran out.
         """
@@ -298,42 +283,44 @@ class MergeableModel:
             self._mergers[key] = InMemoryMerger(
                 plan, self._files, self._device, self._options, self.place.residency
             )
-            if len(self._mergers) > _ENGINES:
+            if len(self._mergers) > _MERGERS:
                 self._mergers.popitem(last=False)[1].close()
         self._mergers.move_to_end(key)
         merger = self._mergers[key]
         tasks = merger.resolved(recipe)
-        requested = {
+        keys = {
             task.name: f"{key} {task.action} {sorted(task.parameters.items())}"
             for task in tasks
-            if task.name in self._seats
+            if task.name in self._parameters
         }
         changed = [
             number
             for number, task in enumerate(tasks)
-            if task.name in self._seats
-            and (merger.surveys or self._held.get(task.name) != requested[task.name])
+            if task.name in self._parameters
+            and (merger.surveys or self._merged_with.get(task.name) != keys[task.name])
         ]
         for number in changed:
-            self._held.pop(tasks[number].name, None)  # half-way it holds neither
+            self._merged_with.pop(
+                tasks[number].name, None
+            )  # neither the old nor the new merge until it is complete
         merger.merge(tasks, changed, self._take)
         for number in changed:
-            self._held[tasks[number].name] = requested[tasks[number].name]
+            self._merged_with[tasks[number].name] = keys[tasks[number].name]
         self.rewritten += len(changed)
-        self.skipped += len(requested) - len(changed)
+        self.skipped += len(keys) - len(changed)
 
     def close(self) -> None:
-        """Let go of the model, the sources and the threads."""
+        """Free the model, the sources and the threads."""
         for merger in self._mergers.values():
             merger.close()
         self.live.close()
         self._files.close()
 
     def _take(self, task: TensorTask, raw: Any) -> None:
-        """A merged tensor's bytes into the parameter; by the pool's threads."""
+        """Copy a merged tensor into its parameter; called by the pool's threads."""
         import torch
 
-        held = raw if isinstance(raw, torch.Tensor) else torch.from_numpy(raw)
-        stored = held.view(getattr(torch, _TORCH[task.dtype]))
+        tensor = raw if isinstance(raw, torch.Tensor) else torch.from_numpy(raw)
+        stored = tensor.view(getattr(torch, DTYPES[task.dtype][1]))
         with torch.no_grad():
-            self._seats[task.name].values.copy_(stored.reshape(task.shape))
+            self._parameters[task.name].values.copy_(stored.reshape(task.shape))

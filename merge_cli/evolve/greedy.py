@@ -1,7 +1,7 @@
 """Greedy soup: sources from best to worst, each kept if the average is then strictly better.
 
 Wortsman et al., arXiv:2203.05482, recipe 1; one pass. Members keep the order of the recipe, so that
-the order in which they were found does not change a bit of their average.
+the order in which they were added does not change their average.
 """
 
 from __future__ import annotations
@@ -40,21 +40,21 @@ class Greedy:
     def run(self) -> None:
         """One pass over the sources."""
         count = len(self._recipe.models)
-        alone = self._try([[i] for i in range(count)], 0)
-        order = [c.genome.index(1.0) for c in best_first(alone)]
+        singles = self._try([[i] for i in range(count)], 0)
+        order = [c.genome.index(1.0) for c in best_first(singles)]
         if not order:
             self.ended = "no source could be evaluated"
             return
-        best = best_first(alone)[0]
+        best = best_first(singles)[0]
         self.members = [order[0]]
         for step, source in enumerate(order[1:], start=1):
-            (tried,) = self._try([[*self.members, source]], step)
+            (candidate,) = self._try([[*self.members, source]], step)
             if (
-                tried.score is not None
+                candidate.score is not None
                 and best.score is not None
-                and (tried.score.order < best.score.order)
+                and (candidate.score.order < best.score.order)
             ):
-                self.members, best = [*self.members, source], tried
+                self.members, best = [*self.members, source], candidate
         self.ended = "every source has been tried"
 
     def _try(self, soups: Sequence[Sequence[int]], generation: int) -> list[Candidate]:
@@ -64,7 +64,7 @@ class Greedy:
         jobs = [
             EvaluationJob(first + i, soup_of(self._recipe, soup)) for i, soup in enumerate(soups)
         ]
-        about = [
+        lines = [
             {
                 "generation": generation,
                 "genome": genome,
@@ -72,8 +72,8 @@ class Greedy:
             }
             for genome, soup in zip(genomes, soups, strict=True)
         ]
-        outcomes = self._evaluations.of("candidate", jobs, about)
-        result = [
+        outcomes = self._evaluations.of("candidate", jobs, lines)
+        candidates = [
             Candidate(
                 first + i,
                 generation,
@@ -83,5 +83,5 @@ class Greedy:
             )
             for i, outcome in enumerate(outcomes)
         ]
-        self.candidates += result
-        return result
+        self.candidates += candidates
+        return candidates

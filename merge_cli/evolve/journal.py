@@ -1,14 +1,11 @@
-"""Everything that a search has found, a line each, on the disk before the next one counts.
+"""The journal of a search: every evaluation is written to disk, and never repeated.
 
     OUT.search/journal.jsonl     the search's key, then one line for each evaluation
     OUT.search/best_recipe.yaml  the best so far, or the result
     OUT.search/search.json       the record, when the search has ended
 
-There is no other state: optimizers are asked and told again from the journal.
-
-What a search is known by: a digest of all that its scores, or its result, depend on.
-
-Jobs through the journal: what it knows is not evaluated again, what is new is written first.
+There is no other state: optimizers are asked and told again from the journal. A search is
+identified by a fingerprint of everything that its scores depend on.
 """
 
 from __future__ import annotations
@@ -43,6 +40,10 @@ if TYPE_CHECKING:
 
 BEST, _RECORD = "best_recipe.yaml", "search.json"
 Line = dict[str, Any]
+# Fields that change how long a search runs, or who evaluates, but no candidate's score.
+_NOT_IN_KEY = {"evaluations", "finalists", "failures", "engine", "workers", "given"}
+_FORMAT = 1
+_CONTRADICTION = "the journal has another candidate with this number than this version would try"
 
 
 class SearchWorkspace(Workspace):
@@ -50,11 +51,11 @@ class SearchWorkspace(Workspace):
 
     Args:
         target: OUT.
-        key: of the work; another one's folder is not continued.
-        fresh: throw away what is there.
+        key: of the search; the folder of another search is refused.
+        fresh: discard an earlier search.
 
     Attributes:
-        lines: what the journal holds, without its first line.
+        lines: of the journal, without the first.
     """
 
     def __init__(self, target: Path, key: str, *, fresh: bool = False) -> None:
@@ -64,11 +65,11 @@ class SearchWorkspace(Workspace):
         self.lines: list[Line] = []
 
     def __enter__(self) -> Self:
-        """Take the lock and read what is there, up to the first line that does not hold.
+        """Take the lock and read the journal, up to the first damaged line.
 
         Raises:
-            ResourceError: another process searches here, or the place cannot be written.
-            UsageError: the search of something else is here, or somebody else's folder.
+            ResourceError: another process searches here, or the folder cannot be written.
+            UsageError: the folder is of another search, or not of merge-cli.
         """
         super().__enter__()
         try:
@@ -96,50 +97,45 @@ class SearchWorkspace(Workspace):
         super().__exit__(kind, error, trace)
 
     def append(self, line: Line) -> None:
-        """Add a line; it is on the disk when this returns."""
+        """Add a line; it is on disk when this returns."""
         assert self._records is not None, "it is entered"
         self.lines.append(line)
         self._records.append(line)
 
     def write_best(self, text: str) -> Path:
-        """The best recipe so far."""
+        """Write the best recipe so far."""
         replace_file(self.path / BEST, text.encode())
         return self.path / BEST
 
     def finish(self, record: Line) -> None:
-        """The search has ended: what it found is known without the journal."""
+        """Write the record of a search that has ended."""
         replace_file(self.path / _RECORD, seal({"key": self.key, **record}))
 
     def record(self) -> Line | None:
         """The record of a search that has ended; None while it has not."""
-        result = read_sealed(self.path / _RECORD) or {}
-        return result if result.pop("key", None) == self.key else None
-
-
-# What changes how long a search goes on, or who does the work, but not what a candidate is worth.
-_INDIFFERENT = {"evaluations", "finalists", "failures", "engine", "workers", "given"}
-_FORMAT = 1
+        record = read_sealed(self.path / _RECORD) or {}
+        return record if record.pop("key", None) == self.key else None
 
 
 def search_digest(plan: Plan, device: str) -> str:
-    """A digest of everything that a search's result depends on.
+    """A fingerprint of everything that a search's result depends on.
 
     Raises:
         as `plan_search` does.
     """
     options = MergeOptions(device=device)
-    decided = plan_search(plan, options)
-    asked = f"{decided.search.evaluations} {decided.search.finalists}"
-    return f"{work_key(decided, options)} {asked}"
+    search_plan = plan_search(plan, options)
+    counts = f"{search_plan.search.evaluations} {search_plan.search.finalists}"
+    return f"{work_key(search_plan, options)} {counts}"
 
 
-def work_key(decided: SearchPlan, options: MergeOptions) -> str:
-    """A digest of everything that the scores depend on."""
-    recipe, plan = decided.recipe, decided.plan
-    dials = {
-        f.name: repr(getattr(decided.search, f.name))
+def work_key(search_plan: SearchPlan, options: MergeOptions) -> str:
+    """A fingerprint of everything that the scores depend on."""
+    recipe, plan = search_plan.recipe, search_plan.plan
+    options_of_search = {
+        f.name: repr(getattr(search_plan.search, f.name))
         for f in fields(Search)
-        if f.name not in _INDIFFERENT
+        if f.name not in _NOT_IN_KEY
     }
     splits = {
         name: {
@@ -152,13 +148,13 @@ def work_key(decided: SearchPlan, options: MergeOptions) -> str:
                 split.spec.dtype,
             ],
         }
-        for name, split in decided.objective.splits.items()
+        for name, split in search_plan.objective.splits.items()
     }
-    about = {
+    content = {
         "format": _FORMAT,
         "versions": [version(package) for package in ("merge-cli", "torch", "transformers")],
         "method": recipe.merge_method,
-        "dials": dials,
+        "dials": options_of_search,
         "static": [_plain(recipe.parameters), *(_plain(spec.parameters) for spec in recipe.models)],
         "seed": recipe.seed,
         "dtype": recipe.output_dtype,
@@ -168,26 +164,23 @@ def work_key(decided: SearchPlan, options: MergeOptions) -> str:
         "splits": splits,
         "device": choose_device(options.device).kind,
     }
-    return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _plain(parameters: Mapping[str, Parameter]) -> list[str]:
     return [repr((name, parameter.setting)) for name, parameter in sorted(parameters.items())]
 
 
-_OTHER = "the journal has another candidate at this place than this version would try"
-
-
 class Evaluations:
-    """All evaluations of a search.
+    """The evaluations of a search, through its journal.
 
     Args:
-        failures: so many failed ones in a row end the search.
-        total: evaluations that are expected, for progress.
-        best: what to say of the search so far.
+        failures: this many in a row end the search.
+        total: expected evaluations, for progress.
+        best: a note on the best candidate so far.
 
     Attributes:
-        reused: how many the journal knew.
+        reused: evaluations that were in the journal.
     """
 
     def __init__(
@@ -202,7 +195,9 @@ class Evaluations:
     ) -> None:
         self._folder, self._workers, self._show = folder, workers, show
         self._limit, self._total, self._best = failures, total, best
-        self._known = {(line["kind"], line["number"], line["share"]): line for line in folder.lines}
+        self._recorded = {
+            (line["kind"], line["number"], line["share"]): line for line in folder.lines
+        }
         self._failed = 0
         self.count = self.reused = 0
 
@@ -212,53 +207,53 @@ class Evaluations:
         """The jobs' outcomes, in their order.
 
         Args:
-            kind: candidate, validation or report: what the lines are for.
-            about: for each job, what else its line says; `genome` must agree with the journal.
+            kind: of the lines: candidate, validation or report.
+            about: further fields of each job's line; `genome` must agree with the journal.
 
         Raises:
             MergeCliError: too many in a row have failed.
-            CorruptFileError: the journal says otherwise.
+            CorruptFileError: the journal has another genome.
         """
-        found: dict[int, EvaluationOutcome] = {}
-        said = {job.number: dict(more) for job, more in zip(jobs, about, strict=True)}
+        outcomes: dict[int, EvaluationOutcome] = {}
+        details = {job.number: dict(detail) for job, detail in zip(jobs, about, strict=True)}
         missing = []
         for job in jobs:
-            line = self._known.get((kind, job.number, job.share))
-            same = line is not None and line.get("genome") == said[job.number].get("genome")
-            # With more evaluations than last time another candidate may be the one to report on.
-            if line is None or (kind != "candidate" and not same):
+            line = self._recorded.get((kind, job.number, job.share))
+            is_same = line is not None and line.get("genome") == details[job.number].get("genome")
+            # With more evaluations than last time, another candidate may be reported.
+            if line is None or (kind != "candidate" and not is_same):
                 missing.append(job)
                 continue
-            if not same:
+            if not is_same:
                 raise self.contradicts(job.number)
-            found[job.number] = EvaluationOutcome.from_json(job.number, line)
+            outcomes[job.number] = EvaluationOutcome.from_json(job.number, line)
             self.reused += 1
-            self._note(found[job.number], kind)
-        for outcome in self.stream(kind, ((job, said[job.number]) for job in missing)):
-            found[outcome.number] = outcome
-        return [found[job.number] for job in jobs]
+            self._note(outcomes[job.number], kind)
+        for outcome in self.stream(kind, ((job, details[job.number]) for job in missing)):
+            outcomes[outcome.number] = outcome
+        return [outcomes[job.number] for job in jobs]
 
     def stream(
         self, kind: str, jobs: Iterable[tuple[EvaluationJob, Mapping[str, Any]]]
     ) -> Iterator[EvaluationOutcome]:
-        """Jobs that the journal does not know, with what else their lines say; as they come.
+        """Outcomes of jobs that are not in the journal, as they are ready.
 
-        A job is taken when a worker is free for it, after what was yielded before has been seen.
+        A job is taken when a worker is free, after the caller has taken earlier outcomes.
         """
-        out: dict[int, tuple[EvaluationJob, Mapping[str, Any]]] = {}
+        pending: dict[int, tuple[EvaluationJob, Mapping[str, Any]]] = {}
 
-        def coming() -> Iterator[EvaluationJob]:
-            for job, about in jobs:
-                out[job.number] = job, about
+        def upcoming() -> Iterator[EvaluationJob]:
+            for job, detail in jobs:
+                pending[job.number] = job, detail
                 yield job
 
-        for outcome in self._workers.run(coming()):
-            job, about = out.pop(outcome.number)
+        for outcome in self._workers.run(upcoming()):
+            job, detail = pending.pop(outcome.number)
             line = {
                 "kind": kind,
                 "number": job.number,
                 "share": job.share,
-                **about,
+                **detail,
                 **outcome.to_json(),
             }
             self._folder.append(line)
@@ -266,11 +261,11 @@ class Evaluations:
             yield outcome
 
     def asked(self, number: int, genome: list[float]) -> None:
-        """Write down that a candidate is out, before it is."""
+        """Record a candidate before its evaluation starts."""
         self._folder.append({"kind": "asked", "number": number, "share": 1.0, "genome": genome})
 
     def replay(self) -> Iterator[tuple[str, int, list[float], EvaluationOutcome | None]]:
-        """What was asked and what came of it, in the order in which it happened.
+        """Proposals and results in the journal, in their order.
 
         Yields:
             kind (asked or candidate), number, genome, outcome of a candidate.
@@ -285,9 +280,9 @@ class Evaluations:
                 yield "candidate", line["number"], line["genome"], outcome
 
     def contradicts(self, number: int) -> CorruptFileError:
-        """The journal has another candidate than the optimizer proposes."""
+        """An error: the journal has another candidate than the optimizer proposes."""
         where, hint = str(self._folder.path), "Start over with --fresh."
-        return CorruptFileError(f"candidate {number}: {_OTHER}", file=where, hint=hint)
+        return CorruptFileError(f"candidate {number}: {_CONTRADICTION}", file=where, hint=hint)
 
     def _note(self, outcome: EvaluationOutcome, kind: str) -> None:
         self.count += 1

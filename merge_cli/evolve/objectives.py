@@ -1,7 +1,7 @@
-"""What candidates are judged by: tasks on three splits, weights, directions and constraints.
+"""The objective of a search: tasks on three splits, with weights, directions and constraints.
 
-An objective is a list of tasks as in an evaluation file; keys of its own say what a task's number
-counts for. Scores are sums of weight * value / sum of weights, and lower is better throughout.
+An objective is a list of tasks as in an evaluation file, with further keys for weight and goal.
+Scores are sums of weight * value / sum of weights, and lower is always better.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ _OWN = ("weight", "split", "metric", "goal", "at_most", "at_least", "no_worse_th
 
 @dataclass(frozen=True)
 class Goal:
-    """What one task's number counts for.
+    """How one task's metric counts.
 
     Attributes:
         metric: empty for the task's first one.
-        weight: of the number in the score; 0 for a constraint alone.
+        weight: in the score; 0 for a constraint only.
         goal: min or max; empty for the metric's own direction.
         at_most, at_least: bounds that a candidate must keep.
         no_worse_than: `base`, which a candidate must not be worse than by more than `margin`.
@@ -60,11 +60,11 @@ Values = Mapping[str, Mapping[str, Value]]  # task -> metric -> value; the prima
 
 @dataclass(frozen=True)
 class CandidateScore:
-    """What a candidate is worth: `total` and `parts` are better when lower.
+    """A candidate's score; `total` and `parts` are better when lower.
 
     Attributes:
-        parts: of each goal that has a weight, weight and sign in it.
-        violation: by how much constraints are broken, together; 0 when all are kept.
+        parts: of each goal with a weight, with its weight and sign.
+        violation: the sum by which constraints are violated; 0 if all are met.
     """
 
     total: float
@@ -73,13 +73,13 @@ class CandidateScore:
 
     @property
     def order(self) -> tuple[float, float]:
-        """Candidates that keep the constraints first, then by score."""
+        """Candidates that meet the constraints first, then by score."""
         return (self.violation, self.total)
 
 
 @dataclass(frozen=True)
 class Split:
-    """The tasks of one split and what their numbers count for."""
+    """The tasks of one split, and their goals."""
 
     name: SplitName
     spec: EvalSpec
@@ -97,28 +97,28 @@ class Split:
         """The score of a candidate, from its tasks' values.
 
         Args:
-            base: the base model's values, where a goal is not to be worse than it.
+            base: the base model's values, for goals with `no_worse_than`.
         """
         parts, violation = [], 0.0
-        whole = math.fsum(goal.weight for goal in self.weighted)
+        total_weight = math.fsum(goal.weight for goal in self.weighted)
         for goal in self.goals:
-            result = pick(values, goal)
-            sign = _sign(goal, result.better)
+            value = pick(values, goal)
+            sign = _sign(goal, value.better)
             if goal.weight:
-                parts.append(sign * result.value * goal.weight / whole)
+                parts.append(sign * value.value * goal.weight / total_weight)
             if goal.at_most is not None:
-                violation += max(0.0, result.value - goal.at_most)
+                violation += max(0.0, value.value - goal.at_most)
             if goal.at_least is not None:
-                violation += max(0.0, goal.at_least - result.value)
+                violation += max(0.0, goal.at_least - value.value)
             if goal.no_worse_than and base is not None:
                 limit = sign * pick(base, goal).value + goal.margin
-                violation += max(0.0, sign * result.value - limit)
+                violation += max(0.0, sign * value.value - limit)
         return CandidateScore(math.fsum(parts), tuple(parts), violation)
 
 
 @dataclass(frozen=True)
 class SearchObjective:
-    """All splits that the recipe has; `search` is always among them."""
+    """All splits of the recipe; `search` is always one of them."""
 
     splits: Mapping[SplitName, Split]
 
@@ -128,7 +128,7 @@ class SearchObjective:
 
     @property
     def report(self) -> Split:
-        """The split that numbers are reported on: the last there is."""
+        """The last split, whose numbers are reported."""
         return self.splits[[name for name in SPLITS if name in self.splits][-1]]
 
 

@@ -1,13 +1,11 @@
-"""Who proposes genomes: behind `ask` and `tell`, seeded, and a function of what they were told.
+"""Optimizers that propose genomes by `ask` and `tell`: random search, CMA-ES, Optuna's samplers.
 
-An optimizer that is asked and told the same again gives the same answers bit for bit, so that a
-journal is all the state that a search needs.
+An optimizer is seeded: the same sequence of `ask` and `tell` gives the same genomes bit for bit, so
+that a journal is all the state that a search needs.
 
-What an optimizer is told instead of a score, where a candidate has none or breaks a constraint.
-
-In this order: scores, candidates that a smaller share of the rows has ruled out, those that break a
-constraint, those that failed. The numbers keep clear of the scores, whatever their size: they are
-multiples of the largest one seen.
+`Ranking` makes the numbers for `tell`. The order is: scores, candidates that were ruled out on a
+share of the rows, candidates that violate a constraint, candidates that failed. The penalties are
+multiples of the largest score so far, so that they never overlap with scores.
 """
 
 from __future__ import annotations
@@ -27,11 +25,11 @@ _HINT = "pip install 'merge-cli[evolve]'"
 
 
 class Optimizer(Protocol):
-    """What proposes.
+    """Proposes genomes.
 
     Attributes:
-        population: genomes of the next generation.
-        ended: why there will be no more; empty until then.
+        population: number of genomes in the next generation.
+        ended: why there are no more genomes; empty until then.
     """
 
     population: int
@@ -43,27 +41,27 @@ class Optimizer(Protocol):
     def tell(
         self, genomes: Genomes, ranks: Sequence[float], parts: Sequence[Sequence[float]]
     ) -> None:
-        """What came of it.
+        """The results of the genomes of `ask`.
 
         Args:
-            ranks: one number for each, lower is better; finite, also for what failed.
-            parts: the goals of each, lower is better, for optimizers of several.
+            ranks: one number for each, lower is better; finite, also for failures.
+            parts: the goals of each, lower is better, for multi-objective optimizers.
         """
 
     def ask_one(self) -> list[float]:
-        """One more genome, while others are still out."""
+        """One more genome, while others are still evaluated."""
 
     def tell_one(self, genome: list[float], rank: float, parts: Sequence[float]) -> None:
-        """What came of one that `ask_one` gave; in any order."""
+        """The result of a genome of `ask_one`; in any order."""
 
 
 def make_optimizer(
     search: Search, space: Space, seed: int, start: list[float], goals: int
 ) -> Optimizer:
-    """The one that the recipe asks for; its first genome is `start`.
+    """The recipe's optimizer; its first genome is `start`.
 
     Args:
-        goals: how many there are, for optimizers of several.
+        goals: number of goals, for multi-objective optimizers.
 
     Raises:
         ResourceError: its package is missing.
@@ -73,11 +71,11 @@ def make_optimizer(
         return RandomSearch(len(space), population, seed, start)
     if search.optimizer == "cma-es":
         return CMAES(search, len(space), population, seed, start)
-    return Sampled(search.optimizer, space, population, seed, start, goals)
+    return OptunaSampler(search.optimizer, space, population, seed, start, goals)
 
 
 class RandomSearch:
-    """Every number drawn by itself: what anything cleverer has to beat."""
+    """Independent random sampling: the baseline for other optimizers."""
 
     def __init__(self, size: int, population: int, seed: int, start: list[float]) -> None:
         import numpy as np
@@ -89,17 +87,17 @@ class RandomSearch:
     def ask_one(self) -> list[float]:
         if self._start:
             return self._start.pop()
-        drawn: list[float] = self._random.random(self._size).tolist()
-        return drawn
+        genome: list[float] = self._random.random(self._size).tolist()
+        return genome
 
     def tell_one(self, genome: list[float], rank: float, parts: Sequence[float]) -> None:
         pass
 
     def ask(self) -> Genomes:
         drawn = self._random.random((self.population, self._size)).tolist()
-        result = [*self._start, *drawn][: self.population]
+        genomes = [*self._start, *drawn][: self.population]
         self._start = []
-        return result
+        return genomes
 
     def tell(
         self, genomes: Genomes, ranks: Sequence[float], parts: Sequence[Sequence[float]]
@@ -108,7 +106,7 @@ class RandomSearch:
 
 
 class CMAES:
-    """CMA-ES with bounds (Hansen, arXiv:1604.00772, in pycma), and restarts with twice as many."""
+    """CMA-ES with bounds (Hansen, arXiv:1604.00772, pycma); restarts double the population."""
 
     def __init__(
         self, search: Search, size: int, population: int, seed: int, start: list[float]
@@ -118,10 +116,10 @@ class CMAES:
         self._random = np.random.default_rng(seed)
         self._sigma, self._restarts, self._size = search.sigma, search.restarts, size
         self.population, self.ended = population, ""
-        self._asked: list[Any] = []
-        self._out: set[tuple[float, ...]] = set()  # asked for one by one since it began
-        self._told: list[tuple[Any, float]] = []
-        self._drawn: Genomes = []  # of the present distribution, still to be handed out
+        self._proposed: list[Any] = []
+        self._pending: set[tuple[float, ...]] = set()  # of `ask_one` since the last start
+        self._results: list[tuple[Any, float]] = []
+        self._drawn: Genomes = []  # of the current distribution, still to be proposed
         self._begin(start, first=True)
 
     def _begin(self, start: list[float], *, first: bool) -> None:
@@ -129,14 +127,14 @@ class CMAES:
 
         try:
             with warnings.catch_warnings():
-                # Without matplotlib it warns that it cannot draw, which nobody asked it to.
+                # Without matplotlib it warns that it cannot plot.
                 warnings.simplefilter("ignore", UserWarning)
                 import cma
         except ImportError:
             raise ResourceError("cma-es needs the package cma", hint="pip install cma") from None
-        self._out.clear()
-        self._told, self._drawn, self._asked = [], [], []
-        # pycma wants two dimensions at least; a second one that nothing depends on does no harm.
+        self._pending.clear()
+        self._results, self._drawn, self._proposed = [], [], []
+        # pycma needs two dimensions at least: add one that nothing depends on.
         start = [*start, *[0.5] * (2 - self._size)]
         self._es: Any = cma.CMAEvolutionStrategy(
             start,
@@ -145,7 +143,7 @@ class CMAES:
                 "bounds": [0, 1],
                 "popsize": self.population,
                 "verbose": -9,
-                # Its own numbers: a global generator would be moved by others.
+                # Our generator: other code would advance the global one.
                 "seed": np.nan,
                 "randn": lambda *shape: self._random.standard_normal(shape),
                 "maxiter": math.inf,
@@ -156,59 +154,61 @@ class CMAES:
             self._es.inject([start], force=True)
 
     def ask(self) -> Genomes:
-        self._asked = self._es.ask()
-        return [[float(u) for u in genome[: self._size]] for genome in self._asked]
+        self._proposed = self._es.ask()
+        return [[float(u) for u in genome[: self._size]] for genome in self._proposed]
 
     def tell(
         self, genomes: Genomes, ranks: Sequence[float], parts: Sequence[Sequence[float]]
     ) -> None:
-        self._es.tell(self._asked, list(ranks))
+        self._es.tell(self._proposed, list(ranks))
         self._after_generation()
 
     def ask_one(self) -> list[float]:
-        if not self._drawn:  # a population at a time, as pycma counts
+        if not self._drawn:  # a population at a time, as pycma needs it
             self._drawn = list(reversed(self.ask()))
         genome = self._drawn.pop()
-        self._out.add(tuple(genome))
+        self._pending.add(tuple(genome))
         return genome
 
     def tell_one(self, genome: list[float], rank: float, parts: Sequence[float]) -> None:
-        """As many as a population are a generation, whichever distributions they are from.
+        """Results of a population make a generation, from whichever distributions they come.
 
-        pycma treats what its present distribution did not draw as injected, and shortens steps that
-        would be too long for it.
+        pycma treats genomes that its current distribution did not draw as injected, and shortens
+        steps that are too long for it.
         """
         import cma
         import numpy as np
 
-        if tuple(genome) not in self._out:
-            return  # of the time before a restart
-        self._out.discard(tuple(genome))
-        self._told.append((np.array([*genome, *[0.5] * (2 - self._size)]), rank))
-        if len(self._told) >= self.population:
-            if not self._asked:  # pycma wants to be asked before it is told
+        if tuple(genome) not in self._pending:
+            return  # proposed before a restart
+        self._pending.discard(tuple(genome))
+        self._results.append((np.array([*genome, *[0.5] * (2 - self._size)]), rank))
+        if len(self._results) >= self.population:
+            if not self._proposed:  # pycma requires `ask` before `tell`
                 self.ask()
-            told, self._told, self._asked, self._drawn = self._told, [], [], []
+            results, self._results, self._proposed, self._drawn = self._results, [], [], []
             with warnings.catch_warnings():
-                # The first candidate, which was injected, may come back generations later.
+                # The first candidate, which was injected, may return generations later.
                 warnings.simplefilter("ignore", cma.evolution_strategy.InjectionWarning)
-                self._es.tell([x for x, _ in told], [value for _, value in told])
+                self._es.tell([x for x, _ in results], [value for _, value in results])
             self._after_generation()
 
     def _after_generation(self) -> None:
-        why = self._es.stop()
-        if not why:
+        reasons = self._es.stop()
+        if not reasons:
             return
         if not self._restarts:
-            self.ended = "CMA-ES has converged: " + ", ".join(f"{k} {v}" for k, v in why.items())
+            self.ended = "CMA-ES has converged: " + ", ".join(
+                f"{k} {v}" for k, v in reasons.items()
+            )
             return
         self._restarts -= 1
         self.population *= 2
         self._begin(self._random.random(self._size).tolist(), first=False)
 
 
-class Sampled:
-    """Optuna's TPE (one goal) and NSGA-II (several), asked for a generation at a time."""
+class OptunaSampler:
+    """Optuna's TPE (one goal) and NSGA-II (several goals)."""
 
     def __init__(
         self, kind: str, space: Space, population: int, seed: int, start: list[float], goals: int
@@ -240,7 +240,7 @@ class Sampled:
         ]
         self._study.enqueue_trial(dict(zip(self._space, values, strict=True)))
         self._trials: list[Any] = []
-        self._out: list[tuple[list[float], Any]] = []
+        self._pending: list[tuple[list[float], Any]] = []
         self.population, self.ended = population, ""
 
     def ask(self) -> Genomes:
@@ -250,12 +250,12 @@ class Sampled:
     def ask_one(self) -> list[float]:
         trial = self._study.ask(self._space)
         genome = self._genome(trial)
-        self._out.append((genome, trial))
+        self._pending.append((genome, trial))
         return genome
 
     def tell_one(self, genome: list[float], rank: float, parts: Sequence[float]) -> None:
-        place = next(i for i, (out, _) in enumerate(self._out) if out == genome)
-        _, trial = self._out.pop(place)
+        index = next(i for i, (pending, _) in enumerate(self._pending) if pending == genome)
+        _, trial = self._pending.pop(index)
         self._study.tell(trial, list(parts) if self._several else rank)
 
     def _genome(self, trial: Any) -> list[float]:
@@ -267,43 +267,43 @@ class Sampled:
     def tell(
         self, genomes: Genomes, ranks: Sequence[float], parts: Sequence[Sequence[float]]
     ) -> None:
-        # A last generation may be smaller than what was asked for.
-        told = zip(self._trials, ranks, parts, strict=False)
-        for trial, rank, several in told:
-            self._study.tell(trial, list(several) if self._several else rank)
+        # A last generation may be smaller than the proposed one.
+        results = zip(self._trials, ranks, parts, strict=False)
+        for trial, rank, goals in results:
+            self._study.tell(trial, list(goals) if self._several else rank)
 
 
 _REJECTED, _VIOLATED, _FAILED = 1e3, 1e6, 1e9
-Told = tuple[float, tuple[float, ...]]  # rank, and each goal's part
+Rank = tuple[float, tuple[float, ...]]  # rank, and each goal's part
 
 
 class Ranking:
-    """Remembers how large scores are. A function of what it was shown, in order.
+    """Ranks for `tell`, from scores in the order of the search; remembers the largest score.
 
     Args:
-        goals: how many parts a score has.
+        goals: number of parts of a score.
     """
 
     def __init__(self, goals: int) -> None:
         self._goals, self._size = goals, 1.0
 
     def see(self, score: CandidateScore) -> None:
-        """Scores of a generation, before any of them is told."""
+        """Take note of a score; of a generation all scores before the first `of`."""
         self._size = max(self._size, abs(score.total), *map(abs, score.parts))
 
-    def failed(self) -> Told:
+    def failed(self) -> Rank:
         worst = _FAILED * self._size
         return worst, (worst,) * self._goals
 
-    def of(self, score: CandidateScore, rejections: int = 0) -> Told:
-        """Rank and parts.
+    def of(self, score: CandidateScore, rejections: int = 0) -> Rank:
+        """Rank and parts of a candidate.
 
         Args:
-            rejections: stages that it was not let into; 0 for one with all rows.
+            rejections: stages that it did not reach; 0 for a candidate with all rows.
         """
         penalty = _REJECTED * rejections * self._size
         if score.violation:
-            # Within one multiple, so that the order by violation leaves what comes behind alone.
+            # At most one multiple, so that failed candidates still come after it.
             share = score.violation / (1.0 + score.violation)
             penalty += _VIOLATED * (1.0 + share) * self._size
             return penalty, tuple(part + penalty for part in score.parts)

@@ -1,7 +1,7 @@
-"""What the numbers of a genome mean: each sets one parameter of some models, layers and tensors.
+"""The search space: each number of a genome sets a parameter of some models, layers, tensors.
 
 A genome is a list of numbers in [0, 1]. `Space.recipe` turns it into a static recipe: scalars,
-gradients over layers and filters, as anybody could have written them by hand.
+gradients over layers and filters, as in recipes written by hand.
 """
 
 from __future__ import annotations
@@ -46,45 +46,47 @@ class Gene:
     group: int | None = None
 
     def value(self, u: float) -> Scalar:
-        """What a number in [0, 1] means. Six digits: recipes are read by people."""
-        one = self.searched
+        """The value of a number in [0, 1], with six digits, because people read recipes."""
+        parameter = self.searched
         u = min(max(u, 0.0), 1.0)
-        if one.choices:
-            return one.choices[min(int(u * len(one.choices)), len(one.choices) - 1)]
-        if one.integer:
-            count = int(one.high - one.low) + 1
-            return int(one.low) + min(int(u * count), count - 1)
+        if parameter.choices:
+            return parameter.choices[
+                min(int(u * len(parameter.choices)), len(parameter.choices) - 1)
+            ]
+        if parameter.integer:
+            count = int(parameter.high - parameter.low) + 1
+            return int(parameter.low) + min(int(u * count), count - 1)
         if u in (0.0, 1.0):
-            return one.high if u else one.low
-        if one.log:
-            low, high = math.log(one.low), math.log(one.high)
-            result = math.exp(low + u * (high - low))
+            return parameter.high if u else parameter.low
+        if parameter.log:
+            low, high = math.log(parameter.low), math.log(parameter.high)
+            scaled = math.exp(low + u * (high - low))
         else:
-            result = one.low + u * (one.high - one.low)
-        return min(max(float(f"{result:.6g}"), one.low), one.high)
+            scaled = parameter.low + u * (parameter.high - parameter.low)
+        return min(max(float(f"{scaled:.6g}"), parameter.low), parameter.high)
 
     def number(self, value: Scalar) -> float:
-        """The number in [0, 1] that means a value; the nearest, for one out of range."""
-        one = self.searched
-        if one.choices:
-            place = one.choices.index(value) if value in one.choices else 0
-            return (place + 0.5) / len(one.choices)
-        given = min(max(float(value), one.low), one.high)
-        if one.integer:
-            return (round(given) - one.low + 0.5) / (one.high - one.low + 1)
-        if one.log:
-            return math.log(given / one.low) / math.log(one.high / one.low)
-        return (given - one.low) / (one.high - one.low)
+        """The number in [0, 1] of a value; the nearest one for a value out of range."""
+        parameter = self.searched
+        if parameter.choices:
+            index = parameter.choices.index(value) if value in parameter.choices else 0
+            return (index + 0.5) / len(parameter.choices)
+        clipped = min(max(float(value), parameter.low), parameter.high)
+        if parameter.integer:
+            return (round(clipped) - parameter.low + 0.5) / (parameter.high - parameter.low + 1)
+        if parameter.log:
+            return math.log(clipped / parameter.low) / math.log(parameter.high / parameter.low)
+        return (clipped - parameter.low) / (parameter.high - parameter.low)
 
 
 class Space:
     """All genes of a recipe that searches.
 
     Args:
-        layers: of these models.
+        layers: how many the models have.
 
     Raises:
-        RecipeError: groups that these layers cannot be divided into.
+        RecipeError: layers that cannot be divided into these groups.
     """
 
     def __init__(self, recipe: Recipe, layers: int) -> None:
@@ -106,74 +108,83 @@ class Space:
         return len(self.genes)
 
     def values(self, genome: Genome) -> list[Scalar]:
-        """What each gene is set to."""
+        """The value of each gene."""
         return [gene.value(u) for gene, u in zip(self.genes, genome, strict=True)]
 
     def genome(self, values: Sequence[Scalar]) -> list[float]:
-        """The genome that means these values."""
+        """The genome of these values."""
         return [gene.number(value) for gene, value in zip(self.genes, values, strict=True)]
 
     def recipe(self, genome: Genome) -> Recipe:
-        """The static recipe that a genome means."""
-        result = dict(zip(self.genes, self.values(genome), strict=True))
+        """The static recipe of a genome."""
+        settings = dict(zip(self.genes, self.values(genome), strict=True))
         name = str(
-            next((v for g, v in result.items() if g.searched.name == METHOD), None)
+            next((v for g, v in settings.items() if g.searched.name == METHOD), None)
             or self.search.method[0]
         )
         method = self.methods[name]
-        shared, own = dict(self.base.parameters), [dict(s.parameters) for s in self.base.models]
+        shared, per_model = (
+            dict(self.base.parameters),
+            [dict(s.parameters) for s in self.base.models],
+        )
         for searched in self.search.parameters:
             if searched.name not in method.parameters:
                 continue
-            per_model: dict[int | None, dict[Gene, Scalar]] = {}
-            for gene, value in result.items():
+            by_model: dict[int | None, dict[Gene, Scalar]] = {}
+            for gene, value in settings.items():
                 if gene.searched is searched:
-                    per_model.setdefault(gene.model, {})[gene] = value
-            for model, genes in per_model.items():
+                    by_model.setdefault(gene.model, {})[gene] = value
+            for model, genes in by_model.items():
                 setting = self._setting(genes)
                 if model is None:
                     shared[searched.name] = Parameter(searched.name, setting, searched.key)
-                    for parameters in own:  # what a model has of its own would win
+                    for parameters in per_model:  # a model's own value would override it
                         parameters.pop(searched.name, None)
                 else:
-                    own[model][searched.name] = Parameter(searched.name, setting, searched.key)
+                    per_model[model][searched.name] = Parameter(
+                        searched.name, setting, searched.key
+                    )
         models = tuple(
             replace(spec, parameters=parameters)
-            for spec, parameters in zip(self.base.models, own, strict=True)
+            for spec, parameters in zip(self.base.models, per_model, strict=True)
         )
         return self.base.found(name, models=models, parameters=shared)
 
     def start_from(self, recipe: Recipe) -> list[float]:
-        """The genome nearest to a static recipe of the same sources, in whatever order.
+        """The genome nearest to a static recipe of the same sources, in any order.
 
         Raises:
             UsageError: the recipe has other sources.
         """
-        theirs = {_place_of(spec, recipe): spec for spec in recipe.models}
-        ours = [_place_of(spec, self.base) for spec in self.base.models]
-        other = [str(spec.model) for place, spec in theirs.items() if place not in ours]
-        lacking = [
-            label for label, place in zip(self.labels, ours, strict=True) if place not in theirs
+        other_specs = {_identity(spec, recipe): spec for spec in recipe.models}
+        identities = [_identity(spec, self.base) for spec in self.base.models]
+        extra = [
+            str(spec.model) for identity, spec in other_specs.items() if identity not in identities
         ]
-        if other or lacking:
+        missing = [
+            label
+            for label, identity in zip(self.labels, identities, strict=True)
+            if identity not in other_specs
+        ]
+        if extra or missing:
             message = "has other models than the search: " + ", ".join(
-                [*(f"not {name}" for name in lacking), *(f"but {name}" for name in other)]
+                [*(f"not {name}" for name in missing), *(f"but {name}" for name in extra)]
             )
             hint = "Start from a recipe of the same models."
             raise UsageError(message, where=recipe.file, hint=hint)
         values: list[Scalar] = []
         for gene, middle in zip(self.genes, self.values([0.5] * len(self)), strict=True):
             if gene.searched.name == METHOD:
-                known = recipe.merge_method in self.methods
-                values.append(recipe.merge_method if known else middle)
+                is_searched = recipe.merge_method in self.methods
+                values.append(recipe.merge_method if is_searched else middle)
                 continue
-            spec = None if gene.model is None else theirs[ours[gene.model]]
+            spec = None if gene.model is None else other_specs[identities[gene.model]]
             value = self._value_in(recipe, spec, gene)
             values.append(middle if value is None else value)
         return self.genome(values)
 
     def weighted(self, weights: Sequence[float]) -> list[float]:
-        """The middle of every range, but each model's `weight` as given."""
+        """The middle of every range, with the given `weight` of each model."""
         genome = [0.5] * len(self)
         for i, gene in enumerate(self.genes):
             if gene.searched.name == "weight" and gene.model is not None:
@@ -212,8 +223,10 @@ class Space:
 
     def _genes_of(self, searched: SearchedParameter) -> list[Gene]:
         owners = [m for m in self.methods.values() if searched.name in m.parameters]
-        each = "models" not in searched.tied and owners[0].parameters[searched.name].per_model
-        models: Sequence[int | None] = self._operands(owners[0]) if each else [None]
+        for_each_model = (
+            "models" not in searched.tied and owners[0].parameters[searched.name].per_model
+        )
+        models: Sequence[int | None] = self._operands(owners[0]) if for_each_model else [None]
         parts: Sequence[str | None] = [None]
         if "filters" not in searched.tied:
             parts = [*self.search.filters, None]
@@ -228,7 +241,7 @@ class Space:
         ]
 
     def _operands(self, method: Method) -> list[int]:
-        """The models that the formula runs over: a base among them has no parameters."""
+        """The models that the method merges: a base among them has no parameters."""
         keys = {spec.key for spec in operand_specs(self.base, method, self.base.models)}
         return [i for i, spec in enumerate(self.base.models) if spec.key in keys]
 
@@ -245,7 +258,7 @@ class Space:
             return values[0]
         if self.search.smooth:
             return Gradient(tuple(values))
-        # An anchor for every layer: whatever the groups' sizes, each layer has its group's value.
+        # An anchor for every layer, so that each layer has exactly its group's value.
         steps = zip(values, self.sizes, strict=True)
         return Gradient(tuple(value for value, size in steps for _ in range(size)))
 
@@ -260,10 +273,10 @@ class Space:
         return None
 
 
-def _place_of(spec: SourceSpec, recipe: Recipe) -> str:
-    """What tells whether two recipes mean the same model."""
-    place = local_folder(spec.model.path, recipe.folder)
-    return str(spec.model) if place is None or spec.model.lora else str(place.resolve())
+def _identity(spec: SourceSpec, recipe: Recipe) -> str:
+    """The identity of a model: equal where two recipes name the same one."""
+    folder = local_folder(spec.model.path, recipe.folder)
+    return str(spec.model) if folder is None or spec.model.lora else str(folder.resolve())
 
 
 def default_population(size: int) -> int:
@@ -272,20 +285,20 @@ def default_population(size: int) -> int:
 
 
 def _sizes(recipe: Recipe, search: Search, layers: int) -> tuple[int, ...]:
-    """How many layers each group has; what does not divide evenly is spread."""
-    requested = search.layer_groups
-    if isinstance(requested, tuple):
-        if sum(requested) != layers and not search.smooth:
-            message = f"these groups have {sum(requested)} layers, and the models {layers}."
+    """How many layers each group has; remainders are spread."""
+    groups = search.layer_groups
+    if isinstance(groups, tuple):
+        if sum(groups) != layers and not search.smooth:
+            message = f"these groups have {sum(groups)} layers, and the models {layers}."
             raise RecipeError([recipe.problem("search.layer_groups", message)])
         if search.smooth:
             message = "a list of sizes has no meaning with `smooth`."
             raise RecipeError([recipe.problem("search.layer_groups", message, "Give a number.")])
-        return requested
-    if requested > max(layers, 1):
-        message = f"{requested} groups of {layers} layers."
+        return groups
+    if groups > max(layers, 1):
+        message = f"{groups} groups of {layers} layers."
         raise RecipeError([recipe.problem("search.layer_groups", message)])
-    ends = [round(i * layers / requested) for i in range(requested + 1)]
+    ends = [round(i * layers / groups) for i in range(groups + 1)]
     return tuple(b - a for a, b in zip(ends, ends[1:], strict=False))
 
 

@@ -1,4 +1,4 @@
-"""One number of a plain recipe, found on data: a search in a word on the command line.
+"""`--tune`: search parameters of a plain recipe on data.
 
 merge-cli run recipe.yaml out --tune lambda=0:1 --tune-on val.jsonl
 """
@@ -23,16 +23,16 @@ EVALUATIONS = 12
 def tuned(
     recipe: Recipe, ranges: Sequence[str], data: Sequence[Path], evaluations: int = EVALUATIONS
 ) -> Recipe:
-    """The recipe with these of its parameters searched, each one number for the whole merge.
+    """The recipe as a search for these parameters, each one number for the whole merge.
 
     Args:
         ranges: `name=low:high`.
-        data: text; its loss is what is searched by.
+        data: text, whose loss is minimised.
 
     Raises:
-        UsageError: a range that is none, no data, a recipe that learns or searches already, or one
-            whose result is no model in full.
-        RecipeError: a parameter that the method does not have, or not in that range.
+        UsageError: an invalid range, no data, a recipe that learns or searches, or one whose
+            result is no complete model.
+        RecipeError: a parameter that the method does not have, or outside its range.
     """
     method = get_method(recipe.merge_method)
     if method.learns or method.searches:
@@ -47,9 +47,11 @@ def tuned(
     if not data:
         raise UsageError("--tune needs text to judge by", hint="Add --tune-on FILE.")
     if not ranges:
-        raise UsageError("--tune-on says by what, and not what", hint="Add --tune lambda=0:1.")
+        raise UsageError(
+            "--tune-on needs --tune: the parameters to search", hint="Add --tune lambda=0:1."
+        )
     searched = tuple(_range(text, recipe) for text in ranges)
-    names = {item.name for item in searched}
+    names = {parameter.name for parameter in searched}
 
     def without(spec: SourceSpec) -> SourceSpec:
         return replace(
@@ -62,7 +64,7 @@ def tuned(
         evaluations=evaluations,
         given=frozenset(("method", "parameters", "evaluations")),
     )
-    result = replace(
+    tuned_recipe = replace(
         recipe,
         merge_method="evolutionary",
         parameters={k: v for k, v in recipe.parameters.items() if k not in names},
@@ -70,35 +72,35 @@ def tuned(
         search=search,
         objective=Node([_task(path) for path in data], 0, 0),
     )
-    problems = check_recipe(result).problems
+    problems = check_recipe(tuned_recipe).problems
     if problems:
         raise RecipeError(problems)
-    return result
+    return tuned_recipe
 
 
 def _range(text: str, recipe: Recipe) -> SearchedParameter:
-    name, _, ends = text.partition("=")
-    low, _, high = ends.partition(":")
+    name, _, bounds = text.partition("=")
+    low, _, high = bounds.partition(":")
     try:
         searched = SearchedParameter(
             name, float(low), float(high), tied=tuple(TIES), key=f"--tune {name}"
         )
     except ValueError:
         hint = "Write it like lambda=0:1."
-        raise UsageError(f"--tune: '{text}' is no range", hint=hint) from None
+        raise UsageError(f"--tune: '{text}' is not a range", hint=hint) from None
     if not searched.low < searched.high:
         raise UsageError(f"--tune: in '{text}' the second number must be the larger")
-    known = get_method(recipe.merge_method).parameters
-    if name not in known:
+    parameters = get_method(recipe.merge_method).parameters
+    if name not in parameters:
         message = f"--tune: {recipe.merge_method} has no parameter '{name}'"
-        raise UsageError(message, hint=nearest(name, known))
-    per_model = known[name].per_model
+        raise UsageError(message, hint=nearest(name, parameters))
+    per_model = parameters[name].per_model
     return (
         searched if per_model else replace(searched, tied=tuple(t for t in TIES if t != "models"))
     )
 
 
 def _task(path: Path) -> Node:
-    place = str(path.absolute())
-    parts = {"task": Node("loss", 0, 0), "data": Node(place, 0, 0)}
+    data = str(path.absolute())
+    parts = {"task": Node("loss", 0, 0), "data": Node(data, 0, 0)}
     return Node(parts, 0, 0, dict.fromkeys(parts, (0, 0)))

@@ -1,12 +1,9 @@
-"""Who evaluates: this process, or several, each with a model of its own.
+"""Workers that evaluate candidates: this process, several processes, or actors of a Ray cluster.
 
-All of them answer the same jobs with the same numbers; only the order of the answers differs.
-
-Workers as actors on a Ray cluster: each loads the model once, on a GPU of its own if any.
-
-The recipe's models must lie at the same paths on every node. An actor that is lost, with its node
-or alone, is replaced, and what it was at is given to another one; a candidate that two actors did
-not survive has failed.
+All give the same outcomes for the same jobs, in different order. Each process or actor loads the
+model once, an actor on its own GPU if there is one. On a cluster the recipe's models must have the
+same paths on every node. A lost actor is replaced, and its job repeated; a candidate that has lost
+two actors has failed.
 """
 
 from __future__ import annotations
@@ -27,27 +24,28 @@ from merge_cli.recipe.search import Search
 from merge_cli.system.processes import end_with
 
 _LOST = "the worker process ended (exit code {}), perhaps for want of memory"
+_ATTEMPTS = 2  # actors that evaluate one candidate before it has failed
 
 
 class Workers(Protocol):
-    """What evaluates jobs."""
+    """Evaluates jobs."""
 
     def run(self, jobs: Iterable[EvaluationJob]) -> Iterator[EvaluationOutcome]:
-        """Every job's outcome, as they come; a job is taken when somebody is free for it."""
+        """Outcomes as they are ready; the next job is taken when a worker is free."""
 
     def close(self) -> None:
-        """Let go of models and processes."""
+        """Free models and processes."""
 
 
 def make_workers(search: Search, setup: Setup) -> Workers:
-    """As the recipe asks for."""
+    """The recipe's kind and number of workers."""
     if search.engine == "ray":
         return RayWorkers(setup, search.workers)
     return InProcess(setup) if search.workers == 1 else Processes(setup, search.workers)
 
 
 class InProcess:
-    """One after the other, here. The model is loaded with the first job."""
+    """Evaluates in this process; the model is loaded with the first job."""
 
     def __init__(self, setup: Setup) -> None:
         self._setup = setup
@@ -66,7 +64,7 @@ class InProcess:
 
 
 class Processes:
-    """A pool: each process loads the model once. One that dies is replaced, its job failed."""
+    """A pool of processes; one that dies is replaced, and its job has failed."""
 
     def __init__(self, setup: Setup, count: int) -> None:
         self._setup, self._count = setup, count
@@ -74,13 +72,13 @@ class Processes:
         self._workers: dict[Connection, Any] = {}
 
     def run(self, jobs: Iterable[EvaluationJob]) -> Iterator[EvaluationOutcome]:
-        coming = iter(jobs)
+        upcoming = iter(jobs)
         busy: dict[Connection, EvaluationJob] = {}
         while True:
-            while len(busy) < self._count and (job := next(coming, None)) is not None:
+            while len(busy) < self._count and (job := next(upcoming, None)) is not None:
                 pipe = next((p for p in self._workers if p not in busy), None) or self._start()
                 busy[pipe] = job
-                with contextlib.suppress(OSError):  # it has died: told when it is waited for
+                with contextlib.suppress(OSError):  # it has died: `wait` reports it
                     pipe.send(job)
             if not busy:
                 return
@@ -107,17 +105,19 @@ class Processes:
         self._workers.clear()
 
     def _start(self) -> Connection:
-        ours, theirs = self._context.Pipe()
-        process = self._context.Process(target=_serve, args=(theirs, self._setup), daemon=True)
+        connection, child_end = self._context.Pipe()
+        process = self._context.Process(target=_serve, args=(child_end, self._setup), daemon=True)
         process.start()
-        theirs.close()
-        self._workers[ours] = process
-        return ours
+        child_end.close()
+        self._workers[connection] = process
+        return connection
 
 
 def _serve(pipe: Connection, setup: Setup) -> None:
-    """A worker process: jobs in, outcomes out, until the pipe closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal tells all processes; ours ends us
+    """The loop of a worker process: receive jobs and send outcomes until the pipe closes."""
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # a terminal interrupts all processes; the parent ends this one
     parent = multiprocessing.parent_process()
     if parent is not None and parent.pid is not None:
         end_with(parent.pid, parent.sentinel)
@@ -130,7 +130,7 @@ def _serve(pipe: Connection, setup: Setup) -> None:
         try:
             evaluator = evaluator or Evaluator(setup)
             answer: EvaluationOutcome | MergeCliError = evaluator.answer(job)
-        except MergeCliError as error:  # no candidate can be evaluated: the search's to tell
+        except MergeCliError as error:  # no candidate can be evaluated: the search reports it
             answer = portable(error)
         pipe.send(answer)
         if isinstance(answer, MergeCliError):
@@ -138,22 +138,19 @@ def _serve(pipe: Connection, setup: Setup) -> None:
 
 
 def portable(error: MergeCliError) -> MergeCliError:
-    """An error as another process can be told of it: its text, and whether it is of an input."""
+    """An error that can be sent to another process: its text, and whether an input caused it."""
     return (SourceError if isinstance(error, SourceError) else MergeCliError)(str(error))
 
 
-_LIVES = 2  # actors that may be lost over one candidate
-
-
 class _Actor:
-    """Inside an actor."""
+    """An actor's evaluator."""
 
     def __init__(self, setup: Setup) -> None:
         self._setup = setup
         self._evaluator: Evaluator | None = None
 
     def answer(self, job: EvaluationJob) -> EvaluationOutcome | MergeCliError:
-        """An outcome; or why this actor can evaluate nothing."""
+        """An outcome, or the error because of which this actor cannot evaluate."""
         try:
             self._evaluator = self._evaluator or Evaluator(self._setup)
             return self._evaluator.answer(job)
@@ -161,12 +158,12 @@ class _Actor:
             return portable(error)
 
     def pid(self) -> int:
-        """Of the actor's process."""
+        """The id of the actor's process."""
         return os.getpid()
 
 
 class RayWorkers:
-    """Jobs over `count` actors of the cluster that RAY_ADDRESS names, or of one on this machine."""
+    """Up to `count` actors on the cluster of RAY_ADDRESS, or on one that starts on this machine."""
 
     def __init__(self, setup: Setup, count: int) -> None:
         import ray
@@ -175,10 +172,10 @@ class RayWorkers:
         self._started = not ray.is_initialized()
         if self._started:
             ray.init(configure_logging=False, include_dashboard=False, log_to_driver=False)
-        there = ray.cluster_resources()
-        gpus = there.get("GPU", 0) > 0 and setup.options.device != "cpu"
-        # An actor that the cluster has no room for would be waited for without end.
-        self._count = min(count, int(there.get("GPU" if gpus else "CPU", 0)))
+        resources = ray.cluster_resources()
+        gpus = resources.get("GPU", 0) > 0 and setup.options.device != "cpu"
+        # Ray would wait forever for an actor that the cluster has no resources for.
+        self._count = min(count, int(resources.get("GPU" if gpus else "CPU", 0)))
         if not self._count:
             raise ResourceError("the Ray cluster has no CPU for a worker")
         options = replace(setup.options, device="cuda" if gpus else "cpu")
@@ -194,13 +191,13 @@ class RayWorkers:
 
     def run(self, jobs: Iterable[EvaluationJob]) -> Iterator[EvaluationOutcome]:
         failures = self._ray.exceptions
-        again: list[EvaluationJob] = []  # what a lost actor was at
-        coming = iter(jobs)
+        to_repeat: list[EvaluationJob] = []  # jobs of lost actors
+        upcoming = iter(jobs)
         busy: dict[Any, tuple[Any, EvaluationJob]] = {}  # reference -> (actor, job)
         lost: Counter[int] = Counter()
         while True:
             while len(busy) < self._count:
-                next_job = again.pop() if again else next(coming, None)
+                next_job = to_repeat.pop() if to_repeat else next(upcoming, None)
                 if next_job is None:
                     break
                 actor = self._idle.pop() if self._idle else self._remote.remote(self._setup)
@@ -211,7 +208,7 @@ class RayWorkers:
             actor, job = busy.pop(ready[0])
             try:
                 answer = self._ray.get(ready[0])
-            except failures.RayTaskError as error:  # the actor lives: it could not be made ready
+            except failures.RayTaskError as error:  # the actor is alive, and could not start
                 self._idle.append(actor)
                 cause = str(error).strip().rpartition("\n")[2]
                 yield EvaluationOutcome(job.number, error=f"in its actor: {cause}")
@@ -219,8 +216,8 @@ class RayWorkers:
             except failures.RayError as error:  # actor, node or object lost, or killed for memory
                 self._ray.kill(actor)
                 lost[job.number] += 1
-                if lost[job.number] < _LIVES:
-                    again.append(job)
+                if lost[job.number] < _ATTEMPTS:
+                    to_repeat.append(job)
                     continue
                 yield EvaluationOutcome(
                     job.number, error=f"its actors were lost: {str(error).strip()}"

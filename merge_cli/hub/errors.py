@@ -1,8 +1,6 @@
-"""huggingface_hub's exceptions as one sentence and what to do. Tokens are never part of it.
+"""Messages for huggingface_hub's exceptions, of downloads and of uploads.
 
-What the Hub, or the way to it, has against an upload: one sentence and what to do.
-
-Like `checkpoint.hub_errors`, which speaks of downloads. Tokens are never part of it.
+Each says in one sentence what is wrong, and then what to do. A message never has a token in it.
 """
 
 from __future__ import annotations
@@ -17,14 +15,16 @@ from merge_cli.errors import HubError, MergeCliError, ResourceError
 
 _BUSY = 429
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+LOGIN = "Log in with a token that may write: hf auth login, or set HF_TOKEN."
+_RERUN = "Run the same command again: the upload resumes."
 
 
 class UnreachableError(HubError):
-    """No answer, or not now: the failures for which the cache may stand in.
+    """The Hub does not answer, or is busy: the cache may be used instead.
 
     Attributes:
-        wait: seconds after which the Hub wants to be asked again; 0 where it does not say.
-        why: a few words for a note.
+        wait: seconds until the Hub takes the next request; 0 where it does not say.
+        why: the reason, for a note.
     """
 
     wait = 0.0
@@ -33,16 +33,16 @@ class UnreachableError(HubError):
 
 @contextmanager
 def explained(label: str, file: str = "") -> Iterator[None]:
-    """Turn huggingface_hub's exceptions into one sentence and what to do."""
+    """Turn huggingface_hub's exceptions in a download into messages."""
     from huggingface_hub import errors
 
-    def problem(kind: type[HubError], what: str, hint: str) -> HubError:
-        return kind(what, model=label, file=file, hint=hint)
+    def problem(kind: type[HubError], text: str, hint: str) -> HubError:
+        return kind(text, model=label, file=file, hint=hint)
 
     try:
         yield
     except errors.GatedRepoError as error:
-        message = "access to this model must be asked for"
+        message = "this model is gated: access must be requested"
         hint = f"Accept its terms at {_page(label)}, then log in: hf auth login."
         raise problem(HubError, message, hint) from error
     except errors.RevisionNotFoundError as error:
@@ -59,7 +59,7 @@ def explained(label: str, file: str = "") -> Iterator[None]:
     except errors.EntryNotFoundError as error:
         raise problem(HubError, "the repository has no such file", "") from error
     except errors.HFValidationError as error:
-        message = "no such folder, and not a name that the Hub has"
+        message = "no such folder, and not a valid name on the Hub"
         raise problem(HubError, message, "Write organisation/name or a path.") from error
     except errors.HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else 0
@@ -70,7 +70,7 @@ def explained(label: str, file: str = "") -> Iterator[None]:
             hint = f"Try again {when}."
             if status == _BUSY:
                 message += ": too many requests"
-                hint += " Who is logged in (hf auth login) may ask more often."
+                hint += " Logged-in users (hf auth login) may send more requests."
             busy = UnreachableError(message, model=label, file=file, hint=hint)
             busy.wait, busy.why = wait, f"the Hub answered with status {status}"
             raise busy from error
@@ -78,30 +78,30 @@ def explained(label: str, file: str = "") -> Iterator[None]:
         raise problem(HubError, message, hint) from error
     except (errors.HTTPError, errors.OfflineModeIsEnabled, ConnectionError) as error:
         message = f"no such folder, and the Hub cannot be reached ({type(error).__name__})"
-        hint = "Check the path, or the connection. What is downloaded is kept."
+        hint = "Check the path, or the connection. The download resumes."
         raise problem(UnreachableError, message, hint) from error
     except OSError as error:
         if error.errno in _FULL:
             message = "the disk of the Hub's cache is full"
-            hint = "Free some space, or put it elsewhere with HF_HOME. What has arrived is kept."
+            hint = "Free some space, or move the cache with HF_HOME. The download resumes."
             raise ResourceError(message, where=str(error.filename or ""), hint=hint) from error
         message = f"cannot be stored in the Hub's cache: {error}"
-        raise problem(HubError, message, "See HF_HOME, which says where it is.") from error
+        raise problem(HubError, message, "HF_HOME sets the cache's folder.") from error
     except UnicodeError as error:  # the exception quotes the token: it must not be passed on
         message = f"the Hub's token is not valid ({type(error).__name__})"
         raise problem(HubError, message, "Log in again: hf auth login.") from None
 
 
 def _retry_after(headers: Mapping[str, str]) -> float:
-    """Seconds to wait, as the answer says: a number, a date, or when its quota begins anew."""
+    """Seconds to wait by the answer's headers: a number, a date, or the time until a new quota."""
     from huggingface_hub import utils
 
-    said = headers.get("Retry-After", "").strip()
-    if said.isdecimal() and len(said) < 10:
-        return float(said)
-    if said:
+    retry_after = headers.get("Retry-After", "").strip()
+    if retry_after.isdecimal() and len(retry_after) < 10:
+        return float(retry_after)
+    if retry_after:
         try:
-            return max(0.0, parsedate_to_datetime(said).timestamp() - time.time())
+            return max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time())
         except (ValueError, TypeError, OverflowError):
             return 0.0
     parse = getattr(utils, "parse_ratelimit_headers", None)  # not in the oldest versions
@@ -115,13 +115,9 @@ def _page(label: str) -> str:
     return f"{constants.ENDPOINT}/{label.partition('@')[0]}"
 
 
-LOGIN = "Log in with a token that may write: hf auth login, or set HF_TOKEN."
-_AGAIN = "Run the same command again: what is uploaded is kept."
-
-
 @contextmanager
 def explained_upload(repo_id: str, file: str = "") -> Iterator[None]:
-    """Turn what huggingface_hub raises into one sentence and what to do."""
+    """Turn huggingface_hub's exceptions in an upload into messages."""
     from huggingface_hub import errors
 
     try:
@@ -132,46 +128,46 @@ def explained_upload(repo_id: str, file: str = "") -> Iterator[None]:
         message = f"the Hub's token is not valid ({type(error).__name__})"
         raise HubError(message, model=repo_id, hint=LOGIN) from None
     except (errors.HTTPError, OSError, ValueError, RuntimeError) as error:
-        message, hint = _words(_root(error))
+        message, hint = _message_and_hint(_root(error))
         raise HubError(message, model=repo_id, file=file, hint=hint) from error
 
 
 def _root(error: BaseException) -> BaseException:
-    """What is behind `RuntimeError: Error while uploading 'x' to the Hub`."""
+    """The cause of `RuntimeError: Error while uploading 'x' to the Hub`."""
     while type(error) is RuntimeError and isinstance(error.__cause__, Exception):
         error = error.__cause__
     return error
 
 
-def _words(error: BaseException) -> tuple[str, str]:
-    """What is wrong, and what to do."""
+def _message_and_hint(error: BaseException) -> tuple[str, str]:
+    """The message and the hint for an exception."""
     from huggingface_hub import errors
 
     if isinstance(error, errors.OfflineModeIsEnabled):
-        return "the Hub may not be asked (HF_HUB_OFFLINE)", "Unset it and run the command again."
+        return "offline mode is on (HF_HUB_OFFLINE)", "Unset it and run the command again."
     if isinstance(error, errors.RevisionNotFoundError):
         return "has no such branch", "Give an existing branch, or leave out --revision."
     if isinstance(error, errors.HFValidationError):
-        return "not a name that the Hub can have", "Write owner/name."
+        return "not a valid name on the Hub", "Write owner/name."
     if isinstance(error, errors.HfHubHTTPError):
         status = error.response.status_code if error.response is not None else 0
-        said = str(error.server_message or "").strip().rstrip(".")
-        told = f" ({said})" if said else ""
+        server_message = str(error.server_message or "").strip().rstrip(".")
+        details = f" ({server_message})" if server_message else ""
         if status in (401, 403):
-            return f"the Hub does not let this token write there{told}", LOGIN
+            return f"this token may not write there{details}", LOGIN
         if isinstance(error, errors.RepositoryNotFoundError):
             return "no such repository, or this token may not see it", LOGIN
         if status == 409:
             return "the name is taken by a repository that this token may not see", "Name another."
         if status == 412:
-            return "the branch has moved during the upload", _AGAIN
+            return "the branch has moved during the upload", _RERUN
         if status == 429:
-            return "the Hub asks to slow down (status 429)", f"Wait some minutes. {_AGAIN}"
+            return "the Hub asks to slow down (status 429)", f"Wait some minutes. {_RERUN}"
         if status >= 500:
-            return f"the Hub answered with status {status}{told}", f"Try again later. {_AGAIN}"
-        return f"the Hub answered with status {status}{told}", ""
+            return f"the Hub answered with status {status}{details}", f"Try again later. {_RERUN}"
+        return f"the Hub answered with status {status}{details}", ""
     if isinstance(error, errors.HTTPError | ConnectionError | TimeoutError):
-        return f"the Hub cannot be reached ({type(error).__name__})", _AGAIN
+        return f"the Hub cannot be reached ({type(error).__name__})", _RERUN
     if isinstance(error, OSError):
-        return f"a file cannot be read: {error}", _AGAIN
-    return f"the upload broke off: {error}", _AGAIN
+        return f"a file cannot be read: {error}", _RERUN
+    return f"the upload broke off: {error}", _RERUN

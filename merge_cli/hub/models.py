@@ -1,8 +1,8 @@
-"""Models on the Hugging Face Hub: resolved to a commit, fetched file by file, cached.
+"""Loading models from the Hugging Face Hub: a commit, its small files, headers, weights.
 
 A plan needs kilobytes: the list of files, the small ones, and the headers of the shards, which are
 read by HTTP range. A merge then downloads the shards that it reads. Every request after the first
-names the commit, so that all files are of one revision. Tokens are huggingface_hub's business.
+names the commit, so that all files are of one revision. huggingface_hub handles tokens.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from merge_cli.hub.download import download
 from merge_cli.hub.errors import UnreachableError, explained
 
 _FIRST_BYTES = 32_768  # holds the whole header of most shards
-_TRIES = 3  # that bring nothing, one after the other
-_PAUSE = 0.5  # seconds; longer with every try
-_PATIENCE = 60.0  # the longest that a busy Hub may make us wait at once
+_ATTEMPTS = 3  # in a row that bring nothing
+_PAUSE = 0.5  # seconds; longer with every attempt
+_LONGEST_WAIT = 60.0  # seconds that a busy Hub may make us wait at once
 T = TypeVar("T")
 
 
@@ -31,10 +31,10 @@ class HubModel:
     """A repository at one commit.
 
     Attributes:
-        revision: the branch, tag or commit that was asked for.
-        commit: what it was resolved to, 40 hexadecimal digits.
-        files: name -> size in bytes; of cached files alone when the Hub was not asked.
-        note: what a plan should say about where this comes from; often empty.
+        revision: the branch, tag or commit that was requested.
+        commit: the commit that it is, 40 hexadecimal digits.
+        files: name -> size in bytes; only of cached files where the Hub was not asked.
+        note: for the plan, where the files come from the cache; often empty.
     """
 
     repo_id: str
@@ -47,7 +47,7 @@ class HubModel:
 def open_hub(repo_id: str, revision: str | None = None) -> HubModel:
     """Find a repository and resolve the revision to a commit, with one request.
 
-    Without a connection (or with HF_HUB_OFFLINE=1) the cache answers, if it can.
+    Without a connection (or with HF_HUB_OFFLINE=1) the cache is used, if it has the model.
 
     Raises:
         HubError: missing or private, gated, no such revision, no connection and no cached copy.
@@ -73,10 +73,10 @@ def open_hub(repo_id: str, revision: str | None = None) -> HubModel:
         try:
             return _from_cache(repo_id, revision, f"{error.why}: from the cache")
         except HubError:
-            if not 0 < error.wait <= _PATIENCE:
+            if not 0 < error.wait <= _LONGEST_WAIT:
                 raise error from None
         _sleep(error.wait)
-        info = _patiently(ask)
+        info = _with_retries(ask)
     files = {file.rfilename: int(file.size or 0) for file in info.siblings or []}
     assert info.sha is not None, "the Hub always names the commit"
     return HubModel(repo_id, revision, info.sha, files)
@@ -87,17 +87,17 @@ def fetch_files(
 ) -> Path:
     """Download files of the commit that are not in the cache yet.
 
-    A broken connection is tried again. What has arrived is kept, whatever happens, and the next
-    call continues there.
+    A broken connection is tried again. What has arrived is kept in any case, and the next call
+    resumes there.
 
     Args:
-        progress: told the number of bytes as they arrive (files from the cache: all at once).
+        progress: called with the number of bytes as they arrive (cached files: all at once).
 
     Returns:
         the snapshot folder that holds them.
 
     Raises:
-        HubError: a file that is missing or cannot be had.
+        HubError: a file that is missing or cannot be downloaded.
     """
     folder = _snapshot(model)
     for name in names:
@@ -111,8 +111,8 @@ def fetch_files(
 
 
 def _download(model: HubModel, name: str, progress: Callable[[int], None]) -> None:
-    """A file, tried again for as long as tries bring more of it."""
-    most = tries = 0
+    """Download a file, again and again for as long as attempts bring more of it."""
+    most_arrived = tries = 0
     while True:
         arrived = 0
 
@@ -125,9 +125,9 @@ def _download(model: HubModel, name: str, progress: Callable[[int], None]) -> No
             return download(model.repo_id, model.commit, name, _repository(model.repo_id), count)
         except UnreachableError as error:
             progress(-arrived)  # the next try counts what is here
-            tries = 1 if arrived > most else tries + 1
-            most = max(most, arrived)
-            if tries >= _TRIES or error.wait > _PATIENCE:
+            tries = 1 if arrived > most_arrived else tries + 1
+            most_arrived = max(most_arrived, arrived)
+            if tries >= _ATTEMPTS or error.wait > _LONGEST_WAIT:
                 raise
             _sleep(error.wait or _PAUSE * tries)
 
@@ -136,17 +136,17 @@ def _sleep(seconds: float) -> None:
     time.sleep(seconds)
 
 
-def _patiently(action: Callable[[], T]) -> T:
-    """Tried again soon, unless the Hub says that it will be later.
+def _with_retries(action: Callable[[], T]) -> T:
+    """Try an action again soon, unless the Hub asks to wait too long.
 
     Raises:
         HubError: as the action does.
     """
-    for tries in range(1, _TRIES):
+    for tries in range(1, _ATTEMPTS):
         try:
             return action()
         except UnreachableError as error:
-            if error.wait > _PATIENCE:
+            if error.wait > _LONGEST_WAIT:
                 raise
             _sleep(error.wait or _PAUSE * tries)
     return action()
@@ -156,7 +156,7 @@ def read_header(model: HubModel, name: str) -> bytes:
     """The raw safetensors header of a shard: the 8-byte length and the JSON, never the weights.
 
     Raises:
-        HubError: the file cannot be had.
+        HubError: the file cannot be downloaded.
         CorruptFileError: it does not begin with a header.
     """
     cached = _cached(model, name)
@@ -181,7 +181,7 @@ def is_cached(model: HubModel, name: str) -> bool:
 
 
 def _from_cache(repo_id: str, revision: str | None, note: str) -> HubModel:
-    """The repository as the cache knows it.
+    """The repository as the cache has it.
 
     Raises:
         HubError: the cache has no such revision.
@@ -189,15 +189,15 @@ def _from_cache(repo_id: str, revision: str | None, note: str) -> HubModel:
     from huggingface_hub import constants
 
     root = _repository(repo_id)
-    requested = revision or constants.DEFAULT_REVISION
-    reference = root / "refs" / requested
-    commit = reference.read_text().strip() if reference.is_file() else requested
+    branch = revision or constants.DEFAULT_REVISION
+    reference = root / "refs" / branch
+    commit = reference.read_text().strip() if reference.is_file() else branch
     snapshots = root / "snapshots"
     every = sorted(snapshots.iterdir()) if snapshots.is_dir() else []
     folders = [folder for folder in every if folder.name.startswith(commit)]
     if len(folders) != 1:
         label = f"{repo_id}@{revision}" if revision else repo_id
-        message = "no such folder, not in the cache, and the Hub may not be asked (offline)"
+        message = "no such folder, not in the cache, and offline mode is on"
         flag = f" --revision {revision}" if revision else ""
         hint = f"Download it while online: hf download {repo_id}{flag}."
         raise HubError(message, model=label, hint=hint)
@@ -210,7 +210,7 @@ def _from_cache(repo_id: str, revision: str | None, note: str) -> HubModel:
 
 
 def _remember_revision(model: HubModel) -> None:
-    """Note in the cache what the branch was, as downloads by branch do, for later without Hub."""
+    """Write the branch's commit into the cache, for later work without a connection."""
     from huggingface_hub import constants
 
     revision = model.revision or constants.DEFAULT_REVISION
@@ -218,7 +218,7 @@ def _remember_revision(model: HubModel) -> None:
         reference = _repository(model.repo_id) / "refs" / revision
         if reference.is_file() and reference.read_text().strip() == model.commit:
             return
-        # A convenience: a cache that many share may be read-only, and is used all the same.
+        # Only a convenience: a shared cache may be read-only.
         with suppress(OSError):
             reference.parent.mkdir(parents=True, exist_ok=True)
             reference.write_text(model.commit)
@@ -238,7 +238,7 @@ def _snapshot(model: HubModel) -> Path:
 
 
 def _cached(model: HubModel, name: str) -> Path | None:
-    """A file that is here, as large as the Hub says: a disk that was full may have cut it."""
+    """A cached file, if it has the size on the Hub: a full disk may have cut it."""
     path = _snapshot(model) / name
     if not path.is_file():
         return None
@@ -267,4 +267,4 @@ def _range(model: HubModel, name: str, start: int, stop: int) -> bytes:
             hf_raise_for_status(response)
             return bytes(response.content)[: stop - start]
 
-    return _patiently(ask)
+    return _with_retries(ask)

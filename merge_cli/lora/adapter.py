@@ -1,6 +1,7 @@
-"""Opening a LoRA adapter: a folder, or a repository on the Hub, with a config and one file.
+"""Opening a LoRA adapter, a folder or a Hub repository, and sorting its tensors.
 
-An adapter's tensors, sorted out: factors by module, and what replaces the model's.
+An adapter is a config and one weights file. Its tensors are LoRA factors of a module, or they
+replace a tensor of the model.
 """
 
 from __future__ import annotations
@@ -18,6 +19,23 @@ from merge_cli.hub import models as hub
 from merge_cli.lora.config import CONFIG, read_config
 from merge_cli.recipe.reference import hub_id, local_folder
 
+WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+_FACTORS = {
+    "lora_A.weight": "a",
+    "lora_B.weight": "b",
+    "lora_embedding_A": "embedding_a",
+    "lora_embedding_B": "embedding_b",
+    "lora_magnitude_vector": "magnitude",
+    "lora_magnitude_vector.weight": "magnitude",
+    "lora_B.bias": "bias",
+}
+# Names of PEFT's wrappers: today's, and those of version 0.4 and before.
+_WRAPPERS = (".base_layer", ".modules_to_save.default", ".modules_to_save", ".original_module")
+LAYER_FACTORS = ("a", "b")
+EMBEDDING_FACTORS = ("embedding_a", "embedding_b")
+Parts = dict[str, TensorRef]
+
 
 @dataclass(frozen=True)
 class Adapter:
@@ -25,8 +43,8 @@ class Adapter:
 
     Attributes:
         root: its folder; a Hub adapter's weights may not be in it yet.
-        stamp: tells its weights apart from others at their place.
-        stamps: its files as they were before they were read; none of an adapter on the Hub.
+        stamp: the fingerprint of its weights: size and time, or the Hub's commit.
+        stamps: fingerprints of its files before they were read; none of an adapter on the Hub.
     """
 
     root: Path
@@ -46,42 +64,42 @@ def open_adapter(path: str, revision: str | None, folder: Path, label: str) -> A
         label: the model with the adapter, for messages.
 
     Raises:
-        SourceError: missing, or none; a kind of adapter that is not applied.
-        CorruptFileError: a config or header that does not hold.
-        HubError: a repository that cannot be had.
+        SourceError: missing, or not an adapter; a kind of adapter that is not applied.
+        CorruptFileError: a config or header that is damaged.
+        HubError: a repository that cannot be reached.
     """
-    place = local_folder(path, folder)
+    root = local_folder(path, folder)
     repository = hub_id(path)
-    if place is None and repository is None:
+    if root is None and repository is None:
         hint = f"Looked in {folder} and in {Path.cwd()}."
         raise SourceError(f"no such adapter folder: {path}", model=label, hint=hint)
-    if place is None and repository is not None:
-        return _on_hub(hub.open_hub(repository, revision), label)
-    assert place is not None
+    if root is None and repository is not None:
+        return _open_on_hub(hub.open_hub(repository, revision), label)
+    assert root is not None
     if revision:
         hint = "Remove the part after '@'."
         raise SourceError(f"a folder has no revision '{revision}'", model=label, hint=hint)
-    names = {item.name for item in place.iterdir()} if place.is_dir() else set()
-    _need(names, label, path)
-    stamps = folder_fingerprints(place)
-    file = place / WEIGHTS
+    names = {item.name for item in root.iterdir()} if root.is_dir() else set()
+    _require_files(names, label, path)
+    fingerprints = folder_fingerprints(root)
+    file = root / WEIGHTS
     raw = read_header_file(file, label)
-    about = file.stat()
-    tensors = parse_header(raw, file, about.st_size, label)
-    stamp = f"{about.st_size} {about.st_mtime_ns}"
-    config = read_config(place / CONFIG, label)
-    return Adapter(place, config, tensors, raw, stamp, stamps=stamps)
+    status = file.stat()
+    tensors = parse_header(raw, file, status.st_size, label)
+    fingerprint = f"{status.st_size} {status.st_mtime_ns}"
+    config = read_config(root / CONFIG, label)
+    return Adapter(root, config, tensors, raw, fingerprint, stamps=fingerprints)
 
 
-def _on_hub(repo: hub.HubModel, label: str) -> Adapter:
-    _need(set(repo.files), label, repo.repo_id)
+def _open_on_hub(repo: hub.HubModel, label: str) -> Adapter:
+    _require_files(set(repo.files), label, repo.repo_id)
     root = hub.fetch_files(repo, [CONFIG, *([CARD] if CARD in repo.files else [])])
     raw = hub.read_header(repo, WEIGHTS)
     tensors = parse_header(raw, root / WEIGHTS, repo.files[WEIGHTS], label)
     return Adapter(root, read_config(root / CONFIG, label), tensors, raw, str(repo.commit), repo)
 
 
-def _need(names: set[str], label: str, path: str) -> None:
+def _require_files(names: set[str], label: str, path: str) -> None:
     if CONFIG not in names:
         message = f"{path} is no adapter: it has no {CONFIG}"
         raise SourceError(message, model=label, hint="Name the folder that PEFT saved.")
@@ -94,66 +112,50 @@ def _need(names: set[str], label: str, path: str) -> None:
         raise SourceError(message, model=label, hint=hint)
 
 
-WEIGHTS = "adapter_model.safetensors"
-PREFIX = "base_model.model."
-_FACTORS = {
-    "lora_A.weight": "a",
-    "lora_B.weight": "b",
-    "lora_embedding_A": "embedding_a",
-    "lora_embedding_B": "embedding_b",
-    "lora_magnitude_vector": "magnitude",
-    "lora_magnitude_vector.weight": "magnitude",
-    "lora_B.bias": "bias",
-}
-# Names of PEFT's wrappers: today's, and those of version 0.4 and before.
-_WRAPPERS = (".base_layer", ".modules_to_save.default", ".modules_to_save", ".original_module")
-Parts = dict[str, TensorRef]
-
-
 @dataclass(frozen=True)
 class AdapterContents:
     """An adapter's tensors, sorted out.
 
     Attributes:
-        modules: factors by module.
-        whole: tensors that replace the model's, by name.
-        twice: names that several of its tensors have.
+        modules: LoRA factors by module.
+        replacements: tensors that replace the model's, by name.
+        duplicates: names that more than one of its tensors has.
     """
 
     modules: dict[str, Parts]
-    whole: Parts
-    twice: tuple[str, ...] = ()
+    replacements: Parts
+    duplicates: tuple[str, ...] = ()
 
 
 def sort_contents(stored: Mapping[str, TensorRef]) -> AdapterContents:
     """Factors by module, and tensors that replace the model's, by name."""
     modules: dict[str, Parts] = {}
-    whole: Parts = {}
-    ranks: dict[str, int] = {}
-    twice = []
+    replacements: Parts = {}
+    priorities: dict[str, int] = {}
+    duplicates = []
     for name, ref in stored.items():
-        plain = name.removeprefix(PREFIX)
-        for ending, part in _FACTORS.items():
-            if plain.endswith(f".{ending}"):
-                parts = modules.setdefault(plain.removesuffix(f".{ending}"), {})
-                twice += [name] if part in parts else []
-                parts[part] = ref
+        module_name = name.removeprefix(PREFIX)
+        for ending, role in _FACTORS.items():
+            if module_name.endswith(f".{ending}"):
+                parts = modules.setdefault(module_name.removesuffix(f".{ending}"), {})
+                duplicates += [name] if role in parts else []
+                parts[role] = ref
                 break
         else:
-            rank = _rank(plain)
+            priority = _priority(module_name)
             for wrapper in _WRAPPERS:
-                plain = plain.replace(wrapper, "")
-            if plain in whole and rank != ranks[plain]:
-                if rank > ranks[plain]:
+                module_name = module_name.replace(wrapper, "")
+            if module_name in replacements and priority != priorities[module_name]:
+                if priority > priorities[module_name]:
                     continue
-            elif plain in whole:
-                twice.append(name)
-            whole[plain], ranks[plain] = ref, rank
-    return AdapterContents(modules, whole, tuple(twice))
+            elif module_name in replacements:
+                duplicates.append(name)
+            replacements[module_name], priorities[module_name] = ref, priority
+    return AdapterContents(modules, replacements, tuple(duplicates))
 
 
-def _rank(name: str) -> int:
-    """Which of a module's tensors counts, the least first.
+def _priority(name: str) -> int:
+    """Which of the tensors of one name counts: the one with the least number.
 
     Of a resized embedding PEFT saves the trained copy by its plain name, and everything that its
     wrapper holds once more: that copy, and the one that is not trained.

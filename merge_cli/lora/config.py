@@ -1,8 +1,8 @@
-"""adapter_config.json: every field that is understood, and what it may say.
+"""adapter_config.json: the fields that are understood, and the values that each may have.
 
-A field can change what an adapter's factors mean, or which base they belong to. So the list is of
-what is understood; another field, or another value, is refused by its name unless it is empty.
-Read from PEFT's LoraConfig, 0.1 to 0.21, and from tools that write further fields beside it.
+A field can change what an adapter's factors mean, or which base they belong to. So any field or
+value that is not listed here is refused by its name, unless it is empty. The list covers PEFT's
+LoraConfig, 0.1 to 0.21, and fields that other tools add.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from merge_cli.system.untrusted import Unreadable, kind_of, read_mapping
 
 CONFIG = "adapter_config.json"
 _MAX_RANK = 2**20
-DEFAULT_ALPHA = 8  # PEFT's own, where a config has none
+_DEFAULT_ALPHA = 8  # PEFT's default
 
 _WITH_PEFT = "Merge it into its base with PEFT (`merge_and_unload`), and name the result."
 _CONVERT = (
@@ -35,7 +35,7 @@ _PREPARES_BASE = {
     "loftq": "LoftQ",
     "lora_ga": "LoRA-GA",
 }
-# Of training, of running, or of where things are: no number of the merged model depends on them.
+# Fields about training, running, or paths: no number of the merged model depends on them.
 _INERT = frozenset(
     (
         "auto_mapping",
@@ -75,18 +75,19 @@ _REFUSED = {
     "layer_replication": "layers that it repeats (layer_replication)",
     "megatron_config": "layers of Megatron (megatron_config), which are stored in parts",
     "monteclora_config": "MonteCLoRA: its weights are drawn anew",
-    "trainable_token_indices": "single tokens of its own (trainable_token_indices)",
+    "trainable_token_indices": "trained rows of single tokens (trainable_token_indices)",
     "use_bdlora": "block-diagonal factors (BD-LoRA)",
     "use_qalora": "QALoRA: its factors are of grouped inputs",
 }
+Complaints = Iterator[tuple[str, str]]
 
 
 def read_config(path: Path, label: str) -> dict[str, Any]:
-    """An adapter's config, of which everything is understood.
+    """Read an adapter's config and check that every field is understood.
 
     Raises:
         CorruptFileError: not a mapping, or not readable.
-        SourceError, MismatchError: fields or values that are not applied here, all of them.
+        SourceError, MismatchError: all fields or values that are not supported.
     """
     config = read_mapping(path, label)
     problems = list(_problems(config))
@@ -94,14 +95,14 @@ def read_config(path: Path, label: str) -> dict[str, Any]:
         return config
     if len(problems) == 1:
         raise SourceError(problems[0].what, model=label, file=CONFIG, hint=problems[0].hint)
-    raise MismatchError(problems, f"{label}: {CONFIG} says what is not applied here")
+    raise MismatchError(problems, f"{label}: {CONFIG} asks for what is not supported")
 
 
 def _problems(config: Mapping[str, Any]) -> Iterator[Problem]:
     kind = config.get("peft_type") or "LORA"
     if kind != "LORA":
-        said = kind if isinstance(kind, str) else kind_of(kind)
-        message = f"its adapter is of the kind {said[:40]}; LoRA is applied here"
+        kind_name = kind if isinstance(kind, str) else kind_of(kind)
+        message = f"its adapter is of the kind {kind_name[:40]}; only LoRA is supported"
         yield Problem(message, "peft_type", hint=_WITH_PEFT)
         return
     for key, value in config.items():
@@ -114,12 +115,12 @@ def _problems(config: Mapping[str, Any]) -> Iterator[Problem]:
             for message, hint in _CHECKED[key](value):
                 yield Problem(f"{key} {message}", key, hint=hint)
         elif key not in _INERT and not _is_empty(value):
-            message = f"{key[:80]!r} is no field that is understood here (it is {kind_of(value)})"
+            message = f"{key[:80]!r} is an unknown field (it is {kind_of(value)})"
             hint = f"Its meaning could change the weights. {_WITH_PEFT}"
             yield Problem(message, key, hint=hint)
     if config.get("lora_bias") and config.get("use_dora"):
         yield Problem(
-            "DoRA with biases of its own (lora_bias) is not applied here",
+            "DoRA with biases (lora_bias) is not supported",
             "lora_bias",
             hint=_WITH_PEFT,
         )
@@ -127,15 +128,12 @@ def _problems(config: Mapping[str, Any]) -> Iterator[Problem]:
 
 def _hint(key: str) -> str:
     if key == "alora_invocation_tokens":
-        return "Use it with PEFT, beside the base."
+        return "Load it with PEFT onto the base."
     return _WITH_PEFT
 
 
 def _is_empty(value: Any) -> bool:
     return value is None or value is False or value in ("", [], {})
-
-
-Complaints = Iterator[tuple[str, str]]
 
 
 def _init(value: Any) -> Complaints:
@@ -149,7 +147,7 @@ def _init(value: Any) -> Complaints:
         )
         yield message, _CONVERT
     elif name not in _HARMLESS_INIT:
-        yield f"is {kind_of(value)}, which is not known here", _CONVERT
+        yield f"is {kind_of(value)}, an unknown initialisation", _CONVERT
 
 
 def _flag(value: Any) -> Complaints:
@@ -237,6 +235,13 @@ def by_pattern(patterns: Any, name: str, default: Any) -> Any:
     return default
 
 
+def scale_of(config: Mapping[str, Any], key: str, rank: int) -> float:
+    """What the product of a module's factors is multiplied with: alpha / r, or alpha / sqrt(r)."""
+    default = config.get("lora_alpha", _DEFAULT_ALPHA)
+    alpha = float(by_pattern(config.get("alpha_pattern"), key, default))
+    return float(alpha / rank**0.5) if config.get("use_rslora") else alpha / rank
+
+
 def _matcher(pattern: str) -> Callable[[str], Any]:
     return compile_pattern(rf"(.*\.)?({pattern})$").match
 
@@ -251,7 +256,7 @@ def _why_unfit(pattern: str) -> str:
 
 
 def base_note(config: Mapping[str, Any], base: str) -> str:
-    """What to know where an adapter names another base than the one it is put on; empty if not.
+    """A note where an adapter names another base than the one it is applied to; empty if not.
 
     Args:
         base: as the recipe names it, without a revision.
@@ -265,7 +270,7 @@ def base_note(config: Mapping[str, Any], base: str) -> str:
 
 
 def _short(name: str) -> str:
-    """What is left of a model's name wherever it lies: the last part of a path or an id."""
+    """A model's name without where it lies: the last part of a path or an id."""
     parts = [part for part in re.split(r"[/\\]", name.strip().lower()) if part not in ("", ".")]
     # The Hub's cache: models--org--name/snapshots/commit
     cached = next((part for part in parts if part.startswith("models--")), None)

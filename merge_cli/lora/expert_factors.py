@@ -2,66 +2,73 @@
 
 PEFT keeps the factors of all experts of a parameter in two matrices: A [experts * rank, inputs],
 expert by expert, and B [outputs, rank * experts], in whose columns the expert changes fastest
-(`target_parameters`). A `MatrixView` is one expert's factor in such a matrix, or a whole factor.
+(`target_parameters`). A `MatrixView` is one expert's factor in such a matrix, or a complete factor.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from merge_cli.checkpoint.headers import TensorRef
 from merge_cli.checkpoint.tensors import Float32, Read, Tensor, read_numbers
 from merge_cli.kernels.matrices import low_rank_product
 
-_ROOM = 2**28  # bytes of factors that stay in memory: the experts of one layer share theirs
+_CACHE_BYTES = 2**28  # bytes of factors that stay in memory: the experts of one layer share theirs
 
 
 @dataclass(frozen=True)
 class MatrixView:
-    """A matrix inside a stored one: element (i, j) is number `start + i * down + j * right`."""
+    """A matrix inside a stored one: element (i, j) is number
+    `start + i * row_stride + j * column_stride`."""
 
     stored: TensorRef
     rows: int
     columns: int
     start: int
-    down: int
-    right: int
+    row_stride: int
+    column_stride: int
 
     @classmethod
-    def whole(cls, ref: TensorRef) -> MatrixView:
+    def of_tensor(cls, ref: TensorRef) -> MatrixView:
         """A stored matrix itself."""
         return cls(ref, ref.shape[0], ref.shape[1], 0, ref.shape[1], 1)
 
     @property
-    def turned(self) -> MatrixView:
+    def transposed(self) -> MatrixView:
         """The transposed matrix."""
-        return MatrixView(self.stored, self.columns, self.rows, self.start, self.right, self.down)
+        return MatrixView(
+            self.stored, self.columns, self.rows, self.start, self.column_stride, self.row_stride
+        )
 
-    def cut_rows(self, first: int, count: int) -> MatrixView:
+    def slice_rows(self, first: int, count: int) -> MatrixView:
         """`count` rows from `first` on."""
-        begin = self.start + first * self.down
-        return MatrixView(self.stored, count, self.columns, begin, self.down, self.right)
+        begin = self.start + first * self.row_stride
+        return MatrixView(
+            self.stored, count, self.columns, begin, self.row_stride, self.column_stride
+        )
 
-    def read(self, read: Read, stamp: str, first: int = 0, count: int | None = None) -> Any:
+    def read(self, read: Read, fingerprint: str, first: int = 0, count: int | None = None) -> Any:
         """Rows [first, first + count): numpy float32.
 
         Args:
-            stamp: of the file, so that another one at its place is not taken for it.
+            fingerprint: of the file: another file at the same path has another one.
         """
         import numpy as np
 
-        flat = _numbers(read, self.stored, stamp)
+        flat = read_cached(read, self.stored, fingerprint)
         count = self.rows - first if count is None else count
-        result = np.lib.stride_tricks.as_strided(
-            flat[self.start + first * self.down :],
+        matrix = np.lib.stride_tricks.as_strided(
+            flat[self.start + first * self.row_stride :],
             (count, self.columns),
-            (self.down * flat.itemsize, self.right * flat.itemsize),
+            (self.row_stride * flat.itemsize, self.column_stride * flat.itemsize),
             writeable=False,
         )
-        return np.array(result, order="C")  # of its own: compiled kernels write beside it
+        return np.array(matrix, order="C")  # a contiguous copy: compiled kernels need one
 
 
 @dataclass(frozen=True)
@@ -82,7 +89,9 @@ class MatrixUpdate:
 
     @property
     def formula(self) -> str:
-        views = [(v.stored.name, v.start, v.down, v.right) for v in (self.left, self.right)]
+        views = [
+            (v.stored.name, v.start, v.row_stride, v.column_stride) for v in (self.left, self.right)
+        ]
         return f"{views} {self.scale!r} {self.expert} {self.row} {self.column}"
 
 
@@ -92,7 +101,7 @@ class PatchedTensor(Float32):
 
     weight: Tensor
     patches: tuple[MatrixUpdate, ...] = field(repr=False)
-    stamp: str = ""
+    fingerprint: str = ""
 
     @property
     def made_of(self) -> Tensor:
@@ -110,30 +119,31 @@ class PatchedTensor(Float32):
     @property
     def formula(self) -> str:
         updates = "; ".join(patch.formula for patch in self.patches)
-        return f"{self.weight.formula}; updates of experts: {updates}; {self.stamp}"
+        return f"{self.weight.formula}; updates of experts: {updates}; {self.fingerprint}"
 
     @property
     def rank(self) -> int:
-        """Of a matrix that one patch covers."""
+        """The rank of the one patch that covers the matrix."""
         return self.patches[0].left.columns
 
     @property
     def scale(self) -> float:
-        """Of a matrix that one patch covers."""
+        """The scale of the one patch that covers the matrix."""
         return self.patches[0].scale
 
     def factors(self, read: Read) -> tuple[Any, Any]:
-        """The product of a matrix that one patch covers, its scale aside."""
+        """The factors of the one patch that covers the matrix, without its scale."""
         (patch,) = self.patches
-        return patch.left.read(read, self.stamp), patch.right.read(read, self.stamp)
+        return patch.left.read(read, self.fingerprint), patch.right.read(read, self.fingerprint)
 
     def fill(self, read: Read, start: int, buffer: memoryview) -> None:
-        """Whole rows are computed, of which the buffer gets its part."""
+        fill_rows(buffer, start, self.shape[-1], partial(self._rows, read))
+
+    def _rows(self, read: Read, first: int, last: int) -> Any:
+        """Rows [first, last) of the matrices one below the other."""
         import numpy as np
 
-        count = len(buffer) // 4
         height, width = self.shape[-2:]
-        first, last = start // width, -(-(start + count) // width)
         rows = read_numbers(read, self.weight, first * width, (last - first) * width)
         rows = rows.reshape(last - first, width)
         for patch in self.patches:
@@ -141,18 +151,32 @@ class PatchedTensor(Float32):
             low, high = max(first, begin), min(last, begin + patch.left.rows)
             if low >= high:
                 continue
-            left = patch.left.read(read, self.stamp, low - begin, high - low)
-            update = low_rank_product(left, patch.right.read(read, self.stamp))
+            left = patch.left.read(read, self.fingerprint, low - begin, high - low)
+            update = low_rank_product(left, patch.right.read(read, self.fingerprint))
             columns = slice(patch.column, patch.column + patch.right.columns)
             rows[low - first : high - first, columns] += np.float32(patch.scale) * update
-        out = np.frombuffer(buffer, np.float32)
-        begin = start - first * width
-        out[:] = rows.reshape(-1)[begin : begin + count]
+        return rows
 
 
-def _numbers(read: Read, ref: TensorRef, stamp: str) -> Any:
-    """A stored tensor's numbers, flat; the latest ones are kept."""
-    key = (ref, stamp)
+def fill_rows(buffer: memoryview, start: int, width: int, rows: Callable[[int, int], Any]) -> None:
+    """Fill a buffer with float32 elements from `start` on of a matrix that is computed by rows.
+
+    Args:
+        width: of a row.
+        rows: makes rows [first, last): numpy float32.
+    """
+    import numpy as np
+
+    count = len(buffer) // 4
+    first, last = start // width, -(-(start + count) // width)
+    begin = start - first * width
+    out = np.frombuffer(buffer, np.float32)
+    out[:] = rows(first, last).reshape(-1)[begin : begin + count]
+
+
+def read_cached(read: Read, ref: TensorRef, fingerprint: str) -> Any:
+    """A stored tensor's numbers, flat float32; the latest tensors stay in memory."""
+    key = (ref, fingerprint)
     with _lock:
         cached = _recent.get(key)
         if cached is not None:
@@ -161,7 +185,7 @@ def _numbers(read: Read, ref: TensorRef, stamp: str) -> Any:
     numbers = read_numbers(read, ref, 0, ref.size)
     with _lock:
         _recent[key] = numbers
-        while len(_recent) > 2 and sum(item.nbytes for item in _recent.values()) > _ROOM:
+        while len(_recent) > 2 and sum(item.nbytes for item in _recent.values()) > _CACHE_BYTES:
             _recent.popitem(last=False)
     return numbers
 

@@ -1,11 +1,11 @@
-"""Where in a model's files an adapter's tensors belong: one rule for the whole adapter.
+"""From an adapter's module names to the names in a model's files: one rule for all of them.
 
-PEFT calls modules as transformers does, and files call them as they did when they were written:
+PEFT uses transformers' names, and files keep the names of the version that wrote them:
 `model.language_model.layers.0...` is `language_model.model.layers.0...` in older files. Both towers
-of a vision-language model have `layers.0.self_attn.q_proj`, so that the end of a name tells
-nothing. A rule is an exchange of prefixes under which every tensor of the adapter has a place. They
-are tried in this order: names as they are; the layouts below, each into each other one; what
-transformers itself renames while it loads; one prefix for another, if only one would do.
+of a vision-language model have `layers.0.self_attn.q_proj`, so that the end of a name decides
+nothing. A rule exchanges prefixes so that the model has every tensor of the adapter. Rules are
+tried in this order: names as they are; the layouts below, each into each other one; what
+transformers itself renames while it loads; one prefix for another, if only one does it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from merge_cli.system.untrusted import read_mapping
 
 
 class NameLayout(NamedTuple):
-    """How the parts of a model are called: the text model, its head, and all else."""
+    """Prefixes of a model's parts: the text model, its head, and everything else."""
 
     text: str
     head: str = "lm_head."
@@ -50,10 +50,10 @@ class NameRule:
     """Adapter's name -> name in the files.
 
     Attributes:
-        note: what it exchanges; empty where names are as they are.
-        missed: names that have no place under it.
-        rivals: prefixes between which nothing decides.
-        crosses: whether it takes layers for text to a tower for images or sound, or back.
+        note: what it exchanges; empty where names stay as they are.
+        missed: names that the model lacks under it.
+        rivals: other rules that would do as well.
+        crosses: whether it takes the text model's layers to a vision or audio tower, or back.
     """
 
     of: Rename
@@ -64,53 +64,55 @@ class NameRule:
 
 
 def find_rule(
-    names: Collection[str], have: Mapping[str, Any], root: Path | None = None
+    names: Collection[str], tensors: Mapping[str, Any], root: Path | None = None
 ) -> NameRule:
-    """The rule under which every name has a place; without one, that which misses fewest.
+    """The rule under which the model has every name; else the rule that misses fewest.
 
     Args:
         names: modules and tensors of the adapter that the model must have.
-        have: the model's tensors.
-        root: the model's folder, for what transformers knows of it.
+        tensors: the model's tensors.
+        root: the model's folder, to ask transformers for its renames.
     """
-    places = _with_modules(have)
+    model_names = _with_modules(tensors)
     rules = [NameRule(lambda name: name)]
-    rules[0] = _tried(rules[0], names, places)
+    rules[0] = _with_missed(rules[0], names, model_names)
     if not rules[0].missed:
         return rules[0]
-    for found in (
-        _layouts(names, places),
-        _transformers(names, have, places, root),
-        _single(names, places),
+    for family in (
+        _layout_swaps(names, model_names),
+        _transformers_renames(names, tensors, model_names, root),
+        _prefix_swaps(names, model_names),
     ):
-        tried = [_tried(rule, names, places) for rule in found]
-        landed = {tuple(map(rule.of, sorted(names))): rule for rule in tried if not rule.missed}
-        if len(landed) == 1 and not (only := next(iter(landed.values()))).crosses:
+        candidates = [_with_missed(rule, names, model_names) for rule in family]
+        complete = {
+            tuple(map(rule.of, sorted(names))): rule for rule in candidates if not rule.missed
+        }
+        if len(complete) == 1 and not (only := next(iter(complete.values()))).crosses:
             return only
-        if len(landed) > 1:
-            notes = tuple(rule.note for rule in landed.values())
+        if len(complete) > 1:
+            notes = tuple(rule.note for rule in complete.values())
             return NameRule(rules[0].of, "", tuple(sorted(names)), notes)
-        rules += [rule for rule in tried if not rule.crosses]
+        rules += [rule for rule in candidates if not rule.crosses]
     return min(rules, key=lambda rule: len(rule.missed))
 
 
-def _with_modules(have: Iterable[str]) -> set[str]:
+def _with_modules(tensors: Iterable[str]) -> set[str]:
     """The tensors' names, and those of all modules around them."""
-    result = set()
-    for name in have:
-        while name and name not in result:
-            result.add(name)
+    names = set()
+    for name in tensors:
+        while name and name not in names:
+            names.add(name)
             name = name.rpartition(".")[0]
-    return result
+    return names
 
 
-def _tried(rule: NameRule, names: Collection[str], places: Collection[str]) -> NameRule:
-    missed = tuple(sorted(name for name in names if rule.of(name) not in places))
+def _with_missed(rule: NameRule, names: Collection[str], model_names: Collection[str]) -> NameRule:
+    missed = tuple(sorted(name for name in names if rule.of(name) not in model_names))
     return replace(rule, missed=missed)
 
 
-def _layouts(names: Collection[str], places: Collection[str]) -> Iterator[NameRule]:
-    """Exchanges of one known layout for another, and of names inside the layers."""
+def _layout_swaps(names: Collection[str], model_names: Collection[str]) -> Iterator[NameRule]:
+    """Exchanges of one of the layouts for another, and of names inside the layers."""
     for old in LAYOUTS:
         if not all(name.startswith((old.text, old.head, old.other)) for name in names):
             continue
@@ -122,26 +124,26 @@ def _layouts(names: Collection[str], places: Collection[str]) -> Iterator[NameRu
 
 
 def _is_text(name: str, layout: NameLayout) -> bool:
-    """Whether a name is of the text model: what is there, in every architecture."""
+    """Whether a name belongs to the text model, in any architecture."""
     return name.startswith(layout.text) and bool(_IN_TEXT.match(name.removeprefix(layout.text)))
 
 
 def _exchange(old: NameLayout, new: NameLayout, inside: tuple[str, str] | None = None) -> NameRule:
     def of(name: str) -> str:
         if _is_text(name, old):
-            found = new.text + name.removeprefix(old.text)
+            renamed = new.text + name.removeprefix(old.text)
         elif name.startswith(old.head):
-            found = new.head + name.removeprefix(old.head)
+            renamed = new.head + name.removeprefix(old.head)
         else:
-            found = new.other + name.removeprefix(old.other)
-        return found.replace(*inside) if inside else found
+            renamed = new.other + name.removeprefix(old.other)
+        return renamed.replace(*inside) if inside else renamed
 
     pairs = [f"{a or '(none)'} -> {b or '(none)'}" for a, b in zip(old, new, strict=True) if a != b]
     pairs += [f"{inside[0]} -> {inside[1]}"] if inside else []
     return NameRule(of, ", ".join(dict.fromkeys(pairs)))
 
 
-def _single(names: Collection[str], places: Collection[str]) -> Iterator[NameRule]:
+def _prefix_swaps(names: Collection[str], model_names: Collection[str]) -> Iterator[NameRule]:
     """One prefix for another, by the part of a layer's name that both have."""
     layered = [name for name in names if re.search(r"(^|\.)\d+\.", name)]
     if not layered:
@@ -151,16 +153,16 @@ def _single(names: Collection[str], places: Collection[str]) -> Iterator[NameRul
     number = next(i for i, part in enumerate(parts) if part.isdigit())
     old = "".join(f"{part}." for part in parts[: max(number - 1, 0)])
     rest = first.removeprefix(old)
-    for other in sorted(places):
-        if other == rest or other.endswith(f".{rest}"):
-            new = other.removesuffix(rest)
+    for model_name in sorted(model_names):
+        if model_name == rest or model_name.endswith(f".{rest}"):
+            new = model_name.removesuffix(rest)
             if new != old:
                 note = f"{old or '(none)'} -> {new or '(none)'}"
                 yield NameRule(_prefix(old, new), note, crosses=_tower(new) != _tower(old))
 
 
 def _tower(prefix: str) -> str:
-    """What a prefix says of the kind of input that the layers are for; empty for text."""
+    """The kind of input of the layers below a prefix; empty for text."""
     kinds = {
         "vision": "vision",
         "visual": "vision",
@@ -178,17 +180,20 @@ def _prefix(old: str, new: str) -> Rename:
     return lambda name: new + name.removeprefix(old) if name.startswith(old) else name
 
 
-def _transformers(
-    names: Collection[str], have: Mapping[str, Any], places: Collection[str], root: Path | None
+def _transformers_renames(
+    names: Collection[str],
+    tensors: Mapping[str, Any],
+    model_names: Collection[str],
+    root: Path | None,
 ) -> Iterator[NameRule]:
-    """What transformers renames while it loads this model's files, the other way round."""
-    renamed = _live_names(have, root) if root is not None else {}
+    """The reverse of what transformers renames while it loads this model's files."""
+    renamed = _live_names(tensors, root) if root is not None else {}
     stored: dict[str, str] = {}
     for name, live in renamed.items():  # and the modules around them, as far as they go together
         while name and live and stored.setdefault(live, name) == name:
-            name, _, one = name.rpartition(".")
-            live, _, other = live.rpartition(".")
-            if one != other:
+            name, _, stored_part = name.rpartition(".")
+            live, _, live_part = live.rpartition(".")
+            if stored_part != live_part:
                 break
     if any(name != live for live, name in stored.items()):
         yield NameRule(
@@ -196,25 +201,26 @@ def _transformers(
         )
 
 
-def _live_names(have: Iterable[str], root: Path) -> dict[str, str]:
-    """Stored name -> transformers' own; empty where this transformers does not say."""
+def _live_names(tensors: Iterable[str], root: Path) -> dict[str, str]:
+    """Stored name -> transformers' name; empty where this version does not say."""
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightRenaming, rename_source_key
-    except ImportError:  # transformers 4 renames nothing in a way that can be asked for
+    except ImportError:  # transformers 4 has no list of its renames
         return {}
     try:
         net = empty_model(read_mapping(root / "config.json", "the base"))
         renamings = [
-            item for item in get_model_conversion_mapping(net) if isinstance(item, WeightRenaming)
+            renaming
+            for renaming in get_model_conversion_mapping(net)
+            if isinstance(renaming, WeightRenaming)
         ]
-        own = net.state_dict()
-        result = {
-            name: rename_source_key(name, renamings, [], net.base_model_prefix, own)[0]
-            for name in have
+        parameters = net.state_dict()
+        live_names = {
+            name: rename_source_key(name, renamings, [], net.base_model_prefix, parameters)[0]
+            for name in tensors
         }
     except Exception:
-        # A class that this transformers lacks, a config that it refuses, or an interface that has
-        # moved on: it knows nothing then.
+        # This version of transformers lacks the class, refuses the config, or has changed.
         return {}
-    return result
+    return live_names

@@ -1,9 +1,9 @@
-"""LoRA adapters as PEFT saves them: which tensors of a model they change, and how.
+"""Applying a LoRA adapter to a model: which tensors it changes, and how.
 
-    adapter_config.json         kind, rank, alpha, patterns (see adapter_config.py)
+    adapter_config.json         kind, rank, alpha, patterns (see lora/config.py)
     adapter_model.safetensors   base_model.model.MODULE.lora_A.weight, ...lora_B.weight, ...
 
-Every tensor of an adapter is used, or the adapter is refused with its name.
+Every tensor of the adapter is used; otherwise the adapter is refused, with the tensor's name.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from merge_cli.checkpoint.headers import TensorRef
 from merge_cli.checkpoint.tensors import Tensor
 from merge_cli.errors import MismatchError, Problem, SourceError
 from merge_cli.lora import experts
-from merge_cli.lora import experts as patches
 from merge_cli.lora.adapter import WEIGHTS, AdapterContents, Parts, sort_contents
+from merge_cli.lora.config import scale_of
 from merge_cli.lora.heads import (
     HEADS,
-    find_ends,
+    add_task_head,
+    find_embedding_and_head,
     is_task_head,
     keeps_ties,
     labels,
-    match_heights,
-    put_head,
+    match_rows,
     untie,
 )
 from merge_cli.lora.names import find_rule
@@ -35,8 +35,7 @@ from merge_cli.lora.update import (
     ShiftedTensor,
     UpdatedTensor,
     contradictions,
-    scaling,
-    updated,
+    update_weight,
     why_unusable,
 )
 
@@ -47,7 +46,7 @@ class AppliedAdapter:
 
     Attributes:
         tensors: all of them, by name.
-        notes: what was done, for the plan.
+        notes: what it did, for the plan.
         changes: keys of the model's config that follow.
     """
 
@@ -66,27 +65,27 @@ def apply_adapter(
     base: Mapping[str, Any] | None = None,
     root: Path | None = None,
 ) -> AppliedAdapter:
-    """The model's tensors, those that the adapter changes as computed ones.
+    """A model's tensors with an adapter: those that it changes are computed while they are read.
 
     Args:
         tensors: of the base model.
         config, stored: the adapter's.
         label: the model with its adapter, as the recipe names it.
-        stamp: tells the adapter's files apart from others at their place.
+        stamp: fingerprint of the adapter's weights.
         base: the base model's config.
         root: the base model's folder.
 
     Raises:
         SourceError: an adapter without tensors.
-        MismatchError: tensors of the adapter that fit nothing, all of them.
+        MismatchError: all tensors of the adapter that do not fit the model.
     """
     if not stored:
         message = f"{WEIGHTS} holds no tensors: the adapter changes nothing"
         raise SourceError(message, model=label, hint="Save the adapter again.")
-    about = _Application(
+    application = _Application(
         dict(tensors), config, sort_contents(stored), label, stamp, base or {}, root
     )
-    return about.result()
+    return application.result()
 
 
 class _Application:
@@ -98,19 +97,19 @@ class _Application:
         config: Mapping[str, Any],
         contents: AdapterContents,
         label: str,
-        stamp: str,
+        fingerprint: str,
         base: Mapping[str, Any],
         root: Path | None,
     ) -> None:
         self._original, self._tensors = tensors, dict(tensors)
         self._config, self._contents = config, contents
-        self._label, self._stamp, self._base = label, stamp, base
+        self._label, self._fingerprint, self._base = label, fingerprint, base
         text = base.get("text_config")
-        kinds = (item.get("model_type") for item in (base, text) if isinstance(item, dict))
-        self._about = experts.About(
-            config, next((k for k in kinds if isinstance(k, str)), ""), stamp
+        types = (section.get("model_type") for section in (base, text) if isinstance(section, dict))
+        self._context = experts.AdapterContext(
+            config, next((k for k in types if isinstance(k, str)), ""), fingerprint
         )
-        self._ends = find_ends(tensors, base)
+        self._embeddings = find_embedding_and_head(tensors, base)
         self._fused, self._unknown = experts.fused_updates(contents.modules, config)
         inside = {u.module for u in self._fused} | self._unknown.keys()
         self._layers = {
@@ -130,7 +129,7 @@ class _Application:
         self._replace(
             {
                 n: r
-                for n, r in self._contents.whole.items()
+                for n, r in self._contents.replacements.items()
                 if n not in head and not self._is_trained(n)
             }
         )
@@ -139,11 +138,15 @@ class _Application:
         else:
             self._untie()
         self._replace(
-            {n: r for n, r in self._contents.whole.items() if n not in head and self._is_trained(n)}
+            {
+                n: r
+                for n, r in self._contents.replacements.items()
+                if n not in head and self._is_trained(n)
+            }
         )
         replaced = sorted(self._touched)
         changed = self._update_layers() | self._update_experts()
-        self._match_heights()
+        self._match_rows()
         if self._problems:
             raise MismatchError(self._problems, "the adapter does not fit its model")
         notes = (
@@ -158,27 +161,27 @@ class _Application:
         return AppliedAdapter(self._tensors, (*notes, *self._notes), self._changes)
 
     def _required(self) -> set[str]:
-        """What the model must have, as the adapter calls it: what decides between rules."""
-        names = {f"{module}.weight" for module in self._layers} | set(self._contents.whole)
-        result = {update.module for update in self._fused} | set(self._unknown)
+        """Names that the model must have, as the adapter writes them; they decide between rules."""
+        names = {f"{module}.weight" for module in self._layers} | set(self._contents.replacements)
+        required = {update.module for update in self._fused} | set(self._unknown)
         for name in names:
             if _last(name) in HEADS or is_task_head(name):
                 continue  # a tied model has no head, a language model none for classes
             inside = re.match(r"(.*experts)\.\d+\.", name)
-            result.add(inside.group(1) if inside else name)
-        return result
+            required.add(inside.group(1) if inside else name)
+        return required
 
     def _refuse_first(self) -> None:
-        """What makes everything else pointless."""
+        """Collect the problems that the adapter has with any model."""
         if self._rule.rivals:
-            message = f"{self._label}: the adapter fits at more than one place: "
+            message = f"{self._label}: the adapter fits in more than one way: "
             hint = "Rename its tensors to the names in the model's files."
             message += "; or ".join(self._rule.rivals)
             problem = Problem(message, self._rule.missed[0], hint=hint)
             raise MismatchError([problem], "the adapter's names are ambiguous")
         self._problems += [
             Problem(f"{self._label}: the adapter holds it twice", name)
-            for name in self._contents.twice
+            for name in self._contents.duplicates
         ]
         self._problems += [
             Problem(f"{self._label}: {why}", module) for module, why in self._unknown.items()
@@ -189,82 +192,92 @@ class _Application:
         ]
 
     def _target(self, name: str) -> str | None:
-        """Where the files have a tensor; None where they lack it."""
-        result = self._rule.of(name)
-        if result in self._tensors:
-            return result
+        """The name of a tensor in the files; None where they lack it."""
+        renamed = self._rule.of(name)
+        if renamed in self._tensors:
+            return renamed
         if _last(name) in HEADS:
-            stem = self._ends.head.removesuffix("weight")
-            beside = stem + name.rpartition(".")[2]
-            return beside if beside in self._tensors else None
+            stem = self._embeddings.head.removesuffix("weight")
+            head_tensor = stem + name.rpartition(".")[2]
+            return head_tensor if head_tensor in self._tensors else None
         return None
 
     def _is_trained(self, name: str) -> bool:
-        """Whether PEFT trained a copy of it; otherwise it saved the base's own, resized perhaps."""
+        """Whether PEFT trained a copy of it; if not, it saved the base's, which may be resized."""
         module = name.rpartition(".")[0]
-        kept = self._config.get("modules_to_save") or []
-        if any(module == item or module.endswith(f".{item}") for item in kept):
+        saved = self._config.get("modules_to_save") or []
+        if any(
+            module == module_name or module.endswith(f".{module_name}") for module_name in saved
+        ):
             return True
-        ends = (self._ends.embedding, self._ends.head)
+        ends = (self._embeddings.embedding, self._embeddings.head)
         return self._rule.of(name) not in ends and _last(name) not in HEADS
 
     def _split_head(self) -> set[str]:
         """Tensors of a head for classes that the model lacks."""
-        return {n for n in self._contents.whole if is_task_head(n) and self._target(n) is None}
+        return {
+            n for n in self._contents.replacements if is_task_head(n) and self._target(n) is None
+        }
 
     def _new_head(self, names: set[str]) -> None:
-        width = self._tensors[self._ends.embedding].shape[1] if self._ends.embedding else 0
-        brought = {n: r for n, r in self._contents.whole.items() if n in names}
-        result = put_head(brought, self._base, self._config.get("task_type"), width, self._label)
-        self._problems += result.problems
-        self._notes += result.notes
-        self._changes |= result.changes
-        if result.tensors:
-            stem = self._ends.head.removesuffix("weight")
+        width = (
+            self._tensors[self._embeddings.embedding].shape[1] if self._embeddings.embedding else 0
+        )
+        replacements = {n: r for n, r in self._contents.replacements.items() if n in names}
+        change = add_task_head(
+            replacements, self._base, self._config.get("task_type"), width, self._label
+        )
+        self._problems += change.problems
+        self._notes += change.notes
+        self._changes |= change.changes
+        if change.tensors:
+            stem = self._embeddings.head.removesuffix("weight")
             for name in (f"{stem}weight", f"{stem}bias"):
                 self._tensors.pop(name, None)
-        for name, ref in result.tensors.items():
-            self._tensors[name] = ref._replace(name=name)
+        self._tensors |= change.tensors
 
     def _untie(self) -> None:
         layers = {f"{module}.weight" for module in self._layers}
-        brought = {name for name in self._contents.whole if self._is_trained(name)}
-        found = {
-            self._ends.head if _last(n) in HEADS else self._rule.of(n) for n in layers | brought
+        replacements = {name for name in self._contents.replacements if self._is_trained(name)}
+        trained = {
+            self._embeddings.head if _last(n) in HEADS else self._rule.of(n)
+            for n in layers | replacements
         }
-        joint = untie(
+        change = untie(
             self._tensors,
-            self._ends,
+            self._embeddings,
             self._base,
-            trained=frozenset(found),
+            trained=frozenset(trained),
             adapter=self._config,
             label=self._label,
         )
-        self._tensors = joint.tensors
-        self._changes |= joint.changes
-        self._notes += joint.notes
-        self._problems += joint.problems
+        self._tensors = change.tensors
+        self._changes |= change.changes
+        self._notes += change.notes
+        self._problems += change.problems
 
     def _is_copy(self, name: str, shape: tuple[int, ...] | None = None) -> bool:
-        """Whether it is a head that is the embedding with the adapter, too, and says nothing new.
+        """Whether it is a head that stays tied to the embedding, and so adds nothing.
 
         Args:
-            shape: of a tensor that is brought whole.
+            shape: of a tensor that replaces the model's.
         """
-        embedding = self._ends.embedding
-        tied = self._ends.tied and "tie_word_embeddings" not in self._changes
+        embedding = self._embeddings.embedding
+        tied = self._embeddings.tied and "tie_word_embeddings" not in self._changes
         if not tied or embedding is None or _last(name) not in HEADS:
             return False
-        brought = [r for n, r in self._contents.whole.items() if self._rule.of(n) == embedding]
+        replacements = [
+            r for n, r in self._contents.replacements.items() if self._rule.of(n) == embedding
+        ]
         if keeps_ties(self._config):
             layers = {self._rule.of(f"{module}.weight") for module in self._layers}
-            return bool(brought) or embedding in layers
-        same = brought[0].shape if brought else self._original[embedding].shape
-        return shape == same and not self._is_trained(name)
+            return bool(replacements) or embedding in layers
+        embedding_shape = replacements[0].shape if replacements else self._original[embedding].shape
+        return shape == embedding_shape and not self._is_trained(name)
 
-    def _replace(self, brought: Mapping[str, TensorRef]) -> None:
-        """Tensors that are the adapter's instead of the model's."""
-        for name, ref in brought.items():
+    def _replace(self, replacements: Mapping[str, TensorRef]) -> None:
+        """Replace tensors of the model by the adapter's."""
+        for name, ref in replacements.items():
             if self._is_copy(name, ref.shape):
                 continue
             target = self._target(name)
@@ -274,7 +287,7 @@ class _Application:
                 continue
             shape = self._tensors[target].shape
             if ref.shape != shape and not self._resizes(target, ref, shape):
-                message = f"{list(ref.shape)} in the adapter, {list(shape)} without"
+                message = f"{list(ref.shape)} in the adapter, {list(shape)} in the model"
                 self._problems.append(Problem(f"{self._label}: {message}", name))
                 continue
             self._tensors[target] = ref._replace(name=target)
@@ -287,20 +300,20 @@ class _Application:
         if is_task_head(target):
             self._changes |= labels(self._base, ref.shape[0])
             return True
-        stem = self._ends.head.removesuffix("weight")
-        return target in (self._ends.embedding, f"{stem}weight", f"{stem}bias")
+        stem = self._embeddings.head.removesuffix("weight")
+        return target in (self._embeddings.embedding, f"{stem}weight", f"{stem}bias")
 
     def _update_layers(self) -> set[str]:
         """Factors of single layers. Returns the names of what changes."""
         changed: set[str] = set()
-        single = []
+        separate = []
         for module, parts in self._layers.items():
             if self._is_copy(f"{module}.weight"):
                 continue
             target = self._target(f"{module}.weight")
-            inside = self._rule.of(f"{module}.weight").removesuffix(".weight")
-            if target is None and patches.single_target(inside, self._tensors):
-                single.append((module, inside, parts))
+            layer = self._rule.of(f"{module}.weight").removesuffix(".weight")
+            if target is None and experts.single_target(layer, self._tensors):
+                separate.append((module, layer, parts))
                 continue
             if target is None:
                 message = f"{self._label}: the adapter changes it, the model lacks it"
@@ -311,8 +324,8 @@ class _Application:
                 self._problems.append(Problem(f"{self._label}: {why}", module))
                 continue
             changed.add(target)
-        stacks, wrong = patches.apply_single(single, self._tensors, self._about)
-        self._problems += [Problem(f"{self._label}: {why}", module) for module, why in wrong]
+        stacks, problems = experts.apply_single(separate, self._tensors, self._context)
+        self._problems += [Problem(f"{self._label}: {why}", module) for module, why in problems]
         self._tensors |= stacks
         return changed | stacks.keys()
 
@@ -323,27 +336,27 @@ class _Application:
             return "two modules of the adapter change it"
         if len(weight.shape) == 3 and parts.keys() == {"a", "b"}:
             update = experts.ExpertUpdate(module, "weight", parts["a"], parts["b"])
-            result = patches.apply_fused(
-                update, target.removesuffix(".weight"), self._tensors, self._about
+            changed = experts.apply_fused(
+                update, target.removesuffix(".weight"), self._tensors, self._context
             )
-            if isinstance(result, str):
-                return result
-            self._tensors |= result
+            if isinstance(changed, str):
+                return changed
+            self._tensors |= changed
             return ""
-        why = why_unusable(weight, parts, self._config, module, self._about.model_type)
+        why = why_unusable(weight, parts, self._config, module, self._context.model_type)
         if why:
             return why
-        self._tensors[target] = updated(
-            weight, parts, self._config, module, self._about.model_type, self._stamp
+        self._tensors[target] = update_weight(
+            weight, parts, self._config, module, self._context.model_type, self._fingerprint
         )
         self._touched.add(target)
         if "bias" in parts:
-            beside = self._target(f"{module}.bias")
-            if beside is None or self._tensors[beside].shape != parts["bias"].shape:
+            bias_name = self._target(f"{module}.bias")
+            if bias_name is None or self._tensors[bias_name].shape != parts["bias"].shape:
                 return "the adapter shifts the layer's bias, which is not in the model"
-            scale = scaling(self._config, module, parts["a"].shape[0])
-            self._tensors[beside] = ShiftedTensor(
-                self._tensors[beside], parts["bias"], scale, self._stamp
+            scale = scale_of(self._config, module, parts["a"].shape[0])
+            self._tensors[bias_name] = ShiftedTensor(
+                self._tensors[bias_name], parts["bias"], scale, self._fingerprint
             )
         return ""
 
@@ -351,23 +364,23 @@ class _Application:
         """Factors of all experts of a parameter. Returns the names of what changes."""
         changed: set[str] = set()
         for update in self._fused:
-            result = patches.apply_fused(
-                update, self._rule.of(update.module), self._tensors, self._about
+            tensors = experts.apply_fused(
+                update, self._rule.of(update.module), self._tensors, self._context
             )
-            if isinstance(result, str):
-                self._problems.append(Problem(f"{self._label}: {result}", update.module))
+            if isinstance(tensors, str):
+                self._problems.append(Problem(f"{self._label}: {tensors}", update.module))
                 continue
-            self._tensors |= result
-            changed |= result.keys()
+            self._tensors |= tensors
+            changed |= tensors.keys()
         return changed
 
-    def _match_heights(self) -> None:
-        ends = {self._ends.embedding, self._ends.head}
+    def _match_rows(self) -> None:
+        ends = {self._embeddings.embedding, self._embeddings.head}
         untouched = frozenset(name for name in ends if name and name not in self._touched)
-        notes, problems, rows = match_heights(self._tensors, self._ends, untouched, self._label)
+        notes, problems, rows = match_rows(self._tensors, self._embeddings, untouched, self._label)
         self._notes += notes
         self._problems += problems
-        before = self._original.get(self._ends.embedding or "")
+        before = self._original.get(self._embeddings.embedding or "")
         if rows is not None and before is not None and rows != before.shape[0]:
             self._changes["vocab_size"] = rows
             self._notes.append(
@@ -376,8 +389,8 @@ class _Application:
             )
 
     def _ranks(self) -> set[int]:
-        result = {parts["b"].shape[1] for parts in self._layers.values() if "b" in parts}
-        return result | {experts.rank_of(u, self._config) or u.b.shape[1] for u in self._fused}
+        ranks = {parts["b"].shape[1] for parts in self._layers.values() if "b" in parts}
+        return ranks | {experts.rank_of(u, self._config) or u.b.shape[1] for u in self._fused}
 
 
 def _last(name: str) -> str:

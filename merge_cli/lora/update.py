@@ -1,27 +1,36 @@
-"""A weight with its LoRA update, computed while it is read: W + s B A, and DoRA's rescaled rows.
+"""A layer's weight with its LoRA update, computed while it is read: W + s B A, or DoRA.
 
 LoRA: Hu et al., arXiv:2106.09685; DoRA: Liu et al., arXiv:2402.09353. Equal to what PEFT's
-`merge_and_unload` makes, in float32 and rounded only where the merge's output is.
-
-One layer's weight with its factors: whether they fit, and what they make.
+`merge_and_unload` makes, in float32 and rounded only where the merge's output is. Here, too, is
+the check whether factors fit their weight.
 """
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from merge_cli.checkpoint.headers import MERGEABLE, TensorRef
 from merge_cli.checkpoint.tensors import Float32, Read, Tensor, read_numbers
 from merge_cli.kernels.matrices import low_rank_product
-from merge_cli.lora import experts
-from merge_cli.lora.adapter import Parts
-from merge_cli.lora.config import by_pattern
+from merge_cli.lora.adapter import EMBEDDING_FACTORS, LAYER_FACTORS, Parts
+from merge_cli.lora.config import by_pattern, scale_of
+from merge_cli.lora.expert_factors import fill_rows, read_cached
 
-_KEPT = 16  # updates whose smaller factor stays in memory: blocks of one weight follow each other
+# transformers' classes with layers that are stored [in, out], and what those are called.
+_WITH_CONV1D = frozenset(
+    (
+        "gpt2",
+        "openai-gpt",
+        "imagegpt",
+        "decision_transformer",
+        "clvp",
+        "clvp_decoder",
+    )
+)
+_CONV1D = frozenset(("c_attn", "q_attn", "c_fc", "c_proj"))
 
 
 @dataclass(frozen=True)
@@ -30,19 +39,19 @@ class UpdatedTensor(Float32):
 
     Attributes:
         left, right: factors of the update, stored [rows, rank] and [rank, columns]; or, with
-            `turned`, [rank, rows] and [columns, rank]: of embeddings, and layers stored [in, out].
+            `transposed`, [rank, rows] and [columns, rank]: embeddings, layers stored [in, out].
         scale: of their product.
         magnitude: DoRA's length of each row; None without.
-        stamp: of the adapter's file, so that another one at its place is not taken for it.
+        fingerprint: of the adapter's file: another file at the same path has another one.
     """
 
     weight: Tensor
     left: TensorRef
     right: TensorRef
     scale: float
-    turned: bool = False
+    transposed: bool = False
     magnitude: TensorRef | None = None
-    stamp: str = ""
+    fingerprint: str = ""
 
     @property
     def made_of(self) -> Tensor:
@@ -59,42 +68,43 @@ class UpdatedTensor(Float32):
 
     @property
     def formula(self) -> str:
-        update = f"low-rank update, scale {self.scale!r}, turned {self.turned}, {self.stamp}"
+        update = (
+            f"low-rank update, scale {self.scale!r}, turned {self.transposed}, {self.fingerprint}"
+        )
         return f"{self.weight.formula}; {update}"
 
     @property
     def rank(self) -> int:
-        return self.left.shape[0 if self.turned else 1]
+        return self.left.shape[0 if self.transposed else 1]
 
     def factors(self, read: Read) -> tuple[Any, Any]:
         """The update as a product, its scale aside: numpy float32 [rows, rank], [rank, columns]."""
         return self._left(read, 0, self.shape[0]), self._right(read)
 
     def fill(self, read: Read, start: int, buffer: memoryview) -> None:
-        """Whole rows are computed, of which the buffer gets its part."""
+        fill_rows(buffer, start, self.shape[1], partial(self._rows, read))
+
+    def _rows(self, read: Read, first: int, last: int) -> Any:
+        """Rows [first, last) of the updated weight."""
         import numpy as np
 
-        count = len(buffer) // 4
         columns = self.shape[1]
-        first, last = start // columns, -(-(start + count) // columns)
         rows = read_numbers(read, self.weight, first * columns, (last - first) * columns)
         rows = rows.reshape(last - first, columns)
         update = low_rank_product(self._left(read, first, last), self._right(read))
         rows += np.float32(self.scale) * update
         if self.magnitude is not None:
-            requested = read_numbers(read, self.magnitude, first, last - first)
+            magnitudes = read_numbers(read, self.magnitude, first, last - first)
             # The length of each row by itself, in float64: it depends on no other row.
             lengths = np.sqrt((rows.astype(np.float64) ** 2).sum(1))
-            rows *= (requested / lengths).astype(np.float32)[:, None]
-        out = np.frombuffer(buffer, np.float32)
-        begin = start - first * columns
-        out[:] = rows.reshape(-1)[begin : begin + count]
+            rows *= (magnitudes / lengths).astype(np.float32)[:, None]
+        return rows
 
     def _left(self, read: Read, first: int, last: int) -> Any:
         """Rows [first, last) of the left factor."""
         import numpy as np
 
-        if not self.turned:
+        if not self.transposed:
             rank = self.left.shape[1]
             numbers = read_numbers(read, self.left, first * rank, (last - first) * rank)
             return numbers.reshape(last - first, rank)
@@ -103,21 +113,11 @@ class UpdatedTensor(Float32):
         return np.stack(parts, axis=1)
 
     def _right(self, read: Read) -> Any:
-        """The right factor, whole."""
+        """The complete right factor."""
         import numpy as np
 
-        with _lock:
-            cached = _recent.get(self)
-            if cached is not None:
-                _recent.move_to_end(self)
-                return cached
-        result = read_numbers(read, self.right, 0, self.right.size).reshape(self.right.shape)
-        result = np.ascontiguousarray(result.T) if self.turned else result
-        with _lock:
-            _recent[self] = result
-            while len(_recent) > _KEPT:
-                _recent.popitem(last=False)
-        return result
+        factor = read_cached(read, self.right, self.fingerprint).reshape(self.right.shape)
+        return np.ascontiguousarray(factor.T) if self.transposed else factor
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class ShiftedTensor(Float32):
     bias: Tensor
     change: TensorRef
     scale: float
-    stamp: str
+    fingerprint: str
 
     @property
     def made_of(self) -> Tensor:
@@ -143,7 +143,7 @@ class ShiftedTensor(Float32):
 
     @property
     def formula(self) -> str:
-        return f"{self.bias.formula}; shifted, scale {self.scale!r}, {self.stamp}"
+        return f"{self.bias.formula}; shifted, scale {self.scale!r}, {self.fingerprint}"
 
     def fill(self, read: Read, start: int, buffer: memoryview) -> None:
         import numpy as np
@@ -153,61 +153,38 @@ class ShiftedTensor(Float32):
         out[:] = read_numbers(read, self.bias, start, len(out)) + np.float32(self.scale) * change
 
 
-_recent: OrderedDict[UpdatedTensor, Any] = OrderedDict()
-_lock = threading.Lock()
-
-
-# transformers' classes with layers that are stored [in, out], and what those are called.
-_WITH_CONV1D = frozenset(
-    (
-        "gpt2",
-        "openai-gpt",
-        "imagegpt",
-        "decision_transformer",
-        "clvp",
-        "clvp_decoder",
-    )
-)
-_CONV1D = frozenset(("c_attn", "q_attn", "c_fc", "c_proj"))
-
-
-def scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
-    """What the product of a module's factors is multiplied with: alpha / r, or alpha / sqrt(r)."""
-    return experts.scale_of(config, module, rank)
-
-
 def contradictions(
     layers: Mapping[str, Parts], config: Mapping[str, Any]
 ) -> Iterator[tuple[str, str]]:
-    """The first module whose tensors are not what the config says, and why."""
-    missing = next((m for m, parts in layers.items() if "magnitude" not in parts), None)
-    if config.get("use_dora") and missing is not None:
-        yield missing, "use_dora is set, and the adapter has no magnitude for it"
-    result = next((m for m, parts in layers.items() if "magnitude" in parts), None)
-    if config.get("use_dora") is False and result is not None:
-        yield result, "the adapter has a magnitude for it, and use_dora is not set"
+    """The first module whose tensors contradict the config, and why."""
+    without_magnitude = next((m for m, parts in layers.items() if "magnitude" not in parts), None)
+    if config.get("use_dora") and without_magnitude is not None:
+        yield without_magnitude, "use_dora is set, and the adapter has no magnitude for it"
+    with_magnitude = next((m for m, parts in layers.items() if "magnitude" in parts), None)
+    if config.get("use_dora") is False and with_magnitude is not None:
+        yield with_magnitude, "the adapter has a magnitude for it, and use_dora is not set"
 
 
-def is_turned(
+def is_transposed(
     weight: Tensor, parts: Parts, config: Mapping[str, Any], module: str, kind: str
 ) -> bool:
     """Whether a layer is stored [in, out].
 
-    `fan_in_fan_out` is what PEFT found of the last layer that it wrapped: beside a head it is
-    false for all of GPT-2's. So the class says it, where it is known to have such layers, and
-    the shapes otherwise.
+    `fan_in_fan_out` describes only the last layer that PEFT wrapped: with a head it is false for
+    all of GPT-2's layers. So the model's class decides where it is known to have such layers, and
+    the shapes decide otherwise.
 
     Args:
         kind: the model_type.
     """
-    named = module.removesuffix(".base_layer").rpartition(".")[2] in _CONV1D
+    is_conv1d = module.removesuffix(".base_layer").rpartition(".")[2] in _CONV1D
     if kind in _WITH_CONV1D:
-        return named
-    straight = (parts["b"].shape[0], parts["a"].shape[-1])
-    if straight[0] != straight[1] and weight.shape in (straight, straight[::-1]):
-        return weight.shape != straight
-    # PEFT takes no notice of it where the layer is an ordinary one.
-    return bool(config.get("fan_in_fan_out")) and (named or not kind)
+        return is_conv1d
+    plain_shape = (parts["b"].shape[0], parts["a"].shape[-1])
+    if plain_shape[0] != plain_shape[1] and weight.shape in (plain_shape, plain_shape[::-1]):
+        return weight.shape != plain_shape
+    # PEFT ignores `fan_in_fan_out` for ordinary linear layers.
+    return bool(config.get("fan_in_fan_out")) and (is_conv1d or not kind)
 
 
 def why_unusable(
@@ -215,9 +192,9 @@ def why_unusable(
 ) -> str:
     """Why a module's factors do not fit its weight; empty when they do."""
     if "bias" in parts and "magnitude" in parts:
-        return "DoRA with biases of its own (lora_bias) is not applied here"
+        return "DoRA with biases (lora_bias) is not supported"
     embedding = "embedding_a" in parts
-    names = ("embedding_a", "embedding_b") if embedding else ("a", "b")
+    names = EMBEDDING_FACTORS if embedding else LAYER_FACTORS
     missing = [name for name in names if name not in parts]
     if missing:
         return f"the adapter lacks a factor ({', '.join(missing)})"
@@ -230,32 +207,39 @@ def why_unusable(
         message = f"only matrices are updated, not {list(weight.shape)}"
         return f"{message}: merge the adapter with PEFT (`merge_and_unload`), and name the result"
     a, b = (parts[name].shape for name in names)
-    requested = (b[0], a[1])
-    turned = not embedding and is_turned(weight, parts, config, module, kind)
-    if embedding or turned:
-        requested = (a[1], b[0])
-    if a[0] != b[1] or requested != weight.shape or not a[0]:
+    shape = (b[0], a[1])
+    transposed = not embedding and is_transposed(weight, parts, config, module, kind)
+    if embedding or transposed:
+        shape = (a[1], b[0])
+    if a[0] != b[1] or shape != weight.shape or not a[0]:
         return f"factors {list(a)} and {list(b)} do not make {list(weight.shape)}"
-    if "magnitude" in parts and (embedding or turned):
+    if "magnitude" in parts and (embedding or transposed):
         return "DoRA is not applied to embeddings and to layers that are stored [in, out]"
     if "magnitude" in parts and parts["magnitude"].size != weight.shape[0]:
         return (
             f"its magnitude {list(parts['magnitude'].shape)} is not that of {weight.shape[0]} rows"
         )
-    said = by_pattern(config.get("rank_pattern"), module, config.get("r"))
-    if type(said) is int and said != a[0]:
-        return f"its factors have the rank {a[0]}, and {said} is what adapter_config.json says"
+    configured_rank = by_pattern(config.get("rank_pattern"), module, config.get("r"))
+    if type(configured_rank) is int and configured_rank != a[0]:
+        return f"its factors have the rank {a[0]}, but adapter_config.json says {configured_rank}"
     return ""
 
 
-def updated(
-    weight: Tensor, parts: Parts, config: Mapping[str, Any], module: str, kind: str, stamp: str
+def update_weight(
+    weight: Tensor,
+    parts: Parts,
+    config: Mapping[str, Any],
+    module: str,
+    kind: str,
+    fingerprint: str,
 ) -> UpdatedTensor:
     if "embedding_a" in parts:
         a, b = parts["embedding_a"], parts["embedding_b"]
-        return UpdatedTensor(weight, a, b, scaling(config, module, a.shape[0]), True, None, stamp)
+        return UpdatedTensor(
+            weight, a, b, scale_of(config, module, a.shape[0]), True, None, fingerprint
+        )
     a, b = parts["a"], parts["b"]
-    scale = scaling(config, module, a.shape[0])
-    if is_turned(weight, parts, config, module, kind):
-        return UpdatedTensor(weight, a, b, scale, True, None, stamp)
-    return UpdatedTensor(weight, b, a, scale, False, parts.get("magnitude"), stamp)
+    scale = scale_of(config, module, a.shape[0])
+    if is_transposed(weight, parts, config, module, kind):
+        return UpdatedTensor(weight, a, b, scale, True, None, fingerprint)
+    return UpdatedTensor(weight, b, a, scale, False, parts.get("magnitude"), fingerprint)

@@ -1,0 +1,1 @@
+"""Pushing a merged model to the Hugging Face Hub (`merge-cli push`)."""

@@ -1,4 +1,4 @@
-"""What is uploaded of a merged model: its files, and the card as the Hub will show it."""
+"""Collecting what is uploaded of a merged model: its files, and the card for the Hub."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Package:
     Attributes:
         files: name in the repository -> size in bytes, sorted; the card's is `card`'s.
         card: README.md as it is uploaded.
-        notes: what who uploads it should know.
+        notes: for the user who uploads it.
     """
 
     folder: Path
@@ -39,12 +39,12 @@ class Package:
         return sum(self.files.values())
 
     def content(self, name: str) -> Path | bytes:
-        """Where a file's bytes are, or the bytes themselves."""
+        """A file's path, or its bytes."""
         return self.card.encode() if name == CARD else self.folder / name
 
 
 def pack(folder: Path, repo_id: str) -> Package:
-    """Look at a merged model's folder; reads no weights.
+    """Collect and check the files of a merged model; reads no weights.
 
     Raises:
         SourceError: not a finished merge.
@@ -86,20 +86,20 @@ def pack(folder: Path, repo_id: str) -> Package:
 
 
 def _is_private(path: Path) -> bool:
-    """Hidden files and what Python leaves behind are nobody else's."""
+    """Whether it is a hidden file, or a cache of Python's."""
     return any(part.startswith(".") or part in _SKIPPED for part in path.parts)
 
 
 def _check_shards(folder: Path, names: list[str]) -> None:
     if INDEX not in names:
         return
-    listed = read_mapping(folder / INDEX, str(folder)).get("weight_map")
-    shards = list(listed.values()) if isinstance(listed, dict) else [None]
-    named = {shard for shard in shards if isinstance(shard, str)}
+    weight_map = read_mapping(folder / INDEX, str(folder)).get("weight_map")
+    shards = list(weight_map.values()) if isinstance(weight_map, dict) else [None]
+    listed_shards = {shard for shard in shards if isinstance(shard, str)}
     if not all(isinstance(shard, str) for shard in shards):
         message = "does not say which file each tensor is in"
         raise CorruptFileError(message, model=str(folder), file=INDEX)
-    missing = sorted(named - set(names))
+    missing = sorted(listed_shards - set(names))
     if missing:
         message = f"{len(missing)} of the files that the index names are missing: {missing[0]}"
         hint = "Merge again: --overwrite."
@@ -130,11 +130,11 @@ def _is_local(entry: Mapping[str, Any]) -> bool:
 
 
 def _local_models(folder: Path) -> list[str]:
-    """The sources that the report knows no commit of, as it names them."""
+    """The sources without a commit in the report, as it names them."""
     inputs = read_mapping(folder / REPORT, str(folder)).get("inputs")
     if not isinstance(inputs, list) or not all(
-        isinstance(item, dict) and isinstance(item.get("model"), str) for item in inputs
+        isinstance(entry, dict) and isinstance(entry.get("model"), str) for entry in inputs
     ):
         message = "is not a report of merge-cli: it does not list its inputs"
         raise CorruptFileError(message, model=str(folder), file=REPORT)
-    return [one["model"] for one in inputs if _is_local(one)]
+    return [entry["model"] for entry in inputs if _is_local(entry)]

@@ -1,7 +1,7 @@
-"""A merged model to the Hub: everything large first, then one commit that holds the whole.
+"""Pushing a merged model to the Hub: the large files first, then one commit with everything.
 
-So the repository shows the model before, or the model after, and never half of one. What is
-uploaded is found by its content: the same command after an interruption sends the rest.
+So the repository has the old model or the new one, and never a mixture. Uploaded files are
+recognised by their content: after an interruption the same command sends the rest.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ MAIN = "main"
 
 @dataclass(frozen=True)
 class Pushed:
-    """An upload that is finished.
+    """A finished upload.
 
     Attributes:
         url: the repository's page, at the branch.
         commit: the branch's head afterwards.
-        changed: False where everything was there already.
-        removed: weights of an earlier model, which this commit took away.
+        changed: False where the branch had all files already.
+        removed: weights of an earlier model that this commit has removed.
     """
 
     repo_id: str
@@ -58,16 +58,16 @@ def push(
     bars: bool = False,
     show: Callable[[Progress], None] = lambda progress: None,
 ) -> Pushed:
-    """Upload the merged model in the folder `out` to a model repository, which is made if need be.
+    """Upload the merged model in the folder `out` to a model repository; create it if needed.
 
     Args:
         repo_id: `owner/name`.
-        public: what the repository is to be; one that exists must be that already.
-        branch: made from main where it does not exist.
+        public: the repository's visibility; an existing one must have the same.
+        branch: created from main if it does not exist.
         message: of the commit.
-        overwrite: replace another model that is there.
-        bars: let huggingface_hub draw its bars.
-        show: told of each file.
+        overwrite: replace another model in the repository.
+        bars: show huggingface_hub's progress bars.
+        show: called after each file.
 
     Raises:
         SourceError, CorruptFileError: `out` is not a finished merge.
@@ -87,8 +87,8 @@ def push(
             created = _repository(api, repo_id, public)
             _branch(api, repo_id, branch)
             head = api.model_info(repo_id, revision=branch, files_metadata=True)
-        there = {file.rfilename: file for file in head.siblings or []}
-        stale = _stale(package, there, repo_id, overwrite)
+        remote_files = {file.rfilename: file for file in head.siblings or []}
+        stale = _stale(package, remote_files, repo_id, overwrite)
         with explained_upload(repo_id):
             additions = [
                 CommitOperationAdd(path_in_repo=name, path_or_fileobj=package.content(name))
@@ -98,7 +98,7 @@ def push(
         for addition in additions:
             name = addition.path_in_repo
             with explained_upload(repo_id, name):
-                # What the Hub keeps as plain git goes with the commit; this does nothing for it.
+                # Small files go with the commit: this does nothing for them.
                 api.preupload_lfs_files(
                     repo_id, [addition], revision=branch, free_memory=False, num_threads=1
                 )
@@ -128,7 +128,7 @@ def push(
 
 
 def check_name(repo_id: str) -> None:
-    """Refuse what cannot be a repository, before anything is looked at.
+    """Refuse an invalid repository name, before any work.
 
     Raises:
         UsageError: not `owner/name`.
@@ -139,15 +139,15 @@ def check_name(repo_id: str) -> None:
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise UsageError(
-            "not a name that the Hub can have", where=repr(repo_id), hint="Write owner/name."
+            "not a valid name on the Hub", where=repr(repo_id), hint="Write owner/name."
         ) from error
     if "/" not in repo_id:
         hint = f"Write owner/name: your-name/{repo_id}."
-        raise UsageError("whose repository?", where=repo_id, hint=hint)
+        raise UsageError("the repository's owner is missing", where=repo_id, hint=hint)
 
 
 def _repository(api: Any, repo_id: str, public: bool) -> bool:
-    """Make sure that the repository exists with the wanted visibility; whether it is new."""
+    """Make sure that the repository exists with this visibility; whether it is new."""
     from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
@@ -174,26 +174,26 @@ def _branch(api: Any, repo_id: str, branch: str) -> None:
         raise UsageError(
             f"'{branch}' is a tag, and tags do not move", where=repo_id, hint="Name a branch."
         )
-    if branch not in {found.name for found in refs.branches}:
+    if branch not in {existing.name for existing in refs.branches}:
         api.create_branch(repo_id, branch=branch)
 
 
 def _check_card(package: Package, repo_id: str) -> None:
-    """Ask the Hub whether it can read the card, before gigabytes are sent.
+    """Let the Hub check the card, before gigabytes are sent.
 
     Raises:
-        CorruptFileError: it says what is wrong with the metadata.
+        CorruptFileError: the metadata is invalid.
     """
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session, hf_raise_for_status
 
-    # As ModelCard.validate does, which asked huggingface.co whatever HF_ENDPOINT says before 2.0.
+    # As ModelCard.validate does, which ignores HF_ENDPOINT before 2.0.
     address = f"{constants.ENDPOINT}/api/validate-yaml"
-    about = {"repoType": "model", "content": package.card}
+    payload = {"repoType": "model", "content": package.card}
     with explained_upload(repo_id, CARD):
-        answer = get_session().post(address, json=about, headers={"Accept": "text/plain"})
+        answer = get_session().post(address, json=payload, headers={"Accept": "text/plain"})
         if answer.status_code == 400:
-            message = f"its metadata is not what the Hub reads: {_reasons(answer.text)}"
+            message = f"the Hub refuses its metadata: {_reasons(answer.text)}"
             hint = "Correct the lines between the first two ---."
             raise CorruptFileError(message, model=str(package.folder), file=CARD, hint=hint)
         hf_raise_for_status(answer)
@@ -202,20 +202,22 @@ def _check_card(package: Package, repo_id: str) -> None:
 def _reasons(answer: str) -> str:
     """The messages in the Hub's answer; the answer itself where it has none."""
     try:
-        found = [str(error["message"]) for error in json.loads(answer)["errors"]]
+        messages = [str(error["message"]) for error in json.loads(answer)["errors"]]
     except (ValueError, KeyError, TypeError):
         return answer
-    return "; ".join(found) or answer
+    return "; ".join(messages) or answer
 
 
-def _stale(package: Package, there: Mapping[str, Any], repo_id: str, overwrite: bool) -> list[str]:
-    """Weights on the branch that do not belong to this model, and would be loaded with it.
+def _stale(
+    package: Package, remote_files: Mapping[str, Any], repo_id: str, overwrite: bool
+) -> list[str]:
+    """Weights on the branch that are not this model's, and would be loaded with it.
 
     Raises:
-        UsageError: another model is there, and it may not be replaced.
+        UsageError: the branch has another model, and `overwrite` is not set.
     """
-    weights = [name for name in there if _is_weight(name)]
-    if weights and not overwrite and not _same_merge(package, there):
+    weights = [name for name in remote_files if _is_weight(name)]
+    if weights and not overwrite and not _same_merge(package, remote_files):
         hint = "--overwrite replaces it (its history stays); or name another, or a --branch."
         raise UsageError("holds another model", where=repo_id, hint=hint)
     return sorted(name for name in weights if name not in package.files)
@@ -228,15 +230,15 @@ def _is_weight(name: str) -> bool:
     return name.endswith(".safetensors") or name == INDEX or name.startswith("pytorch_model")
 
 
-def _same_merge(package: Package, there: Mapping[str, Any]) -> bool:
-    """Whether what is there is this very merge: the reports are the same file."""
-    result = there.get(REPORT)
-    if result is None:
+def _same_merge(package: Package, remote_files: Mapping[str, Any]) -> bool:
+    """Whether the branch has this merge: the reports are the same file."""
+    remote_report = remote_files.get(REPORT)
+    if remote_report is None:
         return False
     data = (package.folder / REPORT).read_bytes()
-    if result.lfs is not None:
-        return bool(result.lfs.sha256 == hashlib.sha256(data).hexdigest())
-    return bool(result.blob_id == hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest())
+    if remote_report.lfs is not None:
+        return bool(remote_report.lfs.sha256 == hashlib.sha256(data).hexdigest())
+    return bool(remote_report.blob_id == hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest())
 
 
 def _message(package: Package) -> str:
@@ -245,8 +247,8 @@ def _message(package: Package) -> str:
 
 
 @contextmanager
-def _bars(wanted: bool) -> Iterator[None]:
-    """huggingface_hub's bars or not, and nothing else of what it likes to say."""
+def _bars(enabled: bool) -> Iterator[None]:
+    """Show huggingface_hub's progress bars or not; hide its other output."""
     from huggingface_hub.utils import (
         are_progress_bars_disabled,
         disable_progress_bars,
@@ -254,7 +256,7 @@ def _bars(wanted: bool) -> Iterator[None]:
         logging,
     )
 
-    level, hide = logging.get_verbosity(), not wanted and not are_progress_bars_disabled()
+    level, hide = logging.get_verbosity(), not enabled and not are_progress_bars_disabled()
     logging.set_verbosity_error()
     if hide:
         disable_progress_bars()

@@ -1,6 +1,6 @@
-"""README.md of a merged model: the card that the Hub shows, complete and free of local paths.
+"""The model card (README.md) of a merge, without local paths, and its front matter.
 
-The front matter of a model card: what the Hub reads, from what the sources say of themselves.
+The front matter is what the Hub reads; it follows from the cards of the sources.
 """
 
 from __future__ import annotations
@@ -20,34 +20,29 @@ from merge_cli.checkpoint.config import CLASS
 from merge_cli.hub.models import HubModel
 from merge_cli.planning.plan import Plan
 from merge_cli.recipe.dump import dump_recipe
-from merge_cli.recipe.reference import HUB, ModelRef, local_folder, short_labels
-from merge_cli.report.stages import Stages
+from merge_cli.recipe.reference import short_labels
+from merge_cli.report.stages import Stages, public_name
 from merge_cli.sources.source import Source
 
 _PAPERS = {"arXiv:": "https://arxiv.org/abs/"}
 _MODEL_ID = re.compile(r'^model_id = ".*"$', re.MULTILINE)
+# Keys of the card that a recipe's `metadata` may set.
+AUTHOR_KEYS = ("license", "license_name", "license_link", "language", "datasets", "pipeline_tag")
+_LICENCE = ("license", "license_name", "license_link")
+_TEXT_GENERATION = ("ForCausalLM", "LMHeadModel")
 
 
 def model_card(plan: Plan, defaults: Mapping[str, Any], title: str, stages: Stages) -> str:
     """The card's Markdown.
 
     Args:
-        title: the name of the output folder, unless the recipe has a name.
-        stages: the other documents of the recipe.
+        title: the name of the output folder, for recipes without a name.
+        stages: the earlier stages of the recipe.
     """
     recipe = plan.recipe
     labels = [source.label for source in plan.sources]
     names = dict(zip(labels, short_labels(labels), strict=True))
-
-    def public(model: ModelRef) -> str:
-        """A Hub id as it is; of a local path, its last part alone."""
-        if model.lora:
-            base = ModelRef(model.path, model.revision)
-            return f"{public(base)}+{public(ModelRef(model.lora, model.lora_revision))}"
-        if local_folder(model.path, recipe.folder) is not None:
-            return names.get(str(model), str(model).rstrip("/").rpartition("/")[2])
-        return str(model).removeprefix(HUB)
-
+    public = public_name(recipe.folder, names)
     text = dump_recipe(
         recipe,
         locate=stages.named(public),
@@ -62,8 +57,8 @@ def model_card(plan: Plan, defaults: Mapping[str, Any], title: str, stages: Stag
     by_label = {str(spec.model): public(spec.model) for spec in recipe.source_specs}
     if recipe.base_model is not None:
         by_label[str(recipe.base_model)] = public(recipe.base_model)
-    shown = {label: by_label.get(label, names[label]) for label in labels}
-    sources = [f"`{shown[plan.sources[i].label]}`" for i in plan.operands]
+    public_names = {label: by_label.get(label, names[label]) for label in labels}
+    sources = [f"`{public_names[plan.sources[i].label]}`" for i in plan.operands]
     on_base = plan.method.needs_base and recipe.base_model is not None
     licence = licence_note(plan)
     lines = [
@@ -86,7 +81,10 @@ def model_card(plan: Plan, defaults: Mapping[str, Any], title: str, stages: Stag
         "",
         "| model | role | revision |",
         "|---|---|---|",
-        *(_source_row(plan, source, shown[source.label], stages) for source in used_sources(plan)),
+        *(
+            _source_row(plan, source, public_names[source.label], stages)
+            for source in used_sources(plan)
+        ),
         *stages.source_rows(),
         "",
         *([licence, ""] if licence else []),
@@ -94,15 +92,15 @@ def model_card(plan: Plan, defaults: Mapping[str, Any], title: str, stages: Stag
         "",
         f"```yaml\n{text.strip()}\n```",
         "",
-        "`merge_recipe.yaml` beside this card is the same recipe with its inputs pinned; running "
-        "it again gives the same bytes. `merge_report.html` shows how the sources relate.",
+        "`merge_recipe.yaml` in this folder is the same recipe with its inputs pinned; running it "
+        "again gives the same bytes. `merge_report.html` shows how the sources relate.",
         "",
     ]
     return "\n".join(lines)
 
 
 def card_for(card: str, repo_id: str) -> str:
-    """The card as it is shown on the Hub: its example loads the model from there."""
+    """The card for the Hub: its example loads the model from there."""
     return _MODEL_ID.sub(lambda _: f"model_id = {json.dumps(repo_id)}", card, count=1)
 
 
@@ -121,7 +119,7 @@ def _usage(plan: Plan, title: str) -> list[str]:
             "```",
             "",
         ]
-    if not plan.config:  # weights alone: no library knows how to open them
+    if not plan.config:  # only weights: no library opens them
         return []
     kind = "AutoModelForCausalLM" if generates else "AutoModel"
     lines = [
@@ -141,20 +139,20 @@ def _usage(plan: Plan, title: str) -> list[str]:
 
 
 def _source_row(plan: Plan, source: Source, name: str, stages: Stages) -> str:
-    based = plan.base is not None and source is plan.sources[plan.base]
-    merged = any(source is plan.sources[i] for i in plan.operands)
-    role = " and ".join(word for word, holds in (("base", based), ("merged", merged)) if holds)
+    is_base = plan.base is not None and source is plan.sources[plan.base]
+    is_merged = any(source is plan.sources[i] for i in plan.operands)
+    role = " and ".join(word for word, holds in (("base", is_base), ("merged", is_merged)) if holds)
     if name in stages.names:
         return f"| `{name}` | {role} | made by the recipe |"
-    result = repositories(source)
+    repos = repositories(source)
     commits = [
-        f"[`{item.commit}`](https://huggingface.co/{item.repo_id}/tree/{item.commit})"
-        for item in result
+        f"[`{repository.commit}`](https://huggingface.co/{repository.repo_id}/tree/{repository.commit})"
+        for repository in repos
     ]
-    if len(result) < 1 + bool(source.adapter):
+    if len(repos) < 1 + bool(source.adapter):
         commits.append("a local folder")
-    if len(result) == 1 and not source.adapter:
-        name = f"[{name}](https://huggingface.co/{result[0].repo_id})"
+    if len(repos) == 1 and not source.adapter:
+        name = f"[{name}](https://huggingface.co/{repos[0].repo_id})"
     else:
         name = f"`{name}`"
     return f"| {name} | {role} | {', '.join(commits)} |"
@@ -172,73 +170,69 @@ def _paper(paper: str) -> str:
     return paper
 
 
-# What a recipe's `metadata` may say of the card in its author's words; everything else stays free.
-OWN_WORDS = ("license", "license_name", "license_link", "language", "datasets", "pipeline_tag")
-_LICENCE = ("license", "license_name", "license_link")
-_TEXT_GENERATION = ("ForCausalLM", "LMHeadModel")
-
-
 def source_cards(source: Source) -> list[dict[str, Any]]:
-    """What a source's own card says, and that of the adapter on it; empty where there is none."""
+    """The metadata of a source's card, and of its adapter's; empty where there is none."""
     roots = [source.root, *([source.adapter.root] if source.adapter else [])]
     return [read_card(root)[0] for root in roots]
 
 
 def repositories(source: Source) -> list[HubModel]:
-    """Where a source comes from on the Hub: itself, and the adapter on it."""
-    found = [source.hub, source.adapter.hub if source.adapter else None]
-    return [item for item in found if item is not None]
+    """The Hub repositories of a source: the model's, and its adapter's."""
+    repos = [source.hub, source.adapter.hub if source.adapter else None]
+    return [repository for repository in repos if repository is not None]
 
 
 def card_metadata(plan: Plan, of_stages: Sequence[str] = ()) -> dict[str, Any]:
-    """The front matter of the merge, in the order in which the Hub's own cards have it.
+    """The front matter of the merge, in the usual order of the Hub's cards.
 
     Args:
-        of_stages: repositories that the recipe's other documents merge.
+        of_stages: repositories that earlier stages merge.
 
     A licence is stated only where every source states the same one; languages and data sets are
-    those of all sources. The recipe's `metadata` has the last word on all of them.
+    those of all sources. The recipe's `metadata` overrides all of them.
     """
     used = used_sources(plan)
     cards = [card for source in used for card in source_cards(source)]
-    own = {key: plan.recipe.metadata[key] for key in OWN_WORDS if plan.recipe.metadata.get(key)}
+    stated = {
+        key: plan.recipe.metadata[key] for key in AUTHOR_KEYS if plan.recipe.metadata.get(key)
+    }
     front: dict[str, Any] = {}
     # `base_model` links to the Hub: names of local folders would lead nowhere.
-    own_bases = [repository.repo_id for source in used for repository in repositories(source)]
-    bases = list(dict.fromkeys([*own_bases, *of_stages]))
+    repository_ids = [repository.repo_id for source in used for repository in repositories(source)]
+    bases = list(dict.fromkeys([*repository_ids, *of_stages]))
     if bases:
         front |= {"base_model": bases, "base_model_relation": "merge"}
     licences = [tuple(_word(card, key) for key in _LICENCE) for card in cards]
-    if "license" not in own and len(set(licences)) == 1 and licences[0][0]:
+    if "license" not in stated and len(set(licences)) == 1 and licences[0][0]:
         front |= {k: v for k, v in zip(_LICENCE, licences[0], strict=True) if v}
     for key in ("language", "datasets"):
-        words = _all_words(cards, key)
-        if words and key not in own:
-            front[key] = words
+        values = _all_words(cards, key)
+        if values and key not in stated:
+            front[key] = values
     front["library_name"] = "diffusers" if diffusers_class(plan) else "transformers"
     if generates_text(plan.config):
         front["pipeline_tag"] = "text-generation"
     tags = ["merge", "merge-cli", plan.recipe.merge_method]
-    return {**front, **own, "tags": list(dict.fromkeys(tags))}
+    return {**front, **stated, "tags": list(dict.fromkeys(tags))}
 
 
 def licence_note(plan: Plan) -> str:
-    """A sentence where the sources do not agree on a licence; empty where nothing is to be said."""
+    """A sentence where the sources have different licences; otherwise empty."""
     if plan.recipe.metadata.get("license"):
         return ""
     cards = [card for source in used_sources(plan) for card in source_cards(source)]
     if len({tuple(_word(card, key) for key in _LICENCE) for card in cards}) == 1:
-        return ""  # one licence for all, or none known at all
+        return ""  # one licence for all, or none
     stated = [_word(card, "license") for card in cards]
-    known = sorted({word for word in stated if word})
+    licences = sorted({word for word in stated if word})
     silent = sum(not word for word in stated)
-    text = f"The sources state these licences: {', '.join(known)}"
+    text = f"The sources state these licences: {', '.join(licences)}"
     text += f"; {silent} of them state{'s' * (silent == 1)} none" if silent else ""
     return text + ". Which one the merge may carry is for its author to say."
 
 
 def used_sources(plan: Plan) -> list[Source]:
-    """Every source that weights come from, the base first."""
+    """Every source of weights, the base first."""
     first = [plan.base] if plan.base is not None and plan.method.needs_base else []
     return [plan.sources[i] for i in dict.fromkeys([*first, *plan.operands])]
 
@@ -250,7 +244,7 @@ def generates_text(config: Mapping[str, Any]) -> bool:
 
 
 def diffusers_class(plan: Plan) -> str:
-    """What opens the output, if it is one of diffusers' models or pipelines."""
+    """The class of diffusers that opens the output; empty for other models."""
     if set(plan.sources[plan.donor].stems) != {""}:
         return "DiffusionPipeline"
     return str(plan.config.get(CLASS) or "")

@@ -1,9 +1,7 @@
 """Charts as inline SVG: heat maps, lines and bars that need no script, font or image.
 
-A chart is a string with its own title, units and legend; colours are classes of page.css, which
-has them for light and dark. Numbers come from the caller: nothing here knows what a merge is.
-
-The few shapes that charts are drawn with.
+A chart is a string with its title, units and legend; colours are classes of page.css, for light and
+dark. Numbers come from the caller: nothing here knows what a merge is.
 """
 
 from __future__ import annotations
@@ -14,10 +12,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-LEVELS = 20  # steps of colour on either side of the middle: .n20 to .n1, .z0, .p1 to .p20
-MAX_LINES = 6  # more lines than page.css has colours cannot be told apart: rows of a heat map can
-_PALE = 13  # steps on which dark ink reads best in light, and light ink in dark
-_PLOT = 750  # px: what fits beside a row label on a wide page, and on paper
+LEVELS = 20  # colours on either side of the middle: .n20 to .n1, .z0, .p1 to .p20
+MAX_LINES = 6  # page.css has six colours for lines; more series become rows of a heat map
+_DARK_INK_STEPS = 13  # colours on which the default ink is readable
+_PLOT_WIDTH = 750  # px: fits next to row labels on a wide page, and on paper
 _MARKS = (
     "M-3 0a3 3 0 1 0 6 0a3 3 0 1 0-6 0z",
     "M-2.7-2.7h5.4v5.4h-5.4z",
@@ -38,8 +36,8 @@ class Scale:
     Attributes:
         share: maps a value to -1..1, the ends of the palette (0..1 where nothing is negative).
         ticks: values marked on the legend, lowest first; the first and the last are its ends.
-        text: a value as it is written.
-        unit: what the legend says beside its colours.
+        text: formats a value.
+        unit: the legend's text.
     """
 
     share: Callable[[float], float]
@@ -53,7 +51,7 @@ class Scale:
 
 @dataclass(frozen=True)
 class Axis:
-    """Columns of a chart: `names` for tooltips, `ticks` beneath ("" where there is no room)."""
+    """Columns of a chart: `names` for tooltips, `ticks` below ("" where there is no room)."""
 
     names: Sequence[str]
     ticks: Sequence[str]
@@ -71,14 +69,14 @@ class Series:
 
 
 def layer_axis(names: Sequence[str], numbers: Sequence[int], label: str) -> Axis:
-    """Columns for layers, numbered as often as the numbers fit."""
-    step = max(9.0, min(56.0, _PLOT // max(len(names), 1)))
+    """Columns for layers, with as many numbers as fit."""
+    step = max(9.0, min(56.0, _PLOT_WIDTH // max(len(names), 1)))
     every = next(n for n in (1, 2, 5, 10, 20, 50, 100, 1000) if n * step >= 22 or n == 1000)
     return Axis(names, [str(n) if n % every == 0 else "" for n in numbers], label, step)
 
 
 def matrix_axis(labels: Sequence[str]) -> Axis:
-    """Columns for models: their names where all fit, else the numbers that rows carry too."""
+    """Columns for models: their names where all fit, else the numbers of the rows."""
     step = 68.0 if len(labels) <= 6 else 44.0
     fits = all(text_width(label) <= step - 6 for label in labels)
     ticks = labels if fits else [str(i + 1) for i in range(len(labels))]
@@ -86,7 +84,7 @@ def matrix_axis(labels: Sequence[str]) -> Axis:
 
 
 def shorten(text: str, most: int = 22) -> str:
-    """The start and the end of a name: versions and sizes sit at either."""
+    """The start and the end of a name, because versions and sizes are at either."""
     return text if len(text) <= most else f"{text[: most // 2 - 1]}…{text[-(most - most // 2) :]}"
 
 
@@ -103,11 +101,11 @@ def heat_map(
 
     Args:
         values: one row for each of `rows`, one value for each column of `axis`.
-        text: how numbers in cells are written; as the scale does unless given.
+        text: formats numbers in cells; default: the scale's.
     """
     left = round(max(text_width(row) for row in rows)) + 12
     top = 6
-    show = axis.step >= 34
+    has_numbers = axis.step >= 34
     parts = [
         caption(left - 8, top + (r + 0.5) * height + 4, row, "e") for r, row in enumerate(rows)
     ]
@@ -117,8 +115,8 @@ def heat_map(
             parts.append(
                 _cell(x, y, axis.step, height, value, scale, f"{rows[r]}, {axis.names[c]}")
             )
-            if show and value is not None:
-                strong = "t hi" if abs(scale.level(value)) > _PALE else "t"
+            if has_numbers and value is not None:
+                strong = "t hi" if abs(scale.level(value)) > _DARK_INK_STEPS else "t"
                 number = (text or scale.text)(value)
                 parts.append(caption(x + axis.step / 2, y + height / 2 + 4, number, strong))
     bottom = top + len(rows) * height
@@ -130,29 +128,29 @@ def heat_map(
 
 def lines(title: str, axis: Axis, series: Sequence[Series], text: Format, unit: str) -> str:
     """Lines from zero, broken where there is no data, with a marker and a tooltip at each value."""
-    found = [v for one in series for v in one.values if v is not None]
+    present = [v for line in series for v in line.values if v is not None]
     left, top, bottom = 56, 30, 220
-    limit, grid = _y_axis(max(found, default=0.0), axis, text, unit, left, top, bottom)
+    limit, grid = _y_axis(max(present, default=0.0), axis, text, unit, left, top, bottom)
     parts = [grid, _x_axis(axis, left, bottom)]
-    for item in series:
+    for line in series:
         points = [
             None
             if v is None
             else (left + (i + 0.5) * axis.step, bottom - v / limit * (bottom - top))
-            for i, v in enumerate(item.values)
+            for i, v in enumerate(line.values)
         ]
-        parts.append(f'<path class="line s-{item.style}" d="{_path(points)}"/>')
-        for name, value, point in zip(axis.names, item.values, points, strict=True):
+        parts.append(f'<path class="line s-{line.style}" d="{_path(points)}"/>')
+        for name, value, point in zip(axis.names, line.values, points, strict=True):
             if value is not None and point is not None:
-                title = f"{item.name}, {name}: {text(value)}"
-                parts.append(_mark(point, item.style, title, 0.7 if axis.step < 16 else 1))
+                title = f"{line.name}, {name}: {text(value)}"
+                parts.append(_mark(point, line.style, title, 0.7 if axis.step < 16 else 1))
     width = max(left + axis.step * len(axis.names) + 12, 330)
     keys, end = _line_key(series, left, bottom + 44, width)
     return svg(title, width, end, [*parts, keys])
 
 
 def bars(title: str, axis: Axis, values: Values, text: Format, unit: str, mean: float) -> str:
-    """One bar for each column; a dashed line at `mean`, the value of the whole."""
+    """One bar for each column, and a dashed line at `mean`, the value of all columns."""
     left, top, bottom = 56, 30, 200
     highest = max([mean, *(v for v in values if v is not None)])
     unit = f"{unit}; dashed: whole model, {text(mean)}"
@@ -171,7 +169,7 @@ def bars(title: str, axis: Axis, values: Values, text: Format, unit: str, mean: 
 
 
 def side_bars(title: str, rows: Sequence[tuple[str, float | None, str]]) -> str:
-    """Horizontal bars: (label, length, what is written after the bar)."""
+    """Horizontal bars: (label, length, text after the bar)."""
     left = round(max(text_width(label) for label, _, _ in rows)) + 12
     longest = max((length or 0.0 for _, length, _ in rows), default=0.0) or 1.0
     parts = []
@@ -203,15 +201,15 @@ def _colour(level: int) -> str:
 def _colour_key(scale: Scale, x: float, y: float) -> tuple[str, float]:
     """The legend of a heat map and its width."""
     low, high = scale.level(scale.ticks[0]), scale.level(scale.ticks[-1])
-    wide = 6 if low < 0 else 10
+    step = 6 if low < 0 else 10
     parts = [
-        f'<path class="{_colour(level)}" d="{box(x + i * wide, y, wide, 9)}"/>'
+        f'<path class="{_colour(level)}" d="{box(x + i * step, y, step, 9)}"/>'
         for i, level in enumerate(range(low, high + 1))
     ]
     for tick in scale.ticks:
-        at = x + (LEVELS * scale.share(tick) - low + 0.5) * wide
-        parts.append(caption(at, y + 22, scale.text(tick), "m num"))
-    end = (high - low + 1) * wide + 14
+        x_tick = x + (LEVELS * scale.share(tick) - low + 0.5) * step
+        parts.append(caption(x_tick, y + 22, scale.text(tick), "m num"))
+    end = (high - low + 1) * step + 14
     parts.append(caption(x + end, y + 9, scale.unit, ""))
     return "".join(parts), end + text_width(scale.unit)
 
@@ -219,13 +217,13 @@ def _colour_key(scale: Scale, x: float, y: float) -> tuple[str, float]:
 def _line_key(series: Sequence[Series], left: float, y: float, width: float) -> tuple[str, float]:
     """The legend of a line chart, wrapped, and where it ends."""
     parts, x = [], left
-    for item in series:
-        size = 34 + text_width(item.name)
+    for line in series:
+        size = 34 + text_width(line.name)
         if x > left and x + size > width:
             x, y = left, y + 20
-        parts.append(f'<path class="line s-{item.style}" d="M{x:.0f} {y - 4:.0f}h20"/>')
-        parts.append(_mark((x + 10, y - 4), item.style, item.name))
-        parts.append(caption(x + 26, y, item.name, ""))
+        parts.append(f'<path class="line s-{line.style}" d="M{x:.0f} {y - 4:.0f}h20"/>')
+        parts.append(_mark((x + 10, y - 4), line.style, line.name))
+        parts.append(caption(x + 26, y, line.name, ""))
         x += size + 10
     return "".join(parts), y + 10
 
@@ -233,8 +231,8 @@ def _line_key(series: Sequence[Series], left: float, y: float, width: float) -> 
 def _mark(point: tuple[float, float], style: int | str, title: str, size: float = 1) -> str:
     shape = _MARKS[style] if isinstance(style, int) else _MARKS[0]
     scaled = "" if size == 1 else f"scale({size:g})"
-    at = f' transform="translate({point[0]:.1f} {point[1]:.1f}){scaled}"'
-    return titled(shape, f"mark s-{style}", title, at)
+    transform = f' transform="translate({point[0]:.1f} {point[1]:.1f}){scaled}"'
+    return titled(shape, f"mark s-{style}", title, transform)
 
 
 def _path(points: Sequence[tuple[float, float] | None]) -> str:
@@ -261,11 +259,9 @@ def _x_axis(axis: Axis, left: float, y: float) -> str:
 def _y_axis(
     highest: float, axis: Axis, text: Format, unit: str, left: float, top: float, bottom: float
 ) -> tuple[float, str]:
-    """Zero to a round number, in about four steps: that number, and the grid."""
+    """An axis from zero to a round number, in about four steps: that number, and the grid."""
     highest = highest or 1.0
-    rough = highest / 4
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * 0.999)
+    step = tick_step(highest)
     count = math.ceil(highest / step - 1e-9)
     parts = [caption(left, top - 14, unit, "")]
     for i in range(count + 1):
@@ -275,13 +271,20 @@ def _y_axis(
     return step * count, "".join(parts)
 
 
+def tick_step(span: float) -> float:
+    """A round number that divides a span into about four steps."""
+    rough = span / 4
+    power = 10.0 ** math.floor(math.log10(rough))
+    return next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * 0.999)
+
+
 def text_width(text: str) -> float:
-    """Pixels at 12 px, on the safe side; East Asian characters are twice as wide."""
+    """Pixels at 12 px, an upper estimate; East Asian characters are wider."""
     return sum(12.0 if unicodedata.east_asian_width(char) in "WF" else 7.2 for char in text)
 
 
 def svg(title: str, width: float, height: float, parts: Sequence[str]) -> str:
-    """Shrinks to four fifths on narrow screens, where its text stays readable; then it scrolls."""
+    """An SVG image that shrinks to 80 % on narrow screens, and then scrolls."""
     return (
         f'<svg role="img" viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}" '
         f'style="min-width:{0.8 * width:.0f}px"><title>{escape(title)}</title>'

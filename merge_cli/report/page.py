@@ -1,9 +1,7 @@
-"""A page to read, as data: what stands on it and in which order. templates/page.html lays it out.
+"""The parts of an HTML page, as data for templates/page.html, and how its numbers are written.
 
-Text is plain and escaped by the template. Only `Markup` is HTML: the charts, and the few words that
+Text is plain and escaped by the template. Only `Markup` is HTML: the charts, and the words that
 `code`, `strong` and `soft` make from text that they have escaped.
-
-Numbers and names as the report page writes them.
 """
 
 from __future__ import annotations
@@ -17,12 +15,13 @@ from markupsafe import Markup
 
 from merge_cli.report import charts
 
-MAX_ROWS = 20_000  # of a table: a page that still opens
+MAX_ROWS = 20_000  # of a table: browsers still open the page
+NBSP = "\u00a0"  # keeps a number and its unit on one line
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A chart (an SVG) under its caption."""
+    """A chart (an SVG) with a caption."""
 
     caption: str
     chart: str
@@ -58,7 +57,7 @@ class Paragraph:
 
 @dataclass(frozen=True)
 class Verbatim:
-    """Text as it is written in a file."""
+    """The text of a file."""
 
     text: str
     kind: str = "verbatim"
@@ -66,7 +65,7 @@ class Verbatim:
 
 @dataclass(frozen=True)
 class Details:
-    """Parts that are folded away behind a line."""
+    """Folded parts with a summary line."""
 
     summary: str
     parts: Sequence[Part]
@@ -78,7 +77,7 @@ Part = Figure | Table | Items | Paragraph | Verbatim | Details
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, how to read what follows, what was found, and the parts that show it."""
+    """A heading, how to read the section, its finding, and the parts that show it."""
 
     title: str
     how: str
@@ -88,7 +87,7 @@ class Section:
 
 @dataclass(frozen=True)
 class KeyFigure:
-    """A number that a reader wants first, and what else there is to say of it."""
+    """One of the numbers at the top of a page, with remarks."""
 
     name: str
     value: str
@@ -97,11 +96,11 @@ class KeyFigure:
 
 @dataclass(frozen=True)
 class Page:
-    """A whole page.
+    """A complete page.
 
     Attributes:
-        kind: what it is, above its title: "Merge report".
-        lede: one sentence under the title; `made`: when, with what and where it was made.
+        kind: shown above the title: "Merge report".
+        lede: one sentence under the title; `made`: time, versions and device.
     """
 
     kind: str
@@ -113,12 +112,12 @@ class Page:
 
 
 def section(title: str, how: str, finding: str, *parts: Part | None) -> Section:
-    """A section of the parts that there are."""
+    """A section with those parts that are not None."""
     return Section(title, how, finding, tuple(part for part in parts if part is not None))
 
 
 def figure(caption: str, chart: str) -> Figure:
-    """A figure of a chart, which is the only place where a string is taken for HTML."""
+    """A figure with a chart: the only function that takes a string for HTML."""
     return Figure(caption, Markup(chart))
 
 
@@ -138,7 +137,7 @@ def strong(text: str) -> Markup:
 
 
 def soft(text: str) -> Markup:
-    """Words that step back."""
+    """Less prominent text."""
     return Markup('<span class="soft">{}</span>').format(text)
 
 
@@ -157,12 +156,9 @@ def render(page: Page) -> str:
     return environment.get_template("page.html").render(page=page, style=Markup(style))
 
 
-NBSP = "\u00a0"  # keeps a number and its unit on one line
-
-
 def mean(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
+    present = [value for value in values if value is not None]
+    return sum(present) / len(present) if present else None
 
 
 def root(value: float) -> float:
@@ -186,15 +182,15 @@ def percent(value: float) -> str:
 
 
 def bare_percent(value: float) -> str:
-    """For cells, where the legend has the unit."""
+    """A percentage without its unit, for cells."""
     return f"{100 * value:.3g}"
 
 
-def hash(digest: str | None) -> str:
-    """The start of a digest as code; the whole of it where one points."""
-    if not digest:
+def hash(fingerprint: str | None) -> str:
+    """The start of a fingerprint as code, with the rest as its tooltip."""
+    if not fingerprint:
         return "–"
-    return Markup('<code title="{}">{}</code>').format(digest, digest[:12])
+    return Markup('<code title="{}">{}</code>').format(fingerprint, fingerprint[:12])
 
 
 def count(number: int, noun: str) -> str:
@@ -228,7 +224,7 @@ def size(size: float) -> str:
 def duration(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.3g} s"
-    minutes, rest = divmod(round(seconds), 60)
+    minutes, remaining = divmod(round(seconds), 60)
     if minutes < 60:
-        return f"{minutes} min {rest} s"
+        return f"{minutes} min {remaining} s"
     return f"{minutes // 60} h {minutes % 60:02d} min"

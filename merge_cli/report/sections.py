@@ -1,8 +1,8 @@
-"""The report page's sections on how the sources relate: each with a finding in words and a chart.
+"""Page sections on how the sources relate: cosines, sign conflict, sizes, trimming.
 
-Without data a section says so in a line: an empty plot reads like a measurement of zero.
-
-The statistics of a report, arranged as the page's sections need them.
+Each has a finding in words and a chart. Without data a section says so in a line, because an empty
+chart looks like a measurement of zero. `RelationsView` arranges the statistics of a report for
+these sections.
 """
 
 from __future__ import annotations
@@ -33,6 +33,10 @@ from merge_cli.report.page import (
     two_decimals,
 )
 
+Json = Mapping[str, Any]
+_MAX_PAIR_SOURCES = 8  # 28 pairs; with more sources, one row for each source
+NO_LAYERS = Paragraph("There is no chart by layer: no tensor of this model belongs to a layer.")
+
 
 def alike(view: RelationsView) -> Section:
     how = (
@@ -49,12 +53,12 @@ def alike(view: RelationsView) -> Section:
         return section("How alike the sources are", "", _no_pairs(view, "Cosines"))
     scale = Scale(root, (-1, -0.5, -0.1, 0, 0.1, 0.5, 1), cosine, "cosine")
     (low, a), (high, b) = min(pairs), max(pairs)
-    found = f"Most alike: {b} ({three_decimals(high)}); least: {a} ({three_decimals(low)})."
+    summary = f"Most alike: {b} ({three_decimals(high)}); least: {a} ({three_decimals(low)})."
     if len(pairs) == 1:
-        found = f"The cosine of {a} is {three_decimals(low)}."
-    found += _outside(view, _cosines_in_words)
+        summary = f"The cosine of {a} is {three_decimals(low)}."
+    summary += _outside(view, _cosines_in_words)
     axis = charts.matrix_axis(view.labels)
-    whole = charts.heat_map(
+    chart = charts.heat_map(
         "Cosine, whole model", view.labels, axis, view.total["cosine"], scale, 34, three_decimals
     )
     rows = pair_rows(view, "cosine")
@@ -62,28 +66,30 @@ def alike(view: RelationsView) -> Section:
     return section(
         "How alike the sources are",
         how,
-        found,
-        figure(f"Cosine between {view.kind}, whole model.", whole),
+        summary,
+        figure(f"Cosine between {view.kind}, whole model.", chart),
         by_layer(view, f"Cosine between {view.kind}{of_many}", rows, scale, two_decimals),
     )
 
 
 def conflict(view: RelationsView) -> Section:
     how = (
-        "The share of elements that some sources raise and others lower: what a plain average "
-        f"would cancel out. {len(view.models)} unrelated sources that change every element would "
+        "The share of elements that some sources raise and others lower, so that a plain average "
+        f"cancels them. {len(view.models)} unrelated sources that change every element would "
         f"be in conflict on {percent(1 - 2.0 ** (1 - len(view.models)))}."
     )
-    whole = conflict_of(view)
-    if whole is None:
+    total_conflict = conflict_of(view)
+    if total_conflict is None:
         return section("Sign conflict", "", _no_pairs(view, "Signs"))
-    found = f"{percent(whole)} of elements are in conflict{_extremes(view)}."
+    summary = f"{percent(total_conflict)} of elements are in conflict{_extremes(view)}."
     if view.sampled < 1:
-        found += f" Counted on {percent(view.sampled)} of the elements."
+        summary += f" Counted on {percent(view.sampled)} of the elements."
     values = view.column("conflict")
     figures: list[Part] = []
     if view.layers:
-        bars = charts.bars("Sign conflict by layer", view.axis, values, percent, "elements", whole)
+        bars = charts.bars(
+            "Sign conflict by layer", view.axis, values, percent, "elements", total_conflict
+        )
         figures.append(figure(f"Elements in conflict, by {view.column_name}.", bars))
     scale = Scale(lambda v: root(2 * v - 1), (0, 0.4, 0.5, 0.6, 1), percent, "same sign")
     axis = charts.matrix_axis(view.labels)
@@ -92,26 +98,26 @@ def conflict(view: RelationsView) -> Section:
         "Sign agreement, whole model", view.labels, axis, agreement, scale, 34, bare_percent
     )
     figures.append(figure("Elements of the same sign, of those that both sources change.", chart))
-    return section("Sign conflict", how, found, *figures)
+    return section("Sign conflict", how, summary, *figures)
 
 
 def sizes(view: RelationsView) -> Section:
     title = "How far the sources are from the base"
     how = (
-        "‖δ‖/‖θ₀‖: the norm of what a source changed, over the norm of the base. A source far "
-        "above the others speaks loudest in a plain average."
+        "‖δ‖/‖θ₀‖: the norm of a source's change, over the norm of the base. A source far above "
+        "the others dominates a plain average."
     )
     relative, change = view.total["relative_norm"], view.total["change"]
     if change is not None:
-        how += " “merged” is what the merge itself changed."
+        how += " “merged” is the change of the merge itself."
     if relative is None:
         return section(title, "", "Not measured: this method has no base to compare with.")
-    result = _each(view, relative)
+    summary = _each(view, relative)
     merged = "" if change is None else f"; the merge {percent(change)}"
-    figure = series(view, "relative_norm", "‖δ‖/‖θ₀‖", view.column("change"))
-    result = f"Whole model: {result}{merged}."
-    result += _outside(view, lambda group: _sizes_in_words(view, group))
-    return section(title, how, result, figure)
+    chart = series(view, "relative_norm", "‖δ‖/‖θ₀‖", view.column("change"))
+    summary = f"Whole model: {summary}{merged}."
+    summary += _outside(view, lambda group: _sizes_in_words(view, group))
+    return section(title, how, summary, chart)
 
 
 def kept(view: RelationsView) -> Section:
@@ -119,33 +125,33 @@ def kept(view: RelationsView) -> Section:
     how = "The share of each source's elements that the method kept before it merged them."
     if view.total["kept"] is None:
         return section(title, "", "This method trims nothing.")
-    found = f"Whole model: {_each(view, view.total['kept'])}"
+    summary = f"Whole model: {_each(view, view.total['kept'])}"
     if view.sampled < 1:
         how += f" Counted on {percent(view.sampled)} of the elements."
-    if view.layers and _is_flat(view, "kept"):  # equal shares by design: lines upon each other
-        return section(title, how, f"{found}; the same in every layer.")
-    return section(title, how, f"{found}.", series(view, "kept", "elements kept"))
+    if view.layers and _is_flat(view, "kept"):  # equal shares by design: the lines would coincide
+        return section(title, how, f"{summary}; the same in every layer.")
+    return section(title, how, f"{summary}.", series(view, "kept", "elements kept"))
 
 
-def _outside(view: RelationsView, words: Callable[[Json], str]) -> str:
-    """What a chart by layer leaves out and may decide the whole: usually the embedding."""
+def _outside(view: RelationsView, describe: Callable[[Json], str]) -> str:
+    """A large tensor outside the layers, usually the embedding, which charts by layer leave out."""
     if not view.layers or not view.outside:
         return ""
     group = view.outside[0]
     share = group["count"] / view.total["count"]
-    result = words(group)
-    if share < 0.02 or not result:
+    description = describe(group)
+    if share < 0.02 or not description:
         return ""
     name = group["name"]
-    return f" Not drawn by layer: {name}, {percent(share)} of the elements, with {result}."
+    return f" Not drawn by layer: {name}, {percent(share)} of the elements, with {description}."
 
 
 def _cosines_in_words(group: Json) -> str:
     values = [v for i, row in enumerate(group["cosine"] or []) for v in row[i + 1 :]]
-    known = [v for v in values if v is not None]
-    if not known:
+    present = [v for v in values if v is not None]
+    if not present:
         return ""
-    return f"cosines from {three_decimals(min(known))} to {three_decimals(max(known))}"
+    return f"cosines from {three_decimals(min(present))} to {three_decimals(max(present))}"
 
 
 def _sizes_in_words(view: RelationsView, group: Json) -> str:
@@ -159,45 +165,45 @@ def _sizes_in_words(view: RelationsView, group: Json) -> str:
 def _is_flat(view: RelationsView, field: str) -> bool:
     """Whether every layer has the share of the whole model, within a hundredth of it."""
     return all(
-        value is None or whole is None or abs(value - whole) <= 0.01 * whole
-        for i, whole in enumerate(view.total[field])
+        value is None or total is None or abs(value - total) <= 0.01 * total
+        for i, total in enumerate(view.total[field])
         for value in view.column(field, i)
     )
 
 
 def _each(view: RelationsView, values: Values) -> str:
-    """The value of each source, or with many their ends."""
-    known = [(v, label) for v, label in zip(values, view.labels, strict=True) if v is not None]
-    if len(known) > charts.MAX_LINES:
-        (low, least), (high, most) = min(known), max(known)
-        return f"from {percent(low)} ({least}) to {percent(high)} ({most})"
-    return ", ".join(f"{label} {percent(value)}" for value, label in known) or "no data"
+    """The value of each source, or the range of many."""
+    present = [(v, label) for v, label in zip(values, view.labels, strict=True) if v is not None]
+    if len(present) > charts.MAX_LINES:
+        (low, smallest), (high, largest) = min(present), max(present)
+        return f"from {percent(low)} ({smallest}) to {percent(high)} ({largest})"
+    return ", ".join(f"{label} {percent(value)}" for value, label in present) or "no data"
 
 
 def series(view: RelationsView, field: str, unit: str, merged: Values | None = None) -> Part | None:
-    """One line for each source; rows of a heat map where lines would be a tangle."""
+    """One line for each source; with many sources, rows of a heat map."""
     rows = [view.column(field, i) for i in range(len(view.models))]
     if not view.layers:
         return NO_LAYERS
     if all(value is None for row in rows for value in row):
         return None
     message = unit[0].upper() + unit[1:]
-    named: dict[str, Values] = dict(zip(view.labels, rows, strict=True))
+    by_name: dict[str, Values] = dict(zip(view.labels, rows, strict=True))
     if len(rows) <= charts.MAX_LINES:
         caption = f"{message}, by {view.column_name}."
-        series = [Series(name, row, i) for i, (name, row) in enumerate(named.items())]
+        series = [Series(name, row, i) for i, (name, row) in enumerate(by_name.items())]
         if merged is not None and any(value is not None for value in merged):
             series.append(Series("merged", merged, "merged"))
         return figure(caption, charts.lines(caption, view.axis, series, percent, unit))
     top = max((value for row in rows for value in row if value is not None), default=0.0) or 1.0
     scale = Scale(lambda v: v / top, (0, top / 2, top), percent, unit)
     if merged is not None and any(value is not None for value in merged):
-        named["merged"] = merged
-    return by_layer(view, message, named, scale, bare_percent)
+        by_name["merged"] = merged
+    return by_layer(view, message, by_name, scale, bare_percent)
 
 
 def groups(groups: Sequence[Json]) -> Details:
-    """What the charts show, as numbers; and the tensors outside the layers, which they do not."""
+    """A table of the numbers in the charts, with the tensors outside the layers."""
     heads = ["group", "elements", "sign conflict", "change", "‖δ‖/‖θ₀‖", "kept"]
     rows = [
         [
@@ -214,46 +220,43 @@ def groups(groups: Sequence[Json]) -> Details:
     return Details(title, [Table(heads, rows, right=5)])
 
 
-def _no_pairs(view: RelationsView, what: str) -> str:
+def _no_pairs(view: RelationsView, measure: str) -> str:
     """Why there is nothing to say about pairs of sources."""
-    one = len(view.models) < 2
-    return "One source: there is nothing to compare it with." if one else f"{what}: not measured."
+    single = len(view.models) < 2
+    return (
+        "One source: there is nothing to compare it with."
+        if single
+        else f"{measure}: not measured."
+    )
 
 
 def conflict_of(view: RelationsView) -> float | None:
-    """None too where signs were not compared (too many sources), which leaves a count of zero."""
-    known: float | None = view.total["conflict"]
-    return known if view.total["sign_agreement"] is not None else None
+    """The share in conflict; None where signs were not compared (too many sources)."""
+    share: float | None = view.total["conflict"]
+    return share if view.total["sign_agreement"] is not None else None
 
 
 def _extremes(view: RelationsView) -> str:
     """Which layers have most and least conflict, as the end of a sentence."""
     values = view.column("conflict")
-    known = [(v, name) for v, name in zip(values, view.axis.names, strict=True) if v is not None]
-    if len(known) < 2:
+    present = [(v, name) for v, name in zip(values, view.axis.names, strict=True) if v is not None]
+    if len(present) < 2:
         return ""
-    (low, least), (high, most) = min(known), max(known)
-    return f", from {percent(low)} ({least}) to {percent(high)} ({most})"
-
-
-Json = Mapping[str, Any]
-_MAX_PAIR_SOURCES = 8  # 28 pairs; more rows than that are read as sources, not as pairs
-NO_LAYERS = Paragraph(
-    "By layer there is nothing to draw: no tensor of this model belongs to a layer."
-)
+    (low, lowest), (high, highest) = min(present), max(present)
+    return f", from {percent(low)} ({lowest}) to {percent(high)} ({highest})"
 
 
 @dataclass(frozen=True)
 class RelationsView:
-    """The statistics, as the sections use them.
+    """The statistics of sources, arranged for the sections.
 
     Attributes:
-        kind: what was measured, in words: "task vectors" or "weights".
+        kind: what was compared: "task vectors" or "weights".
         models: full labels; `labels`: the same, short enough for a chart.
         layers, axis: the groups that are layers, in order, and their columns.
-        column_name: what a column is; names the stacks of a model that has several.
+        column_name: what a column is; with the stacks' names where a model has several.
         sampled: share of the elements on which signs were counted.
-        outside: tensors that belong to no layer and are not drawn, the largest first.
+        outside: tensors outside layers, which charts leave out, the largest first.
     """
 
     kind: str
@@ -266,18 +269,18 @@ class RelationsView:
     sampled: float
     outside: Sequence[Json] = ()
 
-    def column(self, field: str, *at: int) -> list[float | None]:
-        """A field of every layer; `at` leads into lists and matrices."""
-        return [_at(layer.get(field), at) for layer in self.layers]
+    def column(self, field: str, *path: int) -> list[float | None]:
+        """A field of every layer; `path` are indexes into lists and matrices."""
+        return [_at(layer.get(field), path) for layer in self.layers]
 
 
 def view_of(statistics: Json | None) -> RelationsView | None:
     if statistics is None:
         return None
-    found = [group for group in statistics["groups"] if group["layer"] is not None]
-    stacks = list(dict.fromkeys(_stack(group) for group in found))
+    layer_groups = [group for group in statistics["groups"] if group["layer"] is not None]
+    stacks = list(dict.fromkeys(_stack(group) for group in layer_groups))
     rank = {stack: i for i, stack in enumerate(stacks)}
-    layers = sorted(found, key=lambda group: (rank[_stack(group)], group["layer"]))
+    layers = sorted(layer_groups, key=lambda group: (rank[_stack(group)], group["layer"]))
     of_stack = f" of {', then '.join(stacks)}" if len(stacks) > 1 else ""
     names = [f"layer {g['layer']}" if len(stacks) < 2 else g["name"] for g in layers]
     models = statistics["models"]
@@ -300,7 +303,7 @@ def _stack(group: Json) -> str:
 
 
 def _labels(models: Sequence[str]) -> list[str]:
-    """Short, and numbered where a matrix needs numbers or shortening made two alike."""
+    """Short labels, numbered where a matrix needs numbers or two would be the same."""
     short = [charts.shorten(model) for model in models]
     if len(set(short)) == len(short) and charts.matrix_axis(short).ticks == short:
         return short
@@ -323,7 +326,7 @@ def pairs_of(view: RelationsView) -> list[tuple[float, str]]:
 
 
 def pair_rows(view: RelationsView, field: str) -> dict[str, Values]:
-    """Rows by layer: one for each pair, or with many sources the mean of each with the others."""
+    """Rows by layer: one for each pair; with many sources each one's mean with the others."""
     size = len(view.labels)
     rows: dict[str, Values] = {}
     if size <= _MAX_PAIR_SOURCES:
@@ -331,7 +334,7 @@ def pair_rows(view: RelationsView, field: str) -> dict[str, Values]:
         names = [f"{view.labels[i]} – {view.labels[j]}" for i, j in pairs]
         if max(map(text_width, names)) > 230:  # the numbers that the matrix explains
             names = [f"{i + 1} – {j + 1}" for i, j in pairs]
-        return {name: view.column(field, *at) for name, at in zip(names, pairs, strict=True)}
+        return {name: view.column(field, *pair) for name, pair in zip(names, pairs, strict=True)}
     for i, label in enumerate(view.labels):
         others = [view.column(field, i, j) for j in range(size) if j != i]
         rows[label] = [mean(values) for values in zip(*others, strict=True)]
@@ -339,12 +342,12 @@ def pair_rows(view: RelationsView, field: str) -> dict[str, Values]:
 
 
 def by_layer(
-    view: RelationsView, what: str, rows: Mapping[str, Values], scale: Scale, text: charts.Format
+    view: RelationsView, title: str, rows: Mapping[str, Values], scale: Scale, text: charts.Format
 ) -> Figure | Paragraph:
     """A heat map with a column for each layer."""
     if not view.layers:
         return NO_LAYERS
-    caption = f"{what}, by {view.column_name}."
+    caption = f"{title}, by {view.column_name}."
     chart = charts.heat_map(caption, list(rows), view.axis, list(rows.values()), scale, 22, text)
     return figure(caption, chart)
 

@@ -1,7 +1,7 @@
-"""The other documents of a recipe, as what they have made tells of them.
+"""The earlier stages of a recipe with several documents, in recipes, cards and reports.
 
-Each stage's folder holds its resolved recipe and its report. A result carries the recipes of all
-the stages that it is made of, so that running its merge_recipe.yaml runs them again.
+Each stage's folder has its resolved recipe and its report. A result carries the recipes of all
+its stages, so that running its merge_recipe.yaml runs them again.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from merge_cli.checkpoint.coefficients import FILE
@@ -25,26 +26,26 @@ from merge_cli.system.raw_io import write_error
 
 
 class Stages:
-    """Those that a result is made of.
+    """The stages of a result.
 
     Args:
-        places: the folders of their results, by name, in the order of their making.
+        folders: of the stages' results, by name, in the order of the stages.
 
     Attributes:
-        names: theirs.
+        names: of the stages.
     """
 
-    def __init__(self, places: Mapping[str, Path]) -> None:
-        self._places = dict(places)
-        self.names = tuple(places)
+    def __init__(self, folders: Mapping[str, Path]) -> None:
+        self._folders = dict(folders)
+        self.names = tuple(folders)
 
     def named(self, locate: Locate) -> Locate:
-        """`locate`, except that the result of a stage goes by its name."""
-        folders = {str(place): name for name, place in self._places.items()}
+        """`locate`, except that a stage's result is called by the stage's name."""
+        names = {str(folder): name for name, folder in self._folders.items()}
 
         def find(model: ModelRef) -> str:
-            known = model.path if model.path in self._places else folders.get(model.path)
-            return known or locate(model)
+            stage = model.path if model.path in self._folders else names.get(model.path)
+            return stage or locate(model)
 
         return find
 
@@ -52,16 +53,16 @@ class Stages:
         """Each stage's resolved recipe as YAML.
 
         Args:
-            target: the folder that paths lead from, which has a copy of learned coefficients; None
-                for a text that is shown: models by the last part of their paths, no fingerprints.
+            target: the folder that paths are relative to, with copies of learned coefficients; None
+                for a text to show: models by the last part of their paths, no fingerprints.
         """
         texts = []
         for name, recipe in self._recipes.items():
             folder = recipe.folder
-            locate = self.named(path_from(target, folder, {}) if target else _last_part(folder))
+            locate = self.named(path_from(target, folder, {}) if target else public_name(folder))
             learned = f"./stages/{stage_folder(name)}/{FILE}" if recipe.coefficients else None
-            pinned = recipe.inputs if target else {}
-            inputs = {locate(parse_reference(k, folder)): v for k, v in pinned.items()}
+            fingerprints = recipe.inputs if target else {}
+            inputs = {locate(parse_reference(k, folder)): v for k, v in fingerprints.items()}
             texts.append(
                 dump_recipe(
                     recipe,
@@ -76,22 +77,22 @@ class Stages:
         return texts
 
     def copy_coefficients(self, folder: Path) -> None:
-        """Copy what stages have learned to where `documents` says that it is.
+        """Copy the coefficients that stages have learned to the paths in `documents`.
 
         Raises:
             ResourceError: it cannot be written.
         """
-        for name, place in self._places.items():
-            if (place / FILE).exists():
+        for name, result in self._folders.items():
+            if (result / FILE).exists():
                 copy = folder / "stages" / stage_folder(name) / FILE
                 try:
                     copy.parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copyfile(place / FILE, copy)
+                    shutil.copyfile(result / FILE, copy)
                 except OSError as error:
                     raise write_error(error, copy) from error
 
     def records(self) -> list[dict[str, Any]]:
-        """For merge_report.json: what was made on the way, of what, at what cost."""
+        """For merge_report.json: each stage's inputs, output and cost."""
         return [
             {
                 "name": name,
@@ -109,40 +110,40 @@ class Stages:
         """The card's rows on models that stages merge."""
         rows = []
         for name, report in self._reports.items():
-            for item in report["inputs"]:
-                if item["model"] in self.names:
+            for source in report["inputs"]:
+                if source["model"] in self.names:
                     continue
-                parts, commit = _parts(item["model"]), item["revision"]
-                shown = "+".join(part if commit else Path(part).name for part in parts)
-                place = f"`{commit}`" if commit else "a local folder"
+                parts, commit = _parts(source["model"]), source["revision"]
+                model = "+".join(part if commit else Path(part).name for part in parts)
+                folder = f"`{commit}`" if commit else "a local folder"
                 if commit and len(parts) == 1:
-                    address = f"https://huggingface.co/{shown}"
-                    rows.append(f"| [{shown}]({address}) | merged in {name} | {place} |")
+                    address = f"https://huggingface.co/{model}"
+                    rows.append(f"| [{model}]({address}) | merged in {name} | {folder} |")
                 else:
-                    rows.append(f"| `{shown}` | merged in {name} | {place} |")
+                    rows.append(f"| `{model}` | merged in {name} | {folder} |")
         return rows
 
     def hub_ids(self) -> list[str]:
-        """The Hub's models that stages were made of."""
-        inputs = [one for report in self._reports.values() for one in report["inputs"]]
-        return [part for item in inputs if item["revision"] for part in _parts(item["model"])]
+        """Ids of the Hub models that stages merge."""
+        inputs = [source for report in self._reports.values() for source in report["inputs"]]
+        return [part for source in inputs if source["revision"] for part in _parts(source["model"])]
 
     @cached_property
     def _reports(self) -> dict[str, Any]:
         return {
-            name: json.loads((place / "merge_report.json").read_text(encoding="utf-8"))
-            for name, place in self._places.items()
+            name: json.loads((folder / "merge_report.json").read_text(encoding="utf-8"))
+            for name, folder in self._folders.items()
         }
 
     @cached_property
     def _recipes(self) -> dict[str, Recipe]:
-        result = {}
-        for name, place in self._places.items():
-            recipe, problems = read_recipe(place / "merge_recipe.yaml")
+        recipes = {}
+        for name, folder in self._folders.items():
+            recipe, problems = read_recipe(folder / "merge_recipe.yaml")
             if recipe is None or problems:
                 raise RecipeError(problems)
-            result[name] = recipe
-        return result
+            recipes[name] = recipe
+        return recipes
 
 
 def stage_sections(report: Mapping[str, Any]) -> list[Section]:
@@ -153,14 +154,14 @@ def stage_sections(report: Mapping[str, Any]) -> list[Section]:
         [
             code(stage["name"]),
             stage["method"],
-            listing([item["model"] for item in stage["inputs"]]),
+            listing([source["model"] for source in stage["inputs"]]),
             ", ".join(stage["dtypes"]),
             size(stage["bytes"]),
             duration(stage["seconds"]),
         ]
         for stage in report["stages"]
     ]
-    how = "What other documents of the recipe made first, in this order, to be merged here."
+    how = "Models that other documents of the recipe made first, in this order, to be merged here."
     heads = ("stage", "method", "of", "stored as", "size", "time")
     return [section("Stages", how, "", Table(heads, rows, right=2))]
 
@@ -170,8 +171,13 @@ def _parts(label: str) -> list[str]:
     return [part.partition("@")[0].removeprefix(HUB) for part in label.split("+")]
 
 
-def _last_part(folder: Path) -> Locate:
-    """A Hub id as it is; of a local path, its last part alone."""
+def public_name(folder: Path, names: Mapping[str, str] = MappingProxyType({})) -> Locate:
+    """How cards name a model: a Hub id as it is, a local folder without its path.
+
+    Args:
+        folder: where relative paths start.
+        names: names of local folders by their labels; default: the last part of the path.
+    """
 
     def locate(model: ModelRef) -> str:
         if model.lora:
@@ -180,7 +186,8 @@ def _last_part(folder: Path) -> Locate:
                 ModelRef(model.lora, model.lora_revision),
             )
             return f"{locate(base)}+{locate(adapter)}"
-        local = local_folder(model.path, folder) is not None
-        return Path(model.path).name if local else str(model).removeprefix(HUB)
+        if local_folder(model.path, folder) is None:
+            return str(model).removeprefix(HUB)
+        return names.get(str(model)) or Path(model.path).name
 
     return locate

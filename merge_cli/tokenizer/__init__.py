@@ -1,0 +1,1 @@
+"""Tokenizers of models: read, aligned to one vocabulary, joined, and chat templates."""

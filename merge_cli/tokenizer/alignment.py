@@ -1,8 +1,8 @@
-"""One vocabulary for all sources: which row of which model each token's row is.
+"""Giving all sources one vocabulary: from which model's row each token's row comes.
 
     tokenizers ─▶ the output's tokens ─▶ for each model: rows ─▶ computed embeddings and heads
 
-What a model lacks is filled in (`rows`); rows beyond a tokenizer (padding) are kept.
+Rows that a model lacks are filled in (`rows`); rows beyond a tokenizer (padding) are kept.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from merge_cli.tokenizer.files import (
 from merge_cli.tokenizer.rows import Key, SourceVocabulary, TokenAligner
 from merge_cli.tokenizer.union import join
 
-# What tensors with a row for each token are called, whatever the architecture.
-_WORDS = (
+# Parts of the names of tensors with a row for each token, in any architecture.
+_TOKEN_TENSORS = (
     "embed",
     "wte",
     "lm_head",
@@ -49,15 +49,15 @@ class AlignedVocabulary:
     """Sources with one vocabulary.
 
     Attributes:
-        views: for each source, its tensors.
-        donor: index of the source whose tokenizer files the output has; behind the last one for
-            `guest`.
-        files: tokenizer files that differ from the donor's.
-        rows: of the output's embeddings; None leaves the config's word.
-        ids: token's number in the config donor -> in the output; None where nothing moves.
+        views: for each source, its tensors by name.
+        donor: index of the source whose tokenizer files the output has; the number of sources
+            for `guest`.
+        files: tokenizer files that differ from that source's.
+        rows: of the output's embeddings; None keeps the number in the config.
+        ids: token's number in the source of the config -> in the output; None without changes.
         notes: what was done.
         changed: whether any tensor was rearranged.
-        guest: a model that is not merged and gives the tokenizer files.
+        guest: a model that is not merged and only gives the tokenizer files.
     """
 
     views: tuple[View, ...]
@@ -70,7 +70,7 @@ class AlignedVocabulary:
     guest: Source | None = None
 
     def need_plain(self, recipe: Recipe, work: str) -> None:
-        """For what runs the sources as they are.
+        """Refuse rearranged rows for work that runs the sources as they are.
 
         Raises:
             RecipeError: rows were rearranged.
@@ -83,53 +83,65 @@ class AlignedVocabulary:
 
 
 def align(
-    recipe: Recipe, sources: Sequence[Source], views: Sequence[View], base: int | None, donor: int
+    recipe: Recipe,
+    sources: Sequence[Source],
+    tensors: Sequence[View],
+    base: int | None,
+    config_index: int,
 ) -> AlignedVocabulary:
     """Bring the sources' embeddings and heads into the order that the recipe asks for.
 
     Args:
-        views: as `heads` has reconciled them.
-        donor: whose config the output takes.
+        tensors: of each source, as `planning.heads` has reconciled them.
+        config_index: the source whose config the output takes.
 
     Raises:
-        RecipeError: a token or a model that is not there.
+        RecipeError: a token or a model that does not exist.
         SourceError: a tokenizer that cannot be read, or to which nothing can be added.
     """
     spec = recipe.tokenizer
     if spec is None:
-        return AlignedVocabulary(tuple(views), donor)
+        return AlignedVocabulary(tuple(tensors), config_index)
     if spec.truncate:
-        return truncated(sources, views, donor)
-    return _Alignment(recipe, sources, views, base, donor).result()
+        return truncated(sources, tensors, config_index)
+    return _Alignment(recipe, sources, tensors, base, config_index).result()
 
 
-def truncated(sources: Sequence[Source], views: Sequence[View], donor: int) -> AlignedVocabulary:
+def truncated(
+    sources: Sequence[Source], tensors: Sequence[View], config_index: int
+) -> AlignedVocabulary:
     """Every model with as many rows as the smallest has: mergekit's unsafe-truncate-embeddings."""
     import numpy as np
 
-    heights = [_height(source, view) for source, view in zip(sources, views, strict=True)]
-    cut: list[dict[str, Tensor]] = [dict(view) for view in views]
+    embedding_rows = [
+        _embedding_rows(source, by_name) for source, by_name in zip(sources, tensors, strict=True)
+    ]
+    cut: list[dict[str, Tensor]] = [dict(by_name) for by_name in tensors]
     notes = []
-    for name in filter(_is_vocabulary, views[0]):
-        parts = [view[name] for view in views if name in view]
+    for name in filter(_is_vocabulary, tensors[0]):
+        parts = [by_name[name] for by_name in tensors if name in by_name]
         counts = [part.shape[0] if part.shape else 0 for part in parts]
         widths = {part.shape[1:] for part in parts}
         rows = min(counts)
-        if len(parts) < len(views) or len(widths) > 1 or max(counts) == rows:
+        if len(parts) < len(tensors) or len(widths) > 1 or max(counts) == rows:
             continue
-        for i, (new, count) in enumerate(zip(cut, counts, strict=True)):
+        for i, (shortened, count) in enumerate(zip(cut, counts, strict=True)):
             if count > rows:
                 table = SourceRows(np.full(rows, i, np.int32), np.arange(rows, dtype=np.int64), {})
-                new[name] = PermutedRows(parts[i], tuple(parts), table)
+                shortened[name] = PermutedRows(parts[i], tuple(parts), table)
         longer = [f"{s.label} {n}" for s, n in zip(sources, counts, strict=True) if n > rows]
         notes.append(f"vocabulary: {name} is cut to {rows} rows ({', '.join(longer)})")
     if not notes:
-        return AlignedVocabulary(tuple(views), donor, notes=("vocabulary: nothing to truncate",))
+        return AlignedVocabulary(
+            tuple(tensors), config_index, notes=("vocabulary: nothing to truncate",)
+        )
     notes.append(
         "vocabulary: cutting is right only where the same number means the same token in every "
         "model; the tokenizer's files stay as they are"
     )
-    return AlignedVocabulary(tuple(cut), donor, rows=min(heights), notes=tuple(notes), changed=True)
+    return AlignedVocabulary(
+        tuple(cut), config_index, rows=min(embedding_rows), notes=tuple(notes), changed=True
+    )
 
 
 class _Alignment:
@@ -137,51 +149,53 @@ class _Alignment:
         self,
         recipe: Recipe,
         sources: Sequence[Source],
-        views: Sequence[View],
+        tensors: Sequence[View],
         base: int | None,
-        donor: int,
+        config_index: int,
     ) -> None:
         assert recipe.tokenizer is not None
         self._recipe, self._spec = recipe, recipe.tokenizer
-        self._sources, self._views = sources, views
-        self._base, self._donor = base, donor
+        self._sources, self._tensors = sources, tensors
+        self._base, self._config_index = base, config_index
         self._notes: list[str] = []
         self._first = base if base is not None else 0
-        self._guest: Source | None = None
-        self._chosen = self._first if self._spec.source == UNION else self._named(self._spec.source)
+        self._tokenizer_model: Source | None = None
+        self._tokenizer_index = (
+            self._first if self._spec.source == UNION else self._source_index(self._spec.source)
+        )
         self._tokens = [_vocabulary(source) for source in sources]
-        self._fill_in()
-        self._rows = [_height(s, v) for s, v in zip(sources, views, strict=True)]
+        self._assume_vocabularies()
+        self._rows = [_embedding_rows(s, v) for s, v in zip(sources, tensors, strict=True)]
         for source, tokens, rows in zip(sources, self._tokens, self._rows, strict=True):
             check_numbers(source, tokens, rows)
 
     def result(self) -> AlignedVocabulary:
         chosen, vocabulary, files = self._output()
-        own_rows = self._rows[chosen] if self._guest is None else 0
-        filled = max([own_rows, *(number + 1 for number in vocabulary.values())])
-        rows = filled
+        embedding_rows = self._rows[chosen] if self._tokenizer_model is None else 0
+        used_rows = max([embedding_rows, *(number + 1 for number in vocabulary.values())])
+        rows = used_rows
         multiple = self._spec.pad_to_multiple_of
         if multiple:
             rows = -(-rows // multiple) * multiple
-        keys: list[Key] = list(range(filled))
+        keys: list[Key] = list(range(used_rows))
         for token, number in vocabulary.items():
             keys[number] = token
-        words = [
-            SourceVocabulary(*item)
-            for item in zip(
+        vocabularies = [
+            SourceVocabulary(*fields)
+            for fields in zip(
                 (source.label for source in self._sources), self._tokens, self._rows, strict=True
             )
         ]
-        filling = TokenAligner(self._recipe, words, self._base, self._index)
-        tables = [padded(table, rows, vocabulary.values()) for table in filling.tables(keys)]
-        if filling.problems:
-            raise RecipeError(filling.problems)
-        self._notes += filling.notes
-        if rows > filled:
+        aligner = TokenAligner(self._recipe, vocabularies, self._base, self._index)
+        tables = [padded(table, rows, vocabulary.values()) for table in aligner.tables(keys)]
+        if aligner.problems:
+            raise RecipeError(aligner.problems)
+        self._notes += aligner.notes
+        if rows > used_rows:
             self._notes.append(
-                f"vocabulary: {rows - filled} rows of padding are the mean of the tokens' rows"
+                f"vocabulary: {rows - used_rows} rows of padding are the mean of the tokens' rows"
             )
-        views, changed = self._gather(tables, rows)
+        tensors, changed = self._rearrange(tables, rows)
         if changed:
             self._notes.append(
                 f"vocabulary: {rows} rows, {len(vocabulary)} tokens; {', '.join(changed)} "
@@ -189,25 +203,27 @@ class _Alignment:
             )
         ids = self._ids(vocabulary)
         notes = tuple(self._notes)
-        return AlignedVocabulary(views, chosen, files, rows, ids, notes, bool(changed), self._guest)
+        return AlignedVocabulary(
+            tensors, chosen, files, rows, ids, notes, bool(changed), self._tokenizer_model
+        )
 
-    def _fill_in(self) -> None:
-        """A model without tokenizer files counts its rows as the base does."""
-        known = self._tokens[self._first]
-        if not known:
-            message = "has no tokenizer, so that nobody can tell what its rows mean"
+    def _assume_vocabularies(self) -> None:
+        """Give models without tokenizer files the base's vocabulary."""
+        assumed = self._tokens[self._first]
+        if not assumed:
+            message = "has no tokenizer, so that the meaning of its rows is unknown"
             raise SourceError(message, model=self._sources[self._first].label)
         for i, tokens in enumerate(self._tokens):
             if tokens:
                 continue
             source = self._sources[i]
-            self._tokens[i] = known
+            self._tokens[i] = assumed
             first = self._sources[self._first].label
             self._notes.append(f"{source.label}: has no tokenizer; taken to have {first}'s")
 
     def _output(self) -> tuple[int, Mapping[str, int], Mapping[str, bytes]]:
-        """Whose files the output has, its tokens, and the files that are its own."""
-        chosen = self._chosen
+        """The source of the tokenizer files, the output's tokens, and the files that differ."""
+        tokenizer_index = self._tokenizer_index
         others = []
         if self._spec.source == UNION:
             others = [
@@ -215,64 +231,68 @@ class _Alignment:
                 for i in range(len(self._sources))
                 if i != self._first
             ]
-        source = self._guest or self._sources[chosen]
-        own = _vocabulary(source) if self._guest else self._tokens[chosen]
-        union = join(source, others, own, list(self._spec.tokens))
+        source = self._tokenizer_model or self._sources[tokenizer_index]
+        tokens = _vocabulary(source) if self._tokenizer_model else self._tokens[tokenizer_index]
+        union = join(source, others, tokens, list(self._spec.tokens))
         self._notes += union.notes
-        return chosen, union.vocabulary, union.files
+        return tokenizer_index, union.vocabulary, union.files
 
     def _with_rows(self, index: int) -> Mapping[str, int]:
-        """A source's tokens, but for those that its embedding has no row for."""
+        """A source's tokens that have a row of its embedding."""
         tokens, rows = self._tokens[index], self._rows[index]
-        kept = {token: number for token, number in tokens.items() if number < rows}
-        if len(kept) < len(tokens):
-            label, count = self._sources[index].label, len(tokens) - len(kept)
+        with_rows = {token: number for token, number in tokens.items() if number < rows}
+        if len(with_rows) < len(tokens):
+            label, count = self._sources[index].label, len(tokens) - len(with_rows)
             self._notes.append(f"tokenizer: {count} tokens of {label} have no row and are left out")
-        return kept
+        return with_rows
 
-    def _named(self, word: str) -> int:
-        """The source that `base`, or a model's name, means; behind the last one for a guest."""
+    def _source_index(self, word: str) -> int:
+        """The source that `base` or a model's name means; for others, their count."""
         if word == BASE:
             if self._base is None:
-                label = self._sources[self._donor].label
+                label = self._sources[self._config_index].label
                 self._notes.append(f"tokenizer: no base_model; taken from {label}, listed first")
-            return self._donor if self._base is None else self._base
-        result = self._index(word)
-        if result is None:
-            self._guest = self._open_guest(word)
+            return self._config_index if self._base is None else self._base
+        index = self._index(word)
+        if index is None:
+            self._tokenizer_model = self._open_tokenizer_model(word)
             self._notes.append(f"tokenizer: {word}'s, a model that is not merged")
             return len(self._sources)
-        return result
+        return index
 
-    def _open_guest(self, word: str) -> Source:
+    def _open_tokenizer_model(self, word: str) -> Source:
         folder = self._recipe.folder
         try:
-            guest = open_tokenizer(parse_reference(word, folder), folder)
-            listed = bool(_vocabulary(guest))
+            model = open_tokenizer(parse_reference(word, folder), folder)
+            listed = bool(_vocabulary(model))
         except MergeCliError as error:
-            message = f"'{word}' is none of the recipe's models, and no tokenizer: {error.what}."
+            message = (
+                f"'{word}' is not one of the recipe's models, and not a tokenizer: {error.what}."
+            )
             hint = "Use `union`, `base`, one of them, or another model's folder or Hub id."
             raise RecipeError([self._recipe.problem(self._spec.key, message, hint)]) from error
         if not listed:
             message = f"'{word}' has no tokenizer."
             raise RecipeError([self._recipe.problem(self._spec.key, message)])
-        return guest
+        return model
 
     def _index(self, word: str) -> int | None:
-        place = local_folder(word, self._recipe.folder)
+        folder = local_folder(word, self._recipe.folder)
         for i, source in enumerate(self._sources):
-            own = local_folder(source.label, self._recipe.folder)
-            if source.label == word or (place and own and place.resolve() == own.resolve()):
+            source_folder = local_folder(source.label, self._recipe.folder)
+            if source.label == word or (
+                folder and source_folder and folder.resolve() == source_folder.resolve()
+            ):
                 return i
         return None
 
-    def _gather(
+    def _rearrange(
         self, tables: Sequence[SourceRows], rows: int
     ) -> tuple[tuple[View, ...], list[str]]:
-        """Every source's tensors, those with a row for each token rearranged; their names."""
+        """Each source's tensors with rows in the output's order, and the names of what moved."""
         import numpy as np
 
-        names = _names_with_tokens(self._views, self._rows)
+        names = _names_with_tokens(self._tensors, self._rows)
         moved = [
             not (
                 rows == self._rows[i]
@@ -281,37 +301,37 @@ class _Alignment:
             )
             for i, table in enumerate(tables)
         ]
-        views = []
-        for view, table, changed in zip(self._views, tables, moved, strict=True):
-            new: dict[str, Tensor] = dict(view)
+        rearranged = []
+        for tensors, table, changed in zip(self._tensors, tables, moved, strict=True):
+            copy: dict[str, Tensor] = dict(tensors)
             if changed:
                 for name in names:
-                    parts = tuple(other[name] for other in self._views)
-                    new[name] = PermutedRows(view[name], parts, table)
-            views.append(new)
-        return tuple(views), names if any(moved) else []
+                    parts = tuple(other[name] for other in self._tensors)
+                    copy[name] = PermutedRows(tensors[name], parts, table)
+            rearranged.append(copy)
+        return tuple(rearranged), names if any(moved) else []
 
     def _ids(self, vocabulary: Mapping[str, int]) -> Mapping[int, int] | None:
-        """How the numbers in the donor's config change."""
-        tokens = {number: t for t, number in self._tokens[self._donor].items()}
+        """How token numbers in the config change."""
+        tokens = {number: t for t, number in self._tokens[self._config_index].items()}
         moved = {n: vocabulary[t] for n, t in tokens.items() if t in vocabulary}
         return None if all(a == b for a, b in moved.items()) else moved
 
 
-def _names_with_tokens(views: Sequence[View], heights: Sequence[int]) -> list[str]:
+def _names_with_tokens(tensors: Sequence[View], embedding_rows: Sequence[int]) -> list[str]:
     """The tensors that have a row for each token, in every source."""
 
     def has(name: str) -> bool:
         return all(
-            name in view and bool(view[name].shape) and view[name].shape[0] == rows
-            for view, rows in zip(views, heights, strict=True)
+            name in by_name and bool(by_name[name].shape) and by_name[name].shape[0] == rows
+            for by_name, rows in zip(tensors, embedding_rows, strict=True)
         )
 
-    return [name for name in views[0] if _is_vocabulary(name) and has(name)]
+    return [name for name in tensors[0] if _is_vocabulary(name) and has(name)]
 
 
 def _is_vocabulary(name: str) -> bool:
-    return any(word in name for word in _WORDS) and "position" not in name
+    return any(word in name for word in _TOKEN_TENSORS) and "position" not in name
 
 
 def _vocabulary(source: Source) -> Mapping[str, int]:
@@ -320,18 +340,18 @@ def _vocabulary(source: Source) -> Mapping[str, int]:
     return listed if listed or not opaque_files(source) else converted_vocabulary(source)
 
 
-def _height(source: Source, view: View) -> int:
+def _embedding_rows(source: Source, tensors: View) -> int:
     """Rows of a source's input embedding."""
-    found = [
-        ref.shape[0]
-        for name, ref in view.items()
-        if name.endswith(EMBEDDINGS) and len(ref.shape) == 2
+    row_counts = [
+        tensor.shape[0]
+        for name, tensor in tensors.items()
+        if name.endswith(EMBEDDINGS) and len(tensor.shape) == 2
     ]
-    requested = text_config(source.config).get("vocab_size")
-    if isinstance(requested, int) and requested in found:
-        return requested
-    if not found:
+    vocab_size = text_config(source.config).get("vocab_size")
+    if isinstance(vocab_size, int) and vocab_size in row_counts:
+        return vocab_size
+    if not row_counts:
         raise SourceError(
             "has no input embedding whose rows could be rearranged", model=source.label
         )
-    return max(found)
+    return max(row_counts)

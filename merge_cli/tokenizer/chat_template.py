@@ -1,4 +1,4 @@
-"""The output's chat template: one of the sources', a well-known one by name, or one's own."""
+"""Choosing the output's chat template: a source's, a well-known one, or the recipe's."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FILE = "chat_template.jinja"
 
 
 def choose_template(recipe: Recipe, sources: Sequence[Source]) -> tuple[str | None, list[str]]:
-    """The output's template, if it is not the tokenizer donor's, and a line on whose it is."""
+    """The output's template, if it differs from the tokenizer's, and a note on its origin."""
     if recipe.chat_template is None:
         return None, []
     if recipe.chat_template != AUTO:
@@ -27,18 +27,18 @@ def choose_template(recipe: Recipe, sources: Sequence[Source]) -> tuple[str | No
 
 
 def most_common_template(sources: Sequence[Source]) -> tuple[str | None, str]:
-    """The template that most sources have, the first of equals; and whose it is, in words."""
-    found = [(source.label, chat_templates(source).get("default")) for source in sources]
-    counts = Counter(text for _, text in found if text)
+    """The template that most sources have, the first of equals; and a note on its origin."""
+    templates = [(source.label, chat_templates(source).get("default")) for source in sources]
+    counts = Counter(text for _, text in templates if text)
     if not counts:
         return None, "no model has a chat template"
     text, count = counts.most_common(1)[0]
-    label = next(label for label, own in found if own == text)
-    return text, f"{label}'s, which {count} of {len(found)} models have"
+    label = next(label for label, template in templates if template == text)
+    return text, f"{label}'s, which {count} of {len(templates)} models have"
 
 
 def without_template(config: Path) -> bytes | None:
-    """tokenizer_config.json without a template of its own, which a file beside it replaces."""
+    """tokenizer_config.json without its template, where chat_template.jinja replaces it."""
     if not config.exists():
         return None
     mapping = read_mapping(config)

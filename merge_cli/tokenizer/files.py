@@ -1,24 +1,17 @@
-"""Tokenizer files of a model's folder: read as data, never executed.
+"""Reading the tokenizer files of a model's folder, as data: nothing in them is executed.
 
-Token numbers of somebody else's files, before they become rows of an embedding.
+Every field that is used is checked for its type and bounds; everything else is copied, or left to
+the library that reads it. Token numbers become rows of an embedding, so they have a bound:
 
     0 <= number < rows + tokens      no two tokens of one number
 
-A tokenizer may have tokens that the embedding has no rows for; numbered one after another they
-stay within that bound, and lists of rows stay as short as the model and its tokenizer are.
+A tokenizer may have tokens without a row in the embedding: numbered one after another, they stay
+within that bound.
 
-What tokenizer files may hold: the fields that are used here, by their types and bounds.
+Older models have only a sentencepiece or tiktoken file. transformers turns it into a
+tokenizer.json, because the tokenizer's class decides how its pieces are numbered.
 
-Everything else in them is copied, or left to the library that reads it.
-
-A model's tokenizer as one JSON document: tokenizer.json, or what transformers makes of pieces.
-
-Older models bring a sentencepiece or tiktoken file alone. How its pieces are numbered is a matter
-of the tokenizer's class (T5 has tokens behind them, XLM-R moves them by one), which is asked.
-
-Whether the files that are copied beside the weights can be read by whoever loads the model.
-
-A broken one is copied byte for byte otherwise, and the output that carries it does not load.
+The small JSON files that a merge copies are read, too: an output with a broken one would not load.
 """
 
 from __future__ import annotations
@@ -63,22 +56,27 @@ _OPAQUE = (
     "tiktoken.model",
     "merges.txt",
 )
+# The largest vocabularies have 300,000 tokens; a list of this size still fits into memory.
+MAX_TOKENS = 10_000_000
+# Larger files are vocabularies: they take a second to read, and are read where they are used.
+_SMALL = 2**20
+_LISTS = ("modules.json",)
 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """What a model's folder says of its tokenizer.
+    """A model's tokenizer, as its files describe it.
 
     Attributes:
-        size: tokens, added ones included; None where no file lists them.
-        digest: of everything that decides how text is cut; None without a tokenizer.
-        template: digest of the chat template(s); None without one.
+        size: number of tokens, with added ones; None where no file lists them.
+        fingerprint: of everything that decides how text is split; None without a tokenizer.
+        template: fingerprint of the chat template(s); None without one.
     """
 
     vocabulary: Mapping[str, int]
     size: int | None
     special: Mapping[str, str]
-    digest: str | None
+    fingerprint: str | None
     template: str | None
 
 
@@ -88,31 +86,12 @@ def read_tokenizer(source: Source) -> Tokenizer:
     Raises:
         CorruptFileError: a file that is not what its name says.
     """
-    return _read(source)
-
-
-def read_vocabulary(source: Source) -> dict[str, int]:
-    """Token -> number; empty where no file lists them.
-
-    Raises:
-        CorruptFileError: a file that is not what its name says.
-    """
-    whole = tokenizer_json(source)
-    return tokens_of(whole) if whole else _loose_vocabulary(source.root, source)
-
-
-def opaque_files(source: Source) -> list[str]:
-    """Tokenizer files that are no lists of tokens."""
-    return [name for name in _OPAQUE if (source.root / name).is_file()]
-
-
-def _read(source: Source) -> Tokenizer:
     root = source.root
     config = settings_json(source)
-    whole = tokenizer_json(source)
+    document = tokenizer_json(source)
     vocabulary = read_vocabulary(source)
-    rules = {key: value for key, value in whole.items() if key not in ("truncation", "padding")}
-    opaque = [] if whole else opaque_files(source)
+    rules = {key: value for key, value in document.items() if key not in ("truncation", "padding")}
+    opaque = [] if document else opaque_files(source)
     state = hashlib.sha256(json.dumps([rules, vocabulary], sort_keys=True).encode())
     for name in opaque:
         state.update(_guarded(source, name, read_bytes))
@@ -121,9 +100,24 @@ def _read(source: Source) -> Tokenizer:
         vocabulary=vocabulary,
         size=len(vocabulary) or None,
         special={name: token for name, token in tokens.items() if token is not None},
-        digest=state.hexdigest() if whole or vocabulary or opaque else None,
+        fingerprint=state.hexdigest() if document or vocabulary or opaque else None,
         template=_template(root, config, source),
     )
+
+
+def read_vocabulary(source: Source) -> dict[str, int]:
+    """Token -> number; empty where no file lists them.
+
+    Raises:
+        CorruptFileError: a file that is not what its name says.
+    """
+    document = tokenizer_json(source)
+    return tokens_of(document) if document else _vocabulary_files(source.root, source)
+
+
+def opaque_files(source: Source) -> list[str]:
+    """Tokenizer files that do not list tokens."""
+    return [name for name in _OPAQUE if (source.root / name).is_file()]
 
 
 def tokens_of(tokenizer: Mapping[str, Any]) -> dict[str, int]:
@@ -139,19 +133,19 @@ def tokens_of(tokenizer: Mapping[str, Any]) -> dict[str, int]:
     return tokens
 
 
-def _loose_vocabulary(root: Path, source: Source) -> dict[str, int]:
-    """vocab.json or vocab.txt, and added_tokens.json; nothing where that alone is there."""
-    result = _numbered(source, "vocab.json")
-    if not result and (root / "vocab.txt").exists():
+def _vocabulary_files(root: Path, source: Source) -> dict[str, int]:
+    """vocab.json or vocab.txt, with added_tokens.json; empty if only the latter exists."""
+    tokens = _vocabulary_file(source, "vocab.json")
+    if not tokens and (root / "vocab.txt").exists():
         lines = _guarded(source, "vocab.txt", read_text).splitlines()
-        result = {token: number for number, token in enumerate(lines)}
-    return result | _numbered(source, "added_tokens.json") if result else result
+        tokens = {token: number for number, token in enumerate(lines)}
+    return tokens | _vocabulary_file(source, "added_tokens.json") if tokens else tokens
 
 
-def _numbered(source: Source, name: str) -> dict[str, int]:
-    result = json_file(source.root / name, source)
-    _check(source, name, lambda: check_vocabulary(result, "it"))
-    return dict(result)
+def _vocabulary_file(source: Source, name: str) -> dict[str, int]:
+    tokens = json_file(source.root / name, source)
+    _check(source, name, lambda: check_vocabulary(tokens, "it"))
+    return dict(tokens)
 
 
 def chat_templates(source: Source) -> dict[str, str]:
@@ -160,7 +154,7 @@ def chat_templates(source: Source) -> dict[str, str]:
 
 
 def _template(root: Path, config: Mapping[str, Any], source: Source) -> str | None:
-    """A digest of every chat template."""
+    """A fingerprint of all chat templates."""
     texts = _templates(root, config, source)
     if not texts:
         return None
@@ -171,9 +165,9 @@ def _templates(root: Path, config: Mapping[str, Any], source: Source) -> dict[st
     texts: dict[str, str] = {}
     stored = config.get("chat_template")
     if not stored:
-        beside = json_file(root / "chat_template.json", source)
-        _check(source, "chat_template.json", lambda: check_templates(beside))
-        stored = beside.get("chat_template")
+        template_file = json_file(root / "chat_template.json", source)
+        _check(source, "chat_template.json", lambda: check_templates(template_file))
+        stored = template_file.get("chat_template")
     if isinstance(stored, str):
         texts["default"] = stored
     elif isinstance(stored, list):
@@ -187,37 +181,37 @@ def _templates(root: Path, config: Mapping[str, Any], source: Source) -> dict[st
 
 
 def _content(token: Any) -> str | None:
-    """A special token is a text, or a mapping that holds it."""
+    """The text of a special token, which may be stored in a mapping."""
     return token.get("content") if isinstance(token, dict) else token
 
 
 def tokenizer_json(source: Source) -> dict[str, Any]:
-    """tokenizer.json, whose fields are what they should be; empty where there is none.
+    """tokenizer.json, checked; empty where there is none.
 
     Raises:
-        CorruptFileError: see `tokenizer_schema`.
+        CorruptFileError: see `check_document`.
     """
-    result = json_file(source.root / "tokenizer.json", source)
-    _check(source, "tokenizer.json", lambda: check_document(result))
-    return result
+    document = json_file(source.root / "tokenizer.json", source)
+    _check(source, "tokenizer.json", lambda: check_document(document))
+    return document
 
 
 def settings_json(source: Source) -> dict[str, Any]:
-    """tokenizer_config.json, likewise.
+    """tokenizer_config.json, checked; empty where there is none.
 
     Raises:
-        CorruptFileError: see `tokenizer_schema`.
+        CorruptFileError: see `check_settings`.
     """
-    result = json_file(source.root / "tokenizer_config.json", source)
-    _check(source, "tokenizer_config.json", lambda: check_settings(result, _SPECIAL))
-    return result
+    settings = json_file(source.root / "tokenizer_config.json", source)
+    _check(source, "tokenizer_config.json", lambda: check_settings(settings, _SPECIAL))
+    return settings
 
 
 def json_file(path: Path, source: Source) -> dict[str, Any]:
     """A JSON mapping; empty where there is no such file.
 
     Raises:
-        CorruptFileError: it cannot be read, or is no mapping.
+        CorruptFileError: it cannot be read, or is not a mapping.
     """
     return read_mapping(path, source.label) if path.exists() else {}
 
@@ -237,13 +231,13 @@ def _guarded(source: Source, name: str, read: Callable[[Path], Content]) -> Cont
 
 
 def check_numbers(source: Source, tokens: Mapping[Any, Any], rows: int) -> None:
-    """Hold a tokenizer's numbers against the model's embedding.
+    """Check a tokenizer's numbers against the rows of the model's embedding.
 
     Args:
         rows: of the embedding.
 
     Raises:
-        CorruptFileError: a number that can be no row's, or two tokens of one number.
+        CorruptFileError: a number out of bounds, or two tokens of one number.
     """
     most = rows + len(tokens) - 1
     seen: dict[int, Any] = {}
@@ -270,17 +264,13 @@ def _shown(token: Any) -> str:
     return repr(str(token)[:40])
 
 
-# The largest vocabularies have 300,000 tokens; a list is made of so many.
-MAX_TOKENS = 10_000_000
-
-
-def check_document(found: Mapping[str, Any]) -> None:
-    """A tokenizer.json.
+def check_document(document: Mapping[str, Any]) -> None:
+    """Check a tokenizer.json.
 
     Raises:
-        Unreadable: a field of the wrong type, or a number that can be none of a token.
+        Unreadable: a field of the wrong type, or a token number out of bounds.
     """
-    model = _field(found, "model", dict, "a mapping") or {}
+    model = _field(document, "model", dict, "a mapping") or {}
     _field(model, "type", str, "text", "model.")
     listed = model.get("vocab")
     if isinstance(listed, list):  # unigram models list tokens with their scores
@@ -290,7 +280,7 @@ def check_document(found: Mapping[str, Any]) -> None:
             _check_scored(entry, f"model.vocab[{number}]")
     elif listed is not None:
         check_vocabulary(listed, "model.vocab")
-    for number, token in enumerate(_field(found, "added_tokens", list, "a list") or ()):
+    for number, token in enumerate(_field(document, "added_tokens", list, "a list") or ()):
         where = f"added_tokens[{number}]"
         if not isinstance(token, dict):
             raise Unreadable(f"{where} must be a mapping (got {kind_of(token)})")
@@ -299,21 +289,21 @@ def check_document(found: Mapping[str, Any]) -> None:
         whole_number(token.get("id"), f"{where}.id", most=MAX_TOKENS - 1)
 
 
-def check_vocabulary(found: Any, where: str) -> None:
-    """Token -> number, as tokenizer.json, vocab.json and added_tokens.json have it.
+def check_vocabulary(vocabulary: Any, where: str) -> None:
+    """Check a mapping token -> number, as tokenizer.json, vocab.json, added_tokens.json have it.
 
     Raises:
         Unreadable: see `check_document`.
     """
-    if not isinstance(found, dict):
-        raise Unreadable(f"{where} must be a mapping (got {kind_of(found)})")
-    for token, number in found.items():
+    if not isinstance(vocabulary, dict):
+        raise Unreadable(f"{where} must be a mapping (got {kind_of(vocabulary)})")
+    for token, number in vocabulary.items():
         if type(number) is not int or not 0 <= number < MAX_TOKENS:  # fast: this is a long loop
             whole_number(number, f"{where}: the number of {token[:60]!r}", most=MAX_TOKENS - 1)
 
 
-def check_settings(found: Mapping[str, Any], special: tuple[str, ...]) -> None:
-    """A tokenizer_config.json.
+def check_settings(settings: Mapping[str, Any], special: tuple[str, ...]) -> None:
+    """Check a tokenizer_config.json.
 
     Args:
         special: the keys of its special tokens.
@@ -322,25 +312,25 @@ def check_settings(found: Mapping[str, Any], special: tuple[str, ...]) -> None:
         Unreadable: see `check_document`.
     """
     for key in special:
-        token = found.get(key)
+        token = settings.get(key)
         content = token.get("content") if isinstance(token, dict) else token
         if content is not None and not isinstance(content, str):
             raise Unreadable(f"{key} must be text, or a mapping with it (got {kind_of(content)})")
-    check_templates(found)
-    decoder = _field(found, "added_tokens_decoder", dict, "a mapping") or {}
+    check_templates(settings)
+    decoder = _field(settings, "added_tokens_decoder", dict, "a mapping") or {}
     for number, token in decoder.items():
         if not isinstance(token, dict):
             message = f"added_tokens_decoder.{number[:20]} must be a mapping (got {kind_of(token)})"
             raise Unreadable(message)
 
 
-def check_templates(found: Mapping[str, Any]) -> None:
-    """The chat templates of a tokenizer_config.json or chat_template.json.
+def check_templates(settings: Mapping[str, Any]) -> None:
+    """Check the chat templates of a tokenizer_config.json or chat_template.json.
 
     Raises:
         Unreadable: neither text nor a list of names and texts.
     """
-    stored = found.get("chat_template")
+    stored = settings.get("chat_template")
     for number, entry in enumerate(stored if isinstance(stored, list) else ()):
         for key in ("name", "template"):
             value = entry.get(key) if isinstance(entry, dict) else None
@@ -359,32 +349,32 @@ def _check_scored(entry: Any, where: str) -> None:
         raise Unreadable(f"{where} must be a token and its score (got {kind_of(entry)})")
 
 
-def _field(found: Mapping[str, Any], key: str, kind: type, words: str, where: str = "") -> Any:
-    """A field that may be missing or null."""
-    value = found.get(key)
+def _field(mapping: Mapping[str, Any], key: str, kind: type, expected: str, where: str = "") -> Any:
+    """A field of the expected kind; it may be missing or null."""
+    value = mapping.get(key)
     if value is not None and not isinstance(value, kind):
-        raise Unreadable(f"{where}{key} must be {words} (got {kind_of(value)})")
+        raise Unreadable(f"{where}{key} must be {expected} (got {kind_of(value)})")
     return value
 
 
 def tokenizer_document(source: Source) -> dict[str, Any]:
-    """The document, to be changed freely.
+    """A model's tokenizer.json, or the one that transformers makes; the caller may change it.
 
     Raises:
-        CorruptFileError: tokenizer.json does not hold what it should.
-        SourceError: there is none, and transformers makes none of the files.
+        CorruptFileError: tokenizer.json has invalid fields.
+        SourceError: there is no tokenizer.json, and transformers cannot make one.
     """
     if (source.root / "tokenizer.json").exists():
         return tokenizer_json(source)
     try:
-        result = json.loads(_converted(source.root))
+        document = json.loads(_converted(source.root))
     except Exception as error:
-        # From a missing package to whatever a tokenizer's class raises over a file.
+        # A missing package, or anything that a tokenizer's class raises.
         message = f"its tokenizer cannot be read without a tokenizer.json ({error})"
         hint = "pip install 'merge-cli[sentencepiece]', or save its tokenizer with transformers."
         raise SourceError(message, model=source.label, hint=hint) from error
-    assert isinstance(result, dict)
-    return result
+    assert isinstance(document, dict)
+    return document
 
 
 def converted_vocabulary(source: Source) -> dict[str, int]:
@@ -404,24 +394,19 @@ def _converted(root: Path) -> str:
     return str(tokenizer.backend_tokenizer.to_str())
 
 
-# Larger ones are vocabularies: a second to read, and read where they are used.
-_SMALL = 2**20
-_LISTS = ("modules.json",)
-
-
-def check_companions(donor: Source, tokenizer_donor: Source) -> None:
-    """Read the small JSON files that a merge copies.
+def check_companions(config_source: Source, tokenizer_source: Source) -> None:
+    """Check the small JSON files that a merge copies.
 
     Raises:
-        CorruptFileError: one that is no JSON, or not of the kind that its name promises.
+        CorruptFileError: a file that is not JSON, or not a mapping.
     """
-    settings_json(tokenizer_donor)
-    for source, tokenizer in ((donor, False), (tokenizer_donor, True)):
+    settings_json(tokenizer_source)
+    for source, tokenizer in ((config_source, False), (tokenizer_source, True)):
         if not source.root.is_dir():
-            continue  # still to be made, or a base of zeros: nothing is copied from it
+            continue  # the output of a later stage, or a base of zeros: nothing is copied
         for path in companion_files(source.root):
-            chosen = is_tokenizer_file(path.name) is tokenizer and path.suffix == ".json"
-            if not chosen or path.stat().st_size > _SMALL:
+            is_checked = is_tokenizer_file(path.name) is tokenizer and path.suffix == ".json"
+            if not is_checked or path.stat().st_size > _SMALL:
                 continue
             json = read_json(path, source.label)
             if not isinstance(json, dict) and path.name not in _LISTS:

@@ -1,7 +1,7 @@
-"""Which row of which model each row of the output is, in every source.
+"""From which row of which model each row of the output comes, for every source.
 
-A token that a model lacks gets, in it: what the recipe says; else the base's row; else that of the
-only model that has it; else the mean of those that do.
+A model that lacks a token gets, in this order: the row that the recipe names; the base's row; the
+row of the only model that has the token; the mean of the rows of all models that have it.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from merge_cli.recipe.reference import ModelRef
 from merge_cli.recipe.schema import Recipe
 from merge_cli.recipe.tokenizer import TokenRule
 
-Key = str | int  # a token, or the number of a row that no token has
-Place = tuple[int, int]  # a source, and a row of its embedding
+Key = str | int  # a token, or the number of a row without a token
+RowIndex = tuple[int, int]  # a source, and a row of its embedding
 
 
 @dataclass(frozen=True)
 class SourceVocabulary:
-    """What a source's rows mean.
+    """The tokens of a source's rows.
 
     Attributes:
         numbers: token -> number.
@@ -32,68 +32,68 @@ class SourceVocabulary:
     numbers: Mapping[str, int]
     rows: int
 
-    def places(self) -> dict[Key, int]:
-        """Its rows by token; by number, where no token has the row."""
-        result: dict[Key, int] = {
+    def rows_by_key(self) -> dict[Key, int]:
+        """Row numbers by token; by themselves for rows without a token."""
+        by_token: dict[Key, int] = {
             token: number for token, number in self.numbers.items() if 0 <= number < self.rows
         }
-        used = set(result.values())
-        return result | {number: number for number in range(self.rows) if number not in used}
+        used = set(by_token.values())
+        return by_token | {number: number for number in range(self.rows) if number not in used}
 
 
 class TokenAligner:
-    """Rows for every source, by the recipe's rules.
+    """Finds each output row in every source, by the recipe's rules.
 
     Args:
-        index: a model's name -> its place among `words`, if it is one of them.
+        index: a model's name -> its position in `vocabularies`; None for other models.
     """
 
     def __init__(
         self,
         recipe: Recipe,
-        words: Sequence[SourceVocabulary],
+        vocabularies: Sequence[SourceVocabulary],
         base: int | None,
         index: Callable[[str], int | None],
     ) -> None:
         assert recipe.tokenizer is not None
         self._recipe, self._rules = recipe, recipe.tokenizer.tokens
-        self._words, self._base, self._index = words, base, index
+        self._vocabularies, self._base, self._index = vocabularies, base, index
         self.notes: list[str] = []
         self.problems: list[Problem] = []
 
     def tables(self, keys: Sequence[Key]) -> list[SourceRows]:
-        """For each source, where each of the output's rows comes from."""
+        """For each source, the origin of each of the output's rows."""
         import numpy as np
 
-        owned = [words.places() for words in self._words]
+        owned = [vocabularies.rows_by_key() for vocabularies in self._vocabularies]
         count = len(owned)
-        parts = np.full((count, len(keys)), ZERO, np.int32)
-        places = np.zeros((count, len(keys)), np.int64)
-        means: dict[int, list[Place]] = {}
-        nowhere = 0
+        source_indexes = np.full((count, len(keys)), ZERO, np.int32)
+        rows_by_key = np.zeros((count, len(keys)), np.int64)
+        means: dict[int, list[RowIndex]] = {}
+        unfilled = 0
         for row, key in enumerate(keys):
             rule = self._rule(key)
-            own = [places_of.get(key) for places_of in owned]
-            if None not in own and not (rule and rule.force):
-                parts[:, row] = np.arange(count)
-                places[:, row] = np.array(own, np.int64)
+            source_rows = [rows.get(key) for rows in owned]
+            if None not in source_rows and not (rule and rule.force):
+                source_indexes[:, row] = np.arange(count)
+                rows_by_key[:, row] = np.array(source_rows, np.int64)
                 continue
-            default = self._default(key, rule, own)
-            nowhere += not default and not (rule and rule.zero)
+            default = self._default(key, rule, source_rows)
+            unfilled += not default and not (rule and rule.zero)
             for i in range(count):
-                kept = own[i] if not (rule and rule.force) else None
-                if kept is not None:
-                    parts[i, row], places[i, row] = i, kept
+                row_here = source_rows[i] if not (rule and rule.force) else None
+                if row_here is not None:
+                    source_indexes[i, row], rows_by_key[i, row] = i, row_here
                 elif default:
-                    parts[i, row], places[i, row] = default[0]
+                    source_indexes[i, row], rows_by_key[i, row] = default[0]
                     if len(default) > 1:
                         means.setdefault(row, default)
-        if nowhere:
-            self.notes.append(f"vocabulary: {nowhere} rows that no model has are zeros")
+        if unfilled:
+            self.notes.append(f"vocabulary: {unfilled} rows that no model has are zeros")
         return [
             SourceRows(
-                parts[i],
-                places[i],
+                source_indexes[i],
+                rows_by_key[i],
                 {
                     row: pairs
                     for row, pairs in means.items()
@@ -110,27 +110,29 @@ class TokenAligner:
         rule = self._rule(key)
         return rule is not None and rule.force
 
-    def _default(self, key: Key, rule: TokenRule | None, own: list[int | None]) -> list[Place]:
-        """What fills a row in models that lack it; several rows mean their mean, none zeros."""
+    def _default(
+        self, key: Key, rule: TokenRule | None, source_rows: list[int | None]
+    ) -> list[RowIndex]:
+        """Rows that fill in for a row that models lack: their mean; zeros if there are none."""
         if rule is not None and (rule.zero or rule.model is not None):
-            return [] if rule.zero else self._ruled(str(key), rule, rule.model)
-        having = [(i, row) for i, row in enumerate(own) if row is not None]
-        if len(having) > 1 and self._base is not None and own[self._base] is not None:
-            return [(self._base, int(own[self._base] or 0))]
-        return having
+            return [] if rule.zero else self._by_rule(str(key), rule, rule.model)
+        candidates = [(i, row) for i, row in enumerate(source_rows) if row is not None]
+        if len(candidates) > 1 and self._base is not None and source_rows[self._base] is not None:
+            return [(self._base, int(source_rows[self._base] or 0))]
+        return candidates
 
-    def _ruled(self, token: str, rule: TokenRule, model: ModelRef | None) -> list[Place]:
+    def _by_rule(self, token: str, rule: TokenRule, model: ModelRef | None) -> list[RowIndex]:
         index = self._index(str(model))
         if index is None:
-            message = f"'{model}' is none of the recipe's models."
+            message = f"'{model}' is not one of the recipe's models."
             self.problems.append(self._recipe.problem(rule.key, message))
             return []
         row = rule.token_id
         if row is None:
-            row = self._words[index].numbers.get(rule.token or token)
-        if row is None or row >= self._words[index].rows:
+            row = self._vocabularies[index].numbers.get(rule.token or token)
+        if row is None or row >= self._vocabularies[index].rows:
             requested = rule.token_id if rule.token_id is not None else repr(rule.token or token)
-            message = f"{self._words[index].label} has no token {requested}."
+            message = f"{self._vocabularies[index].label} has no token {requested}."
             self.problems.append(self._recipe.problem(rule.key, message))
             return []
         return [(index, row)]

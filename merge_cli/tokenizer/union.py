@@ -1,10 +1,10 @@
-"""A tokenizer with the tokens of several: the base's own file, and what it lacks at the end.
+"""The union of tokenizers: the base's file, with the tokens that it lacks at the end.
 
-The base's text stays split as the base splits it. Added tokens (special ones, chat markers) work as
-in the model that they are from. Ordinary tokens get a number and rows, and can be written and
-decoded; a BPE tokenizer does not split text into them, since its merges are the base's: the base
-has never seen a text that is split otherwise. (Single characters need no merge: those that the base
-falls back to bytes for are found.)
+Text is split as the base splits it. Added tokens (special tokens, chat markers) work as in the
+model that they come from. Ordinary tokens get a number and rows, and can be decoded; a BPE
+tokenizer does not split text into them, since its merges are the base's, which was trained with
+that splitting. (Single characters need no merge: characters that the base writes as bytes are
+recognised.)
 """
 
 from __future__ import annotations
@@ -18,7 +18,14 @@ from merge_cli.errors import SourceError
 from merge_cli.sources.source import Source
 from merge_cli.tokenizer.files import opaque_files, settings_json, tokenizer_document
 
-_RARE = 10.0  # below the smallest score of a unigram model: never chosen where there is a choice
+_RARE = 10.0  # below the smallest score of a unigram model: chosen only where nothing else fits
+_PLAIN = {
+    "single_word": False,
+    "lstrip": False,
+    "rstrip": False,
+    "normalized": True,
+    "special": False,
+}
 
 
 @dataclass(frozen=True)
@@ -39,17 +46,17 @@ class VocabularyUnion:
 def join(
     base: Source,
     others: Sequence[tuple[Source, Mapping[str, int]]],
-    own: Mapping[str, int],
+    base_tokens: Mapping[str, int],
     extra: Sequence[str] = (),
 ) -> VocabularyUnion:
-    """The base's tokenizer with what the others have, in their order, and single tokens more.
+    """The base's tokenizer with the tokens of the others, in their order, and extra tokens.
 
     Raises:
-        SourceError: the base's tokenizer cannot be read, or is of a kind that cannot grow.
+        SourceError: the base's tokenizer cannot be read, or its kind takes no new tokens.
     """
-    vocabulary = dict(own)
-    lacking = [token for _, tokens in others for token in tokens if token not in vocabulary]
-    requested = [*dict.fromkeys([*lacking, *(t for t in extra if t not in vocabulary)])]
+    vocabulary = dict(base_tokens)
+    missing = [token for _, tokens in others for token in tokens if token not in vocabulary]
+    requested = [*dict.fromkeys([*missing, *(t for t in extra if t not in vocabulary)])]
     if not requested:
         return VocabularyUnion(vocabulary, {}, ())
     document = tokenizer_document(base)
@@ -57,18 +64,20 @@ def join(
     from_others: dict[str, dict[str, Any]] = {}
     notes = []
     for source, tokens in others:
-        theirs = _added_tokens(source)
-        for token, about in theirs.items():
-            from_others.setdefault(token, about)
+        their_added = _added_tokens(source)
+        for token, traits in their_added.items():
+            from_others.setdefault(token, traits)
         differs = [
-            t for t, about in theirs.items() if t in added and _traits(added[t]) != _traits(about)
+            t
+            for t, traits in their_added.items()
+            if t in added and _traits(added[t]) != _traits(traits)
         ]
         if differs:
             notes.append(
-                f"tokenizer: {', '.join(differs[:3])} is set up otherwise in "
-                f"{source.label}; {base.label}'s way is taken"
+                f"tokenizer: {', '.join(differs[:3])} has other settings in "
+                f"{source.label}; those of {base.label} are used"
             )
-        plain = [t for t in tokens if t not in own and t not in theirs]
+        plain = [t for t in tokens if t not in base_tokens and t not in their_added]
         if plain:
             notes.append(
                 f"tokenizer: {len(plain)} ordinary tokens of {source.label} get rows; text"
@@ -76,15 +85,15 @@ def join(
             )
     number = max(vocabulary.values(), default=-1) + 1
     listed = document.setdefault("added_tokens", [])
-    # The package tokenizers numbers added tokens anew, but for those that the model itself has.
+    # The package `tokenizers` renumbers added tokens, except those that the model has, too.
     for token in sorted(listed, key=lambda token: token["id"]):
         _grow(document["model"], token["content"], token["id"], base.label)
     for token in requested:
         vocabulary[token] = number
         _grow(document["model"], token, number, base.label)
-        if token in from_others or token in extra and token not in lacking:
-            about = from_others.get(token, {"content": token, **_PLAIN})
-            listed.append({**about, "id": number})
+        if token in from_others or token in extra and token not in missing:
+            traits = from_others.get(token, {"content": token, **_PLAIN})
+            listed.append({**traits, "id": number})
         number += 1
     text = json.dumps(document, ensure_ascii=False, indent=2)
     files = {"tokenizer.json": text.encode()}
@@ -92,17 +101,8 @@ def join(
     return VocabularyUnion(vocabulary, files, tuple(notes))
 
 
-_PLAIN = {
-    "single_word": False,
-    "lstrip": False,
-    "rstrip": False,
-    "normalized": True,
-    "special": False,
-}
-
-
 def _grow(model: dict[str, Any], token: str, number: int, label: str) -> None:
-    """Give a token its number in the model, if it has none there."""
+    """Add a token with its number to the model, unless the model has it."""
     kind = model.get("type", "BPE")
     if kind == "Unigram":
         listed = model["vocab"]
@@ -115,7 +115,9 @@ def _grow(model: dict[str, Any], token: str, number: int, label: str) -> None:
     elif isinstance(model.get("vocab"), dict):
         model["vocab"].setdefault(token, number)
     else:
-        raise SourceError(f"its tokenizer is of the kind {kind}, which cannot grow", model=label)
+        raise SourceError(
+            f"its tokenizer is of the kind {kind}, which takes no new tokens", model=label
+        )
 
 
 def _added_tokens(source: Source) -> dict[str, dict[str, Any]]:

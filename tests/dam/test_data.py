@@ -361,7 +361,7 @@ def test_a_broken_file_of_the_cache_is_made_again(models: Path, size: int) -> No
     kept, dataset = decided.kept, decided.datasets[0]
     teacher = teacher_of(plan.sources[plan.operands[0]], "cpu", decided.dtype)
     teacher.predictions(dataset.train, kept, lambda done, total: None)
-    place = teacher.place(dataset.train[:32], kept)
+    place = teacher.path(dataset.train[:32], kept)
     whole = place.read_bytes()
     place.write_bytes(whole[:size])
     assert teacher.missing(dataset.train, kept) == len(dataset.train[:32])
@@ -383,7 +383,7 @@ def test_nothing_is_left_of_a_file_that_cannot_be_written(
     monkeypatch.setattr("safetensors.torch.save_file", fail)
     with pytest.raises(ResourceError, match="cannot be written"):
         teacher.predictions(group, decided.kept, lambda done, total: None)
-    assert not list(teacher.place(group[:32], decided.kept).parent.iterdir())
+    assert not list(teacher.path(group[:32], decided.kept).parent.iterdir())
 
 
 def test_predictions_do_not_depend_on_chunks(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -405,7 +405,7 @@ def test_the_cache_tells_devices_apart(models: Path) -> None:
     decided = plan_training(plan, "cpu")
     source, group = plan.sources[plan.operands[0]], decided.datasets[0].train[:32]
     places = {
-        teacher_of(source, device, decided.dtype).place(group, decided.kept)
+        teacher_of(source, device, decided.dtype).path(group, decided.kept)
         for device in ("cpu", "cuda:0", "cuda:1")
     }
     assert len(places) == 2

@@ -114,7 +114,7 @@ def test_nothing_is_overwritten(family: Family, tmp_path: Path) -> None:
 
 def test_refusals(family: Family, tmp_path: Path) -> None:
     out = ["-o", tmp_path / "r.yaml"]
-    failed(cli("init", *out), 2, "which models? --model is missing")
+    failed(cli("init", *out), 2, "--model is missing")
     failed(cli("init", *out, *flags(family, "a", "b"), "--method", "tie"), 2, "Did you mean 'ties'")
     failed(cli("init", *out, *flags(family, "a", "b"), "--method", "dam"), 2, "needs data to learn")
     no_base = flags(family, "a", "b", base=False)
@@ -247,7 +247,7 @@ def test_questions_are_asked_until_they_are_answered() -> None:
     ask, _ = asked("\n\nn\n")
     assert ask.method("soup", ["soup", "ties"]) == "soup"
     assert ask.path(Path("recipe.yaml")) == Path("recipe.yaml")
-    assert not ask.agrees("Write this?")
+    assert not ask.confirm("Write this?")
 
 
 def on_terminal(folder: Path, answers: str, *arguments: str) -> tuple[int, str]:

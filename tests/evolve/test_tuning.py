@@ -57,8 +57,8 @@ def test_a_parameter_of_models_is_one_number_for_all(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("ranges", "message"),
-    [(["lamda=0:1"], "has no parameter 'lamda'"), (["lambda=1"], "is no range"),
-     (["lambda=1:0"], "must be the larger"), ([], "says by what, and not what")],
+    [(["lamda=0:1"], "has no parameter 'lamda'"), (["lambda=1"], "is not a range"),
+     (["lambda=1:0"], "must be the larger"), ([], "--tune-on needs --tune")],
 )  # fmt: skip
 def test_mistakes_are_told(folder: Path, ranges: list[str], message: str) -> None:
     with pytest.raises((UsageError, RecipeError), match=message):

@@ -221,7 +221,7 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path: Path) -> None:
     config.write_text(json.dumps({**about, "target_parameters": TARGETS[:1]}))
     assert "its factors are of 2 parameters, and target_parameters names" in error()
     config.write_text(json.dumps({**about, "r": 3}))
-    assert "have the rank 4, and 3 is what" in error()
+    assert "have the rank 4, but adapter_config.json says 3" in error()
     config.write_text(json.dumps(about))
     name = f"{PREFIX}.0.mlp.experts.lora_A.weight"
     save_file({**tensors, name: torch.zeros(15, 12)}, file)

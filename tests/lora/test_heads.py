@@ -11,7 +11,7 @@ import pytest
 
 from merge_cli.checkpoint.headers import TensorRef
 from merge_cli.errors import MismatchError, SourceError
-from merge_cli.lora.heads import changed_config, find_ends
+from merge_cli.lora.heads import changed_config, find_embedding_and_head
 from merge_cli.lora.targets import AppliedAdapter, apply_adapter
 
 CONFIG: dict[str, Any] = {"peft_type": "LORA", "r": 2, "lora_alpha": 2}
@@ -48,7 +48,7 @@ def applied(
 )  # fmt: skip
 def test_where_the_head_of_a_tied_model_would_be(embedding: str, head: str) -> None:
     tensors = refs({f"{embedding}.weight": (8, 4), "vision_tower.embeddings.weight": (3, 4)})
-    ends = find_ends(tensors, {"architectures": ["AnyForCausalLM"]})
+    ends = find_embedding_and_head(tensors, {"architectures": ["AnyForCausalLM"]})
     assert (ends.embedding, ends.head, ends.tied) == (f"{embedding}.weight", f"{head}.weight", True)
     found = applied({f"{embedding}.weight": (8, 4)}, {f"{embedding}.weight": (8, 4)},
                     {"tie_word_embeddings": True}, modules_to_save=[embedding])  # fmt: skip
@@ -74,7 +74,7 @@ def test_a_model_without_a_head_gets_none() -> None:
 def test_words_that_are_tied_in_other_ways_are_refused(about: dict[str, Any], name: str) -> None:
     base = {f"{name}.weight": (8, 4), "layer.0.q.weight": (4, 4)}
     factors = {f"{name}.lora_embedding_A": (2, 8), f"{name}.lora_embedding_B": (4, 2)}
-    with pytest.raises(MismatchError, match="in several places"):
+    with pytest.raises(MismatchError, match="uses more than once"):
         applied(base, factors, about)
     plain = {"layer.0.q.lora_A.weight": (2, 4), "layer.0.q.lora_B.weight": (4, 2)}
     assert not applied(base, plain, about).changes
@@ -147,7 +147,7 @@ def test_contents_that_contradict_the_config() -> None:
     empty = {f"{name}.lora_A.weight": (0, 4), f"{name}.lora_B.weight": (4, 0)}
     about: dict[str, Any] = {}
     for adapter, config, said in (
-        (plain, {"r": 3}, "have the rank 2, and 3 is what"),
+        (plain, {"r": 3}, "have the rank 2, but adapter_config.json says 3"),
         (plain, {"use_dora": True}, "no magnitude for it"),
         ({**plain, **length}, {"use_dora": False}, "use_dora is not set"),
         (twice, {}, "holds it twice"),

@@ -227,7 +227,7 @@ def test_a_language_model_s_adapter_on_the_model_that_sees(tmp_path: Path) -> No
         assert all(torch.equal(found[n], first[n]) for n in first)
     save_file({n.replace("model.language_model.layers", "tower.layers"): t
                for n, t in tensors.items() if "q_proj" in n}, file)  # fmt: skip
-    with pytest.raises(MismatchError, match="fits at more than one place"):
+    with pytest.raises(MismatchError, match="fits in more than one way"):
         make_plan(load_recipe(passthrough(tmp_path)))
 
 

@@ -207,7 +207,7 @@ def test_rules_for_single_tokens(tmp_path: Path) -> None:
     ).read_bytes()
     assert "force: true" in text
     for wrong, message in (
-        ({"source": "elsewhere"}, "'elsewhere' is none of the recipe's models"),
+        ({"source": "elsewhere"}, "'elsewhere' is not one of the recipe's models"),
         ({"source": {"kind": "model_token", "model": "chat", "token": "<nope>"}},
          "chat has no token '<nope>'"),
         ({"source": {"kind": "model_token", "model": "chat", "token_id": 9999}},

@@ -69,13 +69,13 @@ def test_predictions_of_teachers(tmp_path: Path) -> None:
         "ends": torch.tensor([0, 2]), "ids": torch.arange(6, dtype=torch.int32).reshape(2, 3),
         "logp": torch.rand(2, 3).half(), "tail": torch.rand(2),
     }  # fmt: skip
-    teachers._keep(place, table)
+    teachers._write(place, table)
     whole = place.read_bytes()
-    assert teachers._whole(place, read=True)
+    assert teachers._is_complete(place, read=True)
     for changed in flips(whole, 400):
         place.write_bytes(changed)
         same = whole_table(place)
-        assert not teachers._whole(place, read=True) or same == whole_table_of(table)
+        assert not teachers._is_complete(place, read=True) or same == whole_table_of(table)
 
 
 def whole_table_of(table: dict[str, Any]) -> dict[str, Any]:
@@ -99,7 +99,7 @@ def test_evaluations() -> None:
     kept = cache.find("ab12", "other name")
     assert kept is not None
     assert kept["loss"].value == metric.value
-    place = cache._place("ab12")
+    place = cache._path("ab12")
     for changed in flips(place.read_bytes()):
         place.write_bytes(changed)
         assert cache.find("ab12", "math") is None

@@ -1,4 +1,4 @@
-"""Exact match: what the model writes, reduced to an answer, against the right one."""
+"""The task `exact_match`: compare the answer in generated text with the right one."""
 
 from __future__ import annotations
 
@@ -10,12 +10,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from merge_cli.errors import SourceError, UsageError
-from merge_cli.evaluation.chat import TemplateError, render_chat
-from merge_cli.evaluation.forward import require_finite
+from merge_cli.evaluation.chat import (
+    SYSTEM_WITHOUT_CHAT,
+    TemplateError,
+    render_chat,
+    require_template,
+)
+from merge_cli.evaluation.forward import batches_by_length, require_finite
 from merge_cli.evaluation.live import LiveModel
 from merge_cli.evaluation.result import Metric, TaskResult
 from merge_cli.evaluation.rows import Row, content_of, listed, read_rows, require_known
-from merge_cli.evaluation.task import DataTask, Tell, cut_note, file_fingerprint, option
+from merge_cli.evaluation.task import DataTask, OnProgress, cut_note, file_fingerprint, option
 from merge_cli.evaluation.tokens import Truncate, encode_pair, fitted, row_start, too_long
 from merge_cli.system.patterns import compile_pattern
 from merge_cli.system.untrusted import Unreadable, is_file, kind_of
@@ -23,7 +28,7 @@ from merge_cli.system.untrusted import Unreadable, is_file, kind_of
 
 @dataclass(frozen=True, kw_only=True)
 class ExactMatch(DataTask):
-    """Greedy generation after `prompt`; right is `answer`, or what `completion` says."""
+    """Greedy generation after `prompt`; the right answer is `answer` or in `completion`."""
 
     kind = "exact_match"
     metrics = ("exact_match",)
@@ -44,7 +49,7 @@ class ExactMatch(DataTask):
 
     def __post_init__(self) -> None:
         if self.system and not self.chat_template:
-            raise ValueError("system is a message of a conversation: it needs chat_template: true")
+            raise ValueError(SYSTEM_WITHOUT_CHAT)
         if self.num_fewshot and self.fewshot is None:
             raise ValueError("num_fewshot needs fewshot, a file of rows to show")
         if self.fewshot is not None and not is_file(self.fewshot):
@@ -54,18 +59,18 @@ class ExactMatch(DataTask):
         except Unreadable as error:
             raise ValueError(f"extract {error}") from None
 
-    def score(self, live: LiveModel, tell: Tell) -> TaskResult:
+    def score(self, live: LiveModel, on_progress: OnProgress) -> TaskResult:
         rows, prompts, cut = self._prompts(live)
         right = [self._right(row) for row in rows]
-        texts = self._generate(prompts, live, tell)
-        found = [self.answer(text) for text in texts]
-        hits = [float(self._same(a, b)) for a, b in zip(found, right, strict=True)]
+        texts = self._generate(prompts, live, on_progress)
+        answers = [self.answer(text) for text in texts]
+        hits = [float(self._same(a, b)) for a, b in zip(answers, right, strict=True)]
         metrics = {
             "exact_match": Metric("exact_match", "of questions", "higher", hits, [1.0] * len(hits))
         }
         examples = [
-            {"line": row.line, "correct": bool(hit), "found": item, "answer": gold, "text": text}
-            for row, hit, item, gold, text in zip(rows, hits, found, right, texts, strict=True)
+            {"line": row.line, "correct": bool(hit), "found": answer, "answer": gold, "text": text}
+            for row, hit, answer, gold, text in zip(rows, hits, answers, right, texts, strict=True)
         ]
         message = f"prompts are: their {'beginning' if self.truncate == 'left' else 'end'} was cut"
         notes = cut_note(cut, len(rows), message, live.max_length - self.max_new_tokens)
@@ -75,47 +80,45 @@ class ExactMatch(DataTask):
         self._prompts(live)
 
     def data_digest(self) -> str:
-        shown = "" if self.fewshot is None else f" {file_fingerprint(self.fewshot)}"
-        return super().data_digest() + shown
+        fewshot = "" if self.fewshot is None else f" {file_fingerprint(self.fewshot)}"
+        return super().data_digest() + fewshot
 
     def _prompts(self, live: LiveModel) -> tuple[list[Row], list[Sequence[int]], int]:
-        """The rows, the tokens that the model is asked with, and how many of them were cut."""
+        """The rows, the tokens of their prompts, and how many prompts were cut."""
         rows = self.sample(read_rows(self.data), live.seed)
-        shown = [] if self.fewshot is None else read_rows(self.fewshot)[: self.num_fewshot]
-        known = {content_of(row) for row in shown}
-        room = live.max_length - self.max_new_tokens
-        if room < 1:
+        examples = [] if self.fewshot is None else read_rows(self.fewshot)[: self.num_fewshot]
+        example_contents = {content_of(row) for row in examples}
+        limit = live.max_length - self.max_new_tokens
+        if limit < 1:
             message = f"max_new_tokens ({self.max_new_tokens}) leaves no room for a prompt in the "
             raise SourceError(f"{message}model's {live.max_length} tokens", model=live.label)
         start = () if self.chat_template else row_start(live.tokenizer)
-        found: list[Sequence[int]] = []
+        prompts: list[Sequence[int]] = []
         cut = 0
         for row in rows:
-            if known and content_of(row) in known:
+            if example_contents and content_of(row) in example_contents:
                 raise row.wrong("is among the rows that `fewshot` shows with their answers, too")
-            whole = encode_pair(self._asked(row, shown, live), "", live.tokenizer, start)
-            require_known(row, whole.ids, live.tokenizer, live.entries)
-            part = fitted(whole, room, self.truncate)
-            if part is None:
-                raise row.wrong(*too_long(len(whole.ids), room))
-            if not part.ids:
+            encoded = encode_pair(self._prompt_text(row, examples, live), "", live.tokenizer, start)
+            require_known(row, encoded.ids, live.tokenizer, live.entries)
+            shortened = fitted(encoded, limit, self.truncate)
+            if shortened is None:
+                raise row.wrong(*too_long(len(encoded.ids), limit))
+            if not shortened.ids:
                 raise row.wrong("an empty prompt, and the tokenizer has no token to start with")
-            found.append(part.ids)
-            cut += len(part.ids) < len(whole.ids)
-        return rows, found, cut
+            prompts.append(shortened.ids)
+            cut += len(shortened.ids) < len(encoded.ids)
+        return rows, prompts, cut
 
-    def _asked(self, row: Row, shown: Sequence[Row], live: LiveModel) -> str:
-        """The text that the model goes on from."""
+    def _prompt_text(self, row: Row, examples: Sequence[Row], live: LiveModel) -> str:
+        """The text that the model continues."""
         prompt = row.text("prompt")
         if not self.chat_template:
-            return "".join(f"{_example(item)}\n\n" for item in shown) + prompt
-        if not getattr(live.tokenizer, "chat_template", None):
-            message = "chat_template: true, and its tokenizer has no chat template"
-            raise SourceError(message, model=live.label, hint="Leave it out, or use `false`.")
+            return "".join(f"{_example(example)}\n\n" for example in examples) + prompt
+        require_template(live.tokenizer, live.label)
         messages = [{"role": "system", "content": self.system}] if self.system else []
-        for one in shown:
-            messages.append({"role": "user", "content": one.text("prompt")})
-            messages.append({"role": "assistant", "content": _answer(one)})
+        for example in examples:
+            messages.append({"role": "user", "content": example.text("prompt")})
+            messages.append({"role": "assistant", "content": _answer(example)})
         messages.append({"role": "user", "content": prompt})
         try:
             return render_chat(live.tokenizer, messages, add_generation_prompt=True)
@@ -124,59 +127,68 @@ class ExactMatch(DataTask):
 
     def answer(self, text: str) -> str | None:
         """The answer in a text; None where the expression does not match."""
-        ends = [at for stop in self.stop if (at := text.find(stop)) >= 0]
-        text = text[: min(ends)] if ends else text
+        stops = [at for stop in self.stop if (at := text.find(stop)) >= 0]
+        text = text[: min(stops)] if stops else text
         if not self.extract:
             return text.strip()
         pattern = compile_pattern(self.extract).fresh()
         try:
-            result = list(pattern.finditer(text))
+            matches = list(pattern.finditer(text))
         except Unreadable as error:
             raise UsageError(f"extract ({self.extract!r}) {error}") from None
-        if not result:
+        if not matches:
             return None
-        group = result[0 if self.take == "first" else -1].group(1 if pattern.groups else 0)
+        group = matches[0 if self.take == "first" else -1].group(1 if pattern.groups else 0)
         return None if group is None else group.strip()
 
     def _right(self, row: Row) -> str:
         row.text("prompt")
         if "answer" in row.fields:
-            return _plain(row).strip()
-        result = self.answer(row.text("completion"))
-        if result is None:
+            return _answer_text(row).strip()
+        answer = self.answer(row.text("completion"))
+        if answer is None:
             raise row.wrong(f"its completion does not match extract ({self.extract!r})")
-        return result
+        return answer
 
-    def _same(self, found: str | None, right: str) -> bool:
-        if found is None:
+    def _same(self, answer: str | None, right: str) -> bool:
+        if answer is None:
             return False
-        return found.casefold() == right.casefold() if self.ignore_case else found == right
+        return answer.casefold() == right.casefold() if self.ignore_case else answer == right
 
-    def _generate(self, prompts: Sequence[Sequence[int]], live: LiveModel, tell: Tell) -> list[str]:
+    def _generate(
+        self, prompts: Sequence[Sequence[int]], live: LiveModel, on_progress: OnProgress
+    ) -> list[str]:
         """Greedy continuations, in the order of the prompts."""
         import torch
         from transformers import GenerationConfig
 
-        own = live.net.generation_config
-        ends = own.eos_token_id if own.eos_token_id is not None else live.tokenizer.eos_token_id
-        pad = ends[0] if isinstance(ends, list) else ends
+        defaults = live.net.generation_config
+        eos = (
+            defaults.eos_token_id
+            if defaults.eos_token_id is not None
+            else live.tokenizer.eos_token_id
+        )
+        pad = eos[0] if isinstance(eos, list) else eos
         config = GenerationConfig(
             max_new_tokens=self.max_new_tokens,
             do_sample=False,
-            eos_token_id=ends,
+            eos_token_id=eos,
             pad_token_id=pad if pad is not None else 0,
             stop_strings=list(self.stop) or None,
         )
         texts = [""] * len(prompts)
         done = 0
-        for batch in _batches(prompts, self.max_new_tokens, live.batch_tokens):
+        lengths = [len(prompt) + self.max_new_tokens for prompt in prompts]
+        for batch in batches_by_length(lengths, live.batch_tokens):
             width = len(prompts[batch[0]])
             ids = torch.zeros(len(batch), width, dtype=torch.long)
             mask = torch.zeros(len(batch), width, dtype=torch.long)
-            for row, number in enumerate(batch):  # on the left: writing goes on at the right
+            for row, number in enumerate(
+                batch
+            ):  # padding on the left: text is appended on the right
                 ids[row, width - len(prompts[number]) :] = torch.tensor(prompts[number])
                 mask[row, width - len(prompts[number]) :] = 1
-            with torch.inference_mode(), _plainly(live.net, config):
+            with torch.inference_mode(), _greedy(live.net, config):
                 written = live.net.generate(
                     logits_processor=[lambda _, logits: self._finite(logits, live)],
                     input_ids=ids.to(live.net.device),
@@ -188,28 +200,28 @@ class ExactMatch(DataTask):
             for number, tokens in zip(batch, written.tolist(), strict=True):
                 texts[number] = live.tokenizer.decode(tokens, skip_special_tokens=True)
             done += len(batch)
-            tell(done, len(prompts))
+            on_progress(done, len(prompts))
         return texts
 
     @staticmethod
     def _finite(logits: Any, live: LiveModel) -> Any:
-        """The likeliest of numbers that are none would be token 0: an answer like any other."""
+        """Check logits: of NaN the likeliest token is 0, which looks like any answer."""
         require_finite(logits.float().logsumexp(-1), live.label)
         return logits
 
 
 @contextmanager
-def _plainly(net: Any, config: Any) -> Iterator[None]:
-    """Greedy as it is: a model's own generation settings (penalties, beams) would fill the gaps."""
-    own = net.generation_config
+def _greedy(net: Any, config: Any) -> Iterator[None]:
+    """Generate only by this config, without a model's own settings (penalties, beams)."""
+    defaults = net.generation_config
     net.generation_config = config
     try:
         yield
     finally:
-        net.generation_config = own
+        net.generation_config = defaults
 
 
-def _plain(row: Row) -> str:
+def _answer_text(row: Row) -> str:
     """A row's `answer`, which may be a number."""
     answer = row.fields["answer"]
     number = isinstance(answer, int | float) and not isinstance(answer, bool)
@@ -219,28 +231,16 @@ def _plain(row: Row) -> str:
 
 
 def _answer(row: Row) -> str:
-    """What a model should have written, of a row that is shown."""
+    """The right answer of a few-shot row."""
     if "completion" in row.fields:
         return row.text("completion")
     if "answer" not in row.fields:
         raise row.wrong(f"needs 'completion' or 'answer' to be shown (it has {listed(row.fields)})")
-    return _plain(row)
+    return _answer_text(row)
 
 
 def _example(row: Row) -> str:
-    """A row with its answer, as text: a completion brings its own space, an answer does not."""
+    """A few-shot row as text; before an answer a space is added, before a completion not."""
     prompt, answer = row.text("prompt"), _answer(row)
     between = "" if "completion" in row.fields or prompt[-1:].isspace() else " "
     return f"{prompt}{between}{answer}"
-
-
-def _batches(prompts: Sequence[Sequence[Any]], new: int, tokens: int) -> list[list[int]]:
-    """Numbers of prompts of like length, the longest first, within a budget of tokens."""
-    result: list[list[int]] = []
-    for number in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])):
-        last = result[-1] if result else []
-        if last and (len(prompts[last[0]]) + new) * (len(last) + 1) <= tokens:
-            last.append(number)
-        else:
-            result.append([number])
-    return result

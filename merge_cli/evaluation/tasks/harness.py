@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from merge_cli.errors import MergeCliError, SourceError, UsageError
+from merge_cli.evaluation.chat import SYSTEM_WITHOUT_CHAT, require_template
 from merge_cli.evaluation.forward import watched
 from merge_cli.evaluation.live import LiveModel, quiet_libraries
 from merge_cli.evaluation.result import Better, Metric, TaskResult
-from merge_cli.evaluation.task import Task, Tell, cut_note, option
+from merge_cli.evaluation.task import OnProgress, Task, cut_note, option
 from merge_cli.evaluation.tasks.harness_model import harness_model
 
 
@@ -32,22 +33,22 @@ class Harness(Task):
         True, "with chat_template: examples are turns of the conversation, not one text"
     )
 
-    # Where its data lie, and whether they have changed, only the harness knows.
-    remembered = False
+    # Only the harness knows where its data are, and whether they have changed.
+    is_cached = False
 
     def __post_init__(self) -> None:
         if self.system and not self.chat_template:
-            raise ValueError("system is a message of a conversation: it needs chat_template: true")
+            raise ValueError(SYSTEM_WITHOUT_CHAT)
 
     def data_digest(self) -> str:
         return ""
 
-    def score(self, live: LiveModel, tell: Tell) -> TaskResult:
+    def score(self, live: LiveModel, on_progress: OnProgress) -> TaskResult:
         _require()
         from lm_eval import simple_evaluate
         from lm_eval.tasks import TaskManager
 
-        tell(0, 1)
+        on_progress(0, 1)
         folder = str(self.include) if self.include else None
         with quiet_libraries():
             manager = TaskManager(include_path=folder)
@@ -60,9 +61,8 @@ class Harness(Task):
                 )
                 hint = "lm-eval ls tasks lists them; `include` adds a folder of your own."
                 raise UsageError(message, hint=hint)
-            if self.chat_template and not getattr(live.tokenizer, "chat_template", None):
-                message = "chat_template: true, and its tokenizer has no chat template"
-                raise SourceError(message, model=live.label, hint="Leave it out, or use `false`.")
+            if self.chat_template:
+                require_template(live.tokenizer, live.label)
             model = harness_model(live)
             with watched(live):
                 try:
@@ -84,13 +84,15 @@ class Harness(Task):
                     )
                 except MergeCliError:  # about the model, and not about the task
                     raise
-                except Exception as error:  # tasks are templates and code of others
+                except Exception as error:  # tasks are code and templates that can raise anything
                     message = f"lm-eval cannot run '{self.lm_eval}': {error}"
                     raise SourceError(message, model=live.label) from error
-        tell(1, 1)
-        every = [sample for name in sorted(result["samples"]) for sample in result["samples"][name]]
-        metrics, kind = self._metrics(result, every)
-        samples = [sample for sample in every if sample.get("filter") in (None, kind)]
+        on_progress(1, 1)
+        all_samples = [
+            sample for name in sorted(result["samples"]) for sample in result["samples"][name]
+        ]
+        metrics, kind = self._metrics(result, all_samples)
+        samples = [sample for sample in all_samples if sample.get("filter") in (None, kind)]
         examples = [
             {
                 "document": s["doc_id"],
@@ -106,21 +108,28 @@ class Harness(Task):
         return TaskResult(self.name, self.kind, metrics, examples, notes=notes)
 
     def _metrics(
-        self, found: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]
+        self, output: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]
     ) -> tuple[dict[str, Metric], str]:
-        """Every metric of the task, and the name of the filter that the first one is of.
+        """Every metric of the task, and the name of the first one's filter.
 
-        The harness scores each document once for every filter. One that is no mean of its
+        The harness scores each document once for every filter. A metric that is no mean of its
         examples has no interval.
         """
-        results, up = found["results"][self.lm_eval], found["higher_is_better"][self.lm_eval]
+        results, higher_is_better = (
+            output["results"][self.lm_eval],
+            output["higher_is_better"][self.lm_eval],
+        )
         metrics: dict[str, Metric] = {}
         filters: dict[str, str] = {}
         for key, value in results.items():
             name, _, kind = key.partition(",")
-            if name in metrics or name not in up or not isinstance(value, float | int):
+            if (
+                name in metrics
+                or name not in higher_is_better
+                or not isinstance(value, float | int)
+            ):
                 continue
-            better: Better = "higher" if up[name] else "lower"
+            better: Better = "higher" if higher_is_better[name] else "lower"
             parts = [s.get(name) for s in samples if s.get("filter") in (None, kind)]
             numbers = [float(part) for part in parts if isinstance(part, float | int)]
             mean = sum(numbers) / len(numbers) if numbers else math.nan
@@ -129,9 +138,9 @@ class Harness(Task):
             metrics[name] = Metric(name, "by lm-eval", better, numbers, [1.0] * len(numbers))
             filters[name] = kind
         if not metrics or self.metric and self.metric not in metrics:
-            has = ", ".join(metrics) or "none"
+            names = ", ".join(metrics) or "none"
             raise UsageError(
-                f"lm-eval's '{self.lm_eval}' has no metric '{self.metric}' (it has {has})"
+                f"lm-eval's '{self.lm_eval}' has no metric '{self.metric}' (it has {names})"
             )
         first = self.metric or next(iter(metrics))
         return {first: metrics[first], **metrics}, filters[first]

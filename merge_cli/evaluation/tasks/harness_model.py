@@ -1,4 +1,4 @@
-"""A live model as the harness asks it: with our tokens, and a count of what it cuts."""
+"""A loaded model for lm-evaluation-harness: with our tokens, and a count of what it cuts."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from merge_cli.evaluation.tokens import without_ending
 def harness_model(live: LiveModel) -> Any:
     """The harness's model, with `asked` and `cut`: requests, and how many were longer than fits.
 
-    A tokenizer that puts a token behind every text gets one that does not: the harness finds where
-    a continuation begins by the length of its context, and that token would be counted.
+    A tokenizer that adds a token after every text is replaced by one that does not: the harness
+    finds where a continuation begins by the length of its context, which would count that token.
     """
     from lm_eval.models.huggingface import HFLM
 
@@ -46,9 +46,9 @@ def harness_model(live: LiveModel) -> Any:
             )
             if add_generation_prompt:
                 return text
-            # The last message is the beginning of an answer: what ends a message is left out.
-            begun = str(chat_history[-1]["content"]).strip()
-            return text[: text.rindex(begun) + len(begun)] if begun in text else text
+            # The last message is the beginning of an answer: the end of a message is left out.
+            start = str(chat_history[-1]["content"]).strip()
+            return text[: text.rindex(start) + len(start)] if start in text else text
 
     return Counting(
         pretrained=live.net,

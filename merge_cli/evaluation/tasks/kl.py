@@ -1,4 +1,4 @@
-"""Divergence from a teacher: how far a model's predictions are from those it should keep."""
+"""The task `kl`: the divergence of a model's predictions from a teacher's."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from merge_cli.evaluation.fingerprints import source_fingerprint
 from merge_cli.evaluation.forward import Example, Window, add_up, forward, require_finite
 from merge_cli.evaluation.live import LiveModel, load, load_tokenizer
 from merge_cli.evaluation.result import Cost, Metric, TaskResult
-from merge_cli.evaluation.task import DataTask, Tell, option
+from merge_cli.evaluation.task import DataTask, OnProgress, option
 from merge_cli.evaluation.tasks.loss import text_windows, window_notes
 from merge_cli.evaluation.teachers import KeptPredictions, Teacher
 from merge_cli.recipe.reference import parse_reference
@@ -29,8 +29,8 @@ class KL(DataTask):
     """KL(teacher ‖ model) in nats per token, over the whole vocabulary or `top_k` and the rest.
 
     Over the whole vocabulary both models are loaded. With `top_k` the teacher's predictions are
-    kept on disk, once for all models and runs, and shared with what `dam` learns from; all other
-    tokens together are one bin, so that the number is a lower bound.
+    cached on disk for all models and runs, and shared with `dam`; all other tokens together are one
+    bin, so that the number is a lower bound.
     """
 
     kind = "kl"
@@ -44,24 +44,24 @@ class KL(DataTask):
         None, "keep the teacher's likeliest tokens on disk, not the teacher in memory", least=1
     )
 
-    unshared = DataTask.unshared | {"teacher", "folder"}
+    not_in_identity = DataTask.not_in_identity | {"teacher", "folder"}
 
     def data_digest(self) -> str:
         source = self._source()
         fetch_weights(source, source.header_bytes)
         return f"{super().data_digest()} {source_fingerprint(source)}"
 
-    def score(self, live: LiveModel, tell: Tell) -> TaskResult:
+    def score(self, live: LiveModel, on_progress: OnProgress) -> TaskResult:
         length = live.max_length
         if self.top_k is None:
-            with self._beside(live) as teacher:
+            with self._loaded_teacher(live) as teacher:
                 length = min(length, teacher.max_length)
                 rows, encoded, items = text_windows(self, live, self.stride, length)
-                nats, agree = _sums(_whole(live, teacher, items, tell), len(rows))
+                nats, agree = _sums(_full_divergence(live, teacher, items, on_progress), len(rows))
                 live.count(teacher.cost.tokens, teacher.cost.forward_passes)
         else:
             rows, encoded, items = text_windows(self, live, self.stride)
-            nats, agree = _sums(self._binned(live, items, tell), len(rows))
+            nats, agree = _sums(self._binned(live, items, on_progress), len(rows))
         tokens = [float(max(0, len(row.ids) - row.first)) for row in encoded]
         metrics = {
             "kl": Metric("kl", "nats per token", "lower", nats, tokens),
@@ -80,45 +80,47 @@ class KL(DataTask):
     def _source(self) -> Source:
         return open_source(parse_reference(self.teacher, self.folder), self.folder)
 
-    def _binned(self, live: LiveModel, items: Sequence[Window], tell: Tell) -> Iterator[Compared]:
+    def _binned(
+        self, live: LiveModel, windows: Sequence[Window], on_progress: OnProgress
+    ) -> Iterator[Compared]:
         """Over the teacher's likeliest tokens, and one bin for all others."""
         import torch
 
         source = self._source()
         fetch_weights(source, source.header_bytes)
-        about = source.config.get("text_config") or source.config
-        size = about.get("vocab_size", live.vocabulary)
+        text_config = source.config.get("text_config") or source.config
+        size = text_config.get("vocab_size", live.vocabulary)
         self._refuse_other_vocabulary(live, load_tokenizer(source), int(size))
         dtype = live.dtype.partition(" ")[0]
         teacher = Teacher(source, source_fingerprint(source), live.place, dtype)
-        examples = [Example(array("q", item.ids), item.first) for item in items]
-        kept = KeptPredictions(self.top_k, 1.0, "float32")
-        predictions = teacher.predictions(examples, kept, lambda *_: None)
+        examples = [Example(array("q", window.ids), window.first) for window in windows]
+        settings = KeptPredictions(self.top_k, 1.0, "float32")
+        predictions = teacher.predictions(examples, settings, lambda *_: None)
         teacher.close()
         live.count(teacher.tokens, teacher.passes)
-        number = {id(item): i for i, item in enumerate(items)}
-        for ours in forward(live, items, tell):
-            parts = [predictions.of(number[id(window)]) for window in ours.windows]
-            ids = torch.cat([one for one, _, _ in parts]).long().to(ours.logits.device)
-            p = torch.cat([one for _, one, _ in parts]).to(ours.logits.device)
-            log_q = ours.logits.log_softmax(-1)
+        numbers = {id(window): i for i, window in enumerate(windows)}
+        for batch in forward(live, windows, on_progress):
+            parts = [predictions.of(numbers[id(window)]) for window in batch.windows]
+            ids = torch.cat([values for values, _, _ in parts]).long().to(batch.logits.device)
+            p = torch.cat([values for _, values, _ in parts]).to(batch.logits.device)
+            log_q = batch.logits.log_softmax(-1)
             divergence = (p.exp() * (p - log_q.gather(-1, ids))).sum(-1)
             if parts[0][2] is not None:
-                tail = torch.cat([one for _, _, one in parts]).to(p.device)
-                rest = log_q.scatter(-1, ids, float("-inf")).logsumexp(-1)
+                tail = torch.cat([values for _, _, values in parts]).to(p.device)
+                other_mass = log_q.scatter(-1, ids, float("-inf")).logsumexp(-1)
                 # A tail of no mass adds nothing, whatever its logarithm.
-                divergence += torch.where(tail.isfinite(), tail.exp() * (tail - rest), 0.0)
+                divergence += torch.where(tail.isfinite(), tail.exp() * (tail - other_mass), 0.0)
             require_finite(divergence, live.label)  # the teacher's part is finite, or not kept
             same = log_q.argmax(-1) == ids.gather(-1, p.argmax(-1, keepdim=True))[:, 0]
-            yield ours.examples, divergence, same
+            yield batch.examples, divergence, same
 
     @contextmanager
-    def _beside(self, live: LiveModel) -> Iterator[LiveModel]:
-        """The teacher in memory."""
-        known = live.teachers
-        if known is not None and self.teacher in known:
-            known[self.teacher].cost = Cost()
-            yield known[self.teacher]
+    def _loaded_teacher(self, live: LiveModel) -> Iterator[LiveModel]:
+        """The teacher, loaded."""
+        loaded = live.teachers
+        if loaded is not None and self.teacher in loaded:
+            loaded[self.teacher].cost = Cost()
+            yield loaded[self.teacher]
             return
         teacher = load(
             self._source(),
@@ -131,10 +133,10 @@ class KL(DataTask):
         try:
             self._refuse_other_vocabulary(live, teacher.tokenizer, teacher.vocabulary)
             yield teacher
-            if known is not None:
-                known[self.teacher] = teacher
+            if loaded is not None:
+                loaded[self.teacher] = teacher
         finally:
-            if known is None or self.teacher not in known:
+            if loaded is None or self.teacher not in loaded:
                 teacher.close()
 
     def _refuse_other_vocabulary(self, live: LiveModel, tokenizer: Any, size: int) -> None:
@@ -146,21 +148,23 @@ class KL(DataTask):
         raise SourceError(message, model=live.label, hint=hint)
 
 
-def _whole(
-    live: LiveModel, teacher: LiveModel, items: Sequence[Window], tell: Tell
+def _full_divergence(
+    live: LiveModel, teacher: LiveModel, items: Sequence[Window], on_progress: OnProgress
 ) -> Iterator[Compared]:
     """Over the whole vocabulary: both models run through the same windows in the same batches."""
     import torch
 
-    pairs = zip(forward(live, items, tell), forward(teacher, items, lambda *_: None), strict=True)
-    for ours, theirs in pairs:
-        q = ours.logits.log_softmax(-1)
-        p = theirs.logits.to(q.device).log_softmax(-1)
+    pairs = zip(
+        forward(live, items, on_progress), forward(teacher, items, lambda *_: None), strict=True
+    )
+    for batch, teacher_batch in pairs:
+        q = batch.logits.log_softmax(-1)
+        p = teacher_batch.logits.to(q.device).log_softmax(-1)
         divergence = torch.nn.functional.kl_div(q, p, log_target=True, reduction="none").sum(-1)
         if not bool(divergence.isfinite().all()):
-            require_finite(theirs.logits, teacher.label)
+            require_finite(teacher_batch.logits, teacher.label)
             require_finite(divergence, live.label)
-        yield ours.examples, divergence, q.argmax(-1) == p.argmax(-1)
+        yield batch.examples, divergence, q.argmax(-1) == p.argmax(-1)
 
 
 def _sums(compared: Iterator[Compared], count: int) -> tuple[list[float], list[float]]:

@@ -1,4 +1,4 @@
-"""Held-out loss: what a model pays for text that it has not seen."""
+"""The task `loss`: negative log-likelihood of held-out text."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from merge_cli.errors import SourceError
-from merge_cli.evaluation.forward import Window, add_up, forward, require_finite, windows
+from merge_cli.evaluation.forward import Window, summed_losses, windows
 from merge_cli.evaluation.live import LiveModel
 from merge_cli.evaluation.result import Metric, TaskResult
 from merge_cli.evaluation.rows import Row, encode, read_rows
-from merge_cli.evaluation.task import DataTask, Tell, cut_note, option
+from merge_cli.evaluation.task import DataTask, OnProgress, cut_note, option
 from merge_cli.evaluation.tokens import Encoded, row_start
 
 
@@ -29,20 +29,11 @@ class LossTask(DataTask):
         least=1,
     )
 
-    def score(self, live: LiveModel, tell: Tell) -> TaskResult:
-        import torch
-
+    def score(self, live: LiveModel, on_progress: OnProgress) -> TaskResult:
         rows, encoded, items = text_windows(self, live, self.stride)
-        nats = torch.zeros(len(rows), dtype=torch.float64)
-        for batch in forward(live, items, tell):
-            losses = torch.nn.functional.cross_entropy(
-                batch.logits, batch.targets, reduction="none"
-            )
-            require_finite(losses, live.label)
-            nats += add_up(losses, batch.examples, len(rows))
         tokens = [float(max(0, len(row.ids) - row.first)) for row in encoded]
         sizes = [float(_bytes(row)) for row in encoded]
-        parts = nats.tolist()
+        parts = summed_losses(live, items, len(rows), on_progress).tolist()
         bits = [part / math.log(2) for part in parts]
         metrics = {
             "loss": Metric("loss", "nats per token", "lower", parts, tokens),
@@ -61,7 +52,7 @@ class LossTask(DataTask):
 
 
 def _bytes(row: Encoded) -> int:
-    """Bytes of the text that is predicted: all but a first token that nothing comes before."""
+    """Bytes of the predicted text: all but a first token, which nothing predicts."""
     return max(len(row.text.encode()), 1) if len(row.ids) > row.first else 0
 
 
@@ -77,13 +68,13 @@ def text_windows(
 ) -> tuple[list[Row], list[Encoded], list[Window]]:
     """The rows, their tokens, and the windows to run.
 
-    A row without anything to predict stays, with a weight of 0, so that two models' rows pair.
+    A row without tokens to predict has a weight of 0, so that rows of two models stay paired.
 
     Args:
         length: tokens of a window; default the model's context.
 
     Raises:
-        SourceError: no row has anything to predict, or one has a token that the model lacks.
+        SourceError: no row has tokens to predict, or one has a token that the model lacks.
     """
     length = length or live.max_length
     rows = task.sample(read_rows(task.data), live.seed)

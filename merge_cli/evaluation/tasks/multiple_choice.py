@@ -1,4 +1,4 @@
-"""Multiple choice: which continuation does the model find likeliest?
+"""The task `multiple_choice`: which continuation does the model find likeliest?
 
 Tokens, spaces and normalisation are those of the Language Model Evaluation Harness, so that the
 accuracies are the same: prompt and choice are tokenised together, a prompt's trailing spaces
@@ -11,11 +11,11 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from merge_cli.evaluation.forward import Window, add_up, forward, require_finite, windows
+from merge_cli.evaluation.forward import Window, summed_losses, windows
 from merge_cli.evaluation.live import LiveModel
 from merge_cli.evaluation.result import Metric, TaskResult
 from merge_cli.evaluation.rows import Row, read_rows, require_known
-from merge_cli.evaluation.task import DataTask, Tell, cut_note, option
+from merge_cli.evaluation.task import DataTask, OnProgress, cut_note, option
 from merge_cli.evaluation.tokens import Encoded, Truncate, encode_pair, fitted, own_start, too_long
 from merge_cli.system.untrusted import kind_of
 
@@ -38,35 +38,29 @@ class MultipleChoice(DataTask):
     delimiter: str = option(" ", "what stands between the prompt and a choice")
     truncate: Truncate = option("left", "which end of a prompt is cut to fit into the context")
 
-    def score(self, live: LiveModel, tell: Tell) -> TaskResult:
-        import torch
-
+    def score(self, live: LiveModel, on_progress: OnProgress) -> TaskResult:
         questions, encoded, items = self._windows(live)
-        sums = torch.zeros(len(encoded), dtype=torch.float64)
-        for batch in forward(live, items, tell):
-            losses = torch.nn.functional.cross_entropy(
-                batch.logits, batch.targets, reduction="none"
-            )
-            require_finite(losses, live.label)
-            sums -= add_up(losses, batch.examples, len(encoded))
+        sums = -summed_losses(live, items, len(encoded), on_progress)
         right, right_norm, nats, examples = [], [], [], []
         start = 0
         for q in questions:
-            result = sums[start : start + len(q.choices)].tolist()
+            likelihoods = sums[start : start + len(q.choices)].tolist()
             start += len(q.choices)
-            best = max(range(len(result)), key=lambda i: result[i])
-            norms = [value / len(choice) for value, choice in zip(result, q.choices, strict=True)]
+            best = max(range(len(likelihoods)), key=lambda i: likelihoods[i])
+            norms = [
+                value / len(choice) for value, choice in zip(likelihoods, q.choices, strict=True)
+            ]
             best_norm = max(range(len(norms)), key=lambda i: norms[i])
             right.append(float(best == q.answer))
             right_norm.append(float(best_norm == q.answer))
-            nats.append(-result[q.answer])
+            nats.append(-likelihoods[q.answer])
             examples.append(
                 {
                     "line": q.row.line,
                     "answer": q.answer,
                     "chosen": best,
                     "chosen_norm": best_norm,
-                    "log_likelihoods": result,
+                    "log_likelihoods": likelihoods,
                 }
             )
         ones = [1.0] * len(questions)
@@ -75,7 +69,7 @@ class MultipleChoice(DataTask):
             "accuracy_norm": Metric("accuracy_norm", "of questions", "higher", right_norm, ones),
             "loss": Metric("loss", "nats per right choice", "lower", nats, ones),
         }
-        count = sum(len(item.ids) > live.max_length + 1 for item in encoded)
+        count = sum(len(row.ids) > live.max_length + 1 for row in encoded)
         message = f"prompts with a choice are: of their prompts the {self.truncate} was cut"
         notes = cut_note(count, len(encoded), message, live.max_length)
         return TaskResult(self.name, self.kind, metrics, examples, notes=notes)
@@ -84,21 +78,21 @@ class MultipleChoice(DataTask):
         self._windows(live)
 
     def _windows(self, live: LiveModel) -> tuple[list[_Question], list[Encoded], list[Window]]:
-        """The questions; every prompt with a choice, whole; and what of each goes through."""
+        """The questions, every prompt with a choice, and their windows."""
         questions = [_question(row) for row in self.sample(read_rows(self.data), live.seed)]
         encoded: list[Encoded] = []
         items: list[Window] = []
-        # One more than the context: the last token is predicted, and not fed.
-        room = live.max_length + 1
+        # One more than the context: the last token is predicted, and is no input.
+        limit = live.max_length + 1
         for q in questions:
             for choice in q.choices:
-                whole = _encoded(q, self.delimiter + choice, live.tokenizer)
-                require_known(q.row, whole.ids, live.tokenizer, live.entries)
-                cut = fitted(whole, room, self.truncate)
+                complete = _encoded(q, self.delimiter + choice, live.tokenizer)
+                require_known(q.row, complete.ids, live.tokenizer, live.entries)
+                cut = fitted(complete, limit, self.truncate)
                 if cut is None:
-                    raise q.row.wrong(*too_long(len(whole.ids), room))
-                items += windows(len(encoded), cut.ids, cut.first, room, room)
-                encoded.append(whole)
+                    raise q.row.wrong(*too_long(len(complete.ids), limit))
+                items += windows(len(encoded), cut.ids, cut.first, limit, limit)
+                encoded.append(complete)
         return questions, encoded, items
 
 
@@ -117,26 +111,26 @@ def _question(row: Row) -> _Question:
         answer = choices.index(answer) if answer in choices else letter
     if type(answer) is not int or not 0 <= answer < len(choices):
         got = row.fields.get("answer")
-        raise row.wrong(f"'answer' is none of the {len(choices)} choices (got {kind_of(got)})")
+        raise row.wrong(f"'answer' is not one of the {len(choices)} choices (got {kind_of(got)})")
     return _Question(row, choices, answer)
 
 
 def _encoded(question: _Question, choice: str, tokenizer: Any) -> Encoded:
-    """Prompt and choice together; the spaces between them belong to the choice."""
+    """Tokens of prompt and choice; the spaces between them belong to the choice."""
     prompt = question.row.text("prompt")
     bare = prompt.rstrip()
     start = own_start(tokenizer) if bare else _start(question, tokenizer)
-    result = encode_pair(bare, prompt[len(bare) :] + choice, tokenizer, start)
-    if result.first >= len(result.ids):
-        message = f"the choice {choice!r} is no token of its own after its prompt"
+    encoded = encode_pair(bare, prompt[len(bare) :] + choice, tokenizer, start)
+    if encoded.first >= len(encoded.ids):
+        message = f"the choice {choice!r} adds no token to its prompt"
         raise question.row.wrong(message)
-    return result
+    return encoded
 
 
 def _start(question: _Question, tokenizer: Any) -> list[int]:
-    """What an empty prompt leaves to predict from."""
-    if result := own_start(tokenizer):
-        return result
+    """The tokens before a choice after an empty prompt."""
+    if start := own_start(tokenizer):
+        return start
     for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         if token is not None:
             return [int(token)]

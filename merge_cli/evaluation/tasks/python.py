@@ -1,4 +1,4 @@
-"""A function of the user's own, called with the live model."""
+"""The task `python`: a user's function, called with the loaded model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from merge_cli.errors import MergeCliError, SourceError
 from merge_cli.evaluation.forward import watched
 from merge_cli.evaluation.live import LiveModel
 from merge_cli.evaluation.result import Metric, TaskResult
-from merge_cli.evaluation.task import Task, Tell, file_fingerprint, option
+from merge_cli.evaluation.task import OnProgress, Task, file_fingerprint, option
 from merge_cli.recipe.reference import expanded
 
 
@@ -23,18 +23,18 @@ class PythonTask(Task):
 
     kind = "python"
     metrics = ("score",)
-    remembered = False  # what else the function reads is not known
-    unshared = Task.unshared | {"folder"}
+    is_cached = False  # the function may read anything
+    not_in_identity = Task.not_in_identity | {"folder"}
 
     python: str = option(help="file.py:function")
     better: Literal["lower", "higher"] = option("higher", "the direction of improvement")
     folder: Path = option(Path(), "where the file's relative path starts")
 
     def data_digest(self) -> str:
-        path, name = self._place()
+        path, name = self._file_and_name()
         return f"{file_fingerprint(path)} {name}"
 
-    def score(self, live: LiveModel, tell: Tell) -> TaskResult:
+    def score(self, live: LiveModel, on_progress: OnProgress) -> TaskResult:
         import torch
 
         function = self._function()
@@ -43,7 +43,7 @@ class PythonTask(Task):
                 result = function(live.net, live.tokenizer)
         except MergeCliError:  # about the model, and not about the function
             raise
-        except Exception as error:  # it is the user's: it may raise what it likes
+        except Exception as error:  # a user's function can raise anything
             message = f"raised {type(error).__name__}: {error}"
             raise SourceError(message, file=self.python) from error
         parts = list(result) if isinstance(result, list | tuple) else [result]
@@ -55,7 +55,7 @@ class PythonTask(Task):
         examples = [{"number": i, "score": part} for i, part in enumerate(parts)]
         return TaskResult(self.name, self.kind, {"score": metric}, examples)
 
-    def _place(self) -> tuple[Path, str]:
+    def _file_and_name(self) -> tuple[Path, str]:
         file, _, name = self.python.rpartition(":")
         path = self.folder / expanded(file)
         if not name.isidentifier() or not path.is_file():
@@ -64,14 +64,14 @@ class PythonTask(Task):
         return path, name
 
     def _function(self) -> Callable[[Any, Any], Any]:
-        path, name = self._place()
+        path, name = self._file_and_name()
         spec = importlib.util.spec_from_file_location(f"merge_cli_task_{path.stem}", path)
         if spec is None or spec.loader is None:
             raise SourceError("is not a Python file", file=self.python)
         module = importlib.util.module_from_spec(spec)
         try:
             spec.loader.exec_module(module)
-        except Exception as error:  # it is the user's: it may raise what it likes
+        except Exception as error:  # a user's function can raise anything
             message = f"cannot be imported: {type(error).__name__}: {error}"
             raise SourceError(message, file=str(path)) from error
         function: Callable[[Any, Any], Any] | None = getattr(module, name, None)
