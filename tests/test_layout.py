@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from tiny import Family, merge
 
-from merge_cli.checkpoint.headers import DTYPES
+from merge_cli.checkpoint.dtypes import DTYPES
 from merge_cli.checkpoint.layout import OutputTensor, indexes, lay_out, natural_key
 
 TYPES = [d for d in DTYPES if d not in ("F8_E8M0",)]

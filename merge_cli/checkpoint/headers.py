@@ -11,47 +11,15 @@ import json
 import math
 import struct
 import sys
-from collections.abc import Collection
 from contextlib import suppress
 from functools import lru_cache
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from merge_cli.checkpoint.dtypes import DTYPES, width_of
 from merge_cli.errors import CorruptFileError
 from merge_cli.system.untrusted import CONTROL, Unreadable, open_regular
-
-# Safetensors dtype -> (bytes per element, torch's name). Order is the format's own: writers sort
-# by it, widest first, so that every tensor stays aligned.
-DTYPES: dict[str, tuple[int, str]] = {
-    "U64": (8, "uint64"),
-    "I64": (8, "int64"),
-    "F64": (8, "float64"),
-    "C64": (8, "complex64"),
-    "F32": (4, "float32"),
-    "U32": (4, "uint32"),
-    "I32": (4, "int32"),
-    "BF16": (2, "bfloat16"),
-    "F16": (2, "float16"),
-    "U16": (2, "uint16"),
-    "I16": (2, "int16"),
-    "F8_E8M0": (1, "float8_e8m0fnu"),
-    "F8_E4M3": (1, "float8_e4m3fn"),
-    "F8_E5M2": (1, "float8_e5m2"),
-    "I8": (1, "int8"),
-    "U8": (1, "uint8"),
-    "BOOL": (1, "bool"),
-}
-MERGEABLE = ("F64", "F32", "BF16", "F16")  # widest first
-
-
-def promoted(dtypes: Collection[str]) -> str:
-    """The narrowest format that holds numbers of all of these, as torch promotes them."""
-    result = set(dtypes)
-    if result == {"BF16", "F16"}:
-        return "F32"
-    return next(dtype for dtype in MERGEABLE if dtype in result)
-
 
 _MAX_HEADER = 100_000_000  # the format's own limit
 
@@ -195,7 +163,7 @@ def _cut(value: Any) -> str:
 @lru_cache(maxsize=4096)
 def _stored(dtype: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...], int]:
     """Dtype, shape and bytes: the same objects for the thousands of tensors that are alike."""
-    return dtype, shape, math.prod(shape) * DTYPES[dtype][0]
+    return dtype, shape, math.prod(shape) * width_of(dtype)
 
 
 def _load(text: bytes) -> Any:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from merge_cli.checkpoint.components import STEMS, index_of, part_of
-from merge_cli.checkpoint.headers import DTYPES
+from merge_cli.checkpoint.dtypes import DTYPES, width_of
 
 _NUMBER = re.compile(r"([0-9]{1,18})")  # int() refuses what has thousands of digits
 _PLAIN: Mapping[str, str] = {"": STEMS[0]}
@@ -32,7 +32,7 @@ class OutputTensor(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * DTYPES[self.dtype][0]
+        return math.prod(self.shape) * width_of(self.dtype)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from merge_cli.checkpoint.headers import DTYPES
+from merge_cli.checkpoint.dtypes import width_of
 from merge_cli.checkpoint.tensors import Tensor
 from merge_cli.engine.worker_context import Files, LoadedBlock, StageClock, all_finite
 from merge_cli.kernels.convert import decode, encode
@@ -101,7 +101,7 @@ class StagedWorker:
 
     def _bring(self, refs: Sequence[Tensor], start: int, stop: int) -> list[Any]:
         """The stored bytes of each tensor's elements [start, stop) on the device, to be kept."""
-        sizes = [(stop - start) * DTYPES[ref.dtype][0] for ref in refs]
+        sizes = [(stop - start) * width_of(ref.dtype) for ref in refs]
         self._transfers.wait_up()
         if sum(sizes) > self._input.numel():
             self._input = self._transfers.host(sum(sizes))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any
 
-from merge_cli.checkpoint.headers import DTYPES
+from merge_cli.checkpoint.dtypes import width_of
 from merge_cli.engine.merge_stats import StatisticsMeter, TensorStats
 from merge_cli.engine.operands import BlockReader, ModelReader, TensorReader, operands_of
 from merge_cli.engine.tensor_writers import Places, writer_for
@@ -98,7 +98,7 @@ class MergeExecutor:
 
     def _copy(self, task: TensorTask, finished: Finished, unit: Chunk) -> None:
         if unit.stop > unit.start:
-            width = DTYPES[task.dtype][0]
+            width = width_of(task.dtype)
             path, offset = self._places[task.name]
             start, size = unit.start * width, (unit.stop - unit.start) * width
             clock = self._reading.pool.lane.clock

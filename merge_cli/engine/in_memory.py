@@ -14,9 +14,10 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from merge_cli.checkpoint.headers import DTYPES, TensorRef
+from merge_cli.checkpoint.dtypes import width_of
+from merge_cli.checkpoint.headers import TensorRef
 from merge_cli.checkpoint.tensors import Tensor
 from merge_cli.engine.device import Device
 from merge_cli.engine.device_worker import CudaTransfers, StagedWorker
@@ -31,49 +32,10 @@ from merge_cli.engine.pool import (
     one_torch_thread,
     worker_factory,
 )
+from merge_cli.engine.residency import Residency, SourceResidency
 from merge_cli.engine.worker_context import Files, StageClock, WorkerContext
-from merge_cli.errors import RecipeError
-from merge_cli.evaluation.live import free_memory
-from merge_cli.planning.output_slices import output_slices
-from merge_cli.planning.plan import Chunk, Plan, TensorTask, cut_chunks, is_stored_as
-from merge_cli.planning.resolve import Resolver
-from merge_cli.recipe.schema import Recipe
-from merge_cli.system.machine import show_size
+from merge_cli.planning.plan import Chunk, Plan, TensorTask, cut_chunks
 from merge_cli.system.raw_io import FilePool, read_into
-
-_HOST_SHARE, _DEVICE_SHARE = 0.5, 0.6  # of free memory; the live model and others take the rest
-Residency = Literal["device", "host", "disk"]
-
-
-@dataclass(frozen=True)
-class SourcesInMemory:
-    """Where the sources' bytes wait, and why there."""
-
-    residency: Residency
-    reason: str
-    bytes: int
-
-
-def choose_residency(
-    refs: Iterable[TensorRef], device: Device, workers: int = 1, model: int = 0
-) -> SourcesInMemory:
-    """The device beside the live model, else host memory for all workers' copies, else the disk.
-
-    Args:
-        model: bytes of the live model.
-    """
-    size = sum(ref.nbytes for ref in {(r.path, r.offset): r for r in refs}.values())
-    shown, small = show_size(size), ""
-    if device.kind == "cuda":
-        # A worker has one device; those of a pool share the first.
-        room = int(free_memory("cuda", device.indexes[:1]) * _DEVICE_SHARE) // workers - model
-        if size <= room:
-            return SourcesInMemory("device", f"{shown} fit beside the model", size)
-        small = f"{shown} do not fit beside the model; "
-    room = int(free_memory("cpu", ()) * _HOST_SHARE) // workers
-    if size <= room:
-        return SourcesInMemory("host", f"{small}{shown} fit in memory", size)
-    return SourcesInMemory("disk", f"{shown}, and room for {show_size(room)} in memory", size)
 
 
 class InMemoryFiles(Files):
@@ -88,17 +50,17 @@ class InMemoryFiles(Files):
         on_device: stored tensors that wait there, torch uint8.
     """
 
-    def __init__(self, place: SourcesInMemory, device: str = "cpu") -> None:
+    def __init__(self, residency: SourceResidency, device: str = "cpu") -> None:
         self._disk = FilePool(os.O_RDONLY)
         super().__init__(self._disk, self._disk)
-        self._place, self._device = place, device
+        self._residency, self._device = residency.residency, device
         self._kept: dict[tuple[Path, int], memoryview] = {}
         self.on_device: dict[tuple[Path, int], Any] = {}
         self.outputs: dict[Path, Any] = {}
 
     def buffer(self, size: int) -> Any:
         """What an output of so many bytes is written into."""
-        if self._place.residency == "device":
+        if self._residency == "device":
             import torch
 
             return torch.empty(size, dtype=torch.uint8, device=self._device)
@@ -108,7 +70,7 @@ class InMemoryFiles(Files):
 
     def keep(self, refs: Iterable[TensorRef]) -> None:
         """Read tensors into memory, unless the place is the disk; each once."""
-        if self._place.residency == "disk":
+        if self._residency == "disk":
             return
         for ref in refs:
             where = ref.path, ref.offset
@@ -117,7 +79,7 @@ class InMemoryFiles(Files):
             buffer = memoryview(bytearray(ref.nbytes))
             if ref.nbytes:
                 read_into(self._disk, ref.path, ref.offset, buffer, ref.model)
-            if self._place.residency == "device":
+            if self._residency == "device":
                 import torch
 
                 host = torch.frombuffer(buffer, dtype=torch.uint8) if ref.nbytes else torch.empty(0)
@@ -126,7 +88,7 @@ class InMemoryFiles(Files):
                 self._kept[where] = buffer
 
     def ask_for(self, ref: TensorRef, start: int, size: int) -> None:
-        if self._place.residency == "disk":
+        if self._residency == "disk":
             super().ask_for(ref, start, size)
 
     def read_stored(
@@ -137,7 +99,7 @@ class InMemoryFiles(Files):
             super().read_stored(clock, ref, start, buffer)
             return
         began = time.perf_counter()
-        offset = start * DTYPES[ref.dtype][0]
+        offset = start * width_of(ref.dtype)
         view = buffer.cast("B")
         view[:] = kept[offset : offset + len(view)]
         clock.read += time.perf_counter() - began
@@ -151,7 +113,7 @@ class InMemoryFiles(Files):
         self, clock: StageClock, ref: TensorRef, start: int, size: int, path: Path, offset: int
     ) -> None:
         buffer = memoryview(bytearray(size))
-        self.read_stored(clock, ref, start // DTYPES[ref.dtype][0], buffer)
+        self.read_stored(clock, ref, start // width_of(ref.dtype), buffer)
         self._put(path, offset, buffer)
 
     def close(self) -> None:
@@ -186,7 +148,7 @@ class InMemoryWorker(StagedWorker):
         kept = None if others or tensor.formula else self._files.on_device.get(_where(ref))
         if kept is None:  # computed on the way, on the host
             return super()._bring([tensor], start, stop)[0]
-        width = DTYPES[tensor.dtype][0]
+        width = width_of(tensor.dtype)
         # A copy: what is computed with may be changed in place.
         return kept[start * width : stop * width].clone()
 
@@ -247,16 +209,12 @@ class InMemoryMerger:
         residency: Residency,
     ) -> None:
         self._plan, self._files, self._device, self._options = plan, files, device, options
-        labels = [source.label for source in plan.sources]
-        pieces = output_slices(plan.recipe, plan.method, labels)
-        self._keys = [operand.spec.key for operand in pieces[0].operands]
-        self._specs = [operand.spec for operand in pieces[0].operands]
         units: dict[int, list[Chunk]] = {}
         for unit in cut_chunks(plan.tasks):
             units.setdefault(unit.task, []).append(unit)
         self._units = units
         self._order = sorted(units, key=lambda task: (-plan.tasks[task].bytes_read, task))
-        self._places = {task.name: (Path(task.name), 0) for task in plan.tasks}
+        self._residencys = {task.name: (Path(task.name), 0) for task in plan.tasks}
         self._remembered: dict[str, Prepared] = {}
         self.surveys = False
         self._arithmetic, _ = arithmetic_for(plan, device)
@@ -272,31 +230,12 @@ class InMemoryMerger:
         )
         self._pool.__enter__()
 
-    def resolved(self, recipe: Recipe) -> list[TensorTask]:
-        """The plan's tasks with another recipe's parameters."""
-        own = {spec.key: spec for spec in recipe.models}
-        specs = [own.get(k, s) for k, s in zip(self._keys, self._specs, strict=True)]
-        resolver = Resolver(recipe, self._plan.method, None, specs)
-        tasks = []
-        for task in self._plan.tasks:
-            if task.action == "copy" and not task.parameters:  # copied, whatever the method
-                tasks.append(task)
-                continue
-            result = resolver.of(task.formula_name, task.position)
-            if result.error:
-                raise RecipeError([recipe.problem("merge_method", result.error)])
-            copies = result.copies and is_stored_as(task.operands[0], task.dtype)
-            tasks.append(
-                replace(task, parameters=result.parameters, action="copy" if copies else "merge")
-            )
-        return tasks
-
     def merge(self, tasks: Sequence[TensorTask], changed: Sequence[int], take: Any) -> None:
         """Merge some of the tasks; `take(task, bytes)` gets each result."""
         computer = _Remembering(
             replace(self._plan, tasks=tuple(tasks)),
             self._reading,
-            self._places,
+            self._residencys,
             statistics=False,
             allow_non_finite=self._options.allow_non_finite,
         )
@@ -308,8 +247,8 @@ class InMemoryMerger:
         def work(job: _MergeJob) -> None:
             if not job.task.size:
                 return
-            path, _ = self._places[job.task.name]
-            raw = self._files.buffer(job.task.size * DTYPES[job.task.dtype][0])
+            path, _ = self._residencys[job.task.name]
+            raw = self._files.buffer(job.task.size * width_of(job.task.dtype))
             self._files.outputs[path] = raw
             try:
                 computer.merge(job.task, job.units, lambda unit, stats: None)

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from merge_cli.checkpoint.headers import DTYPES
+from merge_cli.checkpoint.dtypes import DTYPES
 from merge_cli.engine.device import Device
 from merge_cli.engine.executor import MergeExecutor
 from merge_cli.engine.journal import Journal

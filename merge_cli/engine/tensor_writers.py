@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from merge_cli.checkpoint.headers import DTYPES
+from merge_cli.checkpoint.dtypes import width_of
 from merge_cli.engine.worker_context import WorkerContext
 from merge_cli.kernels.convert import quantise
 from merge_cli.planning.plan import TensorTask
@@ -36,7 +36,7 @@ class _RoundingWriter:
         self._path, self._offset = places[task.name]
 
     def put(self, values: Any, start: int) -> bool:
-        place = self._offset + start * DTYPES[self._dtype][0]
+        place = self._offset + start * width_of(self._dtype)
         return self._lane.store(values, self._dtype, self._path, place)
 
 

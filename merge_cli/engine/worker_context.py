@@ -18,7 +18,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from merge_cli.checkpoint.headers import DTYPES, TensorRef
+from merge_cli.checkpoint.dtypes import width_of
+from merge_cli.checkpoint.headers import TensorRef
 from merge_cli.checkpoint.tensors import Tensor
 from merge_cli.kernels.convert import decode, decode_row, decode_rows, encode, encode_into
 from merge_cli.system.raw_io import FilePool, copy_range, read_ahead, read_into, write_from
@@ -115,7 +116,7 @@ class Files:
     ) -> None:
         """Fill the buffer with what is stored from element `start` on."""
         began = time.perf_counter()
-        offset = ref.offset + start * DTYPES[ref.dtype][0]
+        offset = ref.offset + start * width_of(ref.dtype)
         read_into(self.sources, ref.path, offset, buffer, ref.model)
         clock.read += time.perf_counter() - began
         clock.bytes_read += len(buffer)
@@ -183,7 +184,7 @@ class HostWorker:
         """(inputs, bytes) of the lane's buffer."""
         import numpy as np
 
-        width = size * DTYPES[dtype][0]
+        width = size * width_of(dtype)
         return np.frombuffer(self._buffer, np.uint8, inputs * width).reshape(inputs, width)
 
     def store(self, values: Any, dtype: str, path: Path, offset: int) -> bool:

@@ -13,13 +13,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from merge_cli.checkpoint.class_config import refuse_code
-from merge_cli.engine.device import choose_device
+from merge_cli.checkpoint.dtypes import width_of
+from merge_cli.engine.device import choose_device, free_memory
 from merge_cli.errors import MergeCliError, ResourceError, SourceError
 from merge_cli.evaluation.fingerprints import refuse_adapter
 from merge_cli.evaluation.result import Cost
 from merge_cli.evaluation.spec import DTYPES
 from merge_cli.sources.source import Source
-from merge_cli.system import machine
 from merge_cli.system.machine import show_size
 
 _USUAL_CONTEXT = 4096  # where nothing is asked for: a model's own may be more than memory holds
@@ -136,7 +136,7 @@ def load(
     kind, why = choose_dtype(source, chosen.kind, dtype)
     dtype_words = f"{kind} ({why})"
     width = torch.empty((), dtype=getattr(torch, kind)).element_size()
-    needed = sum(ref.nbytes // _width(ref.dtype) for ref in source.tensors.values()) * width
+    needed = sum(ref.nbytes // width_of(ref.dtype) for ref in source.tensors.values()) * width
     room = memory if memory is not None else int(free_memory(chosen.kind, chosen.indexes) * _ROOM)
     device_words = f"{chosen.name} ({chosen.reason})"
     options: dict[str, Any] = {"dtype": getattr(torch, kind)}
@@ -219,19 +219,6 @@ def choose_dtype(source: Source, device: str, wanted: str) -> tuple[str, str]:
     found = source.config.get("dtype") or source.config.get("torch_dtype") or "float32"
     stored = str(found).removeprefix("torch.")
     return (stored, "as stored") if stored in DTYPES else ("float32", f"stored as {stored}")
-
-
-def _width(dtype: str) -> int:
-    return {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2}.get(dtype, 1)
-
-
-def free_memory(kind: str, indexes: tuple[int, ...]) -> int:
-    """Free bytes of the devices, or of the machine."""
-    if kind == "cuda":
-        import torch
-
-        return sum(torch.cuda.mem_get_info(i)[0] for i in indexes)
-    return machine.free_memory()
 
 
 def _shares(indexes: tuple[int, ...], room: int) -> dict[int | str, int]:

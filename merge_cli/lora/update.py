@@ -14,7 +14,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from merge_cli.checkpoint.headers import MERGEABLE, TensorRef
+from merge_cli.checkpoint.dtypes import MERGEABLE
+from merge_cli.checkpoint.headers import TensorRef
 from merge_cli.checkpoint.tensors import Float32, Read, Tensor, read_numbers
 from merge_cli.kernels.matrices import low_rank_product
 from merge_cli.lora import experts

@@ -19,26 +19,15 @@ could not, and leaving one out would make another model of what was asked for.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from merge_cli.checkpoint.tensors import Read, Tensor, read_numbers, reading
+from merge_cli.checkpoint.tensors import EMBEDDINGS, Read, Tensor, TensorMap, read_numbers, reading
 from merge_cli.errors import Problem, SourceError
 from merge_cli.lora.heads import is_task_head
 from merge_cli.sources.source import Source
 
 HEADS = ("lm_head.weight", "embed_out.weight")
-EMBEDDINGS = (
-    "embed_tokens.weight",
-    "wte.weight",
-    "embed_in.weight",
-    "shared.weight",
-    "word_embeddings.weight",
-    "tok_embeddings.weight",
-    "embeddings.weight",
-)
-
-View = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -52,7 +41,7 @@ class TiedHeads:
         stored: heads that are left out, with the embedding that stands in for each.
     """
 
-    views: tuple[View, ...]
+    views: tuple[TensorMap, ...]
     tied: bool | None
     notes: tuple[str, ...]
     stored: tuple[Copies, ...] = ()
@@ -61,7 +50,7 @@ class TiedHeads:
 def reconcile_heads(sources: Sequence[Source]) -> TiedHeads:
     """Make every source either have the head or not."""
     head = next((n for s in sources for n in s.tensors if n.endswith(HEADS)), None)
-    views: list[View] = [source.tensors for source in sources]
+    views: list[TensorMap] = [source.tensors for source in sources]
     if head is None:
         return TiedHeads(tuple(views), None, ())
     stored = [head in source.tensors for source in sources]

@@ -11,11 +11,10 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
 
-from merge_cli.checkpoint.headers import MERGEABLE
-from merge_cli.checkpoint.tensors import Tensor
+from merge_cli.checkpoint.dtypes import MERGEABLE
+from merge_cli.checkpoint.tensors import Tensor, TensorMap
 from merge_cli.errors import Problem
 from merge_cli.planning.absent import BUFFER, AbsentTensors, in_short
-from merge_cli.planning.heads import View
 from merge_cli.planning.layers import (
     LayerIndex,
     LayerKeys,
@@ -85,7 +84,7 @@ class Model:
     """A source with the tensors that it is taken to have (see heads.py)."""
 
     source: Source
-    view: View
+    view: TensorMap
     places: LayerKeys
 
     @property
@@ -109,7 +108,7 @@ class Model:
 
 
 def match_pieces(
-    pieces: Sequence[OutputSlice], sources: Sequence[Source], views: Sequence[View]
+    pieces: Sequence[OutputSlice], sources: Sequence[Source], views: Sequence[TensorMap]
 ) -> TensorMatches:
     """Find every tensor of every piece in its sources, and what does not fit.
 
@@ -171,7 +170,7 @@ def _match_piece(
     absent: AbsentTensors,
     into: TensorMatches,
 ) -> None:
-    offers: list[View] = []
+    offers: list[TensorMap] = []
     for operand in piece.members:
         offer = _offered(piece, operand, models[operand.source], into)
         if offer is None:
@@ -199,7 +198,7 @@ def _match_piece(
 
 def _offered(
     piece: OutputSlice, operand: SliceOperand, model: Model, into: TensorMatches
-) -> View | None:
+) -> TensorMap | None:
     """What a source gives to a piece, by output name; None (and a problem) if it cannot."""
     if operand.layers is None:
         return model.view
@@ -307,7 +306,7 @@ def _is_vocabulary(name: str, refs: Sequence[Tensor]) -> bool:
 def _report_extra(
     piece: OutputSlice,
     labels: Sequence[str],
-    offers: Sequence[View],
+    offers: Sequence[TensorMap],
     absent: AbsentTensors,
     into: TensorMatches,
 ) -> None:

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from merge_cli.checkpoint.coefficients import CoefficientFile
-from merge_cli.checkpoint.headers import DTYPES, MERGEABLE, TensorRef, promoted
+from merge_cli.checkpoint.dtypes import DTYPES, MERGEABLE, promoted, width_of
+from merge_cli.checkpoint.headers import TensorRef
 from merge_cli.checkpoint.layout import OutputTensor, Shard
 from merge_cli.checkpoint.statistics import CalibrationStatistics, TensorStatistics
 from merge_cli.checkpoint.tensors import Tensor
@@ -270,7 +271,7 @@ def cut_chunks(tasks: Sequence[TensorTask]) -> list[Chunk]:
 
 def span_starts(task: TensorTask) -> list[int]:
     """Where the units of a task begin, and at the end its size."""
-    width = sum(DTYPES[ref.dtype][0] for ref in task.inputs)
+    width = sum(width_of(ref.dtype) for ref in task.inputs)
     least = BLOCK_MULTIPLE
     if task.block is not None:  # a block's scale is one unit's
         least = math.lcm(least, task.block[0] * task.shape[-1])

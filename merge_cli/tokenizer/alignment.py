@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 
 from merge_cli.checkpoint.config import text_config
 from merge_cli.checkpoint.rearranged import PermutedRows, SourceRows, padded
-from merge_cli.checkpoint.tensors import Tensor
+from merge_cli.checkpoint.tensors import EMBEDDINGS, Tensor, TensorMap
 from merge_cli.errors import MergeCliError, RecipeError, SourceError
-from merge_cli.planning.heads import EMBEDDINGS, View
 from merge_cli.recipe.reference import local_folder, parse_reference
 from merge_cli.recipe.schema import Recipe
 from merge_cli.recipe.tokenizer import BASE, UNION
@@ -60,7 +59,7 @@ class AlignedVocabulary:
         guest: a model that is not merged and gives the tokenizer files.
     """
 
-    views: tuple[View, ...]
+    views: tuple[TensorMap, ...]
     donor: int
     files: Mapping[str, bytes] = field(default_factory=dict)
     rows: int | None = None
@@ -83,7 +82,11 @@ class AlignedVocabulary:
 
 
 def align(
-    recipe: Recipe, sources: Sequence[Source], views: Sequence[View], base: int | None, donor: int
+    recipe: Recipe,
+    sources: Sequence[Source],
+    views: Sequence[TensorMap],
+    base: int | None,
+    donor: int,
 ) -> AlignedVocabulary:
     """Bring the sources' embeddings and heads into the order that the recipe asks for.
 
@@ -103,7 +106,9 @@ def align(
     return _Alignment(recipe, sources, views, base, donor).result()
 
 
-def truncated(sources: Sequence[Source], views: Sequence[View], donor: int) -> AlignedVocabulary:
+def truncated(
+    sources: Sequence[Source], views: Sequence[TensorMap], donor: int
+) -> AlignedVocabulary:
     """Every model with as many rows as the smallest has: mergekit's unsafe-truncate-embeddings."""
     import numpy as np
 
@@ -137,7 +142,7 @@ class _Alignment:
         self,
         recipe: Recipe,
         sources: Sequence[Source],
-        views: Sequence[View],
+        views: Sequence[TensorMap],
         base: int | None,
         donor: int,
     ) -> None:
@@ -268,7 +273,7 @@ class _Alignment:
 
     def _gather(
         self, tables: Sequence[SourceRows], rows: int
-    ) -> tuple[tuple[View, ...], list[str]]:
+    ) -> tuple[tuple[TensorMap, ...], list[str]]:
         """Every source's tensors, those with a row for each token rearranged; their names."""
         import numpy as np
 
@@ -298,7 +303,7 @@ class _Alignment:
         return None if all(a == b for a, b in moved.items()) else moved
 
 
-def _names_with_tokens(views: Sequence[View], heights: Sequence[int]) -> list[str]:
+def _names_with_tokens(views: Sequence[TensorMap], heights: Sequence[int]) -> list[str]:
     """The tensors that have a row for each token, in every source."""
 
     def has(name: str) -> bool:
@@ -320,7 +325,7 @@ def _vocabulary(source: Source) -> Mapping[str, int]:
     return listed if listed or not opaque_files(source) else converted_vocabulary(source)
 
 
-def _height(source: Source, view: View) -> int:
+def _height(source: Source, view: TensorMap) -> int:
     """Rows of a source's input embedding."""
     found = [
         ref.shape[0]
