@@ -97,8 +97,8 @@ def is_companion(name: str) -> bool:
     """
     if name.endswith((".safetensors", ".py", ".bin", ".pt")):
         return False
-    known = name in _COMPANIONS or name in _SENTENCES
-    return known or name.endswith(_SUFFIXES) or name.startswith(_PREFIXES)
+    has_known_name = name in _COMPANIONS or name in _SENTENCES
+    return has_known_name or name.endswith(_SUFFIXES) or name.startswith(_PREFIXES)
 
 
 def is_weight(name: str) -> bool:
@@ -245,7 +245,7 @@ def leads_out(path: Path, root: Path) -> bool:
     repository = home.parent.parent
     if home.parent.name == "snapshots" and repository.name.startswith("models--"):
         allowed.append(repository / "blobs")
-    return not any(place in real.parents for place in allowed)
+    return not any(target in real.parents for target in allowed)
 
 
 def refuse_links(paths: Iterable[Path], root: Path, label: str) -> None:
@@ -254,11 +254,11 @@ def refuse_links(paths: Iterable[Path], root: Path, label: str) -> None:
     Raises:
         SourceError: names every one.
     """
-    found = [path.relative_to(root).as_posix() for path in paths if leads_out(path, root)]
-    if found:
-        verb = "is a link" if len(found) == 1 else "are links"
+    links = [path.relative_to(root).as_posix() for path in paths if leads_out(path, root)]
+    if links:
+        verb = "is a link" if len(links) == 1 else "are links"
         message = (
-            f"{', '.join(sorted(found))} {verb} out of the model's folder, and would be copied"
+            f"{', '.join(sorted(links))} {verb} out of the model's folder, and would be copied"
         )
         raise SourceError(message, model=label, hint=_HINT)
 
@@ -281,11 +281,11 @@ def read_card(folder: Path) -> tuple[dict[str, Any], str]:
     """The metadata of a folder's card, and why it cannot be read; both empty without a card."""
     path = folder / CARD
     try:
-        about = path.stat()
+        status = path.stat()
     except OSError as error:
         missing = isinstance(error, FileNotFoundError)
         return {}, "" if missing else f"{CARD} cannot be read: {error.strerror}"
-    return _read(path, about.st_size, about.st_mtime_ns)
+    return _read(path, status.st_size, status.st_mtime_ns)
 
 
 @lru_cache(maxsize=64)

@@ -65,14 +65,14 @@ def known_class(config: Mapping[str, Any]) -> tuple[Any, Any]:
     import transformers
 
     kind = getattr(transformers, name, None) if name.isidentifier() else None
-    known = transformers.CONFIG_MAPPING
+    classes = transformers.CONFIG_MAPPING
     if (
-        config["model_type"] not in known
+        config["model_type"] not in classes
         or name.startswith("Timm")
         or not hasattr(kind, "from_pretrained")
     ):
         raise UnknownClass(f"transformers {transformers.__version__} has no {name}")
-    about = known[config["model_type"]]
+    about = classes[config["model_type"]]
     if getattr(kind, "config_class", None) is not about:
         raise UnknownClass(f"{name} is not a class of the model_type '{config['model_type']}'")
     return kind, about
@@ -92,8 +92,8 @@ def empty_model(config: Mapping[str, Any]) -> Any:
             with torch.device("meta"):
                 return kind(about.from_dict(without_choices(config)))
         except Exception as error:  # a config can break a class in any way it likes
-            said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UnknownClass(said) from error
+            printed = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UnknownClass(printed) from error
 
 
 def written_out(config: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -121,8 +121,8 @@ class CoefficientFile:
 
     def of(self, name: str, shape: Sequence[int]) -> TensorCoefficients:
         """The coefficients of a tensor of this shape."""
-        found = [self._map(key) for key in (name, name + ROWS, name + COLUMNS)]
-        return TensorCoefficients(tuple(shape), *found)
+        entries = [self._map(key) for key in (name, name + ROWS, name + COLUMNS)]
+        return TensorCoefficients(tuple(shape), *entries)
 
     def problems(self, name: str, shape: Sequence[int], sources: int) -> Iterator[str]:
         """Why a tensor of this shape cannot be merged with this file."""

@@ -120,11 +120,11 @@ def with_layer_types(config: Mapping[str, Any], root: Path) -> dict[str, Any]:
     from transformers import AutoConfig
 
     try:
-        known = AutoConfig.from_pretrained(str(root), trust_remote_code=False).get_text_config()
-        kinds = list(known.layer_types)
-        key = type(known).attribute_map.get("layer_types", "layer_types")
+        loaded = AutoConfig.from_pretrained(str(root), trust_remote_code=False).get_text_config()
+        kinds = list(loaded.layer_types)
+        key = type(loaded).attribute_map.get("layer_types", "layer_types")
         # Some classes count the kinds out and cannot be told them (Bamba, Jamba).
-        again = type(known).from_dict({**target, key: kinds})
+        again = type(loaded).from_dict({**target, key: kinds})
         if len(set(kinds)) > 1 and list(again.layer_types) == kinds:
             target[key] = kinds
     except Exception:

@@ -102,17 +102,19 @@ def parse_header(raw: bytes, path: Path, file_size: int, model: str) -> dict[str
         raise corrupt(f"its header is not valid JSON: {error}") from None
     if not isinstance(entries, dict):
         raise corrupt("its header is not a mapping")
-    about = entries.pop("__metadata__", None) or {}
-    if not isinstance(about, dict) or not all(isinstance(item, str) for item in about.values()):
+    metadata = entries.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(
+        isinstance(item, str) for item in metadata.values()
+    ):
         raise corrupt("its __metadata__ is not a mapping of texts")
     data_start = 8 + length
-    found = [_entry(name, e, path, data_start, model, corrupt) for name, e in entries.items()]
-    found.sort(key=attrgetter("offset", "nbytes"))
+    refs = [_entry(name, e, path, data_start, model, corrupt) for name, e in entries.items()]
+    refs.sort(key=attrgetter("offset", "nbytes"))
     end = data_start
-    for ref in found:
+    for ref in refs:
         stop = ref.offset + ref.nbytes
         if stop > file_size:
-            missing = max(r.offset + r.nbytes for r in found) - file_size
+            missing = max(r.offset + r.nbytes for r in refs) - file_size
             raise corrupt(f"truncated: the last {missing} bytes are not there", ref.name)
         if ref.offset != end:
             kind = "overlaps the tensor before it" if ref.offset < end else "leaves a gap before it"
@@ -120,7 +122,7 @@ def parse_header(raw: bytes, path: Path, file_size: int, model: str) -> dict[str
         end = stop
     if end != file_size:
         raise corrupt(f"{file_size - end} bytes at its end belong to no tensor")
-    return {ref.name: ref for ref in found}
+    return {ref.name: ref for ref in refs}
 
 
 _ENTRY = ("dtype", "shape", "data_offsets")

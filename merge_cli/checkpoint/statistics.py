@@ -159,7 +159,7 @@ class CalibrationStatistics:
     def digests(self) -> tuple[str, ...]:
         return tuple(file.digest for file in self.files)
 
-    def of(self, operands: Sequence[Any], places: Sequence[int]) -> TensorStatistics:
+    def of(self, operands: Sequence[Any], recipe_indexes: Sequence[int]) -> TensorStatistics:
         """The statistics of one output tensor.
 
         Args:
@@ -169,8 +169,8 @@ class CalibrationStatistics:
         return TensorStatistics(
             tuple(
                 # What is computed from several stored tensors is none that a model was asked about.
-                self.files[place].of(tensor.name) if isinstance(tensor, TensorRef) else None
-                for tensor, place in zip(operands, places, strict=True)
+                self.files[recipe_index].of(tensor.name) if isinstance(tensor, TensorRef) else None
+                for tensor, recipe_index in zip(operands, recipe_indexes, strict=True)
             )
         )
 

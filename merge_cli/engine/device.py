@@ -1,4 +1,4 @@
-"""Choosing where and with what to compute, with the reason, which is shown."""
+"""Choose where to compute and with what, and give the reason, which the plan shows."""
 
 from __future__ import annotations
 

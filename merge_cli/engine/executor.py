@@ -30,12 +30,12 @@ class MergeExecutor:
         self,
         plan: Plan,
         reading: BlockReader,
-        places: Places,
+        offsets: Places,
         *,
         statistics: bool,
         allow_non_finite: bool,
     ) -> None:
-        self._plan, self._reading, self._places = plan, reading, places
+        self._plan, self._reading, self._places = plan, reading, offsets
         self._statistics, self._allow = statistics, allow_non_finite
         self._method = plan.method
         self._survey: Any = None
@@ -62,7 +62,7 @@ class MergeExecutor:
         """Whether the method has looked at the whole model."""
         return self._survey is not None
 
-    def merge(self, task: TensorTask, units: Sequence[Chunk], finished: Finished) -> None:
+    def merge(self, task: TensorTask, chunks: Sequence[Chunk], finished: Finished) -> None:
         """Merge these units of one tensor.
 
         Args:
@@ -72,11 +72,11 @@ class MergeExecutor:
             NonFiniteError: NaN or Inf in a source, unless they are allowed.
         """
         if task.moved or not task.size:
-            self._reading.pool.map(partial(self._copy, task, finished), units)
+            self._reading.pool.map(partial(self._copy, task, finished), chunks)
             return
         reader = self._reader(task)
         if task.action == "copy":
-            self._reading.pool.map(partial(self._round, reader, finished), units)
+            self._reading.pool.map(partial(self._round, reader, finished), chunks)
             return
         supplied: dict[str, Any] = {}
         if "coefficients" in self._method.supplied and self._plan.coefficients is not None:
@@ -86,7 +86,7 @@ class MergeExecutor:
         if self._method.prepare is not None:
             supplied["prepared"] = self.prepare(reader, task)
         work = partial(self._merge_unit, reader, supplied, finished)
-        self._reading.pool.map(work, units)
+        self._reading.pool.map(work, chunks)
 
     def prepare(self, reader: TensorReader, task: TensorTask) -> Any:
         """What the method must know of the whole tensor first."""
@@ -96,49 +96,51 @@ class MergeExecutor:
     def _reader(self, task: TensorTask) -> TensorReader:
         return TensorReader(task, self._reading, span_starts(task), self._plan.statistics_of(task))
 
-    def _copy(self, task: TensorTask, finished: Finished, unit: Chunk) -> None:
-        if unit.stop > unit.start:
+    def _copy(self, task: TensorTask, finished: Finished, chunk: Chunk) -> None:
+        if chunk.stop > chunk.start:
             width = width_of(task.dtype)
             path, offset = self._places[task.name]
-            start, size = unit.start * width, (unit.stop - unit.start) * width
+            start, size = chunk.start * width, (chunk.stop - chunk.start) * width
             clock = self._reading.pool.lane.clock
             (stored,) = task.operands[0].stored  # the planner copies nothing else
             self._reading.files.copy(clock, stored, start, size, path, offset + start)
-        finished(unit, TensorStats())
+        finished(chunk, TensorStats())
 
-    def _round(self, reader: TensorReader, finished: Finished, unit: Chunk) -> None:
+    def _round(self, reader: TensorReader, finished: Finished, chunk: Chunk) -> None:
         """A copy of what is computed, or stored in another dtype."""
-        sink = writer_for(reader.task, self._reading.pool.lane, self._places, unit.start, unit.stop)
+        writer = writer_for(
+            reader.task, self._reading.pool.lane, self._places, chunk.start, chunk.stop
+        )
         stats = TensorStats()
-        for block in reader.range(unit.start, unit.stop):
+        for block in reader.range(chunk.start, chunk.stop):
             self._check_finite(block, reader.task, stats)
-            if not sink.put(block.operands[0], block.at.start):
+            if not writer.put(block.operands[0], block.at.start):
                 self._refuse_infinity(block.operands[0], reader.task, block)
-        finished(unit, stats)
+        finished(chunk, stats)
 
     def _merge_unit(
-        self, reader: TensorReader, supplied: dict[str, Any], finished: Finished, unit: Chunk
+        self, reader: TensorReader, supplied: dict[str, Any], finished: Finished, chunk: Chunk
     ) -> None:
-        task, method, lane = reader.task, self._method, self._reading.pool.lane
-        sink = writer_for(task, lane, self._places, unit.start, unit.stop)
-        named = arguments(method, task.parameters)
-        named |= {name: value for name, value in supplied.items() if name in method.supplied}
-        kept = method.kept and partial(
+        task, method, worker = reader.task, self._method, self._reading.pool.lane
+        writer = writer_for(task, worker, self._places, chunk.start, chunk.stop)
+        parameters = arguments(method, task.parameters)
+        parameters |= {name: value for name, value in supplied.items() if name in method.supplied}
+        count_kept = method.kept and partial(
             method.kept, prepared=supplied.get("prepared"), parameters=task.parameters
         )
         stats = TensorStats()
-        meter = StatisticsMeter(len(task.operands), kept) if self._statistics else None
-        reader.read_ahead(reader.starts.index(unit.start) + 1)
-        for block in reader.range(unit.start, unit.stop):
+        meter = StatisticsMeter(len(task.operands), count_kept) if self._statistics else None
+        reader.read_ahead(reader.starts.index(chunk.start) + 1)
+        for block in reader.range(chunk.start, chunk.stop):
             self._check_finite(block, task, stats)
-            merged = method.function(**operands_of(block, method.supplied), **named)
-            if not sink.put(merged, block.at.start):
+            merged = method.function(**operands_of(block, method.supplied), **parameters)
+            if not writer.put(merged, block.at.start):
                 self._refuse_infinity(merged, task, block)
             if meter is not None:
                 meter.add(block, merged)
         if meter is not None:
             stats.add(meter.result())
-        finished(unit, stats)
+        finished(chunk, stats)
 
     def _check_finite(self, block: Block, task: TensorTask, stats: TensorStats) -> None:
         counts = [0] * len(block.operands)
@@ -164,8 +166,8 @@ class MergeExecutor:
         else:
             bad = next(i for i, count in enumerate(counts) if count)
             ref, values = task.operands[bad], block.operands[bad]
-        place = _first_non_finite(values) + block.at.start
-        message = f"NaN or Inf among its weights (first at element {place})"
+        element = _first_non_finite(values) + block.at.start
+        message = f"NaN or Inf among its weights (first at element {element})"
         return NonFiniteError(
             message,
             model=ref.model,

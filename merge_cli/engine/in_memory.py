@@ -73,8 +73,8 @@ class InMemoryFiles(Files):
         if self._residency == "disk":
             return
         for ref in refs:
-            where = ref.path, ref.offset
-            if where in self._kept or where in self.on_device:
+            key = ref.path, ref.offset
+            if key in self._kept or key in self.on_device:
                 continue
             buffer = memoryview(bytearray(ref.nbytes))
             if ref.nbytes:
@@ -83,9 +83,9 @@ class InMemoryFiles(Files):
                 import torch
 
                 host = torch.frombuffer(buffer, dtype=torch.uint8) if ref.nbytes else torch.empty(0)
-                self.on_device[where] = host.to(self._device, torch.uint8)
+                self.on_device[key] = host.to(self._device, torch.uint8)
             else:
-                self._kept[where] = buffer
+                self._kept[key] = buffer
 
     def ask_for(self, ref: TensorRef, start: int, size: int) -> None:
         if self._residency == "disk":
@@ -94,16 +94,16 @@ class InMemoryFiles(Files):
     def read_stored(
         self, clock: StageClock, ref: TensorRef, start: int, buffer: memoryview
     ) -> None:
-        kept = self._kept.get((ref.path, ref.offset))
-        if kept is None:  # on the disk; or on the device, and wanted here for once
+        cached = self._kept.get((ref.path, ref.offset))
+        if cached is None:  # on the disk; or on the device, and wanted here for once
             super().read_stored(clock, ref, start, buffer)
             return
         began = time.perf_counter()
         offset = start * width_of(ref.dtype)
-        view = buffer.cast("B")
-        view[:] = kept[offset : offset + len(view)]
+        target = buffer.cast("B")
+        target[:] = cached[offset : offset + len(target)]
         clock.read += time.perf_counter() - began
-        clock.bytes_read += len(view)
+        clock.bytes_read += len(target)
 
     def write(self, clock: StageClock, path: Path, offset: int, data: memoryview) -> None:
         self._put(path, offset, data)
@@ -145,12 +145,12 @@ class InMemoryWorker(StagedWorker):
 
     def _own(self, tensor: Tensor, start: int, stop: int) -> Any:
         (ref, *others) = tensor.stored
-        kept = None if others or tensor.formula else self._files.on_device.get(_where(ref))
-        if kept is None:  # computed on the way, on the host
+        cached = None if others or tensor.formula else self._files.on_device.get(_where(ref))
+        if cached is None:  # computed on the way, on the host
             return super()._bring([tensor], start, stop)[0]
         width = width_of(tensor.dtype)
         # A copy: what is computed with may be changed in place.
-        return kept[start * width : stop * width].clone()
+        return cached[start * width : stop * width].clone()
 
     def _give(self, stored: Any, path: Path, offset: int) -> None:
         self._files.outputs[path][offset : offset + stored.numel()].copy_(stored)
@@ -183,12 +183,12 @@ class _Remembering(MergeExecutor):
         if uses is None or self._survey is not None:
             return super().prepare(reader, task)
         key = repr([(name, task.parameters[name]) for name in uses])
-        known = self.remembered.setdefault(task.name, OrderedDict())
-        if key not in known:
-            known[key] = super().prepare(reader, task)
-            if len(known) > _REMEMBERED:
-                known.popitem(last=False)
-        return known[key]
+        answers = self.remembered.setdefault(task.name, OrderedDict())
+        if key not in answers:
+            answers[key] = super().prepare(reader, task)
+            if len(answers) > _REMEMBERED:
+                answers.popitem(last=False)
+        return answers[key]
 
 
 @dataclass(frozen=True)
@@ -209,22 +209,22 @@ class InMemoryMerger:
         residency: Residency,
     ) -> None:
         self._plan, self._files, self._device, self._options = plan, files, device, options
-        units: dict[int, list[Chunk]] = {}
-        for unit in cut_chunks(plan.tasks):
-            units.setdefault(unit.task, []).append(unit)
-        self._units = units
-        self._order = sorted(units, key=lambda task: (-plan.tasks[task].bytes_read, task))
+        chunks: dict[int, list[Chunk]] = {}
+        for chunk in cut_chunks(plan.tasks):
+            chunks.setdefault(chunk.task, []).append(chunk)
+        self._units = chunks
+        self._order = sorted(chunks, key=lambda task: (-plan.tasks[task].bytes_read, task))
         self._residencys = {task.name: (Path(task.name), 0) for task in plan.tasks}
         self._remembered: dict[str, Prepared] = {}
         self.surveys = False
         self._arithmetic, _ = arithmetic_for(plan, device)
         room = worker_memory(plan, device, options)
-        lanes = (
+        make_context = (
             in_memory_workers(files, device, room.block)
             if residency == "device"
             else worker_factory(files, device, self._arithmetic, room)
         )
-        self._pool = Pool(lanes, room.lanes)
+        self._pool = Pool(make_context, room.lanes)
         self._reading = BlockReader(
             self._pool, files, plan.recipe.seed, "deltas" in plan.method.supplied
         )
@@ -232,36 +232,36 @@ class InMemoryMerger:
 
     def merge(self, tasks: Sequence[TensorTask], changed: Sequence[int], take: Any) -> None:
         """Merge some of the tasks; `take(task, bytes)` gets each result."""
-        computer = _Remembering(
+        executor = _Remembering(
             replace(self._plan, tasks=tuple(tasks)),
             self._reading,
             self._residencys,
             statistics=False,
             allow_non_finite=self._options.allow_non_finite,
         )
-        computer.remembered = self._remembered
+        executor.remembered = self._remembered
 
         def survey(_: None) -> None:
-            computer.survey(lambda: None)
+            executor.survey(lambda: None)
 
         def work(job: _MergeJob) -> None:
             if not job.task.size:
                 return
             path, _ = self._residencys[job.task.name]
-            raw = self._files.buffer(job.task.size * width_of(job.task.dtype))
-            self._files.outputs[path] = raw
+            output = self._files.buffer(job.task.size * width_of(job.task.dtype))
+            self._files.outputs[path] = output
             try:
-                computer.merge(job.task, job.units, lambda unit, stats: None)
+                executor.merge(job.task, job.units, lambda chunk, stats: None)
             finally:
                 del self._files.outputs[path]
-            take(job.task, raw)
+            take(job.task, output)
 
         requested = set(changed)
         jobs = [_MergeJob(tasks[n], tuple(self._units[n])) for n in self._order if n in requested]
         with one_torch_thread(self._device, self._arithmetic), memory_errors(resumes=False):
             if jobs and self._plan.method.survey is not None:
                 self._pool.map(survey, [None])
-                self.surveys = computer.surveyed
+                self.surveys = executor.surveyed
             self._pool.map(work, jobs)
         if self._device.kind == "cuda":
             import torch

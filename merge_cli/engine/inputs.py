@@ -54,14 +54,14 @@ class Inputs:
     @property
     def digest(self) -> str:
         """Of every file's place, size and times: what work over them may be continued by."""
-        known = sorted((str(p), s.size, s.modified, s.changed) for p, s in self._stamps.items())
-        return hashlib.sha256(repr((known, sorted(self._digests.values()))).encode()).hexdigest()
+        files = sorted((str(p), s.size, s.modified, s.changed) for p, s in self._stamps.items())
+        return hashlib.sha256(repr((files, sorted(self._digests.values()))).encode()).hexdigest()
 
     @property
     def content(self) -> str:
         """Of names, sizes and samples of the files: what another folder with them shares."""
-        known = sorted((path.name, digest) for path, digest in self._digests.items())
-        return hashlib.sha256(repr(known).encode()).hexdigest()
+        names = sorted((path.name, fingerprint) for path, fingerprint in self._digests.items())
+        return hashlib.sha256(repr(names).encode()).hexdigest()
 
     def verify(self) -> None:
         """Raise if a file is not what it was.
@@ -69,15 +69,15 @@ class Inputs:
         Raises:
             SourceError: names the first one.
         """
-        for path, stamp in self._stamps.items():
-            if self._looked_at(path) != stamp or self._digest(path) != self._digests[path]:
+        for path, earlier_state in self._stamps.items():
+            if self._looked_at(path) != earlier_state or self._digest(path) != self._digests[path]:
                 raise changed(self._labels[path], path.name)
-        for label, root, known in self._folders:
-            new = {
-                p for p in folder_fingerprints(root).keys() - known if p.suffix != ".safetensors"
+        for label, root, earlier in self._folders:
+            appeared = {
+                p for p in folder_fingerprints(root).keys() - earlier if p.suffix != ".safetensors"
             }
-            if new:
-                raise changed(label, min(new).name, "has appeared")
+            if appeared:
+                raise changed(label, min(appeared).name, "has appeared")
 
     def verify_or(self, discard: Callable[[], None]) -> None:
         """`verify`; what was made of a mixture is thrown away first.

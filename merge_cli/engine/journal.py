@@ -59,18 +59,20 @@ def work_key(plan: Plan, *context: object) -> str:
         if opened is not None and opened.hub is not None
     }
     paths: dict[Path, str] = {}
-    stamps: list[tuple[str, str]] = []
+    fingerprints: list[tuple[str, str]] = []
     settings: dict[int, str] = {}  # by identity: tensors that are treated alike share theirs
     for task in plan.tasks:
         stored = [ref for tensor in task.inputs for ref in tensor.stored]
         for ref in stored:
             if ref.path not in paths:
                 # What another document makes is known by how it is made: it need not be there yet.
-                stage, stamp = made.get(ref.path.parent) or ("", "")
+                stage, fingerprint = made.get(ref.path.parent) or ("", "")
                 paths[ref.path] = f"{stage}/{ref.path.name}" if stage else str(ref.path)
                 if not pinned.isdisjoint(ref.path.parents):
-                    stamp = "a commit"  # stands in the path; the file may still have to be fetched
-                stamps.append((paths[ref.path], stamp or _stamp(ref.path)))
+                    fingerprint = (
+                        "a commit"  # stands in the path; the file may still have to be fetched
+                    )
+                fingerprints.append((paths[ref.path], fingerprint or _stamp(ref.path)))
         inputs: list[Any] = [(paths[r.path], r.name, r.dtype, r.shape, r.offset) for r in stored]
         inputs += [formula for tensor in task.inputs if (formula := tensor.formula)]
         setting = settings.get(id(task.parameters))
@@ -78,7 +80,7 @@ def work_key(plan: Plan, *context: object) -> str:
             setting = settings[id(task.parameters)] = repr(sorted(task.parameters.items()))
         text = f"({task.outputs!r}, {task.action!r}, {task.ids!r}, {inputs!r}){setting}"
         state.update(text.encode())
-    state.update(repr(sorted(stamps)).encode())
+    state.update(repr(sorted(fingerprints)).encode())
     for shard in plan.shards:
         state.update(shard.file.encode() + shard.header)
     state.update(_beside_the_weights(plan, made))
@@ -87,13 +89,15 @@ def work_key(plan: Plan, *context: object) -> str:
 
 def _examples(plan: Plan) -> bytes:
     """What statistics are gathered from, besides the models."""
-    recipe, digests = plan.recipe, []
+    recipe, fingerprints = plan.recipe, []
     for spec in recipe.source_specs:
         for name in spec.data.files if spec.data else ():
             path = local_file(name, recipe.folder)
             content = path.read_bytes() if path is not None else b""
-            digests.append(hashlib.sha256(content).hexdigest())
-    return repr((recipe.statistics, [spec.data for spec in recipe.source_specs], digests)).encode()
+            fingerprints.append(hashlib.sha256(content).hexdigest())
+    return repr(
+        (recipe.statistics, [spec.data for spec in recipe.source_specs], fingerprints)
+    ).encode()
 
 
 def _beside_the_weights(plan: Plan, made: Mapping[Path, object]) -> bytes:
@@ -102,11 +106,13 @@ def _beside_the_weights(plan: Plan, made: Mapping[Path, object]) -> bytes:
         (name, hashlib.sha256(text).digest()) for name, text in plan.aligned.files.items()
     )
     roots = [plan.sources[i].root for i in (plan.donor, plan.tokenizer_donor)]
-    donors = [made.get(root, str(root)) for root in roots]
-    about = [donors, files, plan.template, json.dumps(dict(plan.config), sort_keys=True)]
-    kept = {source.root for source in plan.sources if source.hub is None and not source.planned}
-    about += [_companions(root) for root in roots if root in kept and root not in made]
-    return repr(about).encode()
+    origins = [made.get(root, str(root)) for root in roots]
+    parts = [origins, files, plan.template, json.dumps(dict(plan.config), sort_keys=True)]
+    local_roots = {
+        source.root for source in plan.sources if source.hub is None and not source.planned
+    }
+    parts += [_companions(root) for root in roots if root in local_roots and root not in made]
+    return repr(parts).encode()
 
 
 def _stamp(path: Path) -> str:
@@ -137,8 +143,8 @@ class Journal(Records):
             ResourceError: it cannot be written.
         """
         super().__init__(path, key, inputs)
-        units = [entry for entry in self.entries if "unit" in entry]
-        self.done = {unit["unit"]: TensorStats.from_json(unit["stats"]) for unit in units}
+        chunks = [entry for entry in self.entries if "unit" in entry]
+        self.done = {chunk["unit"]: TensorStats.from_json(chunk["stats"]) for chunk in chunks}
         self.count = len(self.done)
 
     def record(self, number: int, stats: TensorStats) -> None:
@@ -157,5 +163,5 @@ class Journal(Records):
         if same_boot:
             return entries
         synced = max((entry["synced"] for entry in entries if "synced" in entry), default=0)
-        units = [entry for entry in entries if "unit" in entry][:synced]
-        return [*units, {"synced": len(units)}] if units else []
+        chunks = [entry for entry in entries if "unit" in entry][:synced]
+        return [*chunks, {"synced": len(chunks)}] if chunks else []

@@ -71,19 +71,21 @@ def worker_memory(plan: Plan, device: Device, options: MergeOptions) -> WorkerMe
     if device.kind == "cpu":
         spare = _TEMPORARIES[choose_arithmetic(plan)[0]]
         spare += 2 * inputs if plan.method.gathers else 0  # a block's statistics, and with weights
-        each = _HOST_BLOCK * ((_STORED + 4) * inputs + 4 * spare) + _whole(plan) + _slab(plan)
+        per_worker = _HOST_BLOCK * ((_STORED + 4) * inputs + 4 * spare) + _whole(plan) + _slab(plan)
         threads = options.threads or usable_cores()
-        return WorkerMemory(max(1, min(threads, free // each)), _HOST_BLOCK, inputs, each)
+        return WorkerMemory(
+            max(1, min(threads, free // per_worker)), _HOST_BLOCK, inputs, per_worker
+        )
     import torch
 
-    lanes = (1 if _whole(plan) else _GPU_LANES) * len(device.indexes)
+    workers = (1 if _whole(plan) else _GPU_LANES) * len(device.indexes)
     width = (_STORED * inputs + 4) if inputs else 4  # pinned: every input as stored, the output
-    room = free // (lanes * width)
+    room = free // (workers * width)
     # On the device: the operands, what the method makes of them, and as much in between.
     vram = min(torch.cuda.mem_get_info(index)[0] for index in device.indexes)
     room = min(room, vram // (_GPU_LANES * 4 * (3 * inputs + _TEMPORARIES["torch"])))
     block = max(1, min(_GPU_BLOCK, room) // BLOCK_MULTIPLE) * BLOCK_MULTIPLE
-    return WorkerMemory(lanes, block, inputs, block * width)
+    return WorkerMemory(workers, block, inputs, block * width)
 
 
 def estimated_peak(plan: Plan, device: Device, options: MergeOptions) -> int:
@@ -123,15 +125,15 @@ def return_freed_memory() -> None:
 
 def _whole(plan: Plan) -> int:
     """What a lane holds of its largest tensor, if the method looks at whole ones."""
-    whole = plan.method.whole
-    if whole is None:
+    extra_arrays = plan.method.whole
+    if extra_arrays is None:
         return 0
     held = [
         4 * task.size * (len(task.inputs) + arrays)
         for task in plan.tasks
         if task.action == "merge"
         and not plan.is_plain_mean(task)
-        and (arrays := whole(shape=task.shape, **task.parameters))
+        and (arrays := extra_arrays(shape=task.shape, **task.parameters))
     ]
     return max(held, default=0)
 
@@ -148,8 +150,8 @@ def _fixed(plan: Plan, device: Device) -> int:
     if not _computes(plan):
         return fixed
     kind = "torch" if device.kind == "cuda" else choose_arithmetic(plan)[0]
-    searched = max(len(task.operands) for task in plan.tasks) if plan.method.survey else 0
-    return fixed + _LIBRARIES[kind] + _SEARCH[kind] * searched
+    operands = max(len(task.operands) for task in plan.tasks) if plan.method.survey else 0
+    return fixed + _LIBRARIES[kind] + _SEARCH[kind] * operands
 
 
 def _computes(plan: Plan) -> bool:

@@ -176,9 +176,9 @@ class MergeStats:
     survey_seconds: float
 
 
-def stages(lanes: Sequence[WorkerContext], threads: int, seconds: float) -> dict[str, StageTime]:
+def stages(workers: Sequence[WorkerContext], threads: int, seconds: float) -> dict[str, StageTime]:
     """The lanes' clocks together; what is left of the threads' time is stall."""
-    clocks = [lane.clock for lane in lanes]
+    clocks = [worker.clock for worker in workers]
     read, compute, write = (
         sum(getattr(clock, name) for clock in clocks) for name in ("read", "compute", "write")
     )

@@ -71,7 +71,7 @@ class OutputWorkspace(Workspace):
     def _is_ours(self) -> bool:
         return super()._is_ours() and {p.name for p in self.path.iterdir()} <= self._names
 
-    def refuse(self, overwrite: bool, precious: Iterable[Path]) -> None:
+    def refuse(self, overwrite: bool, protected_paths: Iterable[Path]) -> None:
         """Raise if OUT is there and may not go.
 
         Args:
@@ -82,18 +82,18 @@ class OutputWorkspace(Workspace):
             UsageError: OUT is a file, holds something precious, exists without --overwrite, is no
                 model, or a mount point.
         """
-        precious = tuple(precious)
-        self._terms = overwrite, precious
+        protected_paths = tuple(protected_paths)
+        self._terms = overwrite, protected_paths
         if self.target.exists() and not self.target.is_dir():
             raise UsageError("the output is a file", where=str(self.target))
         self._refuse_mounts()
         self.refuse_strangers()
-        for path in (*precious, Path.cwd(), Path(os.path.expanduser("~"))):
-            real = Path(os.path.realpath(path))
+        for path in (*protected_paths, Path.cwd(), Path(os.path.expanduser("~"))):
+            resolved = Path(os.path.realpath(path))
             taken = (self.target, self.path)
-            if real in taken or any(place in real.parents for place in taken):
+            if resolved in taken or any(folder in resolved.parents for folder in taken):
                 raise UsageError(
-                    f"the output would replace {real}, which the {self.work} needs",
+                    f"the output would replace {resolved}, which the {self.work} needs",
                     hint="Choose another folder.",
                 )
         if not self.target.is_dir() or not any(self.target.iterdir()):
@@ -116,10 +116,10 @@ class OutputWorkspace(Workspace):
             ResourceError: names what is needed and what is free.
         """
         present = sum(f.stat().st_blocks * 512 for f in self.model.rglob("*.safetensors"))
-        place = self.target.parent
-        while not place.exists():  # a dry run creates no folders
-            place = place.parent
-        free = shutil.disk_usage(place).free
+        folder = self.target.parent
+        while not folder.exists():  # a dry run creates no folders
+            folder = folder.parent
+        free = shutil.disk_usage(folder).free
         if needed - present > free:
             message = f"the disk is too full: {show_size(needed - present)} needed, "
             raise ResourceError(message + f"{show_size(free)} free", where=str(self.target.parent))
@@ -250,8 +250,8 @@ def _is_part(folder: Path) -> bool:
 
 def _is_beside(name: str) -> bool:
     """Whether models have a file of that name beside their weights."""
-    known = is_weight(name) or is_companion(name) or name in _ALSO
-    return known or name.endswith(_BESIDE) or name.upper().startswith(_LEGAL)
+    is_model_file = is_weight(name) or is_companion(name) or name in _ALSO
+    return is_model_file or name.endswith(_BESIDE) or name.upper().startswith(_LEGAL)
 
 
 def _belongs(name: str) -> bool:
@@ -280,12 +280,12 @@ def open_journal(
 
 def clear_companions(work: OutputWorkspace, shards: tuple[Shard, ...]) -> None:
     """Remove what an earlier run, perhaps with other flags, has put beside the shards."""
-    kept = {work.model / shard.file for shard in shards}
+    shard_files = {work.model / shard.file for shard in shards}
     folders = {work.model / shard.folder for shard in shards}
     for path in [*work.model.iterdir(), *(p for f in folders for p in f.iterdir())]:
         if path.is_dir() and path not in folders:
             shutil.rmtree(path)
-        elif path.is_file() and path not in kept:
+        elif path.is_file() and path not in shard_files:
             path.unlink()
 
 

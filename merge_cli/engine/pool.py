@@ -65,8 +65,8 @@ class Pool:
         threads: how many threads; the calling one only waits.
     """
 
-    def __init__(self, lanes: Callable[[int], WorkerContext], threads: int) -> None:
-        self._make_lane, self.threads = lanes, threads
+    def __init__(self, make_context: Callable[[int], WorkerContext], threads: int) -> None:
+        self._make_lane, self.threads = make_context, threads
         self._changed = threading.Condition()
         self._batches: list[_Batch[Any, Any]] = []  # the oldest first
         self._stopping = False
@@ -107,17 +107,17 @@ class Pool:
         for worker in self._workers:
             if worker.ident is not None:
                 worker.join()
-        for lane in self.lanes:
-            lane.close()
+        for context in self.lanes:
+            context.close()
 
     @property
     def lane(self) -> WorkerContext:
         """The calling thread's own."""
         if not hasattr(self._local, "lane"):
             with self._changed:
-                lane = self._make_lane(len(self.lanes))
-                self.lanes.append(lane)
-            self._local.lane = lane
+                context = self._make_lane(len(self.lanes))
+                self.lanes.append(context)
+            self._local.lane = context
         return self._local.lane  # type: ignore[no-any-return]
 
     def map(self, work: Callable[[I], R], items: Sequence[I]) -> list[R]:
@@ -126,14 +126,14 @@ class Pool:
         Raises:
             the first error of any item, when those that were begun have ended.
         """
-        inside = threading.current_thread() in self._workers
-        if inside and (len(items) == 1 or self.threads == 1):
+        is_worker = threading.current_thread() in self._workers
+        if is_worker and (len(items) == 1 or self.threads == 1):
             return [self._alone(work, item) for item in items]
         batch = _Batch(work, items)
         with self._changed:
             self._batches.append(batch)
             self._changed.notify_all()
-        while inside and (index := self._take(batch)) is not None:
+        while is_worker and (index := self._take(batch)) is not None:
             self._execute(batch, index)
         began = time.perf_counter()
         with self._changed:
@@ -141,7 +141,7 @@ class Pool:
                 if self._stopping:
                     raise _Stopped
                 self._changed.wait()
-        if inside:
+        if is_worker:
             self.lane.clock.waited += time.perf_counter() - began
         if batch.error is not None:
             raise batch.error

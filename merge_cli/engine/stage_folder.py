@@ -78,11 +78,11 @@ class StageWorkspace(Workspace):
         Raises:
             ResourceError: it cannot be written.
         """
-        place = self.place(name)
-        begun = place.with_name(f"{place.name}.begun")
+        folder = self.place(name)
+        begun = folder.with_name(f"{folder.name}.begun")
         if not begun.is_file() or begun.read_bytes() != key.encode():
             for suffix in WORK:
-                shutil.rmtree(place.with_name(place.name + suffix), ignore_errors=True)
+                shutil.rmtree(folder.with_name(folder.name + suffix), ignore_errors=True)
             replace_file(begun, key.encode())
 
     def finished(self, name: str, key: str) -> None:
@@ -97,9 +97,9 @@ class StageWorkspace(Workspace):
         """Remove everything that stages have made or begun."""
         self.tidy(())
 
-    def tidy(self, kept: Collection[str]) -> None:
+    def tidy(self, stages: Collection[str]) -> None:
         """Remove everything but the results that are named."""
-        names = {MARK}.union(*({self.place(n).name, self._done(n).name} for n in kept))
+        names = {MARK}.union(*({self.place(n).name, self._done(n).name} for n in stages))
         for path in self.path.iterdir():
             if path.name in names:
                 continue

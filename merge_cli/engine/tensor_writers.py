@@ -22,22 +22,22 @@ class TensorWriter(Protocol):
 
 
 def writer_for(
-    task: TensorTask, lane: WorkerContext, places: Places, start: int, stop: int
+    task: TensorTask, worker: WorkerContext, offsets: Places, start: int, stop: int
 ) -> TensorWriter:
     """For elements [start, stop) of a task's output."""
     if task.block is None:
-        return _RoundingWriter(task, lane, places)
-    return _ScaledWriter(task, task.block, lane, places, start, stop)
+        return _RoundingWriter(task, worker, offsets)
+    return _ScaledWriter(task, task.block, worker, offsets, start, stop)
 
 
 class _RoundingWriter:
-    def __init__(self, task: TensorTask, lane: WorkerContext, places: Places) -> None:
-        self._dtype, self._lane = task.dtype, lane
-        self._path, self._offset = places[task.name]
+    def __init__(self, task: TensorTask, worker: WorkerContext, offsets: Places) -> None:
+        self._dtype, self._lane = task.dtype, worker
+        self._path, self._offset = offsets[task.name]
 
     def put(self, values: Any, start: int) -> bool:
-        place = self._offset + start * width_of(self._dtype)
-        return self._lane.store(values, self._dtype, self._path, place)
+        position = self._offset + start * width_of(self._dtype)
+        return self._lane.store(values, self._dtype, self._path, position)
 
 
 class _ScaledWriter:
@@ -47,16 +47,16 @@ class _ScaledWriter:
         self,
         task: TensorTask,
         block: tuple[int, int],
-        lane: WorkerContext,
-        places: Places,
+        worker: WorkerContext,
+        offsets: Places,
         start: int,
         stop: int,
     ) -> None:
         import numpy as np
 
         assert task.scales is not None
-        self._columns, self._wide, self._lane = task.shape[-1], block[1], lane
-        self._codes, self._scales = places[task.name], places[task.scales.name]
+        self._columns, self._wide, self._lane = task.shape[-1], block[1], worker
+        self._codes, self._scales = offsets[task.name], offsets[task.scales.name]
         self._across = task.scales.shape[-1]
         self._row = block[0] * self._columns
         self._stop = stop
@@ -68,13 +68,13 @@ class _ScaledWriter:
         taken = 0
         while taken < len(arrived):
             begin = start + taken - self._filled  # of the row of blocks that is being filled
-            whole = min(self._row, self._stop - begin)
-            count = min(whole - self._filled, len(arrived) - taken)
+            size = min(self._row, self._stop - begin)
+            count = min(size - self._filled, len(arrived) - taken)
             self._waiting[self._filled : self._filled + count] = arrived[taken : taken + count]
             self._filled += count
             taken += count
-            if self._filled == whole:
-                self._write(begin, self._waiting[:whole].reshape(-1, self._columns))
+            if self._filled == size:
+                self._write(begin, self._waiting[:size].reshape(-1, self._columns))
                 self._filled = 0
         return True
 
@@ -87,5 +87,5 @@ class _ScaledWriter:
         path, offset = self._codes
         self._lane.write(codes.reshape(-1).data, path, offset + begin)
         path, offset = self._scales
-        place = offset + begin // self._row * self._across * 4
-        self._lane.write(scales.view(np.uint8).data, path, place)
+        position = offset + begin // self._row * self._across * 4
+        self._lane.write(scales.view(np.uint8).data, path, position)

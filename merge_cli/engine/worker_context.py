@@ -162,23 +162,25 @@ class HostWorker:
         size = stop - start
         # One matrix, so that compiled loops over sources take it as it is.
         rows = np.empty((len(refs) - base, size), np.float32)
-        own = np.empty(size, np.float32) if base else None
+        base_values = np.empty(size, np.float32) if base else None
         formats = {ref.dtype for ref in refs}
         if len(formats) == 1:
             (dtype,) = formats
             raw = self._raw(len(refs), size, dtype)
             for stored, ref in zip(raw, refs, strict=True):
                 self._files.read(self.clock, ref, start, stored.data)
-            return LoadedBlock(own, list(rows), decode_rows(raw, dtype, rows, own, deltas=deltas))
+            return LoadedBlock(
+                base_values, list(rows), decode_rows(raw, dtype, rows, base_values, deltas=deltas)
+            )
         finite = True
-        targets = [own, *rows] if base else list(rows)
+        targets = [base_values, *rows] if base else list(rows)
         for ref, target in zip(refs, targets, strict=True):
             stored = self._raw(1, size, ref.dtype)[0]
             self._files.read(self.clock, ref, start, stored.data)
             finite &= decode_row(stored, ref.dtype, target)
-        if own is not None and deltas:
-            np.subtract(rows, own, out=rows)
-        return LoadedBlock(own, list(rows), finite)
+        if base_values is not None and deltas:
+            np.subtract(rows, base_values, out=rows)
+        return LoadedBlock(base_values, list(rows), finite)
 
     def _raw(self, inputs: int, size: int, dtype: str) -> Any:
         """(inputs, bytes) of the lane's buffer."""
@@ -218,8 +220,10 @@ class TorchWorker(HostWorker):
             self._files.read(self.clock, ref, start, raw.data)
             arrays.append(decode(torch.from_numpy(raw), ref.dtype, wide=wide))
         finite = all_finite(arrays)
-        own = arrays.pop(0) if base else None
-        return LoadedBlock(own, [a.sub_(own) for a in arrays] if deltas else arrays, finite)
+        base_values = arrays.pop(0) if base else None
+        return LoadedBlock(
+            base_values, [a.sub_(base_values) for a in arrays] if deltas else arrays, finite
+        )
 
     def store(self, values: Any, dtype: str, path: Path, offset: int) -> bool:
         import torch

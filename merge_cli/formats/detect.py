@@ -42,10 +42,10 @@ Tensors = Mapping[str, TensorRef]
 
 def advice(config: Mapping[str, Any]) -> tuple[str, str] | None:
     """How a model is quantised that cannot be read, and what to do; None for one that can."""
-    about = config.get(KEY)
-    if not about:
+    quantization = config.get(KEY)
+    if not quantization:
         return None
-    method = about.get("quant_method", "") if isinstance(about, dict) else ""
+    method = quantization.get("quant_method", "") if isinstance(quantization, dict) else ""
     name = str(method or "quantization_config in config.json")
     return name, ADVICE.get(str(method).lower(), _ALWAYS)
 
@@ -60,12 +60,12 @@ def read_as_numbers(
     Raises:
         CorruptFileError: scales that do not fit their weight.
     """
-    about = config.get(KEY)
+    quantization = config.get(KEY)
     plain = dict(config)
     stored = [ref for ref in tensors.values() if ref.dtype in _FP8]
-    if not stored or not _is_fp8(about):
+    if not stored or not _is_fp8(quantization):
         return dict(tensors), plain, ()
-    native = {"float16": "F16", "float32": "F32"}.get(
+    default_dtype = {"float16": "F16", "float32": "F32"}.get(
         str(config.get("dtype") or config.get("torch_dtype")), "BF16"
     )
     as_numbers: dict[str, TensorRef | DequantizedTensor] = dict(tensors)
@@ -78,7 +78,7 @@ def read_as_numbers(
             del as_numbers[scale.name]
             scaled += 1
         as_numbers[ref.name] = DequantizedTensor(
-            ref, scale, _block(ref, scale, about, label), native
+            ref, scale, _block(ref, scale, quantization, label), default_dtype
         )
     dropped = [name for name in as_numbers if name.endswith(_DROPPED)]
     for name in dropped:
@@ -92,40 +92,43 @@ def read_as_numbers(
     return as_numbers, plain, tuple(notes)
 
 
-def _is_fp8(about: Any) -> bool:
+def _is_fp8(quantization: Any) -> bool:
     """Whether what a config says of its quantisation is fp8 and nothing else."""
-    if not isinstance(about, dict):
-        return about is None
-    method = str(about.get("quant_method", "")).lower()
+    if not isinstance(quantization, dict):
+        return quantization is None
+    method = str(quantization.get("quant_method", "")).lower()
     if method in ("fp8", "fbgemm_fp8"):
-        return bool(about.get("expert_dtype", "fp8") == "fp8")
+        return bool(quantization.get("expert_dtype", "fp8") == "fp8")
     if method == "modelopt":
-        return "FP8" in str(about.get("quant_algo", about))
+        return "FP8" in str(quantization.get("quant_algo", quantization))
     if method == "compressed-tensors":
         return all(
-            kind.get("num_bits") == 8 and kind.get("type") == "float" for kind in _weights(about)
+            weights.get("num_bits") == 8 and weights.get("type") == "float"
+            for weights in _weights(quantization)
         )
     return False
 
 
-def _weights(about: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    for group in (about.get("config_groups") or {}).values():
+def _weights(quantization: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    for group in (quantization.get("config_groups") or {}).values():
         if isinstance(group, dict) and isinstance(group.get("weights"), dict):
             yield group["weights"]
 
 
-def _block(ref: TensorRef, scale: TensorRef | None, about: Any, label: str) -> tuple[int, int]:
+def _block(
+    ref: TensorRef, scale: TensorRef | None, quantization: Any, label: str
+) -> tuple[int, int]:
     """Rows and columns that share a scale."""
     rows, columns = ref.shape[-2:] if len(ref.shape) > 1 else (1, *(ref.shape or (1,)))
     if scale is None or scale.size == 1:
         return rows, columns
     grid = scale.shape[-2:] if len(scale.shape) > 1 else (scale.shape[0], 1)
     stacked = ref.size // max(1, rows * columns)
-    told = _told_block(about)
+    declared = _told_block(quantization)
     # Without a word on it, blocks divide the weight evenly; a scale for each row always may be.
     even = rows % grid[0] == 0 and columns % grid[1] == 0
     derived = (rows // grid[0], columns // grid[1]) if even else None
-    for block in (told, derived):
+    for block in (declared, derived):
         fits = block and (-(-rows // block[0]), -(-columns // block[1])) == tuple(grid)
         if block and fits and scale.size == stacked * grid[0] * grid[1]:
             return block
@@ -133,11 +136,14 @@ def _block(ref: TensorRef, scale: TensorRef | None, about: Any, label: str) -> t
     raise CorruptFileError(message, model=label, file=scale.path.name, tensor=scale.name)
 
 
-def _told_block(about: Any) -> tuple[int, int] | None:
+def _told_block(quantization: Any) -> tuple[int, int] | None:
     """What the config says, if it does."""
-    if not isinstance(about, dict):
+    if not isinstance(quantization, dict):
         return None
-    shapes = [about.get("weight_block_size"), *(k.get("block_structure") for k in _weights(about))]
+    shapes = [
+        quantization.get("weight_block_size"),
+        *(k.get("block_structure") for k in _weights(quantization)),
+    ]
     for size in shapes:
         if isinstance(size, list) and len(size) == 2 and all(type(n) is int and n for n in size):
             return size[0], size[1]

@@ -64,12 +64,12 @@ class DequantizedTensor(Float32):
             head = -begin % columns
             if head:
                 slab[:head] *= scale[columns - head :][: len(slab)]
-            whole = (len(slab) - head) // columns * columns if len(slab) > head else 0
-            if whole:
-                slab[head : head + whole].reshape(-1, columns)[:] *= scale
-            tail = len(slab) - head - whole
+            rows_length = (len(slab) - head) // columns * columns if len(slab) > head else 0
+            if rows_length:
+                slab[head : head + rows_length].reshape(-1, columns)[:] *= scale
+            tail = len(slab) - head - rows_length
             if tail > 0:
-                slab[head + whole :] *= scale[:tail]
+                slab[head + rows_length :] *= scale[:tail]
 
     def _slabs(self, read: Read, first: int, last: int) -> Iterator[tuple[int, int, Any]]:
         """Runs of rows with the same scales: from, to, and a number or one for each column."""
@@ -84,8 +84,8 @@ class DequantizedTensor(Float32):
         while row < last:
             matrix, inside = divmod(row, height)
             end = min(last, matrix * height + min(height, (inside // tall + 1) * tall))
-            place = matrix * per_matrix + inside // tall
-            numbers = _numbers(read, self.scale, place * across, across)
+            scale_row = matrix * per_matrix + inside // tall
+            numbers = _numbers(read, self.scale, scale_row * across, across)
             if across == 1:
                 yield row, end, numbers[0]
             else:

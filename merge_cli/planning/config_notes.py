@@ -1,8 +1,8 @@
-"""Sources whose configs give the same weights another meaning: a line for each key that differs.
+"""Configs that give the same weights another meaning: a note for each key that differs.
 
-Keys that are known not to matter are listed; every other key that differs is told. Spellings that
-mean the same are brought to one first: transformers 4 and 5 write rotary embeddings differently,
-and what one config leaves out another may write down.
+Keys that are known not to matter are listed here; every other difference is reported. Two spellings
+of one meaning are brought to one form first: transformers 4 and 5 write rotary embeddings
+differently, and what one config leaves out another may write down.
 """
 
 from __future__ import annotations
@@ -146,9 +146,9 @@ def config_notes(sources: Sequence[Source], donor: int) -> Iterator[str]:
         if len(values) > 1 and not (
             ("nothing" in values or key in _FOR_ALL) and _alike(key, described, written)
         ):
-            told = "; ".join(f"{', '.join(who)} {value}" for value, who in values.items())
+            notes = "; ".join(f"{', '.join(who)} {value}" for value, who in values.items())
             whose = sources[donor].label
-            yield f"config.json: {key} differs: {told}; the output has that of {whose}"
+            yield f"config.json: {key} differs: {notes}; the output has that of {whose}"
 
 
 def _alike(key: str, sources: Sequence[Source], written: list[_Meaning]) -> bool:

@@ -1,9 +1,10 @@
-"""`out_dtype: fp8`: which tensors are written in fp8, and what config.json says of it.
+"""`out_dtype: fp8`: which tensors are written in fp8, and what config.json says about it.
 
-The form is DeepSeek's, Qwen's and transformers' (`quant_method: fp8`): E4M3 codes and, for each
-128 x 128 of them, a float32 scale in `NAME_scale_inv`. Which matrices it is good for: those that
-the reference stores in fp8 itself; where it stores none, the linear layers and experts of numbered
-layers, without routers, norms, embeddings, heads, state-space mixers and towers of other senses.
+The format is that of DeepSeek, Qwen and transformers (`quant_method: fp8`): E4M3 codes and, for
+each block of 128 x 128, a float32 scale in `NAME_scale_inv`. Written in fp8 are the matrices that
+the reference stores in fp8. Where it stores none, these are the linear layers and experts of
+numbered layers, without routers, norms, embeddings, heads, state-space mixers, and vision and audio
+towers.
 """
 
 from __future__ import annotations
@@ -78,11 +79,11 @@ def described(plan: Plan) -> Plan:
     scaled = [task for task in plan.tasks if task.block]
     if not scaled or not plan.config:
         return plan
-    kept = _modules(task for task in plan.tasks if not task.block)
-    about = {
+    unconverted = _modules(task for task in plan.tasks if not task.block)
+    settings = {
         "activation_scheme": "dynamic",
         "fmt": "e4m3",
-        "modules_to_not_convert": kept,
+        "modules_to_not_convert": unconverted,
         "quant_method": "fp8",
         "weight_block_size": list(BLOCK),
     }
@@ -91,7 +92,7 @@ def described(plan: Plan) -> Plan:
         f"{len(scaled)} matrices ({share:.0%} of the weights) are written in fp8, with a scale for "
         f"each {BLOCK[0]} x {BLOCK[1]}; everything else in its dtype"
     )
-    config = {**plan.config, "quantization_config": about}
+    config = {**plan.config, "quantization_config": settings}
     return replace(plan, config=config, notes=(*plan.notes, note))
 
 

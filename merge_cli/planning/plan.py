@@ -1,14 +1,8 @@
-"""The plan: what happens to every tensor, known from headers before a byte of weights is read.
+"""The plan of a merge: what happens to every tensor, known before a byte of weights is read.
 
-The dtype of a tensor whose sources have several, where the recipe names none.
-
-What a tensor of the output is called in its sources, which filters of slices look at.
-
-How a plan is cut into units of work: the same cuts on every machine.
-
-A unit is a span of one tensor whose inputs together take about `UNIT_BYTES`. The cuts depend on the
-plan alone, never on memory, threads or device, so that a journal written by one run can be
-continued by any other.
+A plan is cut into chunks, spans of one tensor whose inputs together take about `UNIT_BYTES`. The
+cuts depend on the plan alone, never on memory, threads or device: a journal that one run has begun
+can be continued by any other.
 """
 
 from __future__ import annotations
@@ -233,10 +227,10 @@ def promotion_note(recipe: Recipe, tasks: Sequence[TensorTask]) -> Iterator[str]
 def input_names(match: TensorMatch) -> tuple[str, ...]:
     """The tensor's name in each operand's model, by that model's own layer numbers."""
     operands, layer = match.piece.operands, match.seat.layer
-    place = layer_key_of(match.name) if layer is not None else None
-    if place is None or layer is None:
+    key = layer_key_of(match.name) if layer is not None else None
+    if key is None or layer is None:
         return (match.name,) * len(operands)
-    return tuple(place.name((operand.layers or (0, 0))[0] + layer) for operand in operands)
+    return tuple(key.name((operand.layers or (0, 0))[0] + layer) for operand in operands)
 
 
 def sliced_names(matches: Iterable[TensorMatch]) -> Iterator[str]:
@@ -261,12 +255,12 @@ class Chunk:
 
 def cut_chunks(tasks: Sequence[TensorTask]) -> list[Chunk]:
     """Every element of every task, once, in order; an empty tensor is one empty unit."""
-    units: list[Chunk] = []
+    chunks: list[Chunk] = []
     for index, task in enumerate(tasks):
         starts = span_starts(task)
         for start, stop in zip(starts, starts[1:] or [0], strict=False):
-            units.append(Chunk(len(units), index, start, stop))
-    return units
+            chunks.append(Chunk(len(chunks), index, start, stop))
+    return chunks
 
 
 def span_starts(task: TensorTask) -> list[int]:

@@ -1,4 +1,4 @@
-"""From a recipe to a plan, known from headers: a list of passes over a draft.
+"""From a recipe to a plan, from headers alone: `make_plan` is a list of passes over a draft.
 
     recipe ─▶ open the models ─▶ Draft ─▶ pass ─▶ pass ─▶ ... ─▶ Plan
 
@@ -410,9 +410,11 @@ def one_spelling(recipe: Recipe) -> Recipe:
     first: dict[Path, ModelRef] = {}
     spelling: dict[ModelRef, ModelRef] = {}
     for model in recipe.references:
-        place = local_folder(model.path, recipe.folder)
-        known = place is not None and not model.lora
-        spelling[model] = first.setdefault(place.resolve(), model) if place and known else model
+        folder = local_folder(model.path, recipe.folder)
+        is_local = folder is not None and not model.lora
+        spelling[model] = (
+            first.setdefault(folder.resolve(), model) if folder and is_local else model
+        )
     return recipe.with_models(spelling)
 
 
@@ -458,5 +460,5 @@ def open_all(recipe: Recipe, made: Mapping[str, Source]) -> tuple[Recipe, list[S
 
 def files_of(source: Source) -> frozenset[str]:
     """The names of a model's files, here or on the Hub."""
-    here = {path.name for path in source.root.iterdir()} if source.root.is_dir() else set()
-    return frozenset(here | set(source.hub.files if source.hub else ()))
+    local_names = {path.name for path in source.root.iterdir()} if source.root.is_dir() else set()
+    return frozenset(local_names | set(source.hub.files if source.hub else ()))

@@ -1,8 +1,8 @@
-"""What a plan would write, held against the class that its config names, before any byte is read.
+"""Check the output against the model class that its config names, before any weight is read.
 
 A tensor that the class would make up, leave out or refuse is an error, unless a source has the same
 fault: a merge makes no model worse. Stacked layers must be of the kind that they were: a config may
-say by number which layers slide a window, have experts or do without positions.
+say by number which layers use a sliding window, have experts or do without positions.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ def check_structure(
         made = _build(config, shapes, origins is not None)
     except UnknownClass as reason:
         return _undecided(origins, str(reason))
-    known = _Inherited(donor, sources)
-    problems = [*_failures(made, known), *_differences(made, known)]
+    inherited = _Inherited(donor, sources)
+    problems = [*_failures(made, inherited), *_differences(made, inherited)]
     notes: list[str] = []
     if origins is not None and not problems:
         problems, notes = _other_kinds(made, origins)
@@ -104,8 +104,8 @@ def _unchanged(
         before = read_mapping(donor.root / "config.json", donor.label)
     there = {name: tensor.shape for name, tensor in like.items() if not name.endswith(BUFFERS)}
     there = _own(there, donor)
-    here = {name: shape for name, shape in shapes.items() if not name.endswith(BUFFERS)}
-    return there == here and _plain(before) == _plain(config)
+    shapes_there = {name: shape for name, shape in shapes.items() if not name.endswith(BUFFERS)}
+    return there == shapes_there and _plain(before) == _plain(config)
 
 
 def _own(shapes: Shapes, source: Source) -> dict[str, tuple[int, ...]]:
@@ -274,11 +274,11 @@ def _unlike(
         moved: how far the layer has moved.
         counts: how many layers there are, and were.
     """
-    here, there = dict(new), dict(old)
+    kinds_there, there = dict(new), dict(old)
     hard: list[Difference] = []
     soft: list[Difference] = []
-    for key in sorted(here.keys() | there.keys()):
-        a, b = here.get(key), there.get(key)
+    for key in sorted(kinds_there.keys() | there.keys()):
+        a, b = kinds_there.get(key), there.get(key)
         if key.startswith("config.") and None in (a, b):
             continue  # a list that one config writes out, and the other has as a rule
         if a == b and type(a) is type(b):

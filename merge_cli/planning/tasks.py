@@ -1,4 +1,4 @@
-"""Output tensors from matches: dtype, action and parameters of each, and what cannot be merged."""
+"""The output tensors: dtype, action and parameters of each, and why one cannot be merged."""
 
 from __future__ import annotations
 

@@ -96,9 +96,9 @@ def usable_cores(root: Path = _SYSTEM, environment: Mapping[str, str] | None = N
     if root == _SYSTEM and hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
     quotas = (group.cores() for group in _groups("cpu", root))
-    granted = (_positive(environment.get(name, "")) for name in _GRANTED)
-    known = [limit for limit in (*quotas, *granted) if limit is not None]
-    return max(1, math.ceil(min([cores, *known])))
+    scheduler = (_positive(environment.get(name, "")) for name in _GRANTED)
+    limits = [limit for limit in (*quotas, *scheduler) if limit is not None]
+    return max(1, math.ceil(min([cores, *limits])))
 
 
 def library_threads(
@@ -134,9 +134,9 @@ def torch_threads(wanted: int | None = None) -> Iterator[None]:
 
 def free_memory(root: Path = _SYSTEM) -> int:
     """Bytes that can be taken without swapping, and without being killed for it."""
-    found = [_system_memory(root)]
-    found += [free for group in _groups("memory", root) if (free := group.free()) is not None]
-    return min(found)
+    limits = [_system_memory(root)]
+    limits += [free for group in _groups("memory", root) if (free := group.free()) is not None]
+    return min(limits)
 
 
 def _system_memory(root: Path) -> int:
@@ -158,9 +158,9 @@ def _groups(controller: str, root: Path) -> Iterator[_Group]:
         if (version == 1 and controller not in kinds) or key not in paths:
             continue
         top = root / mount.lstrip("/")
-        own = top / _below(paths[key], inside)
+        group = top / _below(paths[key], inside)
         # Seen from inside a container our path may lead nowhere: then the top is our own.
-        folder = own if own.is_dir() else top
+        folder = group if group.is_dir() else top
         while True:
             yield _Group(folder, version)
             if folder == top:
@@ -250,12 +250,12 @@ def _stand_in() -> Path:
         if folder.parent == _MEMORY:  # caches would fill it
             return _NOWHERE
         folder.mkdir(mode=0o700, exist_ok=True)
-        about = folder.lstat()
+        status = folder.lstat()
     except OSError:  # nothing can be written
         return _NOWHERE
     # Somebody else may have made it before us, to be believed.
-    private = stat.S_ISDIR(about.st_mode) and not about.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-    return folder if private and about.st_uid == os.getuid() else _NOWHERE
+    private = stat.S_ISDIR(status.st_mode) and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return folder if private and status.st_uid == os.getuid() else _NOWHERE
 
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}

@@ -104,11 +104,11 @@ class Records:
 
     def _read(self) -> tuple[int, bool, list[Entry]]:
         """Bytes of whole lines of this work, whether they are of this boot, and what they say."""
-        found, length = _lines(self._path)
-        first = found[0] if found else {}
+        entries, length = _lines(self._path)
+        first = entries[0] if entries else {}
         if (first.get("key"), first.get("inputs")) != (self.key, self._inputs):
             return 0, False, []
-        return length, first.get("boot") == boot_id(), found[1:]
+        return length, first.get("boot") == boot_id(), entries[1:]
 
 
 def _lines(path: Path) -> tuple[list[Entry], int]:
