@@ -1,17 +1,13 @@
-"""The files beside the weights: what a merged model inherits from its donor, byte for byte.
+"""The files beside the weights: tokenizer, settings and code that a merged model takes over.
 
-Links in somebody else's folder: which files may be copied into what we publish.
-
-A link that leads out of its model's folder could bring any file of this machine into the output,
-and from there to the Hub. Links inside the folder are the model's own, and so are those of the
-Hub's cache:
+They are copied byte for byte. A link that leads out of its model's folder is refused: it could
+bring any file of this machine into the output, and from there to the Hub. Links inside the folder
+are the model's own, and so are those of the Hub's cache:
 
     models--org--name/snapshots/COMMIT/tokenizer.json -> ../../blobs/HASH
 
-A model's card, README.md: what its author says of licence, languages and origin.
-
-It only describes. A card that cannot be read is silent, with the reason for a note, and never a
-reason not to merge.
+README.md, the model card, only describes: one that cannot be read gives a note, and is no reason
+not to merge.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What of a config.json a class of transformers may be made from.
+"""Which parts of an untrusted config.json may reach a class of transformers.
 
-The config is data of somebody else's: nothing in it may load code, reach the network or ask for
-another implementation, and no number may be one that no model has.
+Nothing in a config may load code, reach the network or ask for another implementation, and no
+number may be one that no model has.
 """
 
 from __future__ import annotations

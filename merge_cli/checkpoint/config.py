@@ -1,9 +1,8 @@
-"""The output's config.json: the donor's own, changed only where the merge changes the model.
+"""The output's config.json: a source's own, changed only where the merge changes the model.
 
-What a config means that does not say: the defaults of its class, read from transformers' source.
-
-The class is not imported, which would take seconds: its file is parsed. Of version 5 these are the
-annotated attributes, of version 4 the arguments of `__init__`.
+What a config does not say are the defaults of its class, read from transformers' source. The class
+is not imported, which would take seconds: its file is parsed. In version 5 these are annotated
+attributes, in version 4 the arguments of `__init__`.
 """
 
 from __future__ import annotations

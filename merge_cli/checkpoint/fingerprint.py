@@ -1,7 +1,10 @@
-"""What a file was like when it was read, so that a later look tells whether it still is.
+"""Fingerprints of files and folders: has this file changed, and are two files the same?
 
-Size, the two times and the number tell of every ordinary write and exchange. Samples of the content
-tell of those that keep them: files unpacked with their old times, other layers of a container.
+FileFingerprint      size, times and number: tells every ordinary write and exchange, for free
+sampled_fingerprint  SHA-256 over size and samples: tells writes that keep the times (files
+                     unpacked with their old ones, other layers of a container), and models
+                     apart; no proof against a forger
+file_fingerprint     SHA-256 over every byte, where a result is remembered by it
 """
 
 from __future__ import annotations

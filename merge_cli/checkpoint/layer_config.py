@@ -1,4 +1,4 @@
-"""What a config says of single layers, rewritten for layers that were stacked.
+"""What a config says about single layers, rewritten for stacked layers.
 
 Configs say which layer is of which kind in several forms; each follows its layers:
 
@@ -9,7 +9,7 @@ Configs say which layer is of which kind in several forms; each follows its laye
     attn_layer_period: 8                  every n-th layer: a rule that has no other form
 
 A rule that cannot say what the stacked layers are is a *doubt*. The layers may follow it all the
-same (eight layers of a period of eight, twice); `structure` holds the model class against it.
+same (eight layers of a period of eight, twice); planning/structure.py asks the model class.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
-"""A tensor whose rows are another's in another order, or other models' rows, or means of rows.
+"""Tensors made of parts of others without changing a byte: rows in another order, slices, joins.
 
-What embeddings and heads are when a vocabulary changes. Rows that are only moved keep their bytes.
-
-Tensors cut from others, and put together of others, as they follow each other in memory.
-
-What experts are that one model stores one by one and another stacked. Bytes are not changed.
+PermutedRows    embeddings and heads after a change of vocabulary: rows of one or of several
+                models, or means of rows; rows that are only moved keep their bytes
+TensorPart      one expert, cut from a stack
+JoinedTensor    a stack of experts that are stored one by one
 """
 
 from __future__ import annotations

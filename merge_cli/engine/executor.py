@@ -1,4 +1,4 @@
-"""Tensors through the method: prepared once, then block by block into the output's bytes."""
+"""Run the plan's method over a tensor: prepared once, then block by block into the output."""
 
 from __future__ import annotations
 

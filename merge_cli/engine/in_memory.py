@@ -1,9 +1,9 @@
-"""The sources' stored bytes in memory, behind the interfaces through which the engine reads files.
+"""The engine with memory in the place of files: what searches and adapter merges use.
 
-What the engine computes with is the same bytes that lie on disk, so that a candidate's weights are
-the same bits that a merge of its recipe writes.
-
-The engine for one method and one set of sources, into memory; its threads wait between.
+`InMemoryFiles` keeps the sources' stored bytes and gives every output tensor a buffer;
+`InMemoryMerger` runs one method over one set of sources, its threads kept from merge to merge. The
+engine computes with the same bytes that lie on disk, so the weights of a candidate are bit for bit
+what a merge of its recipe writes.
 """
 
 from __future__ import annotations

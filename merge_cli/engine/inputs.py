@@ -1,4 +1,4 @@
-"""Everything that a merge reads, looked at before the first byte and again before publishing.
+"""Everything that a merge reads, checked before the first byte and again before publishing.
 
 A source that is written to meanwhile would give a mixture of two models, which no checksum of the
 output could tell from a merge.

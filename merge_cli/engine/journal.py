@@ -1,9 +1,9 @@
-"""What has been done, on disk, so that a killed merge continues where it stopped.
+"""What a merge has done, on disk, so that a killed one continues where it stopped.
 
-One line for each finished unit (`records`), written after its bytes. The first line is the key of
-the work: recipe, inputs, layout and code. After a crash of the machine itself (another boot), bytes
-that the journal calls written may not be on the disk, so only what a `synced` line covers is
-believed.
+One line for each finished chunk (see system/records.py), written after its bytes. The first line is
+the key of the work: recipe, inputs, layout and code. After a crash of the machine itself (another
+boot), bytes that the journal calls written may not be on the disk: then only what a `synced` line
+covers is believed.
 """
 
 from __future__ import annotations

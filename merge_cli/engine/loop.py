@@ -1,9 +1,9 @@
-"""The work itself: the plan's tensors over the pool's threads, from a journal's state to the end.
+"""The main loop: the plan's tensors over the pool's threads, from a journal's state to the end.
 
-    tensors, largest first ──▶ lanes: read ─▶ compute ─▶ write, block by block ──▶ journal
+    tensors, largest first ──▶ workers: read ─▶ compute ─▶ write, block by block ──▶ journal
 
 Every thread does all three, on blocks that fit in its cache; the system's read-ahead and
-write-back are what overlaps with computing. On a GPU several lanes share a device, each with a
+write-back are what overlaps with computing. On a GPU several workers share a device, each with a
 stream of its own.
 """
 

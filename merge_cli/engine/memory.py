@@ -1,6 +1,6 @@
-"""How much memory a merge may use, how it is shared out, and how much it has used.
+"""How much memory a merge may use, how workers share it, and how much it has used.
 
-What a lane holds at once is known: a block of every input as it is stored, upcast, and what the
+What a worker holds at once is known: a block of every input as it is stored, upcast, and what the
 method makes of it. Everything else is the interpreter, its libraries and the plan.
 """
 

@@ -1,4 +1,4 @@
-"""A plan carried out: inputs fetched and verified, merged, reported, published."""
+"""Execute a plan: fetch and verify the inputs, merge, report, publish."""
 
 from __future__ import annotations
 

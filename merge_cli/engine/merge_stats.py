@@ -1,9 +1,7 @@
-"""What the sources are like, measured while their blocks are in hand.
+"""What a merge measures: statistics of each tensor, taken from blocks that are in memory anyway.
 
-For each tensor: sums over elements, so that layers and models are sums of tensors. For methods on
-task vectors the operands are deltas; otherwise they are the weights themselves.
-
-What a merge did, for the report.
+For each tensor sums over its elements, so that the numbers of a layer or a model are sums over
+tensors. For methods on task vectors the operands are deltas; otherwise they are the weights.
 """
 
 from __future__ import annotations

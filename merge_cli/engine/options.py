@@ -1,4 +1,4 @@
-"""How a merge is run, and how it tells of its progress. None of it changes the bytes."""
+"""How a merge is run, and how it reports progress. Nothing here changes the bytes."""
 
 from __future__ import annotations
 

@@ -3,15 +3,12 @@
     OUT.partial/model/        becomes OUT
     OUT.partial/replaced/     the OUT that --overwrite is replacing, between two renames
 
-Merges, conversions and adapters write here, and nothing else publishes a folder. Whatever moment a
-process is killed at, the next one finds one of four states: nothing, work to continue, a finished
-model between two renames, or a published model with leftovers.
+Merges, conversions and adapters write here, and nothing else publishes a folder. Whenever a process
+is killed, the next one finds one of four states: nothing, work to continue, a finished model
+between two renames, or a published model with leftovers.
 
-What --overwrite may replace: a folder that is a model, an adapter or a pipeline, and no more.
-
-What is deleted is known by its name: a file or a folder that models do not have is somebody's work.
-
-The shards of a merge in its workspace: allocated whole, continued only if they are the same.
+--overwrite replaces a folder that is a model, an adapter or a pipeline, and holds nothing else: a
+file or a folder that models do not have is somebody's work.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""Where in a live model each output tensor goes.
+"""Where each output tensor goes in a live model: a parameter, or a slice of one.
 
-Most tensors are the parameter of that name. transformers calls some otherwise, and stacks experts
-that are stored one by one; where those lie is found by content, layer by layer, since the live
-model still holds its donor's weights. What could be either of two is not guessed.
+Most tensors are the parameter of that name. transformers renames some, and stacks experts that are
+stored one by one. Where those lie is found by content, layer by layer, since the live model still
+holds the weights that it was loaded with. A tensor that could be in either of two places is not
+guessed.
 """
 
 from __future__ import annotations

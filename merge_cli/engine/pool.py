@@ -1,10 +1,8 @@
-"""Threads that share work: tensors first, largest first; then the spans of what is left.
+"""Threads that share work: tensors first, largest first; then the chunks of what is left.
 
-A job may split itself with `map`. Its own thread works the parts off; others join in once there are
+A job may split itself with `map`. Its own thread works the items off; others join in once there are
 no whole jobs left to begin, so that many tensors go to many threads, and the last, large one to all
 of them. Which thread does what never changes a result.
-
-What a pool of threads is made with: arithmetic, lanes, and errors in our own words.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """OUT.stages: where the results of a recipe's stages wait until OUT is published.
 
     OUT.stages/NAME        what a document makes, published like any model
-    OUT.stages/NAME.begun  the key of the work that makes it, or has been at it
+    OUT.stages/NAME.begun  the key of the work that makes it, or has begun to
     OUT.stages/NAME.done   the key of the work that has made it
 
-A key says how a thing is made: where it differs, what is there is of no use any more.
+A key says how a result is made: a result with another key is of no use any more.
 """
 
 from __future__ import annotations

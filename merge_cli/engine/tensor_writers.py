@@ -1,4 +1,4 @@
-"""Where merged values go: rounded block by block, or in fp8 by rows of blocks with their scales."""
+"""Write merged values: rounded block by block, or in fp8 by rows of blocks with their scales."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
 """What one thread works with: buffers that it reuses, and a clock.
 
-A lane brings spans of files to where they are computed with, and results back into files. On a CPU
-that is a read into a buffer and a write from one. On a GPU (`staging`) the buffers are pinned and
-copies run on the lane's own stream, so that while one lane waits for the disk another one copies
-and a third computes. Buffers are few and small: they, and not a queue of tensors, are all the
-memory that a merge needs.
+A worker brings spans of files to where they are computed with, and results back into files. On a
+CPU that is a read into a buffer and a write from one. On a GPU (device_worker.py) the buffers are
+pinned and copies run on the worker's own stream, so that while one worker waits for the disk
+another one copies and a third computes. Buffers are few and small: they, and not a queue of
+tensors, are all the memory that a merge needs.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""An fp8 weight with its scales, as numbers: dequantised while it is read."""
+"""fp8 weights with their scales, dequantised to float32 while they are read."""
 
 from __future__ import annotations
 

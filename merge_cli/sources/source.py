@@ -1,7 +1,7 @@
-"""A source model, known from its headers: which tensors it has and where they lie.
+"""A source model, opened from its headers: which tensors it has and where they lie.
 
 Opening a source reads kilobytes: config.json, the index, the headers of the shards. For a model on
-the Hub those are fetched alone; the shards follow in `fetch_weights`, only those that the merge
+the Hub only those are fetched; the shards follow in `fetch_weights`, and only those that the merge
 needs. Nothing here executes anything from a checkpoint.
 """
 

@@ -1,7 +1,4 @@
-"""Where a model's files are, a folder or a repository on the Hub, and what their headers say.
-
-Which files of a folder or repository hold a model's weights, and what their index says.
-"""
+"""Where a model's files are, in a folder or on the Hub: which hold weights, and their headers."""
 
 from __future__ import annotations
 

@@ -1,21 +1,16 @@
-"""What this process may use of the machine: cores, threads and memory.
+"""What this process may use of the machine: cores, threads, memory, and a home folder.
 
 A container or a batch system grants less than the machine has, and the usual calls do not say so:
-`os.cpu_count` counts the machine's cores, /proc/meminfo the machine's memory. Everybody who decides
-by either asks here.
+`os.cpu_count` counts the machine's cores, /proc/meminfo the machine's memory. Everything that
+decides by either asks here.
 
     usable_cores     affinity, CPU quotas of control groups (v1 and v2), what SLURM has granted
     library_threads  the same for torch and BLAS, where OMP_NUM_THREADS has the last word
     free_memory      what the system has left, or the nearest limit of a control group
+    home_folder      HOME, or a private stand-in where a container has none
+    parse_size       5GB, 512MB, 4GiB, 1.5G as bytes; `show_size` writes them
 
-Control groups nest, and every one above ours binds, too. Imports nothing heavy.
-
-The user's folder, where there may be none.
-
-A container may run as a number that nobody has given a name, without HOME. Then caches go to a
-folder of our own among temporary files; and where even that cannot be, there are no caches.
-
-Byte sizes as people write them: 5GB, 512MB, 4GiB, 1.5G.
+Control groups nest, and each one above ours binds, too. Imports nothing heavy.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What a user should know although nothing failed, said once by whoever notices it.
+"""Notices: what a user should know although nothing failed, given once by whoever finds it out.
 
-The command line prints it as a note (`console`); another program finds it in the log `merge_cli`.
+The command line prints them (console/); another program finds them in the log `merge_cli`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Bytes in, bytes out: positioned reads and writes that finish or say why not."""
+"""Positioned reads and writes of bytes, which finish or say why they cannot."""
 
 from __future__ import annotations
 

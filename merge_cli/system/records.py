@@ -1,17 +1,12 @@
-"""Lines about finished work, on disk, so that a killed process continues where it stopped.
-
-The first line is the key of the work; each line carries a checksum (`sealed`), and what follows a
-line that does not hold is done again. Lines survive the death of the process; after a crash of the
-machine itself (another boot) what they tell of may not have reached the disk, and is not believed
-unless somebody has waited for it.
-
-Records that our own programs read back: JSON that carries a checksum over itself.
+"""Records of finished work on disk: lines with a checksum, so that a killed process resumes.
 
     {"unit":7,"stats":{...},"crc":"90ab12cd"}
 
-One bit that flips, a line that was cut short, or two that have run into one another are noticed,
-and what does not hold is as good as absent: it is done again. A sealed record is still JSON, for
-whoever wants to read it. Imports nothing heavy.
+The first line of a journal is the key of the work. A bit that flips, a line that was cut short, or
+two that have run into one another are noticed; what such a line says, and all that follows it, is
+done again. Lines survive the death of the process. After a crash of the machine itself (another
+boot) what they say may not have reached the disk, and is not believed unless somebody has waited
+for it. A sealed record is still JSON, for whoever wants to read it. Imports nothing heavy.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Reading what somebody else wrote: files, JSON and numbers, each held against a bound before use.
+"""Read untrusted files: each held against bounds of size, depth and digits before it is used.
 
 Every file of a model, an adapter, a recipe or a data set comes through here before it is believed:
 

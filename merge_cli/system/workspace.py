@@ -4,8 +4,9 @@
     OUT.ENDING/merge-cli     says whose folder this is: made first, removed last
     OUT.ENDING/journal.jsonl what is done, and the key of the work
 
-Everything that is made in steps is made in one: what becomes OUT (`output`, .partial), learning
-(.training), searching (.search), the results of stages (.stages).
+Everything that is made in steps is made in one: what becomes OUT (engine/output.py, .partial),
+training (.training), searches (.search), the results of stages (.stages). What several processes
+may make at once (caches) takes the lock of the file itself: `lock_file`.
 """
 
 from __future__ import annotations
