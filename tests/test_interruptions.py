@@ -18,7 +18,7 @@ from hub_server import HubServer
 from test_headers_alone import write_sparse
 from tiny import llama_config, write_model
 
-from merge_cli.evaluation.fingerprints import cached_fingerprint
+from merge_cli.checkpoint.fingerprint import cached_fingerprint
 
 # A second on an idle machine; tests share theirs. What is interrupted would take minutes.
 PATIENCE = 30.0

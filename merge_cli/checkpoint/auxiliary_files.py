@@ -130,36 +130,38 @@ def companion_files(root: Path, *, code: bool = False) -> list[Path]:
 
 
 def copied_files(
-    donor: Path, tokenizer_donor: Path | None, *, code: bool = False
+    config_root: Path, tokenizer_root: Path | None, *, code: bool = False
 ) -> dict[str, tuple[Path, Path]]:
     """What is copied: name in the output -> the file, and the folder that it is from.
 
     Args:
         tokenizer_donor: None leaves the tokenizer files out.
-        code: the donor's Python files, too.
+        code: the config source's Python files, too.
     """
-    if (donor / PIPELINE).is_file():
-        paths = [path for path in (*donor.glob("*"), *donor.glob("*/*")) if path.is_file()]
-        result = {path.relative_to(donor).as_posix(): (path, donor) for path in paths}
+    if (config_root / PIPELINE).is_file():
+        paths = [
+            path for path in (*config_root.glob("*"), *config_root.glob("*/*")) if path.is_file()
+        ]
+        result = {path.relative_to(config_root).as_posix(): (path, config_root) for path in paths}
         return {n: item for n, item in result.items() if is_part_file(n) and n != CARD}
     result = {
-        path.name: (path, donor)
-        for path in companion_files(donor, code=code)
+        path.name: (path, config_root)
+        for path in companion_files(config_root, code=code)
         if not is_tokenizer_file(path.name)
     }
-    for folder in filter(None, module_folders(donor)):
-        for path in (donor / folder).glob("*"):
+    for folder in filter(None, module_folders(config_root)):
+        for path in (config_root / folder).glob("*"):
             if path.is_file() and is_part_file(path.name):
-                result[f"{folder}/{path.name}"] = path, donor
-    if tokenizer_donor is not None:
-        own = [p for p in companion_files(tokenizer_donor) if is_tokenizer_file(p.name)]
-        templates = (tokenizer_donor / "additional_chat_templates").glob("*.jinja")
+                result[f"{folder}/{path.name}"] = path, config_root
+    if tokenizer_root is not None:
+        own = [p for p in companion_files(tokenizer_root) if is_tokenizer_file(p.name)]
+        templates = (tokenizer_root / "additional_chat_templates").glob("*.jinja")
         for path in (*own, *templates):
-            result[path.relative_to(tokenizer_donor).as_posix()] = path, tokenizer_donor
+            result[path.relative_to(tokenizer_root).as_posix()] = path, tokenizer_root
     return result
 
 
-def check_links(donor: Path, tokenizer_donor: Path, labels: tuple[str, str]) -> None:
+def check_links(config_root: Path, tokenizer_root: Path, labels: tuple[str, str]) -> None:
     """Refuse links out of the folders that files are copied from.
 
     Args:
@@ -168,12 +170,12 @@ def check_links(donor: Path, tokenizer_donor: Path, labels: tuple[str, str]) -> 
     Raises:
         SourceError: names every such link.
     """
-    result = copied_files(donor, tokenizer_donor, code=True)
-    config = donor / "config.json"
-    for root, label in dict(zip((donor, tokenizer_donor), labels, strict=True)).items():
+    result = copied_files(config_root, tokenizer_root, code=True)
+    config = config_root / "config.json"
+    for root, label in dict(zip((config_root, tokenizer_root), labels, strict=True)).items():
         paths = [path for path, home in result.values() if home == root]
         refuse_links(
-            [*paths, *([config] if root == donor and config.is_file() else [])], root, label
+            [*paths, *([config] if root == config_root and config.is_file() else [])], root, label
         )
 
 
@@ -209,13 +211,13 @@ def named_code(root: Path, label: str, names: frozenset[str]) -> list[str]:
 
 
 def copy_companions(
-    donor: Path, tokenizer_donor: Path | None, target: Path, *, code: bool = False
+    config_root: Path, tokenizer_root: Path | None, target: Path, *, code: bool = False
 ) -> list[str]:
     """Copy companions to `target`: tokenizer files from one donor, the rest from the other.
 
     Args:
         tokenizer_donor: None leaves the tokenizer files out.
-        code: the donor's Python files, too.
+        code: the config source's Python files, too.
 
     Returns:
         the names of the copied files, sorted.
@@ -223,7 +225,7 @@ def copy_companions(
     Raises:
         SourceError: a file is a link out of its folder.
     """
-    result = copied_files(donor, tokenizer_donor, code=code)
+    result = copied_files(config_root, tokenizer_root, code=code)
     for name, (path, root) in result.items():
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         copy_inside(path, root, target / name)

@@ -73,9 +73,9 @@ class StackedLayers:
     """Layers of an output.
 
     Attributes:
-        config: the part of the donor's config that describes them; rewritten in place.
+        config: the part of the config source's config that describes them; rewritten in place.
         layers: for each, the same part of its source's config, and its number there.
-        before: how many layers the donor has.
+        before: how many layers the config source has.
     """
 
     config: dict[str, Any]
@@ -173,7 +173,7 @@ def _repeated(stacked: StackedLayers, key: str, value: list[Any]) -> bool:
 def _entry(
     stacked: StackedLayers, key: str, fallback: list[Any], source: Mapping[str, Any], index: int
 ) -> Any:
-    """A layer's entry in its own source's list, or in the donor's."""
+    """A layer's entry in its own source's list, or in the config source's."""
     own = source.get(key)
     if key == "attention_types":
         own = _spelled_out(own)

@@ -16,16 +16,15 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from merge_cli.checkpoint.fingerprint import auxiliary_fingerprint, file_fingerprint
 from merge_cli.comparison.cost import CostLog, MergeCost, run_merge
 from merge_cli.comparison.entries import SOUP, EntryNames, baseline_recipes
 from merge_cli.comparison.result import Comparison, ModelEntry, Role
 from merge_cli.engine.device import choose_device
 from merge_cli.engine.journal import work_key
 from merge_cli.errors import Interrupted, MismatchError, Problem, UsageError
-from merge_cli.evaluation.fingerprints import auxiliary_fingerprint
 from merge_cli.evaluation.run import Step, evaluate_source
 from merge_cli.evaluation.spec import EvalSpec
-from merge_cli.evaluation.task import file_fingerprint
 from merge_cli.planning.plan import Plan
 from merge_cli.planning.planner import load_recipe, make_plan
 from merge_cli.recipe.fields import nearest

@@ -136,7 +136,7 @@ class StagedWorker:
         self.write(self._down(stored).data, path, offset)
 
     def _down(self, stored: Any) -> Any:
-        """Bytes of the device in the lane's pinned buffer: numpy uint8, until the next call."""
+        """Bytes of the device in the worker's pinned buffer: numpy uint8, until the next call."""
         if stored.numel() > self._output.numel():
             self._output = self._transfers.host(stored.numel())
         host = self._output[: stored.numel()]
@@ -150,5 +150,5 @@ class StagedWorker:
 
 
 def cuda_worker(files: Files, index: int, block: int) -> StagedWorker:
-    """A lane on the CUDA device of this number."""
+    """A worker on the CUDA device of this number."""
     return StagedWorker(files, CudaTransfers(index), block)

@@ -63,10 +63,10 @@ class MergeExecutor:
         return self._survey is not None
 
     def merge(self, task: TensorTask, chunks: Sequence[Chunk], finished: Finished) -> None:
-        """Merge these units of one tensor.
+        """Merge these chunks of one tensor.
 
         Args:
-            finished: called when a unit's bytes are written.
+            finished: called when a chunk's bytes are written.
 
         Raises:
             NonFiniteError: NaN or Inf in a source, unless they are allowed.

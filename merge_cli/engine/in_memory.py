@@ -136,7 +136,7 @@ class InMemoryFiles(Files):
 
 
 class InMemoryWorker(StagedWorker):
-    """A lane whose operands wait on the device, and whose results stay there."""
+    """A worker whose operands wait on the device, and whose results stay there."""
 
     _files: InMemoryFiles
 
@@ -154,7 +154,8 @@ class InMemoryWorker(StagedWorker):
 
     def _give(self, stored: Any, path: Path, offset: int) -> None:
         self._files.outputs[path][offset : offset + stored.numel()].copy_(stored)
-        self._transfers.wait()  # another lane, on another stream, may look at the whole tensor next
+        # Another worker, on another stream, may look at the whole tensor next.
+        self._transfers.wait()
 
 
 def _where(ref: TensorRef) -> tuple[Path, int]:
@@ -164,7 +165,7 @@ def _where(ref: TensorRef) -> tuple[Path, int]:
 def in_memory_workers(
     files: InMemoryFiles, device: Device, block: int
 ) -> Callable[[int], WorkerContext]:
-    """What makes a pool's lanes over sources that wait on a CUDA device."""
+    """What makes a pool's workers over sources that wait on a CUDA device."""
     return lambda number: InMemoryWorker(files, CudaTransfers(device.indexes[0]), block)
 
 
@@ -174,7 +175,7 @@ Take = Callable[[TensorTask, Any], None]
 
 
 class _Remembering(MergeExecutor):
-    """A Computer whose `prepare` answers from memory where it was asked the same before."""
+    """A MergeExecutor whose `prepare` answers from memory where it was asked the same before."""
 
     remembered: dict[str, Prepared]
 

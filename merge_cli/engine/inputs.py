@@ -14,7 +14,7 @@ from merge_cli.checkpoint.fingerprint import (
     FileFingerprint,
     fingerprint_of,
     folder_fingerprints,
-    sampled_digest,
+    sampled_fingerprint,
 )
 from merge_cli.errors import CorruptFileError, SourceError
 from merge_cli.lora.adapter import WEIGHTS
@@ -103,7 +103,7 @@ class Inputs:
 
     def _digest(self, path: Path) -> str:
         try:
-            return sampled_digest(path)
+            return sampled_fingerprint(path)
         except OSError as error:
             raise _unreadable(error, self._labels[path], path) from error
 

@@ -18,7 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from merge_cli.checkpoint.fingerprint import folder_fingerprints, sampled_digest
+from merge_cli.checkpoint.fingerprint import folder_fingerprints, sampled_fingerprint
 from merge_cli.engine.merge_stats import TensorStats
 from merge_cli.planning.plan import Plan
 from merge_cli.recipe.reference import local_file
@@ -28,7 +28,7 @@ _FORMAT = 2
 
 
 def work_key(plan: Plan, *context: object) -> str:
-    """A digest of everything that the output's bytes and the units depend on.
+    """A digest of everything that the output's bytes and the chunks depend on.
 
     Args:
         context: what else makes it other work: the kind of device, whether statistics are taken.
@@ -117,7 +117,7 @@ def _beside_the_weights(plan: Plan, made: Mapping[Path, object]) -> bytes:
 
 def _stamp(path: Path) -> str:
     """The same header over other weights must not pass for the same input, nor the same times."""
-    return f"{path.stat().st_mtime_ns} {sampled_digest(path)}"
+    return f"{path.stat().st_mtime_ns} {sampled_fingerprint(path)}"
 
 
 def _companions(root: Path) -> list[tuple[str, str]]:
@@ -125,15 +125,15 @@ def _companions(root: Path) -> list[tuple[str, str]]:
     files = [
         path for path in folder_fingerprints(root) if path.suffix not in (".safetensors", ".py")
     ]
-    return [(path.relative_to(root).as_posix(), sampled_digest(path)) for path in files]
+    return [(path.relative_to(root).as_posix(), sampled_fingerprint(path)) for path in files]
 
 
 class Journal(Records):
-    """The units of a merge.
+    """The chunks of a merge.
 
     Attributes:
-        done: unit number -> its statistics, from earlier runs.
-        count: units that are recorded, old and new.
+        done: chunk number -> its statistics, from earlier runs.
+        count: chunks that are recorded, old and new.
     """
 
     def __init__(self, path: Path, key: str, inputs: str = "") -> None:
@@ -148,18 +148,18 @@ class Journal(Records):
         self.count = len(self.done)
 
     def record(self, number: int, stats: TensorStats) -> None:
-        """Note that a unit's bytes are written."""
+        """Note that a chunk's bytes are written."""
         self.append({"unit": number, "stats": stats.to_json()})
         with self._mutex:
             self.count += 1
 
     def synced(self, count: int) -> None:
-        """Note that the first `count` recorded units have reached the disk itself."""
+        """Note that the first `count` recorded chunks have reached the disk itself."""
         self.append({"synced": count})
         os.fsync(self._fd)
 
     def _believed(self, entries: list[Entry], *, same_boot: bool) -> list[Entry]:
-        """Of another boot, the units that a `synced` line covers."""
+        """Of another boot, the chunks that a `synced` line covers."""
         if same_boot:
             return entries
         synced = max((entry["synced"] for entry in entries if "synced" in entry), default=0)

@@ -49,7 +49,7 @@ def run_loop(
     options: MergeOptions,
     on_progress: OnProgress,
 ) -> MergeStats:
-    """Merge every unit that the journal does not have yet.
+    """Merge every chunk that the journal does not have yet.
 
     Args:
         model: the folder with the allocated shards.
@@ -142,7 +142,7 @@ def run_loop(
 
 
 def _survey(executor: MergeExecutor, pool: Pool, on_progress: OnProgress) -> None:
-    """By one of the pool's threads, which has a lane; told of in this one."""
+    """By one of the pool's threads, which has a worker; told of in this one."""
     messages: queue.SimpleQueue[Any] = queue.SimpleQueue()
     pool.start(lambda _: executor.survey(lambda: messages.put(_SURVEY)), [None], messages)
     while (message := messages.get()) is not None:

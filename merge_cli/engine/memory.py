@@ -40,13 +40,13 @@ _RETURNED = 2**19
 
 @dataclass(frozen=True)
 class WorkerMemory:
-    """What each lane may use.
+    """What each worker may use.
 
     Attributes:
-        lanes: how many there are.
+        workers: how many there are.
         block: elements of a block.
         inputs: how many tensors are read for one, at most.
-        bytes: what a lane holds on the host.
+        bytes: what a worker holds on the host.
     """
 
     lanes: int
@@ -56,7 +56,7 @@ class WorkerMemory:
 
 
 def worker_memory(plan: Plan, device: Device, options: MergeOptions) -> WorkerMemory:
-    """As many lanes as there are threads, or as the memory holds; larger blocks on a GPU.
+    """As many workers as there are threads, or as the memory holds; larger blocks on a GPU.
 
     Raises:
         UsageError: less memory than a merge can work in.
@@ -124,7 +124,7 @@ def return_freed_memory() -> None:
 
 
 def _whole(plan: Plan) -> int:
-    """What a lane holds of its largest tensor, if the method looks at whole ones."""
+    """What a worker holds of its largest tensor, if the method looks at whole ones."""
     extra_arrays = plan.method.whole
     if extra_arrays is None:
         return 0
@@ -139,12 +139,12 @@ def _whole(plan: Plan) -> int:
 
 
 def _slab(plan: Plan) -> int:
-    """What a lane holds of an output in fp8: a row of blocks as numbers and as codes."""
+    """What a worker holds of an output in fp8: a row of blocks as numbers and as codes."""
     return max((5 * t.block[0] * t.shape[-1] for t in plan.tasks if t.block), default=0)
 
 
 def _fixed(plan: Plan, device: Device) -> int:
-    """What does not depend on the lanes."""
+    """What does not depend on the workers."""
     headers = sum(len(source.tensors) for source in plan.sources) + len(plan.tasks)
     fixed = _RUNTIME + _TENSOR * headers
     if not _computes(plan):

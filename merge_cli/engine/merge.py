@@ -190,7 +190,7 @@ def _write_tokenizer(plan: Plan, folder: Path, *, copied: bool) -> None:
 
 
 def _write_config(plan: Plan, original: Path, target: Path) -> None:
-    """The donor's own bytes where nothing changed."""
+    """The original bytes where nothing changed."""
     content = original.read_bytes()
     if plan.config == json.loads(content):
         target.write_bytes(content)

@@ -75,7 +75,7 @@ Kept = Callable[[Block], list[int]]
 
 
 class StatisticsMeter:
-    """Measures the blocks of one unit while they are in hand.
+    """Measures the blocks of one chunk while they are in hand.
 
     Args:
         kept: the method's count of what trimming or dropping keeps, if it does either.
@@ -155,11 +155,11 @@ class MergeStats:
     Attributes:
         key: the digest of the work, by which OUT can be recognised as its result.
         arithmetic: compiled, triton or torch, and why torch.
-        buffers: bytes that all lanes may hold.
+        buffers: bytes that all workers may hold.
         stages: read, compute, write, stall.
         stats: one for each task of the plan.
         resumed: bytes of output that an earlier run had merged.
-        seconds: wall time of the loop, and of the survey before it.
+        seconds: wall time of the loop, and of the pass over the whole model before it.
     """
 
     key: str
@@ -175,7 +175,7 @@ class MergeStats:
 
 
 def stages(workers: Sequence[WorkerContext], threads: int, seconds: float) -> dict[str, StageTime]:
-    """The lanes' clocks together; what is left of the threads' time is stall."""
+    """The workers' clocks together; what is left of the threads' time is stall."""
     clocks = [worker.clock for worker in workers]
     read, compute, write = (
         sum(getattr(clock, name) for clock in clocks) for name in ("read", "compute", "write")

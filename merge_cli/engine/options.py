@@ -21,7 +21,7 @@ class MergeOptions:
         statistics: measure norms, cosines and signs on the way, for the report.
         fsync: publish only when the bytes are on the disk itself, safe against power failure.
         allow_non_finite: merge NaN and Inf as they are.
-        trust_remote_code: copy the donor's Python files; nothing is run.
+        trust_remote_code: copy the config source's Python files; nothing is run.
         copy_tokenizer: copy tokenizer files.
         model_card: write README.md.
         keep_stages: leave the results of a recipe's other documents in OUT.stages.

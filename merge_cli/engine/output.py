@@ -72,11 +72,11 @@ class OutputWorkspace(Workspace):
         """Raise if OUT is there and may not go.
 
         Args:
-            precious: files and folders that must survive: sources, the recipe. Where we stand and
-                the user's home always are.
+            protected_paths: files and folders that must survive: sources, the recipe. The working
+                directory and the user's home always do.
 
         Raises:
-            UsageError: OUT is a file, holds something precious, exists without --overwrite, is no
+            UsageError: OUT is a file, holds something protected, exists without --overwrite, is no
                 model, or a mount point.
         """
         protected_paths = tuple(protected_paths)

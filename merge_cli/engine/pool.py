@@ -59,7 +59,7 @@ class Pool:
     """A context manager: threads inside, none outside.
 
     Args:
-        lanes: makes what a thread works with (its buffers, its stream).
+        make_context: makes what a thread works with (its buffers, its stream).
         threads: how many threads; the calling one only waits.
     """
 
@@ -220,7 +220,7 @@ def arithmetic_for(plan: Plan, device: Device) -> tuple[str, str]:
 def worker_factory(
     files: Files, device: Device, arithmetic: str, room: WorkerMemory
 ) -> Callable[[int], WorkerContext]:
-    """What makes the pool's lanes. Devices take turns."""
+    """What makes the pool's workers. Devices take turns."""
     if device.kind == "cuda":
         from merge_cli.engine.device_worker import cuda_worker
 

@@ -8,14 +8,14 @@ from typing import Any, Protocol
 
 from merge_cli.checkpoint.dtypes import width_of
 from merge_cli.engine.worker_context import WorkerContext
-from merge_cli.kernels.convert import quantise
+from merge_cli.formats.fp8 import FP8
 from merge_cli.planning.plan import TensorTask
 
 Places = Mapping[str, tuple[Path, int]]  # tensor name -> its file, and the byte where it begins
 
 
 class TensorWriter(Protocol):
-    """Takes one unit's values, in order."""
+    """Takes one chunk's values, in order."""
 
     def put(self, values: Any, start: int) -> bool:
         """Values of a span that begins at `start`; whether a float16 can hold them."""
@@ -81,9 +81,7 @@ class _ScaledWriter:
     def _write(self, begin: int, rows: Any) -> None:
         import numpy as np
 
-        codes = np.empty(rows.shape, np.uint8)
-        scales = np.empty(self._across, np.float32)
-        quantise(rows, self._wide, codes, scales)
+        codes, scales = FP8.encode(rows, self._wide)
         path, offset = self._codes
         self._lane.write(codes.reshape(-1).data, path, offset + begin)
         path, offset = self._scales

@@ -72,7 +72,7 @@ class WorkerContext(Protocol):
     block: int
 
     def active(self) -> AbstractContextManager[Any]:
-        """Entered by the lane's thread around everything that it computes."""
+        """Entered by the worker's thread around everything that it computes."""
 
     def load(
         self, refs: Sequence[Tensor], start: int, stop: int, *, base: bool, deltas: bool
@@ -88,7 +88,7 @@ class WorkerContext(Protocol):
         """Round values to the dtype, write them; whether they are finite where the dtype is F16."""
 
     def fetch(self, values: Any) -> Any:
-        """Values as numpy float32 on the host, to be looked at before the lane's next call."""
+        """Values as numpy float32 on the host, to be looked at before the worker's next call."""
 
     def write(self, data: memoryview, path: Path, offset: int) -> None:
         """Bytes of the host into a file."""
@@ -183,7 +183,7 @@ class HostWorker:
         return LoadedBlock(base_values, list(rows), finite)
 
     def _raw(self, inputs: int, size: int, dtype: str) -> Any:
-        """(inputs, bytes) of the lane's buffer."""
+        """(inputs, bytes) of the worker's buffer."""
         import numpy as np
 
         width = size * width_of(dtype)

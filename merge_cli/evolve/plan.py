@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 
+from merge_cli.checkpoint.fingerprint import auxiliary_fingerprint
 from merge_cli.engine.device import choose_device
 from merge_cli.engine.options import MergeOptions
 from merge_cli.engine.residency import SourceResidency, choose_residency, stored_bytes
 from merge_cli.errors import RecipeError, ResourceError
-from merge_cli.evaluation.fingerprints import auxiliary_fingerprint
 from merge_cli.evolve.objectives import SearchObjective, parse_objective
 from merge_cli.evolve.space import Space, default_population
 from merge_cli.evolve.splits import refuse_overlap

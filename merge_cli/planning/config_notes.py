@@ -126,7 +126,7 @@ _PLAIN: dict[str, Any] = {
 _LENGTH = 60
 
 
-def config_notes(sources: Sequence[Source], donor: int) -> Iterator[str]:
+def config_notes(sources: Sequence[Source], config_source: int) -> Iterator[str]:
     """A line for each key that does not mean the same in all sources, with every value.
 
     Args:
@@ -147,7 +147,7 @@ def config_notes(sources: Sequence[Source], donor: int) -> Iterator[str]:
             ("nothing" in values or key in _FOR_ALL) and _alike(key, described, written)
         ):
             notes = "; ".join(f"{', '.join(who)} {value}" for value, who in values.items())
-            whose = sources[donor].label
+            whose = sources[config_source].label
             yield f"config.json: {key} differs: {notes}; the output has that of {whose}"
 
 

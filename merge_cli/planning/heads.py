@@ -30,7 +30,7 @@ class TiedHeads:
 
     Attributes:
         views: one for each source: name -> tensor, heads added or left out.
-        tied: what the output's config must say; None leaves the donor's word.
+        tied: what the output's config must say; None leaves the config source's word.
         notes: what was done.
         stored: heads that are left out, with the embedding that stands in for each.
     """

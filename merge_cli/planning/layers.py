@@ -162,14 +162,14 @@ class LayerIndex:
 
 @dataclass(frozen=True, slots=True)
 class LayerPosition:
-    """A layer of a piece of the output.
+    """A layer of a slice of the output.
 
     Attributes:
         group: what the report sums over: the layer, or the name of a tensor that has none.
-        position: the layer's place in its piece, 0 (first, or no layer) to 1 (last, or the only
+        position: the layer's place in its slice, 0 (first, or no layer) to 1 (last, or the only
             one: a gradient's last value, as in mergekit).
         beyond: whether it stands behind the model's last layer.
-        layer: its number within the piece, where that is a slice of a stack.
+        layer: its number within the slice, where that is a slice of a stack.
     """
 
     group: str
@@ -179,13 +179,13 @@ class LayerPosition:
 
 
 class LayerPositions:
-    """The layers of a piece, each found once for all of its tensors.
+    """The layers of a slice, each found once for all of its tensors.
 
     Args:
         heights: every stack's number of layers, in the output; what stands above that (layers for
             predicting several tokens, behind the model's last) is at the end.
         stack: the one that slices are cut from, where there are slices.
-        start: the piece's first layer in it.
+        start: the slice's first layer in it.
     """
 
     def __init__(self, heights: Mapping[str, int], stack: str | None, start: int) -> None:

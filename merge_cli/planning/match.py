@@ -39,7 +39,7 @@ class TensorMatch(NamedTuple):
     """One output tensor.
 
     Attributes:
-        seat: its layer and the layer's place in the piece.
+        seat: its layer and the layer's place in the slice.
         operands, base: the tensors of the formula; for a copy, the one that is copied.
         source: index of the source that `operands[0]` is from.
         copied: why it is copied, whatever the method; empty where it is merged.
@@ -110,7 +110,7 @@ class Model:
 def match_pieces(
     slices: Sequence[OutputSlice], sources: Sequence[Source], views: Sequence[TensorMap]
 ) -> TensorMatches:
-    """Find every tensor of every piece in its sources, and what does not fit.
+    """Find every tensor of every slice in its sources, and what does not fit.
 
     Args:
         views: for each source, the tensors that it is taken to have.
@@ -213,7 +213,7 @@ def _match_piece(
 def _offered(
     output_slice: OutputSlice, operand: SliceOperand, model: Model, into: TensorMatches
 ) -> TensorMap | None:
-    """What a source gives to a piece, by output name; None (and a problem) if it cannot."""
+    """What a source gives to a slice, by output name; None (and a problem) if it cannot."""
     if operand.layers is None:
         return model.view
     layer_index = model.anatomy

@@ -31,7 +31,7 @@ from merge_cli.sources.source import Source
 def stacked_slices(
     recipe: Recipe, slices: Sequence[OutputSlice], sources: Sequence[Source]
 ) -> list[OutputSlice]:
-    """The pieces whose layers are not where they were; none where every layer is.
+    """The slices whose layers are not where they were; none where every layer is.
 
     Raises:
         RecipeError: layers of a module that config.json does not describe, as far as it is known
@@ -138,7 +138,7 @@ def left_out(
 
 @dataclass(frozen=True)
 class SliceOperand:
-    """One source's part in a piece. The same source may take part twice, with other layers.
+    """One source's part in a slice. The same source may take part twice, with other layers.
 
     Attributes:
         source: its index among the opened sources.
@@ -159,7 +159,7 @@ class OutputSlice:
     Attributes:
         spec: the recipe's slice; None for a merge of whole models.
         operands: in the formula's order.
-        first, last: whether tensors before and after the layers come from this piece.
+        first, last: whether tensors before and after the layers come from this slice.
         start: the first output layer.
         module: what its tensors belong to; None means the whole model.
         left_over: it is what no listed module has, copied from its one operand.
@@ -177,7 +177,7 @@ class OutputSlice:
 
     @property
     def reference(self) -> SliceOperand:
-        """Whose names the piece follows."""
+        """Whose names the slice follows."""
         return self.base or self.operands[0]
 
     @property
@@ -187,7 +187,7 @@ class OutputSlice:
 
 
 def output_slices(recipe: Recipe, method: Method, labels: Sequence[str]) -> list[OutputSlice]:
-    """The pieces of the output, in order; one where the recipe has neither slices nor modules.
+    """The slices of the output, in order; one where the recipe has neither slices nor modules.
 
     Args:
         labels: of the opened sources.
@@ -211,7 +211,7 @@ def _cut(
     groups: Sequence[SliceSpec | None],
     module: str | None,
 ) -> list[OutputSlice]:
-    """The pieces of a module, or of the whole model."""
+    """The slices of a module, or of the whole model."""
     recipe_index = {spec.key: index for index, spec in enumerate(recipe.source_specs)}
     slices: list[OutputSlice] = []
     start = 0

@@ -125,9 +125,9 @@ class Plan:
         operands: indexes in `sources` of the models that are merged, in the recipe's order.
         donor: index of who gives config.json.
         aligned: the sources' tensors with one vocabulary, and who gives the tokenizer files.
-        template: the output's chat template; None keeps the tokenizer donor's.
+        template: the output's chat template; None keeps the tokenizer config source's.
         tasks: every output tensor, in natural order of names.
-        config: the output's config.json; empty where the donor has none.
+        config: the output's config.json; empty where the config source has none.
         notes: decisions that a reader should know, one line each.
         coefficients: the recipe's file of learned coefficients; None without one.
         gathered: statistics of the sources over their data; None without, or before they are there.
@@ -254,7 +254,7 @@ class Chunk:
 
 
 def cut_chunks(tasks: Sequence[TensorTask]) -> list[Chunk]:
-    """Every element of every task, once, in order; an empty tensor is one empty unit."""
+    """Every element of every task, once, in order; an empty tensor is one empty chunk."""
     chunks: list[Chunk] = []
     for index, task in enumerate(tasks):
         starts = span_starts(task)
@@ -264,10 +264,10 @@ def cut_chunks(tasks: Sequence[TensorTask]) -> list[Chunk]:
 
 
 def span_starts(task: TensorTask) -> list[int]:
-    """Where the units of a task begin, and at the end its size."""
+    """Where the chunks of a task begin, and at the end its size."""
     width = sum(width_of(ref.dtype) for ref in task.inputs)
     least = BLOCK_MULTIPLE
-    if task.block is not None:  # a block's scale is one unit's
+    if task.block is not None:  # a block's scale is one chunk's
         least = math.lcm(least, task.block[0] * task.shape[-1])
     step = max(1, UNIT_BYTES // width // least) * least
     return [*range(0, task.size, step), task.size]

@@ -104,7 +104,7 @@ def resolve(
     """The method's parameters for one tensor, by the recipe's names; a list where per model.
 
     Args:
-        piece: the output slice, or None for a merge of whole models.
+        output_slice: None for a merge of whole models.
         specs: the operands' sources, in order.
         position: the tensor's layer within its slice, 0 to 1.
         inputs: the tensor's name in each source, by that source's own layer numbers, which the
@@ -150,7 +150,7 @@ class Resolved:
 
 
 class Resolver:
-    """`resolve` for the tensors of one piece, once for each set of parameters.
+    """`resolve` for the tensors of one slice, once for each set of parameters.
 
     What a setting means depends on the filters that match a tensor's name and, where there are
     gradients, on its position: tensors that agree in both share one answer.

@@ -42,8 +42,8 @@ class Origins:
 def check_structure(
     config: Mapping[str, object],
     shapes: Shapes,
-    donor: Source,
-    like: Mapping[str, Tensor],
+    config_source: Source,
+    source_tensors: Mapping[str, Tensor],
     sources: Iterable[Source],
     origins: Origins | None = None,
 ) -> list[str]:
@@ -51,8 +51,9 @@ def check_structure(
 
     Args:
         config: the output's.
-        donor: whose config it is made from.
-        like: the donor's tensors; what has its names, shapes and config needs no look.
+        config_source: whose config it is made from.
+        source_tensors: of the config source; an output with its names, shapes and config is not
+            checked.
         sources: every model, whose own faults are no news.
         origins: of layers that were stacked.
 
@@ -64,16 +65,16 @@ def check_structure(
         ValueError: a rule by position that the stacked layers may not follow, where the class that
             would tell is not known.
     """
-    if not donor.config or "" not in donor.stems:
+    if not config_source.config or "" not in config_source.stems:
         return _undecided(origins, "")
-    shapes = _own(shapes, donor)
-    if origins is None and _unchanged(config, shapes, donor, like):
+    shapes = _own(shapes, config_source)
+    if origins is None and _unchanged(config, shapes, config_source, source_tensors):
         return []
     try:
         made = _build(config, shapes, origins is not None)
     except UnknownClass as reason:
         return _undecided(origins, str(reason))
-    inherited = _Inherited(donor, sources)
+    inherited = _Inherited(config_source, sources)
     problems = [*_failures(made, inherited), *_differences(made, inherited)]
     notes: list[str] = []
     if origins is not None and not problems:
@@ -94,16 +95,23 @@ def _undecided(origins: Origins | None, reason: str) -> list[str]:
 
 
 def _unchanged(
-    config: Mapping[str, object], shapes: Shapes, donor: Source, like: Mapping[str, Tensor]
+    config: Mapping[str, object],
+    shapes: Shapes,
+    config_source: Source,
+    source_tensors: Mapping[str, Tensor],
 ) -> bool:
     """Whether the output is as its donor is on disk: then it opens as that does."""
-    before = donor.config
-    if donor.adapter is not None:
-        if any(tensor.stored[0].shape[:1] != tensor.shape[:1] for tensor in like.values()):
+    before = config_source.config
+    if config_source.adapter is not None:
+        if any(
+            tensor.stored[0].shape[:1] != tensor.shape[:1] for tensor in source_tensors.values()
+        ):
             return False
-        before = read_mapping(donor.root / "config.json", donor.label)
-    there = {name: tensor.shape for name, tensor in like.items() if not name.endswith(BUFFERS)}
-    there = _own(there, donor)
+        before = read_mapping(config_source.root / "config.json", config_source.label)
+    there = {
+        name: tensor.shape for name, tensor in source_tensors.items() if not name.endswith(BUFFERS)
+    }
+    there = _own(there, config_source)
     shapes_there = {name: shape for name, shape in shapes.items() if not name.endswith(BUFFERS)}
     return there == shapes_there and _plain(before) == _plain(config)
 
@@ -148,13 +156,16 @@ def _of(source: Source, kinds: bool = False) -> Skeleton | None:
 class _Inherited:
     """What is wrong with the sources themselves, looked up when something is wrong."""
 
-    def __init__(self, donor: Source, sources: Iterable[Source]) -> None:
-        self._donor = donor
-        self._sources = [donor, *(source for source in sources if source is not donor)]
+    def __init__(self, config_source: Source, sources: Iterable[Source]) -> None:
+        self._donor = config_source
+        self._sources = [
+            config_source,
+            *(source for source in sources if source is not config_source),
+        ]
 
     @property
     def fails(self) -> bool:
-        """Whether the donor's own class refuses it."""
+        """Whether the class refuses it."""
         own = _of(self._donor)
         return own is None or bool(own.failure)
 

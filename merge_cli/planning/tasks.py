@@ -35,7 +35,7 @@ def decide_tasks(draft: Draft) -> Draft:
         RecipeError: values that no tensor can be merged with, each once.
     """
     recipe, config_source = draft.recipe, draft.sources[draft.config_source]
-    fp8_choice = fp8.Fp8(config_source) if recipe.fp8 else None
+    fp8_choice = fp8.Fp8Choice(config_source) if recipe.fp8 else None
     tasks: list[TensorTask] = []
     refused: dict[str, Problem] = {}
     for part, matches in groupby(draft.matches.found, key=attrgetter("piece")):
@@ -58,7 +58,7 @@ def tensor_tasks(
     method: Method,
     part: OutputSlice,
     matches: Iterable[TensorMatch],
-    fp8_choice: fp8.Fp8 | None,
+    fp8_choice: fp8.Fp8Choice | None,
     copy_of: Mapping[str, str],
 ) -> Iterator[tuple[TensorTask, str]]:
     """The output tensors of one slice, and why each cannot be merged (empty where it can)."""

@@ -273,12 +273,20 @@ def _open_hub(repo: hub.HubModel, label: str) -> Source:
 
 
 def _opened(storage: ModelStorage, label: str, repo: hub.HubModel | None = None) -> Source:
-    """From the headers of its files; fp8 weights as numbers."""
+    """From the headers of its files; quantised weights as numbers."""
     config = read_mapping(storage.root / CONFIG, label) if CONFIG in storage.names else {}
     stored, headers = read_headers(storage, label)
-    tensors, plain, quantised = read_as_numbers(stored, config, label)
-    notes = [repo.note if repo else "", _kind(storage, config), *quantised]
-    return Source(label, storage.root, plain, tensors, headers, repo, tuple(filter(None, notes)))
+    model = read_as_numbers(stored, config, label)
+    notes = [repo.note if repo else "", _kind(storage, config), *model.notes]
+    return Source(
+        label,
+        storage.root,
+        model.config,
+        model.tensors,
+        headers,
+        repo,
+        tuple(filter(None, notes)),
+    )
 
 
 def _kind(storage: ModelStorage, config: Mapping[str, Any]) -> str:
