@@ -9,7 +9,7 @@ from typing import Any
 from merge_cli.checkpoint.dtypes import width_of
 from merge_cli.engine.merge_stats import StatisticsMeter, TensorStats
 from merge_cli.engine.operands import BlockReader, ModelReader, TensorReader, operands_of
-from merge_cli.engine.tensor_writers import Places, writer_for
+from merge_cli.engine.tensor_writers import OutputOffsets, writer_for
 from merge_cli.errors import NonFiniteError
 from merge_cli.kernels.backend import is_numpy
 from merge_cli.methods.blocks import Block
@@ -23,25 +23,25 @@ class MergeExecutor:
     """Runs the plan's method; its methods are called by the pool's threads.
 
     Args:
-        places: tensor name -> the file it is written to, and the byte where it begins.
+        offsets: tensor name -> the file it is written to, and the byte where it begins.
     """
 
     def __init__(
         self,
         plan: Plan,
-        reading: BlockReader,
-        offsets: Places,
+        reader: BlockReader,
+        offsets: OutputOffsets,
         *,
         statistics: bool,
         allow_non_finite: bool,
     ) -> None:
-        self._plan, self._reading, self._places = plan, reading, offsets
+        self._plan, self._reader, self._offsets = plan, reader, offsets
         self._statistics, self._allow = statistics, allow_non_finite
         self._method = plan.method
-        self._survey: Any = None
+        self._model_pass: Any = None
 
-    def survey(self, on_read: Callable[[], None]) -> None:
-        """Let the method look at the whole model first, if it wants to.
+    def run_model_pass(self, on_read: Callable[[], None]) -> None:
+        """Let the method read the whole model first, if it does.
 
         Args:
             on_read: called once, when it does begin to read.
@@ -52,15 +52,15 @@ class MergeExecutor:
             if task.action == "merge" and task.size and not task.copy_of
         ]
         if self._method.survey is not None and merged:
-            readers = [self._reader(task) for task in merged]
-            self._survey = self._method.survey(
-                ModelReader(readers, self._reading.pool, cache(on_read))
+            readers = [self._tensor_reader(task) for task in merged]
+            self._model_pass = self._method.survey(
+                ModelReader(readers, self._reader.pool, cache(on_read))
             )
 
     @property
-    def surveyed(self) -> bool:
+    def has_model_pass(self) -> bool:
         """Whether the method has looked at the whole model."""
-        return self._survey is not None
+        return self._model_pass is not None
 
     def merge(self, task: TensorTask, chunks: Sequence[Chunk], finished: Finished) -> None:
         """Merge these chunks of one tensor.
@@ -72,11 +72,11 @@ class MergeExecutor:
             NonFiniteError: NaN or Inf in a source, unless they are allowed.
         """
         if task.moved or not task.size:
-            self._reading.pool.map(partial(self._copy, task, finished), chunks)
+            self._reader.pool.map(partial(self._copy, task, finished), chunks)
             return
-        reader = self._reader(task)
+        reader = self._tensor_reader(task)
         if task.action == "copy":
-            self._reading.pool.map(partial(self._round, reader, finished), chunks)
+            self._reader.pool.map(partial(self._round, reader, finished), chunks)
             return
         supplied: dict[str, Any] = {}
         if "coefficients" in self._method.supplied and self._plan.coefficients is not None:
@@ -85,31 +85,31 @@ class MergeExecutor:
             supplied["statistics"] = reader.statistics
         if self._method.prepare is not None:
             supplied["prepared"] = self.prepare(reader, task)
-        work = partial(self._merge_unit, reader, supplied, finished)
-        self._reading.pool.map(work, chunks)
+        work = partial(self._merge_chunk, reader, supplied, finished)
+        self._reader.pool.map(work, chunks)
 
     def prepare(self, reader: TensorReader, task: TensorTask) -> Any:
         """What the method must know of the whole tensor first."""
         assert self._method.prepare is not None
-        return self._method.prepare(reader, self._survey, **task.parameters)
+        return self._method.prepare(reader, self._model_pass, **task.parameters)
 
-    def _reader(self, task: TensorTask) -> TensorReader:
-        return TensorReader(task, self._reading, span_starts(task), self._plan.statistics_of(task))
+    def _tensor_reader(self, task: TensorTask) -> TensorReader:
+        return TensorReader(task, self._reader, span_starts(task), self._plan.statistics_of(task))
 
     def _copy(self, task: TensorTask, finished: Finished, chunk: Chunk) -> None:
         if chunk.stop > chunk.start:
             width = width_of(task.dtype)
-            path, offset = self._places[task.name]
+            path, offset = self._offsets[task.name]
             start, size = chunk.start * width, (chunk.stop - chunk.start) * width
-            clock = self._reading.pool.lane.clock
+            clock = self._reader.pool.lane.clock
             (stored,) = task.operands[0].stored  # the planner copies nothing else
-            self._reading.files.copy(clock, stored, start, size, path, offset + start)
+            self._reader.files.copy(clock, stored, start, size, path, offset + start)
         finished(chunk, TensorStats())
 
     def _round(self, reader: TensorReader, finished: Finished, chunk: Chunk) -> None:
         """A copy of what is computed, or stored in another dtype."""
         writer = writer_for(
-            reader.task, self._reading.pool.lane, self._places, chunk.start, chunk.stop
+            reader.task, self._reader.pool.lane, self._offsets, chunk.start, chunk.stop
         )
         stats = TensorStats()
         for block in reader.range(chunk.start, chunk.stop):
@@ -118,11 +118,11 @@ class MergeExecutor:
                 self._refuse_infinity(block.operands[0], reader.task, block)
         finished(chunk, stats)
 
-    def _merge_unit(
+    def _merge_chunk(
         self, reader: TensorReader, supplied: dict[str, Any], finished: Finished, chunk: Chunk
     ) -> None:
-        task, method, worker = reader.task, self._method, self._reading.pool.lane
-        writer = writer_for(task, worker, self._places, chunk.start, chunk.stop)
+        task, method, worker = reader.task, self._method, self._reader.pool.lane
+        writer = writer_for(task, worker, self._offsets, chunk.start, chunk.stop)
         parameters = arguments(method, task.parameters)
         parameters |= {name: value for name, value in supplied.items() if name in method.supplied}
         count_kept = method.kept and partial(

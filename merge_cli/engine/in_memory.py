@@ -54,7 +54,7 @@ class InMemoryFiles(Files):
         self._disk = FilePool(os.O_RDONLY)
         super().__init__(self._disk, self._disk)
         self._residency, self._device = residency.residency, device
-        self._kept: dict[tuple[Path, int], memoryview] = {}
+        self._host: dict[tuple[Path, int], memoryview] = {}
         self.on_device: dict[tuple[Path, int], Any] = {}
         self.outputs: dict[Path, Any] = {}
 
@@ -74,7 +74,7 @@ class InMemoryFiles(Files):
             return
         for ref in refs:
             key = ref.path, ref.offset
-            if key in self._kept or key in self.on_device:
+            if key in self._host or key in self.on_device:
                 continue
             buffer = memoryview(bytearray(ref.nbytes))
             if ref.nbytes:
@@ -85,7 +85,7 @@ class InMemoryFiles(Files):
                 host = torch.frombuffer(buffer, dtype=torch.uint8) if ref.nbytes else torch.empty(0)
                 self.on_device[key] = host.to(self._device, torch.uint8)
             else:
-                self._kept[key] = buffer
+                self._host[key] = buffer
 
     def ask_for(self, ref: TensorRef, start: int, size: int) -> None:
         if self._residency == "disk":
@@ -94,7 +94,7 @@ class InMemoryFiles(Files):
     def read_stored(
         self, clock: StageClock, ref: TensorRef, start: int, buffer: memoryview
     ) -> None:
-        cached = self._kept.get((ref.path, ref.offset))
+        cached = self._host.get((ref.path, ref.offset))
         if cached is None:  # on the disk; or on the device, and wanted here for once
             super().read_stored(clock, ref, start, buffer)
             return
@@ -119,7 +119,7 @@ class InMemoryFiles(Files):
     def close(self) -> None:
         """Let go of files and memory."""
         self._disk.close()
-        self._kept.clear()
+        self._host.clear()
         self.on_device.clear()
 
     def _put(self, path: Path, offset: int, data: memoryview) -> None:
@@ -141,9 +141,9 @@ class InMemoryWorker(StagedWorker):
     _files: InMemoryFiles
 
     def _bring(self, refs: Sequence[Tensor], start: int, stop: int) -> list[Any]:
-        return [self._own(ref, start, stop) for ref in refs]
+        return [self._tensor_on_device(ref, start, stop) for ref in refs]
 
-    def _own(self, tensor: Tensor, start: int, stop: int) -> Any:
+    def _tensor_on_device(self, tensor: Tensor, start: int, stop: int) -> Any:
         (ref, *others) = tensor.stored
         cached = None if others or tensor.formula else self._files.on_device.get(_where(ref))
         if cached is None:  # computed on the way, on the host
@@ -169,25 +169,25 @@ def in_memory_workers(
     return lambda number: InMemoryWorker(files, CudaTransfers(device.indexes[0]), block)
 
 
-_REMEMBERED = 4  # answers of a method's `prepare` for each tensor
+_CACHED = 4  # answers of a method's `prepare` for each tensor
 Prepared = OrderedDict[str, Any]
 Take = Callable[[TensorTask, Any], None]
 
 
-class _Remembering(MergeExecutor):
+class _CachingExecutor(MergeExecutor):
     """A MergeExecutor whose `prepare` answers from memory where it was asked the same before."""
 
-    remembered: dict[str, Prepared]
+    cache: dict[str, Prepared]
 
     def prepare(self, reader: TensorReader, task: TensorTask) -> Any:
         uses = self._method.prepare_uses
-        if uses is None or self._survey is not None:
+        if uses is None or self._model_pass is not None:
             return super().prepare(reader, task)
         key = repr([(name, task.parameters[name]) for name in uses])
-        answers = self.remembered.setdefault(task.name, OrderedDict())
+        answers = self.cache.setdefault(task.name, OrderedDict())
         if key not in answers:
             answers[key] = super().prepare(reader, task)
-            if len(answers) > _REMEMBERED:
+            if len(answers) > _CACHED:
                 answers.popitem(last=False)
         return answers[key]
 
@@ -195,7 +195,7 @@ class _Remembering(MergeExecutor):
 @dataclass(frozen=True)
 class _MergeJob:
     task: TensorTask
-    units: tuple[Chunk, ...]
+    chunks: tuple[Chunk, ...]
 
 
 class InMemoryMerger:
@@ -213,11 +213,11 @@ class InMemoryMerger:
         chunks: dict[int, list[Chunk]] = {}
         for chunk in cut_chunks(plan.tasks):
             chunks.setdefault(chunk.task, []).append(chunk)
-        self._units = chunks
+        self._chunks = chunks
         self._order = sorted(chunks, key=lambda task: (-plan.tasks[task].bytes_read, task))
         self._residencys = {task.name: (Path(task.name), 0) for task in plan.tasks}
-        self._remembered: dict[str, Prepared] = {}
-        self.surveys = False
+        self._prepared: dict[str, Prepared] = {}
+        self.has_model_pass = False
         self._arithmetic, _ = arithmetic_for(plan, device)
         room = worker_memory(plan, device, options)
         make_context = (
@@ -226,24 +226,24 @@ class InMemoryMerger:
             else worker_factory(files, device, self._arithmetic, room)
         )
         self._pool = Pool(make_context, room.lanes)
-        self._reading = BlockReader(
+        self._reader = BlockReader(
             self._pool, files, plan.recipe.seed, "deltas" in plan.method.supplied
         )
         self._pool.__enter__()
 
     def merge(self, tasks: Sequence[TensorTask], changed: Sequence[int], take: Any) -> None:
         """Merge some of the tasks; `take(task, bytes)` gets each result."""
-        executor = _Remembering(
+        executor = _CachingExecutor(
             replace(self._plan, tasks=tuple(tasks)),
-            self._reading,
+            self._reader,
             self._residencys,
             statistics=False,
             allow_non_finite=self._options.allow_non_finite,
         )
-        executor.remembered = self._remembered
+        executor.cache = self._prepared
 
-        def survey(_: None) -> None:
-            executor.survey(lambda: None)
+        def read_model(_: None) -> None:
+            executor.run_model_pass(lambda: None)
 
         def work(job: _MergeJob) -> None:
             if not job.task.size:
@@ -252,17 +252,17 @@ class InMemoryMerger:
             output = self._files.buffer(job.task.size * width_of(job.task.dtype))
             self._files.outputs[path] = output
             try:
-                executor.merge(job.task, job.units, lambda chunk, stats: None)
+                executor.merge(job.task, job.chunks, lambda chunk, stats: None)
             finally:
                 del self._files.outputs[path]
             take(job.task, output)
 
         requested = set(changed)
-        jobs = [_MergeJob(tasks[n], tuple(self._units[n])) for n in self._order if n in requested]
+        jobs = [_MergeJob(tasks[n], tuple(self._chunks[n])) for n in self._order if n in requested]
         with one_torch_thread(self._device, self._arithmetic), memory_errors(resumes=False):
             if jobs and self._plan.method.survey is not None:
-                self._pool.map(survey, [None])
-                self.surveys = executor.surveyed
+                self._pool.map(read_model, [None])
+                self.has_model_pass = executor.has_model_pass
             self._pool.map(work, jobs)
         if self._device.kind == "cuda":
             import torch

@@ -28,7 +28,7 @@ _FORMAT = 2
 
 
 def work_key(plan: Plan, *context: object) -> str:
-    """A digest of everything that the output's bytes and the chunks depend on.
+    """A fingerprint of everything that the output's bytes and the chunks depend on.
 
     Args:
         context: what else makes it other work: the kind of device, whether statistics are taken.
@@ -72,7 +72,7 @@ def work_key(plan: Plan, *context: object) -> str:
                     fingerprint = (
                         "a commit"  # stands in the path; the file may still have to be fetched
                     )
-                fingerprints.append((paths[ref.path], fingerprint or _stamp(ref.path)))
+                fingerprints.append((paths[ref.path], fingerprint or _input_fingerprint(ref.path)))
         inputs: list[Any] = [(paths[r.path], r.name, r.dtype, r.shape, r.offset) for r in stored]
         inputs += [formula for tensor in task.inputs if (formula := tensor.formula)]
         setting = settings.get(id(task.parameters))
@@ -83,7 +83,7 @@ def work_key(plan: Plan, *context: object) -> str:
     state.update(repr(sorted(fingerprints)).encode())
     for shard in plan.shards:
         state.update(shard.file.encode() + shard.header)
-    state.update(_beside_the_weights(plan, made))
+    state.update(_auxiliary_content(plan, made))
     return state.hexdigest()
 
 
@@ -100,7 +100,7 @@ def _examples(plan: Plan) -> bytes:
     ).encode()
 
 
-def _beside_the_weights(plan: Plan, made: Mapping[Path, object]) -> bytes:
+def _auxiliary_content(plan: Plan, made: Mapping[Path, object]) -> bytes:
     """What config, tokenizer and template of the output are made of: they are part of the work."""
     files = sorted(
         (name, hashlib.sha256(text).digest()) for name, text in plan.aligned.files.items()
@@ -111,16 +111,18 @@ def _beside_the_weights(plan: Plan, made: Mapping[Path, object]) -> bytes:
     local_roots = {
         source.root for source in plan.sources if source.hub is None and not source.planned
     }
-    parts += [_companions(root) for root in roots if root in local_roots and root not in made]
+    parts += [
+        _auxiliary_fingerprints(root) for root in roots if root in local_roots and root not in made
+    ]
     return repr(parts).encode()
 
 
-def _stamp(path: Path) -> str:
+def _input_fingerprint(path: Path) -> str:
     """The same header over other weights must not pass for the same input, nor the same times."""
     return f"{path.stat().st_mtime_ns} {sampled_fingerprint(path)}"
 
 
-def _companions(root: Path) -> list[tuple[str, str]]:
+def _auxiliary_fingerprints(root: Path) -> list[tuple[str, str]]:
     """The content of what will be copied."""
     files = [
         path for path in folder_fingerprints(root) if path.suffix not in (".safetensors", ".py")

@@ -37,7 +37,7 @@ from merge_cli.system.machine import usable_cores
 from merge_cli.system.raw_io import FilePool, sync, write_error
 
 _SYNC_BYTES = 2_000_000_000
-_SURVEY = "reading the whole model first, for thresholds over all of it"
+_MODEL_PASS = "reading the whole model first, for thresholds over all of it"
 Done = queue.SimpleQueue["tuple[Chunk, TensorStats] | BaseException | None"]
 
 
@@ -79,10 +79,10 @@ def run_loop(
     arithmetic, why = arithmetic_for(plan, device)
     room = worker_memory(plan, device, options)
     pool = Pool(worker_factory(files, device, arithmetic, room), room.lanes)
-    reading = BlockReader(pool, files, plan.recipe.seed, "deltas" in plan.method.supplied)
+    reader = BlockReader(pool, files, plan.recipe.seed, "deltas" in plan.method.supplied)
     executor = MergeExecutor(
         plan,
-        reading,
+        reader,
         {
             name: (model / shard.file, offset)
             for shard in plan.shards
@@ -106,7 +106,7 @@ def run_loop(
         unsynced += size
         stats[chunk.task].add(unit_stats)
         if options.fsync and unsynced > _SYNC_BYTES:
-            _sync_units(journal, model, plan)
+            _sync_chunks(journal, model, plan)
             unsynced = 0
         on_progress(Progress("merge", done, total))
 
@@ -115,7 +115,7 @@ def run_loop(
     try:
         with one_torch_thread(device, arithmetic), memory_errors(), pool:
             if remaining and plan.method.survey is not None:
-                _survey(executor, pool, on_progress)
+                _run_model_pass(executor, pool, on_progress)
             model_pass_ended = time.perf_counter()
             on_progress(Progress("merge", done, total, "resumed" if resumed else ""))
             pool.start(work, order, finished)
@@ -141,10 +141,12 @@ def run_loop(
     )
 
 
-def _survey(executor: MergeExecutor, pool: Pool, on_progress: OnProgress) -> None:
+def _run_model_pass(executor: MergeExecutor, pool: Pool, on_progress: OnProgress) -> None:
     """By one of the pool's threads, which has a worker; told of in this one."""
     messages: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    pool.start(lambda _: executor.survey(lambda: messages.put(_SURVEY)), [None], messages)
+    pool.start(
+        lambda _: executor.run_model_pass(lambda: messages.put(_MODEL_PASS)), [None], messages
+    )
     while (message := messages.get()) is not None:
         if isinstance(message, BaseException):
             raise message
@@ -166,7 +168,7 @@ def _earlier_stats(
     return stats
 
 
-def _sync_units(journal: Journal, model: Path, plan: Plan) -> None:
+def _sync_chunks(journal: Journal, model: Path, plan: Plan) -> None:
     # Counted before the wait: what is written meanwhile may not be covered by it.
     count = journal.count
     try:

@@ -68,7 +68,7 @@ def execute(
                 show(Progress("copies", 0, 0, note))
             plan = replace(plan, notes=(*plan.notes, *differing))
             begun = Records.count_of(work.journal)
-            journal = open_journal(work, key, plan.shards, inputs.digest)
+            journal = open_journal(work, key, plan.shards, inputs.fingerprint)
             if begun and not journal.done:
                 show(Progress("merge", 0, 0, _ANEW))
             try:

@@ -151,8 +151,8 @@ class OutputWorkspace(Workspace):
         """Continue earlier work if it is this work over these inputs, and whole.
 
         Args:
-            inputs: `Inputs.digest`: work over other files, or over files that were exchanged since,
-                is begun anew.
+            inputs: `Inputs.fingerprint`: work over other files, or over files that were exchanged
+                since, starts over.
             whole: whether what the journal tells of is there.
 
         Returns:

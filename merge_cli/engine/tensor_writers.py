@@ -11,7 +11,8 @@ from merge_cli.engine.worker_context import WorkerContext
 from merge_cli.formats.fp8 import FP8
 from merge_cli.planning.plan import TensorTask
 
-Places = Mapping[str, tuple[Path, int]]  # tensor name -> its file, and the byte where it begins
+# An output tensor -> the file that it is written to, and the byte where it begins.
+OutputOffsets = Mapping[str, tuple[Path, int]]
 
 
 class TensorWriter(Protocol):
@@ -22,7 +23,7 @@ class TensorWriter(Protocol):
 
 
 def writer_for(
-    task: TensorTask, worker: WorkerContext, offsets: Places, start: int, stop: int
+    task: TensorTask, worker: WorkerContext, offsets: OutputOffsets, start: int, stop: int
 ) -> TensorWriter:
     """For elements [start, stop) of a task's output."""
     if task.block is None:
@@ -31,13 +32,13 @@ def writer_for(
 
 
 class _RoundingWriter:
-    def __init__(self, task: TensorTask, worker: WorkerContext, offsets: Places) -> None:
-        self._dtype, self._lane = task.dtype, worker
+    def __init__(self, task: TensorTask, worker: WorkerContext, offsets: OutputOffsets) -> None:
+        self._dtype, self._worker = task.dtype, worker
         self._path, self._offset = offsets[task.name]
 
     def put(self, values: Any, start: int) -> bool:
         position = self._offset + start * width_of(self._dtype)
-        return self._lane.store(values, self._dtype, self._path, position)
+        return self._worker.store(values, self._dtype, self._path, position)
 
 
 class _ScaledWriter:
@@ -48,14 +49,14 @@ class _ScaledWriter:
         task: TensorTask,
         block: tuple[int, int],
         worker: WorkerContext,
-        offsets: Places,
+        offsets: OutputOffsets,
         start: int,
         stop: int,
     ) -> None:
         import numpy as np
 
         assert task.scales is not None
-        self._columns, self._wide, self._lane = task.shape[-1], block[1], worker
+        self._columns, self._wide, self._worker = task.shape[-1], block[1], worker
         self._codes, self._scales = offsets[task.name], offsets[task.scales.name]
         self._across = task.scales.shape[-1]
         self._row = block[0] * self._columns
@@ -64,7 +65,10 @@ class _ScaledWriter:
         self._filled = 0
 
     def put(self, values: Any, start: int) -> bool:
-        arrived = self._lane.fetch(values)
+        # Blocks are cut for the cache and end in the middle of a row of fp8 blocks. Their scale is
+        # the largest magnitude of the whole fp8 block, so rows wait until it is complete. A chunk
+        # always begins and ends with one (`plan.span_starts`): nothing waits for another thread.
+        arrived = self._worker.fetch(values)
         taken = 0
         while taken < len(arrived):
             begin = start + taken - self._filled  # of the row of blocks that is being filled
@@ -83,7 +87,7 @@ class _ScaledWriter:
 
         codes, scales = FP8.encode(rows, self._wide)
         path, offset = self._codes
-        self._lane.write(codes.reshape(-1).data, path, offset + begin)
-        path, offset = self._scales
+        self._worker.write(codes.reshape(-1).data, path, offset + begin)
+        path, offset = self._scales  # a tensor of its own, four bytes for each block
         position = offset + begin // self._row * self._across * 4
-        self._lane.write(scales.view(np.uint8).data, path, position)
+        self._worker.write(scales.view(np.uint8).data, path, position)

@@ -62,7 +62,7 @@ class LoadedBlock:
 
 
 class WorkerContext(Protocol):
-    """What `HostWorker`, `TorchWorker` and `staging.StagedLane` offer.
+    """`HostWorker`, `TorchWorker` or `device_worker.StagedWorker`.
 
     Attributes:
         block: elements in a block.

@@ -307,7 +307,7 @@ class MergeableModel:
             number
             for number, task in enumerate(tasks)
             if task.name in self._seats
-            and (merger.surveys or self._held.get(task.name) != requested[task.name])
+            and (merger.has_model_pass or self._held.get(task.name) != requested[task.name])
         ]
         for number in changed:
             self._held.pop(tasks[number].name, None)  # half-way it holds neither

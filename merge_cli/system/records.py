@@ -31,7 +31,7 @@ class Records:
     Args:
         path: the file.
         key: of the work. A file of another key is begun anew: ask `key_of` first.
-        inputs: what tells the files apart that the work is over (`Inputs.digest`); likewise.
+        inputs: what tells the files apart that the work is over (`Inputs.fingerprint`); likewise.
         durable: every line is on the disk when `append` returns, and so is what it tells of.
 
     Attributes:
