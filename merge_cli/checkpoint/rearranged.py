@@ -1,9 +1,11 @@
 """Tensors made of parts of others without changing a byte: rows in another order, slices, joins.
 
-PermutedRows    embeddings and heads after a change of vocabulary: rows of one or of several
-                models, or means of rows; rows that are only moved keep their bytes
-TensorPart      one expert, cut from a stack
-JoinedTensor    a stack of experts that are stored one by one
+    PermutedRows    embeddings and heads after a change of vocabulary: rows of one or of several
+                    models, or means of rows
+    TensorPart      one expert, cut from a stack
+    JoinedTensor    a stack of experts that are stored one by one
+
+Numbers are computed only where sources have several dtypes, or where a row is a mean.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from merge_cli.checkpoint.fingerprint import auxiliary_fingerprint, file_fingerprint
@@ -22,8 +22,9 @@ from merge_cli.comparison.entries import SOUP, EntryNames, baseline_recipes
 from merge_cli.comparison.result import Comparison, ModelEntry, Role
 from merge_cli.engine.device import choose_device
 from merge_cli.engine.journal import work_key
+from merge_cli.engine.options import OnProgress, Progress
 from merge_cli.errors import Interrupted, MismatchError, Problem, UsageError
-from merge_cli.evaluation.run import Step, evaluate_source
+from merge_cli.evaluation.run import evaluate_source
 from merge_cli.evaluation.spec import EvalSpec
 from merge_cli.planning.plan import Plan
 from merge_cli.planning.planner import load_recipe, make_plan
@@ -54,7 +55,7 @@ def compare(
     *,
     references: Collection[str] = (),
     options: Sequence[str] = (),
-    show: Callable[[Step], None] = lambda step: None,
+    show: OnProgress = lambda progress: None,
 ) -> Comparison:
     """Merge, evaluate, compare.
 
@@ -93,7 +94,7 @@ def compare(
     try:
         for merge in merges.found:
             if not merge.out.exists():
-                show(Step(merge.name, "merging", 0, 0))
+                show(Progress("merging", 0, 0, model=merge.name))
                 run_merge(merge.file, merge.out, options, ledger)
         for source in ([base] if base else []) + sources:
             fetch_weights(source, source.header_bytes)
@@ -115,12 +116,12 @@ def _entrant(
     role: Role,
     source: Source,
     spec: EvalSpec,
-    show: Callable[[Step], None],
+    show: OnProgress,
     merge: _Merge | None = None,
     cost: MergeCost | None = None,
 ) -> ModelEntry:
-    def renamed(step: Step) -> None:
-        show(Step(name, step.task, step.done, step.total))
+    def renamed(progress: Progress) -> None:
+        show(replace(progress, model=name))
 
     result = evaluate_source(source, spec, renamed)
     method = merge.plan.recipe.merge_method if merge else ""

@@ -19,7 +19,7 @@ from rich.table import Table
 from merge_cli.comparison.tables import legend, used
 
 if TYPE_CHECKING:
-    from merge_cli.evaluation.run import Step
+    from merge_cli.engine.options import Progress
 
 
 Json = Mapping[str, Any]
@@ -132,9 +132,10 @@ _LOG_SECONDS = 10.0
 
 
 @contextmanager
-def step_bar(console: Console) -> Iterator[Callable[[Step], None]]:
+def step_bar(console: Console) -> Iterator[Callable[[Progress], None]]:
     """One bar, for the task at hand; finished tasks leave no line."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as RichProgress
 
     columns = (
         TextColumn("{task.description}"),
@@ -142,15 +143,15 @@ def step_bar(console: Console) -> Iterator[Callable[[Step], None]]:
         TextColumn("{task.percentage:>3.0f}%"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True) as bar:
+    with RichProgress(*columns, console=console, transient=True) as bar:
         row = bar.add_task("", total=None)
 
-        def show(step: Step) -> None:
+        def show(progress: Progress) -> None:
             bar.update(
                 row,
-                description=escape(f"{step.model}: {step.task}"),
-                total=step.total or None,
-                completed=step.done,
+                description=escape(f"{progress.model}: {progress.stage}"),
+                total=progress.total or None,
+                completed=progress.done,
             )
 
         yield show
@@ -163,11 +164,13 @@ class StepLog:
         self._console, self._next = console, 0.0
         self._last: tuple[str, str] = ("", "")
 
-    def __call__(self, step: Step) -> None:
+    def __call__(self, progress: Progress) -> None:
         now = time.monotonic()
-        this = (step.model, step.task)
+        this = (progress.model, progress.stage)
         if this == self._last and now < self._next:
             return
-        share = f", {step.done / step.total:.0%}" if step.total and step.done else ""
-        self._console.print(escape(f"{step.model}: {step.task}{share}"))
+        share = (
+            f", {progress.done / progress.total:.0%}" if progress.total and progress.done else ""
+        )
+        self._console.print(escape(f"{progress.model}: {progress.stage}{share}"))
         self._last, self._next = this, now + _LOG_SECONDS

@@ -27,6 +27,45 @@ from merge_cli.system.records import Entry, Records
 _FORMAT = 2
 
 
+class Journal(Records):
+    """The chunks of a merge.
+
+    Attributes:
+        done: chunk number -> its statistics, from earlier runs.
+        count: chunks that are recorded, old and new.
+    """
+
+    def __init__(self, path: Path, key: str, inputs: str = "") -> None:
+        """Continue the journal of this key, or begin one.
+
+        Raises:
+            ResourceError: it cannot be written.
+        """
+        super().__init__(path, key, inputs)
+        chunks = [entry for entry in self.entries if "unit" in entry]
+        self.done = {chunk["unit"]: TensorStats.from_json(chunk["stats"]) for chunk in chunks}
+        self.count = len(self.done)
+
+    def record(self, number: int, stats: TensorStats) -> None:
+        """Note that a chunk's bytes are written."""
+        self.append({"unit": number, "stats": stats.to_json()})
+        with self._mutex:
+            self.count += 1
+
+    def synced(self, count: int) -> None:
+        """Note that the first `count` recorded chunks have reached the disk itself."""
+        self.append({"synced": count})
+        os.fsync(self._fd)
+
+    def _believed(self, entries: list[Entry], *, same_boot: bool) -> list[Entry]:
+        """Of another boot, the chunks that a `synced` line covers."""
+        if same_boot:
+            return entries
+        synced = max((entry["synced"] for entry in entries if "synced" in entry), default=0)
+        chunks = [entry for entry in entries if "unit" in entry][:synced]
+        return [*chunks, {"synced": len(chunks)}] if chunks else []
+
+
 def work_key(plan: Plan, *context: object) -> str:
     """A fingerprint of everything that the output's bytes and the chunks depend on.
 
@@ -128,42 +167,3 @@ def _auxiliary_fingerprints(root: Path) -> list[tuple[str, str]]:
         path for path in folder_fingerprints(root) if path.suffix not in (".safetensors", ".py")
     ]
     return [(path.relative_to(root).as_posix(), sampled_fingerprint(path)) for path in files]
-
-
-class Journal(Records):
-    """The chunks of a merge.
-
-    Attributes:
-        done: chunk number -> its statistics, from earlier runs.
-        count: chunks that are recorded, old and new.
-    """
-
-    def __init__(self, path: Path, key: str, inputs: str = "") -> None:
-        """Continue the journal of this key, or begin one.
-
-        Raises:
-            ResourceError: it cannot be written.
-        """
-        super().__init__(path, key, inputs)
-        chunks = [entry for entry in self.entries if "unit" in entry]
-        self.done = {chunk["unit"]: TensorStats.from_json(chunk["stats"]) for chunk in chunks}
-        self.count = len(self.done)
-
-    def record(self, number: int, stats: TensorStats) -> None:
-        """Note that a chunk's bytes are written."""
-        self.append({"unit": number, "stats": stats.to_json()})
-        with self._mutex:
-            self.count += 1
-
-    def synced(self, count: int) -> None:
-        """Note that the first `count` recorded chunks have reached the disk itself."""
-        self.append({"synced": count})
-        os.fsync(self._fd)
-
-    def _believed(self, entries: list[Entry], *, same_boot: bool) -> list[Entry]:
-        """Of another boot, the chunks that a `synced` line covers."""
-        if same_boot:
-            return entries
-        synced = max((entry["synced"] for entry in entries if "synced" in entry), default=0)
-        chunks = [entry for entry in entries if "unit" in entry][:synced]
-        return [*chunks, {"synced": len(chunks)}] if chunks else []

@@ -43,13 +43,21 @@ class MergeOptions:
 
 @dataclass(frozen=True)
 class Progress:
-    """A message to whoever shows progress: `done` of `total`, in `unit`, of the stage named."""
+    """How far something is: `done` of `total`.
+
+    Attributes:
+        stage: what is being done: merge, fetch, train, or the name of an evaluation's task.
+        total: 0 where it is not known; then there may be a note alone.
+        unit: what is counted; empty where it depends on the task.
+        model: whose turn it is, where several models are looked at.
+    """
 
     stage: str
     done: int
     total: int
     note: str = ""
     unit: str = "bytes"
+    model: str = ""
 
 
 OnProgress = Callable[[Progress], None]

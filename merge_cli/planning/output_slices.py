@@ -28,114 +28,6 @@ from merge_cli.recipe.schema import Recipe, SliceSpec, SourceSpec
 from merge_cli.sources.source import Source
 
 
-def stacked_slices(
-    recipe: Recipe, slices: Sequence[OutputSlice], sources: Sequence[Source]
-) -> list[OutputSlice]:
-    """The slices whose layers are not where they were; none where every layer is.
-
-    Raises:
-        RecipeError: layers of a module that config.json does not describe, as far as it is known
-            here, are added, left out or moved.
-    """
-    if not recipe.modules:
-        return list(slices) if recipe.slices else []
-    listed = [module.name for module in recipe.modules]
-    keys = {module.name: module.key for module in recipe.modules}
-    moved: list[list[OutputSlice]] = []
-    problems: list[Problem] = []
-    for module, group in groupby(slices, key=lambda output_slice: output_slice.module):
-        module_slices = list(group)
-        spans = [
-            output_slice.reference.layers
-            for output_slice in module_slices
-            if output_slice.reference.layers
-        ]
-        if module is None or not spans:
-            continue
-        source = sources[module_slices[0].reference.source]
-        names = members(module, listed, source.tensors)
-        stack = main_stack(names, source.config) or ""
-        layers = [layer for span in spans for layer in range(*span)]
-        if layers == list(range(layer_stacks(names).get(stack, 0))):
-            continue
-        if kind_of(stack) == TEXT and not source.config.get("is_encoder_decoder"):
-            moved.append(module_slices)
-            continue
-        message = f"the layers of '{module}' cannot be added to, left out or moved in this version:"
-        hint = "config.json would not say so. List all of them in their order."
-        problems.append(recipe.problem(keys[module], message, hint))
-    if len(moved) > 1:
-        several = [str(module_slices[0].module) for module_slices in moved]
-        message = f"config.json counts the layers of one of {', '.join(several)}, not of all."
-        problems.append(recipe.problem(keys[several[-1]], message))
-    if problems:
-        raise RecipeError(problems)
-    return moved[0] if moved else []
-
-
-def origins_of(
-    slices: Sequence[OutputSlice],
-    sources: Sequence[Source],
-    layer_keys: LayerKeys,
-    doubts: Sequence[str],
-) -> Origins:
-    """Where each output layer comes from.
-
-    Args:
-        places: of names that are known already.
-        doubts: rules by position that they may not follow; filled later.
-    """
-    layers_from: list[tuple[Source, int]] = []
-    for output_slice in slices:
-        layers = output_slice.reference.layers
-        assert layers is not None, "every source of a slice has a layer_range"
-        layers_from.extend(
-            (sources[output_slice.reference.source], layer) for layer in range(*layers)
-        )
-    first = sources[slices[0].reference.source]
-    stack = main_stack(first.tensors, first.config, layer_keys) or ""
-    return Origins(stack, layers_from, doubts)
-
-
-def described(origins: Origins) -> list[tuple[dict[str, object], int]]:
-    """For each output layer, whose config describes it and which layer it is there."""
-    configs = {source.label: source for source, _ in origins.layers}
-    explicit = {label: with_layer_types(s.config, s.root) for label, s in configs.items()}
-    return [(explicit[source.label], layer) for source, layer in origins.layers]
-
-
-def left_out(
-    config: Mapping[str, Any],
-    slices: Sequence[OutputSlice],
-    sources: Sequence[Source],
-    layer_keys: LayerKeys,
-) -> tuple[dict[str, Any], list[str]]:
-    """Layers behind the last one (for multi-token prediction), which no slice can take.
-
-    Returns:
-        the config, which promises none of them any more, and notes.
-    """
-    changed: dict[str, Any] = json.loads(json.dumps(config))
-    part, notes = text_config(changed), []
-    for source in {
-        sources[output_slice.reference.source].label: sources[output_slice.reference.source]
-        for output_slice in slices
-    }.values():
-        stacks = layer_stacks(source.tensors, layer_keys)
-        stack = main_stack(source.tensors, source.config, layer_keys) or ""
-        layers, count = stacks.get(stack, 0), layer_count(source.config)
-        predicting = predicting_layers(source.config)
-        if predicting and count is not None and layers == count + predicting:
-            notes.append(
-                f"{source.label}: left out {stack}.{count} and what is behind it, which "
-                "predicts further tokens and is no layer of the stack"
-            )
-            for key in PREDICTING:
-                if type(part.get(key)) is int:
-                    part[key] = 0
-    return changed, notes
-
-
 @dataclass(frozen=True)
 class SliceOperand:
     """One source's part in a slice. The same source may take part twice, with other layers.
@@ -247,3 +139,111 @@ def _cut(
         )
         start += span[1] - span[0] if span else 0
     return slices
+
+
+def stacked_slices(
+    recipe: Recipe, slices: Sequence[OutputSlice], sources: Sequence[Source]
+) -> list[OutputSlice]:
+    """The slices whose layers are not where they were; none where every layer is.
+
+    Raises:
+        RecipeError: layers of a module that config.json does not describe, as far as it is known
+            here, are added, left out or moved.
+    """
+    if not recipe.modules:
+        return list(slices) if recipe.slices else []
+    listed = [module.name for module in recipe.modules]
+    keys = {module.name: module.key for module in recipe.modules}
+    moved: list[list[OutputSlice]] = []
+    problems: list[Problem] = []
+    for module, group in groupby(slices, key=lambda output_slice: output_slice.module):
+        module_slices = list(group)
+        spans = [
+            output_slice.reference.layers
+            for output_slice in module_slices
+            if output_slice.reference.layers
+        ]
+        if module is None or not spans:
+            continue
+        source = sources[module_slices[0].reference.source]
+        names = members(module, listed, source.tensors)
+        stack = main_stack(names, source.config) or ""
+        layers = [layer for span in spans for layer in range(*span)]
+        if layers == list(range(layer_stacks(names).get(stack, 0))):
+            continue
+        if kind_of(stack) == TEXT and not source.config.get("is_encoder_decoder"):
+            moved.append(module_slices)
+            continue
+        message = f"the layers of '{module}' cannot be added to, left out or moved in this version:"
+        hint = "config.json would not say so. List all of them in their order."
+        problems.append(recipe.problem(keys[module], message, hint))
+    if len(moved) > 1:
+        several = [str(module_slices[0].module) for module_slices in moved]
+        message = f"config.json counts the layers of one of {', '.join(several)}, not of all."
+        problems.append(recipe.problem(keys[several[-1]], message))
+    if problems:
+        raise RecipeError(problems)
+    return moved[0] if moved else []
+
+
+def origins_of(
+    slices: Sequence[OutputSlice],
+    sources: Sequence[Source],
+    layer_keys: LayerKeys,
+    doubts: Sequence[str],
+) -> Origins:
+    """Where each output layer comes from.
+
+    Args:
+        places: of names that are known already.
+        doubts: rules by position that they may not follow; filled later.
+    """
+    layers_from: list[tuple[Source, int]] = []
+    for output_slice in slices:
+        layers = output_slice.reference.layers
+        assert layers is not None, "every source of a slice has a layer_range"
+        layers_from.extend(
+            (sources[output_slice.reference.source], layer) for layer in range(*layers)
+        )
+    first = sources[slices[0].reference.source]
+    stack = main_stack(first.tensors, first.config, layer_keys) or ""
+    return Origins(stack, layers_from, doubts)
+
+
+def described(origins: Origins) -> list[tuple[dict[str, object], int]]:
+    """For each output layer, whose config describes it and which layer it is there."""
+    configs = {source.label: source for source, _ in origins.layers}
+    explicit = {label: with_layer_types(s.config, s.root) for label, s in configs.items()}
+    return [(explicit[source.label], layer) for source, layer in origins.layers]
+
+
+def left_out(
+    config: Mapping[str, Any],
+    slices: Sequence[OutputSlice],
+    sources: Sequence[Source],
+    layer_keys: LayerKeys,
+) -> tuple[dict[str, Any], list[str]]:
+    """Layers behind the last one (for multi-token prediction), which no slice can take.
+
+    Returns:
+        the config, which promises none of them any more, and notes.
+    """
+    changed: dict[str, Any] = json.loads(json.dumps(config))
+    part, notes = text_config(changed), []
+    for source in {
+        sources[output_slice.reference.source].label: sources[output_slice.reference.source]
+        for output_slice in slices
+    }.values():
+        stacks = layer_stacks(source.tensors, layer_keys)
+        stack = main_stack(source.tensors, source.config, layer_keys) or ""
+        layers, count = stacks.get(stack, 0), layer_count(source.config)
+        predicting = predicting_layers(source.config)
+        if predicting and count is not None and layers == count + predicting:
+            notes.append(
+                f"{source.label}: left out {stack}.{count} and what is behind it, which "
+                "predicts further tokens and is no layer of the stack"
+            )
+            for key in PREDICTING:
+                if type(part.get(key)) is int:
+                    part[key] = 0
+    return changed, notes
