@@ -28,7 +28,7 @@ from merge_cli.system import notices
 def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What is said once."""
     found: list[str] = []
-    monkeypatch.setattr(notices, "_said", {})
+    monkeypatch.setattr(notices, "_given", {})
     notices.send_notices(found.append)
     yield found
     notices.send_notices(None)

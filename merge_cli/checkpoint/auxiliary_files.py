@@ -35,7 +35,7 @@ _NAME_CODE = (
 CARD = "README.md"  # the model card, which says licence and languages
 
 # What transformers looks for beside config.json and the weights, in any of its model families.
-_COMPANIONS = frozenset(
+_NAMES = frozenset(
     (
         "generation_config.json",
         # tokenizers
@@ -93,7 +93,7 @@ def is_companion(name: str) -> bool:
     """
     if name.endswith((".safetensors", ".py", ".bin", ".pt")):
         return False
-    has_known_name = name in _COMPANIONS or name in _SENTENCES
+    has_known_name = name in _NAMES or name in _SENTENCES
     return has_known_name or name.endswith(_SUFFIXES) or name.startswith(_PREFIXES)
 
 
@@ -154,9 +154,9 @@ def copied_files(
             if path.is_file() and is_part_file(path.name):
                 result[f"{folder}/{path.name}"] = path, config_root
     if tokenizer_root is not None:
-        own = [p for p in companion_files(tokenizer_root) if is_tokenizer_file(p.name)]
+        tokenizer_files = [p for p in companion_files(tokenizer_root) if is_tokenizer_file(p.name)]
         templates = (tokenizer_root / "additional_chat_templates").glob("*.jinja")
-        for path in (*own, *templates):
+        for path in (*tokenizer_files, *templates):
             result[path.relative_to(tokenizer_root).as_posix()] = path, tokenizer_root
     return result
 
@@ -190,19 +190,21 @@ def named_code(root: Path, label: str, names: frozenset[str]) -> list[str]:
         if not (root / file).is_file():
             continue
         try:
-            about = read_json(root / file, label)
+            settings = read_json(root / file, label)
         except CorruptFileError as error:  # copied as it is, whatever it is
             result.append(f"{label}: {file} {error.what}; copied all the same")
             continue
-        listed = about.get("auto_map") if isinstance(about, dict) else None
+        listed = settings.get("auto_map") if isinstance(settings, dict) else None
         values = listed.values() if isinstance(listed, dict) else [listed]
         words = [w for v in values for w in (v if isinstance(v, list) else [v])]
         # `org/name--modeling.Class` is code of another repository, which stays where it is.
-        own = {w.partition(".")[0] + ".py" for w in words if isinstance(w, str) and "--" not in w}
-        if own:
-            code = ", ".join(sorted(own))
-            lacking = sorted(own - names)
-            gone = f"; {', '.join(lacking)} is not there" if lacking else ""
+        modules = {
+            w.partition(".")[0] + ".py" for w in words if isinstance(w, str) and "--" not in w
+        }
+        if modules:
+            code = ", ".join(sorted(modules))
+            missing = sorted(modules - names)
+            gone = f"; {', '.join(missing)} is not there" if missing else ""
             result.append(
                 f"{file} names code of {label} ({code}), which is copied with "
                 f"--trust-remote-code alone{gone}"

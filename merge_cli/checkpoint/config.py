@@ -117,8 +117,8 @@ def with_layer_types(config: Mapping[str, Any], root: Path) -> dict[str, Any]:
     """
     explicit: dict[str, Any] = json.loads(json.dumps(config))
     target = text_config(explicit)
-    said = {"layer_types", "layers_block_type"} & target.keys()
-    if said or "model_type" not in explicit or (layer_count(config) or 0) > MAX_LAYERS:
+    given = {"layer_types", "layers_block_type"} & target.keys()
+    if given or "model_type" not in explicit or (layer_count(config) or 0) > MAX_LAYERS:
         return explicit
     from transformers import AutoConfig
 

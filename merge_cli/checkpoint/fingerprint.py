@@ -48,8 +48,8 @@ def fingerprint_of(path: Path) -> FileFingerprint:
     Raises:
         OSError: it cannot be looked at.
     """
-    about = os.stat(path)
-    return FileFingerprint(about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino)
+    status = os.stat(path)
+    return FileFingerprint(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
 
 
 def folder_fingerprints(root: Path) -> dict[Path, FileFingerprint]:
@@ -201,9 +201,9 @@ def _remembered_or_read(path: Path, stop: threading.Event) -> str:
 
 def _place(path: Path) -> Path:
     """Where a file's digest is remembered: by all that changes when the file does."""
-    about = path.stat()
-    times = f"{about.st_mtime_ns}\0{about.st_ctime_ns}"
-    identity = f"{path.resolve()}\0{about.st_size}\0{times}\0{about.st_ino}"
+    status = path.stat()
+    times = f"{status.st_mtime_ns}\0{status.st_ctime_ns}"
+    identity = f"{path.resolve()}\0{status.st_size}\0{times}\0{status.st_ino}"
     return cache_folder() / "digests" / hashlib.sha256(identity.encode()).hexdigest()
 
 

@@ -69,8 +69,8 @@ def lay_out(
         by_folder[part_of(tensor.name, stems)].append(tensor)
     return [
         shard
-        for folder, own in by_folder.items()
-        for shard in _fill(own, shard_size, folder, stems[folder])
+        for folder, outputs_there in by_folder.items()
+        for shard in _fill(outputs_there, shard_size, folder, stems[folder])
     ]
 
 
@@ -99,15 +99,15 @@ def indexes(
     """File -> text of every index, as transformers writes it: of folders with several shards."""
     result = {}
     for folder, stem in stems.items():
-        own = [shard for shard in shards if shard.folder == folder]
-        if len(own) < 2:
+        folder_shards = [shard for shard in shards if shard.folder == folder]
+        if len(folder_shards) < 2:
             continue
         weight_map = {
             name.removeprefix(f"{folder}/"): shard.file.rpartition("/")[2]
-            for shard in own
+            for shard in folder_shards
             for name in shard.offsets
         }
-        names = {name for shard in own for name in shard.offsets}
+        names = {name for shard in folder_shards for name in shard.offsets}
         inside = [tensor for tensor in tensors if tensor.name in names]
         metadata = {
             "total_parameters": sum(math.prod(t.shape) for t in inside),

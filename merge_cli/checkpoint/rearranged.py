@@ -143,12 +143,12 @@ class PermutedRows:
             if number >= 0:
                 chosen = np.flatnonzero(part == number)
                 out[chosen] = self._rows_of(read, self.parts[number], row[chosen])
-        for place in [p for p in self.rows.means if first <= p < last]:
-            pairs = self.rows.means[place]
+        for position in [p for p in self.rows.means if first <= p < last]:
+            pairs = self.rows.means[position]
             total = np.zeros(self._width, kind)
             for number, source_row in pairs:
                 total += self._rows_of(read, self.parts[number], np.array([source_row]))[0]
-            out[place - first] = total / kind(len(pairs))
+            out[position - first] = total / kind(len(pairs))
         padding = np.flatnonzero(part == _MEAN)
         if len(padding):
             out[padding] = self._mean(read)

@@ -99,12 +99,12 @@ def run_loop(
         journal.record(chunk.number, chunk_stats)
         finished.put((chunk, chunk_stats))
 
-    def count(chunk: Chunk, unit_stats: TensorStats) -> None:
+    def count(chunk: Chunk, chunk_stats: TensorStats) -> None:
         nonlocal done, unsynced
         size = _output_bytes(plan, chunk)
         done += size
         unsynced += size
-        stats[chunk.task].add(unit_stats)
+        stats[chunk.task].add(chunk_stats)
         if options.fsync and unsynced > _SYNC_BYTES:
             _sync_chunks(journal, model, plan)
             unsynced = 0

@@ -71,7 +71,7 @@ class TensorStats:
         return cls(**data)
 
 
-Kept = Callable[[Block], list[int]]
+CountKept = Callable[[Block], list[int]]
 
 
 class StatisticsMeter:
@@ -81,10 +81,10 @@ class StatisticsMeter:
         kept: the method's count of what trimming or dropping keeps, if it does either.
     """
 
-    def __init__(self, sources: int, kept: Kept | None) -> None:
+    def __init__(self, sources: int, count_kept: CountKept | None) -> None:
         import numpy as np
 
-        self._kept = kept
+        self._count_kept = count_kept
         self._pairs = sources <= _MAX_PAIRS_SOURCES
         self._sums = TensorStats()
         self._gram = np.zeros((sources, sources))
@@ -109,9 +109,9 @@ class StatisticsMeter:
     def _add_rates(self, block: Block, start: int) -> None:
         operands = [operand[start : start + BLOCK_MULTIPLE] for operand in block.operands]
         self._sums.sampled += len(operands[0])
-        if self._kept is not None:
+        if self._count_kept is not None:
             at = replace(block.at, start=block.at.start + start)
-            self._kept_counts += self._kept(Block(None, operands, at))
+            self._kept_counts += self._count_kept(Block(None, operands, at))
         if len(operands) > 1 and self._pairs:
             self._sums.conflict += add_signs(operands, self._both, self._agree)
 
@@ -123,7 +123,7 @@ class StatisticsMeter:
             gram=self._gram.tolist(),
             both=self._both.tolist() if rates else [],
             agree=self._agree.tolist() if rates else [],
-            kept=self._kept_counts.tolist() if self._kept is not None else [],
+            kept=self._kept_counts.tolist() if self._count_kept is not None else [],
         )
 
 

@@ -202,7 +202,7 @@ _SIGNS = ("merge_recipe.yaml", "merge_report.json", "adapter_config.json", PIPEL
 _INSIDE = (".json", ".txt", ".model", ".jinja", ".md", ".yaml")
 # Beside the weights, besides companions and weights: what programs and people's repositories put
 # there. Settings and results of training, the card and its licence, code of the model's own.
-_BESIDE = (".json", ".md", ".model", ".py")
+_ENDINGS = (".json", ".md", ".model", ".py")
 _ALSO = (
     "merge_recipe.yaml",
     "best_recipe.yaml",
@@ -229,7 +229,7 @@ def refuse_foreign(target: Path) -> None:
         for path in entries:
             if path.is_symlink():  # goes alone: what it leads to stays
                 continue
-            if not (_is_part(path) if path.is_dir() else _is_beside(path.name)):
+            if not (_is_part(path) if path.is_dir() else _is_model_file(path.name)):
                 name = f"{path.name}/" if path.is_dir() else path.name
                 message = f"the output holds {name}, which is no part of a model: "
                 raise UsageError(message + "it will not be replaced", where=str(target), hint=_HINT)
@@ -245,10 +245,10 @@ def _is_part(folder: Path) -> bool:
     )
 
 
-def _is_beside(name: str) -> bool:
+def _is_model_file(name: str) -> bool:
     """Whether models have a file of that name beside their weights."""
     is_model_file = is_weight(name) or is_companion(name) or name in _ALSO
-    return is_model_file or name.endswith(_BESIDE) or name.upper().startswith(_LEGAL)
+    return is_model_file or name.endswith(_ENDINGS) or name.upper().startswith(_LEGAL)
 
 
 def _belongs(name: str) -> bool:

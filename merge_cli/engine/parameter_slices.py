@@ -170,7 +170,7 @@ def _parts(parameter: Any, tensors: Iterable[TensorRef], read: Read) -> dict[str
     fitting = [t for t in tensors if t.shape[-1:] == (width,) and len(t.shape) <= parameter.dim()]
     free: dict[tuple[tuple[int, ...], bytes], list[ParameterSlice]] = {}
     for shape in {tensor.shape for tensor in fitting}:
-        for part in _places(parameter, shape):
+        for part in _candidate_slices(parameter, shape):
             free.setdefault((shape, _probe(part.values)), []).append(part)
     result: dict[str, ParameterSlice] = {}
     for tensor in fitting:
@@ -185,7 +185,7 @@ def _parts(parameter: Any, tensors: Iterable[TensorRef], read: Read) -> dict[str
     return result
 
 
-def _places(parameter: Any, shape: tuple[int, ...]) -> Iterator[ParameterSlice]:
+def _candidate_slices(parameter: Any, shape: tuple[int, ...]) -> Iterator[ParameterSlice]:
     """Where a matrix of this shape may lie in a stack of matrices, or in a taller one."""
     if tuple(parameter.shape) == shape:
         yield ParameterSlice(parameter)

@@ -161,13 +161,13 @@ class DequantizedTensor(Float32):
 
         assert self.scale is not None
         tall, wide = self.block
-        height = self.shape[-2] if len(self.shape) > 1 else 1
-        per_matrix = -(-height // tall)
-        across = self.scale.size * height // (per_matrix * (self.size // self.shape[-1]))
+        rows = self.shape[-2] if len(self.shape) > 1 else 1
+        per_matrix = -(-rows // tall)
+        across = self.scale.size * rows // (per_matrix * (self.size // self.shape[-1]))
         row = first
         while row < last:
-            matrix, inside = divmod(row, height)
-            end = min(last, matrix * height + min(height, (inside // tall + 1) * tall))
+            matrix, inside = divmod(row, rows)
+            end = min(last, matrix * rows + min(rows, (inside // tall + 1) * tall))
             scale_row = matrix * per_matrix + inside // tall
             numbers = _numbers(read, self.scale, scale_row * across, across)
             if across == 1:
@@ -242,7 +242,7 @@ def _block(
         return rows, columns
     grid = scale.shape[-2:] if len(scale.shape) > 1 else (scale.shape[0], 1)
     stacked = ref.size // max(1, rows * columns)
-    declared = _told_block(quantization)
+    declared = _declared_block(quantization)
     # Without a word on it, blocks divide the weight evenly; a scale for each row always may be.
     even = rows % grid[0] == 0 and columns % grid[1] == 0
     derived = (rows // grid[0], columns // grid[1]) if even else None
@@ -254,7 +254,7 @@ def _block(
     raise CorruptFileError(message, model=label, file=scale.path.name, tensor=scale.name)
 
 
-def _told_block(quantization: Any) -> tuple[int, int] | None:
+def _declared_block(quantization: Any) -> tuple[int, int] | None:
     """What the config says, if it does."""
     if not isinstance(quantization, dict):
         return None

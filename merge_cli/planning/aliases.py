@@ -21,7 +21,7 @@ from merge_cli.planning.skeleton import class_rules
 from merge_cli.sources.source import Source
 
 # What a tensor ends with -> what stands in the place of that in names of its copies.
-_BESIDE = {
+_COPIES_OF = {
     "shared.weight": ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"),
     "cls.predictions.bias": ("cls.predictions.decoder.bias",),
     "lm_head.bias": ("lm_head.decoder.bias",),
@@ -92,7 +92,7 @@ def join_aliases(sources: Sequence[Source], reference: int) -> Aliases:
                     **{name: tensors.get(name, source) for name in output_names},
                 }
         if len(output_names) > 1 or lenders or droppers:
-            notes.append(_told(output_names, lenders, droppers, sources[reference].label))
+            notes.append(_note(output_names, lenders, droppers, sources[reference].label))
     changed = (
         source if names_there is source.tensors else replace(source, tensors=names_there)
         for source, names_there in zip(sources, names, strict=True)
@@ -100,7 +100,7 @@ def join_aliases(sources: Sequence[Source], reference: int) -> Aliases:
     return Aliases(tuple(changed), of, tuple(stored), tuple(notes))
 
 
-def _told(
+def _note(
     output_names: Sequence[str], lenders: Sequence[str], droppers: Sequence[str], reference: str
 ) -> str:
     note = f"{', '.join(output_names)}: one tensor, as {reference} stores it"
@@ -125,17 +125,17 @@ def _groups(sources: Sequence[Source], reference: int) -> Iterator[tuple[str, tu
         grouped |= {embeddings[0], *heads}
         yield embeddings[0], heads
     for name in every:
-        end = next((end for end in _BESIDE if _ends(name, end)), None)
+        end = next((end for end in _COPIES_OF if _ends(name, end)), None)
         if end is not None:
             root = name.removesuffix(end)
-            copies = tuple(root + other for other in _BESIDE[end] if root + other in every)
+            copies = tuple(root + other for other in _COPIES_OF[end] if root + other in every)
             if copies and grouped.isdisjoint(copies):
                 grouped |= {name, *copies}
                 yield name, copies
     yield from _by_class(sources, reference, grouped)
 
 
-_ENDS = (*_BESIDE, *(end for ends in _BESIDE.values() for end in ends), _EMBEDDING, *_HEADS)
+_ENDS = (*_COPIES_OF, *(end for ends in _COPIES_OF.values() for end in ends), _EMBEDDING, *_HEADS)
 
 
 def _candidates(names: Iterable[str]) -> list[str]:

@@ -40,13 +40,13 @@ class Fp8Choice:
     def __init__(self, reference: Source) -> None:
         self._stores_fp8 = any(_in_fp8(tensor) for tensor in reference.tensors.values())
 
-    def block(self, name: str, like: Tensor) -> tuple[int, int] | None:
+    def block(self, name: str, tensor: Tensor) -> tuple[int, int] | None:
         """Rows and columns that share a scale, of an output tensor; None for one in full."""
-        shape = like.shape
+        shape = tensor.shape
         if len(shape) < 2 or (len(shape) > 2 and shape[-2] % BLOCK[0]):
             return None
         if self._stores_fp8:
-            return BLOCK if _in_fp8(like) else None
+            return BLOCK if _in_fp8(tensor) else None
         linear = len(shape) == 2 and name.endswith(".weight") and bool(_LAYER.search(name))
         even = shape[-2] % BLOCK[0] == 0 and shape[-1] % BLOCK[1] == 0
         layer = (linear and not _WHOLE.search(name)) or bool(_EXPERTS.search(name))

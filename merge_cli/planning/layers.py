@@ -121,7 +121,7 @@ class LayerIndex:
     def __init__(
         self, names: Iterable[str], config: Mapping[str, Any], layer_keys: LayerKeys
     ) -> None:
-        self._names, self._all_places = tuple(names), layer_keys
+        self._names, self._layer_keys = tuple(names), layer_keys
         self.stacks = heights(layer_keys[name] for name in self._names)
         self.main = _main_stack(self.stacks, config)
         layers = self.stacks.get(self.main, 0) if self.main is not None else 0
@@ -156,7 +156,7 @@ class LayerIndex:
         )
         for number in sorted(chosen):
             name = self._names[number]
-            key = self._all_places[name]
+            key = self._layer_keys[name]
             yield name, key if key is not None and key.stack == self.main else None
 
 
@@ -190,13 +190,13 @@ class LayerPositions:
 
     def __init__(self, heights: Mapping[str, int], stack: str | None, start: int) -> None:
         self._heights, self._stack, self._start = heights, stack, start
-        self._known: dict[tuple[str, int], LayerPosition] = {}
+        self._positions: dict[tuple[str, int], LayerPosition] = {}
 
     def of(self, key: LayerKey) -> LayerPosition:
         layer = key.stack, key.index
-        position = self._known.get(layer)
+        position = self._positions.get(layer)
         if position is None:
-            position = self._known[layer] = self._find(key)
+            position = self._positions[layer] = self._find(key)
         return position
 
     def _find(self, key: LayerKey) -> LayerPosition:

@@ -128,7 +128,7 @@ def match_pieces(
             matches.found += _left_over(output_slice, parts[output_slice.reference.source][""])
             continue
         of_module = [part[output_slice.module] for part in parts] if output_slice.module else models
-        _match_piece(output_slice, of_module, layer_keys, absent, matches)
+        _match_slice(output_slice, of_module, layer_keys, absent, matches)
     return matches
 
 
@@ -177,7 +177,7 @@ def _left_over(output_slice: OutputSlice, model: Model) -> Iterator[TensorMatch]
         )
 
 
-def _match_piece(
+def _match_slice(
     output_slice: OutputSlice,
     models: Sequence[Model],
     layer_keys: LayerKeys,

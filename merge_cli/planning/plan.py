@@ -207,9 +207,9 @@ class Plan:
         return sum(task.size for task in self.tasks)
 
 
-def promoted_dtype(like: Tensor, operands: Sequence[Tensor]) -> str:
+def promoted_dtype(reference: Tensor, operands: Sequence[Tensor]) -> str:
     """The dtype that a tensor has where the recipe names none."""
-    natives = {like.native, *(ref.native for ref in operands)}
+    natives = {reference.native, *(ref.native for ref in operands)}
     return natives.pop() if len(natives) == 1 else promoted(natives)
 
 

@@ -116,13 +116,13 @@ def resolve(
     for name, parameter in method.parameters.items():
 
         def value(layers: Sequence[Parameters], tensor: str, name: str = name) -> Scalar | None:
-            known = method.parameters[name]
+            parameter = method.parameters[name]
             for parameters in layers:
                 if name in parameters:
-                    result = evaluate(parameters[name].setting, tensor, position, known.read)
+                    result = evaluate(parameters[name].setting, tensor, position, parameter.read)
                     if result is not None:
-                        return known.coerce(result)
-            return known.default
+                        return parameter.coerce(result)
+            return parameter.default
 
         if parameter.per_model:
             resolved[name] = [
@@ -163,12 +163,17 @@ class Resolver:
         output_slice: SliceSpec | None,
         specs: Sequence[SourceSpec],
     ) -> None:
-        self._recipe, self._method, self._piece, self._specs = recipe, method, output_slice, specs
+        self._recipe, self._method, self._output_slice, self._specs = (
+            recipe,
+            method,
+            output_slice,
+            specs,
+        )
         groups = [spec.parameters for spec in specs] + shared_parameters(recipe, output_slice)
         settings = [parameter.setting for group in groups for parameter in group.values()]
         self._filters = sorted(set().union(*map(filters, settings)))
         self._graded = any(map(is_graded, settings))
-        self._known: dict[tuple[float, tuple[tuple[str, ...], ...]], Resolved] = {}
+        self._cache: dict[tuple[float, tuple[tuple[str, ...], ...]], Resolved] = {}
 
     @property
     def filtered(self) -> bool:
@@ -179,9 +184,9 @@ class Resolver:
         """The parameters of one tensor; arguments as for `resolve`."""
         matching = tuple([self._matching(name) for name in (tensor, *inputs)])
         key = position if self._graded else 0.0, matching
-        cached = self._known.get(key)
+        cached = self._cache.get(key)
         if cached is None:
-            cached = self._known[key] = self._resolve(tensor, position, inputs)
+            cached = self._cache[key] = self._resolve(tensor, position, inputs)
         return cached
 
     def _matching(self, name: str) -> tuple[str, ...]:
@@ -189,7 +194,9 @@ class Resolver:
 
     def _resolve(self, tensor: str, position: float, inputs: Sequence[str]) -> Resolved:
         method = self._method
-        values = resolve(self._recipe, method, self._piece, self._specs, tensor, position, inputs)
+        values = resolve(
+            self._recipe, method, self._output_slice, self._specs, tensor, position, inputs
+        )
         copies = method.copies is not None and method.copies(**values)
         return Resolved(values, combination_error(method, values), copies)
 

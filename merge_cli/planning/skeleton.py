@@ -146,7 +146,7 @@ def _listed(config: Any) -> dict[str, list[Any]]:
         if not isinstance(value, list) or not all(isinstance(item, str | int) for item in value):
             continue
         # Numbers of layers are no property of the layer that stands at their place.
-        if not all(type(one) is int for one in value) or set(value) <= {0, 1}:
+        if not all(type(name) is int for name in value) or set(value) <= {0, 1}:
             result[key] = value
     return result
 

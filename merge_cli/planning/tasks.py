@@ -70,18 +70,18 @@ def tensor_tasks(
         if match.copied:
             yield _copied(match, requested), ""
             continue
-        like = match.base or match.operands[0]
+        reference = match.base or match.operands[0]
         original = copy_of.get(match.name, "")
         names = input_names(match) if resolver.filtered and not original else ()
         resolved = resolver.of(original or match.name, match.seat.position, names)
-        block = fp8_choice.block(match.name, like) if fp8_choice else None
-        dtype = fp8.CODES if block else requested or promoted_dtype(like, match.operands)
+        block = fp8_choice.block(match.name, reference) if fp8_choice else None
+        dtype = fp8.CODES if block else requested or promoted_dtype(reference, match.operands)
         is_copy = resolved.copies and is_stored_as(match.operands[0], dtype)
         action: Action = "copy" if is_copy else "merge"
-        dtypes = {tensor.native for tensor in (like, *match.operands)}
+        dtypes = {tensor.native for tensor in (reference, *match.operands)}
         task = TensorTask(
             match.name,
-            like.shape,
+            reference.shape,
             dtype,
             action,
             match.operands,

@@ -123,9 +123,11 @@ class Source:
 
     def download_size(self, shards: Iterable[str]) -> int:
         """Bytes of these files, and of an adapter, as far as they are on the Hub."""
-        own = sum(self.hub.files.get(name, 0) for name in shards) if self.hub else 0
-        adapter = self.adapter.hub.files.get(WEIGHTS, 0) if self.adapter and self.adapter.hub else 0
-        return own + adapter
+        model_bytes = sum(self.hub.files.get(name, 0) for name in shards) if self.hub else 0
+        adapter_bytes = (
+            self.adapter.hub.files.get(WEIGHTS, 0) if self.adapter and self.adapter.hub else 0
+        )
+        return model_bytes + adapter_bytes
 
     @property
     def commits(self) -> dict[str, str]:

@@ -108,7 +108,7 @@ def library_threads(
 
 
 @contextmanager
-def torch_threads(wanted: int | None = None) -> Iterator[None]:
+def torch_threads(count: int | None = None) -> Iterator[None]:
     """So many threads for torch's own loops; by default no more than there are cores for us.
 
     As before afterwards. torch counts the machine's cores and knows nothing of quotas.
@@ -117,7 +117,7 @@ def torch_threads(wanted: int | None = None) -> Iterator[None]:
 
     before = torch.get_num_threads()
     most = library_threads()
-    threads = wanted or (before if most is None else min(before, most))
+    threads = count or (before if most is None else min(before, most))
     if threads != before:
         torch.set_num_threads(threads)
     try:
@@ -175,8 +175,8 @@ def _memberships(root: Path) -> Iterator[tuple[str, str]]:
 def _mounts(root: Path) -> Iterator[tuple[str, str, frozenset[str]]]:
     """Where groups are mounted, what of their tree is, and which controllers; none in version 2."""
     for line in _read(root / "proc/self/mountinfo").splitlines():
-        about, _, kind = line.partition(" - ")
-        left, right = about.split(), kind.split()
+        mount_part, _, kind = line.partition(" - ")
+        left, right = mount_part.split(), kind.split()
         if len(left) < 5 or len(right) < 3 or right[0] not in ("cgroup", "cgroup2"):
             continue
         kinds = frozenset(right[2].split(",")) if right[0] == "cgroup" else frozenset()
@@ -192,7 +192,7 @@ def _below(path: str, inside: str) -> str:
 
 
 def _unescaped(text: str) -> str:
-    return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), text)
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), text)
 
 
 def _positive(text: str) -> int | None:
@@ -235,8 +235,8 @@ def settle_home() -> None:
     except RuntimeError:
         folder = _stand_in()
         os.environ["HOME"] = str(folder)
-        kept = "caches are not kept" if folder == _NOWHERE else f"caches are kept in {folder}"
-        say_once(f"there is no home folder: {kept}. Set HOME to choose one.")
+        fate = "caches are not kept" if folder == _NOWHERE else f"caches are kept in {folder}"
+        say_once(f"there is no home folder: {fate}. Set HOME to choose one.")
 
 
 def _stand_in() -> Path:

@@ -205,9 +205,9 @@ def _integer(digits: str) -> int:
     return int(digits)
 
 
-def _check_depth(found: Any) -> None:
+def _check_depth(openings: Any) -> None:
     """Level by level, so that neither depth nor size costs recursion."""
-    level = [found] if isinstance(found, list | dict) else []
+    level = [openings] if isinstance(openings, list | dict) else []
     for _ in range(MAX_DEPTH):
         if not level:
             return
