@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from merge_cli.engine.output import OutputWorkspace
 from merge_cli.engine.stage_folder import StageWorkspace
 from merge_cli.errors import UsageError
 from merge_cli.evaluation.quality_check import read_gates, require
-from merge_cli.evaluation.run import Step, as_spec, spec_for
+from merge_cli.evaluation.run import as_spec, spec_for
 from merge_cli.evaluation.spec import EvalSpec
 from merge_cli.evaluation.task import Task
 from merge_cli.planning.plan import Plan
@@ -263,7 +263,7 @@ def compare(
     gates: Sequence[str] = (),
     no_worse: Sequence[str] = (),
     options: Sequence[str] = (),
-    show: Callable[[Step], None] = lambda step: None,
+    show: OnProgress = lambda progress: None,
 ) -> ComparisonResult:
     """Merge recipes, evaluate base, parents, baselines and merges on the same data, write it down.
 

@@ -31,7 +31,7 @@ from merge_cli.dam.assembly import assemble
 from merge_cli.dam.forward import Batch, Forward, LossSums
 from merge_cli.dam.losses import DistillationLoss, TeacherTargets
 from merge_cli.dam.models import empty_student, find_targets
-from merge_cli.dam.sources import Residency, SourceResidency
+from merge_cli.engine.residency import Residency, SourceResidency
 from merge_cli.evaluation.teachers import kept_predictions
 from merge_cli.planning.plan import Plan
 from merge_cli.planning.planner import load_recipe, make_plan

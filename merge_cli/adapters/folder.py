@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from merge_cli.adapters.factors import Factors, RankTruncation
-from merge_cli.checkpoint.headers import DTYPES
+from merge_cli.checkpoint.dtypes import width_of
 from merge_cli.checkpoint.layout import OutputTensor, lay_out
 from merge_cli.checkpoint.tensors import Read, Tensor
 from merge_cli.engine.inputs import Inputs
@@ -128,7 +128,7 @@ class AdapterFolder:
 
 
 def _copy(tensor: Tensor, read: Read, targets: FilePool, target: Path, offset: int) -> None:
-    width = DTYPES[tensor.dtype][0]
+    width = width_of(tensor.dtype)
     for start in range(0, tensor.size, _BLOCK):
         count = min(_BLOCK, tensor.size - start)
         buffer = memoryview(bytearray(count * width))

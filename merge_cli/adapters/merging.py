@@ -20,11 +20,12 @@ from merge_cli.adapters.factors import Factors, RankTruncation, factorise, recom
 from merge_cli.adapters.folder import AdapterFolder, adapter_config, adapter_output, merge_card
 from merge_cli.checkpoint.tensors import Read, reading
 from merge_cli.engine.device import choose_device
-from merge_cli.engine.in_memory import InMemoryFiles, InMemoryMerger, SourcesInMemory
+from merge_cli.engine.in_memory import InMemoryFiles, InMemoryMerger
 from merge_cli.engine.inputs import inputs_of
 from merge_cli.engine.merge import fetch_inputs, protected_paths, verified_fingerprints
 from merge_cli.engine.operands import operands_of
 from merge_cli.engine.options import MergeOptions, OnProgress, Progress
+from merge_cli.engine.residency import SourceResidency
 from merge_cli.errors import NonFiniteError
 from merge_cli.lora.adapter import Adapter
 from merge_cli.lora.changes import LowRank, embeddings_of, experts_of
@@ -145,7 +146,7 @@ def _matrices(
 
     device = choose_device(options.device)
     device_name = f"cuda:{device.indexes[0]}" if device.indexes else "cpu"
-    files = InMemoryFiles(SourcesInMemory("disk", "adapters are small", 0), device_name)
+    files = InMemoryFiles(SourceResidency("disk", "adapters are small", 0), device_name)
     factors: dict[str, Factors | None] = {}
 
     def take(task: TensorTask, raw: Any) -> None:

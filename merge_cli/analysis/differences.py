@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from merge_cli.checkpoint.headers import MERGEABLE
+from merge_cli.checkpoint.dtypes import MERGEABLE
 from merge_cli.checkpoint.tensors import Read, Tensor, read_numbers, reading
 from merge_cli.sources.source import Source
 from merge_cli.tokenizer.files import Tokenizer

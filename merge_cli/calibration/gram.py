@@ -15,9 +15,10 @@ from merge_cli.calibration.data import LinearLayer, batches_of, linear_layers
 from merge_cli.calibration.plan import SourcePart, Tell
 from merge_cli.calibration.store import Writer
 from merge_cli.checkpoint.statistics import StatisticsEntry
+from merge_cli.engine.device import free_memory
 from merge_cli.errors import NonFiniteError
 from merge_cli.evaluation.forward import Example
-from merge_cli.evaluation.live import LiveModel, free_memory
+from merge_cli.evaluation.live import LiveModel
 
 _SUM_BYTES = 8  # of an element; a batch's float32 product comes on top, one at a time
 _ROOM = 0.5  # of the free memory for sums; activations take the rest

@@ -21,6 +21,7 @@ from merge_cli.calibration.data import (
     stored_parameters,
 )
 from merge_cli.calibration.store import find, statistics_path
+from merge_cli.checkpoint.dtypes import width_of
 from merge_cli.checkpoint.statistics import CalibrationStatistics, StatisticsFile
 from merge_cli.dam.datasets import one_tokenizer
 from merge_cli.dam.models import empty_student
@@ -34,7 +35,6 @@ from merge_cli.recipe.training import Statistics
 from merge_cli.sources.source import Source
 
 ORIGIN = "gathered_from"  # under `metadata:` of a resolved recipe
-_WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def plan_calibration(
             part.found.size if part.found is not None else size
             for part, (size, _) in zip(parts, expected, strict=True)
         ),
-        weights * _WIDTHS[dtype] + sums,
+        weights * width_of(dtype) + sums,
     )
 
 

@@ -5,7 +5,6 @@ Arrays are written one by one, wherever they belong, so that not all of them are
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import math
@@ -26,9 +25,10 @@ from merge_cli.checkpoint.statistics import (
     statistics_digest,
 )
 from merge_cli.errors import CorruptFileError, ResourceError
-from merge_cli.evaluation.cache import cache_folder
+from merge_cli.system.caches import cache_folder
 from merge_cli.system.machine import show_size
 from merge_cli.system.raw_io import write_error
+from merge_cli.system.workspace import is_at, lock_file
 
 _SPARE = 8192  # bytes of the header for what is known at the end
 _HINT = "Free some space, or set MERGE_CLI_CACHE to another folder."
@@ -72,7 +72,7 @@ def making(place: Path, waiting: Callable[[], None]) -> Iterator[Path | None]:
     try:
         yield None if find(place, read=True) is not None else partial
     finally:
-        if _is_at(partial, lock):  # else it has become the file, and what is there is another's
+        if is_at(partial, lock):  # else it has become the file, and what is there is another's
             partial.unlink()
         os.close(lock)
 
@@ -80,23 +80,12 @@ def making(place: Path, waiting: Callable[[], None]) -> Iterator[Path | None]:
 def _locked(partial: Path, waiting: Callable[[], None]) -> int:
     """A descriptor of the unfinished file, locked. One that was renamed meanwhile is let go."""
     partial.parent.mkdir(parents=True, exist_ok=True)
-    told = False
-    while True:
-        lock = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if not told:
-                told = True
-                waiting()
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        if _is_at(partial, lock):
-            return lock
-        os.close(lock)
-
-
-def _is_at(path: Path, descriptor: int) -> bool:
-    return path.exists() and path.stat().st_ino == os.fstat(descriptor).st_ino
+    lock = lock_file(partial)
+    if lock is None:
+        waiting()
+        lock = lock_file(partial, wait=True)
+        assert lock is not None, "it has waited"
+    return lock
 
 
 class Writer:

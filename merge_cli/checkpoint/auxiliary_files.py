@@ -1,17 +1,13 @@
-"""The files beside the weights: what a merged model inherits from its donor, byte for byte.
+"""The files beside the weights: tokenizer, settings and code that a merged model takes over.
 
-Links in somebody else's folder: which files may be copied into what we publish.
-
-A link that leads out of its model's folder could bring any file of this machine into the output,
-and from there to the Hub. Links inside the folder are the model's own, and so are those of the
-Hub's cache:
+They are copied byte for byte. A link that leads out of its model's folder is refused: it could
+bring any file of this machine into the output, and from there to the Hub. Links inside the folder
+are the model's own, and so are those of the Hub's cache:
 
     models--org--name/snapshots/COMMIT/tokenizer.json -> ../../blobs/HASH
 
-A model's card, README.md: what its author says of licence, languages and origin.
-
-It only describes. A card that cannot be read is silent, with the reason for a note, and never a
-reason not to merge.
+README.md, the model card, only describes: one that cannot be read gives a note, and is no reason
+not to merge.
 """
 
 from __future__ import annotations
@@ -39,7 +35,7 @@ _NAME_CODE = (
 CARD = "README.md"  # the model card, which says licence and languages
 
 # What transformers looks for beside config.json and the weights, in any of its model families.
-_COMPANIONS = frozenset(
+_NAMES = frozenset(
     (
         "generation_config.json",
         # tokenizers
@@ -97,8 +93,8 @@ def is_companion(name: str) -> bool:
     """
     if name.endswith((".safetensors", ".py", ".bin", ".pt")):
         return False
-    known = name in _COMPANIONS or name in _SENTENCES
-    return known or name.endswith(_SUFFIXES) or name.startswith(_PREFIXES)
+    has_known_name = name in _NAMES or name in _SENTENCES
+    return has_known_name or name.endswith(_SUFFIXES) or name.startswith(_PREFIXES)
 
 
 def is_weight(name: str) -> bool:
@@ -134,36 +130,38 @@ def companion_files(root: Path, *, code: bool = False) -> list[Path]:
 
 
 def copied_files(
-    donor: Path, tokenizer_donor: Path | None, *, code: bool = False
+    config_root: Path, tokenizer_root: Path | None, *, code: bool = False
 ) -> dict[str, tuple[Path, Path]]:
     """What is copied: name in the output -> the file, and the folder that it is from.
 
     Args:
         tokenizer_donor: None leaves the tokenizer files out.
-        code: the donor's Python files, too.
+        code: the config source's Python files, too.
     """
-    if (donor / PIPELINE).is_file():
-        paths = [path for path in (*donor.glob("*"), *donor.glob("*/*")) if path.is_file()]
-        result = {path.relative_to(donor).as_posix(): (path, donor) for path in paths}
+    if (config_root / PIPELINE).is_file():
+        paths = [
+            path for path in (*config_root.glob("*"), *config_root.glob("*/*")) if path.is_file()
+        ]
+        result = {path.relative_to(config_root).as_posix(): (path, config_root) for path in paths}
         return {n: item for n, item in result.items() if is_part_file(n) and n != CARD}
     result = {
-        path.name: (path, donor)
-        for path in companion_files(donor, code=code)
+        path.name: (path, config_root)
+        for path in companion_files(config_root, code=code)
         if not is_tokenizer_file(path.name)
     }
-    for folder in filter(None, module_folders(donor)):
-        for path in (donor / folder).glob("*"):
+    for folder in filter(None, module_folders(config_root)):
+        for path in (config_root / folder).glob("*"):
             if path.is_file() and is_part_file(path.name):
-                result[f"{folder}/{path.name}"] = path, donor
-    if tokenizer_donor is not None:
-        own = [p for p in companion_files(tokenizer_donor) if is_tokenizer_file(p.name)]
-        templates = (tokenizer_donor / "additional_chat_templates").glob("*.jinja")
-        for path in (*own, *templates):
-            result[path.relative_to(tokenizer_donor).as_posix()] = path, tokenizer_donor
+                result[f"{folder}/{path.name}"] = path, config_root
+    if tokenizer_root is not None:
+        tokenizer_files = [p for p in companion_files(tokenizer_root) if is_tokenizer_file(p.name)]
+        templates = (tokenizer_root / "additional_chat_templates").glob("*.jinja")
+        for path in (*tokenizer_files, *templates):
+            result[path.relative_to(tokenizer_root).as_posix()] = path, tokenizer_root
     return result
 
 
-def check_links(donor: Path, tokenizer_donor: Path, labels: tuple[str, str]) -> None:
+def check_links(config_root: Path, tokenizer_root: Path, labels: tuple[str, str]) -> None:
     """Refuse links out of the folders that files are copied from.
 
     Args:
@@ -172,12 +170,12 @@ def check_links(donor: Path, tokenizer_donor: Path, labels: tuple[str, str]) -> 
     Raises:
         SourceError: names every such link.
     """
-    result = copied_files(donor, tokenizer_donor, code=True)
-    config = donor / "config.json"
-    for root, label in dict(zip((donor, tokenizer_donor), labels, strict=True)).items():
+    result = copied_files(config_root, tokenizer_root, code=True)
+    config = config_root / "config.json"
+    for root, label in dict(zip((config_root, tokenizer_root), labels, strict=True)).items():
         paths = [path for path, home in result.values() if home == root]
         refuse_links(
-            [*paths, *([config] if root == donor and config.is_file() else [])], root, label
+            [*paths, *([config] if root == config_root and config.is_file() else [])], root, label
         )
 
 
@@ -192,19 +190,21 @@ def named_code(root: Path, label: str, names: frozenset[str]) -> list[str]:
         if not (root / file).is_file():
             continue
         try:
-            about = read_json(root / file, label)
+            settings = read_json(root / file, label)
         except CorruptFileError as error:  # copied as it is, whatever it is
             result.append(f"{label}: {file} {error.what}; copied all the same")
             continue
-        listed = about.get("auto_map") if isinstance(about, dict) else None
+        listed = settings.get("auto_map") if isinstance(settings, dict) else None
         values = listed.values() if isinstance(listed, dict) else [listed]
         words = [w for v in values for w in (v if isinstance(v, list) else [v])]
         # `org/name--modeling.Class` is code of another repository, which stays where it is.
-        own = {w.partition(".")[0] + ".py" for w in words if isinstance(w, str) and "--" not in w}
-        if own:
-            code = ", ".join(sorted(own))
-            lacking = sorted(own - names)
-            gone = f"; {', '.join(lacking)} is not there" if lacking else ""
+        modules = {
+            w.partition(".")[0] + ".py" for w in words if isinstance(w, str) and "--" not in w
+        }
+        if modules:
+            code = ", ".join(sorted(modules))
+            missing = sorted(modules - names)
+            gone = f"; {', '.join(missing)} is not there" if missing else ""
             result.append(
                 f"{file} names code of {label} ({code}), which is copied with "
                 f"--trust-remote-code alone{gone}"
@@ -213,13 +213,13 @@ def named_code(root: Path, label: str, names: frozenset[str]) -> list[str]:
 
 
 def copy_companions(
-    donor: Path, tokenizer_donor: Path | None, target: Path, *, code: bool = False
+    config_root: Path, tokenizer_root: Path | None, target: Path, *, code: bool = False
 ) -> list[str]:
     """Copy companions to `target`: tokenizer files from one donor, the rest from the other.
 
     Args:
         tokenizer_donor: None leaves the tokenizer files out.
-        code: the donor's Python files, too.
+        code: the config source's Python files, too.
 
     Returns:
         the names of the copied files, sorted.
@@ -227,7 +227,7 @@ def copy_companions(
     Raises:
         SourceError: a file is a link out of its folder.
     """
-    result = copied_files(donor, tokenizer_donor, code=code)
+    result = copied_files(config_root, tokenizer_root, code=code)
     for name, (path, root) in result.items():
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         copy_inside(path, root, target / name)
@@ -245,7 +245,7 @@ def leads_out(path: Path, root: Path) -> bool:
     repository = home.parent.parent
     if home.parent.name == "snapshots" and repository.name.startswith("models--"):
         allowed.append(repository / "blobs")
-    return not any(place in real.parents for place in allowed)
+    return not any(target in real.parents for target in allowed)
 
 
 def refuse_links(paths: Iterable[Path], root: Path, label: str) -> None:
@@ -254,11 +254,11 @@ def refuse_links(paths: Iterable[Path], root: Path, label: str) -> None:
     Raises:
         SourceError: names every one.
     """
-    found = [path.relative_to(root).as_posix() for path in paths if leads_out(path, root)]
-    if found:
-        verb = "is a link" if len(found) == 1 else "are links"
+    links = [path.relative_to(root).as_posix() for path in paths if leads_out(path, root)]
+    if links:
+        verb = "is a link" if len(links) == 1 else "are links"
         message = (
-            f"{', '.join(sorted(found))} {verb} out of the model's folder, and would be copied"
+            f"{', '.join(sorted(links))} {verb} out of the model's folder, and would be copied"
         )
         raise SourceError(message, model=label, hint=_HINT)
 
@@ -281,11 +281,11 @@ def read_card(folder: Path) -> tuple[dict[str, Any], str]:
     """The metadata of a folder's card, and why it cannot be read; both empty without a card."""
     path = folder / CARD
     try:
-        about = path.stat()
+        status = path.stat()
     except OSError as error:
         missing = isinstance(error, FileNotFoundError)
         return {}, "" if missing else f"{CARD} cannot be read: {error.strerror}"
-    return _read(path, about.st_size, about.st_mtime_ns)
+    return _read(path, status.st_size, status.st_mtime_ns)
 
 
 @lru_cache(maxsize=64)

@@ -1,7 +1,7 @@
-"""What of a config.json a class of transformers may be made from.
+"""Which parts of an untrusted config.json may reach a class of transformers.
 
-The config is data of somebody else's: nothing in it may load code, reach the network or ask for
-another implementation, and no number may be one that no model has.
+Nothing in a config may load code, reach the network or ask for another implementation, and no
+number may be one that no model has.
 """
 
 from __future__ import annotations
@@ -65,17 +65,17 @@ def known_class(config: Mapping[str, Any]) -> tuple[Any, Any]:
     import transformers
 
     kind = getattr(transformers, name, None) if name.isidentifier() else None
-    known = transformers.CONFIG_MAPPING
+    classes = transformers.CONFIG_MAPPING
     if (
-        config["model_type"] not in known
+        config["model_type"] not in classes
         or name.startswith("Timm")
         or not hasattr(kind, "from_pretrained")
     ):
         raise UnknownClass(f"transformers {transformers.__version__} has no {name}")
-    about = known[config["model_type"]]
-    if getattr(kind, "config_class", None) is not about:
+    config_class = classes[config["model_type"]]
+    if getattr(kind, "config_class", None) is not config_class:
         raise UnknownClass(f"{name} is not a class of the model_type '{config['model_type']}'")
-    return kind, about
+    return kind, config_class
 
 
 def empty_model(config: Mapping[str, Any]) -> Any:
@@ -84,16 +84,16 @@ def empty_model(config: Mapping[str, Any]) -> Any:
     Raises:
         Unknown: its class is not known, or refuses the config.
     """
-    kind, about = known_class(config)
+    kind, config_class = known_class(config)
     import torch
 
     with quiet_and_alone():
         try:
             with torch.device("meta"):
-                return kind(about.from_dict(without_choices(config)))
+                return kind(config_class.from_dict(without_choices(config)))
         except Exception as error:  # a config can break a class in any way it likes
-            said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UnknownClass(said) from error
+            printed = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UnknownClass(printed) from error
 
 
 def written_out(config: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -102,9 +102,9 @@ def written_out(config: Mapping[str, Any]) -> dict[str, Any] | None:
         check_sizes(config)
         import transformers
 
-        about = transformers.CONFIG_MAPPING[config["model_type"]]
+        config_class = transformers.CONFIG_MAPPING[config["model_type"]]
         with quiet_and_alone():
-            text = about.from_dict(without_choices(config)).to_json_string(use_diff=False)
+            text = config_class.from_dict(without_choices(config)).to_json_string(use_diff=False)
         result: dict[str, Any] = json.loads(text)
     except Exception:
         # A type that this transformers lacks, or a config that it refuses in a way of its own.

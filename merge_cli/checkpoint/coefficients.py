@@ -121,8 +121,8 @@ class CoefficientFile:
 
     def of(self, name: str, shape: Sequence[int]) -> TensorCoefficients:
         """The coefficients of a tensor of this shape."""
-        found = [self._map(key) for key in (name, name + ROWS, name + COLUMNS)]
-        return TensorCoefficients(tuple(shape), *found)
+        entries = [self._map(key) for key in (name, name + ROWS, name + COLUMNS)]
+        return TensorCoefficients(tuple(shape), *entries)
 
     def problems(self, name: str, shape: Sequence[int], sources: int) -> Iterator[str]:
         """Why a tensor of this shape cannot be merged with this file."""
@@ -175,9 +175,9 @@ def open_coefficients(path: Path) -> CoefficientFile:
     raw = read_header_file(path, "")
     refs = parse_header(raw, path, path.stat().st_size, "")
     length = struct.unpack("<Q", raw[:8])[0]
-    about = json.loads(raw[8 : 8 + length]).get("__metadata__") or {}
-    form = about.get("form")
-    if about.get("format") != FORMAT or form not in ("soup", "task_vector"):
+    metadata = json.loads(raw[8 : 8 + length]).get("__metadata__") or {}
+    form = metadata.get("form")
+    if metadata.get("format") != FORMAT or form not in ("soup", "task_vector"):
         hint = "Name the coefficients.safetensors that training left beside a model."
         raise CorruptFileError("is not a file of coefficients", file=str(path), hint=hint)
     wrong = next((ref for ref in refs.values() if ref.dtype != "F32" or not ref.shape), None)

@@ -38,15 +38,15 @@ def module_folders(root: Path, label: str = "") -> tuple[str, ...]:
     listed = read_json(root / MODULES, label)
     if not isinstance(listed, list) or not all(isinstance(item, dict) for item in listed):
         raise CorruptFileError("is not a list of modules", model=label, file=MODULES)
-    found: dict[str, None] = {}
+    folders: dict[str, None] = {}
     for module in listed:
         path = module.get("path")
-        place = PurePosixPath(path) if isinstance(path, str) else None
-        if place is None or place.is_absolute() or ".." in place.parts or "\\" in str(path):
+        folder = PurePosixPath(path) if isinstance(path, str) else None
+        if folder is None or folder.is_absolute() or ".." in folder.parts or "\\" in str(path):
             message = f"names a folder outside the model's: {path!r}"[:200]
             raise CorruptFileError(message, model=label, file=MODULES)
-        found["" if str(place) == "." else str(place)] = None
-    return tuple(found)
+        folders["" if str(folder) == "." else str(folder)] = None
+    return tuple(folders)
 
 
 def part_folders(names: Iterable[str], modules: Iterable[str] = ()) -> list[str]:
@@ -57,13 +57,13 @@ def part_folders(names: Iterable[str], modules: Iterable[str] = ()) -> list[str]
         modules: the folders that its modules.json names.
     """
     listed = set(names)
-    own = [
+    folders = [
         folder
         for folder in modules
         if not folder or any(name.endswith(_WEIGHTS) for name in names_in(folder, listed))
     ]
-    if own:
-        return sorted(own)
+    if folders:
+        return sorted(folders)
     if PIPELINE not in listed:
         return [""]
     paths = (PurePosixPath(name) for name in listed if name.endswith(".safetensors"))
@@ -85,8 +85,8 @@ def names_in(folder: str, names: Iterable[str]) -> set[str]:
 
 def stem_of(names: Iterable[str]) -> str:
     """What the files of weights in a folder are called."""
-    own = any(PurePosixPath(name).name.startswith(STEMS[1]) for name in names)
-    return STEMS[1] if own else STEMS[0]
+    is_diffusers = any(PurePosixPath(name).name.startswith(STEMS[1]) for name in names)
+    return STEMS[1] if is_diffusers else STEMS[0]
 
 
 def index_of(stem: str) -> str:

@@ -1,9 +1,8 @@
-"""The output's config.json: the donor's own, changed only where the merge changes the model.
+"""The output's config.json: a source's own, changed only where the merge changes the model.
 
-What a config means that does not say: the defaults of its class, read from transformers' source.
-
-The class is not imported, which would take seconds: its file is parsed. Of version 5 these are the
-annotated attributes, of version 4 the arguments of `__init__`.
+What a config does not say are the defaults of its class, read from transformers' source. The class
+is not imported, which would take seconds: its file is parsed. In version 5 these are annotated
+attributes, in version 4 the arguments of `__init__`.
 """
 
 from __future__ import annotations
@@ -52,17 +51,17 @@ def predicting_layers(config: Mapping[str, Any]) -> int:
 
 
 def merged_config(
-    donor: Mapping[str, Any],
+    source_config: Mapping[str, Any],
     *,
     dtype: str | None = None,
     tied: bool | None = None,
     layers: Sequence[tuple[Mapping[str, Any], int]] | None = None,
     doubts: list[str] | None = None,
 ) -> tuple[dict[str, Any], list[str]]:
-    """The donor's config with what the merge decided.
+    """A source's config with what the merge has decided.
 
     Args:
-        dtype: the one dtype of the output; None leaves the donor's word.
+        dtype: the one dtype of the output; None leaves the config source's word.
         tied: the output's tie_word_embeddings; None leaves it.
         layers: for each output layer, its source's config and its layer there; None leaves them.
         doubts: filled with rules by position that the stacked layers may not follow; without a
@@ -74,11 +73,15 @@ def merged_config(
     Raises:
         ValueError: stacked layers that no config can describe.
     """
-    config: dict[str, Any] = json.loads(json.dumps(donor))  # a deep copy of what JSON can hold
+    config: dict[str, Any] = json.loads(
+        json.dumps(source_config)
+    )  # a deep copy of what JSON can hold
     changes: list[str] = []
     # diffusers' configs have a class, and no dtype.
-    said = bool(donor) and (CLASS not in donor or bool(donor.keys() & {"dtype", "torch_dtype"}))
-    if dtype is not None and said:
+    declared = bool(source_config) and (
+        CLASS not in source_config or bool(source_config.keys() & {"dtype", "torch_dtype"})
+    )
+    if dtype is not None and declared:
         # transformers 5 writes `dtype`, older files say `torch_dtype`.
         key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
         if config.get(key) != dtype:
@@ -90,16 +93,16 @@ def merged_config(
                 if isinstance(nested, dict) and nested.get(inner) not in (None, dtype):
                     nested[inner] = dtype
     if tied is not None:
-        for place in (config, *(config[n] for n in _NESTED if isinstance(config.get(n), dict))):
-            if place is config or "tie_word_embeddings" in place:
-                if place.get("tie_word_embeddings") != tied:
-                    before = place.get("tie_word_embeddings")
+        for holder in (config, *(config[n] for n in _NESTED if isinstance(config.get(n), dict))):
+            if holder is config or "tie_word_embeddings" in holder:
+                if holder.get("tie_word_embeddings") != tied:
+                    before = holder.get("tie_word_embeddings")
                     changes.append(f"tie_word_embeddings: {before} -> {tied}")
-                place["tie_word_embeddings"] = tied
+                holder["tie_word_embeddings"] = tied
     if layers is not None:
-        own = text_config(config)
+        changed = text_config(config)
         described = [(text_config(source), index) for source, index in layers]
-        moved, uncertain = stack_layers(StackedLayers(own, described, layer_count(config)))
+        moved, uncertain = stack_layers(StackedLayers(changed, described, layer_count(config)))
         changes += moved
         if uncertain and doubts is None:
             raise ValueError(uncertain[0])
@@ -114,17 +117,17 @@ def with_layer_types(config: Mapping[str, Any], root: Path) -> dict[str, Any]:
     """
     explicit: dict[str, Any] = json.loads(json.dumps(config))
     target = text_config(explicit)
-    said = {"layer_types", "layers_block_type"} & target.keys()
-    if said or "model_type" not in explicit or (layer_count(config) or 0) > MAX_LAYERS:
+    given = {"layer_types", "layers_block_type"} & target.keys()
+    if given or "model_type" not in explicit or (layer_count(config) or 0) > MAX_LAYERS:
         return explicit
     from transformers import AutoConfig
 
     try:
-        known = AutoConfig.from_pretrained(str(root), trust_remote_code=False).get_text_config()
-        kinds = list(known.layer_types)
-        key = type(known).attribute_map.get("layer_types", "layer_types")
+        loaded = AutoConfig.from_pretrained(str(root), trust_remote_code=False).get_text_config()
+        kinds = list(loaded.layer_types)
+        key = type(loaded).attribute_map.get("layer_types", "layer_types")
         # Some classes count the kinds out and cannot be told them (Bamba, Jamba).
-        again = type(known).from_dict({**target, key: kinds})
+        again = type(loaded).from_dict({**target, key: kinds})
         if len(set(kinds)) > 1 and list(again.layer_types) == kinds:
             target[key] = kinds
     except Exception:

@@ -1,21 +1,34 @@
-"""What a file was like when it was read, so that a later look tells whether it still is.
+"""Fingerprints of files and folders: has this file changed, and are two files the same?
 
-Size, the two times and the number tell of every ordinary write and exchange. Samples of the content
-tell of those that keep them: files unpacked with their old times, other layers of a container.
+    FileFingerprint        size, times and number of a file: free, and tells every ordinary write
+    sampled_fingerprint    SHA-256 over size and samples: tells writes that keep the times, too
+                           (files unpacked with their old ones, other layers of a container)
+    file_fingerprint       SHA-256 over every byte
+    model_fingerprint      the same over all files that decide what a model says; remembered
+    auxiliary_fingerprint  the same over tokenizer, template and generation files
+
+A sample is no proof against a forger. What is found again in a cache is known by every byte.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from merge_cli.checkpoint.auxiliary_files import is_companion
+from merge_cli.checkpoint.auxiliary_files import companion_files, is_companion
 from merge_cli.checkpoint.components import PIPELINE
+from merge_cli.system.caches import cache_folder, write_cached
+from merge_cli.system.machine import usable_cores
+from merge_cli.system.records import read_sealed, seal
 
 _FOLDERS = (PIPELINE, "modules.json")  # files that name folders of the model
+_SETTLED = 2.0  # seconds: a younger file may change within the clock's resolution
 _TEMPLATES = "additional_chat_templates"
 _DECIDING = ("config.json", "adapter_config.json", PIPELINE)
 
@@ -35,8 +48,8 @@ def fingerprint_of(path: Path) -> FileFingerprint:
     Raises:
         OSError: it cannot be looked at.
     """
-    about = os.stat(path)
-    return FileFingerprint(about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino)
+    status = os.stat(path)
+    return FileFingerprint(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
 
 
 def folder_fingerprints(root: Path) -> dict[Path, FileFingerprint]:
@@ -50,7 +63,7 @@ def folder_fingerprints(root: Path) -> dict[Path, FileFingerprint]:
     return result
 
 
-def sampled_digest(path: Path) -> str:
+def sampled_fingerprint(path: Path) -> str:
     """SHA-256 over size and samples: the whole content of a file of up to 256 KiB.
 
     Raises:
@@ -68,6 +81,62 @@ def add_samples(state: hashlib._Hash, path: Path, places: int = 64, length: int 
         for i in range(places):
             file.seek(max(0, size - length) * i // (places - 1))
             state.update(file.read(length))
+
+
+def file_fingerprint(path: Path, stop: threading.Event | None = None) -> str:
+    """SHA-256 of a file.
+
+    Args:
+        stop: for a thread, which Ctrl-C does not reach: once it is set, what is returned is
+            worthless.
+    """
+    state, block = hashlib.sha256(), bytearray(1 << 20)
+    with path.open("rb", buffering=0) as file:
+        while (size := file.readinto(block)) and not (stop and stop.is_set()):
+            state.update(memoryview(block)[:size])
+    return state.hexdigest()
+
+
+def model_fingerprint(root: Path) -> str:
+    """SHA-256 over names and contents of a model folder's weights, config and tokenizer files.
+
+    Documentation and reports do not count: they change no prediction.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    files = _model_files(root)
+    stop = threading.Event()
+    pool = ThreadPoolExecutor(max_workers=min(4, usable_cores()))
+    try:
+        fingerprints = list(pool.map(lambda path: _remembered_or_read(path, stop), files))
+    finally:
+        stop.set()  # Ctrl-C, or a file that cannot be read: nobody waits for the others
+        pool.shutdown(cancel_futures=True)
+    return _joined(files, fingerprints)
+
+
+def cached_fingerprint(root: Path) -> str | None:
+    """`model_fingerprint`, if it is known without reading weights; else None.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    files = _model_files(root)
+    fingerprints = [
+        _remembered(path) if path.suffix == ".safetensors" else file_fingerprint(path)
+        for path in files
+    ]
+    cached = [fingerprint for fingerprint in fingerprints if fingerprint is not None]
+    return _joined(files, cached) if len(cached) == len(files) else None
+
+
+def auxiliary_fingerprint(root: Path) -> str:
+    """SHA-256 over a model folder's tokenizer, template and generation files."""
+    state = hashlib.sha256()
+    for path in companion_files(root):
+        state.update(f"{path.name}\0{file_fingerprint(path)}\n".encode())
+    return state.hexdigest()
 
 
 def _files(root: Path) -> Iterator[Path]:
@@ -89,3 +158,54 @@ def _has_folders(root: Path) -> bool:
 def _decides(name: str) -> bool:
     ends = name.endswith((".safetensors", ".index.json", ".py"))
     return ends or name in _DECIDING or is_companion(name)
+
+
+def _counts(name: str) -> bool:
+    return is_companion(name) or name == "config.json" or name.endswith(".safetensors.index.json")
+
+
+def _model_files(root: Path) -> list[Path]:
+    """What decides what a model says."""
+    return sorted(
+        path
+        for path in root.iterdir()
+        if path.is_file() and (path.suffix == ".safetensors" or _counts(path.name))
+    )
+
+
+def _joined(files: list[Path], fingerprints: list[str]) -> str:
+    state = hashlib.sha256()
+    for path, fingerprint in zip(files, fingerprints, strict=True):
+        state.update(f"{path.name}\0{fingerprint}\n".encode())
+    return state.hexdigest()
+
+
+def _remembered(path: Path) -> str | None:
+    """A file's fingerprint from the cache, if nothing about the file has changed."""
+    cached = (read_sealed(_place(path)) or {}).get("sha256")
+    return cached if isinstance(cached, str) else None
+
+
+def _remembered_or_read(path: Path, stop: threading.Event) -> str:
+    """A file's fingerprint, remembered or made."""
+    cached = _remembered(path)
+    if cached is not None:
+        return cached
+    status, place = path.stat(), _place(path)
+    fingerprint = file_fingerprint(path, stop)
+    newest = max(status.st_mtime, status.st_ctime)
+    if _now() - newest > _SETTLED and not stop.is_set():
+        write_cached(place, seal({"sha256": fingerprint}))
+    return fingerprint
+
+
+def _place(path: Path) -> Path:
+    """Where a file's digest is remembered: by all that changes when the file does."""
+    status = path.stat()
+    times = f"{status.st_mtime_ns}\0{status.st_ctime_ns}"
+    identity = f"{path.resolve()}\0{status.st_size}\0{times}\0{status.st_ino}"
+    return cache_folder() / "digests" / hashlib.sha256(identity.encode()).hexdigest()
+
+
+def _now() -> float:
+    return time.time()

@@ -11,47 +11,15 @@ import json
 import math
 import struct
 import sys
-from collections.abc import Collection
 from contextlib import suppress
 from functools import lru_cache
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from merge_cli.checkpoint.dtypes import DTYPES, width_of
 from merge_cli.errors import CorruptFileError
 from merge_cli.system.untrusted import CONTROL, Unreadable, open_regular
-
-# Safetensors dtype -> (bytes per element, torch's name). Order is the format's own: writers sort
-# by it, widest first, so that every tensor stays aligned.
-DTYPES: dict[str, tuple[int, str]] = {
-    "U64": (8, "uint64"),
-    "I64": (8, "int64"),
-    "F64": (8, "float64"),
-    "C64": (8, "complex64"),
-    "F32": (4, "float32"),
-    "U32": (4, "uint32"),
-    "I32": (4, "int32"),
-    "BF16": (2, "bfloat16"),
-    "F16": (2, "float16"),
-    "U16": (2, "uint16"),
-    "I16": (2, "int16"),
-    "F8_E8M0": (1, "float8_e8m0fnu"),
-    "F8_E4M3": (1, "float8_e4m3fn"),
-    "F8_E5M2": (1, "float8_e5m2"),
-    "I8": (1, "int8"),
-    "U8": (1, "uint8"),
-    "BOOL": (1, "bool"),
-}
-MERGEABLE = ("F64", "F32", "BF16", "F16")  # widest first
-
-
-def promoted(dtypes: Collection[str]) -> str:
-    """The narrowest format that holds numbers of all of these, as torch promotes them."""
-    result = set(dtypes)
-    if result == {"BF16", "F16"}:
-        return "F32"
-    return next(dtype for dtype in MERGEABLE if dtype in result)
-
 
 _MAX_HEADER = 100_000_000  # the format's own limit
 
@@ -134,17 +102,19 @@ def parse_header(raw: bytes, path: Path, file_size: int, model: str) -> dict[str
         raise corrupt(f"its header is not valid JSON: {error}") from None
     if not isinstance(entries, dict):
         raise corrupt("its header is not a mapping")
-    about = entries.pop("__metadata__", None) or {}
-    if not isinstance(about, dict) or not all(isinstance(item, str) for item in about.values()):
+    metadata = entries.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(
+        isinstance(item, str) for item in metadata.values()
+    ):
         raise corrupt("its __metadata__ is not a mapping of texts")
     data_start = 8 + length
-    found = [_entry(name, e, path, data_start, model, corrupt) for name, e in entries.items()]
-    found.sort(key=attrgetter("offset", "nbytes"))
+    refs = [_entry(name, e, path, data_start, model, corrupt) for name, e in entries.items()]
+    refs.sort(key=attrgetter("offset", "nbytes"))
     end = data_start
-    for ref in found:
+    for ref in refs:
         stop = ref.offset + ref.nbytes
         if stop > file_size:
-            missing = max(r.offset + r.nbytes for r in found) - file_size
+            missing = max(r.offset + r.nbytes for r in refs) - file_size
             raise corrupt(f"truncated: the last {missing} bytes are not there", ref.name)
         if ref.offset != end:
             kind = "overlaps the tensor before it" if ref.offset < end else "leaves a gap before it"
@@ -152,7 +122,7 @@ def parse_header(raw: bytes, path: Path, file_size: int, model: str) -> dict[str
         end = stop
     if end != file_size:
         raise corrupt(f"{file_size - end} bytes at its end belong to no tensor")
-    return {ref.name: ref for ref in found}
+    return {ref.name: ref for ref in refs}
 
 
 _ENTRY = ("dtype", "shape", "data_offsets")
@@ -195,7 +165,7 @@ def _cut(value: Any) -> str:
 @lru_cache(maxsize=4096)
 def _stored(dtype: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...], int]:
     """Dtype, shape and bytes: the same objects for the thousands of tensors that are alike."""
-    return dtype, shape, math.prod(shape) * DTYPES[dtype][0]
+    return dtype, shape, math.prod(shape) * width_of(dtype)
 
 
 def _load(text: bytes) -> Any:

@@ -1,4 +1,4 @@
-"""What a config says of single layers, rewritten for layers that were stacked.
+"""What a config says about single layers, rewritten for stacked layers.
 
 Configs say which layer is of which kind in several forms; each follows its layers:
 
@@ -9,7 +9,7 @@ Configs say which layer is of which kind in several forms; each follows its laye
     attn_layer_period: 8                  every n-th layer: a rule that has no other form
 
 A rule that cannot say what the stacked layers are is a *doubt*. The layers may follow it all the
-same (eight layers of a period of eight, twice); `structure` holds the model class against it.
+same (eight layers of a period of eight, twice); planning/structure.py asks the model class.
 """
 
 from __future__ import annotations
@@ -73,9 +73,9 @@ class StackedLayers:
     """Layers of an output.
 
     Attributes:
-        config: the part of the donor's config that describes them; rewritten in place.
+        config: the part of the config source's config that describes them; rewritten in place.
         layers: for each, the same part of its source's config, and its number there.
-        before: how many layers the donor has.
+        before: how many layers the config source has.
     """
 
     config: dict[str, Any]
@@ -164,8 +164,8 @@ def _repeated(stacked: StackedLayers, key: str, value: list[Any]) -> bool:
     """A list that begins again as often as it must (RecurrentGemma)."""
     kinds = []
     for source, index in stacked.layers:
-        own = source.get(key) or value
-        kinds.append(own[index % len(own)])
+        entries = source.get(key) or value
+        kinds.append(entries[index % len(entries)])
     fits = kinds == [value[i % len(value)] for i in range(len(kinds))]
     return not fits and stacked.put(key, kinds)
 
@@ -173,11 +173,11 @@ def _repeated(stacked: StackedLayers, key: str, value: list[Any]) -> bool:
 def _entry(
     stacked: StackedLayers, key: str, fallback: list[Any], source: Mapping[str, Any], index: int
 ) -> Any:
-    """A layer's entry in its own source's list, or in the donor's."""
-    own = source.get(key)
+    """A layer's entry in its own source's list, or in the config source's."""
+    entries = source.get(key)
     if key == "attention_types":
-        own = _spelled_out(own)
-    values = own if isinstance(own, list | str) and len(own) > index else fallback
+        entries = _spelled_out(entries)
+    values = entries if isinstance(entries, list | str) and len(entries) > index else fallback
     return values[index] if index < len(values) else values[-1]
 
 
@@ -208,8 +208,8 @@ def _numbers(stacked: StackedLayers, key: str, value: Any) -> bool:
         return False
 
     def holds(source: Mapping[str, Any], index: int) -> bool:
-        own = _as_numbers(source.get(key))
-        return index in (numbers if own is None else own)
+        listed = _as_numbers(source.get(key))
+        return index in (numbers if listed is None else listed)
 
     result = stacked.where(holds)
     return stacked.put(key, ",".join(map(str, result)) if isinstance(value, str) else result)
@@ -233,10 +233,12 @@ def _sparse_layers(stacked: StackedLayers) -> bool:
         return index in (source.get("mlp_only_layers") or []) or (index + 1) % step != 0
 
     result = stacked.where(dense)
-    known = stacked.config
-    if known.get("decoder_sparse_step", 1) == 1 and result == (known.get("mlp_only_layers") or []):
+    config = stacked.config
+    if config.get("decoder_sparse_step", 1) == 1 and result == (
+        config.get("mlp_only_layers") or []
+    ):
         return False
-    known |= {"decoder_sparse_step": 1, "mlp_only_layers": result}
+    config |= {"decoder_sparse_step": 1, "mlp_only_layers": result}
     return True
 
 

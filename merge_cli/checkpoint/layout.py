@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from merge_cli.checkpoint.components import STEMS, index_of, part_of
-from merge_cli.checkpoint.headers import DTYPES
+from merge_cli.checkpoint.dtypes import DTYPES, width_of
 
 _NUMBER = re.compile(r"([0-9]{1,18})")  # int() refuses what has thousands of digits
 _PLAIN: Mapping[str, str] = {"": STEMS[0]}
@@ -32,7 +32,7 @@ class OutputTensor(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * DTYPES[self.dtype][0]
+        return math.prod(self.shape) * width_of(self.dtype)
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,8 @@ def lay_out(
         by_folder[part_of(tensor.name, stems)].append(tensor)
     return [
         shard
-        for folder, own in by_folder.items()
-        for shard in _fill(own, shard_size, folder, stems[folder])
+        for folder, outputs_there in by_folder.items()
+        for shard in _fill(outputs_there, shard_size, folder, stems[folder])
     ]
 
 
@@ -99,15 +99,15 @@ def indexes(
     """File -> text of every index, as transformers writes it: of folders with several shards."""
     result = {}
     for folder, stem in stems.items():
-        own = [shard for shard in shards if shard.folder == folder]
-        if len(own) < 2:
+        folder_shards = [shard for shard in shards if shard.folder == folder]
+        if len(folder_shards) < 2:
             continue
         weight_map = {
             name.removeprefix(f"{folder}/"): shard.file.rpartition("/")[2]
-            for shard in own
+            for shard in folder_shards
             for name in shard.offsets
         }
-        names = {name for shard in own for name in shard.offsets}
+        names = {name for shard in folder_shards for name in shard.offsets}
         inside = [tensor for tensor in tensors if tensor.name in names]
         metadata = {
             "total_parameters": sum(math.prod(t.shape) for t in inside),

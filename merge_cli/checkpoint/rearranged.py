@@ -1,10 +1,11 @@
-"""A tensor whose rows are another's in another order, or other models' rows, or means of rows.
+"""Tensors made of parts of others without changing a byte: rows in another order, slices, joins.
 
-What embeddings and heads are when a vocabulary changes. Rows that are only moved keep their bytes.
+    PermutedRows    embeddings and heads after a change of vocabulary: rows of one or of several
+                    models, or means of rows
+    TensorPart      one expert, cut from a stack
+    JoinedTensor    a stack of experts that are stored one by one
 
-Tensors cut from others, and put together of others, as they follow each other in memory.
-
-What experts are that one model stores one by one and another stacked. Bytes are not changed.
+Numbers are computed only where sources have several dtypes, or where a row is a mean.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
-from merge_cli.checkpoint.headers import DTYPES, TensorRef
+from merge_cli.checkpoint.dtypes import numpy_dtype, width_of
+from merge_cli.checkpoint.headers import TensorRef
 from merge_cli.checkpoint.tensors import Read, Tensor, read_numbers
 
 ZERO = -1  # instead of a part's number: a row of zeros
@@ -110,7 +112,7 @@ class PermutedRows:
 
     @property
     def nbytes(self) -> int:
-        return self.size * DTYPES[self.dtype][0]
+        return self.size * width_of(self.dtype)
 
     @property
     def stored(self) -> tuple[TensorRef, ...]:
@@ -131,22 +133,22 @@ class PermutedRows:
         """Whole rows are brought together, of which the buffer gets its part."""
         import numpy as np
 
-        item = DTYPES[self.dtype][0]
+        item = width_of(self.dtype)
         count = len(buffer) // item
         first, last = start // self._width, -(-(start + count) // self._width)
-        kind = _numpy_kind(self.dtype)
+        kind = numpy_dtype(self.dtype)
         out = np.zeros((last - first, self._width), kind)
         part, row = self.rows.part[first:last], self.rows.row[first:last]
         for number in np.unique(part):
             if number >= 0:
                 chosen = np.flatnonzero(part == number)
                 out[chosen] = self._rows_of(read, self.parts[number], row[chosen])
-        for place in [p for p in self.rows.means if first <= p < last]:
-            pairs = self.rows.means[place]
+        for position in [p for p in self.rows.means if first <= p < last]:
+            pairs = self.rows.means[position]
             total = np.zeros(self._width, kind)
             for number, source_row in pairs:
                 total += self._rows_of(read, self.parts[number], np.array([source_row]))[0]
-            out[place - first] = total / kind(len(pairs))
+            out[position - first] = total / kind(len(pairs))
         padding = np.flatnonzero(part == _MEAN)
         if len(padding):
             out[padding] = self._mean(read)
@@ -163,7 +165,7 @@ class PermutedRows:
         for start in range(0, len(averaged), _TOGETHER):
             chosen = averaged[start : start + _TOGETHER]
             for low, high in _runs(chosen):
-                block = np.empty(((high - low), self._width), _numpy_kind(self.dtype))
+                block = np.empty(((high - low), self._width), numpy_dtype(self.dtype))
                 self.fill(read, low * self._width, block.view(np.uint8).reshape(-1).data)
                 for row in block:
                     total += row
@@ -173,11 +175,11 @@ class PermutedRows:
         """Rows of one model's tensor as this tensor's dtype; near ones are read together."""
         import numpy as np
 
-        item, width = DTYPES[tensor.dtype][0], self._width
+        item, width = width_of(tensor.dtype), self._width
         order = np.argsort(rows, kind="stable")
         ordered = rows[order]
         cuts = np.flatnonzero(np.diff(ordered) > _GAP) + 1
-        result = np.empty((len(rows), width), _numpy_kind(tensor.dtype))
+        result = np.empty((len(rows), width), numpy_dtype(tensor.dtype))
         raw = result.view(np.uint8)
         starts, ends = [0, *cuts.tolist()], [*cuts.tolist(), len(rows)]
         for start, end in zip(starts, ends, strict=True):
@@ -192,7 +194,7 @@ class PermutedRows:
             result[order[start:end]] = whole[ordered[start:end] - low]
         if tensor.dtype == self.dtype:
             return result
-        return _floats(result, tensor.dtype).astype(_numpy_kind(self.dtype), copy=False)
+        return _floats(result, tensor.dtype).astype(numpy_dtype(self.dtype), copy=False)
 
 
 def _runs(ordered: Any) -> Iterator[tuple[int, int]]:
@@ -202,13 +204,6 @@ def _runs(ordered: Any) -> Iterator[tuple[int, int]]:
     cuts = np.flatnonzero(np.diff(ordered) > 1) + 1
     for part in np.split(ordered, cuts):
         yield int(part[0]), int(part[-1]) + 1
-
-
-def _numpy_kind(dtype: str) -> Any:
-    """numpy's word for the stored bits: bfloat16 has none of its own."""
-    import numpy as np
-
-    return {"BF16": np.uint16, "F16": np.float16, "F32": np.float32, "F64": np.float64}[dtype]
 
 
 def _floats(values: Any, dtype: str) -> Any:
@@ -224,7 +219,7 @@ def cut(tensor: Tensor, name: str, start: int, shape: tuple[int, ...]) -> Tensor
     part = TensorPart(tensor, name, start, shape)
     if not isinstance(tensor, TensorRef):
         return part
-    width = DTYPES[tensor.dtype][0]
+    width = width_of(tensor.dtype)
     return tensor._replace(
         name=name, shape=shape, offset=tensor.offset + start * width, nbytes=part.nbytes
     )
@@ -260,7 +255,7 @@ class TensorPart:
 
     @property
     def nbytes(self) -> int:
-        return self.size * DTYPES[self.dtype][0]
+        return self.size * width_of(self.dtype)
 
     @property
     def stored(self) -> tuple[TensorRef, ...]:
@@ -309,7 +304,7 @@ class JoinedTensor:
 
     @property
     def nbytes(self) -> int:
-        return self.size * DTYPES[self.dtype][0]
+        return self.size * width_of(self.dtype)
 
     @cached_property
     def stored(self) -> tuple[TensorRef, ...]:
@@ -321,7 +316,7 @@ class JoinedTensor:
         return f"{len(self.parts)} tensors joined to {self.shape}{made}"
 
     def fill(self, read: Read, start: int, buffer: memoryview) -> None:
-        width, kind = DTYPES[self.dtype][0], self.dtype
+        width, kind = width_of(self.dtype), self.dtype
         filled, raw = 0, buffer.cast("B")
         number = bisect_right(self._ends, start)
         while filled < len(raw):

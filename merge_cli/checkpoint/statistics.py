@@ -159,7 +159,7 @@ class CalibrationStatistics:
     def digests(self) -> tuple[str, ...]:
         return tuple(file.digest for file in self.files)
 
-    def of(self, operands: Sequence[Any], places: Sequence[int]) -> TensorStatistics:
+    def of(self, operands: Sequence[Any], recipe_indexes: Sequence[int]) -> TensorStatistics:
         """The statistics of one output tensor.
 
         Args:
@@ -169,8 +169,8 @@ class CalibrationStatistics:
         return TensorStatistics(
             tuple(
                 # What is computed from several stored tensors is none that a model was asked about.
-                self.files[place].of(tensor.name) if isinstance(tensor, TensorRef) else None
-                for tensor, place in zip(operands, places, strict=True)
+                self.files[recipe_index].of(tensor.name) if isinstance(tensor, TensorRef) else None
+                for tensor, recipe_index in zip(operands, recipe_indexes, strict=True)
             )
         )
 
@@ -188,15 +188,15 @@ def open_statistics(path: Path) -> StatisticsFile:
         metadata = parse_json(raw[8 : 8 + length]).get("__metadata__") or {}
         if metadata.get("format") != FORMAT:
             raise CorruptFileError("is not a file of statistics", file=str(path))
-        kind, digest, whole, *texts = (metadata.get(key) for key in _METADATA)
-        if None in (kind, digest, whole, *texts):
+        kind, digest, is_complete, *texts = (metadata.get(key) for key in _METADATA)
+        if None in (kind, digest, is_complete, *texts):
             raise Unreadable("lacks a part of its metadata")
         listed, about, digests = (parse_json(str(text)) for text in texts)
         if not all(isinstance(item, dict) for item in (listed, about, digests)):
             raise Unreadable("has metadata that is no mapping")
         shapes = {name: ref.shape for name, ref in refs.items()}
         made = statistics_digest(str(kind), listed, digests, about)
-        if (made, header_sum(made, shapes)) != (digest, whole):
+        if (made, header_sum(made, shapes)) != (digest, is_complete):
             raise Unreadable("has a header that is not what was written")
         entries = {name: _entry(name, entry, refs) for name, entry in listed.items()}
     except Unreadable as error:
@@ -222,8 +222,8 @@ def statistics_digest(
 
 def header_sum(digest: str, shapes: Mapping[str, Sequence[int]]) -> str:
     """Of what a header says of the arrays, beside their digests."""
-    known = sorted((name, list(shape)) for name, shape in shapes.items())
-    return hashlib.sha256(f"{digest} {json.dumps(known)}".encode()).hexdigest()
+    shapes_listed = sorted((name, list(shape)) for name, shape in shapes.items())
+    return hashlib.sha256(f"{digest} {json.dumps(shapes_listed)}".encode()).hexdigest()
 
 
 def _digest_of(ref: TensorRef) -> str:

@@ -1,23 +1,21 @@
 """What a merge reads: a tensor as it is stored, or one that is computed from stored ones.
 
-Methods and lanes cannot tell which. A computed tensor (a weight with its adapter, dequantised,
+Methods and workers cannot tell which. A computed tensor (a weight with its adapter, dequantised,
 with its rows in another order) says what it is made of and fills a buffer with any span of its
-elements; it is never materialised. What it fills in must not depend on where the span begins.
-
-A matrix of zeros, which is read from nowhere: no change.
-
-Tensors' numbers as numpy float32, for tensors that are computed from them.
+elements; it is never held in memory whole. What it fills in must not depend on where the span
+begins, since chunks, blocks and threads begin anywhere.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from merge_cli.checkpoint.headers import DTYPES, TensorRef
+from merge_cli.checkpoint.dtypes import numpy_dtype, width_of
+from merge_cli.checkpoint.headers import TensorRef
 from merge_cli.system.raw_io import FilePool, read_into
 
 # read(ref, start, buffer): what is stored from element `start` on, as much as fits the buffer.
@@ -60,6 +58,20 @@ class Tensor(Protocol):
         """Fill a buffer of bytes with the elements from `start` on, in row-major order."""
 
 
+TensorMap = Mapping[str, Tensor]  # a model's tensors by name
+
+# What input embeddings end with, by architecture.
+EMBEDDINGS = (
+    "embed_tokens.weight",
+    "wte.weight",
+    "embed_in.weight",
+    "shared.weight",
+    "word_embeddings.weight",
+    "tok_embeddings.weight",
+    "embeddings.weight",
+)
+
+
 class Float32:
     """What a tensor that is computed in float32 has from the one that it is made of."""
 
@@ -94,7 +106,7 @@ class Float32:
 
 @dataclass(frozen=True)
 class Zeros:
-    """No change. See `tensors.Tensor`."""
+    """A matrix of zeros, which is read from nowhere: no change. See `Tensor`."""
 
     name: str
     model: str
@@ -134,7 +146,7 @@ def reading() -> Iterator[Read]:
     files = FilePool(os.O_RDONLY)
 
     def read(ref: TensorRef, start: int, buffer: memoryview) -> None:
-        offset = ref.offset + start * DTYPES[ref.dtype][0]
+        offset = ref.offset + start * width_of(ref.dtype)
         read_into(files, ref.path, offset, buffer, ref.model)
 
     try:
@@ -147,10 +159,9 @@ def read_numbers(read: Read, tensor: Tensor, start: int, count: int) -> Any:
     """Elements [start, start + count) of a tensor of floats: numpy float32, flat."""
     import numpy as np
 
-    raw = np.empty(count * DTYPES[tensor.dtype][0], np.uint8)
+    raw = np.empty(count * width_of(tensor.dtype), np.uint8)
     if count:
         tensor.fill(read, start, raw.data)
     if tensor.dtype == "BF16":
         return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-    kinds: dict[str, type] = {"F16": np.float16, "F32": np.float32, "F64": np.float64}
-    return raw.view(kinds[tensor.dtype]).astype(np.float32)
+    return raw.view(numpy_dtype(tensor.dtype)).astype(np.float32)

@@ -12,20 +12,20 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from merge_cli.checkpoint.fingerprint import auxiliary_fingerprint, file_fingerprint
 from merge_cli.comparison.cost import CostLog, MergeCost, run_merge
 from merge_cli.comparison.entries import SOUP, EntryNames, baseline_recipes
 from merge_cli.comparison.result import Comparison, ModelEntry, Role
 from merge_cli.engine.device import choose_device
 from merge_cli.engine.journal import work_key
+from merge_cli.engine.options import OnProgress, Progress
 from merge_cli.errors import Interrupted, MismatchError, Problem, UsageError
-from merge_cli.evaluation.fingerprints import auxiliary_fingerprint
-from merge_cli.evaluation.run import Step, evaluate_source
+from merge_cli.evaluation.run import evaluate_source
 from merge_cli.evaluation.spec import EvalSpec
-from merge_cli.evaluation.task import file_fingerprint
 from merge_cli.planning.plan import Plan
 from merge_cli.planning.planner import load_recipe, make_plan
 from merge_cli.recipe.fields import nearest
@@ -55,7 +55,7 @@ def compare(
     *,
     references: Collection[str] = (),
     options: Sequence[str] = (),
-    show: Callable[[Step], None] = lambda step: None,
+    show: OnProgress = lambda progress: None,
 ) -> Comparison:
     """Merge recipes, evaluate all models, and compare them.
 
@@ -98,7 +98,7 @@ def compare(
     try:
         for merge in merges.merges:
             if not merge.out.exists():
-                show(Step(merge.name, "merging", 0, 0))
+                show(Progress("merging", 0, 0, model=merge.name))
                 run_merge(merge.file, merge.out, options, cost_log)
         for source in ([base] if base else []) + sources:
             fetch_weights(source, source.header_bytes)
@@ -120,12 +120,12 @@ def _entry(
     role: Role,
     source: Source,
     spec: EvalSpec,
-    show: Callable[[Step], None],
+    show: OnProgress,
     merge: _Merge | None = None,
     cost: MergeCost | None = None,
 ) -> ModelEntry:
-    def renamed(step: Step) -> None:
-        show(Step(name, step.task, step.done, step.total))
+    def renamed(progress: Progress) -> None:
+        show(replace(progress, model=name))
 
     evaluation = evaluate_source(source, spec, renamed)
     method = merge.plan.recipe.merge_method if merge else ""

@@ -15,7 +15,7 @@ from merge_cli.comparison.tables import legend, used_columns
 from merge_cli.console.progress import LOG_SECONDS
 
 if TYPE_CHECKING:
-    from merge_cli.evaluation.run import Step
+    from merge_cli.engine.options import Progress
 
 
 Json = Mapping[str, Any]
@@ -125,9 +125,10 @@ def print_comparison(console: Console, record: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def step_bar(console: Console) -> Iterator[Callable[[Step], None]]:
-    """One bar for the current task; finished tasks leave no line."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+def step_bar(console: Console) -> Iterator[Callable[[Progress], None]]:
+    """One bar, for the task at hand; finished tasks leave no line."""
+    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as RichProgress
 
     columns = (
         TextColumn("{task.description}"),
@@ -135,15 +136,15 @@ def step_bar(console: Console) -> Iterator[Callable[[Step], None]]:
         TextColumn("{task.percentage:>3.0f}%"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True) as bar:
+    with RichProgress(*columns, console=console, transient=True) as bar:
         row = bar.add_task("", total=None)
 
-        def show(step: Step) -> None:
+        def show(progress: Progress) -> None:
             bar.update(
                 row,
-                description=escape(f"{step.model}: {step.task}"),
-                total=step.total or None,
-                completed=step.done,
+                description=escape(f"{progress.model}: {progress.stage}"),
+                total=progress.total or None,
+                completed=progress.done,
             )
 
         yield show
@@ -156,11 +157,13 @@ class StepLog:
         self._console, self._next = console, 0.0
         self._last: tuple[str, str] = ("", "")
 
-    def __call__(self, step: Step) -> None:
+    def __call__(self, progress: Progress) -> None:
         now = time.monotonic()
-        current = (step.model, step.task)
-        if current == self._last and now < self._next:
+        this = (progress.model, progress.stage)
+        if this == self._last and now < self._next:
             return
-        share = f", {step.done / step.total:.0%}" if step.total and step.done else ""
-        self._console.print(escape(f"{step.model}: {step.task}{share}"))
-        self._last, self._next = current, now + LOG_SECONDS
+        share = (
+            f", {progress.done / progress.total:.0%}" if progress.total and progress.done else ""
+        )
+        self._console.print(escape(f"{progress.model}: {progress.stage}{share}"))
+        self._last, self._next = this, now + LOG_SECONDS

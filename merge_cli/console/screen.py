@@ -45,7 +45,6 @@ if TYPE_CHECKING:
     from merge_cli.analysis.result import Analysis
     from merge_cli.api import MergeResult
     from merge_cli.engine.options import MergeOptions, Progress
-    from merge_cli.evaluation.run import Step
     from merge_cli.methods.registry import Method
     from merge_cli.planning.plan import Plan
 
@@ -89,12 +88,12 @@ class Screen:
         yield (lambda progress: None) if bars or self.quiet else ProgressLog(self.err)
 
     @contextmanager
-    def steps(self) -> Iterator[Callable[[Step], None]]:
+    def steps(self) -> Iterator[Callable[[Progress], None]]:
         """Progress of evaluations: a bar in a terminal, lines in a log."""
         from merge_cli.console.evaluations import StepLog, step_bar
 
         if self.quiet:
-            yield lambda step: None
+            yield lambda progress: None
         elif self.err.is_terminal:
             with step_bar(self.err) as show:
                 yield show

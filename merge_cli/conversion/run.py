@@ -98,8 +98,8 @@ def convert(
             if fresh:
                 work.discard()
             work.refuse_other_work(key)
-            work.begin(key, inputs.digest)
-            records = Records(work.journal, key, inputs.digest)
+            work.begin(key, inputs.fingerprint)
+            records = Records(work.journal, key, inputs.fingerprint)
             try:
                 job = _Job(model, work.model, max_memory, copies, work.lock)
                 entries = _convert_all(job, files, records, show)
@@ -124,7 +124,7 @@ def _key(root: Path, files: Sequence[Path], copies: str, inputs: Inputs) -> str:
     """A fingerprint of everything that the output depends on."""
     names = [file.relative_to(root).as_posix() for file in files]
     settings = [_FORMAT, version("merge-cli"), version("torch"), str(root.resolve()), names, copies]
-    return hashlib.sha256(repr((settings, inputs.content)).encode()).hexdigest()
+    return hashlib.sha256(repr((settings, inputs.content_fingerprint)).encode()).hexdigest()
 
 
 def find_pickles(model: str, show: Show) -> tuple[Path, list[Path]]:

@@ -8,10 +8,11 @@ from typing import Any
 from merge_cli.dam.coefficients import Coefficients
 from merge_cli.dam.models import TargetParameter, load_student, parameter_count, stored_tensors
 from merge_cli.dam.optimizers import CoefficientOptimizer
-from merge_cli.dam.sources import SourceResidency, Sources
+from merge_cli.dam.sources import Sources
 from merge_cli.dam.student import MergedParameter, Student
 from merge_cli.engine.memory import keep_freed_memory, return_freed_memory
 from merge_cli.engine.parameter_slices import find_parameter_slices
+from merge_cli.engine.residency import SourceResidency
 from merge_cli.planning.plan import Plan
 from merge_cli.recipe.training import Training
 

@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merge_cli.checkpoint.coefficients import FILE, open_coefficients
+from merge_cli.checkpoint.fingerprint import file_fingerprint
 from merge_cli.dam.student import Student
 from merge_cli.errors import MergeCliError, NonFiniteError
 from merge_cli.system.raw_io import replace_file
-from merge_cli.system.records import read_sealed, seal
+from merge_cli.system.records import read_sealed
 from merge_cli.system.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -97,11 +98,7 @@ class TrainingWorkspace(Workspace):
             return self
         super().__enter__()
         try:
-            if self._fresh:
-                self.discard()
-            if self._key_of() not in (None, self.key):
-                raise self.other_work()
-            self.make()
+            self.resume_work(self.key, fresh=self._fresh)
         except BaseException:
             self.__exit__(None, None, None)
             raise
@@ -114,11 +111,11 @@ class TrainingWorkspace(Workspace):
 
     def record(self) -> dict[str, Any] | None:
         """The record of training that has ended; None while it has not, or is not whole."""
-        sealed = read_sealed(self.path / _RECORD)
-        if sealed is None or sealed.get("key") != self.key:
+        record = self.read_record(_RECORD, self.key)
+        if record is None:
             return None
-        digest = sealed.pop("coefficients_file", None)
-        return sealed if digest == _digest_of(self.coefficients) else None
+        fingerprint = record.pop("coefficients_file", None)
+        return record if fingerprint == _fingerprint_of(self.coefficients) else None
 
     def finish(self, entries: Mapping[str, Any], form: str, record: Mapping[str, Any]) -> None:
         """Write the result. The record comes last: where there is one, all is there.
@@ -131,8 +128,8 @@ class TrainingWorkspace(Workspace):
                 hint = "Use a smaller learning_rate, with --fresh."
                 raise NonFiniteError("a learned coefficient is not finite", tensor=name, hint=hint)
         write_coefficients(self.coefficients, entries, form)
-        about = {"key": self.key, "coefficients_file": _digest_of(self.coefficients)}
-        replace_file(self.path / _RECORD, seal({**about, **record}))
+        about = {"coefficients_file": _fingerprint_of(self.coefficients)}
+        self.write_record(_RECORD, self.key, {**about, **record})
 
     def save(self, student: Student, position: Position, best: Mapping[str, Any]) -> None:
         """Write a checkpoint between two steps, whole or not at all."""
@@ -177,8 +174,7 @@ class TrainingWorkspace(Workspace):
             return None
         return content if _holds(content) else None
 
-    def _key_of(self) -> str | None:
-        """The key of whatever is here; None where nothing is that holds."""
+    def key_here(self) -> str | None:
         record = read_sealed(self.path / _RECORD)
         if record is not None:
             return str(record.get("key"))
@@ -257,10 +253,10 @@ def _metadata_of(content: bytes) -> dict[str, str]:
     return dict(_split(content)[0]["__metadata__"])
 
 
-def _digest_of(path: Path) -> str:
-    """SHA-256 of a file; empty where it cannot be read."""
+def _fingerprint_of(path: Path) -> str:
+    """`file_fingerprint`; empty where the file cannot be read."""
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        return file_fingerprint(path)
     except OSError:
         return ""
 

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from merge_cli.checkpoint.fingerprint import auxiliary_fingerprint
 from merge_cli.errors import MismatchError, Problem, ResourceError, SourceError
-from merge_cli.evaluation.fingerprints import auxiliary_fingerprint
 from merge_cli.evaluation.live import load_tokenizer
 from merge_cli.evaluation.rows import Row, make_row, read_rows
 from merge_cli.planning.plan import Plan

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
+from merge_cli.checkpoint.dtypes import width_of
 from merge_cli.dam.data import Dataset, load_datasets, steps_of, used
 from merge_cli.dam.datasets import one_tokenizer
 from merge_cli.dam.distributed import World
@@ -18,8 +19,8 @@ from merge_cli.dam.models import (
     stored_tensors,
     weight_bytes,
 )
-from merge_cli.dam.sources import SourceResidency, choose_residency
 from merge_cli.engine.device import choose_device
+from merge_cli.engine.residency import SourceResidency, choose_residency
 from merge_cli.errors import MismatchError, ResourceError
 from merge_cli.evaluation.fingerprints import remembered_identity
 from merge_cli.evaluation.live import choose_dtype, context_of
@@ -27,8 +28,6 @@ from merge_cli.evaluation.teachers import KeptPredictions, Teacher
 from merge_cli.planning.plan import Plan
 from merge_cli.recipe.training import Training
 from merge_cli.sources.source import Source, fetch_weights
-
-_WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
@@ -127,10 +126,17 @@ def plan_training(plan: Plan, device: str = "auto", world: World | None = None) 
     own = chosen.indexes[world.local % len(chosen.indexes)] if chosen.indexes else None
     where = "cpu" if own is None else f"cuda:{own}"
     dtype, dtype_why = choose_dtype(plan.sources[plan.donor], chosen.kind, training.dtype)
-    student_bytes = parameter_count(targets) * _WIDTHS[dtype]
+    student_bytes = parameter_count(targets) * width_of(dtype)
     with_base = training.form == "task_vector"
     size = weight_bytes(stored_tensors(plan, targets), with_base=with_base)
-    place = choose_residency(training.residency, where, size, student_bytes)
+    place = choose_residency(
+        size,
+        own,
+        beside="student",
+        on_device=student_bytes,
+        on_host=student_bytes if own is None else 0,
+        requested=training.residency,
+    )
     mode, mode_why = _mode(training, dtype, world)
     return TrainingPlan(
         plan,

@@ -14,27 +14,15 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
-from merge_cli.checkpoint.headers import DTYPES, TensorRef
+from merge_cli.checkpoint.dtypes import torch_dtype, width_of
+from merge_cli.checkpoint.headers import TensorRef
 from merge_cli.checkpoint.tensors import Tensor
-from merge_cli.errors import ResourceError
-from merge_cli.evaluation.live import free_memory
-from merge_cli.system.machine import show_size
+from merge_cli.engine.residency import SourceResidency
 from merge_cli.system.raw_io import FilePool, read_ahead, read_into
 
-Residency = Literal["device", "host", "disk"]
 _HOST_BLOCK, _DEVICE_BLOCK = 1 << 18, 1 << 24  # elements of a block of rows
-_DEVICE_SHARE, _HOST_SHARE = 0.6, 0.5  # of free memory; activations and caches take the rest
-
-
-@dataclass(frozen=True)
-class SourceResidency:
-    """Where the sources' weights wait, and why there."""
-
-    residency: Residency
-    reason: str
-    bytes: int
 
 
 @dataclass(frozen=True)
@@ -51,46 +39,6 @@ class Stored:
     shape: tuple[int, int]
     sources: tuple[Tensor, ...]
     base: Tensor | None = None
-
-
-def choose_residency(wanted: str, device: str, size: int, student: int) -> SourceResidency:
-    """Where `size` bytes of weights should wait.
-
-    Args:
-        wanted: auto, or what the recipe says.
-        device: the student's: cpu or cuda:N.
-        student: bytes that its weights will take there.
-
-    Raises:
-        ResourceError: what the recipe asks for does not fit.
-    """
-    host = int(free_memory("cpu", ()) * _HOST_SHARE) - (student if device == "cpu" else 0)
-    shown = show_size(size)
-    if device == "cpu":
-        room, where = 0, ""
-    else:
-        index = int(device.partition(":")[2] or 0)
-        room, where = int(free_memory("cuda", (index,)) * _DEVICE_SHARE) - student, "device"
-    if wanted == "disk":
-        return SourceResidency("disk", "asked for", size)
-    if wanted == "device" and device == "cpu":
-        return SourceResidency("host", "asked for device, and the student is on the CPU", size)
-    if wanted != "auto":
-        free = room if wanted == "device" else host
-        if size > free:
-            message = (
-                f"residency {wanted}: the sources take {shown}, and {show_size(max(free, 0))} "
-            )
-            hint = "Use `residency: auto` or `disk`."
-            raise ResourceError(message + "are left for them", hint=hint)
-        return SourceResidency("device" if wanted == "device" else "host", "asked for", size)
-    if where and size <= room:
-        return SourceResidency("device", f"{shown} fit beside the student", size)
-    small = "" if not where else f"{shown} do not fit beside the student; "
-    if size <= host:
-        return SourceResidency("host", f"{small}{shown} fit in memory", size)
-    why = f"{shown}, and room for {show_size(max(host, 0))} in memory"
-    return SourceResidency("disk", why, size)
 
 
 class Sources:
@@ -193,15 +141,14 @@ class Sources:
         """Rows as they are stored."""
         import torch
 
-        width, name = DTYPES[tensor.dtype]
-        line = shape[1] * width
+        line = shape[1] * width_of(tensor.dtype)
         raw = torch.empty((stop - start) * line, dtype=torch.uint8)
         if raw.numel():
             tensor.fill(self._stored, start * shape[1], raw.numpy().data)
-        return raw.view(getattr(torch, name)).view(stop - start, shape[1])
+        return raw.view(torch_dtype(tensor.dtype)).view(stop - start, shape[1])
 
     def _stored(self, ref: TensorRef, start: int, buffer: memoryview) -> None:
-        offset = ref.offset + start * DTYPES[ref.dtype][0]
+        offset = ref.offset + start * width_of(ref.dtype)
         read_into(self._files, ref.path, offset, buffer, ref.model)
 
 

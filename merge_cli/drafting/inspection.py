@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from merge_cli.analysis.differences import TokenizerDifference, stored_dtypes, tokenizer_difference
 from merge_cli.analysis.model_set import ModelSet, open_model_set, recipe_of
-from merge_cli.checkpoint.headers import DTYPES, MERGEABLE
+from merge_cli.checkpoint.dtypes import DTYPES, MERGEABLE
 from merge_cli.errors import MismatchError
 from merge_cli.hub.models import is_cached
 from merge_cli.lora.adapter import WEIGHTS

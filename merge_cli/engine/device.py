@@ -1,4 +1,4 @@
-"""Choosing where and with what to compute, with the reason, which is shown."""
+"""Choose where to compute and with what, and give the reason, which the plan shows."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Literal
 from merge_cli.errors import ResourceError, UsageError
 from merge_cli.kernels.convert import COMPILED
 from merge_cli.planning.plan import Plan
+from merge_cli.system import machine
 
 # What a driver leaves in the file system: NVIDIA's, AMD's, and the one of Windows' Linux.
 _GPU_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
@@ -32,7 +33,7 @@ class Device:
     reason: str
 
 
-def choose_device(wanted: str) -> Device:
+def choose_device(requested: str) -> Device:
     """`auto` takes CUDA where there is some; `cpu`, `cuda` and `cuda:N` are taken at their word.
 
     Without a number every CUDA device that is visible takes part. torch is asked only where the
@@ -43,9 +44,9 @@ def choose_device(wanted: str) -> Device:
         ResourceError: a CUDA device that this machine or this torch build does not have, or one
             whose memory is taken.
     """
-    kind, _, number = wanted.partition(":")
+    kind, _, number = requested.partition(":")
     if kind not in ("auto", "cpu", "cuda") or (number and (kind != "cuda" or not number.isdigit())):
-        raise UsageError(f"unknown device '{wanted}'", hint="Use auto, cpu, cuda or cuda:N.")
+        raise UsageError(f"unknown device '{requested}'", hint="Use auto, cpu, cuda or cuda:N.")
     if kind == "cpu":
         return Device("cpu", (), "cpu", "asked for")
     if kind == "auto" and not any(Path(file).exists() for file in _GPU_FILES):
@@ -59,7 +60,7 @@ def choose_device(wanted: str) -> Device:
         return Device("cpu", (), "cpu", why)
     indexes = (int(number),) if number else tuple(range(available))
     if not indexes or indexes[-1] >= available:
-        message = f"device '{wanted}' is not there: {available} CUDA devices found"
+        message = f"device '{requested}' is not there: {available} CUDA devices found"
         raise ResourceError(message, hint="Use --device cpu, or install a torch built for CUDA.")
     roomy = tuple(i for i in indexes if torch.cuda.mem_get_info(i)[0] >= _LEAST_FREE)
     if not roomy:
@@ -71,6 +72,15 @@ def choose_device(wanted: str) -> Device:
     name = torch.cuda.get_device_name(roomy[0])
     name = name if len(roomy) == 1 else f"{len(roomy)} x {name}"
     return Device("cuda", roomy, name, "found" if kind == "auto" else "asked for")
+
+
+def free_memory(kind: str, indexes: tuple[int, ...]) -> int:
+    """Free bytes of these CUDA devices together, or of the machine."""
+    if kind == "cuda":
+        import torch
+
+        return sum(torch.cuda.mem_get_info(i)[0] for i in indexes)
+    return machine.free_memory()
 
 
 def choose_arithmetic(plan: Plan) -> tuple[Arithmetic, str]:

@@ -1,9 +1,9 @@
-"""A lane that computes on a device: pinned buffers, copies on a stream of its own.
+"""A worker that computes on a GPU: pinned buffers, and copies on a stream of its own.
 
-Within a lane things happen one after another: read from the files into a pinned buffer, copy up,
-compute, copy down, write. Several lanes share a device, so that all of these go on at once; the
-buffers of all lanes together are the window of bytes in flight. A buffer is not touched again
-before the copy that uses it has ended, which is what `Transfers` is for.
+Within a worker things happen one after another: read from the files into a pinned buffer, copy up,
+compute, copy down, write. Several workers share a device, so that all of these go on at once; the
+buffers of all workers together bound the bytes in flight. A buffer must not be touched again before
+the copy that uses it has ended: `Transfers` keeps that order.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from merge_cli.checkpoint.headers import DTYPES
+from merge_cli.checkpoint.dtypes import width_of
 from merge_cli.checkpoint.tensors import Tensor
 from merge_cli.engine.worker_context import Files, LoadedBlock, StageClock, all_finite
 from merge_cli.kernels.convert import decode, encode
@@ -96,22 +96,24 @@ class StagedWorker:
         brought = self._bring(refs, start, stop)
         arrays = [decode(raw, r.dtype, wide=wide) for raw, r in zip(brought, refs, strict=True)]
         finite = all_finite(arrays)
-        own = arrays.pop(0) if base else None
-        return LoadedBlock(own, [a.sub_(own) for a in arrays] if deltas else arrays, finite)
+        base_values = arrays.pop(0) if base else None
+        return LoadedBlock(
+            base_values, [a.sub_(base_values) for a in arrays] if deltas else arrays, finite
+        )
 
     def _bring(self, refs: Sequence[Tensor], start: int, stop: int) -> list[Any]:
         """The stored bytes of each tensor's elements [start, stop) on the device, to be kept."""
-        sizes = [(stop - start) * DTYPES[ref.dtype][0] for ref in refs]
+        sizes = [(stop - start) * width_of(ref.dtype) for ref in refs]
         self._transfers.wait_up()
         if sum(sizes) > self._input.numel():
             self._input = self._transfers.host(sum(sizes))
-        brought, begin = [], 0
+        on_device, begin = [], 0
         for ref, size in zip(refs, sizes, strict=True):
             host = self._input[begin : begin + size]
             self._files.read(self.clock, ref, start, host.numpy().data)
-            brought.append(self._transfers.up(host))
+            on_device.append(self._transfers.up(host))
             begin += size
-        return brought
+        return on_device
 
     def store(self, values: Any, dtype: str, path: Path, offset: int) -> bool:
         import torch
@@ -134,7 +136,7 @@ class StagedWorker:
         self.write(self._down(stored).data, path, offset)
 
     def _down(self, stored: Any) -> Any:
-        """Bytes of the device in the lane's pinned buffer: numpy uint8, until the next call."""
+        """Bytes of the device in the worker's pinned buffer: numpy uint8, until the next call."""
         if stored.numel() > self._output.numel():
             self._output = self._transfers.host(stored.numel())
         host = self._output[: stored.numel()]
@@ -148,5 +150,5 @@ class StagedWorker:
 
 
 def cuda_worker(files: Files, index: int, block: int) -> StagedWorker:
-    """A lane on the CUDA device of this number."""
+    """A worker on the CUDA device of this number."""
     return StagedWorker(files, CudaTransfers(index), block)

@@ -1,4 +1,4 @@
-"""Tensors through the method: prepared once, then block by block into the output's bytes."""
+"""Run the plan's method over a tensor: prepared once, then block by block into the output."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any
 
-from merge_cli.checkpoint.headers import DTYPES
+from merge_cli.checkpoint.dtypes import width_of
 from merge_cli.engine.merge_stats import StatisticsMeter, TensorStats
 from merge_cli.engine.operands import BlockReader, ModelReader, TensorReader, operands_of
-from merge_cli.engine.tensor_writers import Places, writer_for
+from merge_cli.engine.tensor_writers import OutputOffsets, writer_for
 from merge_cli.errors import NonFiniteError
 from merge_cli.kernels.backend import is_numpy
 from merge_cli.methods.blocks import Block
@@ -23,25 +23,25 @@ class MergeExecutor:
     """Runs the plan's method; its methods are called by the pool's threads.
 
     Args:
-        places: tensor name -> the file it is written to, and the byte where it begins.
+        offsets: tensor name -> the file it is written to, and the byte where it begins.
     """
 
     def __init__(
         self,
         plan: Plan,
-        reading: BlockReader,
-        places: Places,
+        reader: BlockReader,
+        offsets: OutputOffsets,
         *,
         statistics: bool,
         allow_non_finite: bool,
     ) -> None:
-        self._plan, self._reading, self._places = plan, reading, places
+        self._plan, self._reader, self._offsets = plan, reader, offsets
         self._statistics, self._allow = statistics, allow_non_finite
         self._method = plan.method
-        self._survey: Any = None
+        self._model_pass: Any = None
 
-    def survey(self, on_read: Callable[[], None]) -> None:
-        """Let the method look at the whole model first, if it wants to.
+    def run_model_pass(self, on_read: Callable[[], None]) -> None:
+        """Let the method read the whole model first, if it does.
 
         Args:
             on_read: called once, when it does begin to read.
@@ -52,31 +52,31 @@ class MergeExecutor:
             if task.action == "merge" and task.size and not task.copy_of
         ]
         if self._method.survey is not None and merged:
-            readers = [self._reader(task) for task in merged]
-            self._survey = self._method.survey(
-                ModelReader(readers, self._reading.pool, cache(on_read))
+            readers = [self._tensor_reader(task) for task in merged]
+            self._model_pass = self._method.survey(
+                ModelReader(readers, self._reader.pool, cache(on_read))
             )
 
     @property
-    def surveyed(self) -> bool:
+    def has_model_pass(self) -> bool:
         """Whether the method has looked at the whole model."""
-        return self._survey is not None
+        return self._model_pass is not None
 
-    def merge(self, task: TensorTask, units: Sequence[Chunk], finished: Finished) -> None:
-        """Merge these units of one tensor.
+    def merge(self, task: TensorTask, chunks: Sequence[Chunk], finished: Finished) -> None:
+        """Merge these chunks of one tensor.
 
         Args:
-            finished: called when a unit's bytes are written.
+            finished: called when a chunk's bytes are written.
 
         Raises:
             NonFiniteError: NaN or Inf in a source, unless they are allowed.
         """
         if task.moved or not task.size:
-            self._reading.pool.map(partial(self._copy, task, finished), units)
+            self._reader.pool.map(partial(self._copy, task, finished), chunks)
             return
-        reader = self._reader(task)
+        reader = self._tensor_reader(task)
         if task.action == "copy":
-            self._reading.pool.map(partial(self._round, reader, finished), units)
+            self._reader.pool.map(partial(self._round, reader, finished), chunks)
             return
         supplied: dict[str, Any] = {}
         if "coefficients" in self._method.supplied and self._plan.coefficients is not None:
@@ -85,60 +85,62 @@ class MergeExecutor:
             supplied["statistics"] = reader.statistics
         if self._method.prepare is not None:
             supplied["prepared"] = self.prepare(reader, task)
-        work = partial(self._merge_unit, reader, supplied, finished)
-        self._reading.pool.map(work, units)
+        work = partial(self._merge_chunk, reader, supplied, finished)
+        self._reader.pool.map(work, chunks)
 
     def prepare(self, reader: TensorReader, task: TensorTask) -> Any:
         """What the method must know of the whole tensor first."""
         assert self._method.prepare is not None
-        return self._method.prepare(reader, self._survey, **task.parameters)
+        return self._method.prepare(reader, self._model_pass, **task.parameters)
 
-    def _reader(self, task: TensorTask) -> TensorReader:
-        return TensorReader(task, self._reading, span_starts(task), self._plan.statistics_of(task))
+    def _tensor_reader(self, task: TensorTask) -> TensorReader:
+        return TensorReader(task, self._reader, span_starts(task), self._plan.statistics_of(task))
 
-    def _copy(self, task: TensorTask, finished: Finished, unit: Chunk) -> None:
-        if unit.stop > unit.start:
-            width = DTYPES[task.dtype][0]
-            path, offset = self._places[task.name]
-            start, size = unit.start * width, (unit.stop - unit.start) * width
-            clock = self._reading.pool.lane.clock
+    def _copy(self, task: TensorTask, finished: Finished, chunk: Chunk) -> None:
+        if chunk.stop > chunk.start:
+            width = width_of(task.dtype)
+            path, offset = self._offsets[task.name]
+            start, size = chunk.start * width, (chunk.stop - chunk.start) * width
+            clock = self._reader.pool.lane.clock
             (stored,) = task.operands[0].stored  # the planner copies nothing else
-            self._reading.files.copy(clock, stored, start, size, path, offset + start)
-        finished(unit, TensorStats())
+            self._reader.files.copy(clock, stored, start, size, path, offset + start)
+        finished(chunk, TensorStats())
 
-    def _round(self, reader: TensorReader, finished: Finished, unit: Chunk) -> None:
+    def _round(self, reader: TensorReader, finished: Finished, chunk: Chunk) -> None:
         """A copy of what is computed, or stored in another dtype."""
-        sink = writer_for(reader.task, self._reading.pool.lane, self._places, unit.start, unit.stop)
+        writer = writer_for(
+            reader.task, self._reader.pool.lane, self._offsets, chunk.start, chunk.stop
+        )
         stats = TensorStats()
-        for block in reader.range(unit.start, unit.stop):
+        for block in reader.range(chunk.start, chunk.stop):
             self._check_finite(block, reader.task, stats)
-            if not sink.put(block.operands[0], block.at.start):
+            if not writer.put(block.operands[0], block.at.start):
                 self._refuse_infinity(block.operands[0], reader.task, block)
-        finished(unit, stats)
+        finished(chunk, stats)
 
-    def _merge_unit(
-        self, reader: TensorReader, supplied: dict[str, Any], finished: Finished, unit: Chunk
+    def _merge_chunk(
+        self, reader: TensorReader, supplied: dict[str, Any], finished: Finished, chunk: Chunk
     ) -> None:
-        task, method, lane = reader.task, self._method, self._reading.pool.lane
-        sink = writer_for(task, lane, self._places, unit.start, unit.stop)
-        named = arguments(method, task.parameters)
-        named |= {name: value for name, value in supplied.items() if name in method.supplied}
-        kept = method.kept and partial(
+        task, method, worker = reader.task, self._method, self._reader.pool.lane
+        writer = writer_for(task, worker, self._offsets, chunk.start, chunk.stop)
+        parameters = arguments(method, task.parameters)
+        parameters |= {name: value for name, value in supplied.items() if name in method.supplied}
+        count_kept = method.kept and partial(
             method.kept, prepared=supplied.get("prepared"), parameters=task.parameters
         )
         stats = TensorStats()
-        meter = StatisticsMeter(len(task.operands), kept) if self._statistics else None
-        reader.read_ahead(reader.starts.index(unit.start) + 1)
-        for block in reader.range(unit.start, unit.stop):
+        meter = StatisticsMeter(len(task.operands), count_kept) if self._statistics else None
+        reader.read_ahead(reader.starts.index(chunk.start) + 1)
+        for block in reader.range(chunk.start, chunk.stop):
             self._check_finite(block, task, stats)
-            merged = method.function(**operands_of(block, method.supplied), **named)
-            if not sink.put(merged, block.at.start):
+            merged = method.function(**operands_of(block, method.supplied), **parameters)
+            if not writer.put(merged, block.at.start):
                 self._refuse_infinity(merged, task, block)
             if meter is not None:
                 meter.add(block, merged)
         if meter is not None:
             stats.add(meter.result())
-        finished(unit, stats)
+        finished(chunk, stats)
 
     def _check_finite(self, block: Block, task: TensorTask, stats: TensorStats) -> None:
         counts = [0] * len(block.operands)
@@ -164,8 +166,8 @@ class MergeExecutor:
         else:
             bad = next(i for i, count in enumerate(counts) if count)
             ref, values = task.operands[bad], block.operands[bad]
-        place = _first_non_finite(values) + block.at.start
-        message = f"NaN or Inf among its weights (first at element {place})"
+        element = _first_non_finite(values) + block.at.start
+        message = f"NaN or Inf among its weights (first at element {element})"
         return NonFiniteError(
             message,
             model=ref.model,

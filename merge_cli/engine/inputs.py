@@ -1,4 +1,4 @@
-"""Everything that a merge reads, looked at before the first byte and again before publishing.
+"""Everything that a merge reads, checked before the first byte and again before publishing.
 
 A source that is written to meanwhile would give a mixture of two models, which no checksum of the
 output could tell from a merge.
@@ -14,7 +14,7 @@ from merge_cli.checkpoint.fingerprint import (
     FileFingerprint,
     fingerprint_of,
     folder_fingerprints,
-    sampled_digest,
+    sampled_fingerprint,
 )
 from merge_cli.errors import CorruptFileError, SourceError
 from merge_cli.lora.adapter import WEIGHTS
@@ -29,7 +29,7 @@ class Inputs:
     """The files of some folders, and files by themselves, as they were.
 
     Args:
-        folders: label and root of each folder -> the stamps of its files that matter.
+        folders: label and root of each folder -> the fingerprints of its files that matter.
         files: single files, by label.
     """
 
@@ -38,30 +38,32 @@ class Inputs:
         folders: Iterable[tuple[str, Path, Mapping[Path, FileFingerprint]]],
         files: Iterable[tuple[str, Path]] = (),
     ) -> None:
-        self._stamps: dict[Path, FileFingerprint] = {}
+        self._fingerprints: dict[Path, FileFingerprint] = {}
         self._labels: dict[Path, str] = {}
         self._folders: list[tuple[str, Path, set[Path]]] = []
-        for label, root, stamps in folders:
-            self._folders.append((label, root, set(stamps)))
-            self._stamps |= stamps
-            self._labels |= dict.fromkeys(stamps, label)
+        for label, root, fingerprints in folders:
+            self._folders.append((label, root, set(fingerprints)))
+            self._fingerprints |= fingerprints
+            self._labels |= dict.fromkeys(fingerprints, label)
         for label, path in files:
             self._labels[path] = label
-            if path not in self._stamps:
-                self._stamps[path] = self._looked_at(path)
-        self._digests = {path: self._digest(path) for path in self._stamps}
+            if path not in self._fingerprints:
+                self._fingerprints[path] = self._looked_at(path)
+        self._samples = {path: self._sample_of(path) for path in self._fingerprints}
 
     @property
-    def digest(self) -> str:
+    def fingerprint(self) -> str:
         """Of every file's place, size and times: what work over them may be continued by."""
-        known = sorted((str(p), s.size, s.modified, s.changed) for p, s in self._stamps.items())
-        return hashlib.sha256(repr((known, sorted(self._digests.values()))).encode()).hexdigest()
+        files = sorted(
+            (str(p), s.size, s.modified, s.changed) for p, s in self._fingerprints.items()
+        )
+        return hashlib.sha256(repr((files, sorted(self._samples.values()))).encode()).hexdigest()
 
     @property
-    def content(self) -> str:
+    def content_fingerprint(self) -> str:
         """Of names, sizes and samples of the files: what another folder with them shares."""
-        known = sorted((path.name, digest) for path, digest in self._digests.items())
-        return hashlib.sha256(repr(known).encode()).hexdigest()
+        names = sorted((path.name, fingerprint) for path, fingerprint in self._samples.items())
+        return hashlib.sha256(repr(names).encode()).hexdigest()
 
     def verify(self) -> None:
         """Raise if a file is not what it was.
@@ -69,15 +71,18 @@ class Inputs:
         Raises:
             SourceError: names the first one.
         """
-        for path, stamp in self._stamps.items():
-            if self._looked_at(path) != stamp or self._digest(path) != self._digests[path]:
+        for path, earlier_state in self._fingerprints.items():
+            if (
+                self._looked_at(path) != earlier_state
+                or self._sample_of(path) != self._samples[path]
+            ):
                 raise changed(self._labels[path], path.name)
-        for label, root, known in self._folders:
-            new = {
-                p for p in folder_fingerprints(root).keys() - known if p.suffix != ".safetensors"
+        for label, root, earlier in self._folders:
+            appeared = {
+                p for p in folder_fingerprints(root).keys() - earlier if p.suffix != ".safetensors"
             }
-            if new:
-                raise changed(label, min(new).name, "has appeared")
+            if appeared:
+                raise changed(label, min(appeared).name, "has appeared")
 
     def verify_or(self, discard: Callable[[], None]) -> None:
         """`verify`; what was made of a mixture is thrown away first.
@@ -101,9 +106,9 @@ class Inputs:
         except OSError as error:
             raise _unreadable(error, self._labels[path], path) from error
 
-    def _digest(self, path: Path) -> str:
+    def _sample_of(self, path: Path) -> str:
         try:
-            return sampled_digest(path)
+            return sampled_fingerprint(path)
         except OSError as error:
             raise _unreadable(error, self._labels[path], path) from error
 
@@ -138,20 +143,20 @@ def inputs_of(plan: Plan) -> Inputs:
     return inputs
 
 
-def changed(label: str, file: str, what: str = "has changed") -> SourceError:
+def changed(label: str, file: str, change: str = "has changed") -> SourceError:
     """The error for a file that is not what it was."""
-    return SourceError(f"{what} since it was first read", model=label, file=file, hint=_HINT)
+    return SourceError(f"{change} since it was first read", model=label, file=file, hint=_HINT)
 
 
 def _deciding(
-    stamps: Mapping[Path, FileFingerprint], weights: set[Path]
+    fingerprints: Mapping[Path, FileFingerprint], weights: set[Path]
 ) -> dict[Path, FileFingerprint]:
     """Without files of weights that nobody reads."""
-    return {p: s for p, s in stamps.items() if p.suffix != ".safetensors" or p in weights}
+    return {p: s for p, s in fingerprints.items() if p.suffix != ".safetensors" or p in weights}
 
 
 def _check_headers(source: Source, shards: Iterable[str]) -> None:
-    """A file of weights may have been exchanged before there was a stamp of it."""
+    """A file of weights may have been exchanged before there was a fingerprint of it."""
     for name in sorted(shards):
         header = source.header_bytes.get(name)
         if header is not None and not _begins_with(source.root / name, header):

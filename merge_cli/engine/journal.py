@@ -1,9 +1,9 @@
-"""What has been done, on disk, so that a killed merge continues where it stopped.
+"""What a merge has done, on disk, so that a killed one continues where it stopped.
 
-One line for each finished unit (`records`), written after its bytes. The first line is the key of
-the work: recipe, inputs, layout and code. After a crash of the machine itself (another boot), bytes
-that the journal calls written may not be on the disk, so only what a `synced` line covers is
-believed.
+One line for each finished chunk (see system/records.py), written after its bytes. The first line is
+the key of the work: recipe, inputs, layout and code. After a crash of the machine itself (another
+boot), bytes that the journal calls written may not be on the disk: then only what a `synced` line
+covers is believed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from merge_cli.checkpoint.fingerprint import folder_fingerprints, sampled_digest
+from merge_cli.checkpoint.fingerprint import folder_fingerprints, sampled_fingerprint
 from merge_cli.engine.merge_stats import TensorStats
 from merge_cli.planning.plan import Plan
 from merge_cli.recipe.reference import local_file
@@ -27,8 +27,47 @@ from merge_cli.system.records import Entry, Records
 _FORMAT = 2
 
 
+class Journal(Records):
+    """The chunks of a merge.
+
+    Attributes:
+        done: chunk number -> its statistics, from earlier runs.
+        count: chunks that are recorded, old and new.
+    """
+
+    def __init__(self, path: Path, key: str, inputs: str = "") -> None:
+        """Continue the journal of this key, or begin one.
+
+        Raises:
+            ResourceError: it cannot be written.
+        """
+        super().__init__(path, key, inputs)
+        chunks = [entry for entry in self.entries if "unit" in entry]
+        self.done = {chunk["unit"]: TensorStats.from_json(chunk["stats"]) for chunk in chunks}
+        self.count = len(self.done)
+
+    def record(self, number: int, stats: TensorStats) -> None:
+        """Note that a chunk's bytes are written."""
+        self.append({"unit": number, "stats": stats.to_json()})
+        with self._mutex:
+            self.count += 1
+
+    def synced(self, count: int) -> None:
+        """Note that the first `count` recorded chunks have reached the disk itself."""
+        self.append({"synced": count})
+        os.fsync(self._fd)
+
+    def _believed(self, entries: list[Entry], *, same_boot: bool) -> list[Entry]:
+        """Of another boot, the chunks that a `synced` line covers."""
+        if same_boot:
+            return entries
+        synced = max((entry["synced"] for entry in entries if "synced" in entry), default=0)
+        chunks = [entry for entry in entries if "unit" in entry][:synced]
+        return [*chunks, {"synced": len(chunks)}] if chunks else []
+
+
 def work_key(plan: Plan, *context: object) -> str:
-    """A digest of everything that the output's bytes and the units depend on.
+    """A fingerprint of everything that the output's bytes and the chunks depend on.
 
     Args:
         context: what else makes it other work: the kind of device, whether statistics are taken.
@@ -59,18 +98,20 @@ def work_key(plan: Plan, *context: object) -> str:
         if opened is not None and opened.hub is not None
     }
     paths: dict[Path, str] = {}
-    stamps: list[tuple[str, str]] = []
+    fingerprints: list[tuple[str, str]] = []
     settings: dict[int, str] = {}  # by identity: tensors that are treated alike share theirs
     for task in plan.tasks:
         stored = [ref for tensor in task.inputs for ref in tensor.stored]
         for ref in stored:
             if ref.path not in paths:
                 # What another document makes is known by how it is made: it need not be there yet.
-                stage, stamp = made.get(ref.path.parent) or ("", "")
+                stage, fingerprint = made.get(ref.path.parent) or ("", "")
                 paths[ref.path] = f"{stage}/{ref.path.name}" if stage else str(ref.path)
                 if not pinned.isdisjoint(ref.path.parents):
-                    stamp = "a commit"  # stands in the path; the file may still have to be fetched
-                stamps.append((paths[ref.path], stamp or _stamp(ref.path)))
+                    fingerprint = (
+                        "a commit"  # stands in the path; the file may still have to be fetched
+                    )
+                fingerprints.append((paths[ref.path], fingerprint or _input_fingerprint(ref.path)))
         inputs: list[Any] = [(paths[r.path], r.name, r.dtype, r.shape, r.offset) for r in stored]
         inputs += [formula for tensor in task.inputs if (formula := tensor.formula)]
         setting = settings.get(id(task.parameters))
@@ -78,84 +119,51 @@ def work_key(plan: Plan, *context: object) -> str:
             setting = settings[id(task.parameters)] = repr(sorted(task.parameters.items()))
         text = f"({task.outputs!r}, {task.action!r}, {task.ids!r}, {inputs!r}){setting}"
         state.update(text.encode())
-    state.update(repr(sorted(stamps)).encode())
+    state.update(repr(sorted(fingerprints)).encode())
     for shard in plan.shards:
         state.update(shard.file.encode() + shard.header)
-    state.update(_beside_the_weights(plan, made))
+    state.update(_auxiliary_content(plan, made))
     return state.hexdigest()
 
 
 def _examples(plan: Plan) -> bytes:
     """What statistics are gathered from, besides the models."""
-    recipe, digests = plan.recipe, []
+    recipe, fingerprints = plan.recipe, []
     for spec in recipe.source_specs:
         for name in spec.data.files if spec.data else ():
             path = local_file(name, recipe.folder)
             content = path.read_bytes() if path is not None else b""
-            digests.append(hashlib.sha256(content).hexdigest())
-    return repr((recipe.statistics, [spec.data for spec in recipe.source_specs], digests)).encode()
+            fingerprints.append(hashlib.sha256(content).hexdigest())
+    return repr(
+        (recipe.statistics, [spec.data for spec in recipe.source_specs], fingerprints)
+    ).encode()
 
 
-def _beside_the_weights(plan: Plan, made: Mapping[Path, object]) -> bytes:
+def _auxiliary_content(plan: Plan, made: Mapping[Path, object]) -> bytes:
     """What config, tokenizer and template of the output are made of: they are part of the work."""
     files = sorted(
         (name, hashlib.sha256(text).digest()) for name, text in plan.aligned.files.items()
     )
     roots = [plan.sources[i].root for i in (plan.donor, plan.tokenizer_donor)]
-    donors = [made.get(root, str(root)) for root in roots]
-    about = [donors, files, plan.template, json.dumps(dict(plan.config), sort_keys=True)]
-    kept = {source.root for source in plan.sources if source.hub is None and not source.planned}
-    about += [_companions(root) for root in roots if root in kept and root not in made]
-    return repr(about).encode()
+    origins = [made.get(root, str(root)) for root in roots]
+    parts = [origins, files, plan.template, json.dumps(dict(plan.config), sort_keys=True)]
+    local_roots = {
+        source.root for source in plan.sources if source.hub is None and not source.planned
+    }
+    parts += [
+        _auxiliary_fingerprints(root) for root in roots if root in local_roots and root not in made
+    ]
+    return repr(parts).encode()
 
 
-def _stamp(path: Path) -> str:
+def _input_fingerprint(path: Path) -> str:
     """The same header over other weights must not pass for the same input, nor the same times."""
-    return f"{path.stat().st_mtime_ns} {sampled_digest(path)}"
+    return f"{path.stat().st_mtime_ns} {sampled_fingerprint(path)}"
 
 
-def _companions(root: Path) -> list[tuple[str, str]]:
+def _auxiliary_fingerprints(root: Path) -> list[tuple[str, str]]:
     """The content of what will be copied."""
     files = [
         path for path in folder_fingerprints(root) if path.suffix not in (".safetensors", ".py")
     ]
-    return [(path.relative_to(root).as_posix(), sampled_digest(path)) for path in files]
-
-
-class Journal(Records):
-    """The units of a merge.
-
-    Attributes:
-        done: unit number -> its statistics, from earlier runs.
-        count: units that are recorded, old and new.
-    """
-
-    def __init__(self, path: Path, key: str, inputs: str = "") -> None:
-        """Continue the journal of this key, or begin one.
-
-        Raises:
-            ResourceError: it cannot be written.
-        """
-        super().__init__(path, key, inputs)
-        units = [entry for entry in self.entries if "unit" in entry]
-        self.done = {unit["unit"]: TensorStats.from_json(unit["stats"]) for unit in units}
-        self.count = len(self.done)
-
-    def record(self, number: int, stats: TensorStats) -> None:
-        """Note that a unit's bytes are written."""
-        self.append({"unit": number, "stats": stats.to_json()})
-        with self._mutex:
-            self.count += 1
-
-    def synced(self, count: int) -> None:
-        """Note that the first `count` recorded units have reached the disk itself."""
-        self.append({"synced": count})
-        os.fsync(self._fd)
-
-    def _believed(self, entries: list[Entry], *, same_boot: bool) -> list[Entry]:
-        """Of another boot, the units that a `synced` line covers."""
-        if same_boot:
-            return entries
-        synced = max((entry["synced"] for entry in entries if "synced" in entry), default=0)
-        units = [entry for entry in entries if "unit" in entry][:synced]
-        return [*units, {"synced": len(units)}] if units else []
+    return [(path.relative_to(root).as_posix(), sampled_fingerprint(path)) for path in files]

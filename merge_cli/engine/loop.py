@@ -1,9 +1,9 @@
-"""The work itself: the plan's tensors over the pool's threads, from a journal's state to the end.
+"""The main loop: the plan's tensors over the pool's threads, from a journal's state to the end.
 
-    tensors, largest first ──▶ lanes: read ─▶ compute ─▶ write, block by block ──▶ journal
+    tensors, largest first ──▶ workers: read ─▶ compute ─▶ write, block by block ──▶ journal
 
 Every thread does all three, on blocks that fit in its cache; the system's read-ahead and
-write-back are what overlaps with computing. On a GPU several lanes share a device, each with a
+write-back are what overlaps with computing. On a GPU several workers share a device, each with a
 stream of its own.
 """
 
@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from merge_cli.checkpoint.headers import DTYPES
+from merge_cli.checkpoint.dtypes import DTYPES
 from merge_cli.engine.device import Device
 from merge_cli.engine.executor import MergeExecutor
 from merge_cli.engine.journal import Journal
@@ -37,7 +37,7 @@ from merge_cli.system.machine import usable_cores
 from merge_cli.system.raw_io import FilePool, sync, write_error
 
 _SYNC_BYTES = 2_000_000_000
-_SURVEY = "reading the whole model first, for thresholds over all of it"
+_MODEL_PASS = "reading the whole model first, for thresholds over all of it"
 Done = queue.SimpleQueue["tuple[Chunk, TensorStats] | BaseException | None"]
 
 
@@ -47,9 +47,9 @@ def run_loop(
     journal: Journal,
     device: Device,
     options: MergeOptions,
-    show: OnProgress,
+    on_progress: OnProgress,
 ) -> MergeStats:
-    """Merge every unit that the journal does not have yet.
+    """Merge every chunk that the journal does not have yet.
 
     Args:
         model: the folder with the allocated shards.
@@ -59,30 +59,30 @@ def run_loop(
         ResourceError: disk or memory ran out.
         KeyboardInterrupt: as it comes, after every thread has ended.
     """
-    units = cut_chunks(plan.tasks)
-    stats = _earlier_stats(plan, units, journal, options)
+    chunks = cut_chunks(plan.tasks)
+    stats = _earlier_stats(plan, chunks, journal, options)
     remaining: dict[int, list[Chunk]] = {}
-    for unit in units:
-        if unit.number not in journal.done:
-            remaining.setdefault(unit.task, []).append(unit)
+    for chunk in chunks:
+        if chunk.number not in journal.done:
+            remaining.setdefault(chunk.task, []).append(chunk)
     # The largest first, so that no thread is left alone with one at the end.
     order = sorted(remaining, key=lambda task: (-plan.tasks[task].bytes_read, task))
-    total = sum(_output_bytes(plan, unit) for unit in units)
+    total = sum(_output_bytes(plan, chunk) for chunk in chunks)
     done = resumed = total - sum(_output_bytes(plan, u) for us in remaining.values() for u in us)
     unsynced = 0
     finished: Done = queue.SimpleQueue()
 
     files = Files(FilePool(os.O_RDONLY), FilePool(os.O_RDWR))
-    for unit in (remaining[task][0] for task in order[: options.threads or usable_cores()]):
-        if unit.stop > unit.start:  # the disk works while libraries are loaded
-            ask_for(files, plan.tasks[unit.task], unit.start, unit.stop)
+    for chunk in (remaining[task][0] for task in order[: options.threads or usable_cores()]):
+        if chunk.stop > chunk.start:  # the disk works while libraries are loaded
+            ask_for(files, plan.tasks[chunk.task], chunk.start, chunk.stop)
     arithmetic, why = arithmetic_for(plan, device)
     room = worker_memory(plan, device, options)
     pool = Pool(worker_factory(files, device, arithmetic, room), room.lanes)
-    reading = BlockReader(pool, files, plan.recipe.seed, "deltas" in plan.method.supplied)
-    computer = MergeExecutor(
+    reader = BlockReader(pool, files, plan.recipe.seed, "deltas" in plan.method.supplied)
+    executor = MergeExecutor(
         plan,
-        reading,
+        reader,
         {
             name: (model / shard.file, offset)
             for shard in plan.shards
@@ -93,31 +93,31 @@ def run_loop(
     )
 
     def work(task: int) -> None:
-        computer.merge(plan.tasks[task], remaining[task], record)
+        executor.merge(plan.tasks[task], remaining[task], record)
 
-    def record(unit: Chunk, unit_stats: TensorStats) -> None:
-        journal.record(unit.number, unit_stats)
-        finished.put((unit, unit_stats))
+    def record(chunk: Chunk, chunk_stats: TensorStats) -> None:
+        journal.record(chunk.number, chunk_stats)
+        finished.put((chunk, chunk_stats))
 
-    def count(unit: Chunk, unit_stats: TensorStats) -> None:
+    def count(chunk: Chunk, chunk_stats: TensorStats) -> None:
         nonlocal done, unsynced
-        size = _output_bytes(plan, unit)
+        size = _output_bytes(plan, chunk)
         done += size
         unsynced += size
-        stats[unit.task].add(unit_stats)
+        stats[chunk.task].add(chunk_stats)
         if options.fsync and unsynced > _SYNC_BYTES:
-            _sync_units(journal, model, plan)
+            _sync_chunks(journal, model, plan)
             unsynced = 0
-        show(Progress("merge", done, total))
+        on_progress(Progress("merge", done, total))
 
     keep_freed_memory()
     began = time.perf_counter()
     try:
         with one_torch_thread(device, arithmetic), memory_errors(), pool:
             if remaining and plan.method.survey is not None:
-                _survey(computer, pool, show)
-            surveyed = time.perf_counter()
-            show(Progress("merge", done, total, "resumed" if resumed else ""))
+                _run_model_pass(executor, pool, on_progress)
+            model_pass_ended = time.perf_counter()
+            on_progress(Progress("merge", done, total, "resumed" if resumed else ""))
             pool.start(work, order, finished)
             while (message := finished.get()) is not None:
                 if isinstance(message, BaseException):
@@ -136,37 +136,39 @@ def run_loop(
         stages=stages(pool.lanes, room.lanes, ended - began),
         stats=stats,
         resumed=resumed,
-        seconds=ended - surveyed,
-        survey_seconds=surveyed - began if plan.method.survey is not None else 0.0,
+        seconds=ended - model_pass_ended,
+        survey_seconds=model_pass_ended - began if plan.method.survey is not None else 0.0,
     )
 
 
-def _survey(computer: MergeExecutor, pool: Pool, show: OnProgress) -> None:
-    """By one of the pool's threads, which has a lane; told of in this one."""
+def _run_model_pass(executor: MergeExecutor, pool: Pool, on_progress: OnProgress) -> None:
+    """By one of the pool's threads, which has a worker; told of in this one."""
     messages: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    pool.start(lambda _: computer.survey(lambda: messages.put(_SURVEY)), [None], messages)
+    pool.start(
+        lambda _: executor.run_model_pass(lambda: messages.put(_MODEL_PASS)), [None], messages
+    )
     while (message := messages.get()) is not None:
         if isinstance(message, BaseException):
             raise message
-        show(Progress("survey", 0, 0, message))
+        on_progress(Progress("survey", 0, 0, message))
 
 
 def _earlier_stats(
-    plan: Plan, units: list[Chunk], journal: Journal, options: MergeOptions
+    plan: Plan, chunks: list[Chunk], journal: Journal, options: MergeOptions
 ) -> list[TensorStats]:
     """What an interrupted run has measured, by task."""
     stats = [TensorStats() for _ in plan.tasks]
     for number, earlier in journal.done.items():
-        task = plan.tasks[units[number].task]
+        task = plan.tasks[chunks[number].task]
         if any(earlier.non_finite) and not options.allow_non_finite:
             message = "an interrupted run merged NaN or Inf, which was allowed then"
             hint = "Allow it again with --allow-non-finite, or start over with --fresh."
             raise NonFiniteError(message, tensor=task.name, hint=hint)
-        stats[units[number].task].add(earlier)
+        stats[chunks[number].task].add(earlier)
     return stats
 
 
-def _sync_units(journal: Journal, model: Path, plan: Plan) -> None:
+def _sync_chunks(journal: Journal, model: Path, plan: Plan) -> None:
     # Counted before the wait: what is written meanwhile may not be covered by it.
     count = journal.count
     try:
@@ -176,5 +178,5 @@ def _sync_units(journal: Journal, model: Path, plan: Plan) -> None:
     journal.synced(count)
 
 
-def _output_bytes(plan: Plan, unit: Chunk) -> int:
-    return (unit.stop - unit.start) * DTYPES[plan.tasks[unit.task].dtype][0]
+def _output_bytes(plan: Plan, chunk: Chunk) -> int:
+    return (chunk.stop - chunk.start) * DTYPES[plan.tasks[chunk.task].dtype][0]

@@ -1,6 +1,6 @@
-"""How much memory a merge may use, how it is shared out, and how much it has used.
+"""How much memory a merge may use, how workers share it, and how much it has used.
 
-What a lane holds at once is known: a block of every input as it is stored, upcast, and what the
+What a worker holds at once is known: a block of every input as it is stored, upcast, and what the
 method makes of it. Everything else is the interpreter, its libraries and the plan.
 """
 
@@ -24,7 +24,7 @@ MINIMUM_MEMORY = 500_000_000
 # the plan and the report hold for each tensor of each model.
 _RUNTIME = 108_000_000
 _LIBRARIES = {"compiled": 55_000_000, "torch": 172_000_000}
-_TENSOR = 2_500
+_TENSOR = 2_500  # bytes
 # For each operand: the sample and the histograms of an exact threshold.
 _SEARCH = {"compiled": 15_000_000, "torch": 45_000_000}
 # Arrays of a block that a method makes besides its operands.
@@ -32,21 +32,21 @@ _TEMPORARIES = {"compiled": 6, "torch": 14}
 _STORED = 2  # bytes of a stored element, as a rule
 # 1 MiB an operand. Smaller blocks stay in L2, but threads then wait for Python's lock more often.
 _HOST_BLOCK = 4 * BLOCK_MULTIPLE
-_GPU_LANES = 4  # on one device: one reads, one copies, one computes, one writes
+_GPU_WORKERS = 4  # on one device: one reads, one copies, one computes, one writes
 _GPU_BLOCK = 64 * BLOCK_MULTIPLE
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _KEPT = -1, -3, 32 * 2**20  # malloc.h
-_RETURNED = 2**19
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _KEEP_BYTES = -1, -3, 32 * 2**20  # malloc.h
+_RETURN_BYTES = 2**19
 
 
 @dataclass(frozen=True)
 class WorkerMemory:
-    """What each lane may use.
+    """What each worker may use.
 
     Attributes:
-        lanes: how many there are.
+        workers: how many there are.
         block: elements of a block.
         inputs: how many tensors are read for one, at most.
-        bytes: what a lane holds on the host.
+        bytes: what a worker holds on the host.
     """
 
     lanes: int
@@ -56,7 +56,7 @@ class WorkerMemory:
 
 
 def worker_memory(plan: Plan, device: Device, options: MergeOptions) -> WorkerMemory:
-    """As many lanes as there are threads, or as the memory holds; larger blocks on a GPU.
+    """As many workers as there are threads, or as the memory holds; larger blocks on a GPU.
 
     Raises:
         UsageError: less memory than a merge can work in.
@@ -71,19 +71,25 @@ def worker_memory(plan: Plan, device: Device, options: MergeOptions) -> WorkerMe
     if device.kind == "cpu":
         spare = _TEMPORARIES[choose_arithmetic(plan)[0]]
         spare += 2 * inputs if plan.method.gathers else 0  # a block's statistics, and with weights
-        each = _HOST_BLOCK * ((_STORED + 4) * inputs + 4 * spare) + _whole(plan) + _slab(plan)
+        per_worker = (
+            _HOST_BLOCK * ((_STORED + 4) * inputs + 4 * spare)
+            + _tensor_bytes(plan)
+            + _fp8_bytes(plan)
+        )
         threads = options.threads or usable_cores()
-        return WorkerMemory(max(1, min(threads, free // each)), _HOST_BLOCK, inputs, each)
+        return WorkerMemory(
+            max(1, min(threads, free // per_worker)), _HOST_BLOCK, inputs, per_worker
+        )
     import torch
 
-    lanes = (1 if _whole(plan) else _GPU_LANES) * len(device.indexes)
+    workers = (1 if _tensor_bytes(plan) else _GPU_WORKERS) * len(device.indexes)
     width = (_STORED * inputs + 4) if inputs else 4  # pinned: every input as stored, the output
-    room = free // (lanes * width)
+    room = free // (workers * width)
     # On the device: the operands, what the method makes of them, and as much in between.
     vram = min(torch.cuda.mem_get_info(index)[0] for index in device.indexes)
-    room = min(room, vram // (_GPU_LANES * 4 * (3 * inputs + _TEMPORARIES["torch"])))
+    room = min(room, vram // (_GPU_WORKERS * 4 * (3 * inputs + _TEMPORARIES["torch"])))
     block = max(1, min(_GPU_BLOCK, room) // BLOCK_MULTIPLE) * BLOCK_MULTIPLE
-    return WorkerMemory(lanes, block, inputs, block * width)
+    return WorkerMemory(workers, block, inputs, block * width)
 
 
 def estimated_peak(plan: Plan, device: Device, options: MergeOptions) -> int:
@@ -102,8 +108,8 @@ def keep_freed_memory() -> None:
         return
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
-        libc.mallopt(_M_MMAP_THRESHOLD, _KEPT)
-        libc.mallopt(_M_TRIM_THRESHOLD, _KEPT)
+        libc.mallopt(_M_MMAP_THRESHOLD, _KEEP_BYTES)
+        libc.mallopt(_M_TRIM_THRESHOLD, _KEEP_BYTES)
 
 
 def return_freed_memory() -> None:
@@ -116,40 +122,40 @@ def return_freed_memory() -> None:
         return
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
-        libc.mallopt(_M_MMAP_THRESHOLD, _RETURNED)
-        libc.mallopt(_M_TRIM_THRESHOLD, 4 * _RETURNED)
+        libc.mallopt(_M_MMAP_THRESHOLD, _RETURN_BYTES)
+        libc.mallopt(_M_TRIM_THRESHOLD, 4 * _RETURN_BYTES)
         libc.malloc_trim(0)
 
 
-def _whole(plan: Plan) -> int:
-    """What a lane holds of its largest tensor, if the method looks at whole ones."""
-    whole = plan.method.whole
-    if whole is None:
+def _tensor_bytes(plan: Plan) -> int:
+    """What a worker holds of its largest tensor, if the method looks at whole ones."""
+    extra_arrays = plan.method.whole
+    if extra_arrays is None:
         return 0
     held = [
         4 * task.size * (len(task.inputs) + arrays)
         for task in plan.tasks
         if task.action == "merge"
         and not plan.is_plain_mean(task)
-        and (arrays := whole(shape=task.shape, **task.parameters))
+        and (arrays := extra_arrays(shape=task.shape, **task.parameters))
     ]
     return max(held, default=0)
 
 
-def _slab(plan: Plan) -> int:
-    """What a lane holds of an output in fp8: a row of blocks as numbers and as codes."""
+def _fp8_bytes(plan: Plan) -> int:
+    """What a worker holds of an output in fp8: a row of blocks as numbers and as codes."""
     return max((5 * t.block[0] * t.shape[-1] for t in plan.tasks if t.block), default=0)
 
 
 def _fixed(plan: Plan, device: Device) -> int:
-    """What does not depend on the lanes."""
+    """What does not depend on the workers."""
     headers = sum(len(source.tensors) for source in plan.sources) + len(plan.tasks)
     fixed = _RUNTIME + _TENSOR * headers
     if not _computes(plan):
         return fixed
     kind = "torch" if device.kind == "cuda" else choose_arithmetic(plan)[0]
-    searched = max(len(task.operands) for task in plan.tasks) if plan.method.survey else 0
-    return fixed + _LIBRARIES[kind] + _SEARCH[kind] * searched
+    operands = max(len(task.operands) for task in plan.tasks) if plan.method.survey else 0
+    return fixed + _LIBRARIES[kind] + _SEARCH[kind] * operands
 
 
 def _computes(plan: Plan) -> bool:

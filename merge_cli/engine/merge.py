@@ -1,4 +1,4 @@
-"""A plan carried out: inputs fetched and verified, merged, reported, published."""
+"""Execute a plan: fetch and verify the inputs, merge, report, publish."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def execute(
                 show(Progress("copies", 0, 0, note))
             plan = replace(plan, notes=(*plan.notes, *differing))
             begun = Records.count_of(work.journal)
-            journal = open_journal(work, key, plan.shards, inputs.digest)
+            journal = open_journal(work, key, plan.shards, inputs.fingerprint)
             if begun and not journal.done:
                 show(Progress("merge", 0, 0, _ANEW))
             try:
@@ -120,7 +120,7 @@ def protected_paths(plan: Plan) -> list[Path]:
     ]
 
 
-def fetch_inputs(plan: Plan, show: OnProgress) -> None:
+def fetch_inputs(plan: Plan, on_progress: OnProgress) -> None:
     """Download the shards that the plan reads, of models that are on the Hub."""
     for i, source in enumerate(plan.sources):
         if source.hub is None and (source.adapter is None or source.adapter.hub is None):
@@ -132,14 +132,14 @@ def fetch_inputs(plan: Plan, show: OnProgress) -> None:
         def progress(count: int, label: str = source.label, total: int = total) -> None:
             nonlocal fetched
             fetched += count
-            show(Progress("fetch", fetched, total, label))
+            on_progress(Progress("fetch", fetched, total, label))
 
         fetch_weights(source, requested, progress)
 
 
 def verified_fingerprints(plan: Plan) -> tuple[str, ...]:
     """Each source's fingerprint. A resolved recipe records them: other inputs, other bytes."""
-    found = []
+    fingerprints = []
     for i, source in enumerate(plan.sources):
         fingerprint = source.fingerprint(plan.shards_read(i))
         recorded = plan.recipe.inputs.get(source.label, fingerprint)
@@ -147,27 +147,27 @@ def verified_fingerprints(plan: Plan) -> tuple[str, ...]:
             message = f"is not the model that this recipe was resolved with ({recorded[:12]})"
             hint = "Restore it, or remove `inputs` from the recipe."
             raise SourceError(message, model=source.label, hint=hint)
-        found.append(fingerprint)
-    return tuple(found)
+        fingerprints.append(fingerprint)
+    return tuple(fingerprints)
 
 
 def write_companions(plan: Plan, folder: Path, options: MergeOptions) -> None:
     """config.json, the index, tokenizer and processor files."""
-    donor, tokenizer = plan.sources[plan.donor], plan.sources[plan.tokenizer_donor]
-    if options.trust_remote_code and donor.hub is not None:
-        fetch_weights(donor, code_files(donor.hub.files))
+    config_source, tokenizer_source = plan.sources[plan.donor], plan.sources[plan.tokenizer_donor]
+    if options.trust_remote_code and config_source.hub is not None:
+        fetch_weights(config_source, code_files(config_source.hub.files))
     try:
         copy_companions(
-            donor.root,
-            tokenizer.root if options.copy_tokenizer else None,
+            config_source.root,
+            tokenizer_source.root if options.copy_tokenizer else None,
             folder,
             code=options.trust_remote_code,
         )
         _write_tokenizer(plan, folder, copied=options.copy_tokenizer)
         if plan.config:
-            _write_config(plan, donor.root / "config.json", folder / "config.json")
+            _write_config(plan, config_source.root / "config.json", folder / "config.json")
         outputs = [output for task in plan.tasks for output in task.outputs]
-        for name, text in indexes(plan.shards, outputs, donor.stems).items():
+        for name, text in indexes(plan.shards, outputs, config_source.stems).items():
             (folder / name).write_text(text, encoding="utf-8")
     except OSError as error:
         raise write_error(error, folder) from error
@@ -189,11 +189,11 @@ def _write_tokenizer(plan: Plan, folder: Path, *, copied: bool) -> None:
         settings.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_config(plan: Plan, donor: Path, target: Path) -> None:
-    """The donor's own bytes where nothing changed."""
-    own = donor.read_bytes()
-    if plan.config == json.loads(own):
-        target.write_bytes(own)
+def _write_config(plan: Plan, original: Path, target: Path) -> None:
+    """The original bytes where nothing changed."""
+    content = original.read_bytes()
+    if plan.config == json.loads(content):
+        target.write_bytes(content)
     else:
         text = json.dumps(dict(plan.config), indent=2, ensure_ascii=False) + "\n"
         target.write_text(text, encoding="utf-8")

@@ -1,9 +1,7 @@
-"""What the sources are like, measured while their blocks are in hand.
+"""What a merge measures: statistics of each tensor, taken from blocks that are in memory anyway.
 
-For each tensor: sums over elements, so that layers and models are sums of tensors. For methods on
-task vectors the operands are deltas; otherwise they are the weights themselves.
-
-What a merge did, for the report.
+For each tensor sums over its elements, so that the numbers of a layer or a model are sums over
+tensors. For methods on task vectors the operands are deltas; otherwise they are the weights.
 """
 
 from __future__ import annotations
@@ -73,20 +71,20 @@ class TensorStats:
         return cls(**data)
 
 
-Kept = Callable[[Block], list[int]]
+CountKept = Callable[[Block], list[int]]
 
 
 class StatisticsMeter:
-    """Measures the blocks of one unit while they are in hand.
+    """Measures the blocks of one chunk while they are in hand.
 
     Args:
         kept: the method's count of what trimming or dropping keeps, if it does either.
     """
 
-    def __init__(self, sources: int, kept: Kept | None) -> None:
+    def __init__(self, sources: int, count_kept: CountKept | None) -> None:
         import numpy as np
 
-        self._kept = kept
+        self._count_kept = count_kept
         self._pairs = sources <= _MAX_PAIRS_SOURCES
         self._sums = TensorStats()
         self._gram = np.zeros((sources, sources))
@@ -111,9 +109,9 @@ class StatisticsMeter:
     def _add_rates(self, block: Block, start: int) -> None:
         operands = [operand[start : start + BLOCK_MULTIPLE] for operand in block.operands]
         self._sums.sampled += len(operands[0])
-        if self._kept is not None:
+        if self._count_kept is not None:
             at = replace(block.at, start=block.at.start + start)
-            self._kept_counts += self._kept(Block(None, operands, at))
+            self._kept_counts += self._count_kept(Block(None, operands, at))
         if len(operands) > 1 and self._pairs:
             self._sums.conflict += add_signs(operands, self._both, self._agree)
 
@@ -125,7 +123,7 @@ class StatisticsMeter:
             gram=self._gram.tolist(),
             both=self._both.tolist() if rates else [],
             agree=self._agree.tolist() if rates else [],
-            kept=self._kept_counts.tolist() if self._kept is not None else [],
+            kept=self._kept_counts.tolist() if self._count_kept is not None else [],
         )
 
 
@@ -157,11 +155,11 @@ class MergeStats:
     Attributes:
         key: the digest of the work, by which OUT can be recognised as its result.
         arithmetic: compiled, triton or torch, and why torch.
-        buffers: bytes that all lanes may hold.
+        buffers: bytes that all workers may hold.
         stages: read, compute, write, stall.
         stats: one for each task of the plan.
         resumed: bytes of output that an earlier run had merged.
-        seconds: wall time of the loop, and of the survey before it.
+        seconds: wall time of the loop, and of the pass over the whole model before it.
     """
 
     key: str
@@ -176,9 +174,9 @@ class MergeStats:
     survey_seconds: float
 
 
-def stages(lanes: Sequence[WorkerContext], threads: int, seconds: float) -> dict[str, StageTime]:
-    """The lanes' clocks together; what is left of the threads' time is stall."""
-    clocks = [lane.clock for lane in lanes]
+def stages(workers: Sequence[WorkerContext], threads: int, seconds: float) -> dict[str, StageTime]:
+    """The workers' clocks together; what is left of the threads' time is stall."""
+    clocks = [worker.clock for worker in workers]
     read, compute, write = (
         sum(getattr(clock, name) for clock in clocks) for name in ("read", "compute", "write")
     )

@@ -1,7 +1,7 @@
-"""From files to what methods see: flat, upcast blocks, task vectors subtracted once.
+"""From files to what methods see: flat, upcast blocks, with task vectors subtracted once.
 
-Spans of a tensor are its units; a block is what a lane takes at once. Methods cannot tell, and the
-result does not depend on it: both are whole numbers of `BLOCK_MULTIPLE` elements.
+A block is what a worker takes at once of a chunk. Methods cannot tell where blocks or chunks begin,
+and the result does not depend on it: both are whole multiples of `BLOCK_MULTIPLE` elements.
 """
 
 from __future__ import annotations

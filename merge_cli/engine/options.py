@@ -1,4 +1,4 @@
-"""How a merge is run, and how it tells of its progress. None of it changes the bytes."""
+"""How a merge is run, and how it reports progress. Nothing here changes the bytes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class MergeOptions:
         statistics: measure norms, cosines and signs on the way, for the report.
         fsync: publish only when the bytes are on the disk itself, safe against power failure.
         allow_non_finite: merge NaN and Inf as they are.
-        trust_remote_code: copy the donor's Python files; nothing is run.
+        trust_remote_code: copy the config source's Python files; nothing is run.
         copy_tokenizer: copy tokenizer files.
         model_card: write README.md.
         keep_stages: leave the results of a recipe's other documents in OUT.stages.
@@ -43,13 +43,21 @@ class MergeOptions:
 
 @dataclass(frozen=True)
 class Progress:
-    """A message to whoever shows progress: `done` of `total`, in `unit`, of the stage named."""
+    """How far something is: `done` of `total`.
+
+    Attributes:
+        stage: what is being done: merge, fetch, train, or the name of an evaluation's task.
+        total: 0 where it is not known; then there may be a note alone.
+        unit: what is counted; empty where it depends on the task.
+        model: whose turn it is, where several models are looked at.
+    """
 
     stage: str
     done: int
     total: int
     note: str = ""
     unit: str = "bytes"
+    model: str = ""
 
 
 OnProgress = Callable[[Progress], None]

@@ -3,15 +3,12 @@
     OUT.partial/model/        becomes OUT
     OUT.partial/replaced/     the OUT that --overwrite is replacing, between two renames
 
-Merges, conversions and adapters write here, and nothing else publishes a folder. Whatever moment a
-process is killed at, the next one finds one of four states: nothing, work to continue, a finished
-model between two renames, or a published model with leftovers.
+Merges, conversions and adapters write here, and nothing else publishes a folder. Whenever a process
+is killed, the next one finds one of four states: nothing, work to continue, a finished model
+between two renames, or a published model with leftovers.
 
-What --overwrite may replace: a folder that is a model, an adapter or a pipeline, and no more.
-
-What is deleted is known by its name: a file or a folder that models do not have is somebody's work.
-
-The shards of a merge in its workspace: allocated whole, continued only if they are the same.
+--overwrite replaces a folder that is a model, an adapter or a pipeline, and holds nothing else: a
+file or a folder that models do not have is somebody's work.
 """
 
 from __future__ import annotations
@@ -71,29 +68,29 @@ class OutputWorkspace(Workspace):
     def _is_ours(self) -> bool:
         return super()._is_ours() and {p.name for p in self.path.iterdir()} <= self._names
 
-    def refuse(self, overwrite: bool, precious: Iterable[Path]) -> None:
+    def refuse(self, overwrite: bool, protected_paths: Iterable[Path]) -> None:
         """Raise if OUT is there and may not go.
 
         Args:
-            precious: files and folders that must survive: sources, the recipe. Where we stand and
-                the user's home always are.
+            protected_paths: files and folders that must survive: sources, the recipe. The working
+                directory and the user's home always do.
 
         Raises:
-            UsageError: OUT is a file, holds something precious, exists without --overwrite, is no
+            UsageError: OUT is a file, holds something protected, exists without --overwrite, is no
                 model, or a mount point.
         """
-        precious = tuple(precious)
-        self._terms = overwrite, precious
+        protected_paths = tuple(protected_paths)
+        self._terms = overwrite, protected_paths
         if self.target.exists() and not self.target.is_dir():
             raise UsageError("the output is a file", where=str(self.target))
         self._refuse_mounts()
         self.refuse_strangers()
-        for path in (*precious, Path.cwd(), Path(os.path.expanduser("~"))):
-            real = Path(os.path.realpath(path))
+        for path in (*protected_paths, Path.cwd(), Path(os.path.expanduser("~"))):
+            resolved = Path(os.path.realpath(path))
             taken = (self.target, self.path)
-            if real in taken or any(place in real.parents for place in taken):
+            if resolved in taken or any(folder in resolved.parents for folder in taken):
                 raise UsageError(
-                    f"the output would replace {real}, which the {self.work} needs",
+                    f"the output would replace {resolved}, which the {self.work} needs",
                     hint="Choose another folder.",
                 )
         if not self.target.is_dir() or not any(self.target.iterdir()):
@@ -116,10 +113,10 @@ class OutputWorkspace(Workspace):
             ResourceError: names what is needed and what is free.
         """
         present = sum(f.stat().st_blocks * 512 for f in self.model.rglob("*.safetensors"))
-        place = self.target.parent
-        while not place.exists():  # a dry run creates no folders
-            place = place.parent
-        free = shutil.disk_usage(place).free
+        folder = self.target.parent
+        while not folder.exists():  # a dry run creates no folders
+            folder = folder.parent
+        free = shutil.disk_usage(folder).free
         if needed - present > free:
             message = f"the disk is too full: {show_size(needed - present)} needed, "
             raise ResourceError(message + f"{show_size(free)} free", where=str(self.target.parent))
@@ -154,8 +151,8 @@ class OutputWorkspace(Workspace):
         """Continue earlier work if it is this work over these inputs, and whole.
 
         Args:
-            inputs: `Inputs.digest`: work over other files, or over files that were exchanged since,
-                is begun anew.
+            inputs: `Inputs.fingerprint`: work over other files, or over files that were exchanged
+                since, starts over.
             whole: whether what the journal tells of is there.
 
         Returns:
@@ -205,7 +202,7 @@ _SIGNS = ("merge_recipe.yaml", "merge_report.json", "adapter_config.json", PIPEL
 _INSIDE = (".json", ".txt", ".model", ".jinja", ".md", ".yaml")
 # Beside the weights, besides companions and weights: what programs and people's repositories put
 # there. Settings and results of training, the card and its licence, code of the model's own.
-_BESIDE = (".json", ".md", ".model", ".py")
+_ENDINGS = (".json", ".md", ".model", ".py")
 _ALSO = (
     "merge_recipe.yaml",
     "best_recipe.yaml",
@@ -232,7 +229,7 @@ def refuse_foreign(target: Path) -> None:
         for path in entries:
             if path.is_symlink():  # goes alone: what it leads to stays
                 continue
-            if not (_is_part(path) if path.is_dir() else _is_beside(path.name)):
+            if not (_is_part(path) if path.is_dir() else _is_model_file(path.name)):
                 name = f"{path.name}/" if path.is_dir() else path.name
                 message = f"the output holds {name}, which is no part of a model: "
                 raise UsageError(message + "it will not be replaced", where=str(target), hint=_HINT)
@@ -248,10 +245,10 @@ def _is_part(folder: Path) -> bool:
     )
 
 
-def _is_beside(name: str) -> bool:
+def _is_model_file(name: str) -> bool:
     """Whether models have a file of that name beside their weights."""
-    known = is_weight(name) or is_companion(name) or name in _ALSO
-    return known or name.endswith(_BESIDE) or name.upper().startswith(_LEGAL)
+    is_model_file = is_weight(name) or is_companion(name) or name in _ALSO
+    return is_model_file or name.endswith(_ENDINGS) or name.upper().startswith(_LEGAL)
 
 
 def _belongs(name: str) -> bool:
@@ -280,12 +277,12 @@ def open_journal(
 
 def clear_companions(work: OutputWorkspace, shards: tuple[Shard, ...]) -> None:
     """Remove what an earlier run, perhaps with other flags, has put beside the shards."""
-    kept = {work.model / shard.file for shard in shards}
+    shard_files = {work.model / shard.file for shard in shards}
     folders = {work.model / shard.folder for shard in shards}
     for path in [*work.model.iterdir(), *(p for f in folders for p in f.iterdir())]:
         if path.is_dir() and path not in folders:
             shutil.rmtree(path)
-        elif path.is_file() and path not in kept:
+        elif path.is_file() and path not in shard_files:
             path.unlink()
 
 

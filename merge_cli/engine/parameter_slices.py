@@ -1,8 +1,9 @@
-"""Where in a live model each output tensor goes.
+"""Where each output tensor goes in a live model: a parameter, or a slice of one.
 
-Most tensors are the parameter of that name. transformers calls some otherwise, and stacks experts
-that are stored one by one; where those lie is found by content, layer by layer, since the live
-model still holds its donor's weights. What could be either of two is not guessed.
+Most tensors are the parameter of that name. transformers renames some, and stacks experts that are
+stored one by one. Where those lie is found by content, layer by layer, since the live model still
+holds the weights that it was loaded with. A tensor that could be in either of two places is not
+guessed.
 """
 
 from __future__ import annotations
@@ -57,16 +58,16 @@ def find_parameter_slices(plan: Plan, net: Any) -> dict[str, ParameterSlice]:
         for name, value in (*net.named_parameters(), *net.named_buffers())
         if value.device.type == "meta"
     ]
-    donor = plan.sources[plan.donor].tensors
-    stored = {task.name: donor.get(task.name) for task in plan.tasks}
-    seats, needed = parameter_slices({task.name: task.shape for task in plan.tasks}, stored, net)
+    config_source = plan.sources[plan.donor].tensors
+    stored = {task.name: config_source.get(task.name) for task in plan.tasks}
+    slices, needed = parameter_slices({task.name: task.shape for task in plan.tasks}, stored, net)
     problems = [
         Problem("no tensor of the output is this parameter, so that it cannot be rewritten", name)
         for name in sorted(needed)
     ] + [Problem("does not fit in memory, so that it cannot be rewritten", n) for n in elsewhere]
     if problems:
         raise MismatchError(problems, "no live model can be made of what is stored")
-    return seats
+    return slices
 
 
 def parameter_slices(
@@ -80,18 +81,20 @@ def parameter_slices(
         net: holds their content.
     """
     needed = dict(net.named_parameters())
-    found = needed | {name: value for name, value in net.named_buffers() if name not in needed}
-    names = by_name(shapes, found)
-    seats = {name: ParameterSlice(found[own]) for name, own in names.items()}
-    for own in names.values():
-        needed.pop(own, None)
-    if needed and all(value.device.type != "meta" for value in found.values()):
-        loose = (stored.get(name) for name in shapes if name not in seats)
+    parameters = needed | {name: value for name, value in net.named_buffers() if name not in needed}
+    names = by_name(shapes, parameters)
+    slices = {
+        name: ParameterSlice(parameters[parameter_name]) for name, parameter_name in names.items()
+    }
+    for parameter_name in names.values():
+        needed.pop(parameter_name, None)
+    if needed and all(value.device.type != "meta" for value in parameters.values()):
+        loose = (stored.get(name) for name in shapes if name not in slices)
         refs = [ref for ref in loose if isinstance(ref, TensorRef)]
         for name, parts in _by_content(needed, refs).items():
-            seats |= parts
+            slices |= parts
             del needed[name]
-    return seats, set(needed)
+    return slices, set(needed)
 
 
 def filled_layers(parameters: Mapping[str, Any], loose: Mapping[str, int]) -> set[str]:
@@ -124,11 +127,11 @@ def by_name(stored: Mapping[str, tuple[int, ...]], parameters: Mapping[str, Any]
             ends.setdefault(".".join(parts[i:]), []).append(name)
     result = {}
     for name, shape in stored.items():
-        own = name if name in parameters else None
-        if own is None and len(ends.get(name, ())) == 1:
-            own = ends[name][0]
-        if own is not None and tuple(parameters[own].shape) == shape:
-            result[name] = own
+        parameter_name = name if name in parameters else None
+        if parameter_name is None and len(ends.get(name, ())) == 1:
+            parameter_name = ends[name][0]
+        if parameter_name is not None and tuple(parameters[parameter_name].shape) == shape:
+            result[name] = parameter_name
     return result
 
 
@@ -145,15 +148,17 @@ def _by_content(
     by_layer: dict[str, list[TensorRef]] = {}
     for tensor in sorted(loose, key=lambda tensor: natural_key(tensor.name)):
         by_layer.setdefault(layer_of(tensor.name), []).append(tensor)
-    found = {}
+    slices_of = {}
     with reading() as read:
         for name, parameter in parameters.items():
-            seats = _parts(parameter, by_layer.get(layer_of(name), ()), read)
-            if sum(seat.values.numel() for seat in seats.values()) == parameter.numel():
-                found[name] = seats
-    claims = Counter(tensor for seats in found.values() for tensor in seats)
+            slices = _parts(parameter, by_layer.get(layer_of(name), ()), read)
+            if sum(part.values.numel() for part in slices.values()) == parameter.numel():
+                slices_of[name] = slices
+    claims = Counter(tensor for slices in slices_of.values() for tensor in slices)
     return {
-        name: seats for name, seats in found.items() if all(claims[tensor] == 1 for tensor in seats)
+        name: slices
+        for name, slices in slices_of.items()
+        if all(claims[tensor] == 1 for tensor in slices)
     }
 
 
@@ -165,14 +170,14 @@ def _parts(parameter: Any, tensors: Iterable[TensorRef], read: Read) -> dict[str
     fitting = [t for t in tensors if t.shape[-1:] == (width,) and len(t.shape) <= parameter.dim()]
     free: dict[tuple[tuple[int, ...], bytes], list[ParameterSlice]] = {}
     for shape in {tensor.shape for tensor in fitting}:
-        for seat in _places(parameter, shape):
-            free.setdefault((shape, _probe(seat.values)), []).append(seat)
+        for part in _candidate_slices(parameter, shape):
+            free.setdefault((shape, _probe(part.values)), []).append(part)
     result: dict[str, ParameterSlice] = {}
     for tensor in fitting:
         numbers = torch.from_numpy(read_numbers(read, tensor, 0, tensor.size))
         values = numbers.to(parameter.detach()).float().reshape(tensor.shape)
         candidates = free.get((tensor.shape, _probe(values)), [])
-        equal = (n for n, seat in enumerate(candidates) if _is(seat, values))
+        equal = (n for n, part in enumerate(candidates) if _is(part, values))
         if (number := next(equal, None)) is not None:
             result[tensor.name] = candidates.pop(number)
         elif parameter.shape == tensor.shape and any(_is(s, values) for s in result.values()):
@@ -180,7 +185,7 @@ def _parts(parameter: Any, tensors: Iterable[TensorRef], read: Read) -> dict[str
     return result
 
 
-def _places(parameter: Any, shape: tuple[int, ...]) -> Iterator[ParameterSlice]:
+def _candidate_slices(parameter: Any, shape: tuple[int, ...]) -> Iterator[ParameterSlice]:
     """Where a matrix of this shape may lie in a stack of matrices, or in a taller one."""
     if tuple(parameter.shape) == shape:
         yield ParameterSlice(parameter)
@@ -193,11 +198,11 @@ def _places(parameter: Any, shape: tuple[int, ...]) -> Iterator[ParameterSlice]:
             yield ParameterSlice(parameter, (*expert, slice(start, start + shape[0])))
 
 
-def _is(seat: ParameterSlice, values: Any) -> bool:
+def _is(part: ParameterSlice, values: Any) -> bool:
     """Whether it holds these numbers, as float32 has them."""
     import torch
 
-    return torch.equal(seat.values.float(), values)
+    return torch.equal(part.values.float(), values)
 
 
 def _probe(values: Any) -> bytes:

@@ -1,10 +1,8 @@
-"""Threads that share work: tensors first, largest first; then the spans of what is left.
+"""Threads that share work: tensors first, largest first; then the chunks of what is left.
 
-A job may split itself with `map`. Its own thread works the parts off; others join in once there are
+A job may split itself with `map`. Its own thread works the items off; others join in once there are
 no whole jobs left to begin, so that many tensors go to many threads, and the last, large one to all
 of them. Which thread does what never changes a result.
-
-What a pool of threads is made with: arithmetic, lanes, and errors in our own words.
 """
 
 from __future__ import annotations
@@ -49,7 +47,8 @@ class _Batch(Generic[I, R]):
         self.error: BaseException | None = None
 
     def fail(self, error: BaseException) -> None:
-        """The first error counts, and is told at once; what nobody has begun is not begun."""
+        """Keep the first error, and report it at once; items that nobody has begun are dropped."""
+        # Later errors are mostly consequences of the first: a device that has gone, a full disk.
         if self.error is None:
             self.error = error
             self.ended(error)
@@ -61,18 +60,18 @@ class Pool:
     """A context manager: threads inside, none outside.
 
     Args:
-        lanes: makes what a thread works with (its buffers, its stream).
+        make_context: makes what a thread works with (its buffers, its stream).
         threads: how many threads; the calling one only waits.
     """
 
-    def __init__(self, lanes: Callable[[int], WorkerContext], threads: int) -> None:
-        self._make_lane, self.threads = lanes, threads
+    def __init__(self, make_context: Callable[[int], WorkerContext], threads: int) -> None:
+        self._make_context, self.threads = make_context, threads
         self._changed = threading.Condition()
         self._batches: list[_Batch[Any, Any]] = []  # the oldest first
         self._stopping = False
         self._local = threading.local()
         self.lanes: list[WorkerContext] = []
-        self._workers = [
+        self._threads = [
             threading.Thread(target=self._worker, name=f"merge-{i}", daemon=True)
             for i in range(threads)
         ]
@@ -83,14 +82,14 @@ class Pool:
         Raises:
             ResourceError: not even one.
         """
-        for number, worker in enumerate(self._workers):
+        for number, worker in enumerate(self._threads):
             try:
                 worker.start()
             except RuntimeError as error:  # "can't start new thread"
                 if number == 0:
                     hint = "Raise the limit: ulimit -u."
                     raise ResourceError("no thread can be started", hint=hint) from error
-                self._workers, self.threads = self._workers[:number], number
+                self._threads, self.threads = self._threads[:number], number
                 say_once(f"only {number} threads could be started")
                 break
         return self
@@ -101,23 +100,24 @@ class Pool:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        # Also after an error or Ctrl-C: no thread may touch buffers or files that are about to go.
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
-        for worker in self._workers:
+        for worker in self._threads:
             if worker.ident is not None:
                 worker.join()
-        for lane in self.lanes:
-            lane.close()
+        for context in self.lanes:
+            context.close()
 
     @property
     def lane(self) -> WorkerContext:
         """The calling thread's own."""
         if not hasattr(self._local, "lane"):
             with self._changed:
-                lane = self._make_lane(len(self.lanes))
-                self.lanes.append(lane)
-            self._local.lane = lane
+                context = self._make_context(len(self.lanes))
+                self.lanes.append(context)
+            self._local.lane = context
         return self._local.lane  # type: ignore[no-any-return]
 
     def map(self, work: Callable[[I], R], items: Sequence[I]) -> list[R]:
@@ -126,22 +126,28 @@ class Pool:
         Raises:
             the first error of any item, when those that were begun have ended.
         """
-        inside = threading.current_thread() in self._workers
-        if inside and (len(items) == 1 or self.threads == 1):
+        is_worker = threading.current_thread() in self._threads
+        if is_worker and (len(items) == 1 or self.threads == 1):
             return [self._alone(work, item) for item in items]
         batch = _Batch(work, items)
+        # Behind the batches that wait already: whoever is free begins a whole job before it helps
+        # with a part of another, so that few threads ever wait for the same tensor.
         with self._changed:
             self._batches.append(batch)
             self._changed.notify_all()
-        while inside and (index := self._take(batch)) is not None:
+        # This thread works its own parts off instead of waiting: with every thread in `map` at
+        # once nobody would be left to work, and the merge would stand still.
+        while is_worker and (index := self._take(batch)) is not None:
             self._execute(batch, index)
         began = time.perf_counter()
+        # All items are taken; others may still be at some. A pool that stops never finishes them,
+        # and this thread has to end, too.
         with self._changed:
             while batch.left:
                 if self._stopping:
                     raise _Stopped
                 self._changed.wait()
-        if inside:
+        if is_worker:
             self.lane.clock.waited += time.perf_counter() - began
         if batch.error is not None:
             raise batch.error
@@ -177,7 +183,7 @@ class Pool:
                     self._changed.wait()
                 if self._stopping:
                     return
-                batch = self._batches[0]
+                batch = self._batches[0]  # the oldest: whole jobs, before parts of them
             index = self._take(batch)
             if index is not None:
                 self.lane.clock.measure(lambda b=batch, i=index: self._execute(b, i))  # type: ignore[misc]
@@ -197,7 +203,7 @@ class Pool:
         try:
             batch.results[index] = batch.work(batch.items[index])
         except _Stopped:
-            pass
+            pass  # not an error of this item: everything ends
         except BaseException as error:  # raised again where `map` was called
             with self._changed:
                 batch.fail(error)
@@ -222,7 +228,7 @@ def arithmetic_for(plan: Plan, device: Device) -> tuple[str, str]:
 def worker_factory(
     files: Files, device: Device, arithmetic: str, room: WorkerMemory
 ) -> Callable[[int], WorkerContext]:
-    """What makes the pool's lanes. Devices take turns."""
+    """What makes the pool's workers. Devices take turns."""
     if device.kind == "cuda":
         from merge_cli.engine.device_worker import cuda_worker
 

@@ -1,10 +1,10 @@
 """OUT.stages: where the results of a recipe's stages wait until OUT is published.
 
     OUT.stages/NAME        what a document makes, published like any model
-    OUT.stages/NAME.begun  the key of the work that makes it, or has been at it
+    OUT.stages/NAME.begun  the key of the work that makes it, or has begun to
     OUT.stages/NAME.done   the key of the work that has made it
 
-A key says how a thing is made: where it differs, what is there is of no use any more.
+A key says how a result is made: a result with another key is of no use any more.
 """
 
 from __future__ import annotations
@@ -78,11 +78,11 @@ class StageWorkspace(Workspace):
         Raises:
             ResourceError: it cannot be written.
         """
-        place = self.place(name)
-        begun = place.with_name(f"{place.name}.begun")
+        folder = self.place(name)
+        begun = folder.with_name(f"{folder.name}.begun")
         if not begun.is_file() or begun.read_bytes() != key.encode():
             for suffix in WORK:
-                shutil.rmtree(place.with_name(place.name + suffix), ignore_errors=True)
+                shutil.rmtree(folder.with_name(folder.name + suffix), ignore_errors=True)
             replace_file(begun, key.encode())
 
     def finished(self, name: str, key: str) -> None:
@@ -97,9 +97,9 @@ class StageWorkspace(Workspace):
         """Remove everything that stages have made or begun."""
         self.tidy(())
 
-    def tidy(self, kept: Collection[str]) -> None:
+    def tidy(self, stages: Collection[str]) -> None:
         """Remove everything but the results that are named."""
-        names = {MARK}.union(*({self.place(n).name, self._done(n).name} for n in kept))
+        names = {MARK}.union(*({self.place(n).name, self._done(n).name} for n in stages))
         for path in self.path.iterdir():
             if path.name in names:
                 continue

@@ -1,10 +1,10 @@
 """What one thread works with: buffers that it reuses, and a clock.
 
-A lane brings spans of files to where they are computed with, and results back into files. On a CPU
-that is a read into a buffer and a write from one. On a GPU (`staging`) the buffers are pinned and
-copies run on the lane's own stream, so that while one lane waits for the disk another one copies
-and a third computes. Buffers are few and small: they, and not a queue of tensors, are all the
-memory that a merge needs.
+A worker brings spans of files to where they are computed with, and results back into files. On a
+CPU that is a read into a buffer and a write from one. On a GPU (device_worker.py) the buffers are
+pinned and copies run on the worker's own stream, so that while one worker waits for the disk
+another one copies and a third computes. Buffers are few and small: they, and not a queue of
+tensors, are all the memory that a merge needs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from merge_cli.checkpoint.headers import DTYPES, TensorRef
+from merge_cli.checkpoint.dtypes import width_of
+from merge_cli.checkpoint.headers import TensorRef
 from merge_cli.checkpoint.tensors import Tensor
 from merge_cli.kernels.convert import decode, decode_row, decode_rows, encode, encode_into
 from merge_cli.system.raw_io import FilePool, copy_range, read_ahead, read_into, write_from
@@ -61,7 +62,7 @@ class LoadedBlock:
 
 
 class WorkerContext(Protocol):
-    """What `HostWorker`, `TorchWorker` and `staging.StagedLane` offer.
+    """`HostWorker`, `TorchWorker` or `device_worker.StagedWorker`.
 
     Attributes:
         block: elements in a block.
@@ -71,7 +72,7 @@ class WorkerContext(Protocol):
     block: int
 
     def active(self) -> AbstractContextManager[Any]:
-        """Entered by the lane's thread around everything that it computes."""
+        """Entered by the worker's thread around everything that it computes."""
 
     def load(
         self, refs: Sequence[Tensor], start: int, stop: int, *, base: bool, deltas: bool
@@ -87,7 +88,7 @@ class WorkerContext(Protocol):
         """Round values to the dtype, write them; whether they are finite where the dtype is F16."""
 
     def fetch(self, values: Any) -> Any:
-        """Values as numpy float32 on the host, to be looked at before the lane's next call."""
+        """Values as numpy float32 on the host, to be looked at before the worker's next call."""
 
     def write(self, data: memoryview, path: Path, offset: int) -> None:
         """Bytes of the host into a file."""
@@ -115,7 +116,7 @@ class Files:
     ) -> None:
         """Fill the buffer with what is stored from element `start` on."""
         began = time.perf_counter()
-        offset = ref.offset + start * DTYPES[ref.dtype][0]
+        offset = ref.offset + start * width_of(ref.dtype)
         read_into(self.sources, ref.path, offset, buffer, ref.model)
         clock.read += time.perf_counter() - began
         clock.bytes_read += len(buffer)
@@ -161,29 +162,31 @@ class HostWorker:
         size = stop - start
         # One matrix, so that compiled loops over sources take it as it is.
         rows = np.empty((len(refs) - base, size), np.float32)
-        own = np.empty(size, np.float32) if base else None
+        base_values = np.empty(size, np.float32) if base else None
         formats = {ref.dtype for ref in refs}
         if len(formats) == 1:
             (dtype,) = formats
             raw = self._raw(len(refs), size, dtype)
             for stored, ref in zip(raw, refs, strict=True):
                 self._files.read(self.clock, ref, start, stored.data)
-            return LoadedBlock(own, list(rows), decode_rows(raw, dtype, rows, own, deltas=deltas))
+            return LoadedBlock(
+                base_values, list(rows), decode_rows(raw, dtype, rows, base_values, deltas=deltas)
+            )
         finite = True
-        targets = [own, *rows] if base else list(rows)
+        targets = [base_values, *rows] if base else list(rows)
         for ref, target in zip(refs, targets, strict=True):
             stored = self._raw(1, size, ref.dtype)[0]
             self._files.read(self.clock, ref, start, stored.data)
             finite &= decode_row(stored, ref.dtype, target)
-        if own is not None and deltas:
-            np.subtract(rows, own, out=rows)
-        return LoadedBlock(own, list(rows), finite)
+        if base_values is not None and deltas:
+            np.subtract(rows, base_values, out=rows)
+        return LoadedBlock(base_values, list(rows), finite)
 
     def _raw(self, inputs: int, size: int, dtype: str) -> Any:
-        """(inputs, bytes) of the lane's buffer."""
+        """(inputs, bytes) of the worker's buffer."""
         import numpy as np
 
-        width = size * DTYPES[dtype][0]
+        width = size * width_of(dtype)
         return np.frombuffer(self._buffer, np.uint8, inputs * width).reshape(inputs, width)
 
     def store(self, values: Any, dtype: str, path: Path, offset: int) -> bool:
@@ -217,8 +220,10 @@ class TorchWorker(HostWorker):
             self._files.read(self.clock, ref, start, raw.data)
             arrays.append(decode(torch.from_numpy(raw), ref.dtype, wide=wide))
         finite = all_finite(arrays)
-        own = arrays.pop(0) if base else None
-        return LoadedBlock(own, [a.sub_(own) for a in arrays] if deltas else arrays, finite)
+        base_values = arrays.pop(0) if base else None
+        return LoadedBlock(
+            base_values, [a.sub_(base_values) for a in arrays] if deltas else arrays, finite
+        )
 
     def store(self, values: Any, dtype: str, path: Path, offset: int) -> bool:
         import torch

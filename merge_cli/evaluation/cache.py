@@ -8,28 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from merge_cli.evaluation.result import Cost, Metric, TaskResult
-from merge_cli.system.machine import home_folder
+from merge_cli.system.caches import cache_folder, write_cached
 from merge_cli.system.notices import say_once
 from merge_cli.system.records import read_sealed, seal
 
 _FORMAT = 2
-
-
-def cache_folder() -> Path:
-    """The folder for what can be computed again."""
-    configured = os.environ.get("MERGE_CLI_CACHE")
-    if configured:
-        return Path(configured)
-    xdg_folder = os.environ.get("XDG_CACHE_HOME")
-    return (Path(xdg_folder) if xdg_folder else home_folder() / ".cache") / "merge-cli"
 
 
 def key_of(identity: Mapping[str, Any]) -> str:
@@ -63,27 +52,11 @@ def keep(key: str, result: TaskResult) -> None:
         "cost": asdict(result.cost),
         "notes": list(result.notes),
     }
-    if not write_atomically(_path(key), seal(content)):
+    if not write_cached(_path(key), seal(content)):
         say_once(
             f"results are not kept, because {cache_folder()} cannot be written. "
             "Set MERGE_CLI_CACHE to a folder that can."
         )
-
-
-def write_atomically(path: Path, content: bytes) -> bool:
-    """Write a cache file completely or not at all; False where the folder cannot be written."""
-    name = ""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            name = file.name
-            file.write(content)
-        os.replace(name, path)
-    except OSError:
-        if name:
-            Path(name).unlink(missing_ok=True)
-        return False
-    return True
 
 
 def _path(key: str) -> Path:

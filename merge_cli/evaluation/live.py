@@ -10,14 +10,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from merge_cli.checkpoint.class_config import refuse_code
-from merge_cli.checkpoint.headers import DTYPES as STORED_DTYPES
-from merge_cli.engine.device import choose_device
+from merge_cli.checkpoint.dtypes import width_of
+from merge_cli.engine.device import choose_device, free_memory
 from merge_cli.errors import MergeCliError, ResourceError, SourceError
 from merge_cli.evaluation.fingerprints import refuse_adapter
 from merge_cli.evaluation.result import Cost
 from merge_cli.evaluation.spec import DTYPES
 from merge_cli.sources.source import Source
-from merge_cli.system import machine
 from merge_cli.system.machine import show_size
 
 _USUAL_CONTEXT = 4096  # default: a model's maximum may not fit into memory
@@ -134,9 +133,7 @@ def load(
     dtype_name, dtype_reason = choose_dtype(source, devices.kind, dtype)
     dtype_words = f"{dtype_name} ({dtype_reason})"
     width = torch.empty((), dtype=getattr(torch, dtype_name)).element_size()
-    weight_bytes = (
-        sum(ref.nbytes // STORED_DTYPES[ref.dtype][0] for ref in source.tensors.values()) * width
-    )
+    weight_bytes = sum(ref.nbytes // width_of(ref.dtype) for ref in source.tensors.values()) * width
     memory_limit = (
         memory
         if memory is not None
@@ -223,15 +220,6 @@ def choose_dtype(source: Source, device: str, requested: str) -> tuple[str, str]
     config_dtype = source.config.get("dtype") or source.config.get("torch_dtype") or "float32"
     stored = str(config_dtype).removeprefix("torch.")
     return (stored, "as stored") if stored in DTYPES else ("float32", f"stored as {stored}")
-
-
-def free_memory(kind: str, indexes: tuple[int, ...]) -> int:
-    """Free bytes of the devices, or of the machine."""
-    if kind == "cuda":
-        import torch
-
-        return sum(torch.cuda.mem_get_info(i)[0] for i in indexes)
-    return machine.free_memory()
 
 
 def _shares(indexes: tuple[int, ...], limit: int) -> dict[int | str, int]:

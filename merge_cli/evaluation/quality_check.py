@@ -22,10 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from merge_cli.engine.options import MergeOptions
+from merge_cli.engine.options import MergeOptions, OnProgress
 from merge_cli.errors import GateError, Interrupted, UsageError
 from merge_cli.evaluation.result import Evaluation, Metric
-from merge_cli.evaluation.run import Show, evaluate_source
+from merge_cli.evaluation.run import evaluate_source
 from merge_cli.evaluation.spec import EvalSpec
 from merge_cli.evaluation.summary import difference, summary
 from merge_cli.evaluation.task import Task
@@ -228,7 +228,9 @@ class QualityCheck:
                 )
                 raise UsageError(message, hint="Make it by itself first, and name its folder.")
 
-    def run(self, plan: Plan, out: Path, options: MergeOptions, show: Show) -> list[dict[str, Any]]:
+    def run(
+        self, plan: Plan, out: Path, options: MergeOptions, show: OnProgress
+    ) -> list[dict[str, Any]]:
         """Evaluate OUT and every model that a gate names; written into OUT, too.
 
         Returns:
@@ -253,7 +255,7 @@ class QualityCheck:
         return rows
 
     def _evaluations(
-        self, plan: Plan, out: Path, spec: EvalSpec, show: Show
+        self, plan: Plan, out: Path, spec: EvalSpec, show: OnProgress
     ) -> tuple[Evaluation, dict[str, Evaluation]]:
         """OUT's, and those of the models that gates name, by the names that they give them."""
         merged = evaluate_source(open_source(ModelRef(str(out)), out.parent), spec, show)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from merge_cli.engine.device import choose_device
+from merge_cli.engine.options import OnProgress, Progress
 from merge_cli.errors import Interrupted, NonFiniteError, UsageError
 from merge_cli.evaluation import cache
 from merge_cli.evaluation.fingerprints import refuse_changed, source_fingerprint
@@ -29,20 +30,7 @@ from merge_cli.system.raw_io import write_error
 _SMALLER = "Try a smaller --batch-tokens or --max-length, or --dtype bfloat16."
 
 
-@dataclass(frozen=True)
-class Step:
-    """Progress: `done` of `total` of one model's task."""
-
-    model: str
-    task: str
-    done: int
-    total: int
-
-
-Show = Callable[[Step], None]
-
-
-def _silent(step: Step) -> None:
+def _silent(progress: Progress) -> None:
     pass
 
 
@@ -50,7 +38,7 @@ def evaluate(
     model: str | Path,
     tasks: str | Path | EvalSpec | Sequence[str | Path | Task],
     *,
-    show: Show = _silent,
+    show: OnProgress = _silent,
     **settings: Any,
 ) -> Evaluation:
     """Evaluate a model.
@@ -74,7 +62,7 @@ def evaluate(
 
 
 def evaluate_all(
-    models: Sequence[str], spec: EvalSpec, show: Show = _silent
+    models: Sequence[str], spec: EvalSpec, show: OnProgress = _silent
 ) -> dict[str, Evaluation]:
     """Evaluate several models on the same tasks; all are opened before any is run.
 
@@ -94,7 +82,7 @@ def _open_model(model: str, folder: Path) -> Source:
     return open_source(parse_reference(model, folder), folder)
 
 
-def evaluate_source(source: Source, spec: EvalSpec, show: Show = _silent) -> Evaluation:
+def evaluate_source(source: Source, spec: EvalSpec, show: OnProgress = _silent) -> Evaluation:
     """Evaluate an opened source whose weights are on disk."""
     fingerprint = source_fingerprint(source)
     device = choose_device(spec.device)
@@ -216,15 +204,19 @@ def check_tasks(tasks: Sequence[Task], live: LiveModel) -> None:
             task.check(live)
 
 
-def score_task(task: Task, live: LiveModel, show: Show = _silent) -> TaskResult:
+def score_task(task: Task, live: LiveModel, show: OnProgress = _silent) -> TaskResult:
     """Score one task on a loaded model, with its cost.
 
     Raises:
         NonFiniteError: the model predicts NaN or Inf.
     """
     started, live.cost = time.monotonic(), Cost()
-    show(Step(live.label, task.name, 0, 0))
-    result = task.score(live, lambda done, total: show(Step(live.label, task.name, done, total)))
+
+    def count(done: int, total: int) -> None:
+        show(Progress(task.name, done, total, unit="", model=live.label))
+
+    count(0, 0)
+    result = task.score(live, count)
     for metric in result.metrics.values():
         if not all(map(math.isfinite, metric.parts)):
             message = f"{task.name}.{metric.name} is not a number: the model predicts NaN or Inf"

@@ -7,15 +7,14 @@ results in the cache.
 
 from __future__ import annotations
 
-import hashlib
 import random
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
+from merge_cli.checkpoint.fingerprint import file_fingerprint
 from merge_cli.errors import SourceError
 from merge_cli.evaluation.result import TaskResult
 from merge_cli.evaluation.tokens import TOKENISATION
@@ -116,16 +115,3 @@ def cut_note(count: int, total: int, description: str, tokens: int) -> tuple[str
         return ()
     subject, _, done = description.partition(": ")
     return (f"{count:,} of {total:,} {subject} longer than {tokens:,} tokens: {done}",)
-
-
-def file_fingerprint(path: Path, stop: threading.Event | None = None) -> str:
-    """SHA-256 of a file.
-
-    Args:
-        stop: for threads, which Ctrl-C does not reach: once it is set, the result is invalid.
-    """
-    state, block = hashlib.sha256(), bytearray(1 << 20)
-    with path.open("rb", buffering=0) as file:
-        while (size := file.readinto(block)) and not (stop and stop.is_set()):
-            state.update(memoryview(block)[:size])
-    return state.hexdigest()

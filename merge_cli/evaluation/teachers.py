@@ -10,8 +10,6 @@ uses them; the folder may be deleted at any time.
 from __future__ import annotations
 
 import hashlib
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -19,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from merge_cli.errors import ResourceError
-from merge_cli.evaluation.cache import cache_folder
 from merge_cli.evaluation.fingerprints import refuse_changed
 from merge_cli.evaluation.forward import Example, micro_batches, padded, require_finite
 from merge_cli.evaluation.live import LiveModel, load
 from merge_cli.evaluation.task import OnProgress
 from merge_cli.sources.source import Source
+from merge_cli.system.caches import cache_folder
 from merge_cli.system.machine import show_size
+from merge_cli.system.raw_io import unfinished_file
 
 _FORMAT = 3
 _SEQUENCES = 32  # sequences of a file
@@ -252,17 +251,10 @@ def _write(path: Path, table: dict[str, Any]) -> None:
     from safetensors.torch import save_file
 
     size = sum(value.numel() * value.element_size() for value in table.values())
-    name = ""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent)
-        os.close(handle)
-        save_file(table, name, {"sum": _sum(table)})
-        os.replace(name, path)
+        with unfinished_file(path) as file:
+            save_file(table, file, {"sum": _sum(table)})
     except (OSError, SafetensorError) as error:
         message = f"the teachers' cache cannot be written ({show_size(size)}): {error}"
         hint = "Free some space, or set MERGE_CLI_CACHE to another folder."
         raise ResourceError(message, where=str(path.parent), hint=hint) from error
-    finally:
-        if name:  # renamed if all went well
-            Path(name).unlink(missing_ok=True)

@@ -18,17 +18,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from merge_cli.checkpoint.headers import DTYPES
+from merge_cli.checkpoint.dtypes import torch_dtype
 from merge_cli.engine.device import choose_device
 from merge_cli.engine.in_memory import (
     InMemoryFiles,
     InMemoryMerger,
-    SourcesInMemory,
-    choose_residency,
 )
 from merge_cli.engine.merge import write_companions
 from merge_cli.engine.options import MergeOptions
 from merge_cli.engine.parameter_slices import find_parameter_slices
+from merge_cli.engine.residency import SourceResidency, choose_residency, stored_bytes
 from merge_cli.errors import NonFiniteError, SourceError
 from merge_cli.evaluation.live import LiveModel, load
 from merge_cli.evaluation.result import Cost, TaskResult
@@ -38,6 +37,7 @@ from merge_cli.evaluation.task import DataTask, Task
 from merge_cli.evolve.objectives import SearchObjective, Split, SplitName, Value, Values, pick
 from merge_cli.planning.plan import Plan, TensorTask
 from merge_cli.planning.planner import make_plan
+from merge_cli.planning.tasks import TaskResolver
 from merge_cli.recipe.reference import ModelRef
 from merge_cli.recipe.schema import Recipe
 from merge_cli.sources.source import open_source
@@ -256,15 +256,18 @@ class MergeableModel:
         plan = make_plan(recipe)
         self._options, self._device = options, choose_device(options.device)
         refs = list(plan.stored_inputs)
-        self.place: SourcesInMemory = choose_residency(
-            refs, self._device, workers, plan.bytes_written
+        index = self._device.indexes[0] if self._device.indexes else None
+        self.place: SourceResidency = choose_residency(
+            stored_bytes(refs), index, on_device=plan.bytes_written, workers=workers
         )
-        device_name = f"cuda:{self._device.indexes[0]}" if self._device.indexes else "cpu"
-        self._files = InMemoryFiles(self.place, device_name)
+        where = "cpu" if index is None else f"cuda:{index}"
+        self._files = InMemoryFiles(self.place, where)
         self._files.keep(refs)
         self.live: LiveModel = load_scaffold(plan, options, **loading)
         self._parameters = find_parameter_slices(plan, self.live.net)
-        self._mergers: OrderedDict[tuple[Any, ...], InMemoryMerger] = OrderedDict()
+        self._mergers: OrderedDict[tuple[Any, ...], tuple[TaskResolver, InMemoryMerger]] = (
+            OrderedDict()
+        )
         self._merged_with: dict[str, str] = {}  # tensor -> key of the merge whose weights it has
         self.rewritten = self.skipped = 0
 
@@ -280,14 +283,17 @@ class MergeableModel:
         if key not in self._mergers:
             plan = make_plan(recipe)
             self._files.keep(plan.stored_inputs)
-            self._mergers[key] = InMemoryMerger(
-                plan, self._files, self._device, self._options, self.place.residency
+            self._mergers[key] = (
+                TaskResolver(plan),
+                InMemoryMerger(
+                    plan, self._files, self._device, self._options, self.place.residency
+                ),
             )
             if len(self._mergers) > _MERGERS:
-                self._mergers.popitem(last=False)[1].close()
+                self._mergers.popitem(last=False)[1][1].close()
         self._mergers.move_to_end(key)
-        merger = self._mergers[key]
-        tasks = merger.resolved(recipe)
+        resolver, merger = self._mergers[key]
+        tasks = resolver.tasks(recipe)
         keys = {
             task.name: f"{key} {task.action} {sorted(task.parameters.items())}"
             for task in tasks
@@ -297,7 +303,7 @@ class MergeableModel:
             number
             for number, task in enumerate(tasks)
             if task.name in self._parameters
-            and (merger.surveys or self._merged_with.get(task.name) != keys[task.name])
+            and (merger.has_model_pass or self._merged_with.get(task.name) != keys[task.name])
         ]
         for number in changed:
             self._merged_with.pop(
@@ -310,8 +316,8 @@ class MergeableModel:
         self.skipped += len(keys) - len(changed)
 
     def close(self) -> None:
-        """Free the model, the sources and the threads."""
-        for merger in self._mergers.values():
+        """Let go of the model, the sources and the threads."""
+        for _, merger in self._mergers.values():
             merger.close()
         self.live.close()
         self._files.close()
@@ -321,6 +327,6 @@ class MergeableModel:
         import torch
 
         tensor = raw if isinstance(raw, torch.Tensor) else torch.from_numpy(raw)
-        stored = tensor.view(getattr(torch, DTYPES[task.dtype][1]))
+        stored = tensor.view(torch_dtype(task.dtype))
         with torch.no_grad():
             self._parameters[task.name].values.copy_(stored.reshape(task.shape))

@@ -19,11 +19,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from merge_cli.checkpoint.fingerprint import auxiliary_fingerprint
 from merge_cli.engine.device import choose_device
 from merge_cli.engine.merge import verified_fingerprints
 from merge_cli.engine.options import MergeOptions, OnProgress, Progress
 from merge_cli.errors import CorruptFileError, MergeCliError
-from merge_cli.evaluation.fingerprints import auxiliary_fingerprint
 from merge_cli.evolve.evaluator import EvaluationJob, EvaluationOutcome
 from merge_cli.evolve.plan import SearchPlan, plan_search
 from merge_cli.evolve.workers import Workers
@@ -31,7 +31,7 @@ from merge_cli.planning.plan import Plan
 from merge_cli.recipe.search import Search
 from merge_cli.recipe.values import Parameter
 from merge_cli.system.raw_io import replace_file
-from merge_cli.system.records import Records, read_sealed, seal
+from merge_cli.system.records import Records
 from merge_cli.system.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -73,11 +73,7 @@ class SearchWorkspace(Workspace):
         """
         super().__enter__()
         try:
-            if self._fresh:
-                self.discard()
-            if Records.key_of(self.journal) not in (None, self.key):
-                raise self.other_work()
-            self.make()
+            self.resume_work(self.key, fresh=self._fresh)
             self._records = Records(self.journal, self.key, durable=True)
         except BaseException:
             self.__exit__(None, None, None)
@@ -108,13 +104,17 @@ class SearchWorkspace(Workspace):
         return self.path / BEST
 
     def finish(self, record: Line) -> None:
-        """Write the record of a search that has ended."""
-        replace_file(self.path / _RECORD, seal({"key": self.key, **record}))
+        """The search has ended: what it found is known without the journal."""
+        self.write_record(_RECORD, self.key, record)
 
     def record(self) -> Line | None:
         """The record of a search that has ended; None while it has not."""
-        record = read_sealed(self.path / _RECORD) or {}
-        return record if record.pop("key", None) == self.key else None
+        return self.read_record(_RECORD, self.key)
+
+
+# What changes how long a search goes on, or who does the work, but not what a candidate is worth.
+_INDIFFERENT = {"evaluations", "finalists", "failures", "engine", "workers", "given"}
+_FORMAT = 1
 
 
 def search_digest(plan: Plan, device: str) -> str:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 
+from merge_cli.checkpoint.fingerprint import auxiliary_fingerprint
 from merge_cli.engine.device import choose_device
-from merge_cli.engine.in_memory import SourcesInMemory, choose_residency
 from merge_cli.engine.options import MergeOptions
+from merge_cli.engine.residency import SourceResidency, choose_residency, stored_bytes
 from merge_cli.errors import RecipeError, ResourceError
-from merge_cli.evaluation.fingerprints import auxiliary_fingerprint
 from merge_cli.evolve.objectives import SearchObjective, parse_objective
 from merge_cli.evolve.space import Space, default_population
 from merge_cli.evolve.splits import refuse_overlap
@@ -41,7 +41,7 @@ class SearchPlan:
     space: Space | None
     layers: int
     population: int
-    place: SourcesInMemory
+    place: SourceResidency
     labels: tuple[str, ...]
     warnings: tuple[str, ...]
 
@@ -99,7 +99,7 @@ def plan_search(plan: Plan, options: MergeOptions) -> SearchPlan:
     population = len(plan.recipe.models)
     if space is not None:
         population = search.population or default_population(len(space))
-    refs = plan.stored_inputs
+    device = choose_device(options.device)
     return SearchPlan(
         plan,
         search,
@@ -107,7 +107,12 @@ def plan_search(plan: Plan, options: MergeOptions) -> SearchPlan:
         space,
         layers,
         population,
-        choose_residency(refs, choose_device(options.device), search.workers, plan.bytes_written),
+        choose_residency(
+            stored_bytes(plan.stored_inputs),
+            device.indexes[0] if device.indexes else None,
+            on_device=plan.bytes_written,
+            workers=search.workers,
+        ),
         tuple(str(spec.model) for spec in recipe.models),
         tuple(warnings),
     )

@@ -1,14 +1,98 @@
-"""An fp8 weight with its scales, as numbers: dequantised while it is read."""
+"""fp8 weights with their scales: recognised, dequantised while they are read, and written.
+
+Scales as DeepSeek, Qwen and transformers write them (`weight_scale_inv`, blocks of 128 x 128), and
+as compressed-tensors, FBGEMM and ModelOpt do (`weight_scale`: of the tensor, a row, or a block).
+What is written is DeepSeek's form.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 from merge_cli.checkpoint.headers import TensorRef
 from merge_cli.checkpoint.tensors import Float32, Read, Tensor, read_numbers
+from merge_cli.errors import CorruptFileError
+from merge_cli.formats.storage_format import QUANTIZATION, DecodedModel
+
+_FP8 = ("F8_E4M3", "F8_E5M2")
+_SCALES = ("_scale_inv", "_scale")  # behind the weight's name
+# Of activations and of the key-value cache: of no use without fp8 arithmetic.
+_DROPPED = (
+    ".input_scale",
+    ".output_scale",
+    ".k_scale",
+    ".v_scale",
+    ".q_scale",
+    ".prob_scale",
+    ".activation_scale",
+    ".input_scale_ub",
+)
+
+
+class Fp8:
+    """The format. See `StorageFormat`."""
+
+    name = "fp8"
+    codes = "F8_E4M3"
+    block = (128, 128)
+
+    def detect(self, tensors: Mapping[str, TensorRef], config: Mapping[str, Any]) -> bool:
+        stored = any(ref.dtype in _FP8 for ref in tensors.values())
+        return stored and _is_fp8(config.get(QUANTIZATION))
+
+    def decode(
+        self, tensors: Mapping[str, TensorRef], config: Mapping[str, Any], label: str
+    ) -> DecodedModel:
+        stored = [ref for ref in tensors.values() if ref.dtype in _FP8]
+        default_dtype = {"float16": "F16", "float32": "F32"}.get(
+            str(config.get("dtype") or config.get("torch_dtype")), "BF16"
+        )
+        as_numbers: dict[str, Tensor] = dict(tensors)
+        scaled = 0
+        for ref in stored:
+            scale = next(
+                (tensors[ref.name + end] for end in _SCALES if ref.name + end in tensors), None
+            )
+            if scale is not None:
+                del as_numbers[scale.name]
+                scaled += 1
+            block = _block(ref, scale, config.get(QUANTIZATION), label)
+            as_numbers[ref.name] = DequantizedTensor(ref, scale, block, default_dtype)
+        dropped = [name for name in as_numbers if name.endswith(_DROPPED)]
+        for name in dropped:
+            del as_numbers[name]
+        notes = [f"{len(stored)} fp8 weights are read as numbers, {scaled} of them with scales"]
+        if dropped:
+            notes.append(
+                f"{len(dropped)} scales of activations and caches are left out ({dropped[0]}, ...)"
+            )
+        plain = {key: value for key, value in config.items() if key != QUANTIZATION}
+        return DecodedModel(as_numbers, plain, tuple(notes))
+
+    def encode(self, rows: Any, columns: int) -> tuple[Any, Any]:
+        import numpy as np
+
+        from merge_cli.kernels.convert import quantise
+
+        codes = np.empty(rows.shape, np.uint8)
+        scales = np.empty(-(-rows.shape[1] // columns), np.float32)
+        quantise(rows, columns, codes, scales)
+        return codes, scales
+
+    def settings(self, unconverted: Sequence[str]) -> dict[str, Any]:
+        return {
+            "activation_scheme": "dynamic",
+            "fmt": "e4m3",
+            "modules_to_not_convert": list(unconverted),
+            "quant_method": "fp8",
+            "weight_block_size": list(self.block),
+        }
+
+
+FP8 = Fp8()
 
 
 @dataclass(frozen=True)
@@ -64,12 +148,12 @@ class DequantizedTensor(Float32):
             head = -begin % columns
             if head:
                 slab[:head] *= scale[columns - head :][: len(slab)]
-            whole = (len(slab) - head) // columns * columns if len(slab) > head else 0
-            if whole:
-                slab[head : head + whole].reshape(-1, columns)[:] *= scale
-            tail = len(slab) - head - whole
+            rows_length = (len(slab) - head) // columns * columns if len(slab) > head else 0
+            if rows_length:
+                slab[head : head + rows_length].reshape(-1, columns)[:] *= scale
+            tail = len(slab) - head - rows_length
             if tail > 0:
-                slab[head + whole :] *= scale[:tail]
+                slab[head + rows_length :] *= scale[:tail]
 
     def _slabs(self, read: Read, first: int, last: int) -> Iterator[tuple[int, int, Any]]:
         """Runs of rows with the same scales: from, to, and a number or one for each column."""
@@ -77,15 +161,15 @@ class DequantizedTensor(Float32):
 
         assert self.scale is not None
         tall, wide = self.block
-        height = self.shape[-2] if len(self.shape) > 1 else 1
-        per_matrix = -(-height // tall)
-        across = self.scale.size * height // (per_matrix * (self.size // self.shape[-1]))
+        rows = self.shape[-2] if len(self.shape) > 1 else 1
+        per_matrix = -(-rows // tall)
+        across = self.scale.size * rows // (per_matrix * (self.size // self.shape[-1]))
         row = first
         while row < last:
-            matrix, inside = divmod(row, height)
-            end = min(last, matrix * height + min(height, (inside // tall + 1) * tall))
-            place = matrix * per_matrix + inside // tall
-            numbers = _numbers(read, self.scale, place * across, across)
+            matrix, inside = divmod(row, rows)
+            end = min(last, matrix * rows + min(rows, (inside // tall + 1) * tall))
+            scale_row = matrix * per_matrix + inside // tall
+            numbers = _numbers(read, self.scale, scale_row * across, across)
             if across == 1:
                 yield row, end, numbers[0]
             else:
@@ -124,3 +208,61 @@ def _table(dtype: str) -> Any:
             value = float("nan") if mantissa else float("inf")
         result[code] = sign * value
     return result
+
+
+def _is_fp8(quantization: Any) -> bool:
+    """Whether what a config says of its quantisation is fp8 and nothing else."""
+    if not isinstance(quantization, dict):
+        return quantization is None
+    method = str(quantization.get("quant_method", "")).lower()
+    if method in ("fp8", "fbgemm_fp8"):
+        return bool(quantization.get("expert_dtype", "fp8") == "fp8")
+    if method == "modelopt":
+        return "FP8" in str(quantization.get("quant_algo", quantization))
+    if method == "compressed-tensors":
+        return all(
+            weights.get("num_bits") == 8 and weights.get("type") == "float"
+            for weights in _weights(quantization)
+        )
+    return False
+
+
+def _weights(quantization: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    for group in (quantization.get("config_groups") or {}).values():
+        if isinstance(group, dict) and isinstance(group.get("weights"), dict):
+            yield group["weights"]
+
+
+def _block(
+    ref: TensorRef, scale: TensorRef | None, quantization: Any, label: str
+) -> tuple[int, int]:
+    """Rows and columns that share a scale."""
+    rows, columns = ref.shape[-2:] if len(ref.shape) > 1 else (1, *(ref.shape or (1,)))
+    if scale is None or scale.size == 1:
+        return rows, columns
+    grid = scale.shape[-2:] if len(scale.shape) > 1 else (scale.shape[0], 1)
+    stacked = ref.size // max(1, rows * columns)
+    declared = _declared_block(quantization)
+    # Without a word on it, blocks divide the weight evenly; a scale for each row always may be.
+    even = rows % grid[0] == 0 and columns % grid[1] == 0
+    derived = (rows // grid[0], columns // grid[1]) if even else None
+    for block in (declared, derived):
+        fits = block and (-(-rows // block[0]), -(-columns // block[1])) == tuple(grid)
+        if block and fits and scale.size == stacked * grid[0] * grid[1]:
+            return block
+    message = f"scales of shape {list(scale.shape)} do not fit a weight of shape {list(ref.shape)}"
+    raise CorruptFileError(message, model=label, file=scale.path.name, tensor=scale.name)
+
+
+def _declared_block(quantization: Any) -> tuple[int, int] | None:
+    """What the config says, if it does."""
+    if not isinstance(quantization, dict):
+        return None
+    shapes = [
+        quantization.get("weight_block_size"),
+        *(k.get("block_structure") for k in _weights(quantization)),
+    ]
+    for size in shapes:
+        if isinstance(size, list) and len(size) == 2 and all(type(n) is int and n for n in size):
+            return size[0], size[1]
+    return None

@@ -15,10 +15,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from merge_cli.checkpoint.dtypes import torch_dtype
 from merge_cli.kernels.backend import Array
 
 COMPILED = frozenset(("F32", "BF16", "F16"))
-_TORCH = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 def decode_rows(raw: Any, dtype: str, rows: Any, base: Any, *, deltas: bool) -> bool:
@@ -87,15 +87,14 @@ def decode(raw: Array, dtype: str, *, wide: bool) -> Array:
     """Stored bytes (torch uint8) to a new float32 tensor; float64 if `wide`."""
     import torch
 
-    stored = raw.view(getattr(torch, _TORCH[dtype]))
+    stored = raw.view(torch_dtype(dtype))
     return stored.to(torch.float64 if wide else torch.float32, copy=True)
 
 
 def encode(values: Array, dtype: str) -> tuple[Array, bool]:
     """A tensor in the stored dtype, and whether every float16 is finite."""
-    import torch
 
-    kind = getattr(torch, _TORCH[dtype])
+    kind = torch_dtype(dtype)
     rounded = values.to(kind)
     if dtype in ("BF16", "F16"):
         # A vector conversion leaves other bits in a NaN than a scalar one does.

@@ -20,7 +20,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from merge_cli.checkpoint.headers import MERGEABLE, TensorRef
+from merge_cli.checkpoint.dtypes import MERGEABLE
+from merge_cli.checkpoint.headers import TensorRef
 from merge_cli.checkpoint.tensors import Tensor, Zeros
 from merge_cli.lora.adapter import Parts
 from merge_cli.lora.config import by_pattern, scale_of

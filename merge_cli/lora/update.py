@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from merge_cli.checkpoint.headers import MERGEABLE, TensorRef
+from merge_cli.checkpoint.dtypes import MERGEABLE
+from merge_cli.checkpoint.headers import TensorRef
 from merge_cli.checkpoint.tensors import Float32, Read, Tensor, read_numbers
 from merge_cli.kernels.matrices import low_rank_product
 from merge_cli.lora.adapter import EMBEDDING_FACTORS, LAYER_FACTORS, Parts

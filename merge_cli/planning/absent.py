@@ -1,19 +1,19 @@
-"""What a model may lack, and what it is then: one rule for every tensor that not all sources have.
+"""Tensors that not every source has: copied from the reference, left out, or an error.
 
-A tensor of the reference that a source lacks is copied from the reference, with a line in the plan,
-where nothing is made up by that:
+A tensor of the reference that a source lacks is copied from the reference, with a note in the plan,
+in these cases, where the copy makes nothing up:
 
 - buffers that models compute by themselves;
-- layers for predicting several tokens (MTP), which transformers neither loads nor saves, where the
-  config counts them, they are called so, or the class says that loading skips them;
+- layers for multi-token prediction (MTP), which transformers neither loads nor saves: the config
+  counts them, their names say so, or the class skips them on loading;
 - what the class of the reference, or of the source, says that a file may be without;
-- poolers and the heads that tell whether sentences follow one another, which a class may be built
-  without (bert-base-uncased has them, its fine-tunes on words alone do not);
+- poolers and next-sentence heads, which a class may be built without (bert-base-uncased has them,
+  its fine-tunes for masked words do not);
 - a part of the reference (its vision tower) that the source's config does not describe, and of
   which the source has no tensor at all.
 
-Anything else that is lacking is an error. What a source has and the reference lacks is left out,
-again with a line, by the first four; otherwise it is an error, too.
+Anything else that is missing is an error. What a source has and the reference lacks is left out,
+again with a note, in the first four cases; otherwise it is an error, too.
 """
 
 from __future__ import annotations
@@ -110,8 +110,10 @@ class AbsentTensors:
 
     def _without_part(self, name: str, reference: int, source: int) -> bool:
         """Whether a tensor belongs to a part that a source is without, by its config and names."""
-        config, own = self._sources[reference].config, self._sources[source].config
-        if any(key in own for key in (*parts_of(config), "vision_config", "audio_config")):
+        config, source_config = self._sources[reference].config, self._sources[source].config
+        if any(
+            key in source_config for key in (*parts_of(config), "vision_config", "audio_config")
+        ):
             return False  # it is described, so that it should be there
         if kind_of(name) != TEXT:
             if source not in self._text_alone:
@@ -143,8 +145,8 @@ def parts_of(config: Mapping[str, Any]) -> list[str]:
 
 def mtp_key(config: Mapping[str, Any]) -> str:
     """The key by which a config says that there are layers for predicting several tokens."""
-    for about in (config, text_config(config)):
-        for key, value in about.items():
+    for config_part in (config, text_config(config)):
+        for key, value in config_part.items():
             if _MTP_KEY.search(key) and isinstance(value, int) and value > 0:
                 return f"{key}: {value}" if type(value) is int else key
     return ""
@@ -152,12 +154,12 @@ def mtp_key(config: Mapping[str, Any]) -> str:
 
 def is_beyond(name: str, config: Mapping[str, Any]) -> bool:
     """Whether a tensor is of a layer behind the language model's last."""
-    place, count = layer_key_of(name), layer_count(config)
+    key, count = layer_key_of(name), layer_count(config)
     return (
-        place is not None
+        key is not None
         and count is not None
         and kind_of(name) == TEXT
-        and (place.index >= count and not config.get("is_encoder_decoder"))
+        and (key.index >= count and not config.get("is_encoder_decoder"))
     )
 
 

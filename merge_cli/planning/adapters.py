@@ -95,13 +95,13 @@ def _updates(task: TensorTask) -> list[UpdatedTensor | PatchedTensor]:
 def _source(
     label: str,
     adapter: Adapter,
-    own: Changes,
+    changes: Changes,
     shapes: Mapping[str, tuple[int, ...]],
 ) -> Source:
     """An adapter as a model of changes."""
     tensors: dict[str, Tensor] = {name: Zeros(name, label, shape) for name, shape in shapes.items()}
     headers = {WEIGHTS: adapter.header}
-    return Source(label, adapter.root, {}, {**tensors, **own}, headers, adapter=adapter)
+    return Source(label, adapter.root, {}, {**tensors, **changes}, headers, adapter=adapter)
 
 
 def _refuse_both_ways(adapters: Mapping[str, Adapter]) -> None:
@@ -112,7 +112,7 @@ def _refuse_both_ways(adapters: Mapping[str, Adapter]) -> None:
     orders = {
         is_newer(item.config)
         for item in adapters.values()
-        if any(place.shape[0] == place.shape[1] for place in experts_of(item).values())
+        if any(stack.shape[0] == stack.shape[1] for stack in experts_of(item).values())
     }
     if len(orders) > 1:
         message = "some were written by PEFT up to 0.19.0, which orders square factors of experts "

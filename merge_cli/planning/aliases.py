@@ -1,12 +1,12 @@
-"""Stored copies of tied weights: several names of one tensor.
+"""Tied weights that files store several times: every source gets the copies that the reference has.
 
 FLAN-T5's file has its embedding three times (`shared`, `encoder.embed_tokens`,
-`decoder.embed_tokens`), a fine-tune that transformers has saved has it once; BERT's head is its
-embedding again. A source that lacks a copy lends the one that it has. All copies of the output are
-made by the same formula, with the same settings and the same random numbers, so that copies stay
-copies. The output stores those that the reference stores.
+`decoder.embed_tokens`); a fine-tune that transformers has saved has it once; BERT's head is its
+embedding again. A source that lacks a copy uses the one that it has. All copies of the output are
+made by the same formula, with the same settings and the same random numbers, so that they stay
+equal. The output stores those that the reference stores.
 
-Output heads of language models are the business of heads.py.
+heads.py does this for the output heads of language models.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from merge_cli.planning.skeleton import class_rules
 from merge_cli.sources.source import Source
 
 # What a tensor ends with -> what stands in the place of that in names of its copies.
-_BESIDE = {
+_COPIES_OF = {
     "shared.weight": ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"),
     "cls.predictions.bias": ("cls.predictions.decoder.bias",),
     "lm_head.bias": ("lm_head.decoder.bias",),
@@ -66,40 +66,48 @@ def join_aliases(sources: Sequence[Source], reference: int) -> Aliases:
         group = (first, *copies)
         if not all(_ties(source, first) for source in sources):
             continue
-        kept = [name for name in group if name in names[reference]]
-        own = [[name for name in group if name in tensors] for tensors in names]
-        shapes = [{tensors[n].shape for n in has} for has, tensors in zip(own, names, strict=True)]
-        if not kept or not all(own) or any(len(found) > 1 for found in shapes):
+        output_names = [name for name in group if name in names[reference]]
+        names_there = [[name for name in group if name in tensors] for tensors in names]
+        shapes = [
+            {tensors[n].shape for n in has} for has, tensors in zip(names_there, names, strict=True)
+        ]
+        if (
+            not output_names
+            or not all(names_there)
+            or any(len(shapes_there) > 1 for shapes_there in shapes)
+        ):
             continue  # no copies; or a source has none of them, which is told like any lack
-        of |= dict.fromkeys(kept[1:], kept[0])
-        lent, dropped = [], []
-        for i, has in enumerate(own):
+        of |= dict.fromkeys(output_names[1:], output_names[0])
+        lenders, droppers = [], []
+        for i, has in enumerate(names_there):
             tensors = names[i]
             source = tensors[has[0]]
             if len(has) > 1:
-                stored += [Copies(source, tensors[n], n not in kept) for n in has[1:]]
-            if has != kept:
-                lent += [sources[i].label] * any(name not in has for name in kept)
-                dropped += [sources[i].label] * any(name not in kept for name in has)
+                stored += [Copies(source, tensors[n], n not in output_names) for n in has[1:]]
+            if has != output_names:
+                lenders += [sources[i].label] * any(name not in has for name in output_names)
+                droppers += [sources[i].label] * any(name not in output_names for name in has)
                 names[i] = {
                     **{name: ref for name, ref in tensors.items() if name not in group},
-                    **{name: tensors.get(name, source) for name in kept},
+                    **{name: tensors.get(name, source) for name in output_names},
                 }
-        if len(kept) > 1 or lent or dropped:
-            notes.append(_told(kept, lent, dropped, sources[reference].label))
+        if len(output_names) > 1 or lenders or droppers:
+            notes.append(_note(output_names, lenders, droppers, sources[reference].label))
     changed = (
-        source if own is source.tensors else replace(source, tensors=own)
-        for source, own in zip(sources, names, strict=True)
+        source if names_there is source.tensors else replace(source, tensors=names_there)
+        for source, names_there in zip(sources, names, strict=True)
     )
     return Aliases(tuple(changed), of, tuple(stored), tuple(notes))
 
 
-def _told(kept: Sequence[str], lent: Sequence[str], dropped: Sequence[str], reference: str) -> str:
-    note = f"{', '.join(kept)}: one tensor, as {reference} stores it"
-    if lent:
-        note += f"; {', '.join(lent)} stores it under fewer names, or others"
-    if dropped:
-        note += f"; further copies of {', '.join(dropped)} are left out"
+def _note(
+    output_names: Sequence[str], lenders: Sequence[str], droppers: Sequence[str], reference: str
+) -> str:
+    note = f"{', '.join(output_names)}: one tensor, as {reference} stores it"
+    if lenders:
+        note += f"; {', '.join(lenders)} stores it under fewer names, or others"
+    if droppers:
+        note += f"; further copies of {', '.join(droppers)} are left out"
     return note
 
 
@@ -110,24 +118,24 @@ def _groups(sources: Sequence[Source], reference: int) -> Iterator[tuple[str, tu
     for source in sources:
         if source.tensors is not shared:
             every |= dict.fromkeys(_candidates(source.tensors.keys() - shared.keys()))
-    known: set[str] = set()
+    grouped: set[str] = set()
     embeddings = [name for name in every if name.endswith(_EMBEDDING)]
     heads = tuple(name for name in every if name.endswith(_HEADS))
     if len(embeddings) == 1 and heads:
-        known |= {embeddings[0], *heads}
+        grouped |= {embeddings[0], *heads}
         yield embeddings[0], heads
     for name in every:
-        end = next((end for end in _BESIDE if _ends(name, end)), None)
+        end = next((end for end in _COPIES_OF if _ends(name, end)), None)
         if end is not None:
             root = name.removesuffix(end)
-            copies = tuple(root + other for other in _BESIDE[end] if root + other in every)
-            if copies and known.isdisjoint(copies):
-                known |= {name, *copies}
+            copies = tuple(root + other for other in _COPIES_OF[end] if root + other in every)
+            if copies and grouped.isdisjoint(copies):
+                grouped |= {name, *copies}
                 yield name, copies
-    yield from _by_class(sources, reference, known)
+    yield from _by_class(sources, reference, grouped)
 
 
-_ENDS = (*_BESIDE, *(end for ends in _BESIDE.values() for end in ends), _EMBEDDING, *_HEADS)
+_ENDS = (*_COPIES_OF, *(end for ends in _COPIES_OF.values() for end in ends), _EMBEDDING, *_HEADS)
 
 
 def _candidates(names: Iterable[str]) -> list[str]:
@@ -136,7 +144,7 @@ def _candidates(names: Iterable[str]) -> list[str]:
 
 
 def _by_class(
-    sources: Sequence[Source], reference: int, known: set[str]
+    sources: Sequence[Source], reference: int, grouped: set[str]
 ) -> Iterator[tuple[str, tuple[str, ...]]]:
     """What the reference's class ties, of tensors that some source lacks."""
     names = sources[reference].tensors
@@ -146,13 +154,13 @@ def _by_class(
     absent = AbsentTensors(sources)
     groups: dict[str, list[str]] = {}
     for name in names:
-        if name in everywhere or name in known or name.endswith(HEADS):
+        if name in everywhere or name in grouped or name.endswith(HEADS):
             continue
         lacking = [i for i, source in enumerate(sources) if name not in source.tensors]
         if absent.by_config(name, reference, lacking):
             continue
         other = class_rules(sources[reference].config).tied_to(name)
-        if other is None or other not in names or other in known:
+        if other is None or other not in names or other in grouped:
             continue
         if names[other].shape == names[name].shape:
             groups.setdefault(other, []).append(name)
@@ -160,11 +168,11 @@ def _by_class(
 
 
 def _ties(source: Source, name: str) -> bool:
-    about = text_config(source.config)
-    if name.endswith("shared.weight") and about.get("model_type") in _ALWAYS:
+    config_part = text_config(source.config)
+    if name.endswith("shared.weight") and config_part.get("model_type") in _ALWAYS:
         return True
-    told = [config.get("tie_word_embeddings") for config in (source.config, about)]
-    return next((bool(word) for word in told if word is not None), True)
+    settings = [config.get("tie_word_embeddings") for config in (source.config, config_part)]
+    return next((bool(word) for word in settings if word is not None), True)
 
 
 def _ends(name: str, end: str) -> bool:

@@ -1,8 +1,8 @@
-"""Sources whose configs give the same weights another meaning: a line for each key that differs.
+"""Configs that give the same weights another meaning: a note for each key that differs.
 
-Keys that are known not to matter are listed; every other key that differs is told. Spellings that
-mean the same are brought to one first: transformers 4 and 5 write rotary embeddings differently,
-and what one config leaves out another may write down.
+Keys that are known not to matter are listed here; every other difference is reported. Two spellings
+of one meaning are brought to one form first: transformers 4 and 5 write rotary embeddings
+differently, and what one config leaves out another may write down.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ _PLAIN: dict[str, Any] = {
 _LENGTH = 60
 
 
-def config_notes(sources: Sequence[Source], donor: int) -> Iterator[str]:
+def config_notes(sources: Sequence[Source], config_source: int) -> Iterator[str]:
     """A line for each key that does not mean the same in all sources, with every value.
 
     Args:
@@ -146,9 +146,9 @@ def config_notes(sources: Sequence[Source], donor: int) -> Iterator[str]:
         if len(values) > 1 and not (
             ("nothing" in values or key in _FOR_ALL) and _alike(key, described, written)
         ):
-            told = "; ".join(f"{', '.join(who)} {value}" for value, who in values.items())
-            whose = sources[donor].label
-            yield f"config.json: {key} differs: {told}; the output has that of {whose}"
+            notes = "; ".join(f"{', '.join(who)} {value}" for value, who in values.items())
+            whose = sources[config_source].label
+            yield f"config.json: {key} differs: {notes}; the output has that of {whose}"
 
 
 def _alike(key: str, sources: Sequence[Source], written: list[_Meaning]) -> bool:
@@ -161,10 +161,10 @@ def _alike(key: str, sources: Sequence[Source], written: list[_Meaning]) -> bool
         written: the configs written out, filled when this is asked for the first time.
     """
     if not written:
-        found = [written_out(source.config) for source in sources]
-        written += [_Meaning(config or {}) for config in found]
+        result = [written_out(source.config) for source in sources]
+        written += [_Meaning(config or {}) for config in result]
     return all(key in item.said for item in written) and (
-        len({_shown(one.said[key]) for one in written}) == 1
+        len({_shown(meaning.said[key]) for meaning in written}) == 1
     )
 
 
@@ -211,10 +211,10 @@ class _Meaning:
         if key in _PLAIN:
             return _PLAIN[key]
         part, _, inner = key.rpartition(".")
-        about = self._config.get(part) if part else self._text
-        if part.startswith("rope_scaling") or not isinstance(about, Mapping):
+        part_config = self._config.get(part) if part else self._text
+        if part.startswith("rope_scaling") or not isinstance(part_config, Mapping):
             return None
-        return _silent(about, inner)
+        return _silent(part_config, inner)
 
 
 def _silent(config: Mapping[str, Any], key: str) -> Any:
@@ -261,29 +261,29 @@ _ROTARY = (
 
 def _rotary(config: Mapping[str, Any]) -> dict[str, Any]:
     """Everything about rotary embeddings, whether it is written as before version 5 or since."""
-    found = {key: config[key] for key in ("rope_theta", "rope_local_base_freq") if key in config}
+    values = {key: config[key] for key in ("rope_theta", "rope_local_base_freq") if key in config}
     share = config.get("partial_rotary_factor", config.get("rotary_pct"))
     if share is not None:
-        found["partial_rotary_factor"] = share
+        values["partial_rotary_factor"] = share
     for key in ("rope_scaling", "rope_parameters"):
-        about = config.get(key)
-        if not isinstance(about, dict):
+        scaling = config.get(key)
+        if not isinstance(scaling, dict):
             continue
-        if about and all(isinstance(item, dict) or item is None for item in about.values()):
+        if scaling and all(isinstance(item, dict) or item is None for item in scaling.values()):
             # One set for each kind of layers, the sliding ones formerly under a key of their own.
-            local = dict(about.get("sliding_attention") or {})
+            local = dict(scaling.get("sliding_attention") or {})
             if "rope_theta" in local:
-                found["rope_local_base_freq"] = local.pop("rope_theta")
-            found |= _scaling(local, "rope_scaling.sliding_attention.")
-            about = about.get("full_attention") or {}
-        found |= _scaling(about, "rope_scaling.")
-    return {key: value for key, value in found.items() if value is not None}
+                values["rope_local_base_freq"] = local.pop("rope_theta")
+            values |= _scaling(local, "rope_scaling.sliding_attention.")
+            scaling = scaling.get("full_attention") or {}
+        values |= _scaling(scaling, "rope_scaling.")
+    return {key: value for key, value in values.items() if value is not None}
 
 
-def _scaling(about: Mapping[str, Any], before: str) -> dict[str, Any]:
+def _scaling(scaling: Mapping[str, Any], before: str) -> dict[str, Any]:
     result: dict[str, Any] = {}
-    kind = about.get("rope_type", about.get("type"))
-    for key, value in about.items():
+    kind = scaling.get("rope_type", scaling.get("type"))
+    for key, value in scaling.items():
         if key in ("rope_theta", "partial_rotary_factor"):
             result[key] = value
         elif key not in ("type", "rope_type"):

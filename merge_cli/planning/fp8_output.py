@@ -1,9 +1,10 @@
-"""`out_dtype: fp8`: which tensors are written in fp8, and what config.json says of it.
+"""`out_dtype: fp8`: which tensors are written in fp8, and what config.json says about it.
 
-The form is DeepSeek's, Qwen's and transformers' (`quant_method: fp8`): E4M3 codes and, for each
-128 x 128 of them, a float32 scale in `NAME_scale_inv`. Which matrices it is good for: those that
-the reference stores in fp8 itself; where it stores none, the linear layers and experts of numbered
-layers, without routers, norms, embeddings, heads, state-space mixers and towers of other senses.
+The format is that of DeepSeek, Qwen and transformers (`quant_method: fp8`): E4M3 codes and, for
+each block of 128 x 128, a float32 scale in `NAME_scale_inv`. Written in fp8 are the matrices that
+the reference stores in fp8. Where it stores none, these are the linear layers and experts of
+numbered layers, without routers, norms, embeddings, heads, state-space mixers, and vision and audio
+towers.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ from typing import Any
 from merge_cli.checkpoint.config import text_config
 from merge_cli.checkpoint.tensors import Tensor
 from merge_cli.errors import Problem
+from merge_cli.formats.fp8 import FP8
+from merge_cli.formats.storage_format import QUANTIZATION
 from merge_cli.planning.plan import Plan, TensorTask
 from merge_cli.recipe.schema import Recipe
 from merge_cli.sources.source import Source
 
-CODES = "F8_E4M3"
-BLOCK = (128, 128)
+CODES, BLOCK = FP8.codes, FP8.block
 # Their layers are stored [in, out] by a class that transformers does not read in fp8.
 _TURNED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 _LAYER = re.compile(r"(^|\.)\d+\.")
@@ -32,19 +34,19 @@ _WHOLE = re.compile(
 )
 
 
-class Fp8:
-    """Decides by the reference and by names."""
+class Fp8Choice:
+    """Which output tensors are written in fp8: decided by the reference and by names."""
 
     def __init__(self, reference: Source) -> None:
-        self._told = any(_in_fp8(tensor) for tensor in reference.tensors.values())
+        self._stores_fp8 = any(_in_fp8(tensor) for tensor in reference.tensors.values())
 
-    def block(self, name: str, like: Tensor) -> tuple[int, int] | None:
+    def block(self, name: str, tensor: Tensor) -> tuple[int, int] | None:
         """Rows and columns that share a scale, of an output tensor; None for one in full."""
-        shape = like.shape
+        shape = tensor.shape
         if len(shape) < 2 or (len(shape) > 2 and shape[-2] % BLOCK[0]):
             return None
-        if self._told:
-            return BLOCK if _in_fp8(like) else None
+        if self._stores_fp8:
+            return BLOCK if _in_fp8(tensor) else None
         linear = len(shape) == 2 and name.endswith(".weight") and bool(_LAYER.search(name))
         even = shape[-2] % BLOCK[0] == 0 and shape[-1] % BLOCK[1] == 0
         layer = (linear and not _WHOLE.search(name)) or bool(_EXPERTS.search(name))
@@ -78,20 +80,13 @@ def described(plan: Plan) -> Plan:
     scaled = [task for task in plan.tasks if task.block]
     if not scaled or not plan.config:
         return plan
-    kept = _modules(task for task in plan.tasks if not task.block)
-    about = {
-        "activation_scheme": "dynamic",
-        "fmt": "e4m3",
-        "modules_to_not_convert": kept,
-        "quant_method": "fp8",
-        "weight_block_size": list(BLOCK),
-    }
+    unconverted = _modules(task for task in plan.tasks if not task.block)
     share = sum(task.size for task in scaled) / max(1, plan.parameter_count)
     note = (
         f"{len(scaled)} matrices ({share:.0%} of the weights) are written in fp8, with a scale for "
         f"each {BLOCK[0]} x {BLOCK[1]}; everything else in its dtype"
     )
-    config = {**plan.config, "quantization_config": about}
+    config = {**plan.config, QUANTIZATION: FP8.settings(unconverted)}
     return replace(plan, config=config, notes=(*plan.notes, note))
 
 

@@ -1,44 +1,27 @@
-"""Tied output heads: making sources agree on whether lm_head is the input embedding.
+"""Output heads: sources agree on whether lm_head is tied to the input embedding.
 
 transformers does not store a tied head. Sources of one family may differ: the base tied, a
-fine-tune not. Then the tied ones lend their embedding as head, the output stores its own, and its
-config says so. Where every config ties, a head that is stored all the same is redundant:
-transformers 4 replaces it when it loads the model, and 5 stores none that is not its own (see
-`Source.ties`).
+fine-tune not. Then the embedding of the tied ones stands in for their head, the output stores its
+own, and its config says so. Where every config ties, a stored head is redundant and left out:
+transformers 4 replaces it when it loads the model, and 5 stores a head only where it is not tied
+(see `Source.ties`).
 
-Stored tensors that are taken for copies of one another, held against each other.
-
-A plan knows names and shapes; whether two tensors are equal is known when they can be read, which
-is before the merge of them begins.
-
-Language models and classifiers beside each other: one body, two kinds of head.
-
-A reward model has `score` where its base has `lm_head`. Their bodies could be merged, their heads
-could not, and leaving one out would make another model of what was asked for.
+Whether two tensors that are taken for copies are equal is not in the headers: `compare_copies`
+reads them, before the merge begins. A classifier is not merged with a language model: one has
+`score` where the other has `lm_head`, and leaving one out would make another model of both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from merge_cli.checkpoint.tensors import Read, Tensor, read_numbers, reading
+from merge_cli.checkpoint.tensors import EMBEDDINGS, Read, Tensor, TensorMap, read_numbers, reading
 from merge_cli.errors import Problem, SourceError
 from merge_cli.lora.heads import is_task_head
 from merge_cli.sources.source import Source
 
 HEADS = ("lm_head.weight", "embed_out.weight")
-EMBEDDINGS = (
-    "embed_tokens.weight",
-    "wte.weight",
-    "embed_in.weight",
-    "shared.weight",
-    "word_embeddings.weight",
-    "tok_embeddings.weight",
-    "embeddings.weight",
-)
-
-View = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -47,12 +30,12 @@ class TiedHeads:
 
     Attributes:
         views: one for each source: name -> tensor, heads added or left out.
-        tied: what the output's config must say; None leaves the donor's word.
+        tied: what the output's config must say; None leaves the config source's word.
         notes: what was done.
         stored: heads that are left out, with the embedding that stands in for each.
     """
 
-    views: tuple[View, ...]
+    views: tuple[TensorMap, ...]
     tied: bool | None
     notes: tuple[str, ...]
     stored: tuple[Copies, ...] = ()
@@ -61,9 +44,9 @@ class TiedHeads:
 def reconcile_heads(sources: Sequence[Source]) -> TiedHeads:
     """Make every source either have the head or not."""
     head = next((n for s in sources for n in s.tensors if n.endswith(HEADS)), None)
-    views: list[View] = [source.tensors for source in sources]
+    tensors: list[TensorMap] = [source.tensors for source in sources]
     if head is None:
-        return TiedHeads(tuple(views), None, ())
+        return TiedHeads(tuple(tensors), None, ())
     stored = [head in source.tensors for source in sources]
     embeddings = [_embedding(source, head) if source.ties(head) else None for source in sources]
     copies = tuple(
@@ -76,33 +59,37 @@ def reconcile_heads(sources: Sequence[Source]) -> TiedHeads:
         if any(stored):
             names = ", ".join(s.label for s, has in zip(sources, stored, strict=True) if has)
             notes = (f"{head}: left out, since every config ties it to the embedding ({names})",)
-        trimmed = tuple({n: r for n, r in view.items() if n != head} for view in views)
+        trimmed = tuple(
+            {n: r for n, r in tensors_there.items() if n != head} for tensors_there in tensors
+        )
         return TiedHeads(trimmed, None, notes, copies)
-    lent = []
+    tied_labels = []
     for i, (source, embedding) in enumerate(zip(sources, embeddings, strict=True)):
         if embedding:  # even where one is stored: loading would replace it
-            views[i] = {**source.tensors, head: source.tensors[embedding]}
-            lent.append(source.label)
+            tensors[i] = {**source.tensors, head: source.tensors[embedding]}
+            tied_labels.append(source.label)
     notes = (
         (
-            f"{head}: {', '.join(lent)} ties it to the embedding, which stands in for it; "
+            f"{head}: {', '.join(tied_labels)} ties it to the embedding, which stands in for it; "
             "the output stores its own",
         )
-        if lent
+        if tied_labels
         else ()
     )
-    return TiedHeads(tuple(views), False if lent else None, notes, copies)
+    return TiedHeads(tuple(tensors), False if tied_labels else None, notes, copies)
 
 
 def _embedding(source: Source, head: str) -> str | None:
     """The input embedding that a tied head would be; its shape is the head's where both exist."""
-    found = [n for n, r in source.tensors.items() if n.endswith(EMBEDDINGS) and len(r.shape) == 2]
+    candidates = [
+        n for n, r in source.tensors.items() if n.endswith(EMBEDDINGS) and len(r.shape) == 2
+    ]
     stored = source.tensors.get(head)
     if stored is not None:
-        found = [name for name in found if source.tensors[name].shape == stored.shape]
+        candidates = [name for name in candidates if source.tensors[name].shape == stored.shape]
     # Encoders of multimodal models have embeddings, too; the head's neighbours come first.
     root = head.rpartition("lm_head")[0]
-    return min(found, key=lambda name: (not name.startswith(root), len(name)), default=None)
+    return min(candidates, key=lambda name: (not name.startswith(root), len(name)), default=None)
 
 
 _AT_ONCE = 1 << 20  # elements
@@ -133,21 +120,21 @@ def compare_copies(copies: Sequence[Copies]) -> tuple[str, ...]:
     notes = []
     with reading() as read:
         for pair in copies:
-            place = _first_difference(pair, read)
-            if place is None:
+            element = _first_difference(pair, read)
+            if element is None:
                 continue
-            one, other = pair.one, pair.other
-            message = f"differs from {one.name} (first at element {place}): it is no copy of it"
+            first, second = pair.one, pair.other
+            message = f"differs from {first.name} (first at element {element}): it is no copy of it"
             if pair.dropped and not pair.tied:
                 hint = "Merge with a base that stores both; or remove it, if it is not meant."
-                raise SourceError(message, model=other.model, tensor=other.name, hint=hint)
+                raise SourceError(message, model=second.model, tensor=second.name, hint=hint)
             done = "and is merged by itself"
             if pair.tied:
                 done = (
                     "and is left out all the same, since the config ties them; if it is meant, say "
                     "`tie_word_embeddings: false` in the model's config.json"
                 )
-            notes.append(f"{other.model}: {other.name} {message}, {done}")
+            notes.append(f"{second.model}: {second.name} {message}, {done}")
     return tuple(notes)
 
 
@@ -158,9 +145,9 @@ def _first_difference(pair: Copies, read: Read) -> int | None:
         return 0
     for start in range(0, pair.one.size, _AT_ONCE):
         count = min(_AT_ONCE, pair.one.size - start)
-        one, other = (read_numbers(read, t, start, count) for t in (pair.one, pair.other))
-        if not np.array_equal(one, other, equal_nan=True):
-            return start + int(np.flatnonzero(~((one == other) | np.isnan(one)))[0])
+        first, second = (read_numbers(read, t, start, count) for t in (pair.one, pair.other))
+        if not np.array_equal(first, second, equal_nan=True):
+            return start + int(np.flatnonzero(~((first == second) | np.isnan(first)))[0])
     return None
 
 

@@ -1,13 +1,12 @@
-"""Where a tensor stands in its model: found in its name, so that any architecture will do.
+"""Layers and modules, read from tensors' names, so that any architecture will do.
 
 The first number in a name is its layer: `model.layers.7.mlp.up_proj.weight` is layer 7 of the
-stack `model.layers`. A model may have several stacks (encoder and decoder, vision and text); the
-one that recipes slice is the one with as many layers as the config says. A number of more than
-five digits is no layer's: loops run over layers.
+stack `model.layers`. A model may have several stacks (encoder and decoder, vision and text);
+`layer_range` counts in the one that has as many layers as the config says. A number of more than
+five digits is no layer's, since loops run over layers.
 
-Which tensors a `modules:` section means, found in their names, so that any architecture will do.
-
-A module goes by mergekit's name for it or by a part of the tensors' own names, between dots:
+A module of a `modules:` section goes by mergekit's name for it, or by a part of the tensors' own
+names, between dots:
 
     text_decoder, vision_tower, multi_modal_projector, audio_tower    by what a multimodal name says
     shared                    of encoder-decoder models: the shared embedding and the output head
@@ -59,22 +58,22 @@ class LayerKeys(dict[str, LayerKey | None]):
     """`place_of` for the names of several models, which share most of them: found once."""
 
     def __missing__(self, name: str) -> LayerKey | None:
-        place = self[name] = layer_key_of(name)
-        return place
+        key = self[name] = layer_key_of(name)
+        return key
 
 
-def layer_stacks(names: Iterable[str], places: LayerKeys | None = None) -> dict[str, int]:
+def layer_stacks(names: Iterable[str], layer_keys: LayerKeys | None = None) -> dict[str, int]:
     """Every stack and its number of layers."""
-    known = LayerKeys() if places is None else places
-    return heights(known[name] for name in names)
+    keys = LayerKeys() if layer_keys is None else layer_keys
+    return heights(keys[name] for name in names)
 
 
-def heights(places: Iterable[LayerKey | None]) -> dict[str, int]:
+def heights(layer_keys: Iterable[LayerKey | None]) -> dict[str, int]:
     """Every stack among these places and its number of layers."""
     result: dict[str, int] = {}
-    for place in places:
-        if place and place.index >= result.get(place.stack, 0):
-            result[place.stack] = place.index + 1
+    for key in layer_keys:
+        if key and key.index >= result.get(key.stack, 0):
+            result[key.stack] = key.index + 1
     return result
 
 
@@ -93,20 +92,20 @@ def comes_after_layers(name: str, stack: str) -> bool:
 
 
 def main_stack(
-    names: Iterable[str], config: Mapping[str, Any], places: LayerKeys | None = None
+    names: Iterable[str], config: Mapping[str, Any], layer_keys: LayerKeys | None = None
 ) -> str | None:
     """The stack that `layer_range` counts in; None where it is not clear which."""
-    return _main_stack(layer_stacks(names, places), config)
+    return _main_stack(layer_stacks(names, layer_keys), config)
 
 
-def _main_stack(found: Mapping[str, int], config: Mapping[str, Any]) -> str | None:
+def _main_stack(layer_counts: Mapping[str, int], config: Mapping[str, Any]) -> str | None:
     count = layer_count(config)
-    described = model_heights(found, config)
-    fitting = [stack for stack, layers in described.items() if layers == count]
+    described_counts = model_heights(layer_counts, config)
+    fitting = [stack for stack, layers in described_counts.items() if layers == count]
     if len(fitting) == 1:
         return fitting[0]
-    if not fitting and len(found) == 1:
-        return next(iter(found))
+    if not fitting and len(layer_counts) == 1:
+        return next(iter(layer_counts))
     return None
 
 
@@ -119,23 +118,25 @@ class LayerIndex:
         layers: how many of it slices may take: all but those for multi-token prediction.
     """
 
-    def __init__(self, names: Iterable[str], config: Mapping[str, Any], places: LayerKeys) -> None:
-        self._names, self._all_places = tuple(names), places
-        self.stacks = heights(places[name] for name in self._names)
+    def __init__(
+        self, names: Iterable[str], config: Mapping[str, Any], layer_keys: LayerKeys
+    ) -> None:
+        self._names, self._layer_keys = tuple(names), layer_keys
+        self.stacks = heights(layer_keys[name] for name in self._names)
         self.main = _main_stack(self.stacks, config)
-        height = self.stacks.get(self.main, 0) if self.main is not None else 0
-        behind = predicting_layers(config)
-        self.layers = height - behind if height - behind == layer_count(config) else height
+        layers = self.stacks.get(self.main, 0) if self.main is not None else 0
+        predicting = predicting_layers(config)
+        self.layers = layers - predicting if layers - predicting == layer_count(config) else layers
         # Numbers of tensors, by layer of the main stack and outside of it: a slice looks at its
         # own alone, so that many slices of a model take no longer than the model whole.
         self._layers: dict[int, list[int]] = {}
         self._before: list[int] = []
         self._after: list[int] = []
         for number, name in enumerate(self._names):
-            place = places[name]
-            if place is not None and place.stack == self.main:
-                self._layers.setdefault(place.index, []).append(number)
-            elif place is None and self.main is not None and comes_after_layers(name, self.main):
+            key = layer_keys[name]
+            if key is not None and key.stack == self.main:
+                self._layers.setdefault(key.index, []).append(number)
+            elif key is None and self.main is not None and comes_after_layers(name, self.main):
                 self._after.append(number)
             else:
                 self._before.append(number)
@@ -155,20 +156,20 @@ class LayerIndex:
         )
         for number in sorted(chosen):
             name = self._names[number]
-            place = self._all_places[name]
-            yield name, place if place is not None and place.stack == self.main else None
+            key = self._layer_keys[name]
+            yield name, key if key is not None and key.stack == self.main else None
 
 
 @dataclass(frozen=True, slots=True)
 class LayerPosition:
-    """A layer of a piece of the output.
+    """A layer of a slice of the output.
 
     Attributes:
         group: what the report sums over: the layer, or the name of a tensor that has none.
-        position: the layer's place in its piece, 0 (first, or no layer) to 1 (last, or the only
+        position: the layer's place in its slice, 0 (first, or no layer) to 1 (last, or the only
             one: a gradient's last value, as in mergekit).
         beyond: whether it stands behind the model's last layer.
-        layer: its number within the piece, where that is a slice of a stack.
+        layer: its number within the slice, where that is a slice of a stack.
     """
 
     group: str
@@ -178,52 +179,52 @@ class LayerPosition:
 
 
 class LayerPositions:
-    """The layers of a piece, each found once for all of its tensors.
+    """The layers of a slice, each found once for all of its tensors.
 
     Args:
         heights: every stack's number of layers, in the output; what stands above that (layers for
             predicting several tokens, behind the model's last) is at the end.
         stack: the one that slices are cut from, where there are slices.
-        start: the piece's first layer in it.
+        start: the slice's first layer in it.
     """
 
     def __init__(self, heights: Mapping[str, int], stack: str | None, start: int) -> None:
         self._heights, self._stack, self._start = heights, stack, start
-        self._known: dict[tuple[str, int], LayerPosition] = {}
+        self._positions: dict[tuple[str, int], LayerPosition] = {}
 
-    def of(self, place: LayerKey) -> LayerPosition:
-        layer = place.stack, place.index
-        seat = self._known.get(layer)
-        if seat is None:
-            seat = self._known[layer] = self._find(place)
-        return seat
+    def of(self, key: LayerKey) -> LayerPosition:
+        layer = key.stack, key.index
+        position = self._positions.get(layer)
+        if position is None:
+            position = self._positions[layer] = self._find(key)
+        return position
 
-    def _find(self, place: LayerKey) -> LayerPosition:
-        sliced = place.stack == self._stack
+    def _find(self, key: LayerKey) -> LayerPosition:
+        sliced = key.stack == self._stack
         first = self._start if sliced else 0
-        last = self._heights[place.stack] - first - 1
-        group = f"{place.stack}.{place.index}".lstrip(".")
-        layer = place.index - first if sliced else None
-        if place.index >= self._heights[place.stack]:
+        last = self._heights[key.stack] - first - 1
+        group = f"{key.stack}.{key.index}".lstrip(".")
+        layer = key.index - first if sliced else None
+        if key.index >= self._heights[key.stack]:
             return LayerPosition(group, 1.0, beyond=True, layer=layer)
         # One number alone is a layer where nothing is taller: `projector.0` beside layers is none.
         alone = 1.0 if sliced or max(self._heights.values()) == 1 else 0.0
-        position = (place.index - first) / last if last > 0 else alone
+        position = (key.index - first) / last if last > 0 else alone
         return LayerPosition(group, position, layer=layer)
 
 
-def model_heights(found: Mapping[str, int], config: Mapping[str, Any]) -> dict[str, int]:
+def model_heights(layer_counts: Mapping[str, int], config: Mapping[str, Any]) -> dict[str, int]:
     """The number of layers of every stack of a model: the config's word where it is lower.
 
     Args:
         found: the numbers of layers that the names make.
     """
     count = layer_count(config)
-    text = {stack: found[stack] for stack in found if kind_of(f"{stack}.") == TEXT}
+    text = {stack: layer_counts[stack] for stack in layer_counts if kind_of(f"{stack}.") == TEXT}
     if not count or count in text.values() or config.get("is_encoder_decoder"):
-        return dict(found)
+        return dict(layer_counts)
     above = [stack for stack, layers in text.items() if layers > count]
-    return {**found, above[0]: count} if len(above) == 1 else dict(found)
+    return {**layer_counts, above[0]: count} if len(above) == 1 else dict(layer_counts)
 
 
 TEXT, DEFAULT, SHARED = "text_decoder", "default", "shared"

@@ -1,9 +1,9 @@
-"""The same weights laid out otherwise: experts one by one or stacked, and names that have changed.
+"""The same weights in another layout: experts one by one or stacked, and names that have changed.
 
 transformers 5 keeps the experts of a layer in two stacked tensors, `experts.gate_up_proj` (experts,
 gate above up, inputs) and `experts.down_proj`; files have them so, or one by one as transformers 4
-saved them. Sources take the layout of the reference while they are read, in either direction. Old
-names (`LayerNorm.gamma`, `weight_g`, `block_sparse_moe`) become the reference's.
+saved them. Every source takes the layout of the reference while it is read, in either direction.
+Old names (`LayerNorm.gamma`, `weight_g`, `block_sparse_moe`) become the reference's.
 """
 
 from __future__ import annotations
@@ -51,26 +51,32 @@ class RelaidModel:
 
 def lay_out_alike(sources: Sequence[Source], reference: int) -> RelaidModel:
     """Bring every source into the layout of the reference."""
-    like = sources[reference]
-    found, told = list(sources), dict[str, list[str]]()
+    reference_source = sources[reference]
+    relaid, labels_by_line = list(sources), dict[str, list[str]]()
     keys: frozenset[str] = frozenset()
     for i, source in enumerate(sources):
-        if source.tensors.keys() <= like.tensors.keys() or like.config.get("model_type") in _TURNED:
+        if (
+            source.tensors.keys() <= reference_source.tensors.keys()
+            or reference_source.config.get("model_type") in _TURNED
+        ):
             continue
-        keys = keys or frozenset(map(_key, like.tensors))
+        keys = keys or frozenset(map(_key, reference_source.tensors))
         tensors, lines = _converted(source.tensors, keys)
         if lines:
-            found[i] = replace(source, tensors=tensors)
+            relaid[i] = replace(source, tensors=tensors)
             for line in lines:
-                told.setdefault(line, []).append(source.label)
-    notes = (f"{', '.join(who)}: {line.format(like.label)}" for line, who in told.items())
-    return RelaidModel(tuple(found), tuple(notes))
+                labels_by_line.setdefault(line, []).append(source.label)
+    notes = (
+        f"{', '.join(who)}: {line.format(reference_source.label)}"
+        for line, who in labels_by_line.items()
+    )
+    return RelaidModel(tuple(relaid), tuple(notes))
 
 
 def _key(name: str) -> str:
     """What is looked for in the reference: a name without its layer, and what stands before it."""
-    place = layer_key_of(name)
-    return place.rest if place else ".".join(name.split(".")[-3:])
+    key = layer_key_of(name)
+    return key.rest if key else ".".join(name.split(".")[-3:])
 
 
 def _converted(
@@ -95,18 +101,18 @@ def _converted(
                 "experts are stored in stacks; taken one by one while they are read, as in {}"
             ] = None
     rules: dict[str, None] = {}
-    kept: dict[str, Tensor] = {}
+    unchanged: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if name in taken:
             continue
         new = None if _key(name) in keys else _renamed(name, keys)
-        if new and new[0] not in tensors and new[0] not in kept:
+        if new and new[0] not in tensors and new[0] not in unchanged:
             rules |= dict.fromkeys(new[1])
             name = new[0]
-        kept[name] = tensor
+        unchanged[name] = tensor
     if rules:
         lines[f"other names of the same tensors: {', '.join(rules)}, as in {{}}"] = None
-    return {**kept, **made}, list(lines)
+    return {**unchanged, **made}, list(lines)
 
 
 def _modules(tensors: Mapping[str, Tensor]) -> dict[str, dict[int, dict[str, Tensor]]]:
@@ -171,7 +177,7 @@ def _cut_up(name: str, tensor: Tensor, keys: Collection[str]) -> dict[str, Tenso
     for module in _variants(f"{match['module']}."):
         for names in _NAMES:
             called = [names[_NAMES[0].index(role)] for role in roles]
-            if all(_key(f"{module}0.{one}.weight") in keys for one in called):
+            if all(_key(f"{module}0.{role_name}.weight") in keys for role_name in called):
                 targets = [f"{module}{n}.{item}.weight" for n in range(experts) for item in called]
                 return {
                     target: cut(tensor, target, i * rows * columns, (rows, columns))
@@ -191,7 +197,7 @@ def _variants(name: str) -> dict[str, list[str]]:
     result: dict[str, list[str]] = {name: []}
     latest = [name]
     for _ in range(_STEPS):
-        steps = [(one, new, rule) for one in latest for new, rule in _steps(one)]
+        steps = [(spelling, new, rule) for spelling in latest for new, rule in _steps(spelling)]
         latest = []
         for item, new, rule in steps:
             if new not in result:

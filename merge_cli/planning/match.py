@@ -1,6 +1,6 @@
-"""Matching tensors across sources by name: which ones make which output tensor, and what is wrong.
+"""Match tensors across sources by name: which ones make which output tensor, and what does not fit.
 
-Everything that does not fit is collected, so that one look shows all of it.
+Problems are collected, so that one run reports all of them.
 """
 
 from __future__ import annotations
@@ -11,11 +11,10 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
 
-from merge_cli.checkpoint.headers import MERGEABLE
-from merge_cli.checkpoint.tensors import Tensor
+from merge_cli.checkpoint.dtypes import MERGEABLE
+from merge_cli.checkpoint.tensors import Tensor, TensorMap
 from merge_cli.errors import Problem
 from merge_cli.planning.absent import BUFFER, AbsentTensors, in_short
-from merge_cli.planning.heads import View
 from merge_cli.planning.layers import (
     LayerIndex,
     LayerKeys,
@@ -40,7 +39,7 @@ class TensorMatch(NamedTuple):
     """One output tensor.
 
     Attributes:
-        seat: its layer and the layer's place in the piece.
+        seat: its layer and the layer's place in the slice.
         operands, base: the tensors of the formula; for a copy, the one that is copied.
         source: index of the source that `operands[0]` is from.
         copied: why it is copied, whatever the method; empty where it is merged.
@@ -85,7 +84,7 @@ class Model:
     """A source with the tensors that it is taken to have (see heads.py)."""
 
     source: Source
-    view: View
+    view: TensorMap
     places: LayerKeys
 
     @property
@@ -99,136 +98,150 @@ class Model:
 
     def parts(self, modules: Sequence[str]) -> dict[str, Model]:
         """The model's modules, as models; what none of them has goes by an empty name."""
-        found = {name: members(name, modules, self.view) for name in modules}
-        taken = {name for names in found.values() for name in names}
-        found[""] = tuple(name for name in self.view if name not in taken)
+        members_of = {name: members(name, modules, self.view) for name in modules}
+        taken = {name for names in members_of.values() for name in names}
+        members_of[""] = tuple(name for name in self.view if name not in taken)
         return {
             module: replace(self, view={name: self.view[name] for name in names})
-            for module, names in found.items()
+            for module, names in members_of.items()
         }
 
 
 def match_pieces(
-    pieces: Sequence[OutputSlice], sources: Sequence[Source], views: Sequence[View]
+    slices: Sequence[OutputSlice], sources: Sequence[Source], views: Sequence[TensorMap]
 ) -> TensorMatches:
-    """Find every tensor of every piece in its sources, and what does not fit.
+    """Find every tensor of every slice in its sources, and what does not fit.
 
     Args:
         views: for each source, the tensors that it is taken to have.
     """
     matches, absent = TensorMatches(), AbsentTensors(sources)
-    places = matches.places
-    models = [Model(source, view, places) for source, view in zip(sources, views, strict=True)]
-    modules = list(dict.fromkeys(piece.module for piece in pieces if piece.module))
+    layer_keys = matches.places
+    models = [Model(source, view, layer_keys) for source, view in zip(sources, views, strict=True)]
+    modules = list(
+        dict.fromkeys(output_slice.module for output_slice in slices if output_slice.module)
+    )
     parts = [model.parts(modules) if modules else {} for model in models]
-    matches.problems += _module_problems(pieces, models, parts)
-    for piece in pieces:
-        if piece.left_over:
-            matches.found += _left_over(piece, parts[piece.reference.source][""])
+    matches.problems += _module_problems(slices, models, parts)
+    for output_slice in slices:
+        if output_slice.left_over:
+            matches.found += _left_over(output_slice, parts[output_slice.reference.source][""])
             continue
-        of_module = [part[piece.module] for part in parts] if piece.module else models
-        _match_piece(piece, of_module, places, absent, matches)
+        of_module = [part[output_slice.module] for part in parts] if output_slice.module else models
+        _match_slice(output_slice, of_module, layer_keys, absent, matches)
     return matches
 
 
 def _module_problems(
-    pieces: Sequence[OutputSlice], models: Sequence[Model], parts: Sequence[Mapping[str, Model]]
+    slices: Sequence[OutputSlice], models: Sequence[Model], parts: Sequence[Mapping[str, Model]]
 ) -> list[Problem]:
     """Modules that a source has not, and tensors that two modules have."""
-    found = {}
-    for piece in pieces:
-        for member in piece.members if piece.module else ():
-            model, view = models[member.source], parts[member.source][piece.module or ""].view
-            if not view:
-                key = piece.key.partition(f".{piece.module}.")[0] + f".{piece.module}"
-                message = f"{model.label} has no tensors of a module '{piece.module}'."
-                hint = nearest(piece.module or "", known_modules(model.view))
-                found[message] = Problem(message, key, hint=hint)
+    problems = {}
+    for output_slice in slices:
+        for member in output_slice.members if output_slice.module else ():
+            model, tensors = (
+                models[member.source],
+                parts[member.source][output_slice.module or ""].view,
+            )
+            if not tensors:
+                key = (
+                    output_slice.key.partition(f".{output_slice.module}.")[0]
+                    + f".{output_slice.module}"
+                )
+                message = f"{model.label} has no tensors of a module '{output_slice.module}'."
+                hint = nearest(output_slice.module or "", known_modules(model.view))
+                problems[message] = Problem(message, key, hint=hint)
             for other, part in parts[member.source].items():
-                shared = next((name for name in part.view if name in view), None)
-                if other not in (piece.module, "") and shared is not None:
-                    one, two = sorted((piece.module or "", other))
-                    message = f"belongs to '{one}' and to '{two}' of the recipe's modules"
-                    found.setdefault(f"{one} {two}", Problem(message, shared))
-    return list(found.values())
+                shared = next((name for name in part.view if name in tensors), None)
+                if other not in (output_slice.module, "") and shared is not None:
+                    first, second = sorted((output_slice.module or "", other))
+                    message = f"belongs to '{first}' and to '{second}' of the recipe's modules"
+                    problems.setdefault(f"{first} {second}", Problem(message, shared))
+    return list(problems.values())
 
 
-def _left_over(piece: OutputSlice, model: Model) -> Iterator[TensorMatch]:
+def _left_over(output_slice: OutputSlice, model: Model) -> Iterator[TensorMatch]:
     """Copies of what no listed module has."""
     why = f"in none of the recipe's modules: copied from {model.label}"
     for name, ref in model.view.items():
-        place = model.places[name]
-        group = f"{place.stack}.{place.index}".lstrip(".") if place else name
+        key = model.places[name]
+        group = f"{key.stack}.{key.index}".lstrip(".") if key else name
         yield TensorMatch(
-            name, piece, LayerPosition(group), (ref,), None, piece.reference.source, why
+            name,
+            output_slice,
+            LayerPosition(group),
+            (ref,),
+            None,
+            output_slice.reference.source,
+            why,
         )
 
 
-def _match_piece(
-    piece: OutputSlice,
+def _match_slice(
+    output_slice: OutputSlice,
     models: Sequence[Model],
-    places: LayerKeys,
+    layer_keys: LayerKeys,
     absent: AbsentTensors,
     into: TensorMatches,
 ) -> None:
-    offers: list[View] = []
-    for operand in piece.members:
-        offer = _offered(piece, operand, models[operand.source], into)
-        if offer is None:
+    candidates: list[TensorMap] = []
+    for operand in output_slice.members:
+        tensors = _offered(output_slice, operand, models[operand.source], into)
+        if tensors is None:
             return
-        offers.append(offer)
-    labels = [models[member.source].label for member in piece.members]
-    sliced = piece.reference.layers is not None
-    stack = models[piece.reference.source].anatomy.main if sliced else None
-    layers = heights(places[name] for name in offers[0])
+        candidates.append(tensors)
+    labels = [models[member.source].label for member in output_slice.members]
+    sliced = output_slice.reference.layers is not None
+    stack = models[output_slice.reference.source].anatomy.main if sliced else None
+    layers = heights(layer_keys[name] for name in candidates[0])
     if not sliced:
-        layers = model_heights(layers, models[piece.reference.source].source.config)
-    seats = LayerPositions(layers, stack, piece.start)
-    for name in offers[0]:
+        layers = model_heights(layers, models[output_slice.reference.source].source.config)
+    positions = LayerPositions(layers, stack, output_slice.start)
+    for name in candidates[0]:
         if name.endswith(_LEFT_OUT):
             into.told("left out", BUFFER, name)
             continue
-        place = places[name]
-        seat = seats.of(place) if place else LayerPosition(name)
-        refs = [offer.get(name) for offer in offers]
-        if None in refs and not _is_copied(piece, name, refs, labels, absent, into):
+        key = layer_keys[name]
+        position = positions.of(key) if key else LayerPosition(name)
+        refs = [tensors.get(name) for tensors in candidates]
+        if None in refs and not _is_copied(output_slice, name, refs, labels, absent, into):
             continue
-        _match_tensor(piece, name, seat, refs, labels, into)
-    _report_extra(piece, labels, offers, absent, into)
+        _match_tensor(output_slice, name, position, refs, labels, into)
+    _report_extra(output_slice, labels, candidates, absent, into)
 
 
 def _offered(
-    piece: OutputSlice, operand: SliceOperand, model: Model, into: TensorMatches
-) -> View | None:
-    """What a source gives to a piece, by output name; None (and a problem) if it cannot."""
+    output_slice: OutputSlice, operand: SliceOperand, model: Model, into: TensorMatches
+) -> TensorMap | None:
+    """What a source gives to a slice, by output name; None (and a problem) if it cannot."""
     if operand.layers is None:
         return model.view
-    anatomy = model.anatomy
-    if anatomy.main is None:
-        message = f"{model.label}: cannot tell which of {sorted(anatomy.stacks)} its layers are"
-        into.problems.append(Problem(message, piece.key))
+    layer_index = model.anatomy
+    if layer_index.main is None:
+        message = f"{model.label}: cannot tell which of {sorted(layer_index.stacks)} its layers are"
+        into.problems.append(Problem(message, output_slice.key))
         return None
     low, high = operand.layers
-    have = anatomy.layers
-    if high > have:
-        message = f"{model.label} has {have} layers, not {high}"
-        if high <= anatomy.stacks.get(anatomy.main, 0):
+    layer_count = layer_index.layers
+    if high > layer_count:
+        message = f"{model.label} has {layer_count} layers, not {high}"
+        if high <= layer_index.stacks.get(layer_index.main, 0):
             message += ": what is behind them predicts further tokens"
         into.problems.append(Problem(message, f"{operand.spec.key}.layer_range"))
         return None
-    cut = anatomy.cut(range(low, high), first=piece.first, last=piece.last)
-    shift = piece.start - low
+    cut = layer_index.cut(range(low, high), first=output_slice.first, last=output_slice.last)
+    shift = output_slice.start - low
     # Every source comes to the same new names: one string serves them all.
     return {
-        sys.intern(place.name(place.index + shift)) if place else name: model.view[name]
-        for name, place in cut
+        sys.intern(key.name(key.index + shift)) if key else name: model.view[name]
+        for name, key in cut
     }
 
 
 def _match_tensor(
-    piece: OutputSlice,
+    output_slice: OutputSlice,
     name: str,
-    seat: LayerPosition,
+    position: LayerPosition,
     refs: Sequence[Tensor | None],
     labels: Sequence[str],
     into: TensorMatches,
@@ -249,16 +262,20 @@ def _match_tensor(
                 return
         why = f"{present[0].dtype} is not merged: copied"
     if why:
-        donor = piece.reference.source  # has it: its names are the ones that are looked for
-        into.found.append(TensorMatch(name, piece, seat, (present[0],), None, donor, why))
+        reference = (
+            output_slice.reference.source
+        )  # has it: its names are the ones that are looked for
+        into.found.append(
+            TensorMatch(name, output_slice, position, (present[0],), None, reference, why)
+        )
         return
-    base = present.pop(0) if piece.base else None
-    source = piece.operands[0].source
-    into.found.append(TensorMatch(name, piece, seat, tuple(present), base, source))
+    base = present.pop(0) if output_slice.base else None
+    source = output_slice.operands[0].source
+    into.found.append(TensorMatch(name, output_slice, position, tuple(present), base, source))
 
 
 def _is_copied(
-    piece: OutputSlice,
+    output_slice: OutputSlice,
     name: str,
     refs: Sequence[Tensor | None],
     labels: Sequence[str],
@@ -268,11 +285,11 @@ def _is_copied(
     """Whether a tensor that some sources lack is the reference's; a problem for each if not."""
     lacking = {
         member.source: label
-        for member, label, ref in zip(piece.members, labels, refs, strict=True)
+        for member, label, ref in zip(output_slice.members, labels, refs, strict=True)
         if ref is None
     }
-    sliced = piece.reference.layers is not None
-    why = absent.why_copied(name, piece.reference.source, lacking, sliced=sliced)
+    sliced = output_slice.reference.layers is not None
+    why = absent.why_copied(name, output_slice.reference.source, lacking, sliced=sliced)
     if why:
         who = ", ".join(lacking.values())
         verb = "lacks" if len(lacking) == 1 else "lack"
@@ -305,21 +322,21 @@ def _is_vocabulary(name: str, refs: Sequence[Tensor]) -> bool:
 
 
 def _report_extra(
-    piece: OutputSlice,
+    output_slice: OutputSlice,
     labels: Sequence[str],
-    offers: Sequence[View],
+    candidates: Sequence[TensorMap],
     absent: AbsentTensors,
     into: TensorMatches,
 ) -> None:
     """Tensors that some source has and the reference lacks: none is dropped without a word."""
-    reference, sliced = offers[0], piece.reference.layers is not None
+    reference, sliced = candidates[0], output_slice.reference.layers is not None
     seen: set[tuple[str, str]] = set()
-    for member, label, offer in zip(piece.members, labels, offers, strict=True):
-        for name in offer:
+    for member, label, tensors in zip(output_slice.members, labels, candidates, strict=True):
+        for name in tensors:
             if name in reference or (label, name) in seen:
                 continue
             seen.add((label, name))
-            both = piece.reference.source, member.source
+            both = output_slice.reference.source, member.source
             why = absent.why_left_out(name, *both, sliced=sliced)
             if why:
                 into.told(f"{label} has it, {labels[0]} does not: left out", why, name)

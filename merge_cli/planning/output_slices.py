@@ -1,6 +1,7 @@
-"""Stacked layers: which pieces of the output the config's lists and counts of layers follow.
+"""The slices of the output: runs of layers, and the layers of the sources that they are made of.
 
-The pieces of an output: runs of layers, and which layers of which sources they are made of.
+A recipe without `slices:` or `modules:` has one slice, the whole model. Where slices move layers,
+the lists and counts of layers in config.json have to follow (`stacked_slices`, `origins_of`).
 """
 
 from __future__ import annotations
@@ -27,110 +28,9 @@ from merge_cli.recipe.schema import Recipe, SliceSpec, SourceSpec
 from merge_cli.sources.source import Source
 
 
-def stacked_slices(
-    recipe: Recipe, pieces: Sequence[OutputSlice], sources: Sequence[Source]
-) -> list[OutputSlice]:
-    """The pieces whose layers are not where they were; none where every layer is.
-
-    Raises:
-        RecipeError: layers of a module that config.json does not describe, as far as it is known
-            here, are added, left out or moved.
-    """
-    if not recipe.modules:
-        return list(pieces) if recipe.slices else []
-    listed = [module.name for module in recipe.modules]
-    keys = {module.name: module.key for module in recipe.modules}
-    moved: list[list[OutputSlice]] = []
-    problems: list[Problem] = []
-    for module, group in groupby(pieces, key=lambda piece: piece.module):
-        own = list(group)
-        spans = [piece.reference.layers for piece in own if piece.reference.layers]
-        if module is None or not spans:
-            continue
-        source = sources[own[0].reference.source]
-        names = members(module, listed, source.tensors)
-        stack = main_stack(names, source.config) or ""
-        layers = [layer for span in spans for layer in range(*span)]
-        if layers == list(range(layer_stacks(names).get(stack, 0))):
-            continue
-        if kind_of(stack) == TEXT and not source.config.get("is_encoder_decoder"):
-            moved.append(own)
-            continue
-        message = f"the layers of '{module}' cannot be added to, left out or moved in this version:"
-        hint = "config.json would not say so. List all of them in their order."
-        problems.append(recipe.problem(keys[module], message, hint))
-    if len(moved) > 1:
-        several = [str(own[0].module) for own in moved]
-        message = f"config.json counts the layers of one of {', '.join(several)}, not of all."
-        problems.append(recipe.problem(keys[several[-1]], message))
-    if problems:
-        raise RecipeError(problems)
-    return moved[0] if moved else []
-
-
-def origins_of(
-    pieces: Sequence[OutputSlice],
-    sources: Sequence[Source],
-    places: LayerKeys,
-    doubts: Sequence[str],
-) -> Origins:
-    """Where each output layer comes from.
-
-    Args:
-        places: of names that are known already.
-        doubts: rules by position that they may not follow; filled later.
-    """
-    found: list[tuple[Source, int]] = []
-    for piece in pieces:
-        layers = piece.reference.layers
-        assert layers is not None, "every source of a slice has a layer_range"
-        found.extend((sources[piece.reference.source], layer) for layer in range(*layers))
-    first = sources[pieces[0].reference.source]
-    stack = main_stack(first.tensors, first.config, places) or ""
-    return Origins(stack, found, doubts)
-
-
-def described(origins: Origins) -> list[tuple[dict[str, object], int]]:
-    """For each output layer, whose config describes it and which layer it is there."""
-    configs = {source.label: source for source, _ in origins.layers}
-    explicit = {label: with_layer_types(s.config, s.root) for label, s in configs.items()}
-    return [(explicit[source.label], layer) for source, layer in origins.layers]
-
-
-def left_out(
-    config: Mapping[str, Any],
-    pieces: Sequence[OutputSlice],
-    sources: Sequence[Source],
-    places: LayerKeys,
-) -> tuple[dict[str, Any], list[str]]:
-    """Layers behind the last one (for multi-token prediction), which no slice can take.
-
-    Returns:
-        the config, which promises none of them any more, and notes.
-    """
-    changed: dict[str, Any] = json.loads(json.dumps(config))
-    part, notes = text_config(changed), []
-    for source in {
-        sources[piece.reference.source].label: sources[piece.reference.source] for piece in pieces
-    }.values():
-        result = layer_stacks(source.tensors, places)
-        stack = main_stack(source.tensors, source.config, places) or ""
-        height, count = result.get(stack, 0), layer_count(source.config)
-        behind = predicting_layers(source.config)
-        if behind and count is not None and height == count + behind:
-            notes.append(
-                f"{source.label}: left out {stack}.{count} and what is behind it, which "
-                "predicts further tokens and is no layer of the stack"
-            )
-            for key in PREDICTING:
-                if type(part.get(key)) is int:
-                    part[key] = 0
-    return changed, notes
-
-
 @dataclass(frozen=True)
 class SliceOperand:
-    """One source's part in a piece. The same source may take part twice, with other layers.
+    """One source's part in a slice. The same source may take part twice, with other layers.
 
     Attributes:
         source: its index among the opened sources.
@@ -151,7 +51,7 @@ class OutputSlice:
     Attributes:
         spec: the recipe's slice; None for a merge of whole models.
         operands: in the formula's order.
-        first, last: whether tensors before and after the layers come from this piece.
+        first, last: whether tensors before and after the layers come from this slice.
         start: the first output layer.
         module: what its tensors belong to; None means the whole model.
         left_over: it is what no listed module has, copied from its one operand.
@@ -169,7 +69,7 @@ class OutputSlice:
 
     @property
     def reference(self) -> SliceOperand:
-        """Whose names the piece follows."""
+        """Whose names the slice follows."""
         return self.base or self.operands[0]
 
     @property
@@ -179,21 +79,21 @@ class OutputSlice:
 
 
 def output_slices(recipe: Recipe, method: Method, labels: Sequence[str]) -> list[OutputSlice]:
-    """The pieces of the output, in order; one where the recipe has neither slices nor modules.
+    """The slices of the output, in order; one where the recipe has neither slices nor modules.
 
     Args:
         labels: of the opened sources.
     """
     if not recipe.modules:
         return _cut(recipe, method, labels, recipe.slices or (None,), None)
-    pieces = [
-        piece
+    slices = [
+        output_slice
         for module in recipe.modules
-        for piece in _cut(recipe, method, labels, module.slices, module.name)
+        for output_slice in _cut(recipe, method, labels, module.slices, module.name)
     ]
-    donor = recipe.base_model or recipe.source_specs[0].model
-    left = SliceOperand(labels.index(str(donor)), -1, SourceSpec(donor, "base_model"))
-    return [*pieces, OutputSlice("modules", None, (left,), None, left_over=True)]
+    rest_source = recipe.base_model or recipe.source_specs[0].model
+    rest = SliceOperand(labels.index(str(rest_source)), -1, SourceSpec(rest_source, "base_model"))
+    return [*slices, OutputSlice("modules", None, (rest,), None, left_over=True)]
 
 
 def _cut(
@@ -203,31 +103,33 @@ def _cut(
     groups: Sequence[SliceSpec | None],
     module: str | None,
 ) -> list[OutputSlice]:
-    """The pieces of a module, or of the whole model."""
-    places = {spec.key: place for place, spec in enumerate(recipe.source_specs)}
-    pieces: list[OutputSlice] = []
+    """The slices of a module, or of the whole model."""
+    recipe_index = {spec.key: index for index, spec in enumerate(recipe.source_specs)}
+    slices: list[OutputSlice] = []
     start = 0
     for number, part in enumerate(groups):
         listed = part.sources if part else recipe.models
         span = listed[0].layer_range
-        here = recipe.of_slice(part)
+        slice_recipe = recipe.of_slice(part)
 
         def operand(spec: SourceSpec, span: tuple[int, int] | None = span) -> SliceOperand:
             # A base that the slice does not list lends the same layers.
             layers = (spec.layer_range or span) if span else None
             return SliceOperand(
-                labels.index(str(spec.model)), places.get(spec.key, -1), spec, layers
+                labels.index(str(spec.model)), recipe_index.get(spec.key, -1), spec, layers
             )
 
         base = None
-        if method.needs_base and here.base_model is not None:
-            own = next((spec for spec in listed if spec.model == here.base_model), None)
-            base = operand(own or SourceSpec(here.base_model, "base_model"))
-        pieces.append(
+        if method.needs_base and slice_recipe.base_model is not None:
+            listed_base = next(
+                (spec for spec in listed if spec.model == slice_recipe.base_model), None
+            )
+            base = operand(listed_base or SourceSpec(slice_recipe.base_model, "base_model"))
+        slices.append(
             OutputSlice(
                 part.key if part else "models",
                 part,
-                tuple(operand(spec) for spec in operand_specs(here, method, listed, part)),
+                tuple(operand(spec) for spec in operand_specs(slice_recipe, method, listed, part)),
                 base,
                 first=number == 0,
                 last=number == len(groups) - 1,
@@ -236,4 +138,112 @@ def _cut(
             )
         )
         start += span[1] - span[0] if span else 0
-    return pieces
+    return slices
+
+
+def stacked_slices(
+    recipe: Recipe, slices: Sequence[OutputSlice], sources: Sequence[Source]
+) -> list[OutputSlice]:
+    """The slices whose layers are not where they were; none where every layer is.
+
+    Raises:
+        RecipeError: layers of a module that config.json does not describe, as far as it is known
+            here, are added, left out or moved.
+    """
+    if not recipe.modules:
+        return list(slices) if recipe.slices else []
+    listed = [module.name for module in recipe.modules]
+    keys = {module.name: module.key for module in recipe.modules}
+    moved: list[list[OutputSlice]] = []
+    problems: list[Problem] = []
+    for module, group in groupby(slices, key=lambda output_slice: output_slice.module):
+        module_slices = list(group)
+        spans = [
+            output_slice.reference.layers
+            for output_slice in module_slices
+            if output_slice.reference.layers
+        ]
+        if module is None or not spans:
+            continue
+        source = sources[module_slices[0].reference.source]
+        names = members(module, listed, source.tensors)
+        stack = main_stack(names, source.config) or ""
+        layers = [layer for span in spans for layer in range(*span)]
+        if layers == list(range(layer_stacks(names).get(stack, 0))):
+            continue
+        if kind_of(stack) == TEXT and not source.config.get("is_encoder_decoder"):
+            moved.append(module_slices)
+            continue
+        message = f"the layers of '{module}' cannot be added to, left out or moved in this version:"
+        hint = "config.json would not say so. List all of them in their order."
+        problems.append(recipe.problem(keys[module], message, hint))
+    if len(moved) > 1:
+        several = [str(module_slices[0].module) for module_slices in moved]
+        message = f"config.json counts the layers of one of {', '.join(several)}, not of all."
+        problems.append(recipe.problem(keys[several[-1]], message))
+    if problems:
+        raise RecipeError(problems)
+    return moved[0] if moved else []
+
+
+def origins_of(
+    slices: Sequence[OutputSlice],
+    sources: Sequence[Source],
+    layer_keys: LayerKeys,
+    doubts: Sequence[str],
+) -> Origins:
+    """Where each output layer comes from.
+
+    Args:
+        places: of names that are known already.
+        doubts: rules by position that they may not follow; filled later.
+    """
+    layers_from: list[tuple[Source, int]] = []
+    for output_slice in slices:
+        layers = output_slice.reference.layers
+        assert layers is not None, "every source of a slice has a layer_range"
+        layers_from.extend(
+            (sources[output_slice.reference.source], layer) for layer in range(*layers)
+        )
+    first = sources[slices[0].reference.source]
+    stack = main_stack(first.tensors, first.config, layer_keys) or ""
+    return Origins(stack, layers_from, doubts)
+
+
+def described(origins: Origins) -> list[tuple[dict[str, object], int]]:
+    """For each output layer, whose config describes it and which layer it is there."""
+    configs = {source.label: source for source, _ in origins.layers}
+    explicit = {label: with_layer_types(s.config, s.root) for label, s in configs.items()}
+    return [(explicit[source.label], layer) for source, layer in origins.layers]
+
+
+def left_out(
+    config: Mapping[str, Any],
+    slices: Sequence[OutputSlice],
+    sources: Sequence[Source],
+    layer_keys: LayerKeys,
+) -> tuple[dict[str, Any], list[str]]:
+    """Layers behind the last one (for multi-token prediction), which no slice can take.
+
+    Returns:
+        the config, which promises none of them any more, and notes.
+    """
+    changed: dict[str, Any] = json.loads(json.dumps(config))
+    part, notes = text_config(changed), []
+    for source in {
+        sources[output_slice.reference.source].label: sources[output_slice.reference.source]
+        for output_slice in slices
+    }.values():
+        stacks = layer_stacks(source.tensors, layer_keys)
+        stack = main_stack(source.tensors, source.config, layer_keys) or ""
+        layers, count = stacks.get(stack, 0), layer_count(source.config)
+        predicting = predicting_layers(source.config)
+        if predicting and count is not None and layers == count + predicting:
+            notes.append(
+                f"{source.label}: left out {stack}.{count} and what is behind it, which "
+                "predicts further tokens and is no layer of the stack"
+            )
+            for key in PREDICTING:
+                if type(part.get(key)) is int:
+                    part[key] = 0
+    return changed, notes

@@ -1,14 +1,8 @@
-"""The plan: what happens to every tensor, known from headers before a byte of weights is read.
+"""The plan of a merge: what happens to every tensor, known before a byte of weights is read.
 
-The dtype of a tensor whose sources have several, where the recipe names none.
-
-What a tensor of the output is called in its sources, which filters of slices look at.
-
-How a plan is cut into units of work: the same cuts on every machine.
-
-A unit is a span of one tensor whose inputs together take about `UNIT_BYTES`. The cuts depend on the
-plan alone, never on memory, threads or device, so that a journal written by one run can be
-continued by any other.
+A plan is cut into chunks, spans of one tensor whose inputs together take about `UNIT_BYTES`. The
+cuts depend on the plan alone, never on memory, threads or device: a journal that one run has begun
+can be continued by any other.
 """
 
 from __future__ import annotations
@@ -21,7 +15,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from merge_cli.checkpoint.coefficients import CoefficientFile
-from merge_cli.checkpoint.headers import DTYPES, MERGEABLE, TensorRef, promoted
+from merge_cli.checkpoint.dtypes import DTYPES, MERGEABLE, promoted, width_of
+from merge_cli.checkpoint.headers import TensorRef
 from merge_cli.checkpoint.layout import OutputTensor, Shard
 from merge_cli.checkpoint.statistics import CalibrationStatistics, TensorStatistics
 from merge_cli.checkpoint.tensors import Tensor
@@ -130,9 +125,9 @@ class Plan:
         operands: indexes in `sources` of the models that are merged, in the recipe's order.
         donor: index of who gives config.json.
         aligned: the sources' tensors with one vocabulary, and who gives the tokenizer files.
-        template: the output's chat template; None keeps the tokenizer donor's.
+        template: the output's chat template; None keeps the tokenizer config source's.
         tasks: every output tensor, in natural order of names.
-        config: the output's config.json; empty where the donor has none.
+        config: the output's config.json; empty where the config source has none.
         notes: decisions that a reader should know, one line each.
         coefficients: the recipe's file of learned coefficients; None without one.
         gathered: statistics of the sources over their data; None without, or before they are there.
@@ -212,9 +207,9 @@ class Plan:
         return sum(task.size for task in self.tasks)
 
 
-def promoted_dtype(like: Tensor, operands: Sequence[Tensor]) -> str:
+def promoted_dtype(reference: Tensor, operands: Sequence[Tensor]) -> str:
     """The dtype that a tensor has where the recipe names none."""
-    natives = {like.native, *(ref.native for ref in operands)}
+    natives = {reference.native, *(ref.native for ref in operands)}
     return natives.pop() if len(natives) == 1 else promoted(natives)
 
 
@@ -232,10 +227,10 @@ def promotion_note(recipe: Recipe, tasks: Sequence[TensorTask]) -> Iterator[str]
 def input_names(match: TensorMatch) -> tuple[str, ...]:
     """The tensor's name in each operand's model, by that model's own layer numbers."""
     operands, layer = match.piece.operands, match.seat.layer
-    place = layer_key_of(match.name) if layer is not None else None
-    if place is None or layer is None:
+    key = layer_key_of(match.name) if layer is not None else None
+    if key is None or layer is None:
         return (match.name,) * len(operands)
-    return tuple(place.name((operand.layers or (0, 0))[0] + layer) for operand in operands)
+    return tuple(key.name((operand.layers or (0, 0))[0] + layer) for operand in operands)
 
 
 def sliced_names(matches: Iterable[TensorMatch]) -> Iterator[str]:
@@ -259,20 +254,20 @@ class Chunk:
 
 
 def cut_chunks(tasks: Sequence[TensorTask]) -> list[Chunk]:
-    """Every element of every task, once, in order; an empty tensor is one empty unit."""
-    units: list[Chunk] = []
+    """Every element of every task, once, in order; an empty tensor is one empty chunk."""
+    chunks: list[Chunk] = []
     for index, task in enumerate(tasks):
         starts = span_starts(task)
         for start, stop in zip(starts, starts[1:] or [0], strict=False):
-            units.append(Chunk(len(units), index, start, stop))
-    return units
+            chunks.append(Chunk(len(chunks), index, start, stop))
+    return chunks
 
 
 def span_starts(task: TensorTask) -> list[int]:
-    """Where the units of a task begin, and at the end its size."""
-    width = sum(DTYPES[ref.dtype][0] for ref in task.inputs)
+    """Where the chunks of a task begin, and at the end its size."""
+    width = sum(width_of(ref.dtype) for ref in task.inputs)
     least = BLOCK_MULTIPLE
-    if task.block is not None:  # a block's scale is one unit's
+    if task.block is not None:  # a block's scale is one chunk's
         least = math.lcm(least, task.block[0] * task.shape[-1])
     step = max(1, UNIT_BYTES // width // least) * least
     return [*range(0, task.size, step), task.size]

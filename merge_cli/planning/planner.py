@@ -1,26 +1,24 @@
-"""From a recipe to a plan: open the sources, match their tensors, decide every output tensor.
+"""From a recipe to a plan, from headers alone: `make_plan` is a list of passes over a draft.
 
-The models of a recipe, each opened once, whatever it is called.
+    recipe ─▶ open the models ─▶ Draft ─▶ pass ─▶ pass ─▶ ... ─▶ Plan
+
+`_PASSES` is the table of contents. Every problem is reported here, before a byte of weights is
+read; `engine/` executes what comes out.
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import chain, groupby
-from operator import attrgetter
+from itertools import chain
 from pathlib import Path
 
 from merge_cli.checkpoint.auxiliary_files import check_links, named_code, read_card
-from merge_cli.checkpoint.coefficients import CoefficientFile, open_coefficients
-from merge_cli.checkpoint.config import (
-    merged_config,
-    text_config,
-    with_layer_types,
-)
-from merge_cli.checkpoint.headers import DTYPES
+from merge_cli.checkpoint.coefficients import open_coefficients
+from merge_cli.checkpoint.config import merged_config, text_config, with_layer_types
+from merge_cli.checkpoint.dtypes import DTYPES, MERGEABLE
 from merge_cli.checkpoint.layer_config import LAYER_COUNTS
 from merge_cli.checkpoint.layout import lay_out, natural_key
 from merge_cli.errors import (
@@ -32,34 +30,25 @@ from merge_cli.errors import (
     UsageError,
 )
 from merge_cli.formats.detect import advice
-from merge_cli.methods.registry import Method
 from merge_cli.planning import fp8_output as fp8
 from merge_cli.planning.aliases import join_aliases
 from merge_cli.planning.config_notes import config_notes
+from merge_cli.planning.draft import Draft
 from merge_cli.planning.heads import head_problems, reconcile_heads
 from merge_cli.planning.layouts import lay_out_alike
-from merge_cli.planning.match import TensorMatch, match_pieces
+from merge_cli.planning.match import match_pieces
 from merge_cli.planning.output_slices import (
-    OutputSlice,
     described,
     left_out,
     origins_of,
     output_slices,
     stacked_slices,
 )
-from merge_cli.planning.plan import (
-    Action,
-    Plan,
-    TensorTask,
-    input_names,
-    is_stored_as,
-    promoted_dtype,
-    promotion_note,
-    sliced_names,
-)
-from merge_cli.planning.prefixes import RenamedModel, rename
-from merge_cli.planning.resolve import Resolver, beyond_note, check_recipe, unused_filters
+from merge_cli.planning.plan import Plan, sliced_names
+from merge_cli.planning.prefixes import rename
+from merge_cli.planning.resolve import beyond_note, check_recipe, unused_filters
 from merge_cli.planning.structure import check_structure
+from merge_cli.planning.tasks import decide_tasks
 from merge_cli.recipe.load import parse_text, read_recipe
 from merge_cli.recipe.reference import ModelRef, local_file, local_folder
 from merge_cli.recipe.schema import Recipe
@@ -70,7 +59,6 @@ from merge_cli.tokenizer.files import check_companions
 from merge_cli.tokenizer.renumbering import renumber, vocabulary_notes
 
 DEFAULT_SHARD_SIZE = 5_000_000_000  # transformers' default
-_TORCH_TO_SAFETENSORS = {torch_name: name for name, (_, torch_name) in DTYPES.items()}
 
 
 def load_recipe(path: str | Path, *, text: str | None = None) -> Recipe:
@@ -138,155 +126,268 @@ def make_plan(
         MismatchError: sources that do not fit one another, every problem at once.
         RecipeError: values that no tensor can be merged with.
     """
-    method = check_recipe(recipe).method
-    assert method is not None, "load_recipe refuses a recipe without a method"
     if recipe.stages and stages is None:
         message = "this recipe has several documents: only `run` and `plan` read them"
         raise UsageError(message, where=recipe.file, hint="Run it, then name its result.")
-    recipe, sources = open_all(recipe, made or {})
+    draft = open_sources(recipe, made or {})
+    for decide in _PASSES:
+        draft = decide(draft)
+    return _as_plan(draft, shard_size, stages or {})
+
+
+def open_sources(recipe: Recipe, made: Mapping[str, Source]) -> Draft:
+    """Open every model, once, whatever the recipe calls it.
+
+    Raises:
+        SourceError: a model that cannot be opened.
+        MismatchError: several of them.
+        RecipeError: two names of the recipe are one model, and the method takes more.
+    """
+    method = check_recipe(recipe).method
+    assert method is not None, "load_recipe refuses a recipe without a method"
+    recipe, sources = open_all(recipe, made)
     problems = check_recipe(recipe).problems  # again: two names may turn out to be one model
     if problems:
         raise RecipeError(problems)
-    labels = [source.label for source in sources]
-    base = labels.index(str(recipe.base_model)) if recipe.base_model else None
-    pieces = output_slices(recipe, method, labels)
-    laid_out = lay_out_alike(sources, pieces[0].reference.source)
-    sources = list(laid_out.sources)
-    renamed = RenamedModel(tuple(sources))
-    if recipe.models:
-        renamed = rename(sources, pieces[0].reference.source)
-        sources = list(renamed.sources)
-    aliases = join_aliases(sources, pieces[0].reference.source)
-    sources = list(aliases.sources)
-    mixed = head_problems(sources)
-    if mixed:
-        raise MismatchError(mixed, "the models have different heads")
-    heads = reconcile_heads(sources)
-    donor = base if base is not None else pieces[0].reference.source
-    aligned = align(recipe, sources, heads.views, base, donor)
-    givers = sources[donor], aligned.guest or sources[aligned.donor]
+    notes = [f"{source.label}: {note}" for source in sources for note in source.notes]
+    for source in sources:
+        _, why = read_card(source.root)
+        if why:
+            notes.append(f"{source.label}: {why}; its licence and languages are taken as unknown")
+    return Draft(recipe, method, tuple(sources), notes=tuple(notes))
+
+
+def cut_slices(draft: Draft) -> Draft:
+    """Which layers of which sources each part of the output is made of."""
+    slices = output_slices(draft.recipe, draft.method, draft.labels)
+    draft = replace(draft, slices=tuple(slices))
+    if draft.base is not None:
+        return draft
+    label = draft.sources[draft.config_source].label
+    note = f"config.json and tokenizer come from {label}, listed first"
+    return replace(draft, notes=(note, *draft.notes))
+
+
+def unify_layouts(draft: Draft) -> Draft:
+    """Experts one by one or stacked, and names that have changed: all as in the reference."""
+    relaid = lay_out_alike(draft.sources, draft.reference)
+    return draft.with_sources(relaid.sources, relaid.notes)
+
+
+def unify_prefixes(draft: Draft) -> Draft:
+    """The language model inside a multimodal one takes the reference's names."""
+    if not draft.recipe.models:
+        return draft
+    renamed = rename(draft.sources, draft.reference)
+    return draft.with_sources(renamed.sources, renamed.notes)
+
+
+def unify_copies(draft: Draft) -> Draft:
+    """Tied weights that files store several times: every source has those of the reference."""
+    aliases = join_aliases(draft.sources, draft.reference)
+    draft = draft.with_sources(aliases.sources, aliases.notes)
+    return replace(draft, copy_of=aliases.of, copies=(*draft.copies, *aliases.stored))
+
+
+def unify_heads(draft: Draft) -> Draft:
+    """Either every source has an output head or none has.
+
+    Raises:
+        MismatchError: classifiers among language models.
+    """
+    problems = head_problems(draft.sources)
+    if problems:
+        raise MismatchError(problems, "the models have different heads")
+    heads = reconcile_heads(draft.sources)
+    copies = (*draft.copies, *heads.stored)
+    return draft.noting(heads.notes, tensors=heads.views, tied=heads.tied, copies=copies)
+
+
+def align_vocabularies(draft: Draft) -> Draft:
+    """Embeddings and heads in the order of one vocabulary, as far as the recipe asks for it."""
+    aligned = align(draft.recipe, draft.sources, draft.tensors, draft.base, draft.config_source)
+    return draft.noting(aligned.notes, aligned=aligned)
+
+
+def check_copied_files(draft: Draft) -> Draft:
+    """The files that are copied beside the weights can be, and hold what their names promise."""
+    givers = draft.sources[draft.config_source], draft.tokenizer_source
     check_links(givers[0].root, givers[1].root, (givers[0].label, givers[1].label))
     check_companions(*givers)
-    matches = match_pieces(pieces, sources, aligned.views)
+    return draft
+
+
+def match_tensors(draft: Draft) -> Draft:
+    """Which tensors of the sources make which output tensor.
+
+    Raises:
+        MismatchError: everything that does not fit.
+    """
+    matches = match_pieces(draft.slices, draft.sources, draft.aligned.views)
     if matches.problems:
         count = len(matches.problems)
         summary = f"the sources do not fit one another ({count} problem{'s' * (count != 1)})"
-        summary += _differences(sources)
-        placed = (_placed(problem, recipe) for problem in matches.problems)
+        summary += _differences(draft.sources)
+        placed = (_placed(problem, draft.recipe) for problem in matches.problems)
         ordered = sorted(placed, key=lambda problem: natural_key(problem.key))
         raise MismatchError(ordered, summary)
-    tasks: list[TensorTask] = []
-    refused: dict[str, Problem] = {}
-    codes = fp8.Fp8(sources[donor]) if recipe.fp8 else None
-    for piece, found in groupby(matches.found, key=attrgetter("piece")):
-        for task, wrong in _tasks(recipe, method, piece, found, codes, aliases.of):
-            tasks.append(task)
-            if wrong:
-                refused.setdefault(wrong, recipe.problem(piece.key, wrong))
-    unfit = fp8.refused(recipe, sources[donor].config) or fp8.nothing(recipe, tasks)
-    if refused or unfit:
-        raise RecipeError([*refused.values(), *filter(None, [unfit])])
-    tasks.sort(key=lambda task: natural_key(task.name))
-    coefficients = _coefficients(recipe, tasks)
-    dtypes = {task.dtype for task in tasks if task.dtype in _FLOATS}
-    donated = sources[donor].config
-    stacked = stacked_slices(recipe, pieces, sources)
-    behind: list[str] = []
+    return replace(draft, matches=matches)
+
+
+def compare_settings(draft: Draft) -> Draft:
+    """Differences between configs and tokenizers that merging does not reconcile."""
+    recipe, sources = draft.recipe, draft.sources
+    template, template_notes = choose_template(recipe, sources)
+    vocabularies = vocabulary_notes(sources) if recipe.tokenizer is None else ()
+    notes = (*config_notes(sources, draft.config_source), *vocabularies, *template_notes)
+    return draft.noting(notes, template=template)
+
+
+def open_coefficient_file(draft: Draft) -> Draft:
+    """The recipe's file of coefficients.
+
+    Raises:
+        MismatchError: it does not fit every merged tensor.
+    """
+    recipe = draft.recipe
+    path = local_file(recipe.coefficients, recipe.folder) if recipe.coefficients else None
+    if path is None:
+        return draft
+    coefficients = open_coefficients(path)
+    problems = [
+        Problem(problem, task.name)
+        for task in draft.tasks
+        if task.action == "merge"
+        for problem in coefficients.problems(task.formula_name, task.shape, len(task.operands))
+    ]
+    if problems:
+        raise MismatchError(problems, f"{path.name} does not fit these models")
+    return replace(draft, coefficients=coefficients)
+
+
+def merge_config(draft: Draft) -> Draft:
+    """The output's config.json: the dtype, tied weights, numbers of layers and of tokens.
+
+    Raises:
+        RecipeError: layers that config.json could not describe.
+    """
+    recipe, sources, keys = draft.recipe, draft.sources, draft.matches.places
+    source = sources[draft.config_source]
+    config, left_out_notes = source.config, list[str]()
+    stacked = stacked_slices(recipe, draft.slices, sources)
     if stacked:
-        donated = with_layer_types(donated, sources[donor].root)
-        donated, behind = left_out(donated, stacked, sources, matches.places)
+        config = with_layer_types(config, source.root)
+        config, left_out_notes = left_out(config, stacked, sources, keys)
     doubts: list[str] = []
-    origins = origins_of(stacked, sources, matches.places, doubts) if stacked else None
+    origins = origins_of(stacked, sources, keys, doubts) if stacked else None
+    dtypes = {task.dtype for task in draft.tasks if task.dtype in MERGEABLE}
     config, changes = merged_config(
-        donated,
+        config,
         dtype=DTYPES[dtypes.pop()][1] if len(dtypes) == 1 else None,
-        tied=heads.tied,
+        tied=draft.tied,
         layers=described(origins) if origins else None,
         doubts=doubts,
     )
-    config = renumber(config, aligned)
-    shapes = {task.name: task.shape for task in tasks}
+    notes = (*(f"config.json: {change}" for change in changes), *left_out_notes)
+    config = renumber(config, draft.aligned)
+    return draft.noting(notes, config=config, stacked=tuple(stacked), origins=origins)
+
+
+def check_model(draft: Draft) -> Draft:
+    """Hold the output's tensors against what transformers makes of its config.json.
+
+    Raises:
+        RecipeError: layers that cannot be stacked.
+    """
+    if draft.recipe.output is not None:
+        return draft
+    shapes = {task.name: task.shape for task in draft.tasks}
+    index = draft.config_source
     try:
-        opening = (
-            check_structure(config, shapes, sources[donor], heads.views[donor], sources, origins)
-            if recipe.output is None
-            else []
+        notes = check_structure(
+            draft.config,
+            shapes,
+            draft.sources[index],
+            draft.tensors[index],
+            draft.sources,
+            draft.origins,
         )
     except ValueError as error:
         message = f"these layers cannot be stacked: {error}."
-        raise RecipeError([recipe.problem(stacked[0].key, message)]) from None
-    template, template_note = choose_template(recipe, sources)
-    notes = [
-        *(f"{source.label}: {note}" for source in sources for note in source.notes),
-        *(
-            f"{source.label}: {why}; its licence and languages are taken as unknown"
-            for source in sources
-            if (why := read_card(source.root)[1])
-        ),
-        *laid_out.notes,
-        *renamed.notes,
-        *aliases.notes,
-        *heads.notes,
-        *aligned.notes,
-        *config_notes(sources, donor),
-        *(vocabulary_notes(sources) if recipe.tokenizer is None else ()),
-        *template_note,
-        *matches.notes,
-        *promotion_note(recipe, tasks),
-        *(f"config.json: {change}" for change in changes),
-        *behind,
-        *opening,
-        *named_code(givers[0].root, givers[0].label, files_of(givers[0])),
-        *unused_filters(recipe, chain((task.name for task in tasks), sliced_names(matches.found))),
-        *beyond_note(
-            recipe,
-            list(
-                dict.fromkeys(
-                    match.seat.group
-                    for match in matches.found
-                    if match.seat.beyond and not match.copied
-                )
-            ),
-        ),
-    ]
-    if recipe.base_model is None:
-        notes.insert(0, f"config.json and tokenizer come from {sources[donor].label}, listed first")
-    outputs = [output for task in tasks for output in task.outputs]
-    operands = dict.fromkeys(o.source for piece in pieces for o in piece.operands)
-    return fp8.described(
-        Plan(
-            recipe=recipe,
-            method=method,
-            sources=(*sources, *filter(None, [aligned.guest])),
-            base=base,
-            operands=tuple(operands),
-            donor=donor,
-            aligned=aligned,
-            template=template,
-            tasks=tuple(tasks),
-            shards=tuple(lay_out(outputs, shard_size, sources[donor].stems)),
-            config=config if sources[donor].config else {},
-            notes=tuple(dict.fromkeys(notes)),
-            coefficients=coefficients,
-            shard_size=shard_size,
-            stages=stages or {},
-            copies=(*aliases.stored, *heads.stored),
-        )
+        raise RecipeError([draft.recipe.problem(draft.stacked[0].key, message)]) from None
+    return draft.noting(notes)
+
+
+def note_leftovers(draft: Draft) -> Draft:
+    """Code that is not run, filters that match nothing, layers that gradients do not reach."""
+    source, matches = draft.sources[draft.config_source], draft.matches.found
+    names = chain((task.name for task in draft.tasks), sliced_names(matches))
+    beyond = dict.fromkeys(
+        match.seat.group for match in matches if match.seat.beyond and not match.copied
+    )
+    return draft.noting(
+        [
+            *named_code(source.root, source.label, files_of(source)),
+            *unused_filters(draft.recipe, names),
+            *beyond_note(draft.recipe, list(beyond)),
+        ]
     )
 
 
-_FLOATS = ("F64", "F32", "BF16", "F16")
+_PASSES: tuple[Callable[[Draft], Draft], ...] = (
+    cut_slices,
+    unify_layouts,
+    unify_prefixes,
+    unify_copies,
+    unify_heads,
+    align_vocabularies,
+    check_copied_files,
+    match_tensors,
+    compare_settings,
+    decide_tasks,
+    open_coefficient_file,
+    merge_config,
+    check_model,
+    note_leftovers,
+)
+
+
+def _as_plan(draft: Draft, shard_size: int, stages: Mapping[str, Plan]) -> Plan:
+    """What is decided, with the output's tensors laid out in shards."""
+    source = draft.sources[draft.config_source]
+    outputs = [output for task in draft.tasks for output in task.outputs]
+    operands = dict.fromkeys(operand.source for part in draft.slices for operand in part.operands)
+    plan = Plan(
+        recipe=draft.recipe,
+        method=draft.method,
+        sources=(*draft.sources, *filter(None, [draft.aligned.guest])),
+        base=draft.base,
+        operands=tuple(operands),
+        donor=draft.config_source,
+        aligned=draft.aligned,
+        template=draft.template,
+        tasks=draft.tasks,
+        shards=tuple(lay_out(outputs, shard_size, source.stems)),
+        config=draft.config if source.config else {},
+        notes=tuple(dict.fromkeys(draft.notes)),
+        coefficients=draft.coefficients,
+        shard_size=shard_size,
+        stages=stages,
+        copies=draft.copies,
+    )
+    return fp8.described(plan)
 
 
 def _placed(problem: Problem, recipe: Recipe) -> Problem:
     """With its line, where it is about a key of the recipe and not about a tensor."""
-    known = problem.key in recipe.places
-    return recipe.problem(problem.key, problem.what, problem.hint) if known else problem
+    if problem.key not in recipe.places:
+        return problem
+    return recipe.problem(problem.key, problem.what, problem.hint)
 
 
 def _differences(sources: Sequence[Source]) -> str:
     """What the configs say that would explain it: sizes that differ, model by model."""
-    found = []
+    lines = []
     for key in (
         "model_type",
         *LAYER_COUNTS,
@@ -300,86 +401,8 @@ def _differences(sources: Sequence[Source]) -> str:
         values = [text_config(source.config).get(key) for source in sources]
         if len({repr(value) for value in values}) > 1:
             pairs = zip(sources, values, strict=True)
-            found.append(f"{key}: " + ", ".join(f"{s.label} {value}" for s, value in pairs))
-    return "".join(f"\n  {line}" for line in found)
-
-
-def _tasks(
-    recipe: Recipe,
-    method: Method,
-    piece: OutputSlice,
-    matches: Iterable[TensorMatch],
-    codes: fp8.Fp8 | None,
-    copies: Mapping[str, str],
-) -> Iterator[tuple[TensorTask, str]]:
-    """The output tensors of one piece, and why each cannot be (empty when it can)."""
-    resolver = Resolver(recipe, method, piece.spec, [operand.spec for operand in piece.operands])
-    sources = tuple(operand.source for operand in piece.operands)
-    ids = tuple(operand.place for operand in piece.operands)
-    requested = _TORCH_TO_SAFETENSORS[recipe.output_dtype] if recipe.output_dtype else None
-    for match in matches:
-        like = match.base or match.operands[0]
-        name, operands, group = match.name, match.operands, match.seat.group
-        if match.copied:
-            rounded = requested if requested and like.native in _FLOATS else like.native
-            yield (
-                TensorTask(
-                    name,
-                    like.shape,
-                    rounded,
-                    "copy",
-                    operands,
-                    (match.source,),
-                    (),
-                    group=group,
-                    note=match.copied,
-                ),
-                "",
-            )
-            continue
-        copy_of = copies.get(name, "")
-        own = input_names(match) if resolver.filtered and not copy_of else ()
-        resolved = resolver.of(copy_of or name, match.seat.position, own)
-        block = codes.block(name, like) if codes else None
-        dtype = fp8.CODES if block else requested or promoted_dtype(like, operands)
-        copied = resolved.copies and is_stored_as(operands[0], dtype)
-        action: Action = "copy" if copied else "merge"
-        mixed = {ref.native for ref in operands} | {like.native}
-        note = f"stored as {', '.join(sorted(mixed))}" if len(mixed) > 1 else ""
-        task = TensorTask(
-            name,
-            like.shape,
-            dtype,
-            action,
-            operands,
-            sources,
-            ids,
-            match.base,
-            resolved.parameters,
-            group,
-            note,
-            match.seat.position,
-            block,
-            copy_of,
-        )
-        yield task, resolved.error
-
-
-def _coefficients(recipe: Recipe, tasks: Sequence[TensorTask]) -> CoefficientFile | None:
-    """The recipe's file of coefficients, which must fit every merged tensor."""
-    place = local_file(recipe.coefficients, recipe.folder) if recipe.coefficients else None
-    if place is None:
-        return None
-    result = open_coefficients(place)
-    problems = [
-        Problem(problem, task.name)
-        for task in tasks
-        if task.action == "merge"
-        for problem in result.problems(task.formula_name, task.shape, len(task.operands))
-    ]
-    if problems:
-        raise MismatchError(problems, f"{place.name} does not fit these models")
-    return result
+            lines.append(f"{key}: " + ", ".join(f"{s.label} {value}" for s, value in pairs))
+    return "".join(f"\n  {line}" for line in lines)
 
 
 def one_spelling(recipe: Recipe) -> Recipe:
@@ -387,9 +410,11 @@ def one_spelling(recipe: Recipe) -> Recipe:
     first: dict[Path, ModelRef] = {}
     spelling: dict[ModelRef, ModelRef] = {}
     for model in recipe.references:
-        place = local_folder(model.path, recipe.folder)
-        known = place is not None and not model.lora
-        spelling[model] = first.setdefault(place.resolve(), model) if place and known else model
+        folder = local_folder(model.path, recipe.folder)
+        is_local = folder is not None and not model.lora
+        spelling[model] = (
+            first.setdefault(folder.resolve(), model) if folder and is_local else model
+        )
     return recipe.with_models(spelling)
 
 
@@ -435,5 +460,5 @@ def open_all(recipe: Recipe, made: Mapping[str, Source]) -> tuple[Recipe, list[S
 
 def files_of(source: Source) -> frozenset[str]:
     """The names of a model's files, here or on the Hub."""
-    here = {path.name for path in source.root.iterdir()} if source.root.is_dir() else set()
-    return frozenset(here | set(source.hub.files if source.hub else ()))
+    local_names = {path.name for path in source.root.iterdir()} if source.root.is_dir() else set()
+    return frozenset(local_names | set(source.hub.files if source.hub else ()))

@@ -1,8 +1,8 @@
 """The same tensors under other prefixes: a language model, and the one inside a multimodal model.
 
-`model.layers.0.mlp...` of a text-only fine-tune is `model.language_model.layers.0.mlp...` of the
-model that sees images, too, and `language_model.model.layers.0.mlp...` of older ones. Where every
-tensor of a source finds one place in the reference by exchanging prefixes, it takes that place's
+`model.layers.0.mlp...` of a text-only fine-tune is `model.language_model.layers.0.mlp...` in a
+model that also sees images, and `language_model.model.layers.0.mlp...` in older ones. Where
+exchanging prefixes gives every tensor of a source exactly one name of the reference, it takes that
 name.
 """
 
@@ -38,7 +38,7 @@ def rename(sources: Sequence[Source], reference: int) -> RenamedModel:
         MismatchError: two prefixes would do.
     """
     names = sources[reference].tensors
-    found, notes = list(sources), []
+    renamed, notes = list(sources), []
     for i, source in enumerate(sources):
         if i == reference or all(name in names for name in source.tensors):
             continue
@@ -46,12 +46,12 @@ def rename(sources: Sequence[Source], reference: int) -> RenamedModel:
         if rules is None:
             continue
         mapped = {_apply(name, rules): ref for name, ref in source.tensors.items()}
-        found[i] = replace(source, tensors=mapped)
+        renamed[i] = replace(source, tensors=mapped)
         shown = ", ".join(f"{old or '(none)'} -> {new or '(none)'}" for old, new in rules.items())
         notes.append(
             f"{source.label}: its tensors are {sources[reference].label}'s by prefix: {shown}"
         )
-    return RenamedModel(tuple(found), tuple(notes))
+    return RenamedModel(tuple(renamed), tuple(notes))
 
 
 def _rules(source: Source, reference: Source) -> dict[str, str] | None:
@@ -60,9 +60,9 @@ def _rules(source: Source, reference: Source) -> dict[str, str] | None:
     Raises:
         MismatchError: more than one new prefix fits.
     """
-    own, names = source.tensors, reference.tensors
+    tensors, names = source.tensors, reference.tensors
     groups: dict[str | None, list[str]] = {}
-    for name in own:
+    for name in tensors:
         groups.setdefault(_stack_prefix(name), []).append(name)
     rules: dict[str, str] = {}
     for prefix, group in groups.items():
@@ -72,28 +72,30 @@ def _rules(source: Source, reference: Source) -> dict[str, str] | None:
         fitting = [
             new
             for new in _prefixes(rests[0], names)
-            if all(_fits(own[n], names.get(new + r)) for n, r in zip(group, rests, strict=True))
+            if all(_fits(tensors[n], names.get(new + r)) for n, r in zip(group, rests, strict=True))
         ]
         fitting = _nearest(prefix, fitting)
         if not fitting:
             return None
         if len(fitting) > 1:
-            places = " and ".join(f"'{new}'" for new in fitting)
-            message = f"{source.label}: its layers fit {reference.label}'s under {places}"
+            prefixes = " and ".join(f"'{new}'" for new in fitting)
+            message = f"{source.label}: its layers fit {reference.label}'s under {prefixes}"
             hint = "Rename its tensors, or merge with the model whose part it is."
             raise MismatchError([Problem(message, prefix, hint=hint)], "names are ambiguous")
         rules[prefix] = fitting[0]
     if not rules:
         return None
     for name in groups.get(None, ()):  # embeddings, norms, heads
-        if _fits(own[name], names.get(_apply(name, rules))):
+        if _fits(tensors[name], names.get(_apply(name, rules))):
             continue
-        found = {rule for rule in _single_rules(name, own[name], names) if rule[0] not in rules}
-        if len(found) != 1:
+        exchanges = {
+            rule for rule in _single_rules(name, tensors[name], names) if rule[0] not in rules
+        }
+        if len(exchanges) != 1:
             return None
-        rules |= dict(found)
-    mapped = {_apply(name, rules) for name in own}
-    return rules if len(mapped) == len(own) and mapped <= names.keys() else None
+        rules |= dict(exchanges)
+    mapped = {_apply(name, rules) for name in tensors}
+    return rules if len(mapped) == len(tensors) and mapped <= names.keys() else None
 
 
 def _nearest(prefix: str, fitting: Sequence[str]) -> list[str]:
@@ -102,11 +104,11 @@ def _nearest(prefix: str, fitting: Sequence[str]) -> list[str]:
     return [new for new in fitting if ends[new] == max(ends.values())]
 
 
-def _common_end(one: str, other: str) -> int:
+def _common_end(first: str, second: str) -> int:
     """How many words two prefixes end in alike; more than any where they are the same."""
-    if one == other:
-        return len(one)
-    words = zip(one.split(".")[-2::-1], other.split(".")[-2::-1], strict=False)
+    if first == second:
+        return len(first)
+    words = zip(first.split(".")[-2::-1], second.split(".")[-2::-1], strict=False)
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], words))
 
 
@@ -122,12 +124,12 @@ def _prefixes(rest: str, names: Tensors) -> list[str]:
     return sorted({other[: -len(rest)] for other in names if _ends(other, rest)})
 
 
-def _single_rules(name: str, own: Tensor, names: Tensors) -> Iterator[tuple[str, str]]:
+def _single_rules(name: str, tensor: Tensor, names: Tensors) -> Iterator[tuple[str, str]]:
     """Exchanges of prefixes that would do for one tensor, for the longest rest that has any."""
     parts = name.split(".")
     for i in range(len(parts)):
         rest = ".".join(parts[i:])
-        fitting = [other for other in names if _ends(other, rest) and _fits(own, names[other])]
+        fitting = [other for other in names if _ends(other, rest) and _fits(tensor, names[other])]
         for other in fitting:
             yield "".join(f"{part}." for part in parts[:i]), other[: -len(rest)]
         if fitting:
@@ -138,12 +140,12 @@ def _ends(name: str, rest: str) -> bool:
     return name == rest or name.endswith(f".{rest}")
 
 
-def _fits(own: Tensor, other: Tensor | None) -> bool:
+def _fits(tensor: Tensor, other: Tensor | None) -> bool:
     """Of one shape, but for the number of tokens."""
-    if other is None or own.shape[1:] != other.shape[1:]:
+    if other is None or tensor.shape[1:] != other.shape[1:]:
         return False
     tokens = "embed" in other.name or "head" in other.name
-    return own.shape[:1] == other.shape[:1] or tokens
+    return tensor.shape[:1] == other.shape[:1] or tokens
 
 
 def _apply(name: str, rules: Mapping[str, str]) -> str:

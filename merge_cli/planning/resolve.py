@@ -1,8 +1,6 @@
-"""A recipe against its method: every parameter checked where it stands, then resolved per tensor.
+"""A method's parameters: checked where the recipe has them, then resolved for each tensor.
 
 Precedence, as in mergekit: slice source, output slice, module, global, the method's default.
-
-What a plan tells of a recipe's settings: filters that mean no tensor, and gradients.
 """
 
 from __future__ import annotations
@@ -68,32 +66,36 @@ def check_recipe(recipe: Recipe) -> Checked:
     warnings = list(gathering_warnings(recipe, method))
     groups = _groups(recipe)
     based = recipe.output is not None  # changes start from nothing
-    if method.needs_base and not based and any(here.base_model is None for here, *_ in groups):
+    if (
+        method.needs_base
+        and not based
+        and any(group_recipe.base_model is None for group_recipe, *_ in groups)
+    ):
         message = f"{name} adds changes to a base model, and the recipe names none."
         problems.append(recipe.problem("merge_method", message, "Add `base_model:`."))
-    for here, key, piece, specs in groups:
-        _check_count(here, method, key, specs, piece, problems)
-        if piece is not None and piece.parameters:
-            _check_parameters(recipe, method, piece.parameters, None, problems, warnings)
+    for group_recipe, key, output_slice, specs in groups:
+        _check_count(group_recipe, method, key, specs, output_slice, problems)
+        if output_slice is not None and output_slice.parameters:
+            _check_parameters(recipe, method, output_slice.parameters, None, problems, warnings)
         for spec in specs:
-            if spec.parameters and method.needs_base and spec.model == here.base_model:
-                place = _at(recipe, f"{spec.key}.parameters")
-                warnings.append(f"{place}: has no effect: the base has no task vector.")
+            if spec.parameters and method.needs_base and spec.model == group_recipe.base_model:
+                position = _at(recipe, f"{spec.key}.parameters")
+                warnings.append(f"{position}: has no effect: the base has no task vector.")
     warnings += [*_unlisted_base(recipe, method), *_random_rescaling(recipe, method)]
     for shared in (recipe.parameters, *(module.parameters for module in recipe.modules)):
         _check_parameters(recipe, method, shared, None, problems, warnings)
     for spec in recipe.source_specs:
         _check_parameters(recipe, method, spec.parameters, spec, problems, warnings)
         if spec.data is not None and recipe.coefficients and method.learns:
-            place = _at(recipe, f"{spec.key}.data")
-            warnings.append(f"{place}: has no effect: the coefficients are given.")
+            position = _at(recipe, f"{spec.key}.data")
+            warnings.append(f"{position}: has no effect: the coefficients are given.")
     return Checked(method, tuple(problems), tuple(warnings))
 
 
 def resolve(
     recipe: Recipe,
     method: Method,
-    piece: SliceSpec | None,
+    output_slice: SliceSpec | None,
     specs: Sequence[SourceSpec],
     tensor: str,
     position: float,
@@ -102,30 +104,30 @@ def resolve(
     """The method's parameters for one tensor, by the recipe's names; a list where per model.
 
     Args:
-        piece: the output slice, or None for a merge of whole models.
+        output_slice: None for a merge of whole models.
         specs: the operands' sources, in order.
         position: the tensor's layer within its slice, 0 to 1.
         inputs: the tensor's name in each source, by that source's own layer numbers, which the
             filters of its parameters look at, as mergekit's do; empty where it is the output's.
     """
-    shared = shared_parameters(recipe, piece)
+    shared = shared_parameters(recipe, output_slice)
     names = inputs or [tensor] * len(specs)
     resolved: dict[str, Any] = {}
     for name, parameter in method.parameters.items():
 
         def value(layers: Sequence[Parameters], tensor: str, name: str = name) -> Scalar | None:
-            known = method.parameters[name]
+            parameter = method.parameters[name]
             for parameters in layers:
                 if name in parameters:
-                    result = evaluate(parameters[name].setting, tensor, position, known.read)
+                    result = evaluate(parameters[name].setting, tensor, position, parameter.read)
                     if result is not None:
-                        return known.coerce(result)
-            return known.default
+                        return parameter.coerce(result)
+            return parameter.default
 
         if parameter.per_model:
             resolved[name] = [
-                value([spec.parameters, *shared], own)
-                for spec, own in zip(specs, names, strict=True)
+                value([spec.parameters, *shared], name_there)
+                for spec, name_there in zip(specs, names, strict=True)
             ]
         else:
             resolved[name] = value(shared, tensor)
@@ -148,21 +150,30 @@ class Resolved:
 
 
 class Resolver:
-    """`resolve` for the tensors of one piece, once for each set of parameters.
+    """`resolve` for the tensors of one slice, once for each set of parameters.
 
     What a setting means depends on the filters that match a tensor's name and, where there are
     gradients, on its position: tensors that agree in both share one answer.
     """
 
     def __init__(
-        self, recipe: Recipe, method: Method, piece: SliceSpec | None, specs: Sequence[SourceSpec]
+        self,
+        recipe: Recipe,
+        method: Method,
+        output_slice: SliceSpec | None,
+        specs: Sequence[SourceSpec],
     ) -> None:
-        self._recipe, self._method, self._piece, self._specs = recipe, method, piece, specs
-        groups = [spec.parameters for spec in specs] + shared_parameters(recipe, piece)
+        self._recipe, self._method, self._output_slice, self._specs = (
+            recipe,
+            method,
+            output_slice,
+            specs,
+        )
+        groups = [spec.parameters for spec in specs] + shared_parameters(recipe, output_slice)
         settings = [parameter.setting for group in groups for parameter in group.values()]
         self._filters = sorted(set().union(*map(filters, settings)))
         self._graded = any(map(is_graded, settings))
-        self._known: dict[tuple[float, tuple[tuple[str, ...], ...]], Resolved] = {}
+        self._cache: dict[tuple[float, tuple[tuple[str, ...], ...]], Resolved] = {}
 
     @property
     def filtered(self) -> bool:
@@ -173,9 +184,9 @@ class Resolver:
         """The parameters of one tensor; arguments as for `resolve`."""
         matching = tuple([self._matching(name) for name in (tensor, *inputs)])
         key = position if self._graded else 0.0, matching
-        cached = self._known.get(key)
+        cached = self._cache.get(key)
         if cached is None:
-            cached = self._known[key] = self._resolve(tensor, position, inputs)
+            cached = self._cache[key] = self._resolve(tensor, position, inputs)
         return cached
 
     def _matching(self, name: str) -> tuple[str, ...]:
@@ -183,7 +194,9 @@ class Resolver:
 
     def _resolve(self, tensor: str, position: float, inputs: Sequence[str]) -> Resolved:
         method = self._method
-        values = resolve(self._recipe, method, self._piece, self._specs, tensor, position, inputs)
+        values = resolve(
+            self._recipe, method, self._output_slice, self._specs, tensor, position, inputs
+        )
         copies = method.copies is not None and method.copies(**values)
         return Resolved(values, combination_error(method, values), copies)
 
@@ -205,7 +218,8 @@ def _groups(recipe: Recipe) -> list[tuple[Recipe, str, SliceSpec | None, tuple[S
     if not recipe.all_slices:
         return [(recipe, "models", None, recipe.models)]
     return [
-        (recipe.of_slice(piece), piece.key, piece, piece.sources) for piece in recipe.all_slices
+        (recipe.of_slice(output_slice), output_slice.key, output_slice, output_slice.sources)
+        for output_slice in recipe.all_slices
     ]
 
 
@@ -213,12 +227,14 @@ def _unlisted_base(recipe: Recipe, method: Method) -> list[str]:
     """What becomes of a base that an average does not list."""
     if recipe.base_model is None or method.averages_base is None:
         return []
-    place = _at(recipe, "base_model")
-    for here, _, piece, specs in _groups(recipe):
-        if averages_base(here, method, specs, piece):
-            return [f"{place}: averaged with the models, as in mergekit."]
-        if not lists_base(here, specs):
-            return [f"{place}: gives config and tokenizer, and is not averaged: not in `models`."]
+    position = _at(recipe, "base_model")
+    for group_recipe, _, output_slice, specs in _groups(recipe):
+        if averages_base(group_recipe, method, specs, output_slice):
+            return [f"{position}: averaged with the models, as in mergekit."]
+        if not lists_base(group_recipe, specs):
+            return [
+                f"{position}: gives config and tokenizer, and is not averaged: not in `models`."
+            ]
     return []
 
 
@@ -228,7 +244,7 @@ def _random_rescaling(recipe: Recipe, method: Method) -> list[str]:
     if rescale is None or rescale.default != "density" or recipe.searches:
         return []
     groups = [recipe.parameters, *(module.parameters for module in recipe.modules)]
-    groups += [piece.parameters for piece in recipe.all_slices]
+    groups += [output_slice.parameters for output_slice in recipe.all_slices]
     groups += [spec.parameters for spec in recipe.source_specs]
 
     def given(name: str) -> list[Scalar]:
@@ -256,11 +272,11 @@ def _check_count(
     method: Method,
     key: str,
     specs: tuple[SourceSpec, ...],
-    piece: SliceSpec | None,
+    output_slice: SliceSpec | None,
     problems: list[Problem],
 ) -> None:
     least, most = method.count
-    count = len(operand_specs(recipe, method, specs, piece))
+    count = len(operand_specs(recipe, method, specs, output_slice))
     if not specs or least <= count and (most is None or count <= most):
         return
     requested = f"exactly {least}" if least == most else f"at least {least}"
@@ -314,17 +330,17 @@ def unused_filters(recipe: Recipe, names: Iterable[str]) -> Iterator[str]:
     Args:
         names: of all the output's tensors, and those that slices have in their sources.
     """
-    requested: tuple[str, ...] | None = None  # a million names, which most recipes do not ask for
-    known: dict[str, bool] = {}
+    all_names: tuple[str, ...] | None = None  # a million names, which most recipes do not ask for
+    is_used: dict[str, bool] = {}
     for parameter in _parameters(recipe):
         for filter in sorted(filters(parameter.setting)):
-            if filter not in known:
-                requested = tuple(names) if requested is None else requested
-                known[filter] = any(matches(filter, name) for name in requested)
-            if not known[filter]:
+            if filter not in is_used:
+                all_names = tuple(names) if all_names is None else all_names
+                is_used[filter] = any(matches(filter, name) for name in all_names)
+            if not is_used[filter]:
                 line, _ = recipe.places.get(parameter.key, (0, 0))
-                place = f"{parameter.key}, line {line} of the recipe"
-                yield f"{place}: the filter '{filter}' matches no tensor and has no effect"
+                where = f"{parameter.key}, line {line} of the recipe"
+                yield f"{where}: the filter '{filter}' matches no tensor and has no effect"
 
 
 def beyond_note(recipe: Recipe, layers: Sequence[str]) -> Iterator[str]:
@@ -341,7 +357,7 @@ def _parameters(recipe: Recipe) -> Iterator[Parameter]:
     groups: list[Parameters] = [
         recipe.parameters,
         *(module.parameters for module in recipe.modules),
-        *(piece.parameters for piece in recipe.all_slices),
+        *(output_slice.parameters for output_slice in recipe.all_slices),
         *(spec.parameters for spec in recipe.source_specs),
     ]
     return (item for group in groups for item in group.values())

@@ -1,13 +1,11 @@
-"""A model as transformers would open it: its class on the meta device, without a byte of weights.
+"""A model as transformers would build it: its class on the meta device, without a byte of weights.
 
 transformers itself says which tensors are missing, unexpected or of another shape, so that what it
-renames, fuses, ties or ignores on loading is taken into account. The config is data of somebody
-else's: what of it a class may be made from is said in checkpoint/class_config.py.
+renames, fuses, ties or ignores on loading is taken into account. The config is untrusted:
+checkpoint/class_config.py decides what of it may reach a class.
 
-What a class of transformers says of its tensors, looked up by the name in config.json.
-
-Only classes that transformers itself brings are looked at, and nothing of them is run: three class
-attributes are read. It takes seconds to import them, so ask only when a tensor is lacking.
+`class_rules` answers less and runs nothing: it reads three attributes of a class that transformers
+itself brings. Importing one takes seconds, so it is asked only when a tensor is missing.
 """
 
 from __future__ import annotations
@@ -64,15 +62,15 @@ def build(config: Mapping[str, Any], shapes: Shapes, *, kinds: bool = False) -> 
     """
     if "quantization_config" in config:
         raise UnknownClass("its weights are quantised")
-    kind, about = known_class(config)
+    kind, settings = known_class(config)
     with quiet_and_alone():
         try:
-            made = about.from_dict(without_choices(config))
+            made = settings.from_dict(without_choices(config))
             return _opened(kind, kind.__name__, made, shapes, kinds)
         except Exception as error:
             # Whatever a model's class raises over a config or tensors that do not suit it.
-            said = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-            return Skeleton(kind.__name__, failure=said)
+            printed = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+            return Skeleton(kind.__name__, failure=printed)
 
 
 def _opened(kind: Any, name: str, config: Any, shapes: Shapes, kinds: bool) -> Skeleton:
@@ -93,9 +91,9 @@ def _opened(kind: Any, name: str, config: Any, shapes: Shapes, kinds: bool) -> S
         local_files_only=True,
     )
     wrong = {entry[0]: (tuple(entry[1]), tuple(entry[2])) for entry in info["mismatched_keys"]}
-    found = _kinds(model) if kinds else {}
+    opened = _kinds(model) if kinds else {}
     return Skeleton(
-        name, frozenset(info["missing_keys"]), frozenset(info["unexpected_keys"]), wrong, found
+        name, frozenset(info["missing_keys"]), frozenset(info["unexpected_keys"]), wrong, opened
     )
 
 
@@ -104,7 +102,7 @@ def _kinds(model: Any) -> dict[str, tuple[Kind, ...]]:
     from torch.nn import ModuleList
 
     stacks = {
-        path: list(found) for path, found in model.named_modules() if isinstance(found, ModuleList)
+        path: list(kinds) for path, kinds in model.named_modules() if isinstance(kinds, ModuleList)
     }
     listed = _listed(model.config)
     return {
@@ -148,7 +146,7 @@ def _listed(config: Any) -> dict[str, list[Any]]:
         if not isinstance(value, list) or not all(isinstance(item, str | int) for item in value):
             continue
         # Numbers of layers are no property of the layer that stands at their place.
-        if not all(type(one) is int for one in value) or set(value) <= {0, 1}:
+        if not all(type(name) is int for name in value) or set(value) <= {0, 1}:
             result[key] = value
     return result
 

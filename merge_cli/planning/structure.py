@@ -1,8 +1,8 @@
-"""What a plan would write, held against the class that its config names, before any byte is read.
+"""Check the output against the model class that its config names, before any weight is read.
 
 A tensor that the class would make up, leave out or refuse is an error, unless a source has the same
 fault: a merge makes no model worse. Stacked layers must be of the kind that they were: a config may
-say by number which layers slide a window, have experts or do without positions.
+say by number which layers use a sliding window, have experts or do without positions.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class Origins:
 def check_structure(
     config: Mapping[str, object],
     shapes: Shapes,
-    donor: Source,
-    like: Mapping[str, Tensor],
+    config_source: Source,
+    source_tensors: Mapping[str, Tensor],
     sources: Iterable[Source],
     origins: Origins | None = None,
 ) -> list[str]:
@@ -51,8 +51,9 @@ def check_structure(
 
     Args:
         config: the output's.
-        donor: whose config it is made from.
-        like: the donor's tensors; what has its names, shapes and config needs no look.
+        config_source: whose config it is made from.
+        source_tensors: of the config source; an output with its names, shapes and config is not
+            checked.
         sources: every model, whose own faults are no news.
         origins: of layers that were stacked.
 
@@ -64,17 +65,17 @@ def check_structure(
         ValueError: a rule by position that the stacked layers may not follow, where the class that
             would tell is not known.
     """
-    if not donor.config or "" not in donor.stems:
+    if not config_source.config or "" not in config_source.stems:
         return _undecided(origins, "")
-    shapes = _own(shapes, donor)
-    if origins is None and _unchanged(config, shapes, donor, like):
+    shapes = _model_shapes(shapes, config_source)
+    if origins is None and _unchanged(config, shapes, config_source, source_tensors):
         return []
     try:
         made = _build(config, shapes, origins is not None)
     except UnknownClass as reason:
         return _undecided(origins, str(reason))
-    known = _Inherited(donor, sources)
-    problems = [*_failures(made, known), *_differences(made, known)]
+    inherited = _Inherited(config_source, sources)
+    problems = [*_failures(made, inherited), *_differences(made, inherited)]
     notes: list[str] = []
     if origins is not None and not problems:
         problems, notes = _other_kinds(made, origins)
@@ -94,21 +95,28 @@ def _undecided(origins: Origins | None, reason: str) -> list[str]:
 
 
 def _unchanged(
-    config: Mapping[str, object], shapes: Shapes, donor: Source, like: Mapping[str, Tensor]
+    config: Mapping[str, object],
+    shapes: Shapes,
+    config_source: Source,
+    source_tensors: Mapping[str, Tensor],
 ) -> bool:
     """Whether the output is as its donor is on disk: then it opens as that does."""
-    before = donor.config
-    if donor.adapter is not None:
-        if any(tensor.stored[0].shape[:1] != tensor.shape[:1] for tensor in like.values()):
+    before = config_source.config
+    if config_source.adapter is not None:
+        if any(
+            tensor.stored[0].shape[:1] != tensor.shape[:1] for tensor in source_tensors.values()
+        ):
             return False
-        before = read_mapping(donor.root / "config.json", donor.label)
-    there = {name: tensor.shape for name, tensor in like.items() if not name.endswith(BUFFERS)}
-    there = _own(there, donor)
-    here = {name: shape for name, shape in shapes.items() if not name.endswith(BUFFERS)}
-    return there == here and _plain(before) == _plain(config)
+        before = read_mapping(config_source.root / "config.json", config_source.label)
+    there = {
+        name: tensor.shape for name, tensor in source_tensors.items() if not name.endswith(BUFFERS)
+    }
+    there = _model_shapes(there, config_source)
+    shapes_there = {name: shape for name, shape in shapes.items() if not name.endswith(BUFFERS)}
+    return there == shapes_there and _plain(before) == _plain(config)
 
 
-def _own(shapes: Shapes, source: Source) -> dict[str, tuple[int, ...]]:
+def _model_shapes(shapes: Shapes, source: Source) -> dict[str, tuple[int, ...]]:
     """Those of the model itself, without the parts in other folders (see `components`)."""
     parts = tuple(f"{folder}/" for folder in source.stems if folder)
     return {n: shape for n, shape in shapes.items() if not parts or not n.startswith(parts)}
@@ -140,7 +148,7 @@ def _of(source: Source, kinds: bool = False) -> Skeleton | None:
     """A source as its class opens it; None where that is not known."""
     try:
         shapes = {name: tensor.shape for name, tensor in source.tensors.items()}
-        return _build(source.config, _own(shapes, source), kinds)
+        return _build(source.config, _model_shapes(shapes, source), kinds)
     except UnknownClass:
         return None
 
@@ -148,31 +156,34 @@ def _of(source: Source, kinds: bool = False) -> Skeleton | None:
 class _Inherited:
     """What is wrong with the sources themselves, looked up when something is wrong."""
 
-    def __init__(self, donor: Source, sources: Iterable[Source]) -> None:
-        self._donor = donor
-        self._sources = [donor, *(source for source in sources if source is not donor)]
+    def __init__(self, config_source: Source, sources: Iterable[Source]) -> None:
+        self._config_source = config_source
+        self._sources = [
+            config_source,
+            *(source for source in sources if source is not config_source),
+        ]
 
     @property
     def fails(self) -> bool:
-        """Whether the donor's own class refuses it."""
-        own = _of(self._donor)
-        return own is None or bool(own.failure)
+        """Whether the class refuses it."""
+        built = _of(self._config_source)
+        return built is None or bool(built.failure)
 
     def has(self, problem: str, name: str) -> bool:
         """Whether a source has the same fault with every tensor of this kind."""
         pattern = _pattern(name)
         for source in self._sources:
-            own = _of(source)
-            if own is None or own.failure:
+            built = _of(source)
+            if built is None or built.failure:
                 continue
-            faulty = {_pattern(other) for other in getattr(own, problem)}
-            if pattern in faulty and not self._has_sound(source, problem, own, pattern):
+            faulty = {_pattern(other) for other in getattr(built, problem)}
+            if pattern in faulty and not self._has_sound(source, problem, built, pattern):
                 return True
         return False
 
     @staticmethod
-    def _has_sound(source: Source, problem: str, own: Skeleton, pattern: str) -> bool:
-        sound = source.tensors.keys() - set(getattr(own, problem))
+    def _has_sound(source: Source, problem: str, built: Skeleton, pattern: str) -> bool:
+        sound = source.tensors.keys() - set(getattr(built, problem))
         return any(_pattern(name) == pattern for name in sound)
 
 
@@ -181,12 +192,12 @@ def _pattern(name: str) -> str:
     return _NUMBER.sub("*", name)
 
 
-def _failures(made: Skeleton, known: _Inherited) -> Iterator[Problem]:
-    if made.failure and not known.fails:
+def _failures(made: Skeleton, inherited: _Inherited) -> Iterator[Problem]:
+    if made.failure and not inherited.fails:
         yield Problem(f"it refuses config.json or the tensors: {made.failure}")
 
 
-def _differences(made: Skeleton, known: _Inherited) -> Iterator[Problem]:
+def _differences(made: Skeleton, inherited: _Inherited) -> Iterator[Problem]:
     words = {
         "missing": "the output lacks it, and it would be made up",
         "unexpected": "it has no such tensor, and would leave it out",
@@ -198,7 +209,7 @@ def _differences(made: Skeleton, known: _Inherited) -> Iterator[Problem]:
         for name in sorted(names):
             groups.setdefault(_pattern(name), []).append(name)
         for first, *others in groups.values():
-            if known.has(problem, first):
+            if inherited.has(problem, first):
                 continue
             if problem == "wrong":
                 stored, requested = made.wrong[first]
@@ -220,18 +231,20 @@ def _faults(made: Skeleton) -> Iterator[str]:
 
 def _other_kinds(made: Skeleton, origins: Origins) -> tuple[list[Problem], list[str]]:
     """Stacked layers that the class would make into something else than they were."""
-    owns = {source.label: _of(source, kinds=True) for source, _ in origins.layers}
-    path = _stack_of(made, [own for own in owns.values() if own], origins)
-    if path is None or None in owns.values():
+    skeletons = {source.label: _of(source, kinds=True) for source, _ in origins.layers}
+    path = _stack_of(made, [skeleton for skeleton in skeletons.values() if skeleton], origins)
+    if path is None or None in skeletons.values():
         if origins.doubts:
             raise ValueError(origins.doubts[0])
         return [], []
     problems, notes = [], []
     for out, (source, index) in enumerate(origins.layers):
-        own = owns[source.label]
-        assert own is not None
-        counts = len(made.kinds[path]), len(own.kinds[path])
-        hard, soft = _unlike(made.kinds[path][out], own.kinds[path][index], out - index, counts)
+        skeleton = skeletons[source.label]
+        assert skeleton is not None
+        counts = len(made.kinds[path]), len(skeleton.kinds[path])
+        hard, soft = _unlike(
+            made.kinds[path][out], skeleton.kinds[path][index], out - index, counts
+        )
         whence = f"layer {index} of {source.label}"
         if hard:
             key, new, old = hard[0]
@@ -247,15 +260,20 @@ def _other_kinds(made: Skeleton, origins: Origins) -> tuple[list[Problem], list[
     return problems, notes[:1]
 
 
-def _stack_of(made: Skeleton, owns: Sequence[Skeleton], origins: Origins) -> str | None:
+def _stack_of(made: Skeleton, skeletons: Sequence[Skeleton], origins: Origins) -> str | None:
     """The list of modules that the stacked layers are in."""
     needed = max(index for _, index in origins.layers) + 1 if origins.layers else 0
     fitting = [
         path
         for path, layers in made.kinds.items()
-        if len(layers) == len(origins.layers) and all(path in own.kinds for own in owns)
+        if len(layers) == len(origins.layers)
+        and all(path in skeleton.kinds for skeleton in skeletons)
     ]
-    fitting = [path for path in fitting if any(len(own.kinds[path]) >= needed for own in owns)]
+    fitting = [
+        path
+        for path in fitting
+        if any(len(skeleton.kinds[path]) >= needed for skeleton in skeletons)
+    ]
     same = [path for path in fitting if path == origins.stack]
     parts = origins.stack.rpartition(".")[2]
     alike = same or [path for path in fitting if path.rpartition(".")[2] == parts] or fitting
@@ -274,11 +292,11 @@ def _unlike(
         moved: how far the layer has moved.
         counts: how many layers there are, and were.
     """
-    here, there = dict(new), dict(old)
+    kinds_there, there = dict(new), dict(old)
     hard: list[Difference] = []
     soft: list[Difference] = []
-    for key in sorted(here.keys() | there.keys()):
-        a, b = here.get(key), there.get(key)
+    for key in sorted(kinds_there.keys() | there.keys()):
+        a, b = kinds_there.get(key), there.get(key)
         if key.startswith("config.") and None in (a, b):
             continue  # a list that one config writes out, and the other has as a rule
         if a == b and type(a) is type(b):

@@ -1,7 +1,7 @@
-"""A source model, known from its headers: which tensors it has and where they lie.
+"""A source model, opened from its headers: which tensors it has and where they lie.
 
 Opening a source reads kilobytes: config.json, the index, the headers of the shards. For a model on
-the Hub those are fetched alone; the shards follow in `fetch_weights`, only those that the merge
+the Hub only those are fetched; the shards follow in `fetch_weights`, and only those that the merge
 needs. Nothing here executes anything from a checkpoint.
 """
 
@@ -83,9 +83,9 @@ class Source:
     @property
     def stems(self) -> dict[str, str]:
         """For each folder with weights ("" for the model's own) what the files are called."""
-        known = [*self.header_bytes, *([PIPELINE] if (self.root / PIPELINE).is_file() else [])]
-        parts = part_folders(known, module_folders(self.root, self.label))
-        return {folder: stem_of(names_in(folder, known)) for folder in parts}
+        names = [*self.header_bytes, *([PIPELINE] if (self.root / PIPELINE).is_file() else [])]
+        parts = part_folders(names, module_folders(self.root, self.label))
+        return {folder: stem_of(names_in(folder, names)) for folder in parts}
 
     def fingerprint(self, shards: Iterable[str] | None = None) -> str:
         """SHA-256 over config, headers, and samples of the weights: tells models apart.
@@ -123,18 +123,20 @@ class Source:
 
     def download_size(self, shards: Iterable[str]) -> int:
         """Bytes of these files, and of an adapter, as far as they are on the Hub."""
-        own = sum(self.hub.files.get(name, 0) for name in shards) if self.hub else 0
-        adapter = self.adapter.hub.files.get(WEIGHTS, 0) if self.adapter and self.adapter.hub else 0
-        return own + adapter
+        model_bytes = sum(self.hub.files.get(name, 0) for name in shards) if self.hub else 0
+        adapter_bytes = (
+            self.adapter.hub.files.get(WEIGHTS, 0) if self.adapter and self.adapter.hub else 0
+        )
+        return model_bytes + adapter_bytes
 
     @property
     def commits(self) -> dict[str, str]:
         """The commits that it, and its adapter, were resolved to, by how the recipe names them."""
         model, _, adapter = self.label.partition("+") if self.adapter else (self.label, "", "")
-        found = {model: self.hub} if self.hub else {}
+        commits = {model: self.hub} if self.hub else {}
         if self.adapter and self.adapter.hub:
-            found[adapter or model] = self.adapter.hub  # or an adapter by itself
-        return {name: item.commit for name, item in found.items() if item.commit}
+            commits[adapter or model] = self.adapter.hub  # or an adapter by itself
+        return {name: item.commit for name, item in commits.items() if item.commit}
 
     @property
     def revision(self) -> str | None:
@@ -194,8 +196,8 @@ def open_tokenizer(model: ModelRef, folder: Path) -> Source:
     path = local_folder(model.path, folder)
     if path is None or model.lora or model.revision or not path.is_dir():
         return open_source(model, folder)
-    place = LocalFolder(path)
-    config = read_mapping(path / CONFIG, str(model)) if CONFIG in place.names else {}
+    storage = LocalFolder(path)
+    config = read_mapping(path / CONFIG, str(model)) if CONFIG in storage.names else {}
     return Source(str(model), path, config, {}, {})
 
 
@@ -272,22 +274,30 @@ def _open_hub(repo: hub.HubModel, label: str) -> Source:
     return _opened(HubRepo(repo), label, repo)
 
 
-def _opened(place: ModelStorage, label: str, repo: hub.HubModel | None = None) -> Source:
-    """From the headers of its files; fp8 weights as numbers."""
-    config = read_mapping(place.root / CONFIG, label) if CONFIG in place.names else {}
-    stored, headers = read_headers(place, label)
-    tensors, plain, quantised = read_as_numbers(stored, config, label)
-    notes = [repo.note if repo else "", _kind(place, config), *quantised]
-    return Source(label, place.root, plain, tensors, headers, repo, tuple(filter(None, notes)))
+def _opened(storage: ModelStorage, label: str, repo: hub.HubModel | None = None) -> Source:
+    """From the headers of its files; quantised weights as numbers."""
+    config = read_mapping(storage.root / CONFIG, label) if CONFIG in storage.names else {}
+    stored, headers = read_headers(storage, label)
+    model = read_as_numbers(stored, config, label)
+    notes = [repo.note if repo else "", _kind(storage, config), *model.notes]
+    return Source(
+        label,
+        storage.root,
+        model.config,
+        model.tensors,
+        headers,
+        repo,
+        tuple(filter(None, notes)),
+    )
 
 
-def _kind(place: ModelStorage, config: Mapping[str, Any]) -> str:
+def _kind(storage: ModelStorage, config: Mapping[str, Any]) -> str:
     """What a reader should know of a model that is not one folder with a config."""
-    parts = part_folders(place.names, place.modules)
-    lacking = [f for f in place.modules if f and not names_in(f, place.names)]
+    parts = part_folders(storage.names, storage.modules)
+    lacking = [f for f in storage.modules if f and not names_in(f, storage.names)]
     if lacking:
         return f"modules.json names {', '.join(lacking)}, which is not there"
-    if parts != [""] and place.modules:
+    if parts != [""] and storage.modules:
         return f"sentence-transformers; {', '.join(filter(None, parts))} merged, too"
     if parts != [""]:
         return f"a pipeline; {', '.join(parts)} are merged, everything else is copied"

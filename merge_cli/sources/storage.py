@@ -1,7 +1,4 @@
-"""Where a model's files are, a folder or a repository on the Hub, and what their headers say.
-
-Which files of a folder or repository hold a model's weights, and what their index says.
-"""
+"""Where a model's files are, in a folder or on the Hub: which hold weights, and their headers."""
 
 from __future__ import annotations
 
@@ -80,8 +77,10 @@ class HubRepo:
             self.modules = module_folders(hub.fetch_files(model, [MODULES]))
         parts = part_folders(self.names, self.modules)
         indexes = {inside(part, index_of(stem_of(names_in(part, self.names)))) for part in parts}
-        own = {name for name in self.names if "/" not in name or _is_template(name)}
-        small = {n for n in own if is_companion(n) or _is_template(n) or n in ("config.json", CARD)}
+        top_level = {name for name in self.names if "/" not in name or _is_template(name)}
+        small = {
+            n for n in top_level if is_companion(n) or _is_template(n) or n in ("config.json", CARD)
+        }
         named = tuple(f"{folder}/" for folder in self.modules if folder)
         small |= {n for n in self.names if named and n.startswith(named) and is_part_file(n)}
         if PIPELINE in self.names and parts != [""]:
@@ -102,7 +101,7 @@ def _is_template(name: str) -> bool:
 
 
 def read_headers(
-    place: ModelStorage, label: str
+    storage: ModelStorage, label: str
 ) -> tuple[Mapping[str, TensorRef], Mapping[str, bytes]]:
     """Every tensor by name, and the raw headers by file.
 
@@ -112,24 +111,24 @@ def read_headers(
     """
     tensors: dict[str, TensorRef] = {}
     headers: dict[str, bytes] = {}
-    for part in part_folders(place.names, place.modules):
+    for part in part_folders(storage.names, storage.modules):
         if "/" in part:
             message = f"{MODULES} names a folder within a folder, whose weights are not merged"
             raise SourceError(message, model=label, file=part)
-        names = names_in(part, place.names)
+        names = names_in(part, storage.names)
         index = index_of(stem_of(names))
-        listed = read_mapping(place.root / part / index, label) if index in names else None
+        listed = read_mapping(storage.root / part / index, label) if index in names else None
         shards, weight_map = find_shards(names, listed, label)
-        found: dict[str, dict[str, TensorRef]] = {}
+        tensors_by_shard: dict[str, dict[str, TensorRef]] = {}
         for shard in shards:
-            if not place.has(inside(part, shard)):
+            if not storage.has(inside(part, shard)):
                 message = "the index names this file, but it is missing"
                 hint = "Download or copy it again."
                 raise CorruptFileError(message, model=label, file=inside(part, shard), hint=hint)
-            raw, size = place.header(inside(part, shard), label)
+            raw, size = storage.header(inside(part, shard), label)
             headers[inside(part, shard)] = raw
-            found[shard] = parse_header(raw, place.root / part / shard, size, label)
-        for name, ref in join_shards(found, weight_map, label).items():
+            tensors_by_shard[shard] = parse_header(raw, storage.root / part / shard, size, label)
+        for name, ref in join_shards(tensors_by_shard, weight_map, label).items():
             tensors[inside(part, name)] = ref._replace(name=inside(part, name)) if part else ref
     return tensors, headers
 
@@ -145,9 +144,9 @@ def find_shards(
 ) -> tuple[list[str], Mapping[str, str] | None]:
     """Which files hold the weights, in transformers' order of preference, and the index's map."""
     stem = stem_of(names)
-    whole, file = f"{stem}.safetensors", index_of(stem)
-    if whole in names:
-        return [whole], None
+    single, file = f"{stem}.safetensors", index_of(stem)
+    if single in names:
+        return [single], None
     if index is not None:
         weight_map = index.get("weight_map") if isinstance(index, dict) else None
         if not isinstance(weight_map, dict) or not weight_map:
@@ -156,11 +155,11 @@ def find_shards(
         for tensor, shard in weight_map.items():
             if isinstance(shard, str) and shard in checked:
                 continue
-            place = PurePosixPath(str(shard))
+            path = PurePosixPath(str(shard))
             if not str(shard).isprintable() or len(str(shard)) > 200:
                 message = f"names a file by what is no name: {str(shard)[:60]!r}"
                 raise CorruptFileError(message, model=label, file=file, tensor=tensor)
-            if place.is_absolute() or ".." in place.parts or "\\" in str(shard):
+            if path.is_absolute() or ".." in path.parts or "\\" in str(shard):
                 message = f"names a file outside the model's folder: '{shard}'"
                 raise CorruptFileError(message, model=label, file=file, tensor=tensor)
             if not isinstance(shard, str) or not shard.endswith(".safetensors"):

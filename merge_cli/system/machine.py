@@ -1,21 +1,16 @@
-"""What this process may use of the machine: cores, threads and memory.
+"""What this process may use of the machine: cores, threads, memory, and a home folder.
 
 A container or a batch system grants less than the machine has, and the usual calls do not say so:
-`os.cpu_count` counts the machine's cores, /proc/meminfo the machine's memory. Everybody who decides
-by either asks here.
+`os.cpu_count` counts the machine's cores, /proc/meminfo the machine's memory. Everything that
+decides by either asks here.
 
     usable_cores     affinity, CPU quotas of control groups (v1 and v2), what SLURM has granted
     library_threads  the same for torch and BLAS, where OMP_NUM_THREADS has the last word
     free_memory      what the system has left, or the nearest limit of a control group
+    home_folder      HOME, or a private stand-in where a container has none
+    parse_size       5GB, 512MB, 4GiB, 1.5G as bytes; `show_size` writes them
 
-Control groups nest, and every one above ours binds, too. Imports nothing heavy.
-
-The user's folder, where there may be none.
-
-A container may run as a number that nobody has given a name, without HOME. Then caches go to a
-folder of our own among temporary files; and where even that cannot be, there are no caches.
-
-Byte sizes as people write them: 5GB, 512MB, 4GiB, 1.5G.
+Control groups nest, and each one above ours binds, too. Imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -96,9 +91,9 @@ def usable_cores(root: Path = _SYSTEM, environment: Mapping[str, str] | None = N
     if root == _SYSTEM and hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
     quotas = (group.cores() for group in _groups("cpu", root))
-    granted = (_positive(environment.get(name, "")) for name in _GRANTED)
-    known = [limit for limit in (*quotas, *granted) if limit is not None]
-    return max(1, math.ceil(min([cores, *known])))
+    scheduler = (_positive(environment.get(name, "")) for name in _GRANTED)
+    limits = [limit for limit in (*quotas, *scheduler) if limit is not None]
+    return max(1, math.ceil(min([cores, *limits])))
 
 
 def library_threads(
@@ -113,7 +108,7 @@ def library_threads(
 
 
 @contextmanager
-def torch_threads(wanted: int | None = None) -> Iterator[None]:
+def torch_threads(count: int | None = None) -> Iterator[None]:
     """So many threads for torch's own loops; by default no more than there are cores for us.
 
     As before afterwards. torch counts the machine's cores and knows nothing of quotas.
@@ -122,7 +117,7 @@ def torch_threads(wanted: int | None = None) -> Iterator[None]:
 
     before = torch.get_num_threads()
     most = library_threads()
-    threads = wanted or (before if most is None else min(before, most))
+    threads = count or (before if most is None else min(before, most))
     if threads != before:
         torch.set_num_threads(threads)
     try:
@@ -134,9 +129,9 @@ def torch_threads(wanted: int | None = None) -> Iterator[None]:
 
 def free_memory(root: Path = _SYSTEM) -> int:
     """Bytes that can be taken without swapping, and without being killed for it."""
-    found = [_system_memory(root)]
-    found += [free for group in _groups("memory", root) if (free := group.free()) is not None]
-    return min(found)
+    limits = [_system_memory(root)]
+    limits += [free for group in _groups("memory", root) if (free := group.free()) is not None]
+    return min(limits)
 
 
 def _system_memory(root: Path) -> int:
@@ -158,9 +153,9 @@ def _groups(controller: str, root: Path) -> Iterator[_Group]:
         if (version == 1 and controller not in kinds) or key not in paths:
             continue
         top = root / mount.lstrip("/")
-        own = top / _below(paths[key], inside)
+        group = top / _below(paths[key], inside)
         # Seen from inside a container our path may lead nowhere: then the top is our own.
-        folder = own if own.is_dir() else top
+        folder = group if group.is_dir() else top
         while True:
             yield _Group(folder, version)
             if folder == top:
@@ -180,8 +175,8 @@ def _memberships(root: Path) -> Iterator[tuple[str, str]]:
 def _mounts(root: Path) -> Iterator[tuple[str, str, frozenset[str]]]:
     """Where groups are mounted, what of their tree is, and which controllers; none in version 2."""
     for line in _read(root / "proc/self/mountinfo").splitlines():
-        about, _, kind = line.partition(" - ")
-        left, right = about.split(), kind.split()
+        mount_part, _, kind = line.partition(" - ")
+        left, right = mount_part.split(), kind.split()
         if len(left) < 5 or len(right) < 3 or right[0] not in ("cgroup", "cgroup2"):
             continue
         kinds = frozenset(right[2].split(",")) if right[0] == "cgroup" else frozenset()
@@ -197,7 +192,7 @@ def _below(path: str, inside: str) -> str:
 
 
 def _unescaped(text: str) -> str:
-    return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), text)
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), text)
 
 
 def _positive(text: str) -> int | None:
@@ -240,8 +235,8 @@ def settle_home() -> None:
     except RuntimeError:
         folder = _stand_in()
         os.environ["HOME"] = str(folder)
-        kept = "caches are not kept" if folder == _NOWHERE else f"caches are kept in {folder}"
-        say_once(f"there is no home folder: {kept}. Set HOME to choose one.")
+        fate = "caches are not kept" if folder == _NOWHERE else f"caches are kept in {folder}"
+        say_once(f"there is no home folder: {fate}. Set HOME to choose one.")
 
 
 def _stand_in() -> Path:
@@ -250,12 +245,12 @@ def _stand_in() -> Path:
         if folder.parent == _MEMORY:  # caches would fill it
             return _NOWHERE
         folder.mkdir(mode=0o700, exist_ok=True)
-        about = folder.lstat()
+        status = folder.lstat()
     except OSError:  # nothing can be written
         return _NOWHERE
     # Somebody else may have made it before us, to be believed.
-    private = stat.S_ISDIR(about.st_mode) and not about.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-    return folder if private and about.st_uid == os.getuid() else _NOWHERE
+    private = stat.S_ISDIR(status.st_mode) and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return folder if private and status.st_uid == os.getuid() else _NOWHERE
 
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}

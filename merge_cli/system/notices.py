@@ -1,6 +1,6 @@
-"""What a user should know although nothing failed, said once by whoever notices it.
+"""Notices: what a user should know although nothing failed, given once by whoever finds it out.
 
-The command line prints it as a note (`console`); another program finds it in the log `merge_cli`.
+The command line prints them (console/); another program finds them in the log `merge_cli`.
 """
 
 from __future__ import annotations
@@ -9,36 +9,38 @@ import logging
 from collections.abc import Callable
 
 log = logging.getLogger("merge_cli")
-_said: dict[str, None] = {}  # in this process, in order
+_given: dict[str, None] = {}  # in this process, in order
 
 
 def say_once(text: str) -> None:
     """Say it, unless this process has said it before."""
-    if text not in _said:
-        _said[text] = None
+    if text not in _given:
+        _given[text] = None
         log.warning(text)
 
 
-class _Told(logging.Handler):
-    def __init__(self, tell: Callable[[str], None]) -> None:
+class _Handler(logging.Handler):
+    def __init__(self, handle: Callable[[str], None]) -> None:
         super().__init__()
-        self._tell = tell
+        self._take = handle
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._tell(record.getMessage())
+        self._take(record.getMessage())
 
 
-def send_notices(tell: Callable[[str], None] | None) -> None:
-    """Tell of what has been said and what will be, and print it nowhere else.
+def send_notices(handle: Callable[[str], None] | None) -> None:
+    """Give notices, past and future, to one receiver, and print them nowhere else.
 
     Args:
-        tell: whoever was given before is told no more; None keeps everything for the next.
+        handle: takes each text, instead of the receiver before; None keeps them for the next.
     """
-    for handler in [item for item in log.handlers if isinstance(item, _Told | logging.NullHandler)]:
+    for handler in [
+        item for item in log.handlers if isinstance(item, _Handler | logging.NullHandler)
+    ]:
         log.removeHandler(handler)
-    if tell is None:
+    if handle is None:
         log.addHandler(logging.NullHandler())
         return
-    for text in _said:
-        tell(text)
-    log.addHandler(_Told(tell))
+    for text in _given:
+        handle(text)
+    log.addHandler(_Handler(handle))

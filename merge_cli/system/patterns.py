@@ -1,4 +1,4 @@
-"""Regular expressions of somebody else's, matched in bounded time.
+"""Regular expressions from untrusted files, matched in bounded time.
 
 Python's `re` tries again and again: `(a+)+$` takes longer than the age of the universe on a line of
 sixty letters. The package `regex` reads the same language and stops when its time is over. An

@@ -1,12 +1,11 @@
-"""Child processes that end when their parent does, however it ends.
+"""Child processes that end when their parent does, and import nothing from where it was started.
 
-    merge_cli.system.processes FD MODULE ARGUMENTS...     (by `python_child.python_command`)
+    merge_cli.system.processes FD MODULE ARGUMENTS...     (by `python_command`)
 
 A process that is killed cannot tell its children. So the parent holds the writing end of a pipe of
-which the child has the reading end, and the child watches it: at its end nobody is left. On Linux
-the kernel is asked for a signal, too, which also reaches a child that is stuck in a long call.
-
-Commands for processes of our own: this Python, this package, and no folder that a user is in.
+which the child has the reading end, and the child watches it: when it closes, the parent is gone.
+On Linux the kernel is asked for a signal, too, which also reaches a child that is stuck in a long
+call.
 
 `python -m` and `python -c` look for modules in the working directory first. That may be the folder
 of a model, where a file called `torch.py` would be run. The child gets the parent's path instead.

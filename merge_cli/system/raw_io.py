@@ -1,4 +1,4 @@
-"""Bytes in, bytes out: positioned reads and writes that finish or say why not."""
+"""Positioned reads and writes of bytes, which finish or say why they cannot."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import fcntl
 import os
 import struct
 import sys
+import tempfile
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from merge_cli.errors import CorruptFileError, ResourceError
@@ -201,6 +203,26 @@ def replace_file(path: Path, content: bytes) -> int:
     except OSError as error:
         raise write_error(error, path) from error
     return len(content)
+
+
+@contextmanager
+def unfinished_file(path: Path) -> Iterator[Path]:
+    """A new file beside `path`, which takes its place at the end; gone after an error.
+
+    For files that several processes may write at once, without a lock: each has a file of its own,
+    and the last one stays. The folder is made.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent)
+    os.close(handle)
+    try:
+        yield Path(name)
+        os.replace(name, path)
+    finally:
+        Path(name).unlink(missing_ok=True)  # gone where it has become the file
 
 
 def sync(paths: Iterable[Path]) -> None:

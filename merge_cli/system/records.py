@@ -1,17 +1,12 @@
-"""Lines about finished work, on disk, so that a killed process continues where it stopped.
-
-The first line is the key of the work; each line carries a checksum (`sealed`), and what follows a
-line that does not hold is done again. Lines survive the death of the process; after a crash of the
-machine itself (another boot) what they tell of may not have reached the disk, and is not believed
-unless somebody has waited for it.
-
-Records that our own programs read back: JSON that carries a checksum over itself.
+"""Records of finished work on disk: lines with a checksum, so that a killed process resumes.
 
     {"unit":7,"stats":{...},"crc":"90ab12cd"}
 
-One bit that flips, a line that was cut short, or two that have run into one another are noticed,
-and what does not hold is as good as absent: it is done again. A sealed record is still JSON, for
-whoever wants to read it. Imports nothing heavy.
+The first line of a journal is the key of the work. A bit that flips, a line that was cut short, or
+two that have run into one another are noticed; what such a line says, and all that follows it, is
+done again. Lines survive the death of the process. After a crash of the machine itself (another
+boot) what they say may not have reached the disk, and is not believed unless somebody has waited
+for it. A sealed record is still JSON, for whoever wants to read it. Imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -36,7 +31,7 @@ class Records:
     Args:
         path: the file.
         key: of the work. A file of another key is begun anew: ask `key_of` first.
-        inputs: what tells the files apart that the work is over (`Inputs.digest`); likewise.
+        inputs: what tells the files apart that the work is over (`Inputs.fingerprint`); likewise.
         durable: every line is on the disk when `append` returns, and so is what it tells of.
 
     Attributes:
@@ -104,11 +99,11 @@ class Records:
 
     def _read(self) -> tuple[int, bool, list[Entry]]:
         """Bytes of whole lines of this work, whether they are of this boot, and what they say."""
-        found, length = _lines(self._path)
-        first = found[0] if found else {}
+        entries, length = _lines(self._path)
+        first = entries[0] if entries else {}
         if (first.get("key"), first.get("inputs")) != (self.key, self._inputs):
             return 0, False, []
-        return length, first.get("boot") == boot_id(), found[1:]
+        return length, first.get("boot") == boot_id(), entries[1:]
 
 
 def _lines(path: Path) -> tuple[list[Entry], int]:

@@ -1,4 +1,4 @@
-"""Reading what somebody else wrote: files, JSON and numbers, each held against a bound before use.
+"""Read untrusted files: each held against bounds of size, depth and digits before it is used.
 
 Every file of a model, an adapter, a recipe or a data set comes through here before it is believed:
 
@@ -205,9 +205,9 @@ def _integer(digits: str) -> int:
     return int(digits)
 
 
-def _check_depth(found: Any) -> None:
+def _check_depth(openings: Any) -> None:
     """Level by level, so that neither depth nor size costs recursion."""
-    level = [found] if isinstance(found, list | dict) else []
+    level = [openings] if isinstance(openings, list | dict) else []
     for _ in range(MAX_DEPTH):
         if not level:
             return

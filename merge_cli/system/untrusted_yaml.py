@@ -1,9 +1,10 @@
-"""YAML that somebody else wrote: bounded before it is built. The twin of `guarded.py`.
+"""Read untrusted YAML: bounded before it is built. untrusted.py does the same for JSON.
 
 A few lines of YAML can mean billions of values, since an alias stands for all that its anchor
-holds. What a document would be without aliases is counted while it is read; so are its levels.
+holds. The size that a document would have without aliases is counted while it is read; so are its
+levels.
 
-    GuardedLoader    PyYAML's, within bounds; errors are yaml.YAMLError, with a place
+    GuardedLoader    PyYAML's, within bounds; errors are yaml.YAMLError, with line and column
     read_front       the plain texts and lists of a model card's front matter
 """
 

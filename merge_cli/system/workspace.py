@@ -4,8 +4,9 @@
     OUT.ENDING/merge-cli     says whose folder this is: made first, removed last
     OUT.ENDING/journal.jsonl what is done, and the key of the work
 
-Everything that is made in steps is made in one: what becomes OUT (`output`, .partial), learning
-(.training), searching (.search), the results of stages (.stages).
+Everything that is made in steps is made in one: what becomes OUT (engine/output.py, .partial),
+training (.training), searches (.search), the results of stages (.stages). What several processes
+may make at once (caches) takes the lock of the file itself: `lock_file`.
 """
 
 from __future__ import annotations
@@ -14,13 +15,15 @@ import fcntl
 import os
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from merge_cli.errors import ResourceError, UsageError
 from merge_cli.system.notices import say_once
-from merge_cli.system.raw_io import write_error
+from merge_cli.system.raw_io import replace_file, write_error
+from merge_cli.system.records import Records, read_sealed, seal
 from merge_cli.system.untrusted import Unreadable, parse_json, read_bytes
 
 if TYPE_CHECKING:
@@ -128,6 +131,39 @@ class Workspace:
             raise write_error(error, self.path) from error
         return self.path
 
+    def resume_work(self, key: str, *, fresh: bool = False) -> None:
+        """Continue the work of this key; without any, begin it.
+
+        Args:
+            fresh: throw away what is there.
+
+        Raises:
+            UsageError: unfinished work of something else is here.
+            ResourceError: the folder cannot be written.
+        """
+        if fresh:
+            self.discard()
+        if self.key_here() not in (None, key):
+            raise self.other_work()
+        self.make()
+
+    def key_here(self) -> str | None:
+        """The key of the work that is here; None where nothing is that holds."""
+        return Records.key_of(self.journal)
+
+    def write_record(self, name: str, key: str, record: Mapping[str, Any]) -> None:
+        """Write what the work of this key has come to, whole or not at all.
+
+        Raises:
+            ResourceError: it cannot be written.
+        """
+        replace_file(self.path / name, seal({"key": key, **record}))
+
+    def read_record(self, name: str, key: str) -> dict[str, Any] | None:
+        """What `write_record` has written for this key; None where it is absent or damaged."""
+        record = read_sealed(self.path / name) or {}
+        return record if record.pop("key", None) == key else None
+
     def other_work(self) -> UsageError:
         """The error for unfinished work of something else."""
         message = f"an interrupted {self.work} {_OTHER}"
@@ -165,20 +201,44 @@ class Workspace:
 
     def _acquire(self) -> None:
         until = time.monotonic() + _PATIENCE
-        while True:
-            fd = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if os.stat(self._lock_path).st_ino == os.fstat(fd).st_ino:
-                    self.lock = fd
-                    return
-            except BlockingIOError:
-                if time.monotonic() > until:
-                    os.close(fd)
-                    message = f"another {self.work} is writing here"
-                    hint = "Wait for it, or choose another OUT."
-                    raise ResourceError(message, where=str(self.target), hint=hint) from None
-                time.sleep(0.05)
-            except FileNotFoundError:
-                pass
-            os.close(fd)  # held, or removed by its owner between our open and our lock
+        while (lock := lock_file(self._lock_path)) is None:
+            if time.monotonic() > until:
+                message = f"another {self.work} is writing here"
+                hint = "Wait for it, or choose another OUT."
+                raise ResourceError(message, where=str(self.target), hint=hint)
+            time.sleep(0.05)
+        self.lock = lock
+
+
+def lock_file(path: Path, *, wait: bool = False) -> int | None:
+    """Make or open a file, and take its lock: a descriptor; None while another process has it.
+
+    Args:
+        wait: until the other process lets go of it.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+    while True:
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            return None
+        except BaseException:
+            os.close(lock)
+            raise
+        if is_at(path, lock):
+            return lock
+        # Removed or renamed by its owner between our open and our lock: what we hold is a file
+        # without a name, which keeps nobody out.
+        os.close(lock)
+
+
+def is_at(path: Path, descriptor: int) -> bool:
+    """Whether an open file is still the one of this name."""
+    try:
+        return os.stat(path).st_ino == os.fstat(descriptor).st_ino
+    except FileNotFoundError:
+        return False

@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 
 from merge_cli.checkpoint.config import text_config
 from merge_cli.checkpoint.rearranged import PermutedRows, SourceRows, padded
-from merge_cli.checkpoint.tensors import Tensor
+from merge_cli.checkpoint.tensors import EMBEDDINGS, Tensor, TensorMap
 from merge_cli.errors import MergeCliError, RecipeError, SourceError
-from merge_cli.planning.heads import EMBEDDINGS, View
 from merge_cli.recipe.reference import local_folder, parse_reference
 from merge_cli.recipe.schema import Recipe
 from merge_cli.recipe.tokenizer import BASE, UNION
@@ -60,7 +59,7 @@ class AlignedVocabulary:
         guest: a model that is not merged and only gives the tokenizer files.
     """
 
-    views: tuple[View, ...]
+    views: tuple[TensorMap, ...]
     donor: int
     files: Mapping[str, bytes] = field(default_factory=dict)
     rows: int | None = None
@@ -85,7 +84,7 @@ class AlignedVocabulary:
 def align(
     recipe: Recipe,
     sources: Sequence[Source],
-    tensors: Sequence[View],
+    tensors: Sequence[TensorMap],
     base: int | None,
     config_index: int,
 ) -> AlignedVocabulary:
@@ -108,7 +107,7 @@ def align(
 
 
 def truncated(
-    sources: Sequence[Source], tensors: Sequence[View], config_index: int
+    sources: Sequence[Source], tensors: Sequence[TensorMap], config_index: int
 ) -> AlignedVocabulary:
     """Every model with as many rows as the smallest has: mergekit's unsafe-truncate-embeddings."""
     import numpy as np
@@ -149,7 +148,7 @@ class _Alignment:
         self,
         recipe: Recipe,
         sources: Sequence[Source],
-        tensors: Sequence[View],
+        tensors: Sequence[TensorMap],
         base: int | None,
         config_index: int,
     ) -> None:
@@ -288,7 +287,7 @@ class _Alignment:
 
     def _rearrange(
         self, tables: Sequence[SourceRows], rows: int
-    ) -> tuple[tuple[View, ...], list[str]]:
+    ) -> tuple[tuple[TensorMap, ...], list[str]]:
         """Each source's tensors with rows in the output's order, and the names of what moved."""
         import numpy as np
 
@@ -318,7 +317,7 @@ class _Alignment:
         return None if all(a == b for a, b in moved.items()) else moved
 
 
-def _names_with_tokens(tensors: Sequence[View], embedding_rows: Sequence[int]) -> list[str]:
+def _names_with_tokens(tensors: Sequence[TensorMap], embedding_rows: Sequence[int]) -> list[str]:
     """The tensors that have a row for each token, in every source."""
 
     def has(name: str) -> bool:
@@ -340,7 +339,7 @@ def _vocabulary(source: Source) -> Mapping[str, int]:
     return listed if listed or not opaque_files(source) else converted_vocabulary(source)
 
 
-def _embedding_rows(source: Source, tensors: View) -> int:
+def _embedding_rows(source: Source, tensors: TensorMap) -> int:
     """Rows of a source's input embedding."""
     row_counts = [
         tensor.shape[0]

@@ -157,7 +157,7 @@ def test_the_plan_shows_what_will_be_gathered(
     models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Digests of files that have just been written are not kept, and plans make none.
-    monkeypatch.setattr("merge_cli.evaluation.fingerprints._SETTLED", -1.0)
+    monkeypatch.setattr("merge_cli.checkpoint.fingerprint._SETTLED", -1.0)
     runner = CliRunner()
     for method, words in (("regmean", "matrices of layers"), ("fisher", "importances of weights")):
         recipe = write_recipe(models, method)

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from merge_cli.checkpoint.headers import DTYPES
+from merge_cli.checkpoint.dtypes import DTYPES
 from merge_cli.checkpoint.layout import OutputTensor, indexes, lay_out, natural_key
 from tests.support.tiny import Family, merge
 

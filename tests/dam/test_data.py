@@ -282,7 +282,7 @@ def test_the_cache_is_reused_and_keyed_by_content(
     models: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Digests of files that have just been written are not kept, and plans make none.
-    monkeypatch.setattr("merge_cli.evaluation.fingerprints._SETTLED", -1.0)
+    monkeypatch.setattr("merge_cli.checkpoint.fingerprint._SETTLED", -1.0)
     plan = plan_of(models, {"top_k": 8, "max_length": 24, "examples": 20})
     decided = plan_training(plan, "cpu")
     assert all(one.missing > 0 for one in decided.teachers)

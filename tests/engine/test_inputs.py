@@ -131,7 +131,7 @@ def test_exchanged_where_no_sample_falls(
 ) -> None:
     """Samples cannot see all of a large file: then its times say that the work is of another."""
     for module in (fingerprint, inputs, journal):
-        monkeypatch.setattr(module, "sampled_digest", lambda path: "the same")
+        monkeypatch.setattr(module, "sampled_fingerprint", lambda path: "the same")
     recipe, out = write_recipe(family, "soup"), tmp_path / "out"
     interrupt(recipe, out)
     exchanged(family, "same time")

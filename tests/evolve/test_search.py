@@ -24,7 +24,7 @@ from merge_cli.checkpoint.headers import TensorRef
 from merge_cli.comparison.cost import CostLog
 from merge_cli.engine import in_memory as merger
 from merge_cli.engine import in_memory as resident
-from merge_cli.engine.device import Device
+from merge_cli.engine import residency as residency_module
 from merge_cli.engine.options import MergeOptions
 from merge_cli.errors import (
     CorruptFileError,
@@ -136,8 +136,8 @@ def test_where_the_sources_wait_changes_no_bit(
 
         return lane
 
-    place = resident.SourcesInMemory(residency, "for the test", 0)  # type: ignore[arg-type]
-    monkeypatch.setattr(evaluator_module, "choose_residency", lambda *about: place)
+    place = residency_module.SourceResidency(residency, "for the test", 0)  # type: ignore[arg-type]
+    monkeypatch.setattr(evaluator_module, "choose_residency", lambda *about, **more: place)
     monkeypatch.setattr(merger, "in_memory_workers", lanes)
     if residency == "device":
         monkeypatch.setattr(merger, "arithmetic_for", lambda *about: ("torch", ""))
@@ -187,12 +187,15 @@ def test_candidates_on_a_gpu_are_what_it_writes(folder: Path) -> None:
 
 def test_what_fits_decides_where_the_sources_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     ref = TensorRef("w", Path("f"), "BF16", (1000,), 0, 2000)
+    size = residency_module.stored_bytes([ref, ref])
     free = {"cuda": 10_000, "cpu": 100_000}
-    monkeypatch.setattr(resident, "free_memory", lambda kind, indexes: free[kind])
-    cuda, cpu = Device("cuda", (0,), "", ""), Device("cpu", (), "", "")
+    monkeypatch.setattr(residency_module, "free_memory", lambda kind, indexes: free[kind])
+    cuda, cpu = 0, None
 
-    def where(device: Device, workers: int = 1, model: int = 2000) -> str:
-        return resident.choose_residency([ref, ref], device, workers, model).residency
+    def where(device: int | None, workers: int = 1, model: int = 2000) -> str:
+        return residency_module.choose_residency(
+            size, device, on_device=model, workers=workers
+        ).residency
 
     assert where(cuda) == "device"
     assert where(cuda, workers=2) == "host"

@@ -11,7 +11,7 @@ import torch
 
 import merge_cli
 from merge_cli.checkpoint.config import merged_config
-from merge_cli.checkpoint.headers import promoted
+from merge_cli.checkpoint.dtypes import promoted
 from merge_cli.errors import MismatchError, RecipeError, ResourceError, SourceError, UsageError
 from merge_cli.planning.layers import comes_after_layers, layer_key_of, layer_stacks, main_stack
 from merge_cli.planning.plan import Plan

@@ -21,6 +21,9 @@ from merge_cli.engine.output import OutputWorkspace, open_journal
 from merge_cli.errors import Interrupted, ResourceError, UsageError
 from merge_cli.planning import plan as units
 from merge_cli.system import raw_io, workspace
+from merge_cli.system.raw_io import unfinished_file
+from merge_cli.system.records import Records
+from merge_cli.system.workspace import Workspace, is_at, lock_file
 from tests.support.command import cli, failed
 from tests.support.merges import digest, interrupt, write_recipe
 from tests.support.tiny import Family, llama_config, merge, read_model, write_model
@@ -477,3 +480,48 @@ def test_a_lock_that_cannot_be_opened_is_named(family: Family, tmp_path: Path) -
     with pytest.raises(ResourceError) as raised:
         merge(write_recipe(family, "soup"), tmp_path / "out")
     assert raised.value.where == str(tmp_path / "out.partial.lock")
+
+
+def test_a_lock_is_of_the_file_that_has_the_name(tmp_path: Path) -> None:
+    path = tmp_path / "work.lock"
+    first = lock_file(path)
+    assert first is not None
+    assert is_at(path, first)
+    assert lock_file(path) is None
+    path.unlink()  # as its owner does at the end
+    assert not is_at(path, first)
+    second = lock_file(path)
+    assert second is not None
+    assert is_at(path, second)
+    os.close(first)
+    os.close(second)
+
+
+def test_a_file_takes_its_place_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "folder" / "file"
+    with unfinished_file(path) as new:
+        new.write_text("one")
+    assert path.read_text() == "one"
+
+    def fail() -> None:
+        with unfinished_file(path) as new:
+            new.write_text("two")
+            raise ValueError("half way")
+
+    with pytest.raises(ValueError, match="half way"):
+        fail()
+    assert [(file.name, file.read_text()) for file in path.parent.iterdir()] == [("file", "one")]
+
+
+def test_work_is_resumed_by_its_own_key_alone(tmp_path: Path) -> None:
+    with Workspace(tmp_path / "out", ".training", "training") as work:
+        work.resume_work("key")
+        work.write_record("done.json", "key", {"answer": 1})
+        assert work.read_record("done.json", "key") == {"answer": 1}
+        assert work.read_record("done.json", "another") is None
+        Records(work.journal, "key").close()
+    with Workspace(tmp_path / "out", ".training", "training") as work:
+        with pytest.raises(UsageError, match="interrupted training of another recipe"):
+            work.resume_work("another")
+        work.resume_work("another", fresh=True)
+        assert work.read_record("done.json", "key") is None

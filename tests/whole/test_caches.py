@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from merge_cli.calibration.store import Writer, find
+from merge_cli.checkpoint import fingerprint as fingerprints
 from merge_cli.checkpoint.statistics import StatisticsEntry
 from merge_cli.comparison.cost import CostLog
 from merge_cli.dam import checkpoint
 from merge_cli.dam.checkpoint import TrainingWorkspace
-from merge_cli.evaluation import cache, fingerprints, teachers
+from merge_cli.evaluation import cache, teachers
 from merge_cli.evaluation.result import Metric, TaskResult
 from merge_cli.evolve.journal import SearchWorkspace
 

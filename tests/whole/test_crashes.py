@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from merge_cli.cli.streams import as_ours
+from merge_cli.cli.streams import as_merge_cli_error
 from merge_cli.errors import MergeCliError, ResourceError, SourceError, UnexpectedError
 from tests.support.command import failed
 from tests.support.tiny import Family
@@ -60,7 +60,7 @@ def test_debug_prints_the_traceback(family: Family, tmp_path: Path, how: str) ->
 
 def test_nothing_can_be_written(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.mkstemp", _refuse)
-    known = as_ours(KeyError("x"))
+    known = as_merge_cli_error(KeyError("x"))
     assert isinstance(known, UnexpectedError)
     assert "Traceback" not in str(known) or "KeyError" in str(known)
     assert "what follows" in known.hint
@@ -86,7 +86,7 @@ def _refuse(*_: object, **__: object) -> None:
     ],
 )
 def test_what_the_machine_refuses(error: Exception, kind: type[MergeCliError], words: str) -> None:
-    known = as_ours(error)
+    known = as_merge_cli_error(error)
     assert type(known) is kind
     assert words in str(known)
 

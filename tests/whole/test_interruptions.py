@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from merge_cli.evaluation.fingerprints import cached_fingerprint
+from merge_cli.checkpoint.fingerprint import cached_fingerprint
 from tests.support.dam_tiny import config, write_data, write_models
 from tests.support.hub_server import HubServer
 from tests.support.paths import ROOT

@@ -18,8 +18,8 @@ from merge_cli.errors import ResourceError
 from merge_cli.evaluation import cache
 from merge_cli.evaluation.result import Cost, Metric, TaskResult
 from merge_cli.kernels.compiled import kernel as kernel_module
+from merge_cli.system import caches, notices
 from merge_cli.system import machine as home
-from merge_cli.system import notices
 from tests.support.command import cli
 from tests.support.tiny import Family
 
@@ -28,7 +28,7 @@ from tests.support.tiny import Family
 def said(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """What is said once."""
     found: list[str] = []
-    monkeypatch.setattr(notices, "_said", {})
+    monkeypatch.setattr(notices, "_given", {})
     notices.send_notices(found.append)
     yield found
     notices.send_notices(None)
@@ -49,7 +49,7 @@ def test_no_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.delenv("MERGE_CLI_CACHE", raising=False)
     own = tmp_path / f"merge-cli-{os.getuid()}"
-    assert cache.cache_folder() == own / ".cache" / "merge-cli"
+    assert caches.cache_folder() == own / ".cache" / "merge-cli"
     assert own.stat().st_mode & 0o77 == 0
     home.settle_home()
     assert os.environ["HOME"] == str(own)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from merge_cli.checkpoint.fingerprint import file_fingerprint
 from merge_cli.errors import SourceError, UsageError
 from merge_cli.evaluation.chat import (
     SYSTEM_WITHOUT_CHAT,
@@ -20,7 +21,7 @@ from merge_cli.evaluation.forward import batches_by_length, require_finite
 from merge_cli.evaluation.live import LiveModel
 from merge_cli.evaluation.result import Metric, TaskResult
 from merge_cli.evaluation.rows import Row, content_of, listed, read_rows, require_known
-from merge_cli.evaluation.task import DataTask, OnProgress, cut_note, file_fingerprint, option
+from merge_cli.evaluation.task import DataTask, OnProgress, cut_note, option
 from merge_cli.evaluation.tokens import Truncate, encode_pair, fitted, row_start, too_long
 from merge_cli.system.patterns import compile_pattern
 from merge_cli.system.untrusted import Unreadable, is_file, kind_of

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from merge_cli.checkpoint.fingerprint import file_fingerprint
 from merge_cli.errors import MergeCliError, SourceError
 from merge_cli.evaluation.forward import watched
 from merge_cli.evaluation.live import LiveModel
 from merge_cli.evaluation.result import Metric, TaskResult
-from merge_cli.evaluation.task import OnProgress, Task, file_fingerprint, option
+from merge_cli.evaluation.task import OnProgress, Task, option
 from merge_cli.recipe.reference import expanded
 
 

@@ -1,0 +1,151 @@
+"""The output tensors: dtype, action and parameters of each, and why one cannot be merged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from itertools import groupby
+from operator import attrgetter
+
+from merge_cli.checkpoint.dtypes import MERGEABLE, SAFETENSORS_NAMES
+from merge_cli.checkpoint.layout import natural_key
+from merge_cli.errors import Problem, RecipeError
+from merge_cli.methods.registry import Method
+from merge_cli.planning import fp8_output as fp8
+from merge_cli.planning.draft import Draft
+from merge_cli.planning.match import TensorMatch
+from merge_cli.planning.output_slices import OutputSlice, output_slices
+from merge_cli.planning.plan import (
+    Action,
+    Plan,
+    TensorTask,
+    input_names,
+    is_stored_as,
+    promoted_dtype,
+    promotion_note,
+)
+from merge_cli.planning.resolve import Resolver
+from merge_cli.recipe.schema import Recipe
+
+
+def decide_tasks(draft: Draft) -> Draft:
+    """Decide for each match what is written: merged or copied, in which dtype, with which values.
+
+    Raises:
+        RecipeError: values that no tensor can be merged with, each once.
+    """
+    recipe, config_source = draft.recipe, draft.sources[draft.config_source]
+    fp8_choice = fp8.Fp8Choice(config_source) if recipe.fp8 else None
+    tasks: list[TensorTask] = []
+    refused: dict[str, Problem] = {}
+    for part, matches in groupby(draft.matches.found, key=attrgetter("piece")):
+        for task, error in tensor_tasks(
+            recipe, draft.method, part, matches, fp8_choice, draft.copy_of
+        ):
+            tasks.append(task)
+            if error:
+                refused.setdefault(error, recipe.problem(part.key, error))
+    unfit = fp8.refused(recipe, config_source.config) or fp8.nothing(recipe, tasks)
+    if refused or unfit:
+        raise RecipeError([*refused.values(), *filter(None, [unfit])])
+    tasks.sort(key=lambda task: natural_key(task.name))
+    notes = (*draft.matches.notes, *promotion_note(recipe, tasks))
+    return draft.noting(notes, tasks=tuple(tasks))
+
+
+def tensor_tasks(
+    recipe: Recipe,
+    method: Method,
+    part: OutputSlice,
+    matches: Iterable[TensorMatch],
+    fp8_choice: fp8.Fp8Choice | None,
+    copy_of: Mapping[str, str],
+) -> Iterator[tuple[TensorTask, str]]:
+    """The output tensors of one slice, and why each cannot be merged (empty where it can)."""
+    resolver = Resolver(recipe, method, part.spec, [operand.spec for operand in part.operands])
+    sources = tuple(operand.source for operand in part.operands)
+    ids = tuple(operand.place for operand in part.operands)
+    requested = SAFETENSORS_NAMES[recipe.output_dtype] if recipe.output_dtype else None
+    for match in matches:
+        if match.copied:
+            yield _copied(match, requested), ""
+            continue
+        reference = match.base or match.operands[0]
+        original = copy_of.get(match.name, "")
+        names = input_names(match) if resolver.filtered and not original else ()
+        resolved = resolver.of(original or match.name, match.seat.position, names)
+        block = fp8_choice.block(match.name, reference) if fp8_choice else None
+        dtype = fp8.CODES if block else requested or promoted_dtype(reference, match.operands)
+        is_copy = resolved.copies and is_stored_as(match.operands[0], dtype)
+        action: Action = "copy" if is_copy else "merge"
+        dtypes = {tensor.native for tensor in (reference, *match.operands)}
+        task = TensorTask(
+            match.name,
+            reference.shape,
+            dtype,
+            action,
+            match.operands,
+            sources,
+            ids,
+            match.base,
+            resolved.parameters,
+            match.seat.group,
+            f"stored as {', '.join(sorted(dtypes))}" if len(dtypes) > 1 else "",
+            match.seat.position,
+            block,
+            original,
+        )
+        yield task, resolved.error
+
+
+def _copied(match: TensorMatch, requested: str | None) -> TensorTask:
+    """A tensor that no method merges: as it is, but for the dtype that the recipe asks for."""
+    (tensor,) = match.operands
+    rounded = requested if requested and tensor.native in MERGEABLE else tensor.native
+    return TensorTask(
+        match.name,
+        tensor.shape,
+        rounded,
+        "copy",
+        match.operands,
+        (match.source,),
+        (),
+        group=match.seat.group,
+        note=match.copied,
+    )
+
+
+class TaskResolver:
+    """A plan's tasks with the parameters of other recipes over the same models.
+
+    Searches merge one plan again and again: only values differ between their recipes.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        labels = [source.label for source in plan.sources]
+        self._specs = [
+            operand.spec for operand in output_slices(plan.recipe, plan.method, labels)[0].operands
+        ]
+
+    def tasks(self, recipe: Recipe) -> list[TensorTask]:
+        """The plan's tasks with another recipe's parameters.
+
+        Raises:
+            RecipeError: values that no tensor can be merged with.
+        """
+        listed = {spec.key: spec for spec in recipe.models}
+        specs = [listed.get(spec.key, spec) for spec in self._specs]
+        resolver = Resolver(recipe, self._plan.method, None, specs)
+        tasks = []
+        for task in self._plan.tasks:
+            if task.action == "copy" and not task.parameters:  # copied, whatever the method
+                tasks.append(task)
+                continue
+            resolved = resolver.of(task.formula_name, task.position)
+            if resolved.error:
+                raise RecipeError([recipe.problem("merge_method", resolved.error)])
+            is_copy = resolved.copies and is_stored_as(task.operands[0], task.dtype)
+            action: Action = "copy" if is_copy else "merge"
+            tasks.append(replace(task, parameters=resolved.parameters, action=action))
+        return tasks
