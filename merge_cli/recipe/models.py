@@ -14,7 +14,7 @@ _REVISION = Key(Text(), "a branch, tag or commit of the Hub")
 
 @dataclass(frozen=True)
 class ModelForm(Form):
-    """A model: text, or a mapping, of which `{model: {...}, lora: {...}}` is mergekit's long form."""
+    """A model: text, or a mapping; `{model: {...}, lora: {...}}` is mergekit's long form."""
 
     message: str = "must be text"
 

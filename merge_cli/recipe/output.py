@@ -63,6 +63,8 @@ class OutputForm(Form):
         if not isinstance(node.value, dict) or set(node.value) != {ADAPTER}:
             return reader.refuse_type(node, key, "must be adapter or model", hint)
         cut = node.value[ADAPTER]
+        if not isinstance(cut.value, dict | None):
+            return reader.refuse_type(cut, f"{key}.{ADAPTER}", "must be a mapping", hint)
         return (
             AdapterOutput() if cut.value is None else _SECTION.read(cut, f"{key}.{ADAPTER}", reader)
         )

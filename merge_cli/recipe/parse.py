@@ -27,7 +27,7 @@ from merge_cli.recipe.reader import (
     Text,
 )
 from merge_cli.recipe.schema import Recipe
-from merge_cli.recipe.search import SEARCH
+from merge_cli.recipe.search import SEARCH, Search
 from merge_cli.recipe.sources import MODELS, PARAMETERS, SLICES, ModulesForm
 from merge_cli.recipe.tokenizer import TemplateForm, TokenizerForm, TokenizerSpec
 from merge_cli.recipe.training import STATISTICS, TRAINING, Training, contradictions
@@ -137,6 +137,8 @@ def parse_recipe(root: Node, file: str, folder: Path) -> tuple[Recipe | None, li
             node = root.value["tokenizer_source"]
             reader.refuse(node, "tokenizer_source", message, "Leave one of them out.")
         values["tokenizer"] = TokenizerSpec(source) if source else None
+    if "search" in root.value:
+        values.setdefault("search", Search())  # so that nobody says that the section is missing
     if "training" in values:
         _check_training(values["training"], root, reader)
     return Recipe(

@@ -24,6 +24,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from merge_cli.errors import Problem
 from merge_cli.recipe.fields import INEFFECTIVE, UNSUPPORTED, nearest
 from merge_cli.recipe.nodes import Node
+from merge_cli.recipe.reference import expanded
+from merge_cli.system.untrusted import is_file
 
 Schema = dict[str, Any]
 REFUSED: Any = object()  # what a form returns for a value that it has refused
@@ -40,11 +42,12 @@ class Reader:
 
     Attributes:
         file: as messages name it; `folder` is where its relative paths start.
+        mergekit: whether keys that mergekit knows, and that do nothing here, are let pass.
         positions: key path -> (line, column), of every key that was looked at.
     """
 
-    def __init__(self, file: str, folder: Path) -> None:
-        self.file, self.folder = file, folder
+    def __init__(self, file: str, folder: Path, *, mergekit: bool = True) -> None:
+        self.file, self.folder, self.mergekit = file, folder, mergekit
         self.problems: list[Problem] = []
         self.warnings: list[str] = []
         self.positions: dict[str, tuple[int, int]] = {}
@@ -84,11 +87,11 @@ class Reader:
             self.positions[path] = node.key_places[name]
             if name in known:
                 result[name] = child
-            elif not key and name in node.holders:
+            elif self.mergekit and not key and name in node.holders:
                 self.warn(path, "it holds what YAML aliases mean elsewhere")
-            elif name in INEFFECTIVE:
+            elif self.mergekit and name in INEFFECTIVE:
                 self.warn(path, INEFFECTIVE[name])
-            elif not key and name in UNSUPPORTED:
+            elif self.mergekit and not key and name in UNSUPPORTED:
                 self.refuse_key(path, f"{UNSUPPORTED[name]}.")
             else:
                 self.refuse_key(path, "unknown key.", nearest(name, known))
@@ -135,14 +138,13 @@ class Plain(Form):
     def read(self, node: Node, key: str, reader: Reader) -> Any:
         value = self._value(node.value)
         if value is REFUSED:
-            near = nearest(node.value, self.words) if isinstance(node.value, str) else ""
-            hint = near if near.startswith("Did") else ""  # the message lists them already
+            hint = _near(node, self.words)
             return reader.refuse_type(node, key, f"must be {self.allowed}", hint)
         if _is_number(value):
             if self.least is not None and value < self.least:
-                return reader.refuse_type(node, key, f"must be at least {self.least:g}")
+                return reader.refuse_type(node, key, f"must be at least {_shown(self.least)}")
             if self.most is not None and value > self.most:
-                return reader.refuse_type(node, key, f"must be at most {self.most:g}")
+                return reader.refuse_type(node, key, f"must be at most {_shown(self.most)}")
         return value
 
     def _value(self, value: Any) -> Any:
@@ -183,10 +185,10 @@ class Plain(Form):
     @property
     def _bounds(self) -> str:
         if self.least is not None and self.most is not None:
-            return f" from {self.least:g} to {self.most:g}"
+            return f" from {_shown(self.least)} to {_shown(self.most)}"
         if self.most is not None:
-            return f" of at most {self.most:g}"
-        return "" if self.least is None else f" of at least {self.least:g}"
+            return f" of at most {_shown(self.most)}"
+        return "" if self.least is None else f" of at least {_shown(self.least)}"
 
     def schema(self) -> Schema:
         bounds = {"minimum": self.least, "maximum": self.most}
@@ -265,17 +267,41 @@ class Texts(Form):
 
 @dataclass(frozen=True)
 class Checked(Form):
-    """What a function reads: a value, and why it is refused (empty when it is not)."""
+    """What a function reads: a value, and why it is refused (empty when it is not).
 
-    function: Callable[[Any], tuple[Any, str]]  # of the plain value
+    Attributes:
+        function: of the value without positions.
+        words: that may stand here, for the nearest one.
+    """
+
+    function: Callable[[Any], tuple[Any, str]]
     form: Schema
+    words: tuple[str, ...] = ()
 
     def read(self, node: Node, key: str, reader: Reader) -> Any:
         value, wrong = self.function(node.plain())
-        return reader.refuse_type(node, key, wrong) if wrong else value
+        return reader.refuse_type(node, key, wrong, _near(node, self.words)) if wrong else value
 
     def schema(self) -> Schema:
         return self.form
+
+
+@dataclass(frozen=True)
+class PathForm(Form):
+    """A path, which starts at the file's folder; `exists`: of a file that must be there."""
+
+    exists: bool = False
+
+    def read(self, node: Node, key: str, reader: Reader) -> Any:
+        if not isinstance(node.value, str):
+            return reader.refuse_type(node, key, "must be a path")
+        path = reader.folder / expanded(node.value)
+        if self.exists and not is_file(path):
+            return reader.refuse(node, key, f"no such file: {path}")
+        return path
+
+    def schema(self) -> Schema:
+        return {"type": "string"}
 
 
 @dataclass(frozen=True)
@@ -283,10 +309,11 @@ class ListOf(Form):
     """A list of at least one; what is refused in it is left out."""
 
     item: Form
+    message: str = "must be a list of at least one"
 
     def read(self, node: Node, key: str, reader: Reader) -> Any:
         if not isinstance(node.value, list) or not node.value:
-            return reader.refuse_type(node, key, "must be a list of at least one")
+            return reader.refuse_type(node, key, self.message)
         listed = [self.item.read(n, f"{key}[{i}]", reader) for i, n in enumerate(node.value)]
         return tuple(value for value in listed if value is not REFUSED)
 
@@ -332,14 +359,15 @@ class Key:
     Attributes:
         help: one line, for editors and lists of options.
         default: what holds where the key is left out.
-        missing: what to do where a required key is missing.
+        missing: what to say where a required key is missing; `hint` is what to do then.
     """
 
     form: Form
     help: str
     default: Any = None
     required: bool = False
-    missing: str = ""
+    hint: str = ""
+    missing: str = "missing"
 
 
 Build = Callable[[dict[str, Any], Node, str, Reader], Any]
@@ -374,7 +402,7 @@ class Section(Form):
                 values[name] = value
         for name, about in self.keys.items():
             if about.required and (name not in children or children[name].value is None):
-                reader.refuse(node, f"{key}.{name}" if key else name, "missing", about.missing)
+                reader.refuse(node, f"{key}.{name}" if key else name, about.missing, about.hint)
         return self.build(values, node, key, reader)
 
     def schema(self) -> Schema:
@@ -407,21 +435,33 @@ def option(
     return field(default=default, metadata=about)
 
 
-def keys_of(cls: type, **forms: Form) -> dict[str, Key]:
-    """The keys that a dataclass declares with `option`; `forms` are those that it does not name."""
+def keys_of(cls: type) -> dict[str, Key]:
+    """The keys that a dataclass declares with `option`."""
     hints = get_type_hints(cls)
     result = {}
     for f in fields(cls):
         about = f.metadata
         if "help" not in about:
             continue
-        form = forms.get(f.name) or about["form"]
-        form = form or Plain(hints[f.name], about["least"], about["most"])
+        form = about["form"] or _form_of(hints[f.name], about["least"], about["most"])
         default = f.default_factory() if f.default_factory is not MISSING else f.default
         required = default is MISSING
-        missing = about["help"] if required else ""
-        result[f.name] = Key(form, about["help"], None if required else default, required, missing)
+        missing = f"missing: {about['help']}"
+        if required:
+            result[f.name] = Key(form, about["help"], required=True, missing=missing)
+        else:
+            result[f.name] = Key(form, about["help"], default)
     return result
+
+
+def _form_of(hint: Any, least: float | None, most: float | None) -> Form:
+    """What a field's type says."""
+    kinds = _union(hint)
+    if Path in kinds:
+        return PathForm()
+    if any(get_origin(kind) is tuple for kind in kinds):
+        return Texts(empty=True)
+    return Plain(hint, least, most)
 
 
 def section_of(
@@ -446,6 +486,16 @@ def described(about: Key) -> Schema:
         plain = about.default
         result["default"] = list(plain) if isinstance(plain, tuple) else dict(plain)
     return result
+
+
+def _shown(bound: float) -> str:
+    return str(bound) if isinstance(bound, int) else f"{bound:g}"
+
+
+def _near(node: Node, words: Collection[str]) -> str:
+    """The word that was meant, if one is near; a message that lists them all needs no more."""
+    hint = nearest(node.value, words) if isinstance(node.value, str) else ""
+    return hint if hint.startswith("Did") else ""
 
 
 def _union(hint: Any) -> tuple[Any, ...]:

@@ -197,7 +197,7 @@ LAYERS_OF_MODEL = Section(
     {
         "model": _MODEL_KEY,
         "layer_range": Key(
-            Checked(_layer_range, _RANGE), "[first, last + 1]", required=True, missing=_LAYER_HINT
+            Checked(_layer_range, _RANGE), "[first, last + 1]", required=True, hint=_LAYER_HINT
         ),
         "parameters": _OF_MODEL,
     },

@@ -66,7 +66,7 @@ def _weights_of(names: tuple[str, ...]) -> Form:
     weight = Plain(float, 0).schema()
     listed: Schema = {"properties": dict.fromkeys(names, weight), "additionalProperties": False}
     options: list[Schema] = [{"enum": list(names)}, {"type": "object", **listed}, {"type": "null"}]
-    return Checked(read, any_of(*options))
+    return Checked(read, any_of(*options), names)
 
 
 _GRANULARITY: Schema = any_of(
@@ -87,7 +87,7 @@ class Training:
     granularity: Granularity | Mapping[str, Granularity] = option(
         {EMBEDDINGS: "row", "*": "column"},
         "what one coefficient covers, or parts of tensor names with what it covers there",
-        form=Checked(_granularity, _GRANULARITY),
+        form=Checked(_granularity, _GRANULARITY, GRANULARITIES),
     )
     rank: int = option(4, "of the correction to the columns, with granularity low_rank", 1)
     form: Literal["auto", "soup", "task_vector"] = option(

@@ -13,7 +13,8 @@ from merge_cli.errors import MergeCliError, SourceError
 from merge_cli.evaluation.forward import watched
 from merge_cli.evaluation.live import LiveModel
 from merge_cli.evaluation.result import Metric, TaskResult
-from merge_cli.evaluation.task import Task, Tell, file_fingerprint, option
+from merge_cli.evaluation.task import Task, Tell, file_fingerprint
+from merge_cli.recipe.reader import Text, option
 from merge_cli.recipe.reference import expanded
 
 
@@ -26,7 +27,7 @@ class PythonTask(Task):
     remembered = False  # what else the function reads is not known
     unshared = Task.unshared | {"folder"}
 
-    python: str = option(help="file.py:function")
+    python: str = option(help="file.py:function", form=Text(line=True))
     better: Literal["lower", "higher"] = option("higher", "the direction of improvement")
     folder: Path = option(Path(), "where the file's relative path starts")
 
