@@ -28,6 +28,7 @@ from merge_cli.cli.init import init
 from merge_cli.cli.options import JsonOption, complete_method
 from merge_cli.cli.push import push
 from merge_cli.cli.run import plan, run
+from merge_cli.cli.schema import schema
 from merge_cli.cli.streams import (
     DEBUG,
     ReaderGone,
@@ -86,7 +87,20 @@ def _root(
         raise typer.Exit
 
 
-for verb in (init, run, plan, methods, analyze, evaluate, compare, push, convert, extract_lora):
+_VERBS = (
+    init,
+    run,
+    plan,
+    methods,
+    analyze,
+    evaluate,
+    compare,
+    push,
+    convert,
+    extract_lora,
+    schema,
+)
+for verb in _VERBS:
     app.command()(verb)
 
 

@@ -16,6 +16,7 @@ from merge_cli.recipe.models import MODEL
 from merge_cli.recipe.nodes import Node, without_empty
 from merge_cli.recipe.output import OutputForm
 from merge_cli.recipe.reader import (
+    PASSED_BY,
     REFUSED,
     Anything,
     Form,
@@ -110,7 +111,7 @@ RECIPE = Section(
         ),
         "output": Key(OutputForm(), "adapter merges adapters into an adapter", "model"),
     },
-    rules={"oneOf": [{"required": [key]} for key in SOURCE_KEYS]},
+    rules={"oneOf": [{"required": [key]} for key in SOURCE_KEYS], **PASSED_BY},
 )
 
 

@@ -30,6 +30,8 @@ from merge_cli.system.untrusted import is_file
 Schema = dict[str, Any]
 REFUSED: Any = object()  # what a form returns for a value that it has refused
 _LONGEST = 1000  # characters of a message
+# Keys of mergekit's that do nothing: editors let them pass, and do not offer them.
+PASSED_BY: Schema = {"patternProperties": {f"^({'|'.join(INEFFECTIVE)})$": {}}}
 # YAML 1.1, as PyYAML reads it, takes 1e-3 for text; editors, which read 1.2, for a number.
 NUMBER_AS_TEXT: Schema = {
     "type": "string",

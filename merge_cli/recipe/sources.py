@@ -15,6 +15,7 @@ from merge_cli.recipe.fields import INEFFECTIVE, UNUSED_LAYER_RANGE
 from merge_cli.recipe.models import MODEL
 from merge_cli.recipe.nodes import Node, without_empty
 from merge_cli.recipe.reader import (
+    PASSED_BY,
     REFUSED,
     Anything,
     Checked,
@@ -192,6 +193,7 @@ WHOLE_MODEL = Section(
         "layer_range": Key(Anything(), "no effect: layers are chosen under `slices`"),
     },
     _whole,
+    rules=PASSED_BY,
 )
 LAYERS_OF_MODEL = Section(
     {
@@ -202,6 +204,7 @@ LAYERS_OF_MODEL = Section(
         "parameters": _OF_MODEL,
     },
     _part,
+    rules=PASSED_BY,
 )
 
 
@@ -245,7 +248,7 @@ SLICE = Section(
         "parameters": Key(PARAMETERS, "the method's parameters for this slice"),
     },
     _slice,
-    rules={"required": ["sources"]},
+    rules={"required": ["sources"], **PASSED_BY},
 )
 
 
@@ -287,7 +290,7 @@ MODULE = Section(
         "parameters": Key(PARAMETERS, "the method's parameters for this module"),
     },
     _module,
-    rules={"oneOf": [{"required": ["models"]}, {"required": ["slices"]}]},
+    rules={"oneOf": [{"required": ["models"]}, {"required": ["slices"]}], **PASSED_BY},
 )
 
 
