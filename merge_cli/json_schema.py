@@ -18,6 +18,7 @@ from merge_cli.evaluation.parse import EVALUATION
 from merge_cli.evolve.objectives import OBJECTIVE
 from merge_cli.methods.parameters import TRUTH, MethodParameter
 from merge_cli.methods.registry import Method, all_methods, get_method, method_names
+from merge_cli.planning.method_sections import GREEDY
 from merge_cli.recipe.fields import INEFFECTIVE, MERGEKIT_PARAMETERS
 from merge_cli.recipe.models import model_schema
 from merge_cli.recipe.parse import RECIPE
@@ -82,19 +83,22 @@ def _of_method(method: Method, definitions: dict[str, Schema]) -> Schema:
     slices = {"items": {"properties": {"parameters": shared, "sources": {"items": source}}}}
     everywhere = {"parameters": shared, "models": listed, "slices": slices}
     modules = {"additionalProperties": {"properties": everywhere}}
-    needs = [{"required": [key]} for key in ("base_model", "slices", "modules", "output")]
-    return {
-        "properties": {**everywhere, "modules": modules, **_sections(method, definitions)},
+    properties = {**everywhere, "modules": modules, **_sections(method)}
+    result: Schema = {"properties": properties}
+    if method.searches:
+        result["required"] = ["objective"] if method.name == GREEDY else ["search", "objective"]
+    elif method.needs_base:
         # A slice may have a base of its own, and adapters need none.
-        **({"anyOf": needs} if method.needs_base and method.plain else {}),
-    }
+        keys = ("base_model", "slices", "modules", "output")
+        result["anyOf"] = [{"required": [key]} for key in keys]
+    return result
 
 
 def _data(method: Method) -> dict[str, Any]:
     return {} if method.learns or method.gathers else {"data": False}
 
 
-def _sections(method: Method, definitions: dict[str, Schema]) -> dict[str, Any]:
+def _sections(method: Method) -> dict[str, Any]:
     """The sections that the method has no use for, and what is special in those that it has."""
     result: dict[str, Any] = {}
     if not method.learns:
@@ -107,17 +111,17 @@ def _sections(method: Method, definitions: dict[str, Schema]) -> dict[str, Any]:
         result["statistics"] = {"properties": dict.fromkeys(unused, False)}
     if not method.searches:
         result |= {"search": False, "objective": False}
-    elif method.name == "greedy_soup":
+    elif method.name == GREEDY:
         result["search"] = {"propertyNames": {"enum": sorted(WITHOUT_SPACE)}}
     else:
-        result["search"] = {"properties": _searched(definitions), "required": list(_SPACE)}
+        result["search"] = {"properties": _searched(), "required": list(_SPACE)}
     return result
 
 
 _SPACE = ("method", "parameters")  # what a search needs
 
 
-def _searched(definitions: dict[str, Schema]) -> Schema:
+def _searched() -> Schema:
     """The methods that can be searched, and the parameters that any of them has."""
     names = {"enum": [name for name in method_names() if get_method(name).plain]}
     known = {p.name: {"description": p.doc} for p in _plain_parameters()}
@@ -135,7 +139,7 @@ def _schemas(
     method: Method, definitions: dict[str, Schema], *, per_model: bool
 ) -> dict[str, Schema]:
     """The method's parameters that may stand under a model, or all of them."""
-    if method.searches and method.name != "greedy_soup":
+    if method.searches and method.name != GREEDY:
         # Those of the methods that are searched, whichever they are.
         values = setting_schema({"type": ["boolean", "number", "string"]})
         definitions["setting.any"] = values
@@ -148,7 +152,7 @@ def _schemas(
 def _parameters(method: Method, known: dict[str, Schema]) -> Schema:
     """Parameters by name. Those of mergekit's other methods are passed by, and not offered."""
     passed = set(INEFFECTIVE)
-    if not (method.learns or method.name == "greedy_soup"):
+    if not (method.learns or method.name == GREEDY):
         passed |= MERGEKIT_PARAMETERS
     pattern = f"^({'|'.join(sorted(passed - set(known)))})$"
     return {

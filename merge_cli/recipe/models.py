@@ -6,7 +6,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from merge_cli.recipe.nodes import Node
-from merge_cli.recipe.reader import REFUSED, Form, Key, Reader, Schema, Section, Text, any_of
+from merge_cli.recipe.reader import (
+    PASSED_BY,
+    REFUSED,
+    Form,
+    Key,
+    Reader,
+    Schema,
+    Section,
+    Text,
+    any_of,
+)
 from merge_cli.recipe.reference import ModelRef, parse_reference
 
 _REVISION = Key(Text(), "a branch, tag or commit of the Hub")
@@ -46,7 +56,9 @@ def _with_lora(base: ModelRef | None, values: dict[str, Any]) -> Any:
 
 MODEL = ModelForm()
 _LORA = Key(MODEL, "an adapter that is applied to the model first")
-_LONG = Section({"model": Key(MODEL, "the model itself", required=True), "lora": _LORA}, _long)
+_LONG = Section(
+    {"model": Key(MODEL, "the model itself", required=True), "lora": _LORA}, _long, rules=PASSED_BY
+)
 _SHORT = Section(
     {
         "path": Key(Text(), "a folder, or an id on the Hub", required=True),
@@ -54,6 +66,7 @@ _SHORT = Section(
         "lora": _LORA,
     },
     _short,
+    rules=PASSED_BY,
 )
 
 
