@@ -2,10 +2,9 @@
 
 Editors complete keys with them, show what each is for, and underline mistakes (docs/editors.md).
 What a schema cannot know stays with the reader: files that must exist, values that depend on one
-another, what the models look like. A recipe that the schema accepts may still be refused; one that
-it refuses is refused by the reader, too, but for three things that YAML has and JSON has not: keys
-without a value (absent for the reader), and keys that hold anchors for elsewhere, are underlined;
-and several documents in a file are described one by one.
+another, what the models look like. So the reader may refuse what the schema accepts. The other way
+round there are three exceptions, which the schema refuses and the reader lets pass: keys without a
+value, keys that only hold anchors, mergekit's keys without effect in sections that mergekit does not have.
 """
 
 from __future__ import annotations
@@ -75,8 +74,8 @@ def _of_method(method: Method, definitions: dict[str, Schema]) -> Schema:
     """What a recipe of this method may hold, beyond what every recipe may."""
     name = f"parameters.{method.name}"
     for key, per_model in ((name, False), (f"{name}.model", True)):
-        known = _schemas(method, definitions, per_model=per_model)
-        definitions[key] = _parameters(method, known)
+        offered = _schemas(method, definitions, per_model=per_model)
+        definitions[key] = _parameters(method, offered)
     shared, model = {"$ref": f"#/$defs/{name}"}, {"$ref": f"#/$defs/{name}.model"}
     source = {"properties": {"parameters": model}}
     listed = {"items": {"properties": {"parameters": model, **_data(method)}}}
@@ -124,10 +123,10 @@ _SPACE = ("method", "parameters")  # what a search needs
 def _searched() -> Schema:
     """The methods that can be searched, and the parameters that any of them has."""
     names = {"enum": [name for name in method_names() if get_method(name).plain]}
-    known = {p.name: {"description": p.doc} for p in _plain_parameters()}
+    searchable = {p.name: {"description": p.doc} for p in _plain_parameters()}
     return {
         "method": any_of(names, {"type": "array", "items": names}),
-        "parameters": {"properties": known, "propertyNames": {"enum": sorted(known)}},
+        "parameters": {"properties": searchable, "propertyNames": {"enum": sorted(searchable)}},
     }
 
 
@@ -149,15 +148,15 @@ def _schemas(
     return {p.name: _parameter(p, definitions) for p in parameters if p.per_model or not per_model}
 
 
-def _parameters(method: Method, known: dict[str, Schema]) -> Schema:
+def _parameters(method: Method, offered: dict[str, Schema]) -> Schema:
     """Parameters by name. Those of mergekit's other methods are passed by, and not offered."""
     passed = set(INEFFECTIVE)
     if not (method.learns or method.name == GREEDY):
         passed |= MERGEKIT_PARAMETERS
-    pattern = f"^({'|'.join(sorted(passed - set(known)))})$"
+    pattern = f"^({'|'.join(sorted(passed - set(offered)))})$"
     return {
         "type": "object",
-        "properties": known,
+        "properties": offered,
         "patternProperties": {pattern: {}},
         "additionalProperties": False,
     }

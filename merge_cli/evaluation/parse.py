@@ -126,8 +126,8 @@ class TaskForm(Form):
         short = next((kind for kind in _SHORT if kind in node.value), None)
         kind = named.value if named else short
         if kind is None:
-            known = f"Known: {', '.join(KINDS)}."
-            return reader.refuse(node, f"{key}.task", "missing.", known)
+            hint = f"Known: {', '.join(KINDS)}."
+            return reader.refuse(node, f"{key}.task", "missing.", hint)
         if not isinstance(kind, str) or kind not in KINDS:
             kind = named.plain() if named else kind
             message = f"unknown task {kind!r}."

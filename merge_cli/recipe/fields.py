@@ -56,8 +56,8 @@ DTYPES = ("float32", "float16", "bfloat16", "float64")
 FP8 = "fp8"  # of `out_dtype`: matrices of layers as codes of eight bits with scales, the rest not
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
+def nearest(word: str, candidates: Iterable[str]) -> str:
     """`Did you mean 'x'?`, or the list of what is known when nothing is near."""
-    names = sorted(known)
+    names = sorted(candidates)
     match = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
     return f"Did you mean '{match[0]}'?" if match else f"Known: {', '.join(names)}."

@@ -47,10 +47,10 @@ class DtypeForm(Form):
         if word is REFUSED:
             return REFUSED
         name = word.removeprefix("torch.")
-        known = (*DTYPES, *self.more)
-        if name in known:
+        dtypes = (*DTYPES, *self.more)
+        if name in dtypes:
             return name
-        hint = nearest(name, known)
+        hint = nearest(name, dtypes)
         if name in _FP8_NAMES:
             hint = "Write `out_dtype: fp8`; `dtype` is of everything that stays as it is."
         return reader.refuse(node, key, f"unknown dtype '{word}'.", hint)

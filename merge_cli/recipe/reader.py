@@ -75,7 +75,7 @@ class Reader:
         line, column = self.positions[path]
         self.warnings.append(f"{self.file}:{line}:{column}: {path}: has no effect ({reason}).")
 
-    def children(self, node: Node, key: str, known: Collection[str]) -> dict[str, Node] | None:
+    def children(self, node: Node, key: str, keys: Collection[str]) -> dict[str, Node] | None:
         """The known children of a mapping; None, and a problem, where there is no mapping.
 
         Unknown keys are problems, keys without effect are warnings.
@@ -86,8 +86,8 @@ class Reader:
         result: dict[str, Node] = {}
         for name, child in node.value.items():
             path = f"{key}.{name}" if key else name
-            self.positions[path] = node.key_places[name]
-            if name in known:
+            self.positions[path] = node.key_positions[name]
+            if name in keys:
                 result[name] = child
             elif self.mergekit and not key and name in node.holders:
                 self.warn(path, "it holds what YAML aliases mean elsewhere")
@@ -96,7 +96,7 @@ class Reader:
             elif self.mergekit and not key and name in UNSUPPORTED:
                 self.refuse_key(path, f"{UNSUPPORTED[name]}.")
             else:
-                self.refuse_key(path, "unknown key.", nearest(name, known))
+                self.refuse_key(path, "unknown key.", nearest(name, keys))
         return result
 
 
@@ -343,7 +343,7 @@ class MappingOf(Form):
         result = {}
         for name, child in node.value.items():
             path = f"{key}.{name}"
-            reader.positions[path] = node.key_places[name]
+            reader.positions[path] = node.key_positions[name]
             value = self.item.read(child, path, reader)
             if value is not REFUSED:
                 result[name] = self.build(name, value, path)
@@ -382,7 +382,8 @@ class Section(Form):
     Attributes:
         build: makes the section's object of the values that were given, and looks for what does
             not go together; values that were refused are not among them.
-        null: whether null is a value; otherwise a key without a value is absent.
+        null: whether null is a value (`tokens: null` trains on all of them); otherwise a key
+            without a value is absent.
         rules: what JSON Schema has to say besides the keys: which of them go together.
     """
 

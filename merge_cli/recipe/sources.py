@@ -8,7 +8,7 @@ range, is the business of `planning.resolve`.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from merge_cli.recipe.fields import INEFFECTIVE, UNUSED_LAYER_RANGE
@@ -134,7 +134,7 @@ class ParametersForm(Form):
         result: dict[str, Parameter] = {}
         for name, child in node.value.items():
             path = f"{key}.{name}"
-            reader.positions[path] = node.key_places[name]
+            reader.positions[path] = node.key_positions[name]
             if name in INEFFECTIVE:
                 reader.warn(path, INEFFECTIVE[name])
                 continue
@@ -155,8 +155,8 @@ PARAMETERS = ParametersForm()
 
 
 def _layer_range(value: Any) -> tuple[Any, str]:
-    whole = isinstance(value, list) and all(type(v) is int for v in value)
-    if not whole or len(value) != 2 or not 0 <= value[0] < value[1]:
+    is_range = isinstance(value, list) and all(type(v) is int for v in value)
+    if not is_range or len(value) != 2 or not 0 <= value[0] < value[1]:
         return None, "must be [first, last + 1] with 0 <= first < last"
     return (value[0], value[1]), ""
 
@@ -258,8 +258,8 @@ class SliceForm(Form):
 
     def read(self, node: Node, key: str, reader: Reader) -> Any:
         reader.positions[key] = (node.line, node.column)
-        piece = SLICE.read(node, key, reader)
-        return SliceSpec((), key) if piece is REFUSED else piece
+        output_slice = SLICE.read(node, key, reader)
+        return SliceSpec((), key) if output_slice is REFUSED else output_slice
 
     def schema(self) -> Schema:
         return SLICE.schema()
@@ -275,12 +275,9 @@ def _module(values: dict[str, Any], node: Node, key: str, reader: Reader) -> Mod
         reader.refuse(node, key, "give either models or slices")
     shared: Parameters = values.get("parameters", {})
     listed = values.get("models", ())
-    slices = tuple(
-        SliceSpec(piece.sources, piece.key, piece.parameters, shared, piece.base_model)
-        for piece in values.get("slices", ())
-    )
-    whole = (SliceSpec(listed, f"{key}.models", {}, shared),) if listed else ()
-    return ModuleSpec("", key, whole or slices, shared)
+    slices = tuple(replace(part, outer=shared) for part in values.get("slices", ()))
+    single_slice = (SliceSpec(listed, f"{key}.models", {}, shared),) if listed else ()
+    return ModuleSpec("", key, single_slice or slices, shared)
 
 
 MODULE = Section(
@@ -307,7 +304,7 @@ class ModulesForm(Form):
 
 
 def _named(name: str, module: ModuleSpec, key: str) -> ModuleSpec:
-    return ModuleSpec(name, key, module.slices, module.parameters)
+    return replace(module, name=name)
 
 
 _MODULES = MappingOf(MODULE, "must be a mapping of at least one module", "", 1, _named)
