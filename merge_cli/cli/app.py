@@ -28,6 +28,7 @@ from merge_cli.cli.init import init
 from merge_cli.cli.options import JsonOption, complete_method
 from merge_cli.cli.push import push
 from merge_cli.cli.run import plan, run
+from merge_cli.cli.schema import schema
 from merge_cli.cli.streams import (
     DEBUG,
     ReaderGone,
@@ -91,7 +92,7 @@ def _root(
 
 
 VERBS = {
-    "Merge": (init, plan, run, methods),
+    "Merge": (init, plan, run, methods, schema),
     "Measure": (analyze, evaluate, compare),
     "Publish and convert": (push, convert, extract_lora),
 }

@@ -1,29 +1,39 @@
 """Evaluation files: every key is honoured or refused, with its line, and all problems at once.
 
-A task's keys are the fields of its class (`tasks/`), checked by their types.
+A task's keys are the fields of its class (`tasks/`). An objective is read by the same code: it has
+the same tasks with keys of its own beside theirs (`extra`).
 """
 
 from __future__ import annotations
 
-import types
-from collections.abc import Callable, Mapping
-from dataclasses import MISSING, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
 from merge_cli.errors import Problem, RecipeError, UsageError
-from merge_cli.evaluation.spec import DTYPES, EvalSpec, default_name
+from merge_cli.evaluation.spec import EvalSpec, default_name
 from merge_cli.evaluation.task import Task
 from merge_cli.evaluation.tasks import KINDS
 from merge_cli.recipe.fields import nearest
 from merge_cli.recipe.nodes import Node, load_nodes
-from merge_cli.recipe.reference import expanded
-from merge_cli.system.untrusted import Unreadable, is_file, read_text
+from merge_cli.recipe.reader import (
+    REFUSED,
+    Form,
+    Key,
+    ListOf,
+    Plain,
+    Reader,
+    Schema,
+    Section,
+    any_of,
+    keys_of,
+)
+from merge_cli.system.untrusted import Unreadable, read_text
 from merge_cli.system.untrusted_yaml import MAX_YAML
 
-# Fields that name something: a model, a task, a function.
-_NAMES = ("name", "expert", "teacher", "lm_eval", "python")
-_TOP = ("tasks", "seed", "max_length", "batch_tokens", "dtype", "limit")
+_SHORT = ("lm_eval", "python")  # a key that says which task it is: `lm_eval: gsm8k` alone will do
 
 
 def read_eval(path: Path) -> EvalSpec:
@@ -52,169 +62,197 @@ def parse_eval(root: Node, file: str, folder: Path) -> EvalSpec:
     Raises:
         RecipeError: as above.
     """
-    parser = _EvalParser(file, folder)
-    spec = parser.spec(root)
-    if parser.problems:
-        raise RecipeError(parser.problems)
-    return spec
+    reader = Reader(file, folder, mergekit=False)
+    values = EVALUATION.read(root, "", reader)
+    if values is not REFUSED:
+        refuse_equal_names(values.get("tasks", ()), "tasks", reader)
+    if reader.problems:
+        raise RecipeError(reader.problems)
+    return spec_of(values["tasks"], values, file)
 
 
-class _EvalParser:
-    def __init__(self, file: str, folder: Path) -> None:
-        self.file, self.folder = file, folder
-        self.problems: list[Problem] = []
+@dataclass(frozen=True)
+class TaskEntry:
+    """A task as it was read.
 
-    def spec(self, root: Node) -> EvalSpec:
-        top: Mapping[str, Node] = {"tasks": root}
-        if isinstance(root.value, dict):
-            top = self._known(root, "", _TOP)
-        if "tasks" not in top:
-            self._add(root, "tasks", "missing.", "List at least one task.")
-            return EvalSpec(())
-        listed = top["tasks"].value
-        if not isinstance(listed, list) or not listed:
-            self._add(top["tasks"], "tasks", "must be a list of at least one task")
-            return EvalSpec(())
-        limit = self._number(top.get("limit"), "limit", 1)
-        found = [self._task(node, f"tasks[{i}]", limit) for i, node in enumerate(listed)]
-        tasks = [task for task in found if task is not None]
-        self._refuse_equal_names(tasks, listed)
-        dtype = top["dtype"].plain() if "dtype" in top else "auto"
-        if dtype not in ("auto", *DTYPES):
-            self._add(top["dtype"], "dtype", f"must be auto, {', '.join(DTYPES)} (got {dtype!r})")
-        return EvalSpec(
-            tuple(tasks),
-            seed=self._number(top.get("seed"), "seed", 0) or 0,
-            max_length=self._number(top.get("max_length"), "max_length", 2),
-            batch_tokens=self._number(top.get("batch_tokens"), "batch_tokens", 1) or 8192,
-            dtype=str(dtype),
-            file=self.file,
-        )
+    Attributes:
+        extra: the values of keys that are not the task's.
+        node: where it stands, under `key`.
+    """
 
-    def _task(self, node: Node, key: str, limit: int | None) -> Task | None:
+    task: Task
+    extra: Mapping[str, Any]
+    node: Node
+    key: str
+
+
+@dataclass(frozen=True)
+class TaskForm(Form):
+    """One task.
+
+    Attributes:
+        extra: keys that may stand beside the task's own.
+        check: looks for what does not go together in the values of these.
+        definition: the schema's name.
+        rules: what JSON Schema has to say of the extra keys.
+    """
+
+    extra: Mapping[str, Key] = field(default_factory=dict)
+    check: Callable[[dict[str, Any], Node, str, Reader], None] = lambda values, node, key, reader: (
+        None
+    )
+    definition: str = "task"
+    rules: Schema = field(default_factory=dict)
+
+    def read(self, node: Node, key: str, reader: Reader) -> Any:
+        before = len(reader.problems)
+        kind = self._kind(node, key, reader)
+        if kind is REFUSED:
+            return REFUSED
+        values = self.sections[kind].read(node, key, reader)
+        extra = {name: values.pop(name) for name in self.extra if name in values}
+        self.check(extra, node, key, reader)
+        values.pop("task", None)
+        if len(reader.problems) > before:
+            return REFUSED
+        task = _task(KINDS[kind], values, node, key, reader)
+        return REFUSED if task is None else TaskEntry(task, extra, node, key)
+
+    def _kind(self, node: Node, key: str, reader: Reader) -> Any:
         if not isinstance(node.value, dict):
-            self._add(
-                node,
-                key,
-                f"must be a mapping such as {{task: loss, data: FILE}} (got {node.plain()!r})",
-            )
-            return None
+            message = "must be a mapping such as {task: loss, data: FILE}"
+            return reader.refuse_type(node, key, message)
         named = node.value.get("task")
-        short = next((kind for kind in ("lm_eval", "python") if kind in node.value), None)
-        word = named.value if named else short
-        if word is None:
-            self._add(node, f"{key}.task", "missing.", f"Known: {', '.join(KINDS)}.")
-            return None
-        if not isinstance(word, str) or word not in KINDS:
-            word = named.plain() if named else word
-            self._add(
-                named or node, f"{key}.task", f"unknown task {word!r}.", nearest(str(word), KINDS)
-            )
-            return None
-        kind = KINDS[word]
-        hints = get_type_hints(kind)
-        requested = {f.name: f for f in fields(kind) if f.name != "folder"}
-        given = self._known(node, key, ("task", *requested))
-        values: dict[str, Any] = {} if limit is None else {"limit": limit}
-        for name, child in given.items():
-            if name == "task":
-                continue
-            value, wrong = self._value(child, hints[name])
-            if not wrong and name in _NAMES and (not value.strip() or not value.isprintable()):
-                wrong = "must be a line of text"
-            least = requested[name].metadata.get("least")
-            if not wrong and least is not None and value is not None and value < least:
-                wrong = f"must be at least {least}"
-            if wrong:
-                self._add(child, f"{key}.{name}", f"{wrong} (got {child.plain()!r})")
-            else:
-                values[name] = value
-        missing = [
-            name for name, f in requested.items() if f.default is MISSING and name not in given
+        short = next((kind for kind in _SHORT if kind in node.value), None)
+        kind = named.value if named else short
+        if kind is None:
+            hint = f"Known: {', '.join(KINDS)}."
+            return reader.refuse(node, f"{key}.task", "missing.", hint)
+        if not isinstance(kind, str) or kind not in KINDS:
+            kind = named.plain() if named else kind
+            message = f"unknown task {kind!r}."
+            return reader.refuse(named or node, f"{key}.task", message, nearest(str(kind), KINDS))
+        return kind
+
+    @cached_property
+    def sections(self) -> dict[str, Section]:
+        """The keys of every kind of task."""
+        kind_key = Key(Plain(str), "what is evaluated")
+        return {
+            kind: Section({"task": kind_key, **_task_keys(cls), **self.extra}, rules=self.rules)
+            for kind, cls in KINDS.items()
+        }
+
+    def schema(self) -> Schema:
+        return {"$ref": f"#/$defs/{self.definition}"}
+
+    def define(self) -> dict[str, Schema]:
+        """The definitions that `schema` refers to: of a task, and of each kind of it."""
+        kinds = {f"{self.definition}.{name}": s.schema() for name, s in self.sections.items()}
+        named: Schema = {"enum": list(KINDS), "description": "what is evaluated"}
+        branches = [
+            {"if": _is_kind(kind), "then": {"$ref": f"#/$defs/{self.definition}.{kind}"}}
+            for kind in KINDS
         ]
-        for name in missing:
-            self._add(node, f"{key}.{name}", f"missing: {requested[name].metadata['help']}")
-        for name in ("data", "fewshot"):
-            if values.get(name) is not None and not is_file(values[name]):
-                self._add(given[name], f"{key}.{name}", f"no such file: {values[name]}")
-        data = values.get("data")
-        if missing or self.problems:
-            return None
-        if "folder" in hints:
-            values["folder"] = self.folder
-        values.setdefault("name", default_name(data) if data else values.get("lm_eval", word))
-        try:
-            return kind(**values)
-        except ValueError as error:  # what a task itself has against its values
-            about, _, message = str(error).partition(" ")
-            if about in given:
-                self._add(given[about], f"{key}.{about}", message)
-            else:
-                self._add(node, key, str(error))
-            return None
+        task = {
+            "type": "object",
+            "properties": {"task": named},
+            "anyOf": [{"required": [name]} for name in ("task", *_SHORT)],
+            "allOf": branches,
+        }
+        return {self.definition: task, **kinds}
 
-    def _value(self, node: Node, hint: Any) -> tuple[Any, str]:
-        """A field's value, or what is wrong with it."""
-        value = node.plain()
-        if get_origin(hint) in (Union, types.UnionType):
-            if value is None:
-                return None, ""
-            (hint,) = (kind for kind in get_args(hint) if kind is not type(None))
-        if hint is Path:
-            return (
-                (self.folder / expanded(value), "")
-                if isinstance(value, str)
-                else (None, "must be a path")
-            )
-        if get_origin(hint) is tuple:
-            texts = [value] if isinstance(value, str) else value
-            fits = isinstance(texts, list) and all(isinstance(text, str) for text in texts)
-            if fits and "" in texts:  # every text ends at its beginning
-                return None, "must not be empty"
-            return (tuple(texts), "") if fits else (None, "must be a text or a list of texts")
-        if get_origin(hint) is Literal:
-            allowed = get_args(hint)
-            return (value, "") if value in allowed else (None, f"must be {' or '.join(allowed)}")
-        accepts, words = _PLAIN[hint]
-        return (value, "") if accepts(value) else (None, f"must be {words}")
 
-    def _number(self, node: Node | None, key: str, least: int) -> int | None:
-        if node is None or node.value is None:
-            return None
-        if type(node.value) is int and node.value >= least:
-            return node.value
-        self._add(node, key, f"must be a whole number of at least {least} (got {node.plain()!r})")
+@dataclass(frozen=True)
+class EvaluationForm(Form):
+    """A list of tasks, or a mapping of `tasks` and settings: values by key."""
+
+    task: TaskForm
+
+    def read(self, node: Node, key: str, reader: Reader) -> Any:
+        if not isinstance(node.value, dict):
+            tasks = self._tasks.read(node, key or "tasks", reader)
+            return REFUSED if tasks is REFUSED else {"tasks": tasks}
+        return self.section.read(node, key, reader)
+
+    @property
+    def _tasks(self) -> ListOf:
+        return ListOf(self.task, "must be a list of at least one task")
+
+    @property
+    def section(self) -> Section:
+        """The mapping's keys."""
+        tasks = Key(
+            self._tasks,
+            "what is evaluated",
+            required=True,
+            hint="List at least one task.",
+            missing="missing.",
+        )
+        return Section({"tasks": tasks, **_SETTINGS})
+
+    def schema(self) -> Schema:
+        return any_of(self.section.schema(), self._tasks.schema())
+
+
+_SETTINGS = {
+    "seed": Key(Plain(int, 0), "of row samples and few-shot examples", 0),
+    "max_length": Key(Plain(int, 2), "tokens of context; default the model's own"),
+    "batch_tokens": Key(Plain(int, 1), "tokens of one batch, padding included", 8192),
+    "dtype": Key(
+        Plain(Literal["auto", "float32", "bfloat16", "float16"]), "of the computation", "auto"
+    ),
+    "limit": Key(Plain(int, 1), "a seeded sample of this many rows of each task"),
+}
+EVALUATION = EvaluationForm(TaskForm())
+
+
+def spec_of(entries: Sequence[TaskEntry], settings: Mapping[str, Any], file: str) -> EvalSpec:
+    """Tasks and settings that have been read, with `limit` where a task has none of its own."""
+    limit = settings.get("limit")
+    tasks = [entry.task for entry in entries]
+    if limit is not None:
+        tasks = [task if task.limit else replace(task, limit=limit) for task in tasks]
+    given = {name: settings[name] for name in _SETTINGS if name in settings and name != "limit"}
+    return EvalSpec(tuple(tasks), **given, file=file)
+
+
+def refuse_equal_names(entries: Sequence[TaskEntry], key: str, reader: Reader) -> None:
+    """Two tasks of one name could not be told apart in tables and gates."""
+    seen: set[str] = set()
+    for entry in entries:
+        if entry.task.name in seen:
+            message = f"a second task called '{entry.task.name}'."
+            reader.refuse(entry.node, key, message, "Give it a `name` of its own.")
+        seen.add(entry.task.name)
+
+
+def _task_keys(kind: type[Task]) -> dict[str, Key]:
+    """A task's fields, but for the folder that its paths start from, which nobody writes."""
+    return {name: about for name, about in keys_of(kind).items() if name != "folder"}
+
+
+def _task(
+    kind: type[Task], values: dict[str, Any], node: Node, key: str, reader: Reader
+) -> Task | None:
+    if any(f.name == "folder" for f in fields(kind)):
+        values["folder"] = reader.folder
+    data = values.get("data")
+    values.setdefault("name", default_name(data) if data else values.get("lm_eval", kind.kind))
+    try:
+        return kind(**values)
+    except ValueError as error:  # what a task itself has against its values: `system is a ...`
+        name, _, message = str(error).partition(" ")
+        if name in node.value:
+            reader.refuse(node.value[name], f"{key}.{name}", message)
+        else:
+            reader.refuse(node, key, str(error))
         return None
 
-    def _refuse_equal_names(self, tasks: list[Task], nodes: list[Node]) -> None:
-        seen: set[str] = set()
-        for task, node in zip(tasks, nodes, strict=False):
-            if task.name in seen:
-                message = f"a second task called '{task.name}'."
-                self._add(node, "tasks", message, "Give it a `name` of its own.")
-            seen.add(task.name)
 
-    def _known(self, node: Node, key: str, known: tuple[str, ...]) -> dict[str, Node]:
-        """The known children of a mapping, but for those without a value, which count as absent."""
-        result = {}
-        for name, child in node.value.items():
-            if name in known:
-                if child.value is not None:
-                    result[name] = child
-                continue
-            line, column = node.key_places[name]
-            path = f"{key}.{name}" if key else name
-            hint = nearest(name, known)
-            self.problems.append(Problem("unknown key.", path, self.file, line, column, hint))
-        return result
-
-    def _add(self, node: Node, key: str, what: str, hint: str = "") -> None:
-        self.problems.append(Problem(what, key, self.file, node.line, node.column, hint))
-
-
-_PLAIN: dict[Any, tuple[Callable[[Any], bool], str]] = {
-    str: (lambda value: isinstance(value, str), "text"),
-    int: (lambda value: type(value) is int, "a whole number"),
-    float: (lambda value: isinstance(value, float | int) and type(value) is not bool, "a number"),
-    bool: (lambda value: isinstance(value, bool), "true or false"),
-}
+def _is_kind(kind: str) -> Schema:
+    named: Schema = {"properties": {"task": {"const": kind}}, "required": ["task"]}
+    if kind not in _SHORT:
+        return named
+    others = [{"required": [name]} for name in ("task", *_SHORT[: _SHORT.index(kind)])]
+    return any_of(named, {"required": [kind], "not": {"anyOf": others}})

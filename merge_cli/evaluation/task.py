@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -18,18 +18,13 @@ from merge_cli.checkpoint.fingerprint import file_fingerprint
 from merge_cli.errors import SourceError
 from merge_cli.evaluation.result import TaskResult
 from merge_cli.evaluation.tokens import TOKENISATION
+from merge_cli.recipe.reader import PathForm, Text, option
 
 if TYPE_CHECKING:
     from merge_cli.evaluation.live import LiveModel
 
 T = TypeVar("T")
 OnProgress = Callable[[int, int], None]  # done, total: tokens or examples
-
-
-def option(default: Any = ..., help: str = "", least: float | None = None) -> Any:
-    """A field of a task; without a default it must be given."""
-    metadata = {"help": help, "least": least}
-    return field(metadata=metadata) if default is ... else field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,9 +42,9 @@ class Task(ABC):
     version: ClassVar[int] = 1  # grows when the same task would give other results
     not_in_identity: ClassVar[frozenset[str]] = frozenset({"name", "expert"})
 
-    name: str = option("", "the task's name; default from its data")
+    name: str = option("", "the task's name; default from its data", form=Text(line=True))
     limit: int | None = option(None, "a seeded sample of this many rows", least=1)
-    expert: str | None = option(None, "the source that this data belongs to")
+    expert: str | None = option(None, "the source that this data belongs to", form=Text(line=True))
 
     @abstractmethod
     def score(self, live: LiveModel, on_progress: OnProgress) -> TaskResult:
@@ -87,7 +82,7 @@ class Task(ABC):
 class DataTask(Task):
     """A task over the rows of one file."""
 
-    data: Path = option(help="a file of rows (docs/evaluate.md)")
+    data: Path = option(help="a file of rows (docs/evaluate.md)", form=PathForm(exists=True))
 
     def data_digest(self) -> str:
         try:

@@ -7,22 +7,27 @@ Scores are sums of weight * value / sum of weights, and lower is always better.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from merge_cli.errors import Problem, RecipeError
-from merge_cli.evaluation.parse import parse_eval
+from merge_cli.evaluation.parse import (
+    EvaluationForm,
+    TaskEntry,
+    TaskForm,
+    refuse_equal_names,
+    spec_of,
+)
 from merge_cli.evaluation.result import Better
 from merge_cli.evaluation.spec import EvalSpec
-from merge_cli.evaluation.tasks import KINDS
 from merge_cli.recipe.fields import nearest
 from merge_cli.recipe.nodes import Node
+from merge_cli.recipe.reader import REFUSED, Key, Plain, Reader, Text, keys_of, option
 from merge_cli.recipe.schema import Recipe
 
 SplitName = Literal["search", "validation", "test"]
 SPLITS: tuple[SplitName, ...] = ("search", "validation", "test")
-_OWN = ("weight", "split", "metric", "goal", "at_most", "at_least", "no_worse_than", "margin")
 
 
 @dataclass(frozen=True)
@@ -38,13 +43,19 @@ class Goal:
     """
 
     task: str
-    metric: str = ""
-    weight: float = 1.0
-    goal: str = ""
-    at_most: float | None = None
-    at_least: float | None = None
-    no_worse_than: str = ""
-    margin: float = 0.0
+    metric: str = option("", "which of the task's metrics; default its first", form=Text())
+    weight: float = option(1.0, "of the number in the score; 0 for a constraint alone", 0)
+    goal: str = option(
+        "", "the direction; default the metric's own", form=Plain(Literal["min", "max"])
+    )
+    at_most: float | None = option(None, "a bound that a candidate must keep")
+    at_least: float | None = option(None, "a bound that a candidate must keep")
+    no_worse_than: str = option(
+        "",
+        "base: a candidate must not be worse than the base by more than `margin`",
+        form=Plain(Literal["base"]),
+    )
+    margin: float = option(0.0, "how much worse is still accepted, in the metric's unit", 0)
 
 
 @dataclass(frozen=True)
@@ -153,6 +164,30 @@ def _sign(goal: Goal, better: Better) -> float:
     return 1.0 if better == "lower" else -1.0
 
 
+def _check_goal(values: dict[str, Any], node: Node, key: str, reader: Reader) -> None:
+    if values.get("margin") and not values.get("no_worse_than"):
+        message = "means nothing without no_worse_than."
+        reader.refuse(node.value["margin"], f"{key}.margin", message)
+
+
+_HAS_MARGIN = {"required": ["margin"], "properties": {"margin": {"not": {"const": 0}}}}
+OBJECTIVE = EvaluationForm(
+    TaskForm(
+        {
+            "split": Key(
+                Plain(SplitName),
+                "search scores candidates, validation chooses among the best, test reports",
+                "search",
+            ),
+            **keys_of(Goal),
+        },
+        _check_goal,
+        "goal",
+        {"if": _HAS_MARGIN, "then": {"required": ["no_worse_than"]}},
+    )
+)
+
+
 def parse_objective(recipe: Recipe) -> SearchObjective:
     """The recipe's `objective`: a list of tasks, or a mapping with `tasks` and settings.
 
@@ -161,157 +196,50 @@ def parse_objective(recipe: Recipe) -> SearchObjective:
     """
     root = recipe.objective
     assert root is not None, "check_recipe refuses a recipe that searches without an objective"
-    parser = _ObjectiveParser(recipe)
-    objective = parser.objective(root)
-    if parser.problems or objective is None:
-        unique = dict.fromkeys(parser.problems)
+    reader = Reader(recipe.file, recipe.folder, mergekit=False)
+    values = OBJECTIVE.read(root, "objective", reader)
+    splits = {} if values is REFUSED else _splits(values, root, recipe, reader)
+    if reader.problems:
+        unique = dict.fromkeys(reader.problems)
         raise RecipeError(sorted(unique, key=lambda p: (p.line, p.column, p.key)))
-    return objective
+    return SearchObjective(splits)
 
 
-class _ObjectiveParser:
-    def __init__(self, recipe: Recipe) -> None:
-        self._recipe = recipe
-        self.problems: list[Problem] = []
+def _splits(
+    values: Mapping[str, Any], root: Node, recipe: Recipe, reader: Reader
+) -> dict[SplitName, Split]:
+    """The tasks by split; what is wrong with them together is in the reader's problems."""
+    listed, key = root, "objective"
+    if isinstance(root.value, dict):
+        listed, key = root.value.get("tasks", root), "objective.tasks"
+    settings = {**values, "seed": values.get("seed") or recipe.seed}
+    complete = not reader.problems  # otherwise a split may lack what was refused
+    result: dict[SplitName, Split] = {}
+    for name in SPLITS:
+        entries = [e for e in values.get("tasks", ()) if e.extra.get("split", "search") == name]
+        if not entries:
+            continue
+        goals = tuple(_goal(entry, recipe, reader) for entry in entries)
+        refuse_equal_names(entries, key, reader)
+        spec = replace(spec_of(entries, settings, recipe.file), cache=False)
+        result[name] = Split(name, spec, goals)
+        if complete and not result[name].weighted:
+            reader.refuse(listed, key, f"no task of the split `{name}` has a weight.")
+    if complete and "search" not in result:
+        reader.refuse(listed, key, "no task is of the split `search`.", "It is the default.")
+    return result
 
-    def objective(self, root: Node) -> SearchObjective | None:
-        settings: dict[str, Node] = {}
-        listed, key = root, "objective"
-        if isinstance(root.value, dict):
-            settings = {name: node for name, node in root.value.items() if name != "tasks"}
-            listed, key = root.value.get("tasks", Node([], root.line, root.column)), key + ".tasks"
-        if not isinstance(listed.value, list) or not listed.value:
-            self._add(listed, key, "must be a list of at least one task.")
-            return None
-        by_split: dict[SplitName, tuple[list[Node], list[dict[str, Any]], list[int]]] = {
-            name: ([], [], []) for name in SPLITS
-        }
-        for i, node in enumerate(listed.value):
-            plain, own = self._divided(node, f"{key}[{i}]")
-            nodes, owns, places = by_split[own.pop("split", "search")]
-            nodes.append(plain)
-            owns.append(own)
-            places.append(i)
-        splits = {}
-        for name, (nodes, owns, places) in by_split.items():
-            if not nodes:
-                continue
-            children = {**settings, "tasks": Node(nodes, listed.line, listed.column)}
-            spec = self._spec(Node(children, root.line, root.column, root.key_places), key, places)
-            if spec is not None and len(spec.tasks) == len(owns):
-                named = zip(spec.tasks, owns, strict=True)
-                goals = tuple(Goal(task.name, **own) for task, own in named)
-                splits[name] = Split(name, spec, goals)
-                self._check_metrics(splits[name], nodes, key, places)
-        if "search" not in splits:
-            if not self.problems:
-                self._add(listed, key, "no task is of the split `search`.", "It is the default.")
-            return None
-        for name, split in splits.items():
-            if not split.weighted:
-                self._add(listed, key, f"no task of the split `{name}` has a weight.")
-        return SearchObjective(splits)
 
-    def _spec(self, root: Node, key: str, places: Sequence[int]) -> EvalSpec | None:
-        try:
-            spec = parse_eval(root, self._recipe.file, self._recipe.folder)
-        except RecipeError as error:
-            for problem in error.problems:
-                # The task's place in the whole list, not in its split's.
-                path = problem.key
-                for there, here in enumerate(places):
-                    if path.startswith(f"tasks[{there}]"):
-                        path = f"{key}[{here}]" + path.removeprefix(f"tasks[{there}]")
-                        break
-                else:
-                    path = key if path == "tasks" else f"objective.{path}"
-                self.problems.append(replace(problem, key=path))
-            return None
-        return (
-            replace(spec, cache=False)
-            if spec.seed
-            else replace(spec, cache=False, seed=self._recipe.seed)
-        )
-
-    def _divided(self, node: Node, key: str) -> tuple[Node, dict[str, Any]]:
-        """A task as evaluation files have it, and what is ours."""
-        if not isinstance(node.value, dict):
-            return node, {}
-        own: dict[str, Any] = {}
-        rest: dict[str, Node] = {}
-        named = node.value.get("task")
-        word = (
-            named.value
-            if named
-            else next((k for k in ("lm_eval", "python") if k in node.value), None)
-        )
-        kind = KINDS.get(word) if isinstance(word, str) else None
-        known = (
-            {"task", *_OWN, *(f.name for f in fields(kind) if f.name != "folder")} if kind else None
-        )
-        for name, child in node.value.items():
-            if name in _OWN:
-                value = self._own(name, child, f"{key}.{name}")
-                if value is not None:
-                    own[name] = value
-            elif known is not None and name not in known:
-                line, column = node.key_places[name]
-                self.problems.append(
-                    Problem(
-                        "unknown key.",
-                        f"{key}.{name}",
-                        self._recipe.file,
-                        line,
-                        column,
-                        nearest(name, known),
-                    )
-                )
-            else:
-                rest[name] = child
-        if own.get("margin") and not own.get("no_worse_than"):
-            self._add(node.value["margin"], f"{key}.margin", "means nothing without no_worse_than.")
-        if own.get("no_worse_than") and self._recipe.base_model is None:
-            message = "there is no base_model to compare with."
-            self._add(node.value["no_worse_than"], f"{key}.no_worse_than", message)
-        return Node(rest, node.line, node.column, node.key_places), own
-
-    def _own(self, name: str, node: Node, key: str) -> Any:
-        value = node.value
-        words = {"split": SPLITS, "goal": ("min", "max"), "no_worse_than": ("base",)}
-        if name in words:
-            if value in words[name]:
-                return value
-            self._add(
-                node,
-                key,
-                f"must be {' or '.join(words[name])} (got {node.plain()!r}).",
-                nearest(str(value), words[name]) if len(words[name]) > 1 else "",
-            )
-            return None
-        if name == "metric":
-            if isinstance(value, str):
-                return value
-            self._add(node, key, f"must be text (got {node.plain()!r}).")
-            return None
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if number and (name not in ("weight", "margin") or value >= 0):
-            return float(value)
-        least = " of at least 0" if name in ("weight", "margin") else ""
-        self._add(node, key, f"must be a number{least} (got {node.plain()!r}).")
-        return None
-
-    def _check_metrics(
-        self, split: Split, nodes: Sequence[Node], key: str, places: Sequence[int]
-    ) -> None:
-        for task, goal, node, place in zip(
-            split.spec.tasks, split.goals, nodes, places, strict=True
-        ):
-            if goal.metric and task.metrics and goal.metric not in task.metrics:
-                message = f"{task.kind} has no metric '{goal.metric}'."
-                self._add(
-                    node, f"{key}[{place}].metric", message, nearest(goal.metric, task.metrics)
-                )
-
-    def _add(self, node: Node, key: str, what: str, hint: str = "") -> None:
-        problem = Problem(what, key, self._recipe.file, node.line, node.column, hint)
-        self.problems.append(problem)
+def _goal(entry: TaskEntry, recipe: Recipe, reader: Reader) -> Goal:
+    values = {name: value for name, value in entry.extra.items() if name != "split"}
+    goal = Goal(entry.task.name, **values)
+    if goal.no_worse_than and recipe.base_model is None:
+        message = "there is no base_model to compare with."
+        node = entry.node.value["no_worse_than"]
+        reader.refuse(node, f"{entry.key}.no_worse_than", message)
+    metrics = entry.task.metrics
+    if goal.metric and metrics and goal.metric not in metrics:
+        message = f"{entry.task.kind} has no metric '{goal.metric}'."
+        hint = nearest(goal.metric, metrics)
+        reader.refuse(entry.node.value["metric"], f"{entry.key}.metric", message, hint)
+    return goal

@@ -57,7 +57,7 @@ Density = Annotated[float, Range(0.0, 1.0, capped=True)]
 CappedShare = Annotated[float, Range(0.0, 1.0, capped=True)]
 Share = Annotated[float, Range(0.0, 1.0)]
 # What mergekit takes for a truth value, besides true and false: its own output writes 1.0.
-_TRUTH: dict[Scalar, bool] = {
+TRUTH: dict[Scalar, bool] = {
     1: True,
     0: False,
     "true": True,
@@ -117,7 +117,7 @@ class MethodParameter:
         boolean = self.kind is bool or any(isinstance(choice, bool) for choice in self.choices)
         if not boolean or self._same_kind(value):
             return value
-        return _TRUTH.get(value.lower() if isinstance(value, str) else value, value)
+        return TRUTH.get(value.lower() if isinstance(value, str) else value, value)
 
     def coerce(self, value: Scalar) -> Scalar:
         """A checked value in the parameter's own type."""

@@ -106,10 +106,10 @@ def path_from(target: Path, folder: Path, commits: Mapping[str, str]) -> Locate:
                 ModelRef(model.lora, model.lora_revision),
             )
             return f"{locate(base)}+{locate(adapter)}"
-        place = local_folder(model.path, folder)
-        if place is not None:
+        local_path = local_folder(model.path, folder)
+        if local_path is not None:
             # realpath, or a link on the way would make the dots lead elsewhere.
-            relative = os.path.relpath(os.path.realpath(place), os.path.realpath(target))
+            relative = os.path.relpath(os.path.realpath(local_path), os.path.realpath(target))
             return relative if relative.startswith(".") else f"./{relative}"
         commit = commits.get(str(model), model.revision)
         return f"{model.path}@{commit}" if commit else model.path
@@ -121,12 +121,16 @@ def _slices(slices: Iterable[SliceSpec], locate: Locate) -> list[dict[str, Any]]
     return [
         _with_parameters(
             {
-                "sources": [_source(s, locate) for s in piece.sources],
-                **({"base_model": locate(piece.base_model)} if piece.base_model else {}),
+                "sources": [_source(s, locate) for s in output_slice.sources],
+                **(
+                    {"base_model": locate(output_slice.base_model)}
+                    if output_slice.base_model
+                    else {}
+                ),
             },
-            piece.parameters,
+            output_slice.parameters,
         )
-        for piece in slices
+        for output_slice in slices
     ]
 
 
@@ -161,10 +165,10 @@ def data_from(target: Path, folder: Path) -> Callable[[str], str]:
     """Writes data files for a recipe in `target`, as `path_from` writes local models."""
 
     def locate(word: str) -> str:
-        place = local_file(word, folder)
-        if place is None:
+        local_path = local_file(word, folder)
+        if local_path is None:
             return word
-        return os.path.relpath(os.path.realpath(place), os.path.realpath(target))
+        return os.path.relpath(os.path.realpath(local_path), os.path.realpath(target))
 
     return locate
 

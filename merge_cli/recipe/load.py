@@ -131,11 +131,11 @@ def _file_order(uses: Mapping[str, set[str]]) -> Sequence[str]:
     """
     sorter = TopologicalSorter({name: sorted(used) for name, used in uses.items()})
     sorter.prepare()
-    place = {name: i for i, name in enumerate(uses)}
+    position = {name: i for i, name in enumerate(uses)}
     order: list[str] = []
     ready: list[str] = []
     while sorter.is_active():
-        ready = sorted([*ready, *sorter.get_ready()], key=place.__getitem__)
+        ready = sorted([*ready, *sorter.get_ready()], key=position.__getitem__)
         order.append(ready.pop(0))
         sorter.done(order[-1])
     return order

@@ -33,7 +33,7 @@ class Node:
     value: Any
     line: int
     column: int
-    key_places: dict[str, tuple[int, int]] = field(default_factory=dict)
+    key_positions: dict[str, tuple[int, int]] = field(default_factory=dict)
     holders: frozenset[str] = frozenset()
 
     def plain(self) -> Any:
@@ -133,13 +133,13 @@ class _Converter:
             _report_duplicates(node, self._file, self._problems)
             self._loader.flatten_mapping(node)
             children: dict[str, Node] = {}
-            places: dict[str, tuple[int, int]] = {}
+            positions: dict[str, tuple[int, int]] = {}
             for key_node, value_node in node.value:
                 mark = key_node.start_mark
                 key = self._key(key_node, path, mark.line + 1, mark.column + 1)
                 children[key] = self.convert(value_node, f"{path}.{key}" if path else key)
-                places[key] = (mark.line + 1, mark.column + 1)
-            return Node(children, line, column, places)
+                positions[key] = (mark.line + 1, mark.column + 1)
+            return Node(children, line, column, positions)
         if isinstance(node, yaml.SequenceNode):
             if node.tag != "tag:yaml.org,2002:seq":
                 self._wrong(f"an unknown tag, {_short(node.tag)}", path, line, column)
@@ -165,8 +165,10 @@ class _Converter:
         try:
             value = self._loader.construct_object(node)
         except yaml.constructor.ConstructorError as error:
-            known = "determine a constructor" not in str(error.problem)
-            message = f"not a valid value: {error.problem}" if known else f"an unknown tag, {tag}"
+            is_known_tag = "determine a constructor" not in str(error.problem)
+            message = (
+                f"not a valid value: {error.problem}" if is_known_tag else f"an unknown tag, {tag}"
+            )
             self._wrong(message, path, line, column)
             return None
         except (ValueError, LookupError, AttributeError, TypeError, ArithmeticError) as error:
@@ -190,8 +192,8 @@ class _Converter:
             return None
         return value
 
-    def _wrong(self, what: str, path: str, line: int, column: int) -> None:
-        self._problems.append(Problem(what, path, self._file, line, column))
+    def _wrong(self, message: str, path: str, line: int, column: int) -> None:
+        self._problems.append(Problem(message, path, self._file, line, column))
 
 
 def _short(tag: str) -> str:

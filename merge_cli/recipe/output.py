@@ -2,28 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from merge_cli.recipe.fields import nearest
 from merge_cli.recipe.nodes import Node
+from merge_cli.recipe.reader import (
+    Checked,
+    Form,
+    Reader,
+    Schema,
+    any_of,
+    finite,
+    option,
+    section_of,
+)
 
 ADAPTER, MODEL = "adapter", "model"
-Refuse = Callable[[Node, str, str, str], None]  # node, key, what, hint
+
+
+def _share(value: Any) -> tuple[Any, str]:
+    number = None if isinstance(value, str) else finite(value)
+    if number is not None and 0 < number <= 1:
+        return number, ""
+    return None, "must be a share above 0, up to 1"
+
+
+_SHARE: Schema = {"type": "number", "exclusiveMinimum": 0, "maximum": 1}
 
 
 @dataclass(frozen=True)
 class AdapterOutput:
-    """Where the merged changes are cut.
+    """Where the merged changes are cut."""
 
-    Attributes:
-        rank: of every matrix at most; None leaves it to the method.
-        energy: the share of a matrix's sum of squares to hold; None holds all that `rank` can.
-    """
-
-    rank: int | None = None
-    energy: float | None = None
+    rank: int | None = option(None, "of every matrix at most; default the method's", 1)
+    energy: float | None = option(
+        None,
+        "the share of a matrix's sum of squares to hold; default all that `rank` can",
+        form=Checked(_share, _SHARE),
+    )
 
     def plain(self) -> Any:
         """As YAML has it."""
@@ -31,35 +47,29 @@ class AdapterOutput:
         return {ADAPTER: cut} if cut else ADAPTER
 
 
-def parse_output(node: Node | None, refuse: Refuse) -> AdapterOutput | None:
-    """`model` (the default), `adapter`, or `adapter` with a rank or an energy."""
-    if node is None or node.value in (None, MODEL):
-        return None
-    if node.value == ADAPTER:
-        return AdapterOutput()
-    hint = "Write `output: adapter`, or `output: {adapter: {rank: 16}}`."
-    if not isinstance(node.value, dict) or set(node.value) != {ADAPTER}:
-        refuse(node, "output", f"must be adapter or model (got {node.plain()!r}).", hint)
-        return None
-    cut = node.value[ADAPTER]
-    if cut.value is None:
-        return AdapterOutput()
-    if not isinstance(cut.value, dict):
-        refuse(cut, "output.adapter", f"must be a mapping (got {cut.plain()!r}).", hint)
-        return None
-    found: dict[str, Any] = {}
-    for key, item in cut.value.items():
-        value, path = item.plain(), f"output.adapter.{key}"
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if key == "rank" and type(value) is int and value > 0:
-            found[key] = value
-        elif key == "energy" and number and 0 < value <= 1:
-            found[key] = float(value)
-        elif key in ("rank", "energy"):
-            requested = (
-                "a whole number of at least 1" if key == "rank" else "a share above 0, up to 1"
-            )
-            refuse(item, path, f"must be {requested} (got {value!r}).", "")
-        else:
-            refuse(item, path, f"unknown key '{key}'.", nearest(str(key), ("rank", "energy")))
-    return AdapterOutput(**found)
+_SECTION = section_of(AdapterOutput)
+
+
+@dataclass(frozen=True)
+class OutputForm(Form):
+    """`model` (the default, read as None), `adapter`, or `adapter` with a rank or an energy."""
+
+    def read(self, node: Node, key: str, reader: Reader) -> Any:
+        if node.value == MODEL:
+            return None
+        if node.value == ADAPTER:
+            return AdapterOutput()
+        hint = "Write `output: adapter`, or `output: {adapter: {rank: 16}}`."
+        if not isinstance(node.value, dict) or set(node.value) != {ADAPTER}:
+            return reader.refuse_type(node, key, "must be adapter or model", hint)
+        cut = node.value[ADAPTER]
+        if not isinstance(cut.value, dict | None):
+            return reader.refuse_type(cut, f"{key}.{ADAPTER}", "must be a mapping", hint)
+        return (
+            AdapterOutput() if cut.value is None else _SECTION.read(cut, f"{key}.{ADAPTER}", reader)
+        )
+
+    def schema(self) -> Schema:
+        cut = {"properties": {ADAPTER: any_of(_SECTION.schema(), {"type": "null"})}}
+        closed: Schema = {"required": [ADAPTER], "additionalProperties": False}
+        return any_of({"enum": [ADAPTER, MODEL]}, {"type": "object", **cut, **closed})

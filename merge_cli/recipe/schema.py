@@ -65,7 +65,9 @@ class ModuleSpec:
     @property
     def whole(self) -> bool:
         """Whether it lists models, not slices of them."""
-        return all(s.layer_range is None for piece in self.slices for s in piece.sources)
+        return all(
+            s.layer_range is None for output_slice in self.slices for s in output_slice.sources
+        )
 
 
 @dataclass(frozen=True)
@@ -136,17 +138,21 @@ class Recipe:
     @property
     def source_specs(self) -> tuple[SourceSpec, ...]:
         """Every source, in the order of the recipe."""
-        return self.models or tuple(s for piece in self.all_slices for s in piece.sources)
+        return self.models or tuple(
+            s for output_slice in self.all_slices for s in output_slice.sources
+        )
 
     @property
     def all_slices(self) -> tuple[SliceSpec, ...]:
         """The recipe's slices, or those of its modules."""
-        return self.slices or tuple(piece for module in self.modules for piece in module.slices)
+        return self.slices or tuple(
+            output_slice for module in self.modules for output_slice in module.slices
+        )
 
     @property
     def references(self) -> tuple[ModelRef, ...]:
         """Every model, each once, the base first."""
-        bases = [self.base_model, *(piece.base_model for piece in self.all_slices)]
+        bases = [self.base_model, *(output_slice.base_model for output_slice in self.all_slices)]
         listed = [*filter(None, bases), *(spec.model for spec in self.source_specs)]
         return tuple(dict.fromkeys(listed))
 
@@ -198,7 +204,7 @@ class Recipe:
         """A static recipe with what a search has found."""
         return replace(self, merge_method=method, search=None, objective=None, **changes)
 
-    def problem(self, key: str, what: str, hint: str = "") -> Problem:
+    def problem(self, key: str, message: str, hint: str = "") -> Problem:
         """A problem at a key path of this recipe, with its line and column."""
         line, column = self.places.get(key, (0, 0))
-        return Problem(what, key, self.file, line, column, hint)
+        return Problem(message, key, self.file, line, column, hint)

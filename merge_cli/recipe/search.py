@@ -6,17 +6,72 @@ ranges mean for the layers of these models, of `evolve`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any, Literal, get_type_hints
+from dataclasses import dataclass
+from typing import Any, Literal
 
-from merge_cli.recipe.fields import nearest
 from merge_cli.recipe.nodes import Node
-from merge_cli.recipe.training import Refuse, option, read_value, words_of
+from merge_cli.recipe.reader import (
+    REFUSED,
+    Checked,
+    Form,
+    Key,
+    MappingOf,
+    Plain,
+    Reader,
+    Schema,
+    Section,
+    Texts,
+    any_of,
+    keys_of,
+    option,
+    section_of,
+)
 from merge_cli.recipe.values import Scalar, filter_error
 
 TIES = ("models", "layers", "filters")
-_RANGE_KEYS = ("min", "max", "log", "integer", "choices", "tied")
+
+
+def _tied(value: Any) -> tuple[Any, str]:
+    if isinstance(value, bool):
+        return (tuple(TIES) if value else ()), ""
+    words = [value] if isinstance(value, str) else value
+    if isinstance(words, list) and all(word in TIES for word in words):
+        return tuple(word for word in TIES if word in words), ""
+    return None, f"must be true, or some of {', '.join(TIES)}"
+
+
+def _choices(value: Any) -> tuple[Any, str]:
+    fits = isinstance(value, list) and len(value) > 1
+    if fits and all(isinstance(item, bool | int | float | str) for item in value):
+        return tuple(value), ""
+    return None, "must be a list of at least two values"
+
+
+def _groups(value: Any) -> tuple[Any, str]:
+    if type(value) is int and value >= 1:
+        return value, ""
+    if isinstance(value, list) and value and all(type(v) is int and v >= 1 for v in value):
+        return tuple(value), ""
+    return None, "must be a number of groups, or a list of numbers of layers"
+
+
+def _shares(value: Any) -> tuple[Any, str]:
+    fits = isinstance(value, list) and all(isinstance(v, float) and 0 < v < 1 for v in value)
+    if fits and sorted(set(value)) == value:
+        return tuple(value), ""
+    return None, "must be a list of shares between 0 and 1, ascending"
+
+
+_COUNT: Schema = {"type": "integer", "minimum": 1}
+_SHARE: Schema = {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}
+_WORD: Schema = {"enum": list(TIES)}
+_TIED = Checked(_tied, any_of({"type": "boolean"}, _WORD, {"type": "array", "items": _WORD}))
+_CHOICES: Schema = {
+    "type": "array",
+    "items": {"type": ["boolean", "number", "string"]},
+    "minItems": 2,
+}
+_GROUPS: Schema = any_of(_COUNT, {"type": "array", "items": _COUNT, "minItems": 1})
 
 
 @dataclass(frozen=True)
@@ -25,18 +80,21 @@ class SearchedParameter:
 
     Attributes:
         low, high: both allowed; unused where there are `choices`.
-        log: equal ratios are equally likely, instead of equal differences.
-        tied: across what one value is shared: models, layers, filters.
         key: where it stands in the recipe.
     """
 
     name: str
     low: float = 0.0
     high: float = 1.0
-    log: bool = False
-    integer: bool = False
-    choices: tuple[Scalar, ...] = ()
-    tied: tuple[str, ...] = ()  # in one order: it is part of what a journal is known by
+    log: bool = option(False, "equal ratios are equally likely, instead of equal differences")
+    integer: bool = option(False, "whole numbers alone")
+    choices: tuple[Scalar, ...] = option(
+        (), "the values to choose from, instead of a range", form=Checked(_choices, _CHOICES)
+    )
+    # In one order: it is part of what a journal is known by.
+    tied: tuple[str, ...] = option(
+        (), "across what one value is shared: models, layers, filters; true is all", form=_TIED
+    )
     key: str = ""
 
     @property
@@ -48,17 +106,110 @@ class SearchedParameter:
         return f"{self.low:g} to {self.high:g}{', log' if self.log else ''}{kind}"
 
 
+_ENDS = {
+    "min": Key(Plain(float), "the least value, itself allowed"),
+    "max": Key(Plain(float), "the greatest value, itself allowed"),
+}
+
+
+def _range(values: dict[str, Any], node: Node, key: str, reader: Reader) -> Any:
+    """The parameter, still without its name; REFUSED where its keys do not go together."""
+    given = {part: child for part, child in node.value.items() if part in _SECTION.keys}
+    before = len(reader.problems)
+    if len(values) < len(given):
+        return REFUSED  # a part was refused, and what is said of the rest would be guessing
+    if "choices" in given:
+        for part in ("min", "max", "log", "integer"):
+            if part in given:
+                message = "has no meaning beside `choices`."
+                reader.refuse(given[part], f"{key}.{part}", message, "Leave it out.")
+        return values if len(reader.problems) == before else REFUSED
+    for part in _ENDS:
+        if part not in given:
+            reader.refuse(node, f"{key}.{part}", "missing.", "Give `min` and `max`, or `choices`.")
+    if len(reader.problems) > before:
+        return REFUSED
+    low, high = values.pop("min"), values.pop("max")
+    integer, log = values.get("integer", False), values.get("log", False)
+    if low >= high:
+        message = f"must be above min (got {high:g}, and min {low:g})."
+        reader.refuse(given["max"], f"{key}.max", message)
+    if log and low <= 0:
+        reader.refuse(given["min"], f"{key}.min", f"must be above 0 with `log` (got {low:g}).")
+    if integer and (low != int(low) or high != int(high)):
+        message = "min and max must be whole numbers with `integer`."
+        reader.refuse(given["min"], f"{key}.min", message)
+    if integer and log:
+        message = "has no meaning beside `integer`."
+        reader.refuse(given["log"], f"{key}.log", message, "Leave one of them out.")
+    return {**values, "low": low, "high": high} if len(reader.problems) == before else REFUSED
+
+
+_BESIDE_CHOICES = [{"required": [part]} for part in ("min", "max", "log", "integer")]
+_SECTION = Section(
+    {**_ENDS, **keys_of(SearchedParameter)},
+    _range,
+    null=True,
+    rules={
+        "oneOf": [
+            {"required": ["choices"], "not": {"anyOf": _BESIDE_CHOICES}},
+            {"required": ["min", "max"]},
+        ]
+    },
+)
+
+
+@dataclass(frozen=True)
+class RangeForm(Form):
+    """Where a parameter's values may lie."""
+
+    def read(self, node: Node, key: str, reader: Reader) -> Any:
+        if isinstance(node.value, dict):
+            return _SECTION.read(node, key, reader)
+        hint = "Give it {min: ..., max: ...}; a value that is fixed belongs to `parameters:`."
+        return reader.refuse_type(node, key, "is no range", hint)
+
+    def schema(self) -> Schema:
+        return _SECTION.schema()
+
+
+@dataclass(frozen=True)
+class Ranges(MappingOf):
+    """Parameters with their ranges, as a tuple."""
+
+    def read(self, node: Node, key: str, reader: Reader) -> Any:
+        ranges = super().read(node, key, reader)
+        return ranges if ranges is REFUSED else tuple(ranges.values())
+
+
+_RANGES = Ranges(
+    RangeForm(),
+    "must be a mapping of parameters to ranges",
+    "Write `weight: {min: 0, max: 1}`.",
+    1,
+    lambda name, values, key: SearchedParameter(name, **values, key=key),
+)
+
+
 @dataclass(frozen=True)
 class Search:
     """What is searched, and how. None is explained by the help."""
 
-    method: tuple[str, ...] = option((), "the method whose parameters are searched, or several")
-    parameters: tuple[SearchedParameter, ...] = option((), "ranges by parameter")
+    method: tuple[str, ...] = option(
+        (), "the method whose parameters are searched, or several", form=Texts(distinct=True)
+    )
+    parameters: tuple[SearchedParameter, ...] = option((), "ranges by parameter", form=_RANGES)
     layer_groups: int | tuple[int, ...] = option(
-        1, "values over the layers: how many groups, or each group's number of layers"
+        1,
+        "values over the layers: how many groups, or each group's number of layers",
+        form=Checked(_groups, _GROUPS),
     )
     smooth: bool = option(False, "values between groups are interpolated, instead of stepping")
-    filters: tuple[str, ...] = option((), "parts of tensor names that get values of their own")
+    filters: tuple[str, ...] = option(
+        (),
+        "parts of tensor names that get values of their own",
+        form=Texts(check=filter_error, distinct=True),
+    )
     optimizer: Literal["cma-es", "random", "tpe", "nsga2"] = option("cma-es", "who proposes")
     evaluations: int = option(100, "candidates in all", 1)
     population: int | None = option(
@@ -72,7 +223,9 @@ class Search:
     )
     finalists: int = option(5, "best candidates that the validation split chooses from", 1)
     fidelity: tuple[float, ...] = option(
-        (), "shares of the rows on which a generation is thinned out before all rows are used"
+        (),
+        "shares of the rows on which a generation is thinned out before all rows are used",
+        form=Checked(_shares, {"type": "array", "items": _SHARE, "uniqueItems": True}),
     )
     keep: float = option(0.5, "share of a generation that survives each of them", 1e-6, 1)
     failures: int = option(8, "failed candidates in a row that stop the search", 1)
@@ -84,154 +237,10 @@ class Search:
     given: frozenset[str] = frozenset()  # the keys that the recipe has
 
 
-SEARCH_KEYS = tuple(f.name for f in fields(Search) if f.name != "given")
+def _search(values: dict[str, Any], node: Node, key: str, reader: Reader) -> Search:
+    given = frozenset(node.value) & frozenset(SEARCH.keys)
+    return Search(**{k: v for k, v in values.items() if v is not None}, given=given)
+
+
+SEARCH = section_of(Search, _search, null=True)
 WITHOUT_SPACE = frozenset(("failures", "engine", "workers"))  # what greedy_soup takes
-
-
-def parse_search(children: Mapping[str, Node], key: str, refuse: Refuse) -> Search:
-    """The section's children; wrong values are refused where they stand."""
-    hints = get_type_hints(Search)
-    about = {f.name: f.metadata for f in fields(Search)}
-    given: dict[str, Any] = {}
-    for name, node in children.items():
-        path = f"{key}.{name}"
-        if name == "parameters":
-            given[name] = _ranges(node, path, refuse)
-            continue
-        if name in ("method", "filters"):
-            value, wrong = _texts(node)
-            if name == "filters" and not wrong:
-                wrong = next(filter(None, map(filter_error, value)), "")
-        elif name == "layer_groups":
-            value, wrong = _groups(node)
-        elif name == "fidelity":
-            value, wrong = _shares(node)
-        elif name == "start":
-            value, wrong = node.value, "" if isinstance(node.value, str) else "must be text"
-        else:
-            value, wrong = read_value(node, hints[name])
-            wrong = wrong or _bounded(value, about[name]["least"], about[name]["most"])
-        if wrong:
-            words = words_of(hints[name])
-            hint = nearest(str(node.value), words) if words else ""
-            refuse(node, path, f"{wrong} (got {node.plain()!r}).", hint)
-        elif value is not None:
-            given[name] = value
-    return Search(**given, given=frozenset(children))
-
-
-def _ranges(node: Node, key: str, refuse: Refuse) -> tuple[SearchedParameter, ...]:
-    if not isinstance(node.value, dict) or not node.value:
-        hint = "Write `weight: {min: 0, max: 1}`."
-        refuse(node, key, "must be a mapping of parameters to ranges.", hint)
-        return ()
-    found = [_range(name, child, f"{key}.{name}", refuse) for name, child in node.value.items()]
-    return tuple(item for item in found if item is not None)
-
-
-def _range(name: str, node: Node, key: str, refuse: Refuse) -> SearchedParameter | None:
-    if not isinstance(node.value, dict):
-        hint = "Give it {min: ..., max: ...}; a value that is fixed belongs to `parameters:`."
-        refuse(node, key, f"is no range (got {node.plain()!r}).", hint)
-        return None
-    fine = True
-
-    def wrong(place: Node, part: str, what: str, hint: str = "") -> None:
-        nonlocal fine
-        fine = False
-        refuse(place, f"{key}.{part}" if part else key, what, hint)
-
-    for part, child in node.value.items():
-        if part not in _RANGE_KEYS:
-            line, column = node.key_places[part]
-            wrong(Node(child.value, line, column), part, "unknown key.", nearest(part, _RANGE_KEYS))
-    parts = {part: child for part, child in node.value.items() if part in _RANGE_KEYS}
-    flags: dict[str, Any] = {}
-    for part in ("log", "integer"):
-        flags[part] = parts[part].value if part in parts else False
-        if not isinstance(flags[part], bool):
-            wrong(parts[part], part, f"must be true or false (got {flags[part]!r}).")
-    tied = _tied(parts["tied"], wrong) if "tied" in parts else ()
-    if "choices" in parts:
-        choices = _choices(parts["choices"], wrong)
-        for part in ("min", "max", "log", "integer"):
-            if part in parts:
-                wrong(parts[part], part, "has no meaning beside `choices`.", "Leave it out.")
-        return SearchedParameter(name, choices=choices, tied=tied, key=key) if fine else None
-    ends = {}
-    for part in ("min", "max"):
-        if part not in parts:
-            wrong(node, part, "missing.", "Give `min` and `max`, or `choices`.")
-            continue
-        ends[part], why = read_value(parts[part], float)
-        if why:
-            wrong(parts[part], part, f"{why} (got {parts[part].plain()!r}).")
-    if not fine:
-        return None
-    low, high = ends["min"], ends["max"]
-    if low >= high:
-        wrong(parts["max"], "max", f"must be above min (got {high:g}, and min {low:g}).")
-    if flags["log"] and low <= 0:
-        wrong(parts["min"], "min", f"must be above 0 with `log` (got {low:g}).")
-    if flags["integer"] and (low != int(low) or high != int(high)):
-        wrong(parts["min"], "min", "min and max must be whole numbers with `integer`.")
-    if flags["integer"] and flags["log"]:
-        wrong(parts["log"], "log", "has no meaning beside `integer`.", "Leave one of them out.")
-    if not fine:
-        return None
-    return SearchedParameter(name, low, high, flags["log"], flags["integer"], tied=tied, key=key)
-
-
-def _tied(node: Node, wrong: Any) -> tuple[str, ...]:
-    if isinstance(node.value, bool):
-        return tuple(TIES) if node.value else ()
-    words = [node.value] if isinstance(node.value, str) else node.plain()
-    if isinstance(words, list) and all(word in TIES for word in words):
-        return tuple(word for word in TIES if word in words)
-    wrong(node, "tied", f"must be true, or some of {', '.join(TIES)} (got {node.plain()!r}).")
-    return ()
-
-
-def _choices(node: Node, wrong: Any) -> tuple[Scalar, ...]:
-    values = node.plain()
-    fits = isinstance(values, list) and len(values) > 1
-    if fits and all(isinstance(value, bool | int | float | str) for value in values):
-        return tuple(values)
-    wrong(node, "choices", f"must be a list of at least two values (got {values!r}).")
-    return ()
-
-
-def _texts(node: Node) -> tuple[Any, str]:
-    words = [node.value] if isinstance(node.value, str) else node.plain()
-    if isinstance(words, list) and words and all(isinstance(w, str) and w for w in words):
-        twice = len(set(words)) < len(words)
-        return (None, "names one twice") if twice else (tuple(words), "")
-    return None, "must be a text or a list of texts"
-
-
-def _groups(node: Node) -> tuple[Any, str]:
-    value = node.plain()
-    if type(value) is int and value >= 1:
-        return value, ""
-    if isinstance(value, list) and value and all(type(v) is int and v >= 1 for v in value):
-        return tuple(value), ""
-    return None, "must be a number of groups, or a list of numbers of layers"
-
-
-def _shares(node: Node) -> tuple[Any, str]:
-    values = node.plain()
-    if (
-        isinstance(values, list)
-        and all(isinstance(v, float) and 0 < v < 1 for v in values)
-        and sorted(set(values)) == values
-    ):
-        return tuple(values), ""
-    return None, "must be a list of shares between 0 and 1, ascending"
-
-
-def _bounded(value: Any, least: float | None, most: float | None) -> str:
-    if value is None or isinstance(value, bool | str):
-        return ""
-    if least is not None and value < least:
-        return f"must be at least {least:g}"
-    return f"must be at most {most:g}" if most is not None and value > most else ""

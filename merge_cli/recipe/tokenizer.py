@@ -16,19 +16,30 @@ Chat templates by name, and what a recipe's `chat_template` may be.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from merge_cli.recipe.fields import nearest
+from merge_cli.recipe.models import ModelForm
 from merge_cli.recipe.nodes import Node
-from merge_cli.recipe.reference import ModelRef, parse_reference
+from merge_cli.recipe.reader import (
+    REFUSED,
+    Form,
+    Key,
+    MappingOf,
+    Plain,
+    Reader,
+    Schema,
+    Section,
+    Text,
+    any_of,
+)
+from merge_cli.recipe.reference import ModelRef
 from merge_cli.system.untrusted import Unreadable, read_text
 
 UNION, BASE = "union", "base"
 MAX_PADDING = 2**20  # no embedding is padded to nearly as many rows
-Add = Callable[[Node, str, str, str], None]  # node, key, what, hint
 
 
 @dataclass(frozen=True)
@@ -66,151 +77,163 @@ class TokenizerSpec:
     truncate: bool = False
 
 
-def parse_tokenizer(
-    section: Node | None,
-    source: Node | None,
-    folder: Path,
-    add: Add,
-    places: dict[str, tuple[int, int]],
-) -> TokenizerSpec | None:
-    """The section, or the short form; both together are a problem.
+@dataclass(frozen=True)
+class SourceForm(Form):
+    """Whose vocabulary: union, base, or a model; the word that says so."""
 
-    Args:
-        add: told of each problem.
-        places: filled with where keys stand, for messages of later stages.
-    """
-    if source is not None and source.value is not None:
-        if section is not None:
-            add(source, "tokenizer_source", "stands beside `tokenizer`.", "Leave one of them out.")
-        if isinstance(source.value, str) and source.value:
-            return TokenizerSpec(source.value)
-        add(source, "tokenizer_source", f"must be text (got {source.plain()!r})", "")
-        return None
-    if section is None or section.value is None:
-        return None
-    if isinstance(section.value, str) and section.value:
-        return TokenizerSpec(section.value, key="tokenizer")
-    if not isinstance(section.value, dict):
-        message = f"must be a mapping (got {section.plain()!r})"
-        add(section, "tokenizer", message, "Write `tokenizer: {source: union}`.")
-        return None
-    known = ("source", "tokens", "pad_to_multiple_of", "truncate")
-    for name in section.value:
-        places[f"tokenizer.{name}"] = section.key_places[name]
-        if name not in known:
-            _unknown(section, name, "tokenizer", known, add)
-    cut = section.value.get("truncate")
-    if cut is not None and cut.value is not None:
-        if not isinstance(cut.value, bool):
-            add(cut, "tokenizer.truncate", f"must be true or false (got {cut.plain()!r})", "")
-        elif cut.value and len(section.value) > 1:
+    def read(self, node: Node, key: str, reader: Reader) -> Any:
+        if node.value in (UNION, BASE):
+            return node.value
+        model = _MODEL.read(node, key, reader)
+        return REFUSED if model is REFUSED else str(model)
+
+    def schema(self) -> Schema:
+        return any_of({"enum": [UNION, BASE]}, _MODEL.schema())
+
+
+_MODEL = ModelForm("must name a model")
+_KIND = Key(Plain(Literal["zero", "model_token"]), "zeros, or the row of another token")
+
+
+def _model_token(values: dict[str, Any], node: Node, key: str, reader: Reader) -> Any:
+    if ("token" in node.value) == ("token_id" in node.value):
+        return reader.refuse(node, key, "give either token or token_id")
+    return REFUSED if len(values) < len(node.value) else values
+
+
+_ZERO = Section({"kind": _KIND})
+_MODEL_TOKEN = Section(
+    {
+        "kind": _KIND,
+        "model": Key(_MODEL, "the model that has it", required=True),
+        "token": Key(Plain(str), "the token, as the tokenizer spells it"),
+        "token_id": Key(Plain(int, 0), "or its number"),
+    },
+    _model_token,
+    rules={"oneOf": [{"required": ["token"]}, {"required": ["token_id"]}]},
+)
+
+
+@dataclass(frozen=True)
+class RowForm(Form):
+    """What fills a token's rows, as fields of `TokenRule`."""
+
+    def read(self, node: Node, key: str, reader: Reader) -> Any:
+        if not isinstance(node.value, dict) or "kind" not in node.value:
+            model = _MODEL.read(node, key, reader)
+            return REFUSED if model is REFUSED else {"model": model}
+        kind = _KIND.form.read(node.value["kind"], f"{key}.kind", reader)
+        if kind is REFUSED:
+            return REFUSED
+        values = (_ZERO if kind == "zero" else _MODEL_TOKEN).read(node, key, reader)
+        if values is REFUSED:
+            return REFUSED
+        given = {name: value for name, value in values.items() if name != "kind"}
+        return {"zero": True} if kind == "zero" else given
+
+    def schema(self) -> Schema:
+        zero, token = _ZERO.schema(), _MODEL_TOKEN.schema()
+        zero = {**zero, "properties": {"kind": {"const": "zero"}}, "required": ["kind"]}
+        token["properties"]["kind"] = {"const": "model_token"}
+        return any_of(_MODEL.schema(), zero, {**token, "required": ["kind", "model"]})
+
+
+_RULE = Section(
+    {
+        "source": Key(RowForm(), "a model that has the token; or {kind: zero} for zeros"),
+        "force": Key(Plain(bool), "also in models that have rows of their own", False),
+    }
+)
+
+
+@dataclass(frozen=True)
+class RuleForm(Form):
+    """What fills the rows of one token."""
+
+    def read(self, node: Node, key: str, reader: Reader) -> Any:
+        if node.value is None:
+            return TokenRule(key)
+        if not isinstance(node.value, dict):
+            hint = "Write {source: MODEL}, with `force: true` if its own rows are not wanted."
+            return reader.refuse_type(node, key, "must be a mapping", hint)
+        values = _RULE.read(node, key, reader)
+        return TokenRule(key, force=values.get("force", False), **values.get("source", {}))
+
+    def schema(self) -> Schema:
+        return any_of(_RULE.schema(), {"type": "null"})
+
+
+def _tokenizer(values: dict[str, Any], node: Node, key: str, reader: Reader) -> TokenizerSpec:
+    if values.get("truncate"):
+        if len(node.value) > 1:
             message = "stands beside keys that match rows by token."
-            add(cut, "tokenizer.truncate", message, "Leave one or the other out.")
-        elif cut.value:
-            return TokenizerSpec(key="tokenizer", truncate=True)
-    named = section.value.get("source")
-    word = UNION
-    if named is not None:
-        result = _model(named, "tokenizer.source", folder, add)
-        word = str(result) if result is not None else UNION
-        if isinstance(named.value, str) and named.value in (UNION, BASE):
-            word = named.value
-    size = section.value.get("pad_to_multiple_of")
-    multiple = None
-    if size is not None and size.value is not None:
-        if type(size.value) is int and 1 <= size.value <= MAX_PADDING:
-            multiple = size.value
-        else:
-            message = f"must be a whole number from 1 to {MAX_PADDING} (got {size.plain()!r})"
-            add(size, "tokenizer.pad_to_multiple_of", message, "")
-    tokens = section.value.get("tokens")
-    rules: dict[str, TokenRule] = {}
-    if tokens is not None and tokens.value is not None:
-        if isinstance(tokens.value, dict):
-            for token, node in tokens.value.items():
-                places[f"tokenizer.tokens.{token}"] = tokens.key_places[token]
-                rule = _rule(node, f"tokenizer.tokens.{token}", folder, add)
-                if rule is not None:
-                    rules[str(token)] = rule
-        else:
-            message = f"must be a mapping of tokens (got {tokens.plain()!r})"
-            add(tokens, "tokenizer.tokens", message, "")
-    return TokenizerSpec(word, rules, multiple, "tokenizer.source" if named else "tokenizer")
-
-
-def _rule(node: Node, key: str, folder: Path, add: Add) -> TokenRule | None:
-    if node.value is None:
-        return TokenRule(key)
-    if not isinstance(node.value, dict):
-        hint = "Write {source: MODEL}, with `force: true` if its own rows are not wanted."
-        add(node, key, f"must be a mapping (got {node.plain()!r})", hint)
-        return None
-    for name in node.value:
-        if name not in ("source", "force"):
-            _unknown(node, name, key, ("source", "force"), add)
-    force = node.value.get("force")
-    if force is not None and not isinstance(force.value, bool):
-        add(force, f"{key}.force", f"must be true or false (got {force.plain()!r})", "")
-    forced = bool(force is not None and force.value is True)
-    source = node.value.get("source")
-    if source is None or source.value is None:
-        return TokenRule(key, force=forced)
-    place = f"{key}.source"
-    if not isinstance(source.value, dict) or "kind" not in source.value:
-        return TokenRule(key, model=_model(source, place, folder, add), force=forced)
-    kind = source.value["kind"].value
-    parts = {name: child for name, child in source.value.items() if name != "kind"}
-    if kind == "zero":
-        for name in parts:
-            _unknown(source, name, place, ("kind",), add)
-        return TokenRule(key, zero=True, force=forced)
-    if kind != "model_token":
-        message = f"must be zero or model_token (got {kind!r})"
-        add(source, f"{place}.kind", message, nearest(str(kind), ("zero", "model_token")))
-        return None
-    for name in parts:
-        if name not in ("model", "token", "token_id"):
-            _unknown(source, name, place, ("kind", "model", "token", "token_id"), add)
-    model = _model(parts["model"], f"{place}.model", folder, add) if "model" in parts else None
-    if "model" not in parts:
-        add(source, f"{place}.model", "missing", "")
-    token, number = parts.get("token"), parts.get("token_id")
-    if (token is None) == (number is None):
-        add(source, place, "give either token or token_id", "")
-        return None
-    if token is not None and not isinstance(token.value, str):
-        add(token, f"{place}.token", f"must be text (got {token.plain()!r})", "")
-        return None
-    if number is not None and not (type(number.value) is int and number.value >= 0):
-        add(number, f"{place}.token_id", f"must be a token's number (got {number.plain()!r})", "")
-        return None
-    return TokenRule(
-        key,
-        model=model,
-        token=token.value if token else None,
-        token_id=number.value if number else None,
-        force=forced,
+            hint = "Leave one or the other out."
+            reader.refuse(node.value["truncate"], f"{key}.truncate", message, hint)
+        return TokenizerSpec(key=key, truncate=True)
+    return TokenizerSpec(
+        values.get("source", UNION),
+        values.get("tokens", {}),
+        values.get("pad_to_multiple_of"),
+        f"{key}.source" if "source" in node.value else key,
     )
 
 
-def _model(node: Node, key: str, folder: Path, add: Add) -> ModelRef | None:
-    value = node.value
-    if isinstance(value, dict):  # mergekit's long form
-        inner: Any = value.get("model", node)
-        parts = inner.value if isinstance(inner.value, dict) else {"path": inner}
-        path, revision = parts.get("path"), parts.get("revision")
-        if path is not None and isinstance(path.value, str):
-            word = f"{path.value}@{revision.value}" if revision and revision.value else path.value
-            return parse_reference(word, folder)
-    if isinstance(value, str) and value:
-        return parse_reference(value, folder)
-    add(node, key, f"must name a model (got {node.plain()!r})", "")
-    return None
+_SECTION = Section(
+    {
+        "source": Key(SourceForm(), "union, base, or one of the models", UNION),
+        "tokens": Key(
+            MappingOf(RuleForm(), "must be a mapping of tokens"),
+            "what fills a token's rows in models that lack it",
+        ),
+        "pad_to_multiple_of": Key(
+            Plain(int, 1, MAX_PADDING), "the output's rows are padded to a multiple of this"
+        ),
+        "truncate": Key(
+            Plain(bool), "cut every model to the rows of the smallest; tokens are not matched"
+        ),
+    },
+    _tokenizer,
+    rules={
+        "if": {"properties": {"truncate": {"const": True}}, "required": ["truncate"]},
+        "then": {"maxProperties": 1},
+    },
+)
 
 
-def _unknown(node: Node, name: str, key: str, known: tuple[str, ...], add: Add) -> None:
-    line, column = node.key_places[name]
-    add(Node(None, line, column), f"{key}.{name}", "unknown key.", nearest(name, known))
+@dataclass(frozen=True)
+class TokenizerForm(Form):
+    """The section, or the word that is its `source`."""
+
+    def read(self, node: Node, key: str, reader: Reader) -> Any:
+        if isinstance(node.value, str) and node.value:
+            return TokenizerSpec(node.value, key=key)
+        if not isinstance(node.value, dict):
+            hint = "Write `tokenizer: {source: union}`."
+            return reader.refuse_type(node, key, "must be a mapping", hint)
+        return _SECTION.read(node, key, reader)
+
+    def schema(self) -> Schema:
+        return any_of({"type": "string", "minLength": 1}, _SECTION.schema())
+
+
+@dataclass(frozen=True)
+class TemplateForm(Form):
+    """auto, a built-in name, a .jinja file beside the recipe, or Jinja; the template's text."""
+
+    def read(self, node: Node, key: str, reader: Reader) -> Any:
+        word = Text().read(node, key, reader)
+        if word is REFUSED or word == AUTO:
+            return word
+        text = template_text(word, reader.folder)
+        if text is not None:
+            return text
+        message = f"no template of that name, and no such file: {word}."
+        hint = f"Use auto, {', '.join(BUILT_IN)}, or Jinja."
+        return reader.refuse(node, key, message, hint)
+
+    def schema(self) -> Schema:
+        words = {"enum": [AUTO, *BUILT_IN]}
+        return any_of(words, {"type": "string", "pattern": r"\.jinja$|\{"})
 
 
 AUTO = "auto"
@@ -260,18 +283,18 @@ BUILT_IN = {
 }
 
 
-def template_text(wanted: str, folder: Path) -> str | None:
+def template_text(template: str, folder: Path) -> str | None:
     """The text that a recipe's `chat_template` names; None for `auto`, or for a word that is none.
 
     Args:
-        wanted: auto, a built-in name, a path of a .jinja file beside the recipe, or Jinja itself.
+        template: auto, a built-in name, a path of a .jinja file beside the recipe, or Jinja itself.
     """
-    if wanted in BUILT_IN:
-        return BUILT_IN[wanted]
-    if wanted.endswith(".jinja") and "\n" not in wanted and "{" not in wanted:
-        place = folder / wanted
+    if template in BUILT_IN:
+        return BUILT_IN[template]
+    if template.endswith(".jinja") and "\n" not in template and "{" not in template:
+        path = folder / template
         try:
-            return read_text(place, limit=MAX_TEMPLATE)
+            return read_text(path, limit=MAX_TEMPLATE)
         except Unreadable:
             return None
-    return wanted if "{" in wanted else None
+    return template if "{" in template else None

@@ -1,23 +1,32 @@
-"""The `training:` section and `data:` of a recipe that learns: dials, presets, and their checks.
+"""The sections on examples: `training:` (methods that learn), `statistics:` (methods that look at
+examples before they merge), and a model's `data:`.
 
-Each dial is a field with its default, bounds and one line of help (`learning.py` reads them). A
+Each option is a field with its default, bounds and one line of help; `reader.py` reads them. A
 preset is a set of defaults; what the recipe says itself wins.
-
-The `statistics:` section of a recipe whose method looks at examples before it merges.
-
-Nodes to sections on data: `training:` and `statistics:` of a recipe, `data:` of a model.
 """
 
 from __future__ import annotations
 
-import types
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args
 
-from merge_cli.recipe.fields import Fields, nearest
 from merge_cli.recipe.nodes import Node
+from merge_cli.recipe.reader import (
+    REFUSED,
+    Checked,
+    Form,
+    Plain,
+    Reader,
+    Schema,
+    Text,
+    Texts,
+    any_of,
+    finite,
+    option,
+    section_of,
+)
 from merge_cli.recipe.reference import local_file
 
 Granularity = Literal["tensor", "column", "row", "element", "low_rank"]
@@ -29,12 +38,45 @@ TEACHING = frozenset(("kl", "reverse_kl", "mse"))  # the losses that need a teac
 PENALTIES = ("cosine", "l1", "l2", "overlap", "weighted_overlap")
 
 
-def option(default: Any, help: str, least: float | None = None, most: float | None = None) -> Any:
-    """A field; `least` and `most` are allowed themselves."""
-    about = {"help": help, "least": least, "most": most}
-    if isinstance(default, dict):
-        return field(default_factory=lambda: dict(default), metadata=about)
-    return field(default=default, metadata=about)
+def _granularity(value: Any) -> tuple[Any, str]:
+    """A word for all tensors, or a mapping of patterns to words."""
+    if isinstance(value, dict) and value and all(kind in GRANULARITIES for kind in value.values()):
+        return value, ""
+    if isinstance(value, str) and value in GRANULARITIES:
+        return value, ""
+    words = ", ".join(GRANULARITIES)
+    return None, f"must be one of {words}, or parts of tensor names with one of them each"
+
+
+def _weights_of(names: tuple[str, ...]) -> Form:
+    """A name alone, or a mapping of names to weights."""
+
+    def read(value: Any) -> tuple[Any, str]:
+        if isinstance(value, str) and value in names:
+            return {value: 1.0}, ""
+        if value is None or value == {}:
+            return {}, ""
+        if isinstance(value, dict) and set(value) <= set(names):
+            weights = {name: finite(weight) for name, weight in value.items()}
+            if all(weight is not None and weight >= 0 for weight in weights.values()):
+                return weights, ""
+        message = f"must be one of {', '.join(names)}, or weights of at least 0 for some of them"
+        return None, message
+
+    weight = Plain(float, 0).schema()
+    listed: Schema = {"properties": dict.fromkeys(names, weight), "additionalProperties": False}
+    options: list[Schema] = [{"enum": list(names)}, {"type": "object", **listed}, {"type": "null"}]
+    return Checked(read, any_of(*options), names)
+
+
+_GRANULARITY: Schema = any_of(
+    {"enum": list(GRANULARITIES)},
+    {
+        "type": "object",
+        "additionalProperties": {"enum": list(GRANULARITIES)},
+        "minProperties": 1,
+    },
+)
 
 
 @dataclass(frozen=True)
@@ -45,6 +87,7 @@ class Training:
     granularity: Granularity | Mapping[str, Granularity] = option(
         {EMBEDDINGS: "row", "*": "column"},
         "what one coefficient covers, or parts of tensor names with what it covers there",
+        form=Checked(_granularity, _GRANULARITY, GRANULARITIES),
     )
     rank: int = option(4, "of the correction to the columns, with granularity low_rank", 1)
     form: Literal["auto", "soup", "task_vector"] = option(
@@ -60,10 +103,18 @@ class Training:
         "every coefficient at the beginning: a number, 1/sources (soup), 0.3 (task_arithmetic), or "
         "best: as in the merge without training that does best on held-out rows",
     )
-    train: tuple[str, ...] = option(("all",), "all, linear, or parts of tensor names")
-    loss: Mapping[str, float] = option({"kl": 1.0}, "a loss, or losses with their weights")
+    train: tuple[str, ...] = option(
+        ("all",),
+        "all, linear, or parts of tensor names",
+        form=Texts("must be all, linear, or a list of parts of tensor names"),
+    )
+    loss: Mapping[str, float] = option(
+        {"kl": 1.0}, "a loss, or losses with their weights", form=_weights_of(LOSSES)
+    )
     temperature: float = option(1.0, "of teacher and student in kl, reverse_kl and mse", 1e-3)
-    regularize: Mapping[str, float] = option({}, "penalties with their weights")
+    regularize: Mapping[str, float] = option(
+        {}, "penalties with their weights", form=_weights_of(PENALTIES)
+    )
     prompt_loss: bool = option(False, "whether tokens of a prompt count too")
     top_k: int | Literal["full"] = option(
         64, "tokens of a teacher's prediction that are kept; full keeps all, in memory", 1
@@ -205,22 +256,68 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
+class DataFiles(Form):
+    """A file, or a list of files, that exist."""
+
+    def read(self, node: Node, key: str, reader: Reader) -> Any:
+        words = [node.value] if isinstance(node.value, str) else node.plain()
+        if not (isinstance(words, list) and words and all(isinstance(w, str) and w for w in words)):
+            return reader.refuse_type(node, key, "must be a file or a list of files")
+        for word in words:
+            if local_file(word, reader.folder) is None:
+                reader.refuse(node, key, f"no such file: {word}")
+        return tuple(words)
+
+    def schema(self) -> Schema:
+        return Texts().schema()
+
+
+@dataclass(frozen=True)
 class Data:
     """Where a source's examples come from: files, or a data set of the Hub.
 
     Attributes:
-        files, held_out: paths, relative to the recipe; without `held_out` rows are split off.
-        dataset: a Hub id; `config`, `split` and `revision` choose within it.
         key: where it stands in the recipe.
     """
 
-    files: tuple[str, ...] = ()
-    held_out: tuple[str, ...] = ()
-    dataset: str | None = None
-    config: str | None = None
-    split: str = "train"
-    revision: str | None = None
+    files: tuple[str, ...] = option(
+        (), "files of examples, relative to the recipe", form=DataFiles()
+    )
+    held_out: tuple[str, ...] = option(
+        (), "files to measure on; default a share of the rows of `files`", form=DataFiles()
+    )
+    dataset: str | None = option(None, "a data set of the Hub, by its id", form=Text())
+    config: str | None = option(None, "which of the data set's configurations", form=Text())
+    split: str = option("train", "which of its splits", form=Text())
+    revision: str | None = option(None, "a branch, tag or commit of it", form=Text())
     key: str = ""
+
+
+def _data(values: dict[str, Any], node: Node, key: str, reader: Reader) -> Data:
+    given = [
+        name for name in ("files", "dataset") if (child := node.value.get(name)) and child.value
+    ]
+    if len(given) != 1:
+        reader.refuse(node, key, "give either files or a dataset", "Write `data: FILE`.")
+    return Data(**values, key=key)
+
+
+_EITHER = [{"required": ["files"]}, {"required": ["dataset"]}]
+_DATA_SECTION = section_of(Data, _data, oneOf=_EITHER)
+
+
+@dataclass(frozen=True)
+class DataForm(Form):
+    """A file, several, or a mapping of `files`, `held_out`, or a Hub `dataset`."""
+
+    def read(self, node: Node, key: str, reader: Reader) -> Any:
+        if isinstance(node.value, dict):
+            return _DATA_SECTION.read(node, key, reader)
+        files = DataFiles().read(node, key, reader)
+        return REFUSED if files is REFUSED else Data(files=files, key=key)
+
+    def schema(self) -> Schema:
+        return any_of(*DataFiles().schema()["anyOf"], _DATA_SECTION.schema())
 
 
 def preset(name: str) -> Training:
@@ -230,7 +327,7 @@ def preset(name: str) -> Training:
 
 
 def plain_training(training: Training) -> dict[str, Any]:
-    """Every dial as YAML writes it: a resolved recipe leaves nothing to defaults."""
+    """Every option as YAML writes it: a resolved recipe leaves nothing to defaults."""
     result: dict[str, Any] = {}
     for f in fields(Training):
         value = getattr(training, f.name)
@@ -247,7 +344,7 @@ def plain_training(training: Training) -> dict[str, Any]:
 
 
 def contradictions(training: Training, sources: int) -> list[tuple[str, str, str]]:
-    """Dials that do not go together: (dial, what, hint)."""
+    """Options that do not go together: (option, message, hint)."""
     result = []
     start, activation = training.start, training.activation
     if start == "best" and activation != "none":
@@ -299,210 +396,29 @@ _OF_ONE: dict[str, Kind] = {"batch_tokens": "gram", "rounds": "gram", "targets":
 
 
 def unused_options(kind: str) -> tuple[str, ...]:
-    """The dials that have no effect on statistics of this kind."""
+    """The options that have no effect on statistics of this kind."""
     return tuple(name for name, only in _OF_ONE.items() if only != kind)
 
 
 def plain_statistics(statistics: Statistics, kind: str) -> dict[str, Any]:
-    """Every dial that has an effect, as YAML writes it; null where that is a choice."""
-    idle = unused_options(kind)
+    """Every option that has an effect, as YAML writes it; null where that is a choice."""
+    unused = unused_options(kind)
     return {
         f.name: getattr(statistics, f.name)
         for f in fields(Statistics)
-        if f.name not in idle and not (f.name == "rounds" and statistics.rounds is None)
+        if f.name not in unused and not (f.name == "rounds" and statistics.rounds is None)
     }
 
 
-Refuse = Callable[[Node, str, str, str], None]  # node, key, what, hint
-Read = Callable[[Node], tuple[Any, str]]  # a value, and why it is none
+STATISTICS = section_of(Statistics, null=True)
 
 
-class LearningSections(Fields):
-    """The part of the recipe's parser that reads them."""
-
-    def _training(self, node: Node | None, root: Node) -> Training | None:
-        if node is None or node.value is None:
-            return None
-        known = tuple(f.name for f in fields(Training))
-        training = parse_training(
-            self._mapping(node, "training", known),
-            "training",
-            lambda at, key, what, hint: self._add(at, key, what, hint),
-        )
-        listed = root.value.get("models")
-        count = len(listed.value) if listed and isinstance(listed.value, list) else 0
-        for dial, message, hint in contradictions(training, count):
-            place = node.value.get(dial, node) if isinstance(node.value, dict) else node
-            self._add(place, f"training.{dial}", message, hint)
-        return training
-
-    def _statistics(self, node: Node | None) -> Statistics | None:
-        if node is None or node.value is None:
-            return None
-        known = tuple(f.name for f in fields(Statistics))
-        given = read_options(
-            Statistics,
-            self._mapping(node, "statistics", known),
-            "statistics",
-            lambda at, key, what, hint: self._add(at, key, what, hint),
-        )
-        return Statistics(**given)
-
-    def _data(self, node: Node | None, key: str) -> Data | None:
-        """A file, several, or a mapping of `files`, `held_out`, or a Hub `dataset`."""
-        if node is None or node.value is None:
-            return None
-        if not isinstance(node.value, dict):
-            return Data(files=self._paths(node, key), key=key)
-        known = ("files", "held_out", "dataset", "config", "split", "revision")
-        fields_of = self._mapping(node, key, known)
-        if ("files" in fields_of) == ("dataset" in fields_of):
-            self._add(node, key, "give either files or a dataset", "Write `data: FILE`.")
-        word = {name: self._word(fields_of.get(name), f"{key}.{name}") for name in known[2:]}
-        return Data(
-            self._paths(fields_of.get("files"), f"{key}.files"),
-            self._paths(fields_of.get("held_out"), f"{key}.held_out"),
-            word["dataset"],
-            word["config"],
-            word["split"] or "train",
-            word["revision"],
-            key,
-        )
-
-    def _paths(self, node: Node | None, key: str) -> tuple[str, ...]:
-        if node is None or node.value is None:
-            return ()
-        words = [node.value] if isinstance(node.value, str) else node.plain()
-        if isinstance(words, list) and words and all(isinstance(w, str) and w for w in words):
-            for word in words:
-                if local_file(word, self.folder) is None:
-                    self._add(node, key, f"no such file: {word}")
-            return tuple(words)
-        self._add(node, key, f"must be a file or a list of files (got {node.plain()!r})")
-        return ()
+def _training(values: dict[str, Any], node: Node, key: str, reader: Reader) -> Training:
+    """A preset with what the recipe itself says, which wins."""
+    result = preset(values.get("preset", "default"))
+    if values.get("activation", "none") != "none" and "preset" not in values:
+        result = replace(result, start="soup")  # see `contradictions`
+    return replace(result, **values)
 
 
-def parse_training(fields_of: Mapping[str, Node], key: str, refuse: Refuse) -> Training:
-    """The section's children to dials; wrong values are refused where they stand."""
-    readers: dict[str, Read] = {
-        "granularity": _granularity,
-        "train": _patterns,
-        "loss": lambda node: _weights(node, LOSSES),
-        "regularize": lambda node: _weights(node, PENALTIES),
-    }
-    given = read_options(Training, fields_of, key, refuse, readers)
-    chosen = preset(given.get("preset", "default"))
-    if given.get("activation", "none") != "none" and "preset" not in given:
-        chosen = replace(chosen, start="soup")  # see `contradictions`
-    return replace(chosen, **given)
-
-
-def read_options(
-    section: type,
-    fields_of: Mapping[str, Node],
-    key: str,
-    refuse: Refuse,
-    readers: Mapping[str, Read] | None = None,
-) -> dict[str, Any]:
-    """What the recipe says of a section's dials, in range.
-
-    Args:
-        section: a dataclass whose fields are `training.dial`s.
-        readers: for dials that their type alone does not describe.
-    """
-    hints = get_type_hints(section)
-    known = {f.name: f for f in fields(section)}
-    given: dict[str, Any] = {}
-    for name, node in fields_of.items():
-        path = f"{key}.{name}"
-        about = known[name].metadata
-        read = (readers or {}).get(name)
-        value, wrong = read(node) if read else read_value(node, hints[name])
-        least, most = about["least"], about["most"]
-        if not wrong and _is_number(value):
-            if least is not None and value < least:
-                wrong = f"must be at least {least:g}"
-            elif most is not None and value > most:
-                wrong = f"must be at most {most:g}"
-        if wrong:
-            words = words_of(hints[name])
-            hint = nearest(node.value, words) if words and isinstance(node.value, str) else ""
-            refuse(node, path, f"{wrong} (got {node.plain()!r}).", hint)
-        elif value is not None or type(None) in get_args(hints[name]):
-            given[name] = value
-    return given
-
-
-def _granularity(node: Node) -> tuple[Any, str]:
-    """A word for all tensors, or a mapping of patterns to words."""
-    value = node.plain()
-    if isinstance(value, dict) and value and all(kind in GRANULARITIES for kind in value.values()):
-        return value, ""
-    if isinstance(value, str) and value in GRANULARITIES:
-        return value, ""
-    words = ", ".join(GRANULARITIES)
-    return None, f"must be one of {words}, or parts of tensor names with one of them each"
-
-
-def _patterns(node: Node) -> tuple[Any, str]:
-    words = [node.value] if isinstance(node.value, str) else node.plain()
-    if isinstance(words, list) and words and all(isinstance(w, str) and w for w in words):
-        return tuple(words), ""
-    return None, "must be all, linear, or a list of parts of tensor names"
-
-
-def _weights(node: Node, names: tuple[str, ...]) -> tuple[Any, str]:
-    """A name alone, or a mapping of names to weights."""
-    value = node.plain()
-    if isinstance(value, str) and value in names:
-        return {value: 1.0}, ""
-    if value is None or value == {}:
-        return {}, ""
-    if isinstance(node.value, dict) and set(node.value) <= set(names):
-        weights = {name: read_value(child, float) for name, child in node.value.items()}
-        if not any(wrong or weight < 0 for weight, wrong in weights.values()):
-            return {name: weight for name, (weight, _) in weights.items()}, ""
-    return None, f"must be one of {', '.join(names)}, or weights of at least 0 for some of them"
-
-
-def read_value(node: Node, hint: Any) -> tuple[Any, str]:
-    """A node as a field of that type, and why it is none (empty when it is)."""
-    value = node.value
-    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    if value is None and type(None) in options:
-        return None, ""
-    if isinstance(value, str) and float in options and value not in words_of(hint):
-        try:  # YAML 1.1 reads 1e-3 as text
-            value = float(value)
-        except ValueError:
-            return None, "must be a number"
-    words = []
-    for option in options:
-        if get_origin(option) is Literal:
-            if value in get_args(option) and isinstance(value, str):
-                return value, ""
-            words.append("one of " + ", ".join(get_args(option)))
-        elif option is bool:
-            if isinstance(value, bool):
-                return value, ""
-            words.append("true or false")
-        elif option is int:
-            if type(value) is int:
-                return value, ""
-            words.append("a whole number")
-        elif option is float:
-            if _is_number(value) and value == value and abs(value) != float("inf"):
-                return float(value), ""
-            words.append("a number")
-    return None, f"must be {' or '.join(words)}"
-
-
-def words_of(hint: Any) -> list[str]:
-    """The words that may stand here, for the nearest one."""
-    if get_origin(hint) in (Union, types.UnionType):
-        return [word for option in get_args(hint) for word in words_of(option)]
-    return list(get_args(hint)) if get_origin(hint) is Literal else []
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+TRAINING = section_of(Training, _training, null=True)

@@ -131,15 +131,15 @@ def is_graded(setting: Setting) -> bool:
 
 def interpolate(values: tuple[Scalar, ...], position: float) -> Scalar:
     """Piecewise linear in `position`; booleans and words step instead."""
-    place = position * (len(values) - 1)
-    if abs(place - round(place)) < 1e-9:  # on an anchor, whatever the division lost
-        place = round(place)
-    left = min(int(place), len(values) - 1)
+    anchor = position * (len(values) - 1)
+    if abs(anchor - round(anchor)) < 1e-9:  # on an anchor, whatever the division lost
+        anchor = round(anchor)
+    left = min(int(anchor), len(values) - 1)
     right = min(left + 1, len(values) - 1)
     a, b = values[left], values[right]
-    if isinstance(a, bool | str) or isinstance(b, bool | str) or place == left:
+    if isinstance(a, bool | str) or isinstance(b, bool | str) or anchor == left:
         return a
-    return a + (b - a) * (place - left)
+    return a + (b - a) * (anchor - left)
 
 
 def scalars(setting: Setting) -> list[Scalar]:

@@ -21,8 +21,9 @@ from merge_cli.evaluation.forward import batches_by_length, require_finite
 from merge_cli.evaluation.live import LiveModel
 from merge_cli.evaluation.result import Metric, TaskResult
 from merge_cli.evaluation.rows import Row, content_of, listed, read_rows, require_known
-from merge_cli.evaluation.task import DataTask, OnProgress, cut_note, option
+from merge_cli.evaluation.task import DataTask, OnProgress, cut_note
 from merge_cli.evaluation.tokens import Truncate, encode_pair, fitted, row_start, too_long
+from merge_cli.recipe.reader import PathForm, option
 from merge_cli.system.patterns import compile_pattern
 from merge_cli.system.untrusted import Unreadable, is_file, kind_of
 
@@ -45,7 +46,9 @@ class ExactMatch(DataTask):
     truncate: Truncate = option("left", "which end of a prompt is cut to fit into the context")
     chat_template: bool = option(False, "ask with the tokenizer's chat template")
     system: str = option("", "what a conversation begins with; needs chat_template")
-    fewshot: Path | None = option(None, "a file of rows to show with their answers before each")
+    fewshot: Path | None = option(
+        None, "a file of rows to show with their answers before each", form=PathForm(exists=True)
+    )
     num_fewshot: int | None = option(None, "so many of these, the first; default all", least=1)
 
     def __post_init__(self) -> None:

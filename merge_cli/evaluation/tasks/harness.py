@@ -13,8 +13,9 @@ from merge_cli.evaluation.chat import SYSTEM_WITHOUT_CHAT, require_template
 from merge_cli.evaluation.forward import watched
 from merge_cli.evaluation.live import LiveModel, quiet_libraries
 from merge_cli.evaluation.result import Better, Metric, TaskResult
-from merge_cli.evaluation.task import OnProgress, Task, cut_note, option
+from merge_cli.evaluation.task import OnProgress, Task, cut_note
 from merge_cli.evaluation.tasks.harness_model import harness_model
+from merge_cli.recipe.reader import Text, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +24,7 @@ class Harness(Task):
 
     kind = "lm_eval"
 
-    lm_eval: str = option(help="the harness's name of the task")
+    lm_eval: str = option(help="the harness's name of the task", form=Text(line=True))
     include: Path | None = option(None, "a folder with task files of your own")
     num_fewshot: int | None = option(None, "examples before the question", least=0)
     metric: str = option("", "the primary metric; default the task's first")

@@ -14,9 +14,10 @@ from merge_cli.evaluation.fingerprints import source_fingerprint
 from merge_cli.evaluation.forward import Example, Window, add_up, forward, require_finite
 from merge_cli.evaluation.live import LiveModel, load, load_tokenizer
 from merge_cli.evaluation.result import Cost, Metric, TaskResult
-from merge_cli.evaluation.task import DataTask, OnProgress, option
+from merge_cli.evaluation.task import DataTask, OnProgress
 from merge_cli.evaluation.tasks.loss import text_windows, window_notes
 from merge_cli.evaluation.teachers import KeptPredictions, Teacher
+from merge_cli.recipe.reader import Text, option
 from merge_cli.recipe.reference import parse_reference
 from merge_cli.sources.source import Source, fetch_weights, open_source
 
@@ -37,7 +38,7 @@ class KL(DataTask):
     metrics = ("kl", "agreement")
     version = 3
 
-    teacher: str = option(help="the model to imitate: a folder or a Hub id")
+    teacher: str = option(help="the model to imitate: a folder or a Hub id", form=Text(line=True))
     folder: Path = option(Path(), "where the teacher's relative path starts")
     stride: int | None = option(None, "as for loss", least=1)
     top_k: int | None = option(

@@ -11,8 +11,9 @@ from merge_cli.evaluation.forward import Window, summed_losses, windows
 from merge_cli.evaluation.live import LiveModel
 from merge_cli.evaluation.result import Metric, TaskResult
 from merge_cli.evaluation.rows import Row, encode, read_rows
-from merge_cli.evaluation.task import DataTask, OnProgress, cut_note, option
+from merge_cli.evaluation.task import DataTask, OnProgress, cut_note
 from merge_cli.evaluation.tokens import Encoded, row_start
+from merge_cli.recipe.reader import option
 
 
 @dataclass(frozen=True, kw_only=True)

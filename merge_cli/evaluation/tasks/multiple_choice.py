@@ -15,8 +15,9 @@ from merge_cli.evaluation.forward import Window, summed_losses, windows
 from merge_cli.evaluation.live import LiveModel
 from merge_cli.evaluation.result import Metric, TaskResult
 from merge_cli.evaluation.rows import Row, read_rows, require_known
-from merge_cli.evaluation.task import DataTask, OnProgress, cut_note, option
+from merge_cli.evaluation.task import DataTask, OnProgress, cut_note
 from merge_cli.evaluation.tokens import Encoded, Truncate, encode_pair, fitted, own_start, too_long
+from merge_cli.recipe.reader import option
 from merge_cli.system.untrusted import kind_of
 
 

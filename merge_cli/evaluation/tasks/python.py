@@ -14,7 +14,8 @@ from merge_cli.errors import MergeCliError, SourceError
 from merge_cli.evaluation.forward import watched
 from merge_cli.evaluation.live import LiveModel
 from merge_cli.evaluation.result import Metric, TaskResult
-from merge_cli.evaluation.task import OnProgress, Task, option
+from merge_cli.evaluation.task import OnProgress, Task
+from merge_cli.recipe.reader import Text, option
 from merge_cli.recipe.reference import expanded
 
 
@@ -27,7 +28,7 @@ class PythonTask(Task):
     is_cached = False  # the function may read anything
     not_in_identity = Task.not_in_identity | {"folder"}
 
-    python: str = option(help="file.py:function")
+    python: str = option(help="file.py:function", form=Text(line=True))
     better: Literal["lower", "higher"] = option("higher", "the direction of improvement")
     folder: Path = option(Path(), "where the file's relative path starts")
 

@@ -1,0 +1,520 @@
+"""The one reader of configuration: what a key may hold is declared once, beside what it means.
+
+    @dataclass(frozen=True)
+    class Statistics:
+        examples: int | None = option(256, "examples of each source", least=1)
+
+    STATISTICS = section_of(Statistics)
+    STATISTICS.read(node, "statistics", reader)  # a Statistics; problems are in reader.problems
+    STATISTICS.schema()                          # the same as JSON Schema, for editors
+
+A `Form` is what a key may hold. Most follow from a field's type; a section names its own where a
+type is not enough (a file that must exist, a list or a single text). Problems are collected, not
+raised, so that one look at a file shows all of them, each with line and column.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from merge_cli.errors import Problem
+from merge_cli.recipe.fields import INEFFECTIVE, UNSUPPORTED, nearest
+from merge_cli.recipe.nodes import Node
+from merge_cli.recipe.reference import expanded
+from merge_cli.system.untrusted import is_file
+
+Schema = dict[str, Any]
+REFUSED: Any = object()  # what a form returns for a value that it has refused
+_LONGEST = 1000  # characters of a message
+# Keys of mergekit's that do nothing: editors let them pass, and do not offer them.
+PASSED_BY: Schema = {"patternProperties": {f"^({'|'.join(INEFFECTIVE)})$": {}}}
+# YAML 1.1, as PyYAML reads it, takes 1e-3 for text; editors, which read 1.2, for a number.
+NUMBER_AS_TEXT: Schema = {
+    "type": "string",
+    "pattern": r"^\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*$",
+}
+
+
+class Reader:
+    """The file that is read, and what is wrong with it.
+
+    Attributes:
+        file: as messages name it; `folder` is where its relative paths start.
+        mergekit: whether keys that mergekit knows, and that do nothing here, are let pass.
+        positions: key path -> (line, column), of every key that was looked at.
+    """
+
+    def __init__(self, file: str, folder: Path, *, mergekit: bool = True) -> None:
+        self.file, self.folder, self.mergekit = file, folder, mergekit
+        self.problems: list[Problem] = []
+        self.warnings: list[str] = []
+        self.positions: dict[str, tuple[int, int]] = {}
+
+    def refuse(self, node: Node, key: str, message: str, hint: str = "") -> Any:
+        """Report a value, at the value; returns REFUSED."""
+        if len(message) > _LONGEST:  # a value that fills screens: the two ends say what it is about
+            message = f"{message[: _LONGEST // 2]} ... {message[-_LONGEST // 2 :]}"
+        self.problems.append(Problem(message, key, self.file, node.line, node.column, hint))
+        return REFUSED
+
+    def refuse_type(self, node: Node, key: str, message: str, hint: str = "") -> Any:
+        """The same, with what stands there."""
+        return self.refuse(node, key, f"{message} (got {node.plain()!r})", hint)
+
+    def refuse_key(self, path: str, message: str, hint: str = "") -> None:
+        """Report a key, at the key."""
+        line, column = self.positions[path]
+        self.problems.append(Problem(message, path, self.file, line, column, hint))
+
+    def warn(self, path: str, reason: str) -> None:
+        """A line on a key that is known and does nothing here."""
+        line, column = self.positions[path]
+        self.warnings.append(f"{self.file}:{line}:{column}: {path}: has no effect ({reason}).")
+
+    def children(self, node: Node, key: str, keys: Collection[str]) -> dict[str, Node] | None:
+        """The known children of a mapping; None, and a problem, where there is no mapping.
+
+        Unknown keys are problems, keys without effect are warnings.
+        """
+        if not isinstance(node.value, dict):
+            self.refuse_type(node, key, "must be a mapping")
+            return None
+        result: dict[str, Node] = {}
+        for name, child in node.value.items():
+            path = f"{key}.{name}" if key else name
+            self.positions[path] = node.key_positions[name]
+            if name in keys:
+                result[name] = child
+            elif self.mergekit and not key and name in node.holders:
+                self.warn(path, "it holds what YAML aliases mean elsewhere")
+            elif self.mergekit and name in INEFFECTIVE:
+                self.warn(path, INEFFECTIVE[name])
+            elif self.mergekit and not key and name in UNSUPPORTED:
+                self.refuse_key(path, f"{UNSUPPORTED[name]}.")
+            else:
+                self.refuse_key(path, "unknown key.", nearest(name, keys))
+        return result
+
+
+class Form:
+    """What a key may hold."""
+
+    def read(self, node: Node, key: str, reader: Reader) -> Any:
+        """The value; REFUSED, and a problem, where the node holds something else."""
+        raise NotImplementedError
+
+    def schema(self) -> Schema:
+        """The same as JSON Schema."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Anything(Form):
+    """What is read later, by those who know more; `form` describes it."""
+
+    form: Callable[[], Schema] = dict
+
+    def read(self, node: Node, key: str, reader: Reader) -> Any:
+        return node
+
+    def schema(self) -> Schema:
+        return self.form()
+
+
+@dataclass(frozen=True)
+class Plain(Form):
+    """A number, true or false, a text, one of some words; or one of several of these.
+
+    Attributes:
+        hint: the type of the field: float, int, bool, str, Literal[...], None, or a union of them.
+    """
+
+    hint: Any
+    least: float | None = None
+    most: float | None = None
+
+    def read(self, node: Node, key: str, reader: Reader) -> Any:
+        value = self._value(node.value)
+        if value is REFUSED:
+            hint = _near(node, self.words)
+            return reader.refuse_type(node, key, f"must be {self.allowed}", hint)
+        if _is_number(value):
+            if self.least is not None and value < self.least:
+                return reader.refuse_type(node, key, f"must be at least {_shown(self.least)}")
+            if self.most is not None and value > self.most:
+                return reader.refuse_type(node, key, f"must be at most {_shown(self.most)}")
+        return value
+
+    def _value(self, value: Any) -> Any:
+        if value is None:
+            return None if type(None) in self._kinds else REFUSED
+        if isinstance(value, str) and value in self.words:
+            return value
+        for kind in self._kinds:
+            if kind is float:
+                number = finite(value)
+                if number is not None:
+                    return number
+            elif kind in (int, bool, str) and type(value) is kind:
+                return value
+        return REFUSED
+
+    @property
+    def _kinds(self) -> tuple[Any, ...]:
+        return _union(self.hint)
+
+    @property
+    def words(self) -> list[str]:
+        """The words that may stand here."""
+        literals = [kind for kind in self._kinds if get_origin(kind) is Literal]
+        return [word for literal in literals for word in get_args(literal)]
+
+    @property
+    def allowed(self) -> str:
+        """What may stand here, in words."""
+        names = {bool: "true or false", str: "text"}
+        names |= {int: f"a whole number{self._bounds}", float: f"a number{self._bounds}"}
+        result = [names[kind] for kind in self._kinds if kind in names]
+        if self.words:
+            few = len(self.words) <= 2
+            result.append(" or ".join(self.words) if few else "one of " + ", ".join(self.words))
+        return " or ".join(result)
+
+    @property
+    def _bounds(self) -> str:
+        if self.least is not None and self.most is not None:
+            return f" from {_shown(self.least)} to {_shown(self.most)}"
+        if self.most is not None:
+            return f" of at most {_shown(self.most)}"
+        return "" if self.least is None else f" of at least {_shown(self.least)}"
+
+    def schema(self) -> Schema:
+        bounds = {"minimum": self.least, "maximum": self.most}
+        bounded = {name: value for name, value in bounds.items() if value is not None}
+        plain: dict[Any, list[Schema]] = {
+            int: [{"type": "integer", **bounded}],
+            float: [{"type": "number", **bounded}, NUMBER_AS_TEXT],
+            bool: [{"type": "boolean"}],
+            str: [{"type": "string"}],
+            type(None): [{"type": "null"}],
+        }
+        options: list[Schema] = [{"enum": self.words}] if self.words else []
+        for kind in self._kinds:
+            options += plain.get(kind, [])
+        return any_of(*options)
+
+
+@dataclass(frozen=True)
+class Text(Form):
+    """A text that is not empty; `line` is one that can be shown in a line."""
+
+    line: bool = False
+    message: str = "must be text"
+
+    def read(self, node: Node, key: str, reader: Reader) -> Any:
+        value = node.value
+        if not isinstance(value, str):
+            return reader.refuse_type(node, key, "must be text" if self.line else self.message)
+        if self.line and not (value.strip() and value.isprintable()):
+            return reader.refuse_type(node, key, "must be a line of text")
+        return value if value else reader.refuse_type(node, key, self.message)
+
+    def schema(self) -> Schema:
+        return (
+            {"type": "string", "pattern": r"\S"}
+            if self.line
+            else {"type": "string", "minLength": 1}
+        )
+
+
+@dataclass(frozen=True)
+class Texts(Form):
+    """A text or a list of texts, as a tuple.
+
+    Attributes:
+        check: why a text is refused; empty when it is fine.
+        empty: whether a list may be empty.
+        distinct: whether a text may not be listed twice.
+    """
+
+    message: str = "must be a text or a list of texts"
+    check: Callable[[str], str] | None = None
+    empty: bool = False
+    distinct: bool = False
+
+    def read(self, node: Node, key: str, reader: Reader) -> Any:
+        texts = [node.value] if isinstance(node.value, str) else node.plain()
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            return reader.refuse_type(node, key, self.message)
+        if "" in texts:
+            return reader.refuse_type(node, key, "must not be empty")
+        if not texts and not self.empty:
+            return reader.refuse_type(node, key, self.message)
+        if self.distinct and len(set(texts)) < len(texts):
+            return reader.refuse_type(node, key, "names one twice")
+        for text in texts if self.check else ():
+            if self.check and (wrong := self.check(text)):
+                return reader.refuse_type(node, key, wrong)
+        return tuple(texts)
+
+    def schema(self) -> Schema:
+        text: Schema = {"type": "string", "minLength": 1}
+        listed = {"type": "array", "items": text, "minItems": 0 if self.empty else 1}
+        return any_of(text, {**listed, "uniqueItems": True} if self.distinct else listed)
+
+
+@dataclass(frozen=True)
+class Checked(Form):
+    """What a function reads: a value, and why it is refused (empty when it is not).
+
+    Attributes:
+        function: of the value without positions.
+        words: that may stand here, for the nearest one.
+    """
+
+    function: Callable[[Any], tuple[Any, str]]
+    form: Schema
+    words: tuple[str, ...] = ()
+
+    def read(self, node: Node, key: str, reader: Reader) -> Any:
+        value, wrong = self.function(node.plain())
+        return reader.refuse_type(node, key, wrong, _near(node, self.words)) if wrong else value
+
+    def schema(self) -> Schema:
+        return self.form
+
+
+@dataclass(frozen=True)
+class PathForm(Form):
+    """A path, which starts at the file's folder; `exists`: of a file that must be there."""
+
+    exists: bool = False
+
+    def read(self, node: Node, key: str, reader: Reader) -> Any:
+        if not isinstance(node.value, str):
+            return reader.refuse_type(node, key, "must be a path")
+        path = reader.folder / expanded(node.value)
+        if self.exists and not is_file(path):
+            return reader.refuse(node, key, f"no such file: {path}")
+        return path
+
+    def schema(self) -> Schema:
+        return {"type": "string"}
+
+
+@dataclass(frozen=True)
+class ListOf(Form):
+    """A list of at least one; what is refused in it is left out."""
+
+    item: Form
+    message: str = "must be a list of at least one"
+
+    def read(self, node: Node, key: str, reader: Reader) -> Any:
+        if not isinstance(node.value, list) or not node.value:
+            return reader.refuse_type(node, key, self.message)
+        listed = [self.item.read(n, f"{key}[{i}]", reader) for i, n in enumerate(node.value)]
+        return tuple(value for value in listed if value is not REFUSED)
+
+    def schema(self) -> Schema:
+        return {"type": "array", "items": self.item.schema(), "minItems": 1}
+
+
+@dataclass(frozen=True)
+class MappingOf(Form):
+    """A mapping of names to values of one form; what is refused in it is left out.
+
+    Attributes:
+        build: from the name, the value and the key path to what is kept; the value as it is.
+    """
+
+    item: Form
+    message: str = "must be a mapping"
+    hint: str = ""
+    least: int = 0
+    build: Callable[[str, Any, str], Any] = lambda name, value, key: value
+
+    def read(self, node: Node, key: str, reader: Reader) -> Any:
+        if not isinstance(node.value, dict) or len(node.value) < self.least:
+            return reader.refuse_type(node, key, self.message, self.hint)
+        result = {}
+        for name, child in node.value.items():
+            path = f"{key}.{name}"
+            reader.positions[path] = node.key_positions[name]
+            value = self.item.read(child, path, reader)
+            if value is not REFUSED:
+                result[name] = self.build(name, value, path)
+        return result
+
+    def schema(self) -> Schema:
+        least: Schema = {"minProperties": self.least} if self.least else {}
+        return {"type": "object", "additionalProperties": self.item.schema(), **least}
+
+
+@dataclass(frozen=True)
+class Key:
+    """A key of a section.
+
+    Attributes:
+        help: one line, for editors and lists of options.
+        default: what holds where the key is left out.
+        missing: what to say where a required key is missing; `hint` is what to do then.
+    """
+
+    form: Form
+    help: str
+    default: Any = None
+    required: bool = False
+    hint: str = ""
+    missing: str = "missing"
+
+
+Build = Callable[[dict[str, Any], Node, str, Reader], Any]
+
+
+@dataclass(frozen=True)
+class Section(Form):
+    """A mapping whose keys are known.
+
+    Attributes:
+        build: makes the section's object of the values that were given, and looks for what does
+            not go together; values that were refused are not among them.
+        null: whether null is a value (`tokens: null` trains on all of them); otherwise a key
+            without a value is absent.
+        rules: what JSON Schema has to say besides the keys: which of them go together.
+    """
+
+    keys: Mapping[str, Key]
+    build: Build = lambda values, node, key, reader: values
+    null: bool = False
+    rules: Schema = field(default_factory=dict)
+
+    def read(self, node: Node, key: str, reader: Reader) -> Any:
+        children = reader.children(node, key, self.keys)
+        if children is None:
+            return REFUSED
+        values: dict[str, Any] = {}
+        for name, child in children.items():
+            if child.value is None and not self.null:
+                continue
+            value = self.keys[name].form.read(child, f"{key}.{name}" if key else name, reader)
+            if value is not REFUSED:
+                values[name] = value
+        for name, about in self.keys.items():
+            if about.required and (name not in children or children[name].value is None):
+                reader.refuse(node, f"{key}.{name}" if key else name, about.missing, about.hint)
+        return self.build(values, node, key, reader)
+
+    def schema(self) -> Schema:
+        required = [name for name, about in self.keys.items() if about.required]
+        return {
+            "type": "object",
+            "properties": {name: described(about) for name, about in self.keys.items()},
+            "additionalProperties": False,
+            **({"required": required} if required else {}),
+            **self.rules,
+        }
+
+
+def option(
+    default: Any = MISSING,
+    help: str = "",
+    least: float | None = None,
+    most: float | None = None,
+    form: Form | None = None,
+) -> Any:
+    """A field that is a key; without a default it must be given.
+
+    Args:
+        least, most: of a number; both are allowed themselves.
+        form: where the field's type does not say what may stand here.
+    """
+    about = {"help": help, "least": least, "most": most, "form": form}
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata=about)
+    return field(default=default, metadata=about)
+
+
+def keys_of(cls: type) -> dict[str, Key]:
+    """The keys that a dataclass declares with `option`."""
+    hints = get_type_hints(cls)
+    result = {}
+    for f in fields(cls):
+        about = f.metadata
+        if "help" not in about:
+            continue
+        form = about["form"] or _form_of(hints[f.name], about["least"], about["most"])
+        default = f.default_factory() if f.default_factory is not MISSING else f.default
+        required = default is MISSING
+        missing = f"missing: {about['help']}"
+        if required:
+            result[f.name] = Key(form, about["help"], required=True, missing=missing)
+        else:
+            result[f.name] = Key(form, about["help"], default)
+    return result
+
+
+def _form_of(hint: Any, least: float | None, most: float | None) -> Form:
+    """What a field's type says."""
+    kinds = _union(hint)
+    if Path in kinds:
+        return PathForm()
+    if any(get_origin(kind) is tuple for kind in kinds):
+        return Texts(empty=True)
+    return Plain(hint, least, most)
+
+
+def section_of(
+    cls: type, build: Build | None = None, *, null: bool = False, **rules: Any
+) -> Section:
+    """The section that a dataclass declares; without `build` it is read into the class itself."""
+    made: Build = build or (lambda values, node, key, reader: cls(**values))
+    return Section(keys_of(cls), made, null, rules)
+
+
+def any_of(*options: Schema) -> Schema:
+    """One of several schemas; the only one as it is."""
+    return options[0] if len(options) == 1 else {"anyOf": list(options)}
+
+
+def described(about: Key) -> Schema:
+    """A key's schema with its help and its default."""
+    result = {**about.form.schema(), "description": about.help}
+    if isinstance(about.default, bool | int | float | str):
+        result["default"] = about.default
+    elif isinstance(about.default, tuple | dict) and about.default:
+        plain = about.default
+        result["default"] = list(plain) if isinstance(plain, tuple) else dict(plain)
+    return result
+
+
+def _shown(bound: float) -> str:
+    return str(bound) if isinstance(bound, int) else f"{bound:g}"
+
+
+def _near(node: Node, words: Collection[str]) -> str:
+    """The word that was meant, if one is near; a message that lists them all needs no more."""
+    hint = nearest(node.value, words) if isinstance(node.value, str) else ""
+    return hint if hint.startswith("Did") else ""
+
+
+def _union(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+
+
+def finite(value: Any) -> float | None:
+    """A finite number, be it as YAML 1.1 writes it; None for anything else."""
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            return None
+    finite = _is_number(value) and value == value and abs(value) != float("inf")
+    return float(value) if finite else None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
