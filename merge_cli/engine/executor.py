@@ -11,7 +11,7 @@ from merge_cli.engine.merge_stats import StatisticsMeter, TensorStats
 from merge_cli.engine.operands import BlockReader, ModelReader, TensorReader, operands_of
 from merge_cli.engine.tensor_writers import Places, writer_for
 from merge_cli.errors import NonFiniteError
-from merge_cli.kernels.backend import is_numpy
+from merge_cli.kernels.backend import is_finite
 from merge_cli.methods.blocks import Block
 from merge_cli.planning.plan import Chunk, Plan, TensorTask, span_starts
 from merge_cli.planning.resolve import arguments
@@ -176,16 +176,8 @@ class MergeExecutor:
 
 
 def _count_non_finite(values: Any) -> int:
-    return int(_not_finite(values).sum())
+    return int((~is_finite(values)).sum())
 
 
 def _first_non_finite(values: Any) -> int:
-    return int(_not_finite(values).nonzero()[0][0])  # torch's argmax refuses booleans
-
-
-def _not_finite(values: Any) -> Any:
-    if is_numpy(values):
-        import numpy as np
-
-        return ~np.isfinite(values)
-    return ~values.isfinite()
+    return int((~is_finite(values)).nonzero()[0][0])  # torch's argmax refuses booleans

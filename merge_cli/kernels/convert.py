@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from merge_cli.kernels.backend import Array
+from merge_cli.kernels.backend import Array, host_primitive
 
 COMPILED = frozenset(("F32", "BF16", "F16"))
 _TORCH = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -111,6 +111,7 @@ _NORMAL = 2.0**-6  # from here on numbers have four digits
 _SMALL = 2.0**14  # float32's last place there is E4M3's smallest number, 2^-9
 
 
+@host_primitive
 def quantise(rows: Any, wide: int, codes: Any, scales: Any) -> None:
     """One row of blocks.
 
@@ -120,15 +121,6 @@ def quantise(rows: Any, wide: int, codes: Any, scales: Any) -> None:
         codes: numpy uint8 like `rows`, filled.
         scales: numpy float32 [blocks], filled.
     """
-    from merge_cli.kernels import compiled
-
-    if not compiled.available():
-        compiled.quantise(rows, wide, codes, scales)
-    else:
-        _quantise(rows, wide, codes, scales)
-
-
-def _quantise(rows: Any, wide: int, codes: Any, scales: Any) -> None:
     import numpy as np
 
     for number in range(len(scales)):
@@ -144,3 +136,10 @@ def _quantise(rows: Any, wide: int, codes: Any, scales: Any) -> None:
         code = np.where(quotient < _NORMAL, small, normal)
         code |= np.where(np.signbit(part), 0x80, 0).astype(np.uint32)
         codes[:, number * wide : (number + 1) * wide] = np.where(finite, code, NAN)
+
+
+@quantise.compiled
+def _quantise_compiled(rows: Any, wide: int, codes: Any, scales: Any) -> None:
+    from merge_cli.kernels import compiled
+
+    compiled.quantise(rows, wide, codes, scales)

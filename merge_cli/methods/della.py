@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 from merge_cli.kernels.elect import disjoint_mean
-from merge_cli.kernels.mask import words
+from merge_cli.kernels.mask import random_words
 from merge_cli.kernels.reduce import absolute_runs, add_scaled, divided, exact_sum, weighted_sum
 from merge_cli.methods.blocks import Span, TensorBlocks, load_whole
 from merge_cli.methods.dare import Rescale
@@ -56,7 +56,7 @@ class Ranked:
         chance = self.density - self.epsilon + 2 * self.epsilon * (ranks / max(self.last, 1))
         if not self.last:
             chance = torch.full_like(chance, self.density)
-        drawn = words(at.seed, source, at.name, at.start, len(delta), delta.device)
+        drawn = random_words(at.seed, source, at.name, at.start, len(delta), delta.device)
         keep = drawn < (chance * _ONE).round().to(torch.int64)
         scaled = delta / chance.to(delta.dtype) if self.factor is None else delta * self.factor
         return scaled.where(keep, 0.0)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
-from merge_cli.kernels.backend import Array, is_numpy
+from merge_cli.kernels.backend import Array, like, to_numpy
 from merge_cli.kernels.reduce import dot_runs, exact_sum
 from merge_cli.methods.blocks import Block, TensorBlocks, load_whole
 
@@ -46,7 +46,7 @@ def gram_matrices(tensor: TensorBlocks, along: Along) -> Any:
     """
     import numpy as np
 
-    operands = [_numpy(x).astype(np.float64) for x in load_whole(tensor)[1]]
+    operands = [to_numpy(x).astype(np.float64) for x in load_whole(tensor)[1]]
     axis = -1 if along == "rows" else 0
     count = len(operands)
     result: Any = None
@@ -75,18 +75,13 @@ class Spread:
         whole = int(np.prod(shape)) if shape else 1
         self._width = last if along == "rows" else whole // max(shape[0] if shape else 1, 1)
 
-    def of(self, source: int, start: int, like: Array) -> Array:
-        """The coefficients of a flat span, of the kind that `like` is, and as long."""
+    def of(self, source: int, start: int, operand: Array) -> Array:
+        """The coefficients of a flat span of an operand, an array of the same kind."""
         import numpy as np
 
-        places = np.arange(start, start + len(like))
-        index = places // self._width if self._along == "rows" else places % self._width
-        found = self._values[index, source]
-        if is_numpy(like):
-            return found.astype(like.dtype)
-        import torch
-
-        return torch.from_numpy(found).to(like.device, like.dtype)
+        elements = np.arange(start, start + len(operand))
+        index = elements // self._width if self._along == "rows" else elements % self._width
+        return like(operand, self._values[index, source])
 
     def sum_of(self, operands: Sequence[Array], start: int) -> Array:
         """Sum of c_i * x_i over a span, products and sums rounded one by one."""
@@ -99,7 +94,3 @@ class Spread:
 
 def _pairs(count: int) -> list[tuple[int, int]]:
     return [(i, j) for i in range(count) for j in range(i, count)]
-
-
-def _numpy(array: Array) -> Any:
-    return array if is_numpy(array) else array.cpu().numpy()

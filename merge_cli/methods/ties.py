@@ -15,7 +15,7 @@ from typing import Any, Literal
 from merge_cli.errors import UsageError
 from merge_cli.kernels.backend import Array
 from merge_cli.kernels.cut import ALL_TIES, MagnitudeThreshold, count_kept, trimmed
-from merge_cli.kernels.elect import disjoint_mean
+from merge_cli.kernels.elect import DivideBy, disjoint_mean
 from merge_cli.kernels.reduce import add_scaled, weighted_sum
 from merge_cli.kernels.select import magnitude_cuts
 from merge_cli.methods.blocks import Block, ModelBlocks, RowStream, Span, TensorBlocks
@@ -136,11 +136,12 @@ def ties(
             model have (paper).
     """
     paper = semantics == "paper"
+    by_mode: DivideBy = divisor or ("count" if paper else "weights")
     mixed = disjoint_mean(
         rescaled(trimmed(deltas, prepared.cuts, at.start), prepared.factors),
         weight,
         weighted_election=_or(elect, "unweighted" if paper else "weighted") == "weighted",
-        divide_by=_or(divisor, "count" if paper else "weights") if normalize else "nothing",
+        divide_by=by_mode if normalize else "nothing",
         zero_sign=prepared.zero_sign,
     )
     return add_scaled(base, lambda_, mixed)
