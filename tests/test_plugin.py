@@ -11,7 +11,7 @@ import pytest
 from tiny import Family, read_model
 
 from merge_cli.methods.parameters import Density, PerModel, each
-from merge_cli.methods.registry import merge_method
+from merge_cli.methods.registry import merge_method, method_of
 
 PLUGIN = '''
 """A plugin."""
@@ -69,6 +69,43 @@ def test_a_method_from_another_package(family: Family, tmp_path: Path) -> None:
     assert "strongest has no such parameter. Did you mean 'lambda'?" in done.stderr
 
 
+def test_keywords_of_earlier_versions_are_read_with_a_note() -> None:
+    def norms(tensor, survey, *, weight, **_):
+        return None
+
+    def unscaled(weight):
+        return weight[0] == 1.0
+
+    with pytest.warns(DeprecationWarning, match="'former': the keyword") as notes:
+
+        @merge_method(
+            "former",
+            prepare=norms,
+            prepare_uses=("weight",),
+            copies=unscaled,
+            any_array=True,
+            listed=False,
+        )
+        def former(models, prepared, *, weight: PerModel[float] = each(1.0)):
+            """Declared as before 0.2.
+
+            Args:
+                weight: some.
+            """
+
+    assert [str(note.message).partition("keyword ")[2] for note in notes] == [
+        "'prepare' is called tensor_pass",
+        "'prepare_uses' follows from signatures and can be left out",
+        "'copies' is called is_identity",
+        "'any_array' is called supports_numpy",
+    ]
+    method = method_of(former)
+    assert method.tensor_pass is norms
+    assert method.is_identity is unscaled
+    assert method.supports_numpy
+    assert method.cache_key_parameters == ("weight",)
+
+
 def test_a_broken_plugin_is_named(family: Family, tmp_path: Path) -> None:
     env = install(tmp_path, "import nothing_of_that_name\n")
     done = cli(env, "methods")
@@ -99,6 +136,9 @@ def test_signatures_are_checked_when_declared() -> None:
             Args:
                 weight: odd.
             """
+
+    with pytest.raises(TypeError, match="no keyword 'tensor_past'"):
+        merge_method("misspelt", tensor_past=None)(lambda models: models[0])
 
     with pytest.raises(TypeError, match="already defined"):
 

@@ -51,9 +51,9 @@ class MergeExecutor:
             for task in self._plan.tasks
             if task.action == "merge" and task.size and not task.copy_of
         ]
-        if self._method.survey is not None and merged:
+        if self._method.model_pass is not None and merged:
             readers = [self._reader(task) for task in merged]
-            self._survey = self._method.survey(
+            self._survey = self._method.model_pass(
                 ModelReader(readers, self._reading.pool, cache(on_read))
             )
 
@@ -83,15 +83,15 @@ class MergeExecutor:
             supplied["coefficients"] = self._plan.coefficients.of(task.formula_name, task.shape)
         if reader.statistics is not None:
             supplied["statistics"] = reader.statistics
-        if self._method.prepare is not None:
+        if self._method.tensor_pass is not None:
             supplied["prepared"] = self.prepare(reader, task)
         work = partial(self._merge_unit, reader, supplied, finished)
         self._reading.pool.map(work, units)
 
     def prepare(self, reader: TensorReader, task: TensorTask) -> Any:
         """What the method must know of the whole tensor first."""
-        assert self._method.prepare is not None
-        return self._method.prepare(reader, self._survey, **task.parameters)
+        assert self._method.tensor_pass is not None
+        return self._method.tensor_pass(reader, self._survey, **task.parameters)
 
     def _reader(self, task: TensorTask) -> TensorReader:
         return TensorReader(task, self._reading, span_starts(task), self._plan.statistics_of(task))
@@ -123,11 +123,11 @@ class MergeExecutor:
         sink = writer_for(task, lane, self._places, unit.start, unit.stop)
         named = arguments(method, task.parameters)
         named |= {name: value for name, value in supplied.items() if name in method.supplied}
-        kept = method.kept and partial(
-            method.kept, prepared=supplied.get("prepared"), parameters=task.parameters
+        count_kept = method.count_kept and partial(
+            method.count_kept, prepared=supplied.get("prepared"), parameters=task.parameters
         )
         stats = TensorStats()
-        meter = StatisticsMeter(len(task.operands), kept) if self._statistics else None
+        meter = StatisticsMeter(len(task.operands), count_kept) if self._statistics else None
         reader.read_ahead(reader.starts.index(unit.start) + 1)
         for block in reader.range(unit.start, unit.stop):
             self._check_finite(block, task, stats)

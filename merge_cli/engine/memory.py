@@ -123,15 +123,15 @@ def return_freed_memory() -> None:
 
 def _whole(plan: Plan) -> int:
     """What a lane holds of its largest tensor, if the method looks at whole ones."""
-    whole = plan.method.whole
-    if whole is None:
+    extra_memory = plan.method.extra_memory
+    if extra_memory is None:
         return 0
     held = [
         4 * task.size * (len(task.inputs) + arrays)
         for task in plan.tasks
         if task.action == "merge"
         and not plan.is_plain_mean(task)
-        and (arrays := whole(shape=task.shape, **task.parameters))
+        and (arrays := extra_memory(shape=task.shape, **task.parameters))
     ]
     return max(held, default=0)
 
@@ -148,7 +148,7 @@ def _fixed(plan: Plan, device: Device) -> int:
     if not _computes(plan):
         return fixed
     kind = "torch" if device.kind == "cuda" else choose_arithmetic(plan)[0]
-    searched = max(len(task.operands) for task in plan.tasks) if plan.method.survey else 0
+    searched = max(len(task.operands) for task in plan.tasks) if plan.method.model_pass else 0
     return fixed + _LIBRARIES[kind] + _SEARCH[kind] * searched
 
 

@@ -1,4 +1,4 @@
-"""Inner products of a tensor's operands: what all methods on spheres need to know of them.
+"""Inner products of a tensor's operands: what all methods with angles need to know of them.
 
 Means on a sphere stay in the span of what they are means of, so their result is a weighted sum of
 the operands, and the weights follow from inner products alone: one streamed pass, whatever the size
@@ -7,6 +7,7 @@ of the tensor. Sums are float64 and do not depend on blocks (see `kernels.reduce
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
@@ -22,14 +23,12 @@ def gram_matrix(tensor: TensorBlocks) -> Any:
     import numpy as np
 
     def products(blocks: Iterator[Block]) -> list[list[float]]:
-        found: dict[tuple[int, int], list[float]] = {}
+        result: dict[tuple[int, int], list[float]] = {}
         for block in blocks:
-            count = len(block.operands)
-            for i in range(count):
-                for j in range(i, count):
-                    runs = dot_runs(block.operands[i], block.operands[j])
-                    found.setdefault((i, j), []).extend(runs)
-        return list(found.values())
+            for i, j in _pairs(len(block.operands)):
+                runs = dot_runs(block.operands[i], block.operands[j])
+                result.setdefault((i, j), []).extend(runs)
+        return list(result.values())
 
     sums = [exact_sum(parts) for parts in zip(*tensor.map(products), strict=True)]
     count = int(((8 * len(sums) + 1) ** 0.5 - 1) / 2)
@@ -58,7 +57,7 @@ def gram_matrices(tensor: TensorBlocks, along: Along) -> Any:
     return result
 
 
-class Spread:
+class SliceCoefficients:
     """A coefficient for each row or column of a tensor, for each source, handed out by spans.
 
     Args:
@@ -90,6 +89,15 @@ class Spread:
             term = operand * self.of(source, start, operand)
             total = term if total is None else total + term
         return total
+
+
+def along_great_circle(cosine: float, t: float) -> list[float]:
+    """The coefficients of two unit vectors for a walk from one (t=0) to the other (t=1).
+
+    sin((1-t)θ)/sin θ and sin(tθ)/sin θ, with θ the angle between them, which must not be 0 or π.
+    """
+    theta = math.acos(cosine)
+    return [math.sin((1.0 - t) * theta) / math.sin(theta), math.sin(t * theta) / math.sin(theta)]
 
 
 def _pairs(count: int) -> list[tuple[int, int]]:
