@@ -69,6 +69,16 @@ def test_a_method_from_another_package(family: Family, tmp_path: Path) -> None:
     assert "strongest has no such parameter. Did you mean 'lambda'?" in done.stderr
 
 
+def test_the_page_on_writing_methods(family: Family, tmp_path: Path) -> None:
+    page = (Path(__file__).parent.parent / "docs/writing_a_method.md").read_text(encoding="utf-8")
+    code = page.partition("```python\n")[2].partition("```")[0]
+    env = install(tmp_path, code)
+    for method in ("clipped_sum", "equal_sum"):
+        recipe = family.recipe(method, models=[{"weight": 0.5}, {"weight": 0.5}])
+        done = cli(env, "run", recipe, tmp_path / method)
+        assert done.returncode == 0, done.stderr
+
+
 def test_keywords_of_earlier_versions_are_read_with_a_note() -> None:
     def norms(tensor, survey, *, weight, **_):
         return None
