@@ -116,15 +116,15 @@ def matrix(rows: Sequence[Any]) -> Any:
     """(sources, elements) for equally long numpy rows, without copying if they are one already."""
     import numpy as np
 
-    whole = rows[0].base
+    block = rows[0].base
     if (
-        isinstance(whole, np.ndarray)
-        and whole.ndim == 2
-        and whole.shape == (len(rows), len(rows[0]))
-        and whole.flags.c_contiguous
-        and all(_same_start(row, whole[i]) for i, row in enumerate(rows))
+        isinstance(block, np.ndarray)
+        and block.ndim == 2
+        and block.shape == (len(rows), len(rows[0]))
+        and block.flags.c_contiguous
+        and all(_same_start(row, block[i]) for i, row in enumerate(rows))
     ):
-        return whole
+        return block
     return np.stack(rows)
 
 

@@ -38,8 +38,8 @@ def decode_rows(raw: Any, dtype: str, rows: Any, base: Any, *, deltas: bool) -> 
 
     has_base = base is not None
     if dtype == "BF16":
-        place = base if has_base else rows[0]
-        return not compiled.decode_bf16(raw.view(np.uint16), rows, place, has_base, deltas)
+        first_target = base if has_base else rows[0]
+        return not compiled.decode_bf16(raw.view(np.uint16), rows, first_target, has_base, deltas)
     finite = True
     targets = [base, *rows] if has_base else list(rows)
     for stored, target in zip(raw, targets, strict=True):

@@ -65,13 +65,13 @@ def _trim_compiled(rows: Sequence[Array], cuts: Cuts, start: int) -> list[Array]
 
     from merge_cli.kernels import compiled
 
-    whole = matrix(rows)
-    size = whole.shape[1]
-    out = np.empty_like(whole)
+    stacked = matrix(rows)
+    size = stacked.shape[1]
+    out = np.empty_like(stacked)
     thresholds = np.array([0 if cut is None else key_of(cut.threshold) for cut in cuts], np.uint32)
     ties = np.array([0 if cut is None else cut.ties(start, size) for cut in cuts], np.int64)
-    compiled.trim(whole, thresholds, ties, out)
-    for row, cut, result in zip(whole, cuts, out, strict=True):
+    compiled.trim(stacked, thresholds, ties, out)
+    for row, cut, result in zip(stacked, cuts, out, strict=True):
         if cut is None:
             result[:] = row
     return list(out)

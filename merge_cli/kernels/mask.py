@@ -47,15 +47,17 @@ def drop(
 
     Args:
         rows: each source's elements from flat index `start` of the tensor called `name`.
-        sources: each source's place in the recipe.
+        sources: each source's index in the recipe.
         density: for each source, the chance of being kept.
         factors: for each source, what is multiplied with what is kept; None for 1.
     """
-    kept = [
+    kept_rows = [
         row.where(keep_mask(seed, source, name, start, row.numel(), share, row.device), 0.0)
         for row, source, share in zip(rows, sources, density, strict=True)
     ]
-    return [row * factor for row, factor in zip(kept, factors, strict=True)] if factors else kept
+    if factors is None:
+        return kept_rows
+    return [row * factor for row, factor in zip(kept_rows, factors, strict=True)]
 
 
 @drop.compiled
@@ -72,21 +74,21 @@ def _drop_compiled(
 
     from merge_cli.kernels import compiled
 
-    whole = matrix(rows)
+    stacked = matrix(rows)
     parts = []
     scale = np.array([1.0] * len(rows) if factors is None else factors, np.float32)
     # A limit of 2^32 (density 1) does not fit into the loop's 32 bits: those rows are done below.
     limits = [min(round(share * 2**32), 2**32 - 1) for share in density]
-    for high, low, part in _keyed_parts(start, whole.shape[1]):
+    for high, low, part in _keyed_parts(start, stacked.shape[1]):
         keys = [mask_key(seed, source, name, high) for source in sources]
         words = [(*key, limit) for key, limit in zip(keys, limits, strict=True)]
-        # A block has two keys once in 2^32 elements; the loop takes contiguous rows.
-        given = np.ascontiguousarray(whole[:, part])
-        result = np.empty_like(given)
-        compiled.drop(given, np.array(words, np.uint32), np.uint32(low), scale, result)
+        # Nearly always the whole block, without a copy: it has two keys once in 2^32 elements.
+        contiguous = np.ascontiguousarray(stacked[:, part])
+        result = np.empty_like(contiguous)
+        compiled.drop(contiguous, np.array(words, np.uint32), np.uint32(low), scale, result)
         parts.append(result)
     out = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
-    for row, share, factor, result in zip(whole, density, scale, out, strict=True):
+    for row, share, factor, result in zip(stacked, density, scale, out, strict=True):
         if round(share * 2**32) >= 2**32:  # nothing is dropped, not even by the last value
             np.multiply(row, factor, out=result)
     return list(out)
@@ -134,12 +136,12 @@ def _count_compiled(
     limit = round(density * 2**32)
     if limit >= 2**32:
         return size
-    kept = 0
+    count = 0
     for high, low, part in _keyed_parts(start, size):
         k0, k1 = mask_key(seed, source, name, high)
         words = [np.uint32(word) for word in (k0, k1, low, limit)]
-        kept += int(compiled.count_masked(part.stop - part.start, *words))
-    return kept
+        count += int(compiled.count_masked(part.stop - part.start, *words))
+    return count
 
 
 def _keyed_parts(start: int, size: int) -> Iterator[tuple[int, int, slice]]:
@@ -208,8 +210,9 @@ def _mixed(size: int, k0: int, k1: int, low: int, device: torch.device) -> Tenso
     """The mixed words, shifted by -2^31 so that comparing them as int32 orders them as uint32."""
     import torch
 
-    # torch has few operations on uint32, and none of these on a GPU, so that int32 stands for it:
-    # sums and products wrap alike; only right shifts differ, and their sign bits are masked away.
+    # torch supports few operations on uint32, so that int32 stands for it: sums and products wrap
+    # alike; only right shifts differ, and the sign bits that they copy in are masked away.
+    # The same lines in uint32: `compiled/masks.py` and `triton_kernels._kept`.
     index = torch.arange(low, low + size, dtype=torch.int64, device=device)
     x = index.to(torch.int32) if low + size <= 2**31 else _wrap(index)
     x ^= _signed(k0)

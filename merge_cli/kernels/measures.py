@@ -95,9 +95,9 @@ def add_relations(rows: Sequence[Array], thresholds: Sequence[float], into: Rela
 def _add_sums(rows: Sequence[Array], least: Sequence[float], into: Relations) -> None:
     import torch
 
-    whole = torch.stack(list(rows))
-    for start in range(0, whole.shape[1], BLOCK_MULTIPLE):
-        run = whole[:, start : start + BLOCK_MULTIPLE]
+    stacked = torch.stack(list(rows))
+    for start in range(0, stacked.shape[1], BLOCK_MULTIPLE):
+        run = stacked[:, start : start + BLOCK_MULTIPLE]
         wide = run.double()
         into.gram += (wide @ wide.T).cpu().numpy()
         _count(run[0], run[1:], least, into)
@@ -109,10 +109,10 @@ def _add_sums_compiled(rows: Sequence[Array], least: Sequence[float], into: Rela
 
     from merge_cli.kernels import compiled
 
-    whole = matrix(rows)
-    compiled.gram(whole, into.gram)
+    stacked = matrix(rows)
+    compiled.gram(stacked, into.gram)
     compiled.count_relations(
-        whole,
+        stacked,
         np.array(least, np.float32).view(np.uint32),
         into.both,
         into.agree,

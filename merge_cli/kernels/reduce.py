@@ -5,8 +5,8 @@ is summed by itself in float64, and the partial sums are added exactly (`exact_s
 whole numbers of runs (`BLOCK_MULTIPLE`), so their size does not matter.
 
 Within a run the order is fixed, too: element i belongs to accumulator i mod 64; each accumulator
-adds its elements in order, then the accumulators are added in order. 64 of them fill the vector
-registers of every CPU, which a single running sum would leave idle.
+adds its elements in order, then the accumulators are added in order. A single running sum would be
+one chain of dependent additions; 64 independent ones are a CPU's vectors, or torch's columns.
 """
 
 from __future__ import annotations

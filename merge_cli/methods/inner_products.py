@@ -71,8 +71,8 @@ class SliceCoefficients:
         self._values = values
         self._along = along
         last = shape[-1] if shape else 1
-        whole = int(np.prod(shape)) if shape else 1
-        self._width = last if along == "rows" else whole // max(shape[0] if shape else 1, 1)
+        elements = int(np.prod(shape)) if shape else 1
+        self._width = last if along == "rows" else elements // max(shape[0] if shape else 1, 1)
 
     def of(self, source: int, start: int, operand: Array) -> Array:
         """The coefficients of a flat span of an operand, an array of the same kind."""

@@ -100,16 +100,16 @@ def _divide(right: Tensor, gram: Tensor, alpha: float) -> None:
         factor = torch.linalg.cholesky(scaled)
     else:
         values, vectors = torch.linalg.eigh(scaled)
-        known = values > _SINGULAR * values[-1]
-        factor = vectors[:, known] / values[known].sqrt()
+        significant = values > _SINGULAR * values[-1]
+        factor = vectors[:, significant] / values[significant].sqrt()
     step = max(1, _CHUNK // len(gram))
     for start in range(0, len(right), step):
         rows = right[start : start + step]
-        requested = rows[:, used] * scale
+        scaled_rows = rows[:, used] * scale
         if alpha <= _DEFINITE:
-            solved = torch.cholesky_solve(requested.T, factor).T
+            solved = torch.cholesky_solve(scaled_rows.T, factor).T
         else:
-            solved = (requested @ factor) @ factor.T
+            solved = (scaled_rows @ factor) @ factor.T
         rows.zero_()
         rows[:, used] = solved * scale
 

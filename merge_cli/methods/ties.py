@@ -202,9 +202,9 @@ def _model_cuts(model: ModelBlocks) -> dict[str, Cuts]:
     offsets = accumulate((tensor.size for tensor in model.tensors), initial=0)
     wide = any(tensor.wide for tensor in model.tensors)
     stream = RowStream(model, _wide) if wide else RowStream(model)
-    whole = magnitude_cuts(_rules_of(model.tensors[0].parameters).density, stream)
+    model_cuts = magnitude_cuts(_rules_of(model.tensors[0].parameters).density, stream)
     return {
-        tensor.name: [cut and _within(cut, offset, tensor.size) for cut in whole]
+        tensor.name: [cut and _within(cut, offset, tensor.size) for cut in model_cuts]
         for tensor, offset in zip(model.tensors, offsets, strict=False)
     }
 
