@@ -41,7 +41,7 @@ from merge_cli.engine.pool import (
 )
 from merge_cli.engine.worker_context import Files, WorkerContext
 from merge_cli.errors import NonFiniteError
-from merge_cli.kernels.backend import is_numpy
+from merge_cli.kernels.backend import to_numpy
 from merge_cli.kernels.matrices import singular_values
 from merge_cli.kernels.measures import Relations, add_relations, top_threshold
 from merge_cli.methods.blocks import Block
@@ -158,9 +158,7 @@ def _thresholds(sample: Iterable[Sequence[Any]]) -> list[float]:
     """For each source, the smallest magnitude of its largest changes."""
     import numpy as np
 
-    changes = [
-        [delta if is_numpy(delta) else delta.cpu().numpy() for delta in rows[1:]] for rows in sample
-    ]
+    changes = [[to_numpy(delta) for delta in rows[1:]] for rows in sample]
     return [
         top_threshold(np.concatenate(of_source), TOP_SHARE)
         for of_source in zip(*changes, strict=True)
@@ -180,7 +178,7 @@ def _differences(block: Block, task: TensorTask) -> Sequence[Any]:
 def _non_finite(operands: Sequence[Any], task: TensorTask, start: int) -> NonFiniteError:
     import numpy as np
 
-    marks = [~np.isfinite(v if is_numpy(v) else v.cpu().numpy()) for v in operands]
+    marks = [~np.isfinite(to_numpy(v)) for v in operands]
     tensor, is_bad = next(
         operand for operand in zip(task.operands, marks, strict=True) if operand[1].any()
     )
@@ -250,7 +248,7 @@ def spectrum_of(task: TensorTask, worker: WorkerContext, seed: int) -> Spectrum:
         start = row * task.shape[1]
         loaded = worker.load(task.operands, start, start + width, base=True, deltas=True)
         for delta, values in zip(deltas, loaded.operands, strict=True):
-            delta[i] = (values if is_numpy(values) else values.cpu().numpy())[columns]
+            delta[i] = to_numpy(values)[columns]
     ranks = [_ranks(delta) for delta in deltas]
     return Spectrum(
         task.name,

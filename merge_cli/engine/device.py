@@ -87,7 +87,7 @@ def choose_arithmetic(plan: Plan) -> tuple[Arithmetic, str]:
     """Compiled loops over numpy arrays, or torch, for a merge on a CPU; and why."""
     from merge_cli.kernels import compiled
 
-    if not plan.method.any_array:
+    if not plan.method.supports_numpy:
         return "torch", f"{plan.method.name} works on tensors"
     merged = [task for task in plan.tasks if not task.moved]
     formats = {ref.dtype for task in merged for ref in task.inputs}

@@ -11,7 +11,7 @@ from merge_cli.engine.merge_stats import StatisticsMeter, TensorStats
 from merge_cli.engine.operands import BlockReader, ModelReader, TensorReader, operands_of
 from merge_cli.engine.tensor_writers import OutputOffsets, writer_for
 from merge_cli.errors import NonFiniteError
-from merge_cli.kernels.backend import is_numpy
+from merge_cli.kernels.backend import is_finite
 from merge_cli.methods.blocks import Block
 from merge_cli.planning.plan import Chunk, Plan, TensorTask, span_starts
 from merge_cli.planning.resolve import arguments
@@ -51,9 +51,9 @@ class MergeExecutor:
             for task in self._plan.tasks
             if task.action == "merge" and task.size and not task.copy_of
         ]
-        if self._method.survey is not None and merged:
+        if self._method.model_pass is not None and merged:
             readers = [self._tensor_reader(task) for task in merged]
-            self._model_pass = self._method.survey(
+            self._model_pass = self._method.model_pass(
                 ModelReader(readers, self._reader.pool, cache(on_read))
             )
 
@@ -83,15 +83,15 @@ class MergeExecutor:
             supplied["coefficients"] = self._plan.coefficients.of(task.formula_name, task.shape)
         if reader.statistics is not None:
             supplied["statistics"] = reader.statistics
-        if self._method.prepare is not None:
+        if self._method.tensor_pass is not None:
             supplied["prepared"] = self.prepare(reader, task)
         work = partial(self._merge_chunk, reader, supplied, finished)
         self._reader.pool.map(work, chunks)
 
     def prepare(self, reader: TensorReader, task: TensorTask) -> Any:
         """What the method must know of the whole tensor first."""
-        assert self._method.prepare is not None
-        return self._method.prepare(reader, self._model_pass, **task.parameters)
+        assert self._method.tensor_pass is not None
+        return self._method.tensor_pass(reader, self._model_pass, **task.parameters)
 
     def _tensor_reader(self, task: TensorTask) -> TensorReader:
         return TensorReader(task, self._reader, span_starts(task), self._plan.statistics_of(task))
@@ -125,8 +125,8 @@ class MergeExecutor:
         writer = writer_for(task, worker, self._offsets, chunk.start, chunk.stop)
         parameters = arguments(method, task.parameters)
         parameters |= {name: value for name, value in supplied.items() if name in method.supplied}
-        count_kept = method.kept and partial(
-            method.kept, prepared=supplied.get("prepared"), parameters=task.parameters
+        count_kept = method.count_kept and partial(
+            method.count_kept, prepared=supplied.get("prepared"), parameters=task.parameters
         )
         stats = TensorStats()
         meter = StatisticsMeter(len(task.operands), count_kept) if self._statistics else None
@@ -178,16 +178,8 @@ class MergeExecutor:
 
 
 def _count_non_finite(values: Any) -> int:
-    return int(_not_finite(values).sum())
+    return int((~is_finite(values)).sum())
 
 
 def _first_non_finite(values: Any) -> int:
-    return int(_not_finite(values).nonzero()[0][0])  # torch's argmax refuses booleans
-
-
-def _not_finite(values: Any) -> Any:
-    if is_numpy(values):
-        import numpy as np
-
-        return ~np.isfinite(values)
-    return ~values.isfinite()
+    return int((~is_finite(values)).nonzero()[0][0])  # torch's argmax refuses booleans

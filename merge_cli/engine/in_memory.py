@@ -180,7 +180,7 @@ class _CachingExecutor(MergeExecutor):
     cache: dict[str, Prepared]
 
     def prepare(self, reader: TensorReader, task: TensorTask) -> Any:
-        uses = self._method.prepare_uses
+        uses = self._method.cache_key_parameters
         if uses is None or self._model_pass is not None:
             return super().prepare(reader, task)
         key = repr([(name, task.parameters[name]) for name in uses])
@@ -260,7 +260,7 @@ class InMemoryMerger:
         requested = set(changed)
         jobs = [_MergeJob(tasks[n], tuple(self._chunks[n])) for n in self._order if n in requested]
         with one_torch_thread(self._device, self._arithmetic), memory_errors(resumes=False):
-            if jobs and self._plan.method.survey is not None:
+            if jobs and self._plan.method.model_pass is not None:
                 self._pool.map(read_model, [None])
                 self.has_model_pass = executor.has_model_pass
             self._pool.map(work, jobs)

@@ -114,7 +114,7 @@ def run_loop(
     began = time.perf_counter()
     try:
         with one_torch_thread(device, arithmetic), memory_errors(), pool:
-            if remaining and plan.method.survey is not None:
+            if remaining and plan.method.model_pass is not None:
                 _run_model_pass(executor, pool, on_progress)
             model_pass_ended = time.perf_counter()
             on_progress(Progress("merge", done, total, "resumed" if resumed else ""))
@@ -137,7 +137,7 @@ def run_loop(
         stats=stats,
         resumed=resumed,
         seconds=ended - model_pass_ended,
-        survey_seconds=model_pass_ended - began if plan.method.survey is not None else 0.0,
+        survey_seconds=model_pass_ended - began if plan.method.model_pass is not None else 0.0,
     )
 
 

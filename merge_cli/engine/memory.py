@@ -129,7 +129,7 @@ def return_freed_memory() -> None:
 
 def _tensor_bytes(plan: Plan) -> int:
     """What a worker holds of its largest tensor, if the method looks at whole ones."""
-    extra_arrays = plan.method.whole
+    extra_arrays = plan.method.extra_memory
     if extra_arrays is None:
         return 0
     held = [
@@ -154,7 +154,7 @@ def _fixed(plan: Plan, device: Device) -> int:
     if not _computes(plan):
         return fixed
     kind = "torch" if device.kind == "cuda" else choose_arithmetic(plan)[0]
-    operands = max(len(task.operands) for task in plan.tasks) if plan.method.survey else 0
+    operands = max(len(task.operands) for task in plan.tasks) if plan.method.model_pass else 0
     return fixed + _LIBRARIES[kind] + _SEARCH[kind] * operands
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 from typing import Any
 
 from merge_cli.checkpoint.dtypes import torch_dtype
-from merge_cli.kernels.backend import Array
+from merge_cli.kernels.backend import Array, host_primitive
 
 COMPILED = frozenset(("F32", "BF16", "F16"))
 
@@ -38,8 +38,8 @@ def decode_rows(raw: Any, dtype: str, rows: Any, base: Any, *, deltas: bool) -> 
 
     has_base = base is not None
     if dtype == "BF16":
-        place = base if has_base else rows[0]
-        return not compiled.decode_bf16(raw.view(np.uint16), rows, place, has_base, deltas)
+        first_target = base if has_base else rows[0]
+        return not compiled.decode_bf16(raw.view(np.uint16), rows, first_target, has_base, deltas)
     finite = True
     targets = [base, *rows] if has_base else list(rows)
     for stored, target in zip(raw, targets, strict=True):
@@ -110,6 +110,7 @@ _NORMAL = 2.0**-6  # from here on numbers have four digits
 _SMALL = 2.0**14  # float32's last place there is E4M3's smallest number, 2^-9
 
 
+@host_primitive
 def quantise(rows: Any, wide: int, codes: Any, scales: Any) -> None:
     """One row of blocks.
 
@@ -119,15 +120,6 @@ def quantise(rows: Any, wide: int, codes: Any, scales: Any) -> None:
         codes: numpy uint8 like `rows`, filled.
         scales: numpy float32 [blocks], filled.
     """
-    from merge_cli.kernels import compiled
-
-    if not compiled.available():
-        compiled.quantise(rows, wide, codes, scales)
-    else:
-        _quantise(rows, wide, codes, scales)
-
-
-def _quantise(rows: Any, wide: int, codes: Any, scales: Any) -> None:
     import numpy as np
 
     for number in range(len(scales)):
@@ -143,3 +135,10 @@ def _quantise(rows: Any, wide: int, codes: Any, scales: Any) -> None:
         code = np.where(quotient < _NORMAL, small, normal)
         code |= np.where(np.signbit(part), 0x80, 0).astype(np.uint32)
         codes[:, number * wide : (number + 1) * wide] = np.where(finite, code, NAN)
+
+
+@quantise.compiled
+def _quantise_compiled(rows: Any, wide: int, codes: Any, scales: Any) -> None:
+    from merge_cli.kernels import compiled
+
+    compiled.quantise(rows, wide, codes, scales)

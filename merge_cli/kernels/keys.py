@@ -1,4 +1,10 @@
-"""Keys (the bit patterns of magnitudes) counted by range: what `select` searches with."""
+"""Keys (the bit patterns of magnitudes) counted by range: what `select` searches with.
+
+IEEE numbers of one sign are ordered as their bit patterns are: |x| < |y| exactly when the pattern
+of |x|, taken for an integer, is the smaller one. So the search for a magnitude counts integers,
+which is exact and may be done in any order. Zeros of both signs have key 0; a NaN has a key above
+that of Inf.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +12,7 @@ import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from merge_cli.kernels.backend import is_numpy, kernels_for
+from merge_cli.kernels.backend import Array, host_primitive, primitive, to_numpy
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,7 +24,7 @@ def keys(x: Any) -> Keys:
     """The key of every element, as numpy uint32 (float32) or uint64 (float64)."""
     import numpy as np
 
-    values = x if is_numpy(x) else x.cpu().numpy()
+    values = to_numpy(x)
     unsigned = np.dtype(f"u{values.itemsize}")
     bits: Keys = values.view(unsigned) & unsigned.type(2 ** (8 * values.itemsize - 1) - 1)
     return bits
@@ -41,30 +47,21 @@ def number(key: int, width: int) -> float:
 
 
 class SpanCounts:
-    """A histogram of one span, without its empty bins: places (ascending) and counts."""
+    """A histogram of one span, without its empty bins: which bins (ascending), and counts."""
 
-    def __init__(self, places: Keys, counts: Keys) -> None:
-        self.places, self.counts = places, counts
+    def __init__(self, bins: Keys, counts: Keys) -> None:
+        self.bins, self.counts = bins, counts
 
     @classmethod
     def of(cls, dense: Keys) -> SpanCounts:
-        import numpy as np
+        return cls(*_filled_bins(dense))
 
-        from merge_cli.kernels import compiled
-
-        if compiled.available():
-            places = np.flatnonzero(dense)
-            return cls(places.astype(np.int32), dense[places].astype(np.int64))
-        places, counts = np.empty(len(dense), np.int32), np.empty(len(dense), np.int64)
-        size = compiled.not_empty(dense, places, counts)
-        return cls(places[:size].copy(), counts[:size].copy())
-
-    def at(self, place: int) -> int:
+    def at(self, index: int) -> int:
         """The count of one bin."""
         import numpy as np
 
-        i = int(np.searchsorted(self.places, place))
-        return int(self.counts[i]) if i < len(self.places) and self.places[i] == place else 0
+        i = int(np.searchsorted(self.bins, index))
+        return int(self.counts[i]) if i < len(self.bins) and self.bins[i] == index else 0
 
     def bin_of_rank(self, rank: int) -> tuple[int, int, int] | None:
         """Where the rank-th largest is: (bin, how many lie in higher bins, how many in it).
@@ -78,7 +75,7 @@ class SpanCounts:
         if i == len(from_top):
             return None
         inside = int(self.counts[::-1][i])
-        return int(self.places[::-1][i]), int(from_top[i]) - inside, inside
+        return int(self.bins[::-1][i]), int(from_top[i]) - inside, inside
 
 
 class RangeCounter:
@@ -111,51 +108,22 @@ class RangeCounter:
             if self._counts is None:
                 self._counts = np.zeros(self._bins, np.int64)
             self._above += above
-            self._counts[counts.places] += counts.counts
-        return counts if len(counts.places) <= room else None
+            self._counts[counts.bins] += counts.counts
+        return counts if len(counts.bins) <= room else None
 
     def feed(self, x: Any) -> None:
         """Count one flat block."""
-        if is_numpy(x):
-            self._feed_numpy(x)
-        else:
-            self._feed_torch(x)
+        if self._counts is None:
+            self._counts = _empty_bins(x, self._bins)
+        # The sum stays on the device: one wait for each span, not for each block.
+        self._above = self._above + count_range(x, self.low, self.high, self.shift, self._counts)
 
     def result(self) -> tuple[int, SpanCounts]:
         """How many keys were above the range, and the histogram of those inside."""
         import numpy as np
 
         counts: Any = np.zeros(self._bins, np.int64) if self._counts is None else self._counts
-        dense = counts if is_numpy(counts) else counts.cpu().numpy()
-        return int(self._above), SpanCounts.of(dense)
-
-    def _feed_numpy(self, x: Any) -> None:
-        import numpy as np
-
-        from merge_cli.kernels import compiled
-
-        if self._counts is None:
-            self._counts = np.zeros(self._bins, np.int32)
-        low, high, shift = np.uint32(self.low), np.uint32(self.high), np.uint32(self.shift)
-        self._above += compiled.count_range(x, low, high, shift, self._counts)
-
-    def _feed_torch(self, x: Any) -> None:
-        import torch
-
-        on_gpu = kernels_for(x)
-        if on_gpu is not None:
-            if self._counts is None:
-                self._counts = torch.zeros(self._bins, dtype=torch.int32, device=x.device)
-            self._above = self._above + on_gpu.count_range(
-                x, self.low, self.high, self.shift, self._counts
-            )
-            return
-        bits = _torch_keys(x)
-        # Sums stay on the device: one wait for each span, not for each block.
-        self._above = self._above + (bits > self.high).sum()
-        inside = bits[(bits >= self.low) & (bits <= self.high)]
-        counts = torch.bincount((inside - self.low) >> self.shift, minlength=self._bins)
-        self._counts = counts if self._counts is None else self._counts + counts
+        return int(self._above), SpanCounts.of(to_numpy(counts))
 
 
 class KeyCounter:
@@ -182,16 +150,109 @@ class KeyCounter:
 
     def feed(self, x: Any) -> None:
         """Count one flat block."""
-        import numpy as np
+        _count_keys(x, self.candidates, self.above, self.equal)
 
-        if is_numpy(x):
-            from merge_cli.kernels import compiled
 
-            compiled.count_keys(x, np.array(self.candidates, np.uint32), self.above, self.equal)
-            return
-        bits = _torch_keys(x)
-        self.above += np.array([int((bits > key).sum()) for key in self.candidates])
-        self.equal += np.array([int((bits == key).sum()) for key in self.candidates])
+@host_primitive
+def _filled_bins(dense: Keys) -> tuple[Keys, Keys]:
+    """The bins that are not empty, ascending, and their counts."""
+    import numpy as np
+
+    bins = np.flatnonzero(dense)
+    return bins.astype(np.int32), dense[bins].astype(np.int64)
+
+
+@_filled_bins.compiled
+def _filled_bins_compiled(dense: Keys) -> tuple[Keys, Keys]:
+    import numpy as np
+
+    from merge_cli.kernels import compiled
+
+    bins, counts = np.empty(len(dense), np.int32), np.empty(len(dense), np.int64)
+    size = compiled.not_empty(dense, bins, counts)
+    return bins[:size].copy(), counts[:size].copy()
+
+
+@primitive()
+def _empty_bins(x: Array, bins: int) -> Array:
+    """Zeros to count the keys of blocks like `x` in, where `x` lies."""
+    import torch
+
+    return torch.zeros(bins, dtype=torch.int32, device=x.device)
+
+
+@_empty_bins.compiled
+def _empty_bins_numpy(x: Array, bins: int) -> Array:
+    import numpy as np
+
+    return np.zeros(bins, np.int32)
+
+
+@primitive()
+def count_range(x: Array, low: int, high: int, shift: int, counts: Array) -> Any:
+    """Add 1 to counts[(key - low) >> shift] for each key of a flat block from low to high.
+
+    Args:
+        counts: int32, from `_empty_bins`; no bin may reach 2^31.
+
+    Returns:
+        how many keys are above `high`: a number, or an array of one on the device of `x`.
+    """
+    import torch
+
+    bits = _torch_keys(x)
+    inside = bits[(bits >= low) & (bits <= high)]
+    counts += torch.bincount((inside - low) >> shift, minlength=len(counts))
+    return (bits > high).sum()
+
+
+@count_range.compiled
+def _count_range_compiled(x: Array, low: int, high: int, shift: int, counts: Array) -> Any:
+    import numpy as np
+
+    from merge_cli.kernels import compiled
+
+    return compiled.count_range(x, np.uint32(low), np.uint32(high), np.uint32(shift), counts)
+
+
+@count_range.triton
+def _count_range_triton(x: Array, low: int, high: int, shift: int, counts: Array) -> Any:
+    from merge_cli.kernels import triton_kernels
+
+    return triton_kernels.count_range(x, low, high, shift, counts)
+
+
+@primitive()
+def _count_keys(x: Array, candidates: Sequence[int], above: Keys, equal: Keys) -> None:
+    """For each candidate, add to `above` and `equal` how many keys of a flat block are so."""
+    import numpy as np
+
+    bits = _torch_keys(x)
+    above += np.array([int((bits > key).sum()) for key in candidates])
+    equal += np.array([int((bits == key).sum()) for key in candidates])
+
+
+@_count_keys.compiled
+def _count_keys_compiled(x: Array, candidates: Sequence[int], above: Keys, equal: Keys) -> None:
+    import numpy as np
+
+    from merge_cli.kernels import compiled
+
+    compiled.count_keys(x, np.array(candidates, np.uint32), above, equal)
+
+
+@primitive()
+def find_tie(x: Array, threshold: float, ordinal: int) -> int:
+    """The index of the ordinal-th (from 1) |x| that equals the threshold, or -1 - their number."""
+    ties = (x.abs() == threshold).nonzero()
+    return int(ties[ordinal - 1]) if len(ties) >= ordinal else -1 - len(ties)
+
+
+@find_tie.compiled
+def _find_tie_compiled(x: Array, threshold: float, ordinal: int) -> int:
+    from merge_cli.kernels import compiled
+
+    return int(compiled.find_tie(x, key_of(threshold), ordinal))
 
 
 def _torch_keys(x: Any) -> Any:
@@ -199,13 +260,3 @@ def _torch_keys(x: Any) -> Any:
 
     integer, width = (torch.int32, 31) if x.dtype == torch.float32 else (torch.int64, 63)
     return x.view(integer) & (2**width - 1)
-
-
-def find_tie(x: Any, threshold: float, ordinal: int) -> int:
-    """The index of the ordinal-th (from 1) |x| that equals the threshold, or -1 - their number."""
-    if is_numpy(x):
-        from merge_cli.kernels import compiled
-
-        return int(compiled.find_tie(x, key_of(threshold), ordinal))
-    ties = (x.abs() == threshold).nonzero()
-    return int(ties[ordinal - 1]) if len(ties) >= ordinal else -1 - len(ties)

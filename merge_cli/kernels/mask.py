@@ -24,15 +24,16 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from merge_cli.kernels.backend import Array, is_numpy, kernels_for, matrix
+from merge_cli.kernels.backend import Array, matrix, primitive
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-_CHUNK = 2**32
+_KEYED = 2**32  # elements that share a key: as many as a 32-bit index tells apart
 
 
+@primitive()
 def drop(
     rows: Sequence[Array],
     seed: int,
@@ -46,20 +47,54 @@ def drop(
 
     Args:
         rows: each source's elements from flat index `start` of the tensor called `name`.
-        sources: each source's place in the recipe.
+        sources: each source's index in the recipe.
         density: for each source, the chance of being kept.
         factors: for each source, what is multiplied with what is kept; None for 1.
     """
-    scale = [1.0] * len(rows) if factors is None else factors
-    if is_numpy(rows[0]):
-        return _compiled_drop(rows, seed, sources, name, start, density, scale)
-    kept = [
+    kept_rows = [
         row.where(keep_mask(seed, source, name, start, row.numel(), share, row.device), 0.0)
         for row, source, share in zip(rows, sources, density, strict=True)
     ]
-    return [row * factor for row, factor in zip(kept, scale, strict=True)] if factors else kept
+    if factors is None:
+        return kept_rows
+    return [row * factor for row, factor in zip(kept_rows, factors, strict=True)]
 
 
+@drop.compiled
+def _drop_compiled(
+    rows: Sequence[Array],
+    seed: int,
+    sources: Sequence[int],
+    name: str,
+    start: int,
+    density: Sequence[float],
+    factors: Sequence[float] | None = None,
+) -> list[Array]:
+    import numpy as np
+
+    from merge_cli.kernels import compiled
+
+    stacked = matrix(rows)
+    parts = []
+    scale = np.array([1.0] * len(rows) if factors is None else factors, np.float32)
+    # A limit of 2^32 (density 1) does not fit into the loop's 32 bits: those rows are done below.
+    limits = [min(round(share * 2**32), 2**32 - 1) for share in density]
+    for high, low, part in _keyed_parts(start, stacked.shape[1]):
+        keys = [mask_key(seed, source, name, high) for source in sources]
+        words = [(*key, limit) for key, limit in zip(keys, limits, strict=True)]
+        # Nearly always the whole block, without a copy: it has two keys once in 2^32 elements.
+        contiguous = np.ascontiguousarray(stacked[:, part])
+        result = np.empty_like(contiguous)
+        compiled.drop(contiguous, np.array(words, np.uint32), np.uint32(low), scale, result)
+        parts.append(result)
+    out = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+    for row, share, factor, result in zip(stacked, density, scale, out, strict=True):
+        if round(share * 2**32) >= 2**32:  # nothing is dropped, not even by the last value
+            np.multiply(row, factor, out=result)
+    return list(out)
+
+
+@primitive()
 def count_kept(
     rows: Sequence[Array],
     seed: int,
@@ -69,51 +104,29 @@ def count_kept(
     density: Sequence[float],
 ) -> list[int]:
     """How many elements of each block its mask keeps."""
-    if is_numpy(rows[0]):
-        size = len(rows[0])
-        return [
-            _compiled_count(seed, source, name, start, size, share)
-            for source, share in zip(sources, density, strict=True)
-        ]
     return [
         int(keep_mask(seed, source, name, start, row.numel(), share, row.device).sum())
         for row, source, share in zip(rows, sources, density, strict=True)
     ]
 
 
-def _compiled_drop(
+@count_kept.compiled
+def _count_kept_compiled(
     rows: Sequence[Array],
     seed: int,
     sources: Sequence[int],
     name: str,
     start: int,
     density: Sequence[float],
-    factors: Sequence[float],
-) -> list[Array]:
-    import numpy as np
-
-    from merge_cli.kernels import compiled
-
-    whole = matrix(rows)
-    parts = []
-    scale = np.array(factors, np.float32)
-    limits = [min(round(share * 2**32), 2**32 - 1) for share in density]
-    for chunk, low, part in _chunks(start, whole.shape[1]):
-        keys = [mask_key(seed, source, name, chunk) for source in sources]
-        words = [(*key, limit) for key, limit in zip(keys, limits, strict=True)]
-        # A block reaches into two chunks once in 2^32 elements; rows must be whole for the loop.
-        given = np.ascontiguousarray(whole[:, part])
-        result = np.empty_like(given)
-        compiled.drop(given, np.array(words, np.uint32), np.uint32(low), scale, result)
-        parts.append(result)
-    out = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
-    for row, share, factor, result in zip(whole, density, scale, out, strict=True):
-        if round(share * 2**32) >= 2**32:  # nothing is dropped, not even by the last value
-            np.multiply(row, factor, out=result)
-    return list(out)
+) -> list[int]:
+    size = len(rows[0])
+    return [
+        _count_compiled(seed, source, name, start, size, share)
+        for source, share in zip(sources, density, strict=True)
+    ]
 
 
-def _compiled_count(
+def _count_compiled(
     seed: int, source: int, name: str, start: int, size: int, density: float
 ) -> int:
     import numpy as np
@@ -123,22 +136,22 @@ def _compiled_count(
     limit = round(density * 2**32)
     if limit >= 2**32:
         return size
-    kept = 0
-    for chunk, low, part in _chunks(start, size):
-        k0, k1 = mask_key(seed, source, name, chunk)
+    count = 0
+    for high, low, part in _keyed_parts(start, size):
+        k0, k1 = mask_key(seed, source, name, high)
         words = [np.uint32(word) for word in (k0, k1, low, limit)]
-        kept += int(compiled.count_masked(part.stop - part.start, *words))
-    return kept
+        count += int(compiled.count_masked(part.stop - part.start, *words))
+    return count
 
 
-def _chunks(start: int, size: int) -> Iterator[tuple[int, int, slice]]:
-    """(chunk, first index within it, which elements): the key changes every 2^32 elements."""
-    at = start
-    while at < start + size:
-        chunk = at // _CHUNK
-        end = min(start + size, (chunk + 1) * _CHUNK)
-        yield chunk, at - chunk * _CHUNK, slice(at - start, end - start)
-        at = end
+def _keyed_parts(start: int, size: int) -> Iterator[tuple[int, int, slice]]:
+    """A span's parts of one key: (index >> 32, the first one's index mod 2^32, which elements)."""
+    index = start
+    while index < start + size:
+        high = index // _KEYED
+        end = min(start + size, (high + 1) * _KEYED)
+        yield high, index - high * _KEYED, slice(index - start, end - start)
+        index = end
 
 
 def keep_mask(
@@ -150,41 +163,56 @@ def keep_mask(
     limit = round(density * 2**32)
     if limit >= 2**32:
         return torch.ones(size, dtype=torch.bool, device=device)
-    on_gpu = kernels_for(torch.empty(0, device=device))
     parts = []
-    for chunk, low, part in _chunks(start, size):
-        k0, k1 = mask_key(seed, source, name, chunk)
-        length = part.stop - part.start
-        if on_gpu is not None:
-            parts.append(on_gpu.keep_mask(length, k0, k1, low, limit, device))
-        else:
-            parts.append(_uniform(low, length, k0, k1, device) < limit - 2**31)
+    for high, low, part in _keyed_parts(start, size):
+        k0, k1 = mask_key(seed, source, name, high)
+        parts.append(_below(part.stop - part.start, k0, k1, low, limit, device))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def mask_key(seed: int, source: int, name: str, chunk: int) -> tuple[int, int]:
-    """The two 32-bit words that key the mix."""
-    text = f"{seed}\x1f{source}\x1f{name}\x1f{chunk}".encode()
-    digest = hashlib.blake2b(text, digest_size=8).digest()
-    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
+@primitive(position=5)
+def _below(size: int, k0: int, k1: int, low: int, limit: int, device: torch.device) -> Tensor:
+    """Which words of `size` elements, from index `low` mod 2^32 on, are less than `limit`."""
+    return _mixed(size, k0, k1, low, device) < limit - 2**31
 
 
-def words(seed: int, source: int, name: str, start: int, size: int, device: torch.device) -> Tensor:
+@_below.triton
+def _below_triton(
+    size: int, k0: int, k1: int, low: int, limit: int, device: torch.device
+) -> Tensor:
+    from merge_cli.kernels import triton_kernels
+
+    return triton_kernels.keep_mask(size, k0, k1, low, limit, device)
+
+
+def mask_key(seed: int, source: int, name: str, high: int) -> tuple[int, int]:
+    """The two 32-bit words that key the mix; `high` is index >> 32."""
+    text = f"{seed}\x1f{source}\x1f{name}\x1f{high}".encode()
+    key = hashlib.blake2b(text, digest_size=8).digest()
+    return int.from_bytes(key[:4], "little"), int.from_bytes(key[4:], "little")
+
+
+def random_words(
+    seed: int, source: int, name: str, start: int, size: int, device: torch.device
+) -> Tensor:
     """The words that masks compare with a limit: int64 in [0, 2^32), from flat index `start`."""
     import torch
 
     parts = []
-    for chunk, low, part in _chunks(start, size):
-        key = mask_key(seed, source, name, chunk)
-        parts.append(_uniform(low, part.stop - part.start, *key, device).to(torch.int64) + 2**31)
+    for high, low, part in _keyed_parts(start, size):
+        k0, k1 = mask_key(seed, source, name, high)
+        mixed = _mixed(part.stop - part.start, k0, k1, low, device)
+        parts.append(mixed.to(torch.int64) + 2**31)
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _uniform(low: int, size: int, k0: int, k1: int, device: torch.device) -> Tensor:
+def _mixed(size: int, k0: int, k1: int, low: int, device: torch.device) -> Tensor:
     """The mixed words, shifted by -2^31 so that comparing them as int32 orders them as uint32."""
     import torch
 
-    # int32 wraps as uint32 does; only right shifts differ, and their sign bits are masked away.
+    # torch supports few operations on uint32, so that int32 stands for it: sums and products wrap
+    # alike; only right shifts differ, and the sign bits that they copy in are masked away.
+    # The same lines in uint32: `compiled/masks.py` and `triton_kernels._kept`.
     index = torch.arange(low, low + size, dtype=torch.int64, device=device)
     x = index.to(torch.int32) if low + size <= 2**31 else _wrap(index)
     x ^= _signed(k0)

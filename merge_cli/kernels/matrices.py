@@ -14,9 +14,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from merge_cli.kernels.backend import host_primitive
+
 _NOISE = 1e-7  # of the largest: below it the products of rows have no digits left
 
 
+@host_primitive
 def singular_values(matrix: Any) -> Any:
     """Singular values of a matrix (numpy, float64), the largest first; numpy.
 
@@ -25,32 +28,53 @@ def singular_values(matrix: Any) -> Any:
     """
     import numpy as np
 
+    return _without_noise(np.linalg.svd(_wider_than_tall(matrix), compute_uv=False))
+
+
+@singular_values.compiled
+def _singular_values_compiled(matrix: Any) -> Any:
+    import numpy as np
+
     from merge_cli.kernels import compiled
 
-    small = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    if not compiled.available():
-        small = np.ascontiguousarray(small)
-        products = np.empty((len(small), len(small)))
-        squares, beside = np.empty(len(small)), np.empty(len(small))
-        compiled.own_products(small, products)
-        compiled.tridiagonal(products, squares, beside)
-        if compiled.eigenvalues(squares, beside):
-            values = np.sqrt(np.maximum(np.sort(squares)[::-1], 0.0))
-            return np.where(values < _NOISE * values[0], 0.0, values)
-    values = np.linalg.svd(small, compute_uv=False)
+    small = np.ascontiguousarray(_wider_than_tall(matrix))
+    products = np.empty((len(small), len(small)))
+    diagonal, off_diagonal = np.empty(len(small)), np.empty(len(small))
+    compiled.own_products(small, products)
+    compiled.tridiagonal(products, diagonal, off_diagonal)
+    if not compiled.eigenvalues(diagonal, off_diagonal):  # the iteration has not converged
+        return singular_values.reference(matrix)
+    return _without_noise(np.sqrt(np.maximum(np.sort(diagonal)[::-1], 0.0)))
+
+
+def _wider_than_tall(matrix: Any) -> Any:
+    """The matrix or its transpose: A A^T is then the smaller of the two products."""
+    return matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+
+
+def _without_noise(values: Any) -> Any:
+    import numpy as np
+
     return np.where(values < _NOISE * values[0], 0.0, values)
 
 
+@host_primitive
 def low_rank_product(left: Any, right: Any) -> Any:
     """left [n, rank] times right [rank, m], numpy float32; float32 [n, m]."""
+    import numpy as np
+
+    out = np.zeros((left.shape[0], right.shape[1]), np.float32)
+    for k in range(left.shape[1]):
+        out += left[:, k, None] * right[None, k]
+    return out
+
+
+@low_rank_product.compiled
+def _low_rank_product_compiled(left: Any, right: Any) -> Any:
     import numpy as np
 
     from merge_cli.kernels import compiled
 
     out = np.zeros((left.shape[0], right.shape[1]), np.float32)
-    if not compiled.available():
-        compiled.low_rank_product(np.ascontiguousarray(left), np.ascontiguousarray(right), out)
-        return out
-    for k in range(left.shape[1]):
-        out += left[:, k, None] * right[None, k]
+    compiled.low_rank_product(np.ascontiguousarray(left), np.ascontiguousarray(right), out)
     return out

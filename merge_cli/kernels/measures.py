@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from merge_cli.kernels.backend import Array, is_numpy, matrix
+from merge_cli.kernels.backend import Array, host_primitive, matrix, primitive
 from merge_cli.kernels.keys import number
 from merge_cli.kernels.reduce import BLOCK_MULTIPLE
 
@@ -88,33 +88,39 @@ def add_relations(rows: Sequence[Array], thresholds: Sequence[float], into: Rela
         thresholds: for each source, the magnitude from which on an entry counts as large.
     """
     into.count += len(rows[0])
-    least = [max(threshold, _SMALLEST) for threshold in thresholds]
-    if is_numpy(rows[0]):
-        import numpy as np
+    _add_sums(rows, [max(threshold, _SMALLEST) for threshold in thresholds], into)
 
-        from merge_cli.kernels import compiled
 
-        whole = matrix(rows)
-        compiled.gram(whole, into.gram)
-        compiled.count_relations(
-            whole,
-            np.array(least, np.float32).view(np.uint32),
-            into.both,
-            into.agree,
-            into.equal,
-            into.large,
-            into.steps,
-            into.contest,
-        )
-        return
+@primitive()
+def _add_sums(rows: Sequence[Array], least: Sequence[float], into: Relations) -> None:
     import torch
 
-    whole = torch.stack(list(rows))
-    for start in range(0, whole.shape[1], BLOCK_MULTIPLE):
-        run = whole[:, start : start + BLOCK_MULTIPLE]
+    stacked = torch.stack(list(rows))
+    for start in range(0, stacked.shape[1], BLOCK_MULTIPLE):
+        run = stacked[:, start : start + BLOCK_MULTIPLE]
         wide = run.double()
         into.gram += (wide @ wide.T).cpu().numpy()
         _count(run[0], run[1:], least, into)
+
+
+@_add_sums.compiled
+def _add_sums_compiled(rows: Sequence[Array], least: Sequence[float], into: Relations) -> None:
+    import numpy as np
+
+    from merge_cli.kernels import compiled
+
+    stacked = matrix(rows)
+    compiled.gram(stacked, into.gram)
+    compiled.count_relations(
+        stacked,
+        np.array(least, np.float32).view(np.uint32),
+        into.both,
+        into.agree,
+        into.equal,
+        into.large,
+        into.steps,
+        into.contest,
+    )
 
 
 def _count(base: Any, deltas: Any, least: Sequence[float], into: Relations) -> None:
@@ -145,6 +151,7 @@ def _whole(counts: Any) -> Any:
     return counts.round().long().cpu().numpy()
 
 
+@host_primitive
 def top_threshold(values: Any, share: float) -> float:
     """The least of the largest `share` of magnitudes, at least one of them.
 
@@ -153,23 +160,35 @@ def top_threshold(values: Any, share: float) -> float:
     """
     import numpy as np
 
-    from merge_cli.kernels import compiled
-
     keep = max(1, round(share * len(values)))
-    if values.dtype == np.float32 and not compiled.available():
-        return number(int(compiled.key_of_rank(values, keep)), 31)
     return float(np.sort(np.abs(values))[-keep])
 
 
+@top_threshold.compiled
+def _top_threshold_compiled(values: Any, share: float) -> float:
+    import numpy as np
+
+    from merge_cli.kernels import compiled
+
+    if values.dtype != np.float32:
+        return top_threshold.reference(values, share)
+    keep = max(1, round(share * len(values)))
+    return number(int(compiled.key_of_rank(values, keep)), 31)
+
+
+@primitive()
 def squares(base: Array, merged: Array) -> tuple[float, float]:
     """sum of base^2, and of (merged - base)^2."""
-    if is_numpy(base):
-        from merge_cli.kernels import compiled
-
-        result: tuple[float, float] = compiled.quick_change(base, merged)
-        return result
     change = merged - base
     return float(base @ base), float(change @ change)
+
+
+@squares.compiled
+def _squares_compiled(base: Array, merged: Array) -> tuple[float, float]:
+    from merge_cli.kernels import compiled
+
+    result: tuple[float, float] = compiled.quick_change(base, merged)
+    return result
 
 
 def add_gram(rows: Sequence[Array], total: Any, *, pairs: bool) -> None:
@@ -178,27 +197,31 @@ def add_gram(rows: Sequence[Array], total: Any, *, pairs: bool) -> None:
         for i, row in enumerate(rows):
             total[i, i] += float(row @ row)
         return
-    if is_numpy(rows[0]):
-        from merge_cli.kernels import compiled
+    _add_products(rows, total)
 
-        compiled.gram(matrix(rows), total)
-        return
+
+@primitive()
+def _add_products(rows: Sequence[Array], total: Any) -> None:
     import torch
 
     stacked = torch.stack(list(rows))
     total += (stacked @ stacked.T).double().cpu().numpy()
 
 
+@_add_products.compiled
+def _add_products_compiled(rows: Sequence[Array], total: Any) -> None:
+    from merge_cli.kernels import compiled
+
+    compiled.gram(matrix(rows), total)
+
+
+@primitive()
 def add_signs(rows: Sequence[Array], both: Any, agree: Any) -> int:
     """Add, for each pair of rows, on how many elements both are non-zero, and where they agree.
 
     Returns:
         the number of elements on which some are positive and others negative.
     """
-    if is_numpy(rows[0]):
-        from merge_cli.kernels import compiled
-
-        return int(compiled.count_signs(matrix(rows), both, agree))
     import torch
 
     sign = torch.stack(list(rows)).sign()
@@ -208,3 +231,10 @@ def add_signs(rows: Sequence[Array], both: Any, agree: Any) -> int:
     both += together
     agree += (together + difference) // 2
     return int(((sign.amax(0) > 0) & (sign.amin(0) < 0)).sum())
+
+
+@add_signs.compiled
+def _add_signs_compiled(rows: Sequence[Array], both: Any, agree: Any) -> int:
+    from merge_cli.kernels import compiled
+
+    return int(compiled.count_signs(matrix(rows), both, agree))

@@ -27,10 +27,10 @@ from merge_cli.kernels.keys import (
     number,
 )
 
-_BINS = 2**19
-_FEW = 8
-_SAMPLE_SHARE = 64
-_SMALLEST_SAMPLE, _LARGEST_SAMPLE = 2**17, 2**21
+_BINS = 2**19  # of a histogram: 2 MB of int32 for each operand and thread
+_FEW = 8  # keys that are counted one by one, without a histogram
+_SAMPLE_SHARE = 64  # one element of so many is sampled,
+_SMALLEST_SAMPLE, _LARGEST_SAMPLE = 2**17, 2**21  # within these; a smaller stream is sorted
 _KEPT_COUNTS = 4_000_000  # bins of single spans that may be held, 12 bytes each
 T = TypeVar("T")
 Rows = Sequence[Any]
@@ -97,19 +97,19 @@ def exact_cuts(counts: Sequence[int], stream: Stream) -> list[MagnitudeThreshold
     return cuts
 
 
-def _cuts_of_few(wanted: dict[int, int], stream: Stream) -> dict[int, MagnitudeThreshold]:
+def _cuts_of_few(requested: dict[int, int], stream: Stream) -> dict[int, MagnitudeThreshold]:
     """The cuts of a stream that is small enough to be sorted: read once, no histogram."""
     import numpy as np
 
-    blocks = [[keys(rows[i]) for i in wanted] for rows in stream.sample(stream.size)]
+    blocks = [[keys(rows[i]) for i in requested] for rows in stream.sample(stream.size)]
     cuts = {}
-    for place, (i, k) in enumerate(wanted.items()):
-        result = np.concatenate([rows[place] for rows in blocks])
-        ordered = np.sort(result)  # numpy sorts integers faster than it selects one of them
+    for column, (i, k) in enumerate(requested.items()):
+        operand_keys = np.concatenate([rows[column] for rows in blocks])
+        ordered = np.sort(operand_keys)  # numpy sorts integers faster than it selects one of them
         key = ordered[len(ordered) - k]
         above = len(ordered) - int(np.searchsorted(ordered, key, side="right"))
-        threshold = number(int(key), 8 * result.itemsize - 1)
-        ties = np.flatnonzero(result == key)
+        threshold = number(int(key), 8 * operand_keys.itemsize - 1)
+        ties = np.flatnonzero(operand_keys == key)
         all_kept = k - above == len(ties) or math.isnan(threshold)
         cuts[i] = MagnitudeThreshold(threshold, ALL_TIES if all_kept else int(ties[k - above - 1]))
     return cuts
@@ -120,7 +120,8 @@ class _Search:
 
     Attributes:
         candidates: a few keys, ascending, of which it probably is one; then these are counted.
-        needed: once found, how many of the elements that equal the threshold are kept.
+        settled: whether the threshold is known, and in which span its last tie lies.
+        needed: once settled, how many of the elements that equal the threshold are kept.
         all_ties: whether that is all of them.
         ties: their number in each span.
     """
@@ -128,7 +129,7 @@ class _Search:
     def __init__(self, k: int, low: int, high: int, width: int, candidates: list[int]) -> None:
         self.k, self.width = k, width
         self.low, self.high, self.candidates = low, high, candidates
-        self.found, self.all_ties = False, False
+        self.settled, self.all_ties = False, False
         self.needed = 0
         self.ties: list[int] = []
 
@@ -157,18 +158,20 @@ class _Search:
             self._narrow_to_bin(*total.result(), spans)
 
     def _narrow_to_key(self, total: KeyCounter, spans: Sequence[SpanCounts | None]) -> None:
+        # From the largest candidate down. The threshold may also lie between two of them, or
+        # beyond, where the sample has seen nothing: then that gap is the next range.
         ceiling = 2**self.width - 1
-        for place in reversed(range(len(self.candidates))):
+        for candidate in reversed(range(len(self.candidates))):
             key, above, equal = (
-                self.candidates[place],
-                *(int(counts[place]) for counts in (total.above, total.equal)),
+                self.candidates[candidate],
+                *(int(counts[candidate]) for counts in (total.above, total.equal)),
             )
             if self.k <= above:
                 self.low, self.high, self.candidates = key + 1, ceiling, []
                 return
             if self.k <= above + equal:
                 self.low = self.high = key
-                self._settle(place, self.k - above, equal, spans)
+                self._settle(candidate, self.k - above, equal, spans)
                 return
             ceiling = key - 1
         self.low, self.high, self.candidates = 0, ceiling, []
@@ -176,40 +179,40 @@ class _Search:
     def _narrow_to_bin(
         self, above: int, total: SpanCounts, spans: Sequence[SpanCounts | None]
     ) -> None:
-        if self.k <= above:
+        if self.k <= above:  # the sample was unlucky: the bracket lies too low
             self.low, self.high = self.high + 1, 2**self.width - 1
             return
         chosen = total.bin_of_rank(self.k - above)
-        if chosen is None:
+        if chosen is None:  # or too high
             self.low, self.high = 0, self.low - 1
             return
-        place, larger, inside = chosen
-        first = self.low + (place << self.shift)
+        index, larger, inside = chosen
+        first = self.low + (index << self.shift)
         last = min(self.high, first + (1 << self.shift) - 1)
         self.low, self.high = first, last
         if first == last:
-            self._settle(place, self.k - above - larger, inside, spans)
+            self._settle(index, self.k - above - larger, inside, spans)
 
     def _settle(
-        self, place: int, needed: int, inside: int, spans: Sequence[SpanCounts | None]
+        self, index: int, needed: int, inside: int, spans: Sequence[SpanCounts | None]
     ) -> None:
         """The key is known; so is in which span the last tie lies, if the spans' counts are."""
         self.needed, self.all_ties = needed, needed == inside
-        self.ties = [span.at(place) for span in spans if span is not None]
+        self.ties = [span.at(index) for span in spans if span is not None]
         # Where they were too many to keep, the next pass counts this key alone.
-        self.found = self.all_ties or len(self.ties) == len(spans)
+        self.settled = self.all_ties or len(self.ties) == len(spans)
 
 
-def _brackets(wanted: dict[int, int], stream: Stream) -> dict[int, _Search]:
+def _brackets(requested: dict[int, int], stream: Stream) -> dict[int, _Search]:
     """Where a sample says that each operand's threshold should be, with room for its error."""
-    if not wanted:
+    if not requested:
         return {}
     import numpy as np
 
     count = min(max(stream.size // _SAMPLE_SHARE, _SMALLEST_SAMPLE), _LARGEST_SAMPLE)
     blocks = [[keys(row) for row in rows] for rows in stream.sample(count)]
     searches = {}
-    for i, k in wanted.items():
+    for i, k in requested.items():
         sample = np.concatenate([rows[i] for rows in blocks])
         width = 8 * sample.itemsize - 1
         share = k / stream.size
@@ -218,19 +221,20 @@ def _brackets(wanted: dict[int, int], stream: Stream) -> dict[int, _Search]:
         error = 6 * math.sqrt(share * (1 - share) / len(sample)) + 1e-4
         ranks = ((1 - share - error) * len(sample) - 2, (1 - share + error) * len(sample) + 2)
         low, high = (min(max(int(rank), 0), len(sample) - 1) for rank in ranks)
-        placed = np.sort(sample)  # numpy sorts integers faster than it selects two of them
-        bracket = placed[low : high + 1]
+        ordered = np.sort(sample)  # numpy sorts integers faster than it selects two of them
+        bracket = ordered[low : high + 1]
         candidates = np.unique(bracket[:: max(1, len(bracket) // 4096)])
         # Differences of 16-bit weights take few values: then one of these is the threshold.
         few = candidates.tolist() if len(candidates) <= _FEW else []
-        searches[i] = _Search(k, int(placed[low]), int(placed[high]), width, few)
+        searches[i] = _Search(k, int(ordered[low]), int(ordered[high]), width, few)
     return searches
 
 
 def _run(searches: dict[int, _Search], stream: Stream) -> dict[int, _Search]:
     """Pass over the stream until every threshold is known."""
-    while active := {i: search for i, search in searches.items() if not search.found}:
+    while active := {i: search for i, search in searches.items() if not search.settled}:
         counters = {i: search.counter() for i, search in active.items()}
+        # Counts of single spans tell where the last kept tie lies; few enough of them are kept.
         room = _KEPT_COUNTS // (len(active) * (len(stream.starts) - 1))
 
         spans = stream.map(partial(_count, counters, room))
@@ -240,15 +244,17 @@ def _run(searches: dict[int, _Search], stream: Stream) -> dict[int, _Search]:
 
 
 def _count(totals: dict[int, Any], room: int, blocks: Iterable[Rows]) -> Counted:
-    own = {i: total.empty_copy() for i, total in totals.items()}
+    counters = {i: total.empty_copy() for i, total in totals.items()}
     for rows in blocks:
-        for i, counter in own.items():
+        for i, counter in counters.items():
             counter.feed(rows[i])
-    return {i: totals[i].add(counter, room) for i, counter in own.items()}
+    return {i: totals[i].add(counter, room) for i, counter in counters.items()}
 
 
 def _last_ties(searches: dict[int, _Search], stream: Stream) -> dict[int, int]:
     """For each operand that keeps some ties and not others, the index of the last that is kept."""
+    # Ties are kept from the lowest index on, so the last one lies where the running sum of the
+    # spans' counts reaches what is needed; only that span is read again.
     by_span: dict[int, dict[int, int]] = {}  # span -> operand -> which of its ties
     for i, search in searches.items():
         if not search.all_ties and not math.isnan(search.threshold):
@@ -267,16 +273,16 @@ def _last_ties(searches: dict[int, _Search], stream: Stream) -> dict[int, int]:
 def _find(
     thresholds: dict[int, float], ordinals: dict[int, int], offset: int, blocks: Iterable[Rows]
 ) -> dict[int, int]:
-    missing, result = dict(ordinals), {}
+    ordinals_left, result = dict(ordinals), {}
     for rows in blocks:
-        for i, ordinal in tuple(missing.items()):
-            place = find_tie(rows[i], thresholds[i], ordinal)
-            if place >= 0:
-                result[i] = offset + place
-                del missing[i]
+        for i, ordinal in tuple(ordinals_left.items()):
+            index = find_tie(rows[i], thresholds[i], ordinal)
+            if index >= 0:
+                result[i] = offset + index
+                del ordinals_left[i]
             else:
-                missing[i] -= -1 - place
-        if not missing:
+                ordinals_left[i] -= -1 - index
+        if not ordinals_left:
             break
         offset += len(rows[0])
     return result

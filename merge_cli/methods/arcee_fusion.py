@@ -35,11 +35,11 @@ class Importance:
         """The importance of a flat span's elements."""
         import torch
 
-        places = torch.arange(start, start + len(delta), device=delta.device)
-        return delta.abs() * self.rows[places // self.width]
+        elements = torch.arange(start, start + len(delta), device=delta.device)
+        return delta.abs() * self.rows[elements // self.width]
 
 
-def measure(tensor: TensorBlocks, survey: None, **_: Any) -> Importance:
+def measure(tensor: TensorBlocks, model: None, **_: Any) -> Importance:
     """Divergences and the threshold; the tensor is held whole."""
     import torch
 
@@ -47,19 +47,19 @@ def measure(tensor: TensorBlocks, survey: None, **_: Any) -> Importance:
     assert base is not None, "the method asks for the base"
     width = tensor.shape[-1] if tensor.shape else 1
     base, delta = base.reshape(-1, width), delta.reshape(-1, width)
-    found = []
+    divergences = []
     for begin in range(0, len(base), _ROWS):
         q = base[begin : begin + _ROWS].double()
         p = (q + delta[begin : begin + _ROWS].double()).softmax(-1) + _SMALL
         q = q.softmax(-1) + _SMALL
-        found.append((p * (p / q).log()).sum(-1).to(base.dtype))
-    rows = torch.cat(found)
+        divergences.append((p * (p / q).log()).sum(-1).to(base.dtype))
+    rows = torch.cat(divergences)
     ordered = Importance(rows, width, 0.0).of(delta.reshape(-1), 0).sort().values
     low, middle, high = (float(ordered[int(q * (len(ordered) - 1))]) for q in _QUARTILES)
     return Importance(rows, width, middle + _RANGES * (high - low))
 
 
-@merge_method("arcee_fusion", count=(1, 1), prepare=measure, prepare_uses=(), whole=lambda **_: 4)
+@merge_method("arcee_fusion", count=(1, 1), tensor_pass=measure, extra_memory=lambda **_: 4)
 def arcee_fusion(base: Tensor, deltas: list[Tensor], at: Span, prepared: Importance) -> Tensor:
     """Take the other model's elements where change and divergence together stand out."""
     (delta,) = deltas

@@ -1,6 +1,6 @@
-"""What methods see of the outside: where a span stands, and readers for those that look twice.
+"""What a method sees of the engine: spans, blocks, and readers for passes over tensors and models.
 
-Which sources a formula runs over: those that are listed, and where the base stands.
+And which sources a formula runs over (`operand_specs`): those that are listed, and the base's part.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ class Span:
     """Which elements a method is looking at: `start` onward in the flat tensor called `name`.
 
     Attributes:
-        sources: each source's place in the recipe. Slices may use any subset, and a random mask
-            belongs to the source, not to its place in the slice.
+        sources: each source's index in the recipe. Slices may use any subset, and a random mask
+            belongs to the source, not to its index in the slice.
     """
 
     name: str = ""
@@ -122,7 +122,8 @@ class RowStream:
 def load_whole(tensor: TensorBlocks) -> tuple[Array | None, list[Array]]:
     """The whole tensor of the base and of every source, in its shape.
 
-    For methods whose formula needs it (`whole=True`): memory then grows with the largest tensor.
+    For methods whose formula needs it, which say so with `extra_memory`: memory then grows with the
+    largest tensor.
     """
     bases, operands = [], []
     for block in tensor.blocks():
@@ -145,7 +146,7 @@ def operand_specs(
     recipe: Recipe,
     method: Method,
     specs: Sequence[SourceSpec],
-    piece: SliceSpec | None = None,
+    output_slice: SliceSpec | None = None,
 ) -> tuple[SourceSpec, ...]:
     """The sources that the formula runs over, in its order.
 
@@ -159,28 +160,28 @@ def operand_specs(
     base = recipe.base_model
     if base is None:
         return tuple(specs)
-    if averages_base(recipe, method, specs, piece):
+    if averages_base(recipe, method, specs, output_slice):
         return (*specs, SourceSpec(base, "base_model"))
-    own = tuple(s for s in specs if s.model == base)
+    base_specs = tuple(s for s in specs if s.model == base)
     others = tuple(s for s in specs if s.model != base)
     if method.base_is_source:
-        return (own or (SourceSpec(base, "base_model"),)) + others
+        return (base_specs or (SourceSpec(base, "base_model"),)) + others
     return others if method.needs_base else tuple(specs)
 
 
-def shared_parameters(recipe: Recipe, piece: SliceSpec | None) -> list[Parameters]:
+def shared_parameters(recipe: Recipe, output_slice: SliceSpec | None) -> list[Parameters]:
     """What stands for all sources of a piece, the closest first."""
-    own = [piece.parameters, piece.outer] if piece else []
-    return [*own, recipe.parameters]
+    closest = [output_slice.parameters, output_slice.outer] if output_slice else []
+    return [*closest, recipe.parameters]
 
 
 def averages_base(
-    recipe: Recipe, method: Method, specs: Sequence[SourceSpec], piece: SliceSpec | None
+    recipe: Recipe, method: Method, specs: Sequence[SourceSpec], output_slice: SliceSpec | None
 ) -> bool:
     """Whether a base that is not listed counts as one more model."""
     if method.averages_base is None or lists_base(recipe, specs):
         return False
-    return method.averages_base(recipe, shared_parameters(recipe, piece))
+    return method.averages_base(recipe, shared_parameters(recipe, output_slice))
 
 
 def lists_base(recipe: Recipe, specs: Sequence[SourceSpec]) -> bool:

@@ -6,90 +6,36 @@ ones are kept. Equal magnitudes are ranked by index, the lower the larger.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 from merge_cli.kernels.backend import Array
-from merge_cli.kernels.cut import MagnitudeThreshold, count_kept, trimmed
-from merge_cli.kernels.elect import disjoint_mean
-from merge_cli.kernels.reduce import add_scaled, divided, weighted_sum
-from merge_cli.kernels.select import exact_cuts, kept_count
-from merge_cli.methods.blocks import Block, RowStream, Span, TensorBlocks
+from merge_cli.kernels.reduce import add_scaled
+from merge_cli.methods.blocks import Span, TensorBlocks
+from merge_cli.methods.consensus import disjoint_merge, divisor_of, linear_sum
 from merge_cli.methods.parameters import CappedShare, Density, PerModel, each
 from merge_cli.methods.registry import merge_method
-from merge_cli.methods.rescaling import RescaleL1, l1_factors, rescaled
-from merge_cli.methods.soup import divisor
-
-# For each task vector: what is kept of it and the outliers, and the outliers alone.
-Cuts = tuple[list[MagnitudeThreshold | None], list[MagnitudeThreshold | None]]
+from merge_cli.methods.sparsification import MiddleBand, RescaleL1, count_kept, middle_band
 
 
-@dataclass(frozen=True)
-class Middle:
-    """What is kept of each task vector of a tensor, and what that is multiplied by."""
-
-    cuts: Cuts
-    factors: list[float]
-
-
-def find_cuts(
+def decide(
     tensor: TensorBlocks,
-    survey: None,
+    model: None,
     *,
     density: Sequence[float],
     gamma: Sequence[float],
     rescale: RescaleL1,
     **_: Any,
-) -> Middle:
-    """The two cuts of each task vector; at density 1 nothing is dropped."""
-    size = tensor.size
-    kept = [kept_count(share, size) for share in density]
-    # What is kept wins: fewer outliers go where both do not fit.
-    outliers = [
-        min(kept_count(share, size), size - keep) for share, keep in zip(gamma, kept, strict=True)
-    ]
-    counts = [a + b for a, b in zip(kept, outliers, strict=True)]
-    stream = RowStream(tensor, lambda block: [*block.operands, *block.operands])
-    result = exact_cuts([*counts, *outliers], stream)
-    cuts = result[: len(counts)], result[len(counts) :]
-
-    def trim(deltas: list[Array], start: int) -> list[Array]:
-        return _between(deltas, cuts, start)
-
-    return Middle(cuts, l1_factors(tensor, density, rescale, trim))
-
-
-def _between(deltas: list[Array], cuts: Cuts, start: int) -> list[Array]:
-    whole, outliers = (trimmed(deltas, part, start) for part in cuts)
-    # An outlier less itself is 0, and nothing else is touched.
-    return [
-        kept
-        if cut is not None and cut.last_tie == -1 and cut.threshold == float("inf")
-        else kept - out
-        for kept, out, cut in zip(whole, outliers, cuts[1], strict=True)
-    ]
-
-
-def _middle(deltas: list[Array], prepared: Middle, start: int) -> list[Array]:
-    return rescaled(_between(deltas, prepared.cuts, start), prepared.factors)
-
-
-def kept(block: Block, prepared: Middle, parameters: Mapping[str, Any]) -> list[int]:
-    """How many elements of each task vector are kept in a block."""
-    start = block.at.start
-    return [
-        count_kept(delta, whole, start) - count_kept(delta, outliers, start)
-        for delta, whole, outliers in zip(block.operands, *prepared.cuts, strict=True)
-    ]
+) -> MiddleBand:
+    """The two cuts of each task vector."""
+    return middle_band(tensor, density, gamma, rescale)
 
 
 _SHARED: dict[str, Any] = {
     "paper": "arXiv:2312.06795",
-    "prepare": find_cuts,
-    "kept": kept,
-    "prepare_uses": ("density", "gamma", "rescale"),
-    "any_array": True,
+    "tensor_pass": decide,
+    "count_kept": count_kept,
+    "supports_numpy": True,
 }
 
 
@@ -98,7 +44,7 @@ def breadcrumbs(
     base: Array,
     deltas: list[Array],
     at: Span,
-    prepared: Middle,
+    prepared: MiddleBand,
     *,
     weight: PerModel[float] = each(1.0),
     density: PerModel[Density] = each(1.0),
@@ -117,9 +63,7 @@ def breadcrumbs(
         rescale: multiply what is kept by its L1 norm before over after (`l1`, or true).
         lambda_: scale of the whole change.
     """
-    mixed = weighted_sum(weight, _middle(deltas, prepared, at.start))
-    if normalize:
-        mixed = divided(mixed, divisor(weight))
+    mixed = linear_sum(weight, prepared.apply(deltas, at), divisor_of(weight, normalize))
     return add_scaled(base, lambda_, mixed)
 
 
@@ -128,7 +72,7 @@ def breadcrumbs_ties(
     base: Array,
     deltas: list[Array],
     at: Span,
-    prepared: Middle,
+    prepared: MiddleBand,
     *,
     weight: PerModel[float] = each(1.0),
     density: PerModel[Density] = each(1.0),
@@ -147,10 +91,5 @@ def breadcrumbs_ties(
         rescale: multiply what is kept by its L1 norm before over after (`l1`, or true).
         lambda_: scale of the whole change.
     """
-    mixed = disjoint_mean(
-        _middle(deltas, prepared, at.start),
-        weight,
-        weighted_election=True,
-        divide_by="weights" if normalize else "nothing",
-    )
+    mixed = disjoint_merge(weight, prepared.apply(deltas, at), normalize=normalize)
     return add_scaled(base, lambda_, mixed)

@@ -47,16 +47,15 @@ def _variant(recipe: Recipe) -> Method | None:
 @merge_method(
     "dam",
     paper="arXiv:2410.08371",
-    variant=_variant,
-    learns=True,
-    any_array=True,
+    resolve_variant=_variant,
+    supports_numpy=True,
 )
 def dam(models: list[Array], at: Span, coefficients: TensorCoefficients) -> Array:
     """Sum of c_i * W_i with learned coefficients, by default one for each input column."""
     return _scaled_sum(models, at, coefficients)
 
 
-@merge_method("dam", paper="arXiv:2410.08371", learns=True, any_array=True, listed=False)
+@merge_method("dam", paper="arXiv:2410.08371", supports_numpy=True, listed=False)
 def dam_task_vector(
     base: Array, deltas: list[Array], at: Span, coefficients: TensorCoefficients
 ) -> Array:

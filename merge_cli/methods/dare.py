@@ -1,84 +1,43 @@
 """DARE: drop most of each task vector at random and rescale the rest. Yu et al., arXiv:2311.03099.
 
-The mask of an element depends on the seed, the source, the tensor's name and the element's index
-alone (see `kernels.mask`). Rescaling is exact by default: 1/density keeps the expectation.
+Rescaling is exact by default: 1/density keeps the expectation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any
 
 from merge_cli.kernels.backend import Array
-from merge_cli.kernels.elect import disjoint_mean
-from merge_cli.kernels.mask import count_kept, drop
-from merge_cli.kernels.reduce import absolute_runs, add_scaled, divided, exact_sum, weighted_sum
-from merge_cli.methods.blocks import Block, Span, TensorBlocks
+from merge_cli.kernels.reduce import add_scaled
+from merge_cli.methods.blocks import Span, TensorBlocks
+from merge_cli.methods.consensus import Elect, disjoint_merge, divisor_of, linear_sum
 from merge_cli.methods.parameters import Density, PerModel, each
 from merge_cli.methods.registry import merge_method
-from merge_cli.methods.soup import divisor
-
-# true and false are mergekit's spelling: rescale, or do not.
-Rescale = Literal["density", "l1", "none", True, False]
+from merge_cli.methods.sparsification import RandomDrop, Rescale, count_kept, random_drop
 
 
-def dropped(
-    deltas: list[Array], at: Span, density: Sequence[float], factors: Sequence[float] | None = None
-) -> list[Array]:
-    """Zero each element with probability 1 - density, multiply the others by the factor."""
-    return drop(deltas, at.seed, at.sources, at.name, at.start, density, factors)
+def decide(
+    tensor: TensorBlocks, model: None, *, density: Sequence[float], rescale: Rescale, **_: Any
+) -> RandomDrop:
+    """The masks' chances and factors."""
+    return random_drop(tensor, density, rescale)
 
 
-def kept(block: Block, prepared: Any, parameters: Mapping[str, Any]) -> list[int]:
-    """How many elements each task vector keeps in a block."""
-    at, density = block.at, parameters["density"]
-    return count_kept(block.operands, at.seed, at.sources, at.name, at.start, density)
+_SHARED: dict[str, Any] = {
+    "paper": "arXiv:2311.03099",
+    "tensor_pass": decide,
+    "count_kept": count_kept,
+    "supports_numpy": True,
+}
 
 
-def rescale_factors(
-    tensor: TensorBlocks, survey: None, *, density: Sequence[float], rescale: Rescale, **_: Any
-) -> list[float]:
-    """What each dropped task vector is multiplied by.
-
-    1/density (0 where nothing is kept); or, for `l1`, its L1 norm before over its L1 norm after, as
-    mergekit does (0 where nothing survived).
-    """
-    if rescale in ("density", True):
-        return [1.0 / p if p else 0.0 for p in density]
-    if rescale in ("none", False):
-        return [1.0] * len(density)
-
-    def sums(blocks: Iterator[Block]) -> list[list[float]]:
-        result: list[list[float]] = [[] for _ in range(2 * len(density))]
-        for block in blocks:
-            everything = [*block.operands, *dropped(block.operands, block.at, density)]
-            for parts, array in zip(result, everything, strict=True):
-                parts += absolute_runs(array)
-        return result
-
-    norms = [exact_sum(parts) for parts in zip(*tensor.map(sums), strict=True)]
-    before, after = norms[: len(density)], norms[len(density) :]
-    return [b / a if a else 0.0 for b, a in zip(before, after, strict=True)]
-
-
-def _scaled(weight: Sequence[float], factors: list[float]) -> list[float]:
-    return [w * factor for w, factor in zip(weight, factors, strict=True)]
-
-
-@merge_method(
-    "dare",
-    aliases=("dare_linear",),
-    paper="arXiv:2311.03099",
-    prepare=rescale_factors,
-    prepare_uses=("density", "rescale"),
-    kept=kept,
-    any_array=True,
-)
+@merge_method("dare", aliases=("dare_linear",), **_SHARED)
 def dare(
     base: Array,
     deltas: list[Array],
     at: Span,
-    prepared: list[float],
+    prepared: RandomDrop,
     *,
     weight: PerModel[float] = each(1.0),
     density: PerModel[Density] = each(1.0),
@@ -96,32 +55,24 @@ def dare(
         normalize: divide the sum by the sum of the weights, or by 1 where they cancel.
         lambda_: scale of the whole change.
     """
-    mixed = weighted_sum(_scaled(weight, prepared), dropped(deltas, at, density))
-    if normalize:
-        mixed = divided(mixed, divisor(weight))
+    masks, factored = prepared.factored_out(weight)
+    mixed = linear_sum(factored, masks.apply(deltas, at), divisor_of(weight, normalize))
     return add_scaled(base, lambda_, mixed)
 
 
-@merge_method(
-    "dare_ties",
-    paper="arXiv:2311.03099",
-    prepare=rescale_factors,
-    prepare_uses=("density", "rescale"),
-    kept=kept,
-    any_array=True,
-)
+@merge_method("dare_ties", **_SHARED)
 def dare_ties(
     base: Array,
     deltas: list[Array],
     at: Span,
-    prepared: list[float],
+    prepared: RandomDrop,
     *,
     weight: PerModel[float] = each(1.0),
     density: PerModel[Density] = each(1.0),
     rescale: Rescale = "density",
     normalize: bool = False,
     lambda_: float = 1.0,
-    elect: Literal["weighted", "unweighted"] = "weighted",
+    elect: Elect = "weighted",
 ) -> Array:
     """Drop at random and rescale, then elect signs and average what agrees, as TIES does.
 
@@ -134,11 +85,6 @@ def dare_ties(
         lambda_: scale of the whole change.
         elect: elect the sign of the weighted or of the unweighted sum.
     """
-    rescaled = dropped(deltas, at, density, prepared)
-    mixed = disjoint_mean(
-        rescaled,
-        weight,
-        weighted_election=elect == "weighted",
-        divide_by="weights" if normalize else "nothing",
-    )
+    dropped = prepared.apply(deltas, at)
+    mixed = disjoint_merge(weight, dropped, normalize=normalize, elect=elect)
     return add_scaled(base, lambda_, mixed)

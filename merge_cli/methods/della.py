@@ -9,103 +9,32 @@ seed, source, tensor and element alone, as DARE's.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
-from merge_cli.kernels.elect import disjoint_mean
-from merge_cli.kernels.mask import words
-from merge_cli.kernels.reduce import absolute_runs, add_scaled, divided, exact_sum, weighted_sum
-from merge_cli.methods.blocks import Span, TensorBlocks, load_whole
-from merge_cli.methods.dare import Rescale
+from merge_cli.kernels.reduce import add_scaled
+from merge_cli.methods.blocks import Span, TensorBlocks
+from merge_cli.methods.consensus import disjoint_merge, divisor_of, linear_sum
 from merge_cli.methods.parameters import Density, PerModel, Range, each
 from merge_cli.methods.registry import merge_method
-from merge_cli.methods.soup import divisor
+from merge_cli.methods.sparsification import RankedDrop, Rescale, ranked_drop
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_ONE = 2**32
 Epsilon = Annotated[float, Range(0.0, 0.5)]
-
-
-@dataclass(frozen=True)
-class Ranked:
-    """How one task vector is dropped.
-
-    Attributes:
-        ranks: int32, of each element within its row, 0 for the smallest; None where all are kept,
-            or none (density 0).
-        last: the largest rank of a row.
-        density, epsilon: its parameters.
-        factor: of what is kept; None for 1/p of each element.
-    """
-
-    ranks: Tensor | None
-    last: int
-    density: float
-    epsilon: float
-    factor: float | None
-
-    def dropped(self, delta: Tensor, at: Span, source: int) -> Tensor:
-        """A flat span of the task vector with its mask and its rescaling."""
-        if self.ranks is None:
-            return delta if self.density else delta.new_zeros(len(delta))
-        import torch
-
-        ranks = self.ranks[at.start : at.start + len(delta)].to(torch.float64)
-        chance = self.density - self.epsilon + 2 * self.epsilon * (ranks / max(self.last, 1))
-        if not self.last:
-            chance = torch.full_like(chance, self.density)
-        drawn = words(at.seed, source, at.name, at.start, len(delta), delta.device)
-        keep = drawn < (chance * _ONE).round().to(torch.int64)
-        scaled = delta / chance.to(delta.dtype) if self.factor is None else delta * self.factor
-        return scaled.where(keep, 0.0)
 
 
 def rank(
     tensor: TensorBlocks,
-    survey: None,
+    model: None,
     *,
     density: Sequence[float],
     epsilon: Sequence[float],
     rescale: Rescale,
     **_: Any,
-) -> list[Ranked]:
-    """Ranks of every task vector, which is held whole for it."""
-    import torch
-
-    deltas = load_whole(tensor)[1]
-    block = next(iter(tensor.blocks()))
-    width = tensor.shape[-1] if tensor.shape else 1
-    result = []
-    for place, (delta, share, spread) in enumerate(zip(deltas, density, epsilon, strict=True)):
-        if share >= 1.0 or not share:
-            result.append(Ranked(None, 0, share, spread, 1.0))
-            continue
-        rows = delta.reshape(-1, width).abs()
-        largest_first = rows.sort(dim=-1, descending=True, stable=True).indices
-        ascending = torch.arange(width - 1, -1, -1, dtype=torch.int32, device=rows.device)
-        ranks = torch.empty(rows.shape, dtype=torch.int32, device=rows.device)
-        ranks.scatter_(-1, largest_first, ascending.expand_as(ranks))
-        plain = Ranked(ranks.reshape(-1), width - 1, share, spread, 1.0)
-        factor: float | None = 1.0
-        if rescale in ("density", True):
-            factor = None
-        elif rescale == "l1":
-            flat = delta.reshape(-1)
-            whole = Span(tensor.name, 0, block.at.seed, block.at.sources)
-            kept = plain.dropped(flat, whole, block.at.sources[place])
-            before, after = (exact_sum([absolute_runs(x)]) for x in (flat, kept))
-            factor = before / after if after else 0.0
-        result.append(Ranked(plain.ranks, width - 1, share, spread, factor))
-    return result
-
-
-def _dropped(deltas: list[Tensor], at: Span, ranked: list[Ranked]) -> list[Tensor]:
-    return [
-        item.dropped(delta, at, source)
-        for item, delta, source in zip(ranked, deltas, at.sources, strict=True)
-    ]
+) -> RankedDrop:
+    """The ranks of every task vector, which is held whole for it."""
+    return ranked_drop(tensor, density, epsilon, rescale)
 
 
 def chances_fit(density: Sequence[float], epsilon: Sequence[float]) -> str:
@@ -119,9 +48,8 @@ def chances_fit(density: Sequence[float], epsilon: Sequence[float]) -> str:
 
 _SHARED: dict[str, Any] = {
     "paper": "arXiv:2406.11617",
-    "prepare": rank,
-    "whole": lambda **_: 8,
-    "prepare_uses": ("density", "epsilon", "rescale"),
+    "tensor_pass": rank,
+    "extra_memory": lambda **_: 8,
 }
 
 
@@ -130,7 +58,7 @@ def della(
     base: Tensor,
     deltas: list[Tensor],
     at: Span,
-    prepared: list[Ranked],
+    prepared: RankedDrop,
     *,
     weight: PerModel[float] = each(1.0),
     density: PerModel[Density] = each(1.0),
@@ -150,14 +78,9 @@ def della(
         normalize: divide each element by the sum of the weights that agree.
         lambda_: scale of the whole change.
     """
-    mixed = disjoint_mean(
-        _dropped(deltas, at, prepared),
-        weight,
-        weighted_election=True,
-        divide_by="weights" if normalize else "nothing",
-    )
-    mixed_change: Tensor = add_scaled(base, lambda_, mixed)
-    return mixed_change
+    mixed = disjoint_merge(weight, prepared.apply(deltas, at), normalize=normalize)
+    merged: Tensor = add_scaled(base, lambda_, mixed)
+    return merged
 
 
 @merge_method("della_linear", check=chances_fit, **_SHARED)
@@ -165,7 +88,7 @@ def della_linear(
     base: Tensor,
     deltas: list[Tensor],
     at: Span,
-    prepared: list[Ranked],
+    prepared: RankedDrop,
     *,
     weight: PerModel[float] = each(1.0),
     density: PerModel[Density] = each(1.0),
@@ -185,8 +108,6 @@ def della_linear(
         normalize: divide the sum by the sum of the weights, or by 1 where they cancel.
         lambda_: scale of the whole change.
     """
-    mixed = weighted_sum(weight, _dropped(deltas, at, prepared))
-    if normalize:
-        mixed = divided(mixed, divisor(weight))
-    changed: Tensor = add_scaled(base, lambda_, mixed)
-    return changed
+    mixed = linear_sum(weight, prepared.apply(deltas, at), divisor_of(weight, normalize))
+    merged: Tensor = add_scaled(base, lambda_, mixed)
+    return merged

@@ -6,7 +6,7 @@ has its maximum at
 
     theta = sum of w_i F_i theta_i / sum of w_i F_i
 
-The importances are gathered beforehand (`merge_cli.gathering`).
+The importances are calibrated beforehand (`merge_cli.calibration`).
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from typing import Annotated, Any, Literal
 from merge_cli.checkpoint.statistics import TensorStatistics
 from merge_cli.kernels.backend import Array
 from merge_cli.methods.blocks import Span
+from merge_cli.methods.consensus import no_average, weighted_mean
 from merge_cli.methods.parameters import PerModel, Range, each
 from merge_cli.methods.registry import merge_method
-from merge_cli.methods.regmean import no_average, weighted_mean
 
 Normalize = Literal["l2", "sum", "none"]
 
@@ -44,7 +44,7 @@ def importance_scales(models: Sequence[Mapping[str, Any]], normalize: Normalize)
 
 
 @merge_method(
-    "fisher", paper="arXiv:2111.09832", check=no_average, any_array=True, gathers="fisher"
+    "fisher", paper="arXiv:2111.09832", check=no_average, supports_numpy=True, gathers="fisher"
 )
 def fisher(
     models: list[Array],
@@ -68,16 +68,16 @@ def fisher(
             the mean 1 (`sum`), or leave them, so that sources with larger gradients win (`none`).
         epsilon: added to every importance; 1 is their usual size.
     """
-    known = statistics.complete
-    if known is None:
+    importances = statistics.complete
+    if importances is None:
         return weighted_mean(weight, models)
-    scales = importance_scales([item.about for item in known], normalize)
+    scales = importance_scales([item.about for item in importances], normalize)
     shares = [
-        (one.span(at.start, len(model), model) * scale + epsilon) * w
-        for one, model, scale, w in zip(known, models, scales, weight, strict=True)
+        (item.span(at.start, len(model), model) * scale + epsilon) * w
+        for item, model, scale, w in zip(importances, models, scales, weight, strict=True)
     ]
     total = sum(shares[1:], start=shares[0])
-    merged = models[0] * 1.0  # the lane's buffer is not ours
+    merged = models[0] * 1.0  # a copy: a block is a worker's buffer
     for share, model in zip(shares[1:], models[1:], strict=True):
         merged = merged + (model - models[0]) * (share / total)
     return merged

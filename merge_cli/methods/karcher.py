@@ -14,7 +14,7 @@ from typing import Annotated, Any
 from merge_cli.kernels.backend import Array
 from merge_cli.kernels.reduce import weighted_sum
 from merge_cli.methods.blocks import TensorBlocks
-from merge_cli.methods.gram import gram_matrix
+from merge_cli.methods.inner_products import gram_matrix
 from merge_cli.methods.parameters import PerModel, Range, each
 from merge_cli.methods.registry import Method, merge_method, method_of
 from merge_cli.recipe.schema import Parameters, Recipe
@@ -25,7 +25,7 @@ _AtLeastZero = Annotated[float, Range(0.0)]
 
 def mean_on_sphere(
     tensor: TensorBlocks,
-    survey: None,
+    model: None,
     *,
     max_iter: int,
     tol: float,
@@ -46,9 +46,9 @@ def mean_on_sphere(
         return [0.0] * len(lengths)
     inverse = np.divide(1.0, lengths, out=np.zeros_like(lengths), where=used)
     cosines = gram * inverse[:, None] * inverse[None, :]
-    own = np.where(used, shares, 0.0)
-    own /= own.sum()
-    result = _walk(own, cosines, max_iter, tol)
+    used_shares = np.where(used, shares, 0.0)
+    used_shares /= used_shares.sum()
+    result = _walk(used_shares, cosines, max_iter, tol)
     return list((float(shares @ lengths) * result * inverse).tolist())
 
 
@@ -95,10 +95,9 @@ def _always(recipe: Recipe, shared: Sequence[Parameters]) -> bool:
 @merge_method(
     "karcher",
     paper="arXiv:2603.04972",
-    prepare=mean_on_sphere,
-    prepare_uses=("max_iter", "tol"),
-    any_array=True,
-    variant=_variant,
+    tensor_pass=mean_on_sphere,
+    supports_numpy=True,
+    resolve_variant=_variant,
     averages_base=_always,
 )
 def karcher(
@@ -121,9 +120,8 @@ def karcher(
 
 @merge_method(
     "karcher",
-    prepare=mean_on_sphere,
-    prepare_uses=("weight", "max_iter", "tol"),
-    any_array=True,
+    tensor_pass=mean_on_sphere,
+    supports_numpy=True,
     listed=False,
 )
 def weighted_karcher(

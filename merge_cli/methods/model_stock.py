@@ -11,22 +11,22 @@ from typing import Any
 from merge_cli.kernels.backend import Array
 from merge_cli.kernels.reduce import weighted_sum
 from merge_cli.methods.blocks import Span, TensorBlocks
-from merge_cli.methods.gram import Spread, gram_matrices, gram_matrix
+from merge_cli.methods.inner_products import SliceCoefficients, gram_matrices, gram_matrix
 from merge_cli.methods.registry import merge_method
 
 _SINGULAR = 1e-6
 _SHORTEST = 1e-6  # of a product of lengths, as in mergekit: an untouched tensor has no angle
-Prepared = list[float] | Spread
+Prepared = list[float] | SliceCoefficients
 
 
-def interpolation(tensor: TensorBlocks, survey: None, *, filter_wise: bool, **_: Any) -> Prepared:
+def interpolation(tensor: TensorBlocks, model: None, *, filter_wise: bool, **_: Any) -> Prepared:
     """What each task vector is multiplied with: t / K, of the tensor or of each of its rows."""
     import numpy as np
 
     if not filter_wise:
         return _shares(gram_matrix(tensor))
     grams = gram_matrices(tensor, "rows")
-    return Spread(np.array([_shares(gram) for gram in grams]), tensor.shape, "rows")
+    return SliceCoefficients(np.array([_shares(gram) for gram in grams]), tensor.shape, "rows")
 
 
 def _shares(gram: Any) -> list[float]:
@@ -46,10 +46,9 @@ def _shares(gram: Any) -> list[float]:
     "model_stock",
     paper="arXiv:2403.19522",
     count=(2, None),
-    prepare=interpolation,
-    prepare_uses=("filter_wise",),
-    any_array=True,
-    whole=lambda *, filter_wise, **_: 6 if filter_wise else 0,
+    tensor_pass=interpolation,
+    supports_numpy=True,
+    extra_memory=lambda *, filter_wise, **_: 6 if filter_wise else 0,
 )
 def model_stock(
     base: Array,
@@ -64,6 +63,6 @@ def model_stock(
     Args:
         filter_wise: an angle for each row of a tensor instead of one for the tensor.
     """
-    if isinstance(prepared, Spread):
+    if isinstance(prepared, SliceCoefficients):
         return base + prepared.sum_of(deltas, at.start)
     return base + weighted_sum(prepared, deltas)

@@ -15,10 +15,10 @@ from typing import Any
 from merge_cli.kernels.backend import Array
 from merge_cli.kernels.reduce import weighted_sum
 from merge_cli.methods.blocks import TensorBlocks
-from merge_cli.methods.gram import gram_matrix
+from merge_cli.methods.consensus import weights_cancel
+from merge_cli.methods.inner_products import gram_matrix
 from merge_cli.methods.parameters import PerModel, each
 from merge_cli.methods.registry import Method, merge_method, method_of
-from merge_cli.methods.soup import weights_cancel
 from merge_cli.recipe.schema import Recipe
 
 _BALANCED = 1e-8  # a mean of unit vectors this short has no direction
@@ -26,7 +26,7 @@ _BALANCED = 1e-8  # a mean of unit vectors this short has no direction
 
 def mean_direction(
     tensor: TensorBlocks,
-    survey: None,
+    model: None,
     *,
     weight: Sequence[float],
     normalize_weights: bool,
@@ -59,11 +59,10 @@ def _check(weight: Sequence[float], normalize_weights: bool) -> str:
 
 @merge_method(
     "multislerp",
-    prepare=mean_direction,
-    prepare_uses=("weight", "normalize_weights"),
-    variant=_variant,
+    tensor_pass=mean_direction,
+    resolve_variant=_variant,
     check=_check,
-    any_array=True,
+    supports_numpy=True,
 )
 def multislerp(
     models: list[Array],
@@ -83,10 +82,9 @@ def multislerp(
 
 @merge_method(
     "multislerp",
-    prepare=mean_direction,
-    prepare_uses=("weight", "normalize_weights"),
+    tensor_pass=mean_direction,
     check=_check,
-    any_array=True,
+    supports_numpy=True,
     listed=False,
 )
 def multislerp_of_changes(

@@ -12,19 +12,25 @@ from typing import Any
 from merge_cli.kernels.backend import Array
 from merge_cli.kernels.reduce import weighted_sum
 from merge_cli.methods.blocks import Span, TensorBlocks
-from merge_cli.methods.gram import Along, Spread, gram_matrices, gram_matrix
+from merge_cli.methods.inner_products import (
+    Along,
+    SliceCoefficients,
+    along_great_circle,
+    gram_matrices,
+    gram_matrix,
+)
 from merge_cli.methods.parameters import PerModel, each
 from merge_cli.methods.registry import Method, merge_method, method_of
 from merge_cli.recipe.schema import Recipe
 
 _PARALLEL = 1e-16  # of sin^2: below it the two are on one line
 _NO_WEIGHT = 1e-6
-Prepared = list[float] | Spread
+Prepared = list[float] | SliceCoefficients
 
 
-def along_great_circle(
+def coefficients(
     tensor: TensorBlocks,
-    survey: None,
+    model: None,
     *,
     weight: list[float],
     nuslerp_flatten: bool,
@@ -41,7 +47,7 @@ def along_great_circle(
     along: Along = "columns" if nuslerp_row_wise and len(tensor.shape) > 1 else "rows"
     grams = gram_matrices(tensor, along)
     result = np.array([_coefficients(t, gram) for gram in grams])
-    return Spread(result.reshape(len(grams), 2), tensor.shape, along)
+    return SliceCoefficients(result.reshape(len(grams), 2), tensor.shape, along)
 
 
 def _coefficients(t: float, gram: Any) -> list[float]:
@@ -49,12 +55,11 @@ def _coefficients(t: float, gram: Any) -> list[float]:
     cosine = min(max(gram[0, 1] / norms, -1.0), 1.0) if norms else 0.0
     if 1.0 - cosine * cosine <= _PARALLEL:
         return [1.0 - t, t]
-    theta = math.acos(cosine)
-    return [math.sin((1.0 - t) * theta) / math.sin(theta), math.sin(t * theta) / math.sin(theta)]
+    return along_great_circle(cosine, t)
 
 
 def _sum(prepared: Prepared, operands: list[Array], start: int) -> Array:
-    if isinstance(prepared, Spread):
+    if isinstance(prepared, SliceCoefficients):
         return prepared.sum_of(operands, start)
     return weighted_sum(prepared, operands)
 
@@ -67,17 +72,13 @@ def _variant(recipe: Recipe) -> Method | None:
     return method_of(nuslerp_of_changes) if recipe.base_model else None
 
 
-_USES = ("weight", "nuslerp_flatten", "nuslerp_row_wise")
-
-
 @merge_method(
     "nuslerp",
     count=(2, 2),
-    prepare=along_great_circle,
-    prepare_uses=_USES,
-    variant=_variant,
-    any_array=True,
-    whole=_whole,
+    tensor_pass=coefficients,
+    resolve_variant=_variant,
+    supports_numpy=True,
+    extra_memory=_whole,
 )
 def nuslerp(
     models: list[Array],
@@ -101,10 +102,9 @@ def nuslerp(
 @merge_method(
     "nuslerp",
     count=(2, 2),
-    prepare=along_great_circle,
-    prepare_uses=_USES,
-    any_array=True,
-    whole=_whole,
+    tensor_pass=coefficients,
+    supports_numpy=True,
+    extra_memory=_whole,
     listed=False,
 )
 def nuslerp_of_changes(

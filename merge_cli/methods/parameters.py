@@ -102,10 +102,12 @@ class MethodParameter:
             return "" if isinstance(value, bool) else self._message(value)
         if self.kind in (int, float):
             number = isinstance(value, int | float) and not isinstance(value, bool)
-            whole = self.kind is float or (number and float(value) == int(value))
+            is_whole = self.kind is float or (number and float(value) == int(value))
             finite = number and abs(float(value)) != float("inf") and value == value
             return (
-                "" if finite and whole and self.range.holds(float(value)) else self._message(value)
+                ""
+                if finite and is_whole and self.range.holds(float(value))
+                else self._message(value)
             )
         return "" if isinstance(value, str) else self._message(value)
 

@@ -14,7 +14,7 @@ def unscaled(scale: Sequence[float]) -> bool:
     return scale[0] == 1.0
 
 
-@merge_method("passthrough", count=(1, 1), copies=unscaled, any_array=True)
+@merge_method("passthrough", count=(1, 1), is_identity=unscaled, supports_numpy=True)
 def passthrough(models: list[Array], *, scale: PerModel[float] = each(1.0)) -> Array:
     """Copy the one source of each tensor.
 

@@ -29,7 +29,7 @@ def _changed(deltas: list[Tensor], epsilon: float) -> tuple[Tensor, Tensor]:
 
 
 def shares_of_overlap(
-    tensor: TensorBlocks, survey: None, *, r: float, alpha: float, epsilon: float, **_: Any
+    tensor: TensorBlocks, model: None, *, r: float, alpha: float, epsilon: float, **_: Any
 ) -> list[float]:
     """1 + r * min(rho, alpha) for each model: rho is what it shares over what it has alone."""
 
@@ -69,8 +69,7 @@ def ram(base: Tensor, deltas: list[Tensor], *, epsilon: AtLeastZero = 1e-5) -> T
 @merge_method(
     "ramplus_tl",
     paper="arXiv:2601.13572",
-    prepare=shares_of_overlap,
-    prepare_uses=("r", "alpha", "epsilon"),
+    tensor_pass=shares_of_overlap,
 )
 def ramplus_tl(
     base: Tensor,

@@ -7,23 +7,24 @@ the engine must supply, the keyword-only ones are the recipe's schema (see `para
     models    every source's span, as it is                            -> weights
     deltas    every source's span minus the base's                     -> task vectors
     at        the `Span`: which elements of which tensor these are, and the recipe's seed
-    prepared  what `prepare` returned for this tensor
-    coefficients  this tensor's part of the recipe's `coefficients:` file
-    statistics  what was gathered of this tensor in every source, over its `data:`
+    prepared  what `tensor_pass` returned for this tensor
+    coefficients  this tensor's part of the recipe's `coefficients:` file, or of what is learned
+    statistics    this tensor's calibration statistics of every source, over its `data:`
 
 All spans are flat, upcast (float32; float64 where a source is) and of equal length; the method
 returns a span of the same length, which the engine rounds once. A method that must see the whole
-tensor before it can treat an element (a norm, a threshold) declares `prepare`, one that must see
-the whole model `survey`: both get block readers, so that no tensor has to fit in memory.
+tensor before it can treat an element (a norm, a threshold) declares a `tensor_pass`, one that must
+see the whole model a `model_pass`: both get block readers, so that no tensor has to fit in memory.
 
-Packages add methods by the entry-point group `merge_cli.methods`.
+Packages add methods by the entry-point group `merge_cli.methods`; docs/methods.md shows how.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -65,31 +66,47 @@ _BUILT_IN = (
 _SUPPLIED = ("base", "models", "deltas", "at", "prepared", "coefficients", "statistics")
 
 
+# Keywords of `merge_method` until 0.2, which packages may still use.
+_FORMER_KEYWORDS = {
+    "prepare": "tensor_pass",
+    "survey": "model_pass",
+    "kept": "count_kept",
+    "copies": "is_identity",
+    "variant": "resolve_variant",
+    "any_array": "supports_numpy",
+    "whole": "extra_memory",
+}
+_DERIVED = ("learns", "prepare_uses")  # former keywords that follow from signatures now
+
+
 @dataclass(frozen=True)
 class Method:
     """A registered method: the function and what the engine must know about it.
 
     Attributes:
         count: (least, most) number of sources; most None means any.
-        prepare: `prepare(tensor, survey, **parameters)` -> anything, once for each tensor.
-        survey: `survey(model)` -> anything or None, once for each merge (see `blocks.ModelBlocks`).
-        kept: `kept(block, prepared, parameters)` -> elements that each operand keeps.
-        copies: `copies(**parameters)` -> True where the output is its only source, byte for byte.
+        tensor_pass: `tensor_pass(tensor, model, **parameters)` -> `prepared`, once for each tensor;
+            `model` is what `model_pass` returned. It may look at the parameters that its signature
+            names; `**_` takes those that it does not look at.
+        model_pass: `model_pass(model)` -> anything or None, once for each merge (see
+            `blocks.ModelBlocks`).
+        count_kept: `count_kept(block, prepared, parameters)` -> elements that each operand keeps.
+        extra_memory: `extra_memory(shape, **parameters)` -> arrays of a whole tensor's size that
+            `tensor_pass` holds besides the operands; 0 where it works block by block. Memory grows
+            with the largest tensor.
+        is_identity: `is_identity(**parameters)` -> True where the output is its only source, byte
+            for byte.
         check: `check(**parameters it names)` -> why this combination cannot be merged, or "".
-        any_array: made of operators and `merge_cli.kernels` alone, so that it takes numpy arrays as
-            well as tensors: then a merge on a CPU runs compiled and does without torch.
-        variant: `variant(recipe)` -> the method of another formula that this recipe means, or None.
-        learns: without `coefficients:` in the recipe they are learned first.
-        searches: what is merged, and with which parameters, is found first.
-        whole: arrays of a whole tensor's size that `prepare` holds besides the operands, given the
-            tensor's `shape` and the parameters; 0 where it works block by block. Memory grows with
-            the largest tensor.
-        gathers: statistics of every source over its `data:` that are gathered first: gram or
+        resolve_variant: `resolve_variant(recipe)` -> the method of another formula that this recipe
+            means, or None.
+        supports_numpy: made of operators and `merge_cli.kernels` alone, so that it takes numpy
+            arrays as well as tensors: then a merge on a CPU runs compiled and does without torch.
+        searches: what is merged, and with which parameters, is searched first.
+        gathers: the calibration statistics of every source over its `data:` that it needs: gram or
             fisher; empty for none.
+        base_is_source: the base is the first of the sources (slerp).
         averages_base: `averages_base(recipe, shared parameters, the closest first)` -> whether a
             base that `models` does not list is one more model, as in mergekit.
-        prepare_uses: the parameters that `prepare` looks at; None where it may look at all. With
-            the same values of these and no survey, it gives the same answer.
     """
 
     name: str
@@ -97,20 +114,17 @@ class Method:
     aliases: tuple[str, ...] = ()
     paper: str = ""
     count: tuple[int, int | None] = (1, None)
-    base_is_source: bool = False
-    prepare: Callable[..., Any] | None = None
-    survey: Callable[..., Any] | None = None
-    kept: Callable[..., list[int]] | None = None
-    copies: Callable[..., bool] | None = None
+    tensor_pass: Callable[..., Any] | None = None
+    model_pass: Callable[..., Any] | None = None
+    count_kept: Callable[..., list[int]] | None = None
+    extra_memory: Callable[..., int] | None = None
+    is_identity: Callable[..., bool] | None = None
     check: Callable[..., str] | None = None
-    any_array: bool = False
-    supplied: frozenset[str] = field(default_factory=frozenset)
-    variant: Callable[[Recipe], Method | None] | None = None
-    learns: bool = False
+    resolve_variant: Callable[[Recipe], Method | None] | None = None
+    supports_numpy: bool = False
     searches: bool = False
-    prepare_uses: tuple[str, ...] | None = None
-    whole: Callable[..., int] | None = None
     gathers: str = ""
+    base_is_source: bool = False
     averages_base: Callable[[Recipe, Sequence[Parameters]], bool] | None = None
 
     @cached_property
@@ -118,10 +132,33 @@ class Method:
         """The recipe's schema for this method."""
         return read_parameters(self.function)
 
+    @cached_property
+    def supplied(self) -> frozenset[str]:
+        """What the engine must supply: the names of the function's positional parameters."""
+        return frozenset(_positional(self.function)) & frozenset(_SUPPLIED)
+
+    @cached_property
+    def cache_key_parameters(self) -> tuple[str, ...] | None:
+        """The parameters that `tensor_pass` looks at; None where it may look at all of them.
+
+        With the same values of these, and without a `model_pass`, it gives the same answer.
+        """
+        if self.tensor_pass is None:
+            return ()
+        _, _, *options = inspect.signature(self.tensor_pass).parameters.values()
+        if any(o.kind is inspect.Parameter.VAR_KEYWORD and o.name != "_" for o in options):
+            return None
+        return tuple(option.name for option in options if option.name in self.parameters)
+
     @property
     def needs_base(self) -> bool:
         """Whether the formula contains the base model."""
         return "base" in self.supplied or "deltas" in self.supplied
+
+    @property
+    def learns(self) -> bool:
+        """Whether coefficients are learned first where the recipe names no file of them."""
+        return "coefficients" in self.supplied
 
     @property
     def plain(self) -> bool:
@@ -144,40 +181,33 @@ def merge_method(
     aliases: tuple[str, ...] = (),
     paper: str = "",
     count: tuple[int, int | None] = (1, None),
-    base_is_source: bool = False,
-    prepare: Callable[..., Any] | None = None,
-    survey: Callable[..., Any] | None = None,
-    kept: Callable[..., list[int]] | None = None,
-    copies: Callable[..., bool] | None = None,
+    tensor_pass: Callable[..., Any] | None = None,
+    model_pass: Callable[..., Any] | None = None,
+    count_kept: Callable[..., list[int]] | None = None,
+    extra_memory: Callable[..., int] | None = None,
+    is_identity: Callable[..., bool] | None = None,
     check: Callable[..., str] | None = None,
-    any_array: bool = False,
-    variant: Callable[[Recipe], Method | None] | None = None,
-    learns: bool = False,
-    searches: bool = False,
-    prepare_uses: tuple[str, ...] | None = None,
-    whole: Callable[..., int] | None = None,
+    resolve_variant: Callable[[Recipe], Method | None] | None = None,
+    supports_numpy: bool = False,
     gathers: Kind | Literal[""] = "",
+    base_is_source: bool = False,
     averages_base: Callable[[Recipe, Sequence[Parameters]], bool] | None = None,
     listed: bool = True,
+    **former: Any,
 ) -> Callable[[F], F]:
-    """Record a merge method under `name` and its aliases; see the module's text for the contract.
+    """Record a merge method under `name` and its aliases; see `Method` for the capabilities.
 
     Args:
-        listed: False for a `variant`, which no recipe names.
+        listed: False for what only `resolve_variant` names, and no recipe.
+        former: keywords of earlier versions, read with a DeprecationWarning.
 
     Raises:
-        TypeError: the name is taken, or a positional parameter is none that the engine supplies.
+        TypeError: the name is taken, a keyword is unknown, or a positional parameter is none that
+            the engine supplies.
     """
 
     def record(function: F) -> F:
-        if not function.__module__.startswith("merge_cli."):
-            _load_built_in()  # so that a name of ours is taken, whoever is imported first
-        positional = [
-            p.name
-            for p in inspect.signature(function).parameters.values()
-            if p.kind is not inspect.Parameter.KEYWORD_ONLY
-        ]
-        unknown = set(positional) - set(_SUPPLIED)
+        unknown = set(_positional(function)) - set(_SUPPLIED)
         if unknown:
             raise TypeError(f"{name}: the engine supplies {_SUPPLIED}, not {sorted(unknown)}")
         method = Method(
@@ -186,32 +216,71 @@ def merge_method(
             aliases,
             paper,
             count,
-            base_is_source,
-            prepare,
-            survey,
-            kept,
-            copies,
-            check,
-            any_array,
-            frozenset(positional),
-            variant,
-            learns,
-            searches,
-            prepare_uses,
-            whole,
-            gathers,
-            averages_base,
+            tensor_pass=tensor_pass,
+            model_pass=model_pass,
+            count_kept=count_kept,
+            extra_memory=extra_memory,
+            is_identity=is_identity,
+            check=check,
+            resolve_variant=resolve_variant,
+            supports_numpy=supports_numpy,
+            gathers=gathers,
+            base_is_source=base_is_source,
+            averages_base=averages_base,
         )
-        _ = method.parameters  # a signature that cannot be read fails here, at import
-        _BY_FUNCTION[function] = method
-        for key in (name, *aliases) if listed else ():
-            if key in _METHODS and _METHODS[key].function.__module__ != function.__module__:
-                owner = _METHODS[key].function.__module__
-                raise TypeError(f"merge method '{key}' is already defined by {owner}")
-            _METHODS[key] = method
+        _register(replace(method, **_renamed(name, former)), listed)
         return function
 
     return record
+
+
+def searched_method(name: str, *, paper: str) -> Callable[[F], F]:
+    """Record a method that a search turns into a recipe of another one.
+
+    The decorated function takes a recipe and returns that other method, or None where the recipe
+    does not name it. Nothing computes with the method itself.
+    """
+
+    def record(function: F) -> F:
+        method = Method(name, function, paper=paper, resolve_variant=function, searches=True)
+        _register(method, listed=True)
+        return function
+
+    return record
+
+
+def _renamed(name: str, former: Mapping[str, Any]) -> dict[str, Any]:
+    """Former keywords under the names that they have now."""
+    unknown = sorted(set(former) - set(_FORMER_KEYWORDS) - set(_DERIVED))
+    if unknown:
+        raise TypeError(f"{name}: merge_method() has no keyword '{unknown[0]}'")
+    for keyword in former:
+        now = _FORMER_KEYWORDS.get(keyword)
+        advice = f"is called {now}" if now else "follows from signatures and can be left out"
+        message = f"merge method '{name}': the keyword '{keyword}' {advice}"
+        warnings.warn(message, DeprecationWarning, stacklevel=4)
+    return {_FORMER_KEYWORDS[k]: value for k, value in former.items() if k in _FORMER_KEYWORDS}
+
+
+def _register(method: Method, listed: bool) -> None:
+    function = method.function
+    if not function.__module__.startswith("merge_cli."):
+        _load_built_in()  # so that a name of ours is taken, whoever is imported first
+    _ = method.parameters  # a signature that cannot be read fails here, at import
+    _BY_FUNCTION[function] = method
+    for key in (method.name, *method.aliases) if listed else ():
+        if key in _METHODS and _METHODS[key].function.__module__ != function.__module__:
+            owner = _METHODS[key].function.__module__
+            raise TypeError(f"merge method '{key}' is already defined by {owner}")
+        _METHODS[key] = method
+
+
+def _positional(function: Callable[..., Any]) -> list[str]:
+    return [
+        parameter.name
+        for parameter in inspect.signature(function).parameters.values()
+        if parameter.kind is not inspect.Parameter.KEYWORD_ONLY
+    ]
 
 
 def get_method(name: str) -> Method:
@@ -241,14 +310,13 @@ def all_methods() -> list[Method]:
     """Every method once: ours in the order from averaging to automation, then plugins by name."""
     _load()
     unique = {method.name: method for method in _METHODS.values()}
-    ours = {name: i for i, name in enumerate(_BUILT_IN)}
+    built_in = {name: i for i, name in enumerate(_BUILT_IN)}
 
-    def place(method: Method) -> tuple[int, str]:
+    def rank(method: Method) -> tuple[int, str]:
         module = method.function.__module__.removeprefix("merge_cli.methods.")
-        return ours.get(module, len(ours)), method.name
+        return built_in.get(module, len(built_in)), method.name
 
-    order = sorted(unique.values(), key=place)
-    return order
+    return sorted(unique.values(), key=rank)
 
 
 @cache

@@ -5,19 +5,18 @@ does minimises sum of ||X_i W^T - X_i W_i^T||^2. With G_i = X_i^T X_i the soluti
 
     W = (sum of W_i G_i) (sum of G_i)^-1
 
-The matrices are gathered beforehand (`merge_cli.gathering`).
+The matrices are calibrated beforehand (`merge_cli.calibration`).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 from merge_cli.methods.blocks import Span, TensorBlocks
+from merge_cli.methods.consensus import no_average, weighted_mean
 from merge_cli.methods.parameters import PerModel, Range, Share, each
 from merge_cli.methods.registry import merge_method
-from merge_cli.methods.soup import weights_cancel
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,13 +26,8 @@ _CHUNK = 1 << 20  # elements of a layer that are worked on at once
 _SINGULAR = 1e-6  # of the largest eigenvalue: below it float32 matrices say nothing
 
 
-def no_average(weight: Sequence[float]) -> str:
-    """Why these weights have no average."""
-    return weights_cancel(weight, True)
-
-
 def regressed(
-    tensor: TensorBlocks, survey: None, *, alpha: float, weight: Sequence[float], **_: Any
+    tensor: TensorBlocks, model: None, *, alpha: float, weight: Sequence[float], **_: Any
 ) -> Tensor | None:
     """What regression adds to the mean layer, flat; None for what is no layer, or was never used.
 
@@ -75,7 +69,7 @@ def _rows(tensor: TensorBlocks) -> Iterator[tuple[int, list[Tensor]]]:
     start = 0
     parts: list[Tensor] = []
     for block in tensor.blocks():
-        # Copies: a block is a lane's buffer, and the next one is read into it.
+        # Copies: a block is a worker's buffer, and the next one is read into it.
         fresh = [operand.to(torch.float64, copy=True) for operand in block.operands]
         parts = [torch.cat(pair) for pair in zip(parts, fresh, strict=True)] if parts else fresh
         while len(parts[0]) >= size:
@@ -83,15 +77,6 @@ def _rows(tensor: TensorBlocks) -> Iterator[tuple[int, list[Tensor]]]:
             start, parts = start + size // width, [part[size:] for part in parts]
     if len(parts[0]):
         yield start, [part.reshape(-1, width) for part in parts]
-
-
-def weighted_mean(weight: Sequence[float], arrays: Sequence[Any]) -> Any:
-    """Sum of w_i * x_i over the sum of w_i, from the first array on: equal arrays stay equal."""
-    total = math.fsum(weight)
-    merged = arrays[0] * 1.0  # the lane's buffer is not ours
-    for w, array in zip(weight[1:], arrays[1:], strict=True):
-        merged = merged + (w / total) * (array - arrays[0])
-    return merged
 
 
 def _shrunk(gram: Tensor, alpha: float) -> Tensor:
@@ -115,16 +100,16 @@ def _divide(right: Tensor, gram: Tensor, alpha: float) -> None:
         factor = torch.linalg.cholesky(scaled)
     else:
         values, vectors = torch.linalg.eigh(scaled)
-        known = values > _SINGULAR * values[-1]
-        factor = vectors[:, known] / values[known].sqrt()
+        significant = values > _SINGULAR * values[-1]
+        factor = vectors[:, significant] / values[significant].sqrt()
     step = max(1, _CHUNK // len(gram))
     for start in range(0, len(right), step):
         rows = right[start : start + step]
-        requested = rows[:, used] * scale
+        scaled_rows = rows[:, used] * scale
         if alpha <= _DEFINITE:
-            solved = torch.cholesky_solve(requested.T, factor).T
+            solved = torch.cholesky_solve(scaled_rows.T, factor).T
         else:
-            solved = (requested @ factor) @ factor.T
+            solved = (scaled_rows @ factor) @ factor.T
         rows.zero_()
         rows[:, used] = solved * scale
 
@@ -140,10 +125,9 @@ def _held(*, shape: tuple[int, ...], weight: Sequence[float], **_: Any) -> int:
 @merge_method(
     "regmean",
     paper="arXiv:2212.09849",
-    prepare=regressed,
-    prepare_uses=("alpha", "weight"),
+    tensor_pass=regressed,
     check=no_average,
-    whole=_held,
+    extra_memory=_held,
     gathers="gram",
 )
 def regmean(

@@ -3,40 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 from merge_cli.kernels.backend import Array
-from merge_cli.kernels.reduce import dot_runs, exact_sum, weighted_sum
-from merge_cli.methods.blocks import Block, TensorBlocks
+from merge_cli.kernels.reduce import weighted_sum
+from merge_cli.methods.blocks import TensorBlocks
+from merge_cli.methods.inner_products import along_great_circle, gram_matrix
 from merge_cli.methods.registry import merge_method
 
 _PARALLEL = 0.9995  # |cosine| above which sin(theta) is too small to divide by
 _TINY = 1e-8
 
 
-def great_circle(tensor: TensorBlocks, survey: None, *, t: float, **_: Any) -> tuple[float, float]:
-    """The two coefficients of a tensor: sin((1-t)θ)/sin θ and sin(tθ)/sin θ.
+def coefficients(tensor: TensorBlocks, model: None, *, t: float, **_: Any) -> list[float]:
+    """What the two flattened tensors are multiplied with.
 
-    θ is the angle between the flattened tensors. Nearly parallel ones are interpolated linearly.
+    Nearly parallel ones are interpolated linearly.
     """
-
-    def products(blocks: Iterator[Block]) -> list[list[float]]:
-        result: list[list[float]] = [[], [], []]
-        for block in blocks:
-            a, b = block.operands
-            for parts, (x, y) in zip(result, ((a, a), (b, b), (a, b)), strict=True):
-                parts += dot_runs(x, y)
-        return result
-
-    aa, bb, ab = (exact_sum(parts) for parts in zip(*tensor.map(products), strict=True))
-    norm_a, norm_b = math.sqrt(aa), math.sqrt(bb)
+    gram = gram_matrix(tensor)
+    norm_a, norm_b = math.sqrt(gram[0, 0]), math.sqrt(gram[1, 1])
     # A vector of no length has no direction; it enters the angle as it is.
-    cosine = ab / ((norm_a if norm_a > _TINY else 1.0) * (norm_b if norm_b > _TINY else 1.0))
-    if abs(cosine) > _PARALLEL:
-        return 1.0 - t, t
-    theta = math.acos(cosine)
-    return math.sin((1.0 - t) * theta) / math.sin(theta), math.sin(t * theta) / math.sin(theta)
+    lengths = (norm_a if norm_a > _TINY else 1.0) * (norm_b if norm_b > _TINY else 1.0)
+    cosine = float(gram[0, 1]) / lengths
+    return [1.0 - t, t] if abs(cosine) > _PARALLEL else along_great_circle(cosine, t)
 
 
 @merge_method(
@@ -44,13 +33,12 @@ def great_circle(tensor: TensorBlocks, survey: None, *, t: float, **_: Any) -> t
     paper="Shoemake 1985",
     count=(2, 2),
     base_is_source=True,
-    prepare=great_circle,
-    prepare_uses=("t",),
-    any_array=True,
+    tensor_pass=coefficients,
+    supports_numpy=True,
 )
 def slerp(
     models: list[Array],
-    prepared: tuple[float, float],
+    prepared: list[float],
     *,
     t: float = 0.5,
 ) -> Array:

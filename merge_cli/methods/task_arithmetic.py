@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from merge_cli.kernels.backend import Array
-from merge_cli.kernels.reduce import add_scaled, divided, weighted_sum
+from merge_cli.kernels.reduce import add_scaled
+from merge_cli.methods.consensus import divisor_of, linear_sum
 from merge_cli.methods.parameters import PerModel, each
 from merge_cli.methods.registry import merge_method
-from merge_cli.methods.soup import divisor
 
 
-@merge_method("task_arithmetic", paper="arXiv:2212.04089", any_array=True)
+@merge_method("task_arithmetic", paper="arXiv:2212.04089", supports_numpy=True)
 def task_arithmetic(
     base: Array,
     deltas: list[Array],
@@ -25,7 +25,5 @@ def task_arithmetic(
         normalize: divide the sum by the sum of the weights, or by 1 where they cancel.
         lambda_: scale of the whole change.
     """
-    mixed = weighted_sum(weight, deltas)
-    if normalize:
-        mixed = divided(mixed, divisor(weight))
-    return add_scaled(base, lambda_, mixed)
+    change = linear_sum(weight, deltas, divisor_of(weight, normalize))
+    return add_scaled(base, lambda_, change)

@@ -7,28 +7,67 @@ before the merge, in streamed passes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Literal
 
 from merge_cli.errors import UsageError
 from merge_cli.kernels.backend import Array
-from merge_cli.kernels.cut import ALL_TIES, MagnitudeThreshold, count_kept, trimmed
-from merge_cli.kernels.elect import disjoint_mean
+from merge_cli.kernels.cut import ALL_TIES, Cuts, MagnitudeThreshold, trimmed
+from merge_cli.kernels.elect import DivideBy, disjoint_mean
 from merge_cli.kernels.reduce import add_scaled, weighted_sum
 from merge_cli.kernels.select import magnitude_cuts
 from merge_cli.methods.blocks import Block, ModelBlocks, RowStream, Span, TensorBlocks
+from merge_cli.methods.consensus import Elect
 from merge_cli.methods.parameters import Density, PerModel, each
 from merge_cli.methods.registry import merge_method
-from merge_cli.methods.rescaling import RescaleL1, l1_factors, rescaled
+from merge_cli.methods.sparsification import (
+    MagnitudeTrim,
+    RescaleL1,
+    count_kept,
+    tensor_cuts,
+    trim_factors,
+)
 
 Semantics = Literal["mergekit", "paper"]
-Cuts = list[MagnitudeThreshold | None]
+Trimming = Literal["tensor", "model"]
+ZeroSign = Literal["positive", "majority"]
 
 
 @dataclass(frozen=True)
-class TiesSurvey:
+class Rules:
+    """The five points, as `semantics` and what is given besides decide them."""
+
+    density: Sequence[float]
+    trim: Trimming
+    elect: Elect
+    divide_by: DivideBy
+    zero_sign: ZeroSign
+
+
+def rules(
+    semantics: Semantics,
+    density: Sequence[float | None],
+    trim: Trimming | None = None,
+    elect: Elect | None = None,
+    divisor: DivideBy | None = None,
+    zero_sign: ZeroSign | None = None,
+) -> Rules:
+    """What is given, and the paper's or mergekit's rule for the rest."""
+    paper = semantics == "paper"
+    usual = 0.2 if paper else 1.0
+    return Rules(
+        [usual if share is None else share for share in density],
+        trim or ("model" if paper else "tensor"),
+        elect or ("unweighted" if paper else "weighted"),
+        divisor or ("count" if paper else "weights"),
+        zero_sign or ("majority" if paper else "positive"),
+    )
+
+
+@dataclass(frozen=True)
+class WholeModel:
     """What the whole model had to be read for.
 
     Attributes:
@@ -41,70 +80,63 @@ class TiesSurvey:
 
 
 @dataclass(frozen=True)
-class Trim:
-    """What one tensor is trimmed, rescaled and elected with."""
+class TiesTrim(MagnitudeTrim):
+    """What one tensor is trimmed and rescaled with, and the sign that a sum of 0 elects."""
 
-    cuts: Cuts
-    zero_sign: float
-    factors: list[float]
+    zero_sign: float = 1.0
 
 
-def survey(model: ModelBlocks) -> TiesSurvey | None:
+def read_model(model: ModelBlocks) -> WholeModel | None:
     """Whole-model thresholds and majority sign, where the recipe asks for them.
 
     Raises:
         UsageError: rules for the whole model that differ between its tensors.
     """
-    rules = {_model_rule(tensor) for tensor in model.tensors}
-    if len(rules) > 1:
+    asked = {_model_rule(tensor) for tensor in model.tensors}
+    if len(asked) > 1:
         message = (
             "trim and zero_sign over the whole model need the same sources and the same semantics, "
         )
         message += "trim, zero_sign and density for every tensor"
         raise UsageError(message, hint="Use one number for each model, without gradient or filter.")
-    by_model, majority, *_ = rules.pop()
+    by_model, majority, *_ = asked.pop()
     if not (by_model or majority):
         return None
     cuts = _model_cuts(model) if by_model else {}
-    return TiesSurvey(cuts, _majority_sign(model, cuts) if majority else None)
+    return WholeModel(cuts, _majority_sign(model, cuts) if majority else None)
 
 
-def prepare(tensor: TensorBlocks, found: TiesSurvey | None, **parameters: Any) -> Trim:
-    """The cuts of one tensor."""
-    zero_sign = 1.0 if found is None or found.zero_sign is None else found.zero_sign
-    known = found.cuts.get(tensor.name) if found else None
-    cuts = _tensor_cuts(tensor) if known is None else known
-    factors = l1_factors(
-        tensor,
-        densities(parameters),
-        parameters["rescale"],
-        lambda deltas, start: trimmed(deltas, cuts, start),
-    )
-    return Trim(cuts, zero_sign, factors)
-
-
-def kept(block: Block, prepared: Trim, parameters: Mapping[str, Any]) -> list[int]:
-    """How many elements each trimmed task vector keeps in a block."""
-    return [
-        count_kept(delta, cut, block.at.start)
-        for delta, cut in zip(block.operands, prepared.cuts, strict=True)
-    ]
+def read_tensor(
+    tensor: TensorBlocks,
+    model: WholeModel | None,
+    *,
+    density: Sequence[float | None],
+    semantics: Semantics,
+    rescale: RescaleL1,
+    **_: Any,
+) -> TiesTrim:
+    """The cuts of one tensor, and their factors."""
+    shares = rules(semantics, density).density
+    cuts = model.cuts.get(tensor.name) if model else None
+    trim = MagnitudeTrim(tensor_cuts(tensor, shares) if cuts is None else cuts)
+    factors = trim_factors(tensor, shares, rescale, trim.apply)
+    zero_sign = 1.0 if model is None or model.zero_sign is None else model.zero_sign
+    return TiesTrim(trim.cuts, factors, zero_sign)
 
 
 @merge_method(
     "ties",
     paper="arXiv:2306.01708",
-    prepare=prepare,
-    survey=survey,
-    kept=kept,
-    any_array=True,
-    prepare_uses=("density", "semantics", "rescale"),
+    model_pass=read_model,
+    tensor_pass=read_tensor,
+    count_kept=count_kept,
+    supports_numpy=True,
 )
 def ties(
     base: Array,
     deltas: list[Array],
     at: Span,
-    prepared: Trim,
+    prepared: TiesTrim,
     *,
     weight: PerModel[float] = each(1.0),
     density: PerModel[Density | None] = each(None),
@@ -112,10 +144,10 @@ def ties(
     rescale: RescaleL1 = False,
     lambda_: float = 1.0,
     semantics: Semantics = "mergekit",
-    trim: Literal["tensor", "model"] | None = None,
-    elect: Literal["weighted", "unweighted"] | None = None,
+    trim: Trimming | None = None,
+    elect: Elect | None = None,
     divisor: Literal["weights", "count"] | None = None,
-    zero_sign: Literal["positive", "majority"] | None = None,
+    zero_sign: ZeroSign | None = None,
 ) -> Array:
     """Keep the largest changes, elect a sign for each element, average those that agree.
 
@@ -135,36 +167,29 @@ def ties(
         zero_sign: a sum of exactly 0 elects plus (mergekit) or the sign that most elements of the
             model have (paper).
     """
-    paper = semantics == "paper"
+    rule = rules(semantics, density, elect=elect, divisor=divisor)
     mixed = disjoint_mean(
-        rescaled(trimmed(deltas, prepared.cuts, at.start), prepared.factors),
+        prepared.apply(deltas, at),
         weight,
-        weighted_election=_or(elect, "unweighted" if paper else "weighted") == "weighted",
-        divide_by=_or(divisor, "count" if paper else "weights") if normalize else "nothing",
+        weighted_election=rule.elect == "weighted",
+        divide_by=rule.divide_by if normalize else "nothing",
         zero_sign=prepared.zero_sign,
     )
     return add_scaled(base, lambda_, mixed)
 
 
-def densities(parameters: Mapping[str, Any]) -> list[float]:
-    """The density of each source, with the default that `semantics` sets."""
-    default = 0.2 if parameters["semantics"] == "paper" else 1.0
-    return [default if given is None else given for given in parameters["density"]]
+def _rules_of(parameters: Mapping[str, Any]) -> Rules:
+    names = ("semantics", "density", "trim", "elect", "divisor", "zero_sign")
+    return rules(**{name: parameters[name] for name in names})
 
 
 def _model_rule(tensor: TensorBlocks) -> tuple[Any, ...]:
     """(trim over the model?, majority sign?, and what must then be the same for every tensor)."""
-    parameters = tensor.parameters
-    paper = parameters["semantics"] == "paper"
-    by_model = _or(parameters["trim"], "model" if paper else "tensor") == "model"
-    majority = _or(parameters["zero_sign"], "majority" if paper else "positive") == "majority"
-    density = tuple(densities(parameters)) if by_model else ()
-    sources = len(parameters["weight"]) if by_model else 0
-    return by_model, majority, density, sources
-
-
-def _or(given: str | None, default: str) -> str:
-    return default if given is None else given
+    rule = _rules_of(tensor.parameters)
+    by_model = rule.trim == "model"
+    sources = len(tensor.parameters["weight"]) if by_model else 0
+    shares = tuple(rule.density) if by_model else ()
+    return by_model, rule.zero_sign == "majority", shares, sources
 
 
 def _wide(block: Block) -> list[Array]:
@@ -172,18 +197,14 @@ def _wide(block: Block) -> list[Array]:
     return [delta.double() for delta in block.operands]
 
 
-def _tensor_cuts(tensor: TensorBlocks) -> Cuts:
-    return magnitude_cuts(densities(tensor.parameters), RowStream(tensor))
-
-
 def _model_cuts(model: ModelBlocks) -> dict[str, Cuts]:
     """Exact thresholds over all tensors together; ties to the lower (tensor, index)."""
     offsets = accumulate((tensor.size for tensor in model.tensors), initial=0)
     wide = any(tensor.wide for tensor in model.tensors)
     stream = RowStream(model, _wide) if wide else RowStream(model)
-    whole = magnitude_cuts(densities(model.tensors[0].parameters), stream)
+    model_cuts = magnitude_cuts(_rules_of(model.tensors[0].parameters).density, stream)
     return {
-        tensor.name: [cut and _within(cut, offset, tensor.size) for cut in whole]
+        tensor.name: [cut and _within(cut, offset, tensor.size) for cut in model_cuts]
         for tensor, offset in zip(model.tensors, offsets, strict=False)
     }
 
@@ -197,18 +218,20 @@ def _within(cut: MagnitudeThreshold, offset: int, size: int) -> MagnitudeThresho
 
 def _majority_sign(model: ModelBlocks, cuts: Mapping[str, Cuts]) -> float:
     """The sign of the sum, over all elements of the model, of the sign that each one elects."""
-    known = {tensor.name: tensor.parameters for tensor in model.tensors}
-    own = {tensor.name: cuts.get(tensor.name) or _tensor_cuts(tensor) for tensor in model.tensors}
+    rule_of = {tensor.name: _rules_of(tensor.parameters) for tensor in model.tensors}
+    weights_of = {tensor.name: tensor.parameters["weight"] for tensor in model.tensors}
+    cuts_of = {
+        tensor.name: cuts.get(tensor.name) or tensor_cuts(tensor, rule_of[tensor.name].density)
+        for tensor in model.tensors
+    }
 
     def balance(blocks: Iterator[Block]) -> int:
         total = 0
         for block in blocks:
-            parameters = known[block.at.name]
-            paper = parameters["semantics"] == "paper"
-            rule = _or(parameters["elect"], "unweighted" if paper else "weighted")
-            kept = trimmed(block.operands, own[block.at.name], block.at.start)
-            weights = parameters["weight"] if rule == "weighted" else [1.0] * len(kept)
-            votes = weighted_sum(weights, kept)
+            name = block.at.name
+            kept = trimmed(block.operands, cuts_of[name], block.at.start)
+            by_weight = rule_of[name].elect == "weighted"
+            votes = weighted_sum(weights_of[name] if by_weight else [1.0] * len(kept), kept)
             total += int((votes > 0).sum()) - int((votes < 0).sum())
         return total
 

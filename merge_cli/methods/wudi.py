@@ -28,7 +28,7 @@ _SINGULAR = 1e-10  # of the largest eigenvalue of G: below it there is no row of
 
 def without_interference(
     tensor: TensorBlocks,
-    survey: None,
+    model: None,
     *,
     iterations: int,
     learning_rate: float,
@@ -42,7 +42,7 @@ def without_interference(
     deltas = load_whole(tensor)[1]
     if input_first:
         deltas = [delta.T for delta in deltas]
-    kind = deltas[0].dtype
+    dtype = deltas[0].dtype
     if solver == "exact":  # squares need twice the digits
         deltas = [delta.double() for delta in deltas]
     gram, target = _system(deltas)
@@ -51,7 +51,7 @@ def without_interference(
         merged = _nearest(merged, gram, target)
     else:
         _descend(merged, gram, target, iterations, learning_rate)
-    change: Tensor = (merged.T if input_first else merged).reshape(-1).to(kind)
+    change: Tensor = (merged.T if input_first else merged).reshape(-1).to(dtype)
     return change
 
 
@@ -64,9 +64,9 @@ def _system(deltas: list[Tensor]) -> tuple[Tensor, Tensor]:
     for delta in deltas:
         square = float(delta.double().square().sum())
         if square:
-            own = delta.T @ delta / square
-            gram += own
-            target += delta @ own
+            products = delta.T @ delta / square
+            gram += products
+            target += delta @ products
     return gram, target
 
 
@@ -100,9 +100,8 @@ def _nearest(start: Tensor, gram: Tensor, target: Tensor) -> Tensor:
 @merge_method(
     "wudi",
     paper="arXiv:2503.08099",
-    prepare=without_interference,
-    prepare_uses=("iterations", "learning_rate", "solver", "input_first"),
-    whole=lambda **_: 16,
+    tensor_pass=without_interference,
+    extra_memory=lambda **_: 16,
 )
 def wudi(
     base: Tensor,

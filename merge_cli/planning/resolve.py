@@ -52,8 +52,8 @@ def check_recipe(recipe: Recipe) -> Checked:
     except UsageError as error:
         hint = error.hint if error.where == "" else ""
         return Checked(None, (recipe.problem("merge_method", error.what, hint),), ())
-    if method.variant is not None:
-        method = method.variant(recipe) or method
+    if method.resolve_variant is not None:
+        method = method.resolve_variant(recipe) or method
     searching = get_method(name).searches
     problems: list[Problem] = list(search_problems(recipe, searching=searching))
     if problems and searching:
@@ -197,7 +197,7 @@ class Resolver:
         values = resolve(
             self._recipe, method, self._output_slice, self._specs, tensor, position, inputs
         )
-        copies = method.copies is not None and method.copies(**values)
+        copies = method.is_identity is not None and method.is_identity(**values)
         return Resolved(values, combination_error(method, values), copies)
 
 

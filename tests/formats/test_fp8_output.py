@@ -19,7 +19,7 @@ from merge_cli.engine import memory
 from merge_cli.engine.options import MergeOptions
 from merge_cli.errors import NonFiniteError, RecipeError
 from merge_cli.kernels import compiled
-from merge_cli.kernels.convert import _quantise, quantise
+from merge_cli.kernels.convert import quantise
 from merge_cli.planning import plan as units
 from merge_cli.planning.planner import load_recipe, make_plan
 from tests.support.tiny import llama_config, llama_tensors, read_model, write_model
@@ -75,7 +75,7 @@ finite = st.floats(width=32, allow_nan=True, allow_infinity=True)
 
 @given(arrays(np.float32, st.tuples(st.integers(1, 5), st.integers(1, 9)), elements=finite))
 def test_compiled_is_plain_and_torch(matrix: np.ndarray) -> None:
-    codes, scales = written(matrix, 4, _quantise)
+    codes, scales = written(matrix, 4, quantise.reference)
     if not compiled.available():
         again, same = written(matrix, 4, compiled.quantise)
         np.testing.assert_array_equal(codes, again)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from merge_cli.methods.parameters import Density, PerModel, each
-from merge_cli.methods.registry import merge_method
+from merge_cli.methods.registry import merge_method, method_of
 from tests.support.tiny import Family, read_model
 
 PLUGIN = '''
@@ -70,6 +70,53 @@ def test_a_method_from_another_package(family: Family, tmp_path: Path) -> None:
     assert "strongest has no such parameter. Did you mean 'lambda'?" in done.stderr
 
 
+def test_the_page_on_writing_methods(family: Family, tmp_path: Path) -> None:
+    page = (Path(__file__).parent.parent / "docs/writing_a_method.md").read_text(encoding="utf-8")
+    code = page.partition("```python\n")[2].partition("```")[0]
+    env = install(tmp_path, code)
+    for method in ("clipped_sum", "equal_sum"):
+        recipe = family.recipe(method, models=[{"weight": 0.5}, {"weight": 0.5}])
+        done = cli(env, "run", recipe, tmp_path / method)
+        assert done.returncode == 0, done.stderr
+
+
+def test_keywords_of_earlier_versions_are_read_with_a_note() -> None:
+    def norms(tensor: Any, survey: Any, *, weight: Any, **_: Any) -> None:
+        return None
+
+    def unscaled(weight: list[float]) -> bool:
+        return weight[0] == 1.0
+
+    with pytest.warns(DeprecationWarning, match="'former': the keyword") as notes:
+
+        @merge_method(
+            "former",
+            prepare=norms,
+            prepare_uses=("weight",),
+            copies=unscaled,
+            any_array=True,
+            listed=False,
+        )
+        def former(models: Any, prepared: Any, *, weight: PerModel[float] = each(1.0)) -> Any:
+            """Declared as before 0.2.
+
+            Args:
+                weight: some.
+            """
+
+    assert [str(note.message).partition("keyword ")[2] for note in notes] == [
+        "'prepare' is called tensor_pass",
+        "'prepare_uses' follows from signatures and can be left out",
+        "'copies' is called is_identity",
+        "'any_array' is called supports_numpy",
+    ]
+    method = method_of(former)
+    assert method.tensor_pass is norms
+    assert method.is_identity is unscaled
+    assert method.supports_numpy
+    assert method.cache_key_parameters == ("weight",)
+
+
 def test_a_broken_plugin_is_named(family: Family, tmp_path: Path) -> None:
     env = install(tmp_path, "import nothing_of_that_name\n")
     done = cli(env, "methods")
@@ -100,6 +147,9 @@ def test_signatures_are_checked_when_declared() -> None:
             Args:
                 weight: odd.
             """
+
+    with pytest.raises(TypeError, match="no keyword 'tensor_past'"):
+        merge_method("misspelt", tensor_past=None)(lambda models: models[0])
 
     with pytest.raises(TypeError, match="already defined"):
 

@@ -204,10 +204,10 @@ def test_della_is_unbiased() -> None:
         def blocks(self) -> Any:
             yield Block(torch.zeros_like(delta), [delta], Span("w", 0, 0, (0,)))
 
-    (ranked,) = rank(One(), None, density=[0.5], epsilon=[0.3], rescale="density")  # type: ignore[arg-type]
+    drop = rank(One(), None, density=[0.5], epsilon=[0.3], rescale="density")  # type: ignore[arg-type]
     total = torch.zeros_like(delta)
     for seed in range(4000):
-        total += ranked.dropped(delta, Span("w", 0, seed, (0,)), 0)
+        total += drop.apply([delta], Span("w", 0, seed, (0,)))[0]
     assert float((total / 4000 - delta).abs().max()) < 0.1
 
 
@@ -260,7 +260,7 @@ def test_blocks_units_threads_and_arithmetic_change_no_bit(
     for name in whole:
         # Sums over other runs may round otherwise; what is chosen and cut is the same.
         torch.testing.assert_close(whole[name], small[name], rtol=0.008, atol=0)
-    if get_method(case.partition(" ")[0]).any_array:
+    if get_method(case.partition(" ")[0]).supports_numpy:
         monkeypatch.undo()
         monkeypatch.setattr(device, "choose_arithmetic", lambda plan: ("torch", "asked for"))
         from merge_cli.engine import pool

@@ -9,9 +9,12 @@ from merge_cli.kernels.compiled.kernel import CHUNK, F32, kernel
 NOTHING, WEIGHTS, COUNT = 0, 1, 2
 
 
-@kernel("void(f4[:, ::1], f4[::1], boolean, i8, f4, f4[::1])")
-def disjoint_mean(rows, weights, weighted, divide_by, zero_sign, out):
-    """See `kernels.elect.disjoint_mean`, whose operations these are, one by one."""
+@kernel("void(f4[:, ::1], f4[::1], boolean, i8, f4, f4, f4[::1])")
+def disjoint_mean(rows, weights, weighted, divide_by, zero_sign, least_divisor, out):
+    """See `kernels.elect.disjoint_mean`, whose operations these are, one by one.
+
+    `least_divisor` is 0 where there is none.
+    """
     sources, size = rows.shape
     elected = np.empty(CHUNK, np.float32)
     divisor = np.empty(CHUNK, np.float32)
@@ -49,7 +52,13 @@ def disjoint_mean(rows, weights, weighted, divide_by, zero_sign, out):
                     agrees = (row[i] * vote) * elected[i] > 0
                     total[i] = total[i] + (row[i] * weight if agrees else F32(0.0))
                     divisor[i] = divisor[i] + (share if agrees else F32(0.0))
-        if divide_by != NOTHING:
+        if divide_by == NOTHING:
+            continue
+        if least_divisor > 0:
+            for i in range(length):
+                safe = least_divisor if divisor[i] < least_divisor else divisor[i]
+                total[i] = total[i] / safe
+        else:
             for i in range(length):
                 safe = one if abs(divisor[i]) < F32(1e-8) else divisor[i]
                 total[i] = total[i] / safe

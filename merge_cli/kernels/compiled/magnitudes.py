@@ -15,7 +15,7 @@ def count_range(values, low, high, shift, counts):
     """
     span = U32(high - low)
     above = 0
-    places = np.empty(CHUNK, np.uint32)
+    offsets = np.empty(CHUNK, np.uint32)
     inside = np.empty(CHUNK, np.uint32)
     for begin in range(0, len(values), CHUNK):
         bits = values[begin : begin + CHUNK].view(np.uint32)
@@ -23,13 +23,13 @@ def count_range(values, low, high, shift, counts):
         for i in range(len(bits)):
             key = bits[i] & MAGNITUDE
             larger += U32(key > high)
-            places[i] = key - low
+            offsets[i] = key - low
         above += larger
-        found = 0
+        size = 0
         for i in range(len(bits)):
-            inside[found] = places[i]
-            found += np.intp(places[i] <= span)
-        for i in range(found):
+            inside[size] = offsets[i]
+            size += np.intp(offsets[i] <= span)
+        for i in range(size):
             counts[inside[i] >> shift] += 1
     return above
 
@@ -71,38 +71,38 @@ def trim(rows, thresholds, ties, out):
 @kernel("i8(f4[::1], u4, i8)")
 def count_kept(values, threshold, ties):
     """How many `trim` keeps."""
-    kept = 0
+    count = 0
     bits = values[:ties].view(np.uint32)
     for i in range(len(bits)):
         key = bits[i] & MAGNITUDE
-        kept += (key >= threshold) & (key <= INFINITY)
+        count += (key >= threshold) & (key <= INFINITY)
     bits = values[ties:].view(np.uint32)
     for i in range(len(bits)):
         key = bits[i] & MAGNITUDE
-        kept += (key > threshold) & (key <= INFINITY)
-    return kept
+        count += (key > threshold) & (key <= INFINITY)
+    return count
 
 
 @kernel("i8(f4[::1], u4, i8)")
 def find_tie(values, threshold, ordinal):
     """The index of the ordinal-th (from 1) key that equals the threshold, or -1 - their number."""
-    found = 0
+    seen = 0
     for begin in range(0, len(values), CHUNK):
         bits = values[begin : begin + CHUNK].view(np.uint32)
         here = U32(0)
         for i in range(len(bits)):
             here += U32((bits[i] & MAGNITUDE) == threshold)
-        if found + here >= ordinal:
+        if seen + here >= ordinal:
             for i in range(len(bits)):
-                found += (bits[i] & MAGNITUDE) == threshold
-                if found == ordinal:
+                seen += (bits[i] & MAGNITUDE) == threshold
+                if seen == ordinal:
                     return begin + i
-        found += here
-    return -1 - found
+        seen += here
+    return -1 - seen
 
 
 @kernel(["i8(i4[::1], i4[::1], i8[::1])", "i8(i8[::1], i4[::1], i8[::1])"])
-def not_empty(counts, places, found):
+def not_empty(counts, indexes, filled):
     """Move the bins that hold something together; returns how many there are."""
     size = 0
     for begin in range(0, len(counts), 64):
@@ -113,7 +113,7 @@ def not_empty(counts, places, found):
         if together != 0:
             for i in range(len(bins)):
                 if bins[i] > 0:
-                    places[size] = begin + i
-                    found[size] = bins[i]
+                    indexes[size] = begin + i
+                    filled[size] = bins[i]
                     size += 1
     return size

@@ -28,7 +28,7 @@ def drop(rows, words, low, factors, out):
 @kernel("i8(i8, u4, u4, u4, u4)")
 def count_masked(size, k0, k1, low, limit):
     """How many of `size` elements `drop` keeps."""
-    kept = 0
+    count = 0
     for i in range(size):
         x = U32(low + U32(i)) ^ k0
         x = U32((x ^ (x >> U32(16))) * U32(0x21F0AAAD))
@@ -36,5 +36,5 @@ def count_masked(size, k0, k1, low, limit):
         x = U32(x * U32(0xD35A2D97))
         x = U32((x ^ (x >> U32(15))) * U32(0x31848BAB))
         x ^= x >> U32(14)
-        kept += x < limit
-    return kept
+        count += x < limit
+    return count

@@ -38,10 +38,10 @@ def count_relations(rows, thresholds, both, agree, equal, large, steps, contest)
             bits, threshold, small = row.view(np.uint32), thresholds[s], np.int32(0)
             for i in range(length):
                 key = bits[i] & MAGNITUDE
-                own = np.int32(row[i] > 0) - np.int32(row[i] < 0)
-                sign[i] = own
-                changed[i] += own * own
-                balance[i] += own
+                sign_i = np.int32(row[i] > 0) - np.int32(row[i] < 0)
+                sign[i] = sign_i
+                changed[i] += sign_i * sign_i
+                balance[i] += sign_i
                 top[i] = np.int32(key >= threshold)
                 small += np.int32((key <= step[i]) & (key > U32(0)))
             steps[s] += small

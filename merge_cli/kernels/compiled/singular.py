@@ -25,7 +25,7 @@ def own_products(a, out):
 
 
 @kernel("void(f8[:, ::1], f8[::1], f8[::1])", fastmath=_SUMS)
-def tridiagonal(s, diagonal, beside):
+def tridiagonal(s, diagonal, off_diagonal):
     """Bring a symmetric matrix to tridiagonal form by Householder reflections; `s` is used up.
 
     With x what stands right of the diagonal, v = x - alpha e_1 reflects it onto one axis, and
@@ -39,10 +39,10 @@ def tridiagonal(s, diagonal, beside):
             v[i] = s[k, i]
             square += v[i] * v[i]
         if square == 0.0:
-            beside[k] = 0.0
+            off_diagonal[k] = 0.0
             continue
         alpha = -math.copysign(math.sqrt(square), v[k + 1])
-        beside[k] = alpha
+        off_diagonal[k] = alpha
         length = 2.0 * (square - alpha * v[k + 1])
         v[k + 1] -= alpha
         along = 0.0
@@ -60,9 +60,9 @@ def tridiagonal(s, diagonal, beside):
                 s[i, j] -= x * w[j] + y * v[j]
     for i in range(n):
         diagonal[i] = s[i, i]
-    beside[n - 1] = 0.0
+    off_diagonal[n - 1] = 0.0
     if n > 1:
-        beside[n - 2] = s[n - 2, n - 1]
+        off_diagonal[n - 2] = s[n - 2, n - 1]
 
 
 @kernel("boolean(f8[::1], f8[::1])", fastmath=_SUMS)

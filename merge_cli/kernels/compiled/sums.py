@@ -6,7 +6,7 @@ import numpy as np
 
 from merge_cli.kernels.compiled.kernel import CHUNK, kernel
 
-_LANES = 64
+_ACCUMULATORS = 64
 
 
 @kernel("void(f4[:, ::1], f4[::1], f4[::1])")
@@ -35,39 +35,39 @@ def add_scaled(base, scale, values):
 
 @kernel("void(f4[::1], f4[::1], i8, f8[::1])")
 def dot_runs(a, b, run, sums):
-    """sums[r] = sum of a * b over run r in float64; the lanes are added in order."""
-    lanes = np.empty(_LANES)
+    """sums[r] = sum of a * b over run r in float64; the accumulators are added in order."""
+    accumulators = np.empty(_ACCUMULATORS)
     for r in range(len(sums)):
         x, y = a[r * run : (r + 1) * run], b[r * run : (r + 1) * run]
-        lanes[:] = 0.0
-        whole = len(x) // _LANES * _LANES
-        for begin in range(0, whole, _LANES):
-            for lane in range(_LANES):
-                lanes[lane] += np.float64(x[begin + lane]) * np.float64(y[begin + lane])
-        for i in range(whole, len(x)):
-            lanes[i - whole] += np.float64(x[i]) * np.float64(y[i])
+        accumulators[:] = 0.0
+        aligned = len(x) // _ACCUMULATORS * _ACCUMULATORS
+        for begin in range(0, aligned, _ACCUMULATORS):
+            for j in range(_ACCUMULATORS):
+                accumulators[j] += np.float64(x[begin + j]) * np.float64(y[begin + j])
+        for i in range(aligned, len(x)):
+            accumulators[i - aligned] += np.float64(x[i]) * np.float64(y[i])
         total = 0.0
-        for lane in range(_LANES):
-            total += lanes[lane]
+        for j in range(_ACCUMULATORS):
+            total += accumulators[j]
         sums[r] = total
 
 
 @kernel("void(f4[::1], i8, f8[::1])")
 def absolute_runs(a, run, sums):
-    """sums[r] = sum of |a| over run r in float64; the lanes are added in order."""
-    lanes = np.empty(_LANES)
+    """sums[r] = sum of |a| over run r in float64; the accumulators are added in order."""
+    accumulators = np.empty(_ACCUMULATORS)
     for r in range(len(sums)):
         x = a[r * run : (r + 1) * run]
-        lanes[:] = 0.0
-        whole = len(x) // _LANES * _LANES
-        for begin in range(0, whole, _LANES):
-            for lane in range(_LANES):
-                lanes[lane] += abs(np.float64(x[begin + lane]))
-        for i in range(whole, len(x)):
-            lanes[i - whole] += abs(np.float64(x[i]))
+        accumulators[:] = 0.0
+        aligned = len(x) // _ACCUMULATORS * _ACCUMULATORS
+        for begin in range(0, aligned, _ACCUMULATORS):
+            for j in range(_ACCUMULATORS):
+                accumulators[j] += abs(np.float64(x[begin + j]))
+        for i in range(aligned, len(x)):
+            accumulators[i - aligned] += abs(np.float64(x[i]))
         total = 0.0
-        for lane in range(_LANES):
-            total += lanes[lane]
+        for j in range(_ACCUMULATORS):
+            total += accumulators[j]
         sums[r] = total
 
 

@@ -1,4 +1,4 @@
-"""Inner products of a tensor's operands: what all methods on spheres need to know of them.
+"""Inner products of a tensor's operands: what all methods with angles need to know of them.
 
 Means on a sphere stay in the span of what they are means of, so their result is a weighted sum of
 the operands, and the weights follow from inner products alone: one streamed pass, whatever the size
@@ -7,10 +7,11 @@ of the tensor. Sums are float64 and do not depend on blocks (see `kernels.reduce
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
-from merge_cli.kernels.backend import Array, is_numpy
+from merge_cli.kernels.backend import Array, like, to_numpy
 from merge_cli.kernels.reduce import dot_runs, exact_sum
 from merge_cli.methods.blocks import Block, TensorBlocks, load_whole
 
@@ -22,14 +23,12 @@ def gram_matrix(tensor: TensorBlocks) -> Any:
     import numpy as np
 
     def products(blocks: Iterator[Block]) -> list[list[float]]:
-        found: dict[tuple[int, int], list[float]] = {}
+        result: dict[tuple[int, int], list[float]] = {}
         for block in blocks:
-            count = len(block.operands)
-            for i in range(count):
-                for j in range(i, count):
-                    runs = dot_runs(block.operands[i], block.operands[j])
-                    found.setdefault((i, j), []).extend(runs)
-        return list(found.values())
+            for i, j in _pairs(len(block.operands)):
+                runs = dot_runs(block.operands[i], block.operands[j])
+                result.setdefault((i, j), []).extend(runs)
+        return list(result.values())
 
     sums = [exact_sum(parts) for parts in zip(*tensor.map(products), strict=True)]
     count = int(((8 * len(sums) + 1) ** 0.5 - 1) / 2)
@@ -46,7 +45,7 @@ def gram_matrices(tensor: TensorBlocks, along: Along) -> Any:
     """
     import numpy as np
 
-    operands = [_numpy(x).astype(np.float64) for x in load_whole(tensor)[1]]
+    operands = [to_numpy(x).astype(np.float64) for x in load_whole(tensor)[1]]
     axis = -1 if along == "rows" else 0
     count = len(operands)
     result: Any = None
@@ -58,7 +57,7 @@ def gram_matrices(tensor: TensorBlocks, along: Along) -> Any:
     return result
 
 
-class Spread:
+class SliceCoefficients:
     """A coefficient for each row or column of a tensor, for each source, handed out by spans.
 
     Args:
@@ -72,21 +71,16 @@ class Spread:
         self._values = values
         self._along = along
         last = shape[-1] if shape else 1
-        whole = int(np.prod(shape)) if shape else 1
-        self._width = last if along == "rows" else whole // max(shape[0] if shape else 1, 1)
+        elements = int(np.prod(shape)) if shape else 1
+        self._width = last if along == "rows" else elements // max(shape[0] if shape else 1, 1)
 
-    def of(self, source: int, start: int, like: Array) -> Array:
-        """The coefficients of a flat span, of the kind that `like` is, and as long."""
+    def of(self, source: int, start: int, operand: Array) -> Array:
+        """The coefficients of a flat span of an operand, an array of the same kind."""
         import numpy as np
 
-        places = np.arange(start, start + len(like))
-        index = places // self._width if self._along == "rows" else places % self._width
-        found = self._values[index, source]
-        if is_numpy(like):
-            return found.astype(like.dtype)
-        import torch
-
-        return torch.from_numpy(found).to(like.device, like.dtype)
+        elements = np.arange(start, start + len(operand))
+        index = elements // self._width if self._along == "rows" else elements % self._width
+        return like(operand, self._values[index, source])
 
     def sum_of(self, operands: Sequence[Array], start: int) -> Array:
         """Sum of c_i * x_i over a span, products and sums rounded one by one."""
@@ -97,9 +91,14 @@ class Spread:
         return total
 
 
+def along_great_circle(cosine: float, t: float) -> list[float]:
+    """The coefficients of two unit vectors for a walk from one (t=0) to the other (t=1).
+
+    sin((1-t)θ)/sin θ and sin(tθ)/sin θ, with θ the angle between them, which must not be 0 or π.
+    """
+    theta = math.acos(cosine)
+    return [math.sin((1.0 - t) * theta) / math.sin(theta), math.sin(t * theta) / math.sin(theta)]
+
+
 def _pairs(count: int) -> list[tuple[int, int]]:
     return [(i, j) for i in range(count) for j in range(i, count)]
-
-
-def _numpy(array: Array) -> Any:
-    return array if is_numpy(array) else array.cpu().numpy()
