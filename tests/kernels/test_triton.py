@@ -228,7 +228,10 @@ def stack(sources: int, size: int, dtype: torch.dtype) -> torch.Tensor:
 def test_disjoint_mean(
     weighted: bool, divide_by: str, zero_sign: float, dtype: torch.dtype, device: torch.device
 ) -> None:
-    for weights, size in itertools.product(WEIGHTS, SHORT):
+    # Elements know nothing of one another: in the interpreter, every weight with the last size,
+    # whose last program is partly empty, and the short sizes with one.
+    cases = [*itertools.product(WEIGHTS, SHORT[-1:]), *itertools.product(WEIGHTS[-1:], SHORT[:-1])]
+    for weights, size in cases if INTERPRETED else itertools.product(WEIGHTS, SIZES):
         stacked = stack(len(weights), size, dtype)
         actual = kernels.disjoint_mean(stacked.to(device), weights, weighted, divide_by, zero_sign)
         for place in {CPU, device}:
