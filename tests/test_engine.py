@@ -169,11 +169,11 @@ def test_interrupted_and_resumed(family: Family, tmp_path: Path, case: str) -> N
         interrupt(recipe, tmp_path / "out", stop)
         assert not (tmp_path / "out").exists()
     computed = []
-    real = MergeExecutor._merge_unit
+    real = MergeExecutor._merge_chunk
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             MergeExecutor,
-            "_merge_unit",
+            "_merge_chunk",
             lambda self, *rest: (computed.append(rest[-1]), real(self, *rest))[1],
         )
         result = merge_cli.merge(recipe, tmp_path / "out")

@@ -69,7 +69,7 @@ class InMemoryFiles(Files):
         return np.empty(size, np.uint8)
 
     def keep(self, refs: Iterable[TensorRef]) -> None:
-        """Read tensors into memory, unless the place is the disk; each once."""
+        """Read tensors into memory, unless they stay on disk; each once."""
         if self._residency == "disk":
             return
         for ref in refs:
@@ -95,7 +95,7 @@ class InMemoryFiles(Files):
         self, clock: StageClock, ref: TensorRef, start: int, buffer: memoryview
     ) -> None:
         cached = self._host.get((ref.path, ref.offset))
-        if cached is None:  # on the disk; or on the device, and wanted here for once
+        if cached is None:  # on disk; or on the device, and needed on the host for once
             super().read_stored(clock, ref, start, buffer)
             return
         began = time.perf_counter()
