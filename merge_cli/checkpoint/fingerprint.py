@@ -17,7 +17,6 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -105,6 +104,8 @@ def model_fingerprint(root: Path) -> str:
     Raises:
         OSError: a file cannot be read.
     """
+    from concurrent.futures import ThreadPoolExecutor  # plans never get here
+
     files = _model_files(root)
     stop = threading.Event()
     pool = ThreadPoolExecutor(max_workers=min(4, usable_cores()))

@@ -69,7 +69,7 @@ class InMemoryFiles(Files):
         return np.empty(size, np.uint8)
 
     def keep(self, refs: Iterable[TensorRef]) -> None:
-        """Read tensors into memory, unless the place is the disk; each once."""
+        """Read tensors into memory, unless they stay on disk; each once."""
         if self._residency == "disk":
             return
         for ref in refs:
@@ -95,7 +95,7 @@ class InMemoryFiles(Files):
         self, clock: StageClock, ref: TensorRef, start: int, buffer: memoryview
     ) -> None:
         cached = self._host.get((ref.path, ref.offset))
-        if cached is None:  # on the disk; or on the device, and wanted here for once
+        if cached is None:  # on disk; or on the device, and needed on the host for once
             super().read_stored(clock, ref, start, buffer)
             return
         began = time.perf_counter()
@@ -169,7 +169,9 @@ def in_memory_workers(
     return lambda number: InMemoryWorker(files, CudaTransfers(device.indexes[0]), block)
 
 
-_CACHED = 4  # answers of a method's `prepare` for each tensor
+# Answers of a method's `prepare` for each tensor. Candidates of a search often differ in weights
+# alone: the threshold of a density is then found once, not once for each candidate.
+_CACHED = 4
 Prepared = OrderedDict[str, Any]
 Take = Callable[[TensorTask, Any], None]
 
@@ -215,7 +217,7 @@ class InMemoryMerger:
             chunks.setdefault(chunk.task, []).append(chunk)
         self._chunks = chunks
         self._order = sorted(chunks, key=lambda task: (-plan.tasks[task].bytes_read, task))
-        self._residencys = {task.name: (Path(task.name), 0) for task in plan.tasks}
+        self._offsets = {task.name: (Path(task.name), 0) for task in plan.tasks}
         self._prepared: dict[str, Prepared] = {}
         self.has_model_pass = False
         self._arithmetic, _ = arithmetic_for(plan, device)
@@ -236,7 +238,7 @@ class InMemoryMerger:
         executor = _CachingExecutor(
             replace(self._plan, tasks=tuple(tasks)),
             self._reader,
-            self._residencys,
+            self._offsets,
             statistics=False,
             allow_non_finite=self._options.allow_non_finite,
         )
@@ -248,7 +250,7 @@ class InMemoryMerger:
         def work(job: _MergeJob) -> None:
             if not job.task.size:
                 return
-            path, _ = self._residencys[job.task.name]
+            path, _ = self._offsets[job.task.name]
             output = self._files.buffer(job.task.size * width_of(job.task.dtype))
             self._files.outputs[path] = output
             try:

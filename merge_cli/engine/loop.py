@@ -30,6 +30,7 @@ from merge_cli.engine.pool import (
     one_torch_thread,
     worker_factory,
 )
+from merge_cli.engine.tensor_writers import OutputOffsets
 from merge_cli.engine.worker_context import Files
 from merge_cli.errors import NonFiniteError
 from merge_cli.planning.plan import Chunk, Plan, cut_chunks
@@ -60,16 +61,13 @@ def run_loop(
         KeyboardInterrupt: as it comes, after every thread has ended.
     """
     chunks = cut_chunks(plan.tasks)
-    stats = _earlier_stats(plan, chunks, journal, options)
+    tally = _Tally(plan, chunks, journal, model, options, on_progress)
     remaining: dict[int, list[Chunk]] = {}
     for chunk in chunks:
         if chunk.number not in journal.done:
             remaining.setdefault(chunk.task, []).append(chunk)
     # The largest first, so that no thread is left alone with one at the end.
     order = sorted(remaining, key=lambda task: (-plan.tasks[task].bytes_read, task))
-    total = sum(_output_bytes(plan, chunk) for chunk in chunks)
-    done = resumed = total - sum(_output_bytes(plan, u) for us in remaining.values() for u in us)
-    unsynced = 0
     finished: Done = queue.SimpleQueue()
 
     files = Files(FilePool(os.O_RDONLY), FilePool(os.O_RDWR))
@@ -79,15 +77,10 @@ def run_loop(
     arithmetic, why = arithmetic_for(plan, device)
     room = worker_memory(plan, device, options)
     pool = Pool(worker_factory(files, device, arithmetic, room), room.lanes)
-    reader = BlockReader(pool, files, plan.recipe.seed, "deltas" in plan.method.supplied)
     executor = MergeExecutor(
         plan,
-        reader,
-        {
-            name: (model / shard.file, offset)
-            for shard in plan.shards
-            for name, offset in shard.offsets.items()
-        },
+        BlockReader(pool, files, plan.recipe.seed, "deltas" in plan.method.supplied),
+        _output_offsets(plan, model),
         statistics=options.statistics,
         allow_non_finite=options.allow_non_finite,
     )
@@ -99,17 +92,6 @@ def run_loop(
         journal.record(chunk.number, chunk_stats)
         finished.put((chunk, chunk_stats))
 
-    def count(chunk: Chunk, chunk_stats: TensorStats) -> None:
-        nonlocal done, unsynced
-        size = _output_bytes(plan, chunk)
-        done += size
-        unsynced += size
-        stats[chunk.task].add(chunk_stats)
-        if options.fsync and unsynced > _SYNC_BYTES:
-            _sync_chunks(journal, model, plan)
-            unsynced = 0
-        on_progress(Progress("merge", done, total))
-
     keep_freed_memory()
     began = time.perf_counter()
     try:
@@ -117,12 +99,12 @@ def run_loop(
             if remaining and plan.method.model_pass is not None:
                 _run_model_pass(executor, pool, on_progress)
             model_pass_ended = time.perf_counter()
-            on_progress(Progress("merge", done, total, "resumed" if resumed else ""))
+            tally.report("resumed" if tally.resumed else "")
             pool.start(work, order, finished)
             while (message := finished.get()) is not None:
                 if isinstance(message, BaseException):
                     raise message
-                count(*message)
+                tally.add(*message)
     finally:
         files.sources.close()
         files.shards.close()
@@ -134,15 +116,61 @@ def run_loop(
         threads=room.lanes,
         buffers=room.lanes * room.bytes,
         stages=stages(pool.lanes, room.lanes, ended - began),
-        stats=stats,
-        resumed=resumed,
+        stats=tally.stats,
+        resumed=tally.resumed,
         seconds=ended - model_pass_ended,
         survey_seconds=model_pass_ended - began if plan.method.model_pass is not None else 0.0,
     )
 
 
+class _Tally:
+    """What is merged so far: statistics by task, and bytes, which are reported as they come.
+
+    The calling thread alone counts; the pool's threads only put chunks into a queue.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        chunks: list[Chunk],
+        journal: Journal,
+        model: Path,
+        options: MergeOptions,
+        on_progress: OnProgress,
+    ) -> None:
+        self._plan, self._journal, self._model = plan, journal, model
+        self._on_progress, self._syncs = on_progress, options.fsync
+        self.stats = _earlier_stats(plan, chunks, journal, options)
+        self._total = sum(_output_bytes(plan, chunk) for chunk in chunks)
+        self.resumed = sum(_output_bytes(plan, chunks[number]) for number in journal.done)
+        self._done, self._unsynced = self.resumed, 0
+
+    def add(self, chunk: Chunk, chunk_stats: TensorStats) -> None:
+        """Count a chunk whose bytes are written."""
+        size = _output_bytes(self._plan, chunk)
+        self._done += size
+        self._unsynced += size
+        self.stats[chunk.task].add(chunk_stats)
+        if self._syncs and self._unsynced > _SYNC_BYTES:
+            _sync_chunks(self._journal, self._model, self._plan)
+            self._unsynced = 0
+        self.report()
+
+    def report(self, note: str = "") -> None:
+        self._on_progress(Progress("merge", self._done, self._total, note))
+
+
+def _output_offsets(plan: Plan, model: Path) -> OutputOffsets:
+    """Where each output tensor lies in the shards, which are allocated already."""
+    return {
+        name: (model / shard.file, offset)
+        for shard in plan.shards
+        for name, offset in shard.offsets.items()
+    }
+
+
 def _run_model_pass(executor: MergeExecutor, pool: Pool, on_progress: OnProgress) -> None:
-    """By one of the pool's threads, which has a worker; told of in this one."""
+    """By one of the pool's threads, which has buffers; progress is reported in this one."""
     messages: queue.SimpleQueue[Any] = queue.SimpleQueue()
     pool.start(
         lambda _: executor.run_model_pass(lambda: messages.put(_MODEL_PASS)), [None], messages

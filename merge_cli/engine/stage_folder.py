@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from merge_cli.recipe.load import stage_folder
+from merge_cli.recipe.reference import stage_folder
 from merge_cli.system.raw_io import replace_file
 from merge_cli.system.workspace import MARK, Workspace
 

@@ -139,22 +139,17 @@ def _module_problems(
     problems = {}
     for output_slice in slices:
         for member in output_slice.members if output_slice.module else ():
-            model, tensors = (
-                models[member.source],
-                parts[member.source][output_slice.module or ""].view,
-            )
+            module, model = output_slice.module or "", models[member.source]
+            tensors = parts[member.source][module].view
             if not tensors:
-                key = (
-                    output_slice.key.partition(f".{output_slice.module}.")[0]
-                    + f".{output_slice.module}"
-                )
-                message = f"{model.label} has no tensors of a module '{output_slice.module}'."
-                hint = nearest(output_slice.module or "", known_modules(model.view))
+                key = output_slice.key.partition(f".{module}.")[0] + f".{module}"
+                message = f"{model.label} has no tensors of a module '{module}'."
+                hint = nearest(module, known_modules(model.view))
                 problems[message] = Problem(message, key, hint=hint)
             for other, part in parts[member.source].items():
                 shared = next((name for name in part.view if name in tensors), None)
-                if other not in (output_slice.module, "") and shared is not None:
-                    first, second = sorted((output_slice.module or "", other))
+                if other not in (module, "") and shared is not None:
+                    first, second = sorted((module, other))
                     message = f"belongs to '{first}' and to '{second}' of the recipe's modules"
                     problems.setdefault(f"{first} {second}", Problem(message, shared))
     return list(problems.values())

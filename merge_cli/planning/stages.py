@@ -19,8 +19,7 @@ from merge_cli.planning.adapters import plan_adapters
 from merge_cli.planning.plan import Plan
 from merge_cli.planning.planner import DEFAULT_SHARD_SIZE, make_plan
 from merge_cli.recipe.fields import nearest
-from merge_cli.recipe.load import stage_folder
-from merge_cli.recipe.reference import ModelRef, hub_id
+from merge_cli.recipe.reference import ModelRef, hub_id, stage_folder
 from merge_cli.recipe.schema import Recipe
 from merge_cli.sources.source import Source, open_source
 

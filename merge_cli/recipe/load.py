@@ -19,7 +19,7 @@ from pathlib import Path
 from merge_cli.errors import Problem, RecipeError, UsageError
 from merge_cli.recipe.nodes import Node, load_nodes
 from merge_cli.recipe.parse import parse_recipe
-from merge_cli.recipe.reference import ModelRef, local_folder
+from merge_cli.recipe.reference import ModelRef, local_folder, stage_folder
 from merge_cli.recipe.schema import Recipe
 from merge_cli.system.untrusted import Unreadable, read_text
 from merge_cli.system.untrusted_yaml import MAX_YAML
@@ -116,11 +116,6 @@ def parse_documents(
             message = "what another document merges is kept in full."
             problems.append(stage.problem("out_dtype", message, "Only the result may be fp8."))
     return replace(by_name[final], stages=stages), problems
-
-
-def stage_folder(name: str) -> str:
-    """The name of the folder that a stage's result lies in."""
-    return name.replace("/", "--")
 
 
 def _file_order(uses: Mapping[str, set[str]]) -> Sequence[str]:

@@ -35,6 +35,11 @@ class ModelRef:
         return text
 
 
+def stage_folder(name: str) -> str:
+    """The name of the folder that a stage's result lies in."""
+    return name.replace("/", "--")
+
+
 def parse_reference(text: str, folder: Path) -> ModelRef:
     """Read the short form of a model reference; `folder` is where relative paths start."""
     if local_folder(text, folder) is not None:

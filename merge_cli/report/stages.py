@@ -18,8 +18,8 @@ from merge_cli.checkpoint.coefficients import FILE
 from merge_cli.errors import RecipeError
 from merge_cli.methods.registry import get_method
 from merge_cli.recipe.dump import Locate, data_from, dump_recipe, path_from
-from merge_cli.recipe.load import read_recipe, stage_folder
-from merge_cli.recipe.reference import HUB, ModelRef, local_folder, parse_reference
+from merge_cli.recipe.load import read_recipe
+from merge_cli.recipe.reference import HUB, ModelRef, local_folder, parse_reference, stage_folder
 from merge_cli.recipe.schema import Recipe
 from merge_cli.report.page import Section, Table, code, duration, listing, section, size
 from merge_cli.system.raw_io import write_error

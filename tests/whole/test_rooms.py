@@ -103,3 +103,10 @@ def test_the_table_above_is_the_order() -> None:
         if level[other] > level[room]
     ]
     assert upward == []
+
+
+def test_the_engine_knows_nothing_of_a_recipe_file() -> None:
+    reads_yaml = ("load", "parse", "nodes", "fields", "dump")
+    modules = {f"merge_cli.recipe.{name}" for name in reads_yaml}
+    engine = [(path, name) for path in (ROOT / "engine").glob("*.py") for name in imported(path)]
+    assert [pair for pair in engine if pair[1].rpartition(".")[0] in modules] == []
