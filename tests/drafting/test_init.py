@@ -237,7 +237,7 @@ def test_questions_are_asked_until_they_are_answered() -> None:
     assert "no such model bad" in said.getvalue()
     ask, said = asked("\na\na\nbase\nb\n\n")
     assert ask.models("base") == ["a", "b"]
-    assert said.getvalue().count("is there already") == 2
+    assert said.getvalue().count("is in the list already") == 2
     ask, _ = asked("\n")
     assert ask.base() is None
     ask, _ = asked("a\n\nb\n\n")
