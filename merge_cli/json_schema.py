@@ -4,8 +4,7 @@ Editors complete keys with them, show what each is for, and underline mistakes (
 What a schema cannot know stays with the reader: files that must exist, values that depend on one
 another, what the models look like. So the reader may refuse what the schema accepts. The other way
 round there are three exceptions, which the schema refuses and the reader lets pass: keys without a
-value, keys that only hold anchors, and mergekit's keys without effect in sections that mergekit
-does not have.
+value, keys that only hold anchors, mergekit's keys without effect in sections that mergekit lacks.
 """
 
 from __future__ import annotations
