@@ -12,6 +12,7 @@ import pytest
 
 from merge_cli.methods.parameters import Density, PerModel, each
 from merge_cli.methods.registry import merge_method, method_of
+from tests.support.paths import ROOT
 from tests.support.tiny import Family, read_model
 
 PLUGIN = '''
@@ -71,7 +72,7 @@ def test_a_method_from_another_package(family: Family, tmp_path: Path) -> None:
 
 
 def test_the_page_on_writing_methods(family: Family, tmp_path: Path) -> None:
-    page = (Path(__file__).parent.parent / "docs/writing_a_method.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "writing_a_method.md").read_text(encoding="utf-8")
     code = page.partition("```python\n")[2].partition("```")[0]
     env = install(tmp_path, code)
     for method in ("clipped_sum", "equal_sum"):

@@ -22,8 +22,8 @@ from merge_cli.json_schema import evaluation_schema, objective_schema, recipe_sc
 from merge_cli.methods.registry import all_methods
 from merge_cli.planning.resolve import check_recipe
 from merge_cli.recipe.load import parse_text
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parent.parent.parent
 CONFIGS = sorted([*(ROOT / "configs").glob("*.yaml"), *(ROOT / "configs").glob("*/*.yaml")])
 
 SOUP = "merge_method: soup\nmodels: [org/a, org/b]\n"
