@@ -17,7 +17,6 @@ from merge_cli.evaluation.parse import EVALUATION
 from merge_cli.evolve.objectives import OBJECTIVE
 from merge_cli.methods.parameters import TRUTH, MethodParameter
 from merge_cli.methods.registry import Method, all_methods, get_method, method_names
-from merge_cli.planning.method_sections import GREEDY
 from merge_cli.recipe.fields import INEFFECTIVE, MERGEKIT_PARAMETERS
 from merge_cli.recipe.models import model_schema
 from merge_cli.recipe.parse import RECIPE
@@ -26,6 +25,7 @@ from merge_cli.recipe.search import WITHOUT_SPACE
 from merge_cli.recipe.sources import setting_schema
 from merge_cli.recipe.training import unused_options
 
+_GREEDY = "greedy_soup"  # the one method that searches without a space of parameters
 _DRAFT = "https://json-schema.org/draft/2020-12/schema"
 
 
@@ -85,7 +85,7 @@ def _of_method(method: Method, definitions: dict[str, Schema]) -> Schema:
     properties = {**everywhere, "modules": modules, **_sections(method)}
     result: Schema = {"properties": properties}
     if method.searches:
-        result["required"] = ["objective"] if method.name == GREEDY else ["search", "objective"]
+        result["required"] = ["objective"] if method.name == _GREEDY else ["search", "objective"]
     elif method.needs_base:
         # A slice may have a base of its own, and adapters need none.
         keys = ("base_model", "slices", "modules", "output")
@@ -110,7 +110,7 @@ def _sections(method: Method) -> dict[str, Any]:
         result["statistics"] = {"properties": dict.fromkeys(unused, False)}
     if not method.searches:
         result |= {"search": False, "objective": False}
-    elif method.name == GREEDY:
+    elif method.name == _GREEDY:
         result["search"] = {"propertyNames": {"enum": sorted(WITHOUT_SPACE)}}
     else:
         result["search"] = {"properties": _searched(), "required": list(_SPACE)}
@@ -138,7 +138,7 @@ def _schemas(
     method: Method, definitions: dict[str, Schema], *, per_model: bool
 ) -> dict[str, Schema]:
     """The method's parameters that may stand under a model, or all of them."""
-    if method.searches and method.name != GREEDY:
+    if method.searches and method.name != _GREEDY:
         # Those of the methods that are searched, whichever they are.
         values = setting_schema({"type": ["boolean", "number", "string"]})
         definitions["setting.any"] = values
@@ -151,7 +151,7 @@ def _schemas(
 def _parameters(method: Method, offered: dict[str, Schema]) -> Schema:
     """Parameters by name. Those of mergekit's other methods are passed by, and not offered."""
     passed = set(INEFFECTIVE)
-    if not (method.learns or method.name == GREEDY):
+    if not (method.learns or method.name == _GREEDY):
         passed |= MERGEKIT_PARAMETERS
     pattern = f"^({'|'.join(sorted(passed - set(offered)))})$"
     return {
