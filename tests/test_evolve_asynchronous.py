@@ -232,7 +232,7 @@ def test_constraints_compare_on_the_same_rows(
     score = Loop._score
 
     def spy(self: Loop, outcome: EvaluationOutcome, share: float) -> CandidateScore:
-        base = self._base(share)
+        base = self.base(share)
         assert base is not None
         seen.add((share, next(iter(base.values()))["loss"].value))
         return score(self, outcome, share)
