@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from dam_tiny import config, write_models, write_recipe
 
+from merge_cli.evaluation.quality_check import overlap_notes
 from merge_cli.evaluation.run import as_spec
-from merge_cli.evolve.splits import overlap_notes
 from merge_cli.planning.planner import load_recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -25,11 +25,11 @@ from merge_cli.errors import Interrupted, MismatchError, Problem, UsageError
 from merge_cli.evaluation.fingerprints import auxiliary_fingerprint
 from merge_cli.evaluation.run import Step, evaluate_source
 from merge_cli.evaluation.spec import EvalSpec
-from merge_cli.evaluation.task import file_fingerprint
 from merge_cli.planning.plan import Plan
 from merge_cli.planning.planner import load_recipe, make_plan
+from merge_cli.planning.preparation import preparations_of
 from merge_cli.recipe.fields import nearest
-from merge_cli.recipe.reference import ModelRef, expanded
+from merge_cli.recipe.reference import ModelRef
 from merge_cli.sources.source import Source, fetch_weights, open_source
 from merge_cli.system.raw_io import write_error
 
@@ -214,7 +214,7 @@ def _merges(
 def _work(plan: Plan, device: str) -> str:
     """A digest of everything that a merged model depends on, its config and tokenizer included.
 
-    Where the method learns or searches, also of what it learns from or searches by.
+    Where something is prepared first, also of what that is made from.
     """
     state = hashlib.sha256(work_key(plan, device, True).encode())
     state.update(json.dumps(dict(plan.config), sort_keys=True).encode())
@@ -222,19 +222,8 @@ def _work(plan: Plan, device: str) -> str:
         state.update(
             f"{donor == plan.donor} {auxiliary_fingerprint(plan.sources[donor].root)}".encode()
         )
-    if plan.recipe.searches:
-        from merge_cli.evolve.journal import search_digest
-
-        state.update(search_digest(plan, device).encode())
-    if not plan.learns:
-        return state.hexdigest()
-    recipe = plan.recipe
-    state.update(repr(recipe.training).encode())
-    for spec in recipe.source_specs:
-        state.update(repr(spec.data).encode())
-        for name in (*spec.data.files, *spec.data.held_out) if spec.data else ():
-            path = recipe.folder / expanded(name)
-            state.update(file_fingerprint(path).encode() if path.is_file() else b"missing")
+    for preparation in preparations_of(plan):
+        state.update(preparation.identity(plan, device))
     return state.hexdigest()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from merge_cli.recipe.training import Training
-from merge_cli.system.machine import show_size
+from merge_cli.system.machine import show_seconds, show_size
 
 if TYPE_CHECKING:
     from merge_cli.dam.plan import TrainingPlan
@@ -137,6 +138,23 @@ def print_training(out: Console, decided: TrainingPlan) -> None:
         ("update", f"{decided.mode}: {decided.why['mode']}"),
     ):
         out.print(f"[dim]{label}:[/dim] {escape(text)}")
+
+
+def print_learned(out: Console, training: Mapping[str, Any]) -> None:
+    """What training brought, and loudly where it brought nothing."""
+    verdict, cost = training["verdict"], training["cost"]
+    out.print(
+        f"[green]✓[/green] learned {training['coefficients']:,} coefficients in "
+        f"{training['steps']:,} steps, {show_seconds(cost['seconds'])}, {cost['tokens']:,} tokens"
+    )
+    if verdict is None:
+        return
+    better = verdict["ratio"] < 1
+    mark = "[green]✓[/green]" if better else "[bold red]✗ no improvement:[/bold red]"
+    out.print(
+        f"{mark} held-out KL {verdict['kl']:.4g}; the best without training is "
+        f"{escape(verdict['best_static'])}, {verdict['best_static_kl']:.4g}"
+    )
 
 
 def granularity_in_words(training: Training) -> str:

@@ -15,8 +15,8 @@ from merge_cli.dam.data import Dataset
 from merge_cli.dam.distributed import World
 from merge_cli.dam.plan import TrainingPlan
 from merge_cli.engine.memory import peak_rss
-from merge_cli.engine.options import OnProgress, Progress
 from merge_cli.errors import GateError
+from merge_cli.options import OnProgress, Progress
 from merge_cli.recipe.training import plain_training
 from merge_cli.system.machine import show_seconds, show_size
 
@@ -28,7 +28,7 @@ def build_record(
 ) -> dict[str, Any]:
     """JSON-ready; docs/dam.md says what each part is."""
     scores = dict(position.static or {})
-    best = next((one for one in position.measured or [] if one["step"] == position.best_step), None)
+    best = next((m for m in position.measured or [] if m["step"] == position.best_step), None)
     if best is not None:
         scores = {LEARNED: {k: v for k, v in best.items() if k != "step"}, **scores}
     warnings = [note] if note else []
@@ -127,7 +127,7 @@ def improvement(scores: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | Non
     static = {name: score["mean_kl"] for name, score in scores.items() if name != LEARNED}
     if LEARNED not in scores or not static:
         return None
-    name = min(static, key=lambda one: static[one])
+    name = min(static, key=lambda name: static[name])
     kl = scores[LEARNED]["mean_kl"]
     ratio = kl / static[name] if static[name] else float("inf")
     return {"kl": kl, "best_static": name, "best_static_kl": static[name], "ratio": ratio}
@@ -164,16 +164,16 @@ _RECENT = 20  # steps whose mean is shown
 
 
 class StepLine:
-    """Told of every step; tells `show` what a person wants to know.
+    """Told of every step; tells `on_progress` what a person wants to know.
 
     Args:
         board: the folder for TensorBoard's files; None writes none. Nothing is sent anywhere.
     """
 
     def __init__(
-        self, decided: TrainingPlan, board: Path | None, show: OnProgress, world: World
+        self, decided: TrainingPlan, board: Path | None, on_progress: OnProgress, world: World
     ) -> None:
-        self._decided, self._show = decided, show
+        self._decided, self._on_progress = decided, on_progress
         self._began, self._first_step, self._first_tokens = time.monotonic(), -1, 0
         self._writer: Any = None
         if board is not None and world.first:
@@ -204,7 +204,7 @@ class StepLine:
         left = seconds / done * (self._decided.steps - position.step)
         parts.append(f"{show_seconds(left)} left")
         note = " · ".join(parts)
-        self._show(Progress("train", position.step, self._decided.steps, note, "steps"))
+        self._on_progress(Progress("train", position.step, self._decided.steps, note, "steps"))
         if self._writer is not None:
             self._write(record, position)
 

@@ -70,7 +70,9 @@ def worker_memory(plan: Plan, device: Device, options: MergeOptions) -> WorkerMe
     free = max(0, allowed - _fixed(plan, device))
     if device.kind == "cpu":
         spare = _TEMPORARIES[choose_arithmetic(plan)[0]]
-        spare += 2 * inputs if plan.method.gathers else 0  # a block's statistics, and with weights
+        spare += (
+            2 * inputs if "statistics" in plan.method.supplied else 0
+        )  # a block's statistics, and with weights
         each = _HOST_BLOCK * ((_STORED + 4) * inputs + 4 * spare) + _whole(plan) + _slab(plan)
         threads = options.threads or usable_cores()
         return WorkerMemory(max(1, min(threads, free // each)), _HOST_BLOCK, inputs, each)

@@ -168,8 +168,10 @@ def spec_for(recipe: Recipe, eval_file: Path | None, data: Sequence[Path]) -> Ev
     return None if recipe.eval is None else parse_eval(recipe.eval, recipe.file, recipe.folder)
 
 
-def as_spec(tasks: str | Path | Sequence[str | Path | Task]) -> EvalSpec:
+def as_spec(tasks: str | Path | EvalSpec | Sequence[str | Path | Task]) -> EvalSpec:
     """Tasks in any of the forms that `evaluate` takes."""
+    if isinstance(tasks, EvalSpec):
+        return tasks
     if isinstance(tasks, str | Path):
         path = Path(tasks)
         if path.suffix in (".yaml", ".yml"):

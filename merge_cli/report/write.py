@@ -19,13 +19,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from merge_cli.calibration.report import calibration_summary
 from merge_cli.checkpoint.coefficients import FILE
-from merge_cli.dam.report import coefficient_summary
 from merge_cli.engine.memory import peak_rss
 from merge_cli.engine.merge_stats import MergeStats, StageTime, TensorStats
 from merge_cli.planning.layers import layer_key_of
 from merge_cli.planning.plan import Plan
+from merge_cli.planning.preparation import preparations
 from merge_cli.recipe.dump import data_from, dump_recipe, path_from
 from merge_cli.recipe.reference import short_labels
 from merge_cli.report.card import model_card
@@ -40,9 +39,8 @@ def write_reports(
     outcome: MergeStats,
     folder: Path,
     target: Path,
-    training: Mapping[str, Any] | None = None,
     *,
-    search: Mapping[str, Any] | None = None,
+    record: Mapping[str, Any] | None = None,
     attachments: Mapping[str, str] | None = None,
     stages: Mapping[str, Path] | None = None,
     card: bool = True,
@@ -52,8 +50,7 @@ def write_reports(
     Args:
         folder: where they are written.
         target: where the folder will be published: the recipe's paths lead from there.
-        training: the record of how the coefficients were learned, if this run has learned them.
-        search: the record of how parameters or members were found, if this run has found them.
+        record: sections on what this run has prepared, if anything (`Prepared.record`).
         attachments: other files that belong to the merge, by name.
         stages: the folders of what other documents of the recipe have made for it, by name.
         card: whether to write README.md.
@@ -64,14 +61,9 @@ def write_reports(
     made = Stages(stages or {})
     text, defaults = resolved_recipe(plan, fingerprints, target, made)
     report = build_report(plan, fingerprints, outcome, text)
-    if plan.coefficients is not None:
-        report["coefficients"] = coefficient_summary(plan)
-    if plan.gathered is not None:
-        report["gathered"] = calibration_summary(plan, plan.gathered)
-    if training is not None:
-        report["training"] = dict(training)
-    if search is not None:
-        report["search"] = dict(search)
+    for preparation in preparations():
+        report.update(preparation.summary(plan))
+    report.update(record or {})
     if made.names:
         report["stages"] = made.records()
     files = {

@@ -42,6 +42,9 @@ class Harness(Task):
     def data_digest(self) -> str:
         return ""
 
+    def check_data(self, seed: int) -> None:
+        _require()
+
     def score(self, live: LiveModel, tell: Tell) -> TaskResult:
         _require()
         from lm_eval import simple_evaluate

@@ -34,6 +34,9 @@ class PythonTask(Task):
         path, name = self._place()
         return f"{file_fingerprint(path)} {name}"
 
+    def check_data(self, seed: int) -> None:
+        self._place()
+
     def score(self, live: LiveModel, tell: Tell) -> TaskResult:
         import torch
 

@@ -1,0 +1,55 @@
+"""How a merge is run, and how it tells of its progress. None of it changes the bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+DEFAULT_MEMORY = 1_250_000_000
+
+
+@dataclass(frozen=True)
+class MergeOptions:
+    """What a user may choose.
+
+    Attributes:
+        device: auto, cpu, cuda or cuda:N.
+        threads: computing threads on a CPU; None means one for each core that may be used.
+        max_memory: bytes that the whole process should stay under.
+        overwrite: replace an existing output.
+        fresh: do not resume.
+        statistics: measure norms, cosines and signs on the way, for the report.
+        fsync: publish only when the bytes are on the disk itself, safe against power failure.
+        allow_non_finite: merge NaN and Inf as they are.
+        trust_remote_code: copy the donor's Python files; nothing is run.
+        copy_tokenizer: copy tokenizer files.
+        model_card: write README.md.
+        keep_stages: leave the results of a recipe's other documents in OUT.stages.
+    """
+
+    device: str = "auto"
+    threads: int | None = None
+    max_memory: int = DEFAULT_MEMORY
+    overwrite: bool = False
+    fresh: bool = False
+    statistics: bool = True
+    fsync: bool = False
+    allow_non_finite: bool = False
+    trust_remote_code: bool = False
+    copy_tokenizer: bool = True
+    model_card: bool = True
+    keep_stages: bool = False
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A message to whoever shows progress: `done` of `total`, in `unit`, of the stage named."""
+
+    stage: str
+    done: int
+    total: int
+    note: str = ""
+    unit: str = "bytes"
+
+
+OnProgress = Callable[[Progress], None]
