@@ -18,7 +18,7 @@ from merge_cli.evaluation.quality_check import quality_check, read_gates, requir
 from merge_cli.evaluation.run import Step, as_spec, spec_for
 from merge_cli.evaluation.spec import EvalSpec
 from merge_cli.evaluation.task import Task
-from merge_cli.options import MergeOptions, OnProgress, Progress
+from merge_cli.options import MergeOptions, OnProgress, Progress, ignore_progress
 from merge_cli.planning.plan import Plan
 from merge_cli.planning.planner import DEFAULT_SHARD_SIZE, load_recipe
 from merge_cli.planning.preparation import prepare
@@ -70,7 +70,7 @@ def merge(
     evaluation: Tasks | None = None,
     gates: Sequence[str] = (),
     no_worse: Sequence[str] = (),
-    on_evaluation: Callable[[Step], None] = lambda step: None,
+    on_evaluation: Callable[[Step], None] = ignore_progress,
     show: OnProgress | None = None,
 ) -> MergeResult:
     """Merge models into the folder `out`, and evaluate the result where the recipe asks for it.
@@ -96,7 +96,7 @@ def merge(
             published all the same.
     """
     options = options or MergeOptions()
-    report_progress = on_progress or show or (lambda progress: None)
+    on_progress = on_progress or show or ignore_progress
     loaded = recipe if isinstance(recipe, Recipe | Plan) else load_recipe(recipe)
     spec = None if evaluation is None else as_spec(evaluation)
     check = quality_check(
@@ -104,12 +104,12 @@ def merge(
     )
     decided = loaded if isinstance(loaded, Plan) else plan(loaded, shard_size=shard_size)
     for note in check.check(decided) if check else ():
-        report_progress(Progress("evaluate", 0, 0, note))
+        on_progress(Progress("evaluate", 0, 0, note))
     report = merge_plan(
         decided,
         Path(out),
         options,
-        report_progress,
+        on_progress,
         require_improvement=require_improvement,
         resume_evaluation=check is not None,
     )
@@ -231,7 +231,7 @@ def compare(
     """
     from merge_cli.comparison.files import write_comparison
 
-    spec = tasks if isinstance(tasks, EvalSpec) else as_spec(tasks)
+    spec = as_spec(tasks)
     conditions = read_gates(gates, no_worse, spec.tasks)
     references = [gate.reference for gate in conditions if gate.reference]
     result = compare_recipes(
@@ -240,7 +240,7 @@ def compare(
         out,
         references=references,
         options=options,
-        show=on_progress or show or (lambda step: None),
+        show=on_progress or show or ignore_progress,
     )
     return ComparisonResult(
         Path(out), result, write_comparison(result, Path(out)), result.unmet(conditions)

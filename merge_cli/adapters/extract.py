@@ -22,9 +22,9 @@ from merge_cli.checkpoint.tensors import Read, read_numbers, reading
 from merge_cli.engine.device import choose_device
 from merge_cli.engine.inputs import inputs_of
 from merge_cli.engine.merge import fetch_inputs, protected_paths
-from merge_cli.engine.options import OnProgress, Progress
 from merge_cli.engine.pool import memory_errors, one_torch_thread
 from merge_cli.errors import UsageError
+from merge_cli.options import OnProgress, Progress, ignore_progress
 from merge_cli.planning.plan import Plan, TensorTask
 from merge_cli.recipe.values import matches
 
@@ -105,7 +105,8 @@ def extract_lora(
     device: str = "auto",
     overwrite: bool = False,
     fresh: bool = False,
-    show: OnProgress = lambda progress: None,
+    on_progress: OnProgress | None = None,
+    show: OnProgress | None = None,
 ) -> ExtractedAdapter:
     """Write what a fine-tune has changed as an adapter that PEFT loads onto its base.
 
@@ -119,6 +120,7 @@ def extract_lora(
         exclude: filters on what stays out, whatever it is.
         overwrite: replace OUT, if it is a model.
         fresh: throw away what other work has left beside OUT.
+        on_progress: told of progress; `show` is its old name.
 
     Raises:
         UsageError: a rank or an energy that is none, OUT exists.
@@ -127,7 +129,8 @@ def extract_lora(
     """
     cut = _cut(rank, energy)
     plan = plan_pair(str(model), str(base))
-    fetch_inputs(plan, show)
+    on_progress = on_progress or show or ignore_progress
+    fetch_inputs(plan, on_progress)
     chosen = choose_device(device)
     place = f"cuda:{chosen.indexes[0]}" if chosen.indexes else "cpu"
     skeleton = ModuleMap(plan.sources[plan.base or 0])
@@ -169,7 +172,7 @@ def extract_lora(
         stacks = ExpertStacks(adapter, {part.name: part.place for part in parts})
         try:
             for done, (task, found) in enumerate(looked_at):
-                show(Progress("extract", done, len(jobs), task.name, "tensors"))
+                on_progress(Progress("extract", done, len(jobs), task.name, "tensors"))
                 if isinstance(task, AdapterPart):
                     assert found is None or isinstance(found, Factors)
                     stacks.add(task.name, found)
@@ -184,7 +187,7 @@ def extract_lora(
                     why = choice.refuses(task, seats.get(task.name))
                     whole += [] if why else [task]
                     changes.append(ModuleChange(task.name, found, float(not why), None, why))
-            show(Progress("extract", len(jobs), len(jobs), "", "tensors"))
+            on_progress(Progress("extract", len(jobs), len(jobs), "", "tensors"))
             _keep_whole(adapter, plan, seats, whole)
             size = adapter.finish(_config(plan, adapter, seats, whole, skeleton, turned), read)
         finally:

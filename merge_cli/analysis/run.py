@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,9 +21,9 @@ from merge_cli.analysis.result import Analysis, ModelFiles
 from merge_cli.engine.device import choose_device
 from merge_cli.engine.memory import peak_rss
 from merge_cli.engine.merge import fetch_inputs
-from merge_cli.engine.options import MergeOptions, Progress
 from merge_cli.errors import UsageError
 from merge_cli.kernels.measures import Relations
+from merge_cli.options import MergeOptions, OnProgress, ignore_progress
 from merge_cli.planning.planner import load_recipe
 from merge_cli.recipe.schema import Recipe
 from merge_cli.tokenizer.files import read_tokenizer
@@ -36,7 +36,8 @@ def analyze(
     models: Sequence[str | Path] = (),
     seed: int | None = None,
     options: MergeOptions | None = None,
-    show: Callable[[Progress], None] = lambda progress: None,
+    on_progress: OnProgress | None = None,
+    show: OnProgress | None = None,
 ) -> Analysis:
     """Say what models are like before they are merged, from their weights and files alone.
 
@@ -48,7 +49,7 @@ def analyze(
         seed: which matrices and which rows and columns the ranks are sampled from; the recipe's
             unless given.
         options: device, threads and memory; the rest has no effect.
-        show: told of progress.
+        on_progress: told of progress; `show` is its old name.
 
     Raises:
         UsageError: neither a recipe nor models, or both; fewer than two models.
@@ -70,8 +71,9 @@ def analyze(
     chosen = options or MergeOptions()
     device = choose_device(chosen.device)
     subject = open_model_set(loaded)
-    fetch_inputs(subject.plan, show)
-    result = measure_models(subject, device, chosen, show)
+    on_progress = on_progress or show or ignore_progress
+    fetch_inputs(subject.plan, on_progress)
+    result = measure_models(subject, device, chosen, on_progress)
     analysis = _analysis(subject, result, device.name)
     return replace(analysis, peak_memory=peak_rss())
 

@@ -62,8 +62,8 @@ def analyze(
 
     from merge_cli.analysis.run import analyze as measure
 
-    with screen.progress() as show:
-        analysis = measure(**named, seed=seed, options=options, show=show)
+    with screen.progress() as on_progress:
+        analysis = measure(**named, seed=seed, options=options, on_progress=on_progress)
     screen.analysis(analysis, layers=layers, as_json=as_json)
     if html is not None:
         from merge_cli.analysis.page import write_page

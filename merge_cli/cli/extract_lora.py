@@ -41,7 +41,7 @@ def extract_lora(
     from merge_cli.console.adapters import print_extracted
 
     screen = console.Screen(quiet=quiet)
-    with screen.progress() as show:
+    with screen.progress() as on_progress:
         result = extract(
             model,
             out,
@@ -54,7 +54,7 @@ def extract_lora(
             device=device,
             overwrite=overwrite,
             fresh=fresh,
-            show=show,
+            on_progress=on_progress,
         )
     screen.notes(result.notes)
     if as_json:

@@ -244,7 +244,9 @@ class QualityCheck:
                 raise UsageError(message, hint="Make it by itself first, and name its folder.")
         return overlap_notes(plan.recipe, self._spec)
 
-    def run(self, plan: Plan, out: Path, options: MergeOptions, show: Show) -> list[dict[str, Any]]:
+    def run(
+        self, plan: Plan, out: Path, options: MergeOptions, on_step: Show
+    ) -> list[dict[str, Any]]:
         """Evaluate OUT and every model that a gate names; written into OUT, too.
 
         Returns:
@@ -255,7 +257,7 @@ class QualityCheck:
         """
         spec = self._spec.changed(device=options.device, threads=options.threads)
         try:
-            merged, others = self._evaluations(plan, out, spec, show)
+            merged, others = self._evaluations(plan, out, spec, on_step)
         except Interrupted:
             hint = f"The merge is complete; `merge-cli evaluate {out}` measures it, too."
             raise Interrupted("stopped while evaluating", where=str(out), hint=hint) from None
@@ -269,15 +271,15 @@ class QualityCheck:
         return rows
 
     def _evaluations(
-        self, plan: Plan, out: Path, spec: EvalSpec, show: Show
+        self, plan: Plan, out: Path, spec: EvalSpec, on_step: Show
     ) -> tuple[Evaluation, dict[str, Evaluation]]:
         """OUT's, and those of the models that gates name, by the names that they give them."""
-        merged = evaluate_source(open_source(ModelRef(str(out)), out.parent), spec, show)
+        merged = evaluate_source(open_source(ModelRef(str(out)), out.parent), spec, on_step)
         others = {}
         for name in dict.fromkeys(g.reference for g in self._gates if g.reference):
             source = _model_of(name, plan)
             fetch_weights(source, source.header_bytes)
-            others[name] = evaluate_source(source, spec, show)
+            others[name] = evaluate_source(source, spec, on_step)
         return merged, others
 
     def require(self) -> None:

@@ -50,7 +50,8 @@ def evaluate(
     model: str | Path,
     tasks: str | Path | EvalSpec | Sequence[str | Path | Task],
     *,
-    show: Show = _silent,
+    on_progress: Show | None = None,
+    show: Show | None = None,
     **settings: Any,
 ) -> Evaluation:
     """Evaluate a model.
@@ -58,7 +59,7 @@ def evaluate(
     Args:
         model: a folder, or a Hub id.
         tasks: an evaluation file (.yaml); a data file, for its loss; several; or tasks.
-        show: told of progress.
+        on_progress: told of progress; `show` is its old name.
         settings: fields of `EvalSpec`: device, dtype, max_length, batch_tokens, seed, cache.
 
     Returns:
@@ -69,12 +70,12 @@ def evaluate(
         SourceError: a model or data that cannot be used, a row that is not as the task needs it.
         ResourceError: the device or a package is missing.
     """
-    spec = (tasks if isinstance(tasks, EvalSpec) else as_spec(tasks)).changed(**settings)
-    return evaluate_all([str(model)], spec, show)[str(model)]
+    spec = as_spec(tasks).changed(**settings)
+    return evaluate_all([str(model)], spec, on_progress or show or _silent)[str(model)]
 
 
 def evaluate_all(
-    models: Sequence[str], spec: EvalSpec, show: Show = _silent
+    models: Sequence[str], spec: EvalSpec, on_progress: Show = _silent
 ) -> dict[str, Evaluation]:
     """Several models on the same tasks, one after the other; each is opened before any is run.
 
@@ -86,7 +87,7 @@ def evaluate_all(
     result = {}
     for name, source in opened.items():
         fetch_weights(source, source.header_bytes)
-        result[name] = evaluate_source(source, spec, show)
+        result[name] = evaluate_source(source, spec, on_progress)
     return result
 
 
@@ -94,7 +95,7 @@ def _opened(model: str, folder: Path) -> Source:
     return open_source(parse_reference(model, folder), folder)
 
 
-def evaluate_source(source: Source, spec: EvalSpec, show: Show = _silent) -> Evaluation:
+def evaluate_source(source: Source, spec: EvalSpec, on_progress: Show = _silent) -> Evaluation:
     """The same for an opened source whose weights are on disk."""
     digest = source_fingerprint(source)
     device = choose_device(spec.device)
@@ -121,7 +122,7 @@ def evaluate_source(source: Source, spec: EvalSpec, show: Show = _silent) -> Eva
                         live = _loaded(source, spec)
                         refuse_changed(source, digest)
                         check_tasks(spec.tasks, live)
-                    result = score_task(task, live, show)
+                    result = score_task(task, live, on_progress)
                 if cached:
                     cache.keep(key, result)
             done[task.name] = result
@@ -218,15 +219,19 @@ def check_tasks(tasks: Sequence[Task], live: LiveModel) -> None:
             task.check(live)
 
 
-def score_task(task: Task, live: LiveModel, show: Show = _silent) -> TaskResult:
+def score_task(task: Task, live: LiveModel, on_progress: Show = _silent) -> TaskResult:
     """One task on a live model, with what it cost.
 
     Raises:
         NonFiniteError: the model predicts NaN or Inf.
     """
     started, live.cost = time.monotonic(), Cost()
-    show(Step(live.label, task.name, 0, 0))
-    result = task.score(live, lambda done, total: show(Step(live.label, task.name, done, total)))
+
+    def on_step(done: int, total: int) -> None:
+        on_progress(Step(live.label, task.name, done, total))
+
+    on_step(0, 0)
+    result = task.score(live, on_step)
     for metric in result.metrics.values():
         if not all(map(math.isfinite, metric.parts)):
             message = f"{task.name}.{metric.name} is not a number: the model predicts NaN or Inf"

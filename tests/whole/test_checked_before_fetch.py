@@ -165,7 +165,8 @@ CASES: dict[str, tuple[dict[str, Any], type[MergeCliError], str]] = {
         {**PLAIN, "eval": [{**LOSS, "data": "nowhere.jsonl"}]}, RecipeError, "no such file",
     ),
     "an evaluation's row": (
-        {**PLAIN, "eval": [{"task": "exact_match", "data": "a.jsonl"}]}, SourceError, "needs 'prompt'",
+        {**PLAIN, "eval": [{"task": "exact_match", "data": "a.jsonl"}]},
+        SourceError, "needs 'prompt'",
     ),
 }  # fmt: skip
 
