@@ -28,10 +28,10 @@ def calibration_problems(recipe: Recipe, method: Method) -> Iterator[Problem]:
                 message = f"has no `data:`, and {name} looks at examples of every model."
                 hint = "Give it text that it is good at: `data: FILE`."
                 yield recipe.problem(spec.key, message, hint)
-    for dial in unused_options(method.gathers):
-        if f"statistics.{dial}" in recipe.places:
+    for option in unused_options(method.gathers):
+        if f"statistics.{option}" in recipe.places:
             message = f"has no effect in {name}."
-            yield recipe.problem(f"statistics.{dial}", message, "Leave it out.")
+            yield recipe.problem(f"statistics.{option}", message, "Leave it out.")
 
 
 def calibration_warnings(recipe: Recipe, method: Method) -> Iterator[str]:
@@ -41,5 +41,5 @@ def calibration_warnings(recipe: Recipe, method: Method) -> Iterator[str]:
     for spec in recipe.models:
         if spec.data is not None and spec.data.held_out:
             line, column = recipe.places.get(f"{spec.key}.data.held_out", (0, 0))
-            place = f"{recipe.file}:{line}:{column}: {spec.key}.data.held_out"
-            yield f"{place}: has no effect: {recipe.merge_method} measures nothing."
+            where = f"{recipe.file}:{line}:{column}: {spec.key}.data.held_out"
+            yield f"{where}: has no effect: {recipe.merge_method} measures nothing."

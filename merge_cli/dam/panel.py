@@ -33,9 +33,9 @@ def print_options(out: Console) -> None:
     from merge_cli.recipe.training import PRESETS
 
     out.print(f"\nLearned as `training:` says; presets: {', '.join(PRESETS)}. See docs/dam.md.\n")
-    for dial in options_json():
-        default = "" if dial["default"] is None else f"; default {_yaml(dial['default'])}"
-        out.print(f"  [bold]{dial['name']}[/bold]: {escape(dial['doc'] + default)}")
+    for option in options_json():
+        default = "" if option["default"] is None else f"; default {_yaml(option['default'])}"
+        out.print(f"  [bold]{option['name']}[/bold]: {escape(option['doc'] + default)}")
 
 
 def _yaml(value: Any) -> str:
@@ -70,7 +70,7 @@ def training_json(decided: TrainingPlan) -> dict[str, Any]:
             }
             for item, teacher in zip(decided.datasets, decided.teachers, strict=True)
         ],
-        "cache_bytes": sum(one.bytes for one in decided.teachers),
+        "cache_bytes": sum(teacher_plan.bytes for teacher_plan in decided.teachers),
         "device": decided.device,
         "dtype": decided.dtype,
         "mode": decided.mode,
@@ -114,9 +114,9 @@ def print_training(out: Console, decided: TrainingPlan) -> None:
     trained = sum(target.trained for target in decided.targets)
     frozen = len(decided.targets) - trained
     still = f"; {frozen} tensors stay as they start" if frozen else ""
-    kept = f"on disk, the {training.top_k} likeliest tokens of each in {training.cache_dtype}"
+    storage = f"on disk, the {training.top_k} likeliest tokens of each in {training.cache_dtype}"
     if training.top_k == "full":
-        kept = "in memory, the whole vocabulary"
+        storage = "in memory, the whole vocabulary"
     unused = training.unused_patterns([target.name for target in decided.targets])
     for pattern in unused:
         message = f"granularity: no tensor has '{pattern}' in its name"
@@ -128,7 +128,7 @@ def print_training(out: Console, decided: TrainingPlan) -> None:
             f" ({granularity_in_words(training)}, {training.form}, "
             f"activation {training.activation}){still}",
         ),
-        ("predictions", f"{show_size(cache)} {kept}"),
+        ("predictions", f"{show_size(cache)} {storage}"),
         (
             "student",
             f"{show_size(decided.student_bytes)} in {decided.dtype} "

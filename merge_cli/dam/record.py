@@ -35,16 +35,16 @@ def build_record(
     unused = decided.training.unused_patterns([target.name for target in decided.targets])
     warnings += [f"granularity: no tensor has '{pattern}' in its name" for pattern in unused]
     warnings += [
-        f"{one.name}: {one.removed:,} of {one.rows:,} rows are held out, too: not trained on"
-        for one in decided.datasets
-        if one.removed
+        f"{data.name}: {data.removed:,} of {data.rows:,} rows are held out, too: not trained on"
+        for data in decided.datasets
+        if data.removed
     ]
     warnings += [
         f"{name} predicts NaN or Inf on held-out rows, and is compared with nothing"
         for name in position.broken or []
     ]
     verdict = improvement(scores)
-    lacking = ", ".join(one.name for one in decided.datasets if not one.held_out)
+    lacking = ", ".join(data.name for data in decided.datasets if not data.held_out)
     if lacking and verdict is not None:
         warnings.append(f"no rows are held out of {lacking}: nothing that is measured speaks of it")
     if verdict is None:
@@ -69,7 +69,7 @@ def build_record(
                 "train": len(dataset.train),
                 "held_out": len(dataset.held_out),
                 "removed": dataset.removed,
-                "train_tokens": sum(one.counted for one in dataset.train),
+                "train_tokens": sum(item.counted for item in dataset.train),
                 "held_out_tokens": sum(item.counted for item in dataset.held_out),
             }
             for dataset in decided.datasets
@@ -111,9 +111,9 @@ def _origin(decided: TrainingPlan, dataset: Dataset) -> dict[str, Any]:
     label = plan.sources[plan.operands[dataset.source]].label
     data = next(s.data for s in plan.recipe.source_specs if str(s.model) == label)
     assert data is not None, "a data set is a source's data"
-    place = f"{data.dataset}@{data.revision or 'main'}, {data.split}" if data.dataset else ""
+    address = f"{data.dataset}@{data.revision or 'main'}, {data.split}" if data.dataset else ""
     return {
-        "files": [*data.files, *([place] if place else [])],
+        "files": [*data.files, *([address] if address else [])],
         "held_out_files": list(data.held_out),
         "digest": dataset.digest,
     }
@@ -190,7 +190,7 @@ class StepLine:
         loss = sum(item["loss"] for item in recent) / len(recent)
         parts = [f"loss {loss:.4g}"]
         parts += [
-            f"{name} {sum(self._weighted(one, name) for one in recent) / len(recent):.3g}"
+            f"{name} {sum(self._weighted(step, name) for step in recent) / len(recent):.3g}"
             for name in record["terms"]
         ]
         if position.measured:

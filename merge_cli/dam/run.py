@@ -149,7 +149,7 @@ def published_report(plan: Plan, target: Path, options: MergeOptions) -> dict[st
 def work_key(decided: TrainingPlan, world: World) -> str:
     """A digest of everything that the coefficients depend on."""
     plan = decided.plan
-    dials = {
+    options = {
         f.name: repr(getattr(decided.training, f.name))
         for f in fields(Training)
         if f.name not in _INDIFFERENT
@@ -158,7 +158,7 @@ def work_key(decided: TrainingPlan, world: World) -> str:
     about = {
         "format": _FORMAT,
         "versions": [version("merge-cli"), version("torch"), version("transformers")],
-        "dials": dials,
+        "dials": options,
         "seed": plan.recipe.seed,
         "inputs": [plan.sources[i].fingerprint() for i in used],
         "data": [(dataset.source, dataset.digest) for dataset in decided.datasets],
@@ -180,7 +180,7 @@ def _learn(
         Interrupted: before the end; what is done is kept.
     """
     started = time.monotonic()
-    train, kept = _teach(decided, world, on_progress, stopping)
+    train, held_out_predictions = _teach(decided, world, on_progress, stopping)
     taught = time.monotonic() - started
     plan, training = decided.plan, decided.training
     import torch
@@ -196,7 +196,7 @@ def _learn(
     stopping.patient = True
     try:
         forward = Forward(student.net)
-        held_out = HeldOut(decided.datasets, kept, training.batch_tokens)
+        held_out = HeldOut(decided.datasets, held_out_predictions, training.batch_tokens)
         measured = held_out if held_out else None
         # Beside OUT, and not in the folder that goes when OUT is published.
         board = folder.path.with_suffix(".tensorboard") if training.tensorboard else None
@@ -288,28 +288,30 @@ def _teach(
 ) -> tuple[list[Predictions | None], list[Predictions]]:
     """Each teacher over its own data, one at a time: train and held-out predictions."""
     train: list[Predictions | None] = []
-    kept: list[Predictions] = []
+    held_out_predictions: list[Predictions] = []
     for dataset in decided.datasets:
         source = decided.plan.sources[decided.plan.operands[dataset.source]]
         # Every byte is read: what is kept must be the predictions of exactly this model.
         teacher = Teacher(source, source_identity(source), decided.device, decided.dtype)
         share = (world.rank, world.size)
 
-        def tell(done: int, total: int, name: str = dataset.name) -> None:
+        def on_tokens(done: int, total: int, name: str = dataset.name) -> None:
             on_progress(Progress("teach", done, total, name, "tokens"))
             if world.size == 1 and stopping():
                 message = "stopped while the teachers were asked"
                 raise Interrupted(message, hint="The same command continues.")
 
         held_out = kept_for(decided.training, held_out=True)
-        kept.append(teacher.predictions(dataset.held_out, held_out, tell, share=share))
+        held_out_predictions.append(
+            teacher.predictions(dataset.held_out, held_out, on_tokens, share=share)
+        )
         taught = None
         if decided.training.needs_teachers:
-            taught = teacher.predictions(dataset.train, decided.kept, tell, share=share)
+            taught = teacher.predictions(dataset.train, decided.kept, on_tokens, share=share)
         train.append(taught)
         teacher.close()
     world.wait()  # files that others have made are read from here on
-    return train, kept
+    return train, held_out_predictions
 
 
 def _interrupted(folder: TrainingWorkspace, position: Position) -> Interrupted:

@@ -113,9 +113,9 @@ def _range_problems(
 ) -> Iterator[Problem]:
     owners = [m.parameters[searched.name] for m in methods if searched.name in m.parameters]
     if not owners:
-        known = sorted({name for method in methods for name in method.parameters})
+        names = sorted({name for method in methods for name in method.parameters})
         text = f"{' and '.join(m.name for m in methods)} has no such parameter."
-        yield recipe.problem(searched.key, text, nearest(searched.name, known))
+        yield recipe.problem(searched.key, text, nearest(searched.name, names))
         return
     if "models" in searched.tied and not any(owner.per_model for owner in owners):
         text = f"{searched.name} is one value for all models already."

@@ -27,10 +27,10 @@ def refuse_overlap(objective: SearchObjective) -> None:
         files = {t.data for t in objective.splits[name].spec.tasks if isinstance(t, DataTask)}
         for path in sorted(files):
             for row in read_rows(path):
-                digest = content_of(row)
-                contents.setdefault(digest, (name, f"{path}:{row.line}"))
-                if digest in seen:
-                    split, line = seen[digest]
+                content = content_of(row)
+                contents.setdefault(content, (name, f"{path}:{row.line}"))
+                if content in seen:
+                    split, line = seen[content]
                     message = f"the split {name} has this row, which is in the split {split}, too: "
                     problems.append(Problem(message + line, "", str(path), row.line))
         seen = {**contents, **seen}

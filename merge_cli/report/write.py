@@ -102,7 +102,7 @@ def resolved_recipe(
     commits = {name: c for source in plan.sources for name, c in source.commits.items()}
     locate = made.named(path_from(target, recipe.folder, commits))
     labels = [source.label for source in plan.sources]
-    digests = dict(zip(labels, fingerprints, strict=True))
+    fingerprints_by_label = dict(zip(labels, fingerprints, strict=True))
     defaults = {
         name: parameter.default
         for name, parameter in plan.method.parameters.items()
@@ -110,8 +110,8 @@ def resolved_recipe(
     }
     if recipe.base_model and plan.method.averages_base and plan.base not in plan.operands:
         defaults.pop("weight", None)  # written for all models, it would weigh the base, too
-    inputs = {locate(model): digests[str(model)] for model in recipe.references}
-    own = dump_recipe(
+    inputs = {locate(model): fingerprints_by_label[str(model)] for model in recipe.references}
+    document = dump_recipe(
         recipe,
         locate=locate,
         defaults=defaults,
@@ -121,7 +121,7 @@ def resolved_recipe(
         kind=plan.method.gathers,
     )
     header = f"# resolved by merge-cli {version('merge-cli')}; running it gives the same bytes\n"
-    return header + "---\n".join([*made.documents(target), own]), defaults
+    return header + "---\n".join([*made.documents(target), document]), defaults
 
 
 SCHEMA = 1
@@ -239,14 +239,14 @@ def _statistics(plan: Plan, stats: Sequence[TensorStats]) -> dict[str, Any] | No
         "models": labels,
         "sampled": round(total.sampled / total.count, 4) if total.count else 1.0,
         "total": _group("whole model", total),
-        "groups": [_group(name, one) for name, one in groups.items()],
+        "groups": [_group(name, stats) for name, stats in groups.items()],
     }
 
 
 def _group(name: str, stats: TensorStats) -> dict[str, Any]:
     norms = _norms(stats)
     base = math.sqrt(stats.base)
-    place = layer_key_of(f"{name}.x")
+    layer = layer_key_of(f"{name}.x")
     pairs = range(len(norms))
     has_pairs = len(norms) > 1 and any(stats.gram[0][1:])
     cosine = [
@@ -259,7 +259,7 @@ def _group(name: str, stats: TensorStats) -> dict[str, Any]:
     ]
     return {
         "name": name,
-        "layer": place.index if place else None,
+        "layer": layer.index if layer else None,
         "count": stats.count,
         "norm": [_rounded(norm) for norm in norms],
         "relative_norm": [_ratio(norm, base) for norm in norms] if base else None,
@@ -275,8 +275,8 @@ def _norms(stats: TensorStats) -> list[float]:
     return [math.sqrt(max(row[i], 0.0)) for i, row in enumerate(stats.gram)]
 
 
-def _ratio(part: float, whole: float) -> float | None:
-    return _rounded(part / whole) if whole else None
+def _ratio(part: float, total: float) -> float | None:
+    return _rounded(part / total) if total else None
 
 
 def _rounded(value: float) -> float | None:
