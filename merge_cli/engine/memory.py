@@ -71,7 +71,7 @@ def worker_memory(plan: Plan, device: Device, options: MergeOptions) -> WorkerMe
     if device.kind == "cpu":
         spare = _TEMPORARIES[choose_arithmetic(plan)[0]]
         spare += (
-            2 * inputs if "statistics" in plan.method.supplied else 0
+            2 * inputs if plan.method.preparation == "calibration" else 0
         )  # a block's statistics, and with weights
         each = _HOST_BLOCK * ((_STORED + 4) * inputs + 4 * spare) + _whole(plan) + _slab(plan)
         threads = options.threads or usable_cores()
