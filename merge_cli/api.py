@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,7 @@ def merge(
     decided = loaded if isinstance(loaded, Plan) else plan(loaded, shard_size=shard_size)
     for note in check.check(decided) if check else ():
         on_progress(Progress("evaluate", 0, 0, note))
-    report = merge_plan(
+    result = merge_plan(
         decided,
         Path(out),
         options,
@@ -113,11 +114,11 @@ def merge(
         require_improvement=require_improvement,
         resume_evaluation=check is not None,
     )
-    if check is None or not report:
-        return MergeResult(Path(out), report)
-    models = check.run(decided, Path(out), options, on_evaluation)
+    if check is None or not result.report:
+        return result
+    models = check.run(decided, result.path, options, on_evaluation)
     check.require()
-    return MergeResult(Path(out), report, models)
+    return replace(result, evaluation=models)
 
 
 def merge_plan(
@@ -128,24 +129,25 @@ def merge_plan(
     *,
     require_improvement: bool = False,
     resume_evaluation: bool = False,
-) -> dict[str, Any]:
+) -> MergeResult:
     """Merge a plan of one document or several, or of adapters, without evaluating it.
 
     Args:
         resume_evaluation: an OUT that is this very merge already is as good: the run that made it
             was interrupted while it was evaluated.
 
-    Returns:
-        the report.
+    Raises:
+        as `merge` does.
     """
+    path = Path(os.path.realpath(target))
     if resume_evaluation and not (options.overwrite or options.fresh):
         report = made_before(plan, target, options)
         if report is not None:
-            return report
+            return MergeResult(path, report)
     if plan.recipe.output is not None:
         from merge_cli.adapters.merging import merge_adapters
 
-        return merge_adapters(plan, target, options, show=on_progress)
+        return MergeResult(target, merge_adapters(plan, target, options, show=on_progress))
 
     def make_document(
         plan: Plan, target: Path, options: MergeOptions, stages: Mapping[str, Path]
@@ -153,13 +155,13 @@ def merge_plan(
         return _merge_document(plan, target, options, on_progress, require_improvement, stages)
 
     if not plan.stages:
-        return make_document(plan, target, options, {})
+        return MergeResult(path, make_document(plan, target, options, {}))
     from merge_cli.dam.distributed import launched
 
     if launched() > 1:
         message = "several processes cannot share the stages of a recipe"
         raise UsageError(message, hint="Run the stages that do not learn first, by themselves.")
-    return make_stages(plan, target, options, on_progress, make_document)
+    return MergeResult(path, make_stages(plan, target, options, on_progress, make_document))
 
 
 def _merge_document(

@@ -142,7 +142,7 @@ def run(
     screen = console.Screen(quiet=quiet)
     screen.notes([*lines, *loaded.warnings])
 
-    from merge_cli.api import MergeResult, merge_plan
+    from merge_cli.api import merge_plan
     from merge_cli.engine.merge import check_target
     from merge_cli.evaluation.quality_check import quality_check
     from merge_cli.evaluation.run import spec_of
@@ -176,7 +176,7 @@ def run(
     stages = [f"{name}: {note}" for name, stage in plan.stages.items() for note in stage.notes]
     screen.notes([*stages, *plan.notes])
     with screen.progress() as on_progress:
-        report = merge_plan(
+        result = merge_plan(
             plan,
             out,
             options,
@@ -184,18 +184,17 @@ def run(
             require_improvement=require_improvement,
             resume_evaluation=check is not None,
         )
-    if not report:  # one of several processes that trained; the first one goes on
+    if not result.report:  # one of several processes that trained; the first one goes on
         return
-    result = MergeResult(out, report)
     if check is None:
         screen.result(result, out, as_json=as_json)
         return
     if not as_json:
         screen.result(result, out)
     with screen.steps() as on_evaluation:
-        models = check.run(plan, out, options, on_evaluation)
+        models = check.run(plan, result.path, options, on_evaluation)
     if as_json:
-        console.print_json(json.dumps({**report, "evaluation": models}, ensure_ascii=False))
+        console.print_json(json.dumps({**result.report, "evaluation": models}, ensure_ascii=False))
     else:
         screen.evaluations(models)
     check.require()
