@@ -21,7 +21,7 @@ import transformers as hf
 import yaml
 from dam_tiny import config, write_data, write_tokenizer
 
-from merge_cli.console.plans import before_merge
+from merge_cli.console.plans import forecast
 from merge_cli.drafting.scaffold import study_models
 from merge_cli.engine.merge import check_target
 from merge_cli.engine.options import MergeOptions
@@ -94,7 +94,7 @@ def plan_it(folder: Path, document: dict[str, Any]) -> None:
     recipe = folder / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(document, sort_keys=False))
     plan = plan_recipe(load_recipe(recipe))
-    before_merge(plan, OPTIONS)
+    forecast(plan, OPTIONS)
     check_target(plan, folder / "out", OPTIONS)
 
 
