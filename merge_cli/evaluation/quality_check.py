@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from merge_cli.errors import GateError, Interrupted, UsageError
+from merge_cli.evaluation.live import load_tokenizer
 from merge_cli.evaluation.result import Evaluation, Metric
 from merge_cli.evaluation.rows import content_of, read_rows
 from merge_cli.evaluation.run import Show, evaluate_source, spec_for
@@ -231,7 +232,8 @@ class QualityCheck:
 
         Raises:
             UsageError: a gate whose model takes no part.
-            SourceError: data that cannot be read, or a row that is not as its task needs it.
+            SourceError: data that cannot be read, a row that is not as its task needs it, a
+                tokenizer that cannot be loaded.
             ResourceError: a package that a task needs is missing.
         """
         for task in self._spec.tasks:
@@ -242,6 +244,9 @@ class QualityCheck:
                     f"'{gate.reference}' is a stage of this recipe, and gone once OUT is there"
                 )
                 raise UsageError(message, hint="Make it by itself first, and name its folder.")
+        source = plan.sources[plan.tokenizer_donor]
+        if not source.planned and not plan.aligned.files:
+            load_tokenizer(source)
         return overlap_notes(plan.recipe, self._spec)
 
     def run(

@@ -62,7 +62,7 @@ def taught(**data: Any) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """base, a, b, and `other`, whose tokenizer is another one; data of a and b."""
+    """base, a, b, `other` with another tokenizer, `mute` with none; data of a and b."""
     folder = tmp_path_factory.mktemp("models")
     of = config(hidden_size=64, intermediate_size=128)
     write_models(folder, of, names=("base", "a", "b", "other"))
@@ -71,6 +71,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     vocabulary = tokenizer["model"]["vocab"]
     vocabulary["A"], vocabulary["B"] = vocabulary["B"], vocabulary["A"]
     path.write_text(json.dumps(tokenizer))
+    write_models(folder, of, names=("mute",))
+    for file in (folder / "mute").glob("*token*"):
+        file.unlink()
     write_data(folder, names=("a", "b"))
     (folder / "rows.jsonl").write_text('{"txt": "no text"}\n')
     (folder / "torn.jsonl").write_text('{"text": "a"}\n{"text": \n')
@@ -81,7 +84,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def folder(models: Path, hub: HubServer, tmp_path: Path) -> Path:
     """A folder for a recipe, with the data; the models are on the Hub."""
-    for name in ("base", "a", "b", "other"):
+    for name in ("base", "a", "b", "other", "mute"):
         hub.add(f"org/{name}", models / name)
     for path in models.glob("*.jsonl"):
         shutil.copy(path, tmp_path)
@@ -163,6 +166,13 @@ CASES: dict[str, tuple[dict[str, Any], type[MergeCliError], str]] = {
     ),
     "an evaluation's file": (
         {**PLAIN, "eval": [{**LOSS, "data": "nowhere.jsonl"}]}, RecipeError, "no such file",
+    ),
+    "a search's tokenizer": (
+        searched(base_model="org/mute"), SourceError, "tokenizer cannot be loaded",
+    ),
+    "an evaluation's tokenizer": (
+        {**PLAIN, "models": [{"model": "org/mute"}], "eval": [LOSS]},
+        SourceError, "tokenizer cannot be loaded",
     ),
     "an evaluation's row": (
         {**PLAIN, "eval": [{"task": "exact_match", "data": "a.jsonl"}]},
