@@ -12,16 +12,16 @@ if TYPE_CHECKING:
     from merge_cli.adapters.extract import extract_lora
     from merge_cli.analysis.run import analyze
     from merge_cli.api import MergeResult, compare, merge, plan
-    from merge_cli.engine.options import MergeOptions
     from merge_cli.errors import MergeCliError
     from merge_cli.evaluation.run import evaluate
     from merge_cli.methods.registry import merge_method
+    from merge_cli.options import MergeOptions
     from merge_cli.planning.planner import load_recipe
     from merge_cli.publishing.push import push
 
 _HOMES = {
     "MergeCliError": "merge_cli.errors",
-    "MergeOptions": "merge_cli.engine.options",
+    "MergeOptions": "merge_cli.options",
     "MergeResult": "merge_cli.api",
     "analyze": "merge_cli.analysis.run",
     "compare": "merge_cli.api",

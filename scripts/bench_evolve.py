@@ -24,10 +24,10 @@ import torch
 import yaml
 
 from merge_cli.api import merge
-from merge_cli.engine.options import MergeOptions
 from merge_cli.evaluation.run import evaluate_source
 from merge_cli.evolve.evaluator import EvaluationJob, Evaluator, Setup, values_of
 from merge_cli.evolve.plan import plan_search
+from merge_cli.options import MergeOptions
 from merge_cli.planning.planner import load_recipe, make_plan
 from merge_cli.recipe.reference import ModelRef
 from merge_cli.sources.source import open_source

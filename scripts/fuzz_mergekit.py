@@ -236,8 +236,8 @@ def theirs(recipe: dict[str, Any], out: Path) -> str:
 def ours(recipe: dict[str, Any], file: Path, out: Path) -> str:
     """Merge with merge-cli; why not, empty when it does. What is no refusal is raised."""
     import merge_cli
-    from merge_cli.engine.options import MergeOptions
     from merge_cli.errors import MergeCliError
+    from merge_cli.options import MergeOptions
 
     file.write_text(yaml.safe_dump(recipe, sort_keys=False))
     options = MergeOptions(device="cpu", threads=1, statistics=False)

@@ -22,9 +22,9 @@ from merge_cli.checkpoint.tensors import Read, read_numbers, reading
 from merge_cli.engine.device import choose_device
 from merge_cli.engine.inputs import inputs_of
 from merge_cli.engine.merge import fetch_inputs, protected_paths
-from merge_cli.engine.options import OnProgress, Progress
 from merge_cli.engine.pool import memory_errors, one_torch_thread
 from merge_cli.errors import UsageError
+from merge_cli.options import OnProgress, Progress, ignore_progress
 from merge_cli.planning.plan import Plan, TensorTask
 from merge_cli.recipe.values import matches
 
@@ -105,7 +105,8 @@ def extract_lora(
     device: str = "auto",
     overwrite: bool = False,
     fresh: bool = False,
-    show: OnProgress = lambda progress: None,
+    on_progress: OnProgress | None = None,
+    show: OnProgress | None = None,
 ) -> ExtractedAdapter:
     """Extract a fine-tune's change of its base as an adapter that PEFT loads.
 
@@ -119,6 +120,7 @@ def extract_lora(
         exclude: filters on tensor names: what is left out of the adapter.
         overwrite: replace OUT, if it is a model.
         fresh: discard the working files of another command for OUT.
+        on_progress: called with progress; `show` is its old name.
 
     Raises:
         UsageError: an invalid rank or energy; OUT exists.
@@ -127,7 +129,8 @@ def extract_lora(
     """
     cut = _cut(rank, energy)
     plan = plan_pair(str(model), str(base))
-    fetch_inputs(plan, show)
+    on_progress = on_progress or show or ignore_progress
+    fetch_inputs(plan, on_progress)
     devices = choose_device(device)
     device_name = f"cuda:{devices.indexes[0]}" if devices.indexes else "cpu"
     modules = ModuleMap(plan.sources[plan.base or 0])
@@ -169,7 +172,7 @@ def extract_lora(
         stacks = ExpertStacks(adapter, {part.name: part.position for part in experts})
         try:
             for done, (task, outcome) in enumerate(outcomes):
-                show(Progress("extract", done, len(jobs), task.name, "tensors"))
+                on_progress(Progress("extract", done, len(jobs), task.name, "tensors"))
                 if isinstance(task, ExpertMatrix):
                     assert outcome is None or isinstance(outcome, Factors)
                     stacks.add(task.name, outcome)
@@ -186,7 +189,7 @@ def extract_lora(
                     why = selection.why_left_out(task, parameters.get(task.name))
                     saved += [] if why else [task]
                     changes.append(ModuleChange(task.name, outcome, float(not why), None, why))
-            show(Progress("extract", len(jobs), len(jobs), "", "tensors"))
+            on_progress(Progress("extract", len(jobs), len(jobs), "", "tensors"))
             _keep_whole(adapter, plan, parameters, saved)
             size = adapter.finish(
                 _config(plan, adapter, parameters, saved, modules, transposed), read

@@ -24,12 +24,12 @@ from merge_cli.engine.in_memory import InMemoryFiles, InMemoryMerger
 from merge_cli.engine.inputs import inputs_of
 from merge_cli.engine.merge import fetch_inputs, protected_paths, verified_fingerprints
 from merge_cli.engine.operands import operands_of
-from merge_cli.engine.options import MergeOptions, OnProgress, Progress
 from merge_cli.engine.residency import SourceResidency
 from merge_cli.errors import NonFiniteError
 from merge_cli.lora.adapter import Adapter
 from merge_cli.lora.changes import LowRank, embeddings_of, experts_of
 from merge_cli.methods.blocks import Block, Span
+from merge_cli.options import MergeOptions, OnProgress, Progress
 from merge_cli.planning.adapters import LINEAR, ZERO_BASE, base_name, rank_of
 from merge_cli.planning.plan import Plan, TensorTask
 from merge_cli.planning.resolve import arguments

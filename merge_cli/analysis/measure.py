@@ -31,7 +31,6 @@ from merge_cli.analysis.model_set import ModelSet, kind_of
 from merge_cli.engine.device import Device
 from merge_cli.engine.memory import keep_freed_memory, worker_memory
 from merge_cli.engine.operands import BlockReader, TensorReader
-from merge_cli.engine.options import MergeOptions, OnProgress, Progress
 from merge_cli.engine.pool import (
     Pool,
     arithmetic_for,
@@ -45,6 +44,7 @@ from merge_cli.kernels.backend import to_numpy
 from merge_cli.kernels.matrices import singular_values
 from merge_cli.kernels.measures import Relations, add_relations, top_threshold
 from merge_cli.methods.blocks import Block
+from merge_cli.options import MergeOptions, OnProgress, Progress
 from merge_cli.planning.plan import TensorTask, span_starts
 from merge_cli.system.raw_io import FilePool
 

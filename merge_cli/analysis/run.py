@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,9 +21,9 @@ from merge_cli.analysis.result import Analysis, ModelFiles
 from merge_cli.engine.device import choose_device
 from merge_cli.engine.memory import peak_rss
 from merge_cli.engine.merge import fetch_inputs
-from merge_cli.engine.options import MergeOptions, Progress
 from merge_cli.errors import UsageError
 from merge_cli.kernels.measures import Relations
+from merge_cli.options import MergeOptions, OnProgress, ignore_progress
 from merge_cli.planning.planner import load_recipe
 from merge_cli.recipe.schema import Recipe
 from merge_cli.tokenizer.files import read_tokenizer
@@ -36,7 +36,8 @@ def analyze(
     models: Sequence[str | Path] = (),
     seed: int | None = None,
     options: MergeOptions | None = None,
-    show: Callable[[Progress], None] = lambda progress: None,
+    on_progress: OnProgress | None = None,
+    show: OnProgress | None = None,
 ) -> Analysis:
     """Describe models before they are merged, from their weights and files alone.
 
@@ -47,7 +48,7 @@ def analyze(
         base, models: folders or Hub ids, instead of a recipe.
         seed: for sampling matrices, rows and columns for ranks; default: the recipe's.
         options: device, threads and memory; others have no effect.
-        show: called with progress.
+        on_progress: called with progress; `show` is its old name.
 
     Raises:
         UsageError: neither a recipe nor models, or both; fewer than two models.
@@ -66,11 +67,12 @@ def analyze(
         raise UsageError(message, where=loaded.file, hint="Analyze each stage alone.")
     if seed is not None:
         loaded = loaded.with_seed(seed)
+    on_progress = on_progress or show or ignore_progress
     settings = options or MergeOptions()
     device = choose_device(settings.device)
     model_set = open_model_set(loaded)
-    fetch_inputs(model_set.plan, show)
-    measurements = measure_models(model_set, device, settings, show)
+    fetch_inputs(model_set.plan, on_progress)
+    measurements = measure_models(model_set, device, settings, on_progress)
     analysis = _analysis(model_set, measurements, device.name)
     return replace(analysis, peak_memory=peak_rss())
 

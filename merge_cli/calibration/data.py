@@ -94,7 +94,9 @@ def shown(data: Data) -> str:
 
 
 def _ordered(examples: Iterable[Example]) -> list[Example]:
-    return sorted(examples, key=lambda one: (-len(one.ids), one.ids.tobytes(), one.first))
+    return sorted(
+        examples, key=lambda example: (-len(example.ids), example.ids.tobytes(), example.first)
+    )
 
 
 def batches_of(examples: Sequence[Example], tokens: int) -> list[Sequence[Example]]:

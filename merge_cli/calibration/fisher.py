@@ -40,30 +40,34 @@ def gather_importances(
         hint = "Use `dtype: bfloat16` under `statistics:`, or a machine with more memory."
         raise ResourceError("gradients need the whole model in memory", where=live.label, hint=hint)
     tensors = part.source.tensors
-    seats, _ = parameter_slices(
+    slices_by_name, _ = parameter_slices(
         {name: ref.shape for name, ref in tensors.items()}, tensors, live.net
     )
     names = {id(parameter): name for name, parameter in live.net.named_parameters()}
     # By parameter, so that a sum is let go when all its parts are written; a buffer has none.
-    places: dict[str, list[tuple[str, ParameterSlice]]] = {}
-    for name, seat in seats.items():
-        if id(seat.parameter) in names:
-            places.setdefault(names[id(seat.parameter)], []).append((name, seat))
-    sums = _accumulate(live, part, set(places), tell)
-    shapes = {name: tensors[name].shape for place in places.values() for name, _ in place}
+    slices_by_parameter: dict[str, list[tuple[str, ParameterSlice]]] = {}
+    for name, slice_ in slices_by_name.items():
+        if id(slice_.parameter) in names:
+            slices_by_parameter.setdefault(names[id(slice_.parameter)], []).append((name, slice_))
+    sums = _accumulate(live, part, set(slices_by_parameter), tell)
+    shapes = {
+        name: tensors[name].shape for slices in slices_by_parameter.values() for name, _ in slices
+    }
     file = writer(shapes, {name: StatisticsEntry(name) for name in shapes})
     totals = {"elements": 0, "zero": 0, "sum": 0.0, "squares": 0.0}
-    for parameter, own in places.items():
+    for parameter, named_slices in slices_by_parameter.items():
         importance = sums.pop(parameter).div_(len(part.examples.items))
-        for name, seat in own:
-            values = importance[seat.index].contiguous().cpu().numpy()
+        for name, slice_ in named_slices:
+            values = importance[slice_.index].contiguous().cpu().numpy()
             _add_totals(totals, values, live, name)
             file.put(name, values)
     part.about.update(totals, passes=len(part.examples.items))
     return file
 
 
-def _accumulate(live: LiveModel, part: SourcePart, wanted: set[str], tell: Tell) -> dict[str, Any]:
+def _accumulate(
+    live: LiveModel, part: SourcePart, parameters: set[str], tell: Tell
+) -> dict[str, Any]:
     """Sums over examples of squared gradients, float32, by parameter."""
     import torch
 
@@ -79,8 +83,8 @@ def _accumulate(live: LiveModel, part: SourcePart, wanted: set[str], tell: Tell)
         return add
 
     for name, parameter in live.net.named_parameters():
-        parameter.requires_grad_(name in wanted)
-        if name in wanted:
+        parameter.requires_grad_(name in parameters)
+        if name in parameters:
             sums[name] = torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
             # After the sum over all uses of a tied weight: it is one parameter.
             hook = parameter.register_post_accumulate_grad_hook(squared(sums[name]))

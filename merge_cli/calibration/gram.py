@@ -38,20 +38,20 @@ def gather_grams(
     Raises:
         NonFiniteError: a layer sees what is not a number.
     """
-    examples, dials = part.examples.items, part.statistics
+    examples, options = part.examples.items, part.statistics
     layers = linear_layers(live.net, part.source)
     groups = _observed(live, layers, examples[-1])  # the shortest
     file = writer(
         {str(i): (group[0].width, group[0].width) for i, group in enumerate(groups)},
         {
-            one.stored: StatisticsEntry(str(i), one.input_first)
+            layer.stored: StatisticsEntry(str(i), layer.input_first)
             for i, group in enumerate(groups)
-            for one in group
+            for layer in group
         },
     )
-    tokens = min(dials.batch_tokens, max(1, _LOGIT_BYTES // (4 * live.vocabulary)))
+    tokens = min(options.batch_tokens, max(1, _LOGIT_BYTES // (4 * live.vocabulary)))
     batches = batches_of(examples, tokens)
-    rounds = _rounds(groups, _room(live), dials.rounds)
+    rounds = _rounds(groups, _room(live), options.rounds)
     total, done = len(rounds) * part.examples.tokens, 0
     for numbers in rounds:
         sums = {i: _zeros(live, groups[i][0].width) for i in numbers}
@@ -90,8 +90,8 @@ def _observed(live: LiveModel, layers: Sequence[LinearLayer], example: Example) 
     return [tuple(group) for group in groups.values()]
 
 
-def _need_finite(found: Any, live: LiveModel, layer: LinearLayer) -> None:
-    if not math.isfinite(float(found.trace())):  # the sum of all squares
+def _need_finite(matrix: Any, live: LiveModel, layer: LinearLayer) -> None:
+    if not math.isfinite(float(matrix.trace())):  # the sum of all squares
         message = "what this layer sees is NaN or Inf on some example"
         hint = "Use `dtype: float32` under `statistics:`; are the model's weights finite?"
         raise NonFiniteError(message, model=live.label, tensor=layer.stored, hint=hint)

@@ -33,9 +33,9 @@ def statistics_json(kind: str) -> list[dict[str, Any]]:
 def print_statistics(out: Console, kind: str) -> None:
     """The same as text."""
     out.print("\nGathered first, as `statistics:` says. See docs/statistics.md.\n")
-    for dial in statistics_json(kind):
-        default = "" if dial["default"] is None else f"; default {dial['default']}"
-        out.print(f"  [bold]{dial['name']}[/bold]: {escape(dial['doc'] + default)}")
+    for option in statistics_json(kind):
+        default = "" if option["default"] is None else f"; default {option['default']}"
+        out.print(f"  [bold]{option['name']}[/bold]: {escape(option['doc'] + default)}")
 
 
 def calibration_json(decided: CalibrationPlan) -> dict[str, Any]:

@@ -196,8 +196,8 @@ def _merged_with(plan: Plan, expected: list[tuple[int, set[str]]]) -> int:
     """Output tensors that every source has statistics of."""
     return sum(
         all(
-            ref.name in expected[place][1]
-            for place, ref in zip(task.ids, task.operands, strict=True)
+            ref.name in expected[index][1]
+            for index, ref in zip(task.ids, task.operands, strict=True)
         )
         for task in plan.tasks
         if task.action == "merge"
@@ -237,14 +237,14 @@ class SourcePart:
     def place(self) -> Path:
         """The file, named by everything that decides its content."""
         assert self.identity is not None, "who gathers knows what from"
-        dials = self.statistics
-        drawn = dials.targets == "sampled"
-        own = (
-            (dials.batch_tokens,)
+        options = self.statistics
+        drawn = options.targets == "sampled"
+        settings = (
+            (options.batch_tokens,)
             if self.kind == "gram"
-            else (dials.targets, self.seed if drawn else None)
+            else (options.targets, self.seed if drawn else None)
         )
         # Other devices and versions round otherwise.
         how = [self.device.partition(":")[0], self.dtype, version("torch"), version("transformers")]
-        key = json.dumps([_FORMAT, self.kind, self.identity, self.examples.digest, own, how])
+        key = json.dumps([_FORMAT, self.kind, self.identity, self.examples.digest, settings, how])
         return statistics_path(hashlib.sha256(key.encode()).hexdigest())

@@ -14,22 +14,25 @@ from merge_cli.calibration.store import Writer, find, making
 from merge_cli.checkpoint.statistics import CalibrationStatistics, StatisticsFile
 from merge_cli.dam.plan import fetch_everything
 from merge_cli.engine.memory import return_freed_memory
-from merge_cli.engine.options import MergeOptions, OnProgress, Progress
 from merge_cli.errors import Interrupted
 from merge_cli.evaluation.fingerprints import refuse_changed, source_identity
 from merge_cli.evaluation.live import load, memory_errors
+from merge_cli.options import MergeOptions, OnProgress, Progress
 from merge_cli.planning.plan import Plan
 from merge_cli.recipe.training import Statistics
 from merge_cli.system.machine import torch_threads
 
-_GATHERERS = {"gram": gather_grams, "fisher": gather_importances}
+_MEASURES = {"gram": gather_grams, "fisher": gather_importances}
 _SMALLER = "Try a smaller max_length, or dtype: bfloat16, under `statistics:`."
 
 
 def calibrate(
-    plan: Plan, options: MergeOptions, show: OnProgress, begin: Callable[[], None] = lambda: None
+    plan: Plan,
+    options: MergeOptions,
+    on_progress: OnProgress,
+    begin: Callable[[], None] = lambda: None,
 ) -> Plan:
-    """Gather what the cache does not have yet.
+    """Measure what the cache does not have yet.
 
     A source's file is written when the source is done: after an interruption, the same command
     continues with the next one.
@@ -38,21 +41,21 @@ def calibrate(
         begin: called before the first model is run, if one must be.
 
     Raises:
-        SourceError, MismatchError, RecipeError: see `plan_gathering`.
+        SourceError, MismatchError, RecipeError: see `plan_calibration`.
         ResourceError: memory or disk ran out.
         NonFiniteError: a gradient is not a number.
         Interrupted: Ctrl-C or SIGTERM.
     """
     decided = plan_calibration(plan, options.device, source_identity)
-    there = [find(part.place, read=True) for part in decided.parts]
-    if None in there:
+    cached = [find(part.place, read=True) for part in decided.parts]
+    if None in cached:
         begin()
         fetch_everything(plan)
         return_freed_memory()
     files = []
     try:
-        for part, known in zip(decided.parts, there, strict=True):
-            files.append(known or _gather_one(part, options, show))
+        for part, file in zip(decided.parts, cached, strict=True):
+            files.append(file or _measure_one(part, options, on_progress))
     except KeyboardInterrupt:
         done = len(files)
         message = f"stopped while statistics were gathered: {done} of {len(decided.parts)} are done"
@@ -60,7 +63,7 @@ def calibrate(
     return with_statistics(decided, CalibrationStatistics(tuple(files)))
 
 
-def known(plan: Plan, device: str) -> Plan | None:
+def from_cache(plan: Plan, device: str) -> Plan | None:
     """The plan with its statistics, if the cache has them all."""
     if any(source.planned for source in plan.sources):
         return None
@@ -89,15 +92,17 @@ def with_statistics(decided: CalibrationPlan, gathered: CalibrationStatistics) -
     return replace(plan, recipe=recipe, gathered=gathered)
 
 
-def _gather_one(part: SourcePart, options: MergeOptions, show: OnProgress) -> StatisticsFile:
-    """Run one source's model over its examples, and keep what is found."""
+def _measure_one(
+    part: SourcePart, options: MergeOptions, on_progress: OnProgress
+) -> StatisticsFile:
+    """Run one source's model over its examples, and keep the statistics."""
     label = part.source.label
 
-    def tell(done: int, total: int) -> None:
-        show(Progress("gather", done, total, label, "tokens"))
+    def on_tokens(done: int, total: int) -> None:
+        on_progress(Progress("gather", done, total, label, "tokens"))
 
     def waiting() -> None:
-        show(Progress("gather", 0, 0, f"waiting for another process to gather from {label}"))
+        on_progress(Progress("gather", 0, 0, f"waiting for another process to gather from {label}"))
 
     with making(part.place, waiting) as path:
         if path is None:
@@ -105,10 +110,12 @@ def _gather_one(part: SourcePart, options: MergeOptions, show: OnProgress) -> St
             assert result is not None, "making has just seen it"
             return result
         with torch_threads(options.threads), memory_errors(label, _SMALLER):
-            return replace(_made(part, path, tell), cached=False)
+            return replace(_measured(part, path, on_tokens), cached=False)
 
 
-def _made(part: SourcePart, path: Path, tell: Callable[[int, int], None]) -> StatisticsFile:
+def _measured(
+    part: SourcePart, path: Path, on_tokens: Callable[[int, int], None]
+) -> StatisticsFile:
     writers: list[Writer] = []
 
     def writer(*about: Any) -> Writer:
@@ -120,7 +127,7 @@ def _made(part: SourcePart, path: Path, tell: Callable[[int, int], None]) -> Sta
     refuse_changed(part.source, part.identity)
     part.about.update(examples=len(part.examples.items), tokens=part.examples.tokens)
     try:
-        file = _GATHERERS[part.kind](live, part, writer, tell)
+        file = _MEASURES[part.kind](live, part, writer, on_tokens)
         return file.finish(part.place, part.about)
     finally:
         live.close()

@@ -39,23 +39,23 @@ def statistics_path(key: str) -> Path:
     return cache_folder() / "statistics" / key[:2] / f"{key}.safetensors"
 
 
-def find(place: Path, *, read: bool = False) -> StatisticsFile | None:
+def find(path: Path, *, read: bool = False) -> StatisticsFile | None:
     """What is in the cache; None where nothing is, or what is not what was written.
 
     Args:
         read: look at every byte, rather than at the header alone.
     """
-    if not place.exists():
+    if not path.exists():
         return None
     try:
-        statistics = open_statistics(place)
+        statistics = open_statistics(path)
     except CorruptFileError:
         return None  # not whole: made again, and replaced
     return statistics if not read or statistics.is_whole() else None
 
 
 @contextmanager
-def making(place: Path, waiting: Callable[[], None]) -> Iterator[Path | None]:
+def making(path: Path, waiting: Callable[[], None]) -> Iterator[Path | None]:
     """The unfinished file, for one process at a time; None where another has finished it meanwhile.
 
     Args:
@@ -64,13 +64,13 @@ def making(place: Path, waiting: Callable[[], None]) -> Iterator[Path | None]:
     Raises:
         ResourceError: the cache cannot be written.
     """
-    partial = place.with_suffix(".partial")
+    partial = path.with_suffix(".partial")
     try:
         lock = _locked(partial, waiting)
     except OSError as error:
         raise _unwritable(error, partial) from error
     try:
-        yield None if find(place, read=True) is not None else partial
+        yield None if find(path, read=True) is not None else partial
     finally:
         if is_at(partial, lock):  # else it has become the file, and what is there is another's
             partial.unlink()
@@ -140,7 +140,7 @@ class Writer:
         except OSError as error:
             raise _unwritable(error, self._path) from error
 
-    def finish(self, place: Path, about: Mapping[str, Any]) -> StatisticsFile:
+    def finish(self, path: Path, about: Mapping[str, Any]) -> StatisticsFile:
         """Write the header, and give the file its name."""
         about = json.loads(json.dumps(dict(about)))  # as it will be read
         digest = statistics_digest(self._kind, self._written(), self._digests, about)
@@ -154,10 +154,10 @@ class Writer:
             self._file.flush()
             os.fsync(self._file.fileno())  # a name without its bytes would be believed
             self._file.close()
-            os.replace(self._path, place)
+            os.replace(self._path, path)
         except OSError as error:
             raise _unwritable(error, self._path) from error
-        return open_statistics(place)
+        return open_statistics(path)
 
     def close(self) -> None:
         """Close the file, finished or not."""

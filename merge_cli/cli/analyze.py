@@ -53,7 +53,7 @@ def analyze(
 ) -> None:
     """Compare models before a merge: similarity, conflicts and a suggested recipe."""
     from merge_cli import console
-    from merge_cli.engine.options import MergeOptions
+    from merge_cli.options import MergeOptions
     from merge_cli.planning.planner import load_recipe
     from merge_cli.system.machine import parse_size
 
@@ -69,8 +69,8 @@ def analyze(
 
     from merge_cli.analysis.run import analyze as measure
 
-    with screen.progress() as show:
-        analysis = measure(**selection, seed=seed, options=options, show=show)
+    with screen.progress() as on_progress:
+        analysis = measure(**selection, seed=seed, options=options, on_progress=on_progress)
     screen.analysis(analysis, layers=layers, as_json=as_json)
     if html is not None:
         from merge_cli.analysis.page import write_page

@@ -56,7 +56,7 @@ def compare(
     )
     options = ["--device", device, *(["--threads", str(threads)] if threads else [])]
     screen = console.Screen(quiet=quiet)
-    with screen.steps() as show:
+    with screen.steps() as on_progress:
         comparison = run_comparison(
             recipes,
             spec,
@@ -64,7 +64,7 @@ def compare(
             gates=gate or [],
             no_worse=no_worse or [],
             options=[*options, *(["--quiet"] if quiet else [])],
-            show=show,
+            on_progress=on_progress,
         )
     if as_json:
         console.print_json(json.dumps(comparison.record, ensure_ascii=False))

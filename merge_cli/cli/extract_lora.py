@@ -53,7 +53,7 @@ def extract_lora(
     from merge_cli.console.adapters import print_extracted
 
     screen = console.Screen(quiet=quiet)
-    with screen.progress() as show:
+    with screen.progress() as on_progress:
         extracted = extract(
             model,
             out,
@@ -66,7 +66,7 @@ def extract_lora(
             device=device,
             overwrite=overwrite,
             fresh=fresh,
-            show=show,
+            on_progress=on_progress,
         )
     screen.notes(extracted.notes)
     if as_json:

@@ -59,7 +59,7 @@ def push(
         return
     screen.notes(package.notes)
     bars = screen.err.is_terminal and not quiet
-    with screen.uploading(bars) as show:
+    with screen.uploading(bars) as on_progress:
         pushed = upload(
             out,
             repo,
@@ -68,7 +68,7 @@ def push(
             message=message or "",
             overwrite=overwrite,
             bars=bars,
-            show=show,
+            on_progress=on_progress,
         )
     if as_json:
         console.print_json(json.dumps(uploads.pushed_json(pushed)))

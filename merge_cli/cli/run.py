@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -27,10 +27,6 @@ from merge_cli.cli.options import (
     unneeded,
 )
 from merge_cli.errors import UsageError
-
-if TYPE_CHECKING:
-    from merge_cli.evaluation.quality_check import QualityCheck
-    from merge_cli.recipe.schema import Recipe
 
 TUNING = "Tuning"
 
@@ -187,18 +183,18 @@ def run(
     screen = console.Screen(quiet=quiet)
     screen.notes([*lines, *loaded.warnings])
 
-    from merge_cli.api import finished, merge
+    from merge_cli.api import merge_plan
     from merge_cli.engine.merge import check_target
-    from merge_cli.engine.options import MergeOptions
+    from merge_cli.evaluation.quality_check import quality_check
+    from merge_cli.evaluation.run import spec_of
+    from merge_cli.options import MergeOptions
     from merge_cli.planning.stages import plan_recipe
 
-    trial = _trial(loaded, eval_file, data or [], gate or [], no_worse or [])
+    spec = spec_of(eval_file, data or []) if eval_file or data else None
+    check = quality_check(loaded, spec, gate or [], no_worse or [])
     plan = plan_recipe(loaded, shard_size=shard_bytes)
-    if trial is not None:
-        from merge_cli.evolve.splits import overlap_notes
-
-        trial.check(plan)
-        screen.notes(overlap_notes(loaded, trial.spec))
+    if check is not None:
+        screen.notes(check.check(plan))
     options = MergeOptions(
         device=device,
         threads=threads,
@@ -220,50 +216,29 @@ def run(
         return
     stages = [f"{name}: {note}" for name, stage in plan.stages.items() for note in stage.notes]
     screen.notes([*stages, *plan.notes])
-    # Interrupted while it was evaluated, the same command goes on from the merge that is there.
-    known = finished(plan, out, options) if trial and not (overwrite or fresh) else None
-    with screen.progress() as show:
-        result = known or merge(
+    with screen.progress() as on_progress:
+        result = merge_plan(
             plan,
             out,
-            shard_size=shard_bytes,
-            options=options,
-            show=show,
+            options,
+            on_progress,
             require_improvement=require_improvement,
+            resume_evaluation=check is not None,
         )
     if not result.report:  # one of several processes that trained; the first one goes on
         return
-    if trial is None:
+    if check is None:
         screen.result(result, out, as_json=as_json)
         return
     if not as_json:
         screen.result(result, out)
-    with screen.steps() as show_step:
-        models = trial.run(plan, result.path, options, show_step)
+    with screen.steps() as on_evaluation:
+        models = check.run(plan, result.path, options, on_evaluation)
     if as_json:
         console.print_json(json.dumps({**result.report, "evaluation": models}, ensure_ascii=False))
     else:
         screen.evaluations(models)
-    trial.require()
-
-
-def _trial(
-    recipe: Recipe, eval_file: Path | None, data: list[Path], gate: list[str], no_worse: list[str]
-) -> QualityCheck | None:
-    """What the result is to be evaluated on; None where nothing asks for it."""
-    if not (eval_file or data or gate or no_worse or recipe.eval):
-        return None
-    if recipe.output is not None:
-        hint = "Merge it into its model first: passthrough of BASE+OUT."
-        raise UsageError("an adapter cannot be evaluated by itself", hint=hint)
-    from merge_cli.evaluation.quality_check import QualityCheck
-    from merge_cli.evaluation.run import spec_for
-
-    spec = spec_for(recipe, eval_file, data)
-    if spec is None:
-        hint = "Say on what: --data FILE, --eval FILE, or `eval:` in the recipe."
-        raise UsageError("a gate needs something to measure", hint=hint)
-    return QualityCheck(spec, gate, no_worse)
+    check.require()
 
 
 def plan(
@@ -277,7 +252,8 @@ def plan(
 ) -> None:
     """Show what a recipe would do and every problem in it, without reading weights."""
     from merge_cli import console
-    from merge_cli.engine.options import MergeOptions
+    from merge_cli.evaluation.quality_check import quality_check
+    from merge_cli.options import MergeOptions
     from merge_cli.planning.planner import load_recipe
     from merge_cli.planning.stages import plan_recipe
     from merge_cli.system.machine import parse_size
@@ -287,6 +263,9 @@ def plan(
     memory = parse_size(max_memory, "--max-memory")
     loaded = load_recipe(recipe)
     screen.notes(loaded.warnings)
+    check = quality_check(loaded, None, (), ()) if loaded.output is None else None
     decided = plan_recipe(loaded, shard_size=shard_bytes)
+    if check is not None:
+        screen.notes(check.check(decided))
     options = MergeOptions(device=device, threads=threads, max_memory=memory)
     screen.plan(decided, options, every=every, as_json=as_json)

@@ -16,20 +16,21 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from merge_cli.checkpoint.fingerprint import auxiliary_fingerprint, file_fingerprint
+from merge_cli.checkpoint.fingerprint import auxiliary_fingerprint
 from merge_cli.comparison.cost import CostLog, MergeCost, run_merge
 from merge_cli.comparison.entries import SOUP, EntryNames, baseline_recipes
 from merge_cli.comparison.result import Comparison, ModelEntry, Role
 from merge_cli.engine.device import choose_device
 from merge_cli.engine.journal import work_key
-from merge_cli.engine.options import OnProgress, Progress
 from merge_cli.errors import Interrupted, MismatchError, Problem, UsageError
 from merge_cli.evaluation.run import evaluate_source
 from merge_cli.evaluation.spec import EvalSpec
+from merge_cli.options import OnProgress, Progress
 from merge_cli.planning.plan import Plan
 from merge_cli.planning.planner import load_recipe, make_plan
+from merge_cli.planning.preparation import preparations_of
 from merge_cli.recipe.fields import nearest
-from merge_cli.recipe.reference import ModelRef, expanded
+from merge_cli.recipe.reference import ModelRef
 from merge_cli.sources.source import Source, fetch_weights, open_source
 from merge_cli.system.raw_io import write_error
 
@@ -220,7 +221,7 @@ def _merges(
 def _work(plan: Plan, device: str) -> str:
     """The fingerprint of everything that a merged model depends on, config and tokenizer included.
 
-    Where the method learns or searches, its data and settings are included, too.
+    Where something is prepared first, also of what that is made from.
     """
     state = hashlib.sha256(work_key(plan, device, True).encode())
     state.update(json.dumps(dict(plan.config), sort_keys=True).encode())
@@ -228,19 +229,8 @@ def _work(plan: Plan, device: str) -> str:
         state.update(
             f"{index == plan.donor} {auxiliary_fingerprint(plan.sources[index].root)}".encode()
         )
-    if plan.recipe.searches:
-        from merge_cli.evolve.journal import search_digest
-
-        state.update(search_digest(plan, device).encode())
-    if not plan.learns:
-        return state.hexdigest()
-    recipe = plan.recipe
-    state.update(repr(recipe.training).encode())
-    for spec in recipe.source_specs:
-        state.update(repr(spec.data).encode())
-        for name in (*spec.data.files, *spec.data.held_out) if spec.data else ():
-            path = recipe.folder / expanded(name)
-            state.update(file_fingerprint(path).encode() if path.is_file() else b"missing")
+    for preparation in preparations_of(plan):
+        state.update(preparation.identity(plan, device))
     return state.hexdigest()
 
 

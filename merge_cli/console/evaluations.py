@@ -15,7 +15,7 @@ from merge_cli.comparison.tables import legend, used_columns
 from merge_cli.console.progress import LOG_SECONDS
 
 if TYPE_CHECKING:
-    from merge_cli.engine.options import Progress
+    from merge_cli.options import Progress
 
 
 Json = Mapping[str, Any]

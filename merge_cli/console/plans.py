@@ -5,56 +5,37 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from merge_cli.calibration.panel import calibration_json
-from merge_cli.dam.panel import training_json
-from merge_cli.evolve.panel import search_json
+from merge_cli.planning.preparation import Preparation, preparations_of
 
 if TYPE_CHECKING:
-    from merge_cli.calibration.plan import CalibrationPlan
-    from merge_cli.dam.plan import TrainingPlan
-    from merge_cli.engine.options import MergeOptions
-    from merge_cli.evolve.plan import SearchPlan
+    from merge_cli.options import MergeOptions
     from merge_cli.planning.plan import Plan
 
 
 @dataclass(frozen=True)
-class Before:
-    """What comes before a merge, if anything does, and what that takes.
+class Forecast:
+    """What comes before a merge, if anything does, and what the merge takes.
 
     Attributes:
+        preparations: each with what it has decided.
         peak: of the merge's memory, in bytes.
     """
 
-    training: TrainingPlan | None
-    searching: SearchPlan | None
-    gathering: CalibrationPlan | None
+    preparations: tuple[tuple[Preparation, Any], ...]
     peak: int
 
 
-def before_merge(plan: Plan, options: MergeOptions) -> Before:
-    """What is learned, searched or gathered before the merge.
+def forecast(plan: Plan, options: MergeOptions) -> Forecast:
+    """Plan what comes before the merge, and estimate the merge's memory.
 
-    What runs models that are still to be made is checked when they are there.
+    What runs models that are still to be made is left out: it is planned when they are there.
     """
     from merge_cli.engine.device import choose_device
     from merge_cli.engine.memory import estimated_peak
 
-    training = searching = gathering = None
-    ready = not any(source.planned for source in plan.sources)
-    if plan.learns and ready:
-        from merge_cli.dam.plan import plan_training
-
-        training = plan_training(plan, options.device)
-    if plan.recipe.searches and ready:
-        from merge_cli.evolve.plan import plan_search
-
-        searching = plan_search(plan, options)
-    if plan.gathers and ready:
-        from merge_cli.calibration.plan import plan_calibration
-
-        gathering = plan_calibration(plan, options.device)
+    decided = [(item, item.plan(plan, options)) for item in preparations_of(plan)]
     peak = estimated_peak(plan, choose_device(options.device), options)
-    return Before(training, searching, gathering, peak)
+    return Forecast(tuple(pair for pair in decided if pair[1] is not None), peak)
 
 
 def plan_document(plan: Plan, options: MergeOptions) -> dict[str, Any]:
@@ -66,14 +47,10 @@ def plan_document(plan: Plan, options: MergeOptions) -> dict[str, Any]:
 
 
 def _document(plan: Plan, options: MergeOptions) -> dict[str, Any]:
-    before = before_merge(plan, options)
-    document = _plan_json(plan, before.peak)
-    if before.training is not None:
-        document["training"] = training_json(before.training)
-    if before.searching is not None:
-        document["search"] = search_json(before.searching)
-    if before.gathering is not None:
-        document["gathering"] = calibration_json(before.gathering)
+    expected = forecast(plan, options)
+    document = _plan_json(plan, expected.peak)
+    for preparation, decided in expected.preparations:
+        document[preparation.section] = preparation.plan_json(decided)
     return document
 
 

@@ -13,7 +13,7 @@ from rich.markup import escape
 from merge_cli.system.machine import show_size
 
 if TYPE_CHECKING:
-    from merge_cli.engine.options import Progress
+    from merge_cli.options import Progress
 
 LOG_SECONDS = 10.0
 _VERBS = {"analyze": "reading"}  # a stage -> the bar's text

@@ -16,16 +16,10 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 from rich.table import Table
 
-from merge_cli.calibration.panel import (
-    print_calibration,
-    print_gathered,
-    print_statistics,
-    statistics_json,
-)
 from merge_cli.console.adapters import print_merged
 from merge_cli.console.analysis import print_analysis
 from merge_cli.console.plain import PlainConsole, print_json
-from merge_cli.console.plans import before_merge, plan_document
+from merge_cli.console.plans import forecast, plan_document
 from merge_cli.console.progress import ProgressLog, progress_bar
 from merge_cli.console.tables import (
     Settings,
@@ -34,9 +28,8 @@ from merge_cli.console.tables import (
     plan_row,
     print_table,
 )
-from merge_cli.dam.panel import options_json, print_options, print_training
 from merge_cli.errors import MergeCliError, ProblemsError
-from merge_cli.evolve.panel import print_found, print_keys, print_search
+from merge_cli.planning.preparation import preparation_for, preparations
 from merge_cli.recipe.examples import example_recipe
 from merge_cli.system.machine import show_seconds, show_size
 from merge_cli.system.notices import send_notices
@@ -44,8 +37,8 @@ from merge_cli.system.notices import send_notices
 if TYPE_CHECKING:
     from merge_cli.analysis.result import Analysis
     from merge_cli.api import MergeResult
-    from merge_cli.engine.options import MergeOptions, Progress
     from merge_cli.methods.registry import Method
+    from merge_cli.options import MergeOptions, Progress
     from merge_cli.planning.plan import Plan
 
 _MAX_PROBLEMS = (
@@ -134,7 +127,7 @@ class Screen:
         self._plan(plan, options, every=every)
 
     def _plan(self, plan: Plan, options: MergeOptions, *, every: bool) -> None:
-        before = before_merge(plan, options)
+        expected = forecast(plan, options)
         table = Table(box=None, pad_edge=False, header_style="bold", title_justify="left")
         table.add_column("tensor" if every else "layers", overflow="fold")
         table.add_column("tensors", justify="right")
@@ -159,16 +152,12 @@ class Screen:
         self.out.print(
             f"{len(plan.tasks):,} tensors, {plan.parameter_count:,} parameters; "
             f"reads {show_size(plan.bytes_read)}, writes {show_size(plan.bytes_written)} "
-            f"in {shards} file{'s' * (shards != 1)}; about {show_size(before.peak)} of memory"
+            f"in {shards} file{'s' * (shards != 1)}; about {show_size(expected.peak)} of memory"
         )
         for note in plan.notes:
             self.out.print(f"[dim]note:[/dim] {escape(note)}")
-        if before.training is not None:
-            print_training(self.out, before.training)
-        if before.searching is not None:
-            print_search(self.out, before.searching)
-        if before.gathering is not None:
-            print_calibration(self.out, before.gathering)
+        for preparation, decided in expected.preparations:
+            preparation.print_plan(self.out, decided)
 
     def result(self, result: MergeResult, shown: Path, *, as_json: bool = False) -> None:
         """The result of a run."""
@@ -184,15 +173,8 @@ class Screen:
             sources = ", ".join(source["model"] for source in stage["inputs"])
             description = f"{stage['name']}: {stage['method']} of {sources}"
             self.out.print(f"  stage   {escape(description)}", soft_wrap=True)
-        training = result.report.get("training")
-        if training is not None:
-            self._learned(training)
-        search = result.report.get("search")
-        if search is not None:
-            print_found(self.out, search)
-        gathered = result.report.get("gathered")
-        if gathered is not None:
-            print_gathered(self.out, gathered)
+        for preparation in preparations():
+            preparation.print_result(self.out, result.report)
         cost, output = result.report["cost"], result.report["output"]
         seconds = cost["seconds"] + cost["survey_seconds"]
         moved = cost["stages"]["read"]["bytes"] + cost["stages"]["write"]["bytes"]
@@ -214,23 +196,6 @@ class Screen:
         else:
             print_analysis(self.out, analysis, layers=layers)
 
-    def _learned(self, training: Mapping[str, Any]) -> None:
-        """The result of training, with a warning where it improved nothing."""
-        verdict, cost = training["verdict"], training["cost"]
-        self.out.print(
-            f"[green]✓[/green] learned {training['coefficients']:,} coefficients in "
-            f"{training['steps']:,} steps, {show_seconds(cost['seconds'])}, "
-            f"{cost['tokens']:,} tokens"
-        )
-        if verdict is None:
-            return
-        better = verdict["ratio"] < 1
-        mark = "[green]✓[/green]" if better else "[bold red]✗ no improvement:[/bold red]"
-        self.out.print(
-            f"{mark} held-out KL {verdict['kl']:.4g}; the best without training is "
-            f"{escape(verdict['best_static'])}, {verdict['best_static_kl']:.4g}"
-        )
-
     def methods(self, methods: Sequence[Method], *, as_json: bool) -> None:
         """All methods, one row each."""
         if as_json:
@@ -248,14 +213,13 @@ class Screen:
     def method(self, method: Method, *, as_json: bool) -> None:
         """One method: what it does, its parameters with defaults and ranges, an example."""
         example = example_recipe({method.name, *method.aliases})
+        preparation = preparation_for(method)
         if as_json:
-            document = method_json(method)
-            if method.learns:
-                document["training"] = options_json()
-            if method.gathers:
-                document["statistics"] = statistics_json(method.gathers)
-            document["example"] = example[1] if example else None
-            print_json(json.dumps(document, indent=1))
+            result = method_json(method)
+            if preparation is not None:
+                result.update(preparation.options_json(method))
+            result["example"] = example[1] if example else None
+            print_json(json.dumps(result, indent=1))
             return
         also = f" (also {', '.join(method.aliases)})" if method.aliases else ""
         self.out.print(f"[bold]{method.name}[/bold]{also} — {escape(method.summary)}")
@@ -275,12 +239,8 @@ class Screen:
                 f"{scope}; default {escape(default_text)}"
             )
             self.out.print(f"      {escape(parameter.doc)}")
-        if method.learns:
-            print_options(self.out)
-        if method.gathers:
-            print_statistics(self.out, method.gathers)
-        if method.searches:
-            print_keys(self.out, method.name)
+        if preparation is not None:
+            preparation.print_options(self.out, method)
         if example:
             self.out.print(f"\n[bold]Example[/bold] (configs/{example[0]})\n")
             self.out.print(

@@ -25,10 +25,10 @@ from merge_cli.checkpoint.config import text_config
 from merge_cli.checkpoint.fingerprint import folder_fingerprints
 from merge_cli.checkpoint.headers import parse_header, read_header_file
 from merge_cli.engine.inputs import Inputs
-from merge_cli.engine.options import Progress
 from merge_cli.engine.output import OutputWorkspace
 from merge_cli.errors import CorruptFileError, Interrupted, ResourceError, SourceError
 from merge_cli.hub import models as hub
+from merge_cli.options import Progress
 from merge_cli.recipe.reference import hub_id, local_folder, parse_reference
 from merge_cli.sources.storage import INDEX
 from merge_cli.system.processes import child

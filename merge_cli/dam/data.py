@@ -268,6 +268,20 @@ def data_files(words: Sequence[str], recipe: Recipe) -> list[Path]:
     return [path for path in found if path is not None]
 
 
+def source_rows(recipe: Recipe) -> Iterator[Row]:
+    """Every row of the sources' data, held out or not.
+
+    Raises:
+        SourceError, ResourceError: as `read_data` does.
+    """
+    for source in recipe.source_specs:
+        if source.data is not None:
+            yield from read_data(source.data, data_files(source.data.files, recipe))
+            if source.data.held_out:
+                files = data_files(source.data.held_out, recipe)
+                yield from read_data(source.data, files, held_out=True)
+
+
 def short_names(paths: Sequence[str]) -> list[str]:
     """The last part of each path or id; whole where that would not tell them apart.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from merge_cli.recipe.training import Training
-from merge_cli.system.machine import show_size
+from merge_cli.system.machine import show_seconds, show_size
 
 if TYPE_CHECKING:
     from merge_cli.dam.plan import TrainingPlan
@@ -32,9 +33,9 @@ def print_options(out: Console) -> None:
     from merge_cli.recipe.training import PRESETS
 
     out.print(f"\nLearned as `training:` says; presets: {', '.join(PRESETS)}. See docs/dam.md.\n")
-    for dial in options_json():
-        default = "" if dial["default"] is None else f"; default {_yaml(dial['default'])}"
-        out.print(f"  [bold]{dial['name']}[/bold]: {escape(dial['doc'] + default)}")
+    for option in options_json():
+        default = "" if option["default"] is None else f"; default {_yaml(option['default'])}"
+        out.print(f"  [bold]{option['name']}[/bold]: {escape(option['doc'] + default)}")
 
 
 def _yaml(value: Any) -> str:
@@ -69,7 +70,7 @@ def training_json(decided: TrainingPlan) -> dict[str, Any]:
             }
             for item, teacher in zip(decided.datasets, decided.teachers, strict=True)
         ],
-        "cache_bytes": sum(one.bytes for one in decided.teachers),
+        "cache_bytes": sum(teacher_plan.bytes for teacher_plan in decided.teachers),
         "device": decided.device,
         "dtype": decided.dtype,
         "mode": decided.mode,
@@ -113,9 +114,9 @@ def print_training(out: Console, decided: TrainingPlan) -> None:
     trained = sum(target.trained for target in decided.targets)
     frozen = len(decided.targets) - trained
     still = f"; {frozen} tensors stay as they start" if frozen else ""
-    kept = f"on disk, the {training.top_k} likeliest tokens of each in {training.cache_dtype}"
+    storage = f"on disk, the {training.top_k} likeliest tokens of each in {training.cache_dtype}"
     if training.top_k == "full":
-        kept = "in memory, the whole vocabulary"
+        storage = "in memory, the whole vocabulary"
     unused = training.unused_patterns([target.name for target in decided.targets])
     for pattern in unused:
         message = f"granularity: no tensor has '{pattern}' in its name"
@@ -127,7 +128,7 @@ def print_training(out: Console, decided: TrainingPlan) -> None:
             f" ({granularity_in_words(training)}, {training.form}, "
             f"activation {training.activation}){still}",
         ),
-        ("predictions", f"{show_size(cache)} {kept}"),
+        ("predictions", f"{show_size(cache)} {storage}"),
         (
             "student",
             f"{show_size(decided.student_bytes)} in {decided.dtype} "
@@ -137,6 +138,23 @@ def print_training(out: Console, decided: TrainingPlan) -> None:
         ("update", f"{decided.mode}: {decided.why['mode']}"),
     ):
         out.print(f"[dim]{label}:[/dim] {escape(text)}")
+
+
+def print_learned(out: Console, training: Mapping[str, Any]) -> None:
+    """What training brought, and loudly where it brought nothing."""
+    verdict, cost = training["verdict"], training["cost"]
+    out.print(
+        f"[green]✓[/green] learned {training['coefficients']:,} coefficients in "
+        f"{training['steps']:,} steps, {show_seconds(cost['seconds'])}, {cost['tokens']:,} tokens"
+    )
+    if verdict is None:
+        return
+    better = verdict["ratio"] < 1
+    mark = "[green]✓[/green]" if better else "[bold red]✗ no improvement:[/bold red]"
+    out.print(
+        f"{mark} held-out KL {verdict['kl']:.4g}; the best without training is "
+        f"{escape(verdict['best_static'])}, {verdict['best_static_kl']:.4g}"
+    )
 
 
 def granularity_in_words(training: Training) -> str:

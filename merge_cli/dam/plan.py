@@ -123,18 +123,18 @@ def plan_training(plan: Plan, device: str = "auto", world: World | None = None) 
     steps = steps_of(datasets, training)
     datasets = used(datasets, steps, training)
     chosen = choose_device(device)
-    own = chosen.indexes[world.local % len(chosen.indexes)] if chosen.indexes else None
-    where = "cpu" if own is None else f"cuda:{own}"
+    index = chosen.indexes[world.local % len(chosen.indexes)] if chosen.indexes else None
+    where = "cpu" if index is None else f"cuda:{index}"
     dtype, dtype_why = choose_dtype(plan.sources[plan.donor], chosen.kind, training.dtype)
     student_bytes = parameter_count(targets) * width_of(dtype)
     with_base = training.form == "task_vector"
     size = weight_bytes(stored_tensors(plan, targets), with_base=with_base)
-    place = choose_residency(
+    residency = choose_residency(
         size,
-        own,
+        index,
         beside="student",
         on_device=student_bytes,
-        on_host=student_bytes if own is None else 0,
+        on_host=student_bytes if index is None else 0,
         requested=training.residency,
     )
     mode, mode_why = _mode(training, dtype, world)
@@ -146,7 +146,7 @@ def plan_training(plan: Plan, device: str = "auto", world: World | None = None) 
         steps,
         where,
         dtype,
-        place,
+        residency,
         mode,
         tuple(_teachers(operands, datasets, training, where, dtype, net)),
         labels,
@@ -154,7 +154,7 @@ def plan_training(plan: Plan, device: str = "auto", world: World | None = None) 
             "device": f"{chosen.name}: {chosen.reason}",
             "dtype": dtype_why,
             "mode": mode_why,
-            "residency": place.reason,
+            "residency": residency.reason,
             **({"chat template": template_why} if template_why else {}),
         },
         student_bytes,

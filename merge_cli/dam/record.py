@@ -15,8 +15,8 @@ from merge_cli.dam.data import Dataset
 from merge_cli.dam.distributed import World
 from merge_cli.dam.plan import TrainingPlan
 from merge_cli.engine.memory import peak_rss
-from merge_cli.engine.options import OnProgress, Progress
 from merge_cli.errors import GateError
+from merge_cli.options import OnProgress, Progress
 from merge_cli.recipe.training import plain_training
 from merge_cli.system.machine import show_seconds, show_size
 
@@ -28,23 +28,23 @@ def build_record(
 ) -> dict[str, Any]:
     """JSON-ready; docs/dam.md says what each part is."""
     scores = dict(position.static or {})
-    best = next((one for one in position.measured or [] if one["step"] == position.best_step), None)
+    best = next((m for m in position.measured or [] if m["step"] == position.best_step), None)
     if best is not None:
         scores = {LEARNED: {k: v for k, v in best.items() if k != "step"}, **scores}
     warnings = [note] if note else []
     unused = decided.training.unused_patterns([target.name for target in decided.targets])
     warnings += [f"granularity: no tensor has '{pattern}' in its name" for pattern in unused]
     warnings += [
-        f"{one.name}: {one.removed:,} of {one.rows:,} rows are held out, too: not trained on"
-        for one in decided.datasets
-        if one.removed
+        f"{data.name}: {data.removed:,} of {data.rows:,} rows are held out, too: not trained on"
+        for data in decided.datasets
+        if data.removed
     ]
     warnings += [
         f"{name} predicts NaN or Inf on held-out rows, and is compared with nothing"
         for name in position.broken or []
     ]
     verdict = improvement(scores)
-    lacking = ", ".join(one.name for one in decided.datasets if not one.held_out)
+    lacking = ", ".join(data.name for data in decided.datasets if not data.held_out)
     if lacking and verdict is not None:
         warnings.append(f"no rows are held out of {lacking}: nothing that is measured speaks of it")
     if verdict is None:
@@ -69,7 +69,7 @@ def build_record(
                 "train": len(dataset.train),
                 "held_out": len(dataset.held_out),
                 "removed": dataset.removed,
-                "train_tokens": sum(one.counted for one in dataset.train),
+                "train_tokens": sum(item.counted for item in dataset.train),
                 "held_out_tokens": sum(item.counted for item in dataset.held_out),
             }
             for dataset in decided.datasets
@@ -111,9 +111,9 @@ def _origin(decided: TrainingPlan, dataset: Dataset) -> dict[str, Any]:
     label = plan.sources[plan.operands[dataset.source]].label
     data = next(s.data for s in plan.recipe.source_specs if str(s.model) == label)
     assert data is not None, "a data set is a source's data"
-    place = f"{data.dataset}@{data.revision or 'main'}, {data.split}" if data.dataset else ""
+    address = f"{data.dataset}@{data.revision or 'main'}, {data.split}" if data.dataset else ""
     return {
-        "files": [*data.files, *([place] if place else [])],
+        "files": [*data.files, *([address] if address else [])],
         "held_out_files": list(data.held_out),
         "digest": dataset.digest,
     }
@@ -127,7 +127,7 @@ def improvement(scores: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | Non
     static = {name: score["mean_kl"] for name, score in scores.items() if name != LEARNED}
     if LEARNED not in scores or not static:
         return None
-    name = min(static, key=lambda one: static[one])
+    name = min(static, key=lambda name: static[name])
     kl = scores[LEARNED]["mean_kl"]
     ratio = kl / static[name] if static[name] else float("inf")
     return {"kl": kl, "best_static": name, "best_static_kl": static[name], "ratio": ratio}
@@ -164,16 +164,16 @@ _RECENT = 20  # steps whose mean is shown
 
 
 class StepLine:
-    """Told of every step; tells `show` what a person wants to know.
+    """Told of every step; tells `on_progress` what a person wants to know.
 
     Args:
         board: the folder for TensorBoard's files; None writes none. Nothing is sent anywhere.
     """
 
     def __init__(
-        self, decided: TrainingPlan, board: Path | None, show: OnProgress, world: World
+        self, decided: TrainingPlan, board: Path | None, on_progress: OnProgress, world: World
     ) -> None:
-        self._decided, self._show = decided, show
+        self._decided, self._on_progress = decided, on_progress
         self._began, self._first_step, self._first_tokens = time.monotonic(), -1, 0
         self._writer: Any = None
         if board is not None and world.first:
@@ -190,7 +190,7 @@ class StepLine:
         loss = sum(item["loss"] for item in recent) / len(recent)
         parts = [f"loss {loss:.4g}"]
         parts += [
-            f"{name} {sum(self._weighted(one, name) for one in recent) / len(recent):.3g}"
+            f"{name} {sum(self._weighted(step, name) for step in recent) / len(recent):.3g}"
             for name in record["terms"]
         ]
         if position.measured:
@@ -204,7 +204,7 @@ class StepLine:
         left = seconds / done * (self._decided.steps - position.step)
         parts.append(f"{show_seconds(left)} left")
         note = " · ".join(parts)
-        self._show(Progress("train", position.step, self._decided.steps, note, "steps"))
+        self._on_progress(Progress("train", position.step, self._decided.steps, note, "steps"))
         if self._writer is not None:
             self._write(record, position)
 

@@ -58,7 +58,7 @@ def _heat(coefficients: Json) -> Section:
     models = [charts.shorten(model) for model in coefficients["models"]]
     total = sum(group["count"] for group in groups) or 1
     means = [sum(g["mean"][i] * g["count"] for g in groups) / total for i in range(len(models))]
-    found = "Whole model: " + ", ".join(
+    summary = "Whole model: " + ", ".join(
         f"{name} {value:.3f}" for name, value in zip(models, means, strict=True)
     )
     figures: list[Part] = []
@@ -79,7 +79,7 @@ def _heat(coefficients: Json) -> Section:
     if means_outside:
         heads = ["outside the layers", *models]
         figures.append(Table(heads, means_outside, right=len(models)))
-    return section("Learned coefficients", how, f"{found}.", *figures)
+    return section("Learned coefficients", how, f"{summary}.", *figures)
 
 
 def _worth(training: Json) -> Section:
@@ -93,7 +93,7 @@ def _worth(training: Json) -> Section:
         return section(title, "", "Nothing was held out, so it is not known.")
     gain = 1 - verdict["ratio"]
     static = f"{verdict['best_static']} ({verdict['best_static_kl']:.4g})"
-    found = (
+    summary = (
         f"Held-out KL {verdict['kl']:.4g}, {percent(gain)} below the best without training, "
         f"{static}."
         if gain > 0
@@ -120,7 +120,7 @@ def _worth(training: Json) -> Section:
     ]
     bars = [(name, score["mean_kl"], f"{score['mean_kl']:.4f}") for name, score in scores.items()]
     chart = figure("Mean held-out KL.", charts.side_bars("Mean held-out KL", bars))
-    return section(title, how, found, chart, Table(heads, rows, right=len(heads) - 1))
+    return section(title, how, summary, chart, Table(heads, rows, right=len(heads) - 1))
 
 
 def _curves(training: Json) -> Section:
@@ -132,8 +132,8 @@ def _curves(training: Json) -> Section:
     parts = _spread(len(history))
     axis = _steps_axis([history[part[-1]]["step"] + 1 for part in parts])
 
-    def loss(one: Json, dataset: str) -> float:
-        return float(sum(weights[term] * v for term, v in one["terms"][dataset].items()))
+    def loss(step: Json, dataset: str) -> float:
+        return float(sum(weights[term] * v for term, v in step["terms"][dataset].items()))
 
     series = [
         Series(name, [sum(loss(history[i], name) for i in part) / len(part) for part in parts], n)
@@ -146,20 +146,20 @@ def _curves(training: Json) -> Section:
         )
     ]
     if measured:
-        axis = _steps_axis([one["step"] for one in measured])
+        axis = _steps_axis([step["step"] for step in measured])
         series = [
             Series(name, [item["kl"][name] for item in measured], n)
             for n, name in enumerate(list(measured[0]["kl"])[: charts.MAX_LINES])
         ]
-        series.append(Series("mean", [one["mean_kl"] for one in measured], "merged"))
+        series.append(Series("mean", [step["mean_kl"] for step in measured], "merged"))
         chart = charts.lines("Held-out KL", axis, series, _number, "nats")
         figures.append(figure("Held-out KL by data set.", chart))
     last = history[-1]
     terms = [f"{name} {value:.4g}" for name, value in last["penalties"].items()]
-    found = f"{count(training['steps'], 'step')}, ended: {training['ended']}"
-    found += f"; the coefficients of step {training['best_step']} were kept"
-    found += f"; last penalties: {', '.join(terms)}" if terms else ""
-    return section("Training", "", f"{found}.", *figures)
+    summary = f"{count(training['steps'], 'step')}, ended: {training['ended']}"
+    summary += f"; the coefficients of step {training['best_step']} were kept"
+    summary += f"; last penalties: {', '.join(terms)}" if terms else ""
+    return section("Training", "", f"{summary}.", *figures)
 
 
 def _training_cost(training: Json) -> Section:
@@ -227,12 +227,12 @@ def coefficient_summary(plan: Plan) -> dict[str, Any]:
     for task in plan.tasks:
         if task.action != "merge":
             continue
-        own = file.of(task.name, task.shape)
+        coefficients = file.of(task.name, task.shape)
         size = math.prod(task.shape)
         total = groups.setdefault(task.group, [0.0] * len(task.operands))
         sizes[task.group] = sizes.get(task.group, 0) + size
         for i in range(len(task.operands)):
-            total[i] += own.mean(i) * size
+            total[i] += coefficients.mean(i) * size
     return {
         "form": file.form,
         "digest": file.digest,
@@ -240,7 +240,7 @@ def coefficient_summary(plan: Plan) -> dict[str, Any]:
         "groups": [
             {
                 "name": name,
-                "layer": place.index if (place := layer_key_of(f"{name}.x")) else None,
+                "layer": layer.index if (layer := layer_key_of(f"{name}.x")) else None,
                 "count": sizes[name],
                 "mean": [_rounded(value / sizes[name]) for value in total] if sizes[name] else [],
             }

@@ -30,12 +30,14 @@ from merge_cli.dam.record import StepLine, build_record, gate
 from merge_cli.dam.student import Student
 from merge_cli.dam.trainer import Trainer, entries_of
 from merge_cli.engine.inputs import inputs_of
-from merge_cli.engine.options import MergeOptions, OnProgress, Progress
+from merge_cli.engine.made_before import made_before
 from merge_cli.errors import Interrupted
 from merge_cli.evaluation.fingerprints import source_identity
 from merge_cli.evaluation.live import memory_errors
 from merge_cli.evaluation.teachers import Predictions, Teacher
+from merge_cli.options import MergeOptions, OnProgress, Progress
 from merge_cli.planning.plan import Plan
+from merge_cli.planning.planner import make_plan
 from merge_cli.recipe.schema import Recipe
 from merge_cli.recipe.training import Training
 from merge_cli.system.machine import torch_threads
@@ -65,13 +67,18 @@ class Learned:
     folder: TrainingWorkspace
     world: World
 
+    def discard(self) -> None:
+        """Throw the workspace away, once OUT has what is in it, and let the others go."""
+        self.folder.discard()
+        self.world.close()
+
 
 def learn(
     plan: Plan,
     target: Path,
     options: MergeOptions,
     *,
-    show: OnProgress,
+    on_progress: OnProgress,
     require_improvement: bool = False,
 ) -> Learned:
     """Learn the coefficients that the plan's method lacks; continue where a run was killed.
@@ -87,11 +94,11 @@ def learn(
         GateError: `require_improvement` is not met. The coefficients are kept.
     """
     world = join_world()
-    show = show if world.first else lambda progress: None
+    on_progress = on_progress if world.first else lambda progress: None
     with _interruptions() as stopping:
+        decided = plan_training(plan, options.device, world)
         fetch_everything(plan)
         inputs = inputs_of(plan)
-        decided = plan_training(plan, options.device, world)
         stopping.patient = world.size > 1  # one that leaves by itself would be waited for
         folder = TrainingWorkspace(
             target, work_key(decided, world), fresh=options.fresh, first=world.first
@@ -101,7 +108,7 @@ def learn(
             record = folder.record()
             if record is None:
                 with torch_threads(options.threads), memory_errors(str(folder.path), _SMALLER):
-                    record = _learn(decided, folder, world, show, stopping)
+                    record = _learn(decided, folder, world, on_progress, stopping)
                 world.wait()
                 inputs.verify_or(folder.discard if world.first else lambda: None)
             world.wait()
@@ -110,45 +117,39 @@ def learn(
             raise Interrupted(message, where=str(folder.path), hint=hint)
     if world.first:
         for line in record["warnings"]:
-            show(Progress("train", 0, 0, line))
+            on_progress(Progress("train", 0, 0, line))
         gate(record, require_improvement, folder.coefficients)
     return Learned(folder.coefficients, record, folder, world)
 
 
-def published(
-    plan: Plan, target: Path, options: MergeOptions
-) -> tuple[bool, Path, dict[str, Any]] | None:
-    """What a process that was killed after publishing OUT has left, if that is here.
+def published_report(plan: Plan, target: Path, options: MergeOptions) -> dict[str, Any] | None:
+    """OUT's report, if a process that was killed before it could tidy up has made OUT by this work.
 
-    Only for a process that is alone: several would not all find the same.
-
-    Returns:
-        whether it is of this very training, its file of coefficients, its record.
+    What it has left of its training goes then; and where OUT may be replaced, it goes anyway. Only
+    for a process that is alone: several would not all find the same.
     """
     folder = None if options.fresh or launched() > 1 else left_over(target)
     if folder is None:
         return None
+    decided = plan_training(plan, options.device)
     fetch_everything(plan)
-    key = work_key(plan_training(plan, options.device), World())
-    return key == folder.key, folder.coefficients, folder.record() or {"datasets": []}
-
-
-def tidy(target: Path) -> None:
-    """Throw away OUT.training, whose coefficients OUT has.
-
-    Raises:
-        ResourceError: another process works there.
-    """
-    folder = left_over(target)
-    if folder is not None:
+    report = None
+    if work_key(decided, World()) == folder.key:
+        record = folder.record() or {"datasets": []}
+        recipe = with_coefficients(plan.recipe, folder.coefficients, record)
+        report = made_before(make_plan(recipe, shard_size=plan.shard_size), target, options)
+    if report is not None and "training" not in report:
+        report = None
+    if report is not None or options.overwrite:
         with folder:
             folder.discard()
+    return report
 
 
 def work_key(decided: TrainingPlan, world: World) -> str:
     """A digest of everything that the coefficients depend on."""
     plan = decided.plan
-    dials = {
+    options = {
         f.name: repr(getattr(decided.training, f.name))
         for f in fields(Training)
         if f.name not in _INDIFFERENT
@@ -157,7 +158,7 @@ def work_key(decided: TrainingPlan, world: World) -> str:
     about = {
         "format": _FORMAT,
         "versions": [version("merge-cli"), version("torch"), version("transformers")],
-        "dials": dials,
+        "dials": options,
         "seed": plan.recipe.seed,
         "inputs": [plan.sources[i].fingerprint() for i in used],
         "data": [(dataset.source, dataset.digest) for dataset in decided.datasets],
@@ -170,7 +171,7 @@ def _learn(
     decided: TrainingPlan,
     folder: TrainingWorkspace,
     world: World,
-    show: OnProgress,
+    on_progress: OnProgress,
     stopping: _Interruptions,
 ) -> dict[str, Any]:
     """Train, measure, and write the result.
@@ -179,7 +180,7 @@ def _learn(
         Interrupted: before the end; what is done is kept.
     """
     started = time.monotonic()
-    train, kept = _teach(decided, world, show, stopping)
+    train, held_out_predictions = _teach(decided, world, on_progress, stopping)
     taught = time.monotonic() - started
     plan, training = decided.plan, decided.training
     import torch
@@ -195,11 +196,11 @@ def _learn(
     stopping.patient = True
     try:
         forward = Forward(student.net)
-        held_out = HeldOut(decided.datasets, kept, training.batch_tokens)
+        held_out = HeldOut(decided.datasets, held_out_predictions, training.batch_tokens)
         measured = held_out if held_out else None
         # Beside OUT, and not in the folder that goes when OUT is published.
         board = folder.path.with_suffix(".tensorboard") if training.tensorboard else None
-        line = StepLine(decided, board, show, world)
+        line = StepLine(decided, board, on_progress, world)
         trainer = Trainer(
             decided,
             student,
@@ -214,7 +215,16 @@ def _learn(
         trainer.position.teaching += taught
         try:
             if measured is not None and not trainer.position.static:
-                _begin(decided, student, forward, measured, trainer.position, world, show, stopping)
+                _begin(
+                    decided,
+                    student,
+                    forward,
+                    measured,
+                    trainer.position,
+                    world,
+                    on_progress,
+                    stopping,
+                )
             finished = trainer.run()
         finally:
             line.close()
@@ -239,7 +249,7 @@ def _begin(
     held_out: HeldOut,
     position: Position,
     world: World,
-    show: OnProgress,
+    on_progress: OnProgress,
     stopping: Callable[[], bool],
 ) -> None:
     """Measure what needs no training, and begin as the best of it where the recipe says so."""
@@ -256,7 +266,9 @@ def _begin(
         held_out,
         compared,
         world,
-        tell=lambda done, total, name: show(Progress("baselines", done, total, name, "merges")),
+        tell=lambda done, total, name: on_progress(
+            Progress("baselines", done, total, name, "merges")
+        ),
         stopping=stopping,
     )
     position.broken = [name for name, score in scores.items() if not score.finite]
@@ -272,32 +284,34 @@ def _begin(
 
 
 def _teach(
-    decided: TrainingPlan, world: World, show: OnProgress, stopping: _Interruptions
+    decided: TrainingPlan, world: World, on_progress: OnProgress, stopping: _Interruptions
 ) -> tuple[list[Predictions | None], list[Predictions]]:
     """Each teacher over its own data, one at a time: train and held-out predictions."""
     train: list[Predictions | None] = []
-    kept: list[Predictions] = []
+    held_out_predictions: list[Predictions] = []
     for dataset in decided.datasets:
         source = decided.plan.sources[decided.plan.operands[dataset.source]]
         # Every byte is read: what is kept must be the predictions of exactly this model.
         teacher = Teacher(source, source_identity(source), decided.device, decided.dtype)
         share = (world.rank, world.size)
 
-        def tell(done: int, total: int, name: str = dataset.name) -> None:
-            show(Progress("teach", done, total, name, "tokens"))
+        def on_tokens(done: int, total: int, name: str = dataset.name) -> None:
+            on_progress(Progress("teach", done, total, name, "tokens"))
             if world.size == 1 and stopping():
                 message = "stopped while the teachers were asked"
                 raise Interrupted(message, hint="The same command continues.")
 
         held_out = kept_for(decided.training, held_out=True)
-        kept.append(teacher.predictions(dataset.held_out, held_out, tell, share=share))
+        held_out_predictions.append(
+            teacher.predictions(dataset.held_out, held_out, on_tokens, share=share)
+        )
         taught = None
         if decided.training.needs_teachers:
-            taught = teacher.predictions(dataset.train, decided.kept, tell, share=share)
+            taught = teacher.predictions(dataset.train, decided.kept, on_tokens, share=share)
         train.append(taught)
         teacher.close()
     world.wait()  # files that others have made are read from here on
-    return train, kept
+    return train, held_out_predictions
 
 
 def _interrupted(folder: TrainingWorkspace, position: Position) -> Interrupted:

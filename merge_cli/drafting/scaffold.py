@@ -14,9 +14,9 @@ from merge_cli.analysis.advice import EXPERIMENTS, SLERP, advice_text, whole_mod
 from merge_cli.analysis.result import Advice, Suggestion
 from merge_cli.analysis.run import analyze
 from merge_cli.drafting.inspection import ModelInspection, inspect_model
-from merge_cli.engine.options import MergeOptions, Progress
 from merge_cli.errors import MismatchError, Problem, UsageError
 from merge_cli.methods.registry import Method, get_method
+from merge_cli.options import MergeOptions, Progress
 from merge_cli.planning.planner import load_recipe, make_plan
 from merge_cli.recipe.schema import Recipe, SourceSpec
 from merge_cli.recipe.values import Parameter, Scalar

@@ -84,7 +84,7 @@ def work_key(plan: Plan, *context: object) -> str:
         state.update(plan.coefficients.digest.encode())
     if plan.gathered is not None:
         state.update(repr(plan.gathered.digests).encode())
-    elif plan.gathers:  # a stage: what will be gathered follows from this
+    elif plan.method.preparation == "calibration":  # a stage: its statistics will follow from this
         state.update(_examples(plan))
     made = {
         source.root: (source.label, work_key(plan.stages[source.label], *context))

@@ -22,7 +22,6 @@ from merge_cli.engine.journal import Journal
 from merge_cli.engine.memory import keep_freed_memory, worker_memory
 from merge_cli.engine.merge_stats import MergeStats, TensorStats, stages
 from merge_cli.engine.operands import BlockReader, ask_for
-from merge_cli.engine.options import MergeOptions, OnProgress, Progress
 from merge_cli.engine.pool import (
     Pool,
     arithmetic_for,
@@ -33,6 +32,7 @@ from merge_cli.engine.pool import (
 from merge_cli.engine.tensor_writers import OutputOffsets
 from merge_cli.engine.worker_context import Files
 from merge_cli.errors import NonFiniteError
+from merge_cli.options import MergeOptions, OnProgress, Progress
 from merge_cli.planning.plan import Chunk, Plan, cut_chunks
 from merge_cli.system.machine import usable_cores
 from merge_cli.system.raw_io import FilePool, sync, write_error

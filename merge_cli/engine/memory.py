@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from merge_cli.engine.device import Device, choose_arithmetic
-from merge_cli.engine.options import MergeOptions
 from merge_cli.errors import UsageError
 from merge_cli.kernels.reduce import BLOCK_MULTIPLE
+from merge_cli.options import MergeOptions
 from merge_cli.planning.plan import Plan
 from merge_cli.system.machine import free_memory, usable_cores
 
@@ -70,7 +70,8 @@ def worker_memory(plan: Plan, device: Device, options: MergeOptions) -> WorkerMe
     free = max(0, allowed - _fixed(plan, device))
     if device.kind == "cpu":
         spare = _TEMPORARIES[choose_arithmetic(plan)[0]]
-        spare += 2 * inputs if plan.method.gathers else 0  # a block's statistics, and with weights
+        if plan.method.preparation == "calibration":
+            spare += 2 * inputs  # a block's statistics, and with weights
         per_worker = (
             _HOST_BLOCK * ((_STORED + 4) * inputs + 4 * spare)
             + _tensor_bytes(plan)

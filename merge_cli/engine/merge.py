@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from merge_cli.checkpoint.auxiliary_files import code_files, copy_companions
-from merge_cli.checkpoint.layout import indexes
 from merge_cli.engine.device import choose_device
 from merge_cli.engine.inputs import inputs_of
 from merge_cli.engine.journal import work_key
 from merge_cli.engine.loop import run_loop
 from merge_cli.engine.merge_stats import MergeStats
-from merge_cli.engine.options import MergeOptions, OnProgress, Progress
 from merge_cli.engine.output import OutputWorkspace, clear_companions, open_journal
 from merge_cli.errors import Interrupted, SourceError
+from merge_cli.options import MergeOptions, OnProgress, Progress
+from merge_cli.planning.auxiliary import write_auxiliary_files
 from merge_cli.planning.heads import compare_copies
 from merge_cli.planning.plan import Plan
 from merge_cli.sources.source import fetch_weights
 from merge_cli.system.raw_io import write_error
 from merge_cli.system.records import Records
-from merge_cli.tokenizer.chat_template import FILE as TEMPLATE
-from merge_cli.tokenizer.chat_template import without_template
-from merge_cli.tokenizer.renumbering import renumber
 
 _ANEW = "starting over: earlier work is damaged, or a file that it has read was touched since"
 # Writes reports into the folder, given the plan, each source's fingerprint, and the outcome.
@@ -80,7 +75,12 @@ def execute(
                 journal.close()
             inputs.verify_or(work.discard)
             clear_companions(work, plan.shards)
-            write_companions(plan, work.model, options)
+            write_auxiliary_files(
+                plan,
+                work.model,
+                tokenizer=options.copy_tokenizer,
+                code=options.trust_remote_code,
+            )
             finish(plan, fingerprints, outcome, work.model)
             inputs.verify_or(work.discard)
             work.publish(fsync=options.fsync)
@@ -149,51 +149,3 @@ def verified_fingerprints(plan: Plan) -> tuple[str, ...]:
             raise SourceError(message, model=source.label, hint=hint)
         fingerprints.append(fingerprint)
     return tuple(fingerprints)
-
-
-def write_companions(plan: Plan, folder: Path, options: MergeOptions) -> None:
-    """config.json, the index, tokenizer and processor files."""
-    config_source, tokenizer_source = plan.sources[plan.donor], plan.sources[plan.tokenizer_donor]
-    if options.trust_remote_code and config_source.hub is not None:
-        fetch_weights(config_source, code_files(config_source.hub.files))
-    try:
-        copy_companions(
-            config_source.root,
-            tokenizer_source.root if options.copy_tokenizer else None,
-            folder,
-            code=options.trust_remote_code,
-        )
-        _write_tokenizer(plan, folder, copied=options.copy_tokenizer)
-        if plan.config:
-            _write_config(plan, config_source.root / "config.json", folder / "config.json")
-        outputs = [output for task in plan.tasks for output in task.outputs]
-        for name, text in indexes(plan.shards, outputs, config_source.stems).items():
-            (folder / name).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise write_error(error, folder) from error
-
-
-def _write_tokenizer(plan: Plan, folder: Path, *, copied: bool) -> None:
-    """What is not the donors' own: a joined vocabulary, a template, token numbers."""
-    if copied:
-        for name, content in plan.aligned.files.items():
-            (folder / name).write_bytes(content)
-        if plan.template is not None:
-            (folder / TEMPLATE).write_text(plan.template, encoding="utf-8")
-            config = without_template(folder / "tokenizer_config.json")
-            if config is not None:
-                (folder / "tokenizer_config.json").write_bytes(config)
-    settings = folder / "generation_config.json"
-    if plan.aligned.ids is not None and settings.is_file():
-        result = renumber(json.loads(settings.read_text(encoding="utf-8")), plan.aligned)
-        settings.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-
-
-def _write_config(plan: Plan, original: Path, target: Path) -> None:
-    """The original bytes where nothing changed."""
-    content = original.read_bytes()
-    if plan.config == json.loads(content):
-        target.write_bytes(content)
-    else:
-        text = json.dumps(dict(plan.config), indent=2, ensure_ascii=False) + "\n"
-        target.write_text(text, encoding="utf-8")

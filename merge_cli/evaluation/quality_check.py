@@ -22,16 +22,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from merge_cli.engine.options import MergeOptions, OnProgress
 from merge_cli.errors import GateError, Interrupted, UsageError
+from merge_cli.evaluation.live import load_tokenizer
 from merge_cli.evaluation.result import Evaluation, Metric
-from merge_cli.evaluation.run import evaluate_source
+from merge_cli.evaluation.rows import content_of, read_rows
+from merge_cli.evaluation.run import evaluate_source, spec_for
 from merge_cli.evaluation.spec import EvalSpec
 from merge_cli.evaluation.summary import difference, summary
-from merge_cli.evaluation.task import Task
+from merge_cli.evaluation.task import DataTask, Task
+from merge_cli.methods.registry import get_method
+from merge_cli.options import MergeOptions, OnProgress
 from merge_cli.planning.plan import Plan
+from merge_cli.planning.preparation import preparation_for
 from merge_cli.recipe.fields import nearest
 from merge_cli.recipe.reference import ModelRef
+from merge_cli.recipe.schema import Recipe
 from merge_cli.sources.source import Source, fetch_weights, open_source
 from merge_cli.system.raw_io import write_error
 
@@ -46,7 +51,7 @@ _NO_WORSE = re.compile(
     r"\s*(?P<model>.+?):(?P<metric>[^:+]+?)(?:\s*\+\s*(?P<margin>[\d.eE-]+)\s*(?P<share>%?))?\s*"
 )
 
-Known = Mapping[str, Sequence[str]]  # task -> its metrics, as far as they are known
+Metrics = Mapping[str, Sequence[str]]  # task -> its metrics, as far as they are known
 
 
 @dataclass(frozen=True)
@@ -83,10 +88,10 @@ def read_gates(
     Raises:
         UsageError: not of the form above, or a task that is not evaluated.
     """
-    known = {task.name: task.metrics for task in tasks}
+    metrics = {task.name: task.metrics for task in tasks}
     return (
-        *(_on_number(text, known) for text in gates),
-        *(_on_model(text, known) for text in no_worse),
+        *(_on_number(text, metrics) for text in gates),
+        *(_on_model(text, metrics) for text in no_worse),
     )
 
 
@@ -117,22 +122,22 @@ def require(failures: Mapping[str, Sequence[str]]) -> None:
         raise GateError("\n  ".join([message, *lines]))
 
 
-def _on_number(text: str, known: Known) -> Gate:
+def _on_number(text: str, metrics: Metrics) -> Gate:
     match = _GATE.fullmatch(text)
     number = _number(match["number"]) if match else None
     if match is None or number is None:
         raise UsageError(f"'{text}' is not a gate", hint='Write it like "math.loss<=2.1".')
-    task, metric = _named(match["metric"], text, known)
+    task, metric = _named(match["metric"], text, metrics)
     return Gate(text, task, metric, sign=match["sign"], number=number)
 
 
-def _on_model(text: str, known: Known) -> Gate:
+def _on_model(text: str, metrics: Metrics) -> Gate:
     match = _NO_WORSE.fullmatch(text)
     margin = _number(match["margin"] or "0") if match else None
     if match is None or margin is None:
         hint = "Write it like base:japanese.loss or base:japanese.loss+2%."
         raise UsageError(f"'{text}' does not name a model and a metric", hint=hint)
-    task, metric = _named(match["metric"], text, known)
+    task, metric = _named(match["metric"], text, metrics)
     relative = match["share"] == "%"
     return Gate(
         text,
@@ -152,17 +157,17 @@ def _number(text: str) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _named(text: str, gate: str, known: Known) -> tuple[str, str]:
+def _named(text: str, gate: str, metrics: Metrics) -> tuple[str, str]:
     """Task and metric; a task's own name may contain dots."""
-    if text in known:
+    if text in metrics:
         return text, ""
     task, _, metric = text.rpartition(".")
-    if task not in known:
-        hint = nearest(task or text, known)
+    if task not in metrics:
+        hint = nearest(task or text, metrics)
         raise UsageError(f"'{gate}': no task '{task or text}' is evaluated.", hint=hint)
-    if known[task] and metric not in known[task]:
+    if metrics[task] and metric not in metrics[task]:
         raise UsageError(
-            f"'{gate}': {task} has no metric '{metric}'.", hint=nearest(metric, known[task])
+            f"'{gate}': {task} has no metric '{metric}'.", hint=nearest(metric, metrics[task])
         )
     return task, metric
 
@@ -219,17 +224,33 @@ class QualityCheck:
         """The tasks."""
         return self._spec
 
-    def check(self, plan: Plan) -> None:
-        """Raise a UsageError for a gate whose model takes no part, before anything is merged."""
+    def check(self, plan: Plan) -> list[str]:
+        """Find what is wrong before anything is merged, or a weight downloaded.
+
+        Returns:
+            what to know of the tasks: rows that the merge is made or chosen by.
+
+        Raises:
+            UsageError: a gate whose model takes no part.
+            SourceError: data that cannot be read, a row that is not as its task needs it, a
+                tokenizer that cannot be loaded.
+            ResourceError: a package that a task needs is missing.
+        """
+        for task in self._spec.tasks:
+            task.check_data(self._spec.seed)
         for gate in self._gates:
-            if gate.reference and _meant(gate.reference, plan).planned:
+            if gate.reference and _model_of(gate.reference, plan).planned:
                 message = (
                     f"'{gate.reference}' is a stage of this recipe, and gone once OUT is there"
                 )
                 raise UsageError(message, hint="Make it by itself first, and name its folder.")
+        source = plan.sources[plan.tokenizer_donor]
+        if not source.planned and not plan.aligned.files:
+            load_tokenizer(source)
+        return overlap_notes(plan.recipe, self._spec)
 
     def run(
-        self, plan: Plan, out: Path, options: MergeOptions, show: OnProgress
+        self, plan: Plan, out: Path, options: MergeOptions, on_step: OnProgress
     ) -> list[dict[str, Any]]:
         """Evaluate OUT and every model that a gate names; written into OUT, too.
 
@@ -241,7 +262,7 @@ class QualityCheck:
         """
         spec = self._spec.changed(device=options.device, threads=options.threads)
         try:
-            merged, others = self._evaluations(plan, out, spec, show)
+            merged, others = self._evaluations(plan, out, spec, on_step)
         except Interrupted:
             hint = f"The merge is complete; `merge-cli evaluate {out}` measures it, too."
             raise Interrupted("stopped while evaluating", where=str(out), hint=hint) from None
@@ -255,15 +276,15 @@ class QualityCheck:
         return rows
 
     def _evaluations(
-        self, plan: Plan, out: Path, spec: EvalSpec, show: OnProgress
+        self, plan: Plan, out: Path, spec: EvalSpec, on_step: OnProgress
     ) -> tuple[Evaluation, dict[str, Evaluation]]:
         """OUT's, and those of the models that gates name, by the names that they give them."""
-        merged = evaluate_source(open_source(ModelRef(str(out)), out.parent), spec, show)
+        merged = evaluate_source(open_source(ModelRef(str(out)), out.parent), spec, on_step)
         others = {}
         for name in dict.fromkeys(g.reference for g in self._gates if g.reference):
-            source = _meant(name, plan)
+            source = _model_of(name, plan)
             fetch_weights(source, source.header_bytes)
-            others[name] = evaluate_source(source, spec, show)
+            others[name] = evaluate_source(source, spec, on_step)
         return merged, others
 
     def require(self) -> None:
@@ -271,12 +292,63 @@ class QualityCheck:
         require(self._failures)
 
 
-def _meant(name: str, plan: Plan) -> Source:
+def quality_check(
+    recipe: Recipe, spec: EvalSpec | None, gates: Sequence[str], no_worse: Sequence[str]
+) -> QualityCheck | None:
+    """What a merge is to be evaluated on; None where nothing asks for it.
+
+    Args:
+        spec: the tasks; None for the recipe's own `eval:`.
+        gates, no_worse: as on the command line (`read_gates`).
+
+    Raises:
+        RecipeError: a wrong `eval` section, every problem with its place.
+        UsageError: a gate that cannot be read, or nothing to measure for it; an adapter.
+    """
+    if not (spec or gates or no_worse or recipe.eval):
+        return None
+    if recipe.output is not None:
+        hint = "Merge it into its model first: passthrough of BASE+OUT."
+        raise UsageError("an adapter cannot be evaluated by itself", hint=hint)
+    if spec is None:
+        spec = spec_for(recipe, None, ())
+    if spec is None:
+        hint = "Say on what: --data FILE, --eval FILE, or `eval:` in the recipe."
+        raise UsageError("a gate needs something to measure", hint=hint)
+    return QualityCheck(spec, gates, no_worse)
+
+
+def overlap_notes(recipe: Recipe, spec: EvalSpec) -> list[str]:
+    """What to say of tasks that share rows with what the recipe learns, calibrates or searches on.
+
+    Their numbers, and gates on them, speak of text that the merge was made for.
+
+    Raises:
+        RecipeError: a wrong objective.
+        SourceError: data that cannot be read.
+    """
+    preparation = preparation_for(get_method(recipe.merge_method))
+    contents = preparation.contents_used(recipe) if preparation is not None else set()
+    notes = []
+    for task in spec.tasks:
+        if not contents or not isinstance(task, DataTask):
+            continue
+        rows = read_rows(task.data)
+        count = sum(content_of(row) in contents for row in rows)
+        if count:
+            message = (
+                f"{count:,} of {len(rows):,} rows of the evaluation {task.name} are among those "
+            )
+            notes.append(f"{message}that this recipe is made or chosen by: its numbers flatter it")
+    return notes
+
+
+def _model_of(name: str, plan: Plan) -> Source:
     """`base`, or a source by its name or the last part of it."""
     if name == "base" and plan.base is not None:
         return plan.sources[plan.base]
     for source in plan.sources:
         if name in (source.label, source.label.rstrip("/").rpartition("/")[2]):
             return source
-    known = [source.label for source in plan.sources]
-    raise UsageError(f"'{name}' is none of the models of this recipe.", hint=nearest(name, known))
+    labels = [source.label for source in plan.sources]
+    raise UsageError(f"'{name}' is none of the models of this recipe.", hint=nearest(name, labels))

@@ -70,6 +70,13 @@ class Row:
         message = f"has neither text nor completion nor messages (it has {listed(self.fields)})"
         raise self.wrong(message)
 
+    def require_text(self) -> None:
+        """Raise a SourceError if there is neither a text nor a conversation in it."""
+        if "messages" in self.fields:
+            self.messages()
+        else:
+            self.pair()
+
     def messages(self) -> list[Mapping[str, Any]]:
         """A conversation of at least two messages, each with a role.
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from merge_cli.engine.device import choose_device
-from merge_cli.engine.options import OnProgress, Progress
 from merge_cli.errors import Interrupted, NonFiniteError, UsageError
 from merge_cli.evaluation import cache
 from merge_cli.evaluation.fingerprints import refuse_changed, source_fingerprint
@@ -21,6 +20,7 @@ from merge_cli.evaluation.result import Cost, Evaluation, TaskResult
 from merge_cli.evaluation.spec import EvalSpec, default_name
 from merge_cli.evaluation.task import Task
 from merge_cli.evaluation.tasks.loss import LossTask
+from merge_cli.options import OnProgress, Progress
 from merge_cli.recipe.reference import parse_reference
 from merge_cli.recipe.schema import Recipe
 from merge_cli.sources.source import Source, fetch_weights, open_source
@@ -38,7 +38,8 @@ def evaluate(
     model: str | Path,
     tasks: str | Path | EvalSpec | Sequence[str | Path | Task],
     *,
-    show: OnProgress = _silent,
+    on_progress: OnProgress | None = None,
+    show: OnProgress | None = None,
     **settings: Any,
 ) -> Evaluation:
     """Evaluate a model.
@@ -46,7 +47,7 @@ def evaluate(
     Args:
         model: a folder, or a Hub id.
         tasks: an evaluation file (.yaml); a data file, for its loss; several; or tasks.
-        show: called with progress.
+        on_progress: called with progress; `show` is its old name.
         settings: fields of `EvalSpec`: device, dtype, max_length, batch_tokens, seed, cache.
 
     Returns:
@@ -57,12 +58,12 @@ def evaluate(
         SourceError: a model or data that cannot be used, a row without what the task needs.
         ResourceError: the device or a package is missing.
     """
-    spec = (tasks if isinstance(tasks, EvalSpec) else as_spec(tasks)).changed(**settings)
-    return evaluate_all([str(model)], spec, show)[str(model)]
+    spec = as_spec(tasks).changed(**settings)
+    return evaluate_all([str(model)], spec, on_progress or show or _silent)[str(model)]
 
 
 def evaluate_all(
-    models: Sequence[str], spec: EvalSpec, show: OnProgress = _silent
+    models: Sequence[str], spec: EvalSpec, on_progress: OnProgress = _silent
 ) -> dict[str, Evaluation]:
     """Evaluate several models on the same tasks; all are opened before any is run.
 
@@ -74,7 +75,7 @@ def evaluate_all(
     evaluations = {}
     for name, source in sources.items():
         fetch_weights(source, source.header_bytes)
-        evaluations[name] = evaluate_source(source, spec, show)
+        evaluations[name] = evaluate_source(source, spec, on_progress)
     return evaluations
 
 
@@ -82,7 +83,9 @@ def _open_model(model: str, folder: Path) -> Source:
     return open_source(parse_reference(model, folder), folder)
 
 
-def evaluate_source(source: Source, spec: EvalSpec, show: OnProgress = _silent) -> Evaluation:
+def evaluate_source(
+    source: Source, spec: EvalSpec, on_progress: OnProgress = _silent
+) -> Evaluation:
     """Evaluate an opened source whose weights are on disk."""
     fingerprint = source_fingerprint(source)
     device = choose_device(spec.device)
@@ -109,7 +112,7 @@ def evaluate_source(source: Source, spec: EvalSpec, show: OnProgress = _silent) 
                         live = _loaded(source, spec)
                         refuse_changed(source, fingerprint)
                         check_tasks(spec.tasks, live)
-                    result = score_task(task, live, show)
+                    result = score_task(task, live, on_progress)
                 if cached:
                     cache.keep(key, result)
             done[task.name] = result
@@ -156,8 +159,10 @@ def spec_for(recipe: Recipe, eval_file: Path | None, data: Sequence[Path]) -> Ev
     return None if recipe.eval is None else parse_eval(recipe.eval, recipe.file, recipe.folder)
 
 
-def as_spec(tasks: str | Path | Sequence[str | Path | Task]) -> EvalSpec:
+def as_spec(tasks: str | Path | EvalSpec | Sequence[str | Path | Task]) -> EvalSpec:
     """Tasks in any of the forms that `evaluate` takes."""
+    if isinstance(tasks, EvalSpec):
+        return tasks
     if isinstance(tasks, str | Path):
         path = Path(tasks)
         if path.suffix in (".yaml", ".yml"):
@@ -204,7 +209,7 @@ def check_tasks(tasks: Sequence[Task], live: LiveModel) -> None:
             task.check(live)
 
 
-def score_task(task: Task, live: LiveModel, show: OnProgress = _silent) -> TaskResult:
+def score_task(task: Task, live: LiveModel, on_progress: OnProgress = _silent) -> TaskResult:
     """Score one task on a loaded model, with its cost.
 
     Raises:
@@ -213,7 +218,7 @@ def score_task(task: Task, live: LiveModel, show: OnProgress = _silent) -> TaskR
     started, live.cost = time.monotonic(), Cost()
 
     def count(done: int, total: int) -> None:
-        show(Progress(task.name, done, total, unit="", model=live.label))
+        on_progress(Progress(task.name, done, total, unit="", model=live.label))
 
     count(0, 0)
     result = task.score(live, count)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 from merge_cli.checkpoint.fingerprint import file_fingerprint
 from merge_cli.errors import SourceError
 from merge_cli.evaluation.result import TaskResult
+from merge_cli.evaluation.rows import Row, read_rows
 from merge_cli.evaluation.tokens import TOKENISATION
 from merge_cli.recipe.reader import PathForm, Text, option
 
@@ -61,6 +62,14 @@ class Task(ABC):
             SourceError: with file and line.
         """
 
+    def check_data(self, seed: int) -> None:  # noqa: B027  # most have no files of ours
+        """Look for what is wrong with the data for any model, without one.
+
+        Raises:
+            SourceError: with file and line.
+            ResourceError: a package that the task needs is missing.
+        """
+
     @abstractmethod
     def data_digest(self) -> str:
         """SHA-256 of the data, so that the same data elsewhere is the same task."""
@@ -91,6 +100,13 @@ class DataTask(Task):
             raise SourceError("no such data file", file=str(self.data)) from None
         except OSError as error:
             raise SourceError(f"cannot be read: {error.strerror}", file=str(self.data)) from None
+
+    def check_data(self, seed: int) -> None:
+        for row in self.sample(read_rows(self.data), seed):
+            self.check_row(row)
+
+    def check_row(self, row: Row) -> None:  # what a row must have, tasks say
+        """Raise a SourceError for a row that is not as the task needs it."""
 
     def sample(self, rows: Sequence[T], seed: int) -> list[T]:
         """`limit` of the rows, in their order."""

@@ -24,8 +24,6 @@ from merge_cli.engine.in_memory import (
     InMemoryFiles,
     InMemoryMerger,
 )
-from merge_cli.engine.merge import write_companions
-from merge_cli.engine.options import MergeOptions
 from merge_cli.engine.parameter_slices import find_parameter_slices
 from merge_cli.engine.residency import SourceResidency, choose_residency, stored_bytes
 from merge_cli.errors import NonFiniteError, SourceError
@@ -35,6 +33,8 @@ from merge_cli.evaluation.rows import read_rows
 from merge_cli.evaluation.run import score_task
 from merge_cli.evaluation.task import DataTask, Task
 from merge_cli.evolve.objectives import SearchObjective, Split, SplitName, Value, Values, pick
+from merge_cli.options import MergeOptions
+from merge_cli.planning.auxiliary import write_auxiliary_files
 from merge_cli.planning.plan import Plan, TensorTask
 from merge_cli.planning.planner import make_plan
 from merge_cli.planning.tasks import TaskResolver
@@ -225,7 +225,9 @@ def load_scaffold(plan: Plan, options: MergeOptions, **loading: Any) -> LiveMode
     config_source = plan.sources[plan.donor]
     with TemporaryDirectory(prefix="merge-cli-live-") as name:
         folder = Path(name)
-        write_companions(plan, folder, options)
+        write_auxiliary_files(
+            plan, folder, tokenizer=options.copy_tokenizer, code=options.trust_remote_code
+        )
         if not plan.config:
             (folder / "config.json").symlink_to((config_source.root / "config.json").resolve())
         (folder / INDEX).unlink(missing_ok=True)

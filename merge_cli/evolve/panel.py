@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from merge_cli.planning.method_sections import GREEDY
+from merge_cli.evolve.checks import GREEDY
 from merge_cli.recipe.search import WITHOUT_SPACE, Search
 from merge_cli.system.machine import show_seconds
 
@@ -85,7 +85,7 @@ def print_search(out: Console, decided: SearchPlan) -> None:
         out.print(f"[dim]note:[/dim] {escape(line)}")
 
 
-def print_found(out: Console, search: Mapping[str, Any]) -> None:
+def print_searched(out: Console, search: Mapping[str, Any]) -> None:
     """What a search brought, and loudly where it brought nothing."""
     cost, verdict = search["cost"], search["verdict"]
     failed = f", {cost['failed']} failed" if cost["failed"] else ""

@@ -7,16 +7,18 @@ from dataclasses import dataclass, replace
 
 from merge_cli.checkpoint.fingerprint import auxiliary_fingerprint
 from merge_cli.engine.device import choose_device
-from merge_cli.engine.options import MergeOptions
 from merge_cli.engine.residency import SourceResidency, choose_residency, stored_bytes
 from merge_cli.errors import RecipeError, ResourceError
+from merge_cli.evaluation.live import load_tokenizer
 from merge_cli.evolve.objectives import SearchObjective, parse_objective
 from merge_cli.evolve.space import Space, default_population
 from merge_cli.evolve.splits import refuse_overlap
+from merge_cli.options import MergeOptions
 from merge_cli.planning.heads import reconcile_heads
 from merge_cli.planning.layers import layer_stacks, main_stack, model_heights
 from merge_cli.planning.plan import Plan
-from merge_cli.planning.planner import make_plan
+from merge_cli.planning.planner import load_recipe, make_plan
+from merge_cli.recipe.reference import local_file
 from merge_cli.recipe.schema import Recipe
 from merge_cli.recipe.search import Search
 
@@ -68,17 +70,11 @@ def plan_search(plan: Plan, options: MergeOptions) -> SearchPlan:
     recipe = plan.recipe
     plan.aligned.need_plain(recipe, "a search")
     search = recipe.search or Search()
-    objective = parse_objective(recipe)
-    for name, split in objective.splits.items():
-        settings = split.spec.changed(device=options.device, threads=options.threads)
-        objective = replace(
-            objective, splits={**objective.splits, name: replace(split, spec=settings)}
-        )
-    refuse_overlap(objective)
+    objective = plan_objective(recipe, options)
     names = [task.name for task in plan.tasks]
-    result = model_heights(layer_stacks(names), plan.config)
+    counts = model_heights(layer_stacks(names), plan.config)
     main = main_stack(names, plan.config)
-    layers = result[main] if main is not None else max(result.values(), default=1)
+    layers = counts[main] if main is not None else max(counts.values(), default=1)
     space = Space(recipe, layers) if recipe.search and recipe.search.method else None
     if space is not None and not len(space):
         raise RecipeError([recipe.problem("search.parameters", "there is nothing to search.")])
@@ -92,10 +88,12 @@ def plan_search(plan: Plan, options: MergeOptions) -> SearchPlan:
     if search.optimizer == "nsga2" and not several:
         message = "nsga2 is for several goals, and the split search has one."
         raise RecipeError([recipe.problem("search.optimizer", message, "Use cma-es or tpe.")])
-    _need(search)
     if space is not None:
         for method in space.search.method:  # a mismatch is found before anything is loaded
             make_plan(recipe.found(method))
+        if search.start not in ("middle", "softmax"):
+            start_genome(recipe, search, space)
+    load_tokenizer(plan.sources[plan.tokenizer_donor])
     population = len(plan.recipe.models)
     if space is not None:
         population = search.population or default_population(len(space))
@@ -116,6 +114,28 @@ def plan_search(plan: Plan, options: MergeOptions) -> SearchPlan:
         tuple(str(spec.model) for spec in recipe.models),
         tuple(warnings),
     )
+
+
+def plan_objective(recipe: Recipe, options: MergeOptions) -> SearchObjective:
+    """What a search is judged by, from the recipe and its data alone.
+
+    Raises:
+        RecipeError, MismatchError, SourceError, ResourceError: as `plan_search` does.
+    """
+    _need(recipe.search or Search())
+    objective = parse_objective(recipe)
+    splits = {
+        name: replace(
+            split, spec=split.spec.changed(device=options.device, threads=options.threads)
+        )
+        for name, split in objective.splits.items()
+    }
+    objective = replace(objective, splits=splits)
+    refuse_overlap(objective)
+    for split in splits.values():
+        for task in split.spec.tasks:
+            task.check_data(split.spec.seed)
+    return objective
 
 
 def _need_one_frame(plan: Plan) -> None:
@@ -155,6 +175,18 @@ def _missing_splits(objective: SearchObjective, *, greedy: bool) -> list[str]:
         )
         result.append(f"{message}that fits the split `search` best")
     return result
+
+
+def start_genome(recipe: Recipe, search: Search, space: Space) -> list[float]:
+    """The genome of the recipe that `start` names.
+
+    Raises:
+        RecipeError: that recipe is wrong.
+        UsageError: it has other models.
+    """
+    path = local_file(search.start, recipe.folder)
+    assert path is not None, "`search_problems` refuses a recipe that is not there"
+    return space.start_from(load_recipe(path))
 
 
 def _need(search: Search) -> None:

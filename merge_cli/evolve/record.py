@@ -50,16 +50,16 @@ def history(candidates: Sequence[Candidate]) -> list[dict[str, Any]]:
 
 def front(candidates: Sequence[Candidate]) -> list[int]:
     """Numbers of the candidates that none is better than in every goal."""
-    known = [c for c in candidates if c.score is not None and not c.score.violation]
+    scored = [c for c in candidates if c.score is not None and not c.score.violation]
     result = []
-    for item in known:
+    for item in scored:
         assert item.score is not None
-        mine = item.score.parts
+        parts = item.score.parts
         if not any(
             c.score is not None
-            and c.score.parts != mine
-            and all(a <= b for a, b in zip(c.score.parts, mine, strict=True))
-            for c in known
+            and c.score.parts != parts
+            and all(a <= b for a, b in zip(c.score.parts, parts, strict=True))
+            for c in scored
         ):
             result.append(item.number)
     return result
@@ -149,7 +149,7 @@ def verdict(
     static = {name: scores[name]["score"] for name in references}
     if not static or FOUND not in scores:
         return None
-    name = min(static, key=lambda one: static[one])
+    name = min(static, key=lambda reference: static[reference])
     score = scores[FOUND]["score"]
     return {
         "score": score,
@@ -165,14 +165,14 @@ def gate(record: Mapping[str, Any], required: bool, where: Path) -> None:
     Raises:
         GateError: no better than base, sources, soup and task arithmetic; or a broken constraint.
     """
-    found = record["verdict"]
-    kept = not (record["best"]["violation"] or record["best"]["reported_violation"])
-    if not required or (found is not None and found["better"] and kept):
+    verdict = record["verdict"]
+    keeps_constraints = not (record["best"]["violation"] or record["best"]["reported_violation"])
+    if not required or (verdict is not None and verdict["better"] and keeps_constraints):
         return
     message = "improvement is required, and " + (
-        f"{found['best_static']} scores {found['best_static_score']:.4g} without a search, the "
-        f"result {found['score']:.4g}"
-        if found is not None and kept
+        f"{verdict['best_static']} scores {verdict['best_static_score']:.4g} without a search, the "
+        f"result {verdict['score']:.4g}"
+        if verdict is not None and keeps_constraints
         else "the result breaks a constraint"
     )
     hint = "Search longer or wider, or run without --require-improvement."
@@ -202,7 +202,7 @@ def importance(genomes: Sequence[Sequence[float]], scores: Sequence[float]) -> l
     if len(scores) < 8 or len(set(scores)) < 2:
         return [0.0] * (len(genomes[0]) if genomes else 0)
     y = _ranks(np.array(scores))
-    whole = float(((y - y.mean()) ** 2).sum())
+    variance = float(((y - y.mean()) ** 2).sum())
     result = []
     for column in np.array(genomes).T:
         x = _ranks(column)
@@ -210,7 +210,7 @@ def importance(genomes: Sequence[Sequence[float]], scores: Sequence[float]) -> l
         solution = np.linalg.lstsq(terms, y, rcond=None)[0]
         left = float(((y - terms @ solution) ** 2).sum())
         count = len(y)
-        adjusted = 1 - (left / (count - 3)) / (whole / (count - 1))
+        adjusted = 1 - (left / (count - 3)) / (variance / (count - 1))
         result.append(round(min(max(adjusted, 0.0), 1.0), 4))
     return result
 

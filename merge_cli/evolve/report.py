@@ -38,10 +38,10 @@ def search_sections(report: Json) -> list[Section]:
     search = report.get("search")
     if not search:
         return []
-    found = [_worth(search), _convergence(search)]
+    sections = [_worth(search), _convergence(search)]
     if len(search["goals"]) > 1:
-        found.append(_front(search))
-    return [*found, _values(search), _cost(search)]
+        sections.append(_front(search))
+    return [*sections, _values(search), _cost(search)]
 
 
 def _worth(search: Json) -> Section:
@@ -54,9 +54,9 @@ def _worth(search: Json) -> Section:
     if verdict is None:
         return section(title, how, "There is nothing to compare with.")
     static = f"{verdict['best_static']} ({verdict['best_static_score']:.4g})"
-    found = f"Score {verdict['score']:.4g}; the best without a search is {static}."
+    summary = f"Score {verdict['score']:.4g}; the best without a search is {static}."
     if not verdict["better"]:
-        found = f"NO IMPROVEMENT: {found}"
+        summary = f"NO IMPROVEMENT: {summary}"
     names = dict(zip(scores, short_labels(list(scores)), strict=True))
     tasks = list(next(iter(scores.values()))["tasks"])
     best = min(score["score"] for score in scores.values())
@@ -70,32 +70,32 @@ def _worth(search: Json) -> Section:
     ]
     heads = ["model", "score", *tasks]
     table = Table(heads, rows, right=len(heads) - 1)
-    return section(title, how, found, items(search["warnings"]), table)
+    return section(title, how, summary, items(search["warnings"]), table)
 
 
 def _convergence(search: Json) -> Section:
     history = search["history"]
-    known = [one for one in history if one["score"] is not None]
+    scored = [entry for entry in history if entry["score"] is not None]
     title = "Convergence"
-    if not known:
+    if not scored:
         return section(title, "", "No candidate has a score.")
-    first = known[0]["score"]
+    first = scored[0]["score"]
     how = (
         "How much better than the first candidate the best so far is, by number of candidates: a "
         "line that has long been flat says that searching longer would have found little."
     )
     step = -(-len(history) // _POINTS)
     shown = [history[min(i + step - 1, len(history) - 1)] for i in range(0, len(history), step)]
-    gains = [None if one["best"] is None else max(0.0, first - one["best"]) for one in shown]
+    gains = [None if entry["best"] is None else max(0.0, first - entry["best"]) for entry in shown]
     width = max(12.0, min(56.0, 700 / max(1, len(shown))))
     every = max(1, -(-44 // int(width)))
-    numbers = [str(one["number"] + 1) for one in shown]
+    numbers = [str(entry["number"] + 1) for entry in shown]
     ticks = [number if i % every == 0 else "" for i, number in enumerate(numbers)]
     axis = Axis([f"candidate {number}" for number in numbers], ticks, "number", width)
     chart = charts.lines(title, axis, [Series("best so far", gains, 0)], _number, "score gained")
-    failed = sum(bool(one["error"]) for one in history)
+    failed = sum(bool(entry["error"]) for entry in history)
     best = search["best"]
-    found = (
+    text = (
         f"{count(len(history), 'candidate')} by {search['optimizer']}, from {first:.5g} to "
         f"{best['score']:.5g} on the search split; {search['ended']}."
     )
@@ -103,8 +103,8 @@ def _convergence(search: Json) -> Section:
         errors = dict.fromkeys(
             item["error"].partition("\n")[0] for item in history if item["error"]
         )
-        found += f" {count(failed, 'candidate')} failed: {'; '.join(list(errors)[:3])}."
-    return section(title, how, found, figure("Score gained over the first candidate.", chart))
+        text += f" {count(failed, 'candidate')} failed: {'; '.join(list(errors)[:3])}."
+    return section(title, how, text, figure("Score gained over the first candidate.", chart))
 
 
 def _front(search: Json) -> Section:
@@ -113,19 +113,19 @@ def _front(search: Json) -> Section:
         "Each candidate's share of the score from two goals, lower is better in both. Filled "
         "points are on the front: no other candidate is better in every goal."
     )
-    known = [item for item in search["history"] if item["parts"] is not None]
-    if len(known) < 2:
+    scored = [item for item in search["history"] if item["parts"] is not None]
+    if len(scored) < 2:
         return section("Pareto front", how, "Too few candidates have a score.")
     on_front = set(search["front"])
-    points = [(one["parts"][0], one["parts"][1], one["number"]) for one in known]
-    found = f"{count(len(on_front), 'candidate')} of {len(known)} on the front"
+    points = [(entry["parts"][0], entry["parts"][1], entry["number"]) for entry in scored]
+    text = f"{count(len(on_front), 'candidate')} of {len(scored)} on the front"
     more = (
         f"; drawn are the first two of {len(search['goals'])} goals"
         if len(search["goals"]) > 2
         else ""
     )
     chart = _scatter(points, goals, on_front, search["best"]["number"])
-    return section("Pareto front", how, f"{found}{more}.", figure("All candidates.", chart))
+    return section("Pareto front", how, f"{text}{more}.", figure("All candidates.", chart))
 
 
 def _scatter(
@@ -150,11 +150,11 @@ def _scatter(
         parts.append(caption(left - 8, y + 4, _number(values[1]), "e num"))
         parts.append(caption(x, top + high + 17, _number(values[0]), "m num"))
     for x_value, y_value, number in sorted(points, key=lambda p: p[2] in strong):
-        said = f"candidate {number + 1}: {_number(x_value)}, {_number(y_value)}"
+        label = f"candidate {number + 1}: {_number(x_value)}, {_number(y_value)}"
         style = "s-merged" if number == best else "s-0" if number in strong else "s-5"
         size_ = 1.3 if number == best else 1.0 if number in strong else 0.6
         where = f' transform="translate({at(x_value, 0):.1f} {at(y_value, 1):.1f})scale({size_})"'
-        parts.append(titled("M-3 0a3 3 0 1 0 6 0a3 3 0 1 0-6 0z", f"mark {style}", said, where))
+        parts.append(titled("M-3 0a3 3 0 1 0 6 0a3 3 0 1 0-6 0z", f"mark {style}", label, where))
     return svg("Pareto front", left + wide + 20, top + high + 48, parts)
 
 
@@ -165,7 +165,7 @@ def _values(search: Json) -> Section:
         [name, _plain(value), percent(shares[name]) if name in shares else "–"]
         for name, value in values.items()
     ]
-    ranked = sorted(shares.items(), key=lambda one: -one[1])[:_SHOWN]
+    ranked = sorted(shares.items(), key=lambda pair: -pair[1])[:_SHOWN]
     figures: list[Part] = []
     if any(share for _, share in ranked):
         bars = [(charts.shorten(name, 44), share, percent(share)) for name, share in ranked]

@@ -12,7 +12,6 @@ from typing import Any
 
 from merge_cli.engine.inputs import inputs_of
 from merge_cli.engine.merge import fetch_inputs
-from merge_cli.engine.options import MergeOptions, OnProgress, Progress
 from merge_cli.errors import Interrupted, MergeCliError
 from merge_cli.evolve.evaluator import EvaluationJob, EvaluationOutcome, Setup
 from merge_cli.evolve.greedy import Greedy, soup_of
@@ -20,13 +19,12 @@ from merge_cli.evolve.journal import BEST, Evaluations, SearchWorkspace, work_ke
 from merge_cli.evolve.loop import Asynchronous, Candidate, Loop, best_first
 from merge_cli.evolve.objectives import Split, Values
 from merge_cli.evolve.optimizers import make_optimizer
-from merge_cli.evolve.plan import SearchPlan, plan_search
+from merge_cli.evolve.plan import SearchPlan, plan_search, start_genome
 from merge_cli.evolve.record import FOUND, References, build_record, gate, score_text
 from merge_cli.evolve.workers import make_workers
+from merge_cli.options import MergeOptions, OnProgress, Progress
 from merge_cli.planning.plan import Plan
-from merge_cli.planning.planner import load_recipe
 from merge_cli.recipe.dump import dump_recipe, path_from
-from merge_cli.recipe.reference import local_file
 from merge_cli.recipe.schema import Recipe
 from merge_cli.recipe.values import Parameter
 
@@ -35,7 +33,7 @@ _LAMBDA = 0.4  # of the task arithmetic that every search is compared with, as i
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """What a search has left.
 
     Attributes:
@@ -61,9 +59,9 @@ def search(
     target: Path,
     options: MergeOptions,
     *,
-    show: OnProgress,
+    on_progress: OnProgress,
     require_improvement: bool = False,
-) -> Found:
+) -> SearchResult:
     """Find what the plan's recipe leaves open; continue where a run was killed.
 
     Args:
@@ -76,12 +74,12 @@ def search(
         Interrupted: Ctrl-C or SIGTERM; the best so far is written, and the same command continues.
         GateError: `require_improvement` is not met. The journal is kept.
     """
-    fetch_inputs(plan, show)
-    inputs = inputs_of(plan)
     decided = plan_search(plan, options)
+    fetch_inputs(plan, on_progress)
+    inputs = inputs_of(plan)
     folder = SearchWorkspace(target, work_key(decided, options), fresh=options.fresh)
     with folder:
-        run = _Run(decided, target, options, folder, show)
+        run = _Run(decided, target, options, folder, on_progress)
         asked = [decided.search.evaluations, decided.search.finalists]
         record = folder.record()
         if record is None or record["asked"] != asked:
@@ -92,9 +90,9 @@ def search(
         text = run.text_of(recipe, record["best"]["score"])
         folder.write_best(text)
     for line in record["warnings"]:
-        show(Progress("search", 0, 0, line))
+        on_progress(Progress("search", 0, 0, line))
     gate(record, require_improvement, folder.path)
-    return Found(recipe, text, record, folder)
+    return SearchResult(recipe, text, record, folder)
 
 
 class _Run:
@@ -106,17 +104,17 @@ class _Run:
         target: Path,
         options: MergeOptions,
         folder: SearchWorkspace,
-        show: OnProgress,
+        on_progress: OnProgress,
     ) -> None:
         self._decided, self._target, self._options = decided, target, options
-        self._folder, self._show = folder, show
+        self._folder = folder
         setup = Setup(decided.static(), decided.objective, options, decided.search.workers)
         self._workers = make_workers(decided.search, setup)
         count = decided.search.evaluations if decided.space else 2 * len(decided.labels) - 1
         self._evaluations = Evaluations(
             folder,
             self._workers,
-            show,
+            on_progress,
             failures=decided.search.failures,
             total=count,
             best=lambda: score_text(decided.objective.search, self._best()),
@@ -183,9 +181,9 @@ class _Run:
 
     def _start(self) -> list[float]:
         """The first genome; what it was is in the journal, so that a resumed run starts alike."""
-        known = next((line for line in self._folder.lines if line["kind"] == "start"), None)
-        if known is not None:
-            return list(known["genome"])
+        start = next((line for line in self._folder.lines if line["kind"] == "start"), None)
+        if start is not None:
+            return list(start["genome"])
         decided, search = self._decided, self._decided.search
         space = decided.space
         assert space is not None
@@ -200,9 +198,7 @@ class _Run:
             weights = [math.exp((low - total) / search.temperature) for total in totals]
             genome = space.weighted([w / math.fsum(weights) for w in weights])
         elif search.start != "middle":
-            path = local_file(search.start, decided.recipe.folder)
-            assert path is not None, "check_recipe has looked for it"
-            genome = space.start_from(load_recipe(path))
+            genome = start_genome(decided.recipe, search, space)
         self._folder.append(
             {"kind": "start", "number": 0, "share": 1.0, "genome": genome, "from": search.start}
         )
@@ -217,8 +213,8 @@ class _Run:
             failed = self._loop.candidates[0].outcome.error if self._loop.candidates else "nothing"
             raise MergeCliError(message + failed, where=str(self._folder.path))
         if isinstance(self._loop, Greedy):
-            mine = [float(i in self._loop.members) for i in range(len(self._decided.labels))]
-            return next(c for c in ranked if c.genome == mine)
+            members = [float(i in self._loop.members) for i in range(len(self._decided.labels))]
+            return next(c for c in ranked if c.genome == members)
         split = self._decided.objective.splits.get("validation")
         if split is None:
             return ranked[0]
@@ -231,13 +227,13 @@ class _Run:
             (
                 (c.score.violation > 0 if c.score else True),
                 *split.score(outcome.values, base).order,
-                place,
+                rank,
                 c,
             )
-            for place, (c, outcome) in enumerate(zip(finalists, outcomes, strict=True))
+            for rank, (c, outcome) in enumerate(zip(finalists, outcomes, strict=True))
             if not outcome.error
         ]
-        return min(scored, key=lambda one: one[:-1])[-1] if scored else ranked[0]
+        return min(scored, key=lambda item: item[:-1])[-1] if scored else ranked[0]
 
     def _finished(self, best: Candidate, seconds: float) -> dict[str, Any]:
         decided, loop = self._decided, self._loop
@@ -301,8 +297,8 @@ class _Run:
         }
 
     def _best(self) -> Candidate | None:
-        found = best_first(self._loop.candidates) if self._loop is not None else []
-        return found[0] if found else None
+        ranked = best_first(self._loop.candidates) if self._loop is not None else []
+        return ranked[0] if ranked else None
 
     def _interrupted(self) -> Interrupted:
         """With the best that the journal knows: also of the generation that is not complete."""
@@ -323,7 +319,7 @@ class _Run:
             )
             for line in lines
         ]
-        score, number = min(scored, key=lambda one: (*one[0].order, one[1]))
+        score, number = min(scored, key=lambda item: (*item[0].order, item[1]))
         genome = next(line["genome"] for line in lines if line["number"] == number)
         path = self._folder.write_best(self.text_of(self.recipe_of(genome), score.total))
         tried = sum(line["kind"] not in ("start", "asked") for line in self._folder.lines)

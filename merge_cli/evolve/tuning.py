@@ -11,6 +11,7 @@ from pathlib import Path
 
 from merge_cli.errors import RecipeError, UsageError
 from merge_cli.methods.registry import get_method
+from merge_cli.planning.preparation import preparation_for
 from merge_cli.planning.resolve import check_recipe
 from merge_cli.recipe.fields import nearest
 from merge_cli.recipe.nodes import Node
@@ -35,12 +36,11 @@ def tuned(
         RecipeError: a parameter that the method does not have, or outside its range.
     """
     method = get_method(recipe.merge_method)
-    if method.learns or method.searches:
-        message = f"--tune is for plain recipes, and {method.name} finds its numbers by itself"
-        raise UsageError(message, hint="Leave --tune out.")
-    if method.gathers:
-        message = f"--tune is for plain recipes, and {method.name} looks at examples first"
-        raise UsageError(message, hint="Run it with several values: only the merge is repeated.")
+    preparation = preparation_for(method)
+    if preparation is not None:
+        message = f"--tune is for plain recipes, and {method.name} {preparation.does}"
+        hint = "Leave --tune out, or run it with several values: only the merge is repeated."
+        raise UsageError(message, hint=hint)
     if recipe.output is not None or recipe.fp8:
         message = "--tune judges whole models, in the dtype that they are merged in"
         raise UsageError(message, hint="Tune without `output: adapter` and `out_dtype: fp8` first.")

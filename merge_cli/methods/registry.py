@@ -163,7 +163,16 @@ class Method:
     @property
     def plain(self) -> bool:
         """Whether it needs nothing but the recipe and the models: no data, no search."""
-        return not (self.learns or self.searches or self.gathers)
+        return not self.preparation
+
+    @property
+    def preparation(self) -> str:
+        """What must happen before a merge by it (`planning.preparation`); empty: nothing."""
+        if self.learns:
+            return "learning"
+        if self.searches:
+            return "search"
+        return "calibration" if self.gathers else ""
 
     @property
     def summary(self) -> str:

@@ -159,16 +159,6 @@ class Plan:
         """Index of who gives the tokenizer files."""
         return self.aligned.donor
 
-    @property
-    def learns(self) -> bool:
-        """Whether coefficients must be learned before anything can be merged."""
-        return self.method.learns and self.coefficients is None
-
-    @property
-    def gathers(self) -> bool:
-        """Whether statistics must be gathered before anything can be merged."""
-        return bool(self.method.gathers) and self.gathered is None
-
     def statistics_of(self, task: TensorTask) -> TensorStatistics | None:
         """What was gathered of a tensor in every source that it is merged from."""
         return self.gathered.of(task.operands, task.ids) if self.gathered is not None else None

@@ -13,13 +13,8 @@ from typing import Any
 from merge_cli.errors import Problem, UsageError
 from merge_cli.methods.blocks import averages_base, lists_base, operand_specs, shared_parameters
 from merge_cli.methods.registry import Method, get_method
-from merge_cli.planning.method_sections import (
-    adapter_problems,
-    gathering_problems,
-    gathering_warnings,
-    learning_problems,
-    search_problems,
-)
+from merge_cli.planning.adapter_sections import adapter_problems
+from merge_cli.planning.preparation import preparation_for, preparations
 from merge_cli.recipe.fields import MERGEKIT_PARAMETERS, nearest
 from merge_cli.recipe.schema import Parameters, Recipe, SliceSpec, SourceSpec
 from merge_cli.recipe.values import (
@@ -54,16 +49,15 @@ def check_recipe(recipe: Recipe) -> Checked:
         return Checked(None, (recipe.problem("merge_method", error.what, hint),), ())
     if method.resolve_variant is not None:
         method = method.resolve_variant(recipe) or method
-    searching = get_method(name).searches
-    problems: list[Problem] = list(search_problems(recipe, searching=searching))
-    if problems and searching:
-        return Checked(method, tuple(problems), ())
-    problems += [
-        *learning_problems(recipe, method),
-        *gathering_problems(recipe, method),
-        *adapter_problems(recipe, method),
-    ]
-    warnings = list(gathering_warnings(recipe, method))
+    problems: list[Problem] = []
+    warnings: list[str] = []
+    for preparation in preparations():
+        problems += preparation.check(recipe, method)
+        warnings += preparation.warnings(recipe, method)
+        unknown = preparation.finds_method and preparation.name == get_method(name).preparation
+        if problems and unknown:
+            return Checked(method, tuple(problems), ())
+    problems += adapter_problems(recipe, method)
     groups = _groups(recipe)
     based = recipe.output is not None  # changes start from nothing
     if (
@@ -86,9 +80,6 @@ def check_recipe(recipe: Recipe) -> Checked:
         _check_parameters(recipe, method, shared, None, problems, warnings)
     for spec in recipe.source_specs:
         _check_parameters(recipe, method, spec.parameters, spec, problems, warnings)
-        if spec.data is not None and recipe.coefficients and method.learns:
-            position = _at(recipe, f"{spec.key}.data")
-            warnings.append(f"{position}: has no effect: the coefficients are given.")
     return Checked(method, tuple(problems), tuple(warnings))
 
 
@@ -241,7 +232,7 @@ def _unlisted_base(recipe: Recipe, method: Method) -> list[str]:
 def _random_rescaling(recipe: Recipe, method: Method) -> list[str]:
     """A line where what is dropped at random is made up for otherwise than by mergekit."""
     rescale = method.parameters.get("rescale")
-    if rescale is None or rescale.default != "density" or recipe.searches:
+    if rescale is None or rescale.default != "density" or _finds_method(recipe):
         return []
     groups = [recipe.parameters, *(module.parameters for module in recipe.modules)]
     groups += [output_slice.parameters for output_slice in recipe.all_slices]
@@ -259,6 +250,12 @@ def _random_rescaling(recipe: Recipe, method: Method) -> list[str]:
         f"{recipe.merge_method} divides what is kept by its chance, as the paper does; mergekit"
     )
     return [f"{_at(recipe, 'merge_method')}: {message} by L1 norms: `rescale: l1`."]
+
+
+def _finds_method(recipe: Recipe) -> bool:
+    """Whether the method that merges is another one than the recipe names, found beforehand."""
+    preparation = preparation_for(get_method(recipe.merge_method))
+    return preparation is not None and preparation.finds_method
 
 
 def _at(recipe: Recipe, key: str) -> str:
@@ -295,10 +292,12 @@ def _check_parameters(
     problems: list[Problem],
     warnings: list[str],
 ) -> None:
-    shown = method.name if method.searches or recipe.searches else recipe.merge_method
+    shown = method.name if _finds_method(recipe) else recipe.merge_method
+    preparation = preparation_for(method)
+    hint = preparation.parameter_hint if preparation is not None else ""
     for name, given in parameters.items():
         cached = method.parameters.get(name)
-        passed_by = name in MERGEKIT_PARAMETERS and not (method.learns or method.searches)
+        passed_by = name in MERGEKIT_PARAMETERS and not hint
         if cached is None and passed_by:
             warnings.append(f"{_at(recipe, given.key)}: has no effect in {shown}.")
         elif cached is not None and spec is not None and not cached.per_model and passed_by:
@@ -306,10 +305,8 @@ def _check_parameters(
             warnings.append(f"{_at(recipe, given.key)}: {text}.")
         elif cached is None:
             text = f"{shown} has no such parameter."
-            hint = nearest(name, method.parameters) if method.parameters else ""
-            if method.learns:
-                hint = "What is learned, and how, is said under `training:`."
-            problems.append(recipe.problem(given.key, text, hint))
+            near = nearest(name, method.parameters) if method.parameters else ""
+            problems.append(recipe.problem(given.key, text, hint or near))
         elif spec is not None and not cached.per_model:
             text = f"{name} is one value for the whole merge, not one for each model."
             problems.append(

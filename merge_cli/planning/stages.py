@@ -12,12 +12,12 @@ from tempfile import TemporaryDirectory
 
 from merge_cli.checkpoint.components import inside
 from merge_cli.checkpoint.headers import TensorRef, parse_header
-from merge_cli.engine.merge import write_companions
-from merge_cli.engine.options import MergeOptions
 from merge_cli.errors import HubError, RecipeError
 from merge_cli.planning.adapters import plan_adapters
+from merge_cli.planning.auxiliary import write_auxiliary_files
 from merge_cli.planning.plan import Plan
 from merge_cli.planning.planner import DEFAULT_SHARD_SIZE, make_plan
+from merge_cli.planning.preparation import preparations_of
 from merge_cli.recipe.fields import nearest
 from merge_cli.recipe.reference import ModelRef, hub_id, stage_folder
 from merge_cli.recipe.schema import Recipe
@@ -44,39 +44,39 @@ def plan_recipe(recipe: Recipe, *, shard_size: int = DEFAULT_SHARD_SIZE) -> Plan
         return _plan_one(recipe, shard_size, made, plans)
 
 
-def over_results(plan: Plan, places: Mapping[str, Path]) -> Plan:
+def over_results(plan: Plan, folders: Mapping[str, Path]) -> Plan:
     """The same plan over what stages have made by now.
 
-    What learns, searches or gathers opens its models again: its recipe names their folders.
+    A preparation opens the models again: its recipe names their folders.
 
     Args:
-        places: the folders of the stages' results, by name.
+        folders: those of the stages' results, by name.
 
     Raises:
         CorruptFileError: a result is not what it was.
     """
     made = [source.label for source in plan.sources if source.label in plan.stages]
-    if plan.learns or plan.gathers or plan.recipe.searches:
+    if preparations_of(plan):
         spelling = {model: model for model in plan.recipe.references}
-        spelling |= {ModelRef(name): ModelRef(str(places[name])) for name in made}
-        recipe = replace(_tokenizer_of(plan.recipe, places).with_models(spelling), stages=())
+        spelling |= {ModelRef(name): ModelRef(str(folders[name])) for name in made}
+        recipe = replace(_tokenizer_of(plan.recipe, folders).with_models(spelling), stages=())
         return make_plan(recipe, shard_size=plan.shard_size)
-    opened = {name: _opened(name, places[name]) for name in made}
+    opened = {name: _opened(name, folders[name]) for name in made}
     return make_plan(plan.recipe, shard_size=plan.shard_size, made=opened, stages=plan.stages)
 
 
-def _tokenizer_of(recipe: Recipe, places: Mapping[str, Path]) -> Recipe:
+def _tokenizer_of(recipe: Recipe, folders: Mapping[str, Path]) -> Recipe:
     """The recipe, whose tokenizer section names folders where it named stages."""
     spec = recipe.tokenizer
     if spec is None:
         return recipe
     rules = {
-        token: replace(rule, model=ModelRef(str(places[rule.model.path])))
-        if rule.model is not None and rule.model.path in places
+        token: replace(rule, model=ModelRef(str(folders[rule.model.path])))
+        if rule.model is not None and rule.model.path in folders
         else rule
         for token, rule in spec.tokens.items()
     }
-    source = str(places.get(spec.source, spec.source))
+    source = str(folders.get(spec.source, spec.source))
     return replace(recipe, tokenizer=replace(spec, source=source, tokens=rules))
 
 
@@ -117,18 +117,19 @@ def _to_be_made(name: str, plan: Plan, folder: Path) -> Source:
     """A stage's result as later stages will find it, from its plan alone: all but its weights."""
     root = folder / stage_folder(name)
     root.mkdir()
-    write_companions(plan, root, MergeOptions())
+    write_auxiliary_files(plan, root)
     tensors: dict[str, TensorRef] = {}
     for shard in plan.shards:
-        for own, ref in parse_header(shard.header, root / shard.file, shard.size, name).items():
-            whole = inside(shard.folder, own)
-            tensors[whole] = ref._replace(name=whole)
+        stored = parse_header(shard.header, root / shard.file, shard.size, name)
+        for short_name, ref in stored.items():
+            full_name = inside(shard.folder, short_name)
+            tensors[full_name] = ref._replace(name=full_name)
     headers = {shard.file: shard.header for shard in plan.shards}
     return Source(name, root, plan.config, tensors, headers, planned=True)
 
 
-def _opened(name: str, place: Path) -> Source:
-    source = open_source(ModelRef(str(place)), place.parent)
+def _opened(name: str, folder: Path) -> Source:
+    source = open_source(ModelRef(str(folder)), folder.parent)
     tensors = {ref.name: ref for refs in source.tensors.values() for ref in refs.stored}
     renamed = {key: ref._replace(model=name) for key, ref in tensors.items()}
     return Source(

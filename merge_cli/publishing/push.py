@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from merge_cli.checkpoint.auxiliary_files import CARD
-from merge_cli.engine.options import Progress
 from merge_cli.errors import CorruptFileError, HubError, UsageError
 from merge_cli.hub.errors import LOGIN, explained_upload
+from merge_cli.options import OnProgress, Progress, ignore_progress
 from merge_cli.publishing.package import REPORT, Package, pack
 from merge_cli.sources.storage import INDEX
 
@@ -56,7 +56,8 @@ def push(
     message: str = "",
     overwrite: bool = False,
     bars: bool = False,
-    show: Callable[[Progress], None] = lambda progress: None,
+    on_progress: OnProgress | None = None,
+    show: OnProgress | None = None,
 ) -> Pushed:
     """Upload the merged model in the folder `out` to a model repository; create it if needed.
 
@@ -67,13 +68,14 @@ def push(
         message: of the commit.
         overwrite: replace another model in the repository.
         bars: show huggingface_hub's progress bars.
-        show: called after each file.
+        on_progress: called after each file; `show` is its old name.
 
     Raises:
         SourceError, CorruptFileError: `out` is not a finished merge.
         UsageError: the repository has the other visibility, or holds another model.
         HubError: no token, no right, no connection. The same call resumes.
     """
+    on_progress = on_progress or show or ignore_progress
     check_name(repo_id)
     package = pack(Path(out), repo_id)
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
@@ -103,7 +105,7 @@ def push(
                     repo_id, [addition], revision=branch, free_memory=False, num_threads=1
                 )
             sent += package.files[name]
-            show(Progress("upload", sent, package.size, name))
+            on_progress(Progress("upload", sent, package.size, name))
         operations = [*additions, *(CommitOperationDelete(path_in_repo=n) for n in stale)]
         with explained_upload(repo_id):
             commit = api.create_commit(

@@ -11,8 +11,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from merge_cli.dam.report import training_sections
-from merge_cli.evolve.report import search_sections
+from merge_cli.planning.preparation import preparations
 from merge_cli.report import charts
 from merge_cli.report.page import (
     MAX_ROWS,
@@ -64,8 +63,7 @@ def render_html(report: Json) -> str:
         relations = [alike(view), conflict(view), sizes(view), kept(view)]
     sections = [
         *stage_sections(report),
-        *search_sections(report),
-        *training_sections(report),
+        *(part for item in preparations() for part in item.report_sections(report)),
         *relations,
         _cost(report["cost"]),
         _provenance(report),

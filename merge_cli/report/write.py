@@ -19,13 +19,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from merge_cli.calibration.report import calibration_summary
 from merge_cli.checkpoint.coefficients import FILE
-from merge_cli.dam.report import coefficient_summary
 from merge_cli.engine.memory import peak_rss
 from merge_cli.engine.merge_stats import MergeStats, StageTime, TensorStats
 from merge_cli.planning.layers import layer_key_of
 from merge_cli.planning.plan import Plan
+from merge_cli.planning.preparation import preparations
 from merge_cli.recipe.dump import data_from, dump_recipe, path_from
 from merge_cli.recipe.reference import short_labels
 from merge_cli.report.card import model_card
@@ -40,9 +39,8 @@ def write_reports(
     outcome: MergeStats,
     folder: Path,
     target: Path,
-    training: Mapping[str, Any] | None = None,
     *,
-    search: Mapping[str, Any] | None = None,
+    record: Mapping[str, Any] | None = None,
     attachments: Mapping[str, str] | None = None,
     stages: Mapping[str, Path] | None = None,
     card: bool = True,
@@ -52,8 +50,7 @@ def write_reports(
     Args:
         folder: where they are written.
         target: where the folder will be published: the recipe's paths lead from there.
-        training: the record of how the coefficients were learned, if this run has learned them.
-        search: the record of how parameters or members were found, if this run has found them.
+        record: sections on what this run has prepared, if anything (`Prepared.record`).
         attachments: other files that belong to the merge, by name.
         stages: the folders of what other documents of the recipe have made for it, by name.
         card: whether to write README.md.
@@ -64,14 +61,9 @@ def write_reports(
     made = Stages(stages or {})
     text, defaults = resolved_recipe(plan, fingerprints, target, made)
     report = build_report(plan, fingerprints, outcome, text)
-    if plan.coefficients is not None:
-        report["coefficients"] = coefficient_summary(plan)
-    if plan.gathered is not None:
-        report["gathered"] = calibration_summary(plan, plan.gathered)
-    if training is not None:
-        report["training"] = dict(training)
-    if search is not None:
-        report["search"] = dict(search)
+    for preparation in preparations():
+        report.update(preparation.summary(plan))
+    report.update(record or {})
     if made.names:
         report["stages"] = made.records()
     files = {
@@ -110,7 +102,7 @@ def resolved_recipe(
     commits = {name: c for source in plan.sources for name, c in source.commits.items()}
     locate = made.named(path_from(target, recipe.folder, commits))
     labels = [source.label for source in plan.sources]
-    digests = dict(zip(labels, fingerprints, strict=True))
+    fingerprints_by_label = dict(zip(labels, fingerprints, strict=True))
     defaults = {
         name: parameter.default
         for name, parameter in plan.method.parameters.items()
@@ -118,8 +110,8 @@ def resolved_recipe(
     }
     if recipe.base_model and plan.method.averages_base and plan.base not in plan.operands:
         defaults.pop("weight", None)  # written for all models, it would weigh the base, too
-    inputs = {locate(model): digests[str(model)] for model in recipe.references}
-    own = dump_recipe(
+    inputs = {locate(model): fingerprints_by_label[str(model)] for model in recipe.references}
+    document = dump_recipe(
         recipe,
         locate=locate,
         defaults=defaults,
@@ -129,7 +121,7 @@ def resolved_recipe(
         kind=plan.method.gathers,
     )
     header = f"# resolved by merge-cli {version('merge-cli')}; running it gives the same bytes\n"
-    return header + "---\n".join([*made.documents(target), own]), defaults
+    return header + "---\n".join([*made.documents(target), document]), defaults
 
 
 SCHEMA = 1
@@ -247,14 +239,14 @@ def _statistics(plan: Plan, stats: Sequence[TensorStats]) -> dict[str, Any] | No
         "models": labels,
         "sampled": round(total.sampled / total.count, 4) if total.count else 1.0,
         "total": _group("whole model", total),
-        "groups": [_group(name, one) for name, one in groups.items()],
+        "groups": [_group(name, stats) for name, stats in groups.items()],
     }
 
 
 def _group(name: str, stats: TensorStats) -> dict[str, Any]:
     norms = _norms(stats)
     base = math.sqrt(stats.base)
-    place = layer_key_of(f"{name}.x")
+    layer = layer_key_of(f"{name}.x")
     pairs = range(len(norms))
     has_pairs = len(norms) > 1 and any(stats.gram[0][1:])
     cosine = [
@@ -267,7 +259,7 @@ def _group(name: str, stats: TensorStats) -> dict[str, Any]:
     ]
     return {
         "name": name,
-        "layer": place.index if place else None,
+        "layer": layer.index if layer else None,
         "count": stats.count,
         "norm": [_rounded(norm) for norm in norms],
         "relative_norm": [_ratio(norm, base) for norm in norms] if base else None,
@@ -283,8 +275,8 @@ def _norms(stats: TensorStats) -> list[float]:
     return [math.sqrt(max(row[i], 0.0)) for i, row in enumerate(stats.gram)]
 
 
-def _ratio(part: float, whole: float) -> float | None:
-    return _rounded(part / whole) if whole else None
+def _ratio(part: float, total: float) -> float | None:
+    return _rounded(part / total) if total else None
 
 
 def _rounded(value: float) -> float | None:

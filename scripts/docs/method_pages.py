@@ -35,18 +35,21 @@ def method_page(method: Method) -> str:
         ]
         lines += [_row(parameter) for parameter in method.parameters.values()]
         lines += [""]
-    if method.learns:
-        lines += ["Options under `training`: [learned coefficients](../dam.md).", ""]
-    if method.gathers:
-        lines += ["Options under `statistics`: [statistics of examples](../statistics.md).", ""]
-    if method.searches:
-        lines += ["Options under `search` and `objective`: [searches](../evolve.md).", ""]
+    if method.preparation:
+        lines += [_PREPARATIONS[method.preparation], ""]
     example = example_recipe({method.name, *method.aliases})
     if example:
         name, recipe = example
         lines += ["## Example", "", f"`configs/{name}`:", "", "```yaml", recipe.rstrip(), "```", ""]
     lines += ["The formula, and where implementations differ: [methods](../methods.md).", ""]
     return "\n".join(lines)
+
+
+_PREPARATIONS = {
+    "learning": "How it learns is set under `training`: [learned coefficients](../dam.md).",
+    "calibration": "How examples are looked at: [statistics](../statistics.md).",
+    "search": "What is searched and scored: [searching](../evolve.md).",
+}
 
 
 def _docstring(method: Method) -> tuple[str, str]:

@@ -20,6 +20,7 @@ from merge_cli.engine.merge import MergeOptions
 from merge_cli.errors import Interrupted
 from merge_cli.evaluation.parse import read_eval
 from merge_cli.evaluation.rows import read_rows
+from merge_cli.planning.preparation import preparations_of
 
 SOUP = {"merge_method": "soup", "models": ["./a", "./b"]}
 UNION = {
@@ -124,7 +125,7 @@ def _merged(root: Path, recipe: Any) -> dict[str, Any]:
     if recipe is not None:
         path.write_text(json.dumps(recipe))
     plan = merge_cli.plan(path)
-    if plan.learns or plan.recipe.searches or plan.gathers:
+    if preparations_of(plan):
         return {}  # planned alone: what follows takes seconds
     out = root / "out"
     merge_cli.merge(plan, out, options=MergeOptions(device="cpu", threads=1))

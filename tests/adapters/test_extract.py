@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 import merge_cli
 from merge_cli.adapters import factors
 from merge_cli.adapters.factors import RankTruncation, factorise, recombine
-from merge_cli.engine.options import MergeOptions
 from merge_cli.errors import MergeCliError, MismatchError, UsageError
+from merge_cli.options import MergeOptions
 from tests.support.adapters import gpt2, gpt_oss, llama, mixtral
 from tests.support.command import cli
 from tests.support.tiny import read_model

@@ -14,8 +14,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import merge_cli
-from merge_cli.engine.options import MergeOptions
 from merge_cli.errors import MergeCliError, MismatchError, RecipeError, SourceError
+from merge_cli.options import MergeOptions
 from tests.support.adapters import LINEAR, gpt2, llama, write
 from tests.support.command import cli
 from tests.support.hub_server import HubServer

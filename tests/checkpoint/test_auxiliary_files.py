@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 import merge_cli
 from merge_cli.checkpoint.auxiliary_files import leads_out
-from merge_cli.engine.options import MergeOptions
 from merge_cli.errors import CorruptFileError, MismatchError, SourceError
+from merge_cli.options import MergeOptions
 from merge_cli.planning.planner import load_recipe, make_plan
 from merge_cli.publishing.package import pack
 from tests.support.hub_server import HubServer

@@ -13,8 +13,8 @@ import yaml
 from safetensors.torch import load_file
 
 import merge_cli
-from merge_cli.engine.options import MergeOptions
 from merge_cli.errors import MismatchError
+from merge_cli.options import MergeOptions
 from tests.support.hub_server import HubServer
 
 pytestmark = pytest.mark.filterwarnings("ignore")

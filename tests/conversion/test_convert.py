@@ -18,8 +18,8 @@ import transformers as hf
 
 from merge_cli.conversion import child
 from merge_cli.conversion.run import convert
-from merge_cli.engine.options import Progress
 from merge_cli.errors import Interrupted, ResourceError, SourceError, UsageError
+from merge_cli.options import Progress
 from tests.support.command import cli
 from tests.support.paths import ROOT
 from tests.support.tiny import llama_config, llama_tensors, read_model

@@ -17,6 +17,7 @@ from merge_cli.checkpoint.coefficients import FORMAT
 from merge_cli.dam.coefficients import Coefficients, layout_of
 from merge_cli.errors import CorruptFileError, MismatchError, RecipeError
 from merge_cli.planning.planner import load_recipe, make_plan
+from merge_cli.planning.preparation import preparations_of
 from merge_cli.recipe.training import Training
 from tests.support.tiny import Family, llama_family, merge, read_model
 
@@ -198,7 +199,7 @@ def test_data_beside_coefficients_is_noted(family: Family) -> None:
     path.write_text(yaml.safe_dump(document))
     (warning,) = load_recipe(path).warnings
     assert "models[1].data: has no effect: the coefficients are given" in warning
-    assert not make_plan(load_recipe(path)).learns
+    assert not preparations_of(make_plan(load_recipe(path)))
 
 
 def test_task_vectors_need_a_base(family: Family) -> None:

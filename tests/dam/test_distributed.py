@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 import merge_cli
-from merge_cli.engine.options import MergeOptions
+from merge_cli.options import MergeOptions
 from tests.support.dam_tiny import config, write_data, write_models, write_recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -17,8 +17,8 @@ from merge_cli.checkpoint.coefficients import open_coefficients
 from merge_cli.dam import record
 from merge_cli.dam import run as training
 from merge_cli.dam.checkpoint import TrainingWorkspace, write_coefficients
-from merge_cli.engine.options import MergeOptions, Progress
 from merge_cli.errors import Interrupted, NonFiniteError, ResourceError, UsageError
+from merge_cli.options import MergeOptions, Progress
 from tests.support.dam_tiny import config, write_data, write_models, write_recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")

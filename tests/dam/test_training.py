@@ -24,7 +24,6 @@ from merge_cli.dam.heldout import LAMBDAS
 from merge_cli.dam.panel import granularity_in_words
 from merge_cli.dam.plan import plan_training
 from merge_cli.dam.trainer import Trainer
-from merge_cli.engine.options import MergeOptions, Progress
 from merge_cli.errors import (
     GateError,
     Interrupted,
@@ -33,6 +32,7 @@ from merge_cli.errors import (
     ResourceError,
     UsageError,
 )
+from merge_cli.options import MergeOptions, Progress
 from merge_cli.recipe.training import Training
 from tests.support.command import cli
 from tests.support.dam_tiny import (

@@ -150,16 +150,16 @@ def test_changed_between_plan_and_merge(family: Family, tmp_path: Path) -> None:
 
 def test_another_tokenizer_is_another_result(family: Family, tmp_path: Path) -> None:
     """A finished OUT is accepted only if its companions are those of now."""
-    from merge_cli.api import finished
+    from merge_cli.engine.made_before import made_before
 
     tokenizer = family.folder / "base" / "tokenizer_config.json"
     tokenizer.write_text(json.dumps({"a": 1}))
     recipe = write_recipe(family, "ties")
     merge(recipe, tmp_path / "out")
     options = merge_cli.MergeOptions()
-    assert finished(merge_cli.plan(recipe), tmp_path / "out", options) is not None
+    assert made_before(merge_cli.plan(recipe), tmp_path / "out", options) is not None
     tokenizer.write_text(json.dumps({"a": 2}))
-    assert finished(merge_cli.plan(recipe), tmp_path / "out", options) is None
+    assert made_before(merge_cli.plan(recipe), tmp_path / "out", options) is None
 
 
 @pytest.mark.parametrize("what", ["a", "a/model.safetensors", "a/config.json"])

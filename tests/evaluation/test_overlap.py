@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from merge_cli.evaluation.quality_check import overlap_notes
 from merge_cli.evaluation.run import as_spec
-from merge_cli.evolve.splits import overlap_notes
 from merge_cli.planning.planner import load_recipe
 from tests.support.dam_tiny import config, write_models, write_recipe
 

@@ -25,7 +25,6 @@ from merge_cli.comparison.cost import CostLog
 from merge_cli.engine import in_memory as merger
 from merge_cli.engine import in_memory as resident
 from merge_cli.engine import residency as residency_module
-from merge_cli.engine.options import MergeOptions
 from merge_cli.errors import (
     CorruptFileError,
     GateError,
@@ -49,6 +48,7 @@ from merge_cli.evolve.optimizers import make_optimizer
 from merge_cli.evolve.plan import plan_search
 from merge_cli.evolve.record import gate
 from merge_cli.evolve.space import Space
+from merge_cli.options import MergeOptions
 from merge_cli.planning.planner import load_recipe, make_plan
 from merge_cli.recipe.reference import ModelRef
 from merge_cli.sources.source import open_source

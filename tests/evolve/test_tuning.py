@@ -72,7 +72,7 @@ def test_data_is_needed_and_the_method_must_be_plain(folder: Path) -> None:
         "merge_method: greedy_soup\nmodels: [{model: a}, {model: b}]\n"
         "objective: [{task: loss, data: a.search.jsonl}]\n"
     )
-    with pytest.raises(UsageError, match="finds its numbers by itself"):
+    with pytest.raises(UsageError, match="finds its parameters itself"):
         tuned(load_recipe(folder / "soup.yaml"), ["weight=0:1"], [folder / "a.search.jsonl"])
     (folder / "regmean.yaml").write_text(
         "merge_method: regmean\nmodels: [{model: a, data: a.search.jsonl}]\n"

@@ -16,10 +16,10 @@ from hypothesis.extra.numpy import arrays
 
 import merge_cli
 from merge_cli.engine import memory
-from merge_cli.engine.options import MergeOptions
 from merge_cli.errors import NonFiniteError, RecipeError
 from merge_cli.kernels import compiled
 from merge_cli.kernels.convert import quantise
+from merge_cli.options import MergeOptions
 from merge_cli.planning import plan as units
 from merge_cli.planning.planner import load_recipe, make_plan
 from tests.support.tiny import llama_config, llama_tensors, read_model, write_model

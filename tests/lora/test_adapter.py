@@ -14,8 +14,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import merge_cli
-from merge_cli.engine.options import MergeOptions
 from merge_cli.errors import MismatchError, SourceError, UsageError
+from merge_cli.options import MergeOptions
 from merge_cli.planning.planner import load_recipe, make_plan
 from tests.support.adapters import LINEAR, OPTIONS, gpt2, llama, merge, passthrough, write
 from tests.support.tiny import read_model

@@ -13,8 +13,8 @@ import yaml
 import merge_cli
 from merge_cli.checkpoint.rearranged import JoinedTensor, TensorPart, cut
 from merge_cli.checkpoint.tensors import read_numbers, reading
-from merge_cli.engine.options import MergeOptions
 from merge_cli.errors import MismatchError
+from merge_cli.options import MergeOptions
 from merge_cli.planning.planner import load_recipe, make_plan
 from merge_cli.recipe.reference import ModelRef
 from merge_cli.sources.source import open_source

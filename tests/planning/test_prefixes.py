@@ -9,8 +9,8 @@ import torch
 import yaml
 
 import merge_cli
-from merge_cli.engine.options import MergeOptions
 from merge_cli.errors import MismatchError
+from merge_cli.options import MergeOptions
 from merge_cli.planning.planner import load_recipe, make_plan
 from tests.support.tiny import Tensors, llama_config, llama_tensors, read_model, write_model
 

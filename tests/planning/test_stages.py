@@ -20,8 +20,8 @@ import merge_cli
 from merge_cli.cli import app
 from merge_cli.engine import merge as engine
 from merge_cli.engine.loop import run_loop
-from merge_cli.engine.options import MergeOptions
 from merge_cli.errors import MismatchError, RecipeError, ResourceError, UsageError
+from merge_cli.options import MergeOptions
 from merge_cli.planning.planner import load_recipe
 from merge_cli.planning.stages import plan_recipe
 from tests.support.hub_server import HubServer

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 import merge_cli
 from merge_cli.checkpoint.class_config import UnknownClass
 from merge_cli.checkpoint.config import merged_config
-from merge_cli.engine.options import MergeOptions
 from merge_cli.errors import MergeCliError, MismatchError, RecipeError
+from merge_cli.options import MergeOptions
 from merge_cli.planning import structure
 from merge_cli.planning.planner import load_recipe, make_plan
 from merge_cli.planning.skeleton import build

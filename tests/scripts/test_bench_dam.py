@@ -55,14 +55,15 @@ def test_the_recipes_of_the_experiment_are_recipes(experiment: Any, tmp_path: Pa
     import yaml
 
     import merge_cli
+    from merge_cli.planning.preparation import preparations_of
 
     for name, dials in experiment.LEARNED.items():
         path = tmp_path / "r.yaml"
         path.write_text(yaml.safe_dump(experiment.learned_recipe(dials, 1)))
-        assert merge_cli.plan(path).learns, name
+        assert preparations_of(merge_cli.plan(path)), name
     for grid in experiment.GRIDS.values():
         path.write_text(yaml.safe_dump(experiment.static_recipe(grid[0])))
-        assert not merge_cli.plan(path).learns
+        assert not preparations_of(merge_cli.plan(path))
 
 
 @pytest.mark.slow

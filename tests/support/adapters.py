@@ -12,7 +12,7 @@ import transformers as hf
 import yaml
 
 import merge_cli
-from merge_cli.engine.options import MergeOptions
+from merge_cli.options import MergeOptions
 from tests.support.tiny import read_model
 
 OPTIONS = MergeOptions(device="cpu", threads=1)

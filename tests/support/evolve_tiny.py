@@ -12,8 +12,8 @@ import torch
 import yaml
 
 import merge_cli
-from merge_cli.engine.options import MergeOptions
-from merge_cli.evolve.run import Found, search
+from merge_cli.evolve.run import SearchResult, search
+from merge_cli.options import MergeOptions
 from merge_cli.planning.planner import load_recipe, make_plan
 from tests.support.dam_tiny import config, write_models
 
@@ -66,10 +66,10 @@ def write_search(
     return path
 
 
-def run_search(recipe: Path, out: Path, **options: Any) -> Found:
+def run_search(recipe: Path, out: Path, **options: Any) -> SearchResult:
     """Search alone; nothing is merged."""
     plan = make_plan(load_recipe(recipe))
-    return search(plan, out, replace(OPTIONS, **options), show=lambda progress: None)
+    return search(plan, out, replace(OPTIONS, **options), on_progress=lambda progress: None)
 
 
 def merge(recipe: Path, out: Path) -> merge_cli.MergeResult:

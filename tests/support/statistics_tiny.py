@@ -17,8 +17,8 @@ import merge_cli
 from merge_cli.calibration.plan import plan_calibration
 from merge_cli.calibration.run import calibrate
 from merge_cli.checkpoint.statistics import CalibrationStatistics
-from merge_cli.engine.options import MergeOptions
 from merge_cli.errors import RecipeError
+from merge_cli.options import MergeOptions
 from merge_cli.planning.plan import Plan
 from merge_cli.planning.planner import load_recipe, make_plan
 from tests.support import oracles

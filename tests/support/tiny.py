@@ -14,7 +14,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import merge_cli
-from merge_cli.engine.options import MergeOptions
+from merge_cli.options import MergeOptions
 
 Tensors = dict[str, torch.Tensor]
 

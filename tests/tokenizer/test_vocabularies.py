@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 import merge_cli
-from merge_cli.engine.options import MergeOptions
 from merge_cli.errors import MismatchError, RecipeError, SourceError
+from merge_cli.options import MergeOptions
 from merge_cli.planning.planner import load_recipe, make_plan
 from tests.support.tiny import llama_config, llama_tensors, read_model, write_model
 from tests.support.vocabularies import EMBED, HEAD, TEXTS, bpe, pair, write

@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 import yaml
 
-from merge_cli.console.plans import before_merge
+from merge_cli.console.plans import forecast
 from merge_cli.drafting.scaffold import study_models
 from merge_cli.engine.merge import check_target
-from merge_cli.engine.options import MergeOptions
+from merge_cli.options import MergeOptions
 from merge_cli.planning.planner import load_recipe
 from merge_cli.planning.stages import plan_recipe
 from tests.support.dam_tiny import config, write_data
@@ -70,7 +70,7 @@ def plan_it(folder: Path, document: dict[str, Any]) -> None:
     recipe = folder / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(document, sort_keys=False))
     plan = plan_recipe(load_recipe(recipe))
-    before_merge(plan, OPTIONS)
+    forecast(plan, OPTIONS)
     check_target(plan, folder / "out", OPTIONS)
 
 

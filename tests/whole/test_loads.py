@@ -23,8 +23,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import merge_cli
-from merge_cli.engine.options import MergeOptions
 from merge_cli.errors import MismatchError, RecipeError
+from merge_cli.options import MergeOptions
 from tests.support.architectures import (
     COMMON,
     DECODER,

@@ -80,6 +80,9 @@ class ExactMatch(DataTask):
         notes = cut_note(cut, len(rows), message, live.max_length - self.max_new_tokens)
         return TaskResult(self.name, self.kind, metrics, examples, notes=notes)
 
+    def check_row(self, row: Row) -> None:
+        self._right(row)
+
     def check(self, live: LiveModel) -> None:
         self._prompts(live)
 

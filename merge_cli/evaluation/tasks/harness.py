@@ -44,24 +44,15 @@ class Harness(Task):
     def data_digest(self) -> str:
         return ""
 
+    def check_data(self, seed: int) -> None:
+        self._task_manager()
+
     def score(self, live: LiveModel, on_progress: OnProgress) -> TaskResult:
-        _require()
+        manager = self._task_manager()
         from lm_eval import simple_evaluate
-        from lm_eval.tasks import TaskManager
 
         on_progress(0, 1)
-        folder = str(self.include) if self.include else None
         with quiet_libraries():
-            manager = TaskManager(include_path=folder)
-            if self.lm_eval not in manager.all_subtasks:
-                several = self.lm_eval in manager.all_tasks
-                message = (
-                    f"lm-eval's '{self.lm_eval}' is a group of tasks"
-                    if several
-                    else (f"lm-eval has no task '{self.lm_eval}'")
-                )
-                hint = "lm-eval ls tasks lists them; `include` adds a folder of your own."
-                raise UsageError(message, hint=hint)
             if self.chat_template:
                 require_template(live.tokenizer, live.label)
             model = harness_model(live)
@@ -107,6 +98,25 @@ class Harness(Task):
             model.cut, model.asked, "requests are: their beginning was cut", live.max_length
         )
         return TaskResult(self.name, self.kind, metrics, examples, notes=notes)
+
+    def _task_manager(self) -> Any:
+        """The harness's list of tasks, with this one in it.
+
+        Raises:
+            UsageError: the harness is not installed, or has no such task.
+        """
+        _require()
+        from lm_eval.tasks import TaskManager
+
+        with quiet_libraries():
+            manager = TaskManager(include_path=str(self.include) if self.include else None)
+        if self.lm_eval not in manager.all_subtasks:
+            message = f"lm-eval has no task '{self.lm_eval}'"
+            if self.lm_eval in manager.all_tasks:
+                message = f"lm-eval's '{self.lm_eval}' is a group of tasks"
+            hint = "lm-eval ls tasks lists them; `include` adds a folder of your own."
+            raise UsageError(message, hint=hint)
+        return manager
 
     def _metrics(
         self, output: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]

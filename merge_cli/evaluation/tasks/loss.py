@@ -48,6 +48,9 @@ class LossTask(DataTask):
         notes = window_notes(encoded, live.max_length)
         return TaskResult(self.name, self.kind, metrics, examples, notes=notes)
 
+    def check_row(self, row: Row) -> None:
+        row.require_text()
+
     def check(self, live: LiveModel) -> None:
         text_windows(self, live, self.stride)
 

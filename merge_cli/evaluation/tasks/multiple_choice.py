@@ -75,6 +75,9 @@ class MultipleChoice(DataTask):
         notes = cut_note(count, len(encoded), message, live.max_length)
         return TaskResult(self.name, self.kind, metrics, examples, notes=notes)
 
+    def check_row(self, row: Row) -> None:
+        _question(row)
+
     def check(self, live: LiveModel) -> None:
         self._windows(live)
 

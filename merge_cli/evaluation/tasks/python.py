@@ -36,6 +36,9 @@ class PythonTask(Task):
         path, name = self._file_and_name()
         return f"{file_fingerprint(path)} {name}"
 
+    def check_data(self, seed: int) -> None:
+        self._file_and_name()
+
     def score(self, live: LiveModel, on_progress: OnProgress) -> TaskResult:
         import torch
 

@@ -1,11 +1,4 @@
-"""A recipe that searches against the methods that it searches: every range checked at its place.
-
-A recipe whose output is an adapter: what it cannot have beside that.
-
-A recipe whose method looks at examples first, and `statistics:` beside one that does not.
-
-A recipe whose method learns, and learning sections beside one that does not: what is wrong.
-"""
+"""A recipe that searches against the methods that it searches: every range checked at its place."""
 
 from __future__ import annotations
 
@@ -14,11 +7,11 @@ from collections.abc import Iterator
 from merge_cli.errors import Problem, UsageError
 from merge_cli.methods.parameters import MethodParameter
 from merge_cli.methods.registry import Method, get_method, method_names
+from merge_cli.planning.preparation import preparation_for
 from merge_cli.recipe.fields import MERGEKIT_PARAMETERS, nearest
 from merge_cli.recipe.reference import local_file
 from merge_cli.recipe.schema import Recipe
 from merge_cli.recipe.search import WITHOUT_SPACE, Search, SearchedParameter
-from merge_cli.recipe.training import unused_options
 
 GREEDY = "greedy_soup"
 
@@ -75,10 +68,11 @@ def _section_problems(recipe: Recipe, search: Search) -> Iterator[Problem]:
         except UsageError as error:
             yield recipe.problem("search.method", error.what, error.hint)
             continue
-        if not method.plain:
-            message = f"'{name}' finds its parameters itself."
-            if method.gathers:
-                message = f"'{name}' looks at examples first, which a search does not."
+        preparation = preparation_for(method)
+        if preparation is not None:
+            message = (
+                f"'{name}' {preparation.does}: a search is of methods that need no such thing."
+            )
             plain = {n for n in method_names() if get_method(n).plain}
             hint = nearest(name, plain)
             yield recipe.problem("search.method", message, hint)
@@ -119,9 +113,9 @@ def _range_problems(
 ) -> Iterator[Problem]:
     owners = [m.parameters[searched.name] for m in methods if searched.name in m.parameters]
     if not owners:
-        known = sorted({name for method in methods for name in method.parameters})
+        names = sorted({name for method in methods for name in method.parameters})
         text = f"{' and '.join(m.name for m in methods)} has no such parameter."
-        yield recipe.problem(searched.key, text, nearest(searched.name, known))
+        yield recipe.problem(searched.key, text, nearest(searched.name, names))
         return
     if "models" in searched.tied and not any(owner.per_model for owner in owners):
         text = f"{searched.name} is one value for all models already."
@@ -139,106 +133,3 @@ def _range_problems(
 def _refused(searched: SearchedParameter, owner: MethodParameter) -> set[str]:
     values = searched.choices or (searched.low, searched.high)
     return {message for value in values if (message := owner.check(value))}
-
-
-_OF_MODELS = (
-    "slices",
-    "modules",
-    "dtype",
-    "out_dtype",
-    "tokenizer",
-    "tokenizer_source",
-    "chat_template",
-    "training",
-    "statistics",
-    "coefficients",
-    "eval",
-    "search",
-    "objective",
-)
-
-
-def adapter_problems(recipe: Recipe, method: Method) -> Iterator[Problem]:
-    """Sections that are about models, and methods that must run one."""
-    if recipe.output is None:
-        return
-    for key in _OF_MODELS:
-        if key in recipe.places:
-            yield recipe.problem(key, "has no meaning in a merge of adapters.", "Leave it out.")
-    if not method.plain:
-        message = f"{recipe.merge_method} runs models, and adapters are merged without one."
-        yield recipe.problem("merge_method", message, "Use soup, task_arithmetic, ties, dare, ...")
-
-
-def gathering_problems(recipe: Recipe, method: Method) -> Iterator[Problem]:
-    """What the section lacks, or wants from a method that looks at nothing."""
-    name = recipe.merge_method
-    if not method.gathers:
-        if recipe.statistics is not None:
-            message = f"{name} looks at no examples."
-            yield recipe.problem("statistics", message, "Use `merge_method: regmean` or fisher.")
-        return
-    for key in ("slices", "modules"):
-        if getattr(recipe, key):
-            message = f"{name} runs whole models on their data."
-            yield recipe.problem(key, message, "List them under `models:`.")
-    if recipe.models:
-        for spec in recipe.models:
-            if spec.data is None:
-                message = f"has no `data:`, and {name} looks at examples of every model."
-                hint = "Give it text that it is good at: `data: FILE`."
-                yield recipe.problem(spec.key, message, hint)
-    for dial in unused_options(method.gathers):
-        if f"statistics.{dial}" in recipe.places:
-            message = f"has no effect in {name}."
-            yield recipe.problem(f"statistics.{dial}", message, "Leave it out.")
-
-
-def gathering_warnings(recipe: Recipe, method: Method) -> Iterator[str]:
-    """Data that would be held out for measuring: nothing is measured here."""
-    if not method.gathers:
-        return
-    for spec in recipe.models:
-        if spec.data is not None and spec.data.held_out:
-            line, column = recipe.places.get(f"{spec.key}.data.held_out", (0, 0))
-            place = f"{recipe.file}:{line}:{column}: {spec.key}.data.held_out"
-            yield f"{place}: has no effect: {recipe.merge_method} measures nothing."
-
-
-def learning_problems(recipe: Recipe, method: Method) -> Iterator[Problem]:
-    """What the sections on learning lack, or want from a method that does not learn."""
-    if not method.learns:
-        message = f"{recipe.merge_method} learns nothing."
-        if recipe.training is not None:
-            yield recipe.problem("training", message, "Use `merge_method: dam`.")
-        if recipe.coefficients and "coefficients" not in method.supplied:
-            message = f"{recipe.merge_method} takes no file of coefficients."
-            yield recipe.problem("coefficients", message, "Use `merge_method: dam`.")
-        for spec in recipe.source_specs:
-            if spec.data is not None and not method.gathers:
-                message = f"{recipe.merge_method} learns nothing from data."
-                yield recipe.problem(f"{spec.key}.data", message, "Use `merge_method: dam`.")
-        return
-    for key in ("slices", "modules"):
-        if getattr(recipe, key):
-            yield recipe.problem(key, "dam merges whole models.", "List them under `models:`.")
-    if recipe.coefficients:
-        if local_file(recipe.coefficients, recipe.folder) is None:
-            message = f"no such file: {recipe.coefficients}"
-            yield recipe.problem("coefficients", message)
-    elif not any(spec.data for spec in recipe.source_specs):
-        message = "no model has `data:`, so that there is nothing to learn from."
-        hint = "Give a model the data that it is good at, or name a `coefficients:` file."
-        yield recipe.problem("models", message, hint)
-    if not recipe.coefficients:
-        yield from _twice(recipe)
-
-
-def _twice(recipe: Recipe) -> Iterator[Problem]:
-    """Sources that are listed again: a model has one set of coefficients, and one teacher."""
-    seen = set()
-    for spec in recipe.models:
-        if spec.model in seen:
-            message = f"'{spec.model}' is listed twice: its coefficients cannot be told apart."
-            yield recipe.problem(spec.key, message, "List it once, with all its data.")
-        seen.add(spec.model)

@@ -61,3 +61,7 @@ class Progress:
 
 
 OnProgress = Callable[[Progress], None]
+
+
+def ignore_progress(progress: object) -> None:
+    """What is told of progress where nobody asks."""

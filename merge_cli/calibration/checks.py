@@ -1,0 +1,45 @@
+"""`statistics:` and the sources' `data:` against the method: what is missing, or has no effect."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from merge_cli.errors import Problem
+from merge_cli.methods.registry import Method
+from merge_cli.recipe.schema import Recipe
+from merge_cli.recipe.training import unused_options
+
+
+def calibration_problems(recipe: Recipe, method: Method) -> Iterator[Problem]:
+    """What the section lacks, or wants from a method that looks at nothing."""
+    name = recipe.merge_method
+    if not method.gathers:
+        if recipe.statistics is not None:
+            message = f"{name} looks at no examples."
+            yield recipe.problem("statistics", message, "Use `merge_method: regmean` or fisher.")
+        return
+    for key in ("slices", "modules"):
+        if getattr(recipe, key):
+            message = f"{name} runs whole models on their data."
+            yield recipe.problem(key, message, "List them under `models:`.")
+    if recipe.models:
+        for spec in recipe.models:
+            if spec.data is None:
+                message = f"has no `data:`, and {name} looks at examples of every model."
+                hint = "Give it text that it is good at: `data: FILE`."
+                yield recipe.problem(spec.key, message, hint)
+    for option in unused_options(method.gathers):
+        if f"statistics.{option}" in recipe.places:
+            message = f"has no effect in {name}."
+            yield recipe.problem(f"statistics.{option}", message, "Leave it out.")
+
+
+def calibration_warnings(recipe: Recipe, method: Method) -> Iterator[str]:
+    """Data that would be held out for measuring: nothing is measured here."""
+    if not method.gathers:
+        return
+    for spec in recipe.models:
+        if spec.data is not None and spec.data.held_out:
+            line, column = recipe.places.get(f"{spec.key}.data.held_out", (0, 0))
+            where = f"{recipe.file}:{line}:{column}: {spec.key}.data.held_out"
+            yield f"{where}: has no effect: {recipe.merge_method} measures nothing."
