@@ -250,7 +250,7 @@ def test_no_code_of_a_checkpoint_is_run(
     (model / "config.json").write_text(json.dumps(config))
     (model / "evil.py").write_text(f"open({str(tmp_path / 'was-run')!r}, 'w').close()\n")
     monkeypatch.setattr("builtins.input", lambda *_: "y")
-    with pytest.raises(SourceError, match="nothing from a checkpoint is executed"):
+    with pytest.raises(SourceError, match="no code of a checkpoint is executed"):
         merge_cli.evaluate(model, zoo / "data" / "math.val.jsonl")
     assert not (tmp_path / "was-run").exists()
 
