@@ -478,7 +478,7 @@ def test_an_evaluation_file(tmp_path: Path) -> None:
     ("row", "what"),
     [
         ({"prompt": "x", "choices": ["a"], "answer": 0}, "at least two"),
-        ({"prompt": "x", "choices": ["a", "b"], "answer": 2}, "none of the 2 choices"),
+        ({"prompt": "x", "choices": ["a", "b"], "answer": 2}, "not one of the 2 choices"),
         ({"prompt": 3, "choices": ["a", "b"], "answer": 1}, "needs 'prompt', a text"),
     ],
 )
