@@ -250,7 +250,7 @@ def test_no_code_of_a_checkpoint_is_run(
     (model / "config.json").write_text(json.dumps(config))
     (model / "evil.py").write_text(f"open({str(tmp_path / 'was-run')!r}, 'w').close()\n")
     monkeypatch.setattr("builtins.input", lambda *_: "y")
-    with pytest.raises(SourceError, match="nothing from a checkpoint is executed"):
+    with pytest.raises(SourceError, match="no code of a checkpoint is executed"):
         merge_cli.evaluate(model, zoo / "data" / "math.val.jsonl")
     assert not (tmp_path / "was-run").exists()
 
@@ -478,7 +478,7 @@ def test_an_evaluation_file(tmp_path: Path) -> None:
     ("row", "what"),
     [
         ({"prompt": "x", "choices": ["a"], "answer": 0}, "at least two"),
-        ({"prompt": "x", "choices": ["a", "b"], "answer": 2}, "none of the 2 choices"),
+        ({"prompt": "x", "choices": ["a", "b"], "answer": 2}, "not one of the 2 choices"),
         ({"prompt": 3, "choices": ["a", "b"], "answer": 1}, "needs 'prompt', a text"),
     ],
 )
