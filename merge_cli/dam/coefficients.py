@@ -63,6 +63,31 @@ class CoefficientLayout:
         """Numbers that are learned for one source."""
         return math.prod(self.inner) + self.rank * (self.rows + self.columns)
 
+    def add_up(self, matrix: Any, start: int, into: Any) -> None:
+        """R: add the elements that each coefficient covers.
+
+        Args:
+            matrix: rows [start, start + n) of something of the tensor's shape.
+            into: [*inner].
+        """
+        stop = start + len(matrix)
+        if self.kind == "tensor":
+            into[0, 0] += matrix.sum()
+        elif self.kind == "row":
+            into[start:stop, 0] += matrix.sum(1)
+        elif self.kind == "element":
+            into[start:stop] += matrix
+        elif self.groups == 1:
+            into[0] += matrix.sum(0)
+        else:
+            into.index_add_(0, self.groups_of(start, stop, matrix.device), matrix)
+
+    def groups_of(self, start: int, stop: int, device: Any) -> Any:
+        """The matrix that each row belongs to, where several lie below one another."""
+        import torch
+
+        return torch.arange(start, stop, device=device) // (self.rows // self.groups)
+
 
 def layout_of(
     shape: Sequence[int], granularity: str, rank: int = 0, *, input_first: bool = False
@@ -164,6 +189,12 @@ class Coefficients:
             self.raw[i] = _before_activation(weight, self.activation)
         self.moved()
 
+    def begin_at(self, values: Any) -> None:
+        """Coefficients [sources, *layout.inner] as they are given; without an activation alone."""
+        assert self.activation == "none", "recipes that ask for it are refused"
+        self.raw.copy_(values)
+        self.moved()
+
     def moved(self) -> None:
         """The parameters have changed."""
         self._values = None
@@ -174,7 +205,7 @@ class Coefficients:
         if self.layout.kind in ("row", "element"):
             result = result[:, start:stop]
         elif self.layout.kind == "column" and self.layout.groups > 1:
-            result = result[:, self._groups(start, stop)]
+            result = result[:, self.layout.groups_of(start, stop, self.raw.device)]
         if self.left is not None:
             # Rank by rank, each product and sum rounded by itself: as the engine will do it.
             import torch
@@ -193,22 +224,12 @@ class Coefficients:
             weights: the same rows of every source.
         """
         stop = start + len(grad)
-        kind, into = self.layout.kind, self.value_grad
         for i, weight in enumerate(weights):
             product = grad * weight
             if self.left is not None:
                 self.left_grad[i, start:stop] += product @ self.right[i]
                 self.right_grad[i] += product.T @ self.left[i, start:stop]
-            if kind == "tensor":
-                into[i, 0, 0] += product.sum()
-            elif kind == "row":
-                into[i, start:stop, 0] += product.sum(1)
-            elif kind == "element":
-                into[i, start:stop] += product
-            elif self.layout.groups == 1:
-                into[i, 0] += product.sum(0)
-            else:
-                into[i].index_add_(0, self._groups(start, stop), product)
+            self.layout.add_up(product, start, self.value_grad[i])
 
     def gradients(self, penalty_grad: Any = None) -> list[Any]:
         """dL/d of each of `parameters`; the accumulated projections stay."""
@@ -238,13 +259,6 @@ class Coefficients:
             for name, value in found.items()
             if value is not None
         }
-
-    def _groups(self, start: int, stop: int) -> Any:
-        """The matrix that each row belongs to, where several lie below one another."""
-        import torch
-
-        rows = torch.arange(start, stop, device=self.raw.device)
-        return rows // (self.layout.rows // self.layout.groups)
 
 
 def _before_activation(start: float, activation: str) -> float:

@@ -19,6 +19,7 @@ from merge_cli.dam.checkpoint import Position, TrainingWorkspace, left_over
 from merge_cli.dam.distributed import World, join_world, launched
 from merge_cli.dam.forward import Forward
 from merge_cli.dam.heldout import HeldOut, baselines, best_start, mixtures
+from merge_cli.dam.importance import FISHER, fisher_shares, has_importances
 from merge_cli.dam.models import stored_tensors
 from merge_cli.dam.plan import (
     TrainingPlan,
@@ -271,12 +272,34 @@ def _begin(
         ),
         stopping=stopping,
     )
+    shares: dict[str, Any] = {}
+    start = decided.training.start
+    if start in ("best", "fisher") and has_importances(decided.datasets, len(decided.labels)):
+        shares = fisher_shares(
+            student,
+            forward,
+            decided.datasets,
+            world,
+            on_progress=lambda done, total, name: show(
+                Progress("importance", done, total, name, "tokens")
+            ),
+            stopping=stopping,
+        )
+        for name, share in shares.items():
+            student.coefficients[name].begin_at(share)
+        student.write_all()
+        scores[FISHER] = held_out.score(forward, world)
     position.broken = [name for name, score in scores.items() if not score.finite]
     finite = {name: score for name, score in scores.items() if score.finite}
     position.static = {name: score.to_json() for name, score in finite.items()}
     position.held_out_passes += held_out.passes - passes
     chosen = best_start(compared, finite, decided.training.form)
-    if decided.training.start == "best" and chosen is not None:
+    fisher_wins = FISHER in finite and (
+        start == FISHER or chosen is None or finite[FISHER].mean_kl < finite[chosen.name].mean_kl
+    )
+    if fisher_wins:
+        position.start = FISHER  # its coefficients are in place; those of other tensors follow
+    elif start == "best" and chosen is not None:
         position.start = chosen.name
         for coefficients in student.coefficients.values():
             coefficients.begin(chosen.weights)

@@ -15,7 +15,8 @@ its own gradient comes last, and autograd itself would refuse to use a weight th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,6 +73,7 @@ class Student:
         self._form, self._optimizer, self._penalties = form, optimizer, penalties or {}
         self._rate: float | None = None  # set while the last backward of a fused step runs
         self._moved: set[str] = set()
+        self._squares: dict[str, Any] | None = None  # set where squares are summed
         self._order: list[str] = []
         self._hooks = []
         for own in _by_parameter(seats):
@@ -109,6 +111,23 @@ class Student:
                     if weight:
                         total = rows * weight if total is None else total + rows * weight
                 matrix[start:stop] = 0 if total is None else total.to(matrix.dtype)
+
+    @contextmanager
+    def summing_squares(self) -> Iterator[dict[str, Any]]:
+        """Inside, backward passes add up squared gradients by coefficient, and nothing moves.
+
+        Yields:
+            float32 [*layout.inner], by the name of each tensor that is learned.
+        """
+        import torch
+
+        self._squares = {
+            name: torch.zeros_like(self.coefficients[name].raw[0]) for name in self.trained
+        }
+        try:
+            yield self._squares
+        finally:
+            self._squares = None
 
     def last_backward(self, loss: Any, rate: float) -> None:
         """The last backward pass of a fused step: coefficients and parameters move inside it."""
@@ -152,6 +171,10 @@ class Student:
     def _hook(self, seats: Sequence[MergedParameter]) -> Callable[[Any], None]:
         def arrived(parameter: Any) -> None:
             grad, parameter.grad = parameter.grad, None
+            if self._squares is not None:
+                for seat in seats:
+                    self._add_squares(seat.name, grad[seat.index], self._squares[seat.name])
+                return
             for seat in seats:
                 held = self._project(seat.name, grad[seat.index])
                 if seat is seats[-1]:
@@ -160,6 +183,11 @@ class Student:
                     self._move(seat.name, self._rate, held)
 
         return arrived
+
+    def _add_squares(self, name: str, grad: Any, into: Any) -> None:
+        layout = self.coefficients[name].layout
+        matrix = grad.reshape(layout.rows, layout.columns).to(into.dtype)
+        layout.add_up(matrix * matrix, 0, into)
 
     def _project(self, name: str, grad: Any) -> list[Any]:
         """R(G * W_i) into the coefficients' gradients; the rows that were read, if they are few."""

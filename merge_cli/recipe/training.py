@@ -98,10 +98,11 @@ class Training:
     activation: Literal["none", "tanh", "sigmoid", "softmax"] = option(
         "none", "what a parameter goes through to become a coefficient"
     )
-    start: float | Literal["best", "soup", "task_arithmetic"] = option(
+    start: float | Literal["best", "soup", "task_arithmetic", "fisher"] = option(
         "best",
-        "every coefficient at the beginning: a number, 1/sources (soup), 0.3 (task_arithmetic), or "
-        "best: as in the merge without training that does best on held-out rows",
+        "every coefficient at the beginning: a number, 1/sources (soup), 0.3 (task_arithmetic), "
+        "each source's share of the importance (fisher), or best: as in the merge without training "
+        "that does best on held-out rows",
     )
     train: tuple[str, ...] = option(
         ("all",),
@@ -347,7 +348,7 @@ def contradictions(training: Training, sources: int) -> list[tuple[str, str, str
     """Options that do not go together: (option, message, hint)."""
     result = []
     start, activation = training.start, training.activation
-    if start == "best" and activation != "none":
+    if start in ("best", "fisher") and activation != "none":
         message = f"{activation} does not reach every merge that it may begin from."
         result.append(("start", message, "Use `start: soup`, or `activation: none`."))
     if activation == "softmax" and start not in ("soup", "best"):
