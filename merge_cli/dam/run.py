@@ -280,7 +280,7 @@ def _begin(
             forward,
             decided.datasets,
             world,
-            on_progress=lambda done, total, name: show(
+            on_progress=lambda done, total, name: on_progress(
                 Progress("importance", done, total, name, "tokens")
             ),
             stopping=stopping,
