@@ -84,7 +84,7 @@ def measure_models(
     arithmetic, _ = arithmetic_for(plan, device)
     memory = worker_memory(plan, device, options)
     files = Files(FilePool(os.O_RDONLY), FilePool(os.O_RDWR))
-    pool = Pool(worker_factory(files, device, arithmetic, memory), memory.lanes)
+    pool = Pool(worker_factory(files, device, arithmetic, memory), memory.workers)
     block_reader = BlockReader(pool, files, plan.recipe.seed, deltas=False)
     sums: list[Relations] = [Relations.empty(0)] * len(plan.tasks)
     sampled = choose_tensors(plan.tasks, plan.recipe.seed) if model_set.base else []
@@ -94,7 +94,7 @@ def measure_models(
     def measure(job: tuple[str, int]) -> None:
         kind, number = job
         if kind == "sample":
-            spectra[number] = spectrum_of(sampled[number], pool.lane, plan.recipe.seed)
+            spectra[number] = spectrum_of(sampled[number], pool.worker, plan.recipe.seed)
         else:
             task = plan.tasks[number]
             sums[number] = _relations(TensorReader(task, block_reader, span_starts(task)), messages)
@@ -117,7 +117,7 @@ def measure_models(
         files.sources.close()
     seconds = time.perf_counter() - began
     present = tuple(spectrum for spectrum in spectra if spectrum is not None)
-    return Measurements(tuple(sums), present, arithmetic, memory.lanes, seconds)
+    return Measurements(tuple(sums), present, arithmetic, memory.workers, seconds)
 
 
 def _relations(reader: TensorReader, messages: queue.SimpleQueue[Any]) -> Relations:

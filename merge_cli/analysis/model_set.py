@@ -103,7 +103,7 @@ def open_model_set(recipe: Recipe) -> ModelSet:
         sources=tuple(sources),
         base=0 if has_base else None,
         operands=tuple(range(int(has_base), len(sources))),
-        donor=0,
+        config_index=0,
         aligned=AlignedVocabulary(heads.views, 0),
         tasks=tuple(sorted(tasks, key=lambda task: natural_key(task.name))),
         shards=(),
@@ -166,7 +166,7 @@ def _task(match: TensorMatch) -> TensorTask:
         refs,
         tuple(range(len(refs))),
         (),
-        group=match.seat.group,
+        group=match.layer_position.group,
     )
 
 

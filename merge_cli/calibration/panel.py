@@ -107,9 +107,9 @@ def print_calibration(out: Console, decided: CalibrationPlan) -> None:
         out.print(f"[dim]{label}:[/dim] {escape(text)}")
 
 
-def print_gathered(out: Console, gathered: Mapping[str, Any]) -> None:
+def print_gathered(out: Console, calibrated: Mapping[str, Any]) -> None:
     """What a merge was made with: one line for each source."""
-    for item in gathered["sources"]:
+    for item in calibrated["sources"]:
         zero = f", {item['zero']:.1%} of its importances are 0" if "zero" in item else ""
         cached = ", from the cache" if item["from_cache"] else ""
         out.print(
@@ -117,6 +117,6 @@ def print_gathered(out: Console, gathered: Mapping[str, Any]) -> None:
             f"examples with {escape(item['model'])}{zero}{cached}",
             soft_wrap=True,
         )
-    of = f"{gathered['means']:,} of {gathered['tensors']:,} merged tensors"
-    if gathered["means"]:
+    of = f"{calibrated['means']:,} of {calibrated['tensors']:,} merged tensors"
+    if calibrated["means"]:
         out.print(f"  {of} had no statistics and are the plain mean")

@@ -77,7 +77,7 @@ class CalibrationPlan:
         return sum(size for part, size in pairs if part.found is None)
 
     @property
-    def gathered(self) -> CalibrationStatistics | None:
+    def calibrated(self) -> CalibrationStatistics | None:
         """The statistics, if the cache has them all."""
         files = tuple(part.found for part in self.parts if part.found is not None)
         return CalibrationStatistics(files) if len(files) == len(self.parts) else None
@@ -102,12 +102,12 @@ def plan_calibration(
         ResourceError: a device or a package is missing.
     """
     statistics, kind = plan.recipe.statistics or Statistics(), plan.method.gathers
-    plan.aligned.need_plain(plan.recipe, plan.recipe.merge_method)
+    plan.aligned.refuse_rearranged(plan.recipe, plan.recipe.merge_method)
     tokenizer, template_why = one_tokenizer(plan)
     net = empty_student(plan)
     chosen = choose_device(device)
     where = f"cuda:{chosen.indexes[0]}" if chosen.indexes else "cpu"
-    dtype, dtype_why = choose_dtype(plan.sources[plan.donor], chosen.kind, statistics.dtype)
+    dtype, dtype_why = choose_dtype(plan.sources[plan.config_index], chosen.kind, statistics.dtype)
     context = context_of(net.config, statistics.max_length)
     labels = [source.label for source in plan.sources]
     parts = []
@@ -142,7 +142,9 @@ def plan_calibration(
         message = (
             f"no stored tensor is a {kinds} as transformers loads the models: all would be means"
         )
-        raise SourceError(message, model=plan.sources[plan.donor].label, hint="Use `soup` instead.")
+        raise SourceError(
+            message, model=plan.sources[plan.config_index].label, hint="Use `soup` instead."
+        )
     weights = sum(p.numel() for p in net.parameters())
     # What is on disk are the same sums: float32 in memory, too, or float64 and rounded at the end.
     sums = (1 if kind == "fisher" else 2) * max(size for size, _ in expected)

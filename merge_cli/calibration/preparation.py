@@ -36,7 +36,7 @@ class Calibration:
         return calibration_warnings(recipe, method)
 
     def applies(self, plan: Plan) -> bool:
-        return bool(plan.method.gathers) and plan.gathered is None
+        return bool(plan.method.gathers) and plan.calibrated is None
 
     def plan(self, plan: Plan, options: MergeOptions) -> CalibrationPlan | None:
         from merge_cli.calibration.plan import plan_calibration
@@ -108,7 +108,9 @@ class Calibration:
         from merge_cli.calibration.report import calibration_summary
 
         return (
-            {} if plan.gathered is None else {"gathered": calibration_summary(plan, plan.gathered)}
+            {}
+            if plan.calibrated is None
+            else {"gathered": calibration_summary(plan, plan.calibrated)}
         )
 
     def report_sections(self, report: Mapping[str, Any]) -> Sequence[Section]:

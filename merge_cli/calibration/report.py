@@ -9,20 +9,20 @@ from merge_cli.checkpoint.statistics import CalibrationStatistics, StatisticsFil
 from merge_cli.planning.plan import Plan
 
 
-def calibration_summary(plan: Plan, gathered: CalibrationStatistics) -> dict[str, Any]:
+def calibration_summary(plan: Plan, calibrated: CalibrationStatistics) -> dict[str, Any]:
     """Sources, and how many merged tensors had no statistics and are a plain mean."""
     merged = [task for task in plan.tasks if task.action == "merge"]
     means = sum(map(plan.is_plain_mean, merged))
     sources = [
         {"model": str(spec.model), **_of_file(file)}
-        for spec, file in zip(plan.recipe.models, gathered.files, strict=True)
+        for spec, file in zip(plan.recipe.models, calibrated.files, strict=True)
     ]
     return {
         "kind": plan.method.gathers,
         "tensors": len(merged),
         "means": means,
         "sources": sources,
-        "cost": _cost(gathered.files),
+        "cost": _cost(calibrated.files),
     }
 
 

@@ -68,10 +68,10 @@ def from_cache(plan: Plan, device: str) -> Plan | None:
     if any(source.planned for source in plan.sources):
         return None
     decided = plan_calibration(plan, device, source_identity)
-    return None if decided.gathered is None else with_statistics(decided, decided.gathered)
+    return None if decided.calibrated is None else with_statistics(decided, decided.calibrated)
 
 
-def with_statistics(decided: CalibrationPlan, gathered: CalibrationStatistics) -> Plan:
+def with_statistics(decided: CalibrationPlan, calibrated: CalibrationStatistics) -> Plan:
     """The plan with what was gathered, and a recipe that says of what."""
     plan = decided.plan
     origin = [
@@ -82,14 +82,14 @@ def with_statistics(decided: CalibrationPlan, gathered: CalibrationStatistics) -
             "data": part.examples.digest,
             "statistics": file.digest,
         }
-        for part, file in zip(decided.parts, gathered.files, strict=True)
+        for part, file in zip(decided.parts, calibrated.files, strict=True)
     ]
     recipe = replace(
         plan.recipe,
         statistics=plan.recipe.statistics or Statistics(),
         metadata={**plan.recipe.metadata, ORIGIN: origin},
     )
-    return replace(plan, recipe=recipe, gathered=gathered)
+    return replace(plan, recipe=recipe, calibrated=calibrated)
 
 
 def _measure_one(

@@ -45,7 +45,7 @@ class TensorRef(NamedTuple):
         return math.prod(self.shape)
 
     @property
-    def native(self) -> str:
+    def default_dtype(self) -> str:
         """See `tensors.Tensor`, of which this is the plain kind."""
         return self.dtype
 

@@ -92,8 +92,8 @@ class PermutedRows:
         return self.own.model
 
     @property
-    def native(self) -> str:
-        return self.own.native
+    def default_dtype(self) -> str:
+        return self.own.default_dtype
 
     @cached_property
     def dtype(self) -> str:
@@ -243,8 +243,8 @@ class TensorPart:
         return self.whole.dtype
 
     @property
-    def native(self) -> str:
-        return self.whole.native
+    def default_dtype(self) -> str:
+        return self.whole.default_dtype
 
     @cached_property
     def size(self) -> int:
@@ -291,8 +291,8 @@ class JoinedTensor:
         return formats.pop() if len(formats) == 1 else "F64" if "F64" in formats else "F32"
 
     @property
-    def native(self) -> str:
-        return self.parts[0].native
+    def default_dtype(self) -> str:
+        return self.parts[0].default_dtype
 
     @cached_property
     def _ends(self) -> list[int]:

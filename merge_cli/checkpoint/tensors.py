@@ -42,7 +42,7 @@ class Tensor(Protocol):
     @property
     def dtype(self) -> str: ...
     @property
-    def native(self) -> str: ...
+    def default_dtype(self) -> str: ...
     @property
     def shape(self) -> tuple[int, ...]: ...
     @property
@@ -117,7 +117,7 @@ class Zeros:
         return "F32"
 
     @property
-    def native(self) -> str:
+    def default_dtype(self) -> str:
         return "F32"
 
     @property

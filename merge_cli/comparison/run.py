@@ -225,10 +225,9 @@ def _work(plan: Plan, device: str) -> str:
     """
     state = hashlib.sha256(work_key(plan, device, True).encode())
     state.update(json.dumps(dict(plan.config), sort_keys=True).encode())
-    for index in {plan.donor, plan.tokenizer_donor}:
-        state.update(
-            f"{index == plan.donor} {auxiliary_fingerprint(plan.sources[index].root)}".encode()
-        )
+    for index in {plan.config_index, plan.tokenizer_index}:
+        content = auxiliary_fingerprint(plan.sources[index].root)
+        state.update(f"{index == plan.config_index} {content}".encode())
     for preparation in preparations_of(plan):
         state.update(preparation.identity(plan, device))
     return state.hexdigest()

@@ -64,7 +64,7 @@ def assemble(
         wide,
         with_base=training.form == "task_vector",
     )
-    seats = [
+    merged_parameters = [
         MergedParameter(
             places[target.name].parameter, places[target.name].index, target.name, target.trained
         )
@@ -73,7 +73,7 @@ def assemble(
     ]
     student = Student(
         net,
-        seats,
+        merged_parameters,
         coefficients,
         sources,
         form=training.form,

@@ -56,14 +56,14 @@ def student_config(plan: Plan) -> Any:
     """
     from transformers import AutoConfig
 
-    donor = plan.sources[plan.donor]
-    refuse_code(donor.config, donor.label)
+    config_source = plan.sources[plan.config_index]
+    refuse_code(config_source.config, config_source.label)
     with quiet_libraries():
         try:
-            config = AutoConfig.from_pretrained(str(donor.root), trust_remote_code=False)
+            config = AutoConfig.from_pretrained(str(config_source.root), trust_remote_code=False)
         except Exception as error:  # a config's own code checks it, with errors of any kind
             message = f"transformers cannot read its config: {reason(error)}"
-            raise SourceError(message, model=donor.label) from error
+            raise SourceError(message, model=config_source.label) from error
     if "tie_word_embeddings" in plan.config:
         config.tie_word_embeddings = plan.config["tie_word_embeddings"]
     _drop_nothing(config)
@@ -91,7 +91,7 @@ def empty_student(plan: Plan) -> Any:
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         except Exception as error:  # of any kind: what a model makes of sizes that do not fit
             message = f"is no causal language model that transformers knows: {reason(error)}"
-            raise SourceError(message, model=plan.sources[plan.donor].label) from error
+            raise SourceError(message, model=plan.sources[plan.config_index].label) from error
 
 
 def load_student(plan: Plan, device: str, dtype: Any) -> Any:
@@ -99,11 +99,14 @@ def load_student(plan: Plan, device: str, dtype: Any) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    donor = plan.sources[plan.donor]
+    config_source = plan.sources[plan.config_index]
     with quiet_libraries():
         try:
             net = AutoModelForCausalLM.from_pretrained(
-                str(donor.root), config=student_config(plan), dtype=dtype, trust_remote_code=False
+                str(config_source.root),
+                config=student_config(plan),
+                dtype=dtype,
+                trust_remote_code=False,
             )
         except MemoryError:
             raise
@@ -111,7 +114,7 @@ def load_student(plan: Plan, device: str, dtype: Any) -> Any:
             if type(error).__name__ == "OutOfMemoryError":
                 raise
             message = f"transformers cannot load it: {reason(error)}"
-            raise SourceError(message, model=donor.label) from error
+            raise SourceError(message, model=config_source.label) from error
     for module in net.modules():
         if isinstance(module, torch.nn.Dropout):  # whatever name its config gave it
             module.p = 0.0

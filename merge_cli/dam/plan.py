@@ -101,7 +101,7 @@ def plan_training(plan: Plan, device: str = "auto", world: World | None = None) 
     if training.tensorboard and find_spec("tensorboard") is None:
         hint = "pip install tensorboard, or leave `tensorboard` out."
         raise ResourceError("the package tensorboard is missing", hint=hint)
-    plan.aligned.need_plain(plan.recipe, "learning")
+    plan.aligned.refuse_rearranged(plan.recipe, "learning")
     operands = [plan.sources[i] for i in plan.operands]
     labels = tuple(source.label for source in operands)
     tokenizer, template_why = one_tokenizer(plan)
@@ -125,7 +125,7 @@ def plan_training(plan: Plan, device: str = "auto", world: World | None = None) 
     chosen = choose_device(device)
     index = chosen.indexes[world.local % len(chosen.indexes)] if chosen.indexes else None
     where = "cpu" if index is None else f"cuda:{index}"
-    dtype, dtype_why = choose_dtype(plan.sources[plan.donor], chosen.kind, training.dtype)
+    dtype, dtype_why = choose_dtype(plan.sources[plan.config_index], chosen.kind, training.dtype)
     student_bytes = parameter_count(targets) * width_of(dtype)
     with_base = training.form == "task_vector"
     size = weight_bytes(stored_tensors(plan, targets), with_base=with_base)

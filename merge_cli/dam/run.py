@@ -155,7 +155,7 @@ def work_key(decided: TrainingPlan, world: World) -> str:
         for f in fields(Training)
         if f.name not in _INDIFFERENT
     }
-    used = sorted({*plan.operands, plan.donor, *([] if plan.base is None else [plan.base])})
+    used = sorted({*plan.operands, plan.config_index, *([] if plan.base is None else [plan.base])})
     about = {
         "format": _FORMAT,
         "versions": [version("merge-cli"), version("torch"), version("transformers")],

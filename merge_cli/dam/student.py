@@ -45,7 +45,7 @@ class Student:
 
     Args:
         net: any causal language model of transformers.
-        seats: every parameter that is merged, by its parts if it is stored in several.
+        merged_parameters: every parameter that is merged, by its parts if it is stored in several.
         coefficients: by name, for every seat.
         form: soup or task_vector.
 
@@ -56,7 +56,7 @@ class Student:
     def __init__(
         self,
         net: Any,
-        seats: Sequence[MergedParameter],
+        merged_parameters: Sequence[MergedParameter],
         coefficients: Mapping[str, Coefficients],
         sources: Sources,
         *,
@@ -65,8 +65,8 @@ class Student:
         penalties: Mapping[str, float] | None = None,
     ) -> None:
         self.net, self.sources, self.coefficients = net, sources, coefficients
-        self.seats = {seat.name: seat for seat in seats}
-        self.trained = [seat.name for seat in seats if seat.trained]
+        self.merged_parameters = {merged.name: merged for merged in merged_parameters}
+        self.trained = [merged.name for merged in merged_parameters if merged.trained]
         self.steps = 0
         self.grad_scale = 1.0
         self.penalties_found: dict[str, float] = {}
@@ -76,9 +76,9 @@ class Student:
         self._squares: dict[str, Any] | None = None  # set where squares are summed
         self._order: list[str] = []
         self._hooks = []
-        for own in _by_parameter(seats):
+        for own in _by_parameter(merged_parameters):
             parameter = own[0].parameter
-            trained = [seat for seat in own if seat.trained]
+            trained = [merged for merged in own if merged.trained]
             parameter.requires_grad_(bool(trained))
             if trained:
                 hook = self._hook(trained)
@@ -96,12 +96,12 @@ class Student:
 
     def write_all(self) -> None:
         """Every parameter from its coefficients."""
-        for name in self.seats:
+        for name in self.merged_parameters:
             self._write(name, None)
 
     def write_mixture(self, base: float, weights: Sequence[float]) -> None:
         """Every parameter as base * theta_0 + sum of weights * theta_i: a baseline to measure."""
-        for name in self.seats:
+        for name in self.merged_parameters:
             matrix, blocks = self._matrix(name), self._blocks(name)
             for start, stop in blocks:
                 total = None
@@ -168,19 +168,19 @@ class Student:
             self.coefficients[name].clear()
         return norm
 
-    def _hook(self, seats: Sequence[MergedParameter]) -> Callable[[Any], None]:
+    def _hook(self, merged_parameters: Sequence[MergedParameter]) -> Callable[[Any], None]:
         def arrived(parameter: Any) -> None:
             grad, parameter.grad = parameter.grad, None
             if self._squares is not None:
-                for seat in seats:
-                    self._add_squares(seat.name, grad[seat.index], self._squares[seat.name])
+                for merged in merged_parameters:
+                    self._add_squares(merged.name, grad[merged.index], self._squares[merged.name])
                 return
-            for seat in seats:
-                held = self._project(seat.name, grad[seat.index])
-                if seat is seats[-1]:
+            for merged in merged_parameters:
+                held = self._project(merged.name, grad[merged.index])
+                if merged is merged_parameters[-1]:
                     del grad
                 if self._rate is not None:
-                    self._move(seat.name, self._rate, held)
+                    self._move(merged.name, self._rate, held)
 
         return arrived
 
@@ -246,7 +246,7 @@ class Student:
 
     def _matrix(self, name: str) -> Any:
         layout = self.coefficients[name].layout
-        return self.seats[name].values.view(layout.rows, layout.columns)
+        return self.merged_parameters[name].values.view(layout.rows, layout.columns)
 
     def _blocks(self, name: str) -> list[tuple[int, int]]:
         rows, step = self.coefficients[name].layout.rows, self.sources.block_rows(name)
@@ -270,9 +270,9 @@ class Student:
             self.sources.expect(following)
 
 
-def _by_parameter(seats: Sequence[MergedParameter]) -> list[list[MergedParameter]]:
+def _by_parameter(merged_parameters: Sequence[MergedParameter]) -> list[list[MergedParameter]]:
     """Parts of one parameter share its gradient."""
     found: dict[int, list[MergedParameter]] = {}
-    for seat in seats:
-        found.setdefault(id(seat.parameter), []).append(seat)
+    for merged in merged_parameters:
+        found.setdefault(id(merged.parameter), []).append(merged)
     return list(found.values())

@@ -101,7 +101,7 @@ class MergeExecutor:
             width = width_of(task.dtype)
             path, offset = self._offsets[task.name]
             start, size = chunk.start * width, (chunk.stop - chunk.start) * width
-            clock = self._reader.pool.lane.clock
+            clock = self._reader.pool.worker.clock
             (stored,) = task.operands[0].stored  # the planner copies nothing else
             self._reader.files.copy(clock, stored, start, size, path, offset + start)
         finished(chunk, TensorStats())
@@ -109,7 +109,7 @@ class MergeExecutor:
     def _round(self, reader: TensorReader, finished: Finished, chunk: Chunk) -> None:
         """A copy of what is computed, or stored in another dtype."""
         writer = writer_for(
-            reader.task, self._reader.pool.lane, self._offsets, chunk.start, chunk.stop
+            reader.task, self._reader.pool.worker, self._offsets, chunk.start, chunk.stop
         )
         stats = TensorStats()
         for block in reader.range(chunk.start, chunk.stop):
@@ -121,7 +121,7 @@ class MergeExecutor:
     def _merge_chunk(
         self, reader: TensorReader, supplied: dict[str, Any], finished: Finished, chunk: Chunk
     ) -> None:
-        task, method, worker = reader.task, self._method, self._reader.pool.lane
+        task, method, worker = reader.task, self._method, self._reader.pool.worker
         writer = writer_for(task, worker, self._offsets, chunk.start, chunk.stop)
         parameters = arguments(method, task.parameters)
         parameters |= {name: value for name, value in supplied.items() if name in method.supplied}

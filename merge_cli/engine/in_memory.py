@@ -227,7 +227,7 @@ class InMemoryMerger:
             if residency == "device"
             else worker_factory(files, device, self._arithmetic, room)
         )
-        self._pool = Pool(make_context, room.lanes)
+        self._pool = Pool(make_context, room.workers)
         self._reader = BlockReader(
             self._pool, files, plan.recipe.seed, "deltas" in plan.method.supplied
         )

@@ -126,15 +126,15 @@ def inputs_of(plan: Plan) -> Inputs:
         read = plan.shards_read(i)
         weights = {source.root / name for name in read}
         if source.adapter is not None:
-            folders.append((source.label, source.adapter.root, source.adapter.stamps))
+            folders.append((source.label, source.adapter.root, source.adapter.fingerprints))
             files.append((source.label, source.adapter.root / WEIGHTS))
         if source.adapter is None or source.adapter.root != source.root:
-            folders.append((source.label, source.root, _deciding(source.stamps, weights)))
+            folders.append((source.label, source.root, _deciding(source.fingerprints, weights)))
         files += [(source.label, path) for path in sorted(weights)]
     if plan.coefficients is not None:
         files.append((plan.coefficients.path.name, plan.coefficients.path))
-    if plan.gathered is not None:
-        files += [("statistics", file.path) for file in plan.gathered.files]
+    if plan.calibrated is not None:
+        files += [("statistics", file.path) for file in plan.calibrated.files]
     inputs = Inputs([folder for folder in folders if folder[2]], files)
     for i, source in enumerate(plan.sources):
         if not source.planned:

@@ -82,8 +82,8 @@ def work_key(plan: Plan, *context: object) -> str:
     state.update(code.encode())
     if plan.coefficients is not None:
         state.update(plan.coefficients.digest.encode())
-    if plan.gathered is not None:
-        state.update(repr(plan.gathered.digests).encode())
+    if plan.calibrated is not None:
+        state.update(repr(plan.calibrated.digests).encode())
     elif plan.method.preparation == "calibration":  # a stage: its statistics will follow from this
         state.update(_examples(plan))
     made = {
@@ -144,7 +144,7 @@ def _auxiliary_content(plan: Plan, made: Mapping[Path, object]) -> bytes:
     files = sorted(
         (name, hashlib.sha256(text).digest()) for name, text in plan.aligned.files.items()
     )
-    roots = [plan.sources[i].root for i in (plan.donor, plan.tokenizer_donor)]
+    roots = [plan.sources[i].root for i in (plan.config_index, plan.tokenizer_index)]
     origins = [made.get(root, str(root)) for root in roots]
     parts = [origins, files, plan.template, json.dumps(dict(plan.config), sort_keys=True)]
     local_roots = {

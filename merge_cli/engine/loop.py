@@ -76,7 +76,7 @@ def run_loop(
             ask_for(files, plan.tasks[chunk.task], chunk.start, chunk.stop)
     arithmetic, why = arithmetic_for(plan, device)
     room = worker_memory(plan, device, options)
-    pool = Pool(worker_factory(files, device, arithmetic, room), room.lanes)
+    pool = Pool(worker_factory(files, device, arithmetic, room), room.workers)
     executor = MergeExecutor(
         plan,
         BlockReader(pool, files, plan.recipe.seed, "deltas" in plan.method.supplied),
@@ -113,9 +113,9 @@ def run_loop(
         key=journal.key,
         device=device,
         arithmetic=f"{arithmetic}: {why}" if why else arithmetic,
-        threads=room.lanes,
-        buffers=room.lanes * room.bytes,
-        stages=stages(pool.lanes, room.lanes, ended - began),
+        threads=room.workers,
+        buffers=room.workers * room.bytes,
+        stages=stages(pool.workers, room.workers, ended - began),
         stats=tally.stats,
         resumed=tally.resumed,
         seconds=ended - model_pass_ended,

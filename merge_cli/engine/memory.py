@@ -49,7 +49,7 @@ class WorkerMemory:
         bytes: what a worker holds on the host.
     """
 
-    lanes: int
+    workers: int
     block: int
     inputs: int
     bytes: int
@@ -96,7 +96,7 @@ def worker_memory(plan: Plan, device: Device, options: MergeOptions) -> WorkerMe
 def estimated_peak(plan: Plan, device: Device, options: MergeOptions) -> int:
     """What the process will hold at its peak, from the plan alone."""
     room = worker_memory(plan, device, options)
-    return _fixed(plan, device) + room.lanes * room.bytes * _computes(plan)
+    return _fixed(plan, device) + room.workers * room.bytes * _computes(plan)
 
 
 def keep_freed_memory() -> None:

@@ -67,7 +67,7 @@ class TensorReader:
 
     def range(self, start: int, stop: int) -> Iterator[Block]:
         """Elements [start, stop) in blocks."""
-        step = self._reading.pool.lane.block
+        step = self._reading.pool.worker.block
         for begin in range(start, stop, step):
             yield self.block(begin, min(begin + step, stop))
 
@@ -86,7 +86,7 @@ class TensorReader:
         """Elements [start, stop) of every operand, upcast, where they are computed with."""
         task, reading = self.task, self._reading
         based = task.base is not None  # a copy has none, whatever the method
-        loaded = reading.pool.lane.load(
+        loaded = reading.pool.worker.load(
             task.inputs, start, stop, base=based, deltas=based and reading.deltas
         )
         at = Span(self.name, start, reading.seed, task.ids)

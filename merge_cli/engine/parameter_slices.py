@@ -58,7 +58,7 @@ def find_parameter_slices(plan: Plan, net: Any) -> dict[str, ParameterSlice]:
         for name, value in (*net.named_parameters(), *net.named_buffers())
         if value.device.type == "meta"
     ]
-    config_source = plan.sources[plan.donor].tensors
+    config_source = plan.sources[plan.config_index].tensors
     stored = {task.name: config_source.get(task.name) for task in plan.tasks}
     slices, needed = parameter_slices({task.name: task.shape for task in plan.tasks}, stored, net)
     problems = [

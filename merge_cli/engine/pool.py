@@ -70,7 +70,7 @@ class Pool:
         self._batches: list[_Batch[Any, Any]] = []  # the oldest first
         self._stopping = False
         self._local = threading.local()
-        self.lanes: list[WorkerContext] = []
+        self.workers: list[WorkerContext] = []
         self._threads = [
             threading.Thread(target=self._worker, name=f"merge-{i}", daemon=True)
             for i in range(threads)
@@ -107,18 +107,18 @@ class Pool:
         for worker in self._threads:
             if worker.ident is not None:
                 worker.join()
-        for context in self.lanes:
+        for context in self.workers:
             context.close()
 
     @property
-    def lane(self) -> WorkerContext:
+    def worker(self) -> WorkerContext:
         """The calling thread's own."""
         if not hasattr(self._local, "lane"):
             with self._changed:
-                context = self._make_context(len(self.lanes))
-                self.lanes.append(context)
-            self._local.lane = context
-        return self._local.lane  # type: ignore[no-any-return]
+                context = self._make_context(len(self.workers))
+                self.workers.append(context)
+            self._local.worker = context
+        return self._local.worker  # type: ignore[no-any-return]
 
     def map(self, work: Callable[[I], R], items: Sequence[I]) -> list[R]:
         """work(item) for every item, by any thread; results in the items' order.
@@ -148,7 +148,7 @@ class Pool:
                     raise _Stopped
                 self._changed.wait()
         if is_worker:
-            self.lane.clock.waited += time.perf_counter() - began
+            self.worker.clock.waited += time.perf_counter() - began
         if batch.error is not None:
             raise batch.error
         return batch.results
@@ -173,7 +173,7 @@ class Pool:
         return work(item)
 
     def _worker(self) -> None:
-        with self.lane.active():
+        with self.worker.active():
             self._work()
 
     def _work(self) -> None:
@@ -186,7 +186,7 @@ class Pool:
                 batch = self._batches[0]  # the oldest: whole jobs, before parts of them
             index = self._take(batch)
             if index is not None:
-                self.lane.clock.measure(lambda b=batch, i=index: self._execute(b, i))  # type: ignore[misc]
+                self.worker.clock.measure(lambda b=batch, i=index: self._execute(b, i))  # type: ignore[misc]
 
     def _take(self, batch: _Batch[Any, Any]) -> int | None:
         """The number of an item that nobody has begun; forgets a batch without any."""

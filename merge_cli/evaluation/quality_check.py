@@ -244,7 +244,7 @@ class QualityCheck:
                     f"'{gate.reference}' is a stage of this recipe, and gone once OUT is there"
                 )
                 raise UsageError(message, hint="Make it by itself first, and name its folder.")
-        source = plan.sources[plan.tokenizer_donor]
+        source = plan.sources[plan.tokenizer_index]
         if not source.planned and not plan.aligned.files:
             load_tokenizer(source)
         return overlap_notes(plan.recipe, self._spec)

@@ -222,7 +222,7 @@ def load_scaffold(plan: Plan, options: MergeOptions, **loading: Any) -> LiveMode
         SourceError: transformers cannot load it.
         ResourceError: there is no such device, or the model does not fit into its memory.
     """
-    config_source = plan.sources[plan.donor]
+    config_source = plan.sources[plan.config_index]
     with TemporaryDirectory(prefix="merge-cli-live-") as name:
         folder = Path(name)
         write_auxiliary_files(

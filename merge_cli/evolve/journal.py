@@ -117,7 +117,7 @@ _INDIFFERENT = {"evaluations", "finalists", "failures", "engine", "workers", "gi
 _FORMAT = 1
 
 
-def search_digest(plan: Plan, device: str) -> str:
+def search_fingerprint(plan: Plan, device: str) -> str:
     """A fingerprint of everything that a search's result depends on.
 
     Raises:
@@ -160,7 +160,7 @@ def work_key(search_plan: SearchPlan, options: MergeOptions) -> str:
         "dtype": recipe.output_dtype,
         "inputs": verified_fingerprints(plan),
         "models": [str(spec.model) for spec in recipe.models],
-        "tokenizer": auxiliary_fingerprint(plan.sources[plan.tokenizer_donor].root),
+        "tokenizer": auxiliary_fingerprint(plan.sources[plan.tokenizer_index].root),
         "splits": splits,
         "device": choose_device(options.device).kind,
     }

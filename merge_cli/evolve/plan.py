@@ -68,7 +68,7 @@ def plan_search(plan: Plan, options: MergeOptions) -> SearchPlan:
         ResourceError: an engine or an optimizer whose package is missing.
     """
     recipe = plan.recipe
-    plan.aligned.need_plain(recipe, "a search")
+    plan.aligned.refuse_rearranged(recipe, "a search")
     search = recipe.search or Search()
     objective = plan_objective(recipe, options)
     names = [task.name for task in plan.tasks]
@@ -93,7 +93,7 @@ def plan_search(plan: Plan, options: MergeOptions) -> SearchPlan:
             make_plan(recipe.found(method))
         if search.start not in ("middle", "softmax"):
             start_genome(recipe, search, space)
-    load_tokenizer(plan.sources[plan.tokenizer_donor])
+    load_tokenizer(plan.sources[plan.tokenizer_index])
     population = len(plan.recipe.models)
     if space is not None:
         population = search.population or default_population(len(space))

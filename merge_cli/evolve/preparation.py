@@ -72,9 +72,9 @@ class Searching:
         return None  # a journal goes when OUT is published
 
     def identity(self, plan: Plan, device: str) -> bytes:
-        from merge_cli.evolve.journal import search_digest
+        from merge_cli.evolve.journal import search_fingerprint
 
-        return search_digest(plan, device).encode()
+        return search_fingerprint(plan, device).encode()
 
     def contents_used(self, recipe: Recipe) -> set[bytes]:
         from merge_cli.evolve.splits import contents_searched

@@ -109,7 +109,7 @@ class DequantizedTensor(Float32):
     weight: TensorRef
     scale: TensorRef | None
     block: tuple[int, int]
-    native: str = "BF16"
+    default_dtype: str = "BF16"
 
     @property
     def made_of(self) -> Tensor:

@@ -51,9 +51,9 @@ class Adapter:
     config: Mapping[str, Any]
     tensors: Mapping[str, TensorRef]
     header: bytes
-    stamp: str
+    fingerprint: str
     hub: hub.HubModel | None = None
-    stamps: Mapping[Path, FileFingerprint] = field(default_factory=dict, repr=False)
+    fingerprints: Mapping[Path, FileFingerprint] = field(default_factory=dict, repr=False)
 
 
 def open_adapter(path: str, revision: str | None, folder: Path, label: str) -> Adapter:
@@ -88,7 +88,7 @@ def open_adapter(path: str, revision: str | None, folder: Path, label: str) -> A
     tensors = parse_header(raw, file, status.st_size, label)
     fingerprint = f"{status.st_size} {status.st_mtime_ns}"
     config = read_config(root / CONFIG, label)
-    return Adapter(root, config, tensors, raw, fingerprint, stamps=fingerprints)
+    return Adapter(root, config, tensors, raw, fingerprint, fingerprints=fingerprints)
 
 
 def _open_on_hub(repo: hub.HubModel, label: str) -> Adapter:

@@ -35,7 +35,7 @@ def changes_of(adapter: Adapter, label: str) -> dict[str, UpdatedTensor | Patche
     if unknown:
         module, why = next(iter(unknown.items()))
         raise SourceError(f"{module}: {why}", model=label, hint=_MERGE)
-    context = experts.AdapterContext(adapter.config, fingerprint=adapter.stamp)
+    context = experts.AdapterContext(adapter.config, fingerprint=adapter.fingerprint)
     expert_changes = experts.changes_of_experts(fused, context, label)
     if isinstance(expert_changes, str):
         raise SourceError(expert_changes, model=label, hint=_MERGE)
@@ -67,7 +67,9 @@ def changes_of(adapter: Adapter, label: str) -> dict[str, UpdatedTensor | Patche
         name: change for name, (_, change) in expert_changes.items()
     }
     if factors or not fused:
-        applied = apply_adapter(zeros, adapter.config, factors, label=label, stamp=adapter.stamp)
+        applied = apply_adapter(
+            zeros, adapter.config, factors, label=label, fingerprint=adapter.fingerprint
+        )
         changes |= {n: t for n, t in applied.tensors.items() if isinstance(t, UpdatedTensor)}
     return changes
 

@@ -108,8 +108,8 @@ class PatchedTensor(Float32):
         return self.weight
 
     @property
-    def native(self) -> str:
-        return self.weight.native
+    def default_dtype(self) -> str:
+        return self.weight.default_dtype
 
     @property
     def stored(self) -> tuple[TensorRef, ...]:

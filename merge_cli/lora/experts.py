@@ -89,7 +89,7 @@ def apply_fused(
 
 def _unusable(weights: Sequence[Tensor]) -> str:
     bad = next((w for w in weights if w.dtype not in MERGEABLE or w.dtype == "F64"), None)
-    return f"its weight ({bad.native}) cannot be updated" if bad is not None else ""
+    return f"its weight ({bad.default_dtype}) cannot be updated" if bad is not None else ""
 
 
 def _separate_experts(

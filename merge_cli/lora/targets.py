@@ -61,7 +61,7 @@ def apply_adapter(
     stored: Mapping[str, TensorRef],
     *,
     label: str,
-    stamp: str,
+    fingerprint: str,
     base: Mapping[str, Any] | None = None,
     root: Path | None = None,
 ) -> AppliedAdapter:
@@ -83,7 +83,7 @@ def apply_adapter(
         message = f"{WEIGHTS} holds no tensors: the adapter changes nothing"
         raise SourceError(message, model=label, hint="Save the adapter again.")
     application = _Application(
-        dict(tensors), config, sort_contents(stored), label, stamp, base or {}, root
+        dict(tensors), config, sort_contents(stored), label, fingerprint, base or {}, root
     )
     return application.result()
 

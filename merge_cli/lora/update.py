@@ -59,8 +59,8 @@ class UpdatedTensor(Float32):
         return self.weight
 
     @property
-    def native(self) -> str:
-        return self.weight.native
+    def default_dtype(self) -> str:
+        return self.weight.default_dtype
 
     @property
     def stored(self) -> tuple[TensorRef, ...]:
@@ -135,8 +135,8 @@ class ShiftedTensor(Float32):
         return self.bias
 
     @property
-    def native(self) -> str:
-        return self.bias.native
+    def default_dtype(self) -> str:
+        return self.bias.default_dtype
 
     @property
     def stored(self) -> tuple[TensorRef, ...]:
@@ -203,7 +203,7 @@ def why_unusable(
     if extra:
         return "the adapter has factors of a layer and of an embedding for it"
     if weight.dtype not in MERGEABLE or weight.dtype == "F64":
-        return f"its weight ({weight.native}) cannot be updated"
+        return f"its weight ({weight.default_dtype}) cannot be updated"
     if len(weight.shape) != 2 or any(len(parts[name].shape) != 2 for name in names):
         message = f"only matrices are updated, not {list(weight.shape)}"
         return f"{message}: merge the adapter with PEFT (`merge_and_unload`), and name the result"

@@ -28,7 +28,10 @@ def write_auxiliary_files(
         HubError: those cannot be downloaded.
         ResourceError: a file cannot be written.
     """
-    config_source, tokenizer_source = plan.sources[plan.donor], plan.sources[plan.tokenizer_donor]
+    config_source, tokenizer_source = (
+        plan.sources[plan.config_index],
+        plan.sources[plan.tokenizer_index],
+    )
     if code and config_source.hub is not None:
         fetch_weights(config_source, code_files(config_source.hub.files))
     try:

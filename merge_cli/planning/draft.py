@@ -89,7 +89,7 @@ class Draft:
     @property
     def tokenizer_source(self) -> Source:
         """The model that gives the tokenizer files."""
-        return self.aligned.guest or self.sources[self.aligned.donor]
+        return self.aligned.guest or self.sources[self.aligned.tokenizer_index]
 
     def noting(self, notes: Iterable[str], **decided: Any) -> Draft:
         """The draft with more notes, and with these fields decided."""

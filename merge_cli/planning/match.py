@@ -46,8 +46,8 @@ class TensorMatch(NamedTuple):
     """
 
     name: str
-    piece: OutputSlice
-    seat: LayerPosition
+    output_slice: OutputSlice
+    layer_position: LayerPosition
     operands: tuple[Tensor, ...]
     base: Tensor | None
     source: int
@@ -92,7 +92,7 @@ class Model:
         return self.source.label
 
     @cached_property
-    def anatomy(self) -> LayerIndex:
+    def layer_index(self) -> LayerIndex:
         """What slices need to know; found for the first of them."""
         return LayerIndex(self.view, self.source.config, self.places)
 
@@ -187,7 +187,7 @@ def _match_slice(
         candidates.append(tensors)
     labels = [models[member.source].label for member in output_slice.members]
     sliced = output_slice.reference.layers is not None
-    stack = models[output_slice.reference.source].anatomy.main if sliced else None
+    stack = models[output_slice.reference.source].layer_index.main if sliced else None
     layers = heights(layer_keys[name] for name in candidates[0])
     if not sliced:
         layers = model_heights(layers, models[output_slice.reference.source].source.config)
@@ -211,7 +211,7 @@ def _offered(
     """What a source gives to a slice, by output name; None (and a problem) if it cannot."""
     if operand.layers is None:
         return model.view
-    layer_index = model.anatomy
+    layer_index = model.layer_index
     if layer_index.main is None:
         message = f"{model.label}: cannot tell which of {sorted(layer_index.stacks)} its layers are"
         into.problems.append(Problem(message, output_slice.key))

@@ -141,7 +141,7 @@ class Plan:
     sources: tuple[Source, ...]
     base: int | None
     operands: tuple[int, ...]
-    donor: int
+    config_index: int
     aligned: AlignedVocabulary
     tasks: tuple[TensorTask, ...]
     shards: tuple[Shard, ...]
@@ -151,17 +151,17 @@ class Plan:
     shard_size: int = 0
     stages: Mapping[str, Plan] = field(default_factory=dict)
     template: str | None = None
-    gathered: CalibrationStatistics | None = None
+    calibrated: CalibrationStatistics | None = None
     copies: tuple[Copies, ...] = ()
 
     @property
-    def tokenizer_donor(self) -> int:
+    def tokenizer_index(self) -> int:
         """Index of who gives the tokenizer files."""
-        return self.aligned.donor
+        return self.aligned.tokenizer_index
 
     def statistics_of(self, task: TensorTask) -> TensorStatistics | None:
         """What was gathered of a tensor in every source that it is merged from."""
-        return self.gathered.of(task.operands, task.ids) if self.gathered is not None else None
+        return self.calibrated.of(task.operands, task.ids) if self.calibrated is not None else None
 
     def is_plain_mean(self, task: TensorTask) -> bool:
         """Whether the method gathers, and has found nothing of this tensor in some source."""
@@ -199,7 +199,7 @@ class Plan:
 
 def promoted_dtype(reference: Tensor, operands: Sequence[Tensor]) -> str:
     """The dtype that a tensor has where the recipe names none."""
-    natives = {reference.native, *(ref.native for ref in operands)}
+    natives = {reference.default_dtype, *(ref.default_dtype for ref in operands)}
     return natives.pop() if len(natives) == 1 else promoted(natives)
 
 
@@ -216,7 +216,7 @@ def promotion_note(recipe: Recipe, tasks: Sequence[TensorTask]) -> Iterator[str]
 
 def input_names(match: TensorMatch) -> tuple[str, ...]:
     """The tensor's name in each operand's model, by that model's own layer numbers."""
-    operands, layer = match.piece.operands, match.seat.layer
+    operands, layer = match.output_slice.operands, match.layer_position.layer
     key = layer_key_of(match.name) if layer is not None else None
     if key is None or layer is None:
         return (match.name,) * len(operands)
@@ -226,7 +226,7 @@ def input_names(match: TensorMatch) -> tuple[str, ...]:
 def sliced_names(matches: Iterable[TensorMatch]) -> Iterator[str]:
     """The names that tensors of slices have in their sources: filters look at those, too."""
     for match in matches:
-        if match.seat.layer is not None:
+        if match.layer_position.layer is not None:
             yield from input_names(match)
 
 

@@ -323,7 +323,9 @@ def note_leftovers(draft: Draft) -> Draft:
     source, matches = draft.sources[draft.config_source], draft.matches.found
     names = chain((task.name for task in draft.tasks), sliced_names(matches))
     beyond = dict.fromkeys(
-        match.seat.group for match in matches if match.seat.beyond and not match.copied
+        match.layer_position.group
+        for match in matches
+        if match.layer_position.beyond and not match.copied
     )
     return draft.noting(
         [
@@ -363,7 +365,7 @@ def _as_plan(draft: Draft, shard_size: int, stages: Mapping[str, Plan]) -> Plan:
         sources=(*draft.sources, *filter(None, [draft.aligned.guest])),
         base=draft.base,
         operands=tuple(operands),
-        donor=draft.config_source,
+        config_index=draft.config_source,
         aligned=draft.aligned,
         template=draft.template,
         tasks=draft.tasks,

@@ -133,5 +133,10 @@ def _opened(name: str, folder: Path) -> Source:
     tensors = {ref.name: ref for refs in source.tensors.values() for ref in refs.stored}
     renamed = {key: ref._replace(model=name) for key, ref in tensors.items()}
     return Source(
-        name, source.root, source.config, renamed, source.header_bytes, stamps=source.stamps
+        name,
+        source.root,
+        source.config,
+        renamed,
+        source.header_bytes,
+        fingerprints=source.fingerprints,
     )

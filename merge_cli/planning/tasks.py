@@ -73,12 +73,12 @@ def tensor_tasks(
         reference = match.base or match.operands[0]
         original = copy_of.get(match.name, "")
         names = input_names(match) if resolver.filtered and not original else ()
-        resolved = resolver.of(original or match.name, match.seat.position, names)
+        resolved = resolver.of(original or match.name, match.layer_position.position, names)
         block = fp8_choice.block(match.name, reference) if fp8_choice else None
         dtype = fp8.CODES if block else requested or promoted_dtype(reference, match.operands)
         is_copy = resolved.copies and is_stored_as(match.operands[0], dtype)
         action: Action = "copy" if is_copy else "merge"
-        dtypes = {tensor.native for tensor in (reference, *match.operands)}
+        dtypes = {tensor.default_dtype for tensor in (reference, *match.operands)}
         task = TensorTask(
             match.name,
             reference.shape,
@@ -89,9 +89,9 @@ def tensor_tasks(
             ids,
             match.base,
             resolved.parameters,
-            match.seat.group,
+            match.layer_position.group,
             f"stored as {', '.join(sorted(dtypes))}" if len(dtypes) > 1 else "",
-            match.seat.position,
+            match.layer_position.position,
             block,
             original,
         )
@@ -101,7 +101,7 @@ def tensor_tasks(
 def _copied(match: TensorMatch, requested: str | None) -> TensorTask:
     """A tensor that no method merges: as it is, but for the dtype that the recipe asks for."""
     (tensor,) = match.operands
-    rounded = requested if requested and tensor.native in MERGEABLE else tensor.native
+    rounded = requested if requested and tensor.default_dtype in MERGEABLE else tensor.default_dtype
     return TensorTask(
         match.name,
         tensor.shape,
@@ -110,7 +110,7 @@ def _copied(match: TensorMatch, requested: str | None) -> TensorTask:
         match.operands,
         (match.source,),
         (),
-        group=match.seat.group,
+        group=match.layer_position.group,
         note=match.copied,
     )
 

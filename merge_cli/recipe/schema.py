@@ -156,9 +156,9 @@ class Recipe:
         listed = [*filter(None, bases), *(spec.model for spec in self.source_specs)]
         return tuple(dict.fromkeys(listed))
 
-    def of_slice(self, piece: SliceSpec | None) -> Recipe:
+    def of_slice(self, slice_: SliceSpec | None) -> Recipe:
         """The recipe as it stands for a slice: with its base."""
-        return replace(self, base_model=piece.base_model) if piece and piece.base_model else self
+        return replace(self, base_model=slice_.base_model) if slice_ and slice_.base_model else self
 
     def with_seed(self, seed: int) -> Recipe:
         """The same recipe, and its stages, with another seed."""

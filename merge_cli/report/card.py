@@ -49,7 +49,7 @@ def model_card(plan: Plan, defaults: Mapping[str, Any], title: str, stages: Stag
         defaults=defaults,
         inputs={},
         coefficients=f"./{FILE}" if plan.coefficients is not None else None,
-        data=(lambda word: Path(word).name) if plan.gathered is not None else None,
+        data=(lambda word: Path(word).name) if plan.calibrated is not None else None,
         kind=plan.method.gathers,
     )
     text = "# a merge-cli recipe\n" + "---\n".join([*stages.documents(None), text])
@@ -245,7 +245,7 @@ def generates_text(config: Mapping[str, Any]) -> bool:
 
 def diffusers_class(plan: Plan) -> str:
     """The class of diffusers that opens the output; empty for other models."""
-    if set(plan.sources[plan.donor].stems) != {""}:
+    if set(plan.sources[plan.config_index].stems) != {""}:
         return "DiffusionPipeline"
     return str(plan.config.get(CLASS) or "")
 

@@ -117,7 +117,7 @@ def resolved_recipe(
         defaults=defaults,
         inputs={name: digest for name, digest in inputs.items() if name not in made.names},
         coefficients=f"./{FILE}" if plan.coefficients is not None else None,
-        data=data_from(target, recipe.folder) if plan.gathered is not None else None,
+        data=data_from(target, recipe.folder) if plan.calibrated is not None else None,
         kind=plan.method.gathers,
     )
     header = f"# resolved by merge-cli {version('merge-cli')}; running it gives the same bytes\n"

@@ -64,7 +64,7 @@ class Source:
     notes: tuple[str, ...] = ()
     planned: bool = False
     adapter: Adapter | None = None
-    stamps: Mapping[Path, FileFingerprint] = field(default_factory=dict, repr=False)
+    fingerprints: Mapping[Path, FileFingerprint] = field(default_factory=dict, repr=False)
 
     def ties(self, head: str) -> bool:
         """Whether the head is the input embedding: as the config says, here or in its text part.
@@ -207,7 +207,7 @@ def _with_adapter(base: Source, adapter: Adapter, label: str) -> Source:
         adapter.config,
         adapter.tensors,
         label=label,
-        stamp=adapter.stamp,
+        fingerprint=adapter.fingerprint,
         base=base.config,
         root=base.root,
     )
@@ -261,13 +261,13 @@ def _open_folder(path: Path, label: str) -> Source:
     if not path.is_dir():
         hint = "Name the model's folder, not a file in it."
         raise SourceError("not a folder", model=label, hint=hint)
-    stamps = folder_fingerprints(path)
+    fingerprints = folder_fingerprints(path)
     try:
         folder = LocalFolder(path)
     except OSError as error:
         hint = "Check who may read it."
         raise SourceError(f"cannot be read: {error.strerror}", model=label, hint=hint) from error
-    return replace(_opened(folder, label), stamps=stamps)
+    return replace(_opened(folder, label), fingerprints=fingerprints)
 
 
 def _open_hub(repo: hub.HubModel, label: str) -> Source:

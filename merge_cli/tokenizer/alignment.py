@@ -60,7 +60,7 @@ class AlignedVocabulary:
     """
 
     views: tuple[TensorMap, ...]
-    donor: int
+    tokenizer_index: int
     files: Mapping[str, bytes] = field(default_factory=dict)
     rows: int | None = None
     ids: Mapping[int, int] | None = None
@@ -68,7 +68,7 @@ class AlignedVocabulary:
     changed: bool = False
     guest: Source | None = None
 
-    def need_plain(self, recipe: Recipe, work: str) -> None:
+    def refuse_rearranged(self, recipe: Recipe, work: str) -> None:
         """Refuse rearranged rows for work that runs the sources as they are.
 
         Raises:

@@ -25,8 +25,8 @@ from tests.support.dam_tiny import write_data, write_experts
 from tests.support.statistics_tiny import (
     CPU,
     cache,
+    calibrated,
     examples_of,
-    gathered,
     models,
     plan_of,
     refused,
@@ -64,7 +64,7 @@ def test_stacked_experts_have_importances_of_their_own(tmp_path: Path, kind: str
     recipe = write_recipe(tmp_path, "fisher")
     plan = plan_of(recipe)
     assert plan_calibration(plan, "cpu").means == 0
-    (file, _), examples = gathered(recipe).files, examples_of(recipe)[0]
+    (file, _), examples = calibrated(recipe).files, examples_of(recipe)[0]
     net = slow_net(tmp_path / "a")
     net.set_experts_implementation("eager")  # the grouped product has no float64
     slow = slow_importances(net, examples)
@@ -167,7 +167,7 @@ def test_the_plan_shows_what_will_be_gathered(
         assert "2 of 2 models to be run" in shown.output
         found = json.loads(runner.invoke(app, ["plan", str(recipe), "--json"]).stdout)["gathering"]
         assert [one["cached"] for one in found["sources"]] == [False, False]
-        files = gathered(recipe).files
+        files = calibrated(recipe).files
         cached = json.loads(runner.invoke(app, ["plan", str(recipe), "--json"]).stdout)["gathering"]
         assert cached["bytes_to_gather"] == 0 < found["bytes_to_gather"]
         assert cached["sources"][0]["bytes"] == files[0].size <= found["sources"][0]["bytes"]

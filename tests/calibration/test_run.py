@@ -27,7 +27,7 @@ from merge_cli.evaluation.fingerprints import source_identity
 from tests.support.statistics_tiny import (
     CPU,
     cache,
-    gathered,
+    calibrated,
     merged,
     models,
     plan_of,
@@ -49,7 +49,7 @@ def silent(progress: Any) -> None:
 
 def test_layers_that_see_the_same_input_share_a_matrix(models: Path) -> None:
     """q, k and v; gate and up: found by looking, as nothing in the code knows these names."""
-    file = gathered(write_recipe(models, "regmean")).files[0]
+    file = calibrated(write_recipe(models, "regmean")).files[0]
     arrays = {name.removeprefix("model.layers.0."): one.array for name, one in file.entries.items()}
     assert arrays["self_attn.q_proj.weight"] == arrays["self_attn.k_proj.weight"]
     assert arrays["self_attn.q_proj.weight"] == arrays["self_attn.v_proj.weight"]
@@ -63,7 +63,7 @@ def test_rounds_change_nothing(models: Path) -> None:
     for rounds in (None, 3, 100):
         recipe = write_recipe(models, "regmean", statistics={"rounds": rounds})
         plan = plan_of(recipe)
-        digests.append(calibrate(plan, CPU, silent).gathered.digests)  # type: ignore[union-attr]
+        digests.append(calibrate(plan, CPU, silent).calibrated.digests)  # type: ignore[union-attr]
         for part in plan_calibration(plan, "cpu", source_identity).parts:
             part.place.unlink()
     assert digests[0] == digests[1] == digests[2]
@@ -135,11 +135,11 @@ def test_fisher_is_the_same_compiled_and_in_torch(
 
 def test_the_order_of_rows_and_the_names_of_files_do_not_matter(models: Path) -> None:
     recipe = write_recipe(models, "regmean", statistics={"examples": None})
-    first = gathered(recipe).files[0]
+    first = calibrated(recipe).files[0]
     lines = (models / "a.jsonl").read_text().splitlines(keepends=True)
     (models / "other.jsonl").write_text("".join(reversed(lines)))
     recipe.write_text(recipe.read_text().replace("a.jsonl", "other.jsonl"))
-    assert gathered(recipe).files[0].path == first.path
+    assert calibrated(recipe).files[0].path == first.path
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -185,12 +185,12 @@ def test_a_killed_process_leaves_nothing_that_is_believed(models: Path) -> None:
 
 def test_a_file_that_was_cut_off_is_made_again(models: Path) -> None:
     recipe = write_recipe(models, "regmean")
-    file = gathered(recipe).files[0]
+    file = calibrated(recipe).files[0]
     with file.path.open("r+b") as cut:
         cut.truncate(file.path.stat().st_size - 8)
     assert find(file.path) is None
     assert from_cache(plan_of(recipe), "cpu") is None
-    assert gathered(recipe).files[0].digest == file.digest
+    assert calibrated(recipe).files[0].digest == file.digest
 
 
 def test_other_statistics_are_other_work(models: Path) -> None:
@@ -233,4 +233,4 @@ def test_a_full_disk_is_told_before_anything_is_run(
     fields[4] = 1  # blocks that are available
     monkeypatch.setattr("os.statvfs", lambda _: os.statvfs_result(fields))
     with pytest.raises(ResourceError, match=r"statistics take .* MERGE_CLI_CACHE"):
-        gathered(write_recipe(models, "regmean"))
+        calibrated(write_recipe(models, "regmean"))

@@ -66,7 +66,7 @@ def test_frozen_layers_do_not_shrink(untied: Path) -> None:
     assert frozen not in student.trained
     sources = [student.sources.rows(frozen, 0, 1)[i][0].double() for i in range(len(plan.operands))]
     mean = sum(sources) / 3
-    found = student.seats[frozen].parameter.detach().double()
+    found = student.merged_parameters[frozen].parameter.detach().double()
     assert float((found / mean - 1).abs().max()) < 1e-6
 
 
@@ -107,7 +107,7 @@ def test_coefficients_and_moments_are_float32_whatever_the_student_is(untied: Pa
     assert all(m.dtype == v.dtype == torch.float32 for m, v in student.moments(name))
     change = (own.raw - 1 / 3).abs()
     assert float(change.max()) == pytest.approx(5e-4, rel=0.01)
-    assert student.seats[name].parameter.dtype == torch.bfloat16
+    assert student.merged_parameters[name].parameter.dtype == torch.bfloat16
 
 
 def test_the_loss_does_not_depend_on_how_a_batch_is_divided(untied: Path) -> None:
@@ -145,7 +145,7 @@ def test_biases_start_as_their_average(untied: Path) -> None:
     student = student_of(plan_of(untied, {}))
     name = "model.layers.0.self_attn.q_proj.bias"
     mean = sum(r[0] for r in student.sources.rows(name, 0, 1)) / 3
-    torch.testing.assert_close(student.seats[name].parameter.detach(), mean)
+    torch.testing.assert_close(student.merged_parameters[name].parameter.detach(), mean)
 
 
 def test_renormalised_top_k() -> None:

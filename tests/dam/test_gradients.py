@@ -45,7 +45,7 @@ def merged_by_formula(
 ) -> dict[str, torch.Tensor]:
     """W by the formula, with autograd through the parameters `raws` of every coefficient."""
     found = {}
-    for name, seat in student.seats.items():
+    for name, seat in student.merged_parameters.items():
         own = student.coefficients[name]
         shape = tuple(seat.values.shape)
         base, sources = stored(plan, name)
@@ -79,7 +79,7 @@ def autograd_gradients(
     names = {id(p): n for n, p in student.net.named_parameters()}
     weights: dict[str, torch.Tensor] = {}
     for name, weight in merged.items():
-        seat = student.seats[name]
+        seat = student.merged_parameters[name]
         own = names[id(seat.parameter)]
         if not seat.index:
             weights[own] = weight
@@ -115,7 +115,7 @@ def assert_equal_gradients(plan: Plan, student: Student, batches: list[Batch], a
     assert forward.taken_apart
     for batch in batches:
         forward.loss(batch, OBJECTIVE, LossSums()).backward()
-    assert all(seat.parameter.grad is None for seat in student.seats.values())
+    assert all(seat.parameter.grad is None for seat in student.merged_parameters.values())
     for name, grads in expected.items():
         for ours, theirs in zip(student.coefficients[name].gradients(), grads, strict=True):
             scale = max(1.0, float(theirs.abs().max()))
@@ -154,7 +154,7 @@ def test_gradients_of_stacked_experts_are_autograds(
 ) -> None:
     plan = plan_of(experts, {"granularity": granularity, "form": form})
     student = student_of(plan)
-    assert sum(bool(seat.index) for seat in student.seats.values()) == 2 * 4 * 3
+    assert sum(bool(seat.index) for seat in student.merged_parameters.values()) == 2 * 4 * 3
     student.net.set_experts_implementation("eager")  # the grouped product has no float64
     disturb(student)
     batches = [random_batch(torch.Generator().manual_seed(i)) for i in range(2)]
@@ -246,9 +246,14 @@ def test_fused_and_two_pass_steps_are_the_same(llama: Path) -> None:
                 loss.backward()
                 student.update(1e-2)
         raws.append({name: student.coefficients[name].raw.clone() for name in student.trained})
-        merged = {name: seat.parameter.detach().clone() for name, seat in student.seats.items()}
+        merged = {
+            name: seat.parameter.detach().clone()
+            for name, seat in student.merged_parameters.items()
+        }
         student.write_all()
-        assert all(torch.equal(merged[n], s.parameter) for n, s in student.seats.items())
+        assert all(
+            torch.equal(merged[n], s.parameter) for n, s in student.merged_parameters.items()
+        )
     for name in raws[0]:
         assert torch.equal(raws[0][name], raws[1][name]), name
 
@@ -258,8 +263,14 @@ def test_no_weight_sized_tensor_lives_in_the_graph(llama: Path) -> None:
     plan = plan_of(llama, {"granularity": "column"})
     student = student_of(plan)
     forward = Forward(student.net)
-    parameters = {seat.parameter.untyped_storage().data_ptr() for seat in student.seats.values()}
-    shapes = {tuple(s.parameter.shape) for s in student.seats.values() if s.parameter.ndim == 2}
+    parameters = {
+        seat.parameter.untyped_storage().data_ptr() for seat in student.merged_parameters.values()
+    }
+    shapes = {
+        tuple(s.parameter.shape)
+        for s in student.merged_parameters.values()
+        if s.parameter.ndim == 2
+    }
     foreign: list[tuple[int, ...]] = []
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -270,17 +281,17 @@ def test_no_weight_sized_tensor_lives_in_the_graph(llama: Path) -> None:
 
     batch = random_batch(torch.Generator().manual_seed(7), rows=2, length=11)
     alive: list[int] = []
-    for seat in student.seats.values():
+    for seat in student.merged_parameters.values():
         seat.parameter.register_post_accumulate_grad_hook(
             lambda p: alive.append(
-                sum(s.parameter.grad is not None for s in student.seats.values())
+                sum(s.parameter.grad is not None for s in student.merged_parameters.values())
             )
         )
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         loss = forward.loss(batch, OBJECTIVE, LossSums())
     student.last_backward(loss, 1e-3)
     assert foreign == []
-    assert len(alive) == len(student.seats)
+    assert len(alive) == len(student.merged_parameters)
     assert max(alive) == 0  # each was projected and dropped before the next one came
 
 

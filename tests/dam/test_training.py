@@ -137,7 +137,7 @@ def test_the_model_is_the_student(models: Path, tmp_path: Path) -> None:
         own.moved()
     student.write_all()
     merged = read_model(result.path)
-    for name, seat in student.seats.items():
+    for name, seat in student.merged_parameters.items():
         assert torch.equal(seat.parameter, merged[name]), name
 
 

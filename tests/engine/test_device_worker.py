@@ -17,16 +17,16 @@ from tests.support.tiny import Family, llama_config, llama_tensors, merge, write
 
 
 @pytest.fixture
-def lanes(monkeypatch: pytest.MonkeyPatch) -> list[StagedWorker]:
+def workers(monkeypatch: pytest.MonkeyPatch) -> list[StagedWorker]:
     """Merges run on staged lanes, which are collected here."""
     made: list[StagedWorker] = []
 
     def factory(files: Files, device: Any, arithmetic: str, room: Any) -> Any:
-        def lane(number: int) -> StagedWorker:
+        def worker(number: int) -> StagedWorker:
             made.append(StagedWorker(files, StrictTransfers(), 256))
             return made[-1]
 
-        return lane
+        return worker
 
     monkeypatch.setattr(loop, "worker_factory", factory)
     monkeypatch.setattr(pool, "choose_arithmetic", lambda plan: ("torch", "a fake device"))
@@ -40,11 +40,11 @@ def test_the_same_bytes_as_on_the_host(
 ) -> None:
     recipe = family.recipe(case.partition(" ")[0], **{**RECIPES[case], "dtype": dtype})
     merge(recipe, tmp_path / "host")
-    lanes = request.getfixturevalue("lanes")
+    workers = request.getfixturevalue("lanes")
     merge(recipe, tmp_path / "staged", threads=3)
     assert digest(tmp_path / "host") == digest(tmp_path / "staged")
-    assert len(lanes) >= 3
-    assert sum(lane.clock.bytes_written for lane in lanes) > 0
+    assert len(workers) >= 3
+    assert sum(worker.clock.bytes_written for worker in workers) > 0
 
 
 def test_fp8_the_same_bytes_as_on_the_host(tmp_path: Path, request: pytest.FixtureRequest) -> None:
@@ -60,9 +60,9 @@ def test_fp8_the_same_bytes_as_on_the_host(tmp_path: Path, request: pytest.Fixtu
     assert digest(tmp_path / "host") == digest(tmp_path / "staged")
 
 
-def test_buffers_stay_small(family: Family, tmp_path: Path, lanes: list[StagedWorker]) -> None:
+def test_buffers_stay_small(family: Family, tmp_path: Path, workers: list[StagedWorker]) -> None:
     merge(write_recipe(family, "ties"), tmp_path / "out", threads=2)
-    sizes = [lane._transfers.largest for lane in lanes]  # type: ignore[attr-defined]
+    sizes = [worker._transfers.largest for worker in workers]  # type: ignore[attr-defined]
     assert max(sizes) <= 256 * 4 * 4  # a block of the base and three sources, float32
 
 

@@ -244,9 +244,9 @@ def test_memory_is_planned(family: Family) -> None:
     peak = memory.estimated_peak(plan, cpu, merge_cli.MergeOptions())
     assert peak < 500_000_000  # a small model needs little
     many = memory.worker_memory(plan, cpu, merge_cli.MergeOptions(threads=1000))
-    assert many.lanes < 1000  # what does not fit is not begun
+    assert many.workers < 1000  # what does not fit is not begun
     few = merge_cli.MergeOptions(threads=1000, max_memory=memory.MINIMUM_MEMORY)
-    assert 1 <= memory.worker_memory(plan, cpu, few).lanes < many.lanes
+    assert 1 <= memory.worker_memory(plan, cpu, few).workers < many.workers
     assert memory.estimated_peak(plan, cpu, few) <= memory.MINIMUM_MEMORY
     with pytest.raises(UsageError, match="at least 500 MB"):
         memory.worker_memory(plan, cpu, merge_cli.MergeOptions(max_memory=100_000_000))

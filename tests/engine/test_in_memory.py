@@ -68,7 +68,7 @@ def test_a_parameter_that_nothing_stored_fills_is_named(tmp_path: Path) -> None:
     recipe = tmp_path / "soup.yaml"
     recipe.write_text("merge_method: soup\nmodels: [{model: a}, {model: b}]\n")
     plan = merge_cli.plan(recipe)
-    net = load(plan.sources[plan.donor], device="cpu").net
+    net = load(plan.sources[plan.config_index], device="cpu").net
     with torch.no_grad():
         dict(net.named_parameters())["model.layers.1.mlp.experts.down_proj"][0, 0, 0] += 1
     with pytest.raises(MismatchError, match="layers.1.mlp.experts.down_proj"):

@@ -39,7 +39,7 @@ def test_nested_results_are_in_order(threads: int) -> None:
         assert pool.map(inner, range(50)) == [
             [number * 100 + i for i in range(number % 4)] for number in range(50)
         ]
-    assert all(cast(NoLane, lane).closed for lane in pool.lanes)
+    assert all(cast(NoLane, worker).closed for worker in pool.workers)
 
 
 def test_idle_threads_help_with_what_is_left() -> None:
@@ -117,5 +117,5 @@ def test_nothing_to_do() -> None:
 def test_time_is_counted_once() -> None:
     with Pool(cast(Any, NoLane), 2) as pool:
         pool.map(lambda job: pool.map(lambda part: time.sleep(0.02), range(4)), range(2))
-    total = sum(lane.clock.compute + lane.clock.waited for lane in pool.lanes)
+    total = sum(worker.clock.compute + worker.clock.waited for worker in pool.workers)
     assert 0.16 <= total < 0.6  # eight parts of 0.02 s, not once more for the jobs around them

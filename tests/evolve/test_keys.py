@@ -13,7 +13,7 @@ import pytest
 from merge_cli.errors import RecipeError, SourceError, UsageError
 from merge_cli.evaluation.live import LiveModel
 from merge_cli.evaluation.tasks.python import PythonTask
-from merge_cli.evolve.journal import search_digest
+from merge_cli.evolve.journal import search_fingerprint
 from merge_cli.evolve.optimizers import make_optimizer
 from merge_cli.evolve.plan import plan_search
 from merge_cli.evolve.space import Space
@@ -28,7 +28,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def digest(recipe: Path) -> str:
-    return search_digest(make_plan(load_recipe(recipe)), "cpu")
+    return search_fingerprint(make_plan(load_recipe(recipe)), "cpu")
 
 
 def test_the_key_is_the_same_in_every_process(folder: Path) -> None:

@@ -25,7 +25,7 @@ class Quarters(Float32):
     """int8 codes, each a quarter of a unit."""
 
     codes: TensorRef
-    native: str = "BF16"
+    default_dtype: str = "BF16"
 
     @property
     def made_of(self) -> Tensor:

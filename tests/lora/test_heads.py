@@ -32,8 +32,8 @@ def applied(
     **config: Any,
 ) -> AppliedAdapter:
     stored = refs({PREFIX + name: shape for name, shape in adapter.items()})
-    return apply_adapter(refs(base), {**CONFIG, **config}, stored, label="base+adapter", stamp="",
-                         base=about)  # fmt: skip
+    return apply_adapter(refs(base), {**CONFIG, **config}, stored, label="base+adapter",
+                         fingerprint="", base=about)  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_a_trained_and_resized_embedding_is_saved_three_times() -> None:
         stored = refs({PREFIX + one: copies[one] for one in order})
         sources = {one: ref._replace(offset=i) for i, (one, ref) in enumerate(stored.items())}
         found = apply_adapter(refs(base), {**CONFIG, "modules_to_save": ["embed_tokens"]}, sources,
-                              label="base+adapter", stamp="", base={})  # fmt: skip
+                              label="base+adapter", fingerprint="", base={})  # fmt: skip
         assert found.tensors.keys() == base.keys()
         assert found.tensors[f"{name}.weight"].stored[0].offset == order.index(f"{name}.weight")
 

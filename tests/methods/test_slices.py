@@ -169,7 +169,7 @@ def test_bases_of_slices_alone(family: Family) -> None:
     plan = merge_cli.plan(family.write(recipe))
     bases = {task.base.model for task in plan.tasks if task.base}
     assert bases == {"base", "c"}
-    assert plan.sources[plan.donor].label == "base"
+    assert plan.sources[plan.config_index].label == "base"
     merged = merge(family.folder / "recipe.yaml", family.folder / "out")
     name = "model.layers.3.mlp.up_proj.weight"
     _, b, c = (model[name].float() for model in family.models)

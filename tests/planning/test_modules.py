@@ -94,8 +94,8 @@ def test_what_is_in_no_module_is_copied_and_said(eyes: Family, base: bool) -> No
     path = recipe(eyes, {"text_decoder": {"models": models(1.0, 1.0)}}, **keys)
     plan = merge_cli.plan(path)
     notes = {task.name: task.note for task in plan.tasks if task.action == "copy"}
-    donor = "base" if base else "a"
-    why = f"in none of the recipe's modules: copied from {donor}"
+    config_index = "base" if base else "a"
+    why = f"in none of the recipe's modules: copied from {config_index}"
     assert notes["multi_modal_projector.linear_1.weight"] == why
     assert notes[f"{VISION}.2.ffn_norm.weight"] == why
     merged = merge(path, eyes.folder / "out")
@@ -287,8 +287,8 @@ def test_modules_that_overlap(eyes: Family) -> None:
 
 
 def test_a_tower_keeps_its_layers(eyes: Family) -> None:
-    piece = {"sources": [{"model": "a", "layer_range": [0, 2]}]}
-    path = recipe(eyes, {"vision_tower": {"slices": [piece]}}, "passthrough")
+    output_slice = {"sources": [{"model": "a", "layer_range": [0, 2]}]}
+    path = recipe(eyes, {"vision_tower": {"slices": [output_slice]}}, "passthrough")
     with pytest.raises(RecipeError, match="cannot be added to, left out or moved"):
         merge_cli.plan(path)
 

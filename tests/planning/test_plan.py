@@ -298,15 +298,26 @@ def test_slices_that_cannot_be(family: Family, text: str, words: str) -> None:
 
 def test_config_follows_the_layers() -> None:
     kinds = ["full", "sliding", "full", "sliding"]
-    donor = {"num_hidden_layers": 4, "layer_types": kinds, "mlp_only_layers": [1], "other": [1, 2]}
-    layers = [(donor, 0), (donor, 1), (donor, 1), (donor, 3), (donor, 2)]
-    config, changes = merged_config(donor, layers=layers)
+    original = {
+        "num_hidden_layers": 4,
+        "layer_types": kinds,
+        "mlp_only_layers": [1],
+        "other": [1, 2],
+    }
+    layers = [
+        (original, 0),
+        (original, 1),
+        (original, 1),
+        (original, 3),
+        (original, 2),
+    ]
+    config, changes = merged_config(original, layers=layers)
     assert config["num_hidden_layers"] == 5
     assert config["layer_types"] == ["full", "sliding", "sliding", "sliding", "full"]
     assert config["mlp_only_layers"] == [1, 2]
     assert config["other"] == [1, 2]
     assert "num_hidden_layers: 4 -> 5" in changes
-    assert donor["num_hidden_layers"] == 4
+    assert original["num_hidden_layers"] == 4
 
 
 def test_config_is_copied_byte_for_byte_when_nothing_changes(
@@ -352,7 +363,7 @@ def test_companion_files(family: Family, tmp_path: Path) -> None:
 
 
 def test_tokenizer_source_must_be_one_of_the_models(family: Family) -> None:
-    with pytest.raises(RecipeError, match="none of the recipe's models"):
+    with pytest.raises(RecipeError, match="not one of the recipe's models"):
         merge_cli.plan(family.recipe("ties", tokenizer_source="elsewhere/x"))
 
 

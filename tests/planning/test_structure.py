@@ -208,10 +208,10 @@ def test_a_config_that_does_not_fit_the_rows(tmp_path: Path) -> None:
     write_pair(tmp_path)
     plan = make_plan(load_recipe(linear(tmp_path)))
     shapes = {task.name: task.shape for task in plan.tasks}
-    donor = plan.sources[0]
+    reference = plan.sources[0]
 
     def check(config: dict[str, Any], shapes: dict[str, Any]) -> list[str]:
-        return structure.check_structure(config, shapes, donor, donor.tensors, plan.sources)
+        return structure.check_structure(config, shapes, reference, reference.tensors, plan.sources)
 
     with pytest.raises(MismatchError, match=r"layers\.2\..*it would be made up"):
         check({**plan.config, "num_hidden_layers": 3}, shapes)
@@ -304,11 +304,11 @@ def test_a_config_chooses_no_code(keys: dict[str, Any]) -> None:
     ],
 )  # fmt: skip
 def test_a_key_follows_its_layers(key: str, value: Any, expected: Any) -> None:
-    donor = {"num_hidden_layers": 4, key: value}
+    original = {"num_hidden_layers": 4, key: value}
     order = [0, 1, 3, 1, 2, 3]
     if key == "attn_layer_indices":
         order = [0, 1, 2, 1, 1, 3]
-    config, _ = merged_config(donor, layers=[(donor, index) for index in order])
+    config, _ = merged_config(original, layers=[(original, index) for index in order])
     assert config[key] == expected
 
 
@@ -323,12 +323,12 @@ def test_a_key_follows_its_layers(key: str, value: Any, expected: Any) -> None:
     ],
 )
 def test_a_rule_that_the_layers_break(keys: Any, order: list[int], words: str) -> None:
-    donor = {"num_hidden_layers": 4, **keys}
-    layers = [(donor, index) for index in order]
+    original = {"num_hidden_layers": 4, **keys}
+    layers = [(original, index) for index in order]
     with pytest.raises(ValueError, match=words):
-        merged_config(donor, layers=layers)
+        merged_config(original, layers=layers)
     doubts: list[str] = []
-    merged_config(donor, layers=layers, doubts=doubts)
+    merged_config(original, layers=layers, doubts=doubts)
     assert len(doubts) == 1
 
 

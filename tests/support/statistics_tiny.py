@@ -96,16 +96,16 @@ def slow_importances(net: Any, examples: Sequence[tuple[list[int], int]]) -> dic
     return {name: oracles.importance(found) for name, found in rows.items()}
 
 
-def gathered(recipe: Path) -> CalibrationStatistics:
+def calibrated(recipe: Path) -> CalibrationStatistics:
     """What a recipe's sources were looked at for."""
-    found = calibrate(plan_of(recipe), CPU, lambda progress: None).gathered
+    found = calibrate(plan_of(recipe), CPU, lambda progress: None).calibrated
     assert found is not None
     return found
 
 
 def refused(recipe: Path, match: str, kind: type[Exception] = RecipeError) -> None:
     with pytest.raises(kind, match=match):
-        gathered(recipe)
+        calibrated(recipe)
 
 
 @pytest.fixture

@@ -85,7 +85,7 @@ def test_an_encoder_works(tmp_path: Path) -> None:
 
 def test_without_a_base_the_first_model_gives_the_config(family: Family) -> None:
     plan = merge_cli.plan(family.write("merge_method: linear\nmodels: [b, a]\n"))
-    assert plan.sources[plan.donor].label == "b"
+    assert plan.sources[plan.config_index].label == "b"
     assert "config.json and tokenizer come from b, listed first" in plan.notes
 
 

@@ -261,7 +261,7 @@ def test_the_bases_tokenizer_without_a_base(tmp_path: Path, line: str) -> None:
     pair(tmp_path)
     (tmp_path / "r.yaml").write_text(f"merge_method: linear\nmodels: [chat, base]\n{line}\n")
     plan = merge_cli.plan(tmp_path / "r.yaml")
-    assert plan.sources[plan.tokenizer_donor].label == "chat"
+    assert plan.sources[plan.tokenizer_index].label == "chat"
     assert any("no base_model; taken from chat" in note for note in plan.notes)
 
 
