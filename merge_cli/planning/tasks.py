@@ -38,7 +38,7 @@ def decide_tasks(draft: Draft) -> Draft:
     fp8_choice = fp8.Fp8Choice(config_source) if recipe.fp8 else None
     tasks: list[TensorTask] = []
     refused: dict[str, Problem] = {}
-    for part, matches in groupby(draft.matches.found, key=attrgetter("piece")):
+    for part, matches in groupby(draft.matches.found, key=attrgetter("output_slice")):
         for task, error in tensor_tasks(
             recipe, draft.method, part, matches, fp8_choice, draft.copy_of
         ):
