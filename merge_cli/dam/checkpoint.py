@@ -41,6 +41,7 @@ class Position:
         step: optimizer steps done; `ended` says why there will be no more.
         history: one dict for each step, and for each held-out measurement.
         static: held-out scores of merges without training; `start` is the one that is begun from.
+        tested: scores on test rows, of the best of those and of what was learned.
         broken: those that predict NaN or Inf.
         best: step and mean held-out KL of the best measurement; its coefficients are kept, too.
         seconds, tokens, passes: of training so far, over all runs and processes.
@@ -53,6 +54,7 @@ class Position:
     history: list[dict[str, Any]] | None = None
     measured: list[dict[str, Any]] | None = None
     static: dict[str, dict[str, Any]] | None = None
+    tested: dict[str, dict[str, Any]] | None = None
     broken: list[str] | None = None
     start: str = ""
     best_step: int = -1
@@ -71,6 +73,7 @@ class Position:
         self.history = self.history or []
         self.measured = self.measured or []
         self.static = self.static or {}
+        self.tested = self.tested or {}
 
 
 class TrainingWorkspace(Workspace):

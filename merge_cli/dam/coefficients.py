@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -194,6 +194,13 @@ class Coefficients:
         assert self.activation == "none", "recipes that ask for it are refused"
         self.raw.copy_(values)
         self.moved()
+
+    def show(self, entries: Mapping[str, Any]) -> None:
+        """Hold what a file of coefficients says, to be measured; training ends with it."""
+        self._values = entries[self.name].to(self.raw).reshape(self.raw.shape)
+        if self.left is not None:
+            self.left.copy_(entries[self.name + ROWS])
+            self.right.copy_(entries[self.name + COLUMNS])
 
     def moved(self) -> None:
         """The parameters have changed."""

@@ -11,7 +11,7 @@ import math
 import random
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
@@ -35,6 +35,8 @@ class Dataset:
 
     Attributes:
         name: for tables; `source` is the operand that teaches on it.
+        held_out: chooses where to start and which step is best: validation.
+        test: rows that choose nothing; the verdict is theirs. Empty where too few are held out.
         rows: how many rows were read; sequences may be more (long rows) or fewer (`examples`).
         removed: rows that are not trained on, because one with the same content is held out.
     """
@@ -45,12 +47,13 @@ class Dataset:
     held_out: tuple[Example, ...]
     rows: int
     removed: int = 0
+    test: tuple[Example, ...] = ()
 
     @property
     def digest(self) -> str:
         """SHA-256 over all tokens: the same data in another file is the same data."""
         state = hashlib.sha256()
-        for part in (self.train, self.held_out):
+        for part in (self.train, self.held_out, self.test):
             for item in part:
                 state.update(f"{item.first} {len(item.ids)};".encode() + item.ids.tobytes())
             state.update(b"|")
@@ -113,27 +116,41 @@ def load_datasets(
             message = f"all of its {item.count:,} rows are held out, of it or of another source"
             hint = "Name rows for `held_out` that nothing is trained on, or leave it out."
             raise SourceError(message, file=_shown(spec.data), hint=hint)
-        train, kept = (
-            tuple(
+
+        def examples_of(rows: Iterable[Row], most: int | None) -> tuple[Example, ...]:
+            return tuple(
                 sequences(rows, tokenizer, length, most, whole=whole, start=start, entries=entries)
             )
-            for rows, most in (
-                (mixed, training.examples),
-                (item.held_out.values(), training.held_out_examples),
-            )
-        )
-        kept = within(kept, training.held_out_tokens)
+
+        train = examples_of(mixed, training.examples)
+        validation, test = _validation_and_test(list(item.held_out.values()), examples_of, training)
         if not train:
             raise SourceError("has no token to learn from", file=_shown(spec.data))
         source = labels.index(str(spec.model))
         removed = len(item.train) - len(mixed)
-        datasets.append(Dataset(item.name, source, train, kept, item.count, removed))
+        datasets.append(Dataset(item.name, source, train, validation, item.count, removed, test))
     return datasets
+
+
+def _validation_and_test(
+    rows: Sequence[Row], examples_of: Callable[..., tuple[Example, ...]], training: Training
+) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
+    """Held-out rows in two parts: the first ones choose, as many of the others judge.
+
+    A row is in one part alone, however many sequences it is cut into.
+    """
+    most, tokens = training.held_out_examples, training.held_out_tokens
+    validation = within(examples_of(rows, most), tokens)
+    used, cut_from = 0, 0
+    while used < len(rows) and cut_from < len(validation):
+        cut_from += len(examples_of(rows[used : used + 1], None))
+        used += 1
+    return validation, within(examples_of(rows[used:], most), tokens)
 
 
 def within(examples: tuple[Example, ...], tokens: int | None) -> tuple[Example, ...]:
     """The first sequences that have about so many tokens together; one at least."""
-    if tokens is None:
+    if tokens is None or not examples:
         return examples
     ends = list(accumulate(len(example.ids) for example in examples))
     return examples[: max(1, bisect_right(ends, tokens))]

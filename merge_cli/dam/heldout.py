@@ -7,17 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from merge_cli.dam.data import Dataset, short_names
+from merge_cli.dam.data import Dataset
 from merge_cli.dam.distributed import World
 from merge_cli.dam.forward import Batch, Forward, LossSums
 from merge_cli.dam.losses import DistillationLoss, TeacherTargets
-from merge_cli.dam.student import Student
-from merge_cli.errors import Interrupted
 from merge_cli.evaluation.forward import Example, micro_batches, padded
 from merge_cli.evaluation.teachers import Predictions
 
 _OBJECTIVE = DistillationLoss({"kl": 1.0, "cross_entropy": 1.0})
-LAMBDAS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)  # of task arithmetic
 
 
 @dataclass(frozen=True)
@@ -56,20 +53,28 @@ class HeldOut:
     """Held-out batches with their teachers' predictions, ready to be asked again and again.
 
     A data set without held-out rows takes no part; without any there is nothing to measure.
+
+    Args:
+        rows: of each data set: its validation rows, or its test rows.
+        predictions: of its teacher, for these rows.
+        tokens: in one batch, at most.
     """
 
     def __init__(
-        self, datasets: Sequence[Dataset], predictions: Sequence[Predictions], tokens: int
+        self,
+        datasets: Sequence[Dataset],
+        rows: Sequence[Sequence[Example]],
+        predictions: Sequence[Predictions],
+        tokens: int,
     ) -> None:
         self._batches: dict[str, list[Batch]] = {}
-        for dataset, known in zip(datasets, predictions, strict=True):
-            rows = dataset.held_out
-            if not rows:  # the record says whose
+        for dataset, examples, known in zip(datasets, rows, predictions, strict=True):
+            if not examples:  # the record says whose
                 continue
-            count = sum(row.counted for row in rows)
-            groups = micro_batches(range(len(rows)), rows, tokens)
+            count = sum(example.counted for example in examples)
+            groups = micro_batches(range(len(examples)), examples, tokens)
             self._batches[dataset.name] = [
-                make_batch(group, rows, known, 1.0 / count) for group in groups
+                make_batch(group, examples, known, 1.0 / count) for group in groups
             ]
         self.passes = self.tokens = 0
 
@@ -155,82 +160,3 @@ def batch_of(items: Sequence[BatchItem]) -> Batch:
             tail=None if parts[0][2] is None else torch.cat([tail for _, _, tail in parts]),
         )
     return Batch(ids, mask, counted, targets)
-
-
-@dataclass(frozen=True)
-class Mixture:
-    """A merge without training: base * theta_0 + sum of weights * theta_i."""
-
-    name: str
-    base: float
-    weights: tuple[float, ...]
-
-
-def mixtures(labels: Sequence[str], *, has_base: bool, base_label: str | None) -> list[Mixture]:
-    """What needs no training: base, each source, uniform soup, task arithmetic at several λ."""
-    count = len(labels)
-    result: list[Mixture] = []
-    if has_base and base_label not in labels:
-        result.append(Mixture("base", 1.0, (0.0,) * count))
-    for i, name in enumerate(short_names(labels)):
-        alone = tuple(float(i == j) for j in range(count))
-        result.append(Mixture(f"source {name}", 0.0, alone))
-    result.append(Mixture("uniform soup", 0.0, (1.0 / count,) * count))
-    if has_base:
-        # A base among the sources adds nothing to itself.
-        own = [label != base_label for label in labels]
-        for scale in LAMBDAS:
-            weights = tuple(scale * moves for moves in own)
-            result.append(Mixture(f"task arithmetic {scale:g}", 1.0 - math.fsum(weights), weights))
-    return result
-
-
-def baselines(
-    student: Student,
-    forward: Forward,
-    held_out: HeldOut,
-    compared: Sequence[Mixture],
-    world: World,
-    *,
-    tell: Any,
-    stopping: Callable[[], bool] = lambda: False,
-) -> dict[str, HeldOutScore]:
-    """Held-out scores of merges without training.
-
-    They pass through the student's own net; it holds the last of them afterwards. Some may predict
-    no numbers (see `HeldOutScore.finite`).
-
-    Raises:
-        Interrupted: `stopping` says so.
-    """
-
-    def stop(asked: bool) -> None:
-        if asked:
-            message = "stopped while merges without training were measured"
-            raise Interrupted(message, hint="The same command continues.")
-
-    result = {}
-    for number, item in enumerate(compared):
-        tell(number, len(compared), item.name)
-        stop(world.any(stopping()))
-        student.write_mixture(item.base, item.weights)
-        # Processes stop together or not at all: within a merge only the one that is alone.
-        result[item.name] = held_out.score(
-            forward, world, lambda: stop(world.size == 1 and stopping())
-        )
-    return result
-
-
-def best_start(
-    compared: Sequence[Mixture], scores: Mapping[str, HeldOutScore], form: str
-) -> Mixture | None:
-    """The best of the merges that coefficients of a form can begin as; None where there is none.
-
-    Changes of the base reach every mixture; sums of weights those alone that have no base in them.
-    """
-    reached = [
-        item
-        for item in compared
-        if item.name in scores and (form == "task_vector" or item.base == 0)
-    ]
-    return min(reached, key=lambda one: scores[one.name].mean_kl, default=None)

@@ -76,6 +76,11 @@ class TrainingPlan:
         return sum(target.count for target in self.targets)
 
     @property
+    def has_test(self) -> bool:
+        """Whether rows of every data set are left to judge by."""
+        return all(dataset.test for dataset in self.datasets)
+
+    @property
     def kept(self) -> KeptPredictions:
         """How predictions are kept for training."""
         return kept_for(self.training, held_out=False)
@@ -187,7 +192,9 @@ def _teachers(
         source = operands[dataset.source]
         identity = remembered_identity(source)
         teacher = None if identity is None else Teacher(source, identity, device, dtype)
-        parts = [(dataset.held_out, kept_for(training, held_out=True))]
+        parts = [
+            (rows, kept_for(training, held_out=True)) for rows in (dataset.held_out, dataset.test)
+        ]
         if training.needs_teachers:
             parts.append((dataset.train, kept_for(training, held_out=False)))
         tokens = [sum(item.counted for item in part) for part, _ in parts]

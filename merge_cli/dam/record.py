@@ -43,7 +43,7 @@ def build_record(
         f"{name} predicts NaN or Inf on held-out rows, and is compared with nothing"
         for name in position.broken or []
     ]
-    verdict = improvement(scores)
+    verdict = improvement(position.tested or {}) or improvement(scores)
     lacking = ", ".join(data.name for data in decided.datasets if not data.held_out)
     if lacking and verdict is not None:
         warnings.append(f"no rows are held out of {lacking}: nothing that is measured speaks of it")
@@ -68,6 +68,7 @@ def build_record(
                 "rows": dataset.rows,
                 "train": len(dataset.train),
                 "held_out": len(dataset.held_out),
+                "test": len(dataset.test),
                 "removed": dataset.removed,
                 "train_tokens": sum(item.counted for item in dataset.train),
                 "held_out_tokens": sum(item.counted for item in dataset.held_out),
@@ -80,6 +81,7 @@ def build_record(
         "history": position.history,
         "measured": position.measured,
         "scores": scores,
+        "test_scores": position.tested or {},
         "verdict": verdict,
         "warnings": warnings,
         "cost": {

@@ -7,7 +7,7 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from importlib.metadata import version
@@ -18,17 +18,15 @@ from merge_cli.dam.assembly import assemble
 from merge_cli.dam.checkpoint import Position, TrainingWorkspace, left_over
 from merge_cli.dam.distributed import World, join_world, launched
 from merge_cli.dam.forward import Forward
-from merge_cli.dam.heldout import HeldOut, baselines, best_start, mixtures
-from merge_cli.dam.importance import FISHER, fisher_shares, has_importances
-from merge_cli.dam.models import stored_tensors
+from merge_cli.dam.heldout import HeldOut
 from merge_cli.dam.plan import (
     TrainingPlan,
     fetch_everything,
     kept_for,
     plan_training,
 )
-from merge_cli.dam.record import StepLine, build_record, gate
-from merge_cli.dam.student import Student
+from merge_cli.dam.record import LEARNED, StepLine, build_record, gate
+from merge_cli.dam.start import begin
 from merge_cli.dam.trainer import Trainer, entries_of
 from merge_cli.engine.inputs import inputs_of
 from merge_cli.engine.made_before import made_before
@@ -45,7 +43,7 @@ from merge_cli.system.machine import torch_threads
 
 # Dials that change how training runs, not what comes of it.
 _INDIFFERENT = {"residency", "checkpoint_minutes", "tensorboard", "preset"}
-_FORMAT = 2
+_FORMAT = 3
 _SMALLER = (
     "Try a smaller batch_tokens, checkpointing: true, residency: disk, or dtype: bfloat16."
     " Changing residency alone continues; after other changes use --fresh."
@@ -181,8 +179,8 @@ def _learn(
         Interrupted: before the end; what is done is kept.
     """
     started = time.monotonic()
-    train, held_out_predictions = _teach(decided, world, on_progress, stopping)
-    taught = time.monotonic() - started
+    taught = _teach(decided, world, on_progress, stopping)
+    teaching = time.monotonic() - started
     plan, training = decided.plan, decided.training
     import torch
 
@@ -197,8 +195,20 @@ def _learn(
     stopping.patient = True
     try:
         forward = Forward(student.net)
-        held_out = HeldOut(decided.datasets, held_out_predictions, training.batch_tokens)
-        measured = held_out if held_out else None
+        validation = HeldOut(
+            decided.datasets,
+            [dataset.held_out for dataset in decided.datasets],
+            taught.validation,
+            training.batch_tokens,
+        )
+        tested = decided.datasets if decided.has_test else ()
+        test = HeldOut(
+            tested,
+            [dataset.test for dataset in tested],
+            taught.test[: len(tested)],
+            training.batch_tokens,
+        )
+        measured = validation if validation else None
         # Beside OUT, and not in the folder that goes when OUT is published.
         board = folder.path.with_suffix(".tensorboard") if training.tensorboard else None
         line = StepLine(decided, board, on_progress, world)
@@ -206,25 +216,26 @@ def _learn(
             decided,
             student,
             forward,
-            train,
+            taught.train,
             measured,
             folder,
             world,
             told=line,
             stopping=stopping,
         )
-        trainer.position.teaching += taught
+        trainer.position.teaching += teaching
         try:
             if measured is not None and not trainer.position.static:
-                _begin(
+                begin(
                     decided,
                     student,
                     forward,
                     measured,
+                    test,
                     trainer.position,
                     world,
-                    on_progress,
-                    stopping,
+                    on_progress=on_progress,
+                    stopping=stopping,
                 )
             finished = trainer.run()
         finally:
@@ -232,6 +243,12 @@ def _learn(
         if not finished:
             raise _interrupted(folder, trainer.position)
         entries = trainer.best or entries_of(student)
+        if test:
+            for name in student.merged_parameters:
+                student.coefficients[name].show(entries)
+            student.write_all()
+            assert trainer.position.tested is not None
+            trainer.position.tested[LEARNED] = test.score(forward, world).to_json()
         for target in decided.targets:  # stored, but no parameter of the student
             if target.name not in entries:
                 entries |= student.coefficients[target.name].entries()
@@ -243,75 +260,24 @@ def _learn(
         student.close()
 
 
-def _begin(
-    decided: TrainingPlan,
-    student: Student,
-    forward: Forward,
-    held_out: HeldOut,
-    position: Position,
-    world: World,
-    on_progress: OnProgress,
-    stopping: Callable[[], bool],
-) -> None:
-    """Measure what needs no training, and begin as the best of it where the recipe says so."""
-    plan, passes = decided.plan, held_out.passes
-    stored = stored_tensors(plan, decided.targets)
-    compared = mixtures(
-        decided.labels,
-        has_base=all(item.base is not None for item in stored.values()),
-        base_label=None if plan.base is None else plan.sources[plan.base].label,
-    )
-    scores = baselines(
-        student,
-        forward,
-        held_out,
-        compared,
-        world,
-        tell=lambda done, total, name: on_progress(
-            Progress("baselines", done, total, name, "merges")
-        ),
-        stopping=stopping,
-    )
-    shares: dict[str, Any] = {}
-    start = decided.training.start
-    if start in ("best", "fisher") and has_importances(decided.datasets, len(decided.labels)):
-        shares = fisher_shares(
-            student,
-            forward,
-            decided.datasets,
-            world,
-            on_progress=lambda done, total, name: on_progress(
-                Progress("importance", done, total, name, "tokens")
-            ),
-            stopping=stopping,
-        )
-        for name, share in shares.items():
-            student.coefficients[name].begin_at(share)
-        student.write_all()
-        scores[FISHER] = held_out.score(forward, world)
-    position.broken = [name for name, score in scores.items() if not score.finite]
-    finite = {name: score for name, score in scores.items() if score.finite}
-    position.static = {name: score.to_json() for name, score in finite.items()}
-    position.held_out_passes += held_out.passes - passes
-    chosen = best_start(compared, finite, decided.training.form)
-    fisher_wins = FISHER in finite and (
-        start == FISHER or chosen is None or finite[FISHER].mean_kl < finite[chosen.name].mean_kl
-    )
-    if fisher_wins:
-        position.start = FISHER  # its coefficients are in place; those of other tensors follow
-    elif start == "best" and chosen is not None:
-        position.start = chosen.name
-        for coefficients in student.coefficients.values():
-            coefficients.begin(chosen.weights)
-    student.write_all()
+@dataclass(frozen=True)
+class _Taught:
+    """What teachers predict, for each data set.
+
+    Attributes:
+        train: None where the loss asks no teacher.
+    """
+
+    train: list[Predictions | None]
+    validation: list[Predictions]
+    test: list[Predictions]
 
 
 def _teach(
     decided: TrainingPlan, world: World, on_progress: OnProgress, stopping: _Interruptions
-) -> tuple[list[Predictions | None], list[Predictions]]:
-    """Each teacher over its own data, one at a time: train and held-out predictions."""
-    train: list[Predictions | None] = []
-    held_out_predictions: list[Predictions] = []
+) -> _Taught:
+    """Each teacher over its own data, one at a time."""
+    taught = _Taught([], [], [])
     for dataset in decided.datasets:
         source = decided.plan.sources[decided.plan.operands[dataset.source]]
         # Every byte is read: what is kept must be the predictions of exactly this model.
@@ -325,16 +291,15 @@ def _teach(
                 raise Interrupted(message, hint="The same command continues.")
 
         held_out = kept_for(decided.training, held_out=True)
-        held_out_predictions.append(
-            teacher.predictions(dataset.held_out, held_out, on_tokens, share=share)
-        )
-        taught = None
+        for rows, into in ((dataset.held_out, taught.validation), (dataset.test, taught.test)):
+            into.append(teacher.predictions(rows, held_out, on_tokens, share=share))
+        train = None
         if decided.training.needs_teachers:
-            taught = teacher.predictions(dataset.train, decided.kept, on_tokens, share=share)
-        train.append(taught)
+            train = teacher.predictions(dataset.train, decided.kept, on_tokens, share=share)
+        taught.train.append(train)
         teacher.close()
     world.wait()  # files that others have made are read from here on
-    return train, held_out_predictions
+    return taught
 
 
 def _interrupted(folder: TrainingWorkspace, position: Position) -> Interrupted:

@@ -134,12 +134,12 @@ class Training:
     )
     epochs: int = option(1, "passes over the largest source's examples, at most", 1)
     tokens: int | None = option(
-        16_384, "of all sources together to train on, about and at most; null for all of them", 1
+        32_768, "of all sources together to train on, about and at most; null for all of them", 1
     )
     max_steps: int | None = option(None, "steps at most; default as many as the epochs take", 1)
     batch_size: int = option(2, "examples of each source in a step", 1)
     batch_tokens: int = option(4096, "tokens in one forward pass; more are passed one by one", 1)
-    learning_rate: float = option(0.1, "the largest of the schedule", 0)
+    learning_rate: float = option(0.02, "the largest of the schedule", 0)
     schedule: Literal["constant", "cosine", "linear"] = option("cosine", "after the warm-up")
     warmup: float = option(0.0, "share of the steps in which the rate grows", 0, 1)
     optimizer: Literal["adamw", "mofo"] = option("adamw", "MoFO moves the largest momenta alone")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from merge_cli.dam.data import Order, cut, load_datasets, steps_of
 from merge_cli.dam.plan import kept_for, plan_training
@@ -409,3 +411,32 @@ def test_the_cache_tells_devices_apart(models: Path) -> None:
         for device in ("cpu", "cuda:0", "cuda:1")
     }
     assert len(places) == 2
+
+
+def test_rows_that_choose_do_not_judge(models: Path, tmp_path: Path) -> None:
+    """Validation takes the first held-out rows, the test those after them: rows, not cuts."""
+    tokenizer = tokenizer_of(tmp_path)
+    rows = [{"text": f"{i} " + "word " * 30} for i in range(40)]
+    write_rows(models / "a.jsonl", rows[:20])
+    write_rows(models / "a.val.jsonl", rows[20:])
+    path = write_recipe(models)
+    document = yaml.safe_load(path.read_text())
+    document["models"][0]["data"] = {"files": "a.jsonl", "held_out": "a.val.jsonl"}
+    path.write_text(yaml.safe_dump(document))
+    training = Training(max_length=16, held_out_tokens=100)
+    (dataset, *_) = load_datasets(load_recipe(path), ["a", "b", "c"], tokenizer, training, 128)
+
+    def numbers(examples: tuple[Example, ...]) -> set[int]:
+        texts = [tokenizer.decode(list(example.ids)) for example in examples]
+        return {int(found.group(1)) for text in texts if (found := re.match(r"\D*(\d+)", text))}
+
+    assert len(dataset.held_out) > 1
+    assert len(dataset.test) > 1
+    assert numbers(dataset.held_out)
+    assert numbers(dataset.test)
+    assert not numbers(dataset.held_out) & numbers(dataset.test)
+    assert not (numbers(dataset.held_out) | numbers(dataset.test)) & set(range(20))
+    # Where validation takes every row, none is left to judge.
+    everything = Training(max_length=16, held_out_tokens=None, held_out_examples=10_000)
+    (dataset, *_) = load_datasets(load_recipe(path), ["a", "b", "c"], tokenizer, everything, 128)
+    assert dataset.test == ()

@@ -20,9 +20,9 @@ from safetensors.torch import load_file
 
 import merge_cli
 from merge_cli.dam.checkpoint import TrainingWorkspace
-from merge_cli.dam.heldout import LAMBDAS
 from merge_cli.dam.panel import granularity_in_words
 from merge_cli.dam.plan import plan_training
+from merge_cli.dam.start import LAMBDAS
 from merge_cli.dam.trainer import Trainer
 from merge_cli.errors import (
     GateError,

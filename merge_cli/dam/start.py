@@ -1,0 +1,185 @@
+"""Where training starts: at the best merge that needs none, measured on validation rows.
+
+Base, sources, uniform soup, task arithmetic at several scales, and a Fisher merge by coefficient
+(`importance`). What is learned cannot end below the best of them that coefficients can express: the
+start is measured, too, and the best step is kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from merge_cli.dam.checkpoint import Position
+from merge_cli.dam.data import short_names
+from merge_cli.dam.distributed import World
+from merge_cli.dam.forward import Forward
+from merge_cli.dam.heldout import HeldOut, HeldOutScore
+from merge_cli.dam.importance import FISHER, fisher_shares, has_importances
+from merge_cli.dam.models import stored_tensors
+from merge_cli.dam.plan import TrainingPlan
+from merge_cli.dam.student import Student
+from merge_cli.errors import Interrupted
+from merge_cli.options import OnProgress, Progress
+
+LAMBDAS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)  # of task arithmetic
+
+
+def begin(
+    decided: TrainingPlan,
+    student: Student,
+    forward: Forward,
+    validation: HeldOut,
+    test: HeldOut,
+    position: Position,
+    world: World,
+    *,
+    on_progress: OnProgress,
+    stopping: Callable[[], bool],
+) -> None:
+    """Measure what needs no training, and begin as the best of it where the recipe says so.
+
+    Validation rows choose; the best one is then measured on test rows, which choose nothing.
+    """
+    plan, passes, start = decided.plan, validation.passes, decided.training.start
+    stored = stored_tensors(plan, decided.targets)
+    compared = mixtures(
+        decided.labels,
+        has_base=all(item.base is not None for item in stored.values()),
+        base_label=None if plan.base is None else plan.sources[plan.base].label,
+    )
+    scores = baselines(
+        student,
+        forward,
+        validation,
+        compared,
+        world,
+        tell=lambda done, total, name: on_progress(
+            Progress("baselines", done, total, name, "merges")
+        ),
+        stopping=stopping,
+    )
+    shares: dict[str, Any] = {}
+    if start in ("best", FISHER) and has_importances(decided.datasets, len(decided.labels)):
+        shares = fisher_shares(
+            student,
+            forward,
+            decided.datasets,
+            world,
+            on_progress=lambda done, total, name: on_progress(
+                Progress("importance", done, total, name, "tokens")
+            ),
+            stopping=stopping,
+        )
+        _begin_at(student, shares)
+        scores[FISHER] = validation.score(forward, world)
+    position.broken = [name for name, score in scores.items() if not score.finite]
+    finite = {name: score for name, score in scores.items() if score.finite}
+    position.static = {name: score.to_json() for name, score in finite.items()}
+    position.held_out_passes += validation.passes - passes
+    best = min(finite, key=lambda name: finite[name].mean_kl, default=None)
+    if test and best is not None:
+        mixture = next((item for item in compared if item.name == best), None)
+        if mixture is not None:
+            student.write_mixture(mixture.base, mixture.weights)
+        position.tested = {best: test.score(forward, world).to_json()}
+    chosen = best_start(compared, finite, decided.training.form)
+    fisher_wins = FISHER in finite and (
+        start == FISHER or chosen is None or finite[FISHER].mean_kl < finite[chosen.name].mean_kl
+    )
+    if fisher_wins:
+        position.start = FISHER
+        _begin_at(student, shares)
+        return
+    if start == "best" and chosen is not None:
+        position.start = chosen.name
+        for coefficients in student.coefficients.values():
+            coefficients.begin(chosen.weights)
+    student.write_all()
+
+
+def _begin_at(student: Student, shares: Mapping[str, Any]) -> None:
+    for name, share in shares.items():
+        student.coefficients[name].begin_at(share)
+    student.write_all()
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A merge without training: base * theta_0 + sum of weights * theta_i."""
+
+    name: str
+    base: float
+    weights: tuple[float, ...]
+
+
+def mixtures(labels: Sequence[str], *, has_base: bool, base_label: str | None) -> list[Mixture]:
+    """What needs no training: base, each source, uniform soup, task arithmetic at several λ."""
+    count = len(labels)
+    result: list[Mixture] = []
+    if has_base and base_label not in labels:
+        result.append(Mixture("base", 1.0, (0.0,) * count))
+    for i, name in enumerate(short_names(labels)):
+        alone = tuple(float(i == j) for j in range(count))
+        result.append(Mixture(f"source {name}", 0.0, alone))
+    result.append(Mixture("uniform soup", 0.0, (1.0 / count,) * count))
+    if has_base:
+        # A base among the sources adds nothing to itself.
+        own = [label != base_label for label in labels]
+        for scale in LAMBDAS:
+            weights = tuple(scale * moves for moves in own)
+            result.append(Mixture(f"task arithmetic {scale:g}", 1.0 - math.fsum(weights), weights))
+    return result
+
+
+def baselines(
+    student: Student,
+    forward: Forward,
+    held_out: HeldOut,
+    compared: Sequence[Mixture],
+    world: World,
+    *,
+    tell: Any,
+    stopping: Callable[[], bool] = lambda: False,
+) -> dict[str, HeldOutScore]:
+    """Held-out scores of merges without training.
+
+    They pass through the student's own net; it holds the last of them afterwards. Some may predict
+    no numbers (see `HeldOutScore.finite`).
+
+    Raises:
+        Interrupted: `stopping` says so.
+    """
+
+    def stop(asked: bool) -> None:
+        if asked:
+            message = "stopped while merges without training were measured"
+            raise Interrupted(message, hint="The same command continues.")
+
+    result = {}
+    for number, item in enumerate(compared):
+        tell(number, len(compared), item.name)
+        stop(world.any(stopping()))
+        student.write_mixture(item.base, item.weights)
+        # Processes stop together or not at all: within a merge only the one that is alone.
+        result[item.name] = held_out.score(
+            forward, world, lambda: stop(world.size == 1 and stopping())
+        )
+    return result
+
+
+def best_start(
+    compared: Sequence[Mixture], scores: Mapping[str, HeldOutScore], form: str
+) -> Mixture | None:
+    """The best of the merges that coefficients of a form can begin as; None where there is none.
+
+    Changes of the base reach every mixture; sums of weights those alone that have no base in them.
+    """
+    reached = [
+        item
+        for item in compared
+        if item.name in scores and (form == "task_vector" or item.base == 0)
+    ]
+    return min(reached, key=lambda one: scores[one.name].mean_kl, default=None)
