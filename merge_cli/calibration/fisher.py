@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from merge_cli.calibration.plan import SourcePart, Tell
+from merge_cli.calibration.plan import OnTokens, SourcePart
 from merge_cli.calibration.store import Writer
 from merge_cli.checkpoint.statistics import StatisticsEntry
 from merge_cli.engine.parameter_slices import ParameterSlice, parameter_slices
@@ -24,7 +24,7 @@ _BLOCK = 1 << 20
 
 
 def gather_importances(
-    live: LiveModel, part: SourcePart, writer: Callable[..., Writer], tell: Tell
+    live: LiveModel, part: SourcePart, writer: Callable[..., Writer], on_tokens: OnTokens
 ) -> Writer:
     """Every importance of a model.
 
@@ -49,7 +49,7 @@ def gather_importances(
     for name, slice_ in slices_by_name.items():
         if id(slice_.parameter) in names:
             slices_by_parameter.setdefault(names[id(slice_.parameter)], []).append((name, slice_))
-    sums = _accumulate(live, part, set(slices_by_parameter), tell)
+    sums = _accumulate(live, part, set(slices_by_parameter), on_tokens)
     shapes = {
         name: tensors[name].shape for slices in slices_by_parameter.values() for name, _ in slices
     }
@@ -66,7 +66,7 @@ def gather_importances(
 
 
 def _accumulate(
-    live: LiveModel, part: SourcePart, parameters: set[str], tell: Tell
+    live: LiveModel, part: SourcePart, parameters: set[str], on_tokens: OnTokens
 ) -> dict[str, Any]:
     """Sums over examples of squared gradients, float32, by parameter."""
     import torch
@@ -94,7 +94,7 @@ def _accumulate(
         for example in part.examples.items:
             _log_likelihood(live, example, part).backward()
             done += len(example.ids)
-            tell(done, total)
+            on_tokens(done, total)
     finally:
         for hook in hooks:
             hook.remove()

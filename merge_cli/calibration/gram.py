@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from merge_cli.calibration.data import LinearLayer, batches_of, linear_layers
-from merge_cli.calibration.plan import SourcePart, Tell
+from merge_cli.calibration.plan import OnTokens, SourcePart
 from merge_cli.calibration.store import Writer
 from merge_cli.checkpoint.statistics import StatisticsEntry
 from merge_cli.engine.device import free_memory
@@ -27,7 +27,7 @@ Group = tuple[LinearLayer, ...]
 
 
 def gather_grams(
-    live: LiveModel, part: SourcePart, writer: Callable[..., Writer], tell: Tell
+    live: LiveModel, part: SourcePart, writer: Callable[..., Writer], on_tokens: OnTokens
 ) -> Writer:
     """Every matrix of a model.
 
@@ -59,7 +59,7 @@ def gather_grams(
             for batch in batches:
                 _forward(live, batch)
                 done += sum(len(item.ids) for item in batch)
-                tell(done, total)
+                on_tokens(done, total)
         for i in numbers:
             result = sums.pop(i).div_(part.examples.tokens)
             _need_finite(result, live, groups[i][0])

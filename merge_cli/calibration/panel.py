@@ -53,7 +53,7 @@ def calibration_json(decided: CalibrationPlan) -> dict[str, Any]:
                 "duplicates": part.examples.duplicates,
                 "examples": len(part.examples.items),
                 "tokens": part.examples.tokens,
-                "cached": part.found is not None,
+                "cached": part.cached is not None,
                 "bytes": size,
             }
             for part, size in zip(decided.parts, decided.bytes, strict=True)
@@ -80,7 +80,7 @@ def print_calibration(out: Console, decided: CalibrationPlan) -> None:
     for name in ("rows", "examples", "tokens", "statistics"):
         table.add_column(name, justify="right")
     for part, size in zip(decided.parts, decided.bytes, strict=True):
-        at_most = "cached, " if part.found is not None else "at most "
+        at_most = "cached, " if part.cached is not None else "at most "
         table.add_row(
             escape(part.source.label),
             escape(part.data),

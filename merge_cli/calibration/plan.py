@@ -63,7 +63,7 @@ class CalibrationPlan:
     @property
     def missing(self) -> tuple[SourcePart, ...]:
         """What the cache does not have."""
-        return tuple(part for part in self.parts if part.found is None)
+        return tuple(part for part in self.parts if part.cached is None)
 
     @property
     def means(self) -> int:
@@ -74,12 +74,12 @@ class CalibrationPlan:
     def bytes_to_gather(self) -> int:
         """Bytes that the cache will grow by, at most."""
         pairs = zip(self.parts, self.bytes, strict=True)
-        return sum(size for part, size in pairs if part.found is None)
+        return sum(size for part, size in pairs if part.cached is None)
 
     @property
     def calibrated(self) -> CalibrationStatistics | None:
         """The statistics, if the cache has them all."""
-        files = tuple(part.found for part in self.parts if part.found is not None)
+        files = tuple(part.cached for part in self.parts if part.cached is not None)
         return CalibrationStatistics(files) if len(files) == len(self.parts) else None
 
 
@@ -133,7 +133,7 @@ def plan_calibration(
             where,
             dtype,
         )
-        parts.append(part if part.identity is None else replace(part, found=find(part.place)))
+        parts.append(part if part.identity is None else replace(part, cached=find(part.path)))
     _verify(plan.recipe, parts)
     expected = [_expected(kind, net, part.source) for part in parts]
     tensors = _merged_with(plan, expected)
@@ -159,7 +159,7 @@ def plan_calibration(
         {**why, **({"chat template": template_why} if template_why else {})},
         tensors,
         tuple(
-            part.found.size if part.found is not None else size
+            part.cached.size if part.cached is not None else size
             for part, (size, _) in zip(parts, expected, strict=True)
         ),
         weights * width_of(dtype) + sums,
@@ -207,7 +207,7 @@ def _merged_with(plan: Plan, expected: list[tuple[int, set[str]]]) -> int:
 
 
 _FORMAT = 1
-Tell = Callable[[int, int], None]  # tokens done, tokens in all
+OnTokens = Callable[[int, int], None]  # tokens done, tokens in all
 
 
 @dataclass(frozen=True)
@@ -219,7 +219,7 @@ class SourcePart:
         identity: of the model's files; None where nobody has read them yet.
         seed: the recipe's.
         device, dtype: what the model runs on and in.
-        found: what the cache has.
+        cached: what the cache has.
         about: what the file will say of itself, as far as it is known.
     """
 
@@ -232,11 +232,11 @@ class SourcePart:
     seed: int
     device: str
     dtype: str
-    found: StatisticsFile | None = None
+    cached: StatisticsFile | None = None
     about: dict[str, Any] = field(default_factory=dict, compare=False)
 
     @property
-    def place(self) -> Path:
+    def path(self) -> Path:
         """The file, named by everything that decides its content."""
         assert self.identity is not None, "who gathers knows what from"
         options = self.statistics

@@ -47,7 +47,7 @@ def calibrate(
         Interrupted: Ctrl-C or SIGTERM.
     """
     decided = plan_calibration(plan, options.device, source_identity)
-    cached = [find(part.place, read=True) for part in decided.parts]
+    cached = [find(part.path, read=True) for part in decided.parts]
     if None in cached:
         begin()
         fetch_everything(plan)
@@ -104,9 +104,9 @@ def _measure_one(
     def waiting() -> None:
         on_progress(Progress("gather", 0, 0, f"waiting for another process to gather from {label}"))
 
-    with making(part.place, waiting) as path:
+    with making(part.path, waiting) as path:
         if path is None:
-            result = find(part.place)
+            result = find(part.path)
             assert result is not None, "making has just seen it"
             return result
         with torch_threads(options.threads), memory_errors(label, _SMALLER):
@@ -128,7 +128,7 @@ def _measured(
     part.about.update(examples=len(part.examples.items), tokens=part.examples.tokens)
     try:
         file = _MEASURES[part.kind](live, part, writer, on_tokens)
-        return file.finish(part.place, part.about)
+        return file.finish(part.path, part.about)
     finally:
         live.close()
         for item in writers:

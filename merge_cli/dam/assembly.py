@@ -40,7 +40,7 @@ def assemble(
     plan: Plan,
     targets: Sequence[TargetParameter],
     training: Training,
-    place: SourceResidency,
+    residency: SourceResidency,
     device: str,
     dtype: Any,
 ) -> Student:
@@ -59,7 +59,7 @@ def assemble(
     wide = next(iter(coefficients.values())).raw.dtype
     sources = Sources(
         stored_tensors(plan, targets),
-        place,
+        residency,
         device,
         wide,
         with_base=training.form == "task_vector",

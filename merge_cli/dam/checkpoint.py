@@ -220,10 +220,10 @@ def _with_metadata(content: bytes, metadata: Mapping[str, str], *, summed: bool 
         summed: with a digest of all the rest, under `sum`.
     """
     entries, data = _split(content)
-    known = dict(sorted(metadata.items()))
+    values = dict(sorted(metadata.items()))
     if summed:
-        known["sum"] = _sum(entries, known, data)
-    about = {"__metadata__": known, **entries}
+        values["sum"] = _sum(entries, values, data)
+    about = {"__metadata__": values, **entries}
     header = json.dumps(about, ensure_ascii=False, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)  # the data that follows is aligned
     return b"".join([struct.pack("<Q", len(header)), header, data])
@@ -268,9 +268,9 @@ def _state(student: Student) -> Sequence[tuple[str, str, int, Any]]:
     """Everything that steps change: (tensor, kind, number, value)."""
     result = []
     for name in student.trained:
-        own = student.coefficients[name]
+        coefficients = student.coefficients[name]
         moments = student.moments(name)
-        for i, parameter in enumerate(own.parameters):
+        for i, parameter in enumerate(coefficients.parameters):
             result += [
                 (name, "p", i, parameter),
                 (name, "m", i, moments[i][0]),

@@ -173,8 +173,12 @@ class Coefficients:
     @property
     def projections(self) -> list[Any]:
         """What accumulates over the backward passes of a step: what processes must add up."""
-        own = [self.value_grad]
-        return own if self.left_grad is None else [*own, self.left_grad, self.right_grad]
+        projections = [self.value_grad]
+        return (
+            projections
+            if self.left_grad is None
+            else [*projections, self.left_grad, self.right_grad]
+        )
 
     @property
     def values(self) -> Any:
@@ -260,10 +264,10 @@ class Coefficients:
         import torch
 
         stored = self.values.reshape(len(self.raw), *self.layout.stored)
-        found = {self.name: stored, self.name + ROWS: self.left, self.name + COLUMNS: self.right}
+        named = {self.name: stored, self.name + ROWS: self.left, self.name + COLUMNS: self.right}
         return {
             name: value.detach().to("cpu", torch.float32).contiguous().clone()
-            for name, value in found.items()
+            for name, value in named.items()
             if value is not None
         }
 

@@ -105,7 +105,7 @@ def load_datasets(
             message = "its data cannot be used: the base has no task vector"
             raise SourceError(message, model=str(spec.model), hint="Use `form: soup`.")
         divided.append(_divided(recipe, spec.data, name, training))
-    held_out = {content for one in divided for content in one.held_out}
+    held_out = {content for part in divided for content in part.held_out}
     length, whole = min(training.max_length, context), training.prompt_loss
     start = row_start(tokenizer)
     datasets = []
@@ -278,11 +278,11 @@ def data_files(words: Sequence[str], recipe: Recipe) -> list[Path]:
     Raises:
         SourceError: one is not there.
     """
-    found = [local_file(word, recipe.folder) for word in words]
-    for word, path in zip(words, found, strict=True):
+    paths = [local_file(word, recipe.folder) for word in words]
+    for word, path in zip(words, paths, strict=True):
         if path is None:
             raise SourceError("no such data file", file=word)
-    return [path for path in found if path is not None]
+    return [path for path in paths if path is not None]
 
 
 def source_rows(recipe: Recipe) -> Iterator[Row]:
@@ -308,11 +308,11 @@ def short_names(paths: Sequence[str]) -> list[str]:
     names = short if len(set(short)) == len(short) else list(paths)
     result: list[str] = []
     for name in names:
-        number, own = 1, name
-        while own in result:
+        number, unique = 1, name
+        while unique in result:
             number += 1
-            own = f"{name} ({number})"
-        result.append(own)
+            unique = f"{name} ({number})"
+        result.append(unique)
     return result
 
 

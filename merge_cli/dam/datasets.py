@@ -64,17 +64,17 @@ def _hub_rows(data: Data) -> list[Row]:
     return _rows(result, Path(str(data.dataset)))
 
 
-def _rows(found: Any, path: Path) -> list[Row]:
+def _rows(table: Any, path: Path) -> list[Row]:
     """Rows with those of their fields that mean something here; numbered from 1."""
-    rows = [make_row(number, _known(fields), path) for number, fields in enumerate(found, start=1)]
+    rows = [make_row(number, _known(fields), path) for number, fields in enumerate(table, start=1)]
     if not rows:
         raise SourceError("has no rows", file=str(path))
     return rows
 
 
 def _known(fields: Mapping[str, Any]) -> Mapping[str, Any]:
-    known = {name: fields[name] for name in _FIELDS if fields.get(name) is not None}
-    return known or fields
+    texts = {name: fields[name] for name in _FIELDS if fields.get(name) is not None}
+    return texts or fields
 
 
 # What a text becomes; padding and truncation are the caller's business, and decoding is not asked.
@@ -111,17 +111,17 @@ def one_tokenizer(plan: Plan) -> tuple[Any, str]:
     return tokenizer, f"{first.label}'s, for all data; {', '.join(other_templates)} has another"
 
 
-def _difference(one: Any, other: Any) -> str:
+def _difference(first: Any, second: Any) -> str:
     """What makes other tokens of a text; empty where nothing does."""
-    ours, theirs = one.get_vocab(), other.get_vocab()
+    ours, theirs = first.get_vocab(), second.get_vocab()
     if ours != theirs:
         moved = sum(theirs.get(token) != number for token, number in ours.items())
         return f"{len(theirs):,} entries against {len(ours):,}, {moved:,} of them elsewhere"
-    for part, parts in zip(_PARTS, zip(_parts(one), _parts(other), strict=True), strict=True):
+    for part, parts in zip(_PARTS, zip(_parts(first), _parts(second), strict=True), strict=True):
         if parts[0] != parts[1]:
             return f"the same entries, and another {part}"
-    if one.bos_token_id != other.bos_token_id:
-        return f"a text begins with {other.bos_token!r} instead of {one.bos_token!r}"
+    if first.bos_token_id != second.bos_token_id:
+        return f"a text begins with {second.bos_token!r} instead of {first.bos_token!r}"
     return ""
 
 

@@ -48,7 +48,9 @@ class LossSums:
     def by_owner(self) -> list[dict[str, float]]:
         """The sums of each data set; waits, too."""
         values = {name: value.tolist() for name, value in self._sums.items()}
-        return [{name: own[i] for name, own in values.items()} for i in range(self.owners)]
+        return [
+            {name: by_owner[i] for name, by_owner in values.items()} for i in range(self.owners)
+        ]
 
 
 @dataclass(frozen=True)

@@ -45,8 +45,8 @@ class HeldOutScore:
         return {**asdict(self), "mean_kl": self.mean_kl, "mean_loss": self.mean_loss}
 
     @staticmethod
-    def from_json(found: Mapping[str, Any]) -> HeldOutScore:
-        return HeldOutScore(found["kl"], found["loss"])
+    def from_json(score: Mapping[str, Any]) -> HeldOutScore:
+        return HeldOutScore(score["kl"], score["loss"])
 
 
 class HeldOut:
@@ -68,13 +68,13 @@ class HeldOut:
         tokens: int,
     ) -> None:
         self._batches: dict[str, list[Batch]] = {}
-        for dataset, examples, known in zip(datasets, rows, predictions, strict=True):
+        for dataset, examples, teacher in zip(datasets, rows, predictions, strict=True):
             if not examples:  # the record says whose
                 continue
             count = sum(example.counted for example in examples)
             groups = micro_batches(range(len(examples)), examples, tokens)
             self._batches[dataset.name] = [
-                make_batch(group, examples, known, 1.0 / count) for group in groups
+                make_batch(group, examples, teacher, 1.0 / count) for group in groups
             ]
         self.passes = self.tokens = 0
 
@@ -91,7 +91,7 @@ class HeldOut:
         """
         import torch
 
-        found: dict[str, list[float]] = {}
+        scores: dict[str, list[float]] = {}
         with torch.no_grad():
             for name, batches in self._batches.items():
                 sums = LossSums()
@@ -106,10 +106,10 @@ class HeldOut:
                     [read.get("kl", 0.0), read.get("cross_entropy", 0.0)], dtype=torch.float64
                 )
                 world.add_up([both], gradients=False)
-                found[name] = both.tolist()
+                scores[name] = both.tolist()
         return HeldOutScore(
-            {name: kl for name, (kl, _) in found.items()},
-            {name: loss for name, (_, loss) in found.items()},
+            {name: kl for name, (kl, _) in scores.items()},
+            {name: loss for name, (_, loss) in scores.items()},
         )
 
 
@@ -118,23 +118,29 @@ class BatchItem:
     """One sequence of a batch.
 
     Attributes:
-        known: its teacher's predictions, as `Predictions.of` gives them; None asks no teacher.
+        predicted: its teacher's predictions, as `Predictions.of` gives them; None asks no teacher.
         weight: of each of its counted tokens.
         owner: number of its data set.
     """
 
     example: Example
-    known: tuple[Any, Any, Any] | None
+    predicted: tuple[Any, Any, Any] | None
     weight: float
     owner: int = 0
 
 
 def make_batch(
-    numbers: Sequence[int], examples: Sequence[Example], known: Predictions | None, weight: float
+    numbers: Sequence[int],
+    examples: Sequence[Example],
+    predictions: Predictions | None,
+    weight: float,
 ) -> Batch:
     """A batch of some examples of one data set, every counted token with the same weight."""
     return batch_of(
-        [BatchItem(examples[i], None if known is None else known.of(i), weight) for i in numbers]
+        [
+            BatchItem(examples[i], None if predictions is None else predictions.of(i), weight)
+            for i in numbers
+        ]
     )
 
 
@@ -142,16 +148,16 @@ def batch_of(items: Sequence[BatchItem]) -> Batch:
     """A batch of sequences of any data sets; teachers are asked for all of them or for none."""
     import torch
 
-    own = [item.example for item in items]
-    ids, mask, counted = padded(own)
-    labels = torch.cat([torch.tensor(one.ids[one.first :]) for one in own]).long()
-    counts = torch.tensor([one.counted for one in own])
+    examples = [item.example for item in items]
+    ids, mask, counted = padded(examples)
+    labels = torch.cat([torch.tensor(example.ids[example.first :]) for example in examples]).long()
+    counts = torch.tensor([example.counted for example in examples])
     weights = torch.tensor([item.weight for item in items], dtype=torch.float64)
     owners = torch.tensor([item.owner for item in items])
     targets = TeacherTargets(
         labels, weights.repeat_interleave(counts), owners=owners.repeat_interleave(counts)
     )
-    parts = [item.known for item in items if item.known is not None]
+    parts = [item.predicted for item in items if item.predicted is not None]
     if parts:
         targets = replace(
             targets,

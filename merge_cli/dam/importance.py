@@ -82,7 +82,10 @@ def fisher_shares(
         student.coefficients[name].layout.rows * student.coefficients[name].layout.columns
         for name in student.trained
     )
-    means = [sum(float(part.double().sum()) for part in one.values()) / elements for one in sums]
+    means = [
+        sum(float(part.double().sum()) for part in of_source.values()) / elements
+        for of_source in sums
+    ]
     shares = {}
     for name in student.trained:
         layout = student.coefficients[name].layout

@@ -59,8 +59,8 @@ class TeacherTargets:
         )
 
     def _each(self, change: Any) -> TeacherTargets:
-        found = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: change(v) for k, v in found.items() if v is not None})
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{k: change(v) for k, v in values.items() if v is not None})
 
 
 @dataclass(frozen=True)
@@ -92,13 +92,15 @@ class DistillationLoss:
         """The weighted sum [n]."""
         return sum(self.weights[name] * term for name, term in terms.items())
 
-    def _against_teacher(self, z: Any, targets: TeacherTargets, wanted: set[str]) -> dict[str, Any]:
+    def _against_teacher(
+        self, z: Any, targets: TeacherTargets, requested: set[str]
+    ) -> dict[str, Any]:
         log_q = z.gather(-1, targets.ids) - z.logsumexp(-1, keepdim=True)
         log_p = targets.logp
         result = {}
-        if "mse" in wanted:
+        if "mse" in requested:
             result["mse"] = ((log_q - log_p) ** 2).mean(-1)
-        if wanted & {"kl", "reverse_kl"}:
+        if requested & {"kl", "reverse_kl"}:
             square = self.temperature**2
             if targets.tail is not None:
                 import torch
@@ -106,9 +108,9 @@ class DistillationLoss:
                 rest = z.scatter(-1, targets.ids, float("-inf")).logsumexp(-1) - z.logsumexp(-1)
                 log_q = torch.cat([log_q, rest[:, None]], -1)
                 log_p = torch.cat([log_p, targets.tail[:, None]], -1)
-            if "kl" in wanted:
+            if "kl" in requested:
                 result["kl"] = square * (log_p.exp() * (log_p - log_q)).sum(-1)
-            if "reverse_kl" in wanted:
+            if "reverse_kl" in requested:
                 result["reverse_kl"] = square * (log_q.exp() * (log_q - log_p)).sum(-1)
         return result
 
@@ -151,11 +153,11 @@ def _overlap(c: Any) -> Any:
 
 
 def _weighted_overlap(c: Any) -> Any:
-    found = []
+    terms = []
     for i, j in _pairs(c):
         weight = c[i] ** 2 + c[j] ** 2
-        found.append((weight * _sine(c[i], c[j])).sum() / weight.sum().clamp_min(_TINY))
-    return _mean(found, c)
+        terms.append((weight * _sine(c[i], c[j])).sum() / weight.sum().clamp_min(_TINY))
+    return _mean(terms, c)
 
 
 def _sine(a: Any, b: Any) -> Any:

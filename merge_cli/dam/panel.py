@@ -74,8 +74,8 @@ def training_json(decided: TrainingPlan) -> dict[str, Any]:
         "device": decided.device,
         "dtype": decided.dtype,
         "mode": decided.mode,
-        "residency": decided.place.residency,
-        "source_bytes": decided.place.bytes,
+        "residency": decided.residency.residency,
+        "source_bytes": decided.residency.bytes,
         "student_bytes": decided.student_bytes,
         "why": decided.why,
     }
@@ -134,7 +134,7 @@ def print_training(out: Console, decided: TrainingPlan) -> None:
             f"{show_size(decided.student_bytes)} in {decided.dtype} "
             f"({decided.why['dtype']}) on {decided.device} ({decided.why['device']})",
         ),
-        ("sources", f"{decided.place.residency}: {decided.why['residency']}"),
+        ("sources", f"{decided.residency.residency}: {decided.why['residency']}"),
         ("update", f"{decided.mode}: {decided.why['mode']}"),
     ):
         out.print(f"[dim]{label}:[/dim] {escape(text)}")

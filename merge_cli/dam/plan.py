@@ -63,7 +63,7 @@ class TrainingPlan:
     steps: int
     device: str
     dtype: str
-    place: SourceResidency
+    residency: SourceResidency
     mode: str
     teachers: tuple[TeacherPlan, ...]
     labels: tuple[str, ...]

@@ -188,7 +188,7 @@ def _learn(
         plan,
         decided.targets,
         training,
-        decided.place,
+        decided.residency,
         decided.device,
         getattr(torch, decided.dtype),
     )
@@ -220,7 +220,7 @@ def _learn(
             measured,
             folder,
             world,
-            told=line,
+            on_step=line,
             stopping=stopping,
         )
         trainer.position.teaching += teaching

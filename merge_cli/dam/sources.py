@@ -53,21 +53,21 @@ class Sources:
     def __init__(
         self,
         tensors: Mapping[str, Stored],
-        place: SourceResidency,
+        residency: SourceResidency,
         device: Any,
         dtype: Any,
         *,
         with_base: bool,
     ) -> None:
-        self.place, self._tensors, self._device, self._dtype = place, tensors, device, dtype
+        self.residency, self._tensors, self._device, self._dtype = residency, tensors, device, dtype
         self._files = FilePool(os.O_RDONLY)
         self._kept: dict[tuple[str, int], Any] = {}
         self.rows_read = 0
         self._with_base = with_base
         self.ahead: Prefetcher | None = None
-        if place.residency != "disk":
+        if residency.residency != "disk":
             self._keep(with_base)
-        if place.residency == "host" and str(device) != "cpu":
+        if residency.residency == "host" and str(device) != "cpu":
             self.ahead = Prefetcher(CudaCopies(str(device)))
 
     def block_rows(self, name: str) -> int:
@@ -95,7 +95,7 @@ class Sources:
 
     def expect(self, name: str) -> None:
         """This tensor is asked for next: have it brought while something else goes on."""
-        if self.place.residency == "disk":
+        if self.residency.residency == "disk":
             stored = self._tensors[name]
             requested = [*stored.sources]
             if self._with_base and stored.base is not None:
@@ -119,7 +119,7 @@ class Sources:
                 numbered = [*numbered, (-1, stored.base)]
             for number, ref in numbered:
                 rows = self._read(ref, stored.shape, 0, stored.shape[0])
-                if self.place.residency == "device":
+                if self.residency.residency == "device":
                     rows = rows.to(self._device)
                 elif str(self._device) != "cpu":
                     rows = rows.pin_memory()

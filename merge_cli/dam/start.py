@@ -127,9 +127,9 @@ def mixtures(labels: Sequence[str], *, has_base: bool, base_label: str | None) -
     result.append(Mixture("uniform soup", 0.0, (1.0 / count,) * count))
     if has_base:
         # A base among the sources adds nothing to itself.
-        own = [label != base_label for label in labels]
+        moves_base = [label != base_label for label in labels]
         for scale in LAMBDAS:
-            weights = tuple(scale * moves for moves in own)
+            weights = tuple(scale * moves for moves in moves_base)
             result.append(Mixture(f"task arithmetic {scale:g}", 1.0 - math.fsum(weights), weights))
     return result
 
@@ -182,4 +182,4 @@ def best_start(
         for item in compared
         if item.name in scores and (form == "task_vector" or item.base == 0)
     ]
-    return min(reached, key=lambda one: scores[one.name].mean_kl, default=None)
+    return min(reached, key=lambda mixture: scores[mixture.name].mean_kl, default=None)

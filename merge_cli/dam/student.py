@@ -76,9 +76,9 @@ class Student:
         self._squares: dict[str, Any] | None = None  # set where squares are summed
         self._order: list[str] = []
         self._hooks = []
-        for own in _by_parameter(merged_parameters):
-            parameter = own[0].parameter
-            trained = [merged for merged in own if merged.trained]
+        for parts in _by_parameter(merged_parameters):
+            parameter = parts[0].parameter
+            trained = [merged for merged in parts if merged.trained]
             parameter.requires_grad_(bool(trained))
             if trained:
                 hook = self._hook(trained)
@@ -160,8 +160,8 @@ class Student:
         norm = math.sqrt(sum(float((g * g).sum()) for grad in grads.values() for g in grad))
         if math.isfinite(norm):
             factor = min(1.0, clip / norm) if clip is not None and norm > 0 else 1.0
-            for name, own in grads.items():
-                self._step(name, [g * factor for g in own] if factor < 1 else own, rate)
+            for name, projected in grads.items():
+                self._step(name, [g * factor for g in projected] if factor < 1 else projected, rate)
                 self._write(name, None)
             self.steps += 1
         for name in self.trained:
@@ -272,7 +272,7 @@ class Student:
 
 def _by_parameter(merged_parameters: Sequence[MergedParameter]) -> list[list[MergedParameter]]:
     """Parts of one parameter share its gradient."""
-    found: dict[int, list[MergedParameter]] = {}
+    groups: dict[int, list[MergedParameter]] = {}
     for merged in merged_parameters:
-        found.setdefault(id(merged.parameter), []).append(merged)
-    return list(found.values())
+        groups.setdefault(id(merged.parameter), []).append(merged)
+    return list(groups.values())

@@ -25,7 +25,7 @@ from merge_cli.recipe.training import Training
 _SMALLER = "Use a smaller learning_rate, or dtype float32 or bfloat16."
 _START_SCALE, _GROW_AFTER = 1024.0, 200  # of float16 losses
 
-Told = Callable[[Mapping[str, Any], Position], None]  # a step's record
+OnStep = Callable[[Mapping[str, Any], Position], None]  # a step's record
 
 
 class Trainer:
@@ -46,12 +46,12 @@ class Trainer:
         folder: TrainingWorkspace,
         world: World,
         *,
-        told: Told,
+        on_step: OnStep,
         stopping: Callable[[], bool],
     ) -> None:
         self._decided, self._student, self._forward = decided, student, forward
         self._predictions, self._held_out = predictions, held_out
-        self._folder, self._world, self._told, self._stopping = folder, world, told, stopping
+        self._folder, self._world, self._told, self._stopping = folder, world, on_step, stopping
         training = decided.training
         seed = decided.plan.recipe.seed
         self._orders = [Order(dataset, training, seed) for dataset in decided.datasets]
@@ -132,13 +132,13 @@ class Trainer:
         the loss does not depend on how a step is divided.
         """
         items: list[BatchItem] = []
-        for owner, (dataset, order, known) in enumerate(
+        for owner, (dataset, order, predictions) in enumerate(
             zip(self._decided.datasets, self._orders, self._predictions, strict=True)
         ):
             numbers = order.batch(step)
             weight = 1.0 / sum(dataset.train[i].counted for i in numbers)
             for i in numbers[self._world.rank :: self._world.size]:
-                predicted = None if known is None else known.of(i)
+                predicted = None if predictions is None else predictions.of(i)
                 items.append(BatchItem(dataset.train[i], predicted, weight, owner))
         examples = [item.example for item in items]
         groups = micro_batches(range(len(items)), examples, self._training.batch_tokens)
@@ -177,20 +177,20 @@ class Trainer:
         self._world.add_up([table, spent], gradients=False)
         self.position.tokens += int(spent[0])
         self.position.passes += int(spent[1])
-        found = {
+        losses = {
             dataset: dict(zip(names, row, strict=True))
             for dataset, row in zip(terms, table.tolist(), strict=True)
         }
         penalties = dict(self._student.penalties_found)
         weighted = (
             self._training.loss[name] * value
-            for own in found.values()
-            for name, value in own.items()
+            for of_dataset in losses.values()
+            for name, value in of_dataset.items()
         )
         total = reduce(add, [*weighted, *penalties.values()], 0.0)
         if total != total or abs(total) == float("inf"):
             raise _not_finite(step)
-        return {"step": step, "rate": rate, "loss": total, "terms": found, "penalties": penalties}
+        return {"step": step, "rate": rate, "loss": total, "terms": losses, "penalties": penalties}
 
     def _measure(self) -> None:
         """Held-out divergence; the best coefficients so far are remembered."""

@@ -65,7 +65,7 @@ def test_rounds_change_nothing(models: Path) -> None:
         plan = plan_of(recipe)
         digests.append(calibrate(plan, CPU, silent).calibrated.digests)  # type: ignore[union-attr]
         for part in plan_calibration(plan, "cpu", source_identity).parts:
-            part.place.unlink()
+            part.path.unlink()
     assert digests[0] == digests[1] == digests[2]
 
 
@@ -97,7 +97,7 @@ def test_the_resolved_recipe_gives_the_same_bytes(models: Path, method: str) -> 
         one["digest"] for one in result.report["gathered"]["sources"]
     ]
     for part in plan_calibration(plan_of(resolved), "cpu", source_identity).parts:
-        part.place.unlink()
+        part.path.unlink()
     again = merge_cli.merge(resolved, models / "again", options=CPU)
     assert (again.path / "model.safetensors").read_bytes() == (
         result.path / "model.safetensors"
@@ -175,10 +175,10 @@ def test_a_killed_process_leaves_nothing_that_is_believed(models: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code, recipe, models / "out"], timeout=300)
     assert done.returncode == -signal.SIGKILL
     parts = plan_calibration(plan_of(recipe), "cpu", source_identity).parts
-    assert [part.found is not None for part in parts] == [True, False]
+    assert [part.cached is not None for part in parts] == [True, False]
     killed = merged(recipe, models / "out")
     for part in parts:
-        part.place.unlink()
+        part.path.unlink()
     whole = merged(recipe, models / "whole")
     assert all(torch.equal(killed[name], whole[name]) for name in whole)
 
