@@ -133,7 +133,7 @@ def _open_all(
         except SourceError as error:
             errors.append(error)
             continue
-        opened_first = first.setdefault(source.place, source)
+        opened_first = first.setdefault(source.identity, source)
         if opened_first is source:
             opened[reference] = source
         else:

@@ -105,7 +105,7 @@ def _log_likelihood(live: LiveModel, example: Example, part: SourcePart) -> Any:
     """The sum over counted tokens of their log-probability; labels as `targets` says."""
     import torch
 
-    ids = torch.tensor([example.ids], device=live.place)
+    ids = torch.tensor([example.ids], device=live.input_device)
     logits = live.net(input_ids=ids, use_cache=False).logits[0, example.first - 1 : -1].float()
     live.count(ids.numel(), 1)
     labels = ids[0, example.first :]

@@ -114,14 +114,14 @@ def _rounds(groups: Sequence[Group], room: int, least: int | None) -> list[list[
 
 
 def _room(live: LiveModel) -> int:
-    kind, _, index = live.place.partition(":")
+    kind, _, index = live.input_device.partition(":")
     return int(free_memory(kind, (int(index or 0),)) * _ROOM)
 
 
 def _zeros(live: LiveModel, width: int) -> Any:
     import torch
 
-    return torch.zeros(width, width, dtype=torch.float64, device=live.place)
+    return torch.zeros(width, width, dtype=torch.float64, device=live.input_device)
 
 
 @contextmanager
@@ -158,7 +158,7 @@ def _hooked(live: LiveModel, looking: dict[str, Callable[[str, Any], None]]) -> 
 def _forward(live: LiveModel, batch: Sequence[Example]) -> None:
     import torch
 
-    ids = torch.tensor([item.ids for item in batch], device=live.place)
+    ids = torch.tensor([item.ids for item in batch], device=live.input_device)
     with torch.no_grad():  # inference mode would not count the versions of a tensor
         live.net(input_ids=ids, use_cache=False)
     live.count(ids.numel(), 1)

@@ -63,14 +63,14 @@ class StageWorkspace(Workspace):
                 self.discard()
         super().__exit__(kind, error, trace)
 
-    def place(self, name: str) -> Path:
+    def path_of(self, name: str) -> Path:
         """Where the result of a stage lies, or will."""
         return self.path / stage_folder(name)
 
     def has(self, name: str, key: str) -> bool:
         """Whether the result of a stage is there, made by the work of this key."""
         done = self._done(name)
-        return self.place(name).is_dir() and done.is_file() and done.read_bytes() == key.encode()
+        return self.path_of(name).is_dir() and done.is_file() and done.read_bytes() == key.encode()
 
     def begin(self, name: str, key: str) -> None:
         """Note what is about to be worked at; what other work has left of the stage goes.
@@ -78,7 +78,7 @@ class StageWorkspace(Workspace):
         Raises:
             ResourceError: it cannot be written.
         """
-        folder = self.place(name)
+        folder = self.path_of(name)
         begun = folder.with_name(f"{folder.name}.begun")
         if not begun.is_file() or begun.read_bytes() != key.encode():
             for suffix in WORK:
@@ -99,7 +99,7 @@ class StageWorkspace(Workspace):
 
     def tidy(self, stages: Collection[str]) -> None:
         """Remove everything but the results that are named."""
-        names = {MARK}.union(*({self.place(n).name, self._done(n).name} for n in stages))
+        names = {MARK}.union(*({self.path_of(n).name, self._done(n).name} for n in stages))
         for path in self.path.iterdir():
             if path.name in names:
                 continue

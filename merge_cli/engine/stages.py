@@ -53,7 +53,7 @@ def make_stages(
             for document in (*(stages[name] for name in todo), plan):
                 for preparation in preparations_of(document):
                     preparation.plan(document, options)
-        folders = {name: workspace.place(name) for name in stages}
+        folders = {name: workspace.path_of(name) for name in stages}
 
         def make(document: Plan, out: Path, options: MergeOptions) -> dict[str, Any]:
             made = {name: folders[name] for name in needed(document)}

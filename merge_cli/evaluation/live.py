@@ -62,7 +62,7 @@ class LiveModel:
         return min(int(self.net.get_input_embeddings().weight.shape[0]), self.vocabulary)
 
     @property
-    def place(self) -> str:
+    def input_device(self) -> str:
         """The device for inputs."""
         return str(self.net.device)
 

@@ -34,12 +34,12 @@ class SliceOperand:
 
     Attributes:
         source: its index among the opened sources.
-        place: its place in the recipe, which random masks belong to; -1 for an unlisted base.
+        recipe_index: its number in the recipe, which random masks depend on; -1: unlisted base.
         layers: half-open range; None means the whole model.
     """
 
     source: int
-    place: int
+    recipe_index: int
     spec: SourceSpec
     layers: tuple[int, int] | None = None
 

@@ -444,7 +444,7 @@ def open_all(recipe: Recipe, made: Mapping[str, Source]) -> tuple[Recipe, list[S
             errors.append(error)
             continue
         # `base` and `./base`, a branch and its commit: one model, whose spelling decides nothing.
-        spelling[reference] = first.setdefault(source.place, reference)
+        spelling[reference] = first.setdefault(source.identity, reference)
         opened.setdefault(spelling[reference], source)
     if len(errors) == 1:
         raise errors[0]

@@ -64,7 +64,7 @@ def tensor_tasks(
     """The output tensors of one slice, and why each cannot be merged (empty where it can)."""
     resolver = Resolver(recipe, method, part.spec, [operand.spec for operand in part.operands])
     sources = tuple(operand.source for operand in part.operands)
-    ids = tuple(operand.place for operand in part.operands)
+    ids = tuple(operand.recipe_index for operand in part.operands)
     requested = SAFETENSORS_NAMES[recipe.output_dtype] if recipe.output_dtype else None
     for match in matches:
         if match.copied:

@@ -116,7 +116,7 @@ class Source:
             raise CorruptFileError(message, model=self.label, file=path.name) from error
 
     @property
-    def place(self) -> tuple[Path, ...]:
+    def identity(self) -> tuple[Path, ...]:
         """What tells models apart: where the files are, and those of the adapter."""
         adapter = (self.adapter.root.resolve(),) if self.adapter else ()
         return (self.root.resolve(), *adapter)

@@ -93,7 +93,7 @@ class KL(DataTask):
         size = text_config.get("vocab_size", live.vocabulary)
         self._refuse_other_vocabulary(live, load_tokenizer(source), int(size))
         dtype = live.dtype.partition(" ")[0]
-        teacher = Teacher(source, source_fingerprint(source), live.place, dtype)
+        teacher = Teacher(source, source_fingerprint(source), live.input_device, dtype)
         examples = [Example(array("q", window.ids), window.first) for window in windows]
         settings = KeptPredictions(self.top_k, 1.0, "float32")
         predictions = teacher.predictions(examples, settings, lambda *_: None)
@@ -125,7 +125,7 @@ class KL(DataTask):
             return
         teacher = load(
             self._source(),
-            device=live.place,
+            device=live.input_device,
             dtype=live.dtype.partition(" ")[0],
             max_length=live.max_length,
             batch_tokens=live.batch_tokens,
