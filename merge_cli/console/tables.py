@@ -18,6 +18,7 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from merge_cli.methods.registry import Method
@@ -141,6 +142,20 @@ def print_table(console: Console, table: Table, rows: Sequence[Sequence[str]]) -
     for row in rows:
         cells = zip(row, widths, right, strict=True)
         console.file.write(_GAP.join(starmap(_padded, cells)) + "\n")
+
+
+def print_wrapped(console: Console, markup: str, indent: int = 0) -> None:
+    """Print a line. In a terminal it wraps between words, so that paths can be copied.
+
+    Args:
+        indent: spaces before it, and before what is wrapped.
+    """
+    line, before = Text.from_markup(markup, emoji=False), Text(" " * indent)
+    if console.soft_wrap:
+        console.print(before + line)
+        return
+    for part in line.wrap(console, max(console.width - indent, 1), overflow="ignore"):
+        console.print(before + part, soft_wrap=True)
 
 
 def _padded(cell: str, width: int, right: bool) -> str:

@@ -212,7 +212,7 @@ def study_models(
         notes.append("weights were not read; merge-cli analyze says more of these models")
     header = (
         "A first recipe by merge-cli init.",
-        f"It looked at {inspection.summary}; {weights_read}.",
+        f"Models: {inspection.summary}; {weights_read}.",
     )
     if advice.recipe is not None:
         advice = replace(advice, recipe=inspection.with_dtype_and_tokenizer(advice.recipe))

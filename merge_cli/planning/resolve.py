@@ -224,7 +224,8 @@ def _unlisted_base(recipe: Recipe, method: Method) -> list[str]:
             return [f"{position}: averaged with the models, as in mergekit."]
         if not lists_base(group_recipe, specs):
             return [
-                f"{position}: gives config and tokenizer, and is not averaged: not in `models`."
+                f"{position}: provides config and tokenizer only. It is not averaged, because "
+                "`models` does not list it."
             ]
     return []
 
