@@ -103,7 +103,7 @@ def print_calibration(out: Console, decided: CalibrationPlan) -> None:
         ("disk", _disk(decided.bytes_to_gather)),
         (
             "memory",
-            f"{memory} ({decided.why['dtype']}) on {decided.why['device']}",
+            f"{memory} ({decided.why['dtype']}) on {_with_reason(decided.why['device'])}",
         ),
     ):
         out.print(f"[dim]{label}:[/dim] {escape(text)}")
@@ -128,3 +128,9 @@ def print_gathered(out: Console, calibrated: Mapping[str, Any]) -> None:
     of = f"{calibrated['means']:,} of {calibrated['tensors']:,} merged tensors"
     if calibrated["means"]:
         out.print(f"  {of} had no statistics and are the plain mean")
+
+
+def _with_reason(device: str) -> str:
+    """`cpu: no CUDA device found` with the reason in parentheses."""
+    name, _, reason = device.partition(": ")
+    return f"{name} ({reason})" if reason else name

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 Json = Mapping[str, Any]
 _WIDE = 110  # columns of a terminal that shows a difference in the row of its model
 _MERGING = "merging"  # the stage of a comparison in which another process shows its progress
+_INTERVAL = re.compile(r" \([^()]* to [^()]*\)")
 _DIGITS = 8  # of a number with its sign, or of one end of an interval
 
 
@@ -139,6 +142,11 @@ def _interval(bounds: Sequence[float] | None, sign: str = "") -> str:
 def print_comparison(console: Console, record: Mapping[str, Any]) -> None:
     """A row for each model; merges on the Pareto front are bold."""
     heads, rows = used_columns(record)
+    # A narrow terminal gets no intervals. The files have them.
+    widths = [max(map(cell_len, cells)) for cells in zip(heads, *rows, strict=True)]
+    shortened = sum(widths) + 2 * len(widths) > console.width
+    if shortened:
+        rows = [[name, *(_INTERVAL.sub("", cell) for cell in cells)] for name, *cells in rows]
     table = Table(box=None, pad_edge=False, header_style="bold")
     for i, head in enumerate(heads):
         table.add_column(escape(head), justify="right" if i else "left", overflow="fold")
@@ -156,6 +164,8 @@ def print_comparison(console: Console, record: Mapping[str, Any]) -> None:
         console.print(f"[dim]{escape(line)}[/dim]")
     if record["front"]:
         console.print("[dim]bold: no other merge is both better and faster[/dim]")
+    if shortened:
+        console.print("[dim]intervals: in a wider terminal, and in the files[/dim]")
     for note in record["notes"]:
         console.print(f"[dim]note:[/dim] {escape(note)}")
 

@@ -7,6 +7,7 @@ every tensor, so that `indented` encodes each only once.
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby, starmap
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from merge_cli.planning.plan import TensorTask
 
 _GAP = "  "
+_WORD = re.compile(r"\S+\s*")
 
 
 def method_json(method: Method) -> dict[str, Any]:
@@ -154,8 +156,21 @@ def print_wrapped(console: Console, markup: str, indent: int = 0) -> None:
     if console.soft_wrap:
         console.print(before + line)
         return
-    for part in line.wrap(console, max(console.width - indent, 1), overflow="ignore"):
-        console.print(before + part, soft_wrap=True)
+    for paragraph in line.split("\n", allow_blank=True):
+        for part in paragraph.divide(_line_starts(paragraph.plain, console.width - indent)):
+            part.rstrip()
+            console.print(before + part, soft_wrap=True)
+
+
+def _line_starts(text: str, width: int) -> list[int]:
+    """Where lines after the first begin, if no word is broken."""
+    starts, filled = [], 0
+    for match in _WORD.finditer(text):
+        if filled and filled + cell_len(match[0].rstrip()) > width:
+            starts.append(match.start())
+            filled = 0
+        filled += cell_len(match[0])
+    return starts
 
 
 def _padded(cell: str, width: int, right: bool) -> str:

@@ -139,7 +139,7 @@ def print_training(out: Console, decided: TrainingPlan) -> None:
         (
             "student",
             f"{show_size(decided.student_bytes)} in {decided.dtype} "
-            f"({decided.why['dtype']}) on {decided.why['device']}",
+            f"({decided.why['dtype']}) on {_with_reason(decided.why['device'])}",
         ),
         ("sources", f"{RESIDENCY[decided.place.residency]}: {decided.why['residency']}"),
         ("update", f"{decided.mode}: {decided.why['mode']}"),
@@ -173,3 +173,9 @@ def granularity_in_words(training: Training) -> str:
         for pattern, kind in training.granularity.items()
     ]
     return ", ".join(parts if "*" in training.granularity else [*parts, "column for the rest"])
+
+
+def _with_reason(device: str) -> str:
+    """`cpu: no CUDA device found` with the reason in parentheses."""
+    name, _, reason = device.partition(": ")
+    return f"{name} ({reason})" if reason else name

@@ -60,7 +60,9 @@ def render_html(report: Json) -> str:
     if view is None:
         relations = [section("How the sources relate", "", _NO_STATISTICS)]
     else:
-        relations = [alike(view), conflict(view), sizes(view), kept(view)]
+        trimming = kept(view)
+        relations = [alike(view), conflict(view), sizes(view)]
+        relations += [trimming] if trimming else []
     sections = [
         *stage_sections(report),
         *(part for item in preparations() for part in item.report_sections(report)),
@@ -94,6 +96,11 @@ def _lede(report: Json) -> str:
     base = next((i["model"] for i in report["inputs"] if i["role"] == "base"), None)
     sources = sum(i["role"] == "source" for i in report["inputs"])
     onto = Markup(" on the base {}").format(code(base)) if base else " without a base"
+    statistics = report["statistics"]
+    if base and statistics and statistics["of"] == "weights":
+        merged = statistics["models"]
+        if base not in merged and base.rstrip("/").rpartition("/")[2] not in merged:
+            onto = Markup("; config and tokenizer of {}").format(code(base))
     return Markup("{}{}; recipe {}, seed {}.").format(
         count(sources, "source"), onto, code(report["recipe"]["file"]), report["recipe"]["seed"]
     )
