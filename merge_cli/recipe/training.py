@@ -298,8 +298,8 @@ class Data:
         (), "files to measure on; default a share of the rows of `files`", form=DataFiles()
     )
     dataset: str | None = option(None, "a data set of the Hub, by its id", form=Text())
-    config: str | None = option(None, "which of the data set's configurations", form=Text())
-    split: str = option("train", "which of its splits", form=Text())
+    config: str | None = option(None, "configuration of the data set", form=Text())
+    split: str = option("train", "split of the data set", form=Text())
     revision: str | None = option(None, "a branch, tag or commit of it", form=Text())
     key: str = ""
 
@@ -391,7 +391,7 @@ class Statistics:
     examples: int | None = option(256, "examples of each source; null takes all of its data", 1)
     max_length: int = option(512, "tokens of an example; longer rows are cut into several", 2)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
-        "auto", "that the models run in; sums are wider"
+        "auto", "dtype that the models run in; sums are wider"
     )
     batch_tokens: int = option(4096, "tokens in one forward pass", 2)
     rounds: int | None = option(
