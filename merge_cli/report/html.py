@@ -117,13 +117,21 @@ def _made(report: Json) -> list[str]:
     ]
 
 
+def _seconds_before(report: Json) -> float:
+    """Seconds of training or searching before the merge."""
+    costs = [report[key]["cost"] for key in ("training", "search") if key in report]
+    return float(sum(cost.get("wall_seconds", cost["seconds"]) for cost in costs))
+
+
 def _key_figures(report: Json, view: RelationsView | None) -> list[KeyFigure]:
     output, cost = report["output"], report["cost"]
     peaks = [f"{size(cost['peak_vram'])} on the GPU"] if cost["peak_vram"] else []
+    before = _seconds_before(report)
+    took = [f"{duration(before)} before the merge"] if before else []
     rows = [
         ("Parameters", short(output["parameters"]), ", ".join(output["dtypes"])),
         ("Size", size(output["bytes"]), count(len(output["shards"]), "file")),
-        ("Time", duration(cost["seconds"]), f"{size(cost['bytes_read'])} read"),
+        ("Time", duration(before + cost["seconds"]), *took, f"{size(cost['bytes_read'])} read"),
         ("Peak memory", size(cost["peak_rss"]), *peaks),
     ]
     if view is not None:
