@@ -82,12 +82,12 @@ def merge(
     Args:
         recipe: a plan, a loaded recipe, or the path of one.
         out: the folder to publish; it appears only when it is complete.
-        on_progress: told of progress; `show` is its old name.
+        on_progress: called with each progress; `show` is its old name.
         require_improvement: what is learned or searched must beat every merge without it.
         evaluation: what to evaluate the result on, as `evaluate` takes it; default the recipe's
             `eval:`, if it has one.
         gates, no_worse: conditions on the evaluation (docs/evaluate.md).
-        on_evaluation: told of the evaluation's progress.
+        on_evaluation: called with the progress of the evaluation.
 
     Raises:
         RecipeError, SourceError, MismatchError, UsageError: before anything is downloaded, as far
@@ -225,7 +225,7 @@ def compare(
         out: the folder for merges, comparison.json, .md, .csv and .html; what is there is reused.
         gates, no_worse: conditions on every recipe's merge (docs/evaluate.md).
         options: of `merge-cli run`, for every merge.
-        on_progress: told of progress; `show` is its old name.
+        on_progress: called with each progress; `show` is its old name.
 
     Raises:
         as `comparison.run.compare` does; UsageError for a gate that cannot be read. A gate that is

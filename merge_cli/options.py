@@ -64,4 +64,4 @@ OnProgress = Callable[[Progress], None]
 
 
 def ignore_progress(progress: object) -> None:
-    """What is told of progress where nobody asks."""
+    """Progress that nobody asked for."""

@@ -181,10 +181,10 @@ def _alternatives(
     if share >= CONFLICT:
         chance = 1 - 2.0 ** (1 - len(evidence.models))
         reason = (
-            f"Of the elements that several sources change, {_percent(share)} are pulled both ways "
-            f"(independent signs: {_percent(chance)} where all change them): electing a sign keeps "
-            "them from cancelling. On this project's small models that lost to the average more "
-            "often than it won: compare the two."
+            f"Of the elements that several sources change, {_percent(share)} are changed in "
+            f"opposite directions (by chance: {_percent(chance)}, where all change them). Choosing "
+            "one sign for each element keeps changes from cancelling. On this project's small "
+            "models that lost to the average more often than it won: compare the two."
         )
         suggestions.append(Suggestion("ties", reason, f"arXiv:2306.01708; {EXPERIMENTS}"))
     if not sparse and max(norms) <= SMALL:

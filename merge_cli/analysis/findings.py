@@ -214,8 +214,8 @@ def _concentrated(evidence: Evidence, total: Measures) -> Iterator[Finding]:
             share = ", ".join(f"{name} {100 * value:.3g} %" for name, value in shares.items())
             text = (
                 f"The {kind.name} holds most of the squared change ({share}), in "
-                f"{100 * kind.count / total.count:.3g} % of the elements: numbers over the whole "
-                "model speak of it. Look at the layers, too."
+                f"{100 * kind.count / total.count:.3g} % of the elements. Numbers over the whole "
+                f"model mostly describe the {kind.name}: look at the layers, too."
             )
             limit = f"share of ‖δ‖² at least {100 * CONCENTRATED:g} %"
             yield Finding("concentrated", tuple(shares), text, limit)

@@ -30,7 +30,7 @@ def gather_importances(
 
     Args:
         writer: `writer(shapes, entries)`, for the file that is made.
-        tell: told of tokens done and in all.
+        tell: called with the tokens done and in all.
 
     Raises:
         NonFiniteError: a gradient is not a number.

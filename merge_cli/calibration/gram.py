@@ -33,7 +33,7 @@ def gather_grams(
 
     Args:
         writer: `writer(shapes, entries)`, for the file that is made.
-        tell: told of tokens done and in all.
+        tell: called with the tokens done and in all.
 
     Raises:
         NonFiniteError: a layer sees what is not a number.

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from merge_cli.console.tables import print_wrapped
 from merge_cli.system.machine import show_size
 
 if TYPE_CHECKING:
@@ -32,10 +33,11 @@ def statistics_json(kind: str) -> list[dict[str, Any]]:
 
 def print_statistics(out: Console, kind: str) -> None:
     """The same as text."""
-    out.print("\nGathered first, as `statistics:` says. See docs/statistics.md.\n")
+    out.print("\nOptions of `statistics:` (docs/statistics.md), gathered before the merge.\n")
     for option in statistics_json(kind):
-        default = "" if option["default"] is None else f"; default {option['default']}"
-        out.print(f"  [bold]{option['name']}[/bold]: {escape(option['doc'] + default)}")
+        default = "" if option["default"] is None else f" (default: {option['default']})"
+        text = f"[bold]{option['name']}[/bold]: {escape(option['doc'] + default)}"
+        print_wrapped(out, text, indent=2)
 
 
 def calibration_json(decided: CalibrationPlan) -> dict[str, Any]:
@@ -72,8 +74,8 @@ def print_calibration(out: Console, decided: CalibrationPlan) -> None:
     """The same as text."""
     out.print()
     missing = len(decided.missing)
-    todo = f"{missing} of {len(decided.parts)} models to be run" if missing else "all in the cache"
-    out.print(f"[bold]before that, {_WORDS[decided.kind]}[/bold]: {todo}")
+    todo = f"{missing} of {len(decided.parts)} models to run" if missing else "all cached"
+    out.print(f"[bold]calibration before the merge[/bold] ({_WORDS[decided.kind]}): {todo}")
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("model", "data"):
         table.add_column(name, overflow="fold")
@@ -83,7 +85,7 @@ def print_calibration(out: Console, decided: CalibrationPlan) -> None:
         at_most = "cached, " if part.cached is not None else "at most "
         table.add_row(
             escape(part.source.label),
-            escape(part.data),
+            escape(", ".join(file.rpartition("/")[2] for file in part.data.split(", "))),
             f"{part.examples.rows:,}",
             f"{len(part.examples.items):,}",
             f"{part.examples.tokens:,}",
@@ -92,19 +94,25 @@ def print_calibration(out: Console, decided: CalibrationPlan) -> None:
     out.print(table)
     for part in decided.parts:
         if part.examples.duplicates:
-            twice = f"{part.examples.duplicates:,} rows of {part.data} are there twice; each counts"
+            twice = f"{part.examples.duplicates:,} rows of {part.data} are duplicates; each counts"
             out.print(f"[yellow]![/yellow] {escape(twice)} once")
     rounds = ", or less in rounds" if decided.kind == "gram" else ""
     memory = f"{show_size(decided.memory)} for one model and its sums{rounds}; in {decided.dtype}"
     for label, text in (
         ("tensors", f"{decided.tensors:,} merged by them, {decided.means:,} by the plain mean"),
-        ("disk", f"at most {show_size(decided.bytes_to_gather)} more in the cache"),
+        ("disk", _disk(decided.bytes_to_gather)),
         (
             "memory",
-            f"{memory} ({decided.why['dtype']}) on {decided.device} ({decided.why['device']})",
+            f"{memory} ({decided.why['dtype']}) on {_with_reason(decided.why['device'])}",
         ),
     ):
         out.print(f"[dim]{label}:[/dim] {escape(text)}")
+
+
+def _disk(size: int) -> str:
+    if not size:
+        return "the cache does not grow"
+    return f"the cache grows by at most {show_size(size)}"
 
 
 def print_gathered(out: Console, calibrated: Mapping[str, Any]) -> None:
@@ -113,10 +121,16 @@ def print_gathered(out: Console, calibrated: Mapping[str, Any]) -> None:
         zero = f", {item['zero']:.1%} of its importances are 0" if "zero" in item else ""
         cached = ", from the cache" if item["from_cache"] else ""
         out.print(
-            f"[green]✓[/green] looked at {item['tokens']:,} tokens in {item['examples']:,} "
+            f"[green]✓[/green] calibrated on {item['tokens']:,} tokens in {item['examples']:,} "
             f"examples with {escape(item['model'])}{zero}{cached}",
             soft_wrap=True,
         )
     of = f"{calibrated['means']:,} of {calibrated['tensors']:,} merged tensors"
     if calibrated["means"]:
         out.print(f"  {of} had no statistics and are the plain mean")
+
+
+def _with_reason(device: str) -> str:
+    """`cpu: no CUDA device found` with the reason in parentheses."""
+    name, _, reason = device.partition(": ")
+    return f"{name} ({reason})" if reason else name

@@ -71,17 +71,18 @@ def analyze(
 
     with screen.progress() as on_progress:
         analysis = measure(**selection, seed=seed, options=options, on_progress=on_progress)
-    screen.analysis(analysis, layers=layers, as_json=as_json)
+    hint = write_recipe is None
+    screen.analysis(analysis, layers=layers, as_json=as_json, recipe_hint=hint)
     if html is not None:
         from merge_cli.analysis.page import write_page
 
         write_page(analysis, html)
-        screen.notes([f"the page is in {html}"])
+        screen.notes([f"page written to {html}"])
     if write_recipe is not None:
         from merge_cli.analysis.advice import write_recipe as write
 
         write(analysis, write_recipe)
-        screen.notes([f"the recipe is in {write_recipe}"])
+        screen.notes([f"recipe written to {write_recipe}"])
 
 
 def _is_recipe(arguments: list[str]) -> bool:

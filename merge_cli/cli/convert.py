@@ -41,9 +41,9 @@ def convert(
     with screen.progress() as show:
         converted = run(model, out, max_memory=limit, overwrite=overwrite, fresh=fresh, show=show)
     if converted.tied:
-        screen.notes([f"left to the config, as they are tied: {', '.join(converted.tied)}"])
+        screen.notes([f"not stored, because config.json ties them: {', '.join(converted.tied)}"])
     if converted.left_out:
-        screen.notes([f"left out, as they are no tensors: {', '.join(converted.left_out)}"])
+        screen.notes([f"left out, because they are not tensors: {', '.join(converted.left_out)}"])
     if as_json:
         console.print_json(
             json.dumps(

@@ -18,6 +18,26 @@ RESOURCES = "Resources"
 EVALUATION = "Evaluation"
 MERGEKIT = "mergekit's flags"
 
+# Names that people try, and the commands that they mean.
+_GUESSES = {
+    "merge": "run",
+    "mergekit-yaml": "run",
+    "validate": "plan",
+    "check": "plan",
+    "dry-run": "plan",
+    "new": "init",
+    "create": "init",
+    "eval": "evaluate",
+    "test": "evaluate",
+    "inspect": "analyze",
+    "analyse": "analyze",
+    "diff": "analyze",
+    "list": "methods",
+    "upload": "push",
+    "extract": "extract-lora",
+    "lora": "extract-lora",
+}
+
 
 class HelpCommand(TyperCommand):
     """A command whose help is laid out as this module says."""
@@ -28,7 +48,18 @@ class HelpCommand(TyperCommand):
 
 
 class HelpGroup(TyperGroup):
-    """The list of commands, likewise."""
+    """The list of commands, likewise. An unknown command names the nearest one."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Find a command.
+
+        Raises:
+            UsageError (of click): there is none of this name.
+        """
+        name = args[0] if args else ""
+        if name in _GUESSES and self.get_command(ctx, name) is None:
+            ctx.fail(f"No such command '{name}'. Did you mean '{_GUESSES[name]}'?")
+        return super().resolve_command(ctx, args)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         with _short_spellings(self.get_params(ctx)):

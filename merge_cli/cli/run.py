@@ -160,7 +160,9 @@ def run(
 
     given = dict(locals())
     if out is None and not dry_run:
-        raise UsageError("where to? OUT is missing", hint="merge-cli run RECIPE OUT")
+        raise UsageError(
+            "missing argument OUT: the folder to write", hint="merge-cli run RECIPE OUT"
+        )
     device = mergekit_flags.device_of(device, cuda, gpu_rich, multi_gpu)
     if transformers_cache is not None:
         mergekit_flags.use_cache(transformers_cache)

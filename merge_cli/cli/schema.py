@@ -12,14 +12,18 @@ from merge_cli.errors import UsageError
 
 
 def schema(
-    evaluation: Annotated[bool, switch("--eval", "Of evaluation files.")] = False,
-    objective: Annotated[bool, switch("--objective", "Of a recipe's `objective:`.")] = False,
+    evaluation: Annotated[
+        bool, switch("--eval", "Print the schema of evaluation files instead.")
+    ] = False,
+    objective: Annotated[
+        bool, switch("--objective", "Print the schema of a recipe's `objective:` instead.")
+    ] = False,
 ) -> None:
     """Print the JSON Schema of recipes: completion and underlined mistakes in editors."""
     from merge_cli import json_schema
 
     if evaluation and objective:
-        raise UsageError("one schema at a time", hint="Give --eval or --objective.")
+        raise UsageError("--eval and --objective exclude each other", hint="Give one of them.")
     if evaluation:
         result = json_schema.evaluation_schema()
     elif objective:

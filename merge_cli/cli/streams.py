@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 _HINT = "What the command has written to files is complete."
 DEBUG = "MERGE_CLI_DEBUG"
-_MEMORY = "Give it less: a lower --max-memory, fewer --threads, smaller batches."
+_MEMORY = "Use less memory: a lower --max-memory, fewer --threads, smaller batches."
 _LIBRARIES = ("numpy", "numba", "torch", "transformers", "huggingface_hub", "safetensors")
 _TOKEN = re.compile(r"\bhf_\w{4,}")
 # Errors of the system: (message, hint).

@@ -68,7 +68,7 @@ def baseline_recipes(
         SOUP: {"merge_method": "soup", "models": models, **shared}
     }
     if base is not None:
-        recipes[SOUP]["base_model"] = str(base)  # gives config and tokenizer, as in other merges
+        recipes[SOUP]["base_model"] = str(base)  # provides config and tokenizer, as in other merges
         recipes[TASK_ARITHMETIC] = {
             "merge_method": "task_arithmetic",
             "base_model": str(base),

@@ -123,7 +123,7 @@ def _key_figures(record: Json) -> list[KeyFigure]:
 
 def _table(record: Json) -> Section:
     heads, rows = used_columns(record)
-    how = Markup("<br>").join(legend(record))
+    how = Markup("<br><br>").join([*legend(record), "bold: your recipes"])
     recipes = {model["name"] for model in record["models"] if model["role"] == "recipe"}
     cells = [[strong(name) if name in recipes else name, *values] for name, *values in rows]
     table = Table(heads, cells, right=len(heads) - 1)
@@ -136,11 +136,15 @@ def _normalised(record: Json) -> Section | None:
         return None
     models = record["models"]
     values = [
-        [*(m["normalised"][task]["value"] for task in tasks), m["normalised_mean"]["value"]]
+        [
+            *(m["normalised"][task]["value"] for task in tasks),
+            *([m["normalised_mean"]["value"]] if len(tasks) > 1 else []),
+        ]
         for m in models
     ]
+    heads = [*tasks, *(["mean"] if len(tasks) > 1 else [])]
     names = [charts.shorten(model["name"], 30) for model in models]
-    axis = charts.Axis([*tasks, "mean"], [charts.shorten(t, 11) for t in (*tasks, "mean")], "", 84)
+    axis = charts.Axis(heads, [charts.shorten(head, 11) for head in heads], "", 84)
     scale = Scale(
         lambda v: v, (-1, -0.5, 0, 0.5, 1), two_decimals, "0: base, 1: the domain's own expert"
     )

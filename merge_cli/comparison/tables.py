@@ -40,12 +40,14 @@ def rows(record: Json) -> list[list[str]]:
 
 
 def used_columns(record: Json) -> tuple[list[str], list[list[str]]]:
-    """Heads and rows, without tokens or energy where no model has any."""
+    """Heads and rows, without tokens or energy where no model has any, and a mean of one task."""
     heads, body = columns(record), rows(record)
+    tasks = len(record["tasks"])
     columns_used = [
         i
         for i, head in enumerate(heads)
-        if head not in ("tokens", "energy") or any(row[i] not in ("–", "0") for row in body)
+        if (head not in ("tokens", "energy") or any(row[i] not in ("–", "0") for row in body))
+        and not (tasks == 1 and i == tasks + 1 and head.startswith("mean "))
     ]
     return [heads[i] for i in columns_used], [[row[i] for i in columns_used] for row in body]
 

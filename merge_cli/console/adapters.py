@@ -40,9 +40,9 @@ def print_extracted(console: Console, extracted: ExtractedAdapter) -> None:
     worst = sorted(factored, key=lambda change: (change.share, change.name))[:_WORST]
     if worst and worst[0].share < 0.999:
         table = Table(box=None, pad_edge=False, header_style="bold", title_justify="left")
-        for column in ("held worst", "rank", "of its change"):
+        for column in ("least complete", "rank", "share of its change"):
             table.add_column(
-                column, justify="left" if column == "held worst" else "right", overflow="fold"
+                column, justify="left" if column == "least complete" else "right", overflow="fold"
             )
         for change in worst:
             table.add_row(escape(change.name), str(change.rank), percent(change.share))

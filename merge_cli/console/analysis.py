@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from merge_cli.console.tables import percent, print_table
+from merge_cli.console.tables import percent, print_table, print_wrapped
 from merge_cli.system.machine import show_seconds, show_size
 
 if TYPE_CHECKING:
@@ -21,8 +21,15 @@ _MAX_MODELS = 6  # models with separate columns
 _MAX_ROWS = 24  # rows of problems, differences or pairs; the JSON and the page have all
 
 
-def print_analysis(out: Console, analysis: Analysis, *, layers: bool) -> None:
-    """Print an analysis; `layers` adds a row for each layer."""
+def print_analysis(
+    out: Console, analysis: Analysis, *, layers: bool, recipe_hint: bool = True
+) -> None:
+    """Print an analysis.
+
+    Args:
+        layers: with a row for each layer.
+        recipe_hint: say how to write the suggested recipe.
+    """
     base = f" against {analysis.files[0].reference}" if analysis.base else ", without a base"
     count = len(analysis.models)
     out.print(
@@ -41,6 +48,8 @@ def print_analysis(out: Console, analysis: Analysis, *, layers: bool) -> None:
     _list(out, "Cannot be merged as they are", [escape(line) for line in analysis.problems])
     _list(out, "What stands out", [escape(verdict.text) for verdict in analysis.verdicts])
     _advice(out, analysis)
+    if recipe_hint and analysis.advice.recipe is not None:
+        out.print("[dim]--write-recipe FILE writes the first suggestion as a recipe.[/dim]")
 
 
 def _models(out: Console, analysis: Analysis, total: Measures) -> None:
@@ -57,7 +66,7 @@ def _models(out: Console, analysis: Analysis, total: Measures) -> None:
         rows.append((name, *(_or_dash(v, text) for v, text in zip(values, formats, strict=True))))
     _table(
         out,
-        ["model", "‖δ‖/‖θ₀‖", "cosine with base", "unchanged", "of changes one step", "rank"],
+        ["model", "‖δ‖/‖θ₀‖", "cosine with base", "unchanged", "one-step changes", "rank"],
         rows,
     )
 
@@ -145,12 +154,12 @@ def _advice(out: Console, analysis: Analysis) -> None:
     advice = analysis.advice
     out.print(f"\n[bold]What to try first[/bold]  {escape(advice.summary)}")
     for suggestion in advice.suggestions:
-        out.print(
-            f"  [bold]{suggestion.method}[/bold]: {escape(suggestion.reason)} "
-            f"[dim]({escape(suggestion.source)})[/dim]"
+        print_wrapped(
+            out,
+            f"[bold]{suggestion.method}[/bold]: {escape(suggestion.reason)} "
+            f"[dim]({escape(suggestion.source)})[/dim]",
+            indent=2,
         )
-    if advice.recipe is not None:
-        out.print("[dim]--write-recipe FILE writes the first as a recipe.[/dim]")
 
 
 def _list(out: Console, title: str, lines: Sequence[str]) -> None:
@@ -159,7 +168,7 @@ def _list(out: Console, title: str, lines: Sequence[str]) -> None:
         return
     out.print(f"\n[bold]{title}[/bold]")
     for line in lines[:_MAX_ROWS]:
-        out.print(f"  {line}")
+        print_wrapped(out, line, indent=2)
     if len(lines) > _MAX_ROWS:
         out.print(f"  [dim]{len(lines) - _MAX_ROWS} more: --json or --html[/dim]")
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -19,7 +21,9 @@ if TYPE_CHECKING:
 
 
 Json = Mapping[str, Any]
-_WIDE = 100  # columns of a terminal that shows units with several models
+_WIDE = 110  # columns of a terminal that shows a difference in the row of its model
+_MERGING = "merging"  # the stage of a comparison in which another process shows its progress
+_INTERVAL = re.compile(r" \([^()]* to [^()]*\)")
 _DIGITS = 8  # of a number with its sign, or of one end of an interval
 
 
@@ -30,34 +34,13 @@ def print_evaluations(console: Console, models: Sequence[Json]) -> None:
         models: by `evaluation.summary`; the first is compared with the others.
     """
     several = len(models) > 1
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
-    for name in ("task", "metric", *(["model"] if several else [])):
-        table.add_column(name, overflow="fold")
-    # A narrow terminal folds cells and has no units, but all digits of numbers.
-    digits: dict[str, Any] = {"justify": "right", "overflow": "fold", "min_width": _DIGITS}
-    table.add_column("value", **digits)
-    table.add_column("95 % interval", **digits)
+    console.print(_narrow(models) if several and console.width < _WIDE else _wide(models))
     if several:
-        table.add_column(f"{escape(models[0]['model'])} minus it", **digits)
-        table.add_column("95 % interval", **digits)
-        table.add_column("", overflow="fold")
-    units = not several or console.width >= _WIDE
-    if units:
-        table.add_column("unit", overflow="fold")
-    table.add_column("examples", justify="right", overflow="fold", min_width=len("examples"))
-    for name, task in models[0]["tasks"].items():
-        for metric in task["metrics"]:
-            for i, model in enumerate(models):
-                row = model["tasks"][name]["metrics"][metric]
-                label = [escape(model["model"])] if several else []
-                cells = [_number(row["value"]), _interval(row["interval"])]
-                if several:
-                    cells += _difference(row)
-                start = [name, metric] if i == 0 else ["", ""]
-                trailing = [*([row["unit"]] if units else []), str(task["examples"])]
-                trailing = trailing if i == 0 else [""] * len(trailing)
-                table.add_row(*map(escape, start), *label, *cells, *trailing)
-    console.print(table)
+        first = escape(models[0]["model"])
+        console.print(
+            f"[dim]difference: {first} minus the other model; better: {first} is, by more than "
+            "chance[/dim]"
+        )
     for model in models:
         of = f"{model['model']}, " if several else ""
         for name, task in model["tasks"].items():
@@ -71,6 +54,62 @@ def print_evaluations(console: Console, models: Sequence[Json]) -> None:
         f"[dim]{tokens:,} tokens in {seconds:.1f} s, {models[0]['dtype']}, "
         f"{models[0]['device']}{from_cache}[/dim]"
     )
+
+
+def _table(heads: Sequence[str], numbers: Sequence[str]) -> Table:
+    """A table without lines. A narrow terminal folds cells, but no number."""
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    for name in heads:
+        table.add_column(escape(name), overflow="fold")
+    for name in numbers:
+        table.add_column(escape(name), justify="right", overflow="fold", min_width=_DIGITS)
+    return table
+
+
+def _wide(models: Sequence[Json]) -> Table:
+    """A row for each metric and model, with the difference in the same row."""
+    several = len(models) > 1
+    numbers = ["value", "95 % interval", *(["difference", "95 % interval"] if several else [])]
+    table = _table(["task", "metric", *(["model"] if several else [])], numbers)
+    if several:
+        table.add_column("", overflow="fold")
+    table.add_column("unit", overflow="fold")
+    table.add_column("examples", justify="right", overflow="fold", min_width=len("examples"))
+    for task, metric, results in _metrics(models):
+        for i, (model, row) in enumerate(zip(models, results, strict=True)):
+            label = [escape(model["model"])] if several else []
+            cells = [_number(row["value"]), _interval(row["interval"])]
+            if several:
+                cells += _difference(row)
+            start = [escape(task["name"]), escape(metric)] if i == 0 else ["", ""]
+            trailing = [row["unit"], str(task["examples"])] if i == 0 else ["", ""]
+            table.add_row(*start, *label, *cells, *trailing)
+    return table
+
+
+def _narrow(models: Sequence[Json]) -> Table:
+    """A row for each metric and model, and one for each difference; without units."""
+    table = _table(["task", "metric", "model"], ["value", "95 % interval"])
+    table.columns[-1].no_wrap = table.columns[-2].no_wrap = True
+    table.add_column("examples", justify="right", min_width=len("examples"))
+    for task, metric, results in _metrics(models):
+        start, examples = [escape(task["name"]), escape(metric)], str(task["examples"])
+        for model, row in zip(models, results, strict=True):
+            value = [_number(row["value"]), _interval(row["interval"])]
+            table.add_row(*start, escape(model["model"]), *value, examples)
+            start, examples = ["", ""], ""
+            if "difference" in row:
+                *difference, conclusion = _difference(row)
+                table.add_row("", "", "[dim]difference[/dim]", *difference, conclusion)
+    return table
+
+
+def _metrics(models: Sequence[Json]) -> Iterator[tuple[Json, str, list[Json]]]:
+    """Each task with its name, each of its metrics, and the models' results."""
+    for name, task in models[0]["tasks"].items():
+        for metric in task["metrics"]:
+            results = [model["tasks"][name]["metrics"][metric] for model in models]
+            yield {**task, "name": name}, metric, results
 
 
 def _difference(row: Json) -> list[str]:
@@ -103,6 +142,11 @@ def _interval(bounds: Sequence[float] | None, sign: str = "") -> str:
 def print_comparison(console: Console, record: Mapping[str, Any]) -> None:
     """A row for each model; merges on the Pareto front are bold."""
     heads, rows = used_columns(record)
+    # A narrow terminal gets no intervals. The files have them.
+    widths = [max(map(cell_len, cells)) for cells in zip(heads, *rows, strict=True)]
+    shortened = sum(widths) + 2 * len(widths) > console.width
+    if shortened:
+        rows = [[name, *(_INTERVAL.sub("", cell) for cell in cells)] for name, *cells in rows]
     table = Table(box=None, pad_edge=False, header_style="bold")
     for i, head in enumerate(heads):
         table.add_column(escape(head), justify="right" if i else "left", overflow="fold")
@@ -120,6 +164,8 @@ def print_comparison(console: Console, record: Mapping[str, Any]) -> None:
         console.print(f"[dim]{escape(line)}[/dim]")
     if record["front"]:
         console.print("[dim]bold: no other merge is both better and faster[/dim]")
+    if shortened:
+        console.print("[dim]intervals: in a wider terminal, and in the files[/dim]")
     for note in record["notes"]:
         console.print(f"[dim]note:[/dim] {escape(note)}")
 
@@ -137,9 +183,15 @@ def step_bar(console: Console) -> Iterator[Callable[[Progress], None]]:
         TimeRemainingColumn(),
     )
     with RichProgress(*columns, console=console, transient=True) as bar:
-        row = bar.add_task("", total=None)
+        row = bar.add_task("loading", total=None)
 
         def show(progress: Progress) -> None:
+            if progress.stage == _MERGING:
+                if bar.live.is_started:
+                    bar.stop()
+                console.print(f"[dim]{escape(progress.model)}: merging[/dim]")
+                return
+            bar.start()
             bar.update(
                 row,
                 description=escape(f"{progress.model}: {progress.stage}"),

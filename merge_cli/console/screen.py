@@ -27,6 +27,7 @@ from merge_cli.console.tables import (
     method_json,
     plan_row,
     print_table,
+    print_wrapped,
 )
 from merge_cli.errors import MergeCliError, ProblemsError
 from merge_cli.planning.preparation import preparation_for, preparations
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 _MAX_PROBLEMS = (
     24  # beyond that half as many problems are shown, so that the first is still visible
 )
+_TIMED = 1e9  # bytes: a smaller merge is mostly start-up, and its rate says nothing
 
 
 class Screen:
@@ -62,7 +64,7 @@ class Screen:
         """One line each, dimmed, to stderr."""
         if not self.quiet:
             for line in lines:
-                self.err.print(f"[dim]note:[/dim] {escape(line)}")
+                print_wrapped(self.err, f"[dim]note:[/dim] {escape(line)}")
 
     @contextmanager
     def progress(self) -> Iterator[Callable[[Progress], None]]:
@@ -130,13 +132,20 @@ class Screen:
         expected = forecast(plan, options)
         table = Table(box=None, pad_edge=False, header_style="bold", title_justify="left")
         table.add_column("tensor" if every else "layers", overflow="fold")
-        table.add_column("tensors", justify="right")
+        if not every:
+            table.add_column("tensors", justify="right")
         table.add_column("parameters", justify="right")
-        for name in ("dtype", "action", "with"):
+        for name in ("dtype", "action"):
             table.add_column(name, overflow="fold")
         settings = Settings(plan.tasks)
         groups = settings.rows(plan.tasks, every)
         rows = [plan_row(label, tasks, settings) for label, tasks in groups]
+        if every:
+            rows = [(row[0], *row[2:]) for row in rows]  # each is one tensor
+        if any(row[-1] for row in rows):
+            table.add_column("with", overflow="fold")
+        else:
+            rows = [row[:-1] for row in rows]
         method = plan.recipe.merge_method
         on_base = plan.base is not None and plan.method.needs_base and not plan.recipe.output
         base = f" on {plan.sources[plan.base].label}" if on_base and plan.base is not None else ""
@@ -155,7 +164,7 @@ class Screen:
             f"in {shards} file{'s' * (shards != 1)}; about {show_size(expected.peak)} of memory"
         )
         for note in plan.notes:
-            self.out.print(f"[dim]note:[/dim] {escape(note)}")
+            print_wrapped(self.out, f"[dim]note:[/dim] {escape(note)}")
         for preparation, decided in expected.preparations:
             preparation.print_plan(self.out, decided)
 
@@ -180,7 +189,8 @@ class Screen:
         moved = cost["stages"]["read"]["bytes"] + cost["stages"]["write"]["bytes"]
         before = cost["resumed_bytes"]
         resumed = f" (after {show_size(before)} of an interrupted run)" if before else ""
-        rate = f" ({moved / seconds / 1e9:.1f} GB/s read and written)" if seconds > 0.2 else ""
+        timed = moved >= _TIMED and seconds > 0.2
+        rate = f" ({moved / seconds / 1e9:.1f} GB/s read and written)" if timed else ""
         self.out.print(
             f"[green]✓[/green] merged {output['parameters']:,} parameters into "
             f"{show_size(output['bytes'])} in {show_seconds(seconds)}{rate}{resumed}, "
@@ -189,12 +199,14 @@ class Screen:
         self.out.print(f"  model   {escape(str(shown))}", soft_wrap=True)
         self.out.print(f"  report  {escape(str(shown / 'merge_report.html'))}", soft_wrap=True)
 
-    def analysis(self, analysis: Analysis, *, layers: bool, as_json: bool) -> None:
+    def analysis(
+        self, analysis: Analysis, *, layers: bool, as_json: bool, recipe_hint: bool = True
+    ) -> None:
         """An analysis as tables and sentences, or as JSON."""
         if as_json:
             print_json(indented(analysis.to_json()))
         else:
-            print_analysis(self.out, analysis, layers=layers)
+            print_analysis(self.out, analysis, layers=layers, recipe_hint=recipe_hint)
 
     def methods(self, methods: Sequence[Method], *, as_json: bool) -> None:
         """All methods, one row each."""
@@ -253,22 +265,23 @@ class Screen:
 
 def show_error(error: MergeCliError) -> None:
     """Print an error to stderr as plain text, so that it can be searched and copied."""
-    err = _stderr(soft_wrap=True)
+    # A terminal wraps between words. Paths stay in one piece, so that they can be copied.
+    err = _stderr(soft_wrap=not sys.stderr.isatty())
     title = "Error" if type(error) is MergeCliError else f"{error.title} error"
     label = "" if error.exit_code == 130 else f"[bold red]{title}:[/bold red] "
     if isinstance(error, ProblemsError):
-        err.print(f"{label}{escape(error.summary)}")
+        print_wrapped(err, f"{label}{escape(error.summary)}")
         problems = (
             error.problems
             if len(error.problems) <= _MAX_PROBLEMS
             else error.problems[: _MAX_PROBLEMS // 2]
         )
         for problem in problems:
-            err.print(f"  {escape(str(problem))}")
+            print_wrapped(err, escape(str(problem)), indent=2)
         if len(problems) < len(error.problems):
             err.print(f"  ... and {len(error.problems) - len(problems)} more")
     else:
-        err.print(f"{label}{escape(str(error))}")
+        print_wrapped(err, f"{label}{escape(str(error))}")
 
 
 def _stderr(*, soft_wrap: bool) -> PlainConsole:

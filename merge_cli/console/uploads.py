@@ -36,7 +36,7 @@ def print_package(console: Console, package: Package, repo: str, branch: str, pu
     for name, size in package.files.items():
         table.add_row(escape(name), show_size(size))
     where = f"{repo}, {_visibility(not public)}" + (f", branch {branch}" * (branch != "main"))
-    console.print(f"[bold]would go to[/bold] {escape(where)}\n")
+    console.print(f"[bold]dry run:[/bold] would upload to {escape(where)}\n")
     console.print(table)
     console.print(f"\n{len(package.files)} files, {show_size(package.size)}\n")
     console.print("[bold]README.md[/bold]\n")

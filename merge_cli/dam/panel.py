@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from merge_cli.console.tables import print_wrapped
+from merge_cli.engine.residency import RESIDENCY
 from merge_cli.recipe.training import Training
 from merge_cli.system.machine import show_seconds, show_size
 
@@ -32,13 +34,17 @@ def print_options(out: Console) -> None:
     """The same as text."""
     from merge_cli.recipe.training import PRESETS
 
-    out.print(f"\nLearned as `training:` says; presets: {', '.join(PRESETS)}. See docs/dam.md.\n")
+    out.print(f"\nOptions of `training:` (docs/dam.md). Presets: {', '.join(PRESETS)}.\n")
     for option in options_json():
-        default = "" if option["default"] is None else f"; default {_yaml(option['default'])}"
-        out.print(f"  [bold]{option['name']}[/bold]: {escape(option['doc'] + default)}")
+        default = _yaml(option["default"])
+        default = f" (default: {default})" if default else ""
+        text = f"[bold]{option['name']}[/bold]: {escape(option['doc'] + default)}"
+        print_wrapped(out, text, indent=2)
 
 
 def _yaml(value: Any) -> str:
+    if value is None or value == {}:
+        return ""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, list):
@@ -85,11 +91,12 @@ def print_training(out: Console, decided: TrainingPlan) -> None:
     """The same as text."""
     training = decided.training
     out.print()
-    out.print(f"[bold]before that, training[/bold] ({training.preset}): {decided.steps:,} steps")
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    about = f"(preset {training.preset}): {decided.steps:,} steps"
+    out.print(f"[bold]training before the merge[/bold] {about}")
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     table.add_column("data")
     table.add_column("teacher", overflow="fold")
-    for name in ("rows", "train", "held out", "tokens", "predictions", "to be made"):
+    for name in ("rows", "train", "held out", "tokens", "predictions", "not cached"):
         table.add_column(name, justify="right")
     for dataset, teacher in zip(decided.datasets, decided.teachers, strict=True):
         tokens = sum(example.counted for example in dataset.train)
@@ -132,9 +139,9 @@ def print_training(out: Console, decided: TrainingPlan) -> None:
         (
             "student",
             f"{show_size(decided.student_bytes)} in {decided.dtype} "
-            f"({decided.why['dtype']}) on {decided.device} ({decided.why['device']})",
+            f"({decided.why['dtype']}) on {_with_reason(decided.why['device'])}",
         ),
-        ("sources", f"{decided.residency.residency}: {decided.why['residency']}"),
+        ("sources", f"{RESIDENCY[decided.residency.residency]}: {decided.why['residency']}"),
         ("update", f"{decided.mode}: {decided.why['mode']}"),
     ):
         out.print(f"[dim]{label}:[/dim] {escape(text)}")
@@ -166,3 +173,9 @@ def granularity_in_words(training: Training) -> str:
         for pattern, kind in training.granularity.items()
     ]
     return ", ".join(parts if "*" in training.granularity else [*parts, "column for the rest"])
+
+
+def _with_reason(device: str) -> str:
+    """`cpu: no CUDA device found` with the reason in parentheses."""
+    name, _, reason = device.partition(": ")
+    return f"{name} ({reason})" if reason else name

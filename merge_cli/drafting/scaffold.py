@@ -206,13 +206,14 @@ def study_models(
     ):
         analysis = analyze(base=base, models=models, options=options, show=show)
         notes += [verdict.text for verdict in analysis.verdicts]
-        advice, weights_read = analysis.advice, "their weights were read"
+        advice, weights_read = analysis.advice, "Their weights were read"
     else:
-        advice, weights_read = from_headers(inspection), "their weights were not read"
+        advice, weights_read = from_headers(inspection), "Their weights were not read"
         notes.append("weights were not read; merge-cli analyze says more of these models")
     header = (
         "A first recipe by merge-cli init.",
-        f"It looked at {inspection.summary}; {weights_read}.",
+        f"Made from {inspection.summary}.",
+        f"{weights_read}.",
     )
     if advice.recipe is not None:
         advice = replace(advice, recipe=inspection.with_dtype_and_tokenizer(advice.recipe))

@@ -32,7 +32,7 @@ def execute(
     """Merge into `target`.
 
     Args:
-        show: told of progress, in the calling thread.
+        show: called with progress, in the calling thread.
         finish: writes reports into the finished folder before it is published.
 
     Returns:

@@ -252,8 +252,8 @@ def one_torch_thread(device: Device, arithmetic: str) -> Iterator[None]:
 @contextmanager
 def memory_errors(*, resumes: bool = True) -> Iterator[None]:
     """Say in our own words that memory ran out, on the host or on the device."""
-    hint = "Give it less: a lower --max-memory, fewer --threads, or --device cpu."
-    hint += " It resumes." if resumes else ""
+    hint = "Use less memory: a lower --max-memory, fewer --threads, or --device cpu."
+    hint += " The same command resumes." if resumes else ""
     try:
         yield
     except MemoryError as error:

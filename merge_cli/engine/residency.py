@@ -16,6 +16,7 @@ from merge_cli.errors import ResourceError
 from merge_cli.system.machine import show_size
 
 Residency = Literal["device", "host", "disk"]
+RESIDENCY = {"device": "on the device", "host": "in memory", "disk": "read from disk each time"}
 # Of free memory. What runs beside the sources takes the rest: activations, logits, caches.
 _DEVICE_SHARE, _HOST_SHARE = 0.6, 0.5
 

@@ -196,11 +196,13 @@ class EvaluationForm(Form):
 
 
 _SETTINGS = {
-    "seed": Key(Plain(int, 0), "of row samples and few-shot examples", 0),
+    "seed": Key(Plain(int, 0), "seed of row samples and few-shot examples", 0),
     "max_length": Key(Plain(int, 2), "tokens of context; default the model's own"),
     "batch_tokens": Key(Plain(int, 1), "tokens of one batch, padding included", 8192),
     "dtype": Key(
-        Plain(Literal["auto", "float32", "bfloat16", "float16"]), "of the computation", "auto"
+        Plain(Literal["auto", "float32", "bfloat16", "float16"]),
+        "dtype that the model runs in",
+        "auto",
     ),
     "limit": Key(Plain(int, 1), "a seeded sample of this many rows of each task"),
 }

@@ -313,8 +313,8 @@ def quality_check(
     if spec is None:
         spec = spec_for(recipe, None, ())
     if spec is None:
-        hint = "Say on what: --data FILE, --eval FILE, or `eval:` in the recipe."
-        raise UsageError("a gate needs something to measure", hint=hint)
+        hint = "Add --data FILE, --eval FILE, or `eval:` in the recipe."
+        raise UsageError("a gate needs data to evaluate on", hint=hint)
     return QualityCheck(spec, gates, no_worse)
 
 

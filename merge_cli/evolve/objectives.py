@@ -44,7 +44,7 @@ class Goal:
 
     task: str
     metric: str = option("", "which of the task's metrics; default its first", form=Text())
-    weight: float = option(1.0, "of the number in the score; 0 for a constraint alone", 0)
+    weight: float = option(1.0, "weight in the score; 0 for a constraint alone", 0)
     goal: str = option(
         "", "the direction; default the metric's own", form=Plain(Literal["min", "max"])
     )

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from merge_cli.engine.residency import RESIDENCY
 from merge_cli.evolve.checks import GREEDY
 from merge_cli.recipe.search import WITHOUT_SPACE, Search
 from merge_cli.system.machine import show_seconds
@@ -51,13 +52,13 @@ def print_search(out: Console, decided: SearchPlan) -> None:
     out.print()
     if space is None:
         out.print(
-            f"[bold]before that, a greedy search[/bold] for the members of the soup: "
+            f"[bold]before the merge, a greedy search[/bold] for the members of the soup: "
             f"at most {_evaluations(decided)} evaluations"
         )
     else:
         method = " or ".join(search.method)
         out.print(
-            f"[bold]before that, a search[/bold] of {escape(method)} by {search.optimizer}: "
+            f"[bold]before the merge, a search[/bold] of {escape(method)} by {search.optimizer}: "
             f"{len(space)} number{'s' * (len(space) != 1)}, {search.evaluations} evaluations in "
             f"generations of {decided.population}"
         )
@@ -78,7 +79,7 @@ def print_search(out: Console, decided: SearchPlan) -> None:
         out.print(f"  {name}: {escape(', '.join(goals))}")
     count = search.workers
     out.print(
-        f"  workers: {count} ({search.engine}); sources in {decided.place.residency}: "
+        f"  workers: {count} ({search.engine}); sources {RESIDENCY[decided.place.residency]}: "
         f"{escape(decided.place.reason)}"
     )
     for line in decided.warnings:

@@ -55,7 +55,7 @@ def fisher(
     normalize: Normalize = "l2",
     epsilon: Annotated[float, Range(0.0, above=True)] = 1e-6,
 ) -> Array:
-    """Average elements by how much each source's likelihood of its own `data:` hangs on them.
+    """Average elements, weighted by how much each source's loss on its `data:` depends on them.
 
     theta = sum of w_i (F_i + epsilon) theta_i / sum of w_i (F_i + epsilon). F_i is the mean over
     examples of the squared gradient of the log-likelihood of the example's counted tokens. Where

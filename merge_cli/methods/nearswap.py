@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def nearswap(
     base: Tensor, deltas: list[Tensor], *, t: Annotated[float, Range(0.0)] = 0.001
 ) -> Tensor:
-    """Take the other model's value where it is near, and go `t` towards it where it is not.
+    """Take the other model's value where it is near, and move at most `t` towards it elsewhere.
 
     Args:
         t: how far an element may move. mergekit has no default.

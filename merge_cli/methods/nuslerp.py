@@ -89,7 +89,7 @@ def nuslerp(
     nuslerp_flatten: bool = True,
     nuslerp_row_wise: bool = False,
 ) -> Array:
-    """Walk along the great circle through two models; with a base, through two task vectors.
+    """Interpolate two models along a great circle; with a base, two task vectors.
 
     Args:
         weight: the second one's share of the sum of both is how far to go.
@@ -117,7 +117,7 @@ def nuslerp_of_changes(
     nuslerp_flatten: bool = True,
     nuslerp_row_wise: bool = False,
 ) -> Array:
-    """Walk along the great circle through two task vectors, and add that to the base.
+    """Interpolate two task vectors along a great circle, and add the result to the base.
 
     Args:
         weight: the second one's share of the sum of both is how far to go.

@@ -42,10 +42,10 @@ def slerp(
     *,
     t: float = 0.5,
 ) -> Array:
-    """Walk from the first model (the base) to the second along the great circle through both.
+    """Interpolate from the first model (the base) to the second along a great circle.
 
     Args:
-        t: how far to go, for each tensor: 0 is the base, 1 the other model; what lies outside
-            goes on beyond them.
+        t: how far to go, for each tensor: 0 is the base, 1 the other model. Values
+            outside this range extrapolate.
     """
     return weighted_sum(prepared, models)

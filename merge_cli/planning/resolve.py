@@ -224,7 +224,8 @@ def _unlisted_base(recipe: Recipe, method: Method) -> list[str]:
             return [f"{position}: averaged with the models, as in mergekit."]
         if not lists_base(group_recipe, specs):
             return [
-                f"{position}: gives config and tokenizer, and is not averaged: not in `models`."
+                f"{position}: provides config and tokenizer only. It is not averaged, because "
+                "`models` does not list it."
             ]
     return []
 
@@ -278,9 +279,11 @@ def _check_count(
         return
     requested = f"exactly {least}" if least == most else f"at least {least}"
     besides = " besides the base" if method.needs_base else ""
-    message = (
-        f"{recipe.merge_method} takes {requested} model{'s' * (least != 1)}{besides} (got {count})"
-    )
+    counted = f"got {count}"
+    if recipe.base_model is not None and not method.needs_base and count > len(specs):
+        counted += ", the base included"
+    takes = f"takes {requested} model{'s' * (least != 1)}{besides}"
+    message = f"{recipe.merge_method} {takes} ({counted})"
     problems.append(recipe.problem(key, message))
 
 

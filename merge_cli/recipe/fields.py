@@ -59,5 +59,8 @@ FP8 = "fp8"  # of `out_dtype`: matrices of layers as codes of eight bits with sc
 def nearest(word: str, candidates: Iterable[str]) -> str:
     """`Did you mean 'x'?`, or the list of what is known when nothing is near."""
     names = sorted(candidates)
-    match = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
+    lower = word.lower()
+    match = [name for name in names if name.lower() == lower]
+    match = match or difflib.get_close_matches(lower, names, n=1, cutoff=0.6)
+    match = match or difflib.get_close_matches(word, names, n=1, cutoff=0.6)
     return f"Did you mean '{match[0]}'?" if match else f"Known: {', '.join(names)}."

@@ -34,7 +34,7 @@ _SHARE: Schema = {"type": "number", "exclusiveMinimum": 0, "maximum": 1}
 class AdapterOutput:
     """Where the merged changes are cut."""
 
-    rank: int | None = option(None, "of every matrix at most; default the method's", 1)
+    rank: int | None = option(None, "largest rank of a matrix; default the method's", 1)
     energy: float | None = option(
         None,
         "the share of a matrix's sum of squares to hold; default all that `rank` can",

@@ -85,24 +85,25 @@ RECIPE = Section(
         "slices": SLICES,
         "modules": Key(ModulesForm(), "parts of a multimodal model, each merged by itself"),
         "parameters": Key(PARAMETERS, "the method's parameters, for all models"),
-        "dtype": Key(DtypeForm(), "of the output; default each tensor's own"),
+        "dtype": Key(DtypeForm(), "stored dtype of the output; default each tensor's own"),
         "out_dtype": Key(
-            DtypeForm((FP8,)), "wins over `dtype`; fp8 is of the matrices of layers alone"
+            DtypeForm((FP8,)),
+            "takes precedence over `dtype`; fp8 applies to matrices of layers",
         ),
-        "seed": Key(_SEED, "of everything that is drawn at random", 0),
+        "seed": Key(_SEED, "seed of random masks, samples and splits", 0),
         "random_seed": Key(_SEED, "mergekit's name of `seed`"),
         "tokenizer_source": Key(Text(), "the same as `tokenizer: {source: ...}`"),
         "tokenizer": Key(TokenizerForm(), "the output's vocabulary; default the base's"),
         "chat_template": Key(
             TemplateForm(), "auto, a built-in name, a .jinja file beside the recipe, or Jinja"
         ),
-        "name": Key(Text(), "by which other documents of the file use the result"),
+        "name": Key(Text(), "the name by which other documents of the file use the result"),
         "metadata": Key(PlainMapping(), "anything, kept in the resolved recipe"),
         "training": Key(TRAINING, "how coefficients are learned (dam)"),
-        "statistics": Key(STATISTICS, "how examples are looked at first (regmean, fisher)"),
+        "statistics": Key(STATISTICS, "how examples are measured first (regmean, fisher)"),
         "coefficients": Key(Text(), "a file of learned coefficients to merge with"),
         "inputs": Key(
-            PlainMapping(), "in a resolved recipe: the models' digests, which must match"
+            PlainMapping(), "in a resolved recipe: the models' fingerprints, which must match"
         ),
         "eval": Key(Anything(lambda: {"$ref": "#/$defs/evaluation"}), "tasks for the result"),
         "search": Key(SEARCH, "which parameters are searched, and how (evolutionary)"),

@@ -204,14 +204,16 @@ class Search:
         "values over the layers: how many groups, or each group's number of layers",
         form=Checked(_groups, _GROUPS),
     )
-    smooth: bool = option(False, "values between groups are interpolated, instead of stepping")
+    smooth: bool = option(False, "interpolate values between layer groups")
     filters: tuple[str, ...] = option(
         (),
         "parts of tensor names that get values of their own",
         form=Texts(check=filter_error, distinct=True),
     )
-    optimizer: Literal["cma-es", "random", "tpe", "nsga2"] = option("cma-es", "who proposes")
-    evaluations: int = option(100, "candidates in all", 1)
+    optimizer: Literal["cma-es", "random", "tpe", "nsga2"] = option(
+        "cma-es", "the algorithm that proposes candidates"
+    )
+    evaluations: int = option(100, "number of candidates in all", 1)
     population: int | None = option(
         None, "candidates of a generation; default 4 + 3 ln n, for n numbers", 2
     )
@@ -224,10 +226,10 @@ class Search:
     finalists: int = option(5, "best candidates that the validation split chooses from", 1)
     fidelity: tuple[float, ...] = option(
         (),
-        "shares of the rows on which a generation is thinned out before all rows are used",
+        "shares of the rows on which candidates are compared before all rows are used",
         form=Checked(_shares, {"type": "array", "items": _SHARE, "uniqueItems": True}),
     )
-    keep: float = option(0.5, "share of a generation that survives each of them", 1e-6, 1)
+    keep: float = option(0.5, "share of a generation that survives a step of `fidelity`", 1e-6, 1)
     failures: int = option(8, "failed candidates in a row that stop the search", 1)
     engine: Literal["local", "ray"] = option("local", "where candidates are evaluated")
     workers: int = option(1, "processes, or actors, each with a model of its own", 1)

@@ -89,7 +89,7 @@ class Training:
         "what one coefficient covers, or parts of tensor names with what it covers there",
         form=Checked(_granularity, _GRANULARITY, GRANULARITIES),
     )
-    rank: int = option(4, "of the correction to the columns, with granularity low_rank", 1)
+    rank: int = option(4, "rank of the correction to the columns, with granularity low_rank", 1)
     form: Literal["auto", "soup", "task_vector"] = option(
         "auto",
         "sum of c_i * W_i, or the base plus the sum of c_i * (W_i - base); auto: the second where "
@@ -112,57 +112,67 @@ class Training:
     loss: Mapping[str, float] = option(
         {"kl": 1.0}, "a loss, or losses with their weights", form=_weights_of(LOSSES)
     )
-    temperature: float = option(1.0, "of teacher and student in kl, reverse_kl and mse", 1e-3)
+    temperature: float = option(
+        1.0, "temperature of teacher and student in kl, reverse_kl and mse", 1e-3
+    )
     regularize: Mapping[str, float] = option(
         {}, "penalties with their weights", form=_weights_of(PENALTIES)
     )
     prompt_loss: bool = option(False, "whether tokens of a prompt count too")
     top_k: int | Literal["full"] = option(
-        64, "tokens of a teacher's prediction that are kept; full keeps all, in memory", 1
+        64,
+        "likeliest tokens to store of a teacher's prediction; full keeps all, in memory",
+        1,
     )
     cache_dtype: Literal["float32", "float16"] = option(
-        "float32", "of a teacher's kept predictions"
+        "float32", "dtype of a teacher's stored predictions"
     )
     max_length: int = option(2048, "tokens of an example; longer rows are cut into several", 2)
     examples: int | None = option(None, "examples of each source to train on; default all", 1)
     held_out: float = option(
         0.1, "share of the rows kept for measuring, where no file is named", 0, 0.9
     )
-    held_out_examples: int = option(64, "at most this many of them for each source", 1)
+    held_out_examples: int = option(64, "at most this many held-out examples for each source", 1)
     held_out_tokens: int | None = option(
-        2048, "at most about so many tokens of them for each source; null for all", 1
+        2048, "at most about this many of their tokens for each source; null for all", 1
     )
     epochs: int = option(1, "passes over the largest source's examples, at most", 1)
     tokens: int | None = option(
-        32_768, "of all sources together to train on, about and at most; null for all of them", 1
+        32_768,
+        "train on at most about this many tokens of all sources; null for all of them",
+        1,
     )
     max_steps: int | None = option(None, "steps at most; default as many as the epochs take", 1)
     batch_size: int = option(2, "examples of each source in a step", 1)
     batch_tokens: int = option(4096, "tokens in one forward pass; more are passed one by one", 1)
-    learning_rate: float = option(0.02, "the largest of the schedule", 0)
-    schedule: Literal["constant", "cosine", "linear"] = option("cosine", "after the warm-up")
+    learning_rate: float = option(0.02, "the largest learning rate of the schedule", 0)
+    schedule: Literal["constant", "cosine", "linear"] = option(
+        "cosine", "how the learning rate falls after the warm-up"
+    )
     warmup: float = option(0.0, "share of the steps in which the rate grows", 0, 1)
-    optimizer: Literal["adamw", "mofo"] = option("adamw", "MoFO moves the largest momenta alone")
+    optimizer: Literal["adamw", "mofo"] = option(
+        "adamw", "adamw, or mofo: MoFO moves only the coefficients with the largest momenta"
+    )
     mofo_fraction: float = option(
         0.3, "share of each tensor's coefficients that MoFO moves", 1e-6, 1
     )
-    weight_decay: float = option(0.0, "decoupled, towards 0", 0)
+    weight_decay: float = option(0.0, "decoupled weight decay of coefficients, towards 0", 0)
     clip_norm: float | None = option(None, "largest norm of all gradients together", 0)
     mode: Literal["auto", "fused", "two_pass"] = option(
-        "auto", "update inside the last backward pass, or after it"
+        "auto", "fused: update inside the last backward pass; two_pass: after it"
     )
     residency: Literal["auto", "device", "host", "disk"] = option(
-        "auto", "where the sources' weights wait"
+        "auto", "where the sources' weights are kept"
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
-        "auto", "of the student and the teachers; coefficients are float32"
+        "auto", "dtype of the student and the teachers; coefficients are float32"
     )
     checkpointing: bool = option(False, "compute activations twice instead of keeping them")
     evaluate_every: int | None = option(
         None, "steps between held-out measurements; default 5 in all", 1
     )
     patience: int | None = option(None, "measurements without improvement before training stops", 1)
-    checkpoint_minutes: float = option(2.0, "between checkpoints", 0)
+    checkpoint_minutes: float = option(2.0, "minutes between checkpoints", 0)
     tensorboard: bool = option(False, "write scalars for TensorBoard beside the checkpoint")
 
     def granularity_of(self, name: str, *, embedding: bool = False) -> Granularity:
@@ -288,8 +298,8 @@ class Data:
         (), "files to measure on; default a share of the rows of `files`", form=DataFiles()
     )
     dataset: str | None = option(None, "a data set of the Hub, by its id", form=Text())
-    config: str | None = option(None, "which of the data set's configurations", form=Text())
-    split: str = option("train", "which of its splits", form=Text())
+    config: str | None = option(None, "configuration of the data set", form=Text())
+    split: str = option("train", "split of the data set", form=Text())
     revision: str | None = option(None, "a branch, tag or commit of it", form=Text())
     key: str = ""
 
@@ -381,7 +391,7 @@ class Statistics:
     examples: int | None = option(256, "examples of each source; null takes all of its data", 1)
     max_length: int = option(512, "tokens of an example; longer rows are cut into several", 2)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
-        "auto", "that the models run in; sums are wider"
+        "auto", "dtype that the models run in; sums are wider"
     )
     batch_tokens: int = option(4096, "tokens in one forward pass", 2)
     rounds: int | None = option(

@@ -60,7 +60,9 @@ def render_html(report: Json) -> str:
     if view is None:
         relations = [section("How the sources relate", "", _NO_STATISTICS)]
     else:
-        relations = [alike(view), conflict(view), sizes(view), kept(view)]
+        trimming = kept(view)
+        relations = [alike(view), conflict(view), sizes(view)]
+        relations += [trimming] if trimming else []
     sections = [
         *stage_sections(report),
         *(part for item in preparations() for part in item.report_sections(report)),
@@ -94,6 +96,11 @@ def _lede(report: Json) -> str:
     base = next((i["model"] for i in report["inputs"] if i["role"] == "base"), None)
     sources = sum(i["role"] == "source" for i in report["inputs"])
     onto = Markup(" on the base {}").format(code(base)) if base else " without a base"
+    statistics = report["statistics"]
+    if base and statistics and statistics["of"] == "weights":
+        merged = statistics["models"]
+        if base not in merged and base.rstrip("/").rpartition("/")[2] not in merged:
+            onto = Markup("; config and tokenizer of {}").format(code(base))
     return Markup("{}{}; recipe {}, seed {}.").format(
         count(sources, "source"), onto, code(report["recipe"]["file"]), report["recipe"]["seed"]
     )
@@ -110,13 +117,21 @@ def _made(report: Json) -> list[str]:
     ]
 
 
+def _seconds_before(report: Json) -> float:
+    """Seconds of training or searching before the merge."""
+    costs = [report[key]["cost"] for key in ("training", "search") if key in report]
+    return float(sum(cost.get("wall_seconds", cost["seconds"]) for cost in costs))
+
+
 def _key_figures(report: Json, view: RelationsView | None) -> list[KeyFigure]:
     output, cost = report["output"], report["cost"]
     peaks = [f"{size(cost['peak_vram'])} on the GPU"] if cost["peak_vram"] else []
+    before = _seconds_before(report)
+    took = [f"{duration(before)} before the merge"] if before else []
     rows = [
         ("Parameters", short(output["parameters"]), ", ".join(output["dtypes"])),
         ("Size", size(output["bytes"]), count(len(output["shards"]), "file")),
-        ("Time", duration(cost["seconds"]), f"{size(cost['bytes_read'])} read"),
+        ("Time", duration(before + cost["seconds"]), *took, f"{size(cost['bytes_read'])} read"),
         ("Peak memory", size(cost["peak_rss"]), *peaks),
     ]
     if view is not None:

@@ -111,7 +111,7 @@ def sizes(view: RelationsView) -> Section:
     if change is not None:
         how += " “merged” is the change of the merge itself."
     if relative is None:
-        return section(title, "", "Not measured: this method has no base to compare with.")
+        return section(title, "", "Not measured: this method merges weights, not changes.")
     summary = _each(view, relative)
     merged = "" if change is None else f"; the merge {percent(change)}"
     chart = series(view, "relative_norm", "‖δ‖/‖θ₀‖", view.column("change"))
@@ -120,11 +120,12 @@ def sizes(view: RelationsView) -> Section:
     return section(title, how, summary, chart)
 
 
-def kept(view: RelationsView) -> Section:
+def kept(view: RelationsView) -> Section | None:
+    """None for a method that trims nothing."""
     title = "What trimming kept"
     how = "The share of each source's elements that the method kept before it merged them."
     if view.total["kept"] is None:
-        return section(title, "", "This method trims nothing.")
+        return None
     summary = f"Whole model: {_each(view, view.total['kept'])}"
     if view.sampled < 1:
         how += f" Counted on {percent(view.sampled)} of the elements."

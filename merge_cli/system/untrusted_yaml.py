@@ -109,7 +109,10 @@ def yaml_reason(error: yaml.YAMLError, text: str) -> tuple[str, int, int]:
     if isinstance(error, yaml.MarkedYAMLError):
         mark = error.problem_mark or error.context_mark
         line, column = (mark.line + 1, mark.column + 1) if mark else (0, 0)
-        return str(error.problem or error.context), line, column
+        reason = str(error.problem or error.context)
+        if "'\\t'" in reason:
+            reason = "a tab in the indentation: use spaces"
+        return reason, line, column
     if isinstance(error, yaml.reader.ReaderError):
         # Of text (not of bytes) the position is an index and the character its number.
         before = text[: error.position]

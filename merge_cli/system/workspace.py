@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
 MARK, JOURNAL = "merge-cli", "journal.jsonl"
 _PATIENCE = 3.0  # seconds: what a killed process has left of itself is gone by then
-_OTHER = "of another recipe, other inputs or another version is here"
-_HINT = "Finish it with its own command, or throw it away with --fresh."
+_OTHER = "of another recipe, other inputs or another version is in the way"
+_HINT = "Finish it with the command that started it, or discard it with --fresh."
 
 
 class Workspace:

@@ -335,7 +335,7 @@ def test_the_command(tmp_path: Path) -> None:
     ran = cli(*command, cwd=tmp_path)
     assert ran.returncode == 0, ran.stderr
     assert "of the change's sum of squares in" in ran.stdout
-    assert "held worst" in ran.stdout
+    assert "least complete" in ran.stdout
     again = cli(*command, "--overwrite", "--json", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert 0 < json.loads(again.stdout)["share"] < 1

@@ -163,8 +163,8 @@ def test_the_plan_shows_what_will_be_gathered(
         recipe = write_recipe(models, method)
         shown = runner.invoke(app, ["plan", str(recipe)])
         assert shown.exit_code == 0, shown.output
-        assert f"before that, {words}" in shown.output
-        assert "2 of 2 models to be run" in shown.output
+        assert f"calibration before the merge ({words}" in shown.output
+        assert "2 of 2 models to run" in shown.output
         found = json.loads(runner.invoke(app, ["plan", str(recipe), "--json"]).stdout)["gathering"]
         assert [one["cached"] for one in found["sources"]] == [False, False]
         files = calibrated(recipe).files

@@ -205,7 +205,7 @@ def test_devices_by_mergekits_flags() -> None:
     ("arguments", "words"),
     [
         (["run"], "Missing argument 'RECIPE'"),
-        (["run", "r.yaml"], "OUT is missing"),
+        (["run", "r.yaml"], "missing argument OUT"),
         (["run", "nowhere.yaml", "out"], "no such recipe"),
         (["run", "r.yaml", "out", "--shard-size", "5 apples"], "'5 apples' is not a size"),
         (["run", "r.yaml", "out", "--max-memory", "10MB"], "at least 500 MB"),
@@ -213,6 +213,7 @@ def test_devices_by_mergekits_flags() -> None:
         (["run", "r.yaml", "out", "--threads", "0"], "--threads"),
         (["methods", "tise"], "Did you mean 'ties'?"),
         (["runn"], "No such command"),
+        (["merge", "r.yaml", "out"], "Did you mean 'run'?"),
     ],
 )
 def test_usage_errors(family: Family, arguments: list[str], words: str) -> None:

@@ -374,7 +374,7 @@ def test_a_failed_gate_leaves_the_model_and_exits_with_5(job: Path, zoo: Path) -
     failed(done, 5, "math<=0.1 — math has loss")
     assert (job / "out" / "model.safetensors").exists()
     done = cli("run", job / "half.yaml", job / "other", "--gate", "math<=0.1")
-    failed(done, 2, "a gate needs something to measure")
+    failed(done, 2, "a gate needs data to evaluate on")
     assert not (job / "other").exists()
 
 

@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from merge_cli.console.evaluations import print_evaluations
-from merge_cli.console.tables import indented, print_table
+from merge_cli.console.tables import indented, print_table, print_wrapped
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
 documents = st.recursive(
@@ -92,3 +92,20 @@ def test_no_digit_of_an_evaluation_is_left_out(width: int, several: bool) -> Non
         assert number in text
     assert max(map(len, text.splitlines())) <= width
     assert " ".join(text.split()).count(note) == 1 + several
+
+
+def test_a_terminal_wraps_between_words_and_breaks_no_path() -> None:
+    path = "/models/" + "a-very-long-name/" * 3 + "model.safetensors"
+    console = Console(width=40, file=io.StringIO(), force_terminal=False)
+    print_wrapped(console, f"[bold]Input error:[/bold] truncated — {path} — Copy it again.", 2)
+    assert console.file.getvalue().splitlines() == [  # type: ignore[attr-defined]
+        "  Input error: truncated —",
+        f"  {path}",
+        "  — Copy it again.",
+    ]
+
+
+def test_a_pipe_gets_one_line() -> None:
+    console = Console(width=40, file=io.StringIO(), soft_wrap=True)
+    print_wrapped(console, "a word " * 20)
+    assert console.file.getvalue().count("\n") == 1  # type: ignore[attr-defined]

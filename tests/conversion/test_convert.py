@@ -332,7 +332,7 @@ def test_the_unfinished_work_of_a_merge(tmp_path: Path) -> None:
         journal.record(0, TensorStats(count=1))
         journal.close()
     before = everything(tmp_path / "out.partial")
-    with pytest.raises(UsageError, match="is here"):
+    with pytest.raises(UsageError, match="is in the way"):
         convert(str(folder), tmp_path / "out")
     assert everything(tmp_path / "out.partial") == before
     convert(str(folder), tmp_path / "out", fresh=True)

@@ -509,7 +509,7 @@ def test_the_plan_as_json(models: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert json.loads(capsys.readouterr().out)["training"]["steps"] == 2
     Screen().plan(plan, OPTIONS, every=False, as_json=False)
     shown = capsys.readouterr().out
-    for part in ("before that, training", "coefficients:", "predictions:", "fit in memory"):
+    for part in ("training before the merge", "coefficients:", "predictions:", "fit in memory"):
         assert part in shown
 
 

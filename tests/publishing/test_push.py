@@ -311,7 +311,7 @@ def test_dry_run_asks_nothing(hub: HubServer, merged: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in merged.iterdir()}
     done = cli(hub, merged, "org/m", "--dry-run", token=None)
     assert done.returncode == 0, done.stderr
-    assert "would go to org/m, private" in done.stdout
+    assert "would upload to org/m, private" in done.stdout
     assert "model.safetensors" in done.stdout
     assert 'model_id = "org/m"' in done.stdout
     assert "states no licence" in done.stderr

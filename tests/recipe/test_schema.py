@@ -499,7 +499,7 @@ def test_the_command_prints_them() -> None:
         assert json.loads(command("schema", *flags).stdout) == schema
     both = command("schema", "--eval", "--objective")
     assert both.returncode == 2
-    assert "one schema at a time" in both.stderr
+    assert "exclude each other" in both.stderr
 
 
 def test_a_line_for_editors_is_a_comment_to_the_reader(folder: Path) -> None:

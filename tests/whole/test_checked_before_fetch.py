@@ -214,7 +214,7 @@ def test_gates(
 
 
 def test_gates_without_tasks(folder: Path, hub: HubServer) -> None:
-    with pytest.raises(UsageError, match="needs something to measure"):
+    with pytest.raises(UsageError, match="needs data to evaluate on"):
         merge_cli.merge(write(folder, PLAIN), folder / "out", gates=["a.loss<=2"])
     assert hub.requests == []
 

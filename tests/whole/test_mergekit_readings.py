@@ -163,9 +163,9 @@ def test_an_unlisted_base_is_averaged(models: Family, tmp_path: Path) -> None:
 
 
 def test_linear_needs_a_weight_for_an_unlisted_base(models: Family, tmp_path: Path) -> None:
-    """mergekit refuses the recipe; here the base gives config and tokenizer, and a line says so."""
+    """mergekit refuses the recipe; here the base provides config and tokenizer only, as a note."""
     recipe = models.recipe("linear", models=[{"weight": 1.0}] * 2)
-    assert "base_model: gives config and tokenizer, and is not averaged" in warnings(recipe)
+    assert "base_model: provides config and tokenizer only. It is not averaged" in warnings(recipe)
     merged = merge(recipe, tmp_path / "out")
     _, (a, b, _) = models.arrays(UP.format(0))
     np.testing.assert_allclose(to_array(merged[UP.format(0)]), (a + b) / 2, atol=1e-6)

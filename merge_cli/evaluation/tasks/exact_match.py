@@ -49,7 +49,7 @@ class ExactMatch(DataTask):
     fewshot: Path | None = option(
         None, "a file of rows to show with their answers before each", form=PathForm(exists=True)
     )
-    num_fewshot: int | None = option(None, "so many of these, the first; default all", least=1)
+    num_fewshot: int | None = option(None, "use only the first N of these; default all", least=1)
 
     def __post_init__(self) -> None:
         if self.system and not self.chat_template:
