@@ -11,7 +11,7 @@ from merge_cli.planning.preparation import preparation_for
 from merge_cli.recipe.fields import MERGEKIT_PARAMETERS, nearest
 from merge_cli.recipe.reference import local_file
 from merge_cli.recipe.schema import Recipe
-from merge_cli.recipe.search import WITHOUT_SPACE, Search, SearchedParameter
+from merge_cli.recipe.search import STARTS, WITHOUT_SPACE, Search, SearchedParameter
 
 GREEDY = "greedy_soup"
 
@@ -78,11 +78,8 @@ def _section_problems(recipe: Recipe, search: Search) -> Iterator[Problem]:
             yield recipe.problem("search.method", message, hint)
             continue
         methods.append(method)
-    if (
-        search.start not in ("middle", "softmax")
-        and local_file(search.start, recipe.folder) is None
-    ):
-        hint = "Use middle, softmax, or a recipe's file."
+    if search.start not in STARTS and local_file(search.start, recipe.folder) is None:
+        hint = "Use best, middle, softmax, or a recipe's file."
         yield recipe.problem("search.start", f"no such recipe: {search.start}.", hint)
     for only, requested in (("sigma", "cma-es"), ("restarts", "cma-es")):
         if only in search.given and search.optimizer != requested:

@@ -23,7 +23,10 @@ def search_json(decided: SearchPlan) -> dict[str, Any]:
     space = decided.space
     return {
         "optimizer": decided.search.optimizer if space else "greedy",
-        "evaluations": _evaluations(decided),
+        "evaluations": decided.evaluations,
+        "static": [
+            {"name": merge.name, "in_space": bool(merge.genome)} for merge in decided.statics
+        ],
         "population": decided.population,
         "genome": [
             {"sets": space.describe(gene), "range": gene.searched.allowed} for gene in space.genes
@@ -52,7 +55,7 @@ def print_search(out: Console, decided: SearchPlan) -> None:
     if space is None:
         out.print(
             f"[bold]before that, a greedy search[/bold] for the members of the soup: "
-            f"at most {_evaluations(decided)} evaluations"
+            f"at most {decided.evaluations} evaluations"
         )
     else:
         method = " or ".join(search.method)
@@ -60,6 +63,7 @@ def print_search(out: Console, decided: SearchPlan) -> None:
             f"[bold]before that, a search[/bold] of {escape(method)} by {search.optimizer}: "
             f"{len(space)} number{'s' * (len(space) != 1)}, {search.evaluations} evaluations in "
             f"generations of {decided.population}"
+            f"{_first(decided)}"
         )
         table = Table(box=None, pad_edge=False, header_style="bold")
         for name in ("number", "sets", "range"):
@@ -111,8 +115,11 @@ def print_keys(out: Console, method: str) -> None:
             out.print(f"      {escape(field.metadata['help'])}")
 
 
-def _evaluations(decided: SearchPlan) -> int:
-    return decided.search.evaluations if decided.space else 2 * len(decided.labels) - 1
+def _first(decided: SearchPlan) -> str:
+    """How many static merges come first."""
+    count = len(decided.statics)
+    in_space = sum(bool(merge.genome) for merge in decided.statics)
+    return f", after {count} static merges ({in_space} of them in its space)" if count else ""
 
 
 def _constraint(goal: Any) -> str:

@@ -26,9 +26,11 @@ from merge_cli.sources.source import Source, fetch_weights
 FOUND = "found"
 
 
-def history(candidates: Sequence[Candidate]) -> list[dict[str, Any]]:
-    """One entry for each candidate: its score, and the best one so far."""
-    best: Candidate | None = None
+def history(
+    candidates: Sequence[Candidate], statics: Sequence[Candidate] = ()
+) -> list[dict[str, Any]]:
+    """One entry for each candidate: its score, and the best one so far, static merges included."""
+    best: Candidate | None = next(iter(best_first(statics)), None)
     result = []
     for candidate in candidates:
         if candidate.score is not None and (best is None or candidate.rank_key < best.rank_key):
@@ -68,6 +70,7 @@ def front(candidates: Sequence[Candidate]) -> list[int]:
 def build_record(
     decided: SearchPlan,
     candidates: Sequence[Candidate],
+    statics: Sequence[Candidate],
     best: Candidate,
     ended: str,
     compared: Mapping[str, Values],
@@ -78,6 +81,7 @@ def build_record(
     """JSON-ready; docs/evolve.md says what each part is.
 
     Args:
+        statics: the merges that need no search, on the split search.
         compared: models by name on the report's split; FOUND is the result.
         references: of those the ones that nothing was searched for.
         base: the base on that split, for constraints.
@@ -92,14 +96,21 @@ def build_record(
     shares = importance(
         [c.genome for c in scored], [c.score.total for c in scored if c.score is not None]
     )
+    static = best.static.name if best.static else ""
     values: Mapping[str, Any] = (
-        plain_values(space, best.genome)
+        (plain_values(space, best.genome) if best.genome else {})
         if space
+        else dict.fromkeys(decided.labels, False)
+        if not best.genome
         else {name: bool(u) for name, u in zip(decided.labels, best.genome, strict=True)}
     )
     assert best.score is not None
     warnings = list(decided.warnings)
     result = verdict(scores, references)
+    if static:
+        warnings.append(
+            f"THE RESULT IS A STATIC MERGE, {static}: no candidate of the search is better"
+        )
     if best.score.violation:
         warnings.append(
             "NO CANDIDATE keeps the constraints; the one that breaks them least is taken"
@@ -120,10 +131,20 @@ def build_record(
         "goals": [goal.task for goal in decided.objective.search.weighted],
         "genes": genes,
         "importance": dict(zip(genes, shares, strict=True)) if space else {},
-        "history": history(candidates),
+        "static": [
+            {
+                "name": item.static.name,
+                "score": item.score.total if item.score else None,
+                "in_space": bool(item.genome),
+            }
+            for item in statics
+            if item.static
+        ],
+        "history": history(candidates, statics),
         "front": front(candidates),
         "best": {
             "number": best.number,
+            "static": static,
             "score": best.score.total,
             "violation": best.score.violation,
             "reported_violation": reported,
