@@ -114,7 +114,7 @@ class Split:
         total_weight = math.fsum(goal.weight for goal in self.weighted)
         for goal in self.goals:
             value = pick(values, goal)
-            sign = _sign(goal, value.better)
+            sign = sign_of(goal, value.better)
             if goal.weight:
                 parts.append(sign * value.value * goal.weight / total_weight)
             if goal.at_most is not None:
@@ -158,7 +158,8 @@ def pick(values: Values, goal: Goal) -> Value:
     return metrics[goal.metric]
 
 
-def _sign(goal: Goal, better: Better) -> float:
+def sign_of(goal: Goal, better: Better) -> float:
+    """1 where lower is better, else -1."""
     if goal.goal:
         return 1.0 if goal.goal == "min" else -1.0
     return 1.0 if better == "lower" else -1.0

@@ -99,10 +99,14 @@ def print_searched(out: Console, search: Mapping[str, Any]) -> None:
     )
     if verdict is None:
         return
+    ends = verdict.get("interval")
+    paired = (
+        f" ({verdict['difference']:+.3g}, 95 % {ends[0]:+.3g} to {ends[1]:+.3g})" if ends else ""
+    )
     mark = "[green]✓[/green]" if verdict["better"] else "[bold red]✗ no improvement:[/bold red]"
     out.print(
         f"{mark} {search['split']} score {verdict['score']:.4g}; the best without a search is "
-        f"{escape(verdict['best_static'])}, {verdict['best_static_score']:.4g}"
+        f"{escape(verdict['best_static'])}, {verdict['best_static_score']:.4g}{paired}"
     )
 
 

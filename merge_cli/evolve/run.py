@@ -13,6 +13,7 @@ from typing import Any
 from merge_cli.engine.inputs import inputs_of
 from merge_cli.engine.merge import fetch_inputs
 from merge_cli.errors import Interrupted, MergeCliError
+from merge_cli.evaluation.result import Metric
 from merge_cli.evolve.evaluator import EvaluationJob, EvaluationOutcome, Setup
 from merge_cli.evolve.greedy import Greedy, soup_of
 from merge_cli.evolve.journal import BEST, Evaluations, SearchWorkspace, work_key
@@ -20,8 +21,8 @@ from merge_cli.evolve.loop import Asynchronous, Candidate, Loop, best_first
 from merge_cli.evolve.objectives import Split, Values
 from merge_cli.evolve.optimizers import EvaluatedGenome, Ranking, make_optimizer
 from merge_cli.evolve.plan import SearchPlan, plan_search, start_genome
-from merge_cli.evolve.record import FOUND, References, build_record, gate, score_text
-from merge_cli.evolve.static import soup_start
+from merge_cli.evolve.record import FOUND, References, add_interval, build_record, gate, score_text
+from merge_cli.evolve.static import BASE, soup_start
 from merge_cli.evolve.workers import make_workers
 from merge_cli.options import MergeOptions, OnProgress, Progress
 from merge_cli.planning.plan import Plan
@@ -281,7 +282,7 @@ class _Run:
         assert loop is not None
         split = decided.objective.report
         searched = self._cost(("static", "candidate", "validation"))
-        compared, references = self._compare(best, split)
+        compared, references, metrics = self._compare(best, split)
         base = self._references.base(split)
         reported = self._cost(("report",))
         cost = {
@@ -308,12 +309,13 @@ class _Run:
             cost,
         )
         record["best"]["genome"] = best.genome
+        add_interval(record, split, metrics)
         return record
 
     def _compare(
         self, best: Candidate, split: Split
-    ) -> tuple[dict[str, Values], dict[str, Values]]:
-        """The result, then what needs no search, on the report's split."""
+    ) -> tuple[dict[str, Values], dict[str, Values], dict[str, Sequence[Metric]]]:
+        """The result, then what needs no search, on the report's split; each goal's metric."""
         decided = self._decided
         recipe = decided.recipe
         plain = tuple(replace(spec, parameters={}) for spec in recipe.models)
@@ -326,9 +328,20 @@ class _Run:
             merges[f"task arithmetic {_LAMBDA:g}"] = recipe.found(
                 "task_arithmetic", models=plain, parameters=scale
             )
-        jobs = [EvaluationJob(i, item, split.name) for i, item in enumerate(merges.values())]
+        for item in best_first(self._statics)[:1]:  # the best by the rows that were searched on
+            labels = [source.label for source in self._references.all()]
+            if item.static and item.static.name not in [*merges, *labels, BASE]:
+                merges[item.static.name] = item.static.recipe
+        jobs = [
+            EvaluationJob(i, item, split.name, keep_examples=True)
+            for i, item in enumerate(merges.values())
+        ]
         about = [
-            {"merge": name, "genome": best.genome if name == FOUND else None} for name in merges
+            {
+                "merge": name,
+                "genome": [name, best.number, *best.genome] if name == FOUND else [name],
+            }
+            for name in merges
         ]
         outcomes = self._evaluations.of("report", jobs, about)
         result = {name: o.values for name, o in zip(merges, outcomes, strict=True) if not o.error}
@@ -336,7 +349,15 @@ class _Run:
             source.label: self._references.values(source, split)
             for source in self._references.all()
         }
-        return result, {name: values for name, values in result.items() if name != FOUND}
+        metrics: dict[str, Sequence[Metric]] = {
+            name: outcome.metrics for name, outcome in zip(merges, outcomes, strict=True)
+        }
+        metrics |= {
+            source.label: self._references.metrics(source, split)
+            for source in self._references.all()
+        }
+        references = {name: values for name, values in result.items() if name != FOUND}
+        return result, references, metrics
 
     def _cost(self, kinds: Sequence[str]) -> dict[str, Any]:
         lines = [line for line in self._folder.lines if line["kind"] in kinds]
