@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from merge_cli.errors import Problem, UsageError
+from merge_cli.evolve.defaults import DEFAULT_RANGES
 from merge_cli.methods.parameters import MethodParameter
 from merge_cli.methods.registry import Method, get_method, method_names
 from merge_cli.planning.preparation import preparation_for
@@ -59,6 +60,8 @@ def search_problems(recipe: Recipe, *, searching: bool) -> Iterator[Problem]:
 
 def _section_problems(recipe: Recipe, search: Search) -> Iterator[Problem]:
     for name in ("method", "parameters"):
+        if name == "parameters" and set(search.method) <= set(DEFAULT_RANGES):
+            continue  # its methods have default ranges
         if name not in search.given:
             yield recipe.problem("search", f"`{name}` is missing.")
     methods: list[Method] = []

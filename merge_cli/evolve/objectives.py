@@ -27,6 +27,8 @@ from merge_cli.recipe.reader import REFUSED, Key, Plain, Reader, Text, keys_of, 
 from merge_cli.recipe.schema import Recipe
 
 SplitName = Literal["search", "validation", "test"]
+# The split search with all of its rows, where candidates are scored on some of them.
+ALL_ROWS: Any = "all rows"
 SPLITS: tuple[SplitName, ...] = ("search", "validation", "test")
 
 
@@ -140,7 +142,13 @@ class SearchObjective:
     @property
     def report(self) -> Split:
         """The last split, whose numbers are reported."""
-        return self.splits[[name for name in SPLITS if name in self.splits][-1]]
+        last = [name for name in SPLITS if name in self.splits][-1]
+        return self.splits.get(ALL_ROWS, self.search) if last == "search" else self.splits[last]
+
+    @property
+    def final(self) -> Split | None:
+        """What the best few are compared on; None where all of it has been seen."""
+        return self.splits.get("validation") or self.splits.get(ALL_ROWS)
 
 
 def pick(values: Values, goal: Goal) -> Value:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from merge_cli.checkpoint.fingerprint import auxiliary_fingerprint
@@ -11,7 +11,10 @@ from merge_cli.engine.device import choose_device
 from merge_cli.engine.residency import SourceResidency, choose_residency, stored_bytes
 from merge_cli.errors import MergeCliError, RecipeError, ResourceError
 from merge_cli.evaluation.live import load_tokenizer
-from merge_cli.evolve.objectives import SearchObjective, parse_objective
+from merge_cli.evaluation.rows import read_rows
+from merge_cli.evaluation.tasks.kl import KL
+from merge_cli.evaluation.tasks.loss import LossTask
+from merge_cli.evolve.objectives import ALL_ROWS, SearchObjective, Split, SplitName, parse_objective
 from merge_cli.evolve.optimizers import batch_size
 from merge_cli.evolve.space import Space, default_population
 from merge_cli.evolve.splits import refuse_overlap
@@ -39,6 +42,7 @@ class SearchPlan:
         labels: of the recipe's models.
         statics: merges that need no search, which every search evaluates first.
         warnings: what a user should know before hours are spent.
+        on_cpu: whether candidates are evaluated without an accelerator.
     """
 
     plan: Plan
@@ -51,6 +55,7 @@ class SearchPlan:
     labels: tuple[str, ...]
     statics: tuple[StaticMerge, ...]
     warnings: tuple[str, ...]
+    on_cpu: bool
 
     @property
     def recipe(self) -> Recipe:
@@ -125,6 +130,7 @@ def plan_search(plan: Plan, options: MergeOptions) -> SearchPlan:
         tuple(str(spec.model) for spec in recipe.models),
         _mergeable(static_merges(recipe, space)),
         tuple(warnings),
+        not device.indexes,
     )
 
 
@@ -156,12 +162,37 @@ def plan_objective(recipe: Recipe, options: MergeOptions) -> SearchObjective:
         )
         for name, split in objective.splits.items()
     }
+    splits = _with_fewer_rows(splits, recipe.search)
     objective = replace(objective, splits=splits)
     refuse_overlap(objective)
     for split in splits.values():
         for task in split.spec.tasks:
             task.check_data(split.spec.seed)
     return objective
+
+
+def _with_fewer_rows(
+    splits: Mapping[SplitName, Split], search: Search | None
+) -> dict[SplitName, Split]:
+    """With the split search reduced to `rows` of each task, and all of it under ALL_ROWS.
+
+    Tasks with `limit` keep theirs, and so do tasks of right and wrong answers, which are noisier.
+    """
+    if search is None or not search.method or not search.rows:
+        return dict(splits)
+    split = splits["search"]
+    tasks = tuple(
+        replace(task, limit=search.rows)
+        if isinstance(task, LossTask | KL)
+        and task.limit is None
+        and len(read_rows(task.data)) > search.rows
+        else task
+        for task in split.spec.tasks
+    )
+    if tasks == split.spec.tasks:
+        return dict(splits)
+    fewer = replace(split, spec=replace(split.spec, tasks=tasks))
+    return {**splits, "search": fewer, ALL_ROWS: replace(split, name=ALL_ROWS)}
 
 
 def _need_one_frame(plan: Plan) -> None:

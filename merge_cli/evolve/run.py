@@ -253,12 +253,12 @@ class _Run:
             statics = best_first(self._statics)
             is_worse = statics and statics[0].rank_key[:2] < chosen.rank_key[:2]
             return statics[0] if is_worse else chosen
-        split = self._decided.objective.splits.get("validation")
+        split = self._decided.objective.final
         if split is None:
             return ranked[0]
         # All static merges are compared, so that the result is not worse than the best of them.
         finalists = [*best_first(self._statics), *proposed[: self._decided.search.finalists]]
-        jobs = [EvaluationJob(c.number, self._recipe(c), "validation") for c in finalists]
+        jobs = [EvaluationJob(c.number, self._recipe(c), split.name) for c in finalists]
         about = [{"genome": c.genome} for c in finalists]
         outcomes = self._evaluations.of("validation", jobs, about)
         base = self._references.base(split)

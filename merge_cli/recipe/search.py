@@ -227,6 +227,12 @@ class Search:
         1.0, "T of the weights softmax(-score/T), with start: softmax", 1e-6
     )
     finalists: int = option(5, "best candidates that the validation split chooses from", 1)
+    rows: int = option(
+        16,
+        "rows of each loss or kl task without `limit` that a candidate is scored on; 0 for all; "
+        "the last few are compared on all",
+        0,
+    )
     fidelity: tuple[float, ...] = option(
         (),
         "shares of the rows on which a generation is thinned out before all rows are used",

@@ -3,7 +3,7 @@
     python scripts/experiments/quadratic.py    # a minute on one core
 
 48 evaluations of the mean of (u - bottom)², the bottom drawn by the seed; 20 seeds. "Optuna alone"
-is its TPESampler with its defaults and no start; the others begin in the middle, as `start: middle`.
+is its TPESampler with its defaults and no start; the others have `start: middle`.
 """
 
 from __future__ import annotations

@@ -37,17 +37,20 @@ from merge_cli.errors import (
 )
 from merge_cli.evaluation import run as evaluation_run
 from merge_cli.evaluation.live import load
+from merge_cli.evaluation.result import Metric
 from merge_cli.evaluation.run import evaluate_source
 from merge_cli.evaluation.spec import EvalSpec
 from merge_cli.evolve import evaluator as evaluator_module
+from merge_cli.evolve.defaults import DEFAULT_RANGES
 from merge_cli.evolve.evaluator import MergeableModel
 from merge_cli.evolve.journal import SearchWorkspace
 from merge_cli.evolve.loop import Loop
 from merge_cli.evolve.objectives import Goal, Split, Value, parse_objective
 from merge_cli.evolve.optimizers import make_optimizer
 from merge_cli.evolve.plan import plan_search
-from merge_cli.evolve.record import gate
+from merge_cli.evolve.record import gate, paired_interval
 from merge_cli.evolve.space import Space
+from merge_cli.evolve.static import soup_start
 from merge_cli.options import MergeOptions
 from merge_cli.planning.planner import load_recipe, make_plan
 from merge_cli.recipe.reference import ModelRef
@@ -813,3 +816,53 @@ def test_the_plan_says_what_the_genome_means(folder: Path, capsys: Any) -> None:
     found = json.loads(capsys.readouterr().out)["search"]
     assert [one["sets"] for one in found["genome"]][1] == "weight of a, layer 1"
     assert not os.path.exists(folder / "out.search")
+
+
+def test_candidates_are_scored_on_some_rows_and_the_last_few_on_all(folder: Path) -> None:
+    recipe = write_search(folder, {"rows": 2, "evaluations": 4, "finalists": 2}, splits=("search",))
+    decided = plan_search(make_plan(load_recipe(recipe)), OPTIONS)
+    limits = {n: [t.limit for t in s.spec.tasks] for n, s in decided.objective.splits.items()}
+    assert limits == {"search": [2, 2], "all rows": [None, None]}
+    result = merge(recipe, folder / "out")
+    lines = journal(folder / "out" / "search_journal.jsonl")[1:]
+    kinds = [line["kind"] for line in lines]
+    assert kinds.count("validation") == 14 + 2
+    tokens = {kind: max(line["tokens"] for line in lines if line["kind"] == kind)
+              for kind in ("static", "candidate", "validation")}  # fmt: skip
+    assert tokens["static"] == tokens["candidate"] < tokens["validation"]
+    assert result.report["search"]["split"] == "all rows"
+    limited = [{"task": "loss", "data": "a.search.jsonl", "limit": 3}]
+    for changes, objective in (({"rows": 0}, None), ({"rows": 2}, limited)):
+        recipe = write_search(folder, changes, splits=("search",), objective=objective)
+        splits = plan_search(make_plan(load_recipe(recipe)), OPTIONS).objective.splits
+        assert list(splits) == ["search"]
+
+
+def test_the_verdict_has_a_paired_interval(folder: Path) -> None:
+    result = merge(write_search(folder, {"evaluations": 6}), folder / "out")
+    verdict = result.report["search"]["verdict"]
+    low, high = verdict["interval"]
+    assert low <= verdict["difference"] <= high
+    assert verdict["confirmed"] == (high < 0)
+    metric = Metric("loss", "nats", "lower", [1.0, 2.0, 3.0, 5.0], [1.0] * 4)
+    better = replace(metric, parts=[0.5, 1.5, 2.5, 4.5])
+    split = Split("test", EvalSpec(()), (Goal("x"), Goal("y", weight=3.0)))
+    bounds = paired_interval(split, [better, better], [metric, metric])
+    assert bounds is not None
+    assert bounds.low == pytest.approx(-0.5)  # the same rows are drawn for both
+    assert bounds.high == pytest.approx(-0.5)
+    single = replace(metric, parts=[1.0], weights=[1.0])
+    assert paired_interval(split, [single, better], [single, metric]) is None
+
+
+@pytest.mark.parametrize("method", sorted(DEFAULT_RANGES))
+def test_methods_have_default_ranges_that_start_at_the_soup(folder: Path, method: str) -> None:
+    recipe = write_search(folder, {"method": method, "parameters": None})
+    if method in ("slerp", "nearswap"):
+        recipe = write_search(folder, {"method": method, "parameters": None}, models=("base", "a"))
+    space = plan_search(make_plan(load_recipe(recipe)), OPTIONS).space
+    assert space is not None
+    start = dict(zip([gene.searched.name for gene in space.genes],
+                     space.values(soup_start(space)), strict=True))  # fmt: skip
+    assert start.get("weight", 0.5) == 0.5
+    assert start.get("lambda", 1.0) == pytest.approx(1.0, rel=1e-5)
