@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from merge_cli.errors import Problem, UsageError
+from merge_cli.evolve.defaults import DEFAULT_RANGES
 from merge_cli.methods.parameters import MethodParameter
 from merge_cli.methods.registry import Method, get_method, method_names
 from merge_cli.planning.preparation import preparation_for
 from merge_cli.recipe.fields import MERGEKIT_PARAMETERS, nearest
 from merge_cli.recipe.reference import local_file
 from merge_cli.recipe.schema import Recipe
-from merge_cli.recipe.search import WITHOUT_SPACE, Search, SearchedParameter
+from merge_cli.recipe.search import STARTS, WITHOUT_SPACE, Search, SearchedParameter
 
 GREEDY = "greedy_soup"
 
@@ -59,6 +60,8 @@ def search_problems(recipe: Recipe, *, searching: bool) -> Iterator[Problem]:
 
 def _section_problems(recipe: Recipe, search: Search) -> Iterator[Problem]:
     for name in ("method", "parameters"):
+        if name == "parameters" and set(search.method) <= set(DEFAULT_RANGES):
+            continue  # its methods have default ranges
         if name not in search.given:
             yield recipe.problem("search", f"`{name}` is missing.")
     methods: list[Method] = []
@@ -78,11 +81,8 @@ def _section_problems(recipe: Recipe, search: Search) -> Iterator[Problem]:
             yield recipe.problem("search.method", message, hint)
             continue
         methods.append(method)
-    if (
-        search.start not in ("middle", "softmax")
-        and local_file(search.start, recipe.folder) is None
-    ):
-        hint = "Use middle, softmax, or a recipe's file."
+    if search.start not in STARTS and local_file(search.start, recipe.folder) is None:
+        hint = "Use best, middle, softmax, or a recipe's file."
         yield recipe.problem("search.start", f"no such recipe: {search.start}.", hint)
     for only, requested in (("sigma", "cma-es"), ("restarts", "cma-es")):
         if only in search.given and search.optimizer != requested:

@@ -13,7 +13,8 @@ from __future__ import annotations
 import math
 import time
 from collections import OrderedDict
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -28,7 +29,7 @@ from merge_cli.engine.parameter_slices import find_parameter_slices
 from merge_cli.engine.residency import SourceResidency, choose_residency, stored_bytes
 from merge_cli.errors import NonFiniteError, SourceError
 from merge_cli.evaluation.live import LiveModel, load
-from merge_cli.evaluation.result import Cost, TaskResult
+from merge_cli.evaluation.result import Cost, Metric, TaskResult
 from merge_cli.evaluation.rows import read_rows
 from merge_cli.evaluation.run import score_task
 from merge_cli.evaluation.task import DataTask, Task
@@ -64,17 +65,23 @@ class EvaluationJob:
 
     Attributes:
         share: of each task's rows.
+        keep_examples: whether the outcome has the goals' metrics with every example's part.
     """
 
     number: int
     recipe: Recipe
     split: SplitName = "search"
     share: float = 1.0
+    keep_examples: bool = False
 
 
 @dataclass(frozen=True)
 class EvaluationOutcome:
-    """The result of a job; `error` is empty unless it failed."""
+    """The result of a job; `error` is empty unless it failed.
+
+    Attributes:
+        metrics: of the split's goals with a weight, if the job keeps examples.
+    """
 
     number: int
     values: Values = field(default_factory=dict)
@@ -82,6 +89,7 @@ class EvaluationOutcome:
     seconds: float = 0.0
     tokens: int = 0
     passes: int = 0
+    metrics: tuple[Metric, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         values = {
@@ -94,6 +102,11 @@ class EvaluationOutcome:
             "seconds": self.seconds,
             "tokens": self.tokens,
             "passes": self.passes,
+            **(
+                {"metrics": [_metric_json(metric) for metric in self.metrics]}
+                if self.metrics
+                else {}
+            ),
         }
 
     @classmethod
@@ -102,7 +115,29 @@ class EvaluationOutcome:
             task: {name: Value(*pair) for name, pair in metrics.items()}
             for task, metrics in data["values"].items()
         }
-        return cls(number, values, data["error"], data["seconds"], data["tokens"], data["passes"])
+        metrics = tuple(Metric(**metric) for metric in data.get("metrics", ()))
+        return cls(
+            number,
+            values,
+            data["error"],
+            data["seconds"],
+            data["tokens"],
+            data["passes"],
+            metrics,
+        )
+
+
+def _metric_json(metric: Metric) -> dict[str, Any]:
+    parts = {"parts": list(metric.parts), "weights": list(metric.weights)}
+    return {**{f.name: getattr(metric, f.name) for f in fields(Metric)}, **parts}
+
+
+def goal_metrics(split: Split, results: Mapping[str, TaskResult]) -> tuple[Metric, ...]:
+    """The metric of each goal with a weight."""
+    return tuple(
+        results[goal.task].metrics[goal.metric] if goal.metric else results[goal.task].primary
+        for goal in split.weighted
+    )
 
 
 def values_of(results: dict[str, TaskResult]) -> Values:
@@ -174,8 +209,11 @@ class Evaluator:
             cost = _sum(cost, live.cost)
         seconds = round(time.monotonic() - started, 4)
         values = values_of(results)
+        metrics: tuple[Metric, ...] = ()
+        if job.keep_examples and not message:
+            metrics = goal_metrics(self._setup.objective.splits[job.split], results)
         return EvaluationOutcome(
-            job.number, values, message, seconds, cost.tokens, cost.forward_passes
+            job.number, values, message, seconds, cost.tokens, cost.forward_passes, metrics
         )
 
     def close(self) -> None:

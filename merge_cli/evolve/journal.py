@@ -42,7 +42,7 @@ BEST, _RECORD = "best_recipe.yaml", "search.json"
 Line = dict[str, Any]
 # Fields that change how long a search runs, or who evaluates, but no candidate's score.
 _NOT_IN_KEY = {"evaluations", "finalists", "failures", "engine", "workers", "given"}
-_FORMAT = 1
+_FORMAT = 2
 _CONTRADICTION = "the journal has another candidate with this number than this version would try"
 
 
@@ -112,11 +112,6 @@ class SearchWorkspace(Workspace):
         return self.read_record(_RECORD, self.key)
 
 
-# What changes how long a search goes on, or who does the work, but not what a candidate is worth.
-_INDIFFERENT = {"evaluations", "finalists", "failures", "engine", "workers", "given"}
-_FORMAT = 1
-
-
 def search_fingerprint(plan: Plan, device: str) -> str:
     """A fingerprint of everything that a search's result depends on.
 
@@ -154,6 +149,7 @@ def work_key(search_plan: SearchPlan, options: MergeOptions) -> str:
         "format": _FORMAT,
         "versions": [version(package) for package in ("merge-cli", "torch", "transformers")],
         "method": recipe.merge_method,
+        "batch": search_plan.population,
         "dials": options_of_search,
         "static": [_plain(recipe.parameters), *(_plain(spec.parameters) for spec in recipe.models)],
         "seed": recipe.seed,
@@ -207,7 +203,7 @@ class Evaluations:
         """The jobs' outcomes, in their order.
 
         Args:
-            kind: of the lines: candidate, validation or report.
+            kind: of the lines: static, candidate, validation or report.
             about: further fields of each job's line; `genome` must agree with the journal.
 
         Raises:
@@ -287,7 +283,7 @@ class Evaluations:
     def _note(self, outcome: EvaluationOutcome, kind: str) -> None:
         self.count += 1
         self._failed = self._failed + 1 if outcome.error else 0
-        if kind == "candidate":
+        if kind in ("static", "candidate"):
             note = outcome.error.partition("\n")[0] or self._best()
             self._show(Progress("search", self.count, self._total, note, "candidates"))
         if self._failed >= self._limit:

@@ -21,6 +21,7 @@ from merge_cli.evolve.journal import Evaluations
 from merge_cli.evolve.objectives import CandidateScore, Split, Values
 from merge_cli.evolve.optimizers import Optimizer, Ranking
 from merge_cli.evolve.space import Space, plain_values
+from merge_cli.evolve.static import StaticMerge
 from merge_cli.recipe.search import Search
 
 # The base's values on a share of the split's rows; None where no constraint needs them.
@@ -34,6 +35,7 @@ class Candidate:
     Attributes:
         score: on all rows of the search split; None if it failed or was ruled out.
         share: of the rows in its last evaluation.
+        static: the merge that needs no search and that this is; None for what was proposed.
     """
 
     number: int
@@ -42,6 +44,7 @@ class Candidate:
     outcome: EvaluationOutcome
     score: CandidateScore | None
     share: float = 1.0
+    static: StaticMerge | None = None
 
     @property
     def rank_key(self) -> tuple[float, float, int]:

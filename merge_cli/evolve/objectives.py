@@ -27,6 +27,8 @@ from merge_cli.recipe.reader import REFUSED, Key, Plain, Reader, Text, keys_of, 
 from merge_cli.recipe.schema import Recipe
 
 SplitName = Literal["search", "validation", "test"]
+# The split search with all of its rows, where candidates are scored on some of them.
+ALL_ROWS: Any = "all rows"
 SPLITS: tuple[SplitName, ...] = ("search", "validation", "test")
 
 
@@ -114,7 +116,7 @@ class Split:
         total_weight = math.fsum(goal.weight for goal in self.weighted)
         for goal in self.goals:
             value = pick(values, goal)
-            sign = _sign(goal, value.better)
+            sign = sign_of(goal, value.better)
             if goal.weight:
                 parts.append(sign * value.value * goal.weight / total_weight)
             if goal.at_most is not None:
@@ -140,7 +142,13 @@ class SearchObjective:
     @property
     def report(self) -> Split:
         """The last split, whose numbers are reported."""
-        return self.splits[[name for name in SPLITS if name in self.splits][-1]]
+        last = [name for name in SPLITS if name in self.splits][-1]
+        return self.splits.get(ALL_ROWS, self.search) if last == "search" else self.splits[last]
+
+    @property
+    def final(self) -> Split | None:
+        """What the best few are compared on; None where all of it has been seen."""
+        return self.splits.get("validation") or self.splits.get(ALL_ROWS)
 
 
 def pick(values: Values, goal: Goal) -> Value:
@@ -158,7 +166,8 @@ def pick(values: Values, goal: Goal) -> Value:
     return metrics[goal.metric]
 
 
-def _sign(goal: Goal, better: Better) -> float:
+def sign_of(goal: Goal, better: Better) -> float:
+    """1 where lower is better, else -1."""
     if goal.goal:
         return 1.0 if goal.goal == "min" else -1.0
     return 1.0 if better == "lower" else -1.0

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from merge_cli.errors import ResourceError
@@ -21,6 +22,17 @@ from merge_cli.evolve.space import Space, default_population
 from merge_cli.recipe.search import Search
 
 Genomes = list[list[float]]
+
+
+@dataclass(frozen=True)
+class EvaluatedGenome:
+    """A genome with its result, as `Optimizer.tell` gets it."""
+
+    genome: list[float]
+    rank: float
+    parts: tuple[float, ...]
+
+
 _HINT = "pip install 'merge-cli[evolve]'"
 
 
@@ -56,32 +68,51 @@ class Optimizer(Protocol):
 
 
 def make_optimizer(
-    search: Search, space: Space, seed: int, start: list[float], goals: int
+    search: Search,
+    space: Space,
+    seed: int,
+    start: list[float],
+    goals: int,
+    evaluated: Sequence[EvaluatedGenome] = (),
 ) -> Optimizer:
-    """The recipe's optimizer; its first genome is `start`.
+    """The recipe's optimizer; its first genome is `start`, unless that is evaluated already.
 
     Args:
         goals: number of goals, for multi-objective optimizers.
+        evaluated: static merges that the space expresses. TPE learns from all of them; CMA-ES
+            and random search do not propose them again.
 
     Raises:
         ResourceError: its package is missing.
     """
     population = search.population or default_population(len(space))
+    is_new = all(item.genome != start for item in evaluated)
     if search.optimizer == "random":
-        return RandomSearch(len(space), population, seed, start)
+        return RandomSearch(len(space), population, seed, start if is_new else None)
     if search.optimizer == "cma-es":
-        return CMAES(search, len(space), population, seed, start)
-    return OptunaSampler(search.optimizer, space, population, seed, start, goals)
+        return CMAES(search, len(space), population, seed, start, propose_start=is_new)
+    return OptunaSampler(
+        search, space, population, seed, start if is_new else None, goals, evaluated
+    )
+
+
+def batch_size(search: Search, population: int) -> int:
+    """Candidates that are proposed before the optimizer gets their results.
+
+    TPE proposes one for each worker: whatever it knows earlier makes the next proposal better.
+    """
+    by_one = search.optimizer == "tpe" and not search.fidelity
+    return search.workers if by_one else population
 
 
 class RandomSearch:
     """Independent random sampling: the baseline for other optimizers."""
 
-    def __init__(self, size: int, population: int, seed: int, start: list[float]) -> None:
+    def __init__(self, size: int, population: int, seed: int, start: list[float] | None) -> None:
         import numpy as np
 
         self._random = np.random.default_rng(seed)
-        self._size, self._start = size, [start]
+        self._size, self._start = size, [] if start is None else [start]
         self.population, self.ended = population, ""
 
     def ask_one(self) -> list[float]:
@@ -109,7 +140,14 @@ class CMAES:
     """CMA-ES with bounds (Hansen, arXiv:1604.00772, pycma); restarts double the population."""
 
     def __init__(
-        self, search: Search, size: int, population: int, seed: int, start: list[float]
+        self,
+        search: Search,
+        size: int,
+        population: int,
+        seed: int,
+        start: list[float],
+        *,
+        propose_start: bool = True,
     ) -> None:
         import numpy as np
 
@@ -120,9 +158,9 @@ class CMAES:
         self._pending: set[tuple[float, ...]] = set()  # of `ask_one` since the last start
         self._results: list[tuple[Any, float]] = []
         self._drawn: Genomes = []  # of the current distribution, still to be proposed
-        self._begin(start, first=True)
+        self._begin(start, propose_start=propose_start)
 
-    def _begin(self, start: list[float], *, first: bool) -> None:
+    def _begin(self, start: list[float], *, propose_start: bool) -> None:
         import numpy as np
 
         try:
@@ -150,7 +188,7 @@ class CMAES:
                 "maxfevals": math.inf,
             },
         )
-        if first:
+        if propose_start:
             self._es.inject([start], force=True)
 
     def ask(self) -> Genomes:
@@ -204,15 +242,23 @@ class CMAES:
             return
         self._restarts -= 1
         self.population *= 2
-        self._begin(self._random.random(self._size).tolist(), first=False)
+        self._begin(self._random.random(self._size).tolist(), propose_start=False)
 
 
 class OptunaSampler:
     """Optuna's TPE (one goal) and NSGA-II (several goals)."""
 
     def __init__(
-        self, kind: str, space: Space, population: int, seed: int, start: list[float], goals: int
+        self,
+        search: Search,
+        space: Space,
+        population: int,
+        seed: int,
+        start: list[float] | None,
+        goals: int,
+        evaluated: Sequence[EvaluatedGenome] = (),
     ) -> None:
+        kind = search.optimizer
         try:
             import optuna
         except ImportError:
@@ -222,7 +268,12 @@ class OptunaSampler:
         sampler: Any = (
             optuna.samplers.NSGAIISampler(seed=seed, population_size=population)
             if self._several
-            else optuna.samplers.TPESampler(seed=seed, n_startup_trials=population)
+            # With a constant liar, candidates that are being evaluated count as bad ones.
+            else optuna.samplers.TPESampler(
+                seed=seed,
+                n_startup_trials=population,
+                constant_liar=search.workers > 1 or batch_size(search, population) > 1,
+            )
         )
         self._study = optuna.create_study(
             sampler=sampler, directions=["minimize"] * (goals if self._several else 1)
@@ -234,14 +285,19 @@ class OptunaSampler:
             else optuna.distributions.FloatDistribution(0.0, 1.0)
             for i, choices in enumerate(self._choices)
         }
-        values = [
-            min(int(u * choices), choices - 1) if choices else u
-            for u, choices in zip(start, self._choices, strict=True)
-        ]
-        self._study.enqueue_trial(dict(zip(self._space, values, strict=True)))
+        for item in evaluated:
+            self._study.add_trial(
+                optuna.trial.create_trial(
+                    params=self._params(item.genome),
+                    distributions=self._space,
+                    **({"values": list(item.parts)} if self._several else {"value": item.rank}),
+                )
+            )
+        if start is not None:
+            self._study.enqueue_trial(self._params(start))
         self._trials: list[Any] = []
         self._pending: list[tuple[list[float], Any]] = []
-        self.population, self.ended = population, ""
+        self.population, self.ended = batch_size(search, population), ""
 
     def ask(self) -> Genomes:
         self._trials = [self._study.ask(self._space) for _ in range(self.population)]
@@ -257,6 +313,12 @@ class OptunaSampler:
         index = next(i for i, (pending, _) in enumerate(self._pending) if pending == genome)
         _, trial = self._pending.pop(index)
         self._study.tell(trial, list(parts) if self._several else rank)
+
+    def _params(self, genome: Sequence[float]) -> dict[str, Any]:
+        return {
+            name: min(int(u * choices), choices - 1) if choices else u
+            for name, u, choices in zip(self._space, genome, self._choices, strict=True)
+        }
 
     def _genome(self, trial: Any) -> list[float]:
         return [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
@@ -11,12 +12,18 @@ from rich.markup import escape
 from rich.table import Table
 
 from merge_cli.engine.residency import RESIDENCY
+from merge_cli.evaluation.rows import read_rows
+from merge_cli.evaluation.task import DataTask
 from merge_cli.evolve.checks import GREEDY
+from merge_cli.evolve.objectives import Split
 from merge_cli.recipe.search import WITHOUT_SPACE, Search
-from merge_cli.system.machine import show_seconds
+from merge_cli.system.machine import show_seconds, usable_cores
 
 if TYPE_CHECKING:
     from merge_cli.evolve.plan import SearchPlan
+
+# For estimates in plans: of text in small vocabularies, and of a forward pass on a CPU.
+_BYTES_OF_TOKEN, _FLOPS_OF_CORE = 2.5, 3e10
 
 
 def search_json(decided: SearchPlan) -> dict[str, Any]:
@@ -24,7 +31,10 @@ def search_json(decided: SearchPlan) -> dict[str, Any]:
     space = decided.space
     return {
         "optimizer": decided.search.optimizer if space else "greedy",
-        "evaluations": _evaluations(decided),
+        "evaluations": decided.evaluations,
+        "static": [
+            {"name": merge.name, "in_space": bool(merge.genome)} for merge in decided.statics
+        ],
         "population": decided.population,
         "genome": [
             {"sets": space.describe(gene), "range": gene.searched.allowed} for gene in space.genes
@@ -40,6 +50,8 @@ def search_json(decided: SearchPlan) -> dict[str, Any]:
             ]
             for name, split in decided.objective.splits.items()
         },
+        "validated": _validated(decided),
+        "tokens": _tokens(decided),
         "residency": decided.place.residency,
         "why": decided.place.reason,
         "warnings": list(decided.warnings),
@@ -53,7 +65,7 @@ def print_search(out: Console, decided: SearchPlan) -> None:
     if space is None:
         out.print(
             f"[bold]before the merge, a greedy search[/bold] for the members of the soup: "
-            f"at most {_evaluations(decided)} evaluations"
+            f"at most {decided.evaluations} evaluations"
         )
     else:
         method = " or ".join(search.method)
@@ -61,6 +73,7 @@ def print_search(out: Console, decided: SearchPlan) -> None:
             f"[bold]before the merge, a search[/bold] of {escape(method)} by {search.optimizer}: "
             f"{len(space)} number{'s' * (len(space) != 1)}, {search.evaluations} evaluations in "
             f"generations of {decided.population}"
+            f"{_first(decided)}"
         )
         table = Table(box=None, pad_edge=False, header_style="bold")
         for name in ("number", "sets", "range"):
@@ -77,6 +90,7 @@ def print_search(out: Console, decided: SearchPlan) -> None:
             for task, goal in zip(split.spec.tasks, split.goals, strict=True)
         ]
         out.print(f"  {name}: {escape(', '.join(goals))}")
+    out.print(f"  in all: {_amount(decided)}")
     count = search.workers
     out.print(
         f"  workers: {count} ({search.engine}); sources {RESIDENCY[decided.place.residency]}: "
@@ -96,10 +110,14 @@ def print_searched(out: Console, search: Mapping[str, Any]) -> None:
     )
     if verdict is None:
         return
+    ends = verdict.get("interval")
+    paired = (
+        f" ({verdict['difference']:+.3g}, 95 % {ends[0]:+.3g} to {ends[1]:+.3g})" if ends else ""
+    )
     mark = "[green]✓[/green]" if verdict["better"] else "[bold red]✗ no improvement:[/bold red]"
     out.print(
         f"{mark} {search['split']} score {verdict['score']:.4g}; the best without a search is "
-        f"{escape(verdict['best_static'])}, {verdict['best_static_score']:.4g}"
+        f"{escape(verdict['best_static'])}, {verdict['best_static_score']:.4g}{paired}"
     )
 
 
@@ -112,8 +130,54 @@ def print_keys(out: Console, method: str) -> None:
             out.print(f"      {escape(field.metadata['help'])}")
 
 
-def _evaluations(decided: SearchPlan) -> int:
-    return decided.search.evaluations if decided.space else 2 * len(decided.labels) - 1
+def _validated(decided: SearchPlan) -> int:
+    """How many merges are compared on the rows of the choice."""
+    if decided.space is None or decided.objective.final is None:
+        return 0
+    return len(decided.statics) + min(decided.search.finalists, decided.search.evaluations)
+
+
+def _tokens(decided: SearchPlan) -> int:
+    """About how many tokens of loss and kl tasks a search scores: from the rows' bytes."""
+    objective, final = decided.objective, decided.objective.final
+    searched = decided.evaluations * _row_tokens(objective.search)
+    chosen = _validated(decided) * _row_tokens(final) if final else 0
+    return searched + chosen
+
+
+def _row_tokens(split: Split) -> int:
+    count = 0.0
+    longest = split.spec.max_length or math.inf
+    for task in split.spec.tasks:
+        if isinstance(task, DataTask):
+            rows = read_rows(task.data)
+            used = len(rows) if task.limit is None else min(task.limit, len(rows))
+            tokens = task.data.stat().st_size / max(len(rows), 1) / _BYTES_OF_TOKEN
+            # Longer rows are scored in windows that overlap by half.
+            count += used * tokens * (2 if tokens > longest else 1)
+    return round(count)
+
+
+def _amount(decided: SearchPlan) -> str:
+    """Evaluations, tokens, and about how long on these cores."""
+    tokens = _tokens(decided)
+    parameters = sum(math.prod(task.shape) for task in decided.plan.tasks)
+    text = f"{decided.evaluations} evaluations on the split search"
+    if _validated(decided):
+        text += f", {_validated(decided)} to choose the result"
+    text += f"; about {tokens:,} tokens"
+    if decided.on_cpu:
+        cores = usable_cores()
+        seconds = 2.0 * parameters * tokens / (_FLOPS_OF_CORE * cores)
+        text += f", about {show_seconds(seconds)} on {cores} core{'s' * (cores != 1)}"
+    return text
+
+
+def _first(decided: SearchPlan) -> str:
+    """How many static merges come first."""
+    count = len(decided.statics)
+    in_space = sum(bool(merge.genome) for merge in decided.statics)
+    return f", after {count} static merges ({in_space} of them in its space)" if count else ""
 
 
 def _constraint(goal: Any) -> str:

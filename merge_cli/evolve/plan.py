@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from merge_cli.checkpoint.fingerprint import auxiliary_fingerprint
 from merge_cli.engine.device import choose_device
 from merge_cli.engine.residency import SourceResidency, choose_residency, stored_bytes
-from merge_cli.errors import RecipeError, ResourceError
+from merge_cli.errors import MergeCliError, RecipeError, ResourceError
 from merge_cli.evaluation.live import load_tokenizer
-from merge_cli.evolve.objectives import SearchObjective, parse_objective
+from merge_cli.evaluation.rows import read_rows
+from merge_cli.evaluation.tasks.kl import KL
+from merge_cli.evaluation.tasks.loss import LossTask
+from merge_cli.evolve.objectives import ALL_ROWS, SearchObjective, Split, SplitName, parse_objective
+from merge_cli.evolve.optimizers import batch_size
 from merge_cli.evolve.space import Space, default_population
 from merge_cli.evolve.splits import refuse_overlap
+from merge_cli.evolve.static import StaticMerge, static_merges
 from merge_cli.options import MergeOptions
 from merge_cli.planning.heads import reconcile_heads
 from merge_cli.planning.layers import layer_stacks, main_stack, model_heights
@@ -20,7 +26,7 @@ from merge_cli.planning.plan import Plan
 from merge_cli.planning.planner import load_recipe, make_plan
 from merge_cli.recipe.reference import local_file
 from merge_cli.recipe.schema import Recipe
-from merge_cli.recipe.search import Search
+from merge_cli.recipe.search import STARTS, Search
 
 
 @dataclass(frozen=True)
@@ -34,7 +40,9 @@ class SearchPlan:
         population: of the first generation.
         place: where the sources' bytes will wait.
         labels: of the recipe's models.
+        statics: merges that need no search, which every search evaluates first.
         warnings: what a user should know before hours are spent.
+        on_cpu: whether candidates are evaluated without an accelerator.
     """
 
     plan: Plan
@@ -45,11 +53,19 @@ class SearchPlan:
     population: int
     place: SourceResidency
     labels: tuple[str, ...]
+    statics: tuple[StaticMerge, ...]
     warnings: tuple[str, ...]
+    on_cpu: bool
 
     @property
     def recipe(self) -> Recipe:
         return self.plan.recipe
+
+    @property
+    def evaluations(self) -> int:
+        """On the split search: of static merges and of candidates."""
+        proposed = self.search.evaluations if self.space else 2 * len(self.labels) - 1
+        return len(self.statics) + proposed
 
     def static(self) -> Recipe:
         """A static recipe of all sources, to load the live model with."""
@@ -91,12 +107,12 @@ def plan_search(plan: Plan, options: MergeOptions) -> SearchPlan:
     if space is not None:
         for method in space.search.method:  # a mismatch is found before anything is loaded
             make_plan(recipe.found(method))
-        if search.start not in ("middle", "softmax"):
+        if search.start not in STARTS:
             start_genome(recipe, search, space)
     load_tokenizer(plan.sources[plan.tokenizer_index])
     population = len(plan.recipe.models)
     if space is not None:
-        population = search.population or default_population(len(space))
+        population = batch_size(search, search.population or default_population(len(space)))
     device = choose_device(options.device)
     return SearchPlan(
         plan,
@@ -112,8 +128,24 @@ def plan_search(plan: Plan, options: MergeOptions) -> SearchPlan:
             workers=search.workers,
         ),
         tuple(str(spec.model) for spec in recipe.models),
+        _mergeable(static_merges(recipe, space)),
         tuple(warnings),
+        not device.indexes,
     )
+
+
+def _mergeable(statics: Sequence[StaticMerge]) -> tuple[StaticMerge, ...]:
+    """Without merges that the engine refuses for these sources."""
+    is_possible: dict[str, bool] = {}
+    for merge in statics:
+        method = merge.recipe.merge_method
+        if method not in is_possible:
+            try:
+                make_plan(merge.recipe)
+                is_possible[method] = True
+            except MergeCliError:
+                is_possible[method] = False
+    return tuple(merge for merge in statics if is_possible[merge.recipe.merge_method])
 
 
 def plan_objective(recipe: Recipe, options: MergeOptions) -> SearchObjective:
@@ -130,12 +162,37 @@ def plan_objective(recipe: Recipe, options: MergeOptions) -> SearchObjective:
         )
         for name, split in objective.splits.items()
     }
+    splits = _with_fewer_rows(splits, recipe.search)
     objective = replace(objective, splits=splits)
     refuse_overlap(objective)
     for split in splits.values():
         for task in split.spec.tasks:
             task.check_data(split.spec.seed)
     return objective
+
+
+def _with_fewer_rows(
+    splits: Mapping[SplitName, Split], search: Search | None
+) -> dict[SplitName, Split]:
+    """With the split search reduced to `rows` of each task, and all of it under ALL_ROWS.
+
+    Tasks with `limit` keep theirs, and so do tasks of right and wrong answers, which are noisier.
+    """
+    if search is None or not search.method or not search.rows:
+        return dict(splits)
+    split = splits["search"]
+    tasks = tuple(
+        replace(task, limit=search.rows)
+        if isinstance(task, LossTask | KL)
+        and task.limit is None
+        and len(read_rows(task.data)) > search.rows
+        else task
+        for task in split.spec.tasks
+    )
+    if tasks == split.spec.tasks:
+        return dict(splits)
+    fewer = replace(split, spec=replace(split.spec, tasks=tasks))
+    return {**splits, "search": fewer, ALL_ROWS: replace(split, name=ALL_ROWS)}
 
 
 def _need_one_frame(plan: Plan) -> None:

@@ -7,6 +7,7 @@ The models that a search begins from, evaluated as they are: base and sources.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,10 +15,12 @@ from typing import Any
 
 from merge_cli.engine.memory import peak_rss
 from merge_cli.errors import GateError
+from merge_cli.evaluation.result import Metric, TaskResult
 from merge_cli.evaluation.run import evaluate_source
-from merge_cli.evolve.evaluator import reduced, values_of
+from merge_cli.evaluation.summary import Interval, interval, resampled
+from merge_cli.evolve.evaluator import goal_metrics, reduced, values_of
 from merge_cli.evolve.loop import Candidate, best_first
-from merge_cli.evolve.objectives import Split, Values
+from merge_cli.evolve.objectives import Split, Values, sign_of
 from merge_cli.evolve.plan import SearchPlan
 from merge_cli.evolve.space import plain_values
 from merge_cli.planning.plan import Plan
@@ -26,9 +29,11 @@ from merge_cli.sources.source import Source, fetch_weights
 FOUND = "found"
 
 
-def history(candidates: Sequence[Candidate]) -> list[dict[str, Any]]:
-    """One entry for each candidate: its score, and the best one so far."""
-    best: Candidate | None = None
+def history(
+    candidates: Sequence[Candidate], statics: Sequence[Candidate] = ()
+) -> list[dict[str, Any]]:
+    """One entry for each candidate: its score, and the best one so far, static merges included."""
+    best: Candidate | None = next(iter(best_first(statics)), None)
     result = []
     for candidate in candidates:
         if candidate.score is not None and (best is None or candidate.rank_key < best.rank_key):
@@ -68,6 +73,7 @@ def front(candidates: Sequence[Candidate]) -> list[int]:
 def build_record(
     decided: SearchPlan,
     candidates: Sequence[Candidate],
+    statics: Sequence[Candidate],
     best: Candidate,
     ended: str,
     compared: Mapping[str, Values],
@@ -78,6 +84,7 @@ def build_record(
     """JSON-ready; docs/evolve.md says what each part is.
 
     Args:
+        statics: the merges that need no search, on the split search.
         compared: models by name on the report's split; FOUND is the result.
         references: of those the ones that nothing was searched for.
         base: the base on that split, for constraints.
@@ -92,14 +99,21 @@ def build_record(
     shares = importance(
         [c.genome for c in scored], [c.score.total for c in scored if c.score is not None]
     )
+    static = best.static.name if best.static else ""
     values: Mapping[str, Any] = (
-        plain_values(space, best.genome)
+        (plain_values(space, best.genome) if best.genome else {})
         if space
+        else dict.fromkeys(decided.labels, False)
+        if not best.genome
         else {name: bool(u) for name, u in zip(decided.labels, best.genome, strict=True)}
     )
     assert best.score is not None
     warnings = list(decided.warnings)
     result = verdict(scores, references)
+    if static:
+        warnings.append(
+            f"THE RESULT IS A STATIC MERGE, {static}: no candidate of the search is better"
+        )
     if best.score.violation:
         warnings.append(
             "NO CANDIDATE keeps the constraints; the one that breaks them least is taken"
@@ -120,10 +134,20 @@ def build_record(
         "goals": [goal.task for goal in decided.objective.search.weighted],
         "genes": genes,
         "importance": dict(zip(genes, shares, strict=True)) if space else {},
-        "history": history(candidates),
+        "static": [
+            {
+                "name": item.static.name,
+                "score": item.score.total if item.score else None,
+                "in_space": bool(item.genome),
+            }
+            for item in statics
+            if item.static
+        ],
+        "history": history(candidates, statics),
         "front": front(candidates),
         "best": {
             "number": best.number,
+            "static": static,
             "score": best.score.total,
             "violation": best.score.violation,
             "reported_violation": reported,
@@ -157,6 +181,50 @@ def verdict(
         "best_static_score": static[name],
         "better": score < static[name],
     }
+
+
+def add_interval(
+    record: dict[str, Any], split: Split, metrics: Mapping[str, Sequence[Metric]]
+) -> None:
+    """Add the paired interval of the verdict's difference, and a warning where it contains 0."""
+    verdict = record["verdict"]
+    if verdict is None:
+        return
+    bounds = paired_interval(split, metrics[FOUND], metrics[verdict["best_static"]])
+    verdict["difference"] = verdict["score"] - verdict["best_static_score"]
+    verdict["interval"] = None if bounds is None else [bounds.low, bounds.high]
+    verdict["confirmed"] = bounds is not None and bounds.high < 0
+    if verdict["better"] and not verdict["confirmed"]:
+        reason = "the rows are too few for an interval"
+        if bounds is not None:
+            reason = f"95 % from {bounds.low:+.4g} to {bounds.high:+.4g}"
+        record["warnings"].append(
+            f"NOT CONFIRMED: the gain of {-verdict['difference']:.4g} over "
+            f"{verdict['best_static']} may be chance ({reason})"
+        )
+
+
+def paired_interval(
+    split: Split, ours: Sequence[Metric], theirs: Sequence[Metric]
+) -> Interval | None:
+    """The interval of the difference of two models' scores, over the same rows.
+
+    Rows are drawn anew within each task, the same ones for both models.
+
+    Returns:
+        None where a task has a single row, or models were scored on different numbers of rows.
+    """
+    if len(ours) != len(split.weighted) or len(theirs) != len(split.weighted):
+        return None
+    total = math.fsum(goal.weight for goal in split.weighted)
+    draws: Any = 0.0
+    for goal, a, b in zip(split.weighted, ours, theirs, strict=True):
+        if not len(a.parts) == len(b.parts) > 1:
+            return None
+        weight = sign_of(goal, a.better) * goal.weight / total
+        draws = draws + weight * (resampled(a, goal.task) - resampled(b, goal.task))
+    bounds = interval(draws)
+    return bounds if math.isfinite(bounds.low) and math.isfinite(bounds.high) else None
 
 
 def gate(record: Mapping[str, Any], required: bool, where: Path) -> None:
@@ -230,7 +298,7 @@ class References:
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
-        self._measured: dict[str, Values] = {}
+        self._measured: dict[str, dict[str, TaskResult]] = {}
 
     def all(self) -> list[Source]:
         """The base, then every source."""
@@ -251,10 +319,17 @@ class References:
 
     def values(self, source: Source, split: Split, share: float = 1.0) -> Values:
         """A source's own values; found in the cache, if it was evaluated before."""
+        return values_of(self._results(source, split, share))
+
+    def metrics(self, source: Source, split: Split) -> tuple[Metric, ...]:
+        """A source's metric of each goal, with its examples."""
+        return goal_metrics(split, self._results(source, split))
+
+    def _results(self, source: Source, split: Split, share: float = 1.0) -> dict[str, TaskResult]:
         key = f"{split.name} {share!r} {source.label}"
         if key not in self._measured:
             fetch_weights(source, source.header_bytes)
             tasks = tuple(reduced(task, share) for task in split.spec.tasks)
             result = evaluate_source(source, replace(split.spec, tasks=tasks, cache=True))
-            self._measured[key] = values_of(dict(result.tasks))
+            self._measured[key] = dict(result.tasks)
         return self._measured[key]

@@ -55,6 +55,9 @@ def _worth(search: Json) -> Section:
         return section(title, how, "There is nothing to compare with.")
     static = f"{verdict['best_static']} ({verdict['best_static_score']:.4g})"
     summary = f"Score {verdict['score']:.4g}; the best without a search is {static}."
+    if verdict.get("interval"):
+        low, high = verdict["interval"]
+        summary += f" Difference {verdict['difference']:+.4g}, 95 % from {low:+.4g} to {high:+.4g}."
     if not verdict["better"]:
         summary = f"NO IMPROVEMENT: {summary}"
     names = dict(zip(scores, short_labels(list(scores)), strict=True))

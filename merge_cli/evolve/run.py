@@ -13,14 +13,16 @@ from typing import Any
 from merge_cli.engine.inputs import inputs_of
 from merge_cli.engine.merge import fetch_inputs
 from merge_cli.errors import Interrupted, MergeCliError
+from merge_cli.evaluation.result import Metric
 from merge_cli.evolve.evaluator import EvaluationJob, EvaluationOutcome, Setup
 from merge_cli.evolve.greedy import Greedy, soup_of
 from merge_cli.evolve.journal import BEST, Evaluations, SearchWorkspace, work_key
 from merge_cli.evolve.loop import Asynchronous, Candidate, Loop, best_first
 from merge_cli.evolve.objectives import Split, Values
-from merge_cli.evolve.optimizers import make_optimizer
+from merge_cli.evolve.optimizers import EvaluatedGenome, Ranking, make_optimizer
 from merge_cli.evolve.plan import SearchPlan, plan_search, start_genome
-from merge_cli.evolve.record import FOUND, References, build_record, gate, score_text
+from merge_cli.evolve.record import FOUND, References, add_interval, build_record, gate, score_text
+from merge_cli.evolve.static import BASE, soup_start
 from merge_cli.evolve.workers import make_workers
 from merge_cli.options import MergeOptions, OnProgress, Progress
 from merge_cli.planning.plan import Plan
@@ -86,8 +88,8 @@ def search(
             record = {"asked": asked, **run.record()}
             inputs.verify_or(folder.discard)
             folder.finish(record)
-        recipe = run.recipe_of(record["best"]["genome"])
-        text = run.text_of(recipe, record["best"]["score"])
+        recipe = run.recipe_of(record["best"]["genome"], record["best"]["static"])
+        text = run.text_of(recipe, record["best"]["score"], record["best"]["static"])
         folder.write_best(text)
     for line in record["warnings"]:
         on_progress(Progress("search", 0, 0, line))
@@ -110,16 +112,16 @@ class _Run:
         self._folder = folder
         setup = Setup(decided.static(), decided.objective, options, decided.search.workers)
         self._workers = make_workers(decided.search, setup)
-        count = decided.search.evaluations if decided.space else 2 * len(decided.labels) - 1
         self._evaluations = Evaluations(
             folder,
             self._workers,
             on_progress,
             failures=decided.search.failures,
-            total=count,
+            total=decided.evaluations,
             best=lambda: score_text(decided.objective.search, self._best()),
         )
         self._loop: Searcher | None = None
+        self._statics: list[Candidate] = []
         self._references = References(decided.plan)
 
     def record(self) -> dict[str, Any]:
@@ -140,19 +142,22 @@ class _Run:
             self._workers.close()
         return record
 
-    def recipe_of(self, genome: Sequence[float]) -> Recipe:
-        """The static recipe that a genome means."""
+    def recipe_of(self, genome: Sequence[float], static: str = "") -> Recipe:
+        """The static recipe that a genome means, or that of the static merge with this name."""
+        if static:
+            return next(m.recipe for m in self._decided.statics if m.name == static)
         if self._decided.space is not None:
             return self._decided.space.recipe(genome)
         return soup_of(self._decided.recipe, [i for i, u in enumerate(genome) if u])
 
-    def text_of(self, recipe: Recipe, score: float) -> str:
+    def text_of(self, recipe: Recipe, score: float, static: str = "") -> str:
         """The static recipe as YAML, with paths that lead from beside OUT."""
         plan = self._decided.plan
         commits = {name: c for source in plan.sources for name, c in source.commits.items()}
         locate = path_from(self._target.absolute(), recipe.folder, commits)
         name = self._decided.recipe.merge_method
-        header = f"found by {name}, score {score:.6g}; merge-cli run merges it without a search"
+        origin = f"{static}: {name} has no better candidate" if static else f"found by {name}"
+        header = f"{origin}, score {score:.6g}; merge-cli run merges it without a search"
         return dump_recipe(recipe, locate=locate, defaults={}, inputs={}, header=header)
 
     def _searcher(self) -> Searcher:
@@ -164,10 +169,17 @@ class _Run:
         for share in decided.search.fidelity:
             self._references.base(split, share)
         base = self._references.base(split)
+        self._statics = self._evaluate_statics(split, base)
         if decided.space is None:
             return Greedy(decided.recipe, split, base, self._evaluations)
+        goals = len(split.weighted)
         optimizer = make_optimizer(
-            decided.search, decided.space, decided.recipe.seed, self._start(), len(split.weighted)
+            decided.search,
+            decided.space,
+            decided.recipe.seed,
+            self._start(),
+            goals,
+            _evaluated(self._statics, goals),
         )
         kind = Asynchronous if decided.search.asynchronous else Loop
         return kind(
@@ -179,6 +191,25 @@ class _Run:
             self._evaluations,
         )
 
+    def _evaluate_statics(self, split: Split, base: Values | None) -> list[Candidate]:
+        """The merges that need no search; their numbers are negative."""
+        statics = self._decided.statics
+        numbers = range(-len(statics), 0)
+        jobs = [EvaluationJob(i, m.recipe) for i, m in zip(numbers, statics, strict=True)]
+        details = [{"merge": merge.name, "genome": merge.genome} for merge in statics]
+        outcomes = self._evaluations.of("static", jobs, details)
+        return [
+            Candidate(
+                outcome.number,
+                -1,
+                merge.genome,
+                outcome,
+                None if outcome.error else split.score(outcome.values, base),
+                static=merge,
+            )
+            for merge, outcome in zip(statics, outcomes, strict=True)
+        ]
+
     def _start(self) -> list[float]:
         """The first genome; what it was is in the journal, so that a resumed run starts alike."""
         start = next((line for line in self._folder.lines if line["kind"] == "start"), None)
@@ -188,7 +219,10 @@ class _Run:
         space = decided.space
         assert space is not None
         genome = [0.5] * len(space)
-        if search.start == "softmax":
+        if search.start == "best":
+            ranked = best_first([item for item in self._statics if item.genome])
+            genome = ranked[0].genome if ranked else soup_start(space)
+        elif search.start == "softmax":
             split = decided.objective.search
             base = self._references.base(split)
             singles = [self._references.of(i) for i in range(len(decided.labels))]
@@ -207,19 +241,24 @@ class _Run:
     def _choose(self) -> Candidate:
         """The best candidate on the validation split, of the best on the search split."""
         assert self._loop is not None
-        ranked = best_first(self._loop.candidates)
+        proposed = best_first(self._loop.candidates)
+        ranked = best_first([*self._loop.candidates, *self._statics])
         if not ranked:
             message = "no candidate could be evaluated; the first one failed with: "
             failed = self._loop.candidates[0].outcome.error if self._loop.candidates else "nothing"
             raise MergeCliError(message + failed, where=str(self._folder.path))
         if isinstance(self._loop, Greedy):
             members = [float(i in self._loop.members) for i in range(len(self._decided.labels))]
-            return next(c for c in ranked if c.genome == members)
-        split = self._decided.objective.splits.get("validation")
+            chosen = next(c for c in proposed if c.genome == members)
+            statics = best_first(self._statics)
+            is_worse = statics and statics[0].rank_key[:2] < chosen.rank_key[:2]
+            return statics[0] if is_worse else chosen
+        split = self._decided.objective.final
         if split is None:
             return ranked[0]
-        finalists = ranked[: self._decided.search.finalists]
-        jobs = [EvaluationJob(c.number, self.recipe_of(c.genome), "validation") for c in finalists]
+        # All static merges are compared, so that the result is not worse than the best of them.
+        finalists = [*best_first(self._statics), *proposed[: self._decided.search.finalists]]
+        jobs = [EvaluationJob(c.number, self._recipe(c), split.name) for c in finalists]
         about = [{"genome": c.genome} for c in finalists]
         outcomes = self._evaluations.of("validation", jobs, about)
         base = self._references.base(split)
@@ -235,17 +274,21 @@ class _Run:
         ]
         return min(scored, key=lambda item: item[:-1])[-1] if scored else ranked[0]
 
+    def _recipe(self, candidate: Candidate) -> Recipe:
+        return self.recipe_of(candidate.genome, candidate.static.name if candidate.static else "")
+
     def _finished(self, best: Candidate, seconds: float) -> dict[str, Any]:
         decided, loop = self._decided, self._loop
         assert loop is not None
         split = decided.objective.report
-        searched = self._cost(("candidate", "validation"))
-        compared, references = self._compare(best, split)
+        searched = self._cost(("static", "candidate", "validation"))
+        compared, references, metrics = self._compare(best, split)
         base = self._references.base(split)
         reported = self._cost(("report",))
         cost = {
-            "evaluations": len(loop.candidates),
-            "failed": sum(bool(c.outcome.error) for c in loop.candidates),
+            "evaluations": len(self._statics) + len(loop.candidates),
+            "static_evaluations": len(self._statics),
+            "failed": sum(bool(c.outcome.error) for c in [*self._statics, *loop.candidates]),
             **searched,
             "report_tokens": reported["tokens"],
             "workers": decided.search.workers,
@@ -255,20 +298,29 @@ class _Run:
             "peak_vram": _peak_vram(self._options),
         }
         record = build_record(
-            decided, loop.candidates, best, loop.ended, compared, references, base, cost
+            decided,
+            loop.candidates,
+            self._statics,
+            best,
+            loop.ended,
+            compared,
+            references,
+            base,
+            cost,
         )
         record["best"]["genome"] = best.genome
+        add_interval(record, split, metrics)
         return record
 
     def _compare(
         self, best: Candidate, split: Split
-    ) -> tuple[dict[str, Values], dict[str, Values]]:
-        """The result, then what needs no search, on the report's split."""
+    ) -> tuple[dict[str, Values], dict[str, Values], dict[str, Sequence[Metric]]]:
+        """The result, then what needs no search, on the report's split; each goal's metric."""
         decided = self._decided
         recipe = decided.recipe
         plain = tuple(replace(spec, parameters={}) for spec in recipe.models)
         merges = {
-            FOUND: self.recipe_of(best.genome),
+            FOUND: self._recipe(best),
             "uniform soup": recipe.found("soup", models=plain, parameters={}),
         }
         if recipe.base_model is not None:
@@ -276,9 +328,20 @@ class _Run:
             merges[f"task arithmetic {_LAMBDA:g}"] = recipe.found(
                 "task_arithmetic", models=plain, parameters=scale
             )
-        jobs = [EvaluationJob(i, item, split.name) for i, item in enumerate(merges.values())]
+        for item in best_first(self._statics)[:1]:  # the best by the rows that were searched on
+            labels = [source.label for source in self._references.all()]
+            if item.static and item.static.name not in [*merges, *labels, BASE]:
+                merges[item.static.name] = item.static.recipe
+        jobs = [
+            EvaluationJob(i, item, split.name, keep_examples=True)
+            for i, item in enumerate(merges.values())
+        ]
         about = [
-            {"merge": name, "genome": best.genome if name == FOUND else None} for name in merges
+            {
+                "merge": name,
+                "genome": [name, best.number, *best.genome] if name == FOUND else [name],
+            }
+            for name in merges
         ]
         outcomes = self._evaluations.of("report", jobs, about)
         result = {name: o.values for name, o in zip(merges, outcomes, strict=True) if not o.error}
@@ -286,7 +349,15 @@ class _Run:
             source.label: self._references.values(source, split)
             for source in self._references.all()
         }
-        return result, {name: values for name, values in result.items() if name != FOUND}
+        metrics: dict[str, Sequence[Metric]] = {
+            name: outcome.metrics for name, outcome in zip(merges, outcomes, strict=True)
+        }
+        metrics |= {
+            source.label: self._references.metrics(source, split)
+            for source in self._references.all()
+        }
+        references = {name: values for name, values in result.items() if name != FOUND}
+        return result, references, metrics
 
     def _cost(self, kinds: Sequence[str]) -> dict[str, Any]:
         lines = [line for line in self._folder.lines if line["kind"] in kinds]
@@ -297,7 +368,8 @@ class _Run:
         }
 
     def _best(self) -> Candidate | None:
-        ranked = best_first(self._loop.candidates) if self._loop is not None else []
+        proposed = self._loop.candidates if self._loop is not None else []
+        ranked = best_first([*self._statics, *proposed])
         return ranked[0] if ranked else None
 
     def _interrupted(self) -> Interrupted:
@@ -307,7 +379,9 @@ class _Run:
         lines = [
             line
             for line in self._folder.lines
-            if line["kind"] == "candidate" and line["share"] == 1.0 and not line["error"]
+            if line["kind"] in ("static", "candidate")
+            and line["share"] == 1.0
+            and not line["error"]
         ]
         if not lines:
             return Interrupted("stopped", where=where, hint=hint)
@@ -320,11 +394,22 @@ class _Run:
             for line in lines
         ]
         score, number = min(scored, key=lambda item: (*item[0].order, item[1]))
-        genome = next(line["genome"] for line in lines if line["number"] == number)
-        path = self._folder.write_best(self.text_of(self.recipe_of(genome), score.total))
+        line = next(line for line in lines if line["number"] == number)
+        static = line.get("merge", "")
+        recipe = self.recipe_of(line["genome"], static)
+        path = self._folder.write_best(self.text_of(recipe, score.total, static))
         tried = sum(line["kind"] not in ("start", "asked") for line in self._folder.lines)
         message = f"stopped after {tried} evaluations; the best so far, with score "
         return Interrupted(f"{message}{score.total:.6g}, is there", where=str(path), hint=hint)
+
+
+def _evaluated(statics: Sequence[Candidate], goals: int) -> list[EvaluatedGenome]:
+    """What the optimizer learns of static merges: of those that the space expresses."""
+    ranking = Ranking(goals)
+    scored = [(item.genome, item.score) for item in statics if item.genome and item.score]
+    for _, score in scored:
+        ranking.see(score)
+    return [EvaluatedGenome(genome, *ranking.of(score)) for genome, score in scored]
 
 
 def _peak_vram(options: MergeOptions) -> int | None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from merge_cli.errors import RecipeError, UsageError
+from merge_cli.evolve.defaults import with_default_ranges
 from merge_cli.methods.blocks import operand_specs
 from merge_cli.methods.registry import Method, get_method
 from merge_cli.recipe.reference import local_folder, short_labels
@@ -91,7 +92,7 @@ class Space:
 
     def __init__(self, recipe: Recipe, layers: int) -> None:
         assert recipe.search is not None, "check_recipe refuses a recipe without the section"
-        self.base, self.search, self.layers = recipe, recipe.search, layers
+        self.base, self.search, self.layers = recipe, with_default_ranges(recipe.search), layers
         self.sizes = _sizes(recipe, self.search, layers)
         self.methods = {name: get_method(name) for name in self.search.method}
         self.labels = short_labels([str(spec.model) for spec in recipe.models])

@@ -62,6 +62,7 @@ def tuned(
         method=(recipe.merge_method,),
         parameters=searched,
         evaluations=evaluations,
+        in_space=True,
         given=frozenset(("method", "parameters", "evaluations")),
     )
     tuned_recipe = replace(

@@ -28,6 +28,7 @@ from merge_cli.recipe.reader import (
 )
 from merge_cli.recipe.values import Scalar, filter_error
 
+STARTS = ("best", "middle", "softmax")
 TIES = ("models", "layers", "filters")
 
 
@@ -219,11 +220,21 @@ class Search:
     )
     sigma: float = option(1 / 6, "CMA-ES: the first step, as a share of each range", 1e-6, 1)
     restarts: int = option(0, "CMA-ES: how often to start again, with twice the population", 0)
-    start: str = option("middle", "the first candidate: middle, softmax, or a recipe's file")
+    start: str = option(
+        "best",
+        "the first candidate: best (the best static merge that the space has), middle, softmax, "
+        "or a recipe's file",
+    )
     temperature: float = option(
         1.0, "T of the weights softmax(-score/T), with start: softmax", 1e-6
     )
     finalists: int = option(5, "best candidates that the validation split chooses from", 1)
+    rows: int = option(
+        16,
+        "rows of each loss or kl task without `limit` that a candidate is scored on; 0 for all; "
+        "the last few are compared on all",
+        0,
+    )
     fidelity: tuple[float, ...] = option(
         (),
         "shares of the rows on which candidates are compared before all rows are used",
@@ -237,6 +248,7 @@ class Search:
         False, "propose a candidate as soon as a worker is free, instead of by generations"
     )
     given: frozenset[str] = frozenset()  # the keys that the recipe has
+    in_space: bool = False  # whether only static merges that the space expresses may be the result
 
 
 def _search(values: dict[str, Any], node: Node, key: str, reader: Reader) -> Search:

@@ -36,8 +36,8 @@ def test_the_key_is_the_same_in_every_process(folder: Path) -> None:
     recipe = write_search(folder, {"parameters": {"weight": {"min": 0, "max": 1, "tied": True}}})
     code = (
         "import sys\nfrom merge_cli.planning.planner import load_recipe, make_plan\n"
-        "from merge_cli.evolve.journal import search_digest\n"
-        "print(search_digest(make_plan(load_recipe(sys.argv[1])), 'cpu'))\n"
+        "from merge_cli.evolve.journal import search_fingerprint\n"
+        "print(search_fingerprint(make_plan(load_recipe(sys.argv[1])), 'cpu'))\n"
     )
     found = set()
     for seed in ("1", "2", "3"):

@@ -37,17 +37,20 @@ from merge_cli.errors import (
 )
 from merge_cli.evaluation import run as evaluation_run
 from merge_cli.evaluation.live import load
+from merge_cli.evaluation.result import Metric
 from merge_cli.evaluation.run import evaluate_source
 from merge_cli.evaluation.spec import EvalSpec
 from merge_cli.evolve import evaluator as evaluator_module
+from merge_cli.evolve.defaults import DEFAULT_RANGES
 from merge_cli.evolve.evaluator import MergeableModel
 from merge_cli.evolve.journal import SearchWorkspace
 from merge_cli.evolve.loop import Loop
 from merge_cli.evolve.objectives import Goal, Split, Value, parse_objective
 from merge_cli.evolve.optimizers import make_optimizer
 from merge_cli.evolve.plan import plan_search
-from merge_cli.evolve.record import gate
+from merge_cli.evolve.record import gate, paired_interval
 from merge_cli.evolve.space import Space
+from merge_cli.evolve.static import soup_start
 from merge_cli.options import MergeOptions
 from merge_cli.planning.planner import load_recipe, make_plan
 from merge_cli.recipe.reference import ModelRef
@@ -230,12 +233,13 @@ def test_evaluating_the_merge_from_disk_gives_the_journaled_score(folder: Path) 
         "evaluations": 6})  # fmt: skip
     result = merge(recipe, folder / "out")
     lines = journal(folder / "out" / "search_journal.jsonl")
+    searched = "static" if result.report["search"]["best"]["static"] else "candidate"
     best = result.report["search"]["best"]
     assert not (folder / "out.search").exists()
     plan = make_plan(load_recipe(recipe))
     objective = plan_search(plan, OPTIONS).objective
     source = open_source(ModelRef(str(folder / "out")), folder)
-    for kind, split in (("candidate", "search"), ("validation", "validation"), ("report", "test")):
+    for kind, split in ((searched, "search"), ("validation", "validation"), ("report", "test")):
         own = [line for line in lines[1:] if line["kind"] == kind]
         wanted = ("merge", "found") if kind == "report" else ("number", best["number"])
         line = next(line for line in own if line[wanted[0]] == wanted[1])
@@ -252,7 +256,7 @@ def test_evaluating_the_merge_from_disk_gives_the_journaled_score(folder: Path) 
     for title in ("Convergence", "Pareto front", "What was found", "What searching cost"):
         assert f"<h2>{title}</h2>" in page
     cost = CostLog(folder / "costs.jsonl").cost("out", folder / "out")
-    own = [line for line in lines[1:] if line["kind"] in ("candidate", "validation")]
+    own = [line for line in lines[1:] if line["kind"] in ("static", "candidate", "validation")]
     assert cost.tokens == sum(line["tokens"] for line in own) > 0
     assert cost.forward_passes == sum(line["passes"] for line in own) > 0
 
@@ -273,7 +277,9 @@ def test_tasks_of_any_kind_give_the_same_from_disk(folder: Path) -> None:
     result = merge(recipe, folder / "out")
     best = result.report["search"]["best"]["number"]
     lines = journal(folder / "out" / "search_journal.jsonl")
-    line = next(x for x in lines[1:] if x["kind"] == "candidate" and x["number"] == best)
+    line = next(
+        x for x in lines[1:] if x["kind"] in ("static", "candidate") and x["number"] == best
+    )
     objective = plan_search(make_plan(load_recipe(recipe)), OPTIONS).objective
     source = open_source(ModelRef(str(folder / "out")), folder)
     found = evaluate_source(source, objective.search.spec)
@@ -282,6 +288,66 @@ def test_tasks_of_any_kind_give_the_same_from_disk(folder: Path) -> None:
                     for name, task in found.tasks.items()}  # fmt: skip
     whole = (-said["a"]["agreement"] + 2 * said["b"]["kl"] - 0.1 * said["python"]["score"]) / 3.1
     assert result.report["search"]["best"]["score"] == pytest.approx(whole, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("section", "in_space"),
+    [
+        ({"parameters": {"weight": {"min": 0, "max": 1}}}, 14),
+        ({"parameters": {"weight": {"min": 0, "max": 0.5}}}, 7),  # neither parents nor 0.6 to 1
+        ({"parameters": {"lambda": {"min": 0, "max": 1}}}, 12),  # not the parents
+        ({"method": "dare", "layer_groups": 2, "filters": ["mlp"], "parameters": {
+            "weight": {"min": 0, "max": 1}, "density": {"min": 0.1, "max": 1}}}, 14),
+        ({"method": "ties", "parameters": {"weight": {"min": 0, "max": 1}}}, 0),
+        ({"method": "soup", "parameters": {"weight": {"min": 0, "max": 1}}}, 4),  # 0.5 is the soup
+        ({"method": ["ties", "task_arithmetic"]}, 14),
+    ],
+)  # fmt: skip
+def test_static_merges_are_expressed_where_the_space_can(
+    folder: Path, section: dict[str, Any], in_space: int
+) -> None:
+    """And what the space's recipe makes is the merge: the same weights, to their last digits."""
+    decided = plan_search(make_plan(load_recipe(write_search(folder, section))), OPTIONS)
+    assert [merge.name for merge in decided.statics][:4] == ["uniform soup", "base", "a", "b"]
+    assert len(decided.statics) == 14
+    assert sum(bool(merge.genome) for merge in decided.statics) == in_space
+    plain = plan_search(
+        make_plan(load_recipe(write_search(folder, {"method": "ties"}))), OPTIONS
+    ).statics
+    live = MergeableModel(decided.static(), OPTIONS, device="cpu", dtype="float32")
+    for ours, theirs in list(zip(decided.statics, plain, strict=True))[::3]:
+        live.become(ours.recipe)
+        expressed = {name: p.detach().clone() for name, p in live.live.net.named_parameters()}
+        live.become(theirs.recipe)
+        for name, parameter in live.live.net.named_parameters():
+            torch.testing.assert_close(expressed[name], parameter, rtol=0.01, atol=1e-3)
+    live.close()
+
+
+@pytest.mark.parametrize(
+    ("method", "searched"), [("task_arithmetic", "weight"), ("ties", "lambda")]
+)
+def test_a_search_never_ends_below_the_best_static_merge(
+    folder: Path, method: str, searched: str
+) -> None:
+    """One candidate, far from everything: the result is a static merge, and the report says so."""
+    section = {"method": method, "evaluations": 1, "start": "middle",
+               "parameters": {searched: {"min": 0, "max": 40}}}  # fmt: skip
+    result = merge(write_search(folder, section), folder / "out")
+    search = result.report["search"]
+    lines = journal(folder / "out" / "search_journal.jsonl")[1:]
+    scores = {
+        line["number"]: mean(task["loss"][0] for task in line["values"].values())
+        for line in lines
+        if line["kind"] == "validation"
+    }
+    assert len(scores) == 15
+    assert search["best"]["number"] == min(scores, key=lambda number: (scores[number], number))
+    assert search["best"]["static"]
+    assert any("THE RESULT IS A STATIC MERGE" in line for line in search["warnings"])
+    again = merge(folder / "out" / "best_recipe.yaml", folder / "again")
+    files = [(path / "model.safetensors").read_bytes() for path in (result.path, again.path)]
+    assert files[0] == files[1]
 
 
 def test_a_search_starts_where_it_is_told(folder: Path) -> None:
@@ -294,7 +360,8 @@ def test_a_search_starts_where_it_is_told(folder: Path) -> None:
         more = {"temperature": 0.5} if start == "softmax" else {}
         recipe = write_search(folder, {"evaluations": 1, "start": start, **more})
         found = run_search(recipe, folder / start)
-        first[start] = list(found.record["best"]["values"].values())
+        line = next(line for line in found.folder.lines if line["kind"] == "candidate")
+        first[start] = list(line["parameters"].values())
     assert first["middle"] == [0.75, 0.75]
     assert first["start.yaml"] == [0.2, 0.9]
     assert sum(first["softmax"]) == pytest.approx(1.0, abs=1e-5)
@@ -392,8 +459,7 @@ def test_more_evaluations_go_on_where_fewer_ended(folder: Path) -> None:
     short = run_search(write_search(folder, {"evaluations": 1}), folder / "out")
     longer = run_search(write_search(folder, {"evaluations": 12}), folder / "out")
     whole = run_search(write_search(folder, {"evaluations": 12}), folder / "whole")
-    assert short.record["cost"]["evaluations"] == 1
-    assert short.text != longer.text
+    assert short.record["cost"]["evaluations"] == 1 + short.record["cost"]["static_evaluations"]
     assert longer.text == whole.text
     assert longer.record["history"] == whole.record["history"]
 
@@ -406,11 +472,14 @@ def test_another_recipe_is_not_continued(folder: Path) -> None:
     run_search(other, folder / "out", fresh=True)
     path = folder / "out.search" / "journal.jsonl"
     lines = path.read_text().splitlines()
-    changed = unseal(lines[2].encode() + b"\n")
+    first = next(i for i, line in enumerate(lines) if '"candidate"' in line)
+    changed = unseal(lines[first].encode() + b"\n")
     assert changed is not None
     changed["genome"][0] += 0.01
     (folder / "out.search" / "search.json").unlink()
-    path.write_text("\n".join([*lines[:2], seal(changed).decode().strip(), *lines[3:]]) + "\n")
+    path.write_text(
+        "\n".join([*lines[:first], seal(changed).decode().strip(), *lines[first + 1 :]]) + "\n"
+    )
     with pytest.raises(CorruptFileError, match="candidate 0"):
         run_search(other, folder / "out")
 
@@ -423,7 +492,8 @@ def test_halving_evaluates_fewer_rows_and_ends_on_all(folder: Path) -> None:
     assert shares == ([0.25] * 4 + [1.0] * 2) * 2
     history = found.record["history"]
     assert sum(one["score"] is None for one in history) == 4
-    assert found.record["best"]["number"] in {o["number"] for o in history if o["share"] == 1.0}
+    kept = {entry["number"] for entry in history if entry["share"] == 1.0}
+    assert found.record["best"]["static"] or found.record["best"]["number"] in kept
 
 
 @pytest.mark.parametrize(
@@ -475,11 +545,13 @@ def fail_when(monkeypatch: pytest.MonkeyPatch, fails: Any) -> None:
 def test_failed_candidates_are_recorded_and_survived(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fail_when(monkeypatch, lambda count: count in (1, 5, 6))
+    # 14 static merges of two tasks each come first.
+    fail_when(monkeypatch, lambda count: count in (1, 29, 33, 34))
     found = run_search(write_search(folder), folder / "out")
+    assert found.record["static"][0]["score"] is None
     failed = [one["number"] for one in found.record["history"] if one["error"]]
     assert failed[0] == 0
-    assert found.record["cost"]["failed"] == len(failed) >= 2
+    assert found.record["cost"]["failed"] == 1 + len(failed) >= 3
     assert "MemoryError: no room" in found.record["history"][0]["error"]
     assert found.record["history"][-1]["best"] is not None
 
@@ -513,7 +585,7 @@ def test_many_failures_in_a_row_stop_it_with_the_reason(
     fail_when(monkeypatch, lambda count: count > 2)
     with pytest.raises(MergeCliError, match=r"3 candidates in a row .* MemoryError: no room"):
         run_search(write_search(folder, {"failures": 3}), folder / "out")
-    assert len(journal(folder / "out.search" / "journal.jsonl")) == 1 + 1 + 1 + 3
+    assert len(journal(folder / "out.search" / "journal.jsonl")) == 1 + 1 + 3
 
 
 def test_a_worker_that_dies_fails_its_candidate_alone(folder: Path) -> None:
@@ -532,8 +604,8 @@ def test_a_worker_that_dies_fails_its_candidate_alone(folder: Path) -> None:
         objective=[{"python": "task.py:deadly"}],
     )
     found = run_search(recipe, folder / "out")
-    errors = [one["error"] for one in found.record["history"] if one["error"]]
-    assert len(errors) == 1
+    errors = [line["error"] for line in found.folder.lines if line.get("error")]
+    assert len(errors) == found.record["cost"]["failed"] == 1
     assert "the worker process ended (exit code 9)" in errors[0]
 
 
@@ -593,10 +665,8 @@ def test_a_constraint_rules_out_what_breaks_it(folder: Path) -> None:
         {"task": "loss", "data": "b.search.jsonl", "weight": 0, "no_worse_than": "base"},
     ]
     found = run_search(write_search(folder, objective=tasks), folder / "out")
-    best = next(one for one in found.record["history"]
-                if one["number"] == found.record["best"]["number"])  # fmt: skip
-    least = min(one["violation"] for one in found.record["history"])
-    assert best["violation"] == least
+    least = min(entry["violation"] for entry in found.record["history"])
+    assert found.record["best"]["violation"] <= least
     verdict = {**found.record["verdict"], "better": False}
     with pytest.raises(GateError, match="improvement is required"):
         gate({**found.record, "verdict": verdict}, True, folder)
@@ -665,7 +735,7 @@ def test_ctrl_c_leaves_the_best_so_far_and_the_same_call_goes_on(
     monkeypatch.setattr(Loop, "_generation", generation)
     again = run_search(recipe, folder / "out")
     assert again.text == whole.text
-    assert again.record["cost"]["resumed"] == 8
+    assert again.record["cost"]["resumed"] == 8 + again.record["cost"]["static_evaluations"]
     monkeypatch.setattr(Loop, "_generation", None)  # it has ended: nothing is left to do
     assert run_search(recipe, folder / "out").record == again.record
 
@@ -679,12 +749,12 @@ def test_ctrl_c_inside_a_generation_leaves_the_best_of_it(
 
     def third(self: SearchWorkspace, line: dict[str, Any]) -> None:
         append(self, line)
-        seen.extend([line] if line["kind"] == "candidate" else [])
-        if len(seen) == 3:
+        seen.extend([line] if line["kind"] in ("static", "candidate") else [])
+        if len(seen) == 14 + 3:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(SearchWorkspace, "append", third)
-    with pytest.raises(Interrupted, match=r"stopped after 3 evaluations; the best so far"):
+    with pytest.raises(Interrupted, match=r"stopped after 17 evaluations; the best so far"):
         run_search(recipe, folder / "out")
     best = (folder / "out.search" / "best_recipe.yaml").read_text()
     means = [mean(task["loss"][0] for task in line["values"].values()) for line in seen]
@@ -746,3 +816,53 @@ def test_the_plan_says_what_the_genome_means(folder: Path, capsys: Any) -> None:
     found = json.loads(capsys.readouterr().out)["search"]
     assert [one["sets"] for one in found["genome"]][1] == "weight of a, layer 1"
     assert not os.path.exists(folder / "out.search")
+
+
+def test_candidates_are_scored_on_some_rows_and_the_last_few_on_all(folder: Path) -> None:
+    recipe = write_search(folder, {"rows": 2, "evaluations": 4, "finalists": 2}, splits=("search",))
+    decided = plan_search(make_plan(load_recipe(recipe)), OPTIONS)
+    limits = {n: [t.limit for t in s.spec.tasks] for n, s in decided.objective.splits.items()}
+    assert limits == {"search": [2, 2], "all rows": [None, None]}
+    result = merge(recipe, folder / "out")
+    lines = journal(folder / "out" / "search_journal.jsonl")[1:]
+    kinds = [line["kind"] for line in lines]
+    assert kinds.count("validation") == 14 + 2
+    tokens = {kind: max(line["tokens"] for line in lines if line["kind"] == kind)
+              for kind in ("static", "candidate", "validation")}  # fmt: skip
+    assert tokens["static"] == tokens["candidate"] < tokens["validation"]
+    assert result.report["search"]["split"] == "all rows"
+    limited = [{"task": "loss", "data": "a.search.jsonl", "limit": 3}]
+    for changes, objective in (({"rows": 0}, None), ({"rows": 2}, limited)):
+        recipe = write_search(folder, changes, splits=("search",), objective=objective)
+        splits = plan_search(make_plan(load_recipe(recipe)), OPTIONS).objective.splits
+        assert list(splits) == ["search"]
+
+
+def test_the_verdict_has_a_paired_interval(folder: Path) -> None:
+    result = merge(write_search(folder, {"evaluations": 6}), folder / "out")
+    verdict = result.report["search"]["verdict"]
+    low, high = verdict["interval"]
+    assert low <= verdict["difference"] <= high
+    assert verdict["confirmed"] == (high < 0)
+    metric = Metric("loss", "nats", "lower", [1.0, 2.0, 3.0, 5.0], [1.0] * 4)
+    better = replace(metric, parts=[0.5, 1.5, 2.5, 4.5])
+    split = Split("test", EvalSpec(()), (Goal("x"), Goal("y", weight=3.0)))
+    bounds = paired_interval(split, [better, better], [metric, metric])
+    assert bounds is not None
+    assert bounds.low == pytest.approx(-0.5)  # the same rows are drawn for both
+    assert bounds.high == pytest.approx(-0.5)
+    single = replace(metric, parts=[1.0], weights=[1.0])
+    assert paired_interval(split, [single, better], [single, metric]) is None
+
+
+@pytest.mark.parametrize("method", sorted(DEFAULT_RANGES))
+def test_methods_have_default_ranges_that_start_at_the_soup(folder: Path, method: str) -> None:
+    recipe = write_search(folder, {"method": method, "parameters": None})
+    if method in ("slerp", "nearswap"):
+        recipe = write_search(folder, {"method": method, "parameters": None}, models=("base", "a"))
+    space = plan_search(make_plan(load_recipe(recipe)), OPTIONS).space
+    assert space is not None
+    start = dict(zip([gene.searched.name for gene in space.genes],
+                     space.values(soup_start(space)), strict=True))  # fmt: skip
+    assert start.get("weight", 0.5) == 0.5
+    assert start.get("lambda", 1.0) == pytest.approx(1.0, rel=1e-5)
