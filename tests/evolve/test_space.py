@@ -237,7 +237,7 @@ objective: [{task: loss, data: x.jsonl}]
         ("{method: ties, parameters: {elect: {min: 0, max: 1}}}", "Give `choices`"),
         ("{method: ties, parameters: {lambda: {min: 0, max: 1, tied: models}}}", "already"),
         ("{parameters: {lambda: {min: 0, max: 1}}}", "`method` is missing"),
-        ("{method: ties}", "`parameters` is missing"),
+        ("{method: passthrough}", "`parameters` is missing"),
         ("{method: ties, optimizer: random, sigma: 0.1, parameters: {lambda: {min: 0, max: 1}}}",
          "has no effect with random"),
         ("{method: ties, keep: 0.1, parameters: {lambda: {min: 0, max: 1}}}", "without `fidelity`"),
