@@ -291,6 +291,9 @@ class Data:
     config: str | None = option(None, "which of the data set's configurations", form=Text())
     split: str = option("train", "which of its splits", form=Text())
     revision: str | None = option(None, "a branch, tag or commit of it", form=Text())
+    part: Literal["all", "train", "validation", "test"] = option(
+        "all", "all rows, or one part of them, divided by content as auto divides them"
+    )
     key: str = ""
 
 
