@@ -91,7 +91,7 @@ def load_parts(recipe: Recipe, tokenizer: Any, context: int, entries: int | None
                 f"{counts['validation']} to choose by and {counts['test']} to judge by, and auto "
                 f"needs at least {LEAST} of each"
             )
-            hint = "Give 60 rows or more for each model."
+            hint = "Give 100 rows or more for each model."
             raise SourceError(message, file=shown(spec.data), hint=hint)
         validation = cut(divided["validation"], VALIDATION_TOKENS)
         test = cut(divided["test"], TEST_TOKENS)

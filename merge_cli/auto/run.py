@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -120,7 +120,7 @@ def find_best(
             with torch_threads(options.threads):
                 record = run.record()
                 resolved = run.plan_of(record["best"])
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, Interrupted):  # the second is how its steps say it
             raise run.interrupted() from None
         finally:
             run.close()
@@ -160,13 +160,13 @@ class _Run:
         static = min(
             (line for line in measured if not line["method"]), key=lambda line: line["loss"]
         )
-        verdict = self._verdict(best["step"], static["step"])
-        shown = [{k: v for k, v in line.items() if k != "rows"} for line in self._path]
+        soup = [line["step"] for line in measured if line["step"] == SOUP]
+        verdict = self._verdict(best["step"], [*soup, static["step"]])
         parts = self._decided.parts
         return {
             "best": best["step"],
             "best_static": static["step"],
-            "path": shown,
+            "path": self._path,
             "ended": ended,
             "verdict": verdict,
             "sentence": sentence(best, verdict),
@@ -249,23 +249,24 @@ class _Run:
         elif self._model is None:
             self._load()
         began, cpu_began = time.monotonic(), time.process_time()
-        rows, error = None, ""
+        losses: Losses = {}
+        loss, error = math.nan, "it predicts NaN or Inf"
         try:
-            rows = self._measured(step.name, "validation")
-            if not math.isfinite(mean_loss(rows)):
-                rows, error = None, "it predicts NaN or Inf"
+            losses = self._measured(step.name, "validation")
+            loss = mean_loss(losses)
         except NonFiniteError as refused:
             error = refused.what
+        finite = math.isfinite(loss)
         return {
             "kind": "step",
             "step": step.name,
             "method": step.method,
-            "loss": None if rows is None else mean_loss(rows),
-            "losses": {} if rows is None else {n: metric.value for n, metric in rows.items()},
+            "loss": loss if finite else None,
+            "losses": {n: metric.value for n, metric in losses.items()} if finite else {},
             "seconds": round(time.monotonic() - began, 3),
             "cpu_seconds": round(time.process_time() - cpu_began, 3),
             "tokens": step.tokens + self._decided.validation_tokens,
-            "note": error,
+            "note": "" if finite else error,
         }
 
     def _measured(self, name: str, part: str) -> Losses:
@@ -312,10 +313,14 @@ class _Run:
         if progress.total:
             self._on_progress(progress)
 
-    def _verdict(self, best: str, static: str) -> dict[str, Any]:
-        """Test rows are looked at here, and nowhere else."""
+    def _verdict(self, best: str, others: Sequence[str]) -> dict[str, Any]:
+        """Test rows are looked at here, and nowhere else.
+
+        Args:
+            others: what it is compared with; the best static merge is the last of them.
+        """
         losses: dict[str, Losses] = {}
-        for name in dict.fromkeys((best, SOUP, static)):
+        for name in dict.fromkeys((best, *others)):
             line = self._folder.lines.get(("test", name))
             if line is None:
                 self._on_progress(Progress("auto", 0, 0, f"test rows: {name}"))
@@ -332,7 +337,7 @@ class _Run:
             "loss": {name: mean_loss(rows) for name, rows in losses.items()},
             "losses": {name: {n: m.value for n, m in r.items()} for name, r in losses.items()},
             "gain": gains,
-            "better": best != static and gains[static]["low"] > 0,
+            "better": best != others[-1] and gains[others[-1]]["low"] > 0,
         }
 
 
@@ -352,13 +357,15 @@ def sentence(best: Mapping[str, Any], verdict: Mapping[str, Any]) -> str:
     name, gains = best["step"], verdict["gain"]
     loss = verdict["loss"][name]
     if not gains:
-        return f"The {SOUP} is the best of what was tried (test loss {loss:.4f} nats per token)."
+        return f"Nothing beats the {name} on validation rows: test loss {loss:.4f} nats per token."
 
     def words(other: str) -> str:
         value, low, high = (gains[other][key] for key in ("value", "low", "high"))
         way = "below" if value >= 0 else "above"
         sure = "" if low > 0 or high < 0 else ", which may be chance"
-        return f"{abs(value):.4f} {way} the {other} (95 % interval {low:.4f} to {high:.4f}{sure})"
+        bounds = sorted((abs(low), abs(high))) if low > 0 or high < 0 else (low, high)
+        of_test = f"95 % interval {bounds[0]:.4f} to {bounds[1]:.4f}{sure}"
+        return f"{abs(value):.4f} {way} {other} ({of_test})"
 
     text = f"The best on validation rows is {name}: test loss {loss:.4f} nats per token, "
     return text + " and ".join(words(other) for other in gains) + "."

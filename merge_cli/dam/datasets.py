@@ -19,7 +19,7 @@ from merge_cli.planning.plan import Plan
 from merge_cli.recipe.training import Data
 
 _FIELDS = ("text", "prompt", "completion", "messages")
-VALIDATION = TEST = 0.15  # shares of the rows, about
+VALIDATION = TEST = 0.1  # shares of the rows, about
 _HINT = "pip install 'merge-cli[data]'"
 
 
