@@ -33,7 +33,7 @@ def automatic_problems(recipe: Recipe, method: Method) -> Iterator[Problem]:
     if recipe.fp8:
         message = "merges are measured in the dtype that they are made in: not in fp8."
         yield recipe.problem("out_dtype", message, "Use bfloat16, then merge the result in fp8.")
-    for key in ("search", "objective", "coefficients"):
+    for key in ("search", "objective", "coefficients", "output"):
         if getattr(recipe, key):
             yield recipe.problem(key, "has no effect in auto.", "Leave it out.")
     for parameters in (recipe.parameters, *(spec.parameters for spec in recipe.models)):
