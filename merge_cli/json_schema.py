@@ -94,12 +94,16 @@ def _of_method(method: Method, definitions: dict[str, Schema]) -> Schema:
 
 
 def _data(method: Method) -> dict[str, Any]:
-    return {} if method.learns or method.gathers else {"data": False}
+    uses = method.learns or method.gathers or method.automatic
+    return {} if uses else {"data": False}
 
 
 def _sections(method: Method) -> dict[str, Any]:
     """The sections that the method has no use for, and what is special in those that it has."""
     result: dict[str, Any] = {}
+    if method.automatic:
+        return {"parameters": False, "coefficients": False, "search": False, "objective": False}
+    result |= {"budget": False, "methods": False}
     if not method.learns:
         result["training"] = False
         if "coefficients" not in method.supplied:

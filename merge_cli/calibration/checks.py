@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from merge_cli.errors import Problem
-from merge_cli.methods.registry import Method
+from merge_cli.methods.registry import Method, get_method
 from merge_cli.recipe.schema import Recipe
 from merge_cli.recipe.training import unused_options
 
@@ -13,6 +13,8 @@ from merge_cli.recipe.training import unused_options
 def calibration_problems(recipe: Recipe, method: Method) -> Iterator[Problem]:
     """What the section lacks, or wants from a method that looks at nothing."""
     name = recipe.merge_method
+    if get_method(name).automatic:
+        return  # `auto` checks what it passes on
     if not method.gathers:
         if recipe.statistics is not None:
             message = f"{name} looks at no examples."

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from merge_cli.errors import Problem
-from merge_cli.methods.registry import Method
+from merge_cli.methods.registry import Method, get_method
 from merge_cli.recipe.reference import local_file
 from merge_cli.recipe.schema import Recipe
 
 
 def learning_problems(recipe: Recipe, method: Method) -> Iterator[Problem]:
     """What the sections on learning lack, or want from a method that does not learn."""
+    if get_method(recipe.merge_method).automatic:
+        return  # `auto` checks what it passes on
     if not method.learns:
         message = f"{recipe.merge_method} learns nothing."
         if recipe.training is not None:

@@ -5,6 +5,7 @@ One tokenizer for all sources: predictions of other tokens cannot be compared.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,11 +14,12 @@ from typing import Any
 from merge_cli.checkpoint.fingerprint import auxiliary_fingerprint
 from merge_cli.errors import MismatchError, Problem, ResourceError, SourceError
 from merge_cli.evaluation.live import load_tokenizer
-from merge_cli.evaluation.rows import Row, make_row, read_rows
+from merge_cli.evaluation.rows import Row, content_of, make_row, read_rows
 from merge_cli.planning.plan import Plan
 from merge_cli.recipe.training import Data
 
 _FIELDS = ("text", "prompt", "completion", "messages")
+VALIDATION = TEST = 0.1  # shares of the rows, about
 _HINT = "pip install 'merge-cli[data]'"
 
 
@@ -28,9 +30,24 @@ def read_data(data: Data, files: Sequence[Path], *, held_out: bool = False) -> l
         SourceError: unreadable, malformed (with the line), or without a row.
         ResourceError: a package that this kind of data needs is missing.
     """
-    if data.dataset is not None and not held_out:
-        return _hub_rows(data)
-    return [row for path in files for row in _file_rows(path)]
+    if held_out:
+        return [row for path in files for row in _file_rows(path)]
+    if data.dataset is not None:
+        rows = _hub_rows(data)
+    else:
+        rows = [row for path in files for row in _file_rows(path)]
+    return rows if data.part == "all" else [row for row in rows if part_of(row) == data.part]
+
+
+def part_of(row: Row) -> str:
+    """The part of the data that a row is in: train, validation or test.
+
+    A function of what the row says alone, so that it is in one part wherever it stands.
+    """
+    place = int.from_bytes(hashlib.sha256(b"part:" + content_of(row)).digest()[:8], "big") / 2**64
+    if place < VALIDATION:
+        return "validation"
+    return "test" if place < VALIDATION + TEST else "train"
 
 
 def _file_rows(path: Path) -> list[Row]:

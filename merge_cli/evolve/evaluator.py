@@ -311,17 +311,20 @@ class MergeableModel:
         self._merged_with: dict[str, str] = {}  # tensor -> key of the merge whose weights it has
         self.rewritten = self.skipped = 0
 
-    def become(self, recipe: Recipe) -> None:
+    def become(self, recipe: Recipe, plan: Plan | None = None) -> None:
         """Change the model's parameters to the weights that merging the recipe would write.
+
+        Args:
+            plan: the recipe's, where more than headers went into it: statistics of examples.
 
         Raises:
             RecipeError: parameters that the method does not allow.
             NonFiniteError: as for a merge.
             ResourceError: memory ran out.
         """
-        key = (recipe.merge_method, *(spec.model for spec in recipe.models))
+        key = (recipe.merge_method, recipe.coefficients, *(spec.model for spec in recipe.models))
         if key not in self._mergers:
-            plan = make_plan(recipe)
+            plan = plan or make_plan(recipe)
             self._files.keep(plan.stored_inputs)
             self._mergers[key] = (
                 TaskResolver(plan),

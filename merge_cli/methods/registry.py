@@ -62,6 +62,7 @@ _BUILT_IN = (
     "greedy_soup",
     "evolutionary",
     "dam",
+    "auto",
 )
 _SUPPLIED = ("base", "models", "deltas", "at", "prepared", "coefficients", "statistics")
 
@@ -102,6 +103,7 @@ class Method:
         supports_numpy: made of operators and `merge_cli.kernels` alone, so that it takes numpy
             arrays as well as tensors: then a merge on a CPU runs compiled and does without torch.
         searches: what is merged, and with which parameters, is searched first.
+        automatic: several methods are tried first, and the best of them merges.
         gathers: the calibration statistics of every source over its `data:` that it needs: gram or
             fisher; empty for none.
         base_is_source: the base is the first of the sources (slerp).
@@ -123,6 +125,7 @@ class Method:
     resolve_variant: Callable[[Recipe], Method | None] | None = None
     supports_numpy: bool = False
     searches: bool = False
+    automatic: bool = False
     gathers: str = ""
     base_is_source: bool = False
     averages_base: Callable[[Recipe, Sequence[Parameters]], bool] | None = None
@@ -172,6 +175,8 @@ class Method:
             return "learning"
         if self.searches:
             return "search"
+        if self.automatic:
+            return "automatic"
         return "calibration" if self.gathers else ""
 
     @property
@@ -253,6 +258,19 @@ def searched_method(name: str, *, paper: str) -> Callable[[F], F]:
     def record(function: F) -> F:
         method = Method(name, function, paper=paper, resolve_variant=function, searches=True)
         _register(method, listed=True)
+        return function
+
+    return record
+
+
+def automatic_method(name: str) -> Callable[[F], F]:
+    """Record a method that tries others on data, and becomes the best of them.
+
+    The decorated function takes a recipe and returns the method that it is planned as.
+    """
+
+    def record(function: F) -> F:
+        _register(Method(name, function, resolve_variant=function, automatic=True), listed=True)
         return function
 
     return record

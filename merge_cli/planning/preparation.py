@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from merge_cli.planning.plan import Plan
     from merge_cli.recipe.schema import Recipe
 
-_FOLDERS = ("evolve", "dam", "calibration")  # in the order in which they check a recipe
+_FOLDERS = ("auto", "evolve", "dam", "calibration")  # in the order in which they check a recipe
 
 Report = Mapping[str, Any]  # the content of merge_report.json
 

@@ -186,10 +186,11 @@ def _source(
 
 def _data(data: Data, locate: Callable[[str], str]) -> dict[str, Any]:
     """Held-out files are left out: only what learns has a use for them, and it keeps no data."""
+    part = {} if data.part == "all" else {"part": data.part}
     if data.files:
-        return {"files": [locate(word) for word in data.files]}
+        return {"files": [locate(word) for word in data.files], **part}
     chosen = {"config": data.config, "split": data.split, "revision": data.revision}
-    return {"dataset": data.dataset, **{k: v for k, v in chosen.items() if v is not None}}
+    return {"dataset": data.dataset, **{k: v for k, v in chosen.items() if v is not None}, **part}
 
 
 def _with_parameters(entry: dict[str, Any], parameters: Parameters) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from merge_cli.errors import Problem
+from merge_cli.recipe.automatic import BUDGET, METHODS
 from merge_cli.recipe.fields import DTYPES, FP8, SOURCE_KEYS, UNUSED_SEED, nearest
 from merge_cli.recipe.models import MODEL
 from merge_cli.recipe.nodes import Node, without_empty
@@ -110,6 +111,8 @@ RECIPE = Section(
         "objective": Key(
             Anything(lambda: {"$ref": "#/$defs/objective"}), "tasks that candidates are judged by"
         ),
+        "budget": Key(BUDGET, "what trying methods may cost (auto); default no limit"),
+        "methods": Key(METHODS, "the methods that are tried (auto); default all that it knows"),
         "output": Key(OutputForm(), "adapter merges adapters into an adapter", "model"),
     },
     rules={"oneOf": [{"required": [key]} for key in SOURCE_KEYS], **PASSED_BY},

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from merge_cli.errors import Problem
+from merge_cli.recipe.automatic import Budget
 from merge_cli.recipe.fields import FP8
 from merge_cli.recipe.nodes import Node
 from merge_cli.recipe.output import AdapterOutput
@@ -86,6 +87,8 @@ class Recipe:
         eval: what to evaluate the result on, still to be read (`evaluation.parse`).
         search: whose parameters are searched, and how; None leaves it to the defaults.
         objective: what candidates are judged by, still to be read (`evolve.objectives`).
+        budget: what trying methods may cost; None is no limit.
+        methods: that are tried; empty for all.
         output: the result is an adapter, of adapters; None for a model.
         file: the recipe as messages name it; `folder` is where its relative paths start.
         places: key path -> (line, column), for messages of later stages.
@@ -113,6 +116,8 @@ class Recipe:
     eval: Node | None = None
     search: Search | None = None
     objective: Node | None = None
+    budget: Budget | None = None
+    methods: tuple[str, ...] = ()
     output: AdapterOutput | None = None
     file: str = ""
     folder: Path = field(default_factory=Path.cwd)

@@ -301,6 +301,9 @@ class Data:
     config: str | None = option(None, "configuration of the data set", form=Text())
     split: str = option("train", "split of the data set", form=Text())
     revision: str | None = option(None, "a branch, tag or commit of it", form=Text())
+    part: Literal["all", "train", "validation", "test"] = option(
+        "all", "all rows, or one part of them, divided by content as auto divides them"
+    )
     key: str = ""
 
 

@@ -48,6 +48,7 @@ def method_page(method: Method) -> str:
 _PREPARATIONS = {
     "learning": "How it learns is set under `training`: [learned coefficients](../dam.md).",
     "calibration": "How examples are looked at: [statistics](../statistics.md).",
+    "automatic": "What is tried, and how it is measured: [automatic](../auto.md).",
     "search": "What is searched and scored: [searching](../evolve.md).",
 }
 

@@ -13,6 +13,7 @@
     engine                                          executes a Plan
     evaluation · report · publishing · conversion   look at models, write about them
     calibration · dam · evolve                      preparations
+    auto                                            a preparation that tries the others
     adapters · analysis · drafting · comparison     what else is done with models
     json_schema                                     a recipe's JSON Schema, from all of the above
     api · console                                   the library's front door, what a terminal shows

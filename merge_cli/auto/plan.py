@@ -1,0 +1,171 @@
+"""What would be tried, in which order, on which rows: known without loading weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from importlib.metadata import version
+from typing import Any
+
+from merge_cli.auto.checks import methods_of
+from merge_cli.auto.rows import Parts, load_parts
+from merge_cli.calibration.plan import plan_calibration
+from merge_cli.dam.data import short_names
+from merge_cli.dam.datasets import one_tokenizer
+from merge_cli.dam.models import empty_student
+from merge_cli.dam.plan import plan_training
+from merge_cli.evaluation.live import context_of
+from merge_cli.options import MergeOptions
+from merge_cli.planning.plan import Plan
+from merge_cli.planning.planner import make_plan
+from merge_cli.recipe.automatic import Budget
+from merge_cli.recipe.schema import Recipe, SourceSpec
+from merge_cli.recipe.training import Statistics, unused_options
+from merge_cli.recipe.values import Parameter
+
+SOUP = "uniform soup"
+LAMBDAS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)  # of task arithmetic
+
+
+@dataclass(frozen=True)
+class Step:
+    """One merge that is tried.
+
+    Attributes:
+        name: for tables.
+        method: fisher, regmean or dam where data decide the numbers; empty where nothing does.
+        recipe: of the merge; for dam without its coefficients.
+        tokens: that models read to make it, about; measuring it not counted.
+        work: what a token costs, in forward passes, about.
+    """
+
+    name: str
+    method: str
+    recipe: Recipe
+    tokens: int = 0
+    work: int = 1
+
+
+@dataclass(frozen=True)
+class AutomaticPlan:
+    """The path, decided.
+
+    Attributes:
+        parts: the data of each source.
+        steps: in order; the first one is the uniform soup.
+        key: names the work: everything that losses depend on.
+    """
+
+    plan: Plan
+    parts: tuple[Parts, ...]
+    steps: tuple[Step, ...]
+    budget: Budget
+    key: str
+
+    @property
+    def validation_tokens(self) -> int:
+        """What measuring one merge reads."""
+        return sum(part.tokens("validation") for part in self.parts)
+
+    @property
+    def test_tokens(self) -> int:
+        """What the verdict on one merge reads."""
+        return sum(part.tokens("test") for part in self.parts)
+
+
+def plan_automatic(plan: Plan, options: MergeOptions) -> AutomaticPlan:
+    """Decide the path from headers, configs, tokenizers and data, and check every step of it.
+
+    Raises:
+        RecipeError, SourceError, MismatchError, ResourceError: as each step's own plan does; too
+            few rows.
+    """
+    recipe = plan.recipe
+    plan.aligned.refuse_rearranged(recipe, "auto")
+    tokenizer, _ = one_tokenizer(plan)
+    net = empty_student(plan)
+    entries = net.get_input_embeddings().weight.shape[0]
+    parts = load_parts(recipe, tokenizer, context_of(net.config, None), entries)
+    steps = (*_static_steps(recipe), *_steps_with_data(plan, options))
+    return AutomaticPlan(
+        plan, tuple(parts), steps, recipe.budget or Budget(), _key(plan, parts, steps, options)
+    )
+
+
+def _static(recipe: Recipe, method: str, specs: Sequence[SourceSpec], **changes: Any) -> Recipe:
+    plain = tuple(replace(spec, data=None) for spec in specs)
+    nothing: dict[str, Any] = {"training": None, "statistics": None, "budget": None, "methods": ()}
+    return recipe.found(method, models=plain, **{**nothing, **changes})
+
+
+def _static_steps(recipe: Recipe) -> Iterator[Step]:
+    """Merges that cost nothing but being measured; the soup is measured whatever the budget."""
+    yield Step(SOUP, "", _static(recipe, "soup", recipe.models))
+    if recipe.base_model is not None:
+        base = SourceSpec(recipe.base_model, "base_model")
+        yield Step("base", "", _static(recipe, "soup", [base]))
+    names = short_names([str(spec.model) for spec in recipe.models])
+    for spec, name in zip(recipe.models, names, strict=True):
+        yield Step(f"source {name}", "", _static(recipe, "soup", [spec]))
+    if "task_arithmetic" in methods_of(recipe):
+        for scale in LAMBDAS:
+            parameters = {"lambda": Parameter("lambda", scale, "parameters.lambda")}
+            merge = _static(recipe, "task_arithmetic", recipe.models, parameters=parameters)
+            yield Step(f"task arithmetic {scale:g}", "", merge)
+
+
+def _steps_with_data(plan: Plan, options: MergeOptions) -> Iterator[Step]:
+    """Statistics, then learning: from the train part alone."""
+    recipe, methods = plan.recipe, methods_of(plan.recipe)
+    specs = tuple(
+        replace(spec, data=replace(spec.data, part="train")) for spec in recipe.models if spec.data
+    )
+    for method, kind, work in (("fisher", "fisher", 4), ("regmean", "gram", 2)):
+        if method in methods:
+            merge = recipe.found(
+                method,
+                models=specs,
+                training=None,
+                statistics=_fitting(recipe.statistics, kind),
+                budget=None,
+                methods=(),
+            )
+            measured = plan_calibration(make_plan(merge), options.device)
+            tokens = sum(part.examples.tokens for part in measured.parts)
+            yield Step(method, method, merge, tokens, work)
+    if "dam" in methods:
+        merge = recipe.found("dam", models=specs, statistics=None, budget=None, methods=())
+        training = plan_training(make_plan(merge), options.device)
+        tokens = sum(len(item.ids) for data in training.datasets for item in data.train)
+        yield Step("dam", "dam", merge, tokens, 8)
+
+
+def _fitting(statistics: Statistics | None, kind: str) -> Statistics | None:
+    """Without what has no effect on this kind of statistics."""
+    if statistics is None:
+        return None
+    defaults = Statistics()
+    return replace(statistics, **{name: getattr(defaults, name) for name in unused_options(kind)})
+
+
+def _key(plan: Plan, parts: Sequence[Parts], steps: Sequence[Step], options: MergeOptions) -> str:
+    """A fingerprint of everything that losses depend on; a budget only says how far it goes."""
+    recipe = plan.recipe
+    settings = [
+        {f.name: repr(getattr(section, f.name)) for f in fields(section)} if section else None
+        for section in (recipe.training, recipe.statistics)
+    ]
+    about = {
+        "versions": [version(name) for name in ("merge-cli", "torch", "transformers")],
+        "inputs": [source.fingerprint() for source in plan.sources],
+        "models": [str(spec.model) for spec in recipe.models],
+        "dtype": recipe.output_dtype,
+        "seed": recipe.seed,
+        "data": [part.digest for part in parts],
+        "steps": [step.name for step in steps],
+        "settings": settings,
+        "device": options.device,
+    }
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()

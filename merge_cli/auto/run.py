@@ -1,0 +1,371 @@
+"""From a recipe that leaves the method open to one that names it, step by step."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from merge_cli.auto.measure import Losses, from_json, gain, mean_loss, measure, to_json
+from merge_cli.auto.plan import SOUP, AutomaticPlan, Step, plan_automatic
+from merge_cli.calibration.run import calibrate
+from merge_cli.dam.distributed import launched
+from merge_cli.dam.plan import fetch_everything
+from merge_cli.dam.run import Learned, learn, with_coefficients
+from merge_cli.engine.inputs import inputs_of
+from merge_cli.errors import GateError, Interrupted, MergeCliError, NonFiniteError, UsageError
+from merge_cli.evolve.evaluator import MergeableModel
+from merge_cli.options import MergeOptions, OnProgress, Progress
+from merge_cli.planning.plan import Plan
+from merge_cli.planning.planner import make_plan
+from merge_cli.system.machine import torch_threads
+from merge_cli.system.records import Records
+from merge_cli.system.workspace import Workspace
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+_BATCH_TOKENS = 4096
+
+
+class AutomaticWorkspace(Workspace):
+    """OUT.auto: a journal with a line for each step that is done, and what dam has learned.
+
+    Attributes:
+        lines: of the journal, by kind of line and step.
+    """
+
+    def __init__(self, target: Path, key: str, *, fresh: bool) -> None:
+        super().__init__(target, ".auto", "automatic merge")
+        self._key, self._fresh = key, fresh
+        self._records: Records | None = None
+        self.lines: dict[tuple[str, str], dict[str, Any]] = {}
+
+    def __enter__(self) -> Self:
+        super().__enter__()
+        try:
+            self.resume_work(self._key, fresh=self._fresh)
+            self._records = Records(self.journal, self._key, durable=True)
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        self.lines = {(line["kind"], line["step"]): line for line in self._records.entries}
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._records is not None:
+            self._records.close()
+            self._records = None
+        super().__exit__(kind, error, trace)
+
+    def append(self, line: dict[str, Any]) -> None:
+        """Add a line; it is on disk when this returns."""
+        assert self._records is not None, "it is entered"
+        self._records.append(line)
+        self.lines[line["kind"], line["step"]] = line
+
+
+@dataclass(frozen=True)
+class AutomaticResult:
+    """The best merge.
+
+    Attributes:
+        plan: of it; static, or with its statistics or coefficients.
+        record: the path and the verdict, for the report (docs/auto.md).
+        discard: throws the workspace away.
+    """
+
+    plan: Plan
+    record: dict[str, Any]
+    discard: Callable[[], None]
+
+
+def find_best(
+    plan: Plan,
+    target: Path,
+    options: MergeOptions,
+    on_progress: OnProgress,
+    *,
+    require_improvement: bool = False,
+) -> AutomaticResult:
+    """Try one step after the other; continue where a run was stopped.
+
+    Args:
+        target: OUT; work happens in OUT.auto.
+        require_improvement: refuse a result that is no better than every static merge.
+
+    Raises:
+        RecipeError, SourceError, MismatchError, ResourceError: see `plan_automatic`.
+        Interrupted: Ctrl-C or SIGTERM; the same command continues.
+        GateError: `require_improvement` is not met. What is done is kept.
+    """
+    if launched() > 1:
+        raise UsageError("auto runs in one process", hint="Start it without torchrun.")
+    decided = plan_automatic(plan, options)
+    fetch_everything(plan)
+    inputs = inputs_of(plan)
+    folder = AutomaticWorkspace(target, decided.key, fresh=options.fresh)
+    with folder:
+        run = _Run(decided, folder, options, on_progress)
+        try:
+            with torch_threads(options.threads):
+                record = run.record()
+                resolved = run.plan_of(record["best"])
+        except (KeyboardInterrupt, Interrupted):  # the second is how its steps say it
+            raise run.interrupted() from None
+        finally:
+            run.close()
+        inputs.verify_or(folder.discard)
+    on_progress(Progress("auto", 0, 0, record["sentence"]))
+    if require_improvement and not record["verdict"]["better"]:
+        message = f"improvement is required: {record['sentence']}"
+        hint = "Give more data, or run without --require-improvement."
+        raise GateError(message, where=str(folder.path), hint=hint)
+    return AutomaticResult(resolved, record, folder.discard)
+
+
+class _Run:
+    """One run, from whatever the journal holds to the record."""
+
+    def __init__(
+        self,
+        decided: AutomaticPlan,
+        folder: AutomaticWorkspace,
+        options: MergeOptions,
+        on_progress: OnProgress,
+    ) -> None:
+        self._decided, self._folder, self._options = decided, folder, options
+        self._on_progress = on_progress
+        self._model: MergeableModel | None = None
+        self._plans: dict[str, Plan] = {}
+        self._learned: Learned | None = None
+        self._path: list[dict[str, Any]] = []
+
+    def record(self) -> dict[str, Any]:
+        """The path, the best of it, and the verdict on test rows."""
+        ended = self._try_all()
+        measured = [line for line in self._path if line["loss"] is not None]
+        if not measured:
+            raise MergeCliError("no merge predicts numbers", hint="Check the models.")
+        best = min(measured, key=lambda line: line["loss"])
+        static = min(
+            (line for line in measured if not line["method"]), key=lambda line: line["loss"]
+        )
+        soup = [line["step"] for line in measured if line["step"] == SOUP]
+        verdict = self._verdict(best["step"], [*soup, static["step"]])
+        parts = self._decided.parts
+        return {
+            "best": best["step"],
+            "best_static": static["step"],
+            "path": self._path,
+            "ended": ended,
+            "verdict": verdict,
+            "sentence": sentence(best, verdict),
+            "datasets": [{"name": part.name, "rows": dict(part.counts)} for part in parts],
+            "cost": {
+                "seconds": math.fsum(line["seconds"] for line in self._path),
+                "cpu_seconds": math.fsum(line["cpu_seconds"] for line in self._path),
+                "tokens": sum(line["tokens"] for line in self._path),
+                "test_tokens": self._decided.test_tokens * len(verdict["loss"]),
+            },
+        }
+
+    def plan_of(self, name: str) -> Plan:
+        """The plan that merges what a step has tried."""
+        if name not in self._plans:
+            step = next(step for step in self._decided.steps if step.name == name)
+            self._plans[name] = self._plan(step)
+        return self._plans[name]
+
+    def interrupted(self) -> Interrupted:
+        """With the best so far."""
+        measured = [line for line in self._path if line["loss"] is not None]
+        message = f"stopped after {len(self._path)} of {len(self._decided.steps)} steps"
+        if measured:
+            best = min(measured, key=lambda line: line["loss"])
+            message += f"; the best so far is {best['step']}, validation loss {best['loss']:.4f}"
+        hint = "The same command continues."
+        return Interrupted(message, where=str(self._folder.path), hint=hint)
+
+    def close(self) -> None:
+        """Let go of the model in memory."""
+        if self._model is not None:
+            self._model.close()
+            self._model = None
+
+    def _try_all(self) -> str:
+        """Every step that the budget allows, and why there are no more."""
+        steps, lowest, left_out = self._decided.steps, math.inf, []
+        for number, step in enumerate(steps):
+            line = self._folder.lines.get(("step", step.name))
+            if line is None and number and (why := self._too_much(step)):
+                left_out.append(step.name)
+                self._path.append(_left_out(step, why))
+                continue
+            self._on_progress(Progress("auto", number, len(steps), step.name, "steps"))
+            if line is None:
+                line = self._try(step)
+                self._folder.append(line)
+            # Worked out and not kept in the journal: it depends on what came before.
+            kept = line["loss"] is not None and line["loss"] < lowest
+            lowest = line["loss"] if kept else lowest
+            self._path.append({**line, "kept": kept})
+            self._on_progress(Progress("auto", number + 1, len(steps), _shown(line), "steps"))
+        if left_out:
+            return f"the budget is spent; left out: {', '.join(left_out)}"
+        return "every step is done"
+
+    def _too_much(self, step: Step) -> str:
+        """Why the budget does not allow a step; empty where it does."""
+        budget, validation = self._decided.budget, self._decided.validation_tokens
+        spent = sum(line["tokens"] for line in self._path)
+        needed = step.tokens + validation
+        if budget.tokens is not None and spent + needed > budget.tokens:
+            left = max(0, int(budget.tokens) - spent)
+            return f"it takes about {needed:,} tokens, and {left:,} are left"
+        if budget.minutes is None:
+            return ""
+        left_seconds = 60 * budget.minutes - math.fsum(line["seconds"] for line in self._path)
+        soup = self._path[0]
+        a_token = soup["seconds"] / max(1, soup["tokens"])
+        seconds = (step.tokens * step.work + validation) * a_token
+        if seconds > left_seconds:
+            return f"it takes about {seconds:.0f} s, and {max(0.0, left_seconds):.0f} s are left"
+        return ""
+
+    def _try(self, step: Step) -> dict[str, Any]:
+        """Make a merge in memory and measure it."""
+        if step.method:
+            self.close()  # one model at a time in memory
+        elif self._model is None:
+            self._load()
+        began, cpu_began = time.monotonic(), time.process_time()
+        losses: Losses = {}
+        loss, error = math.nan, "it predicts NaN or Inf"
+        try:
+            losses = self._measured(step.name, "validation")
+            loss = mean_loss(losses)
+        except NonFiniteError as refused:
+            error = refused.what
+        finite = math.isfinite(loss)
+        return {
+            "kind": "step",
+            "step": step.name,
+            "method": step.method,
+            "loss": loss if finite else None,
+            "losses": {n: metric.value for n, metric in losses.items()} if finite else {},
+            "seconds": round(time.monotonic() - began, 3),
+            "cpu_seconds": round(time.process_time() - cpu_began, 3),
+            "tokens": step.tokens + self._decided.validation_tokens,
+            "note": "" if finite else error,
+        }
+
+    def _measured(self, name: str, part: str) -> Losses:
+        plan = self.plan_of(name)
+        if self._model is None:
+            self._load()
+        assert self._model is not None
+        self._model.become(plan.recipe, plan)
+        live = self._model.live
+        return {
+            data.name: measure(live, getattr(data, part), data.name) for data in self._decided.parts
+        }
+
+    def _load(self) -> None:
+        soup = self._decided.steps[0].recipe
+        self._model = MergeableModel(
+            soup,
+            self._options,
+            device=self._options.device,
+            batch_tokens=_BATCH_TOKENS,
+            seed=soup.seed,
+        )
+
+    def _plan(self, step: Step) -> Plan:
+        size = self._decided.plan.shard_size
+        plan = make_plan(step.recipe, shard_size=size)
+        if step.method in ("fisher", "regmean"):
+            return calibrate(plan, self._options, self._on_progress)
+        if step.method == "dam":
+            if self._learned is None:
+                self._learned = learn(
+                    plan,
+                    self._folder.path / "dam",
+                    self._options,
+                    on_progress=self._of_learning,
+                )
+            learned = self._learned
+            recipe = with_coefficients(plan.recipe, learned.coefficients, learned.record)
+            return make_plan(recipe, shard_size=size)
+        return plan
+
+    def _of_learning(self, progress: Progress) -> None:
+        """How far learning is; what it says of its own worth is not the verdict here."""
+        if progress.total:
+            self._on_progress(progress)
+
+    def _verdict(self, best: str, others: Sequence[str]) -> dict[str, Any]:
+        """Test rows are looked at here, and nowhere else.
+
+        Args:
+            others: what it is compared with; the best static merge is the last of them.
+        """
+        losses: dict[str, Losses] = {}
+        for name in dict.fromkeys((best, *others)):
+            line = self._folder.lines.get(("test", name))
+            if line is None:
+                self._on_progress(Progress("auto", 0, 0, f"test rows: {name}"))
+                rows = to_json(self._measured(name, "test"))
+                line = {"kind": "test", "step": name, "rows": rows}
+                self._folder.append(line)
+            losses[name] = from_json(line["rows"])
+        gains = {
+            name: dict(zip(("value", "low", "high"), gain(losses[best], rows), strict=True))
+            for name, rows in losses.items()
+            if name != best
+        }
+        return {
+            "loss": {name: mean_loss(rows) for name, rows in losses.items()},
+            "losses": {name: {n: m.value for n, m in r.items()} for name, r in losses.items()},
+            "gain": gains,
+            "better": best != others[-1] and gains[others[-1]]["low"] > 0,
+        }
+
+
+def _left_out(step: Step, why: str) -> dict[str, Any]:
+    nothing: dict[str, Any] = {"loss": None, "losses": {}, "tokens": 0}
+    nothing |= {"seconds": 0.0, "cpu_seconds": 0.0}
+    about = {"kind": "step", "step": step.name, "method": step.method, "kept": False}
+    return {**about, **nothing, "note": f"left out: {why}"}
+
+
+def _shown(line: Mapping[str, Any]) -> str:
+    return f"{line['step']}: " + (line["note"] or f"validation loss {line['loss']:.4f}")
+
+
+def sentence(best: Mapping[str, Any], verdict: Mapping[str, Any]) -> str:
+    """The verdict in plain words."""
+    name, gains = best["step"], verdict["gain"]
+    loss = verdict["loss"][name]
+    if not gains:
+        return f"Nothing beats the {name} on validation rows: test loss {loss:.4f} nats per token."
+
+    def words(other: str) -> str:
+        value, low, high = (gains[other][key] for key in ("value", "low", "high"))
+        way = "below" if value >= 0 else "above"
+        sure = "" if low > 0 or high < 0 else ", which may be chance"
+        bounds = sorted((abs(low), abs(high))) if low > 0 or high < 0 else (low, high)
+        of_test = f"95 % interval {bounds[0]:.4f} to {bounds[1]:.4f}{sure}"
+        return f"{abs(value):.4f} {way} {other} ({of_test})"
+
+    text = f"The best on validation rows is {name}: test loss {loss:.4f} nats per token, "
+    return text + " and ".join(words(other) for other in gains) + "."

@@ -1,0 +1,353 @@
+"""From a recipe that leaves the method open to the best merge: the path, budgets, resuming."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+import yaml
+
+import merge_cli
+from merge_cli.auto.plan import plan_automatic
+from merge_cli.auto.run import AutomaticWorkspace
+from merge_cli.dam.datasets import part_of, read_data
+from merge_cli.errors import GateError, Interrupted, RecipeError, SourceError
+from merge_cli.evaluation.rows import content_of
+from merge_cli.methods.registry import get_method
+from merge_cli.options import MergeOptions, Progress
+from merge_cli.planning.planner import load_recipe, make_plan
+from merge_cli.planning.preparation import preparations_of
+from merge_cli.recipe.training import Data
+from tests.support.dam_tiny import config, write_data, write_models
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+OPTIONS = MergeOptions(device="cpu", threads=1)
+NAMES = ("a", "b")
+QUICK: dict[str, Any] = {
+    "training": {"max_steps": 3, "max_length": 24, "top_k": 16, "held_out_tokens": 64},
+    "statistics": {"examples": 8, "max_length": 24},
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    write_models(folder, config("llama"), names=("base", *NAMES), change=0.3)
+    write_data(folder, NAMES, rows=100)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MERGE_CLI_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+def write_recipe(folder: Path, name: str = "auto.yaml", **keys: Any) -> Path:
+    document = {
+        "merge_method": "auto",
+        "base_model": "base",
+        "models": [{"model": name, "data": f"{name}.jsonl"} for name in NAMES],
+        **QUICK,
+        **keys,
+    }
+    path = folder / name
+    path.write_text(yaml.safe_dump({k: v for k, v in document.items() if v is not None}))
+    return path
+
+
+def run(recipe: Path, out: Path, **options: Any) -> dict[str, Any]:
+    return dict(merge_cli.merge(recipe, out, options=OPTIONS, **options).report["auto"])
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "model.safetensors").read_bytes()
+
+
+def loss_of(folder: Path, recipe: Path, part: str) -> float:
+    """The mean loss of a model on disk, by transformers alone, row by row."""
+    net = hf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    decided = plan_automatic(make_plan(load_recipe(recipe)), OPTIONS)
+    means = []
+    for data in decided.parts:
+        total = count = 0.0
+        for row in getattr(data, part):
+            for item in row:
+                ids = torch.tensor([list(item.ids)])
+                labels = ids.clone()
+                labels[:, : item.first] = -100
+                with torch.no_grad():
+                    total += float(net(input_ids=ids, labels=labels).loss) * item.counted
+                count += item.counted
+        means.append(total / count)
+    return sum(means) / len(means)
+
+
+STATIC: dict[str, dict[str, Any]] = {
+    "uniform soup": {"merge_method": "soup", "models": ["a", "b"], "base_model": "base"},
+    "base": {"merge_method": "soup", "models": ["base"]},
+    "source b": {"merge_method": "soup", "models": ["b"], "base_model": "base"},
+    "task arithmetic 0.3": {
+        "merge_method": "task_arithmetic", "models": ["a", "b"], "base_model": "base",
+        "parameters": {"lambda": 0.3},
+    },
+    "fisher": {"merge_method": "fisher", "base_model": "base",
+               "models": [{"model": n, "data": {"files": f"{n}.jsonl", "part": "train"}}
+                          for n in NAMES], "statistics": QUICK["statistics"]},
+}  # fmt: skip
+
+
+def test_the_best_of_the_ladder_is_merged(models: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(models)
+    auto = run(recipe, tmp_path / "out")
+    losses = {line["step"]: line["loss"] for line in auto["path"]}
+    assert {"fisher", "regmean", "dam", "base", "source a", "task arithmetic 1"} < set(losses)
+    assert auto["best"] == min(losses, key=losses.__getitem__)
+    assert auto["ended"] == "every step is done"
+    # The model on disk is the one that was measured in memory.
+    best = loss_of(tmp_path / "out", recipe, "validation")
+    assert best == pytest.approx(losses[auto["best"]], abs=1e-5)
+    test = loss_of(tmp_path / "out", recipe, "test")
+    assert test == pytest.approx(auto["verdict"]["loss"][auto["best"]], abs=1e-5)
+    for number, (name, document) in enumerate(STATIC.items()):
+        path = models / f"static{number}.yaml"
+        path.write_text(yaml.safe_dump(document))
+        out = tmp_path / f"static{number}"
+        merge_cli.merge(path, out, options=OPTIONS)
+        assert loss_of(out, recipe, "validation") == pytest.approx(losses[name], abs=1e-5), name
+    kept = [line["loss"] for line in auto["path"] if line["kept"]]
+    assert kept == sorted(kept, reverse=True)
+    page = (tmp_path / "out" / "merge_report.html").read_text()
+    assert "The path" in page
+    assert "paired bootstrap" in page
+    assert not (tmp_path / "out.auto").exists()
+
+
+@pytest.mark.parametrize("method", ["fisher", "regmean", "dam", "soup"])
+def test_the_resolved_recipe_gives_the_same_bytes(
+    method: str, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever method wins."""
+    step = "uniform soup" if method == "soup" else method
+    monkeypatch.setattr("merge_cli.auto.run.mean_loss", _favouring(step))
+    recipe = write_recipe(models, f"{method}.yaml", methods=[method])
+    auto = run(recipe, tmp_path / "out")
+    assert auto["best"] == step
+    resolved = tmp_path / "out" / "merge_recipe.yaml"
+    assert yaml.safe_load(resolved.read_text())["merge_method"] == method
+    merge_cli.merge(resolved, tmp_path / "again", options=OPTIONS)
+    assert weights(tmp_path / "again") == weights(tmp_path / "out")
+
+
+def _favouring(step: str) -> Any:
+    """A mean loss that is lowest for the last step, or for the first one."""
+    calls = iter(range(10_000))
+    return lambda losses: float(next(calls)) if step == "uniform soup" else -float(next(calls))
+
+
+class Stop:
+    """Presses Ctrl-C when a step is done, or in the middle of one."""
+
+    def __init__(self, step: str) -> None:
+        self.step = step
+
+    def __call__(self, progress: Progress) -> None:
+        done = progress.stage == "auto" and progress.note.startswith(f"{self.step}:")
+        if done or progress.stage == self.step:
+            raise KeyboardInterrupt
+
+
+SOME: dict[str, Any] = {"methods": ["soup", "fisher", "dam"]}
+
+
+@pytest.fixture(scope="module")
+def unstopped(models: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """A run that nobody stops, with a cache of its own."""
+    folder = tmp_path_factory.mktemp("unstopped")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MERGE_CLI_CACHE", str(folder / "cache"))
+        return folder / "out", run(write_recipe(models, **SOME), folder / "out")
+
+
+@pytest.mark.parametrize("step", ["source a", "gather", "fisher", "train", "dam"])
+def test_a_stopped_run_continues(
+    step: str,
+    models: Path,
+    unstopped: tuple[Path, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MERGE_CLI_CACHE", str(tmp_path / "cache"))
+    recipe = write_recipe(models, **SOME)
+    out, straight = unstopped
+    with pytest.raises(Interrupted, match="the best so far is"):
+        run(recipe, tmp_path / "out", on_progress=Stop(step))
+    again: list[str] = []
+    auto = run(recipe, tmp_path / "out", on_progress=lambda p: again.append(p.stage))
+    assert [(line["step"], line["loss"], line["kept"]) for line in auto["path"]] == [
+        (line["step"], line["loss"], line["kept"]) for line in straight["path"]
+    ]
+    assert auto["verdict"] == straight["verdict"]
+    assert weights(tmp_path / "out") == weights(out)
+    if step == "dam":
+        assert not {"gather", "teach", "train"} & set(again)  # nothing is done twice
+
+
+def test_another_recipe_does_not_continue_it(models: Path, tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        run(write_recipe(models), tmp_path / "out", on_progress=Stop("base"))
+    other = write_recipe(models, "other.yaml", dtype="bfloat16")
+    with pytest.raises(merge_cli.errors.UsageError, match="interrupted automatic merge"):
+        run(other, tmp_path / "out")
+    # A larger budget is the same work.
+    run(write_recipe(models, budget={"tokens": 0}), tmp_path / "out")
+
+
+def test_a_budget_of_nothing_is_the_soup(models: Path, tmp_path: Path) -> None:
+    for number, budget in enumerate(({"tokens": 0}, {"minutes": 0})):
+        out = tmp_path / str(number)
+        auto = run(write_recipe(models, budget=budget), out)
+        assert auto["best"] == "uniform soup"
+        assert auto["ended"].startswith("the budget is spent; left out: base, ")
+        left_out = [line for line in auto["path"] if line["loss"] is None]
+        assert len(left_out) == len(auto["path"]) - 1
+        assert all("are left" in line["note"] for line in left_out)
+        assert auto["verdict"]["better"] is False
+
+
+def test_a_budget_leaves_out_what_it_does_not_pay(models: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(models, methods=["soup", "fisher", "dam"])
+    decided = plan_automatic(make_plan(load_recipe(recipe)), OPTIONS)
+    *others, dam = decided.steps
+    tokens = sum(step.tokens + decided.validation_tokens for step in others)
+    limited = write_recipe(models, methods=["soup", "fisher", "dam"], budget={"tokens": tokens})
+    auto = run(limited, tmp_path / "out")
+    assert auto["cost"]["tokens"] == tokens
+    assert auto["ended"] == "the budget is spent; left out: dam"
+    assert auto["path"][-1]["step"] == dam.name
+    assert auto["path"][-1]["loss"] is None
+
+
+def test_methods_restrict_it(models: Path, tmp_path: Path) -> None:
+    auto = run(write_recipe(models, methods=["regmean"]), tmp_path / "out")
+    steps = [line["step"] for line in auto["path"]]
+    assert steps == ["uniform soup", "base", "source a", "source b", "regmean"]
+
+
+def test_without_a_base(models: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(models, base_model=None, methods=["soup", "fisher"])
+    auto = run(recipe, tmp_path / "out")
+    steps = [line["step"] for line in auto["path"]]
+    assert steps == ["uniform soup", "source a", "source b", "fisher"]
+
+
+def test_improvement_can_be_required(models: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(models, budget={"tokens": 0})
+    with pytest.raises(GateError, match="improvement is required"):
+        run(recipe, tmp_path / "out", require_improvement=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_merge_without_numbers_is_not_chosen(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = iter([math.nan, 2.0] + [3.0] * 50)
+    monkeypatch.setattr("merge_cli.auto.run.mean_loss", lambda losses: next(values))
+    auto = run(write_recipe(models, methods=["soup"]), tmp_path / "out")
+    assert auto["path"][0]["note"] == "it predicts NaN or Inf"
+    assert auto["best"] == "base"
+
+
+def test_rows_are_divided_by_what_they_say(models: Path, tmp_path: Path) -> None:
+    """One part for each row, wherever it stands, and in whatever order."""
+    lines = (models / "a.jsonl").read_text().splitlines()
+    for name, listed in (("x", lines[:40]), ("y", [*reversed(lines)] * 2)):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(listed) + "\n")
+    parts: dict[str, set[bytes]] = {}
+    for part in ("train", "validation", "test"):
+        of_both: set[bytes] = set()
+        for name in ("x", "y"):
+            path = tmp_path / f"{name}.jsonl"
+            data = Data(files=(str(path),), part=part)
+            rows = read_data(data, [path])
+            assert all(part_of(row) == part for row in rows)
+            of_both |= {content_of(row) for row in rows}
+        parts[part] = of_both
+    assert sum(map(len, parts.values())) == len(set().union(*parts.values())) == 100
+    assert 4 <= len(parts["validation"]) <= 16
+    assert 4 <= len(parts["test"]) <= 16
+
+
+def test_a_row_of_two_sources_is_measured_once(models: Path, tmp_path: Path) -> None:
+    both = tmp_path / "both.jsonl"
+    both.write_text((models / "a.jsonl").read_text() + (models / "b.jsonl").read_text())
+    listed = [{"model": "a", "data": "a.jsonl"}, {"model": "b", "data": str(both)}]
+    decided = plan_automatic(make_plan(load_recipe(write_recipe(models, models=listed))), OPTIONS)
+    plain = plan_automatic(make_plan(load_recipe(write_recipe(models))), OPTIONS)
+    for shared, alone in zip(decided.parts, plain.parts, strict=True):
+        assert shared.validation == alone.validation
+        assert shared.test == alone.test
+
+
+def refused(recipe: Path) -> str:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(recipe)
+    return "\n".join(map(str, caught.value.problems))
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"methods": ["fischer"]}, "'fischer' is no method that auto tries (item 1). Did you mean"),
+        ({"models": ["a", {"model": "b", "data": "b.jsonl"}]}, "models[0]: has no `data:`"),
+        ({"budget": {"minutes": -1}}, "budget.minutes: must be at least 0"),
+        ({"budget": {"hours": 1}}, "budget.hours: unknown key"),
+        ({"budget": {}}, "give minutes, tokens, or both"),
+        ({"parameters": {"weight": 1}}, "auto chooses the method and its numbers by itself"),
+        ({"objective": [{"task": "loss", "data": "a.jsonl"}]}, "has no effect in auto"),
+        ({"out_dtype": "fp8"}, "not in fp8"),
+        ({"base_model": None, "methods": ["task_arithmetic"]}, "the recipe names none"),
+        ({"merge_method": "soup", "training": None, "statistics": None, "budget": {"minutes": 1},
+          "models": ["a", "b"]}, "soup tries no other methods"),
+        ({"models": [{"model": "a", "data": {"files": "a.jsonl", "held_out": "b.jsonl"}}]},
+         "divides the rows itself"),
+    ],
+)  # fmt: skip
+def test_refusals(keys: Mapping[str, Any], words: str, models: Path) -> None:
+    assert words in refused(write_recipe(models, "refused.yaml", **keys))
+
+
+def test_too_few_rows(models: Path) -> None:
+    lines = (models / "a.jsonl").read_text().splitlines()[:10]
+    (models / "few.jsonl").write_text("\n".join(lines * 9) + "\n")  # repeated, they are no more
+    listed = [{"model": "a", "data": "few.jsonl"}, {"model": "b", "data": "b.jsonl"}]
+    plan = make_plan(load_recipe(write_recipe(models, "few.yaml", models=listed)))
+    with pytest.raises(SourceError, match="has too few different rows") as caught:
+        plan_automatic(plan, OPTIONS)
+    assert "100 rows or more" in str(caught.value)
+
+
+def test_the_plan_and_the_options_are_shown(models: Path) -> None:
+    plan = make_plan(load_recipe(write_recipe(models)))
+    (preparation,) = preparations_of(plan)
+    shown = preparation.plan_json(preparation.plan(plan, OPTIONS))
+    assert [step["step"] for step in shown["steps"]][-3:] == ["fisher", "regmean", "dam"]
+    assert json.dumps(shown)
+    options = preparation.options_json(get_method("auto"))
+    assert set(options["budget"]) == {"minutes", "tokens"}
+
+
+def test_the_journal_survives_a_torn_line(models: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(models, methods=["soup"])
+    with pytest.raises(Interrupted):
+        run(recipe, tmp_path / "out", on_progress=Stop("source a"))
+    decided = plan_automatic(make_plan(load_recipe(recipe)), OPTIONS)
+    folder = AutomaticWorkspace(tmp_path / "out", decided.key, fresh=False)
+    journal = folder.journal
+    journal.write_bytes(journal.read_bytes()[:-20])
+    assert run(recipe, tmp_path / "out")["ended"] == "every step is done"
