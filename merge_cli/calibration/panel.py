@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from merge_cli.console.tables import print_wrapped
 from merge_cli.system.machine import show_size
+from merge_cli.system.terminal import print_wrapped
 
 if TYPE_CHECKING:
     from merge_cli.calibration.plan import CalibrationPlan

@@ -9,8 +9,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from merge_cli.console.tables import percent, print_table, print_wrapped
+from merge_cli.console.tables import percent, print_table
 from merge_cli.system.machine import show_seconds, show_size
+from merge_cli.system.terminal import print_wrapped
 
 if TYPE_CHECKING:
     from merge_cli.analysis.differences import TokenizerDifference

@@ -27,13 +27,13 @@ from merge_cli.console.tables import (
     method_json,
     plan_row,
     print_table,
-    print_wrapped,
 )
 from merge_cli.errors import MergeCliError, ProblemsError
 from merge_cli.planning.preparation import preparation_for, preparations
 from merge_cli.recipe.examples import example_recipe
 from merge_cli.system.machine import show_seconds, show_size
 from merge_cli.system.notices import send_notices
+from merge_cli.system.terminal import print_wrapped
 
 if TYPE_CHECKING:
     from merge_cli.analysis.result import Analysis

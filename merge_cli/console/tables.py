@@ -7,7 +7,6 @@ every tensor, so that `indented` encodes each only once.
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby, starmap
@@ -19,14 +18,12 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from rich.text import Text
 
 if TYPE_CHECKING:
     from merge_cli.methods.registry import Method
     from merge_cli.planning.plan import TensorTask
 
 _GAP = "  "
-_WORD = re.compile(r"\S+\s*")
 
 
 def method_json(method: Method) -> dict[str, Any]:
@@ -144,33 +141,6 @@ def print_table(console: Console, table: Table, rows: Sequence[Sequence[str]]) -
     for row in rows:
         cells = zip(row, widths, right, strict=True)
         console.file.write(_GAP.join(starmap(_padded, cells)) + "\n")
-
-
-def print_wrapped(console: Console, markup: str, indent: int = 0) -> None:
-    """Print a line. In a terminal it wraps between words, so that paths can be copied.
-
-    Args:
-        indent: spaces before it, and before what is wrapped.
-    """
-    line, before = Text.from_markup(markup, emoji=False), Text(" " * indent)
-    if console.soft_wrap:
-        console.print(before + line)
-        return
-    for paragraph in line.split("\n", allow_blank=True):
-        for part in paragraph.divide(_line_starts(paragraph.plain, console.width - indent)):
-            part.rstrip()
-            console.print(before + part, soft_wrap=True)
-
-
-def _line_starts(text: str, width: int) -> list[int]:
-    """Where lines after the first begin, if no word is broken."""
-    starts, filled = [], 0
-    for match in _WORD.finditer(text):
-        if filled and filled + cell_len(match[0].rstrip()) > width:
-            starts.append(match.start())
-            filled = 0
-        filled += cell_len(match[0])
-    return starts
 
 
 def _padded(cell: str, width: int, right: bool) -> str:

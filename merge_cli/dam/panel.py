@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from merge_cli.console.tables import print_wrapped
 from merge_cli.engine.residency import RESIDENCY
 from merge_cli.recipe.training import Training
 from merge_cli.system.machine import show_seconds, show_size
+from merge_cli.system.terminal import print_wrapped
 
 if TYPE_CHECKING:
     from merge_cli.dam.plan import TrainingPlan

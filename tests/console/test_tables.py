@@ -15,7 +15,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from merge_cli.console.evaluations import print_evaluations
-from merge_cli.console.tables import indented, print_table, print_wrapped
+from merge_cli.console.tables import indented, print_table
+from merge_cli.system.terminal import print_wrapped
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
 documents = st.recursive(

@@ -1,0 +1,38 @@
+"""Lines for a terminal that wrap between words."""
+
+from __future__ import annotations
+
+import re
+
+from rich.cells import cell_len
+from rich.console import Console
+from rich.text import Text
+
+_WORD = re.compile(r"\S+\s*")
+
+
+def print_wrapped(console: Console, markup: str, indent: int = 0) -> None:
+    """Print a line. In a terminal it wraps between words, so that paths can be copied.
+
+    Args:
+        indent: spaces before it, and before what is wrapped.
+    """
+    line, before = Text.from_markup(markup, emoji=False), Text(" " * indent)
+    if console.soft_wrap:
+        console.print(before + line)
+        return
+    for paragraph in line.split("\n", allow_blank=True):
+        for part in paragraph.divide(_line_starts(paragraph.plain, console.width - indent)):
+            part.rstrip()
+            console.print(before + part, soft_wrap=True)
+
+
+def _line_starts(text: str, width: int) -> list[int]:
+    """Where lines after the first begin, if no word is broken."""
+    starts, filled = [], 0
+    for match in _WORD.finditer(text):
+        if filled and filled + cell_len(match[0].rstrip()) > width:
+            starts.append(match.start())
+            filled = 0
+        filled += cell_len(match[0])
+    return starts
