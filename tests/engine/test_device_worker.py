@@ -40,7 +40,7 @@ def test_the_same_bytes_as_on_the_host(
 ) -> None:
     recipe = family.recipe(case.partition(" ")[0], **{**RECIPES[case], "dtype": dtype})
     merge(recipe, tmp_path / "host")
-    workers = request.getfixturevalue("lanes")
+    workers = request.getfixturevalue("workers")
     merge(recipe, tmp_path / "staged", threads=3)
     assert digest(tmp_path / "host") == digest(tmp_path / "staged")
     assert len(workers) >= 3
@@ -55,7 +55,7 @@ def test_fp8_the_same_bytes_as_on_the_host(tmp_path: Path, request: pytest.Fixtu
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("merge_method: soup\nmodels: [{model: a}, {model: a}]\nout_dtype: fp8\n")
     merge(recipe, tmp_path / "host")
-    request.getfixturevalue("lanes")
+    request.getfixturevalue("workers")
     merge(recipe, tmp_path / "staged", threads=2)
     assert digest(tmp_path / "host") == digest(tmp_path / "staged")
 
