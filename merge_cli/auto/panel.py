@@ -40,7 +40,7 @@ def print_automatic(out: Console, decided: AutomaticPlan) -> None:
     """The steps, what they read, and the rows that decide."""
     out.print()
     out.print(
-        f"[bold]before that, {len(decided.steps)} steps[/bold] are tried, and the best on "
+        f"[bold]before the merge, {len(decided.steps)} steps[/bold] are tried, and the best on "
         "validation rows is merged"
     )
     table = Table(box=None, pad_edge=False, header_style="bold")
