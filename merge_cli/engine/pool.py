@@ -113,7 +113,7 @@ class Pool:
     @property
     def worker(self) -> WorkerContext:
         """The calling thread's own."""
-        if not hasattr(self._local, "lane"):
+        if not hasattr(self._local, "worker"):
             with self._changed:
                 context = self._make_context(len(self.workers))
                 self.workers.append(context)

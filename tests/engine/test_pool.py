@@ -14,8 +14,8 @@ from merge_cli.engine.pool import Pool
 from merge_cli.engine.worker_context import StageClock
 
 
-class NoLane:
-    """A lane without files."""
+class NoFiles:
+    """A worker without files."""
 
     block = 1
 
@@ -31,7 +31,7 @@ class NoLane:
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_nested_results_are_in_order(threads: int) -> None:
-    with Pool(cast(Any, NoLane), threads) as pool:
+    with Pool(cast(Any, NoFiles), threads) as pool:
 
         def inner(number: int) -> list[int]:
             return pool.map(lambda i: number * 100 + i, range(number % 4))
@@ -39,12 +39,12 @@ def test_nested_results_are_in_order(threads: int) -> None:
         assert pool.map(inner, range(50)) == [
             [number * 100 + i for i in range(number % 4)] for number in range(50)
         ]
-    assert all(cast(NoLane, worker).closed for worker in pool.workers)
+    assert all(cast(NoFiles, worker).closed for worker in pool.workers)
 
 
 def test_idle_threads_help_with_what_is_left() -> None:
     together = threading.Barrier(3)
-    with Pool(cast(Any, NoLane), 3) as pool:
+    with Pool(cast(Any, NoFiles), 3) as pool:
         # one job, whose three parts can only end if three threads work on them at once
         done = pool.map(lambda job: pool.map(lambda part: together.wait(10), range(3)), [0])
     assert sorted(done[0]) == [0, 1, 2]
@@ -53,7 +53,7 @@ def test_idle_threads_help_with_what_is_left() -> None:
 def test_whole_jobs_come_before_parts_of_others() -> None:
     order: list[str] = []
     first_is_split = threading.Event()
-    with Pool(cast(Any, NoLane), 2) as pool:
+    with Pool(cast(Any, NoFiles), 2) as pool:
 
         def job(number: int) -> None:
             order.append(f"job {number}")
@@ -79,7 +79,7 @@ def test_an_error_is_told_at_once_and_ends_everything(threads: int, nested: bool
         if number == 7:
             raise ValueError("seven")
 
-    with Pool(cast(Any, NoLane), threads) as pool:
+    with Pool(cast(Any, NoFiles), threads) as pool:
         if nested:
             pool.start(lambda job: pool.map(work, range(1000)), [0], messages)
         else:
@@ -100,7 +100,7 @@ def test_leaving_stops_threads_between_parts() -> None:
         started.set()
         time.sleep(0.01)
 
-    with Pool(cast(Any, NoLane), 2) as pool:
+    with Pool(cast(Any, NoFiles), 2) as pool:
         pool.start(lambda job: pool.map(part, range(1000)), [0, 1], queue.SimpleQueue())
         started.wait(10)
     assert len(begun) < 1000
@@ -108,14 +108,30 @@ def test_leaving_stops_threads_between_parts() -> None:
 
 def test_nothing_to_do() -> None:
     messages: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    with Pool(cast(Any, NoLane), 2) as pool:
+    with Pool(cast(Any, NoFiles), 2) as pool:
         assert pool.map(str, []) == []
         pool.start(str, [], messages)
         assert messages.get(timeout=1) is None
 
 
 def test_time_is_counted_once() -> None:
-    with Pool(cast(Any, NoLane), 2) as pool:
+    with Pool(cast(Any, NoFiles), 2) as pool:
         pool.map(lambda job: pool.map(lambda part: time.sleep(0.02), range(4)), range(2))
     total = sum(worker.clock.compute + worker.clock.waited for worker in pool.workers)
     assert 0.16 <= total < 0.6  # eight parts of 0.02 s, not once more for the jobs around them
+
+
+def test_a_thread_makes_its_buffers_once() -> None:
+    """Else every block has new ones: all that was read stays in memory."""
+    made: list[int] = []
+
+    def context(number: int) -> Any:
+        made.append(number)
+        return NoFiles(number)
+
+    seen: set[int] = set()
+    with Pool(context, 2) as pool:
+        pool.map(lambda item: seen.add(id(pool.worker)), range(200))
+        assert len(made) == len(pool.workers) == len(set(made)) <= 3
+        assert seen <= {id(worker) for worker in pool.workers}
+        assert pool.worker is pool.worker
