@@ -27,7 +27,7 @@ class MergeCliError(Exception):
     """Base of all errors that a user can act on.
 
     Args:
-        what: what is wrong, with the values that show it.
+        message: what is wrong, with the values that show it.
         where: the file, model or tensor it is about.
         hint: what to do now.
     """
@@ -35,27 +35,37 @@ class MergeCliError(Exception):
     exit_code = 1
     title = "Error"
 
-    def __init__(self, what: str, *, where: str = "", hint: str = "") -> None:
-        self.what, self.where, self.hint = what, where, hint
-        parts = [part for part in (what, where, hint) if part]
+    def __init__(self, message: str, *, where: str = "", hint: str = "") -> None:
+        self.message, self.where, self.hint = message, where, hint
+        parts = [part for part in (message, where, hint) if part]
         # Full stops belong to the end: `unknown method 'tie' — Did you mean 'ties'?`
         super().__init__(" — ".join([*(p.rstrip(".") for p in parts[:-1]), *parts[-1:]]))
+
+    @property
+    def what(self) -> str:
+        """The name of `message` until 0.2; programs may still ask for it."""
+        return self.message
 
 
 @dataclass(frozen=True)
 class Problem:
     """One thing that is wrong, at one place. `line` and `column` count from 1; 0 means unknown."""
 
-    what: str
+    message: str
     key: str = ""
     file: str = ""
     line: int = 0
     column: int = 0
     hint: str = ""
 
+    @property
+    def what(self) -> str:
+        """The name of `message` until 0.2; programs may still ask for it."""
+        return self.message
+
     def __str__(self) -> str:
         position = ":".join(str(p) for p in (self.file, self.line, self.column) if p)
-        text = ": ".join(part for part in (position, self.key, self.what) if part)
+        text = ": ".join(part for part in (position, self.key, self.message) if part)
         if not self.hint:
             return text
         return f"{text} {self.hint}" if text.endswith((".", "?")) else f"{text}. {self.hint}"
@@ -101,11 +111,11 @@ class SourceError(MergeCliError):
     title = "Input"
 
     def __init__(
-        self, what: str, *, model: str = "", file: str = "", tensor: str = "", hint: str = ""
+        self, message: str, *, model: str = "", file: str = "", tensor: str = "", hint: str = ""
     ) -> None:
         self.model, self.file, self.tensor = model, file, tensor
         where = ", ".join(part for part in (model, file, tensor) if part)
-        super().__init__(what, where=where, hint=hint)
+        super().__init__(message, where=where, hint=hint)
 
 
 class CorruptFileError(SourceError):

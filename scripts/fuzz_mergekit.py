@@ -245,7 +245,7 @@ def ours(recipe: dict[str, Any], file: Path, out: Path) -> str:
         merge_cli.merge(file, out, options=options)
     except MergeCliError as error:
         problems = getattr(error, "problems", None)
-        return problems[0].what if problems else error.what
+        return problems[0].message if problems else error.message
     return ""
 
 

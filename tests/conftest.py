@@ -9,8 +9,8 @@ import pytest
 
 pytest.register_assert_rewrite("tests.support")
 
-from tests.support.paths import ROOT  # noqa: E402
-from tests.support.tiny import Family, llama_family  # noqa: E402
+from tests.support.paths import ROOT  # noqa: E402  # after their asserts are registered
+from tests.support.tiny import Family, llama_family  # noqa: E402  # after their asserts are registered
 
 # Nothing in the tests may look for a network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -96,7 +96,7 @@ def open_model_set(recipe: Recipe) -> ModelSet:
     matches = match_pieces(output_slices(whole_models, method, labels), sources, heads.views)
     problems = [*_quantised(sources), *matches.problems]
     comparable = not _quantised(sources)
-    tasks = [_task(match) for match in matches.found if comparable and not match.copied]
+    tasks = [_task(match) for match in matches.matches if comparable and not match.copied]
     plan = Plan(
         recipe=whole_models,
         method=method,

@@ -97,7 +97,7 @@ def plan_automatic(plan: Plan, options: MergeOptions) -> AutomaticPlan:
 def _static(recipe: Recipe, method: str, specs: Sequence[SourceSpec], **changes: Any) -> Recipe:
     plain = tuple(replace(spec, data=None) for spec in specs)
     nothing: dict[str, Any] = {"training": None, "statistics": None, "budget": None, "methods": ()}
-    return recipe.found(method, models=plain, **{**nothing, **changes})
+    return recipe.with_result(method, models=plain, **{**nothing, **changes})
 
 
 def _static_steps(recipe: Recipe) -> Iterator[Step]:
@@ -124,7 +124,7 @@ def _steps_with_data(plan: Plan, options: MergeOptions) -> Iterator[Step]:
     )
     for method, kind, work in (("fisher", "fisher", 4), ("regmean", "gram", 2)):
         if method in methods:
-            merge = recipe.found(
+            merge = recipe.with_result(
                 method,
                 models=specs,
                 training=None,
@@ -136,7 +136,7 @@ def _steps_with_data(plan: Plan, options: MergeOptions) -> Iterator[Step]:
             tokens = sum(part.examples.tokens for part in measured.parts)
             yield Step(method, method, merge, tokens, work)
     if "dam" in methods:
-        merge = recipe.found("dam", models=specs, statistics=None, budget=None, methods=())
+        merge = recipe.with_result("dam", models=specs, statistics=None, budget=None, methods=())
         training = plan_training(make_plan(merge), options.device)
         tokens = sum(len(item.ids) for data in training.datasets for item in data.train)
         yield Step("dam", "dam", merge, tokens, 8)

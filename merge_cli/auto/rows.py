@@ -61,11 +61,11 @@ def load_parts(recipe: Recipe, tokenizer: Any, context: int, entries: int | None
         result: list[tuple[Example, ...]] = []
         total = 0
         for row in rows:
-            pieces = tuple(sequences([row], tokenizer, length, None, start=start, entries=entries))
-            size = sum(len(piece.ids) for piece in pieces)
-            if not pieces or (result and total + size > most):
+            cuts = tuple(sequences([row], tokenizer, length, None, start=start, entries=entries))
+            size = sum(len(part.ids) for part in cuts)
+            if not cuts or (result and total + size > most):
                 continue
-            result.append(pieces)
+            result.append(cuts)
             total += size
         return tuple(result)
 

@@ -255,7 +255,7 @@ class _Run:
             losses = self._measured(step.name, "validation")
             loss = mean_loss(losses)
         except NonFiniteError as refused:
-            error = refused.what
+            error = refused.message
         finite = math.isfinite(loss)
         return {
             "kind": "step",

@@ -31,7 +31,7 @@ def calibration_problems(recipe: Recipe, method: Method) -> Iterator[Problem]:
                 hint = "Give it text that it is good at: `data: FILE`."
                 yield recipe.problem(spec.key, message, hint)
     for option in unused_options(method.gathers):
-        if f"statistics.{option}" in recipe.places:
+        if f"statistics.{option}" in recipe.positions:
             message = f"has no effect in {name}."
             yield recipe.problem(f"statistics.{option}", message, "Leave it out.")
 
@@ -42,6 +42,6 @@ def calibration_warnings(recipe: Recipe, method: Method) -> Iterator[str]:
         return
     for spec in recipe.models:
         if spec.data is not None and spec.data.held_out:
-            line, column = recipe.places.get(f"{spec.key}.data.held_out", (0, 0))
+            line, column = recipe.positions.get(f"{spec.key}.data.held_out", (0, 0))
             where = f"{recipe.file}:{line}:{column}: {spec.key}.data.held_out"
             yield f"{where}: has no effect: {recipe.merge_method} measures nothing."

@@ -191,4 +191,4 @@ class Writer:
 
 def _unwritable(error: OSError, path: Path) -> ResourceError:
     result = write_error(error, path)
-    return ResourceError(result.what, where=result.where, hint=_HINT)
+    return ResourceError(result.message, where=result.where, hint=_HINT)

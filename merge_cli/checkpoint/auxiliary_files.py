@@ -192,7 +192,7 @@ def named_code(root: Path, label: str, names: frozenset[str]) -> list[str]:
         try:
             settings = read_json(root / file, label)
         except CorruptFileError as error:  # copied as it is, whatever it is
-            result.append(f"{label}: {file} {error.what}; copied all the same")
+            result.append(f"{label}: {file} {error.message}; copied all the same")
             continue
         listed = settings.get("auto_map") if isinstance(settings, dict) else None
         values = listed.values() if isinstance(listed, dict) else [listed]

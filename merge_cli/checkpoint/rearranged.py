@@ -79,32 +79,32 @@ class PermutedRows:
         parts: every model's tensor of this name, in the order that `rows.part` counts in.
     """
 
-    own: Tensor
+    tensor: Tensor
     parts: tuple[Tensor, ...]
     rows: SourceRows
 
     @property
     def name(self) -> str:
-        return self.own.name
+        return self.tensor.name
 
     @property
     def model(self) -> str:
-        return self.own.model
+        return self.tensor.model
 
     @property
     def default_dtype(self) -> str:
-        return self.own.default_dtype
+        return self.tensor.default_dtype
 
     @cached_property
     def dtype(self) -> str:
         formats = {part.dtype for part in self.parts}
         if len(formats) == 1 and not self.rows.computes:
-            return self.own.dtype
+            return self.tensor.dtype
         return "F64" if "F64" in formats else "F32"
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return (len(self.rows.row), *self.own.shape[1:])
+        return (len(self.rows.row), *self.tensor.shape[1:])
 
     @cached_property
     def size(self) -> int:
@@ -117,7 +117,7 @@ class PermutedRows:
     @property
     def stored(self) -> tuple[TensorRef, ...]:
         others = (ref for part in self.parts for ref in part.stored)
-        return tuple(dict.fromkeys((*self.own.stored, *others)))
+        return tuple(dict.fromkeys((*self.tensor.stored, *others)))
 
     @property
     def formula(self) -> str:
@@ -127,7 +127,7 @@ class PermutedRows:
     @cached_property
     def _width(self) -> int:
         """Elements of a row."""
-        return self.own.size // self.own.shape[0] if self.own.shape[0] else 0
+        return self.tensor.size // self.tensor.shape[0] if self.tensor.shape[0] else 0
 
     def fill(self, read: Read, start: int, buffer: memoryview) -> None:
         """Whole rows are brought together, of which the buffer gets its part."""

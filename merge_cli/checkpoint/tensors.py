@@ -9,6 +9,7 @@ begins, since chunks, blocks and threads begin anywhere.
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -72,12 +73,13 @@ EMBEDDINGS = (
 )
 
 
-class Float32:
+class Float32(ABC):
     """What a tensor that is computed in float32 has from the one that it is made of."""
 
     @property
+    @abstractmethod
     def made_of(self) -> Tensor:
-        raise NotImplementedError
+        """The stored tensor that this one is computed from."""
 
     @property
     def name(self) -> str:

@@ -137,7 +137,7 @@ def plan_training(plan: Plan, device: str = "auto", world: World | None = None) 
     residency = choose_residency(
         size,
         index,
-        beside="student",
+        shared_with="student",
         on_device=student_bytes,
         on_host=student_bytes if index is None else 0,
         requested=training.residency,

@@ -170,14 +170,14 @@ class CudaCopies:
 
         self._device = torch.device(device)
         # torch's own stubs leave Stream and Event untyped.
-        self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]  # torch's
 
     def start(self, rows: Any) -> Any:
         import torch
 
         with torch.cuda.stream(self._stream):
             copy = rows.to(self._device, non_blocking=True)
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch's
             event.record(self._stream)
         return copy, event
 

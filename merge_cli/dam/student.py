@@ -24,7 +24,7 @@ from merge_cli.dam.coefficients import Coefficients
 from merge_cli.dam.losses import penalty
 from merge_cli.dam.optimizers import CoefficientOptimizer
 from merge_cli.dam.sources import Sources
-from merge_cli.engine.parameter_slices import ParameterSlice as Place
+from merge_cli.engine.parameter_slices import ParameterSlice
 
 _HELD_BYTES = 1 << 26  # rows that are kept from the projection for the rewrite
 
@@ -32,7 +32,7 @@ Reduce = Callable[[Sequence[Any]], None]  # adds tensors up over all processes, 
 
 
 @dataclass(frozen=True)
-class MergedParameter(Place):
+class MergedParameter(ParameterSlice):
     """A parameter of the student, or a part of one, what it is made of, and whether its
     coefficients are learned."""
 

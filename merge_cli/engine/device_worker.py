@@ -48,8 +48,8 @@ class CudaTransfers:
         import torch
 
         self._device = torch.device("cuda", index)
-        self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        self._gone_up = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]  # torch's
+        self._gone_up = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch's
 
     @contextmanager
     def active(self) -> Iterator[None]:

@@ -12,8 +12,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from types import TracebackType
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 from merge_cli.engine.device import Device, choose_arithmetic
 from merge_cli.engine.memory import WorkerMemory
@@ -23,7 +24,7 @@ from merge_cli.planning.plan import Plan
 from merge_cli.system.machine import torch_threads
 from merge_cli.system.notices import say_once
 
-I = TypeVar("I")  # noqa: E741
+I = TypeVar("I")  # noqa: E741  # Items; the name is never seen alone
 R = TypeVar("R")
 Messages = queue.SimpleQueue[Any]
 
@@ -118,7 +119,7 @@ class Pool:
                 context = self._make_context(len(self.workers))
                 self.workers.append(context)
             self._local.worker = context
-        return self._local.worker  # type: ignore[no-any-return]
+        return cast(WorkerContext, self._local.worker)
 
     def map(self, work: Callable[[I], R], items: Sequence[I]) -> list[R]:
         """work(item) for every item, by any thread; results in the items' order.
@@ -186,7 +187,7 @@ class Pool:
                 batch = self._batches[0]  # the oldest: whole jobs, before parts of them
             index = self._take(batch)
             if index is not None:
-                self.worker.clock.measure(lambda b=batch, i=index: self._execute(b, i))  # type: ignore[misc]
+                self.worker.clock.measure(partial(self._execute, batch, index))
 
     def _take(self, batch: _Batch[Any, Any]) -> int | None:
         """The number of an item that nobody has begun; forgets a batch without any."""

@@ -34,7 +34,7 @@ def choose_residency(
     size: int,
     device: int | None,
     *,
-    beside: str = "model",
+    shared_with: str = "model",
     on_device: int = 0,
     on_host: int = 0,
     workers: int = 1,
@@ -59,7 +59,7 @@ def choose_residency(
     if requested == "disk":
         return SourceResidency("disk", "asked for", size)
     if requested == "device" and device is None:
-        reason = f"asked for device, and the {beside} is on the CPU"
+        reason = f"asked for device, and the {shared_with} is on the CPU"
         return SourceResidency("host", reason, size)
     if requested != "auto":
         free = room if requested == "device" else host
@@ -69,9 +69,9 @@ def choose_residency(
             raise ResourceError(message, hint="Use `residency: auto` or `disk`.")
         return SourceResidency("device" if requested == "device" else "host", "asked for", size)
     if device is not None and size <= room:
-        return SourceResidency("device", f"{show_size(size)} fit beside the {beside}", size)
+        return SourceResidency("device", f"{show_size(size)} fit beside the {shared_with}", size)
     if size <= host:
-        why = "" if device is None else f"{show_size(size)} do not fit beside the {beside}; "
+        why = "" if device is None else f"{show_size(size)} do not fit beside the {shared_with}; "
         return SourceResidency("host", f"{why}{show_size(size)} fit in memory", size)
     reason = f"{show_size(size)}, and room for {show_size(max(host, 0))} in memory"
     return SourceResidency("disk", reason, size)

@@ -231,7 +231,7 @@ def _shares(indexes: tuple[int, ...], limit: int) -> dict[int | str, int]:
 
 def _need_accelerate(label: str, needed: int, limit: int) -> None:
     try:
-        import accelerate  # noqa: F401
+        import accelerate  # noqa: F401  # is it there?
     except ImportError:
         message = (
             f"needs {show_size(needed)} for its weights, and there is room for {show_size(limit)}"

@@ -48,7 +48,7 @@ class EvalSpec:
         dtype = present.get("dtype", self.dtype)
         if dtype not in ("auto", *DTYPES):
             raise UsageError(f"unknown dtype '{dtype}'.", hint=nearest(str(dtype), DTYPES))
-        return replace(self, **present)  # type: ignore[arg-type]
+        return replace(self, **present)  # type: ignore[arg-type]  # fields by name
 
     def limited(self, limit: int | None) -> EvalSpec:
         """With at most `limit` rows of each task; as it is for None."""

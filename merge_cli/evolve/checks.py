@@ -69,7 +69,7 @@ def _section_problems(recipe: Recipe, search: Search) -> Iterator[Problem]:
         try:
             method = get_method(name)
         except UsageError as error:
-            yield recipe.problem("search.method", error.what, error.hint)
+            yield recipe.problem("search.method", error.message, error.hint)
             continue
         preparation = preparation_for(method)
         if preparation is not None:

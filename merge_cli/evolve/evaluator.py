@@ -297,11 +297,11 @@ class MergeableModel:
         self._options, self._device = options, choose_device(options.device)
         refs = list(plan.stored_inputs)
         index = self._device.indexes[0] if self._device.indexes else None
-        self.place: SourceResidency = choose_residency(
+        self.residency: SourceResidency = choose_residency(
             stored_bytes(refs), index, on_device=plan.bytes_written, workers=workers
         )
         where = "cpu" if index is None else f"cuda:{index}"
-        self._files = InMemoryFiles(self.place, where)
+        self._files = InMemoryFiles(self.residency, where)
         self._files.keep(refs)
         self.live: LiveModel = load_scaffold(plan, options, **loading)
         self._parameters = find_parameter_slices(plan, self.live.net)
@@ -329,7 +329,7 @@ class MergeableModel:
             self._mergers[key] = (
                 TaskResolver(plan),
                 InMemoryMerger(
-                    plan, self._files, self._device, self._options, self.place.residency
+                    plan, self._files, self._device, self._options, self.residency.residency
                 ),
             )
             if len(self._mergers) > _MERGERS:

@@ -17,7 +17,7 @@ from merge_cli.recipe.schema import Recipe
 
 def soup_of(recipe: Recipe, members: Sequence[int]) -> Recipe:
     """The plain soup of some of the recipe's models, in its order."""
-    return recipe.found("soup", models=tuple(recipe.models[i] for i in sorted(members)))
+    return recipe.with_result("soup", models=tuple(recipe.models[i] for i in sorted(members)))
 
 
 class Greedy:

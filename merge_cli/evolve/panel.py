@@ -52,8 +52,8 @@ def search_json(decided: SearchPlan) -> dict[str, Any]:
         },
         "validated": _validated(decided),
         "tokens": _tokens(decided),
-        "residency": decided.place.residency,
-        "why": decided.place.reason,
+        "residency": decided.residency.residency,
+        "why": decided.residency.reason,
         "warnings": list(decided.warnings),
     }
 
@@ -93,8 +93,8 @@ def print_search(out: Console, decided: SearchPlan) -> None:
     out.print(f"  in all: {_amount(decided)}")
     count = search.workers
     out.print(
-        f"  workers: {count} ({search.engine}); sources {RESIDENCY[decided.place.residency]}: "
-        f"{escape(decided.place.reason)}"
+        f"  workers: {count} ({search.engine}); sources {RESIDENCY[decided.residency.residency]}: "
+        f"{escape(decided.residency.reason)}"
     )
     for line in decided.warnings:
         out.print(f"[dim]note:[/dim] {escape(line)}")

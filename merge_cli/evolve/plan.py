@@ -51,7 +51,7 @@ class SearchPlan:
     space: Space | None
     layers: int
     population: int
-    place: SourceResidency
+    residency: SourceResidency
     labels: tuple[str, ...]
     statics: tuple[StaticMerge, ...]
     warnings: tuple[str, ...]
@@ -71,7 +71,7 @@ class SearchPlan:
         """A static recipe of all sources, to load the live model with."""
         if self.space is not None:
             return self.space.recipe([0.5] * len(self.space))
-        return self.recipe.found("soup")
+        return self.recipe.with_result("soup")
 
 
 def plan_search(plan: Plan, options: MergeOptions) -> SearchPlan:
@@ -106,7 +106,7 @@ def plan_search(plan: Plan, options: MergeOptions) -> SearchPlan:
         raise RecipeError([recipe.problem("search.optimizer", message, "Use cma-es or tpe.")])
     if space is not None:
         for method in space.search.method:  # a mismatch is found before anything is loaded
-            make_plan(recipe.found(method))
+            make_plan(recipe.with_result(method))
         if search.start not in STARTS:
             start_genome(recipe, search, space)
     load_tokenizer(plan.sources[plan.tokenizer_index])

@@ -294,7 +294,7 @@ class _Run:
             "workers": decided.search.workers,
             "wall_seconds": round(seconds, 3),
             "resumed": self._evaluations.reused,
-            "residency": decided.place.residency,
+            "residency": decided.residency.residency,
             "peak_vram": _peak_vram(self._options),
         }
         record = build_record(
@@ -321,11 +321,11 @@ class _Run:
         plain = tuple(replace(spec, parameters={}) for spec in recipe.models)
         merges = {
             FOUND: self._recipe(best),
-            "uniform soup": recipe.found("soup", models=plain, parameters={}),
+            "uniform soup": recipe.with_result("soup", models=plain, parameters={}),
         }
         if recipe.base_model is not None:
             scale = {"lambda": Parameter("lambda", _LAMBDA, "parameters.lambda")}
-            merges[f"task arithmetic {_LAMBDA:g}"] = recipe.found(
+            merges[f"task arithmetic {_LAMBDA:g}"] = recipe.with_result(
                 "task_arithmetic", models=plain, parameters=scale
             )
         for item in best_first(self._statics)[:1]:  # the best by the rows that were searched on

@@ -149,7 +149,7 @@ class Space:
             replace(spec, parameters=parameters)
             for spec, parameters in zip(self.base.models, per_model, strict=True)
         )
-        return self.base.found(name, models=models, parameters=shared)
+        return self.base.with_result(name, models=models, parameters=shared)
 
     def start_from(self, recipe: Recipe) -> list[float]:
         """The genome nearest to a static recipe of the same sources, in any order.

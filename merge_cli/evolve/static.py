@@ -87,12 +87,12 @@ def _soup(recipe: Recipe, specs: Sequence[SourceSpec], weights: Sequence[float])
             replace(spec, parameters={"weight": Parameter("weight", weight, "weight")})
             for spec, weight in zip(specs, weights, strict=True)
         ]
-    return recipe.found("soup", models=tuple(specs), parameters={})
+    return recipe.with_result("soup", models=tuple(specs), parameters={})
 
 
 def _scaled(recipe: Recipe, specs: Sequence[SourceSpec], scale: float) -> Recipe:
     parameters = {"lambda": Parameter("lambda", scale, "parameters.lambda")}
-    return recipe.found("task_arithmetic", models=tuple(specs), parameters=parameters)
+    return recipe.with_result("task_arithmetic", models=tuple(specs), parameters=parameters)
 
 
 def _expressed(merge: StaticMerge, space: Space) -> StaticMerge:

@@ -158,7 +158,7 @@ def weighted_sum(stacked: Tensor, weights: Sequence[float]) -> Tensor:
 
 def _on(x: Tensor) -> torch.cuda.device_of:
     """Makes the device of `x` the current one: triton launches there, on its current stream."""
-    return torch.cuda.device_of(x)  # type: ignore[no-untyped-call]
+    return torch.cuda.device_of(x)  # type: ignore[no-untyped-call]  # torch's
 
 
 def _bits(x: Tensor) -> Tensor:

@@ -94,7 +94,7 @@ def read_config(path: Path, label: str) -> dict[str, Any]:
     if not problems:
         return config
     if len(problems) == 1:
-        raise SourceError(problems[0].what, model=label, file=CONFIG, hint=problems[0].hint)
+        raise SourceError(problems[0].message, model=label, file=CONFIG, hint=problems[0].hint)
     raise MismatchError(problems, f"{label}: {CONFIG} asks for what is not supported")
 
 

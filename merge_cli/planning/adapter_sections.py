@@ -30,7 +30,7 @@ def adapter_problems(recipe: Recipe, method: Method) -> Iterator[Problem]:
     if recipe.output is None:
         return
     for key in _OF_MODELS:
-        if key in recipe.places:
+        if key in recipe.positions:
             yield recipe.problem(key, "has no meaning in a merge of adapters.", "Leave it out.")
     if not method.plain:
         message = f"{recipe.merge_method} runs models, and adapters are merged without one."

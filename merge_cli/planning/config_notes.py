@@ -137,7 +137,7 @@ def config_notes(sources: Sequence[Source], config_source: int) -> Iterator[str]
         return
     meanings = [_Meaning(source.config) for source in described]
     written: list[_Meaning] = []
-    for key in dict.fromkeys(key for meaning in meanings for key in meaning.said):
+    for key in dict.fromkeys(key for meaning in meanings for key in meaning.settings):
         alone = key in _FOR_ALL or not any(key in meaning.around for meaning in meanings)
         values: dict[str, list[str]] = {}
         for source, meaning in zip(described, meanings, strict=True):
@@ -163,8 +163,8 @@ def _alike(key: str, sources: Sequence[Source], written: list[_Meaning]) -> bool
     if not written:
         result = [written_out(source.config) for source in sources]
         written += [_Meaning(config or {}) for config in result]
-    return all(key in item.said for item in written) and (
-        len({_shown(meaning.said[key]) for meaning in written}) == 1
+    return all(key in item.settings for item in written) and (
+        len({_shown(meaning.settings[key]) for meaning in written}) == 1
     )
 
 
@@ -183,24 +183,24 @@ class _Meaning:
     def __init__(self, config: Mapping[str, Any]) -> None:
         self._text = text_config(config)
         self.is_nested = self._text is not config
-        self.said = _normal(self._text)
+        self.settings = _normal(self._text)
         self.around: frozenset[str] = frozenset()
         if self.is_nested:
             whole = _normal({k: value for k, value in config.items() if value is not self._text})
-            self.around = frozenset(whole.keys() - self.said.keys())
-            self.said = {**whole, **self.said}
-            self.said |= {key: whole[key] for key in _FOR_ALL if key in whole}
+            self.around = frozenset(whole.keys() - self.settings.keys())
+            self.settings = {**whole, **self.settings}
+            self.settings |= {key: whole[key] for key in _FOR_ALL if key in whole}
         self._config = config
 
     def value(self, key: str) -> Any:
         """What it means by a key, whether it says so or not; None where nobody knows."""
-        value = self.said.get(key)
-        if value is None and key not in self.said:
+        value = self.settings.get(key)
+        if value is None and key not in self.settings:
             value = self._default(key)
         return self._implied(key) if value is None else value
 
     def _implied(self, key: str) -> Any:
-        heads, width = self.said.get("num_attention_heads"), self.said.get("hidden_size")
+        heads, width = self.settings.get("num_attention_heads"), self.settings.get("hidden_size")
         if key == "num_key_value_heads":
             return heads
         if key == "head_dim" and type(heads) is int and type(width) is int and heads > 0:

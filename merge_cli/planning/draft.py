@@ -82,7 +82,7 @@ class Draft:
         return self.slices[0].reference.source
 
     @property
-    def config_source(self) -> int:
+    def config_index(self) -> int:
         """Index of the source that gives config.json: the base, else the model listed first."""
         return self.reference if self.base is None else self.base
 

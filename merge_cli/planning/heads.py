@@ -104,8 +104,8 @@ class Copies:
         tied: whether the config's word is enough: then it is left out in any case, which is told.
     """
 
-    one: Tensor
-    other: Tensor
+    first: Tensor
+    second: Tensor
     dropped: bool
     tied: bool = False
 
@@ -123,7 +123,7 @@ def compare_copies(copies: Sequence[Copies]) -> tuple[str, ...]:
             element = _first_difference(pair, read)
             if element is None:
                 continue
-            first, second = pair.one, pair.other
+            first, second = pair.first, pair.second
             message = f"differs from {first.name} (first at element {element}): it is no copy of it"
             if pair.dropped and not pair.tied:
                 hint = "Merge with a base that stores both; or remove it, if it is not meant."
@@ -141,11 +141,11 @@ def compare_copies(copies: Sequence[Copies]) -> tuple[str, ...]:
 def _first_difference(pair: Copies, read: Read) -> int | None:
     import numpy as np
 
-    if pair.one.shape != pair.other.shape:
+    if pair.first.shape != pair.second.shape:
         return 0
-    for start in range(0, pair.one.size, _AT_ONCE):
-        count = min(_AT_ONCE, pair.one.size - start)
-        first, second = (read_numbers(read, t, start, count) for t in (pair.one, pair.other))
+    for start in range(0, pair.first.size, _AT_ONCE):
+        count = min(_AT_ONCE, pair.first.size - start)
+        first, second = (read_numbers(read, t, start, count) for t in (pair.first, pair.second))
         if not np.array_equal(first, second, equal_nan=True):
             return start + int(np.flatnonzero(~((first == second) | np.isnan(first)))[0])
     return None

@@ -62,12 +62,12 @@ class TensorMatches:
         uneven: tensors that not every source has, by what happens to them and why.
     """
 
-    found: list[TensorMatch] = field(default_factory=list)
+    matches: list[TensorMatch] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     uneven: dict[tuple[str, str], list[str]] = field(default_factory=dict)
-    places: LayerKeys = field(default_factory=LayerKeys)
+    layer_keys: LayerKeys = field(default_factory=LayerKeys)
 
-    def told(self, names: str, why: str, name: str) -> None:
+    def note(self, names: str, why: str, name: str) -> None:
         """Remember what is told of many tensors in one line: `names` are those of the sources."""
         self.uneven.setdefault((names, why), []).append(name)
 
@@ -85,7 +85,7 @@ class Model:
 
     source: Source
     view: TensorMap
-    places: LayerKeys
+    layer_keys: LayerKeys
 
     @property
     def label(self) -> str:
@@ -94,7 +94,7 @@ class Model:
     @cached_property
     def layer_index(self) -> LayerIndex:
         """What slices need to know; found for the first of them."""
-        return LayerIndex(self.view, self.source.config, self.places)
+        return LayerIndex(self.view, self.source.config, self.layer_keys)
 
     def parts(self, modules: Sequence[str]) -> dict[str, Model]:
         """The model's modules, as models; what none of them has goes by an empty name."""
@@ -116,7 +116,7 @@ def match_pieces(
         views: for each source, the tensors that it is taken to have.
     """
     matches, absent = TensorMatches(), AbsentTensors(sources)
-    layer_keys = matches.places
+    layer_keys = matches.layer_keys
     models = [Model(source, view, layer_keys) for source, view in zip(sources, views, strict=True)]
     modules = list(
         dict.fromkeys(output_slice.module for output_slice in slices if output_slice.module)
@@ -125,7 +125,7 @@ def match_pieces(
     matches.problems += _module_problems(slices, models, parts)
     for output_slice in slices:
         if output_slice.left_over:
-            matches.found += _left_over(output_slice, parts[output_slice.reference.source][""])
+            matches.matches += _left_over(output_slice, parts[output_slice.reference.source][""])
             continue
         of_module = [part[output_slice.module] for part in parts] if output_slice.module else models
         _match_slice(output_slice, of_module, layer_keys, absent, matches)
@@ -159,7 +159,7 @@ def _left_over(output_slice: OutputSlice, model: Model) -> Iterator[TensorMatch]
     """Copies of what no listed module has."""
     why = f"in none of the recipe's modules: copied from {model.label}"
     for name, ref in model.view.items():
-        key = model.places[name]
+        key = model.layer_keys[name]
         group = f"{key.stack}.{key.index}".lstrip(".") if key else name
         yield TensorMatch(
             name,
@@ -194,7 +194,7 @@ def _match_slice(
     positions = LayerPositions(layers, stack, output_slice.start)
     for name in candidates[0]:
         if name.endswith(_LEFT_OUT):
-            into.told("left out", BUFFER, name)
+            into.note("left out", BUFFER, name)
             continue
         key = layer_keys[name]
         position = positions.of(key) if key else LayerPosition(name)
@@ -260,13 +260,13 @@ def _match_tensor(
         reference = (
             output_slice.reference.source
         )  # has it: its names are the ones that are looked for
-        into.found.append(
+        into.matches.append(
             TensorMatch(name, output_slice, position, (present[0],), None, reference, why)
         )
         return
     base = present.pop(0) if output_slice.base else None
     source = output_slice.operands[0].source
-    into.found.append(TensorMatch(name, output_slice, position, tuple(present), base, source))
+    into.matches.append(TensorMatch(name, output_slice, position, tuple(present), base, source))
 
 
 def _is_copied(
@@ -288,7 +288,7 @@ def _is_copied(
     if why:
         who = ", ".join(lacking.values())
         verb = "lacks" if len(lacking) == 1 else "lack"
-        into.told(f"copied from {labels[0]}, as {who} {verb} it", why, name)
+        into.note(f"copied from {labels[0]}, as {who} {verb} it", why, name)
         return True
     for label in lacking.values():
         into.problems.append(Problem(f"missing from {label}; {labels[0]} has it", name))
@@ -334,6 +334,6 @@ def _report_extra(
             both = output_slice.reference.source, member.source
             why = absent.why_left_out(name, *both, sliced=sliced)
             if why:
-                into.told(f"{label} has it, {labels[0]} does not: left out", why, name)
+                into.note(f"{label} has it, {labels[0]} does not: left out", why, name)
             else:
                 into.problems.append(Problem(f"{label} has it, {labels[0]} does not", name))

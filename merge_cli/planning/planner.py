@@ -163,7 +163,7 @@ def cut_slices(draft: Draft) -> Draft:
     draft = replace(draft, slices=tuple(slices))
     if draft.base is not None:
         return draft
-    label = draft.sources[draft.config_source].label
+    label = draft.sources[draft.config_index].label
     note = f"config.json and tokenizer come from {label}, listed first"
     return replace(draft, notes=(note, *draft.notes))
 
@@ -205,13 +205,13 @@ def unify_heads(draft: Draft) -> Draft:
 
 def align_vocabularies(draft: Draft) -> Draft:
     """Embeddings and heads in the order of one vocabulary, as far as the recipe asks for it."""
-    aligned = align(draft.recipe, draft.sources, draft.tensors, draft.base, draft.config_source)
+    aligned = align(draft.recipe, draft.sources, draft.tensors, draft.base, draft.config_index)
     return draft.noting(aligned.notes, aligned=aligned)
 
 
 def check_copied_files(draft: Draft) -> Draft:
     """The files that are copied beside the weights can be, and hold what their names promise."""
-    givers = draft.sources[draft.config_source], draft.tokenizer_source
+    givers = draft.sources[draft.config_index], draft.tokenizer_source
     check_links(givers[0].root, givers[1].root, (givers[0].label, givers[1].label))
     check_companions(*givers)
     return draft
@@ -239,7 +239,7 @@ def compare_settings(draft: Draft) -> Draft:
     recipe, sources = draft.recipe, draft.sources
     template, template_notes = choose_template(recipe, sources)
     vocabularies = vocabulary_notes(sources) if recipe.tokenizer is None else ()
-    notes = (*config_notes(sources, draft.config_source), *vocabularies, *template_notes)
+    notes = (*config_notes(sources, draft.config_index), *vocabularies, *template_notes)
     return draft.noting(notes, template=template)
 
 
@@ -271,8 +271,8 @@ def merge_config(draft: Draft) -> Draft:
     Raises:
         RecipeError: layers that config.json could not describe.
     """
-    recipe, sources, keys = draft.recipe, draft.sources, draft.matches.places
-    source = sources[draft.config_source]
+    recipe, sources, keys = draft.recipe, draft.sources, draft.matches.layer_keys
+    source = sources[draft.config_index]
     config, left_out_notes = source.config, list[str]()
     stacked = stacked_slices(recipe, draft.slices, sources)
     if stacked:
@@ -302,7 +302,7 @@ def check_model(draft: Draft) -> Draft:
     if draft.recipe.output is not None:
         return draft
     shapes = {task.name: task.shape for task in draft.tasks}
-    index = draft.config_source
+    index = draft.config_index
     try:
         notes = check_structure(
             draft.config,
@@ -320,7 +320,7 @@ def check_model(draft: Draft) -> Draft:
 
 def note_leftovers(draft: Draft) -> Draft:
     """Code that is not run, filters that match nothing, layers that gradients do not reach."""
-    source, matches = draft.sources[draft.config_source], draft.matches.found
+    source, matches = draft.sources[draft.config_index], draft.matches.matches
     names = chain((task.name for task in draft.tasks), sliced_names(matches))
     beyond = dict.fromkeys(
         match.layer_position.group
@@ -356,7 +356,7 @@ _PASSES: tuple[Callable[[Draft], Draft], ...] = (
 
 def _as_plan(draft: Draft, shard_size: int, stages: Mapping[str, Plan]) -> Plan:
     """What is decided, with the output's tensors laid out in shards."""
-    source = draft.sources[draft.config_source]
+    source = draft.sources[draft.config_index]
     outputs = [output for task in draft.tasks for output in task.outputs]
     operands = dict.fromkeys(operand.source for part in draft.slices for operand in part.operands)
     plan = Plan(
@@ -365,7 +365,7 @@ def _as_plan(draft: Draft, shard_size: int, stages: Mapping[str, Plan]) -> Plan:
         sources=(*draft.sources, *filter(None, [draft.aligned.guest])),
         base=draft.base,
         operands=tuple(operands),
-        config_index=draft.config_source,
+        config_index=draft.config_index,
         aligned=draft.aligned,
         template=draft.template,
         tasks=draft.tasks,
@@ -382,9 +382,9 @@ def _as_plan(draft: Draft, shard_size: int, stages: Mapping[str, Plan]) -> Plan:
 
 def _placed(problem: Problem, recipe: Recipe) -> Problem:
     """With its line, where it is about a key of the recipe and not about a tensor."""
-    if problem.key not in recipe.places:
+    if problem.key not in recipe.positions:
         return problem
-    return recipe.problem(problem.key, problem.what, problem.hint)
+    return recipe.problem(problem.key, problem.message, problem.hint)
 
 
 def _differences(sources: Sequence[Source]) -> str:

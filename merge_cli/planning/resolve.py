@@ -46,7 +46,7 @@ def check_recipe(recipe: Recipe) -> Checked:
         method = get_method(name)
     except UsageError as error:
         hint = error.hint if error.where == "" else ""
-        return Checked(None, (recipe.problem("merge_method", error.what, hint),), ())
+        return Checked(None, (recipe.problem("merge_method", error.message, hint),), ())
     if method.resolve_variant is not None:
         method = method.resolve_variant(recipe) or method
     problems: list[Problem] = []
@@ -261,7 +261,7 @@ def _finds_method(recipe: Recipe) -> bool:
 
 def _at(recipe: Recipe, key: str) -> str:
     """A place in the recipe, as warnings name it."""
-    line, column = recipe.places.get(key, (0, 0))
+    line, column = recipe.positions.get(key, (0, 0))
     return f"{recipe.file}:{line}:{column}: {key}"
 
 
@@ -338,7 +338,7 @@ def unused_filters(recipe: Recipe, names: Iterable[str]) -> Iterator[str]:
                 all_names = tuple(names) if all_names is None else all_names
                 is_used[filter] = any(matches(filter, name) for name in all_names)
             if not is_used[filter]:
-                line, _ = recipe.places.get(parameter.key, (0, 0))
+                line, _ = recipe.positions.get(parameter.key, (0, 0))
                 where = f"{parameter.key}, line {line} of the recipe"
                 yield f"{where}: the filter '{filter}' matches no tensor and has no effect"
 

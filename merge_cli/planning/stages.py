@@ -104,7 +104,7 @@ def _plan_one(
         # One word, and the Hub has it not: more likely a document than a model.
         spec = next((s for s in recipe.source_specs if str(s.model) == error.model), None)
         key = spec.key if spec else "base_model"
-        key = f"{key}.model" if f"{key}.model" in recipe.places else key
+        key = f"{key}.model" if f"{key}.model" in recipe.positions else key
         if not plans or "/" in error.model or not hub_id(error.model):
             raise
         message = (

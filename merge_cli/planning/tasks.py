@@ -34,11 +34,11 @@ def decide_tasks(draft: Draft) -> Draft:
     Raises:
         RecipeError: values that no tensor can be merged with, each once.
     """
-    recipe, config_source = draft.recipe, draft.sources[draft.config_source]
+    recipe, config_source = draft.recipe, draft.sources[draft.config_index]
     fp8_choice = fp8.Fp8Choice(config_source) if recipe.fp8 else None
     tasks: list[TensorTask] = []
     refused: dict[str, Problem] = {}
-    for part, matches in groupby(draft.matches.found, key=attrgetter("output_slice")):
+    for part, matches in groupby(draft.matches.matches, key=attrgetter("output_slice")):
         for task, error in tensor_tasks(
             recipe, draft.method, part, matches, fp8_choice, draft.copy_of
         ):

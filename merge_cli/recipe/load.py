@@ -161,7 +161,7 @@ def _names(roots: Sequence[Node], recipes: Sequence[Recipe], file: str) -> list[
         elif folder in seen:
             message = f"'{recipe.name}' is the name of another document, on line {seen[folder]}"
             problems.append(recipe.problem("name", message))
-        seen.setdefault(folder, recipe.places.get("name", (0, 0))[0])
+        seen.setdefault(folder, recipe.positions.get("name", (0, 0))[0])
     return problems
 
 
@@ -172,7 +172,7 @@ def _references(recipe: Recipe, by_name: Mapping[str, Recipe]) -> list[Problem]:
     if recipe.base_model is not None:
         named.insert(0, ("base_model", recipe.base_model))
     for at, model in named:
-        key = f"{at}.model" if f"{at}.model" in recipe.places else at
+        key = f"{at}.model" if f"{at}.model" in recipe.positions else at
         if model.path in by_name:
             problems += [recipe.problem(key, *wrong) for wrong in _misused(model, recipe)]
         elif near := _meant(model, by_name, recipe.folder):

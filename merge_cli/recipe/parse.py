@@ -150,7 +150,7 @@ def parse_recipe(root: Node, file: str, folder: Path) -> tuple[Recipe | None, li
         **values,
         file=file,
         folder=folder,
-        places=reader.positions,
+        positions=reader.positions,
         warnings=tuple(reader.warnings),
     ), reader.problems
 

@@ -16,6 +16,7 @@ raised, so that one look at a file shows all of them, each with line and column.
 from __future__ import annotations
 
 import types
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -100,16 +101,16 @@ class Reader:
         return result
 
 
-class Form:
+class Form(ABC):
     """What a key may hold."""
 
+    @abstractmethod
     def read(self, node: Node, key: str, reader: Reader) -> Any:
         """The value; REFUSED, and a problem, where the node holds something else."""
-        raise NotImplementedError
 
+    @abstractmethod
     def schema(self) -> Schema:
         """The same as JSON Schema."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

@@ -121,7 +121,7 @@ class Recipe:
     output: AdapterOutput | None = None
     file: str = ""
     folder: Path = field(default_factory=Path.cwd)
-    places: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    positions: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     stages: tuple[Recipe, ...] = ()
 
@@ -205,11 +205,11 @@ class Recipe:
         """Whether parameters or members must be found before anything can be merged."""
         return self.objective is not None
 
-    def found(self, method: str, **changes: Any) -> Recipe:
+    def with_result(self, method: str, **changes: Any) -> Recipe:
         """A static recipe with what a search has found."""
         return replace(self, merge_method=method, search=None, objective=None, **changes)
 
     def problem(self, key: str, message: str, hint: str = "") -> Problem:
         """A problem at a key path of this recipe, with its line and column."""
-        line, column = self.places.get(key, (0, 0))
+        line, column = self.positions.get(key, (0, 0))
         return Problem(message, key, self.file, line, column, hint)

@@ -183,7 +183,7 @@ def open_source(model: ModelRef, folder: Path) -> Source:
         if not near:
             raise
         # It reads like a Hub id, and much more like a folder that is here.
-        raise HubError(error.what, model=label, hint=f"Did you mean '{near}'?") from error
+        raise HubError(error.message, model=label, hint=f"Did you mean '{near}'?") from error
 
 
 def open_tokenizer(model: ModelRef, folder: Path) -> Source:

@@ -77,7 +77,7 @@ class AlignedVocabulary:
         if self.changed or self.files or self.guest is not None:
             message = f"{work} runs the models, which must share a vocabulary."
             hint = "Bring them to one vocabulary first: merge each alone, with this section."
-            key = "tokenizer" if "tokenizer" in recipe.places else "tokenizer_source"
+            key = "tokenizer" if "tokenizer" in recipe.positions else "tokenizer_source"
             raise RecipeError([recipe.problem(key, message, hint)])
 
 
@@ -266,7 +266,7 @@ class _Alignment:
             listed = bool(_vocabulary(model))
         except MergeCliError as error:
             message = (
-                f"'{word}' is not one of the recipe's models, and not a tokenizer: {error.what}."
+                f"'{word}' is not one of the recipe's models, and not a tokenizer: {error.message}."
             )
             hint = "Use `union`, `base`, one of them, or another model's folder or Hub id."
             raise RecipeError([self._recipe.problem(self._spec.key, message, hint)]) from error

@@ -50,7 +50,7 @@ def vocabulary_notes(sources: Sequence[Source]) -> Iterator[str]:
             if text is not None:
                 vocabularies.append((source, read_vocabulary(source)))
         except CorruptFileError as error:  # the merge goes on: the files are only copied
-            yield f"{source.label}: {error.what}; its tokens may differ from the others'"
+            yield f"{source.label}: {error.message}; its tokens may differ from the others'"
     for source, tokens in vocabularies[1:]:
         first, reference = vocabularies[0]
         by_number = {number: token for token, number in reference.items()}

@@ -63,7 +63,9 @@ def test_rounds_change_nothing(models: Path) -> None:
     for rounds in (None, 3, 100):
         recipe = write_recipe(models, "regmean", statistics={"rounds": rounds})
         plan = plan_of(recipe)
-        digests.append(calibrate(plan, CPU, silent).calibrated.digests)  # type: ignore[union-attr]
+        calibrated = calibrate(plan, CPU, silent).calibrated
+        assert calibrated is not None
+        digests.append(calibrated.digests)
         for part in plan_calibration(plan, "cpu", source_identity).parts:
             part.path.unlink()
     assert digests[0] == digests[1] == digests[2]

@@ -13,7 +13,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -139,8 +139,8 @@ def test_where_the_sources_wait_changes_no_bit(
 
         return lane
 
-    place = residency_module.SourceResidency(residency, "for the test", 0)  # type: ignore[arg-type]
-    monkeypatch.setattr(evaluator_module, "choose_residency", lambda *about, **more: place)
+    chosen = residency_module.SourceResidency(cast(Any, residency), "for the test", 0)
+    monkeypatch.setattr(evaluator_module, "choose_residency", lambda *about, **more: chosen)
     monkeypatch.setattr(merger, "in_memory_workers", lanes)
     if residency == "device":
         monkeypatch.setattr(merger, "arithmetic_for", lambda *about: ("torch", ""))
@@ -178,7 +178,7 @@ def test_candidates_on_a_gpu_are_what_it_writes(folder: Path) -> None:
     )
     options = MergeOptions(device="cuda:0")
     live = MergeableModel(load_recipe(recipe), options, device="cuda:0")
-    assert live.place.residency == "device"
+    assert live.residency.residency == "device"
     live.become(load_recipe(recipe))
     merge_cli.merge(recipe, folder / "out", options=options)
     disk = load(open_source(ModelRef(str(folder / "out")), folder), device="cuda:0")
@@ -432,12 +432,12 @@ def test_a_search_resumes_from_any_byte_of_its_journal(folder: Path, optimizer: 
     raw = (whole.folder.path / "journal.jsonl").read_bytes()
     cuts = random.Random(optimizer).sample(range(len(raw)), 4)
     for number, cut in enumerate([*cuts, 0, len(raw)]):
-        place = folder / f"part{number}.search"
-        place.mkdir()
-        (place / MARK).touch()
-        (place / "journal.jsonl").write_bytes(raw[:cut])
+        residency = folder / f"part{number}.search"
+        residency.mkdir()
+        (residency / MARK).touch()
+        (residency / "journal.jsonl").write_bytes(raw[:cut])
         again = run_search(recipe, folder / f"part{number}")
-        assert journal(place / "journal.jsonl") == journal(whole.folder.path / "journal.jsonl")
+        assert journal(residency / "journal.jsonl") == journal(whole.folder.path / "journal.jsonl")
         assert again.text == whole.text
 
 

@@ -209,7 +209,7 @@ objective: [{task: loss, data: x.jsonl}]
         tmp_path,
     )
     text = "\n".join(found)
-    for place, words in (
+    for residency, words in (
         ("r.yaml:5:3: search.methd", "Did you mean 'method'?"),
         ("r.yaml:7:3: search.optimiser", "Did you mean 'optimizer'?"),
         ("r.yaml:8:14: search.optimizer", "Did you mean 'cma-es'?"),
@@ -222,8 +222,8 @@ objective: [{task: loss, data: x.jsonl}]
         ("r.yaml:16:22: search.parameters.elect.choices", "at least two"),
         ("r.yaml:17:42: search.parameters.t.tied", "models, layers, filters"),
     ):
-        line = next((line for line in text.splitlines() if line.startswith(place)), "")
-        assert words in line, f"{place}: {words!r} not in\n{text}"
+        line = next((line for line in text.splitlines() if line.startswith(residency)), "")
+        assert words in line, f"{residency}: {words!r} not in\n{text}"
 
 
 @pytest.mark.parametrize(

@@ -272,7 +272,7 @@ def test_modules_that_the_models_do_not_have(eyes: Family) -> None:
     with pytest.raises(MismatchError) as caught:
         merge_cli.plan(path)
     (problem,) = caught.value.problems
-    assert "a has no tensors of a module 'audio_tower'" in problem.what
+    assert "a has no tensors of a module 'audio_tower'" in problem.message
     assert (problem.line, problem.column) == (3, 3)
     path = recipe(eyes, {"vison_tower": {"models": ["a"]}}, "passthrough")
     with pytest.raises(MismatchError, match="Did you mean 'vision_tower'"):

@@ -67,19 +67,19 @@ def draft(text: str, *sources: Source) -> Draft:
 def matched(start: Draft) -> Draft:
     """With every tensor as its source has it."""
     tensors = tuple(source.tensors for source in start.sources)
-    aligned = AlignedVocabulary(tensors, start.config_source)
+    aligned = AlignedVocabulary(tensors, start.config_index)
     return match_tensors(replace(start, tensors=tensors, aligned=aligned))
 
 
 def test_the_base_gives_config_and_names() -> None:
     based = draft(TASK, source("a", LAYERS), source("b", LAYERS))
-    assert (based.base, based.reference, based.config_source) == (0, 0, 0)
+    assert (based.base, based.reference, based.config_index) == (0, 0, 0)
     assert based.notes == ()
 
 
 def test_without_a_base_the_first_model_gives_the_config_and_a_note_says_so() -> None:
     free = draft(LINEAR, source("a", LAYERS), source("b", LAYERS))
-    assert (free.base, free.config_source) == (None, 0)
+    assert (free.base, free.config_index) == (None, 0)
     assert free.notes == ("config.json and tokenizer come from a, listed first",)
 
 
@@ -90,7 +90,7 @@ def test_slices_start_where_the_last_one_ended() -> None:
     stacked = draft(text, source("a", LAYERS))
     assert [part.start for part in stacked.slices] == [0, 2]
     assert [(part.first, part.last) for part in stacked.slices] == [(True, False), (False, True)]
-    names = [match.name for match in matched(stacked).matches.found]
+    names = [match.name for match in matched(stacked).matches.matches]
     assert [name for name in names if ".layers." in name] == [
         f"model.layers.{layer}.mlp.up_proj.weight" for layer in range(3)
     ]
@@ -122,7 +122,7 @@ def test_a_source_lends_the_copy_that_it_has() -> None:
     joined = unify_copies(draft(LINEAR, source("a", both), source("b", one)))
     assert joined.copy_of == {"encoder.embed_tokens.weight": "shared.weight"}
     assert joined.sources[1].tensors.keys() == both.keys()
-    assert [(pair.one.name, pair.other.name) for pair in joined.copies] == [tuple(both)]
+    assert [(pair.first.name, pair.second.name) for pair in joined.copies] == [tuple(both)]
 
 
 def test_heads_that_every_config_ties_are_left_out() -> None:

@@ -82,8 +82,8 @@ def test_an_expression_that_is_none_is_told_where_it_stands(family: Family) -> N
         load_recipe(family.write(text))
     (problem,) = caught.value.problems
     assert (problem.line, problem.column) == (6, 20)
-    assert "not a regular expression: missing ), unterminated subpattern" in problem.what
-    assert problem.what.endswith("at character 5 of the filter")
+    assert "not a regular expression: missing ), unterminated subpattern" in problem.message
+    assert problem.message.endswith("at character 5 of the filter")
 
 
 def test_a_filter_of_a_search_is_checked_too(family: Family) -> None:

@@ -18,14 +18,14 @@ def disjoint_mean(rows, weights, weighted, divide_by, zero_sign, least_divisor, 
     sources, size = rows.shape
     elected = np.empty(CHUNK, np.float32)
     divisor = np.empty(CHUNK, np.float32)
-    one = F32(1.0)
+    unit_vote = F32(1.0)
     for begin in range(0, size, CHUNK):
         end = min(begin + CHUNK, size)
         length = end - begin
         total = out[begin:end]
         for s in range(sources):
             row = rows[s, begin:end]
-            vote = weights[s] if weighted else one
+            vote = weights[s] if weighted else unit_vote
             if s == 0:
                 for i in range(length):
                     elected[i] = row[i] * vote
@@ -34,15 +34,15 @@ def disjoint_mean(rows, weights, weighted, divide_by, zero_sign, least_divisor, 
                     elected[i] = elected[i] + row[i] * vote
         for i in range(length):
             sign = zero_sign
-            sign = one if elected[i] > 0 else sign
-            sign = -one if elected[i] < 0 else sign
+            sign = unit_vote if elected[i] > 0 else sign
+            sign = -unit_vote if elected[i] < 0 else sign
             elected[i] = sign
         total[:] = 0
         divisor[:] = 0
         for s in range(sources):
             row, weight = rows[s, begin:end], weights[s]
-            vote = weight if weighted else one
-            share = one if divide_by == COUNT else weight
+            vote = weight if weighted else unit_vote
+            share = unit_vote if divide_by == COUNT else weight
             if divide_by == NOTHING:
                 for i in range(length):
                     agrees = (row[i] * vote) * elected[i] > 0
@@ -60,5 +60,5 @@ def disjoint_mean(rows, weights, weighted, divide_by, zero_sign, least_divisor, 
                 total[i] = total[i] / safe
         else:
             for i in range(length):
-                safe = one if abs(divisor[i]) < F32(1e-8) else divisor[i]
+                safe = unit_vote if abs(divisor[i]) < F32(1e-8) else divisor[i]
                 total[i] = total[i] / safe
