@@ -77,10 +77,9 @@ class Automatic:
         return f"{decided.key} {decided.budget}".encode()
 
     def contents_used(self, recipe: Recipe) -> set[bytes]:
-        from merge_cli.dam.data import source_rows
-        from merge_cli.evaluation.rows import content_of
+        from merge_cli.dam.data import source_contents
 
-        return {content_of(row) for row in source_rows(recipe)}
+        return source_contents(recipe)
 
     def plan_json(self, decided: AutomaticPlan) -> dict[str, Any]:
         from merge_cli.auto.panel import automatic_json

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from merge_cli.auto.measure import Losses, from_json, gain, mean_loss, measure, to_json
@@ -23,55 +22,24 @@ from merge_cli.options import MergeOptions, OnProgress, Progress
 from merge_cli.planning.plan import Plan
 from merge_cli.planning.planner import make_plan
 from merge_cli.system.machine import torch_threads
-from merge_cli.system.records import Records
-from merge_cli.system.workspace import Workspace
+from merge_cli.system.workspace import JournalWorkspace
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    pass
 
 _BATCH_TOKENS = 4096
 
 
-class AutomaticWorkspace(Workspace):
-    """OUT.auto: a journal with a line for each step that is done, and what dam has learned.
-
-    Attributes:
-        lines: of the journal, by kind of line and step.
-    """
+class AutomaticWorkspace(JournalWorkspace):
+    """OUT.auto: a journal with a line for each step that is done, and what dam has learned."""
 
     def __init__(self, target: Path, key: str, *, fresh: bool) -> None:
-        super().__init__(target, ".auto", "automatic merge")
-        self._key, self._fresh = key, fresh
-        self._records: Records | None = None
-        self.lines: dict[tuple[str, str], dict[str, Any]] = {}
+        super().__init__(target, ".auto", "automatic merge", key, fresh=fresh)
 
-    def __enter__(self) -> Self:
-        super().__enter__()
-        try:
-            self.resume_work(self._key, fresh=self._fresh)
-            self._records = Records(self.journal, self._key, durable=True)
-        except BaseException:
-            self.__exit__(None, None, None)
-            raise
-        self.lines = {(line["kind"], line["step"]): line for line in self._records.entries}
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._records is not None:
-            self._records.close()
-            self._records = None
-        super().__exit__(kind, error, trace)
-
-    def append(self, line: dict[str, Any]) -> None:
-        """Add a line; it is on disk when this returns."""
-        assert self._records is not None, "it is entered"
-        self._records.append(line)
-        self.lines[line["kind"], line["step"]] = line
+    def line(self, kind: str, step: str) -> dict[str, Any] | None:
+        """The line of a step that is done."""
+        lines = (line for line in self.lines if (line["kind"], line["step"]) == (kind, step))
+        return next(lines, None)
 
 
 @dataclass(frozen=True)
@@ -206,7 +174,7 @@ class _Run:
         """Every step that the budget allows, and why there are no more."""
         steps, lowest, left_out = self._decided.steps, math.inf, []
         for number, step in enumerate(steps):
-            line = self._folder.lines.get(("step", step.name))
+            line = self._folder.line("step", step.name)
             if line is None and number and (why := self._too_much(step)):
                 left_out.append(step.name)
                 self._path.append(_left_out(step, why))
@@ -321,7 +289,7 @@ class _Run:
         """
         losses: dict[str, Losses] = {}
         for name in dict.fromkeys((best, *others)):
-            line = self._folder.lines.get(("test", name))
+            line = self._folder.line("test", name)
             if line is None:
                 self._on_progress(Progress("auto", 0, 0, f"test rows: {name}"))
                 rows = to_json(self._measured(name, "test"))

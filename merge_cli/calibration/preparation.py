@@ -73,10 +73,9 @@ class Calibration:
         return b""  # the key of the work has examples and settings
 
     def contents_used(self, recipe: Recipe) -> set[bytes]:
-        from merge_cli.dam.data import source_rows
-        from merge_cli.evaluation.rows import content_of
+        from merge_cli.dam.data import source_contents
 
-        return {content_of(row) for row in source_rows(recipe)}
+        return source_contents(recipe)
 
     def plan_json(self, decided: CalibrationPlan) -> dict[str, Any]:
         from merge_cli.calibration.panel import calibration_json

@@ -20,7 +20,7 @@ from typing import Any
 from merge_cli.dam.datasets import read_data
 from merge_cli.errors import SourceError
 from merge_cli.evaluation.forward import Example
-from merge_cli.evaluation.rows import Row, distinct, encode, without
+from merge_cli.evaluation.rows import Row, content_of, distinct, encode, without
 from merge_cli.evaluation.tokens import Encoded, row_start
 from merge_cli.recipe.reference import local_file
 from merge_cli.recipe.schema import Recipe
@@ -297,6 +297,11 @@ def source_rows(recipe: Recipe) -> Iterator[Row]:
             if source.data.held_out:
                 files = data_files(source.data.held_out, recipe)
                 yield from read_data(source.data, files, held_out=True)
+
+
+def source_contents(recipe: Recipe) -> set[bytes]:
+    """What the rows of the sources' data say (`evaluation.rows.content_of`)."""
+    return {content_of(row) for row in source_rows(recipe)}
 
 
 def short_names(paths: Sequence[str]) -> list[str]:

@@ -95,10 +95,9 @@ class Learning:
         return "".join(parts).encode()
 
     def contents_used(self, recipe: Recipe) -> set[bytes]:
-        from merge_cli.dam.data import source_rows
-        from merge_cli.evaluation.rows import content_of
+        from merge_cli.dam.data import source_contents
 
-        return {content_of(row) for row in source_rows(recipe)}
+        return source_contents(recipe)
 
     def plan_json(self, decided: TrainingPlan) -> dict[str, Any]:
         from merge_cli.dam.panel import training_json

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from merge_cli.checkpoint.fingerprint import auxiliary_fingerprint
@@ -31,11 +30,10 @@ from merge_cli.planning.plan import Plan
 from merge_cli.recipe.search import Search
 from merge_cli.recipe.values import Parameter
 from merge_cli.system.raw_io import replace_file
-from merge_cli.system.records import Records
-from merge_cli.system.workspace import Workspace
+from merge_cli.system.workspace import JournalWorkspace
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    pass
 
 
 BEST, _RECORD = "best_recipe.yaml", "search.json"
@@ -46,57 +44,17 @@ _FORMAT = 2
 _CONTRADICTION = "the journal has another candidate with this number than this version would try"
 
 
-class SearchWorkspace(Workspace):
-    """OUT.search: a context manager that holds its lock.
+class SearchWorkspace(JournalWorkspace):
+    """OUT.search: a context manager that holds its lock, with a journal of candidates.
 
     Args:
         target: OUT.
         key: of the search; the folder of another search is refused.
         fresh: discard an earlier search.
-
-    Attributes:
-        lines: of the journal, without the first.
     """
 
     def __init__(self, target: Path, key: str, *, fresh: bool = False) -> None:
-        super().__init__(target, ".search", "search")
-        self.key, self._fresh = key, fresh
-        self._records: Records | None = None
-        self.lines: list[Line] = []
-
-    def __enter__(self) -> Self:
-        """Take the lock and read the journal, up to the first damaged line.
-
-        Raises:
-            ResourceError: another process searches here, or the folder cannot be written.
-            UsageError: the folder is of another search, or not of merge-cli.
-        """
-        super().__enter__()
-        try:
-            self.resume_work(self.key, fresh=self._fresh)
-            self._records = Records(self.journal, self.key, durable=True)
-        except BaseException:
-            self.__exit__(None, None, None)
-            raise
-        self.lines = list(self._records.entries)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._records is not None:
-            self._records.close()
-            self._records = None
-        super().__exit__(kind, error, trace)
-
-    def append(self, line: Line) -> None:
-        """Add a line; it is on disk when this returns."""
-        assert self._records is not None, "it is entered"
-        self.lines.append(line)
-        self._records.append(line)
+        super().__init__(target, ".search", "search", key, fresh=fresh)
 
     def write_best(self, text: str) -> Path:
         """Write the best recipe so far."""

@@ -242,3 +242,55 @@ def is_at(path: Path, descriptor: int) -> bool:
         return os.stat(path).st_ino == os.fstat(descriptor).st_ino
     except FileNotFoundError:
         return False
+
+
+class JournalWorkspace(Workspace):
+    """A workspace whose work goes on from the lines of its journal.
+
+    Args:
+        key: of the work; the folder of other work is refused.
+        fresh: throw away earlier work.
+
+    Attributes:
+        lines: of the journal, without the first, up to the first damaged one.
+    """
+
+    def __init__(self, target: Path, suffix: str, work: str, key: str, *, fresh: bool) -> None:
+        super().__init__(target, suffix, work)
+        self.key, self._fresh = key, fresh
+        self._records: Records | None = None
+        self.lines: list[dict[str, Any]] = []
+
+    def __enter__(self) -> Self:
+        """Take the lock and read the journal.
+
+        Raises:
+            ResourceError: another process works here, or the folder cannot be written.
+            UsageError: the folder is of other work, or not of merge-cli.
+        """
+        super().__enter__()
+        try:
+            self.resume_work(self.key, fresh=self._fresh)
+            self._records = Records(self.journal, self.key, durable=True)
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        self.lines = list(self._records.entries)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._records is not None:
+            self._records.close()
+            self._records = None
+        super().__exit__(kind, error, trace)
+
+    def append(self, line: dict[str, Any]) -> None:
+        """Add a line; it is on disk when this returns."""
+        assert self._records is not None, "it is entered"
+        self.lines.append(line)
+        self._records.append(line)
