@@ -23,7 +23,7 @@ from merge_cli.recipe.parse import RECIPE
 from merge_cli.recipe.reader import NUMBER_AS_TEXT, Schema, any_of
 from merge_cli.recipe.search import WITHOUT_SPACE
 from merge_cli.recipe.sources import setting_schema
-from merge_cli.recipe.training import unused_options
+from merge_cli.recipe.statistics import unused_options
 
 _GREEDY = "greedy_soup"  # the one method that searches without a space of parameters
 _DRAFT = "https://json-schema.org/draft/2020-12/schema"

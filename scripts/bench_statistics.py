@@ -36,7 +36,7 @@ from merge_cli.calibration.store import Writer
 from merge_cli.evaluation.forward import Example
 from merge_cli.evaluation.live import LiveModel
 from merge_cli.recipe.reference import ModelRef
-from merge_cli.recipe.training import Statistics
+from merge_cli.recipe.statistics import Statistics
 from merge_cli.sources.source import Source, open_source
 
 GATHER = {"regmean": ("gram", gather_grams), "fisher": ("fisher", gather_importances)}

@@ -13,7 +13,7 @@ from typing import Any
 
 from merge_cli.adapters.factors import Factors
 from merge_cli.adapters.folder import AdapterFolder
-from merge_cli.lora.experts import ExpertPosition, wrapping_order
+from merge_cli.lora.expert_updates import ExpertPosition, wrapping_order
 
 # The first version of PEFT that takes an expert's B A as [outputs, inputs], as it is written here.
 NEWEST = "0.19.1"

@@ -15,7 +15,8 @@ from typing import Any, Literal
 from merge_cli.checkpoint.class_config import UnknownClass, empty_model
 from merge_cli.engine.parameter_slices import by_name
 from merge_cli.errors import MismatchError, Problem, SourceError, UsageError
-from merge_cli.lora.experts import SEPARATE_NAMES, ExpertPosition
+from merge_cli.lora.expert_updates import ExpertPosition
+from merge_cli.lora.experts import SEPARATE_NAMES
 from merge_cli.planning.plan import Plan
 from merge_cli.planning.planner import make_plan
 from merge_cli.recipe.reference import local_folder, parse_reference

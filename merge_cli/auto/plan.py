@@ -22,7 +22,7 @@ from merge_cli.planning.plan import Plan
 from merge_cli.planning.planner import make_plan
 from merge_cli.recipe.automatic import Budget
 from merge_cli.recipe.schema import Recipe, SourceSpec
-from merge_cli.recipe.training import Statistics, unused_options
+from merge_cli.recipe.statistics import Statistics, unused_options
 from merge_cli.recipe.values import Parameter
 
 SOUP = "uniform soup"

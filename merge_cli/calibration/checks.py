@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from merge_cli.errors import Problem
 from merge_cli.methods.registry import Method, get_method
 from merge_cli.recipe.schema import Recipe
-from merge_cli.recipe.training import unused_options
+from merge_cli.recipe.statistics import unused_options
 
 
 def calibration_problems(recipe: Recipe, method: Method) -> Iterator[Problem]:

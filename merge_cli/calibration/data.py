@@ -20,8 +20,9 @@ from merge_cli.errors import SourceError
 from merge_cli.evaluation.forward import Example
 from merge_cli.evaluation.rows import distinct
 from merge_cli.evaluation.tokens import row_start
+from merge_cli.recipe.data import Data
 from merge_cli.recipe.schema import Recipe
-from merge_cli.recipe.training import Data, Statistics
+from merge_cli.recipe.statistics import Statistics
 from merge_cli.sources.source import Source
 
 

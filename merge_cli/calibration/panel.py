@@ -21,7 +21,7 @@ _WORDS = {"gram": "matrices of layers' inputs", "fisher": "importances of weight
 
 def statistics_json(kind: str) -> list[dict[str, Any]]:
     """Every dial of `statistics:` that this kind of statistics has."""
-    from merge_cli.recipe.training import Statistics, unused_options
+    from merge_cli.recipe.statistics import Statistics, unused_options
 
     plain = Statistics()
     return [
@@ -42,7 +42,7 @@ def print_statistics(out: Console, kind: str) -> None:
 
 def calibration_json(decided: CalibrationPlan) -> dict[str, Any]:
     """The gathering plan as data, for `--json`."""
-    from merge_cli.recipe.training import plain_statistics
+    from merge_cli.recipe.statistics import plain_statistics
 
     return {
         "kind": decided.kind,

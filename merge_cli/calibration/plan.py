@@ -31,7 +31,7 @@ from merge_cli.evaluation.fingerprints import remembered_identity
 from merge_cli.evaluation.live import choose_dtype, context_of
 from merge_cli.planning.plan import Plan
 from merge_cli.recipe.schema import Recipe
-from merge_cli.recipe.training import Statistics
+from merge_cli.recipe.statistics import Statistics
 from merge_cli.sources.source import Source
 
 ORIGIN = "gathered_from"  # under `metadata:` of a resolved recipe

@@ -19,7 +19,7 @@ from merge_cli.evaluation.fingerprints import refuse_changed, source_identity
 from merge_cli.evaluation.live import load, memory_errors
 from merge_cli.options import MergeOptions, OnProgress, Progress
 from merge_cli.planning.plan import Plan
-from merge_cli.recipe.training import Statistics
+from merge_cli.recipe.statistics import Statistics
 from merge_cli.system.machine import torch_threads
 
 _MEASURES = {"gram": gather_grams, "fisher": gather_importances}

@@ -22,9 +22,10 @@ from merge_cli.errors import SourceError
 from merge_cli.evaluation.forward import Example
 from merge_cli.evaluation.rows import Row, content_of, distinct, encode, without
 from merge_cli.evaluation.tokens import Encoded, row_start
+from merge_cli.recipe.data import Data
 from merge_cli.recipe.reference import local_file
 from merge_cli.recipe.schema import Recipe
-from merge_cli.recipe.training import Data, Training
+from merge_cli.recipe.training import Training
 
 _POOL = 16  # batches among which sequences are sorted by length
 

@@ -16,7 +16,7 @@ from merge_cli.errors import MismatchError, Problem, ResourceError, SourceError
 from merge_cli.evaluation.live import load_tokenizer
 from merge_cli.evaluation.rows import Row, content_of, make_row, read_rows
 from merge_cli.planning.plan import Plan
-from merge_cli.recipe.training import Data
+from merge_cli.recipe.data import Data
 
 _FIELDS = ("text", "prompt", "completion", "messages")
 VALIDATION = TEST = 0.1  # shares of the rows, about

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from merge_cli.checkpoint.tensors import Zeros
 from merge_cli.errors import SourceError
-from merge_cli.lora import experts
+from merge_cli.lora import expert_updates
 from merge_cli.lora.adapter import (
     EMBEDDING_FACTORS,
     LAYER_FACTORS,
@@ -31,12 +31,12 @@ def changes_of(adapter: Adapter, label: str) -> dict[str, UpdatedTensor | Patche
     """
     contents = sort_contents(adapter.tensors)
     modules, replacements = contents.modules, contents.replacements
-    fused, unknown = experts.fused_updates(modules, adapter.config)
+    fused, unknown = expert_updates.fused_updates(modules, adapter.config)
     if unknown:
         module, why = next(iter(unknown.items()))
         raise SourceError(f"{module}: {why}", model=label, hint=_MERGE)
-    context = experts.AdapterContext(adapter.config, fingerprint=adapter.fingerprint)
-    expert_changes = experts.changes_of_experts(fused, context, label)
+    context = expert_updates.AdapterContext(adapter.config, fingerprint=adapter.fingerprint)
+    expert_changes = expert_updates.changes_of_experts(fused, context, label)
     if isinstance(expert_changes, str):
         raise SourceError(expert_changes, model=label, hint=_MERGE)
     stacks = {id(ref) for update in fused for ref in (update.a, update.b)}
@@ -74,11 +74,13 @@ def changes_of(adapter: Adapter, label: str) -> dict[str, UpdatedTensor | Patche
     return changes
 
 
-def experts_of(adapter: Adapter) -> dict[str, experts.ExpertPosition]:
+def experts_of(adapter: Adapter) -> dict[str, expert_updates.ExpertPosition]:
     """Where the changes of single experts belong, by their names in `changes_of`."""
     modules = sort_contents(adapter.tensors).modules
-    fused, _ = experts.fused_updates(modules, adapter.config)
-    changes = experts.changes_of_experts(fused, experts.AdapterContext(adapter.config), "")
+    fused, _ = expert_updates.fused_updates(modules, adapter.config)
+    changes = expert_updates.changes_of_experts(
+        fused, expert_updates.AdapterContext(adapter.config), ""
+    )
     return (
         {}
         if isinstance(changes, str)

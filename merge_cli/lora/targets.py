@@ -17,7 +17,7 @@ from typing import Any
 from merge_cli.checkpoint.headers import TensorRef
 from merge_cli.checkpoint.tensors import Tensor
 from merge_cli.errors import MismatchError, Problem, SourceError
-from merge_cli.lora import experts
+from merge_cli.lora import expert_updates, experts
 from merge_cli.lora.adapter import WEIGHTS, AdapterContents, Parts, sort_contents
 from merge_cli.lora.config import scale_of
 from merge_cli.lora.heads import (
@@ -106,11 +106,11 @@ class _Application:
         self._label, self._fingerprint, self._base = label, fingerprint, base
         text = base.get("text_config")
         types = (section.get("model_type") for section in (base, text) if isinstance(section, dict))
-        self._context = experts.AdapterContext(
+        self._context = expert_updates.AdapterContext(
             config, next((k for k in types if isinstance(k, str)), ""), fingerprint
         )
         self._embeddings = find_embedding_and_head(tensors, base)
-        self._fused, self._unknown = experts.fused_updates(contents.modules, config)
+        self._fused, self._unknown = expert_updates.fused_updates(contents.modules, config)
         inside = {u.module for u in self._fused} | self._unknown.keys()
         self._layers = {
             m: parts
@@ -335,7 +335,7 @@ class _Application:
         if isinstance(weight, UpdatedTensor):
             return "two modules of the adapter change it"
         if len(weight.shape) == 3 and parts.keys() == {"a", "b"}:
-            update = experts.ExpertUpdate(module, "weight", parts["a"], parts["b"])
+            update = expert_updates.ExpertUpdate(module, "weight", parts["a"], parts["b"])
             changed = experts.apply_fused(
                 update, target.removesuffix(".weight"), self._tensors, self._context
             )
@@ -390,7 +390,9 @@ class _Application:
 
     def _ranks(self) -> set[int]:
         ranks = {parts["b"].shape[1] for parts in self._layers.values() if "b" in parts}
-        return ranks | {experts.rank_of(u, self._config) or u.b.shape[1] for u in self._fused}
+        return ranks | {
+            expert_updates.rank_of(u, self._config) or u.b.shape[1] for u in self._fused
+        }
 
 
 def _last(name: str) -> str:

@@ -34,7 +34,7 @@ from merge_cli.errors import UsageError
 from merge_cli.methods.parameters import MethodParameter, read_parameters
 from merge_cli.recipe.fields import nearest
 from merge_cli.recipe.schema import Parameters, Recipe
-from merge_cli.recipe.training import Kind
+from merge_cli.recipe.statistics import Kind
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -18,7 +18,7 @@ from merge_cli.errors import MergeCliError, MismatchError, Problem, SourceError
 from merge_cli.lora.adapter import WEIGHTS, Adapter, open_adapter
 from merge_cli.lora.changes import LowRank, changes_of, embeddings_of, experts_of
 from merge_cli.lora.expert_factors import PatchedTensor
-from merge_cli.lora.experts import is_newer
+from merge_cli.lora.expert_updates import is_newer
 from merge_cli.lora.update import UpdatedTensor
 from merge_cli.methods.registry import get_method
 from merge_cli.planning.plan import Plan, TensorTask

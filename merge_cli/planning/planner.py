@@ -22,14 +22,11 @@ from merge_cli.checkpoint.dtypes import DTYPES, MERGEABLE
 from merge_cli.checkpoint.layer_config import LAYER_COUNTS
 from merge_cli.checkpoint.layout import lay_out, natural_key
 from merge_cli.errors import (
-    MergeCliError,
     MismatchError,
     Problem,
     RecipeError,
-    SourceError,
     UsageError,
 )
-from merge_cli.formats.detect import advice
 from merge_cli.planning import fp8_output as fp8
 from merge_cli.planning.aliases import join_aliases
 from merge_cli.planning.config_notes import config_notes
@@ -37,6 +34,7 @@ from merge_cli.planning.draft import Draft
 from merge_cli.planning.heads import head_problems, reconcile_heads
 from merge_cli.planning.layouts import lay_out_alike
 from merge_cli.planning.match import match_pieces
+from merge_cli.planning.opening import files_of, one_spelling, open_all
 from merge_cli.planning.output_slices import (
     described,
     left_out,
@@ -50,12 +48,12 @@ from merge_cli.planning.resolve import beyond_note, check_recipe, unused_filters
 from merge_cli.planning.structure import check_structure
 from merge_cli.planning.tasks import decide_tasks
 from merge_cli.recipe.load import parse_text, read_recipe
-from merge_cli.recipe.reference import ModelRef, local_file, local_folder
+from merge_cli.recipe.reference import local_file
 from merge_cli.recipe.schema import Recipe
-from merge_cli.sources.source import Source, open_source
+from merge_cli.sources.source import Source
 from merge_cli.tokenizer.alignment import align
 from merge_cli.tokenizer.chat_template import choose_template
-from merge_cli.tokenizer.files import check_companions
+from merge_cli.tokenizer.conversion import check_companions
 from merge_cli.tokenizer.renumbering import renumber, vocabulary_notes
 
 DEFAULT_SHARD_SIZE = 5_000_000_000  # transformers' default
@@ -405,62 +403,3 @@ def _differences(sources: Sequence[Source]) -> str:
             pairs = zip(sources, values, strict=True)
             lines.append(f"{key}: " + ", ".join(f"{s.label} {value}" for s, value in pairs))
     return "".join(f"\n  {line}" for line in lines)
-
-
-def one_spelling(recipe: Recipe) -> Recipe:
-    """`base` and `./base` are one model: named as the recipe names it first."""
-    first: dict[Path, ModelRef] = {}
-    spelling: dict[ModelRef, ModelRef] = {}
-    for model in recipe.references:
-        folder = local_folder(model.path, recipe.folder)
-        is_local = folder is not None and not model.lora
-        spelling[model] = (
-            first.setdefault(folder.resolve(), model) if folder and is_local else model
-        )
-    return recipe.with_models(spelling)
-
-
-def open_all(recipe: Recipe, made: Mapping[str, Source]) -> tuple[Recipe, list[Source]]:
-    """Open every model, the base first.
-
-    Args:
-        made: the results of other documents, by name: open already.
-
-    Returns:
-        the recipe with one spelling for each model, and the sources, each once.
-
-    Raises:
-        SourceError: a model that cannot be opened, or whose weights are quantised.
-        MismatchError: several that cannot be opened.
-    """
-    opened: dict[ModelRef, Source] = {}
-    first: dict[tuple[Path, ...], ModelRef] = {}
-    spelling: dict[ModelRef, ModelRef] = {}
-    errors: list[MergeCliError] = []
-    for reference in recipe.references:
-        try:
-            source = made.get(str(reference)) or open_source(reference, recipe.folder)
-        except SourceError as error:
-            errors.append(error)
-            continue
-        # `base` and `./base`, a branch and its commit: one model, whose spelling decides nothing.
-        spelling[reference] = first.setdefault(source.identity, reference)
-        opened.setdefault(spelling[reference], source)
-    if len(errors) == 1:
-        raise errors[0]
-    if errors:
-        problems = [Problem(str(error)) for error in errors]
-        raise MismatchError(problems, f"{len(errors)} models cannot be opened")
-    for source in opened.values():
-        refused = advice(source.config)
-        if refused is not None:
-            method, hint = refused
-            message = f"its weights are quantised ({method})"
-            raise SourceError(message, model=source.label, hint=hint)
-    return recipe.with_models(spelling), list(opened.values())
-
-
-def files_of(source: Source) -> frozenset[str]:
-    """The names of a model's files, here or on the Hub."""
-    local_names = {path.name for path in source.root.iterdir()} if source.root.is_dir() else set()
-    return frozenset(local_names | set(source.hub.files if source.hub else ()))

@@ -13,10 +13,12 @@ from typing import Any
 
 import yaml
 
+from merge_cli.recipe.data import Data
 from merge_cli.recipe.reference import ModelRef, local_file, local_folder, parse_reference
 from merge_cli.recipe.schema import Parameters, Recipe, SliceSpec, SourceSpec
+from merge_cli.recipe.statistics import plain_statistics
 from merge_cli.recipe.tokenizer import BASE, UNION, TokenizerSpec
-from merge_cli.recipe.training import Data, plain_statistics, plain_training
+from merge_cli.recipe.training import plain_training
 from merge_cli.recipe.values import Gradient, Setting
 
 Locate = Callable[[ModelRef], str]

@@ -31,8 +31,9 @@ from merge_cli.recipe.reader import (
 from merge_cli.recipe.schema import Recipe
 from merge_cli.recipe.search import SEARCH, Search
 from merge_cli.recipe.sources import MODELS, PARAMETERS, SLICES, ModulesForm
+from merge_cli.recipe.statistics import STATISTICS
 from merge_cli.recipe.tokenizer import TemplateForm, TokenizerForm, TokenizerSpec
-from merge_cli.recipe.training import STATISTICS, TRAINING, Training, contradictions
+from merge_cli.recipe.training import TRAINING, Training, contradictions
 
 _FP8_NAMES = ("fp8", "float8", "float8_e4m3fn", "fp8_e4m3", "e4m3")
 

@@ -9,13 +9,15 @@ from typing import Any
 
 from merge_cli.errors import Problem
 from merge_cli.recipe.automatic import Budget
+from merge_cli.recipe.data import Data
 from merge_cli.recipe.fields import FP8
 from merge_cli.recipe.nodes import Node
 from merge_cli.recipe.output import AdapterOutput
 from merge_cli.recipe.reference import ModelRef
 from merge_cli.recipe.search import Search
+from merge_cli.recipe.statistics import Statistics
 from merge_cli.recipe.tokenizer import TokenizerSpec
-from merge_cli.recipe.training import Data, Statistics, Training, preset
+from merge_cli.recipe.training import Training, preset
 from merge_cli.recipe.values import Parameter
 
 Parameters = Mapping[str, Parameter]

@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
+from merge_cli.recipe.data import DataForm
 from merge_cli.recipe.fields import INEFFECTIVE, UNUSED_LAYER_RANGE
 from merge_cli.recipe.models import MODEL
 from merge_cli.recipe.nodes import Node, without_empty
@@ -31,7 +32,6 @@ from merge_cli.recipe.reader import (
 )
 from merge_cli.recipe.reference import ModelRef
 from merge_cli.recipe.schema import ModuleSpec, Parameters, SliceSpec, SourceSpec
-from merge_cli.recipe.training import DataForm
 from merge_cli.recipe.values import Gradient, Parameter, Rule, Scalar, filter_error
 
 FILTER_HELP = (

@@ -1,5 +1,4 @@
-"""The sections on examples: `training:` (methods that learn), `statistics:` (methods that look at
-examples before they merge), and a model's `data:`.
+"""The `training:` section of a recipe whose method learns: options, presets, contradictions.
 
 Each option is a field with its default, bounds and one line of help; `reader.py` reads them. A
 preset is a set of defaults; what the recipe says itself wins.
@@ -14,20 +13,17 @@ from typing import Any, Literal, get_args
 
 from merge_cli.recipe.nodes import Node
 from merge_cli.recipe.reader import (
-    REFUSED,
     Checked,
     Form,
     Plain,
     Reader,
     Schema,
-    Text,
     Texts,
     any_of,
     finite,
     option,
     section_of,
 )
-from merge_cli.recipe.reference import local_file
 
 Granularity = Literal["tensor", "column", "row", "element", "low_rank"]
 Preset = Literal["default", "dam", "dam-reference", "adamerging", "expert-merging", "learned-soup"]
@@ -266,74 +262,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-@dataclass(frozen=True)
-class DataFiles(Form):
-    """A file, or a list of files, that exist."""
-
-    def read(self, node: Node, key: str, reader: Reader) -> Any:
-        words = [node.value] if isinstance(node.value, str) else node.plain()
-        if not (isinstance(words, list) and words and all(isinstance(w, str) and w for w in words)):
-            return reader.refuse_type(node, key, "must be a file or a list of files")
-        for word in words:
-            if local_file(word, reader.folder) is None:
-                reader.refuse(node, key, f"no such file: {word}")
-        return tuple(words)
-
-    def schema(self) -> Schema:
-        return Texts().schema()
-
-
-@dataclass(frozen=True)
-class Data:
-    """Where a source's examples come from: files, or a data set of the Hub.
-
-    Attributes:
-        key: where it stands in the recipe.
-    """
-
-    files: tuple[str, ...] = option(
-        (), "files of examples, relative to the recipe", form=DataFiles()
-    )
-    held_out: tuple[str, ...] = option(
-        (), "files to measure on; default a share of the rows of `files`", form=DataFiles()
-    )
-    dataset: str | None = option(None, "a data set of the Hub, by its id", form=Text())
-    config: str | None = option(None, "configuration of the data set", form=Text())
-    split: str = option("train", "split of the data set", form=Text())
-    revision: str | None = option(None, "a branch, tag or commit of it", form=Text())
-    part: Literal["all", "train", "validation", "test"] = option(
-        "all", "all rows, or one part of them, divided by content as auto divides them"
-    )
-    key: str = ""
-
-
-def _data(values: dict[str, Any], node: Node, key: str, reader: Reader) -> Data:
-    given = [
-        name for name in ("files", "dataset") if (child := node.value.get(name)) and child.value
-    ]
-    if len(given) != 1:
-        reader.refuse(node, key, "give either files or a dataset", "Write `data: FILE`.")
-    return Data(**values, key=key)
-
-
-_EITHER = [{"required": ["files"]}, {"required": ["dataset"]}]
-_DATA_SECTION = section_of(Data, _data, oneOf=_EITHER)
-
-
-@dataclass(frozen=True)
-class DataForm(Form):
-    """A file, several, or a mapping of `files`, `held_out`, or a Hub `dataset`."""
-
-    def read(self, node: Node, key: str, reader: Reader) -> Any:
-        if isinstance(node.value, dict):
-            return _DATA_SECTION.read(node, key, reader)
-        files = DataFiles().read(node, key, reader)
-        return REFUSED if files is REFUSED else Data(files=files, key=key)
-
-    def schema(self) -> Schema:
-        return any_of(*DataFiles().schema()["anyOf"], _DATA_SECTION.schema())
-
-
 def preset(name: str) -> Training:
     """A preset with nothing changed."""
     given: dict[str, Any] = {"preset": name, **PRESETS[name]}
@@ -382,49 +310,6 @@ def contradictions(training: Training, sources: int) -> list[tuple[str, str, str
     if not any(training.loss.values()):
         result.append(("loss", "every loss has the weight 0.", ""))
     return result
-
-
-Kind = Literal["gram", "fisher"]
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """How each source is looked at. None is explained by the help."""
-
-    examples: int | None = option(256, "examples of each source; null takes all of its data", 1)
-    max_length: int = option(512, "tokens of an example; longer rows are cut into several", 2)
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
-        "auto", "dtype that the models run in; sums are wider"
-    )
-    batch_tokens: int = option(4096, "tokens in one forward pass", 2)
-    rounds: int | None = option(
-        None, "passes over the data, each for some layers; default as few as memory allows", 1
-    )
-    targets: Literal["data", "sampled"] = option(
-        "data", "labels: the data's own, or drawn from the model's predictions"
-    )
-
-
-# What only one kind of statistics is made with.
-_OF_ONE: dict[str, Kind] = {"batch_tokens": "gram", "rounds": "gram", "targets": "fisher"}
-
-
-def unused_options(kind: str) -> tuple[str, ...]:
-    """The options that have no effect on statistics of this kind."""
-    return tuple(name for name, only in _OF_ONE.items() if only != kind)
-
-
-def plain_statistics(statistics: Statistics, kind: str) -> dict[str, Any]:
-    """Every option that has an effect, as YAML writes it; null where that is a choice."""
-    unused = unused_options(kind)
-    return {
-        f.name: getattr(statistics, f.name)
-        for f in fields(Statistics)
-        if f.name not in unused and not (f.name == "rounds" and statistics.rounds is None)
-    }
-
-
-STATISTICS = section_of(Statistics, null=True)
 
 
 def _training(values: dict[str, Any], node: Node, key: str, reader: Reader) -> Training:

@@ -1,18 +1,4 @@
-"""Reading the tokenizer files of a model's folder, as data: nothing in them is executed.
-
-Every field that is used is checked for its type and bounds; everything else is copied, or left to
-the library that reads it. Token numbers become rows of an embedding, so they have a bound:
-
-    0 <= number < rows + tokens      no two tokens of one number
-
-A tokenizer may have tokens without a row in the embedding: numbered one after another, they stay
-within that bound.
-
-Older models have only a sentencepiece or tiktoken file. transformers turns it into a
-tokenizer.json, because the tokenizer's class decides how its pieces are numbered.
-
-The small JSON files that a merge copies are read, too: an output with a broken one would not load.
-"""
+"""Reading the tokenizer files of a model's folder, as data: nothing in them is executed."""
 
 from __future__ import annotations
 
@@ -20,21 +6,23 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from merge_cli.checkpoint.auxiliary_files import companion_files, is_tokenizer_file
-from merge_cli.errors import CorruptFileError, SourceError
+from merge_cli.errors import CorruptFileError
 from merge_cli.sources.source import Source
 from merge_cli.system.untrusted import (
     Unreadable,
-    kind_of,
     read_bytes,
-    read_json,
     read_mapping,
     read_text,
     whole_number,
+)
+from merge_cli.tokenizer.checks import (
+    check_document,
+    check_settings,
+    check_templates,
+    check_vocabulary,
 )
 
 Content = TypeVar("Content", str, bytes)
@@ -56,8 +44,6 @@ _OPAQUE = (
     "tiktoken.model",
     "merges.txt",
 )
-# The largest vocabularies have 300,000 tokens; a list of this size still fits into memory.
-MAX_TOKENS = 10_000_000
 # Larger files are vocabularies: they take a second to read, and are read where they are used.
 _SMALL = 2**20
 _LISTS = ("modules.json",)
@@ -262,153 +248,3 @@ def _refuse(source: Source, token: Any, number: Any, most: int) -> None:
 
 def _shown(token: Any) -> str:
     return repr(str(token)[:40])
-
-
-def check_document(document: Mapping[str, Any]) -> None:
-    """Check a tokenizer.json.
-
-    Raises:
-        Unreadable: a field of the wrong type, or a token number out of bounds.
-    """
-    model = _field(document, "model", dict, "a mapping") or {}
-    _field(model, "type", str, "text", "model.")
-    listed = model.get("vocab")
-    if isinstance(listed, list):  # unigram models list tokens with their scores
-        if len(listed) > MAX_TOKENS:
-            raise Unreadable(f"model.vocab lists {len(listed)} tokens (at most {MAX_TOKENS})")
-        for number, entry in enumerate(listed):
-            _check_scored(entry, f"model.vocab[{number}]")
-    elif listed is not None:
-        check_vocabulary(listed, "model.vocab")
-    for number, token in enumerate(_field(document, "added_tokens", list, "a list") or ()):
-        where = f"added_tokens[{number}]"
-        if not isinstance(token, dict):
-            raise Unreadable(f"{where} must be a mapping (got {kind_of(token)})")
-        if not isinstance(token.get("content"), str):
-            raise Unreadable(f"{where}.content must be text (got {kind_of(token.get('content'))})")
-        whole_number(token.get("id"), f"{where}.id", most=MAX_TOKENS - 1)
-
-
-def check_vocabulary(vocabulary: Any, where: str) -> None:
-    """Check a mapping token -> number, as tokenizer.json, vocab.json, added_tokens.json have it.
-
-    Raises:
-        Unreadable: see `check_document`.
-    """
-    if not isinstance(vocabulary, dict):
-        raise Unreadable(f"{where} must be a mapping (got {kind_of(vocabulary)})")
-    for token, number in vocabulary.items():
-        if type(number) is not int or not 0 <= number < MAX_TOKENS:  # fast: this is a long loop
-            whole_number(number, f"{where}: the number of {token[:60]!r}", most=MAX_TOKENS - 1)
-
-
-def check_settings(settings: Mapping[str, Any], special: tuple[str, ...]) -> None:
-    """Check a tokenizer_config.json.
-
-    Args:
-        special: the keys of its special tokens.
-
-    Raises:
-        Unreadable: see `check_document`.
-    """
-    for key in special:
-        token = settings.get(key)
-        content = token.get("content") if isinstance(token, dict) else token
-        if content is not None and not isinstance(content, str):
-            raise Unreadable(f"{key} must be text, or a mapping with it (got {kind_of(content)})")
-    check_templates(settings)
-    decoder = _field(settings, "added_tokens_decoder", dict, "a mapping") or {}
-    for number, token in decoder.items():
-        if not isinstance(token, dict):
-            message = f"added_tokens_decoder.{number[:20]} must be a mapping (got {kind_of(token)})"
-            raise Unreadable(message)
-
-
-def check_templates(settings: Mapping[str, Any]) -> None:
-    """Check the chat templates of a tokenizer_config.json or chat_template.json.
-
-    Raises:
-        Unreadable: neither text nor a list of names and texts.
-    """
-    stored = settings.get("chat_template")
-    for number, entry in enumerate(stored if isinstance(stored, list) else ()):
-        for key in ("name", "template"):
-            value = entry.get(key) if isinstance(entry, dict) else None
-            if not isinstance(value, str):
-                message = (
-                    f"chat_template[{number}] must have '{key}', a text (got {kind_of(entry)})"
-                )
-                raise Unreadable(message)
-    if stored is not None and not isinstance(stored, str | list):
-        raise Unreadable(f"chat_template must be text, or a list (got {kind_of(stored)})")
-
-
-def _check_scored(entry: Any, where: str) -> None:
-    fits = isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str)
-    if not fits or type(entry[1]) not in (int, float):
-        raise Unreadable(f"{where} must be a token and its score (got {kind_of(entry)})")
-
-
-def _field(mapping: Mapping[str, Any], key: str, kind: type, expected: str, where: str = "") -> Any:
-    """A field of the expected kind; it may be missing or null."""
-    value = mapping.get(key)
-    if value is not None and not isinstance(value, kind):
-        raise Unreadable(f"{where}{key} must be {expected} (got {kind_of(value)})")
-    return value
-
-
-def tokenizer_document(source: Source) -> dict[str, Any]:
-    """A model's tokenizer.json, or the one that transformers makes; the caller may change it.
-
-    Raises:
-        CorruptFileError: tokenizer.json has invalid fields.
-        SourceError: there is no tokenizer.json, and transformers cannot make one.
-    """
-    if (source.root / "tokenizer.json").exists():
-        return tokenizer_json(source)
-    try:
-        document = json.loads(_converted(source.root))
-    except Exception as error:
-        # A missing package, or anything that a tokenizer's class raises.
-        message = f"its tokenizer cannot be read without a tokenizer.json ({error})"
-        hint = "pip install 'merge-cli[sentencepiece]', or save its tokenizer with transformers."
-        raise SourceError(message, model=source.label, hint=hint) from error
-    assert isinstance(document, dict)
-    return document
-
-
-def converted_vocabulary(source: Source) -> dict[str, int]:
-    """Token -> number of a model without a file that lists them.
-
-    Raises:
-        SourceError: see `tokenizer_document`.
-    """
-    return tokens_of(tokenizer_document(source))
-
-
-@lru_cache(maxsize=16)
-def _converted(root: Path) -> str:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(str(root), trust_remote_code=False)
-    return str(tokenizer.backend_tokenizer.to_str())
-
-
-def check_companions(config_source: Source, tokenizer_source: Source) -> None:
-    """Check the small JSON files that a merge copies.
-
-    Raises:
-        CorruptFileError: a file that is not JSON, or not a mapping.
-    """
-    settings_json(tokenizer_source)
-    for source, tokenizer in ((config_source, False), (tokenizer_source, True)):
-        if not source.root.is_dir():
-            continue  # the output of a later stage, or a base of zeros: nothing is copied
-        for path in companion_files(source.root):
-            is_checked = is_tokenizer_file(path.name) is tokenizer and path.suffix == ".json"
-            if not is_checked or path.stat().st_size > _SMALL:
-                continue
-            json = read_json(path, source.label)
-            if not isinstance(json, dict) and path.name not in _LISTS:
-                message = f"is not a mapping but {kind_of(json)}"
-                raise CorruptFileError(message, model=source.label, file=path.name)

@@ -16,7 +16,8 @@ from typing import Any
 
 from merge_cli.errors import SourceError
 from merge_cli.sources.source import Source
-from merge_cli.tokenizer.files import opaque_files, settings_json, tokenizer_document
+from merge_cli.tokenizer.conversion import tokenizer_document
+from merge_cli.tokenizer.files import opaque_files, settings_json
 
 _RARE = 10.0  # below the smallest score of a unigram model: chosen only where nothing else fits
 _PLAIN = {

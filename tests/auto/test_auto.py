@@ -23,7 +23,7 @@ from merge_cli.methods.registry import get_method
 from merge_cli.options import MergeOptions, Progress
 from merge_cli.planning.planner import load_recipe, make_plan
 from merge_cli.planning.preparation import preparations_of
-from merge_cli.recipe.training import Data
+from merge_cli.recipe.data import Data
 from tests.support.dam_tiny import config, write_data, write_models
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")

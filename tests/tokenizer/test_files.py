@@ -13,7 +13,7 @@ import merge_cli
 from merge_cli.errors import CorruptFileError, HubError, SourceError
 from merge_cli.recipe.reference import expanded, hub_id, is_revision
 from merge_cli.system.untrusted import Unreadable
-from merge_cli.tokenizer.files import check_document, check_settings, check_vocabulary
+from merge_cli.tokenizer.checks import check_document, check_settings, check_vocabulary
 from tests.support.tiny import Family
 
 NOT_TEXT: tuple[Any, ...] = (None, True, 3, 1.5, [], {})

@@ -1,0 +1,76 @@
+"""The models of a recipe, each opened once, whatever the recipe calls it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from merge_cli.errors import (
+    MergeCliError,
+    MismatchError,
+    Problem,
+    SourceError,
+)
+from merge_cli.formats.detect import advice
+from merge_cli.recipe.reference import ModelRef, local_folder
+from merge_cli.recipe.schema import Recipe
+from merge_cli.sources.source import Source, open_source
+
+
+def one_spelling(recipe: Recipe) -> Recipe:
+    """`base` and `./base` are one model: named as the recipe names it first."""
+    first: dict[Path, ModelRef] = {}
+    spelling: dict[ModelRef, ModelRef] = {}
+    for model in recipe.references:
+        folder = local_folder(model.path, recipe.folder)
+        is_local = folder is not None and not model.lora
+        spelling[model] = (
+            first.setdefault(folder.resolve(), model) if folder and is_local else model
+        )
+    return recipe.with_models(spelling)
+
+
+def open_all(recipe: Recipe, made: Mapping[str, Source]) -> tuple[Recipe, list[Source]]:
+    """Open every model, the base first.
+
+    Args:
+        made: the results of other documents, by name: open already.
+
+    Returns:
+        the recipe with one spelling for each model, and the sources, each once.
+
+    Raises:
+        SourceError: a model that cannot be opened, or whose weights are quantised.
+        MismatchError: several that cannot be opened.
+    """
+    opened: dict[ModelRef, Source] = {}
+    first: dict[tuple[Path, ...], ModelRef] = {}
+    spelling: dict[ModelRef, ModelRef] = {}
+    errors: list[MergeCliError] = []
+    for reference in recipe.references:
+        try:
+            source = made.get(str(reference)) or open_source(reference, recipe.folder)
+        except SourceError as error:
+            errors.append(error)
+            continue
+        # `base` and `./base`, a branch and its commit: one model, whose spelling decides nothing.
+        spelling[reference] = first.setdefault(source.identity, reference)
+        opened.setdefault(spelling[reference], source)
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        problems = [Problem(str(error)) for error in errors]
+        raise MismatchError(problems, f"{len(errors)} models cannot be opened")
+    for source in opened.values():
+        refused = advice(source.config)
+        if refused is not None:
+            method, hint = refused
+            message = f"its weights are quantised ({method})"
+            raise SourceError(message, model=source.label, hint=hint)
+    return recipe.with_models(spelling), list(opened.values())
+
+
+def files_of(source: Source) -> frozenset[str]:
+    """The names of a model's files, here or on the Hub."""
+    local_names = {path.name for path in source.root.iterdir()} if source.root.is_dir() else set()
+    return frozenset(local_names | set(source.hub.files if source.hub else ()))

@@ -1,0 +1,80 @@
+"""A tokenizer in another form: one JSON document made of what transformers reads.
+
+Older models have only a sentencepiece or tiktoken file. transformers turns it into a
+tokenizer.json, because the tokenizer's class decides how its pieces are numbered.
+
+The small JSON files that a merge copies are read, too: an output with a broken one would not load.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from merge_cli.checkpoint.auxiliary_files import companion_files, is_tokenizer_file
+from merge_cli.errors import CorruptFileError, SourceError
+from merge_cli.sources.source import Source
+from merge_cli.system.untrusted import (
+    kind_of,
+    read_json,
+)
+from merge_cli.tokenizer.files import _LISTS, _SMALL, settings_json, tokenizer_json, tokens_of
+
+
+def tokenizer_document(source: Source) -> dict[str, Any]:
+    """A model's tokenizer.json, or the one that transformers makes; the caller may change it.
+
+    Raises:
+        CorruptFileError: tokenizer.json has invalid fields.
+        SourceError: there is no tokenizer.json, and transformers cannot make one.
+    """
+    if (source.root / "tokenizer.json").exists():
+        return tokenizer_json(source)
+    try:
+        document = json.loads(_converted(source.root))
+    except Exception as error:
+        # A missing package, or anything that a tokenizer's class raises.
+        message = f"its tokenizer cannot be read without a tokenizer.json ({error})"
+        hint = "pip install 'merge-cli[sentencepiece]', or save its tokenizer with transformers."
+        raise SourceError(message, model=source.label, hint=hint) from error
+    assert isinstance(document, dict)
+    return document
+
+
+def converted_vocabulary(source: Source) -> dict[str, int]:
+    """Token -> number of a model without a file that lists them.
+
+    Raises:
+        SourceError: see `tokenizer_document`.
+    """
+    return tokens_of(tokenizer_document(source))
+
+
+@lru_cache(maxsize=16)
+def _converted(root: Path) -> str:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(root), trust_remote_code=False)
+    return str(tokenizer.backend_tokenizer.to_str())
+
+
+def check_companions(config_source: Source, tokenizer_source: Source) -> None:
+    """Check the small JSON files that a merge copies.
+
+    Raises:
+        CorruptFileError: a file that is not JSON, or not a mapping.
+    """
+    settings_json(tokenizer_source)
+    for source, tokenizer in ((config_source, False), (tokenizer_source, True)):
+        if not source.root.is_dir():
+            continue  # the output of a later stage, or a base of zeros: nothing is copied
+        for path in companion_files(source.root):
+            is_checked = is_tokenizer_file(path.name) is tokenizer and path.suffix == ".json"
+            if not is_checked or path.stat().st_size > _SMALL:
+                continue
+            json = read_json(path, source.label)
+            if not isinstance(json, dict) and path.name not in _LISTS:
+                message = f"is not a mapping but {kind_of(json)}"
+                raise CorruptFileError(message, model=source.label, file=path.name)
