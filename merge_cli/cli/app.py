@@ -124,6 +124,7 @@ def _run() -> int:
     try:
         signal.signal(signal.SIGINT, _interrupt)
         signal.signal(signal.SIGTERM, _interrupt)
+        sys.unraisablehook = _unraisable
         send_notices(None)  # until there is a screen
         settle_home()
         _limit_libraries()
@@ -185,3 +186,16 @@ def _interrupt(number: int, frame: object) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise KeyboardInterrupt
+
+
+def _unraisable(dropped: sys.UnraisableHookArgs) -> None:
+    """Raise an interruption once more that fell into a finaliser, where Python drops exceptions.
+
+    Else it would be lost, and every later one is ignored. A timer raises it, because an exception
+    of this function would be dropped as well.
+    """
+    if issubclass(dropped.exc_type, KeyboardInterrupt):
+        signal.signal(signal.SIGALRM, _interrupt)
+        signal.setitimer(signal.ITIMER_REAL, 0.01)
+    else:
+        sys.__unraisablehook__(dropped)

@@ -190,3 +190,31 @@ main()
     )  # fmt: skip
     assert done.returncode in (130, -signal.SIGINT)
     assert "Traceback" not in done.stderr
+
+
+def test_an_interruption_in_a_finaliser_is_not_lost() -> None:
+    """Python drops what a `__del__` raises; nothing may go on as if nobody had asked."""
+    code = (
+        "import importlib, sys, time\n"
+        "from merge_cli.cli import main\n"
+        "module = importlib.import_module('merge_cli.cli.app')\n"
+        "class Slow:\n"
+        "    def __del__(self):\n"
+        "        print('begun', flush=True)\n"
+        "        time.sleep(60)\n"
+        "def work(**_):\n"
+        "    Slow()\n"
+        "    time.sleep(60)\n"
+        "module.app = work\n"
+        "sys.argv = ['merge-cli']\n"
+        "main()\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "begun\n"
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
