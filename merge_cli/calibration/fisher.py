@@ -30,7 +30,7 @@ def gather_importances(
 
     Args:
         writer: `writer(shapes, entries)`, for the file that is made.
-        tell: called with the tokens done and in all.
+        on_tokens: called with the tokens done and in all.
 
     Raises:
         NonFiniteError: a gradient is not a number.

@@ -33,7 +33,7 @@ def gather_grams(
 
     Args:
         writer: `writer(shapes, entries)`, for the file that is made.
-        tell: called with the tokens done and in all.
+        on_tokens: called with the tokens done and in all.
 
     Raises:
         NonFiniteError: a layer sees what is not a number.

@@ -20,7 +20,7 @@ _WORDS = {"gram": "matrices of layers' inputs", "fisher": "importances of weight
 
 
 def statistics_json(kind: str) -> list[dict[str, Any]]:
-    """Every dial of `statistics:` that this kind of statistics has."""
+    """Every option of `statistics:` that this kind of statistics has."""
     from merge_cli.recipe.statistics import Statistics, unused_options
 
     plain = Statistics()

@@ -43,7 +43,7 @@ class CalibrationPlan:
 
     Attributes:
         parts: one for each source, in the recipe's order.
-        device, dtype: as words for torch; `why` has the reasons, by dial.
+        device, dtype: as words for torch; `why` has the reasons, by option.
         tensors: merged tensors that get statistics, as far as an empty model tells.
         bytes: of statistics on disk, at most, for each source.
         memory: bytes of a model and its sums, if they are made in one round; without activations.

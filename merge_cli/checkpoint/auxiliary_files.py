@@ -135,7 +135,7 @@ def copied_files(
     """What is copied: name in the output -> the file, and the folder that it is from.
 
     Args:
-        tokenizer_donor: None leaves the tokenizer files out.
+        tokenizer_root: None leaves the tokenizer files out.
         code: the config source's Python files, too.
     """
     if (config_root / PIPELINE).is_file():
@@ -215,10 +215,10 @@ def named_code(root: Path, label: str, names: frozenset[str]) -> list[str]:
 def copy_companions(
     config_root: Path, tokenizer_root: Path | None, target: Path, *, code: bool = False
 ) -> list[str]:
-    """Copy companions to `target`: tokenizer files from one donor, the rest from the other.
+    """Copy auxiliary files to `target`: the tokenizer's from one source, the rest from another.
 
     Args:
-        tokenizer_donor: None leaves the tokenizer files out.
+        tokenizer_root: None leaves the tokenizer files out.
         code: the config source's Python files, too.
 
     Returns:

@@ -75,7 +75,7 @@ class PermutedRows:
     """See `tensors.Tensor`.
 
     Attributes:
-        own: the model's tensor as it is stored, or computed.
+        tensor: the model's tensor as it is stored, or computed.
         parts: every model's tensor of this name, in the order that `rows.part` counts in.
     """
 

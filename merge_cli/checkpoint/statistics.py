@@ -164,7 +164,7 @@ class CalibrationStatistics:
 
         Args:
             operands: the tensors that it is merged from (`checkpoint.tensors.Tensor`).
-            places: of the models that these are of, in the recipe.
+            recipe_indexes: numbers of their models in the recipe.
         """
         return TensorStatistics(
             tuple(

@@ -30,7 +30,7 @@ class Tensor(Protocol):
         name: as the model calls it.
         model: the source's label, for messages.
         dtype: safetensors dtype of what `fill` fills in.
-        native: dtype that the output has where the recipe names none.
+        default_dtype: dtype that the output has where the recipe names none.
         stored: every stored tensor that it is computed from; the most telling one first.
         formula: how, with every number that decides it (or a digest): another formula makes another
             merge. Empty for what is stored.

@@ -43,7 +43,7 @@ class Position:
         static: held-out scores of merges without training; `start` is the one that is begun from.
         tested: scores on test rows, of the best of those and of what was learned.
         broken: those that predict NaN or Inf.
-        best: step and mean held-out KL of the best measurement; its coefficients are kept, too.
+        best_step, best_kl: of the best measurement; its coefficients are kept, too.
         seconds, tokens, passes: of training so far, over all runs and processes.
         teaching: seconds in which teachers were asked, over all runs.
         held_out_passes, bytes_reduced: this process's own, over all runs.

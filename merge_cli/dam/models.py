@@ -95,7 +95,7 @@ def empty_student(plan: Plan) -> Any:
 
 
 def load_student(plan: Plan, device: str, dtype: Any) -> Any:
-    """The student with the donor's weights, which are about to be replaced."""
+    """The student with the config source's weights, which are about to be replaced."""
     import torch
     from transformers import AutoModelForCausalLM
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def options_json() -> list[dict[str, Any]]:
-    """Every dial of `training:` with its default and what it does."""
+    """Every option of `training:` with its default and what it does."""
     from merge_cli.recipe.training import Training, plain_training
 
     defaults = plain_training(Training())

@@ -51,7 +51,7 @@ class TrainingPlan:
     """A training, decided.
 
     Attributes:
-        device, dtype: as words for torch; `why` has the reasons, by dial.
+        device, dtype: as words for torch; `why` has the reasons, by option.
         mode: fused or two_pass.
         labels: of the operands.
     """

@@ -41,7 +41,7 @@ from merge_cli.recipe.schema import Recipe
 from merge_cli.recipe.training import Training
 from merge_cli.system.machine import torch_threads
 
-# Dials that change how training runs, not what comes of it.
+# Options that change how training runs, not what comes of it.
 _INDIFFERENT = {"residency", "checkpoint_minutes", "tensorboard", "preset"}
 _FORMAT = 3
 _SMALLER = (

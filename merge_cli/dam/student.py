@@ -46,7 +46,7 @@ class Student:
     Args:
         net: any causal language model of transformers.
         merged_parameters: every parameter that is merged, by its parts if it is stored in several.
-        coefficients: by name, for every seat.
+        coefficients: by name, for every merged parameter.
         form: soup or task_vector.
 
     Attributes:

@@ -47,7 +47,7 @@ def find_parameter_slices(plan: Plan, net: Any) -> dict[str, ParameterSlice]:
     """For each output tensor the parameter or buffer that holds it, or a part of one.
 
     Args:
-        net: holds the weights of the plan's donor.
+        net: holds the weights of the plan's config source.
 
     Raises:
         MismatchError: parameters that no output tensor is for: transformers builds them from

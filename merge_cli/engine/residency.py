@@ -44,7 +44,7 @@ def choose_residency(
 
     Args:
         device: number of the CUDA device that computes; None on a CPU.
-        beside: what else is there, for the reason: model, student.
+        shared_with: what else is there, for the reason: model, student.
         on_device, on_host: bytes that it takes.
         workers: processes with a copy of the weights each; they share one device.
         requested: auto, device, host or disk.

@@ -38,7 +38,7 @@ class SearchPlan:
         space: None for a greedy soup, which has no parameters.
         layers: of the models.
         population: of the first generation.
-        place: where the sources' bytes will wait.
+        residency: where the sources' bytes will wait.
         labels: of the recipe's models.
         statics: merges that need no search, which every search evaluates first.
         warnings: what a user should know before hours are spent.

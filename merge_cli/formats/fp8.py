@@ -103,7 +103,7 @@ class DequantizedTensor(Float32):
         scale: one number, one for each row, or one for each block of rows and columns; of stacked
             matrices for each of them. None where there is none.
         block: rows and columns of a block.
-        native: what the model's weights would be without quantisation.
+        default_dtype: what the model's weights would be without quantisation.
     """
 
     weight: TensorRef

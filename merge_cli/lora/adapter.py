@@ -43,8 +43,8 @@ class Adapter:
 
     Attributes:
         root: its folder; a Hub adapter's weights may not be in it yet.
-        stamp: the fingerprint of its weights: size and time, or the Hub's commit.
-        stamps: fingerprints of its files before they were read; none of an adapter on the Hub.
+        fingerprint: of its weights: size and time, or the Hub's commit.
+        fingerprints: of its files before they were read; none of an adapter on the Hub.
     """
 
     root: Path

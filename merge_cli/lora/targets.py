@@ -71,7 +71,7 @@ def apply_adapter(
         tensors: of the base model.
         config, stored: the adapter's.
         label: the model with its adapter, as the recipe names it.
-        stamp: fingerprint of the adapter's weights.
+        fingerprint: fingerprint of the adapter's weights.
         base: the base model's config.
         root: the base model's folder.
 

@@ -155,7 +155,7 @@ def operand_specs(
     unlisted base, too, as mergekit does.
 
     Args:
-        piece: the slice or module that lists the sources, if one does.
+        output_slice: the slice or module that lists the sources, if one does.
     """
     base = recipe.base_model
     if base is None:

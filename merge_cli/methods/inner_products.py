@@ -62,7 +62,8 @@ class SliceCoefficients:
 
     Args:
         values: float64 [n, sources].
-        width: elements of a slice of the tensor along its first dimension, for columns; of a row.
+        shape: of the tensor.
+        along: whether there is one for each row, or for each slice along the first dimension.
     """
 
     def __init__(self, values: Any, shape: Sequence[int], along: Along) -> None:

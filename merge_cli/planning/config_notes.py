@@ -126,11 +126,11 @@ _PLAIN: dict[str, Any] = {
 _LENGTH = 60
 
 
-def config_notes(sources: Sequence[Source], config_source: int) -> Iterator[str]:
+def config_notes(sources: Sequence[Source], config_index: int) -> Iterator[str]:
     """A line for each key that does not mean the same in all sources, with every value.
 
     Args:
-        donor: whose config the output has.
+        config_index: of the source whose config the output has.
     """
     described = [source for source in sources if source.config]
     if len({json.dumps(source.config, sort_keys=True) for source in described}) < 2:
@@ -147,7 +147,7 @@ def config_notes(sources: Sequence[Source], config_source: int) -> Iterator[str]
             ("nothing" in values or key in _FOR_ALL) and _alike(key, described, written)
         ):
             notes = "; ".join(f"{', '.join(who)} {value}" for value, who in values.items())
-            whose = sources[config_source].label
+            whose = sources[config_index].label
             yield f"config.json: {key} differs: {notes}; the output has that of {whose}"
 
 
@@ -175,7 +175,7 @@ class _Meaning:
     """What a config says by key, its language model's keys as if they were its own.
 
     Attributes:
-        said: what it does say, of what matters.
+        settings: what it does say, of what matters.
         around: keys of the whole that its language model is a part of.
         is_nested: whether it is a part.
     """

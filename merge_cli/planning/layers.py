@@ -217,7 +217,7 @@ def model_heights(layer_counts: Mapping[str, int], config: Mapping[str, Any]) ->
     """The number of layers of every stack of a model: the config's word where it is lower.
 
     Args:
-        found: the numbers of layers that the names make.
+        layer_counts: the numbers of layers that the names make.
     """
     count = layer_count(config)
     text = {stack: layer_counts[stack] for stack in layer_counts if kind_of(f"{stack}.") == TEXT}

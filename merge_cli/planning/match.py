@@ -39,7 +39,7 @@ class TensorMatch(NamedTuple):
     """One output tensor.
 
     Attributes:
-        seat: its layer and the layer's place in the slice.
+        layer_position: its layer, and where that is in the slice.
         operands, base: the tensors of the formula; for a copy, the one that is copied.
         source: index of the source that `operands[0]` is from.
         copied: why it is copied, whatever the method; empty where it is merged.

@@ -195,7 +195,7 @@ def origins_of(
     """Where each output layer comes from.
 
     Args:
-        places: of names that are known already.
+        layer_keys: of names that were looked up before.
         doubts: rules by position that they may not follow; filled later.
     """
     layers_from: list[tuple[Source, int]] = []

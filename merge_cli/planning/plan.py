@@ -123,7 +123,7 @@ class Plan:
         sources: every opened model; the base among them, if there is one.
         base: index of the base in `sources`; None without a base.
         operands: indexes in `sources` of the models that are merged, in the recipe's order.
-        donor: index of who gives config.json.
+        config_index: of the source of config.json.
         aligned: the sources' tensors with one vocabulary, and who gives the tokenizer files.
         template: the output's chat template; None keeps the tokenizer config source's.
         tasks: every output tensor, in natural order of names.

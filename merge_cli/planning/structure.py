@@ -100,7 +100,7 @@ def _unchanged(
     config_source: Source,
     source_tensors: Mapping[str, Tensor],
 ) -> bool:
-    """Whether the output is as its donor is on disk: then it opens as that does."""
+    """Whether the output has the layout of its config source: then it opens as that does."""
     before = config_source.config
     if config_source.adapter is not None:
         if any(

@@ -83,7 +83,7 @@ class Recipe:
         training: how coefficients are learned; None leaves it to the method's defaults.
         statistics: how sources are looked at first; None leaves it to the defaults.
         tokenizer: the output's vocabulary; None merges rows by number, as they are.
-        chat_template: auto, a built-in name, a .jinja file, or Jinja; None keeps the donor's.
+        chat_template: auto, a built-in name, a .jinja file, or Jinja; None keeps the tokenizer's.
         coefficients: the file of learned coefficients that the method merges with, as written.
         inputs: model as written -> digest of its headers, in a resolved recipe: they must match.
         eval: what to evaluate the result on, still to be read (`evaluation.parse`).
@@ -93,7 +93,7 @@ class Recipe:
         methods: that are tried; empty for all.
         output: the result is an adapter, of adapters; None for a model.
         file: the recipe as messages name it; `folder` is where its relative paths start.
-        places: key path -> (line, column), for messages of later stages.
+        positions: key path -> (line, column), for messages of later stages.
         warnings: one line for each key that is known, accepted and without effect.
         stages: the other documents of the file, each before those that use it (documents.py).
     """
@@ -129,7 +129,7 @@ class Recipe:
 
     @property
     def tokenizer_source(self) -> str | None:
-        """Whose vocabulary the output has, as written; None leaves it to the config's donor."""
+        """Whose vocabulary the output has, as written; None: as the config."""
         return self.tokenizer.source if self.tokenizer else None
 
     @property

@@ -46,13 +46,13 @@ class Source:
     Attributes:
         label: the model as the recipe names it.
         root: the folder of its files; a Hub model's shards may not be in it yet.
-        tensors: name -> place.
+        tensors: by name.
         header_bytes: file name -> raw header, for digests.
         hub: the repository it comes from; None for a local folder.
         notes: what a reader of the plan should know.
         planned: whether it is still to be made, by a document of the same recipe.
         adapter: what `tensors` have been updated with; None for a model as it is.
-        stamps: its files as they were before they were read; none of a model on the Hub.
+        fingerprints: its files as they were before they were read; none of a model on the Hub.
     """
 
     label: str

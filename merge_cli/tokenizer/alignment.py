@@ -45,7 +45,7 @@ class AlignedVocabulary:
 
     Attributes:
         views: for each source, its tensors by name.
-        donor: index of the source whose tokenizer files the output has; the number of sources
+        tokenizer_index: of the source whose tokenizer files the output has; the number of sources
             for `guest`.
         files: tokenizer files that differ from that source's.
         rows: of the output's embeddings; None keeps the number in the config.
