@@ -19,6 +19,7 @@ from merge_cli.evaluation.quality_check import quality_check, read_gates, requir
 from merge_cli.evaluation.run import as_spec, spec_for
 from merge_cli.evaluation.spec import EvalSpec
 from merge_cli.evaluation.task import Task
+from merge_cli.methods.registry import get_method
 from merge_cli.options import MergeOptions, OnProgress, Progress, ignore_progress
 from merge_cli.planning.plan import Plan
 from merge_cli.planning.planner import DEFAULT_SHARD_SIZE, load_recipe
@@ -140,6 +141,10 @@ def merge_plan(
         as `merge` does.
     """
     path = Path(os.path.realpath(target))
+    made = [plan, *plan.stages.values()]
+    if options.accept_best and not any(get_method(p.recipe.merge_method).automatic for p in made):
+        message = "accepting the best so far is for `merge_method: auto`"
+        raise UsageError(message, hint="Leave --accept-best out.")
     if resume_evaluation and not (options.overwrite or options.fresh):
         report = made_before(plan, target, options)
         if report is not None:

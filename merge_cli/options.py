@@ -24,6 +24,8 @@ class MergeOptions:
         trust_remote_code: copy the config source's Python files; nothing is run.
         copy_tokenizer: copy tokenizer files.
         model_card: write README.md.
+        accept_best: `merge_method: auto` publishes the best merge so far where it is stopped, or
+            where it has been stopped before.
         keep_stages: leave the results of a recipe's other documents in OUT.stages.
     """
 
@@ -38,6 +40,7 @@ class MergeOptions:
     trust_remote_code: bool = False
     copy_tokenizer: bool = True
     model_card: bool = True
+    accept_best: bool = False
     keep_stages: bool = False
 
 

@@ -15,7 +15,7 @@ from merge_cli.analysis.findings import LOUDER, Evidence
 from merge_cli.analysis.measures import Measures, pairs
 from merge_cli.analysis.result import Advice, Analysis, Finding, Suggestion
 from merge_cli.errors import MismatchError, Problem
-from merge_cli.recipe.dump import dump_recipe, path_from
+from merge_cli.recipe.dump import data_from, dump_recipe, path_from
 from merge_cli.recipe.schema import Recipe, SourceSpec
 from merge_cli.recipe.values import Parameter
 from merge_cli.system.raw_io import write_error
@@ -302,6 +302,7 @@ def advice_text(
         defaults={},
         inputs={},
         header="\n# ".join(wrapped),
+        data=data_from(folder, recipe.folder),
     )
 
 

@@ -9,7 +9,8 @@ from merge_cli.methods.registry import Method, get_method
 from merge_cli.recipe.fields import nearest
 from merge_cli.recipe.schema import Recipe
 
-METHODS = ("soup", "task_arithmetic", "fisher", "regmean", "dam")  # in the order they are tried
+SEARCH = "search"  # not a method: weights for task arithmetic, or for a soup
+METHODS = ("soup", "task_arithmetic", "fisher", "regmean", SEARCH, "dam")  # in the order of trial
 
 
 def methods_of(recipe: Recipe) -> tuple[str, ...]:

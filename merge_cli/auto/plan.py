@@ -9,8 +9,9 @@ from dataclasses import dataclass, fields, replace
 from importlib.metadata import version
 from typing import Any
 
-from merge_cli.auto.checks import methods_of
+from merge_cli.auto.checks import SEARCH, methods_of
 from merge_cli.auto.rows import Parts, load_parts
+from merge_cli.auto.weights import candidate_count
 from merge_cli.calibration.plan import plan_calibration
 from merge_cli.dam.data import short_names
 from merge_cli.dam.datasets import one_tokenizer
@@ -35,10 +36,12 @@ class Step:
 
     Attributes:
         name: for tables.
-        method: fisher, regmean or dam where data decide the numbers; empty where nothing does.
-        recipe: of the merge; for dam without its coefficients.
+        method: fisher, regmean, search or dam where data decide the numbers; empty where nothing
+            does.
+        recipe: of the merge; for dam without its coefficients, for a search without its weights.
         tokens: that models read to make it, about; measuring it not counted.
         work: what a token costs, in forward passes, about.
+        weights: of each source in a merge that a search can start from.
     """
 
     name: str
@@ -46,6 +49,7 @@ class Step:
     recipe: Recipe
     tokens: int = 0
     work: int = 1
+    weights: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -67,12 +71,21 @@ class AutomaticPlan:
     @property
     def validation_tokens(self) -> int:
         """What measuring one merge reads."""
-        return sum(part.tokens("validation") for part in self.parts)
+        return self._tokens("validation")
 
     @property
     def test_tokens(self) -> int:
         """What the verdict on one merge reads."""
-        return sum(part.tokens("test") for part in self.parts)
+        return self._tokens("test")
+
+    @property
+    def final_tokens(self) -> int:
+        """What measuring one of the last few reads; 0 where there are no more rows for it."""
+        more = any(part.final != part.validation for part in self.parts)
+        return self._tokens("final") if more else 0
+
+    def _tokens(self, rows: str) -> int:
+        return sum(part.tokens(rows) for part in self.parts)
 
 
 def plan_automatic(plan: Plan, options: MergeOptions) -> AutomaticPlan:
@@ -88,7 +101,8 @@ def plan_automatic(plan: Plan, options: MergeOptions) -> AutomaticPlan:
     net = empty_student(plan)
     entries = net.get_input_embeddings().weight.shape[0]
     parts = load_parts(recipe, tokenizer, context_of(net.config, None), entries)
-    steps = (*_static_steps(recipe), *_steps_with_data(plan, options))
+    candidate = sum(part.tokens("search") for part in parts)
+    steps = (*_static_steps(recipe), *_steps_with_data(plan, options, candidate))
     return AutomaticPlan(
         plan, tuple(parts), steps, recipe.budget or Budget(), _key(plan, parts, steps, options)
     )
@@ -102,22 +116,29 @@ def _static(recipe: Recipe, method: str, specs: Sequence[SourceSpec], **changes:
 
 def _static_steps(recipe: Recipe) -> Iterator[Step]:
     """Merges that cost nothing but being measured; the soup is measured whatever the budget."""
-    yield Step(SOUP, "", _static(recipe, "soup", recipe.models))
+    count = len(recipe.models)
+    soup = _static(recipe, "soup", recipe.models)
+    yield Step(SOUP, "", soup, weights=(1 / count,) * count)
     if recipe.base_model is not None:
         base = SourceSpec(recipe.base_model, "base_model")
-        yield Step("base", "", _static(recipe, "soup", [base]))
+        yield Step("base", "", _static(recipe, "soup", [base]), weights=(0.0,) * count)
     names = short_names([str(spec.model) for spec in recipe.models])
-    for spec, name in zip(recipe.models, names, strict=True):
-        yield Step(f"source {name}", "", _static(recipe, "soup", [spec]))
+    for i, (spec, name) in enumerate(zip(recipe.models, names, strict=True)):
+        alone = tuple(float(i == j) for j in range(count))
+        yield Step(f"source {name}", "", _static(recipe, "soup", [spec]), weights=alone)
     if "task_arithmetic" in methods_of(recipe):
         for scale in LAMBDAS:
             parameters = {"lambda": Parameter("lambda", scale, "parameters.lambda")}
             merge = _static(recipe, "task_arithmetic", recipe.models, parameters=parameters)
-            yield Step(f"task arithmetic {scale:g}", "", merge)
+            yield Step(f"task arithmetic {scale:g}", "", merge, weights=(scale,) * count)
 
 
-def _steps_with_data(plan: Plan, options: MergeOptions) -> Iterator[Step]:
-    """Statistics, then learning: from the train part alone."""
+def _steps_with_data(plan: Plan, options: MergeOptions, candidate: int) -> Iterator[Step]:
+    """Statistics, then a search, then learning: from the train part alone.
+
+    Args:
+        candidate: tokens that measure one candidate of the search.
+    """
     recipe, methods = plan.recipe, methods_of(plan.recipe)
     specs = tuple(
         replace(spec, data=replace(spec.data, part="train")) for spec in recipe.models if spec.data
@@ -135,6 +156,9 @@ def _steps_with_data(plan: Plan, options: MergeOptions) -> Iterator[Step]:
             measured = plan_calibration(make_plan(merge), options.device)
             tokens = sum(part.examples.tokens for part in measured.parts)
             yield Step(method, method, merge, tokens, work)
+    if SEARCH in methods:
+        merge = _static(recipe, "task_arithmetic" if recipe.base_model else "soup", recipe.models)
+        yield Step(SEARCH, SEARCH, merge, candidate_count(len(recipe.models)) * candidate)
     if "dam" in methods:
         merge = recipe.with_result("dam", models=specs, statistics=None, budget=None, methods=())
         training = plan_training(make_plan(merge), options.device)

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from merge_cli.report import charts
-from merge_cli.report.page import Section, Table, duration, figure, section, strong
+from merge_cli.report.page import Figure, Section, Table, duration, figure, section, strong
+from merge_cli.report.plots import Point, plane
 
 Json = Mapping[str, Any]
 
@@ -36,21 +36,47 @@ def _path(auto: Json) -> Section:
         ]
         for line in path
     ]
-    measured = [line for line in path if line["loss"] is not None]
-    worst = max(line["loss"] for line in measured)
-    bars = [
-        (charts.shorten(line["step"], 44), worst - line["loss"], f"{line['loss']:.4f}")
-        for line in measured
-    ]
-    chart = charts.side_bars("Gain over the worst step", bars)
     cost = auto["cost"]
     summary = (
         f"{len(path)} steps in {duration(cost['seconds'])}, {cost['tokens']:,} tokens: "
         f"{auto['ended']}."
     )
+    if finalists := [line for line in path if "final_loss" in line]:
+        losses = [f"{line['step']} {line['final_loss']:.4f}" for line in finalists]
+        summary += f" The best few on all validation rows: {', '.join(losses)}."
     table = Table(["step", "validation loss", "time", "tokens", "kept"], rows, right=4)
-    caption = "How much lower each step's loss is than the worst; the numbers are the losses."
-    return section("The path", how, summary, figure(caption, chart), table)
+    return section("The path", how, summary, *_gains(auto), table)
+
+
+def _gains(auto: Json) -> list[Figure]:
+    """Quality against cost: what each method has brought by the time that it was done."""
+    gains, points, seconds = auto["verdict"]["gain_over_soup"], [], 0.0
+    for line in auto["path"]:
+        seconds += line["seconds"]
+        found = gains.get(line["step"])
+        if found is None:
+            continue
+        ends = (found["low"], found["high"])
+        style = "s-0" if line["kept"] else "s-base"
+        points.append(
+            Point(line["step"], max(seconds, 0.01), found["value"], ends, style, line["kept"])
+        )
+    if len(points) < 2:
+        return []
+    chart = plane(
+        "Quality against cost",
+        points,
+        "time from the first step on (logarithmic)",
+        "gain over the uniform soup on test rows, nats per token",
+        lambda value: f"{value:.3f}",
+        duration,
+        lower_is_better=False,
+    )
+    caption = (
+        "How much lower the loss on test rows is than the uniform soup's; up is better. Lines "
+        "through points are 95 % intervals. The dashed line joins the steps that were kept."
+    )
+    return [figure(caption, chart)]
 
 
 def _verdict(auto: Json) -> Section:

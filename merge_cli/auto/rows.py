@@ -17,7 +17,9 @@ from merge_cli.evaluation.tokens import row_start
 from merge_cli.recipe.schema import Recipe
 
 LEAST = 4  # rows of each part, of each source
-VALIDATION_TOKENS, TEST_TOKENS = 2048, 8192  # of each source, about and at most
+# Of each source, about and at most: for every candidate of the search, every step, the last few
+# steps, and the verdict.
+SEARCH_TOKENS, VALIDATION_TOKENS, FINAL_TOKENS, TEST_TOKENS = 1024, 2048, 8192, 8192
 _LENGTH = 512  # of a sequence; longer rows are cut
 
 MeasuredRows = tuple[tuple[Example, ...], ...]  # the sequences of each row
@@ -30,13 +32,17 @@ class Parts:
     Attributes:
         name: for tables.
         counts: different rows of each part.
-        validation, test: what merges are measured on.
+        search: rows to learn from, for candidates.
+        validation, final: rows to choose by: for every step, and more of them for the best few.
+        test: rows to judge by.
         digest: of all rows' content.
     """
 
     name: str
     counts: dict[str, int]
+    search: MeasuredRows
     validation: MeasuredRows
+    final: MeasuredRows
     test: MeasuredRows
     digest: str
 
@@ -93,10 +99,14 @@ def load_parts(recipe: Recipe, tokenizer: Any, context: int, entries: int | None
             )
             hint = "Give 100 rows or more for each model."
             raise SourceError(message, file=shown(spec.data), hint=hint)
-        validation = cut(divided["validation"], VALIDATION_TOKENS)
-        test = cut(divided["test"], TEST_TOKENS)
-        if not validation or not test:
+        chosen = {
+            "search": cut(divided["train"], SEARCH_TOKENS),
+            "validation": cut(divided["validation"], VALIDATION_TOKENS),
+            "final": cut(divided["validation"], FINAL_TOKENS),
+            "test": cut(divided["test"], TEST_TOKENS),
+        }
+        if not all(chosen.values()):
             raise SourceError("has no token to measure merges on", file=shown(spec.data))
         digest = hashlib.sha256(b"".join(sorted(rows))).hexdigest()
-        parts.append(Parts(name, counts, validation, test, digest))
+        parts.append(Parts(name, counts, **chosen, digest=digest))
     return parts

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from merge_cli.auto.checks import SEARCH
 from merge_cli.auto.measure import Losses, from_json, gain, mean_loss, measure, to_json
 from merge_cli.auto.plan import SOUP, AutomaticPlan, Step, plan_automatic
+from merge_cli.auto.weights import Weights, best_weights, candidate_count, weighted
 from merge_cli.calibration.run import calibrate
 from merge_cli.dam.distributed import launched
 from merge_cli.dam.plan import fetch_everything
@@ -25,9 +27,10 @@ from merge_cli.system.machine import torch_threads
 from merge_cli.system.workspace import JournalWorkspace
 
 if TYPE_CHECKING:
-    pass
+    from merge_cli.recipe.schema import Recipe
 
 _BATCH_TOKENS = 4096
+_FINALISTS = 3  # steps that more validation rows choose from
 
 
 class AutomaticWorkspace(JournalWorkspace):
@@ -121,15 +124,16 @@ class _Run:
     def record(self) -> dict[str, Any]:
         """The path, the best of it, and the verdict on test rows."""
         ended = self._try_all()
-        measured = [line for line in self._path if line["loss"] is not None]
+        measured = self._measured_lines()
         if not measured:
             raise MergeCliError("no merge predicts numbers", hint="Check the models.")
-        best = min(measured, key=lambda line: line["loss"])
+        best = self._chosen(measured)
         static = min(
             (line for line in measured if not line["method"]), key=lambda line: line["loss"]
         )
         soup = [line["step"] for line in measured if line["step"] == SOUP]
-        verdict = self._verdict(best["step"], [*soup, static["step"]])
+        others = [line["step"] for line in measured if line["method"]]
+        verdict = self._verdict(best["step"], [*soup, static["step"]], others)
         parts = self._decided.parts
         return {
             "best": best["step"],
@@ -143,6 +147,8 @@ class _Run:
                 "seconds": math.fsum(line["seconds"] for line in self._path),
                 "cpu_seconds": math.fsum(line["cpu_seconds"] for line in self._path),
                 "tokens": sum(line["tokens"] for line in self._path),
+                "final_tokens": self._decided.final_tokens
+                * sum("final_loss" in line for line in self._path),
                 "test_tokens": self._decided.test_tokens * len(verdict["loss"]),
             },
         }
@@ -156,12 +162,12 @@ class _Run:
 
     def interrupted(self) -> Interrupted:
         """With the best so far."""
-        measured = [line for line in self._path if line["loss"] is not None]
+        measured = self._measured_lines()
         message = f"stopped after {len(self._path)} of {len(self._decided.steps)} steps"
         if measured:
             best = min(measured, key=lambda line: line["loss"])
             message += f"; the best so far is {best['step']}, validation loss {best['loss']:.4f}"
-        hint = "The same command continues."
+        hint = "The same command continues; with --accept-best it publishes the best so far."
         return Interrupted(message, where=str(self._folder.path), hint=hint)
 
     def close(self) -> None:
@@ -170,27 +176,62 @@ class _Run:
             self._model.close()
             self._model = None
 
+    def _measured_lines(self) -> list[dict[str, Any]]:
+        """The steps so far whose merges predict numbers."""
+        return [line for line in self._path if line["loss"] is not None]
+
     def _try_all(self) -> str:
-        """Every step that the budget allows, and why there are no more."""
-        steps, lowest, left_out = self._decided.steps, math.inf, []
+        """Every step that the budget allows, or until the user accepts the best; why it ended."""
+        steps, left_out = self._decided.steps, []
+        # What an earlier run has found is accepted as it stands.
+        stopped = self._options.accept_best and any(
+            line["kind"] == "step" and line["loss"] is not None for line in self._folder.lines
+        )
         for number, step in enumerate(steps):
             line = self._folder.line("step", step.name)
+            if line is None and stopped:
+                self._path.append(_left_out(step, "not tried: the best so far was accepted"))
+                continue
             if line is None and number and (why := self._too_much(step)):
                 left_out.append(step.name)
-                self._path.append(_left_out(step, why))
+                self._path.append(_left_out(step, f"left out: {why}"))
                 continue
-            self._on_progress(Progress("auto", number, len(steps), step.name, "steps"))
-            if line is None:
-                line = self._try(step)
-                self._folder.append(line)
-            # Worked out and not kept in the journal: it depends on what came before.
-            kept = line["loss"] is not None and line["loss"] < lowest
-            lowest = line["loss"] if kept else lowest
-            self._path.append({**line, "kept": kept})
-            self._on_progress(Progress("auto", number + 1, len(steps), _shown(line), "steps"))
+            try:
+                self._do(step, number, line)
+            except (KeyboardInterrupt, Interrupted):
+                if not (self._options.accept_best and self._measured_lines()):
+                    raise
+                stopped = True
+                self.close()  # it may be half another merge
+                self._path.append(_left_out(step, "stopped: the best so far was accepted"))
+        if stopped:
+            return "it was stopped, and the best so far accepted"
         if left_out:
             return f"the budget is spent; left out: {', '.join(left_out)}"
         return "every step is done"
+
+    def _do(self, step: Step, number: int, line: dict[str, Any] | None) -> None:
+        """One step, unless the journal has it as `line`; then its place on the path."""
+        total = len(self._decided.steps)
+        self._on_progress(Progress("auto", number, total, step.name, "steps"))
+        if line is None:
+            line = self._try(step)
+            self._folder.append(line)
+        # Worked out and not kept in the journal: it depends on what came before.
+        lowest = min((line["loss"] for line in self._measured_lines()), default=math.inf)
+        kept = line["loss"] is not None and line["loss"] < lowest
+        self._path.append({**line, "kept": kept})
+        self._on_progress(Progress("auto", number + 1, total, _shown(line), "steps"))
+
+    def _chosen(self, measured: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """The step with the lowest loss; the best few are measured on more validation rows."""
+        few = sorted(measured, key=lambda line: line["loss"])[:_FINALISTS]
+        if len(few) == 1 or not self._decided.final_tokens:
+            return few[0]
+        for line in few:
+            losses = self._rows_of(line["step"], "final", "all validation rows")
+            line["final_loss"] = mean_loss(losses)
+        return min(few, key=lambda line: line["final_loss"])
 
     def _too_much(self, step: Step) -> str:
         """Why the budget does not allow a step; empty where it does."""
@@ -212,7 +253,7 @@ class _Run:
 
     def _try(self, step: Step) -> dict[str, Any]:
         """Make a merge in memory and measure it."""
-        if step.method:
+        if step.method and step.method != SEARCH:
             self.close()  # one model at a time in memory
         elif self._model is None:
             self._load()
@@ -238,7 +279,9 @@ class _Run:
         }
 
     def _measured(self, name: str, part: str) -> Losses:
-        plan = self.plan_of(name)
+        return self._losses(self.plan_of(name), part)
+
+    def _losses(self, plan: Plan, part: str) -> Losses:
         if self._model is None:
             self._load()
         assert self._model is not None
@@ -261,6 +304,8 @@ class _Run:
     def _plan(self, step: Step) -> Plan:
         size = self._decided.plan.shard_size
         plan = make_plan(step.recipe, shard_size=size)
+        if step.method == SEARCH:
+            return make_plan(weighted(step.recipe, self._searched(step.recipe)), shard_size=size)
         if step.method in ("fisher", "regmean"):
             return calibrate(plan, self._options, self._on_progress)
         if step.method == "dam":
@@ -276,36 +321,78 @@ class _Run:
             return make_plan(recipe, shard_size=size)
         return plan
 
+    def _searched(self, recipe: Recipe) -> Weights:
+        """The best weights that a search finds, from the best step that has weights."""
+        steps = {step.name: step.weights for step in self._decided.steps if step.weights}
+        known = [line for line in self._measured_lines() if line["step"] in steps]
+        start = min(known, key=lambda line: line["loss"], default={"step": SOUP})["step"]
+        done = [line for line in self._folder.lines if line["kind"] == "candidate"]
+        total = candidate_count(len(recipe.models))
+
+        def loss(number: int, weights: Weights) -> float:
+            if number < len(done):
+                value = done[number]["loss"]
+            else:
+                value = self._candidate_loss(weighted(recipe, weights))
+                line = {"kind": "candidate", "step": SEARCH, "weights": list(weights)}
+                self._folder.append({**line, "loss": value})
+            self._on_progress(Progress("search", number + 1, total, "", "candidates"))
+            return math.nan if value is None else float(value)
+
+        return best_weights(steps[start], recipe.seed, loss)
+
+    def _candidate_loss(self, recipe: Recipe) -> float | None:
+        """The mean loss on the search's rows; None where the merge predicts no numbers."""
+        try:
+            value = mean_loss(self._losses(make_plan(recipe), "search"))
+        except NonFiniteError:
+            return None
+        return value if math.isfinite(value) else None
+
     def _of_learning(self, progress: Progress) -> None:
         """How far learning is; what it says of its own worth is not the verdict here."""
         if progress.total:
             self._on_progress(progress)
 
-    def _verdict(self, best: str, others: Sequence[str]) -> dict[str, Any]:
-        """Test rows are looked at here, and nowhere else.
+    def _rows_of(self, name: str, part: str, words: str) -> Losses:
+        """The losses of a step on final or test rows; from the journal where it has them."""
+        line = self._folder.line(part, name)
+        if line is None:
+            self._on_progress(Progress("auto", 0, 0, f"{words}: {name}"))
+            line = {"kind": part, "step": name, "rows": to_json(self._measured(name, part))}
+            self._folder.append(line)
+        return from_json(line["rows"])
+
+    def _verdict(self, best: str, rivals: Sequence[str], others: Sequence[str]) -> dict[str, Any]:
+        """Test rows are looked at here, and nowhere else. They decide nothing.
 
         Args:
-            others: what it is compared with; the best static merge is the last of them.
+            rivals: what it is compared with; the best static merge is the last of them.
+            others: what the path shows, too.
         """
-        losses: dict[str, Losses] = {}
-        for name in dict.fromkeys((best, *others)):
-            line = self._folder.line("test", name)
-            if line is None:
-                self._on_progress(Progress("auto", 0, 0, f"test rows: {name}"))
-                rows = to_json(self._measured(name, "test"))
-                line = {"kind": "test", "step": name, "rows": rows}
-                self._folder.append(line)
-            losses[name] = from_json(line["rows"])
-        gains = {
-            name: dict(zip(("value", "low", "high"), gain(losses[best], rows), strict=True))
-            for name, rows in losses.items()
-            if name != best
+        losses = {
+            name: self._rows_of(name, "test", "test rows")
+            for name in dict.fromkeys((best, *rivals, *others))
         }
+
+        def gains(than: Callable[[str], tuple[Losses, Losses]], names: Sequence[str]) -> Any:
+            words = ("value", "low", "high")
+            return {name: dict(zip(words, gain(*than(name)), strict=True)) for name in names}
+
+        than_rival = gains(
+            lambda name: (losses[best], losses[name]),
+            [name for name in dict.fromkeys(rivals) if name != best],
+        )
+        than_soup = gains(
+            lambda name: (losses[name], losses[SOUP]),
+            [name for name in losses if name != SOUP and SOUP in losses],
+        )
         return {
             "loss": {name: mean_loss(rows) for name, rows in losses.items()},
             "losses": {name: {n: m.value for n, m in r.items()} for name, r in losses.items()},
-            "gain": gains,
-            "better": best != others[-1] and gains[others[-1]]["low"] > 0,
+            "gain": than_rival,
+            "gain_over_soup": than_soup,
+            "better": best != rivals[-1] and than_rival[rivals[-1]]["low"] > 0,
         }
 
 
@@ -313,7 +400,7 @@ def _left_out(step: Step, why: str) -> dict[str, Any]:
     nothing: dict[str, Any] = {"loss": None, "losses": {}, "tokens": 0}
     nothing |= {"seconds": 0.0, "cpu_seconds": 0.0}
     about = {"kind": "step", "step": step.name, "method": step.method, "kept": False}
-    return {**about, **nothing, "note": f"left out: {why}"}
+    return {**about, **nothing, "note": why}
 
 
 def _shown(line: Mapping[str, Any]) -> str:

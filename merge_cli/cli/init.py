@@ -30,6 +30,15 @@ def init(
             "--model", metavar="MODEL", help="A model to merge: a folder or a Hub id. Repeatable."
         ),
     ] = None,
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--data",
+            metavar="FILE",
+            help="Text that a model is good at, once for each --model, in order. Default: files "
+            "that are called like the models, beside them or in a folder data.",
+        ),
+    ] = None,
     method: Annotated[
         str | None,
         typer.Option(
@@ -50,10 +59,17 @@ def init(
     headers_only: Annotated[
         bool, switch("--headers-only", "Read no weights, even of small models.")
     ] = False,
+    schema: Annotated[
+        bool,
+        switch(
+            "--schema/--no-schema",
+            "Put the schema of recipes beside it, for completion in editors.",
+        ),
+    ] = True,
     quiet: QuietOption = False,
 ) -> None:
     """Write a first recipe: inspect the models, propose a method and give the reasons."""
-    from merge_cli import console
+    from merge_cli import console, json_schema
     from merge_cli.drafting import scaffold as drafting
     from merge_cli.drafting.scaffold import draftable
 
@@ -70,16 +86,19 @@ def init(
         base = base or questions.base()
         models = questions.models(base)
     with screen.progress() as show:
-        study = drafting.study_models(base, models, read=not headers_only, show=show)
+        study = drafting.study_models(
+            base, models, data=data or (), read=not headers_only, show=show
+        )
     screen.notes(study.notes)
     if questions is None:
-        scaffold = drafting.scaffold(study, output, method)
+        scaffold = drafting.scaffold(study, output, method, schema=schema and not to_stdout)
     else:
-        scaffold, output = _agreed(questions, study, output, method, overwrite)
+        scaffold, output = _agreed(questions, study, output, method, overwrite, schema)
     if to_stdout:
         console.print_text(scaffold.text)
         return
-    drafting.write_scaffold(scaffold, output, overwrite)
+    of_recipes = json_schema.recipe_schema() if schema else None
+    drafting.write_scaffold(scaffold, output, overwrite, of_recipes)
     if not quiet:
         screen.out.print(f"[green]✓[/green] {scaffold.method}: {output}", soft_wrap=True)
         screen.out.print(f"  next    merge-cli plan {output}", soft_wrap=True)
@@ -103,7 +122,12 @@ def _questions(screen: Screen, silent: bool) -> Questions:
 
 
 def _agreed(
-    questions: Questions, study: ModelStudy, output: Path, method: str | None, overwrite: bool
+    questions: Questions,
+    study: ModelStudy,
+    output: Path,
+    method: str | None,
+    overwrite: bool,
+    schema: bool,
 ) -> tuple[Scaffold, Path]:
     """The recipe that the user accepts, and its path."""
     from merge_cli.drafting import scaffold as drafting
@@ -116,7 +140,7 @@ def _agreed(
             path = questions.path(output)
             drafting.check_path(path, overwrite)
             scaffold = drafting.scaffold(
-                study, path, None if chosen_method == proposed else chosen_method
+                study, path, None if chosen_method == proposed else chosen_method, schema=schema
             )
         except UsageError as error:
             questions.say(error)

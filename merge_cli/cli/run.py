@@ -75,6 +75,13 @@ def run(
             EVALUATION,
         ),
     ] = False,
+    accept_best: Annotated[
+        bool,
+        switch(
+            "--accept-best",
+            "merge_method: auto publishes the best merge so far where Ctrl-C stops it, or has.",
+        ),
+    ] = False,
     tune: Annotated[
         list[str] | None,
         typer.Option(
@@ -210,6 +217,7 @@ def run(
         copy_tokenizer=copy_tokenizer,
         model_card=write_model_card,
         keep_stages=keep_stages,
+        accept_best=accept_best,
     )
     if dry_run or out is None:
         if out is not None:

@@ -7,7 +7,6 @@ from typing import Any
 
 from markupsafe import Markup
 
-from merge_cli.comparison.plots import Dot, Point, dots, plane
 from merge_cli.comparison.tables import (
     decimals,
     excludes_zero,
@@ -37,6 +36,7 @@ from merge_cli.report.page import (
     strong,
     two_decimals,
 )
+from merge_cli.report.plots import Dot, Point, dots, plane
 
 Json = Mapping[str, Any]
 _ROLES = {"base": "base", "source": "a source", "baseline": "a baseline", "recipe": "a recipe"}

@@ -12,6 +12,8 @@ from rich.prompt import Confirm, Prompt
 
 from merge_cli.errors import MergeCliError
 
+_YES_NO = ("y", "yes", "n", "no")  # no names of files
+
 
 class Questions:
     """Asks questions on a console.
@@ -59,10 +61,14 @@ class Questions:
 
     def path(self, proposed: Path) -> Path:
         """The path of the recipe."""
-        answer = Prompt.ask(
-            "Write it to", console=self._console, default=str(proposed), stream=self._answers
-        )
-        return Path(answer)
+        while True:
+            answer = Prompt.ask(
+                "Write it to (a file)", console=self._console, default=str(proposed),
+                stream=self._answers,
+            )  # fmt: skip
+            if answer.lower() not in _YES_NO:
+                return Path(answer)
+            self._console.print(f"Press Enter for {proposed}, or type the name of a file.")
 
     def confirm(self, question: str) -> bool:
         """Ask for confirmation; the default is yes."""

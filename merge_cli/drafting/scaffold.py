@@ -6,18 +6,22 @@ method that the user has chosen; each parameter starts with a reason.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from merge_cli.analysis.advice import EXPERIMENTS, SLERP, advice_text, whole_models
 from merge_cli.analysis.result import Advice, Suggestion
 from merge_cli.analysis.run import analyze
+from merge_cli.drafting.data import METHODS, data_of, why_not, with_data
 from merge_cli.drafting.inspection import ModelInspection, inspect_model
 from merge_cli.errors import MismatchError, Problem, UsageError
 from merge_cli.methods.registry import Method, get_method
 from merge_cli.options import MergeOptions, Progress
 from merge_cli.planning.planner import load_recipe, make_plan
+from merge_cli.recipe.automatic import Budget
 from merge_cli.recipe.schema import Recipe, SourceSpec
 from merge_cli.recipe.values import Parameter, Scalar
 from merge_cli.system.raw_io import write_error
@@ -33,6 +37,8 @@ _FIXED: dict[tuple[str, str], tuple[float, str]] = {
     ("dare", "density"): (0.5, "half of every change is dropped, the rest doubled"),
     ("dare_ties", "density"): (0.5, "half of every change is dropped, the rest doubled"),
 }
+SCHEMA = "merge-cli.schema.json"
+_MINUTES = 10  # of `auto`, to begin with
 READ_AT_MOST = 4_000_000_000  # bytes of weights: seconds
 
 
@@ -70,13 +76,46 @@ def from_headers(inspection: ModelInspection) -> Advice:
     )
 
 
-def by_method(inspection: ModelInspection, name: str) -> Advice:
+def from_data(inspection: ModelInspection, files: Sequence[str]) -> Advice:
+    """Let the data choose, where every model has some.
+
+    Args:
+        files: one for each model.
+    """
+    indexes = list(range(len(inspection.model_set.models)))
+    recipe = whole_models(inspection.recipe, "auto", indexes, {}, {})
+    models = tuple(replace(spec, parameters={}) for spec in recipe.models)
+    recipe = replace(recipe, models=models, budget=Budget(minutes=_MINUTES))
+    reason = "Every model has data: they choose the method and its numbers."
+    return Advice(
+        "Let the data choose the method.",
+        (Suggestion("auto", reason, "docs/auto.md"),),
+        with_data(recipe, files),
+        (
+            "It tries averages first, then merges that look at examples, then learned "
+            "coefficients, and merges the best on rows that it holds out.",
+            f"budget: it stops after {_MINUTES} minutes; without it, when every method is tried.",
+        ),
+    )
+
+
+def by_method(inspection: ModelInspection, name: str, files: Sequence[str] = ()) -> Advice:
     """A recipe by the method that the user has chosen: every model, every parameter.
 
+    Args:
+        files: data, one file for each model; empty where there are none.
+
     Raises:
-        UsageError: no such method, one that needs data, or other models than these.
+        UsageError: no such method, one that needs data that are not there, or other models than
+            these.
     """
     method = draftable(name)
+    if not method.plain:
+        if not files:
+            hint = "Give --data FILE once for each --model, in order."
+            raise UsageError(f"{name} needs data of every model", hint=hint)
+        if name == "auto":
+            return from_data(inspection, files)
     recipe = _arranged(inspection, method)
     count = len(recipe.models)
     per_model: dict[str, Parameter] = {}
@@ -90,25 +129,28 @@ def by_method(inspection: ModelInspection, name: str) -> Advice:
         group[key] = Parameter(key, value, f"parameters.{key}")
         comments.append(f"{key} {_yaml(value)}: {why or parameter.doc}")
     models = tuple(replace(spec, parameters=per_model) for spec in recipe.models)
+    recipe = replace(recipe, models=models)
+    if not method.plain:
+        recipe = with_data(recipe, files)
     paper = method.paper or "merge-cli methods " + method.name
     return Advice(
         method.summary,
         (Suggestion(name, method.summary, paper),),
-        replace(recipe, merge_method=name, models=models, parameters=shared),
+        replace(recipe, merge_method=name, parameters=shared),
         (*comments, *_vocabulary(inspection)),
     )
 
 
 def draftable(name: str) -> Method:
-    """The method of that name, if models are all that its recipe needs.
+    """The method of that name, if models and their data are all that its recipe needs.
 
     Raises:
-        UsageError: no such method, or one that needs data.
+        UsageError: no such method, or one that needs an objective or a choice of its own.
     """
     method = get_method(name)
-    if not method.plain:
+    if not method.plain and name not in METHODS:
         hint = f"Start from its example: merge-cli methods {name}"
-        raise UsageError(f"{name} needs data to learn, search or measure with", hint=hint)
+        raise UsageError(f"{name} needs more than models and their data", hint=hint)
     return method
 
 
@@ -161,12 +203,14 @@ class ModelStudy:
 
     Attributes:
         advice: what to begin with, unless the user chooses a method.
+        files: data of the models, one file each; empty where not every model has some.
         header: what was looked at: the first lines of the recipe.
         notes: what the user should know, one line each.
     """
 
     inspection: ModelInspection
     advice: Advice
+    files: tuple[str, ...]
     header: tuple[str, ...]
     notes: tuple[str, ...]
 
@@ -183,6 +227,7 @@ def study_models(
     base: str | None,
     models: Sequence[str],
     *,
+    data: Sequence[Path] = (),
     read: bool = True,
     options: MergeOptions | None = None,
     show: Callable[[Progress], None] = lambda progress: None,
@@ -191,11 +236,13 @@ def study_models(
 
     Args:
         base, models: folders or Hub ids.
+        data: a file for each model; empty looks for them (`drafting.data.data_of`).
         read: False never reads weights.
 
     Raises:
         SourceError, MismatchError, UsageError: see `inspect_model`.
     """
+    files = data_of(models, data)
     inspection = inspect_model(base, models)
     notes = inspection.notes()
     if (
@@ -216,28 +263,44 @@ def study_models(
         f"{weights_read}.",
     )
     if advice.recipe is not None:
+        if files:
+            automatic = from_data(inspection, files)
+            assert automatic.recipe is not None, "it always has one"
+            refused = why_not(automatic.recipe, options or MergeOptions())
+            notes.append(f"data: {', '.join(files)}")
+            if refused:
+                notes.append(f"auto is not proposed: {refused}")
+            else:
+                others = (*automatic.suggestions, *advice.suggestions)
+                advice = replace(automatic, suggestions=others)
+        assert advice.recipe is not None, "it was there before"
         advice = replace(advice, recipe=inspection.with_dtype_and_tokenizer(advice.recipe))
-    return ModelStudy(inspection, advice, header, tuple(notes))
+    return ModelStudy(inspection, advice, files, header, tuple(notes))
 
 
-def scaffold(study: ModelStudy, path: Path, method: str | None = None) -> Scaffold:
+def scaffold(
+    study: ModelStudy, path: Path, method: str | None = None, *, schema: bool = False
+) -> Scaffold:
     """The text of a recipe for `path`, planned from headers as `merge-cli plan` does.
 
     Args:
         method: None takes the proposed one.
+        schema: name the schema that `write_scaffold` puts beside the recipe, for editors.
 
     Raises:
         MismatchError: these models should not be merged, and no method was given.
         UsageError: a method that cannot merge these models.
         RecipeError: files of a model that no recipe can be planned with.
     """
-    advice = study.advice if method is None else by_method(study.inspection, method)
+    advice = study.advice if method is None else by_method(study.inspection, method, study.files)
     if advice.recipe is None:
         problems = [Problem(note) for note in study.notes]
         raise MismatchError(problems, f"no recipe was written: {advice.summary}")
     commits = {name: c for source in study.inspection.sources for name, c in source.commits.items()}
     folder = path.absolute().parent
     text = advice_text(advice, advice.recipe, study.header, folder, commits)
+    if schema:
+        text = f"# yaml-language-server: $schema={SCHEMA}\n{text}"
     make_plan(load_recipe(path.absolute(), text=text))
     return Scaffold(advice.recipe.merge_method, text)
 
@@ -256,8 +319,13 @@ def check_path(path: Path, overwrite: bool) -> None:
         raise UsageError("no such folder", where=str(path.parent))
 
 
-def write_scaffold(scaffold: Scaffold, path: Path, overwrite: bool) -> None:
+def write_scaffold(
+    scaffold: Scaffold, path: Path, overwrite: bool, schema: Mapping[str, Any] | None = None
+) -> None:
     """Write the recipe.
+
+    Args:
+        schema: of recipes; written beside it, in place of an older version's.
 
     Raises:
         UsageError: meanwhile the file exists.
@@ -266,6 +334,9 @@ def write_scaffold(scaffold: Scaffold, path: Path, overwrite: bool) -> None:
     try:
         with path.open("w" if overwrite else "x", encoding="utf-8") as file:
             file.write(scaffold.text)
+        if schema is not None:
+            text = json.dumps(schema, indent=2) + "\n"
+            path.with_name(SCHEMA).write_text(text, encoding="utf-8")
     except FileExistsError:
         raise UsageError("exists", where=str(path), hint="--overwrite replaces it.") from None
     except OSError as error:

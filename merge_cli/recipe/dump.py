@@ -79,6 +79,11 @@ def dump_recipe(
     if recipe.output:
         document["output"] = recipe.output.plain()
     document["seed"] = recipe.seed
+    if recipe.budget:
+        limits = {"minutes": recipe.budget.minutes, "tokens": recipe.budget.tokens}
+        document["budget"] = {key: limit for key, limit in limits.items() if limit is not None}
+    if recipe.methods:
+        document["methods"] = list(recipe.methods)
     if recipe.training:
         document["training"] = plain_training(recipe.training)
     if recipe.statistics and kind:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import yaml
 import merge_cli
 from merge_cli.auto.plan import plan_automatic
 from merge_cli.auto.run import AutomaticWorkspace
+from merge_cli.auto.weights import Weights, best_weights, candidate_count
 from merge_cli.dam.datasets import part_of, read_data
 from merge_cli.errors import GateError, Interrupted, RecipeError, SourceError
 from merge_cli.evaluation.rows import content_of
@@ -128,7 +130,7 @@ def test_the_best_of_the_ladder_is_merged(models: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out.auto").exists()
 
 
-@pytest.mark.parametrize("method", ["fisher", "regmean", "dam", "soup"])
+@pytest.mark.parametrize("method", ["fisher", "regmean", "search", "dam", "soup"])
 def test_the_resolved_recipe_gives_the_same_bytes(
     method: str, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,7 +141,8 @@ def test_the_resolved_recipe_gives_the_same_bytes(
     auto = run(recipe, tmp_path / "out")
     assert auto["best"] == step
     resolved = tmp_path / "out" / "merge_recipe.yaml"
-    assert yaml.safe_load(resolved.read_text())["merge_method"] == method
+    merged_by = {"search": "task_arithmetic"}.get(method, method)
+    assert yaml.safe_load(resolved.read_text())["merge_method"] == merged_by
     merge_cli.merge(resolved, tmp_path / "again", options=OPTIONS)
     assert weights(tmp_path / "again") == weights(tmp_path / "out")
 
@@ -148,6 +151,43 @@ def _favouring(step: str) -> Any:
     """A mean loss that is lowest for the last step, or for the first one."""
     calls = iter(range(10_000))
     return lambda losses: float(next(calls)) if step == "uniform soup" else -float(next(calls))
+
+
+def test_a_search_begins_at_the_best_and_finds_better() -> None:
+    tried: list[Weights] = []
+
+    def loss(number: int, weights: Weights) -> float:
+        assert number == len(tried)
+        tried.append(weights)
+        if weights[0] > 0.9:
+            return math.nan  # such a merge predicts no numbers
+        return (weights[0] - 0.6) ** 2 + (weights[1] - 0.1) ** 2
+
+    found = best_weights((0.3, 0.3), 0, loss)
+    assert tried[0] == (0.3, 0.3)
+    assert len(tried) == candidate_count(2)
+    assert (found[0] - 0.6) ** 2 + (found[1] - 0.1) ** 2 < 0.02
+    assert all(-0.25 <= weight <= 1.25 for weights in tried for weight in weights)
+    again = iter(list(tried))
+    tried.clear()
+    assert best_weights((0.3, 0.3), 0, loss) == found
+    assert tried == list(again)
+
+
+def test_the_best_few_are_measured_on_more_rows(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a few rows prefer by chance does not win."""
+    monkeypatch.setattr("merge_cli.auto.rows.VALIDATION_TOKENS", 40)
+    auto = run(write_recipe(models, methods=["task_arithmetic"]), tmp_path / "out")
+    few = [line for line in auto["path"] if "final_loss" in line]
+    lowest = sorted(line["loss"] for line in auto["path"])[:3]
+    assert sorted(line["loss"] for line in few) == lowest
+    best = min(few, key=lambda line: line["final_loss"])
+    assert auto["best"] == best["step"]
+    assert auto["cost"]["final_tokens"] > 0
+    loss = loss_of(tmp_path / "out", write_recipe(models), "final")
+    assert loss == pytest.approx(best["final_loss"], abs=1e-5)
 
 
 class Stop:
@@ -162,7 +202,7 @@ class Stop:
             raise KeyboardInterrupt
 
 
-SOME: dict[str, Any] = {"methods": ["soup", "fisher", "dam"]}
+SOME: dict[str, Any] = {"methods": ["soup", "fisher", "search", "dam"]}
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +214,7 @@ def unstopped(models: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
         return folder / "out", run(write_recipe(models, **SOME), folder / "out")
 
 
-@pytest.mark.parametrize("step", ["source a", "gather", "fisher", "train", "dam"])
+@pytest.mark.parametrize("step", ["source a", "gather", "fisher", "search", "train", "dam"])
 def test_a_stopped_run_continues(
     step: str,
     models: Path,
@@ -196,6 +236,41 @@ def test_a_stopped_run_continues(
     assert weights(tmp_path / "out") == weights(out)
     if step == "dam":
         assert not {"gather", "teach", "train"} & set(again)  # nothing is done twice
+
+
+@pytest.mark.parametrize("when", ["at once", "later"])
+def test_the_best_so_far_can_be_accepted(when: str, models: Path, tmp_path: Path) -> None:
+    """Ctrl-C publishes it; or the next run does, and tries nothing more."""
+    recipe, accept = write_recipe(models, **SOME), replace(OPTIONS, accept_best=True)
+    out = tmp_path / "out"
+    if when == "later":
+        with pytest.raises(Interrupted, match="best so far is"):
+            run(recipe, out, on_progress=Stop("train"))
+        result = merge_cli.merge(recipe, out, options=accept)
+    else:
+        result = merge_cli.merge(recipe, out, options=accept, on_progress=Stop("train"))
+    auto = result.report["auto"]
+    assert auto["ended"] == "it was stopped, and the best so far accepted"
+    dam = auto["path"][-1]
+    assert (dam["step"], dam["loss"]) == ("dam", None)
+    assert "accepted" in dam["note"]
+    assert auto["best"] != "dam"
+    merge_cli.merge(out / "merge_recipe.yaml", tmp_path / "again", options=OPTIONS)
+    assert weights(tmp_path / "again") == weights(out)
+    assert not (tmp_path / "out.auto").exists()
+
+
+def test_there_must_be_a_best_to_accept(models: Path, tmp_path: Path) -> None:
+    """Stopped before anything was measured, there is nothing to publish."""
+    options = replace(OPTIONS, accept_best=True)
+    with pytest.raises(Interrupted):
+        merge_cli.merge(
+            write_recipe(models), tmp_path / "out", options=options, on_progress=Stop("auto")
+        )
+    plain = models / "soup.yaml"
+    plain.write_text(yaml.safe_dump({"merge_method": "soup", "models": ["a", "b"]}))
+    with pytest.raises(merge_cli.errors.UsageError, match="is for `merge_method: auto`"):
+        merge_cli.merge(plain, tmp_path / "out", options=options)
 
 
 def test_another_recipe_does_not_continue_it(models: Path, tmp_path: Path) -> None:
@@ -244,6 +319,8 @@ def test_without_a_base(models: Path, tmp_path: Path) -> None:
     auto = run(recipe, tmp_path / "out")
     steps = [line["step"] for line in auto["path"]]
     assert steps == ["uniform soup", "source a", "source b", "fisher"]
+    recipe = write_recipe(models, base_model=None, methods=["search"])
+    assert run(recipe, tmp_path / "searched")["path"][-1]["step"] == "search"
 
 
 def test_improvement_can_be_required(models: Path, tmp_path: Path) -> None:
@@ -336,7 +413,7 @@ def test_the_plan_and_the_options_are_shown(models: Path) -> None:
     plan = make_plan(load_recipe(write_recipe(models)))
     (preparation,) = preparations_of(plan)
     shown = preparation.plan_json(preparation.plan(plan, OPTIONS))
-    assert [step["step"] for step in shown["steps"]][-3:] == ["fisher", "regmean", "dam"]
+    assert [step["step"] for step in shown["steps"]][-3:] == ["regmean", "search", "dam"]
     assert json.dumps(shown)
     options = preparation.options_json(get_method("auto"))
     assert set(options["budget"]) == {"minutes", "tokens"}

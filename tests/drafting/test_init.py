@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import torch
 import yaml
@@ -22,6 +23,8 @@ from merge_cli.drafting.scaffold import scaffold, study_models
 from merge_cli.errors import MismatchError, UsageError
 from merge_cli.methods.registry import Method, all_methods
 from tests.support.command import cli, failed
+from tests.support.dam_tiny import config as dam_config
+from tests.support.dam_tiny import write_data, write_models
 from tests.support.hub_server import HubServer
 from tests.support.tiny import Family, llama_config, llama_tensors, read_model, write_model
 
@@ -116,7 +119,7 @@ def test_refusals(family: Family, tmp_path: Path) -> None:
     out = ["-o", tmp_path / "r.yaml"]
     failed(cli("init", *out), 2, "--model is missing")
     failed(cli("init", *out, *flags(family, "a", "b"), "--method", "tie"), 2, "Did you mean 'ties'")
-    failed(cli("init", *out, *flags(family, "a", "b"), "--method", "dam"), 2, "needs data to learn")
+    failed(cli("init", *out, *flags(family, "a", "b"), "--method", "dam"), 2, "needs data of every")
     no_base = flags(family, "a", "b", base=False)
     failed(cli("init", *out, *no_base, "--method", "ties"), 2, "ties needs a base model")
     failed(cli("init", *out, *flags(family, "a", "b"), "--method", "nearswap"), 2, "merges 1 model")
@@ -229,6 +232,71 @@ def asked(answers: str, refused: tuple[str, ...] = ()) -> tuple[Questions, io.St
             raise UsageError(f"no such model {name}")
 
     return Questions(Console(file=said, width=200), check, Typed(answers)), said
+
+
+def with_data(family: Family, folder: Path, rows: int) -> list[Path]:
+    """Families of the tests have no tokenizer; this one can be measured."""
+    write_models(folder, dam_config(), names=("base", "a", "b"))
+    write_data(folder, ("a", "b"), rows=rows)
+    return [folder / "a.jsonl", folder / "b.jsonl"]
+
+
+def study_flags(folder: Path) -> list[str]:
+    return ["--base", f"{folder}/base", "--model", f"{folder}/a", "--model", f"{folder}/b"]
+
+
+def test_data_beside_the_models_choose(family: Family, tmp_path: Path) -> None:
+    with_data(family, tmp_path, 100)
+    path = tmp_path / "r.yaml"
+    done = cli("init", *study_flags(tmp_path), "-o", path)
+    assert done.returncode == 0, done.stderr
+    recipe = written(path)
+    assert recipe["merge_method"] == "auto"
+    assert recipe["models"] == [
+        {"model": f"./{name}", "data": {"files": [f"{name}.jsonl"]}} for name in ("a", "b")
+    ]
+    assert recipe["budget"] == {"minutes": 10}
+    plan = cli("plan", path)
+    assert plan.returncode == 0, plan.stderr
+    assert "regmean" in plan.stdout
+    first, *_ = path.read_text().splitlines()
+    assert first == "# yaml-language-server: $schema=merge-cli.schema.json"
+    schema = json.loads((tmp_path / "merge-cli.schema.json").read_text())
+    jsonschema.validate(recipe, schema)
+
+
+def test_data_are_given_or_too_few(family: Family, tmp_path: Path) -> None:
+    a, b = with_data(family, tmp_path, 100)
+    (tmp_path / "data").mkdir()
+    moved = [path.rename(tmp_path / "data" / f"text-{path.name}") for path in (a, b)]
+    flags_of = study_flags(tmp_path)
+    path = tmp_path / "r.yaml"
+    assert cli("init", *flags_of, "-o", path, "--no-schema").returncode == 0
+    assert written(path)["merge_method"] != "auto"
+    assert not (tmp_path / "merge-cli.schema.json").exists()
+    given = [word for file in moved for word in ("--data", str(file))]
+    for method in ("auto", "fisher", "regmean", "dam"):
+        out = ["-o", path, "--overwrite", "--method", method]
+        done = cli("init", *flags_of, *given, *out)
+        assert done.returncode == 0, done.stderr
+        assert written(path)["merge_method"] == method
+        assert written(path)["models"][1]["data"] == {"files": ["data/text-b.jsonl"]}
+    failed(cli("init", *flags_of, *given[:2], "-o", path, "--overwrite"), 2, "1 of --data for 2")
+    missing = ["--data", "none.jsonl", "--data", "none.jsonl"]
+    failed(cli("init", *flags_of, *missing, "-o", path, "--overwrite"), 2, "no such file")
+    few = tmp_path / "few.jsonl"
+    few.write_text("\n".join(moved[0].read_text().splitlines()[:5]) + "\n")
+    done = cli("init", *flags_of, "--data", few, *given[2:], "-o", path, "--overwrite")
+    assert done.returncode == 0
+    assert "auto is not proposed" in done.stderr
+    assert "too few different rows" in done.stderr
+    assert written(path)["merge_method"] != "auto"
+
+
+def test_yes_is_no_file_name() -> None:
+    ask, said = asked("y\nmine.yaml\n")
+    assert ask.path(Path("recipe.yaml")) == Path("mine.yaml")
+    assert "Press Enter for recipe.yaml" in said.getvalue()
 
 
 def test_questions_are_asked_until_they_are_answered() -> None:

@@ -1,4 +1,4 @@
-"""Plots of the comparison page: values with their intervals, and quality against cost."""
+"""Plots with intervals: values side by side, and quality against cost."""
 
 from __future__ import annotations
 
