@@ -15,6 +15,7 @@ from merge_cli.cli.options import (
     EvalOption,
     GateOption,
     JsonOption,
+    LimitOption,
     NoWorseOption,
     QuietOption,
     ThreadsOption,
@@ -31,6 +32,7 @@ def compare(
         Path,
         typer.Option("--out", "-o", metavar="OUT", help="Write merges and results to this folder."),
     ] = Path("comparison"),
+    limit: LimitOption = None,
     gate: GateOption = None,
     no_worse: NoWorseOption = None,
     device: DeviceOption = "auto",
@@ -54,6 +56,7 @@ def compare(
     spec = comparison_spec(recipes, eval_file, data or []).changed(
         device=device, dtype=dtype, threads=threads
     )
+    spec = spec.limited(limit)
     options = ["--device", device, *(["--threads", str(threads)] if threads else [])]
     screen = console.Screen(quiet=quiet)
     with screen.steps() as on_progress:

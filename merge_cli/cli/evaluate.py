@@ -15,6 +15,7 @@ from merge_cli.cli.options import (
     EvalOption,
     GateOption,
     JsonOption,
+    LimitOption,
     NoWorseOption,
     QuietOption,
     ThreadsOption,
@@ -83,15 +84,7 @@ def evaluate(
             rich_help_panel=RESOURCES,
         ),
     ] = None,
-    limit: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            help="Evaluate at most N rows of each task, a random sample.",
-            min=1,
-            rich_help_panel=EVALUATION,
-        ),
-    ] = None,
+    limit: LimitOption = None,
     seed: Annotated[
         int | None,
         typer.Option(

@@ -57,6 +57,15 @@ DeviceOption = Annotated[
 QuietOption = Annotated[
     bool, typer.Option("--quiet", "-q", help="Print errors only.", show_default=False)
 ]
+LimitOption = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="Evaluate at most N rows of each task, a random sample.",
+        min=1,
+        rich_help_panel=EVALUATION,
+    ),
+]
 DataOption = Annotated[
     list[Path] | None,
     typer.Option(

@@ -16,6 +16,7 @@ from typing import Any
 from merge_cli.comparison.page import render_comparison
 from merge_cli.comparison.result import Comparison, ModelEntry, ModelScore
 from merge_cli.comparison.tables import csv_text, markdown
+from merge_cli.comparison.verdict import verdict
 from merge_cli.evaluation.run import write_examples
 from merge_cli.system.raw_io import write_error
 
@@ -25,6 +26,7 @@ SCHEMA = 1
 def comparison_record(comparison: Comparison) -> dict[str, Any]:
     """A comparison as JSON-ready data."""
     evaluation = comparison.entries[0].evaluation
+    found = verdict(comparison)
     return {
         "schema": SCHEMA,
         "merge_cli": version("merge-cli"),
@@ -53,6 +55,7 @@ def comparison_record(comparison: Comparison) -> dict[str, Any]:
             "better": comparison.ranking_better,
         },
         "reference": comparison.reference.name if comparison.reference else None,
+        "verdict": asdict(found) if found else None,
         "front": list(comparison.front),
         "same": dict(comparison.same),
         "notes": list(comparison.notes),

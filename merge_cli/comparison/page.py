@@ -61,12 +61,18 @@ def render_comparison(record: Json) -> str:
         Page(
             kind="Comparison",
             title=title,
-            lede=f"{count(len(record['models']), 'model')} on {tasks}.",
+            lede=_lede(record, tasks),
             made=_made(record),
             key_figures=_key_figures(record),
             sections=[part for part in sections if part is not None],
         )
     )
+
+
+def _lede(record: Json, tasks: str) -> str:
+    found = record["verdict"]
+    text = f"{count(len(record['models']), 'model')} on {tasks}."
+    return f"{found['text']} ({text})" if found else text
 
 
 def _made(record: Json) -> list[str]:
@@ -178,7 +184,8 @@ def _against_cost(record: Json) -> Section | None:
     ]
     how = (
         "Up is better, left is cheaper. The line is the Pareto front: no merge is both better and "
-        "cheaper than a merge on it. Lines through points are 95 % intervals."
+        "cheaper than a merge on it. Lines through points are 95 % intervals. Dotted lines are the "
+        "base and the sources, which cost nothing."
     )
     summary = f"On the front: {listing(record['front'])}."
     chart = plane(
@@ -189,6 +196,7 @@ def _against_cost(record: Json) -> Section | None:
         number,
         duration,
         lower_is_better=sign < 0,
+        levels=[(m["name"], m[field]["value"]) for m in record["models"] if not m["cost"]],
     )
     key = Markup(
         '<span class="dot s-0">recipes</span> \u2003 <span class="dot s-base">baselines</span>'

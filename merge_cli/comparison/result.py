@@ -190,11 +190,25 @@ class Comparison:
         reference = self.reference
         if reference is None or reference.name == name:
             return None
-        sign = 1.0 if self.ranking_better == "higher" else -1.0
-        score, reference_score = self.ranking[name], self.ranking[reference.name]
-        draws = sign * (score.draws - reference_score.draws)
-        is_single = score.interval is None and reference_score.interval is None
-        value = sign * (score.value - reference_score.value)
+        return self.difference(name, reference.name)
+
+    def difference(self, name: str, than: str, task: str | None = None) -> ModelScore:
+        """How much better one model is than another; positive is better, the interval is paired.
+
+        Args:
+            task: None compares the scores that rank the models.
+        """
+        if task is None:
+            ours, theirs, better = self.ranking[name], self.ranking[than], self.ranking_better
+        else:
+            ours, theirs, better = (
+                *(self.scores[n, task] for n in (name, than)),
+                self.better(task),
+            )
+        sign = 1.0 if better == "higher" else -1.0
+        draws = sign * (ours.draws - theirs.draws)
+        is_single = ours.interval is None and theirs.interval is None
+        value = sign * (ours.value - theirs.value)
         return ModelScore(value, None if is_single else interval(draws), draws)
 
     @cached_property

@@ -60,6 +60,7 @@ def markdown(record: Json) -> str:
         f"|{'|'.join(['---', *['---:'] * (len(heads) - 1)])}|",
         *(f"| {' | '.join(_bold(record, row))} |" for row in body),
         "",
+        *([f"**{record['verdict']['text']}**", ""] if record["verdict"] else []),
         *(f"- {line}" for line in legend(record)),
         *(f"- {note}" for note in record["notes"]),
         "",

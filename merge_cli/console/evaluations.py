@@ -46,6 +46,8 @@ def print_evaluations(console: Console, models: Sequence[Json]) -> None:
         for name, task in model["tasks"].items():
             for note in task["notes"]:
                 console.print(f"[yellow]![/yellow] {escape(f'{of}{name}: {note}')}")
+    for other in models[1:]:
+        console.print(escape(_conclusion(models[0], other)), highlight=False)
     cached = sum(task["cached"] for model in models for task in model["tasks"].values())
     costs = [task["cost"] for model in models for task in model["tasks"].values()]
     tokens, seconds = (sum(cost[key] for cost in costs) for key in ("tokens", "seconds"))
@@ -116,17 +118,34 @@ def _difference(row: Json) -> list[str]:
     """The difference from the first model, its interval, and a conclusion."""
     if "difference" not in row:
         return ["", "", ""]
-    bounds, better = row["difference_interval"], row["better"]
-    conclusion = ""
-    if bounds is not None:
-        # The first model's value minus this one's.
-        if bounds[0] <= 0 <= bounds[1]:
-            conclusion = "[dim]no difference seen[/dim]"
-        elif (bounds[1] < 0) == (better == "lower"):
-            conclusion = "[green]better[/green]"
-        else:
-            conclusion = "[red]worse[/red]"
+    bounds = row["difference_interval"]
+    words = {"better": "[green]better[/green]", "worse": "[red]worse[/red]"}
+    conclusion = "" if bounds is None else words.get(_direction(row), "[dim]none seen[/dim]")
     return [_number(row["difference"], "+"), _interval(bounds, "+"), conclusion]
+
+
+def _conclusion(first: Json, other: Json) -> str:
+    """Where the first model is better than another, in one sentence: by each task's main metric."""
+    found: dict[str, list[str]] = {"better": [], "worse": [], "": []}
+    for name, task in other["tasks"].items():
+        row = task["metrics"][next(iter(task["metrics"]))]
+        if "difference" in row:
+            found[_direction(row)].append(name)
+    parts = [
+        *([f"better on {', '.join(found['better'])}"] if found["better"] else []),
+        *([f"worse on {', '.join(found['worse'])}"] if found["worse"] else []),
+        *([f"not seen to differ on {', '.join(found[''])}"] if found[""] else []),
+    ]
+    return f"{first['model']} against {other['model']}: {'; '.join(parts)}."
+
+
+def _direction(row: Json) -> str:
+    """Whether the first model is better or worse by more than chance; empty where neither."""
+    bounds = row["difference_interval"]
+    if bounds is None or bounds[0] <= 0 <= bounds[1]:
+        return ""
+    # The first model's value minus this one's.
+    return "better" if (bounds[1] < 0) == (row["better"] == "lower") else "worse"
 
 
 def _number(value: float | None, sign: str = "") -> str:
@@ -168,6 +187,8 @@ def print_comparison(console: Console, record: Mapping[str, Any]) -> None:
         console.print("[dim]intervals: in a wider terminal, and in the files[/dim]")
     for note in record["notes"]:
         console.print(f"[dim]note:[/dim] {escape(note)}")
+    if record["verdict"]:
+        console.print(f"\n{escape(record['verdict']['text'])}", highlight=False)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from html import escape
 
 from merge_cli.report.charts import Format, caption, svg, text_width, tick_step, titled
 
@@ -73,16 +74,19 @@ def plane(
     seconds: Format,
     *,
     lower_is_better: bool,
+    levels: Sequence[tuple[str, float]] = (),
 ) -> str:
     """Quality over cost on a logarithmic axis, with the Pareto front as a line.
 
     Args:
+        levels: names and values of y of what costs nothing, drawn as lines.
         lower_is_better: small values of y are drawn at the top, so that better is always up.
     """
     left, top, width, height = 74, 30, 560, 300
     bottom = top + height
     low_x, high_x = _decades([point.x for point in points])
     values = [v for point in points for v in (point.y, *(point.ends or ()))]
+    values += [value for _, value in levels]
     ticks = _ticks(min(values), max(values))
 
     def x_at(value: float) -> float:
@@ -100,6 +104,9 @@ def plane(
         parts.append(f'<path class="grid" d="M{x_at(tick):.1f} {top}V{bottom}"/>')
         parts.append(caption(x_at(tick), bottom + 17, seconds(tick), "m num"))
     parts.append(caption(left, bottom + 38, x_unit, ""))
+    for name, value in levels:
+        line = f'<path class="level" d="M{left} {y_at(value):.1f}h{width}"><title>'
+        parts.append(f"{line}{escape(f'{name}: {text(value)}')}</title></path>")
     front = sorted((p for p in points if p.on_front), key=lambda p: p.x)
     if front:
         steps = [f"M{x_at(front[0].x):.1f} {y_at(front[0].y):.1f}"]
@@ -109,7 +116,10 @@ def plane(
         parts += _whisker(x_at(point.x), point.ends, y_at)
         tooltip = f"{point.name}: {text(point.y)} in {seconds(point.x)}"
         parts.append(_mark(x_at(point.x), y_at(point.y), point.style, tooltip))
-    parts += _names([(x_at(p.x), y_at(p.y), p.name, p.on_front) for p in points], left + width)
+    named = [(x_at(p.x), y_at(p.y), p.name, p.on_front) for p in points]
+    # A level's name begins at the left edge, above its line.
+    named += [(left - 4.0, y_at(value) - 9, name, False) for name, value in levels]
+    parts += _names(named, left + width)
     return svg(title, left + width + 20, bottom + 48, parts)
 
 

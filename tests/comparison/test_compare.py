@@ -25,6 +25,7 @@ from merge_cli.comparison.page import render_comparison
 from merge_cli.comparison.result import Comparison, ModelEntry, Role
 from merge_cli.comparison.run import _work
 from merge_cli.comparison.tables import csv_text, markdown
+from merge_cli.comparison.verdict import verdict
 from merge_cli.evaluation.result import Cost, Evaluation, Metric, TaskResult
 from merge_cli.planning.planner import load_recipe, make_plan
 from merge_cli.sources.source import Source
@@ -126,6 +127,53 @@ def test_a_domain_whose_expert_is_no_better_than_the_base_is_not_normalised() ->
 
 def test_the_front_is_what_nothing_beats() -> None:
     assert example().front == ("quick", "uniform soup", "better")
+
+
+def test_the_verdict_says_what_to_use() -> None:
+    """The best merge, where it beats the parents and the soup by more than chance."""
+    found = verdict(example())
+    assert found is not None
+    assert (found.use, found.sure) == ("better", True)
+    assert "Use better: in the normalised mean it is 0.5 better than base" in found.text
+    assert "It is 0.3 better than the uniform soup" in found.text
+    assert "Against the base it is better on math (0.5 nats per token) and code (0.25" in found.text
+    assert found.text.endswith("Making it takes 8.0 s.")
+    record = comparison_record(example())
+    assert record["verdict"]["text"] == found.text
+    assert found.text in markdown(record)
+    assert "Use better:" in render_comparison(record)
+
+
+def noisy(name: str, role: Role, loss: float, seed: int, seconds: float | None) -> ModelEntry:
+    """A model whose rows differ from those of the others by chance."""
+    entry = entrant(name, role, {"math": loss}, seconds)
+    metric = entry.evaluation["math"].metrics["loss"]
+    noise = np.random.default_rng(seed).normal(0, 1.0, 40)
+    noise -= (noise * np.array(metric.weights)).sum() / sum(metric.weights)
+    parts = (np.array(metric.parts) + noise * np.array(metric.weights)).tolist()
+    tasks = {"math": TaskResult("math", "loss", {"loss": replace(metric, parts=parts)}, [{}] * 40,
+                                Cost(1.0, 100, 2))}  # fmt: skip
+    return replace(entry, evaluation=replace(entry.evaluation, tasks=tasks))
+
+
+def test_the_verdict_does_not_believe_chance() -> None:
+    base = entrant("base", "base", {"math": 2.0})
+    soup = entrant("uniform soup", "baseline", {"math": 1.8}, 2.0)
+    lucky = noisy("lucky", "recipe", 1.75, 1, 8.0)
+    found = verdict(Comparison((base, soup, lucky), {}, "uniform soup"))
+    assert found is not None
+    assert (found.use, found.sure) == ("uniform soup", True)
+    assert "lucky is 0.05 ahead of it" in found.text
+    assert "may be chance" in found.text
+    found = verdict(Comparison((base, lucky), {}, None))
+    assert found is not None
+    assert (found.use, found.sure) == ("base", False)
+    assert "no merge is better by more than chance" in found.text
+    worse = entrant("worse", "recipe", {"math": 2.5}, 1.0)
+    found = verdict(Comparison((base, worse), {}, None))
+    assert found is not None
+    assert "worse, is 0.5 behind it" in found.text
+    assert verdict(Comparison((base,), {}, None)) is None
 
 
 def test_without_a_base_the_mean_ranks() -> None:
