@@ -5,13 +5,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Install a torch of your own choice into .venv first and it is kept; TORCH only fills the gap.
 TORCH ?= torch==2.13.0
+EDITORS := yaml-language-server@1.18.0
 
 .PHONY: demo test test-slow lint format docs bench zoo clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python scripts/demo.py
 
-test: $(VENV)/.installed
+test: $(VENV)/.installed $(VENV)/editors
 	$(BIN)/python -m pytest -n auto --dist worksteal --cov --cov-report=
 
 test-slow: $(VENV)/.installed
@@ -42,6 +43,11 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install --quiet "$(TORCH)"
 	$(BIN)/python -m pip install --quiet -e ".[dev]"
 	touch $@
+
+# What tests/whole/test_editors.py opens recipes with; without npm those tests are skipped.
+$(VENV)/editors: $(VENV)/.installed
+	if command -v npm >/dev/null; then \
+	  npm install --silent --no-fund --no-audit --prefix $@ $(EDITORS) || rm -rf $@; fi
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .coverage .coverage.*
