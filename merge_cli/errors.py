@@ -41,6 +41,12 @@ class MergeCliError(Exception):
         # Full stops belong to the end: `unknown method 'tie' — Did you mean 'ties'?`
         super().__init__(" — ".join([*(p.rstrip(".") for p in parts[:-1]), *parts[-1:]]))
 
+    def at(self, position: str) -> MergeCliError:
+        """The same error with the place in a recipe that it comes from: `file:line:column`."""
+        if position:
+            self.args = (f"{position}: {self}",)
+        return self
+
     @property
     def what(self) -> str:
         """The name of `message` until 0.2; programs may still ask for it."""
@@ -63,9 +69,13 @@ class Problem:
         """The name of `message` until 0.2; programs may still ask for it."""
         return self.message
 
+    @property
+    def position(self) -> str:
+        """`file:line:column`, as far as it is known."""
+        return ":".join(str(p) for p in (self.file, self.line, self.column) if p)
+
     def __str__(self) -> str:
-        position = ":".join(str(p) for p in (self.file, self.line, self.column) if p)
-        text = ": ".join(part for part in (position, self.key, self.message) if part)
+        text = ": ".join(part for part in (self.position, self.key, self.message) if part)
         if not self.hint:
             return text
         return f"{text} {self.hint}" if text.endswith((".", "?")) else f"{text}. {self.hint}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from merge_cli.errors import (
@@ -46,20 +46,23 @@ def open_all(recipe: Recipe, made: Mapping[str, Source]) -> tuple[Recipe, list[S
     opened: dict[ModelRef, Source] = {}
     first: dict[tuple[Path, ...], ModelRef] = {}
     spelling: dict[ModelRef, ModelRef] = {}
-    errors: list[MergeCliError] = []
+    errors: dict[ModelRef, MergeCliError] = {}
     for reference in recipe.references:
         try:
             source = made.get(str(reference)) or open_source(reference, recipe.folder)
         except SourceError as error:
-            errors.append(error)
+            errors[reference] = error
             continue
         # `base` and `./base`, a branch and its commit: one model, whose spelling decides nothing.
         spelling[reference] = first.setdefault(source.identity, reference)
         opened.setdefault(spelling[reference], source)
     if len(errors) == 1:
-        raise errors[0]
+        [(reference, alone)] = errors.items()
+        raise alone.at(recipe.problem(_key(recipe, reference), "").position)
     if errors:
-        problems = [Problem(str(error)) for error in errors]
+        problems = [
+            recipe.problem(_key(recipe, reference), str(why)) for reference, why in errors.items()
+        ]
         raise MismatchError(problems, f"{len(errors)} models cannot be opened")
     for source in opened.values():
         refused = advice(source.config)
@@ -68,6 +71,35 @@ def open_all(recipe: Recipe, made: Mapping[str, Source]) -> tuple[Recipe, list[S
             message = f"its weights are quantised ({method})"
             raise SourceError(message, model=source.label, hint=hint)
     return recipe.with_models(spelling), list(opened.values())
+
+
+def unopenable(recipe: Recipe) -> Iterator[Problem]:
+    """What is wrong with the local models of a recipe that has other problems, too.
+
+    So that all of them are told at once. The Hub is not asked.
+    """
+    documents = {stage.name for stage in recipe.stages}
+    for document in (*recipe.stages, recipe):
+        for reference in document.references:
+            words = (reference.path, reference.lora or reference.path)
+            here = all(
+                local_folder(word, document.folder) or word.startswith((".", "/", "~"))
+                for word in words
+            )
+            if not here or str(reference) in documents:
+                continue
+            try:
+                open_source(reference, document.folder)
+            except SourceError as error:
+                yield document.problem(_key(document, reference), str(error))
+
+
+def _key(recipe: Recipe, reference: ModelRef) -> str:
+    """Where a recipe names a model."""
+    keys = ["base_model"] if recipe.base_model == reference else []
+    keys += [spec.key for spec in recipe.source_specs if spec.model == reference]
+    found = (key for word in keys for key in (f"{word}.model", word) if key in recipe.positions)
+    return next(found, "")
 
 
 def files_of(source: Source) -> frozenset[str]:

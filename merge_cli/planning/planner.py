@@ -34,7 +34,7 @@ from merge_cli.planning.draft import Draft
 from merge_cli.planning.heads import head_problems, reconcile_heads
 from merge_cli.planning.layouts import lay_out_alike
 from merge_cli.planning.match import match_pieces
-from merge_cli.planning.opening import files_of, one_spelling, open_all
+from merge_cli.planning.opening import files_of, one_spelling, open_all, unopenable
 from merge_cli.planning.output_slices import (
     described,
     left_out,
@@ -82,6 +82,7 @@ def load_recipe(path: str | Path, *, text: str | None = None) -> Recipe:
         warnings = document.warnings + checked.warnings
         stages.append(replace(document, warnings=warnings))
     if problems:
+        problems += unopenable(recipe)
         raise RecipeError(sorted(set(problems), key=lambda p: (p.line, p.column, p.key)))
     *stages, final = stages
     warnings = tuple(line for document in (*stages, final) for line in document.warnings)

@@ -284,7 +284,12 @@ def _check_count(
         counted += ", the base included"
     takes = f"takes {requested} model{'s' * (least != 1)}{besides}"
     message = f"{recipe.merge_method} {takes} ({counted})"
-    problems.append(recipe.problem(key, message))
+    hint = ""
+    if most is not None and count > most:
+        hint = "`merge-cli methods` lists those that take more."
+        if recipe.base_model in [spec.model for spec in specs] or "base included" in counted:
+            hint = f"The base counts: list {most}, or name the base under `base_model` alone."
+    problems.append(recipe.problem(key, message, hint))
 
 
 def _check_parameters(

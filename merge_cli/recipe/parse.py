@@ -38,6 +38,14 @@ from merge_cli.recipe.training import TRAINING, Training, contradictions
 _FP8_NAMES = ("fp8", "float8", "float8_e4m3fn", "fp8_e4m3", "e4m3")
 
 
+# What else people call them; in torch, `float` and `half` are these.
+_SHORT = {
+    "bf16": "bfloat16", "fp16": "float16", "f16": "float16", "half": "float16",
+    "fp32": "float32", "f32": "float32", "float": "float32", "single": "float32",
+    "fp64": "float64", "f64": "float64", "double": "float64",
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class DtypeForm(Form):
     """A dtype by its name in torch, with or without `torch.`; `more` are other words."""
@@ -53,6 +61,8 @@ class DtypeForm(Form):
         if name in dtypes:
             return name
         hint = nearest(name, dtypes)
+        if name.lower() in _SHORT:
+            hint = f"Did you mean '{_SHORT[name.lower()]}'?"
         if name in _FP8_NAMES:
             hint = "Write `out_dtype: fp8`; `dtype` is of everything that stays as it is."
         return reader.refuse(node, key, f"unknown dtype '{word}'.", hint)

@@ -317,6 +317,8 @@ class ListOf(Form):
     def read(self, node: Node, key: str, reader: Reader) -> Any:
         if not isinstance(node.value, list) or not node.value:
             return reader.refuse_type(node, key, self.message)
+        for i, n in enumerate(node.value):
+            reader.positions[f"{key}[{i}]"] = (n.line, n.column)
         listed = [self.item.read(n, f"{key}[{i}]", reader) for i, n in enumerate(node.value)]
         return tuple(value for value in listed if value is not REFUSED)
 

@@ -260,6 +260,8 @@ def fetch_weights(
 def _open_folder(path: Path, label: str) -> Source:
     if not path.is_dir():
         hint = "Name the model's folder, not a file in it."
+        if path.suffix == ".gguf":
+            hint = "GGUF files are not read: name the folder of the safetensors before it."
         raise SourceError("not a folder", model=label, hint=hint)
     fingerprints = folder_fingerprints(path)
     try:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import merge_cli
+from merge_cli import load_recipe
 from merge_cli.checkpoint.config import merged_config
 from merge_cli.checkpoint.dtypes import promoted
 from merge_cli.errors import MismatchError, RecipeError, ResourceError, SourceError, UsageError
@@ -526,3 +527,46 @@ def test_shards_in_a_subfolder(family: Family, tmp_path: Path) -> None:
     plan = plan_of(family.folder, SOUP)
     assert plan.shards_read(0) == {"parts/w.safetensors"}
     merge(family.folder / "r.yaml", tmp_path / "out")
+
+
+def test_every_model_that_cannot_be_opened_has_its_line(tmp_path: Path) -> None:
+    """Where nothing else is wrong, and where something is: then all of it is told at once."""
+    write_model(tmp_path / "m", {"w": torch.zeros(4)}, llama_config())
+    (tmp_path / "file.gguf").write_bytes(b"GGUF")
+    listed = "merge_method: soup\nmodels:\n  - m\n  - ./none\n  - {model: file.gguf}\n"
+    (tmp_path / "r.yaml").write_text(listed)
+    with pytest.raises(MismatchError) as several:
+        merge_cli.plan(load_recipe(tmp_path / "r.yaml"))
+    assert [(p.line, p.key) for p in several.value.problems] == [
+        (4, "models[1]"), (5, "models[2].model"),
+    ]  # fmt: skip
+    assert "GGUF files are not read" in str(several.value)
+    (tmp_path / "r.yaml").write_text(listed.replace("  - {model: file.gguf}\n", ""))
+    with pytest.raises(SourceError, match=r"r\.yaml:4:5: no such folder") as one:
+        merge_cli.plan(load_recipe(tmp_path / "r.yaml"))
+    assert one.value.model == "./none"
+    (tmp_path / "r.yaml").write_text(listed + "dtpye: bf16\n")
+    with pytest.raises(RecipeError) as both:
+        load_recipe(tmp_path / "r.yaml")
+    assert [p.line for p in both.value.problems] == [4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("merge_method: soup\nmodels: [a, b]\ndtype: bf16\n", "Did you mean 'bfloat16'"),
+        ("merge_method: soup\nmodels: [a, b]\ndtype: float\n", "Did you mean 'float32'"),
+        ("merge_method: soup\nmodels: [a, b]\ndtype: FP16\n", "Did you mean 'float16'"),
+        ("merge_method: TIES\nbase_model: b\nmodels: [a]\n", "Did you mean 'ties'"),
+        ("merge_method: slerp\nbase_model: b\nmodels: [b, a, c]\nparameters: {t: 0.5}\n",
+         "The base counts: list 2, or name the base under `base_model` alone"),
+        ("merge_method: slerp\nmodels: [b, a, c]\nparameters: {t: 0.5}\n",
+         "lists those that take more"),
+        ("merge_method: soup\nmodels:\n\t- a\n", "a tab in the indentation: use spaces"),
+    ],
+)  # fmt: skip
+def test_what_to_type_instead(text: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(tmp_path / "r.yaml")
+    assert words in str(caught.value)

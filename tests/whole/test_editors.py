@@ -1,4 +1,4 @@
-"""What an editor shows: yaml-language-server on a recipe with the schema that `init` puts beside it.
+"""What an editor shows: yaml-language-server on recipes, with the schema that `init` writes.
 
 `make test` installs the server from npm where npm is; elsewhere these tests are skipped.
 """
