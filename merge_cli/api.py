@@ -46,6 +46,12 @@ class MergeResult:
     report: dict[str, Any]
     evaluation: list[dict[str, Any]] | None = None
 
+    def _repr_html_(self) -> str | None:
+        """The report's page, in a notebook."""
+        from merge_cli.report.notebook import framed
+
+        return framed(self.path / "merge_report.html")
+
 
 def plan(recipe: Recipe | str | Path, *, shard_size: int = DEFAULT_SHARD_SIZE) -> Plan:
     """Decide a merge from headers alone: every tensor, and every problem.
@@ -207,6 +213,18 @@ class ComparisonResult:
     record: dict[str, Any]
     unmet: dict[str, list[str]] = field(default_factory=dict)
 
+    def _repr_html_(self) -> str | None:
+        """The comparison's page, in a notebook."""
+        from merge_cli.report.notebook import framed
+
+        return framed(self.path / "comparison.html")
+
+    def __str__(self) -> str:
+        """The table and the verdict, as in comparison.md."""
+        from merge_cli.comparison.tables import markdown
+
+        return markdown(self.record)
+
     def require_gates(self) -> None:
         """Raise a GateError if a recipe's merge does not meet a gate."""
         require(self.unmet)
@@ -217,6 +235,7 @@ def compare(
     tasks: str | Path | EvalSpec | Sequence[str | Path | Task],
     out: str | Path,
     *,
+    limit: int | None = None,
     gates: Sequence[str] = (),
     no_worse: Sequence[str] = (),
     options: Sequence[str] = (),
@@ -228,6 +247,7 @@ def compare(
     Args:
         tasks: as `evaluate` takes them.
         out: the folder for merges, comparison.json, .md, .csv and .html; what is there is reused.
+        limit: at most so many rows of each task, a random sample.
         gates, no_worse: conditions on every recipe's merge (docs/evaluate.md).
         options: of `merge-cli run`, for every merge.
         on_progress: called with each progress; `show` is its old name.
@@ -238,7 +258,7 @@ def compare(
     """
     from merge_cli.comparison.files import write_comparison
 
-    spec = as_spec(tasks)
+    spec = as_spec(tasks).limited(limit)
     conditions = read_gates(gates, no_worse, spec.tasks)
     references = [gate.reference for gate in conditions if gate.reference]
     result = compare_recipes(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from html import escape
 from typing import Any, Literal
 
 Better = Literal["lower", "higher"]
@@ -112,6 +113,22 @@ class Evaluation:
 
     def __getitem__(self, task: str) -> TaskResult:
         return self.tasks[task]
+
+    def _repr_html_(self) -> str:
+        """A table in a notebook: each task's metrics, with their units."""
+        rows = [
+            (name, metric.name, f"{metric.value:.4g}", metric.unit, str(len(metric.parts)))
+            for name, task in self.tasks.items()
+            for metric in task.metrics.values()
+        ]
+        cells = "".join(
+            f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows
+        )
+        heads = "<th>task</th><th>metric</th><th>value</th><th>unit</th><th>examples</th>"
+        return (
+            f"<table><caption>{escape(self.model)}</caption><thead><tr>{heads}</tr></thead>"
+            f"<tbody>{cells}</tbody></table>"
+        )
 
     @property
     def cost(self) -> Cost:

@@ -38,6 +38,7 @@ def evaluate(
     model: str | Path,
     tasks: str | Path | EvalSpec | Sequence[str | Path | Task],
     *,
+    limit: int | None = None,
     on_progress: OnProgress | None = None,
     show: OnProgress | None = None,
     **settings: Any,
@@ -47,6 +48,7 @@ def evaluate(
     Args:
         model: a folder, or a Hub id.
         tasks: an evaluation file (.yaml); a data file, for its loss; several; or tasks.
+        limit: at most so many rows of each task, a random sample.
         on_progress: called with progress; `show` is its old name.
         settings: fields of `EvalSpec`: device, dtype, max_length, batch_tokens, seed, cache.
 
@@ -58,7 +60,7 @@ def evaluate(
         SourceError: a model or data that cannot be used, a row without what the task needs.
         ResourceError: the device or a package is missing.
     """
-    spec = as_spec(tasks).changed(**settings)
+    spec = as_spec(tasks).changed(**settings).limited(limit)
     return evaluate_all([str(model)], spec, on_progress or show or _silent)[str(model)]
 
 
