@@ -91,6 +91,9 @@ class Automatic:
 
         print_automatic(out, decided)
 
+    def undecided(self, recipe: Recipe) -> Mapping[str, str]:
+        return {"*": "chosen by data"}
+
     def options_json(self, method: Method) -> dict[str, Any]:
         from merge_cli.auto.panel import options_json
 

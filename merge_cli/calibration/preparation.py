@@ -87,6 +87,9 @@ class Calibration:
 
         print_calibration(out, decided)
 
+    def undecided(self, recipe: Recipe) -> Mapping[str, str]:
+        return {}
+
     def options_json(self, method: Method) -> dict[str, Any]:
         from merge_cli.calibration.panel import statistics_json
 

@@ -151,8 +151,12 @@ class Screen:
         base = f" on {plan.sources[plan.base].label}" if on_base and plan.base is not None else ""
         sources = ", ".join(plan.sources[i].label for i in plan.operands)
         self.out.print(f"[bold]{escape(method)}[/bold] of {escape(sources + base)}")
-        if settings.everywhere:
-            everywhere = ", ".join(settings.everywhere.values())
+        words = dict(settings.everywhere)
+        for preparation, _ in expected.preparations:
+            found = preparation.undecided(plan.recipe)
+            words = dict(found) if "*" in found else {**words, **found}
+        if words:
+            everywhere = ", ".join(words.values())
             self.out.print(f"[dim]everywhere:[/dim] {escape(everywhere)}")
         self.out.print()
         print_table(self.out, table, rows)

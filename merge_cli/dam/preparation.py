@@ -109,6 +109,9 @@ class Learning:
 
         print_training(out, decided)
 
+    def undecided(self, recipe: Recipe) -> Mapping[str, str]:
+        return {}
+
     def options_json(self, method: Method) -> dict[str, Any]:
         from merge_cli.dam.panel import options_json
 

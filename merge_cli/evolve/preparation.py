@@ -91,6 +91,11 @@ class Searching:
 
         print_search(out, decided)
 
+    def undecided(self, recipe: Recipe) -> Mapping[str, str]:
+        if recipe.search is None or not recipe.searches:
+            return {}
+        return {p.name: f"{p.name} {p.allowed} (searched)" for p in recipe.search.parameters}
+
     def options_json(self, method: Method) -> dict[str, Any]:
         return {}
 

@@ -133,6 +133,9 @@ class Preparation(Protocol):
     def print_plan(self, out: Console, decided: Any) -> None:
         """The same as text."""
 
+    def undecided(self, recipe: Recipe) -> Mapping[str, str]:
+        """Parameters whose values it finds, and where they may lie; `*` stands for all of them."""
+
     def options_json(self, method: Method) -> dict[str, Any]:
         """The keys of its section that a method takes, as data, for `methods NAME --json`."""
 
