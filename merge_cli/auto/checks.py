@@ -9,6 +9,7 @@ from merge_cli.methods.registry import Method, get_method
 from merge_cli.recipe.fields import nearest
 from merge_cli.recipe.schema import Recipe
 
+SOUP = "uniform soup"  # the step that everything is compared with
 SEARCH = "search"  # not a method: weights for task arithmetic, or for a soup
 METHODS = ("soup", "task_arithmetic", "fisher", "regmean", SEARCH, "dam")  # in the order of trial
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 from importlib.metadata import version
 from typing import Any
 
-from merge_cli.auto.checks import SEARCH, methods_of
+from merge_cli.auto.checks import SEARCH, SOUP, methods_of
 from merge_cli.auto.rows import Parts, load_parts
 from merge_cli.auto.weights import candidate_count
 from merge_cli.calibration.plan import plan_calibration
@@ -26,7 +26,6 @@ from merge_cli.recipe.schema import Recipe, SourceSpec
 from merge_cli.recipe.statistics import Statistics, unused_options
 from merge_cli.recipe.values import Parameter
 
-SOUP = "uniform soup"
 LAMBDAS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)  # of task arithmetic
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from merge_cli.auto.checks import SOUP
 from merge_cli.report.page import Figure, Section, Table, duration, figure, section, strong
 from merge_cli.report.plots import Point, plane
 
@@ -71,6 +72,7 @@ def _gains(auto: Json) -> list[Figure]:
         lambda value: f"{value:.3f}",
         duration,
         lower_is_better=False,
+        levels=[(SOUP, 0.0)],
     )
     caption = (
         "How much lower the loss on test rows is than the uniform soup's; up is better. Lines "
@@ -88,11 +90,11 @@ def _verdict(auto: Json) -> Section:
     names = list(next(iter(verdict["losses"].values())))
     rows = []
     for name, losses in verdict["losses"].items():
-        found = verdict["gain"].get(name)
+        found = verdict["gain_over_soup"].get(name)
         text = f"{found['value']:.4f} ({found['low']:.4f} to {found['high']:.4f})" if found else "–"
         rows.append(
             [name, *(f"{losses[n]:.4f}" for n in names), f"{verdict['loss'][name]:.4f}", text]
         )
-    heads = ["merge", *names, "mean", "gain of the result"]
+    heads = ["merge", *names, "mean", f"better than {SOUP}"]
     table = Table(heads, rows, right=len(heads) - 1)
     return section("Whether it was worth it", how, auto["sentence"], table)

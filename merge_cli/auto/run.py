@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from merge_cli.auto.checks import SEARCH
+from merge_cli.auto.checks import SEARCH, SOUP
 from merge_cli.auto.measure import Losses, from_json, gain, mean_loss, measure, to_json
-from merge_cli.auto.plan import SOUP, AutomaticPlan, Step, plan_automatic
+from merge_cli.auto.plan import AutomaticPlan, Step, plan_automatic
 from merge_cli.auto.weights import Weights, best_weights, candidate_count, weighted
 from merge_cli.calibration.run import calibrate
 from merge_cli.dam.distributed import launched

@@ -89,7 +89,9 @@ def _title(report: Json) -> str:
     listed = listing(names)
     if not listed or len(listed) > 90:
         listed = count(len(names), "model")
-    return f"{listed}, merged by {report['recipe']['method']}"
+    words = {"auto": ", chosen by data", "training": ", learned", "search": ", searched"}
+    how = next((word for key, word in words.items() if key in report), "")
+    return f"{listed}, merged by {report['recipe']['method']}{how}"
 
 
 def _lede(report: Json) -> str:
@@ -118,8 +120,9 @@ def _made(report: Json) -> list[str]:
 
 
 def _seconds_before(report: Json) -> float:
-    """Seconds of training or searching before the merge."""
-    costs = [report[key]["cost"] for key in ("training", "search") if key in report]
+    """Seconds of training, searching or trying methods before the merge."""
+    # `auto` first: what it has learned on the way is part of its own time.
+    costs = [report[key]["cost"] for key in ("auto", "training", "search") if key in report][:1]
     return float(sum(cost.get("wall_seconds", cost["seconds"]) for cost in costs))
 
 

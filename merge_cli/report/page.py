@@ -226,5 +226,5 @@ def duration(seconds: float) -> str:
         return f"{seconds:.3g} s"
     minutes, remaining = divmod(round(seconds), 60)
     if minutes < 60:
-        return f"{minutes} min {remaining} s"
+        return f"{minutes} min {remaining} s" if remaining else f"{minutes} min"
     return f"{minutes // 60} h {minutes % 60:02d} min"

@@ -79,6 +79,7 @@ def plane(
     """Quality over cost on a logarithmic axis, with the Pareto front as a line.
 
     Args:
+        points: `x` in seconds.
         levels: names and values of y of what costs nothing, drawn as lines.
         lower_is_better: small values of y are drawn at the top, so that better is always up.
     """
@@ -100,7 +101,7 @@ def plane(
     for tick in ticks:
         parts.append(f'<path class="grid" d="M{left} {y_at(tick):.1f}h{width}"/>')
         parts.append(caption(left - 8, y_at(tick) + 4, text(tick), "e num"))
-    for tick in _log_ticks(low_x, high_x):
+    for tick in _time_ticks(low_x, high_x):
         parts.append(f'<path class="grid" d="M{x_at(tick):.1f} {top}V{bottom}"/>')
         parts.append(caption(x_at(tick), bottom + 17, seconds(tick), "m num"))
     parts.append(caption(left, bottom + 38, x_unit, ""))
@@ -166,9 +167,15 @@ def _decades(values: Sequence[float]) -> tuple[float, float]:
     return low, high
 
 
-def _log_ticks(low: float, high: float) -> list[float]:
-    """1, 2, 5, 10, ...; only powers of ten over more than four of them."""
-    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    factors = (1.0,) if last - first > 4 else (1.0, 2.0, 5.0)
-    ticks = [f * 10.0**power for power in range(first, last + 1) for f in factors]
-    return [tick for tick in ticks if low <= tick <= high]
+# Times that people say: seconds up to a minute, then minutes, then hours.
+_ROUND_TIMES = (
+    *(0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0),
+    *(60.0 * minutes for minutes in (1, 3, 10, 30)),
+    *(3600.0 * hours for hours in (1, 3, 10, 30, 100, 300, 1000)),
+)
+
+
+def _time_ticks(low: float, high: float) -> list[float]:
+    """About half a decade apart; every other one of more than eight."""
+    ticks = [tick for tick in _ROUND_TIMES if low <= tick <= high]
+    return ticks[::2] if len(ticks) > 8 else ticks

@@ -34,6 +34,7 @@ from merge_cli.report.page import (
 )
 
 Json = Mapping[str, Any]
+_SEEN = 0.05  # bars that differ by a smaller share of their height say less than a sentence
 _MAX_PAIR_SOURCES = 8  # 28 pairs; with more sources, one row for each source
 NO_LAYERS = Paragraph("There is no chart by layer: no tensor of this model belongs to a layer.")
 
@@ -86,7 +87,10 @@ def conflict(view: RelationsView) -> Section:
         summary += f" Counted on {percent(view.sampled)} of the elements."
     values = view.column("conflict")
     figures: list[Part] = []
-    if view.layers:
+    shares = [value for value in values if value is not None]
+    if shares and max(shares) - min(shares) < _SEEN * max(shares):
+        summary += f" Every {view.column_name} is alike."
+    elif view.layers:
         bars = charts.bars(
             "Sign conflict by layer", view.axis, values, percent, "elements", total_conflict
         )

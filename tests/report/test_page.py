@@ -264,9 +264,15 @@ def test_layers_are_in_order_stack_by_stack() -> None:
     data["statistics"]["groups"] = [
         group("text.layers.1", 1, 3), group("vision.layers.0", 0, 3), group("text.layers.0", 0, 3),
     ]  # fmt: skip
+    alike = Page(render_html(data))  # bars of one height are a sentence
+    assert "is alike." in alike.text
+    assert not [tip for tip in alike.tooltips if tip.endswith(": 31.4\u00a0%")]
+    for share, layer in zip((0.31, 0.53, 0.42), data["statistics"]["groups"], strict=True):
+        layer["conflict"] = share
     page = Page(render_html(data))
     assert "by layer of text.layers, then vision.layers." in page.text
-    bars = [tip for tip in page.tooltips if tip.endswith(": 31.4\u00a0%")]
+    ends = (": 42\u00a0%", ": 31\u00a0%", ": 53\u00a0%")
+    bars = [tip for tip in page.tooltips if tip.endswith(ends)]
     assert [bar.partition(":")[0] for bar in bars] == [
         "text.layers.0", "text.layers.1", "vision.layers.0",
     ]  # fmt: skip
