@@ -6,6 +6,8 @@ Text is plain and escaped by the template. Only `Markup` is HTML: the charts, an
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -152,8 +154,15 @@ def render(page: Page) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    style = resources.files("merge_cli.report").joinpath("page.css").read_text(encoding="utf-8")
-    return environment.get_template("page.html").render(page=page, style=Markup(style))
+    folder = resources.files("merge_cli.report")
+    style, script = (
+        folder.joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "page.js")
+    )
+    # The page's policy names this script by what it says: no other one runs.
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return environment.get_template("page.html").render(
+        page=page, style=Markup(style), script=Markup(script), digest=digest
+    )
 
 
 def mean(values: Iterable[float | None]) -> float | None:

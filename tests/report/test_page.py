@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import json
 import re
+import shutil
+import subprocess
 from collections import Counter
 from html import escape
+from importlib import resources
 from typing import Any
 
 import pytest
@@ -166,7 +172,8 @@ def test_page_loads_nothing(case: str) -> None:
     html = render_html(CASES[case])
     page = Page(html)
     assert not re.search(r"https?://|url\(|@import|//cdn", html)
-    assert not {"script", "link", "img", "iframe"} & {tag for tag, _, _ in page.tags}
+    assert not {"link", "img", "iframe"} & {tag for tag, _, _ in page.tags}
+    assert "<script>" in html  # without an address
     assert not any({"src", "href"} & set(attrs) for _, attrs, _ in page.tags)
 
 
@@ -186,7 +193,7 @@ def test_text_from_outside_is_escaped() -> None:
     data["tensors"][0]["note"] = data["tensors"][0]["dtype"] = hostile
     data["cost"]["stages"][hostile] = data["cost"]["stages"]["read"]
     html = render_html(data)
-    assert "<script" not in html
+    assert html.count("<script") == 1  # the page's own
     assert escape(hostile) in html
     assert hostile in Page(html).text
 
@@ -346,6 +353,38 @@ def test_long_table_is_cut_with_a_word_about_the_rest() -> None:
     data["tensors"] = data["tensors"] * 20_003
     page = Page(render_html(data))
     assert "3 more are in merge_report.json." in page.text
+
+
+def test_only_the_script_that_the_policy_names_runs() -> None:
+    html = render_html(report())
+    script = re.search(r"<script>(.*?)</script>", html, re.DOTALL)
+    assert script is not None
+    digest = base64.b64encode(hashlib.sha256(script[1].encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'\">" in html
+    assert "default-src 'none'" in html
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
+@pytest.mark.parametrize(
+    ("cells", "ordered"),
+    [
+        (["2 min 5 s", "48 s", "1 h", "–", "900 ms"], ["48 s", "2 min 5 s", "900 ms", "1 h", "–"]),
+        (["1,234", "−5", "0.5 (0.1 to 0.9)", "12 %"], ["−5", "0.5 (0.1 to 0.9)", "12 %", "1,234"]),
+        (["10 MB", "2 GB", "900 kB"], ["900 kB", "10 MB", "2 GB"]),
+        (["b", "a"], ["a", "b"]),
+    ],
+)
+def test_what_a_column_sorts_by(cells: list[str], ordered: list[str]) -> None:
+    """Numbers with their units, before words; `ms` is no unit of the pages."""
+    script = resources.files("merge_cli.report").joinpath("page.js").read_text(encoding="utf-8")
+    functions = script.partition("for (const head")[0]
+    program = f"""{functions}
+      const cells = {json.dumps(cells)}.map((textContent) => ({{textContent}}));
+      cells.sort((a, b) => {{ const [x, y] = [key(a), key(b)];
+        return x[0] - y[0] || (x[1] < y[1] ? -1 : x[1] > y[1] ? 1 : 0); }});
+      console.log(JSON.stringify(cells.map((cell) => cell.textContent)));"""
+    done = subprocess.run(["node", "-e", program], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == ordered
 
 
 def test_the_page_is_the_golden_one(request: pytest.FixtureRequest) -> None:
