@@ -79,6 +79,7 @@ def assemble(
         form=training.form,
         optimizer=CoefficientOptimizer(training),
         penalties=training.regularize,
+        penalize=training.penalize,
     )
     if training.checkpointing:
         net.train()  # transformers checkpoints in training mode alone; dropout is 0 in the config

@@ -48,6 +48,7 @@ class Student:
         merged_parameters: every parameter that is merged, by its parts if it is stored in several.
         coefficients: by name, for every merged parameter.
         form: soup or task_vector.
+        penalize: what penalties are taken of: coefficients, or parameters.
 
     Attributes:
         steps: optimizer steps so far.
@@ -63,6 +64,7 @@ class Student:
         form: str,
         optimizer: CoefficientOptimizer | None = None,
         penalties: Mapping[str, float] | None = None,
+        penalize: str = "coefficients",
     ) -> None:
         self.net, self.sources, self.coefficients = net, sources, coefficients
         self.merged_parameters = {merged.name: merged for merged in merged_parameters}
@@ -70,7 +72,8 @@ class Student:
         self.steps = 0
         self.grad_scale = 1.0
         self.penalties_found: dict[str, float] = {}
-        self._form, self._optimizer, self._penalties = form, optimizer, penalties or {}
+        self._form, self._optimizer = form, optimizer
+        self._penalties, self._penalize = penalties or {}, penalize
         self._rate: float | None = None  # set while the last backward of a fused step runs
         self._moved: set[str] = set()
         self._squares: dict[str, Any] | None = None  # set where squares are summed
@@ -214,10 +217,11 @@ class Student:
         self._moved.add(name)
 
     def _gradients(self, name: str) -> list[Any]:
-        terms, grad = penalty(self.coefficients[name].values, self._penalties)
+        coefficients, raw = self.coefficients[name], self._penalize == "parameters"
+        terms, grad = penalty(coefficients.raw if raw else coefficients.values, self._penalties)
         for term, value in terms.items():
             self.penalties_found[term] = self.penalties_found.get(term, 0.0) + value
-        return self.coefficients[name].gradients(grad)
+        return coefficients.gradients(None, grad) if raw else coefficients.gradients(grad)
 
     def _step(self, name: str, grads: Sequence[Any], rate: float) -> None:
         assert self._optimizer is not None, "a student that is only measured takes no steps"

@@ -193,7 +193,7 @@ class Trainer:
         return {"step": step, "rate": rate, "loss": total, "terms": losses, "penalties": penalties}
 
     def _measure(self) -> None:
-        """Held-out divergence; the best coefficients so far are remembered."""
+        """Held-out divergence; the best coefficients so far are remembered, or the last ones."""
         if self._held_out is None:
             return
         position, before = self.position, self._held_out.passes
@@ -204,7 +204,7 @@ class Trainer:
             raise NonFiniteError(message, hint=_SMALLER)
         assert position.measured is not None
         position.measured.append({"step": position.step, **score.to_json()})
-        if score.mean_kl < position.best_kl:
+        if score.mean_kl < position.best_kl or self._training.keep == "last":
             position.best_kl, position.best_step, position.stale = score.mean_kl, position.step, 0
             self.best = entries_of(self._student)
         else:

@@ -94,11 +94,11 @@ class Training:
     activation: Literal["none", "tanh", "sigmoid", "softmax"] = option(
         "none", "what a parameter goes through to become a coefficient"
     )
-    start: float | Literal["best", "soup", "task_arithmetic", "fisher"] = option(
+    start: float | Literal["best", "soup", "raw_soup", "task_arithmetic", "fisher"] = option(
         "best",
-        "every coefficient at the beginning: a number, 1/sources (soup), 0.3 (task_arithmetic), "
-        "each source's share of the importance (fisher), or best: as in the merge without training "
-        "that does best on held-out rows",
+        "every coefficient at the beginning: a number, 1/sources (soup), the activation of "
+        "1/sources (raw_soup), 0.3 (task_arithmetic), each source's share of the importance "
+        "(fisher), or best: as in the merge without training that does best on held-out rows",
     )
     train: tuple[str, ...] = option(
         ("all",),
@@ -113,6 +113,10 @@ class Training:
     )
     regularize: Mapping[str, float] = option(
         {}, "penalties with their weights", form=_weights_of(PENALTIES)
+    )
+    penalize: Literal["coefficients", "parameters"] = option(
+        "coefficients",
+        "what penalties are taken of: the coefficients, or their parameters before the activation",
     )
     prompt_loss: bool = option(False, "whether tokens of a prompt count too")
     top_k: int | Literal["full"] = option(
@@ -168,6 +172,9 @@ class Training:
         None, "steps between held-out measurements; default 5 in all", 1
     )
     patience: int | None = option(None, "measurements without improvement before training stops", 1)
+    keep: Literal["best", "last"] = option(
+        "best", "the step whose coefficients are kept: best on held-out rows, or last"
+    )
     checkpoint_minutes: float = option(2.0, "minutes between checkpoints", 0)
     tensorboard: bool = option(False, "write scalars for TensorBoard beside the checkpoint")
 
@@ -235,10 +242,16 @@ PRESETS: dict[str, dict[str, Any]] = {
     "dam-reference": {
         **_PAPER,
         "activation": "tanh",
-        "optimizer": "mofo",
+        "start": "raw_soup",
         "train": ("linear",),
+        "penalize": "parameters",
+        "prompt_loss": True,
+        "top_k": "full",
         "batch_size": 1,
         "examples": 1729,
+        "optimizer": "mofo",
+        "clip_norm": 1.0,
+        "keep": "last",
     },
     "adamerging": {
         **_BY_TENSOR,
@@ -292,7 +305,7 @@ def contradictions(training: Training, sources: int) -> list[tuple[str, str, str
     if start in ("best", "fisher") and activation != "none":
         message = f"{activation} does not reach every merge that it may begin from."
         result.append(("start", message, "Use `start: soup`, or `activation: none`."))
-    if activation == "softmax" and start not in ("soup", "best"):
+    if activation == "softmax" and start not in ("soup", "raw_soup", "best"):
         result.append(("start", "softmax starts every source at 1/sources.", "Leave `start` out."))
     if isinstance(start, float) and activation == "tanh" and not -1 < start < 1:
         result.append(("start", f"tanh reaches only -1 to 1 (got {start:g}).", ""))
@@ -301,6 +314,9 @@ def contradictions(training: Training, sources: int) -> list[tuple[str, str, str
     if start == "soup" and sources < 2 and activation in ("sigmoid", "tanh"):
         message = f"{training.activation} does not reach 1, where one source starts."
         result.append(("activation", message, "Use `activation: none`, or give a `start` below 1."))
+    if training.keep == "last" and training.patience is not None:
+        message = "the last step is kept, whatever was measured before it."
+        result.append(("patience", message, "Leave `patience` out, or use `keep: best`."))
     if training.mode == "fused" and training.clip_norm is not None:
         message = "clipping needs all gradients before the first update."
         result.append(("mode", message, "Use `mode: two_pass`, or leave `clip_norm` out."))
