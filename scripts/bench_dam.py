@@ -1,11 +1,14 @@
 """What training DAM costs: time against a plain backward pass, memory against one model.
 
     python scripts/bench_dam.py speed     # ratios of steps to forward and backward, in turns
+    python scripts/bench_dam.py run       # CPU seconds of a default run on the zoo, by what for
     python scripts/bench_dam.py memory    # peaks of processes, sources on the host and on disk
 
 Speed: the same model, batch and loss; plain is forward and backward with gradients dropped, DAM is
-the same with three sources projected, coefficients moved and weights rewritten (fused). Rounds take
-turns, the ratio is the median of the rounds' ratios. Memory: private pages of a process of its own
+the same with three sources (and a base, as by default) projected, coefficients moved and weights
+rewritten. Both are counted in CPU seconds of this process, on one thread. Rounds take turns, the
+ratio is the median of the rounds' ratios. Run: the recipe of docs/experiments/dam.md in a process
+of its own, with nothing in the cache; the longest time without a progress is told, too. Memory: private pages of a process of its own
 (sampled every few ms; pages of mapped files are the system's to drop), less those before the
 student is loaded. The bound is 1.4 times the model, its activations (measured on the graph) and the
 largest gradient; sources kept on the host are counted apart.
@@ -41,10 +44,15 @@ from merge_cli.recipe.training import Training
 # nor one tensor hide the model.
 SHAPES = {
     "tiny": (128, 384, 4, 1024),
+    "zoo": (256, 640, 6, 4096),
     "small": (512, 1408, 8, 4096),
     "large": (1024, 2816, 20, 8192),
 }
-OBJECTIVE = DistillationLoss({"kl": 1.0}, 2.0)
+OBJECTIVE = DistillationLoss({"kl": 1.0})
+OPTIONS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "columns, soup": {"granularity": "column", "form": "soup"},
+}
 
 
 def write_family(folder: Path, shape: str) -> Plan:
@@ -68,7 +76,7 @@ def write_family(folder: Path, shape: str) -> Plan:
             name: p.shape
             for name, p in hf.AutoModelForCausalLM.from_config(config).named_parameters()
         }
-    for number, name in enumerate("abc"):
+    for number, name in enumerate(["base", "a", "b", "c"]):
         generator = torch.Generator().manual_seed(number)
         tensors = {
             key: (torch.randn(size, generator=generator) * 0.02 + (len(size) == 1)).bfloat16()
@@ -81,7 +89,7 @@ def write_family(folder: Path, shape: str) -> Plan:
         (place / "config.json").write_text(json.dumps(about))
     (folder / "data.jsonl").write_text('{"text": "not read here"}\n')
     (folder / "recipe.yaml").write_text(
-        "merge_method: dam\nmodels:\n"
+        "merge_method: dam\nbase_model: base\nmodels:\n"
         + "".join(f"  - {{model: {name}, data: data.jsonl}}\n" for name in "abc")
     )
     return make_plan(load_recipe(folder / "recipe.yaml"))
@@ -105,16 +113,17 @@ def make_batch(rows: int, length: int, vocabulary: int, k: int = 64) -> Batch:
 
 
 def student_of(plan: Plan, residency: Residency, dtype: torch.dtype, **dials: Any) -> Any:
-    training = Training(**dials)
+    training = Training(**dials).resolved(has_base=True)
     targets, problems = find_targets(plan, empty_student(plan), training)
     assert not problems
     return assemble(plan, targets, training, SourceResidency(residency, "bench", 0), "cpu", dtype)
 
 
 def seconds(work: Callable[[], None]) -> float:
-    began = time.perf_counter()
+    """CPU seconds of this process."""
+    began = time.process_time()
     work()
-    return time.perf_counter() - began
+    return time.process_time() - began
 
 
 def bench_speed(shape: str, rows: int, length: int, rounds: int) -> None:
@@ -137,31 +146,36 @@ def bench_speed(shape: str, rows: int, length: int, rounds: int) -> None:
             f"{shape}: {sum(p.numel() for p in plain.parameters()) / 1e6:.0f} M parameters, "
             f"{tokens} tokens a pass, {torch.get_num_threads()} thread(s)"
         )
-        print("| residency | mode | plain tokens/s | DAM tokens/s | DAM / plain |")
-        print("|---|---|---:|---:|---:|")
-        for residency in ("host", "disk"):
-            student = student_of(plan, residency, torch.float32)
-            forward = Forward(student.net)
-
-            def fused(student: Any = student, forward: Forward = forward) -> None:
-                student.last_backward(forward.loss(batch, OBJECTIVE, LossSums()), 1e-3)
-
-            def two_pass(student: Any = student, forward: Forward = forward) -> None:
-                forward.loss(batch, OBJECTIVE, LossSums()).backward()
-                student.update(1e-3)
-
-            for mode, step in (("fused", fused), ("two_pass", two_pass)):
+        print("| options | residency | mode | plain CPU s | DAM CPU s | DAM / plain |")
+        print("|---|---|---|---:|---:|---:|")
+        for about, dials in OPTIONS.items():
+            for residency, mode in (("host", "fused"), ("host", "two_pass"), ("disk", "fused")):
+                student = student_of(plan, residency, torch.float32, **dials)
+                step = _step(student, batch, mode)
                 run_plain()
                 step()
                 pairs = [(seconds(run_plain), seconds(step)) for _ in range(rounds)]
                 ratios = [ours / theirs for theirs, ours in pairs]
                 theirs, ours = (statistics.median(p[i] for p in pairs) for i in (0, 1))
                 print(
-                    f"| {residency} | {mode} | {tokens / theirs:,.0f} | {tokens / ours:,.0f} | "
+                    f"| {about} | {residency} | {mode} | {theirs:.3f} | {ours:.3f} | "
                     f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) |",
                     flush=True,
                 )
-            student.close()
+                student.close()
+
+
+def _step(student: Any, batch: Batch, mode: str) -> Callable[[], None]:
+    forward = Forward(student.net)
+
+    def fused() -> None:
+        student.last_backward(forward.loss(batch, OBJECTIVE, LossSums()), 1e-3)
+
+    def two_pass() -> None:
+        forward.loss(batch, OBJECTIVE, LossSums()).backward()
+        student.update(1e-3)
+
+    return fused if mode == "fused" else two_pass
 
 
 def private_bytes() -> int:
@@ -270,7 +284,7 @@ def bench_memory(shape: str, rows: int, length: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("what", choices=("speed", "memory"))
+    parser.add_argument("what", choices=("speed", "run", "memory"))
     parser.add_argument("--shape", choices=SHAPES)
     parser.add_argument("--rows", type=int)
     parser.add_argument("--length", type=int, default=256)

@@ -72,8 +72,7 @@ class Sources:
 
     def block_rows(self, name: str) -> int:
         """Rows to ask for at once: what fits in a cache, or keeps a GPU busy."""
-        on_device = str(self._device) != "cpu"
-        block = _DEVICE_BLOCK if on_device else _HOST_BLOCK
+        block = _block(on_cpu=str(self._device) == "cpu")
         return max(1, block // max(1, self._tensors[name].shape[1]))
 
     def rows(self, name: str, start: int, stop: int) -> list[Any]:
@@ -150,6 +149,19 @@ class Sources:
     def _stored(self, ref: TensorRef, start: int, buffer: memoryview) -> None:
         offset = ref.offset + start * width_of(ref.dtype)
         read_into(self._files, ref.path, offset, buffer, ref.model)
+
+
+def block_bytes(sources: int, largest: int, *, on_cpu: bool) -> int:
+    """What projecting a block of rows takes: each source, base, gradient, product, in float32.
+
+    Args:
+        largest: elements of the largest tensor.
+    """
+    return 4 * min(_block(on_cpu=on_cpu), largest) * (sources + 3)
+
+
+def _block(*, on_cpu: bool) -> int:
+    return _HOST_BLOCK if on_cpu else _DEVICE_BLOCK
 
 
 class Copies(Protocol):

@@ -43,13 +43,8 @@ def begin(
 
     Validation rows choose; the best one is then measured on test rows, which choose nothing.
     """
-    plan, passes, start = decided.plan, validation.passes, decided.training.start
-    stored = stored_tensors(plan, decided.targets)
-    compared = mixtures(
-        decided.labels,
-        has_base=all(item.base is not None for item in stored.values()),
-        base_label=None if plan.base is None else plan.sources[plan.base].label,
-    )
+    passes, start = validation.passes, decided.training.start
+    compared = compared_mixtures(decided)
     scores = baselines(
         student,
         forward,
@@ -62,7 +57,7 @@ def begin(
         stopping=stopping,
     )
     shares: dict[str, Any] = {}
-    if start in ("best", FISHER) and has_importances(decided.datasets, len(decided.labels)):
+    if _tries_fisher(decided):
         shares = fisher_shares(
             student,
             forward,
@@ -98,6 +93,30 @@ def begin(
         for coefficients in student.coefficients.values():
             coefficients.begin(chosen.weights)
     student.write_all()
+
+
+def start_candidates(decided: TrainingPlan) -> tuple[str, ...]:
+    """The merges without training that are measured before it; none without held-out rows."""
+    if not any(dataset.held_out for dataset in decided.datasets):
+        return ()
+    names = [mixture.name for mixture in compared_mixtures(decided)]
+    return (*names, *([FISHER] if _tries_fisher(decided) else []))
+
+
+def compared_mixtures(decided: TrainingPlan) -> list[Mixture]:
+    """Of this training's sources, and of its base where it has one for every tensor."""
+    plan = decided.plan
+    stored = stored_tensors(plan, decided.targets)
+    return mixtures(
+        decided.labels,
+        has_base=all(item.base is not None for item in stored.values()),
+        base_label=None if plan.base is None else plan.sources[plan.base].label,
+    )
+
+
+def _tries_fisher(decided: TrainingPlan) -> bool:
+    learned_start = decided.training.start in ("best", FISHER)
+    return learned_start and has_importances(decided.datasets, len(decided.labels))
 
 
 def _begin_at(student: Student, shares: Mapping[str, Any]) -> None:
