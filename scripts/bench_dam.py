@@ -7,17 +7,22 @@
 Speed: the same model, batch and loss; plain is forward and backward with gradients dropped, DAM is
 the same with three sources (and a base, as by default) projected, coefficients moved and weights
 rewritten. Both are counted in CPU seconds of this process, on one thread. Rounds take turns, the
-ratio is the median of the rounds' ratios. Run: the recipe of docs/experiments/dam.md in a process
-of its own, with nothing in the cache; the longest time without a progress is told, too. Memory: private pages of a process of its own
-(sampled every few ms; pages of mapped files are the system's to drop), less those before the
-student is loaded. The bound is 1.4 times the model, its activations (measured on the graph) and the
-largest gradient; sources kept on the host are counted apart.
+ratio is the median of the rounds' ratios.
+
+Run: three models of zoo/ on their base, every option left out, with nothing in the cache. Seconds
+are CPU seconds of one thread; silence is the longest time between two lines of progress.
+
+Memory: private pages of a process of its own (sampled every few ms; pages of mapped files are the
+system's to drop), less those before the student is loaded. The bound is 1.4 times the model, its
+activations (measured on the graph) and the largest gradient; sources kept on the host are counted
+apart.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -30,6 +35,7 @@ from typing import Any
 
 import torch
 
+import merge_cli
 from merge_cli.dam.assembly import assemble
 from merge_cli.dam.forward import Batch, Forward, LossSums
 from merge_cli.dam.losses import DistillationLoss, TeacherTargets
@@ -178,6 +184,47 @@ def _step(student: Any, batch: Batch, mode: str) -> Callable[[], None]:
     return fused if mode == "fused" else two_pass
 
 
+def bench_run(training: dict[str, Any]) -> None:
+    """Stages of a run in this process: a stage's seconds end where its next line is told."""
+    zoo = Path(__file__).resolve().parents[1] / "zoo"
+    with tempfile.TemporaryDirectory() as name:
+        os.environ["MERGE_CLI_CACHE"] = str(Path(name) / "cache")
+        names = ("japanese", "math", "code")
+        document = {
+            "merge_method": "dam",
+            "base_model": str(zoo / "base"),
+            "models": [
+                {"model": str(zoo / n), "data": str(zoo / "data" / f"{n}.train.jsonl")}
+                for n in names
+            ],
+            "training": training,
+        }
+        path = Path(name) / "recipe.yaml"
+        path.write_text(json.dumps(document))
+        spent: dict[str, float] = {}
+        silence: dict[str, float] = {}
+        last = [time.process_time()]
+
+        def tell(progress: merge_cli.Progress) -> None:
+            cpu, stage = time.process_time(), progress.stage
+            if stage == "measure" and progress.note.endswith("steps"):
+                stage = "measure while training"
+            spent[stage] = spent.get(stage, 0.0) + cpu - last[0]
+            silence[stage] = max(silence.get(stage, 0.0), cpu - last[0])
+            last[0] = cpu
+
+        options = merge_cli.MergeOptions(device="cpu", threads=torch.get_num_threads())
+        result = merge_cli.merge(path, Path(name) / "out", options=options, on_progress=tell)
+        cost = result.report["training"]["cost"]
+    print("| stage | CPU s | longest silence |")
+    print("|---|---:|---:|")
+    for stage, used in spent.items():
+        print(f"| {stage} | {used:.1f} | {silence[stage]:.1f} |")
+    print(f"| all | {sum(spent.values()):.1f} | {max(silence.values()):.1f} |")
+    share = spent.get("measure while training", 0.0) / spent["train"]
+    print(f"\n{cost['tokens']:,} tokens; measuring is {share:.0%} of training")
+
+
 def private_bytes() -> int:
     """Anonymous resident memory of this process."""
     for line in Path("/proc/self/status").read_text().splitlines():
@@ -289,12 +336,15 @@ def main() -> None:
     parser.add_argument("--rows", type=int)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--training", default="{}", help="options of `training:`, as JSON")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--in", dest="folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--residency", help=argparse.SUPPRESS)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    if given.what == "speed":
+    if given.what == "run":
+        bench_run(json.loads(given.training))
+    elif given.what == "speed":
         bench_speed(given.shape or "small", given.rows or 8, given.length, given.rounds)
     elif given.folder is None:
         bench_memory(given.shape or "large", given.rows or 1, given.length)

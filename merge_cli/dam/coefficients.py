@@ -234,16 +234,19 @@ class Coefficients:
                 result += self.left[:, start:stop, None, r] * self.right[:, None, :, r]
         return result
 
-    def project(self, grad: Any, weights: Sequence[Any], start: int) -> None:
+    def project(self, grad: Any, weights: Sequence[Any], start: int, scratch: Any = None) -> None:
         """Add R(G * W_i) for rows from `start` on.
 
         Args:
             grad: [rows, columns] of dL/dW, in the coefficients' dtype.
             weights: the same rows of every source.
+            scratch: as large as `grad`, to be overwritten.
         """
+        import torch
+
         stop = start + len(grad)
         for i, weight in enumerate(weights):
-            product = grad * weight
+            product = torch.mul(grad, weight, out=scratch)
             if self.left is not None:
                 self.left_grad[i, start:stop] += product @ self.right[i]
                 self.right_grad[i] += product.T @ self.left[i, start:stop]

@@ -170,7 +170,7 @@ def plan_training(plan: Plan, device: str = "auto", world: World | None = None) 
         on_cpu=index is None,
     )
     residency = choose_residency(
-        weight_bytes(stored_tensors(plan, targets), with_base=with_base),
+        weight_bytes(stored_tensors(plan, targets), with_base=with_base, on_cpu=index is None),
         index,
         shared_with="student",
         on_device=needs.beside_sources,

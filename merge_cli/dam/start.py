@@ -69,7 +69,8 @@ def begin(
             stopping=stopping,
         )
         _begin_at(student, shares)
-        scores[FISHER] = validation.score(forward, world)
+        between = validation.told("held-out rows with fisher", world, on_progress)
+        scores[FISHER] = validation.score(forward, world, between)
     position.broken = [name for name, score in scores.items() if not score.finite]
     finite = {name: score for name, score in scores.items() if score.finite}
     position.static = {name: score.to_json() for name, score in finite.items()}
@@ -79,7 +80,8 @@ def begin(
         mixture = next((item for item in compared if item.name == best), None)
         if mixture is not None:
             student.write_mixture(mixture.base, mixture.weights)
-        position.tested = {best: test.score(forward, world).to_json()}
+        between = test.told(f"test rows with {best}", world, on_progress)
+        position.tested = {best: test.score(forward, world, between).to_json()}
     chosen = best_start(compared, finite, decided.training.form)
     fisher_wins = FISHER in finite and (
         start == FISHER or chosen is None or finite[FISHER].mean_kl < finite[chosen.name].mean_kl
@@ -182,10 +184,13 @@ def baselines(
         tell(number, len(compared), item.name)
         stop(world.any(stopping()))
         student.write_mixture(item.base, item.weights)
+
         # Processes stop together or not at all: within a merge only the one that is alone.
-        result[item.name] = held_out.score(
-            forward, world, lambda: stop(world.size == 1 and stopping())
-        )
+        def between(number: int = number, name: str = item.name) -> None:
+            tell(number, len(compared), name)
+            stop(world.size == 1 and stopping())
+
+        result[item.name] = held_out.score(forward, world, between)
     return result
 
 

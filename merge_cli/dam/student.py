@@ -78,6 +78,7 @@ class Student:
         self._moved: set[str] = set()
         self._squares: dict[str, Any] | None = None  # set where squares are summed
         self._order: list[str] = []
+        self._buffer: Any = None
         self._hooks = []
         for parts in _by_parameter(merged_parameters):
             parameter = parts[0].parameter
@@ -205,7 +206,7 @@ class Student:
             rows = matrix[start:stop].to(dtype)
             if self.grad_scale != 1:
                 rows = rows / self.grad_scale
-            coefficients.project(rows, read[1], start)
+            coefficients.project(rows, read[1], start, self._scratch(rows))
             if keep:
                 held.append(read)
         return held
@@ -231,17 +232,24 @@ class Student:
 
     def _write(self, name: str, held: list[Any] | None) -> None:
         """A parameter from its coefficients: in float32 (or wider), rounded once."""
+        import torch
+
         matrix, coefficients = self._matrix(name), self.coefficients[name]
         for number, (start, stop) in enumerate(self._blocks(name)):
             base, rows = held[number] if held else self._read(name, start, stop)
             block = coefficients.block(start, stop)
-            total: Any = None
-            for i, row in enumerate(rows):
-                term = row * block[i]
-                total = term if total is None else total.add_(term)
+            total = rows[0] * block[0]
+            for i, row in enumerate(rows[1:], start=1):
+                total.add_(torch.mul(row, block[i], out=self._scratch(row)))
             if base is not None:
-                total = base + total
-            matrix[start:stop] = total.to(matrix.dtype)
+                total = torch.add(base, total, out=total)
+            matrix[start:stop] = total  # rounds, where the student is narrower
+
+    def _scratch(self, like: Any) -> Any:
+        """Memory for a product that is added up at once; a new one each time costs page faults."""
+        if self._buffer is None or self._buffer.numel() < like.numel():
+            self._buffer = like.new_empty(like.numel())
+        return self._buffer[: like.numel()].view_as(like)
 
     def _read(self, name: str, start: int, stop: int) -> tuple[Any, list[Any]]:
         if self._form == "task_vector":

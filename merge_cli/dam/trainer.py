@@ -12,7 +12,7 @@ from merge_cli.dam.checkpoint import Position, TrainingWorkspace
 from merge_cli.dam.data import Order
 from merge_cli.dam.distributed import World
 from merge_cli.dam.forward import Forward, LossSums
-from merge_cli.dam.heldout import BatchItem, HeldOut, batch_of
+from merge_cli.dam.heldout import BatchItem, HeldOut, HeldOutScore, batch_of
 from merge_cli.dam.losses import DistillationLoss
 from merge_cli.dam.optimizers import rate_at
 from merge_cli.dam.plan import TrainingPlan
@@ -20,9 +20,12 @@ from merge_cli.dam.student import Student
 from merge_cli.errors import NonFiniteError
 from merge_cli.evaluation.forward import micro_batches
 from merge_cli.evaluation.teachers import Predictions
+from merge_cli.options import OnProgress
 from merge_cli.recipe.training import Training
 
 _SMALLER = "Use a smaller learning_rate, or dtype float32 or bfloat16."
+# By default. Each passes through all validation rows: two are about a tenth of what training costs.
+_MEASUREMENTS = 2
 _START_SCALE, _GROW_AFTER = 1024.0, 200  # of float16 losses
 
 OnStep = Callable[[Mapping[str, Any], Position], None]  # a step's record
@@ -47,11 +50,13 @@ class Trainer:
         world: World,
         *,
         on_step: OnStep,
+        on_progress: OnProgress,
         stopping: Callable[[], bool],
     ) -> None:
         self._decided, self._student, self._forward = decided, student, forward
         self._predictions, self._held_out = predictions, held_out
         self._folder, self._world, self._told, self._stopping = folder, world, on_step, stopping
+        self._on_progress = on_progress
         training = decided.training
         seed = decided.plan.recipe.seed
         self._orders = [Order(dataset, training, seed) for dataset in decided.datasets]
@@ -74,7 +79,7 @@ class Trainer:
             NonFiniteError: the loss, or a prediction on held-out rows, is not a number.
         """
         saved = time.monotonic()
-        every = self._training.evaluate_every or max(1, -(-self._decided.steps // 5))
+        every = self._training.evaluate_every or max(1, -(-self._decided.steps // _MEASUREMENTS))
         if self.position.step == 0 and not self.position.measured:
             self._measure()
         while not self.position.ended:
@@ -197,7 +202,11 @@ class Trainer:
         if self._held_out is None:
             return
         position, before = self.position, self._held_out.passes
-        score = self._held_out.score(self._forward, self._world)
+        score = self._known_start()
+        if score is None:
+            note = f"held-out rows after {position.step} steps"
+            between = self._held_out.told(note, self._world, self._on_progress)
+            score = self._held_out.score(self._forward, self._world, between)
         position.held_out_passes += self._held_out.passes - before
         if not score.finite:
             message = f"on held-out rows the merge of step {position.step} predicts NaN or Inf"
@@ -212,6 +221,14 @@ class Trainer:
             patience = self._training.patience
             if patience is not None and position.stale >= patience:
                 position.ended = f"no improvement in {patience} measurements"
+
+    def _known_start(self) -> HeldOutScore | None:
+        """The score of the first step's coefficients, if they are a merge that was measured."""
+        position = self.position
+        if position.step or not position.start:
+            return None
+        assert position.static is not None
+        return HeldOutScore.from_json(position.static[position.start])
 
 
 def entries_of(student: Student) -> dict[str, Any]:

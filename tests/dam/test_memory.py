@@ -53,8 +53,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def kept_by_autograd(net: Any, rows: int, length: int) -> int:
     """Bytes of distinct storages that a forward pass keeps until the backward pass.
 
-    Parameters are left out, and the counted hidden states' gradient is in: the output layer's chunks
-    are gone by then.
+    Parameters are left out, and the counted hidden states' gradient is in: the output layer's
+    chunks are gone by then.
     """
     batch = random_batch(torch.Generator().manual_seed(0), rows, length, dtype=torch.float32)
     forward = Forward(net)
