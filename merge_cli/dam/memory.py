@@ -18,6 +18,7 @@ from merge_cli.checkpoint.dtypes import width_of
 from merge_cli.dam.data import Dataset
 from merge_cli.dam.forward import CHUNK_BYTES
 from merge_cli.dam.models import TargetParameter
+from merge_cli.dam.rollouts import rollout_bytes
 from merge_cli.dam.sources import block_bytes
 from merge_cli.recipe.training import Training
 
@@ -40,6 +41,7 @@ class MemoryNeeds:
         coefficients: with gradients and moments, and the best ones so far.
         blocks: rows of the sources that are being projected, and a chunk's logits.
         predictions: of teachers that stay in memory; on the host.
+        rollouts: predictions of tokens that the student samples; on the host.
         interpreter: on the host.
     """
 
@@ -49,6 +51,7 @@ class MemoryNeeds:
     coefficients: int
     blocks: int
     predictions: int
+    rollouts: int = 0
     interpreter: int = _INTERPRETER
 
     @property
@@ -59,7 +62,7 @@ class MemoryNeeds:
     @property
     def on_host(self) -> int:
         """Of the host alone."""
-        return self.predictions + self.interpreter
+        return self.predictions + self.rollouts + self.interpreter
 
     def to_json(self) -> dict[str, int]:
         return {f.name: getattr(self, f.name) for f in fields(self)}
@@ -181,4 +184,9 @@ def memory_needs(
         coefficients=(_PER_COEFFICIENT + 1) * 4 * numbers,
         blocks=block_bytes(sources, largest, on_cpu=on_cpu) + _CHUNK_COPIES * logits,
         predictions=predictions,
+        rollouts=rollout_bytes(
+            training.rollouts,
+            sum(min(training.batch_size, len(dataset.train)) for dataset in datasets),
+            len(head) if training.top_k == "full" else min(int(training.top_k), len(head)),
+        ),
     )

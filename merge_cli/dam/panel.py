@@ -151,6 +151,7 @@ def print_training(out: Console, decided: TrainingPlan) -> None:
         ("sources", f"{RESIDENCY[decided.residency.residency]}: {decided.why['residency']}"),
         ("memory", _memory_in_words(decided)),
         ("update", f"{decided.mode}: {decided.why['mode']}"),
+        *([("rollouts", _rollouts_in_words(decided))] if training.rollouts else []),
     ):
         out.print(f"[dim]{label}:[/dim] {escape(text)}")
 
@@ -195,6 +196,21 @@ def _start_in_words(decided: TrainingPlan) -> str:
     which = "the best on held-out rows of" if start == "best" else "fisher; compared with"
     fisher = f" (fisher: importances over {TOKENS:,} tokens of each source)"
     return f"{which} {', '.join(candidates)}{fisher if 'fisher' in candidates else ''}"
+
+
+def _rollouts_in_words(decided: TrainingPlan) -> str:
+    """What learning on-policy costs."""
+    about, training = decided.training.rollouts, decided.training
+    assert about is not None
+    rows = sum(min(training.batch_size, len(dataset.train)) for dataset in decided.datasets)
+    teachers, times = len(decided.datasets), -(-decided.steps // about.every)
+    when = "every step" if about.every == 1 else f"every {about.every} steps"
+    return (
+        f"{when} {rows} rows are continued by up to {about.length} tokens, "
+        f"{times * rows * about.length:,} in all; the student becomes each teacher in turn and "
+        f"itself again ({teachers + 1} rewrites, no memory), one more backward pass, "
+        f"{show_size(decided.needs.rollouts)} of predictions"
+    )
 
 
 def _memory_in_words(decided: TrainingPlan) -> str:

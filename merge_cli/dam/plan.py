@@ -60,6 +60,7 @@ class TrainingPlan:
         needs: the memory that training takes, without the sources.
         peak: with them, where they are kept.
         warnings: what will most likely not fit.
+        context: tokens that the models take, at most `max_length`.
     """
 
     plan: Plan
@@ -77,6 +78,7 @@ class TrainingPlan:
     needs: MemoryNeeds
     peak: Peak
     warnings: tuple[str, ...] = ()
+    context: int = 0
 
     @property
     def coefficients(self) -> int:
@@ -143,12 +145,13 @@ def plan_training(plan: Plan, device: str = "auto", world: World | None = None) 
     if not any(target.trained for target in targets):
         message = f"chooses no tensor: {', '.join(training.train)}"
         raise MismatchError([plan.recipe.problem("training.train", message)])
+    context = context_of(net.config, training.max_length)
     datasets = load_datasets(
         plan.recipe,
         labels,
         tokenizer,
         training,
-        context_of(net.config, training.max_length),
+        context,
         net.get_input_embeddings().weight.shape[0],
     )
     steps = steps_of(datasets, training)
@@ -203,6 +206,7 @@ def plan_training(plan: Plan, device: str = "auto", world: World | None = None) 
         needs,
         peak,
         tuple(_too_large(chosen, index, needs, peak)),
+        context,
     )
 
 

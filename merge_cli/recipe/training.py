@@ -7,7 +7,7 @@ preset is a set of defaults; what the recipe says itself wins.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
@@ -15,6 +15,7 @@ from merge_cli.recipe.nodes import Node
 from merge_cli.recipe.reader import (
     Checked,
     Form,
+    Nullable,
     Plain,
     Reader,
     Schema,
@@ -73,6 +74,17 @@ _GRANULARITY: Schema = any_of(
         "minProperties": 1,
     },
 )
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """What the student says itself during training, and how much it counts."""
+
+    length: int = option(16, "tokens that the merged model samples after each prefix", 1)
+    prefix: int = option(32, "tokens of a text to begin after; a prompt is the prefix it is", 1)
+    weight: float = option(1.0, "of the reverse KL in the loss", 0)
+    every: int = option(1, "steps between those that sample", 1)
+    temperature: float = option(1.0, "temperature of sampling", 1e-3)
 
 
 @dataclass(frozen=True)
@@ -135,6 +147,12 @@ class Training:
     held_out_examples: int = option(64, "at most this many held-out examples for each source", 1)
     held_out_tokens: int | None = option(
         2048, "at most about this many of their tokens for each source; null for all", 1
+    )
+    rollouts: Rollouts | None = option(
+        None,
+        "learn on-policy, too: reverse KL to the teachers on what the merged model samples itself; "
+        "a mapping of length, prefix, weight, every, temperature",
+        form=Nullable(section_of(Rollouts)),
     )
     epochs: int = option(1, "passes over the largest source's examples, at most", 1)
     tokens: int | None = option(
@@ -293,6 +311,8 @@ def plain_training(training: Training) -> dict[str, Any]:
             if isinstance(value, tuple)
             else dict(value)
             if isinstance(value, Mapping)
+            else asdict(value)
+            if isinstance(value, Rollouts)
             else value
         )
     return result
@@ -320,6 +340,9 @@ def contradictions(training: Training, sources: int) -> list[tuple[str, str, str
     if training.mode == "fused" and training.clip_norm is not None:
         message = "clipping needs all gradients before the first update."
         result.append(("mode", message, "Use `mode: two_pass`, or leave `clip_norm` out."))
+    if training.rollouts is not None and training.rollouts.length >= training.max_length:
+        message = f"{training.rollouts.length} tokens leave no room in max_length for a prefix."
+        result.append(("rollouts", message, "Use a smaller `length`, or a larger `max_length`."))
     if training.mode == "fused" and training.dtype == "float16":
         message = "float16 gradients can overflow, and a fused update cannot be taken back."
         result.append(("mode", message, "Use `mode: two_pass`, or bfloat16."))
