@@ -10,6 +10,7 @@ from typing import Any
 
 from merge_cli.comparison.result import Comparison
 from merge_cli.comparison.run import compare as compare_recipes
+from merge_cli.engine.device import device_here
 from merge_cli.engine.made_before import made_before, read_report
 from merge_cli.engine.merge import execute
 from merge_cli.engine.merge_stats import MergeStats
@@ -104,6 +105,7 @@ def merge(
             published all the same.
     """
     options = options or MergeOptions()
+    options = replace(options, device=device_here(options.device))
     on_progress = on_progress or show or ignore_progress
     loaded = recipe if isinstance(recipe, Recipe | Plan) else load_recipe(recipe)
     spec = None if evaluation is None else as_spec(evaluation)

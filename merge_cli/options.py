@@ -13,7 +13,7 @@ class MergeOptions:
     """What a user may choose.
 
     Attributes:
-        device: auto, cpu, cuda or cuda:N.
+        device: auto, cpu, cuda or cuda:N; in a plan also cuda:80GB, a card that is not here.
         threads: computing threads on a CPU; None means one for each core that may be used.
         max_memory: bytes that the whole process should stay under.
         overwrite: replace an existing output.

@@ -1,20 +1,28 @@
 """What training DAM costs: time against a plain backward pass, memory against one model.
 
     python scripts/bench_dam.py speed     # ratios of steps to forward and backward, in turns
+    python scripts/bench_dam.py run       # CPU seconds of a default run on the zoo, by what for
     python scripts/bench_dam.py memory    # peaks of processes, sources on the host and on disk
 
 Speed: the same model, batch and loss; plain is forward and backward with gradients dropped, DAM is
-the same with three sources projected, coefficients moved and weights rewritten (fused). Rounds take
-turns, the ratio is the median of the rounds' ratios. Memory: private pages of a process of its own
-(sampled every few ms; pages of mapped files are the system's to drop), less those before the
-student is loaded. The bound is 1.4 times the model, its activations (measured on the graph) and the
-largest gradient; sources kept on the host are counted apart.
+the same with three sources (and a base, as by default) projected, coefficients moved and weights
+rewritten. Both are counted in CPU seconds of this process, on one thread. Rounds take turns, the
+ratio is the median of the rounds' ratios.
+
+Run: three models of zoo/ on their base, every option left out, with nothing in the cache. Seconds
+are CPU seconds of one thread; silence is the longest time between two lines of progress.
+
+Memory: private pages of a process of its own (sampled every few ms; pages of mapped files are the
+system's to drop), less those before the student is loaded. The bound is 1.4 times the model, its
+activations (measured on the graph) and the largest gradient; sources kept on the host are counted
+apart.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -27,6 +35,7 @@ from typing import Any
 
 import torch
 
+import merge_cli
 from merge_cli.dam.assembly import assemble
 from merge_cli.dam.forward import Batch, Forward, LossSums
 from merge_cli.dam.losses import DistillationLoss, TeacherTargets
@@ -41,10 +50,15 @@ from merge_cli.recipe.training import Training
 # nor one tensor hide the model.
 SHAPES = {
     "tiny": (128, 384, 4, 1024),
+    "zoo": (256, 640, 6, 4096),
     "small": (512, 1408, 8, 4096),
     "large": (1024, 2816, 20, 8192),
 }
-OBJECTIVE = DistillationLoss({"kl": 1.0}, 2.0)
+OBJECTIVE = DistillationLoss({"kl": 1.0})
+OPTIONS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "columns, soup": {"granularity": "column", "form": "soup"},
+}
 
 
 def write_family(folder: Path, shape: str) -> Plan:
@@ -68,7 +82,7 @@ def write_family(folder: Path, shape: str) -> Plan:
             name: p.shape
             for name, p in hf.AutoModelForCausalLM.from_config(config).named_parameters()
         }
-    for number, name in enumerate("abc"):
+    for number, name in enumerate(["base", "a", "b", "c"]):
         generator = torch.Generator().manual_seed(number)
         tensors = {
             key: (torch.randn(size, generator=generator) * 0.02 + (len(size) == 1)).bfloat16()
@@ -81,7 +95,7 @@ def write_family(folder: Path, shape: str) -> Plan:
         (place / "config.json").write_text(json.dumps(about))
     (folder / "data.jsonl").write_text('{"text": "not read here"}\n')
     (folder / "recipe.yaml").write_text(
-        "merge_method: dam\nmodels:\n"
+        "merge_method: dam\nbase_model: base\nmodels:\n"
         + "".join(f"  - {{model: {name}, data: data.jsonl}}\n" for name in "abc")
     )
     return make_plan(load_recipe(folder / "recipe.yaml"))
@@ -105,16 +119,17 @@ def make_batch(rows: int, length: int, vocabulary: int, k: int = 64) -> Batch:
 
 
 def student_of(plan: Plan, residency: Residency, dtype: torch.dtype, **dials: Any) -> Any:
-    training = Training(**dials)
+    training = Training(**dials).resolved(has_base=True)
     targets, problems = find_targets(plan, empty_student(plan), training)
     assert not problems
     return assemble(plan, targets, training, SourceResidency(residency, "bench", 0), "cpu", dtype)
 
 
 def seconds(work: Callable[[], None]) -> float:
-    began = time.perf_counter()
+    """CPU seconds of this process."""
+    began = time.process_time()
     work()
-    return time.perf_counter() - began
+    return time.process_time() - began
 
 
 def bench_speed(shape: str, rows: int, length: int, rounds: int) -> None:
@@ -137,31 +152,77 @@ def bench_speed(shape: str, rows: int, length: int, rounds: int) -> None:
             f"{shape}: {sum(p.numel() for p in plain.parameters()) / 1e6:.0f} M parameters, "
             f"{tokens} tokens a pass, {torch.get_num_threads()} thread(s)"
         )
-        print("| residency | mode | plain tokens/s | DAM tokens/s | DAM / plain |")
-        print("|---|---|---:|---:|---:|")
-        for residency in ("host", "disk"):
-            student = student_of(plan, residency, torch.float32)
-            forward = Forward(student.net)
-
-            def fused(student: Any = student, forward: Forward = forward) -> None:
-                student.last_backward(forward.loss(batch, OBJECTIVE, LossSums()), 1e-3)
-
-            def two_pass(student: Any = student, forward: Forward = forward) -> None:
-                forward.loss(batch, OBJECTIVE, LossSums()).backward()
-                student.update(1e-3)
-
-            for mode, step in (("fused", fused), ("two_pass", two_pass)):
+        print("| options | residency | mode | plain CPU s | DAM CPU s | DAM / plain |")
+        print("|---|---|---|---:|---:|---:|")
+        for about, dials in OPTIONS.items():
+            for residency, mode in (("host", "fused"), ("host", "two_pass"), ("disk", "fused")):
+                student = student_of(plan, residency, torch.float32, **dials)
+                step = _step(student, batch, mode)
                 run_plain()
                 step()
                 pairs = [(seconds(run_plain), seconds(step)) for _ in range(rounds)]
                 ratios = [ours / theirs for theirs, ours in pairs]
                 theirs, ours = (statistics.median(p[i] for p in pairs) for i in (0, 1))
                 print(
-                    f"| {residency} | {mode} | {tokens / theirs:,.0f} | {tokens / ours:,.0f} | "
+                    f"| {about} | {residency} | {mode} | {theirs:.3f} | {ours:.3f} | "
                     f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) |",
                     flush=True,
                 )
-            student.close()
+                student.close()
+
+
+def _step(student: Any, batch: Batch, mode: str) -> Callable[[], None]:
+    forward = Forward(student.net)
+
+    def fused() -> None:
+        student.last_backward(forward.loss(batch, OBJECTIVE, LossSums()), 1e-3)
+
+    def two_pass() -> None:
+        forward.loss(batch, OBJECTIVE, LossSums()).backward()
+        student.update(1e-3)
+
+    return fused if mode == "fused" else two_pass
+
+
+def bench_run(training: dict[str, Any]) -> None:
+    """Stages of a run in this process: a stage's seconds end where its next line is told."""
+    zoo = Path(__file__).resolve().parents[1] / "zoo"
+    with tempfile.TemporaryDirectory() as name:
+        os.environ["MERGE_CLI_CACHE"] = str(Path(name) / "cache")
+        names = ("japanese", "math", "code")
+        document = {
+            "merge_method": "dam",
+            "base_model": str(zoo / "base"),
+            "models": [
+                {"model": str(zoo / n), "data": str(zoo / "data" / f"{n}.train.jsonl")}
+                for n in names
+            ],
+            "training": training,
+        }
+        path = Path(name) / "recipe.yaml"
+        path.write_text(json.dumps(document))
+        spent: dict[str, float] = {}
+        silence: dict[str, float] = {}
+        last = [time.process_time()]
+
+        def tell(progress: merge_cli.Progress) -> None:
+            cpu, stage = time.process_time(), progress.stage
+            if stage == "measure" and progress.note.endswith("steps"):
+                stage = "measure while training"
+            spent[stage] = spent.get(stage, 0.0) + cpu - last[0]
+            silence[stage] = max(silence.get(stage, 0.0), cpu - last[0])
+            last[0] = cpu
+
+        options = merge_cli.MergeOptions(device="cpu", threads=torch.get_num_threads())
+        result = merge_cli.merge(path, Path(name) / "out", options=options, on_progress=tell)
+        cost = result.report["training"]["cost"]
+    print("| stage | CPU s | longest silence |")
+    print("|---|---:|---:|")
+    for stage, used in spent.items():
+        print(f"| {stage} | {used:.1f} | {silence[stage]:.1f} |")
+    print(f"| all | {sum(spent.values()):.1f} | {max(silence.values()):.1f} |")
+    share = spent.get("measure while training", 0.0) / spent["train"]
+    print(f"\n{cost['tokens']:,} tokens; measuring is {share:.0%} of training")
 
 
 def private_bytes() -> int:
@@ -270,17 +331,20 @@ def bench_memory(shape: str, rows: int, length: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("what", choices=("speed", "memory"))
+    parser.add_argument("what", choices=("speed", "run", "memory"))
     parser.add_argument("--shape", choices=SHAPES)
     parser.add_argument("--rows", type=int)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--training", default="{}", help="options of `training:`, as JSON")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--in", dest="folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--residency", help=argparse.SUPPRESS)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    if given.what == "speed":
+    if given.what == "run":
+        bench_run(json.loads(given.training))
+    elif given.what == "speed":
         bench_speed(given.shape or "small", given.rows or 8, given.length, given.rounds)
     elif given.folder is None:
         bench_memory(given.shape or "large", given.rows or 1, given.length)

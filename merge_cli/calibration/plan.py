@@ -105,7 +105,7 @@ def plan_calibration(
     plan.aligned.refuse_rearranged(plan.recipe, plan.recipe.merge_method)
     tokenizer, template_why = one_tokenizer(plan)
     net = empty_student(plan)
-    chosen = choose_device(device)
+    chosen = choose_device(device, planned=True)
     where = f"cuda:{chosen.indexes[0]}" if chosen.indexes else "cpu"
     dtype, dtype_why = choose_dtype(plan.sources[plan.config_index], chosen.kind, statistics.dtype)
     context = context_of(net.config, statistics.max_length)

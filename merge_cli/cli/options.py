@@ -50,7 +50,7 @@ DeviceOption = Annotated[
     str,
     typer.Option(
         metavar="NAME",
-        help="Compute on auto, cpu, cuda or cuda:N.",
+        help="Compute on auto, cpu, cuda or cuda:N; `plan` takes a size, too: cuda:80GB.",
         rich_help_panel=RESOURCES,
     ),
 ]

@@ -79,15 +79,16 @@ def assemble(
         form=training.form,
         optimizer=CoefficientOptimizer(training),
         penalties=training.regularize,
+        penalize=training.penalize,
     )
     if training.checkpointing:
         net.train()  # transformers checkpoints in training mode alone; dropout is 0 in the config
-        _enable_checkpointing(net)
+        enable_checkpointing(net)
     student.write_all()
     return student
 
 
-def _enable_checkpointing(net: Any) -> None:
+def enable_checkpointing(net: Any) -> None:
     """Non-reentrant: a reentrant one would run hooks before a gradient is complete."""
     settings = {"use_reentrant": False}
     if hasattr(net, "activation_checkpointing_enable"):  # its name since transformers 5.20

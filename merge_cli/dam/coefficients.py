@@ -116,13 +116,21 @@ def layout_of(
     return CoefficientLayout(shape, kinds[granularity], rows, columns, groups)
 
 
-def starting_value(training: Training, sources: int) -> float:
-    """What every coefficient is before training, and before `start: best` is looked for."""
+def starting_parameter(training: Training, sources: int) -> float:
+    """Every coefficient's parameter before training, and before `start: best` is looked for.
+
+    With `raw_soup` the parameter itself is 1/sources, as in the code of DAM's authors: behind their
+    tanh the coefficients of three sources add up to 0.9645, and not to 1.
+    """
     if training.activation == "softmax":
+        return 0.0
+    if training.start == "raw_soup":
         return 1.0 / sources
     if isinstance(training.start, float):
-        return training.start
-    return 0.3 if training.start == "task_arithmetic" else 1.0 / sources
+        value = training.start
+    else:
+        value = 0.3 if training.start == "task_arithmetic" else 1.0 / sources
+    return _before_activation(value, training.activation)
 
 
 class Coefficients:
@@ -148,8 +156,7 @@ class Coefficients:
 
         self.name, self.layout, self.activation = name, layout, training.activation
         dtype = dtype or torch.float32
-        start = starting_value(training, sources)
-        raw = _before_activation(start, self.activation)
+        raw = starting_parameter(training, sources)
         self.raw = torch.full((sources, *layout.inner), raw, dtype=dtype, device=device)
         self.left: Any = None
         self.right: Any = None
@@ -227,23 +234,30 @@ class Coefficients:
                 result += self.left[:, start:stop, None, r] * self.right[:, None, :, r]
         return result
 
-    def project(self, grad: Any, weights: Sequence[Any], start: int) -> None:
+    def project(self, grad: Any, weights: Sequence[Any], start: int, scratch: Any = None) -> None:
         """Add R(G * W_i) for rows from `start` on.
 
         Args:
             grad: [rows, columns] of dL/dW, in the coefficients' dtype.
             weights: the same rows of every source.
+            scratch: as large as `grad`, to be overwritten.
         """
+        import torch
+
         stop = start + len(grad)
         for i, weight in enumerate(weights):
-            product = grad * weight
+            product = torch.mul(grad, weight, out=scratch)
             if self.left is not None:
                 self.left_grad[i, start:stop] += product @ self.right[i]
                 self.right_grad[i] += product.T @ self.left[i, start:stop]
             self.layout.add_up(product, start, self.value_grad[i])
 
-    def gradients(self, penalty_grad: Any = None) -> list[Any]:
-        """dL/d of each of `parameters`; the accumulated projections stay."""
+    def gradients(self, penalty_grad: Any = None, raw_penalty_grad: Any = None) -> list[Any]:
+        """dL/d of each of `parameters`; the accumulated projections stay.
+
+        Args:
+            penalty_grad, raw_penalty_grad: of penalties on `values` and on `raw`, of their shape.
+        """
         grad = self.value_grad if penalty_grad is None else self.value_grad + penalty_grad
         c = self.values
         if self.activation == "tanh":
@@ -252,6 +266,8 @@ class Coefficients:
             grad = grad * c * (1 - c)
         elif self.activation == "softmax":
             grad = c * (grad - (c * grad).sum(0, keepdim=True))
+        if raw_penalty_grad is not None:
+            grad = grad + raw_penalty_grad
         return [grad] if self.left_grad is None else [grad, self.left_grad, self.right_grad]
 
     def clear(self) -> None:

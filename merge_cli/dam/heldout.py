@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import count
 from typing import Any
 
 from merge_cli.dam.data import Dataset
@@ -13,6 +14,7 @@ from merge_cli.dam.forward import Batch, Forward, LossSums
 from merge_cli.dam.losses import DistillationLoss, TeacherTargets
 from merge_cli.evaluation.forward import Example, micro_batches, padded
 from merge_cli.evaluation.teachers import Predictions
+from merge_cli.options import OnProgress, Progress
 
 _OBJECTIVE = DistillationLoss({"kl": 1.0, "cross_entropy": 1.0})
 
@@ -71,12 +73,23 @@ class HeldOut:
         for dataset, examples, teacher in zip(datasets, rows, predictions, strict=True):
             if not examples:  # the record says whose
                 continue
-            count = sum(example.counted for example in examples)
+            counted = sum(example.counted for example in examples)
             groups = micro_batches(range(len(examples)), examples, tokens)
             self._batches[dataset.name] = [
-                make_batch(group, examples, teacher, 1.0 / count) for group in groups
+                make_batch(group, examples, teacher, 1.0 / counted) for group in groups
             ]
         self.passes = self.tokens = 0
+
+    def told(self, note: str, world: World, on_progress: OnProgress) -> Callable[[], None]:
+        """What `score` may call between batches to say how far it is."""
+        done = count()
+        total = -(-sum(map(len, self._batches.values())) // world.size)
+
+        def between() -> None:
+            number = min(next(done), total)
+            on_progress(Progress("measure", number, total, note, "batches"))
+
+        return between
 
     def __bool__(self) -> bool:
         return bool(self._batches)

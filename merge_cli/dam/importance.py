@@ -65,6 +65,7 @@ def fisher_shares(
     total = sum(len(example.ids) for rows in examples for example in rows)
     done, sums = 0, []
     for dataset, rows in zip(ordered, examples, strict=True):
+        on_progress(min(done, total), total, dataset.name)
         alone = [float(other is dataset) for other in ordered]
         student.write_mixture(0.0, alone)
         with student.summing_squares() as squares:

@@ -79,7 +79,8 @@ class DistillationLoss:
         requested = {name for name, weight in self.weights.items() if weight}
         result: dict[str, Any] = {}
         if requested & {"kl", "reverse_kl", "mse"}:
-            result |= self._against_teacher(logits / self.temperature, targets, requested)
+            z = logits if self.temperature == 1 else logits / self.temperature
+            result |= self._against_teacher(z, targets, requested)
         if requested & {"entropy", "cross_entropy"}:
             log_q = logits.log_softmax(-1)
             if "entropy" in requested:
@@ -95,7 +96,8 @@ class DistillationLoss:
     def _against_teacher(
         self, z: Any, targets: TeacherTargets, requested: set[str]
     ) -> dict[str, Any]:
-        log_q = z.gather(-1, targets.ids) - z.logsumexp(-1, keepdim=True)
+        normaliser = z.logsumexp(-1, keepdim=True)
+        log_q = z.gather(-1, targets.ids) - normaliser
         log_p = targets.logp
         result = {}
         if "mse" in requested:
@@ -105,8 +107,8 @@ class DistillationLoss:
             if targets.tail is not None:
                 import torch
 
-                rest = z.scatter(-1, targets.ids, float("-inf")).logsumexp(-1) - z.logsumexp(-1)
-                log_q = torch.cat([log_q, rest[:, None]], -1)
+                others = z.scatter(-1, targets.ids, float("-inf"))
+                log_q = torch.cat([log_q, others.logsumexp(-1, keepdim=True) - normaliser], -1)
                 log_p = torch.cat([log_p, targets.tail[:, None]], -1)
             if "kl" in requested:
                 result["kl"] = square * (log_p.exp() * (log_p - log_q)).sum(-1)

@@ -9,7 +9,7 @@ from typing import Any
 
 from merge_cli.checkpoint.class_config import refuse_code
 from merge_cli.dam.coefficients import CoefficientLayout, layout_of
-from merge_cli.dam.sources import Stored
+from merge_cli.dam.sources import Stored, kept_wide
 from merge_cli.engine.parameter_slices import by_name, filled_layers, layer_of
 from merge_cli.errors import Problem, SourceError
 from merge_cli.evaluation.live import quiet_libraries
@@ -190,10 +190,11 @@ def stored_tensors(plan: Plan, targets: Sequence[TargetParameter]) -> dict[str, 
     return result
 
 
-def weight_bytes(stored: Mapping[str, Stored], *, with_base: bool) -> int:
-    """Bytes of all sources together, and of the base."""
+def weight_bytes(stored: Mapping[str, Stored], *, with_base: bool, on_cpu: bool) -> int:
+    """Bytes of all sources together, and of the base, as they are kept in memory."""
+    wide = on_cpu and kept_wide(stored, with_base=with_base)
     return sum(
-        ref.nbytes
+        max(ref.nbytes, 4 * ref.size if wide else 0)
         for item in stored.values()
         for ref in (*item.sources, *([item.base] if with_base and item.base else []))
     )

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from merge_cli.dam.start import start_candidates
 from merge_cli.engine.residency import RESIDENCY
 from merge_cli.recipe.training import Training
 from merge_cli.system.machine import show_seconds, show_size
@@ -62,6 +63,8 @@ def training_json(decided: TrainingPlan) -> dict[str, Any]:
         "dials": plain_training(decided.training),
         "coefficients": decided.coefficients,
         "steps": decided.steps,
+        "tokens": decided.tokens,
+        "start": list(start_candidates(decided)),
         "datasets": [
             {
                 "name": item.name,
@@ -83,6 +86,9 @@ def training_json(decided: TrainingPlan) -> dict[str, Any]:
         "residency": decided.residency.residency,
         "source_bytes": decided.residency.bytes,
         "student_bytes": decided.student_bytes,
+        "memory": decided.needs.to_json(),
+        "peak": {"device": decided.peak.device, "host": decided.peak.host},
+        "warnings": list(decided.warnings),
         "why": decided.why,
     }
 
@@ -91,7 +97,7 @@ def print_training(out: Console, decided: TrainingPlan) -> None:
     """The same as text."""
     training = decided.training
     out.print()
-    about = f"(preset {training.preset}): {decided.steps:,} steps"
+    about = f"(preset {training.preset}): {decided.steps:,} steps, about {decided.tokens:,} tokens"
     out.print(f"[bold]training before the merge[/bold] {about}")
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     table.add_column("data")
@@ -125,8 +131,8 @@ def print_training(out: Console, decided: TrainingPlan) -> None:
     if training.top_k == "full":
         storage = "in memory, the whole vocabulary"
     unused = training.unused_patterns([target.name for target in decided.targets])
-    for pattern in unused:
-        message = f"granularity: no tensor has '{pattern}' in its name"
+    lines = [f"granularity: no tensor has '{pattern}' in its name" for pattern in unused]
+    for message in (*lines, *decided.warnings):
         out.print(f"[yellow]![/yellow] {escape(message)}", soft_wrap=True)
     for label, text in (
         (
@@ -135,6 +141,7 @@ def print_training(out: Console, decided: TrainingPlan) -> None:
             f" ({granularity_in_words(training)}, {training.form}, "
             f"activation {training.activation}){still}",
         ),
+        ("start", _start_in_words(decided)),
         ("predictions", f"{show_size(cache)} {storage}"),
         (
             "student",
@@ -142,7 +149,9 @@ def print_training(out: Console, decided: TrainingPlan) -> None:
             f"({decided.why['dtype']}) on {_with_reason(decided.why['device'])}",
         ),
         ("sources", f"{RESIDENCY[decided.residency.residency]}: {decided.why['residency']}"),
+        ("memory", _memory_in_words(decided)),
         ("update", f"{decided.mode}: {decided.why['mode']}"),
+        *([("rollouts", _rollouts_in_words(decided))] if training.rollouts else []),
     ):
         out.print(f"[dim]{label}:[/dim] {escape(text)}")
 
@@ -173,6 +182,52 @@ def granularity_in_words(training: Training) -> str:
         for pattern, kind in training.granularity.items()
     ]
     return ", ".join(parts if "*" in training.granularity else [*parts, "column for the rest"])
+
+
+def _start_in_words(decided: TrainingPlan) -> str:
+    """Where training begins, and what is measured for it."""
+    from merge_cli.dam.importance import TOKENS
+
+    start, candidates = decided.training.start, start_candidates(decided)
+    if start not in ("best", "fisher"):
+        return f"{start}; compared with {', '.join(candidates)}" if candidates else f"{start}"
+    if not candidates:
+        return "1/sources: no rows are held out to choose by"
+    which = "the best on held-out rows of" if start == "best" else "fisher; compared with"
+    fisher = f" (fisher: importances over {TOKENS:,} tokens of each source)"
+    return f"{which} {', '.join(candidates)}{fisher if 'fisher' in candidates else ''}"
+
+
+def _rollouts_in_words(decided: TrainingPlan) -> str:
+    """What learning on-policy costs."""
+    about, training = decided.training.rollouts, decided.training
+    assert about is not None
+    rows = sum(min(training.batch_size, len(dataset.train)) for dataset in decided.datasets)
+    teachers, times = len(decided.datasets), -(-decided.steps // about.every)
+    when = "every step" if about.every == 1 else f"every {about.every} steps"
+    return (
+        f"{when} {rows} rows are continued by up to {about.length} tokens, "
+        f"{times * rows * about.length:,} in all; the student becomes each teacher in turn and "
+        f"itself again ({teachers + 1} rewrites, no memory), one more backward pass, "
+        f"{show_size(decided.needs.rollouts)} of predictions"
+    )
+
+
+def _memory_in_words(decided: TrainingPlan) -> str:
+    needs, peak, training = decided.needs, decided.peak, decided.training
+    checkpointed = ", checkpointed" if training.checkpointing else ""
+    parts = [
+        f"student {show_size(needs.student)}",
+        f"activations {show_size(needs.activations)}{checkpointed}",
+        f"gradients {show_size(needs.gradients)}",
+        f"coefficients and moments {show_size(needs.coefficients)}",
+        f"blocks and logits {show_size(needs.blocks)}",
+    ]
+    words = f"about {show_size(peak.host)} at the peak"
+    if peak.device is not None:
+        words = f"about {show_size(peak.device)} on the device and {show_size(peak.host)} on the "
+        words += "host at the peak"
+    return f"{words} ({', '.join(parts)}, sources {show_size(decided.residency.bytes)})"
 
 
 def _with_reason(device: str) -> str:

@@ -11,16 +11,16 @@ from merge_cli.checkpoint.dtypes import width_of
 from merge_cli.dam.data import Dataset, load_datasets, steps_of, used
 from merge_cli.dam.datasets import one_tokenizer
 from merge_cli.dam.distributed import World
+from merge_cli.dam.memory import MemoryNeeds, Peak, memory_needs, peak_of
 from merge_cli.dam.models import (
     TargetParameter,
     empty_student,
     find_targets,
-    parameter_count,
     stored_tensors,
     weight_bytes,
 )
-from merge_cli.engine.device import choose_device
-from merge_cli.engine.residency import SourceResidency, choose_residency
+from merge_cli.engine.device import Device, choose_device, free_memory
+from merge_cli.engine.residency import SourceResidency, choose_residency, reserve
 from merge_cli.errors import MismatchError, ResourceError
 from merge_cli.evaluation.fingerprints import remembered_identity
 from merge_cli.evaluation.live import choose_dtype, context_of
@@ -28,6 +28,7 @@ from merge_cli.evaluation.teachers import KeptPredictions, Teacher
 from merge_cli.planning.plan import Plan
 from merge_cli.recipe.training import Training
 from merge_cli.sources.source import Source, fetch_weights
+from merge_cli.system.machine import show_size
 
 
 @dataclass(frozen=True)
@@ -37,13 +38,15 @@ class TeacherPlan:
     Attributes:
         tokens: whose predictions are kept, of train and held-out data.
         missing: sequences that are not in the cache yet; all, where its weights were not read yet.
-        bytes: what the predictions take on disk.
+        bytes: what the predictions take on disk; in memory where they are of the whole vocabulary.
+        held: what those of held-out data take in memory.
     """
 
     dataset: str
     tokens: int
     missing: int
     bytes: int
+    held: int
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,10 @@ class TrainingPlan:
         device, dtype: as words for torch; `why` has the reasons, by option.
         mode: fused or two_pass.
         labels: of the operands.
+        needs: the memory that training takes, without the sources.
+        peak: with them, where they are kept.
+        warnings: what will most likely not fit.
+        context: tokens that the models take, at most `max_length`.
     """
 
     plan: Plan
@@ -68,12 +75,33 @@ class TrainingPlan:
     teachers: tuple[TeacherPlan, ...]
     labels: tuple[str, ...]
     why: dict[str, str]
-    student_bytes: int
+    needs: MemoryNeeds
+    peak: Peak
+    warnings: tuple[str, ...] = ()
+    context: int = 0
 
     @property
     def coefficients(self) -> int:
         """Numbers that are learned."""
         return sum(target.count for target in self.targets)
+
+    @property
+    def student_bytes(self) -> int:
+        """Of its weights."""
+        return self.needs.student
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all steps together, about; those of a data set that begins again, again."""
+        return sum(
+            round(
+                sum(len(example.ids) for example in data.train)
+                / len(data.train)
+                * min(self.training.batch_size, len(data.train))
+                * self.steps
+            )
+            for data in self.datasets
+        )
 
     @property
     def has_test(self) -> bool:
@@ -117,31 +145,44 @@ def plan_training(plan: Plan, device: str = "auto", world: World | None = None) 
     if not any(target.trained for target in targets):
         message = f"chooses no tensor: {', '.join(training.train)}"
         raise MismatchError([plan.recipe.problem("training.train", message)])
+    context = context_of(net.config, training.max_length)
     datasets = load_datasets(
         plan.recipe,
         labels,
         tokenizer,
         training,
-        context_of(net.config, training.max_length),
+        context,
         net.get_input_embeddings().weight.shape[0],
     )
     steps = steps_of(datasets, training)
     datasets = used(datasets, steps, training)
-    chosen = choose_device(device)
+    chosen = choose_device(device, planned=True)
     index = chosen.indexes[world.local % len(chosen.indexes)] if chosen.indexes else None
     where = "cpu" if index is None else f"cuda:{index}"
     dtype, dtype_why = choose_dtype(plan.sources[plan.config_index], chosen.kind, training.dtype)
-    student_bytes = parameter_count(targets) * width_of(dtype)
+    teachers = tuple(_teachers(operands, datasets, training, where, dtype, net))
     with_base = training.form == "task_vector"
-    size = weight_bytes(stored_tensors(plan, targets), with_base=with_base)
+    needs = memory_needs(
+        net,
+        targets,
+        datasets,
+        training,
+        sources=len(operands) + with_base,
+        dtype=dtype,
+        predictions=sum(teacher.held for teacher in teachers),
+        on_cpu=index is None,
+    )
     residency = choose_residency(
-        size,
+        weight_bytes(stored_tensors(plan, targets), with_base=with_base, on_cpu=index is None),
         index,
         shared_with="student",
-        on_device=student_bytes,
-        on_host=student_bytes if index is None else 0,
+        on_device=needs.beside_sources,
+        on_host=needs.on_host + (needs.beside_sources if index is None else 0),
         requested=training.residency,
+        memory=chosen.memory,
+        exact=True,
     )
+    peak = peak_of(needs, residency.bytes, residency.residency, on_cpu=index is None)
     mode, mode_why = _mode(training, dtype, world)
     return TrainingPlan(
         plan,
@@ -153,7 +194,7 @@ def plan_training(plan: Plan, device: str = "auto", world: World | None = None) 
         dtype,
         residency,
         mode,
-        tuple(_teachers(operands, datasets, training, where, dtype, net)),
+        teachers,
         labels,
         {
             "device": f"{chosen.name}: {chosen.reason}",
@@ -162,8 +203,36 @@ def plan_training(plan: Plan, device: str = "auto", world: World | None = None) 
             "residency": residency.reason,
             **({"chat template": template_why} if template_why else {}),
         },
-        student_bytes,
+        needs,
+        peak,
+        tuple(_too_large(chosen, index, needs, peak)),
+        context,
     )
+
+
+def _too_large(device: Device, index: int | None, needs: MemoryNeeds, peak: Peak) -> Iterator[str]:
+    """What is likely not to fit.
+
+    Raises:
+        ResourceError: predictions that stay in memory are alone larger than what is free there.
+    """
+    host = free_memory("cpu", ())
+    if needs.predictions > host and device.memory is None:
+        message = f"the teachers' predictions take {show_size(needs.predictions)} in memory, "
+        message += f"and {show_size(host)} are free"
+        hint = "Use `top_k: 64`, which keeps them on disk, or fewer `examples`."
+        raise ResourceError(message, hint=hint)
+    hint = "checkpointing: true, a smaller batch_tokens or dtype: bfloat16 need less"
+    if peak.device is not None and index is not None:
+        free = device.memory or free_memory("cuda", (index,))
+        if peak.device > free - reserve(free):
+            yield (
+                f"training takes about {show_size(peak.device)} of device memory, and "
+                f"{show_size(free)} are free, {show_size(reserve(free))} of them in reserve: {hint}"
+            )
+    if device.memory is None and peak.host > host:
+        needed, free_words = show_size(peak.host), show_size(host)
+        yield f"training takes about {needed} of memory, and {free_words} are free: {hint}"
 
 
 def _mode(training: Training, dtype: str, world: World) -> tuple[str, str]:
@@ -198,14 +267,18 @@ def _teachers(
         if training.needs_teachers:
             parts.append((dataset.train, kept_for(training, held_out=False)))
         tokens = [sum(item.counted for item in part) for part, _ in parts]
+        stored = sum(
+            kept.bytes_of(count, vocabulary) for count, (_, kept) in zip(tokens, parts, strict=True)
+        )
+        # Held-out batches are made once and stay, their ids as torch indexes with them.
+        k = vocabulary if training.top_k == "full" else min(int(training.top_k), vocabulary)
+        batches = sum(tokens[:2]) * (k * (8 + width_of(training.cache_dtype)) + 4)
         yield TeacherPlan(
             dataset.name,
             sum(tokens),
             sum(teacher.missing(part, kept) if teacher else len(part) for part, kept in parts),
-            sum(
-                kept.bytes_of(count, vocabulary)
-                for count, (_, kept) in zip(tokens, parts, strict=True)
-            ),
+            stored,
+            batches + (stored if training.top_k == "full" else 0),
         )
 
 

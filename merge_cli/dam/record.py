@@ -14,6 +14,7 @@ from merge_cli.dam.checkpoint import Position
 from merge_cli.dam.data import Dataset
 from merge_cli.dam.distributed import World
 from merge_cli.dam.plan import TrainingPlan
+from merge_cli.dam.rollouts import TERM
 from merge_cli.engine.memory import peak_rss
 from merge_cli.errors import GateError
 from merge_cli.options import OnProgress, Progress
@@ -215,7 +216,10 @@ class StepLine:
             self._writer.close()
 
     def _weighted(self, record: Mapping[str, Any], name: str) -> float:
-        weights = self._decided.training.loss
+        training = self._decided.training
+        weights = dict(training.loss)
+        if training.rollouts is not None:
+            weights[TERM] = training.rollouts.weight
         return float(sum(weights[term] * v for term, v in record["terms"][name].items()))
 
     def _memory(self) -> int:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from merge_cli.dam.rollouts import TERM
 from merge_cli.planning.layers import layer_key_of
 from merge_cli.planning.plan import Plan
 from merge_cli.recipe.reference import short_labels
@@ -128,7 +129,9 @@ def _curves(training: Json) -> Section:
     if not history:
         return section("Training", "", "No step was taken.")
     names = list(history[0]["terms"])
-    weights = training["dials"]["loss"]
+    weights = dict(training["dials"]["loss"])
+    if training["dials"].get("rollouts"):
+        weights[TERM] = training["dials"]["rollouts"]["weight"]
     parts = _spread(len(history))
     axis = _steps_axis([history[part[-1]]["step"] + 1 for part in parts])
 

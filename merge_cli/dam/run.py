@@ -184,6 +184,7 @@ def _learn(
     plan, training = decided.plan, decided.training
     import torch
 
+    on_progress(Progress("student", 0, 0, "the student is loaded"))
     student = assemble(
         plan,
         decided.targets,
@@ -221,6 +222,7 @@ def _learn(
             folder,
             world,
             on_step=line,
+            on_progress=on_progress,
             stopping=stopping,
         )
         trainer.position.teaching += teaching
@@ -248,7 +250,8 @@ def _learn(
                 student.coefficients[name].show(entries)
             student.write_all()
             assert trainer.position.tested is not None
-            trainer.position.tested[LEARNED] = test.score(forward, world).to_json()
+            on_batch = test.told("test rows", world, on_progress)
+            trainer.position.tested[LEARNED] = test.score(forward, world, on_batch).to_json()
         for target in decided.targets:  # stored, but no parameter of the student
             if target.name not in entries:
                 entries |= student.coefficients[target.name].entries()

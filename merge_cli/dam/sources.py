@@ -11,6 +11,7 @@ run on a stream of their own, from pinned memory; two tensors at most wait on th
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,9 @@ from merge_cli.engine.residency import SourceResidency
 from merge_cli.system.raw_io import FilePool, read_ahead, read_into
 
 _HOST_BLOCK, _DEVICE_BLOCK = 1 << 18, 1 << 24  # elements of a block of rows
+# Elements of all sources up to which a CPU keeps them as it computes with them: to convert them
+# anew is a third of what projecting costs, and passes through a small model are short.
+_KEPT_WIDE = 1 << 27
 
 
 @dataclass(frozen=True)
@@ -66,14 +70,14 @@ class Sources:
         self._with_base = with_base
         self.ahead: Prefetcher | None = None
         if residency.residency != "disk":
-            self._keep(with_base)
+            on_cpu = str(device) == "cpu"
+            self._keep(with_base, wide=on_cpu and kept_wide(tensors, with_base=with_base))
         if residency.residency == "host" and str(device) != "cpu":
             self.ahead = Prefetcher(CudaCopies(str(device)))
 
     def block_rows(self, name: str) -> int:
         """Rows to ask for at once: what fits in a cache, or keeps a GPU busy."""
-        on_device = str(self._device) != "cpu"
-        block = _DEVICE_BLOCK if on_device else _HOST_BLOCK
+        block = _block(on_cpu=str(self._device) == "cpu")
         return max(1, block // max(1, self._tensors[name].shape[1]))
 
     def rows(self, name: str, start: int, stop: int) -> list[Any]:
@@ -112,13 +116,15 @@ class Sources:
         self._files.close()
         self._kept.clear()
 
-    def _keep(self, with_base: bool) -> None:
+    def _keep(self, with_base: bool, *, wide: bool) -> None:
         for name, stored in self._tensors.items():
             numbered: Sequence[tuple[int, Tensor]] = list(enumerate(stored.sources))
             if with_base and stored.base is not None:
                 numbered = [*numbered, (-1, stored.base)]
             for number, ref in numbered:
                 rows = self._read(ref, stored.shape, 0, stored.shape[0])
+                if wide:
+                    rows = rows.to(self._dtype)
                 if self.residency.residency == "device":
                     rows = rows.to(self._device)
                 elif str(self._device) != "cpu":
@@ -150,6 +156,27 @@ class Sources:
     def _stored(self, ref: TensorRef, start: int, buffer: memoryview) -> None:
         offset = ref.offset + start * width_of(ref.dtype)
         read_into(self._files, ref.path, offset, buffer, ref.model)
+
+
+def kept_wide(tensors: Mapping[str, Stored], *, with_base: bool) -> bool:
+    """Whether a CPU keeps the sources in float32, whatever they are stored as."""
+    elements = sum(
+        math.prod(stored.shape) * (len(stored.sources) + with_base) for stored in tensors.values()
+    )
+    return elements <= _KEPT_WIDE
+
+
+def block_bytes(sources: int, largest: int, *, on_cpu: bool) -> int:
+    """What projecting a block of rows takes: each source, base, gradient, product, in float32.
+
+    Args:
+        largest: elements of the largest tensor.
+    """
+    return 4 * min(_block(on_cpu=on_cpu), largest) * (sources + 3)
+
+
+def _block(*, on_cpu: bool) -> int:
+    return _HOST_BLOCK if on_cpu else _DEVICE_BLOCK
 
 
 class Copies(Protocol):

@@ -43,13 +43,8 @@ def begin(
 
     Validation rows choose; the best one is then measured on test rows, which choose nothing.
     """
-    plan, passes, start = decided.plan, validation.passes, decided.training.start
-    stored = stored_tensors(plan, decided.targets)
-    compared = mixtures(
-        decided.labels,
-        has_base=all(item.base is not None for item in stored.values()),
-        base_label=None if plan.base is None else plan.sources[plan.base].label,
-    )
+    passes, start = validation.passes, decided.training.start
+    compared = compared_mixtures(decided)
     scores = baselines(
         student,
         forward,
@@ -62,7 +57,7 @@ def begin(
         stopping=stopping,
     )
     shares: dict[str, Any] = {}
-    if start in ("best", FISHER) and has_importances(decided.datasets, len(decided.labels)):
+    if _tries_fisher(decided):
         shares = fisher_shares(
             student,
             forward,
@@ -74,7 +69,8 @@ def begin(
             stopping=stopping,
         )
         _begin_at(student, shares)
-        scores[FISHER] = validation.score(forward, world)
+        between = validation.told("held-out rows with fisher", world, on_progress)
+        scores[FISHER] = validation.score(forward, world, between)
     position.broken = [name for name, score in scores.items() if not score.finite]
     finite = {name: score for name, score in scores.items() if score.finite}
     position.static = {name: score.to_json() for name, score in finite.items()}
@@ -84,7 +80,8 @@ def begin(
         mixture = next((item for item in compared if item.name == best), None)
         if mixture is not None:
             student.write_mixture(mixture.base, mixture.weights)
-        position.tested = {best: test.score(forward, world).to_json()}
+        between = test.told(f"test rows with {best}", world, on_progress)
+        position.tested = {best: test.score(forward, world, between).to_json()}
     chosen = best_start(compared, finite, decided.training.form)
     fisher_wins = FISHER in finite and (
         start == FISHER or chosen is None or finite[FISHER].mean_kl < finite[chosen.name].mean_kl
@@ -98,6 +95,30 @@ def begin(
         for coefficients in student.coefficients.values():
             coefficients.begin(chosen.weights)
     student.write_all()
+
+
+def start_candidates(decided: TrainingPlan) -> tuple[str, ...]:
+    """The merges without training that are measured before it; none without held-out rows."""
+    if not any(dataset.held_out for dataset in decided.datasets):
+        return ()
+    names = [mixture.name for mixture in compared_mixtures(decided)]
+    return (*names, *([FISHER] if _tries_fisher(decided) else []))
+
+
+def compared_mixtures(decided: TrainingPlan) -> list[Mixture]:
+    """Of this training's sources, and of its base where it has one for every tensor."""
+    plan = decided.plan
+    stored = stored_tensors(plan, decided.targets)
+    return mixtures(
+        decided.labels,
+        has_base=all(item.base is not None for item in stored.values()),
+        base_label=None if plan.base is None else plan.sources[plan.base].label,
+    )
+
+
+def _tries_fisher(decided: TrainingPlan) -> bool:
+    learned_start = decided.training.start in ("best", FISHER)
+    return learned_start and has_importances(decided.datasets, len(decided.labels))
 
 
 def _begin_at(student: Student, shares: Mapping[str, Any]) -> None:
@@ -163,10 +184,13 @@ def baselines(
         tell(number, len(compared), item.name)
         stop(world.any(stopping()))
         student.write_mixture(item.base, item.weights)
+
         # Processes stop together or not at all: within a merge only the one that is alone.
-        result[item.name] = held_out.score(
-            forward, world, lambda: stop(world.size == 1 and stopping())
-        )
+        def between(number: int = number, name: str = item.name) -> None:
+            tell(number, len(compared), name)
+            stop(world.size == 1 and stopping())
+
+        result[item.name] = held_out.score(forward, world, between)
     return result
 
 

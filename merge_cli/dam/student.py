@@ -48,6 +48,7 @@ class Student:
         merged_parameters: every parameter that is merged, by its parts if it is stored in several.
         coefficients: by name, for every merged parameter.
         form: soup or task_vector.
+        penalize: what penalties are taken of: coefficients, or parameters.
 
     Attributes:
         steps: optimizer steps so far.
@@ -63,6 +64,7 @@ class Student:
         form: str,
         optimizer: CoefficientOptimizer | None = None,
         penalties: Mapping[str, float] | None = None,
+        penalize: str = "coefficients",
     ) -> None:
         self.net, self.sources, self.coefficients = net, sources, coefficients
         self.merged_parameters = {merged.name: merged for merged in merged_parameters}
@@ -70,11 +72,13 @@ class Student:
         self.steps = 0
         self.grad_scale = 1.0
         self.penalties_found: dict[str, float] = {}
-        self._form, self._optimizer, self._penalties = form, optimizer, penalties or {}
+        self._form, self._optimizer = form, optimizer
+        self._penalties, self._penalize = penalties or {}, penalize
         self._rate: float | None = None  # set while the last backward of a fused step runs
         self._moved: set[str] = set()
         self._squares: dict[str, Any] | None = None  # set where squares are summed
         self._order: list[str] = []
+        self._buffer: Any = None
         self._hooks = []
         for parts in _by_parameter(merged_parameters):
             parameter = parts[0].parameter
@@ -202,7 +206,7 @@ class Student:
             rows = matrix[start:stop].to(dtype)
             if self.grad_scale != 1:
                 rows = rows / self.grad_scale
-            coefficients.project(rows, read[1], start)
+            coefficients.project(rows, read[1], start, self._scratch(rows))
             if keep:
                 held.append(read)
         return held
@@ -214,10 +218,11 @@ class Student:
         self._moved.add(name)
 
     def _gradients(self, name: str) -> list[Any]:
-        terms, grad = penalty(self.coefficients[name].values, self._penalties)
+        coefficients, raw = self.coefficients[name], self._penalize == "parameters"
+        terms, grad = penalty(coefficients.raw if raw else coefficients.values, self._penalties)
         for term, value in terms.items():
             self.penalties_found[term] = self.penalties_found.get(term, 0.0) + value
-        return self.coefficients[name].gradients(grad)
+        return coefficients.gradients(None, grad) if raw else coefficients.gradients(grad)
 
     def _step(self, name: str, grads: Sequence[Any], rate: float) -> None:
         assert self._optimizer is not None, "a student that is only measured takes no steps"
@@ -227,17 +232,24 @@ class Student:
 
     def _write(self, name: str, held: list[Any] | None) -> None:
         """A parameter from its coefficients: in float32 (or wider), rounded once."""
+        import torch
+
         matrix, coefficients = self._matrix(name), self.coefficients[name]
         for number, (start, stop) in enumerate(self._blocks(name)):
             base, rows = held[number] if held else self._read(name, start, stop)
             block = coefficients.block(start, stop)
-            total: Any = None
-            for i, row in enumerate(rows):
-                term = row * block[i]
-                total = term if total is None else total.add_(term)
+            total = rows[0] * block[0]
+            for i, row in enumerate(rows[1:], start=1):
+                total.add_(torch.mul(row, block[i], out=self._scratch(row)))
             if base is not None:
-                total = base + total
-            matrix[start:stop] = total.to(matrix.dtype)
+                total = torch.add(base, total, out=total)
+            matrix[start:stop] = total  # rounds, where the student is narrower
+
+    def _scratch(self, like: Any) -> Any:
+        """Memory for a product that is added up at once; a new one each time costs page faults."""
+        if self._buffer is None or self._buffer.numel() < like.numel():
+            self._buffer = like.new_empty(like.numel())
+        return self._buffer[: like.numel()].view_as(like)
 
     def _read(self, name: str, start: int, stop: int) -> tuple[Any, list[Any]]:
         if self._form == "task_vector":

@@ -8,21 +8,26 @@ from functools import reduce
 from operator import add
 from typing import Any
 
+from merge_cli.dam import rollouts
 from merge_cli.dam.checkpoint import Position, TrainingWorkspace
 from merge_cli.dam.data import Order
 from merge_cli.dam.distributed import World
 from merge_cli.dam.forward import Forward, LossSums
-from merge_cli.dam.heldout import BatchItem, HeldOut, batch_of
+from merge_cli.dam.heldout import BatchItem, HeldOut, HeldOutScore, batch_of
 from merge_cli.dam.losses import DistillationLoss
 from merge_cli.dam.optimizers import rate_at
 from merge_cli.dam.plan import TrainingPlan
+from merge_cli.dam.rollouts import Sampler
 from merge_cli.dam.student import Student
 from merge_cli.errors import NonFiniteError
 from merge_cli.evaluation.forward import micro_batches
 from merge_cli.evaluation.teachers import Predictions
+from merge_cli.options import OnProgress
 from merge_cli.recipe.training import Training
 
 _SMALLER = "Use a smaller learning_rate, or dtype float32 or bfloat16."
+# By default. Each passes through all validation rows: two are about a tenth of what training costs.
+_MEASUREMENTS = 2
 _START_SCALE, _GROW_AFTER = 1024.0, 200  # of float16 losses
 
 OnStep = Callable[[Mapping[str, Any], Position], None]  # a step's record
@@ -47,15 +52,28 @@ class Trainer:
         world: World,
         *,
         on_step: OnStep,
+        on_progress: OnProgress,
         stopping: Callable[[], bool],
     ) -> None:
         self._decided, self._student, self._forward = decided, student, forward
         self._predictions, self._held_out = predictions, held_out
         self._folder, self._world, self._told, self._stopping = folder, world, on_step, stopping
+        self._on_progress = on_progress
         training = decided.training
         seed = decided.plan.recipe.seed
         self._orders = [Order(dataset, training, seed) for dataset in decided.datasets]
         self._objective = DistillationLoss(training.loss, training.temperature)
+        self._sampler: Sampler | None = None
+        if training.rollouts is not None:
+            self._sampler = Sampler(
+                student,
+                decided.datasets,
+                training.rollouts,
+                seed=seed,
+                top_k=None if training.top_k == "full" else int(training.top_k),
+                batch_tokens=training.batch_tokens,
+                context=decided.context,
+            )
         self.position, self.best = Position(), dict[str, Any]()
         resumed = folder.resume(student)
         if resumed is not None:
@@ -74,7 +92,7 @@ class Trainer:
             NonFiniteError: the loss, or a prediction on held-out rows, is not a number.
         """
         saved = time.monotonic()
-        every = self._training.evaluate_every or max(1, -(-self._decided.steps // 5))
+        every = self._training.evaluate_every or max(1, -(-self._decided.steps // _MEASUREMENTS))
         if self.position.step == 0 and not self.position.measured:
             self._measure()
         while not self.position.ended:
@@ -109,7 +127,14 @@ class Trainer:
         student, moved, reduced = self._student, 0, self._world.bytes_reduced
         rate = rate_at(self._training, step, self._decided.steps)
         batches = self._batches(step)
-        sums = LossSums(len(self._decided.datasets))
+        sums, sampled = self._sums(), self._sums()
+        continued = self._rollouts(step)
+        for items in continued:
+            batch = batch_of(items)
+            assert self._training.rollouts is not None
+            scale = student.grad_scale * self._training.rollouts.weight
+            self._forward.loss(batch, rollouts.OBJECTIVE, sampled, scale).backward()
+            moved += batch.tokens
         fused = self._decided.mode == "fused"
         for number, items in enumerate(batches):
             batch = batch_of(items)
@@ -122,7 +147,28 @@ class Trainer:
         if not fused:
             self._update(rate)
         self.position.bytes_reduced += self._world.bytes_reduced - reduced
-        return self._record(step, rate, sums, (moved, len(batches)))
+        return self._record(step, rate, (sums, sampled), (moved, len(continued) + len(batches)))
+
+    def _sums(self) -> LossSums:
+        return LossSums(len(self._decided.datasets))
+
+    def _rollouts(self, step: int) -> list[list[BatchItem]]:
+        """This process's continuations of the step's rows, judged; none where it samples none.
+
+        Their gradients are added up before the step's last backward pass moves anything.
+        """
+        about = self._training.rollouts
+        if self._sampler is None or about is None or step % about.every:
+            return []
+        numbers = [order.batch(step) for order in self._orders]
+        world = self._world
+        rows = [
+            (owner, i)
+            for owner, batch in enumerate(numbers)
+            for i in batch[world.rank :: world.size]
+        ]
+        items = self._sampler.items(step, rows, {d: len(batch) for d, batch in enumerate(numbers)})
+        return self._grouped(items)
 
     def _batches(self, step: int) -> list[list[BatchItem]]:
         """This process's part of a step: sequences of all data sets together, by length.
@@ -140,6 +186,10 @@ class Trainer:
             for i in numbers[self._world.rank :: self._world.size]:
                 predicted = None if predictions is None else predictions.of(i)
                 items.append(BatchItem(dataset.train[i], predicted, weight, owner))
+        return self._grouped(items)
+
+    def _grouped(self, items: Sequence[BatchItem]) -> list[list[BatchItem]]:
+        """In batches of at most `batch_tokens`."""
         examples = [item.example for item in items]
         groups = micro_batches(range(len(items)), examples, self._training.batch_tokens)
         return [[items[i] for i in group] for group in groups]
@@ -161,14 +211,25 @@ class Trainer:
         position.grad_scale = student.grad_scale
 
     def _record(
-        self, step: int, rate: float, sums: LossSums, cost: tuple[int, int]
+        self, step: int, rate: float, sums: tuple[LossSums, LossSums], cost: tuple[int, int]
     ) -> dict[str, Any]:
-        """The step's losses by data set and term, over all processes; its tokens and passes."""
+        """The step's losses by data set and term, over all processes; its tokens and passes.
+
+        Args:
+            sums: of the data's tokens, and of those that the student has sampled.
+        """
         import torch
 
         datasets = [dataset.name for dataset in self._decided.datasets]
-        terms = dict(zip(datasets, sums.by_owner(), strict=True))
-        names = sorted(name for name, weight in self._training.loss.items() if weight)
+        weights = {name: weight for name, weight in self._training.loss.items() if weight}
+        found = sums[0].by_owner()
+        about = self._training.rollouts
+        if about is not None and not step % about.every:
+            weights[rollouts.TERM] = about.weight
+            for of_dataset, judged in zip(found, sums[1].by_owner(), strict=True):
+                of_dataset[rollouts.TERM] = judged.get("reverse_kl", 0.0)
+        terms = dict(zip(datasets, found, strict=True))
+        names = sorted(weights)
         table = torch.tensor(
             [[term.get(name, 0.0) for name in names] for term in terms.values()],
             dtype=torch.float64,
@@ -183,7 +244,7 @@ class Trainer:
         }
         penalties = dict(self._student.penalties_found)
         weighted = (
-            self._training.loss[name] * value
+            weights[name] * value
             for of_dataset in losses.values()
             for name, value in of_dataset.items()
         )
@@ -193,18 +254,22 @@ class Trainer:
         return {"step": step, "rate": rate, "loss": total, "terms": losses, "penalties": penalties}
 
     def _measure(self) -> None:
-        """Held-out divergence; the best coefficients so far are remembered."""
+        """Held-out divergence; the best coefficients so far are remembered, or the last ones."""
         if self._held_out is None:
             return
         position, before = self.position, self._held_out.passes
-        score = self._held_out.score(self._forward, self._world)
+        score = self._known_start()
+        if score is None:
+            note = f"held-out rows after {position.step} steps"
+            between = self._held_out.told(note, self._world, self._on_progress)
+            score = self._held_out.score(self._forward, self._world, between)
         position.held_out_passes += self._held_out.passes - before
         if not score.finite:
             message = f"on held-out rows the merge of step {position.step} predicts NaN or Inf"
             raise NonFiniteError(message, hint=_SMALLER)
         assert position.measured is not None
         position.measured.append({"step": position.step, **score.to_json()})
-        if score.mean_kl < position.best_kl:
+        if score.mean_kl < position.best_kl or self._training.keep == "last":
             position.best_kl, position.best_step, position.stale = score.mean_kl, position.step, 0
             self.best = entries_of(self._student)
         else:
@@ -212,6 +277,14 @@ class Trainer:
             patience = self._training.patience
             if patience is not None and position.stale >= patience:
                 position.ended = f"no improvement in {patience} measurements"
+
+    def _known_start(self) -> HeldOutScore | None:
+        """The score of the first step's coefficients, if they are a merge that was measured."""
+        position = self.position
+        if position.step or not position.start:
+            return None
+        assert position.static is not None
+        return HeldOutScore.from_json(position.static[position.start])
 
 
 def entries_of(student: Student) -> dict[str, Any]:

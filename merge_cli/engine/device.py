@@ -10,6 +10,7 @@ from merge_cli.errors import ResourceError, UsageError
 from merge_cli.kernels.convert import COMPILED
 from merge_cli.planning.plan import Plan
 from merge_cli.system import machine
+from merge_cli.system.machine import parse_size, show_size
 
 # What a driver leaves in the file system: NVIDIA's, AMD's, and the one of Windows' Linux.
 _GPU_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
@@ -25,19 +26,25 @@ class Device:
         kind: `cpu` or `cuda`.
         indexes: the CUDA devices that share the tensors; empty on a CPU.
         name: for the report.
+        memory: bytes of a card that is planned for; None for devices that are here.
     """
 
     kind: Literal["cpu", "cuda"]
     indexes: tuple[int, ...]
     name: str
     reason: str
+    memory: int | None = None
 
 
-def choose_device(requested: str) -> Device:
+def choose_device(requested: str, *, planned: bool = False) -> Device:
     """`auto` takes CUDA where there is some; `cpu`, `cuda` and `cuda:N` are taken at their word.
 
     Without a number every CUDA device that is visible takes part. torch is asked only where the
-    system has a driver.
+    system has a driver. `cuda:80GB` is a card of that size: a plan takes it as given, whether there
+    is one here or not; what runs takes the first one here that is as large.
+
+    Args:
+        planned: nothing will run.
 
     Raises:
         UsageError: not a device that this tool knows.
@@ -45,8 +52,14 @@ def choose_device(requested: str) -> Device:
             whose memory is taken.
     """
     kind, _, number = requested.partition(":")
-    if kind not in ("auto", "cpu", "cuda") or (number and (kind != "cuda" or not number.isdigit())):
-        raise UsageError(f"unknown device '{requested}'", hint="Use auto, cpu, cuda or cuda:N.")
+    if kind == "cuda" and number and not number.isdigit():
+        size = parse_size(number, "--device")
+        if planned:
+            return Device("cuda", (0,), f"a card of {show_size(size)}", "planned for", size)
+        return choose_device(device_here(requested))
+    if kind not in ("auto", "cpu", "cuda") or (number and kind != "cuda"):
+        hint = "Use auto, cpu, cuda or cuda:N; for a plan cuda:80GB, too."
+        raise UsageError(f"unknown device '{requested}'", hint=hint)
     if kind == "cpu":
         return Device("cpu", (), "cpu", "asked for")
     if kind == "auto" and not any(Path(file).exists() for file in _GPU_FILES):
@@ -72,6 +85,29 @@ def choose_device(requested: str) -> Device:
     name = torch.cuda.get_device_name(roomy[0])
     name = name if len(roomy) == 1 else f"{len(roomy)} x {name}"
     return Device("cuda", roomy, name, "found" if kind == "auto" else "asked for")
+
+
+def device_here(requested: str) -> str:
+    """A card that is given by its size as the number of one here; other devices as they are.
+
+    Raises:
+        UsageError: not a size.
+        ResourceError: no card here is as large.
+    """
+    kind, _, number = requested.partition(":")
+    if kind != "cuda" or not number or number.isdigit():
+        return requested
+    size = parse_size(number, "--device")
+    if any(Path(file).exists() for file in _GPU_FILES):
+        import torch
+
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        # A card sold as 80 GB has a little more or less.
+        large = [i for i in range(count) if torch.cuda.mem_get_info(i)[1] >= 0.95 * size]
+        if large:
+            return f"cuda:{large[0]}"
+    message = f"'{requested}' is for plans: no card of {show_size(size)} is here to run on"
+    raise ResourceError(message, hint="Use --device auto, or plan with `merge-cli plan`.")
 
 
 def free_memory(kind: str, indexes: tuple[int, ...]) -> int:

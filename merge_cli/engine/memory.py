@@ -12,12 +12,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from merge_cli.engine.device import Device, choose_arithmetic
+from merge_cli.engine.device import Device, choose_arithmetic, free_memory
 from merge_cli.errors import UsageError
 from merge_cli.kernels.reduce import BLOCK_MULTIPLE
 from merge_cli.options import MergeOptions
 from merge_cli.planning.plan import Plan
-from merge_cli.system.machine import free_memory, usable_cores
+from merge_cli.system.machine import usable_cores
 
 MINIMUM_MEMORY = 500_000_000
 # Measured with scripts/bench.py: the interpreter with its libraries; what numba or torch add; what
@@ -66,7 +66,7 @@ def worker_memory(plan: Plan, device: Device, options: MergeOptions) -> WorkerMe
         raise UsageError(message, hint=f"Give it at least {MINIMUM_MEMORY / 1e6:.0f} MB.")
     inputs = max((len(task.inputs) for task in plan.tasks), default=1)
     # What a container or a batch system leaves us counts, too, with what we hold already.
-    allowed = min(options.max_memory, peak_rss() + free_memory())
+    allowed = min(options.max_memory, peak_rss() + free_memory("cpu", ()))
     free = max(0, allowed - _fixed(plan, device))
     if device.kind == "cpu":
         spare = _TEMPORARIES[choose_arithmetic(plan)[0]]
@@ -81,13 +81,11 @@ def worker_memory(plan: Plan, device: Device, options: MergeOptions) -> WorkerMe
         return WorkerMemory(
             max(1, min(threads, free // per_worker)), _HOST_BLOCK, inputs, per_worker
         )
-    import torch
-
     workers = (1 if _tensor_bytes(plan) else _GPU_WORKERS) * len(device.indexes)
     width = (_STORED * inputs + 4) if inputs else 4  # pinned: every input as stored, the output
     room = free // (workers * width)
     # On the device: the operands, what the method makes of them, and as much in between.
-    vram = min(torch.cuda.mem_get_info(index)[0] for index in device.indexes)
+    vram = device.memory or min(free_memory("cuda", (index,)) for index in device.indexes)
     room = min(room, vram // (_GPU_WORKERS * 4 * (3 * inputs + _TEMPORARIES["torch"])))
     block = max(1, min(_GPU_BLOCK, room) // BLOCK_MULTIPLE) * BLOCK_MULTIPLE
     return WorkerMemory(workers, block, inputs, block * width)

@@ -17,8 +17,15 @@ from merge_cli.system.machine import show_size
 
 Residency = Literal["device", "host", "disk"]
 RESIDENCY = {"device": "on the device", "host": "in memory", "disk": "read from disk each time"}
-# Of free memory. What runs beside the sources takes the rest: activations, logits, caches.
+# Of free memory, where what runs beside the sources is not known: activations, logits, caches.
 _DEVICE_SHARE, _HOST_SHARE = 0.6, 0.5
+# Left free where it is known: for the driver's context, and for memory that lies in pieces.
+_RESERVE, _RESERVE_SHARE = 1_000_000_000, 0.03
+
+
+def reserve(free: int) -> int:
+    """Bytes of free memory that are left free: 1 GB and 3 %, or a tenth where memory is small."""
+    return min(_RESERVE + int(_RESERVE_SHARE * free), free // 10)
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,8 @@ def choose_residency(
     on_host: int = 0,
     workers: int = 1,
     requested: str = "auto",
+    memory: int | None = None,
+    exact: bool = False,
 ) -> SourceResidency:
     """Where `size` bytes of weights should wait.
 
@@ -48,14 +57,23 @@ def choose_residency(
         on_device, on_host: bytes that it takes.
         workers: processes with a copy of the weights each; they share one device.
         requested: auto, device, host or disk.
+        memory: bytes of a card that is not here, instead of what is free on `device`.
+        exact: `on_device` and `on_host` are all that runs beside the sources, so that only a
+            reserve is left free; otherwise a share of the memory is.
 
     Raises:
         ResourceError: what is requested does not fit.
     """
-    host = int(free_memory("cpu", ()) * _HOST_SHARE) // workers - on_host
+
+    def left(free: int, share: float, beside: int) -> int:
+        usable = free - reserve(free) if exact else int(free * share)
+        return usable // workers - beside
+
+    host = left(free_memory("cpu", ()), _HOST_SHARE, on_host)
     room = 0
     if device is not None:
-        room = int(free_memory("cuda", (device,)) * _DEVICE_SHARE) // workers - on_device
+        free = memory if memory is not None else free_memory("cuda", (device,))
+        room = left(free, _DEVICE_SHARE, on_device)
     if requested == "disk":
         return SourceResidency("disk", "asked for", size)
     if requested == "device" and device is None:
@@ -71,7 +89,10 @@ def choose_residency(
     if device is not None and size <= room:
         return SourceResidency("device", f"{show_size(size)} fit beside the {shared_with}", size)
     if size <= host:
-        why = "" if device is None else f"{show_size(size)} do not fit beside the {shared_with}; "
+        why = ""
+        if device is not None:
+            why = f"{show_size(size)} do not fit beside the {shared_with}, which leaves "
+            why += f"{show_size(max(room, 0))} of the device; "
         return SourceResidency("host", f"{why}{show_size(size)} fit in memory", size)
     reason = f"{show_size(size)}, and room for {show_size(max(host, 0))} in memory"
     return SourceResidency("disk", reason, size)

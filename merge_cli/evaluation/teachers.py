@@ -10,7 +10,7 @@ uses them; the folder may be deleted at any time.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -26,10 +26,11 @@ from merge_cli.system.caches import cache_folder
 from merge_cli.system.machine import show_size
 from merge_cli.system.raw_io import unfinished_file
 
-_FORMAT = 3
+_FORMAT = 4
 _SEQUENCES = 32  # sequences of a file
 _LOGIT_BYTES = 1 << 28
 _CHUNK = 256  # tokens
+_BATCH_TOKENS = 2048  # of a pass; progress is told between passes
 
 
 @dataclass(frozen=True)
@@ -103,10 +104,14 @@ class Teacher:
         for number, group in enumerate(groups):
             path = self.path(group, settings)
             files.append(path)
+
+            def on_tokens(tokens: int, before: int = done) -> None:
+                on_progress(before + tokens, total)
+
             if settings.k is None:
-                tables.append(self._predict(group, settings))
+                tables.append(self._predict(group, settings, on_tokens))
             elif number % share[1] == share[0] and not _is_complete(path, read=True):
-                _write(path, self._predict(group, settings))
+                _write(path, self._predict(group, settings, on_tokens))
             done += sum(len(item.ids) for item in group)
             on_progress(done, total)
         return Predictions(files, tables)
@@ -137,7 +142,9 @@ class Teacher:
         """Free its memory."""
         self._live = None
 
-    def _predict(self, group: Sequence[Example], settings: KeptPredictions) -> dict[str, Any]:
+    def _predict(
+        self, group: Sequence[Example], settings: KeptPredictions, on_tokens: Callable[[int], None]
+    ) -> dict[str, Any]:
         import torch
 
         if self._live is None:
@@ -145,7 +152,9 @@ class Teacher:
             refuse_changed(self._source, self._fingerprint)
         live = self._live
         predictions: dict[int, tuple[Any, Any, Any]] = {}
-        budget = max(1, min(live.batch_tokens, _LOGIT_BYTES // (4 * live.vocabulary)))
+        done = 0
+        on_tokens(0)
+        budget = max(1, min(_BATCH_TOKENS, _LOGIT_BYTES // (4 * live.vocabulary)))
         for batch in micro_batches(range(len(group)), group, budget):
             ids, mask, counted = padded([group[i] for i in batch])
             logits = live.logits(ids, mask)
@@ -154,6 +163,8 @@ class Teacher:
                 require_finite(counted_logits.float().logsumexp(-1), self._source.label)
                 k = live.vocabulary if settings.k is None else settings.k
                 predictions[number] = _in_chunks(counted_logits, k, settings.temperature)
+                done += len(group[number].ids)
+            on_tokens(done)
         self.tokens, self.passes = live.cost.tokens, live.cost.forward_passes
         parts = [predictions[i] for i in range(len(group))]
         ends = torch.tensor([0, *(example.counted for example in group)]).cumsum(0)

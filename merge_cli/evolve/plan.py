@@ -113,7 +113,7 @@ def plan_search(plan: Plan, options: MergeOptions) -> SearchPlan:
     population = len(plan.recipe.models)
     if space is not None:
         population = batch_size(search, search.population or default_population(len(space)))
-    device = choose_device(options.device)
+    device = choose_device(options.device, planned=True)
     return SearchPlan(
         plan,
         search,
@@ -126,6 +126,7 @@ def plan_search(plan: Plan, options: MergeOptions) -> SearchPlan:
             device.indexes[0] if device.indexes else None,
             on_device=plan.bytes_written,
             workers=search.workers,
+            memory=device.memory,
         ),
         tuple(str(spec.model) for spec in recipe.models),
         _mergeable(static_merges(recipe, space)),

@@ -422,6 +422,19 @@ class Section(Form):
         }
 
 
+@dataclass(frozen=True)
+class Nullable(Form):
+    """Another form, or null for nothing of the kind."""
+
+    form: Form
+
+    def read(self, node: Node, key: str, reader: Reader) -> Any:
+        return None if node.value is None else self.form.read(node, key, reader)
+
+    def schema(self) -> Schema:
+        return any_of(self.form.schema(), {"type": "null"})
+
+
 def option(
     default: Any = MISSING,
     help: str = "",

@@ -7,7 +7,7 @@ preset is a set of defaults; what the recipe says itself wins.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
@@ -15,6 +15,7 @@ from merge_cli.recipe.nodes import Node
 from merge_cli.recipe.reader import (
     Checked,
     Form,
+    Nullable,
     Plain,
     Reader,
     Schema,
@@ -76,6 +77,17 @@ _GRANULARITY: Schema = any_of(
 
 
 @dataclass(frozen=True)
+class Rollouts:
+    """What the student says itself during training, and how much it counts."""
+
+    length: int = option(16, "tokens that the merged model samples after each prefix", 1)
+    prefix: int = option(32, "tokens of a text to begin after; a prompt is the prefix it is", 1)
+    weight: float = option(1.0, "of the reverse KL in the loss", 0)
+    every: int = option(1, "steps between those that sample", 1)
+    temperature: float = option(1.0, "temperature of sampling", 1e-3)
+
+
+@dataclass(frozen=True)
 class Training:
     """How coefficients are learned. Shares are between 0 and 1; None is explained by the help."""
 
@@ -94,11 +106,11 @@ class Training:
     activation: Literal["none", "tanh", "sigmoid", "softmax"] = option(
         "none", "what a parameter goes through to become a coefficient"
     )
-    start: float | Literal["best", "soup", "task_arithmetic", "fisher"] = option(
+    start: float | Literal["best", "soup", "raw_soup", "task_arithmetic", "fisher"] = option(
         "best",
-        "every coefficient at the beginning: a number, 1/sources (soup), 0.3 (task_arithmetic), "
-        "each source's share of the importance (fisher), or best: as in the merge without training "
-        "that does best on held-out rows",
+        "every coefficient at the beginning: a number, 1/sources (soup), the activation of "
+        "1/sources (raw_soup), 0.3 (task_arithmetic), each source's share of the importance "
+        "(fisher), or best: as in the merge without training that does best on held-out rows",
     )
     train: tuple[str, ...] = option(
         ("all",),
@@ -113,6 +125,10 @@ class Training:
     )
     regularize: Mapping[str, float] = option(
         {}, "penalties with their weights", form=_weights_of(PENALTIES)
+    )
+    penalize: Literal["coefficients", "parameters"] = option(
+        "coefficients",
+        "what penalties are taken of: the coefficients, or their parameters before the activation",
     )
     prompt_loss: bool = option(False, "whether tokens of a prompt count too")
     top_k: int | Literal["full"] = option(
@@ -131,6 +147,12 @@ class Training:
     held_out_examples: int = option(64, "at most this many held-out examples for each source", 1)
     held_out_tokens: int | None = option(
         2048, "at most about this many of their tokens for each source; null for all", 1
+    )
+    rollouts: Rollouts | None = option(
+        None,
+        "learn on-policy, too: reverse KL to the teachers on what the merged model samples itself; "
+        "a mapping of length, prefix, weight, every, temperature",
+        form=Nullable(section_of(Rollouts)),
     )
     epochs: int = option(1, "passes over the largest source's examples, at most", 1)
     tokens: int | None = option(
@@ -165,9 +187,12 @@ class Training:
     )
     checkpointing: bool = option(False, "compute activations twice instead of keeping them")
     evaluate_every: int | None = option(
-        None, "steps between held-out measurements; default 5 in all", 1
+        None, "steps between held-out measurements; default 2 in all", 1
     )
     patience: int | None = option(None, "measurements without improvement before training stops", 1)
+    keep: Literal["best", "last"] = option(
+        "best", "the step whose coefficients are kept: best on held-out rows, or last"
+    )
     checkpoint_minutes: float = option(2.0, "minutes between checkpoints", 0)
     tensorboard: bool = option(False, "write scalars for TensorBoard beside the checkpoint")
 
@@ -235,10 +260,16 @@ PRESETS: dict[str, dict[str, Any]] = {
     "dam-reference": {
         **_PAPER,
         "activation": "tanh",
-        "optimizer": "mofo",
+        "start": "raw_soup",
         "train": ("linear",),
+        "penalize": "parameters",
+        "prompt_loss": True,
+        "top_k": "full",
         "batch_size": 1,
         "examples": 1729,
+        "optimizer": "mofo",
+        "clip_norm": 1.0,
+        "keep": "last",
     },
     "adamerging": {
         **_BY_TENSOR,
@@ -280,6 +311,8 @@ def plain_training(training: Training) -> dict[str, Any]:
             if isinstance(value, tuple)
             else dict(value)
             if isinstance(value, Mapping)
+            else asdict(value)
+            if isinstance(value, Rollouts)
             else value
         )
     return result
@@ -292,7 +325,7 @@ def contradictions(training: Training, sources: int) -> list[tuple[str, str, str
     if start in ("best", "fisher") and activation != "none":
         message = f"{activation} does not reach every merge that it may begin from."
         result.append(("start", message, "Use `start: soup`, or `activation: none`."))
-    if activation == "softmax" and start not in ("soup", "best"):
+    if activation == "softmax" and start not in ("soup", "raw_soup", "best"):
         result.append(("start", "softmax starts every source at 1/sources.", "Leave `start` out."))
     if isinstance(start, float) and activation == "tanh" and not -1 < start < 1:
         result.append(("start", f"tanh reaches only -1 to 1 (got {start:g}).", ""))
@@ -301,9 +334,15 @@ def contradictions(training: Training, sources: int) -> list[tuple[str, str, str
     if start == "soup" and sources < 2 and activation in ("sigmoid", "tanh"):
         message = f"{training.activation} does not reach 1, where one source starts."
         result.append(("activation", message, "Use `activation: none`, or give a `start` below 1."))
+    if training.keep == "last" and training.patience is not None:
+        message = "the last step is kept, whatever was measured before it."
+        result.append(("patience", message, "Leave `patience` out, or use `keep: best`."))
     if training.mode == "fused" and training.clip_norm is not None:
         message = "clipping needs all gradients before the first update."
         result.append(("mode", message, "Use `mode: two_pass`, or leave `clip_norm` out."))
+    if training.rollouts is not None and training.rollouts.length >= training.max_length:
+        message = f"{training.rollouts.length} tokens leave no room in max_length for a prefix."
+        result.append(("rollouts", message, "Use a smaller `length`, or a larger `max_length`."))
     if training.mode == "fused" and training.dtype == "float16":
         message = "float16 gradients can overflow, and a fused update cannot be taken back."
         result.append(("mode", message, "Use `mode: two_pass`, or bfloat16."))

@@ -28,11 +28,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("training", [{"activation": "tanh"}, {"preset": "dam-reference"}])
-def test_one_source_does_not_start_beyond_tanh(models: Path, training: dict[str, str]) -> None:
+@pytest.mark.parametrize("preset", ["dam", "dam-reference"])
+def test_one_source_does_not_start_beyond_tanh(models: Path, preset: str) -> None:
+    training = {"preset": preset, "activation": "tanh", "start": "soup"}
     with pytest.raises(RecipeError, match="tanh does not reach 1"):
         plan_of(models, training, names=("a",))
     plan_of(models, {**training, "start": 0.9}, names=("a",))
+    plan_of(models, {**training, "start": "raw_soup"}, names=("a",))
 
 
 @pytest.mark.parametrize("again", ["a", "./a"])

@@ -272,6 +272,21 @@ def test_early_stopping_keeps_the_best(models: Path, tmp_path: Path) -> None:
     assert training["scores"]["dam"]["mean_kl"] == best["mean_kl"]
 
 
+def test_the_last_step_is_kept_where_it_is_asked_for(models: Path, tmp_path: Path) -> None:
+    """Though it is far worse than the first: the rate is too large."""
+    kept = {}
+    for keep in ("best", "last"):
+        recipe = recipe_of(models, learning_rate=3, schedule="constant", keep=keep)
+        result = run(recipe, tmp_path / keep)
+        training = result.report["training"]
+        by_step = {one["step"]: one["mean_kl"] for one in training["measured"]}
+        assert by_step[6] > by_step[0]
+        assert training["scores"]["dam"]["mean_kl"] == by_step[training["best_step"]]
+        kept[keep] = training["best_step"], entries(result.path)
+    assert (kept["best"][0], kept["last"][0]) == (0, 6)
+    assert not same(kept["best"][1], kept["last"][1])
+
+
 @pytest.mark.parametrize(
     "dials",
     [
