@@ -13,6 +13,7 @@ from merge_cli.recipe.fields import MERGEKIT_PARAMETERS, nearest
 from merge_cli.recipe.reference import local_file
 from merge_cli.recipe.schema import Recipe
 from merge_cli.recipe.search import STARTS, WITHOUT_SPACE, Search, SearchedParameter
+from merge_cli.recipe.statistics import unused_options
 
 GREEDY = "greedy_soup"
 
@@ -39,6 +40,7 @@ def search_problems(recipe: Recipe, *, searching: bool) -> Iterator[Problem]:
         if getattr(recipe, key):
             message = f"{recipe.merge_method} merges whole models."
             yield recipe.problem(key, message, "List them under `models:`.")
+    yield from _data_problems(recipe)
     search = recipe.search
     if recipe.merge_method == GREEDY:
         for name in sorted((search.given if search else frozenset()) - WITHOUT_SPACE):
@@ -56,6 +58,28 @@ def search_problems(recipe: Recipe, *, searching: bool) -> Iterator[Problem]:
         yield recipe.problem("merge_method", "needs a `search:` section.", hint)
         return
     yield from _section_problems(recipe, search)
+
+
+def _data_problems(recipe: Recipe) -> Iterator[Problem]:
+    """`data:` of the models: of all of them, or none. It is for Fisher merging alone."""
+    given = [spec for spec in recipe.models if spec.data is not None]
+    if not given:
+        if recipe.statistics is not None:
+            message = "has no effect: no model has `data:`."
+            hint = "Give every model data, to compare with Fisher merging, or leave it out."
+            yield recipe.problem("statistics", message, hint)
+        return
+    for spec in recipe.models:
+        if spec.data is None:
+            message = "has no `data:`, and other models have: Fisher merging needs that of all."
+            yield recipe.problem(spec.key, message, "Give all models data, or none.")
+        elif spec.data.held_out:
+            message = f"has no effect in {recipe.merge_method}, which has an objective."
+            yield recipe.problem(f"{spec.key}.data.held_out", message, "Leave it out.")
+    for option in unused_options("fisher"):
+        if f"statistics.{option}" in recipe.positions:
+            message = "has no effect in Fisher merging."
+            yield recipe.problem(f"statistics.{option}", message, "Leave it out.")
 
 
 def _section_problems(recipe: Recipe, search: Search) -> Iterator[Problem]:

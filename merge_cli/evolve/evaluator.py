@@ -19,6 +19,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from merge_cli.calibration.run import calibrate
 from merge_cli.checkpoint.dtypes import torch_dtype
 from merge_cli.engine.device import choose_device
 from merge_cli.engine.in_memory import (
@@ -34,6 +35,7 @@ from merge_cli.evaluation.rows import read_rows
 from merge_cli.evaluation.run import score_task
 from merge_cli.evaluation.task import DataTask, Task
 from merge_cli.evolve.objectives import SearchObjective, Split, SplitName, Value, Values, pick
+from merge_cli.methods.registry import get_method
 from merge_cli.options import MergeOptions
 from merge_cli.planning.auxiliary import write_auxiliary_files
 from merge_cli.planning.plan import Plan, TensorTask
@@ -191,7 +193,7 @@ class Evaluator:
         results: dict[str, TaskResult] = {}
         message = ""
         try:
-            self._merge.become(job.recipe)
+            self._merge.become(job.recipe, self._calibrated(job.recipe))
             spec = self._setup.objective.splits[job.split].spec
             with torch_threads(spec.threads):
                 for task in spec.tasks:
@@ -215,6 +217,12 @@ class Evaluator:
         return EvaluationOutcome(
             job.number, values, message, seconds, cost.tokens, cost.forward_passes, metrics
         )
+
+    def _calibrated(self, recipe: Recipe) -> Plan | None:
+        """The plan with its statistics, where the method needs them; from the cache, if there."""
+        if not get_method(recipe.merge_method).gathers:
+            return None
+        return calibrate(make_plan(recipe), self._setup.options, lambda progress: None)
 
     def close(self) -> None:
         """Free the model and the sources."""

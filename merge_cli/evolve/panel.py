@@ -90,6 +90,9 @@ def print_search(out: Console, decided: SearchPlan) -> None:
             for task, goal in zip(split.spec.tasks, split.goals, strict=True)
         ]
         out.print(f"  {name}: {escape(', '.join(goals))}")
+    if decided.calibration is not None:
+        tokens = sum(part.examples.tokens for part in decided.calibration.parts)
+        out.print(f"  Fisher merging looks at the models' data first: {tokens:,} tokens")
     out.print(f"  in all: {_amount(decided)}")
     count = search.workers
     out.print(
@@ -114,7 +117,7 @@ def print_searched(out: Console, search: Mapping[str, Any]) -> None:
     paired = (
         f" ({verdict['difference']:+.3g}, 95 % {ends[0]:+.3g} to {ends[1]:+.3g})" if ends else ""
     )
-    mark = "[green]✓[/green]" if verdict["better"] else "[bold red]✗ no improvement:[/bold red]"
+    mark = "[green]✓[/green]" if verdict["better"] else "[bold red]✗ NO IMPROVEMENT:[/bold red]"
     out.print(
         f"{mark} {search['split']} score {verdict['score']:.4g}; the best without a search is "
         f"{escape(verdict['best_static'])}, {verdict['best_static_score']:.4g}{paired}"

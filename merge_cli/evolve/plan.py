@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from merge_cli.calibration.plan import CalibrationPlan, plan_calibration
 from merge_cli.checkpoint.fingerprint import auxiliary_fingerprint
 from merge_cli.engine.device import choose_device
 from merge_cli.engine.residency import SourceResidency, choose_residency, stored_bytes
@@ -18,7 +19,7 @@ from merge_cli.evolve.objectives import ALL_ROWS, SearchObjective, Split, SplitN
 from merge_cli.evolve.optimizers import batch_size
 from merge_cli.evolve.space import Space, default_population
 from merge_cli.evolve.splits import refuse_overlap
-from merge_cli.evolve.static import StaticMerge, static_merges
+from merge_cli.evolve.static import StaticMerge, fisher_merge, static_merges, without_data
 from merge_cli.options import MergeOptions
 from merge_cli.planning.heads import reconcile_heads
 from merge_cli.planning.layers import layer_stacks, main_stack, model_heights
@@ -43,6 +44,7 @@ class SearchPlan:
         statics: merges that need no search, which every search evaluates first.
         warnings: what a user should know before hours are spent.
         on_cpu: whether candidates are evaluated without an accelerator.
+        calibration: what Fisher merging looks at first; None where models have no data.
     """
 
     plan: Plan
@@ -56,6 +58,7 @@ class SearchPlan:
     statics: tuple[StaticMerge, ...]
     warnings: tuple[str, ...]
     on_cpu: bool
+    calibration: CalibrationPlan | None = None
 
     @property
     def recipe(self) -> Recipe:
@@ -83,10 +86,14 @@ def plan_search(plan: Plan, options: MergeOptions) -> SearchPlan:
         SourceError: data that cannot be read.
         ResourceError: an engine or an optimizer whose package is missing.
     """
+    plan.aligned.refuse_rearranged(plan.recipe, "a search")
+    objective = plan_objective(plan.recipe, options)
+    fisher, calibration = fisher_merge(plan.recipe), None
+    if fisher is not None:
+        calibration = plan_calibration(make_plan(fisher.recipe), options.device)
+    plan = replace(plan, recipe=without_data(plan.recipe))
     recipe = plan.recipe
-    plan.aligned.refuse_rearranged(recipe, "a search")
     search = recipe.search or Search()
-    objective = plan_objective(recipe, options)
     names = [task.name for task in plan.tasks]
     counts = model_heights(layer_stacks(names), plan.config)
     main = main_stack(names, plan.config)
@@ -128,9 +135,10 @@ def plan_search(plan: Plan, options: MergeOptions) -> SearchPlan:
             workers=search.workers,
         ),
         tuple(str(spec.model) for spec in recipe.models),
-        _mergeable(static_merges(recipe, space)),
+        (*_mergeable(static_merges(recipe, space)), *([fisher] if fisher is not None else [])),
         tuple(warnings),
         not device.indexes,
+        calibration,
     )
 
 
@@ -164,7 +172,7 @@ def plan_objective(recipe: Recipe, options: MergeOptions) -> SearchObjective:
     }
     splits = _with_fewer_rows(splits, recipe.search)
     objective = replace(objective, splits=splits)
-    refuse_overlap(objective)
+    refuse_overlap(objective, recipe)
     for split in splits.values():
         for task in split.spec.tasks:
             task.check_data(split.spec.seed)
