@@ -106,8 +106,8 @@ def _section_problems(recipe: Recipe, search: Search) -> Iterator[Problem]:
             continue
         methods.append(method)
     if search.start not in STARTS and local_file(search.start, recipe.folder) is None:
-        hint = "Use best, middle, softmax, or a recipe's file."
-        yield recipe.problem("search.start", f"no such recipe: {search.start}.", hint)
+        hint = "Use best, middle, softmax, or the file of a recipe or of a search's journal."
+        yield recipe.problem("search.start", f"no such file: {search.start}.", hint)
     for only, requested in (("sigma", "cma-es"), ("restarts", "cma-es")):
         if only in search.given and search.optimizer != requested:
             message = f"has no effect with {search.optimizer}."

@@ -117,6 +117,7 @@ def work_key(search_plan: SearchPlan, options: MergeOptions) -> str:
         "models": [str(spec.model) for spec in recipe.models],
         "tokenizer": auxiliary_fingerprint(plan.sources[plan.tokenizer_index].root),
         "splits": splits,
+        "starts": [merge.genome for merge in search_plan.statics],
         "examples": _examples(search_plan.calibration),
         "device": choose_device(options.device).kind,
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from merge_cli.calibration.plan import CalibrationPlan, plan_calibration
 from merge_cli.checkpoint.fingerprint import auxiliary_fingerprint
@@ -15,6 +16,7 @@ from merge_cli.evaluation.live import load_tokenizer
 from merge_cli.evaluation.rows import read_rows
 from merge_cli.evaluation.tasks.kl import KL
 from merge_cli.evaluation.tasks.loss import LossTask
+from merge_cli.evolve.earlier import SUFFIX, earlier_merges
 from merge_cli.evolve.objectives import ALL_ROWS, SearchObjective, Split, SplitName, parse_objective
 from merge_cli.evolve.optimizers import batch_size
 from merge_cli.evolve.space import Space, default_population
@@ -107,15 +109,8 @@ def plan_search(plan: Plan, options: MergeOptions) -> SearchPlan:
     if space is None:
         _need_one_frame(plan)
     warnings = _missing_splits(objective, greedy=space is None)
-    several = len(objective.search.weighted) > 1
-    if search.optimizer == "nsga2" and not several:
-        message = "nsga2 is for several goals, and the split search has one."
-        raise RecipeError([recipe.problem("search.optimizer", message, "Use cma-es or tpe.")])
     if space is not None:
-        for method in space.search.method:  # a mismatch is found before anything is loaded
-            make_plan(recipe.with_result(method))
-        if search.start not in STARTS:
-            start_genome(recipe, search, space)
+        _check_space(recipe, search, space, objective)
     load_tokenizer(plan.sources[plan.tokenizer_index])
     population = len(plan.recipe.models)
     if space is not None:
@@ -135,11 +130,43 @@ def plan_search(plan: Plan, options: MergeOptions) -> SearchPlan:
             workers=search.workers,
         ),
         tuple(str(spec.model) for spec in recipe.models),
-        (*_mergeable(static_merges(recipe, space)), *([fisher] if fisher is not None else [])),
+        _starts(recipe, search, space, objective, fisher),
         tuple(warnings),
         not device.indexes,
         calibration,
     )
+
+
+def _check_space(recipe: Recipe, search: Search, space: Space, objective: SearchObjective) -> None:
+    """What is wrong with a search is found before anything is loaded.
+
+    Raises:
+        RecipeError, MismatchError, UsageError: its goals, its methods, its start.
+    """
+    if search.optimizer == "nsga2" and len(objective.search.weighted) == 1:
+        message = "nsga2 is for several goals, and the split search has one."
+        raise RecipeError([recipe.problem("search.optimizer", message, "Use cma-es or tpe.")])
+    for method in space.search.method:
+        make_plan(recipe.with_result(method))
+    if is_recipe(search.start):
+        start_genome(recipe, search, space)
+
+
+def _starts(
+    recipe: Recipe,
+    search: Search,
+    space: Space | None,
+    objective: SearchObjective,
+    fisher: StaticMerge | None,
+) -> tuple[StaticMerge, ...]:
+    """What is evaluated before anything is proposed."""
+    merges = [*_mergeable(static_merges(recipe, space)), *([fisher] if fisher else [])]
+    if space is not None and is_journal(search.start):
+        path = _start_file(recipe, search)
+        genomes = [merge.genome for merge in merges]
+        earlier = earlier_merges(path, space, objective.search, search.finalists)
+        merges += [merge for merge in earlier if merge.genome not in genomes]
+    return tuple(merges)
 
 
 def _mergeable(statics: Sequence[StaticMerge]) -> tuple[StaticMerge, ...]:
@@ -249,9 +276,23 @@ def start_genome(recipe: Recipe, search: Search, space: Space) -> list[float]:
         RecipeError: that recipe is wrong.
         UsageError: it has other models.
     """
+    return space.start_from(load_recipe(_start_file(recipe, search)))
+
+
+def is_journal(start: str) -> bool:
+    """Whether `start` names the journal of an earlier search."""
+    return start not in STARTS and start.endswith(SUFFIX)
+
+
+def is_recipe(start: str) -> bool:
+    """Whether `start` names a recipe."""
+    return start not in STARTS and not is_journal(start)
+
+
+def _start_file(recipe: Recipe, search: Search) -> Path:
     path = local_file(search.start, recipe.folder)
-    assert path is not None, "`search_problems` refuses a recipe that is not there"
-    return space.start_from(load_recipe(path))
+    assert path is not None, "`search_problems` refuses a file that is not there"
+    return path
 
 
 def _need(search: Search) -> None:

@@ -21,7 +21,7 @@ from merge_cli.evolve.journal import BEST, Evaluations, SearchWorkspace, work_ke
 from merge_cli.evolve.loop import Asynchronous, Candidate, Loop, best_first
 from merge_cli.evolve.objectives import Split, Values
 from merge_cli.evolve.optimizers import EvaluatedGenome, Ranking, make_optimizer
-from merge_cli.evolve.plan import SearchPlan, plan_search, start_genome
+from merge_cli.evolve.plan import SearchPlan, is_journal, is_recipe, plan_search, start_genome
 from merge_cli.evolve.record import FOUND, References, add_interval, build_record, gate, score_text
 from merge_cli.evolve.static import BASE, FISHER, soup_start
 from merge_cli.evolve.workers import make_workers
@@ -233,7 +233,7 @@ class _Run:
         space = decided.space
         assert space is not None
         genome = [0.5] * len(space)
-        if search.start == "best":
+        if search.start == "best" or is_journal(search.start):
             ranked = best_first([item for item in self._statics if item.genome])
             genome = ranked[0].genome if ranked else soup_start(space)
         elif search.start == "softmax":
@@ -245,7 +245,7 @@ class _Run:
             low = min(totals)
             weights = [math.exp((low - total) / search.temperature) for total in totals]
             genome = space.weighted([w / math.fsum(weights) for w in weights])
-        elif search.start != "middle":
+        elif is_recipe(search.start):
             genome = start_genome(decided.recipe, search, space)
         self._folder.append(
             {"kind": "start", "number": 0, "share": 1.0, "genome": genome, "from": search.start}

@@ -223,7 +223,7 @@ class Search:
     start: str = option(
         "best",
         "the first candidate: best (the best static merge that the space has), middle, softmax, "
-        "or a recipe's file",
+        "or the file of a recipe or of an earlier search's journal",
     )
     temperature: float = option(
         1.0, "T of the weights softmax(-score/T), with start: softmax", 1e-6

@@ -125,6 +125,6 @@ def test_rows_that_choose_or_report_are_not_looked_at(folder: Path) -> None:
 def test_what_does_not_fit_is_refused(
     folder: Path, specs: Any, statistics: dict[str, Any], message: str
 ) -> None:
-    more = {"statistics": statistics} if statistics else {}
+    more: dict[str, Any] = {"statistics": statistics} if statistics else {}
     with pytest.raises(RecipeError, match=message):
         make_plan(load_recipe(write_search(folder, models=specs, **more)))
