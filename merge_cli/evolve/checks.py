@@ -84,7 +84,7 @@ def _data_problems(recipe: Recipe) -> Iterator[Problem]:
 
 def _section_problems(recipe: Recipe, search: Search) -> Iterator[Problem]:
     for name in ("method", "parameters"):
-        if name == "parameters" and set(search.method) <= set(DEFAULT_RANGES):
+        if name == "parameters" and (search.layers or set(search.method) <= set(DEFAULT_RANGES)):
             continue  # its methods have default ranges
         if name not in search.given:
             yield recipe.problem("search", f"`{name}` is missing.")
@@ -105,6 +105,8 @@ def _section_problems(recipe: Recipe, search: Search) -> Iterator[Problem]:
             yield recipe.problem("search.method", message, hint)
             continue
         methods.append(method)
+    if search.layers is not None:
+        yield from _layer_problems(recipe, search)
     if search.start not in STARTS and local_file(search.start, recipe.folder) is None:
         hint = "Use best, middle, softmax, or the file of a recipe or of a search's journal."
         yield recipe.problem("search.start", f"no such file: {search.start}.", hint)
@@ -130,6 +132,24 @@ def _section_problems(recipe: Recipe, search: Search) -> Iterator[Problem]:
             for given in parameters.values():
                 if given.name not in (*method.parameters, *MERGEKIT_PARAMETERS):
                     yield recipe.problem(given.key, f"{method.name} has no such parameter.")
+
+
+def _layer_problems(recipe: Recipe, search: Search) -> Iterator[Problem]:
+    """`layers:` beside what is for parameters."""
+    if search.method and search.method != ("passthrough",):
+        message = "with `layers`, layers are stacked as they are."
+        yield recipe.problem("search.method", message, "Use `method: passthrough`.")
+    for name in ("parameters", "layer_groups", "smooth", "filters"):
+        if name in search.given:
+            message = "has no meaning beside `layers`, which searches no parameters."
+            yield recipe.problem(f"search.{name}", message, "Leave it out.")
+    if search.start == "softmax":
+        message = "softmax is of weights, and layers have none."
+        yield recipe.problem("search.start", message, "Use best or middle.")
+    for parameters in (recipe.parameters, *(spec.parameters for spec in recipe.models)):
+        for given in parameters.values():
+            message = "has no effect: layers are stacked as they are."
+            yield recipe.problem(given.key, message, "Leave it out.")
 
 
 def _range_problems(

@@ -41,7 +41,7 @@ BEST, _RECORD = "best_recipe.yaml", "search.json"
 Line = dict[str, Any]
 # Fields that change how long a search runs, or who evaluates, but no candidate's score.
 _NOT_IN_KEY = {"evaluations", "finalists", "failures", "engine", "workers", "given"}
-_FORMAT = 2
+_FORMAT = 3
 _CONTRADICTION = "the journal has another candidate with this number than this version would try"
 
 

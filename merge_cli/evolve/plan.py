@@ -17,6 +17,7 @@ from merge_cli.evaluation.rows import read_rows
 from merge_cli.evaluation.tasks.kl import KL
 from merge_cli.evaluation.tasks.loss import LossTask
 from merge_cli.evolve.earlier import SUFFIX, earlier_merges
+from merge_cli.evolve.layer_space import LayerSpace
 from merge_cli.evolve.objectives import ALL_ROWS, SearchObjective, Split, SplitName, parse_objective
 from merge_cli.evolve.optimizers import batch_size
 from merge_cli.evolve.space import Space, default_population
@@ -74,7 +75,7 @@ class SearchPlan:
 
     def static(self) -> Recipe:
         """A static recipe of all sources, to load the live model with."""
-        if self.space is not None:
+        if self.space is not None and not isinstance(self.space, LayerSpace):
             return self.space.recipe([0.5] * len(self.space))
         return self.recipe.with_result("soup")
 
@@ -100,7 +101,9 @@ def plan_search(plan: Plan, options: MergeOptions) -> SearchPlan:
     counts = model_heights(layer_stacks(names), plan.config)
     main = main_stack(names, plan.config)
     layers = counts[main] if main is not None else max(counts.values(), default=1)
-    space = Space(recipe, layers) if recipe.search and recipe.search.method else None
+    space: Space | None = None
+    if search.method:
+        space = (LayerSpace if search.layers else Space)(recipe, layers)
     if space is not None and not len(space):
         raise RecipeError([recipe.problem("search.parameters", "there is nothing to search.")])
     if space is None and "validation" in objective.splits:
@@ -146,8 +149,12 @@ def _check_space(recipe: Recipe, search: Search, space: Space, objective: Search
     if search.optimizer == "nsga2" and len(objective.search.weighted) == 1:
         message = "nsga2 is for several goals, and the split search has one."
         raise RecipeError([recipe.problem("search.optimizer", message, "Use cma-es or tpe.")])
-    for method in space.search.method:
-        make_plan(recipe.with_result(method))
+    if isinstance(space, LayerSpace):  # each model before and after each other
+        for values in ([1.0] * len(space), [0.0] * len(space)):
+            make_plan(space.recipe(values))
+    else:
+        for method in space.search.method:
+            make_plan(recipe.with_result(method))
     if is_recipe(search.start):
         start_genome(recipe, search, space)
 

@@ -203,6 +203,11 @@ class _Run:
             partial(self._references.base, split),
             optimizer,
             self._evaluations,
+            {
+                tuple(decided.space.values(item.genome)): item
+                for item in self._statics
+                if item.genome
+            },
         )
 
     def _evaluate_statics(self, split: Split, base: Values | None) -> list[Candidate]:

@@ -7,10 +7,12 @@ values have), the optimizer learns its score.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from merge_cli.evolve.layer_space import LayerSpace
 from merge_cli.evolve.space import METHOD, Space
 from merge_cli.methods.blocks import operand_specs
 from merge_cli.methods.registry import get_method
@@ -75,6 +77,8 @@ def static_merges(recipe: Recipe, space: Space | None) -> tuple[StaticMerge, ...
             name = f"task arithmetic {scale:g}"
             weights = (scale,) * count
             merges.append(StaticMerge(name, _scaled(recipe, specs, scale), weights=weights))
+    if isinstance(space, LayerSpace):
+        return tuple(_parent(merge, space) for merge in merges)
     expressed = tuple(_expressed(merge, space) for merge in merges)
     if space.search.in_space:
         return tuple(merge for merge in expressed if merge.genome)
@@ -112,6 +116,13 @@ def _soup(recipe: Recipe, specs: Sequence[SourceSpec], weights: Sequence[float])
 def _scaled(recipe: Recipe, specs: Sequence[SourceSpec], scale: float) -> Recipe:
     parameters = {"lambda": Parameter("lambda", scale, "parameters.lambda")}
     return recipe.with_result("task_arithmetic", models=tuple(specs), parameters=parameters)
+
+
+def _parent(merge: StaticMerge, space: LayerSpace) -> StaticMerge:
+    """With the genome of all its layers, if it is one of the models."""
+    if max(merge.weights) == 1.0 and math.fsum(merge.weights) == 1.0:
+        return replace(merge, genome=space.whole(merge.weights.index(1.0)))
+    return merge
 
 
 def _expressed(merge: StaticMerge, space: Space) -> StaticMerge:
