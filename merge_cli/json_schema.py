@@ -94,7 +94,7 @@ def _of_method(method: Method, definitions: dict[str, Schema]) -> Schema:
 
 
 def _data(method: Method) -> dict[str, Any]:
-    uses = method.learns or method.gathers or method.automatic
+    uses = method.learns or method.gathers or method.automatic or method.searches
     return {} if uses else {"data": False}
 
 
@@ -108,9 +108,10 @@ def _sections(method: Method) -> dict[str, Any]:
         result["training"] = False
         if "coefficients" not in method.supplied:
             result["coefficients"] = False
-    if not method.gathers:
+    gathers = "fisher" if method.searches else method.gathers  # a search's rival
+    if not gathers:
         result["statistics"] = False
-    elif unused := unused_options(method.gathers):
+    elif unused := unused_options(gathers):
         result["statistics"] = {"properties": dict.fromkeys(unused, False)}
     if not method.searches:
         result |= {"search": False, "objective": False}
@@ -121,7 +122,7 @@ def _sections(method: Method) -> dict[str, Any]:
     return result
 
 
-_SPACE = ("method", "parameters")  # what a search needs
+_SPACE = ("method",)  # what a search needs; most methods have default ranges
 
 
 def _searched() -> Schema:

@@ -22,7 +22,7 @@ def learning_problems(recipe: Recipe, method: Method) -> Iterator[Problem]:
             message = f"{recipe.merge_method} takes no file of coefficients."
             yield recipe.problem("coefficients", message, "Use `merge_method: dam`.")
         for spec in recipe.source_specs:
-            if spec.data is not None and method.plain:
+            if spec.data is not None and method.plain and not recipe.searches:
                 message = f"{recipe.merge_method} learns nothing from data."
                 yield recipe.problem(f"{spec.key}.data", message, "Use `merge_method: dam`.")
         return

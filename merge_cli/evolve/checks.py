@@ -13,6 +13,7 @@ from merge_cli.recipe.fields import MERGEKIT_PARAMETERS, nearest
 from merge_cli.recipe.reference import local_file
 from merge_cli.recipe.schema import Recipe
 from merge_cli.recipe.search import STARTS, WITHOUT_SPACE, Search, SearchedParameter
+from merge_cli.recipe.statistics import unused_options
 
 GREEDY = "greedy_soup"
 
@@ -39,6 +40,7 @@ def search_problems(recipe: Recipe, *, searching: bool) -> Iterator[Problem]:
         if getattr(recipe, key):
             message = f"{recipe.merge_method} merges whole models."
             yield recipe.problem(key, message, "List them under `models:`.")
+    yield from _data_problems(recipe)
     search = recipe.search
     if recipe.merge_method == GREEDY:
         for name in sorted((search.given if search else frozenset()) - WITHOUT_SPACE):
@@ -58,9 +60,31 @@ def search_problems(recipe: Recipe, *, searching: bool) -> Iterator[Problem]:
     yield from _section_problems(recipe, search)
 
 
+def _data_problems(recipe: Recipe) -> Iterator[Problem]:
+    """`data:` of the models: of all of them, or none. It is for Fisher merging alone."""
+    given = [spec for spec in recipe.models if spec.data is not None]
+    if not given:
+        if recipe.statistics is not None:
+            message = "has no effect: no model has `data:`."
+            hint = "Give every model data, to compare with Fisher merging, or leave it out."
+            yield recipe.problem("statistics", message, hint)
+        return
+    for spec in recipe.models:
+        if spec.data is None:
+            message = "has no `data:`, and other models have: Fisher merging needs that of all."
+            yield recipe.problem(spec.key, message, "Give all models data, or none.")
+        elif spec.data.held_out:
+            message = f"has no effect in {recipe.merge_method}, which has an objective."
+            yield recipe.problem(f"{spec.key}.data.held_out", message, "Leave it out.")
+    for option in unused_options("fisher"):
+        if f"statistics.{option}" in recipe.positions:
+            message = "has no effect in Fisher merging."
+            yield recipe.problem(f"statistics.{option}", message, "Leave it out.")
+
+
 def _section_problems(recipe: Recipe, search: Search) -> Iterator[Problem]:
     for name in ("method", "parameters"):
-        if name == "parameters" and set(search.method) <= set(DEFAULT_RANGES):
+        if name == "parameters" and (search.layers or set(search.method) <= set(DEFAULT_RANGES)):
             continue  # its methods have default ranges
         if name not in search.given:
             yield recipe.problem("search", f"`{name}` is missing.")
@@ -81,9 +105,11 @@ def _section_problems(recipe: Recipe, search: Search) -> Iterator[Problem]:
             yield recipe.problem("search.method", message, hint)
             continue
         methods.append(method)
+    if search.layers is not None:
+        yield from _layer_problems(recipe, search)
     if search.start not in STARTS and local_file(search.start, recipe.folder) is None:
-        hint = "Use best, middle, softmax, or a recipe's file."
-        yield recipe.problem("search.start", f"no such recipe: {search.start}.", hint)
+        hint = "Use best, middle, softmax, or the file of a recipe or of a search's journal."
+        yield recipe.problem("search.start", f"no such file: {search.start}.", hint)
     for only, requested in (("sigma", "cma-es"), ("restarts", "cma-es")):
         if only in search.given and search.optimizer != requested:
             message = f"has no effect with {search.optimizer}."
@@ -106,6 +132,24 @@ def _section_problems(recipe: Recipe, search: Search) -> Iterator[Problem]:
             for given in parameters.values():
                 if given.name not in (*method.parameters, *MERGEKIT_PARAMETERS):
                     yield recipe.problem(given.key, f"{method.name} has no such parameter.")
+
+
+def _layer_problems(recipe: Recipe, search: Search) -> Iterator[Problem]:
+    """`layers:` beside what is for parameters."""
+    if search.method and search.method != ("passthrough",):
+        message = "with `layers`, layers are stacked as they are."
+        yield recipe.problem("search.method", message, "Use `method: passthrough`.")
+    for name in ("parameters", "layer_groups", "smooth", "filters"):
+        if name in search.given:
+            message = "has no meaning beside `layers`, which searches no parameters."
+            yield recipe.problem(f"search.{name}", message, "Leave it out.")
+    if search.start == "softmax":
+        message = "softmax is of weights, and layers have none."
+        yield recipe.problem("search.start", message, "Use best or middle.")
+    for parameters in (recipe.parameters, *(spec.parameters for spec in recipe.models)):
+        for given in parameters.values():
+            message = "has no effect: layers are stacked as they are."
+            yield recipe.problem(given.key, message, "Leave it out.")
 
 
 def _range_problems(

@@ -19,6 +19,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from merge_cli.calibration.run import calibrate
 from merge_cli.checkpoint.dtypes import torch_dtype
 from merge_cli.engine.device import choose_device
 from merge_cli.engine.in_memory import (
@@ -34,6 +35,7 @@ from merge_cli.evaluation.rows import read_rows
 from merge_cli.evaluation.run import score_task
 from merge_cli.evaluation.task import DataTask, Task
 from merge_cli.evolve.objectives import SearchObjective, Split, SplitName, Value, Values, pick
+from merge_cli.methods.registry import get_method
 from merge_cli.options import MergeOptions
 from merge_cli.planning.auxiliary import write_auxiliary_files
 from merge_cli.planning.plan import Plan, TensorTask
@@ -162,16 +164,16 @@ class Evaluator:
             if isinstance(task, DataTask)
         }
         spec = setup.objective.search.spec
-        self._merge = MergeableModel(
-            setup.static,
-            setup.options,
-            workers=setup.workers,
-            device=spec.device,
-            dtype=spec.dtype,
-            max_length=spec.max_length,
-            batch_tokens=spec.batch_tokens,
-            seed=spec.seed,
-        )
+        self._how: dict[str, Any] = {
+            "workers": setup.workers,
+            "device": spec.device,
+            "dtype": spec.dtype,
+            "max_length": spec.max_length,
+            "batch_tokens": spec.batch_tokens,
+            "seed": spec.seed,
+        }
+        self._merge = MergeableModel(setup.static, setup.options, **self._how)
+        self._stack: MergeableModel | None = None  # the last candidate that is not as deep
         self._merge.live.teachers = {}
 
     @property
@@ -191,7 +193,10 @@ class Evaluator:
         results: dict[str, TaskResult] = {}
         message = ""
         try:
-            self._merge.become(job.recipe)
+            if job.recipe.slices:
+                live = self._stacked(job.recipe)
+            else:
+                self._merge.become(job.recipe, self._calibrated(job.recipe))
             spec = self._setup.objective.splits[job.split].spec
             with torch_threads(spec.threads):
                 for task in spec.tasks:
@@ -216,8 +221,25 @@ class Evaluator:
             job.number, values, message, seconds, cost.tokens, cost.forward_passes, metrics
         )
 
+    def _stacked(self, recipe: Recipe) -> LiveModel:
+        """A model of another depth: built anew, from the same bytes in memory."""
+        if self._stack is not None:
+            self._stack.close()
+        self._stack = MergeableModel(recipe, self._setup.options, beside=self._merge, **self._how)
+        self._stack.live.teachers = self._merge.live.teachers
+        self._stack.become(recipe)
+        return self._stack.live
+
+    def _calibrated(self, recipe: Recipe) -> Plan | None:
+        """The plan with its statistics, where the method needs them; from the cache, if there."""
+        if not get_method(recipe.merge_method).gathers:
+            return None
+        return calibrate(make_plan(recipe), self._setup.options, lambda progress: None)
+
     def close(self) -> None:
-        """Free the model and the sources."""
+        """Free the models and the sources."""
+        if self._stack is not None:
+            self._stack.close()
         self._merge.close()
 
 
@@ -283,6 +305,7 @@ class MergeableModel:
     Args:
         recipe: one static recipe of the sources; others may differ in method, in parameters, and
             in which of the sources they list.
+        beside: another one, whose bytes of the sources are used; it is closed later.
         loading: of the model: device, dtype, max_length, batch_tokens, seed, memory.
 
     Attributes:
@@ -291,7 +314,13 @@ class MergeableModel:
     """
 
     def __init__(
-        self, recipe: Recipe, options: MergeOptions, *, workers: int = 1, **loading: Any
+        self,
+        recipe: Recipe,
+        options: MergeOptions,
+        *,
+        workers: int = 1,
+        beside: MergeableModel | None = None,
+        **loading: Any,
     ) -> None:
         plan = make_plan(recipe)
         self._options, self._device = options, choose_device(options.device)
@@ -301,7 +330,12 @@ class MergeableModel:
             stored_bytes(refs), index, on_device=plan.bytes_written, workers=workers
         )
         where = "cpu" if index is None else f"cuda:{index}"
-        self._files = InMemoryFiles(self.residency, where)
+        self._beside = beside
+        if beside is not None:
+            self.residency = beside.residency
+        self._files: InMemoryFiles = (
+            beside._files if beside is not None else InMemoryFiles(self.residency, where)
+        )
         self._files.keep(refs)
         self.live: LiveModel = load_scaffold(plan, options, **loading)
         self._parameters = find_parameter_slices(plan, self.live.net)
@@ -322,7 +356,8 @@ class MergeableModel:
             NonFiniteError: as for a merge.
             ResourceError: memory ran out.
         """
-        key = (recipe.merge_method, recipe.coefficients, *(spec.model for spec in recipe.models))
+        models = tuple((spec.model, spec.layer_range) for spec in recipe.source_specs)
+        key = (recipe.merge_method, recipe.coefficients, *models)
         if key not in self._mergers:
             plan = plan or make_plan(recipe)
             self._files.keep(plan.stored_inputs)
@@ -363,7 +398,8 @@ class MergeableModel:
         for _, merger in self._mergers.values():
             merger.close()
         self.live.close()
-        self._files.close()
+        if self._beside is None:
+            self._files.close()
 
     def _take(self, task: TensorTask, raw: Any) -> None:
         """Copy a merged tensor into its parameter; called by the pool's threads."""

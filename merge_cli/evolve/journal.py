@@ -18,6 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from merge_cli.calibration.plan import CalibrationPlan
 from merge_cli.checkpoint.fingerprint import auxiliary_fingerprint
 from merge_cli.engine.device import choose_device
 from merge_cli.engine.merge import verified_fingerprints
@@ -40,7 +41,7 @@ BEST, _RECORD = "best_recipe.yaml", "search.json"
 Line = dict[str, Any]
 # Fields that change how long a search runs, or who evaluates, but no candidate's score.
 _NOT_IN_KEY = {"evaluations", "finalists", "failures", "engine", "workers", "given"}
-_FORMAT = 2
+_FORMAT = 3
 _CONTRADICTION = "the journal has another candidate with this number than this version would try"
 
 
@@ -116,9 +117,18 @@ def work_key(search_plan: SearchPlan, options: MergeOptions) -> str:
         "models": [str(spec.model) for spec in recipe.models],
         "tokenizer": auxiliary_fingerprint(plan.sources[plan.tokenizer_index].root),
         "splits": splits,
+        "starts": [merge.genome for merge in search_plan.statics],
+        "examples": _examples(search_plan.calibration),
         "device": choose_device(options.device).kind,
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _examples(calibration: CalibrationPlan | None) -> list[str]:
+    """What Fisher merging looks at, and how; empty where models have no data."""
+    if calibration is None:
+        return []
+    return [repr(calibration.statistics), *(part.examples.digest for part in calibration.parts)]
 
 
 def _plain(parameters: Mapping[str, Parameter]) -> list[str]:

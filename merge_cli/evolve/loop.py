@@ -23,7 +23,9 @@ from merge_cli.evolve.optimizers import Optimizer, Ranking
 from merge_cli.evolve.space import Space, plain_values
 from merge_cli.evolve.static import StaticMerge
 from merge_cli.recipe.search import Search
+from merge_cli.recipe.values import Scalar
 
+_REPEATS = 200  # proposals in a row with nothing new, that end a search
 # The base's values on a share of the split's rows; None where no constraint needs them.
 Base = Callable[[float], Values | None]
 
@@ -63,7 +65,8 @@ class _SearchLoop:
     """What a search works with.
 
     Attributes:
-        candidates: all that were tried, in the order of their results.
+        known: candidates on all rows by their values; static merges are there first.
+        candidates: all that were evaluated, in the order of their results.
         ended: why the search has ended.
     """
 
@@ -73,6 +76,7 @@ class _SearchLoop:
     base: Base
     optimizer: Optimizer
     evaluations: Evaluations
+    known: dict[tuple[Scalar, ...], Candidate] = field(default_factory=dict)
     candidates: list[Candidate] = field(default_factory=list, init=False)
     ended: str = field(default="", init=False)
 
@@ -85,18 +89,27 @@ class Loop(_SearchLoop):
 
     def run(self) -> None:
         """Until the evaluations are used up, or the optimizer has converged."""
-        generation = 0
+        generation = repeats = 0
         while not self.ended:
             remaining = self.search.evaluations - len(self.candidates)
             if remaining <= 0:
                 self.ended = f"all {self.search.evaluations} evaluations are used"
                 return
             proposed = self.optimizer.ask()
-            candidates = self._generation(generation, proposed[:remaining])
+            # What has the values of an earlier candidate (whole numbers, words) is not evaluated
+            # again; the optimizer learns its score, and it does not count.
+            values = [tuple(self.space.values(genome)) for genome in proposed]
+            new = [i for i, v in enumerate(values) if v not in self.known and values.index(v) == i]
+            candidates = self._generation(generation, [proposed[i] for i in new[:remaining]])
             self.candidates += candidates
-            if len(candidates) == len(proposed):
-                self._tell(proposed, candidates)
+            evaluated = dict(zip((values[i] for i in new), candidates, strict=False))
+            if len(candidates) == len(new):
+                self._tell(proposed, [self.known.get(v) or evaluated[v] for v in values])
                 self.ended = self.optimizer.ended
+            self.known |= {v: item for v, item in evaluated.items() if item.share == 1.0}
+            repeats = 0 if new else repeats + len(proposed)
+            if repeats >= _REPEATS and not self.ended:
+                self.ended = f"{repeats} proposals in a row had been evaluated before"
             generation += 1
 
     def _generation(self, generation: int, genomes: list[list[float]]) -> list[Candidate]:

@@ -15,6 +15,7 @@ from merge_cli.engine.residency import RESIDENCY
 from merge_cli.evaluation.rows import read_rows
 from merge_cli.evaluation.task import DataTask
 from merge_cli.evolve.checks import GREEDY
+from merge_cli.evolve.layer_space import LayerSpace
 from merge_cli.evolve.objectives import Split
 from merge_cli.recipe.search import WITHOUT_SPACE, Search
 from merge_cli.system.machine import show_seconds, usable_cores
@@ -41,6 +42,11 @@ def search_json(decided: SearchPlan) -> dict[str, Any]:
         ]
         if space
         else [],
+        **(
+            {"layers": {"min": space.least, "max": space.most, "each": space.layers}}
+            if isinstance(space, LayerSpace)
+            else {}
+        ),
         "objective": {
             name: [
                 {"task": task.name, "kind": task.kind, "weight": goal.weight, "constraint": word}
@@ -81,7 +87,12 @@ def print_search(out: Console, decided: SearchPlan) -> None:
         for i, gene in enumerate(space.genes):
             table.add_row(str(i), escape(space.describe(gene)), escape(gene.searched.allowed))
         out.print(table)
-        if len(space.sizes) > 1 and not search.smooth:
+        if isinstance(space, LayerSpace):
+            out.print(
+                f"2^{len(space)} stacks of layers; the result has {space.least} to {space.most} "
+                f"layers, each model {space.layers}"
+            )
+        elif len(space.sizes) > 1 and not search.smooth:
             out.print("tensors outside the layers go with the first group")
     for name, split in decided.objective.splits.items():
         goals = [
@@ -90,6 +101,9 @@ def print_search(out: Console, decided: SearchPlan) -> None:
             for task, goal in zip(split.spec.tasks, split.goals, strict=True)
         ]
         out.print(f"  {name}: {escape(', '.join(goals))}")
+    if decided.calibration is not None:
+        tokens = sum(part.examples.tokens for part in decided.calibration.parts)
+        out.print(f"  Fisher merging looks at the models' data first: {tokens:,} tokens")
     out.print(f"  in all: {_amount(decided)}")
     count = search.workers
     out.print(
@@ -114,7 +128,7 @@ def print_searched(out: Console, search: Mapping[str, Any]) -> None:
     paired = (
         f" ({verdict['difference']:+.3g}, 95 % {ends[0]:+.3g} to {ends[1]:+.3g})" if ends else ""
     )
-    mark = "[green]✓[/green]" if verdict["better"] else "[bold red]✗ no improvement:[/bold red]"
+    mark = "[green]✓[/green]" if verdict["better"] else "[bold red]✗ NO IMPROVEMENT:[/bold red]"
     out.print(
         f"{mark} {search['split']} score {verdict['score']:.4g}; the best without a search is "
         f"{escape(verdict['best_static'])}, {verdict['best_static_score']:.4g}{paired}"

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
+from merge_cli.calibration.plan import CalibrationPlan, plan_calibration
 from merge_cli.checkpoint.fingerprint import auxiliary_fingerprint
 from merge_cli.engine.device import choose_device
 from merge_cli.engine.residency import SourceResidency, choose_residency, stored_bytes
@@ -14,11 +16,13 @@ from merge_cli.evaluation.live import load_tokenizer
 from merge_cli.evaluation.rows import read_rows
 from merge_cli.evaluation.tasks.kl import KL
 from merge_cli.evaluation.tasks.loss import LossTask
+from merge_cli.evolve.earlier import SUFFIX, earlier_merges
+from merge_cli.evolve.layer_space import LayerSpace
 from merge_cli.evolve.objectives import ALL_ROWS, SearchObjective, Split, SplitName, parse_objective
 from merge_cli.evolve.optimizers import batch_size
 from merge_cli.evolve.space import Space, default_population
 from merge_cli.evolve.splits import refuse_overlap
-from merge_cli.evolve.static import StaticMerge, static_merges
+from merge_cli.evolve.static import StaticMerge, fisher_merge, static_merges, without_data
 from merge_cli.options import MergeOptions
 from merge_cli.planning.heads import reconcile_heads
 from merge_cli.planning.layers import layer_stacks, main_stack, model_heights
@@ -43,6 +47,7 @@ class SearchPlan:
         statics: merges that need no search, which every search evaluates first.
         warnings: what a user should know before hours are spent.
         on_cpu: whether candidates are evaluated without an accelerator.
+        calibration: what Fisher merging looks at first; None where models have no data.
     """
 
     plan: Plan
@@ -56,6 +61,7 @@ class SearchPlan:
     statics: tuple[StaticMerge, ...]
     warnings: tuple[str, ...]
     on_cpu: bool
+    calibration: CalibrationPlan | None = None
 
     @property
     def recipe(self) -> Recipe:
@@ -69,7 +75,7 @@ class SearchPlan:
 
     def static(self) -> Recipe:
         """A static recipe of all sources, to load the live model with."""
-        if self.space is not None:
+        if self.space is not None and not isinstance(self.space, LayerSpace):
             return self.space.recipe([0.5] * len(self.space))
         return self.recipe.with_result("soup")
 
@@ -83,15 +89,21 @@ def plan_search(plan: Plan, options: MergeOptions) -> SearchPlan:
         SourceError: data that cannot be read.
         ResourceError: an engine or an optimizer whose package is missing.
     """
+    plan.aligned.refuse_rearranged(plan.recipe, "a search")
+    objective = plan_objective(plan.recipe, options)
+    fisher, calibration = fisher_merge(plan.recipe), None
+    if fisher is not None:
+        calibration = plan_calibration(make_plan(fisher.recipe), options.device)
+    plan = replace(plan, recipe=without_data(plan.recipe))
     recipe = plan.recipe
-    plan.aligned.refuse_rearranged(recipe, "a search")
     search = recipe.search or Search()
-    objective = plan_objective(recipe, options)
     names = [task.name for task in plan.tasks]
     counts = model_heights(layer_stacks(names), plan.config)
     main = main_stack(names, plan.config)
     layers = counts[main] if main is not None else max(counts.values(), default=1)
-    space = Space(recipe, layers) if recipe.search and recipe.search.method else None
+    space: Space | None = None
+    if search.method:
+        space = (LayerSpace if search.layers else Space)(recipe, layers)
     if space is not None and not len(space):
         raise RecipeError([recipe.problem("search.parameters", "there is nothing to search.")])
     if space is None and "validation" in objective.splits:
@@ -100,15 +112,8 @@ def plan_search(plan: Plan, options: MergeOptions) -> SearchPlan:
     if space is None:
         _need_one_frame(plan)
     warnings = _missing_splits(objective, greedy=space is None)
-    several = len(objective.search.weighted) > 1
-    if search.optimizer == "nsga2" and not several:
-        message = "nsga2 is for several goals, and the split search has one."
-        raise RecipeError([recipe.problem("search.optimizer", message, "Use cma-es or tpe.")])
     if space is not None:
-        for method in space.search.method:  # a mismatch is found before anything is loaded
-            make_plan(recipe.with_result(method))
-        if search.start not in STARTS:
-            start_genome(recipe, search, space)
+        _check_space(recipe, search, space, objective)
     load_tokenizer(plan.sources[plan.tokenizer_index])
     population = len(plan.recipe.models)
     if space is not None:
@@ -129,10 +134,47 @@ def plan_search(plan: Plan, options: MergeOptions) -> SearchPlan:
             memory=device.memory,
         ),
         tuple(str(spec.model) for spec in recipe.models),
-        _mergeable(static_merges(recipe, space)),
+        _starts(recipe, search, space, objective, fisher),
         tuple(warnings),
         not device.indexes,
+        calibration,
     )
+
+
+def _check_space(recipe: Recipe, search: Search, space: Space, objective: SearchObjective) -> None:
+    """What is wrong with a search is found before anything is loaded.
+
+    Raises:
+        RecipeError, MismatchError, UsageError: its goals, its methods, its start.
+    """
+    if search.optimizer == "nsga2" and len(objective.search.weighted) == 1:
+        message = "nsga2 is for several goals, and the split search has one."
+        raise RecipeError([recipe.problem("search.optimizer", message, "Use cma-es or tpe.")])
+    if isinstance(space, LayerSpace):  # each model before and after each other
+        for values in ([1.0] * len(space), [0.0] * len(space)):
+            make_plan(space.recipe(values))
+    else:
+        for method in space.search.method:
+            make_plan(recipe.with_result(method))
+    if is_recipe(search.start):
+        start_genome(recipe, search, space)
+
+
+def _starts(
+    recipe: Recipe,
+    search: Search,
+    space: Space | None,
+    objective: SearchObjective,
+    fisher: StaticMerge | None,
+) -> tuple[StaticMerge, ...]:
+    """What is evaluated before anything is proposed."""
+    merges = [*_mergeable(static_merges(recipe, space)), *([fisher] if fisher else [])]
+    if space is not None and is_journal(search.start):
+        path = _start_file(recipe, search)
+        genomes = [merge.genome for merge in merges]
+        earlier = earlier_merges(path, space, objective.search, search.finalists)
+        merges += [merge for merge in earlier if merge.genome not in genomes]
+    return tuple(merges)
 
 
 def _mergeable(statics: Sequence[StaticMerge]) -> tuple[StaticMerge, ...]:
@@ -165,7 +207,7 @@ def plan_objective(recipe: Recipe, options: MergeOptions) -> SearchObjective:
     }
     splits = _with_fewer_rows(splits, recipe.search)
     objective = replace(objective, splits=splits)
-    refuse_overlap(objective)
+    refuse_overlap(objective, recipe)
     for split in splits.values():
         for task in split.spec.tasks:
             task.check_data(split.spec.seed)
@@ -242,9 +284,23 @@ def start_genome(recipe: Recipe, search: Search, space: Space) -> list[float]:
         RecipeError: that recipe is wrong.
         UsageError: it has other models.
     """
+    return space.start_from(load_recipe(_start_file(recipe, search)))
+
+
+def is_journal(start: str) -> bool:
+    """Whether `start` names the journal of an earlier search."""
+    return start not in STARTS and start.endswith(SUFFIX)
+
+
+def is_recipe(start: str) -> bool:
+    """Whether `start` names a recipe."""
+    return start not in STARTS and not is_journal(start)
+
+
+def _start_file(recipe: Recipe, search: Search) -> Path:
     path = local_file(search.start, recipe.folder)
-    assert path is not None, "`search_problems` refuses a recipe that is not there"
-    return space.start_from(load_recipe(path))
+    assert path is not None, "`search_problems` refuses a file that is not there"
+    return path
 
 
 def _need(search: Search) -> None:

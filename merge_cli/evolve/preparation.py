@@ -56,6 +56,7 @@ class Searching:
         *,
         require_improvement: bool = False,
     ) -> Prepared:
+        from merge_cli.calibration.run import calibrate
         from merge_cli.engine.merge import check_target
         from merge_cli.evolve.run import search
         from merge_cli.planning.planner import make_plan
@@ -65,6 +66,8 @@ class Searching:
             plan, target, options, on_progress=on_progress, require_improvement=require_improvement
         )
         resolved = make_plan(result.recipe, shard_size=plan.shard_size)
+        if resolved.method.gathers:  # the best was Fisher merging
+            resolved = calibrate(resolved, options, on_progress)
         record = {"search": result.record}
         return Prepared(resolved, record, result.attachments, discard=result.folder.discard)
 

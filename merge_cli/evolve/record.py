@@ -121,11 +121,6 @@ def build_record(
     reported = split.score(compared[FOUND], base).violation if FOUND in compared else 0.0
     if reported and split.name != "search":
         warnings.append(f"BREAKS A CONSTRAINT on the split {split.name}")
-    if result is not None and not result["better"]:
-        warnings.append(
-            f"NO IMPROVEMENT: {split.name} score {result['score']:.4g}, and "
-            f"{result['best_static']} {result['best_static_score']:.4g} without a search"
-        )
     return {
         "method": decided.recipe.merge_method,
         "searched": list(decided.search.method) or ["soup"],

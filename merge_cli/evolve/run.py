@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from merge_cli.calibration.run import calibrate
 from merge_cli.engine.inputs import inputs_of
 from merge_cli.engine.merge import fetch_inputs
 from merge_cli.errors import Interrupted, MergeCliError
@@ -20,13 +21,15 @@ from merge_cli.evolve.journal import BEST, Evaluations, SearchWorkspace, work_ke
 from merge_cli.evolve.loop import Asynchronous, Candidate, Loop, best_first
 from merge_cli.evolve.objectives import Split, Values
 from merge_cli.evolve.optimizers import EvaluatedGenome, Ranking, make_optimizer
-from merge_cli.evolve.plan import SearchPlan, plan_search, start_genome
+from merge_cli.evolve.plan import SearchPlan, is_journal, is_recipe, plan_search, start_genome
 from merge_cli.evolve.record import FOUND, References, add_interval, build_record, gate, score_text
-from merge_cli.evolve.static import BASE, soup_start
+from merge_cli.evolve.static import BASE, FISHER, soup_start
 from merge_cli.evolve.workers import make_workers
+from merge_cli.methods.registry import get_method
 from merge_cli.options import MergeOptions, OnProgress, Progress
 from merge_cli.planning.plan import Plan
-from merge_cli.recipe.dump import dump_recipe, path_from
+from merge_cli.planning.planner import make_plan
+from merge_cli.recipe.dump import data_from, dump_recipe, path_from
 from merge_cli.recipe.schema import Recipe
 from merge_cli.recipe.values import Parameter
 
@@ -109,7 +112,7 @@ class _Run:
         on_progress: OnProgress,
     ) -> None:
         self._decided, self._target, self._options = decided, target, options
-        self._folder = folder
+        self._folder, self._on_progress = folder, on_progress
         setup = Setup(decided.static(), decided.objective, options, decided.search.workers)
         self._workers = make_workers(decided.search, setup)
         self._evaluations = Evaluations(
@@ -158,7 +161,15 @@ class _Run:
         name = self._decided.recipe.merge_method
         origin = f"{static}: {name} has no better candidate" if static else f"found by {name}"
         header = f"{origin}, score {score:.6g}; merge-cli run merges it without a search"
-        return dump_recipe(recipe, locate=locate, defaults={}, inputs={}, header=header)
+        return dump_recipe(
+            recipe,
+            locate=locate,
+            defaults={},
+            inputs={},
+            header=header,
+            data=data_from(self._target.absolute(), recipe.folder),
+            kind=get_method(recipe.merge_method).gathers,
+        )
 
     def _searcher(self) -> Searcher:
         decided = self._decided
@@ -169,6 +180,9 @@ class _Run:
         for share in decided.search.fidelity:
             self._references.base(split, share)
         base = self._references.base(split)
+        for merge in decided.statics:
+            if merge.name == FISHER:  # here, where it is shown; evaluators find it in the cache
+                calibrate(make_plan(merge.recipe), self._options, self._on_progress)
         self._statics = self._evaluate_statics(split, base)
         if decided.space is None:
             return Greedy(decided.recipe, split, base, self._evaluations)
@@ -189,6 +203,11 @@ class _Run:
             partial(self._references.base, split),
             optimizer,
             self._evaluations,
+            {
+                tuple(decided.space.values(item.genome)): item
+                for item in self._statics
+                if item.genome
+            },
         )
 
     def _evaluate_statics(self, split: Split, base: Values | None) -> list[Candidate]:
@@ -219,7 +238,7 @@ class _Run:
         space = decided.space
         assert space is not None
         genome = [0.5] * len(space)
-        if search.start == "best":
+        if search.start == "best" or is_journal(search.start):
             ranked = best_first([item for item in self._statics if item.genome])
             genome = ranked[0].genome if ranked else soup_start(space)
         elif search.start == "softmax":
@@ -231,7 +250,7 @@ class _Run:
             low = min(totals)
             weights = [math.exp((low - total) / search.temperature) for total in totals]
             genome = space.weighted([w / math.fsum(weights) for w in weights])
-        elif search.start != "middle":
+        elif is_recipe(search.start):
             genome = start_genome(decided.recipe, search, space)
         self._folder.append(
             {"kind": "start", "number": 0, "share": 1.0, "genome": genome, "from": search.start}
@@ -328,7 +347,10 @@ class _Run:
             merges[f"task arithmetic {_LAMBDA:g}"] = recipe.with_result(
                 "task_arithmetic", models=plain, parameters=scale
             )
-        for item in best_first(self._statics)[:1]:  # the best by the rows that were searched on
+        scored = best_first(self._statics)
+        # The best by the rows that were searched on, and Fisher, which no space can express.
+        rivals = [*scored[:1], *(c for c in scored if c.static and c.static.name == FISHER)]
+        for item in rivals:
             labels = [source.label for source in self._references.all()]
             if item.static and item.static.name not in [*merges, *labels, BASE]:
                 merges[item.static.name] = item.static.recipe

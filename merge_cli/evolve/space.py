@@ -146,7 +146,7 @@ class Space:
                         searched.name, setting, searched.key
                     )
         models = tuple(
-            replace(spec, parameters=parameters)
+            replace(spec, parameters=parameters, data=None)
             for spec, parameters in zip(self.base.models, per_model, strict=True)
         )
         return self.base.with_result(name, models=models, parameters=shared)

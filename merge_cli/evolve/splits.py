@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from merge_cli.dam.data import source_contents, source_rows
 from merge_cli.errors import MismatchError, Problem
 from merge_cli.evaluation.rows import content_of, read_rows
 from merge_cli.evaluation.task import DataTask
@@ -11,8 +12,10 @@ from merge_cli.recipe.schema import Recipe
 _SHOWN = 5
 
 
-def refuse_overlap(objective: SearchObjective) -> None:
+def refuse_overlap(objective: SearchObjective, recipe: Recipe) -> None:
     """Compare the rows of all splits by content (`evaluation.content`), not by lines or files.
+
+    Rows that Fisher merging looks at may be in the split search where another split chooses.
 
     Raises:
         MismatchError: rows that two splits share, with file and line of both.
@@ -20,7 +23,10 @@ def refuse_overlap(objective: SearchObjective) -> None:
     """
     seen: dict[bytes, tuple[str, str]] = {}  # content -> (split, file and line)
     problems: list[Problem] = []
+    looked_at = {content_of(row): ("data", f"{row.file}:{row.line}") for row in source_rows(recipe)}
     for name in SPLITS:
+        if name != "search" or "validation" not in objective.splits:
+            seen = {**looked_at, **seen}
         if name not in objective.splits:
             continue
         contents: dict[bytes, tuple[str, str]] = {}
@@ -31,7 +37,8 @@ def refuse_overlap(objective: SearchObjective) -> None:
                 contents.setdefault(content, (name, f"{path}:{row.line}"))
                 if content in seen:
                     split, line = seen[content]
-                    message = f"the split {name} has this row, which is in the split {split}, too: "
+                    place = "the `data:` of a model" if split == "data" else f"the split {split}"
+                    message = f"the split {name} has this row, which is in {place}, too: "
                     problems.append(Problem(message + line, "", str(path), row.line))
         seen = {**contents, **seen}
     if problems:
@@ -42,7 +49,7 @@ def refuse_overlap(objective: SearchObjective) -> None:
 
 
 def contents_searched(recipe: Recipe) -> set[bytes]:
-    """What the rows say that a candidate is chosen by: of all splits but `test`.
+    """What the rows say that a candidate is made or chosen by: of all splits but `test`.
 
     Raises:
         RecipeError: a wrong objective.
@@ -58,4 +65,5 @@ def contents_searched(recipe: Recipe) -> set[bytes]:
         for task in split.spec.tasks
         if isinstance(task, DataTask)
     }
-    return {content_of(row) for path in files for row in read_rows(path)}
+    searched = {content_of(row) for path in files for row in read_rows(path)}
+    return searched | source_contents(recipe)

@@ -1,22 +1,25 @@
 """Merges that need no search: every search evaluates them, and none ends below the best of them.
 
-The uniform soup, the base, each source alone, and task arithmetic with one scale. Where the search
-space can express such a merge (to the six digits that values have), the optimizer learns its score.
+The uniform soup, the base, each source alone, task arithmetic with one scale, and Fisher merging
+where all models have data. Where the search space can express such a merge (to the six digits that
+values have), the optimizer learns its score.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from merge_cli.evolve.layer_space import LayerSpace
 from merge_cli.evolve.space import METHOD, Space
 from merge_cli.methods.blocks import operand_specs
 from merge_cli.methods.registry import get_method
 from merge_cli.recipe.schema import Recipe, SourceSpec
 from merge_cli.recipe.values import Parameter, Scalar, evaluate
 
-SOUP, BASE = "uniform soup", "base"
+SOUP, BASE, FISHER = "uniform soup", "base", "fisher"
 SCALES = tuple(i / 10 for i in range(1, 11))  # task arithmetic's lambda
 # Methods that are a weighted sum of task vectors with these values, and weighted averages.
 _SUMS: dict[str, dict[str, Scalar]] = {
@@ -74,10 +77,30 @@ def static_merges(recipe: Recipe, space: Space | None) -> tuple[StaticMerge, ...
             name = f"task arithmetic {scale:g}"
             weights = (scale,) * count
             merges.append(StaticMerge(name, _scaled(recipe, specs, scale), weights=weights))
+    if isinstance(space, LayerSpace):
+        return tuple(_parent(merge, space) for merge in merges)
     expressed = tuple(_expressed(merge, space) for merge in merges)
     if space.search.in_space:
         return tuple(merge for merge in expressed if merge.genome)
     return expressed
+
+
+def fisher_merge(recipe: Recipe) -> StaticMerge | None:
+    """Fisher merging of all models; None where one has no data.
+
+    Args:
+        recipe: as it was written: of what it becomes without a search, data are no part.
+    """
+    if not all(spec.data for spec in recipe.models):
+        return None
+    specs = tuple(replace(spec, parameters={}) for spec in recipe.models)
+    return StaticMerge(FISHER, recipe.with_result("fisher", models=specs, parameters={}))
+
+
+def without_data(recipe: Recipe) -> Recipe:
+    """The recipe without the models' data, which methods that look at none refuse."""
+    specs = tuple(replace(spec, data=None) for spec in recipe.models)
+    return replace(recipe, models=specs, statistics=None)
 
 
 def _soup(recipe: Recipe, specs: Sequence[SourceSpec], weights: Sequence[float]) -> Recipe:
@@ -93,6 +116,13 @@ def _soup(recipe: Recipe, specs: Sequence[SourceSpec], weights: Sequence[float])
 def _scaled(recipe: Recipe, specs: Sequence[SourceSpec], scale: float) -> Recipe:
     parameters = {"lambda": Parameter("lambda", scale, "parameters.lambda")}
     return recipe.with_result("task_arithmetic", models=tuple(specs), parameters=parameters)
+
+
+def _parent(merge: StaticMerge, space: LayerSpace) -> StaticMerge:
+    """With the genome of all its layers, if it is one of the models."""
+    if max(merge.weights) == 1.0 and math.fsum(merge.weights) == 1.0:
+        return replace(merge, genome=space.whole(merge.weights.index(1.0)))
+    return merge
 
 
 def _expressed(merge: StaticMerge, space: Space) -> StaticMerge:

@@ -14,8 +14,8 @@ from merge_cli.recipe.schema import Recipe
 @searched_method("evolutionary", paper="arXiv:2403.13187")
 def evolutionary(recipe: Recipe) -> Method | None:
     """Search another method's parameters: by model, layer group and part of the names."""
-    if recipe.search is None or not recipe.search.method:
-        return None
+    if recipe.search is None or not recipe.search.method or recipe.search.layers:
+        return None  # layers are stacked from any number of models
     try:
         return get_method(recipe.search.method[0])  # the first, where one is to be chosen
     except UsageError:

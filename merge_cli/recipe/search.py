@@ -193,6 +193,25 @@ _RANGES = Ranges(
 
 
 @dataclass(frozen=True)
+class LayerSearch:
+    """Which layers are stacked, instead of parameters. None is explained by the help."""
+
+    repeat: int = option(1, "how often the layers of all models stand in the sequence", 1)
+    block: int = option(1, "neighbouring layers that are taken or left out together", 1)
+    min: int | None = option(None, "layers of the result, at least; default half a model", 1)
+    max: int | None = option(None, "layers of the result, at most; default one model and a half", 1)
+
+
+def _layers(values: dict[str, Any], node: Node, key: str, reader: Reader) -> Any:
+    layers = LayerSearch(**{k: v for k, v in values.items() if v is not None})
+    if layers.min is not None and layers.max is not None and layers.min > layers.max:
+        message = f"must be at least min (got {layers.max}, and min {layers.min})."
+        reader.refuse(node.value["max"], f"{key}.max", message)
+        return REFUSED
+    return layers
+
+
+@dataclass(frozen=True)
 class Search:
     """What is searched, and how. None is explained by the help."""
 
@@ -200,6 +219,11 @@ class Search:
         (), "the method whose parameters are searched, or several", form=Texts(distinct=True)
     )
     parameters: tuple[SearchedParameter, ...] = option((), "ranges by parameter", form=_RANGES)
+    layers: LayerSearch | None = option(
+        None,
+        "stack layers of the models, with `method: passthrough`: which, in the order of a sequence",
+        form=section_of(LayerSearch, _layers, null=True),
+    )
     layer_groups: int | tuple[int, ...] = option(
         1,
         "values over the layers: how many groups, or each group's number of layers",
@@ -223,7 +247,7 @@ class Search:
     start: str = option(
         "best",
         "the first candidate: best (the best static merge that the space has), middle, softmax, "
-        "or a recipe's file",
+        "or the file of a recipe or of an earlier search's journal",
     )
     temperature: float = option(
         1.0, "T of the weights softmax(-score/T), with start: softmax", 1e-6
