@@ -10,6 +10,7 @@ from merge_cli.errors import ResourceError, UsageError
 from merge_cli.kernels.convert import COMPILED
 from merge_cli.planning.plan import Plan
 from merge_cli.system import machine
+from merge_cli.system.libraries import require
 
 # What a driver leaves in the file system: NVIDIA's, AMD's, and the one of Windows' Linux.
 _GPU_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
@@ -37,7 +38,7 @@ def choose_device(requested: str) -> Device:
     """`auto` takes CUDA where there is some; `cpu`, `cuda` and `cuda:N` are taken at their word.
 
     Without a number every CUDA device that is visible takes part. torch is asked only where the
-    system has a driver.
+    system has a driver; a merge on a CPU does without it.
 
     Raises:
         UsageError: not a device that this tool knows.
@@ -51,8 +52,13 @@ def choose_device(requested: str) -> Device:
         return Device("cpu", (), "cpu", "asked for")
     if kind == "auto" and not any(Path(file).exists() for file in _GPU_FILES):
         return Device("cpu", (), "cpu", "no CUDA device found")
-    import torch
-
+    if kind == "auto":
+        try:
+            import torch
+        except (ImportError, OSError) as error:  # none, or a build that cannot be loaded here
+            why = str(error).strip().partition("\n")[0]
+            return Device("cpu", (), "cpu", f"torch cannot be imported: {why}")
+    torch = require("torch", f"--device {requested}")
     available = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if kind == "auto" and not available:
         built = torch.version.cuda is not None
