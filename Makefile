@@ -3,14 +3,16 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
 # Install a torch of your own choice into .venv first and it is kept; TORCH only fills the gap.
 TORCH ?= torch==2.13.0
 EDITORS := yaml-language-server@1.18.0
 
 .PHONY: demo test test-slow lint format docs bench zoo clean
 
-demo: $(VENV)/.installed
-	$(BIN)/python scripts/demo.py
+# Two tiny experts, their merge, what it gains, and its report. Needs the package alone.
+demo: $(VENV)/.core
+	$(BIN)/merge-cli demo out/demo --overwrite
 
 test: $(VENV)/.installed $(VENV)/editors
 	$(BIN)/python -m pytest -n auto --dist worksteal --cov --cov-report=
@@ -38,11 +40,20 @@ bench: $(VENV)/.installed
 zoo: $(VENV)/.installed
 	$(BIN)/python scripts/zoo/build.py --out zoo
 
-$(VENV)/.installed: pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet -e ".[dev]"
-	touch $@
+# What a user installs; a torch that is there is kept.
+$(VENV)/.core: pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -c "import torch" 2>/dev/null || \
+		{ echo "Installing $(TORCH) into $(VENV): minutes, a large download ..."; $(PIP) "$(TORCH)"; }
+	@echo "Installing merge-cli and what it needs into $(VENV) ..."
+	@$(PIP) -e .
+	@touch $@
+
+# And what tests, checks and documentation need: minutes.
+$(VENV)/.installed: $(VENV)/.core
+	@echo "Installing what tests, checks and documentation need into $(VENV): minutes ..."
+	@$(PIP) -e ".[dev]"
+	@touch $@
 
 # What tests/whole/test_editors.py opens recipes with; without npm those tests are skipped.
 $(VENV)/editors: $(VENV)/.installed

@@ -28,6 +28,7 @@ from merge_cli.planning.preparation import prepare
 from merge_cli.planning.stages import plan_recipe
 from merge_cli.recipe.schema import Recipe
 
+AnyRecipe = Recipe | str | Path | Mapping[str, Any]
 Tasks = str | Path | EvalSpec | Sequence[str | Path | Task]
 
 
@@ -54,11 +55,12 @@ class MergeResult:
         return framed(self.path / "merge_report.html")
 
 
-def plan(recipe: Recipe | str | Path, *, shard_size: int = DEFAULT_SHARD_SIZE) -> Plan:
+def plan(recipe: AnyRecipe, *, shard_size: int = DEFAULT_SHARD_SIZE) -> Plan:
     """Decide a merge from headers alone: every tensor, and every problem.
 
     Args:
-        recipe: a loaded recipe, or the path of one.
+        recipe: a loaded recipe, the path of one, or a mapping with the keys of one, whose relative
+            paths start at the working directory.
         shard_size: bytes of tensors in one output file.
 
     Raises:
@@ -69,7 +71,7 @@ def plan(recipe: Recipe | str | Path, *, shard_size: int = DEFAULT_SHARD_SIZE) -
 
 
 def merge(
-    recipe: Recipe | Plan | str | Path,
+    recipe: AnyRecipe | Plan,
     out: str | Path,
     *,
     shard_size: int = DEFAULT_SHARD_SIZE,
@@ -88,7 +90,7 @@ def merge(
     recipe, data, tasks and gates is found before any weights are downloaded.
 
     Args:
-        recipe: a plan, a loaded recipe, or the path of one.
+        recipe: a plan, a loaded recipe, the path of one, or a mapping with the keys of one.
         out: the folder to publish; it appears only when it is complete.
         on_progress: called with each progress; `show` is its old name.
         require_improvement: what is learned or searched must beat every merge without it.

@@ -27,6 +27,7 @@ from merge_cli.errors import UsageError
 from merge_cli.options import OnProgress, Progress, ignore_progress
 from merge_cli.planning.plan import Plan, TensorTask
 from merge_cli.recipe.values import matches
+from merge_cli.system.libraries import require
 
 RANK = 32  # where neither rank nor energy is given
 _BLOCK = 2**22
@@ -125,8 +126,9 @@ def extract_lora(
     Raises:
         UsageError: an invalid rank or energy; OUT exists.
         SourceError, MismatchError: models that cannot be opened, or do not fit one another.
-        ResourceError: not enough memory or disk; no such device.
+        ResourceError: not enough memory or disk; no such device; no torch.
     """
+    require("torch", "extracting an adapter")
     cut = _cut(rank, energy)
     plan = plan_pair(str(model), str(base))
     on_progress = on_progress or show or ignore_progress

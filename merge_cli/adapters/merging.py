@@ -34,6 +34,7 @@ from merge_cli.planning.adapters import LINEAR, ZERO_BASE, base_name, rank_of
 from merge_cli.planning.plan import Plan, TensorTask
 from merge_cli.planning.resolve import arguments
 from merge_cli.report.write import resolved_recipe
+from merge_cli.system.libraries import require
 
 
 def merge_adapters(
@@ -50,8 +51,9 @@ def merge_adapters(
     Raises:
         UsageError: OUT exists, or holds a source.
         SourceError, NonFiniteError: an adapter that cannot be read, or has NaN.
-        ResourceError: not enough memory or disk; no such device.
+        ResourceError: not enough memory or disk; no such device; no torch.
     """
+    require("torch", "merging adapters")
     fetch_inputs(plan, show)
     fingerprints = verified_fingerprints(plan)
     output = plan.recipe.output

@@ -19,8 +19,10 @@ from typing import Annotated, Any
 import typer
 
 from merge_cli.cli.analyze import analyze
+from merge_cli.cli.chat import chat
 from merge_cli.cli.compare import compare
 from merge_cli.cli.convert import convert
+from merge_cli.cli.demo import demo
 from merge_cli.cli.evaluate import evaluate
 from merge_cli.cli.extract_lora import extract_lora
 from merge_cli.cli.help import HelpCommand, HelpGroup
@@ -70,7 +72,7 @@ _INTERRUPTED = 130
 app = typer.Typer(
     cls=HelpGroup,
     help="Merge language-model checkpoints: one recipe, one command, the same bytes every time.",
-    epilog="Start with `merge-cli init`. `merge-cli COMMAND --help` explains a command.",
+    epilog="Start with `merge-cli demo`. `merge-cli COMMAND --help` explains a command.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -92,8 +94,8 @@ def _root(
 
 
 VERBS = {
-    "Merge": (init, plan, run, methods, schema),
-    "Measure": (analyze, evaluate, compare),
+    "Merge": (demo, init, plan, run, methods, schema),
+    "Measure": (chat, analyze, evaluate, compare),
     "Publish and convert": (push, convert, extract_lora),
 }
 for panel, verbs in VERBS.items():

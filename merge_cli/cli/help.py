@@ -13,34 +13,44 @@ from typing import Any
 
 from typer.core import TyperCommand, TyperGroup
 
+from merge_cli.cli.guesses import ALIASES, command_meant, option_meant
+
 # Titles of the panels that several commands share.
 RESOURCES = "Resources"
 EVALUATION = "Evaluation"
 MERGEKIT = "mergekit's flags"
 
-# Names that people try, and the commands that they mean.
-_GUESSES = {
-    "merge": "run",
-    "mergekit-yaml": "run",
-    "validate": "plan",
-    "check": "plan",
-    "dry-run": "plan",
-    "new": "init",
-    "create": "init",
-    "eval": "evaluate",
-    "test": "evaluate",
-    "inspect": "analyze",
-    "analyse": "analyze",
-    "diff": "analyze",
-    "list": "methods",
-    "upload": "push",
-    "extract": "extract-lora",
-    "lora": "extract-lora",
-}
-
 
 class HelpCommand(TyperCommand):
-    """A command whose help is laid out as this module says."""
+    """A command whose help is laid out as this module says.
+
+    An unknown option names the nearest one.
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> Any:
+        """Parse a command's arguments.
+
+        Raises:
+            UsageError (of click): what is given does not fit.
+        """
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:
+            # click's NoSuchOption, which some versions of typer vendor
+            if hasattr(error, "option_name") and hasattr(error, "possibilities"):
+                error.possibilities = None
+                error.message = f"No such option: {error.option_name}.{self._hint(error)}"
+            raise
+
+    def _hint(self, error: Any) -> str:
+        """What was meant by an option that does not exist."""
+        shown = [param for param in self.params if not getattr(param, "hidden", False)]
+        known = {name for param in shown for name in (*param.opts, *param.secondary_opts)}
+        known |= {param.metavar for param in shown if param.param_type_name == "argument"}
+        meant = option_meant(error.option_name, {name for name in known if name})
+        if meant and not meant.startswith("-"):
+            return f" Write {meant} without a flag."
+        return f" Did you mean '{meant}'?" if meant else ""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         with _short_spellings(self.get_params(ctx)):
@@ -51,14 +61,18 @@ class HelpGroup(TyperGroup):
     """The list of commands, likewise. An unknown command names the nearest one."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """Find a command.
+        """Find a command; a name that is obviously meant for one finds it, too.
 
         Raises:
             UsageError (of click): there is none of this name.
         """
-        name = args[0] if args else ""
-        if name in _GUESSES and self.get_command(ctx, name) is None:
-            ctx.fail(f"No such command '{name}'. Did you mean '{_GUESSES[name]}'?")
+        name, *rest = args
+        if self.get_command(ctx, name) is None and not name.startswith("-"):
+            if name not in ALIASES:
+                meant = command_meant(name, self.commands)
+                hint = f" Did you mean '{meant}'?" if meant else ""
+                ctx.fail(f"No such command '{name}'.{hint}")
+            args = [ALIASES[name], *rest]
         return super().resolve_command(ctx, args)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:

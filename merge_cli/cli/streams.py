@@ -17,11 +17,13 @@ import sys
 import tempfile
 import traceback
 from contextlib import suppress
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from merge_cli.errors import MergeCliError, ResourceError, SourceError, UnexpectedError
+from merge_cli.system.libraries import library_version, missing
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -141,7 +143,26 @@ def as_merge_cli_error(error: Exception) -> MergeCliError:
     """
     if isinstance(error, MergeCliError):
         return error
-    return _system_error(error) or _unexpected(error)
+    return _library_error(error) or _system_error(error) or _unexpected(error)
+
+
+def _library_error(error: Exception) -> MergeCliError | None:
+    """A library that cannot be imported: missing, or a build for another machine.
+
+    An OSError is one only where the import system raised it.
+    """
+    if isinstance(error, OSError):
+        frames = traceback.extract_tb(error.__traceback__)
+        if not any(frame.filename.startswith("<frozen importlib") for frame in frames):
+            return None
+    elif not isinstance(error, ImportError):
+        return None
+    for name in ("torch", "transformers"):
+        try:
+            import_module(name)
+        except (ImportError, OSError) as cause:
+            return missing(name, "this command", cause)
+    return None
 
 
 def _system_error(error: Exception) -> MergeCliError | None:
@@ -175,7 +196,8 @@ def _unexpected(error: Exception) -> UnexpectedError:
 def _report(error: Exception) -> str:
     """What helps to find the fault, without tokens."""
     versions = {"merge-cli": version("merge-cli"), "python": platform.python_version()}
-    versions |= {name: version(name) for name in _LIBRARIES if name in sys.modules}
+    loaded = [name for name in _LIBRARIES if name in sys.modules]
+    versions |= {name: library_version(name) or "unknown" for name in loaded}
     lines = [
         " ".join(sys.argv),
         ", ".join(f"{name} {number}" for name, number in versions.items()),

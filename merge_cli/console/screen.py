@@ -38,6 +38,11 @@ from merge_cli.system.terminal import print_wrapped
 if TYPE_CHECKING:
     from merge_cli.analysis.result import Analysis
     from merge_cli.api import MergeResult
+    from merge_cli.chat.answers import Answer, Sampling
+    from merge_cli.chat.conversation import Conversation
+    from merge_cli.chat.prompts import Prompt
+    from merge_cli.demo.run import Demo
+    from merge_cli.evaluation.live import LiveModel
     from merge_cli.methods.registry import Method
     from merge_cli.options import MergeOptions, Progress
     from merge_cli.planning.plan import Plan
@@ -65,6 +70,11 @@ class Screen:
         if not self.quiet:
             for line in lines:
                 print_wrapped(self.err, f"[dim]note:[/dim] {escape(line)}")
+
+    def say(self, line: str) -> None:
+        """A dimmed line to stderr: what is being done now."""
+        if not self.quiet:
+            print_wrapped(self.err, f"[dim]{escape(line)}[/dim]")
 
     @contextmanager
     def progress(self) -> Iterator[Callable[[Progress], None]]:
@@ -110,6 +120,29 @@ class Screen:
             print_comparison(self.out, record)
             for name in ("html", "md", "csv", "json"):
                 self.out.print(f"  {escape(str(shown / f'comparison.{name}'))}", soft_wrap=True)
+
+    def demo(self, demo: Demo, seconds: float) -> None:
+        """The result of a demo: table, answers, files, and what to use."""
+        from merge_cli.console.demo import print_demo
+
+        if not self.quiet:
+            print_demo(self.out, demo, seconds)
+
+    def chat(
+        self, models: Sequence[LiveModel], talks: Sequence[Conversation], sampling: Sampling
+    ) -> None:
+        """A conversation with models, until the user ends it."""
+        from merge_cli.console.chat import ChatScreen
+
+        ChatScreen(list(zip(models, talks, strict=True)), sampling, self.out, self.err).run()
+
+    def answers(
+        self, prompt: Prompt, labels: Sequence[str], row: Sequence[Answer], *, as_json: bool
+    ) -> None:
+        """One prompt of a file with the models' answers."""
+        from merge_cli.console.chat import print_row
+
+        print_row(self.out, prompt, labels, row, as_json=as_json)
 
     def plan(self, plan: Plan, options: MergeOptions, *, every: bool, as_json: bool) -> None:
         """The plan as a table (one row for each run of like layers) or as JSON.

@@ -31,6 +31,7 @@ from merge_cli.hub import models as hub
 from merge_cli.options import Progress
 from merge_cli.recipe.reference import hub_id, local_folder, parse_reference
 from merge_cli.sources.storage import INDEX
+from merge_cli.system.libraries import library_version, missing
 from merge_cli.system.processes import child
 from merge_cli.system.raw_io import write_error
 from merge_cli.system.records import Records
@@ -80,9 +81,11 @@ def convert(
     Raises:
         UsageError: OUT exists, holds the model, or has unfinished work of another command.
         SourceError: no pickles, a pickle with more than tensors, or one that has changed.
-        ResourceError: the disk is full, memory ran out, another process writes to OUT.
+        ResourceError: the disk is full, memory ran out, another process writes to OUT; no torch.
         Interrupted: the same call resumes.
     """
+    if library_version("torch") is None:  # a process of its own imports it
+        raise missing("torch", "converting pickles")
     try:
         with OutputWorkspace(out, "conversion") as work:
             if not overwrite:
@@ -123,7 +126,14 @@ def convert(
 def _key(root: Path, files: Sequence[Path], copies: str, inputs: Inputs) -> str:
     """A fingerprint of everything that the output depends on."""
     names = [file.relative_to(root).as_posix() for file in files]
-    settings = [_FORMAT, version("merge-cli"), version("torch"), str(root.resolve()), names, copies]
+    settings = [
+        _FORMAT,
+        version("merge-cli"),
+        library_version("torch"),
+        str(root.resolve()),
+        names,
+        copies,
+    ]
     return hashlib.sha256(repr((settings, inputs.content_fingerprint)).encode()).hexdigest()
 
 

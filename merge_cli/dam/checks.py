@@ -47,8 +47,7 @@ def learning_warnings(recipe: Recipe, method: Method) -> Iterator[str]:
         return
     for spec in recipe.source_specs:
         if spec.data is not None:
-            line, column = recipe.positions.get(f"{spec.key}.data", (0, 0))
-            where = f"{recipe.file}:{line}:{column}: {spec.key}.data"
+            where = recipe.place(f"{spec.key}.data")
             yield f"{where}: has no effect: the coefficients are given."
 
 

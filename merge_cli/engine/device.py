@@ -10,6 +10,7 @@ from merge_cli.errors import ResourceError, UsageError
 from merge_cli.kernels.convert import COMPILED
 from merge_cli.planning.plan import Plan
 from merge_cli.system import machine
+from merge_cli.system.libraries import require
 from merge_cli.system.machine import parse_size, show_size
 
 # What a driver leaves in the file system: NVIDIA's, AMD's, and the one of Windows' Linux.
@@ -40,8 +41,9 @@ def choose_device(requested: str, *, planned: bool = False) -> Device:
     """`auto` takes CUDA where there is some; `cpu`, `cuda` and `cuda:N` are taken at their word.
 
     Without a number every CUDA device that is visible takes part. torch is asked only where the
-    system has a driver. `cuda:80GB` is a card of that size: a plan takes it as given, whether there
-    is one here or not; what runs takes the first one here that is as large.
+    system has a driver; a merge on a CPU does without it. `cuda:80GB` is a card of that size: a
+    plan takes it as given, whether there is one here or not; what runs takes the first one here
+    that is as large.
 
     Args:
         planned: nothing will run.
@@ -64,8 +66,13 @@ def choose_device(requested: str, *, planned: bool = False) -> Device:
         return Device("cpu", (), "cpu", "asked for")
     if kind == "auto" and not any(Path(file).exists() for file in _GPU_FILES):
         return Device("cpu", (), "cpu", "no CUDA device found")
-    import torch
-
+    if kind == "auto":
+        try:
+            import torch
+        except (ImportError, OSError) as error:  # none, or a build that cannot be loaded here
+            why = str(error).strip().partition("\n")[0]
+            return Device("cpu", (), "cpu", f"torch cannot be imported: {why}")
+    torch = require("torch", f"--device {requested}")
     available = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if kind == "auto" and not available:
         built = torch.version.cuda is not None

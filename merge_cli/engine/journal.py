@@ -22,6 +22,7 @@ from merge_cli.checkpoint.fingerprint import folder_fingerprints, sampled_finger
 from merge_cli.engine.merge_stats import TensorStats
 from merge_cli.planning.plan import Plan
 from merge_cli.recipe.reference import local_file
+from merge_cli.system.libraries import library_version
 from merge_cli.system.records import Entry, Records
 
 _FORMAT = 2
@@ -78,7 +79,8 @@ def work_key(plan: Plan, *context: object) -> str:
     except (OSError, TypeError):  # defined at a prompt: there is no file to read
         code = repr((function.__code__.co_code, function.__code__.co_consts))
     state = hashlib.sha256(f"merge-cli journal {_FORMAT} {version('merge-cli')}\n".encode())
-    state.update(repr((version("torch"), plan.method.name, plan.recipe.seed, context)).encode())
+    torch = library_version("torch")
+    state.update(repr((torch, plan.method.name, plan.recipe.seed, context)).encode())
     state.update(code.encode())
     if plan.coefficients is not None:
         state.update(plan.coefficients.digest.encode())

@@ -21,6 +21,7 @@ from merge_cli.engine.memory import WorkerMemory
 from merge_cli.engine.worker_context import Files, HostWorker, TorchWorker, WorkerContext
 from merge_cli.errors import ResourceError
 from merge_cli.planning.plan import Plan
+from merge_cli.system.libraries import require
 from merge_cli.system.machine import torch_threads
 from merge_cli.system.notices import say_once
 
@@ -217,9 +218,16 @@ class Pool:
 
 
 def arithmetic_for(plan: Plan, device: Device) -> tuple[str, str]:
-    """What computes, and why nothing faster does."""
+    """What computes, and why nothing faster does.
+
+    Raises:
+        ResourceError: torch has to, and cannot be imported.
+    """
     if device.kind == "cpu":
-        return choose_arithmetic(plan)
+        arithmetic, why = choose_arithmetic(plan)
+        if arithmetic == "torch":
+            require("torch", f"this merge ({why})")
+        return arithmetic, why
     from merge_cli.kernels.backend import missing
 
     why = missing()

@@ -17,6 +17,7 @@ from merge_cli.evaluation.fingerprints import refuse_adapter
 from merge_cli.evaluation.result import Cost
 from merge_cli.evaluation.spec import DTYPES
 from merge_cli.sources.source import Source
+from merge_cli.system.libraries import require
 from merge_cli.system.machine import show_size
 
 _USUAL_CONTEXT = 4096  # default: a model's maximum may not fit into memory
@@ -121,11 +122,13 @@ def load(
 
     Raises:
         SourceError: transformers cannot load it as a causal language model.
-        ResourceError: there is no such device, or accelerate is needed and missing.
+        ResourceError: there is no such device; torch, transformers, or accelerate where it is
+            needed, cannot be imported.
     """
     refuse_adapter(source)
     refuse_code(source.config, source.label)
-    import torch
+    torch = require("torch", "running a model")
+    require("transformers", "running a model")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     devices = choose_device(device)
@@ -277,7 +280,9 @@ def load_tokenizer(source: Source) -> Any:
 
     Raises:
         SourceError: transformers cannot load it.
+        ResourceError: there is no transformers.
     """
+    require("transformers", "reading text with a tokenizer")
     from transformers import AutoTokenizer
 
     with quiet_libraries():

@@ -38,6 +38,7 @@ from merge_cli.recipe.fields import nearest
 from merge_cli.recipe.reference import ModelRef
 from merge_cli.recipe.schema import Recipe
 from merge_cli.sources.source import Source, fetch_weights, open_source
+from merge_cli.system import libraries
 from merge_cli.system.raw_io import write_error
 
 _OPERATORS: dict[str, Callable[[float, float], bool]] = {
@@ -236,6 +237,7 @@ class QualityCheck:
                 tokenizer that cannot be loaded.
             ResourceError: a package that a task needs is missing.
         """
+        libraries.require("torch", "evaluating the merge")
         for task in self._spec.tasks:
             task.check_data(self._spec.seed)
         for gate in self._gates:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from merge_cli.checkpoint.auxiliary_files import check_links, named_code, read_card
 from merge_cli.checkpoint.coefficients import open_coefficients
@@ -47,7 +48,8 @@ from merge_cli.planning.prefixes import rename
 from merge_cli.planning.resolve import beyond_note, check_recipe, unused_filters
 from merge_cli.planning.structure import check_structure
 from merge_cli.planning.tasks import decide_tasks
-from merge_cli.recipe.load import parse_text, read_recipe
+from merge_cli.recipe.load import parse_documents, parse_text, read_recipe
+from merge_cli.recipe.mapping import mapping_node
 from merge_cli.recipe.reference import local_file
 from merge_cli.recipe.schema import Recipe
 from merge_cli.sources.source import Source
@@ -59,19 +61,26 @@ from merge_cli.tokenizer.renumbering import renumber, vocabulary_notes
 DEFAULT_SHARD_SIZE = 5_000_000_000  # transformers' default
 
 
-def load_recipe(path: str | Path, *, text: str | None = None) -> Recipe:
+def load_recipe(
+    path: str | Path | Mapping[str, Any], *, text: str | None = None, folder: Path | None = None
+) -> Recipe:
     """Read a recipe and check everything that can be checked without looking at a model.
 
     Args:
-        path: the recipe's file; `-` reads standard input.
+        path: the recipe's file; `-` reads standard input. Or the recipe itself, a mapping.
         text: the recipe itself, instead of the file's content.
+        folder: where the relative paths of a mapping start; default the working directory.
 
     Raises:
-        RecipeError: every problem, with file, line, column, key, and the nearest known word.
+        RecipeError: every problem, with file, line, column, key, and the nearest known word; those
+            of a mapping have no line.
     """
-    recipe, problems = (
-        read_recipe(path) if text is None else parse_text(text, str(path), Path(path).parent)
-    )
+    if isinstance(path, Mapping):
+        recipe, problems = parse_documents([mapping_node(path)], "", folder or Path.cwd())
+    elif text is not None:
+        recipe, problems = parse_text(text, str(path), Path(path).parent)
+    else:
+        recipe, problems = read_recipe(path)
     if recipe is None:
         raise RecipeError(problems)
     stages = []

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from merge_cli.methods.registry import Method
+from merge_cli.system.libraries import require
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -174,9 +175,12 @@ def prepare(
     """Do what must happen before a plan can be executed: nothing, or one preparation.
 
     Raises:
-        as `Preparation.run` does.
+        ResourceError: it runs models, and torch or transformers cannot be imported.
+        Others as `Preparation.run` does.
     """
     for preparation in preparations_of(plan):
+        for library in ("torch", "transformers"):
+            require(library, plan.recipe.merge_method)
         return preparation.run(
             plan, target, options, on_progress, require_improvement=require_improvement
         )

@@ -73,7 +73,7 @@ def check_recipe(recipe: Recipe) -> Checked:
             _check_parameters(recipe, method, output_slice.parameters, None, problems, warnings)
         for spec in specs:
             if spec.parameters and method.needs_base and spec.model == group_recipe.base_model:
-                position = _at(recipe, f"{spec.key}.parameters")
+                position = recipe.place(f"{spec.key}.parameters")
                 warnings.append(f"{position}: has no effect: the base has no task vector.")
     warnings += [*_unlisted_base(recipe, method), *_random_rescaling(recipe, method)]
     for shared in (recipe.parameters, *(module.parameters for module in recipe.modules)):
@@ -218,7 +218,7 @@ def _unlisted_base(recipe: Recipe, method: Method) -> list[str]:
     """What becomes of a base that an average does not list."""
     if recipe.base_model is None or method.averages_base is None:
         return []
-    position = _at(recipe, "base_model")
+    position = recipe.place("base_model")
     for group_recipe, _, output_slice, specs in _groups(recipe):
         if averages_base(group_recipe, method, specs, output_slice):
             return [f"{position}: averaged with the models, as in mergekit."]
@@ -250,19 +250,13 @@ def _random_rescaling(recipe: Recipe, method: Method) -> list[str]:
     message = (
         f"{recipe.merge_method} divides what is kept by its chance, as the paper does; mergekit"
     )
-    return [f"{_at(recipe, 'merge_method')}: {message} by L1 norms: `rescale: l1`."]
+    return [f"{recipe.place('merge_method')}: {message} by L1 norms: `rescale: l1`."]
 
 
 def _finds_method(recipe: Recipe) -> bool:
     """Whether the method that merges is another one than the recipe names, found beforehand."""
     preparation = preparation_for(get_method(recipe.merge_method))
     return preparation is not None and preparation.finds_method
-
-
-def _at(recipe: Recipe, key: str) -> str:
-    """A place in the recipe, as warnings name it."""
-    line, column = recipe.positions.get(key, (0, 0))
-    return f"{recipe.file}:{line}:{column}: {key}"
 
 
 def _check_count(
@@ -307,10 +301,10 @@ def _check_parameters(
         cached = method.parameters.get(name)
         passed_by = name in MERGEKIT_PARAMETERS and not hint
         if cached is None and passed_by:
-            warnings.append(f"{_at(recipe, given.key)}: has no effect in {shown}.")
+            warnings.append(f"{recipe.place(given.key)}: has no effect in {shown}.")
         elif cached is not None and spec is not None and not cached.per_model and passed_by:
             text = "has no effect under a model: it is one value for the whole merge"
-            warnings.append(f"{_at(recipe, given.key)}: {text}.")
+            warnings.append(f"{recipe.place(given.key)}: {text}.")
         elif cached is None:
             text = f"{shown} has no such parameter."
             near = nearest(name, method.parameters) if method.parameters else ""
@@ -326,7 +320,7 @@ def _check_parameters(
             problems.extend(recipe.problem(given.key, message + ".") for message in sorted(wrong))
             if not wrong and any(map(cached.is_capped, values)):
                 text = f"is read as {cached.range.high:g} where it is more"
-                warnings.append(f"{_at(recipe, given.key)}: {text}.")
+                warnings.append(f"{recipe.place(given.key)}: {text}.")
 
 
 def unused_filters(recipe: Recipe, names: Iterable[str]) -> Iterator[str]:
@@ -344,7 +338,7 @@ def unused_filters(recipe: Recipe, names: Iterable[str]) -> Iterator[str]:
                 is_used[filter] = any(matches(filter, name) for name in all_names)
             if not is_used[filter]:
                 line, _ = recipe.positions.get(parameter.key, (0, 0))
-                where = f"{parameter.key}, line {line} of the recipe"
+                where = f"{parameter.key}, line {line} of the recipe" if line else parameter.key
                 yield f"{where}: the filter '{filter}' matches no tensor and has no effect"
 
 

@@ -74,7 +74,8 @@ class Reader:
     def warn(self, path: str, reason: str) -> None:
         """A line on a key that is known and does nothing here."""
         line, column = self.positions[path]
-        self.warnings.append(f"{self.file}:{line}:{column}: {path}: has no effect ({reason}).")
+        problem = Problem(f"has no effect ({reason}).", path, self.file, line, column)
+        self.warnings.append(str(problem))
 
     def children(self, node: Node, key: str, keys: Collection[str]) -> dict[str, Node] | None:
         """The known children of a mapping; None, and a problem, where there is no mapping.

@@ -211,6 +211,10 @@ class Recipe:
         """A static recipe with what a search has found."""
         return replace(self, merge_method=method, search=None, objective=None, **changes)
 
+    def place(self, key: str) -> str:
+        """A key path of this recipe with its file, line and column, as warnings name it."""
+        return str(self.problem(key, ""))
+
     def problem(self, key: str, message: str, hint: str = "") -> Problem:
         """A problem at a key path of this recipe, with its line and column."""
         line, column = self.positions.get(key, (0, 0))

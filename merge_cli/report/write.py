@@ -30,6 +30,7 @@ from merge_cli.recipe.reference import short_labels
 from merge_cli.report.card import model_card
 from merge_cli.report.html import render_html
 from merge_cli.report.stages import Stages
+from merge_cli.system.libraries import library_version
 from merge_cli.system.raw_io import write_error
 
 
@@ -139,7 +140,7 @@ def build_report(
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": {
             "python": platform.python_version(),
-            "torch": version("torch"),
+            "torch": library_version("torch"),
             "numpy": version("numpy"),
             "platform": f"{platform.system()} {platform.machine()}",
         },

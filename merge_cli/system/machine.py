@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from merge_cli.errors import UsageError
+from merge_cli.system.libraries import require
 from merge_cli.system.notices import say_once
 
 _GRANTED = ("SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE")
@@ -113,8 +114,7 @@ def torch_threads(count: int | None = None) -> Iterator[None]:
 
     As before afterwards. torch counts the machine's cores and knows nothing of quotas.
     """
-    import torch
-
+    torch = require("torch", "running a model")
     before = torch.get_num_threads()
     most = library_threads()
     threads = count or (before if most is None else min(before, most))

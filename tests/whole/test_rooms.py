@@ -15,8 +15,9 @@
     calibration · dam · evolve                      preparations
     auto                                            a preparation that tries the others
     adapters · analysis · drafting · comparison     what else is done with models
+    chat                                            talking to a model
     json_schema                                     a recipe's JSON Schema, from all of the above
-    api · console                                   the library's front door, what a terminal shows
+    api · demo · console                            the front door, a try, what a terminal shows
     cli                                             the command line
 
 A folder may import from lines above its own. Imports inside functions count, and so do those for

@@ -1,0 +1,1 @@
+"""`merge-cli demo`: a family of tiny models inside the package, merged and measured in seconds."""
