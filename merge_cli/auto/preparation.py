@@ -113,6 +113,9 @@ class Automatic:
     def summary(self, plan: Plan) -> dict[str, Any]:
         return {}
 
+    def conclusion(self, report: Mapping[str, Any]) -> str:
+        return str(report["auto"]["sentence"]) if "auto" in report else ""
+
     def report_sections(self, report: Mapping[str, Any]) -> Sequence[Section]:
         from merge_cli.auto.report import automatic_sections
 

@@ -115,6 +115,9 @@ class Calibration:
             else {"gathered": calibration_summary(plan, plan.calibrated)}
         )
 
+    def conclusion(self, report: Mapping[str, Any]) -> str:
+        return ""
+
     def report_sections(self, report: Mapping[str, Any]) -> Sequence[Section]:
         return ()
 

@@ -133,6 +133,11 @@ class Learning:
 
         return {} if plan.coefficients is None else {"coefficients": coefficient_summary(plan)}
 
+    def conclusion(self, report: Mapping[str, Any]) -> str:
+        from merge_cli.dam.report import worth
+
+        return worth(report["training"]) if "training" in report else ""
+
     def report_sections(self, report: Mapping[str, Any]) -> Sequence[Section]:
         from merge_cli.dam.report import training_sections
 

@@ -83,6 +83,21 @@ def _heat(coefficients: Json) -> Section:
     return section("Learned coefficients", how, f"{summary}.", *figures)
 
 
+def worth(training: Json) -> str:
+    """Whether learning was better than every merge without it; empty where nothing was held out."""
+    verdict = training["verdict"]
+    if verdict is None:
+        return ""
+    gain = 1 - verdict["ratio"]
+    static = f"{verdict['best_static']} ({verdict['best_static_kl']:.4g})"
+    if gain <= 0:
+        return f"NO IMPROVEMENT: held-out KL {verdict['kl']:.4g}; without training {static}."
+    return (
+        f"Held-out KL {verdict['kl']:.4g}, {percent(gain)} below the best without training, "
+        f"{static}."
+    )
+
+
 def _worth(training: Json) -> Section:
     title = "Whether it was worth it"
     how = (
@@ -92,14 +107,7 @@ def _worth(training: Json) -> Section:
     scores, verdict = training["scores"], training["verdict"]
     if verdict is None:
         return section(title, "", "Nothing was held out, so it is not known.")
-    gain = 1 - verdict["ratio"]
-    static = f"{verdict['best_static']} ({verdict['best_static_kl']:.4g})"
-    summary = (
-        f"Held-out KL {verdict['kl']:.4g}, {percent(gain)} below the best without training, "
-        f"{static}."
-        if gain > 0
-        else f"NO IMPROVEMENT: held-out KL {verdict['kl']:.4g}; without training {static}."
-    )
+    summary = worth(training)
     names = list(next(iter(scores.values()))["kl"])
     best = min(score["mean_kl"] for score in scores.values())
     rows = [

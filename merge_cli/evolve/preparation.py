@@ -116,6 +116,11 @@ class Searching:
     def summary(self, plan: Plan) -> dict[str, Any]:
         return {}
 
+    def conclusion(self, report: Mapping[str, Any]) -> str:
+        from merge_cli.evolve.report import worth
+
+        return worth(report["search"]) if "search" in report else ""
+
     def report_sections(self, report: Mapping[str, Any]) -> Sequence[Section]:
         from merge_cli.evolve.report import search_sections
 

@@ -44,6 +44,19 @@ def search_sections(report: Json) -> list[Section]:
     return [*sections, _values(search), _cost(search)]
 
 
+def worth(search: Json) -> str:
+    """Whether the search was better than every merge without it; empty where there is none."""
+    verdict = search["verdict"]
+    if verdict is None:
+        return ""
+    static = f"{verdict['best_static']} ({verdict['best_static_score']:.4g})"
+    summary = f"Score {verdict['score']:.4g}; the best without a search is {static}."
+    if verdict.get("interval"):
+        low, high = verdict["interval"]
+        summary += f" Difference {verdict['difference']:+.4g}, 95 % from {low:+.4g} to {high:+.4g}."
+    return summary if verdict["better"] else f"NO IMPROVEMENT: {summary}"
+
+
 def _worth(search: Json) -> Section:
     scores, verdict = search["scores"], search["verdict"]
     title = "Whether it was worth it"
@@ -53,13 +66,7 @@ def _worth(search: Json) -> Section:
     ).format(code(search["split"]))
     if verdict is None:
         return section(title, how, "There is nothing to compare with.")
-    static = f"{verdict['best_static']} ({verdict['best_static_score']:.4g})"
-    summary = f"Score {verdict['score']:.4g}; the best without a search is {static}."
-    if verdict.get("interval"):
-        low, high = verdict["interval"]
-        summary += f" Difference {verdict['difference']:+.4g}, 95 % from {low:+.4g} to {high:+.4g}."
-    if not verdict["better"]:
-        summary = f"NO IMPROVEMENT: {summary}"
+    summary = worth(search)
     names = dict(zip(scores, short_labels(list(scores)), strict=True))
     tasks = list(next(iter(scores.values()))["tasks"])
     best = min(score["score"] for score in scores.values())

@@ -149,6 +149,9 @@ class Preparation(Protocol):
     def summary(self, plan: Plan) -> dict[str, Any]:
         """Sections of merge_report.json on files that the plan merges with; none: empty."""
 
+    def conclusion(self, report: Report) -> str:
+        """What it brought, in one sentence for the top of the page; empty where it says nothing."""
+
     def report_sections(self, report: Report) -> Sequence[Any]:
         """The sections of the report's page (`report.page.Section`); none: empty."""
 

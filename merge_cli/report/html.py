@@ -103,9 +103,12 @@ def _lede(report: Json) -> str:
         merged = statistics["models"]
         if base not in merged and base.rstrip("/").rpartition("/")[2] not in merged:
             onto = Markup("; config and tokenizer of {}").format(code(base))
-    return Markup("{}{}; recipe {}, seed {}.").format(
+    about = Markup("{}{}; recipe {}, seed {}.").format(
         count(sources, "source"), onto, code(report["recipe"]["file"]), report["recipe"]["seed"]
     )
+    conclusions = (item.conclusion(report) for item in preparations())
+    conclusion = next(filter(None, conclusions), "")
+    return Markup("{} ({})").format(conclusion, about) if conclusion else about
 
 
 def _made(report: Json) -> list[str]:
