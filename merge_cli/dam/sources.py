@@ -54,6 +54,7 @@ class Sources:
         tensors: by name.
         device, dtype: where and in what rows are handed out.
         with_base: keep the base resident too; otherwise it is read from disk when asked for.
+        most_wide: elements of all sources that are kept as they are computed with, at most.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class Sources:
         dtype: Any,
         *,
         with_base: bool,
+        most_wide: int = _KEPT_WIDE,
     ) -> None:
         self.residency, self._tensors, self._device, self._dtype = residency, tensors, device, dtype
         self._files = FilePool(os.O_RDONLY)
@@ -73,7 +75,7 @@ class Sources:
         self.ahead: Prefetcher | None = None
         self._keeps_deltas = False
         if residency.residency != "disk":
-            wide = str(device) == "cpu" and kept_wide(tensors, with_base=with_base)
+            wide = str(device) == "cpu" and kept_wide(tensors, most_wide, with_base=with_base)
             self._keeps_deltas = wide and with_base
             self._keep(with_base, wide=wide)
         if residency.residency == "host" and str(device) != "cpu":
@@ -170,12 +172,12 @@ class Sources:
         read_into(self._files, ref.path, offset, buffer, ref.model)
 
 
-def kept_wide(tensors: Mapping[str, Stored], *, with_base: bool) -> bool:
+def kept_wide(tensors: Mapping[str, Stored], most: int = _KEPT_WIDE, *, with_base: bool) -> bool:
     """Whether a CPU keeps the sources in float32, whatever they are stored as."""
     elements = sum(
         math.prod(stored.shape) * (len(stored.sources) + with_base) for stored in tensors.values()
     )
-    return elements <= _KEPT_WIDE
+    return elements <= most
 
 
 def block_bytes(sources: int, largest: int, *, on_cpu: bool) -> int:
