@@ -182,8 +182,8 @@ class Sampler:
             judged = logits[row][counted[row].to(logits.device)]
             wide = judged if judged.dtype == torch.float64 else judged.float()
             k = wide.shape[-1] if self._top_k is None else self._top_k
-            kept = kept_predictions(wide, k, 1.0)
-            found[number] = tuple(part if part is None else part.cpu() for part in kept)
+            likeliest, logp, tail = kept_predictions(wide, k, 1.0)
+            found[number] = likeliest.cpu(), logp.cpu(), None if tail is None else tail.cpu()
         return found
 
 

@@ -24,8 +24,10 @@ from merge_cli.engine.residency import SourceResidency
 from merge_cli.system.raw_io import FilePool, read_ahead, read_into
 
 _HOST_BLOCK, _DEVICE_BLOCK = 1 << 18, 1 << 24  # elements of a block of rows
-# Elements of all sources up to which a CPU keeps them as it computes with them: to convert them
-# anew is a third of what projecting costs, and passes through a small model are short.
+# Elements of all sources up to which a CPU keeps them as it computes with them: in float32, and as
+# changes of the base where those are merged. To make these anew is over a third of what projecting
+# costs, and passes through a small model are short. What asks for whole rows, before training,
+# reads the files again.
 _KEPT_WIDE = 1 << 27
 
 
@@ -52,6 +54,7 @@ class Sources:
         tensors: by name.
         device, dtype: where and in what rows are handed out.
         with_base: keep the base resident too; otherwise it is read from disk when asked for.
+        most_wide: elements of all sources that are kept as they are computed with, at most.
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class Sources:
         dtype: Any,
         *,
         with_base: bool,
+        most_wide: int = _KEPT_WIDE,
     ) -> None:
         self.residency, self._tensors, self._device, self._dtype = residency, tensors, device, dtype
         self._files = FilePool(os.O_RDONLY)
@@ -69,9 +73,11 @@ class Sources:
         self.rows_read = 0
         self._with_base = with_base
         self.ahead: Prefetcher | None = None
+        self._keeps_deltas = False
         if residency.residency != "disk":
-            on_cpu = str(device) == "cpu"
-            self._keep(with_base, wide=on_cpu and kept_wide(tensors, with_base=with_base))
+            wide = str(device) == "cpu" and kept_wide(tensors, most_wide, with_base=with_base)
+            self._keeps_deltas = wide and with_base
+            self._keep(with_base, wide=wide)
         if residency.residency == "host" and str(device) != "cpu":
             self.ahead = Prefetcher(CudaCopies(str(device)))
 
@@ -95,6 +101,10 @@ class Sources:
     def deltas(self, name: str, start: int, stop: int) -> tuple[Any, list[Any]]:
         """The base's rows, and every source's less the base's."""
         base = self.base_rows(name, start, stop)
+        if self._keeps_deltas:
+            self.rows_read += stop - start
+            sources = range(len(self._tensors[name].sources))
+            return base, [self._kept[name, number][start:stop] for number in sources]
         return base, [rows - base for rows in self.rows(name, start, stop)]
 
     def expect(self, name: str) -> None:
@@ -130,9 +140,13 @@ class Sources:
                 elif str(self._device) != "cpu":
                     rows = rows.pin_memory()
                 self._kept[name, number] = rows
+            if self._keeps_deltas and stored.base is not None:
+                for number in range(len(stored.sources)):
+                    self._kept[name, number] -= self._kept[name, -1]
 
     def _rows(self, name: str, number: int, ref: Tensor, start: int, stop: int) -> Any:
-        kept = self._kept.get((name, number))
+        as_deltas = self._keeps_deltas and number >= 0
+        kept = None if as_deltas else self._kept.get((name, number))
         if self.ahead is not None and kept is not None:
             brought = self.ahead.take(name, number)
             kept = kept if brought is None else brought
@@ -158,12 +172,12 @@ class Sources:
         read_into(self._files, ref.path, offset, buffer, ref.model)
 
 
-def kept_wide(tensors: Mapping[str, Stored], *, with_base: bool) -> bool:
+def kept_wide(tensors: Mapping[str, Stored], most: int = _KEPT_WIDE, *, with_base: bool) -> bool:
     """Whether a CPU keeps the sources in float32, whatever they are stored as."""
     elements = sum(
         math.prod(stored.shape) * (len(stored.sources) + with_base) for stored in tensors.values()
     )
-    return elements <= _KEPT_WIDE
+    return elements <= most
 
 
 def block_bytes(sources: int, largest: int, *, on_cpu: bool) -> int:

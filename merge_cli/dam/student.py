@@ -241,9 +241,13 @@ class Student:
             total = rows[0] * block[0]
             for i, row in enumerate(rows[1:], start=1):
                 total.add_(torch.mul(row, block[i], out=self._scratch(row)))
-            if base is not None:
-                total = torch.add(base, total, out=total)
-            matrix[start:stop] = total  # rounds, where the student is narrower
+            target = matrix[start:stop]
+            if base is None:
+                target.copy_(total)  # rounds, where the student is narrower
+            elif target.dtype == total.dtype:
+                torch.add(base, total, out=target)
+            else:
+                target.copy_(torch.add(base, total, out=total))
 
     def _scratch(self, like: Any) -> Any:
         """Memory for a product that is added up at once; a new one each time costs page faults."""

@@ -297,7 +297,7 @@ def test_no_weight_sized_tensor_lives_in_the_graph(llama: Path) -> None:
 
 def test_sources_brought_ahead_change_nothing_but_when_they_come(llama: Path) -> None:
     """As for a GPU: the next tensor is copied before it is asked for, two are held at most."""
-    from merge_cli.dam.sources import Prefetcher
+    from merge_cli.dam.sources import Prefetcher, Sources
 
     class Recorded:
         def __init__(self) -> None:
@@ -315,7 +315,11 @@ def test_sources_brought_ahead_change_nothing_but_when_they_come(llama: Path) ->
     found = []
     for copies in (None, Recorded()):
         student = student_of(plan)
-        if copies is not None:
+        if copies is not None:  # on a device, sources wait as they are stored
+            before = student.sources
+            student.sources = Sources(
+                before._tensors, before.residency, "cpu", torch.float64, with_base=True, most_wide=0
+            )
             student.sources.ahead = Prefetcher(copies)
         forward = Forward(student.net)
         generator = torch.Generator().manual_seed(8)
