@@ -277,6 +277,9 @@ def test_shown_sizes_and_times() -> None:
 
 def test_facade_is_exact() -> None:
     """What `import merge_cli` offers: sorted, complete, and all of it there."""
+    public = [name for name in dir(merge_cli) if not name.startswith("_")]
+    assert public == merge_cli.__all__
+    assert (Path(merge_cli.__file__).parent / "py.typed").is_file()
     assert merge_cli.__all__ == sorted(merge_cli.__all__)
     assert set(merge_cli.__all__) == set(merge_cli._HOMES)
     for name in merge_cli.__all__:
