@@ -213,7 +213,7 @@ def test_devices_by_mergekits_flags() -> None:
         (["run", "r.yaml", "out", "--threads", "0"], "--threads"),
         (["methods", "tise"], "Did you mean 'ties'?"),
         (["runn"], "No such command"),
-        (["merge", "r.yaml", "out"], "Did you mean 'run'?"),
+        (["merg", "r.yaml", "out"], "Did you mean 'run'?"),
     ],
 )
 def test_usage_errors(family: Family, arguments: list[str], words: str) -> None:
