@@ -54,3 +54,8 @@ def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'merge_cli' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    """The public names, and those that every module has."""
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

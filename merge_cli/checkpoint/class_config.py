@@ -14,6 +14,7 @@ from typing import Any
 
 from merge_cli.checkpoint.layer_config import MAX_LAYERS
 from merge_cli.errors import SourceError
+from merge_cli.system.libraries import unavailable
 
 # What would choose an implementation, code or weights from somewhere else.
 _CHOICES = frozenset(
@@ -55,13 +56,17 @@ def known_class(config: Mapping[str, Any]) -> tuple[Any, Any]:
     """The class that a config names, and the class of its config.
 
     Raises:
-        Unknown: none is named, transformers does not have it, or a number that no model has.
+        UnknownClass: none is named, transformers does not have it, there is no transformers or
+            torch, or a number that no model has.
     """
     names = config.get("architectures")
     name = names[0] if isinstance(names, list) and names else None
     if not isinstance(name, str) or not isinstance(config.get("model_type"), str):
         raise UnknownClass("config.json does not say which class it is of")
     check_sizes(config)
+    # Without torch, transformers has names of classes and nothing behind them.
+    if reason := unavailable("transformers", "torch"):
+        raise UnknownClass(reason)
     import transformers
 
     kind = getattr(transformers, name, None) if name.isidentifier() else None

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from merge_cli.checkpoint.layer_config import LAYER_COUNTS, MAX_LAYERS, StackedLayers, stack_layers
+from merge_cli.system.libraries import require
 
 CLASS = "_class_name"  # in a config of diffusers: what opens the model
 PREDICTING = (
@@ -114,12 +115,16 @@ def with_layer_types(config: Mapping[str, Any], root: Path) -> dict[str, Any]:
     """A config with `layer_types` written out, where transformers derives it from positions.
 
     Stacked layers are at other positions, and would otherwise get another kind of attention.
+
+    Raises:
+        ResourceError: there is no transformers to ask.
     """
     explicit: dict[str, Any] = json.loads(json.dumps(config))
     target = text_config(explicit)
     given = {"layer_types", "layers_block_type"} & target.keys()
     if given or "model_type" not in explicit or (layer_count(config) or 0) > MAX_LAYERS:
         return explicit
+    require("transformers", "stacking layers")
     from transformers import AutoConfig
 
     try:

@@ -44,7 +44,10 @@ def demo(
     began = time.monotonic()
     screen = console.Screen(quiet=quiet)
     screen.say(INTRODUCTION)
-    screen.say("Merging, then asking each model 500 questions ...")
+    screen.say(
+        "Merging (the first merge on a machine compiles for some seconds), then asking each model "
+        "500 questions ..."
+    )
     options = MergeOptions(device=device, threads=threads, overwrite=overwrite)
     with screen.steps() as on_progress:
         result = run_demo(out, options=options, overwrite=overwrite, on_evaluation=on_progress)

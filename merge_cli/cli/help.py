@@ -36,18 +36,19 @@ class HelpCommand(TyperCommand):
         try:
             return super().parse_args(ctx, args)
         except Exception as error:
+            wrong: Any = error
             # click's NoSuchOption, which some versions of typer vendor
-            if hasattr(error, "option_name") and hasattr(error, "possibilities"):
-                error.possibilities = None
-                error.message = f"No such option: {error.option_name}.{self._hint(error)}"
+            if hasattr(wrong, "option_name") and hasattr(wrong, "possibilities"):
+                wrong.possibilities = None
+                wrong.message = f"No such option: {wrong.option_name}.{self._hint(wrong)}"
             raise
 
     def _hint(self, error: Any) -> str:
         """What was meant by an option that does not exist."""
-        shown = [param for param in self.params if not getattr(param, "hidden", False)]
+        shown: list[Any] = [p for p in self.params if not getattr(p, "hidden", False)]
         known = {name for param in shown for name in (*param.opts, *param.secondary_opts)}
-        known |= {param.metavar for param in shown if param.param_type_name == "argument"}
-        meant = option_meant(error.option_name, {name for name in known if name})
+        known |= {p.metavar for p in shown if p.param_type_name == "argument" and p.metavar}
+        meant = option_meant(error.option_name, known)
         if meant and not meant.startswith("-"):
             return f" Write {meant} without a flag."
         return f" Did you mean '{meant}'?" if meant else ""

@@ -31,8 +31,8 @@ def print_demo(console: Console, demo: Demo, seconds: float) -> None:
     from merge_cli.demo.run import verdict
 
     comparison = demo.comparison
-    table = Table(box=None, pad_edge=False, header_style="bold", title_justify="left")
-    table.title = "Right answers to numbers that no model was trained on"
+    console.print("[bold]Right answers to numbers that no model was trained on[/bold]")
+    table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("model")
     for name in (*comparison.tasks, "mean"):
         table.add_column(escape(name), justify="right")

@@ -206,7 +206,7 @@ def _live_names(tensors: Iterable[str], root: Path) -> dict[str, str]:
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightRenaming, rename_source_key
-    except ImportError:  # transformers 4 has no list of its renames
+    except (ImportError, OSError):  # transformers 4 has no list of its renames
         return {}
     try:
         net = empty_model(read_mapping(root / "config.json", "the base"))

@@ -194,7 +194,7 @@ def _rules(name: str) -> ClassRules:
         import transformers
 
         result = getattr(transformers, name, None)
-    except (ImportError, AttributeError, RuntimeError):
+    except (ImportError, OSError, AttributeError, RuntimeError):
         return ClassRules()  # a class whose own requirements are not installed
     if not isinstance(result, type):
         return ClassRules()

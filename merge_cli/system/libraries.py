@@ -26,6 +26,17 @@ def library_version(name: str) -> str | None:
         return None
 
 
+def unavailable(*names: str) -> str:
+    """Why one of these cannot be imported; empty where all can."""
+    for name in names:
+        try:
+            import_module(name)
+        except (ImportError, OSError):
+            state = "cannot be imported" if library_version(name) else "is not installed"
+            return f"{name} {state}"
+    return ""
+
+
 def require(name: str, purpose: str) -> ModuleType:
     """Import torch or transformers.
 

@@ -176,7 +176,7 @@ def test_what_a_template_refuses_does_not_end_the_conversation(talker: Path) -> 
 
 
 def test_a_file_of_prompts(tmp_path: Path, talker: Path) -> None:
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"prompt": "zwanzig ="},
         {"messages": [{"role": "user", "content": "neun"}, {"role": "user", "content": " ="}]},
     ]

@@ -213,7 +213,7 @@ def test_devices_by_mergekits_flags() -> None:
         (["run", "r.yaml", "out", "--threads", "0"], "--threads"),
         (["methods", "tise"], "Did you mean 'ties'?"),
         (["runn"], "No such command"),
-        (["merge", "r.yaml", "out"], "Did you mean 'run'?"),
+        (["merg", "r.yaml", "out"], "Did you mean 'run'?"),
     ],
 )
 def test_usage_errors(family: Family, arguments: list[str], words: str) -> None:
@@ -277,6 +277,9 @@ def test_shown_sizes_and_times() -> None:
 
 def test_facade_is_exact() -> None:
     """What `import merge_cli` offers: sorted, complete, and all of it there."""
+    public = [name for name in dir(merge_cli) if not name.startswith("_")]
+    assert public == merge_cli.__all__
+    assert (Path(merge_cli.__file__).parent / "py.typed").is_file()
     assert merge_cli.__all__ == sorted(merge_cli.__all__)
     assert set(merge_cli.__all__) == set(merge_cli._HOMES)
     for name in merge_cli.__all__:

@@ -101,12 +101,20 @@ def test_what_needs_them_says_what_to_install(case: str, recipe: Path, family: F
     (folder / "text.txt").write_text("three hundred", encoding="utf-8")
     wudi = folder / "wudi.yaml"
     wudi.write_text("merge_method: wudi\nbase_model: base\nmodels: [a, b]\n", encoding="utf-8")
+    stacked = folder / "stacked.yaml"
+    stacked.write_text(
+        "merge_method: passthrough\nslices:\n"
+        "  - sources: [{model: a, layer_range: [0, 4]}]\n"
+        "  - sources: [{model: b, layer_range: [2, 4]}]\n",
+        encoding="utf-8",
+    )
     commands = [
         ["evaluate", str(model), "--data", "text.txt", "--no-cache"],
         ["chat", str(model)],
         ["run", str(wudi), "out"],
         ["run", str(recipe), "out", "--device", "cuda"],
         ["run", str(recipe), "out", "--data", "text.txt"],
+        ["plan", str(stacked)],
         ["demo", "demo"],
     ]
     done = without_torch(case, *commands, cwd=folder)
