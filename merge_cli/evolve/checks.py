@@ -80,6 +80,10 @@ def _section_problems(recipe: Recipe, search: Search) -> Iterator[Problem]:
             hint = nearest(name, plain)
             yield recipe.problem("search.method", message, hint)
             continue
+        if method.is_short_form:
+            message = f"'{name}' has no parameters to search."
+            yield recipe.problem("search.method", message, "Use soup over the checkpoints.")
+            continue
         methods.append(method)
     if search.start not in STARTS and local_file(search.start, recipe.folder) is None:
         hint = "Use best, middle, softmax, or a recipe's file."

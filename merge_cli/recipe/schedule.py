@@ -1,0 +1,132 @@
+"""The `schedule:` of a window: which learning-rate decay an average of its checkpoints stands for.
+
+WSM (arXiv:2507.17634, theorem 1): a run at a constant learning rate has checkpoints θ_0 ... θ_k, and
+g_i is what step i added, θ_i = θ_{i-1} + g_i. An average with weights c_j is then a run that took
+each step with the factor w_i:
+
+    sum of c_j * θ_j = θ_0 + sum of w_i * g_i        w_i = sum of c_j over j >= i
+
+Read backwards, a decay w_1 >= ... >= w_k gives the weights of the checkpoints, with w_0 = 1 for what
+came before the window and w_{k+1} = 0 behind it:
+
+    c_j = w_j - w_{j+1}                              c_0 = 1 - w_1,  c_k = w_k
+
+A decay is a curve f that falls from f(0) = 1 to f(1) = 0, and w_i = f(i / (k + 1)): each of the k + 1
+checkpoints has the part of the fall that is its own. So `linear` is the plain mean, as in the paper.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from merge_cli.recipe.fields import nearest
+from merge_cli.recipe.nodes import Node
+from merge_cli.recipe.reader import REFUSED, Form, Reader, Schema, any_of, finite
+
+# f of the fraction of the window that has passed; Megatron-LM calls the last one so, too.
+CURVES: dict[str, Callable[[float], float]] = {
+    "linear": lambda x: 1 - x,
+    "cosine": lambda x: (1 + math.cos(math.pi * x)) / 2,
+    "minus_sqrt": lambda x: 1 - math.sqrt(x),
+}
+CONSTANT, EMA, WEIGHTS = "constant", "ema", "weights"
+_WORDS = (CONSTANT, *CURVES)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How much each checkpoint of a window counts.
+
+    Attributes:
+        name: constant, the name of a curve, ema, or weights.
+        decay: of `ema`: what the average keeps of itself when a checkpoint comes; in (0, 1).
+        given: of `weights`: one for each checkpoint, the oldest first.
+    """
+
+    name: str = CONSTANT
+    decay: float = 0.0
+    given: tuple[float, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.decay:g}" if self.name == EMA else self.name
+
+    def weights(self, count: int) -> tuple[float, ...]:
+        """The weights c_0 ... c_k of `count` = k + 1 checkpoints, the oldest first.
+
+            constant     1 for each; a soup divides by their sum, so that this is the mean
+            a curve      c_j = f(j / (k + 1)) - f((j + 1) / (k + 1)); the sum is 1
+            ema          c_0 = d^k and c_j = (1 - d) * d^(k - j): the exponential moving average
+                         a_j = d * a_{j-1} + (1 - d) * θ_j that begins with θ_0; the sum is 1
+            weights      as given
+
+        Raises:
+            ValueError: other than `count` weights are given.
+        """
+        if self.name == WEIGHTS:
+            if len(self.given) != count:
+                raise ValueError(f"{len(self.given)} weights for {count} checkpoints")
+            return self.given
+        if self.name == CONSTANT:
+            return (1.0,) * count
+        if self.name == EMA:
+            keep, last = self.decay, count - 1
+            newer = (float((1 - keep) * keep ** (last - j)) for j in range(1, count))
+            return (keep**last, *newer)
+        curve = CURVES[self.name]
+        decay = [curve(i / count) for i in range(count)] + [0.0]
+        return tuple(now - after for now, after in zip(decay, decay[1:], strict=False))
+
+
+@dataclass(frozen=True)
+class ScheduleForm(Form):
+    """A word, `{ema: decay}` or `{weights: [...]}`."""
+
+    def read(self, node: Node, key: str, reader: Reader) -> Any:
+        value = node.value
+        if isinstance(value, str):
+            return self._word(node, value, key, reader)
+        if not isinstance(value, dict) or len(value) != 1:
+            known = f"one of {', '.join(_WORDS)}, or {{ema: DECAY}}, or {{weights: [...]}}"
+            return reader.refuse_type(node, key, f"must be {known}")
+        ((name, child),) = value.items()
+        path = f"{key}.{name}"
+        reader.positions[path] = node.key_positions[name]
+        if name == EMA:
+            decay = finite(child.value)
+            if decay is None or not 0 < decay < 1:
+                return reader.refuse_type(child, path, "must be a number between 0 and 1")
+            return Schedule(EMA, decay)
+        if name == WEIGHTS:
+            listed = child.value if isinstance(child.value, list) else []
+            numbers = [finite(item.value) for item in listed]
+            given = tuple(number for number in numbers if number is not None)
+            if not numbers or len(given) < len(numbers):
+                return reader.refuse_type(child, path, "must be a list of numbers")
+            return Schedule(WEIGHTS, given=given)
+        reader.refuse_key(path, "unknown schedule.", nearest(name, (EMA, WEIGHTS)))
+        return REFUSED
+
+    def _word(self, node: Node, word: str, key: str, reader: Reader) -> Any:
+        if word in _WORDS:
+            return Schedule(word)
+        if word in (EMA, WEIGHTS):
+            example = "{ema: 0.9}" if word == EMA else "{weights: [1, 2, 3]}"
+            return reader.refuse(node, key, f"'{word}' needs more.", f"Write {example}.")
+        message = f"unknown schedule '{word}'."
+        return reader.refuse(node, key, message, nearest(word, (*_WORDS, EMA, WEIGHTS)))
+
+    def schema(self) -> Schema:
+        decay: Schema = {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}
+        weights: Schema = {"type": "array", "items": {"type": "number"}, "minItems": 1}
+        alone: Schema = {"type": "object", "additionalProperties": False}
+        return any_of(
+            {"enum": list(_WORDS)},
+            {**alone, "properties": {EMA: decay}, "required": [EMA]},
+            {**alone, "properties": {WEIGHTS: weights}, "required": [WEIGHTS]},
+        )
+
+
+SCHEDULE = ScheduleForm()
