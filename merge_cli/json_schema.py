@@ -105,8 +105,8 @@ def _sections(method: Method) -> dict[str, Any]:
     """The sections that the method has no use for, and what is special in those that it has."""
     result: dict[str, Any] = {}
     if method.automatic:
-        unused = ("parameters", "coefficients", "search", "objective", "checkpoints", "schedule")
-        return dict.fromkeys(unused, False)
+        result |= {"parameters": False, "coefficients": False, "search": False, "objective": False}
+        return {**result, "checkpoints": False, "schedule": False}
     if method.is_short_form:
         result |= {"models": False, "slices": False, "modules": False}
     else:

@@ -5,19 +5,34 @@
     schedule: minus_sqrt
 
 is a short form: when it is read, it becomes `merge_method: soup` with a model and a weight for each
-checkpoint. That is what is planned, merged, and written into the resolved recipe.
+checkpoint. That is what is planned, merged, and written into the resolved recipe. Instead of a
+window of a folder, `checkpoints` may list models, the oldest first.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from merge_cli.recipe.models import MODEL
 from merge_cli.recipe.nodes import Node
-from merge_cli.recipe.reader import REFUSED, Form, Key, Plain, Reader, Schema, Section, Text, any_of
+from merge_cli.recipe.reader import (
+    REFUSED,
+    Form,
+    Key,
+    ListOf,
+    Plain,
+    Reader,
+    Schema,
+    Section,
+    Text,
+    any_of,
+)
 from merge_cli.recipe.reference import ModelRef, local_folder
 from merge_cli.recipe.schedule import Schedule
 from merge_cli.recipe.schema import SourceSpec
@@ -63,7 +78,7 @@ class StepsForm(Form):
     def read(self, node: Node, key: str, reader: Reader) -> Any:
         value = node.plain()
         if isinstance(value, list) and value and all(type(step) is int for step in value):
-            if value[0] < 0 or any(b <= a for a, b in zip(value, value[1:], strict=False)):
+            if value[0] < 0 or any(b <= a for a, b in pairwise(value)):
                 return reader.refuse_type(node, key, "must be ascending, from 0 on")
             return tuple(value)
         match = _RANGE.fullmatch(value) if isinstance(value, str) else None
@@ -95,7 +110,7 @@ class PatternForm(Form):
         if pattern is REFUSED:
             return REFUSED
         if pattern.count(_STEP) != 1:
-            hint = f"Write the name of a checkpoint with {_STEP} for its number: {TRAINER}"
+            hint = f"Write a checkpoint's name with {_STEP} for its number, as in {TRAINER}."
             return reader.refuse_type(node, key, f"must contain {_STEP} once", hint)
         if set(pattern.replace(_STEP, "")) & set("{}*?[]\\"):
             message = f"may have no wildcard and no braces besides {_STEP}"
@@ -118,7 +133,7 @@ def _window(values: dict[str, Any], node: Node, key: str, reader: Reader) -> Any
     return Window(run, **values)
 
 
-CHECKPOINTS = Section(
+WINDOW = Section(
     {
         "from": Key(Text(), "the folder of the run", required=True),
         "pattern": Key(
@@ -134,12 +149,33 @@ CHECKPOINTS = Section(
 )
 
 
+_LIST = ListOf(MODEL)
+
+
+@dataclass(frozen=True)
+class CheckpointsForm(Form):
+    """A window of a run's folder, or a list of models, the oldest first."""
+
+    def read(self, node: Node, key: str, reader: Reader) -> Any:
+        if not isinstance(node.value, list):
+            return WINDOW.read(node, key, reader)
+        models = _LIST.read(node, key, reader)
+        # What was refused in a list is left out, and weights are of all of them.
+        return models if models is not REFUSED and len(models) == len(node.value) else REFUSED
+
+    def schema(self) -> Schema:
+        return any_of(WINDOW.schema(), _LIST.schema())
+
+
+CHECKPOINTS = CheckpointsForm()
+
+
 def expand(values: dict[str, Any], root: Node, reader: Reader) -> None:
     """Put a soup's models and weights in the place of a window, in the values of a recipe.
 
-    What is wrong with it is in `reader.problems`; the values are then left as they are.
+    What is wrong with it is in `reader.problems`; the method is then left as it is.
     """
-    window = values.pop("checkpoints", None)
+    checkpoints = values.pop("checkpoints", None)
     schedule = values.pop("schedule", None)
     given = root.value
     if values.get("merge_method") != METHOD:
@@ -156,32 +192,36 @@ def expand(values: dict[str, Any], root: Node, reader: Reader) -> None:
     if weight is not None:
         hint = "Write `schedule: {weights: [...]}` for weights of your own."
         reader.refuse_key(weight.key, "the schedule gives the weights.", hint)
-    if window is None or ("schedule" in given and schedule is None):
-        return
-    chosen = _chosen(window, given["checkpoints"], reader)
-    if not chosen:
+    if isinstance(checkpoints, Window):
+        chosen = _chosen(checkpoints, given["checkpoints"], reader)
+        names = [*map(str, chosen)]
+        models = [ModelRef(f"{checkpoints.run.rstrip('/')}/{path}") for path in chosen.values()]
+    else:
+        chosen, models = {}, [*(checkpoints or ())]
+        names = [*map(str, models)]
+    if not models or ("schedule" in given and schedule is None):
         return
     schedule = schedule or Schedule()
     try:
-        weights = schedule.weights(len(chosen))
+        weights = schedule.weights(len(models))
     except ValueError as error:
-        reader.refuse(given["schedule"], "schedule.weights", str(error), _steps_in_words([*chosen]))
+        hint = f"They are: {_in_words(names)}."
+        reader.refuse(given["schedule"], "schedule.weights", str(error), hint)
         return
-    values["models"] = _sources(window, chosen, weights, reader)
+    values["models"] = _sources(models, weights, reader)
     values["merge_method"] = BECOMES
-    values["notes"] = _notes(window, schedule, [*chosen], weights)
+    values["notes"] = _notes(names, schedule, weights, [*chosen])
 
 
 def _sources(
-    window: Window, chosen: Mapping[int, str], weights: Sequence[float], reader: Reader
+    models: Sequence[ModelRef], weights: Sequence[float], reader: Reader
 ) -> tuple[SourceSpec, ...]:
-    """A model for each checkpoint, which messages find at the section."""
+    """A model for each checkpoint, which messages find where it is listed, or at the section."""
     sources = []
-    for i, (path, weight) in enumerate(zip(chosen.values(), weights, strict=True)):
+    for i, (model, weight) in enumerate(zip(models, weights, strict=True)):
         key = f"checkpoints[{i}]"
-        reader.positions[key] = reader.positions["checkpoints"]
-        parameters = {"weight": Parameter("weight", weight, key)}
-        sources.append(SourceSpec(ModelRef(f"{window.run.rstrip('/')}/{path}"), key, parameters))
+        reader.positions.setdefault(key, reader.positions["checkpoints"])
+        sources.append(SourceSpec(model, key, {"weight": Parameter("weight", weight, key)}))
     return tuple(sources)
 
 
@@ -206,16 +246,16 @@ def _chosen(window: Window, node: Node, reader: Reader) -> dict[int, str]:
         if window.last > len(steps):
             message = f"there are only {len(steps)} checkpoints (asked for {window.last})"
             where = node.value["last"]
-            reader.refuse(where, "checkpoints.last", message, _steps_in_words(steps))
+            reader.refuse(where, "checkpoints.last", message, f"There: {_in_words(steps)}.")
             return {}
         steps = steps[-window.last :]
     elif window.steps is not None:
         wanted = _wanted(window.steps, steps)
         missing = [step for step in wanted if step not in present]
         if missing or not wanted:
-            message = f"not there: {_steps_in_words(missing)}" if missing else "none is there"
+            message = f"not there: {_in_words(missing)}" if missing else "none is there"
             where = node.value["steps"]
-            reader.refuse(where, "checkpoints.steps", message, f"There: {_steps_in_words(steps)}.")
+            reader.refuse(where, "checkpoints.steps", message, f"There: {_in_words(steps)}.")
             return {}
         steps = wanted
     return {step: present[step] for step in steps}
@@ -253,26 +293,26 @@ def _present(run: Path, pattern: str) -> tuple[dict[int, str], list[str]]:
     return present, []
 
 
-def _steps_in_words(steps: Sequence[int]) -> str:
-    if len(steps) <= _LISTED:
-        return ", ".join(map(str, steps))
+def _in_words(names: Sequence[object]) -> str:
+    if len(names) <= _LISTED:
+        return ", ".join(map(str, names))
     half = _LISTED // 2
-    shown = [*map(str, steps[:half]), "...", *map(str, steps[-half:])]
-    return f"{', '.join(shown)} ({len(steps)} in all)"
+    shown = [*map(str, names[:half]), "...", *map(str, names[-half:])]
+    return f"{', '.join(shown)} ({len(names)} in all)"
 
 
 def _notes(
-    window: Window, schedule: Schedule, steps: Sequence[int], weights: Sequence[float]
+    names: Sequence[str], schedule: Schedule, weights: Sequence[float], steps: Sequence[int]
 ) -> tuple[str, ...]:
-    """What the plan says of the window."""
-    total = sum(weights) or 1.0
+    """What the plan says of the window; `steps` is empty where checkpoints are listed."""
+    total = math.fsum(weights) or 1.0  # the plan refuses weights that have no sum
     shares = ", ".join(
-        f"{step}: {100 * weight / total:.3g} %" for step, weight in zip(steps, weights, strict=True)
+        f"{name} {100 * weight / total:.3g} %" for name, weight in zip(names, weights, strict=True)
     )
-    plural = "s" * (len(steps) != 1)
-    notes = [f"{len(steps)} checkpoint{plural} of {window.run}, schedule {schedule}; {shares}"]
-    gaps = {b - a for a, b in zip(steps, steps[1:], strict=False)}
-    if len(gaps) > 1 and schedule.name not in ("constant", "weights"):
+    plural = "s" * (len(names) != 1)
+    notes = [f"{len(names)} checkpoint{plural}, schedule {schedule}: {shares}"]
+    gaps = {after - now for now, after in pairwise(steps)}
+    if len(gaps) > 1 and schedule.decays:
         notes.append(
             f"the steps are {min(gaps)} to {max(gaps)} apart; the schedule counts checkpoints, "
             "not steps"

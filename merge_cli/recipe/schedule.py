@@ -1,18 +1,17 @@
-"""The `schedule:` of a window: which learning-rate decay an average of its checkpoints stands for.
+"""The `schedule:` of a window: which learning-rate decay an average of checkpoints stands for.
 
-WSM (arXiv:2507.17634, theorem 1): a run at a constant learning rate has checkpoints θ_0 ... θ_k, and
-g_i is what step i added, θ_i = θ_{i-1} + g_i. An average with weights c_j is then a run that took
-each step with the factor w_i:
+WSM (arXiv:2507.17634): a run at a constant learning rate has checkpoints θ_0 ... θ_k, and g_i is
+what training added from one to the next, θ_i = θ_{i-1} + g_i. An average of them with weights c_j
+is then a run that took each g_i with the factor w_i:
 
     sum of c_j * θ_j = θ_0 + sum of w_i * g_i        w_i = sum of c_j over j >= i
 
-Read backwards, a decay w_1 >= ... >= w_k gives the weights of the checkpoints, with w_0 = 1 for what
-came before the window and w_{k+1} = 0 behind it:
+Read backwards, a decay 1 >= w_1 >= ... >= w_k >= 0 gives the weights of the checkpoints:
 
     c_j = w_j - w_{j+1}                              c_0 = 1 - w_1,  c_k = w_k
 
-A decay is a curve f that falls from f(0) = 1 to f(1) = 0, and w_i = f(i / (k + 1)): each of the k + 1
-checkpoints has the part of the fall that is its own. So `linear` is the plain mean, as in the paper.
+A decay is a curve f that falls from f(0) = 1 to f(1) = 0, and w_i = f(i / (k + 1)): each of the
+k + 1 checkpoints has the part of the fall that is its own. So `linear` is the plain mean.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from merge_cli.recipe.fields import nearest
@@ -77,7 +77,12 @@ class Schedule:
             return (keep**last, *newer)
         curve = CURVES[self.name]
         decay = [curve(i / count) for i in range(count)] + [0.0]
-        return tuple(now - after for now, after in zip(decay, decay[1:], strict=False))
+        return tuple(now - after for now, after in pairwise(decay))
+
+    @property
+    def decays(self) -> bool:
+        """Whether it follows a curve, which takes checkpoints to be equally far apart."""
+        return self.name in CURVES or self.name == EMA
 
 
 @dataclass(frozen=True)
