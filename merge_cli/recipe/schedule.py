@@ -22,9 +22,18 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from merge_cli.errors import UsageError
 from merge_cli.recipe.fields import nearest
 from merge_cli.recipe.nodes import Node
-from merge_cli.recipe.reader import REFUSED, Form, Reader, Schema, any_of, finite
+from merge_cli.recipe.reader import (
+    NUMBER_AS_TEXT,
+    REFUSED,
+    Form,
+    Reader,
+    Schema,
+    any_of,
+    finite,
+)
 
 # f of the fraction of the window that has passed; Megatron-LM calls the last one so, too.
 CURVES: dict[str, Callable[[float], float]] = {
@@ -124,8 +133,18 @@ class ScheduleForm(Form):
         return reader.refuse(node, key, message, nearest(word, (*_WORDS, EMA, WEIGHTS)))
 
     def schema(self) -> Schema:
-        decay: Schema = {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}
-        weights: Schema = {"type": "array", "items": {"type": "number"}, "minItems": 1}
+        number = any_of({"type": "number"}, NUMBER_AS_TEXT)
+        kept = {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}
+        decay = {
+            **any_of(kept, NUMBER_AS_TEXT),
+            "description": "what the moving average keeps of itself at each checkpoint",
+        }
+        weights: Schema = {
+            "type": "array",
+            "items": number,
+            "minItems": 1,
+            "description": "one for each checkpoint, the oldest first; a soup's, so relative",
+        }
         alone: Schema = {"type": "object", "additionalProperties": False}
         return any_of(
             {"enum": list(_WORDS)},
@@ -135,3 +154,26 @@ class ScheduleForm(Form):
 
 
 SCHEDULE = ScheduleForm()
+
+
+def checkpoint_weights(schedule: str, count: int, *, decay: float | None = None) -> list[float]:
+    """The weights of `count` checkpoints, the oldest first, as `checkpoint_average` has them.
+
+    Args:
+        schedule: constant, linear, cosine, minus_sqrt or ema (arXiv:2507.17634; the module's text
+            has the formulas).
+        count: how many checkpoints, at least 1.
+        decay: of ema, in (0, 1).
+
+    Raises:
+        UsageError: an unknown schedule, a decay that is missing or has no use, no checkpoints.
+    """
+    if schedule not in (*_WORDS, EMA):
+        raise UsageError(f"unknown schedule '{schedule}'", hint=nearest(schedule, (*_WORDS, EMA)))
+    if (schedule == EMA) != (decay is not None):
+        raise UsageError("ema, and no other schedule, has a decay", where=f"decay={decay}")
+    if decay is not None and not 0 < decay < 1:
+        raise UsageError(f"the decay must be between 0 and 1 (got {decay})")
+    if count < 1:
+        raise UsageError("there are no checkpoints", where=f"count={count}")
+    return [*Schedule(schedule, decay or 0.0).weights(count)]
