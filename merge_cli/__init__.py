@@ -12,24 +12,30 @@ if TYPE_CHECKING:
     from merge_cli.adapters.extract import extract_lora
     from merge_cli.analysis.run import analyze
     from merge_cli.api import MergeResult, compare, merge, plan
+    from merge_cli.engine.running_average import RunningAverage
+    from merge_cli.engine.state_dicts import merge_state_dicts
     from merge_cli.errors import MergeCliError
     from merge_cli.evaluation.run import evaluate
     from merge_cli.methods.registry import merge_method
     from merge_cli.options import MergeOptions
     from merge_cli.planning.planner import load_recipe
     from merge_cli.publishing.push import push
+    from merge_cli.recipe.schedule import checkpoint_weights
 
 _HOMES = {
     "MergeCliError": "merge_cli.errors",
     "MergeOptions": "merge_cli.options",
     "MergeResult": "merge_cli.api",
+    "RunningAverage": "merge_cli.engine.running_average",
     "analyze": "merge_cli.analysis.run",
+    "checkpoint_weights": "merge_cli.recipe.schedule",
     "compare": "merge_cli.api",
     "evaluate": "merge_cli.evaluation.run",
     "extract_lora": "merge_cli.adapters.extract",
     "load_recipe": "merge_cli.planning.planner",
     "merge": "merge_cli.api",
     "merge_method": "merge_cli.methods.registry",
+    "merge_state_dicts": "merge_cli.engine.state_dicts",
     "plan": "merge_cli.api",
     "push": "merge_cli.publishing.push",
 }
@@ -38,13 +44,16 @@ __all__ = [
     "MergeCliError",
     "MergeOptions",
     "MergeResult",
+    "RunningAverage",
     "analyze",
+    "checkpoint_weights",
     "compare",
     "evaluate",
     "extract_lora",
     "load_recipe",
     "merge",
     "merge_method",
+    "merge_state_dicts",
     "plan",
     "push",
 ]

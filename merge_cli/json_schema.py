@@ -17,6 +17,7 @@ from merge_cli.evaluation.parse import EVALUATION
 from merge_cli.evolve.objectives import OBJECTIVE
 from merge_cli.methods.parameters import TRUTH, MethodParameter
 from merge_cli.methods.registry import Method, all_methods, get_method, method_names
+from merge_cli.recipe.checkpoints import BECOMES
 from merge_cli.recipe.fields import INEFFECTIVE, MERGEKIT_PARAMETERS
 from merge_cli.recipe.models import model_schema
 from merge_cli.recipe.parse import RECIPE
@@ -84,6 +85,8 @@ def _of_method(method: Method, definitions: dict[str, Schema]) -> Schema:
     modules = {"additionalProperties": {"properties": everywhere}}
     properties = {**everywhere, "modules": modules, **_sections(method)}
     result: Schema = {"properties": properties}
+    if method.is_short_form:
+        return {**result, "required": ["checkpoints"]}
     if method.searches:
         result["required"] = ["objective"] if method.name == _GREEDY else ["search", "objective"]
     elif method.needs_base:
@@ -102,7 +105,12 @@ def _sections(method: Method) -> dict[str, Any]:
     """The sections that the method has no use for, and what is special in those that it has."""
     result: dict[str, Any] = {}
     if method.automatic:
-        return {"parameters": False, "coefficients": False, "search": False, "objective": False}
+        result |= {"parameters": False, "coefficients": False, "search": False, "objective": False}
+        return {**result, "checkpoints": False, "schedule": False}
+    if method.is_short_form:
+        result |= {"models": False, "slices": False, "modules": False}
+    else:
+        result |= {"checkpoints": False, "schedule": False}
     result |= {"budget": False, "methods": False}
     if not method.learns:
         result["training"] = False
@@ -149,6 +157,9 @@ def _schemas(
         definitions["setting.any"] = values
         some = (p for p in _plain_parameters() if p.per_model or not per_model)
         return {p.name: {"$ref": "#/$defs/setting.any", "description": p.doc} for p in some}
+    if method.is_short_form:  # what is one value for each model comes from the schedule
+        shared = (p for p in get_method(BECOMES).parameters.values() if not p.per_model)
+        return {p.name: _parameter(p, definitions) for p in shared}
     parameters = method.parameters.values()
     return {p.name: _parameter(p, definitions) for p in parameters if p.per_model or not per_model}
 

@@ -54,7 +54,7 @@ class MergeExecutor:
         if self._method.model_pass is not None and merged:
             readers = [self._tensor_reader(task) for task in merged]
             self._model_pass = self._method.model_pass(
-                ModelReader(readers, self._reader.pool, cache(on_read))
+                ModelReader(readers, self._reader.pool.map, cache(on_read))
             )
 
     @property

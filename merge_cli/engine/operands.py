@@ -10,12 +10,12 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from merge_cli.checkpoint.statistics import TensorStatistics
 from merge_cli.engine.pool import Pool
 from merge_cli.engine.worker_context import Files
-from merge_cli.methods.blocks import Block, Span
+from merge_cli.methods.blocks import Block, Span, TensorBlocks
 from merge_cli.planning.plan import TensorTask
 
 T = TypeVar("T")
@@ -79,8 +79,8 @@ class TensorReader:
         if self.size <= count:
             yield from self.blocks()
             return
-        for start in sample_starts(self.size, count):
-            yield from self.range(start, min(start + _SAMPLE_RUN, self.size))
+        for start, stop in sample_ranges(self.size, count):
+            yield from self.range(start, stop)
 
     def block(self, start: int, stop: int) -> Block:
         """Elements [start, stop) of every operand, upcast, where they are computed with."""
@@ -107,13 +107,31 @@ def ask_for(files: Files, task: TensorTask, start: int, stop: int) -> None:
             files.ask_for(ref, start * width, (stop - start) * width)
 
 
+class SpannedTensor(TensorBlocks, Protocol):
+    """A tensor whose spans can be read one by one."""
+
+    def span(self, number: int) -> Iterator[Block]:
+        """The blocks of one span."""
+
+    def range(self, start: int, stop: int) -> Iterator[Block]:
+        """Elements [start, stop) in blocks."""
+
+
 class ModelReader:
-    """Every tensor that is merged as one stream: `ModelBlocks`."""
+    """Every tensor that is merged as one stream: `ModelBlocks`.
+
+    Args:
+        map_spans: runs work over spans, results in their order: a pool's `map`.
+        on_pass: called before each pass.
+    """
 
     def __init__(
-        self, tensors: Sequence[TensorReader], pool: Pool, on_pass: Callable[[], None]
+        self,
+        tensors: Sequence[SpannedTensor],
+        map_spans: Callable[[Callable[[Any], Any], Sequence[Any]], list[Any]],
+        on_pass: Callable[[], None],
     ) -> None:
-        self.tensors, self._pool, self._on_pass = tensors, pool, on_pass
+        self.tensors, self._map, self._on_pass = tensors, map_spans, on_pass
         self._offsets = list(accumulate((tensor.size for tensor in tensors), initial=0))
         self.size = self._offsets[-1]
         self._spans = [(t, s) for t in tensors for s in range(len(t.starts) - 1)]
@@ -126,24 +144,24 @@ class ModelReader:
     def map(self, work: Callable[[Iterator[Block]], T], only: int | None = None) -> list[T]:
         self._on_pass()
         spans = self._spans if only is None else [self._spans[only]]
-        return self._pool.map(lambda span: work(span[0].span(span[1])), spans)
+        return self._map(lambda span: work(span[0].span(span[1])), spans)
 
     def sample(self, count: int) -> Iterator[Block]:
         if self.size <= count:
             for tensor in self.tensors:
                 yield from tensor.blocks()
             return
-        for start in sample_starts(self.size, count):
+        for start, stop in sample_ranges(self.size, count):
             number = bisect_right(self._offsets, start) - 1
-            tensor, begin = self.tensors[number], start - self._offsets[number]
-            yield from tensor.range(begin, min(begin + _SAMPLE_RUN, tensor.size))
+            tensor, offset = self.tensors[number], self._offsets[number]
+            yield from tensor.range(start - offset, min(stop - offset, tensor.size))
 
 
-def sample_starts(size: int, count: int) -> Iterator[int]:
-    """Where the runs of a sample of about `count` elements begin."""
+def sample_ranges(size: int, count: int) -> Iterator[tuple[int, int]]:
+    """The runs of a sample of about `count` elements: where each begins and ends."""
     runs = max(1, count // _SAMPLE_RUN)
     step = max(_SAMPLE_RUN, size // runs // _SAMPLE_RUN * _SAMPLE_RUN)
-    return iter(range(0, size, step))
+    return ((start, min(start + _SAMPLE_RUN, size)) for start in range(0, size, step))
 
 
 def operands_of(block: Block, supplied: Mapping[str, Any] | frozenset[str]) -> dict[str, Any]:

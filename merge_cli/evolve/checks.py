@@ -104,6 +104,10 @@ def _section_problems(recipe: Recipe, search: Search) -> Iterator[Problem]:
             hint = nearest(name, plain)
             yield recipe.problem("search.method", message, hint)
             continue
+        if method.is_short_form:
+            message = f"'{name}' has no parameters to search."
+            yield recipe.problem("search.method", message, "Use soup over the checkpoints.")
+            continue
         methods.append(method)
     if search.layers is not None:
         yield from _layer_problems(recipe, search)

@@ -41,6 +41,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 ENTRY_POINTS = "merge_cli.methods"
 _BUILT_IN = (
     "soup",
+    "checkpoint_average",
     "task_arithmetic",
     "ties",
     "dare",
@@ -104,6 +105,7 @@ class Method:
             arrays as well as tensors: then a merge on a CPU runs compiled and does without torch.
         searches: what is merged, and with which parameters, is searched first.
         automatic: several methods are tried first, and the best of them merges.
+        is_short_form: a recipe that names it is read into one of another method.
         gathers: the calibration statistics of every source over its `data:` that it needs: gram or
             fisher; empty for none.
         base_is_source: the base is the first of the sources (slerp).
@@ -126,6 +128,7 @@ class Method:
     supports_numpy: bool = False
     searches: bool = False
     automatic: bool = False
+    is_short_form: bool = False
     gathers: str = ""
     base_is_source: bool = False
     averages_base: Callable[[Recipe, Sequence[Parameters]], bool] | None = None
@@ -165,8 +168,8 @@ class Method:
 
     @property
     def plain(self) -> bool:
-        """Whether it needs nothing but the recipe and the models: no data, no search."""
-        return not self.preparation
+        """Whether it needs nothing but models and parameters: no data, no search, no window."""
+        return not self.preparation and not self.is_short_form
 
     @property
     def preparation(self) -> str:
@@ -271,6 +274,20 @@ def automatic_method(name: str) -> Callable[[F], F]:
 
     def record(function: F) -> F:
         _register(Method(name, function, resolve_variant=function, automatic=True), listed=True)
+        return function
+
+    return record
+
+
+def short_form(name: str, *, paper: str) -> Callable[[F], F]:
+    """Record a method whose recipes are read into recipes of another one (`recipe.checkpoints`).
+
+    The decorated function takes a recipe and returns that other method.
+    """
+
+    def record(function: F) -> F:
+        method = Method(name, function, paper=paper, resolve_variant=function, is_short_form=True)
+        _register(method, listed=True)
         return function
 
     return record

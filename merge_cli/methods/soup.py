@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Annotated
 
 from merge_cli.kernels.backend import Array
 from merge_cli.methods.consensus import linear_sum, weights_cancel
-from merge_cli.methods.parameters import PerModel, each
+from merge_cli.methods.parameters import PerModel, Range, each
 from merge_cli.methods.registry import merge_method
 from merge_cli.recipe.schema import Parameters, Recipe
 
@@ -17,11 +18,15 @@ def _weighs_base(recipe: Recipe, shared: Sequence[Parameters]) -> bool:
     return recipe.merge_method == "linear" and any("weight" in group for group in shared)
 
 
+def _no_average(weight: Sequence[float], normalize: bool, divisor: float | None) -> str:
+    return weights_cancel(weight, normalize and divisor is None)
+
+
 @merge_method(
     "soup",
     aliases=("linear",),
     paper="arXiv:2203.05482",
-    check=weights_cancel,
+    check=_no_average,
     supports_numpy=True,
     averages_base=_weighs_base,
 )
@@ -30,11 +35,15 @@ def soup(
     *,
     weight: PerModel[float] = each(1.0),
     normalize: bool = True,
+    divisor: Annotated[float | None, Range(0, above=True)] = None,
 ) -> Array:
     """Average the models: sum of w_i * theta_i / sum of w_i.
 
     Args:
         weight: how much of each model goes in.
         normalize: divide by the sum of the weights.
+        divisor: divide by this number instead, as where a model is a sum itself.
     """
-    return linear_sum(weight, models, math.fsum(weight) if normalize else 1.0)
+    if divisor is None:
+        divisor = math.fsum(weight) if normalize else 1.0
+    return linear_sum(weight, models, divisor)

@@ -157,7 +157,8 @@ def open_sources(recipe: Recipe, made: Mapping[str, Source]) -> Draft:
     problems = check_recipe(recipe).problems  # again: two names may turn out to be one model
     if problems:
         raise RecipeError(problems)
-    notes = [f"{source.label}: {note}" for source in sources for note in source.notes]
+    notes = [*recipe.notes]
+    notes += [f"{source.label}: {note}" for source in sources for note in source.notes]
     for source in sources:
         _, why = read_card(source.root)
         if why:

@@ -50,7 +50,7 @@ UNSUPPORTED = {
     "layer_slices": "a file of bakllama; the same model is `slices` with `passthrough`",
     "data": "`data` belongs to a model: write it under each of `models`",
 }
-SOURCE_KEYS = ("models", "slices", "modules")  # one of them lists what is merged
+SOURCE_KEYS = ("models", "slices", "modules", "checkpoints")  # one of them lists what is merged
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 FP8 = "fp8"  # of `out_dtype`: matrices of layers as codes of eight bits with scales, the rest not

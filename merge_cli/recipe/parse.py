@@ -12,6 +12,7 @@ from typing import Any
 
 from merge_cli.errors import Problem
 from merge_cli.recipe.automatic import BUDGET, METHODS
+from merge_cli.recipe.checkpoints import CHECKPOINTS, METHOD, expand
 from merge_cli.recipe.fields import DTYPES, FP8, SOURCE_KEYS, UNUSED_SEED, nearest
 from merge_cli.recipe.models import MODEL
 from merge_cli.recipe.nodes import Node, without_empty
@@ -28,6 +29,7 @@ from merge_cli.recipe.reader import (
     Section,
     Text,
 )
+from merge_cli.recipe.schedule import SCHEDULE
 from merge_cli.recipe.schema import Recipe
 from merge_cli.recipe.search import SEARCH, Search
 from merge_cli.recipe.sources import MODELS, PARAMETERS, SLICES, ModulesForm
@@ -96,6 +98,12 @@ RECIPE = Section(
         "models": MODELS,
         "slices": SLICES,
         "modules": Key(ModulesForm(), "parts of a multimodal model, each merged by itself"),
+        "checkpoints": Key(
+            CHECKPOINTS, "a window of a training run, instead of models (checkpoint_average)"
+        ),
+        "schedule": Key(
+            SCHEDULE, "the learning-rate decay that the window stands for; default constant"
+        ),
         "parameters": Key(PARAMETERS, "the method's parameters, for all models"),
         "dtype": Key(DtypeForm(), "stored dtype of the output; default each tensor's own"),
         "out_dtype": Key(
@@ -143,6 +151,7 @@ def parse_recipe(root: Node, file: str, folder: Path) -> tuple[Recipe | None, li
     root = without_empty(root)
     values = RECIPE.read(root, "", reader)
     _check_sources(root, reader)
+    expand(values, root, reader)
     values["seed"] = _seed(values, root, reader)
     values["merge_method"] = values.get("merge_method", "")
     values["inputs"] = {name: str(value) for name, value in values.get("inputs", {}).items()}
@@ -171,7 +180,7 @@ def _check_sources(root: Node, reader: Reader) -> None:
     given = [key for key in SOURCE_KEYS if key in root.value]
     if len(given) > 1:
         reader.refuse(root, given[0], f"give either {' or '.join(given)}, not both")
-    elif not given:
+    elif not given and root.value.get("merge_method", root).value != METHOD:
         reader.refuse(root, "models", "missing", "List the sources under `models:`.")
 
 

@@ -95,6 +95,7 @@ class Recipe:
         file: the recipe as messages name it; `folder` is where its relative paths start.
         positions: key path -> (line, column), for messages of later stages.
         warnings: one line for each key that is known, accepted and without effect.
+        notes: one line for each thing that the plan's reader should know of how it was read.
         stages: the other documents of the file, each before those that use it (documents.py).
     """
 
@@ -125,6 +126,7 @@ class Recipe:
     folder: Path = field(default_factory=Path.cwd)
     positions: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     stages: tuple[Recipe, ...] = ()
 
     @property
