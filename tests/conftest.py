@@ -34,7 +34,7 @@ def family(tmp_path: Path) -> Family:
 
 @pytest.fixture(scope="session")
 def zoo() -> Path:
-    """The real model family that the demo merges."""
+    """The family of five million parameters, trained on real text."""
     folder = ROOT / "zoo"
     assert (folder / "base" / "model.safetensors").exists(), "the family belongs to the repository"
     return folder

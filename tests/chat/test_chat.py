@@ -168,23 +168,27 @@ def test_the_oldest_turns_make_room(german: LiveModel, talker: Path) -> None:
         talk.prompt("e" * 130, sampling)
 
 
-def test_what_a_template_refuses_does_not_end_the_conversation(talker: Path) -> None:
-    done = cli("chat", talker, input="refuse\nneun =\n")
-    assert done.returncode == 0, done.stderr
-    assert "not that" in done.stderr
-    assert done.stdout.strip() == "9"
+def test_what_a_template_refuses_does_not_end_the_conversation(
+    talker: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("refuse\nneun =\n"))
+    chat(str(talker))
+    shown = capsys.readouterr()
+    assert "not that" in shown.err
+    assert shown.out.strip() == "9"
 
 
-def test_a_file_of_prompts(tmp_path: Path, talker: Path) -> None:
+def test_a_file_of_prompts(
+    tmp_path: Path, talker: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     rows: list[dict[str, Any]] = [
         {"prompt": "zwanzig ="},
         {"messages": [{"role": "user", "content": "neun"}, {"role": "user", "content": " ="}]},
     ]
     file = tmp_path / "prompts.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    done = cli("chat", talker, "--prompts", file, "--json")
-    assert done.returncode == 0, done.stderr
-    printed = [json.loads(line) for line in done.stdout.splitlines()]
+    chat(str(talker), prompts=file, as_json=True)
+    printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert printed == [
         {"line": 1, **rows[0],
          "answers": {str(talker): {"text": " 20", "tokens": 4, "ended": "end"}}},
@@ -193,9 +197,8 @@ def test_a_file_of_prompts(tmp_path: Path, talker: Path) -> None:
     ]  # fmt: skip
     plain = tmp_path / "prompts.txt"
     plain.write_text("zwanzig =\n\nneun =\n", encoding="utf-8")
-    done = cli("chat", FAMILY / "german", "--prompts", plain, "--against", FAMILY / "base")
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+    chat(str(FAMILY / "german"), prompts=plain, against=str(FAMILY / "base"))
+    lines = capsys.readouterr().out.splitlines()
     assert [line.split(">")[0] for line in lines[::3]] == ["1", "3"]
     assert lines[1] == f"{FAMILY / 'german'}> 20"
 
@@ -255,12 +258,15 @@ def test_wrong_flags(options: dict[str, Any], message: str) -> None:
         chat(str(FAMILY / "german"), **options)
 
 
-def test_escape_sequences_have_no_effect(tmp_path: Path) -> None:
+def test_escape_sequences_have_no_effect(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text("\x1b[2Jneun =\n", encoding="utf-8")
-    done = cli("chat", FAMILY / "german", "--prompts", file)
-    assert done.returncode == 0, done.stderr
-    assert "\x1b" not in done.stdout
+    chat(str(FAMILY / "german"), prompts=file)
+    shown = capsys.readouterr().out
+    assert "[2Jneun" in shown
+    assert "\x1b" not in shown
 
 
 def test_the_first_interrupt_stops_the_answer_and_the_second_raises() -> None:
@@ -274,16 +280,18 @@ def test_the_first_interrupt_stops_the_answer_and_the_second_raises() -> None:
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_an_adapter_is_merged_before_it_talks(tmp_path: Path) -> None:
+def test_an_adapter_is_merged_before_it_talks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     from merge_cli.adapters.extract import extract_lora
 
     adapter = extract_lora(
         FAMILY / "german", tmp_path / "adapter", base=FAMILY / "base", rank=64, embeddings=True
     )
     named = f"{FAMILY / 'base'}+{adapter.path}"
-    done = cli("chat", named, input="neunhundertelf =\n", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "911"
+    monkeypatch.setattr("sys.stdin", io.StringIO("neunhundertelf =\n"))
+    chat(named)
+    assert capsys.readouterr().out.strip() == "911"
     with pytest.raises(MergeCliError):
         open_models([f"{FAMILY / 'base'}+{tmp_path / 'nothing'}"])
 
