@@ -87,6 +87,8 @@ def _made(record: Json) -> list[str]:
 def _key_figures(record: Json) -> list[KeyFigure]:
     merges = [model for model in record["models"] if model["cost"]]
     field, sign = _ranking(record)
+    if not merges:
+        return []
     best = max(merges, key=lambda model: sign * model[field]["value"]) if field else None
     figures = []
     if best is not None:
@@ -163,13 +165,15 @@ def _normalised(record: Json) -> Section | None:
 
 def _best_merge(record: Json, task: str) -> float:
     merges = [model for model in record["models"] if model["cost"]]
+    if not merges:
+        return 0.0
     return max(float(model["normalised"][task]["value"]) for model in merges)
 
 
 def _against_cost(record: Json) -> Section | None:
     field, sign = _ranking(record)
     merges = [model for model in record["models"] if model["cost"]]
-    if field is None:
+    if field is None or not merges:
         return None
     points = [
         Point(

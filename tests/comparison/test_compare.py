@@ -214,6 +214,13 @@ def test_the_tables_say_the_same() -> None:
     assert page.count("<script") == 1  # the page's own
 
 
+def test_a_page_without_merges_is_a_page() -> None:
+    alone = Comparison(example().entries[:3], {"math": "math", "code": "code"}, None)
+    record = comparison_record(alone)
+    assert record["verdict"] is None
+    assert "3 models on math and code." in render_comparison(record)
+
+
 def test_names_cannot_break_the_page() -> None:
     bad = "<b>&\"'</b>"
     found = Comparison(
