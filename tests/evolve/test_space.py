@@ -241,7 +241,7 @@ objective: [{task: loss, data: x.jsonl}]
         ("{method: ties, optimizer: random, sigma: 0.1, parameters: {lambda: {min: 0, max: 1}}}",
          "has no effect with random"),
         ("{method: ties, keep: 0.1, parameters: {lambda: {min: 0, max: 1}}}", "without `fidelity`"),
-        ("{method: ties, start: no.yaml, parameters: {lambda: {min: 0, max: 1}}}", "such recipe"),
+        ("{method: ties, start: no.yaml, parameters: {lambda: {min: 0, max: 1}}}", "such file"),
     ],
 )  # fmt: skip
 def test_what_a_method_cannot_be_searched_for(search: str, words: str, tmp_path: Path) -> None:
