@@ -63,9 +63,8 @@ def run(name: str, training: dict[str, Any], seed: int) -> dict[str, Any]:
     recipe.write_text(yaml.safe_dump(document))
     began = time.process_time()
     options = merge_cli.MergeOptions(device="cpu", threads=1, overwrite=True)
-    result = merge_cli.merge(
-        recipe, folder / f"{name}-{seed}".replace(", ", "-").replace(" ", "-"), options=options
-    )
+    out = folder / f"{name}-{seed}".replace(", ", "-").replace(" ", "-")
+    result = merge_cli.merge(recipe, out, options=options)
     spent = time.process_time() - began
     about = result.report["training"]
     tasks_file = folder / "eval.yaml"
