@@ -17,6 +17,7 @@
     adapters · analysis · drafting · comparison     what else is done with models
     json_schema                                     a recipe's JSON Schema, from all of the above
     api · console                                   the library's front door, what a terminal shows
+    averages                                        running averages on disk, made of merges
     cli                                             the command line
 
 A folder may import from lines above its own. Imports inside functions count, and so do those for
