@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from merge_cli.adapters.extract import extract_lora
     from merge_cli.analysis.run import analyze
     from merge_cli.api import MergeResult, compare, merge, plan
+    from merge_cli.averages import add_checkpoints
     from merge_cli.engine.running_average import RunningAverage
     from merge_cli.engine.state_dicts import merge_state_dicts
     from merge_cli.errors import MergeCliError
@@ -27,6 +28,7 @@ _HOMES = {
     "MergeOptions": "merge_cli.options",
     "MergeResult": "merge_cli.api",
     "RunningAverage": "merge_cli.engine.running_average",
+    "add_checkpoints": "merge_cli.averages",
     "analyze": "merge_cli.analysis.run",
     "checkpoint_weights": "merge_cli.recipe.schedule",
     "compare": "merge_cli.api",
@@ -45,6 +47,7 @@ __all__ = [
     "MergeOptions",
     "MergeResult",
     "RunningAverage",
+    "add_checkpoints",
     "analyze",
     "checkpoint_weights",
     "compare",

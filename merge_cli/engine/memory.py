@@ -30,8 +30,10 @@ _SEARCH = {"compiled": 15_000_000, "torch": 45_000_000}
 # Arrays of a block that a method makes besides its operands.
 _TEMPORARIES = {"compiled": 6, "torch": 14}
 _STORED = 2  # bytes of a stored element, as a rule
-# 1 MiB an operand. Smaller blocks stay in L2, but threads then wait for Python's lock more often.
+# 1 MiB an operand. Smaller blocks stay in L2, but threads then wait for Python's lock more often:
+# not where many operands make the work on each block longer.
 _HOST_BLOCK = 4 * BLOCK_MULTIPLE
+_FULL_BLOCKS = 16  # operands, at most, that have blocks of that size
 _GPU_WORKERS = 4  # on one device: one reads, one copies, one computes, one writes
 _GPU_BLOCK = 64 * BLOCK_MULTIPLE
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _KEEP_BYTES = -1, -3, 32 * 2**20  # malloc.h
@@ -72,15 +74,12 @@ def worker_memory(plan: Plan, device: Device, options: MergeOptions) -> WorkerMe
         spare = _TEMPORARIES[choose_arithmetic(plan)[0]]
         if plan.method.preparation == "calibration":
             spare += 2 * inputs  # a block's statistics, and with weights
+        block = _host_block(inputs)
         per_worker = (
-            _HOST_BLOCK * ((_STORED + 4) * inputs + 4 * spare)
-            + _tensor_bytes(plan)
-            + _fp8_bytes(plan)
+            block * ((_STORED + 4) * inputs + 4 * spare) + _tensor_bytes(plan) + _fp8_bytes(plan)
         )
         threads = options.threads or usable_cores()
-        return WorkerMemory(
-            max(1, min(threads, free // per_worker)), _HOST_BLOCK, inputs, per_worker
-        )
+        return WorkerMemory(max(1, min(threads, free // per_worker)), block, inputs, per_worker)
     workers = (1 if _tensor_bytes(plan) else _GPU_WORKERS) * len(device.indexes)
     width = (_STORED * inputs + 4) if inputs else 4  # pinned: every input as stored, the output
     room = free // (workers * width)
@@ -89,6 +88,13 @@ def worker_memory(plan: Plan, device: Device, options: MergeOptions) -> WorkerMe
     room = min(room, vram // (_GPU_WORKERS * 4 * (3 * inputs + _TEMPORARIES["torch"])))
     block = max(1, min(_GPU_BLOCK, room) // BLOCK_MULTIPLE) * BLOCK_MULTIPLE
     return WorkerMemory(workers, block, inputs, block * width)
+
+
+def _host_block(inputs: int) -> int:
+    """Elements of a block on a CPU, so that those of 40 operands take little more than of 16."""
+    if inputs <= _FULL_BLOCKS:
+        return _HOST_BLOCK
+    return max(1, _HOST_BLOCK * _FULL_BLOCKS // inputs // BLOCK_MULTIPLE) * BLOCK_MULTIPLE
 
 
 def estimated_peak(plan: Plan, device: Device, options: MergeOptions) -> int:

@@ -18,6 +18,7 @@
     chat                                            talking to a model
     json_schema                                     a recipe's JSON Schema, from all of the above
     api · demo · console                            the front door, a try, what a terminal shows
+    averages                                        running averages on disk, made of merges
     cli                                             the command line
 
 A folder may import from lines above its own. Imports inside functions count, and so do those for
