@@ -28,7 +28,7 @@ from typing import Any
 import yaml
 
 import merge_cli
-from merge_cli.evaluation.result import Metric
+from merge_cli.evaluation.result import Better, Metric
 from merge_cli.evaluation.summary import difference, interval, resampled
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -120,9 +120,9 @@ def measure(name: str, work: Path) -> dict[str, Any]:
 
 
 def metric(task: str, found: Mapping[str, Any]) -> Metric:
-    better = "higher" if task == "arithmetic" else "lower"
     one = found["tasks"][task]
-    return Metric(task, "", better, one["parts"], one["weights"])  # type: ignore[arg-type]
+    better: Better = "higher" if task == "arithmetic" else "lower"
+    return Metric(task, "", better, one["parts"], one["weights"])
 
 
 def summarised(measured: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -167,7 +167,7 @@ def train(
             report(f"{run.name}: {curve[-1]}, {time.process_time() - began:.0f} s of CPU")
         for group in optimizer.param_groups:
             group["lr"] = run.rate * schedule(run, step)
-        loss_of(model, *batch(run, data, step)).backward()  # type: ignore[no-untyped-call]
+        loss_of(model, *batch(run, data, step)).backward()
         torch.nn.utils.clip_grad_norm_(factors.values(), 1.0)
         optimizer.step()
         optimizer.zero_grad()

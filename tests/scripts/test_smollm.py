@@ -73,7 +73,7 @@ def test_answers_are_exact(script: Any, split: str) -> None:
 
 def test_no_pair_or_its_twin_is_on_two_sides(script: Any) -> None:
     sums = script("zoo", "sums")
-    seen = {split: set() for split in SPLITS}
+    seen: dict[str, set[tuple[int, int]]] = {split: set() for split in SPLITS}
     for split in SPLITS:
         # Everything that the split has: the largest operation has 8,100 calculations.
         for step in itertools.islice(sums.calculations(split), 25_000):
@@ -125,7 +125,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("smollm") / "SmolLM2-135M-Instruct"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(CONFIG), encoding="utf-8")
-    header, end = {}, 0
+    header: dict[str, Any] = {}
+    end = 0
     for name, shape in shapes().items():
         size = 2 * shape[0] * (shape[1] if len(shape) > 1 else 1)
         header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end + size]}
