@@ -27,6 +27,7 @@ PAGES = {
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
     "zoo/README.md": "zoo.md",
+    "zoo/smollm/README.md": "zoo_smollm.md",
     "zoo/data/NOTICE.md": "notice.md",
     "configs": "methods.md",
 }

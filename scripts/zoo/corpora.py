@@ -205,10 +205,10 @@ def _files(source: Source, work: Path) -> Iterator[tuple[str, str, bool]]:
         yield document_name(source, relative), text, committable
 
 
-def build(work: Path) -> None:
+def build(work: Path, sources: tuple[Source, ...] = SOURCES) -> None:
     """Writes WORK/corpora/{DOMAIN.SPLIT.jsonl, sources.json}."""
     documents: dict[str, list[tuple[Source, str, str, bool]]] = {split: [] for split in SPLITS}
-    for source in SOURCES:
+    for source in sources:
         for name, text, committable in _files(source, work):
             documents[split_of(name)].append((source, name, text, committable))
         print(f"corpora: read {source.package}", flush=True)
@@ -228,7 +228,7 @@ def build(work: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     sizes: dict[str, int] = {}
     for split in SPLITS:
-        rows: dict[str, list[Passage]] = {source.domain: [] for source in SOURCES}
+        rows: dict[str, list[Passage]] = {source.domain: [] for source in sources}
         for source, name, text, committable in documents[split]:
             kept = [paragraph for paragraph in source.read(text) if is_new(paragraph)]
             if source.domain == "japanese":
@@ -249,7 +249,7 @@ def build(work: Path) -> None:
             "version": version(source.package, work),
             "bytes": {split: sizes.get(f"{source.package}.{split}", 0) for split in SPLITS},
         }
-        for source in SOURCES
+        for source in sources
     ]
     (out / "sources.json").write_text(json.dumps(described, indent=1) + "\n")
 
