@@ -79,7 +79,7 @@ def run(
         bool,
         switch(
             "--accept-best",
-            "merge_method: auto publishes the best merge so far where Ctrl-C stops it, or has.",
+            "Publish the best that `auto` has found so far where Ctrl-C stops it, or has before.",
         ),
     ] = False,
     tune: Annotated[
