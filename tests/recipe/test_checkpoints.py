@@ -266,7 +266,9 @@ def run_of(folder: Path, count: int) -> None:
             (root / other).write_text("{}")
 
 
-@pytest.mark.parametrize("schedule", ["constant", "cosine", "{ema: 0.7}", "{weights: [3, 0, 1, 2]}"])
+@pytest.mark.parametrize(
+    "schedule", ["constant", "cosine", "{ema: 0.7}", "{weights: [3, 0, 1, 2]}"]
+)
 def test_the_bytes_are_those_of_the_soup(tmp_path: Path, schedule: str) -> None:
     run_of(tmp_path, 4)
     text = METHOD + f"checkpoints: {{from: .}}\nschedule: {schedule}\n"
