@@ -2,8 +2,8 @@
 
     python scripts/bench_window.py --work /tmp/window --counts 3,16,40 --size 100
 
-Each merge is a process of its own, with one thread. The checkpoints are made once, of `--size` MB of
-bfloat16 in layers like Llama's, and stay under --work. Prints a Markdown table: the peak of the
+Each merge is a process of its own, with one thread. The checkpoints are made once, of `--size` MB
+of bfloat16 in layers like Llama's, and stay under --work. Prints a Markdown table: the peak of the
 process, what the plan foresaw, CPU seconds for each GB that is read, and the ratio of that to the
 first row's.
 """

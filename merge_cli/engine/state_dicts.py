@@ -22,7 +22,6 @@ from merge_cli.kernels.reduce import BLOCK_MULTIPLE
 from merge_cli.methods.blocks import Block, Span, operand_specs
 from merge_cli.methods.registry import Method, get_method
 from merge_cli.planning.resolve import Resolver, arguments, check_recipe
-from merge_cli.recipe.fields import nearest
 from merge_cli.recipe.reference import ModelRef
 from merge_cli.recipe.schema import Parameters, Recipe, SourceSpec
 from merge_cli.recipe.values import Parameter, Scalar
@@ -158,7 +157,7 @@ def _method_of(recipe: Recipe) -> Method:
     for given in (*recipe.parameters, *own):
         known = method.parameters.get(given)
         if known is None:
-            hint = nearest(given, method.parameters) if method.parameters else ""
+            hint = f"Its parameters: {', '.join(method.parameters) or 'none'}."
             raise UsageError(f"{name} has no parameter '{given}'", hint=hint)
         if given in own and not known.per_model:
             raise UsageError(f"{given} is one value for the whole merge, not one for each model")

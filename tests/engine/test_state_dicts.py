@@ -182,7 +182,11 @@ ONE = {"w": torch.ones(2)}
         ({"weights": [1]}, UsageError, "weight has 1 values for 2 state dicts"),
         ({"weights": [1, 2], "weight": 1}, UsageError, "either weights or weight"),
         ({"weights": [1, -1]}, UsageError, "sum to 0"),
-        ({"densty": 0.5, "method": "ties", "base": ONE}, UsageError, "Did you mean 'density'"),
+        (
+            {"densty": 0.5, "method": "ties", "base": ONE},
+            UsageError,
+            "no parameter 'densty'.*density",
+        ),
         ({"density": 0.5}, UsageError, "soup has no parameter 'density'"),
         ({"normalize": [True, False]}, UsageError, "one value for the whole merge"),
         ({"density": -1, "method": "ties", "base": ONE}, RecipeError, "density"),
