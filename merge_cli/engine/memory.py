@@ -21,10 +21,10 @@ from merge_cli.system.machine import usable_cores
 
 MINIMUM_MEMORY = 500_000_000
 # Measured with scripts/bench.py: the interpreter with its libraries; what numba or torch add; what
-# the plan and the report hold for each tensor of each model.
+# the plan and the report hold for each tensor, and for each in each model (bench_window.py).
 _RUNTIME = 108_000_000
 _LIBRARIES = {"compiled": 55_000_000, "torch": 172_000_000}
-_TENSOR = 2_500  # bytes
+_TENSOR, _SOURCE_TENSOR = 7_000, 600  # bytes
 # For each operand: the sample and the histograms of an exact threshold.
 _SEARCH = {"compiled": 15_000_000, "torch": 45_000_000}
 # Arrays of a block that a method makes besides its operands.
@@ -154,8 +154,8 @@ def _fp8_bytes(plan: Plan) -> int:
 
 def _fixed(plan: Plan, device: Device) -> int:
     """What does not depend on the workers."""
-    headers = sum(len(source.tensors) for source in plan.sources) + len(plan.tasks)
-    fixed = _RUNTIME + _TENSOR * headers
+    stored = sum(len(source.tensors) for source in plan.sources)
+    fixed = _RUNTIME + _TENSOR * len(plan.tasks) + _SOURCE_TENSOR * stored
     if not _computes(plan):
         return fixed
     kind = "torch" if device.kind == "cuda" else choose_arithmetic(plan)[0]

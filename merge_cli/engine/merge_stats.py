@@ -26,8 +26,8 @@ class TensorStats:
 
     Attributes:
         count: elements.
-        gram: dot products between operands, S x S as nested lists (only the diagonal's entries
-            are filled with more than 16 operands).
+        gram: dot products between operands, S x S as nested lists; S x 1, each with itself, with
+            more than 16 operands.
         agree, both: for each pair of operands, elements on which both are non-zero, and those of
             them with the same sign (counted on a fixed sixteenth of the elements).
         conflict, sampled: elements on which some operands are positive and others negative, and
@@ -120,7 +120,7 @@ class StatisticsMeter:
         rates = len(self._gram) > 1 and self._pairs
         return replace(
             self._sums,
-            gram=self._gram.tolist(),
+            gram=(self._gram if self._pairs else self._gram.diagonal()[:, None]).tolist(),
             both=self._both.tolist() if rates else [],
             agree=self._agree.tolist() if rates else [],
             kept=self._kept_counts.tolist() if self._count_kept is not None else [],

@@ -67,8 +67,9 @@ def merge_state_dicts(
         first's. Tensors that share memory in every dict (tied weights) share it in the result.
 
     Raises:
-        UsageError: a method that needs more, a base that is missing or has no use.
-        RecipeError: parameters that the method does not have, or that cannot be.
+        UsageError: a method that needs more, a base that is missing or has no use, parameters that
+            the method does not have.
+        RecipeError: values that cannot be, or more or fewer state dicts than the method takes.
         MismatchError: names, shapes or kinds of tensors that differ, all at once.
         NonFiniteError: NaN or Inf among the weights, or a result too large for float16.
     """
@@ -151,6 +152,15 @@ def _method_of(recipe: Recipe) -> Method:
     method = (method.resolve_variant and method.resolve_variant(recipe)) or method
     if method.needs_base and recipe.base_model is None:
         raise UsageError(f"{name} needs the model that the others began from", hint="Give base.")
+    # In a recipe, those of mergekit's other methods are passed by; here nobody has copied them.
+    own = [*recipe.models[0].parameters]
+    for given in (*recipe.parameters, *own):
+        known = method.parameters.get(given)
+        if known is None:
+            hint = f"Its parameters: {', '.join(method.parameters) or 'none'}."
+            raise UsageError(f"{name} has no parameter '{given}'", hint=hint)
+        if given in own and not known.per_model:
+            raise UsageError(f"{given} is one value for the whole merge, not one for each model")
     problems = check_recipe(recipe).problems
     if problems:
         raise RecipeError(problems)

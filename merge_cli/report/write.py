@@ -248,8 +248,8 @@ def _group(name: str, stats: TensorStats) -> dict[str, Any]:
     norms = _norms(stats)
     base = math.sqrt(stats.base)
     layer = layer_key_of(f"{name}.x")
-    pairs = range(len(norms))
     has_pairs = len(norms) > 1 and any(stats.gram[0][1:])
+    pairs = range(len(norms)) if has_pairs else ()
     cosine = [
         [_ratio(stats.gram[i][j], norms[i] * norms[j]) if i != j else 1.0 for j in pairs]
         for i in pairs
@@ -273,7 +273,8 @@ def _group(name: str, stats: TensorStats) -> dict[str, Any]:
 
 
 def _norms(stats: TensorStats) -> list[float]:
-    return [math.sqrt(max(row[i], 0.0)) for i, row in enumerate(stats.gram)]
+    squares = [row[min(i, len(row) - 1)] for i, row in enumerate(stats.gram)]
+    return [math.sqrt(max(square, 0.0)) for square in squares]
 
 
 def _ratio(part: float, total: float) -> float | None:
