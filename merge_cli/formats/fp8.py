@@ -9,13 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 from merge_cli.checkpoint.headers import TensorRef
-from merge_cli.checkpoint.tensors import Float32, Read, Tensor, read_numbers
+from merge_cli.checkpoint.tensors import Float32, Read, Tensor
 from merge_cli.errors import CorruptFileError
-from merge_cli.formats.storage_format import QUANTIZATION, DecodedModel
+from merge_cli.formats.small_floats import numbers_of, read_scales
+from merge_cli.formats.storage_format import (
+    DecodedModel,
+    quantization_of,
+    unquantised,
+    usual_dtype,
+)
 
 _FP8 = ("F8_E4M3", "F8_E5M2")
 _SCALES = ("_scale_inv", "_scale")  # behind the weight's name
@@ -41,15 +46,13 @@ class Fp8:
 
     def detect(self, tensors: Mapping[str, TensorRef], config: Mapping[str, Any]) -> bool:
         stored = any(ref.dtype in _FP8 for ref in tensors.values())
-        return stored and _is_fp8(config.get(QUANTIZATION))
+        return stored and _is_fp8(quantization_of(config))
 
     def decode(
         self, tensors: Mapping[str, TensorRef], config: Mapping[str, Any], label: str
     ) -> DecodedModel:
         stored = [ref for ref in tensors.values() if ref.dtype in _FP8]
-        default_dtype = {"float16": "F16", "float32": "F32"}.get(
-            str(config.get("dtype") or config.get("torch_dtype")), "BF16"
-        )
+        default_dtype = usual_dtype(config)
         as_numbers: dict[str, Tensor] = dict(tensors)
         scaled = 0
         for ref in stored:
@@ -59,7 +62,7 @@ class Fp8:
             if scale is not None:
                 del as_numbers[scale.name]
                 scaled += 1
-            block = _block(ref, scale, config.get(QUANTIZATION), label)
+            block = _block(ref, scale, quantization_of(config), label)
             as_numbers[ref.name] = DequantizedTensor(ref, scale, block, default_dtype)
         dropped = [name for name in as_numbers if name.endswith(_DROPPED)]
         for name in dropped:
@@ -69,8 +72,7 @@ class Fp8:
             notes.append(
                 f"{len(dropped)} scales of activations and caches are left out ({dropped[0]}, ...)"
             )
-        plain = {key: value for key, value in config.items() if key != QUANTIZATION}
-        return DecodedModel(as_numbers, plain, tuple(notes))
+        return DecodedModel(as_numbers, unquantised(config), tuple(notes))
 
     def encode(self, rows: Any, columns: int) -> tuple[Any, Any]:
         import numpy as np
@@ -129,11 +131,11 @@ class DequantizedTensor(Float32):
         out = np.frombuffer(buffer, np.float32)
         raw = np.empty(len(out), np.uint8)
         read(self.weight, start, raw.data)
-        np.take(_table(self.weight.dtype), raw, out=out)
+        np.take(numbers_of(self.weight.dtype), raw, out=out)
         if self.scale is None:
             return
         if self.scale.size == 1:
-            out *= _numbers(read, self.scale, 0, 1)[0]
+            out *= read_scales(read, self.scale, 0, 1)[0]
             return
         columns = self.shape[-1]
         stop = start + len(out)
@@ -169,45 +171,12 @@ class DequantizedTensor(Float32):
             matrix, inside = divmod(row, rows)
             end = min(last, matrix * rows + min(rows, (inside // tall + 1) * tall))
             scale_row = matrix * per_matrix + inside // tall
-            numbers = _numbers(read, self.scale, scale_row * across, across)
+            numbers = read_scales(read, self.scale, scale_row * across, across)
             if across == 1:
                 yield row, end, numbers[0]
             else:
                 yield row, end, np.repeat(numbers, wide)[: self.shape[-1]]
             row = end
-
-
-def _numbers(read: Read, ref: TensorRef, start: int, count: int) -> Any:
-    """Scales as float32; E8M0 has exponents alone."""
-    import numpy as np
-
-    if ref.dtype != "F8_E8M0":
-        return read_numbers(read, ref, start, count)
-    raw = np.empty(count, np.uint8)
-    read(ref, start, raw.data)
-    return np.exp2(raw.astype(np.float32) - 127)
-
-
-@cache
-def _table(dtype: str) -> Any:
-    """The 256 numbers of a format."""
-    import numpy as np
-
-    fraction, bias = (3, 7) if dtype == "F8_E4M3" else (2, 15)
-    result = np.empty(256, np.float32)
-    for code in range(256):
-        sign = -1.0 if code & 0x80 else 1.0
-        exponent, mantissa = (code & 0x7F) >> fraction, code & ((1 << fraction) - 1)
-        if exponent:
-            value = (1 + mantissa / (1 << fraction)) * 2.0 ** (exponent - bias)
-        else:
-            value = mantissa / (1 << fraction) * 2.0 ** (1 - bias)
-        if dtype == "F8_E4M3" and code & 0x7F == 0x7F:
-            value = float("nan")
-        if dtype == "F8_E5M2" and exponent == 31:
-            value = float("nan") if mantissa else float("inf")
-        result[code] = sign * value
-    return result
 
 
 def _is_fp8(quantization: Any) -> bool:

@@ -14,11 +14,11 @@ from typing import Any
 
 from merge_cli.checkpoint.dtypes import MERGEABLE
 from merge_cli.checkpoint.headers import TensorRef
-from merge_cli.checkpoint.tensors import Float32, Read, Tensor, read_numbers
+from merge_cli.checkpoint.tensors import Float32, Read, Tensor, fill_rows, read_numbers
 from merge_cli.kernels.matrices import low_rank_product
 from merge_cli.lora.adapter import EMBEDDING_FACTORS, LAYER_FACTORS, Parts
 from merge_cli.lora.config import by_pattern, scale_of
-from merge_cli.lora.expert_factors import fill_rows, read_cached
+from merge_cli.lora.expert_factors import read_cached
 
 # transformers' classes with layers that are stored [in, out], and what those are called.
 _WITH_CONV1D = frozenset(

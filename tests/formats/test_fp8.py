@@ -14,7 +14,7 @@ import yaml
 
 import merge_cli
 from merge_cli.errors import CorruptFileError, SourceError
-from merge_cli.formats.fp8 import _table
+from merge_cli.formats.small_floats import numbers_of
 from merge_cli.options import MergeOptions
 from merge_cli.planning.planner import load_recipe, make_plan
 from tests.support.tiny import llama_config, llama_tensors, read_model, write_model
@@ -58,7 +58,7 @@ NAME = "model.layers.0.mlp.up_proj.weight"  # 32 x 16
 @pytest.mark.parametrize("dtype", [E4M3, E5M2])
 def test_all_codes(dtype: torch.dtype) -> None:
     codes = torch.arange(256, dtype=torch.uint8).view(dtype).float().numpy()
-    ours = _table({E4M3: "F8_E4M3", E5M2: "F8_E5M2"}[dtype])
+    ours = numbers_of({E4M3: "F8_E4M3", E5M2: "F8_E5M2"}[dtype])
     np.testing.assert_array_equal(codes, ours)
 
 
@@ -167,7 +167,7 @@ def write_recipe(folder: Path) -> Path:
     ("about", "hint"),
     [({"quant_method": "gptq", "bits": 4}, "GPTQModel"), ({"quant_method": "awq"}, "AutoAWQ"),
      ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "dequantize"),
-     ({"quant_method": "hqq"}, "HQQ"), ({"quant_method": "mxfp4"}, "Mxfp4Config"),
+     ({"quant_method": "hqq"}, "HQQ"), ({"quant_method": "mxfp4"}, "unquantised"),
      ({"quant_method": "compressed-tensors", "config_groups": {"g": {"weights": {
          "num_bits": 4, "type": "int"}}}}, "unquantised"),
      ({"something": 1}, "unquantised")],

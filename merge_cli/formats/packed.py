@@ -1,0 +1,242 @@
+"""What packed formats share: codes of few bits, weights computed by rows, strips of a matrix.
+
+A `PackedTensor` is computed by rows of its last dimension, so that a block may begin anywhere.
+Formats that store a matrix the other way round ([in, out]) read it by strips: columns of what is
+stored are rows of the weight. A block is a few rows, and cutting those out of the file would
+read every line of it for each block; so each thread keeps the latest strip of each model.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from itertools import count
+from typing import Any
+
+from merge_cli.checkpoint.dtypes import width_of
+from merge_cli.checkpoint.headers import TensorRef
+from merge_cli.checkpoint.tensors import Read, Tensor, fill_rows
+from merge_cli.errors import CorruptFileError
+
+STRIP_BYTES = 2**21  # of codes, for each thread and model; of their scales it is less
+_SLAB_BYTES = 2**20  # of lines that are read whole to cut a strip out of them
+_KEPT = 64  # strips that a thread keeps: of more models than are merged at once
+_openings = count()
+
+
+def unpack(raw: Any, bits: int) -> Any:
+    """Codes of bytes in which they lie one after another, the lowest bits first.
+
+    Args:
+        raw: numpy uint8 [..., bytes].
+        bits: of a code, 1 to 8.
+
+    Returns:
+        numpy uint8 [..., 8 * bytes // bits]; of 3, 5, 6 and 7 bits as many more as fill whole
+        groups of eight.
+    """
+    import numpy as np
+
+    if bits == 8:
+        return raw
+    mask = (1 << bits) - 1
+    if 8 % bits == 0:
+        per_byte = 8 // bits
+        codes = np.empty((*raw.shape, per_byte), np.uint8)
+        for place in range(per_byte):
+            np.bitwise_and(raw >> (place * bits), mask, out=codes[..., place])
+        return codes.reshape(*raw.shape[:-1], -1)
+    groups = -(-raw.shape[-1] // bits)  # eight codes are as many bytes as a code has bits
+    padded = np.zeros((*raw.shape[:-1], groups * bits), np.uint8)
+    padded[..., : raw.shape[-1]] = raw
+    padded = padded.reshape(*raw.shape[:-1], groups, bits)
+    word = np.zeros(padded.shape[:-1], np.uint64)
+    for place in range(bits):
+        word |= padded[..., place].astype(np.uint64) << np.uint64(8 * place)
+    codes = np.empty((*word.shape, 8), np.uint8)
+    for place in range(8):
+        codes[..., place] = (word >> np.uint64(place * bits)) & np.uint64(mask)
+    return codes.reshape(*raw.shape[:-1], -1)
+
+
+@dataclass(frozen=True)
+class PackedTensor(ABC):
+    """A weight that is computed in float32 from packed codes, by rows. See `tensors.Tensor`.
+
+    Attributes:
+        name: of the weight, which may be another than that of its codes.
+        codes: the packed codes.
+        shape: of the weight: [..., rows, columns].
+        default_dtype: what it would be stored in without quantisation.
+    """
+
+    name: str
+    codes: TensorRef
+    shape: tuple[int, ...]
+    default_dtype: str
+
+    @property
+    def model(self) -> str:
+        return self.codes.model
+
+    @property
+    def dtype(self) -> str:
+        return "F32"
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return 4 * self.size
+
+    @property
+    @abstractmethod
+    def stored(self) -> tuple[TensorRef, ...]:
+        """The codes first, then what they are scaled with."""
+
+    @property
+    @abstractmethod
+    def formula(self) -> str:
+        """See `tensors.Tensor`."""
+
+    @abstractmethod
+    def rows(self, read: Read, first: int, last: int) -> Any:
+        """Rows [first, last) of the matrices one below the other: float32 [rows, columns]."""
+
+    def fill(self, read: Read, start: int, buffer: memoryview) -> None:
+        fill_rows(buffer, start, self.shape[-1], partial(self.rows, read))
+
+    def corrupt(self, message: str, ref: TensorRef | None = None) -> CorruptFileError:
+        """The error for a stored tensor, by default the codes."""
+        return corrupt(message, ref or self.codes)
+
+
+def corrupt(message: str, ref: TensorRef) -> CorruptFileError:
+    """The error for a stored tensor."""
+    return CorruptFileError(message, model=ref.model, file=ref.path.name, tensor=ref.name)
+
+
+def required(tensors: Mapping[str, TensorRef], name: str, ref: TensorRef) -> TensorRef:
+    """The tensor of a name, which `ref` cannot be read without.
+
+    Raises:
+        CorruptFileError: there is none.
+    """
+    if name not in tensors:
+        raise corrupt(f"cannot be read without '{name}', which is not there", ref)
+    return tensors[name]
+
+
+def of_shape(
+    ref: TensorRef, dtypes: Collection[str], *shapes: tuple[int, ...], why: str
+) -> TensorRef:
+    """The tensor itself, if it has one of the dtypes and of the shapes.
+
+    Args:
+        why: what it must fit, for the message.
+
+    Raises:
+        CorruptFileError: it does not.
+    """
+    if ref.dtype in dtypes and ref.shape in shapes:
+        return ref
+    wanted = " or ".join(str(list(shape)) for shape in shapes)
+    names = ", ".join(sorted(dtypes))
+    message = f"{ref.dtype} of shape {list(ref.shape)} does not fit {why}: {names} of {wanted} does"
+    raise corrupt(message, ref)
+
+
+def reject_leftovers(tensors: Iterable[Tensor | TensorRef], endings: tuple[str, ...]) -> None:
+    """No tensor of a format may be left over: it would be merged as if it were a weight.
+
+    Raises:
+        CorruptFileError: names the first one.
+    """
+    for tensor in tensors:
+        if isinstance(tensor, TensorRef) and tensor.name.endswith(endings):
+            raise corrupt("belongs to no weight that is quantised here", tensor)
+
+
+@dataclass(frozen=True)
+class StoredMatrix:
+    """A matrix inside a stored tensor, of which strips of columns are read.
+
+    Attributes:
+        role: what it is to a weight (codes, scales): a thread keeps one strip of each.
+        start: its first element's number in the tensor.
+        height, width: in stored elements.
+        opening: tells apart what was opened at different times: files may have changed between.
+    """
+
+    role: str
+    ref: TensorRef
+    start: int
+    height: int
+    width: int
+    opening: int
+
+    def columns(self, read: Read, first: int, last: int) -> Any:
+        """Columns [first, last): numpy [height, last - first] of unsigned integers or bytes."""
+        import numpy as np
+
+        item = width_of(self.ref.dtype)
+        wide = max(1, min(self.width, STRIP_BYTES // max(1, self.height * item)))
+        parts = []
+        for number in range(first // wide, -(-last // wide)):
+            begin = number * wide
+            strip = self._strip(read, begin, min(begin + wide, self.width))
+            parts.append(strip[:, max(0, first - begin) : last - begin])
+        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+
+    def _strip(self, read: Read, first: int, last: int) -> Any:
+        """A strip from the thread's latest, or read."""
+        kept = _threads.kept
+        place = f"{self.role} of {self.ref.model}"
+        key = (self.opening, self.ref, self.start, first, last)
+        latest = kept.get(place)
+        if latest is not None and latest[0] == key:
+            return latest[1]
+        if len(kept) >= _KEPT:
+            kept.clear()
+        strip = self._read(read, first, last)
+        kept[place] = (key, strip)
+        return strip
+
+    def _read(self, read: Read, first: int, last: int) -> Any:
+        import numpy as np
+
+        kind = {1: np.uint8, 2: np.uint16, 4: np.uint32}[width_of(self.ref.dtype)]
+        strip = np.empty((self.height, last - first), kind)
+        if self.width > 16 * (last - first):  # short pieces of long lines, each by itself
+            for line in range(self.height):
+                start = self.start + line * self.width + first
+                read(self.ref, start, strip[line].view(np.uint8).data)
+            return strip
+        step = max(1, _SLAB_BYTES // (self.width * strip.itemsize))
+        for low in range(0, self.height, step):
+            high = min(low + step, self.height)
+            lines = np.empty((high - low, self.width), kind)
+            read(self.ref, self.start + low * self.width, lines.view(np.uint8).reshape(-1).data)
+            strip[low:high] = lines[:, first:last]
+        return strip
+
+
+def opening() -> int:
+    """A number for a model that is opened now."""
+    return next(_openings)
+
+
+class _Strips(threading.local):
+    """The latest strips of a thread: by role and model, each with what tells it apart."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, tuple[Any, Any]] = {}
+
+
+_threads = _Strips()
