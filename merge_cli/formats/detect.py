@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from merge_cli.checkpoint.headers import TensorRef
+from merge_cli.formats.compressed_tensors import COMPRESSED_TENSORS
 from merge_cli.formats.fp8 import FP8
 from merge_cli.formats.mxfp4 import MXFP4
+from merge_cli.formats.nvfp4 import NVFP4
 from merge_cli.formats.storage_format import (
     DecodedModel,
     StorageFormat,
@@ -15,8 +17,14 @@ from merge_cli.formats.storage_format import (
     quantization_of,
 )
 
-# Formats that can be read, in the order in which they are tried. A new one is a line here.
-FORMATS: tuple[StorageFormat, ...] = (FP8, MXFP4)
+# Formats that can be read, in the order in which they are tried: those with scales in fp8 before
+# fp8 itself. A new one is a line here.
+FORMATS: tuple[StorageFormat, ...] = (
+    COMPRESSED_TENSORS,
+    NVFP4,
+    FP8,
+    MXFP4,
+)
 
 # What to do about those that cannot.
 ADVICE = {

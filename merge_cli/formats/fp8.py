@@ -14,6 +14,7 @@ from typing import Any
 from merge_cli.checkpoint.headers import TensorRef
 from merge_cli.checkpoint.tensors import Float32, Read, Tensor
 from merge_cli.errors import CorruptFileError
+from merge_cli.formats.packed import drop_activations
 from merge_cli.formats.small_floats import numbers_of, read_scales
 from merge_cli.formats.storage_format import (
     DecodedModel,
@@ -22,19 +23,8 @@ from merge_cli.formats.storage_format import (
     usual_dtype,
 )
 
-_FP8 = ("F8_E4M3", "F8_E5M2")
+FP8_CODES = ("F8_E4M3", "F8_E5M2")
 _SCALES = ("_scale_inv", "_scale")  # behind the weight's name
-# Of activations and of the key-value cache: of no use without fp8 arithmetic.
-_DROPPED = (
-    ".input_scale",
-    ".output_scale",
-    ".k_scale",
-    ".v_scale",
-    ".q_scale",
-    ".prob_scale",
-    ".activation_scale",
-    ".input_scale_ub",
-)
 
 
 class Fp8:
@@ -45,34 +35,25 @@ class Fp8:
     block = (128, 128)
 
     def detect(self, tensors: Mapping[str, TensorRef], config: Mapping[str, Any]) -> bool:
-        stored = any(ref.dtype in _FP8 for ref in tensors.values())
+        stored = any(ref.dtype in FP8_CODES for ref in tensors.values())
         return stored and _is_fp8(quantization_of(config))
 
     def decode(
         self, tensors: Mapping[str, TensorRef], config: Mapping[str, Any], label: str
     ) -> DecodedModel:
-        stored = [ref for ref in tensors.values() if ref.dtype in _FP8]
-        default_dtype = usual_dtype(config)
+        stored = [ref for ref in tensors.values() if ref.dtype in FP8_CODES]
+        default_dtype, quantization = usual_dtype(config), quantization_of(config)
         as_numbers: dict[str, Tensor] = dict(tensors)
         scaled = 0
         for ref in stored:
-            scale = next(
-                (tensors[ref.name + end] for end in _SCALES if ref.name + end in tensors), None
-            )
-            if scale is not None:
-                del as_numbers[scale.name]
+            weight = dequantised(ref, tensors, quantization, default_dtype, label)
+            if weight.scale is not None:
+                del as_numbers[weight.scale.name]
                 scaled += 1
-            block = _block(ref, scale, quantization_of(config), label)
-            as_numbers[ref.name] = DequantizedTensor(ref, scale, block, default_dtype)
-        dropped = [name for name in as_numbers if name.endswith(_DROPPED)]
-        for name in dropped:
-            del as_numbers[name]
-        notes = [f"{len(stored)} fp8 weights are read as numbers, {scaled} of them with scales"]
-        if dropped:
-            notes.append(
-                f"{len(dropped)} scales of activations and caches are left out ({dropped[0]}, ...)"
-            )
-        return DecodedModel(as_numbers, unquantised(config), tuple(notes))
+            as_numbers[ref.name] = weight
+        note = f"{len(stored)} fp8 weights are read as numbers, {scaled} of them with scales"
+        notes = (note, *drop_activations(as_numbers))
+        return DecodedModel(as_numbers, unquantised(config), notes)
 
     def encode(self, rows: Any, columns: int) -> tuple[Any, Any]:
         import numpy as np
@@ -177,6 +158,25 @@ class DequantizedTensor(Float32):
             else:
                 yield row, end, np.repeat(numbers, wide)[: self.shape[-1]]
             row = end
+
+
+def dequantised(
+    ref: TensorRef,
+    tensors: Mapping[str, TensorRef],
+    quantization: Any,
+    default_dtype: str,
+    label: str,
+) -> DequantizedTensor:
+    """A weight in fp8 with its scale, if it has one.
+
+    Args:
+        quantization: what the config says of it.
+
+    Raises:
+        CorruptFileError: a scale that does not fit.
+    """
+    scale = next((tensors[ref.name + end] for end in _SCALES if ref.name + end in tensors), None)
+    return DequantizedTensor(ref, scale, _block(ref, scale, quantization, label), default_dtype)
 
 
 def _is_fp8(quantization: Any) -> bool:

@@ -93,15 +93,11 @@ class TransposedMxfp4(PackedTensor):
     def rows(self, read: Read, first: int, last: int) -> Any:
         import numpy as np
 
-        height, width = self.shape[-2:]
-        out = np.empty((last - first, width), np.float32)
-        row = first
-        while row < last:
-            matrix, inside = divmod(row, height)
-            stop = min(height, inside + last - row)
-            target = out[row - first : row - first + stop - inside]
-            self._fill_rows(read, matrix, inside, stop, target)
-            row += stop - inside
+        out = np.empty((last - first, self.shape[-1]), np.float32)
+        row = 0
+        for matrix, low, high in self.by_matrix(first, last):
+            self._fill_rows(read, matrix, low, high, out[row : row + high - low])
+            row += high - low
         return out
 
     def _fill_rows(self, read: Read, matrix: int, first: int, last: int, out: Any) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -19,12 +19,13 @@ from typing import Any
 
 from merge_cli.checkpoint.dtypes import width_of
 from merge_cli.checkpoint.headers import TensorRef
-from merge_cli.checkpoint.tensors import Read, Tensor, fill_rows
+from merge_cli.checkpoint.tensors import Read, Tensor, fill_rows, reading
 from merge_cli.errors import CorruptFileError
 
 STRIP_BYTES = 2**21  # of codes, for each thread and model; of their scales it is less
 _SLAB_BYTES = 2**20  # of lines that are read whole to cut a strip out of them
 _KEPT = 64  # strips that a thread keeps: of more models than are merged at once
+_SMALL = 64  # numbers that are read while a model is opened
 _openings = count()
 
 
@@ -112,9 +113,14 @@ class PackedTensor(ABC):
     def fill(self, read: Read, start: int, buffer: memoryview) -> None:
         fill_rows(buffer, start, self.shape[-1], partial(self.rows, read))
 
-    def corrupt(self, message: str, ref: TensorRef | None = None) -> CorruptFileError:
-        """The error for a stored tensor, by default the codes."""
-        return corrupt(message, ref or self.codes)
+    def by_matrix(self, first: int, last: int) -> Iterator[tuple[int, int, int]]:
+        """Rows [first, last) of a stack by matrices: which one, and from and to which of its rows."""
+        height, row = self.shape[-2], first
+        while row < last:
+            matrix, inside = divmod(row, height)
+            stop = min(height, inside + last - row)
+            yield matrix, inside, stop
+            row += stop - inside
 
 
 def corrupt(message: str, ref: TensorRef) -> CorruptFileError:
@@ -152,15 +158,84 @@ def of_shape(
     raise corrupt(message, ref)
 
 
-def reject_leftovers(tensors: Iterable[Tensor | TensorRef], endings: tuple[str, ...]) -> None:
+# Of activations and of the key-value cache: of no use without arithmetic in few bits.
+_ACTIVATIONS = (
+    ".input_scale",
+    ".output_scale",
+    ".k_scale",
+    ".v_scale",
+    ".q_scale",
+    ".prob_scale",
+    ".activation_scale",
+    ".input_scale_ub",
+    ".input_global_scale",
+    ".input_zero_point",
+    ".output_zero_point",
+)
+_CODES = ("U8", "I8", "U32", "F8_E4M3", "F8_E5M2", "F8_E8M0")
+
+
+def drop_activations(tensors: dict[str, Tensor]) -> list[str]:
+    """Take the scales of activations and caches out, and say so."""
+    dropped = [name for name in tensors if name.endswith(_ACTIVATIONS)]
+    for name in dropped:
+        del tensors[name]
+    if not dropped:
+        return []
+    return [f"{len(dropped)} scales of activations and caches are left out ({dropped[0]}, ...)"]
+
+
+def reject_leftovers(tensors: Iterable[Tensor], endings: tuple[str, ...]) -> None:
     """No tensor of a format may be left over: it would be merged as if it were a weight.
+
+    Args:
+        endings: of names that the format alone gives.
 
     Raises:
         CorruptFileError: names the first one.
     """
     for tensor in tensors:
-        if isinstance(tensor, TensorRef) and tensor.name.endswith(endings):
-            raise corrupt("belongs to no weight that is quantised here", tensor)
+        if not isinstance(tensor, TensorRef):
+            continue
+        if tensor.name.endswith(endings) or tensor.dtype in _CODES:
+            raise corrupt(f"belongs to no weight that is read here ({tensor.dtype})", tensor)
+
+
+def small_numbers(ref: TensorRef) -> list[int] | None:
+    """A short tensor of integers, read at once; None where its file is still to be fetched.
+
+    Raises:
+        CorruptFileError: it cannot be read, or is none.
+    """
+    if ref.dtype not in ("I32", "I64") or ref.size > _SMALL:
+        raise corrupt(f"{ref.dtype} of shape {list(ref.shape)}: not a few whole numbers", ref)
+    if not ref.path.exists():
+        return None
+    with reading() as read:
+        return [int(number) for number in read_integers(read, ref, 0, ref.size)]
+
+
+def read_integers(read: Read, ref: TensorRef, start: int, count: int) -> Any:
+    """Whole numbers [start, start + count) of a tensor of any integer dtype: numpy, flat."""
+    import numpy as np
+
+    kinds = {"I8": np.int8, "U8": np.uint8, "I32": np.int32, "U32": np.uint32, "I64": np.int64}
+    numbers = np.empty(count, kinds[ref.dtype])
+    if count:
+        read(ref, start, numbers.view(np.uint8).data)
+    return numbers
+
+
+def scale_groups(numbers: Any, scales: Any) -> None:
+    """Multiply each group of columns with its scale.
+
+    Args:
+        numbers: float32 [rows, columns], changed.
+        scales: float32 [rows, groups] or [1, groups]; groups divide the columns.
+    """
+    rows, columns = numbers.shape
+    groups = scales.shape[-1]
+    numbers.reshape(rows, groups, columns // groups)[:] *= scales[:, :, None]
 
 
 @dataclass(frozen=True)

@@ -137,4 +137,5 @@ def test_what_does_not_fit_is_named(
     folder = write_model(tmp_path / "q", {k: v.clone() for k, v in tensors.items()}, ABOUT)
     with pytest.raises(CorruptFileError, match=message) as caught:
         opened(folder)
-    assert caught.value.file == "model.safetensors" and caught.value.tensor.startswith("w")
+    assert caught.value.file == "model.safetensors"
+    assert caught.value.tensor.startswith("w")

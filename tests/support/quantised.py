@@ -50,7 +50,7 @@ def assert_numbers(folder: Path, twin: Mapping[str, torch.Tensor], seed: int = 0
 def assert_merges_alike(
     folder: Path, twin: Mapping[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Soups and ties with two plain models: the bytes that the float32 twin gives, by any blocks."""
+    """Soups and ties with plain models: the bytes that the float32 twin gives, by any blocks."""
     root = folder.parent
     config = dict(opened(folder).config)
     write_model(root / "twin", {k: v.float().contiguous() for k, v in twin.items()}, config)
@@ -61,7 +61,7 @@ def assert_merges_alike(
             for key, value in twin.items()
         }
         write_model(root / name, changed, config)
-    recipes = {
+    recipes: dict[str, dict[str, object]] = {
         "soup": {"merge_method": "soup", "models": ["MODEL", "other"]},
         "ties": {"merge_method": "ties", "base_model": "base", "models": ["MODEL", "other"],
                  "parameters": {"density": 0.5}},
@@ -96,3 +96,12 @@ def _merged(
     path = root / f"{name}.yaml"
     path.write_text(yaml.safe_dump(document))
     return merge(path, root / f"out-{name}", threads=threads)
+
+
+def numbers_of(folder: Path) -> Tensors:
+    """A model's tensors as they are read: float32."""
+    with reading() as read:
+        return {
+            name: torch.from_numpy(read_numbers(read, tensor, 0, tensor.size)).reshape(tensor.shape)
+            for name, tensor in opened(folder).tensors.items()
+        }

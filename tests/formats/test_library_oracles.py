@@ -1,0 +1,63 @@
+"""Formats against the libraries that define them, where those are installed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support.quantised import assert_numbers, numbers_of
+from tests.support.tiny import write_model
+
+ARGS: list[dict[str, Any]] = [
+    {"num_bits": 4, "group_size": 32, "strategy": "group", "symmetric": True},
+    {"num_bits": 4, "group_size": 32, "strategy": "group", "symmetric": False},
+    {"num_bits": 4, "strategy": "channel", "symmetric": False},
+    {"num_bits": 8, "strategy": "channel", "symmetric": True},
+    {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16,
+     "scale_dtype": "torch.float8_e4m3fn", "symmetric": True},
+    {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32,
+     "scale_dtype": "torch.uint8", "symmetric": True},
+]  # fmt: skip
+FORMATS = ["pack-quantized"] * 4 + ["nvfp4-pack-quantized", "mxfp4-pack-quantized"]
+
+
+@pytest.mark.parametrize(("args", "kind"), list(zip(ARGS, FORMATS, strict=True)))
+def test_compressed_tensors(tmp_path: Path, args: dict[str, Any], kind: str) -> None:
+    """A weight that the library compresses is read as the numbers that it decompresses."""
+    pytest.importorskip("compressed_tensors")
+    from compressed_tensors.compressors.base import BaseCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    generator = torch.Generator().manual_seed(0)
+    rows, columns = 24, 96
+    weight = torch.randn(rows, columns, generator=generator)
+    settings = QuantizationArgs(**args)
+    compressor = BaseCompressor.get_value_from_registry(kind)
+    across = columns // args["group_size"] if "group_size" in args else 1
+    state = {"weight": weight, "weight_scale": torch.rand(rows, across, generator=generator) + 0.05}
+    if kind.startswith("mxfp4"):
+        state["weight_scale"] = torch.pow(2.0, torch.randint(-6, 2, (rows, across)).float())
+    if kind.startswith("nvfp4"):
+        state["weight_scale"] *= 300
+        state["weight_global_scale"] = torch.tensor([190.0])
+    if not args["symmetric"]:
+        zero = torch.randint(-8, 8, (rows, across), generator=generator, dtype=torch.int8)
+        state["weight_zero_point"] = zero
+    scheme = QuantizationScheme(targets=["Linear"], weights=settings)
+    stored = compressor.compress(state, scheme)
+    wanted = compressor.decompress(dict(stored), scheme)["weight"]
+    config = {"quantization_config": {
+        "quant_method": "compressed-tensors", "format": kind,
+        "config_groups": {"group_0": {"weights": args}},
+    }}  # fmt: skip
+    full = {f"w.{name}": value.contiguous() for name, value in stored.items()}
+    folder = write_model(tmp_path / "q", full, config)
+    if kind.startswith("pack"):
+        assert_numbers(folder, {"w.weight": wanted.float()})
+        return
+    # The library rounds what it decompresses to bfloat16.
+    found = numbers_of(folder)["w.weight"]
+    assert torch.equal(found.to(wanted.dtype), wanted)
