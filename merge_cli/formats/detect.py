@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from merge_cli.checkpoint.headers import TensorRef
+from merge_cli.formats.awq import AWQ
 from merge_cli.formats.compressed_tensors import COMPRESSED_TENSORS
 from merge_cli.formats.fp8 import FP8
+from merge_cli.formats.gptq import GPTQ
 from merge_cli.formats.mxfp4 import MXFP4
 from merge_cli.formats.nvfp4 import NVFP4
 from merge_cli.formats.storage_format import (
@@ -24,12 +26,12 @@ FORMATS: tuple[StorageFormat, ...] = (
     NVFP4,
     FP8,
     MXFP4,
+    GPTQ,
+    AWQ,
 )
 
 # What to do about those that cannot.
 ADVICE = {
-    "gptq": "Merge the unquantised models, then quantise the result (GPTQModel).",
-    "awq": "Merge the unquantised models, then quantise the result (AutoAWQ, llm-compressor).",
     "bitsandbytes": "Load it with transformers, call `dequantize()`, save it, and merge that; or "
     "merge the unquantised models and load the result with `load_in_4bit`.",
     "hqq": "Merge the unquantised models; HQQ quantises while loading.",

@@ -114,7 +114,7 @@ class PackedTensor(ABC):
         fill_rows(buffer, start, self.shape[-1], partial(self.rows, read))
 
     def by_matrix(self, first: int, last: int) -> Iterator[tuple[int, int, int]]:
-        """Rows [first, last) of a stack by matrices: which one, and from and to which of its rows."""
+        """Rows [first, last) of a stack by matrices: which one, from and to which of its rows."""
         height, row = self.shape[-2], first
         while row < last:
             matrix, inside = divmod(row, height)

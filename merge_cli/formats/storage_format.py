@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from merge_cli.checkpoint.config import text_config
 from merge_cli.checkpoint.headers import TensorRef
 from merge_cli.checkpoint.tensors import Tensor
 
@@ -32,9 +33,7 @@ class DecodedModel:
 
 def quantization_of(config: Mapping[str, Any]) -> Any:
     """What a config says about how weights are quantised, itself or in its text part."""
-    text = config.get("text_config")
-    nested = text.get(QUANTIZATION) if isinstance(text, dict) else None
-    return config.get(QUANTIZATION) or nested
+    return config.get(QUANTIZATION) or text_config(config).get(QUANTIZATION)
 
 
 def quant_method(config: Mapping[str, Any]) -> str:
@@ -52,19 +51,16 @@ def unquantised(config: Mapping[str, Any], *keys: str) -> dict[str, Any]:
     """
     gone = (QUANTIZATION, *keys)
     plain = {key: value for key, value in config.items() if key not in gone}
-    if isinstance(text := plain.get("text_config"), dict):
-        plain["text_config"] = {key: value for key, value in text.items() if key not in gone}
+    for key, part in plain.items():
+        if part is text_config(config):
+            plain[key] = {inner: value for inner, value in part.items() if inner not in gone}
     return plain
 
 
 def usual_dtype(config: Mapping[str, Any]) -> str:
     """What a model's weights would be stored in without quantisation: safetensors' name."""
-    text = config.get("text_config")
-    named = [
-        part.get(key)
-        for part in (config, text if isinstance(text, dict) else {})
-        for key in ("dtype", "torch_dtype")
-    ]
+    parts = (config, text_config(config))
+    named = [part.get(key) for part in parts for key in ("dtype", "torch_dtype")]
     first = next((str(name) for name in named if name), "")
     return {"float16": "F16", "float32": "F32"}.get(first.removeprefix("torch."), "BF16")
 

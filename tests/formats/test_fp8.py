@@ -165,7 +165,8 @@ def write_recipe(folder: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("about", "hint"),
-    [({"quant_method": "gptq", "bits": 4}, "GPTQModel"), ({"quant_method": "awq"}, "AutoAWQ"),
+    [({"quant_method": "gptq", "bits": 4}, "unquantised"),
+     ({"quant_method": "awq"}, "unquantised"),
      ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "dequantize"),
      ({"quant_method": "hqq"}, "HQQ"), ({"quant_method": "mxfp4"}, "unquantised"),
      ({"quant_method": "compressed-tensors", "config_groups": {"g": {"weights": {
