@@ -23,7 +23,7 @@ from merge_cli.errors import SourceError
 from merge_cli.formats.fp8 import FP8_CODES, dequantised
 from merge_cli.formats.nvfp4 import fp4_weight
 from merge_cli.formats.packed import (
-    PackedTensor,
+    PackedRows,
     corrupt,
     drop_activations,
     of_shape,
@@ -104,7 +104,7 @@ COMPRESSED_TENSORS = CompressedTensors()
 
 
 @dataclass(frozen=True)
-class GroupedIntegers(PackedTensor):
+class GroupedIntegers(PackedRows):
     """Integers less a zero point, times the scale of their group of columns.
 
     Attributes:

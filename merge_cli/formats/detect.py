@@ -7,6 +7,7 @@ from typing import Any
 
 from merge_cli.checkpoint.headers import TensorRef
 from merge_cli.formats.awq import AWQ
+from merge_cli.formats.bitsandbytes import BITSANDBYTES
 from merge_cli.formats.compressed_tensors import COMPRESSED_TENSORS
 from merge_cli.formats.fp8 import FP8
 from merge_cli.formats.gptq import GPTQ
@@ -28,12 +29,11 @@ FORMATS: tuple[StorageFormat, ...] = (
     MXFP4,
     GPTQ,
     AWQ,
+    BITSANDBYTES,
 )
 
 # What to do about those that cannot.
 ADVICE = {
-    "bitsandbytes": "Load it with transformers, call `dequantize()`, save it, and merge that; or "
-    "merge the unquantised models and load the result with `load_in_4bit`.",
     "hqq": "Merge the unquantised models; HQQ quantises while loading.",
     "gguf": "Merge the model that the GGUF file was made of, and convert the result.",
 }

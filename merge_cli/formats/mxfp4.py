@@ -16,7 +16,7 @@ from typing import Any
 from merge_cli.checkpoint.headers import TensorRef
 from merge_cli.checkpoint.tensors import Read, Tensor
 from merge_cli.formats.packed import (
-    PackedTensor,
+    PackedRows,
     StoredMatrix,
     corrupt,
     of_shape,
@@ -76,7 +76,7 @@ MXFP4 = Mxfp4()
 
 
 @dataclass(frozen=True)
-class TransposedMxfp4(PackedTensor):
+class TransposedMxfp4(PackedRows):
     """A stack of experts: E2M1 numbers times powers of two, which float32 holds exactly."""
 
     scales: TensorRef

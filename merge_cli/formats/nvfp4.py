@@ -17,7 +17,7 @@ from merge_cli.checkpoint.headers import TensorRef
 from merge_cli.checkpoint.tensors import Read, Tensor
 from merge_cli.formats.fp8 import FP8_CODES, dequantised
 from merge_cli.formats.packed import (
-    PackedTensor,
+    PackedRows,
     corrupt,
     drop_activations,
     of_shape,
@@ -77,7 +77,7 @@ NVFP4 = Nvfp4()
 
 
 @dataclass(frozen=True)
-class GroupedFp4(PackedTensor):
+class GroupedFp4(PackedRows):
     """E2M1 numbers, the scale of their group, and the scale of the tensor.
 
     Attributes:

@@ -1,6 +1,6 @@
 """What packed formats share: codes of few bits, weights computed by rows, strips of a matrix.
 
-A `PackedTensor` is computed by rows of its last dimension, so that a block may begin anywhere.
+`PackedRows` are computed by rows of the last dimension, so that a block may begin anywhere.
 Formats that store a matrix the other way round ([in, out]) read it by strips: columns of what is
 stored are rows of the weight. A block is a few rows, and cutting those out of the file would
 read every line of it for each block; so each thread keeps the latest strip of each model.
@@ -26,6 +26,7 @@ STRIP_BYTES = 2**21  # of codes, for each thread and model; of their scales it i
 _SLAB_BYTES = 2**20  # of lines that are read whole to cut a strip out of them
 _KEPT = 64  # strips that a thread keeps: of more models than are merged at once
 _SMALL = 64  # numbers that are read while a model is opened
+_TEXT = 10_000  # bytes of a text that is
 _openings = count()
 
 
@@ -66,7 +67,7 @@ def unpack(raw: Any, bits: int) -> Any:
 
 @dataclass(frozen=True)
 class PackedTensor(ABC):
-    """A weight that is computed in float32 from packed codes, by rows. See `tensors.Tensor`.
+    """A weight that is computed in float32 from packed codes. See `tensors.Tensor`.
 
     Attributes:
         name: of the weight, which may be another than that of its codes.
@@ -105,6 +106,14 @@ class PackedTensor(ABC):
     @abstractmethod
     def formula(self) -> str:
         """See `tensors.Tensor`."""
+
+    @abstractmethod
+    def fill(self, read: Read, start: int, buffer: memoryview) -> None:
+        """See `tensors.Tensor`."""
+
+
+class PackedRows(PackedTensor):
+    """One that is computed by rows, so that a block may begin in the middle of one."""
 
     @abstractmethod
     def rows(self, read: Read, first: int, last: int) -> Any:
@@ -213,6 +222,22 @@ def small_numbers(ref: TensorRef) -> list[int] | None:
         return None
     with reading() as read:
         return [int(number) for number in read_integers(read, ref, 0, ref.size)]
+
+
+def small_bytes(ref: TensorRef) -> bytes | None:
+    """The bytes of a short tensor, read at once; None where its file is still to be fetched.
+
+    Raises:
+        CorruptFileError: it cannot be read, or is not short.
+    """
+    if ref.nbytes > _TEXT:
+        raise corrupt(f"{ref.nbytes} bytes: no more than {_TEXT} are read here", ref)
+    if not ref.path.exists():
+        return None
+    raw = bytearray(ref.nbytes)
+    with reading() as read:
+        read(ref, 0, memoryview(raw))
+    return bytes(raw)
 
 
 def read_integers(read: Read, ref: TensorRef, start: int, count: int) -> Any:

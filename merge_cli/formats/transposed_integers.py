@@ -16,7 +16,7 @@ from merge_cli.checkpoint.headers import TensorRef
 from merge_cli.checkpoint.tensors import Read
 from merge_cli.errors import SourceError
 from merge_cli.formats.packed import (
-    PackedTensor,
+    PackedRows,
     StoredMatrix,
     corrupt,
     read_integers,
@@ -28,7 +28,7 @@ ENDINGS = (".qweight", ".qzeros", ".scales", ".g_idx")
 
 
 @dataclass(frozen=True)
-class TransposedIntegers(PackedTensor):
+class TransposedIntegers(PackedRows):
     """A matrix [out, in]. See the module.
 
     Attributes:

@@ -106,7 +106,8 @@ def test_gptq_of_one_group_and_of_a_part_of_one(tmp_path: Path, size: int) -> No
 
 def test_gptq_with_bits_of_single_modules(tmp_path: Path) -> None:
     """`dynamic`: what differs follows from the shapes."""
-    stored, twin = {}, {}
+    stored: Parts = {}
+    twin: Parts = {}
     for name, bits, size in (("a", 4, 16), ("b", 8, 32)):
         parts, twin[f"{name}.weight"] = gptq(bits, 32, 64, bits, size)
         stored |= named(parts, name)

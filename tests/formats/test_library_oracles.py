@@ -61,3 +61,32 @@ def test_compressed_tensors(tmp_path: Path, args: dict[str, Any], kind: str) -> 
     # The library rounds what it decompresses to bfloat16.
     found = numbers_of(folder)["w.weight"]
     assert torch.equal(found.to(wanted.dtype), wanted)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_bitsandbytes_of_four_bits(tmp_path: Path, kind: str, nested: bool) -> None:
+    """What the library quantises is read as what it dequantises, in float32 bit for bit."""
+    pytest.importorskip("bitsandbytes")
+    import bitsandbytes.functional as bnb
+
+    weight = torch.randn(48, 128, generator=torch.Generator().manual_seed(0))
+    codes, state = bnb.quantize_4bit(
+        weight, blocksize=64, compress_statistics=nested, quant_type=kind
+    )
+    parts = {f"w.weight.{name}": value for name, value in state.as_dict(packed=True).items()}
+    config = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    folder = write_model(tmp_path / "q", {"w.weight": codes, **parts}, config)
+    found, wanted = numbers_of(folder)["w.weight"], bnb.dequantize_4bit(codes, state)
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-7)
+
+
+def test_bitsandbytes_of_eight_bits(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    import bitsandbytes.functional as bnb
+
+    weight = torch.randn(48, 128, generator=torch.Generator().manual_seed(0)).half()
+    codes, maxima, _ = bnb.int8_vectorwise_quant(weight)
+    config = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}
+    folder = write_model(tmp_path / "q", {"w.weight": codes, "w.SCB": maxima}, config)
+    assert_numbers(folder, {"w.weight": bnb.int8_vectorwise_dequant(codes, maxima)})
