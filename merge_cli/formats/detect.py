@@ -11,6 +11,7 @@ from merge_cli.formats.bitsandbytes import BITSANDBYTES
 from merge_cli.formats.compressed_tensors import COMPRESSED_TENSORS
 from merge_cli.formats.fp8 import FP8
 from merge_cli.formats.gptq import GPTQ
+from merge_cli.formats.mlx import MLX
 from merge_cli.formats.mxfp4 import MXFP4
 from merge_cli.formats.nvfp4 import NVFP4
 from merge_cli.formats.storage_format import (
@@ -30,6 +31,7 @@ FORMATS: tuple[StorageFormat, ...] = (
     GPTQ,
     AWQ,
     BITSANDBYTES,
+    MLX,
 )
 
 # What to do about those that cannot.

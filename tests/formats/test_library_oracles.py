@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -27,15 +28,14 @@ FORMATS = ["pack-quantized"] * 4 + ["nvfp4-pack-quantized", "mxfp4-pack-quantize
 @pytest.mark.parametrize(("args", "kind"), list(zip(ARGS, FORMATS, strict=True)))
 def test_compressed_tensors(tmp_path: Path, args: dict[str, Any], kind: str) -> None:
     """A weight that the library compresses is read as the numbers that it decompresses."""
-    pytest.importorskip("compressed_tensors")
-    from compressed_tensors.compressors.base import BaseCompressor
-    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    library = pytest.importorskip("compressed_tensors.quantization")
+    compressors = pytest.importorskip("compressed_tensors.compressors.base")
 
     generator = torch.Generator().manual_seed(0)
     rows, columns = 24, 96
     weight = torch.randn(rows, columns, generator=generator)
-    settings = QuantizationArgs(**args)
-    compressor = BaseCompressor.get_value_from_registry(kind)
+    settings = library.QuantizationArgs(**args)
+    compressor = compressors.BaseCompressor.get_value_from_registry(kind)
     across = columns // args["group_size"] if "group_size" in args else 1
     state = {"weight": weight, "weight_scale": torch.rand(rows, across, generator=generator) + 0.05}
     if kind.startswith("mxfp4"):
@@ -46,7 +46,7 @@ def test_compressed_tensors(tmp_path: Path, args: dict[str, Any], kind: str) -> 
     if not args["symmetric"]:
         zero = torch.randint(-8, 8, (rows, across), generator=generator, dtype=torch.int8)
         state["weight_zero_point"] = zero
-    scheme = QuantizationScheme(targets=["Linear"], weights=settings)
+    scheme = library.QuantizationScheme(targets=["Linear"], weights=settings)
     stored = compressor.compress(state, scheme)
     wanted = compressor.decompress(dict(stored), scheme)["weight"]
     config = {"quantization_config": {
@@ -67,8 +67,7 @@ def test_compressed_tensors(tmp_path: Path, args: dict[str, Any], kind: str) -> 
 @pytest.mark.parametrize("nested", [False, True])
 def test_bitsandbytes_of_four_bits(tmp_path: Path, kind: str, nested: bool) -> None:
     """What the library quantises is read as what it dequantises, in float32 bit for bit."""
-    pytest.importorskip("bitsandbytes")
-    import bitsandbytes.functional as bnb
+    bnb = pytest.importorskip("bitsandbytes.functional")
 
     weight = torch.randn(48, 128, generator=torch.Generator().manual_seed(0))
     codes, state = bnb.quantize_4bit(
@@ -82,11 +81,28 @@ def test_bitsandbytes_of_four_bits(tmp_path: Path, kind: str, nested: bool) -> N
 
 
 def test_bitsandbytes_of_eight_bits(tmp_path: Path) -> None:
-    pytest.importorskip("bitsandbytes")
-    import bitsandbytes.functional as bnb
+    bnb = pytest.importorskip("bitsandbytes.functional")
 
     weight = torch.randn(48, 128, generator=torch.Generator().manual_seed(0)).half()
     codes, maxima, _ = bnb.int8_vectorwise_quant(weight)
     config = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}
     folder = write_model(tmp_path / "q", {"w.weight": codes, "w.SCB": maxima}, config)
     assert_numbers(folder, {"w.weight": bnb.int8_vectorwise_dequant(codes, maxima)})
+
+
+@pytest.mark.parametrize(
+    ("mode", "bits", "group"),
+    [("affine", bits, 64) for bits in (2, 3, 4, 5, 6, 8)] + [("mxfp4", 4, 32), ("nvfp4", 4, 16)],
+)
+def test_mlx(tmp_path: Path, mode: str, bits: int, group: int) -> None:
+    """What the library quantises is read as what it dequantises."""
+    mlx = pytest.importorskip("mlx.core")
+    mlx.random.seed(0)
+    weight = mlx.random.normal((24, 128))
+    made = mlx.quantize(weight, group_size=group, bits=bits, mode=mode)
+    wanted = mlx.dequantize(*made, group_size=group, bits=bits, mode=mode, dtype=mlx.float32)
+    parts = zip(("weight", "scales", "biases"), made, strict=False)
+    stored = {f"w.{name}": torch.from_numpy(np.array(value)) for name, value in parts}
+    config = {"quantization": {"group_size": group, "bits": bits, "mode": mode}}
+    found = numbers_of(write_model(tmp_path / "q", stored, config))["w.weight"]
+    torch.testing.assert_close(found, torch.from_numpy(np.array(wanted)), rtol=1e-6, atol=1e-7)
