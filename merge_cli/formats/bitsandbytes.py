@@ -20,11 +20,12 @@ from typing import Any
 
 from merge_cli.checkpoint.headers import TensorRef
 from merge_cli.checkpoint.tensors import Read, Tensor, read_numbers
-from merge_cli.errors import SourceError
 from merge_cli.formats.packed import (
     PackedRows,
     PackedTensor,
+    as_bytes,
     corrupt,
+    not_here,
     of_shape,
     read_integers,
     reject_leftovers,
@@ -126,7 +127,7 @@ class FourBits(PackedTensor):
         out = np.frombuffer(buffer, np.float32)
         stop = start + len(out)
         raw = np.empty(-(-stop // 2) - start // 2, np.uint8)
-        read(_as_bytes(self.codes), start // 2, raw.data)
+        read(as_bytes(self.codes), start // 2, raw.data)
         single = read_numbers(read, self.numbers, 0, 16)
         codes = np.arange(256)
         pairs = np.stack([single[codes >> 4], single[codes & 15]], axis=1).view(np.uint64)
@@ -229,9 +230,7 @@ def _stated(ref: TensorRef, kind: str) -> dict[str, Any]:
         raise corrupt(f"numbers of the kind '{kind[:40]}' are not read: nf4 and fp4 are", ref)
     text = small_bytes(ref)
     if text is None:
-        message = "the shapes of its weights are inside its files, which are not here yet"
-        hint = "Download it (`hf download NAME --local-dir FOLDER`), and name the folder."
-        raise SourceError(message, model=ref.model, hint=hint)
+        raise not_here(ref)
     try:
         stated = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -276,8 +275,3 @@ def _check_layout(ref: TensorRef, stated: bytes) -> None:
     """Other layouts were made for single kinds of GPU."""
     if stated != b"\0":
         raise corrupt(f"codes in the layout {stated[0]} are not read: by rows (0) they are", ref)
-
-
-def _as_bytes(ref: TensorRef) -> TensorRef:
-    """The same bytes, whatever dtype they are kept in (`bnb_4bit_quant_storage`)."""
-    return ref._replace(dtype="U8", shape=(ref.nbytes,))

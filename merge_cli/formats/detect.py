@@ -11,6 +11,7 @@ from merge_cli.formats.bitsandbytes import BITSANDBYTES
 from merge_cli.formats.compressed_tensors import COMPRESSED_TENSORS
 from merge_cli.formats.fp8 import FP8
 from merge_cli.formats.gptq import GPTQ
+from merge_cli.formats.hqq import HQQ
 from merge_cli.formats.mlx import MLX
 from merge_cli.formats.mxfp4 import MXFP4
 from merge_cli.formats.nvfp4 import NVFP4
@@ -31,12 +32,12 @@ FORMATS: tuple[StorageFormat, ...] = (
     GPTQ,
     AWQ,
     BITSANDBYTES,
+    HQQ,
     MLX,
 )
 
 # What to do about those that cannot.
 ADVICE = {
-    "hqq": "Merge the unquantised models; HQQ quantises while loading.",
     "gguf": "Merge the model that the GGUF file was made of, and convert the result.",
 }
 _ALWAYS = "Merge the unquantised models, then quantise the result."

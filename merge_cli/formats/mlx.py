@@ -2,8 +2,9 @@
 
 `NAME.weight` (U32 [..., rows, columns * bits / 32], codes by rows, the first in the lowest bits),
 `NAME.scales` and, of the affine mode, `NAME.biases` ([..., rows, columns / group_size]). A number
-is code * scale + bias. In the modes mxfp4 and nvfp4 codes are E2M1 and scales are bytes (E8M0, E4M3).
-config.json says under `quantization` how large groups are, for all modules or for one by its name.
+is code * scale + bias. In the modes mxfp4 and nvfp4, codes are E2M1 and scales are bytes (E8M0,
+E4M3). `quantization` of config.json says how large groups are, of all modules or of one by its
+name.
 
 The formula is that of `mlx.core.dequantize`.
 """

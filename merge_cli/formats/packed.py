@@ -20,7 +20,7 @@ from typing import Any
 from merge_cli.checkpoint.dtypes import width_of
 from merge_cli.checkpoint.headers import TensorRef
 from merge_cli.checkpoint.tensors import Read, Tensor, fill_rows, reading
-from merge_cli.errors import CorruptFileError
+from merge_cli.errors import CorruptFileError, SourceError
 
 STRIP_BYTES = 2**21  # of codes, for each thread and model; of their scales it is less
 _SLAB_BYTES = 2**20  # of lines that are read whole to cut a strip out of them
@@ -224,6 +224,13 @@ def small_numbers(ref: TensorRef) -> list[int] | None:
         return [int(number) for number in read_integers(read, ref, 0, ref.size)]
 
 
+def not_here(ref: TensorRef) -> SourceError:
+    """The error for a model whose headers do not say what its weights are."""
+    message = "the shapes of its weights are inside its files, which are not here yet"
+    hint = "Download it (`hf download NAME --local-dir FOLDER`), and name the folder."
+    return SourceError(message, model=ref.model, hint=hint)
+
+
 def small_bytes(ref: TensorRef) -> bytes | None:
     """The bytes of a short tensor, read at once; None where its file is still to be fetched.
 
@@ -238,6 +245,11 @@ def small_bytes(ref: TensorRef) -> bytes | None:
     with reading() as read:
         read(ref, 0, memoryview(raw))
     return bytes(raw)
+
+
+def as_bytes(ref: TensorRef) -> TensorRef:
+    """The same bytes, whatever dtype a library keeps its codes in."""
+    return ref._replace(dtype="U8", shape=(ref.nbytes,))
 
 
 def read_integers(read: Read, ref: TensorRef, start: int, count: int) -> Any:

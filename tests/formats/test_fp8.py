@@ -168,7 +168,7 @@ def write_recipe(folder: Path) -> Path:
     [({"quant_method": "gptq", "bits": 4}, "unquantised"),
      ({"quant_method": "awq"}, "unquantised"),
      ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "unquantised"),
-     ({"quant_method": "hqq"}, "HQQ"), ({"quant_method": "mxfp4"}, "unquantised"),
+     ({"quant_method": "hqq"}, "unquantised"), ({"quant_method": "mxfp4"}, "unquantised"),
      ({"quant_method": "compressed-tensors", "config_groups": {"g": {"weights": {
          "num_bits": 4, "type": "int"}}}}, "unquantised"),
      ({"something": 1}, "unquantised")],

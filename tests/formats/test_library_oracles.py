@@ -106,3 +106,19 @@ def test_mlx(tmp_path: Path, mode: str, bits: int, group: int) -> None:
     config = {"quantization": {"group_size": group, "bits": bits, "mode": mode}}
     found = numbers_of(write_model(tmp_path / "q", stored, config))["w.weight"]
     torch.testing.assert_close(found, torch.from_numpy(np.array(wanted)), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+def test_hqq(tmp_path: Path, bits: int) -> None:
+    """What a layer saves is read as what it computes with."""
+    library = pytest.importorskip("hqq.core.quantize")
+    torch.manual_seed(0)
+    settings = library.BaseQuantizeConfig(nbits=bits, group_size=64, axis=1)
+    layer = library.HQQLinear(
+        torch.nn.Linear(128, 64), settings, compute_dtype=torch.float32, device="cpu"
+    )
+    stored = {f"w.{name}": value.detach() for name, value in layer.state_dict().items()}
+    config = {"quantization_config": {"quant_method": "hqq"}}
+    folder = write_model(tmp_path / "q", stored, config)
+    assert_numbers(folder, {"w.weight": layer.dequantize().detach(), "w.bias": stored["w.bias"]})
