@@ -12,11 +12,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from merge_cli.checkpoint.dtypes import MERGEABLE
 from merge_cli.checkpoint.headers import TensorRef
 from merge_cli.engine.device import Device, choose_arithmetic
 from merge_cli.errors import UsageError
-from merge_cli.formats.packed import STRIP_BYTES
+from merge_cli.formats.packed import PACKED, STRIP_BYTES
 from merge_cli.kernels.reduce import BLOCK_MULTIPLE
 from merge_cli.options import MergeOptions
 from merge_cli.planning.plan import Plan
@@ -156,7 +155,7 @@ def _fp8_bytes(plan: Plan) -> int:
 def _reads_packed(plan: Plan) -> bool:
     """Whether any input is computed from codes of few bits."""
     return any(
-        ref.dtype not in MERGEABLE
+        ref.dtype in PACKED
         for task in plan.tasks
         for tensor in task.inputs
         if not isinstance(tensor, TensorRef)

@@ -1,8 +1,8 @@
 """fp8 weights with their scales: recognised, dequantised while they are read, and written.
 
 Scales as DeepSeek, Qwen and transformers write them (`weight_scale_inv`, blocks of 128 x 128), and
-as compressed-tensors, FBGEMM and ModelOpt do (`weight_scale`: of the tensor, a row, or a block).
-What is written is DeepSeek's form.
+as compressed-tensors, FBGEMM and ModelOpt do (`weight_scale`: of the tensor, a row, or a block),
+and ComfyUI (`scale_weight`, of the tensor). What is written is DeepSeek's form.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from merge_cli.checkpoint.headers import TensorRef
 from merge_cli.checkpoint.tensors import Float32, Read, Tensor
 from merge_cli.errors import CorruptFileError
-from merge_cli.formats.packed import drop_activations
+from merge_cli.formats.packed import drop_activations, reject_leftovers
 from merge_cli.formats.small_floats import numbers_of, read_scales
 from merge_cli.formats.storage_format import (
     DecodedModel,
@@ -25,6 +25,7 @@ from merge_cli.formats.storage_format import (
 
 FP8_CODES = ("F8_E4M3", "F8_E5M2")
 _SCALES = ("_scale_inv", "_scale")  # behind the weight's name
+_MARK = "scaled_fp8"  # a tensor of no use with which ComfyUI marks a file
 
 
 class Fp8:
@@ -45,6 +46,8 @@ class Fp8:
         default_dtype, quantization = usual_dtype(config), quantization_of(config)
         as_numbers: dict[str, Tensor] = dict(tensors)
         scaled = 0
+        as_numbers.pop(_MARK, None)
+        stored = [ref for ref in stored if ref.name != _MARK]
         for ref in stored:
             weight = dequantised(ref, tensors, quantization, default_dtype, label)
             if weight.scale is not None:
@@ -53,6 +56,7 @@ class Fp8:
             as_numbers[ref.name] = weight
         note = f"{len(stored)} fp8 weights are read as numbers, {scaled} of them with scales"
         notes = (note, *drop_activations(as_numbers))
+        reject_leftovers(as_numbers.values(), ("_scale_inv", ".scale_weight"))
         return DecodedModel(as_numbers, unquantised(config), notes)
 
     def encode(self, rows: Any, columns: int) -> tuple[Any, Any]:
@@ -175,7 +179,10 @@ def dequantised(
     Raises:
         CorruptFileError: a scale that does not fit.
     """
-    scale = next((tensors[ref.name + end] for end in _SCALES if ref.name + end in tensors), None)
+    names = [ref.name + end for end in _SCALES]
+    if ref.name.endswith(".weight"):
+        names.append(f"{ref.name.removesuffix('weight')}scale_weight")
+    scale = next((tensors[name] for name in names if name in tensors), None)
     return DequantizedTensor(ref, scale, _block(ref, scale, quantization, label), default_dtype)
 
 

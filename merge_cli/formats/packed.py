@@ -23,6 +23,7 @@ from merge_cli.checkpoint.tensors import Read, Tensor, fill_rows, reading
 from merge_cli.errors import CorruptFileError, SourceError
 
 STRIP_BYTES = 2**21  # of codes, for each thread and model; of their scales it is less
+PACKED = ("U8", "I8", "I32", "U32")  # dtypes of packed codes
 _SLAB_BYTES = 2**20  # of lines that are read whole to cut a strip out of them
 _KEPT = 64  # strips that a thread keeps: of more models than are merged at once
 _SMALL = 64  # numbers that are read while a model is opened
@@ -180,6 +181,7 @@ _ACTIVATIONS = (
     ".input_global_scale",
     ".input_zero_point",
     ".output_zero_point",
+    ".scale_input",
 )
 _CODES = ("U8", "I8", "U32", "F8_E4M3", "F8_E5M2", "F8_E8M0")
 

@@ -112,6 +112,14 @@ def test_stacks_of_matrices(tmp_path: Path) -> None:
     assert_numbers(write_model(tmp_path / "q", tensors, config), {"w.weight": wanted})
 
 
+def test_a_config_that_says_so_in_its_text_part(tmp_path: Path) -> None:
+    tensors, wanted = integers(1, 8, 32, 4, 4)
+    config = {"model_type": "kimi_k25", "text_config": {"hidden_size": 32, **scheme(4, 8)}}
+    folder = write_model(tmp_path / "q", tensors, config)
+    assert_numbers(folder, {"w.weight": wanted})
+    assert opened(folder).config["text_config"] == {"hidden_size": 32}
+
+
 def test_a_model_of_several_formats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """int4 by groups, int8 by rows, plain int8, fp8, NVFP4 and MXFP4 in one Llama."""
     generator = torch.Generator().manual_seed(0)

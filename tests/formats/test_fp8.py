@@ -148,6 +148,26 @@ def test_fp8_without_scales(tmp_path: Path) -> None:
     assert torch.equal(found[NAME], weight.bfloat16())
 
 
+def test_scaled_files_of_comfyui(tmp_path: Path) -> None:
+    """A scale of the tensor in front of the weight's name, and a tensor that marks the file."""
+    weight = torch.randn(32, 16).to(E4M3)
+    module = NAME.removesuffix("weight")
+    extra = {f"{module}scale_weight": torch.tensor(0.25), f"{module}scale_input": torch.ones(()),
+             "scaled_fp8": torch.zeros(2).to(E4M3)}  # fmt: skip
+    family(tmp_path / "q", {}, **{NAME: weight, **extra})
+    found = passthrough(tmp_path, dtype="float32")
+    assert torch.equal(found[NAME], weight.float() / 4)
+    assert not any("scale" in name for name in found)
+
+
+@pytest.mark.parametrize("name", ["other.weight_scale_inv", "other.comfy_quant"])
+def test_what_belongs_to_no_weight_is_told(tmp_path: Path, name: str) -> None:
+    weight = torch.randn(32, 16).to(E4M3)
+    family(tmp_path / "q", {}, **{NAME: weight, name: torch.ones(3, dtype=torch.uint8)})
+    with pytest.raises(CorruptFileError, match="belongs to no weight"):
+        make_plan(load_recipe(write_recipe(tmp_path)))
+
+
 def test_scales_that_do_not_fit_are_told(tmp_path: Path) -> None:
     about = {**FP8, "weight_block_size": [8, 8]}
     weight = torch.randn(32, 16).to(E4M3)

@@ -14,7 +14,7 @@ import transformers as hf
 from merge_cli.errors import CorruptFileError
 from merge_cli.formats import packed
 from tests.support.quantised import assert_merges_alike, assert_numbers, opened
-from tests.support.tiny import write_model
+from tests.support.tiny import merge, write_model
 
 # OCP MX 1.0, table 5 (E2M1): sign, two bits of exponent, one of fraction.
 E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6]
@@ -75,7 +75,9 @@ def test_numbers_and_merges_are_the_twins(
     assert_merges_alike(folder, twin, monkeypatch)
 
 
-def test_transformers_reads_the_same(model: tuple[Path, dict[str, torch.Tensor]]) -> None:
+def test_transformers_reads_the_same_and_what_is_written(
+    model: tuple[Path, dict[str, torch.Tensor]],
+) -> None:
     folder, twin = model
     settings = hf.Mxfp4Config(dequantize=True)
     loaded = hf.AutoModelForCausalLM.from_pretrained(
@@ -84,7 +86,13 @@ def test_transformers_reads_the_same(model: tuple[Path, dict[str, torch.Tensor]]
     state = loaded.state_dict()
     for name, value in twin.items():
         assert torch.equal(state[name].float(), value), name
-    loaded.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=2, do_sample=False)
+    prompt = torch.tensor([[1, 2, 3]])
+    wanted = loaded.generate(prompt, max_new_tokens=4, do_sample=False)
+    recipe = folder.parent / "recipe.yaml"
+    recipe.write_text("merge_method: passthrough\nmodels: [{model: q}]\n")
+    merge(recipe, folder.parent / "out")
+    merged = hf.AutoModelForCausalLM.from_pretrained(folder.parent / "out", dtype=torch.bfloat16)
+    assert torch.equal(merged.generate(prompt, max_new_tokens=4, do_sample=False), wanted)
 
 
 @pytest.mark.parametrize("strip", [1, 7, 1000, 10**7])
