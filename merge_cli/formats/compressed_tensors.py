@@ -20,7 +20,7 @@ from typing import Any
 from merge_cli.checkpoint.headers import TensorRef
 from merge_cli.checkpoint.tensors import Read, Tensor
 from merge_cli.errors import SourceError
-from merge_cli.formats.fp8 import FP8_CODES, dequantised
+from merge_cli.formats.fp8 import FP8_CODES, dequantised, scheme_weights
 from merge_cli.formats.nvfp4 import fp4_weight
 from merge_cli.formats.packed import (
     PackedRows,
@@ -217,9 +217,11 @@ def integer_weight(
         raise corrupt(f"cannot be read without '{name}_scale', which is not there", codes)
     scales, zeros, groups = parts["_scale"], parts.get("_zero_point"), parts.get("_g_idx")
     checked = parts.get("_shape")
-    if codes.dtype not in ("I32", "I8") or len(codes.shape) < 2:
+    if codes.dtype not in ("I32", "I8") or len(codes.shape) < 2 or not codes.size:
         message = f"{codes.dtype} of shape {list(codes.shape)}: packed integers are I32 of"
         raise corrupt(f"{message} [..., rows, columns * bits / 32]", codes)
+    if not scales.size:
+        raise corrupt(f"no scales: {list(scales.shape)}", scales)
     across = 1 if scales.size == 1 else scales.shape[-1]
     bits, columns = (8, codes.shape[-1])
     if codes.dtype == "I32":
@@ -253,13 +255,15 @@ def _width(
         raise corrupt(f"{stated} is no shape of a matrix", checked)
     for scheme in schemes:
         bits, size = scheme.get("num_bits"), scheme.get("group_size")
-        if bits not in _BITS:
+        if type(bits) is not int or bits not in _BITS:
             message = f"integers of {bits} bits are not read: of {_BITS[0]} and {_BITS[1]} are"
             raise SourceError(message, model=codes.model, file="config.json")
-        grouped = across > 1 or scheme.get("strategy") == "group"
-        if grouped and (type(size) is not int or size < 1):
+        if size is not None and (type(size) is not int or (size < 1 and size != -1)):
             message = f"a group_size of {size!r}, which is no number of columns"
             raise SourceError(message, model=codes.model, file="config.json")
+        grouped = across > 1 or scheme.get("strategy") == "group"
+        if grouped and size in (None, -1):
+            continue  # of other weights
         derived = across * size if grouped and size else codes.shape[-1] * 32 // bits
         columns = derived if stated is None else stated[-1]
         if grouped and columns != derived:
@@ -293,10 +297,9 @@ def _check_shape(ref: TensorRef, stated: list[int], shape: tuple[int, ...]) -> N
 
 def _schemes(quantization: Any) -> Iterator[Mapping[str, Any]]:
     """What the config's groups say of weights that are integers."""
-    for group in (quantization.get("config_groups") or {}).values():
-        weights = group.get("weights") if isinstance(group, dict) else None
-        if isinstance(weights, dict) and weights.get("type", "int") == "int":
-            yield weights
+    yield from (
+        weights for weights in scheme_weights(quantization) if weights.get("type", "int") == "int"
+    )
 
 
 def _reject_sparse(quantization: Any, label: str) -> None:

@@ -198,13 +198,15 @@ def _is_fp8(quantization: Any) -> bool:
     if method == "compressed-tensors":
         return all(
             weights.get("num_bits") == 8 and weights.get("type") == "float"
-            for weights in _weights(quantization)
+            for weights in scheme_weights(quantization)
         )
     return False
 
 
-def _weights(quantization: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    for group in (quantization.get("config_groups") or {}).values():
+def scheme_weights(quantization: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """What compressed-tensors' groups say of weights."""
+    groups = quantization.get("config_groups")
+    for group in groups.values() if isinstance(groups, dict) else ():
         if isinstance(group, dict) and isinstance(group.get("weights"), dict):
             yield group["weights"]
 
@@ -217,6 +219,8 @@ def _block(
     if scale is None or scale.size == 1:
         return rows, columns
     grid = scale.shape[-2:] if len(scale.shape) > 1 else (scale.shape[0], 1)
+    if not scale.size:
+        grid = (rows + 1, columns + 1)  # which fits nothing
     stacked = ref.size // max(1, rows * columns)
     declared = _declared_block(quantization)
     # Without a word on it, blocks divide the weight evenly; a scale for each row always may be.
@@ -236,7 +240,7 @@ def _declared_block(quantization: Any) -> tuple[int, int] | None:
         return None
     shapes = [
         quantization.get("weight_block_size"),
-        *(k.get("block_structure") for k in _weights(quantization)),
+        *(k.get("block_structure") for k in scheme_weights(quantization)),
     ]
     for size in shapes:
         if isinstance(size, list) and len(size) == 2 and all(type(n) is int and n for n in size):

@@ -64,8 +64,9 @@ class Gptq:
         if version not in _VERSIONS or quantization.get("is_marlin_format"):
             message = f"GPTQ of the format '{version}' is not read: gptq and gptq_v2 are"
             raise SourceError(message, model=label, file="config.json")
-        if quantization.get("bits") not in _BITS:
-            message = f"GPTQ of {quantization.get('bits')!r} bits is not read: of 2, 3, 4 and 8 is"
+        bits = quantization.get("bits")
+        if type(bits) is not int or bits not in _BITS:
+            message = f"GPTQ of {bits!r} bits is not read: of 2, 3, 4 and 8 is"
             raise SourceError(message, model=label, file="config.json")
         reject_conv1d(config, label, self.name)
         size = group_size(quantization, label)

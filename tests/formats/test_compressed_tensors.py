@@ -59,7 +59,7 @@ def integers(
     return tensors, wanted
 
 
-def scheme(bits: int, size: int | None, **more: Any) -> dict[str, Any]:
+def scheme(bits: Any, size: int | None, **more: Any) -> dict[str, Any]:
     strategy = "group" if size else "channel"
     weights = {"num_bits": bits, "type": "int", "strategy": strategy, "group_size": size,
                "symmetric": True, **more}  # fmt: skip
@@ -147,8 +147,8 @@ def test_a_model_of_several_formats(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     put("self_attn.v_proj", *nvfp4(1, 32, 32))
     put("mlp.gate_proj", *mxfp4(2, 64, 32))
     config = about(
-        {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 8},
         {"num_bits": 8, "type": "int", "strategy": "channel"},
+        {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 8},
         {"num_bits": 8, "type": "float", "strategy": "channel"},
         format="mixed-precision",
     )
@@ -211,6 +211,14 @@ ASYMMETRIC = scheme(4, 8, symmetric=False)
         ({"w.weight_packed": torch.ones(8, 4)}, ASYMMETRIC, "packed integers are I32"),
         ({"w.weight": torch.ones(8, 32)}, ASYMMETRIC, "a second time"),
         ({"v.weight_scale": torch.ones(8, 32)}, ASYMMETRIC, "belongs to no weight"),
+        ({"w.weight_scale": torch.ones(8, 0)}, ASYMMETRIC, "no scales"),
+        ({}, scheme(4, None, symmetric=False), "fits no group"),
+        (
+            {},
+            {"quantization_config": {"quant_method": "compressed-tensors", "config_groups": []}},
+            "fits no group",
+        ),
+        ({}, scheme("4", 8, symmetric=False), "integers of 4 bits are not read"),
         ({}, scheme(3, 8, symmetric=False), "integers of 3 bits are not read"),
         ({}, scheme(4, -8, symmetric=False), "a group_size of -8"),
         ({}, scheme(4, 16, symmetric=False), "fits no group"),

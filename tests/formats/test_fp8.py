@@ -175,6 +175,10 @@ def test_scales_that_do_not_fit_are_told(tmp_path: Path) -> None:
            **{NAME: weight, f"{NAME}_scale_inv": torch.ones(5, 3)})  # fmt: skip
     with pytest.raises(CorruptFileError, match=r"scales of shape \[5, 3\] do not fit"):
         make_plan(load_recipe(write_recipe(tmp_path)))
+    family(tmp_path / "q", {"quantization_config": about},
+           **{NAME: weight, f"{NAME}_scale_inv": torch.ones(0, 3)})  # fmt: skip
+    with pytest.raises(CorruptFileError, match=r"scales of shape \[0, 3\] do not fit"):
+        make_plan(load_recipe(write_recipe(tmp_path)))
 
 
 def write_recipe(folder: Path) -> Path:

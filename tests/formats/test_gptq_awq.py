@@ -175,6 +175,8 @@ AWQ_PARTS, _ = awq(0, 32, 64, 8)
         (GPTQ_PARTS, {"qweight": torch.ones(8, 32)}, about("gptq"), "GPTQ has I32 matrices"),
         (GPTQ_PARTS, {"weight": torch.ones(32, 64)}, about("gptq"), "a second time"),
         (GPTQ_PARTS, {}, about("gptq", bits=5), "of 5 bits"),
+        (GPTQ_PARTS, {}, {"quantization_config": {"quant_method": "gptq", "bits": 4.0}}, "4.0"),
+        (GPTQ_PARTS, {"scales": torch.ones(0, 32).half()}, about("gptq"), "GPTQ has matrices"),
         (GPTQ_PARTS, {}, about("gptq", bits=8), "do not hold 64 codes of 8 bits"),
         (GPTQ_PARTS, {}, about("gptq", size=-8), "a group_size of -8"),
         (GPTQ_PARTS, {}, about("gptq", size=0), "a group_size of 0"),
