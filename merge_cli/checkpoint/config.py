@@ -27,6 +27,17 @@ PREDICTING = (
     "mtp_num_layers",
 )
 _NESTED = ("text_config", "llm_config")
+# transformers' classes with layers that are stored [in, out].
+WITH_CONV1D = frozenset(
+    (
+        "gpt2",
+        "openai-gpt",
+        "imagegpt",
+        "decision_transformer",
+        "clvp",
+        "clvp_decoder",
+    )
+)
 
 
 def text_config(config: Mapping[str, Any]) -> dict[str, Any]:

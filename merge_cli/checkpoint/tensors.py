@@ -167,3 +167,19 @@ def read_numbers(read: Read, tensor: Tensor, start: int, count: int) -> Any:
     if tensor.dtype == "BF16":
         return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
     return raw.view(numpy_dtype(tensor.dtype)).astype(np.float32)
+
+
+def fill_rows(buffer: memoryview, start: int, width: int, rows: Callable[[int, int], Any]) -> None:
+    """Fill a buffer with float32 elements from `start` on of a matrix that is computed by rows.
+
+    Args:
+        width: of a row.
+        rows: makes rows [first, last): numpy float32.
+    """
+    import numpy as np
+
+    count = len(buffer) // 4
+    first, last = start // width, -(-(start + count) // width)
+    begin = start - first * width
+    out = np.frombuffer(buffer, np.float32)
+    out[:] = rows(first, last).reshape(-1)[begin : begin + count]

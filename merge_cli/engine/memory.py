@@ -12,8 +12,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from merge_cli.checkpoint.headers import TensorRef
 from merge_cli.engine.device import Device, choose_arithmetic, free_memory
 from merge_cli.errors import UsageError
+from merge_cli.formats.packed import PACKED, STRIP_BYTES
 from merge_cli.kernels.reduce import BLOCK_MULTIPLE
 from merge_cli.options import MergeOptions
 from merge_cli.planning.plan import Plan
@@ -30,6 +32,7 @@ _SEARCH = {"compiled": 15_000_000, "torch": 45_000_000}
 # Arrays of a block that a method makes besides its operands.
 _TEMPORARIES = {"compiled": 6, "torch": 14}
 _STORED = 2  # bytes of a stored element, as a rule
+_UNPACKED = 8 * 2**20  # what a block of a quantised weight is computed with
 # 1 MiB an operand. Smaller blocks stay in L2, but threads then wait for Python's lock more often:
 # not where many operands make the work on each block longer.
 _HOST_BLOCK = 4 * BLOCK_MULTIPLE
@@ -76,7 +79,10 @@ def worker_memory(plan: Plan, device: Device, options: MergeOptions) -> WorkerMe
             spare += 2 * inputs  # a block's statistics, and with weights
         block = _host_block(inputs)
         per_worker = (
-            block * ((_STORED + 4) * inputs + 4 * spare) + _tensor_bytes(plan) + _fp8_bytes(plan)
+            block * ((_STORED + 4) * inputs + 4 * spare)
+            + _tensor_bytes(plan)
+            + _fp8_bytes(plan)
+            + (_UNPACKED + inputs * 2 * STRIP_BYTES if _reads_packed(plan) else 0)
         )
         threads = options.threads or usable_cores()
         return WorkerMemory(max(1, min(threads, free // per_worker)), block, inputs, per_worker)
@@ -150,6 +156,17 @@ def _tensor_bytes(plan: Plan) -> int:
 def _fp8_bytes(plan: Plan) -> int:
     """What a worker holds of an output in fp8: a row of blocks as numbers and as codes."""
     return max((5 * t.block[0] * t.shape[-1] for t in plan.tasks if t.block), default=0)
+
+
+def _reads_packed(plan: Plan) -> bool:
+    """Whether any input is computed from codes of few bits."""
+    return any(
+        ref.dtype in PACKED
+        for task in plan.tasks
+        for tensor in task.inputs
+        if not isinstance(tensor, TensorRef)
+        for ref in tensor.stored
+    )
 
 
 def _fixed(plan: Plan, device: Device) -> int:

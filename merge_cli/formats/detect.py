@@ -6,20 +6,38 @@ from collections.abc import Mapping
 from typing import Any
 
 from merge_cli.checkpoint.headers import TensorRef
+from merge_cli.formats.awq import AWQ
+from merge_cli.formats.bitsandbytes import BITSANDBYTES
+from merge_cli.formats.compressed_tensors import COMPRESSED_TENSORS
 from merge_cli.formats.fp8 import FP8
-from merge_cli.formats.storage_format import QUANTIZATION, DecodedModel, StorageFormat
+from merge_cli.formats.gptq import GPTQ
+from merge_cli.formats.hqq import HQQ
+from merge_cli.formats.mlx import MLX
+from merge_cli.formats.mxfp4 import MXFP4
+from merge_cli.formats.nvfp4 import NVFP4
+from merge_cli.formats.storage_format import (
+    DecodedModel,
+    StorageFormat,
+    quant_method,
+    quantization_of,
+)
 
-# Formats that can be read, in the order in which they are tried. A new one is a line here.
-FORMATS: tuple[StorageFormat, ...] = (FP8,)
+# Formats that can be read, in the order in which they are tried: those with scales in fp8 before
+# fp8 itself. A new one is a line here.
+FORMATS: tuple[StorageFormat, ...] = (
+    COMPRESSED_TENSORS,
+    NVFP4,
+    FP8,
+    MXFP4,
+    GPTQ,
+    AWQ,
+    BITSANDBYTES,
+    HQQ,
+    MLX,
+)
 
 # What to do about those that cannot.
 ADVICE = {
-    "gptq": "Merge the unquantised models, then quantise the result (GPTQModel).",
-    "awq": "Merge the unquantised models, then quantise the result (AutoAWQ, llm-compressor).",
-    "bitsandbytes": "Load it with transformers, call `dequantize()`, save it, and merge that; or "
-    "merge the unquantised models and load the result with `load_in_4bit`.",
-    "hqq": "Merge the unquantised models; HQQ quantises while loading.",
-    "mxfp4": "Load it with Mxfp4Config(dequantize=True), save it, and merge that.",
     "gguf": "Merge the model that the GGUF file was made of, and convert the result.",
 }
 _ALWAYS = "Merge the unquantised models, then quantise the result."
@@ -31,7 +49,8 @@ def read_as_numbers(
     """A model's tensors as numbers; a model that is not quantised comes back as it is.
 
     Raises:
-        CorruptFileError: scales that do not fit their weight.
+        CorruptFileError: scales that do not fit their weight, or that are not there.
+        SourceError: a variant of a format that is not read.
     """
     for storage_format in FORMATS:
         if storage_format.detect(tensors, config):
@@ -41,9 +60,7 @@ def read_as_numbers(
 
 def advice(config: Mapping[str, Any]) -> tuple[str, str] | None:
     """How a model is quantised that cannot be read, and what to do; None for one that can."""
-    quantization = config.get(QUANTIZATION)
-    if not quantization:
+    if not quantization_of(config):
         return None
-    method = quantization.get("quant_method", "") if isinstance(quantization, dict) else ""
-    name = str(method or "quantization_config in config.json")
-    return name, ADVICE.get(str(method).lower(), _ALWAYS)
+    method = quant_method(config)
+    return method or "quantization_config in config.json", ADVICE.get(method, _ALWAYS)

@@ -1,35 +1,31 @@
 """fp8 weights with their scales: recognised, dequantised while they are read, and written.
 
 Scales as DeepSeek, Qwen and transformers write them (`weight_scale_inv`, blocks of 128 x 128), and
-as compressed-tensors, FBGEMM and ModelOpt do (`weight_scale`: of the tensor, a row, or a block).
-What is written is DeepSeek's form.
+as compressed-tensors, FBGEMM and ModelOpt do (`weight_scale`: of the tensor, a row, or a block),
+and ComfyUI (`scale_weight`, of the tensor). What is written is DeepSeek's form.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 from merge_cli.checkpoint.headers import TensorRef
-from merge_cli.checkpoint.tensors import Float32, Read, Tensor, read_numbers
+from merge_cli.checkpoint.tensors import Float32, Read, Tensor
 from merge_cli.errors import CorruptFileError
-from merge_cli.formats.storage_format import QUANTIZATION, DecodedModel
-
-_FP8 = ("F8_E4M3", "F8_E5M2")
-_SCALES = ("_scale_inv", "_scale")  # behind the weight's name
-# Of activations and of the key-value cache: of no use without fp8 arithmetic.
-_DROPPED = (
-    ".input_scale",
-    ".output_scale",
-    ".k_scale",
-    ".v_scale",
-    ".q_scale",
-    ".prob_scale",
-    ".activation_scale",
-    ".input_scale_ub",
+from merge_cli.formats.packed import drop_activations, reject_leftovers
+from merge_cli.formats.small_floats import numbers_of, read_scales
+from merge_cli.formats.storage_format import (
+    DecodedModel,
+    quantization_of,
+    unquantised,
+    usual_dtype,
 )
+
+FP8_CODES = ("F8_E4M3", "F8_E5M2")
+_SCALES = ("_scale_inv", "_scale")  # behind the weight's name
+_MARK = "scaled_fp8"  # a tensor of no use with which ComfyUI marks a file
 
 
 class Fp8:
@@ -40,37 +36,28 @@ class Fp8:
     block = (128, 128)
 
     def detect(self, tensors: Mapping[str, TensorRef], config: Mapping[str, Any]) -> bool:
-        stored = any(ref.dtype in _FP8 for ref in tensors.values())
-        return stored and _is_fp8(config.get(QUANTIZATION))
+        stored = any(ref.dtype in FP8_CODES for ref in tensors.values())
+        return stored and _is_fp8(quantization_of(config))
 
     def decode(
         self, tensors: Mapping[str, TensorRef], config: Mapping[str, Any], label: str
     ) -> DecodedModel:
-        stored = [ref for ref in tensors.values() if ref.dtype in _FP8]
-        default_dtype = {"float16": "F16", "float32": "F32"}.get(
-            str(config.get("dtype") or config.get("torch_dtype")), "BF16"
-        )
+        stored = [ref for ref in tensors.values() if ref.dtype in FP8_CODES]
+        default_dtype, quantization = usual_dtype(config), quantization_of(config)
         as_numbers: dict[str, Tensor] = dict(tensors)
         scaled = 0
+        as_numbers.pop(_MARK, None)
+        stored = [ref for ref in stored if ref.name != _MARK]
         for ref in stored:
-            scale = next(
-                (tensors[ref.name + end] for end in _SCALES if ref.name + end in tensors), None
-            )
-            if scale is not None:
-                del as_numbers[scale.name]
+            weight = dequantised(ref, tensors, quantization, default_dtype, label)
+            if weight.scale is not None:
+                del as_numbers[weight.scale.name]
                 scaled += 1
-            block = _block(ref, scale, config.get(QUANTIZATION), label)
-            as_numbers[ref.name] = DequantizedTensor(ref, scale, block, default_dtype)
-        dropped = [name for name in as_numbers if name.endswith(_DROPPED)]
-        for name in dropped:
-            del as_numbers[name]
-        notes = [f"{len(stored)} fp8 weights are read as numbers, {scaled} of them with scales"]
-        if dropped:
-            notes.append(
-                f"{len(dropped)} scales of activations and caches are left out ({dropped[0]}, ...)"
-            )
-        plain = {key: value for key, value in config.items() if key != QUANTIZATION}
-        return DecodedModel(as_numbers, plain, tuple(notes))
+            as_numbers[ref.name] = weight
+        note = f"{len(stored)} fp8 weights are read as numbers, {scaled} of them with scales"
+        notes = (note, *drop_activations(as_numbers))
+        reject_leftovers(as_numbers.values(), ("_scale_inv", ".scale_weight"))
+        return DecodedModel(as_numbers, unquantised(config), notes)
 
     def encode(self, rows: Any, columns: int) -> tuple[Any, Any]:
         import numpy as np
@@ -129,11 +116,11 @@ class DequantizedTensor(Float32):
         out = np.frombuffer(buffer, np.float32)
         raw = np.empty(len(out), np.uint8)
         read(self.weight, start, raw.data)
-        np.take(_table(self.weight.dtype), raw, out=out)
+        np.take(numbers_of(self.weight.dtype), raw, out=out)
         if self.scale is None:
             return
         if self.scale.size == 1:
-            out *= _numbers(read, self.scale, 0, 1)[0]
+            out *= read_scales(read, self.scale, 0, 1)[0]
             return
         columns = self.shape[-1]
         stop = start + len(out)
@@ -169,7 +156,7 @@ class DequantizedTensor(Float32):
             matrix, inside = divmod(row, rows)
             end = min(last, matrix * rows + min(rows, (inside // tall + 1) * tall))
             scale_row = matrix * per_matrix + inside // tall
-            numbers = _numbers(read, self.scale, scale_row * across, across)
+            numbers = read_scales(read, self.scale, scale_row * across, across)
             if across == 1:
                 yield row, end, numbers[0]
             else:
@@ -177,37 +164,26 @@ class DequantizedTensor(Float32):
             row = end
 
 
-def _numbers(read: Read, ref: TensorRef, start: int, count: int) -> Any:
-    """Scales as float32; E8M0 has exponents alone."""
-    import numpy as np
+def dequantised(
+    ref: TensorRef,
+    tensors: Mapping[str, TensorRef],
+    quantization: Any,
+    default_dtype: str,
+    label: str,
+) -> DequantizedTensor:
+    """A weight in fp8 with its scale, if it has one.
 
-    if ref.dtype != "F8_E8M0":
-        return read_numbers(read, ref, start, count)
-    raw = np.empty(count, np.uint8)
-    read(ref, start, raw.data)
-    return np.exp2(raw.astype(np.float32) - 127)
+    Args:
+        quantization: what the config says of it.
 
-
-@cache
-def _table(dtype: str) -> Any:
-    """The 256 numbers of a format."""
-    import numpy as np
-
-    fraction, bias = (3, 7) if dtype == "F8_E4M3" else (2, 15)
-    result = np.empty(256, np.float32)
-    for code in range(256):
-        sign = -1.0 if code & 0x80 else 1.0
-        exponent, mantissa = (code & 0x7F) >> fraction, code & ((1 << fraction) - 1)
-        if exponent:
-            value = (1 + mantissa / (1 << fraction)) * 2.0 ** (exponent - bias)
-        else:
-            value = mantissa / (1 << fraction) * 2.0 ** (1 - bias)
-        if dtype == "F8_E4M3" and code & 0x7F == 0x7F:
-            value = float("nan")
-        if dtype == "F8_E5M2" and exponent == 31:
-            value = float("nan") if mantissa else float("inf")
-        result[code] = sign * value
-    return result
+    Raises:
+        CorruptFileError: a scale that does not fit.
+    """
+    names = [ref.name + end for end in _SCALES]
+    if ref.name.endswith(".weight"):
+        names.append(f"{ref.name.removesuffix('weight')}scale_weight")
+    scale = next((tensors[name] for name in names if name in tensors), None)
+    return DequantizedTensor(ref, scale, _block(ref, scale, quantization, label), default_dtype)
 
 
 def _is_fp8(quantization: Any) -> bool:
@@ -222,13 +198,15 @@ def _is_fp8(quantization: Any) -> bool:
     if method == "compressed-tensors":
         return all(
             weights.get("num_bits") == 8 and weights.get("type") == "float"
-            for weights in _weights(quantization)
+            for weights in scheme_weights(quantization)
         )
     return False
 
 
-def _weights(quantization: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    for group in (quantization.get("config_groups") or {}).values():
+def scheme_weights(quantization: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """What compressed-tensors' groups say of weights."""
+    groups = quantization.get("config_groups")
+    for group in groups.values() if isinstance(groups, dict) else ():
         if isinstance(group, dict) and isinstance(group.get("weights"), dict):
             yield group["weights"]
 
@@ -241,6 +219,8 @@ def _block(
     if scale is None or scale.size == 1:
         return rows, columns
     grid = scale.shape[-2:] if len(scale.shape) > 1 else (scale.shape[0], 1)
+    if not scale.size:
+        grid = (rows + 1, columns + 1)  # which fits nothing
     stacked = ref.size // max(1, rows * columns)
     declared = _declared_block(quantization)
     # Without a word on it, blocks divide the weight evenly; a scale for each row always may be.
@@ -260,7 +240,7 @@ def _declared_block(quantization: Any) -> tuple[int, int] | None:
         return None
     shapes = [
         quantization.get("weight_block_size"),
-        *(k.get("block_structure") for k in _weights(quantization)),
+        *(k.get("block_structure") for k in scheme_weights(quantization)),
     ]
     for size in shapes:
         if isinstance(size, list) and len(size) == 2 and all(type(n) is int and n for n in size):

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from merge_cli.checkpoint.headers import TensorRef
-from merge_cli.checkpoint.tensors import Float32, Read, Tensor, read_numbers
+from merge_cli.checkpoint.tensors import Float32, Read, Tensor, fill_rows, read_numbers
 from merge_cli.kernels.matrices import low_rank_product
 
 _CACHE_BYTES = 2**28  # bytes of factors that stay in memory: the experts of one layer share theirs
@@ -156,22 +155,6 @@ class PatchedTensor(Float32):
             columns = slice(patch.column, patch.column + patch.right.columns)
             rows[low - first : high - first, columns] += np.float32(patch.scale) * update
         return rows
-
-
-def fill_rows(buffer: memoryview, start: int, width: int, rows: Callable[[int, int], Any]) -> None:
-    """Fill a buffer with float32 elements from `start` on of a matrix that is computed by rows.
-
-    Args:
-        width: of a row.
-        rows: makes rows [first, last): numpy float32.
-    """
-    import numpy as np
-
-    count = len(buffer) // 4
-    first, last = start // width, -(-(start + count) // width)
-    begin = start - first * width
-    out = np.frombuffer(buffer, np.float32)
-    out[:] = rows(first, last).reshape(-1)[begin : begin + count]
 
 
 def read_cached(read: Read, ref: TensorRef, fingerprint: str) -> Any:

@@ -12,25 +12,16 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from merge_cli.checkpoint.config import WITH_CONV1D
 from merge_cli.checkpoint.dtypes import MERGEABLE
 from merge_cli.checkpoint.headers import TensorRef
-from merge_cli.checkpoint.tensors import Float32, Read, Tensor, read_numbers
+from merge_cli.checkpoint.tensors import Float32, Read, Tensor, fill_rows, read_numbers
 from merge_cli.kernels.matrices import low_rank_product
 from merge_cli.lora.adapter import EMBEDDING_FACTORS, LAYER_FACTORS, Parts
 from merge_cli.lora.config import by_pattern, scale_of
-from merge_cli.lora.expert_factors import fill_rows, read_cached
+from merge_cli.lora.expert_factors import read_cached
 
-# transformers' classes with layers that are stored [in, out], and what those are called.
-_WITH_CONV1D = frozenset(
-    (
-        "gpt2",
-        "openai-gpt",
-        "imagegpt",
-        "decision_transformer",
-        "clvp",
-        "clvp_decoder",
-    )
-)
+# What transformers' layers that are stored [in, out] are called.
 _CONV1D = frozenset(("c_attn", "q_attn", "c_fc", "c_proj"))
 
 
@@ -179,7 +170,7 @@ def is_transposed(
         kind: the model_type.
     """
     is_conv1d = module.removesuffix(".base_layer").rpartition(".")[2] in _CONV1D
-    if kind in _WITH_CONV1D:
+    if kind in WITH_CONV1D:
         return is_conv1d
     plain_shape = (parts["b"].shape[0], parts["a"].shape[-1])
     if plain_shape[0] != plain_shape[1] and weight.shape in (plain_shape, plain_shape[::-1]):

@@ -14,7 +14,7 @@ import yaml
 
 import merge_cli
 from merge_cli.errors import CorruptFileError, SourceError
-from merge_cli.formats.fp8 import _table
+from merge_cli.formats.small_floats import numbers_of
 from merge_cli.options import MergeOptions
 from merge_cli.planning.planner import load_recipe, make_plan
 from tests.support.tiny import llama_config, llama_tensors, read_model, write_model
@@ -58,7 +58,7 @@ NAME = "model.layers.0.mlp.up_proj.weight"  # 32 x 16
 @pytest.mark.parametrize("dtype", [E4M3, E5M2])
 def test_all_codes(dtype: torch.dtype) -> None:
     codes = torch.arange(256, dtype=torch.uint8).view(dtype).float().numpy()
-    ours = _table({E4M3: "F8_E4M3", E5M2: "F8_E5M2"}[dtype])
+    ours = numbers_of({E4M3: "F8_E4M3", E5M2: "F8_E5M2"}[dtype])
     np.testing.assert_array_equal(codes, ours)
 
 
@@ -148,12 +148,36 @@ def test_fp8_without_scales(tmp_path: Path) -> None:
     assert torch.equal(found[NAME], weight.bfloat16())
 
 
+def test_scaled_files_of_comfyui(tmp_path: Path) -> None:
+    """A scale of the tensor in front of the weight's name, and a tensor that marks the file."""
+    weight = torch.randn(32, 16).to(E4M3)
+    module = NAME.removesuffix("weight")
+    extra = {f"{module}scale_weight": torch.tensor(0.25), f"{module}scale_input": torch.ones(()),
+             "scaled_fp8": torch.zeros(2).to(E4M3)}  # fmt: skip
+    family(tmp_path / "q", {}, **{NAME: weight, **extra})
+    found = passthrough(tmp_path, dtype="float32")
+    assert torch.equal(found[NAME], weight.float() / 4)
+    assert not any("scale" in name for name in found)
+
+
+@pytest.mark.parametrize("name", ["other.weight_scale_inv", "other.comfy_quant"])
+def test_what_belongs_to_no_weight_is_told(tmp_path: Path, name: str) -> None:
+    weight = torch.randn(32, 16).to(E4M3)
+    family(tmp_path / "q", {}, **{NAME: weight, name: torch.ones(3, dtype=torch.uint8)})
+    with pytest.raises(CorruptFileError, match="belongs to no weight"):
+        make_plan(load_recipe(write_recipe(tmp_path)))
+
+
 def test_scales_that_do_not_fit_are_told(tmp_path: Path) -> None:
     about = {**FP8, "weight_block_size": [8, 8]}
     weight = torch.randn(32, 16).to(E4M3)
     family(tmp_path / "q", {"quantization_config": about},
            **{NAME: weight, f"{NAME}_scale_inv": torch.ones(5, 3)})  # fmt: skip
     with pytest.raises(CorruptFileError, match=r"scales of shape \[5, 3\] do not fit"):
+        make_plan(load_recipe(write_recipe(tmp_path)))
+    family(tmp_path / "q", {"quantization_config": about},
+           **{NAME: weight, f"{NAME}_scale_inv": torch.ones(0, 3)})  # fmt: skip
+    with pytest.raises(CorruptFileError, match=r"scales of shape \[0, 3\] do not fit"):
         make_plan(load_recipe(write_recipe(tmp_path)))
 
 
@@ -165,9 +189,10 @@ def write_recipe(folder: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("about", "hint"),
-    [({"quant_method": "gptq", "bits": 4}, "GPTQModel"), ({"quant_method": "awq"}, "AutoAWQ"),
-     ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "dequantize"),
-     ({"quant_method": "hqq"}, "HQQ"), ({"quant_method": "mxfp4"}, "Mxfp4Config"),
+    [({"quant_method": "gptq", "bits": 4}, "unquantised"),
+     ({"quant_method": "awq"}, "unquantised"),
+     ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "unquantised"),
+     ({"quant_method": "hqq"}, "unquantised"), ({"quant_method": "mxfp4"}, "unquantised"),
      ({"quant_method": "compressed-tensors", "config_groups": {"g": {"weights": {
          "num_bits": 4, "type": "int"}}}}, "unquantised"),
      ({"something": 1}, "unquantised")],

@@ -1,0 +1,143 @@
+"""AWQ in its gemm layout: `qweight`, `qzeros` and `scales`, of 4 bits.
+
+`qweight` (I32 [in, out / 8]) and `qzeros` (I32 [groups, out / 8]) have eight outputs in a word, in
+the order 0, 2, 4, 6, 1, 3, 5, 7 from the lowest bits on.
+
+Lin et al., arXiv:2306.00978; the layout is AutoAWQ's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from merge_cli.checkpoint.headers import TensorRef
+from merge_cli.checkpoint.tensors import Read, Tensor
+from merge_cli.errors import SourceError
+from merge_cli.formats.packed import corrupt, of_shape, opening, reject_leftovers, required
+from merge_cli.formats.storage_format import (
+    DecodedModel,
+    quant_method,
+    quantization_of,
+    unquantised,
+    usual_dtype,
+)
+from merge_cli.formats.transposed_integers import (
+    ENDINGS,
+    FLOATS,
+    TransposedIntegers,
+    group_of,
+    group_size,
+    reject_conv1d,
+)
+
+_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # where each of eight outputs lies in a word
+
+
+class Awq:
+    """The format. See `StorageFormat`."""
+
+    name = "AWQ"
+
+    def detect(self, tensors: Mapping[str, TensorRef], config: Mapping[str, Any]) -> bool:
+        return quant_method(config) == "awq" and any(name.endswith(".qweight") for name in tensors)
+
+    def decode(
+        self, tensors: Mapping[str, TensorRef], config: Mapping[str, Any], label: str
+    ) -> DecodedModel:
+        quantization, default_dtype, opened = (
+            quantization_of(config),
+            usual_dtype(config),
+            opening(),
+        )
+        self._check(quantization, label)
+        reject_conv1d(config, label, self.name)
+        size = group_size(quantization, label)
+        as_numbers: dict[str, Tensor] = dict(tensors)
+        packed = [ref for ref in tensors.values() if ref.name.endswith(".qweight")]
+        for codes in packed:
+            module = codes.name.removesuffix(".qweight")
+            weight = _weight(module, codes, tensors, default_dtype, size, opened)
+            for part in weight.stored:
+                as_numbers.pop(part.name)
+            if weight.name in tensors:
+                raise corrupt(f"is stored a second time, as '{weight.name}'", codes)
+            as_numbers[weight.name] = weight
+        reject_leftovers(as_numbers.values(), ENDINGS)
+        note = f"{len(packed)} AWQ weights are read as numbers; they are lossy"
+        return DecodedModel(as_numbers, unquantised(config), (note,))
+
+    def _check(self, quantization: Mapping[str, Any], label: str) -> None:
+        """What else AWQ has been written as is not read."""
+        layout = str(quantization.get("version") or quantization.get("format") or "gemm").lower()
+        bits = quantization.get("bits", quantization.get("w_bit"))
+        message = ""
+        if layout != "gemm":
+            message = f"AWQ of the layout '{layout}' is not read: gemm is"
+        elif bits != 4:
+            message = f"AWQ of {bits!r} bits is not read: of 4 is"
+        elif quantization.get("zero_point", True) is not True:
+            message = "AWQ without zero points is not read"
+        if message:
+            raise SourceError(message, model=label, file="config.json")
+
+
+AWQ = Awq()
+
+
+@dataclass(frozen=True)
+class AwqTensor(TransposedIntegers):
+    """An AWQ weight."""
+
+    @property
+    def formula(self) -> str:
+        return f"AWQ, {self.bits} bits, groups of {self.group}"
+
+    def code_rows(self, read: Read, first: int, last: int) -> Any:
+        return self._unpacked(read, "codes", self.codes, first, last)
+
+    def zero_rows(self, read: Read, first: int, last: int) -> Any:
+        return self._unpacked(read, "zeros", self.zeros, first, last)
+
+    def _unpacked(self, read: Read, role: str, ref: TensorRef, first: int, last: int) -> Any:
+        """Rows [first, last) of eights in words: float32."""
+        import numpy as np
+
+        begin = first // 8
+        words = self.matrix(role, ref).columns(read, begin, -(-last // 8))
+        words = np.ascontiguousarray(words.T)
+        codes = np.empty((len(words), 8, words.shape[1]), np.float32)
+        for output, place in enumerate(_PLACES):
+            codes[:, output] = (words >> np.uint32(4 * place)) & np.uint32(15)
+        return codes.reshape(-1, words.shape[1])[first - begin * 8 : last - begin * 8]
+
+
+def _weight(
+    module: str,
+    codes: TensorRef,
+    tensors: Mapping[str, TensorRef],
+    default_dtype: str,
+    size: int,
+    opened: int,
+) -> AwqTensor:
+    """A module's weight, its parts checked against one another.
+
+    Raises:
+        CorruptFileError: parts that do not fit, or are not there.
+    """
+    scales = required(tensors, f"{module}.scales", codes)
+    zeros = required(tensors, f"{module}.qzeros", codes)
+    if codes.dtype != "I32" or len(codes.shape) != 2 or not codes.size:
+        raise corrupt(f"{codes.dtype} of shape {list(codes.shape)}: AWQ has I32 matrices", codes)
+    inputs, words = codes.shape
+    if len(scales.shape) != 2 or not scales.size:
+        raise corrupt(f"scales of shape {list(scales.shape)}: AWQ has matrices", scales)
+    groups, why = scales.shape[0], f"'{codes.name}'"
+    of_shape(scales, FLOATS, (groups, words * 8), why=why)
+    of_shape(zeros, ("I32",), (groups, words), why=why)
+    group = group_of(scales, inputs, size, fixed=True)
+    return AwqTensor(
+        f"{module}.weight", codes, (words * 8, inputs), default_dtype, 4, scales, zeros, None,
+        group, opened,
+    )  # fmt: skip

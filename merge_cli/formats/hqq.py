@@ -1,0 +1,186 @@
+"""HQQ as `HQQLinear` saves itself: codes of 1, 2, 3, 4 and 8 bits in groups along the inputs.
+
+`W_q` has the codes of the flat weight in as many parts as a byte (of 3 bits: 32 bits) has codes,
+the first part in the highest bits. `scale` and `zero` have a number for each group, and a number is
+(code - zero) * scale. What `shape`, `nbits`, `group_size`, `axis` and `packing` say is stored in
+tensors, too, and read when the model is opened.
+
+Badri and Shaji, Half-Quadratic Quantization of Large Machine Learning Models, 2023; the layout is
+that of the package hqq.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from merge_cli.checkpoint.headers import TensorRef
+from merge_cli.checkpoint.tensors import Read, Tensor, read_numbers
+from merge_cli.formats.packed import (
+    PackedTensor,
+    as_bytes,
+    corrupt,
+    not_here,
+    of_shape,
+    reject_leftovers,
+    required,
+    small_bytes,
+    small_numbers,
+)
+from merge_cli.formats.storage_format import DecodedModel, quant_method, unquantised, usual_dtype
+from merge_cli.formats.transposed_integers import reject_conv1d
+
+_CODES = ".W_q"
+_FLOATS = ("F32", "F16", "BF16")
+# What it is packed as -> bits of a code, codes in a word, bytes of a word.
+_PACKINGS = {
+    "8bit_u8": (8, 1, 1),
+    "4bit_u8": (4, 2, 1),
+    "3bit_32": (3, 10, 4),
+    "2bit_u8": (2, 4, 1),
+    "1bit_u8": (1, 8, 1),
+}
+# What else a layer says of itself. The first ones must be nought: scales that are codes themselves.
+_NOUGHT = ("quant_scale", "quant_zero")
+_SAID = (
+    "shape",
+    "nbits",
+    "group_size",
+    "axis",
+    "packing",
+    "view_as_float",
+    "unpack_view_dtype",
+    "compute_dtype",
+    "offload_meta",
+    "encoded_state_dict",
+    "stores_quant_config",
+    "channel_wise",
+    "optimize",
+    "round_zero",
+    *_NOUGHT,
+)
+_ENDINGS = (_CODES, *(f".{name}" for name in (*_SAID, "scale", "zero", "zero_scale")))
+
+
+class Hqq:
+    """The format. See `StorageFormat`."""
+
+    name = "HQQ"
+
+    def detect(self, tensors: Mapping[str, TensorRef], config: Mapping[str, Any]) -> bool:
+        return quant_method(config) == "hqq" and any(name.endswith(_CODES) for name in tensors)
+
+    def decode(
+        self, tensors: Mapping[str, TensorRef], config: Mapping[str, Any], label: str
+    ) -> DecodedModel:
+        default_dtype = usual_dtype(config)
+        reject_conv1d(config, label, self.name)
+        as_numbers: dict[str, Tensor] = dict(tensors)
+        packed = [ref for ref in tensors.values() if ref.name.endswith(_CODES)]
+        for codes in packed:
+            module = codes.name.removesuffix(_CODES)
+            weight = _weight(module, codes, tensors, default_dtype)
+            if weight.name in tensors:
+                raise corrupt(f"is stored a second time, as '{weight.name}'", codes)
+            for name in (*(ref.name for ref in weight.stored), *(f"{module}.{s}" for s in _SAID)):
+                as_numbers.pop(name, None)
+            as_numbers[weight.name] = weight
+        reject_leftovers(as_numbers.values(), _ENDINGS)
+        note = f"{len(packed)} HQQ weights are read as numbers; they are lossy"
+        return DecodedModel(as_numbers, unquantised(config), (note,))
+
+
+HQQ = Hqq()
+
+
+@dataclass(frozen=True)
+class HqqTensor(PackedTensor):
+    """An HQQ weight.
+
+    Attributes:
+        packing: a key of the table above.
+        scales, zeros: of the groups.
+        group: numbers of a group, which follow one another.
+    """
+
+    packing: str
+    scales: TensorRef
+    zeros: TensorRef
+    group: int
+
+    @property
+    def stored(self) -> tuple[TensorRef, ...]:
+        return (self.codes, self.scales, self.zeros)
+
+    @property
+    def formula(self) -> str:
+        return f"HQQ, {self.packing}, groups of {self.group}"
+
+    def fill(self, read: Read, start: int, buffer: memoryview) -> None:
+        import numpy as np
+
+        out = np.frombuffer(buffer, np.float32)
+        stop = start + len(out)
+        bits, per_word, width = _PACKINGS[self.packing]
+        kind = np.uint8 if width == 1 else np.uint32
+        words = self.codes.nbytes // width  # and numbers of each part
+        position = start
+        while position < stop:
+            part, inside = divmod(position, words)
+            count = min(stop - position, words - inside)
+            raw: Any = np.empty(count, kind)
+            read(as_bytes(self.codes), inside * width, raw.view(np.uint8).data)
+            codes = (raw >> kind(bits * (per_word - 1 - part))) & kind(2**bits - 1)
+            out[position - start : position - start + count] = codes
+            position += count
+        first, last = start // self.group, -(-stop // self.group)
+        begin = start - first * self.group
+        for ref, apply in ((self.zeros, np.subtract), (self.scales, np.multiply)):
+            numbers = np.repeat(read_numbers(read, ref, first, last - first), self.group)
+            apply(out, numbers[begin : begin + len(out)], out=out)
+
+
+def _weight(
+    module: str, codes: TensorRef, tensors: Mapping[str, TensorRef], default_dtype: str
+) -> HqqTensor:
+    """A module's weight, its parts checked against one another.
+
+    Raises:
+        CorruptFileError: parts that do not fit, or are not there.
+        SourceError: its file is not here yet: the shapes are in it.
+    """
+
+    def part(name: str) -> TensorRef:
+        return required(tensors, f"{module}.{name}", codes)
+
+    shape = small_numbers(part("shape"))
+    packing = small_bytes(part("packing"))
+    if shape is None or packing is None:
+        raise not_here(codes)
+    said = {name: (small_numbers(part(name)) or [0])[0] for name in ("nbits", "group_size", "axis")}
+    kind = packing.decode("ascii", "replace")
+    if kind not in _PACKINGS or _PACKINGS[kind][0] != said["nbits"]:
+        message = f"{said['nbits']} bits as '{kind[:20]}' are not read: {', '.join(_PACKINGS)} are"
+        raise corrupt(message, part("packing"))
+    if said["axis"] != 1:
+        raise corrupt(f"groups along the axis {said['axis']} are not read: 1 is", part("axis"))
+    for name in _NOUGHT:
+        ref = tensors.get(f"{module}.{name}")
+        if ref is not None and any(small_bytes(ref) or b""):
+            raise corrupt("scales that are quantised themselves are not read", ref)
+    size, group = math.prod(shape), said["group_size"]
+    if len(shape) != 2 or min(shape) < 1 or group < 1 or size % group:
+        raise corrupt(f"groups of {group} do not divide a weight of {shape}", part("shape"))
+    _, per_word, width = _PACKINGS[kind]
+    groups = size // group
+    lines = -(-groups // per_word)
+    if codes.nbytes != lines * group * width or (width == 1 and groups % per_word):
+        raise corrupt(f"{codes.nbytes} bytes do not hold {shape} codes as {kind}", codes)
+    scales, zeros = part("scale"), part("zero")
+    for ref in (scales, zeros):
+        of_shape(ref, _FLOATS, (groups, 1), (groups,), why=f"'{codes.name}'")
+    return HqqTensor(
+        f"{module}.weight", codes, tuple(shape), default_dtype, kind, scales, zeros, group
+    )

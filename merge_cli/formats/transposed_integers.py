@@ -1,0 +1,153 @@
+"""Integers that are stored [in, out] with scales and zero points by groups of inputs: GPTQ, AWQ.
+
+A row of the weight is a column of what is stored, which is read by strips (`StoredMatrix`). Which
+bits a code lies in is the format's own; scale times (code - zero point) is both formats'.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from merge_cli.checkpoint.config import WITH_CONV1D
+from merge_cli.checkpoint.headers import TensorRef
+from merge_cli.checkpoint.tensors import Read
+from merge_cli.errors import SourceError
+from merge_cli.formats.packed import (
+    PackedRows,
+    StoredMatrix,
+    corrupt,
+    read_integers,
+    scale_groups,
+)
+
+FLOATS = ("F16", "BF16", "F32")
+ENDINGS = (".qweight", ".qzeros", ".scales", ".g_idx")
+
+
+@dataclass(frozen=True)
+class TransposedIntegers(PackedRows):
+    """A matrix [out, in]. See the module.
+
+    Attributes:
+        bits: of a code.
+        scales: [groups, out].
+        zeros: packed, [groups, out * bits / 32].
+        order: the group of each input; None where `group` of them follow one another.
+        group: inputs of a group.
+    """
+
+    bits: int
+    scales: TensorRef
+    zeros: TensorRef
+    order: TensorRef | None
+    group: int
+    opened: int = field(default=0, compare=False, repr=False)
+
+    @property
+    def stored(self) -> tuple[TensorRef, ...]:
+        extra = (self.order,) if self.order is not None else ()
+        return (self.codes, self.scales, self.zeros, *extra)
+
+    @property
+    def groups(self) -> int:
+        return self.scales.shape[0]
+
+    @abstractmethod
+    def code_rows(self, read: Read, first: int, last: int) -> Any:
+        """Codes of rows [first, last): numpy float32 [rows, in], to be changed."""
+
+    @abstractmethod
+    def zero_rows(self, read: Read, first: int, last: int) -> Any:
+        """Zero points of rows [first, last): numpy float32 [rows, groups]."""
+
+    def rows(self, read: Read, first: int, last: int) -> Any:
+        import numpy as np
+
+        numbers, zeros = self.code_rows(read, first, last), self.zero_rows(read, first, last)
+        stored = self.matrix("scales", self.scales).columns(read, first, last)
+        scales = np.ascontiguousarray(_floats(stored, self.scales.dtype).T)
+        order = self._order(read)
+        if order is None:
+            by_group = numbers.reshape(len(numbers), self.groups, -1)
+            by_group -= zeros[:, :, None]
+            scale_groups(numbers, scales)
+            return numbers
+        numbers -= zeros[:, order]
+        numbers *= scales[:, order]
+        return numbers
+
+    def matrix(self, role: str, ref: TensorRef) -> StoredMatrix:
+        """A stored matrix, to be read by columns."""
+        return StoredMatrix(role, ref, 0, ref.shape[0], ref.shape[1], self.opened)
+
+    def _order(self, read: Read) -> Any:
+        """The group of each input; None where groups of one size follow one another."""
+        import numpy as np
+
+        columns = self.shape[-1]
+        plain = np.arange(columns) // self.group
+        even = columns == self.groups * self.group
+        if self.order is None:
+            return None if even else plain
+        order = read_integers(read, self.order, 0, columns)
+        if order.min() < 0 or order.max() >= self.groups:
+            message = f"names groups from {order.min()} to {order.max()}: there are {self.groups}"
+            raise corrupt(message, self.order)
+        return None if even and np.array_equal(order, plain) else order
+
+
+def _floats(raw: Any, dtype: str) -> Any:
+    """Stored bits as float32: numpy unsigned integers of the dtype's width."""
+    import numpy as np
+
+    if dtype == "BF16":
+        return (raw.astype(np.uint32) << 16).view(np.float32)
+    return raw.view({"F16": np.float16, "F32": np.float32}[dtype]).astype(np.float32)
+
+
+def group_size(quantization: Mapping[str, Any], label: str) -> int:
+    """Inputs of a group as the config says; -1 where all are one group.
+
+    Raises:
+        SourceError: it says none.
+    """
+    size = quantization.get("group_size", quantization.get("q_group_size"))
+    if type(size) is not int or (size < 1 and size != -1):
+        message = f"a group_size of {size!r}, which is no number of inputs"
+        raise SourceError(message, model=label, file="config.json")
+    return size
+
+
+def group_of(scales: TensorRef, inputs: int, size: int, *, fixed: bool) -> int:
+    """Inputs of a weight's groups.
+
+    Args:
+        size: what the config says; -1 for all.
+        fixed: the config says nothing about single modules.
+
+    Raises:
+        CorruptFileError: as many scales as no groups are.
+    """
+    groups = scales.shape[0]
+    declared = inputs if size == -1 else size
+    if -(-inputs // declared) == groups:
+        return declared
+    if not fixed and groups and inputs % groups == 0:
+        return inputs // groups
+    message = f"{groups} groups of {inputs} inputs do not follow from a group_size of {size}"
+    raise corrupt(message, scales)
+
+
+def reject_conv1d(config: Mapping[str, Any], label: str, name: str) -> None:
+    """Models whose own layers are stored [in, out] would have to be turned once more.
+
+    Raises:
+        SourceError: names the model's kind.
+    """
+    kind = str(config.get("model_type", ""))
+    if kind in WITH_CONV1D:
+        message = f"{name} weights of {kind}, whose layers are stored [in, out], are not read"
+        raise SourceError(message, model=label)

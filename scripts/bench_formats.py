@@ -1,0 +1,180 @@
+"""What it costs to read quantised weights: a passthrough of each format against a soup in bfloat16.
+
+    python scripts/bench_formats.py FOLDER                      # 134 million numbers, a few minutes
+    python scripts/bench_formats.py FOLDER --rows 512 --rounds 1
+
+Every model has the same few matrices: of the sizes of gpt-oss's experts for MXFP4, else of a linear
+layer with 4,096 inputs. Codes are random, as no time depends on them. Each merge is a process of
+its own with one thread, and its CPU seconds count. The ratio is the median of the rounds', least
+and largest in brackets. The page cache is warm. Peaks are of memory that no file backs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bench_process import print_ratios, run_measured
+
+INPUTS, MATRICES = 4096, 4
+Parts = dict[str, Any]
+_BNB = "weight.quant_state.bitsandbytes__nf4"
+
+
+def noise(*shape: int, dtype: str = "uint8", low: int = 0, high: int = 256) -> Any:
+    """Random whole numbers of a torch dtype."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    if dtype == "int32":
+        return torch.randint(-(2**31), 2**31, shape, generator=generator).to(torch.int32)
+    return torch.randint(low, high, shape, generator=generator, dtype=getattr(torch, dtype))
+
+
+def scales(*shape: int, dtype: str = "float16") -> Any:
+    """Random small positive numbers."""
+    import torch
+
+    random = torch.rand(shape, generator=torch.Generator().manual_seed(1)) / 50 + 0.001
+    return random.to(getattr(torch, dtype))
+
+
+def plain(rows: int) -> tuple[Parts, Parts]:
+    return {"weight": scales(rows, INPUTS, dtype="bfloat16")}, {}
+
+
+def mxfp4(rows: int) -> tuple[Parts, Parts]:
+    """Experts of 2,880 inputs, as gpt-oss has them."""
+    outputs, groups = 5760, 2880 // 32
+    experts = max(1, rows * INPUTS // (outputs * 2880))
+    parts = {
+        "weight_blocks": noise(experts, outputs, groups, 16),
+        "weight_scales": noise(experts, outputs, groups, low=115, high=122),
+    }
+    return parts, {"quant_method": "mxfp4"}
+
+
+def nvfp4(rows: int) -> tuple[Parts, Parts]:
+    import torch
+
+    parts = {
+        "weight": noise(rows, INPUTS // 2),
+        "weight_scale": (scales(rows, INPUTS // 16) * 100).to(torch.float8_e4m3fn),
+        "weight_scale_2": torch.tensor(0.01),
+    }
+    return parts, {"quant_method": "modelopt", "quant_algo": "NVFP4"}
+
+
+def packed_int4(rows: int) -> tuple[Parts, Parts]:
+    import torch
+
+    parts = {
+        "weight_packed": noise(rows, INPUTS // 8, dtype="int32"),
+        "weight_scale": scales(rows, INPUTS // 32, dtype="bfloat16"),
+        "weight_shape": torch.tensor([rows, INPUTS]),
+    }
+    weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+    return parts, {"quant_method": "compressed-tensors", "config_groups": groups}
+
+
+def gptq(rows: int) -> tuple[Parts, Parts]:
+    parts = {
+        "qweight": noise(INPUTS // 8, rows, dtype="int32"),
+        "qzeros": noise(INPUTS // 128, rows // 8, dtype="int32"),
+        "scales": scales(INPUTS // 128, rows),
+    }
+    return parts, {"quant_method": "gptq", "bits": 4, "group_size": 128}
+
+
+def awq(rows: int) -> tuple[Parts, Parts]:
+    parts = {
+        "qweight": noise(INPUTS, rows // 8, dtype="int32"),
+        "qzeros": noise(INPUTS // 128, rows // 8, dtype="int32"),
+        "scales": scales(INPUTS // 128, rows),
+    }
+    return parts, {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm"}
+
+
+def nf4(rows: int) -> tuple[Parts, Parts]:
+    import torch
+
+    size = rows * INPUTS
+    stated = {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [rows, INPUTS]}
+    stated |= {"nested_blocksize": 256, "nested_offset": 0.5, "nested_dtype": "float32"}
+    parts = {
+        "weight": noise(size // 2, 1),
+        "weight.absmax": noise(size // 64),
+        "weight.quant_map": torch.linspace(-1, 1, 16),
+        "weight.nested_absmax": scales(-(-size // 64 // 256), dtype="float32"),
+        "weight.nested_quant_map": torch.linspace(-1, 1, 256),
+        _BNB: torch.tensor(list(json.dumps(stated).encode()), dtype=torch.uint8),
+    }
+    return parts, {"quant_method": "bitsandbytes", "load_in_4bit": True}
+
+
+FORMATS: dict[str, Callable[[int], tuple[Parts, Parts]]] = {
+    "plain": plain,
+    "MXFP4": mxfp4,
+    "NVFP4": nvfp4,
+    "compressed-tensors int4": packed_int4,
+    "GPTQ": gptq,
+    "AWQ": awq,
+    "bitsandbytes nf4": nf4,
+}
+
+
+def write(folder: Path, make: Callable[[int], tuple[Parts, Parts]], rows: int) -> None:
+    """A model of a few matrices."""
+    from safetensors.torch import save_file
+
+    parts, settings = make(rows)
+    tensors = {
+        f"model.layers.{i}.linear.{part}": value.clone()
+        for i in range(MATRICES)
+        for part, value in parts.items()
+    }
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = {"dtype": "bfloat16", **({"quantization_config": settings} if settings else {})}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--rows", type=int, default=8192, help="outputs of each matrix")
+    parser.add_argument("--rounds", type=int, default=3)
+    given = parser.parse_args()
+    given.folder.mkdir(parents=True, exist_ok=True)
+    for name, make in FORMATS.items():
+        if not (given.folder / name).exists():
+            write(given.folder / name, make, given.rows)
+    root = Path(__file__).resolve().parents[1]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "merge_cli", "run", "-q", "--device", "cpu", "--threads", "1"]
+    found: dict[str, list[tuple[float, int]]] = {}
+    for number in range(given.rounds + 1):
+        for name in FORMATS:
+            method = "soup" if name == "plain" else "passthrough"
+            file, out = given.folder / "recipe.yaml", given.folder / "out"
+            recipe = {"merge_method": method, "models": [{"model": f"./{name}"}]}
+            file.write_text(json.dumps(recipe))
+            shutil.rmtree(out, ignore_errors=True)
+            usage = run_measured([*command, str(file), str(out)], environment, given.folder)
+            if number:  # the first round compiles and warms the cache
+                runs = found.setdefault(name, [])
+                runs.append((usage.cpu_seconds, usage.peak_anonymous or 0))
+        shutil.rmtree(given.folder / "out", ignore_errors=True)
+    numbers = MATRICES * given.rows * INPUTS
+    print_ratios(f"{numbers / 1e6:.0f} M, CPU", found)
+
+
+if __name__ == "__main__":
+    main()
