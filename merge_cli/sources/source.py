@@ -33,6 +33,7 @@ from merge_cli.lora.config import base_note
 from merge_cli.lora.heads import changed_config
 from merge_cli.lora.targets import apply_adapter
 from merge_cli.recipe.reference import HUB, ModelRef, expanded, hub_id, is_revision, local_folder
+from merge_cli.sources.gguf import SUFFIX, open_gguf
 from merge_cli.sources.storage import HubRepo, LocalFolder, ModelStorage, read_headers
 from merge_cli.system.untrusted import read_mapping
 
@@ -259,9 +260,9 @@ def fetch_weights(
 
 def _open_folder(path: Path, label: str) -> Source:
     if not path.is_dir():
+        if path.suffix == SUFFIX:
+            return _open_gguf(path, label)
         hint = "Name the model's folder, not a file in it."
-        if path.suffix == ".gguf":
-            hint = "GGUF files are not read: name the folder of the safetensors before it."
         raise SourceError("not a folder", model=label, hint=hint)
     fingerprints = folder_fingerprints(path)
     try:
@@ -270,6 +271,19 @@ def _open_folder(path: Path, label: str) -> Source:
         hint = "Check who may read it."
         raise SourceError(f"cannot be read: {error.strerror}", model=label, hint=hint) from error
     return replace(_opened(folder, label), fingerprints=fingerprints)
+
+
+def _open_gguf(path: Path, label: str) -> Source:
+    model = open_gguf(path, label)
+    return Source(
+        label,
+        model.root,
+        model.decoded.config,
+        model.decoded.tensors,
+        model.headers,
+        notes=model.notes,
+        fingerprints=folder_fingerprints(model.root),
+    )
 
 
 def _open_hub(repo: hub.HubModel, label: str) -> Source:
