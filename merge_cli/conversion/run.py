@@ -112,11 +112,11 @@ def convert(
                 work.refuse(False, [])  # before anything is fetched
             root, files = find_pickles(model, show)
             work.refuse(overwrite, [root, *files])
-            config = _config(root, model)
+            settings = _config(root, model)
             inputs = Inputs(
                 [(model, root, folder_fingerprints(root))], [(model, file) for file in files]
             )
-            copies = "keep" if _untied(config) else "leave"
+            copies = "keep" if _untied(settings) else "leave"
             key = _key(root, files, copies, inputs)
             if fresh:
                 work.discard()

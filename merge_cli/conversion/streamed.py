@@ -123,7 +123,9 @@ def _checked(plan: Plan, source: Source) -> list[str]:
 def _problems(made: Skeleton) -> list[str]:
     if made.failure:
         return [f"it refuses config.json or the tensors: {made.failure}"]
-    wrong = [f"{name} {list(stored)}, not {list(own)}" for name, (stored, own) in made.wrong.items()]
+    wrong = [
+        f"{name} {list(stored)}, not {list(own)}" for name, (stored, own) in made.wrong.items()
+    ]
     kinds = {
         "tensors are missing": sorted(made.missing),
         "tensors are not the model's": sorted(made.unexpected),

@@ -1,4 +1,4 @@
-"""A GGUF file as a model's folder: what other folders hold beside their weights is made of its keys.
+"""A GGUF file as a model's folder: what lies beside the weights elsewhere is made of its keys.
 
     CACHE/gguf/KEY/   config.json  generation_config.json  tokenizer.json ...  NAME.gguf -> the file
 

@@ -206,9 +206,7 @@ def _check_grid(shape: tuple[int, ...], parts: list[Part]) -> None:
         raise Unreadable(f"a shape of {list(shape)} has no elements")
     cuts = list(_cuts(shape, parts))
     cells = set(product(*cuts)) if math.prod(map(len, cuts)) == len(parts) else set()
-    present = {
-        tuple(zip(part.offsets, part.sizes, strict=True)) for part in parts
-    }
+    present = {tuple(zip(part.offsets, part.sizes, strict=True)) for part in parts}
     if cells != present:
         raise Unreadable(f"its {len(parts)} parts are no grid over its shape {list(shape)}")
 

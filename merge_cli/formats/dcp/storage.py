@@ -110,7 +110,8 @@ def _described(raw: bytes, part: Part, dtype: str) -> tuple[int, int]:
     tensor = load_inert(raw, lambda module, name: _is_allowed(module, name), ("storage",))
     if name_of(tensor) == "torch._utils._rebuild_parameter" and tensor.arguments:
         tensor = tensor.arguments[0]
-    arguments = tensor.arguments if name_of(tensor).startswith("torch._utils.") else ()
+    is_plain = name_of(tensor).startswith("torch._utils.")
+    arguments: tuple[Any, ...] = tensor.arguments if is_plain else ()
     if len(arguments) < 4 or not isinstance(arguments[0], tuple) or len(arguments[0]) != 5:
         raise Unreadable("a part is no plain tensor")
     (_, storage, key, _, _), first, sizes, strides = arguments[:4]

@@ -174,8 +174,8 @@ class _Reader:
             raise self._corrupt(f"impossible shape {list(shape)}")
         number, offset = struct.unpack("<IQ", self._take(12))
         if number not in BLOCK_TYPES:
-            kind = NAMES.get(number, f"type {number}")
-            message = f"its numbers are stored as {kind}, which is not read"
+            stored_as = NAMES.get(number, f"type {number}")
+            message = f"its numbers are stored as {stored_as}, which is not read"
             hint = "Merge the model that the file was made of, or a file in Q8_0 or a K-quant."
             where = {"model": self._model, "file": self._path.name, "tensor": name}
             raise SourceError(message, **where, hint=hint)

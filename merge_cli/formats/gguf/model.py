@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from merge_cli.checkpoint.dtypes import DTYPES
 from merge_cli.checkpoint.headers import TensorRef
@@ -174,9 +173,7 @@ def _default_dtype(tensors: tuple[BlockTensor, ...]) -> str:
     return kinds.pop() if len(kinds) == 1 and "" not in kinds else "BF16"
 
 
-def _opened(
-    tensor: BlockTensor, name: str, path: Path, label: str, default_dtype: str
-) -> Tensor:
+def _opened(tensor: BlockTensor, name: str, path: Path, label: str, default_dtype: str) -> Tensor:
     """A tensor of the file as it is read."""
     if tensor.kind.dtype == default_dtype:
         return TensorRef(

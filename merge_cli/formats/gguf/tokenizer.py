@@ -179,9 +179,7 @@ def _truth(values: Mapping[str, Any], key: str, default: bool) -> bool:
     return value
 
 
-def _byte_level(
-    values: Mapping[str, Any], vocabulary: _Vocabulary
-) -> tuple[dict[str, Any], bool]:
+def _byte_level(values: Mapping[str, Any], vocabulary: _Vocabulary) -> tuple[dict[str, Any], bool]:
     """Byte-level BPE, as GPT-2 has it."""
     word = values.get(f"{_PREFIX}pre")
     pre_tokenizer = PRE_TOKENIZERS.get(word) if isinstance(word, str) else None
@@ -199,9 +197,7 @@ def _byte_level(
         steps.append({"type": "Digits", "individual_digits": True})
     if pre_tokenizer.pattern:
         pattern = {"Regex": pre_tokenizer.pattern}
-        steps.append(
-            {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
-        )
+        steps.append({"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False})
     steps.append(_bytes(use_regex=not pre_tokenizer.pattern))
     normalizer = {"type": pre_tokenizer.normalizer} if pre_tokenizer.normalizer else None
     return _document(
