@@ -62,7 +62,7 @@ def open_gguf(path: Path, label: str) -> GgufModel:
     root = cache_folder() / "gguf" / hashlib.sha256(identity.encode()).hexdigest()[:32]
     link = root / path.name
     header = read_header(path, label)
-    decoded = decode(header, link, label)
+    decoded = decode(header, path, label, link)
     files, reason = tokenizer_files(header.values)
     files["config.json"] = json.dumps(decoded.config, indent=2) + "\n"
     ends = end_tokens(header.values)

@@ -52,7 +52,7 @@ class Files:
     def __enter__(self) -> Files:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *error: object) -> None:
         for file, _ in self._open.values():
             file.close()
 

@@ -225,7 +225,8 @@ def _tokens(values: Mapping[str, Any], vocabulary: int) -> dict[str, int]:
 
 def _scaling(keys: _Keys, length: int) -> dict[str, Any] | None:
     """`rope_scaling`, as far as keys say it."""
-    kind = keys.get("rope.scaling.type")
+    # A factor without a type is a linear one.
+    kind = keys.get("rope.scaling.type") or ("linear" if "rope.scaling.factor" in keys else None)
     if kind in (None, "none"):
         return None
     if kind not in ("linear", "yarn"):
@@ -259,7 +260,7 @@ def _llama3_scaling(
         stored = np.frombuffer(file.read(factors.nbytes), np.float32).astype(np.float64)
     if len(stored) != shapes.head // 2 or not np.isfinite(stored).all():
         raise refused
-    factor = float(stored.max())
+    factor = float(f"{stored.max():.6g}")  # 8, not what float32 made of a quotient
     if (stored == 1).all():
         return None
     computed = llama3_factors(shapes.head, theta, factor)

@@ -52,27 +52,31 @@ class Architecture:
 
     Attributes:
         layer: a layer's tensors, by what follows `blk.N.`.
-        biases: groups of them that have biases; of a group all do, or none.
-        required: whether those biases must be there.
+        biases: the key of config.json that says whether a group of them has biases -> the group.
+            The key that is empty is one that config.json lacks: then they are always there.
         interleaved: whether rows of queries and keys are in pairs, as Meta's own code rotates
             them; transformers rotates the first half of a head with the second.
     """
 
     layer: Mapping[str, str] = field(default_factory=lambda: _LAYER)
-    biases: tuple[tuple[str, ...], ...] = ()
-    required: bool = False
+    biases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     interleaved: bool = False
 
 
 ARCHITECTURES = {
-    "llama": Architecture(biases=(_ATTENTION, _MLP), interleaved=True),
-    "qwen2": Architecture(biases=(_ATTENTION[:3],), required=True),
-    "qwen3": Architecture({**_LAYER, **_HEAD_NORMS}, biases=(_ATTENTION,)),
+    "llama": Architecture(
+        biases={"attention_bias": _ATTENTION, "mlp_bias": _MLP}, interleaved=True
+    ),
+    "qwen2": Architecture(biases={"": _ATTENTION[:3]}),
+    "qwen3": Architecture({**_LAYER, **_HEAD_NORMS}, biases={"attention_bias": _ATTENTION}),
 }
 
 
-def decode(header: Header, path: Path, label: str) -> DecodedModel:
+def decode(header: Header, path: Path, label: str, link: Path) -> DecodedModel:
     """A file's tensors by Hugging Face's names, and its config.json.
+
+    Args:
+        link: where the tensors will be read from: a link to the file, which need not be there yet.
 
     Raises:
         SourceError: an architecture, or a part of one, that is not understood.
@@ -89,13 +93,10 @@ def decode(header: Header, path: Path, label: str) -> DecodedModel:
     names = _names(architecture, shapes, present, label, path)
     default_dtype = _default_dtype(header.tensors)
     config["dtype"] = DTYPES[default_dtype][1]
-    for key in ("attention", "mlp"):
-        if name == "llama" or (name == "qwen3" and key == "attention"):
-            probe = "attn_q" if key == "attention" else "ffn_up"
-            config[f"{key}_bias"] = f"blk.0.{probe}.bias" in present
+    config |= {key: key in _with_bias(architecture, present) for key in architecture.biases if key}
     tensors: dict[str, Tensor] = {}
     for stored_name, new_name in names.items():
-        tensor = _opened(present[stored_name], new_name, path, label, default_dtype)
+        tensor = _opened(present[stored_name], new_name, link, label, default_dtype)
         heads = {"attn_q": shapes.heads, "attn_k": shapes.kv_heads}.get(_part(stored_name))
         if architecture.interleaved and heads:
             tensor = _halves(tensor, heads)
@@ -143,12 +144,7 @@ def _expected(
     for name, new_name in _TOP.items():
         if name != "output" or "output.weight" in present:  # else the head is the embedding
             yield f"{name}.weight", (f"{new_name}.weight", shapes.of(name))
-    with_bias = [
-        group
-        for group in architecture.biases
-        if architecture.required or any(f"blk.0.{name}.bias" in present for name in group)
-    ]
-    biased = {name for group in with_bias for name in group}
+    biased = {name for group in _with_bias(architecture, present).values() for name in group}
     for layer in range(shapes.layers):
         for name, new_name in architecture.layer.items():
             shape = shapes.of(name)
@@ -156,6 +152,17 @@ def _expected(
             yield f"blk.{layer}.{name}.weight", (f"{target}.weight", shape)
             if name in biased:
                 yield f"blk.{layer}.{name}.bias", (f"{target}.bias", shape[:1])
+
+
+def _with_bias(
+    architecture: Architecture, present: Mapping[str, BlockTensor]
+) -> dict[str, tuple[str, ...]]:
+    """The groups that have biases in a file: of a group all do, or none."""
+    return {
+        key: group
+        for key, group in architecture.biases.items()
+        if not key or any(f"blk.0.{name}.bias" in present for name in group)
+    }
 
 
 def _part(name: str) -> str:
