@@ -214,7 +214,7 @@ def model_names(paths: Mapping[str, Sequence[str]]) -> dict[str, str]:
     Args:
         paths: full name -> the keys that lead to the tensor in what was saved.
     """
-    names = {full_name: ".".join(path) for full_name, path in paths.items()}
+    names = {full_name: _INSERTED.sub("", ".".join(path)) for full_name, path in paths.items()}
     kept = {full_name: name for full_name, name in names.items() if not _is_state(name)}
     while True:
         wrapper = next((w for w in _WRAPPERS if _wraps(w, kept.values())), None)
@@ -222,7 +222,7 @@ def model_names(paths: Mapping[str, Sequence[str]]) -> dict[str, str]:
             break
         stripped = {f: name.removeprefix(f"{wrapper}.") for f, name in kept.items()}
         kept = {f: name for f, name in stripped.items() if not _is_state(name)}
-    return {full_name: _INSERTED.sub("", name) for full_name, name in kept.items()}
+    return kept
 
 
 def _is_state(name: str) -> bool:

@@ -71,7 +71,11 @@ class Files:
         try:
             with zipfile.ZipFile(_Window(file, part.start, part.length)) as archive:
                 return part.start + _checked(archive, file, part, dtype)
-        except (zipfile.BadZipFile, KeyError, EOFError, NotImplementedError) as error:
+        except Unreadable:
+            raise
+        except Exception as error:  # a broken archive can raise anything
+            if isinstance(error, OSError) and error.errno:
+                raise
             raise Unreadable(f"a part is no file of torch's: {str(error)[:100]}") from None
 
 
@@ -84,7 +88,7 @@ def _checked(archive: zipfile.ZipFile, file: BinaryIO, part: Part, dtype: str) -
     if pickled.file_size > _MAX_PICKLE or pickled.compress_type or data.compress_type:
         raise Unreadable("a part is compressed, or its description too long")
     order = entries.get("byteorder")
-    if order is not None and archive.read(order) != b"little":
+    if order is not None and (order.file_size != 6 or archive.read(order) != b"little"):
         raise Unreadable("its numbers are in big-endian byte order")
     count, first = _described(archive.read(pickled), part, dtype)
     width = width_of(dtype)
