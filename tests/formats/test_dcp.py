@@ -16,6 +16,7 @@ import pytest
 import torch
 import transformers as hf
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.distributed.checkpoint.state_dict_saver import save
 
 import merge_cli
 from merge_cli.checkpoint.dtypes import torch_dtype
@@ -155,7 +156,7 @@ def test_steps_are_averaged(steps: Path, tmp_path: Path) -> None:
         ([("model", "model.norm.weight"), ("model", "lm_head.weight")],
          ["model.norm.weight", "lm_head.weight"]),
         ([("model.norm.weight",), ("lm_head.weight",)], ["model.norm.weight", "lm_head.weight"]),
-        ([("model.norm.weight",), ("model.layers.0.w",)], ["model.norm.weight", "model.layers.0.w"]),
+        ([("model.norm.weight",), ("model.embed.w",)], ["model.norm.weight", "model.embed.w"]),
         ([("app", "model", "model.norm.weight"), ("app", "optim", "state.model.norm.weight.step")],
          ["model.norm.weight"]),
         ([("model", "_orig_mod.model.norm.weight"), ("optimizer", "x")], ["model.norm.weight"]),
@@ -330,8 +331,6 @@ def test_any_damage_is_an_error_or_a_model(cut: Path, tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_of_an_optimizer_alone(tmp_path: Path) -> None:
-    import torch.distributed.checkpoint as dcp
-
-    dcp.save({"optim": {"a": torch.zeros(3)}}, checkpoint_id=str(tmp_path / "c"), no_dist=True)
+    save({"optim": {"a": torch.zeros(3)}}, checkpoint_id=str(tmp_path / "c"), no_dist=True)
     with pytest.raises(SourceError, match="without weights"):
         open_source(ModelRef(str(tmp_path / "c")), tmp_path)

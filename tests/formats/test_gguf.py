@@ -23,8 +23,17 @@ from merge_cli.recipe.reference import ModelRef
 from merge_cli.sources.source import Source, open_source
 from tests.support.command import cli, failed
 from tests.support.gguf_files import (
-    ARRAY, STRING, Entry, Raw, Sizes, blocks_entry, float_entry, gguf_bytes, random_tensors,
-    vocabulary, write_gguf,
+    ARRAY,
+    STRING,
+    Entry,
+    Raw,
+    Sizes,
+    blocks_entry,
+    float_entry,
+    gguf_bytes,
+    random_tensors,
+    vocabulary,
+    write_gguf,
 )  # fmt: skip
 from tests.support.tiny import read_model
 
@@ -258,7 +267,7 @@ def test_scaled_positions(tmp_path: Path, scaling: dict[str, Any], config: Any) 
 
 
 def test_factors_of_llama_3(tmp_path: Path) -> None:
-    """The factors that llama.cpp stores are those that transformers computes; others are refused."""
+    """The factors that llama.cpp stores are those that transformers computes; no others are."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     scaling = {

@@ -24,9 +24,9 @@ def config() -> Any:
 
 def fsdp(folder: Path, world: int) -> None:
     """A Llama that FSDP2 has trained for two steps, with its optimizer's state, at each step."""
-    import torch.distributed.checkpoint as dcp
     import transformers as hf
     from torch.distributed.checkpoint.state_dict import get_state_dict
+    from torch.distributed.checkpoint.state_dict_saver import save
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -44,12 +44,12 @@ def fsdp(folder: Path, world: int) -> None:
         optimizer.zero_grad()
         model, state = get_state_dict(net, optimizer)
         content = {"model": model, "optim": state, "step": step}
-        dcp.save(content, checkpoint_id=str(folder / f"step-{step}"))
+        save(content, checkpoint_id=str(folder / f"step-{step}"))
 
 
 def sharded(folder: Path, world: int) -> None:
     """Tensors cut along each of their dimensions, unevenly, and copies."""
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict_saver import save
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
@@ -66,7 +66,7 @@ def sharded(folder: Path, world: int) -> None:
         size = torch.Size(shape).numel()
         whole = torch.arange(size, dtype=torch.float32).view(shape)
         tensors[name] = distribute_tensor(whole, mesh, [placement])
-    dcp.save(tensors, checkpoint_id=str(folder))
+    save(tensors, checkpoint_id=str(folder))
 
 
 def main(kind: str, folder: str, rendezvous: str, rank: str, world: str) -> None:
