@@ -14,6 +14,7 @@ import torch
 import transformers as hf
 
 import merge_cli
+from merge_cli.checkpoint.auxiliary_files import read_card
 from merge_cli.conversion.run import convert
 from merge_cli.errors import CorruptFileError, MergeCliError, SourceError, UsageError
 from merge_cli.formats.gguf.config import llama3_factors
@@ -164,6 +165,16 @@ def test_what_lies_beside_it(tmp_path: Path) -> None:
     ) == "the cat"  # fmt: skip
     settings = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert settings == {"eos_token_id": [1, 2]}
+
+
+def test_licence_and_languages_are_its_own(tmp_path: Path) -> None:
+    sizes = Sizes(layers=1)
+    about = {"general.license": "apache-2.0", "general.languages": ["en", "x: [", "de"]}
+    content = gguf_bytes({**sizes.keys(), **about}, random_tensors(sizes.shapes()))
+    (tmp_path / "m.gguf").write_bytes(content)
+    front, why = read_card(opened(tmp_path / "m.gguf").root)
+    assert front == {"license": "apache-2.0", "language": ["en", "de"]}
+    assert not why
 
 
 def test_two_files_of_a_folder_are_two_models(tmp_path: Path) -> None:
