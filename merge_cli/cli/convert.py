@@ -20,13 +20,16 @@ def convert(
             "distributed checkpoint (DCP).",
         ),
     ],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
+    out: Annotated[
+        Path,
+        typer.Argument(metavar="OUT", help="The folder, or .gguf file, to write."),
+    ],
     dtype: Annotated[
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Write float32, bfloat16 or float16 (GGUF, DCP). Default: the model's own; "
-            "bfloat16 if it is quantised.",
+            help="Write float32, bfloat16 or float16 (of GGUF and DCP), or q8_0 (to GGUF). "
+            "Default: the model's own; bfloat16 if it is quantised.",
         ),
     ] = None,
     config: Annotated[
@@ -47,7 +50,10 @@ def convert(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Convert a model to safetensors: pickled weights, GGUF, DCP. None of its code is run."""
+    """Convert pickled weights, GGUF or DCP to safetensors, or a model to GGUF.
+
+    None of the model's code is run.
+    """
     from merge_cli import console
     from merge_cli.conversion.run import convert as run
     from merge_cli.system.machine import parse_size, show_size

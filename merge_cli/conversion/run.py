@@ -26,6 +26,7 @@ from merge_cli.checkpoint.auxiliary_files import copy_companions
 from merge_cli.checkpoint.config import text_config
 from merge_cli.checkpoint.fingerprint import folder_fingerprints
 from merge_cli.checkpoint.headers import parse_header, read_header_file
+from merge_cli.conversion.gguf_file import write_gguf
 from merge_cli.conversion.streamed import convert_streamed, is_streamed
 from merge_cli.engine.inputs import Inputs
 from merge_cli.engine.output import OutputWorkspace
@@ -33,6 +34,7 @@ from merge_cli.errors import CorruptFileError, Interrupted, ResourceError, Sourc
 from merge_cli.hub import models as hub
 from merge_cli.options import MergeOptions, Progress
 from merge_cli.recipe.reference import hub_id, local_folder, parse_reference
+from merge_cli.sources.gguf import SUFFIX
 from merge_cli.sources.storage import INDEX
 from merge_cli.system.processes import child
 from merge_cli.system.raw_io import write_error
@@ -79,7 +81,9 @@ def convert(
 
     Args:
         model: a folder, a GGUF file, or a Hub id@revision.
-        dtype: torch's name of the output's dtype, of what the engine reads; empty for its own.
+        out: the folder to write, or a GGUF file.
+        dtype: torch's name of the output's dtype, of what the engine reads; empty for its own. For
+            a GGUF file also `q8_0`.
         config: a model whose config and tokenizer the output has, of a distributed checkpoint.
         max_memory: bytes that a process may use beyond its libraries; 0 for twice the file it
             opens and a gigabyte.
@@ -92,6 +96,11 @@ def convert(
         ResourceError: the disk is full, memory ran out, another process writes to OUT.
         Interrupted: the same call resumes.
     """
+    if out.suffix == SUFFIX:
+        if config or fresh:
+            flag = "--config" if config else "--fresh"
+            raise UsageError(f"{flag} is not for writing a GGUF file", where=str(out))
+        return Converted(out, *write_gguf(model, out, kind=dtype, overwrite=overwrite, show=show))
     if is_streamed(model):
         written = convert_streamed(
             model,

@@ -56,7 +56,7 @@ _TOKENS = {
 }
 # Llama 3.1 and its successors: the length that the models were trained on before, and where
 # frequencies begin and end to be scaled. Files have the factors that follow from these alone.
-_LLAMA3 = {
+LLAMA3 = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
@@ -266,7 +266,7 @@ def _llama3_scaling(
     computed = llama3_factors(shapes.head, theta, factor)
     if not np.allclose(stored, computed, rtol=1e-4, atol=0):
         raise refused
-    return {"rope_type": "llama3", "factor": factor, **_LLAMA3}
+    return {"rope_type": "llama3", "factor": factor, **LLAMA3}
 
 
 def llama3_factors(head: int, theta: float, factor: float) -> Any:
@@ -277,7 +277,7 @@ def llama3_factors(head: int, theta: float, factor: float) -> Any:
     """
     import numpy as np
 
-    low, high, length = (float(number) for number in _LLAMA3.values())
+    low, high, length = (float(number) for number in LLAMA3.values())
     waves = 2 * math.pi * theta ** (np.arange(0, head, 2, dtype=np.float64) / head)
     smooth = np.clip((length / waves - low) / (high - low), 0, 1)
     return 1 / ((1 - smooth) / factor + smooth)

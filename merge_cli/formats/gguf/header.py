@@ -34,7 +34,8 @@ _MAX_NAME = 255
 _MAX_DIMENSIONS = 4  # ggml's
 _MAX_SIZE = 2**48  # elements along a dimension
 _MAX_ALIGNMENT = 2**20
-_STRING, _ARRAY, _BOOL, _FLOAT32 = 8, 9, 7, 6
+# Types of values, as the format numbers them.
+UINT32, INT32, FLOAT32, BOOL, STRING, ARRAY = 4, 5, 6, 7, 8, 9
 # Type -> struct's code of a number.
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 10: "Q", 11: "q", 12: "d"}
 _AGAIN = "Download or copy the file again."
@@ -186,9 +187,9 @@ class _Reader:
         return BlockTensor(sys.intern(name), kind, shape, offset)
 
     def _value(self, kind: int) -> Any:
-        if kind == _ARRAY:
+        if kind == ARRAY:
             inner, count = struct.unpack("<IQ", self._take(12))
-            if inner == _ARRAY:
+            if inner == ARRAY:
                 raise self._corrupt("a list of lists, which no key has")
             self._listed += count
             if self._listed > _MAX_LISTED:
@@ -198,16 +199,16 @@ class _Reader:
                 width = struct.calcsize(code)
                 self._fits(count * width)
                 return list(struct.unpack(f"<{count}{code}", self._take(count * width)))
-            self._fits(count * (8 if inner == _STRING else 1))
+            self._fits(count * (8 if inner == STRING else 1))
             return [self._value(inner) for _ in range(count)]
-        if kind == _STRING:
+        if kind == STRING:
             return self._text(_MAX_HEADER)
-        if kind == _BOOL:
+        if kind == BOOL:
             value = self._take(1)[0]
             if value > 1:
                 raise self._corrupt(f"a truth value of {value}")
             return bool(value)
-        if kind == _FLOAT32:
+        if kind == FLOAT32:
             return shortest(self._take(4))
         if kind in _NUMBERS:
             return self._number(_NUMBERS[kind])

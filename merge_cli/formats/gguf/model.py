@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -120,7 +120,7 @@ def _names(
         SourceError: tensors that the architecture has not.
         CorruptFileError: tensors that are missing, or of another shape.
     """
-    expected = dict(_expected(architecture, shapes, present))
+    expected = dict(expected_tensors(architecture, shapes, present))
     where = {"model": label, "file": path.name}
     unknown = [name for name in present if name not in expected and name != ROPE_FACTORS]
     if unknown:
@@ -137,8 +137,8 @@ def _names(
     return {name: new_name for name, (new_name, _) in expected.items()}
 
 
-def _expected(
-    architecture: Architecture, shapes: Shapes, present: Mapping[str, BlockTensor]
+def expected_tensors(
+    architecture: Architecture, shapes: Shapes, present: Container[str]
 ) -> Iterator[tuple[str, tuple[str, tuple[int, ...]]]]:
     """Every tensor that a file should have: its name there, then the new name and the shape."""
     for name, new_name in _TOP.items():
@@ -154,9 +154,7 @@ def _expected(
                 yield f"blk.{layer}.{name}.bias", (f"{target}.bias", shape[:1])
 
 
-def _with_bias(
-    architecture: Architecture, present: Mapping[str, BlockTensor]
-) -> dict[str, tuple[str, ...]]:
+def _with_bias(architecture: Architecture, present: Container[str]) -> dict[str, tuple[str, ...]]:
     """The groups that have biases in a file: of a group all do, or none."""
     return {
         key: group

@@ -17,7 +17,7 @@ from typing import Any
 from merge_cli.system.untrusted import Unreadable, whole_number
 
 _PREFIX = "tokenizer.ggml."
-_TEMPLATE = "tokenizer.chat_template"
+TEMPLATE = "tokenizer.chat_template"
 _MAX_TOKENS = 9_999_999
 # Kinds of tokens, as ggml numbers them.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
@@ -333,12 +333,12 @@ def _post_processor(
 def _templates(values: Mapping[str, Any]) -> str | list[dict[str, str]]:
     """The chat template, or all of them with their names; empty without one."""
     named = {
-        key.removeprefix(f"{_TEMPLATE}.") if key != _TEMPLATE else "default": text
+        key.removeprefix(f"{TEMPLATE}.") if key != TEMPLATE else "default": text
         for key, text in values.items()
-        if key == _TEMPLATE or key.startswith(f"{_TEMPLATE}.")
+        if key == TEMPLATE or key.startswith(f"{TEMPLATE}.")
     }
     if not all(isinstance(text, str) for text in named.values()):
-        raise Unreadable(f"{_TEMPLATE} is no text")
+        raise Unreadable(f"{TEMPLATE} is no text")
     if set(named) <= {"default"}:
         return str(named.get("default", ""))
     return [{"name": name, "template": text} for name, text in named.items()]
