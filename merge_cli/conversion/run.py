@@ -6,7 +6,8 @@
 Opening a pickle can run any code. So each is opened in a separate process with limited memory, by
 torch's unpickler, which only builds tensors. A finished file is not converted again.
 
-GGUF files and distributed checkpoints are sources that the engine reads: `streamed`.
+GGUF files and distributed checkpoints are sources that the engine reads: `streamed`. Models are
+written as GGUF files by `gguf_file`.
 """
 
 from __future__ import annotations

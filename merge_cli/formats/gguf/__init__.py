@@ -4,7 +4,8 @@
     blocks      the layouts of blocks, and their numbers
     model       architectures: names, shapes, orders of rows, config.json
     tokenizer   tokenizer.json and its settings, from the vocabulary
-    writing     the way back
+    writing     the way back: keys, names and blocks
+    vocabulary  the way back: a tokenizer's keys
 
 Unlike the formats beside it, it is no layout within safetensors: `sources.gguf` opens such files.
 """
