@@ -15,10 +15,29 @@ def convert(
     model: Annotated[
         str,
         typer.Argument(
-            metavar="MODEL", help="The model with pickled weights: a folder or a Hub id."
+            metavar="MODEL",
+            help="A folder or Hub id with pickled weights, a GGUF file, or a folder with a "
+            "distributed checkpoint (DCP).",
         ),
     ],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
+    out: Annotated[
+        Path,
+        typer.Argument(metavar="OUT", help="The folder, or .gguf file, to write."),
+    ],
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Write float32, bfloat16 or float16 (of GGUF and DCP), or q8_0 (to GGUF). "
+            "Default: the model's own; bfloat16 if it is quantised.",
+        ),
+    ] = None,
+    config: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL", help="Take config.json and tokenizer from this model (GGUF, DCP)."
+        ),
+    ] = None,
     max_memory: Annotated[
         str | None,
         typer.Option(
@@ -31,7 +50,10 @@ def convert(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Convert pickled weights to safetensors, without running any code of the pickle."""
+    """Convert pickled weights, GGUF or DCP to safetensors, or a model to GGUF.
+
+    None of the model's code is run.
+    """
     from merge_cli import console
     from merge_cli.conversion.run import convert as run
     from merge_cli.system.machine import parse_size, show_size
@@ -39,7 +61,17 @@ def convert(
     screen = console.Screen(quiet=quiet)
     limit = parse_size(max_memory, "--max-memory") if max_memory else 0
     with screen.progress() as show:
-        converted = run(model, out, max_memory=limit, overwrite=overwrite, fresh=fresh, show=show)
+        converted = run(
+            model,
+            out,
+            dtype=dtype or "",
+            config=config or "",
+            max_memory=limit,
+            overwrite=overwrite,
+            fresh=fresh,
+            show=show,
+        )
+    screen.notes(list(converted.notes))
     if converted.tied:
         screen.notes([f"not stored, because config.json ties them: {', '.join(converted.tied)}"])
     if converted.left_out:
@@ -53,6 +85,7 @@ def convert(
                     "bytes": converted.bytes,
                     "tied": list(converted.tied),
                     "left_out": list(converted.left_out),
+                    "notes": list(converted.notes),
                 }
             )
         )

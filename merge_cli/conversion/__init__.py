@@ -1,1 +1,6 @@
-"""Converting pickled checkpoints to safetensors: `run` in the parent, `child` with limits."""
+"""Converting models: `run` chooses.
+
+    run, child    pickles to safetensors, each in a process with limits
+    streamed      GGUF files and distributed checkpoints to safetensors, by the engine
+    gguf_file     models to GGUF files
+"""

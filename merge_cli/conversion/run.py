@@ -1,10 +1,13 @@
-"""Converting a model with pickled weights to safetensors, file by file.
+"""Converting a model to safetensors: pickled weights here, file by file, others by the engine.
 
     pytorch_model-00001-of-2.bin ─▶ child process ─▶ OUT.partial/model/model-00001-of-2.safetensors
     ...                                              config, tokenizer, index  ─▶  OUT
 
 Opening a pickle can run any code. So each is opened in a separate process with limited memory, by
 torch's unpickler, which only builds tensors. A finished file is not converted again.
+
+GGUF files and distributed checkpoints are sources that the engine reads: `streamed`. Models are
+written as GGUF files by `gguf_file`.
 """
 
 from __future__ import annotations
@@ -24,12 +27,15 @@ from merge_cli.checkpoint.auxiliary_files import copy_companions
 from merge_cli.checkpoint.config import text_config
 from merge_cli.checkpoint.fingerprint import folder_fingerprints
 from merge_cli.checkpoint.headers import parse_header, read_header_file
+from merge_cli.conversion.gguf_file import write_gguf
+from merge_cli.conversion.streamed import convert_streamed, is_streamed
 from merge_cli.engine.inputs import Inputs
 from merge_cli.engine.output import OutputWorkspace
-from merge_cli.errors import CorruptFileError, Interrupted, ResourceError, SourceError
+from merge_cli.errors import CorruptFileError, Interrupted, ResourceError, SourceError, UsageError
 from merge_cli.hub import models as hub
-from merge_cli.options import Progress
+from merge_cli.options import MergeOptions, Progress
 from merge_cli.recipe.reference import hub_id, local_folder, parse_reference
+from merge_cli.sources.gguf import SUFFIX
 from merge_cli.sources.storage import INDEX
 from merge_cli.system.libraries import library_version, missing
 from merge_cli.system.processes import child
@@ -51,6 +57,7 @@ class Converted:
     Attributes:
         tied: names of tensors that shared another one's memory; the config ties them.
         left_out: names of what was in the files besides tensors.
+        notes: what a reader should know, one line each.
     """
 
     path: Path
@@ -58,12 +65,15 @@ class Converted:
     bytes: int
     tied: tuple[str, ...]
     left_out: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 def convert(
     model: str,
     out: Path,
     *,
+    dtype: str = "",
+    config: str = "",
     max_memory: int = 0,
     overwrite: bool = False,
     fresh: bool = False,
@@ -72,7 +82,11 @@ def convert(
     """Convert a model to safetensors.
 
     Args:
-        model: a folder, or a Hub id@revision.
+        model: a folder, a GGUF file, or a Hub id@revision.
+        out: the folder to write, or a GGUF file.
+        dtype: torch's name of the output's dtype, of what the engine reads; empty for its own. For
+            a GGUF file also `q8_0`.
+        config: a model whose config and tokenizer the output has, of a distributed checkpoint.
         max_memory: bytes that a process may use beyond its libraries; 0 for twice the file it
             opens and a gigabyte.
         overwrite: replace OUT, if it is a model.
@@ -84,6 +98,25 @@ def convert(
         ResourceError: the disk is full, memory ran out, another process writes to OUT; no torch.
         Interrupted: the same call resumes.
     """
+    if out.suffix == SUFFIX:
+        if config or fresh:
+            flag = "--config" if config else "--fresh"
+            raise UsageError(f"{flag} is not for writing a GGUF file", where=str(out))
+        return Converted(out, *write_gguf(model, out, kind=dtype, overwrite=overwrite, show=show))
+    if is_streamed(model):
+        written = convert_streamed(
+            model,
+            out,
+            dtype=dtype,
+            config=config,
+            options=MergeOptions(overwrite=overwrite, fresh=fresh, statistics=False),
+            show=show,
+        )
+        return Converted(out, len(written.plan.tasks), written.bytes, (), (), written.notes)
+    if dtype or config:
+        flag = "--dtype" if dtype else "--config"
+        message = f"{flag} is for GGUF files and distributed checkpoints"
+        raise UsageError(message, where=model, hint="Pickled weights are written as they are.")
     if library_version("torch") is None:  # a process of its own imports it
         raise missing("torch", "converting pickles")
     try:
@@ -92,11 +125,11 @@ def convert(
                 work.refuse(False, [])  # before anything is fetched
             root, files = find_pickles(model, show)
             work.refuse(overwrite, [root, *files])
-            config = _config(root, model)
+            settings = _config(root, model)
             inputs = Inputs(
                 [(model, root, folder_fingerprints(root))], [(model, file) for file in files]
             )
-            copies = "keep" if _untied(config) else "leave"
+            copies = "keep" if _untied(settings) else "leave"
             key = _key(root, files, copies, inputs)
             if fresh:
                 work.discard()

@@ -111,8 +111,16 @@ def protected_paths(plan: Plan) -> list[Path]:
     """What no output may replace: the sources, the recipe, and where we stand."""
     recipe = [Path(plan.recipe.file)] if plan.recipe.file else []
     adapters = [source.adapter.root for source in plan.sources if source.adapter]
+    # A model's folder may have links to its weights: what they lead to must survive.
+    linked = (
+        source.root / name
+        for source in plan.sources
+        if not source.is_safetensors
+        for name in source.header_bytes
+    )
     return [
         *(source.root for source in plan.sources),
+        *linked,
         *adapters,
         plan.recipe.folder,
         *recipe,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from merge_cli.checkpoint.fingerprint import cached_fingerprint, model_fingerprint
 from merge_cli.errors import SourceError
-from merge_cli.sources.source import Source
+from merge_cli.sources.source import Source, require_safetensors
 
 
 def source_fingerprint(source: Source) -> str:
@@ -17,7 +17,7 @@ def source_fingerprint(source: Source) -> str:
         SourceError: it has an adapter, and its folder is that of the model without it.
         OSError: a file cannot be read.
     """
-    refuse_adapter(source)
+    require_folder(source)
     return model_fingerprint(source.root)
 
 
@@ -27,7 +27,7 @@ def source_identity(source: Source) -> str:
     Raises:
         as `source_fingerprint` does.
     """
-    refuse_adapter(source)
+    require_folder(source)
     if source.hub is not None and source.hub.commit:
         return f"{source.hub.repo_id}@{source.hub.commit}"
     return source_fingerprint(source)
@@ -42,7 +42,7 @@ def remembered_identity(source: Source) -> str | None:
     Raises:
         as `source_fingerprint` does.
     """
-    refuse_adapter(source)
+    require_folder(source)
     if source.hub is not None and source.hub.commit:
         return source_identity(source)
     return cached_fingerprint(source.root)
@@ -64,12 +64,13 @@ def refuse_changed(source: Source, identity: str) -> None:
         raise SourceError("has changed while it was loaded", model=source.label, hint=hint)
 
 
-def refuse_adapter(source: Source) -> None:
-    """What runs a model from its folder must not run it without the adapter that is named.
+def require_folder(source: Source) -> None:
+    """What runs a model loads its folder with transformers: the folder must be the whole model.
 
     Raises:
-        SourceError: there is one.
+        SourceError: an adapter belongs to it, or its weights are in files of another kind.
     """
+    require_safetensors(source)
     if source.adapter is not None:
         message = "an adapter is applied while merging, and here the model is run"
         hint = "Merge the two into a folder first: `merge_method: passthrough`, one model."

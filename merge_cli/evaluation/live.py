@@ -13,7 +13,7 @@ from merge_cli.checkpoint.class_config import refuse_code
 from merge_cli.checkpoint.dtypes import width_of
 from merge_cli.engine.device import choose_device, free_memory
 from merge_cli.errors import MergeCliError, ResourceError, SourceError
-from merge_cli.evaluation.fingerprints import refuse_adapter
+from merge_cli.evaluation.fingerprints import require_folder
 from merge_cli.evaluation.result import Cost
 from merge_cli.evaluation.spec import DTYPES
 from merge_cli.sources.source import Source
@@ -125,7 +125,7 @@ def load(
         ResourceError: there is no such device; torch, transformers, or accelerate where it is
             needed, cannot be imported.
     """
-    refuse_adapter(source)
+    require_folder(source)
     refuse_code(source.config, source.label)
     torch = require("torch", "running a model")
     require("transformers", "running a model")

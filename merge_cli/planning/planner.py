@@ -52,7 +52,7 @@ from merge_cli.recipe.load import parse_documents, parse_text, read_recipe
 from merge_cli.recipe.mapping import mapping_node
 from merge_cli.recipe.reference import local_file
 from merge_cli.recipe.schema import Recipe
-from merge_cli.sources.source import Source
+from merge_cli.sources.source import Source, require_safetensors
 from merge_cli.tokenizer.alignment import align
 from merge_cli.tokenizer.chat_template import choose_template
 from merge_cli.tokenizer.conversion import check_companions
@@ -160,6 +160,8 @@ def open_sources(recipe: Recipe, made: Mapping[str, Source]) -> Draft:
     notes = [*recipe.notes]
     notes += [f"{source.label}: {note}" for source in sources for note in source.notes]
     for source in sources:
+        if method.preparation:
+            require_safetensors(source)
         _, why = read_card(source.root)
         if why:
             notes.append(f"{source.label}: {why}; its licence and languages are taken as unknown")

@@ -26,6 +26,7 @@ from merge_cli.checkpoint.config import is_of_5
 from merge_cli.checkpoint.fingerprint import FileFingerprint, add_samples, folder_fingerprints
 from merge_cli.checkpoint.tensors import Tensor
 from merge_cli.errors import CorruptFileError, HubError, SourceError
+from merge_cli.formats.dcp.model import is_checkpoint, open_checkpoint
 from merge_cli.formats.detect import read_as_numbers
 from merge_cli.hub import models as hub
 from merge_cli.lora.adapter import WEIGHTS, Adapter, open_adapter
@@ -33,10 +34,13 @@ from merge_cli.lora.config import base_note
 from merge_cli.lora.heads import changed_config
 from merge_cli.lora.targets import apply_adapter
 from merge_cli.recipe.reference import HUB, ModelRef, expanded, hub_id, is_revision, local_folder
+from merge_cli.sources.gguf import SUFFIX, open_gguf
 from merge_cli.sources.storage import HubRepo, LocalFolder, ModelStorage, read_headers
 from merge_cli.system.untrusted import read_mapping
 
 CONFIG = "config.json"
+SAFETENSORS = ".safetensors"
+NO_CONFIG = "has no config.json"  # a note
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,11 @@ class Source:
             if isinstance(config, dict) and "tie_word_embeddings" in config:
                 return bool(config["tie_word_embeddings"]) and not (stored and is_of_5(self.config))
         return not stored
+
+    @property
+    def is_safetensors(self) -> bool:
+        """Whether its weights are in files that transformers loads from its folder."""
+        return all(name.endswith(SAFETENSORS) for name in self.header_bytes)
 
     @property
     def stems(self) -> dict[str, str]:
@@ -244,6 +253,18 @@ def _neighbour(path: str, folder: Path) -> str:
     return path.removesuffix(requested.name) + near[0] if near else ""
 
 
+def require_safetensors(source: Source) -> None:
+    """What runs a model loads its folder with transformers.
+
+    Raises:
+        SourceError: its weights are in a GGUF file or a distributed checkpoint.
+    """
+    if not source.is_safetensors:
+        message = "its weights are read while merging, and here the model is run"
+        hint = f"Convert it first: merge-cli convert {source.label} OUT, and name OUT."
+        raise SourceError(message, model=source.label, hint=hint)
+
+
 def fetch_weights(
     source: Source, files: Iterable[str], progress: Callable[[int], None] | None = None
 ) -> None:
@@ -259,9 +280,9 @@ def fetch_weights(
 
 def _open_folder(path: Path, label: str) -> Source:
     if not path.is_dir():
+        if path.suffix == SUFFIX:
+            return _open_gguf(path, label)
         hint = "Name the model's folder, not a file in it."
-        if path.suffix == ".gguf":
-            hint = "GGUF files are not read: name the folder of the safetensors before it."
         raise SourceError("not a folder", model=label, hint=hint)
     fingerprints = folder_fingerprints(path)
     try:
@@ -269,7 +290,40 @@ def _open_folder(path: Path, label: str) -> Source:
     except OSError as error:
         hint = "Check who may read it."
         raise SourceError(f"cannot be read: {error.strerror}", model=label, hint=hint) from error
-    return replace(_opened(folder, label), fingerprints=fingerprints)
+    opened = _open_dcp(folder, label) if _is_dcp(folder) else _opened(folder, label)
+    return replace(opened, fingerprints=fingerprints)
+
+
+def _is_dcp(folder: LocalFolder) -> bool:
+    has_safetensors = any(name.endswith(SAFETENSORS) for name in folder.names)
+    return is_checkpoint(folder.names) and not has_safetensors
+
+
+def _open_dcp(folder: LocalFolder, label: str) -> Source:
+    config = read_mapping(folder.root / CONFIG, label) if CONFIG in folder.names else {}
+    model = open_checkpoint(folder.root, label)
+    left_out = f"; {len(model.left_out)} others are left out" if model.left_out else ""
+    notes = [
+        f"a distributed checkpoint; {len(model.tensors)} tensors of the model are read{left_out}",
+        "" if config else NO_CONFIG,
+    ]
+    headers = dict.fromkeys(model.files, b"")  # such files have none: `.metadata` has said it all
+    return Source(
+        label, folder.root, config, model.tensors, headers, notes=tuple(filter(None, notes))
+    )
+
+
+def _open_gguf(path: Path, label: str) -> Source:
+    model = open_gguf(path, label)
+    return Source(
+        label,
+        model.root,
+        model.decoded.config,
+        model.decoded.tensors,
+        model.headers,
+        notes=model.notes,
+        fingerprints=folder_fingerprints(model.root),
+    )
 
 
 def _open_hub(repo: hub.HubModel, label: str) -> Source:
@@ -303,4 +357,4 @@ def _kind(storage: ModelStorage, config: Mapping[str, Any]) -> str:
         return f"sentence-transformers; {', '.join(filter(None, parts))} merged, too"
     if parts != [""]:
         return f"a pipeline; {', '.join(parts)} are merged, everything else is copied"
-    return "" if config else "has no config.json"
+    return "" if config else NO_CONFIG

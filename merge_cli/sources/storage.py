@@ -20,7 +20,6 @@ from merge_cli.checkpoint.components import (
 )
 from merge_cli.checkpoint.headers import TensorRef, parse_header, read_header_file
 from merge_cli.errors import CorruptFileError, SourceError
-from merge_cli.formats.detect import ADVICE
 from merge_cli.hub import models as hub
 from merge_cli.system.untrusted import read_mapping
 
@@ -187,7 +186,8 @@ def find_shards(
     packed = next((name for name in sorted(names) if name.endswith(".gguf")), None)
     if packed:
         message = f"its weights are a GGUF file ({packed})"
-        raise SourceError(message, model=label, hint=ADVICE["gguf"])
+        hint = f"Name the file itself, once it is on this disk: {label}/{packed}"
+        raise SourceError(message, model=label, hint=hint)
     raise SourceError("has no safetensors files", model=label, hint="Is this a model's folder?")
 
 

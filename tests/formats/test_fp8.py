@@ -211,4 +211,5 @@ def test_gguf_is_refused_with_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "q" / "model-q4.gguf").write_bytes(b"GGUF")
     with pytest.raises(SourceError, match="GGUF") as caught:
         make_plan(load_recipe(write_recipe(tmp_path)))
-    assert "Merge the model that the GGUF file was made of" in caught.value.hint
+    assert "Name the file itself" in caught.value.hint
+    assert "model-q4.gguf" in caught.value.hint

@@ -1,0 +1,283 @@
+"""config.json from the keys of a GGUF file.
+
+Every number is held against bounds before shapes follow from it. Keys that change what the model
+computes, and that this file does not know how to write down, are refused by name.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from merge_cli.errors import CorruptFileError, SourceError
+from merge_cli.formats.gguf.header import Header
+from merge_cli.system.untrusted import Unreadable, whole_number
+
+_MAX_LAYERS = 100_000
+_MAX_WIDTH = 2**31
+# Keys of an architecture that describe, or that say what the tensors say already.
+_WITHOUT_EFFECT = (
+    "vocab_size",
+    "tensor_data_layout",
+    "attention.key_length",
+    "attention.value_length",
+    "rope.dimension_count",
+    "rope.scaling.finetuned",
+    "expert_count",
+    "expert_used_count",
+)
+_READ = (
+    "context_length",
+    "embedding_length",
+    "block_count",
+    "feed_forward_length",
+    "attention.head_count",
+    "attention.head_count_kv",
+    "attention.layer_norm_rms_epsilon",
+    "rope.freq_base",
+    "rope.scaling.type",
+    "rope.scaling.factor",
+    "rope.scaling.original_context_length",
+    "attention.sliding_window",
+)
+_CLASSES = {
+    "llama": ("llama", "LlamaForCausalLM"),
+    "mistral": ("mistral", "MistralForCausalLM"),
+    "qwen2": ("qwen2", "Qwen2ForCausalLM"),
+    "qwen3": ("qwen3", "Qwen3ForCausalLM"),
+}
+_TOKENS = {
+    "bos_token_id": "tokenizer.ggml.bos_token_id",
+    "eos_token_id": "tokenizer.ggml.eos_token_id",
+    "pad_token_id": "tokenizer.ggml.padding_token_id",
+}
+# Llama 3.1 and its successors: the length that the models were trained on before, and where
+# frequencies begin and end to be scaled. Files have the factors that follow from these alone.
+LLAMA3 = {
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The sizes that shapes are made of."""
+
+    vocabulary: int
+    hidden: int
+    layers: int
+    mlp: int
+    heads: int
+    kv_heads: int
+    head: int
+
+    def of(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, by what the file calls it within its layer."""
+        queries, keys = self.heads * self.head, self.kv_heads * self.head
+        matrices = {
+            "token_embd": (self.vocabulary, self.hidden),
+            "output": (self.vocabulary, self.hidden),
+            "attn_q": (queries, self.hidden),
+            "attn_k": (keys, self.hidden),
+            "attn_v": (keys, self.hidden),
+            "attn_output": (self.hidden, queries),
+            "ffn_gate": (self.mlp, self.hidden),
+            "ffn_up": (self.mlp, self.hidden),
+            "ffn_down": (self.hidden, self.mlp),
+            "attn_q_norm": (self.head,),
+            "attn_k_norm": (self.head,),
+        }
+        return matrices.get(name, (self.hidden,))
+
+
+class _Keys:
+    """The keys of an architecture, read within bounds."""
+
+    def __init__(self, values: Mapping[str, Any], architecture: str) -> None:
+        self._values, self._prefix = values, architecture
+
+    def number(self, key: str, most: int, default: int | None = None) -> int:
+        """A whole number from 1 to `most`; a list of one number for each layer must agree."""
+        name = f"{self._prefix}.{key}"
+        value = self._values.get(name, default)
+        if isinstance(value, list) and value and value.count(value[0]) == len(value):
+            value = value[0]
+        return whole_number(value, name, least=1, most=most)
+
+    def real(self, key: str, default: float | None = None) -> float:
+        """A finite number above 0."""
+        name = f"{self._prefix}.{key}"
+        value = self._values.get(name, default)
+        if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:
+            raise Unreadable(f"{name} must be a number above 0 (got {str(value)[:60]})")
+        return float(value)
+
+    def get(self, key: str) -> Any:
+        return self._values.get(f"{self._prefix}.{key}")
+
+    def __contains__(self, key: str) -> bool:
+        return f"{self._prefix}.{key}" in self._values
+
+    def unknown(self) -> list[str]:
+        known = {f"{self._prefix}.{key}" for key in (*_READ, *_WITHOUT_EFFECT)}
+        return [k for k in self._values if k.startswith(f"{self._prefix}.") and k not in known]
+
+
+def config_of(
+    header: Header, architecture: str, label: str, path: Path
+) -> tuple[dict[str, Any], Shapes]:
+    """config.json, without `dtype` and biases, and the sizes that the tensors should have.
+
+    Raises:
+        SourceError: keys that change the model in a way that is not understood.
+        CorruptFileError: keys that are missing or impossible.
+    """
+    keys = _Keys(header.values, architecture)
+    where = {"model": label, "file": path.name}
+    experts = keys.get("expert_count")
+    if experts:
+        message = f"a mixture of {experts} experts in GGUF, which is not read"
+        raise SourceError(message, **where, hint="Merge the model that the file was made of.")
+    unknown = keys.unknown()
+    if unknown:
+        message = f"its key {unknown[0][:100]} is not understood"
+        raise SourceError(message, **where, hint="Merge the model that the file was made of.")
+    tensors = {tensor.name: tensor for tensor in header.tensors}
+    embedding = tensors.get("token_embd.weight")
+    if embedding is None:
+        raise CorruptFileError("it has no embedding", **where, tensor="token_embd.weight")
+    try:
+        shapes = _shapes(keys, embedding.shape[0])
+        config = _config(keys, architecture, shapes)
+        config["tie_word_embeddings"] = "output.weight" not in tensors
+        config.update(_tokens(header.values, shapes.vocabulary))
+        scaling = _scaling(keys, config["max_position_embeddings"])
+    except Unreadable as error:
+        raise CorruptFileError(str(error), **where) from None
+    factors = tensors.get("rope_freqs.weight")
+    if factors is not None and scaling is None:
+        scaling = _llama3_scaling(path, factors, shapes, config["rope_theta"], where)
+    if scaling is not None:
+        config["rope_scaling"] = scaling
+    return config, shapes
+
+
+def _shapes(keys: _Keys, vocabulary: int) -> Shapes:
+    hidden = keys.number("embedding_length", _MAX_WIDTH)
+    heads = keys.number("attention.head_count", _MAX_WIDTH)
+    if "attention.key_length" not in keys and hidden % heads:
+        raise Unreadable(f"{hidden} numbers are not shared evenly by {heads} heads")
+    head = keys.number("attention.key_length", _MAX_WIDTH, hidden // heads)
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if keys.number(key, _MAX_WIDTH, head) != head:
+            raise Unreadable(f"{key} is {keys.get(key)}, and a head has {head} numbers")
+    if head % 2:
+        raise Unreadable(f"heads of {head} numbers cannot be rotated in pairs")
+    kv_heads = keys.number("attention.head_count_kv", _MAX_WIDTH, heads)
+    if heads % kv_heads:
+        raise Unreadable(f"{heads} heads do not share {kv_heads} of keys evenly")
+    layers = keys.number("block_count", _MAX_LAYERS)
+    mlp = keys.number("feed_forward_length", _MAX_WIDTH)
+    return Shapes(vocabulary, hidden, layers, mlp, heads, kv_heads, head)
+
+
+def _config(keys: _Keys, architecture: str, shapes: Shapes) -> dict[str, Any]:
+    # To llama.cpp Mistral is a llama, with a window where it has one.
+    window = keys.number("attention.sliding_window", _MAX_WIDTH) if _windowed(keys) else None
+    if window is not None and architecture != "llama":
+        raise Unreadable(f"{architecture}.attention.sliding_window is not understood")
+    model_type, class_name = _CLASSES["mistral" if window is not None else architecture]
+    config: dict[str, Any] = {
+        "architectures": [class_name],
+        "model_type": model_type,
+        "vocab_size": shapes.vocabulary,
+        "hidden_size": shapes.hidden,
+        "intermediate_size": shapes.mlp,
+        "num_hidden_layers": shapes.layers,
+        "num_attention_heads": shapes.heads,
+        "num_key_value_heads": shapes.kv_heads,
+        "head_dim": shapes.head,
+        "hidden_act": "silu",
+        "max_position_embeddings": keys.number("context_length", _MAX_WIDTH),
+        "rms_norm_eps": keys.real("attention.layer_norm_rms_epsilon"),
+        "rope_theta": keys.real("rope.freq_base", 10000.0),
+    }
+    if window is not None:
+        config["sliding_window"] = window
+    return config
+
+
+def _windowed(keys: _Keys) -> bool:
+    return keys.get("attention.sliding_window") not in (None, 0)
+
+
+def _tokens(values: Mapping[str, Any], vocabulary: int) -> dict[str, int]:
+    return {
+        key: whole_number(values[name], name, most=vocabulary - 1)
+        for key, name in _TOKENS.items()
+        if name in values
+    }
+
+
+def _scaling(keys: _Keys, length: int) -> dict[str, Any] | None:
+    """`rope_scaling`, as far as keys say it."""
+    # A factor without a type is a linear one.
+    kind = keys.get("rope.scaling.type") or ("linear" if "rope.scaling.factor" in keys else None)
+    if kind in (None, "none"):
+        return None
+    if kind not in ("linear", "yarn"):
+        raise Unreadable(f"rope.scaling.type {str(kind)[:60]!r} is not understood")
+    scaling: dict[str, Any] = {"rope_type": kind, "factor": keys.real("rope.scaling.factor")}
+    if kind == "yarn":
+        original = keys.number("rope.scaling.original_context_length", _MAX_WIDTH, length)
+        scaling["original_max_position_embeddings"] = original
+    return scaling
+
+
+def _llama3_scaling(
+    path: Path, factors: Any, shapes: Shapes, theta: float, where: Mapping[str, str]
+) -> dict[str, Any] | None:
+    """`rope_scaling` of Llama 3.1, whose files hold a factor for each frequency.
+
+    Raises:
+        SourceError: factors that do not follow from the numbers that those models have.
+    """
+    import numpy as np
+
+    refused = SourceError(
+        "its factors of rotary frequencies are not understood: they are not Llama 3.1's",
+        **where,
+        tensor=factors.name,
+    )
+    if factors.kind.dtype != "F32" or factors.shape != (shapes.head // 2,):
+        raise refused
+    with path.open("rb") as file:
+        file.seek(factors.offset)
+        stored = np.frombuffer(file.read(factors.nbytes), np.float32).astype(np.float64)
+    if len(stored) != shapes.head // 2 or not np.isfinite(stored).all():
+        raise refused
+    factor = float(f"{stored.max():.6g}")  # 8, not what float32 made of a quotient
+    if (stored == 1).all():
+        return None
+    computed = llama3_factors(shapes.head, theta, factor)
+    if not np.allclose(stored, computed, rtol=1e-4, atol=0):
+        raise refused
+    return {"rope_type": "llama3", "factor": factor, **LLAMA3}
+
+
+def llama3_factors(head: int, theta: float, factor: float) -> Any:
+    """By how much Llama 3.1 divides each rotary frequency: float64 [head / 2].
+
+    Long waves by `factor`, short ones by 1, and those between by a smooth mean of both. Llama 3.1's
+    reference code, `apply_scaling`.
+    """
+    import numpy as np
+
+    low, high, length = (float(number) for number in LLAMA3.values())
+    waves = 2 * math.pi * theta ** (np.arange(0, head, 2, dtype=np.float64) / head)
+    smooth = np.clip((length / waves - low) / (high - low), 0, 1)
+    return 1 / ((1 - smooth) / factor + smooth)
