@@ -118,6 +118,14 @@ def test_nothing_of_the_users_is_overwritten(tmp_path: Path) -> None:
     assert list(other.iterdir()) == []
 
 
+def test_an_existing_folder_is_refused_before_libraries_are_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "merge_cli.demo.run", None)  # importing it would fail
+    with pytest.raises(UsageError, match="already exists"):
+        demo_command(tmp_path)
+
+
 def result(out: Path, right: dict[str, Sequence[float]]) -> Demo:
     """A demo whose models have given these answers to two tasks alike."""
     roles: dict[str, Role] = {"base": "base", "merged": "recipe"}
