@@ -80,7 +80,7 @@ def run(
         bool,
         switch(
             "--accept-best",
-            "merge_method: auto publishes the best merge so far where Ctrl-C stops it, or has.",
+            "With merge_method auto: publish the best so far where Ctrl-C stops it, or has.",
         ),
     ] = False,
     tune: Annotated[

@@ -192,11 +192,13 @@ def print_comparison(console: Console, record: Mapping[str, Any]) -> None:
 def _comparison_table(heads: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> Table:
     """An empty table. In a narrow terminal heads and names fold between words, numbers nowhere."""
     cells = [max((cell_len(row[i]) for row in rows), default=0) for i in range(len(heads))]
-    # A head that is wider than its numbers has its words one below the other.
-    heads = [
-        head.replace(" ", "\n") if cell_len(head) > size else head
-        for head, size in zip(heads, cells, strict=True)
-    ]
+    whole = sum(map(max, map(cell_len, heads), cells)) + 2 * len(heads)
+    if whole > width:
+        # A head that is wider than its numbers has its words one below the other.
+        heads = [
+            head.replace(" ", "\n") if cell_len(head) > size else head
+            for head, size in zip(heads, cells, strict=True)
+        ]
     sizes = [max(size, *map(cell_len, h.split("\n"))) for h, size in zip(heads, cells, strict=True)]
     words = [word for name, *_ in [heads, *rows] for word in name.split()]
     fits = sum(sizes[1:]) + 2 * len(sizes) + max(map(cell_len, words), default=0) <= width

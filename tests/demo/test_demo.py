@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 import merge_cli.console.demo as screen
 from merge_cli.cli import app
+from merge_cli.cli.demo import demo as demo_command
 from merge_cli.comparison.result import Comparison, ModelEntry, Role
 from merge_cli.demo.folder import EXPERTS, write_family
 from merge_cli.demo.run import Demo, run_demo, verdict
