@@ -96,7 +96,6 @@ def find_best(
         finally:
             run.close()
         inputs.verify_or(folder.discard)
-    on_progress(Progress("auto", 0, 0, record["sentence"]))
     if require_improvement and not record["verdict"]["better"]:
         message = f"improvement is required: {record['sentence']}"
         hint = "Give more data, or run without --require-improvement."

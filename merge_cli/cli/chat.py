@@ -105,13 +105,14 @@ def chat(
     memory = parse_size(max_memory, "--max-memory") if max_memory else None
     rows = read_prompts(prompts) if prompts is not None else []
     screen = console.Screen()
-    opened = open_models([model, *([against] if against is not None else [])])
+    names = [model, *([against] if against is not None else [])]
+    screen.say(f"loading {' and '.join(names)}")
+    opened = open_models(names)
     for one in opened:
         talk = one.conversation(template=not no_template, system=system)
         if prompts is not None:
             tokens_of(rows, talk, sampling, prompts)
     labels = [one.label for one in opened]
-    screen.say(f"loading {' and '.join(one.label for one in opened)}")
     options = LoadOptions(device, dtype, memory)
     with torch_threads(threads), ExitStack() as stack:
         with screen.progress() as on_progress:

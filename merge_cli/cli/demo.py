@@ -38,16 +38,19 @@ def demo(
     """Try merge-cli: merge two tiny experts that come with it, and see what that gains."""
     from merge_cli import console
     from merge_cli.console.demo import INTRODUCTION, can_open_pages
-    from merge_cli.demo.run import run_demo
+    from merge_cli.demo.folder import check_folder
     from merge_cli.options import MergeOptions
 
     began = time.monotonic()
+    check_folder(out, overwrite=overwrite)
     screen = console.Screen(quiet=quiet)
     screen.say(INTRODUCTION)
     screen.say(
         "Merging (the first merge on a machine compiles for some seconds), then asking each model "
         "500 questions ..."
     )
+    from merge_cli.demo.run import run_demo  # after the lines: loading its libraries takes a while
+
     options = MergeOptions(device=device, threads=threads, overwrite=overwrite)
     with screen.steps() as on_progress:
         result = run_demo(out, options=options, overwrite=overwrite, on_evaluation=on_progress)

@@ -29,6 +29,7 @@ from merge_cli.cli.options import (
 from merge_cli.errors import UsageError
 
 TUNING = "Tuning"
+_PLANNING = "reading headers, configs and tokenizers"
 
 
 def run(
@@ -201,9 +202,10 @@ def run(
 
     spec = spec_of(eval_file, data or []) if eval_file or data else None
     check = quality_check(loaded, spec, gate or [], no_worse or [])
-    plan = plan_recipe(loaded, shard_size=shard_bytes)
-    if check is not None:
-        screen.notes(check.check(plan))
+    with screen.doing(_PLANNING):
+        plan = plan_recipe(loaded, shard_size=shard_bytes)
+        notes = check.check(plan) if check is not None else ()
+    screen.notes(notes)
     options = MergeOptions(
         device=device,
         threads=threads,
@@ -273,9 +275,10 @@ def plan(
     memory = parse_size(max_memory, "--max-memory")
     loaded = load_recipe(recipe)
     screen.notes(loaded.warnings)
-    check = quality_check(loaded, None, (), ()) if loaded.output is None else None
-    decided = plan_recipe(loaded, shard_size=shard_bytes)
-    if check is not None:
-        screen.notes(check.check(decided))
     options = MergeOptions(device=device, threads=threads, max_memory=memory)
+    with screen.doing(_PLANNING):
+        check = quality_check(loaded, None, (), ()) if loaded.output is None else None
+        decided = plan_recipe(loaded, shard_size=shard_bytes)
+        notes = check.check(decided) if check is not None else ()
+    screen.notes(notes)
     screen.plan(decided, options, every=every, as_json=as_json)

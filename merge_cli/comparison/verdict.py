@@ -100,7 +100,7 @@ def _subjects(comparison: Comparison, name: str) -> str:
     parts = [
         *([f"better on {_listing(better)}"] if better else []),
         *([f"worse on {_listing(worse)}"] if worse else []),
-        *([f"not seen to differ on {_listing(same)}"] if same else []),
+        *([f"no more than chance apart on {_listing(same)}"] if same else []),
     ]
     return f" Against the base it is {'; '.join(parts)}."
 

@@ -6,7 +6,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -120,7 +120,7 @@ def _difference(row: Json) -> list[str]:
         return ["", "", ""]
     bounds = row["difference_interval"]
     words = {"better": "[green]better[/green]", "worse": "[red]worse[/red]"}
-    conclusion = "" if bounds is None else words.get(_direction(row), "[dim]none seen[/dim]")
+    conclusion = "" if bounds is None else words.get(_direction(row), "[dim]may be chance[/dim]")
     return [_number(row["difference"], "+"), _interval(bounds, "+"), conclusion]
 
 
@@ -134,7 +134,7 @@ def _conclusion(first: Json, other: Json) -> str:
     parts = [
         *([f"better on {', '.join(found['better'])}"] if found["better"] else []),
         *([f"worse on {', '.join(found['worse'])}"] if found["worse"] else []),
-        *([f"not seen to differ on {', '.join(found[''])}"] if found[""] else []),
+        *([f"no more than chance apart on {', '.join(found[''])}"] if found[""] else []),
     ]
     return f"{first['model']} against {other['model']}: {'; '.join(parts)}."
 
@@ -166,9 +166,7 @@ def print_comparison(console: Console, record: Mapping[str, Any]) -> None:
     shortened = sum(widths) + 2 * len(widths) > console.width
     if shortened:
         rows = [[name, *(_INTERVAL.sub("", cell) for cell in cells)] for name, *cells in rows]
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for i, head in enumerate(heads):
-        table.add_column(escape(head), justify="right" if i else "left", overflow="fold")
+    table = _comparison_table(heads, rows, console.width)
     roles = [model["role"] for model in record["models"]]
     for i, (row, role) in enumerate(zip(rows, roles, strict=True)):
         strong = row[0] in record["front"]
@@ -189,6 +187,26 @@ def print_comparison(console: Console, record: Mapping[str, Any]) -> None:
         console.print(f"[dim]note:[/dim] {escape(note)}")
     if record["verdict"]:
         console.print(f"\n{escape(record['verdict']['text'])}", highlight=False)
+
+
+def _comparison_table(heads: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> Table:
+    """An empty table. In a narrow terminal heads and names fold between words, numbers nowhere."""
+    cells = [max((cell_len(row[i]) for row in rows), default=0) for i in range(len(heads))]
+    whole = sum(map(max, map(cell_len, heads), cells)) + 2 * len(heads)
+    if whole > width:
+        # A head that is wider than its numbers has its words one below the other.
+        heads = [
+            head.replace(" ", "\n") if cell_len(head) > size else head
+            for head, size in zip(heads, cells, strict=True)
+        ]
+    sizes = [max(size, *map(cell_len, h.split("\n"))) for h, size in zip(heads, cells, strict=True)]
+    words = [word for name, *_ in [heads, *rows] for word in name.split()]
+    fits = sum(sizes[1:]) + 2 * len(sizes) + max(map(cell_len, words), default=0) <= width
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for i, head in enumerate(heads):
+        justify: Literal["left", "right"] = "right" if i else "left"
+        table.add_column(escape(head), justify=justify, overflow="fold", no_wrap=bool(i) and fits)
+    return table
 
 
 @contextmanager

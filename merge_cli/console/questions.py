@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.prompt import Confirm, Prompt
 
 from merge_cli.errors import MergeCliError
+from merge_cli.system.terminal import fold_comments
 
 _YES_NO = ("y", "yes", "n", "no")  # no names of files
 
@@ -76,7 +77,8 @@ class Questions:
 
     def show(self, text: str) -> None:
         """Show a recipe before it is written."""
-        self._console.print(f"\n{text}", markup=False, highlight=False, soft_wrap=True)
+        shown = text if self._console.soft_wrap else fold_comments(text, self._console.width)
+        self._console.print(f"\n{shown}", markup=False, highlight=False, soft_wrap=True)
 
     def say(self, error: MergeCliError) -> None:
         """Print why an answer is invalid."""

@@ -33,7 +33,7 @@ from merge_cli.planning.preparation import preparation_for, preparations
 from merge_cli.recipe.examples import example_recipe
 from merge_cli.system.machine import show_seconds, show_size
 from merge_cli.system.notices import send_notices
-from merge_cli.system.terminal import print_wrapped
+from merge_cli.system.terminal import fold_comments, print_wrapped
 
 if TYPE_CHECKING:
     from merge_cli.analysis.result import Analysis
@@ -75,6 +75,15 @@ class Screen:
         """A dimmed line to stderr: what is being done now."""
         if not self.quiet:
             print_wrapped(self.err, f"[dim]{escape(line)}[/dim]")
+
+    @contextmanager
+    def doing(self, words: str) -> Iterator[None]:
+        """A line in a terminal while something without steps is done; it leaves no trace."""
+        if self.quiet or not self.err.is_terminal:
+            yield
+        else:
+            with self.err.status(f"[dim]{escape(words)}[/dim]"):
+                yield
 
     @contextmanager
     def progress(self) -> Iterator[Callable[[Progress], None]]:
@@ -151,7 +160,9 @@ class Screen:
         documents all of them, in order.
         """
         if as_json:
-            print_json(indented(plan_document(plan, options)))
+            with self.doing("planning what comes before the merge"):
+                document = plan_document(plan, options)
+            print_json(indented(document))
             return
         for number, (name, stage) in enumerate(plan.stages.items(), start=1):
             self.out.print(f"[bold]Stage {number}: {escape(name)}[/bold]")
@@ -162,7 +173,8 @@ class Screen:
         self._plan(plan, options, every=every)
 
     def _plan(self, plan: Plan, options: MergeOptions, *, every: bool) -> None:
-        expected = forecast(plan, options)
+        with self.doing("planning what comes before the merge"):
+            expected = forecast(plan, options)
         table = Table(box=None, pad_edge=False, header_style="bold", title_justify="left")
         table.add_column("tensor" if every else "layers", overflow="fold")
         if not every:
@@ -293,11 +305,14 @@ class Screen:
         if example:
             self.out.print(f"\n[bold]Example[/bold] (configs/{example[0]})\n")
             self.out.print(
-                textwrap.indent(example[1].rstrip(), "  "),
+                textwrap.indent(self._folded(example[1].rstrip()), "  "),
                 markup=False,
                 highlight=False,
                 soft_wrap=True,
             )
+
+    def _folded(self, recipe: str) -> str:
+        return recipe if self.out.soft_wrap else fold_comments(recipe, self.out.width - 2)
 
 
 def show_error(error: MergeCliError) -> None:

@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from merge_cli.system.machine import show_size
+from merge_cli.system.terminal import print_wrapped
 
 if TYPE_CHECKING:
     from merge_cli.publishing.package import Package
@@ -40,7 +41,8 @@ def print_package(console: Console, package: Package, repo: str, branch: str, pu
     console.print(table)
     console.print(f"\n{len(package.files)} files, {show_size(package.size)}\n")
     console.print("[bold]README.md[/bold]\n")
-    console.print(package.card, markup=False, highlight=False, soft_wrap=True)
+    # A terminal wraps its lines between words, as whoever renders Markdown will.
+    print_wrapped(console, escape(package.card))
 
 
 def pushed_json(pushed: Pushed) -> dict[str, Any]:

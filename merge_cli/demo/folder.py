@@ -32,16 +32,10 @@ def write_family(out: Path, *, overwrite: bool = False) -> None:
         overwrite: replace the family in a folder that an earlier demo has made.
 
     Raises:
-        UsageError: `out` exists, and is not to be overwritten, or is not the demo's.
+        UsageError: as `check_folder` does.
         ResourceError: it cannot be written.
     """
-    if out.is_symlink() or out.exists():
-        if not overwrite:
-            hint = "Give --overwrite, or name another folder."
-            raise UsageError("already exists", where=str(out), hint=hint)
-        if not _is_demo(out):
-            hint = "Name another folder."
-            raise UsageError("is not a folder that the demo has made", where=str(out), hint=hint)
+    check_folder(out, overwrite=overwrite)
     try:
         with as_file(files("merge_cli.demo") / "family") as family:
             for path in sorted(family.rglob("*")):
@@ -53,6 +47,21 @@ def write_family(out: Path, *, overwrite: bool = False) -> None:
                     shutil.copyfile(path, target)
     except OSError as error:
         raise write_error(error, out) from error
+
+
+def check_folder(out: Path, *, overwrite: bool = False) -> None:
+    """Refuse a folder that the demo would not write.
+
+    Raises:
+        UsageError: `out` exists, and is not to be overwritten, or is not the demo's.
+    """
+    if out.is_symlink() or out.exists():
+        if not overwrite:
+            hint = "Give --overwrite, or name another folder."
+            raise UsageError("already exists", where=str(out), hint=hint)
+        if not _is_demo(out):
+            hint = "Name another folder."
+            raise UsageError("is not a folder that the demo has made", where=str(out), hint=hint)
 
 
 def _is_demo(out: Path) -> bool:

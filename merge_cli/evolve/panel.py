@@ -17,6 +17,7 @@ from merge_cli.evaluation.task import DataTask
 from merge_cli.evolve.checks import GREEDY
 from merge_cli.evolve.layer_space import LayerSpace
 from merge_cli.evolve.objectives import Split
+from merge_cli.evolve.verdict import verdict_in_words
 from merge_cli.recipe.search import WITHOUT_SPACE, Search
 from merge_cli.system.machine import show_seconds, usable_cores
 
@@ -124,15 +125,10 @@ def print_searched(out: Console, search: Mapping[str, Any]) -> None:
     )
     if verdict is None:
         return
-    ends = verdict.get("interval")
-    paired = (
-        f" ({verdict['difference']:+.3g}, 95 % {ends[0]:+.3g} to {ends[1]:+.3g})" if ends else ""
-    )
-    mark = "[green]✓[/green]" if verdict["better"] else "[bold red]✗ NO IMPROVEMENT:[/bold red]"
-    out.print(
-        f"{mark} {search['split']} score {verdict['score']:.4g}; the best without a search is "
-        f"{escape(verdict['best_static'])}, {verdict['best_static_score']:.4g}{paired}"
-    )
+    mark = "[bold red]✗ NO IMPROVEMENT:[/bold red]"
+    if verdict["better"]:
+        mark = "[green]✓[/green]" if verdict.get("confirmed") else "[bold]–[/bold]"
+    out.print(f"{mark} {escape(verdict_in_words(search))}")
 
 
 def print_keys(out: Console, method: str) -> None:

@@ -23,6 +23,7 @@ from merge_cli.evolve.loop import Candidate, best_first
 from merge_cli.evolve.objectives import Split, Values, sign_of
 from merge_cli.evolve.plan import SearchPlan
 from merge_cli.evolve.space import plain_values
+from merge_cli.evolve.verdict import gain_in_words
 from merge_cli.planning.plan import Plan
 from merge_cli.sources.source import Source, fetch_weights
 
@@ -190,12 +191,10 @@ def add_interval(
     verdict["interval"] = None if bounds is None else [bounds.low, bounds.high]
     verdict["confirmed"] = bounds is not None and bounds.high < 0
     if verdict["better"] and not verdict["confirmed"]:
-        reason = "the rows are too few for an interval"
-        if bounds is not None:
-            reason = f"95 % from {bounds.low:+.4g} to {bounds.high:+.4g}"
+        sure = "" if verdict["interval"] else " (the rows are too few for an interval)"
         record["warnings"].append(
-            f"NOT CONFIRMED: the gain of {-verdict['difference']:.4g} over "
-            f"{verdict['best_static']} may be chance ({reason})"
+            f"NOT CONFIRMED: the gain over {verdict['best_static']} may be chance: "
+            f"{gain_in_words(verdict)}{sure}"
         )
 
 

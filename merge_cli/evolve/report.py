@@ -10,6 +10,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from merge_cli.evolve.verdict import verdict_in_words
 from merge_cli.recipe.reference import short_labels
 from merge_cli.report import charts
 from merge_cli.report.charts import Axis, Series, caption, svg, titled
@@ -49,12 +50,10 @@ def worth(search: Json) -> str:
     verdict = search["verdict"]
     if verdict is None:
         return ""
-    static = f"{verdict['best_static']} ({verdict['best_static_score']:.4g})"
-    summary = f"Score {verdict['score']:.4g}; the best without a search is {static}."
-    if verdict.get("interval"):
-        low, high = verdict["interval"]
-        summary += f" Difference {verdict['difference']:+.4g}, 95 % from {low:+.4g} to {high:+.4g}."
-    return summary if verdict["better"] else f"NO IMPROVEMENT: {summary}"
+    summary = f"{verdict_in_words(search)}."
+    if not verdict["better"]:
+        return f"NO IMPROVEMENT: {summary}"
+    return summary[0].upper() + summary[1:]
 
 
 def _worth(search: Json) -> Section:

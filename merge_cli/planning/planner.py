@@ -238,6 +238,9 @@ def match_tensors(draft: Draft) -> Draft:
     if matches.problems:
         count = len(matches.problems)
         summary = f"the sources do not fit one another ({count} problem{'s' * (count != 1)})"
+        types = dict.fromkeys(s.config.get("model_type") for s in draft.sources)
+        if len(types) > 1 and None not in types:
+            summary += f": the architectures differ ({', '.join(map(str, types))})"
         summary += _differences(draft.sources)
         placed = (_placed(problem, draft.recipe) for problem in matches.problems)
         ordered = sorted(placed, key=lambda problem: natural_key(problem.key))

@@ -23,7 +23,6 @@ from merge_cli.report.page import (
     Table,
     Verbatim,
     code,
-    cosine,
     count,
     duration,
     figure,
@@ -36,6 +35,7 @@ from merge_cli.report.page import (
     section,
     short,
     size,
+    three_decimals,
 )
 from merge_cli.report.sections import (
     Json,
@@ -143,7 +143,7 @@ def _key_figures(report: Json, view: RelationsView | None) -> list[KeyFigure]:
     if view is not None:
         pairs = [v for v, _ in pairs_of(view)]
         if pairs:
-            ends = dict.fromkeys(cosine(end, ".2f") for end in (min(pairs), max(pairs)))
+            ends = dict.fromkeys(three_decimals(end) for end in (min(pairs), max(pairs)))
             rows.append(("Cosine of sources", " to ".join(ends), view.kind))
         conflict, change = conflict_of(view), view.total["change"]
         if conflict is not None:

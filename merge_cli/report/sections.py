@@ -156,7 +156,8 @@ def _cosines_in_words(group: Json) -> str:
     present = [v for v in values if v is not None]
     if not present:
         return ""
-    return f"cosines from {three_decimals(min(present))} to {three_decimals(max(present))}"
+    low, high = three_decimals(min(present)), three_decimals(max(present))
+    return f"a cosine of {low}" if low == high else f"cosines from {low} to {high}"
 
 
 def _sizes_in_words(view: RelationsView, group: Json) -> str:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 
 from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
-_WORD = re.compile(r"\S+\s*")
+_WORD = re.compile(r"\S+(?: %\S*)?\s*")  # a share keeps its unit
+# A line's value, without quotes and `#`, and its comment.
+_COMMENT = re.compile(r"""(?P<indent>[ ]*)(?P<value>(?:[^\s#"'][^#"']*[ ])?)\#[ ](?P<comment>.+)""")
 
 
 def print_wrapped(console: Console, markup: str, indent: int = 0) -> None:
@@ -25,6 +28,27 @@ def print_wrapped(console: Console, markup: str, indent: int = 0) -> None:
         for part in paragraph.divide(_line_starts(paragraph.plain, console.width - indent)):
             part.rstrip()
             console.print(before + part, soft_wrap=True)
+
+
+def fold_comments(text: str, width: int) -> str:
+    """YAML whose comments fit a width: it means the same, and can be copied from a terminal.
+
+    Long comments become several. One that ends a long line moves above it. Values are never broken.
+    """
+    lines: list[str] = []
+    for line in text.splitlines():
+        match = None if cell_len(line) <= width else _COMMENT.match(line)
+        if match is None:
+            lines.append(line)
+            continue
+        indent = match["indent"]
+        start = f"{indent}# "
+        comment = match["comment"]
+        for first, end in pairwise([0, *_line_starts(comment, width - len(start)), len(comment)]):
+            lines.append(start + comment[first:end].rstrip())
+        if match["value"]:
+            lines.append(indent + match["value"].rstrip())
+    return "\n".join(lines)
 
 
 def _line_starts(text: str, width: int) -> list[int]:

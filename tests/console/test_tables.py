@@ -5,18 +5,25 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from merge_cli.console.evaluations import print_evaluations
+from merge_cli.comparison.cost import MergeCost
+from merge_cli.comparison.files import comparison_record
+from merge_cli.comparison.result import Comparison, ModelEntry, Role
+from merge_cli.console.evaluations import print_comparison, print_evaluations
 from merge_cli.console.tables import indented, print_table
-from merge_cli.system.terminal import print_wrapped
+from merge_cli.evaluation.result import Evaluation, Metric, TaskResult
+from merge_cli.system.terminal import fold_comments, print_wrapped
+from tests.support.paths import ROOT
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
 documents = st.recursive(
@@ -110,3 +117,81 @@ def test_a_pipe_gets_one_line() -> None:
     console = Console(width=40, file=io.StringIO(), soft_wrap=True)
     print_wrapped(console, "a word " * 20)
     assert console.file.getvalue().count("\n") == 1  # type: ignore[attr-defined]
+
+
+def test_a_share_keeps_its_unit() -> None:
+    console = Console(width=20, file=io.StringIO(), force_terminal=False)
+    print_wrapped(console, "the embedding: 66.9 %, and the rest")
+    assert console.file.getvalue().splitlines() == [  # type: ignore[attr-defined]
+        "the embedding:",
+        "66.9 %, and the rest",
+    ]
+
+
+COMMENTED = """\
+# A comment that is far too long for this terminal, and has to be folded.
+models: [a, b] # a remark behind a value, which moves above it
+  key: "a # in quotes" # so this line of more than forty stays as it is
+short: 1 # stays
+"""
+
+
+def test_comments_fold_and_values_do_not() -> None:
+    folded = fold_comments(COMMENTED, 40)
+    assert folded.splitlines() == [
+        "# A comment that is far too long for",
+        "# this terminal, and has to be folded.",
+        "# a remark behind a value, which moves",
+        "# above it",
+        "models: [a, b]",
+        '  key: "a # in quotes" # so this line of more than forty stays as it is',
+        "short: 1 # stays",
+    ]
+
+
+@pytest.mark.parametrize("width", [20, 40, 78])
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_a_folded_example_means_the_same(path: Path, width: int) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert list(yaml.safe_load_all(fold_comments(text, width))) == list(yaml.safe_load_all(text))
+
+
+def compared(width: int, names: Sequence[str]) -> str:
+    """A comparison of merges in a terminal of this width."""
+
+    def entry(name: str, role: Role, values: tuple[float, float]) -> ModelEntry:
+        tasks = {}
+        for task, value in zip(("german", "french"), values, strict=True):
+            hits = [float(i < 100 * value) for i in range(100)]
+            metric = Metric("exact_match", "of questions", "higher", hits, [1.0] * 100)
+            tasks[task] = TaskResult(task, "exact_match", {"exact_match": metric}, [])
+        cost = MergeCost(4.7, 0, 0, 0, 195_000_000, None, None) if role == "recipe" else None
+        return ModelEntry(
+            name, role, name, Evaluation(name, name, "cpu", "float32", tasks), cost=cost
+        )  # fmt: skip
+
+    entries = [
+        entry("base", "base", (0.46, 0.49)),
+        entry("german", "source", (0.87, 0.36)),
+        entry("french", "source", (0.4, 0.9)),
+        *(entry(name, "recipe", (0.7 + i / 50, 0.7)) for i, name in enumerate(names)),
+    ]
+    record = comparison_record(
+        Comparison(tuple(entries), {"german": "german", "french": "french"}, "average")
+    )
+    console = Console(width=width, file=io.StringIO(), record=True)
+    print_comparison(console, record)
+    return console.export_text()
+
+
+def test_a_comparison_folds_between_words_and_shows_every_column() -> None:
+    text = compared(80, ["task arithmetic 0.4", "average", "recipe"])
+    table = text[: text.index("\n\n")]
+    assert max(map(len, table.splitlines())) <= 80
+    words = {"normalised", "better", "than", "average", "time", "peak", "memory", "arithmetic"}
+    assert words <= set(table.split())
+    assert "195 MB" in table
+
+
+def test_a_comparison_in_a_wide_terminal_has_heads_of_one_line() -> None:
+    assert "better than" in compared(200, ["average", "recipe"]).splitlines()[0]

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 import merge_cli.console.demo as screen
 from merge_cli.cli import app
+from merge_cli.cli.demo import demo as demo_command
 from merge_cli.comparison.result import Comparison, ModelEntry, Role
 from merge_cli.demo.folder import EXPERTS, write_family
 from merge_cli.demo.run import Demo, run_demo, verdict
@@ -116,6 +117,14 @@ def test_nothing_of_the_users_is_overwritten(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="not a folder that the demo has made"):
         write_family(other, overwrite=True)
     assert list(other.iterdir()) == []
+
+
+def test_an_existing_folder_is_refused_before_libraries_are_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "merge_cli.demo.run", None)  # importing it would fail
+    with pytest.raises(UsageError, match="already exists"):
+        demo_command(tmp_path)
 
 
 def result(out: Path, right: dict[str, Sequence[float]]) -> Demo:

@@ -570,3 +570,10 @@ def test_what_to_type_instead(text: str, words: str, tmp_path: Path) -> None:
     with pytest.raises(RecipeError) as caught:
         load_recipe(tmp_path / "r.yaml")
     assert words in str(caught.value)
+
+
+def test_different_architectures_are_named_in_the_first_line(family: Family) -> None:
+    rewrite(family, "b", lambda t: t.pop("model.norm.weight"), model_type="mistral")
+    with pytest.raises(MismatchError) as raised:
+        plan_of(family.folder, SOUP)
+    assert str(raised.value).splitlines()[0].endswith("the architectures differ (llama, mistral)")
