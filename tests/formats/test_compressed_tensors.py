@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from merge_cli.checkpoint.headers import TensorRef
+from merge_cli.checkpoint.tensors import read_numbers, reading
 from merge_cli.errors import CorruptFileError, SourceError
+from merge_cli.formats.detect import read_as_numbers
 from tests.support.quantised import assert_merges_alike, assert_numbers, opened
 from tests.support.tiny import llama_config, llama_tensors, write_model
 
@@ -96,6 +99,25 @@ def test_columns_in_another_order(tmp_path: Path) -> None:
 def test_columns_that_do_not_fill_their_words(tmp_path: Path) -> None:
     tensors, wanted = integers(2, 5, 13, 4, 1)
     assert_numbers(write_model(tmp_path / "q", tensors, scheme(4, None)), {"w.weight": wanted})
+
+
+@pytest.mark.parametrize(("columns", "message"), [(32, ""), (13, "says \\[8, 13\\]")])
+def test_a_file_that_is_not_here_yet(tmp_path: Path, columns: int, message: str) -> None:
+    """As of a repository: what `weight_shape` says is derived, and checked when it is read."""
+    tensors, wanted = integers(1, 8, columns, 4, 1)
+    folder = write_model(tmp_path / "q", tensors)
+    file = folder / "model.safetensors"
+    refs = {k: v for k, v in opened(folder).tensors.items() if isinstance(v, TensorRef)}
+    file.rename(tmp_path / "elsewhere")
+    weight = read_as_numbers(refs, scheme(4, None), "org/model").tensors["w.weight"]
+    (tmp_path / "elsewhere").rename(file)
+    with reading() as read:
+        if not message:
+            found = read_numbers(read, weight, 0, weight.size)
+            assert found.tolist() == wanted.reshape(-1).tolist()
+            return
+        with pytest.raises(CorruptFileError, match=message):
+            read_numbers(read, weight, 0, 5)
 
 
 def test_stacks_of_matrices(tmp_path: Path) -> None:
