@@ -74,9 +74,16 @@ def more_than_chance(score: ModelScore) -> bool:
     return score.value > 0 and (score.interval is None or score.interval.low > 0)
 
 
+def _amount(value: float, unit: str) -> str:
+    """With its unit; shares are told in points of a hundred."""
+    return (
+        f"{_number(100 * value)} points" if unit.startswith("of ") else f"{_number(value)} {unit}"
+    )
+
+
 def _ranked_by(comparison: Comparison) -> str:
     if comparison.quality:
-        return "normalised mean"
+        return "normalised mean (0: the base, 1: each task's own expert)"
     unit = comparison.unit(comparison.tasks[0])
     return f"mean ({unit})" if comparison.averages else f"{comparison.tasks[0]} ({unit})"
 
@@ -91,7 +98,7 @@ def _subjects(comparison: Comparison, name: str) -> str:
     same: list[str] = []
     for task in comparison.tasks:
         found = comparison.difference(name, base.name, task)
-        amount = f"{task} ({_number(abs(found.value))} {comparison.unit(task)})"
+        amount = f"{task} ({_amount(abs(found.value), comparison.unit(task))})"
         ends = found.interval
         if ends is not None and ends.low <= 0 <= ends.high:
             same.append(task)

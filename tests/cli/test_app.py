@@ -325,6 +325,13 @@ def test_shells_complete_methods() -> None:
     assert "TIES" in found[0]
 
 
+@pytest.mark.parametrize("words", ["merge-cli run conf", "merge-cli evaluate zo"])
+def test_shells_complete_recipes_and_models_as_files(words: str) -> None:
+    """Nothing is offered, and then shells offer files: zsh is told so, bash does by default."""
+    assert completed(words, 2, "zsh")[0][0] == "_files"
+    assert not any(completed(words, 2)[0])
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion_can_be_shown(shell: str) -> None:
     # Otherwise typer asks which shell has started it, and the argument means nothing.

@@ -25,7 +25,7 @@ from merge_cli.comparison.page import render_comparison
 from merge_cli.comparison.result import Comparison, ModelEntry, Role
 from merge_cli.comparison.run import _work
 from merge_cli.comparison.tables import csv_text, markdown
-from merge_cli.comparison.verdict import verdict
+from merge_cli.comparison.verdict import _amount, verdict
 from merge_cli.evaluation.result import Cost, Evaluation, Metric, TaskResult
 from merge_cli.planning.planner import load_recipe, make_plan
 from merge_cli.sources.source import Source
@@ -134,7 +134,10 @@ def test_the_verdict_says_what_to_use() -> None:
     found = verdict(example())
     assert found is not None
     assert (found.use, found.sure) == ("better", True)
-    assert "Use better: in the normalised mean it is 0.5 better than base" in found.text
+    assert (
+        "Use better: in the normalised mean (0: the base, 1: each task's own expert) it is 0.5 better"
+        in found.text
+    )
     assert "It is 0.3 better than the uniform soup" in found.text
     assert "Against the base it is better on math (0.5 nats per token) and code (0.25" in found.text
     assert found.text.endswith("Making it takes 8.0 s.")
@@ -142,6 +145,11 @@ def test_the_verdict_says_what_to_use() -> None:
     assert record["verdict"]["text"] == found.text
     assert found.text in markdown(record)
     assert "Use better:" in render_comparison(record)
+
+
+def test_shares_are_told_in_points() -> None:
+    assert _amount(0.256, "of questions") == "25.6 points"
+    assert _amount(0.256, "nats per token") == "0.256 nats per token"
 
 
 def noisy(name: str, role: Role, loss: float, seed: int, seconds: float | None) -> ModelEntry:
