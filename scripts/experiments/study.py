@@ -4,13 +4,13 @@
     python scripts/experiments/study.py --quick     # that everything runs: a few minutes
     python scripts/experiments/study.py --table     # tables and figures from study.json again
 
-The seed is the recipes' own (which rows statistics and trainings see, their order, the search, DARE's
-masks) and says which validation rows choose. The experts and the test rows are the same for all
-seeds; test rows choose nothing. What needs neither rows nor chance runs once.
+The seed is the recipes' own (which rows statistics and trainings see, their order, the search,
+DARE's masks), and says which validation rows choose. The experts and the test rows are the same for
+all seeds; test rows choose nothing. What needs neither rows nor chance runs once.
 
-Every result is in docs/experiments/study.json as soon as it is measured, as losses by test row; what
-is there is not measured again. Two processes may share the work (`--family`). Models and caches are
-in .cache/experiments/study.
+Every result is in docs/experiments/study.json as soon as it is measured, as losses by test row, and
+is not measured again. Two processes may share the work (`--family`). Experts are in
+.cache/experiments; merges are deleted when they have been measured.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from typing import Any
 
 import torch
 import transformers
-from study_families import BASE, FAMILIES, FULL, QUICK, WORK, Family, Sizes, family_of
+from family import BASE, WORK
+from study_families import FAMILIES, FULL, QUICK, Sizes, family_of
 from study_methods import (
     DARE,
     TASK_ARITHMETIC,
@@ -42,12 +43,9 @@ from study_methods import (
     statistics,
     trained,
 )
-from study_page import DOCS, publish
+from study_page import DOCS, ONCE, SEEDS, SOUP, publish
 from study_training import KINDS, RATES, train
 
-SEEDS = (0, 1, 2)
-SOUP = "uniform soup"
-ONCE = ("base", "expert 1", "expert 2", "expert 3", SOUP)  # no rows, no chance
 # In stages: what a stop leaves out is the end of this, not the last seed of everything.
 STAGES: tuple[dict[str, Run], ...] = (
     {
@@ -71,7 +69,7 @@ STAGES: tuple[dict[str, Run], ...] = (
         "DAM, 12k": dam("dam-small", tokens="small"),
         **{f"{kind}, 12k": trained(kind, 0) for kind in KINDS},
     },
-)  # fmt: skip
+)
 
 
 class Results:
@@ -113,8 +111,13 @@ def _dumped(document: Any) -> str:
         ]
         head = f'  "{name}": {{"weights": {json.dumps(family["weights"])}, "runs": {{\n'
         lines.append(head + ",\n".join(runs) + "\n  }}")
-    head = json.dumps({k: v for k, v in document.items() if k != "families"}, ensure_ascii=False)
-    return head[:-1] + ', "families": {\n' + ",\n".join(lines) + "\n}}\n"
+    rest = {key: value for key, value in document.items() if key != "families"}
+    return (
+        json.dumps(rest, ensure_ascii=False)[:-1]
+        + ', "families": {\n'
+        + ",\n".join(lines)
+        + "\n}}\n"
+    )
 
 
 def order(families: Sequence[str], seeds: Sequence[int]) -> Iterator[tuple[str, int, str, Run]]:
@@ -164,9 +167,7 @@ def rates(results: Results, work: Path, sizes: Sizes) -> dict[str, float]:
             continue
         start = soup(Context(zoo, SEEDS[0], work / "runs" / "rates", {})).folder
         tried = {
-            f"{rate:g}": min(
-                train(kind, zoo, start, sizes.budgets[0], rate, SEEDS[0], None).losses
-            )
+            f"{rate:g}": min(train(kind, zoo, start, sizes.budgets[0], rate, SEEDS[0], None).losses)
             for rate in RATES[kind]
         }
         results.add((["rates", kind], tried))
@@ -182,7 +183,7 @@ def main() -> None:
     parser.add_argument("--family", nargs="+", choices=tuple(FAMILIES), default=list(FAMILIES))
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--methods", nargs="+", help="only these")
-    parser.add_argument("--quick", action="store_true", help="tiny, into .cache; shows that it runs")
+    parser.add_argument("--quick", action="store_true", help="tiny, into .cache: does it run?")
     parser.add_argument("--table", action="store_true", help="measure nothing more")
     given = parser.parse_args()
     work, file, sizes = WORK / "study", DOCS / "study.json", FULL

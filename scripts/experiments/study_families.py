@@ -1,4 +1,4 @@
-"""The study's two families: models, the text that each one learns from, chooses by and is judged by.
+"""The study's two families: models, and the text that they learn from, choose by and are judged by.
 
 zoo        japanese, maths and code: three scripts. Some of merge-cli's defaults were chosen here.
 registers  english, german and maths: shared words. Nothing was chosen here.
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from family import BASE, DATA, ROOT, WORK, Expert, model
+from family import DATA, ROOT, WORK, Expert, model
 
 import merge_cli
 from merge_cli.evaluation.result import Cost, Metric
@@ -128,4 +128,3 @@ def _losses(folder: Path, tasks: list[LossTask], seed: int) -> tuple[dict[str, M
 def mean_loss(losses: dict[str, Metric]) -> float:
     """Nats per token, the mean over domains."""
     return sum(metric.value for metric in losses.values()) / len(losses)
-

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from study_families import BASE, Family, mean_loss
+from family import BASE
+from study_families import Family, mean_loss
 
 Recipe = dict[str, Any]
 Run = Callable[["Context"], "Outcome"]

@@ -20,7 +20,7 @@ from merge_cli.auto.measure import Losses, from_json, gain, mean_loss
 
 SEEDS = (0, 1, 2)
 SOUP = "uniform soup"
-ONCE = ("base", "expert 1", "expert 2", "expert 3", SOUP)
+ONCE = ("base", "expert 1", "expert 2", "expert 3", SOUP)  # neither rows nor chance
 GROUPS: dict[str, tuple[str, ...]] = {
     "no data": ONCE,
     "a number chosen": ("task arithmetic", "TIES", "DARE"),
