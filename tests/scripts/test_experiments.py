@@ -85,16 +85,20 @@ class Rows:
         raise AssertionError("test rows choose nothing")
 
 
-def test_validation_rows_choose_and_their_cost_counts(scripts: Any, tmp_path: Path) -> None:
+def test_validation_rows_choose_and_their_cost_counts(
+    scripts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     methods = scripts("study_methods")
 
-    class Merges(methods.Context):  # type: ignore[misc]  # scripts have no types here
-        def merge(self, recipe: dict[str, Any], name: str) -> tuple[Path, float, dict[str, Any]]:
-            return self.work / name, 2.0, {}
+    def merge(
+        context: Any, recipe: dict[str, Any], name: str
+    ) -> tuple[Path, float, dict[str, Any]]:
+        return context.work / name, 2.0, {}
 
+    monkeypatch.setattr(methods.Context, "merge", merge)
     losses = {"ties-0": 3.0, "ties-1": 1.0, "ties-2": 2.0}
     settings = [{"density": 0.2, "lambda": x} for x in (0.1, 0.5, 1.0)]
-    context = Merges(Rows(losses), 0, tmp_path, {})
+    context = methods.Context(Rows(losses), 0, tmp_path, {})
     outcome = methods.grid("ties", settings)(context)
     assert outcome.folder.name == "ties-1"
     assert outcome.chosen == "density 0.2, λ 0.5"
