@@ -144,6 +144,7 @@ def draw(name: str, family: Mapping[str, Any], domains: Sequence[str], folder: P
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import FixedLocator, FormatStrFormatter, NullLocator
 
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     measured = cells(family)
@@ -164,12 +165,16 @@ def draw(name: str, family: Mapping[str, Any], domains: Sequence[str], folder: P
             axes.annotate(text, (left, height), (5, 4), textcoords="offset points", fontsize=8)
     axes.axhline(0, color="#888", linewidth=1, linestyle="--")
     axes.set_xscale("log")
+    axes.margins(x=0.15)
+    axes.xaxis.set_major_locator(FixedLocator([1, 2, 5, 10, 20, 50, 100, 200, 500, 1000]))
+    axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.set(
         xlabel="CPU seconds (logarithmic)",
         ylabel="gain over the uniform soup on test rows,\nnats per token",
         title=", ".join(domains),
     )
-    axes.legend(frameon=False, loc="lower right", fontsize=8)
+    axes.legend(frameon=False, loc="upper left", fontsize=8)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     figure.savefig(folder / f"study-{name}.png", dpi=110, metadata={"Software": ""})
