@@ -31,6 +31,13 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "DAM, 12k", "fine-tuning, 12k", "distillation, 12k", "LoRA distillation, 12k",
     ),
 }  # fmt: skip
+# What the conclusions compare: the gain of the first over the second.
+PAIRS = (
+    ("Fisher", "task arithmetic"), ("DAM", "task arithmetic"), ("DAM", "Fisher"),
+    ("auto", "Fisher"), ("auto", "DAM"), ("DAM", "DAM from the soup"), ("DAM", "search"),
+    ("DAM", "distillation"), ("DAM", "LoRA distillation"), ("DAM", "fine-tuning"),
+    ("DAM, 12k", "distillation, 12k"),
+)  # fmt: skip
 _COLOURS = ("#555555", "#957000", "#00805c", "#0068a8", "#c8500a", "#a8508a")
 
 
@@ -57,10 +64,10 @@ class Cell:
 
 def cells(family: Mapping[str, Any]) -> dict[str, Cell]:
     """Every method that has been measured."""
-    weights, runs = family["weights"], family["runs"]
+    runs = family["runs"]
 
     def losses(run: Mapping[str, Any]) -> Losses:
-        return from_json({name: [parts, weights[name]] for name, parts in run["parts"].items()})
+        return _losses(family, run["parts"])
 
     reference = runs.get(f"{SOUP}, seed 0")
     result: dict[str, Cell] = {}
@@ -69,7 +76,7 @@ def cells(family: Mapping[str, Any]) -> dict[str, Cell]:
         if not found or reference is None:
             continue
         measured = [losses(run) for run in found]
-        together = losses({"parts": _mean_parts(found)})
+        together = _losses(family, _mean_parts(found))
         result[method] = Cell(
             {name: metric.value for name, metric in together.items()},
             [mean_loss(losses(reference)) - mean_loss(one) for one in measured],
@@ -79,6 +86,25 @@ def cells(family: Mapping[str, Any]) -> dict[str, Cell]:
             [run["chosen"] for run in found],
         )
     return result
+
+
+def _losses(family: Mapping[str, Any], parts: Mapping[str, Sequence[float]]) -> Losses:
+    return from_json({name: [nats, family["weights"][name]] for name, nats in parts.items()})
+
+
+def differences(family: Mapping[str, Any]) -> str:
+    """Markdown: what one method gains over another, of the seeds that both have, paired by row."""
+    runs, rows = family["runs"], []
+    for one, other in PAIRS:
+        names = [(f"{one}, seed {seed}", f"{other}, seed {seed}") for seed in SEEDS]
+        both = [(runs[a], runs[b]) for a, b in names if a in runs and b in runs]
+        if not both:
+            continue
+        first, second = (_mean_parts(found) for found in zip(*both, strict=True))
+        value, low, high = gain(_losses(family, first), _losses(family, second))
+        interval = f"{_signed(low)} to {_signed(high)}"
+        rows.append([f"{one} over {other}", _signed(value), interval, str(len(both))])
+    return markdown(["gain of", "nats", "95 % interval", "seeds"], rows)
 
 
 def _mean_parts(runs: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
@@ -135,7 +161,8 @@ def chosen(family: Mapping[str, Any]) -> str:
 
 
 def _signed(value: float) -> str:
-    return f"{value:+.3f}".replace("-", "−")
+    text = f"{value:+.3f}".replace("-", "−")
+    return "0.000" if text == "−0.000" else text
 
 
 def draw(name: str, family: Mapping[str, Any], domains: Sequence[str], folder: Path) -> None:
@@ -185,7 +212,7 @@ def publish(document: Mapping[str, Any], preview: Path | None) -> None:
     """Tables into docs/experiments.md and figures beside it; a preview goes into another folder."""
     for name, family in document["families"].items():
         domains = list(family["weights"])
-        text = f"{table(family, domains)}\n\n{chosen(family)}"
+        text = f"{table(family, domains)}\n\n{chosen(family)}\n\n{differences(family)}"
         draw(name, family, domains, preview or DOCS)
         if preview:
             print(text)

@@ -66,6 +66,10 @@ def test_the_table_says_where_there_are_several_seeds(scripts: Any) -> None:
     assert "| **−0.250** | −0.500 to +0.000 | 1 |" in dare
     assert "| **+0.350** | +0.350 to +0.350 | 2: +0.250 to +0.450 | 30 |" in fisher
     assert page.chosen(SMALL) == "Chosen on validation rows, by seed. DARE: λ 0.1."
+    assert page.differences(SMALL).splitlines()[2:] == []
+    paired = {**SMALL["runs"], "DAM, seed 1": run_of({"english": [30.0, 10.0], "math": [1.0, 3.0]})}
+    found = page.differences({**SMALL, "runs": paired}).splitlines()[2:]
+    assert found == ["| DAM over Fisher | +0.050 | +0.050 to +0.050 | 1 |"]  # of seed 1 alone
     assert page.label("expert 2", ["english", "math"]) == "the math expert"
 
 
@@ -177,6 +181,7 @@ def test_the_tables_say_what_was_measured(scripts: Any) -> None:
     for family in study["families"].values():
         assert study_page.table(family, list(family["weights"])) in page
         assert study_page.chosen(family) in page
+        assert study_page.differences(family) in page
     fidelity = json.loads((DOCS / "fidelity.json").read_text(encoding="utf-8"))
     shown = (DOCS / "fidelity.md").read_text(encoding="utf-8")
     assert scripts("fidelity").tables(fidelity) in shown
