@@ -87,8 +87,9 @@ class Results:
 
     def add(self, *values: tuple[Sequence[str], Any]) -> None:
         """Set values at their paths, whatever others have added meanwhile."""
-        with self.file.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        folder = os.open(self.file.parent, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)
             document = self.read()
             for path, value in values:
                 inner = document
@@ -98,6 +99,8 @@ class Results:
             staging = self.file.with_suffix(".partial")
             staging.write_text(_dumped(document), encoding="utf-8")
             staging.replace(self.file)
+        finally:
+            os.close(folder)  # the lock ends with it
 
 
 def _dumped(document: Any) -> str:
