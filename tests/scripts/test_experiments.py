@@ -33,7 +33,7 @@ def run_of(parts: dict[str, list[float]], **more: Any) -> dict[str, Any]:
     return {"cpu": 10.0, "tokens": 1000, "chosen": "", "details": {}, "parts": parts, **more}
 
 
-SMALL = {
+SMALL: dict[str, Any] = {
     "weights": {"english": [10, 10], "math": [1, 3]},
     "runs": {
         "uniform soup, seed 0": run_of({"english": [40.0, 20.0], "math": [1.0, 3.0]}),
