@@ -11,7 +11,6 @@ import matplotlib
 matplotlib.use("Agg")
 from lab import DOCS, of
 from matplotlib import pyplot as plt
-from matplotlib.ticker import FixedLocator, FormatStrFormatter, NullLocator
 
 _COLOURS = ("#0068a8", "#c8500a", "#00805c", "#a8508a", "#957000", "#3f95c6")
 _MARKS = "osD^v*"
@@ -37,29 +36,6 @@ def quality_over(
     axes.axhline(0, color="#888", linewidth=1, linestyle="--")
     axes.set(xlabel=x_label, ylabel=_Y)
     axes.legend(frameon=False)
-    _save(figure, name)
-
-
-def quality_against_cost(
-    name: str, results: Sequence[Mapping[str, Any]], methods: Sequence[str]
-) -> None:
-    """Mean quality over mean time: the merge's command, and choosing settings where there are."""
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    for m, method in enumerate(methods):
-        models = [of(one, method) for one in results]
-        x = mean(
-            model["cost"]["seconds"] + one["choosing"].get(method, {"seconds": 0.0})["seconds"]
-            for model, one in zip(models, results, strict=True)
-        )
-        _line(axes, [x], [[one["normalised_mean"]["value"] for one in models]], m, method)
-    axes.axhline(0, color="#888", linewidth=1, linestyle="--")
-    axes.set_xscale("log")
-    axes.set_xlim(0.8, 50)
-    axes.xaxis.set_major_locator(FixedLocator([1, 2, 5, 10, 20, 50]))
-    axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.set(xlabel="time to merge and to choose settings, s (logarithmic)", ylabel=_Y)
-    axes.legend(frameon=False, loc="lower center")
     _save(figure, name)
 
 

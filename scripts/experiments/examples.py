@@ -1,12 +1,11 @@
-"""RegMean and Fisher merging beside soup, task arithmetic and DAM, on the model family in zoo/.
+"""RegMean and Fisher merging in several settings beside soup and task arithmetic, on zoo/.
 
     python scripts/experiments/examples.py              # about 20 minutes on one core
     python scripts/experiments/examples.py --report     # tables again
 
-The setting is that of dam.py: the japanese, math and code experts, the same test rows, loss in nats
-per token and KL(expert || model) on each expert's own text. Statistics see the train split. Nothing
-is chosen but task arithmetic's lambda, on the validation split: all settings of the two methods
-are shown.
+The japanese, math and code experts on rows of the test split: loss in nats per token, and KL(expert
+|| model) on each expert's own text. Statistics see the train split. Nothing is chosen but task
+arithmetic's lambda, on the validation split: all settings of the two methods are shown.
 
 Writes docs/experiments/statistics.json and the tables in statistics.md. What is finished is kept in
 --work and not done again.
@@ -19,16 +18,27 @@ import json
 import os
 import shutil
 import statistics
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import dam
-from dam import DOCS, EXPERTS, GRIDS, LEARNED, ROOT, ZOO, Experiment
+import yaml
+from family import ROOT
 
-SEEDS = (0, 1, 2)
-LENGTH = 128
-TASK_ARITHMETIC, DAM = "task arithmetic", "DAM (task vectors)"
+import merge_cli
+from merge_cli.engine.merge import MergeOptions
+from merge_cli.evaluation.task import Task
+from merge_cli.evaluation.tasks import KL, LossTask
+
+ZOO, DOCS = ROOT / "zoo", ROOT / "docs" / "experiments"
+EXPERTS, SEEDS = ("japanese", "math", "code"), (0, 1, 2)
+# Rows of each data set: maths rows are short. About as many tokens of each.
+VAL_ROWS = {"japanese": 12, "math": 80, "code": 12}
+TEST_ROWS = {"japanese": 24, "math": 160, "code": 24}
+LENGTH, WINDOW = 128, 256  # tokens that are learned from, and measured, at a time
+TASK_ARITHMETIC = "task arithmetic"
+LAMBDAS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
 SOUP_WITH_BASE = "uniform soup, base among the sources"
 # Name -> method, parameters, statistics; `base` puts the base among the sources, with English text.
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -54,6 +64,64 @@ EXAMPLES = 256
 COUNTS = (4, 16, 64, 256)
 
 
+class Experiment:
+    """What is measured once is kept: models in `work`, numbers in results.json."""
+
+    def __init__(self, work: Path) -> None:
+        self.work = work
+        work.mkdir(parents=True, exist_ok=True)
+        self._file = work / "results.json"
+        self.results: dict[str, Any] = (
+            json.loads(self._file.read_text()) if self._file.exists() else {}
+        )
+
+    def once(self, key: str, make: Any) -> Any:
+        if key not in self.results:
+            began = time.monotonic()
+            self.results[key] = make()
+            self._file.write_text(json.dumps(self.results, indent=1))
+            print(f"{key}: {time.monotonic() - began:.0f} s", flush=True)
+        return self.results[key]
+
+    def merge(self, name: str, recipe: Mapping[str, Any]) -> tuple[Path, dict[str, Any]]:
+        out = self.work / "models" / name
+        if out.exists():
+            return out, json.loads((out / "merge_report.json").read_text())
+        out.parent.mkdir(exist_ok=True)
+        path = self.work / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(dict(recipe), sort_keys=False))
+        options = MergeOptions(device="cpu", threads=1, statistics=False)
+        result = merge_cli.merge(path, out, options=options)
+        return out, result.report
+
+    def score(self, model: Path, split: str, *, loss: bool) -> dict[str, Any]:
+        rows = TEST_ROWS if split == "test" else VAL_ROWS
+        tasks: list[Task] = []
+        for name in EXPERTS:
+            data = ZOO / "data" / f"{name}.{split}.jsonl"
+            about: dict[str, Any] = {"data": data, "limit": rows[name]}
+            tasks.append(KL(name=f"kl {name}", teacher=str(ZOO / name), **about))
+            if loss:
+                tasks.append(LossTask(name=f"loss {name}", **about))
+        found = merge_cli.evaluate(model, tasks, device="cpu", max_length=WINDOW)
+        return {name: task.value for name, task in found.tasks.items()}
+
+
+def static_recipe(setting: Mapping[str, Any], seed: int = 0) -> dict[str, Any]:
+    method = setting["method"]
+    own = {k: v for k, v in setting.items() if k == "density"}
+    return {
+        "merge_method": method,
+        **({} if method == "soup" else {"base_model": str(ZOO / "base")}),
+        "models": [
+            {"model": str(ZOO / name), **({"parameters": own} if own else {})} for name in EXPERTS
+        ],
+        **({"parameters": {"lambda": setting["lambda"]}} if "lambda" in setting else {}),
+        "dtype": "float32",
+        "seed": seed,
+    }
+
+
 def recipe_of(setting: Mapping[str, Any], seed: int, examples: int) -> dict[str, Any]:
     data = {name: f"{name}.train.jsonl" for name in EXPERTS}
     if setting.get("base"):
@@ -72,7 +140,7 @@ def recipe_of(setting: Mapping[str, Any], seed: int, examples: int) -> dict[str,
 
 
 def soup_with_base() -> dict[str, Any]:
-    recipe = dam.static_recipe({"method": "soup"})
+    recipe = static_recipe({"method": "soup"})
     return {**recipe, "models": [*recipe["models"], {"model": str(ZOO / "base")}]}
 
 
@@ -94,19 +162,19 @@ def key_of(name: str, seed: int, examples: int) -> str:
 def run_all(experiment: Experiment) -> None:
     for name in ("base", *EXPERTS):
         experiment.once(f"test {name}", lambda n=name: experiment.score(ZOO / n, "test", loss=True))
-    for setting in GRIDS[TASK_ARITHMETIC]:
+    for scale in LAMBDAS:
 
-        def on_val(setting: Any = setting) -> dict[str, Any]:
-            out, _ = experiment.merge(dam.label_of(setting, "-"), dam.static_recipe(setting))
+        def on_val(scale: float = scale) -> dict[str, Any]:
+            setting = {"method": "task_arithmetic", "lambda": scale}
+            out, _ = experiment.merge(f"task_arithmetic-{scale:g}", static_recipe(setting))
             return {"setting": setting, **experiment.score(out, "val", loss=False)}
 
-        experiment.once(f"val {TASK_ARITHMETIC}: {dam.label_of(setting)}", on_val)
-    best = dam.best_setting(experiment.results, TASK_ARITHMETIC)
+        experiment.once(f"val {TASK_ARITHMETIC}: task_arithmetic {scale:g}", on_val)
+    best = best_setting(experiment.results)
     fixed = {
-        "uniform soup": dam.static_recipe({"method": "soup"}),
+        "uniform soup": static_recipe({"method": "soup"}),
         SOUP_WITH_BASE: soup_with_base(),
-        TASK_ARITHMETIC: dam.static_recipe(best),
-        DAM: dam.learned_recipe(LEARNED[DAM], 0),
+        TASK_ARITHMETIC: static_recipe(best),
     }
     for name, recipe in fixed.items():
         _measure(experiment, f"test {name}", recipe)
@@ -121,6 +189,12 @@ def run_all(experiment: Experiment) -> None:
             return experiment.score(hybrid(*folders, experiment.work), "test", loss=True)
 
         experiment.once(f"test {name}", measure)
+
+
+def best_setting(results: Mapping[str, Any]) -> dict[str, Any]:
+    """Task arithmetic's setting with the lowest mean KL on the validation split."""
+    tried = [value for key, value in results.items() if key.startswith(f"val {TASK_ARITHMETIC}:")]
+    return dict(min(tried, key=lambda scores: mean_of(scores, "kl"))["setting"])
 
 
 def hybrid(embedding: Path, layers: Path, work: Path) -> Path:
@@ -156,9 +230,9 @@ def table(results: Mapping[str, Any]) -> str:
     """Markdown: every merge on every expert's text; means over seeds where there are several."""
     heads = [f"loss {n}" for n in EXPERTS] + ["loss mean", "KL mean"]
     lines = [f"| model | seeds | {' | '.join(heads)} |", "|---|---:|" + "---:|" * len(heads)]
-    best = dam.best_setting(results, TASK_ARITHMETIC)["lambda"]
+    best = best_setting(results)["lambda"]
     shown = {TASK_ARITHMETIC: f"task arithmetic, lambda {best:g}"}
-    plain = ("base", *EXPERTS, "uniform soup", SOUP_WITH_BASE, TASK_ARITHMETIC, DAM)
+    plain = ("base", *EXPERTS, "uniform soup", SOUP_WITH_BASE, TASK_ARITHMETIC)
     for name in (*plain, *SETTINGS, *HYBRIDS):
         keys = (
             [key_of(name, seed, EXAMPLES) for seed in SEEDS]

@@ -8,7 +8,7 @@
 2. CMA-ES off, on with as many candidates, and on with as many tokens (each of 110 candidates costs
    a quarter, and half of them the whole, where each of 100 costs the whole).
 
-Task arithmetic of the japanese, math and code experts, as in evolve.py. Writes
+Task arithmetic of the japanese, math and code experts, a weight for each. Writes
 docs/experiments/fidelity.json and the tables in fidelity.md; what is finished is kept in --work.
 """
 
@@ -16,12 +16,24 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from evolve import DOCS, ROOT, SEEDS, search
+import yaml
+from family import ROOT
+
+ZOO, DOCS = ROOT / "zoo", ROOT / "docs" / "experiments"
+EXPERTS, SEEDS = ("japanese", "math", "code"), (0, 1, 2)
+ROWS = {
+    "val": {"japanese": 3, "math": 30, "code": 3},
+    "test": {"japanese": 12, "math": 120, "code": 12},
+}
+LENGTH = 128
 
 ON = {"fidelity": [0.25], "keep": 0.5}
 WAYS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -32,18 +44,78 @@ WAYS: dict[str, tuple[int, dict[str, Any]]] = {
 RANDOM = {"off": {"optimizer": "random"}, "on": {"optimizer": "random", **ON}}
 
 
+def tasks(split: str, word: str) -> list[dict[str, Any]]:
+    """The loss of each domain, as an objective lists it."""
+    return [
+        {
+            "task": "loss",
+            "data": str(ZOO / "data" / f"{domain}.{split}.jsonl"),
+            "limit": rows,
+            "split": word,
+        }
+        for domain, rows in ROWS[split].items()
+    ]
+
+
+def search(seed: int, evaluations: int, work: Path, label: str, **more: Any) -> dict[str, Any]:
+    """One search by the command line, and what its report says.
+
+    Args:
+        label, more: another search section, and its name.
+    """
+    out = work / f"task_arithmetic-{seed}-{evaluations}{label}"
+    if not out.exists():
+        recipe = out.with_suffix(".yaml")
+        section = {
+            "method": "task_arithmetic",
+            "parameters": {"weight": {"min": 0.0, "max": 1.2}},
+            "evaluations": evaluations,
+            **more,
+        }
+        objective = {
+            "max_length": LENGTH,
+            "seed": seed,
+            "tasks": [*tasks("val", "search"), *tasks("test", "test")],
+        }
+        document = {
+            "merge_method": "evolutionary",
+            "base_model": str(ZOO / "base"),
+            "models": [{"model": str(ZOO / expert)} for expert in EXPERTS],
+            "dtype": "bfloat16",
+            "seed": seed,
+            "search": section,
+            "objective": objective,
+        }
+        recipe.write_text(yaml.safe_dump(document))
+        command = [sys.executable, "-m", "merge_cli", "run", str(recipe), str(out), "--quiet"]
+        command += ["--device", "cpu", "--threads", "1"]
+        subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    found = json.loads((out / "merge_report.json").read_text(encoding="utf-8"))["search"]
+    return {
+        "search": found["best"]["score"],
+        "first": found["history"][0]["score"],
+        "test": found["scores"]["found"]["score"],
+        "static": {
+            Path(name).name if "/" in name else name: one["score"]
+            for name, one in found["scores"].items()
+        },
+        "best_after": [one["best"] for one in found["history"]],
+        "values": found["best"]["values"],
+        "history": [{"score": one["score"], "share": one["share"]} for one in found["history"]],
+        "cost": found["cost"],
+    }
+
+
 def run_all(work: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"random": {}, "ways": {}}
     for seed in SEEDS:
         found["random"][str(seed)] = {
-            name: search("task_arithmetic", seed, 100, work, f"-random-{name}", **section)
+            name: search(seed, 100, work, f"-random-{name}", **section)
             for name, section in RANDOM.items()
         }
         for number, (way, (evaluations, section)) in enumerate(WAYS.items()):
             runs = found["ways"].setdefault(way, {})
-            runs[str(seed)] = search(
-                "task_arithmetic", seed, evaluations, work, f"-{number}", **section
-            )
+            runs[str(seed)] = search(seed, evaluations, work, f"-{number}", **section)
     for runs in found["ways"].values():
         for run in runs.values():
             del run["history"], run["best_after"]
