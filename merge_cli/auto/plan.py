@@ -79,9 +79,8 @@ class AutomaticPlan:
 
     @property
     def final_tokens(self) -> int:
-        """What measuring one of the last few reads; 0 where there are no more rows for it."""
-        more = any(part.final != part.validation for part in self.parts)
-        return self._tokens("final") if more else 0
+        """What measuring one of the last few reads."""
+        return self._tokens("final")
 
     def _tokens(self, rows: str) -> int:
         return sum(part.tokens(rows) for part in self.parts)

@@ -33,7 +33,7 @@ class Parts:
         name: for tables.
         counts: different rows of each part.
         search: rows to learn from, for candidates.
-        validation, final: rows to choose by: for every step, and more of them for the best few.
+        validation, final: rows to choose by: for every step, and all of them for the best few.
         test: rows to judge by.
         digest: of all rows' content.
     """

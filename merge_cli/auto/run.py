@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from merge_cli.recipe.schema import Recipe
 
 _BATCH_TOKENS = 4096
+_STANDARD_ERRORS = 1.96  # of a 95 % interval, on either side
 _FINALISTS = 3  # steps that more validation rows choose from
 
 
@@ -223,14 +224,27 @@ class _Run:
         self._on_progress(Progress("auto", number + 1, total, _shown(line), "steps"))
 
     def _chosen(self, measured: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """The step with the lowest loss; the best few are measured on more validation rows."""
+        """The best few on all validation rows; of those that are as good as the best, the first.
+
+        As good: within one standard error of the paired difference (the rule of Breiman et al.,
+        Classification and Regression Trees, 1984). The first needs the least.
+        """
         few = sorted(measured, key=lambda line: line["loss"])[:_FINALISTS]
-        if len(few) == 1 or not self._decided.final_tokens:
+        if len(few) == 1:
             return few[0]
+        losses = {
+            line["step"]: self._rows_of(line["step"], "final", "all validation rows")
+            for line in few
+        }
         for line in few:
-            losses = self._rows_of(line["step"], "final", "all validation rows")
-            line["final_loss"] = mean_loss(losses)
-        return min(few, key=lambda line: line["final_loss"])
+            line["final_loss"] = mean_loss(losses[line["step"]])
+        best = min(few, key=lambda line: line["final_loss"])
+
+        def as_good(line: Mapping[str, Any]) -> bool:
+            value, low, high = gain(losses[best["step"]], losses[line["step"]])
+            return value <= (high - low) / (2 * _STANDARD_ERRORS)
+
+        return next(line for line in measured if line in few and (line is best or as_good(line)))
 
     def _too_much(self, step: Step) -> str:
         """Why the budget does not allow a step; empty where it does."""
@@ -421,5 +435,5 @@ def sentence(best: Mapping[str, Any], verdict: Mapping[str, Any]) -> str:
         of_test = f"95 % interval {bounds[0]:.4f} to {bounds[1]:.4f}{sure}"
         return f"{abs(value):.4f} {way} {other} ({of_test})"
 
-    text = f"The best on validation rows is {name}: test loss {loss:.4f} nats per token, "
+    text = f"Validation rows choose {name}: test loss {loss:.4f} nats per token, "
     return text + " and ".join(words(other) for other in gains) + "."

@@ -15,11 +15,13 @@ import transformers as hf
 import yaml
 
 import merge_cli
+from merge_cli.auto.measure import Losses
 from merge_cli.auto.plan import plan_automatic
-from merge_cli.auto.run import AutomaticWorkspace
+from merge_cli.auto.run import AutomaticWorkspace, _Run
 from merge_cli.auto.weights import Weights, best_weights, candidate_count
 from merge_cli.dam.datasets import part_of, read_data
 from merge_cli.errors import GateError, Interrupted, RecipeError, SourceError
+from merge_cli.evaluation.result import Metric
 from merge_cli.evaluation.rows import content_of
 from merge_cli.methods.registry import get_method
 from merge_cli.options import MergeOptions, Progress
@@ -109,7 +111,9 @@ def test_the_best_of_the_ladder_is_merged(models: Path, tmp_path: Path) -> None:
     auto = run(recipe, tmp_path / "out")
     losses = {line["step"]: line["loss"] for line in auto["path"]}
     assert {"fisher", "regmean", "dam", "base", "source a", "task arithmetic 1"} < set(losses)
-    assert auto["best"] == min(losses, key=losses.__getitem__)
+    finals = {line["step"]: line["final_loss"] for line in auto["path"] if "final_loss" in line}
+    assert sorted(losses[name] for name in finals) == sorted(losses.values())[:3]
+    assert auto["best"] in finals
     assert auto["ended"] == "every step is done"
     # The model on disk is the one that was measured in memory.
     best = loss_of(tmp_path / "out", recipe, "validation")
@@ -137,6 +141,7 @@ def test_the_resolved_recipe_gives_the_same_bytes(
     """Whichever method wins."""
     step = "uniform soup" if method == "soup" else method
     monkeypatch.setattr("merge_cli.auto.run.mean_loss", _favouring(step))
+    monkeypatch.setattr("merge_cli.auto.run._FINALISTS", 1)
     recipe = write_recipe(models, f"{method}.yaml", methods=[method])
     auto = run(recipe, tmp_path / "out")
     assert auto["best"] == step
@@ -183,8 +188,7 @@ def test_the_best_few_are_measured_on_more_rows(
     few = [line for line in auto["path"] if "final_loss" in line]
     lowest = sorted(line["loss"] for line in auto["path"])[:3]
     assert sorted(line["loss"] for line in few) == lowest
-    best = min(few, key=lambda line: line["final_loss"])
-    assert auto["best"] == best["step"]
+    best = next(line for line in few if line["step"] == auto["best"])
     assert auto["cost"]["final_tokens"] > 0
     loss = loss_of(tmp_path / "out", write_recipe(models), "final")
     assert loss == pytest.approx(best["final_loss"], abs=1e-5)
@@ -200,6 +204,26 @@ class Stop:
         done = progress.stage == "auto" and progress.note.startswith(f"{self.step}:")
         if done or progress.stage == self.step:
             raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("lead", "chosen"), [(0.001, "first"), (0.5, "second")], ids=["a tie", "a lead"]
+)
+def test_what_needs_less_wins_a_tie(
+    lead: float, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step is taken for its lead only if that is more than a standard error."""
+    noise = [0.3, -0.2, 0.1, -0.3, 0.25, -0.15, 0.2, -0.2]
+
+    def rows(self: Any, name: str, part: str, words: str) -> Losses:
+        shift = [2.0 + n for n in noise] if name == "first" else [2.0 - lead] * len(noise)
+        return {"a": Metric("a", "nats per token", "lower", shift, [1.0] * len(noise))}
+
+    monkeypatch.setattr(_Run, "_rows_of", rows)
+    lines = [{"step": name, "loss": 2.0} for name in ("first", "second")]
+    run_of_two = _Run.__new__(_Run)
+    assert run_of_two._chosen(lines)["step"] == chosen
+    assert all("final_loss" in line for line in lines)
 
 
 SOME: dict[str, Any] = {"methods": ["soup", "fisher", "search", "dam"]}
