@@ -129,7 +129,7 @@ def build_record(
         "ended": ended,
         "goals": [goal.task for goal in decided.objective.search.weighted],
         "genes": genes,
-        "importance": dict(zip(genes, shares, strict=True)) if space else {},
+        "importance": dict(zip(genes, shares, strict=True)) if space and any(shares) else {},
         "static": [
             {
                 "name": item.static.name,
@@ -249,6 +249,9 @@ def score_text(split: Split, candidate: Candidate | None) -> str:
     return f"best {candidate.score.total:.5g}{broken}"
 
 
+_CANDIDATES = 10  # for each number, at least, before importance is told
+
+
 def importance(genomes: Sequence[Sequence[float]], scores: Sequence[float]) -> list[float]:
     """For each number of a genome, the share of the scores' variance that it explains alone.
 
@@ -257,11 +260,12 @@ def importance(genomes: Sequence[Sequence[float]], scores: Sequence[float]) -> l
     two coefficients (0 is chance), and says nothing of interactions.
 
     Returns:
-        one share of 0 to 1 each; zeros where fewer than 8 candidates have a score.
+        one share of 0 to 1 each; zeros where fewer than ten candidates for each number have a
+        score: then chance explains as much.
     """
     import numpy as np
 
-    if len(scores) < 8 or len(set(scores)) < 2:
+    if not genomes or len(scores) < _CANDIDATES * len(genomes[0]) or len(set(scores)) < 2:
         return [0.0] * (len(genomes[0]) if genomes else 0)
     y = _ranks(np.array(scores))
     variance = float(((y - y.mean()) ** 2).sum())

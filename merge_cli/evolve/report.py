@@ -171,7 +171,11 @@ def _values(search: Json) -> Section:
     values = search["best"]["values"]
     shares = search["importance"]
     rows = [
-        [name, _plain(value), percent(shares[name]) if name in shares else "–"]
+        [
+            name,
+            _plain(value),
+            *([percent(shares[name]) if name in shares else "–"] if shares else []),
+        ]
         for name, value in values.items()
     ]
     ranked = sorted(shares.items(), key=lambda pair: -pair[1])[:_SHOWN]
@@ -184,17 +188,24 @@ def _values(search: Json) -> Section:
                 charts.side_bars("Importance", bars),
             )
         )
-    how = (
-        "The values that were found. Importance is of each parameter alone (a parabola in ranks), "
-        "over the candidates that were tried; it says nothing of interactions."
-    )
+    heads = ["sets", "value", *(["importance"] if shares else [])]
+    how = "The values that were found."
+    if shares:
+        how += (
+            " Importance is of each parameter alone (a parabola in ranks), over the candidates "
+            "that were tried; it says nothing of interactions."
+        )
+    else:
+        how += " There are too few candidates to say which of them mattered."
     found = f"Candidate {search['best']['number'] + 1}, by {', '.join(search['searched'])}."
     return section(
         "What was found",
         how,
         found,
         *figures,
-        Table(["sets", "value", "importance"], rows, right=2),
+        Table(
+            ["sets", "value", *(["importance"] if shares else [])], rows, right=2 if shares else 1
+        ),
     )
 
 
