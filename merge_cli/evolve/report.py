@@ -170,14 +170,9 @@ def _scatter(
 def _values(search: Json) -> Section:
     values = search["best"]["values"]
     shares = search["importance"]
-    rows = [
-        [
-            name,
-            _plain(value),
-            *([percent(shares[name]) if name in shares else "–"] if shares else []),
-        ]
-        for name, value in values.items()
-    ]
+    rows = [[name, _plain(value)] for name, value in values.items()]
+    for row in rows if shares else []:
+        row.append(percent(shares[row[0]]) if row[0] in shares else "–")
     ranked = sorted(shares.items(), key=lambda pair: -pair[1])[:_SHOWN]
     figures: list[Part] = []
     if any(share for _, share in ranked):
@@ -203,9 +198,7 @@ def _values(search: Json) -> Section:
         how,
         found,
         *figures,
-        Table(
-            ["sets", "value", *(["importance"] if shares else [])], rows, right=2 if shares else 1
-        ),
+        Table(heads, rows, right=len(heads) - 1),
     )
 
 
