@@ -108,7 +108,10 @@ def work_key(plan: Plan, *context: object) -> str:
             if ref.path not in paths:
                 # What another document makes is known by how it is made: it need not be there yet.
                 stage, fingerprint = made.get(ref.path.parent) or ("", "")
-                paths[ref.path] = f"{stage}/{ref.path.name}" if stage else str(ref.path)
+                # `configs/../zoo` and `zoo` are one folder. Links are kept: a file of the Hub is a
+                # link only when it has been fetched.
+                local = os.path.normpath(ref.path)
+                paths[ref.path] = f"{stage}/{ref.path.name}" if stage else local
                 if not pinned.isdisjoint(ref.path.parents):
                     fingerprint = (
                         "a commit"  # stands in the path; the file may still have to be fetched
@@ -147,7 +150,7 @@ def _auxiliary_content(plan: Plan, made: Mapping[Path, object]) -> bytes:
         (name, hashlib.sha256(text).digest()) for name, text in plan.aligned.files.items()
     )
     roots = [plan.sources[i].root for i in (plan.config_index, plan.tokenizer_index)]
-    origins = [made.get(root, str(root)) for root in roots]
+    origins = [made.get(root, os.path.normpath(root)) for root in roots]
     parts = [origins, files, plan.template, json.dumps(dict(plan.config), sort_keys=True)]
     local_roots = {
         source.root for source in plan.sources if source.hub is None and not source.planned

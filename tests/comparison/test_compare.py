@@ -385,6 +385,17 @@ def test_a_recipe_that_is_a_baseline_answers_for_itself(job: Path, zoo: Path) ->
     assert record["same"] == {"uniform soup": "mine"}
 
 
+def test_another_way_to_a_folder_is_the_same_merge(job: Path, zoo: Path) -> None:
+    """`../zoo` from the recipe's folder, and the folder itself."""
+    (job / "recipes").mkdir()
+    (job / "zoo").symlink_to(zoo)
+    for name, start in (("far", "../zoo"), ("near", f"{job}/zoo")):
+        text = f"merge_method: soup\nmodels: [{start}/math, {start}/code]\n"
+        (job / "recipes" / f"{name}.yaml").write_text(text)
+    plans = [make_plan(load_recipe(job / "recipes" / f"{n}.yaml")) for n in ("far", "near")]
+    assert len({_work(plan, "cpu") for plan in plans}) == 1
+
+
 def test_another_tokenizer_is_another_merge(job: Path, zoo: Path) -> None:
     recipe = (job / "half.yaml").read_text()
     (job / "third.yaml").write_text(f"{recipe}tokenizer_source: {zoo}/math\n")
