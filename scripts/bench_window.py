@@ -1,6 +1,6 @@
 """Averages of few and of many checkpoints: memory, and CPU time for each byte that is read.
 
-    python scripts/bench_window.py --work /tmp/window --counts 3,16,40 --size 100
+    python scripts/bench_window.py --work WORK --counts 3,16,40 --size 100
 
 Each merge is a process of its own, with one thread. The checkpoints are made once, of `--size` MB
 of bfloat16 in layers like Llama's, and stay under --work. Prints a Markdown table: the peak of the

@@ -31,6 +31,12 @@ documents = st.recursive(
 )
 
 
+def printed(console: Console) -> str:
+    """What a console over a string has printed."""
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
 @given(documents)
 def test_indented_is_json(document: Any) -> None:
     assert indented(document) == json.dumps(document, indent=1, ensure_ascii=False)
@@ -75,7 +81,7 @@ def test_tables_are_what_rich_prints(rows: Sequence[tuple[str, ...]], terminal: 
     for row in rows:
         table.add_row(*map(escape, row))
     richs.print(table)
-    assert ours.file.getvalue() == richs.file.getvalue()  # type: ignore[attr-defined]
+    assert printed(ours) == printed(richs)
 
 
 @pytest.mark.parametrize("width", [80, 100, 120])
@@ -106,7 +112,7 @@ def test_a_terminal_wraps_between_words_and_breaks_no_path() -> None:
     path = "/models/" + "a-very-long-name/" * 3 + "model.safetensors"
     console = Console(width=40, file=io.StringIO(), force_terminal=False)
     print_wrapped(console, f"[bold]Input error:[/bold] truncated — {path} — Copy it again.", 2)
-    assert console.file.getvalue().splitlines() == [  # type: ignore[attr-defined]
+    assert printed(console).splitlines() == [
         "  Input error: truncated —",
         f"  {path}",
         "  — Copy it again.",
@@ -116,13 +122,13 @@ def test_a_terminal_wraps_between_words_and_breaks_no_path() -> None:
 def test_a_pipe_gets_one_line() -> None:
     console = Console(width=40, file=io.StringIO(), soft_wrap=True)
     print_wrapped(console, "a word " * 20)
-    assert console.file.getvalue().count("\n") == 1  # type: ignore[attr-defined]
+    assert printed(console).count("\n") == 1
 
 
 def test_a_share_keeps_its_unit() -> None:
     console = Console(width=20, file=io.StringIO(), force_terminal=False)
     print_wrapped(console, "the embedding: 66.9 %, and the rest")
-    assert console.file.getvalue().splitlines() == [  # type: ignore[attr-defined]
+    assert printed(console).splitlines() == [
         "the embedding:",
         "66.9 %, and the rest",
     ]

@@ -102,7 +102,7 @@ def measured() -> Iterator[None]:
 
 def leave(code: int) -> NoReturn:
     """End as an interpreter does, but for freeing what was imported: that takes seconds."""
-    threading._shutdown()  # type: ignore[attr-defined]
+    threading._shutdown()  # type: ignore[attr-defined]  # private: typeshed has it not
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(ValueError, OSError):
