@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from merge_cli.cli.help import RESOURCES
-from merge_cli.cli.options import DeviceOption, ThreadsOption, switch
+from merge_cli.cli.options import DeviceOption, ModelMemoryOption, ThreadsOption, switch
 from merge_cli.errors import UsageError
 
 SAMPLING = "Sampling"
@@ -80,14 +80,7 @@ def chat(
             rich_help_panel=RESOURCES,
         ),
     ] = "auto",
-    max_memory: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SIZE",
-            help="Read larger models layer by layer. Default: the memory that is free.",
-            rich_help_panel=RESOURCES,
-        ),
-    ] = None,
+    max_memory: ModelMemoryOption = None,
 ) -> None:
     """Talk to a model, or to two side by side; or answer a file of prompts."""
     from merge_cli import console

@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 
-from merge_cli.cli.help import RESOURCES
 from merge_cli.cli.options import (
     DataOption,
     DeviceOption,
@@ -16,6 +15,7 @@ from merge_cli.cli.options import (
     GateOption,
     JsonOption,
     LimitOption,
+    ModelDtypeOption,
     NoWorseOption,
     QuietOption,
     ThreadsOption,
@@ -37,14 +37,7 @@ def compare(
     no_worse: NoWorseOption = None,
     device: DeviceOption = "auto",
     threads: ThreadsOption = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="Evaluate in auto, float32, bfloat16 or float16.",
-            rich_help_panel=RESOURCES,
-        ),
-    ] = None,
+    dtype: ModelDtypeOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:

@@ -16,6 +16,8 @@ from merge_cli.cli.options import (
     GateOption,
     JsonOption,
     LimitOption,
+    ModelDtypeOption,
+    ModelMemoryOption,
     NoWorseOption,
     QuietOption,
     ThreadsOption,
@@ -50,22 +52,8 @@ def evaluate(
     ] = None,
     device: DeviceOption = "auto",
     threads: ThreadsOption = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="Run the model in auto, float32, bfloat16 or float16.",
-            rich_help_panel=RESOURCES,
-        ),
-    ] = None,
-    max_memory: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SIZE",
-            help="Read larger models layer by layer. Default: the memory that is free.",
-            rich_help_panel=RESOURCES,
-        ),
-    ] = None,
+    dtype: ModelDtypeOption = None,
+    max_memory: ModelMemoryOption = None,
     max_length: Annotated[
         int | None,
         typer.Option(

@@ -57,6 +57,22 @@ DeviceOption = Annotated[
 QuietOption = Annotated[
     bool, typer.Option("--quiet", "-q", help="Print errors only.", show_default=False)
 ]
+ModelDtypeOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Run models in auto, float32, bfloat16 or float16.",
+        rich_help_panel=RESOURCES,
+    ),
+]
+ModelMemoryOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Read larger models layer by layer. Default: the memory that is free.",
+        rich_help_panel=RESOURCES,
+    ),
+]
 LimitOption = Annotated[
     int | None,
     typer.Option(
