@@ -67,9 +67,18 @@ class TensorReader:
 
     def range(self, start: int, stop: int) -> Iterator[Block]:
         """Elements [start, stop) in blocks."""
+        for begin, end in self.block_ranges(start, stop):
+            yield self.block(begin, end)
+
+    def block_ranges(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Where the blocks of elements [start, stop) begin and end."""
         step = self._reading.pool.worker.block
-        for begin in range(start, stop, step):
-            yield self.block(begin, min(begin + step, stop))
+        return ((begin, min(begin + step, stop)) for begin in range(start, stop, step))
+
+    @property
+    def at(self) -> Span:
+        """The tensor's first element."""
+        return Span(self.name, 0, self._reading.seed, self.task.ids)
 
     def map(self, work: Callable[[Iterator[Block]], T], only: int | None = None) -> list[T]:
         numbers = range(len(self.starts) - 1) if only is None else [only]
