@@ -157,13 +157,9 @@ class MergeExecutor:
     ) -> FusedForm | None:
         """The formula as one loop over stored bytes, where the method has one and it applies."""
         task = reader.task
-        formats = {task.dtype, *(tensor.dtype for tensor in task.inputs)}
-        if (
-            self._method.fused is None
-            or task.block is not None
-            or not formats <= FORMATS.keys()
-            or not self._reader.pool.worker.fuses
-        ):
+        if self._method.fused is None or not reader.can_be_stored:
+            return None
+        if task.block is not None or task.dtype not in FORMATS:
             return None
         return self._method.fused(reader.at, supplied.get("prepared"), **parameters)
 

@@ -1,7 +1,8 @@
 """What a merge measures: statistics of each tensor, taken from blocks that are in memory anyway.
 
 For each tensor sums over a sample of its elements, so that the numbers of a layer or a model are
-sums over tensors. For methods on task vectors the operands are deltas; otherwise they are the weights.
+sums over tensors. For methods on task vectors the operands are deltas; otherwise they are the
+weights.
 """
 
 from __future__ import annotations

@@ -12,14 +12,14 @@ left to the plain way, which says where it is.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from merge_cli.checkpoint.dtypes import width_of
 from merge_cli.kernels.cut import Cuts
 from merge_cli.kernels.elect import DivideBy
-from merge_cli.kernels.keys import key_of
+from merge_cli.kernels.keys import KeyCounter, RangeCounter, key_of
 from merge_cli.kernels.mask import WORDS, mask_key, mask_limit
 
 FORMATS = {"BF16": 0, "F16": 1, "F32": 2}  # as compiled/tiles.py numbers them
@@ -112,6 +112,11 @@ class StoredBlock:
     size: int
     based: bool
 
+    @property
+    def inputs(self) -> tuple[Any, ...]:
+        """As compiled loops take it."""
+        return self.stored, self.starts, self.kinds, self.size, self.based
+
     def part(self, begin: int, end: int) -> StoredBlock:
         """Elements [begin, end) of the block, at bytes of the same buffer."""
         import numpy as np
@@ -140,13 +145,11 @@ def merge(form: FusedForm, block: StoredBlock, dtype: str, out: Any) -> bool:
     if low + block.size > WORDS:
         return False  # two keys for one block, once in 2^32 elements
     rules, factors = form.rules(high), _factors(form)
-    inputs = block.stored, block.starts, block.kinds, block.size
     weights, scale = np.array(form.weights, np.float32), np.float32(form.scale)
     kind = FORMATS[dtype]
     if form.election is None:
         seen = compiled.merge_linear(
-            *inputs,
-            block.based,
+            *block.inputs,
             weights,
             np.float32(form.divisor),
             scale,
@@ -164,7 +167,7 @@ def merge(form: FusedForm, block: StoredBlock, dtype: str, out: Any) -> bool:
         "count": compiled.COUNT,
     }
     seen = compiled.merge_disjoint(
-        *inputs,
+        *block.inputs[:4],
         weights,
         election.weighted,
         divide_by[election.divide_by],
@@ -237,6 +240,53 @@ def measure(form: FusedForm, block: StoredBlock, sums: StoredSums, *, pairs: boo
         sums.counts,
         sums.squares,
     )
+
+
+def count_blocks(
+    counters: Mapping[int, RangeCounter | KeyCounter], blocks: Iterable[StoredBlock]
+) -> None:
+    """Feed every counter with its source, or task vector, of each block.
+
+    Args:
+        counters: by source; new ones.
+    """
+    import numpy as np
+
+    from merge_cli.kernels import compiled
+
+    most = max(len(c.candidates) if isinstance(c, KeyCounter) else 1 for c in counters.values())
+    candidates = np.zeros((len(counters), most), np.uint32)
+    ranges = np.zeros((len(counters), 4), np.uint32)
+    above, equal = np.zeros((2, len(counters), most), np.int64)
+    bins = max(c.bins if isinstance(c, RangeCounter) else 1 for c in counters.values())
+    counts = np.zeros((len(counters), bins), np.int32)
+    for n, counter in enumerate(counters.values()):
+        if isinstance(counter, KeyCounter):
+            ranges[n, 3] = len(counter.candidates)
+            candidates[n, : len(counter.candidates)] = counter.candidates
+        else:
+            ranges[n] = counter.low, counter.high, counter.shift, 0
+    operands = np.array([*counters], np.int64)
+    for block in blocks:
+        compiled.count_stored(*block.inputs, operands, ranges, candidates, above, equal, counts)
+    for n, counter in enumerate(counters.values()):
+        if isinstance(counter, KeyCounter):
+            counter.above += above[n, : len(counter.above)]
+            counter.equal += equal[n, : len(counter.equal)]
+        else:
+            counter.set(int(above[n, 0]), counts[n, : counter.bins])
+
+
+def dot_products(block: StoredBlock, run: int) -> Any:
+    """Of every pair (i, j), i <= j, of sources or task vectors: numpy float64 [pairs, runs]."""
+    import numpy as np
+
+    from merge_cli.kernels import compiled
+
+    sources = len(block.starts) - block.based
+    sums = np.empty((sources * (sources + 1) // 2, -(-block.size // run)))
+    compiled.dot_stored(*block.inputs, run, sums)
+    return sums
 
 
 def stored_starts(sizes: Sequence[int], dtypes: Sequence[str]) -> tuple[Any, Any]:

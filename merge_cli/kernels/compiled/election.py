@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from merge_cli.kernels.compiled.kernel import CHUNK, F32, kernel
+from merge_cli.kernels.compiled.kernel import CHUNK, kernel
 from merge_cli.kernels.compiled.tiles import elect_tile
 
 
@@ -19,6 +19,14 @@ def disjoint_mean(rows, weights, weighted, divide_by, zero_sign, least_divisor, 
     for begin in range(0, size, CHUNK):
         end = min(begin + CHUNK, size)
         elect_tile(
-            rows[:, begin:end], end - begin, weights, weighted, divide_by, zero_sign, least_divisor,
-            elected, divisor, out[begin:end],
+            rows[:, begin:end],
+            end - begin,
+            weights,
+            weighted,
+            divide_by,
+            zero_sign,
+            least_divisor,
+            elected,
+            divisor,
+            out[begin:end],
         )

@@ -15,10 +15,13 @@ from merge_cli.kernels.compiled.tiles import (
     TILE,
     add_base_tile,
     add_weighted_tile,
+    count_keys_tile,
+    count_range_tile,
     count_trimmed_tile,
     count_words_tile,
     decode_tile,
     divide_tile,
+    dot_lanes_tile,
     dot_tile,
     drop_tile,
     elect_tile,
@@ -236,3 +239,78 @@ def measure_stored(
                 if s != t:
                     both[t, s] += present
                     agree[t, s] += same
+
+
+@kernel(
+    "void(u1[::1], i8[::1], i8[::1], i8, boolean, i8[::1], u4[:, ::1], u4[:, ::1], i8[:, ::1], "
+    "i8[:, ::1], i4[:, ::1])"
+)
+def count_stored(
+    stored, starts, kinds, size, based, operands, ranges, candidates, above, equal, counts
+):
+    """Count the keys (bits of |x|) of some sources, or task vectors: see `kernels.keys`.
+
+    Args:
+        operands: indexes of the sources, one for each row of the rest.
+        ranges: low, high, shift, and how many candidates are counted instead.
+        above: keys above each candidate; above the range in the first column.
+        counts: the histogram of each range.
+    """
+    first = 1 if based else 0
+    base, row = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
+    offsets, inside = np.empty(TILE, np.uint32), np.empty(TILE, np.uint32)
+    for begin in range(0, size, TILE):
+        length = min(TILE, size - begin)
+        minus, values = base[:length], row[:length]
+        if based:
+            decode_tile(tile_of(stored, starts[0], kinds[0], begin, length), kinds[0], minus)
+        for n in range(len(operands)):
+            i = operands[n] + first
+            decode_tile(tile_of(stored, starts[i], kinds[i], begin, length), kinds[i], values)
+            if based:
+                subtract_tile(minus, values)
+            few = ranges[n, 3]
+            if few:
+                count_keys_tile(values, candidates[n, :few], above[n], equal[n])
+            else:
+                low, high, shift = ranges[n, 0], ranges[n, 1], ranges[n, 2]
+                above[n, 0] += count_range_tile(
+                    values, low, high, shift, offsets, inside, counts[n]
+                )
+
+
+@kernel("void(u1[::1], i8[::1], i8[::1], i8, boolean, i8, f8[:, ::1])")
+def dot_stored(stored, starts, kinds, size, based, run, sums):
+    """The dot products of every pair of sources, or task vectors, over runs of elements.
+
+    The pairs (i, j) with i <= j are the rows of `sums`, in order; runs are its columns. The order
+    of additions is that of `kernels.reduce.dot_runs`.
+    """
+    first = 1 if based else 0
+    sources = len(starts) - first
+    base = np.empty(TILE, np.float32)
+    rows = np.empty((sources, TILE), np.float32)
+    accumulators = np.empty((len(sums), 64))
+    for r in range(sums.shape[1]):
+        end = min((r + 1) * run, size)
+        accumulators[:] = 0.0
+        for begin in range(r * run, end, TILE):
+            length = min(TILE, end - begin)
+            minus = base[:length]
+            if based:
+                decode_tile(tile_of(stored, starts[0], kinds[0], begin, length), kinds[0], minus)
+            for s in range(sources):
+                i, values = s + first, rows[s, :length]
+                decode_tile(tile_of(stored, starts[i], kinds[i], begin, length), kinds[i], values)
+                if based:
+                    subtract_tile(minus, values)
+            pair = 0
+            for s in range(sources):
+                for t in range(s, sources):
+                    dot_lanes_tile(rows[s, :length], rows[t, :length], accumulators[pair])
+                    pair += 1
+        for pair in range(len(sums)):
+            total = 0.0
+            for j in range(64):
+                total += accumulators[pair, j]
+            sums[pair, r] = total

@@ -246,6 +246,52 @@ def elect_tile(
             total[i] = total[i] / safe
 
 
+@part()
+def count_range_tile(row, low, high, shift, offsets, inside, counts):
+    """`magnitudes.count_range` of a tile; `offsets` and `inside` are rows of scratch."""
+    bits = row.view(np.uint32)
+    span = U32(high - low)
+    larger = U32(0)
+    for i in range(len(bits)):
+        key = bits[i] & MAGNITUDE
+        larger += U32(key > high)
+        offsets[i] = U32(key - low)
+    # What lies inside is moved together first, without a branch that would be guessed wrong.
+    size = 0
+    for i in range(len(bits)):
+        inside[size] = offsets[i]
+        size += np.intp(offsets[i] <= span)
+    for i in range(size):
+        counts[inside[i] >> shift] += 1
+    return np.int64(larger)
+
+
+@part()
+def count_keys_tile(row, candidates, above, equal):
+    """`magnitudes.count_keys` of a tile."""
+    bits = row.view(np.uint32)
+    for c in range(len(candidates)):
+        key = candidates[c]
+        larger, same = U32(0), U32(0)
+        for i in range(len(bits)):
+            magnitude = bits[i] & MAGNITUDE
+            larger += U32(magnitude > key)
+            same += U32(magnitude == key)
+        above[c] += larger
+        equal[c] += same
+
+
+@part()
+def dot_lanes_tile(a, b, accumulators):
+    """Add a * b in float64, element i to accumulator i mod 64: see `kernels.reduce`."""
+    aligned = len(a) // 64 * 64
+    for begin in range(0, aligned, 64):
+        for j in range(64):
+            accumulators[j] += np.float64(a[begin + j]) * np.float64(b[begin + j])
+    for i in range(aligned, len(a)):
+        accumulators[i - aligned] += np.float64(a[i]) * np.float64(b[i])
+
+
 @part(fastmath=_SUMS)
 def dot_tile(a, b):
     """The dot product of two rows, in whatever order is quick: for the report."""
