@@ -30,7 +30,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,6 @@ class Case:
     moved: float
     exact: bool = True
     note: str = ""
-    results: tuple[Any, ...] = field(default=(), compare=False)
 
 
 def cases(size: int) -> list[Case]:
@@ -234,16 +233,17 @@ def pair(case: Case, library: ctypes.CDLL) -> tuple[Callable[[], Any], Callable[
         mine.append(np.array(returned))
         returned = 0
     result = twin(*[value for argument in theirs for value in _passed(argument)])
-    same = case.kernel in _NOTHING_RETURNED or int(returned or 0) == result
+    same = int(returned or 0) == result
     for a, b in zip(mine, theirs, strict=True):
         if isinstance(a, np.ndarray):
             same &= bool(_equal(case, a, b))
     call = [value for argument in theirs for value in _passed(argument)]
     given = mine[: len(case.arguments)]
-    return lambda: kernel(*given), lambda: twin(*call), same
 
+    def run_twin(_alive: Any = theirs) -> Any:  # its arrays, of which C has the addresses
+        return twin(*call)
 
-_NOTHING_RETURNED = ("encode_bf16",)
+    return lambda: kernel(*given), run_twin, same
 
 
 def _equal(case: Case, a: Any, b: Any) -> bool:
