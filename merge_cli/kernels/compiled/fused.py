@@ -16,6 +16,8 @@ from merge_cli.kernels.compiled.tiles import (
     add_base_tile,
     add_weighted_tile,
     count_keys_tile,
+    count_mixed_tile,
+    count_pair_tile,
     count_range_tile,
     count_trimmed_tile,
     count_words_tile,
@@ -26,6 +28,7 @@ from merge_cli.kernels.compiled.tiles import (
     drop_tile,
     elect_tile,
     encode_tile,
+    signs_tile,
     square_change_tile,
     subtract_tile,
     tile_of,
@@ -137,7 +140,7 @@ def merge_disjoint(
                 at = U32(low + U32(begin))
                 drop_tile(values, rules[s, 0], rules[s, 1], rules[s, 2], at, factors[s])
         elect_tile(
-            rows, length, weights, weighted, divide_by, zero_sign, F32(0.0), elected, divisor, mixed
+            rows, 0, weights, weighted, divide_by, zero_sign, F32(0.0), elected, divisor, mixed
         )
         add_base_tile(minus, scale, mixed)
         if not encode_tile(mixed, out_kind, tile_of(out, 0, out_kind, begin, length), elected):
@@ -213,27 +216,15 @@ def measure_stored(
                     gram[t, s] += product
         if not pairs or sources == 1:
             continue
-        least[:length] = 0
-        most[:length] = 0
+        low_signs, high_signs = least[:length], most[:length]
+        low_signs[:] = 0
+        high_signs[:] = 0
         for s in range(sources):
-            values, sign = rows[s], signs[s]
-            for i in range(length):
-                sign[i] = np.int32(values[i] > 0) - np.int32(values[i] < 0)
-                least[i] = min(least[i], sign[i])
-                most[i] = max(most[i], sign[i])
-        mixed = np.int32(0)
-        for i in range(length):
-            mixed += most[i] & -least[i]
-        counts[0] += mixed
+            signs_tile(rows[s, :length], signs[s, :length], low_signs, high_signs)
+        counts[0] += count_mixed_tile(low_signs, high_signs)
         for s in range(sources):
             for t in range(s, sources):
-                a, b = signs[s], signs[t]
-                present, product_sum = np.int32(0), np.int32(0)
-                for i in range(length):
-                    p = a[i] * b[i]
-                    product_sum += p
-                    present += p * p
-                same = (present + product_sum) // 2
+                present, same = count_pair_tile(signs[s, :length], signs[t, :length])
                 both[s, t] += present
                 agree[s, t] += same
                 if s != t:

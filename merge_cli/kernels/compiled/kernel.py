@@ -61,8 +61,11 @@ def _parts(function: Callable[..., Any]) -> dict[str, Part]:
 
 
 def _digest(function: Callable[..., Any]) -> str:
-    code = function.__code__
+    code, names = function.__code__, function.__globals__
     content = [code.co_code, code.co_consts, code.co_names]
+    content += [
+        names[n] for n in code.co_names if isinstance(names.get(n), int | float | np.generic)
+    ]
     content += [part.digest for part in _parts(function).values()]
     return hashlib.sha256(repr(content).encode()).hexdigest()[:12]
 

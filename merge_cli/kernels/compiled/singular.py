@@ -46,18 +46,19 @@ def tridiagonal(s, diagonal, off_diagonal):
         length = 2.0 * (square - alpha * v[k + 1])
         v[k + 1] -= alpha
         along = 0.0
+        rest_v, rest_w = v[k + 1 :], w[k + 1 :]
         for i in range(k + 1, n):
-            total = 0.0
-            for j in range(k + 1, n):
-                total += s[i, j] * v[j]
+            row, total = s[i, k + 1 :], 0.0
+            for j in range(len(row)):
+                total += row[j] * rest_v[j]
             w[i] = 2.0 * total / length
             along += w[i] * v[i]
         for i in range(k + 1, n):
             w[i] -= along / length * v[i]
         for i in range(k + 1, n):
-            x, y = v[i], w[i]
-            for j in range(k + 1, n):
-                s[i, j] -= x * w[j] + y * v[j]
+            row, x, y = s[i, k + 1 :], v[i], w[i]
+            for j in range(len(row)):
+                row[j] -= x * rest_w[j] + y * rest_v[j]
     for i in range(n):
         diagonal[i] = s[i, i]
     off_diagonal[n - 1] = 0.0
