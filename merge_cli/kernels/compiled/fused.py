@@ -14,6 +14,7 @@ from merge_cli.kernels.compiled.kernel import F32, U32, kernel
 from merge_cli.kernels.compiled.tiles import (
     TILE,
     add_base_tile,
+    add_stored_tile,
     add_weighted_tile,
     count_keys_tile,
     count_mixed_tile,
@@ -21,6 +22,7 @@ from merge_cli.kernels.compiled.tiles import (
     count_range_tile,
     count_trimmed_tile,
     count_words_tile,
+    decode_delta_tile,
     decode_tile,
     divide_tile,
     dot_lanes_tile,
@@ -30,7 +32,6 @@ from merge_cli.kernels.compiled.tiles import (
     encode_tile,
     signs_tile,
     square_change_tile,
-    subtract_tile,
     tile_of,
     trim_tile,
 )
@@ -66,10 +67,16 @@ def merge_linear(
         for s in range(len(weights)):
             i = s + first
             raw = tile_of(stored, starts[i], kinds[i], begin, length)
-            if not decode_tile(raw, kinds[i], values):
-                seen |= NOT_FINITE
+            if not (based or len(masks) or factors[s] != F32(1.0)):
+                if not add_stored_tile(raw, kinds[i], weights[s], s == 0, values, mixed):
+                    seen |= NOT_FINITE
+                continue
             if based:
-                subtract_tile(minus, values)
+                finite = decode_delta_tile(raw, kinds[i], minus, values)
+            else:
+                finite = decode_tile(raw, kinds[i], values)
+            if not finite:
+                seen |= NOT_FINITE
             if len(masks) and not masks[s, 3]:
                 at = U32(low + U32(begin))
                 drop_tile(values, masks[s, 0], masks[s, 1], masks[s, 2], at, factors[s])
@@ -127,9 +134,8 @@ def merge_disjoint(
         for s in range(sources):
             values = rows[s, :length]
             raw = tile_of(stored, starts[s + 1], kinds[s + 1], begin, length)
-            if not decode_tile(raw, kinds[s + 1], values):
+            if not decode_delta_tile(raw, kinds[s + 1], minus, values):
                 seen |= NOT_FINITE
-            subtract_tile(minus, values)
             if rules[s, 3]:
                 if factors[s] != F32(1.0):
                     add_weighted_tile(values, factors[s], True, values)
@@ -195,9 +201,11 @@ def measure_stored(
             squares[1] += square_change_tile(minus, merged[done : done + length])
         for s in range(sources):
             i, values = s + first, rows[s, :length]
-            decode_tile(tile_of(stored, starts[i], kinds[i], at, length), kinds[i], values)
+            raw = tile_of(stored, starts[i], kinds[i], at, length)
             if based:
-                subtract_tile(minus, values)
+                decode_delta_tile(raw, kinds[i], minus, values)
+            else:
+                decode_tile(raw, kinds[i], values)
             if len(rules):
                 if rules[s, 3]:
                     counts[1 + s] += length
@@ -257,9 +265,11 @@ def count_stored(
             decode_tile(tile_of(stored, starts[0], kinds[0], begin, length), kinds[0], minus)
         for n in range(len(operands)):
             i = operands[n] + first
-            decode_tile(tile_of(stored, starts[i], kinds[i], begin, length), kinds[i], values)
+            raw = tile_of(stored, starts[i], kinds[i], begin, length)
             if based:
-                subtract_tile(minus, values)
+                decode_delta_tile(raw, kinds[i], minus, values)
+            else:
+                decode_tile(raw, kinds[i], values)
             few = ranges[n, 3]
             if few:
                 count_keys_tile(values, candidates[n, :few], above[n], equal[n])
@@ -292,9 +302,11 @@ def dot_stored(stored, starts, kinds, size, based, run, sums):
                 decode_tile(tile_of(stored, starts[0], kinds[0], begin, length), kinds[0], minus)
             for s in range(sources):
                 i, values = s + first, rows[s, :length]
-                decode_tile(tile_of(stored, starts[i], kinds[i], begin, length), kinds[i], values)
+                raw = tile_of(stored, starts[i], kinds[i], begin, length)
                 if based:
-                    subtract_tile(minus, values)
+                    decode_delta_tile(raw, kinds[i], minus, values)
+                else:
+                    decode_tile(raw, kinds[i], values)
             pair = 0
             for s in range(sources):
                 for t in range(s, sources):

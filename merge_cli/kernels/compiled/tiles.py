@@ -11,7 +11,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from merge_cli.kernels.compiled.kernel import F32, INFINITY, MAGNITUDE, U32, part
+from merge_cli.kernels.compiled.kernel import (
+    F32,
+    INFINITY,
+    MAGNITUDE,
+    U32,
+    bits_of,
+    float_of,
+    part,
+)
 
 TILE = 1024  # float32: six rows of it stay in the L1 cache
 # How a stored element is encoded.
@@ -37,13 +45,12 @@ def decode_tile(stored, kind, row):
     The largest magnitude is looked for among the 16 bits as they are stored: twice as many fit into
     a vector as of float32.
     """
-    bits = row.view(np.uint32)
     if kind == BF16:
         halves = stored.view(np.uint16)
         largest = _U16(0)
         for i in range(len(halves)):
             largest = max(largest, _U16(halves[i] & _U16(0x7FFF)))
-            bits[i] = U32(halves[i]) << U32(16)
+            row[i] = float_of(U32(U32(halves[i]) << U32(16)))
         return largest < _U16(0x7F80)
     if kind == F16:
         # Moved into float32's place and scaled by 2^112, which also makes subnormals right.
@@ -52,15 +59,12 @@ def decode_tile(stored, kind, row):
         for i in range(len(halves)):
             magnitude = _U16(halves[i] & _U16(0x7FFF))
             largest = max(largest, magnitude)
-            bits[i] = U32(magnitude) << U32(13)
-        for i in range(len(halves)):
-            row[i] = row[i] * F32(2.0**112)
-        for i in range(len(halves)):
-            half = U32(halves[i])
-            special = INFINITY if (half & U32(0x7C00)) == U32(0x7C00) else U32(0)
-            bits[i] = bits[i] | special | ((half & U32(0x8000)) << U32(16))
+            scaled = bits_of(float_of(U32(U32(magnitude) << U32(13))) * F32(2.0**112))
+            special = INFINITY if magnitude >= _U16(0x7C00) else U32(0)
+            sign = U32(U32(halves[i] & _U16(0x8000)) << U32(16))
+            row[i] = float_of(U32(scaled | special | sign))
         return largest < _U16(0x7C00)
-    wide = stored.view(np.uint32)
+    wide, bits = stored.view(np.uint32), row.view(np.uint32)
     most = U32(0)
     for i in range(len(wide)):
         most = max(most, U32(wide[i] & MAGNITUDE))
@@ -69,11 +73,46 @@ def decode_tile(stored, kind, row):
 
 
 @part()
+def decode_delta_tile(stored, kind, base, row):
+    """Stored bytes to float32, less the base; whether all that is stored is finite."""
+    if kind == BF16:
+        halves = stored.view(np.uint16)
+        largest = _U16(0)
+        for i in range(len(halves)):
+            largest = max(largest, _U16(halves[i] & _U16(0x7FFF)))
+            row[i] = float_of(U32(U32(halves[i]) << U32(16))) - base[i]
+        return largest < _U16(0x7F80)
+    finite = decode_tile(stored, kind, row)
+    subtract_tile(base, row)
+    return finite
+
+
+@part()
+def add_stored_tile(stored, kind, weight, is_first, row, total):
+    """total += weight * what is stored; whether all of it is finite. `row` is scratch."""
+    if kind == BF16:
+        halves = stored.view(np.uint16)
+        largest = _U16(0)
+        if is_first:
+            for i in range(len(halves)):
+                largest = max(largest, _U16(halves[i] & _U16(0x7FFF)))
+                total[i] = float_of(U32(U32(halves[i]) << U32(16))) * weight
+        else:
+            for i in range(len(halves)):
+                largest = max(largest, _U16(halves[i] & _U16(0x7FFF)))
+                total[i] = total[i] + float_of(U32(U32(halves[i]) << U32(16))) * weight
+        return largest < _U16(0x7F80)
+    finite = decode_tile(stored, kind, row)
+    add_weighted_tile(row, weight, is_first, total)
+    return finite
+
+
+@part()
 def encode_tile(values, kind, stored, shifted):
     """float32 to stored bytes, to nearest, ties to even; whether no float16 is Inf.
 
-    NaN becomes 0x7FC0 (bfloat16) or 0x7E00 (float16). Small float16 are rounded by adding 0.5, whose
-    last place is that of a float16 subnormal; `shifted` is a row of scratch for that.
+    NaN becomes 0x7FC0 (bfloat16) or 0x7E00 (float16). Small float16 are rounded by adding 0.5,
+    whose last place is that of a float16 subnormal; `shifted` is a row of scratch for that.
     """
     bits = values.view(np.uint32)
     if kind == BF16:
@@ -163,7 +202,7 @@ def count_words_tile(size, k0, k1, limit, low):
     """How many elements of a tile `drop_tile` keeps."""
     kept = U32(0)
     for i in range(size):
-        kept += U32(mixed_word(U32(low + U32(i)), k0, k1) < limit)
+        kept = U32(kept + U32(mixed_word(U32(low + U32(i)), k0, k1) < limit))
     return np.int64(kept)
 
 
@@ -190,11 +229,11 @@ def count_trimmed_tile(row, threshold, ties):
     bits = row[:ties].view(np.uint32)
     for i in range(len(bits)):
         key = U32(bits[i] & MAGNITUDE)
-        kept += U32((key >= threshold) & (key <= INFINITY))
+        kept = U32(kept + U32((key >= threshold) & (key <= INFINITY)))
     bits = row[ties:].view(np.uint32)
     for i in range(len(bits)):
         key = U32(bits[i] & MAGNITUDE)
-        kept += U32((key > threshold) & (key <= INFINITY))
+        kept = U32(kept + U32((key > threshold) & (key <= INFINITY)))
     return np.int64(kept)
 
 
@@ -258,7 +297,7 @@ def count_range_tile(row, low, high, shift, offsets, inside, counts):
     larger = U32(0)
     for i in range(len(bits)):
         key = U32(bits[i] & MAGNITUDE)
-        larger += U32(key > high)
+        larger = U32(larger + U32(key > high))
         offsets[i] = U32(key - low)
     # What lies inside is moved together first, without a branch that would be guessed wrong.
     size = 0
@@ -279,8 +318,8 @@ def count_keys_tile(row, candidates, above, equal):
         larger, same = U32(0), U32(0)
         for i in range(len(bits)):
             magnitude = U32(bits[i] & MAGNITUDE)
-            larger += U32(magnitude > key)
-            same += U32(magnitude == key)
+            larger = U32(larger + U32(magnitude > key))
+            same = U32(same + U32(magnitude == key))
         above[c] += larger
         equal[c] += same
 
@@ -302,7 +341,7 @@ def count_equal_tile(row, threshold):
     bits = row.view(np.uint32)
     equal = U32(0)
     for i in range(len(bits)):
-        equal += U32(U32(bits[i] & MAGNITUDE) == threshold)
+        equal = U32(equal + U32(U32(bits[i] & MAGNITUDE) == threshold))
     return np.int64(equal)
 
 
@@ -320,9 +359,10 @@ def largest_key_tile(row):
 def signs_tile(row, sign, least, most):
     """The signs of a row, and of each element the least and the largest that there was."""
     for i in range(len(row)):
-        sign[i] = np.int32(row[i] > 0) - np.int32(row[i] < 0)
-        least[i] = min(least[i], sign[i])
-        most[i] = max(most[i], sign[i])
+        value = np.int32(np.int32(row[i] > 0) - np.int32(row[i] < 0))
+        sign[i] = value
+        least[i] = min(least[i], value)
+        most[i] = max(most[i], value)
 
 
 @part()
@@ -331,8 +371,8 @@ def count_pair_tile(a, b):
     present, product = np.int32(0), np.int32(0)
     for i in range(len(a)):
         p = np.int32(a[i] * b[i])
-        product += p
-        present += np.int32(p * p)
+        product = np.int32(product + p)
+        present = np.int32(present + np.int32(p * p))
     return np.int64(present), np.int64((present + product) // 2)
 
 
@@ -341,7 +381,7 @@ def count_mixed_tile(least, most):
     """On how many elements some sign is negative and another positive."""
     mixed = np.int32(0)
     for i in range(len(least)):
-        mixed += np.int32(most[i] & -least[i])
+        mixed = np.int32(mixed + np.int32(most[i] & np.int32(-least[i])))
     return np.int64(mixed)
 
 
