@@ -54,11 +54,13 @@ def merge_linear(
         low: index of the first element mod 2^32, for the masks.
     """
     seen = 0
-    base, row = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
-    total = np.empty(TILE, np.float32)
+    # Where only a sum is in the cache, there is room for more of it.
+    tile = TILE if based or len(masks) else 4 * TILE
+    base, row = np.empty(tile, np.float32), np.empty(tile, np.float32)
+    total = np.empty(tile, np.float32)
     first = 1 if based else 0
-    for begin in range(0, size, TILE):
-        length = min(TILE, size - begin)
+    for begin in range(0, size, tile):
+        length = min(tile, size - begin)
         minus, values, mixed = base[:length], row[:length], total[:length]
         if based:
             raw = tile_of(stored, starts[0], kinds[0], begin, length)
