@@ -22,9 +22,11 @@ from merge_cli.evaluation.parse import (
 from merge_cli.evaluation.result import Better
 from merge_cli.evaluation.spec import EvalSpec
 from merge_cli.recipe.fields import nearest
+from merge_cli.recipe.forms import Plain, Text
 from merge_cli.recipe.nodes import Node
-from merge_cli.recipe.reader import REFUSED, Key, Plain, Reader, Text, keys_of, option
+from merge_cli.recipe.reader import REFUSED, Reader
 from merge_cli.recipe.schema import Recipe
+from merge_cli.recipe.sections import Key, keys_of, option
 
 SplitName = Literal["search", "validation", "test"]
 # The split search with all of its rows, where candidates are scored on some of them.

@@ -19,23 +19,14 @@ from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from merge_cli.recipe.forms import ListOf, Plain, Text, any_of
 from merge_cli.recipe.models import MODEL
 from merge_cli.recipe.nodes import Node
-from merge_cli.recipe.reader import (
-    REFUSED,
-    Form,
-    Key,
-    ListOf,
-    Plain,
-    Reader,
-    Schema,
-    Section,
-    Text,
-    any_of,
-)
+from merge_cli.recipe.reader import REFUSED, Form, Reader, Schema
 from merge_cli.recipe.reference import ModelRef, local_folder
 from merge_cli.recipe.schedule import Schedule
 from merge_cli.recipe.schema import SourceSpec
+from merge_cli.recipe.sections import Key, Section
 from merge_cli.recipe.values import Parameter
 
 METHOD, BECOMES = "checkpoint_average", "soup"

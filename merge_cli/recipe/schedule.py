@@ -24,16 +24,9 @@ from typing import Any
 
 from merge_cli.errors import UsageError
 from merge_cli.recipe.fields import nearest
+from merge_cli.recipe.forms import NUMBER_AS_TEXT, any_of, finite
 from merge_cli.recipe.nodes import Node
-from merge_cli.recipe.reader import (
-    NUMBER_AS_TEXT,
-    REFUSED,
-    Form,
-    Reader,
-    Schema,
-    any_of,
-    finite,
-)
+from merge_cli.recipe.reader import REFUSED, Form, Reader, Schema
 
 # f of the fraction of the window that has passed; Megatron-LM calls the last one so, too.
 CURVES: dict[str, Callable[[float], float]] = {
