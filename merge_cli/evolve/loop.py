@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from merge_cli.evolve.evaluator import EvaluationJob, EvaluationOutcome
+from merge_cli.evolve.jobs import EvaluationJob, EvaluationOutcome
 from merge_cli.evolve.journal import Evaluations
 from merge_cli.evolve.objectives import CandidateScore, Split, Values
 from merge_cli.evolve.optimizers import Optimizer, Ranking

@@ -18,7 +18,8 @@ from merge_cli.errors import GateError
 from merge_cli.evaluation.result import Metric, TaskResult
 from merge_cli.evaluation.run import evaluate_source
 from merge_cli.evaluation.summary import Interval, interval, resampled
-from merge_cli.evolve.evaluator import goal_metrics, reduced, values_of
+from merge_cli.evolve.evaluator import reduced
+from merge_cli.evolve.jobs import goal_metrics, values_of
 from merge_cli.evolve.loop import Candidate, best_first
 from merge_cli.evolve.objectives import Split, Values, sign_of
 from merge_cli.evolve.plan import SearchPlan

@@ -12,8 +12,8 @@ import yaml
 
 from merge_cli.errors import RecipeError, UsageError
 from merge_cli.evaluation.live import load
-from merge_cli.evolve.evaluator import MergeableModel
 from merge_cli.evolve.layer_space import LayerSpace
+from merge_cli.evolve.mergeable import MergeableModel
 from merge_cli.evolve.plan import plan_search
 from merge_cli.planning.planner import load_recipe, make_plan
 from merge_cli.recipe.reference import ModelRef
