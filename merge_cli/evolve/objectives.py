@@ -108,6 +108,10 @@ class Split:
     def needs_base(self) -> bool:
         return any(goal.no_worse_than for goal in self.goals)
 
+    def is_maximised(self, values: Values) -> bool:
+        """Whether every weighted goal is: then people read the score without its minus."""
+        return all(sign_of(goal, pick(values, goal).better) < 0 for goal in self.weighted)
+
     def score(self, values: Values, base: Values | None = None) -> CandidateScore:
         """The score of a candidate, from its tasks' values.
 

@@ -24,6 +24,7 @@ from merge_cli.evolve.plan import SearchPlan, is_journal, is_recipe, plan_search
 from merge_cli.evolve.record import References, gate, score_text
 from merge_cli.evolve.rivals import SearchOutcome, judge
 from merge_cli.evolve.static import FISHER, soup_start
+from merge_cli.evolve.verdict import shown
 from merge_cli.evolve.workers import make_workers
 from merge_cli.methods.registry import get_method
 from merge_cli.options import MergeOptions, OnProgress, Progress
@@ -90,7 +91,8 @@ def search(
             inputs.verify_or(folder.discard)
             folder.finish(record)
         recipe = run.recipe_of(record["best"]["genome"], record["best"]["static"])
-        text = run.text_of(recipe, record["best"]["score"], record["best"]["static"])
+        best = record["best"]
+        text = run.text_of(recipe, shown(record, best["score"], ".6g"), best["static"])
         folder.write_best(text)
     for line in record["warnings"]:
         on_progress(Progress("search", 0, 0, line))
@@ -151,14 +153,14 @@ class _Run:
             return self._decided.space.recipe(genome)
         return soup_of(self._decided.recipe, [i for i, u in enumerate(genome) if u])
 
-    def text_of(self, recipe: Recipe, score: float, static: str = "") -> str:
+    def text_of(self, recipe: Recipe, score: str, static: str = "") -> str:
         """The static recipe as YAML, with paths that lead from beside OUT."""
         plan = self._decided.plan
         commits = {name: c for source in plan.sources for name, c in source.commits.items()}
         locate = path_from(self._target.absolute(), recipe.folder, commits)
         name = self._decided.recipe.merge_method
         origin = f"{static}: {name} has no better candidate" if static else f"found by {name}"
-        header = f"{origin}, score {score:.6g}; merge-cli run merges it without a search"
+        header = f"{origin}, score {score}; merge-cli run merges it without a search"
         return dump_recipe(
             recipe,
             locate=locate,
@@ -344,10 +346,12 @@ class _Run:
         line = next(line for line in lines if line["number"] == number)
         static = line.get("merge", "")
         recipe = self.recipe_of(line["genome"], static)
-        path = self._folder.write_best(self.text_of(recipe, score.total, static))
+        maximised = split.is_maximised(EvaluationOutcome.from_json(number, line).values)
+        reached = shown({"maximised": maximised}, score.total, ".6g")
+        path = self._folder.write_best(self.text_of(recipe, reached, static))
         tried = sum(line["kind"] not in ("start", "asked") for line in self._folder.lines)
         message = f"stopped after {tried} evaluations; the best so far, with score "
-        return Interrupted(f"{message}{score.total:.6g}, is there", where=str(path), hint=hint)
+        return Interrupted(f"{message}{reached}, is there", where=str(path), hint=hint)
 
 
 def _evaluated(statics: Sequence[Candidate], goals: int) -> list[EvaluatedGenome]:

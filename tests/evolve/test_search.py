@@ -658,6 +658,12 @@ def test_scores_weigh_point_down_and_keep_constraints(folder: Path) -> None:
     assert score.parts == (1.5, -0.125)
     assert score.total == 1.375
     assert score.violation == pytest.approx(0.5 + 0.4)
+    assert not split.is_maximised(values)
+    accuracy = Split("search", EvalSpec(()), (goals[1], goals[2]))
+    assert accuracy.is_maximised(values)
+    assert not Split("search", EvalSpec(()), (Goal("y", "accuracy", goal="min"),)).is_maximised(
+        values
+    )
 
 
 def test_a_constraint_rules_out_what_breaks_it(folder: Path) -> None:
