@@ -97,7 +97,7 @@ class Evaluator:
         """A model of another depth: built anew, from the same bytes in memory."""
         if self._stack is not None:
             self._stack.close()
-        self._stack = MergeableModel(recipe, self._setup.options, beside=self._merge, **self._how)
+        self._stack = MergeableModel(recipe, self._setup.options, shared=self._merge, **self._how)
         self._stack.live.teachers = self._merge.live.teachers
         self._stack.become(recipe)
         return self._stack.live

@@ -71,7 +71,7 @@ class MergeableModel:
     Args:
         recipe: one static recipe of the sources; others may differ in method, in parameters, and
             in which of the sources they list.
-        beside: another one, whose bytes of the sources are used; it is closed later.
+        shared: another one, whose bytes of the sources are used; it is closed later.
         loading: of the model: device, dtype, max_length, batch_tokens, seed, memory.
 
     Attributes:
@@ -85,7 +85,7 @@ class MergeableModel:
         options: MergeOptions,
         *,
         workers: int = 1,
-        beside: MergeableModel | None = None,
+        shared: MergeableModel | None = None,
         **loading: Any,
     ) -> None:
         plan = make_plan(recipe)
@@ -96,11 +96,11 @@ class MergeableModel:
             stored_bytes(refs), index, on_device=plan.bytes_written, workers=workers
         )
         where = "cpu" if index is None else f"cuda:{index}"
-        self._beside = beside
-        if beside is not None:
-            self.residency = beside.residency
+        self._shared = shared
+        if shared is not None:
+            self.residency = shared.residency
         self._files: InMemoryFiles = (
-            beside._files if beside is not None else InMemoryFiles(self.residency, where)
+            shared._files if shared is not None else InMemoryFiles(self.residency, where)
         )
         self._files.keep(refs)
         self.live: LiveModel = load_scaffold(plan, options, **loading)
@@ -164,7 +164,7 @@ class MergeableModel:
         for _, merger in self._mergers.values():
             merger.close()
         self.live.close()
-        if self._beside is None:
+        if self._shared is None:
             self._files.close()
 
     def _take(self, task: TensorTask, raw: Any) -> None:

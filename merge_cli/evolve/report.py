@@ -196,11 +196,11 @@ def _values(search: Json) -> Section:
         )
     else:
         how += " There are too few candidates to say which of them mattered."
-    found = f"Candidate {search['best']['number'] + 1}, by {', '.join(search['searched'])}."
+    summary = f"Candidate {search['best']['number'] + 1}, by {', '.join(search['searched'])}."
     return section(
         "What was found",
         how,
-        found,
+        summary,
         *figures,
         Table(heads, rows, right=len(heads) - 1),
     )

@@ -42,7 +42,7 @@ class SearchOutcome:
 
 
 def judge(
-    found: SearchOutcome,
+    outcome: SearchOutcome,
     recipe: Recipe,
     evaluations: Evaluations,
     references: References,
@@ -58,15 +58,15 @@ def judge(
         lines: of the journal, which grows while the rivals are evaluated.
         seconds: how long the search has taken.
     """
-    decided = found.decided
+    decided = outcome.decided
     split = decided.objective.report
     searched = _cost(lines, ("static", "candidate", "validation"))
-    compared, metrics = _compare(found, recipe, evaluations, references)
+    compared, metrics = _compare(outcome, recipe, evaluations, references)
     rivals = {name: values for name, values in compared.items() if name != FOUND}
-    evaluated = [*found.statics, *found.proposed]
+    evaluated = [*outcome.statics, *outcome.proposed]
     cost = {
         "evaluations": len(evaluated),
-        "static_evaluations": len(found.statics),
+        "static_evaluations": len(outcome.statics),
         "failed": sum(bool(item.outcome.error) for item in evaluated),
         **searched,
         "report_tokens": _cost(lines, ("report",))["tokens"],
@@ -78,31 +78,31 @@ def judge(
     }
     record = build_record(
         decided,
-        found.proposed,
-        found.statics,
-        found.best,
-        found.ended,
+        outcome.proposed,
+        outcome.statics,
+        outcome.best,
+        outcome.ended,
         compared,
         rivals,
         references.base(split),
         cost,
     )
-    record["best"]["genome"] = found.best.genome
+    record["best"]["genome"] = outcome.best.genome
     add_interval(record, split, metrics)
     return record
 
 
 def _compare(
-    found: SearchOutcome, recipe: Recipe, evaluations: Evaluations, references: References
+    outcome: SearchOutcome, recipe: Recipe, evaluations: Evaluations, references: References
 ) -> tuple[dict[str, Values], dict[str, Sequence[Metric]]]:
     """Values and each goal's metric: of the result, of its rivals, and of every source."""
-    split = found.decided.objective.report
-    merges = {FOUND: recipe, **_rivals(found, references)}
+    split = outcome.decided.objective.report
+    merges = {FOUND: recipe, **_rivals(outcome, references)}
     jobs = [
         EvaluationJob(i, item, split.name, keep_examples=True)
         for i, item in enumerate(merges.values())
     ]
-    genome = [FOUND, found.best.number, *found.best.genome]
+    genome = [FOUND, outcome.best.number, *outcome.best.genome]
     about = [{"merge": name, "genome": genome if name == FOUND else [name]} for name in merges]
     outcomes = dict(zip(merges, evaluations.of("report", jobs, about), strict=True))
     values = {name: item.values for name, item in outcomes.items() if not item.error}
@@ -113,9 +113,9 @@ def _compare(
     return values, metrics
 
 
-def _rivals(found: SearchOutcome, references: References) -> Mapping[str, Recipe]:
+def _rivals(outcome: SearchOutcome, references: References) -> Mapping[str, Recipe]:
     """The merges that the result has to beat."""
-    original = found.decided.recipe
+    original = outcome.decided.recipe
     plain = tuple(replace(spec, parameters={}) for spec in original.models)
     merges = {"uniform soup": original.with_result("soup", models=plain, parameters={})}
     if original.base_model is not None:
@@ -123,7 +123,7 @@ def _rivals(found: SearchOutcome, references: References) -> Mapping[str, Recipe
         merges[f"task arithmetic {_LAMBDA:g}"] = original.with_result(
             "task_arithmetic", models=plain, parameters=scale
         )
-    scored = best_first(found.statics)
+    scored = best_first(outcome.statics)
     labels = [source.label for source in references.all()]
     # The best by the rows that were searched on, and Fisher, which no space can express.
     for item in [*scored[:1], *(c for c in scored if c.static and c.static.name == FISHER)]:

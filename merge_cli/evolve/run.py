@@ -299,7 +299,7 @@ class _Run:
     def _recorded(self, best: Candidate, seconds: float) -> dict[str, Any]:
         """The report's record: the result beside what needs no search, on the report's rows."""
         assert self._loop is not None
-        found = SearchOutcome(
+        outcome = SearchOutcome(
             self._decided,
             tuple(self._loop.candidates),
             tuple(self._statics),
@@ -307,7 +307,7 @@ class _Run:
             self._loop.ended,
         )
         return judge(
-            found,
+            outcome,
             self._recipe(best),
             self._evaluations,
             self._references,

@@ -96,8 +96,8 @@ class ScheduleForm(Form):
         if isinstance(value, str):
             return self._word(node, value, key, reader)
         if not isinstance(value, dict) or len(value) != 1:
-            known = f"one of {', '.join(_WORDS)}, or {{ema: DECAY}}, or {{weights: [...]}}"
-            return reader.refuse_type(node, key, f"must be {known}")
+            allowed = f"one of {', '.join(_WORDS)}, or {{ema: DECAY}}, or {{weights: [...]}}"
+            return reader.refuse_type(node, key, f"must be {allowed}")
         ((name, child),) = value.items()
         path = f"{key}.{name}"
         reader.positions[path] = node.key_positions[name]

@@ -109,7 +109,7 @@ def test_a_candidate_has_the_weights_that_the_engine_writes(folder: Path) -> Non
     whole = MergeableModel(decided.static(), OPTIONS, device="cpu")
     for bits in ("0100110000000000", "1111111111110000", "1000000000000001"):
         recipe = space.recipe([float(bit) for bit in bits])
-        live = MergeableModel(recipe, OPTIONS, beside=whole, device="cpu")
+        live = MergeableModel(recipe, OPTIONS, shared=whole, device="cpu")
         live.become(recipe)
         path = folder / f"{bits}.yaml"
         slices = [
