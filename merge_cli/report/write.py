@@ -230,15 +230,16 @@ def _statistics(plan: Plan, stats: Sequence[TensorStats]) -> dict[str, Any] | No
     if not measured or len({task.ids for task, _ in measured}) > 1:
         return None
     groups: dict[str, TensorStats] = {}
-    total = TensorStats()
+    total, sampled = TensorStats(), 0
     for task, item in measured:
-        groups.setdefault(task.group, TensorStats()).add(item)
-        total.add(item)
+        sampled += item.sampled
+        groups.setdefault(task.group, TensorStats()).add(item.estimate)
+        total.add(item.estimate)
     labels = short_labels([plan.sources[i].label for i in measured[0][0].sources])
     return {
         "of": "deltas" if "deltas" in plan.method.supplied else "weights",
         "models": labels,
-        "sampled": round(total.sampled / total.count, 4) if total.count else 1.0,
+        "sampled": round(sampled / total.count, 4) if total.count else 1.0,
         "total": _group("whole model", total),
         "groups": [_group(name, stats) for name, stats in groups.items()],
     }
