@@ -28,6 +28,7 @@ from merge_cli.kernels.compiled.magnitudes import (
 )
 from merge_cli.kernels.compiled.masks import count_masked, drop
 from merge_cli.kernels.compiled.measures import count_signs, gram, quick_change
+from merge_cli.kernels.compiled.ranks import kth_largest
 from merge_cli.kernels.compiled.relations import count_relations, key_of_rank
 from merge_cli.kernels.compiled.singular import eigenvalues, own_products, tridiagonal
 from merge_cli.kernels.compiled.sums import (
@@ -63,6 +64,7 @@ __all__ = [
     "find_tie",
     "gram",
     "key_of_rank",
+    "kth_largest",
     "low_rank_product",
     "non_finite",
     "not_empty",
