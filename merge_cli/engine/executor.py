@@ -77,7 +77,7 @@ class MergeExecutor:
         if task.moved or not task.size:
             self._reader.pool.map(partial(self._copy, task, finished), chunks)
             return
-        reader = self._tensor_reader(task)
+        reader = self._tensor_reader(task, keeps_block=self._method.tensor_pass is not None)
         if task.action == "copy":
             self._reader.pool.map(partial(self._round, reader, finished), chunks)
             return
@@ -96,8 +96,14 @@ class MergeExecutor:
         assert self._method.tensor_pass is not None
         return self._method.tensor_pass(reader, self._model_pass, **task.parameters)
 
-    def _tensor_reader(self, task: TensorTask) -> TensorReader:
-        return TensorReader(task, self._reader, span_starts(task), self._plan.statistics_of(task))
+    def _tensor_reader(self, task: TensorTask, *, keeps_block: bool = False) -> TensorReader:
+        return TensorReader(
+            task,
+            self._reader,
+            span_starts(task),
+            self._plan.statistics_of(task),
+            keeps_block=keeps_block,
+        )
 
     def _copy(self, task: TensorTask, finished: Finished, chunk: Chunk) -> None:
         if chunk.stop > chunk.start:

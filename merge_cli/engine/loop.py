@@ -2,7 +2,8 @@
 
     tensors, largest first ──▶ workers: read ─▶ compute ─▶ write, block by block ──▶ journal
 
-Every thread does all three, on blocks that fit in its cache; the system's read-ahead and
+Every thread does all three, on blocks that fit in its cache. Small tensors are taken, recorded and
+counted many at a time: a mixture of experts has tens of thousands. The system's read-ahead and
 write-back are what overlaps with computing. On a GPU several workers share a device, each with a
 stream of its own.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import os
 import queue
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,11 @@ from merge_cli.system.raw_io import FilePool, sync, write_error
 
 _SYNC_BYTES = 2_000_000_000
 _MODEL_PASS = "reading the whole model first, for thresholds over all of it"
-Done = queue.SimpleQueue["tuple[Chunk, TensorStats] | BaseException | None"]
+# Of the inputs of small tensors that a thread takes at once. Fewer where there are many threads:
+# each should come back for more so many times, or some have nothing to do at the end.
+_BATCH_BYTES, _TURNS = 16 * 2**20, 16
+Merged = Sequence[tuple[Chunk, TensorStats]]
+Done = queue.SimpleQueue["Merged | BaseException | None"]
 
 
 def run_loop(
@@ -85,12 +91,21 @@ def run_loop(
         allow_non_finite=options.allow_non_finite,
     )
 
-    def work(task: int) -> None:
-        executor.merge(plan.tasks[task], remaining[task], record)
+    def work(batch: Sequence[int]) -> None:
+        if len(batch) == 1:  # perhaps a large one: its chunks are recorded as they come
+            executor.merge(plan.tasks[batch[0]], remaining[batch[0]], record_one)
+            return
+        merged: list[tuple[Chunk, TensorStats]] = []
+        for task in batch:
+            executor.merge(plan.tasks[task], remaining[task], lambda *one: merged.append(one))
+        record(merged)
 
-    def record(chunk: Chunk, chunk_stats: TensorStats) -> None:
-        journal.record(chunk.number, chunk_stats)
-        finished.put((chunk, chunk_stats))
+    def record_one(chunk: Chunk, chunk_stats: TensorStats) -> None:
+        record([(chunk, chunk_stats)])
+
+    def record(merged: Merged) -> None:
+        journal.record((chunk.number, chunk_stats) for chunk, chunk_stats in merged)
+        finished.put(merged)
 
     keep_freed_memory()
     began = time.perf_counter()
@@ -100,11 +115,11 @@ def run_loop(
                 _run_model_pass(executor, pool, on_progress)
             model_pass_ended = time.perf_counter()
             tally.report("resumed" if tally.resumed else "")
-            pool.start(work, order, finished)
+            pool.start(work, _batches(plan, order, room.workers), finished)
             while (message := finished.get()) is not None:
                 if isinstance(message, BaseException):
                     raise message
-                tally.add(*message)
+                tally.add(message)
     finally:
         files.sources.close()
         files.shards.close()
@@ -145,12 +160,13 @@ class _Tally:
         self.resumed = sum(_output_bytes(plan, chunks[number]) for number in journal.done)
         self._done, self._unsynced = self.resumed, 0
 
-    def add(self, chunk: Chunk, chunk_stats: TensorStats) -> None:
-        """Count a chunk whose bytes are written."""
-        size = _output_bytes(self._plan, chunk)
-        self._done += size
-        self._unsynced += size
-        self.stats[chunk.task].add(chunk_stats)
+    def add(self, merged: Merged) -> None:
+        """Count chunks whose bytes are written."""
+        for chunk, chunk_stats in merged:
+            size = _output_bytes(self._plan, chunk)
+            self._done += size
+            self._unsynced += size
+            self.stats[chunk.task].add(chunk_stats)
         if self._syncs and self._unsynced > _SYNC_BYTES:
             _sync_chunks(self._journal, self._model, self._plan)
             self._unsynced = 0
@@ -158,6 +174,21 @@ class _Tally:
 
     def report(self, note: str = "") -> None:
         self._on_progress(Progress("merge", self._done, self._total, note))
+
+
+def _batches(plan: Plan, order: Sequence[int], threads: int) -> list[list[int]]:
+    """Tasks in this order, in runs that a thread takes at once: one each where they are large."""
+    sizes = [plan.tasks[task].bytes_read for task in order]
+    limit = min(_BATCH_BYTES, sum(sizes) // (threads * _TURNS))
+    batches: list[list[int]] = []
+    room = 0
+    for task, size in zip(order, sizes, strict=True):
+        if size > room:
+            batches.append([])
+            room = limit
+        batches[-1].append(task)
+        room -= size
+    return batches
 
 
 def _output_offsets(plan: Plan, model: Path) -> OutputOffsets:

@@ -42,7 +42,11 @@ class TensorReader:
 
     Args:
         starts: where its spans begin, and its size at the end.
+        keeps_block: a tensor of one block is read once, however many passes there are. For readers
+            that are dropped with their tensor: a model's would hold all of its small tensors.
     """
+
+    _whole: Block | None
 
     def __init__(
         self,
@@ -50,11 +54,14 @@ class TensorReader:
         reading: BlockReader,
         starts: Sequence[int],
         statistics: TensorStatistics | None = None,
+        *,
+        keeps_block: bool = False,
     ) -> None:
         self.task, self._reading = task, reading
         self.name, self.shape, self.parameters = task.formula_name, task.shape, task.parameters
         self.size, self.starts, self.statistics = task.size, starts, statistics
         self.wide = any(ref.dtype == "F64" for ref in task.inputs)
+        self._keeps, self._whole = keeps_block, None
 
     def blocks(self) -> Iterator[Block]:
         """Every block in order; may be called again and again."""
@@ -120,6 +127,14 @@ class TensorReader:
 
     def block(self, start: int, stop: int) -> Block:
         """Elements [start, stop) of every operand, upcast, where they are computed with."""
+        if self._whole is not None:
+            return self._whole
+        block = self._load(start, stop)
+        if self._keeps and stop - start == self.size:
+            self._whole = block
+        return block
+
+    def _load(self, start: int, stop: int) -> Block:
         task, reading = self.task, self._reading
         based = task.base is not None  # a copy has none, whatever the method
         loaded = reading.pool.worker.load(

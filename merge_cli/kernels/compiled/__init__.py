@@ -37,6 +37,7 @@ from merge_cli.kernels.compiled.magnitudes import (
 )
 from merge_cli.kernels.compiled.masks import count_masked, drop
 from merge_cli.kernels.compiled.measures import count_signs, gram, quick_change
+from merge_cli.kernels.compiled.ranks import kth_largest
 from merge_cli.kernels.compiled.relations import count_relations, key_of_rank
 from merge_cli.kernels.compiled.singular import eigenvalues, own_products, tridiagonal
 from merge_cli.kernels.compiled.sums import (
@@ -80,6 +81,7 @@ __all__ = [
     "find_tie",
     "gram",
     "key_of_rank",
+    "kth_largest",
     "low_rank_product",
     "measure_stored",
     "merge_disjoint",
