@@ -13,11 +13,11 @@ from merge_cli.auto.checks import SEARCH, SOUP, methods_of
 from merge_cli.auto.rows import Parts, load_parts
 from merge_cli.auto.weights import candidate_count
 from merge_cli.calibration.plan import plan_calibration
-from merge_cli.dam.data import short_names
-from merge_cli.dam.datasets import one_tokenizer
-from merge_cli.dam.models import empty_student
 from merge_cli.dam.plan import plan_training
+from merge_cli.data.sequences import short_names
+from merge_cli.evaluation.empty import empty_model
 from merge_cli.evaluation.live import context_of
+from merge_cli.evaluation.tokenizers import one_tokenizer
 from merge_cli.options import MergeOptions
 from merge_cli.planning.plan import Plan
 from merge_cli.planning.planner import make_plan
@@ -96,7 +96,7 @@ def plan_automatic(plan: Plan, options: MergeOptions) -> AutomaticPlan:
     recipe = plan.recipe
     plan.aligned.refuse_rearranged(recipe, "auto")
     tokenizer, _ = one_tokenizer(plan)
-    net = empty_student(plan)
+    net = empty_model(plan)
     entries = net.get_input_embeddings().weight.shape[0]
     parts = load_parts(recipe, tokenizer, context_of(net.config, None), entries)
     candidate = sum(part.tokens("search") for part in parts)

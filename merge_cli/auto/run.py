@@ -15,10 +15,10 @@ from merge_cli.auto.plan import AutomaticPlan, Step, plan_automatic
 from merge_cli.auto.weights import Weights, best_weights, candidate_count, weighted
 from merge_cli.calibration.run import calibrate
 from merge_cli.dam.distributed import launched
-from merge_cli.dam.plan import fetch_everything
 from merge_cli.dam.run import Learned, learn, with_coefficients
 from merge_cli.engine.inputs import inputs_of
 from merge_cli.errors import GateError, Interrupted, MergeCliError, NonFiniteError, UsageError
+from merge_cli.evaluation.live import fetch_everything
 from merge_cli.evolve.evaluator import MergeableModel
 from merge_cli.options import MergeOptions, OnProgress, Progress
 from merge_cli.planning.plan import Plan

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from merge_cli.checkpoint.headers import TensorRef
-from merge_cli.dam.data import data_files, sequences
-from merge_cli.dam.datasets import read_data
-from merge_cli.dam.models import kinds_of
+from merge_cli.data.rows import read_data
+from merge_cli.data.sequences import data_files, sequences
 from merge_cli.engine.parameter_slices import by_name, filled_layers, layer_of
 from merge_cli.errors import SourceError
+from merge_cli.evaluation.empty import kinds_of
 from merge_cli.evaluation.forward import Example
 from merge_cli.evaluation.rows import distinct
 from merge_cli.evaluation.tokens import row_start

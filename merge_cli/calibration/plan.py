@@ -23,12 +23,12 @@ from merge_cli.calibration.data import (
 from merge_cli.calibration.store import find, statistics_path
 from merge_cli.checkpoint.dtypes import width_of
 from merge_cli.checkpoint.statistics import CalibrationStatistics, StatisticsFile
-from merge_cli.dam.datasets import one_tokenizer
-from merge_cli.dam.models import empty_student
 from merge_cli.engine.device import choose_device
 from merge_cli.errors import SourceError
+from merge_cli.evaluation.empty import empty_model
 from merge_cli.evaluation.fingerprints import remembered_identity
 from merge_cli.evaluation.live import choose_dtype, context_of
+from merge_cli.evaluation.tokenizers import one_tokenizer
 from merge_cli.planning.plan import Plan
 from merge_cli.recipe.schema import Recipe
 from merge_cli.recipe.statistics import Statistics
@@ -104,7 +104,7 @@ def plan_calibration(
     statistics, kind = plan.recipe.statistics or Statistics(), plan.method.gathers
     plan.aligned.refuse_rearranged(plan.recipe, plan.recipe.merge_method)
     tokenizer, template_why = one_tokenizer(plan)
-    net = empty_student(plan)
+    net = empty_model(plan)
     chosen = choose_device(device, planned=True)
     where = f"cuda:{chosen.indexes[0]}" if chosen.indexes else "cpu"
     dtype, dtype_why = choose_dtype(plan.sources[plan.config_index], chosen.kind, statistics.dtype)

@@ -12,11 +12,10 @@ from merge_cli.calibration.gram import gather_grams
 from merge_cli.calibration.plan import ORIGIN, CalibrationPlan, SourcePart, plan_calibration
 from merge_cli.calibration.store import Writer, find, making
 from merge_cli.checkpoint.statistics import CalibrationStatistics, StatisticsFile
-from merge_cli.dam.plan import fetch_everything
 from merge_cli.engine.memory import return_freed_memory
 from merge_cli.errors import Interrupted
 from merge_cli.evaluation.fingerprints import refuse_changed, source_identity
-from merge_cli.evaluation.live import load, memory_errors
+from merge_cli.evaluation.live import fetch_everything, load, memory_errors
 from merge_cli.options import MergeOptions, OnProgress, Progress
 from merge_cli.planning.plan import Plan
 from merge_cli.recipe.statistics import Statistics

@@ -16,12 +16,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from merge_cli.dam.data import Dataset, within
+from merge_cli.dam.data import Dataset
 from merge_cli.dam.distributed import World
 from merge_cli.dam.forward import Forward, LossSums
 from merge_cli.dam.heldout import BatchItem, batch_of
 from merge_cli.dam.losses import DistillationLoss
 from merge_cli.dam.student import Student
+from merge_cli.data.sequences import within
 from merge_cli.errors import Interrupted
 
 FISHER = "fisher"  # as `start` and as a merge without training

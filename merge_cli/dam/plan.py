@@ -9,25 +9,20 @@ from typing import Any
 
 from merge_cli.checkpoint.dtypes import width_of
 from merge_cli.dam.data import Dataset, load_datasets, steps_of, used
-from merge_cli.dam.datasets import one_tokenizer
 from merge_cli.dam.distributed import World
 from merge_cli.dam.memory import MemoryNeeds, Peak, memory_needs, peak_of
-from merge_cli.dam.models import (
-    TargetParameter,
-    empty_student,
-    find_targets,
-    stored_tensors,
-    weight_bytes,
-)
+from merge_cli.dam.models import TargetParameter, find_targets, stored_tensors, weight_bytes
 from merge_cli.engine.device import Device, choose_device, free_memory
 from merge_cli.engine.residency import SourceResidency, choose_residency, reserve
 from merge_cli.errors import MismatchError, ResourceError
+from merge_cli.evaluation.empty import empty_model
 from merge_cli.evaluation.fingerprints import remembered_identity
 from merge_cli.evaluation.live import choose_dtype, context_of
 from merge_cli.evaluation.teachers import KeptPredictions, Teacher
+from merge_cli.evaluation.tokenizers import one_tokenizer
 from merge_cli.planning.plan import Plan
 from merge_cli.recipe.training import Training
-from merge_cli.sources.source import Source, fetch_weights
+from merge_cli.sources.source import Source
 from merge_cli.system.machine import show_size
 
 
@@ -138,7 +133,7 @@ def plan_training(plan: Plan, device: str = "auto", world: World | None = None) 
     operands = [plan.sources[i] for i in plan.operands]
     labels = tuple(source.label for source in operands)
     tokenizer, template_why = one_tokenizer(plan)
-    net = empty_student(plan)
+    net = empty_model(plan)
     targets, problems = find_targets(plan, net, training)
     if problems:
         raise MismatchError(problems, "the student cannot be made of what is stored")
@@ -280,9 +275,3 @@ def _teachers(
             stored,
             batches + (stored if training.top_k == "full" else 0),
         )
-
-
-def fetch_everything(plan: Plan) -> None:
-    """Models of the Hub, whole: transformers loads them."""
-    for source in plan.sources:
-        fetch_weights(source, source.header_bytes)

@@ -39,8 +39,8 @@ class Learning:
         return plan.method.learns and plan.coefficients is None
 
     def plan(self, plan: Plan, options: MergeOptions) -> TrainingPlan | None:
-        from merge_cli.dam.data import source_rows
         from merge_cli.dam.plan import plan_training
+        from merge_cli.data.sequences import source_rows
 
         if any(source.planned for source in plan.sources):
             for _ in source_rows(plan.recipe):
@@ -95,7 +95,7 @@ class Learning:
         return "".join(parts).encode()
 
     def contents_used(self, recipe: Recipe) -> set[bytes]:
-        from merge_cli.dam.data import source_contents
+        from merge_cli.data.sequences import source_contents
 
         return source_contents(recipe)
 

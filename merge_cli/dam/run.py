@@ -19,12 +19,7 @@ from merge_cli.dam.checkpoint import Position, TrainingWorkspace, left_over
 from merge_cli.dam.distributed import World, join_world, launched
 from merge_cli.dam.forward import Forward
 from merge_cli.dam.heldout import HeldOut
-from merge_cli.dam.plan import (
-    TrainingPlan,
-    fetch_everything,
-    kept_for,
-    plan_training,
-)
+from merge_cli.dam.plan import TrainingPlan, kept_for, plan_training
 from merge_cli.dam.record import LEARNED, StepLine, build_record, gate
 from merge_cli.dam.start import begin
 from merge_cli.dam.trainer import Trainer, entries_of
@@ -32,7 +27,7 @@ from merge_cli.engine.inputs import inputs_of
 from merge_cli.engine.made_before import made_before
 from merge_cli.errors import Interrupted
 from merge_cli.evaluation.fingerprints import source_identity
-from merge_cli.evaluation.live import memory_errors
+from merge_cli.evaluation.live import fetch_everything, memory_errors
 from merge_cli.evaluation.teachers import Predictions, Teacher
 from merge_cli.options import MergeOptions, OnProgress, Progress
 from merge_cli.planning.plan import Plan

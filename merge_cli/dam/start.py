@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from merge_cli.dam.checkpoint import Position
-from merge_cli.dam.data import short_names
 from merge_cli.dam.distributed import World
 from merge_cli.dam.forward import Forward
 from merge_cli.dam.heldout import HeldOut, HeldOutScore
@@ -21,6 +20,7 @@ from merge_cli.dam.importance import FISHER, fisher_shares, has_importances
 from merge_cli.dam.models import stored_tensors
 from merge_cli.dam.plan import TrainingPlan
 from merge_cli.dam.student import Student
+from merge_cli.data.sequences import short_names
 from merge_cli.errors import Interrupted
 from merge_cli.options import OnProgress, Progress
 

@@ -16,7 +16,8 @@ from merge_cli.errors import MergeCliError, ResourceError, SourceError
 from merge_cli.evaluation.fingerprints import require_folder
 from merge_cli.evaluation.result import Cost
 from merge_cli.evaluation.spec import DTYPES
-from merge_cli.sources.source import Source
+from merge_cli.planning.plan import Plan
+from merge_cli.sources.source import Source, fetch_weights
 from merge_cli.system.libraries import require
 from merge_cli.system.machine import show_size
 
@@ -97,6 +98,12 @@ class LiveModel:
         """Add to the cost."""
         cost = self.cost
         self.cost = Cost(cost.seconds, cost.tokens + tokens, cost.forward_passes + passes)
+
+
+def fetch_everything(plan: Plan) -> None:
+    """Models of the Hub, whole: transformers loads them."""
+    for source in plan.sources:
+        fetch_weights(source, source.header_bytes)
 
 
 def load(

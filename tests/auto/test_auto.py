@@ -19,7 +19,7 @@ from merge_cli.auto.measure import Losses
 from merge_cli.auto.plan import plan_automatic
 from merge_cli.auto.run import AutomaticWorkspace, _Run
 from merge_cli.auto.weights import Weights, best_weights, candidate_count
-from merge_cli.dam.datasets import part_of, read_data
+from merge_cli.data.rows import part_of, read_data
 from merge_cli.errors import GateError, Interrupted, RecipeError, SourceError
 from merge_cli.evaluation.result import Metric
 from merge_cli.evaluation.rows import content_of
