@@ -23,7 +23,7 @@ from merge_cli.planning.plan import Plan
 from merge_cli.planning.planner import make_plan
 from merge_cli.recipe.automatic import Budget
 from merge_cli.recipe.schema import Recipe, SourceSpec
-from merge_cli.recipe.statistics import Statistics, unused_options
+from merge_cli.recipe.statistics import fitting_statistics
 from merge_cli.recipe.values import Parameter
 
 LAMBDAS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)  # of task arithmetic
@@ -147,7 +147,7 @@ def _steps_with_data(plan: Plan, options: MergeOptions, candidate: int) -> Itera
                 method,
                 models=specs,
                 training=None,
-                statistics=_fitting(recipe.statistics, kind),
+                statistics=recipe.statistics and fitting_statistics(recipe.statistics, kind),
                 budget=None,
                 methods=(),
             )
@@ -158,18 +158,10 @@ def _steps_with_data(plan: Plan, options: MergeOptions, candidate: int) -> Itera
         merge = _static(recipe, "task_arithmetic" if recipe.base_model else "soup", recipe.models)
         yield Step(SEARCH, SEARCH, merge, candidate_count(len(recipe.models)) * candidate)
     if "dam" in methods:
-        merge = recipe.with_result("dam", models=specs, statistics=None, budget=None, methods=())
+        merge = recipe.with_result("dam", models=specs, budget=None, methods=())
         training = plan_training(make_plan(merge), options.device)
         tokens = sum(len(item.ids) for data in training.datasets for item in data.train)
         yield Step("dam", "dam", merge, tokens, 8)
-
-
-def _fitting(statistics: Statistics | None, kind: str) -> Statistics | None:
-    """Without what has no effect on this kind of statistics."""
-    if statistics is None:
-        return None
-    defaults = Statistics()
-    return replace(statistics, **{name: getattr(defaults, name) for name in unused_options(kind)})
 
 
 def _key(plan: Plan, parts: Sequence[Parts], steps: Sequence[Step], options: MergeOptions) -> str:

@@ -64,7 +64,9 @@ class Automatic:
         result = find_best(
             plan, target, options, on_progress, require_improvement=require_improvement
         )
-        return Prepared(result.plan, {"auto": result.record}, discard=result.discard)
+        return Prepared(
+            result.plan, {"auto": result.record}, folders=result.folders, discard=result.discard
+        )
 
     def remembered(self, plan: Plan, options: MergeOptions) -> Plan | None:
         return None  # the journal goes when OUT is published

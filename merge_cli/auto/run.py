@@ -15,7 +15,7 @@ from merge_cli.auto.plan import AutomaticPlan, Step, plan_automatic
 from merge_cli.auto.weights import Weights, best_weights, candidate_count, weighted
 from merge_cli.calibration.run import calibrate
 from merge_cli.dam.distributed import launched
-from merge_cli.dam.run import Learned, learn, with_coefficients
+from merge_cli.dam.run import Learned, learn
 from merge_cli.engine.inputs import inputs_of
 from merge_cli.errors import GateError, Interrupted, MergeCliError, NonFiniteError, UsageError
 from merge_cli.evaluation.live import fetch_everything
@@ -53,11 +53,13 @@ class AutomaticResult:
     Attributes:
         plan: of it; static, or with its statistics or coefficients.
         record: the path and the verdict, for the report (docs/auto.md).
+        folders: models that belong into OUT, by name.
         discard: throws the workspace away.
     """
 
     plan: Plan
     record: dict[str, Any]
+    folders: Mapping[str, Path]
     discard: Callable[[], None]
 
 
@@ -92,6 +94,7 @@ def find_best(
             with torch_threads(options.threads):
                 record = run.record()
                 resolved = run.plan_of(record["best"])
+                folders = run.folders_of(record["best"])
         except (KeyboardInterrupt, Interrupted):  # the second is how its steps say it
             raise run.interrupted() from None
         finally:
@@ -101,7 +104,7 @@ def find_best(
         message = f"improvement is required: {record['sentence']}"
         hint = "Give more data, or run without --require-improvement."
         raise GateError(message, where=str(folder.path), hint=hint)
-    return AutomaticResult(resolved, record, folder.discard)
+    return AutomaticResult(resolved, record, folders, folder.discard)
 
 
 class _Run:
@@ -159,6 +162,11 @@ class _Run:
             step = next(step for step in self._decided.steps if step.name == name)
             self._plans[name] = self._plan(step)
         return self._plans[name]
+
+    def folders_of(self, name: str) -> Mapping[str, Path]:
+        """The models that belong into OUT with what a step has tried."""
+        learned = self._learned if name == "dam" else None
+        return {} if learned is None else learned.folders
 
     def interrupted(self) -> Interrupted:
         """With the best so far."""
@@ -329,9 +337,7 @@ class _Run:
                     self._options,
                     on_progress=self._of_learning,
                 )
-            learned = self._learned
-            recipe = with_coefficients(plan.recipe, learned.coefficients, learned.record)
-            return make_plan(recipe, shard_size=size)
+            return make_plan(self._learned.resolved(plan.recipe), shard_size=size)
         return plan
 
     def _searched(self, recipe: Recipe) -> Weights:

@@ -86,7 +86,7 @@ def load_examples(
     )
     if not result:
         raise SourceError("has no token to look at", file=shown(data))
-    return Examples(len(rows), tuple(_ordered(result)), len(rows) - len(unique))
+    return Examples(len(rows), tuple(longest_first(result)), len(rows) - len(unique))
 
 
 def shown(data: Data) -> str:
@@ -94,7 +94,8 @@ def shown(data: Data) -> str:
     return ", ".join(data.files) or str(data.dataset)
 
 
-def _ordered(examples: Iterable[Example]) -> list[Example]:
+def longest_first(examples: Iterable[Example]) -> list[Example]:
+    """In an order that does not depend on that of the rows in a file."""
     return sorted(
         examples, key=lambda example: (-len(example.ids), example.ids.tobytes(), example.first)
     )

@@ -87,12 +87,14 @@ def plan_calibration(
     plan: Plan,
     device: str = "auto",
     identify: Callable[[Source], str | None] = remembered_identity,
+    examples: Sequence[Examples] | None = None,
 ) -> CalibrationPlan:
     """Decide from headers, configs, tokenizers and data.
 
     Args:
         identify: what is known of a source's content. By default what needs no weights to be
             read: of a model that was not run here yet there is nothing in the cache.
+        examples: of each source, in the recipe's order; default those of its `data:`.
 
     Raises:
         SourceError: data or a model that cannot be used, an adapter, other data than a resolved
@@ -111,21 +113,25 @@ def plan_calibration(
     context = context_of(net.config, statistics.max_length)
     labels = [source.label for source in plan.sources]
     parts = []
-    for spec in plan.recipe.models:
+    for number, spec in enumerate(plan.recipe.models):
         assert spec.data is not None, "check_recipe refuses a source without data"
         source = plan.sources[labels.index(str(spec.model))]
-        examples = load_examples(
-            plan.recipe,
-            spec.data,
-            tokenizer,
-            statistics,
-            context,
-            net.get_input_embeddings().weight.shape[0],
+        looked_at = (
+            examples[number]
+            if examples is not None
+            else load_examples(
+                plan.recipe,
+                spec.data,
+                tokenizer,
+                statistics,
+                context,
+                net.get_input_embeddings().weight.shape[0],
+            )
         )
         part = SourcePart(
             source,
             shown(spec.data),
-            examples,
+            looked_at,
             identify(source),
             kind,
             statistics,

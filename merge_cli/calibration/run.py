@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from merge_cli.calibration.data import Examples
 from merge_cli.calibration.fisher import gather_importances
 from merge_cli.calibration.gram import gather_grams
 from merge_cli.calibration.plan import ORIGIN, CalibrationPlan, SourcePart, plan_calibration
@@ -30,6 +31,7 @@ def calibrate(
     options: MergeOptions,
     on_progress: OnProgress,
     begin: Callable[[], None] = lambda: None,
+    examples: Sequence[Examples] | None = None,
 ) -> Plan:
     """Measure what the cache does not have yet.
 
@@ -38,6 +40,7 @@ def calibrate(
 
     Args:
         begin: called before the first model is run, if one must be.
+        examples: as for `plan_calibration`.
 
     Raises:
         SourceError, MismatchError, RecipeError: see `plan_calibration`.
@@ -45,7 +48,7 @@ def calibrate(
         NonFiniteError: a gradient is not a number.
         Interrupted: Ctrl-C or SIGTERM.
     """
-    decided = plan_calibration(plan, options.device, source_identity)
+    decided = plan_calibration(plan, options.device, source_identity, examples)
     cached = [find(part.path, read=True) for part in decided.parts]
     if None in cached:
         begin()

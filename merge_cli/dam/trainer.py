@@ -38,6 +38,7 @@ class Trainer:
 
     Args:
         predictions: of each data set's train rows; None where the loss asks no teacher.
+        position: where to begin, where there is no checkpoint.
         stopping: whether the user wants to stop; asked between steps.
     """
 
@@ -50,6 +51,7 @@ class Trainer:
         held_out: HeldOut | None,
         folder: TrainingWorkspace,
         world: World,
+        position: Position,
         *,
         on_step: OnStep,
         on_progress: OnProgress,
@@ -74,7 +76,7 @@ class Trainer:
                 batch_tokens=training.batch_tokens,
                 context=decided.context,
             )
-        self.position, self.best = Position(), dict[str, Any]()
+        self.position, self.best = position, dict[str, Any]()
         resumed = folder.resume(student)
         if resumed is not None:
             self.position, self.best = resumed
