@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from merge_cli.checkpoint.headers import TensorRef
+from merge_cli.checkpoint.tensors import is_weight
 from merge_cli.data.rows import read_data
 from merge_cli.data.sequences import data_files, sequences
 from merge_cli.engine.parameter_slices import by_name, filled_layers, layer_of
@@ -141,7 +141,7 @@ class LinearLayer:
 
 def parameters_of(net: Any, source: Source) -> dict[str, str]:
     """Stored name -> parameter, for every tensor that is one parameter of the loaded model."""
-    stored = {t.name: t.shape for t in source.tensors.values() if isinstance(t, TensorRef)}
+    stored = {t.name: t.shape for t in source.tensors.values() if is_weight(t)}
     parameters: dict[str, str] = {}
     taken: set[str] = set()
     for name, parameter in by_name(stored, dict(net.named_parameters())).items():

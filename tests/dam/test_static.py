@@ -216,6 +216,48 @@ def test_sums_of_weights_are_refused(models: Path) -> None:
     assert decided.static == ()
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("method", ["dam", "fisher", "regmean", "auto"])
+def test_a_model_with_an_adapter_is_a_source_like_any_other(
+    models: Path, tmp_path: Path, method: str
+) -> None:
+    """The same bytes as with the two in one folder, in float32."""
+    peft = pytest.importorskip("peft")
+    folder = tmp_path / "family"
+    shutil.copytree(models, folder)
+    net = hf.AutoModelForCausalLM.from_pretrained(folder / "b")
+    options = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    peft.get_peft_model(net, options).save_pretrained(folder / "adapter")
+    one = {"merge_method": "passthrough", "models": [{"model": "b+adapter"}], "dtype": "float32"}
+    (folder / "one.yaml").write_text(yaml.safe_dump(one))
+    run(folder / "one.yaml", tmp_path / "whole" / "b+adapter")  # data are mixed by the name
+    weights = []
+    for number, name in enumerate(("b+adapter", str(tmp_path / "whole" / "b+adapter"))):
+        document: dict[str, Any] = {
+            "merge_method": method,
+            "models": [
+                {"model": "a", "data": "a.jsonl"},
+                {"model": name, "data": "b.jsonl"},
+            ],
+            "statistics": STATISTICS,
+            **({"training": {**QUICK, "start": "fisher"}} if method == "dam" else {}),
+            **({"methods": ["search"]} if method == "auto" else {}),
+            "dtype": "float32",
+        }
+        if method == "auto":
+            document.pop("statistics")
+            for item in document["models"]:
+                rows = (folder / item["data"]).read_text()
+                more = [rows.replace(" 1", f" {i}1").replace("xxx", f"x{i}xx") for i in range(6)]
+                (folder / f"more.{item['data']}").write_text(rows + "".join(more))
+                item["data"] = f"more.{item['data']}"
+        recipe = folder / f"{number}.yaml"
+        recipe.write_text(yaml.safe_dump(document))
+        out = run(recipe, tmp_path / f"out{number}").path
+        weights.append((out / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+
+
 def test_it_says_what_it_is_at(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
