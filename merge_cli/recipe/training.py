@@ -192,7 +192,10 @@ class Training:
     )
     checkpointing: bool = option(False, "compute activations twice instead of keeping them")
     evaluate_every: int | None = option(
-        None, "steps between held-out measurements; default 2 in all", 1
+        None,
+        "steps between held-out measurements; default the end, and at halves of the way as far as "
+        "that costs a tenth of the training",
+        1,
     )
     patience: int | None = option(None, "measurements without improvement before training stops", 1)
     keep: Literal["best", "last"] = option(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 
 import merge_cli
 from merge_cli.dam.plan import TrainingPlan, plan_training
-from merge_cli.dam.trainer import Trainer
+from merge_cli.dam.trainer import Trainer, measured_steps
 from merge_cli.errors import Interrupted, RecipeError, SourceError
 from merge_cli.options import MergeOptions, Progress
 from merge_cli.planning.planner import load_recipe, make_plan
@@ -256,6 +257,12 @@ def test_a_model_with_an_adapter_is_a_source_like_any_other(
         out = run(recipe, tmp_path / f"out{number}").path
         weights.append((out / "model.safetensors").read_bytes())
     assert weights[0] == weights[1]
+    rows = folder / "b.jsonl"
+    losses = [
+        merge_cli.evaluate(model, rows, device="cpu").tasks["b"].value
+        for model in (f"{folder}/b+{folder}/adapter", tmp_path / "whole" / "b+adapter")
+    ]
+    assert losses[0] == losses[1]
 
 
 def test_it_says_what_it_is_at(
@@ -265,3 +272,15 @@ def test_it_says_what_it_is_at(
     lines: list[Progress] = []
     run(recipe_of(models), tmp_path / "out", on_progress=lines.append)
     assert {"teach", "gather", "baselines", "train"} <= {line.stage for line in lines}
+
+
+def test_measuring_costs_a_tenth_of_training_at_most(models: Path) -> None:
+    decided = decided_of(recipe_of(models, max_steps=40))
+    by_default = replace(decided, training=replace(decided.training, evaluate_every=None))
+    held_out = sum(len(e.ids) for data in decided.datasets for e in data.held_out)
+    due = measured_steps(by_default)
+    assert max(due) == decided.steps
+    assert (len(due) - 1) * held_out / 3 <= 0.1 * decided.tokens
+    assert measured_steps(decided) == {*range(2, decided.steps, 2), decided.steps}
+    longer = replace(by_default, steps=64, datasets=decided.datasets)
+    assert measured_steps(longer) <= {64, 32, 16, 8, 4, 2, 1}
