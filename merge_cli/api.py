@@ -195,7 +195,12 @@ def _merge_document(
     report: dict[str, Any] = {}
 
     def explain(plan: Plan, prints: tuple[str, ...], stats: MergeStats, folder: Path) -> None:
-        about = {"record": prepared.record, "attachments": prepared.attachments, "stages": stages}
+        about = {
+            "record": prepared.record,
+            "attachments": prepared.attachments,
+            "folders": prepared.folders,
+            "stages": stages,
+        }
         at = target.absolute()
         report.update(
             write_reports(plan, prints, stats, folder, at, **about, card=options.model_card)

@@ -300,7 +300,8 @@ def count_instructions(selected: Sequence[str], size: int, work: Path) -> dict[s
     source = folder / "requests.c"
     source.write_text(_CALLGRIND)
     subprocess.run(
-        ["gcc", "-O2", "-shared", "-fPIC", str(source), "-o", str(folder / "requests.so")], check=True
+        ["gcc", "-O2", "-shared", "-fPIC", str(source), "-o", str(folder / "requests.so")],
+        check=True,
     )
     command = ["valgrind", "--tool=callgrind", "--collect-atstart=no", "--combine-dumps=no"]
     command += [f"--callgrind-out-file={folder}/counts", sys.executable, __file__, *selected]

@@ -94,7 +94,7 @@ def exact_cuts(counts: Sequence[int], stream: Stream) -> list[MagnitudeThreshold
             cuts[i] = MagnitudeThreshold(math.inf, -1)
         elif k < stream.size:
             requested[i] = k
-    if requested and stream.size <= _SORTED:
+    if requested and stream.size <= _SMALLEST_SAMPLE:
         for i, cut in _cuts_of_few(requested, stream).items():
             cuts[i] = cut
         return cuts

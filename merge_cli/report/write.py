@@ -43,6 +43,7 @@ def write_reports(
     *,
     record: Mapping[str, Any] | None = None,
     attachments: Mapping[str, str] | None = None,
+    folders: Mapping[str, Path] | None = None,
     stages: Mapping[str, Path] | None = None,
     card: bool = True,
 ) -> dict[str, Any]:
@@ -53,13 +54,14 @@ def write_reports(
         target: where the folder will be published: the recipe's paths lead from there.
         record: sections on what this run has prepared, if anything (`Prepared.record`).
         attachments: other files that belong to the merge, by name.
+        folders: models that belong to it, by name (`Prepared.folders`): copied.
         stages: the folders of what other documents of the recipe have made for it, by name.
         card: whether to write README.md.
 
     Returns:
         the report.
     """
-    made = Stages(stages or {})
+    made = Stages(stages or {}, folders or {})
     text, defaults = resolved_recipe(plan, fingerprints, target, made)
     report = build_report(plan, fingerprints, outcome, text)
     for preparation in preparations():
@@ -75,7 +77,7 @@ def write_reports(
     }
     if card:
         files["README.md"] = model_card(plan, defaults, target.name, made)
-    made.copy_coefficients(folder)
+    made.copy_files(folder)
     if plan.coefficients is not None:
         try:
             shutil.copyfile(plan.coefficients.path, folder / FILE)
