@@ -9,13 +9,19 @@ start at 0, or the compiler looks out for negative ones.
 """
 
 from merge_cli.kernels.compiled.election import COUNT, NOTHING, WEIGHTS, disjoint_mean
+from merge_cli.kernels.compiled.encoders import (
+    block_largest,
+    encode_e2m1,
+    encode_e4m3,
+    encode_int4,
+    group_extremes,
+)
 from merge_cli.kernels.compiled.formats import (
     decode_bf16,
     decode_f16,
     encode_bf16,
     encode_f16,
     non_finite,
-    quantise,
 )
 from merge_cli.kernels.compiled.kernel import Kernel, available
 from merge_cli.kernels.compiled.magnitudes import (
@@ -46,6 +52,7 @@ __all__ = [
     "absolute_runs",
     "add_scaled",
     "available",
+    "block_largest",
     "count_kept",
     "count_keys",
     "count_masked",
@@ -59,15 +66,18 @@ __all__ = [
     "drop",
     "eigenvalues",
     "encode_bf16",
+    "encode_e2m1",
+    "encode_e4m3",
     "encode_f16",
+    "encode_int4",
     "find_tie",
     "gram",
+    "group_extremes",
     "key_of_rank",
     "low_rank_product",
     "non_finite",
     "not_empty",
     "own_products",
-    "quantise",
     "quick_change",
     "tridiagonal",
     "trim",
