@@ -80,6 +80,9 @@ class _Fp4Encoding(Encoding):
         import numpy as np
 
         groups = values.reshape(-1, self.group)
+        whole = np.array([scale], np.float32).view(np.uint8)
+        if self.whole and not np.array_equal(stored[2], whole):
+            before = None  # codes stay only under the scale that they have been made with
         changed = changed_groups(groups, before)
         chosen = groups[changed]
         raw, scales = self.group_scales(group_magnitudes(chosen), scale)
@@ -88,7 +91,7 @@ class _Fp4Encoding(Encoding):
         stored[0].reshape(-1, self.group // 2)[changed] = packed
         stored[1][changed] = raw
         if self.whole:
-            stored[2][:] = np.array([scale], np.float32).view(np.uint8)
+            stored[2][:] = whole
 
     def group_scales(self, largest: Any, scale: float) -> tuple[Any, Any]:
         """Scales of groups as bytes, and what values are divided by: numpy [groups]."""

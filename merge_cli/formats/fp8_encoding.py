@@ -105,9 +105,14 @@ class Fp8Encoding(Encoding):
         codes = stored[0][at : at + len(values)]
         if not self.tall:
             one = np.array([[scale]], np.float32)
-            encode_e4m3(values[None], 1, len(values), one, codes[None])
-            if self.suffix:
-                stored[1][:] = self._scales(one[0], exact=True)[0]
+            made = codes if before is None else np.empty(len(values), np.uint8)
+            encode_e4m3(values[None], 1, len(values), one, made[None])
+            raw = self._scales(one[0], exact=True)[0] if self.suffix else None
+            if before is not None:  # codes stay only under the scale that they have been made with
+                is_kept = raw is None or np.array_equal(raw, stored[1])
+                np.copyto(codes, made, where=(values != before) | (not is_kept))
+            if raw is not None:
+                stored[1][:] = raw
             return
         rows = values.reshape(-1, shape[-1])
         wide = self.wide or shape[-1]

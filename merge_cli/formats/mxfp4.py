@@ -199,11 +199,11 @@ class TransposedMxEncoding(Encoding):
         import numpy as np
 
         _, rows, columns = shape
-        codes = stored[0].reshape(columns, rows // MX_GROUP, MX_GROUP // 2)
-        exponents = stored[1].reshape(columns, rows // MX_GROUP)
+        codes = stored[0].reshape(-1, columns, rows // MX_GROUP, MX_GROUP // 2)
+        exponents = stored[1].reshape(-1, columns, rows // MX_GROUP)
         size = self.tile(shape)
         for begin in range(0, len(values), size):
-            group = (at + begin) // size
+            expert, group = divmod((at + begin) // size, rows // MX_GROUP)
             lines = values[begin : begin + size].reshape(MX_GROUP, columns)
             changed: Any = slice(None)
             if before is not None:
@@ -213,8 +213,8 @@ class TransposedMxEncoding(Encoding):
             raw = mx_exponents(group_magnitudes(groups))
             packed = np.empty((len(groups), MX_GROUP // 2), np.uint8)
             encode_e2m1(groups, numbers_of("F8_E8M0")[raw], packed)
-            codes[changed, group] = packed
-            exponents[changed, group] = raw
+            codes[expert, changed, group] = packed
+            exponents[expert, changed, group] = raw
 
     def settings(
         self, groups: Mapping[Encoding, Sequence[str]], unconverted: Sequence[str]
