@@ -130,11 +130,12 @@ def integer_weight(
     if not scales.size:
         raise corrupt(f"no scales: {list(scales.shape)}", scales)
     across = 1 if scales.size == 1 else scales.shape[-1]
-    bits, columns = (8, codes.shape[-1])
+    bits, columns, group = 8, codes.shape[-1], 0
     if codes.dtype == "I32":
         checked = checked or required({}, f"{name}_shape", codes)
         scheme, bits, columns = _width(codes, across, checked, schemes)
         _check_scheme(codes, scheme, zeros, groups)
+        group = (scheme.get("group_size") or 0) if scheme.get("strategy") != "channel" else 0
     rows = codes.shape[:-1]
     shape = (*rows, columns)
     why = f"'{codes.name}'"
@@ -150,7 +151,9 @@ def integer_weight(
             of_shape(zeros, ("I32",), packed, why=why)
     if groups is not None:
         of_shape(groups, ("I32", "I64"), (columns,), why=why)
-    return GroupedIntegers(name, codes, shape, default_dtype, bits, scales, zeros, groups, checked)
+    return GroupedIntegers(
+        name, codes, shape, default_dtype, bits, scales, zeros, groups, checked, max(0, group)
+    )
 
 
 def _width(

@@ -29,7 +29,7 @@ from merge_cli.formats.storage_format import (
 FP8_CODES = ("F8_E4M3", "F8_E5M2")
 _SCALES = ("_scale_inv", "_scale")  # behind the weight's name
 _SCALE_DTYPES = (*FLOATS, "F8_E8M0", "U8")
-_TALLEST = 256  # rows of a block: they are held as numbers while they are written
+_TALLEST = 128  # rows of a block: they are held as numbers while they are written
 _MARK = "scaled_fp8"  # a tensor of no use with which ComfyUI marks a file
 
 

@@ -109,6 +109,7 @@ class GroupedIntegers(PackedRows):
         zeros: like the scales: packed by columns if the codes are packed, else int8; or None.
         groups: the group of each column; None where they follow one another.
         checked: `weight_shape`, which may not have been there when the model was opened.
+        size_of_group: as the config says; 0 for a whole row, and where it says nothing.
     """
 
     bits: int
@@ -116,6 +117,7 @@ class GroupedIntegers(PackedRows):
     zeros: TensorRef | None
     groups: TensorRef | None
     checked: TensorRef | None
+    size_of_group: int = 0
 
     @property
     def stored(self) -> tuple[TensorRef, ...]:
@@ -138,10 +140,8 @@ class GroupedIntegers(PackedRows):
             return "integers with one scale for all are not written: by groups or rows they are"
         if self.zeros is not None and self.zeros.dtype != "I32":
             return "integers with zero points that are not packed are not written"
-        group = self.shape[-1] // across
-        encoding = Int4Encoding(
-            0 if across == 1 else group, self.zeros is None, self.scales.dtype, len(self.shape)
-        )
+        group = self.size_of_group if across == 1 else self.shape[-1] // across
+        encoding = Int4Encoding(group, self.zeros is None, self.scales.dtype, len(self.shape))
         return encoding.unfit(self.shape) or encoding
 
     def rows(self, read: Read, first: int, last: int) -> Any:

@@ -95,16 +95,14 @@ class EncodingChoice:
         unfit = encoding.unfit(reference.shape)
         return Decision(problem=unfit) if unfit else Decision(encoding)
 
-    def copied(self, tensor: Tensor, source: int) -> Decision:
-        """How a tensor that nothing changes is written.
+    def of_copy(self, name: str, tensor: Tensor, dtype: str, source: int) -> Decision:
+        """How a tensor that no method changes is written.
 
         Args:
             source: index of the model that it is from.
         """
-        if not self.keeps or not _in_codes(tensor):
-            return Decision()
-        if not isinstance(tensor, Encoded):
-            return Decision(problem=_REARRANGED)
+        if not self.keeps or not isinstance(tensor, Encoded):
+            return self.of(name, tensor, dtype)
         words, other = (
             {key: value for key, value in _words(s).items() if key not in _NAMED}
             for s in (self._source, self._sources[source])
@@ -143,7 +141,7 @@ class EncodingChoice:
         return layer and (even or not blocks)
 
 
-_REARRANGED = "its rows are put in another order, or updated, and it cannot keep its format"
+_REARRANGED = "its rows are put in another order, in which it cannot keep its format"
 
 
 def _kept(encoding: Encoding, part: Any, reference: Tensor) -> Tensor | None:
@@ -195,7 +193,8 @@ def problems(
         by_reason.setdefault(reason, []).append(name)
     for reason, names in by_reason.items():
         shown = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
-        message = f"{len(names)} tensors cannot be written in {word} ({shown}): {reason}."
+        count = f"{len(names)} tensor{'s' * (len(names) > 1)}"
+        message = f"{count} cannot be written in {word} ({shown}): {reason}."
         yield recipe.problem("out_dtype", message, "Use bfloat16.")
     if word != SAME:
         if not coded and not refused:

@@ -75,7 +75,9 @@ def tensor_tasks(
     requested = SAFETENSORS_NAMES[recipe.output_dtype] if recipe.output_dtype else None
     for match in matches:
         if match.copied:
-            decided = choice.copied(match.operands[0], match.source) if choice else Decision()
+            (tensor,), decided = match.operands, Decision()
+            if choice and choice.keeps:
+                decided = choice.of_copy(match.name, tensor, tensor.default_dtype, match.source)
             if decided.problem:
                 unfit[match.name] = decided.problem
             yield _copied(match, requested, decided), ""
@@ -89,8 +91,8 @@ def tensor_tasks(
             dtype = reference.default_dtype
         decided = Decision()
         if choice and resolved.copies:
-            decided = choice.copied(match.operands[0], sources[0])
-        if choice and not decided.encoding and not decided.problem:
+            decided = choice.of_copy(match.name, match.operands[0], dtype, sources[0])
+        elif choice:
             decided = choice.of(match.name, reference, dtype)
         if decided.problem:
             unfit[match.name] = decided.problem

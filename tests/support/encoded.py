@@ -29,7 +29,7 @@ def family(root: Path, *names: str, dtype: torch.dtype = torch.bfloat16) -> list
     """Llamas of two layers, 128 and 256 wide: each the first one with small changes."""
     generator = torch.Generator().manual_seed(0)
     start = llama_tensors(generator, layers=2, width=WIDTH)
-    models = []
+    models: list[Tensors] = []
     for name in names or ("a", "b"):
         models.append({
             key: (value + bool(models) * 0.02 * torch.randn(value.shape, generator=generator))
