@@ -69,7 +69,7 @@ def convert_streamed(
     """
     plan, notes = plan_conversion(model, dtype=dtype, config=config)
     execute(plan, out, options, show=show, finish=lambda *_: None)
-    return Written(plan, sum(task.output.nbytes for task in plan.tasks), notes)
+    return Written(plan, sum(task.bytes_written for task in plan.tasks), notes)
 
 
 def plan_conversion(model: str, *, dtype: str, config: str) -> tuple[Plan, tuple[str, ...]]:

@@ -134,7 +134,7 @@ def choose_arithmetic(plan: Plan) -> tuple[Arithmetic, str]:
         return "torch", f"{plan.method.name} works on tensors"
     merged = [task for task in plan.tasks if not task.moved]
     formats = {ref.dtype for task in merged for ref in task.inputs}
-    formats |= {task.dtype for task in merged if task.block is None}  # fp8 has its own loop
+    formats |= {task.dtype for task in merged if task.encoding is None}  # codes have their loops
     if formats - COMPILED:
         return "torch", f"{', '.join(sorted(formats - COMPILED))} among the tensors"
     missing = compiled.available()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from typing import Any, cast
 
@@ -15,6 +15,7 @@ from merge_cli.errors import NonFiniteError
 from merge_cli.kernels.backend import is_finite
 from merge_cli.kernels.fused import FORMATS, FusedForm
 from merge_cli.kernels.fused import merge as merge_stored
+from merge_cli.kernels.quantise import largest_magnitude
 from merge_cli.methods.blocks import Block
 from merge_cli.planning.plan import Chunk, Plan, TensorTask, span_starts
 from merge_cli.planning.resolve import arguments
@@ -79,7 +80,8 @@ class MergeExecutor:
             return
         reader = self._tensor_reader(task, keeps_block=self._method.tensor_pass is not None)
         if task.action == "copy":
-            self._reader.pool.map(partial(self._round, reader, finished), chunks)
+            work = partial(self._round, reader, self._largest(reader, None), finished)
+            self._reader.pool.map(work, chunks)
             return
         supplied: dict[str, Any] = {}
         if "coefficients" in self._method.supplied and self._plan.coefficients is not None:
@@ -88,7 +90,8 @@ class MergeExecutor:
             supplied["statistics"] = reader.statistics
         if self._method.tensor_pass is not None:
             supplied["prepared"] = self.prepare(reader, task)
-        work = partial(self._merge_chunk, reader, supplied, finished)
+        largest = self._largest(reader, supplied)
+        work = partial(self._merge_chunk, reader, supplied, largest, finished)
         self._reader.pool.map(work, chunks)
 
     def prepare(self, reader: TensorReader, task: TensorTask) -> Any:
@@ -106,20 +109,62 @@ class MergeExecutor:
         )
 
     def _copy(self, task: TensorTask, finished: Finished, chunk: Chunk) -> None:
+        """The bytes of what is stored: of several tensors, as large a share of each."""
         if chunk.stop > chunk.start:
-            width = width_of(task.dtype)
-            path, offset = self._offsets[task.name]
-            start, size = chunk.start * width, (chunk.stop - chunk.start) * width
             clock = self._reader.pool.worker.clock
-            (stored,) = task.operands[0].stored  # the planner copies nothing else
-            self._reader.files.copy(clock, stored, start, size, path, offset + start)
+            for stored, output in zip(task.operands[0].stored, task.outputs, strict=True):
+                path, offset = self._offsets[output.name]
+                start, stop = (
+                    stored.nbytes * end // task.size for end in (chunk.start, chunk.stop)
+                )
+                self._reader.files.copy(clock, stored, start, stop - start, path, offset + start)
         finished(chunk, TensorStats())
 
-    def _round(self, reader: TensorReader, finished: Finished, chunk: Chunk) -> None:
+    def _largest(self, reader: TensorReader, supplied: dict[str, Any] | None) -> float | None:
+        """The largest finite magnitude of the output, where its encoding must know it first.
+
+        What is merged is merged twice for it, so that no tensor has to fit in memory. The largest
+        of a few numbers is the same number, whatever their order.
+
+        Args:
+            supplied: what the method is given besides blocks; None for a copy.
+        """
+        task = reader.task
+        if task.encoding is None or not task.encoding.whole:
+            return None
+
+        def largest_of(span: int) -> float:
+            return max(
+                (
+                    largest_magnitude(self._reader.pool.worker.fetch(values))
+                    for values in self._merged(reader, supplied, span)
+                ),
+                default=0.0,
+            )
+
+        spans = range(len(reader.starts) - 1)
+        return max(self._reader.pool.map(largest_of, spans), default=0.0)
+
+    def _merged(
+        self, reader: TensorReader, supplied: dict[str, Any] | None, span: int
+    ) -> Iterator[Any]:
+        """The merged values of one span, block by block."""
+        method, parameters = self._method, dict[str, Any]()
+        if supplied is not None:
+            parameters = arguments(method, reader.task.parameters)
+            parameters |= {k: value for k, value in supplied.items() if k in method.supplied}
+        for block in reader.span(span):
+            if supplied is None:
+                yield block.operands[0]
+            else:
+                yield method.function(**operands_of(block, method.supplied), **parameters)
+
+    def _round(
+        self, reader: TensorReader, largest: float | None, finished: Finished, chunk: Chunk
+    ) -> None:
         """A copy of what is computed, or stored in another dtype."""
-        writer = writer_for(
-            reader.task, self._reader.pool.worker, self._offsets, chunk.start, chunk.stop
-        )
+        worker = self._reader.pool.worker
+        writer = writer_for(reader.task, worker, self._offsets, chunk.start, chunk.stop, largest)
         stats = TensorStats()
         for block in reader.range(chunk.start, chunk.stop):
             self._check_finite(block, reader.task, stats)
@@ -128,10 +173,15 @@ class MergeExecutor:
         finished(chunk, stats)
 
     def _merge_chunk(
-        self, reader: TensorReader, supplied: dict[str, Any], finished: Finished, chunk: Chunk
+        self,
+        reader: TensorReader,
+        supplied: dict[str, Any],
+        largest: float | None,
+        finished: Finished,
+        chunk: Chunk,
     ) -> None:
         task, method, worker = reader.task, self._method, self._reader.pool.worker
-        writer = writer_for(task, worker, self._offsets, chunk.start, chunk.stop)
+        writer = writer_for(task, worker, self._offsets, chunk.start, chunk.stop, largest)
         parameters = arguments(method, task.parameters)
         form = self._fused_form(reader, supplied, parameters)
         parameters |= {name: value for name, value in supplied.items() if name in method.supplied}
@@ -165,7 +215,7 @@ class MergeExecutor:
         task = reader.task
         if self._method.fused is None or not reader.can_be_stored:
             return None
-        if task.block is not None or task.dtype not in FORMATS:
+        if task.encoding is not None or task.dtype not in FORMATS:
             return None
         return self._method.fused(reader.at, supplied.get("prepared"), **parameters)
 

@@ -126,6 +126,8 @@ def work_key(plan: Plan, *context: object) -> str:
         if setting is None:
             setting = settings[id(task.parameters)] = repr(sorted(task.parameters.items()))
         text = f"({task.outputs!r}, {task.action!r}, {task.ids!r}, {inputs!r}){setting}"
+        if task.encoding is not None:
+            text += f"{task.encoding!r}, keeping blocks: {task.kept is not None}"
         state.update(text.encode())
     state.update(repr(sorted(fingerprints)).encode())
     for shard in plan.shards:

@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from merge_cli.checkpoint.dtypes import DTYPES
 from merge_cli.engine.device import Device
 from merge_cli.engine.executor import MergeExecutor
 from merge_cli.engine.journal import Journal
@@ -238,4 +237,6 @@ def _sync_chunks(journal: Journal, model: Path, plan: Plan) -> None:
 
 
 def _output_bytes(plan: Plan, chunk: Chunk) -> int:
-    return (chunk.stop - chunk.start) * DTYPES[plan.tasks[chunk.task].dtype][0]
+    task = plan.tasks[chunk.task]
+    size = max(1, task.size)
+    return task.bytes_written * chunk.stop // size - task.bytes_written * chunk.start // size

@@ -28,10 +28,11 @@ from merge_cli.errors import (
     RecipeError,
     UsageError,
 )
-from merge_cli.planning import fp8_output as fp8
 from merge_cli.planning.aliases import join_aliases
 from merge_cli.planning.config_notes import config_notes
 from merge_cli.planning.draft import Draft
+from merge_cli.planning.encodings import described as encodings_described
+from merge_cli.planning.encodings import left_out_tasks
 from merge_cli.planning.heads import head_problems, reconcile_heads
 from merge_cli.planning.layouts import lay_out_alike
 from merge_cli.planning.match import match_pieces
@@ -371,7 +372,8 @@ _PASSES: tuple[Callable[[Draft], Draft], ...] = (
 def _as_plan(draft: Draft, shard_size: int, stages: Mapping[str, Plan]) -> Plan:
     """What is decided, with the output's tensors laid out in shards."""
     source = draft.sources[draft.config_index]
-    outputs = [output for task in draft.tasks for output in task.outputs]
+    tasks = left_out_tasks(draft.recipe, source, draft.config_index, draft.tasks)
+    outputs = [output for task in tasks for output in task.outputs]
     operands = dict.fromkeys(operand.source for part in draft.slices for operand in part.operands)
     plan = Plan(
         recipe=draft.recipe,
@@ -382,7 +384,7 @@ def _as_plan(draft: Draft, shard_size: int, stages: Mapping[str, Plan]) -> Plan:
         config_index=draft.config_index,
         aligned=draft.aligned,
         template=draft.template,
-        tasks=draft.tasks,
+        tasks=tasks,
         shards=tuple(lay_out(outputs, shard_size, source.stems)),
         config=draft.config if source.config else {},
         notes=tuple(dict.fromkeys(draft.notes)),
@@ -391,7 +393,7 @@ def _as_plan(draft: Draft, shard_size: int, stages: Mapping[str, Plan]) -> Plan:
         stages=stages,
         copies=draft.copies,
     )
-    return fp8.described(plan)
+    return encodings_described(plan)
 
 
 def _placed(problem: Problem, recipe: Recipe) -> Problem:

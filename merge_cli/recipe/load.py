@@ -112,9 +112,10 @@ def parse_documents(
         if stage.eval is not None:
             message = "only the result is evaluated, and this is a stage."
             problems.append(stage.problem("eval", message, "Move it to the result's document."))
-        if stage.fp8 and stage.name in requested:
+        if stage.quantises and stage.name in requested:
             message = "what another document merges is kept in full."
-            problems.append(stage.problem("out_dtype", message, "Only the result may be fp8."))
+            hint = f"Only the result may be {stage.out_dtype}."
+            problems.append(stage.problem("out_dtype", message, hint))
     return replace(by_name[final], stages=stages), problems
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from merge_cli.errors import Problem
 from merge_cli.recipe.automatic import BUDGET, METHODS
 from merge_cli.recipe.checkpoints import CHECKPOINTS, METHOD, expand
-from merge_cli.recipe.fields import DTYPES, FP8, SOURCE_KEYS, UNUSED_SEED, nearest
+from merge_cli.recipe.fields import CODES, DTYPES, FP8, SOURCE_KEYS, UNUSED_SEED, nearest
 from merge_cli.recipe.forms import Anything, Plain, Text
 from merge_cli.recipe.models import MODEL
 from merge_cli.recipe.nodes import Node, without_empty
@@ -56,8 +56,9 @@ class DtypeForm(Form):
         hint = nearest(name, dtypes)
         if name.lower() in _SHORT:
             hint = f"Did you mean '{_SHORT[name.lower()]}'?"
-        if name in _FP8_NAMES:
-            hint = "Write `out_dtype: fp8`; `dtype` is of everything that stays as it is."
+        code = FP8 if name in _FP8_NAMES else name
+        if code in CODES:
+            hint = f"Write `out_dtype: {code}`; `dtype` is of everything that stays as it is."
         return reader.refuse(node, key, f"unknown dtype '{word}'.", hint)
 
     def schema(self) -> Schema:
@@ -98,8 +99,9 @@ RECIPE = Section(
         "parameters": Key(PARAMETERS, "the method's parameters, for all models"),
         "dtype": Key(DtypeForm(), "stored dtype of the output; default each tensor's own"),
         "out_dtype": Key(
-            DtypeForm((FP8,)),
-            "takes precedence over `dtype`; fp8 applies to matrices of layers",
+            DtypeForm(CODES),
+            "takes precedence over `dtype`; codes (fp8, int4, ...) are of matrices of layers; "
+            "same keeps each tensor's format",
         ),
         "seed": Key(_SEED, "seed of random masks, samples and splits", 0),
         "random_seed": Key(_SEED, "mergekit's name of `seed`"),

@@ -24,6 +24,7 @@ from merge_cli.checkpoint.components import (
 )
 from merge_cli.checkpoint.config import is_of_5
 from merge_cli.checkpoint.fingerprint import FileFingerprint, add_samples, folder_fingerprints
+from merge_cli.checkpoint.headers import TensorRef
 from merge_cli.checkpoint.tensors import Tensor
 from merge_cli.errors import CorruptFileError, HubError, SourceError
 from merge_cli.formats.dcp.model import is_checkpoint, open_checkpoint
@@ -57,6 +58,7 @@ class Source:
         planned: whether it is still to be made, by a document of the same recipe.
         adapter: what `tensors` have been updated with; None for a model as it is.
         fingerprints: its files as they were before they were read; none of a model on the Hub.
+        quantization, left_out: of a quantised model, see `DecodedModel`.
     """
 
     label: str
@@ -69,6 +71,8 @@ class Source:
     planned: bool = False
     adapter: Adapter | None = None
     fingerprints: Mapping[Path, FileFingerprint] = field(default_factory=dict, repr=False)
+    quantization: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    left_out: tuple[TensorRef, ...] = field(default=(), repr=False)
 
     def ties(self, head: str) -> bool:
         """Whether the head is the input embedding: as the config says, here or in its text part.
@@ -344,6 +348,8 @@ def _opened(storage: ModelStorage, label: str, repo: hub.HubModel | None = None)
         headers,
         repo,
         tuple(filter(None, notes)),
+        quantization=model.quantization,
+        left_out=model.left_out,
     )
 
 

@@ -70,7 +70,7 @@ def read_into(files: FilePool, path: Path, offset: int, buffer: memoryview, mode
 
 def _pread_into(fd: int, buffer: memoryview, offset: int) -> int:
     if _PREADV is not None:
-        return _PREADV(fd, [buffer], offset)
+        return int(_PREADV(fd, [buffer], offset))
     data = os.pread(fd, len(buffer), offset)  # old macOS: one copy more
     buffer[: len(data)] = data
     return len(data)

@@ -68,7 +68,9 @@ def block_of(
     return fused.StoredBlock(buffer, starts[:-1], kinds, start, size, based)
 
 
-def settings_of(draw: Any, name: str, sources: int, magnitudes: np.ndarray) -> tuple[dict, Any]:
+def settings_of(
+    draw: Any, name: str, sources: int, magnitudes: np.ndarray
+) -> tuple[dict[str, Any], Any]:
     """Parameters as the engine hands them out, and what `tensor_pass` might have found."""
     weights = st.sampled_from([1.0, 0.7, 0.0, -0.3, 1e-9, 3.0])
     weight = [draw(weights) for _ in range(sources)]
