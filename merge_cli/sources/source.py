@@ -34,13 +34,17 @@ from merge_cli.lora.config import base_note
 from merge_cli.lora.heads import changed_config
 from merge_cli.lora.targets import apply_adapter
 from merge_cli.recipe.reference import HUB, ModelRef, expanded, hub_id, is_revision, local_folder
-from merge_cli.sources.gguf import SUFFIX, open_gguf
+from merge_cli.sources.gguf import SUFFIX as GGUF
+from merge_cli.sources.gguf import open_gguf
+from merge_cli.sources.single_file import (
+    CONFIG,
+    NO_CONFIG,
+    SAFETENSORS,
+    has_whole_model,
+    open_file,
+)
 from merge_cli.sources.storage import HubRepo, LocalFolder, ModelStorage, read_headers
 from merge_cli.system.untrusted import read_mapping
-
-CONFIG = "config.json"
-SAFETENSORS = ".safetensors"
-NO_CONFIG = "has no config.json"  # a note
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,7 @@ class Source:
         planned: whether it is still to be made, by a document of the same recipe.
         adapter: what `tensors` have been updated with; None for a model as it is.
         fingerprints: its files as they were before they were read; none of a model on the Hub.
+        file: the name of the one file in `root` that it is; empty where it is the folder.
     """
 
     label: str
@@ -69,6 +74,7 @@ class Source:
     planned: bool = False
     adapter: Adapter | None = None
     fingerprints: Mapping[Path, FileFingerprint] = field(default_factory=dict, repr=False)
+    file: str = ""
 
     def ties(self, head: str) -> bool:
         """Whether the head is the input embedding: as the config says, here or in its text part.
@@ -87,11 +93,18 @@ class Source:
     @property
     def is_safetensors(self) -> bool:
         """Whether its weights are in files that transformers loads from its folder."""
-        return all(name.endswith(SAFETENSORS) for name in self.header_bytes)
+        return not self.file and all(name.endswith(SAFETENSORS) for name in self.header_bytes)
+
+    @property
+    def is_lone_file(self) -> bool:
+        """Whether it is one file of weights without a config: so is then what is made of it."""
+        return bool(self.file) and not self.config
 
     @property
     def stems(self) -> dict[str, str]:
         """For each folder with weights ("" for the model's own) what the files are called."""
+        if self.is_lone_file:
+            return {"": Path(self.file).stem}
         names = [*self.header_bytes, *([PIPELINE] if (self.root / PIPELINE).is_file() else [])]
         parts = part_folders(names, module_folders(self.root, self.label))
         return {folder: stem_of(names_in(folder, names)) for folder in parts}
@@ -128,7 +141,7 @@ class Source:
     def identity(self) -> tuple[Path, ...]:
         """What tells models apart: where the files are, and those of the adapter."""
         adapter = (self.adapter.root.resolve(),) if self.adapter else ()
-        return (self.root.resolve(), *adapter)
+        return ((self.root / self.file).resolve(), *adapter)
 
     def download_size(self, shards: Iterable[str]) -> int:
         """Bytes of these files, and of an adapter, as far as they are on the Hub."""
@@ -280,10 +293,7 @@ def fetch_weights(
 
 def _open_folder(path: Path, label: str) -> Source:
     if not path.is_dir():
-        if path.suffix == SUFFIX:
-            return _open_gguf(path, label)
-        hint = "Name the model's folder, not a file in it."
-        raise SourceError("not a folder", model=label, hint=hint)
+        return _open_file(path, label)
     fingerprints = folder_fingerprints(path)
     try:
         folder = LocalFolder(path)
@@ -292,6 +302,23 @@ def _open_folder(path: Path, label: str) -> Source:
         raise SourceError(f"cannot be read: {error.strerror}", model=label, hint=hint) from error
     opened = _open_dcp(folder, label) if _is_dcp(folder) else _opened(folder, label)
     return replace(opened, fingerprints=fingerprints)
+
+
+def _open_file(path: Path, label: str) -> Source:
+    """A file as a model: with the config and the tokenizer of its folder, if it has a config."""
+    if has_whole_model(path, label):
+        return replace(_open_folder(path.parent, label), label=label)
+    model = open_gguf(path, label) if path.suffix == GGUF else open_file(path, label)
+    return Source(
+        label,
+        model.root,
+        model.decoded.config,
+        model.decoded.tensors,
+        model.headers,
+        notes=model.notes,
+        fingerprints=folder_fingerprints(model.root),
+        file=path.name,
+    )
 
 
 def _is_dcp(folder: LocalFolder) -> bool:
@@ -310,19 +337,6 @@ def _open_dcp(folder: LocalFolder, label: str) -> Source:
     headers = dict.fromkeys(model.files, b"")  # such files have none: `.metadata` has said it all
     return Source(
         label, folder.root, config, model.tensors, headers, notes=tuple(filter(None, notes))
-    )
-
-
-def _open_gguf(path: Path, label: str) -> Source:
-    model = open_gguf(path, label)
-    return Source(
-        label,
-        model.root,
-        model.decoded.config,
-        model.decoded.tensors,
-        model.headers,
-        notes=model.notes,
-        fingerprints=folder_fingerprints(model.root),
     )
 
 

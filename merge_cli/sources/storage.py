@@ -20,6 +20,7 @@ from merge_cli.checkpoint.components import (
 )
 from merge_cli.checkpoint.headers import TensorRef, parse_header, read_header_file
 from merge_cli.errors import CorruptFileError, SourceError
+from merge_cli.formats.pickled import PICKLES
 from merge_cli.hub import models as hub
 from merge_cli.system.untrusted import read_mapping
 
@@ -133,7 +134,6 @@ def read_headers(
 
 
 INDEX = index_of(STEMS[0])
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 # Whole copies of the same weights in another naming, which some repositories carry beside them.
 _DUPLICATES = ("consolidated",)
 
@@ -178,7 +178,7 @@ def find_shards(
     if any(name.startswith("adapter_") for name in names):
         message = "this is a LoRA adapter, not a model"
         raise SourceError(message, model=label, hint=f"Name its base, too: `BASE+{label}`.")
-    pickled = sorted(name for name in names if name.endswith(_PICKLES))
+    pickled = sorted(name for name in names if name.endswith(PICKLES))
     if pickled:
         message = f"its weights are pickled ({pickled[0]}), and opening a pickle runs its code"
         hint = f"Write it as safetensors; nothing in it is run: merge-cli convert {label} converted"
