@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from merge_cli.checkpoint.headers import parse_header, read_header_file
 from merge_cli.checkpoint.components import PIPELINE
+from merge_cli.checkpoint.headers import parse_header, read_header_file
 from merge_cli.errors import SourceError
 from merge_cli.formats.detect import read_as_numbers
 from merge_cli.formats.pickled import PICKLES, open_pickle

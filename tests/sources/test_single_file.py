@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import merge_cli
 from merge_cli.conversion.run import convert
-from merge_cli.errors import CorruptFileError, RecipeError, SourceError
+from merge_cli.errors import CorruptFileError, SourceError
 from merge_cli.options import MergeOptions
 from merge_cli.recipe.reference import ModelRef
 from merge_cli.sources.source import Source, open_source
@@ -86,8 +86,11 @@ def test_two_files_of_one_folder_are_two_models(tmp_path: Path) -> None:
     assert equal(read_model(out), mean(*models))
     assert json.loads((out / "config.json").read_text())["num_hidden_layers"] == 2
     assert (out / "tokenizer_config.json").is_file()
-    with pytest.raises(RecipeError, match="twice|same model|listed"):
-        soup(tmp_path, "step-0.safetensors", "./step-0.safetensors")
+    first, same, other = (
+        tmp_path / n for n in ("step-0.safetensors", "link", "step-1.safetensors")
+    )
+    same.symlink_to(tmp_path)
+    assert opened(first).identity == opened(same / first.name).identity != opened(other).identity
 
 
 def test_the_only_file_of_a_folder_is_the_folder(tmp_path: Path) -> None:
