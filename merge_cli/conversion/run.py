@@ -192,7 +192,7 @@ def find_pickles(model: str, show: Show) -> tuple[Path, list[Path]]:
             fetched += count
             show(Progress("fetch", fetched, total, model))
 
-        folder = hub.fetch_files(repo, requested, progress)
+        folder = repo.fetch(requested, progress)
     if not folder.is_dir():
         hint = "Name the model's folder, not a file in it."
         raise SourceError("not a folder", model=model, hint=hint)

@@ -28,8 +28,8 @@ def source_identity(source: Source) -> str:
         as `source_fingerprint` does.
     """
     require_folder(source)
-    if source.hub is not None and source.hub.commit:
-        return f"{source.hub.repo_id}@{source.hub.commit}"
+    if source.repository is not None and source.repository.commit:
+        return f"{source.repository.repo_id}@{source.repository.commit}"
     return source_fingerprint(source)
 
 
@@ -43,7 +43,7 @@ def remembered_identity(source: Source) -> str | None:
         as `source_fingerprint` does.
     """
     require_folder(source)
-    if source.hub is not None and source.hub.commit:
+    if source.repository is not None and source.repository.commit:
         return source_identity(source)
     return cached_fingerprint(source.root)
 
@@ -59,7 +59,7 @@ def refuse_changed(source: Source, identity: str) -> None:
     Raises:
         SourceError: it has been written to meanwhile.
     """
-    if source.hub is None and source_fingerprint(source) != identity:
+    if source.repository is None and source_fingerprint(source) != identity:
         hint = "Run the command again when nothing writes to it."
         raise SourceError("has changed while it was loaded", model=source.label, hint=hint)
 

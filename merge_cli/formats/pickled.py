@@ -1,13 +1,12 @@
 """A file of `torch.save` as a model: `.pt`, `.bin`, `.pth`, `.ckpt`.
 
-Nothing in the pickle is imported or called: it is read as data (`inert`), and its tensors' bytes are
-read where they lie in the archive. So a training program's classes do no harm, and a file needs no
-conversion before it is merged.
+Nothing in the pickle is imported or called: it is read as data (`inert`), and its tensors' bytes
+are read where they lie in the archive. So a training program's classes do no harm, and a file needs
+no conversion before it is merged.
 """
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 import zipfile
@@ -27,7 +26,7 @@ from merge_cli.formats.torch_files import (
     is_tensor,
     stored_tensor,
 )
-from merge_cli.system.untrusted import CONTROL, Unreadable, open_regular
+from merge_cli.system.untrusted import CONTROL, Unreadable
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 # Keys under which training programs save the model, beside optimizers and counters.
@@ -52,24 +51,24 @@ class PickledModel:
     left_out: tuple[str, ...]
 
 
-def open_pickle(path: Path, label: str, link: Path) -> PickledModel:
+def open_pickle(file: BinaryIO, size: int, label: str, link: Path) -> PickledModel:
     """Read which tensors a file has, and where they lie in it.
 
     Args:
+        size: of the file.
         link: where the tensors will be read from: the file, or a link to it.
 
     Raises:
         CorruptFileError: truncated, or contradicting itself.
         SourceError: of another form than torch writes today, or with tensors that are not read.
     """
-    where = {"model": label, "file": path.name}
+    where = {"model": label, "file": link.name}
+    if file.read(2) != b"PK":
+        message = "is no archive as torch has written since 1.6"
+        hint = "Load it with torch, if you trust it, and save it again."
+        raise SourceError(message, **where, hint=hint)
     try:
-        with open_regular(path) as file:
-            if file.read(2) != b"PK":
-                message = "is no archive as torch has written since 1.6"
-                hint = "Put it into a folder as pytorch_model.bin, and convert that: merge-cli convert."
-                raise SourceError(message, **where, hint=hint)
-            return _opened(file, label, link)
+        return _opened(file, size, label, link)
     except Unreadable as error:
         raise CorruptFileError(str(error), **where) from None
     except (OSError, zipfile.BadZipFile) as error:
@@ -77,8 +76,7 @@ def open_pickle(path: Path, label: str, link: Path) -> PickledModel:
         raise CorruptFileError(f"cannot be read: {why[:100]}", **where) from None
 
 
-def _opened(file: BinaryIO, label: str, link: Path) -> PickledModel:
-    size = os.fstat(file.fileno()).st_size
+def _opened(file: BinaryIO, size: int, label: str, link: Path) -> PickledModel:
     with zipfile.ZipFile(file) as archive:
         entries = {info.filename.partition("/")[2]: info for info in archive.infolist()}
         pickled = entries.get("data.pkl")

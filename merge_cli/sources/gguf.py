@@ -1,6 +1,6 @@
 """A GGUF file as a model's folder: what lies beside the weights elsewhere is made of its keys.
 
-    CACHE/gguf/KEY/   config.json  generation_config.json  tokenizer.json ...  NAME.gguf -> the file
+    config.json  generation_config.json  tokenizer.json ...  NAME.gguf -> the file
 
 Every reader of a model's config or tokenizer finds it there.
 """
@@ -14,26 +14,27 @@ from pathlib import Path
 from typing import Any
 
 from merge_cli.checkpoint.auxiliary_files import CARD
-from merge_cli.formats.gguf.header import read_header
+from merge_cli.formats.gguf.header import Header
 from merge_cli.formats.gguf.model import decode
 from merge_cli.formats.gguf.tokenizer import end_tokens, tokenizer_files
-from merge_cli.sources.linked import FileModel, linked_folder, write_files
+from merge_cli.sources.linked import FileModel, write_files
 
 SUFFIX = ".gguf"
 _WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,60}")  # a licence or a language
 
 
-def open_gguf(path: Path, label: str) -> FileModel:
-    """Read a file's header and lay out its folder.
+def lay_out_gguf(header: Header, root: Path, name: str, label: str) -> FileModel:
+    """Write what a file's header says into the folder that has a link to it.
+
+    Args:
+        name: of the link, relative to the folder.
 
     Raises:
         SourceError: a model or a kind of numbers that is not read.
-        CorruptFileError: a header that does not hold.
+        CorruptFileError: a header that contradicts itself.
         ResourceError: the cache cannot be written.
     """
-    header = read_header(path, label)
-    root = linked_folder("gguf", path, label)
-    decoded = decode(header, path, label, root / path.name)
+    decoded = decode(header, Path(name).name, label, root / name)
     files, reason = tokenizer_files(header.values)
     files["config.json"] = json.dumps(decoded.config, indent=2) + "\n"
     card = _card(header.values)
@@ -46,7 +47,7 @@ def open_gguf(path: Path, label: str) -> FileModel:
     notes = list(decoded.notes)
     if reason:
         notes.append(f"no tokenizer is made of the file: {reason}; take another model's")
-    return FileModel(root, decoded, {path.name: header.raw}, tuple(notes))
+    return FileModel(root, name, decoded, header.raw, tuple(notes))
 
 
 def _card(values: Mapping[str, Any]) -> str:

@@ -30,12 +30,14 @@ class FileModel:
 
     Attributes:
         root: the folder that the file is read from.
-        headers: the file's name there -> its header; empty bytes where it has none.
+        name: of the file, relative to it.
+        header: its first bytes; none of a pickle.
     """
 
     root: Path
+    name: str
     decoded: DecodedModel
-    headers: Mapping[str, bytes]
+    header: bytes
     notes: tuple[str, ...]
 
 

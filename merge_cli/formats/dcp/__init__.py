@@ -4,5 +4,5 @@
     storage     a part within a `.distcp` file, down to its first byte
     model       the model's tensors, put together from their parts; optimizer states are left out
 
-Pickles are read as data (`formats.inert`, `formats.torch_files`). `sources.source` opens such folders.
+Pickles are read as data (`formats.inert`, `formats.torch_files`).
 """

@@ -9,11 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from merge_cli.errors import CorruptFileError, SourceError
-from merge_cli.formats.gguf.header import Header
+from merge_cli.formats.gguf.header import ROPE_FACTORS, BlockTensor, Header
 from merge_cli.system.untrusted import Unreadable, whole_number
 
 _MAX_LAYERS = 100_000
@@ -128,7 +127,7 @@ class _Keys:
 
 
 def config_of(
-    header: Header, architecture: str, label: str, path: Path
+    header: Header, architecture: str, label: str, file: str
 ) -> tuple[dict[str, Any], Shapes]:
     """config.json, without `dtype` and biases, and the sizes that the tensors should have.
 
@@ -137,7 +136,7 @@ def config_of(
         CorruptFileError: keys that are missing or impossible.
     """
     keys = _Keys(header.values, architecture)
-    where = {"model": label, "file": path.name}
+    where = {"model": label, "file": file}
     experts = keys.get("expert_count")
     if experts:
         message = f"a mixture of {experts} experts in GGUF, which is not read"
@@ -158,9 +157,10 @@ def config_of(
         scaling = _scaling(keys, config["max_position_embeddings"])
     except Unreadable as error:
         raise CorruptFileError(str(error), **where) from None
-    factors = tensors.get("rope_freqs.weight")
+    factors = tensors.get(ROPE_FACTORS)
     if factors is not None and scaling is None:
-        scaling = _llama3_scaling(path, factors, shapes, config["rope_theta"], where)
+        stored = header.factors.get(ROPE_FACTORS, b"")
+        scaling = _llama3_scaling(stored, factors, shapes, config["rope_theta"], where)
     if scaling is not None:
         config["rope_scaling"] = scaling
     return config, shapes
@@ -239,7 +239,7 @@ def _scaling(keys: _Keys, length: int) -> dict[str, Any] | None:
 
 
 def _llama3_scaling(
-    path: Path, factors: Any, shapes: Shapes, theta: float, where: Mapping[str, str]
+    raw: bytes, factors: BlockTensor, shapes: Shapes, theta: float, where: Mapping[str, str]
 ) -> dict[str, Any] | None:
     """`rope_scaling` of Llama 3.1, whose files hold a factor for each frequency.
 
@@ -255,9 +255,7 @@ def _llama3_scaling(
     )
     if factors.kind.dtype != "F32" or factors.shape != (shapes.head // 2,):
         raise refused
-    with path.open("rb") as file:
-        file.seek(factors.offset)
-        stored = np.frombuffer(file.read(factors.nbytes), np.float32).astype(np.float64)
+    stored = np.frombuffer(raw, np.float32).astype(np.float64)
     if len(stored) != shapes.head // 2 or not np.isfinite(stored).all():
         raise refused
     factor = float(f"{stored.max():.6g}")  # 8, not what float32 made of a quotient

@@ -19,7 +19,7 @@ from merge_cli.checkpoint.tensors import Tensor
 from merge_cli.errors import CorruptFileError, SourceError
 from merge_cli.formats.gguf.blocks import DequantizedBlocks
 from merge_cli.formats.gguf.config import Shapes, config_of
-from merge_cli.formats.gguf.header import BlockTensor, Header
+from merge_cli.formats.gguf.header import ROPE_FACTORS, BlockTensor, Header
 from merge_cli.formats.storage_format import DecodedModel
 
 _TOP = {
@@ -41,8 +41,6 @@ _LAYER = {
 _HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
 _ATTENTION = ("attn_q", "attn_k", "attn_v", "attn_output")
 _MLP = ("ffn_gate", "ffn_up", "ffn_down")
-# Factors of rotary frequencies: a function of what config.json says.
-ROPE_FACTORS = "rope_freqs.weight"
 _LAYER_NAME = re.compile(r"blk\.(0|[1-9][0-9]{0,5})\.([a-z_]+)\.(weight|bias)")
 
 
@@ -72,10 +70,11 @@ ARCHITECTURES = {
 }
 
 
-def decode(header: Header, path: Path, label: str, link: Path) -> DecodedModel:
+def decode(header: Header, file: str, label: str, link: Path) -> DecodedModel:
     """A file's tensors by Hugging Face's names, and its config.json.
 
     Args:
+        file: its name, for messages.
         link: where the tensors will be read from: a link to the file, which need not be there yet.
 
     Raises:
@@ -87,10 +86,10 @@ def decode(header: Header, path: Path, label: str, link: Path) -> DecodedModel:
     if architecture is None:
         message = f"a GGUF file of the architecture {str(name)[:60]!r}, which is not read"
         hint = f"Read are {', '.join(ARCHITECTURES)}. Merge the model that the file was made of."
-        raise SourceError(message, model=label, file=path.name, hint=hint)
+        raise SourceError(message, model=label, file=file, hint=hint)
     present = {tensor.name: tensor for tensor in header.tensors}
-    config, shapes = config_of(header, str(name), label, path)
-    names = _names(architecture, shapes, present, label, path)
+    config, shapes = config_of(header, str(name), label, file)
+    names = _names(architecture, shapes, present, label, file)
     default_dtype = _default_dtype(header.tensors)
     config["dtype"] = DTYPES[default_dtype][1]
     config |= {key: key in _with_bias(architecture, present) for key in architecture.biases if key}
@@ -112,7 +111,7 @@ def _names(
     shapes: Shapes,
     present: Mapping[str, BlockTensor],
     label: str,
-    path: Path,
+    file: str,
 ) -> dict[str, str]:
     """Each tensor's name in the file -> Hugging Face's.
 
@@ -121,7 +120,7 @@ def _names(
         CorruptFileError: tensors that are missing, or of another shape.
     """
     expected = dict(expected_tensors(architecture, shapes, present))
-    where = {"model": label, "file": path.name}
+    where = {"model": label, "file": file}
     unknown = [name for name in present if name not in expected and name != ROPE_FACTORS]
     if unknown:
         message = f"{len(unknown)} tensors that are not understood, among them this one"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from merge_cli.checkpoint.class_config import known_class, quiet_and_alone, without_choices
@@ -25,13 +24,14 @@ from merge_cli.formats.gguf.header import (
     FLOAT32,
     INT32,
     MAGIC,
+    ROPE_FACTORS,
     STRING,
     UINT32,
     BlockTensor,
     Header,
     padded,
 )
-from merge_cli.formats.gguf.model import ARCHITECTURES, ROPE_FACTORS, expected_tensors
+from merge_cli.formats.gguf.model import ARCHITECTURES, expected_tensors
 
 KINDS: dict[str, BlockType] = {"F16": F16, "BF16": BF16, "Q8_0": Q8_0, "F32": F32}
 _FILE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7, "BF16": 32}  # of `general.file_type`
@@ -274,7 +274,7 @@ def _check_config(
     """
     entries = tuple(BlockTensor(p.name, p.kind, p.shape, 0) for p in pieces)
     header = Header(b"", values, entries)
-    config, _ = config_of(header, str(values["general.architecture"]), label, Path("model.gguf"))
+    config, _ = config_of(header, str(values["general.architecture"]), label, "model.gguf")
     biases = {key: own[key] for key in ("attention_bias", "mlp_bias") if key in own}
     back = _as_transformers_reads({**config, **biases}, label)
     ignored = set(_WITHOUT_EFFECT)
