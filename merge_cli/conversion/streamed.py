@@ -23,7 +23,7 @@ from merge_cli.options import MergeOptions, Progress
 from merge_cli.planning.plan import Plan
 from merge_cli.planning.planner import load_recipe, make_plan
 from merge_cli.planning.skeleton import Skeleton, build
-from merge_cli.recipe.reference import local_folder, parse_reference
+from merge_cli.recipe.reference import hub_file, is_address, local_folder, parse_reference
 from merge_cli.sources.single_file import NO_CONFIG
 from merge_cli.sources.source import Source, open_source, open_tokenizer
 
@@ -40,9 +40,12 @@ class Written:
 
 
 def is_streamed(model: str) -> bool:
-    """Whether a model is one that the engine reads: a file, or a distributed checkpoint."""
+    """Whether a model is one that the engine reads: a file, an address, or a DCP folder."""
     path = local_folder(model, Path.cwd())
-    return path is not None and (not path.is_dir() or (path / METADATA).is_file())
+    if path is None:
+        name = parse_reference(model, Path.cwd()).path
+        return is_address(name) or hub_file(name) is not None
+    return not path.is_dir() or (path / METADATA).is_file()
 
 
 def convert_streamed(
