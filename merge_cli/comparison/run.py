@@ -130,7 +130,7 @@ def _entry(
 
     evaluation = evaluate_source(source, spec, renamed)
     method = merge.plan.recipe.merge_method if merge else ""
-    path = os.path.relpath(source.root) if source.hub is None else source.label
+    path = os.path.relpath(source.root) if source.repository is None else source.label
     return ModelEntry(name, role, path, evaluation, method, merge.text if merge else "", cost)
 
 
@@ -235,8 +235,10 @@ def _work(plan: Plan, device: str) -> str:
 
 def _reference(source: Source) -> str:
     """A source's name in a recipe in any folder."""
+    if source.remote is not None:
+        return source.label
     if source.hub is None:
-        return str(source.root.resolve())
+        return str((source.root / source.file).resolve())
     return f"{source.hub.repo_id}@{source.hub.commit}"
 
 

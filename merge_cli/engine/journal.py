@@ -100,7 +100,7 @@ def work_key(plan: Plan, *context: object) -> str:
         opened.root
         for source in plan.sources
         for opened in (source, source.adapter)
-        if opened is not None and opened.hub is not None
+        if opened is not None and opened.repository is not None
     }
     paths: dict[Path, str] = {}
     fingerprints: list[tuple[str, str]] = []
@@ -158,7 +158,7 @@ def _auxiliary_content(plan: Plan, made: Mapping[Path, object]) -> bytes:
     origins = [made.get(root, os.path.normpath(root)) for root in roots]
     parts = [origins, files, plan.template, json.dumps(dict(plan.config), sort_keys=True)]
     local_roots = {
-        source.root for source in plan.sources if source.hub is None and not source.planned
+        source.root for source in plan.sources if source.repository is None and not source.planned
     }
     parts += [
         _auxiliary_fingerprints(root) for root in roots if root in local_roots and root not in made

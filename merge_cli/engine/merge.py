@@ -129,9 +129,10 @@ def protected_paths(plan: Plan) -> list[Path]:
 
 
 def fetch_inputs(plan: Plan, on_progress: OnProgress) -> None:
-    """Download the shards that the plan reads, of models that are on the Hub."""
+    """Download the shards that the plan reads, of models that are not on this machine."""
     for i, source in enumerate(plan.sources):
-        if source.hub is None and (source.adapter is None or source.adapter.hub is None):
+        adapter = source.adapter.repository if source.adapter is not None else None
+        if source.repository is None and adapter is None:
             continue
         requested = plan.shards_read(i)
         total = source.download_size(requested)

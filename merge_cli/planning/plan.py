@@ -176,10 +176,12 @@ class Plan:
 
     def shards_read(self, source: int) -> set[str]:
         """The files of a source that the merge reads."""
-        root = self.sources[source].root
-        return {
+        opened = self.sources[source]
+        root = opened.root
+        names = {
             path.relative_to(root).as_posix() for path in self._files_read if root in path.parents
         }
+        return names & {opened.file} if opened.file else names  # others there are other sources'
 
     @property
     def stored_inputs(self) -> Iterator[TensorRef]:

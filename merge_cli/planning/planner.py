@@ -375,6 +375,8 @@ def _as_plan(draft: Draft, shard_size: int, stages: Mapping[str, Plan]) -> Plan:
     tasks = left_out_tasks(draft.recipe, source, draft.config_index, draft.tasks)
     outputs = [output for task in tasks for output in task.outputs]
     operands = dict.fromkeys(operand.source for part in draft.slices for operand in part.operands)
+    if source.is_lone_file:  # one file in, one file out
+        shard_size = sum(output.nbytes for output in outputs)
     plan = Plan(
         recipe=draft.recipe,
         method=draft.method,

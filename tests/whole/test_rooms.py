@@ -5,7 +5,7 @@
     system                                          files, memory, processes, untrusted input
     recipe                                          a recipe's YAML, typed
     checkpoint                                      headers, dtypes, tensors, config
-    kernels · hub · formats                         numbers · downloads · storage formats
+    kernels · hub · remote · formats                numbers · downloads · storage formats
     lora · methods                                  adapters · merge methods
     sources                                         an opened model
     tokenizer                                       vocabularies

@@ -15,7 +15,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from merge_cli.checkpoint.dtypes import SAFETENSORS_NAMES
-from merge_cli.formats.dcp.inert import Record, load_inert, name_of
+from merge_cli.formats.inert import Record, load_inert, name_of
 from merge_cli.system.untrusted import CONTROL, Unreadable, whole_number
 
 _MODULE = "torch.distributed.checkpoint.metadata"
