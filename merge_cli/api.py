@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ from typing import Any
 from merge_cli.comparison.result import Comparison
 from merge_cli.comparison.run import compare as compare_recipes
 from merge_cli.engine.device import device_here
+from merge_cli.engine.loop import run_loop
 from merge_cli.engine.made_before import made_before, read_report
-from merge_cli.engine.merge import execute
+from merge_cli.engine.merge import Run, execute
 from merge_cli.engine.merge_stats import MergeStats
 from merge_cli.engine.stages import make_stages
 from merge_cli.errors import UsageError
@@ -107,7 +109,8 @@ def merge(
             published all the same.
     """
     options = options or MergeOptions()
-    options = replace(options, device=device_here(options.device))
+    if options.ray is None:
+        options = replace(options, device=device_here(options.device))
     on_progress = on_progress or show or ignore_progress
     loaded = recipe if isinstance(recipe, Recipe | Plan) else load_recipe(recipe)
     spec = None if evaluation is None else as_spec(evaluation)
@@ -162,21 +165,47 @@ def merge_plan(
     if plan.recipe.output is not None:
         from merge_cli.adapters.merging import merge_adapters
 
+        if options.ray is not None:
+            message = "adapters are merged on one machine: they are small"
+            raise UsageError(message, hint="Leave --ray out.")
         return MergeResult(target, merge_adapters(plan, target, options, show=on_progress))
+    with _runner(options, target) as run:
 
-    def make_document(
-        plan: Plan, target: Path, options: MergeOptions, stages: Mapping[str, Path]
-    ) -> dict[str, Any]:
-        return _merge_document(plan, target, options, on_progress, require_improvement, stages)
+        def make_document(
+            plan: Plan, target: Path, options: MergeOptions, stages: Mapping[str, Path]
+        ) -> dict[str, Any]:
+            return _merge_document(
+                plan, target, options, on_progress, require_improvement, stages, run
+            )
 
-    if not plan.stages:
-        return MergeResult(path, make_document(plan, target, options, {}))
+        if not plan.stages:
+            return MergeResult(path, make_document(plan, target, options, {}))
+        if _processes() > 1:
+            message = "several processes cannot share the stages of a recipe"
+            raise UsageError(message, hint="Run the stages that do not learn first, by themselves.")
+        return MergeResult(path, make_stages(plan, target, options, on_progress, make_document))
+
+
+@contextmanager
+def _runner(options: MergeOptions, target: Path) -> Iterator[Run]:
+    """What merges chunks: this process, or the nodes of a cluster."""
+    if options.ray is None:
+        yield run_loop
+        return
+    from merge_cli.cluster.run import ray_cluster
+
+    if _processes() > 1:
+        message = "processes of torchrun cannot share a Ray cluster"
+        raise UsageError(message, hint="Train first, then merge the resolved recipe with --ray.")
+    with ray_cluster(options, target) as cluster:
+        yield cluster.run
+
+
+def _processes() -> int:
+    """How many processes torchrun has started for this run."""
     from merge_cli.dam.distributed import launched
 
-    if launched() > 1:
-        message = "several processes cannot share the stages of a recipe"
-        raise UsageError(message, hint="Run the stages that do not learn first, by themselves.")
-    return MergeResult(path, make_stages(plan, target, options, on_progress, make_document))
+    return launched()
 
 
 def _merge_document(
@@ -186,6 +215,7 @@ def _merge_document(
     on_progress: OnProgress,
     require_improvement: bool,
     stages: Mapping[str, Path],
+    run: Run,
 ) -> dict[str, Any]:
     """Prepare, execute and publish one document; `stages` are the folders of what it is made of."""
     from merge_cli.report.write import write_reports
@@ -202,7 +232,7 @@ def _merge_document(
             write_reports(plan, prints, stats, folder, at, **about, card=options.model_card)
         )
 
-    execute(prepared.plan, target, options, show=on_progress, finish=explain)
+    execute(prepared.plan, target, options, show=on_progress, finish=explain, run=run)
     prepared.discard()
     # Empty: a process that was killed before it could say so has published it.
     return report or read_report(target)

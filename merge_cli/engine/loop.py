@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import queue
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,19 @@ _MODEL_PASS = "reading the whole model first, for thresholds over all of it"
 Done = queue.SimpleQueue["tuple[Chunk, TensorStats] | BaseException | None"]
 
 
+@dataclass(frozen=True)
+class Share:
+    """A part of a merge: what one node of a cluster does of it.
+
+    Attributes:
+        numbers: of its chunks. Without any, the method's pass over the whole model is made alone.
+        model_pass: what that pass has returned; None where it has not been made.
+    """
+
+    numbers: frozenset[int]
+    model_pass: Any = None
+
+
 def run_loop(
     plan: Plan,
     model: Path,
@@ -49,11 +63,13 @@ def run_loop(
     device: Device,
     options: MergeOptions,
     on_progress: OnProgress,
+    share: Share | None = None,
 ) -> MergeStats:
     """Merge every chunk that the journal does not have yet.
 
     Args:
         model: the folder with the allocated shards.
+        share: what to merge of them; None: all.
 
     Raises:
         SourceError: a source vanished, is truncated, or holds NaN or Inf.
@@ -61,10 +77,10 @@ def run_loop(
         KeyboardInterrupt: as it comes, after every thread has ended.
     """
     chunks = cut_chunks(plan.tasks)
-    tally = _Tally(plan, chunks, journal, model, options, on_progress)
+    tally = Tally(plan, chunks, journal, model, options, on_progress)
     remaining: dict[int, list[Chunk]] = {}
     for chunk in chunks:
-        if chunk.number not in journal.done:
+        if chunk.number not in journal.done and (share is None or chunk.number in share.numbers):
             remaining.setdefault(chunk.task, []).append(chunk)
     # The largest first, so that no thread is left alone with one at the end.
     order = sorted(remaining, key=lambda task: (-plan.tasks[task].bytes_read, task))
@@ -96,7 +112,9 @@ def run_loop(
     began = time.perf_counter()
     try:
         with one_torch_thread(device, arithmetic), memory_errors(), pool:
-            if remaining and plan.method.model_pass is not None:
+            if share is not None and share.model_pass is not None:
+                executor.model_pass = share.model_pass
+            elif (remaining or share is not None) and plan.method.model_pass is not None:
                 _run_model_pass(executor, pool, on_progress)
             model_pass_ended = time.perf_counter()
             tally.report("resumed" if tally.resumed else "")
@@ -120,10 +138,11 @@ def run_loop(
         resumed=tally.resumed,
         seconds=ended - model_pass_ended,
         survey_seconds=model_pass_ended - began if plan.method.model_pass is not None else 0.0,
+        model_pass=executor.model_pass,
     )
 
 
-class _Tally:
+class Tally:
     """What is merged so far: statistics by task, and bytes, which are reported as they come.
 
     The calling thread alone counts; the pool's threads only put chunks into a queue.
@@ -141,13 +160,13 @@ class _Tally:
         self._plan, self._journal, self._model = plan, journal, model
         self._on_progress, self._syncs = on_progress, options.fsync
         self.stats = _earlier_stats(plan, chunks, journal, options)
-        self._total = sum(_output_bytes(plan, chunk) for chunk in chunks)
-        self.resumed = sum(_output_bytes(plan, chunks[number]) for number in journal.done)
+        self._total = sum(output_bytes(plan, chunk) for chunk in chunks)
+        self.resumed = sum(output_bytes(plan, chunks[number]) for number in journal.done)
         self._done, self._unsynced = self.resumed, 0
 
     def add(self, chunk: Chunk, chunk_stats: TensorStats) -> None:
         """Count a chunk whose bytes are written."""
-        size = _output_bytes(self._plan, chunk)
+        size = output_bytes(self._plan, chunk)
         self._done += size
         self._unsynced += size
         self.stats[chunk.task].add(chunk_stats)
@@ -206,5 +225,6 @@ def _sync_chunks(journal: Journal, model: Path, plan: Plan) -> None:
     journal.synced(count)
 
 
-def _output_bytes(plan: Plan, chunk: Chunk) -> int:
+def output_bytes(plan: Plan, chunk: Chunk) -> int:
+    """What is written for a chunk."""
     return (chunk.stop - chunk.start) * DTYPES[plan.tasks[chunk.task].dtype][0]

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from merge_cli.engine.device import choose_device
+from merge_cli.engine.device import Device, device_of
 from merge_cli.engine.inputs import inputs_of
-from merge_cli.engine.journal import work_key
+from merge_cli.engine.journal import Journal, work_key
 from merge_cli.engine.loop import run_loop
 from merge_cli.engine.merge_stats import MergeStats
 from merge_cli.engine.output import OutputWorkspace, clear_companions, open_journal
@@ -24,16 +24,25 @@ from merge_cli.system.records import Records
 _ANEW = "starting over: earlier work is damaged, or a file that it has read was touched since"
 # Writes reports into the folder, given the plan, each source's fingerprint, and the outcome.
 Finish = Callable[[Plan, tuple[str, ...], MergeStats, Path], None]
+# Merges what the journal does not have yet: `run_loop` here, or on the nodes of a cluster.
+Run = Callable[[Plan, Path, Journal, Device, MergeOptions, OnProgress], MergeStats]
 
 
 def execute(
-    plan: Plan, target: Path, options: MergeOptions, *, show: OnProgress, finish: Finish
+    plan: Plan,
+    target: Path,
+    options: MergeOptions,
+    *,
+    show: OnProgress,
+    finish: Finish,
+    run: Run = run_loop,
 ) -> Path:
     """Merge into `target`.
 
     Args:
         show: called with progress, in the calling thread.
         finish: writes reports into the finished folder before it is published.
+        run: does the work that is left.
 
     Returns:
         the published folder.
@@ -43,7 +52,7 @@ def execute(
         SourceError: a source vanished, is truncated, has changed meanwhile, or holds NaN or Inf.
         Interrupted: Ctrl-C or SIGTERM; the same command resumes.
     """
-    device = choose_device(options.device)
+    device = device_of(options)
     try:
         with OutputWorkspace(target) as work:
             fetch_inputs(plan, show)
@@ -67,7 +76,7 @@ def execute(
             if begun and not journal.done:
                 show(Progress("merge", 0, 0, _ANEW))
             try:
-                outcome = run_loop(plan, work.model, journal, device, options, show)
+                outcome = run(plan, work.model, journal, device, options, show)
             except SourceError:
                 inputs.verify_or(work.discard)  # what it stumbled over may be a half-written file
                 raise
@@ -98,7 +107,7 @@ def check_target(plan: Plan, target: Path, options: MergeOptions) -> None:
     Raises:
         UsageError, ResourceError: as `execute` does.
     """
-    choose_device(options.device)
+    device_of(options)
     work = OutputWorkspace(target)
     try:
         work.refuse(options.overwrite, protected_paths(plan))
