@@ -162,14 +162,11 @@ def merge_plan(
         report = made_before(plan, target, options)
         if report is not None:
             return MergeResult(path, report)
-    if plan.recipe.output is not None:
+    if plan.recipe.output is not None and options.ray is None:
         from merge_cli.adapters.merging import merge_adapters
 
-        if options.ray is not None:
-            message = "adapters are merged on one machine: they are small"
-            raise UsageError(message, hint="Leave --ray out.")
         return MergeResult(target, merge_adapters(plan, target, options, show=on_progress))
-    with _runner(options, target) as run:
+    with runner_for(plan, options, target) as run:
 
         def make_document(
             plan: Plan, target: Path, options: MergeOptions, stages: Mapping[str, Path]
@@ -187,13 +184,21 @@ def merge_plan(
 
 
 @contextmanager
-def _runner(options: MergeOptions, target: Path) -> Iterator[Run]:
-    """What merges chunks: this process, or the nodes of a cluster."""
+def runner_for(plan: Plan, options: MergeOptions, target: Path) -> Iterator[Run]:
+    """What merges the plan's chunks: this process, or the nodes of a cluster.
+
+    Raises:
+        UsageError: a plan that no cluster can share, or an address that is none.
+        ResourceError: the cluster cannot be reached, or its nodes cannot share OUT's folder.
+    """
     if options.ray is None:
         yield run_loop
         return
     from merge_cli.cluster.run import ray_cluster
 
+    if plan.recipe.output is not None:
+        message = "adapters are small: they are merged on one machine"
+        raise UsageError(message, hint="Leave --ray out.")
     if _processes() > 1:
         message = "processes of torchrun cannot share a Ray cluster"
         raise UsageError(message, hint="Train first, then merge the resolved recipe with --ray.")

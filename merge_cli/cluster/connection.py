@@ -11,7 +11,7 @@ import secrets
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any
 
 from merge_cli.cluster.node import SHARED, Probe, look, software
 from merge_cli.errors import ResourceError, UsageError
+from merge_cli.system.notices import say_once
 from merge_cli.system.raw_io import write_error
 
 _KNOCK_SECONDS = 5.0
@@ -155,61 +156,69 @@ def on_node(ray: Any, node: Node) -> Any:
 def check_storage(ray: Any, nodes: Sequence[Node], folder: Path) -> None:
     """See that every node reads what is written in a folder here, and writes into the same files.
 
+    A node that has gone, as Ray notices after some seconds, is passed over.
+
     Raises:
-        ResourceError: names each node that does not, and says why.
+        ResourceError: names each node that does not, and says why; or no node answers.
     """
     path = folder / f".merge-cli-probe-{secrets.token_hex(8)}"
     content, size = secrets.token_bytes(64), 64
-    answers = [secrets.token_bytes(size) for _ in nodes]
+    offsets = [len(content) + size * i for i in range(len(nodes))]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content + bytes(size * len(nodes)))
         try:
             probes = [
-                Probe(path.absolute(), content, len(content) + size * i, answer)
-                for i, answer in enumerate(answers)
+                Probe(path.absolute(), content, offset, secrets.token_bytes(size))
+                for offset in offsets
             ]
-            said = _ask(ray, nodes, _answer, [(probe,) for probe in probes])
+            faults = _ask(ray, nodes, probes)
             written = path.read_bytes()
         finally:
             path.unlink()
     except OSError as error:
         raise write_error(error, folder) from error
-    faults = []
-    for node, probe, (ours, fault) in zip(nodes, probes, said, strict=True):
-        if not fault and written[probe.offset : probe.offset + size] != probe.answer:
+    if not faults:
+        raise ResourceError("no node of the Ray cluster answers", hint=_HINT)
+    listed = []
+    for node, probe in zip(nodes, probes, strict=True):
+        fault = faults.get(node, "")
+        answered = written[probe.offset : probe.offset + size] == probe.answer
+        if node in faults and not fault and not answered:
             fault = f"writes into another {folder}"
-        if not fault and ours != software():
-            fault = f"has {ours}, and the driver {software()}"
         if fault:
-            faults.append(f"node {node.name} {fault}")
-    if faults:
-        raise ResourceError("; ".join(faults), hint=f"{SHARED} All need the same software.")
+            listed.append(f"node {node.name} {fault}")
+    if listed:
+        raise ResourceError("; ".join(listed), hint=f"{SHARED} All need the same software.")
 
 
-def _answer(probe: Probe) -> tuple[str, str]:
-    return software(), look(probe)
+def _answer(probe: Probe, driver: str) -> str:
+    ours = software()
+    return look(probe) if ours == driver else f"has {ours}, and the driver {driver}"
 
 
-def _ask(
-    ray: Any, nodes: Sequence[Node], function: Callable[..., Any], arguments: Sequence[tuple[Any]]
-) -> list[Any]:
-    """What a function returns on each node. It takes no CPU, so that busy nodes answer, too."""
-    remote = ray.remote(num_cpus=0, max_retries=0)(function)
+def _ask(ray: Any, nodes: Sequence[Node], probes: Sequence[Probe]) -> dict[Node, str]:
+    """What is wrong with each node that answers. It takes no CPU, so that busy nodes do, too."""
+    remote = ray.remote(num_cpus=0, max_retries=0)(_answer)
     calls = [
-        remote.options(scheduling_strategy=on_node(ray, node)).remote(*given)
-        for node, given in zip(nodes, arguments, strict=True)
+        remote.options(scheduling_strategy=on_node(ray, node)).remote(probe, software())
+        for node, probe in zip(nodes, probes, strict=True)
     ]
     ray.wait(calls, num_returns=len(calls), timeout=_ANSWER_SECONDS)
-    results = []
+    faults = {}
     for node, call in zip(nodes, calls, strict=True):
         try:
-            results.append(ray.get(call, timeout=0.1))
+            faults[node] = ray.get(call, timeout=0.1)
+        except ray.exceptions.RayTaskError as error:  # such as a package that is not there
+            faults[node] = f"cannot run merge-cli ({_last_line(error)})"
         except ray.exceptions.RayError as error:
-            message = f"node {node.name} cannot run merge-cli: {_last_line(error)}"
-            hint = "Install the same merge-cli on every node."
-            raise ResourceError(message, hint=hint) from error
-    return results
+            say_once(f"node {node.name} does not answer: {first_line(error)}")
+    return faults
+
+
+def first_line(error: Exception) -> str:
+    """What Ray says of an error, without the traces behind it."""
+    return str(error).strip().partition("\n")[0]
 
 
 def _last_line(error: BaseException) -> str:

@@ -26,6 +26,7 @@ from merge_cli.cluster.connection import (
     Node,
     check_storage,
     connected,
+    first_line,
     on_node,
     usable_nodes,
 )
@@ -233,7 +234,7 @@ class _Run:
             except self._ray.exceptions.RayError as error:
                 member.lost = True
                 self._ray.kill(member.actor)
-                self._note(f"node {member.node.name} takes no part: {_reason(error)}")
+                self._note(f"node {member.node.name} takes no part: {first_line(error)}")
         count = len(self._present)
         if not count:
             hint = "Wait until its CPUs are free, or give fewer --threads."
@@ -317,7 +318,7 @@ class _Run:
         member.lost = True
         self._ray.kill(member.actor)
         self._take_back(member)
-        self._note(f"node {member.node.name} was lost, others do its share: {_reason(error)}")
+        self._note(f"node {member.node.name} was lost, others do its share: {first_line(error)}")
         if not self._present:
             raise ResourceError("every node of the Ray cluster was lost", hint=_RESUMES)
 
@@ -409,7 +410,3 @@ def _together(stages: Sequence[Mapping[str, StageTime]], threads: int) -> dict[s
         )
         for name in (stages[0] if stages else ())
     }
-
-
-def _reason(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]

@@ -34,7 +34,8 @@ def forecast(plan: Plan, options: MergeOptions) -> Forecast:
     from merge_cli.engine.memory import estimated_peak
 
     decided = [(item, item.plan(plan, options)) for item in preparations_of(plan)]
-    peak = estimated_peak(plan, choose_device(options.device, planned=True), options)
+    device = options.device if options.ray is None else "cpu"  # nodes are not looked at here
+    peak = estimated_peak(plan, choose_device(device, planned=True), options)
     return Forecast(tuple(pair for pair in decided if pair[1] is not None), peak)
 
 

@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 
 import merge_cli
-from merge_cli import api
 from merge_cli.cluster import run as cluster_run
 from merge_cli.cluster.connection import check_storage, nodes_of
-from merge_cli.cluster.run import RayCluster
 from merge_cli.errors import Interrupted, NonFiniteError, ResourceError, UsageError
 from merge_cli.options import MergeOptions, Progress
-from tests.support.command import cli, failed
+from merge_cli.planning.plan import cut_chunks
 from tests.support.merges import digest, write_recipe
 from tests.support.paths import ROOT
-from tests.support.tiny import Family, llama_family, write_model
+from tests.support.tiny import Family, read_model, write_model
 
 ray = pytest.importorskip("ray")
 # Ray's own warnings; and one worker of pytest starts the only cluster.
@@ -35,55 +26,181 @@ pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.xdist_group("ra
 SMALL = {"object_store_memory": 80_000_000, "num_cpus": 1}
 
 
+@dataclass
+class Nodes:
+    """A cluster, and the nodes that were added to its head."""
+
+    cluster: Any
+    added: list[Any] = field(default_factory=list)
+
+    def add(self) -> None:
+        self.added.append(self.cluster.add_node(**SMALL))
+
+    def kill(self) -> None:
+        """The node that was added last, with all of its processes, without a word."""
+        self.cluster.remove_node(self.added.pop(), allow_graceful=False)
+
+
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Any]:
+def nodes() -> Iterator[Nodes]:
     """A head and a node, with one CPU each; what they import, they find where this process does."""
     from ray.cluster_utils import Cluster
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT))
         head = {**SMALL, "include_dashboard": False}
-        made = Cluster(initialize_head=True, head_node_args=head)
-        made.add_node(**SMALL)
-        ray.init(address=made.address, log_to_driver=False, configure_logging=False)
+        made = Nodes(Cluster(initialize_head=True, head_node_args=head))
+        made.add()
+        ray.init(address=made.cluster.address, log_to_driver=False, configure_logging=False)
         yield made
         ray.shutdown()
-        made.shutdown()
+        made.cluster.shutdown()
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def small_shares(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shares of a few tensors, so that a small model is many of them."""
+    """So that a small model is many of them."""
     monkeypatch.setattr(cluster_run, "LEAST_BYTES", 1)
 
 
-def merge(recipe: Any, out: Path, cluster: Any = None, **options: Any) -> dict[str, Any]:
+def merge(recipe: Any, out: Path, nodes: Nodes | None = None, **more: Any) -> dict[str, Any]:
     """Merge, on the cluster if one is given; returns the report."""
-    address = None if cluster is None else cluster.address
-    chosen = MergeOptions(ray=address, **options)
-    return merge_cli.merge(recipe, out, options=chosen).report
+    on_progress = more.pop("on_progress", None)
+    address = None if nodes is None else nodes.cluster.address
+    options = MergeOptions(ray=address, **more)
+    return merge_cli.merge(recipe, out, options=options, on_progress=on_progress).report
 
 
-@pytest.mark.usefixtures("small_shares")
 def test_two_nodes_write_the_bytes_of_one_machine(
-    cluster: Any, family: Family, tmp_path: Path
+    nodes: Nodes, family: Family, tmp_path: Path
 ) -> None:
-    for case in ("ties", "ties model", "dare_ties"):
-        recipe = write_recipe(family, case)
-        alone = merge(recipe, tmp_path / f"{case} alone")
-        report = merge(recipe, tmp_path / case, cluster)
-        assert digest(tmp_path / case) == digest(tmp_path / f"{case} alone")
-        nodes = report["cost"]["nodes"]
-        assert len(nodes) == 2 and all(node["bytes"] > 0 for node in nodes)
-        sizes = [tensor.numel() * 2 for tensor in _tensors(tmp_path / case)]
-        assert sum(node["bytes"] for node in nodes) == sum(sizes)
-        assert report["statistics"] == alone["statistics"]
-        assert report["work"] == alone["work"]
-        assert not (tmp_path / f"{case}.partial").exists()
-    assert not list(tmp_path.glob(".merge-cli-probe*"))
+    """`ties` over the whole model: one node reads all of it, the others get what it has learned."""
+    recipe = write_recipe(family, "ties model")
+    alone = merge(recipe, tmp_path / "alone")
+    notes: list[str] = []
+    report = merge(recipe, tmp_path / "out", nodes, on_progress=lambda p: notes.append(p.note))
+    assert digest(tmp_path / "out") == digest(tmp_path / "alone")
+    both = report["cost"]["nodes"]
+    assert len(both) == 2
+    assert all(node["bytes"] > 0 for node in both)
+    written = sum(tensor.nbytes for tensor in read_model(tmp_path / "out").values())
+    assert sum(node["bytes"] for node in both) == written
+    assert report["statistics"] == alone["statistics"]
+    assert report["work"] == alone["work"]
+    assert any(note.endswith("has read the whole model for the others") for note in notes)
+    assert {path.name for path in tmp_path.iterdir()} >= {"alone", "out"}
+    assert not [*tmp_path.glob("*.partial*"), *tmp_path.glob(".merge-cli-probe*")]
 
 
-def _tensors(folder: Path) -> list[torch.Tensor]:
-    from tests.support.tiny import read_model
+def test_what_is_interrupted_resumes_without_the_cluster(
+    nodes: Nodes, family: Family, tmp_path: Path
+) -> None:
+    recipe = write_recipe(family, "dare_ties")
+    merge(recipe, tmp_path / "alone")
+    resumed: list[int] = []
 
-    return [*read_model(folder).values()]
+    def press(progress: Progress) -> None:
+        if progress.total and progress.done > progress.total / 4:
+            raise KeyboardInterrupt
+
+    def see(progress: Progress) -> None:
+        if progress.note == "resumed":
+            resumed.append(progress.done)
+
+    with pytest.raises(Interrupted, match="The same command resumes"):
+        merge(recipe, tmp_path / "out", nodes, on_progress=press)
+    assert not (tmp_path / "out").exists()
+    merge(recipe, tmp_path / "out", on_progress=see)
+    assert len(resumed) == 1
+    assert resumed[0] > 0
+    assert digest(tmp_path / "out") == digest(tmp_path / "alone")
+
+
+def test_an_error_on_a_node_is_this_runs_error(
+    nodes: Nodes, family: Family, tmp_path: Path
+) -> None:
+    name = "model.norm.weight"
+    broken = {**family.models[1], name: torch.full_like(family.models[1][name], torch.nan)}
+    write_model(tmp_path / "broken", broken)
+    models = [str(tmp_path / "a"), str(tmp_path / "broken")]
+    with pytest.raises(NonFiniteError, match=r"^node .*NaN or Inf.*model.norm.weight"):
+        merge({"merge_method": "soup", "models": models}, tmp_path / "out", nodes)
+
+
+def test_storage_that_a_node_does_not_have(
+    nodes: Nodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The probe is where the driver writes it; a node that looks elsewhere has other storage."""
+    from merge_cli.cluster import connection, node
+
+    real = node.Probe
+
+    def elsewhere(path: Path, content: bytes, offset: int, answer: bytes) -> Any:
+        return real(tmp_path / "not mounted" / path.name, content, offset, answer)
+
+    monkeypatch.setattr(connection, "Probe", elsewhere)
+    with pytest.raises(ResourceError, match=r"node .* does not see .*not mounted.*; node .*"):
+        check_storage(ray, nodes_of(ray), tmp_path)
+    other = tmp_path / "other"
+    other.write_bytes(bytes(300))
+    monkeypatch.setattr(connection, "Probe", lambda path, *more: real(other, *more))
+    with pytest.raises(ResourceError, match="reads something else"):
+        check_storage(ray, nodes_of(ray), tmp_path)
+    assert [*tmp_path.iterdir()] == [other]
+
+
+def test_gpus_that_the_cluster_does_not_have(nodes: Nodes, family: Family, tmp_path: Path) -> None:
+    recipe = write_recipe(family, "soup")
+    with pytest.raises(ResourceError, match="no node of the Ray cluster has a GPU"):
+        merge(recipe, tmp_path / "out", nodes, device="cuda")
+    with pytest.raises(UsageError, match="cannot be chosen on a cluster"):
+        merge(recipe, tmp_path / "out", nodes, device="cuda:1")
+
+
+def test_three_nodes_one_is_killed(nodes: Nodes, tmp_path: Path) -> None:
+    """In the middle of a merge whose largest tensor is several chunks."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {f"model.layers.{i}.mlp.weight": (512, 1024) for i in range(24)}
+    shapes = {"model.embed_tokens.weight": (20_000, 1024), **tensors}
+    models = []
+    for name in "ab":
+        weights = {k: torch.randn(*s, generator=generator).bfloat16() for k, s in shapes.items()}
+        models.append(str(write_model(tmp_path / name, weights)))
+    recipe = merge_cli.load_recipe({"merge_method": "slerp", "models": models,
+                                    "parameters": {"t": 0.4}})  # fmt: skip
+    tasks = merge_cli.plan(recipe).tasks
+    assert len([c for c in cut_chunks(tasks) if tasks[c.task].name in shapes]) > len(shapes)
+    merge(recipe, tmp_path / "alone")
+    nodes.add()
+    killed: list[int] = []
+
+    def kill(progress: Progress) -> None:
+        if progress.total and progress.done > progress.total / 3 and not killed:
+            killed.append(progress.done)
+            nodes.kill()
+
+    report = merge(recipe, tmp_path / "out", nodes, on_progress=kill)
+    assert killed
+    assert len(report["cost"]["nodes"]) == 3
+    assert [node["lost"] for node in report["cost"]["nodes"]].count(True) == 1
+    assert digest(tmp_path / "out") == digest(tmp_path / "alone")
+
+
+def test_a_node_whose_process_dies_leaves_what_resumes(
+    nodes: Nodes, family: Family, tmp_path: Path
+) -> None:
+    recipe = write_recipe(family, "ties")
+    merge(recipe, tmp_path / "alone")
+    real = cluster_run._Run._finish
+
+    def killing(self: Any, member: Any) -> None:
+        real(self, member)
+        for other in self._present:
+            ray.kill(other.actor)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cluster_run._Run, "_finish", killing)
+        with pytest.raises(ResourceError, match="every node of the Ray cluster was lost"):
+            merge(recipe, tmp_path / "out", nodes)
+    assert merge(recipe, tmp_path / "out", nodes)["cost"]["resumed_bytes"] > 0
+    assert digest(tmp_path / "out") == digest(tmp_path / "alone")
