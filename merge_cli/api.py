@@ -40,7 +40,8 @@ class MergeResult:
 
     Attributes:
         path: its folder.
-        report: the content of its merge_report.json; empty in all but the first of the processes
+        report: the content of its merge_report.json, of a sweep with the variants' own under
+            `sweep`; empty in all but the first of the processes
             that have trained together.
         evaluation: what evaluating it has found, as in its merge_evaluation.json, OUT first; None
             where nothing asked for it.
@@ -175,12 +176,33 @@ def merge_plan(
                 plan, target, options, on_progress, require_improvement, stages, run
             )
 
+        if plan.variants:
+            return MergeResult(path, _merge_sweep(plan, target, options, on_progress, run))
         if not plan.stages:
             return MergeResult(path, make_document(plan, target, options, {}))
         if _processes() > 1:
             message = "several processes cannot share the stages of a recipe"
             raise UsageError(message, hint="Run the stages that do not learn first, by themselves.")
         return MergeResult(path, make_stages(plan, target, options, on_progress, make_document))
+
+
+def _merge_sweep(
+    plan: Plan, target: Path, options: MergeOptions, on_progress: OnProgress, run: Run
+) -> dict[str, Any]:
+    """Merge all variants in one pass, and publish them together."""
+    from merge_cli.report.sweep import write_sweep
+
+    report: dict[str, Any] = {}
+
+    def explain(plan: Plan, prints: tuple[str, ...], stats: MergeStats, folder: Path) -> None:
+        at = target.absolute()
+        report.update(write_sweep(plan, prints, stats, folder, at, card=options.model_card))
+
+    execute(plan, target, options, show=on_progress, finish=explain, run=run)
+    if report:
+        return report
+    published = read_report(target)
+    return {**published, "sweep": {name: read_report(target / name) for name in plan.variants}}
 
 
 @contextmanager

@@ -204,11 +204,14 @@ def _ask(ray: Any, nodes: Sequence[Node], probes: Sequence[Probe]) -> dict[Node,
         remote.options(scheduling_strategy=on_node(ray, node)).remote(probe, software())
         for node, probe in zip(nodes, probes, strict=True)
     ]
-    ray.wait(calls, num_returns=len(calls), timeout=_ANSWER_SECONDS)
+    ready, _ = ray.wait(calls, num_returns=len(calls), timeout=_ANSWER_SECONDS)
     faults = {}
     for node, call in zip(nodes, calls, strict=True):
+        if call not in ready:
+            say_once(f"node {node.name} does not answer in {_ANSWER_SECONDS:.0f} seconds")
+            continue
         try:
-            faults[node] = ray.get(call, timeout=0.1)
+            faults[node] = ray.get(call)
         except ray.exceptions.RayTaskError as error:  # such as a package that is not there
             faults[node] = f"cannot run merge-cli ({_last_line(error)})"
         except ray.exceptions.RayError as error:

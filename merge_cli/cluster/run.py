@@ -227,14 +227,18 @@ class _Run:
         members = [self._member(node) for node in nodes[:count]]
         opened = [member.actor.open.remote() for member in members]
         self._members = members
-        self._ray.wait(opened, num_returns=len(opened), timeout=_START_SECONDS)
+        ready, _ = self._ray.wait(opened, num_returns=len(opened), timeout=_START_SECONDS)
         for member, call in zip(members, opened, strict=True):
-            try:
-                self._checked(self._ray.get(call, timeout=0.1))
-            except self._ray.exceptions.RayError as error:
-                member.lost = True
-                self._ray.kill(member.actor)
-                self._note(f"node {member.node.name} takes no part: {first_line(error)}")
+            reason = f"its CPUs are not free after {_START_SECONDS:.0f} seconds"
+            if call in ready:
+                try:
+                    self._checked(self._ray.get(call))
+                    continue
+                except self._ray.exceptions.RayError as error:
+                    reason = first_line(error)
+            member.lost = True
+            self._ray.kill(member.actor)
+            self._note(f"node {member.node.name} takes no part: {reason}")
         count = len(self._present)
         if not count:
             hint = "Wait until its CPUs are free, or give fewer --threads."

@@ -42,6 +42,8 @@ def forecast(plan: Plan, options: MergeOptions) -> Forecast:
 def plan_document(plan: Plan, options: MergeOptions) -> dict[str, Any]:
     """The plan as data, for `--json`; under `stages` what other documents of the recipe make."""
     document = _document(plan, options)
+    if plan.variants:
+        document["sweep"] = {name: _document(v, options) for name, v in plan.variants.items()}
     if plan.stages:
         document["stages"] = {name: _document(s, options) for name, s in plan.stages.items()}
     return document

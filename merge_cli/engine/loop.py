@@ -30,7 +30,8 @@ from merge_cli.engine.pool import (
     one_torch_thread,
     worker_factory,
 )
-from merge_cli.engine.tensor_writers import OutputOffsets
+from merge_cli.engine.sweep import SweepExecutor
+from merge_cli.engine.tensor_writers import output_offsets
 from merge_cli.engine.worker_context import Files
 from merge_cli.errors import NonFiniteError
 from merge_cli.options import MergeOptions, OnProgress, Progress
@@ -93,13 +94,8 @@ def run_loop(
     arithmetic, why = arithmetic_for(plan, device)
     room = worker_memory(plan, device, options)
     pool = Pool(worker_factory(files, device, arithmetic, room), room.workers)
-    executor = MergeExecutor(
-        plan,
-        BlockReader(pool, files, plan.recipe.seed, "deltas" in plan.method.supplied),
-        _output_offsets(plan, model),
-        statistics=options.statistics,
-        allow_non_finite=options.allow_non_finite,
-    )
+    reader = BlockReader(pool, files, plan.recipe.seed, "deltas" in plan.method.supplied)
+    executor = _executor(plan, reader, model, options)
 
     def work(task: int) -> None:
         executor.merge(plan.tasks[task], remaining[task], record)
@@ -179,16 +175,23 @@ class Tally:
         self._on_progress(Progress("merge", self._done, self._total, note))
 
 
-def _output_offsets(plan: Plan, model: Path) -> OutputOffsets:
-    """Where each output tensor lies in the shards, which are allocated already."""
-    return {
-        name: (model / shard.file, offset)
-        for shard in plan.shards
-        for name, offset in shard.offsets.items()
-    }
+def _executor(
+    plan: Plan, reader: BlockReader, model: Path, options: MergeOptions
+) -> MergeExecutor | SweepExecutor:
+    if plan.variants:
+        return SweepExecutor(plan, reader, model, allow_non_finite=options.allow_non_finite)
+    return MergeExecutor(
+        plan,
+        reader,
+        output_offsets(plan, model),
+        statistics=options.statistics,
+        allow_non_finite=options.allow_non_finite,
+    )
 
 
-def _run_model_pass(executor: MergeExecutor, pool: Pool, on_progress: OnProgress) -> None:
+def _run_model_pass(
+    executor: MergeExecutor | SweepExecutor, pool: Pool, on_progress: OnProgress
+) -> None:
     """By one of the pool's threads, which has buffers; progress is reported in this one."""
     messages: queue.SimpleQueue[Any] = queue.SimpleQueue()
     pool.start(
@@ -227,4 +230,5 @@ def _sync_chunks(journal: Journal, model: Path, plan: Plan) -> None:
 
 def output_bytes(plan: Plan, chunk: Chunk) -> int:
     """What is written for a chunk."""
-    return (chunk.stop - chunk.start) * DTYPES[plan.tasks[chunk.task].dtype][0]
+    width = DTYPES[plan.tasks[chunk.task].dtype][0] * max(1, len(plan.variants))
+    return (chunk.stop - chunk.start) * width

@@ -84,12 +84,13 @@ def execute(
                 journal.close()
             inputs.verify_or(work.discard)
             clear_companions(work, plan.shards)
-            write_auxiliary_files(
-                plan,
-                work.model,
-                tokenizer=options.copy_tokenizer,
-                code=options.trust_remote_code,
-            )
+            for name, written in (plan.variants or {"": plan}).items():
+                write_auxiliary_files(
+                    written,
+                    work.model / name,
+                    tokenizer=options.copy_tokenizer,
+                    code=options.trust_remote_code,
+                )
             finish(plan, fingerprints, outcome, work.model)
             inputs.verify_or(work.discard)
             work.publish(fsync=options.fsync)
@@ -156,12 +157,15 @@ def fetch_inputs(plan: Plan, on_progress: OnProgress) -> None:
 
 def verified_fingerprints(plan: Plan) -> tuple[str, ...]:
     """Each source's fingerprint. A resolved recipe records them: other inputs, other bytes."""
+    recorded: dict[str, str] = {}
+    for made in (plan, *plan.variants.values()):
+        recorded |= made.recipe.inputs
     fingerprints = []
     for i, source in enumerate(plan.sources):
         fingerprint = source.fingerprint(plan.shards_read(i))
-        recorded = plan.recipe.inputs.get(source.label, fingerprint)
-        if recorded != fingerprint:
-            message = f"is not the model that this recipe was resolved with ({recorded[:12]})"
+        earlier = recorded.get(source.label, fingerprint)
+        if earlier != fingerprint:
+            message = f"is not the model that this recipe was resolved with ({earlier[:12]})"
             hint = "Restore it, or remove `inputs` from the recipe."
             raise SourceError(message, model=source.label, hint=hint)
         fingerprints.append(fingerprint)

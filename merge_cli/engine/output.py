@@ -251,7 +251,7 @@ def refuse_foreign(target: Path) -> None:
 def _is_part(folder: Path) -> bool:
     """Whether a folder inside a model's holds nothing but what models have in such folders."""
     return all(
-        not folders and all(_belongs(name) for name in files)
+        not folders and all(_belongs(name) or name in _ALSO for name in files)
         for _, folders, files in os.walk(folder)
     )
 

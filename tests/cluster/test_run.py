@@ -201,6 +201,6 @@ def test_a_node_whose_process_dies_leaves_what_resumes(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cluster_run._Run, "_finish", killing)
         with pytest.raises(ResourceError, match="every node of the Ray cluster was lost"):
-            merge(recipe, tmp_path / "out", nodes)
+            merge(recipe, tmp_path / "out", nodes, on_progress=lambda p: print(p.note))
     assert merge(recipe, tmp_path / "out", nodes)["cost"]["resumed_bytes"] > 0
     assert digest(tmp_path / "out") == digest(tmp_path / "alone")
