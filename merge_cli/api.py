@@ -300,6 +300,7 @@ def compare(
     gates: Sequence[str] = (),
     no_worse: Sequence[str] = (),
     options: Sequence[str] = (),
+    ray: str | None = None,
     on_progress: OnProgress | None = None,
     show: OnProgress | None = None,
 ) -> ComparisonResult:
@@ -311,6 +312,7 @@ def compare(
         limit: at most so many rows of each task, a random sample.
         gates, no_worse: conditions on every recipe's merge (docs/evaluate.md).
         options: of `merge-cli run`, for every merge.
+        ray: the address of a Ray cluster that merges and evaluates.
         on_progress: called with each progress; `show` is its old name.
 
     Raises:
@@ -328,6 +330,7 @@ def compare(
         out,
         references=references,
         options=options,
+        ray=ray,
         show=on_progress or show or ignore_progress,
     )
     return ComparisonResult(

@@ -38,7 +38,7 @@ def plan_sweep(recipe: Recipe, *, shard_size: int) -> Plan:
     }
     problems = [problem for name in plans for problem in _problems(recipe, name, plans)]
     if problems:
-        raise RecipeError(problems)
+        raise RecipeError([*dict.fromkeys(problems)])
     first = next(iter(plans.values()))
     sources = _sources(plans.values())
     numbers = {source.root: number for number, source in enumerate(sources)}
@@ -72,6 +72,9 @@ def _problems(recipe: Recipe, name: str, plans: Mapping[str, Plan]) -> list[Prob
     if plan.method.preparation or plan.recipe.coefficients:
         message = f"{plan.recipe.merge_method} learns, searches or looks at data first"
         return [recipe.problem(SWEEP, message, "Write a recipe for each variant.")]
+    if plan.recipe.eval is not None:
+        hint = "Evaluate the variants with `merge-cli compare RECIPE --eval FILE`."
+        return [recipe.problem("eval", "a sweep has several results, and none to evaluate.", hint)]
     if len({shard.folder for shard in plan.shards}) > 1 or plan.shards[0].folder:
         return [
             recipe.problem(SWEEP, "the models have several components", "Write one recipe each.")

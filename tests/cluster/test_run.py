@@ -9,13 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 import merge_cli
 from merge_cli.cluster import run as cluster_run
 from merge_cli.cluster.connection import check_storage, nodes_of
+from merge_cli.engine.made_before import read_report
 from merge_cli.errors import Interrupted, NonFiniteError, ResourceError, UsageError
 from merge_cli.options import MergeOptions, Progress
 from merge_cli.planning.plan import cut_chunks
+from tests.support.evolve_tiny import write_family
 from tests.support.merges import digest, write_recipe
 from tests.support.paths import ROOT
 from tests.support.tiny import Family, read_model, write_model
@@ -95,7 +98,9 @@ def test_two_nodes_write_the_bytes_of_one_machine(
 def test_what_is_interrupted_resumes_without_the_cluster(
     nodes: Nodes, family: Family, tmp_path: Path
 ) -> None:
-    recipe = write_recipe(family, "dare_ties")
+    """A sweep: its variants are shared by the nodes in one pass, too."""
+    sweep = {str(scale): {"parameters": {"lambda": scale}} for scale in (0.3, 0.9)}
+    recipe = family.recipe("dare_ties", sweep=sweep)
     merge(recipe, tmp_path / "alone")
     resumed: list[int] = []
 
@@ -113,7 +118,8 @@ def test_what_is_interrupted_resumes_without_the_cluster(
     merge(recipe, tmp_path / "out", on_progress=see)
     assert len(resumed) == 1
     assert resumed[0] > 0
-    assert digest(tmp_path / "out") == digest(tmp_path / "alone")
+    for name in sweep:
+        assert digest(tmp_path / "out" / name) == digest(tmp_path / "alone" / name)
 
 
 def test_an_error_on_a_node_is_this_runs_error(
@@ -157,6 +163,52 @@ def test_gpus_that_the_cluster_does_not_have(nodes: Nodes, family: Family, tmp_p
         merge(recipe, tmp_path / "out", nodes, device="cuda:1")
 
 
+def test_a_node_whose_process_dies_leaves_what_resumes(
+    nodes: Nodes, family: Family, tmp_path: Path
+) -> None:
+    recipe = write_recipe(family, "ties")
+    merge(recipe, tmp_path / "alone")
+    real = cluster_run._Run._finish
+
+    def killing(self: Any, member: Any) -> None:
+        real(self, member)
+        for other in self._present:
+            ray.kill(other.actor)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cluster_run._Run, "_finish", killing)
+        with pytest.raises(ResourceError, match="every node of the Ray cluster was lost"):
+            merge(recipe, tmp_path / "out", nodes, on_progress=lambda p: print(p.note))
+    assert merge(recipe, tmp_path / "out", nodes)["cost"]["resumed_bytes"] > 0
+    assert digest(tmp_path / "out") == digest(tmp_path / "alone")
+
+
+def test_models_are_compared_on_the_nodes(
+    nodes: Nodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Merges are shared, and each evaluation is a task; the numbers are those of one machine."""
+    monkeypatch.setenv("MERGE_CLI_CACHE", str(tmp_path / "cache"))
+    folder = write_family(tmp_path)
+    recipe = folder / "half.yaml"
+    recipe.write_text(yaml.safe_dump({"merge_method": "soup", "models": ["a", "b"]}))
+    data, out, seen = folder / "a.validation.jsonl", folder / "out", []
+    result = merge_cli.compare(
+        [recipe],
+        [data],
+        out,
+        options=["--device", "cpu", "--quiet"],
+        ray=nodes.cluster.address,
+        on_progress=lambda progress: seen.append(progress.stage),
+    )
+    assert seen.count("evaluated") == len(result.record["models"]) == 3
+    for model in result.record["models"]:
+        alone = merge_cli.evaluate(folder / model["path"], [data], cache=False, device="cpu")
+        score = model["scores"]["a.validation"]["value"]
+        assert alone["a.validation"].value == pytest.approx(score, rel=1e-5)
+    (made,) = (out / "models").iterdir()
+    assert read_report(made)["cost"]["nodes"]
+
+
 def test_three_nodes_one_is_killed(nodes: Nodes, tmp_path: Path) -> None:
     """In the middle of a merge whose largest tensor is several chunks."""
     generator = torch.Generator().manual_seed(0)
@@ -183,24 +235,4 @@ def test_three_nodes_one_is_killed(nodes: Nodes, tmp_path: Path) -> None:
     assert killed
     assert len(report["cost"]["nodes"]) == 3
     assert [node["lost"] for node in report["cost"]["nodes"]].count(True) == 1
-    assert digest(tmp_path / "out") == digest(tmp_path / "alone")
-
-
-def test_a_node_whose_process_dies_leaves_what_resumes(
-    nodes: Nodes, family: Family, tmp_path: Path
-) -> None:
-    recipe = write_recipe(family, "ties")
-    merge(recipe, tmp_path / "alone")
-    real = cluster_run._Run._finish
-
-    def killing(self: Any, member: Any) -> None:
-        real(self, member)
-        for other in self._present:
-            ray.kill(other.actor)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cluster_run._Run, "_finish", killing)
-        with pytest.raises(ResourceError, match="every node of the Ray cluster was lost"):
-            merge(recipe, tmp_path / "out", nodes, on_progress=lambda p: print(p.note))
-    assert merge(recipe, tmp_path / "out", nodes)["cost"]["resumed_bytes"] > 0
     assert digest(tmp_path / "out") == digest(tmp_path / "alone")
