@@ -14,8 +14,9 @@ import yaml
 import merge_cli
 from merge_cli.cluster import run as cluster_run
 from merge_cli.cluster.connection import check_storage, nodes_of
+from merge_cli.cluster.tasks import task_cluster
 from merge_cli.engine.made_before import read_report
-from merge_cli.errors import Interrupted, NonFiniteError, ResourceError, UsageError
+from merge_cli.errors import Interrupted, ResourceError, SourceError, UsageError
 from merge_cli.options import MergeOptions, Progress
 from merge_cli.planning.plan import cut_chunks
 from tests.support.evolve_tiny import write_family
@@ -122,17 +123,6 @@ def test_what_is_interrupted_resumes_without_the_cluster(
         assert digest(tmp_path / "out" / name) == digest(tmp_path / "alone" / name)
 
 
-def test_an_error_on_a_node_is_this_runs_error(
-    nodes: Nodes, family: Family, tmp_path: Path
-) -> None:
-    name = "model.norm.weight"
-    broken = {**family.models[1], name: torch.full_like(family.models[1][name], torch.nan)}
-    write_model(tmp_path / "broken", broken)
-    models = [str(tmp_path / "a"), str(tmp_path / "broken")]
-    with pytest.raises(NonFiniteError, match=r"^node .*NaN or Inf.*model.norm.weight"):
-        merge({"merge_method": "soup", "models": models}, tmp_path / "out", nodes)
-
-
 def test_storage_that_a_node_does_not_have(
     nodes: Nodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -163,26 +153,24 @@ def test_gpus_that_the_cluster_does_not_have(nodes: Nodes, family: Family, tmp_p
         merge(recipe, tmp_path / "out", nodes, device="cuda:1")
 
 
-def test_a_node_whose_process_dies_leaves_what_resumes(
-    nodes: Nodes, family: Family, tmp_path: Path
-) -> None:
-    recipe = write_recipe(family, "ties")
-    merge(recipe, tmp_path / "alone")
-    real = cluster_run._Run._finish
+def test_tasks(nodes: Nodes) -> None:
+    """Results as they come, by number; an error of this program is raised as what it is."""
+    with task_cluster(nodes.cluster.address, "auto", None) as cluster:
+        assert (cluster.kind, cluster.cpus) == ("cpu", 1)
+        answers = dict(cluster.map(lambda word, times: word * times, [("a", 1), ("b", 2)]))
+        assert answers == {0: "a", 1: "bb"}
 
-    def killing(self: Any, member: Any) -> None:
-        real(self, member)
-        for other in self._present:
-            ray.kill(other.actor)
+        def fail(word: str) -> None:
+            raise SourceError(word, model="base")
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cluster_run._Run, "_finish", killing)
-        with pytest.raises(ResourceError, match="every node of the Ray cluster was lost"):
-            merge(recipe, tmp_path / "out", nodes, on_progress=lambda p: print(p.note))
-    assert merge(recipe, tmp_path / "out", nodes)["cost"]["resumed_bytes"] > 0
-    assert digest(tmp_path / "out") == digest(tmp_path / "alone")
+        with pytest.raises(SourceError, match="broken — base"):
+            list(cluster.map(fail, [("broken",)]))
+        with pytest.raises(ResourceError, match="a task on the Ray cluster failed: .*int"):
+            list(cluster.map(int, [("no number",)]))
+    assert ray.is_initialized()
 
 
+@pytest.mark.slow
 def test_models_are_compared_on_the_nodes(
     nodes: Nodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -201,11 +189,13 @@ def test_models_are_compared_on_the_nodes(
         on_progress=lambda progress: seen.append(progress.stage),
     )
     assert seen.count("evaluated") == len(result.record["models"]) == 3
+    (made,) = (path for path in (out / "models").iterdir() if path.is_dir())
     for model in result.record["models"]:
-        alone = merge_cli.evaluate(folder / model["path"], [data], cache=False, device="cpu")
-        score = model["scores"]["a.validation"]["value"]
-        assert alone["a.validation"].value == pytest.approx(score, rel=1e-5)
-    (made,) = (out / "models").iterdir()
+        path = made if model["role"] == "recipe" else folder / model["name"]
+        alone = merge_cli.evaluate(path, [data], cache=False, device="cpu")
+        (task,) = model["scores"]
+        score = model["scores"][task]["value"]
+        assert alone[task].value == pytest.approx(score, rel=1e-5)
     assert read_report(made)["cost"]["nodes"]
 
 
