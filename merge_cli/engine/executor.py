@@ -28,6 +28,9 @@ class MergeExecutor:
 
     Args:
         offsets: tensor name -> the file it is written to, and the byte where it begins.
+
+    Attributes:
+        model_pass: what the method has learned of the whole model; None before it has.
     """
 
     def __init__(
@@ -42,7 +45,7 @@ class MergeExecutor:
         self._plan, self._reader, self._offsets = plan, reader, offsets
         self._statistics, self._allow = statistics, allow_non_finite
         self._method = plan.method
-        self._model_pass: Any = None
+        self.model_pass: Any = None
 
     def run_model_pass(self, on_read: Callable[[], None]) -> None:
         """Let the method read the whole model first, if it does.
@@ -57,14 +60,14 @@ class MergeExecutor:
         ]
         if self._method.model_pass is not None and merged:
             readers = [self._tensor_reader(task) for task in merged]
-            self._model_pass = self._method.model_pass(
+            self.model_pass = self._method.model_pass(
                 ModelReader(readers, self._reader.pool.map, cache(on_read))
             )
 
     @property
     def has_model_pass(self) -> bool:
         """Whether the method has looked at the whole model."""
-        return self._model_pass is not None
+        return self.model_pass is not None
 
     def merge(self, task: TensorTask, chunks: Sequence[Chunk], finished: Finished) -> None:
         """Merge these chunks of one tensor.
@@ -97,7 +100,7 @@ class MergeExecutor:
     def prepare(self, reader: TensorReader, task: TensorTask) -> Any:
         """What the method must know of the whole tensor first."""
         assert self._method.tensor_pass is not None
-        return self._method.tensor_pass(reader, self._model_pass, **task.parameters)
+        return self._method.tensor_pass(reader, self.model_pass, **task.parameters)
 
     def _tensor_reader(self, task: TensorTask, *, keeps_block: bool = False) -> TensorReader:
         return TensorReader(

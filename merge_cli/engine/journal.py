@@ -76,6 +76,9 @@ def work_key(plan: Plan, *context: object) -> str:
     Args:
         context: what else makes it other work: the kind of device, whether statistics are taken.
     """
+    if plan.variants:
+        keys = [(name, work_key(variant, *context)) for name, variant in plan.variants.items()]
+        return hashlib.sha256(repr(("sweep", keys)).encode()).hexdigest()
     function = plan.method.function
     try:
         code = inspect.getsource(sys.modules[function.__module__])

@@ -131,6 +131,7 @@ class Plan:
         gathered: statistics of the sources over their data; None without, or before they are there.
         shard_size: bytes of tensors in one of `shards`: what is planned again is cut alike.
         stages: how the models are made that other documents of the recipe make, by name.
+        variants: of a sweep, by name: what is written, while this plan's tasks say what is read.
         copies: stored tensors that are taken to be one, to be compared before they are merged.
     """
 
@@ -151,6 +152,7 @@ class Plan:
     template: str | None = None
     calibrated: CalibrationStatistics | None = None
     copies: tuple[Copies, ...] = ()
+    variants: Mapping[str, Plan] = field(default_factory=dict)
 
     @property
     def tokenizer_index(self) -> int:

@@ -201,6 +201,7 @@ def build_report(
             "peak_rss": peak_rss(),
             "peak_vram": _peak_vram(outcome),
             "buffers": outcome.buffers,
+            **({"nodes": [vars(node) for node in outcome.nodes]} if outcome.nodes else {}),
         },
     }
 
@@ -218,8 +219,8 @@ def _stage(stage: StageTime) -> dict[str, Any]:
 
 
 def _peak_vram(outcome: MergeStats) -> int | None:
-    """The most that one device held; None on a CPU."""
-    if outcome.device.kind == "cpu":
+    """The most that one device here held; None on a CPU, and of a cluster's devices."""
+    if not outcome.device.indexes:
         return None
     import torch
 
