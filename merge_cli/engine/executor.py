@@ -216,7 +216,7 @@ class MergeExecutor:
     ) -> FusedForm | None:
         """The formula as one loop over stored bytes, where the method has one and it applies."""
         task = reader.task
-        if self._method.fused is None or not reader.can_be_stored:
+        if self._method.fused is None or reader.is_held or not reader.can_be_stored:
             return None
         if task.encoding is not None or task.dtype not in FORMATS:
             return None

@@ -93,6 +93,11 @@ class TensorReader:
         return self._reading.pool.map(lambda number: work(self.span(number)), numbers)
 
     @property
+    def is_held(self) -> bool:
+        """Whether it is one block that is kept as numbers, for every pass over it."""
+        return self._keeps and self.size <= self._reading.pool.worker.block
+
+    @property
     def can_be_stored(self) -> bool:
         """Whether compiled loops can read its elements as they are stored."""
         task, reading = self.task, self._reading
@@ -104,7 +109,7 @@ class TensorReader:
 
     def map_stored(self, work: Callable[[Iterator[StoredBlock]], T]) -> list[T] | None:
         """`methods.blocks.map_stored`."""
-        if not self.can_be_stored:
+        if self.is_held or not self.can_be_stored:
             return None
         numbers = range(len(self.starts) - 1)
         return self._reading.pool.map(lambda number: work(self.stored_span(number)), numbers)

@@ -34,7 +34,6 @@ def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(units, "UNIT_BYTES", 1024)
     # a sample that tells little, and few bins: thresholds take several passes
     monkeypatch.setattr(operands, "_SAMPLE_RUN", 16)
-    monkeypatch.setattr(select, "_SORTED", 64)
     monkeypatch.setattr(select, "_SMALLEST_SAMPLE", 64)
     monkeypatch.setattr(select, "_BINS", 2**8)
 
