@@ -635,6 +635,18 @@ i64 merge_linear(ARRAY(u8, stored), ARRAY(i64, starts), ARRAY(i64, kinds), i64 s
         if (based) seen |= decode_tile(stored, starts[0], kinds[0], begin, n, base);
         for (i64 s = 0; s < weights_n; s++) {
             float w = weights[s];
+            const u16 *halves = (const u16 *)(stored + starts[s + based]) + begin;
+            if (kinds[s + based] == 0 && !based && !masks_n && factors[s] == 1.0f) {
+                u16 largest = 0;
+                for (i64 i = 0; i < n; i++) {
+                    u16 m = halves[i] & 0x7FFF;
+                    float x = float_of((u32)halves[i] << 16) * w;
+                    largest = MAX(largest, m);
+                    total[i] = s == 0 ? x : total[i] + x;
+                }
+                seen |= largest >= 0x7F80;
+                continue;
+            }
             seen |= decode_tile(stored, starts[s + based], kinds[s + based], begin, n, row);
             if (based) subtract(base, row, n);
             if (masks_n && !masks[4 * s + 3])

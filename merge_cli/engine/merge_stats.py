@@ -18,10 +18,12 @@ from merge_cli.kernels.measures import add_gram, add_signs, squares
 from merge_cli.methods.blocks import Block
 
 _MAX_PAIRS_SOURCES = 16
-# The sample of a tensor: runs of elements, evenly spread.
-_SAMPLE_STRIDE = 32  # of a large tensor one run of so many
-_LEAST_RUNS = 4  # of a tensor that is smaller
+# The sample of a tensor: runs of elements, evenly spread. Each costs as much as 8,000 elements of a
+# merge besides its own, hence few and long ones.
+_SAMPLE_STRIDE = 64  # of a large tensor one run of so many
+_LEAST_RUNS = 2  # of a smaller one
 _SHORT_RUN, _LONG_RUN = 4096, 16_384
+_LONG_FROM = 2**20  # elements of a tensor whose runs are long
 
 
 @dataclass(frozen=True)
@@ -36,9 +38,8 @@ class SampleRuns:
 
     @classmethod
     def of(cls, size: int) -> SampleRuns:
-        """All of a tensor of up to 16,384 elements; one in 32 of a large one."""
-        long = size >= _LEAST_RUNS * _SAMPLE_STRIDE * _LONG_RUN
-        run = _LONG_RUN if long else _SHORT_RUN
+        """All of a tensor of fewer than 16,384 elements; one in 64 of a large one."""
+        run = _LONG_RUN if size >= _LONG_FROM else _SHORT_RUN
         stride = min(_SAMPLE_STRIDE, max(1, size // (_LEAST_RUNS * run)))
         return cls(run, run * stride)
 

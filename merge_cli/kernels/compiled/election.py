@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from merge_cli.kernels.compiled.kernel import CHUNK, kernel
-from merge_cli.kernels.compiled.tiles import elect_tile
+from merge_cli.kernels.compiled.kernel import kernel
+from merge_cli.kernels.compiled.tiles import TILE, elect_tile
 
 
 @kernel("void(f4[:, ::1], f4[::1], boolean, i8, f4, f4, f4[::1])")
@@ -15,12 +15,12 @@ def disjoint_mean(rows, weights, weighted, divide_by, zero_sign, least_divisor, 
     `least_divisor` is 0 where there is none.
     """
     size = rows.shape[1]
-    elected, divisor = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
-    for begin in range(0, size, CHUNK):
-        end = min(begin + CHUNK, size)
+    elected, divisor = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
+    for begin in range(0, size, TILE):
+        total = out[begin : begin + TILE]
         elect_tile(
-            rows[:, begin:end],
-            end - begin,
+            rows,
+            begin,
             weights,
             weighted,
             divide_by,
@@ -28,5 +28,5 @@ def disjoint_mean(rows, weights, weighted, divide_by, zero_sign, least_divisor, 
             least_divisor,
             elected,
             divisor,
-            out[begin:end],
+            total,
         )

@@ -14,11 +14,15 @@ from merge_cli.kernels.compiled.kernel import F32, U32, kernel
 from merge_cli.kernels.compiled.tiles import (
     TILE,
     add_base_tile,
+    add_stored_tile,
     add_weighted_tile,
     count_keys_tile,
+    count_mixed_tile,
+    count_pair_tile,
     count_range_tile,
     count_trimmed_tile,
     count_words_tile,
+    decode_delta_tile,
     decode_tile,
     divide_tile,
     dot_lanes_tile,
@@ -26,8 +30,8 @@ from merge_cli.kernels.compiled.tiles import (
     drop_tile,
     elect_tile,
     encode_tile,
+    signs_tile,
     square_change_tile,
-    subtract_tile,
     tile_of,
     trim_tile,
 )
@@ -50,11 +54,13 @@ def merge_linear(
         low: index of the first element mod 2^32, for the masks.
     """
     seen = 0
-    base, row = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
-    total = np.empty(TILE, np.float32)
+    # Where only a sum is in the cache, there is room for more of it.
+    tile = TILE if based or len(masks) else 4 * TILE
+    base, row = np.empty(tile, np.float32), np.empty(tile, np.float32)
+    total = np.empty(tile, np.float32)
     first = 1 if based else 0
-    for begin in range(0, size, TILE):
-        length = min(TILE, size - begin)
+    for begin in range(0, size, tile):
+        length = min(tile, size - begin)
         minus, values, mixed = base[:length], row[:length], total[:length]
         if based:
             raw = tile_of(stored, starts[0], kinds[0], begin, length)
@@ -63,10 +69,16 @@ def merge_linear(
         for s in range(len(weights)):
             i = s + first
             raw = tile_of(stored, starts[i], kinds[i], begin, length)
-            if not decode_tile(raw, kinds[i], values):
-                seen |= NOT_FINITE
+            if not (based or len(masks) or factors[s] != F32(1.0)):
+                if not add_stored_tile(raw, kinds[i], weights[s], s == 0, values, mixed):
+                    seen |= NOT_FINITE
+                continue
             if based:
-                subtract_tile(minus, values)
+                finite = decode_delta_tile(raw, kinds[i], minus, values)
+            else:
+                finite = decode_tile(raw, kinds[i], values)
+            if not finite:
+                seen |= NOT_FINITE
             if len(masks) and not masks[s, 3]:
                 at = U32(low + U32(begin))
                 drop_tile(values, masks[s, 0], masks[s, 1], masks[s, 2], at, factors[s])
@@ -124,9 +136,8 @@ def merge_disjoint(
         for s in range(sources):
             values = rows[s, :length]
             raw = tile_of(stored, starts[s + 1], kinds[s + 1], begin, length)
-            if not decode_tile(raw, kinds[s + 1], values):
+            if not decode_delta_tile(raw, kinds[s + 1], minus, values):
                 seen |= NOT_FINITE
-            subtract_tile(minus, values)
             if rules[s, 3]:
                 if factors[s] != F32(1.0):
                     add_weighted_tile(values, factors[s], True, values)
@@ -137,7 +148,7 @@ def merge_disjoint(
                 at = U32(low + U32(begin))
                 drop_tile(values, rules[s, 0], rules[s, 1], rules[s, 2], at, factors[s])
         elect_tile(
-            rows, length, weights, weighted, divide_by, zero_sign, F32(0.0), elected, divisor, mixed
+            rows, 0, weights, weighted, divide_by, zero_sign, F32(0.0), elected, divisor, mixed
         )
         add_base_tile(minus, scale, mixed)
         if not encode_tile(mixed, out_kind, tile_of(out, 0, out_kind, begin, length), elected):
@@ -192,9 +203,11 @@ def measure_stored(
             squares[1] += square_change_tile(minus, merged[done : done + length])
         for s in range(sources):
             i, values = s + first, rows[s, :length]
-            decode_tile(tile_of(stored, starts[i], kinds[i], at, length), kinds[i], values)
+            raw = tile_of(stored, starts[i], kinds[i], at, length)
             if based:
-                subtract_tile(minus, values)
+                decode_delta_tile(raw, kinds[i], minus, values)
+            else:
+                decode_tile(raw, kinds[i], values)
             if len(rules):
                 if rules[s, 3]:
                     counts[1 + s] += length
@@ -213,27 +226,15 @@ def measure_stored(
                     gram[t, s] += product
         if not pairs or sources == 1:
             continue
-        least[:length] = 0
-        most[:length] = 0
+        low_signs, high_signs = least[:length], most[:length]
+        low_signs[:] = 0
+        high_signs[:] = 0
         for s in range(sources):
-            values, sign = rows[s], signs[s]
-            for i in range(length):
-                sign[i] = np.int32(values[i] > 0) - np.int32(values[i] < 0)
-                least[i] = min(least[i], sign[i])
-                most[i] = max(most[i], sign[i])
-        mixed = np.int32(0)
-        for i in range(length):
-            mixed += most[i] & -least[i]
-        counts[0] += mixed
+            signs_tile(rows[s, :length], signs[s, :length], low_signs, high_signs)
+        counts[0] += count_mixed_tile(low_signs, high_signs)
         for s in range(sources):
             for t in range(s, sources):
-                a, b = signs[s], signs[t]
-                present, product_sum = np.int32(0), np.int32(0)
-                for i in range(length):
-                    p = a[i] * b[i]
-                    product_sum += p
-                    present += p * p
-                same = (present + product_sum) // 2
+                present, same = count_pair_tile(signs[s, :length], signs[t, :length])
                 both[s, t] += present
                 agree[s, t] += same
                 if s != t:
@@ -266,9 +267,11 @@ def count_stored(
             decode_tile(tile_of(stored, starts[0], kinds[0], begin, length), kinds[0], minus)
         for n in range(len(operands)):
             i = operands[n] + first
-            decode_tile(tile_of(stored, starts[i], kinds[i], begin, length), kinds[i], values)
+            raw = tile_of(stored, starts[i], kinds[i], begin, length)
             if based:
-                subtract_tile(minus, values)
+                decode_delta_tile(raw, kinds[i], minus, values)
+            else:
+                decode_tile(raw, kinds[i], values)
             few = ranges[n, 3]
             if few:
                 count_keys_tile(values, candidates[n, :few], above[n], equal[n])
@@ -301,9 +304,11 @@ def dot_stored(stored, starts, kinds, size, based, run, sums):
                 decode_tile(tile_of(stored, starts[0], kinds[0], begin, length), kinds[0], minus)
             for s in range(sources):
                 i, values = s + first, rows[s, :length]
-                decode_tile(tile_of(stored, starts[i], kinds[i], begin, length), kinds[i], values)
+                raw = tile_of(stored, starts[i], kinds[i], begin, length)
                 if based:
-                    subtract_tile(minus, values)
+                    decode_delta_tile(raw, kinds[i], minus, values)
+                else:
+                    decode_tile(raw, kinds[i], values)
             pair = 0
             for s in range(sources):
                 for t in range(s, sources):

@@ -54,6 +54,37 @@ class Part:
         return _digest(self._function)
 
 
+class BitCast(Part):
+    """The bits of a number taken for another type, without a way through memory.
+
+    Args:
+        source, target: numba's names of types of the same width.
+    """
+
+    def __init__(self, source: str, target: str) -> None:
+        self._source, self._target = source, target
+
+    @cached_property
+    def compiled(self) -> Callable[..., Any]:
+        from numba import types
+        from numba.extending import intrinsic
+
+        source, target = getattr(types, self._source), getattr(types, self._target)
+
+        def bit_cast(typing_context: Any, value: Any) -> Any:
+            def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+                return builder.bitcast(arguments[0], context.get_value_type(target))
+
+            return target(source), generate
+
+        compiled: Callable[..., Any] = intrinsic(bit_cast)
+        return compiled
+
+    @cached_property
+    def digest(self) -> str:
+        return f"{self._source} as {self._target}"
+
+
 def _parts(function: Callable[..., Any]) -> dict[str, Part]:
     names = function.__globals__
     used = {name: names.get(name) for name in function.__code__.co_names}
@@ -61,8 +92,11 @@ def _parts(function: Callable[..., Any]) -> dict[str, Part]:
 
 
 def _digest(function: Callable[..., Any]) -> str:
-    code = function.__code__
+    code, names = function.__code__, function.__globals__
     content = [code.co_code, code.co_consts, code.co_names]
+    content += [
+        names[n] for n in code.co_names if isinstance(names.get(n), int | float | np.generic)
+    ]
     content += [part.digest for part in _parts(function).values()]
     return hashlib.sha256(repr(content).encode()).hexdigest()[:12]
 
@@ -123,6 +157,10 @@ def kernel(
 
 def part(*, fastmath: Any = False) -> Callable[[Callable[..., Any]], Part]:
     return lambda function: Part(function, fastmath)
+
+
+bits_of = BitCast("float32", "uint32")
+float_of = BitCast("uint32", "float32")
 
 
 @cache
