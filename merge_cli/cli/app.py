@@ -31,7 +31,6 @@ from merge_cli.errors import ResourceError
 from merge_cli.system.machine import library_threads, settle_home
 from merge_cli.system.notices import send_notices
 
-
 _INTERRUPTED = 130
 
 app = typer.Typer(

@@ -303,7 +303,8 @@ def test_an_adapter_on_a_quantised_base_keeps_the_bases_form(tmp_path: Path) -> 
     assert changed == {f"{UP}.weight_packed", f"{UP}.weight_scale"}
     exact = numbers_of(base)[f"{UP}.weight"] + left @ right
     step = exact.abs().amax(1, keepdim=True) / 7.5
-    assert ((numbers_of(out)[f"{UP}.weight"] - exact).abs() <= step * 0.52).all()
+    worst = ((numbers_of(out)[f"{UP}.weight"] - exact).abs() / step).max()
+    assert worst <= 0.53  # half a step, and a scale that bfloat16 has rounded
 
 
 def test_the_plan_says_what_is_written(tmp_path: Path) -> None:
