@@ -67,6 +67,8 @@ def open_file(path: Path, label: str) -> FileModel:
     """
     if not is_weights(path.name):
         hint = f"Name the model's folder, or a file that ends with one of {', '.join(KINDS)}."
+        if path.suffix == ".nemo":
+            hint = "A NeMo archive: unpack it with tar, and name the folder of its weights."
         raise SourceError("not a folder, and not a file of weights", model=label, hint=hint)
     try:
         with open_regular(path) as file:

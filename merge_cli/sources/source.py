@@ -30,6 +30,7 @@ from merge_cli.checkpoint.repository import Repository
 from merge_cli.checkpoint.tensors import Tensor
 from merge_cli.errors import CorruptFileError, HubError, SourceError
 from merge_cli.formats.dcp.model import is_checkpoint, open_checkpoint
+from merge_cli.formats.dcp.names import MEGATRON, NAMES, Rule, parse_rules, renamed
 from merge_cli.formats.detect import read_as_numbers
 from merge_cli.hub import models as hub
 from merge_cli.lora.adapter import WEIGHTS, Adapter, open_adapter
@@ -66,7 +67,8 @@ from merge_cli.sources.storage import (
     StoredElsewhere,
     read_headers,
 )
-from merge_cli.system.untrusted import read_mapping
+from merge_cli.system.untrusted import Unreadable, read_mapping, read_text
+from merge_cli.system.untrusted_yaml import read_front
 
 
 @dataclass(frozen=True)
@@ -374,6 +376,11 @@ def _is_dcp(folder: LocalFolder) -> bool:
 def _open_dcp(folder: LocalFolder, label: str) -> Source:
     config = read_mapping(folder.root / CONFIG, label) if CONFIG in folder.names else {}
     model = open_checkpoint(folder.root, label)
+    tensors, more = dict(model.tensors), []
+    if NAMES in folder.names:
+        tensors = renamed(tensors, _rules(folder.root / NAMES, label), config, label)
+    elif any(name.startswith(MEGATRON) for name in tensors):
+        more = [f"its names are Megatron's: {NAMES} beside it says what they become"]
     left_out = f"; {len(model.left_out)} others are left out" if model.left_out else ""
     notes = [
         f"a distributed checkpoint; {len(model.tensors)} tensors of the model are read{left_out}",
@@ -381,8 +388,15 @@ def _open_dcp(folder: LocalFolder, label: str) -> Source:
     ]
     headers = dict.fromkeys(model.files, b"")  # such files have none: `.metadata` has said it all
     return Source(
-        label, folder.root, config, model.tensors, headers, notes=tuple(filter(None, notes))
+        label, folder.root, config, tensors, headers, notes=tuple(filter(None, [*notes, *more]))
     )
+
+
+def _rules(path: Path, label: str) -> list[Rule]:
+    try:
+        return parse_rules(read_front(read_text(path)))
+    except Unreadable as error:
+        raise CorruptFileError(str(error), model=label, file=path.name) from None
 
 
 def _open_repository(repository: Repository, name: str, label: str) -> Source:
