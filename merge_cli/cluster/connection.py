@@ -74,8 +74,9 @@ def connected(address: str) -> Iterator[Any]:
                 include_dashboard=False if address == "local" else None,
             )
     except (ConnectionError, RuntimeError, ValueError) as error:
-        message = f"no Ray cluster can be reached at '{address}': {_last_line(error)}"
-        raise ResourceError(message, hint=_HINT) from error
+        message = f"no Ray cluster can be reached at '{address}': {reason(error)}"
+        hint = "Both need the same Ray and Python, and the cluster's token if it has one."
+        raise ResourceError(message, hint=_HINT if address == "auto" else hint) from error
     try:
         yield ray
     finally:
@@ -213,16 +214,15 @@ def _ask(ray: Any, nodes: Sequence[Node], probes: Sequence[Probe]) -> dict[Node,
         try:
             faults[node] = ray.get(call)
         except ray.exceptions.RayTaskError as error:  # such as a package that is not there
-            faults[node] = f"cannot run merge-cli ({_last_line(error)})"
+            faults[node] = f"cannot run merge-cli ({reason(error)})"
         except ray.exceptions.RayError as error:
-            say_once(f"node {node.name} does not answer: {first_line(error)}")
+            say_once(f"node {node.name} does not answer: {reason(error)}")
     return faults
 
 
-def first_line(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """What Ray says of an error, without the traces behind it."""
+    cause = getattr(error, "cause", None)  # of what a task has raised
+    if cause is not None:
+        return f"{type(cause).__name__}: {cause}"
     return str(error).strip().partition("\n")[0]
-
-
-def _last_line(error: BaseException) -> str:
-    return str(error).strip().rpartition("\n")[2]
