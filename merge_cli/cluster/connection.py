@@ -14,6 +14,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -55,16 +56,16 @@ def connected(address: str) -> Iterator[Any]:
         UsageError: not such an address.
         ResourceError: Ray is not installed, nobody answers, or another version of Ray.
     """
-    try:
-        import ray
-    except ImportError as error:
+    if find_spec("ray") is None:
         hint = "pip install 'merge-cli[ray]'"
-        raise ResourceError("--ray needs the package ray", hint=hint) from error
+        raise ResourceError("--ray needs the package ray", hint=hint)
+    address = os.environ.get("RAY_ADDRESS") or address if address == "auto" else address
+    _knock(address)
+    import ray  # takes seconds
+
     if ray.is_initialized():
         yield ray
         return
-    address = os.environ.get("RAY_ADDRESS") or address if address == "auto" else address
-    _knock(address)
     try:
         with _handlers_kept():
             ray.init(
