@@ -85,7 +85,6 @@ def merge(
     gates: Sequence[str] = (),
     no_worse: Sequence[str] = (),
     on_evaluation: OnProgress = ignore_progress,
-    show: OnProgress | None = None,
 ) -> MergeResult:
     """Merge models into the folder `out`, and evaluate the result where the recipe asks for it.
 
@@ -95,7 +94,7 @@ def merge(
     Args:
         recipe: a plan, a loaded recipe, the path of one, or a mapping with the keys of one.
         out: the folder to publish; it appears only when it is complete.
-        on_progress: called with each progress; `show` is its old name.
+        on_progress: called with each progress.
         require_improvement: what is learned or searched must beat every merge without it.
         evaluation: what to evaluate the result on, as `evaluate` takes it; default the recipe's
             `eval:`, if it has one.
@@ -112,7 +111,7 @@ def merge(
     options = options or MergeOptions()
     if options.ray is None:
         options = replace(options, device=device_here(options.device))
-    on_progress = on_progress or show or ignore_progress
+    on_progress = on_progress or ignore_progress
     loaded = recipe if isinstance(recipe, Recipe | Plan) else load_recipe(recipe)
     spec = None if evaluation is None else as_spec(evaluation)
     check = quality_check(
@@ -302,7 +301,6 @@ def compare(
     options: Sequence[str] = (),
     ray: str | None = None,
     on_progress: OnProgress | None = None,
-    show: OnProgress | None = None,
 ) -> ComparisonResult:
     """Merge recipes, evaluate base, parents, baselines and merges on the same data, write it down.
 
@@ -313,7 +311,7 @@ def compare(
         gates, no_worse: conditions on every recipe's merge (docs/evaluate.md).
         options: of `merge-cli run`, for every merge.
         ray: the address of a Ray cluster that merges and evaluates.
-        on_progress: called with each progress; `show` is its old name.
+        on_progress: called with each progress.
 
     Raises:
         as `comparison.run.compare` does; UsageError for a gate that cannot be read. A gate that is
@@ -324,6 +322,7 @@ def compare(
     spec = as_spec(tasks).limited(limit)
     conditions = read_gates(gates, no_worse, spec.tasks)
     references = [gate.reference for gate in conditions if gate.reference]
+    report = on_progress or ignore_progress
     result = compare_recipes(
         recipes,
         spec,
@@ -331,8 +330,9 @@ def compare(
         references=references,
         options=options,
         ray=ray,
-        show=on_progress or show or ignore_progress,
+        on_progress=report,
     )
+    report(Progress("intervals and page", 0, 0, model="all models"))
     return ComparisonResult(
         Path(out), result, write_comparison(result, Path(out)), result.unmet(conditions)
     )

@@ -27,7 +27,7 @@ from merge_cli.errors import Interrupted, MismatchError, Problem, UsageError
 from merge_cli.evaluation.result import Evaluation
 from merge_cli.evaluation.run import evaluate_source
 from merge_cli.evaluation.spec import EvalSpec
-from merge_cli.options import MergeOptions, OnProgress, Progress
+from merge_cli.options import MergeOptions, OnProgress, Progress, ignore_progress
 from merge_cli.planning.plan import Plan
 from merge_cli.planning.planner import load_recipe, make_plan
 from merge_cli.planning.preparation import preparations_of
@@ -66,7 +66,7 @@ def compare(
     references: Collection[str] = (),
     options: Sequence[str] = (),
     ray: str | None = None,
-    show: OnProgress = lambda progress: None,
+    on_progress: OnProgress = ignore_progress,
 ) -> Comparison:
     """Merge recipes, evaluate all models, and compare them.
 
@@ -77,7 +77,7 @@ def compare(
         references: models that gates compare with; they must be in the comparison.
         options: of `merge-cli run`, for every merge (`--device`, `--threads`, ...).
         ray: the address of a Ray cluster, whose nodes share every merge, and evaluate the models.
-        show: called with progress.
+        on_progress: called with progress.
 
     Raises:
         RecipeError, SourceError, MismatchError: of any recipe, before anything is merged.
@@ -111,7 +111,7 @@ def compare(
     try:
         for merge in merges.merges:
             if not merge.made.exists():
-                show(Progress("merging", 0, 0, model=merge.name))
+                on_progress(Progress("merging", 0, 0, model=merge.name))
                 run_merge(merge.file, merge.made, options, cost_log)
         models: list[_Model] = []
         for source in ([base] if base else []) + sources:
@@ -122,7 +122,7 @@ def compare(
             opened = open_source(ModelRef(str(merge.out.absolute())), Path.cwd())
             cost = cost_log.cost(merge.made.name, merge.out)
             models.append(_Model(merge.name, merge.role, opened, merge, cost))
-        evaluations = _evaluated(models, spec, ray, show)
+        evaluations = _evaluated(models, spec, ray, on_progress)
         entries = [_entry(*pair) for pair in zip(models, evaluations, strict=True)]
     except (KeyboardInterrupt, Interrupted):
         raise Interrupted("stopped", where=str(folder), hint=RESUMES) from None
@@ -148,12 +148,12 @@ class _Model:
 
 
 def _evaluated(
-    models: Sequence[_Model], spec: EvalSpec, ray: str | None, show: OnProgress
+    models: Sequence[_Model], spec: EvalSpec, ray: str | None, on_progress: OnProgress
 ) -> list[Evaluation]:
     """Every model's evaluation: here, one after the other, or each as a task of a cluster."""
     if ray is None:
         return [
-            evaluate_source(model.source, spec, partial(_of_model, show, model.name))
+            evaluate_source(model.source, spec, partial(_of_model, on_progress, model.name))
             for model in models
         ]
     from merge_cli.cluster.tasks import task_cluster
@@ -163,12 +163,12 @@ def _evaluated(
         there = spec.changed(device=cluster.kind, threads=cluster.cpus)
         for number, result in cluster.map(evaluate_source, [(m.source, there) for m in models]):
             results[number] = result
-            show(Progress("evaluated", len(results), len(models), unit="models"))
+            on_progress(Progress("evaluated", len(results), len(models), unit="models"))
     return [results[number] for number in range(len(models))]
 
 
-def _of_model(show: OnProgress, name: str, progress: Progress) -> None:
-    show(replace(progress, model=name))
+def _of_model(on_progress: OnProgress, name: str, progress: Progress) -> None:
+    on_progress(replace(progress, model=name))
 
 
 def _entry(model: _Model, evaluation: Evaluation) -> ModelEntry:
