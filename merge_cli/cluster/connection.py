@@ -14,6 +14,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -55,16 +56,16 @@ def connected(address: str) -> Iterator[Any]:
         UsageError: not such an address.
         ResourceError: Ray is not installed, nobody answers, or another version of Ray.
     """
-    try:
-        import ray
-    except ImportError as error:
+    if find_spec("ray") is None:
         hint = "pip install 'merge-cli[ray]'"
-        raise ResourceError("--ray needs the package ray", hint=hint) from error
+        raise ResourceError("--ray needs the package ray", hint=hint)
+    address = os.environ.get("RAY_ADDRESS") or address if address == "auto" else address
+    _knock(address)
+    import ray  # takes seconds
+
     if ray.is_initialized():
         yield ray
         return
-    address = os.environ.get("RAY_ADDRESS") or address if address == "auto" else address
-    _knock(address)
     try:
         with _handlers_kept():
             ray.init(
@@ -74,8 +75,9 @@ def connected(address: str) -> Iterator[Any]:
                 include_dashboard=False if address == "local" else None,
             )
     except (ConnectionError, RuntimeError, ValueError) as error:
-        message = f"no Ray cluster can be reached at '{address}': {_last_line(error)}"
-        raise ResourceError(message, hint=_HINT) from error
+        message = f"no Ray cluster can be reached at '{address}': {reason(error)}"
+        hint = "Both need the same Ray and Python, and the cluster's token if it has one."
+        raise ResourceError(message, hint=_HINT if address == "auto" else hint) from error
     try:
         yield ray
     finally:
@@ -213,16 +215,15 @@ def _ask(ray: Any, nodes: Sequence[Node], probes: Sequence[Probe]) -> dict[Node,
         try:
             faults[node] = ray.get(call)
         except ray.exceptions.RayTaskError as error:  # such as a package that is not there
-            faults[node] = f"cannot run merge-cli ({_last_line(error)})"
+            faults[node] = f"cannot run merge-cli ({reason(error)})"
         except ray.exceptions.RayError as error:
-            say_once(f"node {node.name} does not answer: {first_line(error)}")
+            say_once(f"node {node.name} does not answer: {reason(error)}")
     return faults
 
 
-def first_line(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """What Ray says of an error, without the traces behind it."""
+    cause = getattr(error, "cause", None)  # of what a task has raised
+    if cause is not None:
+        return f"{type(cause).__name__}: {cause}"
     return str(error).strip().partition("\n")[0]
-
-
-def _last_line(error: BaseException) -> str:
-    return str(error).strip().rpartition("\n")[2]

@@ -26,8 +26,8 @@ from merge_cli.cluster.connection import (
     Node,
     check_storage,
     connected,
-    first_line,
     on_node,
+    reason,
     usable_nodes,
 )
 from merge_cli.cluster.node import NodeWorker, ShareStats, Work
@@ -229,16 +229,16 @@ class _Run:
         self._members = members
         ready, _ = self._ray.wait(opened, num_returns=len(opened), timeout=_START_SECONDS)
         for member, call in zip(members, opened, strict=True):
-            reason = f"its CPUs are not free after {_START_SECONDS:.0f} seconds"
+            why = f"its CPUs are not free after {_START_SECONDS:.0f} seconds"
             if call in ready:
                 try:
                     self._checked(self._ray.get(call))
                     continue
                 except self._ray.exceptions.RayError as error:
-                    reason = first_line(error)
+                    why = reason(error)
             member.lost = True
             self._ray.kill(member.actor)
-            self._note(f"node {member.node.name} takes no part: {reason}")
+            self._note(f"node {member.node.name} takes no part: {why}")
         count = len(self._present)
         if not count:
             hint = "Wait until its CPUs are free, or give fewer --threads."
@@ -322,7 +322,7 @@ class _Run:
         member.lost = True
         self._ray.kill(member.actor)
         self._take_back(member)
-        self._note(f"node {member.node.name} was lost, others do its share: {first_line(error)}")
+        self._note(f"node {member.node.name} was lost, others do its share: {reason(error)}")
         if not self._present:
             raise ResourceError("every node of the Ray cluster was lost", hint=_RESUMES)
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from merge_cli.cluster.connection import connected, first_line, usable_nodes
+from merge_cli.cluster.connection import connected, reason, usable_nodes
 from merge_cli.errors import MergeCliError, ResourceError
 from merge_cli.system.caches import cache_folder
 
@@ -58,7 +58,7 @@ class TaskCluster:
                 try:
                     result = self.ray.get(ready)
                 except self.ray.exceptions.RayError as error:
-                    message = f"a task on the Ray cluster failed: {first_line(error)}"
+                    message = f"a task on the Ray cluster failed: {reason(error)}"
                     raise ResourceError(message) from error
                 if isinstance(result, MergeCliError):
                     raise result

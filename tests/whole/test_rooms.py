@@ -11,6 +11,7 @@
     tokenizer                                       vocabularies
     planning                                        a recipe and headers become a Plan
     engine                                          executes a Plan
+    cluster                                         executes a Plan on several machines
     evaluation · report · publishing · conversion   look at models, write about them
     data                                            what the sources' data say, as token sequences
     calibration · evolve                            preparations
