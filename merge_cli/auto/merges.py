@@ -15,7 +15,7 @@ from merge_cli.auto.workspace import AutomaticWorkspace
 from merge_cli.calibration.run import calibrate
 from merge_cli.dam.run import Learned, learn
 from merge_cli.errors import NonFiniteError
-from merge_cli.evolve.evaluator import MergeableModel
+from merge_cli.evolve.mergeable import MergeableModel
 from merge_cli.options import MergeOptions, OnProgress, Progress
 from merge_cli.planning.plan import Plan
 from merge_cli.planning.planner import make_plan

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from merge_cli.auto.checks import SOUP
 from merge_cli.auto.measure import Losses, mean_loss
@@ -22,9 +22,6 @@ from merge_cli.evaluation.live import fetch_everything
 from merge_cli.options import MergeOptions, OnProgress, Progress
 from merge_cli.planning.plan import Plan
 from merge_cli.system.machine import torch_threads
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
