@@ -87,13 +87,13 @@ def test_it_is_the_start_plus_learned_changes_in_float64(models: Path, tmp_path:
     shares = importances(decided_of(recipe))
     sources = [
         {name: value.double() for name, value in read_model(models / name_).items()}
-        for name_ in ("a", "b", "c")
+        for name_ in ("a", "b", "c", "base")
     ]
     start, merged = read_model(out / "start"), read_model(out)
     learned = load_file(out / "coefficients.safetensors")
     for name, tensor in merged.items():
         total = sum(share[name] for share in shares)
-        fisher = sum(share[name] * of[name] for share, of in zip(shares, sources, strict=True))
+        fisher = sum(share[name] * of[name] for share, of in zip(shares, sources[:3], strict=True))
         np.testing.assert_allclose(start[name].double(), fisher / total, rtol=0, atol=5e-5)
         expected = start[name].double()
         for c, of in zip(learned[name].double(), sources, strict=True):
@@ -133,7 +133,10 @@ def test_running_its_recipe_needs_no_data_and_gives_the_same_bytes(
         result.path / "model.safetensors"
     ).read_bytes()
     assert result.report["training"]["start"] == "regmean"
-    assert [item["model"] for item in result.report["inputs"]] == ["./start", "a", "b", "c"]
+    assert [item["model"] for item in result.report["inputs"]] == [
+        *("./start", "a", "b", "c"),
+        *(["base"] if base else []),
+    ]
     assert (result.path / "start" / "config.json").exists()
 
 
