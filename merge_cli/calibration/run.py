@@ -111,7 +111,7 @@ def _measure_one(
             result = find(part.path)
             assert result is not None, "making has just seen it"
             return result
-        on_progress(Progress("gather", 0, 0, f"{label} is loaded"))
+        on_progress(Progress("gather", 0, 0, f"{label} is loaded, to look at its examples"))
         with torch_threads(options.threads), memory_errors(label, _SMALLER):
             return replace(_measured(part, path, on_tokens), cached=False)
 

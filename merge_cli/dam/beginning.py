@@ -44,7 +44,7 @@ def teach(
         # Every byte is read: what is kept must be the predictions of exactly this model.
         teacher = Teacher(source, source_identity(source), decided.device, decided.dtype)
         share = (world.rank, world.size)
-        on_progress(Progress("teach", 0, 0, f"{dataset.name} is loaded"))
+        on_progress(Progress("teach", 0, 0, f"the teacher {dataset.name} is loaded"))
 
         def on_tokens(done: int, total: int, name: str = dataset.name) -> None:
             on_progress(Progress("teach", done, total, name, "tokens"))

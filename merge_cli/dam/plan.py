@@ -168,14 +168,14 @@ def plan_training(plan: Plan, device: str = "auto", world: World | None = None) 
         targets,
         datasets,
         training,
-        sources=len(operands) + with_base,
+        sources=len(operands) + with_base + bool(static and plan.base is not None),
         dtype=dtype,
         predictions=sum(teacher.held for teacher in teachers),
         on_cpu=index is None,
     )
     residency = choose_residency(
         weight_bytes(
-            _with_base(stored_tensors(plan, targets)) if static else stored_tensors(plan, targets),
+            _with_whole(stored_tensors(plan, targets)) if static else stored_tensors(plan, targets),
             with_base=with_base,
             on_cpu=index is None,
         ),
@@ -223,12 +223,20 @@ def started_at(decided: TrainingPlan, folder: Path) -> TrainingPlan:
     training = plan.recipe.learning
     targets, problems = find_targets(plan, empty_model(plan), training)
     assert not problems, "the merge has the tensors of its sources"
-    return replace(decided, plan=plan, training=training, targets=tuple(targets))
+    labels = tuple(plan.sources[i].label for i in plan.operands)
+    return replace(decided, plan=plan, training=training, targets=tuple(targets), labels=labels)
 
 
-def _with_base(stored: Mapping[str, Stored]) -> dict[str, Stored]:
-    """As with a whole merge for the base: as large as a source."""
-    return {name: replace(item, base=item.base or item.sources[0]) for name, item in stored.items()}
+def _with_whole(stored: Mapping[str, Stored]) -> dict[str, Stored]:
+    """As with a whole merge for the base, as large as a source, and the base among the sources."""
+    return {
+        name: replace(
+            item,
+            sources=item.sources if item.base is None else (*item.sources, item.base),
+            base=item.base or item.sources[0],
+        )
+        for name, item in stored.items()
+    }
 
 
 def _too_large(device: Device, index: int | None, needs: MemoryNeeds, peak: Peak) -> Iterator[str]:

@@ -5,8 +5,9 @@ Learning that starts at one takes it as the base of all changes,
 
     W = S + sum of c_i * (W_i - S)        c = 0 at the start
 
-so that its first step is S to the last bit. What it ends with needs S, coefficients and sources,
-and no data: S lies in OUT as a model of its own, and the resolved recipe names it as `base_model`.
+so that its first step is S to the last bit. The recipe's base is one of the W_i, after the others:
+a column may go back there, too. What learning ends with needs S, coefficients and sources, and no
+data: S lies in OUT as a model of its own, and the resolved recipe names it as `base_model`.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from merge_cli.options import MergeOptions, OnProgress
 from merge_cli.planning.plan import Plan
 from merge_cli.planning.planner import make_plan
 from merge_cli.recipe.reference import ModelRef
-from merge_cli.recipe.schema import Recipe
+from merge_cli.recipe.schema import Recipe, SourceSpec
 from merge_cli.recipe.statistics import Statistics, fitting_statistics
 from merge_cli.recipe.training import WHOLE_STARTS
 from merge_cli.sources.source import Source, open_source
@@ -121,8 +122,11 @@ def start_at(plan: Plan, folder: Path) -> Plan:
 
 def with_start(recipe: Recipe, folder: Path) -> Recipe:
     """The recipe, whose coefficients are of changes from the merge in a folder."""
+    models, base = recipe.models, recipe.base_model
+    if base is not None and all(spec.model != base for spec in models):
+        models = (*models, SourceSpec(base, "base_model"))
     training = replace(recipe.learning, form="task_vector")
-    return replace(recipe, base_model=ModelRef(str(folder)), training=training)
+    return replace(recipe, base_model=ModelRef(str(folder)), models=models, training=training)
 
 
 def open_start(folder: Path) -> Source:

@@ -270,10 +270,10 @@ class Trainer:
             raise NonFiniteError(message, hint=_SMALLER)
         assert position.measured is not None
         position.measured.append({"step": position.step, **score.to_json()})
-        # A step that imitates better and predicts the text worse than the start has learned what
-        # teachers say of rows that they have memorised.
-        at_start = position.measured[0]["mean_loss"]
-        better = score.mean_kl < position.best_kl and score.mean_loss <= at_start
+        # A step that imitates better and predicts the text worse than the merge that it began as
+        # has learned what teachers say of rows that they have memorised.
+        most = position.measured[0]["mean_loss"] if position.start else float("inf")
+        better = score.mean_kl < position.best_kl and score.mean_loss <= most
         if better or self._training.keep == "last":
             position.best_kl, position.best_step, position.stale = score.mean_kl, position.step, 0
             self.best = entries_of(self._student)

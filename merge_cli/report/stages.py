@@ -51,13 +51,17 @@ class Stages:
         """
         names = {str(folder): name for name, folder in self._folders.items()}
         names |= {str(folder): f"./{name}" for name, folder in self._kept.items()}
-        names |= {str(folder): f"./{place}" for place, folder in self._kept_of_stages()}
 
         def find(model: ModelRef) -> str:
             stage = model.path if model.path in self._folders else names.get(model.path)
             return stage or locate(model)
 
         return find
+
+    def kept_name(self, label: str) -> str:
+        """How the result names a model that it keeps; any other by its own label."""
+        names = {str(folder): f"./{name}" for name, folder in self._kept.items()}
+        return names.get(label, label)
 
     def documents(self, target: Path | None) -> list[str]:
         """Each stage's resolved recipe as YAML.
@@ -70,6 +74,7 @@ class Stages:
         for name, recipe in self._recipes.items():
             folder = recipe.folder
             locate = self.named(path_from(target, folder, {}) if target else public_name(folder))
+            locate = self._where_kept(folder, locate)
             learned = f"./stages/{stage_folder(name)}/{FILE}" if recipe.coefficients else None
             fingerprints = recipe.inputs if target else {}
             inputs = {locate(parse_reference(k, folder)): v for k, v in fingerprints.items()}
@@ -91,6 +96,17 @@ class Stages:
         for name, result in self._folders.items():
             for config in sorted(result.glob("*/config.json")):
                 yield f"stages/{stage_folder(name)}/{config.parent.name}", config.parent
+
+    def _where_kept(self, recipe_folder: Path, locate: Locate) -> Locate:
+        """`locate`, except that models that stages keep are named as they lie in the result."""
+        places = {folder.resolve(): place for place, folder in self._kept_of_stages()}
+
+        def find(model: ModelRef) -> str:
+            local = None if model.lora else local_folder(model.path, recipe_folder)
+            place = None if local is None else places.get(local.resolve())
+            return f"./{place}" if place else locate(model)
+
+        return find
 
     def copy_files(self, folder: Path) -> None:
         """Copy what recipes of the result and its stages name: coefficients, models that are kept.

@@ -64,6 +64,8 @@ def write_reports(
     made = Stages(stages or {}, folders or {})
     text, defaults = resolved_recipe(plan, fingerprints, target, made)
     report = build_report(plan, fingerprints, outcome, text)
+    for item in report["inputs"]:
+        item["model"] = made.kept_name(item["model"])
     for preparation in preparations():
         report.update(preparation.summary(plan))
     report.update(record or {})

@@ -87,13 +87,13 @@ def test_it_is_the_start_plus_learned_changes_in_float64(models: Path, tmp_path:
     shares = importances(decided_of(recipe))
     sources = [
         {name: value.double() for name, value in read_model(models / name_).items()}
-        for name_ in ("a", "b", "c")
+        for name_ in ("a", "b", "c", "base")
     ]
     start, merged = read_model(out / "start"), read_model(out)
     learned = load_file(out / "coefficients.safetensors")
     for name, tensor in merged.items():
         total = sum(share[name] for share in shares)
-        fisher = sum(share[name] * of[name] for share, of in zip(shares, sources, strict=True))
+        fisher = sum(share[name] * of[name] for share, of in zip(shares, sources[:3], strict=True))
         np.testing.assert_allclose(start[name].double(), fisher / total, rtol=0, atol=5e-5)
         expected = start[name].double()
         for c, of in zip(learned[name].double(), sources, strict=True):
@@ -133,6 +133,11 @@ def test_running_its_recipe_needs_no_data_and_gives_the_same_bytes(
         result.path / "model.safetensors"
     ).read_bytes()
     assert result.report["training"]["start"] == "regmean"
+    assert [item["model"] for item in result.report["inputs"]] == [
+        *("./start", "a", "b", "c"),
+        *(["base"] if base else []),
+    ]
+    assert (result.path / "start" / "config.json").exists()
 
 
 def test_the_best_begins_at_what_was_measured(models: Path, tmp_path: Path) -> None:
@@ -284,3 +289,17 @@ def test_measuring_costs_a_tenth_of_training_at_most(models: Path) -> None:
     assert measured_steps(decided) == {*range(2, decided.steps, 2), decided.steps}
     longer = replace(by_default, steps=64, datasets=decided.datasets)
     assert measured_steps(longer) <= {64, 32, 16, 8, 4, 2, 1}
+
+
+def test_a_stage_that_learns_keeps_its_start_in_the_result(models: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "family"
+    shutil.copytree(models, folder)
+    learned = yaml.safe_load(recipe_of(folder, start="fisher").read_text())
+    mean = {"merge_method": "soup", "models": [{"model": "learned"}, {"model": "a"}]}
+    (folder / "stages.yaml").write_text(yaml.safe_dump_all([{"name": "learned", **learned}, mean]))
+    out = run(folder / "stages.yaml", tmp_path / "out").path
+    assert (out / "stages" / "learned" / "start" / "model.safetensors").exists()
+    for file in folder.glob("*.jsonl"):
+        file.unlink()
+    again = run(out / "merge_recipe.yaml", tmp_path / "again").path
+    assert (again / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
