@@ -130,6 +130,9 @@ class StagedWorker:
 
         return self._down(values.float().view(torch.uint8)).view(np.float32)
 
+    def read(self, tensor: Tensor, start: int, buffer: memoryview) -> None:
+        self._files.read(self.clock, tensor, start, buffer)
+
     def write(self, data: memoryview, path: Path, offset: int) -> None:
         self._files.write(self.clock, path, offset, data)
 

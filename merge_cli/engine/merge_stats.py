@@ -211,6 +211,25 @@ class StageTime:
 
 
 @dataclass(frozen=True)
+class NodeStats:
+    """What one node of a cluster did.
+
+    Attributes:
+        bytes: of output that it merged.
+        peak_rss: bytes of its process.
+        seconds: that it worked.
+        lost: it died, and what it had not finished was done by others.
+    """
+
+    name: str
+    threads: int
+    bytes: int
+    peak_rss: int
+    seconds: float
+    lost: bool
+
+
+@dataclass(frozen=True)
 class MergeStats:
     """What the loop did, for the report.
 
@@ -222,6 +241,8 @@ class MergeStats:
         stats: one for each task of the plan.
         resumed: bytes of output that an earlier run had merged.
         seconds: wall time of the loop, and of the pass over the whole model before it.
+        model_pass: what the method has learned of the whole model, for other shares of it.
+        nodes: of a cluster, that took part.
     """
 
     key: str
@@ -234,6 +255,8 @@ class MergeStats:
     resumed: int
     seconds: float
     survey_seconds: float
+    model_pass: Any = None
+    nodes: tuple[NodeStats, ...] = ()
 
 
 def stages(workers: Sequence[WorkerContext], threads: int, seconds: float) -> dict[str, StageTime]:

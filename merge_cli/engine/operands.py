@@ -42,7 +42,11 @@ class TensorReader:
 
     Args:
         starts: where its spans begin, and its size at the end.
+        keeps_block: a tensor of one block is read once, however many passes there are. For readers
+            that are dropped with their tensor: a model's would hold all of its small tensors.
     """
+
+    _whole: Block | None
 
     def __init__(
         self,
@@ -50,11 +54,14 @@ class TensorReader:
         reading: BlockReader,
         starts: Sequence[int],
         statistics: TensorStatistics | None = None,
+        *,
+        keeps_block: bool = False,
     ) -> None:
         self.task, self._reading = task, reading
         self.name, self.shape, self.parameters = task.formula_name, task.shape, task.parameters
         self.size, self.starts, self.statistics = task.size, starts, statistics
         self.wide = any(ref.dtype == "F64" for ref in task.inputs)
+        self._keeps, self._whole = keeps_block, None
 
     def blocks(self) -> Iterator[Block]:
         """Every block in order; may be called again and again."""
@@ -86,6 +93,11 @@ class TensorReader:
         return self._reading.pool.map(lambda number: work(self.span(number)), numbers)
 
     @property
+    def is_held(self) -> bool:
+        """Whether it is one block that is kept as numbers, for every pass over it."""
+        return self._keeps and self.size <= self._reading.pool.worker.block
+
+    @property
     def can_be_stored(self) -> bool:
         """Whether compiled loops can read its elements as they are stored."""
         task, reading = self.task, self._reading
@@ -97,7 +109,7 @@ class TensorReader:
 
     def map_stored(self, work: Callable[[Iterator[StoredBlock]], T]) -> list[T] | None:
         """`methods.blocks.map_stored`."""
-        if not self.can_be_stored:
+        if self.is_held or not self.can_be_stored:
             return None
         numbers = range(len(self.starts) - 1)
         return self._reading.pool.map(lambda number: work(self.stored_span(number)), numbers)
@@ -120,6 +132,14 @@ class TensorReader:
 
     def block(self, start: int, stop: int) -> Block:
         """Elements [start, stop) of every operand, upcast, where they are computed with."""
+        if self._whole is not None:
+            return self._whole
+        block = self._load(start, stop)
+        if self._keeps and stop - start == self.size:
+            self._whole = block
+        return block
+
+    def _load(self, start: int, stop: int) -> Block:
         task, reading = self.task, self._reading
         based = task.base is not None  # a copy has none, whatever the method
         loaded = reading.pool.worker.load(

@@ -17,6 +17,7 @@ from functools import partial
 from itertools import accumulate
 from typing import Any, Protocol, TypeVar
 
+from merge_cli.kernels.backend import to_numpy
 from merge_cli.kernels.cut import ALL_TIES, MagnitudeThreshold
 from merge_cli.kernels.fused import StoredBlock, count_blocks
 from merge_cli.kernels.keys import (
@@ -27,12 +28,12 @@ from merge_cli.kernels.keys import (
     keys,
     number,
 )
+from merge_cli.kernels.kth_largest import kth_largest
 
 _BINS = 2**19  # of a histogram: 2 MB of int32 for each operand and thread
 _FEW = 8  # keys that are counted one by one, without a histogram
-_SORTED = 2**17  # elements of a stream that is sorted instead
-# One element of so many is sampled, within these. A bracket from fewer is wider than the bins of a
-# histogram tell apart, and costs a second pass.
+# One element of so many is sampled, within these; a smaller stream is held. A bracket from fewer is
+# wider than the bins of a histogram tell apart, and costs a second pass.
 _SAMPLE_SHARE = 64
 _SMALLEST_SAMPLE, _LARGEST_SAMPLE = 2**17, 2**21
 _KEPT_COUNTS = 4_000_000  # bins of single spans that may be held, 12 bytes each
@@ -93,7 +94,7 @@ def exact_cuts(counts: Sequence[int], stream: Stream) -> list[MagnitudeThreshold
             cuts[i] = MagnitudeThreshold(math.inf, -1)
         elif k < stream.size:
             requested[i] = k
-    if requested and stream.size <= _SORTED:
+    if requested and stream.size <= _SMALLEST_SAMPLE:
         for i, cut in _cuts_of_few(requested, stream).items():
             cuts[i] = cut
         return cuts
@@ -105,20 +106,16 @@ def exact_cuts(counts: Sequence[int], stream: Stream) -> list[MagnitudeThreshold
 
 
 def _cuts_of_few(requested: dict[int, int], stream: Stream) -> dict[int, MagnitudeThreshold]:
-    """The cuts of a stream that is small enough to be sorted: read once, no histogram."""
+    """The cuts of a stream that is small enough to be held: read once, no histogram of a sample."""
     import numpy as np
 
-    blocks = [[keys(rows[i]) for i in requested] for rows in stream.sample(stream.size)]
+    blocks = [[to_numpy(rows[i]) for i in requested] for rows in stream.sample(stream.size)]
+    rows = blocks[0] if len(blocks) == 1 else list(map(np.concatenate, zip(*blocks, strict=True)))
+    width = 8 * rows[0].itemsize - 1
     cuts = {}
-    for column, (i, k) in enumerate(requested.items()):
-        operand_keys = np.concatenate([rows[column] for rows in blocks])
-        ordered = np.sort(operand_keys)  # numpy sorts integers faster than it selects one of them
-        key = ordered[len(ordered) - k]
-        above = len(ordered) - int(np.searchsorted(ordered, key, side="right"))
-        threshold = number(int(key), 8 * operand_keys.itemsize - 1)
-        ties = np.flatnonzero(operand_keys == key)
-        all_kept = k - above == len(ties) or math.isnan(threshold)
-        cuts[i] = MagnitudeThreshold(threshold, ALL_TIES if all_kept else int(ties[k - above - 1]))
+    ranks = kth_largest(rows, list(requested.values()))
+    for i, (key, last_kept) in zip(requested, ranks, strict=True):
+        cuts[i] = MagnitudeThreshold(number(key, width), last_kept)
     return cuts
 
 

@@ -77,6 +77,8 @@ class Blocks(Protocol):
 class TensorBlocks(Blocks, Protocol):
     """One tensor of every source.
 
+    Blocks must not be changed: a small tensor's is handed out again instead of being read again.
+
     Attributes:
         name, shape: in the output. Blocks are flat; a row is the last dimension.
         wide: whether its blocks are float64 (a source is) rather than float32.

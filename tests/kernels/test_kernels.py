@@ -125,7 +125,6 @@ def test_cut_on_many_values(kind: str, form: str, monkeypatch: pytest.MonkeyPatc
         values *= 2.0 ** rng.integers(-60, 60, 50_000)
     else:  # what is sampled is nothing like the rest
         values[:: 50_000 // 500] *= 1e6
-    monkeypatch.setattr(select, "_SORTED", 500)
     monkeypatch.setattr(select, "_SMALLEST_SAMPLE", 500)
     values = values if form == "torch64" else values.astype(np.float32)
     stream = values if form in ("numpy", "stored") else torch.from_numpy(values)

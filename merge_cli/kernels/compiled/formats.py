@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from merge_cli.kernels.compiled.kernel import F32, INFINITY, MAGNITUDE, U32, kernel
+from merge_cli.kernels.compiled.kernel import INFINITY, kernel
 from merge_cli.kernels.compiled.tiles import (
     BF16,
     F16,
@@ -66,36 +66,3 @@ def encode_f16(values, raw):
         stored = raw[begin : begin + TILE].view(np.uint8)
         fits &= encode_tile(values[begin : begin + TILE], F16, stored, shifted)
     return not fits
-
-
-@kernel("void(f4[:, ::1], i8, u1[:, ::1], f4[::1])")
-def quantise(rows, wide, codes, scales):
-    """float32 to E4M3 with a scale for each `wide` columns of these rows; see kernels/fp8.py."""
-    quotient = np.empty(wide, np.float32)
-    shifted = np.empty(wide, np.float32)
-    quotient_bits, shifted_bits = quotient.view(np.uint32), shifted.view(np.uint32)
-    for number in range(len(scales)):
-        begin = number * wide
-        largest = U32(0)
-        for r in range(len(rows)):
-            bits = rows[r, begin : begin + wide].view(np.uint32)
-            for i in range(len(bits)):
-                magnitude = bits[i] & MAGNITUDE
-                largest = max(largest, magnitude if magnitude < INFINITY else U32(0))
-        shifted_bits[0] = largest
-        scale = max(shifted[0] / F32(448.0), F32(2.0**-126)) if largest else F32(1.0)
-        scales[number] = scale
-        for r in range(len(rows)):
-            part, out = rows[r, begin : begin + wide], codes[r, begin : begin + wide]
-            bits = part.view(np.uint32)
-            for i in range(len(part)):
-                quotient[i] = min(abs(part[i] / scale), F32(448.0))
-                shifted[i] = quotient[i] + F32(16384.0)
-            for i in range(len(part)):
-                near = quotient_bits[i]
-                odd = (near >> U32(20)) & U32(1)
-                normal = ((near + U32(0x7FFFF) + odd) >> U32(20)) - U32(960)
-                small = shifted_bits[i] - U32(0x46800000)
-                code = small if near < U32(0x3C800000) else normal  # 2^-6
-                code = code | ((bits[i] >> U32(24)) & U32(0x80))
-                out[i] = np.uint8(code if (bits[i] & MAGNITUDE) < INFINITY else U32(0x7F))

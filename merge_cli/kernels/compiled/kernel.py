@@ -133,8 +133,11 @@ class Kernel:
         """Compile, or load what an earlier process has compiled."""
         import numba
 
+        from merge_cli.kernels.compiled.numba_import import load_registries
+
         with self._lock:
             if self._compiled is None:
+                load_registries()
                 options = {"nogil": True, "error_model": "numpy", "fastmath": self._fastmath}
                 function = _linked(self._function)
                 try:
