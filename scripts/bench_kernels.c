@@ -108,32 +108,6 @@ i64 non_finite(ARRAY(float, x)) {
     return largest >= INFINITE;
 }
 
-i64 quantise(MATRIX(float, rows), i64 wide, MATRIX(u8, codes), ARRAY(float, scales)) {
-    for (i64 block = 0; block < scales_n; block++) {
-        i64 begin = block * wide, end = MIN(begin + wide, rows_m);
-        u32 largest = 0;
-        for (i64 r = 0; r < rows_n; r++)
-            for (i64 i = begin; i < end; i++) {
-                u32 m = key(rows[r * rows_m + i]);
-                largest = MAX(largest, m < INFINITE ? m : 0);
-            }
-        float scale = largest ? MAX(float_of(largest) / 448.0f, 0x1p-126f) : 1.0f;
-        scales[block] = scale;
-        for (i64 r = 0; r < rows_n; r++)
-            for (i64 i = begin; i < end; i++) {
-                float x = rows[r * rows_m + i], q = fabsf(x / scale);
-                q = q < 448.0f ? q : 448.0f;
-                u32 near = bits_of(q);
-                u32 normal = ((near + 0x7FFFF + ((near >> 20) & 1)) >> 20) - 960;
-                u32 small = bits_of(q + 16384.0f) - 0x46800000u;
-                u32 code = near < 0x3C800000u ? small : normal;
-                code |= (bits_of(x) >> 24) & 0x80;
-                codes[r * codes_m + i] = key(x) < INFINITE ? code : 0x7F;
-            }
-    }
-    return 0;
-}
-
 /* Sums */
 
 i64 weighted_sum(MATRIX(float, rows), ARRAY(float, weights), ARRAY(float, out)) {
