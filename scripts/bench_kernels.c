@@ -288,6 +288,46 @@ i64 key_of_rank(ARRAY(float, x), i64 rank) {
     return upper << 16 | lower;
 }
 
+i64 kth_largest(MATRIX(float, rows), ARRAY(i64, ks), ARRAY(i64, found), ARRAY(i64, last)) {
+    i64 n = rows_m;
+    u32 *left = malloc(n * sizeof(u32));
+    for (i64 s = 0; s < rows_n; s++) {
+        const float *x = rows + s * n;
+        int32_t counts[1 << 11] = {0};
+        for (i64 i = 0; i < n; i++) counts[key(x[i]) >> 20]++;
+        i64 digit = (1 << 11) - 1, rank = ks[s], count = 0, i = 0;
+        while (counts[digit] < rank) rank -= counts[digit--];
+        u32 prefix = digit;
+        for (i = 0; i < n; i++) {
+            left[count] = key(x[i]);
+            count += key(x[i]) >> 20 == prefix;
+        }
+        for (int shift = 10; shift >= 0; shift -= 10) {
+            memset(counts, 0, sizeof counts);
+            for (i = 0; i < count; i++) counts[left[i] >> shift & 1023]++;
+            digit = 1023;
+            while (counts[digit] < rank) rank -= counts[digit--];
+            prefix = prefix << 10 | (u32)digit;
+            i64 same = 0;
+            for (i = 0; i < count; i++) {
+                u32 k = left[i];
+                left[same] = k;
+                same += k >> shift == prefix;
+            }
+            count = same;
+        }
+        found[s] = prefix;
+        last[s] = n - 1;
+        for (i = 0; rank < count && i < n; i++)
+            if (key(x[i]) == prefix && --rank == 0) {
+                last[s] = i;
+                break;
+            }
+    }
+    free(left);
+    return 0;
+}
+
 /* Masks and elections */
 
 static inline u32 mixed_word(u32 x, u32 k0, u32 k1) {
