@@ -154,7 +154,9 @@ def _columns(raw: bytes, file_size: int) -> _Columns | None:
     stored = list(map(_stored, dtypes, map(tuple, shapes)))
     starts, stops = [span[0] for span in spans], [span[1] for span in spans]
     sizes = tuple(nbytes for _, _, nbytes in stored)
-    follows = starts == [0, *stops[:-1]][: len(starts)] and list(map(sub, stops, starts)) == [*sizes]
+    follows = starts == [0, *stops[:-1]][: len(starts)] and list(map(sub, stops, starts)) == [
+        *sizes
+    ]
     if not follows or data_start + (stops[-1] if stops else 0) != file_size:
         return None
     return _Columns(
@@ -166,9 +168,7 @@ def _columns(raw: bytes, file_size: int) -> _Columns | None:
     )
 
 
-def _checked_one_by_one(
-    raw: bytes, path: Path, file_size: int, model: str
-) -> dict[str, TensorRef]:
+def _checked_one_by_one(raw: bytes, path: Path, file_size: int, model: str) -> dict[str, TensorRef]:
     """What is out of order, or does not hold: then the error names the tensor."""
 
     def corrupt(what: str, tensor: str = "") -> CorruptFileError:
