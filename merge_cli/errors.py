@@ -6,6 +6,7 @@
     ├── SourceError               3    an input model or data file
     │   ├── CorruptFileError      3    a file that is not what its header or index says
     │   ├── HubError              3    a repository that is missing, private or out of reach
+    │   ├── RemoteError           3    the same of an address: s3://, https://
     │   ├── MismatchError         3    sources that cannot be merged with one another, all at once
     │   └── NonFiniteError        3    NaN or Inf in a source
     ├── ResourceError             4    disk, memory, device
@@ -47,11 +48,6 @@ class MergeCliError(Exception):
             self.args = (f"{position}: {self}",)
         return self
 
-    @property
-    def what(self) -> str:
-        """The name of `message` until 0.2; programs may still ask for it."""
-        return self.message
-
 
 @dataclass(frozen=True)
 class Problem:
@@ -63,11 +59,6 @@ class Problem:
     line: int = 0
     column: int = 0
     hint: str = ""
-
-    @property
-    def what(self) -> str:
-        """The name of `message` until 0.2; programs may still ask for it."""
-        return self.message
 
     @property
     def position(self) -> str:
@@ -134,6 +125,10 @@ class CorruptFileError(SourceError):
 
 class HubError(SourceError):
     """A Hub repository that is missing, private, gated, or not reachable."""
+
+
+class RemoteError(SourceError):
+    """A folder or file at an address that is missing, not allowed, not reachable, or changing."""
 
 
 class NonFiniteError(SourceError):

@@ -16,7 +16,7 @@ from functools import lru_cache, partial
 from itertools import chain, repeat
 from operator import attrgetter, sub
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from merge_cli.checkpoint.dtypes import DTYPES, width_of
 from merge_cli.errors import CorruptFileError
@@ -70,15 +70,24 @@ def read_header_file(path: Path, model: str) -> bytes:
     """
     try:
         with open_regular(path) as file:
-            start = file.read(8)
-            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-            if len(start) < 8 or length > _MAX_HEADER:
-                message = "not a safetensors file: it does not start with a header"
-                raise CorruptFileError(message, model=model, file=path.name, hint=_AGAIN)
-            return start + file.read(length)
+            return read_raw_header(file, path.name, model)
     except (Unreadable, OSError) as error:
         why = f"cannot be read: {error.strerror}" if isinstance(error, OSError) else str(error)
         raise CorruptFileError(why, model=model, file=path.name) from error
+
+
+def read_raw_header(file: BinaryIO, name: str, model: str) -> bytes:
+    """The raw header of an opened file: its 8-byte length and the JSON.
+
+    Raises:
+        CorruptFileError: it does not begin with one.
+    """
+    start = file.read(8)
+    length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+    if len(start) < 8 or length > _MAX_HEADER:
+        message = "not a safetensors file: it does not start with a header"
+        raise CorruptFileError(message, model=model, file=name, hint=_AGAIN)
+    return start + file.read(length)
 
 
 def parse_header(raw: bytes, path: Path, file_size: int, model: str) -> dict[str, TensorRef]:
@@ -171,8 +180,8 @@ def _columns(raw: bytes, file_size: int) -> _Columns | None:
 def _checked_one_by_one(raw: bytes, path: Path, file_size: int, model: str) -> dict[str, TensorRef]:
     """What is out of order, or does not hold: then the error names the tensor."""
 
-    def corrupt(what: str, tensor: str = "") -> CorruptFileError:
-        return CorruptFileError(what, model=model, file=path.name, tensor=tensor, hint=_AGAIN)
+    def corrupt(message: str, tensor: str = "") -> CorruptFileError:
+        return CorruptFileError(message, model=model, file=path.name, tensor=tensor, hint=_AGAIN)
 
     length = struct.unpack("<Q", raw[:8])[0]
     if len(raw) < 8 + length:

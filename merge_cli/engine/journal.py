@@ -76,6 +76,9 @@ def work_key(plan: Plan, *context: object) -> str:
     Args:
         context: what else makes it other work: the kind of device, whether statistics are taken.
     """
+    if plan.variants:
+        keys = [(name, work_key(variant, *context)) for name, variant in plan.variants.items()]
+        return hashlib.sha256(repr(("sweep", keys)).encode()).hexdigest()
     function = plan.method.function
     try:
         code = inspect.getsource(sys.modules[function.__module__])
@@ -100,7 +103,7 @@ def work_key(plan: Plan, *context: object) -> str:
         opened.root
         for source in plan.sources
         for opened in (source, source.adapter)
-        if opened is not None and opened.hub is not None
+        if opened is not None and opened.repository is not None
     }
     paths: dict[Path, str] = {}
     fingerprints: list[tuple[str, str]] = []
@@ -126,6 +129,8 @@ def work_key(plan: Plan, *context: object) -> str:
         if setting is None:
             setting = settings[id(task.parameters)] = repr(sorted(task.parameters.items()))
         text = f"({task.outputs!r}, {task.action!r}, {task.ids!r}, {inputs!r}){setting}"
+        if task.encoding is not None:
+            text += f"{task.encoding!r}, keeping blocks: {task.kept is not None}"
         state.update(text.encode())
     state.update(repr(sorted(fingerprints)).encode())
     for shard in plan.shards:
@@ -156,7 +161,7 @@ def _auxiliary_content(plan: Plan, made: Mapping[Path, object]) -> bytes:
     origins = [made.get(root, os.path.normpath(root)) for root in roots]
     parts = [origins, files, plan.template, json.dumps(dict(plan.config), sort_keys=True)]
     local_roots = {
-        source.root for source in plan.sources if source.hub is None and not source.planned
+        source.root for source in plan.sources if source.repository is None and not source.planned
     }
     parts += [
         _auxiliary_fingerprints(root) for root in roots if root in local_roots and root not in made

@@ -19,6 +19,7 @@ from typing import Any, Protocol, TypeVar
 
 from merge_cli.kernels.backend import to_numpy
 from merge_cli.kernels.cut import ALL_TIES, MagnitudeThreshold
+from merge_cli.kernels.fused import StoredBlock, count_blocks
 from merge_cli.kernels.keys import (
     KeyCounter,
     RangeCounter,
@@ -31,8 +32,10 @@ from merge_cli.kernels.kth_largest import kth_largest
 
 _BINS = 2**19  # of a histogram: 2 MB of int32 for each operand and thread
 _FEW = 8  # keys that are counted one by one, without a histogram
-_SAMPLE_SHARE = 64  # one element of so many is sampled,
-_SMALLEST_SAMPLE, _LARGEST_SAMPLE = 2**17, 2**21  # within these; a smaller stream is held
+# One element of so many is sampled, within these; a smaller stream is held. A bracket from fewer is
+# wider than the bins of a histogram tell apart, and costs a second pass.
+_SAMPLE_SHARE = 64
+_SMALLEST_SAMPLE, _LARGEST_SAMPLE = 2**17, 2**21
 _KEPT_COUNTS = 4_000_000  # bins of single spans that may be held, 12 bytes each
 T = TypeVar("T")
 Rows = Sequence[Any]
@@ -58,6 +61,9 @@ class Stream(Protocol):
 
     def map(self, work: Callable[[Iterable[Rows]], T], only: int | None = None) -> list[T]:
         """work(blocks of a span), for every span or one; the results in the spans' order."""
+
+    def map_stored(self, work: Callable[[Iterable[StoredBlock]], T]) -> list[T] | None:
+        """work(a span's blocks as they are stored) for every span; None where they are not."""
 
 
 def kept_count(density: float, size: int) -> int:
@@ -235,7 +241,9 @@ def _run(searches: dict[int, _Search], stream: Stream) -> dict[int, _Search]:
         # Counts of single spans tell where the last kept tie lies; few enough of them are kept.
         room = _KEPT_COUNTS // (len(active) * (len(stream.starts) - 1))
 
-        spans = stream.map(partial(_count, counters, room))
+        spans = stream.map_stored(partial(_count_stored, counters, room))
+        if spans is None:
+            spans = stream.map(partial(_count, counters, room))
         for i, search in active.items():
             search.narrow(counters[i], [span[i] for span in spans])
     return searches
@@ -246,6 +254,12 @@ def _count(totals: dict[int, Any], room: int, blocks: Iterable[Rows]) -> Counted
     for rows in blocks:
         for i, counter in counters.items():
             counter.feed(rows[i])
+    return {i: totals[i].add(counter, room) for i, counter in counters.items()}
+
+
+def _count_stored(totals: dict[int, Any], room: int, blocks: Iterable[StoredBlock]) -> Counted:
+    counters = {i: total.empty_copy() for i, total in totals.items()}
+    count_blocks(counters, blocks)
     return {i: totals[i].add(counter, room) for i, counter in counters.items()}
 
 

@@ -98,11 +98,11 @@ def _key(recipe: Recipe, reference: ModelRef) -> str:
     """Where a recipe names a model."""
     keys = ["base_model"] if recipe.base_model == reference else []
     keys += [spec.key for spec in recipe.source_specs if spec.model == reference]
-    found = (key for word in keys for key in (f"{word}.model", word) if key in recipe.positions)
-    return next(found, "")
+    positions = (key for word in keys for key in (f"{word}.model", word) if key in recipe.positions)
+    return next(positions, "")
 
 
 def files_of(source: Source) -> frozenset[str]:
     """The names of a model's files, here or on the Hub."""
     local_names = {path.name for path in source.root.iterdir()} if source.root.is_dir() else set()
-    return frozenset(local_names | set(source.hub.files if source.hub else ()))
+    return frozenset(local_names | set(source.repository.files if source.repository else ()))

@@ -5,19 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from merge_cli.recipe.forms import Text, any_of
 from merge_cli.recipe.nodes import Node
-from merge_cli.recipe.reader import (
-    PASSED_BY,
-    REFUSED,
-    Form,
-    Key,
-    Reader,
-    Schema,
-    Section,
-    Text,
-    any_of,
-)
+from merge_cli.recipe.reader import REFUSED, Form, Reader, Schema
 from merge_cli.recipe.reference import ModelRef, parse_reference
+from merge_cli.recipe.sections import PASSED_BY, Key, Section
 
 _REVISION = Key(Text(), "a branch, tag or commit of the Hub")
 
@@ -44,6 +36,8 @@ def _long(values: dict[str, Any], node: Node, key: str, reader: Reader) -> Any:
 
 def _short(values: dict[str, Any], node: Node, key: str, reader: Reader) -> Any:
     path = values.get("path")
+    if path and values.get("gguf_file"):
+        path = f"{path}/{values['gguf_file']}"
     return _with_lora(ModelRef(path, values.get("revision")) if path else None, values)
 
 
@@ -61,8 +55,9 @@ _LONG = Section(
 )
 _SHORT = Section(
     {
-        "path": Key(Text(), "a folder, or an id on the Hub", required=True),
+        "path": Key(Text(), "a folder, a file, an id on the Hub, or an address", required=True),
         "revision": _REVISION,
+        "gguf_file": Key(Text(), "the GGUF file in it, as transformers calls it"),
         "lora": _LORA,
     },
     _short,
@@ -75,6 +70,7 @@ def model_schema() -> Schema:
     text = {
         "type": "string",
         "minLength": 1,
-        "description": "a folder or a Hub id: path-or-id[@revision][+lora[@revision]]",
+        "description": "a folder, a file, a Hub id or an address: "
+        "path-or-id[@revision][+lora[@revision]]",
     }
     return any_of(text, _SHORT.schema(), _LONG.schema())

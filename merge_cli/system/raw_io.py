@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import shutil
 import struct
 import sys
 import tempfile
@@ -70,7 +71,7 @@ def read_into(files: FilePool, path: Path, offset: int, buffer: memoryview, mode
 
 def _pread_into(fd: int, buffer: memoryview, offset: int) -> int:
     if _PREADV is not None:
-        return _PREADV(fd, [buffer], offset)
+        return int(_PREADV(fd, [buffer], offset))
     data = os.pread(fd, len(buffer), offset)  # old macOS: one copy more
     buffer[: len(data)] = data
     return len(data)
@@ -226,6 +227,20 @@ def unfinished_file(path: Path) -> Iterator[Path]:
         os.replace(name, path)
     finally:
         Path(name).unlink(missing_ok=True)  # gone where it has become the file
+
+
+def link_or_copy(blob: Path, pointer: Path) -> None:
+    """Link to a cached file from a snapshot of a cache; copy it where there are no links."""
+    if pointer.exists() and pointer.stat().st_size == blob.stat().st_size:
+        return
+    pointer.parent.mkdir(parents=True, exist_ok=True)
+    pointer.unlink(missing_ok=True)  # a dangling link, or an incomplete copy
+    try:
+        pointer.symlink_to(os.path.relpath(blob, pointer.parent))
+    except OSError:
+        new = pointer.with_name(f"{pointer.name}.{os.getpid()}.new")
+        shutil.copyfile(blob, new)
+        os.replace(new, pointer)
 
 
 def sync(paths: Iterable[Path]) -> None:

@@ -427,10 +427,13 @@ def test_broken_folders(tmp_path: Path, name: str, content: bytes) -> None:
 
 
 @quick
-def test_a_file_is_no_folder(tmp_path: Path) -> None:
+def test_a_file_is_converted_with_the_config_beside_it(tmp_path: Path) -> None:
     folder = write(tmp_path / "m", [tensors()])
-    with pytest.raises(SourceError, match="not a folder"):
-        convert(str(folder / "pytorch_model.bin"), tmp_path / "out")
+    found = convert(str(folder / "pytorch_model.bin"), tmp_path / "out")
+    assert read_model(found.path).keys() == tensors().keys()
+    hf.LlamaForCausalLM.from_pretrained(found.path)
+    with pytest.raises(SourceError, match="not a folder, and not a file of weights"):
+        convert(str(folder / "config.json"), tmp_path / "no")
 
 
 @pytest.mark.parametrize(
