@@ -141,8 +141,8 @@ def _recipe_of(recipe: Recipe, method: str) -> Recipe:
         method,
         training=None,
         statistics=fitting_statistics(statistics, kind),
-        # The codes of fp8 are too coarse to learn from.
-        out_dtype=None if recipe.fp8 else recipe.out_dtype,
+        # Codes of few bits are too coarse to learn from.
+        out_dtype=None if recipe.quantises else recipe.out_dtype,
         name=None,
     )
 

@@ -36,8 +36,9 @@ def source_identity(source: Source) -> str:
         as `source_fingerprint` does.
     """
     require_safetensors(source)
-    if source.hub is not None and source.hub.commit:
-        return f"{source.hub.repo_id}@{source.hub.commit}" + _adapter_fingerprint(source)
+    if source.repository is not None and source.repository.commit:
+        commit = f"{source.repository.repo_id}@{source.repository.commit}"
+        return commit + _adapter_fingerprint(source)
     return source_fingerprint(source)
 
 
@@ -54,7 +55,7 @@ def remembered_identity(source: Source) -> str | None:
     adapter = source.adapter
     if adapter is not None and not (adapter.root / WEIGHTS).is_file():
         return None  # of the Hub, and not here yet
-    if source.hub is not None and source.hub.commit:
+    if source.repository is not None and source.repository.commit:
         return source_identity(source)
     cached = cached_fingerprint(source.root)
     return None if cached is None else cached + _adapter_fingerprint(source)
@@ -71,7 +72,7 @@ def refuse_changed(source: Source, identity: str) -> None:
     Raises:
         SourceError: it has been written to meanwhile.
     """
-    if source.hub is None and source_fingerprint(source) != identity:
+    if source.repository is None and source_fingerprint(source) != identity:
         hint = "Run the command again when nothing writes to it."
         raise SourceError("has changed while it was loaded", model=source.label, hint=hint)
 

@@ -203,6 +203,7 @@ def build_report(
             "peak_rss": peak_rss(),
             "peak_vram": _peak_vram(outcome),
             "buffers": outcome.buffers,
+            **({"nodes": [vars(node) for node in outcome.nodes]} if outcome.nodes else {}),
         },
     }
 
@@ -220,8 +221,8 @@ def _stage(stage: StageTime) -> dict[str, Any]:
 
 
 def _peak_vram(outcome: MergeStats) -> int | None:
-    """The most that one device held; None on a CPU."""
-    if outcome.device.kind == "cpu":
+    """The most that one device here held; None on a CPU, and of a cluster's devices."""
+    if not outcome.device.indexes:
         return None
     import torch
 
@@ -234,15 +235,16 @@ def _statistics(plan: Plan, stats: Sequence[TensorStats]) -> dict[str, Any] | No
     if not measured or len({task.ids for task, _ in measured}) > 1:
         return None
     groups: dict[str, TensorStats] = {}
-    total = TensorStats()
+    total, sampled = TensorStats(), 0
     for task, item in measured:
-        groups.setdefault(task.group, TensorStats()).add(item)
-        total.add(item)
+        sampled += item.sampled
+        groups.setdefault(task.group, TensorStats()).add(item.estimate)
+        total.add(item.estimate)
     labels = short_labels([plan.sources[i].label for i in measured[0][0].sources])
     return {
         "of": "deltas" if "deltas" in plan.method.supplied else "weights",
         "models": labels,
-        "sampled": round(total.sampled / total.count, 4) if total.count else 1.0,
+        "sampled": round(sampled / total.count, 4) if total.count else 1.0,
         "total": _group("whole model", total),
         "groups": [_group(name, stats) for name, stats in groups.items()],
     }
