@@ -128,7 +128,7 @@ def test_weights_alone(hub: HubServer, tmp_path: Path) -> None:
         "merge_method": "soup",
         "models": [{"model": f"org/flux/flux.{end}"} for end in ("safetensors", "ckpt")],
     }
-    assert len(make_plan(load_recipe(recipe)).tasks) == len(tensors)  # type: ignore[arg-type]
+    assert len(make_plan(load_recipe(recipe)).tasks) == len(tensors)
     out = merge_cli.merge(recipe, tmp_path / "out", options=OPTIONS).path  # fmt: skip
     read = load_file(out / "flux.safetensors")
     assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
