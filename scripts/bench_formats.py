@@ -1,26 +1,26 @@
-"""What it costs to read quantised weights: a passthrough of each format against a soup in bfloat16.
+"""What quantised weights cost: each format read, or written, against a soup in bfloat16.
 
     python scripts/bench_formats.py FOLDER                      # 134 million numbers, a few minutes
+    python scripts/bench_formats.py FOLDER --write              # the soup is written in each format
     python scripts/bench_formats.py FOLDER --rows 512 --rounds 1
 
 Every model has the same few matrices: of the sizes of gpt-oss's experts for MXFP4, else of a linear
-layer with 4,096 inputs. Codes are random, as no time depends on them. Each merge is a process of
-its own with one thread, and its CPU seconds count. The ratio is the median of the rounds', least
-and largest in brackets. The page cache is warm. Peaks are of memory that no file backs.
+layer with 4,096 inputs. Codes are random, as no time depends on them. What is read is a
+passthrough; what is written with `same` is a soup of a model in that format. Each merge is a
+process of its own with one thread, and its CPU seconds count. The ratio is the median of the
+rounds', least and largest in brackets. The page cache is warm. Peaks are of memory that no file
+backs.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench_process import print_ratios, run_measured
+from bench_process import Turns
 
 INPUTS, MATRICES = 4096, 4
 Parts = dict[str, Any]
@@ -130,6 +130,41 @@ FORMATS: dict[str, Callable[[int], tuple[Parts, Parts]]] = {
 }
 
 
+# What is written: which model is merged, and `out_dtype`.
+WRITTEN: dict[str, tuple[str, str | None]] = {
+    "plain": ("plain", None),
+    "fp8": ("plain", "fp8"),
+    "fp8_row": ("plain", "fp8_row"),
+    "fp8_tensor": ("plain", "fp8_tensor"),
+    "int4": ("plain", "int4"),
+    "nvfp4": ("plain", "nvfp4"),
+    "mxfp4": ("plain", "mxfp4"),
+    "same, compressed-tensors int4": ("compressed-tensors int4", "same"),
+    "same, NVFP4": ("NVFP4", "same"),
+    "same, MXFP4 of gpt-oss": ("MXFP4", "same"),
+}
+
+
+def recipes(*, write: bool) -> dict[str, dict[str, Any]]:
+    """What is run, by name."""
+    if not write:
+        return {
+            name: {
+                "merge_method": "soup" if name == "plain" else "passthrough",
+                "models": [{"model": f"./{name}"}],
+            }
+            for name in FORMATS
+        }
+    return {
+        label: {
+            "merge_method": "soup",
+            "models": [{"model": f"./{model}"}],
+            **({"out_dtype": word} if word else {}),
+        }
+        for label, (model, word) in WRITTEN.items()
+    }
+
+
 def write(folder: Path, make: Callable[[int], tuple[Parts, Parts]], rows: int) -> None:
     """A model of a few matrices."""
     from safetensors.torch import save_file
@@ -151,29 +186,24 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--rows", type=int, default=8192, help="outputs of each matrix")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--before", help="another checkout, measured in the same rounds")
+    parser.add_argument("--only", action="append", default=[], help="a part of a row's label")
+    parser.add_argument("--write", action="store_true", help="measure writing, not reading")
     given = parser.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
     for name, make in FORMATS.items():
         if not (given.folder / name).exists():
             write(given.folder / name, make, given.rows)
-    root = Path(__file__).resolve().parents[1]
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "merge_cli", "run", "-q", "--device", "cpu", "--threads", "1"]
-    found: dict[str, list[tuple[float, int]]] = {}
-    for number in range(given.rounds + 1):
-        for name in FORMATS:
-            method = "soup" if name == "plain" else "passthrough"
-            file, out = given.folder / "recipe.yaml", given.folder / "out"
-            recipe = {"merge_method": method, "models": [{"model": f"./{name}"}]}
-            file.write_text(json.dumps(recipe))
-            shutil.rmtree(out, ignore_errors=True)
-            usage = run_measured([*command, str(file), str(out)], environment, given.folder)
-            if number:  # the first round compiles and warms the cache
-                runs = found.setdefault(name, [])
-                runs.append((usage.cpu_seconds, usage.peak_anonymous or 0))
-        shutil.rmtree(given.folder / "out", ignore_errors=True)
-    numbers = MATRICES * given.rows * INPUTS
-    print_ratios(f"{numbers / 1e6:.0f} M, CPU", found)
+    commands = {}
+    for name, recipe in recipes(write=given.write).items():
+        file, out = given.folder / f"{name}.yaml", given.folder / "out"
+        file.write_text(json.dumps(recipe))
+        flags = ["-q", "--device", "cpu", "--threads", "1"]
+        commands[name] = ["run", *flags, str(file), str(out)]
+    turns = Turns(
+        commands, given.folder, given.folder / "out", given.rounds, given.before, given.only
+    )
+    turns.run(f"{MATRICES * given.rows * INPUTS / 1e6:.0f} M")
 
 
 if __name__ == "__main__":

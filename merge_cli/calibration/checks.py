@@ -16,7 +16,8 @@ def calibration_problems(recipe: Recipe, method: Method) -> Iterator[Problem]:
     if get_method(name).automatic:
         return  # `auto` checks what it passes on
     if not method.gathers:
-        if recipe.statistics is not None and not recipe.searches:
+        learns = method.learns and not recipe.coefficients
+        if recipe.statistics is not None and not (recipe.searches or learns):
             message = f"{name} looks at no examples."
             yield recipe.problem("statistics", message, "Use `merge_method: regmean` or fisher.")
         return
@@ -42,5 +43,5 @@ def calibration_warnings(recipe: Recipe, method: Method) -> Iterator[str]:
         return
     for spec in recipe.models:
         if spec.data is not None and spec.data.held_out:
-            where = recipe.place(f"{spec.key}.data.held_out")
+            where = recipe.position_of(f"{spec.key}.data.held_out")
             yield f"{where}: has no effect: {recipe.merge_method} measures nothing."

@@ -71,7 +71,7 @@ def convert_streamed(
     """
     plan, notes = plan_conversion(model, dtype=dtype, config=config)
     execute(plan, out, options, show=show, finish=lambda *_: None)
-    return Written(plan, sum(task.output.nbytes for task in plan.tasks), notes)
+    return Written(plan, sum(task.bytes_written for task in plan.tasks), notes)
 
 
 def plan_conversion(model: str, *, dtype: str, config: str) -> tuple[Plan, tuple[str, ...]]:
@@ -126,7 +126,8 @@ def _problems(made: Skeleton) -> list[str]:
     if made.failure:
         return [f"it refuses config.json or the tensors: {made.failure}"]
     wrong = [
-        f"{name} {list(stored)}, not {list(own)}" for name, (stored, own) in made.wrong.items()
+        f"{name} {list(stored)}, not {list(expected)}"
+        for name, (stored, expected) in made.wrong.items()
     ]
     kinds = {
         "tensors are missing": sorted(made.missing),
@@ -134,7 +135,7 @@ def _problems(made: Skeleton) -> list[str]:
         "tensors have other shapes": sorted(wrong),
     }
     return [
-        f"{len(names)} {what}: {', '.join(names[:_SHOWN])}{', ...' if len(names) > _SHOWN else ''}"
-        for what, names in kinds.items()
+        f"{len(names)} {problem}: {', '.join(names[:_SHOWN])}{', ...' * (len(names) > _SHOWN)}"
+        for problem, names in kinds.items()
         if names
     ]

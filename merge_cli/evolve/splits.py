@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from merge_cli.dam.data import source_contents, source_rows
+from merge_cli.data.sequences import source_contents, source_rows
 from merge_cli.errors import MismatchError, Problem
 from merge_cli.evaluation.rows import content_of, read_rows
 from merge_cli.evaluation.task import DataTask
@@ -37,8 +37,8 @@ def refuse_overlap(objective: SearchObjective, recipe: Recipe) -> None:
                 contents.setdefault(content, (name, f"{path}:{row.line}"))
                 if content in seen:
                     split, line = seen[content]
-                    place = "the `data:` of a model" if split == "data" else f"the split {split}"
-                    message = f"the split {name} has this row, which is in {place}, too: "
+                    origin = "the `data:` of a model" if split == "data" else f"the split {split}"
+                    message = f"the split {name} has this row, which is in {origin}, too: "
                     problems.append(Problem(message + line, "", str(path), row.line))
         seen = {**contents, **seen}
     if problems:

@@ -25,6 +25,7 @@ from merge_cli.checkpoint.components import (
 )
 from merge_cli.checkpoint.config import is_of_5
 from merge_cli.checkpoint.fingerprint import FileFingerprint, add_samples, folder_fingerprints
+from merge_cli.checkpoint.headers import TensorRef
 from merge_cli.checkpoint.repository import Repository
 from merge_cli.checkpoint.tensors import Tensor
 from merge_cli.errors import CorruptFileError, HubError, SourceError
@@ -85,6 +86,7 @@ class Source:
         planned: whether it is still to be made, by a document of the same recipe.
         adapter: what `tensors` have been updated with; None for a model as it is.
         fingerprints: its files as they were before they were read; none of a model on the Hub.
+        quantization, left_out: of a quantised model, see `DecodedModel`.
         file: the name of the one file in `root` that it is; empty where it is the folder.
     """
 
@@ -98,6 +100,8 @@ class Source:
     planned: bool = False
     adapter: Adapter | None = None
     fingerprints: Mapping[Path, FileFingerprint] = field(default_factory=dict, repr=False)
+    quantization: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    left_out: tuple[TensorRef, ...] = field(default=(), repr=False)
     file: str = ""
     remote: RemoteModel | None = None
 
@@ -452,8 +456,16 @@ def _opened(storage: ModelStorage, label: str) -> Source:
     config = read_mapping(storage.root / CONFIG, label) if CONFIG in storage.names else {}
     stored, headers = read_headers(storage, label)
     model = read_as_numbers(stored, config, label)
-    notes = filter(None, [_kind(storage, config), *model.notes])
-    return Source(label, storage.root, model.config, model.tensors, headers, notes=tuple(notes))
+    return Source(
+        label,
+        storage.root,
+        model.config,
+        model.tensors,
+        headers,
+        notes=tuple(filter(None, [_kind(storage, config), *model.notes])),
+        quantization=model.quantization,
+        left_out=model.left_out,
+    )
 
 
 def _kind(storage: ModelStorage, config: Mapping[str, Any]) -> str:

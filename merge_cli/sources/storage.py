@@ -128,8 +128,11 @@ def read_headers(
             raw, size = storage.header(inside(part, shard), label)
             headers[inside(part, shard)] = raw
             tensors_by_shard[shard] = parse_header(raw, storage.root / part / shard, size, label)
-        for name, ref in join_shards(tensors_by_shard, weight_map, label).items():
-            tensors[inside(part, name)] = ref._replace(name=inside(part, name)) if part else ref
+        joined = join_shards(tensors_by_shard, weight_map, label)
+        if not part:
+            tensors |= joined
+        for name, ref in joined.items() if part else ():
+            tensors[inside(part, name)] = ref._replace(name=inside(part, name))
     return tensors, headers
 
 

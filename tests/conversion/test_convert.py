@@ -329,7 +329,7 @@ def test_the_unfinished_work_of_a_merge(tmp_path: Path) -> None:
     with OutputWorkspace(tmp_path / "out") as work:
         work.begin("a merge")
         journal = Journal(work.journal, "a merge")
-        journal.record(0, TensorStats(count=1))
+        journal.record([(0, TensorStats(count=1))])
         journal.close()
     before = everything(tmp_path / "out.partial")
     with pytest.raises(UsageError, match="is in the way"):

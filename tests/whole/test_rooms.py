@@ -11,8 +11,11 @@
     tokenizer                                       vocabularies
     planning                                        a recipe and headers become a Plan
     engine                                          executes a Plan
+    cluster                                         executes a Plan on several machines
     evaluation · report · publishing · conversion   look at models, write about them
-    calibration · dam · evolve                      preparations
+    data                                            what the sources' data say, as token sequences
+    calibration · evolve                            preparations
+    dam                                             a preparation that starts from their merges
     auto                                            a preparation that tries the others
     adapters · analysis · drafting · comparison     what else is done with models
     chat                                            talking to a model
