@@ -92,12 +92,12 @@ class OutputWorkspace(Workspace):
         """
         protected_paths = tuple(protected_paths)
         self._terms = overwrite, protected_paths
+        if self.target.exists() and not self.target.is_dir():
+            raise UsageError("the output is a file", where=str(self.target))
         if is_weight(self.target.name):
             message = "the output is a folder, and this is the name of a file"
             hint = f"Name a folder: {self.target.with_suffix('').name}."
             raise UsageError(message, where=str(self.target), hint=hint)
-        if self.target.exists() and not self.target.is_dir():
-            raise UsageError("the output is a file", where=str(self.target))
         self._refuse_mounts()
         self.refuse_strangers()
         for path in (*protected_paths, Path.cwd(), Path(os.path.expanduser("~"))):
