@@ -17,6 +17,7 @@ from hypothesis.extra.numpy import arrays
 import merge_cli
 from merge_cli.engine import memory
 from merge_cli.errors import NonFiniteError, RecipeError
+from merge_cli.formats.encoding import Tiles
 from merge_cli.formats.fp8_encoding import Fp8Encoding
 from merge_cli.kernels import compiled
 from merge_cli.options import MergeOptions
@@ -57,7 +58,7 @@ def written(matrix: np.ndarray, wide: int) -> tuple[np.ndarray, np.ndarray]:
     scales = np.empty(-(-matrix.shape[1] // wide), np.float32)
     with np.errstate(all="ignore"):
         stored = [codes, scales.view(np.uint8)]
-        Fp8Encoding(128, wide).encode(matrix.reshape(-1), matrix.shape, stored)
+        Fp8Encoding(128, wide).encode(Tiles(matrix.reshape(-1), matrix.shape), stored)
     return codes.reshape(matrix.shape), scales
 
 
