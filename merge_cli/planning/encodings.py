@@ -3,8 +3,8 @@
 Written in codes are the matrices that the reference stores so. Where it stores none, these are the
 linear layers and experts of numbered layers, without routers, norms, embeddings, heads,
 state-space mixers, and vision and audio towers. `same` writes each of them as the
-reference stores it; a tensor that no method changes is copied byte for byte. What a format cannot hold is
-refused here, by name.
+reference stores it; a tensor that no method changes is copied byte for byte. What a format cannot
+hold is refused here, by name.
 """
 
 from __future__ import annotations
@@ -61,10 +61,16 @@ class EncodingChoice:
     """Which output tensors are written in codes: decided by the reference and by names."""
 
     def __init__(self, recipe: Recipe, config_source: Source, sources: Sequence[Source]) -> None:
-        self._word, self._source, self._sources = recipe.out_dtype or "", config_source, sources
+        self._word, self._source = recipe.out_dtype or "", config_source
         self._is_stored = _in_fp8 if self._word.startswith(FP8) else _in_codes
         self._any_stored = any(map(self._is_stored, config_source.tensors.values()))
         self._has_activations = any(is_activation(ref.name) for ref in config_source.left_out)
+        # Which models are quantised as the reference is, whatever modules they leave out.
+        reference, *others = (
+            {key: value for key, value in _words(source).items() if key not in _NAMED}
+            for source in (config_source, *sources)
+        )
+        self._are_alike = [words == reference for words in others]
 
     @property
     def keeps(self) -> bool:
@@ -103,11 +109,7 @@ class EncodingChoice:
         """
         if not self.keeps or not isinstance(tensor, Encoded):
             return self.of(name, tensor, dtype)
-        words, other = (
-            {key: value for key, value in _words(s).items() if key not in _NAMED}
-            for s in (self._source, self._sources[source])
-        )
-        if words != other:
+        if not self._are_alike[source]:
             return Decision(problem="its model is quantised in another way than the reference")
         assert not isinstance(tensor, TensorRef)
         return Decision(Verbatim(tensor.stored, tensor.name))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -76,6 +76,7 @@ def test_codes_are_the_nearest(tmp_path: Path) -> None:
 finite = st.floats(width=32, allow_nan=True, allow_infinity=True)
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # the first draw
 @given(arrays(np.float32, st.tuples(st.integers(1, 5), st.integers(1, 9)), elements=finite))
 def test_compiled_is_plain_and_torch(matrix: np.ndarray) -> None:
     codes, scales = written(matrix, 4)
