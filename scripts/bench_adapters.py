@@ -5,24 +5,21 @@
 
 The peer is a soup of the base and its fine-tune (scripts/synthetic.py): both are read once, as for
 an extraction. The adapters that are merged are extracted from two fine-tunes. Whole processes take
-turns; the ratio is the median of the rounds', least and largest in brackets. The page cache is
-warm. Peaks are of memory that no file backs.
+turns; the ratio of CPU seconds is the median of the rounds', least and largest in brackets. The
+page cache is warm. Peaks are of memory that no file backs.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
-from bench_process import print_ratios, run_measured
+from bench_process import Turns, command_of, run_measured
 from synthetic import SIZES, Settings, make_family
 
-PEER = "soup of two models"
+QUIET = ("-q", "--device", "cpu")
 
 
 def write_recipes(folder: Path) -> None:
@@ -47,16 +44,19 @@ def cases(folder: Path) -> dict[str, list[str]]:
     """Arguments of merge-cli, which each write OUT."""
     out = str(folder / "out")
 
-    def extract(rank: int) -> list[str]:
-        return ["extract-lora", "model0", out, "--base", "base", "--rank", str(rank)]
+    def extract(option: str, value: str) -> list[str]:
+        return ["extract-lora", "model0", out, "--base", "base", option, value, *QUIET]
+
+    def run(recipe: str) -> list[str]:
+        return ["run", f"{recipe}.yaml", out, *QUIET]
 
     return {
-        PEER: ["run", "soup.yaml", out],
-        "extract, rank 16": extract(16),
-        "extract, rank 64": extract(64),
-        "extract, 50 % of the energy": [*extract(16)[:5], "--energy", "0.5"],
-        "task_arithmetic of two adapters of rank 16": ["run", "task_arithmetic.yaml", out],
-        "ties of two adapters of rank 16": ["run", "ties.yaml", out],
+        "soup of two models": run("soup"),
+        "extract, rank 16": extract("--rank", "16"),
+        "extract, rank 64": extract("--rank", "64"),
+        "extract, 50 % of the energy": extract("--energy", "0.5"),
+        "task_arithmetic of two adapters of rank 16": run("task_arithmetic"),
+        "ties of two adapters of rank 16": run("ties"),
     }
 
 
@@ -65,33 +65,27 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--size", default="0.5B", choices=sorted(SIZES))
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--before", help="another checkout, measured in the same rounds")
+    parser.add_argument("--only", action="append", default=[], help="a part of a row's label")
     given = parser.parse_args()
     make_family(given.folder, Settings(SIZES[given.size], sources=2))
     write_recipes(given.folder)
-    root = Path(__file__).resolve().parents[1]
-    environment = {**os.environ, "PYTHONPATH": str(root)}
-    program = [sys.executable, "-m", "merge_cli"]
-
-    def run(arguments: list[str]) -> tuple[float, int]:
-        usage = run_measured(
-            [*program, *arguments, "-q", "--device", "cpu"], environment, given.folder
-        )
-        return usage.seconds, usage.peak_anonymous or 0
-
+    command, environment = command_of(str(Path(__file__).resolve().parents[1]))
     for model, name in (("model0", "rank16"), ("model1", "other16")):
         if not (given.folder / name).exists():
-            run(
-                ["extract-lora", model, name, "--base", "base", "--rank", "16", "--exclude", "norm"]
+            arguments = ["--base", "base", "--rank", "16", "--exclude", "norm"]
+            run_measured(
+                [*command, "extract-lora", model, name, *arguments], environment, given.folder
             )
-    found: dict[str, list[tuple[float, int]]] = {}
-    for number in range(given.rounds + 1):
-        for label, arguments in cases(given.folder).items():
-            shutil.rmtree(given.folder / "out", ignore_errors=True)
-            usage = run(arguments)
-            if number:  # the first round compiles and warms the cache
-                found.setdefault(label, []).append(usage)
-    shutil.rmtree(given.folder / "out", ignore_errors=True)
-    print_ratios(given.size, found)
+    turns = Turns(
+        cases(given.folder),
+        given.folder,
+        given.folder / "out",
+        given.rounds,
+        given.before,
+        given.only,
+    )
+    turns.run(given.size)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,9 @@
 Each merge is a passthrough of one model of scripts/synthetic.py, or of the same model as it comes
 with an adapter on every linear layer, with every row of its embedding in another place, or stored
 in fp8 with scales by blocks; or the model is written in fp8. The peer is a soup of that one model:
-the same bytes read, computed and written. Whole processes take turns; the ratio is the median of
-the rounds', least and largest in brackets. The page cache is warm. Peaks are of memory that no file
-backs.
+the same bytes read, computed and written. Whole processes take turns; the ratio of CPU seconds is
+the median of the rounds', least and largest in brackets. The page cache is warm. Peaks are of
+memory that no file backs.
 """
 
 from __future__ import annotations
@@ -17,11 +17,10 @@ import argparse
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
-from bench_process import print_ratios, run_measured
+from bench_process import Turns
 from synthetic import SIZES, Settings, make_family
 
 
@@ -126,35 +125,19 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--size", default="0.5B", choices=sorted(SIZES))
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--before", help="another checkout, measured in the same rounds")
+    parser.add_argument("--only", action="append", default=[], help="a part of a row's label")
     given = parser.parse_args()
     prepare(given.folder, given.size)
-    root = Path(__file__).resolve().parents[1]
-    environment = {**os.environ, "PYTHONPATH": str(root)}
-    found: dict[str, list[tuple[float, int]]] = {}
-    for number in range(given.rounds + 1):
-        for label, recipe in recipes(given.folder).items():
-            file, out = given.folder / "recipe.json.yaml", given.folder / "out"
-            file.write_text(json.dumps(recipe))
-            shutil.rmtree(out, ignore_errors=True)
-            usage = run_measured(
-                [
-                    sys.executable,
-                    "-m",
-                    "merge_cli",
-                    "run",
-                    "-q",
-                    "--device",
-                    "cpu",
-                    str(file),
-                    str(out),
-                ],
-                environment,
-                given.folder,
-            )
-            if number:  # the first round compiles and warms the cache
-                found.setdefault(label, []).append((usage.seconds, usage.peak_anonymous or 0))
-        shutil.rmtree(given.folder / "out", ignore_errors=True)
-    print_ratios(given.size, found)
+    commands = {}
+    for number, (label, recipe) in enumerate(recipes(given.folder).items()):
+        file, out = given.folder / f"recipe{number}.yaml", given.folder / "out"
+        file.write_text(json.dumps(recipe))
+        commands[label] = ["run", "-q", "--device", "cpu", str(file), str(out)]
+    turns = Turns(
+        commands, given.folder, given.folder / "out", given.rounds, given.before, given.only
+    )
+    turns.run(given.size)
 
 
 if __name__ == "__main__":

@@ -16,14 +16,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench_process import print_ratios, run_measured
+from bench_process import Turns
 
 INPUTS, MATRICES = 4096, 4
 Parts = dict[str, Any]
@@ -189,28 +186,24 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--rows", type=int, default=8192, help="outputs of each matrix")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--before", help="another checkout, measured in the same rounds")
+    parser.add_argument("--only", action="append", default=[], help="a part of a row's label")
     parser.add_argument("--write", action="store_true", help="measure writing, not reading")
     given = parser.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
     for name, make in FORMATS.items():
         if not (given.folder / name).exists():
             write(given.folder / name, make, given.rows)
-    root = Path(__file__).resolve().parents[1]
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "merge_cli", "run", "-q", "--device", "cpu", "--threads", "1"]
-    found: dict[str, list[tuple[float, int]]] = {}
-    for number in range(given.rounds + 1):
-        for name, recipe in recipes(write=given.write).items():
-            file, out = given.folder / "recipe.yaml", given.folder / "out"
-            file.write_text(json.dumps(recipe))
-            shutil.rmtree(out, ignore_errors=True)
-            usage = run_measured([*command, str(file), str(out)], environment, given.folder)
-            if number:  # the first round compiles and warms the cache
-                runs = found.setdefault(name, [])
-                runs.append((usage.cpu_seconds, usage.peak_anonymous or 0))
-        shutil.rmtree(given.folder / "out", ignore_errors=True)
-    numbers = MATRICES * given.rows * INPUTS
-    print_ratios(f"{numbers / 1e6:.0f} M, CPU", found)
+    commands = {}
+    for name, recipe in recipes(write=given.write).items():
+        file, out = given.folder / f"{name}.yaml", given.folder / "out"
+        file.write_text(json.dumps(recipe))
+        flags = ["-q", "--device", "cpu", "--threads", "1"]
+        commands[name] = ["run", *flags, str(file), str(out)]
+    turns = Turns(
+        commands, given.folder, given.folder / "out", given.rounds, given.before, given.only
+    )
+    turns.run(f"{MATRICES * given.rows * INPUTS / 1e6:.0f} M")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Nothing large is imported here: on Linux a child's ru_maxrss starts from its par
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -29,7 +30,7 @@ class Usage:
 
     Attributes:
         seconds: wall time, from before the fork until it was waited for.
-        cpu_seconds: user and system time of all its threads.
+        user_seconds, system_seconds: CPU time of all its threads, in itself and in the kernel.
         max_rss: peak resident bytes, as the operating system counts them.
         peak_anonymous: peak resident bytes that no file backs, polled every 20 ms; None where
             there is no /proc.
@@ -39,11 +40,17 @@ class Usage:
     """
 
     seconds: float
-    cpu_seconds: float
+    user_seconds: float
+    system_seconds: float
     max_rss: int
     peak_anonymous: int | None
     others_share: float | None
     output: str
+
+    @property
+    def cpu_seconds(self) -> float:
+        """User and system time."""
+        return self.user_seconds + self.system_seconds
 
 
 def run_measured(command: Sequence[str], env: Mapping[str, str], cwd: Path) -> Usage:
@@ -72,9 +79,16 @@ def run_measured(command: Sequence[str], env: Mapping[str, str], cwd: Path) -> U
         what = f"{' '.join(command)}: exit code {process.returncode}"
         raise BenchError(f"{what}\n{(said or output)[-2000:]}")
     unit = 1 if sys.platform == "darwin" else 1024
-    cpu = usage.ru_utime + usage.ru_stime
     share = max(0.0, others / seconds / (os.cpu_count() or 1)) if busy else None
-    return Usage(seconds, cpu, usage.ru_maxrss * unit, poll.peak, share, output)
+    return Usage(
+        seconds,
+        usage.ru_utime,
+        usage.ru_stime,
+        usage.ru_maxrss * unit,
+        poll.peak,
+        share,
+        output,
+    )
 
 
 def _busy_seconds() -> float:
@@ -88,21 +102,58 @@ def _busy_seconds() -> float:
     return float(user + nice + system + stolen) / os.sysconf("SC_CLK_TCK")
 
 
-def print_ratios(title: str, found: Mapping[str, Sequence[tuple[float, int]]]) -> None:
-    """A table of seconds, of ratios to the first row's, round by round, and of peaks.
+@dataclass(frozen=True)
+class Turns:
+    """Commands of merge-cli that take turns, and how they are measured.
 
-    Args:
-        found: seconds and peak bytes of every round, by what was run; the first is the soup.
+    Attributes:
+        cases: arguments of merge-cli by what is printed of them; the first is the peer.
+        out: what a command writes; removed before each.
+        before: another checkout, measured in the same rounds; None measures this one alone.
+        only: parts of labels to measure beside the peer; all where there are none.
     """
-    peer = next(iter(found.values()))
-    print(f"| {title} | s | times a soup | peak MB |\n|---|---:|---:|---:|")
-    for label, runs in found.items():
-        ratios = [a / b for (a, _), (b, _) in zip(runs, peer, strict=True)]
-        print(
-            f"| {label} | {median(seconds for seconds, _ in runs):.2f} "
-            f"| {median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) "
-            f"| {max(peak for _, peak in runs) / 1e6:.0f} |"
-        )
+
+    cases: Mapping[str, Sequence[str]]
+    folder: Path
+    out: Path
+    rounds: int
+    before: str | None = None
+    only: Sequence[str] = ()
+
+    def run(self, title: str) -> None:
+        """Print a table of CPU seconds, ratios to the peer's round by round, and peaks.
+
+        One more round comes before: it compiles, fills the page cache, and does not count.
+        """
+        root = str(Path(__file__).resolve().parents[1])
+        checkouts = {"": root, **({" before": self.before} if self.before else {})}
+        peer, *others = self.cases
+        labels = [peer, *(o for o in others if not self.only or any(w in o for w in self.only))]
+        usages: dict[str, list[Usage]] = {}
+        for number in range(self.rounds + 1):
+            for label in labels:
+                for suffix, checkout in checkouts.items():
+                    shutil.rmtree(self.out, ignore_errors=True)
+                    command, environment = command_of(checkout)
+                    usage = run_measured([*command, *self.cases[label]], environment, self.folder)
+                    if number:
+                        usages.setdefault(label + suffix, []).append(usage)
+        shutil.rmtree(self.out, ignore_errors=True)
+        print(f"| {title} | CPU s | times a soup | s | peak MB |\n|---|---:|---:|---:|---:|")
+        for label in labels:
+            for suffix in checkouts:
+                _print_row(label + suffix, usages[label + suffix], usages[peer + suffix])
+
+
+def _print_row(label: str, runs: Sequence[Usage], peer: Sequence[Usage]) -> None:
+    ratios = [a.cpu_seconds / b.cpu_seconds for a, b in zip(runs, peer, strict=True)]
+    print(
+        f"| {label} | {median(run.cpu_seconds for run in runs):.2f} "
+        f"| {median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) "
+        f"| {median(run.seconds for run in runs):.2f} "
+        f"| {max(run.peak_anonymous or 0 for run in runs) / 1e6:.0f} |",
+        flush=True,
+    )
 
 
 class _AnonymousPoll(threading.Thread):

@@ -17,6 +17,7 @@ from typing import Any
 from merge_cli.adapters.experts import NEWEST, ExpertStacks
 from merge_cli.adapters.factors import Factors, RankTruncation, factorise, in_threads, threads_for
 from merge_cli.adapters.folder import AdapterFolder, adapter_config, adapter_output, extraction_card
+from merge_cli.adapters.known_modules import KnownModules, known_modules
 from merge_cli.adapters.pair import ExpertMatrix, ModuleMap, ModuleParameter, plan_pair
 from merge_cli.checkpoint.tensors import Read, read_numbers, reading
 from merge_cli.engine.device import choose_device
@@ -135,8 +136,9 @@ def extract_lora(
     fetch_inputs(plan, on_progress)
     devices = choose_device(device)
     device_name = f"cuda:{devices.indexes[0]}" if devices.indexes else "cpu"
-    modules = ModuleMap(plan.sources[plan.base or 0])
-    parameters = modules.parameters({task.name: task.shape for task in plan.tasks})
+    source, stored = plan.sources[plan.base or 0], {task.name: task.shape for task in plan.tasks}
+    modules = known_modules(source.config, stored) or ModuleMap(source)
+    parameters = modules.parameters(stored)
     transposed = any(parameter.kind == "conv1d" for parameter in parameters.values())
     selection = _Selection(tuple(include), tuple(exclude), transposed, embeddings)
     tasks = {task.name: task for task in plan.tasks}
@@ -260,7 +262,7 @@ class _Selection:
 
 
 def _experts(
-    modules: ModuleMap, tasks: Mapping[str, TensorTask], selection: _Selection
+    modules: ModuleMap | KnownModules, tasks: Mapping[str, TensorTask], selection: _Selection
 ) -> list[ExpertMatrix]:
     """Matrices of experts that get factors: all experts of a parameter, or none."""
     experts = modules.experts({name: task.shape for name, task in tasks.items()})
@@ -344,7 +346,7 @@ def _config(
     adapter: AdapterFolder,
     parameters: dict[str, ModuleParameter],
     saved: Sequence[TensorTask],
-    skeleton: ModuleMap,
+    skeleton: ModuleMap | KnownModules,
     transposed: bool,
 ) -> dict[str, Any]:
     base = plan.sources[plan.base or 0]

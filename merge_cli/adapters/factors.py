@@ -3,10 +3,11 @@
 The truncation is the best approximation of its rank (Eckart and Young, "The approximation of one
 matrix by another of lower rank", Psychometrika 1936). It is computed in one of two ways:
 
-    exact     the eigenvalues of the smaller Gram matrix in float64, D D^T = U S^2 U^T; rounding
-              there is 1e-8 of the largest singular value, less than float32 weights hold
-    subspace  where few directions of many are needed: a random subspace, brought close to the
-              leading one by power iterations (Halko, Martinsson and Tropp, arXiv:0909.4061)
+    exact     the eigenvectors of the smaller Gram matrix, D D^T = U S^2 U^T. In float64 rounding is
+              1e-8 of the largest singular value, less than float32 weights hold. In float32 it is
+              3e-4, and enough for an energy: what stands out of the rest that is cut off is larger
+    subspace  where few directions of many are needed: those that a few products of D D^T with
+              random vectors span (block Krylov: Musco and Musco, arXiv:1504.05477), in float32
 
 The share of the matrix that the product holds is measured, not estimated.
 """
@@ -22,10 +23,15 @@ from typing import Any, TypeVar
 
 from merge_cli.system.machine import free_memory, usable_cores
 
-_ROUNDING = 1e-14  # of the largest eigenvalue: anything smaller is rounding
-_EXTRA_DIRECTIONS, _POWER_ITERATIONS = 16, 6
-_SUBSPACE_SHARE = 4  # the subspace is used where it has at most one in four of all directions
+# Of the largest eigenvalue: anything smaller is rounding.
+_ROUNDING, _SINGLE_ROUNDING = 1e-14, 1e-12
+_LEAST_START = 8  # random vectors
+_MANY, _PRODUCTS, _FEWER_PRODUCTS = 32, 4, 3  # products with D D^T, and of many vectors
+_SUBSPACE_SHARE = 2  # the subspace is used where it has at most one in two of all directions
+_SINGLE_ENERGY = 0.99  # up to here an energy is cut in float32
 _CHUNK = 2**21  # elements of the matrix that are held in float64 at once
+_CACHED = 2**15  # and those that are squared at once
+_GRAM_ROWS = 256
 _MEMORY_SHARE = 0.5  # of the free memory
 T = TypeVar("T")
 R = TypeVar("R")
@@ -79,15 +85,18 @@ def factorise(matrix: Any, cut: RankTruncation, device: str = "cpu") -> Factors 
     import torch
 
     tensor = torch.from_numpy(matrix).to(device)
-    tall = tensor.shape[0] > tensor.shape[1]
-    full = tensor.T if tall else tensor  # from here on no more rows than columns
-    squares = sum(float(part.double().square().sum()) for part in _columns(full))
+    squares = _sum_of_squares(tensor)
     if not squares:
         return None
-    basis = _basis(full, cut, squares)
-    # The right factor is a projection: the product is the matrix's exact part in these directions.
-    other = torch.cat([basis.T @ part.double() for part in _columns(full)], 1)
-    share = min(1.0, float(other.square().sum()) / squares)
+    tall = tensor.shape[0] > tensor.shape[1]
+    full = tensor.T if tall else tensor  # from here on no more rows than columns
+    count = max(cut.rank or 0, _LEAST_START)
+    products = _PRODUCTS if count < _MANY else _FEWER_PRODUCTS
+    if cut.energy is None and _SUBSPACE_SHARE * count * (products + 1) <= len(full):
+        basis, other = _from_subspace(full, count, products, cut)
+    else:
+        basis, other = _from_gram(full, cut, squares)
+    share = min(1.0, _sum_of_squares(other) / squares)
     root = other.norm(dim=1).clamp_min(torch.finfo(torch.float64).tiny).sqrt()
     factors = Factors(_plain(basis * root), _plain(other / root[:, None]), share, squares)
     return factors.transposed if tall else factors
@@ -114,37 +123,60 @@ def recombine(lefts: Any, rights: Any, cut: RankTruncation) -> Factors | None:
     return Factors(_plain(left), _plain((right @ (v[:rank].T * root)).T), share, squares)
 
 
-def _basis(full: Any, cut: RankTruncation, squares: float) -> Any:
-    """The leading left singular vectors that the truncation keeps, float64."""
+def _sum_of_squares(matrix: Any) -> float:
+    """In float64, by parts that stay in the cache."""
+    total = 0.0
+    for part in matrix.reshape(-1).split(_CACHED):
+        wide = part.double()
+        total = total + wide @ wide
+    return float(total)
+
+
+def _from_gram(full: Any, cut: RankTruncation, squares: float) -> tuple[Any, Any]:
+    """The leading left singular vectors that the truncation keeps, and the matrix in their terms.
+
+    Returns:
+        float64 [rows, kept] and [kept, columns]: the product is the matrix's exact part in these
+        directions.
+    """
     import torch
 
-    directions = (cut.rank or len(full)) + _EXTRA_DIRECTIONS
-    if cut.energy is None and _SUBSPACE_SHARE * directions <= len(full):
-        return _subspace(full, directions)[:, : cut.rank]
-    gram = torch.zeros(len(full), len(full), dtype=torch.float64, device=full.device)
+    rows = len(full)
+    single = cut.energy is not None and cut.energy <= _SINGLE_ENERGY and rows > _GRAM_ROWS
+    kind = torch.float32 if single else torch.float64
+    gram = torch.zeros(rows, rows, dtype=kind, device=full.device)
     for part in _columns(full):
-        wide = part.double()
-        gram += wide @ wide.T
+        wide = part.to(kind)
+        for low in range(0, rows, _GRAM_ROWS):  # the lower half, which is all that is read
+            strip = slice(low, low + _GRAM_ROWS)
+            gram[strip, : low + _GRAM_ROWS] += wide[strip] @ wide[: low + _GRAM_ROWS].T
     values, vectors = torch.linalg.eigh(gram)
-    values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
-    return vectors[:, : _rank(values, squares, cut)]
+    values, vectors = values.double().flip(0).clamp_min(0), vectors.flip(1)
+    basis = vectors[:, : _rank(values, squares, cut)]
+    other = torch.cat([basis.T @ part.to(kind) for part in _columns(full)], 1)
+    return basis.double(), other.double()
 
 
-def _subspace(full: Any, count: int) -> Any:
-    """An orthonormal basis close to the leading directions, the strongest first, without
-    directions that are rounding."""
+def _from_subspace(full: Any, count: int, products: int, cut: RankTruncation) -> tuple[Any, Any]:
+    """As `_from_gram`, the vectors nearly the leading ones.
+
+    Args:
+        count: of random vectors.
+        products: with D D^T, one after another.
+    """
     import torch
 
     generator = torch.Generator().manual_seed(0)  # on the CPU: the same on every device
     start = torch.randn(full.shape[1], count, generator=generator).to(full)
-    basis = torch.linalg.qr(full @ start)[0]
-    for _ in range(_POWER_ITERATIONS):
-        basis = torch.linalg.qr(full @ torch.linalg.qr(full.T @ basis)[0])[0]
-    basis = torch.linalg.qr(basis.double())[0]
-    inside = torch.cat([basis.T @ part.double() for part in _columns(full)], 1)
+    blocks = [torch.linalg.qr(full @ start)[0]]
+    for _ in range(products):
+        blocks.append(torch.linalg.qr(full @ (full.T @ blocks[-1]))[0])
+    basis = torch.linalg.qr(torch.cat(blocks, 1))[0]
+    inside = (basis.T @ full).double()
     values, vectors = torch.linalg.eigh(inside @ inside.T)
     values, vectors = values.flip(0), vectors.flip(1)
-    return basis @ vectors[:, values > _ROUNDING * values[0]]
+    vectors = vectors[:, values > _SINGLE_ROUNDING * values[0]][:, : cut.rank]
+    return basis.double() @ vectors, vectors.T @ inside
 
 
 def _columns(full: Any) -> Any:

@@ -81,6 +81,8 @@ class CudaTransfers:
 class StagedWorker:
     """Computes with torch on a device. Buffers grow to what the widest block needs."""
 
+    fuses = False
+
     def __init__(self, files: Files, transfers: Transfers, block: int) -> None:
         self.clock, self.block, self._files = StageClock(), block, files
         self._transfers = transfers

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
-from typing import Any
+from typing import Any, cast
 
+from merge_cli.checkpoint.dtypes import width_of
 from merge_cli.engine.merge_stats import StatisticsMeter, TensorStats
 from merge_cli.engine.operands import BlockReader, ModelReader, TensorReader, operands_of
 from merge_cli.engine.tensor_writers import OutputOffsets, writer_for
+from merge_cli.engine.worker_context import HostWorker
 from merge_cli.errors import NonFiniteError
 from merge_cli.kernels.backend import is_finite
+from merge_cli.kernels.fused import FORMATS, FusedForm
+from merge_cli.kernels.fused import merge as merge_stored
 from merge_cli.kernels.quantise import largest_magnitude
 from merge_cli.methods.blocks import Block
 from merge_cli.planning.plan import Chunk, Plan, TensorTask, span_starts
@@ -24,6 +28,9 @@ class MergeExecutor:
 
     Args:
         offsets: tensor name -> the file it is written to, and the byte where it begins.
+
+    Attributes:
+        model_pass: what the method has learned of the whole model; None before it has.
     """
 
     def __init__(
@@ -38,7 +45,7 @@ class MergeExecutor:
         self._plan, self._reader, self._offsets = plan, reader, offsets
         self._statistics, self._allow = statistics, allow_non_finite
         self._method = plan.method
-        self._model_pass: Any = None
+        self.model_pass: Any = None
 
     def run_model_pass(self, on_read: Callable[[], None]) -> None:
         """Let the method read the whole model first, if it does.
@@ -53,14 +60,14 @@ class MergeExecutor:
         ]
         if self._method.model_pass is not None and merged:
             readers = [self._tensor_reader(task) for task in merged]
-            self._model_pass = self._method.model_pass(
+            self.model_pass = self._method.model_pass(
                 ModelReader(readers, self._reader.pool.map, cache(on_read))
             )
 
     @property
     def has_model_pass(self) -> bool:
         """Whether the method has looked at the whole model."""
-        return self._model_pass is not None
+        return self.model_pass is not None
 
     def merge(self, task: TensorTask, chunks: Sequence[Chunk], finished: Finished) -> None:
         """Merge these chunks of one tensor.
@@ -74,7 +81,7 @@ class MergeExecutor:
         if task.moved or not task.size:
             self._reader.pool.map(partial(self._copy, task, finished), chunks)
             return
-        reader = self._tensor_reader(task)
+        reader = self._tensor_reader(task, keeps_block=self._method.tensor_pass is not None)
         if task.action == "copy":
             work = partial(self._round, reader, self._largest(reader, None), finished)
             self._reader.pool.map(work, chunks)
@@ -93,10 +100,16 @@ class MergeExecutor:
     def prepare(self, reader: TensorReader, task: TensorTask) -> Any:
         """What the method must know of the whole tensor first."""
         assert self._method.tensor_pass is not None
-        return self._method.tensor_pass(reader, self._model_pass, **task.parameters)
+        return self._method.tensor_pass(reader, self.model_pass, **task.parameters)
 
-    def _tensor_reader(self, task: TensorTask) -> TensorReader:
-        return TensorReader(task, self._reader, span_starts(task), self._plan.statistics_of(task))
+    def _tensor_reader(self, task: TensorTask, *, keeps_block: bool = False) -> TensorReader:
+        return TensorReader(
+            task,
+            self._reader,
+            span_starts(task),
+            self._plan.statistics_of(task),
+            keeps_block=keeps_block,
+        )
 
     def _copy(self, task: TensorTask, finished: Finished, chunk: Chunk) -> None:
         """The bytes of what is stored: of several tensors, as large a share of each."""
@@ -173,23 +186,62 @@ class MergeExecutor:
         task, method, worker = reader.task, self._method, self._reader.pool.worker
         writer = writer_for(task, worker, self._offsets, chunk.start, chunk.stop, largest)
         parameters = arguments(method, task.parameters)
+        form = self._fused_form(reader, supplied, parameters)
         parameters |= {name: value for name, value in supplied.items() if name in method.supplied}
         count_kept = method.count_kept and partial(
             method.count_kept, prepared=supplied.get("prepared"), parameters=task.parameters
         )
         stats = TensorStats()
-        meter = StatisticsMeter(len(task.operands), count_kept) if self._statistics else None
+        meter = (
+            StatisticsMeter(len(task.operands), task.size, count_kept) if self._statistics else None
+        )
         reader.read_ahead(reader.starts.index(chunk.start) + 1)
-        for block in reader.range(chunk.start, chunk.stop):
+        for start, stop in reader.block_ranges(chunk.start, chunk.stop):
+            if form is not None and self._merge_fused(form, task, start, stop, meter):
+                stats.add(TensorStats(non_finite=[0] * len(task.operands)))
+                continue
+            block = reader.block(start, stop)
             self._check_finite(block, task, stats)
             merged = method.function(**operands_of(block, method.supplied), **parameters)
-            if not writer.put(merged, block.at.start):
+            if not writer.put(merged, start):
                 self._refuse_infinity(merged, task, block)
             if meter is not None:
                 meter.add(block, merged)
         if meter is not None:
             stats.add(meter.result())
         finished(chunk, stats)
+
+    def _fused_form(
+        self, reader: TensorReader, supplied: dict[str, Any], parameters: dict[str, Any]
+    ) -> FusedForm | None:
+        """The formula as one loop over stored bytes, where the method has one and it applies."""
+        task = reader.task
+        if self._method.fused is None or reader.is_held or not reader.can_be_stored:
+            return None
+        if task.encoding is not None or task.dtype not in FORMATS:
+            return None
+        return self._method.fused(reader.at, supplied.get("prepared"), **parameters)
+
+    def _merge_fused(
+        self,
+        form: FusedForm,
+        task: TensorTask,
+        start: int,
+        stop: int,
+        meter: StatisticsMeter | None,
+    ) -> bool:
+        """Merge one block in one loop; False where the plain way has to look at it."""
+        worker = cast(HostWorker, self._reader.pool.worker)
+        stored, out = worker.load_stored(
+            task.inputs, start, stop, base=task.base is not None, dtype=task.dtype
+        )
+        if not merge_stored(form, stored, task.dtype, out):
+            return False
+        path, offset = self._offsets[task.name]
+        worker.write(out.data, path, offset + start * width_of(task.dtype))
+        if meter is not None:
+            meter.add_stored(form, stored)
+        return True
 
     def _check_finite(self, block: Block, task: TensorTask, stats: TensorStats) -> None:
         counts = [0] * len(block.operands)

@@ -11,10 +11,19 @@ from merge_cli.checkpoint.headers import TensorRef
 from merge_cli.engine.worker_context import WorkerContext
 from merge_cli.formats.encoding import Encoding, Tiles, stored_parts
 from merge_cli.formats.packed import as_bytes
-from merge_cli.planning.plan import TensorTask
+from merge_cli.planning.plan import Plan, TensorTask
 
 # An output tensor -> the file that it is written to, and the byte where it begins.
 OutputOffsets = Mapping[str, tuple[Path, int]]
+
+
+def output_offsets(plan: Plan, model: Path) -> OutputOffsets:
+    """Where each output tensor lies in the shards, which are allocated already."""
+    return {
+        name: (model / shard.file, offset)
+        for shard in plan.shards
+        for name, offset in shard.offsets.items()
+    }
 
 
 class TensorWriter(Protocol):

@@ -35,6 +35,9 @@ def tuned(
             result is no complete model.
         RecipeError: a parameter that the method does not have, or outside its range.
     """
+    if recipe.sweep:
+        hint = "Leave one of them out."
+        raise UsageError("--tune and `sweep:` both vary parameters", hint=hint)
     method = get_method(recipe.merge_method)
     preparation = preparation_for(method)
     if preparation is not None:

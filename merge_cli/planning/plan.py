@@ -131,6 +131,7 @@ class Plan:
         gathered: statistics of the sources over their data; None without, or before they are there.
         shard_size: bytes of tensors in one of `shards`: what is planned again is cut alike.
         stages: how the models are made that other documents of the recipe make, by name.
+        variants: of a sweep, by name: what is written, while this plan's tasks say what is read.
         copies: stored tensors that are taken to be one, to be compared before they are merged.
     """
 
@@ -151,6 +152,7 @@ class Plan:
     template: str | None = None
     calibrated: CalibrationStatistics | None = None
     copies: tuple[Copies, ...] = ()
+    variants: Mapping[str, Plan] = field(default_factory=dict)
 
     @property
     def tokenizer_index(self) -> int:
@@ -176,10 +178,12 @@ class Plan:
 
     def shards_read(self, source: int) -> set[str]:
         """The files of a source that the merge reads."""
-        root = self.sources[source].root
-        return {
+        opened = self.sources[source]
+        root = opened.root
+        names = {
             path.relative_to(root).as_posix() for path in self._files_read if root in path.parents
         }
+        return names & {opened.file} if opened.file else names  # others there are other sources'
 
     @property
     def stored_inputs(self) -> Iterator[TensorRef]:

@@ -103,7 +103,8 @@ def tensor_tasks(
             or (not decided.encoding and is_stored_as(match.operands[0], dtype))
         )
         action: Action = "copy" if is_copy else "merge"
-        dtypes = {tensor.default_dtype for tensor in (reference, *match.operands)}
+        dtypes = {tensor.default_dtype for tensor in match.operands}
+        dtypes.add(reference.default_dtype)
         task = TensorTask(
             match.name,
             reference.shape,

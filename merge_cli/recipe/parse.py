@@ -25,6 +25,7 @@ from merge_cli.recipe.search import SEARCH, Search
 from merge_cli.recipe.sections import PASSED_BY, Key, Section
 from merge_cli.recipe.sources import MODELS, PARAMETERS, SLICES, ModulesForm
 from merge_cli.recipe.statistics import STATISTICS
+from merge_cli.recipe.sweep import SWEEP, SweepForm
 from merge_cli.recipe.tokenizer import TemplateForm, TokenizerForm, TokenizerSpec
 from merge_cli.recipe.training import TRAINING, Training, contradictions
 
@@ -125,6 +126,7 @@ RECIPE = Section(
         ),
         "budget": Key(BUDGET, "what trying methods may cost (auto); default no limit"),
         "methods": Key(METHODS, "the methods that are tried (auto); default all that it knows"),
+        SWEEP: Key(SweepForm(), "variants that are merged in one pass, by name (OUT/NAME)"),
         "output": Key(OutputForm(), "adapter merges adapters into an adapter", "model"),
     },
     rules={"oneOf": [{"required": [key]} for key in SOURCE_KEYS], **PASSED_BY},
@@ -143,6 +145,7 @@ def parse_recipe(root: Node, file: str, folder: Path) -> tuple[Recipe | None, li
         return None, reader.problems
     root = without_empty(root)
     values = RECIPE.read(root, "", reader)
+    values.pop(SWEEP, None)  # its variants are documents by now (load.py)
     _check_sources(root, reader)
     expand(values, root, reader)
     values["seed"] = _seed(values, root, reader)

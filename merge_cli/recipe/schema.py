@@ -96,6 +96,7 @@ class Recipe:
         positions: key path -> (line, column), for messages of later stages.
         warnings: one line for each key that is known, accepted and without effect.
         notes: one line for each thing that the plan's reader should know of how it was read.
+        sweep: variants by name, of which this is the first; empty for a recipe of one result.
         stages: the other documents of the file, each before those that use it (documents.py).
     """
 
@@ -128,6 +129,7 @@ class Recipe:
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     stages: tuple[Recipe, ...] = ()
+    sweep: Mapping[str, Recipe] = field(default_factory=dict)
 
     @property
     def tokenizer_source(self) -> str | None:
@@ -172,7 +174,8 @@ class Recipe:
     def with_seed(self, seed: int) -> Recipe:
         """The same recipe, and its stages, with another seed."""
         stages = tuple(stage.with_seed(seed) for stage in self.stages)
-        return replace(self, seed=seed, stages=stages)
+        sweep = {name: variant.with_seed(seed) for name, variant in self.sweep.items()}
+        return replace(self, seed=seed, stages=stages, sweep=sweep)
 
     def with_models(self, spelling: Mapping[ModelRef, ModelRef]) -> Recipe:
         """The same recipe with models named as `spelling` says."""

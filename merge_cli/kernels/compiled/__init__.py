@@ -8,7 +8,7 @@ over chunks that stay in the L1 cache where several passes follow one another. I
 start at 0, or the compiler looks out for negative ones.
 """
 
-from merge_cli.kernels.compiled.election import COUNT, NOTHING, WEIGHTS, disjoint_mean
+from merge_cli.kernels.compiled.election import disjoint_mean
 from merge_cli.kernels.compiled.encoders import (
     block_largest,
     encode_e2m1,
@@ -23,6 +23,15 @@ from merge_cli.kernels.compiled.formats import (
     encode_f16,
     non_finite,
 )
+from merge_cli.kernels.compiled.fused import (
+    NOT_FINITE,
+    TOO_LARGE,
+    count_stored,
+    dot_stored,
+    measure_stored,
+    merge_disjoint,
+    merge_linear,
+)
 from merge_cli.kernels.compiled.kernel import Kernel, available
 from merge_cli.kernels.compiled.magnitudes import (
     count_kept,
@@ -34,6 +43,7 @@ from merge_cli.kernels.compiled.magnitudes import (
 )
 from merge_cli.kernels.compiled.masks import count_masked, drop
 from merge_cli.kernels.compiled.measures import count_signs, gram, quick_change
+from merge_cli.kernels.compiled.ranks import kth_largest
 from merge_cli.kernels.compiled.relations import count_relations, key_of_rank
 from merge_cli.kernels.compiled.singular import eigenvalues, own_products, tridiagonal
 from merge_cli.kernels.compiled.sums import (
@@ -43,11 +53,17 @@ from merge_cli.kernels.compiled.sums import (
     low_rank_product,
     weighted_sum,
 )
+from merge_cli.kernels.compiled.tiles import BF16, COUNT, F16, FLOAT32, NOTHING, WEIGHTS
 
 __all__ = [
+    "BF16",
     "COUNT",
+    "F16",
+    "FLOAT32",
     "Kernel",
     "NOTHING",
+    "NOT_FINITE",
+    "TOO_LARGE",
     "WEIGHTS",
     "absolute_runs",
     "add_scaled",
@@ -59,10 +75,12 @@ __all__ = [
     "count_range",
     "count_relations",
     "count_signs",
+    "count_stored",
     "decode_bf16",
     "decode_f16",
     "disjoint_mean",
     "dot_runs",
+    "dot_stored",
     "drop",
     "eigenvalues",
     "encode_bf16",
@@ -74,7 +92,11 @@ __all__ = [
     "gram",
     "group_extremes",
     "key_of_rank",
+    "kth_largest",
     "low_rank_product",
+    "measure_stored",
+    "merge_disjoint",
+    "merge_linear",
     "non_finite",
     "not_empty",
     "own_products",

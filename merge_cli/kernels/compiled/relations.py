@@ -8,6 +8,10 @@ from merge_cli.kernels.compiled.kernel import CHUNK, MAGNITUDE, U32, kernel
 
 _EXPONENT = U32(0x7F800000)
 _SEVEN = U32(7 << 23)  # bfloat16 has seven bits behind the point
+# What is known of an entry, as bits of a byte: more of those are compared at once than of floats.
+_LOWERED, _CHANGED, _LARGE, _STEP = map(np.uint8, range(1, 5))  # the first one is: raised
+_ONE = np.uint8(1)
+_U16 = np.uint16  # counts of a chunk, which are 2,048 at most
 
 
 @kernel(
@@ -21,9 +25,8 @@ def count_relations(rows, thresholds, both, agree, equal, large, steps, contest)
         contest: elements that two sources change or more, and those of them in conflict.
     """
     sources, size = len(rows) - 1, rows.shape[1]
-    signs = np.empty((sources, CHUNK), np.int32)
-    tops = np.empty((sources, CHUNK), np.int32)
-    changed, balance = np.empty(CHUNK, np.int32), np.empty(CHUNK, np.int32)
+    facts = np.empty((sources, CHUNK), np.uint8)
+    once, twice = np.empty(CHUNK, np.uint8), np.empty(CHUNK, np.uint8)
     step = np.empty(CHUNK, np.uint32)
     for begin in range(0, size, CHUNK):
         length = min(begin + CHUNK, size) - begin
@@ -31,51 +34,57 @@ def count_relations(rows, thresholds, both, agree, equal, large, steps, contest)
         for i in range(length):
             exponent = stored[i] & _EXPONENT
             step[i] = exponent - _SEVEN if exponent > _SEVEN else U32(0)
-        changed[:] = 0
-        balance[:] = 0
+        once[:] = 0
+        twice[:] = 0
         for s in range(sources):
-            row, sign, top = rows[s + 1, begin : begin + length], signs[s], tops[s]
-            bits, threshold, small = row.view(np.uint32), thresholds[s], np.int32(0)
+            fact, threshold = facts[s], thresholds[s]
+            bits = rows[s + 1, begin : begin + length].view(np.uint32)
             for i in range(length):
                 key = bits[i] & MAGNITUDE
-                sign_i = np.int32(row[i] > 0) - np.int32(row[i] < 0)
-                sign[i] = sign_i
-                changed[i] += sign_i * sign_i
-                balance[i] += sign_i
-                top[i] = np.int32(key >= threshold)
-                small += np.int32((key <= step[i]) & (key > U32(0)))
+                known = (bits[i] >> U32(31)) + U32(5)  # changed, and raised or lowered
+                known |= U32(8) if key >= threshold else U32(0)
+                known |= U32(16) if key <= step[i] else U32(0)
+                fact[i] = np.uint8(known if key > U32(0) else U32(0))
+            count, top, small = _U16(0), _U16(0), _U16(0)
+            for i in range(length):
+                twice[i] |= once[i] & fact[i]
+                once[i] |= fact[i]
+                count = _U16(count + _U16((fact[i] >> _CHANGED) & _ONE))
+                top = _U16(top + _U16((fact[i] >> _LARGE) & _ONE))
+                small = _U16(small + _U16((fact[i] >> _STEP) & _ONE))
+            both[s, s] += count
+            agree[s, s] += count
+            equal[s, s] += length
+            large[s, s] += top
             steps[s] += small
-        shared, mixed = np.int32(0), np.int32(0)
+        shared, mixed = _U16(0), _U16(0)
         for i in range(length):
-            several = np.int32(changed[i] > 1)
-            shared += several
-            mixed += several & np.int32(abs(balance[i]) != changed[i])
+            shared = _U16(shared + _U16((twice[i] >> _CHANGED) & _ONE))
+            mixed = _U16(mixed + _U16(once[i] & (once[i] >> _LOWERED) & _ONE))
         contest[0] += shared
         contest[1] += mixed
         for s in range(sources):
-            for t in range(s, sources):
-                a, b, x, y = signs[s], signs[t], tops[s], tops[t]
-                present, product, together = np.int32(0), np.int32(0), np.int32(0)
+            for t in range(s + 1, sources):
+                a, b = facts[s], facts[t]
+                present, same, together = _U16(0), _U16(0), _U16(0)
                 for i in range(length):
-                    p = a[i] * b[i]
-                    product += p
-                    present += p * p
-                    together += x[i] & y[i]
+                    x = a[i] & b[i]
+                    present = _U16(present + _U16((x >> _CHANGED) & _ONE))
+                    same = _U16(same + _U16((x | (x >> _LOWERED)) & _ONE))
+                    together = _U16(together + _U16((x >> _LARGE) & _ONE))
                 first = rows[s + 1, begin : begin + length]
                 second = rows[t + 1, begin : begin + length]
-                alike = np.int32(0)
+                alike = U32(0)
                 for i in range(length):
-                    alike += np.int32(first[i] == second[i])
-                same = (present + product) // 2
+                    alike += U32(first[i] == second[i])
                 both[s, t] += present
+                both[t, s] += present
                 agree[s, t] += same
+                agree[t, s] += same
                 large[s, t] += together
+                large[t, s] += together
                 equal[s, t] += alike
-                if s != t:
-                    both[t, s] += present
-                    agree[t, s] += same
-                    large[t, s] += together
-                    equal[t, s] += alike
+                equal[t, s] += alike
 
 
 @kernel("u4(f4[::1], i8)")

@@ -29,40 +29,47 @@ def tridiagonal(s, diagonal, off_diagonal):
     """Bring a symmetric matrix to tridiagonal form by Householder reflections; `s` is used up.
 
     With x what stands right of the diagonal, v = x - alpha e_1 reflects it onto one axis, and
-    S becomes S - v w^T - w v^T, w = p - (p.v / v.v) v, p = 2 S v / v.v.
+    S becomes S - v w^T - w v^T, w = p - (p.v / v.v) v, p = 2 S v / v.v. Only the upper half is
+    computed. One pass over it brings it up to date and multiplies it with the next v: the matrix
+    is larger than the cache that is quick.
     """
     n = len(s)
-    v, w = np.empty(n), np.empty(n)
-    for k in range(n - 2):
+    v, w, next_v, next_w = np.zeros(n), np.zeros(n), np.zeros(n), np.zeros(n)
+    for k in range(n):
+        for j in range(k, n):
+            s[k, j] -= v[k] * w[j] + w[k] * v[j]
+        diagonal[k] = s[k, k]
+        if k >= n - 2:
+            off_diagonal[k] = s[k, k + 1] if k == n - 2 else 0.0
+            continue
         square = 0.0
         for i in range(k + 1, n):
-            v[i] = s[k, i]
-            square += v[i] * v[i]
-        if square == 0.0:
-            off_diagonal[k] = 0.0
-            continue
-        alpha = -math.copysign(math.sqrt(square), v[k + 1])
+            next_v[i] = s[k, i]
+            square += next_v[i] * next_v[i]
+        alpha = -math.copysign(math.sqrt(square), next_v[k + 1])
         off_diagonal[k] = alpha
-        length = 2.0 * (square - alpha * v[k + 1])
-        v[k + 1] -= alpha
+        length = 2.0 * (square - alpha * next_v[k + 1])
+        next_v[k + 1] -= alpha
+        next_w[:] = 0.0
+        for i in range(k + 1, n):
+            row, vs, ws = s[i, i:], v[i:], w[i:]
+            next_vs, next_ws = next_v[i:], next_w[i:]
+            x, y, z, total = v[i], w[i], next_v[i], 0.0
+            for j in range(len(row)):
+                entry = row[j] - (x * ws[j] + y * vs[j])
+                row[j] = entry
+                total += entry * next_vs[j]
+                next_ws[j] += entry * z
+            next_w[i] += total - row[0] * z  # the diagonal is in both
+        factor = 2.0 / length if length > 0.0 else 0.0
         along = 0.0
         for i in range(k + 1, n):
-            total = 0.0
-            for j in range(k + 1, n):
-                total += s[i, j] * v[j]
-            w[i] = 2.0 * total / length
-            along += w[i] * v[i]
+            next_w[i] *= factor
+            along += next_w[i] * next_v[i]
+        along *= factor / 2.0
         for i in range(k + 1, n):
-            w[i] -= along / length * v[i]
-        for i in range(k + 1, n):
-            x, y = v[i], w[i]
-            for j in range(k + 1, n):
-                s[i, j] -= x * w[j] + y * v[j]
-    for i in range(n):
-        diagonal[i] = s[i, i]
-    off_diagonal[n - 1] = 0.0
-    if n > 1:
-        off_diagonal[n - 2] = s[n - 2, n - 1]
+            next_w[i] -= along * next_v[i]
+        v, next_v, w, next_w = next_v, v, next_w, w
 
 
 @kernel("boolean(f8[::1], f8[::1])", fastmath=_SUMS)
