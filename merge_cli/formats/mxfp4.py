@@ -16,7 +16,7 @@ from typing import Any
 from merge_cli.checkpoint.config import text_config
 from merge_cli.checkpoint.headers import TensorRef
 from merge_cli.checkpoint.tensors import Read, Tensor
-from merge_cli.formats.encoding import Encoding, Part
+from merge_cli.formats.encoding import Encoding, Part, Tiles
 from merge_cli.formats.fp4_encoding import MX_GROUP, MxEncoding, group_magnitudes, mx_exponents
 from merge_cli.formats.packed import (
     PackedRows,
@@ -187,23 +187,16 @@ class TransposedMxEncoding(Encoding):
     def span(self, shape: tuple[int, ...]) -> int:
         return shape[-2] * shape[-1]
 
-    def encode(
-        self,
-        values: Any,
-        shape: tuple[int, ...],
-        stored: Sequence[Any],
-        at: int = 0,
-        scale: float = 1.0,
-        before: Any = None,
-    ) -> None:
+    def encode(self, tiles: Tiles, stored: Sequence[Any]) -> None:
         import numpy as np
 
-        _, rows, columns = shape
+        _, rows, columns = tiles.shape
+        values, before = tiles.values, tiles.before
         codes = stored[0].reshape(-1, columns, rows // MX_GROUP, MX_GROUP // 2)
         exponents = stored[1].reshape(-1, columns, rows // MX_GROUP)
-        size = self.tile(shape)
+        size = self.tile(tiles.shape)
         for begin in range(0, len(values), size):
-            expert, group = divmod((at + begin) // size, rows // MX_GROUP)
+            expert, group = divmod((tiles.at + begin) // size, rows // MX_GROUP)
             lines = values[begin : begin + size].reshape(MX_GROUP, columns)
             changed: Any = slice(None)
             if before is not None:
