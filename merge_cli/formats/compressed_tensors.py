@@ -30,7 +30,6 @@ from merge_cli.formats.packed import (
     read_integers,
     reject_leftovers,
     required,
-    scale_groups,
     small_numbers,
     unpack,
 )
@@ -42,6 +41,7 @@ from merge_cli.formats.storage_format import (
     unquantised,
     usual_dtype,
 )
+from merge_cli.kernels.codes import scale_groups
 
 _PACKED = "_packed"
 _PARTS = ("_packed", "_scale", "_shape", "_zero_point", "_g_idx", "_global_scale")

@@ -23,7 +23,6 @@ from merge_cli.formats.packed import (
     of_shape,
     reject_leftovers,
     required,
-    scale_groups,
 )
 from merge_cli.formats.small_floats import fp4_numbers, read_scales
 from merge_cli.formats.storage_format import (
@@ -33,6 +32,7 @@ from merge_cli.formats.storage_format import (
     unquantised,
     usual_dtype,
 )
+from merge_cli.kernels.codes import scale_groups
 
 _SECOND = "_scale_2"  # behind the weight's name
 _GROUP = 16

@@ -20,8 +20,8 @@ from merge_cli.formats.packed import (
     StoredMatrix,
     corrupt,
     read_integers,
-    scale_groups,
 )
+from merge_cli.kernels.codes import scale_groups
 
 FLOATS = ("F16", "BF16", "F32")
 ENDINGS = (".qweight", ".qzeros", ".scales", ".g_idx")

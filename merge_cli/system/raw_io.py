@@ -27,6 +27,9 @@ class FilePool:
         self._lock = threading.Lock()
 
     def fd(self, path: Path) -> int:
+        fd = self._open.get(path)
+        if fd is not None:
+            return fd
         with self._lock:
             if path not in self._open:
                 self._open[path] = os.open(path, self._flags)

@@ -8,6 +8,13 @@ over chunks that stay in the L1 cache where several passes follow one another. I
 start at 0, or the compiler looks out for negative ones.
 """
 
+from merge_cli.kernels.compiled.codes import (
+    look_up,
+    scale_groups,
+    scaled_parts,
+    spread_bytes,
+    spread_runs,
+)
 from merge_cli.kernels.compiled.election import COUNT, NOTHING, WEIGHTS, disjoint_mean
 from merge_cli.kernels.compiled.formats import (
     decode_bf16,
@@ -63,12 +70,17 @@ __all__ = [
     "find_tie",
     "gram",
     "key_of_rank",
+    "look_up",
     "low_rank_product",
     "non_finite",
     "not_empty",
     "own_products",
     "quantise",
     "quick_change",
+    "scale_groups",
+    "scaled_parts",
+    "spread_bytes",
+    "spread_runs",
     "tridiagonal",
     "trim",
     "weighted_sum",
