@@ -3,8 +3,8 @@
     python scripts/bench_evaluate.py                          # zoo/code on its own test rows
     python scripts/bench_evaluate.py --model MODEL --data FILE.jsonl [--rows 64] [--answers 16]
 
-Plain is written by hand: rows in the file's order, so many to a batch, padded by the
-tokenizer, logits of all tokens, cross-entropy of those that count; or `generate` on prompts, greedy.
+Plain is written by hand: rows in the file's order, so many to a batch, padded by the tokenizer,
+logits of all tokens, cross-entropy of those that count; or `generate` on prompts, greedy.
 Both use one loaded model, one thread and float32, and tokenise the rows anew. They take turns; the
 ratio is the median of the rounds', least and largest in brackets. Tokens are the rows' own, without
 padding, and seconds are CPU seconds. Losses have to agree to five digits, answers to the letter.
