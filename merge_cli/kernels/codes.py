@@ -52,8 +52,9 @@ def spread(raw: Any, bits: int, run: int = 1) -> Any:
     import numpy as np
 
     shifts = np.arange(0, 8, bits, dtype=np.uint8)[:, None]
-    codes = (raw.reshape(*raw.shape[:-1], -1, 1, run) >> shifts) & np.uint8((1 << bits) - 1)
-    return codes.reshape(*raw.shape[:-1], -1)
+    *outer, size = raw.shape
+    codes = (raw.reshape(*outer, size // run, 1, run) >> shifts) & np.uint8((1 << bits) - 1)
+    return codes.reshape(*outer, size * 8 // bits)
 
 
 @spread.compiled
