@@ -82,7 +82,6 @@ def merge(
     gates: Sequence[str] = (),
     no_worse: Sequence[str] = (),
     on_evaluation: OnProgress = ignore_progress,
-    show: OnProgress | None = None,
 ) -> MergeResult:
     """Merge models into the folder `out`, and evaluate the result where the recipe asks for it.
 
@@ -92,7 +91,7 @@ def merge(
     Args:
         recipe: a plan, a loaded recipe, the path of one, or a mapping with the keys of one.
         out: the folder to publish; it appears only when it is complete.
-        on_progress: called with each progress; `show` is its old name.
+        on_progress: called with each progress.
         require_improvement: what is learned or searched must beat every merge without it.
         evaluation: what to evaluate the result on, as `evaluate` takes it; default the recipe's
             `eval:`, if it has one.
@@ -108,7 +107,7 @@ def merge(
     """
     options = options or MergeOptions()
     options = replace(options, device=device_here(options.device))
-    on_progress = on_progress or show or ignore_progress
+    on_progress = on_progress or ignore_progress
     loaded = recipe if isinstance(recipe, Recipe | Plan) else load_recipe(recipe)
     spec = None if evaluation is None else as_spec(evaluation)
     check = quality_check(
@@ -244,7 +243,6 @@ def compare(
     no_worse: Sequence[str] = (),
     options: Sequence[str] = (),
     on_progress: OnProgress | None = None,
-    show: OnProgress | None = None,
 ) -> ComparisonResult:
     """Merge recipes, evaluate base, parents, baselines and merges on the same data, write it down.
 
@@ -254,7 +252,7 @@ def compare(
         limit: at most so many rows of each task, a random sample.
         gates, no_worse: conditions on every recipe's merge (docs/evaluate.md).
         options: of `merge-cli run`, for every merge.
-        on_progress: called with each progress; `show` is its old name.
+        on_progress: called with each progress.
 
     Raises:
         as `comparison.run.compare` does; UsageError for a gate that cannot be read. A gate that is
@@ -265,14 +263,11 @@ def compare(
     spec = as_spec(tasks).limited(limit)
     conditions = read_gates(gates, no_worse, spec.tasks)
     references = [gate.reference for gate in conditions if gate.reference]
+    report = on_progress or ignore_progress
     result = compare_recipes(
-        recipes,
-        spec,
-        out,
-        references=references,
-        options=options,
-        show=on_progress or show or ignore_progress,
+        recipes, spec, out, references=references, options=options, on_progress=report
     )
+    report(Progress("intervals and page", 0, 0, model="all models"))
     return ComparisonResult(
         Path(out), result, write_comparison(result, Path(out)), result.unmet(conditions)
     )

@@ -126,17 +126,19 @@ def _added(
     on_progress: OnProgress | None,
 ) -> _Sum:
     """The sum with the checkpoints that are given, written beside the one before."""
-    known = [path for path in given if path in before.checkpoints]
-    if known:
+    repeated = [path for path in given if path in before.checkpoints]
+    if repeated:
         hint = "Add only what is new."
-        raise UsageError("is in this average already", where=known[0], hint=hint)
+        raise UsageError("is in this average already", where=repeated[0], hint=hint)
     every = before.weights + weights
     if math.fsum(every) <= 0:
         raise UsageError(f"the weights sum to {math.fsum(every):g}, and must sum to more than 0")
     old = [(str(before.folder), 1.0)] if before.checkpoints else []
     recipe = _soup([*old, *zip(given, weights, strict=True)], {"normalize": False}, "float32")
-    found = _dtype(plan(_soup([(path, 1.0) for path in given], {}, None)), dtype or before.dtype)
-    kept = before.dtype or found
+    merged_dtype = _dtype(
+        plan(_soup([(path, 1.0) for path in given], {}, None)), dtype or before.dtype
+    )
+    kept = before.dtype or merged_dtype
     checkpoints = before.checkpoints + given
     folder = before.folder.with_name(f"{_PREFIX}{len(checkpoints)}")
     paths = [os.path.relpath(path, folder) for path in checkpoints]
@@ -188,8 +190,8 @@ def _dtype(checkpoints: Plan, asked: str) -> str:
 
 def _sums(folder: Path) -> list[Path]:
     """The sums in OUT.average that are whole, the newest last."""
-    found = folder.glob(f"{_PREFIX}*/merge_recipe.yaml") if folder.is_dir() else ()
-    names = [path.parent for path in found if path.parent.name.removeprefix(_PREFIX).isdigit()]
+    recipes = folder.glob(f"{_PREFIX}*/merge_recipe.yaml") if folder.is_dir() else ()
+    names = [path.parent for path in recipes if path.parent.name.removeprefix(_PREFIX).isdigit()]
     return sorted(names, key=lambda path: int(path.name.removeprefix(_PREFIX)))
 
 

@@ -47,11 +47,6 @@ class MergeCliError(Exception):
             self.args = (f"{position}: {self}",)
         return self
 
-    @property
-    def what(self) -> str:
-        """The name of `message` until 0.2; programs may still ask for it."""
-        return self.message
-
 
 @dataclass(frozen=True)
 class Problem:
@@ -63,11 +58,6 @@ class Problem:
     line: int = 0
     column: int = 0
     hint: str = ""
-
-    @property
-    def what(self) -> str:
-        """The name of `message` until 0.2; programs may still ask for it."""
-        return self.message
 
     @property
     def position(self) -> str:

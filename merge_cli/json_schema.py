@@ -19,9 +19,10 @@ from merge_cli.methods.parameters import TRUTH, MethodParameter
 from merge_cli.methods.registry import Method, all_methods, get_method, method_names
 from merge_cli.recipe.checkpoints import BECOMES
 from merge_cli.recipe.fields import INEFFECTIVE, MERGEKIT_PARAMETERS
+from merge_cli.recipe.forms import NUMBER_AS_TEXT, any_of
 from merge_cli.recipe.models import model_schema
 from merge_cli.recipe.parse import RECIPE
-from merge_cli.recipe.reader import NUMBER_AS_TEXT, Schema, any_of
+from merge_cli.recipe.reader import Schema
 from merge_cli.recipe.search import WITHOUT_SPACE
 from merge_cli.recipe.sources import setting_schema
 from merge_cli.recipe.statistics import unused_options

@@ -25,7 +25,8 @@ import yaml
 
 from merge_cli.api import merge
 from merge_cli.evaluation.run import evaluate_source
-from merge_cli.evolve.evaluator import EvaluationJob, Evaluator, Setup, values_of
+from merge_cli.evolve.evaluator import Evaluator
+from merge_cli.evolve.jobs import EvaluationJob, Setup, values_of
 from merge_cli.evolve.plan import plan_search
 from merge_cli.options import MergeOptions
 from merge_cli.planning.planner import load_recipe, make_plan

@@ -19,7 +19,7 @@ from merge_cli.dam.plan import fetch_everything
 from merge_cli.dam.run import Learned, learn, with_coefficients
 from merge_cli.engine.inputs import inputs_of
 from merge_cli.errors import GateError, Interrupted, MergeCliError, NonFiniteError, UsageError
-from merge_cli.evolve.evaluator import MergeableModel
+from merge_cli.evolve.mergeable import MergeableModel
 from merge_cli.options import MergeOptions, OnProgress, Progress
 from merge_cli.planning.plan import Plan
 from merge_cli.planning.planner import make_plan

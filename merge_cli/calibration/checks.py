@@ -42,5 +42,5 @@ def calibration_warnings(recipe: Recipe, method: Method) -> Iterator[str]:
         return
     for spec in recipe.models:
         if spec.data is not None and spec.data.held_out:
-            where = recipe.place(f"{spec.key}.data.held_out")
+            where = recipe.position_of(f"{spec.key}.data.held_out")
             yield f"{where}: has no effect: {recipe.merge_method} measures nothing."

@@ -137,8 +137,8 @@ def _generation(live: LiveModel, sampling: Sampling, room: int) -> Any:
     """The options of transformers, without a model's own: two models are asked alike."""
     from transformers import GenerationConfig
 
-    own = live.net.generation_config.eos_token_id
-    ends = _ends(own if own is not None else live.tokenizer.eos_token_id)
+    configured = live.net.generation_config.eos_token_id
+    ends = _ends(configured if configured is not None else live.tokenizer.eos_token_id)
     options: dict[str, Any] = {"do_sample": False}
     if sampling.temperature > 0:
         options = {

@@ -164,7 +164,7 @@ def without_choices(config: Mapping[str, Any]) -> dict[str, Any]:
             return value
         if value.keys() == {"__float__"} and value["__float__"] in _FLOATS:
             return float(value["__float__"])
-        return {key: walk(one) for key, one in value.items() if key not in _CHOICES}
+        return {key: walk(item) for key, item in value.items() if key not in _CHOICES}
 
     result: dict[str, Any] = walk(json.loads(json.dumps(dict(config))))
     return result

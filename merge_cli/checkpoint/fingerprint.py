@@ -73,12 +73,12 @@ def sampled_fingerprint(path: Path) -> str:
     return state.hexdigest()
 
 
-def add_samples(state: hashlib._Hash, path: Path, places: int = 64, length: int = 4096) -> None:
+def add_samples(state: hashlib._Hash, path: Path, samples: int = 64, length: int = 4096) -> None:
     """Add 64 places of a file, evenly spaced, beginning and end among them."""
     size = path.stat().st_size
     with path.open("rb", buffering=0) as file:
-        for i in range(places):
-            file.seek(max(0, size - length) * i // (places - 1))
+        for i in range(samples):
+            file.seek(max(0, size - length) * i // (samples - 1))
             state.update(file.read(length))
 
 
@@ -183,7 +183,7 @@ def _joined(files: list[Path], fingerprints: list[str]) -> str:
 
 def _remembered(path: Path) -> str | None:
     """A file's fingerprint from the cache, if nothing about the file has changed."""
-    cached = (read_sealed(_place(path)) or {}).get("sha256")
+    cached = (read_sealed(_cache_path(path)) or {}).get("sha256")
     return cached if isinstance(cached, str) else None
 
 
@@ -192,15 +192,15 @@ def _remembered_or_read(path: Path, stop: threading.Event) -> str:
     cached = _remembered(path)
     if cached is not None:
         return cached
-    status, place = path.stat(), _place(path)
+    status, cache_path = path.stat(), _cache_path(path)
     fingerprint = file_fingerprint(path, stop)
     newest = max(status.st_mtime, status.st_ctime)
     if _now() - newest > _SETTLED and not stop.is_set():
-        write_cached(place, seal({"sha256": fingerprint}))
+        write_cached(cache_path, seal({"sha256": fingerprint}))
     return fingerprint
 
 
-def _place(path: Path) -> Path:
+def _cache_path(path: Path) -> Path:
     """Where a file's digest is remembered: by all that changes when the file does."""
     status = path.stat()
     times = f"{status.st_mtime_ns}\0{status.st_ctime_ns}"

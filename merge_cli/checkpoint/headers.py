@@ -90,8 +90,8 @@ def parse_header(raw: bytes, path: Path, file_size: int, model: str) -> dict[str
         CorruptFileError: anything that does not hold; names the tensor.
     """
 
-    def corrupt(what: str, tensor: str = "") -> CorruptFileError:
-        return CorruptFileError(what, model=model, file=path.name, tensor=tensor, hint=_AGAIN)
+    def corrupt(message: str, tensor: str = "") -> CorruptFileError:
+        return CorruptFileError(message, model=model, file=path.name, tensor=tensor, hint=_AGAIN)
 
     length = struct.unpack("<Q", raw[:8])[0]
     if len(raw) < 8 + length:

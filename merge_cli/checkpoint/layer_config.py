@@ -157,7 +157,7 @@ def _list_or_numbers(stacked: StackedLayers, key: str) -> bool:
         len(value) == before or (key in _LISTED and len(value) > before)
     ):
         return False
-    return stacked.put(key, [_entry(stacked, key, value, *one) for one in stacked.layers])
+    return stacked.put(key, [_entry(stacked, key, value, *layer) for layer in stacked.layers])
 
 
 def _repeated(stacked: StackedLayers, key: str, value: list[Any]) -> bool:
@@ -246,13 +246,15 @@ def _ends(stacked: StackedLayers) -> Iterator[tuple[str, int, str]]:
     """How many of the first, or of the last, layers are different: key, number, doubt."""
     total = len(stacked.layers)
     for key in (*_FIRST, *_LAST):
-        own = stacked.config.get(key)
-        if type(own) is not int or (not own and stacked.in_place):
+        stated = stacked.config.get(key)
+        if type(stated) is not int or (not stated and stacked.in_place):
             continue
 
-        def holds(source: Mapping[str, Any], index: int, key: str = key, own: int = own) -> bool:
+        def holds(
+            source: Mapping[str, Any], index: int, key: str = key, stated: int = stated
+        ) -> bool:
             count = source.get(key)
-            count = count if type(count) is int else own
+            count = count if type(count) is int else stated
             return index < count if key in _FIRST else index >= stacked.count_of(source) - count
 
         result = stacked.where(holds)
@@ -263,7 +265,7 @@ def _ends(stacked: StackedLayers) -> Iterator[tuple[str, int, str]]:
                 continue  # the list says it, and has followed
             kind = "dense" if "dense" in key else "different"
             where = "first" if first else "last"
-            yield key, own, f"its {kind} layers must come {where} ({key})"
+            yield key, stated, f"its {kind} layers must come {where} ({key})"
         else:
             yield key, len(result), ""
 
@@ -307,7 +309,9 @@ def _periods(stacked: StackedLayers) -> list[str]:
     result = []
     for key in _EVERY:
         step = stacked.config.get(key)
-        said = any(isinstance(stacked.config.get(name), list) for name in _SAID_BY.get(key, ()))
-        if type(step) is int and step > 1 and not said:
+        is_stated = any(
+            isinstance(stacked.config.get(name), list) for name in _SAID_BY.get(key, ())
+        )
+        if type(step) is int and step > 1 and not is_stated:
             result.append(f"config.json says by position which layers are which ({key}: {step})")
     return result

@@ -101,18 +101,18 @@ def chat(
     names = [model, *([against] if against is not None else [])]
     screen.say(f"loading {' and '.join(names)}")
     opened = open_models(names)
-    for one in opened:
-        talk = one.conversation(template=not no_template, system=system)
+    for source in opened:
+        talk = source.conversation(template=not no_template, system=system)
         if prompts is not None:
             tokens_of(rows, talk, sampling, prompts)
-    labels = [one.label for one in opened]
+    labels = [source.label for source in opened]
     options = LoadOptions(device, dtype, memory)
     with torch_threads(threads), ExitStack() as stack:
         with screen.progress() as on_progress:
             models = stack.enter_context(loaded(opened, options, on_progress))
         talks = [
-            one.conversation(template=not no_template, system=system, live=live)
-            for one, live in zip(opened, models, strict=True)
+            source.conversation(template=not no_template, system=system, live=live)
+            for source, live in zip(opened, models, strict=True)
         ]
         if prompts is None:
             screen.chat(models, talks, sampling)

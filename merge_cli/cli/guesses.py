@@ -79,14 +79,14 @@ def command_meant(name: str, commands: Collection[str]) -> str:
     return _nearest(name.lower(), words)
 
 
-def option_meant(name: str, known: Collection[str]) -> str:
+def option_meant(name: str, options: Collection[str]) -> str:
     """The option, or the argument, that a name nearly is; empty where none is near.
 
     Args:
-        known: the options of the command, with their dashes, and its arguments.
+        options: the options of the command, with their dashes, and its arguments.
     """
     guess = OPTIONS.get(name, "")
-    return guess if guess in known else _nearest(name.lower(), {word: word for word in known})
+    return guess if guess in options else _nearest(name.lower(), {word: word for word in options})
 
 
 def _nearest(name: str, words: Mapping[str, str]) -> str:

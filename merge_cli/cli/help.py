@@ -46,9 +46,9 @@ class HelpCommand(TyperCommand):
     def _hint(self, error: Any) -> str:
         """What was meant by an option that does not exist."""
         shown: list[Any] = [p for p in self.params if not getattr(p, "hidden", False)]
-        known = {name for param in shown for name in (*param.opts, *param.secondary_opts)}
-        known |= {p.metavar for p in shown if p.param_type_name == "argument" and p.metavar}
-        meant = option_meant(error.option_name, known)
+        options = {name for param in shown for name in (*param.opts, *param.secondary_opts)}
+        options |= {p.metavar for p in shown if p.param_type_name == "argument" and p.metavar}
+        meant = option_meant(error.option_name, options)
         if meant and not meant.startswith("-"):
             return f" Write {meant} without a flag."
         return f" Did you mean '{meant}'?" if meant else ""

@@ -26,7 +26,7 @@ SCHEMA = 1
 def comparison_record(comparison: Comparison) -> dict[str, Any]:
     """A comparison as JSON-ready data."""
     evaluation = comparison.entries[0].evaluation
-    found = verdict(comparison)
+    conclusion = verdict(comparison)
     return {
         "schema": SCHEMA,
         "merge_cli": version("merge-cli"),
@@ -55,7 +55,7 @@ def comparison_record(comparison: Comparison) -> dict[str, Any]:
             "better": comparison.ranking_better,
         },
         "reference": comparison.reference.name if comparison.reference else None,
-        "verdict": asdict(found) if found else None,
+        "verdict": asdict(conclusion) if conclusion else None,
         "front": list(comparison.front),
         "same": dict(comparison.same),
         "notes": list(comparison.notes),

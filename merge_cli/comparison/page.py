@@ -70,9 +70,9 @@ def render_comparison(record: Json) -> str:
 
 
 def _lede(record: Json, tasks: str) -> str:
-    found = record["verdict"]
+    conclusion = record["verdict"]
     text = f"{count(len(record['models']), 'model')} on {tasks}."
-    return f"{found['text']} ({text})" if found else text
+    return f"{conclusion['text']} ({text})" if conclusion else text
 
 
 def _made(record: Json) -> list[str]:

@@ -25,7 +25,7 @@ from merge_cli.engine.journal import work_key
 from merge_cli.errors import Interrupted, MismatchError, Problem, UsageError
 from merge_cli.evaluation.run import evaluate_source
 from merge_cli.evaluation.spec import EvalSpec
-from merge_cli.options import OnProgress, Progress
+from merge_cli.options import OnProgress, Progress, ignore_progress
 from merge_cli.planning.plan import Plan
 from merge_cli.planning.planner import load_recipe, make_plan
 from merge_cli.planning.preparation import preparations_of
@@ -56,7 +56,7 @@ def compare(
     *,
     references: Collection[str] = (),
     options: Sequence[str] = (),
-    show: OnProgress = lambda progress: None,
+    on_progress: OnProgress = ignore_progress,
 ) -> Comparison:
     """Merge recipes, evaluate all models, and compare them.
 
@@ -66,7 +66,7 @@ def compare(
         out: the folder for merges and results; finished merges in it are used.
         references: models that gates compare with; they must be in the comparison.
         options: of `merge-cli run`, for every merge (`--device`, `--threads`, ...).
-        show: called with progress.
+        on_progress: called with progress.
 
     Raises:
         RecipeError, SourceError, MismatchError: of any recipe, before anything is merged.
@@ -99,17 +99,17 @@ def compare(
     try:
         for merge in merges.merges:
             if not merge.out.exists():
-                show(Progress("merging", 0, 0, model=merge.name))
+                on_progress(Progress("merging", 0, 0, model=merge.name))
                 run_merge(merge.file, merge.out, options, cost_log)
         for source in ([base] if base else []) + sources:
             fetch_weights(source, source.header_bytes)
             role: Role = "base" if source is base else "source"
             name = names.of[source.root.resolve()]
-            entries.append(_entry(name, role, source, spec, show))
+            entries.append(_entry(name, role, source, spec, on_progress))
         for merge in merges.merges:
             opened = open_source(ModelRef(str(merge.out.absolute())), Path.cwd())
             cost = cost_log.cost(merge.out.name, merge.out)
-            entries.append(_entry(merge.name, merge.role, opened, spec, show, merge, cost))
+            entries.append(_entry(merge.name, merge.role, opened, spec, on_progress, merge, cost))
     except (KeyboardInterrupt, Interrupted):
         raise Interrupted("stopped", where=str(folder), hint=RESUMES) from None
     notes = (*merges.notes, *missing)
@@ -121,12 +121,12 @@ def _entry(
     role: Role,
     source: Source,
     spec: EvalSpec,
-    show: OnProgress,
+    on_progress: OnProgress,
     merge: _Merge | None = None,
     cost: MergeCost | None = None,
 ) -> ModelEntry:
     def renamed(progress: Progress) -> None:
-        show(replace(progress, model=name))
+        on_progress(replace(progress, model=name))
 
     evaluation = evaluate_source(source, spec, renamed)
     method = merge.plan.recipe.merge_method if merge else ""

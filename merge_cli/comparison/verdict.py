@@ -97,13 +97,13 @@ def _subjects(comparison: Comparison, name: str) -> str:
     worse: list[str] = []
     same: list[str] = []
     for task in comparison.tasks:
-        found = comparison.difference(name, base.name, task)
-        amount = f"{task} ({_amount(abs(found.value), comparison.unit(task))})"
-        ends = found.interval
+        difference = comparison.difference(name, base.name, task)
+        amount = f"{task} ({_amount(abs(difference.value), comparison.unit(task))})"
+        ends = difference.interval
         if ends is not None and ends.low <= 0 <= ends.high:
             same.append(task)
         else:
-            (better if found.value > 0 else worse).append(amount)
+            (better if difference.value > 0 else worse).append(amount)
     parts = [
         *([f"better on {_listing(better)}"] if better else []),
         *([f"worse on {_listing(worse)}"] if worse else []),

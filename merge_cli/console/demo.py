@@ -58,8 +58,8 @@ def print_demo(console: Console, demo: Demo, seconds: float) -> None:
         "report": demo.page,
         "merge report": demo.merged / "merge_report.html",
     }
-    for what, path in files.items():
-        console.print(f"  {what:<14}{escape(str(path))}", soft_wrap=True)
+    for label, path in files.items():
+        console.print(f"  {label:<14}{escape(str(path))}", soft_wrap=True)
     ask = f"merge-cli chat {demo.merged} --against {demo.out / BASE}"
     console.print(f"  {'ask it':<14}{escape(ask)}", soft_wrap=True)
     console.print(f"[dim]{show_seconds(seconds)}[/dim]")

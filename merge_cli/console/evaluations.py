@@ -126,15 +126,19 @@ def _difference(row: Json) -> list[str]:
 
 def _conclusion(first: Json, other: Json) -> str:
     """Where the first model is better than another, in one sentence: by each task's main metric."""
-    found: dict[str, list[str]] = {"better": [], "worse": [], "": []}
+    by_direction: dict[str, list[str]] = {"better": [], "worse": [], "": []}
     for name, task in other["tasks"].items():
         row = task["metrics"][next(iter(task["metrics"]))]
         if "difference" in row:
-            found[_direction(row)].append(name)
+            by_direction[_direction(row)].append(name)
     parts = [
-        *([f"better on {', '.join(found['better'])}"] if found["better"] else []),
-        *([f"worse on {', '.join(found['worse'])}"] if found["worse"] else []),
-        *([f"no more than chance apart on {', '.join(found[''])}"] if found[""] else []),
+        *([f"better on {', '.join(by_direction['better'])}"] if by_direction["better"] else []),
+        *([f"worse on {', '.join(by_direction['worse'])}"] if by_direction["worse"] else []),
+        *(
+            [f"no more than chance apart on {', '.join(by_direction[''])}"]
+            if by_direction[""]
+            else []
+        ),
     ]
     return f"{first['model']} against {other['model']}: {'; '.join(parts)}."
 

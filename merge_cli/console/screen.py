@@ -198,8 +198,8 @@ class Screen:
         self.out.print(f"[bold]{escape(method)}[/bold] of {escape(sources + base)}")
         words = dict(settings.everywhere)
         for preparation, _ in expected.preparations:
-            found = preparation.undecided(plan.recipe)
-            words = dict(found) if "*" in found else {**words, **found}
+            undecided = preparation.undecided(plan.recipe)
+            words = dict(undecided) if "*" in undecided else {**words, **undecided}
         if words:
             everywhere = ", ".join(words.values())
             self.out.print(f"[dim]everywhere:[/dim] {escape(everywhere)}")

@@ -124,7 +124,8 @@ def _problems(made: Skeleton) -> list[str]:
     if made.failure:
         return [f"it refuses config.json or the tensors: {made.failure}"]
     wrong = [
-        f"{name} {list(stored)}, not {list(own)}" for name, (stored, own) in made.wrong.items()
+        f"{name} {list(stored)}, not {list(expected)}"
+        for name, (stored, expected) in made.wrong.items()
     ]
     kinds = {
         "tensors are missing": sorted(made.missing),
@@ -132,7 +133,7 @@ def _problems(made: Skeleton) -> list[str]:
         "tensors have other shapes": sorted(wrong),
     }
     return [
-        f"{len(names)} {what}: {', '.join(names[:_SHOWN])}{', ...' if len(names) > _SHOWN else ''}"
-        for what, names in kinds.items()
+        f"{len(names)} {problem}: {', '.join(names[:_SHOWN])}{', ...' * (len(names) > _SHOWN)}"
+        for problem, names in kinds.items()
         if names
     ]

@@ -47,7 +47,7 @@ def learning_warnings(recipe: Recipe, method: Method) -> Iterator[str]:
         return
     for spec in recipe.source_specs:
         if spec.data is not None:
-            where = recipe.place(f"{spec.key}.data")
+            where = recipe.position_of(f"{spec.key}.data")
             yield f"{where}: has no effect: the coefficients are given."
 
 

@@ -73,14 +73,14 @@ class Demo:
     def rivals(self) -> list[Rival]:
         """Base and experts, the one with the best mean first."""
         averages = self.comparison.averages
-        own = averages[MERGED]
+        merged = averages[MERGED]
         others = [name for name in averages if name != MERGED]
         others.sort(key=lambda name: -averages[name].value)
         return [
             Rival(
                 name,
-                own.value - averages[name].value,
-                interval(own.draws - averages[name].draws),
+                merged.value - averages[name].value,
+                interval(merged.draws - averages[name].draws),
             )
             for name in others
         ]

@@ -37,8 +37,8 @@ def data_of(models: Sequence[str], given: Sequence[Path]) -> tuple[str, ...]:
             if not path.is_file():
                 raise UsageError("no such file", where=str(path), hint="Check --data.")
         return tuple(str(path) for path in given)
-    found = [_beside(model) for model in models]
-    return tuple(str(path) for path in found if path) if all(found) else ()
+    files = [_beside(model) for model in models]
+    return tuple(str(path) for path in files if path) if all(files) else ()
 
 
 def with_data(recipe: Recipe, files: Sequence[str]) -> Recipe:

@@ -17,19 +17,10 @@ from merge_cli.evaluation.spec import EvalSpec, default_name
 from merge_cli.evaluation.task import Task
 from merge_cli.evaluation.tasks import KINDS
 from merge_cli.recipe.fields import nearest
+from merge_cli.recipe.forms import ListOf, Plain, any_of
 from merge_cli.recipe.nodes import Node, load_nodes
-from merge_cli.recipe.reader import (
-    REFUSED,
-    Form,
-    Key,
-    ListOf,
-    Plain,
-    Reader,
-    Schema,
-    Section,
-    any_of,
-    keys_of,
-)
+from merge_cli.recipe.reader import REFUSED, Form, Reader, Schema
+from merge_cli.recipe.sections import Key, Section, keys_of
 from merge_cli.system.untrusted import Unreadable, read_text
 from merge_cli.system.untrusted_yaml import MAX_YAML
 

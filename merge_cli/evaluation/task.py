@@ -19,7 +19,8 @@ from merge_cli.errors import SourceError
 from merge_cli.evaluation.result import TaskResult
 from merge_cli.evaluation.rows import Row, read_rows
 from merge_cli.evaluation.tokens import TOKENISATION
-from merge_cli.recipe.reader import PathForm, Text, option
+from merge_cli.recipe.forms import PathForm, Text
+from merge_cli.recipe.sections import option
 
 if TYPE_CHECKING:
     from merge_cli.evaluation.live import LiveModel

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from merge_cli.errors import UsageError
-from merge_cli.evolve.evaluator import EvaluationOutcome
+from merge_cli.evolve.jobs import EvaluationOutcome
 from merge_cli.evolve.objectives import Split
 from merge_cli.evolve.space import Space
 from merge_cli.evolve.static import StaticMerge

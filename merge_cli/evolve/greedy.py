@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from merge_cli.evolve.evaluator import EvaluationJob
+from merge_cli.evolve.jobs import EvaluationJob
 from merge_cli.evolve.journal import Evaluations
 from merge_cli.evolve.loop import Candidate, best_first
 from merge_cli.evolve.objectives import Split, Values

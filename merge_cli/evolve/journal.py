@@ -23,7 +23,7 @@ from merge_cli.checkpoint.fingerprint import auxiliary_fingerprint
 from merge_cli.engine.device import choose_device
 from merge_cli.engine.merge import verified_fingerprints
 from merge_cli.errors import CorruptFileError, MergeCliError
-from merge_cli.evolve.evaluator import EvaluationJob, EvaluationOutcome
+from merge_cli.evolve.jobs import EvaluationJob, EvaluationOutcome
 from merge_cli.evolve.plan import SearchPlan, plan_search
 from merge_cli.evolve.workers import Workers
 from merge_cli.options import MergeOptions, OnProgress, Progress

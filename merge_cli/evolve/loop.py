@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from merge_cli.evolve.evaluator import EvaluationJob, EvaluationOutcome
+from merge_cli.evolve.jobs import EvaluationJob, EvaluationOutcome
 from merge_cli.evolve.journal import Evaluations
 from merge_cli.evolve.objectives import CandidateScore, Split, Values
 from merge_cli.evolve.optimizers import Optimizer, Ranking
@@ -65,7 +65,7 @@ class _SearchLoop:
     """What a search works with.
 
     Attributes:
-        known: candidates on all rows by their values; static merges are there first.
+        scored: candidates on all rows by their values; static merges are there first.
         candidates: all that were evaluated, in the order of their results.
         ended: why the search has ended.
     """
@@ -76,7 +76,7 @@ class _SearchLoop:
     base: Base
     optimizer: Optimizer
     evaluations: Evaluations
-    known: dict[tuple[Scalar, ...], Candidate] = field(default_factory=dict)
+    scored: dict[tuple[Scalar, ...], Candidate] = field(default_factory=dict)
     candidates: list[Candidate] = field(default_factory=list, init=False)
     ended: str = field(default="", init=False)
 
@@ -99,14 +99,14 @@ class Loop(_SearchLoop):
             # What has the values of an earlier candidate (whole numbers, words) is not evaluated
             # again; the optimizer learns its score, and it does not count.
             values = [tuple(self.space.values(genome)) for genome in proposed]
-            new = [i for i, v in enumerate(values) if v not in self.known and values.index(v) == i]
+            new = [i for i, v in enumerate(values) if v not in self.scored and values.index(v) == i]
             candidates = self._generation(generation, [proposed[i] for i in new[:remaining]])
             self.candidates += candidates
             evaluated = dict(zip((values[i] for i in new), candidates, strict=False))
             if len(candidates) == len(new):
-                self._tell(proposed, [self.known.get(v) or evaluated[v] for v in values])
+                self._tell(proposed, [self.scored.get(v) or evaluated[v] for v in values])
                 self.ended = self.optimizer.ended
-            self.known |= {v: item for v, item in evaluated.items() if item.share == 1.0}
+            self.scored |= {v: item for v, item in evaluated.items() if item.share == 1.0}
             repeats = 0 if new else repeats + len(proposed)
             if repeats >= _REPEATS and not self.ended:
                 self.ended = f"{repeats} proposals in a row had been evaluated before"

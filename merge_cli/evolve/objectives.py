@@ -22,9 +22,11 @@ from merge_cli.evaluation.parse import (
 from merge_cli.evaluation.result import Better
 from merge_cli.evaluation.spec import EvalSpec
 from merge_cli.recipe.fields import nearest
+from merge_cli.recipe.forms import Plain, Text
 from merge_cli.recipe.nodes import Node
-from merge_cli.recipe.reader import REFUSED, Key, Plain, Reader, Text, keys_of, option
+from merge_cli.recipe.reader import REFUSED, Reader
 from merge_cli.recipe.schema import Recipe
+from merge_cli.recipe.sections import Key, keys_of, option
 
 SplitName = Literal["search", "validation", "test"]
 # The split search with all of its rows, where candidates are scored on some of them.
@@ -105,6 +107,10 @@ class Split:
     @property
     def needs_base(self) -> bool:
         return any(goal.no_worse_than for goal in self.goals)
+
+    def is_maximised(self, values: Values) -> bool:
+        """Whether every weighted goal is: then people read the score without its minus."""
+        return all(sign_of(goal, pick(values, goal).better) < 0 for goal in self.weighted)
 
     def score(self, values: Values, base: Values | None = None) -> CandidateScore:
         """The score of a candidate, from its tasks' values.

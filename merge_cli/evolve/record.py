@@ -18,12 +18,13 @@ from merge_cli.errors import GateError
 from merge_cli.evaluation.result import Metric, TaskResult
 from merge_cli.evaluation.run import evaluate_source
 from merge_cli.evaluation.summary import Interval, interval, resampled
-from merge_cli.evolve.evaluator import goal_metrics, reduced, values_of
+from merge_cli.evolve.evaluator import reduced
+from merge_cli.evolve.jobs import goal_metrics, values_of
 from merge_cli.evolve.loop import Candidate, best_first
 from merge_cli.evolve.objectives import Split, Values, sign_of
 from merge_cli.evolve.plan import SearchPlan
 from merge_cli.evolve.space import plain_values
-from merge_cli.evolve.verdict import gain_in_words
+from merge_cli.evolve.verdict import gain_in_words, shown
 from merge_cli.planning.plan import Plan
 from merge_cli.sources.source import Source, fetch_weights
 
@@ -149,12 +150,19 @@ def build_record(
             "reported_violation": reported,
             "values": values,
         },
+        "maximised": _is_maximised(decided, best, compared),
         "split": split.name,
         "scores": scores,
         "verdict": result,
         "warnings": warnings,
         "cost": {**cost, "peak_rss": peak_rss()},
     }
+
+
+def _is_maximised(decided: SearchPlan, best: Candidate, compared: Mapping[str, Values]) -> bool:
+    """Whether people read all scores without their minus: those of the search and the verdict."""
+    reported = [decided.objective.report.is_maximised(values) for values in compared.values()]
+    return decided.objective.search.is_maximised(best.outcome.values) and all(reported)
 
 
 def primary(values: Values) -> dict[str, float]:
@@ -232,8 +240,8 @@ def gate(record: Mapping[str, Any], required: bool, where: Path) -> None:
     if not required or (verdict is not None and verdict["better"] and keeps_constraints):
         return
     message = "improvement is required, and " + (
-        f"{verdict['best_static']} scores {verdict['best_static_score']:.4g} without a search, the "
-        f"result {verdict['score']:.4g}"
+        f"{verdict['best_static']} scores {shown(record, verdict['best_static_score'])} without a "
+        f"search, the result {shown(record, verdict['score'])}"
         if verdict is not None and keeps_constraints
         else "the result breaks a constraint"
     )
@@ -246,7 +254,8 @@ def score_text(split: Split, candidate: Candidate | None) -> str:
     if candidate is None or candidate.score is None:
         return ""
     broken = " (breaks a constraint)" if candidate.score.violation else ""
-    return f"best {candidate.score.total:.5g}{broken}"
+    about = {"maximised": split.is_maximised(candidate.outcome.values)}
+    return f"best {shown(about, candidate.score.total, '.5g')}{broken}"
 
 
 _CANDIDATES = 10  # for each number, at least, before importance is told

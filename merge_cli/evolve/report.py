@@ -10,7 +10,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from merge_cli.evolve.verdict import verdict_in_words
+from merge_cli.evolve.verdict import shown, verdict_in_words
 from merge_cli.recipe.reference import short_labels
 from merge_cli.report import charts
 from merge_cli.report.charts import Axis, Series, caption, svg, titled
@@ -60,8 +60,10 @@ def _worth(search: Json) -> Section:
     scores, verdict = search["scores"], search["verdict"]
     title = "Whether it was worth it"
     how = Markup(
-        "Scores on the split {}, lower is better: the objective's goals, weighted. Goals that are "
-        "maximised count with a minus."
+        "Scores on the split {}, higher is better: the objective's goals, weighted."
+        if search.get("maximised")
+        else "Scores on the split {}, lower is better: the objective's goals, weighted. Goals that "
+        "are maximised count with a minus."
     ).format(code(search["split"]))
     if verdict is None:
         return section(title, how, "There is nothing to compare with.")
@@ -72,7 +74,7 @@ def _worth(search: Json) -> Section:
     rows = [
         [
             strong(names[name]) if item["score"] == best else names[name],
-            f"{item['score']:.4f}",
+            shown(search, item["score"], ".4f"),
             *(f"{item['tasks'][task]:.4f}" for task in tasks),
         ]
         for name, item in scores.items()
@@ -94,19 +96,20 @@ def _convergence(search: Json) -> Section:
         "line that has long been flat says that searching longer would have found little."
     )
     step = -(-len(history) // _POINTS)
-    shown = [history[min(i + step - 1, len(history) - 1)] for i in range(0, len(history), step)]
-    gains = [None if entry["best"] is None else max(0.0, first - entry["best"]) for entry in shown]
-    width = max(12.0, min(56.0, 700 / max(1, len(shown))))
+    picked = [history[min(i + step - 1, len(history) - 1)] for i in range(0, len(history), step)]
+    gains = [None if entry["best"] is None else max(0.0, first - entry["best"]) for entry in picked]
+    width = max(12.0, min(56.0, 700 / max(1, len(picked))))
     every = max(1, -(-44 // int(width)))
-    numbers = [str(entry["number"] + 1) for entry in shown]
+    numbers = [str(entry["number"] + 1) for entry in picked]
     ticks = [number if i % every == 0 else "" for i, number in enumerate(numbers)]
     axis = Axis([f"candidate {number}" for number in numbers], ticks, "number", width)
     chart = charts.lines(title, axis, [Series("best so far", gains, 0)], _number, "score gained")
     failed = sum(bool(entry["error"]) for entry in history)
     best = search["best"]
     text = (
-        f"{count(len(history), 'candidate')} by {search['optimizer']}, from {first:.5g} to "
-        f"{best['score']:.5g} on the search split; {search['ended']}."
+        f"{count(len(history), 'candidate')} by {search['optimizer']}, from "
+        f"{shown(search, first, '.5g')} to {shown(search, best['score'], '.5g')} on the search "
+        f"split; {search['ended']}."
     )
     if failed:
         errors = dict.fromkeys(
@@ -119,8 +122,9 @@ def _convergence(search: Json) -> Section:
 def _front(search: Json) -> Section:
     goals = search["goals"][:2]
     how = (
-        "Each candidate's share of the score from two goals, lower is better in both. Filled "
-        "points are on the front: no other candidate is better in every goal."
+        "Each candidate's share of the score from two goals, lower is better in both: goals that "
+        "are maximised count with a minus. Filled points are on the front: no other candidate is "
+        "better in every goal."
     )
     scored = [item for item in search["history"] if item["parts"] is not None]
     if len(scored) < 2:
@@ -192,11 +196,11 @@ def _values(search: Json) -> Section:
         )
     else:
         how += " There are too few candidates to say which of them mattered."
-    found = f"Candidate {search['best']['number'] + 1}, by {', '.join(search['searched'])}."
+    summary = f"Candidate {search['best']['number'] + 1}, by {', '.join(search['searched'])}."
     return section(
         "What was found",
         how,
-        found,
+        summary,
         *figures,
         Table(heads, rows, right=len(heads) - 1),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,16 +14,17 @@ from merge_cli.calibration.run import calibrate
 from merge_cli.engine.inputs import inputs_of
 from merge_cli.engine.merge import fetch_inputs
 from merge_cli.errors import Interrupted, MergeCliError
-from merge_cli.evaluation.result import Metric
-from merge_cli.evolve.evaluator import EvaluationJob, EvaluationOutcome, Setup
 from merge_cli.evolve.greedy import Greedy, soup_of
+from merge_cli.evolve.jobs import EvaluationJob, EvaluationOutcome, Setup
 from merge_cli.evolve.journal import BEST, Evaluations, SearchWorkspace, work_key
 from merge_cli.evolve.loop import Asynchronous, Candidate, Loop, best_first
 from merge_cli.evolve.objectives import Split, Values
 from merge_cli.evolve.optimizers import EvaluatedGenome, Ranking, make_optimizer
 from merge_cli.evolve.plan import SearchPlan, is_journal, is_recipe, plan_search, start_genome
-from merge_cli.evolve.record import FOUND, References, add_interval, build_record, gate, score_text
-from merge_cli.evolve.static import BASE, FISHER, soup_start
+from merge_cli.evolve.record import References, gate, score_text
+from merge_cli.evolve.rivals import SearchOutcome, judge
+from merge_cli.evolve.static import FISHER, soup_start
+from merge_cli.evolve.verdict import shown
 from merge_cli.evolve.workers import make_workers
 from merge_cli.methods.registry import get_method
 from merge_cli.options import MergeOptions, OnProgress, Progress
@@ -31,10 +32,8 @@ from merge_cli.planning.plan import Plan
 from merge_cli.planning.planner import make_plan
 from merge_cli.recipe.dump import data_from, dump_recipe, path_from
 from merge_cli.recipe.schema import Recipe
-from merge_cli.recipe.values import Parameter
 
 Searcher = Loop | Asynchronous | Greedy
-_LAMBDA = 0.4  # of the task arithmetic that every search is compared with, as in `compare`
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,8 @@ def search(
             inputs.verify_or(folder.discard)
             folder.finish(record)
         recipe = run.recipe_of(record["best"]["genome"], record["best"]["static"])
-        text = run.text_of(recipe, record["best"]["score"], record["best"]["static"])
+        best = record["best"]
+        text = run.text_of(recipe, shown(record, best["score"], ".6g"), best["static"])
         folder.write_best(text)
     for line in record["warnings"]:
         on_progress(Progress("search", 0, 0, line))
@@ -138,7 +138,7 @@ class _Run:
             self._loop = self._searcher()
             self._loop.run()
             best = self._choose()
-            record = self._finished(best, time.monotonic() - began)
+            record = self._recorded(best, time.monotonic() - began)
         except (KeyboardInterrupt, Interrupted):
             raise self._interrupted() from None
         finally:
@@ -153,14 +153,14 @@ class _Run:
             return self._decided.space.recipe(genome)
         return soup_of(self._decided.recipe, [i for i, u in enumerate(genome) if u])
 
-    def text_of(self, recipe: Recipe, score: float, static: str = "") -> str:
+    def text_of(self, recipe: Recipe, score: str, static: str = "") -> str:
         """The static recipe as YAML, with paths that lead from beside OUT."""
         plan = self._decided.plan
         commits = {name: c for source in plan.sources for name, c in source.commits.items()}
         locate = path_from(self._target.absolute(), recipe.folder, commits)
         name = self._decided.recipe.merge_method
         origin = f"{static}: {name} has no better candidate" if static else f"found by {name}"
-        header = f"{origin}, score {score:.6g}; merge-cli run merges it without a search"
+        header = f"{origin}, score {score}; merge-cli run merges it without a search"
         return dump_recipe(
             recipe,
             locate=locate,
@@ -296,98 +296,25 @@ class _Run:
     def _recipe(self, candidate: Candidate) -> Recipe:
         return self.recipe_of(candidate.genome, candidate.static.name if candidate.static else "")
 
-    def _finished(self, best: Candidate, seconds: float) -> dict[str, Any]:
-        decided, loop = self._decided, self._loop
-        assert loop is not None
-        split = decided.objective.report
-        searched = self._cost(("static", "candidate", "validation"))
-        compared, references, metrics = self._compare(best, split)
-        base = self._references.base(split)
-        reported = self._cost(("report",))
-        cost = {
-            "evaluations": len(self._statics) + len(loop.candidates),
-            "static_evaluations": len(self._statics),
-            "failed": sum(bool(c.outcome.error) for c in [*self._statics, *loop.candidates]),
-            **searched,
-            "report_tokens": reported["tokens"],
-            "workers": decided.search.workers,
-            "wall_seconds": round(seconds, 3),
-            "resumed": self._evaluations.reused,
-            "residency": decided.residency.residency,
-            "peak_vram": _peak_vram(self._options),
-        }
-        record = build_record(
-            decided,
-            loop.candidates,
-            self._statics,
+    def _recorded(self, best: Candidate, seconds: float) -> dict[str, Any]:
+        """The report's record: the result beside what needs no search, on the report's rows."""
+        assert self._loop is not None
+        outcome = SearchOutcome(
+            self._decided,
+            tuple(self._loop.candidates),
+            tuple(self._statics),
             best,
-            loop.ended,
-            compared,
-            references,
-            base,
-            cost,
+            self._loop.ended,
         )
-        record["best"]["genome"] = best.genome
-        add_interval(record, split, metrics)
-        return record
-
-    def _compare(
-        self, best: Candidate, split: Split
-    ) -> tuple[dict[str, Values], dict[str, Values], dict[str, Sequence[Metric]]]:
-        """The result, then what needs no search, on the report's split; each goal's metric."""
-        decided = self._decided
-        recipe = decided.recipe
-        plain = tuple(replace(spec, parameters={}) for spec in recipe.models)
-        merges = {
-            FOUND: self._recipe(best),
-            "uniform soup": recipe.with_result("soup", models=plain, parameters={}),
-        }
-        if recipe.base_model is not None:
-            scale = {"lambda": Parameter("lambda", _LAMBDA, "parameters.lambda")}
-            merges[f"task arithmetic {_LAMBDA:g}"] = recipe.with_result(
-                "task_arithmetic", models=plain, parameters=scale
-            )
-        scored = best_first(self._statics)
-        # The best by the rows that were searched on, and Fisher, which no space can express.
-        rivals = [*scored[:1], *(c for c in scored if c.static and c.static.name == FISHER)]
-        for item in rivals:
-            labels = [source.label for source in self._references.all()]
-            if item.static and item.static.name not in [*merges, *labels, BASE]:
-                merges[item.static.name] = item.static.recipe
-        jobs = [
-            EvaluationJob(i, item, split.name, keep_examples=True)
-            for i, item in enumerate(merges.values())
-        ]
-        about = [
-            {
-                "merge": name,
-                "genome": [name, best.number, *best.genome] if name == FOUND else [name],
-            }
-            for name in merges
-        ]
-        outcomes = self._evaluations.of("report", jobs, about)
-        result = {name: o.values for name, o in zip(merges, outcomes, strict=True) if not o.error}
-        result |= {
-            source.label: self._references.values(source, split)
-            for source in self._references.all()
-        }
-        metrics: dict[str, Sequence[Metric]] = {
-            name: outcome.metrics for name, outcome in zip(merges, outcomes, strict=True)
-        }
-        metrics |= {
-            source.label: self._references.metrics(source, split)
-            for source in self._references.all()
-        }
-        references = {name: values for name, values in result.items() if name != FOUND}
-        return result, references, metrics
-
-    def _cost(self, kinds: Sequence[str]) -> dict[str, Any]:
-        lines = [line for line in self._folder.lines if line["kind"] in kinds]
-        return {
-            "seconds": round(sum(line["seconds"] for line in lines), 3),
-            "tokens": sum(line["tokens"] for line in lines),
-            "forward_passes": sum(line["passes"] for line in lines),
-        }
+        return judge(
+            outcome,
+            self._recipe(best),
+            self._evaluations,
+            self._references,
+            lines=self._folder.lines,
+            seconds=seconds,
+            options=self._options,
+        )
 
     def _best(self) -> Candidate | None:
         proposed = self._loop.candidates if self._loop is not None else []
@@ -419,10 +346,12 @@ class _Run:
         line = next(line for line in lines if line["number"] == number)
         static = line.get("merge", "")
         recipe = self.recipe_of(line["genome"], static)
-        path = self._folder.write_best(self.text_of(recipe, score.total, static))
+        maximised = split.is_maximised(EvaluationOutcome.from_json(number, line).values)
+        reached = shown({"maximised": maximised}, score.total, ".6g")
+        path = self._folder.write_best(self.text_of(recipe, reached, static))
         tried = sum(line["kind"] not in ("start", "asked") for line in self._folder.lines)
         message = f"stopped after {tried} evaluations; the best so far, with score "
-        return Interrupted(f"{message}{score.total:.6g}, is there", where=str(path), hint=hint)
+        return Interrupted(f"{message}{reached}, is there", where=str(path), hint=hint)
 
 
 def _evaluated(statics: Sequence[Candidate], goals: int) -> list[EvaluatedGenome]:
@@ -432,11 +361,3 @@ def _evaluated(statics: Sequence[Candidate], goals: int) -> list[EvaluatedGenome
     for _, score in scored:
         ranking.see(score)
     return [EvaluatedGenome(genome, *ranking.of(score)) for genome, score in scored]
-
-
-def _peak_vram(options: MergeOptions) -> int | None:
-    if options.device == "cpu":
-        return None
-    import torch
-
-    return int(torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else None

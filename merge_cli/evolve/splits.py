@@ -37,8 +37,8 @@ def refuse_overlap(objective: SearchObjective, recipe: Recipe) -> None:
                 contents.setdefault(content, (name, f"{path}:{row.line}"))
                 if content in seen:
                     split, line = seen[content]
-                    place = "the `data:` of a model" if split == "data" else f"the split {split}"
-                    message = f"the split {name} has this row, which is in {place}, too: "
+                    origin = "the `data:` of a model" if split == "data" else f"the split {split}"
+                    message = f"the split {name} has this row, which is in {origin}, too: "
                     problems.append(Problem(message + line, "", str(path), row.line))
         seen = {**contents, **seen}
     if problems:

@@ -16,10 +16,12 @@ def verdict_in_words(search: Mapping[str, Any]) -> str:
         search: the record, with a verdict.
     """
     verdict = search["verdict"]
+    direction = "higher" if search.get("maximised") else "lower"
     gain = f"; gain {gain_in_words(verdict)}" if "difference" in verdict else ""
     return (
-        f"{search['split']} score {number(verdict['score'])}, lower is better; the best without a "
-        f"search is {verdict['best_static']}, {number(verdict['best_static_score'])}{gain}"
+        f"{search['split']} score {shown(search, verdict['score'])}, {direction} is better; "
+        f"the best without a search is {verdict['best_static']}, "
+        f"{shown(search, verdict['best_static_score'])}{gain}"
     )
 
 
@@ -36,6 +38,15 @@ def gain_in_words(verdict: Mapping[str, Any]) -> str:
     return words
 
 
-def number(value: float) -> str:
+def shown(search: Mapping[str, Any], score: float, digits: str = ".4g") -> str:
+    """A score as people read it: without the minus that maximised goals count with.
+
+    Args:
+        search: the record; `maximised` says that every goal is.
+    """
+    return number(-score if search.get("maximised") else score, digits)
+
+
+def number(value: float, digits: str = ".4g") -> str:
     """Four digits, and a minus sign that is one."""
-    return f"{value + 0.0:.4g}".replace("-", "−")
+    return f"{value + 0.0:{digits}}".replace("-", "−")

@@ -19,7 +19,8 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol
 
 from merge_cli.errors import MergeCliError, ResourceError, SourceError
-from merge_cli.evolve.evaluator import EvaluationJob, EvaluationOutcome, Evaluator, Setup
+from merge_cli.evolve.evaluator import Evaluator
+from merge_cli.evolve.jobs import EvaluationJob, EvaluationOutcome, Setup
 from merge_cli.recipe.search import Search
 from merge_cli.system.processes import end_with
 

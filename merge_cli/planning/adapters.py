@@ -57,7 +57,9 @@ def plan_adapters(recipe: Recipe) -> Plan:
     changes = {label: changes_of(adapter, label) for label, adapter in adapters.items()}
     _refuse_both_ways(adapters)
     shapes = {name: item.shape for change in changes.values() for name, item in change.items()}
-    made = {label: _source(label, adapters[label], own, shapes) for label, own in changes.items()}
+    made = {
+        label: _source(label, adapters[label], change, shapes) for label, change in changes.items()
+    }
     if base is not None and str(base) not in made:
         first = next(iter(adapters.values()))
         nothing = {name: Zeros(name, str(base), shape) for name, shape in shapes.items()}
@@ -154,9 +156,9 @@ def _notes(
         notes.append(f"the adapters name different models: {listed}")
     every = {name for change in changes.values() for name in change}
     notes += [
-        f"{label} leaves {len(every - own.keys())} of {len(every)} modules as they are"
-        for label, own in changes.items()
-        if every - own.keys()
+        f"{label} leaves {len(every - change.keys())} of {len(every)} modules as they are"
+        for label, change in changes.items()
+        if every - change.keys()
     ]
     if any(embeddings_of(adapter) for adapter in adapters.values()):
         notes.append(

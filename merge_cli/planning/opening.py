@@ -98,8 +98,8 @@ def _key(recipe: Recipe, reference: ModelRef) -> str:
     """Where a recipe names a model."""
     keys = ["base_model"] if recipe.base_model == reference else []
     keys += [spec.key for spec in recipe.source_specs if spec.model == reference]
-    found = (key for word in keys for key in (f"{word}.model", word) if key in recipe.positions)
-    return next(found, "")
+    positions = (key for word in keys for key in (f"{word}.model", word) if key in recipe.positions)
+    return next(positions, "")
 
 
 def files_of(source: Source) -> frozenset[str]:

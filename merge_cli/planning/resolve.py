@@ -73,7 +73,7 @@ def check_recipe(recipe: Recipe) -> Checked:
             _check_parameters(recipe, method, output_slice.parameters, None, problems, warnings)
         for spec in specs:
             if spec.parameters and method.needs_base and spec.model == group_recipe.base_model:
-                position = recipe.place(f"{spec.key}.parameters")
+                position = recipe.position_of(f"{spec.key}.parameters")
                 warnings.append(f"{position}: has no effect: the base has no task vector.")
     warnings += [*_unlisted_base(recipe, method), *_random_rescaling(recipe, method)]
     for shared in (recipe.parameters, *(module.parameters for module in recipe.modules)):
@@ -218,7 +218,7 @@ def _unlisted_base(recipe: Recipe, method: Method) -> list[str]:
     """What becomes of a base that an average does not list."""
     if recipe.base_model is None or method.averages_base is None:
         return []
-    position = recipe.place("base_model")
+    position = recipe.position_of("base_model")
     for group_recipe, _, output_slice, specs in _groups(recipe):
         if averages_base(group_recipe, method, specs, output_slice):
             return [f"{position}: averaged with the models, as in mergekit."]
@@ -250,7 +250,7 @@ def _random_rescaling(recipe: Recipe, method: Method) -> list[str]:
     message = (
         f"{recipe.merge_method} divides what is kept by its chance, as the paper does; mergekit"
     )
-    return [f"{recipe.place('merge_method')}: {message} by L1 norms: `rescale: l1`."]
+    return [f"{recipe.position_of('merge_method')}: {message} by L1 norms: `rescale: l1`."]
 
 
 def _finds_method(recipe: Recipe) -> bool:
@@ -301,10 +301,10 @@ def _check_parameters(
         cached = method.parameters.get(name)
         passed_by = name in MERGEKIT_PARAMETERS and not hint
         if cached is None and passed_by:
-            warnings.append(f"{recipe.place(given.key)}: has no effect in {shown}.")
+            warnings.append(f"{recipe.position_of(given.key)}: has no effect in {shown}.")
         elif cached is not None and spec is not None and not cached.per_model and passed_by:
             text = "has no effect under a model: it is one value for the whole merge"
-            warnings.append(f"{recipe.place(given.key)}: {text}.")
+            warnings.append(f"{recipe.position_of(given.key)}: {text}.")
         elif cached is None:
             text = f"{shown} has no such parameter."
             near = nearest(name, method.parameters) if method.parameters else ""
@@ -320,7 +320,7 @@ def _check_parameters(
             problems.extend(recipe.problem(given.key, message + ".") for message in sorted(wrong))
             if not wrong and any(map(cached.is_capped, values)):
                 text = f"is read as {cached.range.high:g} where it is more"
-                warnings.append(f"{recipe.place(given.key)}: {text}.")
+                warnings.append(f"{recipe.position_of(given.key)}: {text}.")
 
 
 def unused_filters(recipe: Recipe, names: Iterable[str]) -> Iterator[str]:

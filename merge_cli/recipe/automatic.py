@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from merge_cli.recipe.forms import Texts
 from merge_cli.recipe.nodes import Node
-from merge_cli.recipe.reader import REFUSED, Reader, Texts, option, section_of
+from merge_cli.recipe.reader import REFUSED, Reader
+from merge_cli.recipe.sections import option, section_of
 
 
 @dataclass(frozen=True)

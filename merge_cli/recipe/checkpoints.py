@@ -19,23 +19,14 @@ from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from merge_cli.recipe.forms import ListOf, Plain, Text, any_of
 from merge_cli.recipe.models import MODEL
 from merge_cli.recipe.nodes import Node
-from merge_cli.recipe.reader import (
-    REFUSED,
-    Form,
-    Key,
-    ListOf,
-    Plain,
-    Reader,
-    Schema,
-    Section,
-    Text,
-    any_of,
-)
+from merge_cli.recipe.reader import REFUSED, Form, Reader, Schema
 from merge_cli.recipe.reference import ModelRef, local_folder
 from merge_cli.recipe.schedule import Schedule
 from merge_cli.recipe.schema import SourceSpec
+from merge_cli.recipe.sections import Key, Section
 from merge_cli.recipe.values import Parameter
 
 METHOD, BECOMES = "checkpoint_average", "soup"
@@ -83,8 +74,8 @@ class StepsForm(Form):
             return tuple(value)
         match = _RANGE.fullmatch(value) if isinstance(value, str) else None
         if match is None:
-            known = 'must be "FIRST..LAST", "FIRST..LAST/STRIDE" or a list of steps'
-            return reader.refuse_type(node, key, known)
+            allowed = 'must be "FIRST..LAST", "FIRST..LAST/STRIDE" or a list of steps'
+            return reader.refuse_type(node, key, allowed)
         first, last = int(match[1]), int(match[2])
         stride = int(match[3]) if match[3] else None
         if first > last:
@@ -250,14 +241,14 @@ def _chosen(window: Window, node: Node, reader: Reader) -> dict[int, str]:
             return {}
         steps = steps[-window.last :]
     elif window.steps is not None:
-        wanted = _wanted(window.steps, steps)
-        missing = [step for step in wanted if step not in present]
-        if missing or not wanted:
+        requested = _wanted(window.steps, steps)
+        missing = [step for step in requested if step not in present]
+        if missing or not requested:
             message = f"not there: {_in_words(missing)}" if missing else "none is there"
             where = node.value["steps"]
             reader.refuse(where, "checkpoints.steps", message, f"There: {_in_words(steps)}.")
             return {}
-        steps = wanted
+        steps = requested
     return {step: present[step] for step in steps}
 
 
@@ -276,14 +267,14 @@ def _present(run: Path, pattern: str) -> tuple[dict[int, str], list[str]]:
     `step_{step}/hf`) must be there, or a checkpoint that is still being converted would count.
     """
     parts = PurePosixPath(pattern).parts
-    place = next(i for i, part in enumerate(parts) if _STEP in part)
-    before, after = parts[place].split(_STEP)
+    index = next(i for i, part in enumerate(parts) if _STEP in part)
+    before, after = parts[index].split(_STEP)
     name = re.compile(rf"{re.escape(before)}(\d{{1,18}}){re.escape(after)}", re.ASCII)
-    folder = run.joinpath(*parts[:place])
+    folder = run.joinpath(*parts[:index])
     present: dict[int, str] = {}
     for entry in sorted(folder.iterdir()) if folder.is_dir() else ():
         match = name.fullmatch(entry.name)
-        path = PurePosixPath(*parts[:place], entry.name, *parts[place + 1 :]).as_posix()
+        path = PurePosixPath(*parts[:index], entry.name, *parts[index + 1 :]).as_posix()
         if match is None or not (run / path).is_dir():
             continue
         step = int(match[1])

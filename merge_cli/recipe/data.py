@@ -5,19 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from merge_cli.recipe.forms import Text, Texts, any_of
 from merge_cli.recipe.nodes import Node
-from merge_cli.recipe.reader import (
-    REFUSED,
-    Form,
-    Reader,
-    Schema,
-    Text,
-    Texts,
-    any_of,
-    option,
-    section_of,
-)
+from merge_cli.recipe.reader import REFUSED, Form, Reader, Schema
 from merge_cli.recipe.reference import local_file
+from merge_cli.recipe.sections import option, section_of
 
 
 @dataclass(frozen=True)

@@ -5,19 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from merge_cli.recipe.forms import Text, any_of
 from merge_cli.recipe.nodes import Node
-from merge_cli.recipe.reader import (
-    PASSED_BY,
-    REFUSED,
-    Form,
-    Key,
-    Reader,
-    Schema,
-    Section,
-    Text,
-    any_of,
-)
+from merge_cli.recipe.reader import REFUSED, Form, Reader, Schema
 from merge_cli.recipe.reference import ModelRef, parse_reference
+from merge_cli.recipe.sections import PASSED_BY, Key, Section
 
 _REVISION = Key(Text(), "a branch, tag or commit of the Hub")
 

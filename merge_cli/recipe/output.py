@@ -5,17 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from merge_cli.recipe.forms import Checked, any_of, finite
 from merge_cli.recipe.nodes import Node
-from merge_cli.recipe.reader import (
-    Checked,
-    Form,
-    Reader,
-    Schema,
-    any_of,
-    finite,
-    option,
-    section_of,
-)
+from merge_cli.recipe.reader import Form, Reader, Schema
+from merge_cli.recipe.sections import option, section_of
 
 ADAPTER, MODEL = "adapter", "model"
 

@@ -14,24 +14,15 @@ from merge_cli.errors import Problem
 from merge_cli.recipe.automatic import BUDGET, METHODS
 from merge_cli.recipe.checkpoints import CHECKPOINTS, METHOD, expand
 from merge_cli.recipe.fields import DTYPES, FP8, SOURCE_KEYS, UNUSED_SEED, nearest
+from merge_cli.recipe.forms import Anything, Plain, Text
 from merge_cli.recipe.models import MODEL
 from merge_cli.recipe.nodes import Node, without_empty
 from merge_cli.recipe.output import OutputForm
-from merge_cli.recipe.reader import (
-    PASSED_BY,
-    REFUSED,
-    Anything,
-    Form,
-    Key,
-    Plain,
-    Reader,
-    Schema,
-    Section,
-    Text,
-)
+from merge_cli.recipe.reader import REFUSED, Form, Reader, Schema
 from merge_cli.recipe.schedule import SCHEDULE
 from merge_cli.recipe.schema import Recipe
 from merge_cli.recipe.search import SEARCH, Search
+from merge_cli.recipe.sections import PASSED_BY, Key, Section
 from merge_cli.recipe.sources import MODELS, PARAMETERS, SLICES, ModulesForm
 from merge_cli.recipe.statistics import STATISTICS
 from merge_cli.recipe.tokenizer import TemplateForm, TokenizerForm, TokenizerSpec

@@ -24,16 +24,9 @@ from typing import Any
 
 from merge_cli.errors import UsageError
 from merge_cli.recipe.fields import nearest
+from merge_cli.recipe.forms import NUMBER_AS_TEXT, any_of, finite
 from merge_cli.recipe.nodes import Node
-from merge_cli.recipe.reader import (
-    NUMBER_AS_TEXT,
-    REFUSED,
-    Form,
-    Reader,
-    Schema,
-    any_of,
-    finite,
-)
+from merge_cli.recipe.reader import REFUSED, Form, Reader, Schema
 
 # f of the fraction of the window that has passed; Megatron-LM calls the last one so, too.
 CURVES: dict[str, Callable[[float], float]] = {
@@ -103,8 +96,8 @@ class ScheduleForm(Form):
         if isinstance(value, str):
             return self._word(node, value, key, reader)
         if not isinstance(value, dict) or len(value) != 1:
-            known = f"one of {', '.join(_WORDS)}, or {{ema: DECAY}}, or {{weights: [...]}}"
-            return reader.refuse_type(node, key, f"must be {known}")
+            allowed = f"one of {', '.join(_WORDS)}, or {{ema: DECAY}}, or {{weights: [...]}}"
+            return reader.refuse_type(node, key, f"must be {allowed}")
         ((name, child),) = value.items()
         path = f"{key}.{name}"
         reader.positions[path] = node.key_positions[name]

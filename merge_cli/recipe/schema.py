@@ -213,7 +213,7 @@ class Recipe:
         """A static recipe with what a search has found."""
         return replace(self, merge_method=method, search=None, objective=None, **changes)
 
-    def place(self, key: str) -> str:
+    def position_of(self, key: str) -> str:
         """A key path of this recipe with its file, line and column, as warnings name it."""
         return str(self.problem(key, ""))
 

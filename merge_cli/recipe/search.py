@@ -9,23 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from merge_cli.recipe.forms import Checked, MappingOf, Plain, Texts, any_of
 from merge_cli.recipe.nodes import Node
-from merge_cli.recipe.reader import (
-    REFUSED,
-    Checked,
-    Form,
-    Key,
-    MappingOf,
-    Plain,
-    Reader,
-    Schema,
-    Section,
-    Texts,
-    any_of,
-    keys_of,
-    option,
-    section_of,
-)
+from merge_cli.recipe.reader import REFUSED, Form, Reader, Schema
+from merge_cli.recipe.sections import Key, Section, keys_of, option, section_of
 from merge_cli.recipe.values import Scalar, filter_error
 
 STARTS = ("best", "middle", "softmax")

@@ -13,25 +13,13 @@ from typing import Any
 
 from merge_cli.recipe.data import DataForm
 from merge_cli.recipe.fields import INEFFECTIVE, UNUSED_LAYER_RANGE
+from merge_cli.recipe.forms import Anything, Checked, ListOf, MappingOf, Text, any_of
 from merge_cli.recipe.models import MODEL
 from merge_cli.recipe.nodes import Node, without_empty
-from merge_cli.recipe.reader import (
-    PASSED_BY,
-    REFUSED,
-    Anything,
-    Checked,
-    Form,
-    Key,
-    ListOf,
-    MappingOf,
-    Reader,
-    Schema,
-    Section,
-    Text,
-    any_of,
-)
+from merge_cli.recipe.reader import REFUSED, Form, Reader, Schema
 from merge_cli.recipe.reference import ModelRef
 from merge_cli.recipe.schema import ModuleSpec, Parameters, SliceSpec, SourceSpec
+from merge_cli.recipe.sections import PASSED_BY, Key, Section
 from merge_cli.recipe.values import Gradient, Parameter, Rule, Scalar, filter_error
 
 FILTER_HELP = (

@@ -5,10 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from merge_cli.recipe.reader import (
-    option,
-    section_of,
-)
+from merge_cli.recipe.sections import option, section_of
 
 Kind = Literal["gram", "fisher"]
 

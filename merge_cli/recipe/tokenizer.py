@@ -21,21 +21,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from merge_cli.recipe.forms import MappingOf, Plain, Text, any_of
 from merge_cli.recipe.models import ModelForm
 from merge_cli.recipe.nodes import Node
-from merge_cli.recipe.reader import (
-    REFUSED,
-    Form,
-    Key,
-    MappingOf,
-    Plain,
-    Reader,
-    Schema,
-    Section,
-    Text,
-    any_of,
-)
+from merge_cli.recipe.reader import REFUSED, Form, Reader, Schema
 from merge_cli.recipe.reference import ModelRef
+from merge_cli.recipe.sections import Key, Section
 from merge_cli.system.untrusted import Unreadable, read_text
 
 UNION, BASE = "union", "base"

@@ -11,20 +11,10 @@ from dataclasses import asdict, dataclass, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
+from merge_cli.recipe.forms import Checked, Nullable, Plain, Texts, any_of, finite
 from merge_cli.recipe.nodes import Node
-from merge_cli.recipe.reader import (
-    Checked,
-    Form,
-    Nullable,
-    Plain,
-    Reader,
-    Schema,
-    Texts,
-    any_of,
-    finite,
-    option,
-    section_of,
-)
+from merge_cli.recipe.reader import Form, Reader, Schema
+from merge_cli.recipe.sections import option, section_of
 
 Granularity = Literal["tensor", "column", "row", "element", "low_rank"]
 Preset = Literal["default", "dam", "dam-reference", "adamerging", "expert-merging", "learned-soup"]

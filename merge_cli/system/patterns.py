@@ -80,9 +80,9 @@ class Pattern:
         return self._timed(self._compiled.fullmatch, text)
 
     def finditer(self, text: str) -> Iterator[PatternMatch]:
-        """Every place, in order."""
-        places = self._compiled.finditer(text, timeout=max(self._left, 0.001))
-        while (result := self._timed(lambda _, **limit: next(places, None), text)) is not None:
+        """Every match, in order."""
+        matches = self._compiled.finditer(text, timeout=max(self._left, 0.001))
+        while (result := self._timed(lambda _, **limit: next(matches, None), text)) is not None:
             yield result
 
     def _timed(self, how: Any, text: str) -> PatternMatch | None:

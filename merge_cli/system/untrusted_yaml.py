@@ -54,8 +54,8 @@ class _Bounded(yaml.parser.Parser, yaml.composer.Composer):
         return node
 
 
-def _refused(what: str, event: Any) -> yaml.composer.ComposerError:
-    return yaml.composer.ComposerError(None, None, what, event.start_mark)
+def _refused(message: str, event: Any) -> yaml.composer.ComposerError:
+    return yaml.composer.ComposerError(None, None, message, event.start_mark)
 
 
 class GuardedLoader(_Bounded, yaml.SafeLoader):
@@ -96,11 +96,11 @@ def read_front(text: str) -> Any:
     return single_data
 
 
-def _texts(found: Any) -> Iterator[str]:
-    if isinstance(found, str):
-        yield found
-    elif isinstance(found, list | dict):
-        for part in [*found, *found.values()] if isinstance(found, dict) else found:
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | dict):
+        for part in [*value, *value.values()] if isinstance(value, dict) else value:
             yield from _texts(part)
 
 

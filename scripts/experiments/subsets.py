@@ -58,7 +58,8 @@ def recipe_of(work: Path) -> Path:
 
 def measure(work: Path) -> dict[str, Any]:
     """Loss and tokens of every row, for every merge."""
-    from merge_cli.evolve.evaluator import EvaluationJob, Evaluator, Setup
+    from merge_cli.evolve.evaluator import Evaluator
+    from merge_cli.evolve.jobs import EvaluationJob, Setup
     from merge_cli.evolve.plan import plan_search
     from merge_cli.options import MergeOptions
     from merge_cli.planning.planner import load_recipe, make_plan

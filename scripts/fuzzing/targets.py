@@ -225,7 +225,7 @@ def _journal(root: Path, draw: random.Random) -> None:
         merge_cli.merge(
             root / "recipe.yaml",
             root / "out",
-            show=show,
+            on_progress=show,
             options=MergeOptions(device="cpu", threads=1),
         )
     left = [

@@ -153,12 +153,12 @@ def test_a_run_that_was_stopped_goes_on_with_the_next_model(models: Path, method
             raise KeyboardInterrupt
 
     with pytest.raises(Interrupted, match="1 of 2 are done"):
-        merge_cli.merge(recipe, models / "out", options=CPU, show=stop)
+        merge_cli.merge(recipe, models / "out", options=CPU, on_progress=stop)
     assert not (models / "out").exists()
     cache = Path(os.environ["MERGE_CLI_CACHE"]) / "statistics"
     assert not list(cache.rglob("*.partial"))
     seen: list[Any] = []
-    result = merge_cli.merge(recipe, models / "out", options=CPU, show=seen.append)
+    result = merge_cli.merge(recipe, models / "out", options=CPU, on_progress=seen.append)
     assert {one.note for one in seen if one.stage == "gather"} == {"b"}
     assert [one["from_cache"] for one in result.report["gathered"]["sources"]] == [True, False]
 
@@ -172,7 +172,7 @@ def test_a_killed_process_leaves_nothing_that_is_believed(models: Path) -> None:
         "    if p.stage == 'gather' and p.note.endswith('b'):\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "options = merge_cli.MergeOptions(device='cpu', threads=1)\n"
-        "merge_cli.merge(sys.argv[1], sys.argv[2], options=options, show=show)\n"
+        "merge_cli.merge(sys.argv[1], sys.argv[2], options=options, on_progress=show)\n"
     )
     done = subprocess.run([sys.executable, "-c", code, recipe, models / "out"], timeout=300)
     assert done.returncode == -signal.SIGKILL

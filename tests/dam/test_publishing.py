@@ -56,7 +56,7 @@ def test_ctrl_c_while_baselines_are_measured(models: Path, tmp_path: Path) -> No
                 os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(Interrupted, match="without training"):
-        merge_cli.merge(recipe, out, options=OPTIONS, show=stop)
+        merge_cli.merge(recipe, out, options=OPTIONS, on_progress=stop)
     assert len(seen) == 2
     assert not out.exists()
     assert merge_cli.merge(recipe, out, options=OPTIONS).report["training"]["steps"] == 1

@@ -90,7 +90,7 @@ def test_a_recipe_trains_merges_and_runs_again_without_training(
     models: Path, tmp_path: Path
 ) -> None:
     lines: list[Progress] = []
-    result = run(recipe_of(models), tmp_path / "out", show=lines.append)
+    result = run(recipe_of(models), tmp_path / "out", on_progress=lines.append)
     training = result.report["training"]
     for one in training["datasets"]:
         assert one["files"]
@@ -253,7 +253,7 @@ def test_improvement_is_required_or_said_loudly(models: Path, tmp_path: Path) ->
         run(recipe, tmp_path / "gated", require_improvement=True)
     assert not (tmp_path / "gated").exists()
     lines: list[Progress] = []
-    result = run(recipe, tmp_path / "out", show=lines.append)
+    result = run(recipe, tmp_path / "out", on_progress=lines.append)
     assert result.report["training"]["verdict"]["ratio"] >= 1
     assert any("NO IMPROVEMENT" in line.note for line in lines)
     assert "NO IMPROVEMENT" in (result.path / "merge_report.html").read_text()

@@ -15,7 +15,7 @@ import merge_cli
 from merge_cli.engine.parameter_slices import find_parameter_slices
 from merge_cli.errors import MismatchError
 from merge_cli.evaluation.live import load
-from merge_cli.evolve.evaluator import MergeableModel
+from merge_cli.evolve.mergeable import MergeableModel
 from merge_cli.planning.planner import load_recipe
 from merge_cli.recipe.reference import ModelRef
 from merge_cli.sources.source import open_source

@@ -13,7 +13,7 @@ import pytest
 from merge_cli.errors import CorruptFileError, RecipeError, UsageError
 from merge_cli.evaluation.run import evaluate
 from merge_cli.evaluation.tasks.loss import LossTask
-from merge_cli.evolve.evaluator import EvaluationJob, EvaluationOutcome
+from merge_cli.evolve.jobs import EvaluationJob, EvaluationOutcome
 from merge_cli.evolve.journal import Evaluations, SearchWorkspace
 from merge_cli.evolve.loop import Asynchronous, Loop
 from merge_cli.evolve.objectives import CandidateScore, Goal, Split, Value

@@ -12,8 +12,8 @@ import yaml
 
 from merge_cli.errors import RecipeError, UsageError
 from merge_cli.evaluation.live import load
-from merge_cli.evolve.evaluator import MergeableModel
 from merge_cli.evolve.layer_space import LayerSpace
+from merge_cli.evolve.mergeable import MergeableModel
 from merge_cli.evolve.plan import plan_search
 from merge_cli.planning.planner import load_recipe, make_plan
 from merge_cli.recipe.reference import ModelRef
@@ -109,7 +109,7 @@ def test_a_candidate_has_the_weights_that_the_engine_writes(folder: Path) -> Non
     whole = MergeableModel(decided.static(), OPTIONS, device="cpu")
     for bits in ("0100110000000000", "1111111111110000", "1000000000000001"):
         recipe = space.recipe([float(bit) for bit in bits])
-        live = MergeableModel(recipe, OPTIONS, beside=whole, device="cpu")
+        live = MergeableModel(recipe, OPTIONS, shared=whole, device="cpu")
         live.become(recipe)
         path = folder / f"{bits}.yaml"
         slices = [

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from merge_cli.evolve import workers
-from merge_cli.evolve.evaluator import EvaluationJob, EvaluationOutcome
+from merge_cli.evolve.jobs import EvaluationJob, EvaluationOutcome
 from merge_cli.evolve.workers import RayWorkers
 from tests.support.evolve_tiny import journal, run_search, write_family, write_search
 from tests.support.paths import ROOT

@@ -41,10 +41,11 @@ from merge_cli.evaluation.result import Metric
 from merge_cli.evaluation.run import evaluate_source
 from merge_cli.evaluation.spec import EvalSpec
 from merge_cli.evolve import evaluator as evaluator_module
+from merge_cli.evolve import mergeable as mergeable_module
 from merge_cli.evolve.defaults import DEFAULT_RANGES
-from merge_cli.evolve.evaluator import MergeableModel
 from merge_cli.evolve.journal import SearchWorkspace
 from merge_cli.evolve.loop import Loop
+from merge_cli.evolve.mergeable import MergeableModel
 from merge_cli.evolve.objectives import Goal, Split, Value, parse_objective
 from merge_cli.evolve.optimizers import make_optimizer
 from merge_cli.evolve.plan import plan_search
@@ -140,7 +141,7 @@ def test_where_the_sources_wait_changes_no_bit(
         return lane
 
     chosen = residency_module.SourceResidency(cast(Any, residency), "for the test", 0)
-    monkeypatch.setattr(evaluator_module, "choose_residency", lambda *about, **more: chosen)
+    monkeypatch.setattr(mergeable_module, "choose_residency", lambda *about, **more: chosen)
     monkeypatch.setattr(merger, "in_memory_workers", lanes)
     if residency == "device":
         monkeypatch.setattr(merger, "arithmetic_for", lambda *about: ("torch", ""))
@@ -657,6 +658,12 @@ def test_scores_weigh_point_down_and_keep_constraints(folder: Path) -> None:
     assert score.parts == (1.5, -0.125)
     assert score.total == 1.375
     assert score.violation == pytest.approx(0.5 + 0.4)
+    assert not split.is_maximised(values)
+    accuracy = Split("search", EvalSpec(()), (goals[1], goals[2]))
+    assert accuracy.is_maximised(values)
+    assert not Split("search", EvalSpec(()), (Goal("y", "accuracy", goal="min"),)).is_maximised(
+        values
+    )
 
 
 def test_a_constraint_rules_out_what_breaks_it(folder: Path) -> None:

@@ -30,6 +30,12 @@ def test_the_score_says_which_way_is_better() -> None:
     assert text.endswith("task arithmetic 0.6, −0.712; gain 0.006 (95 % interval −0.022 to 0.032)")
 
 
+def test_what_is_maximised_is_read_without_its_minus() -> None:
+    text = verdict_in_words({"split": "test", "verdict": VERDICT, "maximised": True})
+    assert text.startswith("test score 0.718, higher is better; the best without a search is ")
+    assert text.endswith("task arithmetic 0.6, 0.712; gain 0.006 (95 % interval −0.022 to 0.032)")
+
+
 @pytest.mark.parametrize(
     ("better", "confirmed", "mark"),
     [(True, True, "✓"), (True, False, "–"), (False, False, "✗ NO IMPROVEMENT:")],

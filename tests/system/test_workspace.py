@@ -410,7 +410,7 @@ def test_what_appears_at_out_meanwhile_stays(
 
     recipe = write_recipe(family, "soup")
     with pytest.raises(UsageError, match=r"exists already|is not a model"):
-        merge_cli.merge(recipe, out, show=make, options=MergeOptions(overwrite=overwrite))
+        merge_cli.merge(recipe, out, on_progress=make, options=MergeOptions(overwrite=overwrite))
     assert (out / "diary.txt").read_text() == "dear diary"
     shutil.rmtree(out)
     merge(recipe, out)  # the work was kept

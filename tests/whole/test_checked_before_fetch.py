@@ -273,7 +273,7 @@ def test_eval_and_gates_of_the_library(models: Path, tmp_path: Path) -> None:
         seen.append(progress)
 
     with pytest.raises(GateError, match=r"a\.loss<=0"):
-        merge_cli.merge(path, out, options=OPTIONS, gates=["a.loss<=0"], show=note)
+        merge_cli.merge(path, out, options=OPTIONS, gates=["a.loss<=0"], on_progress=note)
     assert (out / "model.safetensors").exists()
     assert seen
     made = (out / "merge_report.json").read_bytes()

@@ -23,7 +23,8 @@ from merge_cli.evaluation.result import Metric, TaskResult
 from merge_cli.evaluation.rows import Row, content_of, listed, read_rows, require_known
 from merge_cli.evaluation.task import DataTask, OnProgress, cut_note
 from merge_cli.evaluation.tokens import Truncate, encode_pair, fitted, row_start, too_long
-from merge_cli.recipe.reader import PathForm, option
+from merge_cli.recipe.forms import PathForm
+from merge_cli.recipe.sections import option
 from merge_cli.system.patterns import compile_pattern
 from merge_cli.system.untrusted import Unreadable, is_file, kind_of
 

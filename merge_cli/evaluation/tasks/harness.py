@@ -15,7 +15,8 @@ from merge_cli.evaluation.live import LiveModel, quiet_libraries
 from merge_cli.evaluation.result import Better, Metric, TaskResult
 from merge_cli.evaluation.task import OnProgress, Task, cut_note
 from merge_cli.evaluation.tasks.harness_model import harness_model
-from merge_cli.recipe.reader import Text, option
+from merge_cli.recipe.forms import Text
+from merge_cli.recipe.sections import option
 
 
 @dataclass(frozen=True, kw_only=True)

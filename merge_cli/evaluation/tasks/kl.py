@@ -17,8 +17,9 @@ from merge_cli.evaluation.result import Cost, Metric, TaskResult
 from merge_cli.evaluation.task import DataTask, OnProgress
 from merge_cli.evaluation.tasks.loss import text_windows, window_notes
 from merge_cli.evaluation.teachers import KeptPredictions, Teacher
-from merge_cli.recipe.reader import Text, option
+from merge_cli.recipe.forms import Text
 from merge_cli.recipe.reference import parse_reference
+from merge_cli.recipe.sections import option
 from merge_cli.sources.source import Source, fetch_weights, open_source
 
 # examples [n], divergence [n], whether the likeliest token is the same [n]

@@ -13,7 +13,7 @@ from merge_cli.evaluation.result import Metric, TaskResult
 from merge_cli.evaluation.rows import Row, encode, read_rows
 from merge_cli.evaluation.task import DataTask, OnProgress, cut_note
 from merge_cli.evaluation.tokens import Encoded, row_start
-from merge_cli.recipe.reader import option
+from merge_cli.recipe.sections import option
 
 
 @dataclass(frozen=True, kw_only=True)

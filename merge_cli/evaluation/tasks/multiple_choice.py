@@ -17,7 +17,7 @@ from merge_cli.evaluation.result import Metric, TaskResult
 from merge_cli.evaluation.rows import Row, read_rows, require_known
 from merge_cli.evaluation.task import DataTask, OnProgress, cut_note
 from merge_cli.evaluation.tokens import Encoded, Truncate, encode_pair, fitted, own_start, too_long
-from merge_cli.recipe.reader import option
+from merge_cli.recipe.sections import option
 from merge_cli.system.untrusted import kind_of
 
 

@@ -15,8 +15,9 @@ from merge_cli.evaluation.forward import watched
 from merge_cli.evaluation.live import LiveModel
 from merge_cli.evaluation.result import Metric, TaskResult
 from merge_cli.evaluation.task import OnProgress, Task
-from merge_cli.recipe.reader import Text, option
+from merge_cli.recipe.forms import Text
 from merge_cli.recipe.reference import expanded
+from merge_cli.recipe.sections import option
 
 
 @dataclass(frozen=True, kw_only=True)
