@@ -74,7 +74,7 @@ class TokenAligner:
         rows_of_sources = np.array([[rows.get(key, -1) for key in keys] for rows in owned])
         everywhere = (rows_of_sources >= 0).all(axis=0)
         if any(rule.force for rule in self._rules.values()):
-            everywhere &= [not self._forced(key) for key in keys]
+            everywhere = everywhere & np.array([not self._forced(key) for key in keys])
         source_indexes[:, everywhere] = np.arange(count)[:, None]
         rows_by_key[:, everywhere] = rows_of_sources[:, everywhere]
         for row in np.flatnonzero(~everywhere).tolist():
