@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ from typing import Any
 from merge_cli.comparison.result import Comparison
 from merge_cli.comparison.run import compare as compare_recipes
 from merge_cli.engine.device import device_here
+from merge_cli.engine.loop import run_loop
 from merge_cli.engine.made_before import made_before, read_report
-from merge_cli.engine.merge import execute
+from merge_cli.engine.merge import Run, execute
 from merge_cli.engine.merge_stats import MergeStats
 from merge_cli.engine.stages import make_stages
 from merge_cli.errors import UsageError
@@ -38,7 +40,8 @@ class MergeResult:
 
     Attributes:
         path: its folder.
-        report: the content of its merge_report.json; empty in all but the first of the processes
+        report: the content of its merge_report.json, of a sweep with the variants' own under
+            `sweep`; empty in all but the first of the processes
             that have trained together.
         evaluation: what evaluating it has found, as in its merge_evaluation.json, OUT first; None
             where nothing asked for it.
@@ -106,7 +109,8 @@ def merge(
             published all the same.
     """
     options = options or MergeOptions()
-    options = replace(options, device=device_here(options.device))
+    if options.ray is None:
+        options = replace(options, device=device_here(options.device))
     on_progress = on_progress or ignore_progress
     loaded = recipe if isinstance(recipe, Recipe | Plan) else load_recipe(recipe)
     spec = None if evaluation is None else as_spec(evaluation)
@@ -158,24 +162,76 @@ def merge_plan(
         report = made_before(plan, target, options)
         if report is not None:
             return MergeResult(path, report)
-    if plan.recipe.output is not None:
+    if plan.recipe.output is not None and options.ray is None:
         from merge_cli.adapters.merging import merge_adapters
 
         return MergeResult(target, merge_adapters(plan, target, options, show=on_progress))
+    with runner_for(plan, options, target) as run:
 
-    def make_document(
-        plan: Plan, target: Path, options: MergeOptions, stages: Mapping[str, Path]
-    ) -> dict[str, Any]:
-        return _merge_document(plan, target, options, on_progress, require_improvement, stages)
+        def make_document(
+            plan: Plan, target: Path, options: MergeOptions, stages: Mapping[str, Path]
+        ) -> dict[str, Any]:
+            return _merge_document(
+                plan, target, options, on_progress, require_improvement, stages, run
+            )
 
-    if not plan.stages:
-        return MergeResult(path, make_document(plan, target, options, {}))
+        if plan.variants:
+            return MergeResult(path, _merge_sweep(plan, target, options, on_progress, run))
+        if not plan.stages:
+            return MergeResult(path, make_document(plan, target, options, {}))
+        if _processes() > 1:
+            message = "several processes cannot share the stages of a recipe"
+            raise UsageError(message, hint="Run the stages that do not learn first, by themselves.")
+        return MergeResult(path, make_stages(plan, target, options, on_progress, make_document))
+
+
+def _merge_sweep(
+    plan: Plan, target: Path, options: MergeOptions, on_progress: OnProgress, run: Run
+) -> dict[str, Any]:
+    """Merge all variants in one pass, and publish them together."""
+    from merge_cli.report.sweep import write_sweep
+
+    report: dict[str, Any] = {}
+
+    def explain(plan: Plan, prints: tuple[str, ...], stats: MergeStats, folder: Path) -> None:
+        at = target.absolute()
+        report.update(write_sweep(plan, prints, stats, folder, at, card=options.model_card))
+
+    execute(plan, target, options, show=on_progress, finish=explain, run=run)
+    if report:
+        return report
+    published = read_report(target)
+    return {**published, "sweep": {name: read_report(target / name) for name in plan.variants}}
+
+
+@contextmanager
+def runner_for(plan: Plan, options: MergeOptions, target: Path) -> Iterator[Run]:
+    """What merges the plan's chunks: this process, or the nodes of a cluster.
+
+    Raises:
+        UsageError: a plan that no cluster can share, or an address that is none.
+        ResourceError: the cluster cannot be reached, or its nodes cannot share OUT's folder.
+    """
+    if options.ray is None:
+        yield run_loop
+        return
+    from merge_cli.cluster.run import ray_cluster
+
+    if plan.recipe.output is not None:
+        message = "adapters are small: they are merged on one machine"
+        raise UsageError(message, hint="Leave --ray out.")
+    if _processes() > 1:
+        message = "processes of torchrun cannot share a Ray cluster"
+        raise UsageError(message, hint="Train first, then merge the resolved recipe with --ray.")
+    with ray_cluster(options, target) as cluster:
+        yield cluster.run
+
+
+def _processes() -> int:
+    """How many processes torchrun has started for this run."""
     from merge_cli.dam.distributed import launched
 
-    if launched() > 1:
-        message = "several processes cannot share the stages of a recipe"
-        raise UsageError(message, hint="Run the stages that do not learn first, by themselves.")
-    return MergeResult(path, make_stages(plan, target, options, on_progress, make_document))
+    return launched()
 
 
 def _merge_document(
@@ -185,6 +241,7 @@ def _merge_document(
     on_progress: OnProgress,
     require_improvement: bool,
     stages: Mapping[str, Path],
+    run: Run,
 ) -> dict[str, Any]:
     """Prepare, execute and publish one document; `stages` are the folders of what it is made of."""
     from merge_cli.report.write import write_reports
@@ -195,13 +252,18 @@ def _merge_document(
     report: dict[str, Any] = {}
 
     def explain(plan: Plan, prints: tuple[str, ...], stats: MergeStats, folder: Path) -> None:
-        about = {"record": prepared.record, "attachments": prepared.attachments, "stages": stages}
+        about = {
+            "record": prepared.record,
+            "attachments": prepared.attachments,
+            "folders": prepared.folders,
+            "stages": stages,
+        }
         at = target.absolute()
         report.update(
             write_reports(plan, prints, stats, folder, at, **about, card=options.model_card)
         )
 
-    execute(prepared.plan, target, options, show=on_progress, finish=explain)
+    execute(prepared.plan, target, options, show=on_progress, finish=explain, run=run)
     prepared.discard()
     # Empty: a process that was killed before it could say so has published it.
     return report or read_report(target)
@@ -242,6 +304,7 @@ def compare(
     gates: Sequence[str] = (),
     no_worse: Sequence[str] = (),
     options: Sequence[str] = (),
+    ray: str | None = None,
     on_progress: OnProgress | None = None,
 ) -> ComparisonResult:
     """Merge recipes, evaluate base, parents, baselines and merges on the same data, write it down.
@@ -252,6 +315,7 @@ def compare(
         limit: at most so many rows of each task, a random sample.
         gates, no_worse: conditions on every recipe's merge (docs/evaluate.md).
         options: of `merge-cli run`, for every merge.
+        ray: the address of a Ray cluster that merges and evaluates.
         on_progress: called with each progress.
 
     Raises:
@@ -265,7 +329,13 @@ def compare(
     references = [gate.reference for gate in conditions if gate.reference]
     report = on_progress or ignore_progress
     result = compare_recipes(
-        recipes, spec, out, references=references, options=options, on_progress=report
+        recipes,
+        spec,
+        out,
+        references=references,
+        options=options,
+        ray=ray,
+        on_progress=report,
     )
     report(Progress("intervals and page", 0, 0, model="all models"))
     return ComparisonResult(

@@ -6,6 +6,7 @@
     ├── SourceError               3    an input model or data file
     │   ├── CorruptFileError      3    a file that is not what its header or index says
     │   ├── HubError              3    a repository that is missing, private or out of reach
+    │   ├── RemoteError           3    the same of an address: s3://, https://
     │   ├── MismatchError         3    sources that cannot be merged with one another, all at once
     │   └── NonFiniteError        3    NaN or Inf in a source
     ├── ResourceError             4    disk, memory, device
@@ -124,6 +125,10 @@ class CorruptFileError(SourceError):
 
 class HubError(SourceError):
     """A Hub repository that is missing, private, gated, or not reachable."""
+
+
+class RemoteError(SourceError):
+    """A folder or file at an address that is missing, not allowed, not reachable, or changing."""
 
 
 class NonFiniteError(SourceError):

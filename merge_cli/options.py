@@ -26,6 +26,8 @@ class MergeOptions:
         model_card: write README.md.
         accept_best: `merge_method: auto` publishes the best merge so far where it is stopped, or
             where it has been stopped before.
+        ray: the address of the Ray cluster whose nodes share the merge (`auto`: RAY_ADDRESS, or the
+            one of this machine); None merges here.
         keep_stages: leave the results of a recipe's other documents in OUT.stages.
     """
 
@@ -42,6 +44,7 @@ class MergeOptions:
     model_card: bool = True
     accept_best: bool = False
     keep_stages: bool = False
+    ray: str | None = None
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ bytes read once and as many bytes written as it writes (bench_floor.py), with as
 the same disk. Every process is measured whole: wall time, CPU time, peak memory. Contenders take
 turns within a round, in the opposite order every second round, so that drift cancels; ratios are
 taken round by round, and their median is reported beside the median, least and largest of times.
+CPU seconds (user and system) say more than wall time on a machine with other work.
 After each process its output is deleted and the disk synced, outside the timed part.
 
 Warm: the inputs were read just before. Cold: they are dropped from the page cache before each

@@ -39,8 +39,9 @@ import merge_cli
 from merge_cli.dam.assembly import assemble
 from merge_cli.dam.forward import Batch, Forward, LossSums
 from merge_cli.dam.losses import DistillationLoss, TeacherTargets
-from merge_cli.dam.models import empty_student, find_targets
+from merge_cli.dam.models import find_targets
 from merge_cli.engine.residency import Residency, SourceResidency
+from merge_cli.evaluation.empty import empty_model
 from merge_cli.evaluation.teachers import kept_predictions
 from merge_cli.planning.plan import Plan
 from merge_cli.planning.planner import load_recipe, make_plan
@@ -120,7 +121,7 @@ def make_batch(rows: int, length: int, vocabulary: int, k: int = 64) -> Batch:
 
 def student_of(plan: Plan, residency: Residency, dtype: torch.dtype, **dials: Any) -> Any:
     training = Training(**dials).resolved(has_base=True)
-    targets, problems = find_targets(plan, empty_student(plan), training)
+    targets, problems = find_targets(plan, empty_model(plan), training)
     assert not problems
     return assemble(plan, targets, training, SourceResidency(residency, "bench", 0), "cpu", dtype)
 

@@ -1,12 +1,15 @@
-"""What it costs to read quantised weights: a passthrough of each format against a soup in bfloat16.
+"""What quantised weights cost: each format read, or written, against a soup in bfloat16.
 
     python scripts/bench_formats.py FOLDER                      # 134 million numbers, a few minutes
+    python scripts/bench_formats.py FOLDER --write              # the soup is written in each format
     python scripts/bench_formats.py FOLDER --rows 512 --rounds 1
 
 Every model has the same few matrices: of the sizes of gpt-oss's experts for MXFP4, else of a linear
-layer with 4,096 inputs. Codes are random, as no time depends on them. Each merge is a process of
-its own with one thread, and its CPU seconds count. The ratio is the median of the rounds', least
-and largest in brackets. The page cache is warm. Peaks are of memory that no file backs.
+layer with 4,096 inputs. Codes are random, as no time depends on them. What is read is a
+passthrough; what is written with `same` is a soup of a model in that format. Each merge is a
+process of its own with one thread, and its CPU seconds count. The ratio is the median of the
+rounds', least and largest in brackets. The page cache is warm. Peaks are of memory that no file
+backs.
 """
 
 from __future__ import annotations
@@ -127,6 +130,41 @@ FORMATS: dict[str, Callable[[int], tuple[Parts, Parts]]] = {
 }
 
 
+# What is written: which model is merged, and `out_dtype`.
+WRITTEN: dict[str, tuple[str, str | None]] = {
+    "plain": ("plain", None),
+    "fp8": ("plain", "fp8"),
+    "fp8_row": ("plain", "fp8_row"),
+    "fp8_tensor": ("plain", "fp8_tensor"),
+    "int4": ("plain", "int4"),
+    "nvfp4": ("plain", "nvfp4"),
+    "mxfp4": ("plain", "mxfp4"),
+    "same, compressed-tensors int4": ("compressed-tensors int4", "same"),
+    "same, NVFP4": ("NVFP4", "same"),
+    "same, MXFP4 of gpt-oss": ("MXFP4", "same"),
+}
+
+
+def recipes(*, write: bool) -> dict[str, dict[str, Any]]:
+    """What is run, by name."""
+    if not write:
+        return {
+            name: {
+                "merge_method": "soup" if name == "plain" else "passthrough",
+                "models": [{"model": f"./{name}"}],
+            }
+            for name in (*FORMATS, *(f"{kind}.gguf" for kind in BLOCKS))
+        }
+    return {
+        label: {
+            "merge_method": "soup",
+            "models": [{"model": f"./{model}"}],
+            **({"out_dtype": word} if word else {}),
+        }
+        for label, (model, word) in WRITTEN.items()
+    }
+
+
 def write(folder: Path, make: Callable[[int], tuple[Parts, Parts]], rows: int) -> None:
     """A model of a few matrices."""
     from safetensors.torch import save_file
@@ -198,6 +236,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--before", help="another checkout, measured in the same rounds")
     parser.add_argument("--only", action="append", default=[], help="a part of a row's label")
+    parser.add_argument("--write", action="store_true", help="measure writing, not reading")
     given = parser.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
     for name, make in FORMATS.items():
@@ -207,10 +246,8 @@ def main() -> None:
         if not (given.folder / f"{kind}.gguf").exists():
             write_gguf(given.folder / f"{kind}.gguf", kind, given.rows)
     commands = {}
-    for name in (*FORMATS, *(f"{kind}.gguf" for kind in BLOCKS)):
-        method = "soup" if name == "plain" else "passthrough"
+    for name, recipe in recipes(write=given.write).items():
         file, out = given.folder / f"{name}.yaml", given.folder / "out"
-        recipe = {"merge_method": method, "models": [{"model": f"./{name}"}]}
         file.write_text(json.dumps(recipe))
         flags = ["-q", "--device", "cpu", "--threads", "1"]
         commands[name] = ["run", *flags, str(file), str(out)]

@@ -30,7 +30,7 @@ class Usage:
 
     Attributes:
         seconds: wall time, from before the fork until it was waited for.
-        cpu_seconds: user and system time of all its threads.
+        user_seconds, system_seconds: CPU time of all its threads, in itself and in the kernel.
         max_rss: peak resident bytes, as the operating system counts them.
         peak_anonymous: peak resident bytes that no file backs, polled every 20 ms; None where
             there is no /proc.
@@ -40,11 +40,17 @@ class Usage:
     """
 
     seconds: float
-    cpu_seconds: float
+    user_seconds: float
+    system_seconds: float
     max_rss: int
     peak_anonymous: int | None
     others_share: float | None
     output: str
+
+    @property
+    def cpu_seconds(self) -> float:
+        """User and system time."""
+        return self.user_seconds + self.system_seconds
 
 
 def run_measured(command: Sequence[str], env: Mapping[str, str], cwd: Path) -> Usage:
@@ -73,9 +79,16 @@ def run_measured(command: Sequence[str], env: Mapping[str, str], cwd: Path) -> U
         what = f"{' '.join(command)}: exit code {process.returncode}"
         raise BenchError(f"{what}\n{(said or output)[-2000:]}")
     unit = 1 if sys.platform == "darwin" else 1024
-    cpu = usage.ru_utime + usage.ru_stime
     share = max(0.0, others / seconds / (os.cpu_count() or 1)) if busy else None
-    return Usage(seconds, cpu, usage.ru_maxrss * unit, poll.peak, share, output)
+    return Usage(
+        seconds,
+        usage.ru_utime,
+        usage.ru_stime,
+        usage.ru_maxrss * unit,
+        poll.peak,
+        share,
+        output,
+    )
 
 
 def _busy_seconds() -> float:

@@ -33,15 +33,15 @@ class Method:
 
 _HALF = {"weight": 1.0, "density": 0.5}
 METHODS = {
-    "soup": Method(1.3, "soup", "linear", base=False, each={"weight": 1.0}),
+    "soup": Method(1.1, "soup", "linear", base=False, each={"weight": 1.0}),
     "task_arithmetic": Method(1.3, "task_arithmetic", "task_arithmetic", each={"weight": 0.4}),
-    "ties": Method(2.2, "ties", "ties", each=_HALF, parameters={"normalize": True}),
+    "ties": Method(1.6, "ties", "ties", each=_HALF, parameters={"normalize": True}),
     "ties_model": Method(
         2.2, "ties", None, each=_HALF, parameters={"normalize": True, "trim": "model"}
     ),
-    "dare": Method(1.6, "dare", "dare_linear", each=_HALF),
-    "dare_ties": Method(1.6, "dare_ties", "dare_ties", each=_HALF),
-    "slerp": Method(1.3, "slerp", "slerp", models=1, parameters={"t": 0.4}),
+    "dare": Method(1.3, "dare", "dare_linear", each=_HALF),
+    "dare_ties": Method(1.3, "dare_ties", "dare_ties", each=_HALF),
+    "slerp": Method(1.1, "slerp", "slerp", models=1, parameters={"t": 0.4}),
     "passthrough": Method(1.1, "passthrough", "passthrough", base=False, models=1),
 }
 

@@ -36,7 +36,9 @@ def summarise(rounds: Sequence[Round]) -> dict[str, dict[str, Any]]:
         summary[name] = {
             "runs": len(runs),
             "seconds": spread(run["seconds"] for run in runs),
-            "cpu_seconds": spread(run["cpu_seconds"] for run in runs),
+            "user_seconds": spread(run["user_seconds"] for run in runs),
+            "system_seconds": spread(run["system_seconds"] for run in runs),
+            "cpu_seconds": spread(map(cpu_seconds, runs)),
             "max_rss": max(run["max_rss"] for run in runs),
             "own_peak_rss": _largest(run.get("own_peak_rss") for run in runs),
             "peak_anonymous": _largest(run.get("peak_anonymous") for run in runs),
@@ -46,7 +48,14 @@ def summarise(rounds: Sequence[Round]) -> dict[str, dict[str, Any]]:
         if both and name != OURS:
             ratios = [one[OURS]["seconds"] / one[name]["seconds"] for one in both]
             summary[name]["ours_to_this"] = spread(ratios)
+            ratios = [cpu_seconds(one[OURS]) / cpu_seconds(one[name]) for one in both]
+            summary[name]["cpu_ours_to_this"] = spread(ratios)
     return summary
+
+
+def cpu_seconds(run: Raw) -> float:
+    """User and system time of a run."""
+    return float(run["user_seconds"] + run["system_seconds"])
 
 
 def _largest(values: Iterable[int | None]) -> int | None:
@@ -65,7 +74,10 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         "ours s",
         "ours / floor",
         "target",
-        "CPU s",
+        "user s",
+        "system s",
+        "floor's CPU s",
+        "CPU / floor's",
         "peak MB",
         "own report MB",
         "anonymous MB",
@@ -73,7 +85,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     left = len(columns)
     for name in others:
         ratio = f"{name} / ours" if name == MERGEKIT else f"ours / {name}"
-        columns += [f"{name} s", ratio, f"{name} peak MB"]
+        columns += [f"{name} s", ratio, f"{name} user s", f"{name} system s", f"CPU, {ratio}"]
+        columns += [f"{name} peak MB"]
     lines = []
     for row in rows:
         summary = row["summary"]
@@ -97,7 +110,10 @@ def _own_cells(summary: dict[str, dict[str, Any]], target: float) -> list[str]:
         spread_text(ours["seconds"]),
         spread_text(ratio),
         f"{target:g} {met}",
-        f"{ours['cpu_seconds']['median']:.2f}",
+        f"{ours['user_seconds']['median']:.2f}",
+        f"{ours['system_seconds']['median']:.2f}",
+        f"{floor['cpu_seconds']['median']:.2f}",
+        spread_text(floor["cpu_ours_to_this"]),
         _megabytes(ours["max_rss"]),
         _megabytes(ours["own_peak_rss"]),
         _megabytes(ours["peak_anonymous"]),
@@ -105,13 +121,23 @@ def _own_cells(summary: dict[str, dict[str, Any]], target: float) -> list[str]:
 
 
 def _other_cells(other: dict[str, Any] | None, *, inverted: bool) -> list[str]:
-    """Seconds, ratio and peak of whom we are compared with; empty where it took no part."""
+    """Times, ratios and peak of whom we are compared with; empty where it took no part."""
     if other is None or "ours_to_this" not in other:
-        return ["", "", ""]
-    ratio = other["ours_to_this"]
+        return [""] * 6
+    wall, cpu = other["ours_to_this"], other["cpu_ours_to_this"]
     if inverted:
-        ratio = {"median": 1 / ratio["median"], "min": 1 / ratio["max"], "max": 1 / ratio["min"]}
-    return [spread_text(other["seconds"]), spread_text(ratio), _megabytes(other["max_rss"])]
+        wall, cpu = (
+            {"median": 1 / r["median"], "min": 1 / r["max"], "max": 1 / r["min"]}
+            for r in (wall, cpu)
+        )
+    return [
+        spread_text(other["seconds"]),
+        spread_text(wall),
+        f"{other['user_seconds']['median']:.2f}",
+        f"{other['system_seconds']['median']:.2f}",
+        spread_text(cpu),
+        _megabytes(other["max_rss"]),
+    ]
 
 
 def stage_table(rows: Sequence[dict[str, Any]]) -> str:

@@ -119,7 +119,10 @@ class Bench:
         moved = self.move(files, written)
         return {
             "seconds": started.seconds + moved["seconds"],
-            "cpu_seconds": started.cpu_seconds + moved["cpu_seconds"],
+            "user_seconds": started.user_seconds + moved["user_seconds"],
+            "system_seconds": started.system_seconds + moved["system_seconds"],
+            "io_user_seconds": moved["user_seconds"],
+            "io_system_seconds": moved["system_seconds"],
             "max_rss": started.max_rss,
             "peak_anonymous": started.peak_anonymous,
             "others_share": started.others_share,

@@ -3,7 +3,8 @@
     python scripts/bench_window.py --work WORK --counts 3,16,40 --size 100
 
 Each merge is a process of its own, with one thread. The checkpoints are made once, of `--size` MB
-of bfloat16 in layers like Llama's, and stay under --work. Prints a Markdown table: the peak of the
+of bfloat16 in layers like Llama's, and stay under --work. With --sweep N, N schedules of each
+window are merged in one pass. Prints a Markdown table: the peak of the
 process, what the plan foresaw, CPU seconds for each GB that is read, and the ratio of that to the
 first row's.
 """
@@ -52,11 +53,16 @@ def make_run(folder: Path, count: int, megabytes: int, experts: int) -> None:
         (target / "config.json").write_text(json.dumps({"num_hidden_layers": layers}))
 
 
-def measure(folder: Path, count: int, flags: list[str]) -> tuple[float, float, float, float]:
+def measure(
+    folder: Path, count: int, sweep: int, flags: list[str]
+) -> tuple[float, float, float, float]:
     """Peak, foreseen peak (MB), CPU seconds, GB read."""
     recipe, out = folder / f"last-{count}.yaml", folder / "out"
     window = f"checkpoints: {{from: ., last: {count}}}"
-    recipe.write_text(f"merge_method: checkpoint_average\n{window}\nschedule: minus_sqrt\n")
+    text = f"merge_method: checkpoint_average\n{window}\nschedule: minus_sqrt\n"
+    decays = [(number + 1) / (sweep + 1) for number in range(sweep)]
+    variants = (f"  ema-{decay:.3f}: {{schedule: {{ema: {decay}}}}}\n" for decay in decays)
+    recipe.write_text(text + (f"sweep:\n{''.join(variants)}" if sweep else ""))
     planned = subprocess.run(
         [*RUN, "plan", str(recipe), "--json", "--threads", "1"], check=True, stdout=subprocess.PIPE
     )
@@ -76,6 +82,7 @@ def main() -> None:
     parser.add_argument("--counts", default="3,16,40")
     parser.add_argument("--size", type=int, default=100, help="MB of a checkpoint")
     parser.add_argument("--experts", type=int, default=0, help="of each layer, of 4 x 4 elements")
+    parser.add_argument("--sweep", type=int, default=0, help="schedules in one pass; 0: one")
     parser.add_argument("--make", action="store_true", help="only write the checkpoints")
     parser.add_argument("flags", nargs="*", help="further flags of `merge-cli run`, after --")
     arguments = parser.parse_args()
@@ -85,12 +92,12 @@ def main() -> None:
         return
     # In another process: on Linux a child's peak starts from its parent's, and torch is large.
     subprocess.run([sys.executable, sys.argv[0], "--make", *sys.argv[1:]], check=True)
-    measure(arguments.work, counts[0], arguments.flags)  # compiles kernels
+    measure(arguments.work, counts[0], arguments.sweep, arguments.flags)  # compiles kernels
     print("| checkpoints | read | peak | foreseen | CPU s | CPU s per GB | ratio |")
     print("|---|---|---|---|---|---|---|")
     first = 0.0
     for count in counts:
-        peak, foreseen, cpu, read = measure(arguments.work, count, arguments.flags)
+        peak, foreseen, cpu, read = measure(arguments.work, count, arguments.sweep, arguments.flags)
         first = first or cpu / read
         print(
             f"| {count} | {read:.2f} GB | {peak:.0f} MB | {foreseen:.0f} MB | {cpu:.1f} "

@@ -18,7 +18,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Several tests run at once: torch's threads would wait for one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-pytest_plugins = ("tests.support.hub_server", "tests.support.coverage_summary")
+pytest_plugins = (
+    "tests.support.hub_server",
+    "tests.support.stores",
+    "tests.support.coverage_summary",
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -65,6 +65,9 @@ def analyze(
     if loaded.stages:
         message = "this recipe has several documents: only `run` and `plan` read them"
         raise UsageError(message, where=loaded.file, hint="Analyze each stage alone.")
+    if loaded.sweep:
+        message = "this recipe is a sweep: only `run`, `plan` and `compare` read it"
+        raise UsageError(message, where=loaded.file, hint="Analyze its models by themselves.")
     if seed is not None:
         loaded = loaded.with_seed(seed)
     on_progress = on_progress or show or ignore_progress

@@ -32,9 +32,11 @@ def automatic_problems(recipe: Recipe, method: Method) -> Iterator[Problem]:
     for key in ("slices", "modules"):
         if getattr(recipe, key):
             yield recipe.problem(key, "auto merges whole models.", "List them under `models:`.")
-    if recipe.fp8:
-        message = "merges are measured in the dtype that they are made in: not in fp8."
-        yield recipe.problem("out_dtype", message, "Use bfloat16, then merge the result in fp8.")
+    if recipe.quantises:
+        word = recipe.out_dtype
+        message = f"merges are measured in the dtype that they are made in: not in {word}."
+        hint = f"Use bfloat16, then merge the result in {word}."
+        yield recipe.problem("out_dtype", message, hint)
     for key in ("search", "objective", "coefficients", "output"):
         if getattr(recipe, key):
             yield recipe.problem(key, "has no effect in auto.", "Leave it out.")

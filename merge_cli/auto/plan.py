@@ -13,17 +13,17 @@ from merge_cli.auto.checks import SEARCH, SOUP, methods_of
 from merge_cli.auto.rows import Parts, load_parts
 from merge_cli.auto.weights import candidate_count
 from merge_cli.calibration.plan import plan_calibration
-from merge_cli.dam.data import short_names
-from merge_cli.dam.datasets import one_tokenizer
-from merge_cli.dam.models import empty_student
 from merge_cli.dam.plan import plan_training
+from merge_cli.data.sequences import short_names
+from merge_cli.evaluation.empty import empty_model
 from merge_cli.evaluation.live import context_of
+from merge_cli.evaluation.tokenizers import one_tokenizer
 from merge_cli.options import MergeOptions
 from merge_cli.planning.plan import Plan
 from merge_cli.planning.planner import make_plan
 from merge_cli.recipe.automatic import Budget
 from merge_cli.recipe.schema import Recipe, SourceSpec
-from merge_cli.recipe.statistics import Statistics, unused_options
+from merge_cli.recipe.statistics import fitting_statistics
 from merge_cli.recipe.values import Parameter
 
 LAMBDAS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)  # of task arithmetic
@@ -96,7 +96,7 @@ def plan_automatic(plan: Plan, options: MergeOptions) -> AutomaticPlan:
     recipe = plan.recipe
     plan.aligned.refuse_rearranged(recipe, "auto")
     tokenizer, _ = one_tokenizer(plan)
-    net = empty_student(plan)
+    net = empty_model(plan)
     entries = net.get_input_embeddings().weight.shape[0]
     parts = load_parts(recipe, tokenizer, context_of(net.config, None), entries)
     candidate = sum(part.tokens("search") for part in parts)
@@ -147,7 +147,7 @@ def _steps_with_data(plan: Plan, options: MergeOptions, candidate: int) -> Itera
                 method,
                 models=specs,
                 training=None,
-                statistics=_fitting(recipe.statistics, kind),
+                statistics=recipe.statistics and fitting_statistics(recipe.statistics, kind),
                 budget=None,
                 methods=(),
             )
@@ -158,18 +158,10 @@ def _steps_with_data(plan: Plan, options: MergeOptions, candidate: int) -> Itera
         merge = _static(recipe, "task_arithmetic" if recipe.base_model else "soup", recipe.models)
         yield Step(SEARCH, SEARCH, merge, candidate_count(len(recipe.models)) * candidate)
     if "dam" in methods:
-        merge = recipe.with_result("dam", models=specs, statistics=None, budget=None, methods=())
+        merge = recipe.with_result("dam", models=specs, budget=None, methods=())
         training = plan_training(make_plan(merge), options.device)
         tokens = sum(len(item.ids) for data in training.datasets for item in data.train)
         yield Step("dam", "dam", merge, tokens, 8)
-
-
-def _fitting(statistics: Statistics | None, kind: str) -> Statistics | None:
-    """Without what has no effect on this kind of statistics."""
-    if statistics is None:
-        return None
-    defaults = Statistics()
-    return replace(statistics, **{name: getattr(defaults, name) for name in unused_options(kind)})
 
 
 def _key(plan: Plan, parts: Sequence[Parts], steps: Sequence[Step], options: MergeOptions) -> str:

@@ -40,7 +40,7 @@ class Automatic:
 
     def plan(self, plan: Plan, options: MergeOptions) -> AutomaticPlan | None:
         from merge_cli.auto.plan import plan_automatic
-        from merge_cli.dam.data import source_rows
+        from merge_cli.data.sequences import source_rows
 
         if any(source.planned for source in plan.sources):
             for _ in source_rows(plan.recipe):
@@ -64,7 +64,9 @@ class Automatic:
         result = find_best(
             plan, target, options, on_progress, require_improvement=require_improvement
         )
-        return Prepared(result.plan, {"auto": result.record}, discard=result.discard)
+        return Prepared(
+            result.plan, {"auto": result.record}, folders=result.folders, discard=result.discard
+        )
 
     def remembered(self, plan: Plan, options: MergeOptions) -> Plan | None:
         return None  # the journal goes when OUT is published
@@ -77,7 +79,7 @@ class Automatic:
         return f"{decided.key} {decided.budget}".encode()
 
     def contents_used(self, recipe: Recipe) -> set[bytes]:
-        from merge_cli.dam.data import source_contents
+        from merge_cli.data.sequences import source_contents
 
         return source_contents(recipe)
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from merge_cli.calibration.data import shown
-from merge_cli.dam.data import data_files, sequences, short_names
-from merge_cli.dam.datasets import part_of, read_data
+from merge_cli.data.rows import part_of, read_data
+from merge_cli.data.sequences import data_files, sequences, short_names
 from merge_cli.errors import SourceError
 from merge_cli.evaluation.forward import Example
 from merge_cli.evaluation.rows import Row, content_of

@@ -16,7 +16,8 @@ def calibration_problems(recipe: Recipe, method: Method) -> Iterator[Problem]:
     if get_method(name).automatic:
         return  # `auto` checks what it passes on
     if not method.gathers:
-        if recipe.statistics is not None and not recipe.searches:
+        learns = method.learns and not recipe.coefficients
+        if recipe.statistics is not None and not (recipe.searches or learns):
             message = f"{name} looks at no examples."
             yield recipe.problem("statistics", message, "Use `merge_method: regmean` or fisher.")
         return

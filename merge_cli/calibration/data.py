@@ -11,12 +11,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from merge_cli.checkpoint.headers import TensorRef
-from merge_cli.dam.data import data_files, sequences
-from merge_cli.dam.datasets import read_data
-from merge_cli.dam.models import kinds_of
+from merge_cli.checkpoint.tensors import is_weight
+from merge_cli.data.rows import read_data
+from merge_cli.data.sequences import data_files, sequences
 from merge_cli.engine.parameter_slices import by_name, filled_layers, layer_of
 from merge_cli.errors import SourceError
+from merge_cli.evaluation.empty import kinds_of
 from merge_cli.evaluation.forward import Example
 from merge_cli.evaluation.rows import distinct
 from merge_cli.evaluation.tokens import row_start
@@ -86,7 +86,7 @@ def load_examples(
     )
     if not result:
         raise SourceError("has no token to look at", file=shown(data))
-    return Examples(len(rows), tuple(_ordered(result)), len(rows) - len(unique))
+    return Examples(len(rows), tuple(longest_first(result)), len(rows) - len(unique))
 
 
 def shown(data: Data) -> str:
@@ -94,7 +94,8 @@ def shown(data: Data) -> str:
     return ", ".join(data.files) or str(data.dataset)
 
 
-def _ordered(examples: Iterable[Example]) -> list[Example]:
+def longest_first(examples: Iterable[Example]) -> list[Example]:
+    """In an order that does not depend on that of the rows in a file."""
     return sorted(
         examples, key=lambda example: (-len(example.ids), example.ids.tobytes(), example.first)
     )
@@ -140,7 +141,7 @@ class LinearLayer:
 
 def parameters_of(net: Any, source: Source) -> dict[str, str]:
     """Stored name -> parameter, for every tensor that is one parameter of the loaded model."""
-    stored = {t.name: t.shape for t in source.tensors.values() if isinstance(t, TensorRef)}
+    stored = {t.name: t.shape for t in source.tensors.values() if is_weight(t)}
     parameters: dict[str, str] = {}
     taken: set[str] = set()
     for name, parameter in by_name(stored, dict(net.named_parameters())).items():

@@ -23,12 +23,12 @@ from merge_cli.calibration.data import (
 from merge_cli.calibration.store import find, statistics_path
 from merge_cli.checkpoint.dtypes import width_of
 from merge_cli.checkpoint.statistics import CalibrationStatistics, StatisticsFile
-from merge_cli.dam.datasets import one_tokenizer
-from merge_cli.dam.models import empty_student
 from merge_cli.engine.device import choose_device
 from merge_cli.errors import SourceError
+from merge_cli.evaluation.empty import empty_model
 from merge_cli.evaluation.fingerprints import remembered_identity
 from merge_cli.evaluation.live import choose_dtype, context_of
+from merge_cli.evaluation.tokenizers import one_tokenizer
 from merge_cli.planning.plan import Plan
 from merge_cli.recipe.schema import Recipe
 from merge_cli.recipe.statistics import Statistics
@@ -87,12 +87,14 @@ def plan_calibration(
     plan: Plan,
     device: str = "auto",
     identify: Callable[[Source], str | None] = remembered_identity,
+    examples: Sequence[Examples] | None = None,
 ) -> CalibrationPlan:
     """Decide from headers, configs, tokenizers and data.
 
     Args:
         identify: what is known of a source's content. By default what needs no weights to be
             read: of a model that was not run here yet there is nothing in the cache.
+        examples: of each source, in the recipe's order; default those of its `data:`.
 
     Raises:
         SourceError: data or a model that cannot be used, an adapter, other data than a resolved
@@ -104,28 +106,32 @@ def plan_calibration(
     statistics, kind = plan.recipe.statistics or Statistics(), plan.method.gathers
     plan.aligned.refuse_rearranged(plan.recipe, plan.recipe.merge_method)
     tokenizer, template_why = one_tokenizer(plan)
-    net = empty_student(plan)
+    net = empty_model(plan)
     chosen = choose_device(device, planned=True)
     where = f"cuda:{chosen.indexes[0]}" if chosen.indexes else "cpu"
     dtype, dtype_why = choose_dtype(plan.sources[plan.config_index], chosen.kind, statistics.dtype)
     context = context_of(net.config, statistics.max_length)
     labels = [source.label for source in plan.sources]
     parts = []
-    for spec in plan.recipe.models:
+    for number, spec in enumerate(plan.recipe.models):
         assert spec.data is not None, "check_recipe refuses a source without data"
         source = plan.sources[labels.index(str(spec.model))]
-        examples = load_examples(
-            plan.recipe,
-            spec.data,
-            tokenizer,
-            statistics,
-            context,
-            net.get_input_embeddings().weight.shape[0],
+        looked_at = (
+            examples[number]
+            if examples is not None
+            else load_examples(
+                plan.recipe,
+                spec.data,
+                tokenizer,
+                statistics,
+                context,
+                net.get_input_embeddings().weight.shape[0],
+            )
         )
         part = SourcePart(
             source,
             shown(spec.data),
-            examples,
+            looked_at,
             identify(source),
             kind,
             statistics,

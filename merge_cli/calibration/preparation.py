@@ -40,7 +40,7 @@ class Calibration:
 
     def plan(self, plan: Plan, options: MergeOptions) -> CalibrationPlan | None:
         from merge_cli.calibration.plan import plan_calibration
-        from merge_cli.dam.data import source_rows
+        from merge_cli.data.sequences import source_rows
 
         if any(source.planned for source in plan.sources):
             for _ in source_rows(plan.recipe):
@@ -73,7 +73,7 @@ class Calibration:
         return b""  # the key of the work has examples and settings
 
     def contents_used(self, recipe: Recipe) -> set[bytes]:
-        from merge_cli.dam.data import source_contents
+        from merge_cli.data.sequences import source_contents
 
         return source_contents(recipe)
 

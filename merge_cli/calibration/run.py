@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from merge_cli.calibration.data import Examples
 from merge_cli.calibration.fisher import gather_importances
 from merge_cli.calibration.gram import gather_grams
 from merge_cli.calibration.plan import ORIGIN, CalibrationPlan, SourcePart, plan_calibration
 from merge_cli.calibration.store import Writer, find, making
 from merge_cli.checkpoint.statistics import CalibrationStatistics, StatisticsFile
-from merge_cli.dam.plan import fetch_everything
 from merge_cli.engine.memory import return_freed_memory
 from merge_cli.errors import Interrupted
 from merge_cli.evaluation.fingerprints import refuse_changed, source_identity
-from merge_cli.evaluation.live import load, memory_errors
+from merge_cli.evaluation.live import fetch_everything, load, memory_errors
 from merge_cli.options import MergeOptions, OnProgress, Progress
 from merge_cli.planning.plan import Plan
 from merge_cli.recipe.statistics import Statistics
@@ -31,6 +31,7 @@ def calibrate(
     options: MergeOptions,
     on_progress: OnProgress,
     begin: Callable[[], None] = lambda: None,
+    examples: Sequence[Examples] | None = None,
 ) -> Plan:
     """Measure what the cache does not have yet.
 
@@ -39,6 +40,7 @@ def calibrate(
 
     Args:
         begin: called before the first model is run, if one must be.
+        examples: as for `plan_calibration`.
 
     Raises:
         SourceError, MismatchError, RecipeError: see `plan_calibration`.
@@ -46,7 +48,7 @@ def calibrate(
         NonFiniteError: a gradient is not a number.
         Interrupted: Ctrl-C or SIGTERM.
     """
-    decided = plan_calibration(plan, options.device, source_identity)
+    decided = plan_calibration(plan, options.device, source_identity, examples)
     cached = [find(part.path, read=True) for part in decided.parts]
     if None in cached:
         begin()
@@ -109,6 +111,7 @@ def _measure_one(
             result = find(part.path)
             assert result is not None, "making has just seen it"
             return result
+        on_progress(Progress("gather", 0, 0, f"{label} is loaded, to look at its examples"))
         with torch_threads(options.threads), memory_errors(label, _SMALLER):
             return replace(_measured(part, path, on_tokens), cached=False)
 

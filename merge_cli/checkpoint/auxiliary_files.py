@@ -35,7 +35,7 @@ _NAME_CODE = (
 CARD = "README.md"  # the model card, which says licence and languages
 
 # What transformers looks for beside config.json and the weights, in any of its model families.
-_NAMES = frozenset(
+COMPANION_NAMES = frozenset(
     (
         "generation_config.json",
         # tokenizers
@@ -93,7 +93,7 @@ def is_companion(name: str) -> bool:
     """
     if name.endswith((".safetensors", ".py", ".bin", ".pt")):
         return False
-    has_known_name = name in _NAMES or name in _SENTENCES
+    has_known_name = name in COMPANION_NAMES or name in _SENTENCES
     return has_known_name or name.endswith(_SUFFIXES) or name.startswith(_PREFIXES)
 
 

@@ -32,11 +32,12 @@ DTYPES: dict[str, tuple[int, str]] = {
 }
 MERGEABLE = ("F64", "F32", "BF16", "F16")  # widest first
 SAFETENSORS_NAMES = {torch_name: name for name, (_, torch_name) in DTYPES.items()}
+_WIDTHS = {name: width for key, (width, torch_name) in DTYPES.items() for name in (key, torch_name)}
 
 
 def width_of(dtype: str) -> int:
     """Bytes of an element, by safetensors' name of the dtype or torch's."""
-    return DTYPES[SAFETENSORS_NAMES.get(dtype, dtype)][0]
+    return _WIDTHS[dtype]
 
 
 def torch_dtype(dtype: str) -> Any:

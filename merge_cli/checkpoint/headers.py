@@ -12,10 +12,11 @@ import math
 import struct
 import sys
 from contextlib import suppress
-from functools import lru_cache
-from operator import attrgetter
+from functools import lru_cache, partial
+from itertools import chain, repeat
+from operator import attrgetter, sub
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from merge_cli.checkpoint.dtypes import DTYPES, width_of
 from merge_cli.errors import CorruptFileError
@@ -69,15 +70,24 @@ def read_header_file(path: Path, model: str) -> bytes:
     """
     try:
         with open_regular(path) as file:
-            start = file.read(8)
-            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-            if len(start) < 8 or length > _MAX_HEADER:
-                message = "not a safetensors file: it does not start with a header"
-                raise CorruptFileError(message, model=model, file=path.name, hint=_AGAIN)
-            return start + file.read(length)
+            return read_raw_header(file, path.name, model)
     except (Unreadable, OSError) as error:
         why = f"cannot be read: {error.strerror}" if isinstance(error, OSError) else str(error)
         raise CorruptFileError(why, model=model, file=path.name) from error
+
+
+def read_raw_header(file: BinaryIO, name: str, model: str) -> bytes:
+    """The raw header of an opened file: its 8-byte length and the JSON.
+
+    Raises:
+        CorruptFileError: it does not begin with one.
+    """
+    start = file.read(8)
+    length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+    if len(start) < 8 or length > _MAX_HEADER:
+        message = "not a safetensors file: it does not start with a header"
+        raise CorruptFileError(message, model=model, file=name, hint=_AGAIN)
+    return start + file.read(length)
 
 
 def parse_header(raw: bytes, path: Path, file_size: int, model: str) -> dict[str, TensorRef]:
@@ -89,6 +99,86 @@ def parse_header(raw: bytes, path: Path, file_size: int, model: str) -> dict[str
     Raises:
         CorruptFileError: anything that does not hold; names the tensor.
     """
+
+    columns = _columns(raw, file_size)
+    if columns is None:
+        return _checked_one_by_one(raw, path, file_size, model)
+    rows = zip(
+        columns.names,
+        repeat(path),
+        columns.dtypes,
+        columns.shapes,
+        columns.offsets,
+        columns.sizes,
+        repeat(model),
+        strict=False,  # `repeat` never ends
+    )
+    return dict(zip(columns.names, map(partial(tuple.__new__, TensorRef), rows), strict=True))
+
+
+class _Columns(NamedTuple):
+    """A header that holds in every point, in the order of the data. See `TensorRef`."""
+
+    names: list[str]
+    dtypes: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    offsets: list[int]
+    sizes: tuple[int, ...]
+
+
+@lru_cache(maxsize=256)
+def _columns(raw: bytes, file_size: int) -> _Columns | None:
+    """All entries at once, each check over a whole column; None where one does not hold.
+
+    Fine-tunes have the header of their base, byte for byte: it is parsed once. A column takes a
+    tenth of the time that its entries take one by one, and a large mixture of experts has 100,000.
+    """
+    data_start = 8 + int(struct.unpack("<Q", raw[:8])[0])
+    text = raw[8:data_start]
+    try:
+        entries = json.loads(text)
+        metadata = entries.pop("__metadata__", None) or {}
+        values = list(entries.values())
+        # As many keys as colons: no key stands twice. See `_load`.
+        keys = len(entries) + sum(map(len, values))
+        keys += len(metadata) + (b'"__metadata__"' in text)
+        fields = [[entry[key] for entry in values] for key in _ENTRY]
+        numbers = list(chain.from_iterable(chain.from_iterable(fields[1:])))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None
+    dtypes, shapes, spans = fields
+    if (
+        keys != text.count(b":")
+        or not {dict} >= {type(metadata), *map(type, values)}
+        or not {str} >= {*map(type, metadata.values()), *map(type, dtypes)}
+        or not {list} >= {*map(type, shapes), *map(type, spans)}
+        or not {int} >= {*map(type, numbers)}
+        or not {2} >= {*map(len, spans)}
+        or not DTYPES.keys() >= {*dtypes}
+        or not 0 <= min(numbers, default=0) <= max(numbers, default=0) < _MAX_NUMBER
+        or max(map(len, shapes), default=0) > _MAX_DIMENSIONS
+        or CONTROL.search("".join(entries))
+    ):
+        return None
+    stored = list(map(_stored, dtypes, map(tuple, shapes)))
+    starts, stops = [span[0] for span in spans], [span[1] for span in spans]
+    sizes = tuple(nbytes for _, _, nbytes in stored)
+    follows = starts == [0, *stops[:-1]][: len(starts)] and list(map(sub, stops, starts)) == [
+        *sizes
+    ]
+    if not follows or data_start + (stops[-1] if stops else 0) != file_size:
+        return None
+    return _Columns(
+        list(map(sys.intern, entries)),  # sources of other files, too, have these names
+        tuple(dtype for dtype, _, _ in stored),
+        tuple(shape for _, shape, _ in stored),
+        [data_start + start for start in starts],
+        sizes,
+    )
+
+
+def _checked_one_by_one(raw: bytes, path: Path, file_size: int, model: str) -> dict[str, TensorRef]:
+    """What is out of order, or does not hold: then the error names the tensor."""
 
     def corrupt(message: str, tensor: str = "") -> CorruptFileError:
         return CorruptFileError(message, model=model, file=path.name, tensor=tensor, hint=_AGAIN)

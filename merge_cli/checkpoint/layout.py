@@ -13,6 +13,7 @@ import re
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from merge_cli.checkpoint.components import STEMS, index_of, part_of
@@ -32,7 +33,13 @@ class OutputTensor(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * width_of(self.dtype)
+        return _nbytes(self.shape, self.dtype)
+
+
+@lru_cache(maxsize=4096)
+def _nbytes(shape: tuple[int, ...], dtype: str) -> int:
+    # Thousands of tensors have few shapes.
+    return math.prod(shape) * width_of(dtype)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from merge_cli.checkpoint.headers import TensorRef, parse_header, read_header_file
+from merge_cli.checkpoint.tensors import is_weight
 from merge_cli.errors import CorruptFileError
 from merge_cli.system.untrusted import Unreadable, parse_json
 
@@ -169,7 +170,7 @@ class CalibrationStatistics:
         return TensorStatistics(
             tuple(
                 # What is computed from several stored tensors is none that a model was asked about.
-                self.files[recipe_index].of(tensor.name) if isinstance(tensor, TensorRef) else None
+                self.files[recipe_index].of(tensor.name) if is_weight(tensor) else None
                 for tensor, recipe_index in zip(operands, recipe_indexes, strict=True)
             )
         )

@@ -74,7 +74,13 @@ EMBEDDINGS = (
 
 
 class Float32(ABC):
-    """What a tensor that is computed in float32 has from the one that it is made of."""
+    """What a tensor that is computed in float32 has from the one that it is made of.
+
+    Attributes:
+        is_update: it is what a model with an adapter has under this name.
+    """
+
+    is_update = False
 
     @property
     @abstractmethod
@@ -104,6 +110,11 @@ class Float32(ABC):
     @property
     def nbytes(self) -> int:
         return 4 * self.size
+
+
+def is_weight(tensor: Tensor) -> bool:
+    """Whether it is what a model that runs has under this name: stored, or with an adapter."""
+    return isinstance(tensor, TensorRef) or (isinstance(tensor, Float32) and tensor.is_update)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
-"""The entry point of the command line: its commands, `merge-cli methods`, errors and exit codes.
+"""The entry point of the command line: what all commands share, errors and exit codes.
 
-Each command parses, calls the library, and prints; there is no logic here, and nothing heavy to
-import. Exit codes: 0 done; 1 unexpected; 2 recipe or usage; 3 an input model or data file;
-4 resources; 5 a quality gate; 130 interrupted (the same command resumes). Results go to stdout,
+Each command (see verbs.py) parses, calls the library, and prints; there is no logic here, and
+nothing heavy to import. Exit codes: 0 done; 1 unexpected; 2 recipe or usage; 3 an input model or
+data file; 4 resources; 5 a quality gate; 130 interrupted (the same command resumes). Results go to stdout,
 everything else to stderr.
 """
 
@@ -13,24 +13,10 @@ import io
 import os
 import signal
 import sys
-from importlib.metadata import version
 from typing import Annotated, Any
 
 import typer
 
-from merge_cli.cli.analyze import analyze
-from merge_cli.cli.chat import chat
-from merge_cli.cli.compare import compare
-from merge_cli.cli.convert import convert
-from merge_cli.cli.demo import demo
-from merge_cli.cli.evaluate import evaluate
-from merge_cli.cli.extract_lora import extract_lora
-from merge_cli.cli.help import HelpCommand, HelpGroup
-from merge_cli.cli.init import init
-from merge_cli.cli.options import JsonOption, complete_method
-from merge_cli.cli.push import push
-from merge_cli.cli.run import plan, run
-from merge_cli.cli.schema import schema
 from merge_cli.cli.streams import (
     DEBUG,
     ReaderGone,
@@ -40,37 +26,15 @@ from merge_cli.cli.streams import (
     guard_streams,
     show_trace,
 )
+from merge_cli.cli.verbs import VerbGroup
 from merge_cli.errors import ResourceError
 from merge_cli.system.machine import library_threads, settle_home
 from merge_cli.system.notices import send_notices
 
-
-def methods(
-    name: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="NAME",
-            help="Explain this method: its parameters and an example recipe.",
-            autocompletion=complete_method,
-        ),
-    ] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """List the merge methods, or explain one."""
-    from merge_cli import console
-    from merge_cli.methods.registry import all_methods, get_method
-
-    screen = console.Screen()
-    if name is None:
-        screen.methods(all_methods(), as_json=as_json)
-    else:
-        screen.method(get_method(name), as_json=as_json)
-
-
 _INTERRUPTED = 130
 
 app = typer.Typer(
-    cls=HelpGroup,
+    cls=VerbGroup,
     help="Merge language-model checkpoints: one recipe, one command, the same bytes every time.",
     epilog="Start with `merge-cli demo`. `merge-cli COMMAND --help` explains a command.",
     no_args_is_help=True,
@@ -89,18 +53,10 @@ def _root(
     if debug:
         os.environ[DEBUG] = "1"  # also for child processes
     if show_version:
+        from importlib.metadata import version  # a twentieth of a second
+
         typer.echo(f"merge-cli {version('merge-cli')}")
         raise typer.Exit
-
-
-VERBS = {
-    "Merge": (demo, init, plan, run, methods, schema),
-    "Measure": (chat, analyze, evaluate, compare),
-    "Publish and convert": (push, convert, extract_lora),
-}
-for panel, verbs in VERBS.items():
-    for verb in verbs:
-        app.command(cls=HelpCommand, rich_help_panel=panel)(verb)
 
 
 def main() -> None:

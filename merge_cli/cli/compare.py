@@ -18,6 +18,7 @@ from merge_cli.cli.options import (
     ModelDtypeOption,
     NoWorseOption,
     QuietOption,
+    RayOption,
     ThreadsOption,
 )
 
@@ -38,6 +39,7 @@ def compare(
     device: DeviceOption = "auto",
     threads: ThreadsOption = None,
     dtype: ModelDtypeOption = None,
+    ray: RayOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -60,6 +62,7 @@ def compare(
             gates=gate or [],
             no_worse=no_worse or [],
             options=[*options, *(["--quiet"] if quiet else [])],
+            ray=ray,
             on_progress=on_progress,
         )
     if as_json:

@@ -102,8 +102,9 @@ def truncating(recipe: Recipe) -> tuple[Recipe, list[str]]:
         reason = "the recipe says how vocabularies are brought together"
         return recipe, [f"--unsafe-truncate-embeddings has no effect: {reason}."]
     stages = tuple(truncating(stage)[0] for stage in recipe.stages)
+    sweep = {name: truncating(variant)[0] for name, variant in recipe.sweep.items()}
     spec = TokenizerSpec(key="tokenizer", truncate=True)
-    return replace(recipe, tokenizer=spec, stages=stages), []
+    return replace(recipe, tokenizer=spec, stages=stages, sweep=sweep), []
 
 
 def shard_bytes(text: str) -> tuple[int, str]:

@@ -54,6 +54,16 @@ DeviceOption = Annotated[
         rich_help_panel=RESOURCES,
     ),
 ]
+RayOption = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        metavar="ADDRESS",
+        help="Share the work among the nodes of this Ray cluster: HOST:PORT, or auto for "
+        "RAY_ADDRESS or this machine's cluster.",
+        rich_help_panel=RESOURCES,
+    ),
+]
 QuietOption = Annotated[
     bool, typer.Option("--quiet", "-q", help="Print errors only.", show_default=False)
 ]

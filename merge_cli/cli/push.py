@@ -14,7 +14,10 @@ from merge_cli.cli.options import JsonOption, QuietOption, switch
 def push(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder of the merged model.")],
     repo: Annotated[
-        str, typer.Argument(metavar="REPO", help="The repository on the Hub: owner/name.")
+        str,
+        typer.Argument(
+            metavar="REPO", help="The repository on the Hub, owner/name; or an address, s3://..."
+        ),
     ],
     public: Annotated[
         bool, switch("--public", "Let everybody read a new repository. Default: private.")
@@ -40,16 +43,22 @@ def push(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Upload a merged model and its card to the Hugging Face Hub. Interrupted uploads resume."""
+    """Upload a merged model and its card to the Hugging Face Hub, or to a store.
+
+    Interrupted uploads resume.
+    """
     from merge_cli import console
     from merge_cli.console import uploads
     from merge_cli.publishing.package import pack
-    from merge_cli.publishing.push import check_name
+    from merge_cli.publishing.push import check_name, refuse_hub_options
     from merge_cli.publishing.push import push as upload
+    from merge_cli.recipe.reference import is_address
 
     screen = console.Screen(quiet=quiet)
     check_name(repo)
-    package = pack(out, repo)
+    if is_address(repo):
+        refuse_hub_options(repo, public=public, branch=branch, message=message or "")
+    package = pack(out, "" if is_address(repo) else repo)
     if dry_run:
         if as_json:
             console.print_json(json.dumps(uploads.package_json(package, repo, branch, public)))

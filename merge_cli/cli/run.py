@@ -18,6 +18,7 @@ from merge_cli.cli.options import (
     JsonOption,
     MemoryOption,
     NoWorseOption,
+    RayOption,
     RecipeArgument,
     SeedOption,
     ShardOption,
@@ -43,6 +44,7 @@ def run(
     device: DeviceOption = "auto",
     threads: ThreadsOption = None,
     max_memory: MemoryOption = "1.25GB",
+    ray: RayOption = None,
     shard_size: ShardOption = "5GB",
     seed: SeedOption = None,
     overwrite: Annotated[bool, switch("--overwrite", "Replace an existing OUT.")] = False,
@@ -193,7 +195,7 @@ def run(
     screen = console.Screen(quiet=quiet)
     screen.notes([*lines, *loaded.warnings])
 
-    from merge_cli.api import merge_plan
+    from merge_cli.api import merge_plan, runner_for
     from merge_cli.engine.merge import check_target
     from merge_cli.evaluation.quality_check import quality_check
     from merge_cli.evaluation.run import spec_of
@@ -220,10 +222,13 @@ def run(
         model_card=write_model_card,
         keep_stages=keep_stages,
         accept_best=accept_best,
+        ray=ray,
     )
     if dry_run or out is None:
         if out is not None:
             check_target(plan, out, options)
+            with runner_for(plan, options, out):  # checks the cluster's nodes, too
+                pass
         screen.plan(plan, options, every=False, as_json=as_json)
         return
     stages = [f"{name}: {note}" for name, stage in plan.stages.items() for note in stage.notes]

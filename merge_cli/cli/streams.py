@@ -18,7 +18,6 @@ import tempfile
 import traceback
 from contextlib import suppress
 from importlib import import_module
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -195,6 +194,8 @@ def _unexpected(error: Exception) -> UnexpectedError:
 
 def _report(error: Exception) -> str:
     """What helps to find the fault, without tokens."""
+    from importlib.metadata import version
+
     versions = {"merge-cli": version("merge-cli"), "python": platform.python_version()}
     loaded = [name for name in _LIBRARIES if name in sys.modules]
     versions |= {name: library_version(name) or "unknown" for name in loaded}

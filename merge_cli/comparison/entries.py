@@ -42,6 +42,10 @@ class EntryNames:
         forms = [recipe_name] if recipe_name else []
         return self._new([*forms, stem.name, "/".join(stem.parts[-2:]), str(stem), str(file)])
 
+    def of_variant(self, file: Path, variant: str) -> str:
+        """The name of a sweep's variant, with its recipe's where another model has it."""
+        return self._new([variant, f"{file.stem}/{variant}", f"{file.with_suffix('')}/{variant}"])
+
     def _new(self, forms: Sequence[str]) -> str:
         counted = (f"{forms[0]} ({number})" for number in range(2, len(self._taken) + 3))
         name = next(form for form in chain(forms, counted) if form not in self._taken)

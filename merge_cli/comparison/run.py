@@ -14,21 +14,24 @@ import os
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from merge_cli.checkpoint.fingerprint import auxiliary_fingerprint
 from merge_cli.comparison.cost import CostLog, MergeCost, run_merge
 from merge_cli.comparison.entries import SOUP, EntryNames, baseline_recipes
 from merge_cli.comparison.result import Comparison, ModelEntry, Role
-from merge_cli.engine.device import choose_device
+from merge_cli.engine.device import device_of
 from merge_cli.engine.journal import work_key
 from merge_cli.errors import Interrupted, MismatchError, Problem, UsageError
+from merge_cli.evaluation.result import Evaluation
 from merge_cli.evaluation.run import evaluate_source
 from merge_cli.evaluation.spec import EvalSpec
-from merge_cli.options import OnProgress, Progress, ignore_progress
+from merge_cli.options import MergeOptions, OnProgress, Progress, ignore_progress
 from merge_cli.planning.plan import Plan
 from merge_cli.planning.planner import load_recipe, make_plan
 from merge_cli.planning.preparation import preparations_of
+from merge_cli.planning.stages import plan_recipe
 from merge_cli.recipe.fields import nearest
 from merge_cli.recipe.reference import ModelRef
 from merge_cli.sources.source import Source, fetch_weights, open_source
@@ -39,7 +42,12 @@ RESUMES = "The same command resumes: finished merges and evaluations are kept."
 
 @dataclass(frozen=True)
 class _Merge:
-    """One merge of the comparison."""
+    """One merge of the comparison.
+
+    Attributes:
+        out: its folder.
+        made: the folder that the recipe makes: the same, or that of the whole sweep.
+    """
 
     name: str
     role: Role
@@ -47,6 +55,7 @@ class _Merge:
     text: str
     plan: Plan
     out: Path
+    made: Path
 
 
 def compare(
@@ -56,6 +65,7 @@ def compare(
     *,
     references: Collection[str] = (),
     options: Sequence[str] = (),
+    ray: str | None = None,
     on_progress: OnProgress = ignore_progress,
 ) -> Comparison:
     """Merge recipes, evaluate all models, and compare them.
@@ -66,6 +76,7 @@ def compare(
         out: the folder for merges and results; finished merges in it are used.
         references: models that gates compare with; they must be in the comparison.
         options: of `merge-cli run`, for every merge (`--device`, `--threads`, ...).
+        ray: the address of a Ray cluster, whose nodes share every merge, and evaluate the models.
         on_progress: called with progress.
 
     Raises:
@@ -75,12 +86,14 @@ def compare(
         Interrupted: by Ctrl-C; the same call resumes.
     """
     folder = Path(out)
-    plans = [make_plan(load_recipe(path)) for path in recipes]
-    base, sources = _family(plans)
+    planned = [_planned(path) for path in recipes]
+    base, sources = _family([p for plan in planned for p in plan.variants.values() or [plan]])
     names = EntryNames(base, sources)
+    where = MergeOptions(device=spec.device, ray=ray)
+    options = [*options, *(["--ray", ray] if ray else [])]
     try:
         (folder / "recipes").mkdir(parents=True, exist_ok=True)
-        merges = _merges(recipes, plans, base, sources, names, folder, spec.device)
+        merges = _merges(recipes, planned, base, sources, names, folder, device_of(where).kind)
         cost_log = CostLog(folder / "costs.jsonl")
     except OSError as error:
         raise write_error(error, folder) from error
@@ -95,43 +108,75 @@ def compare(
             message = f"'{reference}' is not in the comparison."
             raise UsageError(message, hint=nearest(reference, names_in_comparison))
     experts, missing = _experts(spec, [names.of[source.root.resolve()] for source in sources])
-    entries = []
     try:
         for merge in merges.merges:
-            if not merge.out.exists():
+            if not merge.made.exists():
                 on_progress(Progress("merging", 0, 0, model=merge.name))
-                run_merge(merge.file, merge.out, options, cost_log)
+                run_merge(merge.file, merge.made, options, cost_log)
+        models: list[_Model] = []
         for source in ([base] if base else []) + sources:
             fetch_weights(source, source.header_bytes)
             role: Role = "base" if source is base else "source"
-            name = names.of[source.root.resolve()]
-            entries.append(_entry(name, role, source, spec, on_progress))
+            models.append(_Model(names.of[source.root.resolve()], role, source))
         for merge in merges.merges:
             opened = open_source(ModelRef(str(merge.out.absolute())), Path.cwd())
-            cost = cost_log.cost(merge.out.name, merge.out)
-            entries.append(_entry(merge.name, merge.role, opened, spec, on_progress, merge, cost))
+            cost = cost_log.cost(merge.made.name, merge.out)
+            models.append(_Model(merge.name, merge.role, opened, merge, cost))
+        evaluations = _evaluated(models, spec, ray, on_progress)
+        entries = [_entry(*pair) for pair in zip(models, evaluations, strict=True)]
     except (KeyboardInterrupt, Interrupted):
         raise Interrupted("stopped", where=str(folder), hint=RESUMES) from None
     notes = (*merges.notes, *missing)
     return Comparison(tuple(entries), experts, merges.soup, merges.same, notes)
 
 
-def _entry(
-    name: str,
-    role: Role,
-    source: Source,
-    spec: EvalSpec,
-    on_progress: OnProgress,
-    merge: _Merge | None = None,
-    cost: MergeCost | None = None,
-) -> ModelEntry:
-    def renamed(progress: Progress) -> None:
-        on_progress(replace(progress, model=name))
+def _planned(path: str | Path) -> Plan:
+    """The plan of a recipe of one document, or of a sweep."""
+    recipe = load_recipe(path)
+    return plan_recipe(recipe) if recipe.sweep else make_plan(recipe)
 
-    evaluation = evaluate_source(source, spec, renamed)
+
+@dataclass(frozen=True)
+class _Model:
+    """A model to evaluate; of a merge also how it was made."""
+
+    name: str
+    role: Role
+    source: Source
+    merge: _Merge | None = None
+    cost: MergeCost | None = None
+
+
+def _evaluated(
+    models: Sequence[_Model], spec: EvalSpec, ray: str | None, on_progress: OnProgress
+) -> list[Evaluation]:
+    """Every model's evaluation: here, one after the other, or each as a task of a cluster."""
+    if ray is None:
+        return [
+            evaluate_source(model.source, spec, partial(_of_model, on_progress, model.name))
+            for model in models
+        ]
+    from merge_cli.cluster.tasks import task_cluster
+
+    results: dict[int, Evaluation] = {}
+    with task_cluster(ray, spec.device, spec.threads) as cluster:
+        there = spec.changed(device=cluster.kind, threads=cluster.cpus)
+        for number, result in cluster.map(evaluate_source, [(m.source, there) for m in models]):
+            results[number] = result
+            on_progress(Progress("evaluated", len(results), len(models), unit="models"))
+    return [results[number] for number in range(len(models))]
+
+
+def _of_model(on_progress: OnProgress, name: str, progress: Progress) -> None:
+    on_progress(replace(progress, model=name))
+
+
+def _entry(model: _Model, evaluation: Evaluation) -> ModelEntry:
+    source, merge = model.source, model.merge
     method = merge.plan.recipe.merge_method if merge else ""
     path = os.path.relpath(source.root) if source.hub is None else source.label
-    return ModelEntry(name, role, path, evaluation, method, merge.text if merge else "", cost)
+    text = merge.text if merge else ""
+    return ModelEntry(model.name, model.role, path, evaluation, method, text, model.cost)
 
 
 def _family(plans: Sequence[Plan]) -> tuple[Source | None, list[Source]]:
@@ -173,27 +218,41 @@ def _merges(
     sources: Sequence[Source],
     names: EntryNames,
     folder: Path,
-    device: str,
+    kind: str,
 ) -> _Merges:
-    """Recipes and baselines, each merge once: a baseline may be the same merge as a recipe."""
-    kind = choose_device(device).kind
+    """Recipes and baselines, each merge once: a baseline may be the same merge as a recipe.
+
+    Args:
+        kind: of the device that merges.
+    """
     by_key: dict[str, _Merge] = {}
     same: dict[str, str] = {}
     notes: list[str] = []
+    variants: dict[str, str] = {}  # a name in the comparison -> in its sweep
 
-    def add(name: str, role: Role, file: Path, plan: Plan) -> None:
+    def add(name: str, role: Role, file: Path, plan: Plan, sweep: Path | None = None) -> None:
         key = _work(plan, kind)
         if key in by_key:
             same[name] = by_key[key].name
             notes.append(f"{name} is the same merge as {by_key[key].name}")
             return
-        target = folder / "models" / f"{_slug(name)}-{key[:10]}"
+        made = sweep or folder / "models" / f"{_slug(name)}-{key[:10]}"
+        target = made / variants[name] if sweep else made
         text = file.read_text(encoding="utf-8")
-        by_key[key] = _Merge(name, role, file, text, plan, target)
+        by_key[key] = _Merge(name, role, file, text, plan, target, made)
 
     for path, plan in zip(recipes, plans, strict=True):
-        name = names.of_recipe(Path(path), plan.recipe.name)
-        add(name, "recipe", Path(path), plan)
+        file = Path(path)
+        if plan.variants:
+            sweep = folder / "models" / f"{_slug(file.stem)}-{work_key(plan, kind, True)[:10]}"
+            for variant, decided in plan.variants.items():
+                name = names.of_variant(file, variant)
+                variants[name] = variant
+                add(name, "recipe", file, decided, sweep)
+            notes.append(f"{file.stem} is a sweep: each variant's time is that of all its variants")
+            continue
+        name = names.of_recipe(file, plan.recipe.name)
+        add(name, "recipe", file, plan)
         fewer = len(sources) - len({plan.sources[i].root.resolve() for i in plan.operands})
         if fewer > 0:
             notes.append(f"{name} leaves out {fewer} of the sources")
@@ -235,8 +294,10 @@ def _work(plan: Plan, device: str) -> str:
 
 def _reference(source: Source) -> str:
     """A source's name in a recipe in any folder."""
+    if source.remote is not None:
+        return source.label
     if source.hub is None:
-        return str(source.root.resolve())
+        return str((source.root / source.file).resolve())
     return f"{source.hub.repo_id}@{source.hub.commit}"
 
 

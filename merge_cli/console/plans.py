@@ -34,13 +34,16 @@ def forecast(plan: Plan, options: MergeOptions) -> Forecast:
     from merge_cli.engine.memory import estimated_peak
 
     decided = [(item, item.plan(plan, options)) for item in preparations_of(plan)]
-    peak = estimated_peak(plan, choose_device(options.device, planned=True), options)
+    device = options.device if options.ray is None else "cpu"  # nodes are not looked at here
+    peak = estimated_peak(plan, choose_device(device, planned=True), options)
     return Forecast(tuple(pair for pair in decided if pair[1] is not None), peak)
 
 
 def plan_document(plan: Plan, options: MergeOptions) -> dict[str, Any]:
     """The plan as data, for `--json`; under `stages` what other documents of the recipe make."""
     document = _document(plan, options)
+    if plan.variants:
+        document["sweep"] = {name: _document(v, options) for name, v in plan.variants.items()}
     if plan.stages:
         document["stages"] = {name: _document(s, options) for name, s in plan.stages.items()}
     return document

@@ -164,6 +164,15 @@ class Screen:
                 document = plan_document(plan, options)
             print_json(indented(document))
             return
+        for number, (name, variant) in enumerate(plan.variants.items(), start=1):
+            of = f"Variant {number} of {len(plan.variants)}: {escape(name)}"
+            self.out.print(f"[bold]{of}[/bold]")
+            self._plan(variant, options, every=every)
+            self.out.print()
+        if plan.variants:
+            read, written = show_size(plan.bytes_read), show_size(plan.bytes_written)
+            self.out.print(f"[bold]All in one pass: {read} read, {written} written[/bold]")
+            return
         for number, (name, stage) in enumerate(plan.stages.items(), start=1):
             self.out.print(f"[bold]Stage {number}: {escape(name)}[/bold]")
             self._plan(stage, options, every=every)
@@ -233,6 +242,9 @@ class Screen:
             self.out.print(f"  stage   {escape(description)}", soft_wrap=True)
         for preparation in preparations():
             preparation.print_result(self.out, result.report)
+        if "sweep" in result.report:
+            self._sweep(result.report, shown)
+            return
         cost, output = result.report["cost"], result.report["output"]
         seconds = cost["seconds"] + cost["survey_seconds"]
         moved = cost["stages"]["read"]["bytes"] + cost["stages"]["write"]["bytes"]
@@ -247,6 +259,17 @@ class Screen:
         )
         self.out.print(f"  model   {escape(str(shown))}", soft_wrap=True)
         self.out.print(f"  report  {escape(str(shown / 'merge_report.html'))}", soft_wrap=True)
+
+    def _sweep(self, report: Mapping[str, Any], shown: Path) -> None:
+        cost, variants = report["cost"], report["sweep"]
+        size = show_size(cost["bytes_written"])
+        self.out.print(
+            f"[green]✓[/green] merged {len(variants)} variants, {size}, "
+            f"in {show_seconds(cost['seconds'])} from {show_size(cost['bytes_read'])}, "
+            f"peak memory {show_size(cost['peak_rss'])}"
+        )
+        for name in variants:
+            self.out.print(f"  model   {escape(str(shown / name))}", soft_wrap=True)
 
     def analysis(
         self, analysis: Analysis, *, layers: bool, as_json: bool, recipe_hint: bool = True

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from merge_cli.recipe.reference import is_address
 from merge_cli.system.machine import show_size
 from merge_cli.system.terminal import print_wrapped
 
@@ -18,10 +19,11 @@ if TYPE_CHECKING:
 
 def package_json(package: Package, repo: str, branch: str, public: bool) -> dict[str, Any]:
     """An upload before it starts, as data."""
+    target: dict[str, Any] = {"repository": repo, "branch": branch, "private": not public}
+    if is_address(repo):
+        target = {"address": repo}
     return {
-        "repository": repo,
-        "branch": branch,
-        "private": not public,
+        **target,
         "files": package.files,
         "bytes": package.size,
         "card": package.card,
@@ -37,6 +39,7 @@ def print_package(console: Console, package: Package, repo: str, branch: str, pu
     for name, size in package.files.items():
         table.add_row(escape(name), show_size(size))
     where = f"{repo}, {_visibility(not public)}" + (f", branch {branch}" * (branch != "main"))
+    where = repo if is_address(repo) else where
     console.print(f"[bold]dry run:[/bold] would upload to {escape(where)}\n")
     console.print(table)
     console.print(f"\n{len(package.files)} files, {show_size(package.size)}\n")
@@ -47,6 +50,10 @@ def print_package(console: Console, package: Package, repo: str, branch: str, pu
 
 def pushed_json(pushed: Pushed) -> dict[str, Any]:
     """A finished upload, as data."""
+    if is_address(pushed.repo_id):
+        address, removed = pushed.repo_id, list(pushed.removed)
+        return {"address": address, "changed": pushed.changed, "files": pushed.files,
+                "removed": removed}  # fmt: skip
     return {
         "repository": pushed.repo_id,
         "branch": pushed.branch,
@@ -64,13 +71,15 @@ def print_pushed(console: Console, pushed: Pushed) -> None:
     """A finished upload: repository, page, commit."""
     files = f"{len(pushed.files)} files, {show_size(sum(pushed.files.values()))}"
     done = f"pushed {files} to" if pushed.changed else f"nothing to do: all {files} are in"
-    where = f"{pushed.repo_id} ({_visibility(pushed.private)})"
+    is_store = is_address(pushed.repo_id)
+    where = pushed.repo_id if is_store else f"{pushed.repo_id} ({_visibility(pushed.private)})"
     console.print(f"[green]✓[/green] {done} {escape(where)}", soft_wrap=True)
     if pushed.removed:
         names = ", ".join(pushed.removed)
         console.print(f"  removed {escape(names)}: weights of the model before", soft_wrap=True)
-    console.print(f"  page    {escape(pushed.url)}", soft_wrap=True)
-    console.print(f"  commit  {pushed.commit}", soft_wrap=True)
+    if not is_store:
+        console.print(f"  page    {escape(pushed.url)}", soft_wrap=True)
+        console.print(f"  commit  {pushed.commit}", soft_wrap=True)
 
 
 def _visibility(private: bool) -> str:

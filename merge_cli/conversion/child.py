@@ -17,8 +17,8 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-# Keys under which training programs store the weights.
-_WRAPPERS = ("state_dict", "model", "model_state_dict", "module")
+from merge_cli.formats.pickled import model_items
+from merge_cli.system.untrusted import Unreadable
 
 
 def main(file: str, target: str, limit: str, copies: str) -> dict[str, Any]:
@@ -102,16 +102,13 @@ def _load(torch: Any, file: str) -> Any:
 
 
 def _weights(torch: Any, loaded: Any) -> tuple[dict[str, Any], list[str]]:
-    """Tensors by name, and the names of everything else."""
-    while isinstance(loaded, dict):
-        inner = next((loaded[k] for k in _WRAPPERS if isinstance(loaded.get(k), dict)), None)
-        if inner is None:
-            break
-        loaded = inner
-    if not isinstance(loaded, dict):
+    """Tensors by name, and the names of everything else in the state dict."""
+    try:
+        items, _ = model_items(loaded, lambda item: isinstance(item, dict))
+    except Unreadable:
         return {}, []
-    tensors = {str(k): v for k, v in loaded.items() if isinstance(v, torch.Tensor)}
-    return tensors, sorted(str(k) for k in loaded if str(k) not in tensors)
+    tensors = {name: item for name, item in items.items() if isinstance(item, torch.Tensor)}
+    return tensors, sorted(items.keys() - tensors)
 
 
 def _without_copies(weights: dict[str, Any], *, keep: bool) -> tuple[dict[str, Any], list[str]]:

@@ -32,6 +32,7 @@ from merge_cli.conversion.streamed import convert_streamed, is_streamed
 from merge_cli.engine.inputs import Inputs
 from merge_cli.engine.output import OutputWorkspace
 from merge_cli.errors import CorruptFileError, Interrupted, ResourceError, SourceError, UsageError
+from merge_cli.formats.pickled import PICKLES
 from merge_cli.hub import models as hub
 from merge_cli.options import MergeOptions, Progress
 from merge_cli.recipe.reference import hub_id, local_folder, parse_reference
@@ -43,7 +44,6 @@ from merge_cli.system.raw_io import write_error
 from merge_cli.system.records import Records
 from merge_cli.system.untrusted import read_mapping
 
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _INDEX_OF_PICKLES = "pytorch_model.bin.index.json"
 _FORMAT = 1
 _NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "rng_state", "trainer_state", "scaler")
@@ -192,7 +192,7 @@ def find_pickles(model: str, show: Show) -> tuple[Path, list[Path]]:
             fetched += count
             show(Progress("fetch", fetched, total, model))
 
-        folder = hub.fetch_files(repo, requested, progress)
+        folder = repo.fetch(requested, progress)
     if not folder.is_dir():
         hint = "Name the model's folder, not a file in it."
         raise SourceError("not a folder", model=model, hint=hint)
@@ -202,7 +202,7 @@ def find_pickles(model: str, show: Show) -> tuple[Path, list[Path]]:
         raise SourceError(f"cannot be read: {error.strerror}", model=model) from None
     if _INDEX_OF_PICKLES in names:
         return folder, [folder / name for name in _listed(folder, names, model)]
-    pickles = [n for n in names if n.endswith(_PICKLES) and not n.startswith(_NO_WEIGHTS)]
+    pickles = [n for n in names if n.endswith(PICKLES) and not n.startswith(_NO_WEIGHTS)]
     if not pickles:
         safe = any(name.endswith(".safetensors") for name in names)
         hint = "It has safetensors already: nothing needs converting." if safe else ""

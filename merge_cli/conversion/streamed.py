@@ -1,7 +1,8 @@
-"""Converting what a merge can read as it is: a GGUF file, a distributed checkpoint.
+"""Converting what a merge can read as it is: a file of weights, a distributed checkpoint.
 
 It is a merge of one model that copies: the engine streams it in bounded memory and resumes. What is
-written has the names, shapes and config of a class that transformers knows, or is refused.
+written has the names, shapes and config of a class that transformers knows, or is refused; a file
+without a config becomes one file.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from merge_cli.options import MergeOptions, Progress
 from merge_cli.planning.plan import Plan
 from merge_cli.planning.planner import load_recipe, make_plan
 from merge_cli.planning.skeleton import Skeleton, build
-from merge_cli.recipe.reference import local_folder, parse_reference
-from merge_cli.sources.gguf import SUFFIX
-from merge_cli.sources.source import NO_CONFIG, Source, open_source, open_tokenizer
+from merge_cli.recipe.reference import hub_file, is_address, local_folder, parse_reference
+from merge_cli.sources.single_file import NO_CONFIG
+from merge_cli.sources.source import Source, open_source, open_tokenizer
 
 _SHOWN = 3  # names in a message
 
@@ -39,11 +40,12 @@ class Written:
 
 
 def is_streamed(model: str) -> bool:
-    """Whether a model is one that the engine reads: a GGUF file or a distributed checkpoint."""
+    """Whether a model is one that the engine reads: a file, an address, or a DCP folder."""
     path = local_folder(model, Path.cwd())
     if path is None:
-        return False
-    return (path / METADATA).is_file() if path.is_dir() else path.suffix == SUFFIX
+        name = parse_reference(model, Path.cwd()).path
+        return is_address(name) or hub_file(name) is not None
+    return not path.is_dir() or (path / METADATA).is_file()
 
 
 def convert_streamed(
@@ -69,7 +71,7 @@ def convert_streamed(
     """
     plan, notes = plan_conversion(model, dtype=dtype, config=config)
     execute(plan, out, options, show=show, finish=lambda *_: None)
-    return Written(plan, sum(task.output.nbytes for task in plan.tasks), notes)
+    return Written(plan, sum(task.bytes_written for task in plan.tasks), notes)
 
 
 def plan_conversion(model: str, *, dtype: str, config: str) -> tuple[Plan, tuple[str, ...]]:
@@ -88,7 +90,7 @@ def plan_conversion(model: str, *, dtype: str, config: str) -> tuple[Plan, tuple
         check_links(giver.root, giver.root, (giver.label, giver.label))
         giver = replace(giver, fingerprints=folder_fingerprints(giver.root))
         source = replace(source, config=giver.config)
-    if not source.config:
+    if not source.config and not source.is_lone_file:
         message = "there is no config.json with it"
         hint = "Say which model it is: --config MODEL takes config and tokenizer from there."
         raise UsageError(message, where=model, hint=hint)
@@ -100,7 +102,7 @@ def plan_conversion(model: str, *, dtype: str, config: str) -> tuple[Plan, tuple
         aligned = replace(plan.aligned, tokenizer_index=1)
         plan = replace(plan, sources=(*plan.sources, giver), config_index=1, aligned=aligned)
     notes = [note for note in source.notes if not (giver and note == NO_CONFIG)]
-    return plan, (*notes, *_checked(plan, source))
+    return plan, (*notes, *(_checked(plan, source) if plan.config else ()))
 
 
 def _checked(plan: Plan, source: Source) -> list[str]:

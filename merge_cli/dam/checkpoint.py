@@ -112,6 +112,18 @@ class TrainingWorkspace(Workspace):
         """The file of the result."""
         return self.path / FILE
 
+    def whole(self, method: str) -> Path:
+        """The folder of a whole merge that learning can start from."""
+        return self.path / method
+
+    def position(self) -> Position | None:
+        """Where the checkpoint stands; None where there is none of this work."""
+        content = self._checkpoint()
+        about = _metadata_of(content) if content else {}
+        if content is None or about.get("key") != self.key:
+            return None
+        return Position(**json.loads(about["position"]))
+
     def record(self) -> dict[str, Any] | None:
         """The record of training that has ended; None while it has not, or is not whole."""
         record = self.read_record(_RECORD, self.key)
@@ -149,14 +161,12 @@ class TrainingWorkspace(Workspace):
 
         None where there is no checkpoint, or one that is not what was written.
         """
-        content = self._checkpoint()
-        about = _metadata_of(content) if content else {}
-        if content is None or about.get("key") != self.key:
+        position, content = self.position(), self._checkpoint()
+        if position is None or content is None:
             return None
         from safetensors.torch import load
 
         result = load(content)
-        position = Position(**json.loads(about["position"]))
         best = {
             key.partition(":")[2]: value for key, value in result.items() if key.startswith("best:")
         }

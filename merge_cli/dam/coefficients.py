@@ -200,12 +200,6 @@ class Coefficients:
             self.raw[i] = _before_activation(weight, self.activation)
         self.moved()
 
-    def begin_at(self, values: Any) -> None:
-        """Coefficients [sources, *layout.inner] as they are given; without an activation alone."""
-        assert self.activation == "none", "recipes that ask for it are refused"
-        self.raw.copy_(values)
-        self.moved()
-
     def show(self, entries: Mapping[str, Any]) -> None:
         """Hold what a file of coefficients says, to be measured; training ends with it."""
         self._values = entries[self.name].to(self.raw).reshape(self.raw.shape)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from merge_cli.checkpoint.class_config import refuse_code
 from merge_cli.dam.coefficients import CoefficientLayout, layout_of
 from merge_cli.dam.sources import Stored, kept_wide
 from merge_cli.engine.parameter_slices import by_name, filled_layers, layer_of
 from merge_cli.errors import Problem, SourceError
+from merge_cli.evaluation.empty import embeddings_of, kind_of_expert, kinds_of, model_config, reason
 from merge_cli.evaluation.live import quiet_libraries
 from merge_cli.planning.plan import Plan, TensorTask
 from merge_cli.recipe.training import Training
@@ -42,58 +42,6 @@ class TargetParameter:
         return self.layout.count * len(self.task.operands) if self.trained else 0
 
 
-def reason(error: BaseException) -> str:
-    """The first line of a message; the kind of error where it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
-def student_config(plan: Plan) -> Any:
-    """The output's config, without dropout: a loss must not depend on chance.
-
-    Raises:
-        SourceError: transformers does not know the architecture, or the config asks for code.
-    """
-    from transformers import AutoConfig
-
-    config_source = plan.sources[plan.config_index]
-    refuse_code(config_source.config, config_source.label)
-    with quiet_libraries():
-        try:
-            config = AutoConfig.from_pretrained(str(config_source.root), trust_remote_code=False)
-        except Exception as error:  # a config's own code checks it, with errors of any kind
-            message = f"transformers cannot read its config: {reason(error)}"
-            raise SourceError(message, model=config_source.label) from error
-    if "tie_word_embeddings" in plan.config:
-        config.tie_word_embeddings = plan.config["tie_word_embeddings"]
-    _drop_nothing(config)
-    config.use_cache = False
-    return config
-
-
-def _drop_nothing(config: Any) -> None:
-    """No dropout in a config and in the configs inside it, whatever a model calls it."""
-    for name, value in list(vars(config).items()):
-        if "drop" in name and isinstance(value, float):
-            setattr(config, name, 0.0)
-        elif hasattr(value, "to_dict"):
-            _drop_nothing(value)
-
-
-def empty_student(plan: Plan) -> Any:
-    """The student without weights: names, shapes and kinds of layers."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    config = student_config(plan)
-    with quiet_libraries(), torch.device("meta"):
-        try:
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-        except Exception as error:  # of any kind: what a model makes of sizes that do not fit
-            message = f"is no causal language model that transformers knows: {reason(error)}"
-            raise SourceError(message, model=plan.sources[plan.config_index].label) from error
-
-
 def load_student(plan: Plan, device: str, dtype: Any) -> Any:
     """The student with the config source's weights, which are about to be replaced."""
     import torch
@@ -104,7 +52,7 @@ def load_student(plan: Plan, device: str, dtype: Any) -> Any:
         try:
             net = AutoModelForCausalLM.from_pretrained(
                 str(config_source.root),
-                config=student_config(plan),
+                config=model_config(plan),
                 dtype=dtype,
                 trust_remote_code=False,
             )
@@ -143,7 +91,7 @@ def find_targets(
     for task in merged:
         held = task.name in names or layer_of(task.name) in filled
         name = names.get(task.name, task.name)
-        kind = kinds.get(name, _kind_of_expert(name, len(task.shape)))
+        kind = kinds.get(name, kind_of_expert(name, len(task.shape)))
         trained = held and is_trained(name, kind, training.train)
         of_tokens = name in embeddings
         granularity = (
@@ -202,40 +150,3 @@ def weight_bytes(stored: Mapping[str, Stored], *, with_base: bool, on_cpu: bool)
 
 def parameter_count(targets: Sequence[TargetParameter]) -> int:
     return sum(math.prod(target.task.shape) for target in targets)
-
-
-def kinds_of(net: Any) -> dict[str, str]:
-    """Parameter -> linear, conv1d (stored input first), or other."""
-    return dict(_walk(net))
-
-
-def embeddings_of(net: Any) -> set[str]:
-    """The weights by which tokens go in and out: a row for each token."""
-    modules = {
-        id(m.weight)
-        for m in (net.get_input_embeddings(), net.get_output_embeddings())
-        if m is not None
-    }
-    return {name for name, parameter in net.named_parameters() if id(parameter) in modules}
-
-
-def _walk(net: Any) -> Iterator[tuple[str, str]]:
-    import torch
-
-    embeddings = {
-        id(module.weight) for module in net.modules() if isinstance(module, torch.nn.Embedding)
-    }
-    for prefix, module in net.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            kind = "other"
-            if isinstance(module, torch.nn.Linear) and id(parameter) not in embeddings:
-                kind = "linear"
-            elif type(module).__name__ == "Conv1D" and name == "weight":
-                kind = "conv1d"
-            full = f"{prefix}.{name}".lstrip(".")
-            yield full, _kind_of_expert(full, parameter.dim()) if kind == "other" else kind
-
-
-def _kind_of_expert(name: str, dimensions: int) -> str:
-    """Matrices of experts are linear layers, one by one or stacked."""
-    return "linear" if ".experts." in name and dimensions > 1 and "bias" not in name else "other"

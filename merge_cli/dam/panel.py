@@ -65,6 +65,7 @@ def training_json(decided: TrainingPlan) -> dict[str, Any]:
         "steps": decided.steps,
         "tokens": decided.tokens,
         "start": list(start_candidates(decided)),
+        "statistics": {merge.method: merge.tokens for merge in decided.static},
         "datasets": [
             {
                 "name": item.name,
@@ -186,16 +187,17 @@ def granularity_in_words(training: Training) -> str:
 
 def _start_in_words(decided: TrainingPlan) -> str:
     """Where training begins, and what is measured for it."""
-    from merge_cli.dam.importance import TOKENS
-
     start, candidates = decided.training.start, start_candidates(decided)
-    if start not in ("best", "fisher"):
-        return f"{start}; compared with {', '.join(candidates)}" if candidates else f"{start}"
-    if not candidates:
+    if start == "best" and not candidates:
         return "1/sources: no rows are held out to choose by"
-    which = "the best on held-out rows of" if start == "best" else "fisher; compared with"
-    fisher = f" (fisher: importances over {TOKENS:,} tokens of each source)"
-    return f"{which} {', '.join(candidates)}{fisher if 'fisher' in candidates else ''}"
+    which = "the best on held-out rows of" if start == "best" else f"{start}; compared with"
+    words = f"{which} {', '.join(candidates)}" if candidates else f"{start}"
+    for merge in decided.static:
+        words += f"; {merge.method} looks at {merge.tokens:,} tokens"
+    if decided.static:
+        size = show_size(decided.plan.bytes_written)
+        words += f"; where one of these is the start, OUT keeps it, too ({size})"
+    return "; ".join(filter(None, [words, decided.why.get("start", "")]))
 
 
 def _rollouts_in_words(decided: TrainingPlan) -> str:

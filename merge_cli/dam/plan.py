@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from merge_cli.checkpoint.dtypes import width_of
 from merge_cli.dam.data import Dataset, load_datasets, steps_of, used
-from merge_cli.dam.datasets import one_tokenizer
 from merge_cli.dam.distributed import World
 from merge_cli.dam.memory import MemoryNeeds, Peak, memory_needs, peak_of
-from merge_cli.dam.models import (
-    TargetParameter,
-    empty_student,
-    find_targets,
-    stored_tensors,
-    weight_bytes,
-)
+from merge_cli.dam.models import TargetParameter, find_targets, stored_tensors, weight_bytes
+from merge_cli.dam.sources import Stored
+from merge_cli.dam.static import StaticMerge, plan_static_merges, start_at
 from merge_cli.engine.device import Device, choose_device, free_memory
 from merge_cli.engine.residency import SourceResidency, choose_residency, reserve
 from merge_cli.errors import MismatchError, ResourceError
+from merge_cli.evaluation.empty import empty_model
 from merge_cli.evaluation.fingerprints import remembered_identity
 from merge_cli.evaluation.live import choose_dtype, context_of
 from merge_cli.evaluation.teachers import KeptPredictions, Teacher
+from merge_cli.evaluation.tokenizers import one_tokenizer
 from merge_cli.planning.plan import Plan
 from merge_cli.recipe.training import Training
-from merge_cli.sources.source import Source, fetch_weights
+from merge_cli.sources.source import Source
 from merge_cli.system.machine import show_size
 
 
@@ -61,6 +59,7 @@ class TrainingPlan:
         peak: with them, where they are kept.
         warnings: what will most likely not fit.
         context: tokens that the models take, at most `max_length`.
+        static: whole merges that it may start from.
     """
 
     plan: Plan
@@ -79,6 +78,7 @@ class TrainingPlan:
     peak: Peak
     warnings: tuple[str, ...] = ()
     context: int = 0
+    static: tuple[StaticMerge, ...] = ()
 
     @property
     def coefficients(self) -> int:
@@ -138,7 +138,7 @@ def plan_training(plan: Plan, device: str = "auto", world: World | None = None) 
     operands = [plan.sources[i] for i in plan.operands]
     labels = tuple(source.label for source in operands)
     tokenizer, template_why = one_tokenizer(plan)
-    net = empty_student(plan)
+    net = empty_model(plan)
     targets, problems = find_targets(plan, net, training)
     if problems:
         raise MismatchError(problems, "the student cannot be made of what is stored")
@@ -155,25 +155,30 @@ def plan_training(plan: Plan, device: str = "auto", world: World | None = None) 
         net.get_input_embeddings().weight.shape[0],
     )
     steps = steps_of(datasets, training)
+    static, left_out = plan_static_merges(plan, datasets, context_of(net.config, None), device)
     datasets = used(datasets, steps, training)
     chosen = choose_device(device, planned=True)
     index = chosen.indexes[world.local % len(chosen.indexes)] if chosen.indexes else None
     where = "cpu" if index is None else f"cuda:{index}"
     dtype, dtype_why = choose_dtype(plan.sources[plan.config_index], chosen.kind, training.dtype)
     teachers = tuple(_teachers(operands, datasets, training, where, dtype, net))
-    with_base = training.form == "task_vector"
+    with_base = training.form == "task_vector" or bool(static)
     needs = memory_needs(
         net,
         targets,
         datasets,
         training,
-        sources=len(operands) + with_base,
+        sources=len(operands) + with_base + bool(static and plan.base is not None),
         dtype=dtype,
         predictions=sum(teacher.held for teacher in teachers),
         on_cpu=index is None,
     )
     residency = choose_residency(
-        weight_bytes(stored_tensors(plan, targets), with_base=with_base, on_cpu=index is None),
+        weight_bytes(
+            _with_whole(stored_tensors(plan, targets)) if static else stored_tensors(plan, targets),
+            with_base=with_base,
+            on_cpu=index is None,
+        ),
         index,
         shared_with="student",
         on_device=needs.beside_sources,
@@ -202,12 +207,36 @@ def plan_training(plan: Plan, device: str = "auto", world: World | None = None) 
             "mode": mode_why,
             "residency": residency.reason,
             **({"chat template": template_why} if template_why else {}),
+            **({"start": "; ".join(left_out)} if left_out else {}),
         },
         needs,
         peak,
         tuple(_too_large(chosen, index, needs, peak)),
         context,
+        static,
     )
+
+
+def started_at(decided: TrainingPlan, folder: Path) -> TrainingPlan:
+    """The same training, of changes from the whole merge in a folder."""
+    plan = start_at(decided.plan, folder)
+    training = plan.recipe.learning
+    targets, problems = find_targets(plan, empty_model(plan), training)
+    assert not problems, "the merge has the tensors of its sources"
+    labels = tuple(plan.sources[i].label for i in plan.operands)
+    return replace(decided, plan=plan, training=training, targets=tuple(targets), labels=labels)
+
+
+def _with_whole(stored: Mapping[str, Stored]) -> dict[str, Stored]:
+    """As with a whole merge for the base, as large as a source, and the base among the sources."""
+    return {
+        name: replace(
+            item,
+            sources=item.sources if item.base is None else (*item.sources, item.base),
+            base=item.base or item.sources[0],
+        )
+        for name, item in stored.items()
+    }
 
 
 def _too_large(device: Device, index: int | None, needs: MemoryNeeds, peak: Peak) -> Iterator[str]:
@@ -280,9 +309,3 @@ def _teachers(
             stored,
             batches + (stored if training.top_k == "full" else 0),
         )
-
-
-def fetch_everything(plan: Plan) -> None:
-    """Models of the Hub, whole: transformers loads them."""
-    for source in plan.sources:
-        fetch_weights(source, source.header_bytes)

@@ -39,8 +39,8 @@ class Learning:
         return plan.method.learns and plan.coefficients is None
 
     def plan(self, plan: Plan, options: MergeOptions) -> TrainingPlan | None:
-        from merge_cli.dam.data import source_rows
         from merge_cli.dam.plan import plan_training
+        from merge_cli.data.sequences import source_rows
 
         if any(source.planned for source in plan.sources):
             for _ in source_rows(plan.recipe):
@@ -59,7 +59,7 @@ class Learning:
     ) -> Prepared:
         from merge_cli.checkpoint.coefficients import FILE
         from merge_cli.dam.record import gate
-        from merge_cli.dam.run import learn, published_report, with_coefficients
+        from merge_cli.dam.run import learn, published_report
         from merge_cli.engine.merge import check_target
         from merge_cli.planning.planner import make_plan
 
@@ -74,9 +74,13 @@ class Learning:
         if not learned.world.first:  # the first process of several merges
             learned.world.close()
             return Prepared(plan, report={})
-        recipe = with_coefficients(plan.recipe, learned.coefficients, learned.record)
-        resolved = make_plan(recipe, shard_size=plan.shard_size)
-        return Prepared(resolved, {"training": learned.record}, discard=learned.discard)
+        resolved = make_plan(learned.resolved(plan.recipe), shard_size=plan.shard_size)
+        return Prepared(
+            resolved,
+            {"training": learned.record},
+            folders=learned.folders,
+            discard=learned.discard,
+        )
 
     def remembered(self, plan: Plan, options: MergeOptions) -> Plan | None:
         return None  # what OUT was learned from is not in OUT
@@ -86,7 +90,7 @@ class Learning:
         from merge_cli.recipe.reference import expanded
 
         recipe = plan.recipe
-        parts = [repr(recipe.training)]
+        parts = [repr(recipe.training), repr(recipe.statistics)]
         for spec in recipe.source_specs:
             parts.append(repr(spec.data))
             for name in (*spec.data.files, *spec.data.held_out) if spec.data else ():
@@ -95,7 +99,7 @@ class Learning:
         return "".join(parts).encode()
 
     def contents_used(self, recipe: Recipe) -> set[bytes]:
-        from merge_cli.dam.data import source_contents
+        from merge_cli.data.sequences import source_contents
 
         return source_contents(recipe)
 

@@ -59,7 +59,8 @@ def build_record(
         )
     return {
         "dials": plain_training(decided.training),
-        "why": {**decided.why, **_start(position)},
+        "start": position.start,
+        "why": {**decided.why, **_start(decided, position)},
         "coefficients": decided.coefficients,
         "datasets": [
             {
@@ -102,10 +103,13 @@ def build_record(
     }
 
 
-def _start(position: Position) -> dict[str, str]:
+def _start(decided: TrainingPlan, position: Position) -> dict[str, str]:
     if not position.start:
         return {}
-    return {"start": f"{position.start}, the best without training on held-out rows"}
+    best = decided.training.start == "best"
+    why = "the best without training on held-out rows" if best else "asked for"
+    left_out = decided.why.get("start")
+    return {"start": f"{position.start}, {why}" + (f"; {left_out}" if left_out else "")}
 
 
 def _origin(decided: TrainingPlan, dataset: Dataset) -> dict[str, Any]:

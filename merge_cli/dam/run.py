@@ -4,46 +4,37 @@ from __future__ import annotations
 
 import hashlib
 import json
-import signal
-import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from merge_cli.dam.assembly import assemble
+from merge_cli.dam.beginning import Beginning, held_out_rows, teach
 from merge_cli.dam.checkpoint import Position, TrainingWorkspace, left_over
 from merge_cli.dam.distributed import World, join_world, launched
 from merge_cli.dam.forward import Forward
-from merge_cli.dam.heldout import HeldOut
-from merge_cli.dam.plan import (
-    TrainingPlan,
-    fetch_everything,
-    kept_for,
-    plan_training,
-)
+from merge_cli.dam.interruptions import Interruptions, interruptions
+from merge_cli.dam.plan import TrainingPlan, plan_training
 from merge_cli.dam.record import LEARNED, StepLine, build_record, gate
-from merge_cli.dam.start import begin
+from merge_cli.dam.static import with_start
 from merge_cli.dam.trainer import Trainer, entries_of
 from merge_cli.engine.inputs import inputs_of
 from merge_cli.engine.made_before import made_before
 from merge_cli.errors import Interrupted
-from merge_cli.evaluation.fingerprints import source_identity
-from merge_cli.evaluation.live import memory_errors
-from merge_cli.evaluation.teachers import Predictions, Teacher
+from merge_cli.evaluation.live import fetch_everything, memory_errors
 from merge_cli.options import MergeOptions, OnProgress, Progress
 from merge_cli.planning.plan import Plan
 from merge_cli.planning.planner import make_plan
 from merge_cli.recipe.schema import Recipe
-from merge_cli.recipe.training import Training
+from merge_cli.recipe.training import WHOLE_STARTS, Training
 from merge_cli.system.machine import torch_threads
 
 # Options that change how training runs, not what comes of it.
 _INDIFFERENT = {"residency", "checkpoint_minutes", "tensorboard", "preset"}
-_FORMAT = 3
+_FORMAT = 4
+START = "start"  # the folder in OUT of the merge that learning has started from
 _SMALLER = (
     "Try a smaller batch_tokens, checkpointing: true, residency: disk, or dtype: bfloat16."
     " Changing residency alone continues; after other changes use --fresh."
@@ -65,6 +56,16 @@ class Learned:
     record: dict[str, Any]
     folder: TrainingWorkspace
     world: World
+
+    def resolved(self, recipe: Recipe) -> Recipe:
+        """The recipe with what was learned: complete without data."""
+        return resolved_recipe(recipe, self.folder, self.record)
+
+    @property
+    def folders(self) -> dict[str, Path]:
+        """Models that belong into OUT, by name: the merge that learning has started from."""
+        method = self.record["start"]
+        return {START: self.folder.whole(method)} if method in WHOLE_STARTS else {}
 
     def discard(self) -> None:
         """Throw the workspace away, once OUT has what is in it, and let the others go."""
@@ -94,7 +95,7 @@ def learn(
     """
     world = join_world()
     on_progress = on_progress if world.first else lambda progress: None
-    with _interruptions() as stopping:
+    with interruptions() as stopping:
         decided = plan_training(plan, options.device, world)
         fetch_everything(plan)
         inputs = inputs_of(plan)
@@ -107,7 +108,7 @@ def learn(
             record = folder.record()
             if record is None:
                 with torch_threads(options.threads), memory_errors(str(folder.path), _SMALLER):
-                    record = _learn(decided, folder, world, on_progress, stopping)
+                    record = _learn(decided, folder, options, world, on_progress, stopping)
                 world.wait()
                 inputs.verify_or(folder.discard if world.first else lambda: None)
             world.wait()
@@ -134,8 +135,8 @@ def published_report(plan: Plan, target: Path, options: MergeOptions) -> dict[st
     fetch_everything(plan)
     report = None
     if work_key(decided, World()) == folder.key:
-        record = folder.record() or {"datasets": []}
-        recipe = with_coefficients(plan.recipe, folder.coefficients, record)
+        record = folder.record() or {"datasets": [], "start": ""}
+        recipe = resolved_recipe(plan.recipe, folder, record)
         report = made_before(make_plan(recipe, shard_size=plan.shard_size), target, options)
     if report is not None and "training" not in report:
         report = None
@@ -158,6 +159,8 @@ def work_key(decided: TrainingPlan, world: World) -> str:
         "format": _FORMAT,
         "versions": [version("merge-cli"), version("torch"), version("transformers")],
         "dials": options,
+        "statistics": repr(plan.recipe.statistics),
+        "dtype": [plan.recipe.dtype, plan.recipe.out_dtype],
         "seed": plan.recipe.seed,
         "inputs": [plan.sources[i].fingerprint() for i in used],
         "data": [(dataset.source, dataset.digest) for dataset in decided.datasets],
@@ -169,9 +172,10 @@ def work_key(decided: TrainingPlan, world: World) -> str:
 def _learn(
     decided: TrainingPlan,
     folder: TrainingWorkspace,
+    options: MergeOptions,
     world: World,
     on_progress: OnProgress,
-    stopping: _Interruptions,
+    stopping: Interruptions,
 ) -> dict[str, Any]:
     """Train, measure, and write the result.
 
@@ -179,36 +183,14 @@ def _learn(
         Interrupted: before the end; what is done is kept.
     """
     started = time.monotonic()
-    taught = _teach(decided, world, on_progress, stopping)
+    taught = teach(decided, world, on_progress, stopping)
     teaching = time.monotonic() - started
-    plan, training = decided.plan, decided.training
-    import torch
-
-    on_progress(Progress("student", 0, 0, "the student is loaded"))
-    student = assemble(
-        plan,
-        decided.targets,
-        training,
-        decided.residency,
-        decided.device,
-        getattr(torch, decided.dtype),
-    )
-    stopping.patient = True
+    training = decided.training
+    validation, test = held_out_rows(decided, taught)
+    beginning = Beginning(decided, folder, options, world, on_progress, stopping)
+    student = beginning.student(validation, test)
+    decided, forward = beginning.decided, Forward(student.net)
     try:
-        forward = Forward(student.net)
-        validation = HeldOut(
-            decided.datasets,
-            [dataset.held_out for dataset in decided.datasets],
-            taught.validation,
-            training.batch_tokens,
-        )
-        tested = decided.datasets if decided.has_test else ()
-        test = HeldOut(
-            tested,
-            [dataset.test for dataset in tested],
-            taught.test[: len(tested)],
-            training.batch_tokens,
-        )
         measured = validation if validation else None
         # Beside OUT, and not in the folder that goes when OUT is published.
         board = folder.path.with_suffix(".tensorboard") if training.tensorboard else None
@@ -221,24 +203,13 @@ def _learn(
             measured,
             folder,
             world,
+            beginning.position,
             on_step=line,
             on_progress=on_progress,
             stopping=stopping,
         )
         trainer.position.teaching += teaching
         try:
-            if measured is not None and not trainer.position.static:
-                begin(
-                    decided,
-                    student,
-                    forward,
-                    measured,
-                    test,
-                    trainer.position,
-                    world,
-                    on_progress=on_progress,
-                    stopping=stopping,
-                )
             finished = trainer.run()
         finally:
             line.close()
@@ -257,52 +228,10 @@ def _learn(
                 entries |= student.coefficients[target.name].entries()
         record = build_record(decided, trainer.position, forward.note, world)
         if world.first:
-            folder.finish(entries, training.form, record)
+            folder.finish(entries, decided.training.form, record)
         return record
     finally:
         student.close()
-
-
-@dataclass(frozen=True)
-class _Taught:
-    """What teachers predict, for each data set.
-
-    Attributes:
-        train: None where the loss asks no teacher.
-    """
-
-    train: list[Predictions | None]
-    validation: list[Predictions]
-    test: list[Predictions]
-
-
-def _teach(
-    decided: TrainingPlan, world: World, on_progress: OnProgress, stopping: _Interruptions
-) -> _Taught:
-    """Each teacher over its own data, one at a time."""
-    taught = _Taught([], [], [])
-    for dataset in decided.datasets:
-        source = decided.plan.sources[decided.plan.operands[dataset.source]]
-        # Every byte is read: what is kept must be the predictions of exactly this model.
-        teacher = Teacher(source, source_identity(source), decided.device, decided.dtype)
-        share = (world.rank, world.size)
-
-        def on_tokens(done: int, total: int, name: str = dataset.name) -> None:
-            on_progress(Progress("teach", done, total, name, "tokens"))
-            if world.size == 1 and stopping():
-                message = "stopped while the teachers were asked"
-                raise Interrupted(message, hint="The same command continues.")
-
-        held_out = kept_for(decided.training, held_out=True)
-        for rows, into in ((dataset.held_out, taught.validation), (dataset.test, taught.test)):
-            into.append(teacher.predictions(rows, held_out, on_tokens, share=share))
-        train = None
-        if decided.training.needs_teachers:
-            train = teacher.predictions(dataset.train, decided.kept, on_tokens, share=share)
-        taught.train.append(train)
-        teacher.close()
-    world.wait()  # files that others have made are read from here on
-    return taught
 
 
 def _interrupted(folder: TrainingWorkspace, position: Position) -> Interrupted:
@@ -310,57 +239,17 @@ def _interrupted(folder: TrainingWorkspace, position: Position) -> Interrupted:
     return Interrupted(message, where=str(folder.path), hint="The same command continues.")
 
 
-class _Interruptions:
-    """Ctrl-C and SIGTERM. Called, it says whether one has come.
-
-    Attributes:
-        patient: whether the first one is only remembered, so that a step is not broken off
-            half-way. The second one is not waited for: then the last checkpoint is what there is.
-    """
-
-    def __init__(self) -> None:
-        self.patient = False
-        self._asked = False
-
-    def __call__(self) -> bool:
-        return self._asked
-
-    def receive(self, number: int, frame: object) -> None:
-        """A signal's handler."""
-        if self._asked or not self.patient:
-            raise KeyboardInterrupt
-        self._asked = True
-
-
-@contextmanager
-def _interruptions() -> Iterator[_Interruptions]:
-    """Tell of signals; at first one stops everything at once.
-
-    Raises:
-        Interrupted: that happened.
-    """
-    result = _Interruptions()
-    if threading.current_thread() is not threading.main_thread():
-        yield result
-        return
-    before = {kind: signal.signal(kind, result.receive) for kind in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield result
-    except KeyboardInterrupt:
-        raise Interrupted("stopped at once", hint="The same command continues.") from None
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def with_coefficients(recipe: Recipe, coefficients: Path, record: Mapping[str, Any]) -> Recipe:
+def resolved_recipe(recipe: Recipe, folder: TrainingWorkspace, record: Mapping[str, Any]) -> Recipe:
     """The recipe with what was learned: complete without data, which is only named."""
     requested = ("teacher", "files", "held_out_files", "digest")
     origin = [{name: item[name] for name in requested} for item in record["datasets"]]
+    if record["start"] in WHOLE_STARTS:
+        recipe = with_start(recipe, folder.whole(record["start"]))
     return replace(
         recipe,
-        coefficients=str(coefficients),
+        coefficients=str(folder.coefficients),
         metadata={**recipe.metadata, "learned_from": origin},
         training=recipe.learning,
+        statistics=None,
         models=tuple(replace(spec, data=None) for spec in recipe.models),
     )

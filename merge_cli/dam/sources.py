@@ -98,6 +98,11 @@ class Sources:
         assert base is not None, "asked for only where there is a base"
         return self._rows(name, -1, base, start, stop)
 
+    def stored_rows(self, name: str, tensor: Tensor, start: int, stop: int) -> Any:
+        """The same rows of a tensor that is none of the sources'."""
+        rows = self._read(tensor, self._tensors[name].shape, start, stop)
+        return rows.to(self._device).to(self._dtype)
+
     def deltas(self, name: str, start: int, stop: int) -> tuple[Any, list[Any]]:
         """The base's rows, and every source's less the base's."""
         base = self.base_rows(name, start, stop)

@@ -1,8 +1,8 @@
 """Where training starts: at the best merge that needs none, measured on validation rows.
 
-Base, sources, uniform soup, task arithmetic at several scales, and a Fisher merge by coefficient
-(`importance`). What is learned cannot end below the best of them that coefficients can express: the
-start is measured, too, and the best step is kept.
+Base, sources, uniform soup, task arithmetic at several scales, and the whole merges of `static`.
+What is learned cannot end below the best of them that coefficients can express: the start is
+measured, too, and the best step is kept.
 """
 
 from __future__ import annotations
@@ -12,39 +12,46 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from merge_cli.checkpoint.tensors import Tensor
 from merge_cli.dam.checkpoint import Position
-from merge_cli.dam.data import short_names
 from merge_cli.dam.distributed import World
 from merge_cli.dam.forward import Forward
 from merge_cli.dam.heldout import HeldOut, HeldOutScore
-from merge_cli.dam.importance import FISHER, fisher_shares, has_importances
 from merge_cli.dam.models import stored_tensors
 from merge_cli.dam.plan import TrainingPlan
 from merge_cli.dam.student import Student
+from merge_cli.data.sequences import short_names
 from merge_cli.errors import Interrupted
 from merge_cli.options import OnProgress, Progress
+from merge_cli.recipe.training import WHOLE_STARTS
 
 LAMBDAS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)  # of task arithmetic
 
 
-def begin(
+def choose_start(
     decided: TrainingPlan,
     student: Student,
     forward: Forward,
     validation: HeldOut,
     test: HeldOut,
+    whole: Mapping[str, Mapping[str, Tensor]],
     position: Position,
     world: World,
     *,
     on_progress: OnProgress,
     stopping: Callable[[], bool],
 ) -> None:
-    """Measure what needs no training, and begin as the best of it where the recipe says so.
+    """Measure what needs no training, and name the best of it in `position`, where it is asked for.
 
-    Validation rows choose; the best one is then measured on test rows, which choose nothing.
+    Validation rows choose; the best one is then measured on test rows, which choose nothing. The
+    student holds one of the merges afterwards.
+
+    Args:
+        whole: the tensors of whole merges, by their methods.
     """
     passes, start = validation.passes, decided.training.start
-    compared = compared_mixtures(decided)
+    compared: list[Mixture | Whole] = [*compared_mixtures(decided)]
+    compared += [Whole(name, tensors) for name, tensors in whole.items()]
     scores = baselines(
         student,
         forward,
@@ -56,44 +63,29 @@ def begin(
         ),
         stopping=stopping,
     )
-    shares: dict[str, Any] = {}
-    if _tries_fisher(decided):
-        shares = fisher_shares(
-            student,
-            forward,
-            decided.datasets,
-            world,
-            on_progress=lambda done, total, name: on_progress(
-                Progress("importance", done, total, name, "tokens")
-            ),
-            stopping=stopping,
-        )
-        _begin_at(student, shares)
-        between = validation.told("held-out rows with fisher", world, on_progress)
-        scores[FISHER] = validation.score(forward, world, between)
     position.broken = [name for name, score in scores.items() if not score.finite]
     finite = {name: score for name, score in scores.items() if score.finite}
     position.static = {name: score.to_json() for name, score in finite.items()}
     position.held_out_passes += validation.passes - passes
     best = min(finite, key=lambda name: finite[name].mean_kl, default=None)
     if test and best is not None:
-        mixture = next((item for item in compared if item.name == best), None)
-        if mixture is not None:
-            student.write_mixture(mixture.base, mixture.weights)
+        next(item for item in compared if item.name == best).write(student)
         between = test.told(f"test rows with {best}", world, on_progress)
         position.tested = {best: test.score(forward, world, between).to_json()}
-    chosen = best_start(compared, finite, decided.training.form)
-    fisher_wins = FISHER in finite and (
-        start == FISHER or chosen is None or finite[FISHER].mean_kl < finite[chosen.name].mean_kl
-    )
-    if fisher_wins:
-        position.start = FISHER
-        _begin_at(student, shares)
-        return
-    if start == "best" and chosen is not None:
-        position.start = chosen.name
-        for coefficients in student.coefficients.values():
-            coefficients.begin(chosen.weights)
+    if start == "best":
+        chosen = best_start(compared, finite, decided.training.form)
+        position.start = chosen.name if chosen is not None else ""
+    elif start in finite:
+        position.start = str(start)
+
+
+def begin_at(decided: TrainingPlan, student: Student, name: str) -> None:
+    """Every coefficient, learned or not, as in a merge that was measured."""
+    weights = (0.0,) * len(decided.labels)  # no change from a whole merge, which is the base
+    if name not in WHOLE_STARTS:
+        weights = next(item.weights for item in compared_mixtures(decided) if item.name == name)
+    for coefficients in student.coefficients.values():
+        coefficients.begin(weights)
     student.write_all()
 
 
@@ -102,7 +94,7 @@ def start_candidates(decided: TrainingPlan) -> tuple[str, ...]:
     if not any(dataset.held_out for dataset in decided.datasets):
         return ()
     names = [mixture.name for mixture in compared_mixtures(decided)]
-    return (*names, *([FISHER] if _tries_fisher(decided) else []))
+    return (*names, *(merge.method for merge in decided.static))
 
 
 def compared_mixtures(decided: TrainingPlan) -> list[Mixture]:
@@ -116,17 +108,6 @@ def compared_mixtures(decided: TrainingPlan) -> list[Mixture]:
     )
 
 
-def _tries_fisher(decided: TrainingPlan) -> bool:
-    learned_start = decided.training.start in ("best", FISHER)
-    return learned_start and has_importances(decided.datasets, len(decided.labels))
-
-
-def _begin_at(student: Student, shares: Mapping[str, Any]) -> None:
-    for name, share in shares.items():
-        student.coefficients[name].begin_at(share)
-    student.write_all()
-
-
 @dataclass(frozen=True)
 class Mixture:
     """A merge without training: base * theta_0 + sum of weights * theta_i."""
@@ -134,6 +115,22 @@ class Mixture:
     name: str
     base: float
     weights: tuple[float, ...]
+
+    def write(self, student: Student) -> None:
+        """Into the student's parameters."""
+        student.write_mixture(self.base, self.weights)
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A merge whose tensors are stored."""
+
+    name: str
+    tensors: Mapping[str, Tensor]
+
+    def write(self, student: Student) -> None:
+        """Into the student's parameters."""
+        student.write_stored(self.tensors)
 
 
 def mixtures(labels: Sequence[str], *, has_base: bool, base_label: str | None) -> list[Mixture]:
@@ -159,7 +156,7 @@ def baselines(
     student: Student,
     forward: Forward,
     held_out: HeldOut,
-    compared: Sequence[Mixture],
+    compared: Sequence[Mixture | Whole],
     world: World,
     *,
     tell: Any,
@@ -183,7 +180,7 @@ def baselines(
     for number, item in enumerate(compared):
         tell(number, len(compared), item.name)
         stop(world.any(stopping()))
-        student.write_mixture(item.base, item.weights)
+        item.write(student)
 
         # Processes stop together or not at all: within a merge only the one that is alone.
         def between(number: int = number, name: str = item.name) -> None:
@@ -195,15 +192,17 @@ def baselines(
 
 
 def best_start(
-    compared: Sequence[Mixture], scores: Mapping[str, HeldOutScore], form: str
-) -> Mixture | None:
-    """The best of the merges that coefficients of a form can begin as; None where there is none.
+    compared: Sequence[Mixture | Whole], scores: Mapping[str, HeldOutScore], form: str
+) -> Mixture | Whole | None:
+    """The best of the merges that learning of a form can begin as; None where there is none.
 
     Changes of the base reach every mixture; sums of weights those alone that have no base in them.
+    A whole merge becomes the base itself.
     """
     reached = [
         item
         for item in compared
-        if item.name in scores and (form == "task_vector" or item.base == 0)
+        if item.name in scores
+        and (form == "task_vector" or isinstance(item, Whole) or item.base == 0)
     ]
-    return min(reached, key=lambda mixture: scores[mixture.name].mean_kl, default=None)
+    return min(reached, key=lambda item: scores[item.name].mean_kl, default=None)

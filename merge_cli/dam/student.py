@@ -15,11 +15,11 @@ its own gradient comes last, and autograd itself would refuse to use a weight th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from merge_cli.checkpoint.tensors import Tensor
 from merge_cli.dam.coefficients import Coefficients
 from merge_cli.dam.losses import penalty
 from merge_cli.dam.optimizers import CoefficientOptimizer
@@ -76,7 +76,6 @@ class Student:
         self._penalties, self._penalize = penalties or {}, penalize
         self._rate: float | None = None  # set while the last backward of a fused step runs
         self._moved: set[str] = set()
-        self._squares: dict[str, Any] | None = None  # set where squares are summed
         self._order: list[str] = []
         self._buffer: Any = None
         self._hooks = []
@@ -116,22 +115,12 @@ class Student:
                         total = rows * weight if total is None else total + rows * weight
                 matrix[start:stop] = 0 if total is None else total.to(matrix.dtype)
 
-    @contextmanager
-    def summing_squares(self) -> Iterator[dict[str, Any]]:
-        """Inside, backward passes add up squared gradients by coefficient, and nothing moves.
-
-        Yields:
-            float32 [*layout.inner], by the name of each tensor that is learned.
-        """
-        import torch
-
-        self._squares = {
-            name: torch.zeros_like(self.coefficients[name].raw[0]) for name in self.trained
-        }
-        try:
-            yield self._squares
-        finally:
-            self._squares = None
+    def write_stored(self, tensors: Mapping[str, Tensor]) -> None:
+        """Every parameter as a merge has it that is stored: a baseline to measure."""
+        for name in self.merged_parameters:
+            matrix = self._matrix(name)
+            for start, stop in self._blocks(name):
+                matrix[start:stop] = self.sources.stored_rows(name, tensors[name], start, stop)
 
     def last_backward(self, loss: Any, rate: float) -> None:
         """The last backward pass of a fused step: coefficients and parameters move inside it."""
@@ -175,10 +164,6 @@ class Student:
     def _hook(self, merged_parameters: Sequence[MergedParameter]) -> Callable[[Any], None]:
         def arrived(parameter: Any) -> None:
             grad, parameter.grad = parameter.grad, None
-            if self._squares is not None:
-                for merged in merged_parameters:
-                    self._add_squares(merged.name, grad[merged.index], self._squares[merged.name])
-                return
             for merged in merged_parameters:
                 held = self._project(merged.name, grad[merged.index])
                 if merged is merged_parameters[-1]:
@@ -187,11 +172,6 @@ class Student:
                     self._move(merged.name, self._rate, held)
 
         return arrived
-
-    def _add_squares(self, name: str, grad: Any, into: Any) -> None:
-        layout = self.coefficients[name].layout
-        matrix = grad.reshape(layout.rows, layout.columns).to(into.dtype)
-        layout.add_up(matrix * matrix, 0, into)
 
     def _project(self, name: str, grad: Any) -> list[Any]:
         """R(G * W_i) into the coefficients' gradients; the rows that were read, if they are few."""

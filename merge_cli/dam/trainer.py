@@ -26,8 +26,8 @@ from merge_cli.options import OnProgress
 from merge_cli.recipe.training import Training
 
 _SMALLER = "Use a smaller learning_rate, or dtype float32 or bfloat16."
-# By default. Each passes through all validation rows: two are about a tenth of what training costs.
-_MEASUREMENTS = 2
+# Of what training costs, for measuring while it goes on; a forward pass is a third of a step's.
+_MEASURING, _FORWARD = 0.1, 1 / 3
 _START_SCALE, _GROW_AFTER = 1024.0, 200  # of float16 losses
 
 OnStep = Callable[[Mapping[str, Any], Position], None]  # a step's record
@@ -38,6 +38,7 @@ class Trainer:
 
     Args:
         predictions: of each data set's train rows; None where the loss asks no teacher.
+        position: where to begin, where there is no checkpoint.
         stopping: whether the user wants to stop; asked between steps.
     """
 
@@ -50,6 +51,7 @@ class Trainer:
         held_out: HeldOut | None,
         folder: TrainingWorkspace,
         world: World,
+        position: Position,
         *,
         on_step: OnStep,
         on_progress: OnProgress,
@@ -74,7 +76,7 @@ class Trainer:
                 batch_tokens=training.batch_tokens,
                 context=decided.context,
             )
-        self.position, self.best = Position(), dict[str, Any]()
+        self.position, self.best = position, dict[str, Any]()
         resumed = folder.resume(student)
         if resumed is not None:
             self.position, self.best = resumed
@@ -92,7 +94,7 @@ class Trainer:
             NonFiniteError: the loss, or a prediction on held-out rows, is not a number.
         """
         saved = time.monotonic()
-        every = self._training.evaluate_every or max(1, -(-self._decided.steps // _MEASUREMENTS))
+        due = measured_steps(self._decided)
         if self.position.step == 0 and not self.position.measured:
             self._measure()
         while not self.position.ended:
@@ -104,8 +106,7 @@ class Trainer:
             assert self.position.history is not None
             self.position.history.append(record)
             self.position.step += 1
-            last = self.position.step == self._decided.steps
-            if last or self.position.step % every == 0:
+            if self.position.step in due:
                 self._measure()
             self.position.seconds += time.monotonic() - began
             self._told(record, self.position)
@@ -269,7 +270,11 @@ class Trainer:
             raise NonFiniteError(message, hint=_SMALLER)
         assert position.measured is not None
         position.measured.append({"step": position.step, **score.to_json()})
-        if score.mean_kl < position.best_kl or self._training.keep == "last":
+        # A step that imitates better and predicts the text worse than the merge that it began as
+        # has learned what teachers say of rows that they have memorised.
+        most = position.measured[0]["mean_loss"] if position.start else float("inf")
+        better = score.mean_kl < position.best_kl and score.mean_loss <= most
+        if better or self._training.keep == "last":
             position.best_kl, position.best_step, position.stale = score.mean_kl, position.step, 0
             self.best = entries_of(self._student)
         else:
@@ -285,6 +290,24 @@ class Trainer:
             return None
         assert position.static is not None
         return HeldOutScore.from_json(position.static[position.start])
+
+
+def measured_steps(decided: TrainingPlan) -> set[int]:
+    """The steps after which held-out rows are measured: the last one, and others before it.
+
+    By default those at a half, a quarter, ... of the way, as many as cost no more than `_MEASURING`
+    of the training together.
+    """
+    steps, every = decided.steps, decided.training.evaluate_every
+    if every is not None:
+        return {steps, *range(every, steps, every)}
+    rows = (example for data in decided.datasets for example in data.held_out)
+    a_pass = _FORWARD * sum(len(example.ids) for example in rows)
+    count = int(_MEASURING * decided.tokens / a_pass) if a_pass else 0
+    due = {steps}
+    while len(due) < count and min(due) > 1:
+        due.add(-(-min(due) // 2))
+    return due
 
 
 def entries_of(student: Student) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from merge_cli.analysis.differences import TokenizerDifference, stored_dtypes, t
 from merge_cli.analysis.model_set import ModelSet, open_model_set, recipe_of
 from merge_cli.checkpoint.dtypes import DTYPES, MERGEABLE
 from merge_cli.errors import MismatchError
-from merge_cli.hub.models import is_cached
 from merge_cli.lora.adapter import WEIGHTS
 from merge_cli.recipe.reference import hub_id
 from merge_cli.recipe.schema import Recipe
@@ -70,11 +69,11 @@ class ModelInspection:
     def is_cached_locally(self) -> bool:
         """Whether all weights are on this machine."""
         return all(
-            is_cached(repository, name)
+            repository.is_cached(name)
             for source in self.sources
             for repository, names in (
-                (source.hub, tuple(source.header_bytes)),
-                (source.adapter.hub if source.adapter else None, (WEIGHTS,)),
+                (source.repository, tuple(source.header_bytes)),
+                (source.adapter.repository if source.adapter else None, (WEIGHTS,)),
             )
             if repository is not None
             for name in names

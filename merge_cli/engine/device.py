@@ -8,6 +8,7 @@ from typing import Literal
 
 from merge_cli.errors import ResourceError, UsageError
 from merge_cli.kernels.convert import COMPILED
+from merge_cli.options import MergeOptions
 from merge_cli.planning.plan import Plan
 from merge_cli.system import machine
 from merge_cli.system.libraries import require
@@ -94,6 +95,27 @@ def choose_device(requested: str, *, planned: bool = False) -> Device:
     return Device("cuda", roomy, name, "found" if kind == "auto" else "asked for")
 
 
+def device_of(options: MergeOptions) -> Device:
+    """Where a merge runs: on this machine, or on every node of a Ray cluster.
+
+    What the nodes have is not looked at here: `auto` is the CPU there, so that the bytes do not
+    depend on which nodes a cluster has today.
+
+    Raises:
+        UsageError: a device by its number, on a cluster.
+        Others as `choose_device` does.
+    """
+    if options.ray is None:
+        return choose_device(options.device)
+    if options.device not in ("auto", "cpu", "cuda"):
+        hint = "Ray numbers the devices: use --device cpu or --device cuda."
+        raise UsageError(f"'{options.device}' cannot be chosen on a cluster", hint=hint)
+    if options.device == "cuda":
+        return Device("cuda", (), "the GPUs of the nodes", "asked for")
+    reason = "asked for" if options.device == "cpu" else "what a cluster computes on by default"
+    return Device("cpu", (), "the CPUs of the nodes", reason)
+
+
 def device_here(requested: str) -> str:
     """A card that is given by its size as the number of one here; other devices as they are.
 
@@ -134,7 +156,7 @@ def choose_arithmetic(plan: Plan) -> tuple[Arithmetic, str]:
         return "torch", f"{plan.method.name} works on tensors"
     merged = [task for task in plan.tasks if not task.moved]
     formats = {ref.dtype for task in merged for ref in task.inputs}
-    formats |= {task.dtype for task in merged if task.block is None}  # fp8 has its own loop
+    formats |= {task.dtype for task in merged if task.encoding is None}  # codes have their loops
     if formats - COMPILED:
         return "torch", f"{', '.join(sorted(formats - COMPILED))} among the tensors"
     missing = compiled.available()

@@ -81,6 +81,8 @@ class CudaTransfers:
 class StagedWorker:
     """Computes with torch on a device. Buffers grow to what the widest block needs."""
 
+    fuses = False
+
     def __init__(self, files: Files, transfers: Transfers, block: int) -> None:
         self.clock, self.block, self._files = StageClock(), block, files
         self._transfers = transfers
@@ -127,6 +129,9 @@ class StagedWorker:
         import torch
 
         return self._down(values.float().view(torch.uint8)).view(np.float32)
+
+    def read(self, tensor: Tensor, start: int, buffer: memoryview) -> None:
+        self._files.read(self.clock, tensor, start, buffer)
 
     def write(self, data: memoryview, path: Path, offset: int) -> None:
         self._files.write(self.clock, path, offset, data)

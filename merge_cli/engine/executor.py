@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
-from typing import Any
+from typing import Any, cast
 
 from merge_cli.checkpoint.dtypes import width_of
 from merge_cli.engine.merge_stats import StatisticsMeter, TensorStats
 from merge_cli.engine.operands import BlockReader, ModelReader, TensorReader, operands_of
 from merge_cli.engine.tensor_writers import OutputOffsets, writer_for
+from merge_cli.engine.worker_context import HostWorker
 from merge_cli.errors import NonFiniteError
 from merge_cli.kernels.backend import is_finite
+from merge_cli.kernels.fused import FORMATS, FusedForm
+from merge_cli.kernels.fused import merge as merge_stored
+from merge_cli.kernels.quantise import largest_magnitude
 from merge_cli.methods.blocks import Block
 from merge_cli.planning.plan import Chunk, Plan, TensorTask, span_starts
 from merge_cli.planning.resolve import arguments
@@ -24,6 +28,9 @@ class MergeExecutor:
 
     Args:
         offsets: tensor name -> the file it is written to, and the byte where it begins.
+
+    Attributes:
+        model_pass: what the method has learned of the whole model; None before it has.
     """
 
     def __init__(
@@ -38,7 +45,7 @@ class MergeExecutor:
         self._plan, self._reader, self._offsets = plan, reader, offsets
         self._statistics, self._allow = statistics, allow_non_finite
         self._method = plan.method
-        self._model_pass: Any = None
+        self.model_pass: Any = None
 
     def run_model_pass(self, on_read: Callable[[], None]) -> None:
         """Let the method read the whole model first, if it does.
@@ -53,14 +60,14 @@ class MergeExecutor:
         ]
         if self._method.model_pass is not None and merged:
             readers = [self._tensor_reader(task) for task in merged]
-            self._model_pass = self._method.model_pass(
+            self.model_pass = self._method.model_pass(
                 ModelReader(readers, self._reader.pool.map, cache(on_read))
             )
 
     @property
     def has_model_pass(self) -> bool:
         """Whether the method has looked at the whole model."""
-        return self._model_pass is not None
+        return self.model_pass is not None
 
     def merge(self, task: TensorTask, chunks: Sequence[Chunk], finished: Finished) -> None:
         """Merge these chunks of one tensor.
@@ -74,9 +81,10 @@ class MergeExecutor:
         if task.moved or not task.size:
             self._reader.pool.map(partial(self._copy, task, finished), chunks)
             return
-        reader = self._tensor_reader(task)
+        reader = self._tensor_reader(task, keeps_block=self._method.tensor_pass is not None)
         if task.action == "copy":
-            self._reader.pool.map(partial(self._round, reader, finished), chunks)
+            work = partial(self._round, reader, self._largest(reader, None), finished)
+            self._reader.pool.map(work, chunks)
             return
         supplied: dict[str, Any] = {}
         if "coefficients" in self._method.supplied and self._plan.coefficients is not None:
@@ -85,32 +93,81 @@ class MergeExecutor:
             supplied["statistics"] = reader.statistics
         if self._method.tensor_pass is not None:
             supplied["prepared"] = self.prepare(reader, task)
-        work = partial(self._merge_chunk, reader, supplied, finished)
+        largest = self._largest(reader, supplied)
+        work = partial(self._merge_chunk, reader, supplied, largest, finished)
         self._reader.pool.map(work, chunks)
 
     def prepare(self, reader: TensorReader, task: TensorTask) -> Any:
         """What the method must know of the whole tensor first."""
         assert self._method.tensor_pass is not None
-        return self._method.tensor_pass(reader, self._model_pass, **task.parameters)
+        return self._method.tensor_pass(reader, self.model_pass, **task.parameters)
 
-    def _tensor_reader(self, task: TensorTask) -> TensorReader:
-        return TensorReader(task, self._reader, span_starts(task), self._plan.statistics_of(task))
+    def _tensor_reader(self, task: TensorTask, *, keeps_block: bool = False) -> TensorReader:
+        return TensorReader(
+            task,
+            self._reader,
+            span_starts(task),
+            self._plan.statistics_of(task),
+            keeps_block=keeps_block,
+        )
 
     def _copy(self, task: TensorTask, finished: Finished, chunk: Chunk) -> None:
+        """The bytes of what is stored: of several tensors, as large a share of each."""
         if chunk.stop > chunk.start:
-            width = width_of(task.dtype)
-            path, offset = self._offsets[task.name]
-            start, size = chunk.start * width, (chunk.stop - chunk.start) * width
             clock = self._reader.pool.worker.clock
-            (stored,) = task.operands[0].stored  # the planner copies nothing else
-            self._reader.files.copy(clock, stored, start, size, path, offset + start)
+            for stored, output in zip(task.operands[0].stored, task.outputs, strict=True):
+                path, offset = self._offsets[output.name]
+                start, stop = (
+                    stored.nbytes * end // task.size for end in (chunk.start, chunk.stop)
+                )
+                self._reader.files.copy(clock, stored, start, stop - start, path, offset + start)
         finished(chunk, TensorStats())
 
-    def _round(self, reader: TensorReader, finished: Finished, chunk: Chunk) -> None:
+    def _largest(self, reader: TensorReader, supplied: dict[str, Any] | None) -> float | None:
+        """The largest finite magnitude of the output, where its encoding must know it first.
+
+        What is merged is merged twice for it, so that no tensor has to fit in memory. The largest
+        of a few numbers is the same number, whatever their order.
+
+        Args:
+            supplied: what the method is given besides blocks; None for a copy.
+        """
+        task = reader.task
+        if task.encoding is None or not task.encoding.whole:
+            return None
+
+        def largest_of(span: int) -> float:
+            return max(
+                (
+                    largest_magnitude(self._reader.pool.worker.fetch(values))
+                    for values in self._merged(reader, supplied, span)
+                ),
+                default=0.0,
+            )
+
+        spans = range(len(reader.starts) - 1)
+        return max(self._reader.pool.map(largest_of, spans), default=0.0)
+
+    def _merged(
+        self, reader: TensorReader, supplied: dict[str, Any] | None, span: int
+    ) -> Iterator[Any]:
+        """The merged values of one span, block by block."""
+        method, parameters = self._method, dict[str, Any]()
+        if supplied is not None:
+            parameters = arguments(method, reader.task.parameters)
+            parameters |= {k: value for k, value in supplied.items() if k in method.supplied}
+        for block in reader.span(span):
+            if supplied is None:
+                yield block.operands[0]
+            else:
+                yield method.function(**operands_of(block, method.supplied), **parameters)
+
+    def _round(
+        self, reader: TensorReader, largest: float | None, finished: Finished, chunk: Chunk
+    ) -> None:
         """A copy of what is computed, or stored in another dtype."""
-        writer = writer_for(
-            reader.task, self._reader.pool.worker, self._offsets, chunk.start, chunk.stop
-        )
+        worker = self._reader.pool.worker
+        writer = writer_for(reader.task, worker, self._offsets, chunk.start, chunk.stop, largest)
         stats = TensorStats()
         for block in reader.range(chunk.start, chunk.stop):
             self._check_finite(block, reader.task, stats)
@@ -119,28 +176,72 @@ class MergeExecutor:
         finished(chunk, stats)
 
     def _merge_chunk(
-        self, reader: TensorReader, supplied: dict[str, Any], finished: Finished, chunk: Chunk
+        self,
+        reader: TensorReader,
+        supplied: dict[str, Any],
+        largest: float | None,
+        finished: Finished,
+        chunk: Chunk,
     ) -> None:
         task, method, worker = reader.task, self._method, self._reader.pool.worker
-        writer = writer_for(task, worker, self._offsets, chunk.start, chunk.stop)
+        writer = writer_for(task, worker, self._offsets, chunk.start, chunk.stop, largest)
         parameters = arguments(method, task.parameters)
+        form = self._fused_form(reader, supplied, parameters)
         parameters |= {name: value for name, value in supplied.items() if name in method.supplied}
         count_kept = method.count_kept and partial(
             method.count_kept, prepared=supplied.get("prepared"), parameters=task.parameters
         )
         stats = TensorStats()
-        meter = StatisticsMeter(len(task.operands), count_kept) if self._statistics else None
+        meter = (
+            StatisticsMeter(len(task.operands), task.size, count_kept) if self._statistics else None
+        )
         reader.read_ahead(reader.starts.index(chunk.start) + 1)
-        for block in reader.range(chunk.start, chunk.stop):
+        for start, stop in reader.block_ranges(chunk.start, chunk.stop):
+            if form is not None and self._merge_fused(form, task, start, stop, meter):
+                stats.add(TensorStats(non_finite=[0] * len(task.operands)))
+                continue
+            block = reader.block(start, stop)
             self._check_finite(block, task, stats)
             merged = method.function(**operands_of(block, method.supplied), **parameters)
-            if not writer.put(merged, block.at.start):
+            if not writer.put(merged, start):
                 self._refuse_infinity(merged, task, block)
             if meter is not None:
                 meter.add(block, merged)
         if meter is not None:
             stats.add(meter.result())
         finished(chunk, stats)
+
+    def _fused_form(
+        self, reader: TensorReader, supplied: dict[str, Any], parameters: dict[str, Any]
+    ) -> FusedForm | None:
+        """The formula as one loop over stored bytes, where the method has one and it applies."""
+        task = reader.task
+        if self._method.fused is None or reader.is_held or not reader.can_be_stored:
+            return None
+        if task.encoding is not None or task.dtype not in FORMATS:
+            return None
+        return self._method.fused(reader.at, supplied.get("prepared"), **parameters)
+
+    def _merge_fused(
+        self,
+        form: FusedForm,
+        task: TensorTask,
+        start: int,
+        stop: int,
+        meter: StatisticsMeter | None,
+    ) -> bool:
+        """Merge one block in one loop; False where the plain way has to look at it."""
+        worker = cast(HostWorker, self._reader.pool.worker)
+        stored, out = worker.load_stored(
+            task.inputs, start, stop, base=task.base is not None, dtype=task.dtype
+        )
+        if not merge_stored(form, stored, task.dtype, out):
+            return False
+        path, offset = self._offsets[task.name]
+        worker.write(out.data, path, offset + start * width_of(task.dtype))
+        if meter is not None:
+            meter.add_stored(form, stored)
+        return True
 
     def _check_finite(self, block: Block, task: TensorTask, stats: TensorStats) -> None:
         counts = [0] * len(block.operands)

@@ -183,7 +183,7 @@ class _CachingExecutor(MergeExecutor):
 
     def prepare(self, reader: TensorReader, task: TensorTask) -> Any:
         uses = self._method.cache_key_parameters
-        if uses is None or self._model_pass is not None:
+        if uses is None or self.model_pass is not None:
             return super().prepare(reader, task)
         key = repr([(name, task.parameters[name]) for name in uses])
         answers = self.cache.setdefault(task.name, OrderedDict())

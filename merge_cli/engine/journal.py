@@ -1,7 +1,8 @@
 """What a merge has done, on disk, so that a killed one continues where it stopped.
 
-One line for each finished chunk (see system/records.py), written after its bytes. The first line is
-the key of the work: recipe, inputs, layout and code. After a crash of the machine itself (another
+One line for each finished chunk, or for several small ones that were merged together (see
+system/records.py), written after their bytes. The first line is the key of the work: recipe,
+inputs, layout and code. After a crash of the machine itself (another
 boot), bytes that the journal calls written may not be on the disk: then only what a `synced` line
 covers is believed.
 """
@@ -13,7 +14,7 @@ import inspect
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from merge_cli.recipe.reference import local_file
 from merge_cli.system.libraries import library_version
 from merge_cli.system.records import Entry, Records
 
-_FORMAT = 2
+_FORMAT = 3
 
 
 class Journal(Records):
@@ -33,7 +34,7 @@ class Journal(Records):
 
     Attributes:
         done: chunk number -> its statistics, from earlier runs.
-        count: chunks that are recorded, old and new.
+        count: lines about chunks, old and new.
     """
 
     def __init__(self, path: Path, key: str, inputs: str = "") -> None:
@@ -43,28 +44,30 @@ class Journal(Records):
             ResourceError: it cannot be written.
         """
         super().__init__(path, key, inputs)
-        chunks = [entry for entry in self.entries if "unit" in entry]
-        self.done = {chunk["unit"]: TensorStats.from_json(chunk["stats"]) for chunk in chunks}
-        self.count = len(self.done)
+        lines = [entry["chunks"] for entry in self.entries if "chunks" in entry]
+        self.done = {
+            number: TensorStats.from_json(stats) for chunks in lines for number, stats in chunks
+        }
+        self.count = len(lines)
 
-    def record(self, number: int, stats: TensorStats) -> None:
-        """Note that a chunk's bytes are written."""
-        self.append({"unit": number, "stats": stats.to_json()})
+    def record(self, chunks: Iterable[tuple[int, TensorStats]]) -> None:
+        """Note, in one line, that the bytes of these chunks are written."""
+        self.append({"chunks": [(number, stats.to_json()) for number, stats in chunks]})
         with self._mutex:
             self.count += 1
 
     def synced(self, count: int) -> None:
-        """Note that the first `count` recorded chunks have reached the disk itself."""
+        """Note that what the first `count` lines tell of has reached the disk itself."""
         self.append({"synced": count})
         os.fsync(self._fd)
 
     def _believed(self, entries: list[Entry], *, same_boot: bool) -> list[Entry]:
-        """Of another boot, the chunks that a `synced` line covers."""
+        """Of another boot, the lines about chunks that a `synced` line covers."""
         if same_boot:
             return entries
         synced = max((entry["synced"] for entry in entries if "synced" in entry), default=0)
-        chunks = [entry for entry in entries if "unit" in entry][:synced]
-        return [*chunks, {"synced": len(chunks)}] if chunks else []
+        lines = [entry for entry in entries if "chunks" in entry][:synced]
+        return [*lines, {"synced": len(lines)}] if lines else []
 
 
 def work_key(plan: Plan, *context: object) -> str:
@@ -73,6 +76,9 @@ def work_key(plan: Plan, *context: object) -> str:
     Args:
         context: what else makes it other work: the kind of device, whether statistics are taken.
     """
+    if plan.variants:
+        keys = [(name, work_key(variant, *context)) for name, variant in plan.variants.items()]
+        return hashlib.sha256(repr(("sweep", keys)).encode()).hexdigest()
     function = plan.method.function
     try:
         code = inspect.getsource(sys.modules[function.__module__])
@@ -97,7 +103,7 @@ def work_key(plan: Plan, *context: object) -> str:
         opened.root
         for source in plan.sources
         for opened in (source, source.adapter)
-        if opened is not None and opened.hub is not None
+        if opened is not None and opened.repository is not None
     }
     paths: dict[Path, str] = {}
     fingerprints: list[tuple[str, str]] = []
@@ -123,6 +129,8 @@ def work_key(plan: Plan, *context: object) -> str:
         if setting is None:
             setting = settings[id(task.parameters)] = repr(sorted(task.parameters.items()))
         text = f"({task.outputs!r}, {task.action!r}, {task.ids!r}, {inputs!r}){setting}"
+        if task.encoding is not None:
+            text += f"{task.encoding!r}, keeping blocks: {task.kept is not None}"
         state.update(text.encode())
     state.update(repr(sorted(fingerprints)).encode())
     for shard in plan.shards:
@@ -153,7 +161,7 @@ def _auxiliary_content(plan: Plan, made: Mapping[Path, object]) -> bytes:
     origins = [made.get(root, os.path.normpath(root)) for root in roots]
     parts = [origins, files, plan.template, json.dumps(dict(plan.config), sort_keys=True)]
     local_roots = {
-        source.root for source in plan.sources if source.hub is None and not source.planned
+        source.root for source in plan.sources if source.repository is None and not source.planned
     }
     parts += [
         _auxiliary_fingerprints(root) for root in roots if root in local_roots and root not in made

@@ -2,7 +2,8 @@
 
     tensors, largest first ──▶ workers: read ─▶ compute ─▶ write, block by block ──▶ journal
 
-Every thread does all three, on blocks that fit in its cache; the system's read-ahead and
+Every thread does all three, on blocks that fit in its cache. Small tensors are taken, recorded and
+counted many at a time: a mixture of experts has tens of thousands. The system's read-ahead and
 write-back are what overlaps with computing. On a GPU several workers share a device, each with a
 stream of its own.
 """
@@ -12,10 +13,11 @@ from __future__ import annotations
 import os
 import queue
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from merge_cli.checkpoint.dtypes import DTYPES
 from merge_cli.engine.device import Device
 from merge_cli.engine.executor import MergeExecutor
 from merge_cli.engine.journal import Journal
@@ -29,7 +31,8 @@ from merge_cli.engine.pool import (
     one_torch_thread,
     worker_factory,
 )
-from merge_cli.engine.tensor_writers import OutputOffsets
+from merge_cli.engine.sweep import SweepExecutor
+from merge_cli.engine.tensor_writers import output_offsets
 from merge_cli.engine.worker_context import Files
 from merge_cli.errors import NonFiniteError
 from merge_cli.options import MergeOptions, OnProgress, Progress
@@ -39,7 +42,24 @@ from merge_cli.system.raw_io import FilePool, sync, write_error
 
 _SYNC_BYTES = 2_000_000_000
 _MODEL_PASS = "reading the whole model first, for thresholds over all of it"
-Done = queue.SimpleQueue["tuple[Chunk, TensorStats] | BaseException | None"]
+# Of the inputs of small tensors that a thread takes at once. Fewer where there are many threads:
+# each should come back for more so many times, or some have nothing to do at the end.
+_BATCH_BYTES, _TURNS = 16 * 2**20, 16
+Merged = Sequence[tuple[Chunk, TensorStats]]
+Done = queue.SimpleQueue["Merged | BaseException | None"]
+
+
+@dataclass(frozen=True)
+class Share:
+    """A part of a merge: what one node of a cluster does of it.
+
+    Attributes:
+        numbers: of its chunks. Without any, the method's pass over the whole model is made alone.
+        model_pass: what that pass has returned; None where it has not been made.
+    """
+
+    numbers: frozenset[int]
+    model_pass: Any = None
 
 
 def run_loop(
@@ -49,11 +69,13 @@ def run_loop(
     device: Device,
     options: MergeOptions,
     on_progress: OnProgress,
+    share: Share | None = None,
 ) -> MergeStats:
     """Merge every chunk that the journal does not have yet.
 
     Args:
         model: the folder with the allocated shards.
+        share: what to merge of them; None: all.
 
     Raises:
         SourceError: a source vanished, is truncated, or holds NaN or Inf.
@@ -61,10 +83,10 @@ def run_loop(
         KeyboardInterrupt: as it comes, after every thread has ended.
     """
     chunks = cut_chunks(plan.tasks)
-    tally = _Tally(plan, chunks, journal, model, options, on_progress)
+    tally = Tally(plan, chunks, journal, model, options, on_progress)
     remaining: dict[int, list[Chunk]] = {}
     for chunk in chunks:
-        if chunk.number not in journal.done:
+        if chunk.number not in journal.done and (share is None or chunk.number in share.numbers):
             remaining.setdefault(chunk.task, []).append(chunk)
     # The largest first, so that no thread is left alone with one at the end.
     order = sorted(remaining, key=lambda task: (-plan.tasks[task].bytes_read, task))
@@ -77,34 +99,40 @@ def run_loop(
     arithmetic, why = arithmetic_for(plan, device)
     room = worker_memory(plan, device, options)
     pool = Pool(worker_factory(files, device, arithmetic, room), room.workers)
-    executor = MergeExecutor(
-        plan,
-        BlockReader(pool, files, plan.recipe.seed, "deltas" in plan.method.supplied),
-        _output_offsets(plan, model),
-        statistics=options.statistics,
-        allow_non_finite=options.allow_non_finite,
-    )
+    reader = BlockReader(pool, files, plan.recipe.seed, "deltas" in plan.method.supplied)
+    executor = _executor(plan, reader, model, options)
 
-    def work(task: int) -> None:
-        executor.merge(plan.tasks[task], remaining[task], record)
+    def work(batch: Sequence[int]) -> None:
+        if len(batch) == 1:  # perhaps a large one: its chunks are recorded as they come
+            executor.merge(plan.tasks[batch[0]], remaining[batch[0]], record_one)
+            return
+        merged: list[tuple[Chunk, TensorStats]] = []
+        for task in batch:
+            executor.merge(plan.tasks[task], remaining[task], lambda *one: merged.append(one))
+        record(merged)
 
-    def record(chunk: Chunk, chunk_stats: TensorStats) -> None:
-        journal.record(chunk.number, chunk_stats)
-        finished.put((chunk, chunk_stats))
+    def record_one(chunk: Chunk, chunk_stats: TensorStats) -> None:
+        record([(chunk, chunk_stats)])
+
+    def record(merged: Merged) -> None:
+        journal.record((chunk.number, chunk_stats) for chunk, chunk_stats in merged)
+        finished.put(merged)
 
     keep_freed_memory()
     began = time.perf_counter()
     try:
         with one_torch_thread(device, arithmetic), memory_errors(), pool:
-            if remaining and plan.method.model_pass is not None:
+            if share is not None and share.model_pass is not None:
+                executor.model_pass = share.model_pass
+            elif (remaining or share is not None) and plan.method.model_pass is not None:
                 _run_model_pass(executor, pool, on_progress)
             model_pass_ended = time.perf_counter()
             tally.report("resumed" if tally.resumed else "")
-            pool.start(work, order, finished)
+            pool.start(work, _batches(plan, order, room.workers), finished)
             while (message := finished.get()) is not None:
                 if isinstance(message, BaseException):
                     raise message
-                tally.add(*message)
+                tally.add(message)
     finally:
         files.sources.close()
         files.shards.close()
@@ -120,10 +148,11 @@ def run_loop(
         resumed=tally.resumed,
         seconds=ended - model_pass_ended,
         survey_seconds=model_pass_ended - began if plan.method.model_pass is not None else 0.0,
+        model_pass=executor.model_pass,
     )
 
 
-class _Tally:
+class Tally:
     """What is merged so far: statistics by task, and bytes, which are reported as they come.
 
     The calling thread alone counts; the pool's threads only put chunks into a queue.
@@ -141,16 +170,17 @@ class _Tally:
         self._plan, self._journal, self._model = plan, journal, model
         self._on_progress, self._syncs = on_progress, options.fsync
         self.stats = _earlier_stats(plan, chunks, journal, options)
-        self._total = sum(_output_bytes(plan, chunk) for chunk in chunks)
-        self.resumed = sum(_output_bytes(plan, chunks[number]) for number in journal.done)
+        self._total = sum(output_bytes(plan, chunk) for chunk in chunks)
+        self.resumed = sum(output_bytes(plan, chunks[number]) for number in journal.done)
         self._done, self._unsynced = self.resumed, 0
 
-    def add(self, chunk: Chunk, chunk_stats: TensorStats) -> None:
-        """Count a chunk whose bytes are written."""
-        size = _output_bytes(self._plan, chunk)
-        self._done += size
-        self._unsynced += size
-        self.stats[chunk.task].add(chunk_stats)
+    def add(self, merged: Merged) -> None:
+        """Count chunks whose bytes are written."""
+        for chunk, chunk_stats in merged:
+            size = output_bytes(self._plan, chunk)
+            self._done += size
+            self._unsynced += size
+            self.stats[chunk.task].add(chunk_stats)
         if self._syncs and self._unsynced > _SYNC_BYTES:
             _sync_chunks(self._journal, self._model, self._plan)
             self._unsynced = 0
@@ -160,16 +190,38 @@ class _Tally:
         self._on_progress(Progress("merge", self._done, self._total, note))
 
 
-def _output_offsets(plan: Plan, model: Path) -> OutputOffsets:
-    """Where each output tensor lies in the shards, which are allocated already."""
-    return {
-        name: (model / shard.file, offset)
-        for shard in plan.shards
-        for name, offset in shard.offsets.items()
-    }
+def _batches(plan: Plan, order: Sequence[int], threads: int) -> list[list[int]]:
+    """Tasks in this order, in runs that a thread takes at once: one each where they are large."""
+    sizes = [plan.tasks[task].bytes_read for task in order]
+    limit = min(_BATCH_BYTES, sum(sizes) // (threads * _TURNS))
+    batches: list[list[int]] = []
+    room = 0
+    for task, size in zip(order, sizes, strict=True):
+        if size > room:
+            batches.append([])
+            room = limit
+        batches[-1].append(task)
+        room -= size
+    return batches
 
 
-def _run_model_pass(executor: MergeExecutor, pool: Pool, on_progress: OnProgress) -> None:
+def _executor(
+    plan: Plan, reader: BlockReader, model: Path, options: MergeOptions
+) -> MergeExecutor | SweepExecutor:
+    if plan.variants:
+        return SweepExecutor(plan, reader, model, allow_non_finite=options.allow_non_finite)
+    return MergeExecutor(
+        plan,
+        reader,
+        output_offsets(plan, model),
+        statistics=options.statistics,
+        allow_non_finite=options.allow_non_finite,
+    )
+
+
+def _run_model_pass(
+    executor: MergeExecutor | SweepExecutor, pool: Pool, on_progress: OnProgress
+) -> None:
     """By one of the pool's threads, which has buffers; progress is reported in this one."""
     messages: queue.SimpleQueue[Any] = queue.SimpleQueue()
     pool.start(
@@ -206,5 +258,9 @@ def _sync_chunks(journal: Journal, model: Path, plan: Plan) -> None:
     journal.synced(count)
 
 
-def _output_bytes(plan: Plan, chunk: Chunk) -> int:
-    return (chunk.stop - chunk.start) * DTYPES[plan.tasks[chunk.task].dtype][0]
+def output_bytes(plan: Plan, chunk: Chunk) -> int:
+    """What is written for a chunk, of all variants together."""
+    task = plan.tasks[chunk.task]
+    size, written = max(1, task.size), task.bytes_written
+    share = written * chunk.stop // size - written * chunk.start // size
+    return share * max(1, len(plan.variants))

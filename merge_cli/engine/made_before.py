@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from merge_cli.engine.device import choose_device
+from merge_cli.engine.device import device_of
 from merge_cli.engine.journal import work_key
 from merge_cli.options import MergeOptions
 from merge_cli.planning.plan import Plan
@@ -37,5 +37,5 @@ def made_before(plan: Plan, out: Path, options: MergeOptions) -> dict[str, Any] 
         if remembered is None:
             return None
         plan = remembered
-    key = work_key(plan, choose_device(options.device).kind, options.statistics)
+    key = work_key(plan, device_of(options).kind, options.statistics)
     return report if report.get("work") == key else None

@@ -18,7 +18,7 @@ from merge_cli.errors import UsageError
 from merge_cli.formats.packed import PACKED, STRIP_BYTES
 from merge_cli.kernels.reduce import BLOCK_MULTIPLE
 from merge_cli.options import MergeOptions
-from merge_cli.planning.plan import Plan
+from merge_cli.planning.plan import Plan, TensorTask
 from merge_cli.system.machine import usable_cores
 
 MINIMUM_MEMORY = 500_000_000
@@ -81,7 +81,7 @@ def worker_memory(plan: Plan, device: Device, options: MergeOptions) -> WorkerMe
         per_worker = (
             block * ((_STORED + 4) * inputs + 4 * spare)
             + _tensor_bytes(plan)
-            + _fp8_bytes(plan)
+            + _encoding_bytes(plan)
             + (_UNPACKED + inputs * 2 * STRIP_BYTES if _reads_packed(plan) else 0)
         )
         threads = options.threads or usable_cores()
@@ -153,9 +153,19 @@ def _tensor_bytes(plan: Plan) -> int:
     return max(held, default=0)
 
 
-def _fp8_bytes(plan: Plan) -> int:
-    """What a worker holds of an output in fp8: a row of blocks as numbers and as codes."""
-    return max((5 * t.block[0] * t.shape[-1] for t in plan.tasks if t.block), default=0)
+def _encoding_bytes(plan: Plan) -> int:
+    """What a worker holds of an output in codes: a tile as numbers and as codes, a span's bytes."""
+    return max((_held(task) for task in plan.tasks if task.encoding is not None), default=0)
+
+
+def _held(task: TensorTask) -> int:
+    encoding = task.encoding
+    if encoding is None or task.moved or not task.size:
+        return 0
+    tile, span = encoding.tile(task.shape), encoding.span(task.shape)
+    stored = [part.bytes_of(0, span) for part in encoding.parts(task.shape)]
+    block = 5 * _HOST_BLOCK  # the codes of a block; what is kept of it as numbers
+    return 5 * tile + sum(end - begin for begin, end in stored) + block
 
 
 def _reads_packed(plan: Plan) -> bool:

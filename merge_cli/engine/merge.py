@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from merge_cli.engine.device import choose_device
+from merge_cli.engine.device import Device, device_of
 from merge_cli.engine.inputs import inputs_of
-from merge_cli.engine.journal import work_key
+from merge_cli.engine.journal import Journal, work_key
 from merge_cli.engine.loop import run_loop
 from merge_cli.engine.merge_stats import MergeStats
 from merge_cli.engine.output import OutputWorkspace, clear_companions, open_journal
@@ -24,16 +24,25 @@ from merge_cli.system.records import Records
 _ANEW = "starting over: earlier work is damaged, or a file that it has read was touched since"
 # Writes reports into the folder, given the plan, each source's fingerprint, and the outcome.
 Finish = Callable[[Plan, tuple[str, ...], MergeStats, Path], None]
+# Merges what the journal does not have yet: `run_loop` here, or on the nodes of a cluster.
+Run = Callable[[Plan, Path, Journal, Device, MergeOptions, OnProgress], MergeStats]
 
 
 def execute(
-    plan: Plan, target: Path, options: MergeOptions, *, show: OnProgress, finish: Finish
+    plan: Plan,
+    target: Path,
+    options: MergeOptions,
+    *,
+    show: OnProgress,
+    finish: Finish,
+    run: Run = run_loop,
 ) -> Path:
     """Merge into `target`.
 
     Args:
         show: called with progress, in the calling thread.
         finish: writes reports into the finished folder before it is published.
+        run: does the work that is left.
 
     Returns:
         the published folder.
@@ -43,7 +52,7 @@ def execute(
         SourceError: a source vanished, is truncated, has changed meanwhile, or holds NaN or Inf.
         Interrupted: Ctrl-C or SIGTERM; the same command resumes.
     """
-    device = choose_device(options.device)
+    device = device_of(options)
     try:
         with OutputWorkspace(target) as work:
             fetch_inputs(plan, show)
@@ -67,7 +76,7 @@ def execute(
             if begun and not journal.done:
                 show(Progress("merge", 0, 0, _ANEW))
             try:
-                outcome = run_loop(plan, work.model, journal, device, options, show)
+                outcome = run(plan, work.model, journal, device, options, show)
             except SourceError:
                 inputs.verify_or(work.discard)  # what it stumbled over may be a half-written file
                 raise
@@ -75,12 +84,13 @@ def execute(
                 journal.close()
             inputs.verify_or(work.discard)
             clear_companions(work, plan.shards)
-            write_auxiliary_files(
-                plan,
-                work.model,
-                tokenizer=options.copy_tokenizer,
-                code=options.trust_remote_code,
-            )
+            for name, written in (plan.variants or {"": plan}).items():
+                write_auxiliary_files(
+                    written,
+                    work.model / name,
+                    tokenizer=options.copy_tokenizer,
+                    code=options.trust_remote_code,
+                )
             finish(plan, fingerprints, outcome, work.model)
             inputs.verify_or(work.discard)
             work.publish(fsync=options.fsync)
@@ -98,7 +108,7 @@ def check_target(plan: Plan, target: Path, options: MergeOptions) -> None:
     Raises:
         UsageError, ResourceError: as `execute` does.
     """
-    choose_device(options.device)
+    device_of(options)
     work = OutputWorkspace(target)
     try:
         work.refuse(options.overwrite, protected_paths(plan))
@@ -129,9 +139,10 @@ def protected_paths(plan: Plan) -> list[Path]:
 
 
 def fetch_inputs(plan: Plan, on_progress: OnProgress) -> None:
-    """Download the shards that the plan reads, of models that are on the Hub."""
+    """Download the shards that the plan reads, of models that are not on this machine."""
     for i, source in enumerate(plan.sources):
-        if source.hub is None and (source.adapter is None or source.adapter.hub is None):
+        adapter = source.adapter.repository if source.adapter is not None else None
+        if source.repository is None and adapter is None:
             continue
         requested = plan.shards_read(i)
         total = source.download_size(requested)
@@ -147,12 +158,15 @@ def fetch_inputs(plan: Plan, on_progress: OnProgress) -> None:
 
 def verified_fingerprints(plan: Plan) -> tuple[str, ...]:
     """Each source's fingerprint. A resolved recipe records them: other inputs, other bytes."""
+    recorded: dict[str, str] = {}
+    for made in (plan, *plan.variants.values()):
+        recorded |= made.recipe.inputs
     fingerprints = []
     for i, source in enumerate(plan.sources):
         fingerprint = source.fingerprint(plan.shards_read(i))
-        recorded = plan.recipe.inputs.get(source.label, fingerprint)
-        if recorded != fingerprint:
-            message = f"is not the model that this recipe was resolved with ({recorded[:12]})"
+        earlier = recorded.get(source.label, fingerprint)
+        if earlier != fingerprint:
+            message = f"is not the model that this recipe was resolved with ({earlier[:12]})"
             hint = "Restore it, or remove `inputs` from the recipe."
             raise SourceError(message, model=source.label, hint=hint)
         fingerprints.append(fingerprint)

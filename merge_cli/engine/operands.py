@@ -10,11 +10,12 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 from merge_cli.checkpoint.statistics import TensorStatistics
 from merge_cli.engine.pool import Pool
-from merge_cli.engine.worker_context import Files
+from merge_cli.engine.worker_context import Files, HostWorker
+from merge_cli.kernels.fused import FORMATS, StoredBlock
 from merge_cli.methods.blocks import Block, Span, TensorBlocks
 from merge_cli.planning.plan import TensorTask
 
@@ -41,7 +42,11 @@ class TensorReader:
 
     Args:
         starts: where its spans begin, and its size at the end.
+        keeps_block: a tensor of one block is read once, however many passes there are. For readers
+            that are dropped with their tensor: a model's would hold all of its small tensors.
     """
+
+    _whole: Block | None
 
     def __init__(
         self,
@@ -49,11 +54,14 @@ class TensorReader:
         reading: BlockReader,
         starts: Sequence[int],
         statistics: TensorStatistics | None = None,
+        *,
+        keeps_block: bool = False,
     ) -> None:
         self.task, self._reading = task, reading
         self.name, self.shape, self.parameters = task.formula_name, task.shape, task.parameters
         self.size, self.starts, self.statistics = task.size, starts, statistics
         self.wide = any(ref.dtype == "F64" for ref in task.inputs)
+        self._keeps, self._whole = keeps_block, None
 
     def blocks(self) -> Iterator[Block]:
         """Every block in order; may be called again and again."""
@@ -67,13 +75,53 @@ class TensorReader:
 
     def range(self, start: int, stop: int) -> Iterator[Block]:
         """Elements [start, stop) in blocks."""
+        for begin, end in self.block_ranges(start, stop):
+            yield self.block(begin, end)
+
+    def block_ranges(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Where the blocks of elements [start, stop) begin and end."""
         step = self._reading.pool.worker.block
-        for begin in range(start, stop, step):
-            yield self.block(begin, min(begin + step, stop))
+        return ((begin, min(begin + step, stop)) for begin in range(start, stop, step))
+
+    @property
+    def at(self) -> Span:
+        """The tensor's first element."""
+        return Span(self.name, 0, self._reading.seed, self.task.ids)
 
     def map(self, work: Callable[[Iterator[Block]], T], only: int | None = None) -> list[T]:
         numbers = range(len(self.starts) - 1) if only is None else [only]
         return self._reading.pool.map(lambda number: work(self.span(number)), numbers)
+
+    @property
+    def is_held(self) -> bool:
+        """Whether it is one block that is kept as numbers, for every pass over it."""
+        return self._keeps and self.size <= self._reading.pool.worker.block
+
+    @property
+    def can_be_stored(self) -> bool:
+        """Whether compiled loops can read its elements as they are stored."""
+        task, reading = self.task, self._reading
+        return (
+            reading.pool.worker.fuses
+            and all(tensor.dtype in FORMATS for tensor in task.inputs)
+            and (task.base is None or reading.deltas)
+        )
+
+    def map_stored(self, work: Callable[[Iterator[StoredBlock]], T]) -> list[T] | None:
+        """`methods.blocks.map_stored`."""
+        if self.is_held or not self.can_be_stored:
+            return None
+        numbers = range(len(self.starts) - 1)
+        return self._reading.pool.map(lambda number: work(self.stored_span(number)), numbers)
+
+    def stored_span(self, number: int) -> Iterator[StoredBlock]:
+        """The blocks of one span, as they are stored; each until the next is asked for."""
+        self.read_ahead(number + 1)
+        task, worker = self.task, cast(HostWorker, self._reading.pool.worker)
+        for start, stop in self.block_ranges(self.starts[number], self.starts[number + 1]):
+            yield worker.load_stored(
+                task.inputs, start, stop, base=task.base is not None, dtype=task.dtype
+            )[0]
 
     def sample(self, count: int) -> Iterator[Block]:
         if self.size <= count:
@@ -84,6 +132,14 @@ class TensorReader:
 
     def block(self, start: int, stop: int) -> Block:
         """Elements [start, stop) of every operand, upcast, where they are computed with."""
+        if self._whole is not None:
+            return self._whole
+        block = self._load(start, stop)
+        if self._keeps and stop - start == self.size:
+            self._whole = block
+        return block
+
+    def _load(self, start: int, stop: int) -> Block:
         task, reading = self.task, self._reading
         based = task.base is not None  # a copy has none, whatever the method
         loaded = reading.pool.worker.load(
@@ -145,6 +201,13 @@ class ModelReader:
         self._on_pass()
         spans = self._spans if only is None else [self._spans[only]]
         return self._map(lambda span: work(span[0].span(span[1])), spans)
+
+    def map_stored(self, work: Callable[[Iterator[StoredBlock]], T]) -> list[T] | None:
+        """`methods.blocks.map_stored`."""
+        if not all(isinstance(t, TensorReader) and t.can_be_stored for t in self.tensors):
+            return None
+        self._on_pass()
+        return self._map(lambda span: work(span[0].stored_span(span[1])), self._spans)
 
     def sample(self, count: int) -> Iterator[Block]:
         if self.size <= count:

@@ -2,6 +2,7 @@
 
     OUT.partial/model/        becomes OUT
     OUT.partial/replaced/     the OUT that --overwrite is replacing, between two renames
+    OUT.partial/nodes/        what each node of a cluster has finished
 
 Merges, conversions and adapters write here, and nothing else publishes a folder. Whenever a process
 is killed, the next one finds one of four states: nothing, work to continue, a finished model
@@ -34,6 +35,8 @@ from merge_cli.system.workspace import JOURNAL, MARK, Workspace
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+NODES = "nodes"  # the folder of the journals of a cluster's nodes
+
 
 class OutputWorkspace(Workspace):
     """The workspace whose `model` becomes OUT.
@@ -46,7 +49,15 @@ class OutputWorkspace(Workspace):
         super().__init__(target, ".partial", work)
         self.model = self.path / "model"
         self._replaced = self.path / "replaced"
-        self._names = {MARK, JOURNAL, "journal.jsonl.new", "journal.new", "model", "replaced"}
+        self._names = {
+            MARK,
+            JOURNAL,
+            "journal.jsonl.new",
+            "journal.new",
+            "model",
+            "replaced",
+            NODES,
+        }
         self._terms: tuple[bool, tuple[Path, ...]] = (False, ())  # on which OUT may be replaced
 
     def __enter__(self) -> Self:
@@ -240,7 +251,7 @@ def refuse_foreign(target: Path) -> None:
 def _is_part(folder: Path) -> bool:
     """Whether a folder inside a model's holds nothing but what models have in such folders."""
     return all(
-        not folders and all(_belongs(name) for name in files)
+        not folders and all(_belongs(name) or name in _ALSO for name in files)
         for _, folders, files in os.walk(folder)
     )
 

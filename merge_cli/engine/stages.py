@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from merge_cli.engine.device import choose_device
+from merge_cli.engine.device import device_of
 from merge_cli.engine.journal import work_key
 from merge_cli.engine.made_before import made_before
 from merge_cli.engine.merge import check_target
@@ -37,7 +37,7 @@ def make_stages(
     Raises:
         as `make_document` does; what is wrong with any of the documents before the first is made.
     """
-    kind, stages = choose_device(options.device).kind, plan.stages
+    kind, stages = device_of(options).kind, plan.stages
     keys = {name: work_key(stage, kind, options.statistics) for name, stage in stages.items()}
     results = unused(plan)
     with StageWorkspace(target) as workspace:

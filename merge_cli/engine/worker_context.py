@@ -22,9 +22,11 @@ from merge_cli.checkpoint.dtypes import width_of
 from merge_cli.checkpoint.headers import TensorRef
 from merge_cli.checkpoint.tensors import Tensor
 from merge_cli.kernels.convert import decode, decode_row, decode_rows, encode, encode_into
+from merge_cli.kernels.fused import StoredBlock, stored_starts
 from merge_cli.system.raw_io import FilePool, copy_range, read_ahead, read_into, write_from
 
 _WIDEST = 8  # bytes of an element in the widest format
+_ALIGNMENT = 64 * 1024  # more than what aligning every input takes
 
 
 @dataclass
@@ -66,10 +68,12 @@ class WorkerContext(Protocol):
 
     Attributes:
         block: elements in a block.
+        fuses: it has `load_stored`: its operands lie on the host, for compiled loops.
     """
 
     clock: StageClock
     block: int
+    fuses: bool
 
     def active(self) -> AbstractContextManager[Any]:
         """Entered by the worker's thread around everything that it computes."""
@@ -90,6 +94,9 @@ class WorkerContext(Protocol):
     def fetch(self, values: Any) -> Any:
         """Values as numpy float32 on the host, to be looked at before the worker's next call."""
 
+    def read(self, tensor: Tensor, start: int, buffer: memoryview) -> None:
+        """Fill a buffer of the host with a tensor's elements from `start` on."""
+
     def write(self, data: memoryview, path: Path, offset: int) -> None:
         """Bytes of the host into a file."""
 
@@ -109,6 +116,9 @@ class Files:
 
     def read(self, clock: StageClock, tensor: Tensor, start: int, buffer: memoryview) -> None:
         """Fill the buffer with a tensor's elements from `start` on."""
+        if type(tensor) is TensorRef:  # as a rule: no call between
+            self.read_stored(clock, tensor, start, buffer)
+            return
         tensor.fill(partial(self.read_stored, clock), start, buffer)
 
     def read_stored(
@@ -141,12 +151,14 @@ class Files:
 
 
 class HostWorker:
-    """Computes with numpy arrays and compiled loops. Blocks stay in the L2 cache."""
+    """Computes with numpy arrays and compiled loops. Blocks stay in the cache."""
+
+    fuses = True
 
     def __init__(self, files: Files, block: int, inputs: int) -> None:
         self.clock, self.block, self._files = StageClock(), block, files
         # Anonymous pages of our own: aligned, and in memory only where they have been used.
-        self._buffer = mmap.mmap(-1, block * _WIDEST * inputs)
+        self._buffer = mmap.mmap(-1, block * _WIDEST * inputs + _ALIGNMENT)
 
     def active(self) -> AbstractContextManager[Any]:
         import numpy as np
@@ -182,6 +194,29 @@ class HostWorker:
             np.subtract(rows, base_values, out=rows)
         return LoadedBlock(base_values, list(rows), finite)
 
+    def load_stored(
+        self, refs: Sequence[Tensor], start: int, stop: int, *, base: bool, dtype: str
+    ) -> tuple[StoredBlock, Any]:
+        """Elements [start, stop) of each tensor as stored, until the worker's next call.
+
+        Args:
+            base: the first tensor is the base.
+
+        Returns:
+            them, and room for as many elements of `dtype` (numpy uint8).
+        """
+        import numpy as np
+
+        size = stop - start
+        sizes = [size] * len(refs)
+        starts, kinds = stored_starts(sizes, [ref.dtype for ref in refs])
+        buffer = np.frombuffer(self._buffer, np.uint8)
+        for ref, first in zip(refs, starts, strict=False):
+            raw = buffer[first : first + size * width_of(ref.dtype)]
+            self._files.read(self.clock, ref, start, raw.data)
+        out = buffer[starts[-1] : starts[-1] + size * width_of(dtype)]
+        return StoredBlock(buffer, starts[:-1], kinds, start, size, base), out
+
     def _raw(self, inputs: int, size: int, dtype: str) -> Any:
         """(inputs, bytes) of the worker's buffer."""
         import numpy as np
@@ -198,6 +233,9 @@ class HostWorker:
     def fetch(self, values: Any) -> Any:
         return values
 
+    def read(self, tensor: Tensor, start: int, buffer: memoryview) -> None:
+        self._files.read(self.clock, tensor, start, buffer)
+
     def write(self, data: memoryview, path: Path, offset: int) -> None:
         self._files.write(self.clock, path, offset, data)
 
@@ -207,6 +245,8 @@ class HostWorker:
 
 class TorchWorker(HostWorker):
     """Computes with torch on a CPU: for float64, for methods that want tensors, without numba."""
+
+    fuses = False
 
     def load(
         self, refs: Sequence[Tensor], start: int, stop: int, *, base: bool, deltas: bool

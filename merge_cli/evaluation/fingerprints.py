@@ -5,20 +5,28 @@ A folder on disk is known by its content, a model of the Hub by its commit.
 
 from __future__ import annotations
 
-from merge_cli.checkpoint.fingerprint import cached_fingerprint, model_fingerprint
+import hashlib
+import json
+
+from merge_cli.checkpoint.fingerprint import (
+    cached_fingerprint,
+    file_fingerprint,
+    model_fingerprint,
+)
 from merge_cli.errors import SourceError
+from merge_cli.lora.adapter import WEIGHTS
 from merge_cli.sources.source import Source, require_safetensors
 
 
 def source_fingerprint(source: Source) -> str:
-    """`model_fingerprint` of an opened source that is a model by itself.
+    """`model_fingerprint` of an opened source, with that of its adapter.
 
     Raises:
-        SourceError: it has an adapter, and its folder is that of the model without it.
+        SourceError: its weights are in files that transformers does not load.
         OSError: a file cannot be read.
     """
-    require_folder(source)
-    return model_fingerprint(source.root)
+    require_safetensors(source)
+    return model_fingerprint(source.root) + _adapter_fingerprint(source)
 
 
 def source_identity(source: Source) -> str:
@@ -27,9 +35,10 @@ def source_identity(source: Source) -> str:
     Raises:
         as `source_fingerprint` does.
     """
-    require_folder(source)
-    if source.hub is not None and source.hub.commit:
-        return f"{source.hub.repo_id}@{source.hub.commit}"
+    require_safetensors(source)
+    if source.repository is not None and source.repository.commit:
+        commit = f"{source.repository.repo_id}@{source.repository.commit}"
+        return commit + _adapter_fingerprint(source)
     return source_fingerprint(source)
 
 
@@ -42,10 +51,14 @@ def remembered_identity(source: Source) -> str | None:
     Raises:
         as `source_fingerprint` does.
     """
-    require_folder(source)
-    if source.hub is not None and source.hub.commit:
+    require_safetensors(source)
+    adapter = source.adapter
+    if adapter is not None and not (adapter.root / WEIGHTS).is_file():
+        return None  # of the Hub, and not here yet
+    if source.repository is not None and source.repository.commit:
         return source_identity(source)
-    return cached_fingerprint(source.root)
+    cached = cached_fingerprint(source.root)
+    return None if cached is None else cached + _adapter_fingerprint(source)
 
 
 def refuse_changed(source: Source, identity: str) -> None:
@@ -59,19 +72,15 @@ def refuse_changed(source: Source, identity: str) -> None:
     Raises:
         SourceError: it has been written to meanwhile.
     """
-    if source.hub is None and source_fingerprint(source) != identity:
+    if source.repository is None and source_fingerprint(source) != identity:
         hint = "Run the command again when nothing writes to it."
         raise SourceError("has changed while it was loaded", model=source.label, hint=hint)
 
 
-def require_folder(source: Source) -> None:
-    """What runs a model loads its folder with transformers: the folder must be the whole model.
-
-    Raises:
-        SourceError: an adapter belongs to it, or its weights are in files of another kind.
-    """
-    require_safetensors(source)
-    if source.adapter is not None:
-        message = "an adapter is applied while merging, and here the model is run"
-        hint = "Merge the two into a folder first: `merge_method: passthrough`, one model."
-        raise SourceError(message, model=source.label, hint=hint)
+def _adapter_fingerprint(source: Source) -> str:
+    """Of an adapter's weights and config; empty where there is none. Adapters are small."""
+    if source.adapter is None:
+        return ""
+    config = json.dumps(source.adapter.config, sort_keys=True)
+    weights = file_fingerprint(source.adapter.root / WEIGHTS)
+    return "+" + hashlib.sha256(f"{config}{weights}".encode()).hexdigest()

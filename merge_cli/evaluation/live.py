@@ -13,10 +13,11 @@ from merge_cli.checkpoint.class_config import refuse_code
 from merge_cli.checkpoint.dtypes import width_of
 from merge_cli.engine.device import choose_device, free_memory
 from merge_cli.errors import MergeCliError, ResourceError, SourceError
-from merge_cli.evaluation.fingerprints import require_folder
+from merge_cli.evaluation.adapted import apply_adapter
 from merge_cli.evaluation.result import Cost
 from merge_cli.evaluation.spec import DTYPES
-from merge_cli.sources.source import Source
+from merge_cli.planning.plan import Plan
+from merge_cli.sources.source import Source, fetch_weights, require_safetensors
 from merge_cli.system.libraries import require
 from merge_cli.system.machine import show_size
 
@@ -99,6 +100,12 @@ class LiveModel:
         self.cost = Cost(cost.seconds, cost.tokens + tokens, cost.forward_passes + passes)
 
 
+def fetch_everything(plan: Plan) -> None:
+    """Models of the Hub, whole: transformers loads them."""
+    for source in plan.sources:
+        fetch_weights(source, source.header_bytes)
+
+
 def load(
     source: Source,
     *,
@@ -125,7 +132,7 @@ def load(
         ResourceError: there is no such device; torch, transformers, or accelerate where it is
             needed, cannot be imported.
     """
-    require_folder(source)
+    require_safetensors(source)
     refuse_code(source.config, source.label)
     torch = require("torch", "running a model")
     require("transformers", "running a model")
@@ -168,6 +175,12 @@ def load(
     if not incomplete:
         _refuse_missing_weights(source, loading_info)
     net.eval()
+    if source.adapter is not None:
+        if folder is not None:
+            hint = "Merge the two into a folder first: `merge_method: passthrough`, one model."
+            message = "an adapter is applied in memory, and the model does not fit there"
+            raise ResourceError(message, where=source.label, hint=hint)
+        apply_adapter(net, source)
     if folder is None:
         net.to(device_name)
     return LiveModel(

@@ -305,13 +305,17 @@ def quality_check(
 
     Raises:
         RecipeError: a wrong `eval` section, every problem with its place.
-        UsageError: a gate that cannot be read, or nothing to measure for it; an adapter.
+        UsageError: a gate that cannot be read, or nothing to measure for it; an adapter; a
+            sweep.
     """
     if not (spec or gates or no_worse or recipe.eval):
         return None
     if recipe.output is not None:
         hint = "Merge it into its model first: passthrough of BASE+OUT."
         raise UsageError("an adapter cannot be evaluated by itself", hint=hint)
+    if recipe.sweep:
+        hint = "`merge-cli compare RECIPE --data FILE` evaluates every variant."
+        raise UsageError("a sweep has several results, and none to evaluate", hint=hint)
     if spec is None:
         spec = spec_for(recipe, None, ())
     if spec is None:

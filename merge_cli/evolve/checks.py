@@ -31,10 +31,11 @@ def search_problems(recipe: Recipe, *, searching: bool) -> Iterator[Problem]:
     if recipe.objective is None:
         hint = "Write `objective: [{task: loss, data: FILE}]`."
         yield recipe.problem("merge_method", "needs an `objective:` to judge by.", hint)
-    if recipe.fp8:
-        message = "candidates are judged in the dtype that they are merged in: not in fp8."
+    if recipe.quantises:
+        word = recipe.out_dtype
+        message = f"candidates are judged in the dtype that they are merged in: not in {word}."
         yield recipe.problem(
-            "out_dtype", message, "Search in bfloat16, then merge the result in fp8."
+            "out_dtype", message, f"Search in bfloat16, then merge the result in {word}."
         )
     for key in ("slices", "modules"):
         if getattr(recipe, key):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from merge_cli.dam.data import source_contents, source_rows
+from merge_cli.data.sequences import source_contents, source_rows
 from merge_cli.errors import MismatchError, Problem
 from merge_cli.evaluation.rows import content_of, read_rows
 from merge_cli.evaluation.task import DataTask

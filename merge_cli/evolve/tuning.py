@@ -35,15 +35,19 @@ def tuned(
             result is no complete model.
         RecipeError: a parameter that the method does not have, or outside its range.
     """
+    if recipe.sweep:
+        hint = "Leave one of them out."
+        raise UsageError("--tune and `sweep:` both vary parameters", hint=hint)
     method = get_method(recipe.merge_method)
     preparation = preparation_for(method)
     if preparation is not None:
         message = f"--tune is for plain recipes, and {method.name} {preparation.does}"
         hint = "Leave --tune out, or run it with several values: only the merge is repeated."
         raise UsageError(message, hint=hint)
-    if recipe.output is not None or recipe.fp8:
+    if recipe.output is not None or recipe.quantises:
         message = "--tune judges whole models, in the dtype that they are merged in"
-        raise UsageError(message, hint="Tune without `output: adapter` and `out_dtype: fp8` first.")
+        what = "`output: adapter`" if recipe.output else f"`out_dtype: {recipe.out_dtype}`"
+        raise UsageError(message, hint=f"Tune without {what} first.")
     if not data:
         raise UsageError("--tune needs text to judge by", hint="Add --tune-on FILE.")
     if not ranges:

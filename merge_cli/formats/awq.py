@@ -13,17 +13,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from merge_cli.checkpoint.headers import TensorRef
-from merge_cli.checkpoint.tensors import Read, Tensor
+from merge_cli.checkpoint.tensors import Read
 from merge_cli.errors import SourceError
-from merge_cli.formats.packed import corrupt, of_shape, opening, reject_leftovers, required
+from merge_cli.formats.grouped_integers import read_modules
+from merge_cli.formats.packed import corrupt, of_shape, opening, required
 from merge_cli.formats.storage_format import (
     DecodedModel,
     quant_method,
     quantization_of,
-    unquantised,
     usual_dtype,
 )
 from merge_cli.formats.transposed_integers import (
+    CODES,
     ENDINGS,
     FLOATS,
     TransposedIntegers,
@@ -42,32 +43,21 @@ class Awq:
     name = "AWQ"
 
     def detect(self, tensors: Mapping[str, TensorRef], config: Mapping[str, Any]) -> bool:
-        return quant_method(config) == "awq" and any(name.endswith(".qweight") for name in tensors)
+        return quant_method(config) == "awq" and any(name.endswith(CODES) for name in tensors)
 
     def decode(
         self, tensors: Mapping[str, TensorRef], config: Mapping[str, Any], label: str
     ) -> DecodedModel:
-        quantization, default_dtype, opened = (
-            quantization_of(config),
-            usual_dtype(config),
-            opening(),
-        )
+        quantization, default_dtype = quantization_of(config), usual_dtype(config)
         self._check(quantization, label)
         reject_conv1d(config, label, self.name)
-        size = group_size(quantization, label)
-        as_numbers: dict[str, Tensor] = dict(tensors)
-        packed = [ref for ref in tensors.values() if ref.name.endswith(".qweight")]
-        for codes in packed:
-            module = codes.name.removesuffix(".qweight")
-            weight = _weight(module, codes, tensors, default_dtype, size, opened)
-            for part in weight.stored:
-                as_numbers.pop(part.name)
-            if weight.name in tensors:
-                raise corrupt(f"is stored a second time, as '{weight.name}'", codes)
-            as_numbers[weight.name] = weight
-        reject_leftovers(as_numbers.values(), ENDINGS)
-        note = f"{len(packed)} AWQ weights are read as numbers; they are lossy"
-        return DecodedModel(as_numbers, unquantised(config), (note,))
+        size, opened = group_size(quantization, label), opening()
+
+        def weight(codes: TensorRef) -> AwqTensor:
+            return _weight(codes, tensors, default_dtype, size, opened)
+
+        packed = [ref for ref in tensors.values() if ref.name.endswith(CODES)]
+        return read_modules(tensors, config, packed, weight, name=self.name, endings=ENDINGS)
 
     def _check(self, quantization: Mapping[str, Any], label: str) -> None:
         """What else AWQ has been written as is not read."""
@@ -116,7 +106,6 @@ class AwqTensor(TransposedIntegers):
 
 
 def _weight(
-    module: str,
     codes: TensorRef,
     tensors: Mapping[str, TensorRef],
     default_dtype: str,
@@ -128,6 +117,7 @@ def _weight(
     Raises:
         CorruptFileError: parts that do not fit, or are not there.
     """
+    module = codes.name.removesuffix(CODES)
     scales = required(tensors, f"{module}.scales", codes)
     zeros = required(tensors, f"{module}.qzeros", codes)
     if codes.dtype != "I32" or len(codes.shape) != 2 or not codes.size:

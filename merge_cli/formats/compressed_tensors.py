@@ -14,26 +14,25 @@ What a module is stored as follows from its tensors; the config's groups say how
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from merge_cli.checkpoint.headers import TensorRef
-from merge_cli.checkpoint.tensors import Read, Tensor
+from merge_cli.checkpoint.tensors import Tensor
 from merge_cli.errors import SourceError
-from merge_cli.formats.fp8 import FP8_CODES, dequantised, scheme_weights
-from merge_cli.formats.nvfp4 import fp4_weight
+from merge_cli.formats.encoding import Encoding
+from merge_cli.formats.fp8 import FP8_CODES, dequantised
+from merge_cli.formats.grouped_fp4 import fp4_weight
+from merge_cli.formats.grouped_integers import GroupedIntegers, check_shape
+from merge_cli.formats.int4_encoding import Int4Encoding
 from merge_cli.formats.packed import (
-    PackedRows,
     corrupt,
     drop_activations,
     of_shape,
-    read_integers,
     reject_leftovers,
     required,
     small_numbers,
-    unpack,
 )
-from merge_cli.formats.small_floats import read_scales
+from merge_cli.formats.schemes import FLOATS, METHOD, scheme_weights
 from merge_cli.formats.storage_format import (
     DecodedModel,
     quant_method,
@@ -41,23 +40,24 @@ from merge_cli.formats.storage_format import (
     unquantised,
     usual_dtype,
 )
-from merge_cli.kernels.codes import scale_groups
 
 _PACKED = "_packed"
 _PARTS = ("_packed", "_scale", "_shape", "_zero_point", "_g_idx", "_global_scale")
-_FLOATS = ("F32", "F16", "BF16")
 _BITS = (4, 8)  # others have been packed in two ways, which look alike
 
 
 class CompressedTensors:
     """The format. See `StorageFormat`."""
 
-    name = "compressed-tensors"
+    name = METHOD
 
     def detect(self, tensors: Mapping[str, TensorRef], config: Mapping[str, Any]) -> bool:
-        return quant_method(config) == "compressed-tensors" and any(
+        return quant_method(config) == METHOD and any(
             name.endswith(".weight_packed") or ref.dtype == "I8" for name, ref in tensors.items()
         )
+
+    def encoding(self, word: str, dtype: str, config: Mapping[str, Any]) -> Encoding | None:
+        return Int4Encoding(dtype=dtype if dtype in FLOATS else "F32") if word == "int4" else None
 
     def decode(
         self, tensors: Mapping[str, TensorRef], config: Mapping[str, Any], label: str
@@ -103,99 +103,6 @@ class CompressedTensors:
 COMPRESSED_TENSORS = CompressedTensors()
 
 
-@dataclass(frozen=True)
-class GroupedIntegers(PackedRows):
-    """Integers less a zero point, times the scale of their group of columns.
-
-    Attributes:
-        bits: of a code; 8 of plain int8, too.
-        scales: one number, or [..., rows, groups].
-        zeros: like the scales: packed by columns if the codes are packed, else int8; or None.
-        groups: the group of each column; None where they follow one another.
-        checked: `weight_shape`, which may not have been there when the model was opened.
-    """
-
-    bits: int
-    scales: TensorRef
-    zeros: TensorRef | None
-    groups: TensorRef | None
-    checked: TensorRef | None
-
-    @property
-    def stored(self) -> tuple[TensorRef, ...]:
-        extra = (self.zeros, self.groups, self.checked)
-        return (self.codes, self.scales, *(ref for ref in extra if ref is not None))
-
-    @property
-    def formula(self) -> str:
-        zeros, groups = self.zeros is not None, self.groups is not None
-        return f"{self.bits}-bit integers, zeros {zeros}, groups {groups}, {self.scales.shape}"
-
-    def rows(self, read: Read, first: int, last: int) -> Any:
-        import numpy as np
-
-        if self.checked is not None:
-            stated = read_integers(read, self.checked, 0, self.checked.size).tolist()
-            _check_shape(self.checked, stated, self.shape)
-        columns, count = self.shape[-1], last - first
-        per_row = self.codes.shape[-1]
-        if self.codes.dtype == "I8":
-            codes = read_integers(read, self.codes, first * per_row, count * per_row)
-            numbers = codes.reshape(count, columns).astype(np.float32)
-        else:
-            words = read_integers(read, self.codes, first * per_row, count * per_row)
-            codes = unpack(words.view(np.uint8).reshape(count, -1), self.bits)[:, :columns]
-            numbers = codes.astype(np.float32)
-            numbers -= 2 ** (self.bits - 1)
-        across = 1 if self.scales.size == 1 else self.scales.shape[-1]
-        if self.scales.size == 1:
-            scales = read_scales(read, self.scales, 0, 1).reshape(1, 1)
-        else:
-            scales = read_scales(read, self.scales, first * across, count * across)
-            scales = scales.reshape(count, across)
-        zeros = self._zeros(read, first, last, across) if self.zeros is not None else None
-        if self.groups is None:
-            if zeros is not None:
-                numbers.reshape(count, across, -1)[:] -= zeros[:, :, None]
-            scale_groups(numbers, scales)
-            return numbers
-        group = self._group_of_columns(read, across)
-        if zeros is not None:
-            numbers -= zeros[:, group]
-        numbers *= scales[:, group]
-        return numbers
-
-    def _zeros(self, read: Read, first: int, last: int, across: int) -> Any:
-        """Zero points of rows: float32 [rows, groups]."""
-        import numpy as np
-
-        assert self.zeros is not None
-        if self.zeros.dtype == "I8":
-            if self.zeros.size == 1:
-                return read_integers(read, self.zeros, 0, 1).astype(np.float32).reshape(1, 1)
-            zeros = read_integers(read, self.zeros, first * across, (last - first) * across)
-            return zeros.astype(np.float32).reshape(-1, across)
-        per_word = 32 // self.bits
-        lines = self.zeros.shape[-2]
-        parts = []
-        for matrix, low, high in self.by_matrix(first, last):
-            begin, end = low // per_word, -(-high // per_word)
-            start, size = (matrix * lines + begin) * across, (end - begin) * across
-            words = read_integers(read, self.zeros, start, size).reshape(-1, across)
-            raw = np.ascontiguousarray(words.T).view(np.uint8)
-            codes = unpack(raw, self.bits)[:, low - begin * per_word : high - begin * per_word]
-            parts.append(codes.T.astype(np.float32))
-        return np.concatenate(parts) - np.float32(2 ** (self.bits - 1))
-
-    def _group_of_columns(self, read: Read, across: int) -> Any:
-        assert self.groups is not None
-        group = read_integers(read, self.groups, 0, self.groups.size)
-        if group.min() < 0 or group.max() >= across:
-            message = f"names groups from {group.min()} to {group.max()}: there are {across}"
-            raise corrupt(message, self.groups)
-        return group
-
-
 def integer_weight(
     name: str,
     codes: TensorRef,
@@ -223,16 +130,17 @@ def integer_weight(
     if not scales.size:
         raise corrupt(f"no scales: {list(scales.shape)}", scales)
     across = 1 if scales.size == 1 else scales.shape[-1]
-    bits, columns = (8, codes.shape[-1])
+    bits, columns, group = 8, codes.shape[-1], 0
     if codes.dtype == "I32":
         checked = checked or required({}, f"{name}_shape", codes)
         scheme, bits, columns = _width(codes, across, checked, schemes)
         _check_scheme(codes, scheme, zeros, groups)
+        group = (scheme.get("group_size") or 0) if scheme.get("strategy") != "channel" else 0
     rows = codes.shape[:-1]
     shape = (*rows, columns)
     why = f"'{codes.name}'"
     grid = (*rows, across)
-    of_shape(scales, _FLOATS, grid, *(((), (1,)) if across == 1 else ()), why=why)
+    of_shape(scales, FLOATS, grid, *(((), (1,)) if across == 1 else ()), why=why)
     if columns % across and groups is None:
         raise corrupt(f"{across} groups do not divide {columns} columns", scales)
     if zeros is not None and codes.dtype == "I8":
@@ -243,7 +151,9 @@ def integer_weight(
             of_shape(zeros, ("I32",), packed, why=why)
     if groups is not None:
         of_shape(groups, ("I32", "I64"), (columns,), why=why)
-    return GroupedIntegers(name, codes, shape, default_dtype, bits, scales, zeros, groups, checked)
+    return GroupedIntegers(
+        name, codes, shape, default_dtype, bits, scales, zeros, groups, checked, max(0, group)
+    )
 
 
 def _width(
@@ -270,7 +180,7 @@ def _width(
             continue
         if -(-columns * bits // 32) == codes.shape[-1]:
             if stated is not None:
-                _check_shape(checked, stated, (*codes.shape[:-1], columns))
+                check_shape(checked, stated, (*codes.shape[:-1], columns))
             return scheme, bits, columns
     message = f"I32 of shape {list(codes.shape)} with {across} groups"
     raise corrupt(f"{message} fits no group of the config, with the shape {stated}", codes)
@@ -287,12 +197,6 @@ def _check_scheme(
         raise corrupt("is not symmetric, as the config says, and has no weight_zero_point", codes)
     if str(scheme.get("actorder")).lower() in ("group", "true", "dynamic") and groups is None:
         raise corrupt("has its columns in another order (actorder) and no weight_g_idx", codes)
-
-
-def _check_shape(ref: TensorRef, stated: list[int], shape: tuple[int, ...]) -> None:
-    """`weight_shape` says what the weight is; of a stack, perhaps what each matrix is."""
-    if tuple(stated) not in (shape, shape[-2:]):
-        raise corrupt(f"says {stated}, but the weight is {list(shape)}", ref)
 
 
 def _schemes(quantization: Any) -> Iterator[Mapping[str, Any]]:

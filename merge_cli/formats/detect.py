@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from merge_cli.checkpoint.headers import TensorRef
 from merge_cli.formats.awq import AWQ
 from merge_cli.formats.bitsandbytes import BITSANDBYTES
 from merge_cli.formats.compressed_tensors import COMPRESSED_TENSORS
+from merge_cli.formats.encoding import Encoding
 from merge_cli.formats.fp8 import FP8
 from merge_cli.formats.gptq import GPTQ
 from merge_cli.formats.hqq import HQQ
@@ -18,6 +20,7 @@ from merge_cli.formats.nvfp4 import NVFP4
 from merge_cli.formats.storage_format import (
     DecodedModel,
     StorageFormat,
+    WritableFormat,
     quant_method,
     quantization_of,
 )
@@ -54,8 +57,21 @@ def read_as_numbers(
     """
     for storage_format in FORMATS:
         if storage_format.detect(tensors, config):
-            return storage_format.decode(tensors, config, label)
+            decoded = storage_format.decode(tensors, config, label)
+            read = {ref.name for tensor in decoded.tensors.values() for ref in tensor.stored}
+            left_out = tuple(ref for name, ref in tensors.items() if name not in read)
+            return replace(decoded, quantization=config, left_out=left_out)
     return DecodedModel(tensors, dict(config))
+
+
+def encoding_for(word: str, dtype: str, config: Mapping[str, Any]) -> Encoding:
+    """How weights are stored for a word of `out_dtype:`; see `WritableFormat`."""
+    offered = (
+        storage_format.encoding(word, dtype, config)
+        for storage_format in FORMATS
+        if isinstance(storage_format, WritableFormat)
+    )
+    return next(encoding for encoding in offered if encoding is not None)
 
 
 def advice(config: Mapping[str, Any]) -> tuple[str, str] | None:

@@ -2,19 +2,22 @@
 
 Scales as DeepSeek, Qwen and transformers write them (`weight_scale_inv`, blocks of 128 x 128), and
 as compressed-tensors, FBGEMM and ModelOpt do (`weight_scale`: of the tensor, a row, or a block),
-and ComfyUI (`scale_weight`, of the tensor). What is written is DeepSeek's form.
+and ComfyUI (`scale_weight`, of the tensor). How it is written is in formats/fp8_encoding.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from merge_cli.checkpoint.headers import TensorRef
 from merge_cli.checkpoint.tensors import Float32, Read, Tensor
 from merge_cli.errors import CorruptFileError
+from merge_cli.formats.encoding import Encoding
+from merge_cli.formats.fp8_encoding import CompressedFp8Encoding, Fp8Encoding
 from merge_cli.formats.packed import drop_activations, reject_leftovers
+from merge_cli.formats.schemes import FLOATS, scheme_weights
 from merge_cli.formats.small_floats import numbers_of, read_scales
 from merge_cli.formats.storage_format import (
     DecodedModel,
@@ -26,6 +29,8 @@ from merge_cli.kernels.codes import look_up
 
 FP8_CODES = ("F8_E4M3", "F8_E5M2")
 _SCALES = ("_scale_inv", "_scale")  # behind the weight's name
+_SCALE_DTYPES = (*FLOATS, "F8_E8M0", "U8")
+_TALLEST = 128  # rows of a block: they are held as numbers while they are written
 _MARK = "scaled_fp8"  # a tensor of no use with which ComfyUI marks a file
 
 
@@ -33,8 +38,6 @@ class Fp8:
     """The format. See `StorageFormat`."""
 
     name = "fp8"
-    codes = "F8_E4M3"
-    block = (128, 128)
 
     def detect(self, tensors: Mapping[str, TensorRef], config: Mapping[str, Any]) -> bool:
         stored = any(ref.dtype in FP8_CODES for ref in tensors.values())
@@ -60,24 +63,14 @@ class Fp8:
         reject_leftovers(as_numbers.values(), ("_scale_inv", ".scale_weight"))
         return DecodedModel(as_numbers, unquantised(config), notes)
 
-    def encode(self, rows: Any, columns: int) -> tuple[Any, Any]:
-        import numpy as np
-
-        from merge_cli.kernels.convert import quantise
-
-        codes = np.empty(rows.shape, np.uint8)
-        scales = np.empty(-(-rows.shape[1] // columns), np.float32)
-        quantise(rows, columns, codes, scales)
-        return codes, scales
-
-    def settings(self, unconverted: Sequence[str]) -> dict[str, Any]:
-        return {
-            "activation_scheme": "dynamic",
-            "fmt": "e4m3",
-            "modules_to_not_convert": list(unconverted),
-            "quant_method": "fp8",
-            "weight_block_size": list(self.block),
-        }
+    def encoding(self, word: str, dtype: str, config: Mapping[str, Any]) -> Encoding | None:
+        if word == self.name:
+            return Fp8Encoding(128, 128)
+        if word not in ("fp8_row", "fp8_tensor"):
+            return None
+        scales = dtype if dtype in FLOATS else "F32"
+        row = word == "fp8_row"
+        return CompressedFp8Encoding(int(row), 0, "_scale", scales, () if row else (1,))
 
 
 FP8 = Fp8()
@@ -92,12 +85,14 @@ class DequantizedTensor(Float32):
             matrices for each of them. None where there is none.
         block: rows and columns of a block.
         default_dtype: what the model's weights would be without quantisation.
+        powers: scales are powers of two.
     """
 
     weight: TensorRef
     scale: TensorRef | None
     block: tuple[int, int]
     default_dtype: str = "BF16"
+    powers: bool = False
 
     @property
     def made_of(self) -> Tensor:
@@ -110,6 +105,32 @@ class DequantizedTensor(Float32):
     @property
     def formula(self) -> str:
         return f"{self.weight.dtype} times its scales by blocks of {self.block}"
+
+    @property
+    def encoding(self) -> Encoding | str:
+        if self.weight.dtype != "F8_E4M3":
+            return "fp8 as E5M2 is not written"
+        if self.scale is None:
+            return Fp8Encoding(0, 0, "")
+        suffix = self.scale.name.removeprefix(self.weight.name)
+        if suffix == self.scale.name:
+            suffix = suffix.removeprefix(self.weight.name.removesuffix(".weight"))
+        exponents = self.scale.dtype in ("F8_E8M0", "U8")
+        form: dict[str, Any] = {
+            "suffix": suffix,
+            "dtype": self.scale.dtype,
+            "powers": self.powers or exponents,
+        }
+        if self.scale.dtype not in _SCALE_DTYPES:
+            return f"fp8 with scales in {self.scale.dtype} is not written"
+        if self.scale.size == 1:
+            return Fp8Encoding(0, 0, scalar=self.scale.shape, **form)
+        tall, wide = self.block
+        whole_rows = wide == self.shape[-1]
+        if tall > _TALLEST or (whole_rows and self.scale.shape[-1:] != (1,)):
+            return f"fp8 with scales of shape {list(self.scale.shape)} is not written"
+        encoding = Fp8Encoding(tall, 0 if whole_rows else wide, **form)
+        return encoding.unfit(self.shape) or encoding
 
     def fill(self, read: Read, start: int, buffer: memoryview) -> None:
         import numpy as np
@@ -184,7 +205,9 @@ def dequantised(
     if ref.name.endswith(".weight"):
         names.append(f"{ref.name.removesuffix('weight')}scale_weight")
     scale = next((tensors[name] for name in names if name in tensors), None)
-    return DequantizedTensor(ref, scale, _block(ref, scale, quantization, label), default_dtype)
+    powers = isinstance(quantization, dict) and quantization.get("scale_fmt") == "ue8m0"
+    block = _block(ref, scale, quantization, label)
+    return DequantizedTensor(ref, scale, block, default_dtype, powers)
 
 
 def _is_fp8(quantization: Any) -> bool:
@@ -202,14 +225,6 @@ def _is_fp8(quantization: Any) -> bool:
             for weights in scheme_weights(quantization)
         )
     return False
-
-
-def scheme_weights(quantization: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """What compressed-tensors' groups say of weights."""
-    groups = quantization.get("config_groups")
-    for group in groups.values() if isinstance(groups, dict) else ():
-        if isinstance(group, dict) and isinstance(group.get("weights"), dict):
-            yield group["weights"]
 
 
 def _block(

@@ -17,19 +17,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from merge_cli.checkpoint.headers import TensorRef
-from merge_cli.checkpoint.tensors import Read, Tensor, read_numbers
+from merge_cli.checkpoint.tensors import Read, read_numbers
+from merge_cli.formats.grouped_integers import read_modules
 from merge_cli.formats.packed import (
     PackedTensor,
     as_bytes,
     corrupt,
     not_here,
     of_shape,
-    reject_leftovers,
     required,
     small_bytes,
     small_numbers,
 )
-from merge_cli.formats.storage_format import DecodedModel, quant_method, unquantised, usual_dtype
+from merge_cli.formats.storage_format import DecodedModel, quant_method, usual_dtype
 from merge_cli.formats.transposed_integers import reject_conv1d
 
 _CODES = ".W_q"
@@ -77,19 +77,12 @@ class Hqq:
     ) -> DecodedModel:
         default_dtype = usual_dtype(config)
         reject_conv1d(config, label, self.name)
-        as_numbers: dict[str, Tensor] = dict(tensors)
+
+        def weight(codes: TensorRef) -> HqqTensor:
+            return _weight(codes, tensors, default_dtype)
+
         packed = [ref for ref in tensors.values() if ref.name.endswith(_CODES)]
-        for codes in packed:
-            module = codes.name.removesuffix(_CODES)
-            weight = _weight(module, codes, tensors, default_dtype)
-            if weight.name in tensors:
-                raise corrupt(f"is stored a second time, as '{weight.name}'", codes)
-            for name in (*(ref.name for ref in weight.stored), *(f"{module}.{s}" for s in _SAID)):
-                as_numbers.pop(name, None)
-            as_numbers[weight.name] = weight
-        reject_leftovers(as_numbers.values(), _ENDINGS)
-        note = f"{len(packed)} HQQ weights are read as numbers; they are lossy"
-        return DecodedModel(as_numbers, unquantised(config), (note,))
+        return read_modules(tensors, config, packed, weight, name=self.name, endings=_ENDINGS)
 
 
 HQQ = Hqq()
@@ -103,16 +96,18 @@ class HqqTensor(PackedTensor):
         packing: a key of the table above.
         scales, zeros: of the groups.
         group: numbers of a group, which follow one another.
+        about: what else is stored of it, which says how it is packed.
     """
 
     packing: str
     scales: TensorRef
     zeros: TensorRef
     group: int
+    about: tuple[TensorRef, ...]
 
     @property
     def stored(self) -> tuple[TensorRef, ...]:
-        return (self.codes, self.scales, self.zeros)
+        return (self.codes, self.scales, self.zeros, *self.about)
 
     @property
     def formula(self) -> str:
@@ -142,15 +137,15 @@ class HqqTensor(PackedTensor):
             apply(out, numbers[begin : begin + len(out)], out=out)
 
 
-def _weight(
-    module: str, codes: TensorRef, tensors: Mapping[str, TensorRef], default_dtype: str
-) -> HqqTensor:
+def _weight(codes: TensorRef, tensors: Mapping[str, TensorRef], default_dtype: str) -> HqqTensor:
     """A module's weight, its parts checked against one another.
 
     Raises:
         CorruptFileError: parts that do not fit, or are not there.
         SourceError: its file is not here yet: the shapes are in it.
     """
+
+    module = codes.name.removesuffix(_CODES)
 
     def part(name: str) -> TensorRef:
         return required(tensors, f"{module}.{name}", codes)
@@ -181,6 +176,7 @@ def _weight(
     scales, zeros = part("scale"), part("zero")
     for ref in (scales, zeros):
         of_shape(ref, _FLOATS, (groups, 1), (groups,), why=f"'{codes.name}'")
+    about = tuple(tensors[n] for n in (f"{module}.{said}" for said in _SAID) if n in tensors)
     return HqqTensor(
-        f"{module}.weight", codes, tuple(shape), default_dtype, kind, scales, zeros, group
+        f"{module}.weight", codes, tuple(shape), default_dtype, kind, scales, zeros, group, about
     )

@@ -16,19 +16,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from merge_cli.checkpoint.headers import TensorRef
-from merge_cli.checkpoint.tensors import Read, Tensor, read_numbers
+from merge_cli.checkpoint.tensors import Read, read_numbers
 from merge_cli.errors import SourceError
+from merge_cli.formats.grouped_integers import read_modules
 from merge_cli.formats.packed import (
     PackedRows,
     corrupt,
     of_shape,
     read_integers,
-    reject_leftovers,
     required,
     unpack,
 )
 from merge_cli.formats.small_floats import fp4_numbers, numbers_of
-from merge_cli.formats.storage_format import DecodedModel, quant_method, unquantised, usual_dtype
+from merge_cli.formats.storage_format import DecodedModel, quant_method, usual_dtype
 from merge_cli.formats.transposed_integers import reject_conv1d
 from merge_cli.kernels.codes import scale_groups
 
@@ -53,16 +53,14 @@ class Mlx:
     ) -> DecodedModel:
         default_dtype, quantization = usual_dtype(config), config[_KEY]
         reject_conv1d(config, label, self.name)
-        as_numbers: dict[str, Tensor] = dict(tensors)
+
+        def weight(codes: TensorRef) -> MlxTensor:
+            return _weight(codes, tensors, quantization, default_dtype, label)
+
         packed = [ref for ref in tensors.values() if ref.dtype == "U32"]
-        for codes in packed:
-            weight = _weight(codes, tensors, quantization, default_dtype, label)
-            for part in weight.stored[1:]:
-                del as_numbers[part.name]
-            as_numbers[codes.name] = weight
-        reject_leftovers(as_numbers.values(), _ENDINGS)
-        note = f"{len(packed)} MLX weights are read as numbers; they are lossy"
-        return DecodedModel(as_numbers, unquantised(config, _KEY), (note,))
+        return read_modules(
+            tensors, config, packed, weight, name=self.name, endings=_ENDINGS, key=_KEY
+        )
 
 
 MLX = Mlx()

@@ -9,12 +9,15 @@ Microscaling Formats (MX) Specification 1.0, Open Compute Project; arXiv:2310.10
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from merge_cli.checkpoint.config import text_config
 from merge_cli.checkpoint.headers import TensorRef
 from merge_cli.checkpoint.tensors import Read, Tensor
+from merge_cli.formats.encoding import Encoding, Part
+from merge_cli.formats.fp4_encoding import MX_GROUP, MxEncoding, group_magnitudes, mx_exponents
 from merge_cli.formats.packed import (
     PackedRows,
     StoredMatrix,
@@ -32,10 +35,11 @@ from merge_cli.formats.storage_format import (
     usual_dtype,
 )
 from merge_cli.kernels.codes import look_up, spread
+from merge_cli.kernels.quantise import encode_e2m1
 
 _BLOCKS, _SCALES = "_blocks", "_scales"
-_GROUP = 32  # numbers that share an exponent
 _EXPONENTS = ("U8", "F8_E8M0")
+_TURNED = ("gpt_oss",)  # the only kind of model that has experts like this
 
 
 class Mxfp4:
@@ -48,6 +52,12 @@ class Mxfp4:
             name.endswith((_BLOCKS, _SCALES)) for name in tensors
         )
 
+    def encoding(self, word: str, dtype: str, config: Mapping[str, Any]) -> Encoding | None:
+        if word != "mxfp4":
+            return None
+        turned = text_config(config).get("model_type") in _TURNED
+        return TransposedMxEncoding() if turned else MxEncoding()
+
     def decode(
         self, tensors: Mapping[str, TensorRef], config: Mapping[str, Any], label: str
     ) -> DecodedModel:
@@ -57,7 +67,7 @@ class Mxfp4:
         for blocks in stacks:
             name = blocks.name.removesuffix(_BLOCKS)
             scales = required(tensors, name + _SCALES, blocks)
-            if len(blocks.shape) != 4 or blocks.dtype != "U8" or blocks.shape[-1] != _GROUP // 2:
+            if len(blocks.shape) != 4 or blocks.dtype != "U8" or blocks.shape[-1] != MX_GROUP // 2:
                 message = f"{blocks.dtype} of shape {list(blocks.shape)}: experts in MXFP4 are U8"
                 raise corrupt(f"{message} of [experts, columns, groups, 16]", blocks)
             if name in tensors:
@@ -65,7 +75,7 @@ class Mxfp4:
             of_shape(scales, _EXPONENTS, blocks.shape[:-1], why=f"'{blocks.name}'")
             del as_numbers[blocks.name], as_numbers[scales.name]
             experts, columns, groups, _ = blocks.shape
-            shape = (experts, groups * _GROUP, columns)
+            shape = (experts, groups * MX_GROUP, columns)
             stack = TransposedMxfp4(name, blocks, shape, default_dtype, scales, opened)
             as_numbers[name] = stack
         reject_leftovers(as_numbers.values(), (_BLOCKS, _SCALES))
@@ -89,7 +99,11 @@ class TransposedMxfp4(PackedRows):
 
     @property
     def formula(self) -> str:
-        return f"MXFP4, transposed, groups of {_GROUP}"
+        return f"MXFP4, transposed, groups of {MX_GROUP}"
+
+    @property
+    def encoding(self) -> Encoding:
+        return TransposedMxEncoding(self.scales.dtype)
 
     def rows(self, read: Read, first: int, last: int) -> Any:
         import numpy as np
@@ -110,7 +124,7 @@ class TransposedMxfp4(PackedRows):
             StoredMatrix(role, ref, matrix * width * line, width, line, self.opened)
             for role, ref, line in (
                 ("codes", self.codes, height // 2),
-                ("scales", self.scales, height // _GROUP),
+                ("scales", self.scales, height // MX_GROUP),
             )
         )
         raw = codes.columns(read, first // 2, -(-last // 2))
@@ -119,9 +133,96 @@ class TransposedMxfp4(PackedRows):
         begin = first % 2
         codes_by_row = turned.reshape(-1, raw.shape[0])[begin : begin + last - first]
         out[:] = look_up(numbers_of("F4_E2M1"), codes_by_row)
-        groups = range(first // _GROUP, -(-last // _GROUP))
+        groups = range(first // MX_GROUP, -(-last // MX_GROUP))
         exponents = scales.columns(read, groups.start, groups.stop)
         powers = numbers_of("F8_E8M0")[exponents.T]
         for group, power in zip(groups, powers, strict=True):
-            low, high = max(first, group * _GROUP), min(last, (group + 1) * _GROUP)
+            low, high = max(first, group * MX_GROUP), min(last, (group + 1) * MX_GROUP)
             out[low - first : high - first] *= power
+
+
+@dataclass(frozen=True)
+class TransposedMxEncoding(Encoding):
+    """A stack of experts, each transposed. The scale is that of `MxEncoding`.
+
+    Values come by rows and are stored by columns, so the bytes of a matrix are kept until all of
+    its rows have come: an eighth of what its float32 would take.
+
+    Attributes:
+        dtype: of the exponents: U8 or F8_E8M0.
+    """
+
+    dtype: str = "U8"
+
+    @property
+    def family(self) -> str:
+        return "mxfp4"
+
+    @property
+    def label(self) -> str:
+        return "MXFP4"
+
+    @property
+    def described(self) -> str:
+        return f"an exponent for each {MX_GROUP} inputs of an expert"
+
+    @property
+    def only_stacks(self) -> bool:
+        return True
+
+    def unfit(self, shape: tuple[int, ...]) -> str:
+        if len(shape) != 3:
+            return "only stacks of experts are written in it"
+        if shape[-2] % MX_GROUP:
+            return f"{shape[-2]} inputs are no multiple of the group of {MX_GROUP}"
+        return ""
+
+    def parts(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
+        experts, rows, columns = shape
+        groups = rows // MX_GROUP
+        grid, count = (experts, columns, groups), columns * groups
+        half = MX_GROUP // 2
+        return (
+            Part(_BLOCKS, "U8", (*grid, half), rows * columns, count * half),
+            Part(_SCALES, self.dtype, grid, rows * columns, count),
+        )
+
+    def tile(self, shape: tuple[int, ...]) -> int:
+        return MX_GROUP * shape[-1]
+
+    def span(self, shape: tuple[int, ...]) -> int:
+        return shape[-2] * shape[-1]
+
+    def encode(
+        self,
+        values: Any,
+        shape: tuple[int, ...],
+        stored: Sequence[Any],
+        at: int = 0,
+        scale: float = 1.0,
+        before: Any = None,
+    ) -> None:
+        import numpy as np
+
+        _, rows, columns = shape
+        codes = stored[0].reshape(-1, columns, rows // MX_GROUP, MX_GROUP // 2)
+        exponents = stored[1].reshape(-1, columns, rows // MX_GROUP)
+        size = self.tile(shape)
+        for begin in range(0, len(values), size):
+            expert, group = divmod((at + begin) // size, rows // MX_GROUP)
+            lines = values[begin : begin + size].reshape(MX_GROUP, columns)
+            changed: Any = slice(None)
+            if before is not None:
+                old = before[begin : begin + size].reshape(MX_GROUP, columns)
+                changed = np.flatnonzero((lines != old).any(axis=0))
+            groups = np.ascontiguousarray(lines.T[changed])
+            raw = mx_exponents(group_magnitudes(groups))
+            packed = np.empty((len(groups), MX_GROUP // 2), np.uint8)
+            encode_e2m1(groups, numbers_of("F8_E8M0")[raw], packed)
+            codes[expert, changed, group] = packed
+            exponents[expert, changed, group] = raw
+
+    def settings(
+        self, groups: Mapping[Encoding, Sequence[str]], unconverted: Sequence[str]
+    ) -> dict[str, Any]:
+        return {"modules_to_not_convert": list(unconverted), "quant_method": "mxfp4"}

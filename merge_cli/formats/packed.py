@@ -21,6 +21,7 @@ from merge_cli.checkpoint.dtypes import width_of
 from merge_cli.checkpoint.headers import TensorRef
 from merge_cli.checkpoint.tensors import Read, Tensor, fill_rows, reading
 from merge_cli.errors import CorruptFileError, SourceError
+from merge_cli.formats.encoding import Encoding
 from merge_cli.kernels.codes import spread
 
 STRIP_BYTES = 2**21  # of codes, for each thread and model; of their scales it is less
@@ -106,6 +107,11 @@ class PackedTensor(ABC):
     def formula(self) -> str:
         """See `tensors.Tensor`."""
 
+    @property
+    def encoding(self) -> Encoding | str:
+        """See `encoding.Encoded`."""
+        return f"{self.formula} is not written"
+
     @abstractmethod
     def fill(self, read: Read, start: int, buffer: memoryview) -> None:
         """See `tensors.Tensor`."""
@@ -184,9 +190,14 @@ _ACTIVATIONS = (
 _CODES = ("U8", "I8", "U32", "F8_E4M3", "F8_E5M2", "F8_E8M0")
 
 
+def is_activation(name: str) -> bool:
+    """Whether a tensor's name is that of a scale of activations or caches."""
+    return name.endswith(_ACTIVATIONS)
+
+
 def drop_activations(tensors: dict[str, Tensor]) -> list[str]:
     """Take the scales of activations and caches out, and say so."""
-    dropped = [name for name in tensors if name.endswith(_ACTIVATIONS)]
+    dropped = [name for name in tensors if is_activation(name)]
     for name in dropped:
         del tensors[name]
     if not dropped:

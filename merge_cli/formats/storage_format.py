@@ -5,15 +5,17 @@ A format says what tensors are made of; nothing is read from the files before a 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from merge_cli.checkpoint.config import text_config
 from merge_cli.checkpoint.headers import TensorRef
 from merge_cli.checkpoint.tensors import Tensor
+from merge_cli.formats.encoding import Encoding
 
 QUANTIZATION = "quantization_config"  # the key of config.json that says how weights are quantised
+_OTHER_KEYS = ("quantization",)  # MLX's
 
 
 @dataclass(frozen=True)
@@ -24,11 +26,16 @@ class DecodedModel:
         tensors: by name; what was quantised is computed while it is read.
         config: config.json without the word on quantisation.
         notes: what was done, for the plan.
+        quantization: config.json with the word on quantisation, as it is stored; empty for a model
+            that is not quantised.
+        left_out: stored tensors that no weight is computed from.
     """
 
     tensors: Mapping[str, Tensor]
     config: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    quantization: Mapping[str, Any] = field(default_factory=dict)
+    left_out: tuple[TensorRef, ...] = ()
 
 
 def quantization_of(config: Mapping[str, Any]) -> Any:
@@ -55,6 +62,21 @@ def unquantised(config: Mapping[str, Any], *keys: str) -> dict[str, Any]:
         if part is text_config(config):
             plain[key] = {inner: value for inner, value in part.items() if inner not in gone}
     return plain
+
+
+def quantised_as(config: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Any]:
+    """A config with the words on quantisation that another one has and `unquantised` takes away.
+
+    Args:
+        stored: the config of a quantised model.
+    """
+    plain = unquantised(stored, *_OTHER_KEYS)
+    result = {**config, **{key: stored[key] for key in stored if key not in plain}}
+    for key, part in stored.items():
+        if part is text_config(stored) and part is not stored and isinstance(result.get(key), dict):
+            words = {inner: part[inner] for inner in part if inner not in plain[key]}
+            result[key] = {**result[key], **words}
+    return result
 
 
 def usual_dtype(config: Mapping[str, Any]) -> str:
@@ -89,29 +111,14 @@ class StorageFormat(Protocol):
         """
 
 
-class WritableFormat(StorageFormat, Protocol):
-    """A format that merges are written in, too.
+@runtime_checkable
+class WritableFormat(Protocol):
+    """A format that `out_dtype:` has a word for, whatever the model is stored in."""
 
-    Attributes:
-        name: what `out_dtype:` of a recipe calls it.
-        codes: safetensors dtype of the stored codes.
-        block: rows and columns that share a scale in what is written.
-    """
-
-    codes: str
-    block: tuple[int, int]
-
-    def encode(self, rows: Any, columns: int) -> tuple[Any, Any]:
-        """One row of blocks: codes (numpy uint8 like `rows`) and scales (numpy float32).
+    def encoding(self, word: str, dtype: str, config: Mapping[str, Any]) -> Encoding | None:
+        """How weights are stored for a word of `out_dtype:`; None for another format's word.
 
         Args:
-            rows: numpy float32 [rows, columns of the tensor].
-            columns: of a block.
-        """
-
-    def settings(self, unconverted: Sequence[str]) -> dict[str, Any]:
-        """`quantization_config` of a model that is written like this.
-
-        Args:
-            unconverted: modules that stay in their dtype.
+            dtype: safetensors' name of what they would be stored in without it.
+            config: of the model.
         """

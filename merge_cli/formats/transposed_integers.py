@@ -15,16 +15,12 @@ from merge_cli.checkpoint.config import WITH_CONV1D
 from merge_cli.checkpoint.headers import TensorRef
 from merge_cli.checkpoint.tensors import Read
 from merge_cli.errors import SourceError
-from merge_cli.formats.packed import (
-    PackedRows,
-    StoredMatrix,
-    corrupt,
-    read_integers,
-)
-from merge_cli.kernels.codes import scale_groups
+from merge_cli.formats.grouped_integers import apply_groups, read_order
+from merge_cli.formats.packed import PackedRows, StoredMatrix, corrupt
 
 FLOATS = ("F16", "BF16", "F32")
-ENDINGS = (".qweight", ".qzeros", ".scales", ".g_idx")
+CODES = ".qweight"
+ENDINGS = (CODES, ".qzeros", ".scales", ".g_idx")
 
 
 @dataclass(frozen=True)
@@ -69,15 +65,7 @@ class TransposedIntegers(PackedRows):
         numbers, zeros = self.code_rows(read, first, last), self.zero_rows(read, first, last)
         stored = self.matrix("scales", self.scales).columns(read, first, last)
         scales = np.ascontiguousarray(_floats(stored, self.scales.dtype).T)
-        order = self._order(read)
-        if order is None:
-            by_group = numbers.reshape(len(numbers), self.groups, -1)
-            by_group -= zeros[:, :, None]
-            scale_groups(numbers, scales)
-            return numbers
-        numbers -= zeros[:, order]
-        numbers *= scales[:, order]
-        return numbers
+        return apply_groups(numbers, scales, zeros, self._order(read))
 
     def matrix(self, role: str, ref: TensorRef) -> StoredMatrix:
         """A stored matrix, to be read by columns."""
@@ -92,10 +80,7 @@ class TransposedIntegers(PackedRows):
         even = columns == self.groups * self.group
         if self.order is None:
             return None if even else plain
-        order = read_integers(read, self.order, 0, columns)
-        if order.min() < 0 or order.max() >= self.groups:
-            message = f"names groups from {order.min()} to {order.max()}: there are {self.groups}"
-            raise corrupt(message, self.order)
+        order = read_order(read, self.order, self.groups)
         return None if even and np.array_equal(order, plain) else order
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import shutil
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from merge_cli.hub.errors import UnreachableError, explained
+from merge_cli.system.raw_io import link_or_copy
 
 OnBytes = Callable[[int], None]  # bytes that have arrived; negative if they must be fetched again
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -63,7 +63,7 @@ def download(repo_id: str, commit: str, name: str, repository: Path, count: OnBy
                 count(blob.stat().st_size)
             else:
                 _fetch(url, blob, metadata.size, count, f"{repo_id}, {name}")
-            _link(blob, repository / "snapshots" / commit / name)
+            link_or_copy(blob, repository / "snapshots" / commit / name)
 
 
 def _fetch(url: str, blob: Path, size: int | None, count: OnBytes, label: str) -> None:
@@ -135,20 +135,6 @@ def _continues(response: Any, received: int, size: int | None) -> bool:
         and content_range.startswith(f"bytes {received}-")
         and (size is None or content_range.endswith(f"/{size}"))
     )
-
-
-def _link(blob: Path, pointer: Path) -> None:
-    """Link the file into the snapshot; copy it where the file system has no links."""
-    if pointer.exists() and pointer.stat().st_size == blob.stat().st_size:
-        return
-    pointer.parent.mkdir(parents=True, exist_ok=True)
-    pointer.unlink(missing_ok=True)  # a dangling link, or an incomplete copy
-    try:
-        pointer.symlink_to(os.path.relpath(blob, pointer.parent))
-    except OSError:
-        new = pointer.with_name(f"{pointer.name}.{os.getpid()}.new")
-        shutil.copyfile(blob, new)
-        os.replace(new, pointer)
 
 
 def _remove_orphans(blobs: Path) -> None:

@@ -13,11 +13,12 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import BinaryIO, TypeVar, cast
 
 from merge_cli.errors import CorruptFileError, HubError
 from merge_cli.hub.download import download
 from merge_cli.hub.errors import UnreachableError, explained
+from merge_cli.system.range_file import RangeFile
 
 _FIRST_BYTES = 32_768  # holds the whole header of most shards
 _ATTEMPTS = 3  # in a row that bring nothing
@@ -42,6 +43,34 @@ class HubModel:
     commit: str
     files: Mapping[str, int]
     note: str = ""
+
+    @property
+    def folder(self) -> Path:
+        """Where its files are, or will be."""
+        return _snapshot(self)
+
+    def is_cached(self, name: str) -> bool:
+        """Whether a file of this commit is on this machine already."""
+        return is_cached(self, name)
+
+    def fetch(self, names: Sequence[str], progress: Callable[[int], None] | None = None) -> Path:
+        """`fetch_files`."""
+        return fetch_files(self, names, progress)
+
+    def read_header(self, name: str) -> bytes:
+        """`read_header`."""
+        return read_header(self, name)
+
+    def open(self, name: str) -> BinaryIO:
+        """A file, of which what is read is fetched."""
+        cached = _cached(self, name)
+        if cached is not None:
+            return cached.open("rb")
+
+        def fetch(start: int, stop: int) -> bytes:
+            return _range(self, name, start, stop)
+
+        return cast(BinaryIO, RangeFile(self.files.get(name, 0), fetch))
 
 
 def open_hub(repo_id: str, revision: str | None = None) -> HubModel:

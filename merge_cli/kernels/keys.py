@@ -118,6 +118,15 @@ class RangeCounter:
         # The sum stays on the device: one wait for each span, not for each block.
         self._above = self._above + count_range(x, self.low, self.high, self.shift, self._counts)
 
+    @property
+    def bins(self) -> int:
+        """How many bins there are."""
+        return self._bins
+
+    def set(self, above: int, counts: Keys) -> None:
+        """What was counted in another way; `counts` has a number for each bin."""
+        self._above, self._counts = above, counts
+
     def result(self) -> tuple[int, SpanCounts]:
         """How many keys were above the range, and the histogram of those inside."""
         import numpy as np

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-_KEYED = 2**32  # elements that share a key: as many as a 32-bit index tells apart
+WORDS = 2**32  # values of a word; and elements that share a key, which a 32-bit index tells apart
 
 
 @primitive()
@@ -78,7 +78,7 @@ def _drop_compiled(
     parts = []
     scale = np.array([1.0] * len(rows) if factors is None else factors, np.float32)
     # A limit of 2^32 (density 1) does not fit into the loop's 32 bits: those rows are done below.
-    limits = [min(round(share * 2**32), 2**32 - 1) for share in density]
+    limits = [min(mask_limit(share), WORDS - 1) for share in density]
     for high, low, part in _keyed_parts(start, stacked.shape[1]):
         keys = [mask_key(seed, source, name, high) for source in sources]
         words = [(*key, limit) for key, limit in zip(keys, limits, strict=True)]
@@ -89,7 +89,7 @@ def _drop_compiled(
         parts.append(result)
     out = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
     for row, share, factor, result in zip(stacked, density, scale, out, strict=True):
-        if round(share * 2**32) >= 2**32:  # nothing is dropped, not even by the last value
+        if mask_limit(share) >= WORDS:  # nothing is dropped, not even by the last value
             np.multiply(row, factor, out=result)
     return list(out)
 
@@ -133,8 +133,8 @@ def _count_compiled(
 
     from merge_cli.kernels import compiled
 
-    limit = round(density * 2**32)
-    if limit >= 2**32:
+    limit = mask_limit(density)
+    if limit >= WORDS:
         return size
     count = 0
     for high, low, part in _keyed_parts(start, size):
@@ -148,9 +148,9 @@ def _keyed_parts(start: int, size: int) -> Iterator[tuple[int, int, slice]]:
     """A span's parts of one key: (index >> 32, the first one's index mod 2^32, which elements)."""
     index = start
     while index < start + size:
-        high = index // _KEYED
-        end = min(start + size, (high + 1) * _KEYED)
-        yield high, index - high * _KEYED, slice(index - start, end - start)
+        high = index // WORDS
+        end = min(start + size, (high + 1) * WORDS)
+        yield high, index - high * WORDS, slice(index - start, end - start)
         index = end
 
 
@@ -160,8 +160,8 @@ def keep_mask(
     """Boolean keep-mask of `size` elements from flat index `start`, true with chance `density`."""
     import torch
 
-    limit = round(density * 2**32)
-    if limit >= 2**32:
+    limit = mask_limit(density)
+    if limit >= WORDS:
         return torch.ones(size, dtype=torch.bool, device=device)
     parts = []
     for high, low, part in _keyed_parts(start, size):
@@ -183,6 +183,11 @@ def _below_triton(
     from merge_cli.kernels import triton_kernels
 
     return triton_kernels.keep_mask(size, k0, k1, low, limit, device)
+
+
+def mask_limit(density: float) -> int:
+    """What words are compared with: from `WORDS` on, all are kept."""
+    return round(density * WORDS)
 
 
 def mask_key(seed: int, source: int, name: str, high: int) -> tuple[int, int]:

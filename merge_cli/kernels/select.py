@@ -17,7 +17,9 @@ from functools import partial
 from itertools import accumulate
 from typing import Any, Protocol, TypeVar
 
+from merge_cli.kernels.backend import to_numpy
 from merge_cli.kernels.cut import ALL_TIES, MagnitudeThreshold
+from merge_cli.kernels.fused import StoredBlock, count_blocks
 from merge_cli.kernels.keys import (
     KeyCounter,
     RangeCounter,
@@ -26,11 +28,14 @@ from merge_cli.kernels.keys import (
     keys,
     number,
 )
+from merge_cli.kernels.kth_largest import kth_largest
 
 _BINS = 2**19  # of a histogram: 2 MB of int32 for each operand and thread
 _FEW = 8  # keys that are counted one by one, without a histogram
-_SAMPLE_SHARE = 64  # one element of so many is sampled,
-_SMALLEST_SAMPLE, _LARGEST_SAMPLE = 2**17, 2**21  # within these; a smaller stream is sorted
+# One element of so many is sampled, within these; a smaller stream is held. A bracket from fewer is
+# wider than the bins of a histogram tell apart, and costs a second pass.
+_SAMPLE_SHARE = 64
+_SMALLEST_SAMPLE, _LARGEST_SAMPLE = 2**17, 2**21
 _KEPT_COUNTS = 4_000_000  # bins of single spans that may be held, 12 bytes each
 T = TypeVar("T")
 Rows = Sequence[Any]
@@ -56,6 +61,9 @@ class Stream(Protocol):
 
     def map(self, work: Callable[[Iterable[Rows]], T], only: int | None = None) -> list[T]:
         """work(blocks of a span), for every span or one; the results in the spans' order."""
+
+    def map_stored(self, work: Callable[[Iterable[StoredBlock]], T]) -> list[T] | None:
+        """work(a span's blocks as they are stored) for every span; None where they are not."""
 
 
 def kept_count(density: float, size: int) -> int:
@@ -98,20 +106,16 @@ def exact_cuts(counts: Sequence[int], stream: Stream) -> list[MagnitudeThreshold
 
 
 def _cuts_of_few(requested: dict[int, int], stream: Stream) -> dict[int, MagnitudeThreshold]:
-    """The cuts of a stream that is small enough to be sorted: read once, no histogram."""
+    """The cuts of a stream that is small enough to be held: read once, no histogram of a sample."""
     import numpy as np
 
-    blocks = [[keys(rows[i]) for i in requested] for rows in stream.sample(stream.size)]
+    blocks = [[to_numpy(rows[i]) for i in requested] for rows in stream.sample(stream.size)]
+    rows = blocks[0] if len(blocks) == 1 else list(map(np.concatenate, zip(*blocks, strict=True)))
+    width = 8 * rows[0].itemsize - 1
     cuts = {}
-    for column, (i, k) in enumerate(requested.items()):
-        operand_keys = np.concatenate([rows[column] for rows in blocks])
-        ordered = np.sort(operand_keys)  # numpy sorts integers faster than it selects one of them
-        key = ordered[len(ordered) - k]
-        above = len(ordered) - int(np.searchsorted(ordered, key, side="right"))
-        threshold = number(int(key), 8 * operand_keys.itemsize - 1)
-        ties = np.flatnonzero(operand_keys == key)
-        all_kept = k - above == len(ties) or math.isnan(threshold)
-        cuts[i] = MagnitudeThreshold(threshold, ALL_TIES if all_kept else int(ties[k - above - 1]))
+    ranks = kth_largest(rows, list(requested.values()))
+    for i, (key, last_kept) in zip(requested, ranks, strict=True):
+        cuts[i] = MagnitudeThreshold(number(key, width), last_kept)
     return cuts
 
 
@@ -237,7 +241,9 @@ def _run(searches: dict[int, _Search], stream: Stream) -> dict[int, _Search]:
         # Counts of single spans tell where the last kept tie lies; few enough of them are kept.
         room = _KEPT_COUNTS // (len(active) * (len(stream.starts) - 1))
 
-        spans = stream.map(partial(_count, counters, room))
+        spans = stream.map_stored(partial(_count_stored, counters, room))
+        if spans is None:
+            spans = stream.map(partial(_count, counters, room))
         for i, search in active.items():
             search.narrow(counters[i], [span[i] for span in spans])
     return searches
@@ -248,6 +254,12 @@ def _count(totals: dict[int, Any], room: int, blocks: Iterable[Rows]) -> Counted
     for rows in blocks:
         for i, counter in counters.items():
             counter.feed(rows[i])
+    return {i: totals[i].add(counter, room) for i, counter in counters.items()}
+
+
+def _count_stored(totals: dict[int, Any], room: int, blocks: Iterable[StoredBlock]) -> Counted:
+    counters = {i: total.empty_copy() for i, total in totals.items()}
+    count_blocks(counters, blocks)
     return {i: totals[i].add(counter, room) for i, counter in counters.items()}
 
 

@@ -1,4 +1,4 @@
-"""Opening a LoRA adapter, a folder or a Hub repository, and sorting its tensors.
+"""Opening a LoRA adapter, a folder, a Hub repository or an address, and sorting its tensors.
 
 An adapter is a config and one weights file. Its tensors are LoRA factors of a module, or they
 replace a tensor of the model.
@@ -7,17 +7,19 @@ replace a tensor of the model.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from merge_cli.checkpoint.auxiliary_files import CARD
 from merge_cli.checkpoint.fingerprint import FileFingerprint, folder_fingerprints
 from merge_cli.checkpoint.headers import TensorRef, parse_header, read_header_file
+from merge_cli.checkpoint.repository import Repository
 from merge_cli.errors import SourceError
 from merge_cli.hub import models as hub
 from merge_cli.lora.config import CONFIG, read_config
-from merge_cli.recipe.reference import hub_id, local_folder
+from merge_cli.recipe.reference import hub_id, is_address, local_folder
+from merge_cli.remote.models import RemoteModel, open_remote
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -54,6 +56,12 @@ class Adapter:
     fingerprint: str
     hub: hub.HubModel | None = None
     fingerprints: Mapping[Path, FileFingerprint] = field(default_factory=dict, repr=False)
+    remote: RemoteModel | None = None
+
+    @property
+    def repository(self) -> Repository | None:
+        """Where its files are fetched from; None for those on disk."""
+        return self.hub or self.remote
 
 
 def open_adapter(path: str, revision: str | None, folder: Path, label: str) -> Adapter:
@@ -68,13 +76,17 @@ def open_adapter(path: str, revision: str | None, folder: Path, label: str) -> A
         CorruptFileError: a config or header that is damaged.
         HubError: a repository that cannot be reached.
     """
+    if is_address(path):
+        remote = open_remote(path)
+        return replace(_open_elsewhere(remote, label), remote=remote)
     root = local_folder(path, folder)
     repository = hub_id(path)
     if root is None and repository is None:
         hint = f"Looked in {folder} and in {Path.cwd()}."
         raise SourceError(f"no such adapter folder: {path}", model=label, hint=hint)
     if root is None and repository is not None:
-        return _open_on_hub(hub.open_hub(repository, revision), label)
+        model = hub.open_hub(repository, revision)
+        return replace(_open_elsewhere(model, label), hub=model)
     assert root is not None
     if revision:
         hint = "Remove the part after '@'."
@@ -91,12 +103,12 @@ def open_adapter(path: str, revision: str | None, folder: Path, label: str) -> A
     return Adapter(root, config, tensors, raw, fingerprint, fingerprints=fingerprints)
 
 
-def _open_on_hub(repo: hub.HubModel, label: str) -> Adapter:
+def _open_elsewhere(repo: Repository, label: str) -> Adapter:
     _require_files(set(repo.files), label, repo.repo_id)
-    root = hub.fetch_files(repo, [CONFIG, *([CARD] if CARD in repo.files else [])])
-    raw = hub.read_header(repo, WEIGHTS)
+    root = repo.fetch([CONFIG, *([CARD] if CARD in repo.files else [])])
+    raw = repo.read_header(WEIGHTS)
     tensors = parse_header(raw, root / WEIGHTS, repo.files[WEIGHTS], label)
-    return Adapter(root, read_config(root / CONFIG, label), tensors, raw, str(repo.commit), repo)
+    return Adapter(root, read_config(root / CONFIG, label), tensors, raw, str(repo.commit))
 
 
 def _require_files(names: set[str], label: str, path: str) -> None:

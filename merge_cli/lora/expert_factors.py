@@ -102,6 +102,8 @@ class PatchedTensor(Float32):
     patches: tuple[MatrixUpdate, ...] = field(repr=False)
     fingerprint: str = ""
 
+    is_update = True
+
     @property
     def made_of(self) -> Tensor:
         return self.weight

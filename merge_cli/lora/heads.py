@@ -11,7 +11,7 @@ names the class.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -269,6 +269,15 @@ def changed_config(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dic
         if key == "tie_word_embeddings":
             changed[key] = value
     return changed
+
+
+def first_task_head(names: Iterable[str]) -> str:
+    """The first name of a classifier's head; empty where none is."""
+    listed = list(names)
+    text = "".join(f"\n.{name}" for name in listed)
+    if not any(f".{head}." in text for head in TASK_HEADS):  # as a rule: no name is taken apart
+        return ""
+    return next(filter(is_task_head, listed), "")
 
 
 def is_task_head(name: str) -> bool:

@@ -45,6 +45,8 @@ class UpdatedTensor(Float32):
     magnitude: TensorRef | None = None
     fingerprint: str = ""
 
+    is_update = True
+
     @property
     def made_of(self) -> Tensor:
         return self.weight
@@ -120,6 +122,8 @@ class ShiftedTensor(Float32):
     change: TensorRef
     scale: float
     fingerprint: str
+
+    is_update = True
 
     @property
     def made_of(self) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any, Protocol, TypeVar
 
 from merge_cli.checkpoint.statistics import TensorStatistics
 from merge_cli.kernels.backend import Array, joined
+from merge_cli.kernels.fused import StoredBlock
 from merge_cli.methods.registry import Method
 from merge_cli.recipe.schema import Parameters, Recipe, SliceSpec, SourceSpec
 
@@ -76,6 +77,8 @@ class Blocks(Protocol):
 class TensorBlocks(Blocks, Protocol):
     """One tensor of every source.
 
+    Blocks must not be changed: a small tensor's is handed out again instead of being read again.
+
     Attributes:
         name, shape: in the output. Blocks are flat; a row is the last dimension.
         wide: whether its blocks are float64 (a source is) rather than float32.
@@ -93,6 +96,20 @@ class TensorBlocks(Blocks, Protocol):
         """Every block in order, read by the calling thread alone."""
 
 
+def map_stored(blocks: Blocks, work: Callable[[Iterator[StoredBlock]], T]) -> list[T] | None:
+    """work(a span's blocks as they are stored) for every span, in one compiled loop each.
+
+    None where the blocks do not lie in the host's memory as bfloat16, float16 or float32: then
+    `blocks.map` gives them decoded.
+    """
+    stored = getattr(blocks, "map_stored", None)  # the engine's readers alone have it
+    return None if stored is None else stored(work)
+
+
+def _operands(block: Block) -> list[Array]:
+    return block.operands
+
+
 @dataclass(frozen=True)
 class RowStream:
     """Blocks as `kernels.select` reads them: arrays of equal length, made of each block's.
@@ -102,7 +119,7 @@ class RowStream:
     """
 
     blocks: Blocks
-    rows: Callable[[Block], list[Array]] = lambda block: block.operands
+    rows: Callable[[Block], list[Array]] = _operands
 
     @property
     def size(self) -> int:
@@ -111,6 +128,11 @@ class RowStream:
     @property
     def starts(self) -> Sequence[int]:
         return self.blocks.starts
+
+    def map_stored(self, work: Callable[[Iterator[StoredBlock]], T]) -> list[T] | None:
+        if self.rows is not _operands:
+            return None
+        return map_stored(self.blocks, work)
 
     def sample(self, count: int) -> Iterator[list[Array]]:
         return map(self.rows, self.blocks.sample(count))

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from merge_cli.kernels.backend import Array
+from merge_cli.kernels.fused import Election, FusedForm
 from merge_cli.kernels.reduce import add_scaled
 from merge_cli.methods.blocks import Span, TensorBlocks
 from merge_cli.methods.consensus import Elect, disjoint_merge, divisor_of, linear_sum
@@ -32,7 +33,42 @@ _SHARED: dict[str, Any] = {
 }
 
 
-@merge_method("dare", aliases=("dare_linear",), **_SHARED)
+def fused(
+    at: Span,
+    prepared: RandomDrop,
+    *,
+    weight: Sequence[float],
+    normalize: bool,
+    lambda_: float,
+    **_: Any,
+) -> FusedForm:
+    """DARE's formula as one loop."""
+    masks, factored = prepared.factored_out(weight)
+    return FusedForm(factored, divisor_of(weight, normalize), lambda_, masks.masks(at))
+
+
+def fused_ties(
+    at: Span,
+    prepared: RandomDrop,
+    *,
+    weight: Sequence[float],
+    normalize: bool,
+    lambda_: float,
+    elect: Elect,
+    **_: Any,
+) -> FusedForm:
+    """dare_ties's formula as one loop."""
+    election = Election(elect == "weighted", "weights" if normalize else "nothing")
+    return FusedForm(
+        weight,
+        scale=lambda_,
+        drop=prepared.masks(at),
+        factors=prepared.factors,
+        election=election,
+    )
+
+
+@merge_method("dare", aliases=("dare_linear",), fused=fused, **_SHARED)
 def dare(
     base: Array,
     deltas: list[Array],
@@ -60,7 +96,7 @@ def dare(
     return add_scaled(base, lambda_, mixed)
 
 
-@merge_method("dare_ties", **_SHARED)
+@merge_method("dare_ties", fused=fused_ties, **_SHARED)
 def dare_ties(
     base: Array,
     deltas: list[Array],

@@ -11,9 +11,11 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
+from merge_cli.kernels import reduce
 from merge_cli.kernels.backend import Array, like, to_numpy
+from merge_cli.kernels.fused import StoredBlock, dot_products
 from merge_cli.kernels.reduce import dot_runs, exact_sum
-from merge_cli.methods.blocks import Block, TensorBlocks, load_whole
+from merge_cli.methods.blocks import Block, TensorBlocks, load_whole, map_stored
 
 Along = Literal["rows", "columns"]
 
@@ -30,7 +32,14 @@ def gram_matrix(tensor: TensorBlocks) -> Any:
                 result.setdefault((i, j), []).extend(runs)
         return list(result.values())
 
-    sums = [exact_sum(parts) for parts in zip(*tensor.map(products), strict=True)]
+    def stored_products(blocks: Iterator[StoredBlock]) -> list[list[float]]:
+        runs = [dot_products(block, reduce.BLOCK_MULTIPLE) for block in blocks]
+        return [[float(x) for part in pair for x in part] for pair in zip(*runs, strict=True)]
+
+    spans = map_stored(tensor, stored_products)
+    if spans is None:
+        spans = tensor.map(products)
+    sums = [exact_sum(parts) for parts in zip(*spans, strict=True)]
     count = int(((8 * len(sums) + 1) ** 0.5 - 1) / 2)
     gram = np.empty((count, count))
     for (i, j), value in zip(_pairs(count), sums, strict=True):

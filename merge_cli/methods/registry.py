@@ -31,6 +31,7 @@ from importlib.metadata import entry_points
 from typing import Any, Literal, TypeVar
 
 from merge_cli.errors import UsageError
+from merge_cli.kernels.fused import FusedForm
 from merge_cli.methods.parameters import MethodParameter, read_parameters
 from merge_cli.recipe.fields import nearest
 from merge_cli.recipe.schema import Parameters, Recipe
@@ -103,6 +104,8 @@ class Method:
             means, or None.
         supports_numpy: made of operators and `merge_cli.kernels` alone, so that it takes numpy
             arrays as well as tensors: then a merge on a CPU runs compiled and does without torch.
+        fused: `fused(at, prepared, **parameters)` -> the formula as `kernels.fused` computes it in
+            one compiled loop, with the same bits: for a tensor whose elements are stored plainly.
         searches: what is merged, and with which parameters, is searched first.
         automatic: several methods are tried first, and the best of them merges.
         is_short_form: a recipe that names it is read into one of another method.
@@ -126,6 +129,7 @@ class Method:
     check: Callable[..., str] | None = None
     resolve_variant: Callable[[Recipe], Method | None] | None = None
     supports_numpy: bool = False
+    fused: Callable[..., FusedForm] | None = None
     searches: bool = False
     automatic: bool = False
     is_short_form: bool = False
@@ -206,6 +210,7 @@ def merge_method(
     check: Callable[..., str] | None = None,
     resolve_variant: Callable[[Recipe], Method | None] | None = None,
     supports_numpy: bool = False,
+    fused: Callable[..., FusedForm] | None = None,
     gathers: Kind | Literal[""] = "",
     base_is_source: bool = False,
     averages_base: Callable[[Recipe, Sequence[Parameters]], bool] | None = None,
@@ -241,6 +246,7 @@ def merge_method(
             check=check,
             resolve_variant=resolve_variant,
             supports_numpy=supports_numpy,
+            fused=fused,
             gathers=gathers,
             base_is_source=base_is_source,
             averages_base=averages_base,

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from merge_cli.kernels.backend import Array
+from merge_cli.kernels.fused import FusedForm
 from merge_cli.kernels.reduce import weighted_sum
 from merge_cli.methods.blocks import TensorBlocks
 from merge_cli.methods.inner_products import along_great_circle, gram_matrix
@@ -28,6 +29,11 @@ def coefficients(tensor: TensorBlocks, model: None, *, t: float, **_: Any) -> li
     return [1.0 - t, t] if abs(cosine) > _PARALLEL else along_great_circle(cosine, t)
 
 
+def fused(at: Any, prepared: list[float], **_: Any) -> FusedForm:
+    """The formula as one loop."""
+    return FusedForm(prepared)
+
+
 @merge_method(
     "slerp",
     paper="Shoemake 1985",
@@ -35,6 +41,7 @@ def coefficients(tensor: TensorBlocks, model: None, *, t: float, **_: Any) -> li
     base_is_source=True,
     tensor_pass=coefficients,
     supports_numpy=True,
+    fused=fused,
 )
 def slerp(
     models: list[Array],

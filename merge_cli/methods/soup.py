@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 from merge_cli.kernels.backend import Array
+from merge_cli.kernels.fused import FusedForm
 from merge_cli.methods.consensus import linear_sum, weights_cancel
 from merge_cli.methods.parameters import PerModel, Range, each
 from merge_cli.methods.registry import merge_method
@@ -22,12 +23,27 @@ def _no_average(weight: Sequence[float], normalize: bool, divisor: float | None)
     return weights_cancel(weight, normalize and divisor is None)
 
 
+def _divisor(weight: Sequence[float], normalize: bool, divisor: float | None) -> float:
+    """What the weighted sum is divided by."""
+    if divisor is not None:
+        return divisor
+    return math.fsum(weight) if normalize else 1.0
+
+
+def fused(
+    at: Any, prepared: None, *, weight: Sequence[float], normalize: bool, divisor: float | None
+) -> FusedForm:
+    """The formula as one loop."""
+    return FusedForm(weight, _divisor(weight, normalize, divisor))
+
+
 @merge_method(
     "soup",
     aliases=("linear",),
     paper="arXiv:2203.05482",
     check=_no_average,
     supports_numpy=True,
+    fused=fused,
     averages_base=_weighs_base,
 )
 def soup(
@@ -44,6 +60,4 @@ def soup(
         normalize: divide by the sum of the weights.
         divisor: divide by this number instead, as where a model is a sum itself.
     """
-    if divisor is None:
-        divisor = math.fsum(weight) if normalize else 1.0
-    return linear_sum(weight, models, divisor)
+    return linear_sum(weight, models, _divisor(weight, normalize, divisor))

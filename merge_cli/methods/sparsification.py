@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from merge_cli.kernels import cut, mask
 from merge_cli.kernels.backend import Array
 from merge_cli.kernels.cut import Cuts, MagnitudeThreshold, trimmed
+from merge_cli.kernels.fused import Masks
 from merge_cli.kernels.reduce import absolute_runs, exact_sum, scaled
 from merge_cli.kernels.select import exact_cuts, kept_count, magnitude_cuts
 from merge_cli.methods.blocks import Block, RowStream, Span, TensorBlocks, load_whole
@@ -97,6 +98,10 @@ class RandomDrop:
 
     def count_kept(self, deltas: list[Array], at: Span) -> list[int]:
         return mask.count_kept(deltas, at.seed, at.sources, at.name, at.start, self.density)
+
+    def masks(self, at: Span) -> Masks:
+        """The masks alone, as one loop over stored bytes takes them."""
+        return Masks(at.seed, at.sources, at.name, self.density)
 
     def factored_out(self, weight: Sequence[float]) -> tuple[RandomDrop, list[float]]:
         """The mask alone, and weights with its factors: one product and one rounding fewer."""

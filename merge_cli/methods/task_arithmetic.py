@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from merge_cli.kernels.backend import Array
+from merge_cli.kernels.fused import FusedForm
 from merge_cli.kernels.reduce import add_scaled
 from merge_cli.methods.consensus import divisor_of, linear_sum
 from merge_cli.methods.parameters import PerModel, each
 from merge_cli.methods.registry import merge_method
 
 
-@merge_method("task_arithmetic", paper="arXiv:2212.04089", supports_numpy=True)
+def fused(
+    at: Any, prepared: None, *, weight: Sequence[float], normalize: bool, lambda_: float
+) -> FusedForm:
+    """The formula as one loop."""
+    return FusedForm(weight, divisor_of(weight, normalize), lambda_)
+
+
+@merge_method("task_arithmetic", paper="arXiv:2212.04089", supports_numpy=True, fused=fused)
 def task_arithmetic(
     base: Array,
     deltas: list[Array],

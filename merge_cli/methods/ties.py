@@ -16,6 +16,7 @@ from merge_cli.errors import UsageError
 from merge_cli.kernels.backend import Array
 from merge_cli.kernels.cut import ALL_TIES, Cuts, MagnitudeThreshold, trimmed
 from merge_cli.kernels.elect import DivideBy, disjoint_mean
+from merge_cli.kernels.fused import Election, FusedForm
 from merge_cli.kernels.reduce import add_scaled, weighted_sum
 from merge_cli.kernels.select import magnitude_cuts
 from merge_cli.methods.blocks import Block, ModelBlocks, RowStream, Span, TensorBlocks
@@ -124,6 +125,32 @@ def read_tensor(
     return TiesTrim(trim.cuts, factors, zero_sign)
 
 
+def fused(
+    at: Span,
+    prepared: TiesTrim,
+    *,
+    weight: Sequence[float],
+    density: Sequence[float | None],
+    normalize: bool,
+    lambda_: float,
+    semantics: Semantics,
+    elect: Elect | None,
+    divisor: DivideBy | None,
+    **_: Any,
+) -> FusedForm:
+    """The formula as one loop."""
+    rule = rules(semantics, density, elect=elect, divisor=divisor)
+    divide_by: DivideBy = rule.divide_by if normalize else "nothing"
+    election = Election(rule.elect == "weighted", divide_by, prepared.zero_sign)
+    return FusedForm(
+        weight,
+        scale=lambda_,
+        drop=prepared.cuts,
+        factors=prepared.factors,
+        election=election,
+    )
+
+
 @merge_method(
     "ties",
     paper="arXiv:2306.01708",
@@ -131,6 +158,7 @@ def read_tensor(
     tensor_pass=read_tensor,
     count_kept=count_kept,
     supports_numpy=True,
+    fused=fused,
 )
 def ties(
     base: Array,

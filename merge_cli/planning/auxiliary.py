@@ -32,8 +32,8 @@ def write_auxiliary_files(
         plan.sources[plan.config_index],
         plan.sources[plan.tokenizer_index],
     )
-    if code and config_source.hub is not None:
-        fetch_weights(config_source, code_files(config_source.hub.files))
+    if code and config_source.repository is not None:
+        fetch_weights(config_source, code_files(config_source.repository.files))
     try:
         copy_companions(
             config_source.root,

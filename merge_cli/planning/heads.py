@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from merge_cli.checkpoint.tensors import EMBEDDINGS, Read, Tensor, TensorMap, read_numbers, reading
 from merge_cli.errors import Problem, SourceError
-from merge_cli.lora.heads import is_task_head
+from merge_cli.lora.heads import first_task_head
 from merge_cli.sources.source import Source
 
 HEADS = ("lm_head.weight", "embed_out.weight")
@@ -153,7 +153,7 @@ def _first_difference(pair: Copies, read: Read) -> int | None:
 
 def head_problems(sources: Sequence[Source]) -> list[Problem]:
     """A problem for each head that some of the models have, where others are language models."""
-    heads = [_head(source) for source in sources]
+    heads = _heads(sources)
     if not any(heads) or all(heads):
         return []
     language = [
@@ -178,9 +178,12 @@ def head_problems(sources: Sequence[Source]) -> list[Problem]:
     ]
 
 
-def _head(source: Source) -> str:
-    """The first tensor of a head for classes; empty for a model without one."""
-    return next((name for name in source.tensors if is_task_head(name)), "")
+def _heads(sources: Sequence[Source]) -> list[str]:
+    """The first tensor of each source's head for classes; empty for a model without one."""
+    names = sources[0].tensors.keys()
+    first = first_task_head(names)
+    # As a rule all have the same names: they are looked through once.
+    return [first if s.tensors.keys() == names else first_task_head(s.tensors) for s in sources]
 
 
 def _is_language_model(source: Source) -> bool:

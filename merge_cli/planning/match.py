@@ -243,13 +243,13 @@ def _match_tensor(
 ) -> None:
     """Append one output tensor, or why there is none; `refs` and `labels` follow the members."""
     present = [ref for ref in refs if ref is not None]
-    why = ""
+    shape, why = present[0].shape, ""
     if len(present) < len(refs):
         why = f"not every source has it: copied from {labels[0]}"
-    elif len({ref.shape for ref in present}) > 1:
+    elif any([ref.shape != shape for ref in present]):
         into.problems.append(_shapes_differ(name, present, labels))
         return
-    elif not _MERGEABLE.issuperset({ref.dtype for ref in present}):
+    elif any([ref.dtype not in _MERGEABLE for ref in present]):
         for label, ref in zip(labels, present, strict=True):
             if ref.dtype.startswith("F8"):
                 message = f"{label} stores it in {ref.dtype}, whose scales cannot be merged yet"

@@ -105,4 +105,4 @@ def _key(recipe: Recipe, reference: ModelRef) -> str:
 def files_of(source: Source) -> frozenset[str]:
     """The names of a model's files, here or on the Hub."""
     local_names = {path.name for path in source.root.iterdir()} if source.root.is_dir() else set()
-    return frozenset(local_names | set(source.hub.files if source.hub else ()))
+    return frozenset(local_names | set(source.repository.files if source.repository else ()))

@@ -20,6 +20,7 @@ from merge_cli.checkpoint.headers import TensorRef
 from merge_cli.checkpoint.layout import OutputTensor, Shard
 from merge_cli.checkpoint.statistics import CalibrationStatistics, TensorStatistics
 from merge_cli.checkpoint.tensors import Tensor
+from merge_cli.formats.encoding import Encoding, Verbatim
 from merge_cli.kernels.reduce import BLOCK_MULTIPLE
 from merge_cli.methods.registry import Method
 from merge_cli.planning.heads import Copies
@@ -37,7 +38,7 @@ class TensorTask:
     """One output tensor.
 
     Attributes:
-        dtype: safetensors dtype of the output.
+        dtype: safetensors dtype of the output; of one in codes, what its encoding is called.
         action: `merge` runs the method; `copy` takes the one operand as it is.
         operands: the sources' tensors, in the order of the method's formula.
         sources: for each operand, its index in `Plan.sources`.
@@ -47,7 +48,8 @@ class TensorTask:
         group: what the report sums over: the layer (`model.layers.7`), or the tensor's own name.
         note: what a reader should know; often empty.
         position: the layer's place in its slice, 0 to 1: where a gradient is evaluated.
-        block: rows and columns that share a scale, of an output in fp8; None of any other.
+        encoding: how it is stored in codes; None for plain numbers.
+        kept: what is stored in that encoding already: blocks that are the same numbers stay.
         copy_of: the tensor that it is a copy of (tied weights), made by the same formula; often
             empty.
     """
@@ -64,7 +66,8 @@ class TensorTask:
     group: str = ""
     note: str = ""
     position: float = 0.0
-    block: tuple[int, int] | None = None
+    encoding: Encoding | None = None
+    kept: Tensor | None = None
     copy_of: str = ""
 
     @property
@@ -75,25 +78,20 @@ class TensorTask:
     @property
     def moved(self) -> bool:
         """Whether its bytes are the operand's: any other is computed, or rounded to a dtype."""
+        if self.encoding is not None:
+            return isinstance(self.encoding, Verbatim)
         return self.action == "copy" and is_stored_as(self.operands[0], self.dtype)
 
     @property
-    def output(self) -> OutputTensor:
-        return OutputTensor(self.name, self.dtype, self.shape)
-
-    @property
     def outputs(self) -> tuple[OutputTensor, ...]:
-        """What is written for it: the tensor, and its scales if it has some."""
-        return (self.output, self.scales) if self.scales else (self.output,)
+        """What is written for it: the tensor, or the parts that it is stored in."""
+        if self.encoding is None:
+            return (OutputTensor(self.name, self.dtype, self.shape),)
+        return tuple(part.output(self.name) for part in self.encoding.parts(self.shape))
 
     @property
-    def scales(self) -> OutputTensor | None:
-        """One for each block, as DeepSeek and transformers name and shape them."""
-        if self.block is None:
-            return None
-        *stack, rows, columns = self.shape
-        grid = (-(-rows // self.block[0]), -(-columns // self.block[1]))
-        return OutputTensor(f"{self.name}_scale_inv", "F32", (*stack, *grid))
+    def bytes_written(self) -> int:
+        return sum(output.nbytes for output in self.outputs)
 
     @property
     def size(self) -> int:
@@ -133,6 +131,7 @@ class Plan:
         gathered: statistics of the sources over their data; None without, or before they are there.
         shard_size: bytes of tensors in one of `shards`: what is planned again is cut alike.
         stages: how the models are made that other documents of the recipe make, by name.
+        variants: of a sweep, by name: what is written, while this plan's tasks say what is read.
         copies: stored tensors that are taken to be one, to be compared before they are merged.
     """
 
@@ -153,6 +152,7 @@ class Plan:
     template: str | None = None
     calibrated: CalibrationStatistics | None = None
     copies: tuple[Copies, ...] = ()
+    variants: Mapping[str, Plan] = field(default_factory=dict)
 
     @property
     def tokenizer_index(self) -> int:
@@ -178,10 +178,12 @@ class Plan:
 
     def shards_read(self, source: int) -> set[str]:
         """The files of a source that the merge reads."""
-        root = self.sources[source].root
-        return {
+        opened = self.sources[source]
+        root = opened.root
+        names = {
             path.relative_to(root).as_posix() for path in self._files_read if root in path.parents
         }
+        return names & {opened.file} if opened.file else names  # others there are other sources'
 
     @property
     def stored_inputs(self) -> Iterator[TensorRef]:
@@ -257,7 +259,7 @@ def span_starts(task: TensorTask) -> list[int]:
     """Where the chunks of a task begin, and at the end its size."""
     width = sum(width_of(ref.dtype) for ref in task.inputs)
     least = BLOCK_MULTIPLE
-    if task.block is not None:  # a block's scale is one chunk's
-        least = math.lcm(least, task.block[0] * task.shape[-1])
+    if task.encoding is not None and task.size:  # what shares a scale is in one chunk
+        least = math.lcm(least, task.encoding.span(task.shape))
     step = max(1, UNIT_BYTES // width // least) * least
     return [*range(0, task.size, step), task.size]

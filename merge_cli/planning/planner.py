@@ -28,10 +28,11 @@ from merge_cli.errors import (
     RecipeError,
     UsageError,
 )
-from merge_cli.planning import fp8_output as fp8
 from merge_cli.planning.aliases import join_aliases
 from merge_cli.planning.config_notes import config_notes
 from merge_cli.planning.draft import Draft
+from merge_cli.planning.encodings import described as encodings_described
+from merge_cli.planning.encodings import left_out_tasks
 from merge_cli.planning.heads import head_problems, reconcile_heads
 from merge_cli.planning.layouts import lay_out_alike
 from merge_cli.planning.match import match_pieces
@@ -83,19 +84,21 @@ def load_recipe(
         recipe, problems = read_recipe(path)
     if recipe is None:
         raise RecipeError(problems)
-    stages = []
-    for document in (*recipe.stages, recipe):
+    documents = []
+    for document in (*recipe.stages, *recipe.sweep.values(), recipe):
         document = one_spelling(document)
         checked = check_recipe(document)
         problems = [*problems, *checked.problems]
         warnings = document.warnings + checked.warnings
-        stages.append(replace(document, warnings=warnings))
+        documents.append(replace(document, warnings=warnings))
     if problems:
         problems += unopenable(recipe)
         raise RecipeError(sorted(set(problems), key=lambda p: (p.line, p.column, p.key)))
-    *stages, final = stages
-    warnings = tuple(line for document in (*stages, final) for line in document.warnings)
-    return replace(final, stages=tuple(stages), warnings=warnings)
+    *others, final = documents
+    lines = (line for document in documents for line in document.warnings)
+    sweep = dict(zip(recipe.sweep, others, strict=True)) if recipe.sweep else {}
+    stages = () if recipe.sweep else tuple(others)
+    return replace(final, stages=stages, sweep=sweep, warnings=tuple(dict.fromkeys(lines)))
 
 
 @contextmanager
@@ -137,6 +140,9 @@ def make_plan(
     if recipe.stages and stages is None:
         message = "this recipe has several documents: only `run` and `plan` read them"
         raise UsageError(message, where=recipe.file, hint="Run it, then name its result.")
+    if recipe.sweep:
+        message = "this recipe is a sweep: only `run`, `plan` and `compare` read it"
+        raise UsageError(message, where=recipe.file, hint="Write a recipe for one of its variants.")
     draft = open_sources(recipe, made or {})
     for decide in _PASSES:
         draft = decide(draft)
@@ -371,8 +377,11 @@ _PASSES: tuple[Callable[[Draft], Draft], ...] = (
 def _as_plan(draft: Draft, shard_size: int, stages: Mapping[str, Plan]) -> Plan:
     """What is decided, with the output's tensors laid out in shards."""
     source = draft.sources[draft.config_index]
-    outputs = [output for task in draft.tasks for output in task.outputs]
+    tasks = left_out_tasks(draft.recipe, source, draft.config_index, draft.tasks)
+    outputs = [output for task in tasks for output in task.outputs]
     operands = dict.fromkeys(operand.source for part in draft.slices for operand in part.operands)
+    if source.is_lone_file:  # one file in, one file out
+        shard_size = sum(output.nbytes for output in outputs)
     plan = Plan(
         recipe=draft.recipe,
         method=draft.method,
@@ -382,7 +391,7 @@ def _as_plan(draft: Draft, shard_size: int, stages: Mapping[str, Plan]) -> Plan:
         config_index=draft.config_index,
         aligned=draft.aligned,
         template=draft.template,
-        tasks=draft.tasks,
+        tasks=tasks,
         shards=tuple(lay_out(outputs, shard_size, source.stems)),
         config=draft.config if source.config else {},
         notes=tuple(dict.fromkeys(draft.notes)),
@@ -391,7 +400,7 @@ def _as_plan(draft: Draft, shard_size: int, stages: Mapping[str, Plan]) -> Plan:
         stages=stages,
         copies=draft.copies,
     )
-    return fp8.described(plan)
+    return encodings_described(plan)
 
 
 def _placed(problem: Problem, recipe: Recipe) -> Problem:

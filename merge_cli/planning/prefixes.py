@@ -40,7 +40,7 @@ def rename(sources: Sequence[Source], reference: int) -> RenamedModel:
     names = sources[reference].tensors
     renamed, notes = list(sources), []
     for i, source in enumerate(sources):
-        if i == reference or all(name in names for name in source.tensors):
+        if i == reference or source.tensors.keys() <= names.keys():
             continue
         rules = _rules(source, sources[reference])
         if rules is None:

@@ -40,6 +40,7 @@ class Prepared:
         plan: of the resolved recipe.
         record: sections of merge_report.json, by key.
         attachments: files that belong into OUT, by name.
+        folders: models that belong into OUT, by name; the plan reads them where they are.
         report: OUT's, where nothing is left to do in this process: a process that was killed has
             published it already, or (empty) another process of the same run publishes it.
         discard: throws the workspace away; called when OUT is published.
@@ -48,6 +49,7 @@ class Prepared:
     plan: Plan
     record: Mapping[str, Any] = field(default_factory=dict)
     attachments: Mapping[str, str] = field(default_factory=dict)
+    folders: Mapping[str, Path] = field(default_factory=dict)
     report: Report | None = None
     discard: Callable[[], None] = lambda: None
 

@@ -165,6 +165,7 @@ class Resolver:
         self._filters = sorted(set().union(*map(filters, settings)))
         self._graded = any(map(is_graded, settings))
         self._cache: dict[tuple[float, tuple[tuple[str, ...], ...]], Resolved] = {}
+        self._same: Resolved | None = None  # of all tensors, where nothing tells them apart
 
     @property
     def filtered(self) -> bool:
@@ -173,6 +174,9 @@ class Resolver:
 
     def of(self, tensor: str, position: float, inputs: Sequence[str] = ()) -> Resolved:
         """The parameters of one tensor; arguments as for `resolve`."""
+        if not self._filters and not self._graded:
+            self._same = self._same or self._resolve(tensor, position, inputs)
+            return self._same
         matching = tuple([self._matching(name) for name in (tensor, *inputs)])
         key = position if self._graded else 0.0, matching
         cached = self._cache.get(key)

@@ -18,6 +18,7 @@ from merge_cli.planning.auxiliary import write_auxiliary_files
 from merge_cli.planning.plan import Plan
 from merge_cli.planning.planner import DEFAULT_SHARD_SIZE, make_plan
 from merge_cli.planning.preparation import preparations_of
+from merge_cli.planning.sweep import plan_sweep
 from merge_cli.recipe.fields import nearest
 from merge_cli.recipe.reference import ModelRef, hub_id, stage_folder
 from merge_cli.recipe.schema import Recipe
@@ -32,6 +33,8 @@ def plan_recipe(recipe: Recipe, *, shard_size: int = DEFAULT_SHARD_SIZE) -> Plan
     """
     if recipe.output is not None:
         return plan_adapters(recipe)
+    if recipe.sweep:
+        return plan_sweep(recipe, shard_size=shard_size)
     if not recipe.stages:
         return make_plan(recipe, shard_size=shard_size)
     plans: dict[str, Plan] = {}

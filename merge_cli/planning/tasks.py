@@ -10,9 +10,10 @@ from operator import attrgetter
 from merge_cli.checkpoint.dtypes import MERGEABLE, SAFETENSORS_NAMES
 from merge_cli.checkpoint.layout import natural_key
 from merge_cli.errors import Problem, RecipeError
+from merge_cli.formats.encoding import Verbatim
 from merge_cli.methods.registry import Method
-from merge_cli.planning import fp8_output as fp8
 from merge_cli.planning.draft import Draft
+from merge_cli.planning.encodings import Decision, EncodingChoice, problems
 from merge_cli.planning.match import TensorMatch
 from merge_cli.planning.output_slices import OutputSlice, output_slices
 from merge_cli.planning.plan import (
@@ -35,19 +36,20 @@ def decide_tasks(draft: Draft) -> Draft:
         RecipeError: values that no tensor can be merged with, each once.
     """
     recipe, config_source = draft.recipe, draft.sources[draft.config_index]
-    fp8_choice = fp8.Fp8Choice(config_source) if recipe.fp8 else None
+    choice = EncodingChoice(recipe, config_source, draft.sources) if recipe.quantises else None
     tasks: list[TensorTask] = []
     refused: dict[str, Problem] = {}
+    unfit: dict[str, str] = {}
     for part, matches in groupby(draft.matches.matches, key=attrgetter("output_slice")):
         for task, error in tensor_tasks(
-            recipe, draft.method, part, matches, fp8_choice, draft.copy_of
+            recipe, draft.method, part, matches, choice, draft.copy_of, unfit
         ):
             tasks.append(task)
             if error:
                 refused.setdefault(error, recipe.problem(part.key, error))
-    unfit = fp8.refused(recipe, config_source.config) or fp8.nothing(recipe, tasks)
-    if refused or unfit:
-        raise RecipeError([*refused.values(), *filter(None, [unfit])])
+    unwritable = list(problems(recipe, config_source, tasks, unfit))
+    if refused or unwritable:
+        raise RecipeError([*refused.values(), *unwritable])
     tasks.sort(key=lambda task: natural_key(task.name))
     notes = (*draft.matches.notes, *promotion_note(recipe, tasks))
     return draft.noting(notes, tasks=tuple(tasks))
@@ -58,27 +60,51 @@ def tensor_tasks(
     method: Method,
     part: OutputSlice,
     matches: Iterable[TensorMatch],
-    fp8_choice: fp8.Fp8Choice | None,
+    choice: EncodingChoice | None,
     copy_of: Mapping[str, str],
+    unfit: dict[str, str],
 ) -> Iterator[tuple[TensorTask, str]]:
-    """The output tensors of one slice, and why each cannot be merged (empty where it can)."""
+    """The output tensors of one slice, and why each cannot be merged (empty where it can).
+
+    Args:
+        unfit: filled: tensors that cannot be written as the recipe asks for it, and why.
+    """
     resolver = Resolver(recipe, method, part.spec, [operand.spec for operand in part.operands])
     sources = tuple(operand.source for operand in part.operands)
     ids = tuple(operand.recipe_index for operand in part.operands)
     requested = SAFETENSORS_NAMES[recipe.output_dtype] if recipe.output_dtype else None
     for match in matches:
         if match.copied:
-            yield _copied(match, requested), ""
+            (tensor,), decided = match.operands, Decision()
+            if choice and choice.keeps:
+                decided = choice.of_copy(match.name, tensor, tensor.default_dtype, match.source)
+            if decided.problem:
+                unfit[match.name] = decided.problem
+            yield _copied(match, requested, decided), ""
             continue
         reference = match.base or match.operands[0]
         original = copy_of.get(match.name, "")
         names = input_names(match) if resolver.filtered and not original else ()
         resolved = resolver.of(original or match.name, match.layer_position.position, names)
-        block = fp8_choice.block(match.name, reference) if fp8_choice else None
-        dtype = fp8.CODES if block else requested or promoted_dtype(reference, match.operands)
-        is_copy = resolved.copies and is_stored_as(match.operands[0], dtype)
+        dtype = requested or promoted_dtype(reference, match.operands)
+        if choice and choice.keeps and not requested:
+            dtype = reference.default_dtype
+        decided = Decision()
+        if choice and resolved.copies:
+            decided = choice.of_copy(match.name, match.operands[0], dtype, sources[0])
+        elif choice:
+            decided = choice.of(match.name, reference, dtype)
+        if decided.problem:
+            unfit[match.name] = decided.problem
+        if decided.encoding is not None:
+            dtype = decided.encoding.label
+        is_copy = resolved.copies and (
+            isinstance(decided.encoding, Verbatim)
+            or (not decided.encoding and is_stored_as(match.operands[0], dtype))
+        )
         action: Action = "copy" if is_copy else "merge"
-        dtypes = {tensor.default_dtype for tensor in (reference, *match.operands)}
+        dtypes = {tensor.default_dtype for tensor in match.operands}
+        dtypes.add(reference.default_dtype)
         task = TensorTask(
             match.name,
             reference.shape,
@@ -92,16 +118,19 @@ def tensor_tasks(
             match.layer_position.group,
             f"stored as {', '.join(sorted(dtypes))}" if len(dtypes) > 1 else "",
             match.layer_position.position,
-            block,
+            decided.encoding,
+            decided.kept,
             original,
         )
         yield task, resolved.error
 
 
-def _copied(match: TensorMatch, requested: str | None) -> TensorTask:
+def _copied(match: TensorMatch, requested: str | None, decided: Decision) -> TensorTask:
     """A tensor that no method merges: as it is, but for the dtype that the recipe asks for."""
     (tensor,) = match.operands
     rounded = requested if requested and tensor.default_dtype in MERGEABLE else tensor.default_dtype
+    if decided.encoding is not None:
+        rounded = decided.encoding.label
     return TensorTask(
         match.name,
         tensor.shape,
@@ -112,6 +141,7 @@ def _copied(match: TensorMatch, requested: str | None) -> TensorTask:
         (),
         group=match.layer_position.group,
         note=match.copied,
+        encoding=decided.encoding,
     )
 
 

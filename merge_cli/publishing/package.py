@@ -1,4 +1,4 @@
-"""Collecting what is uploaded of a merged model: its files, and the card for the Hub."""
+"""Collecting what is uploaded of a merged model: its files, and the card."""
 
 from __future__ import annotations
 
@@ -43,8 +43,11 @@ class Package:
         return self.card.encode() if name == CARD else self.folder / name
 
 
-def pack(folder: Path, repo_id: str) -> Package:
+def pack(folder: Path, repo_id: str = "") -> Package:
     """Collect and check the files of a merged model; reads no weights.
+
+    Args:
+        repo_id: the repository on the Hub, which the card's example loads; empty leaves the card.
 
     Raises:
         SourceError: not a finished merge.
@@ -71,7 +74,8 @@ def pack(folder: Path, repo_id: str) -> Package:
         message = f"has no {CARD}, the model card"
         raise CorruptFileError(message, model=label, hint="Merge again, or write one.")
     try:
-        card = card_for(read_text(folder / CARD), repo_id)
+        card = read_text(folder / CARD)
+        card = card_for(card, repo_id) if repo_id else card
     except Unreadable as error:
         raise CorruptFileError(str(error), model=label, file=CARD) from None
     if not front_matter(card):

@@ -1,5 +1,7 @@
 """Pushing a merged model to the Hub: the large files first, then one commit with everything.
 
+An address is a store's: `store` uploads there.
+
 So the repository has the old model or the new one, and never a mixture. Uploaded files are
 recognised by their content: after an interruption the same command sends the rest.
 """
@@ -20,6 +22,8 @@ from merge_cli.errors import CorruptFileError, HubError, UsageError
 from merge_cli.hub.errors import LOGIN, explained_upload
 from merge_cli.options import OnProgress, Progress, ignore_progress
 from merge_cli.publishing.package import REPORT, Package, pack
+from merge_cli.publishing.store import upload
+from merge_cli.recipe.reference import is_address
 from merge_cli.sources.storage import INDEX
 
 MAIN = "main"
@@ -30,6 +34,7 @@ class Pushed:
     """A finished upload.
 
     Attributes:
+        repo_id: `owner/name`, or the address of a store; that has no branch and no commit.
         url: the repository's page, at the branch.
         commit: the branch's head afterwards.
         changed: False where the branch had all files already.
@@ -62,7 +67,7 @@ def push(
     """Upload the merged model in the folder `out` to a model repository; create it if needed.
 
     Args:
-        repo_id: `owner/name`.
+        repo_id: `owner/name`; or the address of a folder in a store (see `store.upload`).
         public: the repository's visibility; an existing one must have the same.
         branch: created from main if it does not exist.
         message: of the commit.
@@ -77,6 +82,11 @@ def push(
     """
     on_progress = on_progress or show or ignore_progress
     check_name(repo_id)
+    if is_address(repo_id):
+        refuse_hub_options(repo_id, public=public, branch=branch, message=message)
+        stored = upload(out, repo_id, overwrite=overwrite, on_progress=on_progress)
+        changed, url = bool(stored.sent or stored.removed), stored.address
+        return Pushed(url, "", url, "", False, False, changed, stored.files, stored.removed)
     package = pack(Path(out), repo_id)
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 
@@ -133,8 +143,10 @@ def check_name(repo_id: str) -> None:
     """Refuse an invalid repository name, before any work.
 
     Raises:
-        UsageError: not `owner/name`.
+        UsageError: not `owner/name`, and no address.
     """
+    if is_address(repo_id):
+        return
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     try:
@@ -146,6 +158,18 @@ def check_name(repo_id: str) -> None:
     if "/" not in repo_id:
         hint = f"Write owner/name: your-name/{repo_id}."
         raise UsageError("the repository's owner is missing", where=repo_id, hint=hint)
+
+
+def refuse_hub_options(address: str, *, public: bool, branch: str, message: str) -> None:
+    """Raise for options that a store has not.
+
+    Raises:
+        UsageError: names the first one.
+    """
+    given = {"--public": public, "--branch": branch != MAIN, "--message": bool(message)}
+    flag = next((flag for flag, is_given in given.items() if is_given), None)
+    if flag is not None:
+        raise UsageError(f"{flag} is for the Hub: a store has no such thing", where=address)
 
 
 def _repository(api: Any, repo_id: str, public: bool) -> bool:

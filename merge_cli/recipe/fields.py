@@ -53,7 +53,10 @@ UNSUPPORTED = {
 SOURCE_KEYS = ("models", "slices", "modules", "checkpoints")  # one of them lists what is merged
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
-FP8 = "fp8"  # of `out_dtype`: matrices of layers as codes of eight bits with scales, the rest not
+# Of `out_dtype`: matrices of layers as codes of few bits with scales, the rest not. Formats say
+# what each means (`formats.storage_format.WritableFormat`).
+FP8, SAME = "fp8", "same"
+CODES = (FP8, "fp8_row", "fp8_tensor", "int4", "nvfp4", "mxfp4", SAME)
 
 
 def nearest(word: str, candidates: Iterable[str]) -> str:

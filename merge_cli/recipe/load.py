@@ -19,8 +19,10 @@ from pathlib import Path
 from merge_cli.errors import Problem, RecipeError, UsageError
 from merge_cli.recipe.nodes import Node, load_nodes
 from merge_cli.recipe.parse import parse_recipe
+from merge_cli.recipe.reader import Reader
 from merge_cli.recipe.reference import ModelRef, local_folder, stage_folder
 from merge_cli.recipe.schema import Recipe
+from merge_cli.recipe.sweep import SWEEP, has_sweep, variants_of
 from merge_cli.system.untrusted import Unreadable, read_text
 from merge_cli.system.untrusted_yaml import MAX_YAML
 
@@ -78,7 +80,11 @@ def parse_documents(
         (None if a document has no shape at all, or if there is no such order), and every problem.
     """
     if len(roots) == 1:
-        return parse_recipe(roots[0], file, folder)
+        return (
+            _sweep(roots[0], file, folder)
+            if has_sweep(roots[0])
+            else parse_recipe(roots[0], file, folder)
+        )
     recipes: list[Recipe] = []
     problems: list[Problem] = []
     for root in roots:
@@ -86,6 +92,12 @@ def parse_documents(
         problems += wrong
         if recipe is not None:
             recipes.append(recipe)
+    for root in filter(has_sweep, roots):
+        message = "is for recipes of one document."
+        line, column = root.key_positions[SWEEP]
+        problems.append(
+            Problem(message, SWEEP, file, line, column, "Move it to a file of its own.")
+        )
     problems += _names(roots, recipes, file)
     if len(recipes) < len(roots) or len({recipe.name for recipe in recipes}) < len(recipes):
         return None, problems
@@ -112,10 +124,28 @@ def parse_documents(
         if stage.eval is not None:
             message = "only the result is evaluated, and this is a stage."
             problems.append(stage.problem("eval", message, "Move it to the result's document."))
-        if stage.fp8 and stage.name in requested:
+        if stage.quantises and stage.name in requested:
             message = "what another document merges is kept in full."
-            problems.append(stage.problem("out_dtype", message, "Only the result may be fp8."))
+            hint = f"Only the result may be {stage.out_dtype}."
+            problems.append(stage.problem("out_dtype", message, hint))
     return replace(by_name[final], stages=stages), problems
+
+
+def _sweep(root: Node, file: str, folder: Path) -> tuple[Recipe | None, list[Problem]]:
+    """A document with variants: the first of them, with all of them as its `sweep`."""
+    reader = Reader(file, folder)
+    recipes: dict[str, Recipe] = {}
+    problems = reader.problems
+    for name, document in variants_of(root, reader).items():
+        recipe, wrong = parse_recipe(document, file, folder)
+        problems += [problem for problem in wrong if problem not in problems]
+        if recipe is not None:
+            recipes[name] = recipe
+    if not recipes:
+        return None, problems
+    first = next(iter(recipes.values()))
+    positions = {**first.positions, **reader.positions}
+    return replace(first, sweep=recipes, positions=positions), problems
 
 
 def _file_order(uses: Mapping[str, set[str]]) -> Sequence[str]:

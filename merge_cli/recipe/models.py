@@ -36,6 +36,8 @@ def _long(values: dict[str, Any], node: Node, key: str, reader: Reader) -> Any:
 
 def _short(values: dict[str, Any], node: Node, key: str, reader: Reader) -> Any:
     path = values.get("path")
+    if path and values.get("gguf_file"):
+        path = f"{path}/{values['gguf_file']}"
     return _with_lora(ModelRef(path, values.get("revision")) if path else None, values)
 
 
@@ -53,8 +55,9 @@ _LONG = Section(
 )
 _SHORT = Section(
     {
-        "path": Key(Text(), "a folder, or an id on the Hub", required=True),
+        "path": Key(Text(), "a folder, a file, an id on the Hub, or an address", required=True),
         "revision": _REVISION,
+        "gguf_file": Key(Text(), "the GGUF file in it, as transformers calls it"),
         "lora": _LORA,
     },
     _short,
@@ -67,6 +70,7 @@ def model_schema() -> Schema:
     text = {
         "type": "string",
         "minLength": 1,
-        "description": "a folder or a Hub id: path-or-id[@revision][+lora[@revision]]",
+        "description": "a folder, a file, a Hub id or an address: "
+        "path-or-id[@revision][+lora[@revision]]",
     }
     return any_of(text, _SHORT.schema(), _LONG.schema())

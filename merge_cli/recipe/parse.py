@@ -13,7 +13,7 @@ from typing import Any
 from merge_cli.errors import Problem
 from merge_cli.recipe.automatic import BUDGET, METHODS
 from merge_cli.recipe.checkpoints import CHECKPOINTS, METHOD, expand
-from merge_cli.recipe.fields import DTYPES, FP8, SOURCE_KEYS, UNUSED_SEED, nearest
+from merge_cli.recipe.fields import CODES, DTYPES, FP8, SOURCE_KEYS, UNUSED_SEED, nearest
 from merge_cli.recipe.forms import Anything, Plain, Text
 from merge_cli.recipe.models import MODEL
 from merge_cli.recipe.nodes import Node, without_empty
@@ -25,6 +25,7 @@ from merge_cli.recipe.search import SEARCH, Search
 from merge_cli.recipe.sections import PASSED_BY, Key, Section
 from merge_cli.recipe.sources import MODELS, PARAMETERS, SLICES, ModulesForm
 from merge_cli.recipe.statistics import STATISTICS
+from merge_cli.recipe.sweep import SWEEP, SweepForm
 from merge_cli.recipe.tokenizer import TemplateForm, TokenizerForm, TokenizerSpec
 from merge_cli.recipe.training import TRAINING, Training, contradictions
 
@@ -56,8 +57,9 @@ class DtypeForm(Form):
         hint = nearest(name, dtypes)
         if name.lower() in _SHORT:
             hint = f"Did you mean '{_SHORT[name.lower()]}'?"
-        if name in _FP8_NAMES:
-            hint = "Write `out_dtype: fp8`; `dtype` is of everything that stays as it is."
+        code = FP8 if name in _FP8_NAMES else name
+        if code in CODES:
+            hint = f"Write `out_dtype: {code}`; `dtype` is of everything that stays as it is."
         return reader.refuse(node, key, f"unknown dtype '{word}'.", hint)
 
     def schema(self) -> Schema:
@@ -98,8 +100,9 @@ RECIPE = Section(
         "parameters": Key(PARAMETERS, "the method's parameters, for all models"),
         "dtype": Key(DtypeForm(), "stored dtype of the output; default each tensor's own"),
         "out_dtype": Key(
-            DtypeForm((FP8,)),
-            "takes precedence over `dtype`; fp8 applies to matrices of layers",
+            DtypeForm(CODES),
+            "takes precedence over `dtype`; codes (fp8, int4, ...) are of matrices of layers; "
+            "same keeps each tensor's format",
         ),
         "seed": Key(_SEED, "seed of random masks, samples and splits", 0),
         "random_seed": Key(_SEED, "mergekit's name of `seed`"),
@@ -123,6 +126,7 @@ RECIPE = Section(
         ),
         "budget": Key(BUDGET, "what trying methods may cost (auto); default no limit"),
         "methods": Key(METHODS, "the methods that are tried (auto); default all that it knows"),
+        SWEEP: Key(SweepForm(), "variants that are merged in one pass, by name (OUT/NAME)"),
         "output": Key(OutputForm(), "adapter merges adapters into an adapter", "model"),
     },
     rules={"oneOf": [{"required": [key]} for key in SOURCE_KEYS], **PASSED_BY},
@@ -141,6 +145,7 @@ def parse_recipe(root: Node, file: str, folder: Path) -> tuple[Recipe | None, li
         return None, reader.problems
     root = without_empty(root)
     values = RECIPE.read(root, "", reader)
+    values.pop(SWEEP, None)  # its variants are documents by now (load.py)
     _check_sources(root, reader)
     expand(values, root, reader)
     values["seed"] = _seed(values, root, reader)

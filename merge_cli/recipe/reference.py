@@ -2,7 +2,9 @@
 
 `path-or-hub-id[@revision][+lora[@revision]]`, or a mapping. A path that exists on disk wins over
 the reading of `+` and `@`, and over the Hub; `hf://organisation/name` is the Hub's, whatever is on
-disk. Relative paths belong to the recipe's file, so that a recipe in git works from any folder.
+disk. `organisation/name/FILE` is one file of a repository, `organisation/name:Q4_K_M` its GGUF file
+in that quantisation. What begins with `s3://`, `https://` and the like is an address. Relative
+paths belong to the recipe's file, so that a recipe in git works from any folder.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ HUB = "hf://"
 # The Hub's own rules; what they refuse need not be asked for.
 _HUB_ID = re.compile(r"[A-Za-z0-9_](?:[\w.-]*\w)?(?:/[A-Za-z0-9_](?:[\w.-]*\w)?)?", re.ASCII)
 _LONGEST_ID = 96
+_HUB_FILE = re.compile(r"([^/:]+/[^/:]+)(?:/([^:]+\.(?:gguf|safetensors|bin|pt|pth|ckpt))|(:\w+))")
+_ADDRESS = re.compile(r"[a-z][a-z0-9]*://")
 _REVISION = re.compile(r"[\w.+-]+(?:/[\w.+-]+)*", re.ASCII)
 
 
@@ -56,7 +60,7 @@ def local_folder(path: str, folder: Path) -> Path | None:
 
     Looked for beside the recipe first, then in the working directory, where mergekit looks.
     """
-    if not path or path.startswith(HUB):
+    if not path or path.startswith(HUB) or is_address(path):
         return None
     try:
         given = expanded(path)
@@ -81,6 +85,23 @@ def hub_id(path: str) -> str | None:
     return name if fits and not name.endswith(".git") and _HUB_ID.fullmatch(name) else None
 
 
+def hub_file(path: str) -> tuple[str, str] | None:
+    """The repository and the file that `path` can mean; None if it cannot.
+
+    Returns:
+        the file as a path in the repository, or `:WORD` for the GGUF file with that word.
+    """
+    result = _HUB_FILE.fullmatch(path.removeprefix(HUB))
+    if result is None or hub_id(result[1]) is None or ".." in path.split("/"):
+        return None
+    return result[1], result[2] or result[3]
+
+
+def is_address(path: str) -> bool:
+    """Whether it is the address of a store or a server: `s3://bucket/folder`."""
+    return _ADDRESS.match(path) is not None and not path.startswith(HUB)
+
+
 def is_revision(text: str) -> bool:
     """Whether a branch, a tag or a commit can be called so; it becomes part of paths."""
     fits = len(text) <= 200 and ".." not in text and not text.startswith("-")
@@ -103,6 +124,8 @@ def short_labels(labels: Sequence[str]) -> list[str]:
 
 def _split_revision(text: str, folder: Path) -> tuple[str, str | None]:
     if local_folder(text, folder) is not None:
+        return text, None
+    if is_address(text):  # it has no revisions; a login in it is refused when it is opened
         return text, None
     path, _, revision = text.partition("@")
     return path, revision or None

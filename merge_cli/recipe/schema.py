@@ -10,7 +10,7 @@ from typing import Any
 from merge_cli.errors import Problem
 from merge_cli.recipe.automatic import Budget
 from merge_cli.recipe.data import Data
-from merge_cli.recipe.fields import FP8
+from merge_cli.recipe.fields import CODES
 from merge_cli.recipe.nodes import Node
 from merge_cli.recipe.output import AdapterOutput
 from merge_cli.recipe.reference import ModelRef
@@ -79,7 +79,7 @@ class Recipe:
 
     Attributes:
         dtype: dtype of the output; None keeps each tensor's own. Computing is float32 regardless.
-        out_dtype: wins over `dtype`; or fp8, which is of the matrices of layers alone.
+        out_dtype: wins over `dtype`; or codes of few bits, of the matrices of layers alone.
         training: how coefficients are learned; None leaves it to the method's defaults.
         statistics: how sources are looked at first; None leaves it to the defaults.
         tokenizer: the output's vocabulary; None merges rows by number, as they are.
@@ -96,6 +96,7 @@ class Recipe:
         positions: key path -> (line, column), for messages of later stages.
         warnings: one line for each key that is known, accepted and without effect.
         notes: one line for each thing that the plan's reader should know of how it was read.
+        sweep: variants by name, of which this is the first; empty for a recipe of one result.
         stages: the other documents of the file, each before those that use it (documents.py).
     """
 
@@ -128,6 +129,7 @@ class Recipe:
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     stages: tuple[Recipe, ...] = ()
+    sweep: Mapping[str, Recipe] = field(default_factory=dict)
 
     @property
     def tokenizer_source(self) -> str | None:
@@ -136,13 +138,13 @@ class Recipe:
 
     @property
     def output_dtype(self) -> str | None:
-        """Of all that is not in fp8: `out_dtype` before `dtype`; None keeps each tensor's own."""
-        return self.dtype if self.fp8 else self.out_dtype or self.dtype
+        """Of what is not in codes: `out_dtype` before `dtype`; None keeps each tensor's own."""
+        return self.dtype if self.quantises else self.out_dtype or self.dtype
 
     @property
-    def fp8(self) -> bool:
-        """Whether matrices of layers are written in fp8."""
-        return self.out_dtype == FP8
+    def quantises(self) -> bool:
+        """Whether matrices of layers are written in codes of few bits."""
+        return self.out_dtype in CODES
 
     @property
     def source_specs(self) -> tuple[SourceSpec, ...]:
@@ -172,7 +174,8 @@ class Recipe:
     def with_seed(self, seed: int) -> Recipe:
         """The same recipe, and its stages, with another seed."""
         stages = tuple(stage.with_seed(seed) for stage in self.stages)
-        return replace(self, seed=seed, stages=stages)
+        sweep = {name: variant.with_seed(seed) for name, variant in self.sweep.items()}
+        return replace(self, seed=seed, stages=stages, sweep=sweep)
 
     def with_models(self, spelling: Mapping[ModelRef, ModelRef]) -> Recipe:
         """The same recipe with models named as `spelling` says."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from merge_cli.recipe.sections import option, section_of
@@ -35,6 +35,13 @@ _OF_ONE: dict[str, Kind] = {"batch_tokens": "gram", "rounds": "gram", "targets":
 def unused_options(kind: str) -> tuple[str, ...]:
     """The options that have no effect on statistics of this kind."""
     return tuple(name for name, only in _OF_ONE.items() if only != kind)
+
+
+def fitting_statistics(statistics: Statistics, kind: str) -> Statistics:
+    """Without what has no effect on statistics of this kind."""
+    defaults = Statistics()
+    unused = {name: getattr(defaults, name) for name in unused_options(kind)}
+    return replace(statistics, **unused)
 
 
 def plain_statistics(statistics: Statistics, kind: str) -> dict[str, Any]:

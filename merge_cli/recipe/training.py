@@ -20,6 +20,8 @@ Granularity = Literal["tensor", "column", "row", "element", "low_rank"]
 Preset = Literal["default", "dam", "dam-reference", "adamerging", "expert-merging", "learned-soup"]
 EMBEDDINGS = "embeddings"
 GRANULARITIES: tuple[Granularity, ...] = get_args(Granularity)
+# Merges that are no sum of columns: learning starts from them as they are.
+WHOLE_STARTS = ("fisher", "regmean")
 LOSSES = ("kl", "reverse_kl", "mse", "entropy", "cross_entropy")
 TEACHING = frozenset(("kl", "reverse_kl", "mse"))  # the losses that need a teacher
 PENALTIES = ("cosine", "l1", "l2", "overlap", "weighted_overlap")
@@ -96,11 +98,14 @@ class Training:
     activation: Literal["none", "tanh", "sigmoid", "softmax"] = option(
         "none", "what a parameter goes through to become a coefficient"
     )
-    start: float | Literal["best", "soup", "raw_soup", "task_arithmetic", "fisher"] = option(
-        "best",
-        "every coefficient at the beginning: a number, 1/sources (soup), the activation of "
-        "1/sources (raw_soup), 0.3 (task_arithmetic), each source's share of the importance "
-        "(fisher), or best: as in the merge without training that does best on held-out rows",
+    start: float | Literal["best", "soup", "raw_soup", "task_arithmetic", "fisher", "regmean"] = (
+        option(
+            "best",
+            "every coefficient at the beginning: a number, 1/sources (soup), the activation of "
+            "1/sources (raw_soup), 0.3 (task_arithmetic); or a whole merge (fisher, regmean), of "
+            "which changes are learned; or best: the merge without training that does best on "
+            "held-out rows",
+        )
     )
     train: tuple[str, ...] = option(
         ("all",),
@@ -177,7 +182,10 @@ class Training:
     )
     checkpointing: bool = option(False, "compute activations twice instead of keeping them")
     evaluate_every: int | None = option(
-        None, "steps between held-out measurements; default 2 in all", 1
+        None,
+        "steps between held-out measurements; default the end, and at halves of the way as far as "
+        "that costs a tenth of the training",
+        1,
     )
     patience: int | None = option(None, "measurements without improvement before training stops", 1)
     keep: Literal["best", "last"] = option(
@@ -312,7 +320,10 @@ def contradictions(training: Training, sources: int) -> list[tuple[str, str, str
     """Options that do not go together: (option, message, hint)."""
     result = []
     start, activation = training.start, training.activation
-    if start in ("best", "fisher") and activation != "none":
+    if start in WHOLE_STARTS and training.form == "soup":
+        message = f"sums of weights do not reach the merge that {start} makes."
+        result.append(("start", message, "Leave `form` out, or use another `start`."))
+    if start in ("best", *WHOLE_STARTS) and activation != "none":
         message = f"{activation} does not reach every merge that it may begin from."
         result.append(("start", message, "Use `start: soup`, or `activation: none`."))
     if activation == "softmax" and start not in ("soup", "raw_soup", "best"):

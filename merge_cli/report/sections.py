@@ -49,6 +49,7 @@ def alike(view: RelationsView) -> Section:
             "Cosine of the weights themselves: close to 1 for models of one family, near 0 for "
             "models that were trained independently. Colour deepens with the square root."
         )
+    how += view.measured_on
     pairs = pairs_of(view)
     if not pairs:
         return section("How alike the sources are", "", _no_pairs(view, "Cosines"))
@@ -83,8 +84,7 @@ def conflict(view: RelationsView) -> Section:
     if total_conflict is None:
         return section("Sign conflict", "", _no_pairs(view, "Signs"))
     summary = f"{percent(total_conflict)} of elements are in conflict{_extremes(view)}."
-    if view.sampled < 1:
-        summary += f" Counted on {percent(view.sampled)} of the elements."
+    how += view.measured_on
     values = view.column("conflict")
     figures: list[Part] = []
     shares = [value for value in values if value is not None]
@@ -114,6 +114,7 @@ def sizes(view: RelationsView) -> Section:
     relative, change = view.total["relative_norm"], view.total["change"]
     if change is not None:
         how += " “merged” is the change of the merge itself."
+    how += view.measured_on
     if relative is None:
         return section(title, "", "Not measured: this method merges weights, not changes.")
     summary = _each(view, relative)
@@ -131,8 +132,7 @@ def kept(view: RelationsView) -> Section | None:
     if view.total["kept"] is None:
         return None
     summary = f"Whole model: {_each(view, view.total['kept'])}"
-    if view.sampled < 1:
-        how += f" Counted on {percent(view.sampled)} of the elements."
+    how += view.measured_on
     if view.layers and _is_flat(view, "kept"):  # equal shares by design: the lines would coincide
         return section(title, how, f"{summary}; the same in every layer.")
     return section(title, how, f"{summary}.", series(view, "kept", "elements kept"))
@@ -261,7 +261,7 @@ class RelationsView:
         models: full labels; `labels`: the same, short enough for a chart.
         layers, axis: the groups that are layers, in order, and their columns.
         column_name: what a column is; with the stacks' names where a model has several.
-        sampled: share of the elements on which signs were counted.
+        sampled: share of the elements that were measured.
         outside: tensors outside layers, which charts leave out, the largest first.
     """
 
@@ -274,6 +274,11 @@ class RelationsView:
     column_name: str
     sampled: float
     outside: Sequence[Json] = ()
+
+    @property
+    def measured_on(self) -> str:
+        """A sentence for what is estimated from a sample; empty where all was measured."""
+        return f" Measured on {percent(self.sampled)} of the elements." if self.sampled < 1 else ""
 
     def column(self, field: str, *path: int) -> list[float | None]:
         """A field of every layer; `path` are indexes into lists and matrices."""

@@ -1,14 +1,16 @@
 """The earlier stages of a recipe with several documents, in recipes, cards and reports.
 
 Each stage's folder has its resolved recipe and its report. A result carries the recipes of all
-its stages, so that running its merge_recipe.yaml runs them again.
+its stages, so that running its merge_recipe.yaml runs them again; and the models that were made
+for it on the way, which need more than a recipe to be made again.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -30,24 +32,36 @@ class Stages:
 
     Args:
         folders: of the stages' results, by name, in the order of the stages.
+        kept: models that belong into the result's folder, by their names there.
 
     Attributes:
         names: of the stages.
     """
 
-    def __init__(self, folders: Mapping[str, Path]) -> None:
-        self._folders = dict(folders)
+    def __init__(
+        self, folders: Mapping[str, Path], kept: Mapping[str, Path] = MappingProxyType({})
+    ) -> None:
+        self._folders, self._kept = dict(folders), dict(kept)
         self.names = tuple(folders)
 
     def named(self, locate: Locate) -> Locate:
-        """`locate`, except that a stage's result is called by the stage's name."""
+        """`locate`, except that a stage's result is called by the stage's name.
+
+        Models that are kept in the result are named as they lie there.
+        """
         names = {str(folder): name for name, folder in self._folders.items()}
+        names |= {str(folder): f"./{name}" for name, folder in self._kept.items()}
 
         def find(model: ModelRef) -> str:
             stage = model.path if model.path in self._folders else names.get(model.path)
             return stage or locate(model)
 
         return find
+
+    def kept_name(self, label: str) -> str:
+        """How the result names a model that it keeps; any other by its own label."""
+        names = {str(folder): f"./{name}" for name, folder in self._kept.items()}
+        return names.get(label, label)
 
     def documents(self, target: Path | None) -> list[str]:
         """Each stage's resolved recipe as YAML.
@@ -60,6 +74,7 @@ class Stages:
         for name, recipe in self._recipes.items():
             folder = recipe.folder
             locate = self.named(path_from(target, folder, {}) if target else public_name(folder))
+            locate = self._where_kept(folder, locate)
             learned = f"./stages/{stage_folder(name)}/{FILE}" if recipe.coefficients else None
             fingerprints = recipe.inputs if target else {}
             inputs = {locate(parse_reference(k, folder)): v for k, v in fingerprints.items()}
@@ -76,12 +91,37 @@ class Stages:
             )
         return texts
 
-    def copy_coefficients(self, folder: Path) -> None:
-        """Copy the coefficients that stages have learned to the paths in `documents`.
+    def _kept_of_stages(self) -> Iterator[tuple[str, Path]]:
+        """The models that stages keep in their folders: where they lie in the result's, and now."""
+        for name, result in self._folders.items():
+            for config in sorted(result.glob("*/config.json")):
+                yield f"stages/{stage_folder(name)}/{config.parent.name}", config.parent
+
+    def _where_kept(self, recipe_folder: Path, locate: Locate) -> Locate:
+        """`locate`, except that models that stages keep are named as they lie in the result."""
+        places = {folder.resolve(): place for place, folder in self._kept_of_stages()}
+
+        def find(model: ModelRef) -> str:
+            local = None if model.lora else local_folder(model.path, recipe_folder)
+            place = None if local is None else places.get(local.resolve())
+            return f"./{place}" if place else locate(model)
+
+        return find
+
+    def copy_files(self, folder: Path) -> None:
+        """Copy what recipes of the result and its stages name: coefficients, models that are kept.
 
         Raises:
             ResourceError: it cannot be written.
         """
+        for place, model in (*self._kept.items(), *self._kept_of_stages()):
+            try:
+                shutil.copytree(model, folder / place, dirs_exist_ok=True)
+            except shutil.Error as error:
+                failed = OSError(errno.EIO, str(error))
+                raise write_error(failed, folder / place) from error
+            except OSError as error:
+                raise write_error(error, folder / place) from error
         for name, result in self._folders.items():
             if (result / FILE).exists():
                 copy = folder / "stages" / stage_folder(name) / FILE

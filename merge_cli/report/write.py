@@ -43,6 +43,7 @@ def write_reports(
     *,
     record: Mapping[str, Any] | None = None,
     attachments: Mapping[str, str] | None = None,
+    folders: Mapping[str, Path] | None = None,
     stages: Mapping[str, Path] | None = None,
     card: bool = True,
 ) -> dict[str, Any]:
@@ -53,15 +54,18 @@ def write_reports(
         target: where the folder will be published: the recipe's paths lead from there.
         record: sections on what this run has prepared, if anything (`Prepared.record`).
         attachments: other files that belong to the merge, by name.
+        folders: models that belong to it, by name (`Prepared.folders`): copied.
         stages: the folders of what other documents of the recipe have made for it, by name.
         card: whether to write README.md.
 
     Returns:
         the report.
     """
-    made = Stages(stages or {})
+    made = Stages(stages or {}, folders or {})
     text, defaults = resolved_recipe(plan, fingerprints, target, made)
     report = build_report(plan, fingerprints, outcome, text)
+    for item in report["inputs"]:
+        item["model"] = made.kept_name(item["model"])
     for preparation in preparations():
         report.update(preparation.summary(plan))
     report.update(record or {})
@@ -75,7 +79,7 @@ def write_reports(
     }
     if card:
         files["README.md"] = model_card(plan, defaults, target.name, made)
-    made.copy_coefficients(folder)
+    made.copy_files(folder)
     if plan.coefficients is not None:
         try:
             shutil.copyfile(plan.coefficients.path, folder / FILE)
@@ -199,6 +203,7 @@ def build_report(
             "peak_rss": peak_rss(),
             "peak_vram": _peak_vram(outcome),
             "buffers": outcome.buffers,
+            **({"nodes": [vars(node) for node in outcome.nodes]} if outcome.nodes else {}),
         },
     }
 
@@ -216,8 +221,8 @@ def _stage(stage: StageTime) -> dict[str, Any]:
 
 
 def _peak_vram(outcome: MergeStats) -> int | None:
-    """The most that one device held; None on a CPU."""
-    if outcome.device.kind == "cpu":
+    """The most that one device here held; None on a CPU, and of a cluster's devices."""
+    if not outcome.device.indexes:
         return None
     import torch
 
@@ -230,15 +235,16 @@ def _statistics(plan: Plan, stats: Sequence[TensorStats]) -> dict[str, Any] | No
     if not measured or len({task.ids for task, _ in measured}) > 1:
         return None
     groups: dict[str, TensorStats] = {}
-    total = TensorStats()
+    total, sampled = TensorStats(), 0
     for task, item in measured:
-        groups.setdefault(task.group, TensorStats()).add(item)
-        total.add(item)
+        sampled += item.sampled
+        groups.setdefault(task.group, TensorStats()).add(item.estimate)
+        total.add(item.estimate)
     labels = short_labels([plan.sources[i].label for i in measured[0][0].sources])
     return {
         "of": "deltas" if "deltas" in plan.method.supplied else "weights",
         "models": labels,
-        "sampled": round(total.sampled / total.count, 4) if total.count else 1.0,
+        "sampled": round(sampled / total.count, 4) if total.count else 1.0,
         "total": _group("whole model", total),
         "groups": [_group(name, stats) for name, stats in groups.items()],
     }

@@ -1,8 +1,8 @@
 """A source model, opened from its headers: which tensors it has and where they lie.
 
 Opening a source reads kilobytes: config.json, the index, the headers of the shards. For a model on
-the Hub only those are fetched; the shards follow in `fetch_weights`, and only those that the merge
-needs. Nothing here executes anything from a checkpoint.
+the Hub or at an address only those are fetched; the shards follow in `fetch_weights`, and only
+those that the merge needs. Nothing here executes anything from a checkpoint.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,23 +25,50 @@ from merge_cli.checkpoint.components import (
 )
 from merge_cli.checkpoint.config import is_of_5
 from merge_cli.checkpoint.fingerprint import FileFingerprint, add_samples, folder_fingerprints
+from merge_cli.checkpoint.headers import TensorRef
+from merge_cli.checkpoint.repository import Repository
 from merge_cli.checkpoint.tensors import Tensor
 from merge_cli.errors import CorruptFileError, HubError, SourceError
 from merge_cli.formats.dcp.model import is_checkpoint, open_checkpoint
+from merge_cli.formats.dcp.names import MEGATRON, NAMES, Rule, parse_rules, renamed
 from merge_cli.formats.detect import read_as_numbers
 from merge_cli.hub import models as hub
 from merge_cli.lora.adapter import WEIGHTS, Adapter, open_adapter
 from merge_cli.lora.config import base_note
 from merge_cli.lora.heads import changed_config
 from merge_cli.lora.targets import apply_adapter
-from merge_cli.recipe.reference import HUB, ModelRef, expanded, hub_id, is_revision, local_folder
-from merge_cli.sources.gguf import SUFFIX, open_gguf
-from merge_cli.sources.storage import HubRepo, LocalFolder, ModelStorage, read_headers
-from merge_cli.system.untrusted import read_mapping
-
-CONFIG = "config.json"
-SAFETENSORS = ".safetensors"
-NO_CONFIG = "has no config.json"  # a note
+from merge_cli.recipe.reference import (
+    HUB,
+    ModelRef,
+    expanded,
+    hub_file,
+    hub_id,
+    is_address,
+    is_revision,
+    local_folder,
+)
+from merge_cli.remote.models import RemoteModel, open_remote, open_remote_file
+from merge_cli.sources.gguf import SUFFIX as GGUF
+from merge_cli.sources.linked import FileModel
+from merge_cli.sources.single_file import (
+    CONFIG,
+    NO_CONFIG,
+    SAFETENSORS,
+    is_all_weights,
+    is_weights,
+    is_whole_folder,
+    open_file,
+    open_stored_file,
+)
+from merge_cli.sources.storage import (
+    INDEX,
+    LocalFolder,
+    ModelStorage,
+    StoredElsewhere,
+    read_headers,
+)
+from merge_cli.system.untrusted import Unreadable, read_mapping, read_text
+from merge_cli.system.untrusted_yaml import read_front
 
 
 @dataclass(frozen=True)
@@ -52,11 +80,14 @@ class Source:
         root: the folder of its files; a Hub model's shards may not be in it yet.
         tensors: by name.
         header_bytes: file name -> raw header, for digests.
-        hub: the repository it comes from; None for a local folder.
+        hub: the repository of the Hub that it comes from; None for others.
+        remote: the folder at an address that it comes from; None for others.
         notes: what a reader of the plan should know.
         planned: whether it is still to be made, by a document of the same recipe.
         adapter: what `tensors` have been updated with; None for a model as it is.
         fingerprints: its files as they were before they were read; none of a model on the Hub.
+        quantization, left_out: of a quantised model, see `DecodedModel`.
+        file: the name of the one file in `root` that it is; empty where it is the folder.
     """
 
     label: str
@@ -69,6 +100,15 @@ class Source:
     planned: bool = False
     adapter: Adapter | None = None
     fingerprints: Mapping[Path, FileFingerprint] = field(default_factory=dict, repr=False)
+    quantization: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    left_out: tuple[TensorRef, ...] = field(default=(), repr=False)
+    file: str = ""
+    remote: RemoteModel | None = None
+
+    @property
+    def repository(self) -> Repository | None:
+        """Where its files are fetched from; None for those on disk."""
+        return self.hub or self.remote
 
     def ties(self, head: str) -> bool:
         """Whether the head is the input embedding: as the config says, here or in its text part.
@@ -87,11 +127,18 @@ class Source:
     @property
     def is_safetensors(self) -> bool:
         """Whether its weights are in files that transformers loads from its folder."""
-        return all(name.endswith(SAFETENSORS) for name in self.header_bytes)
+        return not self.file and all(name.endswith(SAFETENSORS) for name in self.header_bytes)
+
+    @property
+    def is_lone_file(self) -> bool:
+        """Whether it is one file of weights without a config: so is then what is made of it."""
+        return bool(self.file) and not self.config
 
     @property
     def stems(self) -> dict[str, str]:
         """For each folder with weights ("" for the model's own) what the files are called."""
+        if self.is_lone_file:
+            return {"": Path(self.file).stem}
         names = [*self.header_bytes, *([PIPELINE] if (self.root / PIPELINE).is_file() else [])]
         parts = part_folders(names, module_folders(self.root, self.label))
         return {folder: stem_of(names_in(folder, names)) for folder in parts}
@@ -128,15 +175,13 @@ class Source:
     def identity(self) -> tuple[Path, ...]:
         """What tells models apart: where the files are, and those of the adapter."""
         adapter = (self.adapter.root.resolve(),) if self.adapter else ()
-        return (self.root.resolve(), *adapter)
+        return ((self.root / self.file).resolve(), *adapter)
 
     def download_size(self, shards: Iterable[str]) -> int:
-        """Bytes of these files, and of an adapter, as far as they are on the Hub."""
-        model_bytes = sum(self.hub.files.get(name, 0) for name in shards) if self.hub else 0
-        adapter_bytes = (
-            self.adapter.hub.files.get(WEIGHTS, 0) if self.adapter and self.adapter.hub else 0
-        )
-        return model_bytes + adapter_bytes
+        """Bytes of these files, and of an adapter, as far as they are not on disk."""
+        own, adapter = self.repository, self.adapter.repository if self.adapter else None
+        size = sum(own.files.get(name, 0) for name in shards) if own else 0
+        return size + (adapter.files.get(WEIGHTS, 0) if adapter else 0)
 
     @property
     def commits(self) -> dict[str, str]:
@@ -176,7 +221,9 @@ def open_source(model: ModelRef, folder: Path) -> Source:
             message = f"a folder on disk has no revision '{model.revision}'"
             raise SourceError(message, model=label, hint="Remove the part after '@'.")
         return _open_folder(path, label)
-    repository = hub_id(model.path)
+    if is_address(model.path):
+        return _open_address(model.path, label)
+    repository, name = hub_file(model.path) or (hub_id(model.path), "")
     if repository is None and model.path.startswith(HUB):
         message = "not a name that the Hub has"
         raise HubError(message, model=label, hint=f"Write {HUB}organisation/name[@revision].")
@@ -186,13 +233,24 @@ def open_source(model: ModelRef, folder: Path) -> Source:
         message = f"'{model.revision[:60]}' is not the name of a branch, a tag or a commit"
         raise HubError(message, model=label, hint="Check the part after '@'.")
     try:
-        return _open_hub(hub.open_hub(repository, model.revision), label)
+        return _open_repository(hub.open_hub(repository, model.revision), name, label)
     except HubError as error:
         near = _neighbour(model.path, folder)
         if not near:
             raise
         # It reads like a Hub id, and much more like a folder that is here.
         raise HubError(error.message, model=label, hint=f"Did you mean '{near}'?") from error
+
+
+def _open_address(address: str, label: str) -> Source:
+    if is_weights(address):
+        return _open_repository(*open_remote_file(address), label)
+    repository = open_remote(address)
+    if is_checkpoint(repository.files):
+        message = "a distributed checkpoint, which is read from disk alone"
+        hint = "Copy the folder to this machine, and name the copy."
+        raise SourceError(message, model=label, hint=hint)
+    return _open_repository(repository, "", label)
 
 
 def open_tokenizer(model: ModelRef, folder: Path) -> Source:
@@ -268,22 +326,19 @@ def require_safetensors(source: Source) -> None:
 def fetch_weights(
     source: Source, files: Iterable[str], progress: Callable[[int], None] | None = None
 ) -> None:
-    """Bring the named shards of a Hub model, and its adapter, into their folders.
+    """Bring the named shards of a model that is elsewhere, and its adapter, into their folders.
 
     Local models have theirs.
     """
-    if source.hub is not None:
-        hub.fetch_files(source.hub, sorted(files), progress)
-    if source.adapter is not None and source.adapter.hub is not None:
-        hub.fetch_files(source.adapter.hub, [WEIGHTS], progress)
+    if source.repository is not None:
+        source.repository.fetch(sorted(files), progress)
+    if source.adapter is not None and source.adapter.repository is not None:
+        source.adapter.repository.fetch([WEIGHTS], progress)
 
 
 def _open_folder(path: Path, label: str) -> Source:
     if not path.is_dir():
-        if path.suffix == SUFFIX:
-            return _open_gguf(path, label)
-        hint = "Name the model's folder, not a file in it."
-        raise SourceError("not a folder", model=label, hint=hint)
+        return _open_file(path, label)
     fingerprints = folder_fingerprints(path)
     try:
         folder = LocalFolder(path)
@@ -294,6 +349,25 @@ def _open_folder(path: Path, label: str) -> Source:
     return replace(opened, fingerprints=fingerprints)
 
 
+def _open_file(path: Path, label: str) -> Source:
+    if is_whole_folder(path, label):
+        return _open_folder(path.parent, label)
+    opened = _of_file(open_file(path, label), label)
+    return replace(opened, fingerprints=folder_fingerprints(opened.root))
+
+
+def _of_file(model: FileModel, label: str) -> Source:
+    return Source(
+        label,
+        model.root,
+        model.decoded.config,
+        model.decoded.tensors,
+        {model.name: model.header},
+        notes=model.notes,
+        file=model.name,
+    )
+
+
 def _is_dcp(folder: LocalFolder) -> bool:
     has_safetensors = any(name.endswith(SAFETENSORS) for name in folder.names)
     return is_checkpoint(folder.names) and not has_safetensors
@@ -302,6 +376,11 @@ def _is_dcp(folder: LocalFolder) -> bool:
 def _open_dcp(folder: LocalFolder, label: str) -> Source:
     config = read_mapping(folder.root / CONFIG, label) if CONFIG in folder.names else {}
     model = open_checkpoint(folder.root, label)
+    tensors, more = dict(model.tensors), []
+    if NAMES in folder.names:
+        tensors = renamed(tensors, _rules(folder.root / NAMES, label), config, label)
+    elif any(name.startswith(MEGATRON) for name in tensors):
+        more = [f"its names are Megatron's: {NAMES} beside it says what they become"]
     left_out = f"; {len(model.left_out)} others are left out" if model.left_out else ""
     notes = [
         f"a distributed checkpoint; {len(model.tensors)} tensors of the model are read{left_out}",
@@ -309,41 +388,83 @@ def _open_dcp(folder: LocalFolder, label: str) -> Source:
     ]
     headers = dict.fromkeys(model.files, b"")  # such files have none: `.metadata` has said it all
     return Source(
-        label, folder.root, config, model.tensors, headers, notes=tuple(filter(None, notes))
+        label, folder.root, config, tensors, headers, notes=tuple(filter(None, [*notes, *more]))
     )
 
 
-def _open_gguf(path: Path, label: str) -> Source:
-    model = open_gguf(path, label)
-    return Source(
-        label,
-        model.root,
-        model.decoded.config,
-        model.decoded.tensors,
-        model.headers,
-        notes=model.notes,
-        fingerprints=folder_fingerprints(model.root),
-    )
+def _rules(path: Path, label: str) -> list[Rule]:
+    try:
+        return parse_rules(read_front(read_text(path)))
+    except Unreadable as error:
+        raise CorruptFileError(str(error), model=label, file=path.name) from None
 
 
-def _open_hub(repo: hub.HubModel, label: str) -> Source:
-    return _opened(HubRepo(repo), label, repo)
+def _open_repository(repository: Repository, name: str, label: str) -> Source:
+    """A repository as a model, or a file of it.
+
+    Args:
+        name: of the file; empty for all of it, `:WORD` for the GGUF file with that word.
+
+    Raises:
+        SourceError: it has no such file.
+    """
+    if not name:
+        return _with_repository(_opened(StoredElsewhere(repository), label), repository)
+    files = repository.files
+    name = _gguf_named(name[1:], files, label) if name.startswith(":") else name
+    if name not in files:
+        near = difflib.get_close_matches(name, files, n=1)
+        others = [file for file in files if file.endswith(Path(name).suffix)]
+        hint = f"Did you mean '{near[0]}'?" if near else f"It has {', '.join(sorted(others)[:5])}."
+        raise SourceError("the repository has no such file", model=label, file=name, hint=hint)
+    if CONFIG in files and "/" not in name and not name.endswith(GGUF):
+        storage = StoredElsewhere(repository)  # fetches config and tokenizer
+        top_level = {file for file in files if "/" not in file}
+        index = read_mapping(storage.root / INDEX, label) if INDEX in files else None
+        if is_all_weights(name, top_level, index, label):
+            return _with_repository(_opened(storage, label), repository)
+    model = open_stored_file(repository, name, label)
+    return _with_repository(_of_file(model, label), repository)
 
 
-def _opened(storage: ModelStorage, label: str, repo: hub.HubModel | None = None) -> Source:
+def _gguf_named(word: str, files: Iterable[str], label: str) -> str:
+    """The GGUF file with a quantisation in its name, as llama.cpp finds it.
+
+    Raises:
+        SourceError: there is none, or more than one.
+    """
+    every = sorted(file for file in files if file.endswith(GGUF))
+    fits = re.compile(rf"[-._]{re.escape(word)}\{GGUF}$", re.IGNORECASE)
+    found = [file for file in every if fits.search(file)]
+    if len(found) == 1:
+        return found[0]
+    message = f"{len(found) or 'no'} GGUF files of it are called {word}"
+    hint = f"It has {', '.join(found or every)[:300]}." if every else "It has no GGUF files."
+    raise SourceError(message, model=label, hint=hint)
+
+
+def _with_repository(source: Source, repository: Repository) -> Source:
+    notes = (repository.note, *source.notes) if repository.note else source.notes
+    if isinstance(repository, hub.HubModel):
+        return replace(source, hub=repository, notes=notes)
+    assert isinstance(repository, RemoteModel)
+    return replace(source, remote=repository, notes=notes)
+
+
+def _opened(storage: ModelStorage, label: str) -> Source:
     """From the headers of its files; quantised weights as numbers."""
     config = read_mapping(storage.root / CONFIG, label) if CONFIG in storage.names else {}
     stored, headers = read_headers(storage, label)
     model = read_as_numbers(stored, config, label)
-    notes = [repo.note if repo else "", _kind(storage, config), *model.notes]
     return Source(
         label,
         storage.root,
         model.config,
         model.tensors,
         headers,
-        repo,
-        tuple(filter(None, notes)),
+        notes=tuple(filter(None, [_kind(storage, config), *model.notes])),
+        quantization=model.quantization,
+        left_out=model.left_out,
     )
 
 

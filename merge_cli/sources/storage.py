@@ -1,4 +1,4 @@
-"""Where a model's files are, in a folder or on the Hub: which hold weights, and their headers."""
+"""Where a model's files are, in a folder or elsewhere: which hold weights, and their headers."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ from merge_cli.checkpoint.components import (
     stem_of,
 )
 from merge_cli.checkpoint.headers import TensorRef, parse_header, read_header_file
+from merge_cli.checkpoint.repository import Repository
 from merge_cli.errors import CorruptFileError, SourceError
-from merge_cli.hub import models as hub
+from merge_cli.formats.pickled import PICKLES
 from merge_cli.system.untrusted import read_mapping
 
 
@@ -65,15 +66,15 @@ class LocalFolder:
         return read_header_file(file, label), file.stat().st_size
 
 
-class HubRepo:
-    """A repository at one commit, whose small files are fetched at once."""
+class StoredElsewhere:
+    """A repository's files, of which the small ones are fetched at once."""
 
-    def __init__(self, model: hub.HubModel) -> None:
+    def __init__(self, model: Repository) -> None:
         self._model = model
         self.names = frozenset(model.files)
         self.modules: tuple[str, ...] = ()
         if MODULES in self.names:
-            self.modules = module_folders(hub.fetch_files(model, [MODULES]))
+            self.modules = module_folders(model.fetch([MODULES]))
         parts = part_folders(self.names, self.modules)
         indexes = {inside(part, index_of(stem_of(names_in(part, self.names)))) for part in parts}
         top_level = {name for name in self.names if "/" not in name or _is_template(name)}
@@ -84,7 +85,7 @@ class HubRepo:
         small |= {n for n in self.names if named and n.startswith(named) and is_part_file(n)}
         if PIPELINE in self.names and parts != [""]:
             small = {name for name in self.names if not is_weight(name) and name.count("/") < 2}
-        self.root = hub.fetch_files(model, sorted(small | (indexes & self.names)))
+        self.root = model.fetch(sorted(small | (indexes & self.names)))
 
     def has(self, name: str) -> bool:
         return name in self.names
@@ -92,7 +93,7 @@ class HubRepo:
     def header(self, name: str, label: str) -> tuple[bytes, int]:
         cached = self.root / name
         size = cached.stat().st_size if cached.exists() else self._model.files[name]
-        return hub.read_header(self._model, name), size
+        return self._model.read_header(name), size
 
 
 def _is_template(name: str) -> bool:
@@ -127,13 +128,15 @@ def read_headers(
             raw, size = storage.header(inside(part, shard), label)
             headers[inside(part, shard)] = raw
             tensors_by_shard[shard] = parse_header(raw, storage.root / part / shard, size, label)
-        for name, ref in join_shards(tensors_by_shard, weight_map, label).items():
-            tensors[inside(part, name)] = ref._replace(name=inside(part, name)) if part else ref
+        joined = join_shards(tensors_by_shard, weight_map, label)
+        if not part:
+            tensors |= joined
+        for name, ref in joined.items() if part else ():
+            tensors[inside(part, name)] = ref._replace(name=inside(part, name))
     return tensors, headers
 
 
 INDEX = index_of(STEMS[0])
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 # Whole copies of the same weights in another naming, which some repositories carry beside them.
 _DUPLICATES = ("consolidated",)
 
@@ -178,7 +181,7 @@ def find_shards(
     if any(name.startswith("adapter_") for name in names):
         message = "this is a LoRA adapter, not a model"
         raise SourceError(message, model=label, hint=f"Name its base, too: `BASE+{label}`.")
-    pickled = sorted(name for name in names if name.endswith(_PICKLES))
+    pickled = sorted(name for name in names if name.endswith(PICKLES))
     if pickled:
         message = f"its weights are pickled ({pickled[0]}), and opening a pickle runs its code"
         hint = f"Write it as safetensors; nothing in it is run: merge-cli convert {label} converted"
@@ -186,7 +189,7 @@ def find_shards(
     packed = next((name for name in sorted(names) if name.endswith(".gguf")), None)
     if packed:
         message = f"its weights are a GGUF file ({packed})"
-        hint = f"Name the file itself, once it is on this disk: {label}/{packed}"
+        hint = f"Name the file itself: {label}/{packed}"
         raise SourceError(message, model=label, hint=hint)
     raise SourceError("has no safetensors files", model=label, hint="Is this a model's folder?")
 

@@ -7,7 +7,6 @@ without it, or a CUDA build that cannot be loaded, ends in one sentence that say
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 
 from merge_cli.errors import ResourceError
@@ -20,6 +19,8 @@ _INSTALL = {
 
 def library_version(name: str) -> str | None:
     """The version of a package; None where it is not installed."""
+    from importlib.metadata import PackageNotFoundError, version  # takes as long as all of `--help`
+
     try:
         return version(name)
     except PackageNotFoundError:

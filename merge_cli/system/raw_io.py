@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import shutil
 import struct
 import sys
 import tempfile
@@ -16,6 +17,7 @@ from pathlib import Path
 from merge_cli.errors import CorruptFileError, ResourceError
 
 _COPY_BYTES = 4 * 2**20
+_PREADV = getattr(os, "preadv", None)
 
 
 class FilePool:
@@ -28,7 +30,7 @@ class FilePool:
 
     def fd(self, path: Path) -> int:
         fd = self._open.get(path)
-        if fd is not None:
+        if fd is not None:  # asked for every read: no lock, once it is open
             return fd
         with self._lock:
             if path not in self._open:
@@ -51,12 +53,11 @@ def read_into(files: FilePool, path: Path, offset: int, buffer: memoryview, mode
     done = 0
     try:
         fd = files.fd(path)
-        while done < len(buffer):
-            count = _pread_into(fd, buffer[done:], offset + done)
+        size = len(buffer)
+        while done < size:
+            count = _pread_into(fd, buffer[done:] if done else buffer, offset + done)
             if count == 0:
-                message = (
-                    f"ends {len(buffer) - done} bytes early: it changed since the plan was made"
-                )
+                message = f"ends {size - done} bytes early: it changed since the plan was made"
                 raise CorruptFileError(message, model=model, file=path.name)
             done += count
     except OSError as error:
@@ -69,8 +70,8 @@ def read_into(files: FilePool, path: Path, offset: int, buffer: memoryview, mode
 
 
 def _pread_into(fd: int, buffer: memoryview, offset: int) -> int:
-    if hasattr(os, "preadv"):
-        return os.preadv(fd, [buffer], offset)
+    if _PREADV is not None:
+        return int(_PREADV(fd, [buffer], offset))
     data = os.pread(fd, len(buffer), offset)  # old macOS: one copy more
     buffer[: len(data)] = data
     return len(data)
@@ -86,7 +87,7 @@ def write_from(files: FilePool, path: Path, offset: int, data: memoryview) -> No
     try:
         fd = files.fd(path)
         while done < len(data):
-            done += os.pwrite(fd, data[done:], offset + done)
+            done += os.pwrite(fd, data[done:] if done else data, offset + done)
     except OSError as error:
         raise write_error(error, path) from error
 
@@ -226,6 +227,20 @@ def unfinished_file(path: Path) -> Iterator[Path]:
         os.replace(name, path)
     finally:
         Path(name).unlink(missing_ok=True)  # gone where it has become the file
+
+
+def link_or_copy(blob: Path, pointer: Path) -> None:
+    """Link to a cached file from a snapshot of a cache; copy it where there are no links."""
+    if pointer.exists() and pointer.stat().st_size == blob.stat().st_size:
+        return
+    pointer.parent.mkdir(parents=True, exist_ok=True)
+    pointer.unlink(missing_ok=True)  # a dangling link, or an incomplete copy
+    try:
+        pointer.symlink_to(os.path.relpath(blob, pointer.parent))
+    except OSError:
+        new = pointer.with_name(f"{pointer.name}.{os.getpid()}.new")
+        shutil.copyfile(blob, new)
+        os.replace(new, pointer)
 
 
 def sync(paths: Iterable[Path]) -> None:

@@ -20,7 +20,8 @@ def command_page() -> str:
         "After an interruption the same command resumes ([more](running.md)).",
         "",
     ]
-    for name, command in group.commands.items():
+    for name in group.commands:
+        command = group.commands[name]
         lines += [
             f"## merge-cli {name}",
             "",

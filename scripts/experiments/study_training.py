@@ -22,7 +22,7 @@ import torch.nn.utils.parametrize
 from study_families import Family
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from merge_cli.dam.data import sequences
+from merge_cli.data.sequences import sequences
 from merge_cli.evaluation.forward import Example, padded
 from merge_cli.evaluation.rows import read_rows
 from merge_cli.evaluation.tokens import row_start

@@ -66,12 +66,12 @@ def write_inputs(root: Path) -> None:
             factors[f"{at}.lora_A.weight"] = draw.standard_normal((2, columns), np.float32)
             factors[f"{at}.lora_B.weight"] = draw.standard_normal((rows, 2), np.float32)
     _save(factors, adapter / "adapter_model.safetensors")
-    rows: list[dict[str, Any]] = [
+    examples: list[dict[str, Any]] = [
         {"text": "w1 w2 w3"},
         {"prompt": "w1", "completion": "w2"},
         {"messages": [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]},
     ]
-    (root / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n")
+    (root / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in examples) + "\n")
 
 
 def _write_model(folder: Path, name: str, number: int) -> None:
@@ -91,7 +91,7 @@ def _write_model(folder: Path, name: str, number: int) -> None:
     tensors = {key: draw.standard_normal(shape, np.float32) for key, shape in shapes.items()}
     (folder / "config.json").write_text(json.dumps(CONFIG))
     if name == "b":
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for part in range(2):
             file = f"model-{part + 1:05d}-of-00002.safetensors"
             chosen = {key: tensors[key] for key in list(tensors)[part::2]}

@@ -16,10 +16,10 @@ import yaml
 import merge_cli
 from fuzzing.models import SHARDED
 from fuzzing.mutations import mutate_bytes, mutate_header, mutate_json, mutate_yaml
-from merge_cli.engine.merge import MergeOptions
 from merge_cli.errors import Interrupted
 from merge_cli.evaluation.parse import read_eval
 from merge_cli.evaluation.rows import read_rows
+from merge_cli.options import MergeOptions
 from merge_cli.planning.preparation import preparations_of
 
 SOUP = {"merge_method": "soup", "models": ["./a", "./b"]}

@@ -17,9 +17,10 @@ import yaml
 import merge_cli
 from merge_cli.auto.measure import Losses
 from merge_cli.auto.plan import plan_automatic
-from merge_cli.auto.run import AutomaticWorkspace, _Run
+from merge_cli.auto.verdict import choose
 from merge_cli.auto.weights import Weights, best_weights, candidate_count
-from merge_cli.dam.datasets import part_of, read_data
+from merge_cli.auto.workspace import AutomaticWorkspace
+from merge_cli.data.rows import part_of, read_data
 from merge_cli.errors import GateError, Interrupted, RecipeError, SourceError
 from merge_cli.evaluation.result import Metric
 from merge_cli.evaluation.rows import content_of
@@ -141,7 +142,7 @@ def test_the_resolved_recipe_gives_the_same_bytes(
     """Whichever method wins."""
     step = "uniform soup" if method == "soup" else method
     monkeypatch.setattr("merge_cli.auto.run.mean_loss", _favouring(step))
-    monkeypatch.setattr("merge_cli.auto.run._FINALISTS", 1)
+    monkeypatch.setattr("merge_cli.auto.verdict._FINALISTS", 1)
     recipe = write_recipe(models, f"{method}.yaml", methods=[method])
     auto = run(recipe, tmp_path / "out")
     assert auto["best"] == step
@@ -209,20 +210,16 @@ class Stop:
 @pytest.mark.parametrize(
     ("lead", "chosen"), [(0.001, "first"), (0.5, "second")], ids=["a tie", "a lead"]
 )
-def test_what_needs_less_wins_a_tie(
-    lead: float, chosen: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_needs_less_wins_a_tie(lead: float, chosen: str) -> None:
     """A step is taken for its lead only if that is more than a standard error."""
     noise = [0.3, -0.2, 0.1, -0.3, 0.25, -0.15, 0.2, -0.2]
 
-    def rows(self: Any, name: str, part: str, words: str) -> Losses:
+    def rows(name: str) -> Losses:
         shift = [2.0 + n for n in noise] if name == "first" else [2.0 - lead] * len(noise)
         return {"a": Metric("a", "nats per token", "lower", shift, [1.0] * len(noise))}
 
-    monkeypatch.setattr(_Run, "_rows_of", rows)
     lines = [{"step": name, "loss": 2.0} for name in ("first", "second")]
-    run_of_two = _Run.__new__(_Run)
-    assert run_of_two._chosen(lines)["step"] == chosen
+    assert choose(lines, rows)["step"] == chosen
     assert all("final_loss" in line for line in lines)
 
 
@@ -358,7 +355,8 @@ def test_a_merge_without_numbers_is_not_chosen(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     values = iter([math.nan, 2.0] + [3.0] * 50)
-    monkeypatch.setattr("merge_cli.auto.run.mean_loss", lambda losses: next(values))
+    for room in ("run", "verdict"):
+        monkeypatch.setattr(f"merge_cli.auto.{room}.mean_loss", lambda losses: next(values))
     auto = run(write_recipe(models, methods=["soup"]), tmp_path / "out")
     assert auto["path"][0]["note"] == "it predicts NaN or Inf"
     assert auto["best"] == "base"

@@ -12,7 +12,6 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import merge_cli
@@ -131,14 +130,7 @@ def test_held_out_files_are_told_to_be_idle(models: Path) -> None:
     )
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_adapters_and_other_vocabularies_are_refused(models: Path) -> None:
-    peft = pytest.importorskip("peft")
-    net = AutoModelForCausalLM.from_pretrained(models / "b")
-    peft.get_peft_model(net, peft.LoraConfig(r=2)).save_pretrained(models / "adapter")
-    recipe = write_recipe(models, "fisher")
-    recipe.write_text(recipe.read_text().replace("model: b\n", "model: b+adapter\n"))
-    refused(recipe, "an adapter is applied while merging", SourceError)
+def test_other_vocabularies_are_refused(models: Path) -> None:
     tokenizer = models / "b" / "tokenizer.json"
     tokenizer.write_text(tokenizer.read_text().replace("unused259", "another259"))
     refused(write_recipe(models, "fisher"), "sources' tokenizers differ", MismatchError)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ import typer
 from typer.testing import CliRunner
 
 from merge_cli.cli import app
+from merge_cli.cli.verbs import VERBS
 
 GROUP: Any = typer.main.get_command(app)
 
@@ -35,3 +38,21 @@ def test_showing_the_help_keeps_the_spellings() -> None:
     context = typer.Context(run, info_name="run")
     run.get_help(context)
     assert [(param.opts, param.secondary_opts, param.metavar) for param in run.params] == before
+
+
+@pytest.mark.parametrize("name", VERBS)
+def test_the_list_says_what_the_command_says(name: str) -> None:
+    command = GROUP.commands[name]
+    assert " ".join(command.help.partition("\n\n")[0].split()) == VERBS[name].summary
+    assert command.rich_help_panel == VERBS[name].panel
+
+
+def test_the_list_imports_no_command() -> None:
+    code = (
+        "import sys, typer\nfrom merge_cli.cli import app\n"
+        "from typer.testing import CliRunner\n"
+        "assert 'extract-lora' in CliRunner().invoke(app, ['--help']).output\n"
+        "assert not {f'merge_cli.cli.{name}' for name in sys.argv[1:]} & set(sys.modules)\n"
+    )
+    modules = {verb.module for verb in VERBS.values()}
+    subprocess.run([sys.executable, "-c", code, *modules], check=True, timeout=60)

@@ -329,7 +329,7 @@ def test_the_unfinished_work_of_a_merge(tmp_path: Path) -> None:
     with OutputWorkspace(tmp_path / "out") as work:
         work.begin("a merge")
         journal = Journal(work.journal, "a merge")
-        journal.record(0, TensorStats(count=1))
+        journal.record([(0, TensorStats(count=1))])
         journal.close()
     before = everything(tmp_path / "out.partial")
     with pytest.raises(UsageError, match="is in the way"):
@@ -427,10 +427,13 @@ def test_broken_folders(tmp_path: Path, name: str, content: bytes) -> None:
 
 
 @quick
-def test_a_file_is_no_folder(tmp_path: Path) -> None:
+def test_a_file_is_converted_with_the_config_beside_it(tmp_path: Path) -> None:
     folder = write(tmp_path / "m", [tensors()])
-    with pytest.raises(SourceError, match="not a folder"):
-        convert(str(folder / "pytorch_model.bin"), tmp_path / "out")
+    found = convert(str(folder / "pytorch_model.bin"), tmp_path / "out")
+    assert read_model(found.path).keys() == tensors().keys()
+    hf.LlamaForCausalLM.from_pretrained(found.path)
+    with pytest.raises(SourceError, match="not a folder, and not a file of weights"):
+        convert(str(folder / "config.json"), tmp_path / "no")
 
 
 @pytest.mark.parametrize(

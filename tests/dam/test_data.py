@@ -11,8 +11,9 @@ import pytest
 import torch
 import yaml
 
-from merge_cli.dam.data import Order, cut, load_datasets, steps_of
+from merge_cli.dam.data import Order, load_datasets, steps_of
 from merge_cli.dam.plan import kept_for, plan_training
+from merge_cli.data.sequences import cut
 from merge_cli.errors import RecipeError, ResourceError, SourceError
 from merge_cli.evaluation import teachers
 from merge_cli.evaluation.fingerprints import source_identity

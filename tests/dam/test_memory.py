@@ -219,8 +219,9 @@ def test_the_plan_shows_tokens_peak_and_what_it_will_try(models: Path) -> None:
     count = sum(len(e.ids) for d in decided.datasets for e in d.train)
     assert shown["tokens"] == pytest.approx(count, rel=0.2)
     assert shown["start"][:5] == ["base", "source a", "source b", "source c", "uniform soup"]
-    assert len(shown["start"]) == 5 + len(LAMBDAS) + 1
-    assert shown["start"][-1] == "fisher"
+    assert len(shown["start"]) == 5 + len(LAMBDAS) + 2
+    assert shown["start"][-2:] == ["fisher", "regmean"]
+    assert all(tokens > 0 for tokens in shown["statistics"].values())
     assert "fisher" not in training_json(plan_training(plan_of(models, {}), "cpu"))["start"]
     assert shown["peak"]["device"] is None
     assert shown["peak"]["host"] == sum(shown["memory"].values()) + shown["source_bytes"]
@@ -228,7 +229,7 @@ def test_the_plan_shows_tokens_peak_and_what_it_will_try(models: Path) -> None:
     assert checkpointed.needs.activations < decided.needs.activations
     text = cli("plan", write_recipe(models, {"start": "best", "form": "task_vector"})).stdout
     flat = " ".join(text.split())
-    for words in ("the best on held-out rows of base, source a", "fisher (fisher: importances",
+    for words in ("the best on held-out rows of base, source a", "fisher, regmean; fisher looks at",
                   "tokens", "at the peak", "activations"):  # fmt: skip
         assert words in flat
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import merge_cli
 from merge_cli.checkpoint.coefficients import open_coefficients
-from merge_cli.dam import record
+from merge_cli.dam import beginning, record
 from merge_cli.dam import run as training
 from merge_cli.dam.checkpoint import TrainingWorkspace, write_coefficients
 from merge_cli.errors import Interrupted, NonFiniteError, ResourceError, UsageError
@@ -158,6 +158,6 @@ def test_memory_that_runs_out_is_said_with_a_hint(
     def fail(*args: Any, **more: Any) -> None:
         raise error
 
-    monkeypatch.setattr(training, "assemble", fail)
+    monkeypatch.setattr(beginning, "assemble", fail)
     with pytest.raises(ResourceError, match="memory ran out.*batch_tokens.*residency"):
         merge_cli.merge(recipe_of(models), tmp_path / "out", options=OPTIONS)

@@ -9,10 +9,10 @@ import pytest
 import transformers
 
 from merge_cli.dam.coefficients import Coefficients, layout_of
-from merge_cli.dam.data import short_names
-from merge_cli.dam.models import empty_student
 from merge_cli.dam.plan import plan_training
+from merge_cli.data.sequences import short_names
 from merge_cli.errors import RecipeError, ResourceError, SourceError
+from merge_cli.evaluation.empty import empty_model
 from merge_cli.planning.planner import load_recipe, make_plan
 from merge_cli.recipe.training import Training
 from tests.support.dam_tiny import config, plan_of, write_data, write_models, write_recipe
@@ -99,13 +99,13 @@ def test_whatever_transformers_raises_is_said(
     kind, _, method = name.partition(".")
     monkeypatch.setattr(getattr(transformers, kind), method, fail)
     with pytest.raises(SourceError, match=f"{what}.*: {str(error) or 'ValueError'}"):
-        (plan_training if kind == "AutoTokenizer" else empty_student)(plan)
+        (plan_training if kind == "AutoTokenizer" else empty_model)(plan)
 
 
 def test_dropout_is_off_whatever_its_name() -> None:
     from transformers import BertConfig, LlavaConfig
 
-    from merge_cli.dam.models import _drop_nothing
+    from merge_cli.evaluation.empty import _drop_nothing
 
     config = LlavaConfig(text_config=BertConfig(hidden_dropout_prob=0.3))
     config.resid_pdrop = 0.2

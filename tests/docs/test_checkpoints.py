@@ -38,12 +38,24 @@ def write_run(folder: Path, names: list[str]) -> list[dict[str, torch.Tensor]]:
 def test_the_recipe(tmp_path: Path) -> None:
     steps = range(10000, 50001, 2000)
     write_run(tmp_path / "runs" / "pretrain", [f"step_{step}" for step in steps])
-    (recipe,) = blocks("yaml", PAGE)
+    recipe, *_ = blocks("yaml", PAGE)
     (tmp_path / "recipe.yaml").write_text(recipe)
     plan = merge_cli.plan(tmp_path / "recipe.yaml")
     assert len(plan.operands) == len(steps)
     assert "10000 21.8 %" in plan.notes[1]
     assert math.sqrt(1 / 21) == pytest.approx(0.218, abs=5e-4)
+
+
+def test_the_sweeps(tmp_path: Path) -> None:
+    _, sweep, ties = blocks("yaml", PAGE)
+    write_run(tmp_path / "runs" / "pretrain", [f"step_{step}" for step in range(16)])
+    (tmp_path / "recipe.yaml").write_text(sweep)
+    merge_cli.merge(tmp_path / "recipe.yaml", tmp_path / "out")
+    folders = {path.name for path in (tmp_path / "out").iterdir() if path.is_dir()}
+    assert folders == {"mean", "decay", "newest"}
+    write_run(tmp_path / "org", ["base", "math", "code"])
+    (tmp_path / "ties.yaml").write_text(ties)
+    assert [*merge_cli.plan(tmp_path / "ties.yaml").variants] == ["sparse", "dense"]
 
 
 def test_every_schedule_is_in_the_table() -> None:

@@ -115,6 +115,14 @@ def test_changed_inputs_are_noticed(family: Family, tmp_path: Path) -> None:
         merge(tmp_path / "out" / "merge_recipe.yaml", tmp_path / "again")
 
 
+@pytest.mark.parametrize("case", ["ties", "slerp", "dare", "soup"])
+def test_a_small_tensor_is_read_once(family: Family, tmp_path: Path, case: str) -> None:
+    """Whatever the method must know first: norms, thresholds, products."""
+    result = merge_cli.merge(write_recipe(family, case), tmp_path / "out")
+    plan = merge_cli.plan(write_recipe(family, case))
+    assert result.report["cost"]["stages"]["read"]["bytes"] == plan.bytes_read
+
+
 # Resuming
 
 
@@ -196,10 +204,11 @@ def test_fsync_marks(family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert head is not None
     changed = seal({**head, "boot": "another"}).decode()
     (tmp_path / "out.partial" / "journal.jsonl").write_text(changed + rest)
-    units_synced = int(re.findall(r'"synced":(\d+)', rest)[-1])
+    lines_synced = int(re.findall(r'"synced":(\d+)', rest)[-1])
     path = tmp_path / "out.partial" / "journal.jsonl"
     opened = Journal(path, head["key"], head["inputs"])
-    assert 0 < len(opened.done) == units_synced <= rest.count('"unit"')
+    assert 0 < opened.count == lines_synced <= rest.count('"chunks"')
+    assert len(opened.done) >= lines_synced
     opened.close()
     merge_cli.merge(recipe, tmp_path / "out", options=options)
 
@@ -207,20 +216,35 @@ def test_fsync_marks(family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_torn_journal_line(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
     journal = Journal(path, "key")
-    journal.record(0, TensorStats(count=3))
-    journal.record(1, TensorStats(count=4))
+    journal.record([(0, TensorStats(count=3))])
+    journal.record([(1, TensorStats(count=4)), (2, TensorStats(count=7))])
     journal.close()
     path.write_bytes(path.read_bytes()[:-5])
     again = Journal(path, "key")
     assert again.done.keys() == {0}
-    again.record(1, TensorStats(count=5))
+    again.record([(1, TensorStats(count=5)), (3, TensorStats(count=6))])
     again.close()
     last = Journal(path, "key")
-    assert last.done[1].count == 5
+    assert {number: stats.count for number, stats in last.done.items()} == {0: 3, 1: 5, 3: 6}
     last.close()
 
 
 # The loop
+
+
+def test_small_tensors_are_taken_many_at_a_time(family: Family) -> None:
+    plan = merge_cli.plan(family.recipe("ties"))
+    order = sorted(range(len(plan.tasks)), key=lambda task: -plan.tasks[task].bytes_read)
+    sizes = [plan.tasks[task].bytes_read for task in order]
+    for threads in (1, 3, 1000):
+        batches = loop._batches(plan, order, threads)
+        assert [task for batch in batches for task in batch] == order  # each once, in order
+        limit = sum(sizes) // (threads * loop._TURNS)
+        for batch in batches:
+            taken = [plan.tasks[task].bytes_read for task in batch]
+            assert len(taken) == 1 or sum(taken) <= limit
+    assert len(loop._batches(plan, order, 1)) < len(order)
+    assert len(loop._batches(plan, order, 1000)) == len(order)
 
 
 def test_every_element_once() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
@@ -48,15 +48,16 @@ def exchanged(family: Family, how: str) -> None:
 
 
 def while_merging(monkeypatch: pytest.MonkeyPatch, change: Callable[[], object]) -> None:
-    """Change something when the tenth unit is done."""
+    """Change something when the tenth chunk is done."""
     real, seen = Journal.record, 0
 
-    def record(self: Journal, number: int, found: TensorStats) -> None:
+    def record(self: Journal, chunks: Iterable[tuple[int, TensorStats]]) -> None:
         nonlocal seen
-        real(self, number, found)
-        seen += 1
-        if seen == 10:
+        done = list(chunks)
+        real(self, done)
+        if seen < 10 <= seen + len(done):
             change()
+        seen += len(done)
 
     monkeypatch.setattr(Journal, "record", record)
 

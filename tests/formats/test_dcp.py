@@ -23,8 +23,8 @@ from merge_cli.checkpoint.dtypes import torch_dtype
 from merge_cli.checkpoint.tensors import Tensor, reading
 from merge_cli.conversion.run import convert
 from merge_cli.errors import CorruptFileError, MergeCliError, MismatchError, SourceError, UsageError
-from merge_cli.formats.dcp.inert import load_inert
 from merge_cli.formats.dcp.model import METADATA, model_names, open_checkpoint
+from merge_cli.formats.inert import load_inert
 from merge_cli.options import MergeOptions
 from merge_cli.recipe.reference import ModelRef
 from merge_cli.sources.source import open_source
@@ -277,7 +277,7 @@ def set_transform(tensor: Any, place: Any) -> None:
     [
         (set_size, "its parts end at 7"),
         (set_offset, "is not said"),
-        (set_dtype, "stored as torch.FloatStorage, not as float16"),
+        (set_dtype, "stored as F32, not as F16"),
         (drop_part, "overlap or leave a gap"),
         (set_file, "no .distcp file of the checkpoint"),
         (set_missing, "cannot be read"),

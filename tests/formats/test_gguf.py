@@ -221,7 +221,7 @@ def test_command_and_its_flags(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"expert_count": 8}, "mixture of 8 experts"),
+        ({"expert_count": 8}, "expert_used_count must be"),
         ({"attention__clamp_kqv": 1.5}, r"attention\.clamp_kqv is not understood"),
         ({"rope__scaling__type": "longrope"}, "'longrope' is not understood"),
         ({"attention__head_count_kv": 3}, "heads do not share 3"),

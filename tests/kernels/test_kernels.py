@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -14,6 +15,7 @@ from hypothesis.extra import numpy as hnp
 
 from merge_cli.kernels import select
 from merge_cli.kernels.cut import count_kept, trimmed
+from merge_cli.kernels.fused import StoredBlock, stored_starts
 from merge_cli.kernels.mask import keep_mask
 from merge_cli.kernels.reduce import (
     BLOCK_MULTIPLE,
@@ -29,10 +31,14 @@ CPU = torch.device("cpu")
 
 
 class Values:
-    """One operand in memory as `select.Stream`, in spans of three blocks."""
+    """One operand in memory as `select.Stream`, in spans of three blocks.
 
-    def __init__(self, values: Any, block: int) -> None:
-        self.values, self.block, self.size = values, block, len(values)
+    Args:
+        stored: also as stored blocks, of values (float32) less a base of zeros.
+    """
+
+    def __init__(self, values: Any, block: int, *, stored: bool = False) -> None:
+        self.values, self.block, self.size, self.stored = values, block, len(values), stored
         self.starts = [*range(0, len(values), 3 * block), len(values)]
 
     def blocks(self, start: int, stop: int) -> list[list[Any]]:
@@ -48,12 +54,25 @@ class Values:
         numbers = range(len(self.starts) - 1) if only is None else [only]
         return [work(self.blocks(self.starts[i], self.starts[i + 1])) for i in numbers]
 
+    def map_stored(self, work: Any) -> list[Any] | None:
+        if not self.stored:
+            return None
+        spans = itertools.pairwise(self.starts)
+        return [work(map(self.stored_block, self.blocks(*span))) for span in spans]
 
-def kept_by_cut(values: Any, density: float, block: int) -> np.ndarray:
+    def stored_block(self, rows: list[Any]) -> StoredBlock:
+        size = len(rows[0])
+        starts, kinds = stored_starts([size, size], ["F16", "F32"])
+        buffer = np.zeros(starts[-1], np.uint8)
+        buffer[starts[1] : starts[1] + 4 * size] = rows[0].view(np.uint8)
+        return StoredBlock(buffer, starts[:-1], kinds, 0, size, based=True)
+
+
+def kept_by_cut(values: Any, density: float, block: int, *, stored: bool = False) -> np.ndarray:
     """Select over blocks, then apply over (other) blocks; torch and numpy alike."""
     if not len(values):
         return np.empty(0, dtype=bool)
-    (cut,) = magnitude_cuts([density], Values(values, block))
+    (cut,) = magnitude_cuts([density], Values(values, block, stored=stored))
     steps = [slice(s, s + 2 * block) for s in range(0, len(values), 2 * block)]
     if cut is None:
         return np.ones(len(values), dtype=bool)
@@ -94,7 +113,7 @@ def largest(values: np.ndarray, density: float) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", ["ties", "zeros", "wide", "misleading sample"])
-@pytest.mark.parametrize("form", ["numpy", "torch32", "torch64"])
+@pytest.mark.parametrize("form", ["numpy", "stored", "torch32", "torch64"])
 def test_cut_on_many_values(kind: str, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     values = rng.standard_normal(50_000) * 1e-3
@@ -108,9 +127,9 @@ def test_cut_on_many_values(kind: str, form: str, monkeypatch: pytest.MonkeyPatc
         values[:: 50_000 // 500] *= 1e6
     monkeypatch.setattr(select, "_SMALLEST_SAMPLE", 500)
     values = values if form == "torch64" else values.astype(np.float32)
-    stream = values if form == "numpy" else torch.from_numpy(values)
+    stream = values if form in ("numpy", "stored") else torch.from_numpy(values)
     for density in (0.001, 0.29, 0.53, 0.999):
-        kept = kept_by_cut(stream, density, 4096)
+        kept = kept_by_cut(stream, density, 4096, stored=form == "stored")
         np.testing.assert_array_equal(kept, largest(values.astype(np.float64), density))
 
 

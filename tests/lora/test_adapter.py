@@ -15,8 +15,12 @@ from safetensors.torch import load_file, save_file
 
 import merge_cli
 from merge_cli.errors import MismatchError, SourceError, UsageError
+from merge_cli.evaluation.adapted import apply_adapter
+from merge_cli.evaluation.fingerprints import source_fingerprint
 from merge_cli.options import MergeOptions
 from merge_cli.planning.planner import load_recipe, make_plan
+from merge_cli.recipe.reference import ModelRef
+from merge_cli.sources.source import open_source
 from tests.support.adapters import LINEAR, OPTIONS, gpt2, llama, merge, passthrough, write
 from tests.support.tiny import read_model
 
@@ -230,23 +234,34 @@ def test_more_tokens_come_with_their_vocabulary(tmp_path: Path) -> None:
     hf.LlamaForCausalLM.from_pretrained(tmp_path / "out")
 
 
-def test_a_model_with_an_adapter_is_not_run(tmp_path: Path) -> None:
-    write(tmp_path, llama, 1, r=4, target_modules=LINEAR)
-    (tmp_path / "rows.jsonl").write_text('{"text": "abc"}\n')
-    with pytest.raises((SourceError, UsageError), match="an adapter is applied while merging"):
-        merge_cli.evaluate(f"{tmp_path}/base+{tmp_path}/adapter1", tmp_path / "rows.jsonl")
+@pytest.mark.parametrize("case", CASES)
+def test_a_model_runs_with_its_adapter(tmp_path: Path, case: str) -> None:
+    """Loaded, it has the weights that the merge of the two writes."""
+    make, about = CASES[case]
+    write(tmp_path, make, 1, **about)
+    source = make_plan(load_recipe(passthrough(tmp_path))).sources[0]
+    merged = merge(passthrough(tmp_path), tmp_path / "out")
+    net = hf.AutoModelForCausalLM.from_pretrained(source.root, dtype=torch.float32)
+    apply_adapter(net, source)
+    parameters = dict(net.named_parameters())
+    for name, tensor in merged.items():
+        found = next(value for key, value in parameters.items() if key.endswith(name))
+        torch.testing.assert_close(found, tensor.float(), rtol=0, atol=0)
 
 
 def test_what_the_base_was_worth_is_not_taken_for_the_adapters(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Results are kept by a folder's content; the adapter is not in it."""
-    from merge_cli.evaluation.fingerprints import source_fingerprint
-
+    """Results are kept by what a model is, its adapter included."""
+    monkeypatch.setenv("MERGE_CLI_CACHE", str(tmp_path / "cache"))
     write(tmp_path, llama, 1, r=4, target_modules=LINEAR)
-    plan = make_plan(load_recipe(passthrough(tmp_path)))
-    with pytest.raises(SourceError, match="an adapter is applied while merging"):
-        source_fingerprint(plan.sources[0])
+    source = make_plan(load_recipe(passthrough(tmp_path))).sources[0]
+    base = open_source(ModelRef(str(tmp_path / "base")), tmp_path)
+    first = source_fingerprint(source)
+    assert first != source_fingerprint(base)
+    weights = tmp_path / "adapter1" / "adapter_model.safetensors"
+    save_file({name: 2 * value for name, value in load_file(weights).items()}, weights)
+    assert source_fingerprint(source) != first
 
 
 def test_an_adapter_on_an_fp8_base(tmp_path: Path) -> None:

@@ -69,13 +69,75 @@ def sharded(folder: Path, world: int) -> None:
     save(tensors, checkpoint_id=str(folder))
 
 
+def as_megatron(state: dict[str, torch.Tensor], heads: int, groups: int) -> dict[str, torch.Tensor]:
+    """A Llama's tensors as Megatron Core stores them: layers stacked, some matrices in one."""
+    layers = sorted({int(name.split(".")[2]) for name in state if ".layers." in name})
+
+    def stacked(name: str) -> torch.Tensor:
+        return torch.stack([state[f"model.layers.{layer}.{name}.weight"] for layer in layers])
+
+    def grouped() -> torch.Tensor:
+        every = []
+        for layer in layers:
+            q, k, v = (
+                state[f"model.layers.{layer}.self_attn.{name}_proj.weight"] for name in "qkv"
+            )
+            size = k.shape[0] // groups
+            rows = []
+            for group in range(groups):
+                queries = heads // groups * size
+                rows += [q[group * queries : (group + 1) * queries]]
+                rows += [part[group * size : (group + 1) * size] for part in (k, v)]
+            every.append(torch.cat(rows))
+        return torch.stack(every)
+
+    padding = torch.zeros(27, state["model.embed_tokens.weight"].shape[1], dtype=torch.bfloat16)
+    at = "decoder.layers."
+    return {
+        "embedding.word_embeddings.weight": torch.cat(
+            [state["model.embed_tokens.weight"], padding]
+        ),
+        f"{at}self_attention.linear_qkv.layer_norm_weight": stacked("input_layernorm"),
+        f"{at}self_attention.linear_qkv.weight": grouped(),
+        f"{at}self_attention.linear_proj.weight": stacked("self_attn.o_proj"),
+        f"{at}mlp.linear_fc1.layer_norm_weight": stacked("post_attention_layernorm"),
+        f"{at}mlp.linear_fc1.weight": torch.cat(
+            [stacked("mlp.gate_proj"), stacked("mlp.up_proj")], dim=1
+        ),
+        f"{at}mlp.linear_fc2.weight": stacked("mlp.down_proj"),
+        "decoder.final_layernorm.weight": state["model.norm.weight"],
+        "output_layer.weight": torch.cat([state["lm_head.weight"], padding]),
+    }
+
+
+def megatron(folder: Path, world: int) -> None:
+    """Such tensors over the processes of a tensor-parallel group, with an optimizer's state."""
+    import transformers as hf
+    from torch.distributed.checkpoint.state_dict_saver import save
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    torch.manual_seed(0)
+    mesh = init_device_mesh("cpu", (world,))
+    net: Any = hf.LlamaForCausalLM(config()).to(torch.bfloat16)
+    tensors = as_megatron(dict(net.state_dict()), 4, 2)
+    cut: dict[str, Any] = {"optimizer.state.exp_avg": torch.zeros(4)}
+    for name, tensor in tensors.items():
+        rows = tensor.ndim - 2
+        placement = Replicate() if "norm" in name else Shard(rows)
+        if "linear_proj" in name or "linear_fc2" in name:
+            placement = Shard(2)
+        cut[name] = distribute_tensor(tensor, mesh, [placement])
+    save(cut, checkpoint_id=str(folder))
+
+
 def main(kind: str, folder: str, rendezvous: str, rank: str, world: str) -> None:
     import torch.distributed as dist
 
     dist.init_process_group(
         "gloo", init_method=f"file://{rendezvous}", rank=int(rank), world_size=int(world)
     )
-    {"fsdp": fsdp, "sharded": sharded}[kind](Path(folder), int(world))
+    {"fsdp": fsdp, "sharded": sharded, "megatron": megatron}[kind](Path(folder), int(world))
     dist.destroy_process_group()
 
 

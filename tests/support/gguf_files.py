@@ -113,6 +113,10 @@ def vocabulary(pre: str = "gpt-2", size: int = 300) -> dict[str, Any]:
     }
 
 
+GGUF_NAMES = {"mixtral": "llama"}  # where tests know them by another one
+_ROUTER = "ffn_gate_inp"
+
+
 @dataclass(frozen=True)
 class Sizes:
     """Of a tiny model."""
@@ -124,6 +128,9 @@ class Sizes:
     kv_heads: int = 2
     head: int = 8
     vocabulary: int = 300
+    experts: int = 4
+    expert_mlp: int = 48
+    shared_mlp: int = 96
 
     def keys(self, architecture: str = "llama") -> dict[str, Any]:
         about = {
@@ -140,8 +147,27 @@ class Sizes:
             "rope.freq_base": 50000.0,
             "attention.layer_norm_rms_epsilon": 1e-6,
         }
-        named = {f"{architecture}.{key}": value for key, value in about.items()}
-        return {"general.architecture": architecture, **named}
+        about |= self._more(architecture)
+        name = GGUF_NAMES.get(architecture, architecture)
+        named = {f"{name}.{key}": value for key, value in about.items()}
+        return {"general.architecture": name, **named}
+
+    def _more(self, architecture: str) -> dict[str, Any]:
+        """The keys that not all have."""
+        if architecture in ("gemma2", "gemma3"):
+            caps = {"attn_logit_softcapping": 40.0} if architecture == "gemma2" else {}
+            caps |= {"final_logit_softcapping": 20.0} if architecture == "gemma2" else {}
+            return {"attention.sliding_window": 16, **caps}
+        if architecture == "phi3":
+            return {"attention.sliding_window": 0, "rope.scaling.original_context_length": 128}
+        if architecture not in ("mixtral", "qwen2moe", "qwen3moe"):
+            return {}
+        more = {"expert_count": self.experts, "expert_used_count": 2}
+        if architecture != "mixtral":
+            more["expert_feed_forward_length"] = self.expert_mlp
+        if architecture == "qwen2moe":
+            more["expert_shared_feed_forward_length"] = self.shared_mlp
+        return more
 
     def shapes(self, architecture: str = "llama", *, tied: bool = False) -> dict[str, list[int]]:
         """Names in the file, and shapes."""
@@ -157,12 +183,31 @@ class Sizes:
             "ffn_up": [self.mlp, self.hidden],
             "ffn_down": [self.hidden, self.mlp],
         }
-        if architecture == "qwen3":
+        if architecture in ("qwen3", "qwen3moe", "gemma3"):
             layer |= {"attn_q_norm": [self.head], "attn_k_norm": [self.head]}
+        if architecture in ("gemma2", "gemma3"):
+            layer |= {"post_attention_norm": [self.hidden], "post_ffw_norm": [self.hidden]}
+        if architecture == "phi3":
+            for name in ("attn_q", "attn_k", "attn_v", "ffn_gate"):
+                del layer[name]
+            layer["attn_qkv"] = [queries + 2 * keys, self.hidden]
+            layer["ffn_up"] = [2 * self.mlp, self.hidden]
+        if architecture in ("mixtral", "qwen2moe", "qwen3moe"):
+            width = self.mlp if architecture == "mixtral" else self.expert_mlp
+            for name in ("ffn_gate", "ffn_up"):
+                del layer[name]
+                layer[f"{name}_exps"] = [self.experts, width, self.hidden]
+            del layer["ffn_down"]
+            layer["ffn_down_exps"] = [self.experts, self.hidden, width]
+            layer["ffn_gate_inp"] = [self.experts, self.hidden]
+        if architecture == "qwen2moe":
+            layer["ffn_gate_inp_shexp"] = [self.hidden]
+            layer["ffn_gate_shexp"] = layer["ffn_up_shexp"] = [self.shared_mlp, self.hidden]
+            layer["ffn_down_shexp"] = [self.hidden, self.shared_mlp]
         result = {"token_embd.weight": [self.vocabulary, self.hidden]}
         for number in range(self.layers):
             result |= {f"blk.{number}.{name}.weight": shape for name, shape in layer.items()}
-            if architecture == "qwen2":
+            if architecture in ("qwen2", "qwen2moe"):
                 for name in ("attn_q", "attn_k", "attn_v"):
                     result[f"blk.{number}.{name}.bias"] = layer[name][:1]
         result["output_norm.weight"] = [self.hidden]
@@ -174,13 +219,14 @@ class Sizes:
 def random_tensors(
     shapes: Mapping[str, Sequence[int]], dtype: str = "F32", seed: int = 0
 ) -> dict[str, Entry]:
-    """Matrices in a dtype, the rest in float32, as llama.cpp writes them."""
+    """Matrices in a dtype, norms and routers in float32, as llama.cpp writes them."""
     generator = np.random.default_rng(seed)
     made = {}
     for name, shape in shapes.items():
         values = generator.normal(0, 0.1, shape) + (len(shape) == 1)
         exact = np.asarray(values, np.float32).view(np.uint32) & 0xFFFF0000
-        made[name] = float_entry(exact.view(np.float32), dtype if len(shape) > 1 else "F32")
+        is_matrix = len(shape) > 1 and f".{_ROUTER}." not in name
+        made[name] = float_entry(exact.view(np.float32), dtype if is_matrix else "F32")
     return made
 
 
@@ -192,7 +238,7 @@ def write_gguf(
     sizes = sizes or Sizes()
     keys = sizes.keys(architecture)
     for key, value in changed.items():
-        name = f"{architecture}.{key.replace('__', '.')}"
+        name = f"{GGUF_NAMES.get(architecture, architecture)}.{key.replace('__', '.')}"
         keys.pop(name, None)
         if value is not None:
             keys[name] = value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -39,15 +40,15 @@ def digest(folder: Path) -> str:
     return state.hexdigest()
 
 
-def interrupt(recipe: Path, out: Path, units_done: int = 9, **options: Any) -> None:
-    """Merge until exactly so many units are done in this run, then press Ctrl-C."""
+def interrupt(recipe: Path, out: Path, lines_written: int = 9, **options: Any) -> None:
+    """Merge until the journal has exactly so many more lines, then press Ctrl-C."""
     real, seen = Journal.record, 0
 
-    def record(journal: Journal, number: int, stats: TensorStats) -> None:
+    def record(journal: Journal, chunks: Iterable[tuple[int, TensorStats]]) -> None:
         nonlocal seen
-        real(journal, number, stats)
+        real(journal, chunks)
         seen += 1
-        if seen == units_done:
+        if seen == lines_written:
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:

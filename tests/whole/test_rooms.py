@@ -5,14 +5,17 @@
     system                                          files, memory, processes, untrusted input
     recipe                                          a recipe's YAML, typed
     checkpoint                                      headers, dtypes, tensors, config
-    kernels · hub · formats                         numbers · downloads · storage formats
+    kernels · hub · remote · formats                numbers · downloads · storage formats
     lora · methods                                  adapters · merge methods
     sources                                         an opened model
     tokenizer                                       vocabularies
     planning                                        a recipe and headers become a Plan
     engine                                          executes a Plan
+    cluster                                         executes a Plan on several machines
     evaluation · report · publishing · conversion   look at models, write about them
-    calibration · dam · evolve                      preparations
+    data                                            what the sources' data say, as token sequences
+    calibration · evolve                            preparations
+    dam                                             a preparation that starts from their merges
     auto                                            a preparation that tries the others
     adapters · analysis · drafting · comparison     what else is done with models
     chat                                            talking to a model

@@ -15,7 +15,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from merge_cli.checkpoint.dtypes import SAFETENSORS_NAMES
-from merge_cli.formats.dcp.inert import Record, load_inert, name_of
+from merge_cli.formats.inert import Record, load_inert, name_of
 from merge_cli.system.untrusted import CONTROL, Unreadable, whole_number
 
 _MODULE = "torch.distributed.checkpoint.metadata"
@@ -35,6 +35,11 @@ _CLASSES = {
     "pathlib": ("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath", "Path"),
     "pathlib._local": ("PosixPath", "WindowsPath"),
 }
+# Megatron Core's own kind of `Metadata`: it has a dictionary more, which is not needed here.
+_MEGATRON = (
+    "megatron.core.dist_checkpointing.strategies.torch.MCoreMetadata",
+    "megatron.core.dist_checkpointing.mapping.MCoreMetadata",
+)
 _MAX_DIMENSIONS = 8
 _MAX_NUMBER = 2**63 - 1
 _MAX_NAME = 1000
@@ -89,7 +94,7 @@ def parse_metadata(raw: bytes) -> Metadata:
         Unreadable: not of the format, or contradicting itself; says which tensor.
     """
     content = load_inert(raw, _is_allowed)
-    if name_of(content) != f"{_MODULE}.Metadata":
+    if name_of(content) not in (f"{_MODULE}.Metadata", *_MEGATRON):
         raise Unreadable("is no metadata of a distributed checkpoint")
     listed, places = content.get("state_dict_metadata"), content.get("storage_data")
     if not isinstance(listed, dict) or not isinstance(places, dict):
@@ -123,7 +128,8 @@ def parse_metadata(raw: bytes) -> Metadata:
 
 def _is_allowed(module: str, name: str) -> bool:
     is_dtype = module == "torch" and (name == "Size" or name in SAFETENSORS_NAMES)
-    return is_dtype or name in _CLASSES.get(module, ())
+    is_megatron = f"{module}.{name}" in _MEGATRON
+    return is_dtype or is_megatron or name in _CLASSES.get(module, ())
 
 
 def _path(name: str, paths: Any) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ _MAX_METADATA = 256 * 2**20
 # Keys under which training programs save what is no weight of the model.
 _NO_WEIGHTS = re.compile(
     r"(optim|optimizer|optimizers|optim_state|optimizer_state|optimizer_state_dict|opt"
-    r"|lr_scheduler|scheduler|scaler|dataloader|train_state|trainer|rng|rng_state)(\.|$)"
+    r"|chained_\d+|lr_scheduler|scheduler|scaler|dataloader|train_state|trainer|rng|rng_state)(\.|$)"
 )
 # And those under which they save the model.
 _WRAPPERS = ("app", "state", "state_dict", "model_state_dict", "module", "model")

@@ -2,7 +2,9 @@
 
     header      the file's keys and its table of tensors, every number held against bounds
     blocks      the layouts of blocks, and their numbers
-    model       architectures: names, shapes, orders of rows, config.json
+    architectures  names and shapes of tensors, here and there
+    config      config.json, from the keys
+    model       a file's tensors as Hugging Face has them
     tokenizer   tokenizer.json and its settings, from the vocabulary
     writing     the way back: keys, names and blocks
     vocabulary  the way back: a tokenizer's keys

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 from merge_cli.errors import CorruptFileError, SourceError
-from merge_cli.formats.gguf.header import Header
+from merge_cli.formats.gguf.architectures import ARCHITECTURES, Shapes
+from merge_cli.formats.gguf.header import ROPE_FACTORS, BlockTensor, Header
 from merge_cli.system.untrusted import Unreadable, whole_number
 
 _MAX_LAYERS = 100_000
 _MAX_WIDTH = 2**31
+_MAX_EXPERTS = 4096
+_COUNTS = ("expert_count", "expert_used_count")
 # Keys of an architecture that describe, or that say what the tensors say already.
 _WITHOUT_EFFECT = (
     "vocab_size",
@@ -26,8 +28,6 @@ _WITHOUT_EFFECT = (
     "attention.value_length",
     "rope.dimension_count",
     "rope.scaling.finetuned",
-    "expert_count",
-    "expert_used_count",
 )
 _READ = (
     "context_length",
@@ -41,14 +41,7 @@ _READ = (
     "rope.scaling.type",
     "rope.scaling.factor",
     "rope.scaling.original_context_length",
-    "attention.sliding_window",
 )
-_CLASSES = {
-    "llama": ("llama", "LlamaForCausalLM"),
-    "mistral": ("mistral", "MistralForCausalLM"),
-    "qwen2": ("qwen2", "Qwen2ForCausalLM"),
-    "qwen3": ("qwen3", "Qwen3ForCausalLM"),
-}
 _TOKENS = {
     "bos_token_id": "tokenizer.ggml.bos_token_id",
     "eos_token_id": "tokenizer.ggml.eos_token_id",
@@ -63,42 +56,11 @@ LLAMA3 = {
 }
 
 
-@dataclass(frozen=True)
-class Shapes:
-    """The sizes that shapes are made of."""
-
-    vocabulary: int
-    hidden: int
-    layers: int
-    mlp: int
-    heads: int
-    kv_heads: int
-    head: int
-
-    def of(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor, by what the file calls it within its layer."""
-        queries, keys = self.heads * self.head, self.kv_heads * self.head
-        matrices = {
-            "token_embd": (self.vocabulary, self.hidden),
-            "output": (self.vocabulary, self.hidden),
-            "attn_q": (queries, self.hidden),
-            "attn_k": (keys, self.hidden),
-            "attn_v": (keys, self.hidden),
-            "attn_output": (self.hidden, queries),
-            "ffn_gate": (self.mlp, self.hidden),
-            "ffn_up": (self.mlp, self.hidden),
-            "ffn_down": (self.hidden, self.mlp),
-            "attn_q_norm": (self.head,),
-            "attn_k_norm": (self.head,),
-        }
-        return matrices.get(name, (self.hidden,))
-
-
 class _Keys:
     """The keys of an architecture, read within bounds."""
 
-    def __init__(self, values: Mapping[str, Any], architecture: str) -> None:
-        self._values, self._prefix = values, architecture
+    def __init__(self, values: Mapping[str, Any], prefix: str) -> None:
+        self._values, self._prefix = values, prefix
 
     def number(self, key: str, most: int, default: int | None = None) -> int:
         """A whole number from 1 to `most`; a list of one number for each layer must agree."""
@@ -122,57 +84,67 @@ class _Keys:
     def __contains__(self, key: str) -> bool:
         return f"{self._prefix}.{key}" in self._values
 
-    def unknown(self) -> list[str]:
-        known = {f"{self._prefix}.{key}" for key in (*_READ, *_WITHOUT_EFFECT)}
+    def unknown(self, more: tuple[str, ...]) -> list[str]:
+        """Keys that nobody reads; those that count experts are 0 where there are none."""
+        known = {f"{self._prefix}.{key}" for key in (*_READ, *_WITHOUT_EFFECT, *more)}
+        known |= {f"{self._prefix}.{key}" for key in _COUNTS if not self.get(key)}
         return [k for k in self._values if k.startswith(f"{self._prefix}.") and k not in known]
 
 
 def config_of(
-    header: Header, architecture: str, label: str, path: Path
+    header: Header, model_type: str, label: str, file: str
 ) -> tuple[dict[str, Any], Shapes]:
     """config.json, without `dtype` and biases, and the sizes that the tensors should have.
+
+    Args:
+        model_type: transformers' name of the architecture.
 
     Raises:
         SourceError: keys that change the model in a way that is not understood.
         CorruptFileError: keys that are missing or impossible.
     """
-    keys = _Keys(header.values, architecture)
-    where = {"model": label, "file": path.name}
+    architecture = ARCHITECTURES[model_type]
+    keys = _Keys(header.values, architecture.name)
+    where = {"model": label, "file": file}
+    hint = "Merge the model that the file was made of."
     experts = keys.get("expert_count")
-    if experts:
-        message = f"a mixture of {experts} experts in GGUF, which is not read"
-        raise SourceError(message, **where, hint="Merge the model that the file was made of.")
-    unknown = keys.unknown()
+    if experts and not architecture.experts:
+        message = f"a mixture of {str(experts)[:20]} experts of the architecture "
+        raise SourceError(f"{message}{architecture.name}, which is not read", **where, hint=hint)
+    unknown = keys.unknown(architecture.keys)
     if unknown:
         message = f"its key {unknown[0][:100]} is not understood"
-        raise SourceError(message, **where, hint="Merge the model that the file was made of.")
+        raise SourceError(message, **where, hint=hint)
     tensors = {tensor.name: tensor for tensor in header.tensors}
     embedding = tensors.get("token_embd.weight")
     if embedding is None:
         raise CorruptFileError("it has no embedding", **where, tensor="token_embd.weight")
     try:
-        shapes = _shapes(keys, embedding.shape[0])
-        config = _config(keys, architecture, shapes)
+        shapes = _shapes(keys, model_type, embedding.shape[0])
+        config = _config(keys, model_type, shapes)
         config["tie_word_embeddings"] = "output.weight" not in tensors
         config.update(_tokens(header.values, shapes.vocabulary))
         scaling = _scaling(keys, config["max_position_embeddings"])
     except Unreadable as error:
         raise CorruptFileError(str(error), **where) from None
-    factors = tensors.get("rope_freqs.weight")
+    factors = tensors.get(ROPE_FACTORS)
     if factors is not None and scaling is None:
-        scaling = _llama3_scaling(path, factors, shapes, config["rope_theta"], where)
+        stored = header.factors.get(ROPE_FACTORS, b"")
+        scaling = _llama3_scaling(stored, factors, shapes, config["rope_theta"], where)
     if scaling is not None:
         config["rope_scaling"] = scaling
     return config, shapes
 
 
-def _shapes(keys: _Keys, vocabulary: int) -> Shapes:
+def _shapes(keys: _Keys, model_type: str, vocabulary: int) -> Shapes:
     hidden = keys.number("embedding_length", _MAX_WIDTH)
     heads = keys.number("attention.head_count", _MAX_WIDTH)
     if "attention.key_length" not in keys and hidden % heads:
         raise Unreadable(f"{hidden} numbers are not shared evenly by {heads} heads")
     head = keys.number("attention.key_length", _MAX_WIDTH, hidden // heads)
-    for key in ("attention.value_length", "rope.dimension_count"):
+    # Phi 3 may rotate a part of each head.
+    whole = ("attention.value_length", *(("rope.dimension_count",) * (model_type != "phi3")))
+    for key in whole:
         if keys.number(key, _MAX_WIDTH, head) != head:
             raise Unreadable(f"{key} is {keys.get(key)}, and a head has {head} numbers")
     if head % 2:
@@ -182,15 +154,26 @@ def _shapes(keys: _Keys, vocabulary: int) -> Shapes:
         raise Unreadable(f"{heads} heads do not share {kv_heads} of keys evenly")
     layers = keys.number("block_count", _MAX_LAYERS)
     mlp = keys.number("feed_forward_length", _MAX_WIDTH)
-    return Shapes(vocabulary, hidden, layers, mlp, heads, kv_heads, head)
+    plain = Shapes(vocabulary, hidden, layers, mlp, heads, kv_heads, head)
+    if model_type == "phi3":
+        return replace(plain, fused=True)
+    if not ARCHITECTURES[model_type].experts:
+        return plain
+    experts = keys.number("expert_count", _MAX_EXPERTS)
+    if layers * experts > _MAX_LAYERS:
+        raise Unreadable(f"{layers} layers of {experts} experts are more than any model has")
+    expert_mlp = keys.number("expert_feed_forward_length", _MAX_WIDTH, mlp)
+    shared = 0
+    if model_type == "qwen2_moe":
+        shared = keys.number("expert_shared_feed_forward_length", _MAX_WIDTH)
+    return replace(plain, experts=experts, expert_mlp=expert_mlp, shared_mlp=shared)
 
 
-def _config(keys: _Keys, architecture: str, shapes: Shapes) -> dict[str, Any]:
-    # To llama.cpp Mistral is a llama, with a window where it has one.
-    window = keys.number("attention.sliding_window", _MAX_WIDTH) if _windowed(keys) else None
-    if window is not None and architecture != "llama":
-        raise Unreadable(f"{architecture}.attention.sliding_window is not understood")
-    model_type, class_name = _CLASSES["mistral" if window is not None else architecture]
+def _config(keys: _Keys, model_type: str, shapes: Shapes) -> dict[str, Any]:
+    class_name, own = ARCHITECTURES[model_type].class_name, {}
+    if model_type == "llama" and _windowed(keys):  # to llama.cpp Mistral is a llama
+        model_type, class_name = "mistral", "MistralForCausalLM"
+        own = {"sliding_window": keys.number("attention.sliding_window", _MAX_WIDTH)}
     config: dict[str, Any] = {
         "architectures": [class_name],
         "model_type": model_type,
@@ -206,9 +189,90 @@ def _config(keys: _Keys, architecture: str, shapes: Shapes) -> dict[str, Any]:
         "rms_norm_eps": keys.real("attention.layer_norm_rms_epsilon"),
         "rope_theta": keys.real("rope.freq_base", 10000.0),
     }
-    if window is not None:
-        config["sliding_window"] = window
+    if model_type in ("gemma2", "gemma3_text"):
+        del config["hidden_act"]
+    specific = _SPECIFIC.get(model_type)
+    return config | own | (specific(keys, shapes) if specific else {})
+
+
+def _mixtral(keys: _Keys, shapes: Shapes) -> dict[str, Any]:
+    return {
+        "num_local_experts": shapes.experts,
+        "num_experts_per_tok": keys.number("expert_used_count", shapes.experts),
+    }
+
+
+def _qwen_moe(keys: _Keys, shapes: Shapes) -> dict[str, Any]:
+    """Every layer is a mixture. llama.cpp makes the chosen weights sum to one in Qwen 3 alone."""
+    config = {
+        "num_experts": shapes.experts,
+        "num_experts_per_tok": keys.number("expert_used_count", shapes.experts),
+        "moe_intermediate_size": shapes.expert_mlp,
+        "norm_topk_prob": not shapes.shared_mlp,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    }
+    if shapes.shared_mlp:
+        config["shared_expert_intermediate_size"] = shapes.shared_mlp
     return config
+
+
+def _gemma(keys: _Keys, shapes: Shapes) -> dict[str, Any]:
+    return {"hidden_act": "gelu_pytorch_tanh", "attention_bias": False}
+
+
+def _gemma2(keys: _Keys, shapes: Shapes) -> dict[str, Any]:
+    return {
+        "hidden_activation": "gelu_pytorch_tanh",
+        "attention_bias": False,
+        "attn_logit_softcapping": keys.real("attn_logit_softcapping", 50.0),
+        "final_logit_softcapping": keys.real("final_logit_softcapping", 30.0),
+        "sliding_window": keys.number("attention.sliding_window", _MAX_WIDTH, 4096),
+        "query_pre_attn_scalar": _query_scalar(shapes, 46),
+    }
+
+
+def _gemma3(keys: _Keys, shapes: Shapes) -> dict[str, Any]:
+    softcap = "final_logit_softcapping"
+    return {
+        "hidden_activation": "gelu_pytorch_tanh",
+        "attention_bias": False,
+        "attn_logit_softcapping": None,
+        softcap: keys.real(softcap) if softcap in keys else None,
+        "sliding_window": keys.number("attention.sliding_window", _MAX_WIDTH),
+        "rope_local_base_freq": keys.real("rope.freq_base_swa", 10000.0),
+        "query_pre_attn_scalar": _query_scalar(shapes, 62),
+    }
+
+
+def _query_scalar(shapes: Shapes, largest: int) -> int:
+    """What attention is scaled by: as llama.cpp has it, the largest model (27B) has its own."""
+    return shapes.hidden // shapes.heads if shapes.layers == largest else shapes.head
+
+
+def _phi3(keys: _Keys, shapes: Shapes) -> dict[str, Any]:
+    length = keys.number("context_length", _MAX_WIDTH)
+    window = keys.number("attention.sliding_window", _MAX_WIDTH) if _windowed(keys) else None
+    rotated = keys.number("rope.dimension_count", shapes.head, shapes.head)
+    return {
+        "original_max_position_embeddings": keys.number(
+            "rope.scaling.original_context_length", _MAX_WIDTH, length
+        ),
+        "pad_token_id": None,  # the class's own is of a larger vocabulary
+        "partial_rotary_factor": rotated / shapes.head,
+        "sliding_window": window,
+    }
+
+
+_SPECIFIC = {
+    "mixtral": _mixtral,
+    "qwen2_moe": _qwen_moe,
+    "qwen3_moe": _qwen_moe,
+    "gemma": _gemma,
+    "gemma2": _gemma2,
+    "gemma3_text": _gemma3,
+    "phi3": _phi3,
+}
 
 
 def _windowed(keys: _Keys) -> bool:
@@ -239,7 +303,7 @@ def _scaling(keys: _Keys, length: int) -> dict[str, Any] | None:
 
 
 def _llama3_scaling(
-    path: Path, factors: Any, shapes: Shapes, theta: float, where: Mapping[str, str]
+    raw: bytes, factors: BlockTensor, shapes: Shapes, theta: float, where: Mapping[str, str]
 ) -> dict[str, Any] | None:
     """`rope_scaling` of Llama 3.1, whose files hold a factor for each frequency.
 
@@ -255,9 +319,7 @@ def _llama3_scaling(
     )
     if factors.kind.dtype != "F32" or factors.shape != (shapes.head // 2,):
         raise refused
-    with path.open("rb") as file:
-        file.seek(factors.offset)
-        stored = np.frombuffer(file.read(factors.nbytes), np.float32).astype(np.float64)
+    stored = np.frombuffer(raw, np.float32).astype(np.float64)
     if len(stored) != shapes.head // 2 or not np.isfinite(stored).all():
         raise refused
     factor = float(f"{stored.max():.6g}")  # 8, not what float32 made of a quotient

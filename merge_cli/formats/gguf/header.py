@@ -14,7 +14,7 @@ import os
 import struct
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -38,6 +38,10 @@ _MAX_ALIGNMENT = 2**20
 UINT32, INT32, FLOAT32, BOOL, STRING, ARRAY = 4, 5, 6, 7, 8, 9
 # Type -> struct's code of a number.
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 10: "Q", 11: "q", 12: "d"}
+_MAX_FACTORS = 2**16  # bytes
+# Factors of rotary frequencies: those of Llama 3.1, and of Phi 3's long contexts.
+ROPE_FACTORS = "rope_freqs.weight"
+FACTORS = (ROPE_FACTORS, "rope_factors_long.weight", "rope_factors_short.weight")
 _AGAIN = "Download or copy the file again."
 
 
@@ -67,11 +71,13 @@ class Header:
         raw: its bytes, up to the data.
         values: the key-value pairs; numbers, truth values, texts, lists of them.
         tensors: in the order of the file.
+        factors: of rotary frequencies, the bytes of those tensors: config.json follows from them.
     """
 
     raw: bytes
     values: Mapping[str, Any]
     tensors: tuple[BlockTensor, ...]
+    factors: Mapping[str, bytes] = field(default_factory=dict)
 
 
 def read_header(path: Path, model: str) -> Header:
@@ -83,18 +89,27 @@ def read_header(path: Path, model: str) -> Header:
     """
     try:
         with open_regular(path) as file:
-            size = os.fstat(file.fileno()).st_size
-            return _Reader(file, size, path, model).header()
+            return parse_header(file, os.fstat(file.fileno()).st_size, path.name, model)
     except (Unreadable, OSError) as error:
         why = f"cannot be read: {error.strerror}" if isinstance(error, OSError) else str(error)
         raise CorruptFileError(why, model=model, file=path.name) from error
 
 
+def parse_header(file: BinaryIO, size: int, name: str, model: str) -> Header:
+    """`read_header` of an opened file.
+
+    Args:
+        size: of the file.
+        name: of the file, for messages.
+    """
+    return _Reader(file, size, name, model).header()
+
+
 class _Reader:
     """Takes a header from a file, never more than its size and `_MAX_HEADER` allow."""
 
-    def __init__(self, file: BinaryIO, size: int, path: Path, model: str) -> None:
-        self._file, self._size, self._path, self._model = file, size, path, model
+    def __init__(self, file: BinaryIO, size: int, name: str, model: str) -> None:
+        self._file, self._size, self._name, self._model = file, size, name, model
         self._position = self._listed = 0
         self._item = ""  # the key or tensor that is being read
 
@@ -107,7 +122,7 @@ class _Reader:
             swapped = struct.unpack(">I", start[4:])[0] in _VERSIONS
             kind = "in big-endian byte order" if swapped else f"of version {version}"
             message = f"a GGUF file {kind}; those of versions 2 and 3 in little-endian are read"
-            raise SourceError(message, model=self._model, file=self._path.name)
+            raise SourceError(message, model=self._model, file=self._name)
         tensors = self._count(_MAX_TENSORS, "tensors")
         pairs = self._count(_MAX_PAIRS, "key-value pairs")
         values: dict[str, Any] = {}
@@ -124,7 +139,7 @@ class _Reader:
         if values.get("split.count", 1) not in (0, 1):
             message = f"one of {values['split.count']} parts of a model"
             hint = "Join them first: llama-gguf-split --merge FIRST_PART WHOLE.gguf."
-            raise SourceError(message, model=self._model, file=self._path.name, hint=hint)
+            raise SourceError(message, model=self._model, file=self._name, hint=hint)
         alignment = values.get("general.alignment", DEFAULT_ALIGNMENT)
         if type(alignment) is not int or not 0 < alignment <= _MAX_ALIGNMENT:
             raise self._corrupt(f"impossible alignment {_cut(alignment)}")
@@ -133,7 +148,17 @@ class _Reader:
         data = padded(self._position, alignment)
         placed = self._placed(table, data, alignment)
         self._file.seek(0)
-        return Header(self._file.read(data), values, placed)
+        raw = self._file.read(data)
+        return Header(raw, values, placed, self._factors(placed))
+
+    def _factors(self, tensors: tuple[BlockTensor, ...]) -> dict[str, bytes]:
+        """The bytes of tensors that config.json is made of, not the model."""
+        factors = {}
+        for tensor in tensors:
+            if tensor.name in FACTORS and tensor.nbytes <= _MAX_FACTORS:
+                self._file.seek(tensor.offset)
+                factors[tensor.name] = self._file.read(tensor.nbytes)
+        return factors
 
     def _placed(
         self, table: list[BlockTensor], data: int, alignment: int
@@ -178,7 +203,7 @@ class _Reader:
             stored_as = NAMES.get(number, f"type {number}")
             message = f"its numbers are stored as {stored_as}, which is not read"
             hint = "Merge the model that the file was made of, or a file in Q8_0 or a K-quant."
-            where = {"model": self._model, "file": self._path.name, "tensor": name}
+            where = {"model": self._model, "file": self._name, "tensor": name}
             raise SourceError(message, **where, hint=hint)
         kind = BLOCK_TYPES[number]
         if shape[-1] % kind.elements:
@@ -249,9 +274,7 @@ class _Reader:
 
     def _corrupt(self, what: str) -> CorruptFileError:
         item = _cut(self._item) if self._item else ""
-        return CorruptFileError(
-            what, model=self._model, file=self._path.name, tensor=item, hint=_AGAIN
-        )
+        return CorruptFileError(what, model=self._model, file=self._name, tensor=item, hint=_AGAIN)
 
 
 def padded(position: int, alignment: int) -> int:

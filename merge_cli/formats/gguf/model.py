@@ -8,74 +8,69 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Container, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from merge_cli.checkpoint.dtypes import DTYPES
 from merge_cli.checkpoint.headers import TensorRef
 from merge_cli.checkpoint.rearranged import PermutedRows, SourceRows
-from merge_cli.checkpoint.tensors import Tensor
+from merge_cli.checkpoint.tensors import Float32, Read, Tensor, read_numbers
 from merge_cli.errors import CorruptFileError, SourceError
+from merge_cli.formats.gguf.architectures import (
+    ARCHITECTURES,
+    Architecture,
+    Expected,
+    Shapes,
+    expected_tensors,
+    is_norm,
+    model_type_of,
+    with_bias,
+)
 from merge_cli.formats.gguf.blocks import DequantizedBlocks
-from merge_cli.formats.gguf.config import Shapes, config_of
-from merge_cli.formats.gguf.header import BlockTensor, Header
+from merge_cli.formats.gguf.config import config_of
+from merge_cli.formats.gguf.header import ROPE_FACTORS, BlockTensor, Header
 from merge_cli.formats.storage_format import DecodedModel
 
-_TOP = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-}
-_LAYER = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
-_ATTENTION = ("attn_q", "attn_k", "attn_v", "attn_output")
-_MLP = ("ffn_gate", "ffn_up", "ffn_down")
-# Factors of rotary frequencies: a function of what config.json says.
-ROPE_FACTORS = "rope_freqs.weight"
 _LAYER_NAME = re.compile(r"blk\.(0|[1-9][0-9]{0,5})\.([a-z_]+)\.(weight|bias)")
+_ROUTERS = ("ffn_gate_inp", "ffn_gate_inp_shexp")  # float32 in every file, as norms are
 
 
 @dataclass(frozen=True)
-class Architecture:
-    """What llama.cpp calls an architecture, and how its tensors become those of transformers.
+class Shifted(Float32):
+    """A tensor plus a number, in float32. See `tensors.Tensor`."""
 
-    Attributes:
-        layer: a layer's tensors, by what follows `blk.N.`.
-        biases: the key of config.json that says whether a group of them has biases -> the group.
-            The key that is empty is one that config.json lacks: then they are always there.
-        interleaved: whether rows of queries and keys are in pairs, as Meta's own code rotates
-            them; transformers rotates the first half of a head with the second.
-    """
+    tensor: Tensor
+    amount: float
 
-    layer: Mapping[str, str] = field(default_factory=lambda: _LAYER)
-    biases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    interleaved: bool = False
+    @property
+    def made_of(self) -> Tensor:
+        return self.tensor
+
+    @property
+    def default_dtype(self) -> str:
+        return self.tensor.default_dtype
+
+    @property
+    def stored(self) -> tuple[TensorRef, ...]:
+        return self.tensor.stored
+
+    @property
+    def formula(self) -> str:
+        return f"({self.tensor.formula}) + {self.amount}"
+
+    def fill(self, read: Read, start: int, buffer: memoryview) -> None:
+        import numpy as np
+
+        out = np.frombuffer(buffer, np.float32)
+        out[:] = read_numbers(read, self.tensor, start, len(out)) + np.float32(self.amount)
 
 
-ARCHITECTURES = {
-    "llama": Architecture(
-        biases={"attention_bias": _ATTENTION, "mlp_bias": _MLP}, interleaved=True
-    ),
-    "qwen2": Architecture(biases={"": _ATTENTION[:3]}),
-    "qwen3": Architecture({**_LAYER, **_HEAD_NORMS}, biases={"attention_bias": _ATTENTION}),
-}
-
-
-def decode(header: Header, path: Path, label: str, link: Path) -> DecodedModel:
+def decode(header: Header, file: str, label: str, link: Path) -> DecodedModel:
     """A file's tensors by Hugging Face's names, and its config.json.
 
     Args:
+        file: its name, for messages.
         link: where the tensors will be read from: a link to the file, which need not be there yet.
 
     Raises:
@@ -83,45 +78,65 @@ def decode(header: Header, path: Path, label: str, link: Path) -> DecodedModel:
         CorruptFileError: tensors that are missing, or of other shapes than the keys give.
     """
     name = header.values.get("general.architecture")
-    architecture = ARCHITECTURES.get(name) if isinstance(name, str) else None
-    if architecture is None:
+    has_experts = bool(header.values.get(f"{name}.expert_count"))
+    model_type = model_type_of(name, has_experts)
+    if not model_type:
         message = f"a GGUF file of the architecture {str(name)[:60]!r}, which is not read"
-        hint = f"Read are {', '.join(ARCHITECTURES)}. Merge the model that the file was made of."
-        raise SourceError(message, model=label, file=path.name, hint=hint)
+        known = ", ".join(dict.fromkeys(kind.name for kind in ARCHITECTURES.values()))
+        hint = f"Read are {known}. Merge the model that the file was made of."
+        raise SourceError(message, model=label, file=file, hint=hint)
+    architecture = ARCHITECTURES[model_type]
     present = {tensor.name: tensor for tensor in header.tensors}
-    config, shapes = config_of(header, str(name), label, path)
-    names = _names(architecture, shapes, present, label, path)
+    config, shapes = config_of(header, model_type, label, file)
+    expected = _expected(architecture, shapes, present, label, file)
     default_dtype = _default_dtype(header.tensors)
     config["dtype"] = DTYPES[default_dtype][1]
-    config |= {key: key in _with_bias(architecture, present) for key in architecture.biases if key}
+    config |= {key: key in with_bias(architecture, present) for key in architecture.biases if key}
     tensors: dict[str, Tensor] = {}
-    for stored_name, new_name in names.items():
-        tensor = _opened(present[stored_name], new_name, link, label, default_dtype)
-        heads = {"attn_q": shapes.heads, "attn_k": shapes.kv_heads}.get(_part(stored_name))
-        if architecture.interleaved and heads:
-            tensor = _halves(tensor, heads)
-        tensors[new_name] = tensor
-    kinds = Counter(present[stored_name].kind.name for stored_name in names)
+    for item in expected:
+        parts = _parts(present[item.name], len(item.names))
+        for new_name, part in zip(item.names, parts, strict=True):
+            tensor = _opened(
+                part._replace(shape=item.new_shape), new_name, link, label, default_dtype
+            )
+            heads = {"attn_q": shapes.heads, "attn_k": shapes.kv_heads}.get(_part(item.name))
+            if architecture.interleaved and heads:
+                tensor = _halves(tensor, heads)
+            if architecture.norms_from_one and is_norm(item.name):
+                tensor = Shifted(tensor, -1.0)
+            tensors[new_name] = tensor
+    kinds = Counter(present[item.name].kind.name for item in expected)
     stored_as = ", ".join(f"{count} in {kind}" for kind, count in kinds.most_common())
     notes = (f"a GGUF file ({name}); its tensors are read as numbers: {stored_as}",)
     return DecodedModel(tensors, config, notes)
 
 
-def _names(
+def _parts(tensor: BlockTensor, count: int) -> list[BlockTensor]:
+    """The tensors of a stack, or the tensor itself."""
+    if count == 1:
+        return [tensor]
+    nbytes = tensor.nbytes // count
+    return [
+        tensor._replace(shape=tensor.shape[1:], offset=tensor.offset + number * nbytes)
+        for number in range(count)
+    ]
+
+
+def _expected(
     architecture: Architecture,
     shapes: Shapes,
     present: Mapping[str, BlockTensor],
     label: str,
-    path: Path,
-) -> dict[str, str]:
-    """Each tensor's name in the file -> Hugging Face's.
+    file: str,
+) -> list[Expected]:
+    """The file's tensors, and what they become.
 
     Raises:
         SourceError: tensors that the architecture has not.
         CorruptFileError: tensors that are missing, or of another shape.
     """
-    expected = dict(expected_tensors(architecture, shapes, present))
-    where = {"model": label, "file": path.name}
+    expected = {item.name: item for item in expected_tensors(architecture, shapes, present)}
+    where = {"model": label, "file": file}
     unknown = [name for name in present if name not in expected and name != ROPE_FACTORS]
     if unknown:
         message = f"{len(unknown)} tensors that are not understood, among them this one"
@@ -130,37 +145,12 @@ def _names(
     if missing:
         message = f"{len(missing)} tensors are missing, among them this one"
         raise CorruptFileError(message, **where, tensor=missing[0])
-    for name, (_, shape) in expected.items():
-        if present[name].shape != shape:
-            message = f"has shape {list(present[name].shape)}, and the file's keys say {shape}"
+    for name, item in expected.items():
+        if present[name].shape != item.shape:
+            stored = list(present[name].shape)
+            message = f"has shape {stored}, and the file's keys say {item.shape}"
             raise CorruptFileError(message, **where, tensor=name)
-    return {name: new_name for name, (new_name, _) in expected.items()}
-
-
-def expected_tensors(
-    architecture: Architecture, shapes: Shapes, present: Container[str]
-) -> Iterator[tuple[str, tuple[str, tuple[int, ...]]]]:
-    """Every tensor that a file should have: its name there, then the new name and the shape."""
-    for name, new_name in _TOP.items():
-        if name != "output" or "output.weight" in present:  # else the head is the embedding
-            yield f"{name}.weight", (f"{new_name}.weight", shapes.of(name))
-    biased = {name for group in _with_bias(architecture, present).values() for name in group}
-    for layer in range(shapes.layers):
-        for name, new_name in architecture.layer.items():
-            shape = shapes.of(name)
-            target = f"model.layers.{layer}.{new_name}"
-            yield f"blk.{layer}.{name}.weight", (f"{target}.weight", shape)
-            if name in biased:
-                yield f"blk.{layer}.{name}.bias", (f"{target}.bias", shape[:1])
-
-
-def _with_bias(architecture: Architecture, present: Container[str]) -> dict[str, tuple[str, ...]]:
-    """The groups that have biases in a file: of a group all do, or none."""
-    return {
-        key: group
-        for key, group in architecture.biases.items()
-        if not key or any(f"blk.0.{name}.bias" in present for name in group)
-    }
+    return list(expected.values())
 
 
 def _part(name: str) -> str:
@@ -172,9 +162,10 @@ def _part(name: str) -> str:
 def _default_dtype(tensors: tuple[BlockTensor, ...]) -> str:
     """What the model's weights are: the matrices' dtype, bfloat16 where they are quantised.
 
-    Norms are float32 in every file, whatever the model was.
+    Norms and routers are float32 in every file, whatever the model was.
     """
-    kinds = {tensor.kind.dtype for tensor in tensors if len(tensor.shape) > 1}
+    matrices = (t for t in tensors if len(t.shape) > 1 and _part(t.name) not in _ROUTERS)
+    kinds = {tensor.kind.dtype for tensor in matrices}
     return kinds.pop() if len(kinds) == 1 and "" not in kinds else "BF16"
 
 

@@ -7,17 +7,23 @@ give must say what the model's own do. A model that the format cannot express is
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from merge_cli.checkpoint.class_config import known_class, quiet_and_alone, without_choices
-from merge_cli.checkpoint.rearranged import PermutedRows, SourceRows
+from merge_cli.checkpoint.rearranged import JoinedTensor, PermutedRows, SourceRows
 from merge_cli.checkpoint.tensors import Tensor
 from merge_cli.errors import SourceError
+from merge_cli.formats.gguf.architectures import (
+    ARCHITECTURES,
+    Expected,
+    Shapes,
+    expected_tensors,
+    is_norm,
+)
 from merge_cli.formats.gguf.blocks import BF16, F16, F32, Q8_0, BlockType
-from merge_cli.formats.gguf.config import LLAMA3, Shapes, config_of, llama3_factors
+from merge_cli.formats.gguf.config import LLAMA3, config_of, llama3_factors
 from merge_cli.formats.gguf.header import (
     ARRAY,
     BOOL,
@@ -25,16 +31,18 @@ from merge_cli.formats.gguf.header import (
     FLOAT32,
     INT32,
     MAGIC,
+    ROPE_FACTORS,
     STRING,
     UINT32,
     BlockTensor,
     Header,
     padded,
 )
-from merge_cli.formats.gguf.model import ARCHITECTURES, ROPE_FACTORS, expected_tensors
+from merge_cli.formats.gguf.model import Shifted
 
 KINDS: dict[str, BlockType] = {"F16": F16, "BF16": BF16, "Q8_0": Q8_0, "F32": F32}
 _FILE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7, "BF16": 32}  # of `general.file_type`
+_USUAL_LOCAL_BASE = 10000.0  # of rotary frequencies in Gemma 3's sliding layers
 # Of config.json: what changes nothing that a model says, or what only training uses.
 _WITHOUT_EFFECT = frozenset(
     (
@@ -44,9 +52,14 @@ _WITHOUT_EFFECT = frozenset(
         "eos_token_id",
         "dtype",
         "initializer_range",
+        "embd_pdrop",
         "max_window_layers",
+        "output_router_logits",
         "pad_token_id",
         "pretraining_tp",
+        "resid_pdrop",
+        "router_aux_loss_coef",
+        "router_jitter_noise",
         "torch_dtype",
         "transformers_version",
         "unk_token_id",
@@ -108,17 +121,17 @@ def plan_file(
     Raises:
         SourceError: a model that the format cannot express.
     """
-    architecture = str(config.get("model_type"))  # both call these architectures alike
-    if architecture not in ARCHITECTURES:
-        message = f"a model of the type '{architecture[:60]}', which is not written as GGUF"
+    model_type = str(config.get("model_type"))
+    if model_type not in ARCHITECTURES:
+        message = f"a model of the type '{model_type[:60]}', which is not written as GGUF"
         raise SourceError(message, model=label, hint=f"Written are {', '.join(ARCHITECTURES)}.")
     own = _as_transformers_reads(config, label)
-    shapes = _shapes(own)
-    values = {**_keys(own, architecture, shapes), **vocabulary}
+    shapes = _shapes(own, model_type)
+    values = {**_keys(own, model_type, shapes), **vocabulary}
     values["general.file_type"] = _FILE_TYPES[kind.name]
-    names = _names(architecture, shapes, tensors, label)
-    pieces = list(_pieces(names, tensors, architecture, shapes, kind))
-    _check_config(values, pieces, own, label)
+    expected = _expected(model_type, shapes, tensors, label)
+    pieces = [_piece(item, tensors, model_type, shapes, kind) for item in expected]
+    _check_config(values, pieces, own, model_type, label)
     factors = _factors(own, shapes, label)
     if factors is not None:
         pieces.append(Piece(ROPE_FACTORS, F32, factors.shape, None, factors))
@@ -141,15 +154,17 @@ def _as_transformers_reads(config: Mapping[str, Any], label: str) -> dict[str, A
 
 
 def _rope(own: Mapping[str, Any]) -> dict[str, Any]:
-    """Base and scaling of positions, as transformers 5 has them, or 4."""
+    """Base and scaling of positions, as transformers 5 has them, or 4; of Gemma 3's full layers."""
     if own.get("rope_parameters"):
-        return dict(own["rope_parameters"])
+        rope = own["rope_parameters"]
+        return dict(rope.get("full_attention", rope))
     scaling = dict(own.get("rope_scaling") or {})
     return {"rope_type": scaling.pop("type", "default"), "rope_theta": own["rope_theta"], **scaling}
 
 
-def _shapes(own: Mapping[str, Any]) -> Shapes:
+def _shapes(own: Mapping[str, Any], model_type: str) -> Shapes:
     heads = own["num_attention_heads"]
+    experts = own.get("num_local_experts") or own.get("num_experts") or 0
     return Shapes(
         vocabulary=own["vocab_size"],
         hidden=own["hidden_size"],
@@ -158,12 +173,16 @@ def _shapes(own: Mapping[str, Any]) -> Shapes:
         heads=heads,
         kv_heads=own.get("num_key_value_heads") or heads,
         head=own.get("head_dim") or own["hidden_size"] // heads,
+        experts=experts,
+        expert_mlp=own.get("moe_intermediate_size") or own["intermediate_size"],
+        shared_mlp=own.get("shared_expert_intermediate_size") or 0,
+        fused=model_type == "phi3",
     )
 
 
-def _keys(own: Mapping[str, Any], architecture: str, shapes: Shapes) -> dict[str, Any]:
+def _keys(own: Mapping[str, Any], model_type: str, shapes: Shapes) -> dict[str, Any]:
     """The keys of a config, in the order in which llama.cpp writes them."""
-    rope = _rope(own)
+    rope, architecture = _rope(own), ARCHITECTURES[model_type]
     about: dict[str, Any] = {
         "vocab_size": shapes.vocabulary,
         "context_length": own["max_position_embeddings"],
@@ -175,7 +194,7 @@ def _keys(own: Mapping[str, Any], architecture: str, shapes: Shapes) -> dict[str
         "attention.layer_norm_rms_epsilon": float(own["rms_norm_eps"]),
         "attention.key_length": shapes.head,
         "attention.value_length": shapes.head,
-        "rope.dimension_count": shapes.head,
+        "rope.dimension_count": round(shapes.head * rope.get("partial_rotary_factor", 1.0)),
         "rope.freq_base": float(rope["rope_theta"]),
     }
     if rope["rope_type"] in ("linear", "yarn"):
@@ -184,31 +203,62 @@ def _keys(own: Mapping[str, Any], architecture: str, shapes: Shapes) -> dict[str
     if rope.get("original_max_position_embeddings") and rope["rope_type"] == "yarn":
         length = rope["original_max_position_embeddings"]
         about["rope.scaling.original_context_length"] = length
-    named = {f"{architecture}.{key}": value for key, value in about.items()}
-    return {"general.architecture": architecture, "general.type": "model", **named}
+    about |= _specific_keys(own, model_type, shapes)
+    named = {f"{architecture.name}.{key}": value for key, value in about.items()}
+    return {"general.architecture": architecture.name, "general.type": "model", **named}
 
 
-def _names(
-    architecture: str, shapes: Shapes, tensors: Mapping[str, Tensor], label: str
-) -> dict[str, str]:
-    """The file's names in their order -> the model's.
+def _specific_keys(own: Mapping[str, Any], model_type: str, shapes: Shapes) -> dict[str, Any]:
+    """The keys that not every architecture has."""
+    keys: dict[str, Any] = {}
+    if ARCHITECTURES[model_type].experts:
+        keys = {"expert_count": shapes.experts, "expert_used_count": own["num_experts_per_tok"]}
+    if "moe_intermediate_size" in own:
+        keys["expert_feed_forward_length"] = shapes.expert_mlp
+    if shapes.shared_mlp:
+        keys["expert_shared_feed_forward_length"] = shapes.shared_mlp
+    if "attention.sliding_window" in ARCHITECTURES[model_type].keys and model_type != "llama":
+        keys["attention.sliding_window"] = own.get("sliding_window") or 0
+    for key in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if own.get(key) is not None and key in ARCHITECTURES[model_type].keys:
+            keys[key] = float(own[key])
+    if model_type == "gemma3_text":
+        local = own.get("rope_parameters", {}).get("sliding_attention", {})
+        theta = local.get("rope_theta", own.get("rope_local_base_freq"))
+        if theta != _USUAL_LOCAL_BASE:  # which llama.cpp takes without a key
+            keys["rope.freq_base_swa"] = float(theta)
+    if model_type == "phi3":
+        length = own["original_max_position_embeddings"]
+        keys["rope.scaling.original_context_length"] = length
+    return keys
+
+
+def _expected(
+    model_type: str, shapes: Shapes, tensors: Mapping[str, Tensor], label: str
+) -> list[Expected]:
+    """The file's tensors in their order, with the model's names.
 
     Raises:
         SourceError: tensors that the architecture has not, or lacks, or of other shapes.
     """
-    kind = ARCHITECTURES[architecture]
+    kind = ARCHITECTURES[model_type]
 
     class Everything:
         def __contains__(self, name: object) -> bool:
             return True
 
-    possible = {new: old for old, (new, _) in expected_tensors(kind, shapes, Everything())}
+    possible = {
+        new: item.name
+        for item in expected_tensors(kind, shapes, Everything())
+        for new in item.names
+    }
     unknown = [name for name in tensors if name not in possible]
     present = {possible[name] for name in tensors if name in possible}
     expected = list(expected_tensors(kind, shapes, present))
-    missing = [new for old, (new, _) in expected if old not in present]
-    extra = present - {old for old, _ in expected}
-    wrong = [new for _, (new, shape) in expected if new in tensors and tensors[new].shape != shape]
+    pairs = [(new, item) for item in expected for new in item.names]
+    missing = [new for new, _ in pairs if new not in tensors]
+    extra = present - {item.name for item in expected}
+    wrong = [n for n, item in pairs if n in tensors and tensors[n].shape != item.new_shape]
     for names, what in (
         (unknown, "GGUF has no name for it"),
         (missing, "it is missing"),
@@ -217,25 +267,30 @@ def _names(
     ):
         if names:
             raise SourceError(f"cannot be written as GGUF: {what}", model=label, tensor=names[0])
-    return {old: new for old, (new, _) in expected}
+    return expected
 
 
-def _pieces(
-    names: Mapping[str, str],
+def _piece(
+    item: Expected,
     tensors: Mapping[str, Tensor],
-    architecture: str,
+    model_type: str,
     shapes: Shapes,
     kind: BlockType,
-) -> Iterator[Piece]:
-    for name, own in names.items():
-        tensor = tensors[own]
-        heads = shapes.heads if ".attn_q." in name else shapes.kv_heads
-        if ARCHITECTURES[architecture].interleaved and (".attn_q." in name or ".attn_k." in name):
-            tensor = _pairs(tensor, heads)
-        chosen = kind if len(tensor.shape) > 1 else F32
-        if tensor.shape[-1] % chosen.elements:
-            chosen = F16  # rows that are no blocks, as llama.cpp does
-        yield Piece(name, chosen, tensor.shape, tensor)
+) -> Piece:
+    architecture = ARCHITECTURES[model_type]
+    tensor = tensors[item.names[0]]
+    if len(item.names) > 1:
+        tensor = JoinedTensor(item.name, item.shape, [tensors[name] for name in item.names])
+    heads = shapes.heads if ".attn_q." in item.name else shapes.kv_heads
+    if architecture.interleaved and (".attn_q." in item.name or ".attn_k." in item.name):
+        tensor = _pairs(tensor, heads)
+    if architecture.norms_from_one and is_norm(item.name):
+        tensor = Shifted(tensor, 1.0)
+    is_router = ".ffn_gate_inp." in item.name
+    chosen = kind if len(item.shape) > 1 and not is_router else F32
+    if item.shape[-1] % chosen.elements:
+        chosen = F16  # rows that are no blocks, as llama.cpp does
+    return Piece(item.name, chosen, item.shape, tensor)
 
 
 def _pairs(tensor: Tensor, heads: int) -> Tensor:
@@ -265,7 +320,11 @@ def _factors(own: Mapping[str, Any], shapes: Shapes, label: str) -> Any:
 
 
 def _check_config(
-    values: Mapping[str, Any], pieces: Sequence[Piece], own: Mapping[str, Any], label: str
+    values: Mapping[str, Any],
+    pieces: Sequence[Piece],
+    own: Mapping[str, Any],
+    model_type: str,
+    label: str,
 ) -> None:
     """Whether the keys say what the config says.
 
@@ -274,7 +333,7 @@ def _check_config(
     """
     entries = tuple(BlockTensor(p.name, p.kind, p.shape, 0) for p in pieces)
     header = Header(b"", values, entries)
-    config, _ = config_of(header, str(values["general.architecture"]), label, Path("model.gguf"))
+    config, _ = config_of(header, model_type, label, "model.gguf")
     biases = {key: own[key] for key in ("attention_bias", "mlp_bias") if key in own}
     back = _as_transformers_reads({**config, **biases}, label)
     ignored = set(_WITHOUT_EFFECT)

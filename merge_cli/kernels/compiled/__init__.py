@@ -15,14 +15,29 @@ from merge_cli.kernels.compiled.codes import (
     spread_bytes,
     spread_runs,
 )
-from merge_cli.kernels.compiled.election import COUNT, NOTHING, WEIGHTS, disjoint_mean
+from merge_cli.kernels.compiled.election import disjoint_mean
+from merge_cli.kernels.compiled.encoders import (
+    block_largest,
+    encode_e2m1,
+    encode_e4m3,
+    encode_int4,
+    group_extremes,
+)
 from merge_cli.kernels.compiled.formats import (
     decode_bf16,
     decode_f16,
     encode_bf16,
     encode_f16,
     non_finite,
-    quantise,
+)
+from merge_cli.kernels.compiled.fused import (
+    NOT_FINITE,
+    TOO_LARGE,
+    count_stored,
+    dot_stored,
+    measure_stored,
+    merge_disjoint,
+    merge_linear,
 )
 from merge_cli.kernels.compiled.kernel import Kernel, available
 from merge_cli.kernels.compiled.magnitudes import (
@@ -35,6 +50,7 @@ from merge_cli.kernels.compiled.magnitudes import (
 )
 from merge_cli.kernels.compiled.masks import count_masked, drop
 from merge_cli.kernels.compiled.measures import count_signs, gram, quick_change
+from merge_cli.kernels.compiled.ranks import kth_largest
 from merge_cli.kernels.compiled.relations import count_relations, key_of_rank
 from merge_cli.kernels.compiled.singular import eigenvalues, own_products, tridiagonal
 from merge_cli.kernels.compiled.sums import (
@@ -44,38 +60,54 @@ from merge_cli.kernels.compiled.sums import (
     low_rank_product,
     weighted_sum,
 )
+from merge_cli.kernels.compiled.tiles import BF16, COUNT, F16, FLOAT32, NOTHING, WEIGHTS
 
 __all__ = [
+    "BF16",
     "COUNT",
+    "F16",
+    "FLOAT32",
     "Kernel",
     "NOTHING",
+    "NOT_FINITE",
+    "TOO_LARGE",
     "WEIGHTS",
     "absolute_runs",
     "add_scaled",
     "available",
+    "block_largest",
     "count_kept",
     "count_keys",
     "count_masked",
     "count_range",
     "count_relations",
     "count_signs",
+    "count_stored",
     "decode_bf16",
     "decode_f16",
     "disjoint_mean",
     "dot_runs",
+    "dot_stored",
     "drop",
     "eigenvalues",
     "encode_bf16",
+    "encode_e2m1",
+    "encode_e4m3",
     "encode_f16",
+    "encode_int4",
     "find_tie",
     "gram",
+    "group_extremes",
     "key_of_rank",
+    "kth_largest",
     "look_up",
     "low_rank_product",
+    "measure_stored",
+    "merge_disjoint",
+    "merge_linear",
     "non_finite",
     "not_empty",
     "own_products",
-    "quantise",
     "quick_change",
     "scale_groups",
     "scaled_parts",

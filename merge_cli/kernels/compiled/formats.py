@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 
-from merge_cli.kernels.compiled.kernel import CHUNK, F32, INFINITY, MAGNITUDE, U32, kernel
+from merge_cli.kernels.compiled.kernel import INFINITY, kernel
+from merge_cli.kernels.compiled.tiles import (
+    BF16,
+    F16,
+    TILE,
+    decode_delta_tile,
+    decode_tile,
+    encode_tile,
+    largest_key_tile,
+)
 
 
 @kernel("boolean(u2[:, ::1], f4[:, ::1], f4[::1], boolean, boolean)")
@@ -14,123 +23,49 @@ def decode_bf16(raw, rows, base, has_base, deltas):
     The first row of `raw` goes to `base` if there is one; the others to `rows`, less the base if
     `deltas`.
     """
-    largest = U32(0)
+    finite = True
     size = raw.shape[1]
-    for begin in range(0, size, CHUNK):
-        minus = base[begin : begin + CHUNK]
+    for begin in range(0, size, TILE):
+        minus = base[begin : begin + TILE]
         for s in range(len(raw)):
-            halves = raw[s, begin : begin + CHUNK]
+            stored = raw[s, begin : begin + TILE].view(np.uint8)
             is_base = has_base and s == 0
-            result = minus if is_base else rows[s - has_base, begin : begin + CHUNK]
-            bits = result.view(np.uint32)
-            for i in range(len(halves)):
-                wide = U32(halves[i]) << U32(16)
-                bits[i] = wide
-                largest = max(largest, wide & MAGNITUDE)
+            result = minus if is_base else rows[s - has_base, begin : begin + TILE]
             if deltas and not is_base:
-                for i in range(len(halves)):
-                    result[i] = result[i] - minus[i]
-    return largest >= INFINITY
+                finite &= decode_delta_tile(stored, BF16, minus, result)
+            else:
+                finite &= decode_tile(stored, BF16, result)
+    return not finite
 
 
 @kernel("boolean(u2[::1], f4[::1])")
 def decode_f16(raw, out):
-    """float16 bits to float32; whether any is NaN or Inf.
-
-    Moved into float32's place and scaled by 2^112, which also makes subnormals right.
-    """
-    bits = out.view(np.uint32)
-    scale = F32(2.0**112)
-    largest = U32(0)
-    for i in range(len(raw)):
-        magnitude = U32(raw[i]) & U32(0x7FFF)
-        bits[i] = magnitude << U32(13)
-        largest = max(largest, magnitude)
-    for i in range(len(raw)):
-        out[i] = out[i] * scale
-    for i in range(len(raw)):
-        half = U32(raw[i])
-        special = INFINITY if (half & U32(0x7C00)) == U32(0x7C00) else U32(0)
-        bits[i] = bits[i] | special | ((half & U32(0x8000)) << U32(16))
-    return largest >= U32(0x7C00)
+    """float16 bits to float32; whether any is NaN or Inf."""
+    finite = True
+    for begin in range(0, len(raw), TILE):
+        stored = raw[begin : begin + TILE].view(np.uint8)
+        finite &= decode_tile(stored, F16, out[begin : begin + TILE])
+    return not finite
 
 
 @kernel("boolean(f4[::1])")
 def non_finite(values):
     """Whether any is NaN or Inf."""
-    bits = values.view(np.uint32)
-    largest = U32(0)
-    for i in range(len(bits)):
-        largest = max(largest, bits[i] & MAGNITUDE)
-    return largest >= INFINITY
+    return largest_key_tile(values) >= INFINITY
 
 
 @kernel("void(f4[::1], u2[::1])")
 def encode_bf16(values, raw):
     """float32 to bfloat16 bits, to nearest, ties to even; every NaN becomes 0x7FC0."""
-    bits = values.view(np.uint32)
-    for i in range(len(bits)):
-        wide = bits[i]
-        rounded = (wide + U32(0x7FFF) + ((wide >> U32(16)) & U32(1))) >> U32(16)
-        nan = (wide & MAGNITUDE) > INFINITY
-        raw[i] = np.uint16(U32(0x7FC0) if nan else rounded)
+    encode_tile(values, BF16, raw.view(np.uint8), values)
 
 
 @kernel("boolean(f4[::1], u2[::1])")
 def encode_f16(values, raw):
-    """float32 to float16 bits, to nearest, ties to even; NaN becomes 0x7E00; whether any is Inf.
-
-    Small ones are rounded by adding 0.5, whose last place is that of a float16 subnormal.
-    """
-    shifted = np.empty(CHUNK, np.float32)
-    shifted_bits = shifted.view(np.uint32)
-    largest = U32(0)
-    for begin in range(0, len(values), CHUNK):
-        part, halves = values[begin : begin + CHUNK], raw[begin : begin + CHUNK]
-        bits = part.view(np.uint32)
-        for i in range(len(part)):
-            shifted[i] = abs(part[i]) + F32(0.5)
-        for i in range(len(part)):
-            wide = bits[i] & MAGNITUDE
-            odd = (wide >> U32(13)) & U32(1)
-            normal = (wide + U32(0xC8000FFF) + odd) >> U32(13)
-            small = shifted_bits[i] - U32(0x3F000000)
-            half = small if wide < U32(0x38800000) else normal  # 2^-14
-            half = U32(0x7C00) if wide >= U32(0x477FF000) else half  # rounds to 65536 or more
-            half = U32(0x7E00) if wide > INFINITY else half
-            halves[i] = np.uint16(half | ((bits[i] >> U32(16)) & U32(0x8000)))
-            largest = max(largest, wide)
-    return largest >= U32(0x477FF000)
-
-
-@kernel("void(f4[:, ::1], i8, u1[:, ::1], f4[::1])")
-def quantise(rows, wide, codes, scales):
-    """float32 to E4M3 with a scale for each `wide` columns of these rows; see kernels/fp8.py."""
-    quotient = np.empty(wide, np.float32)
-    shifted = np.empty(wide, np.float32)
-    quotient_bits, shifted_bits = quotient.view(np.uint32), shifted.view(np.uint32)
-    for number in range(len(scales)):
-        begin = number * wide
-        largest = U32(0)
-        for r in range(len(rows)):
-            bits = rows[r, begin : begin + wide].view(np.uint32)
-            for i in range(len(bits)):
-                magnitude = bits[i] & MAGNITUDE
-                largest = max(largest, magnitude if magnitude < INFINITY else U32(0))
-        shifted_bits[0] = largest
-        scale = max(shifted[0] / F32(448.0), F32(2.0**-126)) if largest else F32(1.0)
-        scales[number] = scale
-        for r in range(len(rows)):
-            part, out = rows[r, begin : begin + wide], codes[r, begin : begin + wide]
-            bits = part.view(np.uint32)
-            for i in range(len(part)):
-                quotient[i] = min(abs(part[i] / scale), F32(448.0))
-                shifted[i] = quotient[i] + F32(16384.0)
-            for i in range(len(part)):
-                near = quotient_bits[i]
-                odd = (near >> U32(20)) & U32(1)
-                normal = ((near + U32(0x7FFFF) + odd) >> U32(20)) - U32(960)
-                small = shifted_bits[i] - U32(0x46800000)
-                code = small if near < U32(0x3C800000) else normal  # 2^-6
-                code = code | ((bits[i] >> U32(24)) & U32(0x80))
-                out[i] = np.uint8(code if (bits[i] & MAGNITUDE) < INFINITY else U32(0x7F))
+    """float32 to float16 bits, to nearest, ties to even; NaN becomes 0x7E00; whether any is Inf."""
+    shifted = np.empty(TILE, np.float32)
+    fits = True
+    for begin in range(0, len(values), TILE):
+        stored = raw[begin : begin + TILE].view(np.uint8)
+        fits &= encode_tile(values[begin : begin + TILE], F16, stored, shifted)
+    return not fits

@@ -6,10 +6,12 @@ processes only load it.
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 import threading
 from collections.abc import Callable
-from functools import cache
+from functools import cache, cached_property
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -26,6 +28,89 @@ _UNKEPT = (
     "compiling the loops of this method, up to a minute, because there is no folder to keep them "
     "in. Set NUMBA_CACHE_DIR to one that can be written."
 )
+
+
+class Part:
+    """A function that kernels are made of. It is compiled into each of them, and never called here.
+
+    Attributes:
+        digest: of its code and of its own parts, so that a kernel that is kept on disk is not taken
+            for one of other parts: numba looks at the file of the kernel alone.
+    """
+
+    def __init__(self, function: Callable[..., Any], fastmath: Any) -> None:
+        self._function, self._fastmath = function, fastmath
+
+    @cached_property
+    def compiled(self) -> Callable[..., Any]:
+        import numba
+
+        options = {"nogil": True, "error_model": "numpy", "fastmath": self._fastmath}
+        compiled: Callable[..., Any] = numba.njit(**options)(_linked(self._function))
+        return compiled
+
+    @cached_property
+    def digest(self) -> str:
+        return _digest(self._function)
+
+
+class BitCast(Part):
+    """The bits of a number taken for another type, without a way through memory.
+
+    Args:
+        source, target: numba's names of types of the same width.
+    """
+
+    def __init__(self, source: str, target: str) -> None:
+        self._source, self._target = source, target
+
+    @cached_property
+    def compiled(self) -> Callable[..., Any]:
+        from numba import types
+        from numba.extending import intrinsic
+
+        source, target = getattr(types, self._source), getattr(types, self._target)
+
+        def bit_cast(typing_context: Any, value: Any) -> Any:
+            def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+                return builder.bitcast(arguments[0], context.get_value_type(target))
+
+            return target(source), generate
+
+        compiled: Callable[..., Any] = intrinsic(bit_cast)
+        return compiled
+
+    @cached_property
+    def digest(self) -> str:
+        return f"{self._source} as {self._target}"
+
+
+def _parts(function: Callable[..., Any]) -> dict[str, Part]:
+    names = function.__globals__
+    used = {name: names.get(name) for name in function.__code__.co_names}
+    return {name: value for name, value in used.items() if isinstance(value, Part)}
+
+
+def _digest(function: Callable[..., Any]) -> str:
+    code, names = function.__code__, function.__globals__
+    content = [code.co_code, code.co_consts, code.co_names]
+    content += [
+        names[n] for n in code.co_names if isinstance(names.get(n), int | float | np.generic)
+    ]
+    content += [part.digest for part in _parts(function).values()]
+    return hashlib.sha256(repr(content).encode()).hexdigest()[:12]
+
+
+def _linked(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with its parts as numba wants them, and their digest in its name."""
+    parts = _parts(function)
+    if not parts:
+        return function
+    names = function.__globals__ | {name: part.compiled for name, part in parts.items()}
+    linked = FunctionType(function.__code__, names, function.__name__)
+    linked.__qualname__ = f"{function.__qualname__}_{_digest(function)}"
+    linked.__module__ = function.__module__
+    return linked
 
 
 class Kernel:
@@ -48,17 +133,21 @@ class Kernel:
         """Compile, or load what an earlier process has compiled."""
         import numba
 
+        from merge_cli.kernels.compiled.numba_import import load_registries
+
         with self._lock:
             if self._compiled is None:
+                load_registries()
                 options = {"nogil": True, "error_model": "numpy", "fastmath": self._fastmath}
+                function = _linked(self._function)
                 try:
-                    compiled = numba.njit(self._signature, cache=True, **options)(self._function)
+                    compiled = numba.njit(self._signature, cache=True, **options)(function)
                 except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
                     if isinstance(error, RuntimeError) and "cannot cache" not in str(error):
                         raise
                     # No folder can be written, or what is in it cannot be read: compile each time.
                     say_once(_UNKEPT)
-                    compiled = numba.njit(self._signature, **options)(self._function)
+                    compiled = numba.njit(self._signature, **options)(function)
                 self._compiled = compiled
             return self._compiled
 
@@ -67,6 +156,14 @@ def kernel(
     signature: str | list[str], *, fastmath: Any = False
 ) -> Callable[[Callable[..., Any]], Kernel]:
     return lambda function: Kernel(function, signature, fastmath)
+
+
+def part(*, fastmath: Any = False) -> Callable[[Callable[..., Any]], Part]:
+    return lambda function: Part(function, fastmath)
+
+
+bits_of = BitCast("float32", "uint32")
+float_of = BitCast("uint32", "float32")
 
 
 @cache

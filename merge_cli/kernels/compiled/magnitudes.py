@@ -4,50 +4,32 @@ from __future__ import annotations
 
 import numpy as np
 
-from merge_cli.kernels.compiled.kernel import CHUNK, INFINITY, MAGNITUDE, U32, kernel
+from merge_cli.kernels.compiled.kernel import INFINITY, MAGNITUDE, U32, kernel
+from merge_cli.kernels.compiled.tiles import (
+    TILE,
+    count_equal_tile,
+    count_keys_tile,
+    count_range_tile,
+    count_trimmed_tile,
+)
 
 
 @kernel("i8(f4[::1], u4, u4, u4, i4[::1])")
 def count_range(values, low, high, shift, counts):
-    """Count keys (bits of |x|) in [low, high] by (key - low) >> shift; returns how many are above.
-
-    What lies inside is first moved together, without a branch that would be guessed wrong.
-    """
-    span = U32(high - low)
+    """Count keys (bits of |x|) in [low, high] by (key - low) >> shift; how many are above?"""
     above = 0
-    offsets = np.empty(CHUNK, np.uint32)
-    inside = np.empty(CHUNK, np.uint32)
-    for begin in range(0, len(values), CHUNK):
-        bits = values[begin : begin + CHUNK].view(np.uint32)
-        larger = U32(0)
-        for i in range(len(bits)):
-            key = bits[i] & MAGNITUDE
-            larger += U32(key > high)
-            offsets[i] = key - low
-        above += larger
-        size = 0
-        for i in range(len(bits)):
-            inside[size] = offsets[i]
-            size += np.intp(offsets[i] <= span)
-        for i in range(size):
-            counts[inside[i] >> shift] += 1
+    offsets, inside = np.empty(TILE, np.uint32), np.empty(TILE, np.uint32)
+    for begin in range(0, len(values), TILE):
+        row = values[begin : begin + TILE]
+        above += count_range_tile(row, low, high, shift, offsets, inside, counts)
     return above
 
 
 @kernel("void(f4[::1], u4[::1], i8[::1], i8[::1])")
 def count_keys(values, candidates, above, equal):
     """For each candidate, add how many keys are larger and how many are equal."""
-    for begin in range(0, len(values), CHUNK):
-        bits = values[begin : begin + CHUNK].view(np.uint32)
-        for c in range(len(candidates)):
-            key = candidates[c]
-            larger, same = U32(0), U32(0)
-            for i in range(len(bits)):
-                magnitude = bits[i] & MAGNITUDE
-                larger += U32(magnitude > key)
-                same += U32(magnitude == key)
-            above[c] += larger
-            equal[c] += same
+    for begin in range(0, len(values), TILE):
+        count_keys_tile(values[begin : begin + TILE], candidates, above, equal)
 
 
 @kernel("void(f4[:, ::1], u4[::1], i8[::1], f4[:, ::1])")
@@ -71,28 +53,18 @@ def trim(rows, thresholds, ties, out):
 @kernel("i8(f4[::1], u4, i8)")
 def count_kept(values, threshold, ties):
     """How many `trim` keeps."""
-    count = 0
-    bits = values[:ties].view(np.uint32)
-    for i in range(len(bits)):
-        key = bits[i] & MAGNITUDE
-        count += (key >= threshold) & (key <= INFINITY)
-    bits = values[ties:].view(np.uint32)
-    for i in range(len(bits)):
-        key = bits[i] & MAGNITUDE
-        count += (key > threshold) & (key <= INFINITY)
-    return count
+    return count_trimmed_tile(values, threshold, ties)
 
 
 @kernel("i8(f4[::1], u4, i8)")
 def find_tie(values, threshold, ordinal):
     """The index of the ordinal-th (from 1) key that equals the threshold, or -1 - their number."""
     seen = 0
-    for begin in range(0, len(values), CHUNK):
-        bits = values[begin : begin + CHUNK].view(np.uint32)
-        here = U32(0)
-        for i in range(len(bits)):
-            here += U32((bits[i] & MAGNITUDE) == threshold)
+    for begin in range(0, len(values), TILE):
+        row = values[begin : begin + TILE]
+        here = count_equal_tile(row, threshold)
         if seen + here >= ordinal:
+            bits = row.view(np.uint32)
             for i in range(len(bits)):
                 seen += (bits[i] & MAGNITUDE) == threshold
                 if seen == ordinal:

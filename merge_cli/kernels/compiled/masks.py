@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from merge_cli.kernels.compiled.kernel import F32, U32, kernel
+from merge_cli.kernels.compiled.tiles import count_words_tile, mixed_word
 
 
 @kernel("void(f4[:, ::1], u4[:, ::1], u4, f4[::1], f4[:, ::1])")
@@ -15,26 +16,11 @@ def drop(rows, words, low, factors, out):
         k0, k1, limit, factor = words[s, 0], words[s, 1], words[s, 2], factors[s]
         row, result = rows[s], out[s]
         for i in range(len(row)):
-            # numba widens sums and products to 64 bits: cut them back.
-            x = U32(low + U32(i)) ^ k0
-            x = U32((x ^ (x >> U32(16))) * U32(0x21F0AAAD))
-            x = U32((x ^ (x >> U32(15))) + k1)
-            x = U32(x * U32(0xD35A2D97))
-            x = U32((x ^ (x >> U32(15))) * U32(0x31848BAB))
-            x ^= x >> U32(14)
-            result[i] = row[i] * factor if x < limit else F32(0.0)
+            word = mixed_word(U32(low + U32(i)), k0, k1)
+            result[i] = row[i] * factor if word < limit else F32(0.0)
 
 
 @kernel("i8(i8, u4, u4, u4, u4)")
 def count_masked(size, k0, k1, low, limit):
     """How many of `size` elements `drop` keeps."""
-    count = 0
-    for i in range(size):
-        x = U32(low + U32(i)) ^ k0
-        x = U32((x ^ (x >> U32(16))) * U32(0x21F0AAAD))
-        x = U32((x ^ (x >> U32(15))) + k1)
-        x = U32(x * U32(0xD35A2D97))
-        x = U32((x ^ (x >> U32(15))) * U32(0x31848BAB))
-        x ^= x >> U32(14)
-        count += x < limit
-    return count
+    return count_words_tile(size, k0, k1, limit, low)

@@ -5,6 +5,12 @@ from __future__ import annotations
 import numpy as np
 
 from merge_cli.kernels.compiled.kernel import CHUNK, F32, kernel
+from merge_cli.kernels.compiled.tiles import (
+    TILE,
+    count_mixed_tile,
+    count_pair_tile,
+    signs_tile,
+)
 
 _SUMS = {"reassoc", "nsz"}
 
@@ -49,32 +55,20 @@ def count_signs(rows, both, agree):
         elements on which some row is positive and another negative.
     """
     sources, size = rows.shape
-    signs = np.empty((sources, CHUNK), np.int32)
-    low, high = np.empty(CHUNK, np.int32), np.empty(CHUNK, np.int32)
+    signs = np.empty((sources, TILE), np.int32)
+    least, most = np.empty(TILE, np.int32), np.empty(TILE, np.int32)
     conflict = 0
-    for begin in range(0, size, CHUNK):
-        length = min(begin + CHUNK, size) - begin
+    for begin in range(0, size, TILE):
+        length = min(TILE, size - begin)
+        low, high = least[:length], most[:length]
         low[:] = 0
         high[:] = 0
         for s in range(sources):
-            row, sign = rows[s, begin : begin + length], signs[s]
-            for i in range(length):
-                sign[i] = np.int32(row[i] > 0) - np.int32(row[i] < 0)
-                low[i] = min(low[i], sign[i])
-                high[i] = max(high[i], sign[i])
-        mixed = np.int32(0)
-        for i in range(length):
-            mixed += high[i] & -low[i]
-        conflict += mixed
+            signs_tile(rows[s, begin : begin + length], signs[s, :length], low, high)
+        conflict += count_mixed_tile(low, high)
         for s in range(sources):
             for t in range(s, sources):
-                a, b = signs[s], signs[t]
-                present, product = np.int32(0), np.int32(0)
-                for i in range(length):
-                    p = a[i] * b[i]
-                    product += p
-                    present += p * p
-                same = (present + product) // 2
+                present, same = count_pair_tile(signs[s, :length], signs[t, :length])
                 both[s, t] += present
                 agree[s, t] += same
                 if s != t:

@@ -1,21 +1,14 @@
-"""Where rows come from: JSON lines and text (`evaluation.rows`), Parquet, data sets of the Hub.
-
-One tokenizer for all sources: predictions of other tokens cannot be compared.
-"""
+"""Where rows come from: JSON lines and text (`evaluation.rows`), Parquet, data sets of the Hub."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from merge_cli.checkpoint.fingerprint import auxiliary_fingerprint
-from merge_cli.errors import MismatchError, Problem, ResourceError, SourceError
-from merge_cli.evaluation.live import load_tokenizer
+from merge_cli.errors import ResourceError, SourceError
 from merge_cli.evaluation.rows import Row, content_of, make_row, read_rows
-from merge_cli.planning.plan import Plan
 from merge_cli.recipe.data import Data
 
 _FIELDS = ("text", "prompt", "completion", "messages")
@@ -92,59 +85,3 @@ def _rows(table: Any, path: Path) -> list[Row]:
 def _known(fields: Mapping[str, Any]) -> Mapping[str, Any]:
     texts = {name: fields[name] for name in _FIELDS if fields.get(name) is not None}
     return texts or fields
-
-
-# What a text becomes; padding and truncation are the caller's business, and decoding is not asked.
-_PARTS = ("normalizer", "pre_tokenizer", "model", "post_processor", "added_tokens")
-
-
-def one_tokenizer(plan: Plan) -> tuple[Any, str]:
-    """The tokenizer that all sources share, and what to know of its chat template, if anything.
-
-    Raises:
-        SourceError: one cannot be loaded.
-        MismatchError: they differ, with what differs.
-    """
-    first = plan.sources[plan.operands[0]]
-    tokenizer, digest = load_tokenizer(first), auxiliary_fingerprint(first.root)
-    problems, other_templates = [], []
-    for i in plan.operands[1:]:
-        source = plan.sources[i]
-        if auxiliary_fingerprint(source.root) == digest:
-            continue
-        other = load_tokenizer(source)
-        message = _difference(tokenizer, other)
-        if message:
-            problems.append(
-                Problem(f"has another tokenizer than {first.label}: {message}", source.label)
-            )
-        elif other.chat_template != tokenizer.chat_template:
-            other_templates.append(source.label)
-    if problems:
-        message = "the sources' tokenizers differ: their predictions cannot be compared"
-        raise MismatchError(problems, message)
-    if not other_templates:
-        return tokenizer, ""
-    return tokenizer, f"{first.label}'s, for all data; {', '.join(other_templates)} has another"
-
-
-def _difference(first: Any, second: Any) -> str:
-    """What makes other tokens of a text; empty where nothing does."""
-    ours, theirs = first.get_vocab(), second.get_vocab()
-    if ours != theirs:
-        moved = sum(theirs.get(token) != number for token, number in ours.items())
-        return f"{len(theirs):,} entries against {len(ours):,}, {moved:,} of them elsewhere"
-    for part, parts in zip(_PARTS, zip(_parts(first), _parts(second), strict=True), strict=True):
-        if parts[0] != parts[1]:
-            return f"the same entries, and another {part}"
-    if first.bos_token_id != second.bos_token_id:
-        return f"a text begins with {second.bos_token!r} instead of {first.bos_token!r}"
-    return ""
-
-
-def _parts(tokenizer: Any) -> list[Any]:
-    """The steps of a fast tokenizer; of a slow one its vocabulary is all that can be compared."""
-    if not tokenizer.is_fast:
-        return [None] * len(_PARTS)
-    whole = json.loads(tokenizer.backend_tokenizer.to_str())
-    return [whole[part] for part in _PARTS]

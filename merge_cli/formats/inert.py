@@ -46,6 +46,23 @@ class Record:
         """An attribute; None where there is none."""
         return self.state.get(attribute) if isinstance(self.state, dict) else None
 
+    # Lists, sets and mappings of classes of their own are filled item by item: nobody needs those.
+    def append(self, item: Any) -> None:
+        """Not kept."""
+
+    def add(self, item: Any) -> None:
+        """Not kept."""
+
+    def __setitem__(self, key: Any, item: Any) -> None:
+        """Not kept."""
+
+
+class InertDict(dict[Any, Any]):
+    """`collections.OrderedDict`, as which modules give their state."""
+
+    def __setstate__(self, state: Any) -> None:
+        """Attributes of it (`_metadata`) are not kept."""
+
 
 def load_inert(
     raw: bytes,
@@ -69,6 +86,8 @@ def load_inert(
         def find_class(self, module: str, name: str) -> Any:
             if not allowed(module, name):
                 raise Unreadable(f"names {module[:60]}.{name[:60]}, which the format has not")
+            if (module, name) == ("collections", "OrderedDict"):
+                return InertDict
             return type(name, (Record,), {"name": f"{module}.{name}"})
 
         def persistent_load(self, reference: Any) -> Any:

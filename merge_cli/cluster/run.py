@@ -1,0 +1,416 @@
+"""One merge on the nodes of a Ray cluster, over storage that they share.
+
+    driver: plan ─▶ allocate the shards ─▶ deal shares ─▶ one journal ─▶ report ─▶ publish
+                                            │       ▲
+                     each node: the engine on its share, into the same shards, with its own journal
+
+The driver's journal has what the nodes' journals say has reached the storage, so that the merge can
+be continued by any number of nodes, or without any. A node that is thought to be lost may still
+write: what it writes is what the others write there, since the bytes of a chunk do not depend on
+who merges it.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from merge_cli.cluster.connection import (
+    Node,
+    check_storage,
+    connected,
+    on_node,
+    reason,
+    usable_nodes,
+)
+from merge_cli.cluster.node import NodeWorker, ShareStats, Work
+from merge_cli.cluster.shares import LEAST_BYTES, Shares
+from merge_cli.engine.device import Device, device_of
+from merge_cli.engine.inputs import inputs_of
+from merge_cli.engine.journal import Journal
+from merge_cli.engine.loop import Tally, output_bytes
+from merge_cli.engine.merge_stats import MergeStats, NodeStats, StageTime, TensorStats
+from merge_cli.engine.output import NODES
+from merge_cli.errors import MergeCliError, ResourceError
+from merge_cli.options import MergeOptions, OnProgress, Progress
+from merge_cli.planning.plan import Chunk, Plan, cut_chunks
+from merge_cli.system.raw_io import sync, write_error
+from merge_cli.system.records import read_lines
+
+_POLL_SECONDS = 0.25
+_START_SECONDS = 120.0  # for a node's process to start, and for its CPUs to be free
+_STOP_SECONDS = 10.0
+_ATTEMPTS = 2  # processes of one node that may die before it is left alone
+_RESUMES = "The same command resumes, with or without --ray."
+
+
+@dataclass
+class _Member:
+    """A node that takes part.
+
+    Attributes:
+        threads: on a CPU; None where GPUs compute.
+        actor: its process, Ray's handle.
+        log: what its journal says.
+        share: what it is merging.
+        call: for which it answers; None while it has nothing to do.
+        answers: for its shares.
+        bytes: of output that it has merged.
+        lost: it takes no part any more.
+    """
+
+    node: Node
+    threads: int | None
+    actor: Any
+    log: _NodeLog
+    share: list[Chunk] = field(default_factory=list)
+    call: Any = None
+    answers: list[ShareStats] = field(default_factory=list)
+    bytes: int = 0
+    lost: bool = False
+
+
+class _NodeLog:
+    """The lines that a node's journal has grown by, of chunks whose bytes are on the storage."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._offset = self._given = 0
+        self._chunks: list[tuple[int, TensorStats]] = []
+
+    def read(self) -> list[tuple[int, TensorStats]]:
+        """What is new: chunks and their statistics."""
+        if not self.path.exists():
+            return []
+        with self.path.open("rb") as file:  # opened anew: a network's file system looks again
+            file.seek(self._offset)
+            entries, length = read_lines(file.read())
+        self._offset += length
+        until = self._given
+        for entry in entries:
+            if "unit" in entry:
+                self._chunks.append((entry["unit"], TensorStats.from_json(entry["stats"])))
+            until = entry.get("synced", until)
+        new = self._chunks[self._given : until]
+        self._given = until
+        return new
+
+
+@dataclass(frozen=True)
+class RayCluster:
+    """A connected cluster, whose nodes share the storage of OUT.
+
+    Attributes:
+        least: bytes of a share.
+    """
+
+    ray: Any
+    least: int
+
+    def run(
+        self,
+        plan: Plan,
+        model: Path,
+        journal: Journal,
+        device: Device,
+        options: MergeOptions,
+        on_progress: OnProgress,
+    ) -> MergeStats:
+        """`engine.loop.run_loop`, on the nodes.
+
+        Raises:
+            ResourceError: no node can take part, or none is left.
+            SourceError, KeyboardInterrupt: as there; what has been finished is in the journal.
+        """
+        return _Run(self, plan, model, journal, device, options, on_progress).stats()
+
+
+@contextmanager
+def ray_cluster(options: MergeOptions, target: Path) -> Iterator[RayCluster]:
+    """Connect to the cluster that the options name, and check its nodes.
+
+    Raises:
+        UsageError, ResourceError: it cannot be reached, has no such devices, or its nodes do not
+            share the folder of the target.
+    """
+    assert options.ray is not None
+    kind = device_of(options).kind
+    with connected(options.ray) as ray:
+        check_storage(ray, usable_nodes(ray, kind), Path(os.path.realpath(target)).parent)
+        yield RayCluster(ray, LEAST_BYTES)
+
+
+class _Run:
+    """One merge: who does what, and what is done."""
+
+    def __init__(
+        self,
+        cluster: RayCluster,
+        plan: Plan,
+        model: Path,
+        journal: Journal,
+        device: Device,
+        options: MergeOptions,
+        on_progress: OnProgress,
+    ) -> None:
+        self._ray, self._plan, self._journal = cluster.ray, plan, journal
+        self._device, self._options, self._on_progress = device, options, on_progress
+        self._folder = model.parent / NODES
+        self._chunks = cut_chunks(plan.tasks)
+        # The nodes wait for their own bytes; nobody has to wait here.
+        here = replace(options, fsync=False)
+        self._tally = Tally(plan, self._chunks, journal, model, here, on_progress)
+        left = [chunk for chunk in self._chunks if chunk.number not in journal.done]
+        self._done = set(journal.done)
+        self._shares = Shares(plan.tasks, left, cluster.least)
+        self._members: list[_Member] = []
+        self._model = model
+        self._work: Any = None  # a reference to it, in Ray's object store
+
+    def stats(self) -> MergeStats:
+        began = time.perf_counter()
+        survey_seconds = 0.0
+        self._tally.report("resumed" if self._tally.resumed else "")
+        if self._shares:
+            try:
+                self._prepare()
+                self._start()
+                model_pass, survey_seconds = self._look_at_the_model()
+                self._deal(model_pass)
+            except BaseException:
+                self._stop()
+                raise
+            finally:
+                self._end()
+        return self._summary(time.perf_counter() - began - survey_seconds, survey_seconds)
+
+    def _prepare(self) -> None:
+        """A clean folder for the nodes' journals, and the work in Ray's object store."""
+        try:
+            if self._done:  # what was written here must not be less certain than what follows
+                sync(self._model / shard.file for shard in self._plan.shards)
+                self._journal.synced(self._journal.count)
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise write_error(error, self._folder) from error
+        work = Work(
+            self._plan,
+            self._model.absolute(),
+            self._journal.key,
+            inputs_of(self._plan).content_fingerprint,
+            str(Path.cwd()),
+            self._device.kind,
+            self._options,
+        )
+        self._work = self._ray.put(work)
+
+    @property
+    def _present(self) -> list[_Member]:
+        return [member for member in self._members if not member.lost]
+
+    def _start(self) -> None:
+        """Start as many nodes as there is work for.
+
+        Raises:
+            ResourceError: none has free CPUs; of a node's own, as it says.
+        """
+        nodes = usable_nodes(self._ray, self._device.kind)
+        count = max(1, -(-self._shares.bytes // self._shares.least))
+        members = [self._member(node) for node in nodes[:count]]
+        opened = [member.actor.open.remote() for member in members]
+        self._members = members
+        ready, _ = self._ray.wait(opened, num_returns=len(opened), timeout=_START_SECONDS)
+        for member, call in zip(members, opened, strict=True):
+            why = f"its CPUs are not free after {_START_SECONDS:.0f} seconds"
+            if call in ready:
+                try:
+                    self._checked(self._ray.get(call))
+                    continue
+                except self._ray.exceptions.RayError as error:
+                    why = reason(error)
+            member.lost = True
+            self._ray.kill(member.actor)
+            self._note(f"node {member.node.name} takes no part: {why}")
+        count = len(self._present)
+        if not count:
+            hint = "Wait until its CPUs are free, or give fewer --threads."
+            raise ResourceError("no node of the Ray cluster could begin", hint=hint)
+        self._note(f"merging on {count} node{'s' * (count > 1)} of a Ray cluster")
+
+    def _member(self, node: Node) -> _Member:
+        path = self._folder / f"{node.id[:12]}-{secrets.token_hex(4)}.jsonl"
+        threads = min(self._options.threads or node.cpus, node.cpus)
+        computes_on_cpu = self._device.kind == "cpu"
+        remote = self._ray.remote(
+            num_cpus=threads,
+            num_gpus=0 if computes_on_cpu else node.gpus,
+            max_concurrency=2,  # one for shares, one for `stop`
+            max_restarts=0,
+            scheduling_strategy=on_node(self._ray, node),
+        )(NodeWorker)
+        own = threads if computes_on_cpu else None
+        actor = remote.remote(self._work, own, path.absolute())
+        return _Member(node, own, actor, _NodeLog(path))
+
+    def _look_at_the_model(self) -> tuple[Any, float]:
+        """The method's pass over the whole model, by one node: what it returns, and its seconds.
+
+        Raises:
+            ResourceError: every node was lost meanwhile.
+        """
+        if self._plan.method.model_pass is None:
+            return None, 0.0
+        while True:
+            member = self._present[0]
+            call = member.actor.merge.remote([], None)
+            try:
+                while not self._ray.wait([call], timeout=_POLL_SECONDS)[0]:
+                    pass
+                answer = self._checked(self._ray.get(call))
+            except self._ray.exceptions.RayError as error:
+                self._lose(member, error)
+                continue
+            if answer.model_pass is not None:
+                self._note(f"node {member.node.name} has read the whole model for the others")
+            return answer.model_pass, answer.survey_seconds
+
+    def _deal(self, model_pass: Any) -> None:
+        """Give every free node a share until nothing is left."""
+        shared = self._ray.put(model_pass)
+        while True:
+            present = self._present
+            total = sum(member.node.cpus for member in present)
+            for member in present:
+                if member.call is None:
+                    # Half of its part: the rest is dealt when it is known who is fast.
+                    member.share = self._shares.take(member.node.cpus / (2 * total))
+                    if member.share:
+                        member.call = member.actor.merge.remote(member.share, shared)
+            calls = {member.call: member for member in present if member.call is not None}
+            if not calls:
+                return
+            ready, _ = self._ray.wait([*calls], timeout=_POLL_SECONDS)
+            for member in calls.values():
+                self._read(member)
+            for call in ready:
+                self._finish(calls[call])
+
+    def _finish(self, member: _Member) -> None:
+        """Take a node's answer for its share."""
+        try:
+            answer = self._checked(self._ray.get(member.call))
+        except self._ray.exceptions.RayError as error:
+            self._lose(member, error)
+            return
+        member.answers.append(answer)
+        self._take_back(member)
+
+    def _lose(self, member: _Member, error: Exception) -> None:
+        """Deal a lost node's share again.
+
+        Raises:
+            ResourceError: no node is left.
+        """
+        member.lost = True
+        self._ray.kill(member.actor)
+        self._take_back(member)
+        self._note(f"node {member.node.name} was lost, others do its share: {reason(error)}")
+        if not self._present:
+            raise ResourceError("every node of the Ray cluster was lost", hint=_RESUMES)
+
+    def _take_back(self, member: _Member) -> None:
+        """Note what a node has finished of its share; the rest is dealt again.
+
+        A network's file system may show a journal late: what it does not show is done again, too.
+        """
+        self._read(member)
+        self._shares.give_back(c for c in member.share if c.number not in self._done)
+        member.share, member.call = [], None
+
+    def _read(self, member: _Member) -> None:
+        """Put what a node's journal says into this one."""
+        try:
+            finished = member.log.read()
+        except OSError as error:
+            raise write_error(error, member.log.path) from error
+        new = {number: stats for number, stats in finished if number not in self._done}
+        if new:
+            chunks = [self._chunks[number] for number in new]
+            self._journal.record(new.items())
+            self._done |= new.keys()
+            self._tally.add(list(zip(chunks, new.values(), strict=True)))
+            member.bytes += sum(output_bytes(self._plan, chunk) for chunk in chunks)
+        if finished:
+            self._journal.synced(self._journal.count)
+
+    def _stop(self) -> None:
+        """End every node's share soon, and keep what it has finished."""
+        calls = [member.call for member in self._present if member.call is not None]
+        for member in self._present:
+            member.actor.stop.remote()
+        if calls:
+            self._ray.wait(calls, num_returns=len(calls), timeout=_STOP_SECONDS)
+        for member in self._members:
+            self._read(member)
+
+    def _end(self) -> None:
+        for member in self._present:
+            self._ray.kill(member.actor)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _checked(self, answer: Any) -> Any:
+        if isinstance(answer, MergeCliError):
+            raise answer
+        return answer
+
+    def _note(self, text: str) -> None:
+        self._on_progress(Progress("merge", 0, 0, text))
+
+    def _summary(self, seconds: float, survey_seconds: float) -> MergeStats:
+        answers = [answer for member in self._members for answer in member.answers]
+        last = {member.node.id: member.answers[-1] for member in self._members if member.answers}
+        threads = sum(answer.threads for answer in last.values())
+        nodes = tuple(
+            NodeStats(
+                member.node.name,
+                member.answers[-1].threads if member.answers else 0,
+                member.bytes,
+                max((answer.peak_rss for answer in member.answers), default=0),
+                sum(answer.seconds for answer in member.answers),
+                member.lost,
+            )
+            for member in self._members
+        )
+        return MergeStats(
+            key=self._journal.key,
+            device=self._device,
+            arithmetic=answers[0].arithmetic if answers else "",
+            threads=threads,
+            buffers=sum(answer.buffers for answer in last.values()),
+            stages=_together([answer.stages for answer in answers], threads),
+            stats=self._tally.stats,
+            resumed=self._tally.resumed,
+            seconds=seconds,
+            survey_seconds=survey_seconds,
+            nodes=nodes,
+        )
+
+
+def _together(stages: Sequence[Mapping[str, StageTime]], threads: int) -> dict[str, StageTime]:
+    """What all shares have taken; with `threads` at work at once."""
+    return {
+        name: StageTime(
+            sum(each[name].seconds for each in stages),
+            max(1, threads),
+            sum(each[name].bytes for each in stages),
+        )
+        for name in (stages[0] if stages else ())
+    }

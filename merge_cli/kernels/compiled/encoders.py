@@ -1,0 +1,131 @@
+"""Codes of eight and four bits from float32, with scales by groups; see kernels/quantise.py."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from merge_cli.kernels.compiled.kernel import CHUNK, F32, INFINITY, MAGNITUDE, U32, kernel
+
+_SIGN = np.int32(-(2**31))
+_ROUND = F32(12582912.0)  # 1.5 * 2^23: adding it leaves whole numbers, nearest, ties to even
+
+
+@kernel("void(f4[:, ::1], i8, i8, f4[:, ::1])")
+def block_largest(rows, tall, wide, largest):
+    """The largest finite magnitude of each block of `tall` x `wide`."""
+    across = largest.shape[1]
+    for first in range(0, len(rows), tall):
+        for number in range(across):
+            begin = number * wide
+            best = U32(0)
+            for r in range(first, min(first + tall, len(rows))):
+                bits = rows[r, begin : begin + wide].view(np.uint32)
+                for i in range(len(bits)):
+                    magnitude = bits[i] & MAGNITUDE
+                    best = max(best, magnitude if magnitude < INFINITY else U32(0))
+            largest.view(np.uint32)[first // tall, number] = best
+
+
+@kernel("void(f4[:, ::1], i8, i8, f4[:, ::1], u1[:, ::1])")
+def encode_e4m3(rows, tall, wide, scales, codes):
+    """The E4M3 number nearest to value / scale of its block; NaN and Inf become NaN."""
+    quotient = np.empty(CHUNK, np.float32)
+    shifted = np.empty(CHUNK, np.float32)
+    quotient_bits, shifted_bits = quotient.view(np.uint32), shifted.view(np.uint32)
+    columns = rows.shape[1]
+    for r in range(len(rows)):
+        for number in range(scales.shape[1]):
+            scale = scales[r // tall, number]
+            end = min((number + 1) * wide, columns)
+            for begin in range(number * wide, end, CHUNK):
+                part = rows[r, begin : min(begin + CHUNK, end)]
+                out = codes[r, begin : min(begin + CHUNK, end)]
+                bits = part.view(np.uint32)
+                for i in range(len(part)):
+                    quotient[i] = min(abs(part[i] / scale), F32(448.0))
+                    shifted[i] = quotient[i] + F32(16384.0)
+                for i in range(len(part)):
+                    near = quotient_bits[i]
+                    odd = (near >> U32(20)) & U32(1)
+                    normal = ((near + U32(0x7FFFF) + odd) >> U32(20)) - U32(960)
+                    small = shifted_bits[i] - U32(0x46800000)
+                    code = small if near < U32(0x3C800000) else normal  # 2^-6
+                    code = code | ((bits[i] >> U32(24)) & U32(0x80))
+                    out[i] = np.uint8(code if (bits[i] & MAGNITUDE) < INFINITY else U32(0x7F))
+
+
+@kernel("void(f4[:, ::1], f4[::1], f4[::1])")
+def group_extremes(values, above, below):
+    """How far each group reaches above and below zero; no finite number where one is not."""
+    above_bits, below_bits = above.view(np.int32), below.view(np.int32)
+    for g in range(len(values)):
+        bits = values[g].view(np.int32)
+        high, low = np.int32(0), np.int32(0)
+        for i in range(len(bits)):
+            # As whole numbers, floats above zero are in their order and those below are less.
+            high = max(high, bits[i])
+            low = max(low, bits[i] ^ _SIGN)
+        above_bits[g], below_bits[g] = high, low
+
+
+@kernel("void(f4[:, ::1], f4[::1], u1[:, ::1])")
+def encode_e2m1(values, scales, codes):
+    """The E2M1 numbers nearest to value / scale of the group, two in a byte."""
+    count, size = values.shape
+    batch = max(1, CHUNK // size)  # groups; short ones would end every loop at once
+    quotient = np.empty(batch * size, np.float32)
+    single = np.empty(batch * size, np.uint8)
+    flat, out = values.reshape(-1), codes.reshape(-1)
+    for first in range(0, count, batch):
+        here = min(batch, count - first)
+        part = flat[first * size : (first + here) * size]
+        packed = out[first * size // 2 : (first + here) * size // 2]
+        bits = part.view(np.uint32)
+        for g in range(here):
+            scale, group = scales[first + g], values[first + g]
+            target = quotient[g * size : (g + 1) * size]
+            for i in range(len(group)):
+                target[i] = abs(group[i] / scale)
+        for i in range(len(part)):
+            q = quotient[i]
+            code = (
+                U32(q > F32(0.25))
+                + U32(q >= F32(0.75))
+                + U32(q > F32(1.25))
+                + U32(q >= F32(1.75))
+                + U32(q > F32(2.5))
+                + U32(q >= F32(3.5))
+                + U32(q > F32(5.0))
+            )
+            single[i] = np.uint8(code | ((bits[i] >> U32(28)) & U32(8)))
+        for i in range(len(packed)):
+            packed[i] = single[2 * i] | (single[2 * i + 1] << 4)
+
+
+@kernel("void(f4[:, ::1], f4[::1], f4[::1], u1[:, ::1])")
+def encode_int4(values, scales, zeros, codes):
+    """value / scale + zero of the group as a whole number from -8 on, two in a byte."""
+    count, size = values.shape
+    batch = max(1, CHUNK // size)
+    moved = np.empty(batch * size, np.float32)
+    single = np.empty(batch * size, np.uint8)
+    moved_bits = moved.view(np.uint32)
+    flat, out = values.reshape(-1), codes.reshape(-1)
+    for first in range(0, count, batch):
+        here = min(batch, count - first)
+        part = flat[first * size : (first + here) * size]
+        packed = out[first * size // 2 : (first + here) * size // 2]
+        for g in range(here):
+            scale, zero, group = scales[first + g], zeros[first + g], values[first + g]
+            target = moved[g * size : (g + 1) * size]
+            for i in range(len(group)):
+                target[i] = group[i] / scale + zero
+        for i in range(len(part)):
+            q = moved[i]
+            q = q if q < F32(7.0) else F32(7.0)
+            q = q if q > F32(-8.0) else F32(-8.0)
+            moved[i] = q + _ROUND
+        for i in range(len(part)):
+            single[i] = np.uint8((moved_bits[i] + U32(8)) & U32(15))
+        for i in range(len(packed)):
+            packed[i] = single[2 * i] | (single[2 * i + 1] << 4)

@@ -1,0 +1,321 @@
+"""Merges from stored bytes to stored bytes, tile by tile: see `kernels.fused`.
+
+Inputs lie in one array of bytes: input s begins at byte starts[s], its elements are encoded as
+kinds[s] says (`tiles.BF16` and so on), and the first one is the base where there is one. What is
+returned says what was seen: `NOT_FINITE`, NaN or Inf among the inputs; `TOO_LARGE`, a result that
+float16 cannot hold. In either case `out` is not to be used before the plain way has looked.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from merge_cli.kernels.compiled.kernel import F32, U32, kernel
+from merge_cli.kernels.compiled.tiles import (
+    TILE,
+    add_base_tile,
+    add_stored_tile,
+    add_weighted_tile,
+    count_keys_tile,
+    count_mixed_tile,
+    count_pair_tile,
+    count_range_tile,
+    count_trimmed_tile,
+    count_words_tile,
+    decode_delta_tile,
+    decode_tile,
+    divide_tile,
+    dot_lanes_tile,
+    dot_tile,
+    drop_tile,
+    elect_tile,
+    encode_tile,
+    signs_tile,
+    square_change_tile,
+    tile_of,
+    trim_tile,
+)
+
+NOT_FINITE, TOO_LARGE = 1, 2
+
+
+@kernel(
+    "i8(u1[::1], i8[::1], i8[::1], i8, boolean, f4[::1], f4, f4, u4[:, ::1], f4[::1], u4, "
+    "u1[::1], i8)"
+)
+def merge_linear(
+    stored, starts, kinds, size, based, weights, divisor, scale, masks, factors, low, out, out_kind
+):
+    """sum of w_i * x_i / divisor; with a base x_i is a task vector, and it is base + scale * that.
+
+    Args:
+        divisor: 1 divides nothing.
+        masks: k0, k1, limit and whether all is kept, for each source; no rows for no masks.
+        low: index of the first element mod 2^32, for the masks.
+    """
+    seen = 0
+    # Where only a sum is in the cache, there is room for more of it.
+    tile = TILE if based or len(masks) else 4 * TILE
+    base, row = np.empty(tile, np.float32), np.empty(tile, np.float32)
+    total = np.empty(tile, np.float32)
+    first = 1 if based else 0
+    for begin in range(0, size, tile):
+        length = min(tile, size - begin)
+        minus, values, mixed = base[:length], row[:length], total[:length]
+        if based:
+            raw = tile_of(stored, starts[0], kinds[0], begin, length)
+            if not decode_tile(raw, kinds[0], minus):
+                seen |= NOT_FINITE
+        for s in range(len(weights)):
+            i = s + first
+            raw = tile_of(stored, starts[i], kinds[i], begin, length)
+            if not (based or len(masks) or factors[s] != F32(1.0)):
+                if not add_stored_tile(raw, kinds[i], weights[s], s == 0, values, mixed):
+                    seen |= NOT_FINITE
+                continue
+            if based:
+                finite = decode_delta_tile(raw, kinds[i], minus, values)
+            else:
+                finite = decode_tile(raw, kinds[i], values)
+            if not finite:
+                seen |= NOT_FINITE
+            if len(masks) and not masks[s, 3]:
+                at = U32(low + U32(begin))
+                drop_tile(values, masks[s, 0], masks[s, 1], masks[s, 2], at, factors[s])
+            elif factors[s] != F32(1.0):
+                add_weighted_tile(values, factors[s], True, values)
+            add_weighted_tile(values, weights[s], s == 0, mixed)
+        if divisor != F32(1.0):
+            divide_tile(mixed, divisor)
+        if based:
+            add_base_tile(minus, scale, mixed)
+        if not encode_tile(mixed, out_kind, tile_of(out, 0, out_kind, begin, length), row):
+            seen |= TOO_LARGE
+    return seen
+
+
+@kernel(
+    "i8(u1[::1], i8[::1], i8[::1], i8, f4[::1], boolean, i8, f4, f4, u4[:, ::1], i8[::1], "
+    "f4[::1], u4, u1[::1], i8)"
+)
+def merge_disjoint(
+    stored,
+    starts,
+    kinds,
+    size,
+    weights,
+    weighted,
+    divide_by,
+    zero_sign,
+    scale,
+    rules,
+    ties,
+    factors,
+    low,
+    out,
+    out_kind,
+):
+    """Task vectors that are dropped or trimmed, then elected and averaged; base + scale * that.
+
+    Args:
+        rules: what is kept of each source: k0, k1, limit and whether all is kept, of a mask; or
+            of a cut, if `ties` has a number for each source, a threshold's key in the first column.
+        ties: of the elements, how many from the first on may be kept as ties; empty for masks.
+    """
+    seen = 0
+    sources = len(weights)
+    base, total = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
+    rows = np.empty((sources, TILE), np.float32)
+    elected, divisor = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
+    for begin in range(0, size, TILE):
+        length = min(TILE, size - begin)
+        minus, mixed = base[:length], total[:length]
+        raw = tile_of(stored, starts[0], kinds[0], begin, length)
+        if not decode_tile(raw, kinds[0], minus):
+            seen |= NOT_FINITE
+        for s in range(sources):
+            values = rows[s, :length]
+            raw = tile_of(stored, starts[s + 1], kinds[s + 1], begin, length)
+            if not decode_delta_tile(raw, kinds[s + 1], minus, values):
+                seen |= NOT_FINITE
+            if rules[s, 3]:
+                if factors[s] != F32(1.0):
+                    add_weighted_tile(values, factors[s], True, values)
+            elif len(ties):
+                here = min(max(ties[s] - begin, 0), length)
+                trim_tile(values, rules[s, 0], here, factors[s])
+            else:
+                at = U32(low + U32(begin))
+                drop_tile(values, rules[s, 0], rules[s, 1], rules[s, 2], at, factors[s])
+        elect_tile(
+            rows, 0, weights, weighted, divide_by, zero_sign, F32(0.0), elected, divisor, mixed
+        )
+        add_base_tile(minus, scale, mixed)
+        if not encode_tile(mixed, out_kind, tile_of(out, 0, out_kind, begin, length), elected):
+            seen |= TOO_LARGE
+    return seen
+
+
+@kernel(
+    "void(u1[::1], i8[::1], i8[::1], i8, i8, boolean, f4[::1], boolean, u4[:, ::1], i8[::1], u4, "
+    "f8[:, ::1], i8[:, ::1], i8[:, ::1], i8[::1], f8[::1])"
+)
+def measure_stored(
+    stored,
+    starts,
+    kinds,
+    begin,
+    end,
+    based,
+    merged,
+    pairs,
+    rules,
+    ties,
+    low,
+    gram,
+    both,
+    agree,
+    counts,
+    squares,
+):
+    """Add to the report's sums over elements [begin, end): see `engine.merge_stats`.
+
+    Args:
+        merged: the result, not rounded, of these elements.
+        pairs: whether dot products and signs of every pair are wanted.
+        rules, ties: as `merge_disjoint` takes them; no rows of `rules` where nothing is dropped.
+        counts: elements in conflict, then what is kept of each source.
+        squares: of the base, and of what is merged less the base.
+    """
+    first = 1 if based else 0
+    sources = len(starts) - first
+    base = np.empty(TILE, np.float32)
+    rows = np.empty((sources, TILE), np.float32)
+    signs = np.empty((sources, TILE), np.int32)
+    least, most = np.empty(TILE, np.int32), np.empty(TILE, np.int32)
+    for at in range(begin, end, TILE):
+        length = min(TILE, end - at)
+        minus = base[:length]
+        if based:
+            decode_tile(tile_of(stored, starts[0], kinds[0], at, length), kinds[0], minus)
+            squares[0] += dot_tile(minus, minus)
+            done = at - begin
+            squares[1] += square_change_tile(minus, merged[done : done + length])
+        for s in range(sources):
+            i, values = s + first, rows[s, :length]
+            raw = tile_of(stored, starts[i], kinds[i], at, length)
+            if based:
+                decode_delta_tile(raw, kinds[i], minus, values)
+            else:
+                decode_tile(raw, kinds[i], values)
+            if len(rules):
+                if rules[s, 3]:
+                    counts[1 + s] += length
+                elif len(ties):
+                    here = min(max(ties[s] - at, 0), length)
+                    counts[1 + s] += count_trimmed_tile(values, rules[s, 0], here)
+                else:
+                    word = U32(low + U32(at))
+                    kept = count_words_tile(length, rules[s, 0], rules[s, 1], rules[s, 2], word)
+                    counts[1 + s] += kept
+        for s in range(sources):
+            for t in range(s, sources if pairs else s + 1):
+                product = dot_tile(rows[s, :length], rows[t, :length])
+                gram[s, t] += product
+                if s != t:
+                    gram[t, s] += product
+        if not pairs or sources == 1:
+            continue
+        low_signs, high_signs = least[:length], most[:length]
+        low_signs[:] = 0
+        high_signs[:] = 0
+        for s in range(sources):
+            signs_tile(rows[s, :length], signs[s, :length], low_signs, high_signs)
+        counts[0] += count_mixed_tile(low_signs, high_signs)
+        for s in range(sources):
+            for t in range(s, sources):
+                present, same = count_pair_tile(signs[s, :length], signs[t, :length])
+                both[s, t] += present
+                agree[s, t] += same
+                if s != t:
+                    both[t, s] += present
+                    agree[t, s] += same
+
+
+@kernel(
+    "void(u1[::1], i8[::1], i8[::1], i8, boolean, i8[::1], u4[:, ::1], u4[:, ::1], i8[:, ::1], "
+    "i8[:, ::1], i4[:, ::1])"
+)
+def count_stored(
+    stored, starts, kinds, size, based, operands, ranges, candidates, above, equal, counts
+):
+    """Count the keys (bits of |x|) of some sources, or task vectors: see `kernels.keys`.
+
+    Args:
+        operands: indexes of the sources, one for each row of the rest.
+        ranges: low, high, shift, and how many candidates are counted instead.
+        above: keys above each candidate; above the range in the first column.
+        counts: the histogram of each range.
+    """
+    first = 1 if based else 0
+    base, row = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
+    offsets, inside = np.empty(TILE, np.uint32), np.empty(TILE, np.uint32)
+    for begin in range(0, size, TILE):
+        length = min(TILE, size - begin)
+        minus, values = base[:length], row[:length]
+        if based:
+            decode_tile(tile_of(stored, starts[0], kinds[0], begin, length), kinds[0], minus)
+        for n in range(len(operands)):
+            i = operands[n] + first
+            raw = tile_of(stored, starts[i], kinds[i], begin, length)
+            if based:
+                decode_delta_tile(raw, kinds[i], minus, values)
+            else:
+                decode_tile(raw, kinds[i], values)
+            few = ranges[n, 3]
+            if few:
+                count_keys_tile(values, candidates[n, :few], above[n], equal[n])
+            else:
+                low, high, shift = ranges[n, 0], ranges[n, 1], ranges[n, 2]
+                above[n, 0] += count_range_tile(
+                    values, low, high, shift, offsets, inside, counts[n]
+                )
+
+
+@kernel("void(u1[::1], i8[::1], i8[::1], i8, boolean, i8, f8[:, ::1])")
+def dot_stored(stored, starts, kinds, size, based, run, sums):
+    """The dot products of every pair of sources, or task vectors, over runs of elements.
+
+    The pairs (i, j) with i <= j are the rows of `sums`, in order; runs are its columns. The order
+    of additions is that of `kernels.reduce.dot_runs`.
+    """
+    first = 1 if based else 0
+    sources = len(starts) - first
+    base = np.empty(TILE, np.float32)
+    rows = np.empty((sources, TILE), np.float32)
+    accumulators = np.empty((len(sums), 64))
+    for r in range(sums.shape[1]):
+        end = min((r + 1) * run, size)
+        accumulators[:] = 0.0
+        for begin in range(r * run, end, TILE):
+            length = min(TILE, end - begin)
+            minus = base[:length]
+            if based:
+                decode_tile(tile_of(stored, starts[0], kinds[0], begin, length), kinds[0], minus)
+            for s in range(sources):
+                i, values = s + first, rows[s, :length]
+                raw = tile_of(stored, starts[i], kinds[i], begin, length)
+                if based:
+                    decode_delta_tile(raw, kinds[i], minus, values)
+                else:
+                    decode_tile(raw, kinds[i], values)
+            pair = 0
+            for s in range(sources):
+                for t in range(s, sources):
+                    dot_lanes_tile(rows[s, :length], rows[t, :length], accumulators[pair])
+                    pair += 1
+        for pair in range(len(sums)):
+            total = 0.0
+            for j in range(64):
+                total += accumulators[pair, j]
+            sums[pair, r] = total
