@@ -242,9 +242,11 @@ def main() -> None:
     for name, make in FORMATS.items():
         if not (given.folder / name).exists():
             write(given.folder / name, make, given.rows)
-    for kind in BLOCKS:
-        if not (given.folder / f"{kind}.gguf").exists():
-            write_gguf(given.folder / f"{kind}.gguf", kind, given.rows)
+    for kind in () if given.write else BLOCKS:
+        file = given.folder / f"{kind}.gguf"
+        measured = not given.only or any(word in file.name for word in given.only)
+        if measured and not file.exists():
+            write_gguf(file, kind, given.rows)
     commands = {}
     for name, recipe in recipes(write=given.write).items():
         file, out = given.folder / f"{name}.yaml", given.folder / "out"
