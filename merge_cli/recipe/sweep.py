@@ -24,7 +24,12 @@ from merge_cli.recipe.reader import REFUSED, Form, Reader, Schema
 
 SWEEP = "sweep"
 # What may differ. Models, tokenizer and dtype may not: the variants' tensors are read as one.
-VARIED = ("checkpoints", "schedule", "parameters", "models")
+VARIED = {
+    "checkpoints": (["object", "array"], "the variant's checkpoints, instead of the recipe's"),
+    "schedule": (["string", "object"], "the variant's schedule, instead of the recipe's"),
+    "parameters": (["object"], "the variant's parameters, instead of the recipe's"),
+    "models": (["array"], "the recipe's models with the variant's own parameters"),
+}
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*", re.ASCII)
 _LEAST = 2  # one variant is a recipe
 
@@ -59,10 +64,7 @@ class SweepForm(Form):
         variant: Schema = {
             "type": "object",
             "properties": {
-                "checkpoints": {"type": ["object", "array"]},
-                "schedule": {"type": ["string", "object"]},
-                "parameters": {"type": "object"},
-                "models": {"type": "array"},
+                key: {"type": types, "description": help} for key, (types, help) in VARIED.items()
             },
             "additionalProperties": False,
         }
