@@ -27,7 +27,6 @@ def load_registries() -> None:
         arraymath = import_module(_ASKS)
     finally:
         del sys.modules[_BLAS]
-    if hasattr(arraymath, "_HAVE_BLAS"):
-        vars(arraymath)["_HAVE_BLAS"] = (
-            True  # scipy is there; numba.np.linalg imports it where it is used
-        )
+    if "_HAVE_BLAS" in vars(arraymath):
+        # scipy is there; numba.np.linalg imports it where it is used
+        vars(arraymath)["_HAVE_BLAS"] = True
