@@ -143,9 +143,11 @@ def test_the_resolved_recipe_gives_the_same_bytes(
     step = "uniform soup" if method == "soup" else method
     monkeypatch.setattr("merge_cli.auto.run.mean_loss", _favouring(step))
     monkeypatch.setattr("merge_cli.auto.verdict._FINALISTS", 1)
-    recipe = write_recipe(models, f"{method}.yaml", methods=[method])
+    training = {**QUICK["training"], "start": "regmean", "keep": "last"}  # a whole merge, in OUT
+    recipe = write_recipe(models, f"{method}.yaml", methods=[method], training=training)
     auto = run(recipe, tmp_path / "out")
     assert auto["best"] == step
+    assert (tmp_path / "out" / "start").exists() == (method == "dam")
     resolved = tmp_path / "out" / "merge_recipe.yaml"
     merged_by = {"search": "task_arithmetic"}.get(method, method)
     assert yaml.safe_load(resolved.read_text())["merge_method"] == merged_by

@@ -64,8 +64,12 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return write_recipe(tmp_path, TRAINING)
 
 
-def test_two_processes_are_one(recipe: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("whole", [False, True])
+def test_two_processes_are_one(recipe: Path, tmp_path: Path, whole: bool) -> None:
     found, reports = [], []
+    if whole:  # the first process makes the merge that both start from
+        about = {**TRAINING, "preset": "default", "start": "fisher", "keep": "last"}
+        recipe = write_recipe(tmp_path, about)
     merge_cli.merge(recipe, tmp_path / "out1", options=MergeOptions(device="cpu", threads=1))
     done = run_together(recipe, tmp_path / "out2", 2)
     assert all(one.returncode == 0 for one in done), done[0].stderr + done[-1].stderr
@@ -77,7 +81,7 @@ def test_two_processes_are_one(recipe: Path, tmp_path: Path) -> None:
         reports.append(json.loads(report)["training"])
     for name, value in found[0].items():
         torch.testing.assert_close(found[1][name], value, rtol=1e-4, atol=1e-5)
-        assert not torch.equal(value, torch.full_like(value, 1 / 3))
+        assert not torch.equal(value, torch.full_like(value, 0.0 if whole else 1 / 3))
     one, two = reports
     assert one["cost"]["bytes_reduced"] == 0
     assert two["cost"]["processes"] == 2
