@@ -312,9 +312,10 @@ class _Run:
             self._lose(member, error)
             return
         member.answers.append(answer)
-        before = len(self._done)
+        share = member.share
         self._take_back(member)
-        self._fruitless = 0 if len(self._done) > before else self._fruitless + 1
+        is_shown = any(chunk.number in self._done for chunk in share)
+        self._fruitless = 0 if is_shown else self._fruitless + 1
         if self._fruitless > _FRUITLESS:
             message = f"what node {member.node.name} has written does not appear in {self._folder}"
             raise ResourceError(message, hint=SHARED)
