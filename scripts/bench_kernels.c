@@ -108,32 +108,6 @@ i64 non_finite(ARRAY(float, x)) {
     return largest >= INFINITE;
 }
 
-i64 quantise(MATRIX(float, rows), i64 wide, MATRIX(u8, codes), ARRAY(float, scales)) {
-    for (i64 block = 0; block < scales_n; block++) {
-        i64 begin = block * wide, end = MIN(begin + wide, rows_m);
-        u32 largest = 0;
-        for (i64 r = 0; r < rows_n; r++)
-            for (i64 i = begin; i < end; i++) {
-                u32 m = key(rows[r * rows_m + i]);
-                largest = MAX(largest, m < INFINITE ? m : 0);
-            }
-        float scale = largest ? MAX(float_of(largest) / 448.0f, 0x1p-126f) : 1.0f;
-        scales[block] = scale;
-        for (i64 r = 0; r < rows_n; r++)
-            for (i64 i = begin; i < end; i++) {
-                float x = rows[r * rows_m + i], q = fabsf(x / scale);
-                q = q < 448.0f ? q : 448.0f;
-                u32 near = bits_of(q);
-                u32 normal = ((near + 0x7FFFF + ((near >> 20) & 1)) >> 20) - 960;
-                u32 small = bits_of(q + 16384.0f) - 0x46800000u;
-                u32 code = near < 0x3C800000u ? small : normal;
-                code |= (bits_of(x) >> 24) & 0x80;
-                codes[r * codes_m + i] = key(x) < INFINITE ? code : 0x7F;
-            }
-    }
-    return 0;
-}
-
 /* Sums */
 
 i64 weighted_sum(MATRIX(float, rows), ARRAY(float, weights), ARRAY(float, out)) {
@@ -312,6 +286,46 @@ i64 key_of_rank(ARRAY(float, x), i64 rank) {
     while (above + counts[lower] < rank) above += counts[lower--];
     free(counts);
     return upper << 16 | lower;
+}
+
+i64 kth_largest(MATRIX(float, rows), ARRAY(i64, ks), ARRAY(i64, found), ARRAY(i64, last)) {
+    i64 n = rows_m;
+    u32 *left = malloc(n * sizeof(u32));
+    for (i64 s = 0; s < rows_n; s++) {
+        const float *x = rows + s * n;
+        int32_t counts[1 << 11] = {0};
+        for (i64 i = 0; i < n; i++) counts[key(x[i]) >> 20]++;
+        i64 digit = (1 << 11) - 1, rank = ks[s], count = 0, i = 0;
+        while (counts[digit] < rank) rank -= counts[digit--];
+        u32 prefix = digit;
+        for (i = 0; i < n; i++) {
+            left[count] = key(x[i]);
+            count += key(x[i]) >> 20 == prefix;
+        }
+        for (int shift = 10; shift >= 0; shift -= 10) {
+            memset(counts, 0, sizeof counts);
+            for (i = 0; i < count; i++) counts[left[i] >> shift & 1023]++;
+            digit = 1023;
+            while (counts[digit] < rank) rank -= counts[digit--];
+            prefix = prefix << 10 | (u32)digit;
+            i64 same = 0;
+            for (i = 0; i < count; i++) {
+                u32 k = left[i];
+                left[same] = k;
+                same += k >> shift == prefix;
+            }
+            count = same;
+        }
+        found[s] = prefix;
+        last[s] = n - 1;
+        for (i = 0; rank < count && i < n; i++)
+            if (key(x[i]) == prefix && --rank == 0) {
+                last[s] = i;
+                break;
+            }
+    }
+    free(left);
+    return 0;
 }
 
 /* Masks and elections */

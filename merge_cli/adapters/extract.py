@@ -15,13 +15,21 @@ from pathlib import Path
 from typing import Any
 
 from merge_cli.adapters.experts import NEWEST, ExpertStacks
-from merge_cli.adapters.factors import Factors, RankTruncation, factorise, in_threads, threads_for
+from merge_cli.adapters.factors import (
+    Factors,
+    RankTruncation,
+    factorise,
+    in_threads,
+    sum_of_squares,
+    threads_for,
+)
 from merge_cli.adapters.folder import AdapterFolder, adapter_config, adapter_output, extraction_card
 from merge_cli.adapters.known_modules import KnownModules, known_modules
 from merge_cli.adapters.pair import ExpertMatrix, ModuleMap, ModuleParameter, plan_pair
 from merge_cli.checkpoint.tensors import Read, read_numbers, reading
 from merge_cli.engine.device import choose_device
 from merge_cli.engine.inputs import inputs_of
+from merge_cli.engine.memory import keep_freed_memory
 from merge_cli.engine.merge import fetch_inputs, protected_paths
 from merge_cli.engine.pool import memory_errors, one_torch_thread
 from merge_cli.errors import UsageError
@@ -31,7 +39,7 @@ from merge_cli.recipe.values import matches
 from merge_cli.system.libraries import require
 
 RANK = 32  # where neither rank nor energy is given
-_BLOCK = 2**22
+_BLOCK = 2**17  # elements that are read at once: they stay in the cache
 
 
 @dataclass(frozen=True)
@@ -157,6 +165,7 @@ def extract_lora(
             return factorise(_change(task, read), cut, device_name)
         return _squares(task, read)
 
+    keep_freed_memory()
     shapes = [task.shape for task in plan.tasks if len(task.shape) == 2]
     count = threads_for([*shapes, *(part.position.shape for part in experts)])
     with (
@@ -293,23 +302,27 @@ def _change_of_expert(expert: ExpertMatrix, tasks: Mapping[str, TensorTask], rea
 
 def _change(task: TensorTask, read: Read) -> Any:
     """Fine-tune minus base, numpy float32 in the tensor's shape."""
+    import numpy as np
+
     assert task.base is not None
-    change = read_numbers(read, task.operands[0], 0, task.size)
+    change = np.empty(task.size, np.float32)
     for start, count in _blocks(task.size):
-        change[start : start + count] -= read_numbers(read, task.base, start, count)
+        tuned = read_numbers(read, task.operands[0], start, count)
+        base = read_numbers(read, task.base, start, count)
+        np.subtract(tuned, base, out=change[start : start + count])
     return change.reshape(task.shape)
 
 
 def _squares(task: TensorTask, read: Read) -> float:
     """The sum of squares of the change, without making it."""
-    import numpy as np
+    import torch
 
     assert task.base is not None
     total = 0.0
     for start, count in _blocks(task.size):
         part = read_numbers(read, task.operands[0], start, count)
         part -= read_numbers(read, task.base, start, count)
-        total += float(np.square(part, dtype=np.float64).sum())
+        total += sum_of_squares(torch.from_numpy(part))  # BLAS in numpy has threads of its own
     return total
 
 

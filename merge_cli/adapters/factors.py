@@ -85,7 +85,7 @@ def factorise(matrix: Any, cut: RankTruncation, device: str = "cpu") -> Factors 
     import torch
 
     tensor = torch.from_numpy(matrix).to(device)
-    squares = _sum_of_squares(tensor)
+    squares = sum_of_squares(tensor)
     if not squares:
         return None
     tall = tensor.shape[0] > tensor.shape[1]
@@ -96,7 +96,7 @@ def factorise(matrix: Any, cut: RankTruncation, device: str = "cpu") -> Factors 
         basis, other = _from_subspace(full, count, products, cut)
     else:
         basis, other = _from_gram(full, cut, squares)
-    share = min(1.0, _sum_of_squares(other) / squares)
+    share = min(1.0, sum_of_squares(other) / squares)
     root = other.norm(dim=1).clamp_min(torch.finfo(torch.float64).tiny).sqrt()
     factors = Factors(_plain(basis * root), _plain(other / root[:, None]), share, squares)
     return factors.transposed if tall else factors
@@ -123,8 +123,8 @@ def recombine(lefts: Any, rights: Any, cut: RankTruncation) -> Factors | None:
     return Factors(_plain(left), _plain((right @ (v[:rank].T * root)).T), share, squares)
 
 
-def _sum_of_squares(matrix: Any) -> float:
-    """In float64, by parts that stay in the cache."""
+def sum_of_squares(matrix: Any) -> float:
+    """Of a tensor, in float64, by parts that stay in the cache."""
     total = 0.0
     for part in matrix.reshape(-1).split(_CACHED):
         wide = part.double()

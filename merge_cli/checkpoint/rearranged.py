@@ -180,14 +180,16 @@ class PermutedRows:
         ordered = rows[order]
         cuts = np.flatnonzero(np.diff(ordered) > _GAP) + 1
         result = np.empty((len(rows), width), numpy_dtype(tensor.dtype))
-        raw = result.view(np.uint8)
+        raw, size = result.view(np.uint8).reshape(-1).data, width * item
         starts, ends = [0, *cuts.tolist()], [*cuts.tolist(), len(rows)]
+        positions, numbers = order.tolist(), ordered.tolist()
         for start, end in zip(starts, ends, strict=True):
-            low = int(ordered[start])
+            low = numbers[start]
             if end - start == 1:  # a row by itself goes where it belongs
-                tensor.fill(read, low * width, raw[order[start]].data)
+                at = positions[start] * size
+                tensor.fill(read, low * width, raw[at : at + size])
                 continue
-            count = int(ordered[end - 1]) + 1 - low
+            count = numbers[end - 1] + 1 - low
             near = np.empty(count * width * item, np.uint8)
             tensor.fill(read, low * width, near.data)
             whole = near.view(result.dtype).reshape(count, width)

@@ -176,7 +176,9 @@ def read_numbers(read: Read, tensor: Tensor, start: int, count: int) -> Any:
     if count:
         tensor.fill(read, start, raw.data)
     if tensor.dtype == "BF16":
-        return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+        wide = raw.view(np.uint16).astype(np.uint32)
+        wide <<= 16
+        return wide.view(np.float32)
     return raw.view(numpy_dtype(tensor.dtype)).astype(np.float32)
 
 

@@ -2,8 +2,8 @@
 
 Each command (see verbs.py) parses, calls the library, and prints; there is no logic here, and
 nothing heavy to import. Exit codes: 0 done; 1 unexpected; 2 recipe or usage; 3 an input model or
-data file; 4 resources; 5 a quality gate; 130 interrupted (the same command resumes). Results go to stdout,
-everything else to stderr.
+data file; 4 resources; 5 a quality gate; 130 interrupted (the same command resumes). Results go to
+stdout, everything else to stderr.
 """
 
 from __future__ import annotations

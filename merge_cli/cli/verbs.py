@@ -121,7 +121,7 @@ class _Commands(dict[str, Any]):
         return command
 
     def get(self, name: str, default: Any = None) -> Any:
-        return self[name] if name in self else default
+        return self[name] if name in self else default  # noqa: SIM401  # dict.get would not load
 
 
 def _line_of(name: str) -> TyperCommand:

@@ -30,11 +30,11 @@ from merge_cli.cluster.connection import (
     reason,
     usable_nodes,
 )
-from merge_cli.cluster.node import NodeWorker, ShareStats, Work
+from merge_cli.cluster.node import SHARED, NodeWorker, ShareStats, Work
 from merge_cli.cluster.shares import LEAST_BYTES, Shares
 from merge_cli.engine.device import Device, device_of
 from merge_cli.engine.inputs import inputs_of
-from merge_cli.engine.journal import Journal
+from merge_cli.engine.journal import Journal, chunks_of
 from merge_cli.engine.loop import Tally, output_bytes
 from merge_cli.engine.merge_stats import MergeStats, NodeStats, StageTime, TensorStats
 from merge_cli.engine.output import NODES
@@ -47,6 +47,7 @@ from merge_cli.system.records import read_lines
 _POLL_SECONDS = 0.25
 _START_SECONDS = 120.0  # for a node's process to start, and for its CPUs to be free
 _STOP_SECONDS = 10.0
+_FRUITLESS = 8  # shares in a row that are answered for, and of which the storage shows nothing
 _ATTEMPTS = 2  # processes of one node that may die before it is left alone
 _RESUMES = "The same command resumes, with or without --ray."
 
@@ -83,7 +84,7 @@ class _NodeLog:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._offset = self._given = 0
-        self._chunks: list[tuple[int, TensorStats]] = []
+        self._lines: list[list[tuple[int, TensorStats]]] = []
 
     def read(self) -> list[tuple[int, TensorStats]]:
         """What is new: chunks and their statistics."""
@@ -95,12 +96,12 @@ class _NodeLog:
         self._offset += length
         until = self._given
         for entry in entries:
-            if "unit" in entry:
-                self._chunks.append((entry["unit"], TensorStats.from_json(entry["stats"])))
+            if "chunks" in entry:
+                self._lines.append(chunks_of(entry))
             until = entry.get("synced", until)
-        new = self._chunks[self._given : until]
+        new = self._lines[self._given : until]
         self._given = until
-        return new
+        return [chunk for line in new for chunk in line]
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,7 @@ class _Run:
         self._done = set(journal.done)
         self._shares = Shares(plan.tasks, left, cluster.least)
         self._members: list[_Member] = []
-        self._model = model
+        self._model, self._fruitless = model, 0
         self._work: Any = None  # a reference to it, in Ray's object store
 
     def stats(self) -> MergeStats:
@@ -311,7 +312,12 @@ class _Run:
             self._lose(member, error)
             return
         member.answers.append(answer)
+        before = len(self._done)
         self._take_back(member)
+        self._fruitless = 0 if len(self._done) > before else self._fruitless + 1
+        if self._fruitless > _FRUITLESS:
+            message = f"what node {member.node.name} has written does not appear in {self._folder}"
+            raise ResourceError(message, hint=SHARED)
 
     def _lose(self, member: _Member, error: Exception) -> None:
         """Deal a lost node's share again.

@@ -67,6 +67,10 @@ def _plan_json(plan: Plan, peak: int) -> dict[str, Any]:
         "sources": [plan.sources[i].label for i in plan.operands],
         "bytes_read": plan.bytes_read,
         "bytes_written": plan.bytes_written,
+        "downloads": {
+            label: {"files": files, "bytes": size}
+            for label, (files, size) in plan.downloads.items()
+        },
         "peak_memory": peak,
         "parameters": plan.parameter_count,
         "shards": [{"file": shard.file, "bytes": shard.size} for shard in plan.shards],

@@ -221,6 +221,9 @@ class Screen:
             f"reads {show_size(plan.bytes_read)}, writes {show_size(plan.bytes_written)} "
             f"in {shards} file{'s' * (shards != 1)}; about {show_size(expected.peak)} of memory"
         )
+        for label, (files, size) in plan.downloads.items():
+            line = f"downloads {files} file{'s' * (files != 1)} of {label}, {show_size(size)}"
+            print_wrapped(self.out, escape(line))
         for note in plan.notes:
             print_wrapped(self.out, f"[dim]note:[/dim] {escape(note)}")
         for preparation, decided in expected.preparations:

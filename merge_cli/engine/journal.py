@@ -44,10 +44,8 @@ class Journal(Records):
             ResourceError: it cannot be written.
         """
         super().__init__(path, key, inputs)
-        lines = [entry["chunks"] for entry in self.entries if "chunks" in entry]
-        self.done = {
-            number: TensorStats.from_json(stats) for chunks in lines for number, stats in chunks
-        }
+        lines = [entry for entry in self.entries if "chunks" in entry]
+        self.done = {number: stats for line in lines for number, stats in chunks_of(line)}
         self.count = len(lines)
 
     def record(self, chunks: Iterable[tuple[int, TensorStats]]) -> None:
@@ -68,6 +66,11 @@ class Journal(Records):
         synced = max((entry["synced"] for entry in entries if "synced" in entry), default=0)
         lines = [entry for entry in entries if "chunks" in entry][:synced]
         return [*lines, {"synced": len(lines)}] if lines else []
+
+
+def chunks_of(line: Entry) -> list[tuple[int, TensorStats]]:
+    """The chunks that a line of a journal is about, with their statistics."""
+    return [(number, TensorStats.from_json(stats)) for number, stats in line["chunks"]]
 
 
 def work_key(plan: Plan, *context: object) -> str:

@@ -21,14 +21,18 @@ from merge_cli.options import MergeOptions
 from merge_cli.planning.plan import Plan, TensorTask
 from merge_cli.system.machine import usable_cores
 
-MINIMUM_MEMORY = 500_000_000
+# From here on every merge is accepted; below, one that fits: some hold more than they should.
+_ALWAYS_ENOUGH = 500_000_000
 # Measured with scripts/bench.py: the interpreter with its libraries; what numba or torch add; what
 # the plan and the report hold for each tensor, and for each in each model (bench_window.py).
-_RUNTIME = 108_000_000
-_LIBRARIES = {"compiled": 55_000_000, "torch": 172_000_000}
+_RUNTIME = 122_000_000
+_LIBRARIES = {"compiled": 58_000_000, "torch": 172_000_000}
 _TENSOR, _SOURCE_TENSOR = 7_000, 600  # bytes
-# For each operand: the sample and the histograms of an exact threshold.
-_SEARCH = {"compiled": 15_000_000, "torch": 45_000_000}
+# For each operand: the largest sample and the histograms of an exact threshold; a histogram alone;
+# and when the sample is so large (see `kernels.select`).
+_SEARCH = {"compiled": 20_000_000, "torch": 45_000_000}
+_HISTOGRAM = 4_000_000
+_UNSAMPLED, _SAMPLE_SHARE, _LARGEST_SAMPLE = 2**17, 64, 2**21
 # Arrays of a block that a method makes besides its operands.
 _TEMPORARIES = {"compiled": 6, "torch": 14}
 _STORED = 2  # bytes of a stored element, as a rule
@@ -37,6 +41,9 @@ _UNPACKED = 8 * 2**20  # what a block of a quantised weight is computed with
 # not where many operands make the work on each block longer.
 _HOST_BLOCK = 4 * BLOCK_MULTIPLE
 _FULL_BLOCKS = 16  # operands, at most, that have blocks of that size
+# With many threads the time that a block holds Python's lock counts more than the cache: larger
+# blocks hold it less often (docs/scaling.md).
+_MANY_THREADS, _LARGER = 8, 4
 _GPU_WORKERS = 4  # on one device: one reads, one copies, one computes, one writes
 _GPU_BLOCK = 64 * BLOCK_MULTIPLE
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _KEEP_BYTES = -1, -3, 32 * 2**20  # malloc.h
@@ -66,26 +73,13 @@ def worker_memory(plan: Plan, device: Device, options: MergeOptions) -> WorkerMe
     Raises:
         UsageError: less memory than a merge can work in.
     """
-    if options.max_memory < MINIMUM_MEMORY:
-        message = f"--max-memory of {options.max_memory / 1e6:.0f} MB is too little"
-        raise UsageError(message, hint=f"Give it at least {MINIMUM_MEMORY / 1e6:.0f} MB.")
+    _refuse_too_little(plan, device, options)
     inputs = max((len(task.inputs) for task in plan.tasks), default=1)
     # What a container or a batch system leaves us counts, too, with what we hold already.
     allowed = min(options.max_memory, peak_rss() + free_memory("cpu", ()))
     free = max(0, allowed - _fixed(plan, device))
     if device.kind == "cpu":
-        spare = _TEMPORARIES[choose_arithmetic(plan)[0]]
-        if plan.method.preparation == "calibration":
-            spare += 2 * inputs  # a block's statistics, and with weights
-        block = _host_block(inputs)
-        per_worker = (
-            block * ((_STORED + 4) * inputs + 4 * spare)
-            + _tensor_bytes(plan)
-            + _encoding_bytes(plan)
-            + (_UNPACKED + inputs * 2 * STRIP_BYTES if _reads_packed(plan) else 0)
-        )
-        threads = options.threads or usable_cores()
-        return WorkerMemory(max(1, min(threads, free // per_worker)), block, inputs, per_worker)
+        return _host_memory(plan, inputs, options.threads or usable_cores(), free)
     workers = (1 if _tensor_bytes(plan) else _GPU_WORKERS) * len(device.indexes)
     width = (_STORED * inputs + 4) if inputs else 4  # pinned: every input as stored, the output
     room = free // (workers * width)
@@ -94,6 +88,67 @@ def worker_memory(plan: Plan, device: Device, options: MergeOptions) -> WorkerMe
     room = min(room, vram // (_GPU_WORKERS * 4 * (3 * inputs + _TEMPORARIES["torch"])))
     block = max(1, min(_GPU_BLOCK, room) // BLOCK_MULTIPLE) * BLOCK_MULTIPLE
     return WorkerMemory(workers, block, inputs, block * width)
+
+
+def _host_memory(plan: Plan, inputs: int, threads: int, free: int) -> WorkerMemory:
+    """Workers on a CPU: all threads with blocks as large as the memory holds, or fewer threads."""
+    usual = _host_block(inputs)
+    blocks = [usual, BLOCK_MULTIPLE]
+    if threads >= _MANY_THREADS:
+        blocks = [_LARGER * usual, _LARGER // 2 * usual, *blocks]
+    sizes = {block: _host_bytes(plan, inputs, block) for block in blocks}
+    for block in blocks[:-1]:
+        if threads * sizes[block] <= free:
+            return WorkerMemory(threads, block, inputs, sizes[block])
+    block = usual if 2 * sizes[usual] <= free else BLOCK_MULTIPLE
+    workers = max(1, min(threads, free // sizes[block]))
+    return WorkerMemory(workers, block, inputs, sizes[block])
+
+
+def _host_bytes(plan: Plan, inputs: int, block: int) -> int:
+    """What a worker holds with blocks of this size."""
+    spare = _TEMPORARIES[choose_arithmetic(plan)[0]]
+    if plan.method.preparation == "calibration":
+        spare += 2 * inputs  # a block's statistics, and with weights
+    return (
+        block * ((_STORED + 4) * inputs + 4 * spare)
+        + _tensor_bytes(plan)
+        + _encoding_bytes(plan)
+        + (_UNPACKED + inputs * 2 * STRIP_BYTES if _reads_packed(plan) else 0)
+    )
+
+
+def _refuse_too_little(plan: Plan, device: Device, options: MergeOptions) -> None:
+    """Raise where less memory is allowed than this merge takes with one thread and small blocks.
+
+    Raises:
+        UsageError: says how much that is.
+    """
+    inputs = max((len(task.inputs) for task in plan.tasks), default=1)
+    least = _fixed(plan, device)
+    least += _host_bytes(plan, inputs, BLOCK_MULTIPLE) if device.kind == "cpu" else _ALWAYS_ENOUGH
+    if options.max_memory < min(least, _ALWAYS_ENOUGH):
+        message = f"--max-memory of {options.max_memory / 1e6:.0f} MB is too little"
+        least = min(-(-least // 10**7) * 10**7, _ALWAYS_ENOUGH)
+        raise UsageError(message, hint=f"Give this merge at least {least / 1e6:.0f} MB.")
+
+
+def _search_bytes(plan: Plan, kind: str) -> int:
+    """What the search for exact thresholds holds at its peak, whatever the threads.
+
+    It depends on how many numbers are ranked together. DARE drops without looking at them.
+    """
+    method = plan.method
+    ranks = method.tensor_pass is not None and (method.count_kept or method.model_pass)
+    if not ranks or method.name.startswith("dare"):
+        return 0
+    merged = [task for task in plan.tasks if task.action == "merge"]
+    ranked = plan.parameter_count if method.model_pass else max((t.size for t in merged), default=0)
+    if ranked <= _UNSAMPLED:
+        return 0
+    share = min(ranked / _SAMPLE_SHARE / _LARGEST_SAMPLE, 1.0)
+    operands = max(len(task.operands) for task in merged)
+    return operands * max(_HISTOGRAM, int(share * _SEARCH[kind]))
 
 
 def _host_block(inputs: int) -> int:
@@ -186,8 +241,7 @@ def _fixed(plan: Plan, device: Device) -> int:
     if not _computes(plan):
         return fixed
     kind = "torch" if device.kind == "cuda" else choose_arithmetic(plan)[0]
-    operands = max(len(task.operands) for task in plan.tasks) if plan.method.model_pass else 0
-    return fixed + _LIBRARIES[kind] + _SEARCH[kind] * operands
+    return fixed + _LIBRARIES[kind] + _search_bytes(plan, kind)
 
 
 def _computes(plan: Plan) -> bool:

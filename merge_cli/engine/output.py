@@ -94,6 +94,10 @@ class OutputWorkspace(Workspace):
         self._terms = overwrite, protected_paths
         if self.target.exists() and not self.target.is_dir():
             raise UsageError("the output is a file", where=str(self.target))
+        if is_weight(self.target.name):
+            message = "the output is a folder, and this is the name of a file"
+            hint = f"Name a folder: {self.target.with_suffix('').name}."
+            raise UsageError(message, where=str(self.target), hint=hint)
         self._refuse_mounts()
         self.refuse_strangers()
         for path in (*protected_paths, Path.cwd(), Path(os.path.expanduser("~"))):

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from merge_cli.checkpoint.dtypes import width_of
 from merge_cli.checkpoint.headers import TensorRef
 from merge_cli.engine.worker_context import WorkerContext
-from merge_cli.formats.encoding import Encoding, stored_parts
+from merge_cli.formats.encoding import Encoding, Tiles, stored_parts
 from merge_cli.formats.packed import as_bytes
 from merge_cli.planning.plan import Plan, TensorTask
 
@@ -141,7 +141,8 @@ class _EncodingWriter:
         if not stored:
             sizes = [end - start for start, end in (p.bytes_of(first, last) for p in self._parts)]
             stored = [np.empty(size, np.uint8) for size in sizes]
-        self._encoding.encode(values, self._shape, stored, begin - first, self._scale, before)
+        tiles = Tiles(values, self._shape, begin - first, self._scale, before)
+        self._encoding.encode(tiles, stored)
         self._buffers = [] if complete else stored
         if not complete:
             return

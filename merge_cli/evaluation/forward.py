@@ -19,6 +19,8 @@ from merge_cli.evaluation.live import LiveModel
 from merge_cli.evaluation.task import OnProgress
 
 _LOGIT_BYTES = 1 << 30
+# On a CPU more tokens at once only outgrow its caches, and bring more padding.
+_HOST_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,9 @@ def forward(
     """Run every window through the model."""
     total = sum(len(window.ids) for window in windows)
     done = 0
-    for batch in batches(windows, live.batch_tokens, live.vocabulary):
+    on_host = live.input_device == "cpu"
+    tokens = min(live.batch_tokens, _HOST_TOKENS) if on_host else live.batch_tokens
+    for batch in batches(windows, tokens, live.vocabulary):
         yield _scored(live, batch)
         done += sum(len(window.ids) for window in batch)
         on_progress(done, total)

@@ -32,6 +32,7 @@ from merge_cli.formats.transposed_integers import (
     group_size,
     reject_conv1d,
 )
+from merge_cli.kernels.codes import spread
 
 _PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # where each of eight outputs lies in a word
 
@@ -96,11 +97,12 @@ class AwqTensor(TransposedIntegers):
 
         begin = first // 8
         words = self.matrix(role, ref).columns(read, begin, -(-last // 8))
-        words = np.ascontiguousarray(words.T)
-        codes = np.empty((len(words), 8, words.shape[1]), np.float32)
-        for output, place in enumerate(_PLACES):
-            codes[:, output] = (words >> np.uint32(4 * place)) & np.uint32(15)
-        return codes.reshape(-1, words.shape[1])[first - begin * 8 : last - begin * 8]
+        height, width = words.shape
+        # Four bytes of each word, one below the other; then the two codes of each byte.
+        raw = np.ascontiguousarray(words.T).view(np.uint8).reshape(width, height, 4)
+        raw = np.ascontiguousarray(raw.transpose(0, 2, 1))
+        codes = spread(raw, 4, height).reshape(width, 8, height)[:, _PLACES]
+        return codes.reshape(-1, height)[first - begin * 8 : last - begin * 8].astype(np.float32)
 
 
 def _weight(

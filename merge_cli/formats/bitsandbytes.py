@@ -39,6 +39,7 @@ from merge_cli.formats.storage_format import (
     usual_dtype,
 )
 from merge_cli.formats.transposed_integers import reject_conv1d
+from merge_cli.kernels.codes import look_up
 
 _STATE = ".quant_state.bitsandbytes__"
 _KINDS = ("nf4", "fp4")
@@ -131,7 +132,7 @@ class FourBits(PackedTensor):
         single = read_numbers(read, self.numbers, 0, 16)
         codes = np.arange(256)
         pairs = np.stack([single[codes >> 4], single[codes & 15]], axis=1).view(np.uint64)
-        numbers = np.take(pairs.reshape(-1), raw).view(np.float32)
+        numbers = look_up(pairs.reshape(-1), raw).view(np.float32)
         first, last = start // self.block, -(-stop // self.block)
         scales = np.repeat(self._maxima(read, first, last), self.block)
         begin = start - first * self.block

@@ -45,6 +45,26 @@ class Part:
         return start // self.elements * self.width, -(-stop // self.elements) * self.width
 
 
+@dataclass(frozen=True)
+class Tiles:
+    """Merged values that are encoded together, one tile or several.
+
+    Attributes:
+        values: numpy float32, flat.
+        shape: of the weight.
+        at: of the first value, from where the bytes begin that are filled in.
+        scale: of the whole tensor, as `Encoding.tensor_scale` says.
+        before: numpy float32 like `values`: what is stored already in the bytes that are filled
+            in. Groups that are still the same numbers are left as they are. None for nothing.
+    """
+
+    values: Any
+    shape: tuple[int, ...]
+    at: int = 0
+    scale: float = 1.0
+    before: Any = None
+
+
 class Encoding(ABC):
     """A way to store a weight. A frozen dataclass with what tells it from others of its kind."""
 
@@ -100,26 +120,12 @@ class Encoding(ABC):
         return 1.0
 
     @abstractmethod
-    def encode(
-        self,
-        values: Any,
-        shape: tuple[int, ...],
-        stored: Sequence[Any],
-        at: int = 0,
-        scale: float = 1.0,
-        before: Any = None,
-    ) -> None:
+    def encode(self, tiles: Tiles, stored: Sequence[Any]) -> None:
         """Fill in the bytes of whole tiles.
 
         Args:
-            values: numpy float32, flat.
-            shape: of the weight.
             stored: for each part numpy uint8, flat: of these tiles, or of the span that they are
                 in. A number for all elements is always there.
-            at: of the first value, from where `stored` begins.
-            scale: of the whole tensor, as `tensor_scale` says.
-            before: numpy float32 like `values`: what `stored` holds already. Blocks that are
-                still the same numbers are left as they are. None where it holds nothing.
         """
 
     @abstractmethod
@@ -176,7 +182,7 @@ class Verbatim(Encoding):
     def tile(self, shape: tuple[int, ...]) -> int:
         return 1
 
-    def encode(self, *_: Any, **__: Any) -> None:
+    def encode(self, tiles: Tiles, stored: Sequence[Any]) -> None:
         raise AssertionError("bytes that are copied are not encoded")
 
     def settings(

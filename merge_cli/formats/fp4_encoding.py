@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from merge_cli.formats.encoding import Encoding, Part, changed_groups
+from merge_cli.formats.encoding import Encoding, Part, Tiles, changed_groups
 from merge_cli.formats.schemes import STACKED, CompressedTensorsEncoding
 from merge_cli.formats.small_floats import numbers_of
 from merge_cli.kernels.quantise import (
@@ -68,24 +68,16 @@ class _Fp4Encoding(Encoding):
     def tile(self, shape: tuple[int, ...]) -> int:
         return self.group
 
-    def encode(
-        self,
-        values: Any,
-        shape: tuple[int, ...],
-        stored: Sequence[Any],
-        at: int = 0,
-        scale: float = 1.0,
-        before: Any = None,
-    ) -> None:
+    def encode(self, tiles: Tiles, stored: Sequence[Any]) -> None:
         import numpy as np
 
-        groups = values.reshape(-1, self.group)
-        whole = np.array([scale], np.float32).view(np.uint8)
+        groups, before = tiles.values.reshape(-1, self.group), tiles.before
+        whole = np.array([tiles.scale], np.float32).view(np.uint8)
         if self.whole and not np.array_equal(stored[2], whole):
             before = None  # codes stay only under the scale that they have been made with
         changed = changed_groups(groups, before)
         chosen = groups[changed]
-        raw, scales = self.group_scales(group_magnitudes(chosen), scale)
+        raw, scales = self.group_scales(group_magnitudes(chosen), tiles.scale)
         packed = np.empty((len(chosen), self.group // 2), np.uint8)
         encode_e2m1(chosen, scales, packed)
         stored[0].reshape(-1, self.group // 2)[changed] = packed
@@ -98,15 +90,9 @@ class _Fp4Encoding(Encoding):
         raise NotImplementedError
 
 
-@dataclass(frozen=True)
-class CompressedNvfp4Encoding(_Fp4Encoding, CompressedTensorsEncoding):
-    """NVFP4 as compressed-tensors writes it: the scale of the tensor divides.
+class _Nvfp4Encoding(_Fp4Encoding):
+    """Groups of 16, and a scale of the tensor."""
 
-    Attributes:
-        scalar: its shape.
-    """
-
-    scalar: tuple[int, ...] = (1,)
     group = GROUP
 
     @property
@@ -120,6 +106,17 @@ class CompressedNvfp4Encoding(_Fp4Encoding, CompressedTensorsEncoding):
     @property
     def described(self) -> str:
         return f"a scale for each {GROUP} columns of a row, and one for each matrix"
+
+
+@dataclass(frozen=True)
+class CompressedNvfp4Encoding(_Nvfp4Encoding, CompressedTensorsEncoding):
+    """NVFP4 as compressed-tensors writes it: the scale of the tensor divides.
+
+    Attributes:
+        scalar: its shape.
+    """
+
+    scalar: tuple[int, ...] = (1,)
 
     @property
     def kind(self) -> str:
@@ -166,7 +163,7 @@ class CompressedNvfp4Encoding(_Fp4Encoding, CompressedTensorsEncoding):
 
 
 @dataclass(frozen=True)
-class ModelOptEncoding(_Fp4Encoding):
+class ModelOptEncoding(_Nvfp4Encoding):
     """NVFP4 as ModelOpt writes it: the scale of the tensor multiplies.
 
     Attributes:
@@ -174,23 +171,10 @@ class ModelOptEncoding(_Fp4Encoding):
     """
 
     scalar: tuple[int, ...] = ()
-    group = GROUP
 
     @property
     def family(self) -> str:
         return "modelopt"
-
-    @property
-    def label(self) -> str:
-        return "NVFP4"
-
-    @property
-    def whole(self) -> bool:
-        return True
-
-    @property
-    def described(self) -> str:
-        return f"a scale for each {GROUP} columns of a row, and one for each matrix"
 
     def parts(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
         rows, columns = shape

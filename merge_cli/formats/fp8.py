@@ -25,6 +25,7 @@ from merge_cli.formats.storage_format import (
     unquantised,
     usual_dtype,
 )
+from merge_cli.kernels.codes import look_up
 
 FP8_CODES = ("F8_E4M3", "F8_E5M2")
 _SCALES = ("_scale_inv", "_scale")  # behind the weight's name
@@ -137,7 +138,7 @@ class DequantizedTensor(Float32):
         out = np.frombuffer(buffer, np.float32)
         raw = np.empty(len(out), np.uint8)
         read(self.weight, start, raw.data)
-        np.take(numbers_of(self.weight.dtype), raw, out=out)
+        out[:] = look_up(numbers_of(self.weight.dtype), raw)
         if self.scale is None:
             return
         if self.scale.size == 1:

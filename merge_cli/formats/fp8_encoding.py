@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from merge_cli.checkpoint.dtypes import width_of
-from merge_cli.formats.encoding import Encoding, Part, rounded_scales
+from merge_cli.formats.encoding import Encoding, Part, Tiles, rounded_scales
 from merge_cli.formats.schemes import STACKED, CompressedTensorsEncoding
 from merge_cli.formats.small_floats import numbers_of
 from merge_cli.kernels.quantise import LARGEST_E4M3, block_largest, encode_e4m3
@@ -91,47 +91,47 @@ class Fp8Encoding(Encoding):
 
         return float(self._scales(np.array([largest], np.float32))[1][0])
 
-    def encode(
-        self,
-        values: Any,
-        shape: tuple[int, ...],
-        stored: Sequence[Any],
-        at: int = 0,
-        scale: float = 1.0,
-        before: Any = None,
-    ) -> None:
+    def encode(self, tiles: Tiles, stored: Sequence[Any]) -> None:
+        if not self.tall:
+            self._encode_alike(tiles, stored)
+            return
         import numpy as np
 
-        codes = stored[0][at : at + len(values)]
-        if not self.tall:
-            one = np.array([[scale]], np.float32)
-            made = codes if before is None else np.empty(len(values), np.uint8)
-            encode_e4m3(values[None], 1, len(values), one, made[None])
-            raw = self._scales(one[0], exact=True)[0] if self.suffix else None
-            if before is not None:  # codes stay only under the scale that they have been made with
-                is_kept = raw is None or np.array_equal(raw, stored[1])
-                np.copyto(codes, made, where=(values != before) | (not is_kept))
-            if raw is not None:
-                stored[1][:] = raw
-            return
-        rows = values.reshape(-1, shape[-1])
-        wide = self.wide or shape[-1]
-        blocks = np.empty((-(-len(rows) // self.tall), -(-shape[-1] // wide)), np.float32)
+        rows = tiles.values.reshape(-1, tiles.shape[-1])
+        codes = stored[0].reshape(rows.shape)
+        wide = self.wide or tiles.shape[-1]
+        blocks = np.empty((-(-len(rows) // self.tall), -(-tiles.shape[-1] // wide)), np.float32)
         block_largest(rows, self.tall, wide, blocks)
         raw, scales = self._scales(blocks)
-        if before is None:
-            encode_e4m3(rows, self.tall, wide, scales, codes.reshape(rows.shape))
+        if tiles.before is None:
+            encode_e4m3(rows, self.tall, wide, scales, codes)
             stored[1][:] = raw
             return
-        differs = (rows != before.reshape(rows.shape)).astype(np.float32)
+        differs = (rows != tiles.before.reshape(rows.shape)).astype(np.float32)
         block_largest(differs, self.tall, wide, blocks)
         made = np.empty(rows.shape, np.uint8)
         encode_e4m3(rows, self.tall, wide, scales, made)
         changed = blocks > 0
-        each = changed.repeat(self.tall, 0)[: len(rows)].repeat(wide, 1)[:, : shape[-1]]
-        np.copyto(codes.reshape(rows.shape), made, where=each)
+        each = changed.repeat(self.tall, 0)[: len(rows)].repeat(wide, 1)[:, : tiles.shape[-1]]
+        np.copyto(codes, made, where=each)
         by_block = stored[1].reshape(changed.size, -1)
         by_block[changed.reshape(-1)] = raw.reshape(by_block.shape)[changed.reshape(-1)]
+
+    def _encode_alike(self, tiles: Tiles, stored: Sequence[Any]) -> None:
+        """With the scale of the tensor, or without one."""
+        import numpy as np
+
+        values, scale = tiles.values, np.array([[tiles.scale]], np.float32)
+        made = np.empty(len(values), np.uint8)
+        encode_e4m3(values[None], 1, len(values), scale, made[None])
+        raw = self._scales(scale[0], exact=True)[0] if self.suffix else None
+        if tiles.before is None:
+            stored[0][:] = made
+        else:  # codes stay only under the scale that they have been made with
+            is_kept = raw is None or np.array_equal(raw, stored[1])
+            np.copyto(stored[0], made, where=(values != tiles.before) | (not is_kept))
+        if raw is not None:
+            stored[1][:] = raw
 
     def _scales(self, largest: Any, *, exact: bool = False) -> tuple[Any, Any]:
         """Scales as bytes and as numbers.

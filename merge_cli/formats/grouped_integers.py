@@ -25,11 +25,11 @@ from merge_cli.formats.packed import (
     corrupt,
     read_integers,
     reject_leftovers,
-    scale_groups,
     unpack,
 )
 from merge_cli.formats.small_floats import read_scales
 from merge_cli.formats.storage_format import QUANTIZATION, DecodedModel, unquantised
+from merge_cli.kernels.codes import scale_groups
 
 
 def read_modules(

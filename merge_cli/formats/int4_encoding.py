@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from merge_cli.checkpoint.dtypes import width_of
-from merge_cli.formats.encoding import Part, changed_groups, rounded_scales
+from merge_cli.formats.encoding import Part, Tiles, changed_groups, rounded_scales
 from merge_cli.formats.packed import unpack
 from merge_cli.formats.schemes import STACKED, CompressedTensorsEncoding
 from merge_cli.kernels.quantise import encode_int4, group_extremes
@@ -90,21 +90,13 @@ class Int4Encoding(CompressedTensorsEncoding):
         # A word of zero points is of the same group in eight rows.
         return (self.group or shape[-1]) if self.symmetric else 8 * shape[-1]
 
-    def encode(
-        self,
-        values: Any,
-        shape: tuple[int, ...],
-        stored: Sequence[Any],
-        at: int = 0,
-        scale: float = 1.0,
-        before: Any = None,
-    ) -> None:
+    def encode(self, tiles: Tiles, stored: Sequence[Any]) -> None:
         import numpy as np
 
-        columns = shape[-1]
+        columns = tiles.shape[-1]
         group = self.group or columns
-        groups = values.reshape(-1, group)
-        changed = changed_groups(groups, before)
+        groups = tiles.values.reshape(-1, group)
+        changed = changed_groups(groups, tiles.before)
         chosen = groups[changed]
         raw, scales, zeros = self._scales(chosen)
         packed = np.empty((len(chosen), group // 2), np.uint8)
@@ -112,11 +104,11 @@ class Int4Encoding(CompressedTensorsEncoding):
         width = width_of(self.dtype)
         stored[0].reshape(-1, group // 2)[changed] = packed
         stored[1].reshape(-1, width)[changed] = raw.reshape(-1, width)
-        stored[2][:] = np.array(shape, np.int64).view(np.uint8)
+        stored[2][:] = np.array(tiles.shape, np.int64).view(np.uint8)
         if not self.symmetric:
             across = columns // group
             points = np.zeros((-(-len(groups) // across // 8) * 8, across), np.uint8)
-            if before is not None:
+            if tiles.before is not None:
                 points[:] = _unpacked_zeros(stored[3], across)
             points.reshape(-1)[: len(groups)][changed] = (zeros + 8).astype(np.uint8)
             stored[3][:] = _packed_zeros(points)

@@ -25,12 +25,12 @@ from merge_cli.formats.packed import (
     of_shape,
     read_integers,
     required,
-    scale_groups,
     unpack,
 )
 from merge_cli.formats.small_floats import fp4_numbers, numbers_of
 from merge_cli.formats.storage_format import DecodedModel, quant_method, usual_dtype
 from merge_cli.formats.transposed_integers import reject_conv1d
+from merge_cli.kernels.codes import scale_groups
 
 _KEY = "quantization"  # of config.json
 _BITS = (2, 3, 4, 5, 6, 8)

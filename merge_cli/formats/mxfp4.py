@@ -16,7 +16,7 @@ from typing import Any
 from merge_cli.checkpoint.config import text_config
 from merge_cli.checkpoint.headers import TensorRef
 from merge_cli.checkpoint.tensors import Read, Tensor
-from merge_cli.formats.encoding import Encoding, Part
+from merge_cli.formats.encoding import Encoding, Part, Tiles
 from merge_cli.formats.fp4_encoding import MX_GROUP, MxEncoding, group_magnitudes, mx_exponents
 from merge_cli.formats.packed import (
     PackedRows,
@@ -27,13 +27,14 @@ from merge_cli.formats.packed import (
     reject_leftovers,
     required,
 )
-from merge_cli.formats.small_floats import fp4_numbers, numbers_of
+from merge_cli.formats.small_floats import numbers_of
 from merge_cli.formats.storage_format import (
     DecodedModel,
     quant_method,
     unquantised,
     usual_dtype,
 )
+from merge_cli.kernels.codes import look_up, spread
 from merge_cli.kernels.quantise import encode_e2m1
 
 _BLOCKS, _SCALES = "_blocks", "_scales"
@@ -116,6 +117,8 @@ class TransposedMxfp4(PackedRows):
 
     def _fill_rows(self, read: Read, matrix: int, first: int, last: int, out: Any) -> None:
         """Rows [first, last) of one expert, which are columns of what is stored."""
+        import numpy as np
+
         height, width = self.shape[-2:]
         codes, scales = (
             StoredMatrix(role, ref, matrix * width * line, width, line, self.opened)
@@ -124,9 +127,12 @@ class TransposedMxfp4(PackedRows):
                 ("scales", self.scales, height // MX_GROUP),
             )
         )
-        numbers = fp4_numbers(codes.columns(read, first // 2, -(-last // 2)))
+        raw = codes.columns(read, first // 2, -(-last // 2))
+        # Bytes are turned, and not the numbers, which are eight times as many bytes.
+        turned = spread(np.ascontiguousarray(raw.T), 4, raw.shape[0])
         begin = first % 2
-        out[:] = numbers[:, begin : begin + last - first].T
+        codes_by_row = turned.reshape(-1, raw.shape[0])[begin : begin + last - first]
+        out[:] = look_up(numbers_of("F4_E2M1"), codes_by_row)
         groups = range(first // MX_GROUP, -(-last // MX_GROUP))
         exponents = scales.columns(read, groups.start, groups.stop)
         powers = numbers_of("F8_E8M0")[exponents.T]
@@ -187,23 +193,16 @@ class TransposedMxEncoding(Encoding):
     def span(self, shape: tuple[int, ...]) -> int:
         return shape[-2] * shape[-1]
 
-    def encode(
-        self,
-        values: Any,
-        shape: tuple[int, ...],
-        stored: Sequence[Any],
-        at: int = 0,
-        scale: float = 1.0,
-        before: Any = None,
-    ) -> None:
+    def encode(self, tiles: Tiles, stored: Sequence[Any]) -> None:
         import numpy as np
 
-        _, rows, columns = shape
+        _, rows, columns = tiles.shape
+        values, before = tiles.values, tiles.before
         codes = stored[0].reshape(-1, columns, rows // MX_GROUP, MX_GROUP // 2)
         exponents = stored[1].reshape(-1, columns, rows // MX_GROUP)
-        size = self.tile(shape)
+        size = self.tile(tiles.shape)
         for begin in range(0, len(values), size):
-            expert, group = divmod((at + begin) // size, rows // MX_GROUP)
+            expert, group = divmod((tiles.at + begin) // size, rows // MX_GROUP)
             lines = values[begin : begin + size].reshape(MX_GROUP, columns)
             changed: Any = slice(None)
             if before is not None:

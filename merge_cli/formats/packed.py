@@ -22,9 +22,11 @@ from merge_cli.checkpoint.headers import TensorRef
 from merge_cli.checkpoint.tensors import Read, Tensor, fill_rows, reading
 from merge_cli.errors import CorruptFileError, SourceError
 from merge_cli.formats.encoding import Encoding
+from merge_cli.kernels.codes import spread
 
 STRIP_BYTES = 2**21  # of codes, for each thread and model; of their scales it is less
 PACKED = ("U8", "I8", "I32", "U32")  # dtypes of packed codes
+_LONG_LINE = 2**14  # bytes
 _SLAB_BYTES = 2**20  # of lines that are read whole to cut a strip out of them
 _KEPT = 64  # strips that a thread keeps: of more models than are merged at once
 _SMALL = 64  # numbers that are read while a model is opened
@@ -47,13 +49,9 @@ def unpack(raw: Any, bits: int) -> Any:
 
     if bits == 8:
         return raw
-    mask = (1 << bits) - 1
     if 8 % bits == 0:
-        per_byte = 8 // bits
-        codes = np.empty((*raw.shape, per_byte), np.uint8)
-        for place in range(per_byte):
-            np.bitwise_and(raw >> (place * bits), mask, out=codes[..., place])
-        return codes.reshape(*raw.shape[:-1], -1)
+        return spread(raw, bits)
+    mask = (1 << bits) - 1
     groups = -(-raw.shape[-1] // bits)  # eight codes are as many bytes as a code has bits
     padded = np.zeros((*raw.shape[:-1], groups * bits), np.uint8)
     padded[..., : raw.shape[-1]] = raw
@@ -276,18 +274,6 @@ def read_integers(read: Read, ref: TensorRef, start: int, count: int) -> Any:
     return numbers
 
 
-def scale_groups(numbers: Any, scales: Any) -> None:
-    """Multiply each group of columns with its scale.
-
-    Args:
-        numbers: float32 [rows, columns], changed.
-        scales: float32 [rows, groups] or [1, groups]; groups divide the columns.
-    """
-    rows, columns = numbers.shape
-    groups = scales.shape[-1]
-    numbers.reshape(rows, groups, columns // groups)[:] *= scales[:, :, None]
-
-
 @dataclass(frozen=True)
 class StoredMatrix:
     """A matrix inside a stored tensor, of which strips of columns are read.
@@ -338,7 +324,8 @@ class StoredMatrix:
 
         kind = {1: np.uint8, 2: np.uint16, 4: np.uint32}[width_of(self.ref.dtype)]
         strip = np.empty((self.height, last - first), kind)
-        if self.width > 16 * (last - first):  # short pieces of long lines, each by itself
+        # A piece of a long line by itself, where reading all of the line would take longer.
+        if self.width * strip.itemsize > _LONG_LINE and last - first < self.width:
             for line in range(self.height):
                 start = self.start + line * self.width + first
                 read(self.ref, start, strip[line].view(np.uint8).data)

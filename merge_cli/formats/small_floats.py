@@ -11,6 +11,7 @@ from typing import Any
 
 from merge_cli.checkpoint.headers import TensorRef
 from merge_cli.checkpoint.tensors import Read, read_numbers
+from merge_cli.kernels.codes import look_up
 
 # Exponent bits, fraction bits and bias; the sign comes before them.
 _LAYOUTS = {"F8_E4M3": (4, 3, 7), "F8_E5M2": (5, 2, 15), "F4_E2M1": (2, 1, 1)}
@@ -61,7 +62,7 @@ def fp4_numbers(raw: Any) -> Any:
     """E2M1 numbers of packed bytes: numpy uint8 [..., n] -> float32 [..., 2 n]."""
     import numpy as np
 
-    return np.take(_pairs(), raw).view(np.float32)
+    return look_up(_pairs(), raw).view(np.float32)
 
 
 def read_scales(read: Read, ref: TensorRef, start: int, count: int) -> Any:
@@ -76,4 +77,4 @@ def read_scales(read: Read, ref: TensorRef, start: int, count: int) -> Any:
         return read_numbers(read, ref, start, count)
     raw = np.empty(count, np.uint8)
     read(ref, start, raw.data)
-    return np.take(numbers_of(dtype), raw)
+    return look_up(numbers_of(dtype), raw)

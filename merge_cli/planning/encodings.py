@@ -2,9 +2,9 @@
 
 Written in codes are the matrices that the reference stores so. Where it stores none, these are the
 linear layers and experts of numbered layers, without routers, norms, embeddings, heads,
-state-space mixers, and vision and audio towers. `same` writes each of them in the reference's own
-format; a tensor that no method changes is copied byte for byte. What a format cannot hold is
-refused here, by name.
+state-space mixers, and vision and audio towers. `same` writes each of them as the
+reference stores it; a tensor that no method changes is copied byte for byte. What a format cannot
+hold is refused here, by name.
 """
 
 from __future__ import annotations
@@ -61,10 +61,16 @@ class EncodingChoice:
     """Which output tensors are written in codes: decided by the reference and by names."""
 
     def __init__(self, recipe: Recipe, config_source: Source, sources: Sequence[Source]) -> None:
-        self._word, self._source, self._sources = recipe.out_dtype or "", config_source, sources
+        self._word, self._source = recipe.out_dtype or "", config_source
         self._is_stored = _in_fp8 if self._word.startswith(FP8) else _in_codes
         self._any_stored = any(map(self._is_stored, config_source.tensors.values()))
         self._has_activations = any(is_activation(ref.name) for ref in config_source.left_out)
+        # Which models are quantised as the reference is, whatever modules they leave out.
+        reference, *others = (
+            {key: value for key, value in _words(source).items() if key not in _NAMED}
+            for source in (config_source, *sources)
+        )
+        self._are_alike = [words == reference for words in others]
 
     @property
     def keeps(self) -> bool:
@@ -82,14 +88,14 @@ class EncodingChoice:
             return Decision()
         coded = self._is_stored(reference)
         part = encoded_part(reference) if coded else None
-        own = part.encoding if part is not None else None
+        stored = part.encoding if part is not None else None
         if self.keeps:
-            return self._same(reference, part, own) if coded else Decision()
+            return self._same(reference, part, stored) if coded else Decision()
         encoding = encoding_for(self._word, dtype, self._source.config)
         # Words of eight bits say themselves what shares a scale; those of four bits leave it to
         # the model, if it is stored so already.
-        if isinstance(own, Encoding) and self._is_like(own, encoding):
-            return Decision(own, _kept(own, part, reference))
+        if isinstance(stored, Encoding) and self._is_like(stored, encoding):
+            return Decision(stored, _kept(stored, part, reference))
         if not self._is_chosen(name, reference, encoding, coded):
             return Decision()
         unfit = encoding.unfit(reference.shape)
@@ -103,28 +109,24 @@ class EncodingChoice:
         """
         if not self.keeps or not isinstance(tensor, Encoded):
             return self.of(name, tensor, dtype)
-        words, other = (
-            {key: value for key, value in _words(s).items() if key not in _NAMED}
-            for s in (self._source, self._sources[source])
-        )
-        if words != other:
+        if not self._are_alike[source]:
             return Decision(problem="its model is quantised in another way than the reference")
         assert not isinstance(tensor, TensorRef)
         return Decision(Verbatim(tensor.stored, tensor.name))
 
     def _same(
-        self, reference: Tensor, part: Encoded | None, own: Encoding | str | None
+        self, reference: Tensor, part: Encoded | None, stored: Encoding | str | None
     ) -> Decision:
-        if own is None:
+        if stored is None:
             return Decision(problem=_REARRANGED)
-        if isinstance(own, str):
-            return Decision(problem=own)
-        return Decision(own, _kept(own, part, reference))
+        if isinstance(stored, str):
+            return Decision(problem=stored)
+        return Decision(stored, _kept(stored, part, reference))
 
-    def _is_like(self, own: Encoding, encoding: Encoding) -> bool:
+    def _is_like(self, stored: Encoding, encoding: Encoding) -> bool:
         """Whether the model's own form serves for a word: not with activations to be measured."""
-        needs_activations = own.family == "modelopt" and self._has_activations
-        return own.label == encoding.label != "F8_E4M3" and not needs_activations
+        needs_activations = stored.family == "modelopt" and self._has_activations
+        return stored.label == encoding.label != "F8_E4M3" and not needs_activations
 
     def _is_chosen(self, name: str, tensor: Tensor, encoding: Encoding, coded: bool) -> bool:
         shape = tensor.shape
@@ -141,7 +143,7 @@ class EncodingChoice:
         return layer and (even or not blocks)
 
 
-_REARRANGED = "its rows are put in another order, in which it cannot keep its format"
+_REARRANGED = "it is computed from several stored parts, or from a GGUF file, and has no format"
 
 
 def _kept(encoding: Encoding, part: Any, reference: Tensor) -> Tensor | None:

@@ -22,6 +22,7 @@ from merge_cli.checkpoint.statistics import CalibrationStatistics, TensorStatist
 from merge_cli.checkpoint.tensors import Tensor
 from merge_cli.formats.encoding import Encoding, Verbatim
 from merge_cli.kernels.reduce import BLOCK_MULTIPLE
+from merge_cli.lora.adapter import WEIGHTS
 from merge_cli.methods.registry import Method
 from merge_cli.planning.heads import Copies
 from merge_cli.planning.layers import layer_key_of
@@ -184,6 +185,19 @@ class Plan:
             path.relative_to(root).as_posix() for path in self._files_read if root in path.parents
         }
         return names & {opened.file} if opened.file else names  # others there are other sources'
+
+    @property
+    def downloads(self) -> dict[str, tuple[int, int]]:
+        """Files and bytes that are still to be downloaded, by the source's label."""
+        result = {}
+        for index, source in enumerate(self.sources):
+            adapter = source.adapter.repository if source.adapter is not None else None
+            wanted = [(source.repository, name) for name in self.shards_read(index)]
+            wanted += [(adapter, WEIGHTS)] if adapter is not None else []
+            sizes = [r.files.get(n, 0) for r, n in wanted if r is not None and not r.is_cached(n)]
+            if sizes:
+                result[source.label] = len(sizes), sum(sizes)
+        return result
 
     @property
     def stored_inputs(self) -> Iterator[TensorRef]:

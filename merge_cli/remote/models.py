@@ -18,7 +18,6 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -265,6 +264,8 @@ def _listed(system: Any, address: str) -> dict[str, tuple[int, str]]:
 
 def _asked(system: Any, address: str) -> dict[str, tuple[int, str]]:
     """The files that a web server has, of those that models have."""
+    from concurrent.futures import ThreadPoolExecutor  # plans of local models never get here
+
     with ThreadPoolExecutor(8) as pool:
 
         def ask(names: Sequence[str]) -> dict[str, tuple[int, str]]:

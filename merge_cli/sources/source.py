@@ -365,6 +365,8 @@ def _of_file(model: FileModel, label: str) -> Source:
         {model.name: model.header},
         notes=model.notes,
         file=model.name,
+        quantization=model.decoded.quantization,
+        left_out=model.decoded.left_out,
     )
 
 

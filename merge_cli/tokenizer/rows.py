@@ -71,13 +71,16 @@ class TokenAligner:
         rows_by_key = np.zeros((count, len(keys)), np.int64)
         means: dict[int, list[RowIndex]] = {}
         unfilled = 0
-        for row, key in enumerate(keys):
+        rows_of_sources = np.array([[rows.get(key, -1) for key in keys] for rows in owned])
+        everywhere = (rows_of_sources >= 0).all(axis=0)
+        if any(rule.force for rule in self._rules.values()):
+            everywhere = everywhere & np.array([not self._forced(key) for key in keys])
+        source_indexes[:, everywhere] = np.arange(count)[:, None]
+        rows_by_key[:, everywhere] = rows_of_sources[:, everywhere]
+        for row in np.flatnonzero(~everywhere).tolist():
+            key = keys[row]
             rule = self._rule(key)
             source_rows = [rows.get(key) for rows in owned]
-            if None not in source_rows and not (rule and rule.force):
-                source_indexes[:, row] = np.arange(count)
-                rows_by_key[:, row] = np.array(source_rows, np.int64)
-                continue
             default = self._default(key, rule, source_rows)
             unfilled += not default and not (rule and rule.zero)
             for i in range(count):

@@ -56,6 +56,34 @@ def test_a_drawn_subspace_is_nearly_the_best(shape: tuple[int, int]) -> None:
     assert found.share == pytest.approx(1 - error / values.sum(), abs=1e-5)
 
 
+@pytest.mark.parametrize("rank", [16, 40])
+def test_where_no_direction_stands_out_a_drawn_subspace_is_4_percent_off(rank: int) -> None:
+    matrix = np.random.default_rng(1).normal(size=(400, 900)).astype(np.float32)
+    values = np.linalg.svd(matrix.astype(np.float64), compute_uv=False) ** 2
+    found = factorise(matrix, RankTruncation(rank))
+    assert found is not None
+    assert 0.96 < found.share / (values[:rank].sum() / values.sum()) <= 1
+    error = np.square(matrix - found.left.astype(np.float64) @ found.right).sum()
+    assert found.share == pytest.approx(1 - error / values.sum(), abs=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(300, 700), (700, 300)])
+@pytest.mark.parametrize("energy", [0.5, 0.99, 0.9999])
+def test_an_energy_of_a_large_matrix_is_cut_where_it_has_to_be(
+    shape: tuple[int, int], energy: float
+) -> None:
+    matrix = np.random.default_rng(2).normal(size=shape).astype(np.float32)
+    values = np.linalg.svd(matrix.astype(np.float64), compute_uv=False) ** 2
+    reached = values.cumsum() / values.sum()
+    rank = int(np.searchsorted(reached, energy)) + 1
+    found = factorise(matrix, RankTruncation(energy=energy))
+    assert found is not None
+    assert found.rank == rank
+    assert found.share == pytest.approx(reached[rank - 1], abs=1e-6)
+    error = np.square(matrix - found.left.astype(np.float64) @ found.right).sum()
+    assert 1 - error / values.sum() == pytest.approx(found.share, abs=1e-6)
+
+
 def test_energy_ends_as_early_as_it_can() -> None:
     matrix = np.diag([3.0, 2.0, 1.0, 0.0]).astype(np.float32)
     cuts = [

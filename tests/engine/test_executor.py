@@ -269,11 +269,53 @@ def test_memory_is_planned(family: Family) -> None:
     assert peak < 500_000_000  # a small model needs little
     many = memory.worker_memory(plan, cpu, merge_cli.MergeOptions(threads=1000))
     assert many.workers < 1000  # what does not fit is not begun
-    few = merge_cli.MergeOptions(threads=1000, max_memory=memory.MINIMUM_MEMORY)
+    few = merge_cli.MergeOptions(threads=1000, max_memory=200_000_000)
     assert 1 <= memory.worker_memory(plan, cpu, few).workers < many.workers
-    assert memory.estimated_peak(plan, cpu, few) <= memory.MINIMUM_MEMORY
-    with pytest.raises(UsageError, match="at least 500 MB"):
+    assert memory.estimated_peak(plan, cpu, few) <= few.max_memory
+    with pytest.raises(UsageError, match="too little") as refused:
         memory.worker_memory(plan, cpu, merge_cli.MergeOptions(max_memory=100_000_000))
+    found = re.search(r"at least (\d+) MB", str(refused.value))
+    assert found is not None
+    least = 1_000_000 * int(found[1])
+    assert least <= 200_000_000
+    enough = merge_cli.MergeOptions(max_memory=least)  # what it asks for is enough, and no excess
+    assert memory.estimated_peak(plan, cpu, enough) <= least
+    with pytest.raises(UsageError, match="too little"):
+        memory.worker_memory(plan, cpu, merge_cli.MergeOptions(max_memory=least - 10_000_000))
+
+
+@pytest.mark.parametrize(
+    ("threads", "free", "expected"),
+    [
+        (2, 10**9, (2, 262_144)),  # the usual block, which the cache was measured with
+        (16, 10**9, (16, 1_048_576)),  # many threads, and room for larger ones
+        (64, 10**9, (64, 262_144)),  # rather all threads than larger blocks
+        (64, 2 * 10**8, (15, 262_144)),
+        (2, 10**7, (2, 65_536)),
+        (2, 0, (1, 65_536)),  # what is least; less is refused where the user asked for it
+    ],
+)
+def test_blocks_follow_from_threads_and_memory(
+    family: Family, threads: int, free: int, expected: tuple[int, int]
+) -> None:
+    plan = merge_cli.plan(family.recipe("ties"))
+    inputs = max(len(task.inputs) for task in plan.tasks)
+    room = memory._host_memory(plan, inputs, threads, free)
+    assert (room.workers, room.block) == expected
+    assert room.workers == 1 or room.workers * room.bytes <= free
+
+
+def test_larger_blocks_write_the_same_bytes(
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "_HOST_BLOCK", 256)
+    monkeypatch.setattr(memory, "BLOCK_MULTIPLE", 64)
+    recipe = write_recipe(family, "ties")
+    digests = set()
+    for threads in (1, memory._MANY_THREADS):
+        merge(recipe, tmp_path / str(threads), threads=threads)
+        digests.add(digest(tmp_path / str(threads)))
+    assert len(digests) == 1
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])

@@ -17,7 +17,7 @@ from merge_cli.api import merge_plan
 from merge_cli.checkpoint.headers import TensorRef
 from merge_cli.checkpoint.tensors import Float32, Read, Tensor, read_numbers, reading
 from merge_cli.formats import detect
-from merge_cli.formats.encoding import Encoding, Part, changed_groups
+from merge_cli.formats.encoding import Encoding, Part, Tiles, changed_groups
 from merge_cli.formats.storage_format import QUANTIZATION, DecodedModel, WritableFormat
 from merge_cli.options import MergeOptions
 from merge_cli.planning.planner import load_recipe, make_plan
@@ -43,17 +43,9 @@ class QuarterEncoding(Encoding):
     def tile(self, shape: tuple[int, ...]) -> int:
         return 1
 
-    def encode(
-        self,
-        values: Any,
-        shape: tuple[int, ...],
-        stored: Sequence[Any],
-        at: int = 0,
-        scale: float = 1.0,
-        before: Any = None,
-    ) -> None:
-        changed = changed_groups(values[:, None], before)
-        codes = np.rint(np.clip(values * 4, -128, 127)).astype(np.int8)
+    def encode(self, tiles: Tiles, stored: Sequence[Any]) -> None:
+        changed = changed_groups(tiles.values[:, None], tiles.before)
+        codes = np.rint(np.clip(tiles.values * 4, -128, 127)).astype(np.int8)
         stored[0][changed] = codes.view(np.uint8)[changed]
 
     def settings(

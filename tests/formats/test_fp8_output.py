@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 import merge_cli
 from merge_cli.engine import memory
 from merge_cli.errors import NonFiniteError, RecipeError
+from merge_cli.formats.encoding import Tiles
 from merge_cli.formats.fp8_encoding import Fp8Encoding
 from merge_cli.kernels import compiled
 from merge_cli.options import MergeOptions
@@ -57,7 +58,7 @@ def written(matrix: np.ndarray, wide: int) -> tuple[np.ndarray, np.ndarray]:
     scales = np.empty(-(-matrix.shape[1] // wide), np.float32)
     with np.errstate(all="ignore"):
         stored = [codes, scales.view(np.uint8)]
-        Fp8Encoding(128, wide).encode(matrix.reshape(-1), matrix.shape, stored)
+        Fp8Encoding(128, wide).encode(Tiles(matrix.reshape(-1), matrix.shape), stored)
     return codes.reshape(matrix.shape), scales
 
 
@@ -75,6 +76,7 @@ def test_codes_are_the_nearest(tmp_path: Path) -> None:
 finite = st.floats(width=32, allow_nan=True, allow_infinity=True)
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # the first draw
 @given(arrays(np.float32, st.tuples(st.integers(1, 5), st.integers(1, 9)), elements=finite))
 def test_compiled_is_plain_and_torch(matrix: np.ndarray) -> None:
     codes, scales = written(matrix, 4)

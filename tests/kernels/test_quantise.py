@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -15,6 +15,8 @@ from merge_cli.kernels import compiled, quantise
 from merge_cli.kernels.backend import Primitive
 
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+# The first call compiles, and the first draw reads sources for constants.
+slow_first_call = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 any_float = st.floats(width=32, allow_nan=True, allow_infinity=True)
 groups = arrays(
     np.float32, st.tuples(st.integers(1, 5), st.sampled_from([2, 16, 34])), elements=any_float
@@ -37,7 +39,7 @@ def halves(codes: np.ndarray) -> np.ndarray:
     return np.stack([codes & 15, codes >> 4], -1).reshape(len(codes), -1)
 
 
-@settings(deadline=None)  # the first call compiles
+@slow_first_call
 @given(groups)
 def test_extremes(values: np.ndarray) -> None:
     above, below = both(quantise.group_extremes, values, outs=[*np.empty((2, len(values)), "f4")])
@@ -49,7 +51,7 @@ def test_extremes(values: np.ndarray) -> None:
             assert not (np.isfinite(above[g]) and np.isfinite(below[g]))
 
 
-@settings(deadline=None)  # the first call compiles
+@slow_first_call
 @given(groups, st.floats(2**-20, 2**20, width=32))
 def test_e2m1_is_the_nearest(values: np.ndarray, scale: float) -> None:
     scales = np.full(len(values), scale, np.float32)
@@ -67,7 +69,7 @@ def test_e2m1_is_the_nearest(values: np.ndarray, scale: float) -> None:
     assert not (single[known][ties] & 1).any()  # of two, the even code
 
 
-@settings(deadline=None)  # the first call compiles
+@slow_first_call
 @given(groups, st.floats(2**-20, 2**20, width=32), st.integers(-8, 7))
 def test_int4_is_the_nearest(values: np.ndarray, scale: float, zero: int) -> None:
     scales = np.full(len(values), scale, np.float32)
@@ -81,7 +83,7 @@ def test_int4_is_the_nearest(values: np.ndarray, scale: float, zero: int) -> Non
     np.testing.assert_array_equal(halves(codes)[known], wanted)
 
 
-@settings(deadline=None)  # the first call compiles
+@slow_first_call
 @given(groups, st.integers(1, 3), st.sampled_from([1, 5, 40]))
 def test_e4m3_of_blocks_is_torchs(values: np.ndarray, tall: int, wide: int) -> None:
     grid = (-(-len(values) // tall), -(-values.shape[1] // wide))

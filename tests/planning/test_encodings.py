@@ -21,7 +21,7 @@ from tests.support.encoded import (
     same_files,
     written,
 )
-from tests.support.tiny import llama_config, write_model
+from tests.support.tiny import llama_config, merge, write_model
 
 UP = "model.layers.0.mlp.up_proj"
 
@@ -125,6 +125,39 @@ def test_same_keeps_the_form(tmp_path: Path, form: str) -> None:
 
 def stored_twin(root: Path) -> torch.Tensor:
     return read_model(root / "a")[f"{UP}.weight"].float()
+
+
+def test_a_single_file_of_comfyui_comes_out_as_it_was(tmp_path: Path) -> None:
+    """Scaled fp8 with its mark, without a config: read from a file, written as one."""
+    from safetensors.torch import load_file, save_file
+
+    name = "diffusion_model.blocks.0.attn.weight"
+    stored = {
+        name: E4M3,
+        name.replace("weight", "scale_weight"): torch.tensor(0.5),
+        "diffusion_model.norm.weight": torch.ones(8, dtype=torch.bfloat16),
+        "scaled_fp8": torch.zeros(0, dtype=torch.float8_e4m3fn),
+    }
+    save_file(stored, tmp_path / "a.safetensors")
+    tuned = {**stored, name: (E4M3.float() * 0.5).bfloat16()}
+    plain = {key: tuned[key] for key in (name, "diffusion_model.norm.weight")}
+    plain[name] = plain[name] + 0.25
+    save_file(plain, tmp_path / "b.safetensors")
+    models = ("./a.safetensors", "./b.safetensors")
+    merge(recipe(tmp_path, "same", "passthrough", models[0]), tmp_path / "copy", threads=1)
+    copied = load_file(tmp_path / "copy" / "a.safetensors")
+    assert copied.keys() == stored.keys()
+    for key, value in stored.items():
+        raw, wanted = (each.flatten().view(torch.uint8) for each in (copied[key], value))
+        assert torch.equal(raw, wanted), key
+    merge(recipe(tmp_path, "same", "soup", *models), tmp_path / "out", threads=1)
+    found = load_file(tmp_path / "out" / "a.safetensors")
+    assert {k: (v.dtype, v.shape) for k, v in found.items()} == {
+        k: (v.dtype, v.shape) for k, v in stored.items()
+    }
+    numbers = found[name].float() * found[name.replace("weight", "scale_weight")]
+    exact = (E4M3.float() * 0.5 + plain[name].float()) / 2
+    assert ((numbers - exact).abs() <= exact.abs() / 16 * 1.01 + 1e-3).all()
 
 
 UNWRITTEN: dict[str, tuple[dict[str, torch.Tensor], Any, str]] = {

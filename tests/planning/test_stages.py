@@ -220,11 +220,11 @@ def test_an_interrupted_stage_that_was_changed_begins_anew(
             raise KeyboardInterrupt
         return done
 
-    monkeypatch.setattr(engine, "run_loop", stopped)
+    monkeypatch.setattr(api, "run_loop", stopped)
     with pytest.raises(merge_cli.errors.Interrupted):
         merge_cli.merge(three(family), family.folder / "out", options=CPU)
     assert (family.folder / "out.stages" / "second.partial" / "journal.jsonl").exists()
-    monkeypatch.setattr(engine, "run_loop", run_loop)
+    monkeypatch.setattr(api, "run_loop", run_loop)
     execute, made = engine.execute, []
 
     def noted(plan, target, *rest, **named):  # type: ignore[no-untyped-def]

@@ -68,6 +68,11 @@ def test_a_merge_of_s3_and_a_web_server(tmp_path: Path, s3: S3Server, web: WebSe
     recipe.write_text(f"merge_method: soup\nmodels: [{{model: '{first}'}}, {{model: '{second}'}}]")
     planned = cli("plan", recipe, "--json")
     assert planned.returncode == 0, planned.stderr
+    sizes = [path.stat().st_size for path in one.glob("*.safetensors")]
+    downloads = json.loads(planned.stdout)["downloads"]
+    assert downloads[first] == {"files": 2, "bytes": sum(sizes)}
+    assert downloads[second]["files"] == 3
+    assert f"downloads 2 files of {first}" in cli("plan", recipe).stdout.replace("\n", " ")
     shards = [name for name in web.files if name.endswith(".safetensors")]
     for shard in shards:  # nothing but headers was read
         assert "HEAD" in {method for method, path, *_ in web.requests if path == shard}

@@ -76,6 +76,14 @@ def test_files_without_a_config_make_one_file(tmp_path: Path) -> None:
     assert again.tensors.keys() == a.keys()
 
 
+def test_the_output_is_a_folder(tmp_path: Path) -> None:
+    save_file(weights(1), tmp_path / "a.safetensors")
+    (tmp_path / "r.yaml").write_text(
+        "merge_method: passthrough\nmodels: [{model: a.safetensors}]\n"
+    )
+    failed(cli("run", tmp_path / "r.yaml", tmp_path / "b.safetensors"), 2, "Name a folder: b.")
+
+
 def test_two_files_of_one_folder_are_two_models(tmp_path: Path) -> None:
     models = [weights(seed) for seed in range(3)]
     (tmp_path / "config.json").write_text(json.dumps(llama_config(layers=2)))

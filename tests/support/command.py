@@ -101,12 +101,15 @@ class ForkServer:
 
     def _wait(self, arguments: list[str]) -> int:
         self._socket.settimeout(_TIMEOUT)
-        process = int(self._answers.readline())
+        process = self._process.pid
         try:
+            process = int(self._answers.readline())
             return int(self._answers.readline())
         except TimeoutError:
+            # This one's answers are out of step, and nothing more is read from what has timed out:
+            # the next command starts another one.
             os.kill(process, signal.SIGKILL)
-            fork_server.cache_clear()  # this one's answers are out of step
+            fork_server.cache_clear()
             raise subprocess.TimeoutExpired(arguments, _TIMEOUT) from None
 
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from merge_cli.checkpoint.headers import TensorRef
 from merge_cli.checkpoint.tensors import Read
+from merge_cli.kernels.codes import scaled_parts, spread
 
 _AT_ONCE = 2**16  # elements: what decoding holds besides its result stays in the cache
 
@@ -120,72 +121,41 @@ def _half(field: Any) -> Any:
     return field.view(np.float16).astype(np.float32)
 
 
-def _codes(field: Any, bits: int, run: int) -> Any:
-    """Codes of a few bits: of each `run` bytes the lowest bits first, then the next ones.
-
-    Returns:
-        uint8 [blocks, codes].
-    """
+def _floats(codes: Any) -> Any:
     import numpy as np
 
-    shifts = np.arange(0, 8, bits, dtype=np.uint8)[:, None]
-    codes = (field.reshape(len(field), -1, 1, run) >> shifts) & np.uint8((1 << bits) - 1)
-    return codes.reshape(len(field), -1)
-
-
-def _bits(field: Any) -> Any:
-    """One code of one bit for each bit, the lowest of the first byte first."""
-    import numpy as np
-
-    return np.unpackbits(field, axis=1, bitorder="little")
-
-
-def _floats(codes: Any, offset: int = 0) -> Any:
-    """Codes as float32, less an offset."""
-    import numpy as np
-
-    return codes.astype(np.float32) - np.float32(offset) if offset else codes.astype(np.float32)
+    return codes.astype(np.float32)
 
 
 def _q4_0(raw: Any) -> Any:
     """Scale (f16), 16 bytes of codes."""
     scale, codes = _cut(raw, 2, 16)
-    return _half(scale) * _floats(_codes(codes, 4, 16), 8)
+    return scaled_parts(spread(codes, 4, 16), 8, _half(scale))
 
 
 def _q4_1(raw: Any) -> Any:
     """Scale and least number (f16), 16 bytes of codes."""
     scale, least, codes = _cut(raw, 2, 2, 16)
-    return _half(scale) * _floats(_codes(codes, 4, 16)) + _half(least)
+    return scaled_parts(spread(codes, 4, 16), 0, _half(scale), -_half(least))
 
 
 def _q5_0(raw: Any) -> Any:
     """Scale (f16), the fifth bits, 16 bytes of codes."""
     scale, fifth, codes = _cut(raw, 2, 4, 16)
-    return _half(scale) * _floats(_codes(codes, 4, 16) | _bits(fifth) << 4, 16)
+    return scaled_parts(spread(codes, 4, 16) | spread(fifth, 1) << 4, 16, _half(scale))
 
 
 def _q5_1(raw: Any) -> Any:
     """Scale and least number (f16), the fifth bits, 16 bytes of codes."""
     scale, least, fifth, codes = _cut(raw, 2, 2, 4, 16)
-    return _half(scale) * _floats(_codes(codes, 4, 16) | _bits(fifth) << 4) + _half(least)
+    complete = spread(codes, 4, 16) | spread(fifth, 1) << 4
+    return scaled_parts(complete, 0, _half(scale), -_half(least))
 
 
 def _q8_0(raw: Any) -> Any:
     """Scale (f16), 32 signed bytes."""
-    import numpy as np
-
     scale, codes = _cut(raw, 2, 32)
-    return _floats(codes.view(np.int8)) * _half(scale)
-
-
-def _in_parts(codes: Any, scales: Any, least: Any = None) -> Any:
-    """Codes [blocks, 256] times the scales of their parts, less the parts' least numbers."""
-    parts = codes.reshape(*scales.shape, -1)
-    result = scales[:, :, None] * parts
-    if least is not None:
-        result -= least[:, :, None]
-    return result.reshape(codes.shape)
+    return scaled_parts(codes ^ 128, 128, _half(scale))
 
 
 def _q2_k(raw: Any) -> Any:
@@ -193,7 +163,7 @@ def _q2_k(raw: Any) -> Any:
     both, codes, scale, least = _cut(raw, 16, 64, 2, 2)
     scales = _half(scale) * _floats(both & 15)
     leasts = _half(least) * _floats(both >> 4)
-    return _in_parts(_floats(_codes(codes, 2, 32)), scales, leasts)
+    return scaled_parts(spread(codes, 2, 32), 0, scales, leasts)
 
 
 def _q3_k(raw: Any) -> Any:
@@ -202,10 +172,13 @@ def _q3_k(raw: Any) -> Any:
     A third bit that is not set takes 4 off. Of the scales' 12 bytes, eight have the lower four bits
     of two scales each, and four the upper two of four.
     """
+    import numpy as np
+
     third, codes, packed, scale = _cut(raw, 32, 64, 12, 2)
     lower, upper = _cut(packed, 8, 4)
-    scales = _half(scale) * _floats(_codes(lower, 4, 8) | _codes(upper, 2, 4) << 4, 32)
-    return _in_parts(_floats(_codes(codes, 2, 32) | _codes(third, 1, 32) << 2, 4), scales)
+    signed = (spread(lower, 4, 8) | spread(upper, 2, 4) << 4).view(np.int8) - np.int8(32)
+    complete = spread(codes, 2, 32) | spread(third, 1, 32) << 2
+    return scaled_parts(complete, 4, _half(scale) * _floats(signed))
 
 
 def _scales_and_leasts(packed: Any) -> tuple[Any, Any]:
@@ -226,16 +199,15 @@ def _q4_k(raw: Any) -> Any:
     """Two f16 for 8 scales and 8 least numbers, those in 12 bytes, codes of 4 bits."""
     scale, least, packed, codes = _cut(raw, 2, 2, 12, 128)
     scales, leasts = _scales_and_leasts(packed)
-    numbers = _floats(_codes(codes, 4, 32))
-    return _in_parts(numbers, _half(scale) * scales, _half(least) * leasts)
+    return scaled_parts(spread(codes, 4, 32), 0, _half(scale) * scales, _half(least) * leasts)
 
 
 def _q5_k(raw: Any) -> Any:
     """As Q4_K, with the fifth bits between scales and codes."""
     scale, least, packed, fifth, codes = _cut(raw, 2, 2, 12, 32, 128)
     scales, leasts = _scales_and_leasts(packed)
-    numbers = _floats(_codes(codes, 4, 32) | _codes(fifth, 1, 32) << 4)
-    return _in_parts(numbers, _half(scale) * scales, _half(least) * leasts)
+    complete = spread(codes, 4, 32) | spread(fifth, 1, 32) << 4
+    return scaled_parts(complete, 0, _half(scale) * scales, _half(least) * leasts)
 
 
 def _q6_k(raw: Any) -> Any:
@@ -244,7 +216,7 @@ def _q6_k(raw: Any) -> Any:
 
     lower, upper, signed, scale = _cut(raw, 128, 64, 16, 2)
     scales = _half(scale) * _floats(signed.view(np.int8))
-    return _in_parts(_floats(_codes(lower, 4, 64) | _codes(upper, 2, 32) << 4, 32), scales)
+    return scaled_parts(spread(lower, 4, 64) | spread(upper, 2, 32) << 4, 32, scales)
 
 
 def _f32(raw: Any) -> Any:

@@ -8,6 +8,13 @@ over chunks that stay in the L1 cache where several passes follow one another. I
 start at 0, or the compiler looks out for negative ones.
 """
 
+from merge_cli.kernels.compiled.codes import (
+    look_up,
+    scale_groups,
+    scaled_parts,
+    spread_bytes,
+    spread_runs,
+)
 from merge_cli.kernels.compiled.election import disjoint_mean
 from merge_cli.kernels.compiled.encoders import (
     block_largest,
@@ -93,6 +100,7 @@ __all__ = [
     "group_extremes",
     "key_of_rank",
     "kth_largest",
+    "look_up",
     "low_rank_product",
     "measure_stored",
     "merge_disjoint",
@@ -101,6 +109,10 @@ __all__ = [
     "not_empty",
     "own_products",
     "quick_change",
+    "scale_groups",
+    "scaled_parts",
+    "spread_bytes",
+    "spread_runs",
     "tridiagonal",
     "trim",
     "weighted_sum",

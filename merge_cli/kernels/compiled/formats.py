@@ -9,10 +9,10 @@ from merge_cli.kernels.compiled.tiles import (
     BF16,
     F16,
     TILE,
-    decode_delta_tile,
     decode_tile,
     encode_tile,
     largest_key_tile,
+    load_tile,
 )
 
 
@@ -31,10 +31,7 @@ def decode_bf16(raw, rows, base, has_base, deltas):
             stored = raw[s, begin : begin + TILE].view(np.uint8)
             is_base = has_base and s == 0
             result = minus if is_base else rows[s - has_base, begin : begin + TILE]
-            if deltas and not is_base:
-                finite &= decode_delta_tile(stored, BF16, minus, result)
-            else:
-                finite &= decode_tile(stored, BF16, result)
+            finite &= load_tile(stored, BF16, deltas and not is_base, minus, result)
     return not finite
 
 

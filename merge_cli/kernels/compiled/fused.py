@@ -12,9 +12,10 @@ import numpy as np
 
 from merge_cli.kernels.compiled.kernel import F32, U32, kernel
 from merge_cli.kernels.compiled.tiles import (
+    BF16,
     TILE,
     add_base_tile,
-    add_stored_tile,
+    add_bf16_tile,
     add_weighted_tile,
     count_keys_tile,
     count_mixed_tile,
@@ -22,14 +23,14 @@ from merge_cli.kernels.compiled.tiles import (
     count_range_tile,
     count_trimmed_tile,
     count_words_tile,
-    decode_delta_tile,
-    decode_tile,
     divide_tile,
     dot_lanes_tile,
     dot_tile,
     drop_tile,
     elect_tile,
     encode_tile,
+    load_tile,
+    scale_tile,
     signs_tile,
     square_change_tile,
     tile_of,
@@ -62,28 +63,23 @@ def merge_linear(
     for begin in range(0, size, tile):
         length = min(tile, size - begin)
         minus, values, mixed = base[:length], row[:length], total[:length]
-        if based:
-            raw = tile_of(stored, starts[0], kinds[0], begin, length)
-            if not decode_tile(raw, kinds[0], minus):
-                seen |= NOT_FINITE
-        for s in range(len(weights)):
-            i = s + first
+        for i in range(len(starts)):
+            s = i - first
             raw = tile_of(stored, starts[i], kinds[i], begin, length)
-            if not (based or len(masks) or factors[s] != F32(1.0)):
-                if not add_stored_tile(raw, kinds[i], weights[s], s == 0, values, mixed):
+            if kinds[i] == BF16 and not (based or len(masks) or factors[s] != F32(1.0)):
+                if not add_bf16_tile(raw, weights[s], s == 0, mixed):
                     seen |= NOT_FINITE
                 continue
-            if based:
-                finite = decode_delta_tile(raw, kinds[i], minus, values)
-            else:
-                finite = decode_tile(raw, kinds[i], values)
-            if not finite:
+            into = minus if s < 0 else values
+            if not load_tile(raw, kinds[i], based and s >= 0, minus, into):
                 seen |= NOT_FINITE
+            if s < 0:
+                continue
             if len(masks) and not masks[s, 3]:
                 at = U32(low + U32(begin))
                 drop_tile(values, masks[s, 0], masks[s, 1], masks[s, 2], at, factors[s])
             elif factors[s] != F32(1.0):
-                add_weighted_tile(values, factors[s], True, values)
+                scale_tile(values, factors[s])
             add_weighted_tile(values, weights[s], s == 0, mixed)
         if divisor != F32(1.0):
             divide_tile(mixed, divisor)
@@ -130,17 +126,17 @@ def merge_disjoint(
     for begin in range(0, size, TILE):
         length = min(TILE, size - begin)
         minus, mixed = base[:length], total[:length]
-        raw = tile_of(stored, starts[0], kinds[0], begin, length)
-        if not decode_tile(raw, kinds[0], minus):
-            seen |= NOT_FINITE
-        for s in range(sources):
-            values = rows[s, :length]
-            raw = tile_of(stored, starts[s + 1], kinds[s + 1], begin, length)
-            if not decode_delta_tile(raw, kinds[s + 1], minus, values):
+        for i in range(sources + 1):
+            s = i - 1
+            values = minus if i == 0 else rows[s, :length]
+            raw = tile_of(stored, starts[i], kinds[i], begin, length)
+            if not load_tile(raw, kinds[i], i > 0, minus, values):
                 seen |= NOT_FINITE
+            if i == 0:
+                continue
             if rules[s, 3]:
                 if factors[s] != F32(1.0):
-                    add_weighted_tile(values, factors[s], True, values)
+                    scale_tile(values, factors[s])
             elif len(ties):
                 here = min(max(ties[s] - begin, 0), length)
                 trim_tile(values, rules[s, 0], here, factors[s])
@@ -196,18 +192,16 @@ def measure_stored(
     for at in range(begin, end, TILE):
         length = min(TILE, end - at)
         minus = base[:length]
-        if based:
-            decode_tile(tile_of(stored, starts[0], kinds[0], at, length), kinds[0], minus)
-            squares[0] += dot_tile(minus, minus)
-            done = at - begin
-            squares[1] += square_change_tile(minus, merged[done : done + length])
-        for s in range(sources):
-            i, values = s + first, rows[s, :length]
+        for i in range(len(starts)):
+            s = i - first
+            values = minus if s < 0 else rows[s, :length]
             raw = tile_of(stored, starts[i], kinds[i], at, length)
-            if based:
-                decode_delta_tile(raw, kinds[i], minus, values)
-            else:
-                decode_tile(raw, kinds[i], values)
+            load_tile(raw, kinds[i], based and s >= 0, minus, values)
+            if s < 0:
+                done = at - begin
+                squares[0] += dot_tile(minus, minus)
+                squares[1] += square_change_tile(minus, merged[done : done + length])
+                continue
             if len(rules):
                 if rules[s, 3]:
                     counts[1 + s] += length
@@ -263,15 +257,13 @@ def count_stored(
     for begin in range(0, size, TILE):
         length = min(TILE, size - begin)
         minus, values = base[:length], row[:length]
-        if based:
-            decode_tile(tile_of(stored, starts[0], kinds[0], begin, length), kinds[0], minus)
-        for n in range(len(operands)):
-            i = operands[n] + first
+        for k in range(len(operands) + first):
+            n = k - first
+            i = 0 if n < 0 else operands[n] + first
             raw = tile_of(stored, starts[i], kinds[i], begin, length)
-            if based:
-                decode_delta_tile(raw, kinds[i], minus, values)
-            else:
-                decode_tile(raw, kinds[i], values)
+            load_tile(raw, kinds[i], based and n >= 0, minus, minus if n < 0 else values)
+            if n < 0:
+                continue
             few = ranges[n, 3]
             if few:
                 count_keys_tile(values, candidates[n, :few], above[n], equal[n])
@@ -300,15 +292,11 @@ def dot_stored(stored, starts, kinds, size, based, run, sums):
         for begin in range(r * run, end, TILE):
             length = min(TILE, end - begin)
             minus = base[:length]
-            if based:
-                decode_tile(tile_of(stored, starts[0], kinds[0], begin, length), kinds[0], minus)
-            for s in range(sources):
-                i, values = s + first, rows[s, :length]
+            for i in range(len(starts)):
+                s = i - first
+                values = minus if s < 0 else rows[s, :length]
                 raw = tile_of(stored, starts[i], kinds[i], begin, length)
-                if based:
-                    decode_delta_tile(raw, kinds[i], minus, values)
-                else:
-                    decode_tile(raw, kinds[i], values)
+                load_tile(raw, kinds[i], based and s >= 0, minus, values)
             pair = 0
             for s in range(sources):
                 for t in range(s, sources):

@@ -28,4 +28,4 @@ def load_registries() -> None:
     finally:
         del sys.modules[_BLAS]
     if hasattr(arraymath, "_HAVE_BLAS"):
-        arraymath._HAVE_BLAS = True  # scipy is there; numba.np.linalg imports it where it is used
+        vars(arraymath)["_HAVE_BLAS"] = True  # scipy is there; numba.np.linalg imports it where it is used

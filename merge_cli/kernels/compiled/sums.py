@@ -7,6 +7,7 @@ import numpy as np
 from merge_cli.kernels.compiled.kernel import CHUNK, kernel
 
 _ACCUMULATORS = 64
+_COLUMNS = 512  # of a product of thin matrices, at once
 
 
 @kernel("void(f4[:, ::1], f4[::1], f4[::1])")
@@ -73,19 +74,34 @@ def absolute_runs(a, run, sums):
 
 @kernel("void(f4[:, ::1], f4[:, ::1], f4[:, ::1])")
 def low_rank_product(left, right, out):
-    """out += left @ right, k after k: a product, then an addition, each rounded."""
+    """out += left @ right, k after k: a product, then an addition, each rounded.
+
+    Columns are taken by so few that those of `right` stay in the cache for all rows. Eight k share
+    one pass over a row: without that, loading and storing its sums takes longer than adding.
+    """
     rank, columns = right.shape
-    for i in range(len(out)):
-        for begin in range(0, columns, CHUNK):
-            end = min(begin + CHUNK, columns)
-            total = out[i, begin:end]
-            paired = rank // 2 * 2  # two at a time: half as many ways to memory
-            for k in range(0, paired, 2):
-                row, factor = right[k, begin:end], left[i, k]
-                next_row, next_factor = right[k + 1, begin:end], left[i, k + 1]
-                for j in range(end - begin):
-                    total[j] = (total[j] + row[j] * factor) + next_row[j] * next_factor
-            if paired < rank:
-                row, factor = right[paired, begin:end], left[i, paired]
-                for j in range(end - begin):
+    together = rank // 8 * 8
+    for begin in range(0, columns, _COLUMNS):
+        end = min(begin + _COLUMNS, columns)
+        for i in range(len(out)):
+            total, factors = out[i, begin:end], left[i]
+            for k in range(0, together, 8):
+                a, b, c, d = factors[k], factors[k + 1], factors[k + 2], factors[k + 3]
+                e, f, g, h = factors[k + 4], factors[k + 5], factors[k + 6], factors[k + 7]
+                p, q = right[k, begin:end], right[k + 1, begin:end]
+                r, s = right[k + 2, begin:end], right[k + 3, begin:end]
+                t, u = right[k + 4, begin:end], right[k + 5, begin:end]
+                v, w = right[k + 6, begin:end], right[k + 7, begin:end]
+                for j in range(len(total)):
+                    x = total[j] + p[j] * a
+                    x = x + q[j] * b
+                    x = x + r[j] * c
+                    x = x + s[j] * d
+                    x = x + t[j] * e
+                    x = x + u[j] * f
+                    x = x + v[j] * g
+                    total[j] = x + w[j] * h
+            for k in range(together, rank):
+                row, factor = right[k, begin:end], factors[k]
+                for j in range(len(total)):
                     total[j] = total[j] + row[j] * factor

@@ -73,9 +73,9 @@ def decode_tile(stored, kind, row):
 
 
 @part()
-def decode_delta_tile(stored, kind, base, row):
-    """Stored bytes to float32, less the base; whether all that is stored is finite."""
-    if kind == BF16:
+def load_tile(stored, kind, is_delta, base, row):
+    """`decode_tile`, less the base if `is_delta`. Kernels have one call: each compiles it anew."""
+    if kind == BF16 and is_delta:
         halves = stored.view(np.uint16)
         largest = _U16(0)
         for i in range(len(halves)):
@@ -83,28 +83,26 @@ def decode_delta_tile(stored, kind, base, row):
             row[i] = float_of(U32(U32(halves[i]) << U32(16))) - base[i]
         return largest < _U16(0x7F80)
     finite = decode_tile(stored, kind, row)
-    subtract_tile(base, row)
+    if is_delta:
+        for i in range(len(row)):
+            row[i] = row[i] - base[i]
     return finite
 
 
 @part()
-def add_stored_tile(stored, kind, weight, is_first, row, total):
-    """total += weight * what is stored; whether all of it is finite. `row` is scratch."""
-    if kind == BF16:
-        halves = stored.view(np.uint16)
-        largest = _U16(0)
-        if is_first:
-            for i in range(len(halves)):
-                largest = max(largest, _U16(halves[i] & _U16(0x7FFF)))
-                total[i] = float_of(U32(U32(halves[i]) << U32(16))) * weight
-        else:
-            for i in range(len(halves)):
-                largest = max(largest, _U16(halves[i] & _U16(0x7FFF)))
-                total[i] = total[i] + float_of(U32(U32(halves[i]) << U32(16))) * weight
-        return largest < _U16(0x7F80)
-    finite = decode_tile(stored, kind, row)
-    add_weighted_tile(row, weight, is_first, total)
-    return finite
+def add_bf16_tile(stored, weight, is_first, total):
+    """total += weight * what is stored as bfloat16; whether all of it is finite."""
+    halves = stored.view(np.uint16)
+    largest = _U16(0)
+    if is_first:
+        for i in range(len(halves)):
+            largest = max(largest, _U16(halves[i] & _U16(0x7FFF)))
+            total[i] = float_of(U32(U32(halves[i]) << U32(16))) * weight
+    else:
+        for i in range(len(halves)):
+            largest = max(largest, _U16(halves[i] & _U16(0x7FFF)))
+            total[i] = total[i] + float_of(U32(U32(halves[i]) << U32(16))) * weight
+    return largest < _U16(0x7F80)
 
 
 @part()
@@ -147,13 +145,6 @@ def encode_tile(values, kind, stored, shifted):
 
 
 @part()
-def subtract_tile(base, row):
-    """row -= base."""
-    for i in range(len(row)):
-        row[i] = row[i] - base[i]
-
-
-@part()
 def add_weighted_tile(row, weight, is_first, total):
     """total += weight * row: a product, then a sum, each rounded."""
     if is_first:
@@ -162,6 +153,13 @@ def add_weighted_tile(row, weight, is_first, total):
     else:
         for i in range(len(row)):
             total[i] = total[i] + row[i] * weight
+
+
+@part()
+def scale_tile(row, factor):
+    """row *= factor."""
+    for i in range(len(row)):
+        row[i] = row[i] * factor
 
 
 @part()
