@@ -165,7 +165,7 @@ def merge_plan(
     if plan.recipe.output is not None and options.ray is None:
         from merge_cli.adapters.merging import merge_adapters
 
-        return MergeResult(target, merge_adapters(plan, target, options, show=on_progress))
+        return MergeResult(target, merge_adapters(plan, target, options, on_progress=on_progress))
     with runner_for(plan, options, target) as run:
 
         def make_document(
@@ -197,7 +197,7 @@ def _merge_sweep(
         at = target.absolute()
         report.update(write_sweep(plan, prints, stats, folder, at, card=options.model_card))
 
-    execute(plan, target, options, show=on_progress, finish=explain, run=run)
+    execute(plan, target, options, on_progress=on_progress, finish=explain, run=run)
     if report:
         return report
     published = read_report(target)
@@ -263,7 +263,7 @@ def _merge_document(
             write_reports(plan, prints, stats, folder, at, **about, card=options.model_card)
         )
 
-    execute(prepared.plan, target, options, show=on_progress, finish=explain, run=run)
+    execute(prepared.plan, target, options, on_progress=on_progress, finish=explain, run=run)
     prepared.discard()
     # Empty: a process that was killed before it could say so has published it.
     return report or read_report(target)

@@ -116,7 +116,6 @@ def extract_lora(
     overwrite: bool = False,
     fresh: bool = False,
     on_progress: OnProgress | None = None,
-    show: OnProgress | None = None,
 ) -> ExtractedAdapter:
     """Extract a fine-tune's change of its base as an adapter that PEFT loads.
 
@@ -130,7 +129,7 @@ def extract_lora(
         exclude: filters on tensor names: what is left out of the adapter.
         overwrite: replace OUT, if it is a model.
         fresh: discard the working files of another command for OUT.
-        on_progress: called with progress; `show` is its old name.
+        on_progress: called with progress.
 
     Raises:
         UsageError: an invalid rank or energy; OUT exists.
@@ -140,7 +139,7 @@ def extract_lora(
     require("torch", "extracting an adapter")
     cut = _cut(rank, energy)
     plan = plan_pair(str(model), str(base))
-    on_progress = on_progress or show or ignore_progress
+    on_progress = on_progress or ignore_progress
     fetch_inputs(plan, on_progress)
     devices = choose_device(device)
     device_name = f"cuda:{devices.indexes[0]}" if devices.indexes else "cpu"

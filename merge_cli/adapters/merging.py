@@ -38,7 +38,7 @@ from merge_cli.system.libraries import require
 
 
 def merge_adapters(
-    plan: Plan, out: Path, options: MergeOptions, *, show: OnProgress
+    plan: Plan, out: Path, options: MergeOptions, *, on_progress: OnProgress
 ) -> dict[str, Any]:
     """Merge the adapters, truncate the changes, write OUT.
 
@@ -54,7 +54,7 @@ def merge_adapters(
         ResourceError: not enough memory or disk; no such device; no torch.
     """
     require("torch", "merging adapters")
-    fetch_inputs(plan, show)
+    fetch_inputs(plan, on_progress)
     fingerprints = verified_fingerprints(plan)
     output = plan.recipe.output
     cut = RankTruncation(rank_of(plan), output.energy if output else None)
@@ -80,7 +80,7 @@ def merge_adapters(
         merged: dict[str, Factors] = {}
         try:
             for done, (task, factors) in enumerate(makers(plan, options, cut, read)):
-                show(Progress("merge", done, len(plan.tasks), task.name, "modules"))
+                on_progress(Progress("merge", done, len(plan.tasks), task.name, "modules"))
                 if task.name in positions:
                     stacks.add(task.name, factors)
                 elif factors is not None:

@@ -37,7 +37,6 @@ def analyze(
     seed: int | None = None,
     options: MergeOptions | None = None,
     on_progress: OnProgress | None = None,
-    show: OnProgress | None = None,
 ) -> Analysis:
     """Describe models before they are merged, from their weights and files alone.
 
@@ -48,7 +47,7 @@ def analyze(
         base, models: folders or Hub ids, instead of a recipe.
         seed: for sampling matrices, rows and columns for ranks; default: the recipe's.
         options: device, threads and memory; others have no effect.
-        on_progress: called with progress; `show` is its old name.
+        on_progress: called with progress.
 
     Raises:
         UsageError: neither a recipe nor models, or both; fewer than two models.
@@ -70,7 +69,7 @@ def analyze(
         raise UsageError(message, where=loaded.file, hint="Analyze its models by themselves.")
     if seed is not None:
         loaded = loaded.with_seed(seed)
-    on_progress = on_progress or show or ignore_progress
+    on_progress = on_progress or ignore_progress
     settings = options or MergeOptions()
     device = choose_device(settings.device)
     model_set = open_model_set(loaded)

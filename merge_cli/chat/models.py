@@ -139,6 +139,6 @@ def _without_adapter(source: Source, stack: ExitStack, on_progress: OnProgress) 
     plan = make_plan(load_recipe({"merge_method": "passthrough", "models": [source.label]}))
     options = MergeOptions(overwrite=True, statistics=False, model_card=False)
     merged = execute(
-        plan, folder / "model", options, show=on_progress, finish=lambda *outcome: None
+        plan, folder / "model", options, on_progress=on_progress, finish=lambda *outcome: None
     )
     return replace(open_source(ModelRef(str(merged)), folder), label=source.label)

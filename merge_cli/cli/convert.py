@@ -60,7 +60,7 @@ def convert(
 
     screen = console.Screen(quiet=quiet)
     limit = parse_size(max_memory, "--max-memory") if max_memory else 0
-    with screen.progress() as show:
+    with screen.progress() as on_progress:
         converted = run(
             model,
             out,
@@ -69,7 +69,7 @@ def convert(
             max_memory=limit,
             overwrite=overwrite,
             fresh=fresh,
-            show=show,
+            on_progress=on_progress,
         )
     screen.notes(list(converted.notes))
     if converted.tied:

@@ -113,8 +113,8 @@ def evaluate(
     others = against or []
     names_of = {g.reference: _named_by(g.reference, others) for g in gates if g.reference}
     names = list(dict.fromkeys([model, *others, *names_of.values()]))
-    with screen.steps() as show:
-        evaluations = evaluate_all(names, spec, show)
+    with screen.steps() as on_progress:
+        evaluations = evaluate_all(names, spec, on_progress)
     rows = summary(list(evaluations.values()))
     if as_json:
         console.print_json(json.dumps(rows, ensure_ascii=False))

@@ -85,9 +85,9 @@ def init(
         questions = _questions(screen, yes or to_stdout)
         base = base or questions.base()
         models = questions.models(base)
-    with screen.progress() as show:
+    with screen.progress() as on_progress:
         study = drafting.study_models(
-            base, models, data=data or (), read=not headers_only, show=show
+            base, models, data=data or (), read=not headers_only, on_progress=on_progress
         )
     screen.notes(study.notes)
     if questions is None:

@@ -29,7 +29,7 @@ _AT_ONCE = 2**18  # elements: whole blocks of every kind
 
 
 def write_gguf(
-    model: str, out: Path, *, kind: str, overwrite: bool, show: Callable[[Progress], None]
+    model: str, out: Path, *, kind: str, overwrite: bool, on_progress: Callable[[Progress], None]
 ) -> tuple[int, int, tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
     """Write a model as a GGUF file.
 
@@ -63,7 +63,7 @@ def write_gguf(
         with unfinished_file(out) as new:
             with new.open("wb") as file, reading() as read:
                 for done in _write(plan, file, read, source.label):
-                    show(Progress("convert", done, plan.size, out.name))
+                    on_progress(Progress("convert", done, plan.size, out.name))
             os.chmod(new, 0o644)
             inputs.verify()
     except OSError as error:

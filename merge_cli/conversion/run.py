@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -34,7 +34,7 @@ from merge_cli.engine.output import OutputWorkspace
 from merge_cli.errors import CorruptFileError, Interrupted, ResourceError, SourceError, UsageError
 from merge_cli.formats.pickled import PICKLES
 from merge_cli.hub import models as hub
-from merge_cli.options import MergeOptions, Progress
+from merge_cli.options import MergeOptions, OnProgress, Progress, ignore_progress
 from merge_cli.recipe.reference import hub_id, local_folder, parse_reference
 from merge_cli.sources.gguf import SUFFIX
 from merge_cli.sources.storage import INDEX
@@ -47,7 +47,6 @@ from merge_cli.system.untrusted import read_mapping
 _INDEX_OF_PICKLES = "pytorch_model.bin.index.json"
 _FORMAT = 1
 _NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "rng_state", "trainer_state", "scaler")
-Show = Callable[[Progress], None]
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ def convert(
     max_memory: int = 0,
     overwrite: bool = False,
     fresh: bool = False,
-    show: Show = lambda progress: None,
+    on_progress: OnProgress = ignore_progress,
 ) -> Converted:
     """Convert a model to safetensors.
 
@@ -102,7 +101,9 @@ def convert(
         if config or fresh:
             flag = "--config" if config else "--fresh"
             raise UsageError(f"{flag} is not for writing a GGUF file", where=str(out))
-        return Converted(out, *write_gguf(model, out, kind=dtype, overwrite=overwrite, show=show))
+        return Converted(
+            out, *write_gguf(model, out, kind=dtype, overwrite=overwrite, on_progress=on_progress)
+        )
     if is_streamed(model):
         written = convert_streamed(
             model,
@@ -110,7 +111,7 @@ def convert(
             dtype=dtype,
             config=config,
             options=MergeOptions(overwrite=overwrite, fresh=fresh, statistics=False),
-            show=show,
+            on_progress=on_progress,
         )
         return Converted(out, len(written.plan.tasks), written.bytes, (), (), written.notes)
     if dtype or config:
@@ -123,7 +124,7 @@ def convert(
         with OutputWorkspace(out, "conversion") as work:
             if not overwrite:
                 work.refuse(False, [])  # before anything is fetched
-            root, files = find_pickles(model, show)
+            root, files = find_pickles(model, on_progress)
             work.refuse(overwrite, [root, *files])
             settings = _config(root, model)
             inputs = Inputs(
@@ -138,7 +139,7 @@ def convert(
             records = Records(work.journal, key, inputs.fingerprint)
             try:
                 job = _Job(model, work.model, max_memory, copies, work.lock)
-                entries = _convert_all(job, files, records, show)
+                entries = _convert_all(job, files, records, on_progress)
             finally:
                 records.close()
             _clear(work.model, entries)
@@ -170,7 +171,7 @@ def _key(root: Path, files: Sequence[Path], copies: str, inputs: Inputs) -> str:
     return hashlib.sha256(repr((settings, inputs.content_fingerprint)).encode()).hexdigest()
 
 
-def find_pickles(model: str, show: Show) -> tuple[Path, list[Path]]:
+def find_pickles(model: str, on_progress: OnProgress) -> tuple[Path, list[Path]]:
     """The model's folder and its pickled files, as its index lists them.
 
     Raises:
@@ -190,7 +191,7 @@ def find_pickles(model: str, show: Show) -> tuple[Path, list[Path]]:
         def progress(count: int) -> None:
             nonlocal fetched
             fetched += count
-            show(Progress("fetch", fetched, total, model))
+            on_progress(Progress("fetch", fetched, total, model))
 
         folder = repo.fetch(requested, progress)
     if not folder.is_dir():
@@ -251,7 +252,7 @@ class _Job:
 
 
 def _convert_all(
-    job: _Job, files: Sequence[Path], records: Records, show: Show
+    job: _Job, files: Sequence[Path], records: Records, on_progress: OnProgress
 ) -> list[Mapping[str, Any]]:
     total = sum(file.stat().st_size for file in files)
     recorded = {str(record.get("file")): record for record in records.entries}
@@ -261,7 +262,7 @@ def _convert_all(
         name = "model.safetensors"
         if len(files) > 1:
             name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        show(Progress("convert", done, total, file.name))
+        on_progress(Progress("convert", done, total, file.name))
         answer = recorded.get(name)
         if answer is None or not _is_complete(job.folder / name, answer):
             outcome = _in_a_process(job, file, job.folder / name, seen)
@@ -270,7 +271,7 @@ def _convert_all(
         seen += [*answer["tensors"], *answer["tied"]]
         entries.append(answer)
         done += file.stat().st_size
-        show(Progress("convert", done, total, file.name))
+        on_progress(Progress("convert", done, total, file.name))
     return entries
 
 

@@ -55,7 +55,7 @@ def convert_streamed(
     dtype: str,
     config: str,
     options: MergeOptions,
-    show: Callable[[Progress], None],
+    on_progress: Callable[[Progress], None],
 ) -> Written:
     """Write a model as safetensors.
 
@@ -70,7 +70,7 @@ def convert_streamed(
         ResourceError, Interrupted: as `engine.merge.execute` does.
     """
     plan, notes = plan_conversion(model, dtype=dtype, config=config)
-    execute(plan, out, options, show=show, finish=lambda *_: None)
+    execute(plan, out, options, on_progress=on_progress, finish=lambda *_: None)
     return Written(plan, sum(task.bytes_written for task in plan.tasks), notes)
 
 

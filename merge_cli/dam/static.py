@@ -66,7 +66,7 @@ class StaticMerge:
         """
         plan = calibrate(self.calibration.plan, options, on_progress, examples=self.examples)
         whole = replace(options, copy_tokenizer=True, overwrite=True, fresh=False, statistics=False)
-        execute(plan, folder, whole, show=on_progress, finish=lambda *about: None)
+        execute(plan, folder, whole, on_progress=on_progress, finish=lambda *about: None)
 
 
 def plan_static_merges(

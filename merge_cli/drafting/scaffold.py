@@ -230,7 +230,7 @@ def study_models(
     data: Sequence[Path] = (),
     read: bool = True,
     options: MergeOptions | None = None,
-    show: Callable[[Progress], None] = lambda progress: None,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> ModelStudy:
     """Inspect models, and analyse their weights where those are local and small.
 
@@ -251,7 +251,7 @@ def study_models(
         and inspection.is_cached_locally
         and inspection.size <= READ_AT_MOST
     ):
-        analysis = analyze(base=base, models=models, options=options, show=show)
+        analysis = analyze(base=base, models=models, options=options, on_progress=on_progress)
         notes += [verdict.text for verdict in analysis.verdicts]
         advice, weights_read = analysis.advice, "Their weights were read"
     else:

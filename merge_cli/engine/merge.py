@@ -33,14 +33,14 @@ def execute(
     target: Path,
     options: MergeOptions,
     *,
-    show: OnProgress,
+    on_progress: OnProgress,
     finish: Finish,
     run: Run = run_loop,
 ) -> Path:
     """Merge into `target`.
 
     Args:
-        show: called with progress, in the calling thread.
+        on_progress: called with progress, in the calling thread.
         finish: writes reports into the finished folder before it is published.
         run: does the work that is left.
 
@@ -55,7 +55,7 @@ def execute(
     device = device_of(options)
     try:
         with OutputWorkspace(target) as work:
-            fetch_inputs(plan, show)
+            fetch_inputs(plan, on_progress)
             inputs = inputs_of(plan)
             fingerprints = verified_fingerprints(plan)
             key = work_key(plan, device.kind, options.statistics)
@@ -69,14 +69,14 @@ def execute(
             work.check_space(plan.bytes_written)
             differing = compare_copies(plan.copies)
             for note in differing:
-                show(Progress("copies", 0, 0, note))
+                on_progress(Progress("copies", 0, 0, note))
             plan = replace(plan, notes=(*plan.notes, *differing))
             begun = Records.count_of(work.journal)
             journal = open_journal(work, key, plan.shards, inputs.fingerprint)
             if begun and not journal.done:
-                show(Progress("merge", 0, 0, _ANEW))
+                on_progress(Progress("merge", 0, 0, _ANEW))
             try:
-                outcome = run(plan, work.model, journal, device, options, show)
+                outcome = run(plan, work.model, journal, device, options, on_progress)
             except SourceError:
                 inputs.verify_or(work.discard)  # what it stumbled over may be a half-written file
                 raise

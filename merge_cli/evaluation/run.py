@@ -40,7 +40,6 @@ def evaluate(
     *,
     limit: int | None = None,
     on_progress: OnProgress | None = None,
-    show: OnProgress | None = None,
     **settings: Any,
 ) -> Evaluation:
     """Evaluate a model.
@@ -49,7 +48,7 @@ def evaluate(
         model: a folder, or a Hub id.
         tasks: an evaluation file (.yaml); a data file, for its loss; several; or tasks.
         limit: at most so many rows of each task, a random sample.
-        on_progress: called with progress; `show` is its old name.
+        on_progress: called with progress.
         settings: fields of `EvalSpec`: device, dtype, max_length, batch_tokens, seed, cache.
 
     Returns:
@@ -61,7 +60,7 @@ def evaluate(
         ResourceError: the device or a package is missing.
     """
     spec = as_spec(tasks).changed(**settings).limited(limit)
-    return evaluate_all([str(model)], spec, on_progress or show or _silent)[str(model)]
+    return evaluate_all([str(model)], spec, on_progress or _silent)[str(model)]
 
 
 def evaluate_all(

@@ -151,13 +151,13 @@ class Evaluations:
         self,
         folder: SearchWorkspace,
         workers: Workers,
-        show: OnProgress,
+        on_progress: OnProgress,
         *,
         failures: int,
         total: int,
         best: Callable[[], str] = lambda: "",
     ) -> None:
-        self._folder, self._workers, self._show = folder, workers, show
+        self._folder, self._workers, self._show = folder, workers, on_progress
         self._limit, self._total, self._best = failures, total, best
         self._recorded = {
             (line["kind"], line["number"], line["share"]): line for line in folder.lines

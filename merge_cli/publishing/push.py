@@ -62,7 +62,6 @@ def push(
     overwrite: bool = False,
     bars: bool = False,
     on_progress: OnProgress | None = None,
-    show: OnProgress | None = None,
 ) -> Pushed:
     """Upload the merged model in the folder `out` to a model repository; create it if needed.
 
@@ -73,14 +72,14 @@ def push(
         message: of the commit.
         overwrite: replace another model in the repository.
         bars: show huggingface_hub's progress bars.
-        on_progress: called after each file; `show` is its old name.
+        on_progress: called after each file.
 
     Raises:
         SourceError, CorruptFileError: `out` is not a finished merge.
         UsageError: the repository has the other visibility, or holds another model.
         HubError: no token, no right, no connection. The same call resumes.
     """
-    on_progress = on_progress or show or ignore_progress
+    on_progress = on_progress or ignore_progress
     check_name(repo_id)
     if is_address(repo_id):
         refuse_hub_options(repo_id, public=public, branch=branch, message=message)

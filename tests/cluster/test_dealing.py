@@ -36,7 +36,7 @@ def merge(
         merge_cli.plan(recipe),
         out,
         OPTIONS,
-        show=on_progress,
+        on_progress=on_progress,
         finish=lambda plan, prints, outcome, folder: outcomes.append(outcome),
         run=RayCluster(ray, least).run,
     )

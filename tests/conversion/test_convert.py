@@ -50,7 +50,7 @@ def test_one_file_and_shards(tmp_path: Path) -> None:
     own = tensors()
     names = sorted(own)
     seen: list[Progress] = []
-    one = convert(str(write(tmp_path / "one", [own])), tmp_path / "a", show=seen.append)
+    one = convert(str(write(tmp_path / "one", [own])), tmp_path / "a", on_progress=seen.append)
     parts = [{n: own[n] for n in names[i::3]} for i in range(3)]
     many = convert(str(write(tmp_path / "many", parts)), tmp_path / "b")
     for found in (one, many):
