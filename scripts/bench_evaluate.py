@@ -29,7 +29,7 @@ from merge_cli.evaluation.run import score_task
 from merge_cli.evaluation.tasks.exact_match import ExactMatch
 from merge_cli.evaluation.tasks.loss import LossTask
 from merge_cli.recipe.reference import parse_reference
-from merge_cli.sources.source import open_source
+from merge_cli.sources.opening import open_source
 
 ROOT = Path(__file__).resolve().parents[1]
 BATCHES = (1, 2, 4, 8, 16, 32)

@@ -31,7 +31,7 @@ from merge_cli.evolve.plan import plan_search
 from merge_cli.options import MergeOptions
 from merge_cli.planning.planner import load_recipe, make_plan
 from merge_cli.recipe.reference import ModelRef
-from merge_cli.sources.source import open_source
+from merge_cli.sources.opening import open_source
 
 ZOO = Path(__file__).resolve().parents[1] / "zoo"
 OPTIONS = MergeOptions(device="cpu", threads=1, statistics=False, overwrite=True, fresh=True)

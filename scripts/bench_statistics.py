@@ -37,7 +37,8 @@ from merge_cli.evaluation.forward import Example
 from merge_cli.evaluation.live import LiveModel
 from merge_cli.recipe.reference import ModelRef
 from merge_cli.recipe.statistics import Statistics
-from merge_cli.sources.source import Source, open_source
+from merge_cli.sources.opening import open_source
+from merge_cli.sources.source import Source
 
 GATHER = {"regmean": ("gram", gather_grams), "fisher": ("fisher", gather_importances)}
 

@@ -22,7 +22,8 @@ from merge_cli.planning.output_slices import output_slices
 from merge_cli.planning.plan import Plan, TensorTask
 from merge_cli.recipe.reference import ModelRef, parse_reference, short_labels
 from merge_cli.recipe.schema import Recipe, SourceSpec
-from merge_cli.sources.source import Source, open_source
+from merge_cli.sources.opening import open_source
+from merge_cli.sources.source import Source
 from merge_cli.tokenizer.alignment import AlignedVocabulary
 
 

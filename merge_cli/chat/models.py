@@ -22,7 +22,8 @@ from merge_cli.evaluation.live import LiveModel, load, load_tokenizer, memory_er
 from merge_cli.options import MergeOptions, OnProgress, ignore_progress
 from merge_cli.planning.planner import load_recipe, make_plan
 from merge_cli.recipe.reference import ModelRef, parse_reference
-from merge_cli.sources.source import Source, fetch_weights, open_source
+from merge_cli.sources.opening import open_source
+from merge_cli.sources.source import Source, fetch_weights
 from merge_cli.system.libraries import require
 
 _USUAL = 4096  # tokens of context that are used at most (evaluation.live)

@@ -112,7 +112,7 @@ def _questions(screen: Screen, silent: bool) -> Questions:
     """
     from merge_cli.console.questions import Questions
     from merge_cli.recipe.reference import parse_reference
-    from merge_cli.sources.source import open_source
+    from merge_cli.sources.opening import open_source
 
     if silent or not sys.stdin.isatty():
         hint = "merge-cli init --base BASE --model A --model B"

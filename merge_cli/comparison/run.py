@@ -34,7 +34,8 @@ from merge_cli.planning.preparation import preparations_of
 from merge_cli.planning.stages import plan_recipe
 from merge_cli.recipe.fields import nearest
 from merge_cli.recipe.reference import ModelRef
-from merge_cli.sources.source import Source, fetch_weights, open_source
+from merge_cli.sources.opening import open_source
+from merge_cli.sources.source import Source, fetch_weights
 from merge_cli.system.raw_io import write_error
 
 RESUMES = "The same command resumes: finished merges and evaluations are kept."

@@ -20,7 +20,8 @@ from merge_cli.formats.gguf.vocabulary import vocabulary_keys
 from merge_cli.formats.gguf.writing import KINDS, GgufPlan, Piece, encode, plan_file
 from merge_cli.options import Progress
 from merge_cli.recipe.reference import parse_reference
-from merge_cli.sources.source import Source, fetch_weights, open_source
+from merge_cli.sources.opening import open_source
+from merge_cli.sources.source import Source, fetch_weights
 from merge_cli.system.raw_io import unfinished_file, write_error
 from merge_cli.system.untrusted import Unreadable
 from merge_cli.tokenizer.files import chat_templates, settings_json, tokenizer_json

@@ -24,8 +24,9 @@ from merge_cli.planning.plan import Plan
 from merge_cli.planning.planner import load_recipe, make_plan
 from merge_cli.planning.skeleton import Skeleton, build
 from merge_cli.recipe.reference import hub_file, is_address, local_folder, parse_reference
+from merge_cli.sources.opening import open_source, open_tokenizer
 from merge_cli.sources.single_file import NO_CONFIG
-from merge_cli.sources.source import Source, open_source, open_tokenizer
+from merge_cli.sources.source import Source
 
 _SHOWN = 3  # names in a message
 

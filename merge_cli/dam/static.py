@@ -33,7 +33,8 @@ from merge_cli.recipe.reference import ModelRef
 from merge_cli.recipe.schema import Recipe, SourceSpec
 from merge_cli.recipe.statistics import Statistics, fitting_statistics
 from merge_cli.recipe.training import WHOLE_STARTS
-from merge_cli.sources.source import Source, open_source
+from merge_cli.sources.opening import open_source
+from merge_cli.sources.source import Source
 
 # A third of what `fisher` looks at by default costs a fifth, and merges as well.
 _EXAMPLES, _LENGTH = 96, 128

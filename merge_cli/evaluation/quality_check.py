@@ -37,7 +37,8 @@ from merge_cli.planning.preparation import preparation_for
 from merge_cli.recipe.fields import nearest
 from merge_cli.recipe.reference import ModelRef
 from merge_cli.recipe.schema import Recipe
-from merge_cli.sources.source import Source, fetch_weights, open_source
+from merge_cli.sources.opening import open_source
+from merge_cli.sources.source import Source, fetch_weights
 from merge_cli.system import libraries
 from merge_cli.system.raw_io import write_error
 

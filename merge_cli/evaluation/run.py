@@ -23,7 +23,8 @@ from merge_cli.evaluation.tasks.loss import LossTask
 from merge_cli.options import OnProgress, Progress
 from merge_cli.recipe.reference import parse_reference
 from merge_cli.recipe.schema import Recipe
-from merge_cli.sources.source import Source, fetch_weights, open_source
+from merge_cli.sources.opening import open_source
+from merge_cli.sources.source import Source, fetch_weights
 from merge_cli.system.machine import torch_threads
 from merge_cli.system.raw_io import write_error
 

@@ -31,7 +31,7 @@ from merge_cli.planning.planner import make_plan
 from merge_cli.planning.tasks import TaskResolver
 from merge_cli.recipe.reference import ModelRef
 from merge_cli.recipe.schema import Recipe
-from merge_cli.sources.source import open_source
+from merge_cli.sources.opening import open_source
 from merge_cli.sources.storage import INDEX
 
 # Mergers that are kept with their threads: one for each method and set of sources.

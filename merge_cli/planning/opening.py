@@ -14,7 +14,8 @@ from merge_cli.errors import (
 from merge_cli.formats.detect import advice
 from merge_cli.recipe.reference import ModelRef, local_folder
 from merge_cli.recipe.schema import Recipe
-from merge_cli.sources.source import Source, open_source
+from merge_cli.sources.opening import open_source
+from merge_cli.sources.source import Source
 
 
 def one_spelling(recipe: Recipe) -> Recipe:

@@ -22,7 +22,8 @@ from merge_cli.planning.sweep import plan_sweep
 from merge_cli.recipe.fields import nearest
 from merge_cli.recipe.reference import ModelRef, hub_id, stage_folder
 from merge_cli.recipe.schema import Recipe
-from merge_cli.sources.source import Source, open_source
+from merge_cli.sources.opening import open_source
+from merge_cli.sources.source import Source
 
 
 def plan_recipe(recipe: Recipe, *, shard_size: int = DEFAULT_SHARD_SIZE) -> Plan:

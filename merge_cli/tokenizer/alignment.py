@@ -17,7 +17,8 @@ from merge_cli.errors import MergeCliError, RecipeError, SourceError
 from merge_cli.recipe.reference import local_folder, parse_reference
 from merge_cli.recipe.schema import Recipe
 from merge_cli.recipe.tokenizer import BASE, UNION
-from merge_cli.sources.source import Source, open_tokenizer
+from merge_cli.sources.opening import open_tokenizer
+from merge_cli.sources.source import Source
 from merge_cli.tokenizer.conversion import converted_vocabulary
 from merge_cli.tokenizer.files import check_numbers, opaque_files, read_vocabulary
 from merge_cli.tokenizer.rows import Key, SourceVocabulary, TokenAligner

@@ -11,7 +11,8 @@ import transformers as hf
 from merge_cli.adapters.known_modules import known_modules
 from merge_cli.adapters.pair import ModuleMap
 from merge_cli.recipe.reference import parse_reference
-from merge_cli.sources.source import Source, open_source
+from merge_cli.sources.opening import open_source
+from merge_cli.sources.source import Source
 
 SIZES: dict[str, Any] = {
     "vocab_size": 24, "hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 2,

@@ -20,7 +20,7 @@ from merge_cli.errors import SourceError
 from merge_cli.evaluation.live import load
 from merge_cli.lora.names import _live_names
 from merge_cli.recipe.reference import ModelRef
-from merge_cli.sources.source import open_source
+from merge_cli.sources.opening import open_source
 from tests.support.tiny import llama_config, llama_tensors, write_model
 
 CODE: list[dict[str, Any]] = [

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from merge_cli.checkpoint.headers import parse_header, read_header_file
 from merge_cli.errors import CorruptFileError, SourceError
 from merge_cli.recipe.reference import ModelRef
-from merge_cli.sources.source import open_source
+from merge_cli.sources.opening import open_source
 from tests.support.tiny import Family, write_model
 
 

@@ -213,7 +213,7 @@ def test_read_model_sees_weights_alone(family: Family, tmp_path: Path) -> None:
     write_coefficients(family, "column")
     merge(recipe_of(family), tmp_path / "out")
     from merge_cli.recipe.reference import parse_reference
-    from merge_cli.sources.source import open_source
+    from merge_cli.sources.opening import open_source
 
     source = open_source(parse_reference(str(tmp_path / "out"), tmp_path), tmp_path)
     assert set(source.tensors) == set(family.base)

@@ -18,7 +18,7 @@ from merge_cli.evaluation.live import load
 from merge_cli.evolve.mergeable import MergeableModel
 from merge_cli.planning.planner import load_recipe
 from merge_cli.recipe.reference import ModelRef
-from merge_cli.sources.source import open_source
+from merge_cli.sources.opening import open_source
 from tests.support.dam_tiny import SIZES, write_experts, write_models
 from tests.support.evolve_tiny import OPTIONS
 from tests.support.tiny import read_model, write_model

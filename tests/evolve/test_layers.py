@@ -17,7 +17,7 @@ from merge_cli.evolve.mergeable import MergeableModel
 from merge_cli.evolve.plan import plan_search
 from merge_cli.planning.planner import load_recipe, make_plan
 from merge_cli.recipe.reference import ModelRef
-from merge_cli.sources.source import open_source
+from merge_cli.sources.opening import open_source
 from tests.support.evolve_tiny import (
     OPTIONS,
     journal,

@@ -55,7 +55,7 @@ from merge_cli.evolve.static import soup_start
 from merge_cli.options import MergeOptions
 from merge_cli.planning.planner import load_recipe, make_plan
 from merge_cli.recipe.reference import ModelRef
-from merge_cli.sources.source import open_source
+from merge_cli.sources.opening import open_source
 from merge_cli.system.records import seal, unseal
 from merge_cli.system.workspace import MARK
 from tests.support.devices import StrictTransfers

@@ -27,7 +27,7 @@ from merge_cli.formats.dcp.model import METADATA, model_names, open_checkpoint
 from merge_cli.formats.inert import load_inert
 from merge_cli.options import MergeOptions
 from merge_cli.recipe.reference import ModelRef
-from merge_cli.sources.source import open_source
+from merge_cli.sources.opening import open_source
 from merge_cli.system.untrusted import Unreadable
 from tests.support.dcp_writer import config
 from tests.support.paths import ROOT

@@ -22,7 +22,7 @@ from merge_cli.formats.dcp.metadata import parse_metadata
 from merge_cli.formats.dcp.names import parse_rules
 from merge_cli.options import MergeOptions
 from merge_cli.recipe.reference import ModelRef
-from merge_cli.sources.source import open_source
+from merge_cli.sources.opening import open_source
 from merge_cli.system.untrusted import Unreadable
 from tests.support.dcp_writer import config
 from tests.support.paths import ROOT

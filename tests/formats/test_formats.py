@@ -24,7 +24,7 @@ from merge_cli.planning.planner import load_recipe, make_plan
 from merge_cli.recipe import schema
 from merge_cli.recipe.fields import CODES, SAME
 from merge_cli.recipe.reference import ModelRef
-from merge_cli.sources.source import open_source
+from merge_cli.sources.opening import open_source
 from tests.support.encoded import recipe
 from tests.support.tiny import merge, read_model, write_model
 

@@ -21,7 +21,8 @@ from merge_cli.formats.gguf.config import llama3_factors
 from merge_cli.formats.gguf.header import read_header, shortest
 from merge_cli.options import MergeOptions
 from merge_cli.recipe.reference import ModelRef
-from merge_cli.sources.source import Source, open_source
+from merge_cli.sources.opening import open_source
+from merge_cli.sources.source import Source
 from tests.support.command import cli, failed
 from tests.support.gguf_files import (
     ARRAY,

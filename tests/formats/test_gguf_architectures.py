@@ -23,7 +23,7 @@ from merge_cli.formats.gguf.architectures import (
 from merge_cli.formats.gguf.header import read_header
 from merge_cli.options import MergeOptions
 from merge_cli.recipe.reference import ModelRef
-from merge_cli.sources.source import open_source
+from merge_cli.sources.opening import open_source
 from tests.support.gguf_files import Sizes, write_gguf
 from tests.support.tiny import read_model
 

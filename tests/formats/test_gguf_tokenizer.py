@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from merge_cli.errors import MergeCliError
 from merge_cli.formats.gguf.tokenizer import PRE_TOKENIZERS, tokenizer_files
 from merge_cli.recipe.reference import ModelRef
-from merge_cli.sources.source import open_source
+from merge_cli.sources.opening import open_source
 from tests.support.gguf_files import Sizes, gguf_bytes, random_tensors, vocabulary
 
 TEXTS = [

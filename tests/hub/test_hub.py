@@ -17,7 +17,7 @@ from merge_cli.hub import download as hub_download
 from merge_cli.hub import models as hub_module
 from merge_cli.hub.models import fetch_files, is_cached, open_hub, read_header
 from merge_cli.recipe.reference import ModelRef
-from merge_cli.sources.source import open_source
+from merge_cli.sources.opening import open_source
 from tests.support.hub_server import HubServer
 from tests.support.tiny import Family, llama_config, llama_family, read_model, write_model
 

@@ -14,7 +14,8 @@ from merge_cli.errors import SourceError
 from merge_cli.options import MergeOptions
 from merge_cli.planning.planner import load_recipe, make_plan
 from merge_cli.recipe.reference import ModelRef, hub_file, hub_id, parse_reference
-from merge_cli.sources.source import Source, open_source
+from merge_cli.sources.opening import open_source
+from merge_cli.sources.source import Source
 from tests.support.gguf_files import write_gguf
 from tests.support.hub_server import HubServer
 from tests.support.tiny import llama_config, llama_tensors, write_model

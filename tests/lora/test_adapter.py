@@ -20,7 +20,7 @@ from merge_cli.evaluation.fingerprints import source_fingerprint
 from merge_cli.options import MergeOptions
 from merge_cli.planning.planner import load_recipe, make_plan
 from merge_cli.recipe.reference import ModelRef
-from merge_cli.sources.source import open_source
+from merge_cli.sources.opening import open_source
 from tests.support.adapters import LINEAR, OPTIONS, gpt2, llama, merge, passthrough, write
 from tests.support.tiny import read_model
 

@@ -9,7 +9,7 @@ import torch
 
 from merge_cli.planning.heads import reconcile_heads
 from merge_cli.recipe.reference import ModelRef
-from merge_cli.sources.source import open_source
+from merge_cli.sources.opening import open_source
 from tests.support.tiny import Tensors, llama_config, llama_tensors, write_model
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"

@@ -17,7 +17,7 @@ from merge_cli.errors import MismatchError
 from merge_cli.options import MergeOptions
 from merge_cli.planning.planner import load_recipe, make_plan
 from merge_cli.recipe.reference import ModelRef
-from merge_cli.sources.source import open_source
+from merge_cli.sources.opening import open_source
 from tests.support.tiny import Tensors, read_model, write_model
 
 OPTIONS = MergeOptions(device="cpu", threads=1)

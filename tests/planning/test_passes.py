@@ -14,15 +14,15 @@ from merge_cli.checkpoint.headers import TensorRef
 from merge_cli.errors import MismatchError, RecipeError
 from merge_cli.planning import planner
 from merge_cli.planning.draft import Draft
-from merge_cli.planning.planner import (
+from merge_cli.planning.passes import (
     cut_slices,
-    load_recipe,
     match_tensors,
     unify_copies,
     unify_heads,
     unify_layouts,
     unify_prefixes,
 )
+from merge_cli.planning.planner import load_recipe
 from merge_cli.planning.resolve import check_recipe
 from merge_cli.planning.tasks import decide_tasks
 from merge_cli.sources.source import Source

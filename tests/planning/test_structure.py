@@ -147,7 +147,7 @@ def test_a_rule_by_position_in_a_key_that_nobody_knows(
     monkeypatch.setattr(
         "merge_cli.planning.output_slices.with_layer_types", lambda config, root: config
     )
-    monkeypatch.setattr("merge_cli.planning.planner.with_layer_types", lambda config, root: config)
+    monkeypatch.setattr("merge_cli.planning.passes.with_layer_types", lambda config, root: config)
     with pytest.raises(MismatchError, match="of another kind than layer 3"):
         make_plan(load_recipe(recipe(tmp_path, ([3, 4], [0, 3]))))
 

@@ -18,7 +18,8 @@ from merge_cli.options import MergeOptions
 from merge_cli.recipe.reference import ModelRef, parse_reference
 from merge_cli.remote import models
 from merge_cli.remote.models import RemoteModel, open_remote
-from merge_cli.sources.source import Source, fetch_weights, open_source
+from merge_cli.sources.opening import open_source
+from merge_cli.sources.source import Source, fetch_weights
 from tests.support.command import cli, failed
 from tests.support.stores import BUCKET, S3Server, WebServer
 from tests.support.tiny import llama_config, llama_tensors, read_model, write_model

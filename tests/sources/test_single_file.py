@@ -17,7 +17,8 @@ from merge_cli.conversion.run import convert
 from merge_cli.errors import CorruptFileError, SourceError
 from merge_cli.options import MergeOptions
 from merge_cli.recipe.reference import ModelRef
-from merge_cli.sources.source import Source, open_source
+from merge_cli.sources.opening import open_source
+from merge_cli.sources.source import Source
 from tests.support.command import cli, failed
 from tests.support.tiny import llama_config, llama_tensors, read_model, write_model
 

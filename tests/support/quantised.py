@@ -17,7 +17,8 @@ from merge_cli.engine import memory
 from merge_cli.formats import packed
 from merge_cli.planning import plan as units
 from merge_cli.recipe.reference import ModelRef
-from merge_cli.sources.source import Source, open_source
+from merge_cli.sources.opening import open_source
+from merge_cli.sources.source import Source
 from tests.support.tiny import Tensors, merge, write_model
 
 

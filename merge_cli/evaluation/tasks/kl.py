@@ -20,7 +20,8 @@ from merge_cli.evaluation.teachers import KeptPredictions, Teacher
 from merge_cli.recipe.forms import Text
 from merge_cli.recipe.reference import parse_reference
 from merge_cli.recipe.sections import option
-from merge_cli.sources.source import Source, fetch_weights, open_source
+from merge_cli.sources.opening import open_source
+from merge_cli.sources.source import Source, fetch_weights
 
 # examples [n], divergence [n], whether the likeliest token is the same [n]
 Compared = tuple[Any, Any, Any]
