@@ -127,8 +127,8 @@ class StepMerges:
         """The best weights that a search finds, from the best step that has weights."""
         steps = {step.name: step.weights for step in self._decided.steps if step.weights}
         measured = (line for line in self._path if line["loss"] is not None)
-        known = [line for line in measured if line["step"] in steps]
-        start = min(known, key=lambda line: line["loss"], default={"step": SOUP})["step"]
+        measured_before = [line for line in measured if line["step"] in steps]
+        start = min(measured_before, key=lambda line: line["loss"], default={"step": SOUP})["step"]
         done = [line for line in self._folder.lines if line["kind"] == "candidate"]
         total = candidate_count(len(recipe.models))
 

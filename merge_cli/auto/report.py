@@ -54,13 +54,13 @@ def _gains(auto: Json) -> list[Figure]:
     gains, points, seconds = auto["verdict"]["gain_over_soup"], [], 0.0
     for line in auto["path"]:
         seconds += line["seconds"]
-        found = gains.get(line["step"])
-        if found is None:
+        gain = gains.get(line["step"])
+        if gain is None:
             continue
-        ends = (found["low"], found["high"])
+        ends = (gain["low"], gain["high"])
         style = "s-0" if line["kept"] else "s-base"
         points.append(
-            Point(line["step"], max(seconds, 0.01), found["value"], ends, style, line["kept"])
+            Point(line["step"], max(seconds, 0.01), gain["value"], ends, style, line["kept"])
         )
     if len(points) < 2:
         return []
@@ -90,8 +90,8 @@ def _verdict(auto: Json) -> Section:
     names = list(next(iter(verdict["losses"].values())))
     rows = []
     for name, losses in verdict["losses"].items():
-        found = verdict["gain_over_soup"].get(name)
-        text = f"{found['value']:.4f} ({found['low']:.4f} to {found['high']:.4f})" if found else "–"
+        gain = verdict["gain_over_soup"].get(name)
+        text = f"{gain['value']:.4f} ({gain['low']:.4f} to {gain['high']:.4f})" if gain else "–"
         rows.append(
             [name, *(f"{losses[n]:.4f}" for n in names), f"{verdict['loss'][name]:.4f}", text]
         )

@@ -45,19 +45,19 @@ def best_weights(start: Weights, seed: int, loss: Callable[[int, Weights], float
         seed,
         [_share(weight) for weight in start],
     )
-    found: list[tuple[float, Weights]] = []
+    scored: list[tuple[float, Weights]] = []
     for _ in range(_GENERATIONS):
         genomes = optimizer.ask()
         losses = []
         for genome in genomes:
             weights = tuple(_weight(u) for u in genome)
-            value = loss(len(found), weights)
-            found.append((value if math.isfinite(value) else _NO_NUMBER, weights))
-            losses.append(found[-1][0])
+            value = loss(len(scored), weights)
+            scored.append((value if math.isfinite(value) else _NO_NUMBER, weights))
+            losses.append(scored[-1][0])
         optimizer.tell(genomes, losses, [(value,) for value in losses])
         if optimizer.ended:
             break
-    return min(found, key=lambda item: item[0])[1]
+    return min(scored, key=lambda item: item[0])[1]
 
 
 def weighted(recipe: Recipe, weights: Sequence[float]) -> Recipe:

@@ -257,9 +257,9 @@ class _Run:
             max_restarts=0,
             scheduling_strategy=on_node(self._ray, node),
         )(NodeWorker)
-        own = threads if computes_on_cpu else None
-        actor = remote.remote(self._work, own, path.absolute())
-        return _Member(node, own, actor, _NodeLog(path))
+        node_threads = threads if computes_on_cpu else None
+        actor = remote.remote(self._work, node_threads, path.absolute())
+        return _Member(node, node_threads, actor, _NodeLog(path))
 
     def _look_at_the_model(self) -> tuple[Any, float]:
         """The method's pass over the whole model, by one node: what it returns, and its seconds.

@@ -79,10 +79,12 @@ def _planned(source: Source, kind: str) -> tuple[GgufPlan, str]:
         message = f"its weights are quantised ({refused[0]})"
         raise SourceError(message, model=source.label, hint=refused[1])
     embedding = source.tensors.get("model.embed_tokens.weight")
-    own = embedding.default_dtype if embedding is not None else ""
-    name = "Q8_0" if kind.lower() == "q8_0" else SAFETENSORS_NAMES.get(kind, "") if kind else own
+    default = embedding.default_dtype if embedding is not None else ""
+    name = (
+        "Q8_0" if kind.lower() == "q8_0" else SAFETENSORS_NAMES.get(kind, "") if kind else default
+    )
     if name not in KINDS or (not kind and name not in MERGEABLE):
-        message = f"'{kind or own}' is nothing that matrices are written as in GGUF"
+        message = f"'{kind or default}' is nothing that matrices are written as in GGUF"
         raise UsageError(message, hint="Use float32, float16, bfloat16 or q8_0.")
     document = tokenizer_json(source)
     if not document:

@@ -54,7 +54,7 @@ def assemble(
     else:
         return_freed_memory()
     net = load_student(plan, device, dtype)
-    places = find_parameter_slices(plan, net)
+    slices = find_parameter_slices(plan, net)
     coefficients = initial_coefficients(targets, training, plan.recipe.seed, device, dtype)
     wide = next(iter(coefficients.values())).raw.dtype
     sources = Sources(
@@ -66,7 +66,7 @@ def assemble(
     )
     merged_parameters = [
         MergedParameter(
-            places[target.name].parameter, places[target.name].index, target.name, target.trained
+            slices[target.name].parameter, slices[target.name].index, target.name, target.trained
         )
         for target in targets
         if target.held

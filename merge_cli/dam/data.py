@@ -199,10 +199,10 @@ class Order:
     def batch(self, step: int) -> list[int]:
         """Numbers of the train sequences of a step, which counts from 0."""
         count = -(-len(self._dataset.train) // self._size)
-        number, place = divmod(step, count)
+        number, index = divmod(step, count)
         if number not in self._passes:
             self._passes = {number: self._pass(number)}
-        return self._passes[number][place]
+        return self._passes[number][index]
 
     def _pass(self, number: int) -> list[list[int]]:
         chance = random.Random(f"{self._seed}:{self._dataset.name}:pass {number}")

@@ -80,7 +80,7 @@ class HeldOut:
             ]
         self.passes = self.tokens = 0
 
-    def told(self, note: str, world: World, on_progress: OnProgress) -> Callable[[], None]:
+    def reporter(self, note: str, world: World, on_progress: OnProgress) -> Callable[[], None]:
         """What `score` may call between batches to say how far it is."""
         done = count()
         total = -(-sum(map(len, self._batches.values())) // world.size)

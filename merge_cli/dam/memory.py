@@ -129,8 +129,8 @@ def activation_bytes(
 def _feed_forward(text: Any, hidden: int) -> int:
     """The width of the feed-forward layer; of all experts that one token passes through."""
     names = ("moe_intermediate_size", "intermediate_size", "n_inner", "ffn_dim")
-    found = [value for name in names if isinstance(value := getattr(text, name, None), int)]
-    inner = found[0] if found else 4 * hidden
+    widths = [value for name in names if isinstance(value := getattr(text, name, None), int)]
+    inner = widths[0] if widths else 4 * hidden
     counts = ("num_experts_per_tok", "num_experts_per_token", "moe_topk")
     experts = [value for name in counts if isinstance(value := getattr(text, name, None), int)]
     if not experts:

@@ -177,14 +177,14 @@ class Sampler:
             logits = net(
                 input_ids=ids.to(net.device), attention_mask=mask.to(net.device), use_cache=False
             ).logits
-        found = {}
+        teachers = {}
         for row, number in enumerate(numbers):
             judged = logits[row][counted[row].to(logits.device)]
             wide = judged if judged.dtype == torch.float64 else judged.float()
             k = wide.shape[-1] if self._top_k is None else self._top_k
             likeliest, logp, tail = kept_predictions(wide, k, 1.0)
-            found[number] = likeliest.cpu(), logp.cpu(), None if tail is None else tail.cpu()
-        return found
+            teachers[number] = likeliest.cpu(), logp.cpu(), None if tail is None else tail.cpu()
+        return teachers
 
 
 def rollout_bytes(rollouts: Rollouts | None, rows: int, k: int) -> int:
@@ -206,8 +206,8 @@ def _inverse(probabilities: Any, draws: Any) -> Any:
 
     cumulated = probabilities.cumsum(-1)
     # Of the whole, which may miss 1 by a rounding, so that no token beyond the last is drawn.
-    place = torch.searchsorted(cumulated, draws.double() * cumulated[:, -1:], right=True)
-    return place[:, 0].clamp(max=probabilities.shape[-1] - 1)
+    token = torch.searchsorted(cumulated, draws.double() * cumulated[:, -1:], right=True)
+    return token[:, 0].clamp(max=probabilities.shape[-1] - 1)
 
 
 def _cache_name(net: Any) -> str:

@@ -221,7 +221,7 @@ def _learn(
                 student.coefficients[name].show(entries)
             student.write_all()
             assert trainer.position.tested is not None
-            on_batch = test.told("test rows", world, on_progress)
+            on_batch = test.reporter("test rows", world, on_progress)
             trainer.position.tested[LEARNED] = test.score(forward, world, on_batch).to_json()
         for target in decided.targets:  # stored, but no parameter of the student
             if target.name not in entries:

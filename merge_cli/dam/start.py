@@ -70,7 +70,7 @@ def choose_start(
     best = min(finite, key=lambda name: finite[name].mean_kl, default=None)
     if test and best is not None:
         next(item for item in compared if item.name == best).write(student)
-        between = test.told(f"test rows with {best}", world, on_progress)
+        between = test.reporter(f"test rows with {best}", world, on_progress)
         position.tested = {best: test.score(forward, world, between).to_json()}
     if start == "best":
         chosen = best_start(compared, finite, decided.training.form)

@@ -223,13 +223,13 @@ class Trainer:
 
         datasets = [dataset.name for dataset in self._decided.datasets]
         weights = {name: weight for name, weight in self._training.loss.items() if weight}
-        found = sums[0].by_owner()
+        sums_of_datasets = sums[0].by_owner()
         about = self._training.rollouts
         if about is not None and not step % about.every:
             weights[rollouts.TERM] = about.weight
-            for of_dataset, judged in zip(found, sums[1].by_owner(), strict=True):
+            for of_dataset, judged in zip(sums_of_datasets, sums[1].by_owner(), strict=True):
                 of_dataset[rollouts.TERM] = judged.get("reverse_kl", 0.0)
-        terms = dict(zip(datasets, found, strict=True))
+        terms = dict(zip(datasets, sums_of_datasets, strict=True))
         names = sorted(weights)
         table = torch.tensor(
             [[term.get(name, 0.0) for name in names] for term in terms.values()],
@@ -262,7 +262,7 @@ class Trainer:
         score = self._known_start()
         if score is None:
             note = f"held-out rows after {position.step} steps"
-            between = self._held_out.told(note, self._world, self._on_progress)
+            between = self._held_out.reporter(note, self._world, self._on_progress)
             score = self._held_out.score(self._forward, self._world, between)
         position.held_out_passes += self._held_out.passes - before
         if not score.finite:

@@ -37,10 +37,10 @@ def part_of(row: Row) -> str:
 
     A function of what the row says alone, so that it is in one part wherever it stands.
     """
-    place = int.from_bytes(hashlib.sha256(b"part:" + content_of(row)).digest()[:8], "big") / 2**64
-    if place < VALIDATION:
+    share = int.from_bytes(hashlib.sha256(b"part:" + content_of(row)).digest()[:8], "big") / 2**64
+    if share < VALIDATION:
         return "validation"
-    return "test" if place < VALIDATION + TEST else "train"
+    return "test" if share < VALIDATION + TEST else "train"
 
 
 def _file_rows(path: Path) -> list[Row]:

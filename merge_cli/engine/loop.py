@@ -108,7 +108,7 @@ def run_loop(
             return
         merged: list[tuple[Chunk, TensorStats]] = []
         for task in batch:
-            executor.merge(plan.tasks[task], remaining[task], lambda *one: merged.append(one))
+            executor.merge(plan.tasks[task], remaining[task], lambda *chunk: merged.append(chunk))
         record(merged)
 
     def record_one(chunk: Chunk, chunk_stats: TensorStats) -> None:

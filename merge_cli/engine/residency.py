@@ -65,9 +65,9 @@ def choose_residency(
         ResourceError: what is requested does not fit.
     """
 
-    def left(free: int, share: float, beside: int) -> int:
+    def left(free: int, share: float, reserved: int) -> int:
         usable = free - reserve(free) if exact else int(free * share)
-        return usable // workers - beside
+        return usable // workers - reserved
 
     host = left(free_memory("cpu", ()), _HOST_SHARE, on_host)
     room = 0

@@ -75,8 +75,8 @@ class RunningAverage:
                     self.sums.setdefault(name, tensor.detach().to(self._device, copy=True))
                     continue
                 wide = torch.float64 if kind == "F64" else torch.float32
-                place = self.sums[name].device if name in self.sums else self._device
-                values = tensor.detach().to(place, wide).reshape(-1)
+                device = self.sums[name].device if name in self.sums else self._device
+                values = tensor.detach().to(device, wide).reshape(-1)
                 so_far = [self.sums[name].reshape(-1)] if name in self.sums else []
                 factors = [1.0, weight] if so_far else [weight]
                 self.sums[name] = weighted_sum(factors, [*so_far, values]).reshape(tensor.shape)
@@ -155,8 +155,10 @@ class RunningAverage:
         if not self.weights:
             check_tensors({label: state_dict}, label)
         else:
-            known = self.sums | {name: self.sums[original] for name, original in self.tied.items()}
-            check_tensors({before: known, label: state_dict}, before)
+            averaged = self.sums | {
+                name: self.sums[original] for name, original in self.tied.items()
+            }
+            check_tensors({before: averaged, label: state_dict}, before)
             problems = []
             if _tied(state_dict) != self.tied:
                 problems.append(Problem("tied weights are not those of the average", label))

@@ -128,7 +128,7 @@ def _recipe(
         else:
             for parameters_of, item in zip(of_models, value, strict=True):
                 parameters_of[name] = Parameter(name, item, name)
-    models = tuple(_spec(index, own) for index, own in enumerate(of_models))
+    models = tuple(_spec(index, settings) for index, settings in enumerate(of_models))
     base = _BASE if has_base else None
     return Recipe(method, base, models, parameters=shared, seed=seed)
 
@@ -153,13 +153,13 @@ def _method_of(recipe: Recipe) -> Method:
     if method.needs_base and recipe.base_model is None:
         raise UsageError(f"{name} needs the model that the others began from", hint="Give base.")
     # In a recipe, those of mergekit's other methods are passed by; here nobody has copied them.
-    own = [*recipe.models[0].parameters]
-    for given in (*recipe.parameters, *own):
-        known = method.parameters.get(given)
-        if known is None:
+    per_model = [*recipe.models[0].parameters]
+    for given in (*recipe.parameters, *per_model):
+        parameter = method.parameters.get(given)
+        if parameter is None:
             hint = f"Its parameters: {', '.join(method.parameters) or 'none'}."
             raise UsageError(f"{name} has no parameter '{given}'", hint=hint)
-        if given in own and not known.per_model:
+        if given in per_model and not parameter.per_model:
             raise UsageError(f"{given} is one value for the whole merge, not one for each model")
     problems = check_recipe(recipe).problems
     if problems:
@@ -182,11 +182,11 @@ def check_tensors(given: Mapping[str, StateDict], reference: str) -> None:
     for label, tensors in given.items():
         lacking = [name for name in expected if name not in tensors]
         extra = [name for name in tensors if name not in expected]
-        for names, what in ((lacking, "lacks"), (extra, f"is not in {reference}:")):
+        for names, relation in ((lacking, "lacks"), (extra, f"is not in {reference}:")):
             if names:
                 more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
                 listed = ", ".join(names[:_LISTED])
-                problems.append(Problem(f"{what} {listed}{more}", label))
+                problems.append(Problem(f"{relation} {listed}{more}", label))
         for name, tensor in tensors.items():
             wrong = _unfit(tensor)
             if not wrong and name in expected and not _unfit(expected[name]):

@@ -46,8 +46,8 @@ def tuned(
         raise UsageError(message, hint=hint)
     if recipe.output is not None or recipe.quantises:
         message = "--tune judges whole models, in the dtype that they are merged in"
-        what = "`output: adapter`" if recipe.output else f"`out_dtype: {recipe.out_dtype}`"
-        raise UsageError(message, hint=f"Tune without {what} first.")
+        key = "`output: adapter`" if recipe.output else f"`out_dtype: {recipe.out_dtype}`"
+        raise UsageError(message, hint=f"Tune without {key} first.")
     if not data:
         raise UsageError("--tune needs text to judge by", hint="Add --tune-on FILE.")
     if not ranges:

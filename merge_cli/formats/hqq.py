@@ -154,18 +154,22 @@ def _weight(codes: TensorRef, tensors: Mapping[str, TensorRef], default_dtype: s
     packing = small_bytes(part("packing"))
     if shape is None or packing is None:
         raise not_here(codes)
-    said = {name: (small_numbers(part(name)) or [0])[0] for name in ("nbits", "group_size", "axis")}
+    stated = {
+        name: (small_numbers(part(name)) or [0])[0] for name in ("nbits", "group_size", "axis")
+    }
     kind = packing.decode("ascii", "replace")
-    if kind not in _PACKINGS or _PACKINGS[kind][0] != said["nbits"]:
-        message = f"{said['nbits']} bits as '{kind[:20]}' are not read: {', '.join(_PACKINGS)} are"
+    if kind not in _PACKINGS or _PACKINGS[kind][0] != stated["nbits"]:
+        message = (
+            f"{stated['nbits']} bits as '{kind[:20]}' are not read: {', '.join(_PACKINGS)} are"
+        )
         raise corrupt(message, part("packing"))
-    if said["axis"] != 1:
-        raise corrupt(f"groups along the axis {said['axis']} are not read: 1 is", part("axis"))
+    if stated["axis"] != 1:
+        raise corrupt(f"groups along the axis {stated['axis']} are not read: 1 is", part("axis"))
     for name in _NOUGHT:
         ref = tensors.get(f"{module}.{name}")
         if ref is not None and any(small_bytes(ref) or b""):
             raise corrupt("scales that are quantised themselves are not read", ref)
-    size, group = math.prod(shape), said["group_size"]
+    size, group = math.prod(shape), stated["group_size"]
     if len(shape) != 2 or min(shape) < 1 or group < 1 or size % group:
         raise corrupt(f"groups of {group} do not divide a weight of {shape}", part("shape"))
     _, per_word, width = _PACKINGS[kind]
@@ -176,7 +180,7 @@ def _weight(codes: TensorRef, tensors: Mapping[str, TensorRef], default_dtype: s
     scales, zeros = part("scale"), part("zero")
     for ref in (scales, zeros):
         of_shape(ref, _FLOATS, (groups, 1), (groups,), why=f"'{codes.name}'")
-    about = tuple(tensors[n] for n in (f"{module}.{said}" for said in _SAID) if n in tensors)
+    about = tuple(tensors[n] for n in (f"{module}.{name}" for name in _SAID) if n in tensors)
     return HqqTensor(
         f"{module}.weight", codes, tuple(shape), default_dtype, kind, scales, zeros, group, about
     )

@@ -142,12 +142,12 @@ def _weight(
 
 def _scheme(quantization: Mapping[str, Any], module: str, label: str) -> tuple[int, int, str]:
     """Bits, group size and mode of a module: its own, or those of all."""
-    own = quantization.get(module)
-    stated = own if isinstance(own, dict) else quantization
+    of_module = quantization.get(module)
+    stated = of_module if isinstance(of_module, dict) else quantization
     bits: Any = stated.get("bits")
     group: Any = stated.get("group_size")
     mode = stated.get("mode", quantization.get("mode", "affine"))
-    where = f"quantization of '{module}'" if stated is own else "quantization"
+    where = f"quantization of '{module}'" if stated is of_module else "quantization"
     message = ""
     if mode != "affine" and mode not in _SCALES:
         message = f"the mode {mode!r} is not read: affine, mxfp4 and nvfp4 are"

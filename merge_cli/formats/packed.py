@@ -57,11 +57,11 @@ def unpack(raw: Any, bits: int) -> Any:
     padded[..., : raw.shape[-1]] = raw
     padded = padded.reshape(*raw.shape[:-1], groups, bits)
     word = np.zeros(padded.shape[:-1], np.uint64)
-    for place in range(bits):
-        word |= padded[..., place].astype(np.uint64) << np.uint64(8 * place)
+    for position in range(bits):
+        word |= padded[..., position].astype(np.uint64) << np.uint64(8 * position)
     codes = np.empty((*word.shape, 8), np.uint8)
-    for place in range(8):
-        codes[..., place] = (word >> np.uint64(place * bits)) & np.uint64(mask)
+    for position in range(8):
+        codes[..., position] = (word >> np.uint64(position * bits)) & np.uint64(mask)
     return codes.reshape(*raw.shape[:-1], -1)
 
 
@@ -166,9 +166,11 @@ def of_shape(
     """
     if ref.dtype in dtypes and ref.shape in shapes:
         return ref
-    wanted = " or ".join(str(list(shape)) for shape in shapes)
+    allowed = " or ".join(str(list(shape)) for shape in shapes)
     names = ", ".join(sorted(dtypes))
-    message = f"{ref.dtype} of shape {list(ref.shape)} does not fit {why}: {names} of {wanted} does"
+    message = (
+        f"{ref.dtype} of shape {list(ref.shape)} does not fit {why}: {names} of {allowed} does"
+    )
     raise corrupt(message, ref)
 
 
@@ -308,15 +310,15 @@ class StoredMatrix:
     def _strip(self, read: Read, first: int, last: int) -> Any:
         """A strip from the thread's latest, or read."""
         kept = _threads.kept
-        place = f"{self.role} of {self.ref.model}"
+        strip_key = f"{self.role} of {self.ref.model}"
         key = (self.opening, self.ref, self.start, first, last)
-        latest = kept.get(place)
+        latest = kept.get(strip_key)
         if latest is not None and latest[0] == key:
             return latest[1]
         if len(kept) >= _KEPT:
             kept.clear()
         strip = self._read(read, first, last)
-        kept[place] = (key, strip)
+        kept[strip_key] = (key, strip)
         return strip
 
     def _read(self, read: Read, first: int, last: int) -> Any:

@@ -85,10 +85,10 @@ def _opened(file: BinaryIO, size: int, label: str, link: Path) -> PickledModel:
         check_byte_order(archive, entries.get("byteorder"))
         # Every name is allowed: what it stands for is an empty record, whose contents are left out.
         content = load_inert(archive.read(pickled), lambda module, name: True, (STORAGE,))
-    items, beside = model_items(content, lambda item: isinstance(item, dict))
+    items, others = model_items(content, lambda item: isinstance(item, dict))
     tensors: dict[str, TensorRef] = {}
     starts: dict[str, tuple[int, int]] = {}  # key -> where its storage begins and ends
-    left_out = list(beside)
+    left_out = list(others)
     for name, item in items.items():
         if not is_tensor(item):
             left_out.append(name)
@@ -135,12 +135,12 @@ def model_items(
     Raises:
         Unreadable: the file holds no mapping.
     """
-    beside: list[str] = []
+    others: list[str] = []
     while is_mapping(content):
         key = next((key for key in WRAPPERS if is_mapping(content.get(key))), None)
         if key is None:
-            return {str(name): item for name, item in content.items()}, tuple(beside)
-        beside += [str(other) for other in content if other != key]
+            return {str(name): item for name, item in content.items()}, tuple(others)
+        others += [str(other) for other in content if other != key]
         content = content[key]
     raise Unreadable(f"holds no state dict, but a {type(cast(object, content)).__name__[:60]}")
 

@@ -53,6 +53,6 @@ def _float32_ranks_compiled(rows: Sequence[Any], ks: Sequence[int]) -> list[tupl
 
     from merge_cli.kernels import compiled
 
-    found = np.empty((2, len(rows)), np.int64)
-    compiled.kth_largest(matrix(rows), np.array(ks, np.int64), found[0], found[1])
-    return list(zip(*found.tolist(), strict=True))
+    ranks = np.empty((2, len(rows)), np.int64)
+    compiled.kth_largest(matrix(rows), np.array(ks, np.int64), ranks[0], ranks[1])
+    return list(zip(*ranks.tolist(), strict=True))

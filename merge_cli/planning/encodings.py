@@ -200,8 +200,8 @@ def problems(
         yield recipe.problem("out_dtype", message, "Use bfloat16.")
     if word != SAME:
         if not coded and not refused:
-            what = "no layer has rows and columns in multiples of 128"
-            message = what if word == FP8 else "no layer or stack of experts is written in it"
+            reason = "no layer has rows and columns in multiples of 128"
+            message = reason if word == FP8 else "no layer or stack of experts is written in it"
             yield recipe.problem("out_dtype", f"{message}.", "Use bfloat16.")
         if len({task.encoding.family for task in coded if task.encoding}) > 1:
             message = (

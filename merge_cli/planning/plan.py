@@ -192,9 +192,9 @@ class Plan:
         result = {}
         for index, source in enumerate(self.sources):
             adapter = source.adapter.repository if source.adapter is not None else None
-            wanted = [(source.repository, name) for name in self.shards_read(index)]
-            wanted += [(adapter, WEIGHTS)] if adapter is not None else []
-            sizes = [r.files.get(n, 0) for r, n in wanted if r is not None and not r.is_cached(n)]
+            needed = [(source.repository, name) for name in self.shards_read(index)]
+            needed += [(adapter, WEIGHTS)] if adapter is not None else []
+            sizes = [r.files.get(n, 0) for r, n in needed if r is not None and not r.is_cached(n)]
             if sizes:
                 result[source.label] = len(sizes), sum(sizes)
         return result

@@ -100,10 +100,10 @@ def _present(system: Any, address: str) -> Mapping[str, Mapping[str, Any]]:
     with explained(address):
         root = system._strip_protocol(address).rstrip("/")
         try:
-            found = system.find(address, detail=True)
+            files = system.find(address, detail=True)
         except FileNotFoundError:
             return {}
-    return {str(path).removeprefix(f"{root}/"): info for path, info in found.items()}
+    return {str(path).removeprefix(f"{root}/"): info for path, info in files.items()}
 
 
 def _is_there(package: Package, name: str, present: Mapping[str, Mapping[str, Any]]) -> bool:

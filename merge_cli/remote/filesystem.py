@@ -120,8 +120,8 @@ def _as_message(error: Exception, address: str, file: str) -> RemoteError:
     if status is not None and 400 <= status < 500 and status not in _BUSY:
         return RemoteError(f"the server answered with status {status}", **where)
     origin = error.__cause__ or error
-    said = str(origin).strip().partition("\n")[0] or type(origin).__name__
-    reason = f"status {status}" if status else said
+    text = str(origin).strip().partition("\n")[0] or type(origin).__name__
+    reason = f"status {status}" if status else text
     message = f"cannot be reached ({reason[:120]})"
     hint = "Check the connection. The download resumes."
     return UnreachableError(message, **where, hint=hint)

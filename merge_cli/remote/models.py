@@ -250,12 +250,12 @@ def _listed(system: Any, address: str) -> dict[str, tuple[int, str]]:
     """The files of a store's folder, and of folders in it."""
     with explained(address):
         root = system._strip_protocol(address).rstrip("/")
-        found = system.find(address, maxdepth=2, detail=True)
-    if len(found) > _MAX_FILES:
+        files = system.find(address, maxdepth=2, detail=True)
+    if len(files) > _MAX_FILES:
         message = f"more than {_MAX_FILES} files: this is no model's folder"
         raise RemoteError(message, model=address)
     result = {}
-    for path, info in found.items():
+    for path, info in files.items():
         name = str(path).removeprefix(f"{root}/")
         if name != path and name and ".." not in name.split("/"):
             result[name] = _size_and_version(info, address, name)

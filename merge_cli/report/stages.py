@@ -99,12 +99,12 @@ class Stages:
 
     def _where_kept(self, recipe_folder: Path, locate: Locate) -> Locate:
         """`locate`, except that models that stages keep are named as they lie in the result."""
-        places = {folder.resolve(): place for place, folder in self._kept_of_stages()}
+        kept_paths = {folder.resolve(): path for path, folder in self._kept_of_stages()}
 
         def find(model: ModelRef) -> str:
             local = None if model.lora else local_folder(model.path, recipe_folder)
-            place = None if local is None else places.get(local.resolve())
-            return f"./{place}" if place else locate(model)
+            path = None if local is None else kept_paths.get(local.resolve())
+            return f"./{path}" if path else locate(model)
 
         return find
 
@@ -114,14 +114,14 @@ class Stages:
         Raises:
             ResourceError: it cannot be written.
         """
-        for place, model in (*self._kept.items(), *self._kept_of_stages()):
+        for path, model in (*self._kept.items(), *self._kept_of_stages()):
             try:
-                shutil.copytree(model, folder / place, dirs_exist_ok=True)
+                shutil.copytree(model, folder / path, dirs_exist_ok=True)
             except shutil.Error as error:
                 failed = OSError(errno.EIO, str(error))
-                raise write_error(failed, folder / place) from error
+                raise write_error(failed, folder / path) from error
             except OSError as error:
-                raise write_error(error, folder / place) from error
+                raise write_error(error, folder / path) from error
         for name, result in self._folders.items():
             if (result / FILE).exists():
                 copy = folder / "stages" / stage_folder(name) / FILE

@@ -37,14 +37,16 @@ def write_sweep(
     of_root = {s.root: f for s, f in zip(plan.sources, fingerprints, strict=True)}
     reports = {}
     for name, variant in plan.variants.items():
-        own = tuple(of_root[source.root] for source in variant.sources)
+        source_reports = tuple(of_root[source.root] for source in variant.sources)
         stats = [
             _its_own(task, joint, sums)
             for task, joint, sums in zip(variant.tasks, plan.tasks, outcome.stats, strict=True)
         ]
         of_variant = replace(outcome, stats=stats)
         out = target / name
-        reports[name] = write_reports(variant, own, of_variant, folder / name, out, card=card)
+        reports[name] = write_reports(
+            variant, source_reports, of_variant, folder / name, out, card=card
+        )
     any_report = next(iter(reports.values()))
     report = {
         "schema": SCHEMA,

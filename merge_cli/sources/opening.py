@@ -278,11 +278,11 @@ def _gguf_named(word: str, files: Iterable[str], label: str) -> str:
     """
     every = sorted(file for file in files if file.endswith(GGUF))
     fits = re.compile(rf"[-._]{re.escape(word)}\{GGUF}$", re.IGNORECASE)
-    found = [file for file in every if fits.search(file)]
-    if len(found) == 1:
-        return found[0]
-    message = f"{len(found) or 'no'} GGUF files of it are called {word}"
-    hint = f"It has {', '.join(found or every)[:300]}." if every else "It has no GGUF files."
+    named = [file for file in every if fits.search(file)]
+    if len(named) == 1:
+        return named[0]
+    message = f"{len(named) or 'no'} GGUF files of it are called {word}"
+    hint = f"It has {', '.join(named or every)[:300]}." if every else "It has no GGUF files."
     raise SourceError(message, model=label, hint=hint)
 
 

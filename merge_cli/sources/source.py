@@ -138,8 +138,8 @@ class Source:
 
     def download_size(self, shards: Iterable[str]) -> int:
         """Bytes of these files, and of an adapter, as far as they are not on disk."""
-        own, adapter = self.repository, self.adapter.repository if self.adapter else None
-        size = sum(own.files.get(name, 0) for name in shards) if own else 0
+        repository, adapter = self.repository, self.adapter.repository if self.adapter else None
+        size = sum(repository.files.get(name, 0) for name in shards) if repository else 0
         return size + (adapter.files.get(WEIGHTS, 0) if adapter else 0)
 
     @property

@@ -96,17 +96,17 @@ def parse_metadata(raw: bytes) -> Metadata:
     content = load_inert(raw, _is_allowed)
     if name_of(content) not in (f"{_MODULE}.Metadata", *_MEGATRON):
         raise Unreadable("is no metadata of a distributed checkpoint")
-    listed, places = content.get("state_dict_metadata"), content.get("storage_data")
-    if not isinstance(listed, dict) or not isinstance(places, dict):
+    listed, records = content.get("state_dict_metadata"), content.get("storage_data")
+    if not isinstance(listed, dict) or not isinstance(records, dict):
         raise Unreadable("has no list of tensors, or does not say where they are")
     paths = content.get("planner_data")
     storage = {}
-    for index, place in places.items():
+    for index, record in records.items():
         name = index.get("fqn") if name_of(index) == f"{_MODULE}.MetadataIndex" else None
         if not isinstance(name, str):
             raise Unreadable("does not say whose a part is")
         offset = index.get("offset")
-        storage[name, _sizes(offset) if offset is not None else None] = place
+        storage[name, _sizes(offset) if offset is not None else None] = record
     tensors: dict[str, StoredTensor] = {}
     others = []
     for name, entry in listed.items():
@@ -159,8 +159,8 @@ def _tensor(
             raise Unreadable(f"a part of shape {list(sizes)} in a tensor of shape {list(shape)}")
         if 0 in sizes:
             continue  # of a process that has no share of a small tensor
-        place = storage.get((name, offsets), storage.get((name, None)))
-        parts.append(_placed(offsets, sizes, place))
+        record = storage.get((name, offsets), storage.get((name, None)))
+        parts.append(_placed(offsets, sizes, record))
     _check_grid(shape, parts)
     return StoredTensor(path, dtype, shape, tuple(sorted(parts, key=lambda part: part.offsets)))
 
@@ -186,19 +186,19 @@ def _sizes(size: Any) -> tuple[int, ...]:
     return tuple(whole_number(number, "a size", most=_MAX_NUMBER) for number in size)
 
 
-def _placed(offsets: tuple[int, ...], sizes: tuple[int, ...], place: Any) -> Part:
-    if not isinstance(place, Record):
+def _placed(offsets: tuple[int, ...], sizes: tuple[int, ...], record: Any) -> Part:
+    if not isinstance(record, Record):
         raise Unreadable(f"where its part at {list(offsets)} is, is not said")
-    if place.get("transform_descriptors"):
+    if record.get("transform_descriptors"):
         raise Unreadable("its parts are compressed, which is not read")
-    file = place.get("relative_path")
+    file = record.get("relative_path")
     if not isinstance(file, str) or not file.isprintable() or not 0 < len(file) <= 200:
         raise Unreadable("its part is in a file of no name")
     path = PurePosixPath(file)
     if path.is_absolute() or ".." in path.parts or "\\" in file or path.suffix != ".distcp":
         raise Unreadable(f"its part is in '{file}', which is no .distcp file of the checkpoint")
-    start = whole_number(place.get("offset"), "its part's place", most=_MAX_NUMBER)
-    length = whole_number(place.get("length"), "its part's length", least=1, most=_MAX_NUMBER)
+    start = whole_number(record.get("offset"), "its part's place", most=_MAX_NUMBER)
+    length = whole_number(record.get("length"), "its part's length", least=1, most=_MAX_NUMBER)
     return Part(offsets, sizes, file, start, length)
 
 

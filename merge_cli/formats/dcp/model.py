@@ -117,8 +117,8 @@ class _Runs:
         self._sizes = sizes[:cut]
         self.count = math.prod(self._sizes)
         self._strides = [math.prod(shape[i + 1 :]) for i in range(cut)]
-        own = offsets[cut] * inner if shape else 0
-        self._first = own + sum(o * s for o, s in zip(offsets[:cut], self._strides, strict=True))
+        first = offsets[cut] * inner if shape else 0
+        self._first = first + sum(o * s for o, s in zip(offsets[:cut], self._strides, strict=True))
 
     def start(self, number: int) -> int:
         """Where in the tensor a run begins; later runs begin later."""

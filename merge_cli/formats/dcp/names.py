@@ -110,12 +110,12 @@ def renamed(
     unknown = []
     for old, tensor in tensors.items():
         matches = ((rule, rule.match(old)) for rule in rules)
-        rule, found = next(((r, m) for r, m in matches if m is not None), (None, None))
-        if rule is None or found is None:
+        rule, match = next(((r, m) for r, m in matches if m is not None), (None, None))
+        if rule is None or match is None:
             unknown.append(old)
             continue
         try:
-            for name, made in _made(tensor, rule, found.get("layer"), text_config(config)):
+            for name, made in _made(tensor, rule, match.get("layer"), text_config(config)):
                 if name in result:
                     raise Unreadable(f"two tensors become {name}")
                 result[name] = made
@@ -139,8 +139,8 @@ def _made(
         if not 0 < count <= _MAX_LAYERS:
             raise Unreadable(f"its shape {list(tensor.shape)} has no dimension of layers")
         for number in range(count):
-            one = _without_first(_rows(tensor, number, number + 1))
-            yield from _made(one, rule, str(number), config)
+            expert = _without_first(_rows(tensor, number, number + 1))
+            yield from _made(expert, rule, str(number), config)
         return
     targets = [name.replace(_LAYER, layer or "") for name in rule.targets]
     if rule.kind == "qkv":

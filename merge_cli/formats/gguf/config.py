@@ -86,9 +86,9 @@ class _Keys:
 
     def unknown(self, more: tuple[str, ...]) -> list[str]:
         """Keys that nobody reads; those that count experts are 0 where there are none."""
-        known = {f"{self._prefix}.{key}" for key in (*_READ, *_WITHOUT_EFFECT, *more)}
-        known |= {f"{self._prefix}.{key}" for key in _COUNTS if not self.get(key)}
-        return [k for k in self._values if k.startswith(f"{self._prefix}.") and k not in known]
+        understood = {f"{self._prefix}.{key}" for key in (*_READ, *_WITHOUT_EFFECT, *more)}
+        understood |= {f"{self._prefix}.{key}" for key in _COUNTS if not self.get(key)}
+        return [k for k in self._values if k.startswith(f"{self._prefix}.") and k not in understood]
 
 
 def config_of(
@@ -170,10 +170,10 @@ def _shapes(keys: _Keys, model_type: str, vocabulary: int) -> Shapes:
 
 
 def _config(keys: _Keys, model_type: str, shapes: Shapes) -> dict[str, Any]:
-    class_name, own = ARCHITECTURES[model_type].class_name, {}
+    class_name, specific_values = ARCHITECTURES[model_type].class_name, {}
     if model_type == "llama" and _windowed(keys):  # to llama.cpp Mistral is a llama
         model_type, class_name = "mistral", "MistralForCausalLM"
-        own = {"sliding_window": keys.number("attention.sliding_window", _MAX_WIDTH)}
+        specific_values = {"sliding_window": keys.number("attention.sliding_window", _MAX_WIDTH)}
     config: dict[str, Any] = {
         "architectures": [class_name],
         "model_type": model_type,
@@ -192,7 +192,7 @@ def _config(keys: _Keys, model_type: str, shapes: Shapes) -> dict[str, Any]:
     if model_type in ("gemma2", "gemma3_text"):
         del config["hidden_act"]
     specific = _SPECIFIC.get(model_type)
-    return config | own | (specific(keys, shapes) if specific else {})
+    return config | specific_values | (specific(keys, shapes) if specific else {})
 
 
 def _mixtral(keys: _Keys, shapes: Shapes) -> dict[str, Any]:

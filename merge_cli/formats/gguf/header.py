@@ -248,10 +248,10 @@ class _Reader:
         except UnicodeDecodeError as error:
             raise self._corrupt(f"a text that is not UTF-8: {error.reason}") from None
 
-    def _count(self, most: int, what: str) -> int:
+    def _count(self, most: int, message: str) -> int:
         count: int = self._number("Q")
         if count > most:
-            raise self._corrupt(f"{count} {what}, where {most} are the most")
+            raise self._corrupt(f"{count} {message}, where {most} are the most")
         return count
 
     def _number(self, code: str) -> Any:
@@ -272,9 +272,11 @@ class _Reader:
         if end > _MAX_HEADER:
             raise self._corrupt(f"a header of more than {_MAX_HEADER // 2**20} MiB")
 
-    def _corrupt(self, what: str) -> CorruptFileError:
+    def _corrupt(self, message: str) -> CorruptFileError:
         item = _cut(self._item) if self._item else ""
-        return CorruptFileError(what, model=self._model, file=self._name, tensor=item, hint=_AGAIN)
+        return CorruptFileError(
+            message, model=self._model, file=self._name, tensor=item, hint=_AGAIN
+        )
 
 
 def padded(position: int, alignment: int) -> int:

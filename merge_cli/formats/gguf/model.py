@@ -82,8 +82,8 @@ def decode(header: Header, file: str, label: str, link: Path) -> DecodedModel:
     model_type = model_type_of(name, has_experts)
     if not model_type:
         message = f"a GGUF file of the architecture {str(name)[:60]!r}, which is not read"
-        known = ", ".join(dict.fromkeys(kind.name for kind in ARCHITECTURES.values()))
-        hint = f"Read are {known}. Merge the model that the file was made of."
+        supported = ", ".join(dict.fromkeys(kind.name for kind in ARCHITECTURES.values()))
+        hint = f"Read are {supported}. Merge the model that the file was made of."
         raise SourceError(message, model=label, file=file, hint=hint)
     architecture = ARCHITECTURES[model_type]
     present = {tensor.name: tensor for tensor in header.tensors}
@@ -155,8 +155,8 @@ def _expected(
 
 def _part(name: str) -> str:
     """What a layer's tensor is, `attn_q`; empty for others."""
-    found = _LAYER_NAME.fullmatch(name)
-    return found[2] if found else ""
+    match = _LAYER_NAME.fullmatch(name)
+    return match[2] if match else ""
 
 
 def _default_dtype(tensors: tuple[BlockTensor, ...]) -> str:

@@ -248,14 +248,14 @@ def _merges(vocabulary: _Vocabulary, scores: Sequence[float]) -> list[list[str]]
     """The merges that scores stand for: every way to make a token of two, the best token first."""
     apart = (_UNKNOWN, _CONTROL, _UNUSED, _BYTE)
     pieces = {t: n for t, n in vocabulary.numbers.items() if vocabulary.kinds[n] not in apart}
-    found = []
+    merges = []
     for token, number in pieces.items():
         splits = ((token[:i], token[i:]) for i in range(1, len(token)))
         pairs = [(left, right) for left, right in splits if left in pieces and right in pieces]
         pairs.sort(key=lambda pair: (pieces[pair[0]], pieces[pair[1]]))
-        found += [(scores[number], len(left), len(right), left, right) for left, right in pairs]
-    found.sort(key=lambda merge: merge[:3], reverse=True)
-    return [[left, right] for *_, left, right in found]
+        merges += [(scores[number], len(left), len(right), left, right) for left, right in pairs]
+    merges.sort(key=lambda merge: merge[:3], reverse=True)
+    return [[left, right] for *_, left, right in merges]
 
 
 def _document(

@@ -71,14 +71,14 @@ def vocabulary_keys(
         about["merges"] = [" ".join(merge) for merge in merges]
     special = _special(settings, numbers)
     about |= {f"{_ROLES[role]}_token_id": number for role, number in special.items()}
-    own = Tokenizer.from_str(json.dumps(document))
-    ids = own.encode("a").ids
+    tokenizer = Tokenizer.from_str(json.dumps(document))
+    ids = tokenizer.encode("a").ids
     about["add_bos_token"] = bool(ids) and ids[0] == special.get("bos")
     about["add_eos_token"] = bool(ids) and ids[-1] == special.get("eos")
     values = {f"tokenizer.ggml.{key}": value for key, value in about.items()}
     for name, text in templates.items():
         values[f"{TEMPLATE}.{name}" if name != "default" else TEMPLATE] = text
-    _check(values, own, document)
+    _check(values, tokenizer, document)
     return values
 
 
@@ -94,14 +94,14 @@ def _special(settings: Mapping[str, Any], numbers: Mapping[str, int]) -> dict[st
 
 def _pre_tokenizer(document: Mapping[str, Any]) -> str:
     """The word for how text is cut."""
-    own = _steps(document.get("pre_tokenizer"))
+    steps = _steps(document.get("pre_tokenizer"))
     normalizer = (document.get("normalizer") or {}).get("type", "")
     whole_words = bool(document["model"].get("ignore_merges"))
-    for word, known in PRE_TOKENIZERS.items():
-        cuts: list[Any] = [("Digits", True)] if known.single_digits else []
-        cuts += [("Split", known.pattern)] if known.pattern else []
-        same = own == [*cuts, ("ByteLevel", not known.pattern)]
-        if same and known.normalizer == normalizer and known.whole_words == whole_words:
+    for word, kind in PRE_TOKENIZERS.items():
+        cuts: list[Any] = [("Digits", True)] if kind.single_digits else []
+        cuts += [("Split", kind.pattern)] if kind.pattern else []
+        same = steps == [*cuts, ("ByteLevel", not kind.pattern)]
+        if same and kind.normalizer == normalizer and kind.whole_words == whole_words:
             return word
     raise Unreadable("no pre-tokenizer that GGUF names cuts text like it")
 
@@ -135,7 +135,7 @@ def _sentencepiece(
     return {"scores": scores, "add_space_prefix": '"Prepend"' in normalizer}
 
 
-def _check(values: Mapping[str, Any], own: Any, document: Mapping[str, Any]) -> None:
+def _check(values: Mapping[str, Any], tokenizer: Any, document: Mapping[str, Any]) -> None:
     """Whether what is read again is the same tokenizer."""
     from tokenizers import Tokenizer
 
@@ -143,11 +143,13 @@ def _check(values: Mapping[str, Any], own: Any, document: Mapping[str, Any]) -> 
     if reason:
         raise Unreadable(reason)
     again = Tokenizer.from_str(files["tokenizer.json"])
-    if again.get_vocab() != own.get_vocab():
+    if again.get_vocab() != tokenizer.get_vocab():
         raise Unreadable("its tokens are not those that GGUF would keep")
     texts = [*_TEXTS, *(f"x{token['content']}y" for token in document["added_tokens"][:100])]
     for text in texts:
         for special in (False, True):
-            first, second = (t.encode(text, add_special_tokens=special).ids for t in (own, again))
+            first, second = (
+                t.encode(text, add_special_tokens=special).ids for t in (tokenizer, again)
+            )
             if first != second:
                 raise Unreadable(f"GGUF would cut the text {text[:40]!r} otherwise")

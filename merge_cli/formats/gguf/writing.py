@@ -125,14 +125,14 @@ def plan_file(
     if model_type not in ARCHITECTURES:
         message = f"a model of the type '{model_type[:60]}', which is not written as GGUF"
         raise SourceError(message, model=label, hint=f"Written are {', '.join(ARCHITECTURES)}.")
-    own = _as_transformers_reads(config, label)
-    shapes = _shapes(own, model_type)
-    values = {**_keys(own, model_type, shapes), **vocabulary}
+    settings = _as_transformers_reads(config, label)
+    shapes = _shapes(settings, model_type)
+    values = {**_keys(settings, model_type, shapes), **vocabulary}
     values["general.file_type"] = _FILE_TYPES[kind.name]
     expected = _expected(model_type, shapes, tensors, label)
     pieces = [_piece(item, tensors, model_type, shapes, kind) for item in expected]
-    _check_config(values, pieces, own, model_type, label)
-    factors = _factors(own, shapes, label)
+    _check_config(values, pieces, settings, model_type, label)
+    factors = _factors(settings, shapes, label)
     if factors is not None:
         pieces.append(Piece(ROPE_FACTORS, F32, factors.shape, None, factors))
     return GgufPlan(_header(values, pieces), tuple(pieces))
@@ -153,45 +153,49 @@ def _as_transformers_reads(config: Mapping[str, Any], label: str) -> dict[str, A
         raise SourceError(message, model=label, file="config.json") from None
 
 
-def _rope(own: Mapping[str, Any]) -> dict[str, Any]:
+def _rope(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Base and scaling of positions, as transformers 5 has them, or 4; of Gemma 3's full layers."""
-    if own.get("rope_parameters"):
-        rope = own["rope_parameters"]
+    if settings.get("rope_parameters"):
+        rope = settings["rope_parameters"]
         return dict(rope.get("full_attention", rope))
-    scaling = dict(own.get("rope_scaling") or {})
-    return {"rope_type": scaling.pop("type", "default"), "rope_theta": own["rope_theta"], **scaling}
+    scaling = dict(settings.get("rope_scaling") or {})
+    return {
+        "rope_type": scaling.pop("type", "default"),
+        "rope_theta": settings["rope_theta"],
+        **scaling,
+    }
 
 
-def _shapes(own: Mapping[str, Any], model_type: str) -> Shapes:
-    heads = own["num_attention_heads"]
-    experts = own.get("num_local_experts") or own.get("num_experts") or 0
+def _shapes(settings: Mapping[str, Any], model_type: str) -> Shapes:
+    heads = settings["num_attention_heads"]
+    experts = settings.get("num_local_experts") or settings.get("num_experts") or 0
     return Shapes(
-        vocabulary=own["vocab_size"],
-        hidden=own["hidden_size"],
-        layers=own["num_hidden_layers"],
-        mlp=own["intermediate_size"],
+        vocabulary=settings["vocab_size"],
+        hidden=settings["hidden_size"],
+        layers=settings["num_hidden_layers"],
+        mlp=settings["intermediate_size"],
         heads=heads,
-        kv_heads=own.get("num_key_value_heads") or heads,
-        head=own.get("head_dim") or own["hidden_size"] // heads,
+        kv_heads=settings.get("num_key_value_heads") or heads,
+        head=settings.get("head_dim") or settings["hidden_size"] // heads,
         experts=experts,
-        expert_mlp=own.get("moe_intermediate_size") or own["intermediate_size"],
-        shared_mlp=own.get("shared_expert_intermediate_size") or 0,
+        expert_mlp=settings.get("moe_intermediate_size") or settings["intermediate_size"],
+        shared_mlp=settings.get("shared_expert_intermediate_size") or 0,
         fused=model_type == "phi3",
     )
 
 
-def _keys(own: Mapping[str, Any], model_type: str, shapes: Shapes) -> dict[str, Any]:
+def _keys(settings: Mapping[str, Any], model_type: str, shapes: Shapes) -> dict[str, Any]:
     """The keys of a config, in the order in which llama.cpp writes them."""
-    rope, architecture = _rope(own), ARCHITECTURES[model_type]
+    rope, architecture = _rope(settings), ARCHITECTURES[model_type]
     about: dict[str, Any] = {
         "vocab_size": shapes.vocabulary,
-        "context_length": own["max_position_embeddings"],
+        "context_length": settings["max_position_embeddings"],
         "embedding_length": shapes.hidden,
         "block_count": shapes.layers,
         "feed_forward_length": shapes.mlp,
         "attention.head_count": shapes.heads,
         "attention.head_count_kv": shapes.kv_heads,
-        "attention.layer_norm_rms_epsilon": float(own["rms_norm_eps"]),
+        "attention.layer_norm_rms_epsilon": float(settings["rms_norm_eps"]),
         "attention.key_length": shapes.head,
         "attention.value_length": shapes.head,
         "rope.dimension_count": round(shapes.head * rope.get("partial_rotary_factor", 1.0)),
@@ -203,32 +207,35 @@ def _keys(own: Mapping[str, Any], model_type: str, shapes: Shapes) -> dict[str, 
     if rope.get("original_max_position_embeddings") and rope["rope_type"] == "yarn":
         length = rope["original_max_position_embeddings"]
         about["rope.scaling.original_context_length"] = length
-    about |= _specific_keys(own, model_type, shapes)
+    about |= _specific_keys(settings, model_type, shapes)
     named = {f"{architecture.name}.{key}": value for key, value in about.items()}
     return {"general.architecture": architecture.name, "general.type": "model", **named}
 
 
-def _specific_keys(own: Mapping[str, Any], model_type: str, shapes: Shapes) -> dict[str, Any]:
+def _specific_keys(settings: Mapping[str, Any], model_type: str, shapes: Shapes) -> dict[str, Any]:
     """The keys that not every architecture has."""
     keys: dict[str, Any] = {}
     if ARCHITECTURES[model_type].experts:
-        keys = {"expert_count": shapes.experts, "expert_used_count": own["num_experts_per_tok"]}
-    if "moe_intermediate_size" in own:
+        keys = {
+            "expert_count": shapes.experts,
+            "expert_used_count": settings["num_experts_per_tok"],
+        }
+    if "moe_intermediate_size" in settings:
         keys["expert_feed_forward_length"] = shapes.expert_mlp
     if shapes.shared_mlp:
         keys["expert_shared_feed_forward_length"] = shapes.shared_mlp
     if "attention.sliding_window" in ARCHITECTURES[model_type].keys and model_type != "llama":
-        keys["attention.sliding_window"] = own.get("sliding_window") or 0
+        keys["attention.sliding_window"] = settings.get("sliding_window") or 0
     for key in ("attn_logit_softcapping", "final_logit_softcapping"):
-        if own.get(key) is not None and key in ARCHITECTURES[model_type].keys:
-            keys[key] = float(own[key])
+        if settings.get(key) is not None and key in ARCHITECTURES[model_type].keys:
+            keys[key] = float(settings[key])
     if model_type == "gemma3_text":
-        local = own.get("rope_parameters", {}).get("sliding_attention", {})
-        theta = local.get("rope_theta", own.get("rope_local_base_freq"))
+        local = settings.get("rope_parameters", {}).get("sliding_attention", {})
+        theta = local.get("rope_theta", settings.get("rope_local_base_freq"))
         if theta != _USUAL_LOCAL_BASE:  # which llama.cpp takes without a key
             keys["rope.freq_base_swa"] = float(theta)
     if model_type == "phi3":
-        length = own["original_max_position_embeddings"]
+        length = settings["original_max_position_embeddings"]
         keys["rope.scaling.original_context_length"] = length
     return keys
 
@@ -259,14 +266,16 @@ def _expected(
     missing = [new for new, _ in pairs if new not in tensors]
     extra = present - {item.name for item in expected}
     wrong = [n for n, item in pairs if n in tensors and tensors[n].shape != item.new_shape]
-    for names, what in (
+    for names, relation in (
         (unknown, "GGUF has no name for it"),
         (missing, "it is missing"),
         (sorted(extra), "its config has no place for it"),
         (wrong, "its shape is not that of its config"),
     ):
         if names:
-            raise SourceError(f"cannot be written as GGUF: {what}", model=label, tensor=names[0])
+            raise SourceError(
+                f"cannot be written as GGUF: {relation}", model=label, tensor=names[0]
+            )
     return expected
 
 
@@ -302,7 +311,7 @@ def _pairs(tensor: Tensor, heads: int) -> Tensor:
     return PermutedRows(tensor, (tensor,), SourceRows(np.zeros(rows, np.int32), order, {}))
 
 
-def _factors(own: Mapping[str, Any], shapes: Shapes, label: str) -> Any:
+def _factors(settings: Mapping[str, Any], shapes: Shapes, label: str) -> Any:
     """The factors of Llama 3.1's rotary frequencies: float32 [head / 2]; None of others.
 
     Raises:
@@ -310,7 +319,7 @@ def _factors(own: Mapping[str, Any], shapes: Shapes, label: str) -> Any:
     """
     import numpy as np
 
-    rope = _rope(own)
+    rope = _rope(settings)
     if rope["rope_type"] != "llama3":
         return None
     if any(rope.get(key) != value for key, value in LLAMA3.items()):
@@ -322,7 +331,7 @@ def _factors(own: Mapping[str, Any], shapes: Shapes, label: str) -> Any:
 def _check_config(
     values: Mapping[str, Any],
     pieces: Sequence[Piece],
-    own: Mapping[str, Any],
+    settings: Mapping[str, Any],
     model_type: str,
     label: str,
 ) -> None:
@@ -334,15 +343,17 @@ def _check_config(
     entries = tuple(BlockTensor(p.name, p.kind, p.shape, 0) for p in pieces)
     header = Header(b"", values, entries)
     config, _ = config_of(header, model_type, label, "model.gguf")
-    biases = {key: own[key] for key in ("attention_bias", "mlp_bias") if key in own}
+    biases = {key: settings[key] for key in ("attention_bias", "mlp_bias") if key in settings}
     back = _as_transformers_reads({**config, **biases}, label)
     ignored = set(_WITHOUT_EFFECT)
-    if _rope(own)["rope_type"] == "llama3":  # written as a tensor
+    if _rope(settings)["rope_type"] == "llama3":  # written as a tensor
         ignored |= {"rope_parameters", "rope_scaling"}
-    keys = sorted((own.keys() | back.keys()) - ignored)
-    lost = [key for key in keys if own.get(key) != back.get(key)]
+    keys = sorted((settings.keys() | back.keys()) - ignored)
+    lost = [key for key in keys if settings.get(key) != back.get(key)]
     if lost:
-        message = f"GGUF cannot say what its config says of {lost[0]}: {str(own.get(lost[0]))[:60]}"
+        message = (
+            f"GGUF cannot say what its config says of {lost[0]}: {str(settings.get(lost[0]))[:60]}"
+        )
         raise SourceError(message, model=label, file="config.json")
 
 

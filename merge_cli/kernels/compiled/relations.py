@@ -41,10 +41,10 @@ def count_relations(rows, thresholds, both, agree, equal, large, steps, contest)
             bits = rows[s + 1, begin : begin + length].view(np.uint32)
             for i in range(length):
                 key = bits[i] & MAGNITUDE
-                known = (bits[i] >> U32(31)) + U32(5)  # changed, and raised or lowered
-                known |= U32(8) if key >= threshold else U32(0)
-                known |= U32(16) if key <= step[i] else U32(0)
-                fact[i] = np.uint8(known if key > U32(0) else U32(0))
+                flags = (bits[i] >> U32(31)) + U32(5)  # changed, and raised or lowered
+                flags |= U32(8) if key >= threshold else U32(0)
+                flags |= U32(16) if key <= step[i] else U32(0)
+                fact[i] = np.uint8(flags if key > U32(0) else U32(0))
             count, top, small = _U16(0), _U16(0), _U16(0)
             for i in range(length):
                 twice[i] |= once[i] & fact[i]
