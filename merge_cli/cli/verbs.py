@@ -72,7 +72,7 @@ VERBS = {
     "push": Verb(
         _PUBLISH,
         "push",
-        "Upload a merged model and its card to the Hugging Face Hub. Interrupted uploads resume.",
+        "Upload a merged model and its card to the Hugging Face Hub, or to a store.",
     ),
     "convert": Verb(
         _PUBLISH,

@@ -94,7 +94,7 @@ def _host_memory(plan: Plan, inputs: int, threads: int, free: int) -> WorkerMemo
     """Workers on a CPU: all threads with blocks as large as the memory holds, or fewer threads."""
     usual = _host_block(inputs)
     blocks = [usual, BLOCK_MULTIPLE]
-    if threads >= _MANY_THREADS:
+    if threads >= _MANY_THREADS and inputs <= _FULL_BLOCKS:
         blocks = [_LARGER * usual, _LARGER // 2 * usual, *blocks]
     sizes = {block: _host_bytes(plan, inputs, block) for block in blocks}
     for block in blocks[:-1]:

@@ -159,7 +159,8 @@ def test_a_run_that_was_stopped_goes_on_with_the_next_model(models: Path, method
     assert not list(cache.rglob("*.partial"))
     seen: list[Any] = []
     result = merge_cli.merge(recipe, models / "out", options=CPU, on_progress=seen.append)
-    assert {one.note for one in seen if one.stage == "gather"} == {"b"}
+    notes = {progress.note for progress in seen if progress.stage == "gather"}
+    assert notes == {"b", "b is loaded, to look at its examples"}
     assert [one["from_cache"] for one in result.report["gathered"]["sources"]] == [True, False]
 
 

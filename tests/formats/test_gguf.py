@@ -136,7 +136,7 @@ def test_quantised_tensors_in_a_merge(tmp_path: Path) -> None:
             "parameters: {weight: 0.5}\ndtype: float32\n"
         )
         outs.append(read_model(merge_cli.merge(
-            tmp_path / "r.yaml", tmp_path / f"out-{name}", options=OPTIONS).path))  # fmt: skip
+            tmp_path / "r.yaml", tmp_path / f"out-{name[0]}", options=OPTIONS).path))  # fmt: skip
     assert outs[0].keys() == outs[1].keys() == twin.keys()
     assert all(torch.equal(outs[0][name], outs[1][name]) for name in twin)
 

@@ -316,7 +316,7 @@ def test_two_interruptions_after_a_reboot(
     recipe = write_recipe(family, "soup")
     interrupt(recipe, tmp_path / "out")
     monkeypatch.setattr(records, "boot_id", lambda: "the next boot")
-    interrupt(recipe, tmp_path / "out", units_done=20)
+    interrupt(recipe, tmp_path / "out", lines_written=12)
     assert merge_cli.merge(recipe, tmp_path / "out").report["cost"]["resumed_bytes"] > 0
 
 
@@ -361,7 +361,7 @@ def test_any_flipped_bit_of_a_journal(family: Family, tmp_path: Path) -> None:
     """What does not hold is merged again: the bytes are right, whichever bit it was."""
     recipe = write_recipe(family, "soup")
     merge(recipe, tmp_path / "expected")
-    interrupt(recipe, tmp_path / "out", units_done=6)
+    interrupt(recipe, tmp_path / "out", lines_written=6)
     partial = tmp_path / "out.partial"
     shutil.copytree(partial, tmp_path / "kept")
     whole = (partial / "journal.jsonl").read_bytes()

@@ -195,11 +195,11 @@ def start(family: Family, out: Path) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-def wait_for_units(process: subprocess.Popen[str], out: Path, count: int) -> None:
-    """Until the journal has so many units, or the process has ended."""
+def wait_for_lines(process: subprocess.Popen[str], out: Path, count: int) -> None:
+    """Until the journal has so many lines of chunks, or the process has ended."""
     journal = out.with_name(out.name + ".partial") / "journal.jsonl"
     while process.poll() is None:
-        if journal.exists() and journal.read_bytes().count(b'"unit"') >= count:
+        if journal.exists() and journal.read_bytes().count(b'"chunks"') >= count:
             return
         time.sleep(0.001)
 
@@ -210,7 +210,7 @@ def test_interrupted_politely(
 ) -> None:
     out = tmp_path / "out"
     process = start(slow_family, out)
-    wait_for_units(process, out, 30)
+    wait_for_lines(process, out, 4)
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
@@ -232,7 +232,7 @@ def kill_until_done(family: Family, expected: bytes, folder: Path, seed: int, ki
     for _ in range(kills):
         process = start(family, out)
         if chance.random() < 0.8:
-            wait_for_units(process, out, chance.randrange(240))
+            wait_for_lines(process, out, chance.randrange(16))
             time.sleep(chance.random() * 0.01)
         else:
             time.sleep(chance.random() * 0.6)
