@@ -136,11 +136,10 @@ def _refuse_too_little(plan: Plan, device: Device, options: MergeOptions) -> Non
 def _search_bytes(plan: Plan, kind: str) -> int:
     """What the search for exact thresholds holds at its peak, whatever the threads.
 
-    It depends on how many numbers are ranked together. DARE drops without looking at them.
+    It depends on how many numbers are ranked together.
     """
     method = plan.method
-    ranks = method.tensor_pass is not None and (method.count_kept or method.model_pass)
-    if not ranks or method.name.startswith("dare"):
+    if not method.ranks_magnitudes:
         return 0
     merged = [task for task in plan.tasks if task.action == "merge"]
     ranked = plan.parameter_count if method.model_pass else max((t.size for t in merged), default=0)

@@ -35,6 +35,7 @@ _SHARED: dict[str, Any] = {
     "paper": "arXiv:2312.06795",
     "tensor_pass": decide,
     "count_kept": count_kept,
+    "ranks_magnitudes": True,
     "supports_numpy": True,
 }
 

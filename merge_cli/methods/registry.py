@@ -94,6 +94,8 @@ class Method:
         model_pass: `model_pass(model)` -> anything or None, once for each merge (see
             `blocks.ModelBlocks`).
         count_kept: `count_kept(block, prepared, parameters)` -> elements that each operand keeps.
+        ranks_magnitudes: whether those passes find exact thresholds among magnitudes, which takes
+            memory of its own.
         extra_memory: `extra_memory(shape, **parameters)` -> arrays of a whole tensor's size that
             `tensor_pass` holds besides the operands; 0 where it works block by block. Memory grows
             with the largest tensor.
@@ -124,6 +126,7 @@ class Method:
     tensor_pass: Callable[..., Any] | None = None
     model_pass: Callable[..., Any] | None = None
     count_kept: Callable[..., list[int]] | None = None
+    ranks_magnitudes: bool = False
     extra_memory: Callable[..., int] | None = None
     is_identity: Callable[..., bool] | None = None
     check: Callable[..., str] | None = None
@@ -205,6 +208,7 @@ def merge_method(
     tensor_pass: Callable[..., Any] | None = None,
     model_pass: Callable[..., Any] | None = None,
     count_kept: Callable[..., list[int]] | None = None,
+    ranks_magnitudes: bool = False,
     extra_memory: Callable[..., int] | None = None,
     is_identity: Callable[..., bool] | None = None,
     check: Callable[..., str] | None = None,
@@ -241,6 +245,7 @@ def merge_method(
             tensor_pass=tensor_pass,
             model_pass=model_pass,
             count_kept=count_kept,
+            ranks_magnitudes=ranks_magnitudes,
             extra_memory=extra_memory,
             is_identity=is_identity,
             check=check,

@@ -157,6 +157,7 @@ def fused(
     model_pass=read_model,
     tensor_pass=read_tensor,
     count_kept=count_kept,
+    ranks_magnitudes=True,
     supports_numpy=True,
     fused=fused,
 )
