@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -49,15 +50,16 @@ def exchanged(family: Family, how: str) -> None:
 
 def while_merging(monkeypatch: pytest.MonkeyPatch, change: Callable[[], object]) -> None:
     """Change something when the tenth chunk is done."""
-    real, seen = Journal.record, 0
+    real, seen, counting = Journal.record, 0, threading.Lock()
 
     def record(self: Journal, chunks: Iterable[tuple[int, TensorStats]]) -> None:
         nonlocal seen
         done = list(chunks)
         real(self, done)
-        if seen < 10 <= seen + len(done):
+        with counting:  # the pool's threads record at the same time
+            before, seen = seen, seen + len(done)
+        if before < 10 <= seen:
             change()
-        seen += len(done)
 
     monkeypatch.setattr(Journal, "record", record)
 
