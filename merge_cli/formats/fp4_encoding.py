@@ -9,6 +9,7 @@ beyond 6 become 6 (OCP MX 1.0, section 6.3). A group with NaN or Inf is NaN.
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -53,6 +54,19 @@ def mx_exponents(largest: Any) -> Any:
     return np.where(np.isnan(largest), _NAN_E8M0, np.maximum(exponents - 2, 0)).astype(np.uint8)
 
 
+def _scheme(group: int, strategy: str, scale_dtype: str) -> dict[str, Any]:
+    """How compressed-tensors describes weights of four bits in config.json."""
+    return {
+        "dynamic": False,
+        "group_size": group,
+        "num_bits": 4,
+        "scale_dtype": scale_dtype,
+        "strategy": strategy,
+        "symmetric": True,
+        "type": "float",
+    }
+
+
 class _Fp4Encoding(Encoding):
     """E2M1 codes of rows, in groups."""
 
@@ -85,9 +99,9 @@ class _Fp4Encoding(Encoding):
         if self.whole:
             stored[2][:] = whole
 
+    @abstractmethod
     def group_scales(self, largest: Any, scale: float) -> tuple[Any, Any]:
         """Scales of groups as bytes, and what values are divided by: numpy [groups]."""
-        raise NotImplementedError
 
 
 class _Nvfp4Encoding(_Fp4Encoding):
@@ -124,15 +138,7 @@ class CompressedNvfp4Encoding(_Nvfp4Encoding, CompressedTensorsEncoding):
 
     @property
     def scheme(self) -> dict[str, Any]:
-        return {
-            "dynamic": False,
-            "group_size": GROUP,
-            "num_bits": 4,
-            "scale_dtype": "torch.float8_e4m3fn",
-            "strategy": "tensor_group",
-            "symmetric": True,
-            "type": "float",
-        }
+        return _scheme(GROUP, "tensor_group", "torch.float8_e4m3fn")
 
     def parts(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
         rows, columns = shape
@@ -237,15 +243,7 @@ class MxEncoding(_Fp4Encoding, CompressedTensorsEncoding):
 
     @property
     def scheme(self) -> dict[str, Any]:
-        return {
-            "dynamic": False,
-            "group_size": MX_GROUP,
-            "num_bits": 4,
-            "scale_dtype": "torch.uint8",
-            "strategy": "group",
-            "symmetric": True,
-            "type": "float",
-        }
+        return _scheme(MX_GROUP, "group", "torch.uint8")
 
     def parts(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
         rows, columns = shape

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
@@ -120,8 +120,7 @@ class RemoteModel:
         """A file, of which what is read is fetched."""
         if self.is_cached(name):
             return (self.folder / name).open("rb")
-        fetch = lambda start, stop: self._range(name, start, stop)  # noqa: E731
-        return cast(BinaryIO, RangeFile(self.files[name], fetch))
+        return cast(BinaryIO, RangeFile(self.files[name], partial(self._range, name)))
 
     def read_header(self, name: str) -> bytes:
         """The raw safetensors header of a file: the 8-byte length and the JSON.

@@ -11,19 +11,15 @@ _BLOCK = 2**18
 _KEPT = 64  # blocks
 
 
-class RangeFile(io.RawIOBase):
-    """A file of which ranges can be had.
+class PositionedFile(io.RawIOBase):
+    """A file that is read from a position; what is read there, subclasses say.
 
     Args:
         size: of the whole file.
-        fetch: returns bytes [start, stop) of it.
     """
 
-    def __init__(self, size: int, fetch: Callable[[int, int], bytes]) -> None:
-        self._size, self._fetch = size, fetch
-        self._position = 0
-        self._blocks: dict[int, bytes] = {}
-        self._ahead, self._next = 1, -1  # blocks to fetch, and which follows the last of them
+    def __init__(self, size: int) -> None:
+        self._size, self._position = size, 0
 
     def seekable(self) -> bool:
         return True
@@ -41,9 +37,28 @@ class RangeFile(io.RawIOBase):
         self._position = origin + offset
         return self._position
 
-    def read(self, size: int | None = -1) -> Any:
+    def _bytes_to_read(self, size: int | None) -> int:
+        """How many bytes `read(size)` returns from here."""
         left = max(0, self._size - self._position)
-        count = left if size is None or size < 0 else min(size, left)
+        return left if size is None or size < 0 else min(size, left)
+
+
+class RangeFile(PositionedFile):
+    """A file of which ranges can be had.
+
+    Args:
+        size: of the whole file.
+        fetch: returns bytes [start, stop) of it.
+    """
+
+    def __init__(self, size: int, fetch: Callable[[int, int], bytes]) -> None:
+        super().__init__(size)
+        self._fetch = fetch
+        self._blocks: dict[int, bytes] = {}
+        self._ahead, self._next = 1, -1  # blocks to fetch, and which follows the last of them
+
+    def read(self, size: int | None = -1) -> Any:
+        count = self._bytes_to_read(size)
         start, stop = self._position, self._position + count
         first, last = start // _BLOCK, -(-stop // _BLOCK)
         missing = [number for number in range(first, last) if number not in self._blocks]

@@ -39,7 +39,7 @@ def weights(seed: int) -> Tensors:
 
 def mean(*models: Tensors) -> Tensors:
     return {
-        name: (sum(model[name].double() for model in models) / len(models)).half()  # type: ignore[union-attr]
+        name: torch.stack([model[name].double() for model in models]).mean(0).half()
         for name in models[0]
     }
 

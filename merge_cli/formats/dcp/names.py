@@ -169,8 +169,8 @@ def _qkv_rows(rows: int, config: Mapping[str, Any]) -> tuple[Any, Any, Any]:
         raise Unreadable(f"{rows} rows are not those of {heads} heads in {groups} groups")
     head, queries = rows // (heads + 2 * groups), heads // groups
     grid = np.arange(rows, dtype=np.int64).reshape(groups, queries + 2, head)
-    parts = (grid[:, :queries], grid[:, queries : queries + 1], grid[:, queries + 1 :])
-    return tuple(part.reshape(-1) for part in parts)  # type: ignore[return-value]
+    query, key, value = grid[:, :queries], grid[:, queries], grid[:, queries + 1]
+    return query.reshape(-1), key.reshape(-1), value.reshape(-1)
 
 
 def _number(config: Mapping[str, Any], key: str, default: int | None = None) -> int:

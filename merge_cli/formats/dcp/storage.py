@@ -7,7 +7,6 @@ must be what `.metadata` says.
 
 from __future__ import annotations
 
-import io
 import math
 import os
 import zipfile
@@ -24,6 +23,7 @@ from merge_cli.formats.torch_files import (
     data_start,
     stored_tensor,
 )
+from merge_cli.system.range_file import PositionedFile
 from merge_cli.system.untrusted import Unreadable, open_regular
 
 _MAX_READ = 2**20  # a directory of seven files takes 500 bytes
@@ -104,32 +104,15 @@ def _is_allowed(module: str, name: str) -> bool:
     return is_storage or name in _REBUILD.get(module, ())
 
 
-class _Window(io.RawIOBase):
+class _Window(PositionedFile):
     """A part of a file as a file, of which little is read at once."""
 
     def __init__(self, file: BinaryIO, start: int, length: int) -> None:
-        self._file, self._start, self._length = file, start, length
-        self._position = 0
-
-    def seekable(self) -> bool:
-        return True
-
-    def readable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        origin = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._length}[whence]
-        if origin + offset < 0:
-            raise OSError("before its beginning")  # as files do; zipfile expects it
-        self._position = origin + offset
-        return self._position
+        super().__init__(length)
+        self._file, self._start = file, start
 
     def read(self, size: int | None = -1) -> Any:
-        left = max(0, self._length - self._position)
-        count = left if size is None or size < 0 else min(size, left)
+        count = self._bytes_to_read(size)
         if count > _MAX_READ:
             raise Unreadable("a part's archive has too long a directory")
         self._file.seek(self._start + self._position)
