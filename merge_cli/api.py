@@ -11,7 +11,7 @@ from typing import Any
 
 from merge_cli.comparison.result import Comparison
 from merge_cli.comparison.run import compare as compare_recipes
-from merge_cli.engine.device import device_here
+from merge_cli.engine.device import device_here, device_of
 from merge_cli.engine.loop import run_loop
 from merge_cli.engine.made_before import made_before, read_report
 from merge_cli.engine.merge import Run, execute
@@ -108,26 +108,26 @@ def merge(
         GateError: the result does not improve, or does not meet a gate; in the second case it is
             published all the same.
     """
-    options = options or MergeOptions()
-    if options.ray is None:
-        options = replace(options, device=device_here(options.device))
     on_progress = on_progress or ignore_progress
     loaded = recipe if isinstance(recipe, Recipe | Plan) else load_recipe(recipe)
+    written = loaded if isinstance(loaded, Recipe) else loaded.recipe
+    options = (options or MergeOptions()).on_engine(written.engine)
+    if options.ray is None:
+        options = replace(options, device=device_here(options.device))
     spec = None if evaluation is None else as_spec(evaluation)
-    check = quality_check(
-        loaded if isinstance(loaded, Recipe) else loaded.recipe, spec, gates, no_worse
-    )
-    decided = loaded if isinstance(loaded, Plan) else plan(loaded, shard_size=shard_size)
-    for note in check.check(decided) if check else ():
-        on_progress(Progress("evaluate", 0, 0, note))
-    result = merge_plan(
-        decided,
-        Path(out),
-        options,
-        on_progress,
-        require_improvement=require_improvement,
-        resume_evaluation=check is not None,
-    )
+    check = quality_check(written, spec, gates, no_worse)
+    with on_cluster(options):
+        decided = loaded if isinstance(loaded, Plan) else plan(loaded, shard_size=shard_size)
+        for note in check.check(decided) if check else ():
+            on_progress(Progress("evaluate", 0, 0, note))
+        result = merge_plan(
+            decided,
+            Path(out),
+            options,
+            on_progress,
+            require_improvement=require_improvement,
+            resume_evaluation=check is not None,
+        )
     if check is None or not result.report:
         return result
     models = check.run(decided, result.path, options, on_evaluation)
@@ -202,6 +202,26 @@ def _merge_sweep(
         return report
     published = read_report(target)
     return {**published, "sweep": {name: read_report(target / name) for name in plan.variants}}
+
+
+@contextmanager
+def on_cluster(options: MergeOptions) -> Iterator[None]:
+    """Connected to the Ray cluster of the options, if they name one.
+
+    Before any model is opened, so that a cluster that is not there is told at once.
+
+    Raises:
+        UsageError: not an address, or a device that cannot be chosen there.
+        ResourceError: the cluster cannot be reached.
+    """
+    if options.ray is None:
+        yield
+        return
+    from merge_cli.cluster.connection import connected
+
+    device_of(options)
+    with connected(options.ray):
+        yield
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 DEFAULT_MEMORY = 1_250_000_000
 
@@ -45,6 +45,10 @@ class MergeOptions:
     accept_best: bool = False
     keep_stages: bool = False
     ray: str | None = None
+
+    def on_engine(self, engine: str) -> MergeOptions:
+        """The same, with what a recipe says of it: an address that is given is preferred."""
+        return replace(self, ray="auto") if engine == "ray" and self.ray is None else self
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from merge_cli.auto.weights import candidate_count
 from merge_cli.calibration.plan import plan_calibration
 from merge_cli.dam.plan import plan_training
 from merge_cli.data.sequences import short_names
+from merge_cli.engine.device import device_of
 from merge_cli.evaluation.empty import empty_model
 from merge_cli.evaluation.live import context_of
 from merge_cli.evaluation.tokenizers import one_tokenizer
@@ -26,6 +27,7 @@ from merge_cli.recipe.schema import Recipe, SourceSpec
 from merge_cli.recipe.statistics import fitting_statistics
 from merge_cli.recipe.values import Parameter
 
+_JOURNAL = 2  # the form of its lines
 LAMBDAS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)  # of task arithmetic
 
 
@@ -49,6 +51,11 @@ class Step:
     tokens: int = 0
     work: int = 1
     weights: tuple[float, ...] = ()
+
+    @property
+    def prepares(self) -> bool:
+        """Whether something is measured or learned of data before it can be merged."""
+        return self.method not in ("", SEARCH)
 
 
 @dataclass(frozen=True)
@@ -94,6 +101,9 @@ def plan_automatic(plan: Plan, options: MergeOptions) -> AutomaticPlan:
             few rows.
     """
     recipe = plan.recipe
+    kind = device_of(options).kind
+    if options.ray is not None:
+        options = replace(options, device="cpu")  # the command's machine may have no GPU
     plan.aligned.refuse_rearranged(recipe, "auto")
     tokenizer, _ = one_tokenizer(plan)
     net = empty_model(plan)
@@ -102,7 +112,7 @@ def plan_automatic(plan: Plan, options: MergeOptions) -> AutomaticPlan:
     candidate = sum(part.tokens("search") for part in parts)
     steps = (*_static_steps(recipe), *_steps_with_data(plan, options, candidate))
     return AutomaticPlan(
-        plan, tuple(parts), steps, recipe.budget or Budget(), _key(plan, parts, steps, options)
+        plan, tuple(parts), steps, recipe.budget or Budget(), _key(plan, parts, steps, kind)
     )
 
 
@@ -164,7 +174,7 @@ def _steps_with_data(plan: Plan, options: MergeOptions, candidate: int) -> Itera
         yield Step("dam", "dam", merge, tokens, 8)
 
 
-def _key(plan: Plan, parts: Sequence[Parts], steps: Sequence[Step], options: MergeOptions) -> str:
+def _key(plan: Plan, parts: Sequence[Parts], steps: Sequence[Step], device: str) -> str:
     """A fingerprint of everything that losses depend on; a budget only says how far it goes."""
     recipe = plan.recipe
     settings = [
@@ -180,6 +190,7 @@ def _key(plan: Plan, parts: Sequence[Parts], steps: Sequence[Step], options: Mer
         "data": [part.digest for part in parts],
         "steps": [step.name for step in steps],
         "settings": settings,
-        "device": options.device,
+        "device": device,
+        "journal": _JOURNAL,
     }
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()

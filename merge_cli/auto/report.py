@@ -51,16 +51,15 @@ def _path(auto: Json) -> Section:
 
 def _gains(auto: Json) -> list[Figure]:
     """Quality against cost: what each method has brought by the time that it was done."""
-    gains, points, seconds = auto["verdict"]["gain_over_soup"], [], 0.0
+    gains, points = auto["verdict"]["gain_over_soup"], []
     for line in auto["path"]:
-        seconds += line["seconds"]
         gain = gains.get(line["step"])
         if gain is None:
             continue
         ends = (gain["low"], gain["high"])
         style = "s-0" if line["kept"] else "s-base"
         points.append(
-            Point(line["step"], max(seconds, 0.01), gain["value"], ends, style, line["kept"])
+            Point(line["step"], max(line["clock"], 0.01), gain["value"], ends, style, line["kept"])
         )
     if len(points) < 2:
         return []

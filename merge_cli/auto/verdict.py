@@ -11,7 +11,7 @@ from merge_cli.auto.measure import Losses, gain, mean_loss
 _STANDARD_ERRORS = 1.96  # of a 95 % interval, on either side
 _FINALISTS = 3  # steps that more validation rows choose from
 
-RowsOf = Callable[[str], Losses]  # the losses of a step by row
+RowsOf = Callable[[Sequence[str]], Mapping[str, Losses]]  # the losses of steps by row
 
 
 def choose(measured: Sequence[dict[str, Any]], rows_of: RowsOf) -> dict[str, Any]:
@@ -27,7 +27,7 @@ def choose(measured: Sequence[dict[str, Any]], rows_of: RowsOf) -> dict[str, Any
     few = sorted(measured, key=lambda line: line["loss"])[:_FINALISTS]
     if len(few) == 1:
         return few[0]
-    losses = {line["step"]: rows_of(line["step"]) for line in few}
+    losses = rows_of([line["step"] for line in few])
     for line in few:
         line["final_loss"] = mean_loss(losses[line["step"]])
     best = min(few, key=lambda line: line["final_loss"])
@@ -49,7 +49,7 @@ def judge(
         others: what the path shows, too.
         rows_of: on test rows.
     """
-    losses = {name: rows_of(name) for name in dict.fromkeys((best, *rivals, *others))}
+    losses = rows_of([*dict.fromkeys((best, *rivals, *others))])
 
     def gains(than: Callable[[str], tuple[Losses, Losses]], names: Sequence[str]) -> Any:
         words = ("value", "low", "high")

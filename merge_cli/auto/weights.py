@@ -7,7 +7,7 @@ on rows to learn from, so that the rows that choose among steps stay untouched.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from merge_cli.evolve.optimizers import CMAES
@@ -30,34 +30,44 @@ def candidate_count(sources: int) -> int:
     return _GENERATIONS * default_population(sources)
 
 
-def best_weights(start: Weights, seed: int, loss: Callable[[int, Weights], float]) -> Weights:
-    """The weights with the lowest loss of all candidates; the first candidate is `start`.
+class WeightSearch:
+    """Generations of weights, from `start` on; the same losses give the same ones.
 
-    The same seed and losses give the same candidates, so that a journal of losses is all the state.
-
-    Args:
-        loss: of a candidate, given its number; NaN where it predicts no numbers.
+    Attributes:
+        generation: candidates whose losses are to be told next; empty when the search has ended.
     """
-    optimizer = CMAES(
-        Search(sigma=_STEP),
-        len(start),
-        default_population(len(start)),
-        seed,
-        [_share(weight) for weight in start],
-    )
-    scored: list[tuple[float, Weights]] = []
-    for _ in range(_GENERATIONS):
-        genomes = optimizer.ask()
-        losses = []
-        for genome in genomes:
-            weights = tuple(_weight(u) for u in genome)
-            value = loss(len(scored), weights)
-            scored.append((value if math.isfinite(value) else _NO_NUMBER, weights))
-            losses.append(scored[-1][0])
-        optimizer.tell(genomes, losses, [(value,) for value in losses])
-        if optimizer.ended:
-            break
-    return min(scored, key=lambda item: item[0])[1]
+
+    def __init__(self, start: Weights, seed: int) -> None:
+        self._optimizer = CMAES(
+            Search(sigma=_STEP),
+            len(start),
+            default_population(len(start)),
+            seed,
+            [_share(weight) for weight in start],
+        )
+        self._left = _GENERATIONS
+        self._scored: list[tuple[float, Weights]] = []
+        self.generation: list[Weights] = []
+        self._ask()
+
+    @property
+    def best(self) -> Weights:
+        """With the lowest loss so far; of equals the first."""
+        return min(self._scored, key=lambda item: item[0])[1]
+
+    def tell(self, losses: Sequence[float]) -> None:
+        """The losses of a generation; NaN where a merge predicts no numbers."""
+        values = [loss if math.isfinite(loss) else _NO_NUMBER for loss in losses]
+        self._scored += zip(values, self.generation, strict=True)
+        self._optimizer.tell(self._genomes, values, [(value,) for value in values])
+        self._left -= 1
+        self.generation = []
+        if self._left and not self._optimizer.ended:
+            self._ask()
+
+    def _ask(self) -> None:
+        self._genomes = self._optimizer.ask()
+        self.generation = [tuple(_weight(u) for u in genome) for genome in self._genomes]
 
 
 def weighted(recipe: Recipe, weights: Sequence[float]) -> Recipe:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
@@ -195,7 +196,7 @@ def run(
     screen = console.Screen(quiet=quiet)
     screen.notes([*lines, *loaded.warnings])
 
-    from merge_cli.api import merge_plan, runner_for
+    from merge_cli.api import merge_plan, on_cluster, runner_for
     from merge_cli.engine.merge import check_target
     from merge_cli.evaluation.quality_check import quality_check
     from merge_cli.evaluation.run import spec_of
@@ -204,10 +205,6 @@ def run(
 
     spec = spec_of(eval_file, data or []) if eval_file or data else None
     check = quality_check(loaded, spec, gate or [], no_worse or [])
-    with screen.doing(_PLANNING):
-        plan = plan_recipe(loaded, shard_size=shard_bytes)
-        notes = check.check(plan) if check is not None else ()
-    screen.notes(notes)
     options = MergeOptions(
         device=device,
         threads=threads,
@@ -223,25 +220,33 @@ def run(
         keep_stages=keep_stages,
         accept_best=accept_best,
         ray=ray,
-    )
-    if dry_run or out is None:
-        if out is not None:
-            check_target(plan, out, options)
-            with runner_for(plan, options, out):  # checks the cluster's nodes, too
-                pass
-        screen.plan(plan, options, every=False, as_json=as_json)
-        return
-    stages = [f"{name}: {note}" for name, stage in plan.stages.items() for note in stage.notes]
-    screen.notes([*stages, *plan.notes])
-    with screen.progress() as on_progress:
-        result = merge_plan(
-            plan,
-            out,
-            options,
-            on_progress,
-            require_improvement=require_improvement,
-            resume_evaluation=check is not None,
-        )
+    ).on_engine(loaded.engine)
+    with ExitStack() as cluster:
+        if options.ray is not None:
+            with screen.doing("reaching the Ray cluster"):
+                cluster.enter_context(on_cluster(options))
+        with screen.doing(_PLANNING):
+            plan = plan_recipe(loaded, shard_size=shard_bytes)
+            notes = check.check(plan) if check is not None else ()
+        screen.notes(notes)
+        if dry_run or out is None:
+            if out is not None:
+                check_target(plan, out, options)
+                with runner_for(plan, options, out):  # checks the cluster's nodes, too
+                    pass
+            screen.plan(plan, options, every=False, as_json=as_json)
+            return
+        stages = [f"{name}: {note}" for name, stage in plan.stages.items() for note in stage.notes]
+        screen.notes([*stages, *plan.notes])
+        with screen.progress() as on_progress:
+            result = merge_plan(
+                plan,
+                out,
+                options,
+                on_progress,
+                require_improvement=require_improvement,
+                resume_evaluation=check is not None,
+            )
     if not result.report:  # one of several processes that trained; the first one goes on
         return
     if check is None:
@@ -281,6 +286,7 @@ def plan(
     loaded = load_recipe(recipe)
     screen.notes(loaded.warnings)
     options = MergeOptions(device=device, threads=threads, max_memory=memory)
+    options = options.on_engine(loaded.engine)
     with screen.doing(_PLANNING):
         check = quality_check(loaded, None, (), ()) if loaded.output is None else None
         decided = plan_recipe(loaded, shard_size=shard_bytes)

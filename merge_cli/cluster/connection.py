@@ -20,12 +20,14 @@ from typing import Any
 
 from merge_cli.cluster.node import SHARED, Probe, look, software
 from merge_cli.errors import ResourceError, UsageError
+from merge_cli.system.caches import cache_folder
 from merge_cli.system.notices import say_once
 from merge_cli.system.raw_io import write_error
 
 _KNOCK_SECONDS = 5.0
+_PASSED_ON = ("HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE")
 _ANSWER_SECONDS = 120.0  # a node's first Python process imports for a while
-_HINT = "Start one with `ray start --head`, or leave --ray out."
+_HINT = "Start one with `ray start --head`, or merge without --ray and `engine: ray`."
 
 
 @dataclass(frozen=True)
@@ -35,13 +37,14 @@ class Node:
     Attributes:
         id: as Ray names it.
         name: for people.
-        cpus, gpus: what it offers.
+        cpus, gpus, memory: what it offers; bytes of memory.
     """
 
     id: str
     name: str
     cpus: int
     gpus: int
+    memory: int
 
 
 @contextmanager
@@ -58,7 +61,7 @@ def connected(address: str) -> Iterator[Any]:
     """
     if find_spec("ray") is None:
         hint = "pip install 'merge-cli[ray]'"
-        raise ResourceError("--ray needs the package ray", hint=hint)
+        raise ResourceError("a merge on a Ray cluster needs the package ray", hint=hint)
     address = os.environ.get("RAY_ADDRESS") or address if address == "auto" else address
     _knock(address)
     import ray  # takes seconds
@@ -125,6 +128,7 @@ def nodes_of(ray: Any) -> list[Node]:
             f"{node['NodeManagerHostname']} {node['NodeID'][:6]}",
             int(node["Resources"].get("CPU", 0)),
             int(node["Resources"].get("GPU", 0)),
+            int(node["Resources"].get("memory", 0)),
         )
         for node in ray.nodes()
         if node["Alive"]
@@ -155,7 +159,12 @@ def on_node(ray: Any, node: Node) -> Any:
     return ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node.id, soft=False)
 
 
-def check_storage(ray: Any, nodes: Sequence[Node], folder: Path) -> None:
+def check_storage(
+    ray: Any,
+    nodes: Sequence[Node],
+    folder: Path,
+    hint: str = f"{SHARED} All need the same software.",
+) -> None:
     """See that every node reads what is written in a folder here, and writes into the same files.
 
     A node that has gone, as Ray notices after some seconds, is passed over.
@@ -191,7 +200,7 @@ def check_storage(ray: Any, nodes: Sequence[Node], folder: Path) -> None:
         if fault:
             listed.append(f"node {node.name} {fault}")
     if listed:
-        raise ResourceError("; ".join(listed), hint=f"{SHARED} All need the same software.")
+        raise ResourceError("; ".join(listed), hint=hint)
 
 
 def _answer(probe: Probe, driver: str) -> str:
@@ -219,6 +228,27 @@ def _ask(ray: Any, nodes: Sequence[Node], probes: Sequence[Probe]) -> dict[Node,
         except ray.exceptions.RayError as error:
             say_once(f"node {node.name} does not answer: {reason(error)}")
     return faults
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a process on a node takes from this one: where paths start, and where caches are."""
+
+    folder: str
+    environment: dict[str, str]
+
+    @classmethod
+    def here(cls) -> Surroundings:
+        """Those of this process."""
+        passed = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
+        cache = str(cache_folder().absolute())
+        return cls(os.getcwd(), {**passed, "MERGE_CLI_CACHE": cache})
+
+    def take(self) -> None:
+        """On a node: before anything that reads them is imported."""
+        if os.path.isdir(self.folder):  # absolute paths need none
+            os.chdir(self.folder)
+        os.environ.update(self.environment)
 
 
 def reason(error: Exception) -> str:

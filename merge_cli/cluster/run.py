@@ -13,95 +13,35 @@ who merges it.
 from __future__ import annotations
 
 import os
-import secrets
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from merge_cli.cluster.connection import (
-    Node,
-    check_storage,
-    connected,
-    on_node,
-    reason,
-    usable_nodes,
-)
-from merge_cli.cluster.node import SHARED, NodeWorker, ShareStats, Work
+from merge_cli.cluster.connection import check_storage, connected, reason, usable_nodes
+from merge_cli.cluster.members import Member, start_member
+from merge_cli.cluster.node import SHARED, Work
 from merge_cli.cluster.shares import LEAST_BYTES, Shares
+from merge_cli.cluster.summary import together
 from merge_cli.engine.device import Device, device_of
 from merge_cli.engine.inputs import inputs_of
-from merge_cli.engine.journal import Journal, chunks_of
+from merge_cli.engine.journal import Journal
 from merge_cli.engine.loop import Tally, output_bytes
-from merge_cli.engine.merge_stats import MergeStats, NodeStats, StageTime, TensorStats
+from merge_cli.engine.merge_stats import MergeStats
 from merge_cli.engine.output import NODES
 from merge_cli.errors import MergeCliError, ResourceError
 from merge_cli.options import MergeOptions, OnProgress, Progress
-from merge_cli.planning.plan import Chunk, Plan, cut_chunks
+from merge_cli.planning.plan import Plan, cut_chunks
 from merge_cli.system.raw_io import sync, write_error
-from merge_cli.system.records import read_lines
 
 _POLL_SECONDS = 0.25
 _START_SECONDS = 120.0  # for a node's process to start, and for its CPUs to be free
 _STOP_SECONDS = 10.0
 _FRUITLESS = 8  # shares in a row that are answered for, and of which the storage shows nothing
-_ATTEMPTS = 2  # processes of one node that may die before it is left alone
 _RESUMES = "The same command resumes, with or without --ray."
-
-
-@dataclass
-class _Member:
-    """A node that takes part.
-
-    Attributes:
-        threads: on a CPU; None where GPUs compute.
-        actor: its process, Ray's handle.
-        log: what its journal says.
-        share: what it is merging.
-        call: for which it answers; None while it has nothing to do.
-        answers: for its shares.
-        bytes: of output that it has merged.
-        lost: it takes no part any more.
-    """
-
-    node: Node
-    threads: int | None
-    actor: Any
-    log: _NodeLog
-    share: list[Chunk] = field(default_factory=list)
-    call: Any = None
-    answers: list[ShareStats] = field(default_factory=list)
-    bytes: int = 0
-    lost: bool = False
-
-
-class _NodeLog:
-    """The lines that a node's journal has grown by, of chunks whose bytes are on the storage."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._offset = self._given = 0
-        self._lines: list[list[tuple[int, TensorStats]]] = []
-
-    def read(self) -> list[tuple[int, TensorStats]]:
-        """What is new: chunks and their statistics."""
-        if not self.path.exists():
-            return []
-        with self.path.open("rb") as file:  # opened anew: a network's file system looks again
-            file.seek(self._offset)
-            entries, length = read_lines(file.read())
-        self._offset += length
-        until = self._given
-        for entry in entries:
-            if "chunks" in entry:
-                self._lines.append(chunks_of(entry))
-            until = entry.get("synced", until)
-        new = self._lines[self._given : until]
-        self._given = until
-        return [chunk for line in new for chunk in line]
 
 
 @dataclass(frozen=True)
@@ -171,7 +111,7 @@ class _Run:
         left = [chunk for chunk in self._chunks if chunk.number not in journal.done]
         self._done = set(journal.done)
         self._shares = Shares(plan.tasks, left, cluster.least)
-        self._members: list[_Member] = []
+        self._members: list[Member] = []
         self._model, self._fruitless = model, 0
         self._work: Any = None  # a reference to it, in Ray's object store
 
@@ -190,7 +130,14 @@ class _Run:
                 raise
             finally:
                 self._end()
-        return self._summary(time.perf_counter() - began - survey_seconds, survey_seconds)
+        return together(
+            self._members,
+            self._tally,
+            self._device,
+            key=self._journal.key,
+            seconds=time.perf_counter() - began - survey_seconds,
+            survey_seconds=survey_seconds,
+        )
 
     def _prepare(self) -> None:
         """A clean folder for the nodes' journals, and the work in Ray's object store."""
@@ -214,7 +161,7 @@ class _Run:
         self._work = self._ray.put(work)
 
     @property
-    def _present(self) -> list[_Member]:
+    def _present(self) -> list[Member]:
         return [member for member in self._members if not member.lost]
 
     def _start(self) -> None:
@@ -225,7 +172,11 @@ class _Run:
         """
         nodes = usable_nodes(self._ray, self._device.kind)
         count = max(1, -(-self._shares.bytes // self._shares.least))
-        members = [self._member(node) for node in nodes[:count]]
+        kind, threads = self._device.kind, self._options.threads
+        members = [
+            start_member(self._ray, node, self._work, self._folder, kind, threads)
+            for node in nodes[:count]
+        ]
         opened = [member.actor.open.remote() for member in members]
         self._members = members
         ready, _ = self._ray.wait(opened, num_returns=len(opened), timeout=_START_SECONDS)
@@ -245,21 +196,6 @@ class _Run:
             hint = "Wait until its CPUs are free, or give fewer --threads."
             raise ResourceError("no node of the Ray cluster could begin", hint=hint)
         self._note(f"merging on {count} node{'s' * (count > 1)} of a Ray cluster")
-
-    def _member(self, node: Node) -> _Member:
-        path = self._folder / f"{node.id[:12]}-{secrets.token_hex(4)}.jsonl"
-        threads = min(self._options.threads or node.cpus, node.cpus)
-        computes_on_cpu = self._device.kind == "cpu"
-        remote = self._ray.remote(
-            num_cpus=threads,
-            num_gpus=0 if computes_on_cpu else node.gpus,
-            max_concurrency=2,  # one for shares, one for `stop`
-            max_restarts=0,
-            scheduling_strategy=on_node(self._ray, node),
-        )(NodeWorker)
-        node_threads = threads if computes_on_cpu else None
-        actor = remote.remote(self._work, node_threads, path.absolute())
-        return _Member(node, node_threads, actor, _NodeLog(path))
 
     def _look_at_the_model(self) -> tuple[Any, float]:
         """The method's pass over the whole model, by one node: what it returns, and its seconds.
@@ -304,7 +240,7 @@ class _Run:
             for call in ready:
                 self._finish(calls[call])
 
-    def _finish(self, member: _Member) -> None:
+    def _finish(self, member: Member) -> None:
         """Take a node's answer for its share."""
         try:
             answer = self._checked(self._ray.get(member.call))
@@ -320,7 +256,7 @@ class _Run:
             message = f"what node {member.node.name} has written does not appear in {self._folder}"
             raise ResourceError(message, hint=SHARED)
 
-    def _lose(self, member: _Member, error: Exception) -> None:
+    def _lose(self, member: Member, error: Exception) -> None:
         """Deal a lost node's share again.
 
         Raises:
@@ -333,7 +269,7 @@ class _Run:
         if not self._present:
             raise ResourceError("every node of the Ray cluster was lost", hint=_RESUMES)
 
-    def _take_back(self, member: _Member) -> None:
+    def _take_back(self, member: Member) -> None:
         """Note what a node has finished of its share; the rest is dealt again.
 
         A network's file system may show a journal late: what it does not show is done again, too.
@@ -342,12 +278,9 @@ class _Run:
         self._shares.give_back(c for c in member.share if c.number not in self._done)
         member.share, member.call = [], None
 
-    def _read(self, member: _Member) -> None:
+    def _read(self, member: Member) -> None:
         """Put what a node's journal says into this one."""
-        try:
-            finished = member.log.read()
-        except OSError as error:
-            raise write_error(error, member.log.path) from error
+        finished = member.log.read()
         new = {number: stats for number, stats in finished if number not in self._done}
         if new:
             chunks = [self._chunks[number] for number in new]
@@ -380,44 +313,3 @@ class _Run:
 
     def _note(self, text: str) -> None:
         self._on_progress(Progress("merge", 0, 0, text))
-
-    def _summary(self, seconds: float, survey_seconds: float) -> MergeStats:
-        answers = [answer for member in self._members for answer in member.answers]
-        last = {member.node.id: member.answers[-1] for member in self._members if member.answers}
-        threads = sum(answer.threads for answer in last.values())
-        nodes = tuple(
-            NodeStats(
-                member.node.name,
-                member.answers[-1].threads if member.answers else 0,
-                member.bytes,
-                max((answer.peak_rss for answer in member.answers), default=0),
-                sum(answer.seconds for answer in member.answers),
-                member.lost,
-            )
-            for member in self._members
-        )
-        return MergeStats(
-            key=self._journal.key,
-            device=self._device,
-            arithmetic=answers[0].arithmetic if answers else "",
-            threads=threads,
-            buffers=sum(answer.buffers for answer in last.values()),
-            stages=_together([answer.stages for answer in answers], threads),
-            stats=self._tally.stats,
-            resumed=self._tally.resumed,
-            seconds=seconds,
-            survey_seconds=survey_seconds,
-            nodes=nodes,
-        )
-
-
-def _together(stages: Sequence[Mapping[str, StageTime]], threads: int) -> dict[str, StageTime]:
-    """What all shares have taken; with `threads` at work at once."""
-    return {
-        name: StageTime(
-            sum(each[name].seconds for each in stages),
-            max(1, threads),
-            sum(each[name].bytes for each in stages),
-        )
-        for name in (stages[0] if stages else ())
-    }

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from merge_cli.cluster.connection import connected, reason, usable_nodes
+from merge_cli.cluster.connection import Surroundings, connected, reason, usable_nodes
 from merge_cli.errors import MergeCliError, ResourceError
-from merge_cli.system.caches import cache_folder
 
 T = TypeVar("T")
 _RETRIES = 2  # of a task whose node was lost
@@ -46,11 +44,8 @@ class TaskCluster:
             num_gpus=1 if self.kind == "cuda" else 0,
             max_retries=_RETRIES,
         )(_run)
-        folder, cache = os.getcwd(), str(cache_folder())
-        calls = {
-            remote.remote(function, item, folder, cache): number
-            for number, item in enumerate(items)
-        }
+        around = Surroundings.here()
+        calls = {remote.remote(function, item, around): number for number, item in enumerate(items)}
         try:
             while calls:
                 (ready, *_), _ = self.ray.wait([*calls])
@@ -87,12 +82,10 @@ def task_cluster(address: str, device: str, cpus: int | None) -> Iterator[TaskCl
 
 
 def _run(
-    function: Callable[..., T], item: tuple[Any, ...], folder: str, cache: str
+    function: Callable[..., T], item: tuple[Any, ...], around: Surroundings
 ) -> T | MergeCliError:
     """On a node. Errors of this program are returned, so that they arrive as what they are."""
-    if os.path.isdir(folder):  # absolute paths need none
-        os.chdir(folder)
-    os.environ["MERGE_CLI_CACHE"] = cache
+    around.take()
     try:
         return function(*item)
     except MergeCliError as error:

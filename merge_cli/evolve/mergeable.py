@@ -72,6 +72,7 @@ class MergeableModel:
         recipe: one static recipe of the sources; others may differ in method, in parameters, and
             in which of the sources they list.
         shared: another one, whose bytes of the sources are used; it is closed later.
+        plan: the recipe's, where it is made already.
         loading: of the model: device, dtype, max_length, batch_tokens, seed, memory.
 
     Attributes:
@@ -86,9 +87,10 @@ class MergeableModel:
         *,
         workers: int = 1,
         shared: MergeableModel | None = None,
+        plan: Plan | None = None,
         **loading: Any,
     ) -> None:
-        plan = make_plan(recipe)
+        plan = plan or make_plan(recipe)
         self._options, self._device = options, choose_device(options.device)
         refs = list(plan.stored_inputs)
         index = self._device.indexes[0] if self._device.indexes else None

@@ -124,6 +124,9 @@ def parse_documents(
         if stage.eval is not None:
             message = "only the result is evaluated, and this is a stage."
             problems.append(stage.problem("eval", message, "Move it to the result's document."))
+        if "engine" in stage.positions:
+            message = "all documents of a file are merged in one place, and this is a stage."
+            problems.append(stage.problem("engine", message, "Move it to the result's document."))
         if stage.quantises and stage.name in requested:
             message = "what another document merges is kept in full."
             hint = f"Only the result may be {stage.out_dtype}."

@@ -20,7 +20,7 @@ from merge_cli.recipe.nodes import Node, without_empty
 from merge_cli.recipe.output import OutputForm
 from merge_cli.recipe.reader import REFUSED, Form, Reader, Schema
 from merge_cli.recipe.schedule import SCHEDULE
-from merge_cli.recipe.schema import Recipe
+from merge_cli.recipe.schema import Engine, Recipe
 from merge_cli.recipe.search import SEARCH, Search
 from merge_cli.recipe.sections import PASSED_BY, Key, Section
 from merge_cli.recipe.sources import MODELS, PARAMETERS, SLICES, ModulesForm
@@ -128,6 +128,11 @@ RECIPE = Section(
         "methods": Key(METHODS, "the methods that are tried (auto); default all that it knows"),
         SWEEP: Key(SweepForm(), "variants that are merged in one pass, by name (OUT/NAME)"),
         "output": Key(OutputForm(), "adapter merges adapters into an adapter", "model"),
+        "engine": Key(
+            Plain(Engine),
+            "what merges: this machine, or the Ray cluster of RAY_ADDRESS or of this machine",
+            "local",
+        ),
     },
     rules={"oneOf": [{"required": [key]} for key in SOURCE_KEYS], **PASSED_BY},
 )
@@ -162,6 +167,9 @@ def parse_recipe(root: Node, file: str, folder: Path) -> tuple[Recipe | None, li
         values.setdefault("search", Search())  # so that nobody says that the section is missing
     if "training" in values:
         _check_training(values["training"], root, reader)
+    if values.get("engine") == "ray" and values.get("output") is not None:
+        message = "adapters are small: they are merged on one machine."
+        reader.refuse(root.value["engine"], "engine", message, "Leave it out.")
     return Recipe(
         **values,
         file=file,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from merge_cli.errors import Problem
 from merge_cli.recipe.automatic import Budget
@@ -21,6 +21,7 @@ from merge_cli.recipe.training import Training, preset
 from merge_cli.recipe.values import Parameter
 
 Parameters = Mapping[str, Parameter]
+Engine = Literal["local", "ray"]
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,7 @@ class Recipe:
         budget: what trying methods may cost; None is no limit.
         methods: that are tried; empty for all.
         output: the result is an adapter, of adapters; None for a model.
+        engine: what merges, local or ray; it changes no byte, and is in no resolved recipe.
         file: the recipe as messages name it; `folder` is where its relative paths start.
         positions: key path -> (line, column), for messages of later stages.
         warnings: one line for each key that is known, accepted and without effect.
@@ -123,6 +125,7 @@ class Recipe:
     budget: Budget | None = None
     methods: tuple[str, ...] = ()
     output: AdapterOutput | None = None
+    engine: Engine = "local"
     file: str = ""
     folder: Path = field(default_factory=Path.cwd)
     positions: Mapping[str, tuple[int, int]] = field(default_factory=dict)

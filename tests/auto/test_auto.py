@@ -4,28 +4,33 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from random import Random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import transformers as hf
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 import merge_cli
 from merge_cli.auto.measure import Losses
 from merge_cli.auto.plan import plan_automatic
+from merge_cli.auto.search import CandidateSearch
 from merge_cli.auto.verdict import choose
-from merge_cli.auto.weights import Weights, best_weights, candidate_count
+from merge_cli.auto.weights import Weights, WeightSearch, candidate_count
 from merge_cli.auto.workspace import AutomaticWorkspace
 from merge_cli.data.rows import part_of, read_data
 from merge_cli.errors import GateError, Interrupted, RecipeError, SourceError
 from merge_cli.evaluation.result import Metric
 from merge_cli.evaluation.rows import content_of
 from merge_cli.methods.registry import get_method
-from merge_cli.options import MergeOptions, Progress
+from merge_cli.options import MergeOptions, Progress, ignore_progress
 from merge_cli.planning.planner import load_recipe, make_plan
 from merge_cli.planning.preparation import preparations_of
 from merge_cli.recipe.data import Data
@@ -162,24 +167,54 @@ def _favouring(step: str) -> Any:
 
 
 def test_a_search_begins_at_the_best_and_finds_better() -> None:
-    tried: list[Weights] = []
-
-    def loss(number: int, weights: Weights) -> float:
-        assert number == len(tried)
-        tried.append(weights)
+    def loss(weights: Weights) -> float:
         if weights[0] > 0.9:
             return math.nan  # such a merge predicts no numbers
         return (weights[0] - 0.6) ** 2 + (weights[1] - 0.1) ** 2
 
-    found = best_weights((0.3, 0.3), 0, loss)
+    def searched() -> tuple[Weights, list[Weights]]:
+        search, tried = WeightSearch((0.3, 0.3), 0), []
+        while search.generation:
+            tried += search.generation
+            search.tell([loss(weights) for weights in search.generation])
+        return search.best, tried
+
+    best, tried = searched()
     assert tried[0] == (0.3, 0.3)
     assert len(tried) == candidate_count(2)
-    assert (found[0] - 0.6) ** 2 + (found[1] - 0.1) ** 2 < 0.02
+    assert loss(best) == min(value for value in map(loss, tried) if not math.isnan(value)) < 0.02
     assert all(-0.25 <= weight <= 1.25 for weights in tried for weight in weights)
-    again = iter(list(tried))
-    tried.clear()
-    assert best_weights((0.3, 0.3), 0, loss) == found
-    assert tried == list(again)
+    assert searched() == (best, tried)
+
+
+@given(st.randoms(use_true_random=False), st.integers(0, 40))
+def test_candidates_in_any_order_and_after_a_stop(random: Random, stop: int) -> None:
+    """Several workers, and a run that was stopped, come to the same weights as one worker."""
+
+    def loss(weights: Weights) -> float:
+        return abs(weights[0] - 0.5) + abs(weights[1] - 0.2)
+
+    def searched(workers: int, lines: list[dict[str, Any]], most: int = 1000) -> Weights | None:
+        folder = SimpleNamespace(lines=lines, append=lines.append)
+        search = CandidateSearch((0.3, 0.3), 0, folder, ignore_progress)  # type: ignore[arg-type]
+        busy: list[Weights] = []
+        for _ in range(most):
+            while len(busy) < workers and (weights := search.next()) is not None:
+                busy.append(weights)
+            if search.ended:
+                assert not busy
+                return search.best
+            weights = busy.pop(random.randrange(len(busy)))
+            search.take(weights, loss(weights), {})
+        return None
+
+    straight: list[dict[str, Any]] = []
+    best = searched(1, straight)
+    stopped: list[dict[str, Any]] = []
+    searched(3, stopped, stop)
+    assert searched(2, stopped) == best
+    tried = [[tuple(line["weights"]) for line in lines] for lines in (straight, stopped)]
+    assert sorted(tried[0]) == sorted(tried[1])  # nothing is measured twice
 
 
 def test_the_best_few_are_measured_on_more_rows(
@@ -216,9 +251,13 @@ def test_what_needs_less_wins_a_tie(lead: float, chosen: str) -> None:
     """A step is taken for its lead only if that is more than a standard error."""
     noise = [0.3, -0.2, 0.1, -0.3, 0.25, -0.15, 0.2, -0.2]
 
-    def rows(name: str) -> Losses:
-        shift = [2.0 + n for n in noise] if name == "first" else [2.0 - lead] * len(noise)
-        return {"a": Metric("a", "nats per token", "lower", shift, [1.0] * len(noise))}
+    def rows(names: Sequence[str]) -> dict[str, Losses]:
+        shift = {"first": [2.0 + n for n in noise], "second": [2.0 - lead] * len(noise)}
+        metrics = {
+            name: Metric("a", "nats per token", "lower", shift[name], [1.0] * len(noise))
+            for name in names
+        }
+        return {name: {"a": metric} for name, metric in metrics.items()}
 
     lines = [{"step": name, "loss": 2.0} for name in ("first", "second")]
     assert choose(lines, rows)["step"] == chosen

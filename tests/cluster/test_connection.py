@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 import merge_cli
 from merge_cli.cluster.connection import connected
@@ -33,6 +34,46 @@ def test_nobody_answers(family: Family, tmp_path: Path, closed_port: str) -> Non
     failed(done, 4, f"no Ray cluster answers at '{closed_port}'", "ray start --head")
     assert not out.parent.exists()
     failed(cli("run", recipe, out, "--ray", closed_port, "--dry-run"), 4, "no Ray cluster answers")
+
+
+def test_the_recipe_may_name_the_engine(
+    family: Family, tmp_path: Path, closed_port: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Told before a model is opened: it does not matter here that the second one is missing."""
+    pytest.importorskip("ray")
+    recipe, out = tmp_path / "ray.yaml", tmp_path / "runs" / "out"
+    models = [str(family.folder / "a"), str(tmp_path / "missing")]
+    recipe.write_text(yaml.safe_dump({"merge_method": "soup", "models": models, "engine": "ray"}))
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    failed(cli("run", recipe, out), 4, "no Ray cluster answers at '127.0.0.1:1'")
+    failed(cli("run", recipe, out, "--ray", closed_port), 4, f"answers at '{closed_port}'")
+    with pytest.raises(ResourceError, match="no Ray cluster answers"):
+        merge_cli.merge(recipe, out)
+    assert not out.parent.exists()
+    failed(cli("plan", recipe), 3, "missing")  # needs no cluster
+    recipe.write_text(recipe.read_text().replace("engine: ray", "engine: local"))
+    failed(cli("run", recipe, out), 3, "missing")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("merge_method: soup\nmodels: [a, b]\nengine: rya\n", "recipe.yaml:3:9: engine: must be"),
+        (
+            "merge_method: linear\nmodels: [a, b]\noutput: adapter\nengine: ray\n",
+            "recipe.yaml:4:9: engine: adapters are small",
+        ),
+        (
+            "name: one\nmerge_method: soup\nmodels: [a, b]\nengine: ray\n---\n"
+            "merge_method: soup\nmodels: [one, b]\n",
+            "recipe.yaml:4:1: engine: all documents of a file are merged in one place",
+        ),
+    ],
+)
+def test_an_engine_in_the_wrong_place(text: str, message: str, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(text)
+    failed(cli("plan", recipe), 2, message)
 
 
 def test_auto_is_the_address_of_the_environment(

@@ -166,8 +166,8 @@ def test_a_storage_that_shows_nothing_ends_the_merge(
     alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Instead of dealing the same shares for ever."""
-    from merge_cli.cluster.run import _NodeLog
+    from merge_cli.cluster.members import NodeLog
 
-    monkeypatch.setattr(_NodeLog, "read", lambda log: [])
+    monkeypatch.setattr(NodeLog, "read", lambda log: [])
     with pytest.raises(ResourceError, match=r"what node host one has written does not appear in"):
         merge(FakeRay(["one"]), recipe_of(alone), tmp_path / "out")

@@ -52,6 +52,8 @@ MISTAKES: dict[str, list[str]] = {
         "dtype: fp8",
         "out_dtype: float8",
         "seed: -1",
+        "engine: dask",
+        "engine: [ray]",
         "seed: one",
         "random_seed: -1",
         "name: [a]",
