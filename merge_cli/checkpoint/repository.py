@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
+from merge_cli.system.range_file import BLOCK
+
 
 class Repository(Protocol):
     """Files elsewhere, in one version: `HubModel`, `RemoteModel`.
@@ -38,5 +40,5 @@ class Repository(Protocol):
     def read_header(self, name: str) -> bytes:
         """The raw header of a file of safetensors."""
 
-    def open(self, name: str) -> BinaryIO:
-        """A file, of which what is read is fetched."""
+    def open(self, name: str, block: int = BLOCK) -> BinaryIO:
+        """A file, of which what is read is fetched, in blocks of so many bytes."""

@@ -18,6 +18,7 @@ from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol
 
+from merge_cli.cluster.connection import Surroundings
 from merge_cli.errors import MergeCliError, ResourceError, SourceError
 from merge_cli.evolve.evaluator import Evaluator
 from merge_cli.evolve.jobs import EvaluationJob, EvaluationOutcome, Setup
@@ -39,9 +40,11 @@ class Workers(Protocol):
 
 
 def make_workers(search: Search, setup: Setup) -> Workers:
-    """The recipe's kind and number of workers."""
-    if search.engine == "ray":
-        return RayWorkers(setup, search.workers)
+    """The recipe's kind and number of workers; those of a cluster where the merge has one."""
+    if search.engine == "ray" or setup.options.ray is not None:
+        # Who proposes one by one may propose otherwise with more workers; a generation is the same.
+        counts = search.engine == "ray" or search.asynchronous or search.optimizer == "tpe"
+        return RayWorkers(setup, search.workers if counts or "workers" in search.given else None)
     return InProcess(setup) if search.workers == 1 else Processes(setup, search.workers)
 
 
@@ -146,7 +149,8 @@ def portable(error: MergeCliError) -> MergeCliError:
 class _Actor:
     """An actor's evaluator."""
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, setup: Setup, around: Surroundings) -> None:
+        around.take()
         self._setup = setup
         self._evaluator: Evaluator | None = None
 
@@ -164,9 +168,13 @@ class _Actor:
 
 
 class RayWorkers:
-    """Up to `count` actors on the cluster of RAY_ADDRESS, or on one that starts on this machine."""
+    """Up to `count` actors on the cluster of the merge, else of RAY_ADDRESS, else started here.
 
-    def __init__(self, setup: Setup, count: int) -> None:
+    Args:
+        count: None for as many as the cluster has room for.
+    """
+
+    def __init__(self, setup: Setup, count: int | None) -> None:
         import ray
 
         self._ray = ray
@@ -176,7 +184,8 @@ class RayWorkers:
         resources = ray.cluster_resources()
         gpus = resources.get("GPU", 0) > 0 and setup.options.device != "cpu"
         # Ray would wait forever for an actor that the cluster has no resources for.
-        self._count = min(count, int(resources.get("GPU" if gpus else "CPU", 0)))
+        room = int(resources.get("GPU" if gpus else "CPU", 0))
+        self._count = room if count is None else min(count, room)
         if not self._count:
             raise ResourceError("the Ray cluster has no CPU for a worker")
         options = replace(setup.options, device="cuda" if gpus else "cpu")
@@ -201,7 +210,11 @@ class RayWorkers:
                 next_job = to_repeat.pop() if to_repeat else next(upcoming, None)
                 if next_job is None:
                     break
-                actor = self._idle.pop() if self._idle else self._remote.remote(self._setup)
+                actor = (
+                    self._idle.pop()
+                    if self._idle
+                    else self._remote.remote(self._setup, Surroundings.here())
+                )
                 busy[actor.answer.remote(next_job)] = actor, next_job
             if not busy:
                 return

@@ -18,7 +18,7 @@ from typing import BinaryIO, TypeVar, cast
 from merge_cli.errors import CorruptFileError, HubError
 from merge_cli.hub.download import download
 from merge_cli.hub.errors import UnreachableError, explained
-from merge_cli.system.range_file import RangeFile
+from merge_cli.system.range_file import BLOCK, RangeFile
 
 _FIRST_BYTES = 32_768  # holds the whole header of most shards
 _ATTEMPTS = 3  # in a row that bring nothing
@@ -61,8 +61,8 @@ class HubModel:
         """`read_header`."""
         return read_header(self, name)
 
-    def open(self, name: str) -> BinaryIO:
-        """A file, of which what is read is fetched."""
+    def open(self, name: str, block: int = BLOCK) -> BinaryIO:
+        """A file, of which what is read is fetched, in blocks of so many bytes."""
         cached = _cached(self, name)
         if cached is not None:
             return cached.open("rb")
@@ -70,7 +70,7 @@ class HubModel:
         def fetch(start: int, stop: int) -> bytes:
             return _range(self, name, start, stop)
 
-        return cast(BinaryIO, RangeFile(self.files.get(name, 0), fetch))
+        return cast(BinaryIO, RangeFile(self.files.get(name, 0), fetch, block))
 
 
 def open_hub(repo_id: str, revision: str | None = None) -> HubModel:

@@ -28,6 +28,8 @@ from typing import Any, BinaryIO, TypeVar, cast
 from merge_cli.checkpoint.auxiliary_files import COMPANION_NAMES
 from merge_cli.checkpoint.headers import read_raw_header
 from merge_cli.errors import CorruptFileError, RemoteError
+from merge_cli.formats.dcp.metadata import METADATA, parse_metadata
+from merge_cli.formats.dcp.names import NAMES
 from merge_cli.remote.filesystem import (
     WEB,
     AbsentError,
@@ -39,7 +41,7 @@ from merge_cli.remote.filesystem import (
     protocol_of,
 )
 from merge_cli.system.caches import cache_folder
-from merge_cli.system.range_file import RangeFile
+from merge_cli.system.range_file import BLOCK, RangeFile
 from merge_cli.system.raw_io import link_or_copy, write_error
 from merge_cli.system.untrusted import Unreadable, parse_json
 
@@ -116,11 +118,11 @@ class RemoteModel:
                 raise write_error(error, self._cache) from error
         return self.folder
 
-    def open(self, name: str) -> BinaryIO:
-        """A file, of which what is read is fetched."""
+    def open(self, name: str, block: int = BLOCK) -> BinaryIO:
+        """A file, of which what is read is fetched, in blocks of so many bytes."""
         if self.is_cached(name):
             return (self.folder / name).open("rb")
-        return cast(BinaryIO, RangeFile(self.files[name], partial(self._range, name)))
+        return cast(BinaryIO, RangeFile(self.files[name], partial(self._range, name), block))
 
     def read_header(self, name: str) -> bytes:
         """The raw safetensors header of a file: the 8-byte length and the JSON.
@@ -274,6 +276,10 @@ def _asked(system: Any, address: str) -> dict[str, tuple[int, str]]:
         result = ask(_NAMES)
         if _INDEX in result:
             result |= ask(_shards(system, address))
+        elif not any(name.endswith(".safetensors") for name in result):
+            result |= ask((METADATA, NAMES))
+            if METADATA in result:
+                result |= ask(_parts(system, address))
     return result
 
 
@@ -289,6 +295,17 @@ def _shards(system: Any, address: str) -> list[str]:
     names = set(weight_map.values()) if isinstance(weight_map, dict) else set()
     plain = (n for n in names if isinstance(n, str) and re.fullmatch(r"[\w.-]{1,200}", n))
     return sorted(plain)[:_MAX_FILES]  # what is missing, the reader of the index reports
+
+
+def _parts(system: Any, address: str) -> list[str]:
+    """The files that the metadata of a distributed checkpoint name."""
+    with explained(address, METADATA):
+        raw = system.cat_file(f"{address}/{METADATA}", start=0, end=_MAX_INDEX)
+    try:
+        tensors = parse_metadata(raw).tensors
+    except Unreadable as error:
+        raise CorruptFileError(str(error), model=address, file=METADATA) from None
+    return sorted({part.file for tensor in tensors.values() for part in tensor.parts})[:_MAX_FILES]
 
 
 def _if_there(system: Any, address: str, name: str) -> tuple[int, str] | None:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from merge_cli.checkpoint.components import (
     names_in,
@@ -21,8 +21,10 @@ from merge_cli.checkpoint.components import (
 from merge_cli.checkpoint.fingerprint import folder_fingerprints
 from merge_cli.checkpoint.repository import Repository
 from merge_cli.errors import CorruptFileError, HubError, SourceError
+from merge_cli.formats.dcp.metadata import METADATA
 from merge_cli.formats.dcp.model import is_checkpoint, open_checkpoint
 from merge_cli.formats.dcp.names import MEGATRON, NAMES, Rule, parse_rules, renamed
+from merge_cli.formats.dcp.storage import OpenFile
 from merge_cli.formats.detect import read_as_numbers
 from merge_cli.hub import models as hub
 from merge_cli.lora.adapter import Adapter, open_adapter
@@ -62,6 +64,8 @@ from merge_cli.sources.storage import (
 )
 from merge_cli.system.untrusted import Unreadable, read_mapping, read_text
 from merge_cli.system.untrusted_yaml import read_front
+
+_PART_BLOCK = 2**14  # bytes that are fetched of a part elsewhere, at least
 
 
 def open_source(model: ModelRef, folder: Path) -> Source:
@@ -111,12 +115,7 @@ def open_source(model: ModelRef, folder: Path) -> Source:
 def _open_address(address: str, label: str) -> Source:
     if is_weights(address):
         return _open_repository(*open_remote_file(address), label)
-    repository = open_remote(address)
-    if is_checkpoint(repository.files):
-        message = "a distributed checkpoint, which is read from disk alone"
-        hint = "Copy the folder to this machine, and name the copy."
-        raise SourceError(message, model=label, hint=hint)
-    return _open_repository(repository, "", label)
+    return _open_repository(open_remote(address), "", label)
 
 
 def open_tokenizer(model: ModelRef, folder: Path) -> Source:
@@ -186,7 +185,7 @@ def _open_folder(path: Path, label: str) -> Source:
     except OSError as error:
         hint = "Check who may read it."
         raise SourceError(f"cannot be read: {error.strerror}", model=label, hint=hint) from error
-    opened = _open_dcp(folder, label) if _is_dcp(folder) else _opened(folder, label)
+    opened = _open_dcp(folder, label) if _is_dcp(folder.names) else _opened(folder, label)
     return replace(opened, fingerprints=fingerprints)
 
 
@@ -211,14 +210,22 @@ def _of_file(model: FileModel, label: str) -> Source:
     )
 
 
-def _is_dcp(folder: LocalFolder) -> bool:
-    has_safetensors = any(name.endswith(SAFETENSORS) for name in folder.names)
-    return is_checkpoint(folder.names) and not has_safetensors
+def _is_dcp(names: Collection[str]) -> bool:
+    return is_checkpoint(names) and not any(name.endswith(SAFETENSORS) for name in names)
 
 
-def _open_dcp(folder: LocalFolder, label: str) -> Source:
+def _open_dcp(folder: ModelStorage, label: str, repository: Repository | None = None) -> Source:
+    """A distributed checkpoint.
+
+    Args:
+        repository: where its files are, if they are elsewhere.
+    """
+    open_file = None
+    if repository is not None:
+        repository.fetch([name for name in (METADATA, NAMES) if name in folder.names])
+        open_file = _opener(repository)
     config = read_mapping(folder.root / CONFIG, label) if CONFIG in folder.names else {}
-    model = open_checkpoint(folder.root, label)
+    model = open_checkpoint(folder.root, label, open_file)
     tensors, more = dict(model.tensors), []
     if NAMES in folder.names:
         tensors = renamed(tensors, _rules(folder.root / NAMES, label), config, label)
@@ -233,6 +240,17 @@ def _open_dcp(folder: LocalFolder, label: str) -> Source:
     return Source(
         label, folder.root, config, tensors, headers, notes=tuple(filter(None, [*notes, *more]))
     )
+
+
+def _opener(repository: Repository) -> OpenFile:
+    """Opens parts where they are. Of each some hundred bytes at both ends are read."""
+
+    def opened(name: str) -> tuple[BinaryIO, int]:
+        if name not in repository.files:
+            raise Unreadable("is missing: `.metadata` names it")
+        return repository.open(name, _PART_BLOCK), repository.files[name]
+
+    return opened
 
 
 def _rules(path: Path, label: str) -> list[Rule]:
@@ -252,7 +270,10 @@ def _open_repository(repository: Repository, name: str, label: str) -> Source:
         SourceError: it has no such file.
     """
     if not name:
-        return _with_repository(_opened(StoredElsewhere(repository), label), repository)
+        storage = StoredElsewhere(repository)
+        is_dcp = _is_dcp(storage.names)
+        opened = _open_dcp(storage, label, repository) if is_dcp else _opened(storage, label)
+        return _with_repository(opened, repository)
     files = repository.files
     name = _gguf_named(name[1:], files, label) if name.startswith(":") else name
     if name not in files:

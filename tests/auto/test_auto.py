@@ -15,7 +15,7 @@ import pytest
 import torch
 import transformers as hf
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import merge_cli
@@ -187,6 +187,7 @@ def test_a_search_begins_at_the_best_and_finds_better() -> None:
     assert searched() == (best, tried)
 
 
+@settings(deadline=None, max_examples=20)
 @given(st.randoms(use_true_random=False), st.integers(0, 40))
 def test_candidates_in_any_order_and_after_a_stop(random: Random, stop: int) -> None:
     """Several workers, and a run that was stopped, come to the same weights as one worker."""

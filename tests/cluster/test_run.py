@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,44 +19,12 @@ from merge_cli.options import MergeOptions, Progress
 from merge_cli.planning.plan import cut_chunks
 from tests.support.evolve_tiny import write_family
 from tests.support.merges import digest, write_recipe
-from tests.support.paths import ROOT
+from tests.support.ray_nodes import Nodes
 from tests.support.tiny import Family, read_model, write_model
 
 ray = pytest.importorskip("ray")
 # Ray's own warnings; and one worker of pytest starts the only cluster.
 pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.xdist_group("ray")]
-SMALL = {"object_store_memory": 80_000_000, "num_cpus": 1}
-
-
-@dataclass
-class Nodes:
-    """A cluster, and the nodes that were added to its head."""
-
-    cluster: Any
-    added: list[Any] = field(default_factory=list)
-
-    def add(self) -> None:
-        self.added.append(self.cluster.add_node(**SMALL))
-
-    def kill(self) -> None:
-        """The node that was added last, with all of its processes, without a word."""
-        self.cluster.remove_node(self.added.pop(), allow_graceful=False)
-
-
-@pytest.fixture(scope="module")
-def nodes() -> Iterator[Nodes]:
-    """A head and a node, with one CPU each; what they import, they find where this process does."""
-    from ray.cluster_utils import Cluster
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(ROOT))
-        head = {**SMALL, "include_dashboard": False}
-        made = Nodes(Cluster(initialize_head=True, head_node_args=head))
-        made.add()
-        ray.init(address=made.cluster.address, log_to_driver=False, configure_logging=False)
-        yield made
-        ray.shutdown()
-        made.cluster.shutdown()
 
 
 @pytest.fixture(autouse=True)

@@ -67,7 +67,7 @@ def test_ray_says_what_goes_wrong_in_an_actor(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Broken:
-        def __init__(self, setup: object) -> None:
+        def __init__(self, setup: object, around: object) -> None:
             pass
 
         def answer(self, job: EvaluationJob) -> EvaluationOutcome:

@@ -253,12 +253,43 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "needs fsspec" in message_of("s3://bucket/m")
 
 
-def test_a_distributed_checkpoint_is_read_from_disk(tmp_path: Path, s3: S3Server) -> None:
-    folder = tmp_path / "dcp"
-    folder.mkdir()
+def checkpoint(folder: Path, seed: int) -> Path:
+    """What a training run saves, a file for each tensor, with an optimizer's state."""
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
+
+    state = {name: {"exp_avg": tensor.float()} for name, tensor in weights(seed).items()}
+    content = {"model": weights(seed), "optim": state}
+    save(content, storage_writer=FileSystemWriter(folder, single_file_per_rank=False), no_dist=True)
+    (folder / "config.json").write_text(json.dumps(llama_config(layers=2)))
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, of saving without processes
+def test_a_distributed_checkpoint(tmp_path: Path, s3: S3Server, web: WebServer) -> None:
+    one, two = checkpoint(tmp_path / "one", 1), checkpoint(tmp_path / "two", 2)
+    first, second = s3.add(one, "dcp/one"), web.add(two, "two")
+    source = opened(first)
+    parts = [*source.header_bytes]
+    assert len(parts) == len(weights(1)) < len([*one.glob("*.distcp")])  # the optimizer's are not
+    assert not any(source.remote.is_cached(part) for part in parts if source.remote)
+    expected = soup(tmp_path / "expected", str(one), str(two))
+    assert same_bytes(soup(tmp_path / "out", first, second), expected)
+    sent = [path for _, path, _, sent in web.requests if path.endswith(".distcp") and sent]
+    assert {path.rpartition("/")[2] for path in sent} == {*opened(second).header_bytes}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_distributed_checkpoint_that_does_not_hold(tmp_path: Path, s3: S3Server) -> None:
+    folder = checkpoint(tmp_path / "dcp", 1)
+    part = next(path for path in sorted(folder.glob("*.distcp")) if path.stat().st_size > 2000)
+    content = part.read_bytes()
+    part.write_bytes(b"x" * len(content))
+    assert "a part is no file of torch's" in message_of(s3.add(folder, "broken"))
+    part.unlink()
+    assert "is missing" in message_of(s3.add(folder, "missing"))
     (folder / ".metadata").write_bytes(b"x")
-    (folder / "__0_0.distcp").write_bytes(b"x")
-    assert "read from disk alone" in message_of(s3.add(folder, "dcp"))
+    assert ".metadata" in message_of(s3.add(folder, "metadata"))
 
 
 def test_a_problem_has_its_line(tmp_path: Path, s3: S3Server) -> None:

@@ -14,11 +14,10 @@ from merge_cli.checkpoint.dtypes import width_of
 from merge_cli.checkpoint.headers import TensorRef
 from merge_cli.checkpoint.tensors import Read, Tensor
 from merge_cli.errors import CorruptFileError, SourceError
-from merge_cli.formats.dcp.metadata import Part, StoredTensor, parse_metadata
-from merge_cli.formats.dcp.storage import Files
+from merge_cli.formats.dcp.metadata import METADATA, Part, StoredTensor, parse_metadata
+from merge_cli.formats.dcp.storage import Files, OpenFile, on_disk
 from merge_cli.system.untrusted import Unreadable, read_bytes
 
-METADATA = ".metadata"
 _MAX_METADATA = 256 * 2**20
 # Keys under which training programs save what is no weight of the model.
 _NO_WEIGHTS = re.compile(
@@ -159,8 +158,13 @@ class DcpModel:
     left_out: tuple[str, ...]
 
 
-def open_checkpoint(root: Path, label: str) -> DcpModel:
+def open_checkpoint(root: Path, label: str, open_file: OpenFile | None = None) -> DcpModel:
     """Read a checkpoint's metadata, and find every part of the model's tensors.
+
+    Args:
+        root: the folder; of a checkpoint elsewhere the one where its files will be, which has
+            `.metadata` already.
+        open_file: opens the other files, where they are not in the folder.
 
     Raises:
         CorruptFileError: metadata or parts that do not hold.
@@ -176,7 +180,7 @@ def open_checkpoint(root: Path, label: str) -> DcpModel:
         raise SourceError(message, model=label, file=METADATA)
     tensors: dict[str, Tensor] = {}
     files: dict[str, None] = {}
-    with Files(root) as opened:
+    with Files(open_file or on_disk(root)) as opened:
         for full_name, name in names.items():
             stored = metadata.tensors[full_name]
             if name in tensors:

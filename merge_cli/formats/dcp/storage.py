@@ -10,10 +10,12 @@ from __future__ import annotations
 import math
 import os
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from merge_cli.checkpoint.dtypes import width_of
+from merge_cli.errors import MergeCliError
 from merge_cli.formats.dcp.metadata import Part
 from merge_cli.formats.inert import load_inert
 from merge_cli.formats.torch_files import (
@@ -35,11 +37,24 @@ _REBUILD = {
 }
 
 
+OpenFile = Callable[[str], tuple[BinaryIO, int]]  # of a name in the checkpoint: it, and its size
+
+
+def on_disk(root: Path) -> OpenFile:
+    """Opens the files of a folder."""
+
+    def opened(name: str) -> tuple[BinaryIO, int]:
+        file = open_regular(root / name)
+        return file, os.fstat(file.fileno()).st_size
+
+    return opened
+
+
 class Files:
     """The `.distcp` files of a checkpoint, each opened once; `with` closes them."""
 
-    def __init__(self, root: Path) -> None:
-        self._root = root
+    def __init__(self, open_file: OpenFile) -> None:
+        self._open_file = open_file
         self._open: dict[str, tuple[BinaryIO, int]] = {}
 
     def __enter__(self) -> Files:
@@ -56,8 +71,7 @@ class Files:
             Unreadable: the file is missing or truncated, or what is there is another tensor.
         """
         if part.file not in self._open:
-            file = open_regular(self._root / part.file)
-            self._open[part.file] = file, os.fstat(file.fileno()).st_size
+            self._open[part.file] = self._open_file(part.file)
         file, size = self._open[part.file]
         if part.start + part.length > size:
             raise Unreadable(f"truncated: a part ends at {part.start + part.length}, it at {size}")
@@ -67,7 +81,7 @@ class Files:
         except Unreadable:
             raise
         except Exception as error:  # a broken archive can raise anything
-            if isinstance(error, OSError) and error.errno:
+            if isinstance(error, MergeCliError) or (isinstance(error, OSError) and error.errno):
                 raise
             raise Unreadable(f"a part is no file of torch's: {str(error)[:100]}") from None
 
